@@ -1,0 +1,48 @@
+"""Every error the library raises on purpose.
+
+    AdapterError
+    ├── ConfigError        a configuration (file or object) is invalid, contradictory or not supported
+    ├── FileError          a path cannot be read or written: missing, no permission, disk full, wrong kind
+    │   └── FormatError    the bytes are not what they claim to be: truncated, overlapping, lying header
+    ├── KeyMapError        a table of names is wrong, or does not fit the model
+    │   └── MismatchError  tensors are missing, unexpected, doubly claimed or wrongly shaped
+    ├── TargetError        `target_modules` (or another selection) names nothing, or nothing that can be adapted
+    └── AttachError        a layer cannot carry the adapter exactly, or the tree carries no (or another) adapter
+
+Messages name the file, path or tensor, what was expected, what was found, and the way out; all
+problems of one kind stand in one error.
+"""
+
+from __future__ import annotations
+
+
+class AdapterError(Exception):
+    """The root of every error jaxadapt raises on purpose."""
+
+
+class ConfigError(AdapterError):
+    """A configuration is invalid, contradictory, or asks for what is not supported."""
+
+
+class FileError(AdapterError):
+    """A path cannot be read or written."""
+
+
+class FormatError(FileError):
+    """A file's bytes are not what they claim to be."""
+
+
+class KeyMapError(AdapterError):
+    """A table of names is wrong, or does not fit the model it is applied to."""
+
+
+class MismatchError(KeyMapError):
+    """Tensors are missing, unexpected, doubly claimed or wrongly shaped."""
+
+
+class TargetError(AdapterError):
+    """A selection names nothing in the model, or nothing that can be adapted."""
+
+
+class AttachError(AdapterError):
+    """A layer cannot carry the adapter exactly, or a tree carries no (or another) adapter."""
