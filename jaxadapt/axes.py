@@ -1,0 +1,70 @@
+"""The roles of a weight's axes, and one contraction of that weight, as plain values.
+
+`Axes` says which axes of a base weight are inputs, outputs or batch; `Use` says, letter by letter,
+how one `y = x · w` contracts it. Methods compute with these two alone, so the same few lines serve
+`nnx.Linear`, `nn.DenseGeneral`, an einsum or a `dot_general` found inside somebody's own module.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXY"
+RANK = "Z"  # the letter of an axis that only the adapter has; never one of LETTERS
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """Which axes of one weight, as its own module sees it, play which role.
+
+    `inn` and `out` are in PyTorch's flattening order. `batch` axes index independent matrices (fused
+    parts, experts); each batch entry has its own adapter matrices. `parts`, if not None, lists the
+    entries of the first batch axis that are adapted at all (k and v fused, only v targeted: `(1,)`).
+
+    >>> Axes(inn=(0,), out=(1, 2)).of("inn", (16, 4, 8))
+    (16,)
+    """
+
+    inn: tuple[int, ...]
+    out: tuple[int, ...]
+    batch: tuple[int, ...] = ()
+    parts: tuple[int, ...] | None = None
+
+    @property
+    def rank(self) -> int:
+        return len(self.inn) + len(self.out) + len(self.batch)
+
+    def of(self, role: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The sizes of the axes of `role` ("inn", "out" or "batch") in a weight of `shape`."""
+        sizes = tuple(shape[i] for i in getattr(self, role))
+        if role == "batch" and self.parts is not None:
+            return (len(self.parts), *sizes[1:])
+        return sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One contraction `y = einsum("x,w->y", x, w)`: a letter for each axis of `x`, `w` and `y`.
+
+    `x` and `y` here are split so that each of their axes meets at most one axis of `w`. In a plain
+    layer the letters of `axes.inn` are the contracted ones; a tied weight may be used the other way
+    round (`transposed`).
+
+    >>> use = Use("bd", "dnh", "bnh", Axes((0,), (1, 2)))
+    >>> use.letters("inn"), use.letters("out"), use.transposed
+    ('d', 'nh', False)
+    """
+
+    x: str
+    w: str
+    y: str
+    axes: Axes
+
+    def letters(self, role: str) -> str:
+        """The letters of the weight axes of `role` ("inn", "out" or "batch")."""
+        return "".join(self.w[i] for i in getattr(self.axes, role))
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the contraction runs over the output axes (as a tied embedding's `attend` does)."""
+        return not set(self.letters("inn")) <= set(self.x)
