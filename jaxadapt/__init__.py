@@ -1,0 +1,115 @@
+"""Parameter-efficient fine-tuning for Flax whose adapters are PEFT's own files.
+
+Everything public is named here and loaded when it is first used (PEP 562), so `import jaxadapt` and
+`jaxadapt inspect FILE` import neither jax nor numpy.
+
+>>> import jaxadapt
+>>> config = jaxadapt.LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"])
+>>> config.r
+16
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    # Type checkers and editors read these; tests/test_public.py holds them equal to `_HOME`.
+    from jaxadapt.adapter import Adapter, PeftTensors
+    from jaxadapt.attach import (
+        activate,
+        adapt,
+        delete,
+        detach,
+        disable,
+        extract,
+        init,
+        inject,
+        summary,
+    )
+    from jaxadapt.configs import Config, IA3Config, LoraConfig
+    from jaxadapt.errors import (
+        AdapterError,
+        AttachError,
+        ConfigError,
+        FileError,
+        FormatError,
+        KeyMapError,
+        MismatchError,
+        TargetError,
+    )
+    from jaxadapt.keymap import KeyMap, Weight
+    from jaxadapt.merge import merge, unmerge
+    from jaxadapt.nnx import AdapterParam, BaseParam
+    from jaxadapt.store import from_peft, inspect, load, read, read_config, save, to_peft, write
+
+__version__ = "0.1.0"
+
+# public name -> the module that defines it
+_HOME = {
+    name: module
+    for module, names in {
+        "configs": "Config LoraConfig IA3Config",
+        "adapter": "Adapter PeftTensors",
+        "keymap": "KeyMap Weight",
+        "nnx": "AdapterParam BaseParam",
+        "attach": "adapt init extract inject activate disable delete detach summary",
+        "merge": "merge unmerge",
+        "store": "save load read write inspect read_config to_peft from_peft",
+        "errors": "AdapterError AttachError ConfigError FileError FormatError KeyMapError MismatchError TargetError",
+    }.items()
+    for name in names.split()
+}
+
+__all__ = [
+    "Adapter",
+    "AdapterError",
+    "AdapterParam",
+    "AttachError",
+    "BaseParam",
+    "Config",
+    "ConfigError",
+    "FileError",
+    "FormatError",
+    "IA3Config",
+    "KeyMap",
+    "KeyMapError",
+    "LoraConfig",
+    "MismatchError",
+    "PeftTensors",
+    "TargetError",
+    "Weight",
+    "activate",
+    "adapt",
+    "delete",
+    "detach",
+    "disable",
+    "extract",
+    "from_peft",
+    "init",
+    "inject",
+    "inspect",
+    "load",
+    "merge",
+    "read",
+    "read_config",
+    "save",
+    "summary",
+    "to_peft",
+    "unmerge",
+    "write",
+]
+
+
+def __getattr__(name: str) -> Any:
+    module = _HOME.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *(name for name in __all__ if name not in globals())])
