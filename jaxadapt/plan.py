@@ -1,0 +1,293 @@
+"""A keymap applied to concrete shapes: a bijection between leaves and keys, checked before any byte moves.
+
+    sites + a method's tensors ──plan──► Entry per leaf tensor ──encode──► {key: array}
+                                                               ◄─decode──
+
+Pure: it works on shapes, and on anything that has `transpose`, `reshape` and indexing (numpy or JAX).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from jaxadapt import paths
+from jaxadapt.errors import KeyMapError, MismatchError
+from jaxadapt.keymap import KeyMap, Site, Tensor, entries
+
+Array = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One JAX leaf and the file tensors that hold it: one, or one per stacked layer and fused part.
+
+    `left` names the leaf's axes with `shape`; `right` groups them into PyTorch's axes; `split` are the
+    positions of the axes PyTorch lacks, and `keys` their tensors, row-major over `split`.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    left: tuple[str, ...]
+    right: tuple[tuple[str, ...], ...]
+    split: tuple[int, ...]
+    keys: tuple[str, ...]
+
+    @functools.cached_property
+    def _inner(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        keep = [i for i in range(len(self.left)) if i not in self.split]
+        return tuple(self.left[i] for i in keep), tuple(self.shape[i] for i in keep)
+
+    @functools.cached_property
+    def file_shape(self) -> tuple[int, ...]:
+        """The shape of each file tensor, in PyTorch's layout."""
+        size = dict(zip(*self._inner, strict=True))
+        return tuple(math.prod(size[n] for n in group) for group in self.right)
+
+    @functools.cached_property
+    def _flat(self) -> tuple[str, ...]:
+        return tuple(n for group in self.right for n in group)
+
+    def _index(self, i: int) -> tuple[Any, ...]:
+        where: list[Any] = [slice(None)] * len(self.left)
+        for axis in reversed(self.split):
+            i, where[axis] = divmod(i, self.shape[axis])
+        return tuple(where)
+
+    def encode(self, leaf: Array, i: int) -> Array:
+        """The tensor of `keys[i]`, a view of `leaf` wherever its memory allows.
+
+        >>> import numpy as np
+        >>> e = Entry("b", (4, 2, 3), ("r", "n", "h"), (("n", "h"), ("r",)), (), ("B",))
+        >>> e.encode(np.zeros((4, 2, 3)), 0).shape
+        (6, 4)
+        """
+        names, _ = self._inner
+        piece = leaf[self._index(i)] if self.split else leaf
+        merged = self._merge(names)
+        if merged is not None:  # neighbours only: merge first, and the transpose stays a view
+            order, shape = merged
+            return piece.reshape(shape).transpose(order)
+        return piece.transpose([names.index(n) for n in self._flat]).reshape(self.file_shape)
+
+    def _merge(self, names: tuple[str, ...]) -> tuple[list[int], tuple[int, ...]] | None:
+        groups = [g for g in self.right if g]
+        starts: list[tuple[int, int]] = []
+        for at, group in enumerate(groups):
+            first = names.index(group[0])
+            if names[first : first + len(group)] != group:
+                return None
+            starts.append((first, at))
+        order = [at for _, at in sorted(starts)]
+        shape = [self.file_shape[self.right.index(groups[at])] for at in order]
+        perm = [order.index(at) for at in range(len(groups))]
+        for axis, group in enumerate(self.right):  # size-1 axes PyTorch has and JAX lacks
+            if not group:
+                perm = perm[:axis] + [len(shape)] + perm[axis:]
+                shape.append(1)
+        return perm, tuple(shape)
+
+    def decode(self, tensors: Sequence[Array], stack: Callable[[Sequence[Array], Any], Array] | None = None) -> Array:
+        """The leaf from the tensors of `keys`, in order; `stack(pieces, shape)` joins several (numpy by default)."""
+        names, sizes = self._inner
+        size = dict(zip(names, sizes, strict=True))
+        back = [self._flat.index(n) for n in names]
+        pieces = [t.reshape([size[n] for n in self._flat]).transpose(back) for t in tensors]
+        if not self.split:
+            return pieces[0]
+        import numpy as np
+
+        out = np.empty(self.shape, dtype=pieces[0].dtype) if stack is None else None
+        if out is None:
+            return stack(pieces, self)  # pyright: ignore[reportOptionalCall]
+        for i, piece in enumerate(pieces):
+            out[self._index(i)] = piece
+        return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The checked bijection between the leaves of one adapter and the keys of one file."""
+
+    entries: tuple[Entry, ...]
+
+    @functools.cached_property
+    def keys(self) -> dict[str, tuple[Entry, int]]:
+        """Every file key, with the entry and index that make it."""
+        return {key: (entry, i) for entry in self.entries for i, key in enumerate(entry.keys)}
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """`{key: shape}` of the file."""
+        return {key: entry.file_shape for key, (entry, _) in self.keys.items()}
+
+    def check(self, found: Mapping[str, Sequence[int]], source: str = "the file") -> None:
+        """Raise one `MismatchError` that lists every missing, unexpected and wrongly shaped tensor."""
+        missing = [k for k in self.shapes if k not in found]
+        unexpected = [k for k in found if k not in self.shapes]
+        wrong = [
+            f"{k}: expected {list(shape)}, found {list(found[k])}"
+            for k, shape in self.shapes.items()
+            if k in found and tuple(found[k]) != shape
+        ]
+        parts = [
+            f"{len(items)} {what}:\n{paths.listing(items)}"
+            for what, items in (
+                (f"missing from {source} (the model expects them)", missing),
+                ("unexpected (nothing in the model takes them)", unexpected),
+                ("wrongly shaped", wrong),
+            )
+            if items
+        ]
+        if parts:
+            raise MismatchError(
+                f"{source} does not fit the model: of {len(self.shapes)} tensors,\n"
+                + "\n".join(parts)
+                + "\nIs it an adapter for another base model, or are target_modules, r or keymap= others?"
+            )
+
+    def encode(self, leaves: Mapping[str, Array]) -> Encoded:
+        """`{key: array}` from `{path: leaf}`; each array is made when it is asked for."""
+        return Encoded(self, leaves)
+
+    def decode(
+        self, tensors: Mapping[str, Array], stack: Callable[[Sequence[Array], Any], Array] | None = None
+    ) -> dict[str, Array]:
+        """`{path: leaf}` from `{key: array}`."""
+        return {e.path: e.decode([tensors[k] for k in e.keys], stack) for e in self.entries}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Encoded(Mapping[str, Any]):
+    """The tensors of a plan under PEFT's names, each made (and forgotten) at every look-up."""
+
+    plan: Plan
+    leaves: Mapping[str, Array]
+
+    def __getitem__(self, key: str) -> Array:
+        entry, i = self.plan.keys[key]
+        return entry.encode(self.leaves[entry.path], i)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.plan.keys)
+
+    def __len__(self) -> int:
+        return len(self.plan.keys)
+
+
+def _layout(site: Site, tensor: Tensor) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+    """A tensor's axis names in the model (stacked axes where the base has them) and in the file."""
+
+    def expand(names: Sequence[str]) -> tuple[str, ...]:
+        return tuple(n for name in names for n in site.roles.get(name, (name,)))
+
+    left = list(expand(tensor.axes))
+    for axis in site.stack:  # ascending, so each lands at the base weight's own position
+        if axis > len(left):
+            raise KeyMapError(
+                f"leaf {site.leaf!r} stacks its layers on axis {axis}, but its {tensor.name} has only"
+                f" {len(left)} axes of its own; stack on an axis from 0 to {len(left)}"
+            )
+        left.insert(axis, site.weight.left[axis])
+    return tuple(left), tuple(expand(group) for group in tensor.torch)
+
+
+def entry(keymap: KeyMap, site: Site, tensor: Tensor, sizes: Mapping[str, int]) -> Entry:
+    """The entry of one tensor at one site; `sizes` are those of the base leaf's axes, by name."""
+    left, right = _layout(site, tensor)
+    only = {site.roles["batch"][0]: site.parts} if site.parts is not None else {}
+    size = {**sizes, **dict(tensor.own)}
+    shape = tuple(len(only[n]) if n in only else size[n] for n in left)
+    split = tuple(i for i, n in enumerate(left) if n.startswith("{"))
+    texts = entries(site.weight, [left[i] for i in split], sizes, only)
+    keys = tuple(f"{keymap.prefix}{site.module(text)}".rstrip(".") + tensor.suffix for _, text in texts)
+    return Entry(paths.join(site.leaf, tensor.name), shape, left, right, split, keys)
+
+
+def sizes_of(site: Site, shape: Sequence[int]) -> dict[str, int]:
+    """Axis sizes by name from the base leaf's shape; `MismatchError` if the line wants another rank."""
+    left = site.weight.left
+    if len(left) != len(shape):
+        raise MismatchError(
+            f"leaf {site.leaf!r} has shape {tuple(shape)}, but its line {site.weight.pattern!r} names {len(left)} axes"
+        )
+    sizes = dict(zip(left, shape, strict=True))
+    for axis in site.roles["batch"]:
+        names = site.weight.names(axis)
+        if names is not None and len(names) != sizes[axis]:
+            raise MismatchError(
+                f"leaf {site.leaf!r} has {sizes[axis]} entries on its fused axis, but its line names {list(names)}"
+            )
+    return sizes
+
+
+def sizes_from_tensors(
+    site: Site, tensors: Sequence[Tensor], shapes: Mapping[str, Sequence[int]]
+) -> dict[str, int]:
+    """Axis sizes by name from an adapter's own tensors, where the base is not at hand.
+
+    Raises `MismatchError` if a tensor is missing, has the wrong rank, or two tensors disagree.
+    """
+    sizes: dict[str, int] = {}
+    for axis in site.roles["batch"]:
+        sizes[axis] = len(site.weight.names(axis) or ())
+    problems: list[str] = []
+    wanted = {t.name for t in tensors}
+    problems += [f"{site.leaf}.{name}: no such tensor in this method" for name in shapes if name not in wanted]
+    for tensor in tensors:
+        left, _ = _layout(site, tensor)
+        shape = shapes.get(tensor.name)
+        if shape is None:
+            problems.append(f"{site.leaf}.{tensor.name}: missing")
+            continue
+        if len(shape) != len(left):
+            problems.append(f"{site.leaf}.{tensor.name}: expected axes {left}, found shape {tuple(shape)}")
+            continue
+        own = dict(tensor.own)
+        for name, size in zip(left, shape, strict=True):
+            batch = name in site.roles["batch"]
+            want = own.get(name, (len(site.parts) if site.parts is not None else sizes[name]) if batch else sizes.get(name))
+            if want is not None and want != size:
+                problems.append(f"{site.leaf}.{tensor.name}: axis {name!r} has {size} entries, expected {want}")
+            elif not batch and name not in own:
+                sizes[name] = size
+    if problems:
+        raise MismatchError("the adapter contradicts itself or its configuration:\n" + paths.listing(problems))
+    return sizes
+
+
+def plan(entries: Sequence[Entry]) -> Plan:
+    """The plan of these entries; keys claimed twice raise `MismatchError`."""
+    owners: dict[str, list[str]] = {}
+    for e in entries:
+        for key in e.keys:
+            owners.setdefault(key, []).append(e.path)
+    twice = [f"{key}: {', '.join(sorted(who))}" for key, who in owners.items() if len(who) > 1]
+    if twice:
+        raise MismatchError("tensors are claimed by several leaves:\n" + paths.listing(twice))
+    return Plan(tuple(entries))
+
+
+def base_plan(keymap: KeyMap, shapes: Mapping[str, Sequence[int]]) -> Plan:
+    """The plan of the *base* weights themselves: what proves a table, and what exports a merged model."""
+    out: list[Entry] = []
+    unmapped: list[str] = []
+    for leaf, shape in shapes.items():
+        site = keymap.site(leaf)
+        if site is None:
+            unmapped.append(f"{leaf} {tuple(shape)}")
+            continue
+        sizes = sizes_of(site, shape)
+        left = site.weight.left
+        split = tuple(i for i, n in enumerate(left) if n.startswith("{"))
+        keys = tuple(
+            site.weight.key.format(**dict(site.holes), **text)
+            for _, text in entries(site.weight, [left[i] for i in split], sizes)
+        )
+        out.append(Entry(leaf, tuple(shape), left, site.weight.right, split, keys))
+    if unmapped:
+        raise KeyMapError(f"the table {keymap.name!r} has no line for these leaves:\n" + paths.listing(unmapped))
+    return plan(out)
