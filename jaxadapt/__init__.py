@@ -57,7 +57,8 @@ _HOME = {
         "attach": "adapt init extract inject activate disable delete detach summary",
         "merge": "merge unmerge",
         "store": "save load read write inspect read_config to_peft from_peft",
-        "errors": "AdapterError AttachError ConfigError FileError FormatError KeyMapError MismatchError TargetError",
+        "errors": "AdapterError ConfigError FileError FormatError KeyMapError MismatchError TargetError "
+        "AttachError",
     }.items()
     for name in names.split()
 }
@@ -112,4 +113,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *(name for name in __all__ if name not in globals())])
+    return [*__all__, "__version__"]

@@ -1,0 +1,201 @@
+"""The house: a module imports only from floors below its own, and each heavy library has its few doors.
+
+Imports are read from the source, lazy ones inside functions included; `if TYPE_CHECKING:` ones do not
+run and are let through, save that they too may only name modules that exist.
+"""
+
+from __future__ import annotations
+
+import ast
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "jaxadapt"
+
+# Packages are listed by their first part: "configs" stands for everything under jaxadapt/configs/.
+FLOORS = [
+    ["errors", "paths", "axes", "configs"],
+    ["adapter", "keymap", "trace", "filters", "targets", "codecs"],
+    ["methods", "families", "dialects", "sharding", "card"],
+    ["linen", "nnx", "merge"],
+    ["attach", "store"],
+    ["hub", "checkpoint", "serving"],
+    ["cli", "demo"],
+]
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+TOP = len(FLOORS)  # __init__ and __main__ see everything
+
+# Imports within one floor, each with its reason; a package's own files may always import each other.
+SAME_FLOOR = {
+    ("paths", "errors"): "everything may raise",
+    ("axes", "errors"): "everything may raise",
+    ("configs", "errors"): "everything may raise",
+    ("store", "attach"): "load attaches before it injects",
+    ("cli", "demo"): "`jaxadapt demo` starts it",
+    ("targets", "keymap"): "a target matches PyTorch's name when a table is known",
+    ("keymap", "adapter"): "a plan turns one of the two values into the other",
+}
+
+# library -> the rooms that may import it. None: nobody.
+DOORS: dict[str, set[str] | None] = {
+    "flax": {"linen", "nnx", "demo"},
+    "torch": None,
+    "peft": None,
+    "transformers": None,
+    "pickle": {"codecs.torch_bin"},
+    "huggingface_hub": {"hub"},
+    "orbax": {"codecs.orbax", "checkpoint"},
+    "optax": {"demo"},
+    "safetensors": {"codecs.safetensors"},
+    "click": {"cli", "cli.main"},
+    "rich": {"cli", "demo", "attach"},
+    "matplotlib": {"demo"},
+    "gguf": {"demo"},
+    "tokenizers": {"demo"},
+}
+
+LONG = 400  # lines; more is a warning, and much more a failure
+
+
+def files() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    """`jaxadapt/codecs/orbax.py` -> "codecs.orbax"; the package's own `__init__` -> ""."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def exists(module: str) -> bool:
+    place = PACKAGE.joinpath(*module.split(".")) if module else PACKAGE
+    return place.with_suffix(".py").is_file() or (place / "__init__.py").is_file()
+
+
+def nodes(tree: ast.AST, typing_only: bool = False) -> Iterator[tuple[ast.AST, bool]]:
+    """Every node, with whether it stands under `if TYPE_CHECKING:`."""
+    for node in ast.iter_child_nodes(tree):
+        yield node, typing_only
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            for part in node.body:
+                yield part, True
+                yield from nodes(part, True)
+            for part in node.orelse:
+                yield part, typing_only
+                yield from nodes(part, typing_only)
+        else:
+            yield from nodes(node, typing_only)
+
+
+def imports(path: Path) -> Iterator[tuple[str, bool, int]]:
+    """(dotted name, only for type checkers, line) of every import in a file; relative ones made absolute."""
+    here = ["jaxadapt", *module_of(path).split(".")] if module_of(path) else ["jaxadapt"]
+    package = here if path.name == "__init__.py" else here[:-1]
+    for node, typing_only in nodes(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, typing_only, node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            source = node.module or ""
+            if node.level:
+                source = ".".join([*package[: len(package) - node.level + 1], *filter(None, [source])])
+            inside = source.removeprefix("jaxadapt").lstrip(".")
+            for alias in node.names:
+                # `from jaxadapt import keymap` and `from jaxadapt.codecs import orbax` import modules
+                whole = f"{inside}.{alias.name}".lstrip(".")
+                if source.split(".")[0] == "jaxadapt" and exists(whole):
+                    yield f"jaxadapt.{whole}", typing_only, node.lineno
+                else:
+                    yield source, typing_only, node.lineno
+        elif (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name | ast.Attribute)
+            and (node.func.id if isinstance(node.func, ast.Name) else node.func.attr)
+            in ("import_module", "__import__")
+            and node.args
+            and isinstance(node.args[0], ast.Constant)
+        ):
+            yield str(node.args[0].value), typing_only, node.lineno
+
+
+def room(module: str) -> str:
+    return module.split(".")[0]
+
+
+def floor(module: str) -> int:
+    return TOP if module in ("", "__main__") else FLOOR[room(module)]
+
+
+def test_every_module_has_a_floor():
+    homeless = {module_of(p) for p in files()} - {"", "__main__"}
+    homeless = {m for m in homeless if room(m) not in FLOOR}
+    assert not homeless, f"give these a floor in tests/test_house.py and CONTRIBUTING.md: {sorted(homeless)}"
+
+
+def test_imports_go_down():
+    wrong = []
+    for path in files():
+        me = module_of(path)
+        for name, typing_only, line in imports(path):
+            if name.split(".")[0] != "jaxadapt":
+                continue
+            other = name.removeprefix("jaxadapt").lstrip(".")
+            where = f"{path.relative_to(PACKAGE.parent)}:{line}"
+            if not exists(other):
+                wrong.append(f"{where} imports {name}, which does not exist")
+            elif typing_only or not me or room(me) == room(other) or (room(me), room(other)) in SAME_FLOOR:
+                continue
+            elif not other:
+                wrong.append(f"{where} imports the façade")
+            elif floor(other) >= floor(me):
+                wrong.append(f"{where} (floor {floor(me)}) imports {name} (floor {floor(other)})")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_same_floor_table_is_true():
+    for pair in SAME_FLOOR:
+        assert FLOOR[pair[0]] == FLOOR[pair[1]], pair
+
+
+def test_libraries_have_their_doors():
+    wrong = []
+    for path in files():
+        me = module_of(path)
+        for name, typing_only, line in imports(path):
+            library = name.split(".")[0]
+            if library not in DOORS or typing_only:
+                continue
+            allowed = DOORS[library] or set()
+            if me not in allowed and room(me) not in allowed:
+                wrong.append(
+                    f"{path.relative_to(PACKAGE.parent)}:{line} imports {library}; only {sorted(allowed)} may"
+                )
+    assert not wrong, "\n".join(wrong)
+
+
+def test_nothing_guesses_or_executes():
+    """No `hasattr`: what a value is follows from its type. No eval, exec or compile."""
+    wrong = [
+        f"{path.relative_to(PACKAGE.parent)}:{node.lineno} calls {node.func.id}"
+        for path in files()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id in ("hasattr", "eval", "exec", "compile")
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.filterwarnings("default")
+def test_files_stay_short():
+    lengths = {
+        path.relative_to(PACKAGE.parent): len(path.read_text(encoding="utf-8").splitlines())
+        for path in files()
+    }
+    long = {str(name): lines for name, lines in lengths.items() if lines > LONG}
+    if long:
+        warnings.warn(f"over {LONG} lines: {long}", stacklevel=1)
+    assert not {name: lines for name, lines in long.items() if lines > LONG + 100}
