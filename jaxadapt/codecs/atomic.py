@@ -1,0 +1,162 @@
+"""Replacing a file durably and atomically: whatever happens, a reader finds the old bytes or the new ones.
+
+The new bytes go to a temporary file in the same directory, which is flushed to the disk, renamed over the
+target, and the directory flushed. A writer holds a lock on its temporary file: what a killed process left
+behind is therefore known for certain, also on a disk that several machines share, and the next write of the
+same target removes it. A target that is a symbolic link is replaced, not followed: it may point into
+somebody's cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import secrets
+import stat
+import sys
+from collections.abc import Generator
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxadapt.codecs.files import file_error
+from jaxadapt.errors import FileError
+
+__all__ = ["Writer", "replacing", "write_bytes"]
+
+
+class Writer(NamedTuple):
+    """The open temporary file of a replacement."""
+
+    fd: int
+    path: str  # the target, for messages
+
+    def write(self, data: memoryview) -> None:
+        """Appends all of `data` (contiguous bytes); an `OSError` becomes a `FileError`."""
+        done = 0
+        try:
+            while done < len(data):
+                # a call moves at most 2 GiB anyway; smaller pieces let an interrupt through
+                done += os.write(self.fd, data[done : done + (64 << 20)])
+        except OSError as error:
+            raise _error(self.path, error) from error
+
+
+def _error(path: str, error: OSError | ValueError) -> FileError:
+    return file_error("write", path, error, "what the path held before is untouched")
+
+
+def _flush(fd: int) -> None:
+    if sys.platform == "darwin":
+        # there fsync() only reaches the drive's own cache
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(fd)
+
+
+def _try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # held by its writer, or a file system without locks: then nothing is ever swept
+        return False
+    return True
+
+
+def _sweep(directory: str, name: str) -> None:
+    """Removes the temporary files of `name` that no living process holds. Best effort."""
+    pattern = re.compile(rf"\.{re.escape(name)}\.\d+\.[0-9a-f]{{16}}\.tmp", re.DOTALL)
+    with contextlib.suppress(OSError):
+        for stale in Path(directory).iterdir():
+            if not pattern.fullmatch(stale.name):
+                continue
+            with contextlib.suppress(OSError):
+                fd = os.open(stale, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+                try:
+                    if stat.S_ISREG(os.fstat(fd).st_mode) and _try_lock(fd):
+                        stale.unlink()
+                finally:
+                    os.close(fd)
+
+
+def _create(directory: str, name: str) -> tuple[Path, int]:
+    while True:
+        temporary = Path(directory) / f".{name}.{os.getpid()}.{secrets.token_hex(8)}.tmp"
+        # mode 0666: the kernel takes the umask off, which Python can only read by changing it for all threads
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        _try_lock(fd)
+        if os.fstat(fd).st_nlink:
+            return temporary, fd
+        os.close(fd)  # another writer swept it between our open and our lock
+
+
+def _finish(writer: Writer, temporary: Path) -> None:
+    try:
+        _flush(writer.fd)
+        temporary.replace(writer.path)
+    except OSError as error:
+        raise _error(writer.path, error) from error
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Generator[Writer]:
+    """A `Writer` for the new content; on leaving the block without an exception it becomes `path`.
+
+    On any exception the temporary file is removed and `path` is as it was.
+
+    Raises:
+        FileError: no space, no permission, the path is a directory, its parent is missing, …
+    """
+    target = os.fspath(path)
+    directory, name = os.path.split(target)
+    directory = directory or "."
+    if not name or name in (".", "..") or Path(target).is_dir():
+        raise FileError(f"{target}: cannot write: expected the path of a file, found a directory")
+    try:
+        directory_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError as error:
+        raise FileError(
+            f"{target}: cannot write: the directory {directory} does not exist; create it first"
+        ) from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise _error(target, error) from error
+    try:
+        _sweep(directory, name)
+        try:
+            temporary, fd = _create(directory, name)
+        except (OSError, ValueError) as error:
+            raise _error(target, error) from error
+        try:
+            writer = Writer(fd, target)
+            yield writer
+            _finish(writer, temporary)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+        finally:
+            os.close(fd)
+        try:
+            os.fsync(directory_fd)
+        except OSError as error:
+            if error.errno not in (
+                errno.EINVAL,
+                errno.ENOTSUP,
+            ):  # some network file systems flush no directories
+                raise file_error(
+                    "flush the directory of", target, error, "the new file is in place"
+                ) from error
+    finally:
+        os.close(directory_fd)
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Replaces the content of `path` by `data`, durably and atomically.
+
+    Raises:
+        FileError: see `replacing`.
+    """
+    with replacing(path) as writer:
+        writer.write(memoryview(data))

@@ -1,0 +1,105 @@
+"""Opening and reading files: every `OSError` becomes a `FileError` that names the path and the way out."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import stat
+from typing import TYPE_CHECKING
+
+from jaxadapt.errors import FileError, FormatError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["aligned", "file_error", "open_binary", "pread_exact", "read_into"]
+
+_WAY_OUT = {
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "a part of the path is a file, not a directory",
+    errno.EISDIR: "the path is a directory, a file is needed",
+    errno.EACCES: "check the permissions of the file and its directory",
+    errno.EPERM: "check the permissions and attributes of the file and its directory",
+    errno.EROFS: "the file system is mounted read-only: choose another path",
+    errno.ENOSPC: "free some space, or choose another path",
+    errno.EDQUOT: "the disk quota is used up: free some space, or choose another path",
+    errno.EFBIG: "the file system or the process limit (ulimit -f) allows no file this large",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EMFILE: "the process has too many open files: close some, or raise `ulimit -n`",
+    errno.ELOOP: "the symbolic links of the path form a loop",
+}
+
+# Linux moves at most 0x7ffff000 bytes a call, and macOS refuses more than INT_MAX.
+_MAX_CALL = 1 << 30
+
+
+def file_error(action: str, path: str, error: OSError | ValueError, more: str = "") -> FileError:
+    """A `FileError` saying what could not be done with `path`, why, and the way out.
+
+    >>> print(file_error("write", "a/b", OSError(errno.ENOSPC, "No space left on device")))
+    a/b: cannot write: No space left on device; free some space, or choose another path
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+    parts = [f"{path}: cannot {action}: {reason}", more, _WAY_OUT.get(number or 0, "")]
+    return FileError("; ".join(part for part in parts if part))
+
+
+def _opener(path: str, flags: int) -> int:
+    # O_NONBLOCK: opening a FIFO must not wait for its writer; regular files do not care.
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def open_binary(path: str) -> tuple[io.FileIO, int]:
+    """Opens a regular file for reading; returns it with its size in bytes.
+
+    Raises:
+        FileError: missing, a directory, not permitted, not a regular file.
+    """
+    try:
+        file = io.FileIO(path, "rb", opener=_opener)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise file_error("read", path, error) from error
+    status = os.fstat(file.fileno())
+    if not stat.S_ISREG(status.st_mode):
+        file.close()
+        raise FileError(f"{path}: cannot read: expected a regular file, found a device, pipe or socket")
+    return file, status.st_size
+
+
+def read_into(fd: int, view: memoryview, offset: int, path: str, what: str) -> None:
+    """Fills `view` (contiguous bytes) from `offset` on.
+
+    Raises:
+        FormatError: the file ends before the view is full; names `what`.
+        FileError: the operating system cannot read.
+    """
+    done, size = 0, len(view)
+    while done < size:
+        try:
+            count = os.preadv(fd, [view[done : done + _MAX_CALL]], offset + done)
+        except OSError as error:
+            raise file_error("read", path, error) from error
+        if count == 0:
+            raise FormatError(
+                f"{path}: {what}: expected {size} bytes at offset {offset}, found {done} before the end "
+                "of the file; it was truncated after it was opened"
+            )
+        done += count
+
+
+def pread_exact(fd: int, size: int, offset: int, path: str, what: str) -> bytes:
+    """Like `read_into`, into new bytes."""
+    buffer = bytearray(size)
+    read_into(fd, memoryview(buffer), offset, path, what)
+    return bytes(buffer)
+
+
+def aligned(nbytes: int) -> np.ndarray:
+    """Uninitialised uint8 of `nbytes`, aligned to 64 bytes: XLA's CPU client needs that to share them."""
+    import numpy as np
+
+    raw = np.empty(nbytes + 63, np.uint8)
+    skip = -raw.ctypes.data % 64
+    return raw[skip : skip + nbytes]

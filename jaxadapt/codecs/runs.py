@@ -1,0 +1,180 @@
+"""Between arrays of any memory layout and a file's flat bytes: reading boxes, writing strided arrays."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from jaxadapt.codecs.files import aligned
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+    import numpy as np
+
+__all__ = ["Pipeline", "blocks", "read_box"]
+
+# Reading a gap of this many bytes along costs about as much as another system call.
+_GAP = 16 << 10
+# What is read along with its gaps passes through a buffer of about this size.
+_STRIP = 4 << 20
+# Contiguous memory of at least this size is written from where it lies.
+_DIRECT = 1 << 20
+
+
+def _slice(part: range) -> slice:
+    # going down to index 0, range stops at -1, which a slice takes for the last index
+    return slice(part.start, part.stop if part.stop >= 0 else None, part.step)
+
+
+def _shifted(part: range, by: int) -> range:
+    return range(part.start - by, part.stop - by, part.step)
+
+
+def read_box(
+    read_at: Callable[[memoryview, int], None], shape: Sequence[int], dtype: np.dtype, slices: Sequence[slice]
+) -> np.ndarray:
+    """Reads `array[slices]` of an array that lies C-contiguous somewhere, in as few runs as sensible.
+
+    Args:
+        read_at: fills a view from a byte offset within the array.
+        shape: of the whole array.
+        dtype: of the array.
+        slices: any bounds and steps; missing ones at the end mean the whole axis.
+
+    Returns:
+        A new array, C-contiguous, 64-byte aligned.
+
+    Raises:
+        IndexError: more slices than axes.
+    """
+    if len(slices) > len(shape):
+        raise IndexError(
+            f"expected at most {len(shape)} slices for shape {tuple(shape)}, found {len(slices)}"
+        )
+    padded = [*slices, *[slice(None)] * (len(shape) - len(slices))]
+    ranges = [range(*part.indices(size)) for part, size in zip(padded, shape, strict=True)]
+    lengths = tuple(len(part) for part in ranges)
+    flat = aligned(math.prod(lengths) * dtype.itemsize)
+    out = flat.view(dtype).reshape(lengths)
+    if out.size == 0 or not shape:
+        if out.size:
+            read_at(flat.data, 0)
+        return out
+
+    whole = [part == range(size) for part, size in zip(ranges, shape, strict=True)]
+    strides = [math.prod(shape[axis + 1 :]) * dtype.itemsize for axis in range(len(shape))]
+    # The indices of `axis` make one run; the axes after it are whole, or cheaper to read whole.
+    axis = len(shape) - 1
+    while axis > 0 and (whole[axis] or strides[axis - 1] <= _GAP):
+        axis -= 1
+    inner, step, exact = ranges[axis], abs(ranges[axis].step), all(whole[axis + 1 :])
+    starts = [
+        sum(i * s for i, s in zip(index, strides, strict=False))
+        for index in itertools.product(*ranges[:axis])
+    ]
+
+    if exact and inner.step == 1:
+        run = flat.size // len(starts)
+        for number, start in enumerate(starts):
+            read_at(flat.data[number * run : (number + 1) * run], start + inner.start * strides[axis])
+        return out
+
+    rows = out.reshape(len(starts), *lengths[axis:])
+    count = 1 if step > 1 and step * strides[axis] > _GAP else max(1, _STRIP // (strides[axis] * step))
+    rest = tuple(_slice(part) for part in ranges[axis + 1 :])
+    for number, start in enumerate(starts):
+        for at in range(0, len(inner), count):
+            group = inner[at : at + count]
+            low, high = min(group), max(group) + 1
+            strip = aligned((high - low) * strides[axis])
+            read_at(strip.data, start + low * strides[axis])
+            box = strip.view(dtype).reshape(high - low, *shape[axis + 1 :])
+            rows[number, at : at + count] = box[(_slice(_shifted(group, low)), *rest)]
+    return out
+
+
+def blocks(array: np.ndarray, limit: int) -> Iterator[np.ndarray]:
+    """Cuts an array along its leading axes into pieces of at most `limit` bytes, in C order."""
+    if array.nbytes <= limit or array.ndim == 0:
+        yield array
+        return
+    row = array.nbytes // len(array)
+    if row > limit:
+        for part in array:
+            yield from blocks(part, limit)
+        return
+    count = limit // row
+    for start in range(0, len(array), count):
+        yield array[start : start + count]
+
+
+class Pipeline:
+    """Turns arrays into contiguous bytes in the calling thread, while another thread writes those before.
+
+    Small and strided arrays pass through two buffers of `stage` bytes that are used in turn: so no memory is
+    allocated for a tensor, however large, and its pages need not be faulted in.
+    """
+
+    def __init__(self, write: Callable[[memoryview], None], stage: int) -> None:
+        """`write` gets contiguous bytes, one call at a time, in order, from one other thread."""
+        import numpy as np
+
+        self._write = write
+        self._buffers = (np.empty(stage, np.uint8), np.empty(stage, np.uint8))
+        self._used = 0
+        self._running: Future[None] | None = None
+
+    def __enter__(self) -> Pipeline:
+        from concurrent.futures import ThreadPoolExecutor
+
+        self._pool = ThreadPoolExecutor(1)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._flush()
+                self._wait()
+        finally:
+            self._pool.shutdown(wait=True)
+
+    def _wait(self) -> None:
+        if self._running is not None:
+            self._running.result()
+
+    def _submit(self, view: memoryview) -> None:
+        self._wait()
+        self._running = self._pool.submit(self._write, view)
+
+    def _flush(self) -> None:
+        if self._used:
+            self._submit(self._buffers[0].data[: self._used])
+            self._buffers, self._used = self._buffers[::-1], 0
+
+    def add(self, array: np.ndarray) -> None:
+        """Writes the array's elements in C order. Integers of any strides; views are kept until written."""
+        import numpy as np
+
+        if array.flags.c_contiguous and array.nbytes >= _DIRECT:
+            self._flush()
+            self._submit(array.reshape(-1).view(np.uint8).data)
+            return
+        for block in blocks(array, self._buffers[0].size):
+            if self._used + block.nbytes > self._buffers[0].size:
+                self._flush()
+            # buffers hold offsets of any alignment; numpy copies to unaligned memory as well
+            place = self._buffers[0][self._used : self._used + block.nbytes]
+            place.view(block.dtype).reshape(block.shape)[...] = block
+            self._used += block.nbytes
+
+    def add_bytes(self, data: bytes) -> None:
+        """Writes bytes as they are."""
+        import numpy as np
+
+        self.add(np.frombuffer(data, np.uint8))

@@ -1,0 +1,287 @@
+"""safetensors files: header, reading (whole, lazily, by slices) and durable, atomic writing.
+
+Our own implementation of the format, byte for byte what the safetensors library writes. Reading a header
+needs the standard library only; numpy (and ml_dtypes, for bfloat16 and float8) come in with the first tensor.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from jaxadapt.codecs import atomic, files, runs
+from jaxadapt.codecs.header import (
+    MAX_HEADER,
+    Header,
+    TensorInfo,
+    encode,
+    length_problem,
+    parse,
+    problems_text,
+)
+from jaxadapt.errors import FileError, FormatError, MismatchError
+
+if TYPE_CHECKING:
+    import io
+
+    import numpy as np
+    import numpy.typing as npt
+
+__all__ = [
+    "MAX_HEADER",
+    "Header",
+    "TensorFile",
+    "TensorInfo",
+    "dtype_name",
+    "encode",
+    "numpy_dtype",
+    "open_tensors",
+    "read",
+    "read_header",
+    "write",
+]
+
+_NUMPY = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "U16": "uint16", "F16": "float16",
+    "I32": "int32", "U32": "uint32", "F32": "float32", "C64": "complex64", "F64": "float64",
+    "I64": "int64", "U64": "uint64",
+}  # fmt: skip
+_ML_DTYPES = {
+    "BF16": "bfloat16", "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}  # fmt: skip
+_NAMES = {name: code for table in (_NUMPY, _ML_DTYPES) for code, name in table.items()}
+
+# A job for the writing thread: big enough to hide the cost of a hand-over, small enough for the cache.
+_STAGE = 4 << 20
+# Below this, starting threads to read costs more than it saves.
+_PARALLEL_READ = 4 << 20
+
+
+def numpy_dtype(name: str) -> np.dtype:
+    """The numpy dtype of a safetensors dtype name.
+
+    Raises:
+        FormatError: numpy has none (the 4- and 6-bit types, which share bytes).
+
+    >>> numpy_dtype("BF16"), numpy_dtype("F32")
+    (dtype(bfloat16), dtype('float32'))
+    """
+    import numpy as np
+
+    if name in _NUMPY:
+        return np.dtype(_NUMPY[name])
+    if name in _ML_DTYPES:
+        import ml_dtypes
+
+        return np.dtype(getattr(ml_dtypes, _ML_DTYPES[name]))
+    raise FormatError(
+        f"dtype {name}: expected one of {', '.join([*_NUMPY, *_ML_DTYPES])}; no array can hold it"
+    )
+
+
+def dtype_name(dtype: npt.DTypeLike) -> str:
+    """The safetensors name of a numpy dtype, in either byte order.
+
+    Raises:
+        FileError: the format has no such type.
+
+    >>> dtype_name("float16")
+    'F16'
+    """
+    import numpy as np
+
+    name = np.dtype(dtype).name
+    if name not in _NAMES:
+        raise FileError(
+            f"dtype {name}: safetensors files cannot hold it; convert to one of {', '.join(_NAMES)}"
+        )
+    return _NAMES[name]
+
+
+def _header_of(file: io.FileIO, size: int, path: str) -> Header:
+    fd = file.fileno()
+    first = files.pread_exact(fd, min(size, 8), 0, path, "header length")
+    if problem := length_problem(first, size):
+        raise FormatError(f"{path}: not a valid safetensors file: {problem}")
+    raw = files.pread_exact(fd, int.from_bytes(first, "little"), 8, path, "header")
+    return parse(path, raw, size)
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """The validated header of a file; reads no tensor and imports neither numpy nor jax.
+
+    Raises:
+        FormatError: the bytes are no safetensors file, or contradict themselves; names each tensor concerned.
+        FileError: missing, a directory, not permitted.
+    """
+    name = os.fspath(path)
+    file, size = files.open_binary(name)
+    with file:
+        return _header_of(file, size, name)
+
+
+class TensorFile(Mapping[str, "np.ndarray"]):
+    """An open file: each `[key]` reads that tensor's bytes into a new array (C order, 64-byte aligned).
+
+    It keeps the one descriptor it opened, so a file replaced meanwhile does not mix with the old one. Use as
+    a context manager, or call `close`. Reading from several threads at once is safe.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Raises what `read_header` raises."""
+        self.path = os.fspath(path)
+        self._file, size = files.open_binary(self.path)
+        try:
+            self.header = _header_of(self._file, size, self.path)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _find(self, key: str) -> tuple[int, TensorInfo, np.dtype]:
+        info = self.header.tensors[key]
+        if self._file.closed:
+            raise FileError(f"{self.path}: tensor {key!r}: the file was closed; read inside the `with` block")
+        try:
+            return self._file.fileno(), info, numpy_dtype(info.dtype)
+        except FormatError as error:
+            raise FormatError(f"{self.path}: tensor {key!r}: {error}") from None
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        fd, info, dtype = self._find(key)
+        data = files.aligned(info.nbytes)
+        files.read_into(fd, data.data, self.header.data_start + info.start, self.path, f"tensor {key!r}")
+        return data.view(dtype).reshape(info.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.header.tensors)
+
+    def __len__(self) -> int:
+        return len(self.header.tensors)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.header.tensors  # Mapping's own would read the tensor
+
+    def read_slice(self, key: str, slices: Sequence[slice]) -> np.ndarray:
+        """`self[key][slices]`, reading only the bytes of the slice (gaps under 16 KiB are read along).
+
+        Args:
+            key: the tensor.
+            slices: one slice an axis, with any bounds and step; missing ones at the end mean the whole axis.
+                What `jax.make_array_from_callback` hands out fits.
+
+        Raises:
+            FormatError: the file was truncated meanwhile.
+            IndexError: more slices than axes.
+        """
+        fd, info, dtype = self._find(key)
+        begin = self.header.data_start + info.start
+
+        def read_at(view: memoryview, offset: int) -> None:
+            files.read_into(fd, view, begin + offset, self.path, f"tensor {key!r}")
+
+        return runs.read_box(read_at, info.shape, dtype, slices)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
+    """Opens a file for lazy reading; see `TensorFile`.
+
+    Raises:
+        FormatError, FileError: see `read_header`.
+    """
+    return TensorFile(path)
+
+
+def read(path: str | os.PathLike[str], keys: Iterable[str] | None = None) -> dict[str, np.ndarray]:
+    """All tensors of a file, or those named, in memory that XLA's CPU client takes without a copy.
+
+    Raises:
+        FormatError, FileError: see `read_header`.
+        MismatchError: the file lacks some of `keys`; names them all.
+    """
+    with open_tensors(path) as file:
+        wanted = list(file) if keys is None else list(keys)
+        if missing := [key for key in wanted if key not in file]:
+            raise MismatchError(
+                f"{file.path}: expected tensors {problems_text([repr(key) for key in missing])}, "
+                f"but the file lacks them; it holds {problems_text([repr(key) for key in file])}"
+            )
+        if sum(file.header.tensors[key].nbytes for key in wanted) < _PARALLEL_READ:
+            return {key: file[key] for key in wanted}
+        from concurrent.futures import ThreadPoolExecutor
+
+        # the time goes into the kernel's copy and into page faults, both without the GIL
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            return dict(zip(wanted, pool.map(file.__getitem__, wanted), strict=True))
+
+
+def _checked(path: str, key: str, value: np.ndarray, info: TensorInfo) -> np.ndarray:
+    """The array as unsigned integers in little endian, any strides: numpy copies those fastest."""
+    import numpy as np
+
+    array = np.asarray(value)
+    name = _NAMES.get(array.dtype.name, array.dtype.name)
+    if name != info.dtype or array.shape != info.shape:
+        raise MismatchError(
+            f"{path}: cannot write: tensor {key!r}: expected {info.dtype} {list(info.shape)}, "
+            f"found {name} {list(array.shape)}"
+        )
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    return array.view(np.dtype(f"u{array.dtype.itemsize}"))
+
+
+def write(
+    path: str | os.PathLike[str],
+    specs: Mapping[str, tuple[npt.DTypeLike, Sequence[int]]],
+    get: Callable[[str], np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> Header:
+    """Writes a file durably and atomically in one pass, holding one tensor at a time.
+
+    The bytes are those that `safetensors.torch.save_file` writes; `metadata` is sorted by key.
+
+    Args:
+        path: replaced when everything is on the disk; on any exception it is as it was.
+        specs: (dtype, shape) by key; a dtype is a safetensors name ("BF16") or anything numpy takes for one.
+        get: gives the array of a key: any memory layout or byte order, dtype and shape as in `specs`. Called
+            once a key in the file's order, in the calling thread, while an earlier tensor is being written.
+        metadata: strings.
+        progress: called in the calling thread with the number of bytes handed on since its last call.
+
+    Returns:
+        The header of the file.
+
+    Raises:
+        FileError: disk full, no permission, …; a spec the format cannot hold; a header over 100 MB.
+        MismatchError: `get` returned another dtype or shape than its spec.
+    """
+    name = os.fspath(path)
+    named = {key: (_spec_dtype(dtype), shape) for key, (dtype, shape) in specs.items()}
+    first, header = encode(name, named, metadata or {})
+    with atomic.replacing(name) as writer, runs.Pipeline(writer.write, _STAGE) as pipeline:
+        pipeline.add_bytes(first)
+        for key, info in header.tensors.items():
+            pipeline.add(_checked(name, key, get(key), info))
+            if progress is not None:
+                progress(info.nbytes)
+    return header
+
+
+def _spec_dtype(dtype: npt.DTypeLike) -> str:
+    return dtype if isinstance(dtype, str) and dtype.isupper() else dtype_name(dtype)
