@@ -1,0 +1,22 @@
+"""PEFT-compatible configuration classes <-> `adapter_config.json`. Pure standard library."""
+
+from jaxadapt.configs.base import PEFT_VERSION, TASK_TYPES, Config, GenericConfig
+from jaxadapt.configs.frozen import FrozenDict, freeze, thaw
+from jaxadapt.configs.ia3 import IA3Config
+from jaxadapt.configs.lora import LoraConfig
+from jaxadapt.configs.text import dumps, from_dict, loads
+
+__all__ = [
+    "PEFT_VERSION",
+    "TASK_TYPES",
+    "Config",
+    "FrozenDict",
+    "GenericConfig",
+    "IA3Config",
+    "LoraConfig",
+    "dumps",
+    "freeze",
+    "from_dict",
+    "loads",
+    "thaw",
+]

@@ -1,0 +1,207 @@
+"""What all configuration classes share, and the class for methods without one of their own."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, Self, cast
+
+from jaxadapt.configs.check import Problems
+from jaxadapt.configs.frozen import FrozenDict, freeze, thaw
+from jaxadapt.errors import ConfigError
+
+# The version of PEFT whose schema is written here; what a new configuration says of itself.
+PEFT_VERSION = "0.21.2"
+
+TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+
+# Lists whose order means nothing (PEFT turns them into sets): kept as given, compared as sets.
+_SETS = frozenset({"target_modules", "exclude_modules", "feedforward_modules"})
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Config:
+    """What a PEFT configuration of any method holds. Deeply immutable, hashable, picklable.
+
+    Two configurations are equal when they mean the same mathematics: where the base model came from, which
+    version wrote the file and the like take no part in equality and hash (a jitted function that has one as
+    static data is not traced again for them), and neither does the order of `target_modules`.
+
+    Attributes:
+        extra: every key that the class does not know (older, newer or forked versions), written back on top.
+    """
+
+    task_type: str | None = field(default=None, compare=False)
+    peft_type: str = ""
+    auto_mapping: Mapping[str, Any] | None = field(default=None, compare=False)
+    peft_version: str | None = field(default=PEFT_VERSION, compare=False)
+    base_model_name_or_path: str | None = field(default=None, compare=False)
+    revision: str | None = field(default=None, compare=False)
+    inference_mode: bool = field(default=False, compare=False)
+    extra: Mapping[str, Any] = field(default_factory=FrozenDict)
+
+    # The one type a class is for; None: the class is for every type that has none of its own.
+    _type: ClassVar[str | None] = None
+
+    def __post_init__(self) -> None:
+        if type(self) is Config:
+            raise ConfigError("Config is the base class; use LoraConfig, IA3Config or GenericConfig")
+        problems = Problems()
+        self._check_given(problems)
+        for name in _field_names(type(self)):
+            try:
+                object.__setattr__(self, name, freeze(getattr(self, name)))
+            except TypeError as error:
+                problems.note(name, f"{name}: {error}")
+        self._check(problems)
+        problems.raise_if_any(type(self).__name__)
+
+    def _check_given(self, problems: Problems) -> None:
+        """Check the values as they were given, before they are frozen (and dicts sorted)."""
+
+    def _check(self, problems: Problems) -> None:
+        """Check the frozen values; a subclass extends it."""
+        if self._type is not None and self.peft_type != self._type:
+            problems.add("peft_type", f'"{self._type}"', self.peft_type, "use configs.loads for any type")
+        problems.one_of("task_type", self.task_type, TASK_TYPES, optional=True)
+        problems.mapping("auto_mapping", self.auto_mapping)
+        for name in ("peft_version", "base_model_name_or_path", "revision"):
+            problems.text(name, getattr(self, name))
+        problems.flag("inference_mode", self.inference_mode)
+        if not isinstance(self.extra, FrozenDict):
+            problems.add("extra", "an object of unknown keys", self.extra)
+            return
+        for key in sorted(set(self.extra) & set(_field_names(type(self))) - {"extra"}):
+            problems.add(f"extra[{key!r}]", f"no key that {type(self).__name__} has itself", self.extra[key])
+
+    @cached_property
+    def _identity(self) -> tuple[Any, ...]:
+        """What takes part in equality and hash."""
+        values: list[Any] = []
+        for item in dataclasses.fields(self):
+            if item.compare and item.name != "extra":
+                values.append(_unordered(item.name, getattr(self, item.name)))
+        values.append(FrozenDict({key: _unordered(key, value) for key, value in self.extra.items()}))
+        return tuple(values)
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if not isinstance(other, Config):
+            return NotImplemented
+        return type(self) is type(other) and self._identity == other._identity
+
+    def __hash__(self) -> int:
+        return hash((type(self).__name__, self._identity))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in _field_names(type(self))}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a JSON key, whether the class knows it or `extra` holds it; `default` if neither.
+
+        >>> GenericConfig(peft_type="VERA", extra={"projection_prng_key": 0}).get("projection_prng_key")
+        0
+        """
+        if key != "extra" and key in _field_names(type(self)):
+            return getattr(self, key)
+        return self.extra.get(key, default)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with other values, checked anew; for a key the class does not know, replace `extra`.
+
+        Raises:
+            ConfigError: an unknown field, or an invalid value.
+        """
+        unknown = sorted(set(changes) - set(_field_names(type(self))))
+        if unknown:
+            raise ConfigError(
+                f"{type(self).__name__} has no field {', '.join(unknown)}; it has: "
+                f"{', '.join(_field_names(type(self)))}"
+            )
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, with the keys of `adapter_config.json`."""
+        known = {name: thaw(getattr(self, name)) for name in _field_names(type(self)) if name != "extra"}
+        return {**known, **thaw(self.extra)}
+
+    def to_json(self) -> str:
+        """The text of `adapter_config.json` as PEFT writes it: indent 2, keys sorted, no final newline."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str = "configuration") -> Self:
+        """A configuration from the values of an `adapter_config.json`.
+
+        On `Config` itself the class follows from `peft_type`. Absent keys get PEFT's defaults, except
+        `peft_version`: null, as nobody knows which version it was.
+
+        Args:
+            values: the JSON object; unknown keys are kept in `extra`.
+            source: what errors call it, a file name for example.
+
+        Raises:
+            ConfigError: whatever is wrong, all problems in one.
+
+        >>> GenericConfig.from_dict({"peft_type": "VERA", "r": 256}).extra
+        FrozenDict({'r': 256})
+        """
+        if cls is Config:
+            # Only here does the base know of its subclasses; the import would be circular at the top.
+            from jaxadapt.configs.text import from_dict
+
+            return cast("Self", from_dict(values, source))
+        names = set(_field_names(cls)) - {"extra"}
+        known: dict[str, Any] = {
+            "peft_version": None,
+            **{key: value for key, value in values.items() if key in names},
+        }
+        extra = {key: value for key, value in values.items() if key not in names}
+        try:
+            return cls(**known, extra=extra)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GenericConfig(Config):
+    """The configuration of a method that has no class of its own here: `extra` keeps every key.
+
+    >>> GenericConfig(peft_type="VERA", extra={"r": 256}).get("r")
+    256
+    """
+
+    def _check(self, problems: Problems) -> None:
+        super()._check(problems)
+        name = cast("object", self.peft_type)
+        if not (isinstance(name, str) and re.fullmatch("[A-Z][A-Z0-9_]*", name)):
+            problems.add("peft_type", 'a type in capitals, such as "VERA"', name)
+        elif name in ("LORA", "IA3"):
+            problems.add("peft_type", "a type without a class of its own", name, "use its class")
+        if isinstance(self.extra, FrozenDict):
+            for name in sorted(_SETS & set(self.extra)):
+                problems.selection(name, self.extra[name])
+
+
+def _field_names(cls: type[Config]) -> tuple[str, ...]:
+    return tuple(cls.__dataclass_fields__)
+
+
+def _unordered(name: str, value: Any) -> Any:
+    if name in _SETS and isinstance(value, tuple):
+        return frozenset(cast("tuple[Any, ...]", value))
+    return value

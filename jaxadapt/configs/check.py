@@ -1,0 +1,183 @@
+"""Collecting what is wrong with a configuration, so that one error names everything."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Mapping
+from typing import Any, NoReturn, cast
+
+from jaxadapt.errors import ConfigError
+
+# How PEFT embeds a pattern of each field into the expression it matches module names with. A key such as
+# "a)(b" is a valid expression inside one of these and an invalid one alone, so only the whole is judged.
+TEMPLATES: Mapping[str, str] = {
+    "target_modules": "{}",
+    "exclude_modules": "{}",
+    "feedforward_modules": "{}",
+    "modules_to_save": r"(^|.*\.){}($|\..*)",
+    "layers_pattern": r"(?:^|.*?\.){}\.(?P<idx>\d+)\.",
+    "rank_pattern": r"(.*\.)?({})$",
+    "alpha_pattern": r"(.*\.)?({})$",
+}
+
+
+def compile_pattern(field: str, pattern: str) -> re.Pattern[str]:
+    """The compiled expression in which PEFT uses `pattern`, an entry of `field` (a key of `TEMPLATES`).
+
+    Python's `re` backtracks: an expression such as "(a+)+b" can take exponential time on a long name. Nothing
+    guards against it; a configuration is no more to be trusted in this than the model it comes with.
+
+    Raises:
+        ConfigError: the pattern is no valid regular expression.
+    """
+    try:
+        return re.compile(TEMPLATES[field].replace("{}", pattern))
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ConfigError(
+            f"{field}: expected a regular expression of Python's `re`, found {pattern!r} ({error}); "
+            "escape what is meant literally, for example with re.escape"
+        ) from error
+
+
+def is_int(value: object) -> bool:
+    """An int that is no bool (True is an int to Python, but not in a configuration)."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """A finite int or float."""
+    return is_int(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def is_strings(value: object) -> bool:
+    """A (frozen) list of strings."""
+    if not isinstance(value, tuple):
+        return False
+    return all(isinstance(item, str) for item in cast("tuple[object, ...]", value))
+
+
+def is_ints(value: object) -> bool:
+    """A (frozen) list of ints."""
+    return isinstance(value, tuple) and all(is_int(item) for item in cast("tuple[object, ...]", value))
+
+
+class Problems:
+    """What is wrong with one configuration; each field is reported once."""
+
+    def __init__(self) -> None:
+        self._lines: dict[str, str] = {}
+
+    def add(self, field: str, expected: str, found: object, way_out: str = "") -> None:
+        """Report `field`, unless it has been already (a later finding would only follow from the first)."""
+        line = f"{field}: expected {expected}, found {_show(found)}"
+        self._lines.setdefault(field, f"{line}; {way_out}" if way_out else line)
+
+    def note(self, field: str, line: str) -> None:
+        """Report `field` with a ready line."""
+        self._lines.setdefault(field, line)
+
+    def __contains__(self, field: str) -> bool:
+        return field in self._lines
+
+    def raise_if_any(self, owner: str) -> None:
+        """Raise one ConfigError that lists every problem, if there is one."""
+        if self._lines:
+            self._raise(owner)
+
+    def _raise(self, owner: str) -> NoReturn:
+        lines = list(self._lines.values())
+        if len(lines) == 1:
+            raise ConfigError(f"{owner}: {lines[0]}")
+        raise ConfigError("\n  ".join([f"{owner}: {len(lines)} problems", *lines]))
+
+    # One method for each kind of value; all take the frozen value.
+
+    def flag(self, field: str, value: object, *, optional: bool = False) -> None:
+        """true or false."""
+        if not (isinstance(value, bool) or (optional and value is None)):
+            self.add(field, "true, false or null" if optional else "true or false", value)
+
+    def text(self, field: str, value: object) -> None:
+        """A string or null."""
+        if value is not None and not isinstance(value, str):
+            self.add(field, "a string or null", value)
+
+    def mapping(self, field: str, value: object) -> None:
+        """An object or null."""
+        if value is not None and not isinstance(value, Mapping):
+            self.add(field, "an object or null", value)
+
+    def rank(self, field: str, value: object) -> None:
+        """A positive int."""
+        if is_int(value) and cast("int", value) > 0:
+            return
+        whole = isinstance(value, float) and value.is_integer() and value > 0
+        self.add(field, "a positive integer", value, f"write {int(cast('float', value))}" if whole else "")
+
+    def number(self, field: str, value: object) -> None:
+        """A finite int or float."""
+        if not is_number(value):
+            self.add(field, "a finite number", value)
+
+    def probability(self, field: str, value: object) -> None:
+        """A number in [0, 1)."""
+        if not (is_number(value) and 0 <= cast("float", value) < 1):
+            self.add(field, "a number in [0, 1)", value)
+
+    def one_of(self, field: str, value: object, known: Collection[str], *, optional: bool = False) -> None:
+        """One of a few strings (or null)."""
+        if (value is None and optional) or (isinstance(value, str) and value in known):
+            return
+        names = ", ".join(f'"{name}"' for name in known)
+        self.add(field, f"one of {names}{' or null' if optional else ''}", value)
+
+    def strings(self, field: str, value: object) -> None:
+        """A list of strings or null; a lone string would be read letter by letter."""
+        if value is None or is_strings(value):
+            return
+        way_out = f"write [{_show(value)}]" if isinstance(value, str) else ""
+        self.add(field, "a list of strings or null", value, way_out)
+
+    def integers(self, field: str, value: object) -> None:
+        """A list of ints or null."""
+        if value is not None and not is_ints(value):
+            self.add(field, "a list of integers or null", value)
+
+    def selection(self, field: str, value: object) -> None:
+        """A regular expression, a list of names, or null."""
+        if value is None or is_strings(value):
+            return
+        if isinstance(value, str):
+            self.pattern(field, value)
+        else:
+            self.add(field, "a regular expression (string), a list of names, or null", value)
+
+    def pattern(self, field: str, value: str) -> None:
+        """A regular expression that is valid where PEFT uses it."""
+        if re.fullmatch(r"[\w.]*", value):
+            return  # a plain name, the usual case, is valid anywhere; compiling hundreds of them takes time
+        try:
+            compile_pattern(field, value)
+        except ConfigError as error:
+            self.note(field, str(error))
+
+    def patterns(self, field: str, value: object) -> None:
+        """`rank_pattern` or `alpha_pattern`: expressions -> positive ints or finite numbers."""
+        if not isinstance(value, Mapping):
+            self.add(field, "an object (of patterns)", value, "write {}" if value is None else "")
+            return
+        for key, item in cast("Mapping[str, Any]", value).items():
+            self.pattern(field, key)
+            if field == "rank_pattern":
+                self.rank(f"{field}[{key!r}]", item)
+            else:
+                self.number(f"{field}[{key!r}]", item)
+
+
+def _show(value: object) -> str:
+    """A value as JSON would write it, short enough for a message."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"

@@ -1,0 +1,122 @@
+"""Deeply immutable, hashable stand-ins for JSON values: static data of jitted functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from typing import Any, TypeAlias, cast
+
+# What `freeze` returns. (FrozenDict is named as a string: the alias is recursive.)
+Frozen: TypeAlias = "bool | int | float | str | tuple[Frozen, ...] | FrozenDict | None"
+
+
+class FrozenDict(Mapping[str, Any]):
+    """An immutable, hashable mapping with string keys, always **in sorted order**.
+
+    Sorted, because `adapter_config.json` is: were another order kept in memory, the first pattern to hit in
+    `rank_pattern` could differ before and after a save, and equal configurations would mean different ranks.
+
+    >>> d = FrozenDict({"b": 1, "a": 2})
+    >>> d
+    FrozenDict({'a': 2, 'b': 1})
+    >>> d == {"a": 2, "b": 1}, hash(d) == hash(FrozenDict({"a": 2, "b": 1}))
+    (True, True)
+    """
+
+    __slots__ = ("_items",)
+    _items: dict[str, Any]
+
+    def __init__(self, items: Mapping[str, Any] | None = None) -> None:
+        """Freeze every value of `items`.
+
+        Raises:
+            TypeError: a key is no string, or a value is nothing that JSON can hold.
+        """
+        source: Mapping[Any, Any] = items or {}
+        for key in source:
+            if not isinstance(key, str):
+                raise TypeError(f"keys must be strings, found the key {key!r} ({type(key).__name__})")
+        plain = {str.__str__(key): freeze(value) for key, value in source.items()}
+        object.__setattr__(self, "_items", dict(sorted(plain.items())))
+
+    def __getitem__(self, key: str) -> Any:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._items.items()))
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, FrozenDict):
+            return self._items == other._items
+        if isinstance(other, Mapping):
+            return self._items == dict(cast("Mapping[Any, Any]", other))
+        return NotImplemented
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"a FrozenDict cannot be changed: cannot set {name!r}")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"a FrozenDict cannot be changed: cannot delete {name!r}")
+
+    def __repr__(self) -> str:
+        return f"FrozenDict({self._items!r})"
+
+    def __copy__(self) -> FrozenDict:
+        return self
+
+    def __deepcopy__(self, memo: object) -> FrozenDict:
+        return self
+
+    def __reduce__(self) -> tuple[type[FrozenDict], tuple[dict[str, Any]]]:
+        return FrozenDict, (dict(self._items),)
+
+
+def freeze(value: object) -> Frozen:
+    """A JSON-like value as an immutable one: lists become tuples, sets sorted tuples, dicts FrozenDicts.
+
+    Raises:
+        TypeError: the value (or a part of it) is nothing JSON can hold, NaN and infinity included.
+
+    >>> freeze({"a": [1, {"y", "x"}]})
+    FrozenDict({'a': (1, ('x', 'y'))})
+    """
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)  # a member of a str enum becomes the plain string it stands for
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise TypeError(f"numbers must be finite, found {value!r}")
+        return float(value)
+    if isinstance(value, FrozenDict):
+        return value
+    if isinstance(value, Mapping):
+        return FrozenDict(cast("Mapping[str, Any]", value))
+    if isinstance(value, (list, tuple)):
+        return tuple(freeze(item) for item in cast("list[object]", value))
+    if isinstance(value, AbstractSet):
+        items = [freeze(item) for item in cast("AbstractSet[object]", value)]
+        return tuple(sorted(items, key=lambda item: (type(item).__name__, item)))  # type: ignore[arg-type, return-value]
+    raise TypeError(f"found {value!r} ({type(value).__name__}), which JSON cannot hold")
+
+
+def thaw(value: object) -> Any:
+    """The plain JSON value (new dicts and lists) of what `freeze` made.
+
+    >>> thaw(freeze({"a": (1, 2)}))
+    {'a': [1, 2]}
+    """
+    if isinstance(value, Mapping):
+        return {key: thaw(item) for key, item in cast("Mapping[str, object]", value).items()}
+    if isinstance(value, tuple):
+        return [thaw(item) for item in cast("tuple[object, ...]", value)]
+    return value
