@@ -95,6 +95,11 @@ class Block(nnx.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+def stacked(axis: int) -> nnx.StateAxes:
+    """Parameters stack on `axis`; what has no second axis (an adapter's dropout keys) stacks in front."""
+    return nnx.StateAxes({nnx.Param: axis, ...: 0})
+
+
 class Transformer(nnx.Module):
     def __init__(self, shape: Shape, *, rngs: nnx.Rngs) -> None:
         self.wte = nnx.Embed(shape.vocab, shape.width, rngs=rngs)
@@ -104,7 +109,7 @@ class Transformer(nnx.Module):
         else:
 
             @nnx.split_rngs(splits=shape.layers)
-            @nnx.vmap(in_axes=(0,), out_axes=shape.scan_axis)
+            @nnx.vmap(in_axes=(0,), out_axes=stacked(shape.scan_axis))
             def make(rngs: nnx.Rngs) -> Block:
                 return Block(shape, rngs=rngs)
 
@@ -119,7 +124,7 @@ class Transformer(nnx.Module):
                 x = block(x)
         else:
 
-            @nnx.scan(in_axes=(self.scan_axis, nnx.Carry), out_axes=nnx.Carry)
+            @nnx.scan(in_axes=(stacked(self.scan_axis), nnx.Carry), out_axes=nnx.Carry)
             def run(block: Block, x: jax.Array) -> jax.Array:
                 return block(x)
 
@@ -270,7 +275,9 @@ def torch_gpt2(shape: Shape, seed: int = 0) -> Any:
     return model
 
 
-def make_gpt2(api: str = "nnx", scan_axis: int | None = None, seed: int = 0, **numbers: Any) -> tuple[Any, Any]:
+def make_gpt2(
+    api: str = "nnx", scan_axis: int | None = None, seed: int = 0, **numbers: Any
+) -> tuple[Any, Any]:
     """A torch GPT-2 and its twin: an NNX model, or for "linen" the pair (module, {"params": …})."""
     shape = Shape(scan_axis=scan_axis, **numbers)
     torch_model = torch_gpt2(shape, seed)

@@ -13,6 +13,7 @@ import torch
 
 from tests.twins import trees
 from tests.twins.gpt2 import make_gpt2
+from tests.twins.llama import make_llama
 
 pytestmark = pytest.mark.peft
 
@@ -46,3 +47,13 @@ def test_gpt2_apis_have_the_same_leaves(scan_axis):
     paths = {".".join(k.key for k in path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(born)}
     assert paths == {path: v.shape for path, v in trees.nnx_leaves(model).items()}
     assert jax.tree.structure(born) == jax.tree.structure(variables["params"])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("scan_axis", [None, 0, 1])
+@pytest.mark.parametrize("api", ["nnx", "linen"])
+def test_llama_agrees_with_torch(api, scan_axis, tied):
+    torch_model, twin = make_llama(
+        api, scan=scan_axis is not None, scan_axis=scan_axis or 0, tied=tied, layers=3, rope_theta=500.0
+    )
+    np.testing.assert_allclose(flax_logits(twin), torch_logits(torch_model), atol=1e-5, rtol=1e-5)
