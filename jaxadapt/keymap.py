@@ -167,13 +167,6 @@ class Site:
         left = self.weight.left
         return tuple(i for i, n in enumerate(left) if n.startswith("{") and self.weight.names(n) is None)
 
-    @property
-    def part(self) -> int | None:
-        """Position of the fused axis in the leaf, if it has one."""
-        left = self.weight.left
-        found = [i for i, n in enumerate(left) if n.startswith("{") and self.weight.names(n) is not None]
-        return found[0] if found else None
-
     @functools.cached_property
     def roles(self) -> dict[str, tuple[str, ...]]:
         """Axis names by role: "stack", "batch", "inn", "out"."""
@@ -184,7 +177,7 @@ class Site:
             out, inn = inn, out
         return {
             "stack": tuple(left[i] for i in self.stack),
-            "batch": () if self.part is None else (left[self.part],),
+            "batch": tuple(n for n in left if n.startswith("{") and self.weight.names(n) is not None),
             "inn": inn,
             "out": out,
         }
@@ -327,15 +320,16 @@ GENERIC = KeyMap(
 """The map for models no table knows: 2-D kernels, last axis out; module names are the JAX paths."""
 
 
-def line_for(leaf: str, ndim: int, axes: Axes, stack: Sequence[int] = ()) -> Weight:
+def line_for(leaf: str, shape: Sequence[int], axes: Axes, stack: Sequence[int] = ()) -> Weight:
     """A literal line for a leaf whose roles come from its class or a trace, not from a table.
 
     The PyTorch name is the JAX path; numbered axes (stacked layers, batch) put their index before the
     last module name, so that suffix matching still sees it.
 
-    >>> line_for("blk.q.kernel", 4, Axes((0,), (1, 2)), stack=(0,)).pattern
+    >>> line_for("blk.q.kernel", (3, 8, 2, 4), Axes((0,), (1, 2)), stack=(0,)).pattern
     '{s0} i0 o0 o1 -> (o0 o1) (i0)'
     """
+    ndim = len(shape)
     own = [i for i in range(ndim) if i not in stack]
     names: dict[int, str] = {axis: f"{{s{n}}}" for n, axis in enumerate(stack)}
     for role, letter in (("inn", "i"), ("out", "o")):
@@ -347,5 +341,6 @@ def line_for(leaf: str, ndim: int, axes: Axes, stack: Sequence[int] = ()) -> Wei
     key = ".".join([*module[:-1], *numbered, *module[-1:], "weight"])
     left = " ".join(names[i] for i in range(ndim))
     out, inn = (" ".join(names[own[a]] for a in role) for role in (axes.out, axes.inn))
-    return Weight(leaf, key, f"{left} -> ({out}) ({inn})", kind="linear")
+    over: Any = {f"b{n}": [str(i) for i in range(shape[own[a]])] for n, a in enumerate(axes.batch)}
+    return Weight(leaf, key, f"{left} -> ({out}) ({inn})", kind="linear", **over)
 

@@ -1,0 +1,132 @@
+"""The two values everything else moves between, and what travels with them.
+
+`Adapter` holds parameters in the model's layout, `PeftTensors` the same content under PEFT's names and
+in PyTorch's layout. They never pass for each other: only a plan turns one into the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxadapt import paths
+from jaxadapt.configs import Config
+from jaxadapt.errors import AttachError
+from jaxadapt.keymap import GENERIC, KeyMap
+
+CONFIG_NODE = "~config"
+"""The key of the zero-leaf node that carries a `Recipe` inside a Linen collection."""
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, eq=False)
+class Recipe:
+    """What gives adapter parameters their meaning: the configuration, and the table of names.
+
+    A pytree node without leaves: it survives jit, grad, optax, freeze and `flatten_dict` inside a tree.
+    Equal recipes compute the same function: bookkeeping fields (`base_model_name_or_path`, …) take no
+    part in equality, else jit would retrace. The hash is computed once, since jit asks leaf by leaf.
+    """
+
+    config: Config
+    keymap: KeyMap = GENERIC
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.config, self.keymap))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (
+            isinstance(other, Recipe) and self.config == other.config and self.keymap == other.keymap
+        )
+
+
+def collection_name(config: Config) -> str:
+    """The Linen collection (and NNX attribute) of a method: "lora", "ia3", …"""
+    return config.peft_type.lower()
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config", "keymap"]
+)
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """One method's trained parameters in the model's layout, with what gives them meaning.
+
+    A frozen pytree: its leaves are the parameters, the configuration and the table are static.
+
+    Args:
+        config: the configuration, with PEFT's field names.
+        params: nested dicts; the base model's paths, with each adapted leaf replaced by its tensors
+            (`{"q_proj": {"kernel": {"lora_A": (in, r), "lora_B": (r, out)}}}`).
+        keymap: the table that names these leaves for PyTorch.
+
+    >>> import numpy as np, jaxadapt
+    >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
+    >>> params = {"q": {"kernel": {"lora_A": np.zeros((3, 2)), "lora_B": np.zeros((2, 4))}}}
+    >>> sorted(Adapter(config, params).collection["lora"]["default"])
+    ['q', '~config']
+    """
+
+    config: Config
+    params: Mapping[str, Any]
+    keymap: KeyMap = GENERIC
+
+    @property
+    def recipe(self) -> Recipe:
+        return Recipe(self.config, self.keymap)
+
+    @property
+    def collection(self) -> dict[str, dict[str, Any]]:
+        """The Linen collection of this adapter under the name "default"; `named` takes another name."""
+        return self.named("default")
+
+    def named(self, name: str) -> dict[str, dict[str, Any]]:
+        """`{"lora": {name: {..., "~config": recipe}}}`, to be merged into Linen variables."""
+        return {collection_name(self.config): {name: {**self.params, CONFIG_NODE: self.recipe}}}
+
+    def flat(self) -> dict[str, Any]:
+        """`{"model.layers.0.q_proj.kernel.lora_A": array}`."""
+        return paths.flatten(self.params)
+
+    @property
+    def sites(self) -> dict[str, dict[str, Any]]:
+        """`{base leaf: {tensor: array}}`."""
+        out: dict[str, dict[str, Any]] = {}
+        for path, leaf in self.flat().items():
+            if not is_array(leaf):
+                raise AttachError(f"{path!r} is no array but {type(leaf).__name__}; an adapter holds arrays only")
+            base, _, tensor = path.rpartition(".")
+            out.setdefault(base, {})[tensor] = leaf
+        return out
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array (JAX, numpy, a tracer) or an abstract `ShapeDtypeStruct`."""
+    return isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+
+
+@dataclasses.dataclass(frozen=True)
+class PeftTensors:
+    """An adapter as a PEFT file holds it: PEFT's tensor names, PyTorch's layout.
+
+    Args:
+        config: the configuration of `adapter_config.json`.
+        tensors: `{key: array}`; the values may be made on demand.
+        source: where it was read from, for messages.
+    """
+
+    config: Config
+    tensors: Mapping[str, Any]
+    source: str = "these tensors"
+
+    def __repr__(self) -> str:
+        return f"PeftTensors({self.config.peft_type}, {len(self.tensors)} tensors, from {self.source})"

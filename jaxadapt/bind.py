@@ -1,0 +1,177 @@
+"""A configuration bound to a model's shapes: which leaves are adapted, and by tensors of what shape.
+
+`select` starts from a model (attaching, loading), `recover` from an adapter alone (saving). Both give
+the same `Bound` values, from which the specs of the parameters and the plan of the file follow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxadapt import methods, paths, plan, targets
+from jaxadapt.axes import Axes
+from jaxadapt.configs import Config
+from jaxadapt.errors import KeyMapError, TargetError
+from jaxadapt.keymap import KeyMap, Site, Tensor
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """One site under one configuration: its tensors, and what the arithmetic needs besides arrays.
+
+    `modules` are the PyTorch modules it adapts; `static` is the method's own (a scale, a flag).
+    """
+
+    site: Site
+    modules: tuple[str, ...]
+    tensors: tuple[Tensor, ...]
+    static: Any
+    entries: tuple[plan.Entry, ...]
+    fan_in: int
+
+    @property
+    def leaf(self) -> str:
+        return self.site.leaf
+
+    @property
+    def axes(self) -> Axes:
+        return self.site.axes
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, Shape]:
+        """`{tensor name: shape in the model}`, stacked axes included."""
+        return {t.name: e.shape for t, e in zip(self.tensors, self.entries, strict=True)}
+
+
+def _bind(config: Config, keymap: KeyMap, site: Site, sizes: Mapping[str, int], modules: tuple[str, ...]) -> Bound:
+    method = methods.of(config)
+    tensors = method.tensors(config, site, modules)
+    entries = tuple(plan.entry(keymap, site, t, sizes) for t in tensors)
+    fan_in = math.prod(sizes.get(n, 1) for n in site.roles["inn"])
+    return Bound(site, modules, tensors, method.static(config, modules), entries, fan_in)
+
+
+def select(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]) -> tuple[Bound, ...]:
+    """The sites of a model that a configuration names.
+
+    Args:
+        shapes: `{dotted path: shape}` of the base model's leaves.
+
+    Raises `TargetError` if nothing matches, or what matches cannot be adapted; `KeyMapError` if a
+    matching weight has no line, so that nothing targeted is ever left out silently.
+    """
+    method = methods.of(config)
+    found: dict[str, tuple[Site, dict[str, int], dict[tuple[int, ...], str]]] = {}
+    unmapped: dict[str, str] = {}
+    for leaf, shape in shapes.items():
+        site = keymap.site(leaf)
+        if site is None or len(site.weight.left) != len(shape):
+            if len(shape) >= 2:
+                unmapped[leaf] = leaf.rpartition(".")[0]
+        elif site.weight.key.rpartition(".")[2] == "weight":
+            sizes = plan.sizes_of(site, shape)
+            found[leaf] = (site, sizes, site.modules(sizes))
+    linear = {m for site, _, mods in found.values() if site.weight.kind in method.kinds for m in mods.values()}
+    names = list(dict.fromkeys([*(m for _, _, mods in found.values() for m in mods.values()), *unmapped.values()]))
+    wanted = set(targets.select(config, names, linear=frozenset(linear), output=keymap.output))
+
+    bounds: list[Bound] = []
+    refused = [
+        f"{leaf}: kind {site.weight.kind!r}, {method.peft_type} here adapts {sorted(method.kinds)}"
+        for leaf, (site, _, mods) in found.items()
+        if site.weight.kind not in method.kinds and wanted & set(mods.values())
+    ]
+    if refused:
+        raise TargetError("target_modules names weights this method cannot adapt:\n" + paths.listing(refused))
+    lost = [f"{leaf} {shapes[leaf]}" for leaf, module in unmapped.items() if module in wanted]
+    if lost:
+        raise KeyMapError(
+            f"target_modules names weights whose axis roles the table {keymap.name!r} does not know:\n"
+            + paths.listing(lost)
+            + "\nName the family with keymap=, give a KeyMap with a line for each, or adapt the module with example"
+            " inputs so that its own computation tells"
+        )
+    for site, sizes, mods in found.values():
+        targeted = _targeted(site, mods, wanted)
+        if targeted is not None:
+            site = dataclasses.replace(site, parts=targeted)
+            chosen = tuple(m for index, m in mods.items() if targeted is None or index[-1] in targeted)
+            bounds.append(_bind(config, keymap, site, sizes, chosen))
+        elif wanted & set(mods.values()):
+            bounds.append(_bind(config, keymap, site, sizes, tuple(mods.values())))
+    return tuple(bounds)
+
+
+def resolve(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]) -> Config:
+    """The configuration with "all-linear" spelled out as module names, as PEFT saves it."""
+    if getattr(config, "target_modules", None) != "all-linear":
+        return config
+    modules = [m for b in select(config, keymap, shapes) for m in b.modules]
+    short = tuple(sorted({m.rpartition(".")[2] for m in modules}))
+    same = {m for b in select(config.replace(target_modules=short), keymap, shapes) for m in b.modules}
+    return config.replace(target_modules=short if same == set(modules) else tuple(sorted(modules)))
+
+
+def _targeted(site: Site, modules: Mapping[tuple[int, ...], str], wanted: set[str]) -> tuple[int, ...] | None:
+    """The targeted entries of a fused axis, None if all (or none) of the leaf is targeted."""
+    hit = {index for index, module in modules.items() if module in wanted}
+    if not hit or len(hit) == len(modules):
+        return None
+    parts = sorted({index[-1] for index in hit}) if site.roles["batch"] else []
+    whole = {index for index in modules if parts and index[-1] in parts}
+    if hit != whole:
+        some = sorted(modules[i] for i in set(modules) - hit)[:3]
+        raise TargetError(
+            f"leaf {site.leaf!r} stacks several layers in one array, and only some are targeted (not {', '.join(some)}, …);"
+            " target all of them, or use the unrolled model"
+        )
+    return tuple(parts)
+
+
+def recover(config: Config, keymap: KeyMap, leaves: Mapping[str, Mapping[str, Shape]]) -> tuple[Bound, ...]:
+    """The sites of an adapter, from its own tensors: `{base leaf: {tensor: shape}}`.
+
+    Raises `KeyMapError` for a leaf without a line, `MismatchError` if shapes contradict each other or
+    the configuration.
+    """
+    method = methods.of(config)
+    bounds: list[Bound] = []
+    unmapped: list[str] = []
+    for leaf, shapes in leaves.items():
+        site = keymap.site(leaf)
+        if site is None:
+            unmapped.append(leaf)
+            continue
+        modules: tuple[str, ...] = ()
+        # Which parts are targeted decides the tensors' sizes, and sizes decide the modules: names first.
+        batch = {axis: len(site.weight.names(axis) or ()) for axis in site.roles["batch"]}
+        if batch:
+            one = {axis: 1 for axis in site.roles["stack"]}
+            mods = site.modules({**one, **batch})
+            parts = tuple(index[-1] for index, m in mods.items() if targets.matches(config, m))
+            site = dataclasses.replace(site, parts=None if len(parts) in (0, len(mods)) else parts)
+            modules = tuple(m for index, m in mods.items() if site.parts is None or index[-1] in site.parts)
+        else:
+            modules = tuple(site.modules({axis: 1 for axis in site.roles["stack"]}).values())
+        sizes = plan.sizes_from_tensors(site, method.tensors(config, site, modules), shapes)
+        every = site.modules({**sizes, **batch})
+        modules = tuple(m for index, m in every.items() if site.parts is None or index[-1] in site.parts)
+        bounds.append(_bind(config, keymap, site, sizes, modules))
+    if unmapped:
+        raise KeyMapError(
+            f"the table {keymap.name!r} has no line for these adapted leaves:\n"
+            + paths.listing(unmapped)
+            + "\nPass the keymap= that the model was adapted with"
+        )
+    return tuple(bounds)
+
+
+def file_plan(bounds: Sequence[Bound]) -> plan.Plan:
+    """The plan of the file that holds these sites' tensors."""
+    return plan.plan([e for b in bounds for e in b.entries])

@@ -1,0 +1,27 @@
+"""GPT-2 under Hugging Face's names, with the transposed Conv1D kernel (out, in) of transformers' Flax classes.
+
+PyTorch's Conv1D stores (in, out), so PEFT sets `fan_in_fan_out`; its LoRA files keep A (r, in), B (out, r).
+"""
+
+from jaxadapt.keymap import KeyMap, Weight
+
+_LAYER = "transformer.h.{l}."
+_CONV = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+_NORMS = ("ln_1", "ln_2")
+
+GPT2 = KeyMap(
+    "gpt2",
+    (
+        Weight("transformer.wte.embedding", "transformer.wte.weight", "v d -> v d", kind="embedding"),
+        Weight("transformer.wpe.embedding", "transformer.wpe.weight", "p d -> p d", kind="embedding"),
+        *(
+            Weight(f"{_LAYER}{m}.kernel", f"{_LAYER}{m}.weight", "o i -> i o", fan_in_fan_out=True)
+            for m in _CONV
+        ),
+        *(Weight(f"{_LAYER}{m}.bias", f"{_LAYER}{m}.bias", "o -> o") for m in _CONV + _NORMS),
+        *(Weight(f"{_LAYER}{m}.scale", f"{_LAYER}{m}.weight", "d -> d") for m in _NORMS),
+        Weight("transformer.ln_f.scale", "transformer.ln_f.weight", "d -> d"),
+        Weight("transformer.ln_f.bias", "transformer.ln_f.bias", "d -> d"),
+    ),
+    output="lm_head",
+)

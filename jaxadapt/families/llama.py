@@ -1,0 +1,23 @@
+"""Llama, Mistral, Qwen2 and kin under Hugging Face's own names (transformers' Flax classes, the demo)."""
+
+from jaxadapt.keymap import KeyMap, Weight
+
+_LAYER = "model.layers.{l}."
+_DENSE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+LLAMA = KeyMap(
+    "llama",
+    (
+        Weight("model.embed_tokens.embedding", "model.embed_tokens.weight", "v d -> v d", kind="embedding"),
+        *(Weight(f"{_LAYER}{m}.kernel", f"{_LAYER}{m}.weight", "i o -> o i") for m in _DENSE + _MLP),
+        *(Weight(f"{_LAYER}{m}.bias", f"{_LAYER}{m}.bias", "o -> o") for m in _DENSE + _MLP),
+        *(
+            Weight(f"{_LAYER}{m}.weight", f"{_LAYER}{m}.weight", "d -> d")
+            for m in ("input_layernorm", "post_attention_layernorm")
+        ),
+        Weight("model.norm.weight", "model.norm.weight", "d -> d"),
+        Weight("lm_head.kernel", "lm_head.weight", "d v -> v d"),
+    ),
+    output="lm_head",
+)

@@ -1,0 +1,26 @@
+"""The methods. A new one is a file beside these and a line in `METHODS`."""
+
+from __future__ import annotations
+
+from jaxadapt.configs import Config
+from jaxadapt.errors import ConfigError
+from jaxadapt.methods.base import Applied, Method, Several
+from jaxadapt.methods.ia3 import IA3
+from jaxadapt.methods.lora import Lora
+
+METHODS: dict[str, Method] = {m.peft_type: m for m in (Lora(), IA3())}
+
+
+def of(config: Config) -> Method:
+    """The method of a configuration, checked; `ConfigError` if there is none or it would ignore a field."""
+    method = METHODS.get(config.peft_type)
+    if method is None:
+        raise ConfigError(
+            f"peft_type {config.peft_type!r} can be read and written, but not applied yet;"
+            f" applied are {', '.join(sorted(METHODS))}"
+        )
+    method.check(config)
+    return method
+
+
+__all__ = ["METHODS", "Applied", "Method", "Several", "of"]

@@ -1,0 +1,193 @@
+"""What a method is: pure functions over one weight's roles, and nothing about files or Flax.
+
+A method says which tensors it keeps at a site (`tensors`), how they begin (`fresh`), and what they do
+to one contraction of the weight (`input`, `output`) or to the weight itself (`weight`). Everything
+else (keys, transposes, sharding, attaching, merging) follows from these.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxadapt.axes import Axes, Use
+from jaxadapt.configs import Config
+from jaxadapt.errors import AttachError, ConfigError
+from jaxadapt.keymap import Site, Tensor
+
+Array = Any
+Params = Mapping[str, Array]
+Drop = Callable[[Array], Array]
+
+
+class Method(abc.ABC):
+    """One `peft_type`. Stateless: everything it needs comes as arguments.
+
+    `static` is what the mathematics needs besides arrays (a scale, a flag): hashable, computed once a
+    site from the configuration, so a configuration is the only source of it.
+    """
+
+    peft_type: str
+    kinds: frozenset[str] = frozenset({"linear"})
+
+    @abc.abstractmethod
+    def check(self, config: Config) -> None:
+        """Raise `ConfigError` if the configuration asks for anything that would not be honoured."""
+
+    @abc.abstractmethod
+    def tensors(self, config: Any, site: Site, modules: Sequence[str]) -> tuple[Tensor, ...]:
+        """The tensors kept at a site that stands for these PyTorch modules."""
+
+    @abc.abstractmethod
+    def static(self, config: Any, modules: Sequence[str]) -> Hashable:
+        """What the arithmetic at the site needs besides arrays."""
+
+    @abc.abstractmethod
+    def fresh(self, config: Any, tensor: Tensor, key: Array, shape: Sequence[int], fan_in: int) -> Array:
+        """Initial float32 values of one tensor; a fresh adapter leaves the model's output unchanged."""
+
+    def input(self, static: Any, params: Params, use: Use, x: Array) -> Array:
+        """`x` as the contraction should see it."""
+        return x
+
+    @abc.abstractmethod
+    def output(self, static: Any, params: Params, use: Use, x: Array, y: Array, drop: Drop | None) -> Array:
+        """`y` as the layer should return it, in y's dtype; `drop` is this call's dropout, if any."""
+
+    @abc.abstractmethod
+    def weight(self, static: Any, params: Params, axes: Axes, w: Array) -> Array:
+        """The effective weight, in w's dtype; `axes.parts` is already resolved (w holds those parts only)."""
+
+    @abc.abstractmethod
+    def unweight(self, static: Any, params: Params, axes: Axes, w: Array) -> Array:
+        """The base weight from an effective one: the inverse of `weight`, within rounding."""
+
+    def bias(self, static: Any, params: Params, bias: Array) -> Array:
+        """The layer's bias as the adapter leaves it (IA3 scales the whole output, bias included)."""
+        return bias
+
+    def unbias(self, static: Any, params: Params, bias: Array) -> Array:
+        """The inverse of `bias`."""
+        return bias
+
+    def dropout(self, static: Any) -> float:
+        """The dropout rate of the site; 0 for methods that have none."""
+        return 0.0
+
+
+def one_value(what: str, values: Mapping[str, Any]) -> Any:
+    """The value all modules of one leaf share; a stacked or fused leaf cannot hold several."""
+    distinct = sorted({repr(v) for v in values.values()})
+    if len(distinct) > 1:
+        listed = ", ".join(f"{m}: {v}" for m, v in list(values.items())[:4])
+        raise ConfigError(
+            f"{what} differs inside one stacked or fused leaf ({listed}, …), which one array cannot hold;"
+            " use an unrolled model, or one value for these modules"
+        )
+    return next(iter(values.values()))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Applied:
+    """One adapter on one weight, ready to run: what `trace.rewrite` and the layers call.
+
+    Handles partly targeted fused weights, so methods only ever see whole ones.
+    """
+
+    method: Method
+    static: Any
+    params: Params
+    axes: Axes
+    drop: Drop | None = None
+
+    def input(self, use: Use, x: Array) -> Array:
+        return self._on_parts(use.x, x, lambda x: self.method.input(self.static, self.params, use, x), use)
+
+    def output(self, use: Use, x: Array, y: Array) -> Array:
+        if self.axes.parts is not None:
+            where = self._where(use.x, use)
+            x = x if where is None else x[where]
+
+        def changed(y: Array) -> Array:
+            return self.method.output(self.static, self.params, use, x, y, self.drop)
+
+        return self._on_parts(use.y, y, changed, use)
+
+    def weight(self, w: Array) -> Array:
+        if self.drop is not None:
+            raise AttachError(
+                "dropout was asked for where the weight is used in a way that only the effective weight can follow;"
+                " set lora_dropout=0.0, or leave this layer out with exclude_modules"
+            )
+        return self._whole(w, self.method.weight)
+
+    def unweight(self, w: Array) -> Array:
+        return self._whole(w, self.method.unweight)
+
+    def bias(self, bias: Array) -> Array:
+        return self.method.bias(self.static, self.params, bias)
+
+    def unbias(self, bias: Array) -> Array:
+        return self.method.unbias(self.static, self.params, bias)
+
+    def _whole(self, w: Array, change: Callable[..., Array]) -> Array:
+        axes = dataclasses.replace(self.axes, parts=None)
+        if self.axes.parts is None:
+            return change(self.static, self.params, axes, w)
+        where = (slice(None),) * self.axes.batch[0] + (np.array(self.axes.parts),)
+        new = change(self.static, self.params, axes, w[where])
+        if isinstance(w, np.ndarray):
+            w = w.copy()
+            w[where] = new
+            return w
+        return w.at[where].set(new)
+
+    def _where(self, letters: str, use: Use) -> tuple[Any, ...] | None:
+        letter = use.w[self.axes.batch[0]]
+        if letter not in letters:
+            return None
+        return (slice(None),) * letters.index(letter) + (np.array(self.axes.parts),)
+
+    def _on_parts(self, letters: str, value: Array, change: Callable[[Array], Array], use: Use) -> Array:
+        where = None if self.axes.parts is None else self._where(letters, use)
+        return change(value) if where is None else value.at[where].set(change(value[where]))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Several:
+    """Several adapters active on one weight: inputs in order, then outputs in order."""
+
+    hooks: tuple[Applied, ...]
+
+    @property
+    def axes(self) -> Axes:
+        return self.hooks[0].axes
+
+    def input(self, use: Use, x: Array) -> Array:
+        for hook in self.hooks:
+            x = hook.input(use, x)
+        return x
+
+    def output(self, use: Use, x: Array, y: Array) -> Array:
+        for hook in self.hooks:
+            y = hook.output(use, x, y)
+        return y
+
+    def weight(self, w: Array) -> Array:
+        for hook in self.hooks:
+            w = hook.weight(w)
+        return w
+
+    def bias(self, bias: Array) -> Array:
+        for hook in self.hooks:
+            bias = hook.bias(bias)
+        return bias
+
+
+def einsum(subscripts: str, *operands: Array) -> Array:
+    return jax.numpy.einsum(subscripts, *operands)

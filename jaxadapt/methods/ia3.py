@@ -1,0 +1,129 @@
+"""(IA)³ (Liu et al. 2022, arXiv:2205.05638) with PEFT's conventions.
+
+In the model, per site: `ia3_l` (batch..., out...) multiplies the layer's output, bias included, or for a
+feedforward module (batch..., in...) its input; in the file it is (out, 1) or (1, in). The arithmetic
+follows PEFT's `tuners/ia3/layer.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jaxadapt.axes import LETTERS, Axes, Use
+from jaxadapt.configs import Config, IA3Config
+from jaxadapt.errors import AttachError, ConfigError
+from jaxadapt.keymap import Site, Tensor
+from jaxadapt.methods.base import Array, Drop, Method, Params, one_value
+
+
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """Whether the site scales its input (feedforward) instead of its output."""
+
+    feedforward: bool
+
+
+class IA3(Method):
+    """W·l, over the outputs or (feedforward) the inputs."""
+
+    peft_type = "IA3"
+
+    def check(self, config: Config) -> None:
+        assert isinstance(config, IA3Config)
+        if config.modules_to_save:
+            raise ConfigError(
+                f"modules_to_save={config.modules_to_save!r} is not supported yet, and will not be ignored"
+            )
+
+    def tensors(self, config: IA3Config, site: Site, modules: Sequence[str]) -> tuple[Tensor, ...]:
+        if self.static(config, modules).feedforward:
+            return (Tensor("ia3_l", ".ia3_l", ("batch", "inn"), ((), ("inn",))),)
+        return (Tensor("ia3_l", ".ia3_l", ("batch", "out"), (("out",), ())),)
+
+    def static(self, config: IA3Config, modules: Sequence[str]) -> Static:
+        return Static(one_value("feedforward", {m: _feedforward(config, m) for m in modules}))
+
+    def fresh(self, config: IA3Config, tensor: Tensor, key: Array, shape: Sequence[int], fan_in: int) -> Array:
+        if config.init_ia3_weights:
+            return jnp.ones(shape, jnp.float32)
+        return jax.random.normal(key, shape, jnp.float32)
+
+    def input(self, static: Static, params: Params, use: Use, x: Array) -> Array:
+        letters, scale = self._letters(static, use), params["ia3_l"]
+        if not self._over_input(static, use):
+            return x
+        if not set(letters) <= set(use.x):
+            raise AttachError(
+                "a feedforward IA3 vector differs between the parts of a fused weight that share one input;"
+                " leave the module out of feedforward_modules"
+            )
+        return (x.astype(scale.dtype) * _spread(scale, letters, use.x)).astype(x.dtype)
+
+    def output(self, static: Static, params: Params, use: Use, x: Array, y: Array, drop: Drop | None) -> Array:
+        if self._over_input(static, use):
+            return y
+        scale = params["ia3_l"]
+        return (y * _spread(scale, self._letters(static, use), use.y)).astype(y.dtype)
+
+    def weight(self, static: Static, params: Params, axes: Axes, w: Array) -> Array:
+        return (w * self._over_weight(static, params, axes)).astype(w.dtype)
+
+    def unweight(self, static: Static, params: Params, axes: Axes, w: Array) -> Array:
+        return (w / self._over_weight(static, params, axes)).astype(w.dtype)
+
+    def bias(self, static: Static, params: Params, bias: Array) -> Array:
+        scale = self._over_bias(static, params, bias)
+        return bias if scale is None else (bias * scale).astype(bias.dtype)
+
+    def unbias(self, static: Static, params: Params, bias: Array) -> Array:
+        scale = self._over_bias(static, params, bias)
+        return bias if scale is None else (bias / scale).astype(bias.dtype)
+
+    @staticmethod
+    def _over_bias(static: Static, params: Params, bias: Array) -> Array | None:
+        if static.feedforward:
+            return None
+        scale = params["ia3_l"]
+        if scale.size != bias.size:
+            raise AttachError(
+                f"IA3 scales a layer's bias, and this one has shape {bias.shape} where the vector has {scale.shape};"
+                " leave the module out, or make it a feedforward module"
+            )
+        return scale.reshape(bias.shape)
+
+    @staticmethod
+    def _letters(static: Static, use: Use) -> str:
+        return use.letters("batch") + use.letters("inn" if static.feedforward else "out")
+
+    @staticmethod
+    def _over_input(static: Static, use: Use) -> bool:
+        return static.feedforward != use.transposed
+
+    @staticmethod
+    def _over_weight(static: Static, params: Params, axes: Axes) -> Array:
+        role = axes.inn if static.feedforward else axes.out
+        letters = "".join(LETTERS[i] for i in axes.batch + role)
+        return _spread(params["ia3_l"], letters, LETTERS[: axes.rank])
+
+
+def _spread(vector: Array, letters: str, over: str) -> Array:
+    """`vector`, whose axes are `letters`, shaped to broadcast against an array with axes `over`."""
+    order = sorted(range(len(letters)), key=lambda i: over.index(letters[i]))
+    sizes = dict(zip(letters, vector.shape, strict=True))
+    return vector.transpose(order).reshape([sizes.get(c, 1) for c in over])
+
+
+def _feedforward(config: IA3Config, module: str) -> bool:
+    # As PEFT: a string is a full-match pattern, a list matches by plain suffix.
+    wanted = config.feedforward_modules
+    if wanted is None:
+        return False
+    if isinstance(wanted, str):
+        return re.fullmatch(wanted, module) is not None
+    return any(module.endswith(name) for name in wanted)
+
