@@ -1,0 +1,97 @@
+"""What a command costs before it works: whole processes, interleaved, medians.
+
+    python benchmarks/imports.py [--runs 15]
+
+Rows: a bare interpreter, `import jaxadapt`, `import jax`, `import peft` (where installed), and
+`jaxadapt inspect` on an adapter of 448 tensors. Prints the table that benchmarks/README.md holds, and exits
+with 1 if a target is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGETS = {"import jaxadapt": 0.1, "jaxadapt inspect": 0.3}  # seconds, the whole process
+LAYERS, WIDTH, RANK = 32, 64, 8
+MODULES = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
+MODULES += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+
+
+def adapter(folder: Path) -> Path:
+    """A PEFT adapter of 2 x 7 x 32 tensors, written without jaxadapt."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    tensors = {}
+    for layer in range(LAYERS):
+        for module in MODULES:
+            stem = f"base_model.model.model.layers.{layer}.{module}"
+            tensors[f"{stem}.lora_A.weight"] = np.zeros((RANK, WIDTH), np.float32)
+            tensors[f"{stem}.lora_B.weight"] = np.zeros((WIDTH, RANK), np.float32)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 16}
+    config["target_modules"] = [module.split(".")[-1] for module in MODULES]
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+    return folder
+
+
+def once(command: list[str], cwd: Path) -> float:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"}
+    began = time.perf_counter()
+    done = subprocess.run(command, cwd=cwd, env=env, text=True, capture_output=True)
+    taken = time.perf_counter() - began
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    return taken
+
+
+def versions(*names: str) -> str:
+    found = [f"{n} {importlib.metadata.version(n)}" for n in names if importlib.util.find_spec(n)]
+    return ", ".join([f"Python {platform.python_version()}", *found, f"{os.cpu_count()} cores"])
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description="whole-process timings of imports and of inspect")
+    options.add_argument("--runs", type=int, default=15)
+    runs = options.parse_args().runs
+    with tempfile.TemporaryDirectory() as name:
+        folder = adapter(Path(name))
+        python = [sys.executable]
+        rows = {"python -c pass": [*python, "-c", "pass"]}
+        rows |= {f"import {m}": [*python, "-c", f"import {m}"] for m in ("jaxadapt", "jax", "peft")}
+        rows["jaxadapt inspect"] = [*python, "-m", "jaxadapt", "inspect", str(folder)]
+        if importlib.util.find_spec("peft") is None:
+            del rows["import peft"]
+        for command in rows.values():
+            once(command, folder)  # compiled files and the page cache
+        times: dict[str, list[float]] = {row: [] for row in rows}
+        for _ in range(runs):
+            for row, command in rows.items():
+                times[row].append(once(command, folder))
+    median = {row: statistics.median(values) for row, values in times.items()}
+    print(f"{versions('jax', 'flax', 'peft', 'torch')}; {runs} interleaved runs\n")
+    print("| process | median s | min s | beside `import jax` | target s |")
+    print("|---|---|---|---|---|")
+    for row, value in median.items():
+        target = f"{TARGETS[row]:.1f}" if row in TARGETS else ""
+        ratio = value / median["import jax"]
+        print(f"| `{row}` | {value:.3f} | {min(times[row]):.3f} | {ratio:.2f} x | {target} |")
+    missed = [row for row, target in TARGETS.items() if median[row] > target]
+    if missed:
+        raise SystemExit(f"over target: {', '.join(missed)}")
+
+
+if __name__ == "__main__":
+    main()

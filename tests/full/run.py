@@ -1,0 +1,56 @@
+"""The tests that are too long for CI, in one command: `python tests/full/run.py [--record] [pytest options]`.
+
+At most 30 minutes on two cores. With `--record` the date, versions and outcome go into README.md beside it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROW = re.compile(r"(?<=\|---\|---\|---\|\n)(\|.*\n)*")  # under the table's head
+
+
+def main() -> int:
+    arguments = sys.argv[1:]
+    record = "--record" in arguments
+    arguments = [a for a in arguments if a != "--record"]
+    command = [sys.executable, "-m", "pytest", str(HERE), "-n", "2", "--durations=20", *arguments]
+    run = subprocess.Popen(command, cwd=HERE.parent.parent, text=True, stdout=subprocess.PIPE)
+    assert run.stdout is not None
+    closing = "no closing line"
+    for line in run.stdout:
+        print(line, end="", flush=True)
+        if re.search(r"\d+ (passed|failed|error)|no tests ran", line):
+            closing = line.strip("= \n")
+    code = run.wait()
+    if record:
+        names = ("jax", "flax", "peft", "torch")
+        found = [f"{d.name} {d.version}" for d in map(_distribution, names) if d]
+        row = " | ".join(
+            [
+                datetime.date.today().isoformat(),
+                ", ".join([f"Python {platform.python_version()}", *found]),
+                closing,
+            ]
+        )
+        page = HERE / "README.md"
+        page.write_text(ROW.sub(lambda _: f"| {row} |\n", page.read_text(), count=1))
+    return code
+
+
+def _distribution(name: str) -> importlib.metadata.Distribution | None:
+    try:
+        return importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
