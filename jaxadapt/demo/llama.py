@@ -1,0 +1,210 @@
+"""What the NNX Llama and its Linen twin share: the configuration, the arithmetic, the placing of weights.
+
+The architecture is the published one (RMSNorm, rotary positions on split halves, grouped-query
+attention, SwiGLU; Touvron et al., arXiv:2302.13971 and 2307.09288). Weights are named and laid out
+as Hugging Face's Llama checkpoints have them: ``model.layers.0.self_attn.q_proj.weight``, (out, in).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from jaxadapt.errors import ConfigError, MismatchError
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The numbers of one Llama, and how its layers are held.
+
+    Args:
+        scan: hold all layers as one stacked layer run by a scan, at ``model.layers.self_attn…``
+            instead of ``model.layers.0.self_attn…``.
+        scan_axis: where the layer axis stands in every stacked parameter, 0 or 1 (a norm's weight
+            has one axis of its own, so there is no third place).
+        remat: compute the inside of a layer again in the backward pass instead of keeping it.
+        param_dtype: dtype of the parameters and, by promotion, of the arithmetic. Norms, rotations and
+            softmax are always computed in float32, and logits are returned in it.
+
+    Raises:
+        ConfigError: heads that do not divide, an odd head_dim, or another scan_axis.
+
+    >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2,
+    ...                      num_heads=4, num_kv_heads=2, head_dim=4)
+    >>> config.to_hf()["rope_parameters"]
+    {'rope_type': 'default', 'rope_theta': 10000.0}
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = True
+    max_position_embeddings: int = 2048
+    scan: bool = False
+    scan_axis: int = 0
+    remat: bool = False
+    param_dtype: DTypeLike = jnp.float32
+
+    def __post_init__(self) -> None:
+        problems: list[str] = []
+        if self.num_heads % self.num_kv_heads:
+            problems.append(f"{self.num_heads} query heads cannot share {self.num_kv_heads} key/value heads")
+        if self.head_dim % 2:
+            problems.append(f"head_dim must be even for rotary positions, found {self.head_dim}")
+        if self.scan_axis not in (0, 1):
+            problems.append(f"scan_axis must be 0 or 1, found {self.scan_axis}")
+        if problems:
+            raise ConfigError("LlamaConfig: " + "; ".join(problems))
+
+    def to_hf(self) -> dict[str, Any]:
+        """The same model as the contents of a Hugging Face ``config.json``.
+
+        The rope base stands there twice: transformers 5 reads ``rope_parameters``, older versions and
+        mlx-lm read ``rope_theta`` and take 10000 in silence where it is absent.
+        """
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "max_position_embeddings": self.max_position_embeddings,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_theta": self.rope_theta,
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta},
+            "tie_word_embeddings": self.tie_word_embeddings,
+        }
+
+
+def rope_tables(config: LlamaConfig, length: int) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of the rotations of positions 0 … length-1, each (length, head_dim / 2) float32."""
+    half = config.head_dim // 2
+    frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = jnp.outer(jnp.arange(length, dtype=jnp.float32), frequencies)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotate x (B, T, heads, head_dim); element i of the first half pairs with element i of the second."""
+    cos, sin = (table[None, :, None, :] for table in rope)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Grouped-query attention with a causal mask.
+
+    Args:
+        q: (B, T, H, h). k, v: (B, T, K, h) with K dividing H; head n reads key/value head n // (H / K).
+
+    Returns:
+        (B, T, H * h) in q's dtype.
+    """
+    batch, length, heads, size = q.shape
+    grouped = q.reshape(batch, length, k.shape[2], heads // k.shape[2], size)
+    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k).astype(jnp.float32) * size**-0.5
+    mask = jnp.tril(jnp.ones((length, length), dtype=bool))[None, None, None]
+    weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, v).reshape(batch, length, heads * size)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """x / rms(x) * weight for x (B, T, D) and weight (D,); the mean is taken in float32."""
+    wide = x.astype(jnp.float32)
+    scaled = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    return scaled.astype(x.dtype) * weight[None, None]
+
+
+def hf_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape (out, in) of every tensor of the Hugging Face checkpoint of this model."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    for l in range(config.num_layers):
+        for name, shape in {
+            "self_attn.q_proj": (queries, hidden),
+            "self_attn.k_proj": (keys, hidden),
+            "self_attn.v_proj": (keys, hidden),
+            "self_attn.o_proj": (hidden, queries),
+            "mlp.gate_proj": (inner, hidden),
+            "mlp.up_proj": (inner, hidden),
+            "mlp.down_proj": (hidden, inner),
+            "input_layernorm": (hidden,),
+            "post_attention_layernorm": (hidden,),
+        }.items():
+            shapes[f"model.layers.{l}.{name}.weight"] = shape
+    shapes["model.norm.weight"] = (hidden,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    return shapes
+
+
+def place(config: LlamaConfig, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Lay a Hugging Face checkpoint out as this model's leaves.
+
+    Args:
+        config: the model; its ``scan`` and ``scan_axis`` decide how layers are held.
+        weights: name -> array, (out, in), as in ``hf_shapes``. A tied model's checkpoint may hold
+            ``lm_head.weight`` too, if it equals the embedding.
+
+    Returns:
+        Dotted leaf path -> array, for both APIs: kernels (in, out), stacked where scanned. Arrays may
+        be views of what came in; dtypes are unchanged.
+
+    Raises:
+        MismatchError: every missing, unexpected and wrongly shaped tensor.
+    """
+    expected, given = hf_shapes(config), dict(weights)
+    head, table = given.get("lm_head.weight"), given.get("model.embed_tokens.weight")
+    if config.tie_word_embeddings and head is not None and table is not None and np.array_equal(head, table):
+        del given["lm_head.weight"]
+    problems = [f"{name}: missing" for name in expected if name not in given]
+    for name, array in given.items():
+        if name not in expected:
+            problems.append(f"{name}: unexpected, shape {array.shape}")
+        elif array.shape != expected[name]:
+            problems.append(f"{name}: expected shape {expected[name]}, found {array.shape}")
+    if problems:
+        raise MismatchError("the weights do not fit this LlamaConfig:\n  " + "\n  ".join(problems))
+
+    leaves: dict[str, np.ndarray] = {}
+    stacks: dict[str, list[np.ndarray]] = {}
+    for name in expected:  # its order, so that stacks fill layer by layer
+        path, array = _leaf(name, given[name])
+        if config.scan and path.startswith("model.layers."):
+            _, _, _, rest = path.split(".", 3)
+            stacks.setdefault(f"model.layers.{rest}", []).append(array)
+        else:
+            leaves[path] = array
+    return leaves | {path: np.stack(layers, config.scan_axis) for path, layers in stacks.items()}
+
+
+def _leaf(name: str, array: np.ndarray) -> tuple[str, np.ndarray]:
+    module = name.removesuffix(".weight")
+    if module.endswith("embed_tokens"):
+        return f"{module}.embedding", array
+    if module.endswith("norm"):
+        return f"{module}.weight", array
+    return f"{module}.kernel", array.T

@@ -1,0 +1,158 @@
+"""The Linen twin of ``llama_nnx``: the same model, the same dotted parameter paths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.traverse_util import unflatten_dict
+
+from jaxadapt.demo.llama import LlamaConfig, causal_attention, place, rms_norm, rope_tables, rotate
+
+Rope = tuple[jax.Array, jax.Array]
+
+
+def _dense(config: LlamaConfig, features: int, name: str) -> nn.Dense:
+    return nn.Dense(features, use_bias=False, param_dtype=config.param_dtype, name=name)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation; its one parameter is called ``weight``."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        weight = self.param("weight", nn.initializers.ones, (x.shape[-1],), self.config.param_dtype)
+        return rms_norm(x, weight, self.config.rms_norm_eps)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, rope: Rope) -> jax.Array:
+        config = self.config
+        heads = (*x.shape[:2], -1, config.head_dim)
+        q = _dense(config, config.num_heads * config.head_dim, "q_proj")(x).reshape(heads)
+        k = _dense(config, config.num_kv_heads * config.head_dim, "k_proj")(x).reshape(heads)
+        v = _dense(config, config.num_kv_heads * config.head_dim, "v_proj")(x).reshape(heads)
+        mixed = causal_attention(rotate(q, rope), rotate(k, rope), v)
+        return _dense(config, config.hidden_size, "o_proj")(mixed)
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate = _dense(self.config, self.config.intermediate_size, "gate_proj")(x)
+        up = _dense(self.config, self.config.intermediate_size, "up_proj")(x)
+        return _dense(self.config, self.config.hidden_size, "down_proj")(jax.nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """One layer: x (B, T, D) -> ((B, T, D), None), the pair that ``nn.scan`` wants of its body."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, rope: Rope) -> tuple[jax.Array, None]:
+        normed = RMSNorm(self.config, name="input_layernorm")(x)
+        x = x + Attention(self.config, name="self_attn")(normed, rope)
+        normed = RMSNorm(self.config, name="post_attention_layernorm")(x)
+        return x + MLP(self.config, name="mlp")(normed), None
+
+
+class Layers(nn.Module):
+    """The layers one after another, named by their numbers."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, rope: Rope) -> tuple[jax.Array, None]:
+        block: Any = nn.remat(Block) if self.config.remat else Block
+        for l in range(self.config.num_layers):
+            x, _ = block(self.config, name=str(l))(x, rope)
+        return x, None
+
+
+def _layers(config: LlamaConfig) -> Any:
+    if not config.scan:
+        return Layers(config)
+    # Under a scan nothing can be moved out of the loop anyway, so remat need not guard against it.
+    block: Any = nn.remat(Block, prevent_cse=False) if config.remat else Block
+    scan: Any = nn.scan  # its annotation of in_axes has no room for nn.broadcast
+    return scan(
+        block,
+        variable_axes={"params": config.scan_axis},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=nn.broadcast,
+        length=config.num_layers,
+    )(config)
+
+
+class LlamaModel(nn.Module):
+    """Embedding, layers and final norm: tokens (B, T) -> (B, T, D)."""
+
+    config: LlamaConfig
+
+    def setup(self) -> None:
+        config = self.config
+        self.embed_tokens = nn.Embed(config.vocab_size, config.hidden_size, param_dtype=config.param_dtype)
+        self.layers = _layers(config)
+        self.norm = RMSNorm(config)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        x, _ = self.layers(self.embed_tokens(tokens), rope_tables(self.config, tokens.shape[1]))
+        return self.norm(x)
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """Logits (B, T, V) of hidden states under tied embeddings."""
+        return self.embed_tokens.attend(x)
+
+
+class Llama(nn.Module):
+    """A causal language model whose parameters stand at Hugging Face's module paths.
+
+    ``module.apply(variables, tokens)`` takes int32 tokens (B, T) and returns logits (B, T, V) in float32.
+
+    >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2,
+    ...                      num_heads=4, num_kv_heads=2, head_dim=4)
+    >>> variables = Llama(config).init(jax.random.key(0), jnp.zeros((1, 3), jnp.int32))
+    >>> variables["params"]["model"]["layers"]["1"]["self_attn"]["k_proj"]["kernel"].shape
+    (16, 8)
+    """
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        model = LlamaModel(self.config, name="model")
+        x = model(tokens)
+        if self.config.tie_word_embeddings:
+            return model.attend(x).astype(jnp.float32)
+        return _dense(self.config, self.config.vocab_size, "lm_head")(x).astype(jnp.float32)
+
+
+def to_linen(config: LlamaConfig, weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Lay a Hugging Face checkpoint out as ``{"params": …}`` of this module.
+
+    Args:
+        config: the model, with its ``scan`` and ``param_dtype``.
+        weights: name -> array (out, in), see ``llama.place``.
+
+    Raises:
+        MismatchError: the weights do not fit the configuration.
+    """
+    leaves = place(config, weights)
+    dtype = config.param_dtype
+    return {"params": unflatten_dict({k: jnp.asarray(v, dtype) for k, v in leaves.items()}, sep=".")}

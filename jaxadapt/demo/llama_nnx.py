@@ -1,0 +1,156 @@
+"""A compact Llama in Flax NNX, with Hugging Face's module names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxadapt.demo.llama import LlamaConfig, causal_attention, place, rms_norm, rope_tables, rotate
+
+Rope = tuple[jax.Array, jax.Array]
+
+
+def _linear(config: LlamaConfig, in_features: int, out_features: int, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(in_features, out_features, use_bias=False, param_dtype=config.param_dtype, rngs=rngs)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square normalisation; its one parameter is called ``weight``."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        self.weight = nnx.Param(jnp.ones((config.hidden_size,), config.param_dtype))
+        self.eps = config.rms_norm_eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return rms_norm(x, self.weight[...], self.eps)
+
+
+class Attention(nnx.Module):
+    """Causal grouped-query attention with rotary positions."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = _linear(config, config.hidden_size, queries, rngs)
+        self.k_proj = _linear(config, config.hidden_size, keys, rngs)
+        self.v_proj = _linear(config, config.hidden_size, keys, rngs)
+        self.o_proj = _linear(config, queries, config.hidden_size, rngs)
+
+    def __call__(self, x: jax.Array, rope: Rope) -> jax.Array:
+        heads = (*x.shape[:2], -1, self.config.head_dim)
+        q = rotate(self.q_proj(x).reshape(heads), rope)
+        k = rotate(self.k_proj(x).reshape(heads), rope)
+        return self.o_proj(causal_attention(q, k, self.v_proj(x).reshape(heads)))
+
+
+class MLP(nnx.Module):
+    """SwiGLU feed-forward."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
+        self.gate_proj = _linear(config, config.hidden_size, config.intermediate_size, rngs)
+        self.up_proj = _linear(config, config.hidden_size, config.intermediate_size, rngs)
+        self.down_proj = _linear(config, config.intermediate_size, config.hidden_size, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nnx.Module):
+    """One layer: x (B, T, D) -> (B, T, D)."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
+        self.input_layernorm = RMSNorm(config)
+        self.self_attn = Attention(config, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(config)
+        self.mlp = MLP(config, rngs=rngs)
+
+    def __call__(self, x: jax.Array, rope: Rope) -> jax.Array:
+        x = x + self.self_attn(self.input_layernorm(x), rope)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LlamaModel(nnx.Module):
+    """Embedding, layers and final norm: tokens (B, T) -> (B, T, D)."""
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        self.embed_tokens = nnx.Embed(
+            config.vocab_size, config.hidden_size, param_dtype=config.param_dtype, rngs=rngs
+        )
+        self.layers: Any
+        if config.scan:
+            create = nnx.vmap(lambda keys: Block(config, rngs=keys), out_axes=self._axes())
+            self.layers = create(rngs.split(config.num_layers))
+        else:
+            self.layers = nnx.List([Block(config, rngs=rngs) for _ in range(config.num_layers)])
+        self.norm = RMSNorm(config)
+
+    def _axes(self) -> nnx.StateAxes:
+        # Parameters (adapters are Params too) stack where the config says. What else a layer may come
+        # to hold, such as the keys of an adapter's dropout, has no second axis: it stacks in front.
+        return nnx.StateAxes({nnx.Param: self.config.scan_axis, ...: 0})
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        rope = rope_tables(self.config, tokens.shape[1])
+
+        def layer(block: Block, x: jax.Array, rope: Rope) -> jax.Array:
+            return block(x, rope)
+
+        run: Any = nnx.remat(layer) if self.config.remat else layer
+        x = self.embed_tokens(tokens)
+        if self.config.scan:
+            run = nnx.scan(run, in_axes=(self._axes(), nnx.Carry, None), out_axes=nnx.Carry)
+            x = run(self.layers, x, rope)
+        else:
+            for block in self.layers:
+                x = run(block, x, rope)
+        return self.norm(x)
+
+
+class Llama(nnx.Module):
+    """A causal language model whose leaves stand at Hugging Face's module paths.
+
+    ``model(tokens)`` takes int32 tokens (B, T) and returns logits (B, T, V) in float32.
+
+    >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2,
+    ...                      num_heads=4, num_kv_heads=2, head_dim=4)
+    >>> model = Llama(config, rngs=nnx.Rngs(0))
+    >>> model.model.layers[1].self_attn.k_proj.kernel.shape
+    (16, 8)
+    >>> model(jnp.zeros((1, 3), jnp.int32)).shape
+    (1, 3, 32)
+    """
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        self.model = LlamaModel(config, rngs=rngs)
+        if not config.tie_word_embeddings:
+            self.lm_head = _linear(config, config.hidden_size, config.vocab_size, rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        x = self.model(tokens)
+        tied = self.config.tie_word_embeddings
+        logits = self.model.embed_tokens.attend(x) if tied else self.lm_head(x)
+        return logits.astype(jnp.float32)
+
+
+def to_nnx(config: LlamaConfig, weights: Mapping[str, np.ndarray]) -> Llama:
+    """Build the model from a Hugging Face checkpoint, without initialising it first.
+
+    Args:
+        config: the model, with its ``scan`` and ``param_dtype``.
+        weights: name -> array (out, in), see ``llama.place``.
+
+    Raises:
+        MismatchError: the weights do not fit the configuration.
+    """
+    leaves = place(config, weights)
+    model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        variable.set_value(jnp.asarray(leaves.pop(".".join(map(str, path))), config.param_dtype))
+    return model

