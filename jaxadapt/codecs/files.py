@@ -6,6 +6,9 @@ import errno
 import io
 import os
 import stat
+from collections import deque
+from collections.abc import Sequence
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from jaxadapt.errors import FileError, FormatError
@@ -32,6 +35,7 @@ _WAY_OUT = {
 
 # Linux moves at most 0x7ffff000 bytes a call, and macOS refuses more than INT_MAX.
 _MAX_CALL = 1 << 30
+_MAX_VIEWS = 512  # the least that a system in use allows is 1024
 
 
 def file_error(action: str, path: str, error: OSError | ValueError, more: str = "") -> FileError:
@@ -68,31 +72,46 @@ def open_binary(path: str) -> tuple[io.FileIO, int]:
     return file, status.st_size
 
 
-def read_into(fd: int, view: memoryview, offset: int, path: str, what: str) -> None:
-    """Fills `view` (contiguous bytes) from `offset` on.
+def read_into(fd: int, parts: Sequence[tuple[str, memoryview]], offset: int, path: str) -> None:
+    """Fills views, one after the other, with the bytes from `offset` on.
+
+    Args:
+        fd: an open file.
+        parts: what it is (for messages) and contiguous bytes to fill.
+        offset: of the first view's first byte in the file.
+        path: for messages.
 
     Raises:
-        FormatError: the file ends before the view is full; names `what`.
+        FormatError: the file ends before all views are full.
         FileError: the operating system cannot read.
     """
-    done, size = 0, len(view)
-    while done < size:
+    pending = deque((what, view) for what, view in parts if len(view))
+    while pending:
+        batch = [view for _, view in islice(pending, _MAX_VIEWS)]
+        if len(batch[0]) > _MAX_CALL:
+            batch = [batch[0][:_MAX_CALL]]
         try:
-            count = os.preadv(fd, [view[done : done + _MAX_CALL]], offset + done)
+            count = os.preadv(fd, batch, offset)
         except OSError as error:
             raise file_error("read", path, error) from error
         if count == 0:
+            what, view = pending[0]
             raise FormatError(
-                f"{path}: {what}: expected {size} bytes at offset {offset}, found {done} before the end "
-                "of the file; it was truncated after it was opened"
+                f"{path}: {what}: expected {len(view)} more bytes at offset {offset}, found the end of the "
+                "file; it was truncated after it was opened"
             )
-        done += count
+        offset += count
+        while count:
+            what, view = pending.popleft()
+            if count < len(view):
+                pending.appendleft((what, view[count:]))
+            count -= min(count, len(view))
 
 
 def pread_exact(fd: int, size: int, offset: int, path: str, what: str) -> bytes:
     """Like `read_into`, into new bytes."""
     buffer = bytearray(size)
-    read_into(fd, memoryview(buffer), offset, path, what)
+    read_into(fd, [(what, memoryview(buffer))], offset, path)
     return bytes(buffer)
 
 
@@ -101,5 +120,5 @@ def aligned(nbytes: int) -> np.ndarray:
     import numpy as np
 
     raw = np.empty(nbytes + 63, np.uint8)
-    skip = -raw.ctypes.data % 64
+    skip = -raw.__array_interface__["data"][0] % 64  # ten times cheaper than raw.ctypes.data
     return raw[skip : skip + nbytes]

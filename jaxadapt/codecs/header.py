@@ -146,7 +146,7 @@ def length_problem(first: bytes, size: int) -> str | None:
     if length > MAX_HEADER:
         return f"header length: expected at most {MAX_HEADER} bytes, found {length}"
     if length > size - 8:
-        return f"header length: expected at most the {size - 8} bytes left, found {length}; the file is damaged"
+        return f"header length: expected at most the {size - 8} bytes left, found {length}; it is damaged"
     return None
 
 

@@ -6,6 +6,8 @@ needs the standard library only; numpy (and ml_dtypes, for bfloat16 and float8) 
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
@@ -55,11 +57,12 @@ _ML_DTYPES = {
 _NAMES = {name: code for table in (_NUMPY, _ML_DTYPES) for code, name in table.items()}
 
 # A job for the writing thread: big enough to hide the cost of a hand-over, small enough for the cache.
-_STAGE = 4 << 20
-# Below this, starting threads to read costs more than it saves.
-_PARALLEL_READ = 4 << 20
+_STAGE = 2 << 20
+# Tensors read with one call: big enough for huge pages, small enough that several threads get some.
+_GROUP = 32 << 20
 
 
+@functools.cache
 def numpy_dtype(name: str) -> np.dtype:
     """The numpy dtype of a safetensors dtype name.
 
@@ -152,7 +155,7 @@ class TensorFile(Mapping[str, "np.ndarray"]):
     def __getitem__(self, key: str) -> np.ndarray:
         fd, info, dtype = self._find(key)
         data = files.aligned(info.nbytes)
-        files.read_into(fd, data.data, self.header.data_start + info.start, self.path, f"tensor {key!r}")
+        files.read_into(fd, [(f"tensor {key!r}", data.data)], self.header.data_start + info.start, self.path)
         return data.view(dtype).reshape(info.shape)
 
     def __iter__(self) -> Iterator[str]:
@@ -180,9 +183,47 @@ class TensorFile(Mapping[str, "np.ndarray"]):
         begin = self.header.data_start + info.start
 
         def read_at(view: memoryview, offset: int) -> None:
-            files.read_into(fd, view, begin + offset, self.path, f"tensor {key!r}")
+            files.read_into(fd, [(f"tensor {key!r}", view)], begin + offset, self.path)
 
         return runs.read_box(read_at, info.shape, dtype, slices)
+
+    def read_many(self, keys: Iterable[str]) -> dict[str, np.ndarray]:
+        """The tensors of `keys`, faster than one by one.
+
+        Neighbours share one allocation (of about 32 MB at most), which lives as long as one of them.
+        """
+        order = sorted(set(keys), key=lambda key: self.header.tensors[key][2:])
+        groups: list[list[str]] = []
+        size, stop = 0, -1
+        for key in order:
+            info = self.header.tensors[key]
+            if info.start != stop or size + info.nbytes > _GROUP:
+                groups.append([])
+                size = 0
+            groups[-1].append(key)
+            size, stop = size + info.nbytes, info.stop
+        if len(groups) <= 1:
+            return self._read_group(groups[0]) if groups else {}
+        from concurrent.futures import ThreadPoolExecutor
+
+        # few large jobs: their time goes into the kernel's copy and page faults, which hold no GIL
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            return {
+                key: array for group in pool.map(self._read_group, groups) for key, array in group.items()
+            }
+
+    def _read_group(self, keys: Sequence[str]) -> dict[str, np.ndarray]:
+        """Neighbours in the file, in order, with one call and one allocation; each is 64-byte aligned."""
+        found = [self._find(key) for key in keys]
+        places = list(itertools.accumulate((-(-info.nbytes // 64) * 64 for _, info, _ in found), initial=0))
+        memory = files.aligned(places[-1])
+        flat = [memory[at : at + info.nbytes] for at, (_, info, _) in zip(places, found, strict=False)]
+        parts = [(f"tensor {key!r}", part.data) for key, part in zip(keys, flat, strict=True)]
+        files.read_into(found[0][0], parts, self.header.data_start + found[0][1].start, self.path)
+        return {
+            key: part.view(dtype).reshape(info.shape)
+            for key, part, (_, info, dtype) in zip(keys, flat, found, strict=True)
+        }
 
     def close(self) -> None:
         self._file.close()
@@ -219,13 +260,8 @@ def read(path: str | os.PathLike[str], keys: Iterable[str] | None = None) -> dic
                 f"{file.path}: expected tensors {problems_text([repr(key) for key in missing])}, "
                 f"but the file lacks them; it holds {problems_text([repr(key) for key in file])}"
             )
-        if sum(file.header.tensors[key].nbytes for key in wanted) < _PARALLEL_READ:
-            return {key: file[key] for key in wanted}
-        from concurrent.futures import ThreadPoolExecutor
-
-        # the time goes into the kernel's copy and into page faults, both without the GIL
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            return dict(zip(wanted, pool.map(file.__getitem__, wanted), strict=True))
+        found = file.read_many(wanted)
+        return {key: found[key] for key in wanted}
 
 
 def _checked(path: str, key: str, value: np.ndarray, info: TensorInfo) -> np.ndarray:
