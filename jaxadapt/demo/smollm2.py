@@ -124,6 +124,10 @@ class SmolLM2:
             max_position_embeddings=self._field("llama.context_length"),
         )
 
+    def parameters(self) -> int:
+        """The number of the model's parameters."""
+        return sum(int(np.prod(tensor.shape)) for tensor in self.reader.tensors)
+
     def weights(self) -> dict[str, np.ndarray]:
         """Every tensor, dequantised to float32, under Hugging Face's name and in its layout (out, in)."""
         dequantize = require("gguf.quants").dequantize

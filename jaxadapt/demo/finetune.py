@@ -1,0 +1,243 @@
+"""``jaxadapt demo``: fine-tune SmolLM2 on Python's own documentation, save, and open the files elsewhere."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from jaxadapt.demo import check
+from jaxadapt.demo.smollm2 import INSTALL, MODEL_NAME, SmolLM2
+from jaxadapt.demo.text import batches, chunks, python_topics, spread
+from jaxadapt.demo.training import APIS, METHODS, Trainer, trainer
+from jaxadapt.errors import ConfigError, FileError
+
+LENGTH = 64  # tokens of one chunk
+BATCH = 4
+HELD_OUT = 24  # chunks that the held-out loss is taken over
+PROMPT = 'The "with" statement is used to'
+PASSAGE = 40  # sampled tokens
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run found out.
+
+    Args:
+        losses: the training loss of each step; held_out: the loss on text never trained on, (before, after).
+        passages: the sampled passage, (before, after).
+        base_parameters, adapter_parameters: counts. adapter_bytes: size of ``adapter_model.safetensors``.
+        reload_difference: largest logit difference to the adapter loaded in a new process.
+        peft_difference: the same for PEFT in torch; None where PEFT is not installed.
+        plot: the loss curve; None where matplotlib is not installed.
+        seconds: wall time.
+    """
+
+    out: Path
+    losses: tuple[float, ...]
+    held_out: tuple[float, float]
+    passages: tuple[str, str]
+    base_parameters: int
+    adapter_parameters: int
+    adapter_bytes: int
+    reload_difference: float
+    peft_difference: float | None
+    plot: Path | None
+    seconds: float
+
+
+def run(
+    out: str | Path,
+    *,
+    steps: int = 60,
+    seed: int = 0,
+    api: str = "nnx",
+    method: str = "lora",
+    console: Console | None = None,
+) -> Report:
+    """Fine-tune SmolLM2-135M on CPython's language reference and show what the adapter's files are worth.
+
+    Args:
+        out: folder for the adapter and ``loss.png``; made if absent.
+        steps: training steps of 4 × 64 tokens.
+        seed: of the adapter's initial values, the order of the text and the sampled passages.
+        api: "nnx" or "linen". method: "lora" or "ia3".
+        console: where to print; the terminal by default. The progress bar is drawn on terminals only.
+
+    Raises:
+        ConfigError: an unknown api or method, or steps below one.
+        FileError: the demo's needs are not installed, or `out` cannot be a folder.
+    """
+    started = time.monotonic()
+    console = Console() if console is None else console
+    out = Path(out)
+    _check_arguments(steps, api, method)
+    model, tokenizer = _open_model(console)
+    _make_folder(out)
+    # CPUs multiply float32 exactly anyway; accelerators would round to fewer bits, and the comparison
+    # with PEFT at the end would measure that.
+    with jax.default_matmul_precision("highest"):
+        tuned = _tune(model, tokenizer, steps=steps, seed=seed, api=api, method=method, console=console)
+    trained, losses, held_out, passages, probe = tuned
+    for when, passage in zip(("before", "after"), passages, strict=True):
+        console.print(Panel(passage, title=f"sampled passage, {when}", title_align="left"), markup=False)
+    console.print(f"held-out loss: {held_out[0]:.3f} before, {held_out[1]:.3f} after {steps} steps")
+
+    trained.save(out, MODEL_NAME)
+    expected, adapter_parameters = trained.logits(probe), trained.adapter_size()
+    # The processes below need a base of their own: do not hold this one beside theirs.
+    del trained, tuned
+    file = out / "adapter_model.safetensors"
+    base_parameters = model.parameters()
+    console.print(_sizes(model, base_parameters, adapter_parameters, file))
+    plot = _plot(out / "loss.png", losses, held_out, console)
+
+    found = check.in_new_process(out, probe, api)
+    reload_difference = float(np.abs(found - expected).max())
+    equal = "equal, bit for bit" if np.array_equal(found, expected) else f"within {reload_difference:.1e}"
+    console.print(f"loaded in a new process (jaxadapt, {api}): logits {equal}")
+    peft_difference = None
+    if check.peft_installed():
+        peft_difference = float(np.abs(check.in_new_process(out, probe, "peft") - expected).max())
+        console.print(
+            f"loaded by PEFT (torch) on the same base: largest logit difference {peft_difference:.1e}"
+        )
+    else:
+        console.print(
+            "PEFT is not installed here: with `pip install peft` the demo opens these files in it too"
+        )
+    seconds = time.monotonic() - started
+    console.print(
+        f"{out}: the adapter, ready for jaxadapt.load and PeftModel.from_pretrained ({seconds:.0f} s)"
+    )
+    return Report(
+        out=out,
+        losses=tuple(losses),
+        held_out=held_out,
+        passages=passages,
+        base_parameters=base_parameters,
+        adapter_parameters=adapter_parameters,
+        adapter_bytes=file.stat().st_size,
+        reload_difference=reload_difference,
+        peft_difference=peft_difference,
+        plot=plot,
+        seconds=seconds,
+    )
+
+
+def _check_arguments(steps: int, api: str, method: str) -> None:
+    problems: list[str] = []
+    if steps < 1:
+        problems.append(f"steps: expected at least 1, found {steps}")
+    if api not in APIS:
+        problems.append(f"api: expected one of {', '.join(APIS)}, found {api!r}")
+    if method not in METHODS:
+        problems.append(f"method: expected one of {', '.join(METHODS)}, found {method!r}")
+    if problems:
+        raise ConfigError("demo: " + "; ".join(problems))
+
+
+def _open_model(console: Console) -> tuple[SmolLM2, Any]:
+    model = SmolLM2.open()
+    tokenizer = model.tokenizer()
+    console.print(f"base model: {MODEL_NAME}, from {model.path.name}")
+    return model, tokenizer
+
+
+def _make_folder(out: Path) -> None:
+    """Before the minutes of training, not after."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FileError(f"{out}: expected a folder, or a place to make one, found: {error}") from error
+
+
+def _tune(
+    model: SmolLM2, tokenizer: Any, *, steps: int, seed: int, api: str, method: str, console: Console
+) -> tuple[Trainer, list[float], tuple[float, float], tuple[str, str], np.ndarray]:
+    def encode(text: str) -> Sequence[int]:
+        return tokenizer.encode(text).ids
+
+    training, held_out = (chunks(encode, text, LENGTH) for text in python_topics())
+    held_out = spread(held_out, HELD_OUT)
+    prompt = encode(PROMPT)
+    tuner = trainer(api, model.config, model.weights(), method, steps, seed)
+
+    def held_out_loss() -> float:
+        return float(np.mean([tuner.loss(rows) for rows in np.split(held_out, HELD_OUT // BATCH)]))
+
+    def passage() -> str:
+        return tokenizer.decode(sample(tuner, prompt, PASSAGE, seed))
+
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("measuring the base", total=steps)
+        before = held_out_loss(), passage()
+        progress.update(task, description="compiling the step")
+        losses: list[float] = []
+        source = batches(training, BATCH, seed)
+        for _ in range(steps):
+            losses.append(tuner.step(next(source)))
+            progress.update(task, advance=1, description=f"{method}, {api}: loss {losses[-1]:.3f}")
+        after = held_out_loss(), passage()
+    return tuner, losses, (before[0], after[0]), (before[1], after[1]), held_out[:1]
+
+
+def sample(
+    tuner: Trainer, prompt: Sequence[int], count: int, seed: int, temperature: float = 0.7
+) -> list[int]:
+    """Continue `prompt` by `count` sampled tokens, the same ones for the same seed and model.
+
+    The window has one fixed length, so the forward pass compiles once; what stands behind the current
+    token cannot reach it through the causal mask.
+    """
+    rng = np.random.default_rng(seed)
+    window = np.zeros((1, len(prompt) + count), np.int32)
+    window[0, : len(prompt)] = prompt
+    for position in range(len(prompt), window.shape[1]):
+        logits = tuner.logits(window)[0, position - 1].astype(np.float64) / temperature
+        weights = np.exp(logits - logits.max())
+        # Inverse transform of one uniform number: a small change of the logits seldom changes the token.
+        total = np.cumsum(weights)
+        window[0, position] = int(np.searchsorted(total, rng.random() * total[-1]))
+    return window[0].tolist()
+
+
+def _sizes(model: SmolLM2, base: int, adapter: int, file: Path) -> Table:
+    table = Table("", "base", "adapter", "share", title="sizes", title_justify="left")
+    table.columns[1].justify = table.columns[2].justify = table.columns[3].justify = "right"
+    bytes_ = file.stat().st_size
+    table.add_row("parameters", f"{base:,}", f"{adapter:,}", f"{adapter / base:.2%}")
+    table.add_row("float32, MB", f"{base * 4 / 1e6:,.1f}", f"{bytes_ / 1e6:,.2f}", f"{bytes_ / base / 4:.2%}")
+    packed = model.path.stat().st_size
+    table.add_row(
+        "on disk, MB", f"{packed / 1e6:,.1f} (4 bits)", f"{bytes_ / 1e6:,.2f}", f"{bytes_ / packed:.2%}"
+    )
+    return table
+
+
+def _plot(
+    path: Path, losses: Sequence[float], held_out: tuple[float, float], console: Console
+) -> Path | None:
+    if importlib.util.find_spec("matplotlib") is None:
+        console.print(f"no loss plot: matplotlib is not installed; run: {INSTALL}")
+        return None
+    figure_module: Any = importlib.import_module("matplotlib.figure")
+    figure = figure_module.Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
+    axes.plot(range(1, len(losses) + 1), losses, label="training")
+    axes.plot([0, len(losses)], held_out, "o--", label="held out")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    return path

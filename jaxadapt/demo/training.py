@@ -1,0 +1,199 @@
+"""Attach an adapter to SmolLM2, train, save, load: once in NNX, once in Linen, behind the same four calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import jaxadapt
+from jaxadapt.demo import llama_linen, llama_nnx
+from jaxadapt.demo.llama import PROJECTIONS, LlamaConfig
+from jaxadapt.errors import ConfigError
+
+Weights = Mapping[str, np.ndarray]
+APIS = ("nnx", "linen")
+METHODS = ("lora", "ia3")
+
+
+def adapter_config(method: str) -> Any:
+    """The demo's configuration of a method: LoRA on all seven projections, IA3 where its authors put it.
+
+    Raises:
+        ConfigError: no such method.
+    """
+    if method == "lora":
+        return jaxadapt.LoraConfig(
+            r=8, lora_alpha=16, target_modules=list(PROJECTIONS), task_type="CAUSAL_LM"
+        )
+    if method == "ia3":
+        return jaxadapt.IA3Config(
+            target_modules=["k_proj", "v_proj", "down_proj"],
+            feedforward_modules=["down_proj"],
+            task_type="CAUSAL_LM",
+        )
+    raise ConfigError(f"method: expected one of {', '.join(METHODS)}, found {method!r}")
+
+
+def optimizer(method: str, steps: int) -> optax.GradientTransformation:
+    """AdamW with a short warm-up and a cosine decay over `steps`.
+
+    IA3 trains a few thousand factors that begin at one: it wants larger steps, and decay would pull
+    them to zero, which is no neutral value of a factor.
+    """
+    peak, decay = {"lora": (1e-3, 0.01), "ia3": (2e-2, 0.0)}[method]
+    warmup = min(5, max(1, steps // 4))
+    schedule = optax.warmup_cosine_decay_schedule(peak / 10, peak, warmup, max(steps, warmup + 1), peak / 10)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=decay))
+
+
+def next_token_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Mean cross-entropy, in nats, of each token (B, T) after those before it; logits (B, T, V)."""
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:])
+    return jnp.mean(losses)
+
+
+class Trainer(Protocol):
+    """A base model with an adapter on it, and the optimizer that trains the adapter alone."""
+
+    def step(self, tokens: np.ndarray) -> float:
+        """One step on tokens (B, T); the loss before it."""
+        ...
+
+    def loss(self, tokens: np.ndarray) -> float:
+        """The loss on tokens (B, T)."""
+        ...
+
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        """Logits (B, T, V) float32."""
+        ...
+
+    def save(self, out: Path, base_model: str) -> None:
+        """Write the adapter."""
+        ...
+
+    def adapter_size(self) -> int:
+        """The number of trained parameters."""
+        ...
+
+
+class NnxTrainer:
+    """The NNX model, adapted in place."""
+
+    def __init__(
+        self, config: LlamaConfig, weights: Weights, adapter: Any, tx: optax.GradientTransformation, seed: int
+    ) -> None:
+        self.model = llama_nnx.to_nnx(config, weights)
+        jaxadapt.adapt(self.model, adapter, rngs=nnx.Rngs(seed))
+        self.optimizer = nnx.Optimizer(self.model, tx, wrt=jaxadapt.AdapterParam)
+
+        def loss(model: Any, tokens: jax.Array) -> jax.Array:
+            return next_token_loss(model(tokens), tokens)
+
+        # Flax's default, every nnx.Param, would train the base too: name the adapter here and above.
+        trained = nnx.DiffState(0, jaxadapt.AdapterParam)
+
+        def step(model: Any, optimizer: Any, tokens: jax.Array) -> jax.Array:
+            value, grads = nnx.value_and_grad(loss, argnums=trained)(model, tokens)
+            optimizer.update(model, grads)
+            return value
+
+        self._step: Any = nnx.jit(step)
+        self._loss: Any = nnx.jit(loss)
+        self._logits: Any = nnx.jit(_call)
+
+    def step(self, tokens: np.ndarray) -> float:
+        return float(self._step(self.model, self.optimizer, jnp.asarray(tokens)))
+
+    def loss(self, tokens: np.ndarray) -> float:
+        return float(self._loss(self.model, jnp.asarray(tokens)))
+
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        return np.asarray(self._logits(self.model, jnp.asarray(tokens)))
+
+    def save(self, out: Path, base_model: str) -> None:
+        jaxadapt.save(self.model, out, base_model=base_model)
+
+    def adapter_size(self) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self.model, jaxadapt.AdapterParam)))
+
+
+class LinenTrainer:
+    """The Linen module in jaxadapt's wrapper; parameters and adapter are plain trees."""
+
+    def __init__(
+        self, config: LlamaConfig, weights: Weights, adapter: Any, tx: optax.GradientTransformation, seed: int
+    ) -> None:
+        base = llama_linen.to_linen(config, weights)["params"]
+        self.module: Any = jaxadapt.adapt(llama_linen.Llama(config), adapter)
+        lora = jaxadapt.init(adapter, base, key=jax.random.key(seed))
+        self.base: Any = {"params": base}
+        self.adapter: Any = lora.collection
+        self.state: Any = tx.init(self.adapter)
+
+        def loss(adapter: Any, base: Any, tokens: jax.Array) -> jax.Array:
+            return next_token_loss(self.module.apply({**base, **adapter}, tokens), tokens)
+
+        def step(adapter: Any, state: Any, base: Any, tokens: jax.Array) -> Any:
+            value, grads = jax.value_and_grad(loss)(adapter, base, tokens)
+            updates, state = tx.update(grads, state, adapter)
+            return optax.apply_updates(adapter, updates), state, value
+
+        self._step = jax.jit(step)
+        self._loss = jax.jit(loss)
+        self._logits = jax.jit(self.module.apply)
+
+    def step(self, tokens: np.ndarray) -> float:
+        stepped = self._step(self.adapter, self.state, self.base, jnp.asarray(tokens))
+        self.adapter, self.state, value = stepped
+        return float(value)
+
+    def loss(self, tokens: np.ndarray) -> float:
+        return float(self._loss(self.adapter, self.base, jnp.asarray(tokens)))
+
+    def logits(self, tokens: np.ndarray) -> np.ndarray:
+        return np.asarray(self._logits({**self.base, **self.adapter}, jnp.asarray(tokens)))
+
+    def save(self, out: Path, base_model: str) -> None:
+        jaxadapt.save({**self.base, **self.adapter}, out, base_model=base_model)
+
+    def adapter_size(self) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(self.adapter))
+
+
+def trainer(
+    api: str, config: LlamaConfig, weights: Weights, method: str, steps: int, seed: int = 0
+) -> Trainer:
+    """An untrained adapter on the base, ready for `steps` steps.
+
+    Raises:
+        ConfigError: `api` or `method` is unknown.
+    """
+    kind = {"nnx": NnxTrainer, "linen": LinenTrainer}.get(api)
+    if kind is None:
+        raise ConfigError(f"api: expected one of {', '.join(APIS)}, found {api!r}")
+    adapter = adapter_config(method)
+    return kind(config, weights, adapter, optimizer(method, steps), seed)
+
+
+def load_logits(
+    api: str, config: LlamaConfig, weights: Weights, folder: Path, tokens: np.ndarray
+) -> np.ndarray:
+    """Logits (B, T, V) of the base with a saved adapter loaded onto it."""
+    inputs = jnp.asarray(tokens)
+    if api == "nnx":
+        model = jaxadapt.load(folder, llama_nnx.to_nnx(config, weights))
+        return np.asarray(nnx.jit(_call)(model, inputs))
+    module: Any = jaxadapt.adapt(llama_linen.Llama(config), jaxadapt.read_config(folder))
+    variables = jaxadapt.load(folder, llama_linen.to_linen(config, weights))
+    return np.asarray(jax.jit(module.apply)(variables, inputs))
+
+
+def _call(model: Any, tokens: jax.Array) -> jax.Array:
+    return model(tokens)
