@@ -55,7 +55,7 @@ def test_typed_imports_equal_the_table(root: Path):
 def test_no_public_name_is_also_a_module(root: Path):
     """Importing a submodule binds its name on the package, over a public function of that name."""
     modules = {path.stem for path in (root / "jaxadapt").iterdir()}
-    assert not modules & PUBLIC
+    assert not modules & PUBLIC, "rename these modules (merge.py -> merging.py, say)"
 
 
 def test_unknown_name_is_an_attribute_error():
