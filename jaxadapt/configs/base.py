@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, ClassVar, Self, cast
 
 from jaxadapt.configs.check import Problems
@@ -195,10 +195,14 @@ class GenericConfig(Config):
         if isinstance(self.extra, FrozenDict):
             for name in sorted(_SETS & set(self.extra)):
                 problems.selection(name, self.extra[name])
+            # What `targets` reads; everything else is the method's own affair.
+            problems.strings("modules_to_save", self.extra.get("modules_to_save"))
+            problems.layers("layers_to_transform", self.extra.get("layers_to_transform"))
 
 
+@cache
 def _field_names(cls: type[Config]) -> tuple[str, ...]:
-    return tuple(cls.__dataclass_fields__)
+    return tuple(item.name for item in dataclasses.fields(cls))
 
 
 def _unordered(name: str, value: Any) -> Any:

@@ -144,6 +144,11 @@ class Problems:
         if value is not None and not is_ints(value):
             self.add(field, "a list of integers or null", value)
 
+    def layers(self, field: str, value: object) -> None:
+        """An int, a list of ints or null."""
+        if not (value is None or is_int(value) or is_ints(value)):
+            self.add(field, "an integer, a list of integers, or null", value)
+
     def selection(self, field: str, value: object) -> None:
         """A regular expression, a list of names, or null."""
         if value is None or is_strings(value):
@@ -167,7 +172,9 @@ class Problems:
         if not isinstance(value, Mapping):
             self.add(field, "an object (of patterns)", value, "write {}" if value is None else "")
             return
-        for key, item in cast("Mapping[str, Any]", value).items():
+        for key, item in cast("Mapping[object, Any]", value).items():
+            if not isinstance(key, str):
+                return  # reported when it could not be frozen
             self.pattern(field, key)
             if field == "rank_pattern":
                 self.rank(f"{field}[{key!r}]", item)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
 from jaxadapt.configs.base import Config
-from jaxadapt.configs.check import Problems, compile_pattern, is_int, is_ints
+from jaxadapt.configs.check import Problems, compile_pattern, is_ints
 from jaxadapt.configs.frozen import FrozenDict
 from jaxadapt.errors import ConfigError
 
@@ -146,9 +146,8 @@ class LoraConfig(Config):
         problems.add("init_lora_weights", f'true, false, {known} or "pissa_niter_<number>"', init)
 
     def _check_layers(self, problems: Problems) -> None:
-        layers: object = self.layers_to_transform
-        if not (layers is None or is_int(layers) or is_ints(layers)):
-            problems.add("layers_to_transform", "an integer, a list of integers, or null", layers)
+        layers = self.layers_to_transform
+        problems.layers("layers_to_transform", layers)
         pattern: object = self.layers_pattern
         if isinstance(pattern, str):
             problems.pattern("layers_pattern", pattern)

@@ -1,0 +1,336 @@
+"""Which modules a configuration means: PEFT's matching of `target_modules`, patterns and exclusions.
+
+Names are module paths such as "model.layers.0.self_attn.q_proj": PyTorch's where a table of names is known,
+the JAX paths themselves elsewhere. Nothing here looks at a model.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, TypeVar, cast
+
+from jaxadapt.configs import Config
+from jaxadapt.configs.check import compile_pattern
+from jaxadapt.errors import TargetError
+
+_C = TypeVar("_C", bound=Config)
+_T = TypeVar("_T")
+
+ALL_LINEAR = "all-linear"
+
+# From this many names on PEFT stores the shortest suffixes that mean the same modules.
+_COLLAPSE_FROM = 20
+
+# How many names an error lists.
+_LISTED = 30
+
+
+def matches(config: Config, name: str) -> bool:
+    """Whether the module `name` is a target of `config`, by PEFT's rules.
+
+    A string in `target_modules` must match the whole name as a regular expression; an entry of a list must
+    equal the name or be its end after a dot. `exclude_modules` and `modules_to_save` win.
+    `layers_to_transform` keeps only modules of those layers, but does not bear on a module that the list
+    names in full. Without `target_modules` nothing matches. "all-linear" must have been resolved (see
+    `resolve`).
+
+    Raises:
+        ConfigError: an invalid regular expression (where the configuration's class did not check it).
+
+    >>> from jaxadapt.configs import LoraConfig
+    >>> config = LoraConfig(target_modules=["q_proj"], layers_to_transform=[1])
+    >>> [matches(config, f"model.layers.{l}.self_attn.q_proj") for l in range(3)]
+    [False, True, False]
+    """
+    if _excluded(config, name):
+        return False
+    targets: str | tuple[str, ...] | None = config.get("target_modules")
+    if targets is None:
+        return False
+    if isinstance(targets, str):
+        return compile_pattern("target_modules", targets).fullmatch(name) is not None
+    if name in targets:
+        return True
+    return _ends_in(name, targets) and _in_layers(config, name)
+
+
+def pattern_value(patterns: Mapping[str, _T], name: str, default: _T) -> _T:
+    """The value of the first pattern that matches the module `name`; `default` if none does.
+
+    For `rank_pattern` and `alpha_pattern`. A pattern must match the whole name, or its end after a dot. (The
+    configuration's own patterns are in sorted order, as the file's are.)
+
+    Raises:
+        ConfigError: an invalid regular expression.
+
+    >>> pattern_value({"q_proj": 4, r"layers\\.\\d+\\.v_proj": 2}, "model.layers.7.v_proj", 8)
+    2
+    """
+    for key, value in patterns.items():
+        # EVA writes one full name a module: compiling hundreds of them costs more than matching, so plain
+        # names (in which only "." is special) are sorted out by their last part first.
+        if re.fullmatch(r"[\w.]+", key) and not name.endswith(key.rpartition(".")[2]):
+            continue
+        if compile_pattern("rank_pattern", key).match(name):
+            return value
+    # A key that is no expression for itself ("a+b") still holds for the module of exactly that name.
+    return patterns.get(name, default)
+
+
+def is_feedforward(config: Config, name: str) -> bool:
+    """Whether the IA3 vector of the target `name` scales the module's inputs.
+
+    A string must match the whole name; an entry of a list must be the name's end (PEFT asks for no dot).
+
+    Raises:
+        TargetError: `feedforward_modules` is null: PEFT then chooses by the model's type.
+        ConfigError: an invalid regular expression.
+    """
+    inputs: str | tuple[str, ...] | None = config.get("feedforward_modules")
+    if inputs is None:
+        raise TargetError(
+            "feedforward_modules: expected names, found null, where PEFT chooses by the type of model; "
+            "name the modules whose inputs are scaled (a part of target_modules), or write [] for none"
+        )
+    if isinstance(inputs, str):
+        return compile_pattern("feedforward_modules", inputs).fullmatch(name) is not None
+    return name.endswith(inputs)
+
+
+def resolve(
+    config: _C, names: Iterable[str], *, linear: Collection[str] | None, output: str | None = None
+) -> _C:
+    """The configuration with "all-linear" replaced by names; any other is returned as it is.
+
+    As PEFT stores it: the full names of all linear modules except the output layer, and where those are 20 or
+    more, the shortest suffixes that mean the same among `names`.
+
+    Args:
+        names: all modules of the model.
+        linear: those of them that are linear layers; None where that is not known.
+        output: the output layer (`lm_head`), if there is one.
+
+    Raises:
+        TargetError: "all-linear" is asked for where `linear` is None or leaves nothing.
+
+    >>> from jaxadapt.configs import LoraConfig
+    >>> config = LoraConfig(target_modules="all-linear")
+    >>> resolve(config, ["q", "norm", "lm_head"], linear={"q", "lm_head"}, output="lm_head").target_modules
+    ('q',)
+    """
+    if not _is_all_linear(config):
+        return config
+    if linear is None:
+        raise TargetError(
+            'target_modules: "all-linear" needs to know which modules are linear, which is unknown here; '
+            "name the modules instead"
+        )
+    chosen = sorted(set(linear) - {output})
+    if not chosen:
+        raise TargetError(
+            'target_modules: "all-linear" names nothing: there is no linear layer besides the output layer'
+        )
+    if len(chosen) >= _COLLAPSE_FROM and config.peft_type != "IA3":
+        shorter = _suffixes(chosen, set(names) - set(chosen))
+        chosen = shorter if len(shorter) < len(chosen) else chosen
+    return _with_targets(config, chosen)
+
+
+def select(
+    config: Config,
+    names: Sequence[str],
+    *,
+    linear: Collection[str] | None = None,
+    output: str | None = None,
+) -> tuple[str, ...]:
+    """The names that `config` targets, in their order.
+
+    One entry of `target_modules` that matches nothing is no error as long as another does (see `unmatched`);
+    PEFT does the same. Nothing at all is one, except where `target_parameters` says what to adapt.
+
+    Args:
+        names: the modules that could be adapted.
+        linear, output: as in `resolve`; needed for "all-linear" only.
+
+    Raises:
+        TargetError: nothing matches, or `target_modules` is null.
+        ConfigError: an invalid regular expression.
+
+    >>> from jaxadapt.configs import LoraConfig
+    >>> select(LoraConfig(target_modules=["q", "v"]), ["a.q", "a.k", "a.v", "b.q"])
+    ('a.q', 'a.v', 'b.q')
+    """
+    resolved = resolve(config, names, linear=linear, output=output)
+    chosen = tuple(name for name in names if matches(resolved, name))
+    if chosen or config.get("target_parameters"):
+        return chosen
+    targets = config.get("target_modules")
+    if targets is None:
+        raise TargetError(
+            "target_modules: expected names or an expression, found null, where PEFT chooses by the type of "
+            f"model (a choice that is not made here); name them. Available are {_available(names)}"
+        )
+    raise TargetError(_nothing(resolved, names))
+
+
+def unmatched(config: Config, names: Sequence[str]) -> tuple[str, ...]:
+    """The entries of `target_modules` that select none of `names`: misspelt, excluded, or for another model.
+
+    >>> from jaxadapt.configs import LoraConfig
+    >>> unmatched(LoraConfig(target_modules=["q", "qq"]), ["a.q", "a.k"])
+    ('qq',)
+    """
+    targets: str | tuple[str, ...] | None = config.get("target_modules")
+    if targets is None or _is_all_linear(config):
+        return ()
+    if isinstance(targets, str):
+        return () if any(matches(config, name) for name in names) else (targets,)
+    hit: set[str] = set()
+    for name in names:
+        if not matches(config, name):
+            continue
+        hit.add(name)  # an entry may be the whole name, …
+        if _in_layers(config, name):
+            hit.update(name[i + 1 :] for i, letter in enumerate(name) if letter == ".")  # … or end it
+    return tuple(entry for entry in targets if entry not in hit)
+
+
+def _excluded(config: Config, name: str) -> bool:
+    excluded: str | tuple[str, ...] | None = config.get("exclude_modules")
+    if isinstance(excluded, str):
+        if excluded and compile_pattern("exclude_modules", excluded).fullmatch(name):
+            return True
+    elif excluded and (name in excluded or _ends_in(name, excluded)):
+        return True
+    # A module trained in full cannot carry an adapter as well. PEFT reads these entries as expressions, and a
+    # hit anywhere on the path counts.
+    kept: tuple[str, ...] = config.get("modules_to_save") or ()
+    return any(compile_pattern("modules_to_save", entry).match(name) for entry in kept)
+
+
+def _ends_in(name: str, entries: tuple[str, ...]) -> bool:
+    return name.endswith(_dotted(entries))
+
+
+@lru_cache(maxsize=32)
+def _dotted(entries: tuple[str, ...]) -> tuple[str, ...]:
+    """What a name may end in. Kept, as lists of hundreds of names meet thousands of modules."""
+    return tuple(f".{entry}" for entry in entries)
+
+
+def _in_layers(config: Config, name: str) -> bool:
+    """Whether `layers_to_transform` lets `name` through. The first number after the layer list counts."""
+    layers: int | tuple[int, ...] | None = config.get("layers_to_transform")
+    if layers is None or layers == ():
+        return True
+    wanted = (layers,) if isinstance(layers, int) else layers
+    patterns: str | tuple[str, ...] | None = config.get("layers_pattern")
+    if not patterns:
+        # Any list of layers: a segment, a number, and more. Needs something before the segment, as PEFT does.
+        hit = re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", name)
+    else:
+        entries = (patterns,) if isinstance(patterns, str) else patterns
+        hits = (compile_pattern("layers_pattern", entry).match(name) for entry in entries)
+        hit = next((found for found in hits if found), None)
+    # An alternation ("layers|h") can match without reaching the number; then no layer is known.
+    return hit is not None and hit["idx"] is not None and int(hit["idx"]) in wanted
+
+
+def _is_all_linear(config: Config) -> bool:
+    targets = config.get("target_modules")
+    return isinstance(targets, str) and targets.lower() == ALL_LINEAR
+
+
+def _with_targets(config: _C, targets: Sequence[str]) -> _C:
+    inputs = config.get("feedforward_modules")
+    if isinstance(inputs, tuple) and "feedforward_modules" not in config.extra:
+        # IA3 wants these to be some of the targets, so they have to be spelt like them. (PEFT leaves them and
+        # then refuses the file it has written.)
+        inputs = [name for name in targets if is_feedforward(config, name)]
+        return config.replace(target_modules=targets, feedforward_modules=inputs)
+    if "target_modules" in config.extra:  # a GenericConfig
+        return config.replace(extra={**config.extra, "target_modules": targets})
+    return config.replace(target_modules=targets)
+
+
+def _suffixes(targets: Sequence[str], others: Iterable[str]) -> list[str]:
+    """The shortest suffixes (at dots) that cover `targets` and end none of `others`."""
+    taken = {suffix for other in others for suffix in _endings(other)}
+    chosen: set[str] = set()
+    for target in sorted(targets, key=_endings):
+        endings = _endings(target)
+        if chosen.isdisjoint(endings):
+            # The full name is always free: it is a target, and so none of the others.
+            chosen.add(next((ending for ending in endings if ending not in taken), target))
+    return sorted(chosen)
+
+
+def _endings(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
+
+
+def _nothing(config: Config, names: Sequence[str]) -> str:
+    """What to say when nothing matched: what was asked for, what comes near, what there is."""
+    targets = cast("str | tuple[str, ...]", config.get("target_modules"))
+    asked = repr(targets) if isinstance(targets, str) else ", ".join(map(repr, targets)) or "an empty list"
+    lines = [f"target_modules: expected to match a module, found none that matches {asked}"]
+    bare = config
+    for key in ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"):
+        bare = _without(bare, key)
+    hidden = [name for name in names if matches(bare, name)]
+    if hidden:
+        rules = ", ".join(
+            f"{key}={_plain(config.get(key))!r}"
+            for key in ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
+            if config.get(key)  # what is empty excludes nothing
+            or (key == "layers_to_transform" and config.get(key) == 0)
+        )
+        lines.append(f"{len(hidden)} modules match but are left out by {rules}: {_list(hidden)}")
+    near = _near((targets,) if isinstance(targets, str) else targets, names)
+    if near:
+        lines.append(f"near misses: {_list(near)}")
+    if isinstance(targets, str) and not hidden:
+        lines.append("a string is a regular expression for the whole name: for names, write a list")
+    lines.append(f"available are {_available(names)}")
+    return "\n  ".join(lines)
+
+
+def _without(config: Config, key: str) -> Config:
+    if config.get(key) is None:
+        return config
+    if key in config.extra:
+        return config.replace(extra={k: v for k, v in config.extra.items() if k != key})
+    # Two fields that may only be set together go together.
+    return config.replace(**{key: None, **({"layers_pattern": None} if key == "layers_to_transform" else {})})
+
+
+def _near(targets: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Last segments, longer endings and full names that look like what was asked for."""
+    found: dict[str, None] = {}
+    segments = sorted({name.rpartition(".")[2] for name in names})
+    full = sorted(set(names))[:500]  # difflib is slow; a few hundred comparisons are enough to help
+    for target in targets[:20]:
+        last = target.rpartition(".")[2]
+        by_case = [segment for segment in segments if segment.lower() == last.lower() and segment != target]
+        close = difflib.get_close_matches(last, segments, n=3, cutoff=0.6)
+        whole = difflib.get_close_matches(target, full, n=2, cutoff=0.8) if "." in target else []
+        found.update(dict.fromkeys([*by_case, *(item for item in close if item != target), *whole]))
+    return list(found)
+
+
+def _available(names: Sequence[str]) -> str:
+    segments = sorted({name.rpartition(".")[2] for name in names})
+    return f"the last segments {_list(segments)}" if segments else "no modules at all"
+
+
+def _list(items: Sequence[str]) -> str:
+    more = f" and {len(items) - _LISTED} more" if len(items) > _LISTED else ""
+    return ", ".join(items[:_LISTED]) + more
+
+
+def _plain(value: Any) -> Any:
+    return list(cast("tuple[Any, ...]", value)) if isinstance(value, tuple) else value

@@ -1,0 +1,255 @@
+"""Matching of names, beside PEFT's own (where it is installed) and by example."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxadapt.configs import GenericConfig, IA3Config, LoraConfig
+from jaxadapt.errors import ConfigError, TargetError
+from jaxadapt.targets import is_feedforward, matches, pattern_value, resolve, select, unmatched
+
+LEAVES = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj", "mlp.experts.3.up_proj", "q_proj")
+NAMES = (
+    *(f"{head}layers.{l}.{leaf}" for head in ("", "model.", "base.") for l in (0, 1, 11) for leaf in LEAVES),
+    *(f"transformer.h.{l}.attn.c_attn" for l in (0, 2, 12)),
+    "lm_head", "model.lm_head", "q_proj", "xq_proj", "model.embed_tokens", "layers.1.q_proj.extra",
+    "score", "h.1",
+)  # fmt: skip
+
+TARGETS: tuple[Any, ...] = (
+    ["q_proj"],
+    ["self_attn.q_proj", "down_proj"],
+    ["roj"],
+    ["model.layers.1.self_attn.q_proj", "v_proj"],
+    ["lm_head", "c_attn", "score"],
+    [],
+    r".*\.(q|v)_proj",
+    r"q_proj",
+    r".*layers\.[01]\..*",
+    "",
+)
+EXCLUDES: tuple[Any, ...] = (None, [], "", ["layers.0.self_attn.q_proj", "lm_head"], r".*\.11\..*")
+SAVES: tuple[Any, ...] = (None, [], ["lm_head"], ["layers.1"], [r"emb\w+", "score"])
+LAYERS: tuple[tuple[Any, Any], ...] = (
+    (None, None),
+    ([], None),
+    (1, None),
+    ([0, 11], None),
+    ([1], "layers"),
+    ([1, 2], ["h", "layers"]),
+    ([3], "experts"),
+    ([1], []),
+    (0, r"lay\w*|h"),
+)
+
+
+def _table() -> list[dict[str, Any]]:
+    rows = itertools.product(TARGETS, EXCLUDES, SAVES, LAYERS)
+    return [
+        {
+            "target_modules": t,
+            "exclude_modules": e,
+            "modules_to_save": m,
+            "layers_to_transform": l,
+            "layers_pattern": p,
+        }
+        for t, e, m, (l, p) in rows
+        if not (isinstance(t, str) and (l is not None or p is not None))
+    ]
+
+
+@pytest.mark.peft
+def test_matches_as_peft_does():
+    pytest.importorskip("peft")
+    from peft import LoraConfig as PeftLora
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    compared = hits = 0
+    for row in _table()[::3]:
+        ours, theirs = LoraConfig(**row), PeftLora(**row)
+        for name in NAMES:
+            expected = bool(check_target_module_exists(theirs, name))
+            assert matches(ours, name) == expected, (row, name)
+            compared += 1
+            hits += expected
+    print(f"{compared} names compared, {hits} of them targets")
+    assert compared > 20_000
+    assert 0.02 < hits / compared < 0.9
+
+
+SEGMENT = st.sampled_from(["model", "layers", "h", "0", "1", "12", "q", "v", "xq", "mlp", "q_proj"])
+NAME = st.lists(SEGMENT, min_size=1, max_size=6).map(".".join)
+
+
+@pytest.mark.peft
+@settings(max_examples=200, deadline=None)
+@given(
+    names=st.lists(NAME, min_size=1, max_size=12),
+    targets=st.lists(NAME, min_size=1, max_size=4),
+    excluded=st.none() | st.lists(NAME, max_size=2),
+    layers=st.none() | st.integers(0, 1) | st.lists(st.sampled_from([0, 1, 12]), max_size=2),
+)
+def test_matches_as_peft_does_on_any_names(names: Any, targets: Any, excluded: Any, layers: Any):
+    pytest.importorskip("peft")
+    from peft import LoraConfig as PeftLora
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    row = {"target_modules": targets, "exclude_modules": excluded, "layers_to_transform": layers}
+    ours, theirs = LoraConfig(**row), PeftLora(**row)
+    chosen = [name for name in names if matches(ours, name)]
+    assert chosen == [name for name in names if check_target_module_exists(theirs, name)]
+    # An entry is unmatched exactly if it selects nothing on its own.
+    alone = [
+        t
+        for t in dict.fromkeys(targets)
+        if not any(matches(ours.replace(target_modules=[t]), n) for n in names)
+    ]
+    assert list(dict.fromkeys(unmatched(ours, names))) == alone
+
+
+@pytest.mark.peft
+def test_pattern_value_as_peft_does():
+    pytest.importorskip("peft")
+    from peft.utils.other import get_pattern_key
+
+    keys = (
+        "q_proj",
+        r"layers\.1\..*",
+        "proj",
+        "model.layers.0.self_attn.q_proj",
+        "a+b",
+        "q.proj",
+        "x|v_proj",
+        "",
+    )
+    for first, second in itertools.permutations(keys, 2):
+        patterns = {first: 1, second: 2}
+        for name in (*NAMES, "a+b", "m.a+b"):
+            assert pattern_value(patterns, name, 8) == patterns.get(get_pattern_key(list(patterns), name), 8)
+
+
+@pytest.mark.peft
+def test_all_linear_is_resolved_as_peft_stores_it():
+    pytest.importorskip("peft")
+    from peft.tuners.tuners_utils import _find_minimal_target_modules
+
+    config = LoraConfig(target_modules="all-linear")
+    for layers, extra in ((2, []), (30, []), (30, ["vision.q_proj"]), (30, ["a.norm", "b.self_attn.q_proj"])):
+        linear = [f"model.layers.{l}.{leaf}" for l in range(layers) for leaf in LEAVES[:3]]
+        names = [*linear, *(f"model.layers.{l}" for l in range(layers)), "model.norm", "lm_head", *extra]
+        got = resolve(config, names, linear={*linear, "lm_head"}, output="lm_head").target_modules
+        expected = (
+            _find_minimal_target_modules(linear, set(names) - set(linear)) if layers == 30 else set(linear)
+        )
+        assert set(got or ()) == expected
+        chosen = select(config, names, linear={*linear, "lm_head"}, output="lm_head")
+        assert chosen == tuple(linear)
+
+
+@pytest.mark.peft
+def test_feedforward_as_peft_does():
+    pytest.importorskip("peft")
+    from peft.tuners.ia3.model import IA3Model
+
+    for inputs in (["down_proj"], ["roj"], [], r".*\.down_proj", "down_proj"):
+        config = IA3Config(target_modules=r".*", feedforward_modules=inputs)
+        for name in NAMES:
+            assert is_feedforward(config, name) == IA3Model._check_target_module_feedforward(config, name)
+
+
+def test_select_keeps_the_order_of_names():
+    config = LoraConfig(target_modules=["v_proj", "q_proj"], exclude_modules=["layers.1.q_proj"])
+    names = ["m.layers.1.q_proj", "m.layers.0.v_proj", "m.layers.0.q_proj", "m.norm"]
+    assert select(config, names) == ("m.layers.0.v_proj", "m.layers.0.q_proj")
+
+
+def test_nothing_matched_lists_near_misses_and_what_there_is():
+    names = [f"model.layers.{l}.self_attn.{p}_proj" for l in range(40) for p in "qkvo"] + ["model.norm"]
+    with pytest.raises(TargetError) as caught:
+        select(LoraConfig(target_modules=["q_porj", "Norm"]), names)
+    text = str(caught.value)
+    assert "'q_porj', 'Norm'" in text
+    assert re.search(r"near misses: .*norm.*q_proj|near misses: .*q_proj.*norm", text)
+    assert "the last segments k_proj, norm, o_proj, q_proj, v_proj" in text
+
+
+def test_a_name_written_as_a_string_is_explained():
+    with pytest.raises(TargetError, match="for names, write a list"):
+        select(LoraConfig(target_modules="q_proj"), ["m.q_proj"])
+
+
+@pytest.mark.parametrize(
+    ("rule", "says"),
+    [
+        ({"exclude_modules": ["q"]}, "exclude_modules=['q']"),
+        ({"modules_to_save": ["m"]}, "modules_to_save=['m']"),
+        ({"layers_to_transform": 0}, "layers_to_transform=0"),
+        ({"layers_to_transform": [7], "layers_pattern": "h"}, "layers_to_transform=[7], layers_pattern='h'"),
+    ],
+)
+def test_what_leaves_everything_out_is_named(rule: dict[str, Any], says: str):
+    with pytest.raises(TargetError, match=re.escape(f"1 modules match but are left out by {says}: m.h.1.q")):
+        select(LoraConfig(target_modules=["q"], **rule), ["m.h.1.q", "m.h.1.k"])
+
+
+def test_null_targets():
+    assert not matches(LoraConfig(), "q")
+    with pytest.raises(TargetError, match=r"found null.*last segments k, q"):
+        select(LoraConfig(), ["m.q", "m.k"])
+    assert select(LoraConfig(target_parameters=["experts.w"]), ["m.q"]) == ()
+    with pytest.raises(TargetError, match="no modules at all"):
+        select(LoraConfig(target_modules=["q"]), [])
+
+
+def test_all_linear_needs_to_know_what_is_linear():
+    config = LoraConfig(target_modules="All-Linear", exclude_modules=["k"])
+    names = ["m.q", "m.k", "m.norm", "lm_head"]
+    assert select(config, names, linear={"m.q", "m.k", "lm_head"}, output="lm_head") == ("m.q",)
+    assert select(config, names, linear=["m.q", "lm_head"]) == ("m.q", "lm_head")
+    with pytest.raises(TargetError, match="all-linear"):
+        select(config, names)
+    with pytest.raises(TargetError, match="no linear layer"):
+        select(config, names, linear={"lm_head"}, output="lm_head")
+    # IA3's feedforward modules must stay a subset of the targets.
+    ia3 = IA3Config(target_modules="all-linear", feedforward_modules=["k"])
+    assert resolve(ia3, names, linear=["m.q", "m.k"]).feedforward_modules == ("m.k",)
+
+
+def test_generic_configurations_match_by_the_same_keys():
+    config = GenericConfig(peft_type="VERA", extra={"target_modules": ["q"], "layers_to_transform": [1]})
+    names = ["m.h.0.q", "m.h.1.q", "m.h.1.k"]
+    assert select(config, names) == ("m.h.1.q",)
+    linear = config.replace(extra={"target_modules": "all-linear"})
+    assert select(linear, names, linear=names[:2]) == ("m.h.0.q", "m.h.1.q")
+    assert not matches(GenericConfig(peft_type="PREFIX_TUNING"), "q")
+
+
+def test_invalid_expressions_are_named():
+    with pytest.raises(ConfigError, match=r"rank_pattern: .*'\('"):
+        pattern_value({"(": 1}, "q", 8)
+    with pytest.raises(ConfigError, match=r"modules_to_save: .*'\('"):
+        matches(
+            GenericConfig(peft_type="VERA", extra={"target_modules": ["q"], "modules_to_save": ["("]}), "q"
+        )
+
+
+def test_null_feedforward_is_refused():
+    with pytest.raises(TargetError, match="feedforward_modules"):
+        is_feedforward(IA3Config(target_modules=["q"]), "q")
+
+
+def test_thousands_of_names_are_quick():
+    import time
+
+    names = [f"model.layers.{l}.self_attn.{p}_proj" for l in range(500) for p in "qkvo"]
+    config = LoraConfig(target_modules=names[::2], rank_pattern={re.escape(name): 4 for name in names[:400]})
+    start = time.perf_counter()
+    assert len(select(config, names)) == 1000
+    assert unmatched(config, names) == ()
+    assert time.perf_counter() - start < 2.0
