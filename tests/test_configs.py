@@ -414,7 +414,7 @@ def test_all_problems_stand_in_one_error():
     ("text", "says"),
     [
         ("", "f: expected JSON, found invalid text: Expecting value at line 1, column 1"),
-        ('{\n "a": 1,\n}', "line 3, column 1"),
+        ('{\n "a" 1\n}', "line 2, column 6"),
         ("[1]", "f: expected a JSON object, found a list"),
         ("null", "f: expected a JSON object, found null"),
         (b"\xff{}", "f: expected JSON in UTF-8, found an invalid byte at 0"),
@@ -445,9 +445,10 @@ def test_loads_refuses(text: str | bytes, says: str):
     assert says in str(caught.value)
 
 
-def test_json_nested_too_deeply_is_refused():
-    with pytest.raises(ConfigError):
-        loads('{"peft_type": "LORA", "x": ' + "[" * 200_000 + "]" * 200_000 + "}")
+@pytest.mark.parametrize("depth", [600, 200_000])
+def test_json_nested_too_deeply_is_refused(depth: int):
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        loads('{"peft_type": "LORA", "x": ' + "[" * depth + "]" * depth + "}")
 
 
 def test_the_class_follows_from_the_type():

@@ -57,6 +57,9 @@ class Config:
                 object.__setattr__(self, name, freeze(getattr(self, name)))
             except TypeError as error:
                 problems.note(name, f"{name}: {error}")
+            except RecursionError:
+                problems.note(name, f"{name}: expected a value of a few levels, found one nested too deeply")
+                object.__setattr__(self, name, None)
         self._check(problems)
         problems.raise_if_any(type(self).__name__)
 
