@@ -75,7 +75,7 @@ SETTINGS = [
             target_modules=_LLAMA_ALL,
             use_rslora=True,
             rank_pattern={"k_proj": 2, r"mlp\.up_proj": 3},
-            alpha_pattern={"o_proj": 1.5, "k_proj": 16},
+            alpha_pattern={"o_proj": 1.5, "k_proj": 5},
         ),
     ),
     Setting("llama-lora-regex", "llama", "LORA", _lora(target_modules=r".*\.self_attn\.(q|o)_proj")),
