@@ -62,15 +62,15 @@ def peft_logits(adapter: Path, tokens: np.ndarray, model: SmolLM2) -> np.ndarray
         Path(folder, "config.json").write_text(json.dumps(model.config.to_hf()), encoding="utf-8")
         config = transformers.AutoConfig.from_pretrained(folder)
     base = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    # GGUF's own float32 tensors are read-only views of the file; torch wants arrays it may write to.
-    weights = {
-        name: torch.from_numpy(np.require(w, requirements=["C", "W"])) for name, w in model.weights().items()
-    }
-    # The only tensor a tied model does not find is its head, which is the embedding again.
-    missing, unexpected = base.load_state_dict(weights, strict=False, assign=True)
-    base.tie_weights()
-    if unexpected or set(missing) - {"lm_head.weight"}:
-        raise AdapterError(f"transformers' Llama: missing {missing}, unexpected {unexpected}")
+    with torch.no_grad():
+        own = dict(base.named_parameters())  # without the tied head, which is the embedding again
+        weights = model.weights()
+        if own.keys() != weights.keys():
+            raise AdapterError(
+                f"transformers' Llama has other weights: {sorted(own.keys() ^ weights.keys())}"
+            )
+        for name, weight in weights.items():
+            own[name].copy_(torch.from_numpy(np.asarray(weight)))
     adapted = peft.PeftModel.from_pretrained(base, str(adapter)).eval()
     with torch.no_grad():
         return adapted(torch.from_numpy(tokens).long()).logits.numpy()

@@ -7,9 +7,9 @@ as Hugging Face's Llama checkpoints have them: ``model.layers.0.self_attn.q_proj
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -161,8 +161,17 @@ def hf_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def place(config: LlamaConfig, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Lay a Hugging Face checkpoint out as this model's leaves.
+class Tensor(Protocol):
+    """What `place` asks of a weight: a numpy array, or something that becomes one only when it is needed."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def __array__(self) -> np.ndarray: ...
+
+
+def place(config: LlamaConfig, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, np.ndarray]]:
+    """Lay a Hugging Face checkpoint out as this model's leaves, one after another.
 
     Args:
         config: the model; its ``scan`` and ``scan_axis`` decide how layers are held.
@@ -170,41 +179,46 @@ def place(config: LlamaConfig, weights: Mapping[str, np.ndarray]) -> dict[str, n
             ``lm_head.weight`` too, if it equals the embedding.
 
     Returns:
-        Dotted leaf path -> array, for both APIs: kernels (in, out), stacked where scanned. Arrays may
-        be views of what came in; dtypes are unchanged.
+        Pairs (dotted leaf path, array), for both APIs: kernels (in, out), stacked where scanned. Arrays
+        may be views of what came in; dtypes are unchanged. Everything is checked before the first one.
 
     Raises:
         MismatchError: every missing, unexpected and wrongly shaped tensor.
     """
     expected, given = hf_shapes(config), dict(weights)
-    head, table = given.get("lm_head.weight"), given.get("model.embed_tokens.weight")
-    if config.tie_word_embeddings and head is not None and table is not None and np.array_equal(head, table):
-        del given["lm_head.weight"]
+    if config.tie_word_embeddings and {"lm_head.weight", "model.embed_tokens.weight"} <= given.keys():
+        head, table = given["lm_head.weight"], given["model.embed_tokens.weight"]
+        if np.array_equal(np.asarray(head), np.asarray(table)):
+            del given["lm_head.weight"]
     problems = [f"{name}: missing" for name in expected if name not in given]
     for name, array in given.items():
         if name not in expected:
-            problems.append(f"{name}: unexpected, shape {array.shape}")
-        elif array.shape != expected[name]:
-            problems.append(f"{name}: expected shape {expected[name]}, found {array.shape}")
+            problems.append(f"{name}: unexpected, shape {tuple(array.shape)}")
+        elif tuple(array.shape) != expected[name]:
+            problems.append(f"{name}: expected shape {expected[name]}, found {tuple(array.shape)}")
     if problems:
         raise MismatchError("the weights do not fit this LlamaConfig:\n  " + "\n  ".join(problems))
 
-    leaves: dict[str, np.ndarray] = {}
-    stacks: dict[str, list[np.ndarray]] = {}
+    sources: dict[str, list[str]] = {}
     for name in expected:  # its order, so that stacks fill layer by layer
-        path, array = _leaf(name, given[name])
+        path = _leaf_path(name)
         if config.scan and path.startswith("model.layers."):
-            _, _, _, rest = path.split(".", 3)
-            stacks.setdefault(f"model.layers.{rest}", []).append(array)
-        else:
-            leaves[path] = array
-    return leaves | {path: np.stack(layers, config.scan_axis) for path, layers in stacks.items()}
+            path = f"model.layers.{path.split('.', 3)[3]}"
+        sources.setdefault(path, []).append(name)
+    return (_leaf(config, path, [given[name] for name in names]) for path, names in sources.items())
 
 
-def _leaf(name: str, array: np.ndarray) -> tuple[str, np.ndarray]:
+def _leaf_path(name: str) -> str:
     module = name.removesuffix(".weight")
-    if module.endswith("embed_tokens"):
-        return f"{module}.embedding", array
-    if module.endswith("norm"):
-        return f"{module}.weight", array
-    return f"{module}.kernel", array.T
+    kind = (
+        "embedding" if module.endswith("embed_tokens") else "weight" if module.endswith("norm") else "kernel"
+    )
+    return f"{module}.{kind}"
+
+
+def _leaf(config: LlamaConfig, path: str, weights: list[Tensor]) -> tuple[str, np.ndarray]:
+    arrays = [np.asarray(weight) for weight in weights]
+    if path.endswith(".kernel"):
+        arrays = [array.T for array in arrays]
+    stacked = config.scan and path.startswith("model.layers.")
+    return path, np.stack(arrays, config.scan_axis) if stacked else arrays[0]

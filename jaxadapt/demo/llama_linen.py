@@ -7,11 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 
-from jaxadapt.demo.llama import LlamaConfig, causal_attention, place, rms_norm, rope_tables, rotate
+from jaxadapt.demo.llama import LlamaConfig, Tensor, causal_attention, place, rms_norm, rope_tables, rotate
 
 Rope = tuple[jax.Array, jax.Array]
 
@@ -143,7 +142,7 @@ class Llama(nn.Module):
         return _dense(self.config, self.config.vocab_size, "lm_head")(x).astype(jnp.float32)
 
 
-def to_linen(config: LlamaConfig, weights: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def to_linen(config: LlamaConfig, weights: Mapping[str, Tensor]) -> dict[str, Any]:
     """Lay a Hugging Face checkpoint out as ``{"params": …}`` of this module.
 
     Args:
@@ -153,6 +152,5 @@ def to_linen(config: LlamaConfig, weights: Mapping[str, np.ndarray]) -> dict[str
     Raises:
         MismatchError: the weights do not fit the configuration.
     """
-    leaves = place(config, weights)
-    dtype = config.param_dtype
-    return {"params": unflatten_dict({k: jnp.asarray(v, dtype) for k, v in leaves.items()}, sep=".")}
+    leaves = {path: jnp.asarray(array, config.param_dtype) for path, array in place(config, weights)}
+    return {"params": unflatten_dict(leaves, sep=".")}

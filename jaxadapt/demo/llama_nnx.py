@@ -7,10 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from jaxadapt.demo.llama import LlamaConfig, causal_attention, place, rms_norm, rope_tables, rotate
+from jaxadapt.demo.llama import LlamaConfig, Tensor, causal_attention, place, rms_norm, rope_tables, rotate
 
 Rope = tuple[jax.Array, jax.Array]
 
@@ -139,7 +138,7 @@ class Llama(nnx.Module):
         return logits.astype(jnp.float32)
 
 
-def to_nnx(config: LlamaConfig, weights: Mapping[str, np.ndarray]) -> Llama:
+def to_nnx(config: LlamaConfig, weights: Mapping[str, Tensor]) -> Llama:
     """Build the model from a Hugging Face checkpoint, without initialising it first.
 
     Args:
@@ -149,8 +148,9 @@ def to_nnx(config: LlamaConfig, weights: Mapping[str, np.ndarray]) -> Llama:
     Raises:
         MismatchError: the weights do not fit the configuration.
     """
-    leaves = place(config, weights)
+    leaves = place(config, weights)  # complains before anything is built
     model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
-    for path, variable in nnx.to_flat_state(nnx.state(model)):
-        variable.set_value(jnp.asarray(leaves.pop(".".join(map(str, path))), config.param_dtype))
+    variables = {".".join(map(str, path)): v for path, v in nnx.to_flat_state(nnx.state(model))}
+    for path, array in leaves:
+        variables[path].set_value(jnp.asarray(array, config.param_dtype))
     return model

@@ -69,6 +69,30 @@ def find() -> Path:
 
 
 @dataclass(frozen=True)
+class Packed:
+    """One tensor in the file's quantised form; it becomes float32 when numpy asks for it.
+
+    So that a process holds the model once, in the form it computes with, and never a second time.
+    """
+
+    tensor: Any
+    heads: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in): GGUF writes the fastest axis first."""
+        return tuple(int(size) for size in reversed(self.tensor.shape))
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError("a packed tensor has no array to share: it is unpacked anew each time")
+        array: np.ndarray = require("gguf.quants").dequantize(self.tensor.data, self.tensor.tensor_type)
+        array = array.copy() if array.base is not None else array  # float32 tensors are views of the file
+        array = array if self.heads is None else unpermute(array, self.heads)
+        return array if dtype is None else array.astype(dtype)
+
+
+@dataclass(frozen=True)
 class SmolLM2:
     """The opened GGUF file.
 
@@ -128,21 +152,17 @@ class SmolLM2:
         """The number of the model's parameters."""
         return sum(int(np.prod(tensor.shape)) for tensor in self.reader.tensors)
 
-    def weights(self) -> dict[str, np.ndarray]:
-        """Every tensor, dequantised to float32, under Hugging Face's name and in its layout (out, in)."""
-        dequantize = require("gguf.quants").dequantize
+    def weights(self) -> dict[str, Packed]:
+        """Every tensor under Hugging Face's name and in its layout (out, in); ``np.asarray`` unpacks one."""
         heads = {"attn_q": self.config.num_heads, "attn_k": self.config.num_kv_heads}
-        weights: dict[str, np.ndarray] = {}
+        weights: dict[str, Packed] = {}
         for tensor in self.reader.tensors:
-            array: np.ndarray = dequantize(tensor.data, tensor.tensor_type)
             stem = tensor.name.removesuffix(".weight")
-            if not stem.startswith("blk."):
-                weights[f"{_TOP[stem]}.weight"] = array
-                continue
-            _, layer, part = stem.split(".")
-            if part in heads:
-                array = unpermute(array, heads[part])
-            weights[f"model.layers.{layer}.{_LAYER[part]}.weight"] = array
+            if stem.startswith("blk."):
+                _, layer, part = stem.split(".")
+                weights[f"model.layers.{layer}.{_LAYER[part]}.weight"] = Packed(tensor, heads.get(part))
+            else:
+                weights[f"{_TOP[stem]}.weight"] = Packed(tensor)
         return weights
 
     def tokenizer(self) -> Tokenizer:

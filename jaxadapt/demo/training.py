@@ -14,10 +14,10 @@ from flax import nnx
 
 import jaxadapt
 from jaxadapt.demo import llama_linen, llama_nnx
-from jaxadapt.demo.llama import PROJECTIONS, LlamaConfig
+from jaxadapt.demo.llama import PROJECTIONS, LlamaConfig, Tensor
 from jaxadapt.errors import ConfigError
 
-Weights = Mapping[str, np.ndarray]
+Weights = Mapping[str, Tensor]
 APIS = ("nnx", "linen")
 METHODS = ("lora", "ia3")
 
@@ -104,18 +104,21 @@ class NnxTrainer:
             optimizer.update(model, grads)
             return value
 
-        self._step: Any = nnx.jit(step)
-        self._loss: Any = nnx.jit(loss)
-        self._logits: Any = nnx.jit(_call)
+        # nnx.jit hands back every Variable it was given. Donated, the frozen ones pass through in place;
+        # else each step would hold the base twice. Where nothing changes, plain jit returns nothing more.
+        self._step: Any = nnx.jit(step, donate_argnums=(0, 1))
+        graphdef = nnx.graphdef(self.model)
+        self._loss = jax.jit(lambda state, tokens: loss(nnx.merge(graphdef, state), tokens))
+        self._logits = jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens))
 
     def step(self, tokens: np.ndarray) -> float:
         return float(self._step(self.model, self.optimizer, jnp.asarray(tokens)))
 
     def loss(self, tokens: np.ndarray) -> float:
-        return float(self._loss(self.model, jnp.asarray(tokens)))
+        return float(self._loss(nnx.state(self.model), jnp.asarray(tokens)))
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
-        return np.asarray(self._logits(self.model, jnp.asarray(tokens)))
+        return np.asarray(self._logits(nnx.state(self.model), jnp.asarray(tokens)))
 
     def save(self, out: Path, base_model: str) -> None:
         jaxadapt.save(self.model, out, base_model=base_model)
@@ -188,12 +191,8 @@ def load_logits(
     """Logits (B, T, V) of the base with a saved adapter loaded onto it."""
     inputs = jnp.asarray(tokens)
     if api == "nnx":
-        model = jaxadapt.load(folder, llama_nnx.to_nnx(config, weights))
-        return np.asarray(nnx.jit(_call)(model, inputs))
+        graphdef, state = nnx.split(jaxadapt.load(folder, llama_nnx.to_nnx(config, weights)))
+        return np.asarray(jax.jit(lambda state, tokens: nnx.merge(graphdef, state)(tokens))(state, inputs))
     module: Any = jaxadapt.adapt(llama_linen.Llama(config), jaxadapt.read_config(folder))
     variables = jaxadapt.load(folder, llama_linen.to_linen(config, weights))
     return np.asarray(jax.jit(module.apply)(variables, inputs))
-
-
-def _call(model: Any, tokens: jax.Array) -> jax.Array:
-    return model(tokens)
