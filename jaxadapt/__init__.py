@@ -39,10 +39,11 @@ if TYPE_CHECKING:
         MismatchError,
         TargetError,
     )
+    from jaxadapt.folder import inspect, read, read_config, write
     from jaxadapt.keymap import KeyMap, Weight
-    from jaxadapt.merge import merge, unmerge
+    from jaxadapt.merging import merge, unmerge
     from jaxadapt.nnx import AdapterParam, BaseParam
-    from jaxadapt.store import from_peft, inspect, load, read, read_config, save, to_peft, write
+    from jaxadapt.store import from_peft, load, save, to_peft
 
 __version__ = "0.1.0"
 
@@ -55,8 +56,9 @@ _HOME = {
         "keymap": "KeyMap Weight",
         "nnx": "AdapterParam BaseParam",
         "attach": "adapt init extract inject activate disable delete detach summary",
-        "merge": "merge unmerge",
-        "store": "save load read write inspect read_config to_peft from_peft",
+        "merging": "merge unmerge",
+        "store": "save load to_peft from_peft",
+        "folder": "read write inspect read_config",
         "errors": "AdapterError ConfigError FileError FormatError KeyMapError MismatchError TargetError "
         "AttachError",
     }.items()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 from jaxadapt import paths
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError
-from jaxadapt.keymap import GENERIC, KeyMap
+from jaxadapt.keymap import GENERIC, KeyMap, Weight
 
 CONFIG_NODE = "~config"
 """The key of the zero-leaf node that carries a `Recipe` inside a Linen collection."""
@@ -47,6 +48,29 @@ class Recipe:
         return self is other or (
             isinstance(other, Recipe) and self.config == other.config and self.keymap == other.keymap
         )
+
+
+    def to_text(self) -> str:
+        """The recipe as JSON text, for serialisers that keep strings (flax's msgpack)."""
+        table = [[w.leaf, w.key, w.pattern, w.kind, w.fan_in_fan_out, dict(w.over)] for w in self.keymap.weights]
+        keymap = {"name": self.keymap.name, "output": self.keymap.output, "prefix": self.keymap.prefix, "weights": table}
+        return json.dumps({"config": self.config.to_dict(), "keymap": keymap}, sort_keys=True)
+
+    @classmethod
+    def from_text(cls, text: str) -> Recipe:
+        """The inverse of `to_text`; `AdapterError` if the text is not one."""
+        try:
+            data = json.loads(text)
+            table = data["keymap"]
+            weights = tuple(
+                Weight(leaf, key, pattern, kind=kind, fan_in_fan_out=fan, **over)
+                for leaf, key, pattern, kind, fan, over in table["weights"]
+            )
+            keymap = KeyMap(table["name"], weights, table["output"], table["prefix"])
+            config = Config.from_dict(data["config"], "the serialised state")
+        except (ValueError, KeyError, TypeError) as error:
+            raise AttachError(f"this is no serialised adapter configuration: {error}") from error
+        return cls(config, keymap)
 
 
 def collection_name(config: Config) -> str:

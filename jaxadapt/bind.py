@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -57,6 +58,47 @@ def _bind(config: Config, keymap: KeyMap, site: Site, sizes: Mapping[str, int], 
     return Bound(site, modules, tensors, method.static(config, modules), entries, fan_in)
 
 
+Found = dict[str, tuple[Site, dict[str, int], dict[tuple[int, ...], str]]]
+
+
+def _inventory(keymap: KeyMap, shapes: Mapping[str, Shape]) -> tuple[Found, dict[str, str]]:
+    """The weights a table covers, with their modules, and `{leaf: module path}` of those it does not."""
+    found: Found = {}
+    unmapped: dict[str, str] = {}
+    for leaf, shape in shapes.items():
+        site = keymap.site(leaf)
+        if site is None or len(site.weight.left) != len(shape):
+            if len(shape) >= 2:
+                unmapped[leaf] = leaf.rpartition(".")[0]
+        elif site.weight.key.rpartition(".")[2] == "weight":
+            sizes = plan.sizes_of(site, shape)
+            found[leaf] = (site, sizes, site.modules(sizes))
+    # A bias of several axes beside its kernel is no weight anybody could mean.
+    covered = {leaf.rpartition(".")[0] for leaf in found}
+    return found, {leaf: module for leaf, module in unmapped.items() if module not in covered}
+
+
+def _names(found: Found, unmapped: Mapping[str, str]) -> list[str]:
+    return list(dict.fromkeys([*(m for _, _, mods in found.values() for m in mods.values()), *unmapped.values()]))
+
+
+def _linear(method: methods.Method, found: Found) -> frozenset[str]:
+    return frozenset(m for s, _, mods in found.values() if s.weight.kind in method.kinds for m in mods.values())
+
+
+def resolve(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]) -> Config:
+    """The configuration with "all-linear" spelled out, and what PEFT sets from the model's own layers."""
+    found, unmapped = _inventory(keymap, shapes)
+    linear = _linear(methods.of(config), found)
+    config = targets.resolve(config, _names(found, unmapped), linear=linear, output=keymap.output)
+    if config.get("fan_in_fan_out") is False and any(
+        site.weight.fan_in_fan_out and any(targets.matches(config, m) for m in mods.values())
+        for site, _, mods in found.values()
+    ):
+        config = config.replace(fan_in_fan_out=True)  # PEFT does, and warns, for Conv1D
+    return config
+
+
 def select(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]) -> tuple[Bound, ...]:
     """The sites of a model that a configuration names.
 
@@ -67,19 +109,9 @@ def select(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]) -> tuple
     matching weight has no line, so that nothing targeted is ever left out silently.
     """
     method = methods.of(config)
-    found: dict[str, tuple[Site, dict[str, int], dict[tuple[int, ...], str]]] = {}
-    unmapped: dict[str, str] = {}
-    for leaf, shape in shapes.items():
-        site = keymap.site(leaf)
-        if site is None or len(site.weight.left) != len(shape):
-            if len(shape) >= 2:
-                unmapped[leaf] = leaf.rpartition(".")[0]
-        elif site.weight.key.rpartition(".")[2] == "weight":
-            sizes = plan.sizes_of(site, shape)
-            found[leaf] = (site, sizes, site.modules(sizes))
-    linear = {m for site, _, mods in found.values() if site.weight.kind in method.kinds for m in mods.values()}
-    names = list(dict.fromkeys([*(m for _, _, mods in found.values() for m in mods.values()), *unmapped.values()]))
-    wanted = set(targets.select(config, names, linear=frozenset(linear), output=keymap.output))
+    found, unmapped = _inventory(keymap, shapes)
+    names = _names(found, unmapped)
+    wanted = set(targets.select(config, names, linear=_linear(method, found), output=keymap.output))
 
     bounds: list[Bound] = []
     refused = [
@@ -108,14 +140,12 @@ def select(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]) -> tuple
     return tuple(bounds)
 
 
-def resolve(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]) -> Config:
-    """The configuration with "all-linear" spelled out as module names, as PEFT saves it."""
-    if getattr(config, "target_modules", None) != "all-linear":
-        return config
-    modules = [m for b in select(config, keymap, shapes) for m in b.modules]
-    short = tuple(sorted({m.rpartition(".")[2] for m in modules}))
-    same = {m for b in select(config.replace(target_modules=short), keymap, shapes) for m in b.modules}
-    return config.replace(target_modules=short if same == set(modules) else tuple(sorted(modules)))
+def uncovered(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]) -> tuple[str, ...]:
+    """The leaves that the configuration may name and the table has no line for."""
+    _, unmapped = _inventory(keymap, shapes)
+    if config.get("target_modules") == "all-linear":
+        return tuple(unmapped)
+    return tuple(leaf for leaf, module in unmapped.items() if targets.matches(config, module))
 
 
 def _targeted(site: Site, modules: Mapping[tuple[int, ...], str], wanted: set[str]) -> tuple[int, ...] | None:
@@ -170,6 +200,29 @@ def recover(config: Config, keymap: KeyMap, leaves: Mapping[str, Mapping[str, Sh
             + "\nPass the keymap= that the model was adapted with"
         )
     return tuple(bounds)
+
+
+def fresh(
+    config: Config, bounds: Sequence[Bound], key: Any, dtype: Any = None, abstract: bool = False
+) -> dict[str, Any]:
+    """Initial parameters, `{path: array}`, each from its own fold of `key`; specs only if `abstract`.
+
+    float32 unless `dtype` says otherwise, whatever the base's dtype is (PEFT's `autocast_adapter_dtype`).
+    """
+    import jax
+    import jax.numpy as jnp
+
+    method = methods.of(config)
+    dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
+    out: dict[str, Any] = {}
+    for bound in bounds:
+        for tensor, entry in zip(bound.tensors, bound.entries, strict=True):
+            if abstract:
+                out[entry.path] = jax.ShapeDtypeStruct(entry.shape, dtype)
+            else:
+                mine = jax.random.fold_in(key, zlib.crc32(entry.path.encode()))
+                out[entry.path] = method.fresh(config, tensor, mine, entry.shape, bound.fan_in).astype(dtype)
+    return out
 
 
 def file_plan(bounds: Sequence[Bound]) -> plan.Plan:

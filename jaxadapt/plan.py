@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxadapt import paths
 from jaxadapt.errors import KeyMapError, MismatchError
@@ -160,12 +160,25 @@ class Plan:
         return {e.path: e.decode([tensors[k] for k in e.keys], stack) for e in self.entries}
 
 
+class Spec(NamedTuple):
+    """What a tensor will be."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Encoded(Mapping[str, Any]):
     """The tensors of a plan under PEFT's names, each made (and forgotten) at every look-up."""
 
     plan: Plan
     leaves: Mapping[str, Array]
+
+    @property
+    def specs(self) -> dict[str, Spec]:
+        """Shapes and dtypes by key, without making a tensor."""
+        dtypes = {e.path: self.leaves[e.path].dtype for e in self.plan.entries}
+        return {k: Spec(e.file_shape, dtypes[e.path]) for k, (e, _) in self.plan.keys.items()}
 
     def __getitem__(self, key: str) -> Array:
         entry, i = self.plan.keys[key]
@@ -199,12 +212,19 @@ def entry(keymap: KeyMap, site: Site, tensor: Tensor, sizes: Mapping[str, int]) 
     """The entry of one tensor at one site; `sizes` are those of the base leaf's axes, by name."""
     left, right = _layout(site, tensor)
     only = {site.roles["batch"][0]: site.parts} if site.parts is not None else {}
-    size = {**sizes, **dict(tensor.own)}
-    shape = tuple(len(only[n]) if n in only else size[n] for n in left)
+    shape = entry_shape(site, tensor, sizes)
     split = tuple(i for i, n in enumerate(left) if n.startswith("{"))
     texts = entries(site.weight, [left[i] for i in split], sizes, only)
     keys = tuple(f"{keymap.prefix}{site.module(text)}".rstrip(".") + tensor.suffix for _, text in texts)
     return Entry(paths.join(site.leaf, tensor.name), shape, left, right, split, keys)
+
+
+def entry_shape(site: Site, tensor: Tensor, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape of one tensor in the model."""
+    left, _ = _layout(site, tensor)
+    only = {site.roles["batch"][0]: len(site.parts)} if site.parts is not None else {}
+    size = {**sizes, **dict(tensor.own), **only}
+    return tuple(size[n] for n in left)
 
 
 def sizes_of(site: Site, shape: Sequence[int]) -> dict[str, int]:

@@ -8,12 +8,12 @@ follows PEFT's `tuners/ia3/layer.py`.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
+from jaxadapt import targets
 from jaxadapt.axes import LETTERS, Axes, Use
 from jaxadapt.configs import Config, IA3Config
 from jaxadapt.errors import AttachError, ConfigError
@@ -46,7 +46,7 @@ class IA3(Method):
         return (Tensor("ia3_l", ".ia3_l", ("batch", "out"), (("out",), ())),)
 
     def static(self, config: IA3Config, modules: Sequence[str]) -> Static:
-        return Static(one_value("feedforward", {m: _feedforward(config, m) for m in modules}))
+        return Static(one_value("feedforward", {m: targets.is_feedforward(config, m) for m in modules}))
 
     def fresh(self, config: IA3Config, tensor: Tensor, key: Array, shape: Sequence[int], fan_in: int) -> Array:
         if config.init_ia3_weights:
@@ -116,14 +116,3 @@ def _spread(vector: Array, letters: str, over: str) -> Array:
     order = sorted(range(len(letters)), key=lambda i: over.index(letters[i]))
     sizes = dict(zip(letters, vector.shape, strict=True))
     return vector.transpose(order).reshape([sizes.get(c, 1) for c in over])
-
-
-def _feedforward(config: IA3Config, module: str) -> bool:
-    # As PEFT: a string is a full-match pattern, a list matches by plain suffix.
-    wanted = config.feedforward_modules
-    if wanted is None:
-        return False
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, module) is not None
-    return any(module.endswith(name) for name in wanted)
-

@@ -1,0 +1,321 @@
+"""Adapters on a model, Linen or NNX alike: attach, take out, put in, switch, remove, list."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from jaxadapt import bind, families, linen, methods, nnx, paths
+from jaxadapt.adapter import CONFIG_NODE, Adapter, Recipe, collection_name, is_array
+from jaxadapt.configs import Config
+from jaxadapt.errors import AttachError
+from jaxadapt.keymap import KeyMap
+
+DEFAULT = "default"
+
+
+def adapt(
+    model: Any,
+    config: Config,
+    *,
+    name: str = DEFAULT,
+    keymap: KeyMap | str | None = None,
+    rngs: Any = None,
+    dtype: Any = None,
+    stack_axes: Sequence[int] | None = None,
+    example: Sequence[Any] | None = None,
+) -> Any:
+    """Attach a fresh adapter to a model; its output stays what it was.
+
+    NNX: in place, and the model is returned; the new parameters are `AdapterParam`s. Linen: returns a
+    wrapper whose `init` and `apply` work as the module's own, with the parameters in a collection
+    "lora" (or "ia3") beside "params".
+
+    Args:
+        name: of the adapter; a second `adapt` under another name adds one and makes it the active one.
+        keymap: the model's family ("llama"), a `KeyMap`, or None to recognise it.
+        rngs: NNX: `nnx.Rngs`, for the initial values and dropout. (Linen takes them in `init`.)
+        dtype: of the adapter parameters; float32 by default, whatever the base's is.
+        stack_axes: NNX: the axes on which scanned layers are stacked, where shapes alone do not tell.
+        example: NNX: inputs of one call, from which the roles of custom layers' weights are traced.
+
+    Raises `TargetError` if `target_modules` names nothing adaptable, `ConfigError` for a field that would
+    not be honoured, `AttachError` for a layer that cannot carry the adapter.
+
+    >>> from flax import nnx as fnnx
+    >>> import jaxadapt
+    >>> class Net(fnnx.Module):
+    ...     def __init__(self, rngs):
+    ...         self.q_proj = fnnx.Linear(4, 6, rngs=rngs)
+    >>> net = adapt(Net(fnnx.Rngs(0)), jaxadapt.LoraConfig(r=2, target_modules=["q_proj"]), rngs=fnnx.Rngs(1))
+    >>> net.q_proj.lora["default"]["kernel"]["lora_A"].shape
+    (4, 2)
+    """
+    methods.of(config)
+    if isinstance(model, linen.nn.Module):
+        return linen.Adapted(model, ((name, config),), (name,), keymap, dtype)
+    if isinstance(model, linen.Adapted):
+        if name in dict(model.adapters):
+            raise AttachError(f"there is an adapter {name!r} already; choose another name=, or delete it first")
+        return dataclasses.replace(model, adapters=(*model.adapters, (name, config)), active=(name,))
+    _need_nnx(model)
+    if name in nnx.names(model):
+        raise AttachError(f"there is an adapter {name!r} already; choose another name=, or delete it first")
+    recipe, bounds = plan_nnx(model, config, keymap, stack_axes, example)
+    abstract = any(isinstance(v.get_value(), jax.ShapeDtypeStruct) for v in _base_variables(model))
+    if rngs is None and not abstract:
+        raise AttachError("adapt needs rngs=nnx.Rngs(seed) for the adapter's initial values")
+    key = None if abstract else rngs.params()
+    values = bind.fresh(recipe.config, bounds, key, dtype, abstract)
+    nnx.attach(model, recipe, bounds, name, values, rngs)
+    return model
+
+
+def _base_variables(model: Any) -> list[Any]:
+    return [vars(m)[attr] for m, attr in nnx.base_leaves(model).values()]
+
+
+def _need_nnx(model: Any) -> None:
+    if not isinstance(model, nnx.nnx.Module):
+        raise AttachError(
+            f"expected an NNX module, a Linen module or an adapted Linen module, found {type(model).__name__};"
+            " for bare parameters use jaxadapt.init"
+        )
+
+
+def plan_nnx(
+    model: Any,
+    config: Config,
+    keymap: KeyMap | str | None,
+    stack_axes: Sequence[int] | None = None,
+    example: Sequence[Any] | None = None,
+) -> tuple[Recipe, tuple[bind.Bound, ...]]:
+    """The recipe and sites of a configuration on an NNX model."""
+    shapes = nnx.base_shapes(model)
+    table = families.resolve(keymap, shapes)
+    lines = nnx.class_lines(model, table, stack_axes)
+    if example is not None:
+        wanted = bind.uncovered(config, table.with_lines(lines), shapes)
+        if wanted:
+            traced = nnx.traced_axes(model, tuple(example), {}, wanted)
+            lines = nnx.class_lines(model, table, stack_axes, traced)
+    full = table.with_lines(lines)
+    config = bind.resolve(config, full, shapes)
+    bounds = bind.select(config, full, shapes)
+    mine = {b.leaf for b in bounds}
+    recipe = Recipe(config, table.with_lines(line for line in lines if line.leaf in mine))
+    if example is not None:
+        nnx.check_reads(model, bounds, tuple(example))
+    return recipe, bounds
+
+
+def init(
+    config: Config, params: Any, *, key: Any = None, keymap: KeyMap | str | None = None, dtype: Any = None
+) -> Adapter:
+    """A fresh adapter for a tree of base parameters, with the specs `adapt` would give.
+
+    Args:
+        params: nested mappings of arrays or `ShapeDtypeStruct`s (Linen's `variables["params"]`), or an NNX model.
+        key: a JAX random key; None gives an abstract adapter, specs only.
+        keymap: the family's name, a `KeyMap`, or None to recognise it. Without a table, 2-D kernels are
+            (in, out); what has more axes is refused if it is targeted.
+
+    >>> import jax, jaxadapt
+    >>> base = {"q": {"kernel": jax.ShapeDtypeStruct((4, 6), "float32")}}
+    >>> adapter = init(jaxadapt.LoraConfig(r=2, target_modules=["q"]), base, key=jax.random.key(0))
+    >>> {path: x.shape for path, x in adapter.flat().items()}
+    {'q.kernel.lora_A': (4, 2), 'q.kernel.lora_B': (2, 6)}
+    """
+    if isinstance(params, nnx.nnx.Module):
+        recipe, bounds = plan_nnx(params, config, keymap)
+    else:
+        recipe, bounds = plan_tree(params, config, keymap)
+    values = bind.fresh(recipe.config, bounds, key, dtype, abstract=key is None)
+    return Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
+
+
+def plan_tree(params: Any, config: Config, keymap: KeyMap | str | None) -> tuple[Recipe, tuple[bind.Bound, ...]]:
+    """The recipe and sites of a configuration on a tree of base parameters."""
+    shapes = tree_shapes(params)
+    table = families.resolve(keymap, shapes)
+    config = bind.resolve(config, table, shapes)
+    return Recipe(config, table), bind.select(config, table, shapes)
+
+
+def tree_shapes(params: Any) -> dict[str, tuple[int, ...]]:
+    """`{path: shape}` of a tree of base parameters, boxes (`nn.Partitioned`, NNX variables) opened."""
+    if isinstance(params, nnx.nnx.State):
+        params = nnx.nnx.to_pure_dict(params)
+    flat = paths.flatten(linen.meta.unbox(params))
+    odd = [f"{p}: {type(v).__name__}" for p, v in flat.items() if not is_array(v)]
+    if odd:
+        raise AttachError("expected arrays as base parameters, found:\n" + paths.listing(odd))
+    return {path: tuple(leaf.shape) for path, leaf in flat.items()}
+
+
+# ---------------------------------------------------------------- values out and in
+
+
+def extract(tree: Any, name: str = DEFAULT, *, config: Config | None = None, keymap: KeyMap | str | None = None) -> Adapter:
+    """The adapter called `name` out of a model, state or variables, as a value.
+
+    Args:
+        tree: an NNX model or `nnx.State`, Linen variables (or their collection), or an `Adapter`.
+        config, keymap: needed only where the tree has lost its configuration on the way.
+
+    Raises `AttachError` if there is none of that name, or its configuration was lost and not given.
+    """
+    if isinstance(tree, Adapter):
+        return tree
+    if isinstance(tree, nnx.nnx.Module | nnx.nnx.State):
+        return nnx.extract(tree, name)
+    if not isinstance(tree, Mapping):
+        raise AttachError(f"expected an NNX model or state, Linen variables or an Adapter, found {type(tree).__name__}")
+    found = _find_collection(tree, name)
+    if found is not None and config is None:
+        return linen.read_collection(found, name)
+    return _extract_bare(tree, name, config, keymap)
+
+
+def _find_collection(tree: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+    """The tree of one adapter inside Linen variables, a collection, or itself."""
+    if CONFIG_NODE in tree:
+        return tree
+    inner = tree.get(name)
+    if isinstance(inner, Mapping) and CONFIG_NODE in inner:
+        return inner
+    for method in methods.METHODS.values():
+        held = tree.get(method.peft_type.lower())
+        if isinstance(held, Mapping) and name in held:
+            return held[name]
+    return None
+
+
+def _extract_bare(tree: Mapping[str, Any], name: str, config: Config | None, keymap: Any) -> Adapter:
+    """An adapter from a tree that kept its arrays and lost everything else."""
+    if config is None:
+        raise AttachError(
+            "this tree carries no adapter configuration (it was never made here, or to_pure_dict or a restore without a"
+            " target lost it); pass config=, and keymap= if the model was adapted with one"
+        )
+    collection = collection_name(config)
+    values: dict[str, Any] = {}
+    for path, leaf in paths.flatten({k: v for k, v in tree.items() if k != "params"} if collection in tree else tree).items():
+        parts = [p for p in path.split(".") if p != CONFIG_NODE]
+        if not is_array(leaf):
+            continue
+        for i in range(len(parts) - 1):
+            if parts[i] == collection and parts[i + 1] == name:
+                values[paths.join(*parts[:i], *parts[i + 2 :])] = leaf
+                break
+    if not values and CONFIG_NODE not in tree:
+        values = {p: v for p, v in paths.flatten(tree).items() if p.rpartition(".")[2] in ("lora_A", "lora_B", "ia3_l")}
+    if not values:
+        raise AttachError(f"there is no adapter {name!r} of type {config.peft_type} in this tree")
+    table = families.resolve(keymap if keymap != "auto" else None, {}) if keymap else _table_of(values)
+    return Adapter(config, paths.unflatten(values), table)
+
+
+def _table_of(values: Mapping[str, Any]) -> KeyMap:
+    """The one family that has a line for every adapted leaf, else the generic map."""
+    leaves = {path.rpartition(".")[0] for path in values}
+    known = [t for t in families.FAMILIES.values() if all(t.site(leaf) is not None for leaf in leaves)]
+    return known[0] if len(known) == 1 else families.named("generic")
+
+
+def inject(adapter: Adapter, tree: Any, name: str = DEFAULT) -> Any:
+    """Put an adapter's values where one of that name is attached; shapes and configuration must agree.
+
+    NNX models are changed in place; Linen variables are returned anew. Raises `AttachError` otherwise.
+    """
+    if isinstance(tree, nnx.nnx.Module | nnx.nnx.State):
+        nnx.inject(adapter, tree, name)
+        return tree
+    present = extract(tree, name)
+    want = {p: tuple(v.shape) for p, v in present.flat().items()}
+    have = {p: tuple(v.shape) for p, v in adapter.flat().items()}
+    problems = [f"{p}: {want.get(p, 'absent')} attached, {have.get(p, 'absent')} given" for p in want | have if want.get(p) != have.get(p)]
+    if present.config != adapter.config:
+        problems.append("the configuration differs from the attached one's")
+    if problems:
+        raise AttachError(f"the adapter does not fit {name!r}:\n" + paths.listing(problems))
+    return with_adapter(tree, adapter, name)
+
+
+def with_adapter(variables: Mapping[str, Any], adapter: Adapter, name: str) -> dict[str, Any]:
+    """Linen variables with this adapter under `name`, whatever was there."""
+    out = dict(variables)
+    for collection, tree in adapter.named(name).items():
+        out[collection] = {**dict(out.get(collection, {})), **tree}
+    return out
+
+
+# ---------------------------------------------------------------- several on one base
+
+
+def activate(model: Any, *names: str) -> Any:
+    """Make these adapters the active ones; NNX in place, Linen returns a new wrapper.
+
+    Raises `AttachError` for a name the model does not carry.
+    """
+    if isinstance(model, linen.Adapted):
+        present = dict(model.adapters)
+        unknown = [n for n in names if n not in present]
+        if unknown:
+            raise AttachError(f"no adapter is called {', '.join(map(repr, unknown))}; this model has {list(present)}")
+        return dataclasses.replace(model, active=tuple(names))
+    _need_nnx(model)
+    nnx.activate(model, names)
+    return model
+
+
+@contextlib.contextmanager
+def disable(model: Any) -> Generator[Any]:
+    """Within the context the model is its base alone: `with disable(model) as base: base(x)`.
+
+    NNX: the model itself, restored at the end, also after an error. Linen: the context's value is the
+    wrapper with nothing active.
+    """
+    if isinstance(model, linen.Adapted):
+        yield dataclasses.replace(model, active=())
+        return
+    _need_nnx(model)
+    before = nnx.active(model)
+    nnx.activate(model, ())
+    try:
+        yield model
+    finally:
+        nnx.activate(model, before)
+
+
+def delete(model: Any, name: str) -> Any:
+    """Remove one adapter. NNX in place; Linen: a wrapper without it, or variables without its parameters."""
+    if isinstance(model, linen.Adapted):
+        if name not in dict(model.adapters):
+            raise AttachError(f"no adapter is called {name!r}; this model has {list(dict(model.adapters))}")
+        kept = tuple(a for a in model.adapters if a[0] != name)
+        return dataclasses.replace(model, adapters=kept, active=tuple(n for n in model.active if n != name))
+    if isinstance(model, Mapping):
+        collection = collection_name(extract(model, name).config)
+        kept = {k: v for k, v in model[collection].items() if k != name}
+        rest = {k: v for k, v in model.items() if k != collection}
+        return {**rest, collection: kept} if kept else rest
+    _need_nnx(model)
+    if name not in nnx.names(model):
+        raise AttachError(f"no adapter is called {name!r}; this model has {list(nnx.names(model))}")
+    nnx.delete(model, name)
+    return model
+
+
+def detach(model: Any) -> Any:
+    """The very same base model: NNX in place (an equal graphdef, identical arrays), Linen the module inside."""
+    if isinstance(model, linen.Adapted):
+        return model.module
+    _need_nnx(model)
+    for name in nnx.names(model):
+        nnx.delete(model, name)
+    return model

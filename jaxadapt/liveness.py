@@ -1,0 +1,22 @@
+"""Which weights a function's outputs depend on, found without running it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.interpreters.partial_eval import dce_jaxpr
+
+
+def live(f: Callable[[Any], Any], weights: Mapping[str, Any]) -> dict[str, bool]:
+    """Whether the outputs of `f(weights)` depend on each weight; weights may be `ShapeDtypeStruct`s.
+
+    >>> import jax.numpy as jnp
+    >>> live(lambda w: w["a"] * 2, {"a": jnp.ones(3), "b": jnp.ones(3)})
+    {'a': True, 'b': False}
+    """
+    names = list(weights)
+    closed = jax.make_jaxpr(lambda *ws: f(dict(zip(names, ws, strict=True))))(*(weights[n] for n in names))
+    _, used = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    return dict(zip(names, used, strict=True))
