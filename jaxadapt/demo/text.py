@@ -9,18 +9,25 @@ import numpy as np
 Encode = Callable[[str], Sequence[int]]
 
 
+RUN = 25  # paragraphs that stay together
+
+
 def python_topics() -> tuple[str, str]:
     """What ``help("topics")`` shows, as (training text, held-out text).
 
-    Every tenth topic, in alphabetical order, is held out: whole topics, so that no sentence stands on both
-    sides.
+    Topics repeat whole sections of each other, so each paragraph is taken once; then every tenth run of
+    paragraphs is held out. No paragraph stands on both sides.
     """
     from pydoc_data.topics import topics
 
-    names = sorted(topics)
-    held_out = names[5::10]
-    kept = [name for name in names if name not in held_out]
-    return "\n\n".join(topics[name] for name in kept), "\n\n".join(topics[name] for name in held_out)
+    once: dict[str, str] = {}
+    for name in sorted(topics):
+        for paragraph in topics[name].split("\n\n"):
+            once.setdefault(" ".join(paragraph.split()), paragraph)
+    paragraphs = list(once.values())
+    runs = ["\n\n".join(paragraphs[i : i + RUN]) for i in range(0, len(paragraphs), RUN)]
+    kept = [run for number, run in enumerate(runs) if number % 10 != 5]
+    return "\n\n".join(kept), "\n\n".join(runs[5::10])
 
 
 def chunks(encode: Encode, text: str, length: int) -> np.ndarray:
