@@ -73,9 +73,9 @@ def _flush(fd: int) -> None:
     os.fsync(fd)
 
 
-def _try_lock(fd: int) -> bool:
+def _lock(fd: int, *, wait: bool) -> bool:
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:  # held by its writer, or a file system without locks: then nothing is ever swept
         return False
     return True
@@ -91,7 +91,7 @@ def _sweep(directory: str, name: str) -> None:
             with contextlib.suppress(OSError):
                 fd = os.open(stale, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
                 try:
-                    if stat.S_ISREG(os.fstat(fd).st_mode) and _try_lock(fd):
+                    if stat.S_ISREG(os.fstat(fd).st_mode) and _lock(fd, wait=False):
                         stale.unlink()
                 finally:
                     os.close(fd)
@@ -102,10 +102,11 @@ def _create(directory: str, name: str) -> tuple[Path, int]:
         temporary = Path(directory) / f".{name}.{os.getpid()}.{secrets.token_hex(8)}.tmp"
         # mode 0666: the kernel takes the umask off, which Python can only read by changing it for all threads
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        _try_lock(fd)
+        # Another writer may hold the lock for a moment, between our open and our lock: to sweep the file away.
+        _lock(fd, wait=True)
         if os.fstat(fd).st_nlink:
             return temporary, fd
-        os.close(fd)  # another writer swept it between our open and our lock
+        os.close(fd)
 
 
 def _finish(writer: Writer, temporary: Path) -> None:
@@ -162,7 +163,7 @@ def replacing(path: str | os.PathLike[str]) -> Generator[Writer]:
                 errno.ENOTSUP,
             ):  # some network file systems flush no directories
                 raise file_error(
-                    "flush the directory of", target, error, "the new file is in place"
+                    "flush its directory", target, error, "the new file is in place"
                 ) from error
     finally:
         os.close(directory_fd)

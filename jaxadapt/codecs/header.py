@@ -115,7 +115,7 @@ def _entry(key: str, value: object, data: int) -> TensorInfo | str:
         return f"{name}: expected the fields dtype, shape, data_offsets, found {_show(list(entry))}"
     dtype, shape, offsets = entry["dtype"], _naturals(entry["shape"]), _naturals(entry["data_offsets"])
     if not isinstance(dtype, str) or dtype not in BITS:
-        return f"{name}: expected a dtype out of {', '.join(BITS)}, found {_show(dtype)}"
+        return f"{name}: expected a dtype of the format, such as F32 or BF16, found {_show(dtype)}"
     if shape is None:
         return f"{name}: expected a shape of integers >= 0, found {_show(entry['shape'])}"
     if problem := _size_problem(dtype, shape):
@@ -250,7 +250,7 @@ def encode(
             problems.append("tensor '__metadata__': the name is reserved")
         elif dtype not in BITS:
             problems.append(
-                f"tensor {_show(key)}: expected a dtype out of {', '.join(BITS)}, found {_show(dtype)}"
+                f"tensor {_show(key)}: expected a dtype of the format, such as F32 or BF16, found {_show(dtype)}"
             )
         elif not all(_natural(dim) for dim in shape):
             problems.append(f"tensor {_show(key)}: expected a shape of integers >= 0, found {_show(shape)}")
