@@ -26,7 +26,6 @@ if TYPE_CHECKING:
         extract,
         init,
         inject,
-        summary,
     )
     from jaxadapt.configs import Config, IA3Config, LoraConfig
     from jaxadapt.errors import (
@@ -43,6 +42,7 @@ if TYPE_CHECKING:
     from jaxadapt.keymap import KeyMap, Weight
     from jaxadapt.merging import merge, unmerge
     from jaxadapt.nnx import AdapterParam, BaseParam
+    from jaxadapt.report import summary
     from jaxadapt.store import from_peft, load, save, to_peft
 
 __version__ = "0.1.0"
@@ -55,7 +55,8 @@ _HOME = {
         "adapter": "Adapter PeftTensors",
         "keymap": "KeyMap Weight",
         "nnx": "AdapterParam BaseParam",
-        "attach": "adapt init extract inject activate disable delete detach summary",
+        "attach": "adapt init extract inject activate disable delete detach",
+        "report": "summary",
         "merging": "merge unmerge",
         "store": "save load to_peft from_peft",
         "folder": "read write inspect read_config",

@@ -49,11 +49,17 @@ class Recipe:
             isinstance(other, Recipe) and self.config == other.config and self.keymap == other.keymap
         )
 
-
     def to_text(self) -> str:
         """The recipe as JSON text, for serialisers that keep strings (flax's msgpack)."""
-        table = [[w.leaf, w.key, w.pattern, w.kind, w.fan_in_fan_out, dict(w.over)] for w in self.keymap.weights]
-        keymap = {"name": self.keymap.name, "output": self.keymap.output, "prefix": self.keymap.prefix, "weights": table}
+        table = [
+            [w.leaf, w.key, w.pattern, w.kind, w.fan_in_fan_out, dict(w.over)] for w in self.keymap.weights
+        ]
+        keymap = {
+            "name": self.keymap.name,
+            "output": self.keymap.output,
+            "prefix": self.keymap.prefix,
+            "weights": table,
+        }
         return json.dumps({"config": self.config.to_dict(), "keymap": keymap}, sort_keys=True)
 
     @classmethod
@@ -78,9 +84,7 @@ def collection_name(config: Config) -> str:
     return config.peft_type.lower()
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config", "keymap"]
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config", "keymap"])
 @dataclasses.dataclass(frozen=True)
 class Adapter:
     """One method's trained parameters in the model's layout, with what gives them meaning.
@@ -127,7 +131,9 @@ class Adapter:
         out: dict[str, dict[str, Any]] = {}
         for path, leaf in self.flat().items():
             if not is_array(leaf):
-                raise AttachError(f"{path!r} is no array but {type(leaf).__name__}; an adapter holds arrays only")
+                raise AttachError(
+                    f"{path!r} is no array but {type(leaf).__name__}; an adapter holds arrays only"
+                )
             base, _, tensor = path.rpartition(".")
             out.setdefault(base, {})[tensor] = leaf
         return out

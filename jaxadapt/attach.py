@@ -60,7 +60,9 @@ def adapt(
         return linen.Adapted(model, ((name, config),), (name,), keymap, dtype)
     if isinstance(model, linen.Adapted):
         if name in dict(model.adapters):
-            raise AttachError(f"there is an adapter {name!r} already; choose another name=, or delete it first")
+            raise AttachError(
+                f"there is an adapter {name!r} already; choose another name=, or delete it first"
+            )
         return dataclasses.replace(model, adapters=(*model.adapters, (name, config)), active=(name,))
     _need_nnx(model)
     if name in nnx.names(model):
@@ -69,7 +71,7 @@ def adapt(
     abstract = any(isinstance(v.get_value(), jax.ShapeDtypeStruct) for v in _base_variables(model))
     if rngs is None and not abstract:
         raise AttachError("adapt needs rngs=nnx.Rngs(seed) for the adapter's initial values")
-    key = None if abstract else rngs.params()
+    key = None if rngs is None else rngs.params()
     values = bind.fresh(recipe.config, bounds, key, dtype, abstract)
     nnx.attach(model, recipe, bounds, name, values, rngs)
     return model
@@ -138,7 +140,9 @@ def init(
     return Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
 
 
-def plan_tree(params: Any, config: Config, keymap: KeyMap | str | None) -> tuple[Recipe, tuple[bind.Bound, ...]]:
+def plan_tree(
+    params: Any, config: Config, keymap: KeyMap | str | None
+) -> tuple[Recipe, tuple[bind.Bound, ...]]:
     """The recipe and sites of a configuration on a tree of base parameters."""
     shapes = tree_shapes(params)
     table = families.resolve(keymap, shapes)
@@ -160,7 +164,9 @@ def tree_shapes(params: Any) -> dict[str, tuple[int, ...]]:
 # ---------------------------------------------------------------- values out and in
 
 
-def extract(tree: Any, name: str = DEFAULT, *, config: Config | None = None, keymap: KeyMap | str | None = None) -> Adapter:
+def extract(
+    tree: Any, name: str = DEFAULT, *, config: Config | None = None, keymap: KeyMap | str | None = None
+) -> Adapter:
     """The adapter called `name` out of a model, state or variables, as a value.
 
     Args:
@@ -174,7 +180,9 @@ def extract(tree: Any, name: str = DEFAULT, *, config: Config | None = None, key
     if isinstance(tree, nnx.nnx.Module | nnx.nnx.State):
         return nnx.extract(tree, name)
     if not isinstance(tree, Mapping):
-        raise AttachError(f"expected an NNX model or state, Linen variables or an Adapter, found {type(tree).__name__}")
+        raise AttachError(
+            f"expected an NNX model or state, Linen variables or an Adapter, found {type(tree).__name__}"
+        )
     found = _find_collection(tree, name)
     if found is not None and config is None:
         return linen.read_collection(found, name)
@@ -204,7 +212,9 @@ def _extract_bare(tree: Mapping[str, Any], name: str, config: Config | None, key
         )
     collection = collection_name(config)
     values: dict[str, Any] = {}
-    for path, leaf in paths.flatten({k: v for k, v in tree.items() if k != "params"} if collection in tree else tree).items():
+    for path, leaf in paths.flatten(
+        {k: v for k, v in tree.items() if k != "params"} if collection in tree else tree
+    ).items():
         parts = [p for p in path.split(".") if p != CONFIG_NODE]
         if not is_array(leaf):
             continue
@@ -213,7 +223,11 @@ def _extract_bare(tree: Mapping[str, Any], name: str, config: Config | None, key
                 values[paths.join(*parts[:i], *parts[i + 2 :])] = leaf
                 break
     if not values and CONFIG_NODE not in tree:
-        values = {p: v for p, v in paths.flatten(tree).items() if p.rpartition(".")[2] in ("lora_A", "lora_B", "ia3_l")}
+        values = {
+            p: v
+            for p, v in paths.flatten(tree).items()
+            if p.rpartition(".")[2] in ("lora_A", "lora_B", "ia3_l")
+        }
     if not values:
         raise AttachError(f"there is no adapter {name!r} of type {config.peft_type} in this tree")
     table = families.resolve(keymap if keymap != "auto" else None, {}) if keymap else _table_of(values)
@@ -238,7 +252,11 @@ def inject(adapter: Adapter, tree: Any, name: str = DEFAULT) -> Any:
     present = extract(tree, name)
     want = {p: tuple(v.shape) for p, v in present.flat().items()}
     have = {p: tuple(v.shape) for p, v in adapter.flat().items()}
-    problems = [f"{p}: {want.get(p, 'absent')} attached, {have.get(p, 'absent')} given" for p in want | have if want.get(p) != have.get(p)]
+    problems = [
+        f"{p}: {want.get(p, 'absent')} attached, {have.get(p, 'absent')} given"
+        for p in want | have
+        if want.get(p) != have.get(p)
+    ]
     if present.config != adapter.config:
         problems.append("the configuration differs from the attached one's")
     if problems:
@@ -266,7 +284,9 @@ def activate(model: Any, *names: str) -> Any:
         present = dict(model.adapters)
         unknown = [n for n in names if n not in present]
         if unknown:
-            raise AttachError(f"no adapter is called {', '.join(map(repr, unknown))}; this model has {list(present)}")
+            raise AttachError(
+                f"no adapter is called {', '.join(map(repr, unknown))}; this model has {list(present)}"
+            )
         return dataclasses.replace(model, active=tuple(names))
     _need_nnx(model)
     nnx.activate(model, names)

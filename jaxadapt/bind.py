@@ -16,7 +16,7 @@ from typing import Any
 from jaxadapt import methods, paths, plan, targets
 from jaxadapt.axes import Axes
 from jaxadapt.configs import Config
-from jaxadapt.errors import KeyMapError, TargetError
+from jaxadapt.errors import ConfigError, KeyMapError, TargetError
 from jaxadapt.keymap import KeyMap, Site, Tensor
 
 Shape = tuple[int, ...]
@@ -50,7 +50,9 @@ class Bound:
         return {t.name: e.shape for t, e in zip(self.tensors, self.entries, strict=True)}
 
 
-def _bind(config: Config, keymap: KeyMap, site: Site, sizes: Mapping[str, int], modules: tuple[str, ...]) -> Bound:
+def _bind(
+    config: Config, keymap: KeyMap, site: Site, sizes: Mapping[str, int], modules: tuple[str, ...]
+) -> Bound:
     method = methods.of(config)
     tensors = method.tensors(config, site, modules)
     entries = tuple(plan.entry(keymap, site, t, sizes) for t in tensors)
@@ -79,11 +81,15 @@ def _inventory(keymap: KeyMap, shapes: Mapping[str, Shape]) -> tuple[Found, dict
 
 
 def _names(found: Found, unmapped: Mapping[str, str]) -> list[str]:
-    return list(dict.fromkeys([*(m for _, _, mods in found.values() for m in mods.values()), *unmapped.values()]))
+    return list(
+        dict.fromkeys([*(m for _, _, mods in found.values() for m in mods.values()), *unmapped.values()])
+    )
 
 
 def _linear(method: methods.Method, found: Found) -> frozenset[str]:
-    return frozenset(m for s, _, mods in found.values() if s.weight.kind in method.kinds for m in mods.values())
+    return frozenset(
+        m for s, _, mods in found.values() if s.weight.kind in method.kinds for m in mods.values()
+    )
 
 
 def resolve(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]) -> Config:
@@ -130,13 +136,11 @@ def select(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]) -> tuple
             " inputs so that its own computation tells"
         )
     for site, sizes, mods in found.values():
-        targeted = _targeted(site, mods, wanted)
-        if targeted is not None:
-            site = dataclasses.replace(site, parts=targeted)
-            chosen = tuple(m for index, m in mods.items() if targeted is None or index[-1] in targeted)
-            bounds.append(_bind(config, keymap, site, sizes, chosen))
-        elif wanted & set(mods.values()):
-            bounds.append(_bind(config, keymap, site, sizes, tuple(mods.values())))
+        if not wanted & set(mods.values()):
+            continue
+        parts = _targeted(site, mods, wanted)
+        chosen = tuple(m for index, m in mods.items() if parts is None or index[-1] in parts)
+        bounds.append(_bind(config, keymap, dataclasses.replace(site, parts=parts), sizes, chosen))
     return tuple(bounds)
 
 
@@ -158,8 +162,8 @@ def _targeted(site: Site, modules: Mapping[tuple[int, ...], str], wanted: set[st
     if hit != whole:
         some = sorted(modules[i] for i in set(modules) - hit)[:3]
         raise TargetError(
-            f"leaf {site.leaf!r} stacks several layers in one array, and only some are targeted (not {', '.join(some)}, …);"
-            " target all of them, or use the unrolled model"
+            f"leaf {site.leaf!r} stacks several layers in one array, and only some are targeted"
+            f" (not {', '.join(some)}, …); target all of them, or use the unrolled model"
         )
     return tuple(parts)
 
@@ -182,13 +186,13 @@ def recover(config: Config, keymap: KeyMap, leaves: Mapping[str, Mapping[str, Sh
         # Which parts are targeted decides the tensors' sizes, and sizes decide the modules: names first.
         batch = {axis: len(site.weight.names(axis) or ()) for axis in site.roles["batch"]}
         if batch:
-            one = {axis: 1 for axis in site.roles["stack"]}
+            one = dict.fromkeys(site.roles["stack"], 1)
             mods = site.modules({**one, **batch})
             parts = tuple(index[-1] for index, m in mods.items() if targets.matches(config, m))
             site = dataclasses.replace(site, parts=None if len(parts) in (0, len(mods)) else parts)
             modules = tuple(m for index, m in mods.items() if site.parts is None or index[-1] in site.parts)
         else:
-            modules = tuple(site.modules({axis: 1 for axis in site.roles["stack"]}).values())
+            modules = tuple(site.modules(dict.fromkeys(site.roles["stack"], 1)).values())
         sizes = plan.sizes_from_tensors(site, method.tensors(config, site, modules), shapes)
         every = site.modules({**sizes, **batch})
         modules = tuple(m for index, m in every.items() if site.parts is None or index[-1] in site.parts)
@@ -200,6 +204,30 @@ def recover(config: Config, keymap: KeyMap, leaves: Mapping[str, Mapping[str, Sh
             + "\nPass the keymap= that the model was adapted with"
         )
     return tuple(bounds)
+
+
+def renamed(config: Config, bounds: Sequence[Bound]) -> Config:
+    """The configuration whose targets name exactly these sites' PyTorch modules.
+
+    A model adapted under its JAX names and saved under another table's would otherwise give a file whose
+    `target_modules` match nothing in PyTorch: PEFT loads such a file as a no-op. Raises `ConfigError` where
+    further fields speak of the old names too.
+    """
+    modules = sorted({m for b in bounds for m in b.modules})
+    if all(targets.matches(config, m) for m in modules):
+        return config
+    stale = [
+        name
+        for name in ("rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform", "feedforward_modules")
+        if config.get(name)
+    ]
+    if stale:
+        raise ConfigError(
+            f"the table names these modules {', '.join(modules[:3])}, …, which target_modules does not match, and"
+            f" {', '.join(stale)} speak of the old names too; pass config= with PyTorch's module names"
+        )
+    short = sorted({m.rpartition(".")[2] for m in modules})
+    return config.replace(target_modules=short if len(modules) > 1 and "" not in short else modules)
 
 
 def fresh(

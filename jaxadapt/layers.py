@@ -54,8 +54,10 @@ def _einsum_letters(einsum_str: str, x_ndim: int) -> tuple[str, str, str]:
     names = "".join(dict.fromkeys(c for c in x + w + y if c != "."))
     fresh = dict(zip(names, LETTERS, strict=False))
     spare = LETTERS[len(names) : len(names) + dots] if "..." in x else ""
+
     def letters(part: str) -> str:
         return "".join(fresh.get(c, c) for c in part).replace("...", spare)
+
     return letters(x), letters(w), letters(y)
 
 
@@ -68,7 +70,9 @@ def einsum_axes(einsum_str: str) -> Axes:
     x, w, y = _einsum_letters(einsum_str, len(einsum_str))
     lonely = [c for c in w if c not in x and c not in y]
     if lonely:
-        raise AttachError(f"the einsum {einsum_str!r} sums an axis of its weight alone; no adapter of W·x covers that")
+        raise AttachError(
+            f"the einsum {einsum_str!r} sums an axis of its weight alone; no adapter of W·x covers that"
+        )
     role = {i: "batch" if c in x and c in y else "inn" if c in x else "out" for i, c in enumerate(w)}
     inn, out, batch = (tuple(i for i, r in role.items() if r == which) for which in ("inn", "out", "batch"))
     return Axes(inn, out, batch)

@@ -18,10 +18,10 @@ PACKAGE = Path(__file__).resolve().parent.parent / "jaxadapt"
 # Packages are listed by their first part: "configs" stands for everything under jaxadapt/configs/.
 FLOORS = [
     ["errors", "paths", "axes", "configs"],
-    ["adapter", "keymap", "plan", "trace", "layers", "filters", "targets", "codecs"],
-    ["methods", "families", "bind", "dialects", "sharding", "card"],
-    ["linen", "nnx", "merge"],
-    ["attach", "store"],
+    ["adapter", "keymap", "plan", "trace", "liveness", "layers", "filters", "targets", "codecs"],
+    ["methods", "families", "bind", "folder", "dialects", "sharding", "card"],
+    ["linen", "nnx", "merging"],
+    ["attach", "store", "report"],
     ["hub", "checkpoint", "serving"],
     ["cli", "demo"],
 ]
@@ -35,6 +35,9 @@ SAME_FLOOR = {
     ("adapter", "keymap"): "an adapter carries the table it was made with",
     ("bind", "methods"): "a configuration is bound by its method",
     ("store", "attach"): "load attaches before it injects",
+    ("report", "attach"): "a summary extracts",
+    ("merging", "nnx"): "it takes a model as well as a tree",
+    ("merging", "linen"): "boxes are opened as Linen opens them",
     ("cli", "demo"): "`jaxadapt demo` starts it",
 }
 
@@ -51,7 +54,7 @@ DOORS: dict[str, set[str]] = {
     "optax": {"demo"},
     "safetensors": {"codecs.safetensors"},
     "click": {"cli", "cli.main"},
-    "rich": {"cli", "demo", "attach"},
+    "rich": {"cli", "demo", "report"},
     "matplotlib": {"demo"},
     "gguf": {"demo"},
     "tokenizers": {"demo"},

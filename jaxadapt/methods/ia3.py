@@ -48,7 +48,9 @@ class IA3(Method):
     def static(self, config: IA3Config, modules: Sequence[str]) -> Static:
         return Static(one_value("feedforward", {m: targets.is_feedforward(config, m) for m in modules}))
 
-    def fresh(self, config: IA3Config, tensor: Tensor, key: Array, shape: Sequence[int], fan_in: int) -> Array:
+    def fresh(
+        self, config: IA3Config, tensor: Tensor, key: Array, shape: Sequence[int], fan_in: int
+    ) -> Array:
         if config.init_ia3_weights:
             return jnp.ones(shape, jnp.float32)
         return jax.random.normal(key, shape, jnp.float32)
@@ -64,7 +66,9 @@ class IA3(Method):
             )
         return (x.astype(scale.dtype) * _spread(scale, letters, use.x)).astype(x.dtype)
 
-    def output(self, static: Static, params: Params, use: Use, x: Array, y: Array, drop: Drop | None) -> Array:
+    def output(
+        self, static: Static, params: Params, use: Use, x: Array, y: Array, drop: Drop | None
+    ) -> Array:
         if self._over_input(static, use):
             return y
         scale = params["ia3_l"]

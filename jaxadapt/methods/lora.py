@@ -58,7 +58,9 @@ class Lora(Method):
             )
 
     def tensors(self, config: LoraConfig, site: Site, modules: Sequence[str]) -> tuple[Tensor, ...]:
-        r = one_value("the rank", {m: targets.pattern_value(config.rank_pattern, m, config.r) for m in modules})
+        r = one_value(
+            "the rank", {m: targets.pattern_value(config.rank_pattern, m, config.r) for m in modules}
+        )
         own = (("r", r),)
         return (
             Tensor("lora_A", ".lora_A.weight", ("batch", "inn", "r"), (("r",), ("inn",)), own),
@@ -76,7 +78,9 @@ class Lora(Method):
     def dropout(self, static: Static) -> float:
         return static.dropout
 
-    def fresh(self, config: LoraConfig, tensor: Tensor, key: Array, shape: Sequence[int], fan_in: int) -> Array:
+    def fresh(
+        self, config: LoraConfig, tensor: Tensor, key: Array, shape: Sequence[int], fan_in: int
+    ) -> Array:
         r = dict(tensor.own)["r"]
         init = config.init_lora_weights
         if init not in (True, False, "gaussian"):
@@ -92,7 +96,9 @@ class Lora(Method):
         bound = 1 / math.sqrt(fan_in if tensor.name == "lora_A" else r)
         return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
-    def output(self, static: Static, params: Params, use: Use, x: Array, y: Array, drop: Drop | None) -> Array:
+    def output(
+        self, static: Static, params: Params, use: Use, x: Array, y: Array, drop: Drop | None
+    ) -> Array:
         batch = use.letters("batch")
         a = params["lora_A"], batch + use.letters("inn") + RANK
         b = params["lora_B"], batch + RANK + use.letters("out")

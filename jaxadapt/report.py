@@ -1,0 +1,166 @@
+"""What an adapted model looks like: which weights, at what rank and scale, how, and what it costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxadapt import attach, bind, linen, methods, nnx, paths
+from jaxadapt.adapter import Adapter, is_array
+from jaxadapt.errors import AttachError
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One adapted leaf. `how` says whether its layer's own class or a trace follows the weight."""
+
+    adapter: str
+    leaf: str
+    shape: tuple[int, ...]
+    modules: tuple[str, ...]
+    tensors: Mapping[str, tuple[int, ...]]
+    dtype: str
+    static: Any
+    how: str
+
+    @property
+    def parameters(self) -> int:
+        return sum(math.prod(shape) for shape in self.tensors.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """The adapted leaves of a model, and how many parameters are trained out of how many.
+
+    `str(summary)` is a table; alike layers share a line.
+    """
+
+    rows: tuple[Row, ...]
+    base_parameters: int
+    active: tuple[str, ...]
+
+    @property
+    def trainable(self) -> int:
+        """Parameters of the adapters."""
+        return sum(row.parameters for row in self.rows)
+
+    def __str__(self) -> str:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        for column in ("adapter", "weight", "count", "shape", "tensors", "dtype", "scale", "how"):
+            table.add_column(column, overflow="fold")
+        for pattern, rows in self._alike().items():
+            first = rows[0]
+            table.add_row(
+                first.adapter + ("" if first.adapter in self.active else " (inactive)"),
+                pattern,
+                str(len(rows)),
+                _by(first.shape),
+                ", ".join(f"{name} {_by(shape)}" for name, shape in first.tensors.items()),
+                first.dtype,
+                _static(first.static),
+                first.how,
+            )
+        total = self.base_parameters + self.trainable
+        share = 100 * self.trainable / total if total else 0.0
+        console = Console(width=160, record=False, force_terminal=False)
+        with console.capture() as capture:
+            console.print(table)
+        lines = [line.rstrip() for line in capture.get().rstrip().splitlines()]
+        return "\n".join([*lines, f"trainable {self.trainable:,} of {total:,} parameters ({share:.2f} %)"])
+
+    def _alike(self) -> dict[str, list[Row]]:
+        groups: dict[tuple[Any, ...], list[Row]] = {}
+        for row in self.rows:
+            stem = ".".join("*" if p.isdecimal() else p for p in row.leaf.split("."))
+            same = (row.adapter, stem, row.shape, tuple(row.tensors.items()), row.dtype, row.static, row.how)
+            groups.setdefault(same, []).append(row)
+        out: dict[str, list[Row]] = {}
+        for same, rows in groups.items():
+            label = same[1] if len(rows) > 1 else rows[0].leaf
+            while label in out:  # two groups of one pattern (another adapter, rank or shape)
+                label += " "
+            out[label] = rows
+        return out
+
+
+def _by(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape))
+
+
+def _static(static: Any) -> str:
+    values = dataclasses.asdict(static)
+    return ", ".join(
+        f"{value:g}" if name == "scale" else f"{name} {value}" for name, value in values.items() if value
+    )
+
+
+def summary(tree: Any, variables: Mapping[str, Any] | None = None) -> Summary:
+    """A table of what is adapted: weights, ranks, scales, dtypes, how each is computed, trainable and total.
+
+    Args:
+        tree: an adapted NNX model, or Linen variables, or an adapted Linen module with its `variables`.
+
+    Raises `AttachError` if nothing is adapted.
+    """
+    if isinstance(tree, linen.Adapted):
+        if variables is None:
+            raise AttachError("a Linen module holds no parameters: summary(module, variables)")
+        return _of_variables(variables, tree.active)
+    if isinstance(tree, nnx.nnx.Module):
+        return _of_model(tree)
+    if isinstance(tree, Mapping):
+        return _of_variables(tree, None)
+    raise AttachError(f"expected an adapted model or variables, found {type(tree).__name__}")
+
+
+def _rows(
+    name: str, adapter: Adapter, base: Mapping[str, tuple[int, ...]], how: Mapping[str, str]
+) -> list[Row]:
+    shapes = {leaf: {t: tuple(a.shape) for t, a in ts.items()} for leaf, ts in adapter.sites.items()}
+    return [
+        Row(
+            name,
+            bound.leaf,
+            base.get(bound.leaf, ()),
+            bound.modules,
+            shapes[bound.leaf],
+            str(next(iter(adapter.sites[bound.leaf].values())).dtype),
+            bound.static,
+            how.get(bound.leaf, ""),
+        )
+        for bound in bind.recover(adapter.config, adapter.keymap, shapes)
+    ]
+
+
+def _of_model(model: Any) -> Summary:
+    owners = nnx.base_leaves(model)
+    shapes = nnx.base_shapes(model)
+    how = {leaf: nnx.how(module) for leaf, (module, _) in owners.items()}
+    rows = [row for name in nnx.names(model) for row in _rows(name, attach.extract(model, name), shapes, how)]
+    if not rows:
+        raise AttachError("this model carries no adapter")
+    return Summary(tuple(rows), sum(math.prod(s) for s in shapes.values()), nnx.active(model))
+
+
+def _of_variables(variables: Mapping[str, Any], active: tuple[str, ...] | None) -> Summary:
+    base = {
+        p: tuple(v.shape)
+        for p, v in paths.flatten(linen.meta.unbox(variables.get("params", {}))).items()
+        if is_array(v)
+    }
+    names: list[str] = []
+    rows: list[Row] = []
+    for method in methods.METHODS.values():
+        for name, tree in dict(variables.get(method.peft_type.lower(), {})).items():
+            names.append(name)
+            rows += _rows(name, linen.read_collection(tree, name), base, {})
+    if not rows:
+        raise AttachError("these variables hold no adapter")
+    return Summary(
+        tuple(rows), sum(math.prod(s) for s in base.values()), tuple(names) if active is None else active
+    )
