@@ -102,7 +102,7 @@ def _create(directory: str, name: str) -> tuple[Path, int]:
         temporary = Path(directory) / f".{name}.{os.getpid()}.{secrets.token_hex(8)}.tmp"
         # mode 0666: the kernel takes the umask off, which Python can only read by changing it for all threads
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        # Another writer may hold the lock for a moment, between our open and our lock: to sweep the file away.
+        # Between our open and our lock another writer may have taken the lock, to sweep the file away.
         _lock(fd, wait=True)
         if os.fstat(fd).st_nlink:
             return temporary, fd
@@ -134,9 +134,7 @@ def replacing(path: str | os.PathLike[str]) -> Generator[Writer]:
     try:
         directory_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError as error:
-        raise FileError(
-            f"{target}: cannot write: the directory {directory} does not exist; create it first"
-        ) from error
+        raise FileError(f"{target}: cannot write: the directory {directory} does not exist; create it first") from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise _error(target, error) from error
     try:
@@ -162,9 +160,7 @@ def replacing(path: str | os.PathLike[str]) -> Generator[Writer]:
                 errno.EINVAL,
                 errno.ENOTSUP,
             ):  # some network file systems flush no directories
-                raise file_error(
-                    "flush its directory", target, error, "the new file is in place"
-                ) from error
+                raise file_error("flush its directory", target, error, "the new file is in place") from error
     finally:
         os.close(directory_fd)
 

@@ -115,7 +115,7 @@ def _entry(key: str, value: object, data: int) -> TensorInfo | str:
         return f"{name}: expected the fields dtype, shape, data_offsets, found {_show(list(entry))}"
     dtype, shape, offsets = entry["dtype"], _naturals(entry["shape"]), _naturals(entry["data_offsets"])
     if not isinstance(dtype, str) or dtype not in BITS:
-        return f"{name}: expected a dtype of the format, such as F32 or BF16, found {_show(dtype)}"
+        return f"{name}: expected a dtype of the format (F32, BF16, …), found {_show(dtype)}"
     if shape is None:
         return f"{name}: expected a shape of integers >= 0, found {_show(entry['shape'])}"
     if problem := _size_problem(dtype, shape):
@@ -199,21 +199,15 @@ def parse(path: str, raw: bytes, size: int) -> Header:
     for key, info in tensors.items():
         if info.start != position:
             kind = "overlaps" if info.start < position else "leaves a gap after"
-            problems.append(
-                f"tensor {_show(key)} {kind} {before}: expected start {position}, found {info.start}"
-            )
+            problems.append(f"tensor {_show(key)} {kind} {before}: expected start {position}, found {info.start}")
         position, before = info.stop, f"tensor {_show(key)}"
     if position != size - data_start:
-        problems.append(
-            f"expected the file to end with {before} at {data_start + position} bytes, found {size} bytes"
-        )
+        problems.append(f"expected the file to end with {before} at {data_start + position} bytes, found {size} bytes")
     if problems:
         raise fail(problems_text(problems))
     try:
         # "\ud800" is legal JSON, but no text: it could never be printed or written again
-        "".join(
-            [*tensors, *cast("dict[str, str]", metadata), *cast("dict[str, str]", metadata).values()]
-        ).encode()
+        "".join([*tensors, *cast("dict[str, str]", metadata), *cast("dict[str, str]", metadata).values()]).encode()
     except UnicodeEncodeError as error:
         raise fail(f"header: a name holds a lone surrogate, {_show(error.object[error.start])}") from error
     return Header(tensors, cast("dict[str, str]", metadata), data_start, size)
@@ -249,9 +243,7 @@ def encode(
         if key == "__metadata__":
             problems.append("tensor '__metadata__': the name is reserved")
         elif dtype not in BITS:
-            problems.append(
-                f"tensor {_show(key)}: expected a dtype of the format, such as F32 or BF16, found {_show(dtype)}"
-            )
+            problems.append(f"tensor {_show(key)}: expected a dtype of the format (F32, BF16, …), found {_show(dtype)}")
         elif not all(_natural(dim) for dim in shape):
             problems.append(f"tensor {_show(key)}: expected a shape of integers >= 0, found {_show(shape)}")
         elif problem := _size_problem(dtype, tuple(shape)):

@@ -87,17 +87,13 @@ class _Machine:
         for key, value in zip(items[::2], items[1::2], strict=True):
             # other keys are not needed; hashing deeply nested tuples would overflow the C stack
             if type(key) is not str and type(key) is not int:
-                raise UnsupportedPickle(
-                    f"expected keys that are strings, found one of type {type(key).__name__}"
-                )
+                raise UnsupportedPickle(f"expected keys that are strings, found one of type {type(key).__name__}")
             target[key] = value
 
     def _global(self, module: object, name: object) -> Global:
         full = f"{module}.{name}" if type(module) is str and type(name) is str else "(not a name)"
         if full not in self._allowed:
-            raise UnsupportedPickle(
-                f"it refers to {full!r}, which no state dict needs; nothing in a file is executed"
-            )
+            raise UnsupportedPickle(f"it refers to {full!r}, which no state dict needs; nothing in a file is executed")
         return Global(full)
 
     def step(self, code: str, argument: object) -> None:

@@ -52,9 +52,7 @@ def read_box(
         IndexError: more slices than axes.
     """
     if len(slices) > len(shape):
-        raise IndexError(
-            f"expected at most {len(shape)} slices for shape {tuple(shape)}, found {len(slices)}"
-        )
+        raise IndexError(f"expected at most {len(shape)} slices for shape {tuple(shape)}, found {len(slices)}")
     padded = [*slices, *[slice(None)] * (len(shape) - len(slices))]
     ranges = [range(*part.indices(size)) for part, size in zip(padded, shape, strict=True)]
     lengths = tuple(len(part) for part in ranges)
@@ -72,10 +70,7 @@ def read_box(
     while axis > 0 and (whole[axis] or strides[axis - 1] <= _GAP):
         axis -= 1
     inner, step, exact = ranges[axis], abs(ranges[axis].step), all(whole[axis + 1 :])
-    starts = [
-        sum(i * s for i, s in zip(index, strides, strict=False))
-        for index in itertools.product(*ranges[:axis])
-    ]
+    starts = [sum(i * s for i, s in zip(index, strides, strict=False)) for index in itertools.product(*ranges[:axis])]
 
     if exact and inner.step == 1:
         run = flat.size // len(starts)

@@ -80,9 +80,7 @@ def numpy_dtype(name: str) -> np.dtype:
         import ml_dtypes
 
         return np.dtype(getattr(ml_dtypes, _ML_DTYPES[name]))
-    raise FormatError(
-        f"dtype {name}: expected one of {', '.join([*_NUMPY, *_ML_DTYPES])}; no array can hold it"
-    )
+    raise FormatError(f"dtype {name}: expected one of {', '.join([*_NUMPY, *_ML_DTYPES])}; no array can hold it")
 
 
 def dtype_name(dtype: npt.DTypeLike) -> str:
@@ -98,9 +96,7 @@ def dtype_name(dtype: npt.DTypeLike) -> str:
 
     name = np.dtype(dtype).name
     if name not in _NAMES:
-        raise FileError(
-            f"dtype {name}: safetensors files cannot hold it; convert to one of {', '.join(_NAMES)}"
-        )
+        raise FileError(f"dtype {name}: safetensors files cannot hold it; convert to one of {', '.join(_NAMES)}")
     return _NAMES[name]
 
 
@@ -208,9 +204,7 @@ class TensorFile(Mapping[str, "np.ndarray"]):
 
         # few large jobs: their time goes into the kernel's copy and page faults, which hold no GIL
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            return {
-                key: array for group in pool.map(self._read_group, groups) for key, array in group.items()
-            }
+            return {key: array for group in pool.map(self._read_group, groups) for key, array in group.items()}
 
     def _read_group(self, keys: Sequence[str]) -> dict[str, np.ndarray]:
         """Neighbours in the file, in order, with one call and one allocation; each is 64-byte aligned."""

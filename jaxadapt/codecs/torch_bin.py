@@ -6,6 +6,7 @@ their bounds, and a file cannot make us allocate much more memory than its own s
 
 from __future__ import annotations
 
+import errno
 import io
 import math
 import os
@@ -88,9 +89,7 @@ class _Tensor:
 
 
 def _naturals(value: object, name: str) -> tuple[int, ...]:
-    if type(value) is tuple and all(
-        type(item) is int and item >= 0 for item in cast("tuple[object, ...]", value)
-    ):
+    if type(value) is tuple and all(type(item) is int and item >= 0 for item in cast("tuple[object, ...]", value)):
         return cast("tuple[int, ...]", value)
     raise pickles.UnsupportedPickle(f"expected {name} of integers >= 0, found something else")
 
@@ -99,9 +98,7 @@ def _persistent(identity: object) -> _Storage:
     """PyTorch's ("storage", type, key, location, count), in old files a view (key, offset, count)."""
     parts = list(cast("tuple[object, ...]", identity)) if type(identity) is tuple else []
     if len(parts) not in (5, 6) or parts[0] != "storage":
-        raise pickles.UnsupportedPickle(
-            "expected the description of a storage, found something else (a module?)"
-        )
+        raise pickles.UnsupportedPickle("expected the description of a storage, found something else (a module?)")
     kind, key = parts[1], parts[2]
     (total,) = _naturals((parts[4],), "a storage's size")
     dtype = _STORAGES.get(kind.name.removeprefix("torch.")) if type(kind) is pickles.Global else None
@@ -122,11 +119,7 @@ def _rebuild(name: str, arguments: tuple[object, ...]) -> object:
         return {}
     if name.startswith("torch._utils._rebuild_parameter") and arguments and type(arguments[0]) is _Tensor:
         return arguments[0]
-    if (
-        name.startswith("torch._utils._rebuild_tensor")
-        and len(arguments) >= 4
-        and type(arguments[0]) is _Storage
-    ):
+    if name.startswith("torch._utils._rebuild_tensor") and len(arguments) >= 4 and type(arguments[0]) is _Storage:
         return _tensor(arguments[0], arguments[1:], has_dtype=name.endswith("_v3"))
     raise pickles.UnsupportedPickle(f"it calls {name!r} with arguments that PyTorch never uses")
 
@@ -277,9 +270,7 @@ class _Legacy:
             raw = files.pread_exact(self._file.fileno(), 8, at, self._path, f"storage {key!r}")
             count = int.from_bytes(raw, "little", signed=True)
             if count != storage.total:
-                raise FormatError(
-                    f"{self._path}: storage {key!r}: expected {storage.total} elements, found {count}"
-                )
+                raise FormatError(f"{self._path}: storage {key!r}: expected {storage.total} elements, found {count}")
             places[storage.key] = at + 8
             at += 8 + _nbytes(storage)
         return places
@@ -322,6 +313,8 @@ def _load(path: str | os.PathLike[str], use: Callable[[_Zip | _Legacy, dict[str,
         except (zipfile.BadZipFile, struct.error, EOFError, ValueError, RuntimeError, OverflowError) as error:
             raise FormatError(f"{name}: not a valid PyTorch file: {error or type(error).__name__}") from error
         except OSError as error:
+            if error.errno == errno.EINVAL:  # a damaged offset, too large to seek to
+                raise FormatError(f"{name}: not a valid PyTorch file: a record lies beyond its end") from error
             raise files.file_error("read", name, error) from error
 
 
@@ -377,8 +370,7 @@ def _array(raw: bytes, tensor: _Tensor, *, big_endian: bool) -> np.ndarray:
     begin = storage.offset * (_SIZES[storage.dtype] if storage.dtype else 1) + tensor.offset * dtype.itemsize
     # bounds were checked when the tensor was described; axes of length 1 may carry any stride
     strides = [
-        stride * dtype.itemsize if dim > 1 else 0
-        for dim, stride in zip(tensor.shape, tensor.strides, strict=True)
+        stride * dtype.itemsize if dim > 1 else 0 for dim, stride in zip(tensor.shape, tensor.strides, strict=True)
     ]
     out[...] = np.ndarray(tensor.shape, dtype, raw, begin, strides)
     if big_endian:

@@ -20,6 +20,10 @@ from jaxadapt.codecs import safetensors
 SPECS = {f"t{i:02}": ("U16", (256, 500)) for i in range(12)}  # 3 MB
 
 
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
 def save(path: Path, version: int) -> None:
     # every second tensor needs a copy, all of them hold the version
     array = np.full((500, 256), version % 65536, np.uint16)
@@ -54,7 +58,7 @@ def main() -> None:
         time.sleep(rng.uniform(0, 0.05))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        stale = [name for name in os.listdir(path.parent) if name != path.name]
+        stale = [name for name in names(path.parent) if name != path.name]
         interrupted += bool(stale)
         if len(stale) > 1:
             sys.exit(f"temporary files were left to pile up: {stale}")
@@ -63,8 +67,8 @@ def main() -> None:
             sys.exit(f"went back from version {last} to {version}")
         last = version
     save(path, last + 1)
-    if os.listdir(path.parent) != [path.name]:
-        sys.exit(f"left behind: {os.listdir(path.parent)}")
+    if names(path.parent) != [path.name]:
+        sys.exit(f"left behind: {names(path.parent)}")
     print(f"{interrupted} of {kills} were killed while writing, {last} versions")
     if not interrupted or not last:
         sys.exit("no process was killed while writing, or none ever finished: the test tests nothing")

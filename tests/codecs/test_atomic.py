@@ -20,6 +20,10 @@ from jaxadapt.errors import FileError
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
 def save(path: Path | str, megabytes: float = 0.1) -> None:
     array = np.ones((int(megabytes * 250_000), 1), "f4").T
     safetensors.write(path, {"x": ("F32", array.shape)}, lambda key: array)
@@ -40,7 +44,7 @@ def test_write_bytes(tmp_path: Path) -> None:
     for data in (b"", b"one", b"x" * 10_000_000, b"two"):
         atomic.write_bytes(path, data)
         assert path.read_bytes() == data
-    assert os.listdir(tmp_path) == ["f"]
+    assert names(tmp_path) == ["f"]
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
@@ -58,7 +62,7 @@ def test_relative_and_odd_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     for name in ("plain", "./dot", "a[1]*?.x", "new\nline", "ü"):
         atomic.write_bytes(name, name.encode())
         assert Path(name).read_bytes() == name.encode()
-    assert len(os.listdir(tmp_path)) == 5
+    assert len(names(tmp_path)) == 5
 
 
 def test_symbolic_links_are_replaced_not_followed(tmp_path: Path) -> None:
@@ -75,7 +79,7 @@ def test_the_disk_is_flushed_before_and_after_the_rename(tmp_path: Path, monkeyp
     fsync, replace = os.fsync, Path.replace
 
     def spy_fsync(fd: int) -> None:
-        events.append("directory" if os.path.isdir(f"/proc/self/fd/{fd}") else "file")
+        events.append("directory" if Path(f"/proc/self/fd/{fd}").is_dir() else "file")
         fsync(fd)
 
     def spy_replace(self: Path, target: str) -> Path:
@@ -88,7 +92,7 @@ def test_the_disk_is_flushed_before_and_after_the_rename(tmp_path: Path, monkeyp
     assert events == ["file", "rename", "directory"]
 
 
-# --- what others left behind ---------------------------------------------------------------------------------
+# --- what others left behind --------------------------------------------------------------------------------
 
 
 def test_only_stale_temporary_files_of_the_same_target_go(tmp_path: Path) -> None:
@@ -117,9 +121,9 @@ def test_two_writers_at_once(tmp_path: Path) -> None:
     with atomic.replacing(tmp_path / "f") as first:
         first.write(memoryview(b"first"))
         atomic.write_bytes(tmp_path / "f", b"second")
-        assert len(os.listdir(tmp_path)) == 2
+        assert len(names(tmp_path)) == 2
     assert (tmp_path / "f").read_bytes() == b"first"
-    assert os.listdir(tmp_path) == ["f"]
+    assert names(tmp_path) == ["f"]
 
 
 def test_many_threads(tmp_path: Path) -> None:
@@ -139,18 +143,18 @@ def test_many_threads(tmp_path: Path) -> None:
         thread.join()
     assert not errors
     assert len(set((tmp_path / "f").read_bytes())) == 1
-    assert os.listdir(tmp_path) == ["f"]
+    assert names(tmp_path) == ["f"]
 
 
-# --- failures ------------------------------------------------------------------------------------------------
+# --- failures -----------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def unchanged(directory: Path) -> Iterator[None]:
-    before = {name: (directory / name).read_bytes() for name in os.listdir(directory) if (directory / name).is_file()}
+    before = {name: (directory / name).read_bytes() for name in names(directory) if (directory / name).is_file()}
     yield
     assert before == {
-        name: (directory / name).read_bytes() for name in os.listdir(directory) if (directory / name).is_file()
+        name: (directory / name).read_bytes() for name in names(directory) if (directory / name).is_file()
     }
 
 
@@ -219,7 +223,7 @@ def test_no_permission(tmp_path: Path) -> None:
             with pytest.raises(FileError, match=r"f: cannot read: .*denied.*permissions"):
                 safetensors.read_header(work / "f")
         work.chmod(0o755)
-        assert os.listdir(work) == ["f"]
+        assert names(work) == ["f"]
     finally:
         work.chmod(0o755)
         (work / "f").unlink(missing_ok=True)
@@ -242,7 +246,10 @@ def mounted(where: Path, options: str) -> Iterator[None]:
 def test_disk_full(tmp_path: Path) -> None:
     with mounted(tmp_path, "size=4m"):
         save(tmp_path / "f", 1)
-        with unchanged(tmp_path), pytest.raises(FileError, match=r"f: cannot write: No space.*untouched; free some"):
+        with (
+            unchanged(tmp_path),
+            pytest.raises(FileError, match=r"f: cannot write: No space.*untouched; free some"),
+        ):
             save(tmp_path / "f", 20)
         save(tmp_path / "f", 1)
 
@@ -260,7 +267,10 @@ def test_file_size_limit(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
     try:  # Python ignores SIGXFSZ, so the write fails halfway
-        with unchanged(tmp_path), pytest.raises(FileError, match=r"f: cannot write: File too large.*ulimit -f"):
+        with (
+            unchanged(tmp_path),
+            pytest.raises(FileError, match=r"f: cannot write: File too large.*ulimit -f"),
+        ):
             save(tmp_path / "f", 20)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -275,7 +285,10 @@ def test_a_failing_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: s
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, call, fail)
-    with unchanged(tmp_path), pytest.raises(FileError, match=r"f: cannot write: Input/output error.*untouched"):
+    with (
+        unchanged(tmp_path),
+        pytest.raises(FileError, match=r"f: cannot write: Input/output error.*untouched"),
+    ):
         save(tmp_path / "f", 10)
 
 
@@ -284,7 +297,7 @@ def test_the_directory_cannot_be_flushed(tmp_path: Path, monkeypatch: pytest.Mon
     number = 5
 
     def fail(fd: int) -> None:
-        if os.path.isdir(f"/proc/self/fd/{fd}"):
+        if Path(f"/proc/self/fd/{fd}").is_dir():
             raise OSError(number, os.strerror(number))
         fsync(fd)
 

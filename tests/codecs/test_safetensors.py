@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import struct
 import subprocess
@@ -23,6 +22,10 @@ from jaxadapt.errors import FileError, FormatError, MismatchError
 DTYPES = [codec.numpy_dtype(name) for name in codec._NAMES.values()]  # pyright: ignore[reportPrivateUsage]
 
 
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
 def save(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> bytes:
     codec.write(path, {k: (v.dtype, v.shape) for k, v in tensors.items()}, tensors.__getitem__, metadata)
     return path.read_bytes()
@@ -31,7 +34,7 @@ def save(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | 
 def filled(shape: tuple[int, ...], dtype: np.dtype, seed: int = 0) -> np.ndarray:
     """Random bits, NaNs included; a bool is 0 or 1."""
     rng = np.random.default_rng(seed)
-    raw = rng.integers(0, 2 if dtype == bool else 256, int(np.prod(shape)) * dtype.itemsize, np.uint8)
+    raw = rng.integers(0, 2 if dtype.kind == "b" else 256, int(np.prod(shape)) * dtype.itemsize, np.uint8)
     return raw.view(dtype).reshape(shape)
 
 
@@ -39,7 +42,7 @@ def same(a: np.ndarray, b: np.ndarray) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
-# --- against the reference library ---------------------------------------------------------------------------
+# --- against the reference library --------------------------------------------------------------------------
 
 
 def test_bytes_equal_torch_save_file(tmp_path: Path) -> None:
@@ -92,7 +95,7 @@ def test_empty(tmp_path: Path) -> None:
     assert codec.read(tmp_path / "f", []) == {}
 
 
-# --- layouts -------------------------------------------------------------------------------------------------
+# --- layouts ------------------------------------------------------------------------------------------------
 
 LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "C": lambda a: a,
@@ -146,11 +149,16 @@ def test_larger_than_the_buffers(tmp_path: Path, shape: tuple[int, ...]) -> None
     assert all(same(loaded[key], value) for key, value in tensors.items())
 
 
-# --- writing -------------------------------------------------------------------------------------------------
+# --- writing ------------------------------------------------------------------------------------------------
 
 
 def test_get_is_called_once_a_key_in_file_order_and_progress_adds_up(tmp_path: Path) -> None:
-    arrays = {"b": np.ones((4,), "f4"), "a": np.ones((4,), "f4"), "wide": np.ones((2,), "f8"), "z": np.ones(3, "i1")}
+    arrays = {
+        "b": np.ones((4,), "f4"),
+        "a": np.ones((4,), "f4"),
+        "wide": np.ones((2,), "f8"),
+        "z": np.ones(3, "i1"),
+    }
     calls: list[str] = []
     steps: list[int] = []
 
@@ -158,7 +166,12 @@ def test_get_is_called_once_a_key_in_file_order_and_progress_adds_up(tmp_path: P
         calls.append(key)
         return arrays[key]
 
-    specs = {"b": ("F32", (4,)), "a": ("float32", [4]), "wide": (np.float64, (2,)), "z": (np.dtype("i1"), (3,))}
+    specs = {
+        "b": ("F32", (4,)),
+        "a": ("float32", [4]),
+        "wide": (np.float64, (2,)),
+        "z": (np.dtype("i1"), (3,)),
+    }
     header = codec.write(tmp_path / "f", specs, get, progress=steps.append)
     assert calls == ["wide", "a", "b", "z"]
     assert steps == [16, 16, 16, 3]
@@ -168,14 +181,18 @@ def test_get_is_called_once_a_key_in_file_order_and_progress_adds_up(tmp_path: P
 
 @pytest.mark.parametrize(
     ("value", "found"),
-    [(np.ones((2, 4), "f4"), r"F32 \[2, 4\]"), (np.ones((2, 3), "f8"), "F64"), (np.ones((2, 3), "f4,f4"), "void64")],
+    [
+        (np.ones((2, 4), "f4"), r"F32 \[2, 4\]"),
+        (np.ones((2, 3), "f8"), "F64"),
+        (np.ones((2, 3), "f4,f4"), "void64"),
+    ],
 )
 def test_get_must_keep_its_promise(tmp_path: Path, value: np.ndarray, found: str) -> None:
     (tmp_path / "f").write_bytes(b"old")
     with pytest.raises(MismatchError, match=rf"'x': expected F32 \[2, 3\], found {found}"):
         codec.write(tmp_path / "f", {"x": ("F32", (2, 3))}, lambda key: value)
     assert (tmp_path / "f").read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["f"]
+    assert names(tmp_path) == ["f"]
 
 
 @pytest.mark.parametrize(
@@ -190,14 +207,16 @@ def test_get_must_keep_its_promise(tmp_path: Path, value: np.ndarray, found: str
         ({}, {"a": "x" * 100_000_001}, "at most 100000000 bytes"),
     ],
 )
-def test_nothing_is_touched_before_specs_are_valid(tmp_path: Path, specs: object, metadata: object, message: str) -> None:
+def test_nothing_is_touched_before_specs_are_valid(
+    tmp_path: Path, specs: object, metadata: object, message: str
+) -> None:
     def get(key: str) -> np.ndarray:
         raise AssertionError
 
     with pytest.raises(FileError, match=message) as caught:
         codec.write(tmp_path / "f", specs, get, metadata)  # pyright: ignore[reportArgumentType]
     assert len(str(caught.value)) < 2000
-    assert os.listdir(tmp_path) == []
+    assert names(tmp_path) == []
 
 
 def test_memory_is_bounded(tmp_path: Path) -> None:
@@ -212,7 +231,7 @@ def test_memory_is_bounded(tmp_path: Path) -> None:
         tracemalloc.stop()
 
 
-# --- reading -------------------------------------------------------------------------------------------------
+# --- reading ------------------------------------------------------------------------------------------------
 
 
 def test_keys_and_lazy_file(tmp_path: Path) -> None:
@@ -241,11 +260,16 @@ def test_truncated_while_open(tmp_path: Path) -> None:
     with codec.open_tensors(tmp_path / "f") as file:
         os.truncate(tmp_path / "f", file.header.size - 1)
         file["a"]
-        for read in (lambda: file["b"], lambda: file.read_many("ab"), lambda: file.read_slice("b", [slice(9, 10)])):
+        for read in (
+            lambda: file["b"],
+            lambda: file.read_many("ab"),
+            lambda: file.read_slice("b", [slice(9, 10)]),
+        ):
             with pytest.raises(FormatError, match="'b': expected .* truncated"):
                 read()
 
 
+SLICED: list[tuple[int, ...]] = [(), (7,), (37, 5), (3, 0), (4, 9, 3000), (5, 33, 2)]
 bound = st.none() | st.integers(-40, 40)
 any_slice = st.builds(slice, bound, bound, st.sampled_from([None, 1, 1, 2, 7, -1, -3]))
 
@@ -295,7 +319,8 @@ def test_header_needs_the_standard_library_only(tmp_path: Path) -> None:
     code = (
         "import sys\nfrom jaxadapt.codecs import atomic, safetensors, torch_bin\n"
         f"safetensors.read_header({str(tmp_path / 'f')!r})\n"
-        "bad = {'jax', 'numpy', 'ml_dtypes', 'torch', 'safetensors'} & set(sys.modules)\nsys.exit(repr(bad) if bad else 0)"
+        "bad = {'jax', 'numpy', 'ml_dtypes', 'torch', 'safetensors'} & set(sys.modules)\n"
+        "sys.exit(repr(bad) if bad else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -305,7 +330,7 @@ def test_no_descriptor_is_leaked(tmp_path: Path) -> None:
         pytest.skip("needs /proc")
     save(tmp_path / "f", {"x": np.ones(3, "f4")})
     (tmp_path / "bad").write_bytes(b"nonsense, nonsense")
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(20):
         codec.read(tmp_path / "f")
         save(tmp_path / "g", {"x": np.ones(3, "f4")})
@@ -313,136 +338,4 @@ def test_no_descriptor_is_leaked(tmp_path: Path) -> None:
             codec.open_tensors(tmp_path / "bad")
         with pytest.raises(MismatchError):
             codec.write(tmp_path / "g", {"x": ("F32", ())}, lambda key: np.ones(3, "f4"))
-    assert len(os.listdir("/proc/self/fd")) == before
-
-
-# --- attacks -------------------------------------------------------------------------------------------------
-
-
-def packed(header: object, data: bytes = b"") -> bytes:
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + data
-
-
-def entry(start: object, stop: object, shape: object, dtype: object = "F32") -> dict[str, object]:
-    return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
-
-
-ATTACKS: dict[str, tuple[bytes, str]] = {
-    "empty file": (b"", "at least 8 bytes, found 0"),
-    "seven bytes": (b"1234567", "at least 8 bytes, found 7"),
-    "no header": (struct.pack("<Q", 10), "at most the 0 bytes left, found 10"),
-    "header beyond end": (struct.pack("<Q", 50) + b"{}", "at most the 2 bytes left, found 50"),
-    "header of 2**64-1": (b"\xff" * 8 + b"{}", "at most 100000000 bytes, found 18446744073709551615"),
-    "header over 100 MB": (struct.pack("<Q", 100_000_001) + b"{}", "at most 100000000"),
-    "empty header": (packed(b""), "expected a JSON object"),
-    "not JSON": (packed(b"{nonsense}"), "expected JSON"),
-    "not UTF-8": (packed(b'{"a\xff": 1}'), "expected UTF-8, found byte 0xff at 3"),
-    "UTF-16": (packed('{"a": 1}'.encode("utf-16")), "expected a JSON object"),
-    "a list": (packed(b"[1, 2]"), "expected a JSON object"),
-    "a space first": (packed(b" {}"), "expected a JSON object"),
-    "two values": (packed(b"{} {}"), "expected JSON"),
-    "NaN": (packed(b'{"a": NaN}'), "NaN is not JSON"),
-    "deep lists": (packed(b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}"), "nested too deeply"),
-    "deep objects": (packed(b'{"a":' * 200_000 + b"1" + b"}" * 200_000), "nested too deeply"),
-    "duplicate tensor": (packed(b'{"a":{"dtype":"F32","shape":[],"data_offsets":[0,4]},"a":{}}', b"1234"), "duplicate"),
-    "duplicate field": (packed(b'{"a":{"dtype":"F32","dtype":"F32"}}'), "duplicate keys.*dtype"),
-    "metadata number": (packed({"__metadata__": {"a": 1}}), "__metadata__: expected an object of strings"),
-    "metadata list": (packed({"__metadata__": []}), "__metadata__"),
-    "metadata null": (packed({"__metadata__": None}), "__metadata__"),
-    "tensor is a number": (packed({"a": 1}), "'a': expected an object, found 1"),
-    "missing field": (packed({"a": {"dtype": "F32", "shape": []}}), "'a': expected the fields"),
-    "unknown field": (packed({"a": {**entry(0, 4, []), "stride": 1}}, b"1234"), "'a': expected the fields"),
-    "unknown dtype": (packed({"a": entry(0, 4, [1], "F31")}, b"1234"), "'a': expected a dtype of .* found 'F31'"),
-    "dtype no string": (packed({"a": entry(0, 4, [1], ["F32"])}, b"1234"), "'a': expected a dtype"),
-    "shape no list": (packed({"a": entry(0, 4, 1)}, b"1234"), "'a': expected a shape"),
-    "negative dimension": (packed({"a": entry(0, 4, [-1, -1])}, b"1234"), "'a': expected a shape"),
-    "fractional dimension": (packed({"a": entry(0, 4, [1.0])}, b"1234"), "'a': expected a shape"),
-    "true as dimension": (packed({"a": entry(0, 4, [True])}, b"1234"), "'a': expected a shape"),
-    "overflow": (packed({"a": entry(0, 0, [2**32, 2**32, 2**32])}), "overflows 63 bits"),
-    "overflow behind a zero": (packed({"a": entry(0, 0, [0, 2**40, 2**40])}), "overflows 63 bits"),
-    "65 axes": (packed({"a": entry(0, 4, [1] * 65)}, b"1234"), "at most 64 axes"),
-    "huge integer": (packed(b'{"a":{"dtype":"F32","shape":[' + b"9" * 4000 + b'],"data_offsets":[0,4]}}'), "overflows"),
-    "monstrous integer": (packed(b'{"a":{"dtype":"F32","shape":[' + b"9" * 9000 + b'],"data_offsets":[0,4]}}'), "JSON"),
-    "wrong size": (packed({"a": entry(0, 4, [2])}, b"1234"), r"'a': expected 8 bytes for F32 \[2\], found 4"),
-    "half a byte": (packed({"a": entry(0, 1, [1], "F4")}, b"1"), "does not fill whole bytes"),
-    "negative offset": (packed({"a": entry(-4, 0, [1])}, b"1234"), "'a': expected data_offsets"),
-    "start after stop": (packed({"a": entry(4, 0, [1])}, b"1234"), "'a': expected data_offsets"),
-    "one offset": (packed({"a": {**entry(0, 4, [1]), "data_offsets": [0]}}, b"1234"), "'a': expected data_offsets"),
-    "beyond end": (packed({"a": entry(0, 8, [2])}, b"1234"), "end beyond the 4 bytes"),
-    "100 GB": (packed({"a": entry(0, 10**11, [25 * 10**9])}, b"1234"), "end beyond the 4 bytes"),
-    "overlap": (packed({"a": entry(0, 8, [2]), "b": entry(4, 12, [2])}, b"x" * 12), "'b' overlaps tensor 'a'"),
-    "same bytes": (packed({"a": entry(0, 4, [1]), "b": entry(0, 4, [1])}, b"1234"), "'b' overlaps tensor 'a'"),
-    "gap": (packed({"a": entry(0, 4, [1]), "b": entry(8, 12, [1])}, b"x" * 12), "'b' leaves a gap after tensor 'a'"),
-    "gap at the start": (packed({"a": entry(4, 8, [1])}, b"x" * 8), "leaves a gap after the header"),
-    "bytes left over": (packed({"a": entry(0, 4, [1])}, b"x" * 8), "expected the file to end"),
-    "lone surrogate": (packed(b'{"\\ud800":{"dtype":"F32","shape":[],"data_offsets":[0,4]}}', b"1234"), "surrogate"),
-    "LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "git lfs pull"),
-    "zip file": (b"PK\x03\x04" + b"\0" * 100, "a PyTorch file"),
-}
-
-
-@pytest.mark.parametrize("name", list(ATTACKS))
-def test_attack(tmp_path: Path, name: str) -> None:
-    data, message = ATTACKS[name]
-    path = tmp_path / "file.safetensors"
-    path.write_bytes(data)
-    for read in (codec.read_header, codec.read):
-        with pytest.raises(FormatError, match=message) as caught:
-            read(path)
-        assert str(path) in str(caught.value)
-        assert len(str(caught.value)) < 1500
-
-
-def test_all_problems_stand_in_one_error(tmp_path: Path) -> None:
-    path = tmp_path / "f"
-    path.write_bytes(packed({f"t{i}": entry(0, 9, [i], "F1" if i % 2 else "F32") for i in range(40)}, b"x" * 9))
-    with pytest.raises(FormatError, match=r"'t0'.*'t1'.*'t9'.*; and 30 more"):
-        codec.read_header(path)
-
-
-def test_types_without_an_array(tmp_path: Path) -> None:
-    path = tmp_path / "f"
-    path.write_bytes(packed({"a": entry(0, 1, [2], "F4"), "b": entry(1, 5, [1])}, b"x" * 5))
-    assert codec.read_header(path).tensors["a"].nbytes == 1
-    assert codec.read(path, ["b"])["b"].shape == (1,)
-    with pytest.raises(FormatError, match="'a': dtype F4"):
-        codec.read(path)
-
-
-@settings(max_examples=300, deadline=None)
-@given(position=st.integers(0, 250), byte=st.integers(0, 255), cut=st.integers(0, 20) | st.just(0))
-def test_damaged_files_fail_cleanly_or_agree_with_the_library(
-    tmp_path_factory: pytest.TempPathFactory, position: int, byte: int, cut: int
-) -> None:
-    path = tmp_path_factory.getbasetemp() / "damaged"
-    data = bytearray(packed({"__metadata__": {"k": "v"}, "a": entry(0, 8, [2]), "bb": entry(8, 12, [1, 1])}, b"x" * 12))
-    data[position % len(data)] = byte
-    path.write_bytes(data[: len(data) - cut])
-    try:
-        ours = codec.read(path)
-    except FormatError:
-        return
-    theirs = safetensors.numpy.load(path.read_bytes())
-    assert all(same(theirs[key], value) for key, value in ours.items())
-    assert theirs.keys() == ours.keys()
-
-
-@pytest.mark.parametrize("read", [codec.read_header, codec.read, codec.open_tensors])
-def test_paths_that_are_no_files(tmp_path: Path, read: Callable[[object], object]) -> None:
-    os.mkfifo(tmp_path / "fifo")
-    (tmp_path / "file").write_bytes(b"")
-    (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    cases = {
-        "missing": "No such file",
-        "": "directory",
-        "file/below": "not a directory",
-        "fifo": "regular file",
-        "loop": "links",
-        "nul\0": "null",
-        "n" * 300: "shorter name",
-    }
-    for name, message in cases.items():
-        with pytest.raises(FileError, match=message) as caught:
-            read(str(tmp_path / name))
-        assert type(caught.value) is FileError
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
