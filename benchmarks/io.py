@@ -1,0 +1,302 @@
+"""Saving and loading a large adapter beside raw IO of the same bytes, and beside what else there is.
+
+    python -m benchmarks.io [--sizes 50 500] [--repeats 9] [--dir FOLDER] [--with-peft]
+
+The adapter is LoRA on all seven projections of a Llama-2-7B (32 layers, 448 bfloat16 tensors), held as a
+`jaxadapt.Adapter` in the model's layout: every tensor is transposed on the way to the file and back. All ways
+are interleaved; "x raw" is the median over rounds of the ratio to the raw way of the same round.
+Exits with 1 if a target is missed.
+"""
+
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import safetensors.flax
+import safetensors.numpy
+
+import jaxadapt
+from benchmarks.measure import Way, environment, interleave, ratio, table
+
+LAYERS, HIDDEN, INNER = 32, 4096, 11008
+PROJECTIONS = {
+    "self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (HIDDEN, HIDDEN), "self_attn.v_proj": (HIDDEN, HIDDEN),
+    "self_attn.o_proj": (HIDDEN, HIDDEN), "mlp.gate_proj": (HIDDEN, INNER), "mlp.up_proj": (HIDDEN, INNER),
+    "mlp.down_proj": (INNER, HIDDEN),
+}  # fmt: skip
+SAVE, LOAD = 1.1, 1.0  # the targets, times raw
+
+
+def base() -> dict[str, Any]:
+    """The base's parameters as shapes, at Hugging Face's paths."""
+    layers = {str(l): {} for l in range(LAYERS)}
+    for tree in layers.values():
+        for module, shape in PROJECTIONS.items():
+            block, name = module.split(".")
+            tree.setdefault(block, {})[name] = {"kernel": jax.ShapeDtypeStruct(shape, jnp.bfloat16)}
+    return {"params": {"model": {"layers": layers}}}
+
+
+def rank_for(megabytes: int) -> int:
+    """The LoRA rank whose tensors are that large."""
+    one = 2 * LAYERS * sum(sum(shape) for shape in PROJECTIONS.values())
+    return max(1, round(megabytes * 1e6 / one))
+
+
+def make(megabytes: int) -> jaxadapt.Adapter:
+    """The adapter on the default device, with random values."""
+    config = jaxadapt.LoraConfig(
+        r=rank_for(megabytes), lora_alpha=16, target_modules=[m.split(".")[1] for m in PROJECTIONS]
+    )
+    adapter = jaxadapt.init(config, base()["params"], keymap="llama", dtype=jnp.bfloat16)
+    rng = np.random.default_rng(0)
+
+    def value(spec: jax.ShapeDtypeStruct) -> jax.Array:
+        # one at a time, and no float64: making them must not reach higher than saving them will
+        bits = rng.integers(0x3C00, 0x3F80, spec.shape, np.uint16)
+        return jax.block_until_ready(jnp.asarray(bits.view(ml_dtypes.bfloat16)))
+
+    return jax.tree.map(value, adapter)
+
+
+# ---------------------------------------------------------------- the ways
+
+
+def raw_write(path: Path, data: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    view, done = memoryview(data), 0
+    while done < len(view):
+        done += os.write(fd, view[done:])
+    os.fsync(fd)
+    os.close(fd)
+
+
+def raw_read(path: Path) -> bytes:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        return os.read(fd, os.fstat(fd).st_size)
+    finally:
+        os.close(fd)
+
+
+def savers(adapter: jaxadapt.Adapter, folder: Path) -> dict[str, Way]:
+    ours = folder / "ours"
+    jaxadapt.save(adapter, ours)
+    data = (ours / "adapter_model.safetensors").read_bytes()
+    host = {k: np.ascontiguousarray(v) for k, v in jaxadapt.to_peft(adapter).tensors.items()}
+    device = jax.block_until_ready(jax.device_put(host))
+    return {
+        "raw write+fsync": Way(lambda _: raw_write(folder / "raw.bin", data)),
+        "jaxadapt.save (durable, atomic)": Way(lambda _: jaxadapt.save(adapter, ours)),
+        # its save_file puts numpy arrays into the dict it is given: hand it a copy
+        "safetensors.numpy (no fsync)": Way(
+            lambda given: safetensors.numpy.save_file(given, folder / "np.safetensors"), lambda: dict(host)
+        ),
+        "safetensors.flax (no fsync)": Way(
+            lambda given: safetensors.flax.save_file(given, folder / "flax.safetensors"), lambda: dict(device)
+        ),
+        "Orbax v1, blocking": Way(lambda _: orbax().save(folder / "orbax", adapter.params, overwrite=True)),
+    }
+
+
+def loaders(adapter: jaxadapt.Adapter, folder: Path) -> dict[str, Way]:
+    file, target = folder / "ours" / "adapter_model.safetensors", base()
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), adapter.params
+    )
+    return {
+        "raw read": Way(lambda _: raw_read(file)),
+        "jaxadapt.load (model's layout)": Way(
+            lambda _: jax.block_until_ready(arrays(jaxadapt.load(folder / "ours", target, keymap="llama")))
+        ),
+        "jaxadapt.read (numpy, file's layout)": Way(lambda _: jaxadapt.read(folder / "ours")),
+        "safetensors.numpy": Way(lambda _: safetensors.numpy.load_file(file)),
+        "safetensors.flax": Way(lambda _: jax.block_until_ready(safetensors.flax.load_file(file))),
+        "safetensors.flax + transpose": Way(lambda _: transposed(safetensors.flax.load_file(file))),
+        "Orbax v1": Way(lambda _: jax.block_until_ready(orbax().load(folder / "orbax", abstract))),
+    }
+
+
+def arrays(variables: Any) -> list[jax.Array]:
+    return [x for x in jax.tree.leaves(variables) if isinstance(x, jax.Array)]
+
+
+def transposed(loaded: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """What a user of safetensors.flax has still to do before the tensors fit a Flax model."""
+    return jax.block_until_ready({key: value.T for key, value in loaded.items()})
+
+
+def orbax() -> Any:
+    from orbax.checkpoint import v1
+
+    return v1
+
+
+# ---------------------------------------------------------------- PEFT
+
+
+def torch_base() -> Any:
+    """A torch module with the projections' shapes, whose base weights share one element each."""
+    import torch
+
+    def linear(shape: tuple[int, int]) -> Any:
+        module = torch.nn.Linear(*shape, bias=False, device="meta", dtype=torch.bfloat16)
+        weight = torch.zeros((), dtype=torch.bfloat16).expand(shape[::-1])
+        module.weight = torch.nn.Parameter(weight, requires_grad=False)
+        return module
+
+    def layer() -> Any:
+        parts: dict[str, Any] = {}
+        for module, shape in PROJECTIONS.items():
+            block, name = module.split(".")
+            parts.setdefault(block, torch.nn.ModuleDict())[name] = linear(shape)
+        return torch.nn.ModuleDict(parts)
+
+    model = torch.nn.Module()
+    model.model = torch.nn.Module()
+    model.model.layers = torch.nn.ModuleList([layer() for _ in range(LAYERS)])
+    return model
+
+
+def peft_ways(folder: Path) -> tuple[dict[str, Way], dict[str, Way]]:
+    import peft
+
+    def load(given: Any) -> Any:
+        return peft.PeftModel.from_pretrained(given, str(folder / "ours"), autocast_adapter_dtype=False)
+
+    model = load(torch_base())
+    return (
+        {"PEFT save_pretrained (no fsync)": Way(lambda _: model.save_pretrained(str(folder / "peft")))},
+        {"PEFT from_pretrained": Way(load, torch_base)},
+    )
+
+
+# ---------------------------------------------------------------- memory
+
+
+def status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise SystemExit(f"/proc/self/status has no {field}")
+
+
+def memory(way: str, megabytes: int, folder: Path) -> None:
+    """In a process of its own: print by how many bytes a save or a load raises the peak of resident memory."""
+    adapter = make(megabytes)
+    warm = make(1)  # what is imported or set up on first use is no memory of the data
+    kinds: dict[str, Callable[[jaxadapt.Adapter, Path], Any]] = {
+        "jaxadapt.save": jaxadapt.save,
+        "safetensors.flax": lambda a, to: safetensors.flax.save_file(
+            {k: jnp.asarray(v) for k, v in jaxadapt.to_peft(a).tensors.items()}, to / "flax.safetensors"
+        ),
+        "Orbax v1": lambda a, to: orbax().save(to / "orbax", a.params, overwrite=True),
+        "jaxadapt.load": lambda a, to: jax.block_until_ready(
+            arrays(jaxadapt.load(folder / "ours", base(), keymap="llama"))
+        ),
+    }
+    if way == "jaxadapt.load":
+        jaxadapt.save(warm, folder / "ours")
+    kinds[way](warm, folder)
+    if way == "jaxadapt.load":
+        jaxadapt.save(adapter, folder / "ours")
+        del adapter
+        adapter = warm
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = status("VmRSS")
+    kept = kinds[way](adapter, folder)
+    print(status("VmHWM") - before)
+    del kept
+
+
+def memory_rows(megabytes: int, folder: Path, nbytes: int, largest: int) -> list[list[object]]:
+    rows: list[list[object]] = []
+    for way in ("jaxadapt.save", "safetensors.flax", "Orbax v1", "jaxadapt.load"):
+        scratch = folder / "memory"
+        scratch.mkdir()
+        command = [sys.executable, "-m", "benchmarks.io", "--memory", way, str(megabytes), str(scratch)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        shutil.rmtree(scratch)
+        if done.returncode:
+            raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+        extra = int(done.stdout.split()[-1])
+        rows.append([way, f"{extra / 1e6:.1f}", f"{extra / nbytes:.2f}", f"{extra / largest:.1f}"])
+    return rows
+
+
+# ---------------------------------------------------------------- the run
+
+
+def run(megabytes: int, rounds: int, folder: Path, with_peft: bool) -> list[str]:
+    """Print the tables of one size; return the targets missed."""
+    adapter = make(megabytes)
+    leaves = jax.tree.leaves(adapter)
+    nbytes, largest = sum(x.nbytes for x in leaves), max(x.nbytes for x in leaves)
+    saves, loads = savers(adapter, folder), {}
+    if with_peft:
+        more_saves, loads = peft_ways(folder)
+        saves |= more_saves
+    title = f"{nbytes / 1e6:.0f} MB, {len(leaves)} tensors, median of {rounds} interleaved rounds"
+    results: dict[str, dict[str, float]] = {}
+    for kind, ways in (("save", saves), ("load", loaders(adapter, folder) | loads)):
+        times = interleave(ways, rounds)
+        raw = next(iter(times.values()))
+        results[kind] = {name: ratio(values, raw) for name, values in times.items()}
+        rows = [
+            [name, f"{statistics.median(v) * 1e3:.0f}", f"{min(v) * 1e3:.0f}", f"{results[kind][name]:.2f}"]
+            for name, v in times.items()
+        ]
+        print(table(f"**{kind}, {title}**", [kind, "median ms", "best ms", "x raw"], rows), flush=True)
+        if kind == "load":
+            flax = ratio(times["jaxadapt.load (model's layout)"], times["safetensors.flax"])
+    del adapter, saves, loads, leaves
+    extra = memory_rows(megabytes, folder, nbytes, largest)
+    head = ["way", "extra MB", "x the adapter", "x its largest tensor"]
+    print(table(f"**peak memory above what was resident before, {nbytes / 1e6:.0f} MB**", head, extra))
+    found = [
+        (f"save {results['save']['jaxadapt.save (durable, atomic)']:.2f} x raw", SAVE, results["save"]["jaxadapt.save (durable, atomic)"]),
+        (f"load {results['load']['jaxadapt.load (model' + chr(39) + 's layout)']:.2f} x raw", LOAD, results["load"]["jaxadapt.load (model's layout)"]),
+        (f"load {flax:.2f} x safetensors.flax", 1.0, flax),
+    ]  # fmt: skip
+    return [f"{megabytes} MB: {what}, target {limit}" for what, limit, value in found if value > limit]
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description="save and load beside raw IO")
+    options.add_argument("--sizes", type=int, nargs="+", default=[50, 500], help="megabytes")
+    options.add_argument("--repeats", type=int, default=9)
+    options.add_argument("--dir", default=None, help="where to write; the system's temporary folder by default")
+    options.add_argument("--with-peft", action="store_true")
+    options.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)
+    given = options.parse_args()
+    warnings.simplefilter("ignore")
+    if given.memory:
+        way, megabytes, where = given.memory
+        return memory(way, int(megabytes), Path(where))
+    print(environment("jax", "flax", "safetensors", "orbax-checkpoint", "peft", "torch", "numpy"))
+    missed: list[str] = []
+    for megabytes in given.sizes:
+        with tempfile.TemporaryDirectory(dir=given.dir) as folder:
+            missed += run(megabytes, given.repeats, Path(folder), given.with_peft)
+    if missed:
+        raise SystemExit("\nmissed: " + "; ".join(missed))
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""What the benchmarks share: interleaved timings, versions, tables in Markdown."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import importlib.metadata
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to do a thing: `run` is timed, `before` is not and its result is handed to `run`."""
+
+    run: Callable[[Any], object]
+    before: Callable[[], Any] = lambda: None
+
+
+def interleave(ways: Mapping[str, Way], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each way, `rounds` times, after one round to warm up.
+
+    The machine's speed drifts while a benchmark runs, so every round does every way once, and every second
+    round goes backwards: what follows what matters to page cache and allocator.
+    """
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    names = list(ways)
+    for number in range(rounds + 1):
+        for name in names[:: 1 if number % 2 else -1]:
+            given = ways[name].before()
+            gc.collect()
+            start = time.perf_counter()
+            result = ways[name].run(given)
+            elapsed = time.perf_counter() - start
+            del result, given
+            if number:
+                times[name].append(elapsed)
+    return times
+
+
+def ratio(values: Sequence[float], base: Sequence[float]) -> float:
+    """The median over rounds of this way's time by the base's in the same round: drift cancels."""
+    return statistics.median(a / b for a, b in zip(values, base, strict=True))
+
+
+def environment(*packages: str) -> str:
+    """The date, the machine and the versions of what was measured."""
+    found: list[str] = []
+    for name in packages:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    where = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    return ", ".join([f"{datetime.date.today()}: Python {platform.python_version()}", *found, where])
+
+
+def table(title: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table, padded so that it reads in a terminal too."""
+    cells = [list(map(str, head)), *[list(map(str, row)) for row in rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    rule = ["-" * width if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+    lines = [cells[0], rule, *cells[1:]]
+    body = [
+        "| " + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))) + " |"
+        for r in lines
+    ]  # fmt: skip
+    return "\n".join(["", title, "", *body])
