@@ -90,9 +90,7 @@ def rewrite(f: Function, weights: Mapping[str, jax.Array], hooks: Mapping[str, H
     """
     for name, hook in hooks.items():
         if name not in weights:
-            raise AttachError(
-                f"a hook is for the weight {name!r}, and the function has only {sorted(weights)}"
-            )
+            raise AttachError(f"a hook is for the weight {name!r}, and the function has only {sorted(weights)}")
         shape, axes = jnp.shape(weights[name]), hook.axes
         if sorted(axes.inn + axes.out + axes.batch) != list(range(len(shape))):
             raise AttachError(f"{name!r} has shape {shape}, which the roles {axes} do not cover axis by axis")
@@ -141,15 +139,12 @@ def roles(f: Function, weights: Mapping[str, Any], name: str, *args: Any) -> Axe
         case []:
             problem = "is never used"
         case [Other(primitive)]:
-            problem = (
-                f"is used by {primitive}, not by a matrix product, which alone tells inputs from outputs"
-            )
+            problem = f"is used by {primitive}, not by a matrix product, which alone tells inputs from outputs"
         case _:
             listed = "; ".join(_spoken(use) for use in distinct)
             problem = f"is used in several ways ({listed}), which leave open what its inputs and outputs are"
     raise AttachError(
-        f"the axis roles of {name!r} do not follow from its use: it {problem};"
-        " give a KeyMap with a line for it"
+        f"the axis roles of {name!r} do not follow from its use: it {problem}; give a KeyMap with a line for it"
     )
 
 
@@ -349,9 +344,7 @@ class _Scope:
 def _checked(what: str, got: Any, like: Any) -> Any:
     have, want = (jnp.shape(got), jnp.result_type(got)), (jnp.shape(like), jnp.result_type(like))
     if have != want:
-        raise AttachError(
-            f"the hook's {what} returned {have[1]}{have[0]} where {want[1]}{want[0]} was expected"
-        )
+        raise AttachError(f"the hook's {what} returned {have[1]}{have[0]} where {want[1]}{want[0]} was expected")
     return got
 
 
@@ -395,11 +388,7 @@ def _equation(eqn: core.JaxprEqn, operands: list[Any], scope: _Scope) -> list[An
         arrays = _bind(eqn, [v.array if isinstance(v, _View) else v for v in operands])
 
         def step(whole: Any) -> Any:
-            return (
-                jax.lax.optimization_barrier(whole)
-                if eqn.primitive.name == _BARRIER
-                else _bind(eqn, [whole])[0]
-            )
+            return jax.lax.optimization_barrier(whole) if eqn.primitive.name == _BARRIER else _bind(eqn, [whole])[0]
 
         return [
             array if layout is None else _View(layout, array, (*view.replay, step))
@@ -468,9 +457,7 @@ def _spell(
     Weight axes of size 1 are put where their role says, as an extra axis of x or y: they may have been
     squeezed out of the view, and no result depends on where they stand.
     """
-    (summed_w, summed_x), (shared_w, shared_x) = (
-        (d[side], d[1 - side]) for d in eqn.params["dimension_numbers"]
-    )
+    (summed_w, summed_x), (shared_w, shared_x) = ((d[side], d[1 - side]) for d in eqn.params["dimension_numbers"])
     unit = {a for a, size in enumerate(layout.sizes) if size == 1}
     summed, shared = set(layout.among(summed_w)) - unit, set(layout.among(shared_w)) - unit
     ways = [way for way in ((axes.inn, axes.out), (axes.out, axes.inn)) if summed == set(way[0]) - unit]
