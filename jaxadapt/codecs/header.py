@@ -213,6 +213,10 @@ def parse(path: str, raw: bytes, size: int) -> Header:
     return Header(tensors, cast("dict[str, str]", metadata), data_start, size)
 
 
+def _json(value: str | dict[str, str]) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
 def encode(
     path: str, specs: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str]
 ) -> tuple[bytes, Header]:
@@ -252,16 +256,19 @@ def encode(
         raise FileError(f"{path}: cannot write: {problems_text(problems)}")
 
     tensors: dict[str, TensorInfo] = {}
-    entries: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    sorted_metadata = dict(sorted(metadata.items()))
+    # Text at once: an object a tensor, for json to walk, costs more than all the rest (much of it in the gc).
+    entries = [f'"__metadata__":{_json(sorted_metadata)}'] if metadata else []
     position = 0
     for key in sorted(specs, key=lambda key: (-_RANK[specs[key][0]], key)):
         dtype, shape = specs[key][0], tuple(specs[key][1])
         stop = position + math.prod(shape) * BITS[dtype] // 8
         tensors[key] = TensorInfo(dtype, shape, position, stop)
-        entries[key] = {"dtype": dtype, "shape": shape, "data_offsets": (position, stop)}
+        sizes = ",".join(map(str, shape))
+        entries.append(f'{_json(key)}:{{"dtype":"{dtype}","shape":[{sizes}],"data_offsets":[{position},{stop}]}}')
         position = stop
     try:
-        text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+        text = ("{" + ",".join(entries) + "}").encode("utf-8")
     except UnicodeEncodeError as error:
         raise FileError(
             f"{path}: cannot write: a name is no text: {_show(error.object[error.start : error.end])}"
@@ -273,4 +280,4 @@ def encode(
             "no reader would open the file: shorten the metadata or the names"
         )
     raw = len(text).to_bytes(8, "little") + text
-    return raw, Header(tensors, dict(sorted(metadata.items())), len(raw), len(raw) + position)
+    return raw, Header(tensors, sorted_metadata, len(raw), len(raw) + position)
