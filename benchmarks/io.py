@@ -40,6 +40,7 @@ PROJECTIONS = {
     "mlp.down_proj": (INNER, HIDDEN),
 }  # fmt: skip
 SAVE, LOAD = 1.1, 1.0  # the targets, times raw
+OURS_SAVE, OURS_LOAD = "jaxadapt.save (durable, atomic)", "jaxadapt.load (model's layout)"
 
 
 def base() -> dict[str, Any]:
@@ -102,7 +103,7 @@ def savers(adapter: jaxadapt.Adapter, folder: Path) -> dict[str, Way]:
     device = jax.block_until_ready(jax.device_put(host))
     return {
         "raw write+fsync": Way(lambda _: raw_write(folder / "raw.bin", data)),
-        "jaxadapt.save (durable, atomic)": Way(lambda _: jaxadapt.save(adapter, ours)),
+        OURS_SAVE: Way(lambda _: jaxadapt.save(adapter, ours)),
         # its save_file puts numpy arrays into the dict it is given: hand it a copy
         "safetensors.numpy (no fsync)": Way(
             lambda given: safetensors.numpy.save_file(given, folder / "np.safetensors"), lambda: dict(host)
@@ -121,7 +122,7 @@ def loaders(adapter: jaxadapt.Adapter, folder: Path) -> dict[str, Way]:
     )
     return {
         "raw read": Way(lambda _: raw_read(file)),
-        "jaxadapt.load (model's layout)": Way(
+        OURS_LOAD: Way(
             lambda _: jax.block_until_ready(arrays(jaxadapt.load(folder / "ours", target, keymap="llama")))
         ),
         "jaxadapt.read (numpy, file's layout)": Way(lambda _: jaxadapt.read(folder / "ours")),
@@ -263,17 +264,17 @@ def run(megabytes: int, rounds: int, folder: Path, with_peft: bool) -> list[str]
         ]
         print(table(f"**{kind}, {title}**", [kind, "median ms", "best ms", "x raw"], rows), flush=True)
         if kind == "load":
-            flax = ratio(times["jaxadapt.load (model's layout)"], times["safetensors.flax"])
+            flax = ratio(times[OURS_LOAD], times["safetensors.flax"])
     del adapter, saves, loads, leaves
     extra = memory_rows(megabytes, folder, nbytes, largest)
     head = ["way", "extra MB", "x the adapter", "x its largest tensor"]
     print(table(f"**peak memory above what was resident before, {nbytes / 1e6:.0f} MB**", head, extra))
     found = [
-        (f"save {results['save']['jaxadapt.save (durable, atomic)']:.2f} x raw", SAVE, results["save"]["jaxadapt.save (durable, atomic)"]),
-        (f"load {results['load']['jaxadapt.load (model' + chr(39) + 's layout)']:.2f} x raw", LOAD, results["load"]["jaxadapt.load (model's layout)"]),
-        (f"load {flax:.2f} x safetensors.flax", 1.0, flax),
-    ]  # fmt: skip
-    return [f"{megabytes} MB: {what}, target {limit}" for what, limit, value in found if value > limit]
+        ("save {:.2f} x raw", SAVE, results["save"][OURS_SAVE]),
+        ("load {:.2f} x raw", LOAD, results["load"][OURS_LOAD]),
+        ("load {:.2f} x safetensors.flax", 1.0, flax),
+    ]
+    return [f"{megabytes} MB: {what.format(value)}, target {limit}" for what, limit, value in found if value > limit]
 
 
 def main() -> None:

@@ -66,8 +66,8 @@ def table(title: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> 
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     rule = ["-" * width if i == 0 else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
     lines = [cells[0], rule, *cells[1:]]
-    body = [
-        "| " + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))) + " |"
-        for r in lines
-    ]  # fmt: skip
+    body: list[str] = []
+    for line in lines:
+        padded = [c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
+        body.append(f"| {' | '.join(padded)} |")
     return "\n".join(["", title, "", *body])

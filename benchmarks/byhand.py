@@ -1,0 +1,138 @@
+"""LoRA written by hand into the demo's Llama, in NNX and in Linen: what jaxadapt is measured against.
+
+No table, no hooks, no configuration: the layers a person would write who needs LoRA in this one model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import nnx
+
+from jaxadapt.demo.llama import PROJECTIONS, LlamaConfig, causal_attention, rope_tables, rotate
+from jaxadapt.demo.llama_linen import RMSNorm
+from jaxadapt.demo.llama_nnx import Llama as NnxLlama
+
+R, ALPHA = 8, 16
+
+
+# ---------------------------------------------------------------- NNX
+
+
+class HandLinear(nnx.Module):
+    """x·W + (x·A)·s·B."""
+
+    def __init__(self, linear: nnx.Linear, rngs: nnx.Rngs) -> None:
+        inner, outer = linear.kernel.shape
+        self.kernel = linear.kernel
+        self.lora_a = nnx.LoRAParam(jax.random.uniform(rngs(), (inner, R), minval=-1, maxval=1) * inner**-0.5)
+        self.lora_b = nnx.LoRAParam(jnp.zeros((R, outer)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x @ self.kernel[...] + ((x @ self.lora_a[...]) * (ALPHA / R)) @ self.lora_b[...]
+
+
+def adapt_nnx(model: NnxLlama, rngs: nnx.Rngs) -> NnxLlama:
+    """Put a `HandLinear` in the place of every projection."""
+    for block in model.model.layers:
+        for part in (block.self_attn, block.mlp):
+            for name in PROJECTIONS:
+                if hasattr(part, name):
+                    setattr(part, name, HandLinear(getattr(part, name), rngs))
+    return model
+
+
+# ---------------------------------------------------------------- Linen
+
+
+class HandDense(nn.Module):
+    """x·W + (x·A)·s·B, with A and B in the collection "lora"."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        inner = x.shape[-1]
+        w = self.param("kernel", nn.initializers.lecun_normal(), (inner, self.features))
+        a: Any = self.variable(
+            "lora",
+            "a",
+            lambda: jax.random.uniform(self.make_rng("params"), (inner, R), minval=-1, maxval=1) * inner**-0.5,
+        )
+        b: Any = self.variable("lora", "b", jnp.zeros, (R, self.features))
+        return x @ w + ((x @ a.value) * (ALPHA / R)) @ b.value
+
+
+class Attention(nn.Module):
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, rope: Any) -> jax.Array:
+        config = self.config
+        heads = (*x.shape[:2], -1, config.head_dim)
+        q = HandDense(config.num_heads * config.head_dim, name="q_proj")(x).reshape(heads)
+        k = HandDense(config.num_kv_heads * config.head_dim, name="k_proj")(x).reshape(heads)
+        v = HandDense(config.num_kv_heads * config.head_dim, name="v_proj")(x).reshape(heads)
+        mixed = causal_attention(rotate(q, rope), rotate(k, rope), v)
+        return HandDense(config.hidden_size, name="o_proj")(mixed)
+
+
+class MLP(nn.Module):
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate = HandDense(self.config.intermediate_size, name="gate_proj")(x)
+        up = HandDense(self.config.intermediate_size, name="up_proj")(x)
+        return HandDense(self.config.hidden_size, name="down_proj")(jax.nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, rope: Any) -> jax.Array:
+        normed = RMSNorm(self.config, name="input_layernorm")(x)
+        x = x + Attention(self.config, name="self_attn")(normed, rope)
+        normed = RMSNorm(self.config, name="post_attention_layernorm")(x)
+        return x + MLP(self.config, name="mlp")(normed)
+
+
+class Layers(nn.Module):
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, rope: Any) -> jax.Array:
+        for l in range(self.config.num_layers):
+            x = Block(self.config, name=str(l))(x, rope)
+        return x
+
+
+class LlamaModel(nn.Module):
+    config: LlamaConfig
+
+    def setup(self) -> None:
+        self.embed_tokens = nn.Embed(self.config.vocab_size, self.config.hidden_size)
+        self.layers = Layers(self.config)
+        self.norm = RMSNorm(self.config)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        x = self.layers(self.embed_tokens(tokens), rope_tables(self.config, tokens.shape[1]))
+        return self.norm(x)
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        return self.embed_tokens.attend(x)
+
+
+class Llama(nn.Module):
+    """The demo's Linen Llama (tied embeddings), at the same parameter paths."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        model = LlamaModel(self.config, name="model")
+        return model.attend(model(tokens)).astype(jnp.float32)
