@@ -5,24 +5,21 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from jaxadapt.codecs.files import aligned
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
-
     import numpy as np
 
-__all__ = ["Pipeline", "blocks", "read_box"]
+__all__ = ["Stage", "blocks", "read_box"]
 
 # Reading a gap of this many bytes along costs about as much as another system call.
 _GAP = 16 << 10
 # What is read along with its gaps passes through a buffer of about this size.
 _STRIP = 4 << 20
 # Contiguous memory of at least this size is written from where it lies.
-_DIRECT = 1 << 20
+_DIRECT = 256 << 10
 
 
 def _slice(part: range) -> slice:
@@ -107,64 +104,41 @@ def blocks(array: np.ndarray, limit: int) -> Iterator[np.ndarray]:
         yield array[start : start + count]
 
 
-class Pipeline:
-    """Turns arrays into contiguous bytes in the calling thread, while another thread writes those before.
+class Stage:
+    """Turns arrays of any memory layout into contiguous bytes, in few calls of `write`.
 
-    Small and strided arrays pass through two buffers of `stage` bytes that are used in turn: so no memory is
-    allocated for a tensor, however large, and its pages need not be faulted in.
+    Small and strided arrays pass through one buffer: so no memory is allocated for a tensor, however large,
+    and none of its pages need to be faulted in. A second thread that writes while this one copies was measured
+    and left out: the disk is busy anyway (see `atomic.Writer`), and on a busy machine it cost more than it gave.
     """
 
-    def __init__(self, write: Callable[[memoryview], None], stage: int) -> None:
-        """`write` gets contiguous bytes, one call at a time, in order, from one other thread."""
+    def __init__(self, write: Callable[[memoryview], None], size: int) -> None:
+        """`write` gets contiguous bytes that change after it returns."""
         import numpy as np
 
         self._write = write
-        self._buffers = (np.empty(stage, np.uint8), np.empty(stage, np.uint8))
+        self._buffer = np.empty(size, np.uint8)
         self._used = 0
-        self._running: Future[None] | None = None
 
-    def __enter__(self) -> Pipeline:
-        from concurrent.futures import ThreadPoolExecutor
-
-        self._pool = ThreadPoolExecutor(1)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                self._flush()
-                self._wait()
-        finally:
-            self._pool.shutdown(wait=True)
-
-    def _wait(self) -> None:
-        if self._running is not None:
-            self._running.result()
-
-    def _submit(self, view: memoryview) -> None:
-        self._wait()
-        self._running = self._pool.submit(self._write, view)
-
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """Writes what is still in the buffer."""
         if self._used:
-            self._submit(self._buffers[0].data[: self._used])
-            self._buffers, self._used = self._buffers[::-1], 0
+            self._write(self._buffer[: self._used].data)
+            self._used = 0
 
     def add(self, array: np.ndarray) -> None:
-        """Writes the array's elements in C order. Integers of any strides; views are kept until written."""
+        """Writes the array's elements in C order. Integers, of any strides."""
         import numpy as np
 
         if array.flags.c_contiguous and array.nbytes >= _DIRECT:
-            self._flush()
-            self._submit(array.reshape(-1).view(np.uint8).data)
+            self.flush()
+            self._write(array.reshape(-1).view(np.uint8).data)
             return
-        for block in blocks(array, self._buffers[0].size):
-            if self._used + block.nbytes > self._buffers[0].size:
-                self._flush()
-            # buffers hold offsets of any alignment; numpy copies to unaligned memory as well
-            place = self._buffers[0][self._used : self._used + block.nbytes]
+        for block in blocks(array, self._buffer.size):
+            if self._used + block.nbytes > self._buffer.size:
+                self.flush()
+            # the place may have any alignment; numpy copies to unaligned memory as well
+            place = self._buffer[self._used : self._used + block.nbytes]
             place.view(block.dtype).reshape(block.shape)[...] = block
             self._used += block.nbytes
 

@@ -56,8 +56,8 @@ _ML_DTYPES = {
 }  # fmt: skip
 _NAMES = {name: code for table in (_NUMPY, _ML_DTYPES) for code, name in table.items()}
 
-# A job for the writing thread: big enough to hide the cost of a hand-over, small enough for the cache.
-_STAGE = 2 << 20
+# Small and strided tensors are gathered in a buffer of this size; larger ones leave the processor's cache.
+_STAGE = 1 << 20
 # Tensors read with one call: big enough for huge pages, small enough that several threads get some.
 _GROUP = 32 << 20
 
@@ -290,9 +290,9 @@ def write(
         path: replaced when everything is on the disk; on any exception it is as it was.
         specs: (dtype, shape) by key; a dtype is a safetensors name ("BF16") or anything numpy takes for one.
         get: gives the array of a key: any memory layout or byte order, dtype and shape as in `specs`. Called
-            once a key in the file's order, in the calling thread, while an earlier tensor is being written.
+            once a key, in the file's order; what it returns may be reused after the next call.
         metadata: strings.
-        progress: called in the calling thread with the number of bytes handed on since its last call.
+        progress: called with the number of bytes handed on since its last call.
 
     Returns:
         The header of the file.
@@ -304,12 +304,14 @@ def write(
     name = os.fspath(path)
     named = {key: (_spec_dtype(dtype), shape) for key, (dtype, shape) in specs.items()}
     first, header = encode(name, named, metadata or {})
-    with atomic.replacing(name) as writer, runs.Pipeline(writer.write, _STAGE) as pipeline:
-        pipeline.add_bytes(first)
+    with atomic.replacing(name) as writer:
+        stage = runs.Stage(writer.write, _STAGE)
+        stage.add_bytes(first)
         for key, info in header.tensors.items():
-            pipeline.add(_checked(name, key, get(key), info))
+            stage.add(_checked(name, key, get(key), info))
             if progress is not None:
                 progress(info.nbytes)
+        stage.flush()
     return header
 
 
