@@ -142,6 +142,12 @@ def _known(module: nnx.Module) -> _Known | None:
     return next((known for cls, known in _KNOWN.items() if call is cls.__call__), None)
 
 
+def how(module: nnx.Module) -> str:
+    """How a layer's weight is followed, for `summary`: by its class, or by tracing its call."""
+    base = _base_class(module).__name__
+    return f"{base}'s own call" if _known(module) is not None else f"traced {base}"
+
+
 # ---------------------------------------------------------------- calling
 
 
