@@ -226,8 +226,7 @@ def renamed(config: Config, bounds: Sequence[Bound]) -> Config:
             f"the table names these modules {', '.join(modules[:3])}, …, which target_modules does not match, and"
             f" {', '.join(stale)} speak of the old names too; pass config= with PyTorch's module names"
         )
-    short = sorted({m.rpartition(".")[2] for m in modules})
-    return config.replace(target_modules=short if len(modules) > 1 and "" not in short else modules)
+    return config.replace(target_modules=modules)  # in full: a suffix might mean further modules over there
 
 
 def fresh(

@@ -1,0 +1,82 @@
+"""The command line, as a person types it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import jax
+import pytest
+from click.testing import CliRunner
+
+import jaxadapt
+from jaxadapt.cli import main
+
+
+@pytest.fixture
+def folder(tmp_path):
+    spec = jax.ShapeDtypeStruct((8, 6), "float32")
+    base = {"model": {"layers": {"0": {"self_attn": {"q_proj": {"kernel": spec}, "v_proj": {"kernel": spec}}}}}}
+    config = jaxadapt.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"], use_rslora=True)
+    adapter = jaxadapt.init(config, base, key=jax.random.key(0), keymap="llama")
+    jaxadapt.save(adapter, tmp_path / "out", base_model="org/tiny")
+    return tmp_path / "out"
+
+
+def run(*args):
+    return CliRunner().invoke(main, [str(a) for a in args])
+
+
+def test_inspect_says_what_matters_and_only_that(folder):
+    result = run("inspect", folder)
+    assert result.exit_code == 0, result.output
+    for text in ("LORA", "org/tiny", "q_proj, v_proj", "use_rslora", "56 parameters in 4 tensors, F32"):
+        assert text in result.output
+    assert "lora_dropout" not in result.output  # it is what every new configuration says
+    assert "lora_A.weight" not in result.output
+
+
+def test_inspect_lists_tensors(folder):
+    output = run("inspect", folder, "--tensors").output
+    assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in output.replace("\n", "")
+
+
+def test_inspect_json_is_complete(folder):
+    data = json.loads(run("inspect", folder, "--json").output)
+    assert data["parameters"] == 56
+    assert data["config"]["r"] == 2
+    assert data["tensors"]["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"]["shape"] == [6, 2]
+
+
+@pytest.mark.parametrize("what", ["missing", "file", "empty"])
+def test_errors_are_one_readable_message(tmp_path, what):
+    path = tmp_path / "x"
+    if what == "file":
+        path.write_text("no")
+    elif what == "empty":
+        path.mkdir()
+    result = run("inspect", path)
+    assert result.exit_code == 1
+    assert "FileError" in result.output
+    assert str(path) in result.output
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("command", [(), ("demo",), ("inspect",)])
+def test_help_teaches(command):
+    result = run(*command, "--help")
+    assert result.exit_code == 0
+    assert "jaxadapt inspect" in result.output or "jaxadapt demo" in result.output
+
+
+def test_inspect_as_a_process_loads_neither_jax_nor_numpy(folder):
+    code = (
+        "import sys; from jaxadapt.cli import main\n"
+        "try: main(['inspect', sys.argv[1]])\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "heavy = {'jax', 'numpy', 'flax'} & set(sys.modules); assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "LORA" in done.stdout

@@ -1,0 +1,58 @@
+"""What `summary` tells: it must agree with the arrays themselves."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import jaxadapt
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List([nnx.Linear(6, 6, rngs=rngs) for _ in range(3)])
+        self.head = nnx.Linear(6, 2, rngs=rngs)
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def test_a_model(tmp_path):
+    model = Net(nnx.Rngs(0))
+    config = jaxadapt.LoraConfig(r=2, lora_alpha=8, target_modules=r"layers\.\d+|head", alpha_pattern={"head": 2})
+    jaxadapt.adapt(model, config, rngs=nnx.Rngs(1))
+    found = jaxadapt.summary(model)
+    sizes = [v.get_value().size for v in jax.tree.leaves(nnx.state(model), is_leaf=lambda v: isinstance(v, nnx.Variable))]
+    adapters = [x.size for x in jax.tree.leaves(nnx.state(model, jaxadapt.AdapterParam))]
+    assert found.trainable == sum(adapters)
+    assert found.base_parameters == sum(sizes) - sum(adapters)
+    text = str(found)
+    assert "layers.*.kernel" in text and "head.kernel" in text
+    assert " 4 " in text.replace("\n", " ") and f"trainable {sum(adapters)} of {sum(sizes)}" in text
+    assert "Linear's own call" in text
+
+
+def test_variables_and_inactive_adapters():
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(4, name="up")(x)
+
+    config = jaxadapt.LoraConfig(r=2, target_modules=["up"])
+    module = jaxadapt.adapt(jaxadapt.adapt(Two(), config, name="a"), config, name="b")
+    variables = module.init(jax.random.key(0), jnp.ones((1, 3)))
+    found = jaxadapt.summary(module, variables)
+    assert {row.adapter for row in found.rows} == {"a", "b"}
+    assert found.trainable == 2 * (3 * 2 + 2 * 4) and found.base_parameters == 3 * 4 + 4
+    assert "a (inactive)" in str(found)
+    assert jaxadapt.summary(variables).trainable == found.trainable
+
+
+def test_nothing_adapted_is_an_error():
+    with pytest.raises(jaxadapt.AttachError, match="no adapter"):
+        jaxadapt.summary(Net(nnx.Rngs(0)))
