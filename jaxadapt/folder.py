@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -18,10 +19,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxadapt import configs
+from jaxadapt import configs, paths, targets
 from jaxadapt.codecs import atomic, safetensors, torch_bin
+from jaxadapt.codecs.files import file_error
 from jaxadapt.configs import Config
-from jaxadapt.errors import ConfigError, FileError, FormatError, MismatchError
+from jaxadapt.errors import AttachError, ConfigError, FileError, FormatError, MismatchError
+from jaxadapt.keymap import PEFT_PREFIX
 
 if TYPE_CHECKING:
     from jaxadapt.adapter import PeftTensors
@@ -31,6 +34,7 @@ WEIGHTS = "adapter_model.safetensors"
 WEIGHTS_BIN = "adapter_model.bin"
 CARD = "README.md"
 _META = "jaxadapt"
+_NOTHING = "0" * 64  # the digest of no JSON: this save replaced none, or has finished
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,19 +57,14 @@ class Info:
 
     @property
     def dtypes(self) -> tuple[str, ...]:
+        """The dtypes of the tensors, by safetensors' names."""
         return tuple(sorted({dtype for dtype, _ in self.tensors.values()}))
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """The last segments of the module names that carry tensors."""
-        prefix = "base_model.model."
-        found: dict[str, None] = {}
-        for key in self.tensors:
-            stem = key.removeprefix(prefix)
-            for mark in (".lora_", ".ia3_l", ".hada_", ".lokr_", ".oft_", ".boft_", ".vera_", ".weight", ".bias"):
-                stem = stem.partition(mark)[0]
-            found[stem.rpartition(".")[2]] = None
-        return tuple(sorted(found))
+        """The last segments of the names of the adapted modules; none for methods that adapt no module."""
+        found = {module_of(self.config, key) for key in self.tensors}
+        return tuple(sorted({name.rpartition(".")[2] for name in found if name is not None}))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, for `jaxadapt inspect --json`."""
@@ -81,22 +80,44 @@ class Info:
         }
 
 
+def module_of(config: Config, key: str) -> str | None:
+    """The module a tensor belongs to: the longest beginning of its key that the configuration targets.
+
+    >>> module_of(configs.LoraConfig(target_modules=["q"]), "base_model.model.h.0.q.lora_A.weight")
+    'h.0.q'
+    """
+    parts = key.removeprefix(PEFT_PREFIX).split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        name = ".".join(parts[:end])
+        if targets.matches(config, name):
+            return name
+    return None
+
+
+# ---------------------------------------------------------------- reading
+
+
 def _files(path: str | os.PathLike[str]) -> tuple[Path, Path]:
     """The configuration and the weights of a folder; `FileError` says which is missing."""
     folder = Path(path)
-    if not folder.exists():
-        raise FileError(f"{folder}: no such folder; expected one that holds {CONFIG} and {WEIGHTS}")
-    if not folder.is_dir():
-        raise FileError(f"{folder}: expected a folder that holds {CONFIG} and {WEIGHTS}, found a file; give its folder")
-    config = folder / CONFIG
-    weights = next((p for p in (folder / WEIGHTS, folder / WEIGHTS_BIN) if p.exists()), None)
-    missing = [name for name, p in ((CONFIG, config if config.exists() else None), (WEIGHTS, weights)) if p is None]
-    if missing:
+    try:
+        present = sorted(p.name for p in folder.iterdir())
+    except FileNotFoundError:
+        raise FileError(f"{folder}: no such folder; expected one that holds {CONFIG} and {WEIGHTS}") from None
+    except NotADirectoryError:
+        raise FileError(
+            f"{folder}: expected a folder that holds {CONFIG} and {WEIGHTS}, found a file; give its folder"
+        ) from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise file_error("read", str(folder), error) from error
+    weights = next((name for name in (WEIGHTS, WEIGHTS_BIN) if name in present), None)
+    missing = [name for name, found in ((CONFIG, CONFIG in present), (WEIGHTS, weights)) if not found]
+    if missing or weights is None:
         below = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}"))
         way = f"; these folders below hold adapters: {', '.join(below)}" if below else ""
-        raise FileError(f"{folder}: no {' and no '.join(missing)}; found {sorted(os.listdir(folder))[:8]}{way}")
-    assert weights is not None
-    return config, weights
+        held = ", ".join(present[:8]) + (", …" if len(present) > 8 else "")
+        raise FileError(f"{folder}: no {' and no '.join(missing)}; found {held or 'an empty folder'}{way}")
+    return folder / CONFIG, folder / weights
 
 
 def _text(path: Path) -> str:
@@ -104,40 +125,71 @@ def _text(path: Path) -> str:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    except OSError as error:
-        raise FileError(f"{path}: cannot be read: {error.strerror}") from error
+    except (OSError, ValueError) as error:
+        raise file_error("read", str(path), error) from error
 
 
-def _settle(path: Path, text: str, metadata: Mapping[str, str], weights: Path) -> Config:
+def _settle(path: Path, header: safetensors.Header | None, weights: Path) -> Config:
     """The configuration that belongs to the tensors, where the JSON and our header may differ.
 
     Equal: fine. The JSON is the one this save was replacing: the save was interrupted between its two
-    files, and the header wins. Otherwise a person edited the JSON, and it wins; both say so.
+    files, and the header wins. Otherwise a person edited the JSON, and it wins, unless the tensors
+    contradict it. Whatever is not plain is said in a warning.
     """
-    raw = metadata.get(_META)
-    if raw is None:
+    text = _text(path)
+    raw = None if header is None else header.metadata.get(_META)
+    if header is None or raw is None:
         return configs.loads(text, str(path))
     try:
-        own = json.loads(raw)
-        header = Config.from_dict(own["config"], f"the header of {weights}")
-        replaces = own.get("replaces")
-    except (ValueError, KeyError, TypeError) as error:
-        raise FormatError(f"{weights}: its {_META!r} metadata is damaged: {error}") from error
-    if replaces is not None and replaces == _digest(text):
+        held = json.loads(raw)
+        own = Config.from_dict(held["config"], "its configuration")
+        replaces = held.get("replaces")
+    except (ValueError, KeyError, TypeError, AttributeError, ConfigError, RecursionError) as error:
+        raise FormatError(
+            f"{weights}: the metadata {_META!r} of its header is damaged ({error}); save or fetch it again"
+        ) from error
+    if replaces == _digest(text):
         warnings.warn(
-            f"{path}: a save was interrupted after the weights and before this file; using the configuration that the"
-            f" weights carry. Save again, or write(read(…)), to mend it.",
+            f"{path}: a save was interrupted after the weights and before this file; using the configuration"
+            " that the weights carry. Save again, or write(read(…)), to mend it.",
             stacklevel=3,
         )
-        return header
+        return own
     config = configs.loads(text, str(path))
-    if config.to_dict() != header.to_dict():
-        changed = sorted(k for k in config.to_dict() | header.to_dict() if config.to_dict().get(k) != header.to_dict().get(k))
+    a, b = config.to_dict(), own.to_dict()
+    changed = sorted(key for key in a | b if a.get(key) != b.get(key))
+    if not changed:
+        return config
+    contradiction = _contradiction(config, own, {k: t.shape for k, t in header.tensors.items()})
+    if contradiction:
         warnings.warn(
-            f"{path} was edited after the weights were written ({', '.join(changed)}); using it as it stands now",
+            f"{path} was edited after the weights were written ({', '.join(changed)}), and the tensors"
+            f" contradict it ({contradiction}); using the configuration that the weights carry",
             stacklevel=3,
         )
+        return own
+    warnings.warn(
+        f"{path} was edited after the weights were written ({', '.join(changed)}); using it as it stands now",
+        stacklevel=3,
+    )
     return config
+
+
+def _contradiction(edited: Config, own: Config, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Why these tensors cannot be what an edited configuration describes; None if they can."""
+    if edited.peft_type != own.peft_type:
+        return f"they are of type {own.peft_type}"
+    for key, shape in shapes.items():
+        module = module_of(own, key)
+        if module is None:
+            continue
+        if not targets.matches(edited, module):
+            return f"{key} is there, which it does not target"
+        if edited.get("r") is not None and key.endswith(".lora_A.weight"):
+            rank = targets.pattern_value(edited.get("rank_pattern") or {}, module, edited.get("r"))
+            if shape[:1] != (rank,):
+                return f"{key} has rank {shape[0]}, not {rank}"
+    return None
 
 
 def _digest(text: str) -> str:
@@ -152,11 +204,11 @@ def read_config(path: str | os.PathLike[str]) -> Config:
     target = Path(path)
     if target.is_file():
         return configs.loads(_text(target), str(target))
-    if target.is_dir() and (target / CONFIG).exists() and not any((target / w).exists() for w in (WEIGHTS, WEIGHTS_BIN)):
+    if (target / CONFIG).exists() and not any((target / w).exists() for w in (WEIGHTS, WEIGHTS_BIN)):
         return configs.loads(_text(target / CONFIG), str(target / CONFIG))
     config, weights = _files(path)
-    metadata = safetensors.read_header(weights).metadata if weights.name == WEIGHTS else {}
-    return _settle(config, _text(config), metadata, weights)
+    header = safetensors.read_header(weights) if weights.name == WEIGHTS else None
+    return _settle(config, header, weights)
 
 
 def inspect(path: str | os.PathLike[str]) -> Info:
@@ -168,13 +220,14 @@ def inspect(path: str | os.PathLike[str]) -> Info:
     if weights.name == WEIGHTS:
         header = safetensors.read_header(weights)
         tensors = {k: (t.dtype, t.shape) for k, t in header.tensors.items()}
-        settled = _settle(config, _text(config), header.metadata, weights)
         nbytes = sum(t.nbytes for t in header.tensors.values())
+        size = header.size
     else:
+        header = None
         tensors = torch_bin.keys_and_shapes(weights)
-        settled = configs.loads(_text(config), str(config))
         nbytes = sum(math.prod(s) * safetensors.numpy_dtype(d).itemsize for d, s in tensors.values())
-    return Info(str(Path(path)), settled, tensors, nbytes, weights.stat().st_size)
+        size = weights.stat().st_size
+    return Info(str(Path(path)), _settle(config, header, weights), tensors, nbytes, size)
 
 
 def read(path: str | os.PathLike[str]) -> PeftTensors:
@@ -188,54 +241,109 @@ def read(path: str | os.PathLike[str]) -> PeftTensors:
     config, weights = _files(path)
     if weights.name == WEIGHTS:
         with safetensors.open_tensors(weights) as file:
-            tensors = file.read_many(list(file))
-            metadata = file.header.metadata
+            settled = _settle(config, file.header, weights)
+            tensors: Mapping[str, Any] = file.read_many(file)
     else:
-        tensors, metadata = torch_bin.read(weights), {}
-    settled = _settle(config, _text(config), metadata, weights)
+        settled = _settle(config, None, weights)
+        tensors = torch_bin.read(weights)
     if not tensors:
-        raise MismatchError(f"{weights}: the file holds no tensor")
+        raise MismatchError(f"{weights}: expected an adapter's tensors, found a file without any")
     return PeftTensors(settled, dict(tensors), str(path))
+
+
+# ---------------------------------------------------------------- writing
 
 
 def write(tensors: PeftTensors, path: str | os.PathLike[str]) -> None:
     """Write an adapter folder, durably and atomically: a crash leaves the old adapter or the new one.
 
     The folder is made if it is missing; nothing else in it is touched, and a README.md that is there stays.
-    The same content always gives the same bytes. Raises `FileError` naming the path; then nothing changed.
+    The same content always gives the same bytes. Raises `FileError` naming the path; then the adapter that
+    was there is still there.
     """
-    import numpy as np
+    from jaxadapt.adapter import PeftTensors
 
+    if not isinstance(tensors, PeftTensors):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise AttachError(
+            f"write takes PeftTensors (from read or to_peft), found {type(tensors).__name__};"
+            " models, variables and Adapters are for jaxadapt.save"
+        )
     folder = Path(path)
     if not tensors.tensors:
         raise MismatchError(f"{folder}: there is no tensor to write")
+    made = _make(folder)
+    try:
+        _write(tensors, folder)
+    except BaseException:
+        for new in made:  # nothing half-done: an empty folder of ours goes again
+            with contextlib.suppress(OSError):
+                new.rmdir()
+        raise
+
+
+def _make(folder: Path) -> list[Path]:
+    """Make a folder and its parents; those that are new, innermost first."""
+    new = [p for p in (folder, *folder.parents) if not os.path.lexists(p)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FileError(f"{folder}: cannot be made a folder: {error.strerror}") from error
-    config = folder / CONFIG
+    except (OSError, ValueError) as error:
+        raise file_error("make the folder", str(folder), error, "choose another path") from error
+    return new
+
+
+def _write(tensors: PeftTensors, folder: Path) -> None:
+    import numpy as np
+
+    config, weights = folder / CONFIG, folder / WEIGHTS
     if config.is_dir():
         raise FileError(f"{config}: expected a file, found a folder; choose another path")
     text = tensors.config.to_json()
-    own: dict[str, Any] = {"schema": 1, "config": tensors.config.to_dict()}
-    if config.exists() and (before := _text(config)) != text:
-        own["replaces"] = _digest(before)
+    before = _text(config) if config.exists() else text
+    replaces = _NOTHING if before == text else _digest(before)
+    own = {"schema": 1, "config": tensors.config.to_dict(), "replaces": replaces}
     specs = {k: (np.dtype(v.dtype), tuple(v.shape)) for k, v in _specs(tensors.tensors).items()}
     metadata = {"format": "pt", _META: json.dumps(own, sort_keys=True)}
-    safetensors.write(folder / WEIGHTS, specs, lambda key: np.asarray(tensors.tensors[key]), metadata)
-    atomic.write_bytes(config, text.encode())
+    # The new JSON is written before the weights are replaced, and takes its place right after them: a full
+    # disk shows before anything has changed, and between the two replacements is next to no time.
+    with atomic.replacing(config) as writer:
+        writer.write(memoryview(text.encode()))
+        safetensors.write(weights, specs, lambda key: np.asarray(tensors.tensors[key]), metadata)
+    if replaces != _NOTHING:
+        _forget(weights, replaces)
     stale = folder / WEIGHTS_BIN
     if stale.exists():
-        warnings.warn(f"{stale} is an older adapter beside the one just written; readers take {WEIGHTS}", stacklevel=2)
-    if not (folder / CARD).exists():
+        warnings.warn(
+            f"{stale} is an older adapter beside the one just written; readers take {WEIGHTS}", stacklevel=4
+        )
+    if not os.path.lexists(folder / CARD):
         atomic.write_bytes(folder / CARD, card(tensors.config).encode())
+
+
+def _forget(weights: Path, replaces: str) -> None:
+    """Blank the digest of a JSON that is replaced by now, so that the same content is the same bytes.
+
+    64 digits in place: the JSON equals the header's already, so whatever a crash leaves of them is harmless,
+    and so is a failure.
+    """
+    with contextlib.suppress(OSError, FileError), weights.open("r+b") as file:
+        header = file.read(safetensors.read_header(weights).data_start)
+        at = header.find(replaces.encode())
+        if at >= 0:
+            file.seek(at)
+            file.write(_NOTHING.encode())
 
 
 def _specs(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
     """Shapes and dtypes by key, without making the tensors where they are made on demand."""
+    from jaxadapt.adapter import is_array
     from jaxadapt.plan import Encoded
 
-    return tensors.specs if isinstance(tensors, Encoded) else tensors
+    if isinstance(tensors, Encoded):
+        return tensors.specs
+    odd = [f"{k}: {type(v).__name__}" for k, v in tensors.items() if not is_array(v)]
+    if odd:
+        raise MismatchError("expected arrays as tensors, found:\n" + paths.listing(odd))
+    return tensors
 
 
 def card(config: Config) -> str:
@@ -243,7 +351,8 @@ def card(config: Config) -> str:
     base = config.base_model_name_or_path
     tags = [f"base_model:adapter:{base}"] if base else []
     tags += [config.peft_type.lower(), "jax"]
-    front = ["---", *([f"base_model: {base}"] if base else []), "library_name: peft", "tags:", *(f"- {t}" for t in tags)]
+    model = [f"base_model: {base}"] if base else []
+    front = ["---", *model, "library_name: peft", "tags:", *(f"- {t}" for t in tags)]
     return "\n".join([
         *front,
         "---",

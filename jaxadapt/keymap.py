@@ -71,7 +71,9 @@ class Weight:
         put("over", tuple(sorted((name, tuple(values)) for name, values in over.items())))
         problems = self._problems()
         if problems:
-            raise KeyMapError(f"the line {leaf!r} -> {key!r} ({pattern!r}) is wrong:\n" + paths.listing(problems))
+            raise KeyMapError(
+                f"the line {leaf!r} -> {key!r} ({pattern!r}) is wrong:\n" + paths.listing(problems)
+            )
         put("kind", kind or {1: "vector", 2: "linear"}.get(len(self.right), "other"))
 
     def _problems(self) -> list[str]:
@@ -80,15 +82,38 @@ class Weight:
         left, flat = list(self.left), [name for group in self.right for name in group]
         rest = re.sub(_TOKEN, "", self.pattern.replace("->", " "))
         problems = [f"{rest.strip()!r} is no axis name"] if rest.strip() else []
-        problems += [f"axis {n!r} is on the left twice" for n in sorted({n for n in left if left.count(n) > 1})]
-        problems += [f"axis {n!r} is on the right twice" for n in sorted({n for n in flat if flat.count(n) > 1})]
+        problems += [
+            f"axis {n!r} is on the {side} twice"
+            for side, names in (("left", left), ("right", flat))
+            for n in sorted({n for n in names if names.count(n) > 1})
+        ]
         plain = {n for n in left if not n.startswith("{")}
-        problems += [f"axis {n!r} is only on the left (braces mark axes PyTorch lacks)" for n in plain - set(flat)]
+        problems += [
+            f"axis {n!r} is only on the left (braces mark axes PyTorch lacks)"
+            for n in sorted(plain - set(flat))
+        ]
         problems += [f"axis {n!r} is only on the right" for n in sorted(set(flat) - plain)]
-        known = set(_HOLE.findall(self.leaf)) | {n.strip("{}") for n in left if n.startswith("{")}
-        problems += [f"hole {{{h}}} of the key is filled by nothing" for h in _HOLE.findall(self.key) if h not in known]
         braced = {n.strip("{}") for n in left if n.startswith("{")}
-        problems += [f"{n!r} has names but is no braced axis of the pattern" for n, _ in self.over if n not in braced]
+        holes = set(_HOLE.findall(self.leaf))
+        problems += [
+            f"hole {{{h}}} of the key is filled by nothing"
+            for h in _HOLE.findall(self.key)
+            if h not in holes | braced
+        ]
+        problems += [f"{{{n}}} is both a hole of the leaf and an axis" for n in sorted(holes & braced)]
+        problems += [
+            f"{text!r} has a brace that belongs to no hole"
+            for text in (self.leaf, self.key)
+            if set("{}") & set(_HOLE.sub("", text))
+        ]
+        problems += [
+            f"{n!r} names no entry, or one twice: {list(names)}"
+            for n, names in self.over
+            if not names or len(set(names)) < len(names)
+        ]
+        problems += [
+            f"{n!r} has names but is no braced axis of the pattern" for n, _ in self.over if n not in braced
+        ]
         problems += [
             f"axis {{{n}}} must appear in the key, else its entries share one name"
             for n in sorted(braced - set(_HOLE.findall(self.key)))
@@ -108,11 +133,45 @@ class Weight:
 
     @functools.cached_property
     def regex(self) -> re.Pattern[str]:
-        def hole(name: str) -> str:
+        """What a path must match in full to be this line's leaf; a hole used twice holds the same text."""
+        seen: set[str] = set()
+
+        def piece(text: str) -> str:
+            if not text.startswith("{"):
+                return re.escape(text)
+            name = text[1:-1]
+            if name in seen:
+                return f"(?P={name})"
+            seen.add(name)
             return rf"(?P<{name}>.+)" if name == "path" else rf"(?P<{name}>\d+)"
 
-        pieces = re.split(r"(\{\w+\})", self.leaf)
-        return re.compile("".join(hole(p[1:-1]) if p.startswith("{") else re.escape(p) for p in pieces))
+        return re.compile("".join(map(piece, re.split(r"(\{\w+\})", self.leaf))))
+
+    @functools.cached_property
+    def stack(self) -> tuple[int, ...]:
+        """Positions of the stacked (numbered) axes in the leaf."""
+        return tuple(i for i, n in enumerate(self.left) if n.startswith("{") and self.names(n) is None)
+
+    @functools.cached_property
+    def roles(self) -> dict[str, tuple[str, ...]]:
+        """Axis names by role: "stack", "batch", "inn", "out"."""
+        groups = self.right
+        out, inn = (groups[0], groups[1]) if len(groups) == 2 else (groups[0] if groups else (), ())
+        if self.fan_in_fan_out or self.kind == "embedding":
+            out, inn = inn, out
+        return {
+            "stack": tuple(self.left[i] for i in self.stack),
+            "batch": tuple(n for n in self.left if n.startswith("{") and self.names(n) is not None),
+            "inn": inn,
+            "out": out,
+        }
+
+    @functools.cached_property
+    def axes(self) -> Axes:
+        """The roles as the module itself sees its weight: without the stacked axes."""
+        own = [n for i, n in enumerate(self.left) if i not in self.stack]
+        at = {role: tuple(own.index(n) for n in self.roles[role]) for role in ("inn", "out", "batch")}
+        return Axes(inn=at["inn"], out=at["out"], batch=at["batch"])
 
     def names(self, axis: str) -> tuple[str, ...] | None:
         """The names of a braced axis' entries, or None where they are numbered."""
@@ -121,6 +180,9 @@ class Weight:
     def scanned(self, axis: int) -> Weight:
         """This line for layers stacked on `axis`: `{l}` leaves the path and becomes an axis.
 
+        A negative axis counts from the end of the stacked leaf; where a leaf has fewer axes than that, its
+        layers are stacked on the last.
+
         >>> Weight("layers.{l}.q.kernel", "layers.{l}.q.weight", "i o -> o i").scanned(1).pattern
         'i {l} o -> o i'
         """
@@ -128,7 +190,7 @@ class Weight:
             return self
         leaf = ".".join(p for p in self.leaf.split(".") if p != "{l}")
         left = list(self.left)
-        left.insert(axis, "{l}")
+        left.insert(axis if axis >= 0 else max(0, len(left) + 1 + axis), "{l}")
         pattern = " ".join(left) + " ->" + self.pattern.split("->")[1]
         over: Any = dict(self.over)
         return Weight(leaf, self.key, pattern, kind=self.kind, fan_in_fan_out=self.fan_in_fan_out, **over)
@@ -164,30 +226,18 @@ class Site:
     @property
     def stack(self) -> tuple[int, ...]:
         """Positions of the stacked (numbered) axes in the leaf."""
-        left = self.weight.left
-        return tuple(i for i, n in enumerate(left) if n.startswith("{") and self.weight.names(n) is None)
+        return self.weight.stack
 
-    @functools.cached_property
+    @property
     def roles(self) -> dict[str, tuple[str, ...]]:
         """Axis names by role: "stack", "batch", "inn", "out"."""
-        left = self.weight.left
-        groups = self.weight.right
-        out, inn = (groups[0], groups[1]) if len(groups) == 2 else (groups[0] if groups else (), ())
-        if self.weight.fan_in_fan_out or self.weight.kind == "embedding":
-            out, inn = inn, out
-        return {
-            "stack": tuple(left[i] for i in self.stack),
-            "batch": tuple(n for n in left if n.startswith("{") and self.weight.names(n) is not None),
-            "inn": inn,
-            "out": out,
-        }
+        return self.weight.roles
 
     @property
     def axes(self) -> Axes:
-        """The roles as the module itself sees its weight: without the stacked axes."""
-        own = [n for i, n in enumerate(self.weight.left) if i not in self.stack]
-        at = {role: tuple(own.index(n) for n in names) for role, names in self.roles.items() if role != "stack"}
-        return Axes(inn=at["inn"], out=at["out"], batch=at["batch"], parts=self.parts)
+        """The roles as the module itself sees its weight, with the targeted parts."""
+        axes = self.weight.axes
+        return axes if self.parts is None else dataclasses.replace(axes, parts=self.parts)
 
     def module(self, index: Mapping[str, str]) -> str:
         """The PyTorch module name of one entry of the braced axes, given as `{axis: text}`."""
@@ -204,7 +254,10 @@ class Site:
 
 
 def entries(
-    weight: Weight, braced: Sequence[str], sizes: Mapping[str, int], only: Mapping[str, Sequence[int]] | None = None
+    weight: Weight,
+    braced: Sequence[str],
+    sizes: Mapping[str, int],
+    only: Mapping[str, Sequence[int]] | None = None,
 ) -> list[tuple[tuple[int, ...], dict[str, str]]]:
     """All index combinations of the braced axes, row-major, each with the text that fills the key's holes."""
     out: list[tuple[tuple[int, ...], dict[str, str]]] = [((), {})]
@@ -314,7 +367,9 @@ class KeyMap:
 GENERIC = KeyMap(
     "generic",
     tuple(
-        Weight(f"{at}{leaf}", f"{at}weight", "i o -> o i") for leaf in ("kernel", "w", "weight") for at in ("", "{path}.")
+        Weight(f"{at}{leaf}", f"{at}weight", "i o -> o i")
+        for leaf in ("kernel", "w", "weight")
+        for at in ("", "{path}.")
     ),
 )
 """The map for models no table knows: 2-D kernels, last axis out; module names are the JAX paths."""

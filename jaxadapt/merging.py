@@ -84,7 +84,9 @@ def _new_leaves(leaves: Mapping[str, Any], adapter: Adapter, weight: Change, bia
         w = leaves[bound.leaf]
         want = _expected(bound, tuple(w.shape))
         if want != bound.shapes:
-            raise MismatchError(f"{bound.leaf}: for a weight of shape {tuple(w.shape)} expected {want}, found {bound.shapes}")
+            raise MismatchError(
+                f"{bound.leaf}: for a weight of shape {tuple(w.shape)} expected {want}, found {bound.shapes}"
+            )
         params = adapter.sites[bound.leaf]
         out[bound.leaf] = _over_stack(bound, method, weight, params, w)
         beside = paths.join(bound.leaf.rpartition(".")[0], "bias")

@@ -11,8 +11,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from jaxadapt import paths
 from jaxadapt.errors import KeyMapError, MismatchError
@@ -86,26 +88,36 @@ class Entry:
         perm = [order.index(at) for at in range(len(groups))]
         for axis, group in enumerate(self.right):  # size-1 axes PyTorch has and JAX lacks
             if not group:
-                perm = perm[:axis] + [len(shape)] + perm[axis:]
+                perm = [*perm[:axis], len(shape), *perm[axis:]]
                 shape.append(1)
         return perm, tuple(shape)
 
-    def decode(self, tensors: Sequence[Array], stack: Callable[[Sequence[Array], Any], Array] | None = None) -> Array:
-        """The leaf from the tensors of `keys`, in order; `stack(pieces, shape)` joins several (numpy by default)."""
+    def decode(self, tensors: Sequence[Array]) -> Array:
+        """The leaf from the tensors of `keys`, in order; several are joined in numpy.
+
+        Raises `MismatchError` if their dtypes differ and no dtype holds them all exactly.
+        """
         names, sizes = self._inner
         size = dict(zip(names, sizes, strict=True))
         back = [self._flat.index(n) for n in names]
-        pieces = [t.reshape([size[n] for n in self._flat]).transpose(back) for t in tensors]
+        shape = [size[n] for n in self._flat]
         if not self.split:
-            return pieces[0]
-        import numpy as np
-
-        out = np.empty(self.shape, dtype=pieces[0].dtype) if stack is None else None
-        if out is None:
-            return stack(pieces, self)  # pyright: ignore[reportOptionalCall]
-        for i, piece in enumerate(pieces):
-            out[self._index(i)] = piece
+            return tensors[0].reshape(shape).transpose(back)
+        out = np.empty(self.shape, dtype=self._common(tensors))
+        for i, tensor in enumerate(tensors):
+            out[self._index(i)] = np.asarray(tensor).reshape(shape).transpose(back)
         return out
+
+    def _common(self, tensors: Sequence[Array]) -> Any:
+        dtypes = {np.dtype(t.dtype) for t in tensors}
+        try:
+            return np.result_type(*dtypes)
+        except TypeError as error:
+            found = ", ".join(sorted(d.name for d in dtypes))
+            raise MismatchError(
+                f"{self.path!r} is one array in this model, but its tensors {self.keys[0]!r}, … have the"
+                f" dtypes {found}, which no dtype holds exactly; convert them to one"
+            ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,13 +136,19 @@ class Plan:
         """`{key: shape}` of the file."""
         return {key: entry.file_shape for key, (entry, _) in self.keys.items()}
 
-    def check(self, found: Mapping[str, Sequence[int]], source: str = "the file") -> None:
-        """Raise one `MismatchError` that lists every missing, unexpected and wrongly shaped tensor."""
-        missing = [k for k in self.shapes if k not in found]
-        unexpected = [k for k in found if k not in self.shapes]
+    def check(
+        self, found: Mapping[str, Sequence[int]], source: str = "the file", more: Sequence[str] = ()
+    ) -> None:
+        """Raise one `MismatchError` that lists every missing, unexpected and wrongly shaped tensor.
+
+        `more` are findings of the caller's own, for the same list.
+        """
+        shapes = self.shapes
+        missing = [k for k in shapes if k not in found]
+        unexpected = [k for k in found if k not in shapes]
         wrong = [
             f"{k}: expected {list(shape)}, found {list(found[k])}"
-            for k, shape in self.shapes.items()
+            for k, shape in shapes.items()
             if k in found and tuple(found[k]) != shape
         ]
         parts = [
@@ -139,25 +157,29 @@ class Plan:
                 (f"missing from {source} (the model expects them)", missing),
                 ("unexpected (nothing in the model takes them)", unexpected),
                 ("wrongly shaped", wrong),
+                ("of no use as they are", more),
             )
             if items
         ]
         if parts:
             raise MismatchError(
-                f"{source} does not fit the model: of {len(self.shapes)} tensors,\n"
+                f"{source} does not fit the model: of {len(shapes)} tensors,\n"
                 + "\n".join(parts)
                 + "\nIs it an adapter for another base model, or are target_modules, r or keymap= others?"
             )
 
-    def encode(self, leaves: Mapping[str, Array]) -> Encoded:
-        """`{key: array}` from `{path: leaf}`; each array is made when it is asked for."""
-        return Encoded(self, leaves)
+    def encode(self, leaves: Mapping[str, Array], dtype: Any = None, host: bool = False) -> Encoded:
+        """`{key: array}` from `{path: leaf}`; each array is made when it is asked for.
 
-    def decode(
-        self, tensors: Mapping[str, Array], stack: Callable[[Sequence[Array], Any], Array] | None = None
-    ) -> dict[str, Array]:
+        Args:
+            dtype: of the tensors, the leaf's own by default.
+            host: give numpy arrays, whatever the leaves are.
+        """
+        return Encoded(self, leaves, None if dtype is None else np.dtype(dtype), host)
+
+    def decode(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
         """`{path: leaf}` from `{key: array}`."""
-        return {e.path: e.decode([tensors[k] for k in e.keys], stack) for e in self.entries}
+        return {e.path: e.decode([tensors[k] for k in e.keys]) for e in self.entries}
 
 
 class Spec(NamedTuple):
@@ -173,16 +195,27 @@ class Encoded(Mapping[str, Any]):
 
     plan: Plan
     leaves: Mapping[str, Array]
+    dtype: np.dtype[Any] | None = None
+    host: bool = False
 
     @property
     def specs(self) -> dict[str, Spec]:
         """Shapes and dtypes by key, without making a tensor."""
-        dtypes = {e.path: self.leaves[e.path].dtype for e in self.plan.entries}
-        return {k: Spec(e.file_shape, dtypes[e.path]) for k, (e, _) in self.plan.keys.items()}
+        return {
+            key: Spec(e.file_shape, self.dtype or np.dtype(self.leaves[e.path].dtype))
+            for e in self.plan.entries
+            for key in e.keys
+        }
 
     def __getitem__(self, key: str) -> Array:
         entry, i = self.plan.keys[key]
-        return entry.encode(self.leaves[entry.path], i)
+        leaf = self.leaves[entry.path]
+        # On the host a tensor is a view where the layouts allow; on a device each step is a computation.
+        tensor = entry.encode(np.asarray(leaf) if self.host else leaf, i)
+        return tensor if self.dtype is None or tensor.dtype == self.dtype else tensor.astype(self.dtype)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.plan.keys  # Mapping's own would make the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.plan.keys)
@@ -192,10 +225,14 @@ class Encoded(Mapping[str, Any]):
 
 
 def _layout(site: Site, tensor: Tensor) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
-    """A tensor's axis names in the model (stacked axes where the base has them) and in the file."""
+    """A tensor's axis names in the model (stacked axes where the base has them) and in the file.
+
+    The method's own axes are marked with "~": a base weight may have an axis called "r" as well.
+    """
+    roles = site.roles
 
     def expand(names: Sequence[str]) -> tuple[str, ...]:
-        return tuple(n for name in names for n in site.roles.get(name, (name,)))
+        return tuple(n for name in names for n in roles.get(name, (f"~{name}",)))
 
     left = list(expand(tensor.axes))
     for axis in site.stack:  # ascending, so each lands at the base weight's own position
@@ -212,18 +249,22 @@ def entry(keymap: KeyMap, site: Site, tensor: Tensor, sizes: Mapping[str, int]) 
     """The entry of one tensor at one site; `sizes` are those of the base leaf's axes, by name."""
     left, right = _layout(site, tensor)
     only = {site.roles["batch"][0]: site.parts} if site.parts is not None else {}
-    shape = entry_shape(site, tensor, sizes)
     split = tuple(i for i, n in enumerate(left) if n.startswith("{"))
     texts = entries(site.weight, [left[i] for i in split], sizes, only)
     keys = tuple(f"{keymap.prefix}{site.module(text)}".rstrip(".") + tensor.suffix for _, text in texts)
+    shape = _shape(site, tensor, sizes, left)
     return Entry(paths.join(site.leaf, tensor.name), shape, left, right, split, keys)
 
 
 def entry_shape(site: Site, tensor: Tensor, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """The shape of one tensor in the model."""
-    left, _ = _layout(site, tensor)
-    only = {site.roles["batch"][0]: len(site.parts)} if site.parts is not None else {}
-    size = {**sizes, **dict(tensor.own), **only}
+    return _shape(site, tensor, sizes, _layout(site, tensor)[0])
+
+
+def _shape(site: Site, tensor: Tensor, sizes: Mapping[str, int], left: Sequence[str]) -> tuple[int, ...]:
+    size = {**sizes, **{f"~{name}": size for name, size in tensor.own}}
+    if site.parts is not None:
+        size[site.roles["batch"][0]] = len(site.parts)
     return tuple(size[n] for n in left)
 
 
@@ -232,14 +273,16 @@ def sizes_of(site: Site, shape: Sequence[int]) -> dict[str, int]:
     left = site.weight.left
     if len(left) != len(shape):
         raise MismatchError(
-            f"leaf {site.leaf!r} has shape {tuple(shape)}, but its line {site.weight.pattern!r} names {len(left)} axes"
+            f"leaf {site.leaf!r} has shape {tuple(shape)}, but its line {site.weight.pattern!r} names"
+            f" {len(left)} axes"
         )
     sizes = dict(zip(left, shape, strict=True))
     for axis in site.roles["batch"]:
         names = site.weight.names(axis)
         if names is not None and len(names) != sizes[axis]:
             raise MismatchError(
-                f"leaf {site.leaf!r} has {sizes[axis]} entries on its fused axis, but its line names {list(names)}"
+                f"leaf {site.leaf!r} has {sizes[axis]} entries on its fused axis, but its line names"
+                f" {list(names)}"
             )
     return sizes
 
@@ -251,12 +294,10 @@ def sizes_from_tensors(
 
     Raises `MismatchError` if a tensor is missing, has the wrong rank, or two tensors disagree.
     """
-    sizes: dict[str, int] = {}
-    for axis in site.roles["batch"]:
-        sizes[axis] = len(site.weight.names(axis) or ())
-    problems: list[str] = []
+    sizes = {axis: len(site.weight.names(axis) or ()) for axis in site.roles["batch"]}
+    parts = {axis: size if site.parts is None else len(site.parts) for axis, size in sizes.items()}
     wanted = {t.name for t in tensors}
-    problems += [f"{site.leaf}.{name}: no such tensor in this method" for name in shapes if name not in wanted]
+    problems = [f"{site.leaf}.{name}: no such tensor in this method" for name in shapes if name not in wanted]
     for tensor in tensors:
         left, _ = _layout(site, tensor)
         shape = shapes.get(tensor.name)
@@ -264,18 +305,19 @@ def sizes_from_tensors(
             problems.append(f"{site.leaf}.{tensor.name}: missing")
             continue
         if len(shape) != len(left):
-            problems.append(f"{site.leaf}.{tensor.name}: expected axes {left}, found shape {tuple(shape)}")
+            axes = " ".join(left).replace("~", "")
+            problems.append(f"{site.leaf}.{tensor.name}: expected axes ({axes}), found shape {tuple(shape)}")
             continue
-        own = dict(tensor.own)
+        fixed = {**parts, **{f"~{name}": size for name, size in tensor.own}}
         for name, size in zip(left, shape, strict=True):
-            batch = name in site.roles["batch"]
-            want = own.get(name, (len(site.parts) if site.parts is not None else sizes[name]) if batch else sizes.get(name))
-            if want is not None and want != size:
-                problems.append(f"{site.leaf}.{tensor.name}: axis {name!r} has {size} entries, expected {want}")
-            elif not batch and name not in own:
-                sizes[name] = size
+            want = fixed[name] if name in fixed else sizes.setdefault(name, size)
+            if want != size:
+                what = f"axis {name.strip('~{}')!r} has {size} entries, expected {want}"
+                problems.append(f"{site.leaf}.{tensor.name}: {what}")
     if problems:
-        raise MismatchError("the adapter contradicts itself or its configuration:\n" + paths.listing(problems))
+        raise MismatchError(
+            "the adapter contradicts itself or its configuration:\n" + paths.listing(problems)
+        )
     return sizes
 
 
@@ -292,15 +334,23 @@ def plan(entries: Sequence[Entry]) -> Plan:
 
 
 def base_plan(keymap: KeyMap, shapes: Mapping[str, Sequence[int]]) -> Plan:
-    """The plan of the *base* weights themselves: what proves a table, and what exports a merged model."""
+    """The plan of the *base* weights themselves: what proves a table, and what exports a merged model.
+
+    Raises `KeyMapError` with every leaf that has no line, several, or one that contradicts its shape;
+    `MismatchError` where two leaves claim one key.
+    """
     out: list[Entry] = []
-    unmapped: list[str] = []
+    problems: list[str] = []
     for leaf, shape in shapes.items():
-        site = keymap.site(leaf)
-        if site is None:
-            unmapped.append(f"{leaf} {tuple(shape)}")
+        try:
+            site = keymap.site(leaf)
+            if site is None:
+                problems.append(f"{leaf} {tuple(shape)}: no line")
+                continue
+            sizes = sizes_of(site, shape)
+        except KeyMapError as error:
+            problems.append(str(error))
             continue
-        sizes = sizes_of(site, shape)
         left = site.weight.left
         split = tuple(i for i, n in enumerate(left) if n.startswith("{"))
         keys = tuple(
@@ -308,6 +358,6 @@ def base_plan(keymap: KeyMap, shapes: Mapping[str, Sequence[int]]) -> Plan:
             for _, text in entries(site.weight, [left[i] for i in split], sizes)
         )
         out.append(Entry(leaf, tuple(shape), left, site.weight.right, split, keys))
-    if unmapped:
-        raise KeyMapError(f"the table {keymap.name!r} has no line for these leaves:\n" + paths.listing(unmapped))
+    if problems:
+        raise KeyMapError(f"the table {keymap.name!r} does not fit these leaves:\n" + paths.listing(problems))
     return plan(out)

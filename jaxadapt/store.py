@@ -8,36 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxadapt import attach, bind, families, folder, linen, methods, nnx, paths
 from jaxadapt.adapter import Adapter, PeftTensors, Recipe
 from jaxadapt.configs import Config
-from jaxadapt.errors import AttachError, ConfigError
+from jaxadapt.errors import AdapterError, AttachError, ConfigError, FileError
 from jaxadapt.keymap import KeyMap
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Host(Mapping[str, Any]):
-    """Leaves brought to the host when they are asked for; dtypes without bringing them."""
-
-    leaves: Mapping[str, Any]
-    dtype: Any = None
-
-    def __getitem__(self, path: str) -> Any:
-        leaf = np.asarray(self.leaves[path])
-        return leaf if self.dtype is None else leaf.astype(self.dtype)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.leaves)
-
-    def __len__(self) -> int:
-        return len(self.leaves)
+from jaxadapt.plan import Encoded
 
 
 def to_peft(
@@ -49,8 +35,8 @@ def to_peft(
         tree: what `extract` takes: an `Adapter`, an NNX model or state, Linen variables.
         config, keymap: only where the tree lost them, or to rename by another table.
 
-    The tensors are made when they are asked for, as views where the layouts allow. Raises `AttachError`
-    or `KeyMapError`.
+    The tensors are made when they are asked for, as numpy views where the layouts allow (inside jit: as
+    traced arrays). Raises `AttachError` or `KeyMapError`.
 
     >>> import jax, jaxadapt
     >>> base = {"q": {"kernel": jax.ShapeDtypeStruct((4, 6), "float32")}}
@@ -58,15 +44,45 @@ def to_peft(
     >>> {key: x.shape for key, x in to_peft(adapter).tensors.items()}
     {'base_model.model.q.lora_A.weight': (2, 4), 'base_model.model.q.lora_B.weight': (6, 2)}
     """
+    adapter = _extract(tree, name, config, keymap, "it is one already")
+    _with_values(adapter, traced=True)
+    return _encoded(adapter, keymap)
+
+
+def _extract(tree: Any, name: str, config: Config | None, keymap: Any, instead: str) -> Adapter:
+    if isinstance(tree, PeftTensors):
+        raise AttachError(f"expected an adapter in a model's layout, found PeftTensors; {instead}")
     adapter = attach.extract(tree, name, config=config, keymap=keymap)
-    leaves = adapter.flat()
-    return PeftTensors(adapter.config, _plan_of(adapter, keymap).encode(leaves))
+    return adapter if config is None else dataclasses.replace(adapter, config=config)
 
 
-def _plan_of(adapter: Adapter, keymap: KeyMap | str | None) -> Any:
+def _with_values(adapter: Adapter, traced: bool = False) -> None:
+    """Raise `AttachError` where a parameter has no value that could leave the program."""
+
+    def why(leaf: Any) -> str | None:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return "abstract: a shape only"
+        if isinstance(leaf, Tracer):
+            return None if traced else "traced: inside jit, grad or vmap"
+        if isinstance(leaf, jax.Array) and leaf.is_deleted():
+            return "deleted: it was donated to a jitted function"
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return "partly in other processes"
+        return None
+
+    problems = [f"{path}: {reason}" for path, leaf in adapter.flat().items() if (reason := why(leaf))]
+    if problems:
+        raise AttachError("these parameters have no values to save:\n" + paths.listing(problems))
+
+
+def _encoded(adapter: Adapter, keymap: KeyMap | str | None, dtype: Any = None) -> PeftTensors:
     table = adapter.keymap if keymap in (None, "auto") else families.resolve(keymap, {})
     shapes = {leaf: {t: tuple(a.shape) for t, a in ts.items()} for leaf, ts in adapter.sites.items()}
-    return bind.file_plan(bind.recover(adapter.config, table, shapes))
+    bounds = bind.recover(adapter.config, table, shapes)
+    leaves = adapter.flat()
+    host = not any(isinstance(leaf, Tracer) for leaf in leaves.values())
+    encoded = bind.file_plan(bounds).encode(leaves, dtype, host)
+    return PeftTensors(bind.renamed(adapter.config, bounds), encoded, "this adapter")
 
 
 def save(
@@ -94,19 +110,22 @@ def save(
     Durable and atomic; raises `AdapterError` (what is wrong, and the way out), and then the old adapter is
     still there, whole.
     """
-    adapter = attach.extract(tree, name, config=config, keymap=keymap)
-    leaves = adapter.flat()
-    abstract = [p for p, leaf in leaves.items() if isinstance(leaf, jax.ShapeDtypeStruct | jax.core.Tracer)]
-    if abstract:
-        raise AttachError("these parameters have no values to save (abstract, or inside jit):\n" + paths.listing(abstract))
+    adapter = _extract(tree, name, config, keymap, "jaxadapt.write(tensors, path) writes them")
+    _with_values(adapter)
+    tensors = _encoded(adapter, keymap, dtype)
     changes: dict[str, Any] = {"inference_mode": True}
     if base_model is not None:
         changes["base_model_name_or_path"] = base_model
-    plan = _plan_of(adapter, keymap)
-    host = _Host(leaves if dtype is None else {p: leaf.astype(dtype) for p, leaf in leaves.items()})
-    encoded = plan.encode(host)
-    where = Path(path) if name == attach.DEFAULT else Path(path) / name
-    folder.write(PeftTensors(adapter.config.replace(**changes), encoded, str(path)), where)
+    folder.write(dataclasses.replace(tensors, config=tensors.config.replace(**changes)), _below(path, name))
+
+
+def _below(path: str | os.PathLike[str], name: str) -> Path:
+    """The folder of an adapter called `name`: PEFT puts all but "default" into a subfolder."""
+    if name == attach.DEFAULT:
+        return Path(path)
+    if name in ("", ".", "..") or set(name) & set("/\\\0"):
+        raise FileError(f"{path}: {name!r} names a subfolder here, and cannot; choose a name without / and \\")
+    return Path(path) / name
 
 
 def from_peft(
@@ -118,42 +137,90 @@ def from_peft(
     stack_axes: Sequence[int] | None = None,
     example: Sequence[Any] | None = None,
 ) -> Adapter:
-    """PEFT's tensors as an adapter in the layout of `target`: a model, variables, parameters, or their shapes.
+    """PEFT's tensors as an adapter in the layout of `target`.
 
-    Raises `MismatchError` listing every missing, unexpected and wrongly shaped tensor.
+    Args:
+        target: an NNX model, Linen variables, base parameters, or the shapes of any of them.
+        keymap, dtype, stack_axes, example: as in `load`.
+
+    Raises `MismatchError` listing every missing, unexpected, wrongly shaped or unusable tensor.
     """
-    recipe, bounds = _plan_for(target, tensors.config, keymap, stack_axes, example)
-    plan = bind.file_plan(bounds)
-    plan.check({k: tuple(v.shape) for k, v in tensors.tensors.items()}, tensors.source)
-    values = jax.device_put(plan.decode(tensors.tensors))
+    return _decoded(tensors, target, keymap, dtype, stack_axes, example)[0]
+
+
+def _decoded(
+    tensors: PeftTensors,
+    target: Any,
+    keymap: Any,
+    dtype: Any,
+    stack_axes: Any,
+    example: Any,
+    own: bool = False,
+) -> tuple[Adapter, tuple[bind.Bound, ...]]:
+    """The adapter, and its sites. `own`: nobody else holds the tensors, so arrays may share their memory."""
+    if not isinstance(tensors, PeftTensors):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise AttachError(
+            f"expected PeftTensors (from read or to_peft), found {type(tensors).__name__};"
+            " jaxadapt.inject puts an Adapter into a model"
+        )
+    try:
+        recipe, bounds = _plan_for(target, tensors.config, keymap, stack_axes, example)
+        plan = bind.file_plan(bounds)
+    except AdapterError as error:
+        raise type(error)(f"{tensors.source}: {error}") from error
+    held = tensors.tensors
+    specs = held.specs if isinstance(held, Encoded) else held
+    dtypes = {key: np.dtype(spec.dtype) for key, spec in specs.items()}
+    odd = [f"{k}: {d.name}, expected floats" for k, d in dtypes.items() if not jnp.issubdtype(d, jnp.floating)]
+    plan.check({key: tuple(spec.shape) for key, spec in specs.items()}, tensors.source, odd)
+    if dtype is None and np.dtype("float64") in dtypes.values() and jnp.zeros(0, float).dtype != "float64":
+        warnings.warn(
+            f"{tensors.source}: float64 tensors become float32, since jax_enable_x64 is off", stacklevel=3
+        )
+    leaves = plan.decode(held)
     if dtype is not None:
-        values = {p: v.astype(dtype) for p, v in values.items()}
-    return Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
+        leaves = {path: leaf.astype(dtype, copy=False) for path, leaf in leaves.items()}
+    if not own:  # JAX takes aligned, contiguous memory as it is, and whoever gave it may write to it again
+        leaves = {p: x.copy() if isinstance(x, np.ndarray) else x for p, x in leaves.items()}
+    leaves = jax.device_put(leaves)  # all at once: each call costs a tenth of a millisecond
+    return Adapter(recipe.config, paths.unflatten(leaves), recipe.keymap), bounds
 
 
 def _plan_for(
-    target: Any, config: Config, keymap: KeyMap | str | None, stack_axes: Any = None, example: Any = None
+    target: Any, config: Config, keymap: KeyMap | str | None, stack_axes: Any, example: Any
 ) -> tuple[Recipe, tuple[bind.Bound, ...]]:
     methods.of(config)
     if isinstance(target, linen.Adapted | linen.nn.Module):
-        raise AttachError("a Linen module holds no parameters; give the variables, {'params': …}, as the target")
+        raise AttachError(
+            "a Linen module holds no parameters; give the variables, {'params': …}, as the target"
+        )
     if isinstance(target, nnx.nnx.Module):
         known = [v for by_path in nnx.variables(target).values() for v in by_path.values()]
         table = known[0].get_metadata()["adapter"].recipe.keymap if known and keymap is None else keymap
         return attach.plan_nnx(target, config, table, stack_axes, example)
     if not isinstance(target, Mapping | nnx.nnx.State):
-        raise AttachError(f"expected an NNX model or Linen variables as the target, found {type(target).__name__}")
-    params = target["params"] if "params" in target else target
+        raise AttachError(
+            f"expected an NNX model or Linen variables as the target, found {type(target).__name__}"
+        )
+    params = target["params"] if "params" in target else target  # noqa: SIM401 (a State has no get)
     if keymap is None:
         keymap = _attached_table(target)
     return attach.plan_tree(params, config, keymap)
 
 
 def _attached_table(variables: Any) -> KeyMap | None:
-    for method in methods.METHODS.values():
-        for name, tree in dict(variables.get(method.peft_type.lower(), {})).items():
+    for collection in _collections(variables).values():
+        for name, tree in collection.items():
             return linen.read_collection(tree, name).keymap
     return None
+
+
+def _collections(variables: Any) -> dict[str, Mapping[str, Any]]:
+    """The adapter collections among Linen variables. (A parameter tree may hold a module called "lora".)"""
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        return {}
+    names = [method.peft_type.lower() for method in methods.METHODS.values()]
+    return {name: variables[name] for name in names if name in variables}
 
 
 def load(
@@ -171,6 +238,7 @@ def load(
     """Read an adapter folder (ours or PEFT's) into a model.
 
     Args:
+        path: the folder; for a `name` other than "default" its subfolder of that name, if there is one.
         target: an NNX model, plain or adapted, changed in place and returned; or Linen variables
             (`{"params": base}` is enough), returned with the collection added. Abstract ones work too.
         name: what the adapter is called on this model; it becomes the active one.
@@ -183,34 +251,39 @@ def load(
     The base is never touched, and nothing is attached unless everything fits. Raises `AdapterError`,
     `MismatchError` with all missing, unexpected and wrongly shaped tensors together.
     """
-    where = Path(path) if name == attach.DEFAULT or (Path(path) / folder.CONFIG).exists() else Path(path) / name
-    tensors = folder.read(where)
-    adapter = from_peft(tensors, target, keymap=keymap, dtype=dtype, stack_axes=stack_axes, example=example)
+    below = _below(path, name)
+    tensors = folder.read(below if (below / folder.CONFIG).exists() else path)
+    adapter, bounds = _decoded(tensors, target, keymap, dtype, stack_axes, example, own=True)
     present = _attached_config(target, name)
     if present is not None and present != adapter.config and not replace:
         raise ConfigError(
-            f"{path}: its configuration differs from that of the attached adapter {name!r} in {_differences(present, adapter.config)};"
-            " load(…, replace=True) takes the file's, load(…, name=…) keeps both"
+            f"{tensors.source}: its configuration differs from that of the attached adapter {name!r} in"
+            f" {_differences(present, adapter.config)}; load(…, replace=True) takes the file's, and"
+            " load(…, name=…) keeps both"
         )
-    if isinstance(target, nnx.nnx.Module):
-        if present is not None:
-            attach.delete(target, name)
-        bounds = _plan_for(target, adapter.config, adapter.keymap)[1]
-        nnx.attach(target, adapter.recipe, bounds, name, adapter.flat(), rngs)
+    if not isinstance(target, nnx.nnx.Module):
+        bare = target if present is None else attach.delete(target, name)
+        return attach.with_adapter(bare, adapter, name)
+    if present is not None and present == adapter.config:
+        nnx.inject(adapter, target, name)
+        nnx.activate(target, (name,))
         return target
-    return attach.with_adapter(target, adapter, name)
+    if present is not None:
+        nnx.delete(target, name)
+    nnx.attach(target, adapter.recipe, bounds, name, adapter.flat(), rngs)
+    return target
 
 
 def _attached_config(target: Any, name: str) -> Config | None:
     if isinstance(target, nnx.nnx.Module):
         return nnx.extract(target, name).config if name in nnx.names(target) else None
-    for method in methods.METHODS.values():
-        held = target.get(method.peft_type.lower()) if isinstance(target, Mapping) else None
-        if held is not None and name in held:
-            return linen.read_collection(held[name], name).config
+    for collection in _collections(target).values():
+        if name in collection:
+            return linen.read_collection(collection[name], name).config
     return None
 
 
 def _differences(a: Config, b: Config) -> str:
     x, y = a.to_dict(), b.to_dict()
-    return ", ".join(f"{k} ({x.get(k)!r} attached, {y.get(k)!r} in the file)" for k in sorted(x | y) if x.get(k) != y.get(k))
+    keys = [key for key in sorted(x | y) if x.get(key) != y.get(key)]
+    return ", ".join(f"{key} ({x.get(key)!r} attached, {y.get(key)!r} in the file)" for key in keys)

@@ -1,0 +1,251 @@
+"""The table: lines that contradict themselves, what a line says of axes and names, families, recognition."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from jaxadapt import families, plan
+from jaxadapt.axes import Axes
+from jaxadapt.errors import KeyMapError, MismatchError
+from jaxadapt.families import FAMILIES
+from jaxadapt.keymap import GENERIC, KeyMap, Site, Weight, line_for
+
+
+def llama_shapes(layers=3, d=8, inner=12, vocab=16, tied=True, scan=None):
+    """The shapes of a small Llama under Hugging Face's names, unrolled or stacked on the axis `scan`."""
+    layer = {
+        **{f"self_attn.{m}.kernel": (d, d) for m in ("q_proj", "o_proj")},
+        **{f"self_attn.{m}.kernel": (d, d // 2) for m in ("k_proj", "v_proj")},
+        **{f"mlp.{m}.kernel": (d, inner) for m in ("gate_proj", "up_proj")},
+        "mlp.down_proj.kernel": (inner, d),
+        "input_layernorm.weight": (d,),
+        "post_attention_layernorm.weight": (d,),
+    }
+    shapes = {"model.embed_tokens.embedding": (vocab, d), "model.norm.weight": (d,)}
+    if not tied:
+        shapes["lm_head.kernel"] = (d, vocab)
+    for name, shape in layer.items():
+        if scan is None:
+            shapes |= {f"model.layers.{i}.{name}": shape for i in range(layers)}
+        else:
+            at = min(scan, len(shape))
+            shapes[f"model.layers.{name}"] = (*shape[:at], layers, *shape[at:])
+    return shapes
+
+
+# ---- lines -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("leaf", "key", "pattern", "over", "says"),
+    [
+        ("a", "a.weight", "i o", {}, "one '->'"),
+        ("a", "a.weight", "i o -> o -> i", {}, "one '->'"),
+        ("a", "a.weight", "i i -> i", {}, "axis 'i' is on the left twice"),
+        ("a", "a.weight", "i o -> o (i i)", {}, "axis 'i' is on the right twice"),
+        ("a", "a.weight", "i o -> i", {}, "axis 'o' is only on the left"),
+        ("a", "a.weight", "i -> i o", {}, "axis 'o' is only on the right"),
+        ("a", "a.weight", "i o -> (o i", {}, "'(' is no axis name"),
+        ("a", "a.weight", "i, o -> o i", {}, "',' is no axis name"),
+        ("a", "a.{l}.weight", "i o -> o i", {}, "hole {l} of the key is filled by nothing"),
+        ("a", "a.weight", "{l} i o -> o i", {}, "axis {l} must appear in the key"),
+        ("a", "a.weight", "i o -> o i", {"p": ("k",)}, "'p' has names but is no braced axis"),
+        ("a", "{p}.weight", "{p} i o -> o i", {"p": ()}, "'p' names no entry"),
+        ("a", "{p}.weight", "{p} i o -> o i", {"p": ("k", "k")}, "or one twice"),
+        ("a.{l}", "a.{l}.weight", "{l} i o -> o i", {}, "{l} is both a hole of the leaf and an axis"),
+        ("a.{l", "a.weight", "i o -> o i", {}, "'a.{l' has a brace that belongs to no hole"),
+        ("a", "a.{}.weight", "i o -> o i", {}, "'a.{}.weight' has a brace"),
+        ("a", "a.weight", "i o {l} -> o {l} i", {}, "axis '{l}' is only on the right"),
+    ],
+)
+def test_a_line_that_contradicts_itself_is_refused(leaf, key, pattern, over, says):
+    with pytest.raises(KeyMapError) as caught:
+        Weight(leaf, key, pattern, **over)
+    assert says in str(caught.value)
+    assert repr(leaf) in str(caught.value)
+
+
+def test_all_problems_of_a_line_stand_in_one_error():
+    with pytest.raises(KeyMapError, match="only on the left") as caught:
+        Weight("a", "a.{x}.weight", "i o {l} -> o")
+    assert "{x}" in str(caught.value)
+    assert "must appear in the key" in str(caught.value)
+
+
+def test_what_a_line_says_of_its_axes():
+    w = Weight("{path}.kv.w", "{path}.{l}.{p}.weight", "d {l} {p} n h -> (n h) d", p=("k", "v"))
+    site = Site("a.kv.w", w, (("path", "a"),))
+    assert site.stack == (1,)
+    assert site.roles == {"stack": ("{l}",), "batch": ("{p}",), "inn": ("d",), "out": ("n", "h")}
+    assert site.axes == Axes(inn=(0,), out=(2, 3), batch=(1,))
+    assert Site("a.kv.w", w, (), parts=(1,)).axes == Axes((0,), (2, 3), (1,), parts=(1,))
+    modules = site.modules({"d": 4, "{l}": 2, "{p}": 2, "n": 1, "h": 3})
+    assert modules == {(0, 0): "a.0.k", (0, 1): "a.0.v", (1, 0): "a.1.k", (1, 1): "a.1.v"}
+
+
+def test_kinds_follow_from_the_axes_unless_given():
+    assert Weight("a", "a.weight", "i o -> o i").kind == "linear"
+    assert Weight("a", "a.bias", "o -> o").kind == "vector"
+    assert Weight("a", "a.weight", "t i o -> o i t").kind == "other"
+    table = Weight("a", "a.weight", "v d -> v d", kind="embedding")
+    assert Site("a", table).roles["inn"] == ("v",)  # PEFT: a lookup maps vocabulary to features
+    assert Site("a", Weight("a", "a.weight", "o i -> i o", fan_in_fan_out=True)).roles["out"] == ("o",)
+
+
+def test_a_hole_used_twice_holds_the_same_text():
+    table = KeyMap("t", (Weight("h.{l}.at{l}.w", "h.{l}.weight", "i o -> o i"),))
+    assert table.site("h.3.at3.w") is not None
+    assert table.site("h.3.at4.w") is None
+
+
+def test_holes_hold_digits_and_paths():
+    table = KeyMap("t", (Weight("h.{l}.w", "h.{l}.weight", "i o -> o i"),))
+    assert table.site("h.x.w") is None
+    site = table.site("h.12.w")
+    assert site is not None
+    assert site.modules({}) == {(): "h.12"}
+    assert GENERIC.site("a.b.c.kernel").modules({}) == {(): "a.b.c"}  # type: ignore[union-attr]
+    assert GENERIC.site("kernel").modules({}) == {(): ""}  # type: ignore[union-attr]
+
+
+# ---- tables ------------------------------------------------------------------------------------------------
+
+
+def test_two_matching_lines_name_the_leaf_and_both_lines():
+    lines = (
+        Weight("{path}.q.w", "{path}.q.weight", "i o -> o i"),
+        Weight("a.{path}.w", "a.{path}.weight", "i o -> o i"),
+    )
+    with pytest.raises(KeyMapError) as caught:
+        KeyMap("mine", lines).site("a.q.w")
+    for part in ("'a.q.w'", "'mine'", "{path}.q.w", "a.{path}.w"):
+        assert part in str(caught.value)
+
+
+def test_a_literal_line_wins_over_a_template_and_is_there_once():
+    template = Weight("{path}.w", "{path}.weight", "i o -> o i")
+    literal = Weight("a.w", "special.weight", "i o -> o i")
+    table = KeyMap("t", (template,)).with_lines([literal])
+    assert table.site("a.w").weight == literal  # type: ignore[union-attr]
+    assert table.site("b.w").weight == template  # type: ignore[union-attr]
+    assert table.with_lines([literal]) == table
+    with pytest.raises(KeyMapError, match=r"two lines for the leaf 'a\.w'"):
+        KeyMap("t", (literal, literal)).site("a.w")
+
+
+def test_tables_are_equal_and_hashable_by_content():
+    again = KeyMap("llama", tuple(FAMILIES["llama"].weights), "lm_head")
+    assert again == FAMILIES["llama"]
+    assert hash(again) == hash(FAMILIES["llama"])
+    assert again != FAMILIES["gpt2"]
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, -1])
+def test_scanned_lines_agree_with_stacked_arrays(axis):
+    """A scanned table maps the stacked leaf to the very tensors the plain table makes of the layers."""
+    table = KeyMap("t", (Weight("h.{l}.q.w", "h.{l}.q.weight", "i n o -> (n o) i"),))
+    layers = {f"h.{l}.q.w": np.arange(24).reshape(2, 3, 4) + 100 * l for l in range(3)}
+    stacked = {"h.q.w": np.stack(list(layers.values()), axis)}
+    one = plan.base_plan(table, {k: v.shape for k, v in layers.items()}).encode(layers)
+    other = plan.base_plan(table.scanned(axis), {k: v.shape for k, v in stacked.items()}).encode(stacked)
+    assert sorted(one) == sorted(other)
+    for key in one:
+        np.testing.assert_array_equal(one[key], other[key])
+
+
+def test_scanned_leaves_lines_without_layers_alone():
+    line = Weight("norm.weight", "norm.weight", "d -> d")
+    assert line.scanned(0) == line
+    assert Weight("h.{l}.b", "h.{l}.bias", "o -> o").scanned(0).pattern == "{l} o -> o"
+
+
+def test_base_plan_lists_every_problem_and_names_the_leaves():
+    lines = (
+        Weight("{path}.q.w", "{path}.q.weight", "i o -> o i"),
+        Weight("a.{path}.w", "a.{path}.weight", "i o -> o i"),
+        Weight("kv", "{p}.weight", "{p} i o -> o i", p=("k", "v")),
+        Weight("r", "r.weight", "i o -> o i"),
+    )
+    shapes = {"a.q.w": (2, 3), "kv": (3, 2, 2), "r": (2, 2, 2), "lost": (4,)}
+    with pytest.raises(KeyMapError) as caught:
+        plan.base_plan(KeyMap("mine", lines), shapes)
+    text = str(caught.value)
+    assert "'a.q.w' matches 2 lines" in text
+    assert "'kv' has 3 entries on its fused axis, but its line names ['k', 'v']" in text
+    assert "'r' has shape (2, 2, 2)" in text
+    assert "lost (4,): no line" in text
+
+
+def test_keys_claimed_twice_name_both_leaves():
+    lines = (Weight("a.{l}", "x.weight", "i o -> o i"),)
+    with pytest.raises(MismatchError) as caught:
+        plan.base_plan(KeyMap("t", lines), {"a.0": (1, 2), "a.1": (1, 2)})
+    assert "x.weight: a.0, a.1" in str(caught.value)
+
+
+def test_lines_from_a_layers_own_roles():
+    line = line_for("blk.attn.kernel", (3, 2, 8, 2, 4), Axes((1,), (2, 3), (0,)), stack=(0,))
+    assert line.pattern == "{s0} {b0} i0 o0 o1 -> (o0 o1) (i0)"
+    assert line.key == "blk.{s0}.{b0}.attn.weight"
+    site = Site("blk.attn.kernel", line)
+    assert site.axes == Axes((1,), (2, 3), (0,))
+    # A leaf with a name of its own is part of the module's name.
+    assert line_for("ff.linear1", (2, 3), Axes((0,), (1,))).key == "ff.linear1.weight"
+
+
+# ---- families ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("scan", "name"), [(None, "llama"), (0, "llama/scan0"), (1, "llama/scan1")])
+def test_llama_is_recognised(scan, name, tied):
+    shapes = llama_shapes(scan=scan, tied=tied)
+    assert families.resolve("auto", shapes).name == name
+    assert families.resolve(None, shapes) == families.named(name)
+
+
+def test_what_no_table_accounts_for_gets_the_generic_map():
+    shapes = llama_shapes()
+    assert families.resolve("auto", {}) is GENERIC
+    assert families.resolve("auto", {**shapes, "vision.kernel": (2, 2)}) is GENERIC
+    assert families.resolve("auto", {**shapes, "model.norm.weight": (2, 2)}) is GENERIC  # another rank
+    assert families.resolve("auto", {"kernel": (2, 2)}) is GENERIC
+
+
+def test_stacked_axes_must_agree_in_size():
+    shapes = llama_shapes(scan=0)
+    assert FAMILIES["llama"].scanned(0).fits(shapes)
+    assert not FAMILIES["llama"].scanned(0).fits({**shapes, "model.layers.mlp.up_proj.kernel": (4, 8, 12)})
+
+
+def test_an_ambiguous_model_names_both_tables(monkeypatch):
+    twin = KeyMap("llama-twin", FAMILIES["llama"].weights)
+    monkeypatch.setitem(FAMILIES, "llama-twin", twin)
+    with pytest.raises(KeyMapError) as caught:
+        families.resolve("auto", llama_shapes())
+    assert "llama, llama-twin" in str(caught.value)
+    assert "keymap=" in str(caught.value)
+
+
+def test_a_model_as_wide_as_it_is_deep_does_not_tell_the_stacked_axis():
+    cube = llama_shapes(layers=8, d=8, inner=8, scan=0)
+    cube |= {k: (8, 8, 8) for k in cube if "proj" in k}
+    with pytest.raises(KeyMapError, match="llama/scan0, llama/scan1"):
+        families.resolve("auto", cube)
+    assert families.resolve("llama/scan1", cube).name == "llama/scan1"
+
+
+@pytest.mark.parametrize("name", ["lama", "llama/scan", "llama/scanx", "llama/1", ""])
+def test_an_unknown_family_lists_the_known_ones(name):
+    with pytest.raises(KeyMapError) as caught:
+        families.resolve(name, {})
+    assert "gpt2, llama" in str(caught.value)
+    assert repr(name) in str(caught.value)
+
+
+def test_every_family_has_lines_that_never_meet():
+    for table in FAMILIES.values():
+        for line in table.weights:
+            leaf = line.leaf.replace("{l}", "7").replace("{path}", "x.y")
+            assert table.site(leaf).weight == line  # type: ignore[union-attr]

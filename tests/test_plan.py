@@ -1,0 +1,334 @@
+"""The plan: a bijection between leaves and keys, against a reference that moves one element at a time."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from jaxadapt import IA3Config, LoraConfig, bind, plan
+from jaxadapt.axes import Axes
+from jaxadapt.errors import KeyMapError, MismatchError
+from jaxadapt.keymap import KeyMap, Tensor, Weight
+
+FAST = settings(max_examples=150, deadline=None)
+NAMES = ["i", "o", "h", "r", "inn", "out", "batch", "d2", "n_heads", "l", "lora_A"]
+
+
+# ---- an independent reference ------------------------------------------------------------------------------
+
+
+def axes_of(pattern):
+    """Left axis names and right groups, by splitting on blanks alone."""
+    left, right = pattern.split("->")
+    groups = []
+    for piece in right.replace("(", " ( ").replace(")", " ) ").split():
+        if piece == "(":
+            groups.append([])
+            groups[-1].append("(")
+        elif piece == ")":
+            groups[-1].remove("(")
+            groups[-1] = tuple(groups[-1])
+        elif groups and isinstance(groups[-1], list):
+            groups[-1].append(piece)
+        else:
+            groups.append((piece,))
+    return left.split(), groups
+
+
+def reference(pattern, key, leaf, entries, parts=None):
+    """`{key: array}`, every element carried to its place by its index alone.
+
+    `entries` names the entries of named braced axes; `parts` lists which of them the leaf holds.
+    """
+    left, groups = axes_of(pattern)
+    size = dict(zip(left, leaf.shape, strict=True))
+    out = {}
+    for index in np.ndindex(*leaf.shape):
+        at = dict(zip(left, index, strict=True))
+        text = {}
+        for name, i in at.items():
+            if name.startswith("{"):
+                bare = name[1:-1]
+                which = i if parts is None or bare not in entries else parts[i]
+                text[bare] = entries[bare][which] if bare in entries else str(i)
+        where = tuple(
+            sum(at[n] * math.prod(size[m] for m in group[k + 1 :]) for k, n in enumerate(group))
+            for group in groups
+        )
+        shape = tuple(math.prod(size[n] for n in group) for group in groups)
+        tensor = out.setdefault(key.format(**text), np.zeros(shape, leaf.dtype))
+        tensor[where] = leaf[index]
+    return out
+
+
+# ---- random lines ------------------------------------------------------------------------------------------
+
+
+@st.composite
+def lines(draw, groups=(1, 4), empty=True):
+    """A line, the shape of its leaf, and the names of its fused axis' entries."""
+    plain = draw(st.lists(st.sampled_from(NAMES), min_size=groups[0], max_size=4, unique=True))
+    count = draw(st.integers(groups[0], min(groups[1], len(plain))))
+    stacked = [f"{{s{i}}}" for i in range(draw(st.integers(0, 2)))]
+    fused = draw(st.lists(st.sampled_from(["k", "v", "q"]), max_size=3, unique=True))
+    braced = stacked + (["{p}"] if fused else [])
+    left = draw(st.permutations(plain + braced))
+    flat = draw(st.permutations(plain))
+    cuts = sorted(draw(st.permutations(range(1, len(plain))))[: count - 1])
+    right = [tuple(flat[a:b]) for a, b in itertools.pairwise([0, *cuts, len(flat)])]
+    if empty and draw(st.booleans()):
+        right.insert(draw(st.integers(0, len(right))), ())
+    pattern = f"{' '.join(left)} -> {' '.join('(' + ' '.join(g) + ')' for g in right)}"
+    key = ".".join(["blk", *[s for s in stacked], *(["{p}_proj"] if fused else ["proj"]), "weight"])
+    size = {n: draw(st.integers(1, 3)) for n in plain + stacked} | {"{p}": len(fused)}
+    over = {"p": tuple(fused)} if fused else {}
+    return Weight("blk.w", key, pattern, **over), tuple(size[n] for n in left), over
+
+
+@st.composite
+def layouts(draw, array):
+    """The same values in another memory layout."""
+    how = draw(st.sampled_from(["C", "F", "transposed", "strided", "reversed"]))
+    if how == "F":
+        return np.asfortranarray(array)
+    if how == "transposed":
+        order = draw(st.permutations(range(array.ndim)))
+        return np.ascontiguousarray(array.transpose(order)).transpose(np.argsort(order))
+    if how == "strided":
+        wide = np.zeros((*array.shape, 2), array.dtype)
+        wide[..., 0] = array
+        return wide[..., 0]
+    if how == "reversed":
+        return array[::-1].copy()[::-1]
+    return array
+
+
+def numbered(shape, dtype="int32"):
+    return np.arange(1, math.prod(shape) + 1, dtype=dtype).reshape(shape)
+
+
+@FAST
+@given(st.data())
+def test_a_base_weight_goes_out_and_comes_back_bit_for_bit(data):
+    weight, shape, over = data.draw(lines())
+    leaf = data.draw(layouts(numbered(shape)))
+    made = plan.base_plan(KeyMap("t", (weight,)), {"blk.w": shape})
+    encoded = dict(made.encode({"blk.w": leaf}))
+    expected = reference(weight.pattern, weight.key, leaf, over)
+    assert set(encoded) == set(expected)
+    assert len(made.entries[0].keys) == len(set(made.entries[0].keys))
+    assert made.shapes == {k: v.shape for k, v in expected.items()}
+    for key, value in expected.items():
+        np.testing.assert_array_equal(encoded[key], value)
+    contiguous = {k: data.draw(layouts(np.ascontiguousarray(v))) for k, v in encoded.items()}
+    for tensors in (encoded, contiguous):
+        back = made.decode(tensors)["blk.w"]
+        assert back.dtype == leaf.dtype
+        np.testing.assert_array_equal(back, leaf)
+
+
+def roles_pattern(weight, axes, groups):
+    """The pattern of an adapter tensor: the base weight's stacked axes at their own positions."""
+    left = list(axes)
+    for position, name in enumerate(weight.left):
+        if name.startswith("{s"):
+            left.insert(position, name)
+    return f"{' '.join(left)} -> {' '.join('(' + ' '.join(g) + ')' for g in groups)}"
+
+
+@FAST
+@given(st.data())
+@pytest.mark.parametrize("method", ["LORA", "IA3"])
+def test_adapter_tensors_agree_with_the_reference(method, data):
+    """`select` (from a model) and `recover` (from an adapter) give the same plan, and it is right."""
+    weight, shape, over = data.draw(lines(groups=(2, 2), empty=False))
+    table = KeyMap("t", (weight,))
+    fused = over.get("p", ())
+    chosen = data.draw(st.lists(st.sampled_from(fused), min_size=1, unique=True)) if fused else ["proj"]
+    targets = [f"{c}_proj" for c in chosen] if fused else ["proj"]
+    feedforward = method == "IA3" and data.draw(st.booleans())
+    if method == "LORA":
+        r = data.draw(st.integers(1, 3))
+        config = LoraConfig(r=r, target_modules=targets)
+    else:
+        config = IA3Config(target_modules=targets, feedforward_modules=targets if feedforward else [])
+    try:
+        bounds = bind.select(config, table, {"blk.w": shape})
+    except KeyMapError as error:
+        assume("stacks its layers on axis" not in str(error))
+        raise
+    (bound,) = bounds
+    out, inn = weight.right
+    batch = ["{p}"] if fused else []
+    size = dict(zip(weight.left, shape, strict=True))
+    if fused:
+        parts = sorted(fused.index(c) for c in chosen)
+        size["{p}"] = len(parts)
+    else:
+        parts = None
+    expected_tensors = (
+        {
+            "lora_A": ([*batch, *inn, "RANK"], [("RANK",), inn], ".lora_A.weight"),
+            "lora_B": ([*batch, "RANK", *out], [out, ("RANK",)], ".lora_B.weight"),
+        }
+        if method == "LORA"
+        else {"ia3_l": ([*batch, *inn], [(), inn], ".ia3_l")}
+        if feedforward
+        else {"ia3_l": ([*batch, *out], [out, ()], ".ia3_l")}
+    )
+    size["RANK"] = getattr(config, "r", 0)
+    leaves, expected = {}, {}
+    for name, (axes, groups, suffix) in expected_tensors.items():
+        pattern = roles_pattern(weight, axes, groups)
+        leaf = numbered([size[n] for n in axes_of(pattern)[0]], "float32")
+        leaves[f"blk.w.{name}"] = data.draw(layouts(leaf))
+        key = "base_model.model." + weight.key.removesuffix(".weight") + suffix
+        expected |= reference(pattern, key, leaf, over, parts)
+    assert bound.shapes == {p.rpartition(".")[2]: x.shape for p, x in leaves.items()}
+    made = bind.file_plan(bounds)
+    encoded = made.encode(leaves)
+    assert set(encoded) == set(expected)
+    for key, value in expected.items():
+        np.testing.assert_array_equal(encoded[key], value)
+        assert encoded.specs[key] == (value.shape, value.dtype)
+    back = made.decode(dict(encoded))
+    for path, leaf in leaves.items():
+        np.testing.assert_array_equal(back[path], leaf)
+    recovered = bind.recover(config, table, {"blk.w": {k: tuple(v) for k, v in bound.shapes.items()}})
+    assert [b.entries for b in recovered] == [b.entries for b in bounds]
+    assert [(b.modules, b.static, b.axes) for b in recovered] == [(b.modules, b.static, b.axes) for b in bounds]
+
+
+def test_a_fused_weight_partly_targeted_keeps_the_parts_order():
+    weight = Weight("kv", "{p}_proj.weight", "{p} i o -> o i", p=("k", "v", "q"))
+    (bound,) = bind.select(
+        LoraConfig(r=1, target_modules=["q_proj", "k_proj"]), KeyMap("t", (weight,)), {"kv": (3, 2, 2)}
+    )
+    assert bound.axes == Axes((1,), (2,), (0,), parts=(0, 2))
+    assert bound.shapes == {"lora_A": (2, 2, 1), "lora_B": (2, 1, 2)}
+    assert bound.modules == ("k_proj", "q_proj")
+
+
+# ---- what is refused ---------------------------------------------------------------------------------------
+
+TABLE = KeyMap(
+    "t",
+    (
+        Weight("h.{l}.{path}.w", "h.{l}.{path}.weight", "i o -> o i"),
+        Weight("kv", "{p}.weight", "{p} i o -> o i", p=("k", "v")),
+    ),
+)
+
+
+def test_check_lists_missing_unexpected_and_misshaped_together():
+    config = LoraConfig(r=2, target_modules=["q"])
+    made = bind.file_plan(bind.select(config, TABLE, {f"h.{l}.q.w": (3, 4) for l in range(3)}))
+    found = dict(made.shapes)
+    found.pop("base_model.model.h.0.q.lora_A.weight")
+    found["base_model.model.h.1.q.lora_B.weight"] = (4, 8)
+    found["base_model.model.h.9.q.lora_B.weight"] = (4, 2)
+    with pytest.raises(MismatchError) as caught:
+        made.check(found, "out/", ["x: int8, expected floats"])
+    text = str(caught.value)
+    for part in (
+        "out/ does not fit the model: of 6 tensors",
+        "1 missing from out/ (the model expects them):\n  base_model.model.h.0.q.lora_A.weight",
+        "1 unexpected (nothing in the model takes them):\n  base_model.model.h.9.q.lora_B.weight",
+        "base_model.model.h.1.q.lora_B.weight: expected [4, 2], found [4, 8]",
+        "x: int8, expected floats",
+        "another base model",
+    ):
+        assert part in text
+    made.check(made.shapes)
+
+
+def test_an_adapter_that_contradicts_itself_lists_every_tensor():
+    config = LoraConfig(r=2, target_modules=["q"])
+    shapes = {"h.0.q.w": {"lora_A": (3, 4), "lora_C": (1,)}}
+    with pytest.raises(MismatchError) as caught:
+        bind.recover(config, TABLE, shapes)
+    text = str(caught.value)
+    assert "h.0.q.w.lora_A: axis 'r' has 4 entries, expected 2" in text
+    assert "h.0.q.w.lora_B: missing" in text
+    assert "h.0.q.w.lora_C: no such tensor" in text
+    with pytest.raises(MismatchError, match=r"expected axes \(i r\), found shape \(3,\)"):
+        bind.recover(config, TABLE, {"h.0.q.w": {"lora_A": (3,), "lora_B": (2, 3)}})
+
+
+def test_unmapped_adapter_leaves_are_all_named():
+    leaves = {name: {"lora_A": (3, 2), "lora_B": (2, 3)} for name in ("x.w", "y.w")}
+    with pytest.raises(KeyMapError, match="keymap=") as caught:
+        bind.recover(LoraConfig(r=2, target_modules=["x"]), TABLE, leaves)
+    assert "x.w" in str(caught.value)
+    assert "y.w" in str(caught.value)
+
+
+def test_a_stacked_axis_behind_the_tensors_own_axes_is_refused():
+    table = KeyMap("t", (Weight("w", "h.{l}.q.weight", "i o {l} -> o i"),))
+    with pytest.raises(KeyMapError, match=r"'w' stacks its layers on axis 2, but its ia3_l has only 1 axes"):
+        bind.select(IA3Config(target_modules=["q"], feedforward_modules=[]), table, {"w": (2, 3, 4)})
+
+
+def test_two_sites_of_one_module_are_refused():
+    table = KeyMap("t", (Weight("{path}.w", "{path}.weight", "i o -> o i"), Weight("a.u", "a.weight", "i o -> o i")))
+    bounds = bind.select(LoraConfig(r=1, target_modules=["a"]), table, {"a.w": (2, 2), "a.u": (2, 2)})
+    with pytest.raises(MismatchError, match="claimed by several leaves") as caught:
+        bind.file_plan(bounds)
+    assert "a.u.lora_A, a.w.lora_A" in str(caught.value)
+
+
+# ---- encoding ----------------------------------------------------------------------------------------------
+
+
+def stacked_plan():
+    table = KeyMap("t", (Weight("h.{l}.q.w", "h.{l}.q.weight", "i o -> o i"),)).scanned(0)
+    return bind.file_plan(bind.select(LoraConfig(r=2, target_modules=["q"]), table, {"h.q.w": (3, 4, 5)}))
+
+
+def test_encoding_is_lazy_and_views_where_it_can_be():
+    made = stacked_plan()
+    leaves = {"h.q.w.lora_A": np.zeros((3, 4, 2)), "h.q.w.lora_B": np.zeros((3, 2, 5))}
+    encoded = made.encode(leaves)
+    for key, value in encoded.items():
+        assert np.shares_memory(value, leaves["h.q.w.lora_A" if "lora_A" in key else "h.q.w.lora_B"])
+    assert "nothing" not in encoded
+    assert len(encoded) == 6
+
+
+def test_encoding_converts_one_tensor_at_a_time():
+    encoded = stacked_plan().encode(
+        {"h.q.w.lora_A": np.full((3, 4, 2), 1 / 3), "h.q.w.lora_B": np.zeros((3, 2, 5), "float16")}, "bfloat16"
+    )
+    assert {s.dtype for s in encoded.specs.values()} == {np.dtype("bfloat16")}
+    assert {v.dtype for v in encoded.values()} == {np.dtype("bfloat16")}
+
+
+def test_layers_of_several_dtypes_join_in_one_that_holds_them():
+    made = stacked_plan()
+    tensors = {k: np.full(shape, 1 / 3, "float32") for k, shape in made.shapes.items()}
+    key = "base_model.model.h.1.q.lora_A.weight"
+    tensors[key] = tensors[key].astype(ml_dtypes.bfloat16)
+    leaf = made.decode(tensors)["h.q.w.lora_A"]
+    assert leaf.dtype == np.float32
+    np.testing.assert_array_equal(leaf[1].T, tensors[key].astype("float32"))
+    tensors["base_model.model.h.0.q.lora_A.weight"] = np.zeros((2, 4), "float16")
+    tensors["base_model.model.h.2.q.lora_A.weight"] = np.zeros((2, 4), ml_dtypes.bfloat16)
+    with pytest.raises(MismatchError, match=r"'h\.q\.w\.lora_A' is one array.*bfloat16, float16"):
+        made.decode({**tensors, key: np.zeros((2, 4), "float16")})
+
+
+def test_size_one_axes_that_only_pytorch_has():
+    tensor = Tensor("v", ".v", ("out",), ((), ("out",), ()))
+    weight = Weight("a", "a.weight", "i n h -> (n h) i")
+    table = KeyMap("t", (weight,))
+    e = plan.entry(table, table.site("a"), tensor, {"i": 2, "n": 3, "h": 4})
+    assert e.file_shape == (1, 12, 1)
+    x = numbered((3, 4))
+    assert e.encode(x, 0).shape == (1, 12, 1)
+    np.testing.assert_array_equal(e.decode([e.encode(x, 0)]), x)
