@@ -65,9 +65,7 @@ def test_batches_visit_every_row_and_are_the_same_for_the_same_seed() -> None:
 
 
 @pytest.mark.parametrize(("api", "method"), CASES)
-def test_a_trainer_lowers_the_loss_and_leaves_the_base(
-    api: str, method: str, weights: dict[str, np.ndarray]
-) -> None:
+def test_a_trainer_lowers_the_loss_and_leaves_the_base(api: str, method: str, weights: dict[str, np.ndarray]) -> None:
     tuner: Any = training.trainer(api, TINY, weights, method, steps=12)
     before = tuner.loss(TOKENS)
     steps = [tuner.step(TOKENS) for _ in range(12)]
@@ -124,9 +122,7 @@ def test_all_wrong_arguments_are_named_at_once(tmp_path: Path) -> None:
         finetune.run(tmp_path, steps=0, api="keras", method="dora")
 
 
-def test_without_the_extra_the_demo_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_without_the_extra_the_demo_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     real = importlib.util.find_spec
 
     def absent(name: str) -> Any:

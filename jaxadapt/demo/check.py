@@ -47,9 +47,7 @@ def in_new_process(adapter: Path, tokens: np.ndarray, reader: str) -> np.ndarray
         command = [sys.executable, "-m", __name__, str(adapter), str(probe), str(logits), "--reader", reader]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise AdapterError(
-                f"reading {adapter} in a new process ({reader}) failed:\n{done.stderr[-2000:]}"
-            )
+            raise AdapterError(f"reading {adapter} in a new process ({reader}) failed:\n{done.stderr[-2000:]}")
         return np.load(logits)
 
 
@@ -66,9 +64,7 @@ def peft_logits(adapter: Path, tokens: np.ndarray, model: SmolLM2) -> np.ndarray
         own = dict(base.named_parameters())  # without the tied head, which is the embedding again
         weights = model.weights()
         if own.keys() != weights.keys():
-            raise AdapterError(
-                f"transformers' Llama has other weights: {sorted(own.keys() ^ weights.keys())}"
-            )
+            raise AdapterError(f"transformers' Llama has other weights: {sorted(own.keys() ^ weights.keys())}")
         for name, weight in weights.items():
             own[name].copy_(torch.from_numpy(np.asarray(weight)))
     adapted = peft.PeftModel.from_pretrained(base, str(adapter)).eval()

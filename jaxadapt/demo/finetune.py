@@ -114,17 +114,11 @@ def run(
     peft_difference = None
     if check.peft_installed():
         peft_difference = float(np.abs(check.in_new_process(out, probe, "peft") - expected).max())
-        console.print(
-            f"loaded by PEFT (torch) on the same base: largest logit difference {peft_difference:.1e}"
-        )
+        console.print(f"loaded by PEFT (torch) on the same base: largest logit difference {peft_difference:.1e}")
     else:
-        console.print(
-            "PEFT is not installed here: with `pip install peft` the demo opens these files in it too"
-        )
+        console.print("PEFT is not installed here: with `pip install peft` the demo opens these files in it too")
     seconds = time.monotonic() - started
-    console.print(
-        f"{out}: the adapter, ready for jaxadapt.load and PeftModel.from_pretrained ({seconds:.0f} s)"
-    )
+    console.print(f"{out}: the adapter, ready for jaxadapt.load and PeftModel.from_pretrained ({seconds:.0f} s)")
     return Report(
         out=out,
         losses=tuple(losses),
@@ -205,9 +199,7 @@ def _tune(
     return tuner, losses, (before[0], after[0]), (before[1], after[1]), held_out[:1]
 
 
-def sample(
-    tuner: Trainer, prompt: Sequence[int], count: int, seed: int, temperature: float = 0.7
-) -> list[int]:
+def sample(tuner: Trainer, prompt: Sequence[int], count: int, seed: int, temperature: float = 0.7) -> list[int]:
     """Continue `prompt` by `count` sampled tokens, the same ones for the same seed and model.
 
     The window has one fixed length, so the forward pass compiles once; what stands behind the current
@@ -232,15 +224,11 @@ def _sizes(model: SmolLM2, base: int, adapter: int, file: Path) -> Table:
     table.add_row("parameters", f"{base:,}", f"{adapter:,}", f"{adapter / base:.2%}")
     table.add_row("float32, MB", f"{base * 4 / 1e6:,.1f}", f"{bytes_ / 1e6:,.2f}", f"{bytes_ / base / 4:.2%}")
     packed = model.path.stat().st_size
-    table.add_row(
-        "on disk, MB", f"{packed / 1e6:,.1f} (4 bits)", f"{bytes_ / 1e6:,.2f}", f"{bytes_ / packed:.2%}"
-    )
+    table.add_row("on disk, MB", f"{packed / 1e6:,.1f} (4 bits)", f"{bytes_ / 1e6:,.2f}", f"{bytes_ / packed:.2%}")
     return table
 
 
-def _plot(
-    path: Path, losses: Sequence[float], held_out: tuple[float, float], console: Console
-) -> Path | None:
+def _plot(path: Path, losses: Sequence[float], held_out: tuple[float, float], console: Console) -> Path | None:
     if importlib.util.find_spec("matplotlib") is None:
         console.print(f"no loss plot: matplotlib is not installed; run: {INSTALL}")
         return None

@@ -210,9 +210,7 @@ def place(config: LlamaConfig, weights: Mapping[str, Tensor]) -> Iterator[tuple[
 
 def _leaf_path(name: str) -> str:
     module = name.removesuffix(".weight")
-    kind = (
-        "embedding" if module.endswith("embed_tokens") else "weight" if module.endswith("norm") else "kernel"
-    )
+    kind = "embedding" if module.endswith("embed_tokens") else "weight" if module.endswith("norm") else "kernel"
     return f"{module}.{kind}"
 
 

@@ -78,9 +78,7 @@ class LlamaModel(nnx.Module):
 
     def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
-        self.embed_tokens = nnx.Embed(
-            config.vocab_size, config.hidden_size, param_dtype=config.param_dtype, rngs=rngs
-        )
+        self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, param_dtype=config.param_dtype, rngs=rngs)
         self.layers: Any
         if config.scan:
             create = nnx.vmap(lambda keys: Block(config, rngs=keys), out_axes=self._axes())

@@ -29,9 +29,7 @@ def adapter_config(method: str) -> Any:
         ConfigError: no such method.
     """
     if method == "lora":
-        return jaxadapt.LoraConfig(
-            r=8, lora_alpha=16, target_modules=list(PROJECTIONS), task_type="CAUSAL_LM"
-        )
+        return jaxadapt.LoraConfig(r=8, lora_alpha=16, target_modules=list(PROJECTIONS), task_type="CAUSAL_LM")
     if method == "ia3":
         return jaxadapt.IA3Config(
             target_modules=["k_proj", "v_proj", "down_proj"],
@@ -170,9 +168,7 @@ class LinenTrainer:
         return sum(leaf.size for leaf in jax.tree.leaves(self.adapter))
 
 
-def trainer(
-    api: str, config: LlamaConfig, weights: Weights, method: str, steps: int, seed: int = 0
-) -> Trainer:
+def trainer(api: str, config: LlamaConfig, weights: Weights, method: str, steps: int, seed: int = 0) -> Trainer:
     """An untrained adapter on the base, ready for `steps` steps.
 
     Raises:
@@ -185,9 +181,7 @@ def trainer(
     return kind(config, weights, adapter, optimizer(method, steps), seed)
 
 
-def load_logits(
-    api: str, config: LlamaConfig, weights: Weights, folder: Path, tokens: np.ndarray
-) -> np.ndarray:
+def load_logits(api: str, config: LlamaConfig, weights: Weights, folder: Path, tokens: np.ndarray) -> np.ndarray:
     """Logits (B, T, V) of the base with a saved adapter loaded onto it."""
     inputs = jnp.asarray(tokens)
     if api == "nnx":
