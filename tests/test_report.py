@@ -27,13 +27,14 @@ def test_a_model(tmp_path):
     config = jaxadapt.LoraConfig(r=2, lora_alpha=8, target_modules=r"layers\.\d+|head", alpha_pattern={"head": 2})
     jaxadapt.adapt(model, config, rngs=nnx.Rngs(1))
     found = jaxadapt.summary(model)
-    sizes = [v.get_value().size for v in jax.tree.leaves(nnx.state(model), is_leaf=lambda v: isinstance(v, nnx.Variable))]
+    sizes = [x.size for x in jax.tree.leaves(nnx.state(model))]
     adapters = [x.size for x in jax.tree.leaves(nnx.state(model, jaxadapt.AdapterParam))]
     assert found.trainable == sum(adapters)
     assert found.base_parameters == sum(sizes) - sum(adapters)
     text = str(found)
-    assert "layers.*.kernel" in text and "head.kernel" in text
-    assert " 4 " in text.replace("\n", " ") and f"trainable {sum(adapters)} of {sum(sizes)}" in text
+    assert "layers.*.kernel" in text
+    assert "head.kernel" in text
+    assert f"trainable {sum(adapters)} of {sum(sizes)}" in text
     assert "Linear's own call" in text
 
 
@@ -48,7 +49,8 @@ def test_variables_and_inactive_adapters():
     variables = module.init(jax.random.key(0), jnp.ones((1, 3)))
     found = jaxadapt.summary(module, variables)
     assert {row.adapter for row in found.rows} == {"a", "b"}
-    assert found.trainable == 2 * (3 * 2 + 2 * 4) and found.base_parameters == 3 * 4 + 4
+    assert found.trainable == 2 * (3 * 2 + 2 * 4)
+    assert found.base_parameters == 3 * 4 + 4
     assert "a (inactive)" in str(found)
     assert jaxadapt.summary(variables).trainable == found.trainable
 
