@@ -9,11 +9,11 @@ from typing import Any
 
 import jax
 
-from jaxadapt import bind, families, linen, methods, nnx, paths
+from jaxadapt import bind, families, linen, methods, nnx, nnx_survey, paths
 from jaxadapt.adapter import CONFIG_NODE, Adapter, Recipe, collection_name, is_array
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError
-from jaxadapt.keymap import KeyMap
+from jaxadapt.keymap import GENERIC, KeyMap
 
 DEFAULT = "default"
 
@@ -99,19 +99,25 @@ def plan_nnx(
     """The recipe and sites of a configuration on an NNX model."""
     shapes = nnx.base_shapes(model)
     table = families.resolve(keymap, shapes)
-    lines = nnx.class_lines(model, table, stack_axes)
+    lines = nnx_survey.class_lines(model, table, stack_axes)
     if example is not None:
-        wanted = bind.uncovered(config, table.with_lines(lines), shapes)
+        # What a layer computes says more of its axes than the generic map, and less than a family's table.
+        known = dataclasses.replace(GENERIC, weights=()) if table == GENERIC else table
+        wanted = nnx_survey.custom(model, bind.uncovered(config, known.with_lines(lines), shapes))
+        named = config.get("target_modules") != "all-linear"
+        required = [leaf for leaf in wanted if named and table.site(leaf) is None]
         if wanted:
-            traced = nnx.traced_axes(model, tuple(example), {}, wanted)
-            lines = nnx.class_lines(model, table, stack_axes, traced)
+            traced = nnx_survey.traced_axes(model, example, wanted, required)
+            lines = nnx_survey.class_lines(model, table, stack_axes, traced)
     full = table.with_lines(lines)
     config = bind.resolve(config, full, shapes)
     bounds = bind.select(config, full, shapes)
     mine = {b.leaf for b in bounds}
     recipe = Recipe(config, table.with_lines(line for line in lines if line.leaf in mine))
     if example is not None:
-        nnx.check_reads(model, bounds, tuple(example))
+        method = methods.of(config)
+        dropped = [b.leaf for b in bounds if method.dropout(b.static)]
+        nnx_survey.check_calls(model, {b.leaf: b.axes for b in bounds}, dropped, example)
     return recipe, bounds
 
 

@@ -20,7 +20,7 @@ FLOORS = [
     ["errors", "paths", "axes", "configs"],
     ["adapter", "keymap", "plan", "trace", "liveness", "layers", "filters", "targets", "codecs"],
     ["methods", "families", "bind", "folder", "dialects", "sharding", "card"],
-    ["linen", "nnx", "merging"],
+    ["linen", "linen_survey", "nnx", "nnx_survey", "merging"],
     ["attach", "store", "report"],
     ["hub", "checkpoint", "serving"],
     ["cli", "demo"],
@@ -36,14 +36,16 @@ SAME_FLOOR = {
     ("bind", "methods"): "a configuration is bound by its method",
     ("store", "attach"): "load attaches before it injects",
     ("report", "attach"): "a summary extracts",
+    ("nnx", "nnx_survey"): "attaching asks what a model does with its weights",
     ("merging", "nnx"): "it takes a model as well as a tree",
+    ("linen", "linen_survey"): "one module's work in two files",
     ("merging", "linen"): "boxes are opened as Linen opens them",
     ("cli", "demo"): "`jaxadapt demo` starts it",
 }
 
 # library -> the rooms that may import it
 DOORS: dict[str, set[str]] = {
-    "flax": {"linen", "nnx", "demo"},
+    "flax": {"linen", "linen_survey", "nnx", "nnx_survey", "demo"},
     # The library never imports torch. The demo's comparison with PEFT is a process of its own.
     "torch": {"demo.check"},
     "peft": {"demo.check"},
