@@ -1,0 +1,223 @@
+"""Merging: the effective weight in the base's own tree, against W + s·B·A and W·l written out."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from flax.core import FrozenDict, freeze
+
+import jaxadapt
+from jaxadapt import AttachError, MismatchError, attach
+from jaxadapt.keymap import KeyMap, Weight
+from tests import small
+from tests.small import IA3, LORA, X
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+
+
+def made(config, params, table=None, seed=1, dtype=None):
+    """An adapter with values near 1 for these parameters."""
+    adapter = jaxadapt.init(config, params, key=jax.random.key(0), keymap=table, dtype=dtype)
+    return small.noisy(adapter, seed)
+
+
+def rand(*shape, dtype="float32", seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+@pytest.mark.parametrize("config", [LORA, IA3], ids=["LORA", "IA3"])
+def test_merge_equals_apply_and_unmerge_undoes_it(config):
+    model, variables = small.trained(config), small.variables(config)
+    adapter = jaxadapt.extract(model)
+    merged = jaxadapt.merge(small.base()["params"], adapter)
+    out = small.LinenNet().apply({"params": merged}, X)
+    np.testing.assert_allclose(out, model(X), **CLOSE)
+    np.testing.assert_allclose(out, jaxadapt.adapt(small.LinenNet(), config).apply(variables, X), **CLOSE)
+    back = jaxadapt.unmerge(merged, adapter)
+    for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(small.base()["params"]), strict=True):
+        np.testing.assert_allclose(a, b, **CLOSE)
+
+
+@pytest.mark.parametrize("config", [LORA, IA3], ids=["LORA", "IA3"])
+def test_models_merge_in_place(config):
+    model = small.trained(config)
+    out, adapter = model(X), jaxadapt.extract(model)
+    with pytest.raises(AttachError, match="active adapters, which would count twice"):
+        jaxadapt.merge(model, adapter)
+    jaxadapt.detach(model)
+    kernel = model.q_proj.kernel
+    assert jaxadapt.merge(model, adapter) is model
+    assert model.q_proj.kernel is kernel
+    assert nnx.graphdef(model) == nnx.graphdef(small.net())
+    np.testing.assert_allclose(model(X), out, **CLOSE)
+    jaxadapt.unmerge(model, adapter)
+    np.testing.assert_allclose(model(X), small.net()(X), rtol=1e-4, atol=1e-5)
+
+
+def test_the_merged_weight_is_the_formula():
+    params = {"q": {"kernel": rand(4, 6)}}
+    config = jaxadapt.LoraConfig(r=2, lora_alpha=3, target_modules=["q"], use_rslora=True)
+    adapter = made(config, params)
+    a, b = (np.asarray(adapter.flat()[f"q.kernel.lora_{x}"], "float64") for x in "AB")
+    expected = params["q"]["kernel"] + 3 / np.sqrt(2) * a @ b
+    np.testing.assert_allclose(jaxadapt.merge(params, adapter)["q"]["kernel"], expected, rtol=1e-6)
+    # `merge` gives a new tree
+    np.testing.assert_array_equal(params["q"]["kernel"], rand(4, 6))
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_stacked_layers(axis):
+    """On any axis, as layer by layer; an untouched bias may be stacked as it likes."""
+    table = KeyMap("t", (Weight("h.{l}.q.kernel", "h.{l}.q.weight", "i o -> o i"),))
+    config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
+    layers = {"h": {str(l): {"q": {"kernel": rand(4, 6, seed=l)}} for l in range(3)}}
+    stacked = {
+        "h": {"q": {"kernel": np.stack([rand(4, 6, seed=l) for l in range(3)], axis), "bias": rand(3, 6)}}
+    }
+    one = made(config, layers, table)
+    tensors = jaxadapt.to_peft(one)
+    other = jaxadapt.from_peft(tensors, stacked, keymap=table.scanned(axis))
+    expected = jaxadapt.merge(layers, one)["h"]
+    found = jaxadapt.merge(stacked, other)["h"]["q"]
+    for l in range(3):
+        np.testing.assert_allclose(np.take(found["kernel"], l, axis), expected[str(l)]["q"]["kernel"], rtol=1e-6)
+    assert found["bias"] is stacked["h"]["q"]["bias"]
+    back = jaxadapt.unmerge({"h": {"q": found}}, other)["h"]["q"]["kernel"]
+    np.testing.assert_allclose(back, stacked["h"]["q"]["kernel"], **CLOSE)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_stacked_layers_with_ia3_and_their_biases(axis):
+    lines = (
+        Weight("h.{l}.q.kernel", "h.{l}.q.weight", "i o -> o i"),
+        Weight("h.{l}.q.bias", "h.{l}.q.bias", "o -> o"),
+    )
+    config = jaxadapt.IA3Config(target_modules=["q"], feedforward_modules=[])
+    stacked = {
+        "h": {
+            "q": {
+                "kernel": np.stack([rand(4, 6, seed=l) for l in range(3)], axis),
+                "bias": np.stack([rand(6, seed=l) for l in range(3)], axis),
+            }
+        }
+    }
+    adapter = made(config, stacked, KeyMap("t", lines).scanned(axis))
+    found = jaxadapt.merge(stacked, adapter)["h"]["q"]
+    scale = np.asarray(adapter.flat()["h.q.kernel.ia3_l"])
+    for l in range(3):
+        s = np.take(scale, l, axis)
+        kernel = np.take(stacked["h"]["q"]["kernel"], l, axis)
+        np.testing.assert_allclose(np.take(found["kernel"], l, axis), kernel * s, rtol=1e-6)
+        np.testing.assert_allclose(
+            np.take(found["bias"], l, axis), np.take(stacked["h"]["q"]["bias"], l, axis) * s, rtol=1e-6
+        )
+
+
+@pytest.mark.parametrize("array", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
+def test_a_partly_targeted_fused_weight_keeps_its_other_parts(array):
+    table = KeyMap("t", (Weight("kv", "{p}_proj.weight", "i {p} o -> o i", p=("k", "v")),))
+    params = {"kv": array(rand(4, 2, 6))}
+    adapter = made(jaxadapt.LoraConfig(r=2, lora_alpha=2, target_modules=["v_proj"]), params, table)
+    merged = jaxadapt.merge(params, adapter)["kv"]
+    assert isinstance(merged, np.ndarray) == isinstance(params["kv"], np.ndarray)
+    np.testing.assert_array_equal(merged[:, 0], params["kv"][:, 0])
+    a, b = (np.asarray(adapter.flat()[f"kv.lora_{x}"]) for x in "AB")
+    np.testing.assert_allclose(merged[:, 1], params["kv"][:, 1] + a[0] @ b[0], rtol=1e-5)
+    np.testing.assert_allclose(jaxadapt.unmerge({"kv": merged}, adapter)["kv"], params["kv"], **CLOSE)
+
+
+@pytest.mark.parametrize("config", [LORA, IA3], ids=["LORA", "IA3"])
+def test_ia3_scales_the_bias_of_outputs_only(config):
+    params = jax.tree.map(lambda x: jnp.ones_like(x), small.base()["params"])
+    adapter = made(config, params)
+    merged = jaxadapt.merge(params, adapter)
+    np.testing.assert_array_equal(merged["up_proj"]["bias"], params["up_proj"]["bias"])
+    scaled = not np.array_equal(merged["q_proj"]["bias"], params["q_proj"]["bias"])
+    assert scaled == (config is IA3)
+
+
+def test_sixteen_bit_weights_are_rounded_once():
+    params = {"q": {"kernel": rand(32, 32, dtype=ml_dtypes.bfloat16)}}
+    config = jaxadapt.LoraConfig(r=4, lora_alpha=4, target_modules=["q"])
+    for dtype in ("float32", "bfloat16"):
+        adapter = made(config, params, dtype=dtype)
+        a, b = (np.asarray(adapter.flat()[f"q.kernel.lora_{x}"], "float32") for x in "AB")
+        exact = np.asarray(params["q"]["kernel"], "float32") + a @ b
+        merged = jaxadapt.merge(params, adapter)["q"]["kernel"]
+        assert merged.dtype == ml_dtypes.bfloat16
+        # Half a unit in the last place is what one rounding costs; a sum in bfloat16 would cost more.
+        np.testing.assert_allclose(np.asarray(merged, "float32"), exact, rtol=2**-8, atol=1e-5)
+
+
+def test_trees_keep_their_structure():
+    plain = small.base()["params"]
+    adapter = made(LORA, plain)
+    expected = jaxadapt.merge(plain, adapter)
+    frozen = jaxadapt.merge(freeze(plain), adapter)
+    assert isinstance(frozen, FrozenDict)
+    assert small.same(frozen, freeze(expected))
+
+    boxed = jax.tree.map(lambda x: nn.Partitioned(x, names=(None,) * x.ndim), plain)
+    merged = jaxadapt.merge(boxed, adapter)
+    assert jax.tree.structure(merged) == jax.tree.structure(boxed)
+    assert small.same(nn.meta.unbox(merged), expected)
+    assert merged["q_proj"]["kernel"].names == (None, None)
+
+    state = nnx.state(small.net(), nnx.Param)
+    merged = jaxadapt.merge(state, adapter)
+    assert isinstance(merged, nnx.State)
+    np.testing.assert_array_equal(merged["q_proj"]["kernel"][...], expected["q_proj"]["kernel"])
+    model = small.net()
+    nnx.update(model, merged)
+    np.testing.assert_allclose(model(X), small.trained()(X), **CLOSE)
+
+    empty = jaxadapt.merge({**plain, "empty": {}}, adapter)
+    assert empty["empty"] == {}
+
+
+def test_numpy_stays_numpy_and_what_is_not_adapted_stays_itself():
+    params = jax.tree.map(np.asarray, small.base()["params"])
+    merged = jaxadapt.merge(params, made(LORA, params))
+    assert all(type(x) is np.ndarray for x in jax.tree.leaves(merged))
+    assert merged["q_proj"]["bias"] is params["q_proj"]["bias"]
+    assert merged["q_proj"]["kernel"].flags.writeable
+
+
+def test_merging_under_jit():
+    params = small.base()["params"]
+    adapter = made(LORA, params)
+    merged = jax.jit(jaxadapt.merge)(params, adapter)
+    for a, b in zip(jax.tree.leaves(merged), jax.tree.leaves(jaxadapt.merge(params, adapter)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_what_does_not_fit_is_listed():
+    adapter = small.adapter()
+    with pytest.raises(MismatchError) as caught:
+        jaxadapt.merge({"other": {"kernel": rand(6, 8)}}, adapter)
+    assert "q_proj.kernel" in str(caught.value)
+    assert "up_proj.kernel" in str(caught.value)
+    params = {n: {"kernel": rand(6, 7)} for n in ("q_proj", "up_proj")}
+    with pytest.raises(MismatchError) as caught:
+        jaxadapt.merge(params, adapter)
+    assert "q_proj.kernel: for a weight of shape (6, 7) expected" in str(caught.value)
+    assert "up_proj.kernel" in str(caught.value)
+    with pytest.raises(AttachError, match="expected an Adapter"):
+        jaxadapt.merge(params, jaxadapt.to_peft(adapter))  # type: ignore[arg-type]
+
+
+def test_merging_two_adapters_one_after_the_other():
+    params = small.base()["params"]
+    first, second = made(LORA, params, seed=1), made(LORA.replace(r=3), params, seed=2)
+    model = small.net()
+    for name, adapter in (("a", first), ("b", second)):
+        jaxadapt.adapt(model, adapter.config, name=name, rngs=nnx.Rngs(0))
+        attach.inject(adapter, model, name)
+    jaxadapt.activate(model, "a", "b")
+    merged = jaxadapt.merge(jaxadapt.merge(params, first), second)
+    np.testing.assert_allclose(small.LinenNet().apply({"params": merged}, X), model(X), rtol=1e-4, atol=1e-5)
