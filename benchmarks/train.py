@@ -4,7 +4,8 @@
 
 SmolLM2-135M's shape with random float32 weights, 4 × 64 tokens, LoRA r=8 on all seven projections, AdamW.
 What is measured of the compiled step is XLA's own account: FLOPs, bytes accessed, memory. Steps of all ways
-are interleaved, and so are the repetitions of tracing and compiling. Exits with 1 if a target is missed.
+are interleaved, and so are the repetitions of tracing and compiling, whose seconds are of processor time (they
+hardly depend on what else the machine does). Exits with 1 if a target is missed.
 """
 
 from __future__ import annotations
@@ -84,13 +85,13 @@ def minimum(config: LlamaConfig) -> float:
 class Way:
     """One way to train: a new jitted step whenever asked, its arguments, and how to take a step.
 
-    `attach` is how long it took to put the adapter on the model, the first time in this process.
+    `attach`: seconds to put the adapter on the model; first with nothing compiled yet, as in a new process.
     """
 
     jit: Callable[[], Any]
     arguments: Callable[[], tuple[Any, ...]]
     advance: Callable[[Any], Any]
-    attach: float
+    attach: list[float]
     steps: list[float] = field(default_factory=list)
     tracing: list[float] = field(default_factory=list)
     compiling: list[float] = field(default_factory=list)
@@ -98,12 +99,23 @@ class Way:
     compilations: int = 0
 
 
+def attached(attach: Callable[[Any], Any], build: Callable[[], Any] = lambda: None) -> tuple[Any, list[float]]:
+    """What `attach` makes of what `build` gives, and the seconds of each of several times."""
+    seconds: list[float] = []
+    result = None
+    jax.clear_caches()
+    for _ in range(4):
+        result, given = None, build()
+        gc.collect()
+        start = time.perf_counter()
+        result = attach(given)
+        jax.block_until_ready(nnx.state(result) if isinstance(result, nnx.Module) else result)
+        seconds.append(time.perf_counter() - start)
+    return result, seconds
+
+
 def nnx_way(build: Callable[[], Any], attach: Callable[[Any], Any], wrt: Any, tokens: jax.Array) -> Way:
-    model = build()
-    started = time.perf_counter()
-    model = attach(model)
-    jax.block_until_ready(nnx.state(model, wrt))
-    attached = time.perf_counter() - started
+    model, seconds = attached(attach, build)
     optimizer = nnx.Optimizer(model, optax.adamw(1e-4), wrt=wrt)
 
     def jit() -> Any:
@@ -121,14 +133,12 @@ def nnx_way(build: Callable[[], Any], attach: Callable[[Any], Any], wrt: Any, to
     def arguments() -> tuple[Any, ...]:
         return model, optimizer, tokens
 
-    return Way(jit, arguments, lambda step: step(model, optimizer, tokens), attached)
+    return Way(jit, arguments, lambda step: step(model, optimizer, tokens), seconds)
 
 
-def linen_way(module: Any, base: Any, attach: Callable[[], Any], tokens: jax.Array) -> Way:
+def linen_way(module: Any, base: Any, attach: Callable[[Any], Any], tokens: jax.Array) -> Way:
     tx = optax.adamw(1e-4)
-    started = time.perf_counter()
-    adapter = jax.block_until_ready(attach())
-    attached = time.perf_counter() - started
+    adapter, seconds = attached(attach)
     held = {"adapter": adapter, "state": tx.init(adapter)}
 
     def jit() -> Any:
@@ -149,7 +159,7 @@ def linen_way(module: Any, base: Any, attach: Callable[[], Any], tokens: jax.Arr
         held["adapter"], held["state"], value = step(*arguments())
         return value
 
-    return Way(jit, arguments, advance, attached)
+    return Way(jit, arguments, advance, seconds)
 
 
 def ways(config: LlamaConfig, tokens: jax.Array, with_qwix: bool) -> dict[str, Way]:
@@ -161,7 +171,7 @@ def ways(config: LlamaConfig, tokens: jax.Array, with_qwix: bool) -> dict[str, W
     variables = llama_linen.to_linen(config, weights)
     hand = byhand.Llama(config)
 
-    def fresh() -> Any:
+    def fresh(_: Any) -> Any:
         return {"lora": jax.jit(hand.init)(jax.random.key(0), tokens)["lora"]}
 
     found = {
@@ -172,7 +182,7 @@ def ways(config: LlamaConfig, tokens: jax.Array, with_qwix: bool) -> dict[str, W
         "Linen, jaxadapt": linen_way(
             jaxadapt.adapt(llama_linen.Llama(config), lora()),
             variables,
-            lambda: jaxadapt.init(lora(), variables["params"], key=jax.random.key(0)).collection,
+            lambda _: jaxadapt.init(lora(), variables["params"], key=jax.random.key(0)).collection,
             tokens,
         ),
         "Linen, by hand": linen_way(hand, variables, fresh, tokens),
@@ -196,12 +206,12 @@ def measure_compiling(found: Mapping[str, Way], repeats: int) -> None:
             jitted, arguments = way.jit(), way.arguments()
             jax.clear_caches()  # else who comes later finds jnp's own jitted functions traced already
             gc.collect()
-            start = time.perf_counter()
+            start = time.process_time()
             lowered = jitted.lower(*arguments)
-            middle = time.perf_counter()
+            middle = time.process_time()
             compiled = lowered.compile()
             way.tracing.append(middle - start)
-            way.compiling.append(time.perf_counter() - middle)
+            way.compiling.append(time.process_time() - middle)
             if number == 0:
                 way.analysis = analyse(compiled)
             del lowered, compiled
@@ -290,7 +300,7 @@ def report(found: Mapping[str, Way], config: LlamaConfig) -> list[str]:
         for name, way in found.items()
     ]
     print(table(f"**the compiled step; on paper {least / 1e9:.2f} GFLOP**", head, rows))
-    head = ["", "step ms", "x by hand", "trace s", "x by hand", "compile s", "trace+compile x by hand", "attach s"]
+    head = ["", "step ms", "x by hand", "trace s", "x by hand", "compile s", "both x", "attach s, first", "later"]
     rows, missed = [], []
     for name, way in found.items():
         hand = found[f"{name.split(',')[0]}, by hand"]
@@ -304,7 +314,8 @@ def report(found: Mapping[str, Way], config: LlamaConfig) -> list[str]:
                 f"{ratio(way.tracing, hand.tracing):.2f}",
                 f"{statistics.median(way.compiling):.2f}",
                 f"{ratio(total, other):.3f}",
-                f"{way.attach:.2f}",
+                f"{way.attach[0]:.2f}",
+                f"{statistics.median(way.attach[1:]):.2f}",
             ]
         )
         if name.endswith("jaxadapt"):
@@ -327,8 +338,10 @@ def misses(way: Way, hand: Way, least: float) -> list[str]:
         out.append(f"FLOPs {way.analysis['flops'] / least:.3f} x the minimum, target 1.05")
     if way.compilations:
         out.append(f"{way.compilations} compilations after the second step")
-    if way.attach > 0.3:
-        out.append(f"attach {way.attach:.2f} s, target 0.3")
+    if (later := statistics.median(way.attach[1:])) > 0.3:
+        out.append(f"attach {later:.2f} s, target 0.3")
+    if way.attach[0] > 0.3:
+        out.append(f"attach with nothing compiled yet {way.attach[0]:.2f} s, target 0.3")
     if (slower := ratio(both(way), both(hand))) > 1.1:
         out.append(f"trace+compile {slower:.2f} x by hand, target 1.1")
     return out

@@ -8,6 +8,7 @@ scale sits on the rank-r side, and the sum is cast to the base output's dtype on
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -99,23 +100,29 @@ class Lora(Method):
     def output(
         self, static: Static, params: Params, use: Use, x: Array, y: Array, drop: Drop | None
     ) -> Array:
-        batch = use.letters("batch")
-        a = params["lora_A"], batch + use.letters("inn") + RANK
-        b = params["lora_B"], batch + RANK + use.letters("out")
-        first, last = (b, a) if use.transposed else (a, b)
-        free = set(use.w) - set(use.x) - set(batch)
-        mid = "".join(c for c in use.y if c not in free)
-        mid += "".join(c for c in batch if c not in mid) + RANK
         x = x if drop is None else drop(x)
-        h = einsum(f"{use.x},{first[1]}->{mid}", x.astype(first[0].dtype), first[0])
-        delta = einsum(f"{mid},{last[1]}->{use.y}", h * jnp.asarray(static.scale, h.dtype), last[0])
-        return (y + delta).astype(y.dtype)
+        return _add_delta(use, static.scale, params["lora_A"], params["lora_B"], x, y)
 
     def weight(self, static: Static, params: Params, axes: Axes, w: Array) -> Array:
         return (w + static.scale * _product(params, axes)).astype(w.dtype)
 
     def unweight(self, static: Static, params: Params, axes: Axes, w: Array) -> Array:
         return (w - static.scale * _product(params, axes)).astype(w.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _add_delta(use: Use, scale: float, a: Array, b: Array, x: Array, y: Array) -> Array:
+    """y + s·B·A·x. Jitted so that a model of many equal layers traces (and linearises) it once; inlined, so that
+    what is compiled is the same as without."""
+    batch = use.letters("batch")
+    pair = (a, batch + use.letters("inn") + RANK), (b, batch + RANK + use.letters("out"))
+    first, last = pair[::-1] if use.transposed else pair
+    free = set(use.w) - set(use.x) - set(batch)
+    mid = "".join(c for c in use.y if c not in free)
+    mid += "".join(c for c in batch if c not in mid) + RANK
+    h = einsum(f"{use.x},{first[1]}->{mid}", x.astype(first[0].dtype), first[0])
+    delta = einsum(f"{mid},{last[1]}->{use.y}", h * scale, last[0])
+    return (y + delta).astype(y.dtype)
 
 
 def _product(params: Params, axes: Axes) -> Array:
