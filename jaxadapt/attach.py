@@ -7,8 +7,6 @@ import dataclasses
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
-import jax
-
 from jaxadapt import bind, families, linen, methods, nnx, nnx_survey, paths
 from jaxadapt.adapter import CONFIG_NODE, Adapter, Recipe, collection_name, is_array
 from jaxadapt.configs import Config
@@ -55,7 +53,14 @@ def adapt(
     >>> net.q_proj.lora["default"]["kernel"]["lora_A"].shape
     (4, 2)
     """
-    methods.of(config)
+    _need_config(config)
+    if isinstance(model, linen.nn.Module | linen.Adapted):
+        given = {"rngs": rngs, "stack_axes": stack_axes, "example": example}
+        unused = [what for what, value in given.items() if value is not None]
+        if unused:
+            raise AttachError(
+                f"{', '.join(unused)}: for NNX models only; a Linen wrapper takes keys and inputs in its init"
+            )
     if isinstance(model, linen.nn.Module):
         return linen.Adapted(model, ((name, config),), (name,), keymap, dtype)
     if isinstance(model, linen.Adapted):
@@ -63,22 +68,29 @@ def adapt(
             raise AttachError(
                 f"there is an adapter {name!r} already; choose another name=, or delete it first"
             )
+        for what, mine, given in (("keymap", model.keymap, keymap), ("dtype", model.dtype, dtype)):
+            if given is not None and given != mine:
+                raise AttachError(f"{what}={given!r}: all adapters of a wrapper share one, and this has {mine!r}")
         return dataclasses.replace(model, adapters=(*model.adapters, (name, config)), active=(name,))
     _need_nnx(model)
     if name in nnx.names(model):
         raise AttachError(f"there is an adapter {name!r} already; choose another name=, or delete it first")
     recipe, bounds = plan_nnx(model, config, keymap, stack_axes, example)
-    abstract = any(isinstance(v.get_value(), jax.ShapeDtypeStruct) for v in _base_variables(model))
+    abstract = nnx_survey.is_abstract(nnx.base_leaves(model))
     if rngs is None and not abstract:
         raise AttachError("adapt needs rngs=nnx.Rngs(seed) for the adapter's initial values")
+    if rngs is not None and not (isinstance(rngs, nnx.nnx.Rngs) and {"params", "default"} & set(rngs)):
+        raise AttachError('rngs: expected nnx.Rngs with a stream "params" or "default", such as nnx.Rngs(0)')
     key = None if rngs is None else rngs.params()
     values = bind.fresh(recipe.config, bounds, key, dtype, abstract)
     nnx.attach(model, recipe, bounds, name, values, rngs)
     return model
 
 
-def _base_variables(model: Any) -> list[Any]:
-    return [vars(m)[attr] for m, attr in nnx.base_leaves(model).values()]
+def _need_config(config: Any) -> None:
+    if not isinstance(config, Config):
+        raise ConfigError(f"expected a configuration such as jaxadapt.LoraConfig(…), found {type(config).__name__}")
+    methods.of(config)
 
 
 def _need_nnx(model: Any) -> None:
@@ -97,23 +109,27 @@ def plan_nnx(
     example: Sequence[Any] | None = None,
 ) -> tuple[Recipe, tuple[bind.Bound, ...]]:
     """The recipe and sites of a configuration on an NNX model."""
-    shapes = nnx.base_shapes(model)
+    owners = nnx.base_leaves(model)
+    shapes = nnx_survey.base_shapes(owners)
     table = families.resolve(keymap, shapes)
-    lines = nnx_survey.class_lines(model, table, stack_axes)
+    lines = nnx_survey.class_lines(owners, table, stack_axes)
     if example is not None:
         # What a layer computes says more of its axes than the generic map, and less than a family's table.
         known = dataclasses.replace(GENERIC, weights=()) if table == GENERIC else table
-        wanted = nnx_survey.custom(model, bind.uncovered(config, known.with_lines(lines), shapes))
-        named = config.get("target_modules") != "all-linear"
+        wanted = nnx_survey.custom(owners, bind.uncovered(config, known.with_lines(lines), shapes))
+        named = not targets.is_all_linear(config)
         required = [leaf for leaf in wanted if named and table.site(leaf) is None]
         if wanted:
             traced = nnx_survey.traced_axes(model, example, wanted, required)
-            lines = nnx_survey.class_lines(model, table, stack_axes, traced)
+            lines = nnx_survey.class_lines(owners, table, stack_axes, traced)
     full = table.with_lines(lines)
-    config = bind.resolve(config, full, shapes)
-    bounds = bind.select(config, full, shapes)
+    said = {line.leaf for line in lines}
+    # The generic map speaks of Flax's own layers; a custom one may hold its kernel the other way round.
+    unsure = frozenset(nnx_survey.custom(owners, list(shapes))) - said if table == GENERIC else bind.NONE
+    config = bind.resolve(config, full, shapes, unsure)
+    bounds = bind.select(config, full, shapes, unsure)
     mine = {b.leaf for b in bounds}
-    recipe = Recipe(config, table.with_lines(line for line in lines if line.leaf in mine))
+    recipe = Recipe(config, table.with_lines(line for line in lines if line.leaf in mine), len(bounds))
     if example is not None:
         method = methods.of(config)
         dropped = [b.leaf for b in bounds if method.dropout(b.static)]
@@ -138,6 +154,9 @@ def init(
     >>> {path: x.shape for path, x in adapter.flat().items()}
     {'q.kernel.lora_A': (4, 2), 'q.kernel.lora_B': (2, 6)}
     """
+    _need_config(config)
+    if key is not None and not is_array(key):
+        raise AttachError(f"key: expected a JAX random key such as jax.random.key(0), found {type(key).__name__}")
     if isinstance(params, nnx.nnx.Module):
         recipe, bounds = plan_nnx(params, config, keymap)
     else:
@@ -153,13 +172,16 @@ def plan_tree(
     shapes = tree_shapes(params)
     table = families.resolve(keymap, shapes)
     config = bind.resolve(config, table, shapes)
-    return Recipe(config, table), bind.select(config, table, shapes)
+    bounds = bind.select(config, table, shapes)
+    return Recipe(config, table, len(bounds)), bounds
 
 
 def tree_shapes(params: Any) -> dict[str, tuple[int, ...]]:
     """`{path: shape}` of a tree of base parameters, boxes (`nn.Partitioned`, NNX variables) opened."""
     if isinstance(params, nnx.nnx.State):
         params = nnx.nnx.to_pure_dict(params)
+    if isinstance(params.get("params"), Mapping):
+        raise AttachError("expected base parameters, found variables; give variables['params']")
     flat = paths.flatten(linen.meta.unbox(params))
     odd = [f"{p}: {type(v).__name__}" for p, v in flat.items() if not is_array(v)]
     if odd:
@@ -228,12 +250,11 @@ def _extract_bare(tree: Mapping[str, Any], name: str, config: Config | None, key
             if parts[i] == collection and parts[i + 1] == name:
                 values[paths.join(*parts[:i], *parts[i + 2 :])] = leaf
                 break
-    if not values and CONFIG_NODE not in tree:
-        values = {
-            p: v
-            for p, v in paths.flatten(tree).items()
-            if p.rpartition(".")[2] in ("lora_A", "lora_B", "ia3_l")
-        }
+    if not values:
+        flat = {p: v for p, v in paths.flatten({k: v for k, v in tree.items() if k != CONFIG_NODE}).items() if is_array(v)}
+        if any(collection in p.split(".") for p in flat):
+            raise AttachError(f"there is no adapter {name!r} of type {config.peft_type} in this tree; check name=")
+        values = flat  # the bare tree of one adapter
     if not values:
         raise AttachError(f"there is no adapter {name!r} of type {config.peft_type} in this tree")
     table = families.resolve(keymap if keymap != "auto" else None, {}) if keymap else _table_of(values)
@@ -286,6 +307,9 @@ def activate(model: Any, *names: str) -> Any:
 
     Raises `AttachError` for a name the model does not carry.
     """
+    if any(not isinstance(n, str) for n in names):
+        raise AttachError(f"names are given one by one, activate(model, 'a', 'b'); found {names!r}")
+    names = tuple(dict.fromkeys(names))
     if isinstance(model, linen.Adapted):
         present = dict(model.adapters)
         unknown = [n for n in names if n not in present]
@@ -338,9 +362,15 @@ def delete(model: Any, name: str) -> Any:
 
 
 def detach(model: Any) -> Any:
-    """The very same base model: NNX in place (an equal graphdef, identical arrays), Linen the module inside."""
+    """The very same base model: NNX in place (an equal graphdef, identical arrays), Linen the module inside.
+
+    Of Linen variables, those without the adapters' collections.
+    """
     if isinstance(model, linen.Adapted):
         return model.module
+    if isinstance(model, Mapping):
+        ours = {m.peft_type.lower() for m in methods.METHODS.values()}
+        return {k: v for k, v in model.items() if k not in ours}
     _need_nnx(model)
     for name in nnx.names(model):
         nnx.delete(model, name)

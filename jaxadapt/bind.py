@@ -13,6 +13,8 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from jaxadapt import methods, paths, plan, targets
 from jaxadapt.axes import Axes
 from jaxadapt.configs import Config
@@ -63,19 +65,24 @@ def _bind(
 Found = dict[str, tuple[Site, dict[str, int], dict[tuple[int, ...], str]]]
 
 
-def _inventory(keymap: KeyMap, shapes: Mapping[str, Shape]) -> tuple[Found, dict[str, str]]:
-    """The weights a table covers, with their modules, and `{leaf: module path}` of those it does not."""
+NONE: frozenset[str] = frozenset()
+
+
+def _inventory(keymap: KeyMap, shapes: Mapping[str, Shape], unsure: frozenset[str]) -> tuple[Found, dict[str, str]]:
+    """The weights a table covers, with their modules, and `{leaf: module path}` of those it does not.
+
+    `unsure` leaves count as not covered: the generic map would only be guessing at a custom layer's axes.
+    """
     found: Found = {}
     unmapped: dict[str, str] = {}
     for leaf, shape in shapes.items():
         site = keymap.site(leaf)
-        if site is None or len(site.weight.left) != len(shape):
-            if len(shape) >= 2:
-                unmapped[leaf] = leaf.rpartition(".")[0]
+        if site is None or leaf in unsure or len(site.weight.left) != len(shape):
+            unmapped[leaf] = leaf.rpartition(".")[0]
         elif site.weight.key.rpartition(".")[2] == "weight":
             sizes = plan.sizes_of(site, shape)
             found[leaf] = (site, sizes, site.modules(sizes))
-    # A bias of several axes beside its kernel is no weight anybody could mean.
+    # A bias beside its kernel is no weight anybody could mean.
     covered = {leaf.rpartition(".")[0] for leaf in found}
     return found, {leaf: module for leaf, module in unmapped.items() if module not in covered}
 
@@ -92,10 +99,19 @@ def _linear(method: methods.Method, found: Found) -> frozenset[str]:
     )
 
 
-def resolve(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]) -> Config:
-    """The configuration with "all-linear" spelled out, and what PEFT sets from the model's own layers."""
-    found, unmapped = _inventory(keymap, shapes)
+def resolve(
+    config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], unsure: frozenset[str] = NONE
+) -> Config:
+    """The configuration with "all-linear" spelled out, and what PEFT sets from the model's own layers.
+
+    Raises `KeyMapError` where "all-linear" meets weights that may be linear and nobody can tell.
+    """
+    found, unmapped = _inventory(keymap, shapes, unsure)
     linear = _linear(methods.of(config), found)
+    if targets.is_all_linear(config):
+        open_ = [f"{leaf} {shapes[leaf]}" for leaf in unmapped if leaf in unsure or len(shapes[leaf]) > 2]
+        if open_:
+            raise KeyMapError('"all-linear" meets weights that may or may not be linear:\n' + paths.listing(open_) + _WAYS)
     config = targets.resolve(config, _names(found, unmapped), linear=linear, output=keymap.output)
     if config.get("fan_in_fan_out") is False and any(
         site.weight.fan_in_fan_out and any(targets.matches(config, m) for m in mods.values())
@@ -105,7 +121,15 @@ def resolve(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]) -> Conf
     return config
 
 
-def select(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]) -> tuple[Bound, ...]:
+_WAYS = (
+    "\nName the modules in target_modules, name the family with keymap=, give a KeyMap with a line for each, or adapt the"
+    " model with example inputs (example=) so that its own computation tells"
+)
+
+
+def select(
+    config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], unsure: frozenset[str] = NONE
+) -> tuple[Bound, ...]:
     """The sites of a model that a configuration names.
 
     Args:
@@ -115,7 +139,7 @@ def select(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]) -> tuple
     matching weight has no line, so that nothing targeted is ever left out silently.
     """
     method = methods.of(config)
-    found, unmapped = _inventory(keymap, shapes)
+    found, unmapped = _inventory(keymap, shapes, unsure)
     names = _names(found, unmapped)
     wanted = set(targets.select(config, names, linear=_linear(method, found), output=keymap.output))
 
@@ -125,15 +149,18 @@ def select(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]) -> tuple
         for leaf, (site, _, mods) in found.items()
         if site.weight.kind not in method.kinds and wanted & set(mods.values())
     ]
+    matrices = {module for leaf, module in unmapped.items() if len(shapes[leaf]) >= 2}
+    refused += [
+        f"{leaf} {shapes[leaf]}: no matrix" for leaf, m in unmapped.items() if m in wanted and m not in matrices
+    ]
     if refused:
         raise TargetError("target_modules names weights this method cannot adapt:\n" + paths.listing(refused))
-    lost = [f"{leaf} {shapes[leaf]}" for leaf, module in unmapped.items() if module in wanted]
+    lost = [f"{leaf} {shapes[leaf]}" for leaf, m in unmapped.items() if m in wanted and len(shapes[leaf]) >= 2]
     if lost:
         raise KeyMapError(
             f"target_modules names weights whose axis roles the table {keymap.name!r} does not know:\n"
             + paths.listing(lost)
-            + "\nName the family with keymap=, give a KeyMap with a line for each, or adapt the module with example"
-            " inputs so that its own computation tells"
+            + _WAYS
         )
     for site, sizes, mods in found.values():
         if not wanted & set(mods.values()):
@@ -146,10 +173,11 @@ def select(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]) -> tuple
 
 def uncovered(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]) -> tuple[str, ...]:
     """The leaves that the configuration may name and the table has no line for."""
-    _, unmapped = _inventory(keymap, shapes)
-    if config.get("target_modules") == "all-linear":
-        return tuple(unmapped)
-    return tuple(leaf for leaf, module in unmapped.items() if targets.matches(config, module))
+    _, unmapped = _inventory(keymap, shapes, NONE)
+    matrices = {leaf: module for leaf, module in unmapped.items() if len(shapes[leaf]) >= 2}
+    if targets.is_all_linear(config):
+        return tuple(matrices)
+    return tuple(leaf for leaf, module in matrices.items() if targets.matches(config, module))
 
 
 def _targeted(site: Site, modules: Mapping[tuple[int, ...], str], wanted: set[str]) -> tuple[int, ...] | None:
@@ -206,15 +234,27 @@ def recover(config: Config, keymap: KeyMap, leaves: Mapping[str, Mapping[str, Sh
     return tuple(bounds)
 
 
-def renamed(config: Config, bounds: Sequence[Bound]) -> Config:
-    """The configuration whose targets name exactly these sites' PyTorch modules.
+def renamed(config: Config, before: Sequence[Bound], table: KeyMap) -> Config:
+    """The configuration for the same sites under another table's module names.
 
-    A model adapted under its JAX names and saved under another table's would otherwise give a file whose
-    `target_modules` match nothing in PyTorch: PEFT loads such a file as a no-op. Raises `ConfigError` where
-    further fields speak of the old names too.
+    A model adapted under its JAX names and saved under PyTorch's would otherwise give a file whose
+    `target_modules` match nothing there: PEFT loads such a file as a no-op. Raises `ConfigError` where
+    further fields speak of the old names, and `KeyMapError` for a leaf the table has no line for.
     """
-    modules = sorted({m for b in bounds for m in b.modules})
-    if all(targets.matches(config, m) for m in modules):
+    new: list[str] = []
+    unmapped: list[str] = []
+    for bound in before:
+        site = table.site(bound.leaf)
+        if site is None:
+            unmapped.append(bound.leaf)
+        else:
+            new += site.modules(_braced_sizes(bound, site)).values()
+    if unmapped:
+        raise KeyMapError(
+            f"the table {table.name!r} has no line for these adapted leaves:\n" + paths.listing(unmapped)
+        )
+    old = [m for b in before for m in b.modules]
+    if set(old) == set(new):
         return config
     stale = [
         name
@@ -223,10 +263,20 @@ def renamed(config: Config, bounds: Sequence[Bound]) -> Config:
     ]
     if stale:
         raise ConfigError(
-            f"the table names these modules {', '.join(modules[:3])}, …, which target_modules does not match, and"
-            f" {', '.join(stale)} speak of the old names too; pass config= with PyTorch's module names"
+            f"under the table {table.name!r} the modules are called {', '.join(sorted(new)[:3])}, …, and"
+            f" {', '.join(stale)} of the configuration speak of {', '.join(sorted(old)[:3])}, …; pass config= that"
+            " speaks of the new names"
         )
-    return config.replace(target_modules=modules)  # in full: a suffix might mean further modules over there
+    if all(targets.matches(config, m) for m in new):
+        return config
+    return config.replace(target_modules=sorted(set(new)))  # in full: a suffix might mean further modules there
+
+
+def _braced_sizes(bound: Bound, site: Site) -> dict[str, int]:
+    """Sizes of the braced axes of another table's line for the same leaf, axis by axis."""
+    known = {name: n for e in bound.entries for name, n in zip(e.left, e.shape, strict=True)}
+    sizes = {new: known.get(old, 0) for old, new in zip(bound.site.weight.left, site.weight.left, strict=True)}
+    return {axis: len(site.weight.names(axis) or ()) or sizes[axis] for axis in site.braced}
 
 
 def fresh(
@@ -239,7 +289,6 @@ def fresh(
     import jax
     import jax.numpy as jnp
 
-    method = methods.of(config)
     dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
     out: dict[str, Any] = {}
     for bound in bounds:
@@ -247,9 +296,22 @@ def fresh(
             if abstract:
                 out[entry.path] = jax.ShapeDtypeStruct(entry.shape, dtype)
             else:
-                mine = jax.random.fold_in(key, zlib.crc32(entry.path.encode()))
-                out[entry.path] = method.fresh(config, tensor, mine, entry.shape, bound.fan_in).astype(dtype)
+                make = _initial(config, tensor, entry.shape, bound.fan_in, dtype)
+                out[entry.path] = make(key, np.uint32(zlib.crc32(entry.path.encode())))
     return out
+
+
+@functools.lru_cache(maxsize=1024)
+def _initial(config: Config, tensor: Tensor, shape: Shape, fan_in: int, dtype: Any) -> Any:
+    """`(key, word) -> array`, compiled once for all tensors alike: a model has hundreds, of a few shapes."""
+    import jax
+
+    method = methods.of(config)
+
+    def initial(key: Any, word: Any) -> Any:
+        return method.fresh(config, tensor, jax.random.fold_in(key, word), shape, fan_in).astype(dtype)
+
+    return jax.jit(initial)
 
 
 def file_plan(bounds: Sequence[Bound]) -> plan.Plan:

@@ -21,7 +21,7 @@ from jaxadapt.adapter import Adapter, Recipe, collection_name
 from jaxadapt.axes import Axes
 from jaxadapt.errors import AttachError
 from jaxadapt.methods import Applied, Several
-from jaxadapt.nnx_survey import DROPOUT, AdaptedMeta, AdapterParam, base_class, known, natural, swap, view
+from jaxadapt.nnx_survey import DROPOUT, AdaptedMeta, AdapterParam, Owner, base_class, known, natural, swap, view
 from jaxadapt.nnx_survey import base_leaves as base_leaves
 from jaxadapt.nnx_survey import base_shapes as base_shapes
 from jaxadapt.nnx_survey import how as how
@@ -134,7 +134,9 @@ def attach(
     """Hang an adapter's values (`{path: array or spec}`) on a model's layers, and make it active alone."""
     owners = base_leaves(model)
     collection = collection_name(recipe.config)
-    _check(model, bounds, collection)
+    problems = nnx_survey.obstacles(model, owners, [b.leaf for b in bounds]) + _misfits(bounds, owners, collection)
+    if problems:
+        raise AttachError("these layers cannot carry the adapter:\n" + paths.listing(problems))
     method = methods.of(recipe.config)
     for bound in bounds:
         module, attr = owners[bound.leaf]
@@ -151,7 +153,7 @@ def attach(
         if not isinstance(type(module), AdaptedMeta):
             swap(module, adapted_class(type(module)))
             setattr(module, ACTIVE, ())
-    activate(model, (name,))
+    _set_active(model, (name,))
 
 
 def _child(module: Any, attr: str) -> Any:
@@ -160,9 +162,8 @@ def _child(module: Any, attr: str) -> Any:
     return vars(module)[attr]
 
 
-def _check(model: nnx.Module, bounds: Sequence[bind.Bound], collection: str) -> None:
-    owners = base_leaves(model)
-    problems = nnx_survey.obstacles(model, [b.leaf for b in bounds])
+def _misfits(bounds: Sequence[bind.Bound], owners: Mapping[str, Owner], collection: str) -> list[str]:
+    problems: list[str] = []
     for bound in bounds:
         module, attr = owners[bound.leaf]
         by_class = known(module) if attr == "kernel" else None
@@ -177,8 +178,7 @@ def _check(model: nnx.Module, bounds: Sequence[bind.Bound], collection: str) -> 
                 problems.append(f"{bound.leaf}: the table {mine} contradicts the layer's own {axes}")
         if collection in vars(module) and not isinstance(type(module), AdaptedMeta):
             problems.append(f"{bound.leaf}: its module has an attribute {collection!r} of its own")
-    if problems:
-        raise AttachError("these layers cannot carry the adapter:\n" + paths.listing(problems))
+    return problems
 
 
 def _dropout(rate: float, rngs: nnx.Rngs | None, sizes: Sequence[int]) -> nnx.Dropout:
@@ -212,8 +212,13 @@ def activate(model: nnx.Module, chosen: Sequence[str]) -> None:
     unknown = [n for n in chosen if n not in present]
     if unknown:
         raise AttachError(f"no adapter is called {', '.join(map(repr, unknown))}; this model has {list(present)}")
+    _set_active(model, tuple(chosen))
+
+
+def _set_active(model: nnx.Module, chosen: tuple[str, ...]) -> None:
     for _, layer in adapted(model):
-        setattr(layer, ACTIVE, tuple(chosen))
+        if getattr(layer, ACTIVE) != chosen:
+            setattr(layer, ACTIVE, chosen)
 
 
 def active(model: nnx.Module) -> tuple[str, ...]:

@@ -137,12 +137,17 @@ def base_leaves(model: nnx.Module) -> dict[str, Owner]:
     return dict(sorted(out.items(), key=lambda item: natural(item[0])))
 
 
-def base_shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
+def base_shapes(owners: Mapping[str, Owner]) -> dict[str, tuple[int, ...]]:
     """`{dotted path: shape}` of the base parameters; works on abstract models too."""
-    return {leaf: tuple(vars(m)[attr].shape) for leaf, (m, attr) in base_leaves(model).items()}
+    return {leaf: tuple(vars(m)[attr].shape) for leaf, (m, attr) in owners.items()}
 
 
-def obstacles(model: nnx.Module, leaves: Sequence[str]) -> list[str]:
+def is_abstract(owners: Mapping[str, Owner]) -> bool:
+    """Whether a model has shapes where its arrays will be (`nnx.eval_shape`)."""
+    return any(isinstance(vars(m)[attr].get_value(), jax.ShapeDtypeStruct) for m, attr in owners.values())
+
+
+def obstacles(model: nnx.Module, owners: Mapping[str, Owner], leaves: Sequence[str]) -> list[str]:
     """What rules out adapters on these leaves, whatever they are: one line for each problem."""
     problems: list[str] = []
     for path, node in nnx.iter_graph(model):
@@ -153,7 +158,6 @@ def obstacles(model: nnx.Module, leaves: Sequence[str]) -> list[str]:
                 for leaf in leaves
                 if not inside or leaf.startswith(f"{inside}.")
             ]
-    owners = base_leaves(model)
     for leaf in leaves:
         module, attr = owners[leaf]
         if attr == "kernel" and known(module) is not None:
@@ -200,14 +204,14 @@ def _find_stack(
 
 
 def class_lines(
-    model: nnx.Module,
+    owners: Mapping[str, Owner],
     keymap: KeyMap,
     stack_axes: Sequence[int] | None = None,
     traced: Mapping[str, Traced] | None = None,
 ) -> list[Weight]:
     """Lines for the leaves a table does not cover, from what their class or a trace says."""
     lines: list[Weight] = []
-    for leaf, (module, attr) in base_leaves(model).items():
+    for leaf, (module, attr) in owners.items():
         shape = tuple(vars(module)[attr].shape)
         if traced is not None and leaf in traced:
             found = traced[leaf]
@@ -225,9 +229,8 @@ def class_lines(
     return lines
 
 
-def custom(model: nnx.Module, leaves: Sequence[str]) -> list[str]:
+def custom(owners: Mapping[str, Owner], leaves: Sequence[str]) -> list[str]:
     """Those of these leaves whose class says nothing of their axes, so that only a trace can."""
-    owners = base_leaves(model)
     picked = [(leaf, *owners[leaf]) for leaf in leaves]
     return [leaf for leaf, m, attr in picked if attr != "bias" and (attr != "kernel" or known(m) is None)]
 

@@ -139,7 +139,7 @@ def _rows(
 
 def _of_model(model: Any) -> Summary:
     owners = nnx.base_leaves(model)
-    shapes = nnx.base_shapes(model)
+    shapes = nnx.base_shapes(owners)
     how = {leaf: nnx.how(module) for leaf, (module, _) in owners.items()}
     rows = [row for name in nnx.names(model) for row in _rows(name, attach.extract(model, name), shapes, how)]
     if not rows:
