@@ -8,8 +8,10 @@ carry them along, and an interceptor computes with them where the weight's modul
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -19,264 +21,110 @@ from flax import serialization
 from flax.core import FrozenDict, meta
 from flax.core.scope import in_filter
 
-from jaxadapt import bind, layers, methods, paths, trace
+from jaxadapt import bind, methods, paths, targets, trace
+from jaxadapt import linen_survey as survey
 from jaxadapt.adapter import CONFIG_NODE, Adapter, Recipe, collection_name
 from jaxadapt.axes import Axes, Use
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError
 from jaxadapt.families import resolve
-from jaxadapt.keymap import KeyMap, Weight, line_for
-from jaxadapt.liveness import live
+from jaxadapt.keymap import KeyMap
 from jaxadapt.methods import Applied, Several
 
-SEP = "~"  # in the name of a leaf laid into `params` for one call; never stored
-_MARK = 1013  # a size no real axis has: whatever else a marker's shape shows was added by a transform
-_OPAQUE = (nn.WeightNorm, nn.SpectralNorm)
+SEP = survey.SEP
 
-# ---------------------------------------------------------------- layer classes Flax ships
+# ---------------------------------------------------------------- one call of a module with adapted leaves
 
 
-def _tuple(value: Any) -> tuple[int, ...]:
-    return tuple(value) if isinstance(value, Sequence) else (value,)
+@dataclasses.dataclass(frozen=True)
+class _Site:
+    """One adapter at one leaf: `keys` are the names its tensors have in `params` for the call."""
 
+    method: methods.Method
+    static: Any
+    axes: Axes
+    keys: Mapping[str, str]
 
-def _einsum_str(m: Any, rest: Sequence[Any]) -> str:
-    return rest[0] if rest and rest[0] is not None else m.einsum_str
-
-
-def _general_axes(m: Any, _: Sequence[Any]) -> Axes:
-    return layers.general_axes(len(_tuple(m.axis)), len(_tuple(m.features)), len(_tuple(m.batch_dims)))
-
-
-_Roles = Callable[[Any, Sequence[Any]], Axes]
-_ToUse = Callable[[Any, Any, Sequence[Any], Axes], Use]
-_KNOWN: dict[type[nn.Module], tuple[_Roles, _ToUse]] = {
-    nn.Dense: (lambda m, _: layers.DENSE, lambda m, x, _, axes: layers.dense_use(x.ndim, axes)),
-    nn.DenseGeneral: (
-        _general_axes,
-        lambda m, x, _, axes: layers.general_use(x.ndim, axes.rank, _tuple(m.axis), _tuple(m.batch_dims), axes),
-    ),
-    nn.Einsum: (
-        lambda m, rest: layers.einsum_axes(_einsum_str(m, rest)),
-        lambda m, x, rest, axes: layers.einsum_use(_einsum_str(m, rest), x.ndim, axes),
-    ),
-}
-
-
-def _known(module: nn.Module) -> tuple[_Roles, _ToUse] | None:
-    """How a layer uses its kernel, if its class says so; a subclass with a call of its own is traced instead."""
-    owner = next((c for c in type(module).__mro__ if "__call__" in vars(c)), None)
-    return _KNOWN.get(owner) if owner is not None else None
-
-
-# ---------------------------------------------------------------- one call of a module that owns adapted leaves
-
-
-def _split_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if "inputs" in kwargs:
-        return (kwargs["inputs"], *args), {k: v for k, v in kwargs.items() if k != "inputs"}
-    return args, kwargs
-
-
-def _direct(params: Mapping[str, Any]) -> list[str]:
-    """The names of the leaves a scope holds directly."""
-    return [k for k, v in params.items() if not isinstance(v, Mapping)]
-
-
-def _apply_alone(module: nn.Module, method: str, drop: Callable[[str], bool]) -> Callable[..., Any]:
-    """`f(weights, *args, **kwargs)`: this module's method on its scope, with other values for some leaves.
-
-    Returns the output and the collections the call changed, so that a cache or batch statistics kept by
-    the module itself are written back by the caller.
-    """
-    scope = module.scope
-    assert scope is not None
-    variables = {c: dict(v) for c, v in scope.variables().items()}
-    base = {k: v for k, v in variables.pop("params", {}).items() if not drop(k)}
-    mutable = [c for c in variables if c != "params" and scope.is_mutable_collection(c)]
-    rngs = {name: scope.make_rng(name) for name in scope.rngs if name != "params"}
-
-    def call(weights: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        alone = module.clone(parent=None, name=None)
-        return alone.apply(
-            {**variables, "params": {**base, **weights}}, *args, method=method, mutable=mutable, rngs=rngs, **kwargs
-        )
-
-    return call
+    def hook(self, scope: Any, drop: Callable[[Any], Any] | None) -> Applied:
+        tensors = {tensor: scope.get_variable("params", key) for tensor, key in self.keys.items()}
+        return Applied(self.method, self.static, tensors, self.axes, drop)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Interceptor:
-    """Applies the overlaid adapters; `sites[i, name]` says what the arithmetic at leaf i needs."""
+    """Applies the overlaid adapters, `{scope path: {leaf: one site per adapter}}`."""
 
-    sites: Mapping[tuple[str, str], tuple[methods.Method, Any, Axes]]
+    sites: Mapping[tuple[str, ...], Mapping[str, Sequence[_Site]]]
+    inside: list[tuple[str, ...]] = dataclasses.field(default_factory=list[tuple[str, ...]])
 
     def __call__(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        module = context.module
-        if module.scope is None or context.method_name == "setup":
+        module, method = context.module, context.method_name
+        if not survey.owns(context) or module.scope.path in self.inside:
             return next_fun(*args, **kwargs)
-        params = module.scope.variables().get("params", {})
-        marked = [k for k in _direct(params) if SEP in k]
-        if not marked:
+        survey.refuse_mapped(context, self.sites)
+        hooks = self._hooks(module.scope)
+        if not hooks:
             return next_fun(*args, **kwargs)
-        hooks = self._hooks(module, params, marked)
-        known = _known(module)
-        if known is not None and context.method_name == "__call__":
-            (x, *rest), kwargs = _split_call(args, kwargs)
-            ((_, hook),) = hooks.items()
-            use = known[1](module, x, rest or [kwargs.get("einsum_str")], hook.axes)
-            x = hook.input(use, x)
-            return hook.output(use, x, next_fun(x, *rest, **kwargs))
-        call = _apply_alone(module, context.method_name, lambda k: SEP in k)
-        weights = {leaf: meta.unbox(params[leaf]) for leaf in hooks}
-        fixed = {"bias": next(iter(hooks.values())).bias(meta.unbox(params["bias"]))} if "bias" in params else {}
-        y, changed = trace.rewrite(
-            lambda w, *a: call({**fixed, **w}, *a, **kwargs), weights, hooks, *args
-        )
-        for collection, tree in changed.items():
-            for key, value in tree.items():
-                module.scope.put_variable(collection, key, value)
+        known = survey.known(module, method)
+        if known is not None and list(hooks) == ["kernel"]:
+            hook = hooks["kernel"]
+            x, rest = survey.call_input(args, kwargs)
+            use = known[1](module, x, rest, hook.axes)
+            if _along_roles(use):
+                x = hook.input(use, x)
+                args, kwargs = survey.with_input(x, args, kwargs)
+                self.inside.append(module.scope.path)
+                try:
+                    y = next_fun(*args, **kwargs)
+                finally:
+                    self.inside.pop()
+                return hook.output(use, x, y)
+        return self._rewritten(module, method, hooks, args, kwargs)
+
+    def _rewritten(self, module: Any, method: str, hooks: dict[str, Any], args: Any, kwargs: Any) -> Any:
+        scope, call = module.scope, survey.alone(module, method)
+        weights = {leaf: meta.unbox(scope.get_variable("params", leaf)) for leaf in hooks}
+        fixed: dict[str, Any] = {}
+        if scope.has_variable("params", "bias"):
+            bias = meta.unbox(scope.get_variable("params", "bias"))
+            changed = [new for hook in hooks.values() if (new := hook.bias(bias)) is not bias]
+            if changed and len(hooks) > 1:
+                where = ".".join(scope.path)
+                raise AttachError(
+                    f"{where}: which of the weights {list(hooks)} its bias belongs to is unknown"
+                )
+            fixed = {"bias": changed[0]} if changed else {}
+        y, changed = trace.rewrite(lambda w, *a: call({**fixed, **w}, *a, **kwargs), weights, hooks, *args)
+        survey.write_back(scope, changed)
         return y
 
-    def _hooks(self, module: Any, params: Mapping[str, Any], marked: Sequence[str]) -> dict[str, Applied | Several]:
-        found: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
-        for key in marked:
-            leaf, site, name, tensor = key.split(SEP)
-            found.setdefault(leaf, {}).setdefault((site, name), {})[tensor] = params[key]
+    def _hooks(self, scope: Any) -> dict[str, Applied | Several]:
         out: dict[str, Applied | Several] = {}
-        for leaf, by_site in found.items():
-            hooks: list[Applied] = []
-            for at, tensors in by_site.items():
-                method, static, axes = self.sites[at]
-                drop = _dropout(method.dropout(static), module) if module.scope.has_rng("dropout") else None
-                hooks.append(Applied(method, static, tensors, axes, drop))
-            out[leaf] = hooks[0] if len(hooks) == 1 else Several(tuple(hooks))
+        for leaf, sites in self.sites.get(scope.path, {}).items():
+            if not scope.has_variable("params", next(iter(sites[0].keys.values()))):
+                continue  # this module is being called alone, without what was laid beside its weights
+            hooks = tuple(
+                site.hook(scope, _dropout(site.method.dropout(site.static), scope)) for site in sites
+            )
+            out[leaf] = hooks[0] if len(hooks) == 1 else Several(hooks)
         return out
 
 
-def _dropout(rate: float, module: Any) -> Callable[[Any], Any] | None:
-    if not rate:
+def _along_roles(use: Use) -> bool:
+    """Whether a contraction runs over the inputs or over the outputs, and over nothing else."""
+    inn, out = set(use.letters("inn")) & set(use.x), set(use.letters("out")) & set(use.x)
+    return (inn == set(use.letters("inn")) and not out) or (out == set(use.letters("out")) and not inn)
+
+
+def _dropout(rate: float, scope: Any) -> Callable[[Any], Any] | None:
+    if not rate or not scope.has_rng("dropout"):
         return None
-    key = module.scope.make_rng("dropout")
+    key = scope.make_rng("dropout")
 
     def drop(x: Any) -> Any:
         return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
 
     return drop
-
-
-# ---------------------------------------------------------------- finding out how a model uses its weights
-
-
-@dataclasses.dataclass
-class _Found:
-    """What one abstract `init` showed: a class's or a trace's roles by leaf, or why there are none."""
-
-    roles: dict[str, Axes] = dataclasses.field(default_factory=dict[str, Axes])
-    refused: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
-    opaque: list[str] = dataclasses.field(default_factory=list[str])
-    tracing: bool = False  # inside a module being traced alone, whose parts are not to be noted again
-
-    def intercept(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        module = context.module
-        if self.tracing:
-            return next_fun(*args, **kwargs)
-        wraps = isinstance(module, _OPAQUE) or type(module).__name__.startswith("Map_variables")
-        if wraps:
-            self.opaque.append("nn.map_variables" if not isinstance(module, _OPAQUE) else f"nn.{type(module).__name__}")
-        try:
-            y = next_fun(*args, **kwargs)
-        finally:
-            if wraps:
-                self.opaque.pop()
-        if module.scope is None or context.method_name == "setup" or wraps:
-            return y
-        params = module.scope.variables().get("params", {})
-        for name in _direct(params):
-            leaf, value = ".".join((*module.scope.path, name)), meta.unbox(params[name])
-            if SEP in name or leaf in self.roles or leaf in self.refused or value.ndim < 2:
-                continue
-            if self.opaque:
-                self.refused[leaf] = f"its weight passes through {self.opaque[-1]}, which would change the adapter too"
-            else:
-                self._roles(module, context.method_name, leaf, name, value, args, kwargs)
-            for extra in (0, 1):
-                shape = (_MARK,) * (value.ndim + extra)
-                mark = jax.random.wrap_key_data(jnp.zeros((*shape, 2), jnp.uint32), impl="threefry2x32")
-                module.scope.put_variable("params", f"{name}{SEP}{extra}", mark)
-        return y
-
-    def _roles(self, module: Any, method: str, leaf: str, name: str, value: Any, args: Any, kwargs: Any) -> None:
-        known = _known(module) if method == "__call__" else None
-        if known is not None and name != "kernel":
-            return
-        self.tracing = True
-        try:
-            if known is not None:
-                (_, *rest), named = _split_call(args, kwargs)
-                self.roles[leaf] = known[0](module, rest or [named.get("einsum_str")])
-            else:
-                call = _apply_alone(module, method, lambda k: SEP in k)
-                self.roles[leaf] = trace.roles(lambda w, *a: call(w, *a, **kwargs)[0], {name: value}, name, *args)
-        except AttachError as error:
-            self.refused[leaf] = str(error)
-        finally:
-            self.tracing = False
-
-
-def _survey(module: nn.Module, rngs: Any, args: Any, kwargs: Any) -> tuple[_Found, dict[str, Any], dict[str, tuple[int, ...]]]:
-    """How the model uses its weights, its base leaves' specs, and on which axes each leaf is stacked."""
-    plain = jax.eval_shape(lambda: module.init(rngs, *args, **kwargs))
-    leaves = _flat(meta.unbox(plain).get("params", {}))
-    found = _Found()
-
-    def marked() -> Any:
-        with nn.intercept_methods(found.intercept):
-            return module.init(rngs, *args, **kwargs)
-
-    try:
-        shapes = _flat(meta.unbox(jax.eval_shape(marked)).get("params", {}))
-    except TypeError as error:
-        raise AttachError(
-            "the model computes with its own variables (nn.map_variables?), so an adapter laid beside a weight would"
-            f" be changed with it: {error}"
-        ) from error
-    stack: dict[str, tuple[int, ...]] = {}
-    for leaf in leaves:
-        marks = [shapes.get(f"{leaf}{SEP}{extra}") for extra in (0, 1)]
-        if marks[0] is None or marks[1] is None:
-            continue
-        where = [tuple(i for i, n in enumerate(m.shape) if n != _MARK) for m in marks if m is not None]
-        stack[leaf] = where[0]
-        if where[0] != where[1]:
-            found.refused[leaf] = "its layers are stacked on a negative axis; give nn.scan or nn.vmap a non-negative one"
-    return found, leaves, stack
-
-
-def _flat(params: Any) -> dict[str, Any]:
-    return paths.flatten(params)
-
-
-def _lines(
-    found: _Found, leaves: Mapping[str, Any], stack: Mapping[str, tuple[int, ...]], keymap: KeyMap
-) -> list[Weight]:
-    lines: list[Weight] = []
-    for leaf, spec in leaves.items():
-        site = keymap.site(leaf)
-        if site is not None and len(site.weight.left) == spec.ndim:
-            if site.stack != stack.get(leaf, site.stack):
-                found.refused[leaf] = f"the table stacks its layers on axes {site.stack}, the model on {stack[leaf]}"
-        elif leaf in found.roles:
-            lines.append(line_for(leaf, spec.shape, found.roles[leaf], stack[leaf]))
-    return lines
-
-
-def _fresh_key(rngs: Any, collection: str) -> Any:
-    if isinstance(rngs, Mapping):
-        if collection in rngs:
-            return rngs[collection]
-        rngs = rngs["params"]
-    return jax.random.fold_in(rngs, zlib.crc32(collection.encode()))
 
 
 # ---------------------------------------------------------------- the wrapper
@@ -291,7 +139,7 @@ class Adapted:
     Args:
         module: the base module.
         adapters: `((name, config), …)`.
-        active: the names applied by `apply`.
+        active: the names applied by `apply`, in this order.
         keymap: a family's name, a `KeyMap`, or None to recognise it.
         dtype: of new adapter parameters; float32 by default.
     """
@@ -301,170 +149,275 @@ class Adapted:
     active: tuple[str, ...]
     keymap: KeyMap | str | None = None
     dtype: Any = None
+    # Signatures of calls known to read no adapted weight behind its module's back.
+    _checked: set[Hashable] = dataclasses.field(
+        default_factory=set[Hashable], init=False, repr=False, compare=False
+    )
 
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """`{"params": base, …, "lora": {name: tree}}`: the base bit for bit what the module's own `init` gives."""
-        found, leaves, stack = _survey(self.module, rngs, args, kwargs)
-        keymap = resolve(self.keymap, {leaf: tuple(spec.shape) for leaf, spec in leaves.items()})
-        variables = dict(self.module.init(rngs, *args, **kwargs))
-        lines = _lines(found, leaves, stack, keymap)
-        shapes = {leaf: tuple(spec.shape) for leaf, spec in leaves.items()}
+        """`{"params": base, …, "lora": {name: tree}}`, the base bit for bit as the module's `init` gives it.
+
+        Takes what the module's `init` takes. `rngs` may have a key for the collection ("lora"); else the
+        adapter's initial values come from a fold of "params". Abstract under `jax.eval_shape`.
+
+        Raises `TargetError`, `KeyMapError` or `AttachError` for what the configuration names and cannot have.
+        """
+        return self._with_adapters(rngs, args, kwargs, dict(self.module.init(rngs, *args, **kwargs)))
+
+    def init_with_output(self, rngs: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        """The output of the base (a fresh adapter does not change it) and the variables."""
+        y, variables = self.module.init_with_output(rngs, *args, **kwargs)
+        return y, self._with_adapters(rngs, args, kwargs, dict(variables))
+
+    def _with_adapters(self, rngs: Any, args: Any, kwargs: Any, variables: dict[str, Any]) -> dict[str, Any]:
+        found = survey.survey(self.module, rngs, args, kwargs)
+        taken = found.collections & {collection_name(config) for _, config in self.adapters}
+        if taken:
+            raise AttachError(
+                f"the module has a collection {sorted(taken)} of its own, where its adapter would go"
+            )
+        keymap = resolve(self.keymap, found.shapes)
+        lines = found.lines(keymap)
+        table = keymap.with_lines(lines)
         for name, config in self.adapters:
-            table = keymap.with_lines(lines)
-            config = bind.resolve(config, table, shapes)
-            bounds = bind.select(config, table, shapes)
-            refused = [f"{b.leaf}: {found.refused[b.leaf]}" for b in bounds if b.leaf in found.refused]
+            config = bind.resolve(config, table, found.shapes)
+            bounds = bind.select(config, table, found.shapes)
+            refused = [
+                f"{b.leaf}: {why}" for b in bounds if (why := found.problem(b.leaf, keymap)) is not None
+            ]
             if refused:
                 raise AttachError("these weights cannot carry the adapter:\n" + paths.listing(refused))
             mine = {b.leaf for b in bounds}
             recipe = Recipe(config, keymap.with_lines(w for w in lines if w.leaf in mine))
-            values = bind.fresh(config, bounds, _fresh_key(rngs, collection_name(config)), self.dtype)
+            values = bind.fresh(config, bounds, _fresh_key(rngs, collection_name(config), name), self.dtype)
             adapter = Adapter(config, paths.unflatten(values), recipe.keymap)
             for collection, tree in adapter.named(name).items():
                 variables[collection] = {**variables.get(collection, {}), **tree}
-        _check_reads(self, variables, args, kwargs, rngs)
+        options = {k: v for k, v in kwargs.items() if k not in ("mutable", "capture_intermediates")}
+        overlay = self._overlay(variables)
+        self._check(
+            overlay, args, {**options, "rngs": rngs if isinstance(rngs, Mapping) else {"params": rngs}}, True
+        )
         return variables
 
-    def init_with_output(self, rngs: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        """The output and the variables."""
-        variables = self.init(rngs, *args, **kwargs)
-        return self.module.init_with_output(rngs, *args, **kwargs)[0], variables
-
-    def apply(
-        self, variables: Mapping[str, Any], *args: Any, mutable: Any = False, **kwargs: Any
-    ) -> Any:
+    def apply(self, variables: Mapping[str, Any], *args: Any, mutable: Any = False, **kwargs: Any) -> Any:
         """The module's `apply` with the active adapters; `rngs`, `method`, `mutable` and the rest as there.
 
+        With `mutable` the adapters' collections are returned, unchanged, if it includes them. `lora_dropout`
+        is in effect when `rngs` has a "dropout".
+
         Raises `AttachError` if the variables lack an active adapter, have lost its configuration, or
-        carry another than the wrapper's.
+        carry another than the wrapper's, or if this call uses an adapted weight where no adapter can follow.
         """
-        inner, interceptor, collections = self._overlay(variables)
-        with nn.intercept_methods(interceptor):
-            out = self.module.apply(inner, *args, mutable=mutable, **kwargs)
+        overlay = self._overlay(variables)
+        self._check(overlay, args, kwargs, mutable)
+        with nn.intercept_methods(overlay.interceptor):
+            out = self.module.apply(overlay.inner(), *args, mutable=mutable, **kwargs)
         if mutable is False:
             return out
         y, changed = out
-        return y, _without_overlay(changed, collections, mutable)
+        return y, overlay.without(changed, mutable)
 
     def bind(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Bound:
         """The module bound to these variables, for interactive use."""
-        inner, interceptor, _ = self._overlay(variables)
-        return Bound(self.module.bind(inner, *args, **kwargs), interceptor)
+        overlay = self._overlay(variables)
+        return Bound(self.module.bind(overlay.inner(), *args, **kwargs), overlay)
 
     def tabulate(self, rngs: Any, *args: Any, **kwargs: Any) -> str:
         """The base module's own table; `jaxadapt.summary` shows the adapter's."""
         return self.module.tabulate(rngs, *args, **kwargs)
 
-    def _overlay(self, variables: Mapping[str, Any]) -> tuple[dict[str, Any], _Interceptor, dict[str, Any]]:
-        wanted = {name: config for name, config in self.adapters if name in self.active}
-        names = {collection_name(config) for _, config in self.adapters}
-        collections = {c: variables[c] for c in names if c in variables}
-        inner = {c: v for c, v in variables.items() if c not in names}
-        params = _flat(inner.get("params", {}))
-        sites: dict[tuple[str, str], tuple[methods.Method, Any, Axes]] = {}
-        for name, config in wanted.items():
-            tree = collections.get(collection_name(config), {}).get(name)
+    def _overlay(self, variables: Mapping[str, Any]) -> _Overlay:
+        wanted = dict(self.adapters)
+        names = {collection_name(config) for config in wanted.values()}
+        names |= {c for m in methods.METHODS.values() if _is_ours(variables.get(c := m.peft_type.lower()))}
+        held = {c: variables[c] for c in variables if c in names}
+        base = {c: v for c, v in variables.items() if c not in names}
+        extra: dict[tuple[str, ...], Any] = {}
+        sites: dict[tuple[str, ...], dict[str, list[_Site]]] = {}
+        known = _key_paths(base.get("params", {})) if self.active else {}
+        for order, name in enumerate(self.active):
+            tree = held.get(collection_name(wanted[name]), {}).get(name)
             if tree is None:
                 raise AttachError(
-                    f"the variables hold no adapter {name!r} in {collection_name(config)!r}; make one with init, or load it"
+                    f"the variables hold no adapter {name!r} in {collection_name(wanted[name])!r};"
+                    " make one with init, or load it"
                 )
             adapter = read_collection(tree, name)
-            if adapter.config != bind_config(config, adapter.config):
+            if adapter.config != _resolved_like(wanted[name], adapter.config):
                 raise AttachError(
-                    f"the adapter {name!r} carries another configuration than this wrapper was made with; wrap the module"
-                    " with the adapter's own: jaxadapt.adapt(module, jaxadapt.extract(variables).config)"
+                    f"the adapter {name!r} carries another configuration than this wrapper's;"
+                    " wrap the module with its own: jaxadapt.adapt(module, jaxadapt.extract(variables).config)"
                 )
-            shapes = {leaf: {t: tuple(a.shape) for t, a in ts.items()} for leaf, ts in adapter.sites.items()}
+            values = adapter.sites
+            missing = [leaf for leaf in values if leaf not in known]
+            if missing:
+                raise AttachError(
+                    f"the adapter {name!r} adapts weights which the base parameters lack:\n"
+                    + paths.listing(missing)
+                )
+            shapes = tuple(
+                (leaf, tuple((t, tuple(a.shape)) for t, a in tensors.items()))
+                for leaf, tensors in values.items()
+            )
             method = methods.of(adapter.config)
-            for i, bound in enumerate(bind.recover(adapter.config, adapter.keymap, shapes)):
-                if bound.leaf not in params:
-                    raise AttachError(f"the adapter {name!r} adapts {bound.leaf!r}, which the base parameters lack")
-                params[bound.leaf] = meta.unbox(params[bound.leaf])
-                sites[str(i), name] = (method, bound.static, bound.axes)
-                for tensor, value in adapter.sites[bound.leaf].items():
-                    params[f"{bound.leaf}{SEP}{i}{SEP}{name}{SEP}{tensor}"] = value
-        if params:
-            inner["params"] = paths.unflatten(params)
-        return inner, _Interceptor(sites), collections
+            for bound in _recovered(adapter.recipe, shapes):
+                *path, leaf = known[bound.leaf]
+                # The arithmetic is part of the name: a jit inside the model (nn.jit) traces anew for another.
+                text = repr((order, method.peft_type, bound.static, bound.axes))
+                mark = hashlib.sha256(text.encode()).hexdigest()[:12]
+                keys = {tensor: f"{leaf}{SEP}{tensor}{SEP}{mark}" for tensor in values[bound.leaf]}
+                extra |= {(*path, key): values[bound.leaf][tensor] for tensor, key in keys.items()}
+                site = _Site(method, bound.static, bound.axes, keys)
+                sites.setdefault(tuple(path), {}).setdefault(leaf, []).append(site)
+        return _Overlay(base, held, extra, _Interceptor(sites))
+
+    def _check(self, overlay: _Overlay, args: Any, kwargs: Any, mutable: Any) -> None:
+        """Once for each kind of call: that it reads no adapted weight outside that weight's own module."""
+        sites = overlay.interceptor.sites
+        adapted = sorted((*path, leaf) for path, leaves in sites.items() for leaf in leaves)
+        signature = _signature((overlay.base, adapted, args, kwargs, mutable))
+        if not sites or signature in self._checked:
+            return
+
+        def run(params: Any, interceptor: Any) -> Any:
+            with nn.intercept_methods(interceptor):
+                out = self.module.apply({**overlay.base, "params": params}, *args, mutable=mutable, **kwargs)
+            return out if mutable is False else out[0]
+
+        survey.check_reads(
+            run, {path: list(leaves) for path, leaves in sites.items()}, overlay.base["params"]
+        )
+        self._checked.add(signature)
 
 
-def bind_config(mine: Config, theirs: Config) -> Config:
+@dataclasses.dataclass(frozen=True)
+class _Overlay:
+    """Variables taken apart: the base's, the adapters' collections, and what a call adds to `params`."""
+
+    base: Mapping[str, Any]
+    held: Mapping[str, Any]
+    extra: Mapping[tuple[str, ...], Any]
+    interceptor: _Interceptor
+
+    def inner(self) -> dict[str, Any]:
+        if not self.extra:
+            return dict(self.base)
+        return {**self.base, "params": survey.overlaid(self.base["params"], self.extra)}
+
+    def without(self, changed: Mapping[str, Any], mutable: Any) -> Any:
+        """Collections that a call returned, as the caller knows them."""
+        out = dict(changed)
+        if "params" in out and self.extra:
+            out["params"] = _pruned(out["params"])
+        out |= {c: tree for c, tree in self.held.items() if in_filter(mutable, c)}
+        return FrozenDict(out) if isinstance(changed, FrozenDict) else out
+
+
+def _pruned(tree: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {k: v for k, v in tree.items() if isinstance(v, Mapping) or SEP not in k}
+    return {k: _pruned(v) if isinstance(v, Mapping) else v for k, v in kept.items()}
+
+
+def _is_ours(collection: Any) -> bool:
+    return isinstance(collection, Mapping) and any(
+        isinstance(tree, Mapping) and CONFIG_NODE in tree for tree in collection.values()
+    )
+
+
+def _key_paths(tree: Any, prefix: tuple[str, ...] = ()) -> dict[str, tuple[str, ...]]:
+    """`{dotted path: keys}` of the leaves of a tree whose own keys may have dots."""
+    out: dict[str, tuple[str, ...]] = {}
+    for key, value in tree.items():
+        path = (*prefix, key)
+        out |= _key_paths(value, path) if isinstance(value, Mapping) else {".".join(path): path}
+    return out
+
+
+_Shapes = tuple[tuple[str, tuple[tuple[str, tuple[int, ...]], ...]], ...]
+
+
+@functools.lru_cache(maxsize=64)
+def _recovered(recipe: Recipe, shapes: _Shapes) -> tuple[bind.Bound, ...]:
+    """The sites of an adapter; kept, since a model called outside jit asks at every call."""
+    return bind.recover(recipe.config, recipe.keymap, {leaf: dict(tensors) for leaf, tensors in shapes})
+
+
+def _signature(call: Any) -> Hashable:
+    """What a call's trace depends on: structure, shapes and dtypes, and plain arguments by value."""
+    leaves, tree = jax.tree.flatten(call)
+    plain = (str, int, float, bool)
+    return tree, tuple(
+        leaf
+        if isinstance(leaf, plain)
+        else (tuple(jnp.shape(leaf)), str(leaf.dtype))
+        if _shaped(leaf)
+        else id(leaf)
+        for leaf in leaves
+    )
+
+
+def _shaped(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) or type(leaf).__module__ == "numpy"
+
+
+def _fresh_key(rngs: Any, collection: str, name: str) -> Any:
+    if isinstance(rngs, Mapping):
+        rngs = rngs[collection] if collection in rngs else rngs.get("params", next(iter(rngs.values())))
+    return jax.random.fold_in(rngs, zlib.crc32(f"{collection}.{name}".encode()))
+
+
+def _resolved_like(mine: Config, theirs: Config) -> Config:
     """The wrapper's configuration as `init` would have resolved it ("all-linear", fan_in_fan_out)."""
-    changes: dict[str, Any] = {"fan_in_fan_out": theirs.get("fan_in_fan_out")} if "fan_in_fan_out" in mine.to_dict() else {}
-    if mine.get("target_modules") == "all-linear":
-        changes["target_modules"] = theirs.get("target_modules")
+    changes: dict[str, Any] = {}
+    if mine.get("fan_in_fan_out") is False:
+        changes["fan_in_fan_out"] = theirs.get("fan_in_fan_out")
+    if str(mine.get("target_modules")).lower() == targets.ALL_LINEAR:
+        names = changes["target_modules"] = theirs.get("target_modules")
+        if isinstance(mine.get("feedforward_modules"), tuple):
+            changes["feedforward_modules"] = [n for n in names if targets.is_feedforward(mine, n)]
     return mine.replace(**changes) if changes else mine
 
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """A bound module whose calls apply the adapters."""
+    """A bound module whose calls, and whose submodules' calls, apply the adapters."""
 
     module: Any
-    interceptor: _Interceptor
+    overlay: _Overlay
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with nn.intercept_methods(self.interceptor):
+        with nn.intercept_methods(self.overlay.interceptor):
             return self.module(*args, **kwargs)
 
+    @property
+    def variables(self) -> Any:
+        """The variables, the adapters' collections among them."""
+        return self.overlay.without(self.module.variables, True)
+
+    def unbind(self) -> tuple[nn.Module, Any]:
+        """The module inside, unbound, and the variables."""
+        module, variables = self.module.unbind()
+        return module, self.overlay.without(variables, True)
+
     def __getattr__(self, name: str) -> Any:
-        value = getattr(self.module, name)
+        return self._wrapped(getattr(self.module, name))
+
+    def _wrapped(self, value: Any) -> Any:
         if isinstance(value, nn.Module):
-            return Bound(value, self.interceptor)
+            return Bound(value, self.overlay)
+        if isinstance(value, list | tuple) and not isinstance(value, str):
+            return type(value)(self._wrapped(v) for v in value) if type(value) in (list, tuple) else value
+        if isinstance(value, Mapping):
+            return {k: self._wrapped(v) for k, v in value.items()}
         if not callable(value):
             return value
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            with nn.intercept_methods(self.interceptor):
+            with nn.intercept_methods(self.overlay.interceptor):
                 return value(*args, **kwargs)
 
         return call
-
-
-def _without_overlay(changed: Any, collections: Mapping[str, Any], mutable: Any) -> Any:
-    out = dict(changed)
-    if "params" in out:
-        kept = {path: leaf for path, leaf in _flat(out["params"]).items() if SEP not in path.rpartition(".")[2]}
-        out["params"] = paths.unflatten(kept)
-    out |= {c: tree for c, tree in collections.items() if in_filter(mutable, c)}
-    return FrozenDict(out) if isinstance(changed, FrozenDict) else out
-
-
-def _check_reads(wrapper: Adapted, variables: Mapping[str, Any], args: Any, kwargs: Any, rngs: Any) -> None:
-    """Refuse weights that are read outside their own module's call: the adapter would miss that use."""
-    inner, interceptor, _ = wrapper._overlay(variables)  # pyright: ignore[reportPrivateUsage]
-    flat = _flat(inner["params"])
-    adapted = sorted({path.partition(SEP)[0] for path in flat if SEP in path.rpartition(".")[2]})
-
-    def intercept(next_fun: Any, a: Any, k: Any, context: Any) -> Any:
-        module = context.module
-        if module.scope is None or context.method_name == "setup":
-            return next_fun(*a, **k)
-        params = module.scope.variables().get("params", {})
-        leaves = {key.partition(SEP)[0] for key in _direct(params) if SEP in key}
-        if not leaves:
-            return next_fun(*a, **k)
-        call = _apply_alone(module, context.method_name, lambda key: SEP in key)
-        alias = {leaf: params[f"{leaf}{SEP}alias"] for leaf in leaves}
-        return call(alias, *a, **k)[0]
-
-    def run(weights: Mapping[str, Any]) -> Any:
-        laid = {p: v for p, v in flat.items() if SEP not in p.rpartition(".")[2]}
-        laid |= {f"{leaf}{SEP}alias": flat[leaf] for leaf in adapted} | dict(weights)
-        all_rngs = dict(rngs) if isinstance(rngs, Mapping) else {"params": rngs, "dropout": rngs}
-        with nn.intercept_methods(intercept):
-            return wrapper.module.apply(
-                {**inner, "params": paths.unflatten(laid)}, *args, mutable=True, rngs=all_rngs, **kwargs
-            )[0]
-
-    used = live(run, {leaf: jax.ShapeDtypeStruct(flat[leaf].shape, flat[leaf].dtype) for leaf in adapted})
-    outside = [leaf for leaf, is_used in used.items() if is_used]
-    if outside:
-        raise AttachError(
-            "these weights are read outside their own module's call, where an adapter cannot follow:\n"
-            + paths.listing(outside)
-            + "\nLeave them out with exclude_modules, or let the reader call the module"
-        )
 
 
 # ---------------------------------------------------------------- collections in and out
@@ -480,7 +433,9 @@ def read_collection(tree: Mapping[str, Any], name: str) -> Adapter:
             f"the adapter {name!r} has lost its configuration (a restore without a target does that);"
             " pass config= (and keymap=, if it was adapted with one)"
         )
-    return Adapter(recipe.config, {k: v for k, v in tree.items() if k != CONFIG_NODE}, recipe.keymap)
+    adapter = Adapter(recipe.config, {k: v for k, v in tree.items() if k != CONFIG_NODE}, recipe.keymap)
+    recipe.whole(len(adapter.sites), name)
+    return adapter
 
 
 def _recipe_from_text(target: Recipe, state: Any) -> Recipe:
