@@ -51,7 +51,9 @@ def _changed(params: Any, adapter: Adapter, weight: Change, bias: Change) -> Any
         )
     if isinstance(params, nnx.nnx.Module):
         return _on_model(params, adapter, weight, bias)
-    leaves = {_path(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_box)}
+    leaves = {
+        _path(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_box)
+    }
     new = _new_leaves({p: _opened(leaf) for p, leaf in leaves.items()}, adapter, weight, bias)
 
     def put(keys: Any, leaf: Any) -> Any:
@@ -94,9 +96,7 @@ def _on_model(model: Any, adapter: Adapter, weight: Change, bias: Change) -> Any
     return model
 
 
-def _new_leaves(
-    leaves: Mapping[str, Any], adapter: Adapter, weight: Change, bias: Change
-) -> dict[str, Any]:
+def _new_leaves(leaves: Mapping[str, Any], adapter: Adapter, weight: Change, bias: Change) -> dict[str, Any]:
     shapes = {leaf: {t: tuple(a.shape) for t, a in ts.items()} for leaf, ts in adapter.sites.items()}
     bounds = bind.recover(adapter.config, adapter.keymap, shapes)
     missing = [b.leaf for b in bounds if b.leaf not in leaves]
@@ -129,9 +129,7 @@ def _expected(bound: bind.Bound, shape: tuple[int, ...]) -> dict[str, tuple[int,
     return {t.name: plan.entry_shape(bound.site, t, sizes) for t in bound.tensors}
 
 
-def _over_stack(
-    bound: bind.Bound, method: Method, change: Change, params: Mapping[str, Any], w: Any
-) -> Any:
+def _over_stack(bound: bind.Bound, method: Method, change: Change, params: Mapping[str, Any], w: Any) -> Any:
     def one(params: Mapping[str, Any], w: Any) -> Any:
         return change(Applied(method, bound.static, params, bound.axes), w)
 

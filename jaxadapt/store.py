@@ -18,10 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxadapt import attach, bind, families, folder, linen, methods, nnx, paths
+from jaxadapt import attach, bind, families, folder, linen, methods, nnx, paths, targets
 from jaxadapt.adapter import Adapter, PeftTensors, Recipe
 from jaxadapt.configs import Config
-from jaxadapt.errors import AdapterError, AttachError, ConfigError, FileError
+from jaxadapt.errors import AdapterError, AttachError, ConfigError, FileError, MismatchError
 from jaxadapt.keymap import KeyMap
 from jaxadapt.plan import Encoded
 
@@ -76,13 +76,23 @@ def _with_values(adapter: Adapter, traced: bool = False) -> None:
 
 
 def _encoded(adapter: Adapter, keymap: KeyMap | str | None, dtype: Any = None) -> PeftTensors:
-    table = adapter.keymap if keymap in (None, "auto") else families.resolve(keymap, {})
+    config, table = adapter.config, adapter.keymap
     shapes = {leaf: {t: tuple(a.shape) for t, a in ts.items()} for leaf, ts in adapter.sites.items()}
-    bounds = bind.recover(adapter.config, table, shapes)
+    if keymap not in (None, "auto"):
+        before = bind.recover(config, table, shapes)
+        table = families.resolve(keymap, {})
+        config = bind.renamed(config, before, table)
+    bounds = bind.recover(config, table, shapes)
+    astray = [m for b in bounds for m in b.modules if not targets.matches(config, m)]
+    if astray:
+        raise MismatchError(
+            "these modules carry tensors, but target_modules of the configuration does not name them, so a reader would"
+            " drop them:\n" + paths.listing(astray)
+        )
     leaves = adapter.flat()
     host = not any(isinstance(leaf, Tracer) for leaf in leaves.values())
     encoded = bind.file_plan(bounds).encode(leaves, dtype, host)
-    return PeftTensors(bind.renamed(adapter.config, bounds), encoded, "this adapter")
+    return PeftTensors(config, encoded, "this adapter")
 
 
 def save(
@@ -124,7 +134,7 @@ def _below(path: str | os.PathLike[str], name: str) -> Path:
     if name == attach.DEFAULT:
         return Path(path)
     if name in ("", ".", "..") or set(name) & set("/\\\0"):
-        raise FileError(f"{path}: {name!r} names a subfolder here, and cannot; choose a name without / and \\")
+        raise FileError(f"{path}: {name!r} cannot name a subfolder; choose a name without slashes")
     return Path(path) / name
 
 
@@ -268,10 +278,22 @@ def load(
         nnx.inject(adapter, target, name)
         nnx.activate(target, (name,))
         return target
+    if present is not None or rngs is not None:
+        _rehearse(target, adapter, bounds, name, rngs)
     if present is not None:
         nnx.delete(target, name)
     nnx.attach(target, adapter.recipe, bounds, name, adapter.flat(), rngs)
     return target
+
+
+def _rehearse(model: Any, adapter: Adapter, bounds: Sequence[bind.Bound], name: str, rngs: Any) -> None:
+    """Attach to an abstract copy first: what fails there must not cost the model the adapter it has."""
+    graphdef, state = nnx.nnx.split(model)
+    copy = nnx.nnx.merge(graphdef, jax.eval_shape(lambda: state))
+    if name in nnx.names(copy):
+        nnx.delete(copy, name)
+    rngs = None if rngs is None else nnx.nnx.clone(rngs)
+    nnx.attach(copy, adapter.recipe, bounds, name, adapter.flat(), rngs)
 
 
 def _attached_config(target: Any, name: str) -> Config | None:

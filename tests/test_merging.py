@@ -85,7 +85,9 @@ def test_stacked_layers(axis):
     expected = jaxadapt.merge(layers, one)["h"]
     found = jaxadapt.merge(stacked, other)["h"]["q"]
     for l in range(3):
-        np.testing.assert_allclose(np.take(found["kernel"], l, axis), expected[str(l)]["q"]["kernel"], rtol=1e-6)
+        np.testing.assert_allclose(
+            np.take(found["kernel"], l, axis), expected[str(l)]["q"]["kernel"], rtol=1e-6
+        )
     assert found["bias"] is stacked["h"]["q"]["bias"]
     back = jaxadapt.unmerge({"h": {"q": found}}, other)["h"]["q"]["kernel"]
     np.testing.assert_allclose(back, stacked["h"]["q"]["kernel"], **CLOSE)

@@ -171,9 +171,7 @@ def test_a_fresh_adapter_changes_nothing(config, line):
     if not shares_an_input(config, line):
         use = use_of(hook.axes)
         x = x_of(use, w)
-        np.testing.assert_array_equal(
-            through(hook, use, x, w), jnp.einsum(f"{use.x},{use.w}->{use.y}", x, w)
-        )
+        np.testing.assert_array_equal(through(hook, use, x, w), jnp.einsum(f"{use.x},{use.w}->{use.y}", x, w))
 
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["straight", "transposed"])
@@ -249,10 +247,14 @@ def test_stacked_layers_are_the_layers_one_by_one(peft_type):
         params = small.noisy({t: jnp.zeros(s) for t, s in bound.shapes.items()}, 2)
         w = near_one((3, 4, 6), 1)
         method = methods.of(config)
-        whole = jax.vmap(lambda p, w: Applied(method, bound.static, p, bound.axes).weight(w))(params, w)
+
+        def weight(params, w, bound=bound, method=method):
+            return Applied(method, bound.static, params, bound.axes).weight(w)
+
+        whole = jax.vmap(weight)(params, w)
         for l in range(3):
-            one = Applied(method, bound.static, {t: v[l] for t, v in params.items()}, bound.axes)
-            np.testing.assert_allclose(whole[l], one.weight(w[l]), rtol=1e-6)
+            one = weight({t: v[l] for t, v in params.items()}, w[l])
+            np.testing.assert_allclose(whole[l], one, rtol=1e-6)
 
 
 # ---- formulas ----------------------------------------------------------------------------------------------
@@ -344,7 +346,9 @@ def test_lora_fields_that_would_be_ignored_are_refused(field):
 
 def test_all_refused_fields_stand_in_one_error():
     with pytest.raises(ConfigError) as caught:
-        methods.of(config_of("LORA", ["q"], use_dora=True, modules_to_save=["head"], init_lora_weights="pissa"))
+        methods.of(
+            config_of("LORA", ["q"], use_dora=True, modules_to_save=["head"], init_lora_weights="pissa")
+        )
     for part in ("use_dora=True", "modules_to_save=", "init_lora_weights='pissa'"):
         assert part in str(caught.value)
 

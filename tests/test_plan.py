@@ -85,7 +85,7 @@ def lines(draw, groups=(1, 4), empty=True):
     if empty and draw(st.booleans()):
         right.insert(draw(st.integers(0, len(right))), ())
     pattern = f"{' '.join(left)} -> {' '.join('(' + ' '.join(g) + ')' for g in right)}"
-    key = ".".join(["blk", *[s for s in stacked], *(["{p}_proj"] if fused else ["proj"]), "weight"])
+    key = ".".join(["blk", *stacked, *(["{p}_proj"] if fused else ["proj"]), "weight"])
     size = {n: draw(st.integers(1, 3)) for n in plain + stacked} | {"{p}": len(fused)}
     over = {"p": tuple(fused)} if fused else {}
     return Weight("blk.w", key, pattern, **over), tuple(size[n] for n in left), over
@@ -202,7 +202,9 @@ def test_adapter_tensors_agree_with_the_reference(method, data):
         np.testing.assert_array_equal(back[path], leaf)
     recovered = bind.recover(config, table, {"blk.w": {k: tuple(v) for k, v in bound.shapes.items()}})
     assert [b.entries for b in recovered] == [b.entries for b in bounds]
-    assert [(b.modules, b.static, b.axes) for b in recovered] == [(b.modules, b.static, b.axes) for b in bounds]
+    assert [(b.modules, b.static, b.axes) for b in recovered] == [
+        (b.modules, b.static, b.axes) for b in bounds
+    ]
 
 
 def test_a_fused_weight_partly_targeted_keeps_the_parts_order():
@@ -276,7 +278,9 @@ def test_a_stacked_axis_behind_the_tensors_own_axes_is_refused():
 
 
 def test_two_sites_of_one_module_are_refused():
-    table = KeyMap("t", (Weight("{path}.w", "{path}.weight", "i o -> o i"), Weight("a.u", "a.weight", "i o -> o i")))
+    table = KeyMap(
+        "t", (Weight("{path}.w", "{path}.weight", "i o -> o i"), Weight("a.u", "a.weight", "i o -> o i"))
+    )
     bounds = bind.select(LoraConfig(r=1, target_modules=["a"]), table, {"a.w": (2, 2), "a.u": (2, 2)})
     with pytest.raises(MismatchError, match="claimed by several leaves") as caught:
         bind.file_plan(bounds)
@@ -303,7 +307,8 @@ def test_encoding_is_lazy_and_views_where_it_can_be():
 
 def test_encoding_converts_one_tensor_at_a_time():
     encoded = stacked_plan().encode(
-        {"h.q.w.lora_A": np.full((3, 4, 2), 1 / 3), "h.q.w.lora_B": np.zeros((3, 2, 5), "float16")}, "bfloat16"
+        {"h.q.w.lora_A": np.full((3, 4, 2), 1 / 3), "h.q.w.lora_B": np.zeros((3, 2, 5), "float16")},
+        "bfloat16",
     )
     assert {s.dtype for s in encoded.specs.values()} == {np.dtype("bfloat16")}
     assert {v.dtype for v in encoded.values()} == {np.dtype("bfloat16")}

@@ -376,7 +376,9 @@ def test_after_an_interrupted_save_the_header_wins(tmp_path):
     assert same(jaxadapt.extract(model), small.adapter())
 
 
-@pytest.mark.parametrize("then", [LORA, IA3, LORA.replace(lora_alpha=3)], ids=["the same", "the older", "another"])
+@pytest.mark.parametrize(
+    "then", [LORA, IA3, LORA.replace(lora_alpha=3)], ids=["the same", "the older", "another"]
+)
 def test_a_save_after_an_interrupted_one_mends_the_folder(then, tmp_path):
     interrupted(tmp_path / "a", small.adapter(IA3), small.adapter())
     jaxadapt.save(small.adapter(then), tmp_path / "a")
@@ -468,7 +470,11 @@ def test_load_into_plain_adapted_and_abstract_targets(config, tmp_path):
     assert isinstance(abstract.q_proj.kernel.get_value(), jax.ShapeDtypeStruct)
     assert same(jaxadapt.extract(abstract), jaxadapt.extract(model))
     module = jaxadapt.adapt(small.LinenNet(), config)
-    for target in (small.base(), small.variables(config, 7), module.init(jax.random.key(0), X) | small.base()):
+    for target in (
+        small.base(),
+        small.variables(config, 7),
+        module.init(jax.random.key(0), X) | small.base(),
+    ):
         variables = jaxadapt.load(tmp_path, target)
         np.testing.assert_allclose(module.apply(variables, X), model(X), rtol=1e-6)
     shapes = jax.eval_shape(lambda: small.base())
@@ -569,9 +575,7 @@ def test_real_adapters_are_written_as_they_were_read(real_adapters, tmp_path):
         (here / path.name.partition("_")[2]).write_bytes(path.read_bytes())
         config = real_adapters / "configs" / f"{path.name[:3]}.json"
         try:
-            before = (
-                safetensors.read(path) if path.suffix == ".safetensors" else torch_bin.read(path)
-            )
+            before = safetensors.read(path) if path.suffix == ".safetensors" else torch_bin.read(path)
         except jaxadapt.AdapterError:
             continue  # one is 44 bytes of nothing, one is no adapter
         text = config.read_bytes() if config.exists() else b""
