@@ -187,7 +187,7 @@ def _dropout(rate: float, rngs: nnx.Rngs | None, sizes: Sequence[int]) -> nnx.Dr
         return nnx.Dropout(rate, deterministic=True)
     if not sizes:
         return nnx.Dropout(rate, rngs=rngs)
-    return nnx.vmap(lambda r: _dropout(rate, r, sizes[1:]))(rngs.fork(split=sizes[0]))
+    return nnx.vmap(lambda r: _dropout(rate, r, sizes[1:]))(rngs.split(sizes[0]))
 
 
 def adapted(model: nnx.Module) -> Iterator[tuple[str, Any]]:
@@ -268,7 +268,9 @@ def extract(tree: Tree, name: str) -> Adapter:
         raise AttachError(f"the adapter {name!r} carries {len(recipes)} different configurations; attach it anew")
     recipe = recipes.pop()
     values = {path: found[name][path].get_value() for path in sorted(found[name], key=natural)}
-    return Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
+    adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
+    recipe.whole(len(adapter.sites), name)
+    return adapter
 
 
 def inject(adapter: Adapter, tree: Tree, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,8 @@ ALPHA, R = 6, 3
 EMBEDDINGS = ("embed", "embed_attend")  # a table of kind "embedding" is no site of LORA or IA3 yet
 FITTING = [p for p in layers.params(layers.NNX) if p.values[0].how != layers.REFUSED and p.id not in EMBEDDINGS]
 METHODS = ["lora", "ia3"]
+# These tests ask what is computed, not how fast.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def config_of(method: str, case: layers.Case, **fields: Any) -> Any:
@@ -33,7 +36,7 @@ def adapted(method: str, case: layers.Case, model: Any = None, *, rngs: Any = 1,
     model = case.make() if model is None else model
     axes = sorted(set(case.stack.values()))
     table = None
-    if case.how == layers.EFFECTIVE:  # no product shows the roles: a person has to say them
+    if case.how in (layers.EFFECTIVE, layers.EITHER):  # no product shows the roles: a person has to say them
         shapes = {path: v.shape for path, v in trees.nnx_leaves(model).items()}
         table = GENERIC.with_lines(line_for(leaf, shapes[leaf], axes) for leaf, axes in case.roles.items())
     return jaxadapt.adapt(
@@ -112,7 +115,7 @@ def comparison(method: str, case: layers.Case, model: Any) -> Any:
 
         return jax.value_and_grad(weighed, has_aux=True)
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=QUICK)
     def both(adapter: Any) -> Any:
         (_, y), g = loss(ours)(adapter)
         (_, y_ref), g_ref = loss(reference)(adapter)

@@ -1,0 +1,376 @@
+"""Attaching to NNX models: names, copies, abstract models, dropout, detaching, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxadapt
+from jaxadapt.errors import AttachError, KeyMapError, TargetError
+from tests.twins import layers, layers_nnx
+
+R1 = jaxadapt.LoraConfig(r=2, lora_alpha=8, target_modules=["q", "o"], init_lora_weights=False)
+R3 = jaxadapt.LoraConfig(r=3, lora_alpha=3, target_modules=["q"], init_lora_weights=False)
+IA3 = jaxadapt.IA3Config(target_modules=["q", "o"], feedforward_modules=["o"], init_ia3_weights=False)
+X = layers.x()
+
+
+def block(seed: int = 0) -> Any:
+    return layers_nnx.Block(nnx.Rngs(seed))
+
+
+def adapt(model: Any, config: Any, seed: int = 1, **options: Any) -> Any:
+    return jaxadapt.adapt(model, config, rngs=nnx.Rngs(seed), **options)
+
+
+def effective(*adapters: jaxadapt.Adapter) -> Any:
+    """The same block with these adapters in its weights."""
+    model = block()
+    for adapter in adapters:
+        jaxadapt.merge(model, adapter)
+    return model(X)
+
+
+def close(a: Any, b: Any) -> None:
+    np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5)
+
+
+def arrays(model: Any) -> dict[tuple[Any, ...], Any]:
+    return {path: v.get_value() for path, v in nnx.to_flat_state(nnx.state(model))}
+
+
+# ---------------------------------------------------------------- several on one base
+
+
+def test_two_names_on_one_base():
+    model = adapt(block(), R1)
+    adapt(model, R3, 2, name="fr")
+    default, fr = jaxadapt.extract(model), jaxadapt.extract(model, "fr")
+    close(model(X), effective(fr))  # the one attached last is active
+    jaxadapt.activate(model, "default")
+    close(model(X), effective(default))
+    jaxadapt.activate(model, "default", "fr")
+    close(model(X), effective(default, fr))
+    jaxadapt.activate(model)
+    np.testing.assert_array_equal(model(X), block()(X))
+
+
+def test_disable_restores_also_after_an_exception():
+    model, plain = adapt(block(), R1), block()(X)
+    before = model(X)
+    with jaxadapt.disable(model) as base:
+        np.testing.assert_array_equal(base(X), plain)
+    np.testing.assert_array_equal(model(X), before)
+    with pytest.raises(ZeroDivisionError), jaxadapt.disable(model):
+        raise ZeroDivisionError
+    np.testing.assert_array_equal(model(X), before)
+
+
+def test_delete_leaves_the_other():
+    model = adapt(adapt(block(), R1), R3, 2, name="fr")
+    default = jaxadapt.extract(model)
+    jaxadapt.activate(model, "default", "fr")
+    jaxadapt.delete(model, "fr")
+    close(model(X), effective(default))
+    with pytest.raises(AttachError, match="'fr'.*'default'"):
+        jaxadapt.extract(model, "fr")
+    jaxadapt.delete(model, "default")
+    assert nnx.graphdef(model) == nnx.graphdef(block())
+
+
+def test_two_methods_on_one_layer():
+    model = adapt(adapt(block(), R1), IA3, 2, name="scale")
+    lora, ia3 = jaxadapt.extract(model), jaxadapt.extract(model, "scale")
+    assert (lora.config.peft_type, ia3.config.peft_type) == ("LORA", "IA3")
+    close(model(X), effective(ia3))
+    jaxadapt.activate(model, "default")
+    close(model(X), effective(lora))
+
+
+@pytest.mark.parametrize("name", ["default", "fr"])
+def test_a_name_is_taken_once(name):
+    model = adapt(block(), R1, name=name)
+    with pytest.raises(AttachError, match=f"{name}.*already"):
+        adapt(model, R3, name=name)
+    assert jaxadapt.extract(model, name).config == R1
+
+
+# ---------------------------------------------------------------- leaving no trace
+
+
+@pytest.mark.parametrize("case", [c for c in layers.NNX if c.name in ("mixed_shared", "scan1", "dropout", "mha")])
+def test_detach_gives_the_very_same_model(case):
+    model = case.make()
+    graphdef, before = nnx.graphdef(model), arrays(model)
+    targets = [t.rpartition(".")[2] for t in case.targets]
+    adapt(model, jaxadapt.LoraConfig(target_modules=targets, lora_dropout=0.1))
+    inside = arrays(model)
+    assert nnx.graphdef(model) != graphdef
+    assert all(inside[path] is value for path, value in before.items())  # base paths and arrays as they were
+    assert jaxadapt.detach(model) is model
+    after = arrays(model)
+    assert nnx.graphdef(model) == graphdef
+    assert list(after) == list(before)
+    assert all(after[path] is value for path, value in before.items())
+
+
+def test_base_filter_is_the_frozen_rest():
+    model = adapt(block(), R1)
+    base = {path for path, _ in nnx.to_flat_state(nnx.state(model, jaxadapt.BaseParam))}
+    assert base == {path for path, _ in nnx.to_flat_state(nnx.state(block(), nnx.Param))}
+
+
+def test_merge_equals_attached_and_unmerge_restores():
+    for config in (R1, IA3):
+        model = adapt(block(), config)
+        y = model(X)
+        with pytest.raises(AttachError, match="twice"):
+            jaxadapt.merge(model, jaxadapt.extract(model))
+        adapter = jaxadapt.extract(model)
+        jaxadapt.detach(model)
+        jaxadapt.merge(model, adapter)
+        close(model(X), y)
+        jaxadapt.unmerge(model, adapter)
+        for path, value in arrays(model).items():
+            np.testing.assert_allclose(value, arrays(block())[path], atol=1e-5)
+
+
+# ---------------------------------------------------------------- copies
+
+
+def test_copies_are_whole_and_independent():
+    model = adapt(block(), R1)
+    y = model(X)
+    copies = [nnx.clone(model), copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    copies.append(nnx.merge(*nnx.split(model), copy=True))
+    jaxadapt.inject(jaxadapt.Adapter(R1, jax.tree.map(jnp.zeros_like, jaxadapt.extract(model).params)), model)
+    np.testing.assert_array_equal(model(X), block()(X))
+    for other in copies:
+        np.testing.assert_array_equal(other(X), y)
+        assert jaxadapt.extract(other).config == R1
+        assert nnx.graphdef(other) == nnx.graphdef(model)
+        assert nnx.graphdef(jaxadapt.detach(other)) == nnx.graphdef(block())
+
+
+def test_pickles_open_in_a_new_process(tmp_path, root):
+    model = adapt(block(), R1)
+    graphdef, state = nnx.split(model)
+    (tmp_path / "model").write_bytes(pickle.dumps(model))
+    (tmp_path / "split").write_bytes(pickle.dumps((graphdef, jax.tree.map(np.asarray, state))))
+    np.save(tmp_path / "y.npy", model(X))
+    code = f"""
+import pickle, sys
+sys.path.insert(0, {str(root)!r})
+import jax, numpy as np
+jax.config.update("jax_default_matmul_precision", "highest")
+from pathlib import Path
+here = Path({str(tmp_path)!r})
+model = pickle.loads((here / "model").read_bytes())
+from flax import nnx
+import jaxadapt
+from tests.twins import layers
+x = layers.x()
+np.testing.assert_allclose(model(x), np.load(here / "y.npy"), atol=1e-6)
+split = nnx.merge(*pickle.loads((here / "split").read_bytes()))
+np.testing.assert_allclose(split(x), np.load(here / "y.npy"), atol=1e-6)
+assert jaxadapt.extract(split).config == jaxadapt.extract(model).config
+print(jaxadapt.extract(model).config.r)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "2"
+
+
+# ---------------------------------------------------------------- abstract models, adapt inside transforms
+
+
+def test_abstract_models_adapt_and_load(tmp_path):
+    real = adapt(block(), R1)
+    jaxadapt.save(real, tmp_path)
+    model = nnx.eval_shape(block)
+    jaxadapt.adapt(model, R1, example=(X,))  # no rngs: there is nothing to fill
+    specs = nnx.state(model, jaxadapt.AdapterParam)
+    assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(specs))
+    assert {p: v.shape for p, v in jaxadapt.extract(model).flat().items()} == {
+        p: v.shape for p, v in jaxadapt.extract(real).flat().items()
+    }
+    y = nnx.eval_shape(lambda m, x: m(x), model, X)
+    assert y.shape == X.shape
+    loaded = jaxadapt.load(tmp_path, nnx.eval_shape(block))
+    nnx.update(loaded, nnx.state(block()))
+    np.testing.assert_array_equal(loaded(X), real(X))
+
+
+def test_adapt_inside_jit_and_eval_shape():
+    def build() -> Any:
+        return adapt(block(), R1)
+
+    eager, jitted = build(), nnx.jit(build)()
+    assert nnx.graphdef(eager) == nnx.graphdef(jitted)
+    for a, b in zip(jax.tree.leaves(nnx.state(eager)), jax.tree.leaves(nnx.state(jitted)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    shapes = nnx.eval_shape(build)
+    assert nnx.graphdef(shapes) == nnx.graphdef(eager)
+
+
+def test_a_key_gives_a_leaf_the_same_values_whatever_else_is_adapted():
+    both = jaxadapt.extract(adapt(block(), R1)).flat()
+    one = jaxadapt.extract(adapt(block(), R1.replace(target_modules=["o"]))).flat()
+    assert one.keys() < both.keys()
+    for path, value in one.items():
+        np.testing.assert_array_equal(value, both[path])
+    again = jax.jit(lambda key: jaxadapt.init(R1, block(), key=key))(nnx.Rngs(1).params()).flat()
+    for path, value in again.items():
+        np.testing.assert_array_equal(value, both[path])
+
+
+@pytest.mark.parametrize("config", [R1, IA3], ids=["lora", "ia3"])
+def test_adapt_and_init_give_identical_specs(config):
+    class Plain(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.q = nnx.Linear(8, 6, rngs=rngs)
+            self.o = nnx.Linear(6, 8, rngs=rngs)
+
+    def specs(adapter: jaxadapt.Adapter) -> Any:
+        return adapter.recipe, {p: (v.shape, v.dtype) for p, v in adapter.flat().items()}
+
+    def fresh() -> Any:
+        return Plain(nnx.Rngs(0))
+
+    want = specs(jaxadapt.extract(adapt(fresh(), config)))
+    assert specs(jaxadapt.init(config, fresh())) == want
+    assert specs(jaxadapt.init(config, nnx.to_pure_dict(nnx.state(fresh())), key=jax.random.key(0))) == want
+    assert specs(jaxadapt.init(config, nnx.state(fresh()))) == want
+
+
+# ---------------------------------------------------------------- dtypes and dropout
+
+
+def test_bf16_base_keeps_f32_adapters():
+    def half() -> Any:
+        return nnx.Linear(8, 6, param_dtype=jnp.bfloat16, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+
+    config = R1.replace(target_modules=[""])
+    model = adapt(half(), config)
+    assert {v.dtype for v in jaxadapt.extract(model).flat().values()} == {jnp.dtype("float32")}
+    assert model(X).dtype == jnp.bfloat16
+    assert {v.dtype for v in jaxadapt.extract(adapt(half(), config, dtype=jnp.bfloat16)).flat().values()} == {
+        jnp.dtype("bfloat16")
+    }
+
+
+DROPPED = R1.replace(lora_dropout=0.5)
+
+
+def test_dropout_in_training_and_not_after_eval():
+    model = adapt(block(), DROPPED)
+    calm = adapt(block(), R1)(X)
+    first, second = model(X), model(X)
+    assert not np.array_equal(first, second)
+    step = nnx.jit(lambda m, x: m(x))
+    assert not np.array_equal(step(model, X), step(model, X))
+    model.eval()
+    np.testing.assert_array_equal(model(X), calm)
+    np.testing.assert_allclose(step(model, X), calm, atol=1e-6)
+    model.train()
+    assert not np.array_equal(model(X), calm)
+    with jaxadapt.disable(model):
+        np.testing.assert_array_equal(model(X), block()(X))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_dropout_in_stacked_layers(axis):
+    config = R1.replace(lora_dropout=0.5)
+    stack = [axis]
+    model = adapt(layers_nnx.Stack(nnx.Rngs(0), axis=axis), config, stack_axes=stack)
+    calm = adapt(layers_nnx.Stack(nnx.Rngs(0), axis=axis), R1, stack_axes=stack)(X)
+    keys = [v for path, v in nnx.to_flat_state(nnx.state(model, nnx.RngKey)) if "adapter_dropout" in path]
+    assert all(len(set(map(tuple, jax.random.key_data(k.get_value()).tolist()))) == 3 for k in keys)
+    step = nnx.jit(lambda m, x: m(x))
+    assert not np.array_equal(step(model, X), step(model, X))
+    model.eval()
+    np.testing.assert_allclose(step(model, X), calm, atol=1e-5)
+
+
+def test_dropout_scales_what_it_keeps():
+    config = R1.replace(target_modules=[""], lora_dropout=0.5)
+    linear = adapt(nnx.Linear(8, 6, rngs=nnx.Rngs(0)), config)
+    calm = adapt(nnx.Linear(8, 6, rngs=nnx.Rngs(0)), R1.replace(target_modules=[""]))
+    many = jnp.ones((4000, 8))
+    np.testing.assert_allclose(linear(many).mean(0), calm(many).mean(0), atol=0.1)
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def test_rngs_are_needed():
+    with pytest.raises(AttachError, match="rngs=nnx.Rngs"):
+        jaxadapt.adapt(block(), R1)
+
+
+def test_targets_that_match_nothing_list_near_misses():
+    with pytest.raises(TargetError, match="near misses: q"):
+        adapt(block(), R1.replace(target_modules=["qq"]))
+
+
+def test_a_refused_model_is_unchanged():
+    model = layers_nnx.Normed(nnx.Rngs(0))
+    graphdef = nnx.graphdef(model)
+    with pytest.raises(TargetError):
+        adapt(model, R1)
+    assert nnx.graphdef(model) == graphdef
+
+
+@pytest.mark.parametrize("case", layers.params(layers.NNX, how=layers.REFUSED))
+def test_registry_refusals(case):
+    config = jaxadapt.LoraConfig(r=2, target_modules=case.targets)
+    model = case.make()
+    before = nnx.graphdef(model)
+    with pytest.raises(AttachError, match=case.targets[0]) as error:
+        adapt(model, config, example=case.inputs())
+    assert case.why.lower() in str(error.value).lower()
+    assert nnx.graphdef(model) == before
+
+
+def test_weight_norm_is_refused_without_an_example_too():
+    model = nnx.WeightNorm(nnx.Linear(8, 6, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
+    with pytest.raises(AttachError, match=r"layer_instance.kernel: WeightNorm"):
+        adapt(model, R1.replace(target_modules=["layer_instance"]))
+
+
+@pytest.mark.parametrize("name", ["embed", "embed_attend"])
+def test_embeddings_are_refused_by_name(name):
+    (case,) = (c for c in layers.NNX if c.name == name)
+    (leaf,) = case.roles
+    for example in (None, case.inputs()):
+        with pytest.raises((AttachError, KeyMapError, TargetError), match=leaf):
+            adapt(case.make(), R1.replace(target_modules=[leaf.rpartition(".")[0]]), example=example)
+
+
+def test_a_layer_whose_attribute_is_taken():
+    linear = nnx.Linear(8, 6, rngs=nnx.Rngs(0))
+    linear.lora = nnx.Param(jnp.ones(3))
+    with pytest.raises(AttachError, match="kernel.*'lora' of its own"):
+        adapt(linear, R1.replace(target_modules=[""]))
+
+
+def test_stacked_on_which_axis():
+    class Square(nnx.Module):
+        def __init__(self) -> None:
+            self.q = nnx.vmap(lambda r: nnx.Linear(3, 3, rngs=r), in_axes=0, out_axes=0)(nnx.Rngs(0).split(3))
+
+    with pytest.raises(AttachError, match=r"stack_axes=\(0,\)"):
+        adapt(Square(), R1.replace(target_modules=["q"]))
+    adapter = jaxadapt.extract(adapt(Square(), R1.replace(target_modules=["q"]), stack_axes=[0]))
+    assert adapter.flat()["q.kernel.lora_A"].shape == (3, 3, 2)
+    with pytest.raises(AttachError, match="stack_axes"):
+        adapt(layers_nnx.Stack(nnx.Rngs(0)), R1, stack_axes=[1])
