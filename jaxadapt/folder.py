@@ -304,7 +304,7 @@ def _write(tensors: PeftTensors, folder: Path) -> None:
     specs = {k: (np.dtype(v.dtype), tuple(v.shape)) for k, v in _specs(tensors.tensors).items()}
     metadata = {"format": "pt", _META: json.dumps(own, sort_keys=True)}
     # The new JSON is written before the weights are replaced, and takes its place right after them: a full
-    # disk shows before anything has changed, and between the two replacements is next to no time.
+    # disk shows before anything has changed, and little time passes between the two replacements.
     with atomic.replacing(config) as writer:
         writer.write(memoryview(text.encode()))
         safetensors.write(weights, specs, lambda key: np.asarray(tensors.tensors[key]), metadata)

@@ -1,0 +1,15 @@
+"""Invariant 6 at length: 300 kills of a process that saves adapters (tests/test_invariants.py has 50)."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def test_300_kills_leave_the_old_adapter_or_the_new(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.kill_save", str(tmp_path / "out"), "300"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
