@@ -32,10 +32,13 @@ class Recipe:
     A pytree node without leaves: it survives jit, grad, optax, freeze and `flatten_dict` inside a tree.
     Equal recipes compute the same function: bookkeeping fields (`base_model_name_or_path`, …) take no
     part in equality, else jit would retrace. The hash is computed once, since jit asks leaf by leaf.
+
+    `sites` counts the adapted leaves, so that a part of an adapter is not taken for the whole; 0: not known.
     """
 
     config: Config
     keymap: KeyMap = GENERIC
+    sites: int = 0
 
     @functools.cached_property
     def _hash(self) -> int:
@@ -46,8 +49,26 @@ class Recipe:
 
     def __eq__(self, other: object) -> bool:
         return self is other or (
-            isinstance(other, Recipe) and self.config == other.config and self.keymap == other.keymap
+            isinstance(other, Recipe)
+            and self.config == other.config
+            and self.keymap == other.keymap
+            and self.sites == other.sites
+            and self._origin == other._origin
         )
+
+    @functools.cached_property
+    def _origin(self) -> tuple[Any, ...]:
+        # What a saved file says of its origin. jit hands back the recipe of whichever adapter it saw first, so
+        # two that would be saved differently must not be equal, though they compute the same.
+        return tuple(self.config.get(name) for name in ("task_type", "base_model_name_or_path", "revision"))
+
+    def whole(self, found: int, name: str) -> None:
+        """Raise `AttachError` if `found` leaves are not all the adapter has."""
+        if self.sites and found != self.sites:
+            raise AttachError(
+                f"this tree holds {found} of the {self.sites} adapted leaves of the adapter {name!r}; saved or merged,"
+                " the rest would be missing. Take it from the whole model or all its variables"
+            )
 
     def to_text(self) -> str:
         """The recipe as JSON text, for serialisers that keep strings (flax's msgpack)."""
@@ -60,7 +81,8 @@ class Recipe:
             "prefix": self.keymap.prefix,
             "weights": table,
         }
-        return json.dumps({"config": self.config.to_dict(), "keymap": keymap}, sort_keys=True)
+        data = {"config": self.config.to_dict(), "keymap": keymap, "sites": self.sites}
+        return json.dumps(data, sort_keys=True)
 
     @classmethod
     def from_text(cls, text: str) -> Recipe:
@@ -74,9 +96,10 @@ class Recipe:
             )
             keymap = KeyMap(table["name"], weights, table["output"], table["prefix"])
             config = Config.from_dict(data["config"], "the serialised state")
+            sites = int(data["sites"])
         except (ValueError, KeyError, TypeError) as error:
             raise AttachError(f"this is no serialised adapter configuration: {error}") from error
-        return cls(config, keymap)
+        return cls(config, keymap, sites)
 
 
 def collection_name(config: Config) -> str:
@@ -85,7 +108,7 @@ def collection_name(config: Config) -> str:
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config", "keymap"])
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # arrays have no truth value to compare by
 class Adapter:
     """One method's trained parameters in the model's layout, with what gives them meaning.
 
@@ -110,7 +133,7 @@ class Adapter:
 
     @property
     def recipe(self) -> Recipe:
-        return Recipe(self.config, self.keymap)
+        return Recipe(self.config, self.keymap, len(self.sites))
 
     @property
     def collection(self) -> dict[str, dict[str, Any]]:
@@ -144,7 +167,7 @@ def is_array(leaf: Any) -> bool:
     return isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class PeftTensors:
     """An adapter as a PEFT file holds it: PEFT's tensor names, PyTorch's layout.
 

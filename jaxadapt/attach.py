@@ -7,10 +7,10 @@ import dataclasses
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
-from jaxadapt import bind, families, linen, methods, nnx, nnx_survey, paths
+from jaxadapt import bind, families, linen, methods, nnx, nnx_survey, paths, targets
 from jaxadapt.adapter import CONFIG_NODE, Adapter, Recipe, collection_name, is_array
 from jaxadapt.configs import Config
-from jaxadapt.errors import AttachError
+from jaxadapt.errors import AttachError, ConfigError
 from jaxadapt.keymap import GENERIC, KeyMap
 
 DEFAULT = "default"
@@ -214,7 +214,22 @@ def extract(
     found = _find_collection(tree, name)
     if found is not None and config is None:
         return linen.read_collection(found, name)
+    present = _names_in(tree)
+    if found is None and present:
+        raise AttachError(f"there is no adapter {name!r} here; found {present}")
     return _extract_bare(tree, name, config, keymap)
+
+
+def _names_in(tree: Mapping[str, Any]) -> list[str]:
+    """The names of the adapters that Linen variables, or a collection of theirs, hold with a configuration."""
+    holders = [tree, *(tree.get(m.peft_type.lower(), {}) for m in methods.METHODS.values())]
+    return sorted(
+        name
+        for held in holders
+        if isinstance(held, Mapping)
+        for name, inner in held.items()
+        if isinstance(inner, Mapping) and CONFIG_NODE in inner
+    )
 
 
 def _find_collection(tree: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:

@@ -346,33 +346,35 @@ class KeyMap:
         kept = tuple(w for w in self.weights if w.leaf not in mine)
         return dataclasses.replace(self, weights=lines + kept) if lines else self
 
-    def fits(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        """Whether every leaf has one line of its rank and all stacked axes agree in size."""
+    def covers(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """How many of a model's leaves the table accounts for; 0 if a leaf of its name has another layout.
+
+        All stacked axes must agree in size, which tells layers stacked on axis 0 from those on axis 1.
+        """
         sizes: dict[str, set[int]] = {}
-        seen: set[Weight] = set()
+        count = linear = 0
         for leaf, shape in shapes.items():
             site = self.site(leaf)
-            if site is None or len(site.weight.left) != len(shape):
-                return False
-            seen.add(site.weight)
+            if site is None:
+                continue
+            if len(site.weight.left) != len(shape):
+                return 0
+            count += 1
+            linear += site.weight.kind == "linear"
             for name, size in zip(site.weight.left, shape, strict=True):
                 names = site.weight.names(name)
                 if names is not None and len(names) != size:
-                    return False
+                    return 0
                 if name.startswith("{") and names is None:
                     sizes.setdefault(name, set()).add(size)
-        return bool(seen) and all(len(s) == 1 for s in sizes.values())
+        return count if linear and all(len(s) == 1 for s in sizes.values()) else 0
 
 
 GENERIC = KeyMap(
     "generic",
-    tuple(
-        Weight(f"{at}{leaf}", f"{at}weight", "i o -> o i")
-        for leaf in ("kernel", "w", "weight")
-        for at in ("", "{path}.")
-    ),
+    tuple(Weight(f"{at}kernel", f"{at}weight", "i o -> o i") for at in ("", "{path}.")),
 )
-"""The map for models no table knows: 2-D kernels, last axis out; module names are the JAX paths."""
+"""The map for models no table knows: 2-D leaves called `kernel`, Flax's own (in, out); names are the JAX paths."""
 
 
 def line_for(leaf: str, shape: Sequence[int], axes: Axes, stack: Sequence[int] = ()) -> Weight:
@@ -398,4 +400,3 @@ def line_for(leaf: str, shape: Sequence[int], axes: Axes, stack: Sequence[int] =
     out, inn = (" ".join(names[own[a]] for a in role) for role in (axes.out, axes.inn))
     over: Any = {f"b{n}": [str(i) for i in range(shape[own[a]])] for n, a in enumerate(axes.batch)}
     return Weight(leaf, key, f"{left} -> ({out}) ({inn})", kind="linear", **over)
-

@@ -121,7 +121,7 @@ def resolve(
     >>> resolve(config, ["q", "norm", "lm_head"], linear={"q", "lm_head"}, output="lm_head").target_modules
     ('q',)
     """
-    if not _is_all_linear(config):
+    if not is_all_linear(config):
         return config
     if linear is None:
         raise TargetError(
@@ -184,7 +184,7 @@ def unmatched(config: Config, names: Sequence[str]) -> tuple[str, ...]:
     ('qq',)
     """
     targets: str | tuple[str, ...] | None = config.get("target_modules")
-    if targets is None or _is_all_linear(config):
+    if targets is None or is_all_linear(config):
         return ()
     if isinstance(targets, str):
         return () if any(matches(config, name) for name in names) else (targets,)
@@ -239,7 +239,7 @@ def _in_layers(config: Config, name: str) -> bool:
     return hit is not None and hit["idx"] is not None and int(hit["idx"]) in wanted
 
 
-def _is_all_linear(config: Config) -> bool:
+def is_all_linear(config: Config) -> bool:
     targets = config.get("target_modules")
     return isinstance(targets, str) and targets.lower() == ALL_LINEAR
 

@@ -32,16 +32,18 @@ def named(name: str) -> KeyMap:
 def resolve(keymap: KeyMap | str | None, shapes: Mapping[str, tuple[int, ...]]) -> KeyMap:
     """The table `keymap=` asks for; None and "auto" recognise it from the model's paths and shapes.
 
-    "auto" takes the one family that accounts for every leaf, or the generic map if none does; if two
-    do, `KeyMapError` names both.
+    "auto" takes the family that accounts for most leaves: a head or a norm it does not know is left
+    unmapped, and an error only if it is targeted. A tie raises `KeyMapError` naming the candidates; where no
+    family knows a leaf, the generic map serves.
     """
     if isinstance(keymap, KeyMap):
         return keymap
     if keymap not in (None, "auto"):
         return named(keymap)
-    fitting = [t for t in FAMILIES.values() if t.fits(shapes)]
-    if not fitting:
-        fitting = [s for t in FAMILIES.values() for axis in range(3) if (s := t.scanned(axis)).fits(shapes)]
+    tables = [t for f in FAMILIES.values() for t in (f, *(f.scanned(axis) for axis in range(3)))]
+    counts = {t: t.covers(shapes) for t in tables}
+    best = max(counts.values())
+    fitting = [t for t, count in counts.items() if count == best > 0]
     if len(fitting) > 1:
         raise KeyMapError(
             f"the model's leaves fit several tables: {', '.join(t.name for t in fitting)}; say which with keymap="
