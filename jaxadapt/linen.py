@@ -11,121 +11,24 @@ import dataclasses
 import functools
 import hashlib
 import zlib
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import serialization
-from flax.core import FrozenDict, meta
+from flax.core import FrozenDict
+from flax.core import meta as meta  # re-exported: boxes are opened elsewhere too
 from flax.core.scope import in_filter
 
-from jaxadapt import bind, methods, paths, targets, trace
-from jaxadapt import linen_survey as survey
+from jaxadapt import bind, linen_survey, methods, paths, targets
 from jaxadapt.adapter import CONFIG_NODE, Adapter, Recipe, collection_name
-from jaxadapt.axes import Axes, Use
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError
 from jaxadapt.families import resolve
 from jaxadapt.keymap import KeyMap
-from jaxadapt.methods import Applied, Several
-
-SEP = survey.SEP
-
-# ---------------------------------------------------------------- one call of a module with adapted leaves
-
-
-@dataclasses.dataclass(frozen=True)
-class _Site:
-    """One adapter at one leaf: `keys` are the names its tensors have in `params` for the call."""
-
-    method: methods.Method
-    static: Any
-    axes: Axes
-    keys: Mapping[str, str]
-
-    def hook(self, scope: Any, drop: Callable[[Any], Any] | None) -> Applied:
-        tensors = {tensor: scope.get_variable("params", key) for tensor, key in self.keys.items()}
-        return Applied(self.method, self.static, tensors, self.axes, drop)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Interceptor:
-    """Applies the overlaid adapters, `{scope path: {leaf: one site per adapter}}`."""
-
-    sites: Mapping[tuple[str, ...], Mapping[str, Sequence[_Site]]]
-    inside: list[tuple[str, ...]] = dataclasses.field(default_factory=list[tuple[str, ...]])
-
-    def __call__(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        module, method = context.module, context.method_name
-        if not survey.owns(context) or module.scope.path in self.inside:
-            return next_fun(*args, **kwargs)
-        survey.refuse_mapped(context, self.sites)
-        hooks = self._hooks(module.scope)
-        if not hooks:
-            return next_fun(*args, **kwargs)
-        known = survey.known(module, method)
-        if known is not None and list(hooks) == ["kernel"]:
-            hook = hooks["kernel"]
-            x, rest = survey.call_input(args, kwargs)
-            use = known[1](module, x, rest, hook.axes)
-            if _along_roles(use):
-                x = hook.input(use, x)
-                args, kwargs = survey.with_input(x, args, kwargs)
-                self.inside.append(module.scope.path)
-                try:
-                    y = next_fun(*args, **kwargs)
-                finally:
-                    self.inside.pop()
-                return hook.output(use, x, y)
-        return self._rewritten(module, method, hooks, args, kwargs)
-
-    def _rewritten(self, module: Any, method: str, hooks: dict[str, Any], args: Any, kwargs: Any) -> Any:
-        scope, call = module.scope, survey.alone(module, method)
-        weights = {leaf: meta.unbox(scope.get_variable("params", leaf)) for leaf in hooks}
-        fixed: dict[str, Any] = {}
-        if scope.has_variable("params", "bias"):
-            bias = meta.unbox(scope.get_variable("params", "bias"))
-            changed = [new for hook in hooks.values() if (new := hook.bias(bias)) is not bias]
-            if changed and len(hooks) > 1:
-                where = ".".join(scope.path)
-                raise AttachError(
-                    f"{where}: which of the weights {list(hooks)} its bias belongs to is unknown"
-                )
-            fixed = {"bias": changed[0]} if changed else {}
-        y, changed = trace.rewrite(lambda w, *a: call({**fixed, **w}, *a, **kwargs), weights, hooks, *args)
-        survey.write_back(scope, changed)
-        return y
-
-    def _hooks(self, scope: Any) -> dict[str, Applied | Several]:
-        out: dict[str, Applied | Several] = {}
-        for leaf, sites in self.sites.get(scope.path, {}).items():
-            if not scope.has_variable("params", next(iter(sites[0].keys.values()))):
-                continue  # this module is being called alone, without what was laid beside its weights
-            hooks = tuple(
-                site.hook(scope, _dropout(site.method.dropout(site.static), scope)) for site in sites
-            )
-            out[leaf] = hooks[0] if len(hooks) == 1 else Several(hooks)
-        return out
-
-
-def _along_roles(use: Use) -> bool:
-    """Whether a contraction runs over the inputs or over the outputs, and over nothing else."""
-    inn, out = set(use.letters("inn")) & set(use.x), set(use.letters("out")) & set(use.x)
-    return (inn == set(use.letters("inn")) and not out) or (out == set(use.letters("out")) and not inn)
-
-
-def _dropout(rate: float, scope: Any) -> Callable[[Any], Any] | None:
-    if not rate or not scope.has_rng("dropout"):
-        return None
-    key = scope.make_rng("dropout")
-
-    def drop(x: Any) -> Any:
-        return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
-
-    return drop
-
+from jaxadapt.linen_call import SEP, Interceptor, Site
 
 # ---------------------------------------------------------------- the wrapper
 
@@ -162,15 +65,18 @@ class Adapted:
 
         Raises `TargetError`, `KeyMapError` or `AttachError` for what the configuration names and cannot have.
         """
-        return self._with_adapters(rngs, args, kwargs, dict(self.module.init(rngs, *args, **kwargs)))
+        recipes = self._recipes(rngs, args, kwargs)
+        return self._joined(recipes, rngs, self.module.init(rngs, *args, **kwargs))
 
     def init_with_output(self, rngs: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         """The output of the base (a fresh adapter does not change it) and the variables."""
+        recipes = self._recipes(rngs, args, kwargs)
         y, variables = self.module.init_with_output(rngs, *args, **kwargs)
-        return y, self._with_adapters(rngs, args, kwargs, dict(variables))
+        return y, self._joined(recipes, rngs, variables)
 
-    def _with_adapters(self, rngs: Any, args: Any, kwargs: Any, variables: dict[str, Any]) -> dict[str, Any]:
-        found = survey.survey(self.module, rngs, args, kwargs)
+    def _recipes(self, rngs: Any, args: Any, kwargs: Any) -> dict[str, tuple[Recipe, tuple[bind.Bound, ...]]]:
+        """What each adapter will be, from shapes alone: nothing is computed before everything fits."""
+        found = linen_survey.survey(self.module, rngs, args, kwargs)
         taken = found.collections & {collection_name(config) for _, config in self.adapters}
         if taken:
             raise AttachError(
@@ -179,26 +85,24 @@ class Adapted:
         keymap = resolve(self.keymap, found.shapes)
         lines = found.lines(keymap)
         table = keymap.with_lines(lines)
+        out: dict[str, tuple[Recipe, tuple[bind.Bound, ...]]] = {}
         for name, config in self.adapters:
             config = bind.resolve(config, table, found.shapes)
+            found.check(config, table)
             bounds = bind.select(config, table, found.shapes)
-            refused = [
-                f"{b.leaf}: {why}" for b in bounds if (why := found.problem(b.leaf, keymap)) is not None
-            ]
-            if refused:
-                raise AttachError("these weights cannot carry the adapter:\n" + paths.listing(refused))
             mine = {b.leaf for b in bounds}
-            recipe = Recipe(config, keymap.with_lines(w for w in lines if w.leaf in mine))
-            values = bind.fresh(config, bounds, _fresh_key(rngs, collection_name(config), name), self.dtype)
-            adapter = Adapter(config, paths.unflatten(values), recipe.keymap)
+            out[name] = Recipe(config, keymap.with_lines(w for w in lines if w.leaf in mine)), bounds
+        return out
+
+    def _joined(self, recipes: Mapping[str, Any], rngs: Any, variables: Mapping[str, Any]) -> dict[str, Any]:
+        out = dict(variables)
+        for name, (recipe, bounds) in recipes.items():
+            key = _fresh_key(rngs, collection_name(recipe.config), name)
+            values = bind.fresh(recipe.config, bounds, key, self.dtype)
+            adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
             for collection, tree in adapter.named(name).items():
-                variables[collection] = {**variables.get(collection, {}), **tree}
-        options = {k: v for k, v in kwargs.items() if k not in ("mutable", "capture_intermediates")}
-        overlay = self._overlay(variables)
-        self._check(
-            overlay, args, {**options, "rngs": rngs if isinstance(rngs, Mapping) else {"params": rngs}}, True
-        )
-        return variables
+                out[collection] = {**out.get(collection, {}), **tree}
+        return out
 
     def apply(self, variables: Mapping[str, Any], *args: Any, mutable: Any = False, **kwargs: Any) -> Any:
         """The module's `apply` with the active adapters; `rngs`, `method`, `mutable` and the rest as there.
@@ -218,10 +122,14 @@ class Adapted:
         y, changed = out
         return y, overlay.without(changed, mutable)
 
-    def bind(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Bound:
-        """The module bound to these variables, for interactive use."""
+    def bind(self, variables: Mapping[str, Any], *args: Any, **options: Any) -> Bound:
+        """The module bound to these variables, for interactive use; `rngs` and `mutable` as there."""
         overlay = self._overlay(variables)
-        return Bound(self.module.bind(overlay.inner(), *args, **kwargs), overlay)
+
+        def check(method: str, args: Any, kwargs: Any) -> None:
+            self._check(overlay, args, {**kwargs, "method": method, "rngs": options.get("rngs")}, True)
+
+        return Bound(self.module.bind(overlay.inner(), *args, **options), overlay, check)
 
     def tabulate(self, rngs: Any, *args: Any, **kwargs: Any) -> str:
         """The base module's own table; `jaxadapt.summary` shows the adapter's."""
@@ -234,7 +142,7 @@ class Adapted:
         held = {c: variables[c] for c in variables if c in names}
         base = {c: v for c, v in variables.items() if c not in names}
         extra: dict[tuple[str, ...], Any] = {}
-        sites: dict[tuple[str, ...], dict[str, list[_Site]]] = {}
+        sites: dict[tuple[str, ...], dict[str, list[Site]]] = {}
         known = _key_paths(base.get("params", {})) if self.active else {}
         for order, name in enumerate(self.active):
             tree = held.get(collection_name(wanted[name]), {}).get(name)
@@ -246,8 +154,8 @@ class Adapted:
             adapter = read_collection(tree, name)
             if adapter.config != _resolved_like(wanted[name], adapter.config):
                 raise AttachError(
-                    f"the adapter {name!r} carries another configuration than this wrapper's;"
-                    " wrap the module with its own: jaxadapt.adapt(module, jaxadapt.extract(variables).config)"
+                    f"the adapter {name!r} carries another configuration than this wrapper's; wrap the module"
+                    " with its own: jaxadapt.adapt(module, jaxadapt.extract(variables).config)"
                 )
             values = adapter.sites
             missing = [leaf for leaf in values if leaf not in known]
@@ -268,9 +176,9 @@ class Adapted:
                 mark = hashlib.sha256(text.encode()).hexdigest()[:12]
                 keys = {tensor: f"{leaf}{SEP}{tensor}{SEP}{mark}" for tensor in values[bound.leaf]}
                 extra |= {(*path, key): values[bound.leaf][tensor] for tensor, key in keys.items()}
-                site = _Site(method, bound.static, bound.axes, keys)
+                site = Site(method, bound.static, bound.axes, keys)
                 sites.setdefault(tuple(path), {}).setdefault(leaf, []).append(site)
-        return _Overlay(base, held, extra, _Interceptor(sites))
+        return _Overlay(base, held, extra, Interceptor(sites))
 
     def _check(self, overlay: _Overlay, args: Any, kwargs: Any, mutable: Any) -> None:
         """Once for each kind of call: that it reads no adapted weight outside that weight's own module."""
@@ -285,7 +193,7 @@ class Adapted:
                 out = self.module.apply({**overlay.base, "params": params}, *args, mutable=mutable, **kwargs)
             return out if mutable is False else out[0]
 
-        survey.check_reads(
+        linen_survey.check_reads(
             run, {path: list(leaves) for path, leaves in sites.items()}, overlay.base["params"]
         )
         self._checked.add(signature)
@@ -298,12 +206,12 @@ class _Overlay:
     base: Mapping[str, Any]
     held: Mapping[str, Any]
     extra: Mapping[tuple[str, ...], Any]
-    interceptor: _Interceptor
+    interceptor: Interceptor
 
     def inner(self) -> dict[str, Any]:
         if not self.extra:
             return dict(self.base)
-        return {**self.base, "params": survey.overlaid(self.base["params"], self.extra)}
+        return {**self.base, "params": linen_survey.overlaid(self.base["params"], self.extra)}
 
     def without(self, changed: Mapping[str, Any], mutable: Any) -> Any:
         """Collections that a call returned, as the caller knows them."""
@@ -385,10 +293,10 @@ class Bound:
 
     module: Any
     overlay: _Overlay
+    check: Callable[[str, Any, Any], None] | None = None  # of the root: its submodules' calls are their own
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with nn.intercept_methods(self.overlay.interceptor):
-            return self.module(*args, **kwargs)
+        return self._call(self.module, "__call__")(*args, **kwargs)
 
     @property
     def variables(self) -> Any:
@@ -401,21 +309,23 @@ class Bound:
         return module, self.overlay.without(variables, True)
 
     def __getattr__(self, name: str) -> Any:
-        return self._wrapped(getattr(self.module, name))
+        return self._wrapped(getattr(self.module, name), name)
 
-    def _wrapped(self, value: Any) -> Any:
+    def _wrapped(self, value: Any, name: str = "") -> Any:
         if isinstance(value, nn.Module):
             return Bound(value, self.overlay)
-        if isinstance(value, list | tuple) and not isinstance(value, str):
-            return type(value)(self._wrapped(v) for v in value) if type(value) in (list, tuple) else value
+        if type(value) in (list, tuple):
+            return type(value)(self._wrapped(v) for v in value)
         if isinstance(value, Mapping):
             return {k: self._wrapped(v) for k, v in value.items()}
-        if not callable(value):
-            return value
+        return self._call(value, name) if callable(value) else value
 
+    def _call(self, f: Callable[..., Any], name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
+            if self.check is not None and name:
+                self.check(name, args, kwargs)
             with nn.intercept_methods(self.overlay.interceptor):
-                return value(*args, **kwargs)
+                return f(*args, **kwargs)
 
         return call
 

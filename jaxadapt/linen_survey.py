@@ -3,169 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.core import meta, unfreeze
-from flax.core.scope import Scope, subtract_filters
+from flax.core import meta
 
-from jaxadapt import layers, paths, trace
-from jaxadapt.axes import Axes, Use
+from jaxadapt import linen_call as calls
+from jaxadapt import paths, plan, targets, trace
+from jaxadapt.axes import Axes
+from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError
 from jaxadapt.keymap import GENERIC, KeyMap, Weight, line_for
+from jaxadapt.linen_call import SEP
 from jaxadapt.liveness import live
 
-SEP = "~"  # in the name of a leaf laid into `params` for one call; never stored
 _MARK = 10_007  # no real layer count: what else a marker's shape shows, a transform added
-
-# ---------------------------------------------------------------- layer classes Flax ships
-
-
-def _tuple(value: Any) -> tuple[int, ...]:
-    return tuple(value) if isinstance(value, Sequence) else (value,)
-
-
-def _einsum_str(m: Any, rest: Sequence[Any]) -> str:
-    return rest[0] if rest and rest[0] is not None else m.einsum_str
-
-
-def _general_axes(m: Any, _: Sequence[Any]) -> Axes:
-    return layers.general_axes(len(_tuple(m.axis)), len(_tuple(m.features)), len(_tuple(m.batch_dims)))
-
-
-_Roles = Callable[[Any, Sequence[Any]], Axes]
-_ToUse = Callable[[Any, Any, Sequence[Any], Axes], Use]
-_KNOWN: dict[type[nn.Module], tuple[_Roles, _ToUse]] = {
-    nn.Dense: (lambda m, _: layers.DENSE, lambda m, x, _, axes: layers.dense_use(x.ndim, axes)),
-    nn.DenseGeneral: (
-        _general_axes,
-        lambda m, x, _, axes: layers.general_use(
-            x.ndim, axes.rank, _tuple(m.axis), _tuple(m.batch_dims), axes
-        ),
-    ),
-    nn.Einsum: (
-        lambda m, rest: layers.einsum_axes(_einsum_str(m, rest)),
-        lambda m, x, rest, axes: layers.einsum_use(_einsum_str(m, rest), x.ndim, axes),
-    ),
-}
-
-
-def known(module: nn.Module, method: str) -> tuple[_Roles, _ToUse] | None:
-    """How a layer uses its kernel, if its class says so; a subclass with its own `__call__` is traced."""
-    if method != "__call__":
-        return None
-    owner = next((c for c in type(module).__mro__ if "__call__" in vars(c)), None)
-    return _KNOWN.get(owner) if owner is not None else None
-
-
-# ---------------------------------------------------------------- calls, as an interceptor sees them
-
-
-def call_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Any]]:
-    """The input of a known layer's call, and its other arguments (an einsum's equation)."""
-    if "inputs" in kwargs:
-        return kwargs["inputs"], [*args] or [kwargs.get("einsum_str")]
-    return args[0], [*args[1:]] or [kwargs.get("einsum_str")]
-
-
-def with_input(
-    x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same call with another input."""
-    return (args, {**kwargs, "inputs": x}) if "inputs" in kwargs else ((x, *args[1:]), kwargs)
-
-
-def owns(context: Any) -> bool:
-    """Whether this is a method of the module's class, called on a bound module.
-
-    Not `setup`, and not a function that `nn.scan`, `nn.cond` … run on the module's scope: what such a
-    function calls is intercepted in turn.
-    """
-    name, module = context.method_name, context.module
-    mine = any(name in vars(c) for c in type(module).__mro__)
-    return mine and name != "setup" and module.scope is not None
-
-
-def refuse_mapped(context: Any, adapted: Mapping[tuple[str, ...], Iterable[str]]) -> None:
-    """Raise if the call shows modules with adapted leaves other variables than the stored ones."""
-    module = context.module
-    if isinstance(module, nn.WeightNorm | nn.SpectralNorm):
-        inner = module.layer_instance.scope
-        within = inner.path if inner is not None else None
-        hit = [path for path in adapted if within is not None and path[: len(within)] == within]
-    else:
-        hit = [module.scope.path] if mapped(module.scope) and module.scope.path in adapted else []
-    leaves = [".".join((*path, leaf)) for path in hit for leaf in adapted[path]]
-    if leaves:
-        raise AttachError(f"{', '.join(leaves)}: {MAPPED}; leave the layer out with exclude_modules")
-
-
-MAPPED = (
-    "its weight passes through nn.map_variables (as nn.WeightNorm and nn.SpectralNorm do),"
-    " which would change the adapter too"
-)
-
-
-def mapped(scope: Scope) -> bool:
-    """Whether a scope shows other variables than the stored ones; flax notes transforms in `debug_path`."""
-    return any("map_variables(" in part for part in scope.debug_path)
-
-
-def direct(module: nn.Module) -> dict[str, Any]:
-    """The leaves of "params" that a module's scope holds directly."""
-    assert module.scope is not None
-    params = module.scope.variables().get("params", {})
-    return {k: v for k, v in params.items() if not isinstance(v, Mapping)}
-
-
-def alone(module: nn.Module, method: str) -> Callable[..., Any]:
-    """`f(weights, *args, **kwargs)`: this module's method on its scope, with these values for some leaves.
-
-    Returns the output and the collections it may have changed (never "params"), so that a cache or batch
-    statistics kept by the module itself can be written back. Draws the very random numbers the plain call
-    would; leaves laid beside the weights are not there.
-    """
-    scope = module.scope
-    assert scope is not None
-    mutable = subtract_filters(scope.mutable, "params")
-
-    def call(weights: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        variables: dict[str, Any] = unfreeze(dict(scope.variables()))
-        own = {k: v for k, v in variables.get("params", {}).items() if SEP not in k}
-        variables["params"] = {**own, **weights}
-        # Made inside, because a scope belongs to the trace it is made in.
-        mine = Scope(variables, scope.rngs, scope.name, mutable, path=scope.path, flags=scope.flags)
-        mine.rng_counters = scope.rng_counters
-        y = getattr(module.copy(parent=mine), method)(*args, **kwargs)
-        return y, {k: v for k, v in mine.mutable_variables().items() if k != "params"}
-
-    return call
-
-
-def write_back(scope: Scope, changed: Mapping[str, Any]) -> None:
-    """What `alone` returned, into the real scope; inner mappings in place, as other scopes hold them."""
-
-    def update(old: dict[str, Any], new: Mapping[str, Any]) -> None:
-        for key, value in new.items():
-            inside = old.get(key)
-            if isinstance(value, Mapping) and isinstance(inside, dict):
-                update(inside, value)
-            else:
-                old[key] = unfreeze(dict(value)) if isinstance(value, Mapping) else value
-
-    for collection, tree in changed.items():
-        for key, value in tree.items():
-            inside = scope.get_variable(collection, key)
-            if isinstance(value, Mapping) and isinstance(inside, dict):
-                update(inside, value)
-            else:
-                scope.put_variable(
-                    collection, key, unfreeze(dict(value)) if isinstance(value, Mapping) else value
-                )
-
 
 # ---------------------------------------------------------------- one abstract init
 
@@ -213,9 +68,20 @@ class Survey:
                 out.append(Weight(leaf, leaf, f"{axes} -> {axes}", kind="vector"))
         return out
 
-    def problem(self, leaf: str, keymap: KeyMap) -> str | None:
-        """Why this leaf cannot be adapted, if so."""
-        return self.refused.get(leaf) or (self.unknown.get(leaf) if keymap.name == GENERIC.name else None)
+    def check(self, config: Config, table: KeyMap) -> None:
+        """Raise `AttachError` naming every leaf that the configuration means and that cannot be adapted."""
+        guesses = table.name == GENERIC.name
+        bad: list[str] = []
+        for leaf, why in ({**self.unknown, **self.refused} if guesses else self.refused).items():
+            site = table.site(leaf)
+            if site is not None and len(site.weight.left) == len(self.shapes[leaf]):
+                names = site.modules(plan.sizes_of(site, self.shapes[leaf])).values()
+            else:
+                names = [leaf.rpartition(".")[0]]
+            if any(targets.matches(config, name) for name in names):
+                bad.append(f"{leaf}: {why}")
+        if bad:
+            raise AttachError("these weights cannot carry the adapter:\n" + paths.listing(bad))
 
 
 @dataclasses.dataclass
@@ -228,14 +94,14 @@ class _Marking:
     def __call__(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         y = next_fun(*args, **kwargs)
         module = context.module
-        if self.tracing or not owns(context):
+        if self.tracing or not calls.owns(context):
             return y
-        for name, value in direct(module).items():
+        for name, value in calls.direct(module).items():
             leaf, value = ".".join((*module.scope.path, name)), meta.unbox(value)
             if SEP in name or leaf not in self.survey.shapes:
                 continue
-            if mapped(module.scope):
-                self.survey.refused[leaf] = MAPPED
+            if calls.mapped(module.scope):
+                self.survey.refused[leaf] = calls.MAPPED
                 continue
             if value.ndim < 2:
                 self.survey.vectors.add(leaf)
@@ -250,15 +116,15 @@ class _Marking:
     def _roles(
         self, module: Any, method: str, leaf: str, name: str, value: Any, args: Any, kwargs: Any
     ) -> None:
-        roles_of = known(module, method)
+        roles_of = calls.known(module, method)
         if roles_of is not None and name != "kernel":
             return
         self.tracing = True
         try:
             if roles_of is not None:
-                axes = roles_of[0](module, call_input(args, kwargs)[1])
+                axes = roles_of[0](module, calls.call_input(args, kwargs)[1])
             else:
-                call, weights = alone(module, method), {name: value}
+                call, weights = calls.alone(module, method), {name: value}
                 if not trace.uses(lambda w, *a: call(w, *a, **kwargs)[0], weights, *args)[name]:
                     return  # a method that does something else; another one tells
                 axes = trace.roles(lambda w, *a: call(w, *a, **kwargs)[0], weights, name, *args)
@@ -322,17 +188,17 @@ def check_reads(
 
     def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
-        if not owns(context):
+        if not calls.owns(context):
             return next_fun(*args, **kwargs)
-        refuse_mapped(context, adapted)
+        calls.refuse_mapped(context, adapted)
         here = adapted.get(module.scope.path, ())
         leaves = [leaf for leaf in here if module.scope.has_variable("params", leaf + SEP)]
         if not leaves:
             return next_fun(*args, **kwargs)
-        call = alone(module, context.method_name)
+        call = calls.alone(module, context.method_name)
         copied = {leaf: module.scope.get_variable("params", leaf + SEP) for leaf in leaves}
         y, changed = call(copied, *args, **kwargs)
-        write_back(module.scope, changed)
+        calls.write_back(module.scope, changed)
         return y
 
     def output(weights: Mapping[str, Any]) -> Any:

@@ -20,7 +20,7 @@ FLOORS = [
     ["errors", "paths", "axes", "configs"],
     ["adapter", "keymap", "plan", "trace", "liveness", "layers", "filters", "targets", "codecs"],
     ["methods", "families", "bind", "folder", "dialects", "sharding", "card"],
-    ["linen", "linen_survey", "nnx", "nnx_survey", "merging"],
+    ["linen", "linen_call", "linen_survey", "nnx", "nnx_survey", "merging"],
     ["attach", "store", "report"],
     ["hub", "checkpoint", "serving"],
     ["cli", "demo"],
@@ -38,14 +38,16 @@ SAME_FLOOR = {
     ("report", "attach"): "a summary extracts",
     ("nnx", "nnx_survey"): "attaching asks what a model does with its weights",
     ("merging", "nnx"): "it takes a model as well as a tree",
-    ("linen", "linen_survey"): "one module's work in two files",
+    ("linen", "linen_survey"): "one module's work in three files",
+    ("linen", "linen_call"): "one module's work in three files",
+    ("linen_survey", "linen_call"): "one module's work in three files",
     ("merging", "linen"): "boxes are opened as Linen opens them",
     ("cli", "demo"): "`jaxadapt demo` starts it",
 }
 
 # library -> the rooms that may import it
 DOORS: dict[str, set[str]] = {
-    "flax": {"linen", "linen_survey", "nnx", "nnx_survey", "demo"},
+    "flax": {"linen", "linen_call", "linen_survey", "nnx", "nnx_survey", "demo"},
     # The library never imports torch. The demo's comparison with PEFT is a process of its own.
     "torch": {"demo.check"},
     "peft": {"demo.check"},
