@@ -112,20 +112,21 @@ def plan_nnx(
     owners = nnx.base_leaves(model)
     shapes = nnx_survey.base_shapes(owners)
     table = families.resolve(keymap, shapes)
+    all_linear = targets.is_all_linear(config)
+    if all_linear:
+        shapes = {leaf: shape for leaf, shape in shapes.items() if not nnx_survey.never_linear(owners[leaf])}
     lines = nnx_survey.class_lines(owners, table, stack_axes)
     if example is not None:
         # What a layer computes says more of its axes than the generic map, and less than a family's table.
         known = dataclasses.replace(GENERIC, weights=()) if table == GENERIC else table
         wanted = nnx_survey.custom(owners, bind.uncovered(config, known.with_lines(lines), shapes))
-        named = not targets.is_all_linear(config)
-        required = [leaf for leaf in wanted if named and table.site(leaf) is None]
-        if wanted:
-            traced = nnx_survey.traced_axes(model, example, wanted, required)
-            lines = nnx_survey.class_lines(owners, table, stack_axes, traced)
+        traced, others = nnx_survey.traced_axes(model, owners, example, wanted, required=not all_linear)
+        shapes = {leaf: shape for leaf, shape in shapes.items() if leaf not in others}
+        lines = nnx_survey.class_lines(owners, table, stack_axes, traced)
     full = table.with_lines(lines)
     said = {line.leaf for line in lines}
     # The generic map speaks of Flax's own layers; a custom one may hold its kernel the other way round.
-    unsure = frozenset(nnx_survey.custom(owners, list(shapes))) - said if table == GENERIC else bind.NONE
+    unsure = frozenset(nnx_survey.custom(owners, shapes)) - said if table == GENERIC else bind.NONE
     config = bind.resolve(config, full, shapes, unsure)
     bounds = bind.select(config, full, shapes, unsure)
     mine = {b.leaf for b in bounds}

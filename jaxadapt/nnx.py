@@ -117,7 +117,10 @@ def _call(module: Any, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         return base.__call__(view(module, base, {**changed, **weights}), *args, **kwargs)
 
     weights = {leaf: vars(module)[leaf].get_value() for leaf in hooks}
-    return trace.rewrite(call, weights, hooks, *args)
+    try:
+        return trace.rewrite(call, weights, hooks, *args)
+    except AttachError as error:
+        raise AttachError(f"{base.__name__}: {error}") from error
 
 
 # ---------------------------------------------------------------- attaching and detaching
@@ -134,7 +137,8 @@ def attach(
     """Hang an adapter's values (`{path: array or spec}`) on a model's layers, and make it active alone."""
     owners = base_leaves(model)
     collection = collection_name(recipe.config)
-    problems = nnx_survey.obstacles(model, owners, [b.leaf for b in bounds]) + _misfits(bounds, owners, collection)
+    problems = [*nnx_survey.obstacles(model, owners, [b.leaf for b in bounds]).values()]
+    problems += _misfits(bounds, owners, collection)
     if problems:
         raise AttachError("these layers cannot carry the adapter:\n" + paths.listing(problems))
     method = methods.of(recipe.config)

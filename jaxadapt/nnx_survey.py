@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from jaxadapt.liveness import live
 DROPOUT = "adapter_dropout"  # the attribute that holds an adapted layer's dropouts
 _REWRITERS = (nnx.WeightNorm, nnx.SpectralNorm)
 """Modules that change the parameters inside them at every call, an adapter's among them."""
+_NEVER_LINEAR = (nnx.Embed, nnx.Conv, nnx.ConvTranspose)
 
 
 class AdapterParam(nnx.LoRAParam[Any]):
@@ -147,17 +148,17 @@ def is_abstract(owners: Mapping[str, Owner]) -> bool:
     return any(isinstance(vars(m)[attr].get_value(), jax.ShapeDtypeStruct) for m, attr in owners.values())
 
 
-def obstacles(model: nnx.Module, owners: Mapping[str, Owner], leaves: Sequence[str]) -> list[str]:
-    """What rules out adapters on these leaves, whatever they are: one line for each problem."""
-    problems: list[str] = []
+def obstacles(model: nnx.Module, owners: Mapping[str, Owner], leaves: Sequence[str]) -> dict[str, str]:
+    """`{leaf: problem}` of those of these leaves on which no adapter can be, whatever its method."""
+    problems: dict[str, str] = {}
     for path, node in nnx.iter_graph(model):
         if isinstance(node, _REWRITERS):
             inside = paths.join(*map(str, path), "")
-            problems += [
-                f"{leaf}: {type(node).__name__} rewrites the parameters inside it at every call"
+            problems |= {
+                leaf: f"{leaf}: {type(node).__name__} rewrites the parameters inside it at every call"
                 for leaf in leaves
                 if not inside or leaf.startswith(f"{inside}.")
-            ]
+            }
     for leaf in leaves:
         module, attr = owners[leaf]
         if attr == "kernel" and known(module) is not None:
@@ -167,7 +168,7 @@ def obstacles(model: nnx.Module, owners: Mapping[str, Owner], leaves: Sequence[s
         state = [v for v in inside if isinstance(v, nnx.Variable) and not isinstance(v, nnx.Param)]
         if state:
             kinds = ", ".join(sorted({type(v).__name__ for v in state}))
-            problems.append(f"{leaf}: {base_class(module).__name__} keeps state besides its parameters ({kinds})")
+            problems[leaf] = f"{leaf}: {base_class(module).__name__} keeps state besides its parameters ({kinds})"
     return problems
 
 
@@ -229,10 +230,19 @@ def class_lines(
     return lines
 
 
-def custom(owners: Mapping[str, Owner], leaves: Sequence[str]) -> list[str]:
+def custom(owners: Mapping[str, Owner], leaves: Iterable[str]) -> list[str]:
     """Those of these leaves whose class says nothing of their axes, so that only a trace can."""
     picked = [(leaf, *owners[leaf]) for leaf in leaves]
-    return [leaf for leaf, m, attr in picked if attr != "bias" and (attr != "kernel" or known(m) is None)]
+    return [
+        leaf
+        for leaf, m, attr in picked
+        if attr != "bias" and len(vars(m)[attr].shape) >= 2 and (attr != "kernel" or known(m) is None)
+    ]
+
+
+def never_linear(owner: Owner) -> bool:
+    """Whether the leaf's class is one of Flax's own that "all-linear" does not mean."""
+    return base_class(owner[0]).__call__ in [cls.__call__ for cls in _NEVER_LINEAR]
 
 
 # ---------------------------------------------------------------- abstract calls
@@ -274,11 +284,20 @@ def _instrumented(
     return f, inputs | moving
 
 
-def traced_axes(model: nnx.Module, args: Args, wanted: Sequence[str], required: Sequence[str]) -> dict[str, Traced]:
+def traced_axes(
+    model: nnx.Module, owners: Mapping[str, Owner], args: Args, wanted: Sequence[str], required: bool
+) -> tuple[dict[str, Traced], set[str]]:
     """Axis roles of leaves held by custom layers, from one abstract call of the model.
 
-    Raises `AttachError`, listing them, if some that are `required` do not show theirs.
+    Also the leaves that were used, but not in one product. Raises `AttachError`, listing them, if there are
+    any and all are `required`; else those that never were used are in neither result.
     """
+    blocked = obstacles(model, owners, wanted)
+    if blocked and required:
+        raise AttachError("these layers cannot carry the adapter:\n" + paths.listing(blocked.values()))
+    wanted = [leaf for leaf in wanted if leaf not in blocked]
+    if not wanted:
+        return {}, set()
     found: dict[str, Traced] = {}
     problems: dict[str, str] = {}
 
@@ -302,10 +321,10 @@ def traced_axes(model: nnx.Module, args: Args, wanted: Sequence[str], required: 
     jax.eval_shape(f, inputs)
     never = "its module's __call__ never ran with these inputs"
     unclear = {leaf: problems.get(leaf, never) for leaf in wanted if leaf in problems or leaf not in found}
-    if set(unclear) & set(required):
-        listed = [f"{leaf}: {why}" for leaf, why in unclear.items() if leaf in required]
+    if unclear and required:
+        listed = [f"{leaf}: {why}" for leaf, why in unclear.items()]
         raise AttachError("the axis roles of these weights could not be traced:\n" + paths.listing(listed))
-    return {leaf: traced for leaf, traced in found.items() if leaf not in unclear}
+    return {leaf: traced for leaf, traced in found.items() if leaf not in unclear}, set(problems)
 
 
 def check_calls(model: nnx.Module, adapted: Mapping[str, Axes], dropped: Sequence[str], args: Args) -> None:

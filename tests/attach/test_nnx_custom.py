@@ -1,0 +1,262 @@
+"""Leaf modules of nobody's library, and Tunix's: roles from a trace or a table, and what is refused."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxadapt
+from jaxadapt.errors import AttachError, KeyMapError
+from jaxadapt.keymap import GENERIC, Weight, line_for
+from tests.twins import layers, layers_nnx
+
+CASE = {case.name: case for case in layers.NNX}
+
+
+def lora(*targets: str, **fields: Any) -> Any:
+    fields = {"r": 2, "lora_alpha": 6, "init_lora_weights": False, **fields}
+    return jaxadapt.LoraConfig(target_modules=list(targets), **fields)
+
+
+def adapt(model: Any, config: Any, **options: Any) -> Any:
+    return jaxadapt.adapt(model, config, rngs=nnx.Rngs(1), **options)
+
+
+def own(use: Any, *shape: int) -> Any:
+    return layers_nnx.own(use, *shape)()
+
+
+def shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    return {path: v.shape for path, v in jaxadapt.extract(model).flat().items()}
+
+
+# ---------------------------------------------------------------- where the roles come from
+
+
+def test_a_custom_weight_needs_an_example_or_a_table():
+    with pytest.raises(KeyMapError, match=r"(?s)layer.w \(8, 3, 4\).*example"):
+        adapt(CASE["own_einsum"].make(), lora("layer"))
+
+
+def test_a_trace_tells_inputs_from_outputs():
+    model = adapt(CASE["own_einsum"].make(), lora("layer"), example=(layers.x(),))
+    assert shapes(model) == {"layer.w.lora_A": (8, 2), "layer.w.lora_B": (2, 3, 4)}
+    model = adapt(CASE["own_transposed"].make(), lora("layer"), example=(layers.x(),))
+    assert shapes(model) == {"layer.w.lora_A": (8, 2), "layer.w.lora_B": (2, 6)}  # w is (out, in)
+
+
+def test_a_users_table_gives_the_same_as_a_trace():
+    case = CASE["own_attention"]
+    table = jaxadapt.KeyMap(
+        "mine",
+        (
+            Weight("attn.q_einsum.w", "attn.q_proj.weight", "n d h -> (n h) d"),
+            Weight("attn.kv_einsum.w", "attn.{p}_proj.weight", "{p} k d h -> (k h) d", p=("k", "v")),
+            Weight("attn.attn_vec_einsum.w", "attn.o_proj.weight", "n h d -> d (n h)"),
+        ),
+    )
+    model = adapt(case.make(), lora("q_proj", "k_proj", "v_proj", "o_proj"), keymap=table)
+    assert shapes(model)["attn.kv_einsum.w.lora_A"] == (2, 8, 2)  # one A for k, one for v
+    y = model(*case.inputs())
+    adapter = jaxadapt.extract(model)
+    merged = jaxadapt.merge(jaxadapt.detach(model), adapter)
+    np.testing.assert_allclose(merged(*case.inputs()), y, atol=1e-5)
+
+    only_v = adapt(case.make(), lora("v_proj"), keymap=table)
+    assert shapes(only_v) == {"attn.kv_einsum.w.lora_A": (1, 8, 2), "attn.kv_einsum.w.lora_B": (1, 2, 2, 2)}
+    kv = only_v.attn.kv_einsum(layers.x())
+    plain = case.make().attn.kv_einsum(layers.x())
+    np.testing.assert_allclose(kv[0], plain[0], atol=1e-6)  # k as it was
+    assert np.abs(kv[1] - plain[1]).max() > 1e-2
+
+
+def test_all_linear_takes_what_a_trace_shows_to_be_linear():
+    class Net(nnx.Module):
+        def __init__(self) -> None:
+            self.table = layers_nnx.normal(1, 11, 8)
+            self.proj = layers_nnx.OwnEinsum("btd,dnh->btnh", 8, 3, 4)
+            self.lin = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+            self.embed = nnx.Embed(11, 8, rngs=nnx.Rngs(0))
+            self.conv = nnx.Conv(8, 8, (3,), rngs=nnx.Rngs(0))
+
+        def __call__(self, ids: jax.Array) -> jax.Array:
+            x = self.conv(jnp.take(self.table[...], ids, axis=0) + self.embed(ids))
+            return self.lin(self.proj(x))
+
+    config = lora().replace(target_modules="all-linear")
+    with pytest.raises(KeyMapError, match=r"(?s)may or may not be linear.*proj.w \(8, 3, 4\).*example="):
+        adapt(Net(), config)
+    model = adapt(Net(), config, example=(layers.ids(),))
+    assert {path.rpartition(".")[0] for path in shapes(model)} == {"proj.w", "lin.kernel"}
+
+
+def test_a_custom_layer_that_never_runs_is_named():
+    class Idle(nnx.Module):
+        def __init__(self) -> None:
+            self.layer = layers_nnx.OwnEinsum("btd,dnh->btnh", 8, 3, 4)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return x
+
+    with pytest.raises(AttachError, match="layer.w.*never ran"):
+        adapt(Idle(), lora("layer"), example=(layers.x(),))
+
+
+def test_two_contradictory_uses_are_named():
+    with pytest.raises(AttachError, match=r"layer.w.*several ways"):
+        adapt(own(lambda x, w: jnp.tanh(x @ w) @ w.T, 8, 6), lora("layer"), example=(layers.x(),))
+
+
+def test_examples_may_hold_what_is_no_array():
+    class Told(nnx.Module):
+        def __init__(self) -> None:
+            self.layer = layers_nnx.OwnEinsum("btd,dnh->btnh", 8, 3, 4)
+
+        def __call__(self, x: jax.Array, how: str, mask: Any, train: bool) -> Any:
+            assert (how, mask, train) == ("so", None, False)
+            return {"y": self.layer(x), "how": how}
+
+    model = adapt(Told(), lora("layer"), example=(layers.x(), "so", None, False))
+    assert model(layers.x(), "so", None, False)["y"].shape == (2, 5, 3, 4)
+
+
+def test_a_custom_layer_inside_a_scan():
+    class Layer(nnx.Module):
+        def __init__(self, key: jax.Array) -> None:
+            self.w = nnx.Param(jax.random.normal(key, (8, 2, 4)) / 3)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return jnp.einsum("btd,dnh->btnh", x, self.w[...]).reshape(x.shape)
+
+    class Net(nnx.Module):
+        def __init__(self) -> None:
+            self.blk = nnx.vmap(Layer)(jax.random.split(jax.random.key(0), 3))
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nnx.scan(lambda m, x: m(x), in_axes=(0, nnx.Carry), out_axes=nnx.Carry)(self.blk, x)
+
+    model = adapt(Net(), lora("blk"), example=(layers.x(),))
+    assert shapes(model) == {"blk.w.lora_A": (3, 8, 2), "blk.w.lora_B": (3, 2, 2, 4)}
+    y = model(layers.x())
+    adapter = jaxadapt.extract(model)
+    merged = jaxadapt.merge(jaxadapt.detach(model), adapter)
+    np.testing.assert_allclose(merged(layers.x()), y, atol=1e-5)
+
+
+def test_kept_variable_types_and_metadata():
+    class Marked(nnx.Param[Any]):
+        pass
+
+    class Layer(nnx.Module):
+        def __init__(self) -> None:
+            self.w = Marked(jnp.ones((8, 3, 4)), sharding_hint="rows")
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            assert isinstance(self.w, Marked)
+            assert self.w.get_metadata()["sharding_hint"] == "rows"
+            return jnp.einsum("btd,dnh->btnh", x, self.w[...])
+
+    net = layers_nnx.Held(layer=Layer())
+    assert adapt(net, lora("layer"), example=(layers.x(),))(layers.x()).shape == (2, 5, 3, 4)
+
+
+# ---------------------------------------------------------------- what is refused by name
+
+
+@pytest.mark.parametrize("case", layers.params(layers.NNX, how=layers.EFFECTIVE))
+def test_dropout_where_only_the_effective_weight_can_follow(case):
+    model = case.make()
+    ((leaf, axes),) = case.roles.items()
+    shape = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))[tuple(leaf.split("."))].shape
+    table = GENERIC.with_lines([line_for(leaf, shape, axes)])
+    config = lora("layer", lora_dropout=0.1)
+    with pytest.raises(AttachError, match=f"(?s)dropout.*{leaf}.*lora_dropout=0.0"):
+        adapt(case.make(), config, keymap=table, example=case.inputs())
+    unseen = adapt(model, config, keymap=table)
+    with pytest.raises(AttachError, match="(?s)Own: dropout.*lora_dropout=0.0"):
+        unseen(*case.inputs())
+    unseen.eval()
+    assert np.isfinite(unseen(*case.inputs())).all()
+
+
+def test_a_custom_layer_with_state_is_refused():
+    class Counting(nnx.Module):
+        def __init__(self) -> None:
+            self.w, self.seen = layers_nnx.normal(1, 8, 3, 4), nnx.BatchStat(jnp.zeros(()))
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            self.seen.set_value(self.seen.get_value() + 1)
+            return jnp.einsum("btd,dnh->btnh", x, self.w[...])
+
+    with pytest.raises(AttachError, match=r"layer.w: Counting keeps state.*BatchStat"):
+        adapt(layers_nnx.Held(layer=Counting()), lora("layer"), example=(layers.x(),))
+
+
+def test_a_read_outside_the_call_is_only_seen_with_an_example():
+    case = CASE["read_outside"]
+    adapt(case.make(), lora("enc"))
+    with pytest.raises(AttachError, match="(?s)enc.kernel.*exclude_modules") as error:
+        adapt(case.make(), lora("enc"), example=case.inputs())
+    assert "outside their own module" in str(error.value)
+
+
+def test_an_einsum_called_with_another_equation():
+    einsum = nnx.Einsum("btd,do->bto", (8, 6), rngs=nnx.Rngs(0))
+    model = adapt(layers_nnx.Held(layer=einsum), lora("layer"))
+    x = layers.x()
+    np.testing.assert_allclose(model.layer(x[0], "td,do->to"), model.layer(x)[0], atol=1e-5)
+    with pytest.raises(AttachError, match="'btd,do->bto'.*'bto,do->btd'"):
+        model.layer(jnp.ones((2, 5, 6)), "bto,do->btd")
+
+
+def test_an_odd_einsum_is_an_error_only_when_targeted():
+    class Net(nnx.Module):
+        def __init__(self) -> None:
+            self.odd = nnx.Einsum("btd,dok->bto", (8, 8, 2), rngs=nnx.Rngs(0))
+            self.lin = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.odd(self.lin(x))
+
+    adapt(Net(), lora("lin"))
+    with pytest.raises((AttachError, KeyMapError), match="odd.kernel"):
+        adapt(Net(), lora("odd"))
+
+
+# ---------------------------------------------------------------- Tunix
+
+
+@pytest.mark.parametrize("family", ["llama3", "qwen3"])
+def test_tunix(family, foreign_model):
+    pytest.importorskip("tunix")
+    module = importlib.import_module(f"tunix.models.{family}.model")
+    fields = inspect.signature(module.ModelConfig).parameters
+    sizes = {
+        "num_layers": 1, "vocab_size": 64, "embed_dim": 32, "hidden_dim": 64, "num_heads": 4, "head_dim": 8,
+        "num_kv_heads": 2, "norm_eps": 1e-5, "rope_theta": 10000,
+    }  # fmt: skip
+    config = module.ModelConfig(**{k: v for k, v in sizes.items() if k in fields})
+    cls = getattr(module, {"llama3": "Llama3", "qwen3": "Qwen3"}[family])
+    tokens = jnp.arange(16)[None] % 50
+    inputs = (tokens, jnp.arange(16)[None], None, jnp.tril(jnp.ones((1, 16, 16), bool)))
+    model = nnx.jit(lambda: cls(config, rngs=nnx.Rngs(0)))()
+    call = nnx.jit(lambda m, *inputs: m(*inputs)[0])
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    y0 = call(model, *inputs)
+    adapt(model, lora(*targets), example=inputs)
+    found = shapes(model)
+    assert len(found) == 14
+    assert found["layers.0.attn.q_proj.w.lora_A"] == (32, 2)
+    assert found["layers.0.attn.o_proj.w.lora_A"] == (4, 8, 2)
+    y = call(model, *inputs)
+    assert np.abs(y - y0).max() > 1e-3
+    adapter = jaxadapt.extract(model)
+    jaxadapt.merge(jaxadapt.detach(model), adapter)
+    np.testing.assert_allclose(call(model, *inputs), y, atol=1e-4)
