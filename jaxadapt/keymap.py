@@ -148,6 +148,16 @@ class Weight:
         return re.compile("".join(map(piece, re.split(r"(\{\w+\})", self.leaf))))
 
     @functools.cached_property
+    def tail(self) -> str:
+        """What every path of this line ends in: the text behind the last hole."""
+        return self.leaf.rpartition("}")[2]
+
+    @functools.cached_property
+    def layouts(self) -> dict[Tensor, Any]:
+        """A memo for `plan`: the axis names of a method's tensors at this line."""
+        return {}
+
+    @functools.cached_property
     def stack(self) -> tuple[int, ...]:
         """Positions of the stacked (numbered) axes in the leaf."""
         return tuple(i for i, n in enumerate(self.left) if n.startswith("{") and self.names(n) is None)
@@ -311,7 +321,9 @@ class KeyMap:
         literal = self._literal.get(leaf)
         if literal is not None:
             return Site(leaf, literal)
-        hits = [(w, m) for w in self._templates if (m := w.regex.fullmatch(leaf))]
+        hits = [
+            (w, m) for w in self._templates if leaf.endswith(w.tail) and (m := w.regex.fullmatch(leaf))
+        ]
         if len(hits) > 1:
             raise KeyMapError(
                 f"leaf {leaf!r} matches {len(hits)} lines of the table {self.name!r}:\n"

@@ -224,11 +224,20 @@ class Encoded(Mapping[str, Any]):
         return len(self.plan.keys)
 
 
-def _layout(site: Site, tensor: Tensor) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
-    """A tensor's axis names in the model (stacked axes where the base has them) and in the file.
+Layout = tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]
 
-    The method's own axes are marked with "~": a base weight may have an axis called "r" as well.
-    """
+
+def _layout(site: Site, tensor: Tensor) -> Layout:
+    """A tensor's axis names in the model (stacked axes where the base has them) and in the file."""
+    known = site.weight.layouts  # one line serves every layer, and this is asked for each of its tensors
+    found = known.get(tensor)
+    if found is None:
+        found = known[tensor] = _make_layout(site, tensor)
+    return found
+
+
+def _make_layout(site: Site, tensor: Tensor) -> Layout:
+    """As `_layout`. The method's own axes are marked "~": a base weight may have an axis called "r" as well."""
     roles = site.roles
 
     def expand(names: Sequence[str]) -> tuple[str, ...]:
