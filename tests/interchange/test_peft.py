@@ -287,9 +287,7 @@ def test_some_layers_only(api, tmp_path):
     close(harness.logits(loaded.model, IDS), output)
     theirs = harness.make_peft(base, setting.peft())
     harness.save(theirs, tmp_path / "peft")
-    np.testing.assert_allclose(
-        Twin("llama", api).load(tmp_path / "peft"), harness.logits(theirs, IDS), **CLOSE
-    )
+    close(Twin("llama", api).load(tmp_path / "peft"), harness.logits(theirs, IDS))
 
 
 @pytest.mark.parametrize("scan", [None, 1])
