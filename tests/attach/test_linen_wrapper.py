@@ -38,7 +38,9 @@ def ia3(*targets: str) -> Any:
 def trained(variables: Any, by: float = 0.3) -> Any:
     """The same variables with adapter values that do something."""
     return {
-        c: jax.tree.map(lambda x: x + by * jnp.cos(jnp.arange(x.size)).reshape(x.shape), tree)
+        c: jax.tree.map(
+            lambda x: np.asarray(x) + by * np.cos(np.arange(x.size, dtype=x.dtype)).reshape(x.shape), tree
+        )
         if c in ("lora", "ia3")
         else tree
         for c, tree in variables.items()
