@@ -14,6 +14,8 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from jaxadapt import bind, methods, nnx_survey, paths, trace
@@ -189,9 +191,13 @@ def _dropout(rate: float, rngs: nnx.Rngs | None, sizes: Sequence[int]) -> nnx.Dr
     """Dropout with a random state of its own for each stacked layer: a key has no other axis to be stacked on."""
     if rngs is None:
         return nnx.Dropout(rate, deterministic=True)
-    if not sizes:
-        return nnx.Dropout(rate, rngs=rngs)
-    return nnx.vmap(lambda r: _dropout(rate, r, sizes[1:]))(rngs.split(sizes[0]))
+    drop = nnx.Dropout(rate, rngs=rngs)
+    stream: Any = drop.rngs
+    if sizes:
+        shape = tuple(sizes)
+        stream.key.set_value(jax.random.split(stream.key.get_value(), shape))
+        stream.count.set_value(jnp.broadcast_to(stream.count.get_value(), shape))
+    return drop
 
 
 def adapted(model: nnx.Module) -> Iterator[tuple[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,8 +19,6 @@ ALPHA, R = 6, 3
 EMBEDDINGS = ("embed", "embed_attend")  # a table of kind "embedding" is no site of LORA or IA3 yet
 FITTING = [p for p in layers.params(layers.NNX) if p.values[0].how != layers.REFUSED and p.id not in EMBEDDINGS]
 METHODS = ["lora", "ia3"]
-# These tests ask what is computed, not how fast.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 def config_of(method: str, case: layers.Case, **fields: Any) -> Any:
@@ -115,7 +112,7 @@ def comparison(method: str, case: layers.Case, model: Any) -> Any:
 
         return jax.value_and_grad(weighed, has_aux=True)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def both(adapter: Any) -> Any:
         (_, y), g = loss(ours)(adapter)
         (_, y_ref), g_ref = loss(reference)(adapter)
