@@ -5,6 +5,7 @@ No table, no hooks, no configuration: the layers a person would write who needs 
 
 from __future__ import annotations
 
+import zlib
 from typing import Any
 
 import jax
@@ -57,13 +58,17 @@ class HandDense(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         inner = x.shape[-1]
         w = self.param("kernel", nn.initializers.lecun_normal(), (inner, self.features))
-        a: Any = self.variable(
-            "lora",
-            "a",
-            lambda: jax.random.uniform(self.make_rng("params"), (inner, R), minval=-1, maxval=1) * inner**-0.5,
-        )
+        a: Any = self.variable("lora", "a", jnp.zeros, (inner, R))  # `value` fills it
         b: Any = self.variable("lora", "b", jnp.zeros, (R, self.features))
         return x @ w + ((x @ a.value) * (ALPHA / R)) @ b.value
+
+
+def value(path: Any, spec: Any) -> jax.Array:
+    """The initial value of one leaf of the collection."""
+    if path[-1].key == "b":
+        return jnp.zeros(spec.shape)
+    key = jax.random.fold_in(jax.random.key(0), zlib.crc32(str(path).encode()))
+    return jax.random.uniform(key, spec.shape, minval=-1, maxval=1) * spec.shape[0] ** -0.5
 
 
 class Attention(nn.Module):

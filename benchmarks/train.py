@@ -172,7 +172,9 @@ def ways(config: LlamaConfig, tokens: jax.Array, with_qwix: bool) -> dict[str, W
     hand = byhand.Llama(config)
 
     def fresh(_: Any) -> Any:
-        return {"lora": jax.jit(hand.init)(jax.random.key(0), tokens)["lora"]}
+        # leaf by leaf: compiling the whole module's init would take minutes
+        specs = jax.eval_shape(hand.init, jax.random.key(0), tokens)["lora"]
+        return {"lora": jax.tree_util.tree_map_with_path(byhand.value, specs)}
 
     found = {
         "NNX, jaxadapt": nnx_way(
