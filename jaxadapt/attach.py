@@ -267,7 +267,8 @@ def _extract_bare(tree: Mapping[str, Any], name: str, config: Config | None, key
                 values[paths.join(*parts[:i], *parts[i + 2 :])] = leaf
                 break
     if not values:
-        flat = {p: v for p, v in paths.flatten({k: v for k, v in tree.items() if k != CONFIG_NODE}).items() if is_array(v)}
+        bare = paths.flatten({k: v for k, v in tree.items() if k != CONFIG_NODE})
+        flat = {path: leaf for path, leaf in bare.items() if is_array(leaf)}
         if any(collection in p.split(".") for p in flat):
             raise AttachError(f"there is no adapter {name!r} of type {config.peft_type} in this tree; check name=")
         values = flat  # the bare tree of one adapter
@@ -318,7 +319,7 @@ def with_adapter(variables: Mapping[str, Any], adapter: Adapter, name: str) -> d
 # ---------------------------------------------------------------- several on one base
 
 
-def activate(model: Any, *names: str) -> Any:
+def activate(model: Any, *names: Any) -> Any:
     """Make these adapters the active ones; NNX in place, Linen returns a new wrapper.
 
     Raises `AttachError` for a name the model does not carry.

@@ -111,7 +111,8 @@ def resolve(
     if targets.is_all_linear(config):
         open_ = [f"{leaf} {shapes[leaf]}" for leaf in unmapped if leaf in unsure or len(shapes[leaf]) > 2]
         if open_:
-            raise KeyMapError('"all-linear" meets weights that may or may not be linear:\n' + paths.listing(open_) + _WAYS)
+            what = '"all-linear" meets weights that may or may not be linear:\n'
+            raise KeyMapError(what + paths.listing(open_) + _WAYS)
     config = targets.resolve(config, _names(found, unmapped), linear=linear, output=keymap.output)
     if config.get("fan_in_fan_out") is False and any(
         site.weight.fan_in_fan_out and any(targets.matches(config, m) for m in mods.values())
@@ -122,8 +123,8 @@ def resolve(
 
 
 _WAYS = (
-    "\nName the modules in target_modules, name the family with keymap=, give a KeyMap with a line for each, or adapt the"
-    " model with example inputs (example=) so that its own computation tells"
+    "\nName the modules in target_modules, name the family with keymap=, give a KeyMap with a line for each, or adapt"
+    " the model with example inputs (example=) so that its own computation tells"
 )
 
 

@@ -28,7 +28,7 @@ from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError
 from jaxadapt.families import resolve
 from jaxadapt.keymap import KeyMap
-from jaxadapt.linen_call import SEP, Interceptor, Site
+from jaxadapt.linen_call import SEP, Interceptor, Noting, Site
 
 # ---------------------------------------------------------------- the wrapper
 
@@ -130,6 +130,14 @@ class Adapted:
             self._check(overlay, args, {**kwargs, "method": method, "rngs": options.get("rngs")}, True)
 
         return Bound(self.module.bind(overlay.inner(), *args, **options), overlay, check)
+
+    def notes(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> dict[str, str]:
+        """How each adapted weight is followed, `{leaf: note}`, seeing one abstract `apply`."""
+        overlay = self._overlay(variables)
+        noting = Noting(overlay.interceptor.sites)
+        with nn.intercept_methods(noting):
+            jax.eval_shape(lambda: self.module.apply(overlay.inner(), *args, **kwargs))
+        return noting.notes
 
     def tabulate(self, rngs: Any, *args: Any, **kwargs: Any) -> str:
         """The base module's own table; `jaxadapt.summary` shows the adapter's."""

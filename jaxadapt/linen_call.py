@@ -247,6 +247,28 @@ class Interceptor:
         return out
 
 
+@dataclasses.dataclass(frozen=True)
+class Noting(Interceptor):
+    """Notes how each adapted weight is followed, `{dotted leaf: note}`, for `summary`."""
+
+    notes: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
+
+    def __call__(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        module = context.module
+        if owns(context) and module.scope.path in self.sites and known(module, context.method_name) is not None:
+            for leaf in self.sites[module.scope.path]:
+                self.notes[".".join((*module.scope.path, leaf))] = f"{type(module).__name__}'s own call"
+        return super().__call__(next_fun, args, kwargs, context)
+
+    def _rewritten(self, module: Any, method: str, hooks: dict[str, Any], args: Any, kwargs: Any) -> Any:
+        call = alone(module, method)
+        weights = {leaf: meta.unbox(module.scope.get_variable("params", leaf)) for leaf in hooks}
+        for leaf, found in trace.uses(lambda w, *a: call(w, *a, **kwargs)[0], weights, *args).items():
+            name = f"{type(module).__name__}.{method}".removesuffix(".__call__")
+            self.notes[".".join((*module.scope.path, leaf))] = trace.note(name, found, hooks[leaf].axes)
+        return super()._rewritten(module, method, hooks, args, kwargs)
+
+
 def _along_roles(use: Use) -> bool:
     """Whether a contraction runs over the inputs or over the outputs, and over nothing else."""
     inn, out = set(use.letters("inn")) & set(use.x), set(use.letters("out")) & set(use.x)

@@ -327,6 +327,29 @@ def traced_axes(
     return {leaf: traced for leaf, traced in found.items() if leaf not in unclear}, set(problems)
 
 
+def notes(model: nnx.Module, adapted: Mapping[str, Axes], args: Args) -> dict[str, str]:
+    """How the weight of each custom layer is followed, `{leaf: note}`, seeing one abstract call of the model."""
+    found: dict[str, str] = {}
+    owners = base_leaves(model)
+    traced = custom(owners, adapted)
+
+    def recorder(leaf: str, attr: str, base: type[nnx.Module]) -> Callable[..., Any]:
+        def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+            def call(weights: Mapping[str, Any], *args: Any) -> Any:
+                return base.__call__(view(self, base, weights), *args, **kwargs)
+
+            uses = trace.uses(call, {attr: vars(self)[attr].get_value()}, *args)[attr]
+            found[leaf] = trace.note(base.__name__, uses, adapted[leaf])
+            return base.__call__(self, *args, **kwargs)
+
+        return __call__
+
+    f, inputs = _instrumented(model, traced, recorder, args)
+    jax.eval_shape(f, inputs)
+    never = {leaf: f"{base_class(owners[leaf][0]).__name__}, not called with these inputs" for leaf in traced}
+    return never | found
+
+
 def check_calls(model: nnx.Module, adapted: Mapping[str, Axes], dropped: Sequence[str], args: Args) -> None:
     """Refuse what an adapter cannot follow, seeing one abstract call of the model.
 

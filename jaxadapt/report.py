@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxadapt import attach, bind, linen, methods, nnx, paths
+from jaxadapt import attach, bind, linen, methods, nnx, nnx_survey, paths
 from jaxadapt.adapter import Adapter, is_array
 from jaxadapt.errors import AttachError
 
@@ -99,29 +99,34 @@ def _static(static: Any) -> str:
     )
 
 
-def summary(tree: Any, variables: Mapping[str, Any] | None = None) -> Summary:
+def summary(tree: Any, *inputs: Any) -> Summary:
     """A table of what is adapted: weights, ranks, scales, dtypes, how each is computed, trainable and total.
 
     Args:
-        tree: an adapted NNX model, or Linen variables, or an adapted Linen module with its `variables`.
+        tree: an adapted NNX model, or Linen variables, or an adapted Linen module.
+        inputs: of one call, after the variables for a Linen module. With them the column "how" says where
+            a custom layer's weight is used in a way that needs the effective weight: exact, but the
+            backward pass then makes a gradient of the weight's own size.
 
     Raises `AttachError` if nothing is adapted.
     """
     if isinstance(tree, linen.Adapted):
-        if variables is None:
-            raise AttachError("a Linen module holds no parameters: summary(module, variables)")
-        return _of_variables(variables, tree.active)
+        if not inputs:
+            raise AttachError("a Linen module holds no parameters: summary(module, variables, *inputs)")
+        variables, *rest = inputs
+        return _of_variables(variables, tree.active, tree.notes(variables, *rest) if rest else {})
     if isinstance(tree, nnx.nnx.Module):
-        return _of_model(tree)
+        return _of_model(tree, inputs)
     if isinstance(tree, Mapping):
-        return _of_variables(tree, None)
+        return _of_variables(tree, None, {})
     raise AttachError(f"expected an adapted model or variables, found {type(tree).__name__}")
 
 
 def _rows(
     name: str, adapter: Adapter, base: Mapping[str, tuple[int, ...]], how: Mapping[str, str]
 ) -> list[Row]:
-    shapes = {leaf: {t: tuple(a.shape) for t, a in ts.items()} for leaf, ts in adapter.sites.items()}
+    sites = adapter.sites
+    shapes = {leaf: {t: tuple(a.shape) for t, a in ts.items()} for leaf, ts in sites.items()}
     return [
         Row(
             name,
@@ -129,7 +134,7 @@ def _rows(
             base.get(bound.leaf, ()),
             bound.modules,
             shapes[bound.leaf],
-            str(next(iter(adapter.sites[bound.leaf].values())).dtype),
+            str(next(iter(sites[bound.leaf].values())).dtype),
             bound.static,
             how.get(bound.leaf, ""),
         )
@@ -137,30 +142,29 @@ def _rows(
     ]
 
 
-def _of_model(model: Any) -> Summary:
+def _of_model(model: Any, inputs: Sequence[Any]) -> Summary:
     owners = nnx.base_leaves(model)
-    shapes = nnx.base_shapes(owners)
-    how = {leaf: nnx.how(module) for leaf, (module, _) in owners.items()}
+    shapes = nnx_survey.base_shapes(owners)
+    how = {leaf: nnx_survey.how(module) for leaf, (module, _) in owners.items()}
+    if inputs:
+        of = {path: var for by_path in nnx.variables(model).values() for path, var in by_path.items()}
+        axes = {path.rpartition(".")[0]: var.get_metadata()["adapter"].axes for path, var in of.items()}
+        how |= nnx_survey.notes(model, axes, inputs)
     rows = [row for name in nnx.names(model) for row in _rows(name, attach.extract(model, name), shapes, how)]
     if not rows:
         raise AttachError("this model carries no adapter")
     return Summary(tuple(rows), sum(math.prod(s) for s in shapes.values()), nnx.active(model))
 
 
-def _of_variables(variables: Mapping[str, Any], active: tuple[str, ...] | None) -> Summary:
-    base = {
-        p: tuple(v.shape)
-        for p, v in paths.flatten(linen.meta.unbox(variables.get("params", {}))).items()
-        if is_array(v)
-    }
+def _of_variables(variables: Mapping[str, Any], active: tuple[str, ...] | None, how: Mapping[str, str]) -> Summary:
+    flat = paths.flatten(linen.meta.unbox(variables.get("params", {})))
+    base = {path: tuple(leaf.shape) for path, leaf in flat.items() if is_array(leaf)}
     names: list[str] = []
     rows: list[Row] = []
     for method in methods.METHODS.values():
         for name, tree in dict(variables.get(method.peft_type.lower(), {})).items():
             names.append(name)
-            rows += _rows(name, linen.read_collection(tree, name), base, {})
+            rows += _rows(name, linen.read_collection(tree, name), base, how)
     if not rows:
         raise AttachError("these variables hold no adapter")
-    return Summary(
-        tuple(rows), sum(math.prod(s) for s in base.values()), tuple(names) if active is None else active
-    )
+    return Summary(tuple(rows), sum(math.prod(s) for s in base.values()), tuple(names) if active is None else active)

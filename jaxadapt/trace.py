@@ -13,7 +13,6 @@ Knows jax through its public names only, and neither Flax nor any method.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
@@ -23,8 +22,9 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.extend.core import primitives
 
-from jaxadapt.axes import LETTERS, Axes, Use
+from jaxadapt.axes import Axes, Use
 from jaxadapt.errors import AttachError
+from jaxadapt.layout import BARRIER, Layout, moved, spell
 
 Function = Callable[..., Any]
 
@@ -95,7 +95,7 @@ def rewrite(f: Function, weights: Mapping[str, jax.Array], hooks: Mapping[str, H
         if sorted(axes.inn + axes.out + axes.batch) != list(range(len(shape))):
             raise AttachError(f"{name!r} has shape {shape}, which the roles {axes} do not cover axis by axis")
     traced = _trace(f, weights, args)
-    views = [_View(_Layout.of(name, jnp.shape(w)), w) if name in hooks else w for name, w in weights.items()]
+    views = [_View(Layout.of(name, jnp.shape(w)), w) if name in hooks else w for name, w in weights.items()]
     scope = _Scope(hooks, weights, ChainMap())
     outs = _run(traced.closed.jaxpr, traced.closed.consts, [*views, *traced.arrays], scope)
     return traced.result([scope.plain(out) for out in outs])
@@ -112,11 +112,26 @@ def uses(f: Function, weights: Mapping[str, Any], *args: Any) -> dict[str, tuple
     """
     traced = _trace(f, weights, args)
     found: dict[str, list[Contraction | Other]] = {name: [] for name in weights}
-    layouts = [_Layout.of(name, tuple(w.shape)) for name, w in weights.items()]
+    layouts = [Layout.of(name, tuple(w.shape)) for name, w in weights.items()]
     for out in _follow(traced.closed.jaxpr, [*layouts, *(None for _ in traced.arrays)], found):
         if out is not None:
             found[out.name].append(Other("return"))
     return {name: tuple(those) for name, those in found.items()}
+
+
+def note(what: str, found: Iterable[Contraction | Other], axes: Axes) -> str:
+    """In a few words, whether `what` uses a weight along its roles, or needs the effective weight, and for what.
+
+    >>> note("Einsum", [Other("gather")], Axes((0,), (1,)))
+    'effective weight in Einsum (gather)'
+    """
+    along = (set(axes.inn), set(axes.out))
+    dear = [
+        use.primitive if isinstance(use, Other) else f"a sum over axes {list(use.inn)}"
+        for use in found
+        if isinstance(use, Other) or set(use.inn) not in along or not set(use.batch) <= set(axes.batch)
+    ]
+    return f"effective weight in {what} ({', '.join(dict.fromkeys(dear))})" if dear else f"traced {what}"
 
 
 def roles(f: Function, weights: Mapping[str, Any], name: str, *args: Any) -> Axes:
@@ -189,74 +204,6 @@ def _trace(f: Function, weights: Mapping[str, Any], args: tuple[Any, ...]) -> _T
     return _Traced(closed, arrays, result)
 
 
-# ---------------------------------------------------------------- where a weight's axes are
-
-
-@dataclasses.dataclass(frozen=True)
-class _Layout:
-    """How a view of a weight lies: for each of its axes, the weight's axes that are merged in it.
-
-    Weight axes of size 1 come and go in reshapes; they are listed only where they can be followed.
-    """
-
-    name: str
-    sizes: tuple[int, ...]  # the weight's own shape
-    groups: tuple[tuple[int, ...], ...]
-
-    @classmethod
-    def of(cls, name: str, shape: tuple[int, ...]) -> _Layout:
-        return cls(name, shape, tuple((i,) for i in range(len(shape))))
-
-    def among(self, axes: Iterable[int]) -> tuple[int, ...]:
-        """The weight's axes found in these axes of the view."""
-        return tuple(a for i in axes for a in self.groups[i])
-
-    def reshaped(self, shape: Sequence[int]) -> _Layout | None:
-        """The same elements in row-major order under another shape, if that keeps the weight's axes whole."""
-        rest = list(self.among(range(len(self.groups))))
-        groups: list[tuple[int, ...]] = []
-        for size in shape:
-            group: list[int] = []
-            if size == 1 and rest and self.sizes[rest[0]] == 1:
-                group.append(rest.pop(0))
-            while rest and math.prod(self.sizes[a] for a in group) < size:
-                axis = rest.pop(0)
-                if self.sizes[axis] != 1:
-                    group.append(axis)
-            if math.prod(self.sizes[a] for a in group) != size:
-                return None
-            groups.append(tuple(group))
-        return dataclasses.replace(self, groups=tuple(groups))
-
-
-_RESHAPES = {primitives.reshape_p, primitives.squeeze_p, primitives.broadcast_in_dim_p}
-_SAME = {primitives.copy_p, primitives.sharding_constraint_p, primitives.name_p}
-_BARRIER = "optimization_barrier"  # which alone has several operands, one result for each
-
-
-def _moved(eqn: core.JaxprEqn, before: list[_Layout | None]) -> list[_Layout | None] | None:
-    """The layouts of an equation's results if it only moves, casts or passes on what it gets, else None."""
-    kind, params = eqn.primitive, eqn.params
-    if kind.name == _BARRIER:
-        return before
-    if len(before) != 1 or (layout := before[0]) is None:
-        return None
-    old: Any = eqn.invars[0].aval
-    new: Any = eqn.outvars[0].aval
-    if kind in _SAME:
-        return [layout]
-    if kind is primitives.convert_element_type_p:
-        floats = jnp.issubdtype(old.dtype, jnp.floating) and jnp.issubdtype(new.dtype, jnp.floating)
-        return [layout] if floats else None
-    if kind is primitives.transpose_p:
-        return [dataclasses.replace(layout, groups=tuple(layout.groups[i] for i in params["permutation"]))]
-    if kind in _RESHAPES and math.prod(old.shape) == math.prod(new.shape):
-        permutes = kind is primitives.reshape_p and params["dimensions"] is not None
-        after = None if permutes else layout.reshaped(new.shape)
-        return None if after is None else [after]
-    return None
-
-
 def _body(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence[Any]] | None:
     """The jaxpr and constants inside an equation that merely calls it."""
     if eqn.primitive is primitives.jit_p:
@@ -268,7 +215,7 @@ def _body(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence[Any]] | None:
     return None
 
 
-def _side(eqn: core.JaxprEqn, layouts: Sequence[_Layout | None]) -> int | None:
+def side_of(eqn: core.JaxprEqn, layouts: Sequence[Layout | None]) -> int | None:
     """Which operand of a `dot_general` is the weight, if exactly one is."""
     if eqn.primitive is not primitives.dot_general_p or (layouts[0] is None) == (layouts[1] is None):
         return None
@@ -276,27 +223,27 @@ def _side(eqn: core.JaxprEqn, layouts: Sequence[_Layout | None]) -> int | None:
 
 
 def _follow(
-    jaxpr: core.Jaxpr, given: Sequence[_Layout | None], found: dict[str, list[Contraction | Other]]
-) -> list[_Layout | None]:
+    jaxpr: core.Jaxpr, given: Sequence[Layout | None], found: dict[str, list[Contraction | Other]]
+) -> list[Layout | None]:
     """Collects the uses of the given views in `found`; returns the layouts of the jaxpr's results."""
     env = dict(zip(jaxpr.invars, given, strict=True))
 
-    def read(atom: Any) -> _Layout | None:
+    def read(atom: Any) -> Layout | None:
         return None if isinstance(atom, core.Literal) else env.get(atom)
 
     for eqn in jaxpr.eqns:
         seen = [read(a) for a in eqn.invars]
         if not any(seen):
             continue
-        outs: list[_Layout | None] | None = None
+        outs: list[Layout | None] | None = None
         if (body := _body(eqn)) is not None:
             outs = _follow(body[0], seen, found)
-        elif (side := _side(eqn, seen)) is not None and (layout := seen[side]) is not None:
+        elif (side := side_of(eqn, seen)) is not None and (layout := seen[side]) is not None:
             summed, shared = (d[side] for d in eqn.params["dimension_numbers"])
             inn, batch = sorted(layout.among(summed)), sorted(layout.among(shared))
             out = [a for a in range(len(layout.sizes)) if a not in inn + batch]
             found[layout.name].append(Contraction(tuple(inn), tuple(out), tuple(batch)))
-        elif (outs := _moved(eqn, seen)) is None:
+        elif (outs := moved(eqn, seen)) is None:
             for layout in filter(None, seen):
                 found[layout.name].append(Other(eqn.primitive.name))
         env.update(zip(eqn.outvars, outs or (), strict=outs is not None))
@@ -310,7 +257,7 @@ def _follow(
 class _View:
     """A moved or cast base weight, and how to move and cast the effective one the same way."""
 
-    layout: _Layout
+    layout: Layout
     array: Any
     replay: tuple[Callable[[Any], Any], ...] = ()
 
@@ -380,15 +327,15 @@ def _equation(eqn: core.JaxprEqn, operands: list[Any], scope: _Scope) -> list[An
             return _checkpoint(eqn, body[0], operands, scope)
         placed = _placed(eqn.params.get("in_shardings"), operands)
         return _placed(eqn.params.get("out_shardings"), _run(*body, placed, scope))
-    if (side := _side(eqn, layouts)) is not None:
+    if (side := side_of(eqn, layouts)) is not None:
         outs = _contract(eqn, operands, side, scope)
         if outs is not None:
             return outs
-    elif (after := _moved(eqn, layouts)) is not None:
+    elif (after := moved(eqn, layouts)) is not None:
         arrays = _bind(eqn, [v.array if isinstance(v, _View) else v for v in operands])
 
         def step(whole: Any) -> Any:
-            return jax.lax.optimization_barrier(whole) if eqn.primitive.name == _BARRIER else _bind(eqn, [whole])[0]
+            return jax.lax.optimization_barrier(whole) if eqn.primitive.name == BARRIER else _bind(eqn, [whole])[0]
 
         return [
             array if layout is None else _View(layout, array, (*view.replay, step))
@@ -436,7 +383,7 @@ def _contract(eqn: core.JaxprEqn, operands: list[Any], side: int, scope: _Scope)
     """The contraction with its hook around it, or None if it does not run along the hook's roles."""
     view, x = operands[side], operands[1 - side]
     hook = scope.hooks[view.layout.name]
-    spelled = _spell(eqn, side, view.layout, hook.axes, jnp.shape(x))
+    spelled = spell(eqn, side, view.layout, hook.axes, jnp.shape(x))
     if spelled is None:
         return None
     use, x_sizes, y_sizes = spelled
@@ -447,38 +394,3 @@ def _contract(eqn: core.JaxprEqn, operands: list[Any], side: int, scope: _Scope)
     (y,) = _bind(eqn, pair)
     whole = jnp.reshape(y, y_sizes)
     return [jnp.reshape(_checked("output", hook.output(use, fed, whole), whole), jnp.shape(y))]
-
-
-def _spell(
-    eqn: core.JaxprEqn, side: int, layout: _Layout, axes: Axes, x_shape: tuple[int, ...]
-) -> tuple[Use, list[int], list[int]] | None:
-    """The contraction letter by letter, and the split shapes of x and y; None if the roles do not fit it.
-
-    Weight axes of size 1 are put where their role says, as an extra axis of x or y: they may have been
-    squeezed out of the view, and no result depends on where they stand.
-    """
-    (summed_w, summed_x), (shared_w, shared_x) = ((d[side], d[1 - side]) for d in eqn.params["dimension_numbers"])
-    unit = {a for a, size in enumerate(layout.sizes) if size == 1}
-    summed, shared = set(layout.among(summed_w)) - unit, set(layout.among(shared_w)) - unit
-    ways = [way for way in ((axes.inn, axes.out), (axes.out, axes.inn)) if summed == set(way[0]) - unit]
-    if not ways or not shared <= set(axes.batch):
-        return None
-    reads, writes = ways[0]
-
-    def letters(view_axis: int) -> list[tuple[str, int]]:
-        return [(LETTERS[a], layout.sizes[a]) for a in layout.groups[view_axis] if a not in unit]
-
-    def units(role: Iterable[int]) -> list[tuple[str, int]]:
-        return [(LETTERS[a], 1) for a in role if a in unit]
-
-    met = dict(zip([*summed_x, *shared_x], [*summed_w, *shared_w], strict=True))
-    fresh = iter(LETTERS[len(layout.sizes) :])
-    own = {i: [(next(fresh), size)] for i, size in enumerate(x_shape) if i not in met}
-    x = [pair for i in range(len(x_shape)) for pair in (own[i] if i in own else letters(met[i]))]
-    free_w = [p for i in range(len(layout.groups)) if i not in (*summed_w, *shared_w) for p in letters(i)]
-    free_x = [pair for pairs in own.values() for pair in pairs]
-    # dot_general's result: what both share, then what is free in its left operand, then in its right one
-    y = [p for i in shared_w for p in letters(i)] + (free_w + free_x if side == 0 else free_x + free_w)
-    x, y = x + units((*reads, *axes.batch)), y + units((*writes, *axes.batch))
-    spelled = Use("".join(c for c, _ in x), LETTERS[: len(layout.sizes)], "".join(c for c, _ in y), axes)
-    return spelled, [n for _, n in x], [n for _, n in y]

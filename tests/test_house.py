@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "jaxadapt"
 # Packages are listed by their first part: "configs" stands for everything under jaxadapt/configs/.
 FLOORS = [
     ["errors", "paths", "axes", "configs"],
-    ["adapter", "keymap", "plan", "trace", "liveness", "layers", "filters", "targets", "codecs"],
+    ["adapter", "keymap", "plan", "trace", "layout", "liveness", "layers", "filters", "targets", "codecs"],
     ["methods", "families", "bind", "folder", "dialects", "sharding", "card"],
     ["linen", "linen_call", "linen_survey", "nnx", "nnx_survey", "merging"],
     ["attach", "store", "report"],
@@ -34,6 +34,7 @@ SAME_FLOOR = {
     ("plan", "keymap"): "a plan is a keymap applied to shapes",
     ("adapter", "keymap"): "an adapter carries the table it was made with",
     ("bind", "methods"): "a configuration is bound by its method",
+    ("trace", "layout"): "a trace follows layouts",
     ("store", "attach"): "load attaches before it injects",
     ("report", "attach"): "a summary extracts",
     ("nnx", "nnx_survey"): "attaching asks what a model does with its weights",

@@ -58,3 +58,47 @@ def test_variables_and_inactive_adapters():
 def test_nothing_adapted_is_an_error():
     with pytest.raises(jaxadapt.AttachError, match="no adapter"):
         jaxadapt.summary(Net(nnx.Rngs(0)))
+
+
+class Custom(nnx.Module):
+    def __init__(self, gather, rngs):
+        self.w = nnx.Param(jax.random.normal(rngs.params(), (6, 6)))
+        self.gather = gather
+
+    def __call__(self, x):
+        return self.w[...][jnp.arange(3)] if self.gather else x @ self.w[...]
+
+
+class Mixed(nnx.Module):
+    def __init__(self, rngs):
+        self.product, self.rows = Custom(False, rngs), Custom(True, rngs)
+
+    def __call__(self, x):
+        return self.product(x) + self.rows(x)
+
+
+def test_with_inputs_it_tells_where_the_effective_weight_is_needed():
+    lines = [jaxadapt.Weight(f"{m}.w", f"{m}.weight", "i o -> o i") for m in ("product", "rows")]
+    config = jaxadapt.LoraConfig(r=2, target_modules=["product", "rows"])
+    model = jaxadapt.adapt(Mixed(nnx.Rngs(0)), config, rngs=nnx.Rngs(1), keymap=jaxadapt.KeyMap("mine", tuple(lines)))
+    how = {row.leaf: row.how for row in jaxadapt.summary(model, jnp.ones((3, 6))).rows}
+    assert how["product.w"] == "traced Custom"
+    assert how["rows.w"].startswith("effective weight in Custom (")
+
+
+def test_linen_with_inputs():
+    class Product(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return x @ self.param("w", nn.initializers.normal(1.0), (6, 6))
+
+    class Both(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Product(name="own")(nn.Dense(6, name="up")(x))
+
+    x = jnp.ones((2, 6))
+    module = jaxadapt.adapt(Both(), jaxadapt.LoraConfig(r=2, target_modules=["own", "up"]))
+    variables = module.init(jax.random.key(0), x)
+    how = {row.leaf: row.how for row in jaxadapt.summary(module, variables, x).rows}
+    assert how == {"own.w": "traced Product", "up.kernel": "Dense's own call"}

@@ -1,4 +1,4 @@
-"""Gemma's layers under the wrapper: fixtures of the same layout, and the real ones where gemma is installed."""
+"""Gemma's layers under the wrapper: fixtures of the same layout, and the real ones if gemma is there."""
 
 from __future__ import annotations
 
