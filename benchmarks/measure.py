@@ -10,7 +10,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -22,24 +22,33 @@ class Way:
     before: Callable[[], Any] = lambda: None
 
 
-def interleave(ways: Mapping[str, Way], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each way, `rounds` times, after one round to warm up.
+@dataclass
+class Times:
+    """Seconds of each round, on the clock and of the processor (all threads)."""
+
+    clock: list[float] = field(default_factory=list[float])
+    processor: list[float] = field(default_factory=list[float])
+
+
+def interleave(ways: Mapping[str, Way], rounds: int) -> dict[str, Times]:
+    """The times of each way, `rounds` times, after one round to warm up.
 
     The machine's speed drifts while a benchmark runs, so every round does every way once, and every second
     round goes backwards: what follows what matters to page cache and allocator.
     """
-    times: dict[str, list[float]] = {name: [] for name in ways}
+    times = {name: Times() for name in ways}
     names = list(ways)
     for number in range(rounds + 1):
         for name in names[:: 1 if number % 2 else -1]:
             given = ways[name].before()
             gc.collect()
-            start = time.perf_counter()
+            start, busy = time.perf_counter(), time.process_time()
             result = ways[name].run(given)
-            elapsed = time.perf_counter() - start
+            elapsed, busy = time.perf_counter() - start, time.process_time() - busy
             del result, given
             if number:
-                times[name].append(elapsed)
+                times[name].clock.append(elapsed)
+                times[name].processor.append(busy)
     return times
 
 

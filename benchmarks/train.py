@@ -4,8 +4,8 @@
 
 SmolLM2-135M's shape with random float32 weights, 4 × 64 tokens, LoRA r=8 on all seven projections, AdamW.
 What is measured of the compiled step is XLA's own account: FLOPs, bytes accessed, memory. Steps of all ways
-are interleaved, and so are the repetitions of tracing and compiling, whose seconds are of processor time (they
-hardly depend on what else the machine does). Exits with 1 if a target is missed.
+are interleaved, and so are the repetitions of tracing and compiling. Seconds of attaching, tracing and compiling
+are of processor time, which hardly depends on what else the machine does. Exits with 1 if a target is missed.
 """
 
 from __future__ import annotations
@@ -107,10 +107,10 @@ def attached(attach: Callable[[Any], Any], build: Callable[[], Any] = lambda: No
     for _ in range(4):
         result, given = None, build()
         gc.collect()
-        start = time.perf_counter()
+        start = time.process_time()
         result = attach(given)
         jax.block_until_ready(nnx.state(result) if isinstance(result, nnx.Module) else result)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     return result, seconds
 
 
