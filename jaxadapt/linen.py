@@ -16,19 +16,20 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from flax import serialization
 from flax.core import FrozenDict
 from flax.core import meta as meta  # re-exported: boxes are opened elsewhere too
 from flax.core.scope import in_filter
 
 from jaxadapt import bind, linen_survey, methods, paths, targets
-from jaxadapt.adapter import CONFIG_NODE, Adapter, Recipe, collection_name
+from jaxadapt.adapter import CONFIG_NODE, Adapter, Recipe, collection_name, is_array
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError
 from jaxadapt.families import resolve
 from jaxadapt.keymap import KeyMap
 from jaxadapt.linen_call import SEP, Interceptor, Noting, Site
+
+_KEPT = 64  # of what is remembered about earlier calls
 
 # ---------------------------------------------------------------- the wrapper
 
@@ -204,6 +205,8 @@ class Adapted:
         linen_survey.check_reads(
             run, {path: list(leaves) for path, leaves in sites.items()}, overlay.base["params"]
         )
+        if len(self._checked) >= _KEPT:
+            self._checked.clear()
         self._checked.add(signature)
 
 
@@ -253,28 +256,18 @@ def _key_paths(tree: Any, prefix: tuple[str, ...] = ()) -> dict[str, tuple[str, 
 _Shapes = tuple[tuple[str, tuple[tuple[str, tuple[int, ...]], ...]], ...]
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=_KEPT)
 def _recovered(recipe: Recipe, shapes: _Shapes) -> tuple[bind.Bound, ...]:
     """The sites of an adapter; kept, since a model called outside jit asks at every call."""
     return bind.recover(recipe.config, recipe.keymap, {leaf: dict(tensors) for leaf, tensors in shapes})
 
 
 def _signature(call: Any) -> Hashable:
-    """What a call's trace depends on: structure, shapes and dtypes, and plain arguments by value."""
+    """What decides which code of the model runs: structure and plain arguments (not, we trust, shapes)."""
     leaves, tree = jax.tree.flatten(call)
-    plain = (str, int, float, bool)
     return tree, tuple(
-        leaf
-        if isinstance(leaf, plain)
-        else (tuple(jnp.shape(leaf)), str(leaf.dtype))
-        if _shaped(leaf)
-        else id(leaf)
-        for leaf in leaves
+        None if is_array(leaf) else leaf if isinstance(leaf, Hashable) else repr(leaf) for leaf in leaves
     )
-
-
-def _shaped(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) or type(leaf).__module__ == "numpy"
 
 
 def _fresh_key(rngs: Any, collection: str, name: str) -> Any:

@@ -255,7 +255,11 @@ class Noting(Interceptor):
 
     def __call__(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
-        if owns(context) and module.scope.path in self.sites and known(module, context.method_name) is not None:
+        if (
+            owns(context)
+            and module.scope.path in self.sites
+            and known(module, context.method_name) is not None
+        ):
             for leaf in self.sites[module.scope.path]:
                 self.notes[".".join((*module.scope.path, leaf))] = f"{type(module).__name__}'s own call"
         return super().__call__(next_fun, args, kwargs, context)
