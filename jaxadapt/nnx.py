@@ -8,10 +8,11 @@ variables hang on the layer. Base paths, sharing and values stay as they are; `d
 
 from __future__ import annotations
 
+import collections
 import copyreg
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,8 +23,19 @@ from jaxadapt import bind, methods, nnx_survey, paths, trace
 from jaxadapt.adapter import Adapter, Recipe, collection_name
 from jaxadapt.axes import Axes
 from jaxadapt.errors import AttachError
-from jaxadapt.methods import Applied, Several
-from jaxadapt.nnx_survey import DROPOUT, AdaptedMeta, AdapterParam, Owner, base_class, known, natural, swap, view
+from jaxadapt.methods import Applied, Method, Several
+from jaxadapt.nnx_survey import (
+    DROPOUT,
+    AdaptedMeta,
+    AdapterParam,
+    Owner,
+    base_class,
+    entry_points,
+    known,
+    natural,
+    swap,
+    view,
+)
 from jaxadapt.nnx_survey import base_leaves as base_leaves
 from jaxadapt.nnx_survey import base_shapes as base_shapes
 from jaxadapt.nnx_survey import how as how
@@ -64,12 +76,17 @@ class Attached:
 
 @functools.cache
 def adapted_class(base: type[nnx.Module]) -> type[nnx.Module]:
-    """The subclass of a layer class whose call applies the active adapters."""
+    """The subclass of a layer class whose call, and own public methods, apply the active adapters."""
 
-    def __call__(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
-        return _call(self, base, args, kwargs)
+    def following(f: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(f)
+        def method(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+            return _call(self, base, f, args, kwargs)
 
-    body = {"__call__": __call__, "base": base, "__module__": base.__module__, "__doc__": base.__doc__}
+        return method
+
+    body: dict[str, Any] = {name: following(f) for name, f in entry_points(base).items()}
+    body |= {"base": base, "__module__": base.__module__, "__doc__": base.__doc__}
     made: Any = AdaptedMeta(f"Adapted{base.__name__}", (base,), body)
     return made
 
@@ -99,10 +116,11 @@ def _hooks(module: nnx.Module) -> dict[str, Applied | Several]:
     return {leaf: hooks[0] if len(hooks) == 1 else Several(tuple(hooks)) for leaf, hooks in found.items()}
 
 
-def _call(module: Any, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _call(module: Any, base: Any, f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One of a layer's functions, with the active adapters."""
     hooks = _hooks(module)
     if not hooks:
-        return base.__call__(module, *args, **kwargs)
+        return f(module, *args, **kwargs)
     by_class = known(module)
     if by_class is not None:
         if "inputs" in kwargs:
@@ -111,12 +129,14 @@ def _call(module: Any, base: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         ((_, hook),) = hooks.items()
         use = by_class.use(module, x, rest or [kwargs.get("einsum_str")], hook.axes)
         x = hook.input(use, x)
-        return hook.output(use, x, base.__call__(module, x, *rest, **kwargs))
-    bias = vars(module).get("bias")
-    changed = {"bias": next(iter(hooks.values())).bias(bias.get_value())} if isinstance(bias, nnx.Param) else {}
+        return hook.output(use, x, f(module, x, *rest, **kwargs))
+    changed: dict[str, Any] = {}
+    if isinstance(bias := vars(module).get("bias"), nnx.Param):
+        changed["bias"] = functools.reduce(lambda b, hook: hook.bias(b), hooks.values(), bias.get_value())
 
     def call(weights: Mapping[str, Any], *args: Any) -> Any:
-        return base.__call__(view(module, base, {**changed, **weights}), *args, **kwargs)
+        # (A function that sets attributes is refused by NNX itself: the view belongs to an outer trace.)
+        return f(view(module, base, {**changed, **weights}), *args, **kwargs)
 
     weights = {leaf: vars(module)[leaf].get_value() for leaf in hooks}
     try:
@@ -140,7 +160,7 @@ def attach(
     owners = base_leaves(model)
     collection = collection_name(recipe.config)
     problems = [*nnx_survey.obstacles(model, owners, [b.leaf for b in bounds]).values()]
-    problems += _misfits(bounds, owners, collection)
+    problems += _misfits(bounds, owners, collection, methods.of(recipe.config))
     if problems:
         raise AttachError("these layers cannot carry the adapter:\n" + paths.listing(problems))
     method = methods.of(recipe.config)
@@ -164,8 +184,14 @@ def attach(
     _set_active(model, (name,))
 
 
-def _misfits(bounds: Sequence[bind.Bound], owners: Mapping[str, Owner], collection: str) -> list[str]:
+def _misfits(
+    bounds: Sequence[bind.Bound], owners: Mapping[str, Owner], collection: str, method: Method
+) -> list[str]:
     problems: list[str] = []
+    if type(method).bias is not Method.bias:
+        count = collections.Counter(id(owners[b.leaf][0]) for b in bounds)
+        several = [b.leaf for b in bounds if count[id(m := owners[b.leaf][0])] > 1 and "bias" in vars(m)]
+        problems += [f"{leaf}: its module has one bias for several adapted weights" for leaf in several]
     for bound in bounds:
         module, attr = owners[bound.leaf]
         by_class = known(module) if attr == "kernel" else None

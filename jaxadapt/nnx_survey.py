@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -46,6 +47,18 @@ def base_class(module: nnx.Module) -> type[nnx.Module]:
 def swap(module: nnx.Module, cls: type[nnx.Module]) -> None:
     # Plain assignment would go through nnx's attribute handling and change the graph definition.
     object.__setattr__(module, "__class__", cls)
+
+
+def entry_points(base: type[nnx.Module]) -> dict[str, Callable[..., Any]]:
+    """The functions through which a layer class may use its weight: its call and its own public methods.
+
+    Of the classes Flax ships, whose kernel only the call reads, the call alone.
+    """
+    if any(base.__call__ is cls.__call__ for cls in _KNOWN):
+        return {"__call__": base.__call__}
+    own = [cls for cls in base.__mro__ if issubclass(cls, nnx.Module) and cls not in nnx.Module.__mro__]
+    found = {name: f for cls in reversed(own) for name, f in vars(cls).items() if inspect.isfunction(f)}
+    return {name: f for name, f in found.items() if name == "__call__" or not name.startswith("_")}
 
 
 def view(module: nnx.Module, base: type[nnx.Module], values: Mapping[str, Any]) -> Any:
@@ -248,7 +261,7 @@ def never_linear(owner: Owner) -> bool:
 # ---------------------------------------------------------------- abstract calls
 
 Args = Sequence[Any]
-Recorder = Callable[[str, str, type[nnx.Module]], Callable[..., Any]]
+Recorder = Callable[[str, str, type[nnx.Module], Callable[..., Any]], Callable[..., Any]]
 
 
 def _instrumented(
@@ -277,7 +290,8 @@ def _instrumented(
         for leaf, (module, attr) in base_leaves(copy).items():
             if leaf in leaves:
                 base = base_class(module)
-                swap(module, type(base.__name__, (base,), {"__call__": recorder(leaf, attr, base)}))
+                body = {name: recorder(leaf, attr, base, f) for name, f in entry_points(base).items()}
+                swap(module, type(base.__name__, (base,), body))
         out = copy(*tree.unflatten([given.get(f"~{i}", v) for i, v in enumerate(values)]))
         return [x for x in jax.tree.leaves(out) if isinstance(x, jax.Array)]
 
@@ -301,10 +315,10 @@ def traced_axes(
     found: dict[str, Traced] = {}
     problems: dict[str, str] = {}
 
-    def recorder(leaf: str, attr: str, base: type[nnx.Module]) -> Callable[..., Any]:
+    def recorder(leaf: str, attr: str, base: type[nnx.Module], f: Callable[..., Any]) -> Callable[..., Any]:
         def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
             def call(weights: Mapping[str, Any], *args: Any) -> Any:
-                return base.__call__(view(self, base, weights), *args, **kwargs)
+                return f(view(self, base, weights), *args, **kwargs)
 
             weight = vars(self)[attr].get_value()
             try:
@@ -313,12 +327,12 @@ def traced_axes(
                     problems[leaf] = f"one call shows {found[leaf]}, another {now}"
             except AttachError as error:
                 problems[leaf] = str(error)
-            return base.__call__(self, *args, **kwargs)
+            return f(view(self, base, {}), *args, **kwargs)
 
         return __call__
 
-    f, inputs = _instrumented(model, wanted, recorder, args)
-    jax.eval_shape(f, inputs)
+    run, inputs = _instrumented(model, wanted, recorder, args)
+    jax.eval_shape(run, inputs)
     never = "its module's __call__ never ran with these inputs"
     unclear = {leaf: problems.get(leaf, never) for leaf in wanted if leaf in problems or leaf not in found}
     if unclear and required:
@@ -333,19 +347,19 @@ def notes(model: nnx.Module, adapted: Mapping[str, Axes], args: Args) -> dict[st
     owners = base_leaves(model)
     traced = custom(owners, adapted)
 
-    def recorder(leaf: str, attr: str, base: type[nnx.Module]) -> Callable[..., Any]:
+    def recorder(leaf: str, attr: str, base: type[nnx.Module], f: Callable[..., Any]) -> Callable[..., Any]:
         def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
             def call(weights: Mapping[str, Any], *args: Any) -> Any:
-                return base.__call__(view(self, base, weights), *args, **kwargs)
+                return f(view(self, base, weights), *args, **kwargs)
 
             uses = trace.uses(call, {attr: vars(self)[attr].get_value()}, *args)[attr]
             found[leaf] = trace.note(base.__name__, uses, adapted[leaf])
-            return base.__call__(self, *args, **kwargs)
+            return f(view(self, base, {}), *args, **kwargs)
 
         return __call__
 
-    f, inputs = _instrumented(model, traced, recorder, args)
-    jax.eval_shape(f, inputs)
+    run, inputs = _instrumented(model, traced, recorder, args)
+    jax.eval_shape(run, inputs)
     never = {leaf: f"{base_class(owners[leaf][0]).__name__}, not called with these inputs" for leaf in traced}
     return never | found
 
@@ -358,26 +372,26 @@ def check_calls(model: nnx.Module, adapted: Mapping[str, Axes], dropped: Sequenc
     """
     uneven: dict[str, str] = {}
 
-    def recorder(leaf: str, attr: str, base: type[nnx.Module]) -> Callable[..., Any]:
+    def recorder(leaf: str, attr: str, base: type[nnx.Module], f: Callable[..., Any]) -> Callable[..., Any]:
         def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
             weight = vars(self)[attr].get_value()
             alias = jnp.zeros(weight.shape, weight.dtype)  # what the module itself reads counts for nothing
             if leaf in dropped and known(self) is None:
 
                 def call(weights: Mapping[str, Any], *args: Any) -> Any:
-                    return base.__call__(view(self, base, weights), *args, **kwargs)
+                    return f(view(self, base, weights), *args, **kwargs)
 
                 for use in trace.uses(call, {attr: alias}, *args)[attr]:
                     if isinstance(use, trace.Other):
                         uneven[leaf] = f"used by {use.primitive}"
                     elif set(use.inn) not in (set(adapted[leaf].inn), set(adapted[leaf].out)):
                         uneven[leaf] = f"summed over its axes {list(use.inn)}"
-            return base.__call__(view(self, base, {attr: alias}), *args, **kwargs)
+            return f(view(self, base, {attr: alias}), *args, **kwargs)
 
         return __call__
 
-    f, inputs = _instrumented(model, list(adapted), recorder, args)
-    used = live(f, inputs)
+    run, inputs = _instrumented(model, list(adapted), recorder, args)
+    used = live(run, inputs)
     outside = [leaf for leaf in adapted if used[leaf]]
     if outside:
         raise AttachError(

@@ -222,6 +222,12 @@ def test_adapt_inside_jit_and_eval_shape():
     assert nnx.graphdef(shapes) == nnx.graphdef(eager)
 
 
+def test_flax_refuses_a_model_adapted_inside_a_jit_that_was_given_it():
+    # It cannot change the class of a module outside; what matters is that the adapter is not lost silently.
+    with pytest.raises(ValueError, match="AdaptedLinearGeneral"):
+        nnx.jit(lambda model: adapt(model, R1))(block())
+
+
 def test_a_key_gives_a_leaf_the_same_values_whatever_else_is_adapted():
     both = jaxadapt.extract(adapt(block(), R1)).flat()
     one = jaxadapt.extract(adapt(block(), R1.replace(target_modules=["o"]))).flat()

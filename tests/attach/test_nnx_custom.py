@@ -199,6 +199,32 @@ def test_a_custom_layer_with_state_is_refused():
         adapt(layers_nnx.Held(layer=Counting()), lora("layer"), example=(layers.x(),))
 
 
+class Pair(nnx.Module):
+    """Two weights, and a bias that belongs to neither alone."""
+
+    def __init__(self) -> None:
+        self.w1, self.w2 = layers_nnx.normal(1, 8, 6), layers_nnx.normal(2, 8, 6)
+        self.bias = layers_nnx.normal(3, 6)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x @ self.w1[...] + x @ self.w2[...] + self.bias[...].reshape(1, 1, 6)
+
+
+def test_two_weights_that_share_one_bias():
+    model, x = layers_nnx.Held(layer=Pair()), layers.x()
+    ia3 = jaxadapt.IA3Config(target_modules=["w1", "w2"], feedforward_modules=[])
+    with pytest.raises(AttachError, match=r"layer.w1: .*one bias for several"):
+        adapt(model, ia3, example=(x,))
+    adapt(model, lora("w1", "w2"), example=(x,))
+    y = model(x)
+    adapter = jaxadapt.extract(model)
+    np.testing.assert_allclose(jaxadapt.merge(jaxadapt.detach(model), adapter)(x), y, atol=1e-5)
+    one = adapt(model, ia3.replace(target_modules=["w1"], init_ia3_weights=False), example=(x,))
+    y = one(x)
+    adapter = jaxadapt.extract(one)
+    np.testing.assert_allclose(jaxadapt.merge(jaxadapt.detach(one), adapter)(x), y, atol=1e-5)
+
+
 def test_a_read_outside_the_call_is_only_seen_with_an_example():
     case = CASE["read_outside"]
     adapt(case.make(), lora("enc"))
@@ -260,3 +286,40 @@ def test_tunix(family, foreign_model):
     adapter = jaxadapt.extract(model)
     jaxadapt.merge(jaxadapt.detach(model), adapter)
     np.testing.assert_allclose(call(model, *inputs), y, atol=1e-4)
+
+
+class Projector(nnx.Module):
+    """A layer that is used through a method of its own, as embedders are."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.w = nnx.Param(jax.random.normal(rngs.params(), (4, 6)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.project(x) + 1
+
+    def project(self, x: jax.Array) -> jax.Array:
+        return x @ self.w[...]
+
+
+class Uses(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.layer = Projector(rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.layer.project(x)
+
+
+@pytest.mark.parametrize("example", [True, False])
+def test_an_adapter_follows_a_layers_own_methods(example: bool) -> None:
+    x = jnp.ones((2, 4))
+    table = jaxadapt.KeyMap("mine", (jaxadapt.Weight("layer.w", "layer.weight", "i o -> o i"),))
+    model = Uses(nnx.Rngs(0))
+    config = jaxadapt.LoraConfig(r=2, target_modules=["layer"])
+    jaxadapt.adapt(model, config, rngs=nnx.Rngs(1), keymap=table, example=[x] if example else None)
+    for var in jaxadapt.nnx.variables(model)["default"].values():
+        var.set_value(jax.random.normal(jax.random.key(var.size), var.shape))
+    got = {"project": model(x), "call": model.layer(x)}
+    adapter = jaxadapt.extract(model)
+    jaxadapt.merge(jaxadapt.detach(model), adapter)
+    np.testing.assert_allclose(got["project"], model(x), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got["call"], model.layer(x), rtol=1e-5, atol=1e-5)
