@@ -10,7 +10,7 @@ from typing import Any
 from jaxadapt import bind, families, linen, methods, nnx, nnx_survey, paths, targets
 from jaxadapt.adapter import CONFIG_NODE, Adapter, Recipe, collection_name, is_array
 from jaxadapt.configs import Config
-from jaxadapt.errors import AttachError, ConfigError
+from jaxadapt.errors import AttachError, ConfigError, TargetError
 from jaxadapt.keymap import GENERIC, KeyMap
 
 DEFAULT = "default"
@@ -115,7 +115,7 @@ def plan_nnx(
     all_linear = targets.is_all_linear(config)
     if all_linear:
         shapes = {leaf: shape for leaf, shape in shapes.items() if not nnx_survey.never_linear(owners[leaf])}
-    lines = nnx_survey.class_lines(owners, table, stack_axes)
+    lines, traced = nnx_survey.class_lines(owners, table, stack_axes), {}
     if example is not None:
         # What a layer computes says more of its axes than the generic map, and less than a family's table.
         known = dataclasses.replace(GENERIC, weights=()) if table == GENERIC else table
@@ -130,6 +130,9 @@ def plan_nnx(
     config = bind.resolve(config, full, shapes, unsure)
     bounds = bind.select(config, full, shapes, unsure)
     mine = {b.leaf for b in bounds}
+    if traced.keys() - mine and not all_linear:
+        missed = [leaf for leaf in traced if leaf not in mine]
+        raise TargetError("several weights share a module; name those you mean in full:\n" + paths.listing(missed))
     recipe = Recipe(config, table.with_lines(line for line in lines if line.leaf in mine), len(bounds))
     if example is not None:
         method = methods.of(config)

@@ -19,7 +19,7 @@ from jaxadapt import methods, paths, plan, targets
 from jaxadapt.axes import Axes
 from jaxadapt.configs import Config
 from jaxadapt.errors import ConfigError, KeyMapError, TargetError
-from jaxadapt.keymap import KeyMap, Site, Tensor
+from jaxadapt.keymap import PLAIN, KeyMap, Site, Tensor
 
 Shape = tuple[int, ...]
 
@@ -68,29 +68,35 @@ Found = dict[str, tuple[Site, dict[str, int], dict[tuple[int, ...], str]]]
 NONE: frozenset[str] = frozenset()
 
 
-def _inventory(keymap: KeyMap, shapes: Mapping[str, Shape], unsure: frozenset[str]) -> tuple[Found, dict[str, str]]:
-    """The weights a table covers, with their modules, and `{leaf: module path}` of those it does not.
+def _inventory(
+    keymap: KeyMap, shapes: Mapping[str, Shape], unsure: frozenset[str]
+) -> tuple[Found, dict[str, tuple[str, ...]]]:
+    """The weights a table covers, with their modules, and `{leaf: what it may be called}` of those it does not.
 
     `unsure` leaves count as not covered: the generic map would only be guessing at a custom layer's axes.
     """
     found: Found = {}
-    unmapped: dict[str, str] = {}
+    unmapped: dict[str, tuple[str, ...]] = {}
     for leaf, shape in shapes.items():
         site = keymap.site(leaf)
         if site is None or leaf in unsure or len(site.weight.left) != len(shape):
-            unmapped[leaf] = leaf.rpartition(".")[0]
+            parent, _, last = leaf.rpartition(".")
+            matrix = len(shape) >= 2 and last not in (*PLAIN, "bias")
+            unmapped[leaf] = (leaf, parent) if matrix else (parent,)
         elif site.weight.key.rpartition(".")[2] == "weight":
             sizes = plan.sizes_of(site, shape)
             found[leaf] = (site, sizes, site.modules(sizes))
-    # A bias beside its kernel is no weight anybody could mean.
+    # A module with a known weight means that one; others in it (a bias) only under a name of their own.
     covered = {leaf.rpartition(".")[0] for leaf in found}
-    return found, {leaf: module for leaf, module in unmapped.items() if module not in covered}
+    for leaf, (*own, parent) in list(unmapped.items()):
+        if parent in covered:
+            unmapped[leaf] = tuple(own)
+    return found, {leaf: called for leaf, called in unmapped.items() if called}
 
 
-def _names(found: Found, unmapped: Mapping[str, str]) -> list[str]:
-    return list(
-        dict.fromkeys([*(m for _, _, mods in found.values() for m in mods.values()), *unmapped.values()])
-    )
+def _names(found: Found, unmapped: Mapping[str, tuple[str, ...]]) -> list[str]:
+    called = [m for _, _, mods in found.values() for m in mods.values()]
+    return list(dict.fromkeys([*called, *(name for names in unmapped.values() for name in names)]))
 
 
 def _linear(method: methods.Method, found: Found) -> frozenset[str]:
@@ -150,13 +156,12 @@ def select(
         for leaf, (site, _, mods) in found.items()
         if site.weight.kind not in method.kinds and wanted & set(mods.values())
     ]
-    matrices = {module for leaf, module in unmapped.items() if len(shapes[leaf]) >= 2}
-    refused += [
-        f"{leaf} {shapes[leaf]}: no matrix" for leaf, m in unmapped.items() if m in wanted and m not in matrices
-    ]
+    named = {leaf: set(called) for leaf, called in unmapped.items() if wanted & set(called)}
+    matrices = {name for leaf, called in named.items() if len(shapes[leaf]) >= 2 for name in called}
+    refused += [f"{leaf} {shapes[leaf]}: no matrix" for leaf, called in named.items() if not called & matrices]
     if refused:
         raise TargetError("target_modules names weights this method cannot adapt:\n" + paths.listing(refused))
-    lost = [f"{leaf} {shapes[leaf]}" for leaf, m in unmapped.items() if m in wanted and len(shapes[leaf]) >= 2]
+    lost = [f"{leaf} {shapes[leaf]}" for leaf in named if len(shapes[leaf]) >= 2]
     if lost:
         raise KeyMapError(
             f"target_modules names weights whose axis roles the table {keymap.name!r} does not know:\n"
@@ -175,10 +180,10 @@ def select(
 def uncovered(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]) -> tuple[str, ...]:
     """The leaves that the configuration may name and the table has no line for."""
     _, unmapped = _inventory(keymap, shapes, NONE)
-    matrices = {leaf: module for leaf, module in unmapped.items() if len(shapes[leaf]) >= 2}
+    matrices = {leaf: called for leaf, called in unmapped.items() if len(shapes[leaf]) >= 2}
     if targets.is_all_linear(config):
         return tuple(matrices)
-    return tuple(leaf for leaf, module in matrices.items() if targets.matches(config, module))
+    return tuple(leaf for leaf, called in matrices.items() if any(targets.matches(config, m) for m in called))
 
 
 def _targeted(site: Site, modules: Mapping[tuple[int, ...], str], wanted: set[str]) -> tuple[int, ...] | None:

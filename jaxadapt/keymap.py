@@ -389,6 +389,20 @@ GENERIC = KeyMap(
 """The map for models no table knows: 2-D leaves called `kernel`, Flax's own (in, out); names are the JAX paths."""
 
 
+PLAIN = ("kernel", "w", "weight", "embedding")
+"""What a module's only weight is usually called: it goes by its module's name, any other by its own."""
+
+
+def module_of(leaf: str) -> str:
+    """What a leaf that no table names is called as a module: its path, less a last segment that every layer has.
+
+    >>> module_of("blk.q.kernel"), module_of("mlp.gating_einsum")
+    ('blk.q', 'mlp.gating_einsum')
+    """
+    head, _, last = leaf.rpartition(".")
+    return head if last in ("kernel", "w", "weight", "embedding") else leaf
+
+
 def line_for(leaf: str, shape: Sequence[int], axes: Axes, stack: Sequence[int] = ()) -> Weight:
     """A literal line for a leaf whose roles come from its class or a trace, not from a table.
 
@@ -405,7 +419,7 @@ def line_for(leaf: str, shape: Sequence[int], axes: Axes, stack: Sequence[int] =
         names |= {own[a]: f"{letter}{n}" for n, a in enumerate(getattr(axes, role))}
     names |= {own[a]: f"{{b{n}}}" for n, a in enumerate(axes.batch)}
     *head, last = leaf.split(".")
-    module = [*head] if last in ("kernel", "w", "weight", "embedding") else [*head, last]
+    module = [*head] if last in PLAIN else [*head, last]
     numbered = [names[i] for i in sorted(names) if names[i].startswith("{")]
     key = ".".join([*module[:-1], *numbered, *module[-1:], "weight"])
     left = " ".join(names[i] for i in range(ndim))

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 import jaxadapt
-from jaxadapt.errors import AttachError, KeyMapError
+from jaxadapt.errors import AttachError, KeyMapError, TargetError
 from jaxadapt.keymap import GENERIC, Weight, line_for
 from tests.twins import layers, layers_nnx
 
@@ -223,6 +223,26 @@ def test_two_weights_that_share_one_bias():
     y = one(x)
     adapter = jaxadapt.extract(one)
     np.testing.assert_allclose(jaxadapt.merge(jaxadapt.detach(one), adapter)(x), y, atol=1e-5)
+
+
+def test_weights_that_share_a_module_go_by_their_own_names():
+    class Net(nnx.Module):
+        def __init__(self) -> None:
+            self.layer, self.lin = Pair(), nnx.Linear(6, 6, rngs=nnx.Rngs(0))
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.lin(self.layer(x))
+
+    x = layers.x()
+    assert set(shapes(adapt(Net(), lora("w2", "lin"), example=(x,)))) == {
+        f"{leaf}.lora_{t}" for leaf in ("layer.w2", "lin.kernel") for t in "AB"
+    }
+    with pytest.raises(KeyMapError, match=r"(?s)layer.w2 \(8, 6\).*example="):
+        adapt(Net(), lora("w2", "lin"))
+    with pytest.raises(TargetError, match=r"(?s)layer.w1.*layer.w2"):
+        adapt(Net(), lora("layer", "lin"), example=(x,))
+    with pytest.raises(KeyMapError, match=r"(?s)layer.w1"):
+        adapt(Net(), lora("layer", "lin"))
 
 
 def test_a_read_outside_the_call_is_only_seen_with_an_example():
