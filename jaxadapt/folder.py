@@ -305,8 +305,10 @@ def _write(tensors: PeftTensors, folder: Path) -> None:
     metadata = {"format": "pt", _META: json.dumps(own, sort_keys=True)}
     # The new JSON is written before the weights are replaced, and takes its place right after them: a full
     # disk shows before anything has changed, and little time passes between the two replacements.
-    with atomic.replacing(config) as writer:
-        writer.write(memoryview(text.encode()))
+    # One that says the same already stays, as in all saves of a run but the first.
+    with contextlib.ExitStack() as stack:
+        if not (config.exists() and before == text):
+            stack.enter_context(atomic.replacing(config)).write(memoryview(text.encode()))
         safetensors.write(weights, specs, lambda key: np.asarray(tensors.tensors[key]), metadata)
     if replaces != _NOTHING:
         _forget(weights, replaces)
