@@ -193,7 +193,7 @@ class GenericConfig(Config):
         name = cast("object", self.peft_type)
         if not (isinstance(name, str) and re.fullmatch("[A-Z][A-Z0-9_]*", name)):
             problems.add("peft_type", 'a type in capitals, such as "VERA"', name)
-        elif name in ("LORA", "IA3"):
+        elif any(name == cls.__dataclass_fields__["peft_type"].default for cls in Config.__subclasses__()):
             problems.add("peft_type", "a type without a class of its own", name, "use its class")
         if isinstance(self.extra, FrozenDict):
             for name in sorted(_SETS & set(self.extra)):
