@@ -231,6 +231,12 @@ class Interceptor:
                     f"{where}: which of the weights {list(hooks)} its bias belongs to is unknown"
                 )
             fixed = {"bias": changed[0]} if changed else {}
+        own = {k: meta.unbox(v) for k, v in direct(module).items() if SEP not in k}
+        others = {k: v for k, v in own.items() if k not in hooks and k != "bias"}
+        try:
+            methods.check_biases(hooks.values(), others)
+        except AttachError as error:
+            raise AttachError(f"{'.'.join(scope.path)}: {error}") from error
         y, changed = trace.rewrite(lambda w, *a: call({**fixed, **w}, *a, **kwargs), weights, hooks, *args)
         write_back(scope, changed)
         return y

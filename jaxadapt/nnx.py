@@ -139,7 +139,9 @@ def _call(module: Any, base: Any, f: Callable[..., Any], args: tuple[Any, ...], 
         return f(view(module, base, {**changed, **weights}), *args, **kwargs)
 
     weights = {leaf: vars(module)[leaf].get_value() for leaf in hooks}
+    params = {attr: v.get_value() for attr, v in vars(module).items() if isinstance(v, nnx.Param)}
     try:
+        methods.check_biases(hooks.values(), {a: v for a, v in params.items() if a not in hooks and a != "bias"})
         return trace.rewrite(call, weights, hooks, *args)
     except AttachError as error:
         raise AttachError(f"{base.__name__}: {error}") from error

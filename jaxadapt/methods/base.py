@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -191,3 +191,22 @@ class Several:
 
 def einsum(subscripts: str, *operands: Array) -> Array:
     return jax.numpy.einsum(subscripts, *operands)
+
+
+def check_biases(hooks: Iterable[Applied | Several], others: Mapping[str, Array]) -> None:
+    """Refuse a custom layer whose bias has another name than "bias", where a method scales biases (IA3).
+
+    `others` are the layer's further parameters. One of the vector's size may be added to the output, and
+    would then have to be scaled with it; nothing tells.
+    """
+    for hook in hooks:
+        for name, value in others.items():
+            try:
+                touched = hook.bias(value) is not value
+            except AttachError:
+                continue  # of another size: no bias of this output
+            if touched:
+                raise AttachError(
+                    f"its parameter {name!r} has the size of the output: a bias must be called 'bias' to be scaled with"
+                    " it; leave the layer out, or make it a feedforward module"
+                )

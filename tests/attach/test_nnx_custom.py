@@ -343,3 +343,26 @@ def test_an_adapter_follows_a_layers_own_methods(example: bool) -> None:
     jaxadapt.merge(jaxadapt.detach(model), adapter)
     np.testing.assert_allclose(got["project"], model(x), rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(got["call"], model.layer(x), rtol=1e-5, atol=1e-5)
+
+
+class Shifted(nnx.Module):
+    """A layer whose bias has a name of its own."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.w = nnx.Param(jax.random.normal(rngs.params(), (4, 6)))
+        self.shift = nnx.Param(jnp.ones(6))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x @ self.w[...] + self.shift[...][None]
+
+
+def test_ia3_refuses_a_bias_of_another_name() -> None:
+    x = jnp.ones((2, 4))
+    model = layers_nnx.Held(layer=Shifted(nnx.Rngs(0)))
+    adapt(model, jaxadapt.IA3Config(target_modules=["layer"], feedforward_modules=[]), example=(x,))
+    with pytest.raises(AttachError, match="'shift' has the size of the output"):
+        model(x)
+    other = layers_nnx.Held(layer=Shifted(nnx.Rngs(0)))
+    before = other(x)
+    jaxadapt.adapt(other, jaxadapt.LoraConfig(r=2, target_modules=["layer"]), rngs=nnx.Rngs(1), example=(x,))
+    np.testing.assert_array_equal(other(x), before)  # LoRA leaves biases alone, whatever their names
