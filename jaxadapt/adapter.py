@@ -53,13 +53,16 @@ class Recipe:
             and self.config == other.config
             and self.keymap == other.keymap
             and self.sites == other.sites
-            and self._origin == other._origin
+            and self.origin == other.origin
         )
 
     @functools.cached_property
-    def _origin(self) -> tuple[Any, ...]:
-        # What a saved file says of its origin. jit hands back the recipe of whichever adapter it saw first, so
-        # two that would be saved differently must not be equal, though they compute the same.
+    def origin(self) -> tuple[Any, ...]:
+        """What a saved file says of where the adapter comes from: task type, base model, revision.
+
+        jit hands back the recipe of whichever adapter it saw first, so two that would be saved differently
+        must not be equal, though they compute the same.
+        """
         return tuple(self.config.get(name) for name in ("task_type", "base_model_name_or_path", "revision"))
 
     def whole(self, found: int, name: str) -> None:

@@ -278,6 +278,11 @@ def load(
     The base is never touched, and nothing is attached unless everything fits. Raises `AdapterError`,
     `MismatchError` with all missing, unexpected and wrongly shaped tensors together.
     """
+    if isinstance(target, nnx.nnx.State) or (isinstance(target, Mapping) and "params" not in target):
+        raise AttachError(
+            f"expected an NNX model or Linen variables, {{'params': …}}, as the target, found {type(target).__name__};"
+            " for bare parameters, from_peft(read(path), params) gives the adapter"
+        )
     below = _below(path, name)
     tensors = folder.read(below if (below / folder.CONFIG).exists() else path)
     adapter, bounds = _decoded(tensors, target, keymap, dtype, stack_axes, example, own=True)
@@ -291,7 +296,7 @@ def load(
     if not isinstance(target, nnx.nnx.Module):
         bare = target if present is None else attach.delete(target, name)
         return attach.with_adapter(bare, adapter, name)
-    if present is not None and present == adapter.config:
+    if present is not None and present == adapter.config and Recipe(present).origin == adapter.recipe.origin:
         nnx.inject(adapter, target, name)
         nnx.activate(target, (name,))
         return target

@@ -616,3 +616,29 @@ def test_save_takes_strings_and_makes_parents(tmp_path):
     assert jaxadapt.read(str(tmp_path / "a" / "b")).config == LORA
     with pytest.raises(FileError):
         jaxadapt.save(small.adapter(), tmp_path / "a" / "b" / WEIGHTS)
+
+
+def test_load_asks_for_variables_and_not_for_bare_parameters(tmp_path):
+    spec = jax.ShapeDtypeStruct((4, 6), "float32")
+    config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
+    jaxadapt.save(jaxadapt.init(config, {"q": {"kernel": spec}}, key=jax.random.key(0)), tmp_path)
+    with pytest.raises(jaxadapt.AttachError, match="'params'"):
+        jaxadapt.load(tmp_path, {"q": {"kernel": spec}})
+    assert set(jaxadapt.load(tmp_path, {"params": {"q": {"kernel": spec}}})) == {"params", "lora"}
+    with pytest.raises(jaxadapt.AttachError, match="variables"):
+        jaxadapt.init(config, {"params": {"q": {"kernel": spec}}})
+
+
+def test_loading_takes_the_files_origin_too(tmp_path):
+    def net():
+        class Net(nnx.Module):
+            def __init__(self, rngs):
+                self.q = nnx.Linear(4, 6, rngs=rngs)
+
+        return Net(nnx.Rngs(0))
+
+    config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
+    for name in ("a", "b"):
+        jaxadapt.save(jaxadapt.adapt(net(), config, rngs=nnx.Rngs(1)), tmp_path / name, base_model=f"org/{name}")
+    model = jaxadapt.load(tmp_path / "b", jaxadapt.load(tmp_path / "a", net()))
+    assert jaxadapt.extract(model).config.base_model_name_or_path == "org/b"
