@@ -150,12 +150,17 @@ def test_updates_and_loading_an_equal_adapter_do_not_retrace(tmp_path):
     for _ in range(5):
         train(model, optimizer, TOKENS)
     assert traces == 1
-    other = llama(CONFIG.replace(base_model_name_or_path="somebody/elses", inference_mode=True))
+    other = llama(CONFIG.replace(inference_mode=True, peft_version="0.1.0"))
     jaxadapt.save(other, tmp_path)
     jaxadapt.load(tmp_path, model)
     assert not jaxadapt.extract(model).flat()["model.layers.0.mlp.up_proj.kernel.lora_B"].any()
     train(model, optimizer, TOKENS)
     assert traces == 1
+    # Another base model's name is traced anew: else jit would hand back the first adapter's configuration.
+    jaxadapt.save(other, tmp_path, base_model="somebody/elses")
+    train(jaxadapt.load(tmp_path, model), optimizer, TOKENS)
+    assert traces == 2
+    assert jaxadapt.extract(model).config.base_model_name_or_path == "somebody/elses"
 
 
 # ---------------------------------------------------------------- the configuration travels
