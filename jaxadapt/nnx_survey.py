@@ -164,7 +164,12 @@ def is_abstract(owners: Mapping[str, Owner]) -> bool:
 def obstacles(model: nnx.Module, owners: Mapping[str, Owner], leaves: Sequence[str]) -> dict[str, str]:
     """`{leaf: problem}` of those of these leaves on which no adapter can be, whatever its method."""
     problems: dict[str, str] = {}
+    holders: dict[int, list[str]] = {}
     for path, node in nnx.iter_graph(model):
+        if isinstance(node, nnx.Module):
+            for attr, var in vars(node).items():
+                if isinstance(var, nnx.Param):
+                    holders.setdefault(id(var), []).append(paths.join(*map(str, path), attr))
         if isinstance(node, _REWRITERS):
             inside = paths.join(*map(str, path), "")
             problems |= {
@@ -174,6 +179,9 @@ def obstacles(model: nnx.Module, owners: Mapping[str, Owner], leaves: Sequence[s
             }
     for leaf in leaves:
         module, attr = owners[leaf]
+        also = [path for path in holders.get(id(vars(module)[attr]), []) if path != leaf]
+        if also:  # the adapter would be in one module only, a merged weight in all
+            problems[leaf] = f"{leaf}: several modules hold this very weight, also as {', '.join(also)}"
         if attr == "kernel" and known(module) is not None:
             continue
         # An adapter's own dropout keeps random state too, and runs outside the layer's call.

@@ -366,3 +366,21 @@ def test_ia3_refuses_a_bias_of_another_name() -> None:
     before = other(x)
     jaxadapt.adapt(other, jaxadapt.LoraConfig(r=2, target_modules=["layer"]), rngs=nnx.Rngs(1), example=(x,))
     np.testing.assert_array_equal(other(x), before)  # LoRA leaves biases alone, whatever their names
+
+
+class Tied(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.a = nnx.Linear(4, 4, rngs=rngs)
+        self.b = nnx.Linear(4, 4, rngs=rngs)
+        self.b.kernel = self.a.kernel
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.b(self.a(x))
+
+
+def test_a_weight_of_two_modules_is_refused() -> None:
+    model = Tied(nnx.Rngs(0))
+    before = nnx.graphdef(model)
+    with pytest.raises(AttachError, match=r"a\.kernel: several modules hold .*b\.kernel"):
+        adapt(model, lora("a"))
+    assert nnx.graphdef(model) == before
