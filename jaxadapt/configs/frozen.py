@@ -105,7 +105,7 @@ def freeze(value: object) -> Frozen:
         return tuple(freeze(item) for item in cast("list[object]", value))
     if isinstance(value, AbstractSet):
         items = [freeze(item) for item in cast("AbstractSet[object]", value)]
-        return tuple(sorted(items, key=lambda item: (type(item).__name__, item)))  # type: ignore[arg-type, return-value]
+        return tuple(sorted(items, key=lambda item: (type(item).__name__, item)))
     raise TypeError(f"found {value!r} ({type(value).__name__}), which JSON cannot hold")
 
 
