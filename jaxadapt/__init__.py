@@ -39,11 +39,12 @@ if TYPE_CHECKING:
         TargetError,
     )
     from jaxadapt.folder import inspect, read, read_config, write
-    from jaxadapt.keymap import KeyMap, Weight
+    from jaxadapt.keymap import KeyMap
     from jaxadapt.merging import merge, unmerge
     from jaxadapt.nnx import AdapterParam, BaseParam
     from jaxadapt.report import summary
     from jaxadapt.store import from_peft, load, save, to_peft
+    from jaxadapt.weight import Weight
 
 __version__ = "0.1.0"
 
@@ -53,7 +54,8 @@ _HOME = {
     for module, names in {
         "configs": "Config LoraConfig IA3Config",
         "adapter": "Adapter PeftTensors",
-        "keymap": "KeyMap Weight",
+        "keymap": "KeyMap",
+        "weight": "Weight",
         "nnx": "AdapterParam BaseParam",
         "attach": "adapt init extract inject activate disable delete detach",
         "report": "summary",

@@ -18,7 +18,9 @@ import numpy as np
 from jaxadapt import paths
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError
-from jaxadapt.keymap import GENERIC, KeyMap, Weight
+from jaxadapt.generic import GENERIC
+from jaxadapt.keymap import KeyMap
+from jaxadapt.weight import Weight
 
 CONFIG_NODE = "~config"
 """The key of the zero-leaf node that carries a `Recipe` inside a Linen collection."""

@@ -11,7 +11,8 @@ from jaxadapt import bind, families, linen, methods, nnx, nnx_survey, paths, tar
 from jaxadapt.adapter import CONFIG_NODE, Adapter, Recipe, collection_name, is_array
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError, ConfigError, TargetError
-from jaxadapt.keymap import GENERIC, KeyMap
+from jaxadapt.generic import GENERIC
+from jaxadapt.keymap import KeyMap
 
 DEFAULT = "default"
 

@@ -19,7 +19,9 @@ from jaxadapt import methods, paths, plan, targets
 from jaxadapt.axes import Axes
 from jaxadapt.configs import Config
 from jaxadapt.errors import ConfigError, KeyMapError, TargetError
-from jaxadapt.keymap import PLAIN, KeyMap, Site, Tensor
+from jaxadapt.generic import PLAIN
+from jaxadapt.keymap import KeyMap, Site
+from jaxadapt.weight import Tensor
 
 Shape = tuple[int, ...]
 

@@ -16,9 +16,11 @@ from jaxadapt import paths, plan, targets, trace
 from jaxadapt.axes import Axes
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError
-from jaxadapt.keymap import GENERIC, KeyMap, Weight, line_for
+from jaxadapt.generic import GENERIC, line_for
+from jaxadapt.keymap import KeyMap
 from jaxadapt.linen_call import SEP
 from jaxadapt.liveness import live
+from jaxadapt.weight import Weight
 
 _MARK = 10_007  # no real layer count: what else a marker's shape shows, a transform added
 

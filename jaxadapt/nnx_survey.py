@@ -14,8 +14,10 @@ from flax import nnx
 from jaxadapt import layers, paths, trace
 from jaxadapt.axes import Axes, Use
 from jaxadapt.errors import AttachError
-from jaxadapt.keymap import KeyMap, Weight, line_for
+from jaxadapt.generic import line_for
+from jaxadapt.keymap import KeyMap
 from jaxadapt.liveness import live
+from jaxadapt.weight import Weight
 
 DROPOUT = "adapter_dropout"  # the attribute that holds an adapted layer's dropouts
 _REWRITERS = (nnx.WeightNorm, nnx.SpectralNorm)

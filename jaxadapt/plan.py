@@ -18,7 +18,8 @@ import numpy as np
 
 from jaxadapt import paths
 from jaxadapt.errors import KeyMapError, MismatchError
-from jaxadapt.keymap import KeyMap, Site, Tensor, entries
+from jaxadapt.keymap import KeyMap, Site, entries
+from jaxadapt.weight import Tensor
 
 Array = Any
 

@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "jaxadapt"
 # Packages are listed by their first part: "configs" stands for everything under jaxadapt/configs/.
 FLOORS = [
     ["errors", "paths", "axes", "configs"],
-    ["adapter", "keymap", "plan", "trace", "layout", "liveness", "layers", "filters", "targets", "codecs"],
+    "weight keymap generic plan adapter trace layout liveness layers filters targets codecs".split(),
     ["methods", "families", "bind", "folder", "dialects", "sharding", "card"],
     ["linen", "linen_call", "linen_survey", "nnx", "nnx_survey", "merging"],
     ["attach", "store", "report"],
@@ -32,7 +32,13 @@ TOP = len(FLOORS)  # __init__ and __main__ see everything
 # may raise: `errors` lies below floor 0.
 SAME_FLOOR = {
     ("plan", "keymap"): "a plan is a keymap applied to shapes",
+    ("keymap", "weight"): "a table is made of lines",
+    ("generic", "weight"): "the lines where no family has one",
+    ("generic", "keymap"): "the table where no family has one",
     ("adapter", "keymap"): "an adapter carries the table it was made with",
+    ("adapter", "weight"): "and writes its lines out as text",
+    ("adapter", "generic"): "which is the generic map, unless it is told",
+    ("plan", "weight"): "a tensor's layout follows from its line",
     ("bind", "methods"): "a configuration is bound by its method",
     ("trace", "layout"): "a trace follows layouts",
     ("store", "attach"): "load attaches before it injects",

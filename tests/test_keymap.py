@@ -9,7 +9,9 @@ from jaxadapt import families, plan
 from jaxadapt.axes import Axes
 from jaxadapt.errors import KeyMapError, MismatchError
 from jaxadapt.families import FAMILIES
-from jaxadapt.keymap import GENERIC, KeyMap, Site, Weight, line_for
+from jaxadapt.generic import GENERIC, line_for
+from jaxadapt.keymap import KeyMap, Site
+from jaxadapt.weight import Weight
 
 
 def llama_shapes(layers=3, d=8, inner=12, vocab=16, tied=True, scan=None):

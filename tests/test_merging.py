@@ -13,7 +13,8 @@ from flax.core import FrozenDict, freeze
 
 import jaxadapt
 from jaxadapt import AttachError, MismatchError, attach
-from jaxadapt.keymap import KeyMap, Weight
+from jaxadapt.keymap import KeyMap
+from jaxadapt.weight import Weight
 from tests import small
 from tests.small import IA3, LORA, X
 

@@ -13,8 +13,9 @@ import jaxadapt
 from jaxadapt import ConfigError, bind, configs, methods, paths
 from jaxadapt.axes import LETTERS, Axes, Use
 from jaxadapt.configs.text import CLASSES
-from jaxadapt.keymap import KeyMap, Weight
+from jaxadapt.keymap import KeyMap
 from jaxadapt.methods import METHODS, Applied, Method, lora
+from jaxadapt.weight import Weight
 from tests import small
 
 TYPES = sorted(METHODS)

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from jaxadapt.errors import KeyMapError
 from jaxadapt.families.gpt2 import GPT2
 from jaxadapt.families.llama import LLAMA
-from jaxadapt.keymap import GENERIC, KeyMap
+from jaxadapt.generic import GENERIC
+from jaxadapt.keymap import KeyMap
 
 FAMILIES: dict[str, KeyMap] = {table.name: table for table in (LLAMA, GPT2)}
 _SCAN = "/scan"

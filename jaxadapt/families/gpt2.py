@@ -3,7 +3,8 @@
 PyTorch's Conv1D stores (in, out), so PEFT sets `fan_in_fan_out`; its LoRA files keep A (r, in), B (out, r).
 """
 
-from jaxadapt.keymap import KeyMap, Weight
+from jaxadapt.keymap import KeyMap
+from jaxadapt.weight import Weight
 
 _LAYER = "transformer.h.{l}."
 _CONV = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")

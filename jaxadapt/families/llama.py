@@ -1,6 +1,7 @@
 """Llama, Mistral, Qwen2 and kin under Hugging Face's own names (transformers' Flax classes, the demo)."""
 
-from jaxadapt.keymap import KeyMap, Weight
+from jaxadapt.keymap import KeyMap
+from jaxadapt.weight import Weight
 
 _LAYER = "model.layers.{l}."
 _DENSE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")

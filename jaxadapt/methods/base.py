@@ -18,7 +18,8 @@ import numpy as np
 from jaxadapt.axes import Axes, Use
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError, ConfigError
-from jaxadapt.keymap import Site, Tensor
+from jaxadapt.keymap import Site
+from jaxadapt.weight import Tensor
 
 Array = Any
 Params = Mapping[str, Array]

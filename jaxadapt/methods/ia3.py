@@ -17,8 +17,9 @@ from jaxadapt import targets
 from jaxadapt.axes import LETTERS, Axes, Use
 from jaxadapt.configs import Config, IA3Config
 from jaxadapt.errors import AttachError, ConfigError
-from jaxadapt.keymap import Site, Tensor
+from jaxadapt.keymap import Site
 from jaxadapt.methods.base import Array, Drop, Method, Params, one_value
+from jaxadapt.weight import Tensor
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,8 +20,9 @@ from jaxadapt import targets
 from jaxadapt.axes import LETTERS, RANK, Axes, Use
 from jaxadapt.configs import Config, LoraConfig
 from jaxadapt.errors import ConfigError
-from jaxadapt.keymap import Site, Tensor
+from jaxadapt.keymap import Site
 from jaxadapt.methods.base import Array, Drop, Method, Params, einsum, one_value
+from jaxadapt.weight import Tensor
 
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "lora_ga")
 """Initialisations whose saved files apply to the unchanged base."""

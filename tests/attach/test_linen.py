@@ -15,7 +15,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 import jaxadapt
 from jaxadapt import paths
 from jaxadapt.axes import Axes
-from jaxadapt.keymap import line_for
+from jaxadapt.generic import line_for
 from tests.twins import layers
 
 KINDS = ("LORA", "IA3")

@@ -14,7 +14,8 @@ from flax import nnx
 
 import jaxadapt
 from jaxadapt.errors import AttachError, KeyMapError, TargetError
-from jaxadapt.keymap import GENERIC, Weight, line_for
+from jaxadapt.generic import GENERIC, line_for
+from jaxadapt.weight import Weight
 from tests.twins import layers, layers_nnx
 
 CASE = {case.name: case for case in layers.NNX}

@@ -1,0 +1,44 @@
+"""What serves where no family's table does: the generic map, and lines made from a layer's own roles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxadapt.axes import Axes
+from jaxadapt.keymap import KeyMap
+from jaxadapt.weight import Weight
+
+GENERIC = KeyMap(
+    "generic",
+    tuple(Weight(f"{at}kernel", f"{at}weight", "i o -> o i") for at in ("", "{path}.")),
+)
+"""The map for models no table knows: 2-D leaves called `kernel`, Flax's own (in, out); names are the JAX paths."""
+
+PLAIN = ("kernel", "w", "weight", "embedding")
+"""What a module's only weight is usually called: it goes by its module's name, any other by its own."""
+
+
+def line_for(leaf: str, shape: Sequence[int], axes: Axes, stack: Sequence[int] = ()) -> Weight:
+    """A literal line for a leaf whose roles come from its class or a trace, not from a table.
+
+    The PyTorch name is the JAX path; numbered axes (stacked layers, batch) put their index before the
+    last module name, so that suffix matching still sees it.
+
+    >>> line_for("blk.q.kernel", (3, 8, 2, 4), Axes((0,), (1, 2)), stack=(0,)).pattern
+    '{s0} i0 o0 o1 -> (o0 o1) (i0)'
+    """
+    ndim = len(shape)
+    own = [i for i in range(ndim) if i not in stack]
+    names: dict[int, str] = {axis: f"{{s{n}}}" for n, axis in enumerate(stack)}
+    for role, letter in (("inn", "i"), ("out", "o")):
+        names |= {own[a]: f"{letter}{n}" for n, a in enumerate(getattr(axes, role))}
+    names |= {own[a]: f"{{b{n}}}" for n, a in enumerate(axes.batch)}
+    *head, last = leaf.split(".")
+    module = [*head] if last in PLAIN else [*head, last]
+    numbered = [names[i] for i in sorted(names) if names[i].startswith("{")]
+    key = ".".join([*module[:-1], *numbered, *module[-1:], "weight"])
+    left = " ".join(names[i] for i in range(ndim))
+    out, inn = (" ".join(names[own[a]] for a in role) for role in (axes.out, axes.inn))
+    over: Any = {f"b{n}": [str(i) for i in range(shape[own[a]])] for n, a in enumerate(axes.batch)}
+    return Weight(leaf, key, f"{left} -> ({out}) ({inn})", kind="linear", **over)

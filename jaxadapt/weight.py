@@ -1,0 +1,217 @@
+"""One line of a table: where a base weight lies in the JAX tree, what PyTorch calls it, and both layouts.
+
+PyTorch stores (out, in), so the pattern alone tells which axes are inputs, outputs, stacked layers or
+fused parts; the keys, shapes and transposes of *every* method's tensors follow. `keymap.py` makes tables of
+lines. Pure: strings only; no arrays, no files, no devices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from jaxadapt import paths
+from jaxadapt.axes import Axes
+from jaxadapt.errors import KeyMapError
+
+_TOKEN = re.compile(r"\(([^()]*)\)|(\{?\w+\}?)")
+_HOLE = re.compile(r"\{(\w+)\}")
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class Weight:
+    """One line of a table: a base weight's place in the JAX tree, its PyTorch name, and the layouts.
+
+    Args:
+        leaf: dotted path in the JAX tree. `{l}` stands for digits, `{path}` for any path.
+        key: the PyTorch parameter name; its holes are filled from `leaf`, `pattern` and `over`.
+        pattern: `"d {l} n h -> (n h) d"`: the JAX axes, then PyTorch's. A name in braces is an axis that
+            PyTorch does not have: one tensor an entry, numbered (`{l}`: stacked layers) or named by `over`.
+        kind: "linear" (out, in), "embedding" (vocabulary, dim), "vector" or "other"; by default what the
+            number of PyTorch axes says.
+        fan_in_fan_out: PyTorch stores (in, out), as GPT-2's Conv1D does.
+        over: names of a braced axis' entries, `p=("k", "v")` for a leaf that holds both.
+
+    Raises `KeyMapError` if the line contradicts itself.
+
+    >>> w = Weight("layer_{l}.attn.kv.w", "h.{l}.{p}_proj.weight", "{p} n d h -> (n h) d", p=("k", "v"))
+    >>> w.left, w.right
+    (('{p}', 'n', 'd', 'h'), (('n', 'h'), ('d',)))
+    """
+
+    leaf: str
+    key: str
+    pattern: str
+    kind: str
+    fan_in_fan_out: bool
+    over: tuple[tuple[str, tuple[str, ...]], ...]
+
+    def __init__(
+        self,
+        leaf: str,
+        key: str,
+        pattern: str,
+        *,
+        kind: str | None = None,
+        fan_in_fan_out: bool = False,
+        **over: Sequence[str],
+    ) -> None:
+        put = functools.partial(object.__setattr__, self)
+        put("leaf", leaf)
+        put("key", key)
+        put("pattern", pattern)
+        put("fan_in_fan_out", fan_in_fan_out)
+        put("over", tuple(sorted((name, tuple(values)) for name, values in over.items())))
+        problems = self._problems()
+        if problems:
+            raise KeyMapError(
+                f"the line {leaf!r} -> {key!r} ({pattern!r}) is wrong:\n" + paths.listing(problems)
+            )
+        put("kind", kind or {1: "vector", 2: "linear"}.get(len(self.right), "other"))
+
+    def _problems(self) -> list[str]:
+        if self.pattern.count("->") != 1:
+            return ["a pattern has one '->': JAX axes on the left, PyTorch's on the right"]
+        left, flat = list(self.left), [name for group in self.right for name in group]
+        rest = re.sub(_TOKEN, "", self.pattern.replace("->", " "))
+        problems = [f"{rest.strip()!r} is no axis name"] if rest.strip() else []
+        problems += [
+            f"axis {n!r} is on the {side} twice"
+            for side, names in (("left", left), ("right", flat))
+            for n in sorted({n for n in names if names.count(n) > 1})
+        ]
+        plain = {n for n in left if not n.startswith("{")}
+        problems += [
+            f"axis {n!r} is only on the left (braces mark axes PyTorch lacks)"
+            for n in sorted(plain - set(flat))
+        ]
+        problems += [f"axis {n!r} is only on the right" for n in sorted(set(flat) - plain)]
+        braced = {n.strip("{}") for n in left if n.startswith("{")}
+        holes = set(_HOLE.findall(self.leaf))
+        problems += [
+            f"hole {{{h}}} of the key is filled by nothing"
+            for h in _HOLE.findall(self.key)
+            if h not in holes | braced
+        ]
+        problems += [f"{{{n}}} is both a hole of the leaf and an axis" for n in sorted(holes & braced)]
+        problems += [
+            f"{text!r} has a brace that belongs to no hole"
+            for text in (self.leaf, self.key)
+            if set("{}") & set(_HOLE.sub("", text))
+        ]
+        problems += [
+            f"{n!r} names no entry, or one twice: {list(names)}"
+            for n, names in self.over
+            if not names or len(set(names)) < len(names)
+        ]
+        problems += [
+            f"{n!r} has names but is no braced axis of the pattern" for n, _ in self.over if n not in braced
+        ]
+        problems += [
+            f"axis {{{n}}} must appear in the key, else its entries share one name"
+            for n in sorted(braced - set(_HOLE.findall(self.key)))
+        ]
+        return problems
+
+    @functools.cached_property
+    def left(self) -> tuple[str, ...]:
+        """Axis names of the JAX leaf; braced ones keep their braces."""
+        return tuple(m.group(2) for m in _TOKEN.finditer(self.pattern.split("->")[0]))
+
+    @functools.cached_property
+    def right(self) -> tuple[tuple[str, ...], ...]:
+        """PyTorch's axes, each a group of axis names flattened together."""
+        found = _TOKEN.finditer(self.pattern.split("->")[1])
+        return tuple(tuple((m.group(1) if m.group(1) is not None else m.group(2)).split()) for m in found)
+
+    @functools.cached_property
+    def regex(self) -> re.Pattern[str]:
+        """What a path must match in full to be this line's leaf; a hole used twice holds the same text."""
+        seen: set[str] = set()
+
+        def piece(text: str) -> str:
+            if not text.startswith("{"):
+                return re.escape(text)
+            name = text[1:-1]
+            if name in seen:
+                return f"(?P={name})"
+            seen.add(name)
+            return rf"(?P<{name}>.+)" if name == "path" else rf"(?P<{name}>\d+)"
+
+        return re.compile("".join(map(piece, re.split(r"(\{\w+\})", self.leaf))))
+
+    @functools.cached_property
+    def tail(self) -> str:
+        """What every path of this line ends in: the text behind the last hole."""
+        return self.leaf.rpartition("}")[2]
+
+    @functools.cached_property
+    def layouts(self) -> dict[Tensor, Any]:
+        """A memo for `plan`: the axis names of a method's tensors at this line."""
+        return {}
+
+    @functools.cached_property
+    def stack(self) -> tuple[int, ...]:
+        """Positions of the stacked (numbered) axes in the leaf."""
+        return tuple(i for i, n in enumerate(self.left) if n.startswith("{") and self.names(n) is None)
+
+    @functools.cached_property
+    def roles(self) -> dict[str, tuple[str, ...]]:
+        """Axis names by role: "stack", "batch", "inn", "out"."""
+        groups = self.right
+        out, inn = (groups[0], groups[1]) if len(groups) == 2 else (groups[0] if groups else (), ())
+        if self.fan_in_fan_out or self.kind == "embedding":
+            out, inn = inn, out
+        return {
+            "stack": tuple(self.left[i] for i in self.stack),
+            "batch": tuple(n for n in self.left if n.startswith("{") and self.names(n) is not None),
+            "inn": inn,
+            "out": out,
+        }
+
+    @functools.cached_property
+    def axes(self) -> Axes:
+        """The roles as the module itself sees its weight: without the stacked axes."""
+        own = [n for i, n in enumerate(self.left) if i not in self.stack]
+        at = {role: tuple(own.index(n) for n in self.roles[role]) for role in ("inn", "out", "batch")}
+        return Axes(inn=at["inn"], out=at["out"], batch=at["batch"])
+
+    def names(self, axis: str) -> tuple[str, ...] | None:
+        """The names of a braced axis' entries, or None where they are numbered."""
+        return dict(self.over).get(axis.strip("{}"))
+
+    def scanned(self, axis: int) -> Weight:
+        """This line for layers stacked on `axis`: `{l}` leaves the path and becomes an axis.
+
+        A negative axis counts from the end of the stacked leaf; where a leaf has fewer axes than that, its
+        layers are stacked on the last.
+
+        >>> Weight("layers.{l}.q.kernel", "layers.{l}.q.weight", "i o -> o i").scanned(1).pattern
+        'i {l} o -> o i'
+        """
+        if "{l}" not in self.leaf.split("."):
+            return self
+        leaf = ".".join(p for p in self.leaf.split(".") if p != "{l}")
+        left = list(self.left)
+        left.insert(axis if axis >= 0 else max(0, len(left) + 1 + axis), "{l}")
+        pattern = " ".join(left) + " ->" + self.pattern.split("->")[1]
+        over: Any = dict(self.over)
+        return Weight(leaf, self.key, pattern, kind=self.kind, fan_in_fan_out=self.fan_in_fan_out, **over)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """What a method stores for one site: its name, its PEFT key suffix and its two layouts.
+
+    `axes` (in the model) and `torch` (in the file) name roles of the base weight's axes, "batch", "inn",
+    "out", or axes of the method's own with their sizes in `own`. An empty torch group is a size-1 axis.
+    """
+
+    name: str
+    suffix: str
+    axes: tuple[str, ...]
+    torch: tuple[tuple[str, ...], ...]
+    own: tuple[tuple[str, int], ...] = ()
