@@ -19,8 +19,7 @@ from jaxadapt import paths
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError
 from jaxadapt.generic import GENERIC
-from jaxadapt.keymap import KeyMap
-from jaxadapt.weight import Weight
+from jaxadapt.keymap import KeyMap, from_data, to_data
 
 CONFIG_NODE = "~config"
 """The key of the zero-leaf node that carries a `Recipe` inside a Linen collection."""
@@ -77,16 +76,7 @@ class Recipe:
 
     def to_text(self) -> str:
         """The recipe as JSON text, for serialisers that keep strings (flax's msgpack)."""
-        table = [
-            [w.leaf, w.key, w.pattern, w.kind, w.fan_in_fan_out, dict(w.over)] for w in self.keymap.weights
-        ]
-        keymap = {
-            "name": self.keymap.name,
-            "output": self.keymap.output,
-            "prefix": self.keymap.prefix,
-            "weights": table,
-        }
-        data = {"config": self.config.to_dict(), "keymap": keymap, "sites": self.sites}
+        data = {"config": self.config.to_dict(), "keymap": to_data(self.keymap), "sites": self.sites}
         return json.dumps(data, sort_keys=True)
 
     @classmethod
@@ -94,12 +84,7 @@ class Recipe:
         """The inverse of `to_text`; `AdapterError` if the text is not one."""
         try:
             data = json.loads(text)
-            table = data["keymap"]
-            weights = tuple(
-                Weight(leaf, key, pattern, kind=kind, fan_in_fan_out=fan, **over)
-                for leaf, key, pattern, kind, fan, over in table["weights"]
-            )
-            keymap = KeyMap(table["name"], weights, table["output"], table["prefix"])
+            keymap = from_data(data["keymap"])
             config = Config.from_dict(data["config"], "the serialised state")
             sites = int(data["sites"])
         except (ValueError, KeyError, TypeError) as error:

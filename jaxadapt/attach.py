@@ -278,15 +278,9 @@ def _extract_bare(tree: Mapping[str, Any], name: str, config: Config | None, key
         values = flat  # the bare tree of one adapter
     if not values:
         raise AttachError(f"there is no adapter {name!r} of type {config.peft_type} in this tree")
-    table = families.resolve(keymap if keymap != "auto" else None, {}) if keymap else _table_of(values)
+    bases = {path.rpartition(".")[0] for path in values}
+    table = families.of_leaves(bases) if keymap in (None, "auto") else families.resolve(keymap, {})
     return Adapter(config, paths.unflatten(values), table)
-
-
-def _table_of(values: Mapping[str, Any]) -> KeyMap:
-    """The one family that has a line for every adapted leaf, else the generic map."""
-    leaves = {path.rpartition(".")[0] for path in values}
-    known = [t for t in families.FAMILIES.values() if all(t.site(leaf) is not None for leaf in leaves)]
-    return known[0] if len(known) == 1 else families.named("generic")
 
 
 def inject(adapter: Adapter, tree: Any, name: str = DEFAULT) -> Any:

@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxadapt import paths
 from jaxadapt.axes import Axes
 from jaxadapt.errors import KeyMapError
-from jaxadapt.weight import Weight
+from jaxadapt.weight import Weight, fine
 
 PEFT_PREFIX = "base_model.model."
+
+
+Renames = tuple[tuple[str, str], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +93,13 @@ class KeyMap:
         weights: the lines; each leaf of a model must match at most one.
         output: module name of the output head, which "all-linear" leaves out (PEFT does the same).
         prefix: what PEFT puts before every module name.
+        proved: False for a table that has not been shown to be right against the real models: it is never
+            recognised by itself, and saving with it says so.
+        whole: it is recognised by itself only in a model whose every leaf has a line, because other models of the
+            same library call their layers alike.
+        tied: `(key, same as key)` of weights that a model with tied embeddings does not hold twice.
+        spellings: `(name, ((ours, theirs), …))`: other beginnings of the same keys. transformers 5 calls the
+            layers of a vision-language model "model.language_model.layers…"; "llama/vl" is the table for that.
 
     >>> table = KeyMap("tiny", (Weight("{path}.kernel", "{path}.weight", "i o -> o i"),))
     >>> table.site("a.b.kernel").module({})
@@ -99,10 +110,14 @@ class KeyMap:
     weights: tuple[Weight, ...]
     output: str | None = None
     prefix: str = PEFT_PREFIX
+    proved: bool = True
+    whole: bool = False
+    tied: tuple[tuple[str, str], ...] = ()
+    spellings: tuple[tuple[str, Renames], ...] = ()
 
     @functools.cached_property
     def _identity(self) -> tuple[Any, ...]:
-        return (self.name, self.weights, self.output, self.prefix)
+        return dataclasses.astuple(dataclasses.replace(self, weights=())), self.weights
 
     @functools.cached_property
     def _hash(self) -> int:
@@ -149,6 +164,45 @@ class KeyMap:
             self, name=f"{self.name}/scan{axis}", weights=tuple(w.scanned(axis) for w in self.weights)
         )
 
+    def spelt(self, spelling: str) -> KeyMap:
+        """The same family under another spelling of its keys; `KeyMapError` if it has none of that name.
+
+        >>> lines = (Weight("q.kernel", "model.q.weight", "i o -> o i"),)
+        >>> table = KeyMap("tiny", lines, spellings=(("vl", (("model.", "model.language_model."),)),))
+        >>> table.spelt("vl").site("q.kernel").module({})
+        'model.language_model.q'
+        """
+        renames = dict(self.spellings).get(spelling)
+        if renames is None:
+            known = ", ".join(name for name, _ in self.spellings) or "none"
+            raise KeyMapError(f"the table {self.name!r} has no spelling {spelling!r}; it has {known}")
+
+        def other(key: str) -> str:
+            return next((theirs + key[len(ours) :] for ours, theirs in renames if key.startswith(ours)), key)
+
+        return dataclasses.replace(
+            self,
+            name=f"{self.name}/{spelling}",
+            weights=tuple(Weight(w.leaf, other(w.key), w.pattern, **w.options) for w in self.weights),
+            output=None if self.output is None else other(f"{self.output}.").removesuffix("."),
+            tied=tuple((other(a), other(b)) for a, b in self.tied),
+            spellings=(),
+        )
+
+    def spelt_as(self, keys: Iterable[str]) -> KeyMap:
+        """The spelling that most of a file's keys (without PEFT's prefix) follow; this table if none does better."""
+        keys = tuple(keys)
+
+        def follow(table: KeyMap) -> int:
+            return sum(key.startswith(table._beginnings) for key in keys)
+
+        return max([self, *(self.spelt(name) for name, _ in self.spellings)], key=follow)
+
+    @functools.cached_property
+    def _beginnings(self) -> tuple[str, ...]:
+        """How its modules' names begin, up to the first hole (a whole name where there is none)."""
+        return tuple({w.key.partition("{")[0].removesuffix("weight").removesuffix("bias") for w in self.weights})
+
     def with_lines(self, lines: Iterable[Weight]) -> KeyMap:
         """The same table with further literal lines, which win over its templates."""
         lines = tuple(lines)
@@ -171,10 +225,29 @@ class KeyMap:
                 return 0
             count += 1
             linear += site.weight.kind == "linear"
+            fixed = dict(site.weight.sizes)
             for name, size in zip(site.weight.left, shape, strict=True):
+                if fixed and size % math.prod(fixed.get(n, 1) for n in fine(name)):
+                    return 0
                 names = site.weight.names(name)
                 if names is not None and len(names) != size:
                     return 0
                 if name.startswith("{") and names is None:
                     sizes.setdefault(name, set()).add(size)
         return count if linear and all(len(s) == 1 for s in sizes.values()) else 0
+
+
+def to_data(table: KeyMap) -> dict[str, Any]:
+    """A table as plain values that JSON keeps; `from_data` is the inverse."""
+    lines = [[w.leaf, w.key, w.pattern, w.options] for w in table.weights]
+    rest = {f.name: getattr(table, f.name) for f in dataclasses.fields(table) if f.name != "weights"}
+    return {**rest, "weights": lines}
+
+
+def from_data(data: Mapping[str, Any]) -> KeyMap:
+    """The table of `to_data`; raises `KeyError`, `TypeError` or `ValueError` if the data are none."""
+    weights = tuple(Weight(leaf, key, pattern, **options) for leaf, key, pattern, options in data["weights"])
+    tied = tuple((str(a), str(b)) for a, b in data["tied"])
+    spellings = tuple((str(n), tuple((str(a), str(b)) for a, b in renames)) for n, renames in data["spellings"])
+    fields: dict[str, Any] = {**data, "weights": weights, "tied": tied, "spellings": spellings}
+    return KeyMap(**fields)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxadapt import paths
+from jaxadapt import paths, weight
 from jaxadapt.errors import KeyMapError, MismatchError
 from jaxadapt.keymap import KeyMap, Site, entries
 from jaxadapt.weight import Tensor
@@ -29,7 +29,8 @@ class Entry:
     """One JAX leaf and the file tensors that hold it: one, or one per stacked layer and fused part.
 
     `left` names the leaf's axes with `shape`; `right` groups them into PyTorch's axes; `split` are the
-    positions of the axes PyTorch lacks, and `keys` their tensors, row-major over `split`.
+    positions of the axes PyTorch lacks, and `keys` their tensors, row-major over `split`. The leaf is `factor`
+    times what the file holds; `sizes` are those of the parts of axes in parentheses.
     """
 
     path: str
@@ -38,11 +39,24 @@ class Entry:
     right: tuple[tuple[str, ...], ...]
     split: tuple[int, ...]
     keys: tuple[str, ...]
+    factor: float = 1.0
+    sizes: tuple[tuple[str, int], ...] = ()
+
+    @functools.cached_property
+    def _coarse(self) -> tuple[int, ...]:
+        return tuple(size for i, size in enumerate(self.shape) if i not in self.split)
 
     @functools.cached_property
     def _inner(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
-        keep = [i for i in range(len(self.left)) if i not in self.split]
-        return tuple(self.left[i] for i in keep), tuple(self.shape[i] for i in keep)
+        keep = [(n, size) for i, (n, size) in enumerate(zip(self.left, self.shape, strict=True)) if i not in self.split]
+        parts = [weight.split(n, size, dict(self.sizes)) for n, size in keep]
+        names, sizes = [n for part in parts for n in part], [size for part in parts for size in part.values()]
+        return tuple(names), tuple(sizes)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the two ways round give back every bit: a factor that is no power of two rounds."""
+        return math.frexp(self.factor)[0] == 0.5
 
     @functools.cached_property
     def file_shape(self) -> tuple[int, ...]:
@@ -68,13 +82,15 @@ class Entry:
         >>> e.encode(np.zeros((4, 2, 3)), 0).shape
         (6, 4)
         """
-        names, _ = self._inner
+        names, sizes = self._inner
         piece = leaf[self._index(i)] if self.split else leaf
+        if self.factor != 1:
+            piece = _times(piece, 1 / self.factor)
         merged = self._merge(names)
         if merged is not None:  # neighbours only: merge first, and the transpose stays a view
             order, shape = merged
             return piece.reshape(shape).transpose(order)
-        return piece.transpose([names.index(n) for n in self._flat]).reshape(self.file_shape)
+        return piece.reshape(sizes).transpose([names.index(n) for n in self._flat]).reshape(self.file_shape)
 
     def _merge(self, names: tuple[str, ...]) -> tuple[list[int], tuple[int, ...]] | None:
         groups = [g for g in self.right if g]
@@ -103,11 +119,12 @@ class Entry:
         back = [self._flat.index(n) for n in names]
         shape = [size[n] for n in self._flat]
         if not self.split:
-            return tensors[0].reshape(shape).transpose(back)
+            leaf = tensors[0].reshape(shape).transpose(back).reshape(self.shape)
+            return leaf if self.factor == 1 else _times(leaf, self.factor)
         out = np.empty(self.shape, dtype=self._common(tensors))
         for i, tensor in enumerate(tensors):
-            out[self._index(i)] = np.asarray(tensor).reshape(shape).transpose(back)
-        return out
+            out[self._index(i)] = np.asarray(tensor).reshape(shape).transpose(back).reshape(self._coarse)
+        return out if self.factor == 1 else _times(out, self.factor)
 
     def _common(self, tensors: Sequence[Array]) -> Any:
         dtypes = {np.dtype(t.dtype) for t in tensors}
@@ -119,6 +136,12 @@ class Entry:
                 f"{self.path!r} is one array in this model, but its tensors {self.keys[0]!r}, … have the"
                 f" dtypes {found}, which no dtype holds exactly; convert them to one"
             ) from error
+
+
+def _times(x: Array, factor: float) -> Array:
+    """x · factor in x's dtype, rounded once: 16-bit numbers are multiplied in float32."""
+    wide = x.astype(np.promote_types(x.dtype, np.float32))
+    return (wide * wide.dtype.type(factor)).astype(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,12 +160,21 @@ class Plan:
         """`{key: shape}` of the file."""
         return {key: entry.file_shape for key, (entry, _) in self.keys.items()}
 
+    @functools.cached_property
+    def inexact(self) -> dict[str, float]:
+        """`{leaf: factor}` of those that a factor rounds on the way, in either direction."""
+        return {e.path: e.factor for e in self.entries if not e.exact}
+
     def check(
-        self, found: Mapping[str, Sequence[int]], source: str = "the file", more: Sequence[str] = ()
+        self,
+        found: Mapping[str, Sequence[int]],
+        source: str = "the file",
+        more: Sequence[str] = (),
+        table: str = "",
     ) -> None:
         """Raise one `MismatchError` that lists every missing, unexpected and wrongly shaped tensor.
 
-        `more` are findings of the caller's own, for the same list.
+        `more` are findings of the caller's own, for the same list; `table` is the name of the one in use.
         """
         shapes = self.shapes
         missing = [k for k in shapes if k not in found]
@@ -167,6 +199,7 @@ class Plan:
                 f"{source} does not fit the model: of {len(shapes)} tensors,\n"
                 + "\n".join(parts)
                 + "\nIs it an adapter for another base model, or are target_modules, r or keymap= others?"
+                + (f" (The names are those of the table {table!r}.)" if table else "")
             )
 
     def encode(self, leaves: Mapping[str, Array], dtype: Any = None, host: bool = False) -> Encoded:
@@ -239,12 +272,11 @@ def _layout(site: Site, tensor: Tensor) -> Layout:
 
 def _make_layout(site: Site, tensor: Tensor) -> Layout:
     """As `_layout`. The method's own axes are marked "~": a base weight may have an axis called "r" as well."""
-    roles = site.roles
 
-    def expand(names: Sequence[str]) -> tuple[str, ...]:
+    def expand(names: Sequence[str], roles: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
         return tuple(n for name in names for n in roles.get(name, (f"~{name}",)))
 
-    left = list(expand(tensor.axes))
+    left = list(expand(tensor.axes, site.roles))
     for axis in site.stack:  # ascending, so each lands at the base weight's own position
         if axis > len(left):
             raise KeyMapError(
@@ -252,7 +284,7 @@ def _make_layout(site: Site, tensor: Tensor) -> Layout:
                 f" {len(left)} axes of its own; stack on an axis from 0 to {len(left)}"
             )
         left.insert(axis, site.weight.left[axis])
-    return tuple(left), tuple(expand(group) for group in tensor.torch)
+    return tuple(left), tuple(expand(group, site.weight.torch_roles) for group in tensor.torch)
 
 
 def entry(keymap: KeyMap, site: Site, tensor: Tensor, sizes: Mapping[str, int]) -> Entry:
@@ -263,7 +295,16 @@ def entry(keymap: KeyMap, site: Site, tensor: Tensor, sizes: Mapping[str, int]) 
     texts = entries(site.weight, [left[i] for i in split], sizes, only)
     keys = tuple(f"{keymap.prefix}{site.module(text)}".rstrip(".") + tensor.suffix for _, text in texts)
     shape = _shape(site, tensor, sizes, left)
-    return Entry(paths.join(site.leaf, tensor.name), shape, left, right, split, keys)
+    factor = 1.0
+    if site.weight.scale is not None and tensor.degree != 0:
+        if tensor.degree is None:
+            raise KeyMapError(
+                f"leaf {site.leaf!r} holds PyTorch's weight times a factor, says the table {keymap.name!r}; what that"
+                f" makes of {tensor.name} is not known: leave the module out, or use a method such as LORA"
+            )
+        factor = site.weight.factor(sizes) ** tensor.degree
+    path = paths.join(site.leaf, tensor.name)
+    return Entry(path, shape, left, right, split, keys, factor, site.weight.sizes)
 
 
 def entry_shape(site: Site, tensor: Tensor, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -287,6 +328,8 @@ def sizes_of(site: Site, shape: Sequence[int]) -> dict[str, int]:
             f" {len(left)} axes"
         )
     sizes = dict(zip(left, shape, strict=True))
+    for axis, size in sizes.items():
+        weight.split(axis, size, dict(site.weight.sizes))
     for axis in site.roles["batch"]:
         names = site.weight.names(axis)
         if names is not None and len(names) != sizes[axis]:
@@ -324,6 +367,10 @@ def sizes_from_tensors(
             if want != size:
                 what = f"axis {name.strip('~{}')!r} has {size} entries, expected {want}"
                 problems.append(f"{site.leaf}.{tensor.name}: {what}")
+            try:
+                weight.split(name, size, dict(site.weight.sizes))
+            except MismatchError as error:
+                problems.append(f"{site.leaf}.{tensor.name}: {error}")
     if problems:
         raise MismatchError(
             "the adapter contradicts itself or its configuration:\n" + paths.listing(problems)
@@ -367,7 +414,8 @@ def base_plan(keymap: KeyMap, shapes: Mapping[str, Sequence[int]]) -> Plan:
             site.weight.key.format(**dict(site.holes), **text)
             for _, text in entries(site.weight, [left[i] for i in split], sizes)
         )
-        out.append(Entry(leaf, tuple(shape), left, site.weight.right, split, keys))
+        line = site.weight
+        out.append(Entry(leaf, tuple(shape), left, line.right, split, keys, line.factor(sizes), line.sizes))
     if problems:
         raise KeyMapError(f"the table {keymap.name!r} does not fit these leaves:\n" + paths.listing(problems))
     return plan(out)

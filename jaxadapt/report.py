@@ -7,9 +7,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxadapt import attach, bind, linen, methods, nnx, nnx_survey, paths
+from jaxadapt import attach, bind, linen, methods, nnx, nnx_survey, paths, plan
 from jaxadapt.adapter import Adapter, is_array
 from jaxadapt.errors import AttachError
+from jaxadapt.keymap import KeyMap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +35,13 @@ class Row:
 class Summary:
     """The adapted leaves of a model, and how many parameters are trained out of how many.
 
-    `str(summary)` is a table; alike layers share a line.
+    `str(summary)` is a table; alike layers share a line. `families` are the tables that name the weights, by adapter.
     """
 
     rows: tuple[Row, ...]
     base_parameters: int
     active: tuple[str, ...]
+    families: Mapping[str, KeyMap] = dataclasses.field(default_factory=dict[str, KeyMap])
 
     @property
     def trainable(self) -> int:
@@ -71,7 +73,23 @@ class Summary:
         with console.capture() as capture:
             console.print(table)
         lines = [line.rstrip() for line in capture.get().rstrip().splitlines()]
+        lines += [f"names by the table {_called(table)}" for table in dict.fromkeys(self.families.values())]
+        lines += [
+            f"{leaf} is PyTorch's times {factor:.6g}, no power of two: saving and loading round once"
+            for leaf, factor in self._rounded().items()
+        ]
         return "\n".join([*lines, f"trainable {self.trainable:,} of {total:,} parameters ({share:.2f} %)"])
+
+    def _rounded(self) -> dict[str, float]:
+        """The lines whose factor is no power of two, so that the way to PyTorch and back does not keep every bit."""
+        found: dict[str, float] = {}
+        for row in self.rows:
+            site = self.families[row.adapter].site(row.leaf) if row.adapter in self.families else None
+            if site is not None and len(row.shape) == len(site.weight.left):
+                factor = site.weight.factor(plan.sizes_of(site, row.shape))
+                if math.frexp(factor)[0] != 0.5:
+                    found[site.weight.leaf] = factor
+        return found
 
     def _alike(self) -> dict[str, list[Row]]:
         groups: dict[tuple[Any, ...], list[Row]] = {}
@@ -86,6 +104,10 @@ class Summary:
                 label += " "
             out[label] = rows
         return out
+
+
+def _called(table: KeyMap) -> str:
+    return f"{table.name!r}" + ("" if table.proved else ", which is not proved against the real models")
 
 
 def _by(shape: Sequence[int]) -> str:
@@ -150,21 +172,25 @@ def _of_model(model: Any, inputs: Sequence[Any]) -> Summary:
         of = {path: var for by_path in nnx.variables(model).values() for path, var in by_path.items()}
         axes = {path.rpartition(".")[0]: var.get_metadata()["adapter"].axes for path, var in of.items()}
         how |= nnx_survey.notes(model, axes, inputs)
-    rows = [row for name in nnx.names(model) for row in _rows(name, attach.extract(model, name), shapes, how)]
+    adapters = {name: attach.extract(model, name) for name in nnx.names(model)}
+    rows = [row for name, adapter in adapters.items() for row in _rows(name, adapter, shapes, how)]
     if not rows:
         raise AttachError("this model carries no adapter")
-    return Summary(tuple(rows), sum(math.prod(s) for s in shapes.values()), nnx.active(model))
+    tables = {name: adapter.keymap for name, adapter in adapters.items()}
+    return Summary(tuple(rows), sum(math.prod(s) for s in shapes.values()), nnx.active(model), tables)
 
 
 def _of_variables(variables: Mapping[str, Any], active: tuple[str, ...] | None, how: Mapping[str, str]) -> Summary:
     flat = paths.flatten(linen.meta.unbox(variables.get("params", {})))
     base = {path: tuple(leaf.shape) for path, leaf in flat.items() if is_array(leaf)}
-    names: list[str] = []
+    tables: dict[str, KeyMap] = {}
     rows: list[Row] = []
     for method in methods.METHODS.values():
         for name, tree in dict(variables.get(method.peft_type.lower(), {})).items():
-            names.append(name)
-            rows += _rows(name, linen.read_collection(tree, name), base, how)
+            adapter = linen.read_collection(tree, name)
+            tables[name] = adapter.keymap
+            rows += _rows(name, adapter, base, how)
     if not rows:
         raise AttachError("these variables hold no adapter")
-    return Summary(tuple(rows), sum(math.prod(s) for s in base.values()), tuple(names) if active is None else active)
+    active = tuple(tables) if active is None else active
+    return Summary(tuple(rows), sum(math.prod(s) for s in base.values()), active, tables)

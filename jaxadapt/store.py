@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxadapt import attach, bind, families, folder, linen, methods, nnx, paths, targets
+from jaxadapt import attach, bind, families, folder, linen, methods, nnx, nnx_survey, paths, targets
 from jaxadapt.adapter import Adapter, PeftTensors, Recipe
 from jaxadapt.codecs import files
 from jaxadapt.configs import Config
 from jaxadapt.errors import AdapterError, AttachError, ConfigError, FileError, MismatchError
-from jaxadapt.keymap import KeyMap
+from jaxadapt.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.plan import Encoded
 
 
@@ -84,6 +84,12 @@ def _encoded(adapter: Adapter, keymap: KeyMap | str | None, dtype: Any = None) -
         before = bind.recover(config, table, shapes)
         table = families.resolve(keymap, {})
         config = bind.renamed(config, before, table)
+    if not table.proved:
+        warnings.warn(
+            f"the table {table.name!r} is not proved against the real models: compare the outputs in PyTorch before you"
+            " rely on what it names",
+            stacklevel=4,
+        )
     bounds = bind.recover(config, table, shapes)
     astray = [m for b in bounds for m in b.modules if not targets.matches(config, m)]
     if astray:
@@ -176,7 +182,8 @@ def _decoded(
             " jaxadapt.inject puts an Adapter into a model"
         )
     try:
-        recipe, bounds = _plan_for(target, tensors.config, keymap, stack_axes, example)
+        keys = [key.removeprefix(PEFT_PREFIX) for key in tensors.tensors]
+        recipe, bounds = _plan_for(target, tensors.config, keymap, keys, stack_axes, example)
         plan = bind.file_plan(bounds)
     except AdapterError as error:
         raise type(error)(f"{tensors.source}: {error}") from error
@@ -184,7 +191,7 @@ def _decoded(
     specs = held.specs if isinstance(held, Encoded) else held
     dtypes = {key: np.dtype(spec.dtype) for key, spec in specs.items()}
     odd = [f"{k}: {d.name}, expected floats" for k, d in dtypes.items() if not jnp.issubdtype(d, jnp.floating)]
-    plan.check({key: tuple(spec.shape) for key, spec in specs.items()}, tensors.source, odd)
+    plan.check({key: tuple(spec.shape) for key, spec in specs.items()}, tensors.source, odd, recipe.keymap.name)
     if dtype is None and np.dtype("float64") in dtypes.values() and jnp.zeros(0, float).dtype != "float64":
         warnings.warn(
             f"{tensors.source}: float64 tensors become float32, since jax_enable_x64 is off", stacklevel=3
@@ -214,8 +221,9 @@ def _contiguous(leaf: Any) -> Any:
 
 
 def _plan_for(
-    target: Any, config: Config, keymap: KeyMap | str | None, stack_axes: Any, example: Any
+    target: Any, config: Config, keymap: KeyMap | str | None, keys: Sequence[str], stack_axes: Any, example: Any
 ) -> tuple[Recipe, tuple[bind.Bound, ...]]:
+    """The recipe and sites on `target`, with the names spelt as in the file's `keys`."""
     methods.of(config)
     if isinstance(target, linen.Adapted | linen.nn.Module):
         raise AttachError(
@@ -223,8 +231,10 @@ def _plan_for(
         )
     if isinstance(target, nnx.nnx.Module):
         known = [v for by_path in nnx.variables(target).values() for v in by_path.values()]
-        table = known[0].get_metadata()["adapter"].recipe.keymap if known and keymap is None else keymap
-        return attach.plan_nnx(target, config, table, stack_axes, example)
+        if known and keymap is None:
+            keymap = known[0].get_metadata()["adapter"].recipe.keymap
+        table = families.resolve(keymap, nnx_survey.base_shapes(nnx.base_leaves(target)))
+        return attach.plan_nnx(target, config, table.spelt_as(keys), stack_axes, example)
     if not isinstance(target, Mapping | nnx.nnx.State):
         raise AttachError(
             f"expected an NNX model or Linen variables as the target, found {type(target).__name__}"
@@ -232,7 +242,8 @@ def _plan_for(
     params = target["params"] if "params" in target else target  # noqa: SIM401 (a State has no get)
     if keymap is None:
         keymap = _attached_table(target)
-    return attach.plan_tree(params, config, keymap)
+    table = families.resolve(keymap, attach.tree_shapes(params))
+    return attach.plan_tree(params, config, table.spelt_as(keys))
 
 
 def _attached_table(variables: Any) -> KeyMap | None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxadapt import paths
 from jaxadapt.axes import Axes
-from jaxadapt.errors import KeyMapError
+from jaxadapt.errors import KeyMapError, MismatchError
 
 _TOKEN = re.compile(r"\(([^()]*)\)|(\{?\w+\}?)")
 _HOLE = re.compile(r"\{(\w+)\}")
@@ -33,7 +34,11 @@ class Weight:
         kind: "linear" (out, in), "embedding" (vocabulary, dim), "vector" or "other"; by default what the
             number of PyTorch axes says.
         fan_in_fan_out: PyTorch stores (in, out), as GPT-2's Conv1D does.
-        over: names of a braced axis' entries, `p=("k", "v")` for a leaf that holds both.
+        scale: `(axes, power)`: the JAX weight is PyTorch's times their size to that power. `("h", -0.5)` is a
+            query that holds its 1/√head_dim already.
+        over: names of a braced axis' entries, `p=("k", "v")` for a leaf that holds both; or, as a number, the size
+            of an axis in parentheses on the left. `"d n (c p) -> (n p c) d", p=2` undoes an interleaving: the
+            leaf's last axis holds pairs, where PyTorch holds first halves and second halves.
 
     Raises `KeyMapError` if the line contradicts itself.
 
@@ -48,6 +53,8 @@ class Weight:
     kind: str
     fan_in_fan_out: bool
     over: tuple[tuple[str, tuple[str, ...]], ...]
+    sizes: tuple[tuple[str, int], ...]
+    scale: tuple[str, float] | None
 
     def __init__(
         self,
@@ -57,14 +64,18 @@ class Weight:
         *,
         kind: str | None = None,
         fan_in_fan_out: bool = False,
-        **over: Sequence[str],
+        scale: tuple[str, float] | None = None,
+        **over: Sequence[str] | int,
     ) -> None:
         put = functools.partial(object.__setattr__, self)
         put("leaf", leaf)
         put("key", key)
         put("pattern", pattern)
         put("fan_in_fan_out", fan_in_fan_out)
-        put("over", tuple(sorted((name, tuple(values)) for name, values in over.items())))
+        named = {n: tuple(v) for n, v in over.items() if not isinstance(v, int)}
+        put("over", tuple(sorted(named.items())))
+        put("sizes", tuple(sorted((n, v) for n, v in over.items() if isinstance(v, int))))
+        put("scale", None if scale is None else (scale[0], float(scale[1])))
         problems = self._problems()
         if problems:
             raise KeyMapError(
@@ -75,7 +86,7 @@ class Weight:
     def _problems(self) -> list[str]:
         if self.pattern.count("->") != 1:
             return ["a pattern has one '->': JAX axes on the left, PyTorch's on the right"]
-        left, flat = list(self.left), [name for group in self.right for name in group]
+        left, flat = [n for axis in self.left for n in fine(axis)], [n for group in self.right for n in group]
         rest = re.sub(_TOKEN, "", self.pattern.replace("->", " "))
         problems = [f"{rest.strip()!r} is no axis name"] if rest.strip() else []
         problems += [
@@ -114,12 +125,28 @@ class Weight:
             f"axis {{{n}}} must appear in the key, else its entries share one name"
             for n in sorted(braced - set(_HOLE.findall(self.key)))
         ]
+        return problems + self._problems_of_groups(plain)
+
+    def _problems_of_groups(self, plain: set[str]) -> list[str]:
+        sizes, problems = dict(self.sizes), list[str]()
+        groups = [(axis, fine(axis)) for axis in self.left if axis.startswith("(")]
+        for axis, names in groups:
+            if len([n for n in names if n not in sizes]) != 1 or any(n.startswith("{") for n in names):
+                problems.append(f"{axis}: all its axes but one need a size (as in p=2), and none has braces")
+            elif len({at for at, group in enumerate(self.right) for n in names if n in group}) != 1:
+                problems.append(f"{axis}: its axes must lie in one of PyTorch's axes")
+        inside = {n for _, names in groups for n in names}
+        problems += [f"{n!r} has a size, but is in no parentheses on the left" for n in sorted(set(sizes) - inside)]
+        if self.scale is not None:
+            missing = sorted(set(self.scale[0].split()) - plain)
+            problems += [f"the scale's axis {n!r} is none of the pattern's" for n in missing]
         return problems
 
     @functools.cached_property
     def left(self) -> tuple[str, ...]:
-        """Axis names of the JAX leaf; braced ones keep their braces."""
-        return tuple(m.group(2) for m in _TOKEN.finditer(self.pattern.split("->")[0]))
+        """Axis names of the JAX leaf; braced ones keep their braces, and a split one its parentheses."""
+        found = _TOKEN.finditer(self.pattern.split("->")[0])
+        return tuple(m.group(2) or f"({' '.join(m.group(1).split())})" for m in found)
 
     @functools.cached_property
     def right(self) -> tuple[tuple[str, ...], ...]:
@@ -160,17 +187,25 @@ class Weight:
 
     @functools.cached_property
     def roles(self) -> dict[str, tuple[str, ...]]:
-        """Axis names by role: "stack", "batch", "inn", "out"."""
+        """The leaf's axes by role: "stack", "batch", "inn", "out"; the last two in PyTorch's flattening order."""
+        of = {n: axis for axis in self.left for n in fine(axis)}
+        torch = self.torch_roles
+        return {
+            "stack": tuple(self.left[i] for i in self.stack),
+            "batch": torch["batch"],
+            "inn": tuple(dict.fromkeys(of[n] for n in torch["inn"])),
+            "out": tuple(dict.fromkeys(of[n] for n in torch["out"])),
+        }
+
+    @functools.cached_property
+    def torch_roles(self) -> dict[str, tuple[str, ...]]:
+        """The same as a file's tensors hold them: split axes by their parts."""
         groups = self.right
         out, inn = (groups[0], groups[1]) if len(groups) == 2 else (groups[0] if groups else (), ())
         if self.fan_in_fan_out or self.kind == "embedding":
             out, inn = inn, out
-        return {
-            "stack": tuple(self.left[i] for i in self.stack),
-            "batch": tuple(n for n in self.left if n.startswith("{") and self.names(n) is not None),
-            "inn": inn,
-            "out": out,
-        }
+        batch = tuple(n for n in self.left if n.startswith("{") and self.names(n) is not None)
+        return {"batch": batch, "inn": inn, "out": out}
 
     @functools.cached_property
     def axes(self) -> Axes:
@@ -191,15 +226,50 @@ class Weight:
 
         >>> Weight("layers.{l}.q.kernel", "layers.{l}.q.weight", "i o -> o i").scanned(1).pattern
         'i {l} o -> o i'
+        >>> Weight("layers_{l}.q.kernel", "layers.{l}.q.weight", "i o -> o i").scanned(0).leaf
+        'layers.q.kernel'
         """
-        if "{l}" not in self.leaf.split("."):
+        parts = self.leaf.split(".")
+        leaf = ".".join(p.removesuffix("_{l}") for p in parts if p != "{l}")
+        if leaf == self.leaf:
             return self
-        leaf = ".".join(p for p in self.leaf.split(".") if p != "{l}")
         left = list(self.left)
         left.insert(axis if axis >= 0 else max(0, len(left) + 1 + axis), "{l}")
         pattern = " ".join(left) + " ->" + self.pattern.split("->")[1]
-        over: Any = dict(self.over)
-        return Weight(leaf, self.key, pattern, kind=self.kind, fan_in_fan_out=self.fan_in_fan_out, **over)
+        return Weight(leaf, self.key, pattern, **self.options)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What was given besides leaf, key and pattern."""
+        given = {"kind": self.kind, "fan_in_fan_out": self.fan_in_fan_out, "scale": self.scale}
+        return {**given, **dict(self.over), **dict(self.sizes)}
+
+    def factor(self, sizes: Mapping[str, int]) -> float:
+        """What PyTorch's weight is multiplied by to give the leaf, whose axes have these `sizes`; 1 mostly."""
+        if self.scale is None:
+            return 1.0
+        one = {n: size for axis, size in sizes.items() for n, size in split(axis, size, dict(self.sizes)).items()}
+        return float(math.prod(one[n] for n in self.scale[0].split()) ** self.scale[1])
+
+
+def fine(axis: str) -> tuple[str, ...]:
+    """The parts of one of a leaf's axes: itself, unless it stands in parentheses."""
+    return tuple(axis[1:-1].split()) if axis.startswith("(") else (axis,)
+
+
+def split(axis: str, size: int, fixed: Mapping[str, int]) -> dict[str, int]:
+    """The sizes of an axis' parts; `MismatchError` where they do not divide it.
+
+    >>> split("(c p)", 8, {"p": 2}), split("h", 8, {})
+    ({'c': 4, 'p': 2}, {'h': 8})
+    """
+    names = fine(axis)
+    if names == (axis,):
+        return {axis: size}
+    known = math.prod(fixed[n] for n in names if n in fixed)
+    if size % known:
+        raise MismatchError(f"an axis of size {size} cannot be split as {axis} with {dict(fixed)}")
+    return {n: fixed.get(n, size // known) for n in names}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,6 +278,10 @@ class Tensor:
 
     `axes` (in the model) and `torch` (in the file) name roles of the base weight's axes, "batch", "inn",
     "out", or axes of the method's own with their sizes in `own`. An empty torch group is a size-1 axis.
+
+    `degree` says what becomes of the tensor where one model holds f times the weight of the other (MaxText's
+    queries): 1, it is multiplied by f as well; 0, it stays what it is; None, the method has no tensors for such
+    a weight, or nobody has thought about it, and it is refused.
     """
 
     name: str
@@ -215,3 +289,4 @@ class Tensor:
     axes: tuple[str, ...]
     torch: tuple[tuple[str, ...], ...]
     own: tuple[tuple[str, int], ...] = ()
+    degree: int | None = None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 
@@ -10,7 +13,7 @@ from jaxadapt.axes import Axes
 from jaxadapt.errors import KeyMapError, MismatchError
 from jaxadapt.families import FAMILIES
 from jaxadapt.generic import GENERIC, line_for
-from jaxadapt.keymap import KeyMap, Site
+from jaxadapt.keymap import KeyMap, Site, from_data, to_data
 from jaxadapt.weight import Weight
 
 
@@ -59,6 +62,13 @@ def llama_shapes(layers=3, d=8, inner=12, vocab=16, tied=True, scan=None):
         ("a.{l", "a.weight", "i o -> o i", {}, "'a.{l' has a brace that belongs to no hole"),
         ("a", "a.{}.weight", "i o -> o i", {}, "'a.{}.weight' has a brace"),
         ("a", "a.weight", "i o {l} -> o {l} i", {}, "axis '{l}' is only on the right"),
+        ("a", "a.weight", "i (c p) -> (p c) i", {}, "(c p): all its axes but one need a size"),
+        ("a", "a.weight", "i (c p) -> (p c) i", {"p": 2, "c": 3}, "(c p): all its axes but one need a size"),
+        ("a", "a.weight", "(c p) -> p c", {"p": 2}, "(c p): its axes must lie in one of PyTorch's axes"),
+        ("a", "{l}.weight", "i ({l} p) -> p i", {"p": 2}, "none has braces"),
+        ("a", "a.weight", "i () -> i", {}, "(): all its axes but one need a size"),
+        ("a", "a.weight", "i o -> o i", {"o": 2}, "'o' has a size, but is in no parentheses"),
+        ("a", "a.weight", "i o -> o i", {"scale": ("h", 1)}, "the scale's axis 'h' is none of the pattern's"),
     ],
 )
 def test_a_line_that_contradicts_itself_is_refused(leaf, key, pattern, over, says):
@@ -137,7 +147,8 @@ def test_a_literal_line_wins_over_a_template_and_is_there_once():
 
 
 def test_tables_are_equal_and_hashable_by_content():
-    again = KeyMap("llama", tuple(FAMILIES["llama"].weights), "lm_head")
+    again = dataclasses.replace(FAMILIES["llama"], weights=tuple(FAMILIES["llama"].weights))
+    assert again is not FAMILIES["llama"]
     assert again == FAMILIES["llama"]
     assert hash(again) == hash(FAMILIES["llama"])
     assert again != FAMILIES["gpt2"]
@@ -196,6 +207,40 @@ def test_lines_from_a_layers_own_roles():
     assert line_for("ff.linear1", (2, 3), Axes((0,), (1,))).key == "ff.linear1.weight"
 
 
+def test_a_table_travels_as_text():
+    lines = (
+        Weight("q.{l}", "q.{l}.weight", "i n (c p) -> (n p c) i", p=2, scale=("c p", -0.5)),
+        Weight("kv", "{p}.weight", "{p} i o -> i o", p=("k", "v"), fan_in_fan_out=True),
+        Weight("e", "e.weight", "v d -> v d", kind="embedding"),
+    )
+    table = KeyMap("t", lines, "head", "pre.", False, True, (("a", "b"),), (("vl", (("q.", "x.q."),)),))
+    assert from_data(json.loads(json.dumps(to_data(table)))) == table
+    for change in ({"proved": True}, {"whole": False}, {"tied": ()}, {"spellings": ()}, {"output": None}):
+        assert dataclasses.replace(table, **change) != table
+
+
+def test_a_spelling_renames_keys_and_the_output_layer():
+    lines = (
+        Weight("q.{l}.kernel", "model.layers.{l}.q.weight", "i o -> o i"),
+        Weight("head.kernel", "lm_head.weight", "i o -> o i"),
+    )
+    renames = (("model.", "language_model.model."), ("lm_head.", "language_model.lm_head."))
+    table = KeyMap("t", lines, "lm_head", tied=(("lm_head.weight", "model.e.weight"),), spellings=(("vl", renames),))
+    other = table.spelt("vl")
+    assert other.name == "t/vl"
+    assert [w.key for w in other.weights] == [
+        "language_model.model.layers.{l}.q.weight",
+        "language_model.lm_head.weight",
+    ]
+    assert other.output == "language_model.lm_head"
+    assert other.tied == (("language_model.lm_head.weight", "language_model.model.e.weight"),)
+    with pytest.raises(KeyMapError, match="no spelling 'x'; it has vl"):
+        table.spelt("x")
+    assert table.spelt_as(["language_model.model.layers.3.q.weight"]) == other
+    assert table.spelt_as(["model.layers.3.q.weight"]) is table
+    assert table.spelt_as(["whatever"]) is table
+
+
 # ---- families ----------------------------------------------------------------------------------------------
 
 
@@ -227,6 +272,51 @@ def test_an_ambiguous_model_names_both_tables(monkeypatch):
         families.resolve("auto", llama_shapes())
     assert "llama, llama-twin" in str(caught.value)
     assert "keymap=" in str(caught.value)
+
+
+def test_a_table_with_fewer_lines_to_spare_is_the_better_one(monkeypatch):
+    more = (*FAMILIES["llama"].weights, Weight("model.layers.{l}.extra", "model.layers.{l}.extra.weight", "d -> d"))
+    monkeypatch.setitem(FAMILIES, "llama-more", KeyMap("llama-more", more))
+    assert families.resolve("auto", llama_shapes()).name == "llama"
+    assert families.resolve("auto", {**llama_shapes(), "model.layers.0.extra": (8,)}).name == "llama-more"
+
+
+def other_llama(name, **options):
+    """Llama's leaves with another meaning: one kernel is turned."""
+    lines = [w for w in FAMILIES["llama"].weights if "q_proj.kernel" not in w.leaf]
+    q = Weight("model.layers.{l}.self_attn.q_proj.kernel", "model.layers.{l}.q.weight", "o i -> o i")
+    return KeyMap(name, (*lines, q), **options)
+
+
+def test_tables_that_disagree_are_rivals_even_where_one_has_lines_to_spare(monkeypatch):
+    spare = (*other_llama("x").weights, Weight("more.{l}", "more.{l}.weight", "d -> d"))
+    monkeypatch.setitem(FAMILIES, "other", KeyMap("other", spare, proved=False))
+    with pytest.raises(KeyMapError, match=r"several tables: llama, other \(not proved\); say which with keymap="):
+        families.resolve("auto", llama_shapes())
+
+
+def test_a_table_that_is_not_proved_is_never_recognised(monkeypatch):
+    monkeypatch.setitem(FAMILIES, "other", other_llama("other", proved=False))
+    monkeypatch.delitem(FAMILIES, "llama")
+    with pytest.raises(KeyMapError, match="looks like 'other', whose table is not proved; keymap='other' takes it"):
+        families.resolve("auto", llama_shapes())
+    assert families.resolve("other", llama_shapes()).name == "other"
+
+
+def test_a_table_for_whole_models_takes_no_part_of_one(monkeypatch):
+    monkeypatch.setitem(FAMILIES, "other", other_llama("other", whole=True))
+    monkeypatch.delitem(FAMILIES, "llama")
+    assert families.resolve("auto", llama_shapes()).name == "other"
+    assert families.resolve("auto", {**llama_shapes(), "model.layers.0.self_attn.extra": (3,)}) is GENERIC
+
+
+def test_the_leaves_of_an_adapter_alone(monkeypatch):
+    leaf = "model.layers.3.self_attn.q_proj.kernel"
+    assert families.of_leaves([leaf]).name == "llama"
+    assert families.of_leaves(["a.kernel"]) is GENERIC
+    monkeypatch.setitem(FAMILIES, "other", other_llama("other"))
+    with pytest.raises(KeyMapError, match="fit several tables: llama, other"):
+        families.of_leaves([leaf])
 
 
 def test_a_model_as_wide_as_it_is_deep_does_not_tell_the_stacked_axis():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxadapt
-from jaxadapt import ConfigError, bind, configs, methods, paths
+from jaxadapt import ConfigError, KeyMapError, bind, configs, methods, paths
 from jaxadapt.axes import LETTERS, Axes, Use
 from jaxadapt.configs.text import CLASSES
 from jaxadapt.keymap import KeyMap
@@ -26,6 +26,8 @@ LINES = {
     "heads in": (Weight("w", "a.q.weight", "n h o -> o (n h)"), (2, 3, 4), ["q"]),
     "turned": (Weight("w", "a.q.weight", "o i -> i o", fan_in_fan_out=True), (6, 4), ["q"]),
     "mixed": (Weight("w", "a.q.weight", "n i h -> (h n) i"), (2, 4, 3), ["q"]),
+    "split": (Weight("w", "a.q.weight", "i n (c p) -> (n p c) i", p=2), (4, 2, 6), ["q"]),
+    "scaled": (Weight("w", "a.q.weight", "i n h -> (n h) i", scale=("h", -0.5)), (4, 2, 3), ["q"]),
     "fused": (Weight("w", "{p}.weight", "{p} i o -> o i", p=("k", "v")), (2, 4, 6), ["k", "v"]),
     "one part": (Weight("w", "{p}.weight", "i {p} o -> o i", p=("q", "k", "v")), (4, 3, 6), ["k"]),
     "two parts": (Weight("w", "{p}.weight", "{p} i o -> o i", p=("q", "k", "v")), (3, 4, 6), ["q", "v"]),
@@ -394,3 +396,29 @@ def test_one_array_cannot_hold_two_ranks_or_scales():
     config = config_of("IA3", ["k", "v"], feedforward_modules=["v"])
     with pytest.raises(ConfigError, match="feedforward differs"):
         bound_of(config, LINES["fused"])
+
+
+@pytest.mark.parametrize("peft_type", TYPES)
+def test_a_weight_held_times_a_factor_gives_the_same_adapted_weight(peft_type):
+    """One file, on W and on f·W: the adapted weights differ by f. What a method cannot say so of is refused."""
+    line = (Weight("w", "a.q.weight", "i n h -> (n h) i"), (4, 2, 3), ["q"])
+    scaled = LINES["scaled"]
+    w, f = np.random.default_rng(0).standard_normal((4, 2, 3)).astype("float32"), 3**-0.5
+    for config in variants(peft_type, ["q"]):
+        one = bound_of(config, line)
+        if any(t.degree is None for t in one.tensors):
+            with pytest.raises(KeyMapError, match="a factor"):
+                bound_of(config, scaled)
+            continue
+        other = bound_of(config, scaled)
+        leaves = {p: np.asarray(x) for p, x in small.noisy(bind.fresh(config, [one], jax.random.key(0)), 1).items()}
+        file = dict(bind.file_plan([one]).encode(leaves))
+        there = bind.file_plan([other]).decode(file)
+        for key, value in dict(bind.file_plan([other]).encode(there)).items():
+            np.testing.assert_allclose(value, file[key], rtol=3e-7)  # twice rounded
+
+        def effective(bound, leaves, w, config=config):
+            params = {p.rpartition(".")[2]: v for p, v in leaves.items()}
+            return Applied(methods.of(config), bound.static, params, bound.axes).weight(w)
+
+        np.testing.assert_allclose(effective(other, there, w * f), effective(one, leaves, w) * f, rtol=1e-5, atol=1e-6)

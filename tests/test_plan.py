@@ -338,3 +338,93 @@ def test_size_one_axes_that_only_pytorch_has():
     x = numbered((3, 4))
     assert e.encode(x, 0).shape == (1, 12, 1)
     np.testing.assert_array_equal(e.decode([e.encode(x, 0)]), x)
+
+
+# ---- axes in parentheses, and factors ----------------------------------------------------------------------
+
+
+def interleaved(x):
+    """Each head's first and second halves as pairs, by indexing alone: what MaxText does to llama's queries."""
+    half = x.shape[-1] // 2
+    out = np.empty_like(x)
+    out[..., 0::2], out[..., 1::2] = x[..., :half], x[..., half:]
+    return out
+
+
+@pytest.mark.parametrize("xp", ["numpy", "jax"])
+def test_a_split_axis_undoes_an_interleaving(xp):
+    import jax.numpy as jnp
+
+    heads = numbered((2, 3, 4), "float32")  # torch's rows are (n h) = 6·…, here (d=2, n=3, h=4)
+    line = Weight("q", "q.weight", "d n (c p) -> (n p c) d", p=2)
+    made = plan.base_plan(KeyMap("t", (line,)), {"q": (2, 3, 4)})
+    torch = heads.reshape(2, 12).T
+    leaf = made.decode({"q.weight": torch if xp == "numpy" else jnp.asarray(torch)})["q"]
+    np.testing.assert_array_equal(leaf, interleaved(heads))
+    np.testing.assert_array_equal(made.encode({"q": leaf})["q.weight"], torch)
+
+
+def test_a_split_axis_reaches_every_tensor_of_an_adapter():
+    """B and an IA3 vector are interleaved as their weight is, A is not; stacked layers make no difference."""
+    line = Weight("h.{l}.q", "h.{l}.q.weight", "d n (c p) -> (n p c) d", p=2)
+    shapes = {f"h.{l}.q": (5, 3, 4) for l in range(2)}
+    a, b, v = numbered((2, 5), "float32"), numbered((12, 2), "float32"), numbered((12, 1), "float32")
+    lora = {f"base_model.model.h.{l}.q.lora_{x}.weight": y + l for l in range(2) for x, y in (("A", a), ("B", b))}
+    for axis in (None, 0, 1):
+        table = KeyMap("t", (line,)) if axis is None else KeyMap("t", (line,)).scanned(axis)
+        leaf = shapes if axis is None else {"h.q": (2, 5, 3, 4) if axis == 0 else (5, 2, 3, 4)}
+        made = bind.file_plan(bind.select(LoraConfig(r=2, target_modules=["q"]), table, leaf))
+        leaves = made.decode(lora)
+        for l in range(2):
+            found = {n: leaves[f"h.{l}.q.{n}"] if axis is None else np.take(leaves[f"h.q.{n}"], l, axis) for n in AB}
+            np.testing.assert_array_equal(found["lora_A"], a.T + l)
+            np.testing.assert_array_equal(found["lora_B"], interleaved((b + l).T.reshape(2, 3, 4)))
+        for key, value in made.encode(leaves).items():
+            np.testing.assert_array_equal(value, lora[key])
+    config = IA3Config(target_modules=["q"], feedforward_modules=[])
+    (bound,) = bind.select(config, KeyMap("t", (line,)), {"h.0.q": (5, 3, 4)})
+    (leaf,) = bind.file_plan([bound]).decode({"base_model.model.h.0.q.ia3_l": v}).values()
+    np.testing.assert_array_equal(leaf, interleaved(v.reshape(3, 4)))
+
+
+AB = ("lora_A", "lora_B")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("size", [16, 12])
+def test_a_factor_is_exact_where_it_is_a_power_of_two_and_one_rounding_elsewhere(dtype, size):
+    kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    table = KeyMap("t", (Weight("q", "q.weight", "d h -> h d", scale=("h", -0.5)),))
+    made = plan.base_plan(table, {"q": (3, size)})
+    torch = np.random.default_rng(0).standard_normal((size, 3)).astype(kind)
+    leaf = made.decode({"q.weight": torch})["q"]
+    assert leaf.dtype == kind
+    expected = (torch.T.astype("float64") * size**-0.5).astype(kind)
+    ulp = np.abs(np.spacing(expected.astype("float32"))) * (1 if dtype == "float32" else 0)
+    assert (np.abs(leaf.astype("float64") - expected.astype("float64")) <= ulp).all()
+    back = made.encode({"q": leaf})["q.weight"]
+    assert made.entries[0].exact == (size == 16)
+    if size == 16:
+        np.testing.assert_array_equal(back, torch)
+    else:
+        eps = float(ml_dtypes.finfo(kind).eps)
+        np.testing.assert_allclose(back.astype("float64"), torch.astype("float64"), rtol=eps)
+        assert made.inexact == {"q": pytest.approx(12**-0.5)}
+
+
+def test_a_method_that_says_nothing_of_factors_is_refused_there():
+    table = KeyMap("t", (Weight("q", "q.weight", "d h -> h d", scale=("h", -0.5)),))
+    site = table.site("q")
+    tensor = Tensor("x", ".x", ("inn", "out"), (("inn",), ("out",)))
+    with pytest.raises(KeyMapError, match=r"'q' holds PyTorch's weight times a factor, says the table 't'"):
+        plan.entry(table, site, tensor, {"d": 2, "h": 4})
+
+
+def test_what_does_not_divide_is_named():
+    table = KeyMap("t", (Weight("q", "q.weight", "d (c p) -> (p c) d", p=2),))
+    with pytest.raises(KeyMapError, match=r"an axis of size 5 cannot be split as \(c p\)"):
+        plan.base_plan(table, {"q": (2, 5)})
+    with pytest.raises(MismatchError, match=r"q\.lora_B: an axis of size 5 cannot be split"):
+        bind.recover(LoraConfig(r=2, target_modules=["q"]), table, {"q": {"lora_A": (3, 2), "lora_B": (2, 5)}})
+    assert table.covers({"q": (2, 5)}) == 0
+    assert table.covers({"q": (2, 6)}) == 1

@@ -2,54 +2,110 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import re
+from collections.abc import Iterable, Mapping
 
 from jaxadapt.errors import KeyMapError
 from jaxadapt.families.gpt2 import GPT2
 from jaxadapt.families.llama import LLAMA
 from jaxadapt.generic import GENERIC
 from jaxadapt.keymap import KeyMap
+from jaxadapt.weight import Weight
 
 FAMILIES: dict[str, KeyMap] = {table.name: table for table in (LLAMA, GPT2)}
-_SCAN = "/scan"
+_SCAN_AXES = range(3)
 
 
 def named(name: str) -> KeyMap:
-    """A table by name: "llama", or "llama/scan1" for layers stacked on axis 1; "generic" for none.
+    """A table by name: "llama", "llama/scan1" for layers stacked on axis 1, "llama/vl" for another spelling.
 
     >>> named("llama/scan1").name
     'llama/scan1'
     """
-    base, scan, axis = name.partition(_SCAN)
-    table = {**FAMILIES, GENERIC.name: GENERIC}.get(base)
-    if table is None or (scan and not axis.isdecimal()):
+    base, *changes = name.split("/")
+    tables = {**FAMILIES, GENERIC.name: GENERIC}
+    found = [tables[base]] if base in tables else []
+    for change in changes:
+        axis = change.removeprefix("scan")
+        if change != axis and axis.isdecimal():
+            found = [table.scanned(int(axis)) for table in found]
+        else:
+            found = [table.spelt(change) for table in found if change in dict(table.spellings)]
+    if not found:
         raise KeyMapError(
             f"no family is called {name!r}; known are {', '.join(sorted(FAMILIES))} (add /scan0, /scan1, … for"
             f" layers stacked on that axis) and {GENERIC.name!r}"
         )
-    return table.scanned(int(axis)) if scan else table
+    return found[0]
 
 
 def resolve(keymap: KeyMap | str | None, shapes: Mapping[str, tuple[int, ...]]) -> KeyMap:
     """The table `keymap=` asks for; None and "auto" recognise it from the model's paths and shapes.
 
-    "auto" takes the family that accounts for most leaves: a head or a norm it does not know is left
-    unmapped, and an error only if it is targeted. A tie raises `KeyMapError` naming the candidates; where no
-    family knows a leaf, the generic map serves.
+    "auto" takes the family that accounts for most leaves, and of those the one with fewest lines to spare: a
+    head or a norm it does not know is left unmapped, and an error only if it is targeted. Where the best
+    disagree, or the best is not proved, it raises `KeyMapError` naming the candidates; where no family knows
+    the leaves, the generic map serves.
     """
     if isinstance(keymap, KeyMap):
         return keymap
     if keymap not in (None, "auto"):
         return named(keymap)
-    tables = [t for f in FAMILIES.values() for t in (f, *(f.scanned(axis) for axis in range(3)))]
-    counts = {t: t.covers(shapes) for t in tables}
+    # Layers are alike: one leaf of each kind will do.
+    kinds = {(re.sub(r"\d+", "0", leaf), shape): leaf for leaf, shape in shapes.items()}
+    few = {leaf: shape for (_, shape), leaf in kinds.items()}
+    counts = {t: t.covers(few) for f in FAMILIES.values() for t in variants(f)}
+    counts = {t: n if n == len(few) or not t.whole else 0 for t, n in counts.items()}
     best = max(counts.values())
     fitting = [t for t, count in counts.items() if count == best > 0]
-    if len(fitting) > 1:
+    if not fitting:
+        return GENERIC
+    spare = {t: len(t.weights) - len(set(_lines(t, few))) for t in fitting}
+    chosen = [t for t in fitting if spare[t] == min(spare.values())]
+    rivals = [t for t in fitting if _lines(t, few) != _lines(chosen[0], few)]
+    if rivals or len(chosen) > 1:
+        called = ", ".join(_called(t) for t in dict.fromkeys((*chosen, *rivals)))
+        raise KeyMapError(f"the model's leaves fit several tables: {called}; say which with keymap=")
+    if not chosen[0].proved:
+        name = chosen[0].name
         raise KeyMapError(
-            f"the model's leaves fit several tables: {', '.join(t.name for t in fitting)}; say which with keymap="
+            f"the model looks like {name!r}, whose table is not proved; keymap={name!r} takes it all the same, and"
+            f" keymap={GENERIC.name!r} takes none"
         )
-    return fitting[0] if fitting else GENERIC
+    return chosen[0]
 
 
-__all__ = ["FAMILIES", "named", "resolve"]
+@functools.cache
+def variants(table: KeyMap) -> tuple[KeyMap, ...]:
+    """A table, and the same with its layers stacked on one of the first axes."""
+    return table, *(table.scanned(axis) for axis in _SCAN_AXES)
+
+
+def of_leaves(leaves: Iterable[str]) -> KeyMap:
+    """The family all of these leaves belong to, where nothing but their names is known; else the generic map.
+
+    Raises `KeyMapError` where families disagree about them.
+    """
+    leaves = tuple(leaves)
+    known = [t for t in FAMILIES.values() if all(t.site(leaf) is not None for leaf in leaves)]
+    if not known:
+        return GENERIC
+    named_ = dict.fromkeys(leaves, ())
+    if any(_lines(t, named_) != _lines(known[0], named_) for t in known):
+        raise KeyMapError(
+            f"the adapted leaves fit several tables: {', '.join(map(_called, known))}; say which with keymap="
+        )
+    return known[0]
+
+
+def _lines(table: KeyMap, leaves: Iterable[str]) -> list[Weight | None]:
+    sites = [table.site(leaf) for leaf in leaves]
+    return [None if site is None else site.weight for site in sites]
+
+
+def _called(table: KeyMap) -> str:
+    return table.name if table.proved else f"{table.name} (not proved)"
+
+
+__all__ = ["FAMILIES", "named", "of_leaves", "resolve", "variants"]

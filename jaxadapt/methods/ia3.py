@@ -43,8 +43,8 @@ class IA3(Method):
 
     def tensors(self, config: IA3Config, site: Site, modules: Sequence[str]) -> tuple[Tensor, ...]:
         if self.static(config, modules).feedforward:
-            return (Tensor("ia3_l", ".ia3_l", ("batch", "inn"), ((), ("inn",))),)
-        return (Tensor("ia3_l", ".ia3_l", ("batch", "out"), (("out",), ())),)
+            return (Tensor("ia3_l", ".ia3_l", ("batch", "inn"), ((), ("inn",)), degree=0),)
+        return (Tensor("ia3_l", ".ia3_l", ("batch", "out"), (("out",), ()), degree=0),)
 
     def static(self, config: IA3Config, modules: Sequence[str]) -> Static:
         return Static(one_value("feedforward", {m: targets.is_feedforward(config, m) for m in modules}))

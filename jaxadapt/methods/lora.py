@@ -65,8 +65,8 @@ class Lora(Method):
         )
         own = (("r", r),)
         return (
-            Tensor("lora_A", ".lora_A.weight", ("batch", "inn", "r"), (("r",), ("inn",)), own),
-            Tensor("lora_B", ".lora_B.weight", ("batch", "r", "out"), (("out",), ("r",)), own),
+            Tensor("lora_A", ".lora_A.weight", ("batch", "inn", "r"), (("r",), ("inn",)), own, degree=0),
+            Tensor("lora_B", ".lora_B.weight", ("batch", "r", "out"), (("out",), ("r",)), own, degree=1),
         )
 
     def static(self, config: LoraConfig, modules: Sequence[str]) -> Static:
