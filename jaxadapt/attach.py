@@ -77,13 +77,14 @@ def adapt(
     if name in nnx.names(model):
         raise AttachError(f"there is an adapter {name!r} already; choose another name=, or delete it first")
     recipe, bounds = plan_nnx(model, config, keymap, stack_axes, example)
-    abstract = nnx_survey.is_abstract(nnx.base_leaves(model))
+    owners = nnx.base_leaves(model)
+    abstract = nnx_survey.is_abstract(owners)
     if rngs is None and not abstract:
         raise AttachError("adapt needs rngs=nnx.Rngs(seed) for the adapter's initial values")
     if rngs is not None and not (isinstance(rngs, nnx.nnx.Rngs) and {"params", "default"} & set(rngs)):
         raise AttachError('rngs: expected nnx.Rngs with a stream "params" or "default", such as nnx.Rngs(0)')
     key = None if rngs is None else rngs.params()
-    values = bind.fresh(recipe.config, bounds, key, dtype, abstract)
+    values = bind.fresh(recipe.config, bounds, key, dtype, abstract, nnx_survey.base_values(owners))
     nnx.attach(model, recipe, bounds, name, values, rngs)
     return model
 
@@ -134,10 +135,10 @@ def plan_nnx(
     if traced.keys() - mine and not all_linear:
         missed = [leaf for leaf in traced if leaf not in mine]
         raise TargetError("several weights share a module; name those you mean in full:\n" + paths.listing(missed))
-    recipe = Recipe(config, table.with_lines(line for line in lines if line.leaf in mine), len(bounds))
+    table = bind.tabled(table.with_lines(line for line in lines if line.leaf in mine), bounds)
+    recipe = Recipe(config, table, len(bounds))
     if example is not None:
-        method = methods.of(config)
-        dropped = [b.leaf for b in bounds if method.dropout(b.static)]
+        dropped = [b.leaf for b in bounds if b.method.dropout(b.static)]
         nnx_survey.check_calls(model, {b.leaf: b.axes for b in bounds}, dropped, example)
     return recipe, bounds
 
@@ -164,9 +165,11 @@ def init(
         raise AttachError(f"key: expected a JAX random key such as jax.random.key(0), found {type(key).__name__}")
     if isinstance(params, nnx.nnx.Module):
         recipe, bounds = plan_nnx(params, config, keymap)
+        base = nnx_survey.base_values(nnx.base_leaves(params))
     else:
         recipe, bounds = plan_tree(params, config, keymap)
-    values = bind.fresh(recipe.config, bounds, key, dtype, abstract=key is None)
+        base = tree_leaves(params)
+    values = bind.fresh(recipe.config, bounds, key, dtype, abstract=key is None, base=base)
     return Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
 
 
@@ -178,11 +181,16 @@ def plan_tree(
     table = families.resolve(keymap, shapes)
     config = bind.resolve(config, table, shapes)
     bounds = bind.select(config, table, shapes)
-    return Recipe(config, table, len(bounds)), bounds
+    return Recipe(config, bind.tabled(table, bounds), len(bounds)), bounds
 
 
 def tree_shapes(params: Any) -> dict[str, tuple[int, ...]]:
     """`{path: shape}` of a tree of base parameters, boxes (`nn.Partitioned`, NNX variables) opened."""
+    return {path: tuple(leaf.shape) for path, leaf in tree_leaves(params).items()}
+
+
+def tree_leaves(params: Any) -> dict[str, Any]:
+    """`{path: array or spec}` of a tree of base parameters, boxes opened."""
     if isinstance(params, nnx.nnx.State):
         params = nnx.nnx.to_pure_dict(params)
     if isinstance(params.get("params"), Mapping):
@@ -191,7 +199,7 @@ def tree_shapes(params: Any) -> dict[str, tuple[int, ...]]:
     odd = [f"{p}: {type(v).__name__}" for p, v in flat.items() if not is_array(v)]
     if odd:
         raise AttachError("expected arrays as base parameters, found:\n" + paths.listing(odd))
-    return {path: tuple(leaf.shape) for path, leaf in flat.items()}
+    return flat
 
 
 # ---------------------------------------------------------------- values out and in

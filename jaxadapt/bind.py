@@ -10,15 +10,15 @@ import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxadapt import methods, paths, plan, targets
+from jaxadapt import copies, methods, paths, plan, targets
 from jaxadapt.axes import Axes
 from jaxadapt.configs import Config
-from jaxadapt.errors import ConfigError, KeyMapError, TargetError
+from jaxadapt.errors import AttachError, ConfigError, KeyMapError, MismatchError, TargetError
 from jaxadapt.generic import PLAIN
 from jaxadapt.keymap import KeyMap, Site
 from jaxadapt.weight import Tensor
@@ -30,10 +30,12 @@ Shape = tuple[int, ...]
 class Bound:
     """One site under one configuration: its tensors, and what the arithmetic needs besides arrays.
 
-    `modules` are the PyTorch modules it adapts; `static` is the method's own (a scale, a flag).
+    `method` is the configuration's own, or `Copied` where the adapter holds the whole leaf; `modules` are the
+    PyTorch modules it adapts; `static` is the method's own (a scale, a flag).
     """
 
     site: Site
+    method: methods.Method
     modules: tuple[str, ...]
     tensors: tuple[Tensor, ...]
     static: Any
@@ -55,13 +57,17 @@ class Bound:
 
 
 def _bind(
-    config: Config, keymap: KeyMap, site: Site, sizes: Mapping[str, int], modules: tuple[str, ...]
+    config: Config,
+    method: methods.Method,
+    keymap: KeyMap,
+    site: Site,
+    sizes: Mapping[str, int],
+    modules: tuple[str, ...],
 ) -> Bound:
-    method = methods.of(config)
     tensors = method.tensors(config, site, modules)
     entries = tuple(plan.entry(keymap, site, t, sizes) for t in tensors)
     fan_in = math.prod(sizes.get(n, 1) for n in site.roles["inn"])
-    return Bound(site, modules, tensors, method.static(config, modules), entries, fan_in)
+    return Bound(site, method, modules, tensors, method.static(config, modules), entries, fan_in)
 
 
 Found = dict[str, tuple[Site, dict[str, int], dict[tuple[int, ...], str]]]
@@ -102,15 +108,14 @@ def _names(found: Found, unmapped: Mapping[str, tuple[str, ...]]) -> list[str]:
 
 
 def _linear(method: methods.Method, found: Found) -> frozenset[str]:
-    return frozenset(
-        m for s, _, mods in found.values() if s.weight.kind in method.kinds for m in mods.values()
-    )
+    kinds = method.kinds & {"linear"}
+    return frozenset(m for s, _, mods in found.values() if s.weight.kind in kinds for m in mods.values())
 
 
 def resolve(
     config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], unsure: frozenset[str] = NONE
 ) -> Config:
-    """The configuration with "all-linear" spelled out, and what PEFT sets from the model's own layers.
+    """The configuration with "all-linear" spelled out, and what PEFT sets from the task and the model's own layers.
 
     Raises `KeyMapError` where "all-linear" meets weights that may be linear and nobody can tell.
     """
@@ -121,6 +126,7 @@ def resolve(
         if open_:
             what = '"all-linear" meets weights that may or may not be linear:\n'
             raise KeyMapError(what + paths.listing(open_) + _WAYS)
+    config = targets.with_heads(config)
     config = targets.resolve(config, _names(found, unmapped), linear=linear, output=keymap.output)
     if config.get("fan_in_fan_out") is False and any(
         site.weight.fan_in_fan_out and any(targets.matches(config, m) for m in mods.values())
@@ -175,8 +181,34 @@ def select(
             continue
         parts = _targeted(site, mods, wanted)
         chosen = tuple(m for index, m in mods.items() if parts is None or index[-1] in parts)
-        bounds.append(_bind(config, keymap, dataclasses.replace(site, parts=parts), sizes, chosen))
-    return tuple(bounds)
+        bounds.append(_bind(config, method, keymap, dataclasses.replace(site, parts=parts), sizes, chosen))
+    return (*bounds, *_copies(config, keymap, shapes, bounds))
+
+
+def _copies(
+    config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], adapted: Sequence[Bound]
+) -> list[Bound]:
+    """The sites of which the adapter holds a full copy."""
+    own = {b.leaf for b in adapted}
+    bounds: list[Bound] = []
+    for site, sizes, found in copies.select(config, keymap, shapes, {m for b in adapted for m in b.modules}):
+        names = {index: paths.join(*name) for index, name in site.parameters(sizes).items()}
+        parts = _targeted(site, names, {names[index] for index in found})
+        chosen = tuple(m for index, m in names.items() if parts is None or index[-1] in parts)
+        copied = next(iter(found.values()))
+        bounds.append(_bind(config, copied, keymap, dataclasses.replace(site, parts=parts), sizes, chosen))
+    twice = [b.leaf for b in bounds if b.leaf in own]
+    if twice:
+        raise TargetError(
+            "modules_to_save takes these weights in full, and target_modules would adapt them as well:\n"
+            + paths.listing(twice)
+        )
+    return bounds
+
+
+def tabled(keymap: KeyMap, bounds: Sequence[Bound]) -> KeyMap:
+    """The table with the lines of copies it had none for, so that an adapter alone can be saved."""
+    return keymap.with_lines(b.site.weight for b in bounds if b.method.replaces and keymap.site(b.leaf) is None)
 
 
 def uncovered(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]) -> tuple[str, ...]:
@@ -193,7 +225,7 @@ def _targeted(site: Site, modules: Mapping[tuple[int, ...], str], wanted: set[st
     hit = {index for index, module in modules.items() if module in wanted}
     if not hit or len(hit) == len(modules):
         return None
-    parts = sorted({index[-1] for index in hit}) if site.roles["batch"] else []
+    parts = sorted({index[-1] for index in hit}) if site.roles["fused"] else []
     whole = {index for index in modules if parts and index[-1] in parts}
     if hit != whole:
         some = sorted(modules[i] for i in set(modules) - hit)[:3]
@@ -212,27 +244,30 @@ def recover(config: Config, keymap: KeyMap, leaves: Mapping[str, Mapping[str, Sh
     """
     method = methods.of(config)
     bounds: list[Bound] = []
+    copied: list[tuple[Site, Mapping[str, Shape]]] = []
     unmapped: list[str] = []
     for leaf, shapes in leaves.items():
         site = keymap.site(leaf)
         if site is None:
             unmapped.append(leaf)
-            continue
-        modules: tuple[str, ...] = ()
-        # Which parts are targeted decides the tensors' sizes, and sizes decide the modules: names first.
-        batch = {axis: len(site.weight.names(axis) or ()) for axis in site.roles["batch"]}
-        if batch:
-            one = dict.fromkeys(site.roles["stack"], 1)
-            mods = site.modules({**one, **batch})
-            parts = tuple(index[-1] for index, m in mods.items() if targets.matches(config, m))
-            site = dataclasses.replace(site, parts=None if len(parts) in (0, len(mods)) else parts)
-            modules = tuple(m for index, m in mods.items() if site.parts is None or index[-1] in site.parts)
+        elif copies.COPY in shapes:
+            copied.append((site, shapes))
         else:
-            modules = tuple(site.modules(dict.fromkeys(site.roles["stack"], 1)).values())
-        sizes = plan.sizes_from_tensors(site, method.tensors(config, site, modules), shapes)
-        every = site.modules({**sizes, **batch})
-        modules = tuple(m for index, m in every.items() if site.parts is None or index[-1] in site.parts)
-        bounds.append(_bind(config, keymap, site, sizes, modules))
+            bounds.append(_recovered(config, method, keymap, site, shapes))
+    adapted = {m for b in bounds for m in b.modules}
+    for site, shapes in copied:
+        which = functools.partial(copies.of_site, config, site, adapted=adapted)
+        found = which(_one_each(site))
+        if not found:
+            raise MismatchError(
+                f"{site.leaf!r}: the adapter holds a copy of it, which neither modules_to_save nor bias asks for"
+            )
+        parts = {index[-1] for index in found} if site.roles["fused"] else ()
+        site = dataclasses.replace(site, parts=_some(site, parts))
+        one = next(iter(found.values()))
+        sizes = plan.sizes_from_tensors(site, one.tensors(config, site, ()), shapes)
+        names = [paths.join(*site.parameters(sizes)[index]) for index in which(sizes)]
+        bounds.append(_bind(config, one, keymap, site, sizes, tuple(names)))
     if unmapped:
         raise KeyMapError(
             f"the table {keymap.name!r} has no line for these adapted leaves:\n"
@@ -240,6 +275,34 @@ def recover(config: Config, keymap: KeyMap, leaves: Mapping[str, Mapping[str, Sh
             + "\nPass the keymap= that the model was adapted with"
         )
     return tuple(bounds)
+
+
+def _one_each(site: Site) -> dict[str, int]:
+    """Sizes of the braced axes that name every fused part, and of the layers the first."""
+    fused = {axis: len(site.weight.names(axis) or ()) for axis in site.roles["fused"]}
+    return {**dict.fromkeys(site.roles["stack"], 1), **fused}
+
+
+def _some(site: Site, parts: Collection[int]) -> tuple[int, ...] | None:
+    """These entries of a fused axis, None if there is none or they are all."""
+    count = math.prod(len(site.weight.names(axis) or ()) for axis in site.roles["fused"])
+    return tuple(sorted(parts)) if site.roles["fused"] and 0 < len(parts) < count else None
+
+
+def _recovered(
+    config: Config, method: methods.Method, keymap: KeyMap, site: Site, shapes: Mapping[str, Shape]
+) -> Bound:
+    # Which parts are targeted decides the tensors' sizes, and sizes decide the modules: names first.
+    sizes = _one_each(site)
+    mods = site.modules(sizes)
+    if site.roles["fused"]:
+        parts = {index[-1] for index, m in mods.items() if targets.matches(config, m)}
+        site = dataclasses.replace(site, parts=_some(site, parts))
+    modules = tuple(m for index, m in mods.items() if site.parts is None or index[-1] in site.parts)
+    sizes = {**sizes, **plan.sizes_from_tensors(site, method.tensors(config, site, modules), shapes)}
+    every = site.modules(sizes)
+    modules = tuple(m for index, m in every.items() if site.parts is None or index[-1] in site.parts)
+    return _bind(config, method, keymap, site, sizes, modules)
 
 
 def renamed(config: Config, before: Sequence[Bound], table: KeyMap) -> Config:
@@ -250,18 +313,27 @@ def renamed(config: Config, before: Sequence[Bound], table: KeyMap) -> Config:
     further fields speak of the old names, and `KeyMapError` for a leaf the table has no line for.
     """
     new: list[str] = []
+    moved: list[str] = []
     unmapped: list[str] = []
     for bound in before:
         site = table.site(bound.leaf)
         if site is None:
             unmapped.append(bound.leaf)
+        elif bound.method.replaces:
+            names = [paths.join(*name) for name in site.parameters(_braced_sizes(bound, site)).values()]
+            moved += [name for name in bound.modules if name not in names]
         else:
             new += site.modules(_braced_sizes(bound, site)).values()
     if unmapped:
         raise KeyMapError(
             f"the table {table.name!r} has no line for these adapted leaves:\n" + paths.listing(unmapped)
         )
-    old = [m for b in before for m in b.modules]
+    old = [m for b in before if not b.method.replaces for m in b.modules]
+    if moved:
+        raise ConfigError(
+            f"under the table {table.name!r} these parameters have other names, and modules_to_save or bias speak of"
+            " the old ones; pass config= that speaks of the new names:\n" + paths.listing(moved)
+        )
     if set(old) == set(new):
         return config
     stale = [
@@ -288,33 +360,80 @@ def _braced_sizes(bound: Bound, site: Site) -> dict[str, int]:
 
 
 def fresh(
-    config: Config, bounds: Sequence[Bound], key: Any, dtype: Any = None, abstract: bool = False
+    config: Config,
+    bounds: Sequence[Bound],
+    key: Any,
+    dtype: Any = None,
+    abstract: bool = False,
+    base: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Initial parameters, `{path: array}`, each from its own fold of `key`; specs only if `abstract`.
 
-    float32 unless `dtype` says otherwise, whatever the base's dtype is (PEFT's `autocast_adapter_dtype`).
+    float32 unless `dtype` says otherwise, whatever the base's dtype is (PEFT's `autocast_adapter_dtype`); a copy
+    of a leaf has the leaf's own dtype.
+
+    Args:
+        base: `{leaf: array}` of the base parameters, for tensors that follow from them.
     """
     import jax
     import jax.numpy as jnp
 
     dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
+    base = base or {}
+    blind = [b.leaf for b in bounds if any(t.from_base for t in b.tensors) and not is_there(base.get(b.leaf), abstract)]
+    if blind:
+        raise AttachError(
+            "these adapters begin from the values of the base weights, which are not at hand:\n" + paths.listing(blind)
+        )
     out: dict[str, Any] = {}
     for bound in bounds:
-        for tensor, entry in zip(bound.tensors, bound.entries, strict=True):
+        named = dict(zip((t.name for t in bound.tensors), bound.entries, strict=True))
+        mine: dict[str, Any] = {}
+        for tensor in (t for t in bound.tensors if not t.from_base):
+            entry = named[tensor.name]
             if abstract:
-                out[entry.path] = jax.ShapeDtypeStruct(entry.shape, dtype)
+                mine[tensor.name] = jax.ShapeDtypeStruct(entry.shape, dtype)
             else:
-                make = _initial(config, tensor, entry.shape, bound.fan_in, dtype)
-                out[entry.path] = make(key, np.uint32(zlib.crc32(entry.path.encode())))
+                make = _initial(config, bound.method, tensor, entry.shape, bound.fan_in, dtype)
+                mine[tensor.name] = make(key, np.uint32(zlib.crc32(entry.path.encode())))
+        for tensor in (t for t in bound.tensors if t.from_base):
+            kind = base[bound.leaf].dtype if tensor.whole else dtype
+            if abstract:
+                mine[tensor.name] = jax.ShapeDtypeStruct(named[tensor.name].shape, kind)
+            else:
+                derived = over_stack(bound, lambda a, w: a.from_base(w), mine, jnp.asarray(base[bound.leaf]))
+                # A copy even where nothing changed: the base's own array must not be donated with the adapter's.
+                mine[tensor.name] = jnp.array(derived[tensor.name], dtype=kind, copy=True)
+        out |= {entry.path: mine[name] for name, entry in named.items()}
     return out
 
 
-@functools.lru_cache(maxsize=1024)
-def _initial(config: Config, tensor: Tensor, shape: Shape, fan_in: int, dtype: Any) -> Any:
-    """`(key, word) -> array`, compiled once for all tensors alike: a model has hundreds, of a few shapes."""
+def is_there(leaf: Any, abstract: bool) -> bool:
+    """Whether a base leaf has values, or at least a shape where that is all that is asked for."""
     import jax
 
-    method = methods.of(config)
+    return leaf is not None and (abstract or not isinstance(leaf, jax.ShapeDtypeStruct))
+
+
+def over_stack(bound: Bound, change: Any, params: Mapping[str, Any], w: Any) -> Any:
+    """`change(Applied, w)` for each layer stacked in one leaf, as its module would see it."""
+    import jax
+
+    def one(params: Mapping[str, Any], w: Any) -> Any:
+        return change(methods.Applied(bound.method, bound.static, params, bound.axes), w)
+
+    run: Any = one
+    for axis in bound.site.stack:  # ascending, so the outermost vmap takes the last axis and moves no other
+        run = jax.vmap(run, in_axes=axis, out_axes=axis)
+    return run(dict(params), w)
+
+
+@functools.lru_cache(maxsize=1024)
+def _initial(
+    config: Config, method: methods.Method, tensor: Tensor, shape: Shape, fan_in: int, dtype: Any
+) -> Any:
+    """`(key, word) -> array`, compiled once for all tensors alike: a model has hundreds, of a few shapes."""
+    import jax
 
     def initial(key: Any, word: Any) -> Any:
         return method.fresh(config, tensor, jax.random.fold_in(key, word), shape, fan_in).astype(dtype)

@@ -42,3 +42,20 @@ def line_for(leaf: str, shape: Sequence[int], axes: Axes, stack: Sequence[int] =
     out, inn = (" ".join(names[own[a]] for a in role) for role in (axes.out, axes.inn))
     over: Any = {f"b{n}": [str(i) for i in range(shape[own[a]])] for n, a in enumerate(axes.batch)}
     return Weight(leaf, key, f"{left} -> ({out}) ({inn})", kind="linear", **over)
+
+
+_RENAMED = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
+
+
+def as_it_is(leaf: str, shape: Sequence[int]) -> Weight:
+    """A literal line for a leaf of which only a copy is kept: Flax's kernels are turned, all else lies as it does here.
+
+    >>> as_it_is("score.kernel", (4, 2)).key, as_it_is("norm.scale", (4,)).pattern
+    ('score.weight', 'a0 -> a0')
+    """
+    module, dot, last = leaf.rpartition(".")
+    key = f"{module}{dot}{_RENAMED.get(last, last)}"
+    if last == "kernel" and len(shape) == 2:
+        return Weight(leaf, key, "i o -> o i")
+    axes = " ".join(f"a{i}" for i in range(len(shape)))
+    return Weight(leaf, key, f"{axes} -> {axes}", kind="vector" if len(shape) == 1 else "other")

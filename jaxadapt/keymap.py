@@ -42,7 +42,7 @@ class Site:
 
     @property
     def roles(self) -> dict[str, tuple[str, ...]]:
-        """Axis names by role: "stack", "batch", "inn", "out"."""
+        """Axis names by role: "stack", "fused", "batch", "inn", "out"."""
         return self.weight.roles
 
     @property
@@ -56,13 +56,22 @@ class Site:
         name = self.weight.key.format(**dict(self.holes), **index)
         return name.removesuffix("weight").removesuffix(".")
 
+    def parameter(self, index: Mapping[str, str]) -> tuple[str, str]:
+        """PyTorch's name of the weight itself, as its module's and its own."""
+        module, _, name = self.weight.key.format(**dict(self.holes), **index).rpartition(".")
+        return module, name
+
+    def parameters(self, sizes: Mapping[str, int]) -> dict[tuple[int, ...], tuple[str, str]]:
+        """As `modules`, with the parameter's own name."""
+        return {index: self.parameter(text) for index, text in entries(self.weight, self.braced, sizes)}
+
     def modules(self, sizes: Mapping[str, int]) -> dict[tuple[int, ...], str]:
         """PyTorch module names by index over (stacked axes..., fused axis)."""
         return {index: self.module(text) for index, text in entries(self.weight, self.braced, sizes)}
 
     @property
     def braced(self) -> tuple[str, ...]:
-        return self.roles["stack"] + self.roles["batch"]
+        return self.roles["stack"] + self.roles["fused"]
 
 
 def entries(

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import zlib
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -92,14 +92,16 @@ class Adapted:
             found.check(config, table)
             bounds = bind.select(config, table, found.shapes)
             mine = {b.leaf for b in bounds}
-            out[name] = Recipe(config, keymap.with_lines(w for w in lines if w.leaf in mine)), bounds
+            full = bind.tabled(keymap.with_lines(w for w in lines if w.leaf in mine), bounds)
+            out[name] = Recipe(config, full), bounds
         return out
 
     def _joined(self, recipes: Mapping[str, Any], rngs: Any, variables: Mapping[str, Any]) -> dict[str, Any]:
         out = dict(variables)
+        base = paths.flatten(meta.unbox(variables.get("params", {})))
         for name, (recipe, bounds) in recipes.items():
             key = _fresh_key(rngs, collection_name(recipe.config), name)
-            values = bind.fresh(recipe.config, bounds, key, self.dtype)
+            values = bind.fresh(recipe.config, bounds, key, self.dtype, base=base)
             adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
             for collection, tree in adapter.named(name).items():
                 out[collection] = {**out.get(collection, {}), **tree}
@@ -152,6 +154,7 @@ class Adapted:
         base = {c: v for c, v in variables.items() if c not in names}
         extra: dict[tuple[str, ...], Any] = {}
         sites: dict[tuple[str, ...], dict[str, list[Site]]] = {}
+        replaced: dict[str, dict[str, methods.Method]] = {}
         known = _key_paths(base.get("params", {})) if self.active else {}
         for order, name in enumerate(self.active):
             tree = held.get(collection_name(wanted[name]), {}).get(name)
@@ -177,16 +180,22 @@ class Adapted:
                 (leaf, tuple((t, tuple(a.shape)) for t, a in tensors.items()))
                 for leaf, tensors in values.items()
             )
-            method = methods.of(adapter.config)
             for bound in _recovered(adapter.recipe, shapes):
                 *path, leaf = known[bound.leaf]
+                if bound.method.replaces:
+                    replaced.setdefault(bound.leaf, {})[name] = bound.method
+                    before = _at(base["params"], known[bound.leaf])
+                    new = bind.over_stack(bound, lambda a, w: a.weight(w), values[bound.leaf], meta.unbox(before))
+                    extra[known[bound.leaf]] = meta.replace_boxed(before, new)
+                    continue
                 # The arithmetic is part of the name: a jit inside the model (nn.jit) traces anew for another.
-                text = repr((order, method.peft_type, bound.static, bound.axes))
+                text = repr((order, bound.method.peft_type, bound.static, bound.axes))
                 mark = hashlib.sha256(text.encode()).hexdigest()[:12]
                 keys = {tensor: f"{leaf}{SEP}{tensor}{SEP}{mark}" for tensor in values[bound.leaf]}
                 extra |= {(*path, key): values[bound.leaf][tensor] for tensor, key in keys.items()}
-                site = Site(method, bound.static, bound.axes, keys)
+                site = Site(bound.method, bound.static, bound.axes, keys)
                 sites.setdefault(tuple(path), {}).setdefault(leaf, []).append(site)
+        methods.refuse_rivals(replaced)
         return _Overlay(base, held, extra, Interceptor(sites))
 
     def _check(self, overlay: _Overlay, args: Any, kwargs: Any, mutable: Any) -> None:
@@ -228,7 +237,8 @@ class _Overlay:
         """Collections that a call returned, as the caller knows them."""
         out = dict(changed)
         if "params" in out and self.extra:
-            out["params"] = _pruned(out["params"])
+            own = {path: _at(self.base["params"], path) for path in self.extra if SEP not in path[-1]}
+            out["params"] = linen_survey.overlaid(_pruned(out["params"]), own)
         out |= {c: tree for c, tree in self.held.items() if in_filter(mutable, c)}
         return FrozenDict(out) if isinstance(changed, FrozenDict) else out
 
@@ -236,6 +246,10 @@ class _Overlay:
 def _pruned(tree: Mapping[str, Any]) -> dict[str, Any]:
     kept = {k: v for k, v in tree.items() if isinstance(v, Mapping) or SEP not in k}
     return {k: _pruned(v) if isinstance(v, Mapping) else v for k, v in kept.items()}
+
+
+def _at(tree: Any, path: Sequence[str]) -> Any:
+    return functools.reduce(lambda node, key: node[key], path, tree)
 
 
 def _is_ours(collection: Any) -> bool:
@@ -279,6 +293,7 @@ def _fresh_key(rngs: Any, collection: str, name: str) -> Any:
 def _resolved_like(mine: Config, theirs: Config) -> Config:
     """The wrapper's configuration as `init` would have resolved it ("all-linear", fan_in_fan_out)."""
     changes: dict[str, Any] = {}
+    mine = targets.with_heads(mine)
     if mine.get("fan_in_fan_out") is False:
         changes["fan_in_fan_out"] = theirs.get("fan_in_fan_out")
     if str(mine.get("target_modules")).lower() == targets.ALL_LINEAR:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadapt import bind, methods, nnx, paths, plan
+from jaxadapt import bind, nnx, paths, plan
 from jaxadapt.adapter import Adapter
 from jaxadapt.errors import AttachError, MismatchError
 from jaxadapt.linen import meta
@@ -111,16 +111,15 @@ def _new_leaves(leaves: Mapping[str, Any], adapter: Adapter, weight: Change, bia
     ]
     if wrong:
         raise MismatchError("the adapter does not fit these parameters:\n" + paths.listing(wrong))
-    method = methods.of(adapter.config)
     sites = adapter.sites
     out: dict[str, Any] = {}
     for bound in bounds:
         # The sum is made in float32, also where weight and adapter are both of 16 bits.
         params = {t: x.astype(jnp.promote_types(x.dtype, "float32")) for t, x in sites[bound.leaf].items()}
-        out[bound.leaf] = _over_stack(bound, method, weight, params, leaves[bound.leaf])
+        out[bound.leaf] = _over_stack(bound, weight, params, leaves[bound.leaf])
         beside = paths.join(bound.leaf.rpartition(".")[0], "bias")
-        if beside in leaves and type(method).bias is not Method.bias:
-            out[beside] = _over_stack(bound, method, bias, params, leaves[beside])
+        if beside in leaves and type(bound.method).bias is not Method.bias:
+            out[beside] = _over_stack(bound, bias, params, leaves[beside])
     return out
 
 
@@ -129,12 +128,6 @@ def _expected(bound: bind.Bound, shape: tuple[int, ...]) -> dict[str, tuple[int,
     return {t.name: plan.entry_shape(bound.site, t, sizes) for t in bound.tensors}
 
 
-def _over_stack(bound: bind.Bound, method: Method, change: Change, params: Mapping[str, Any], w: Any) -> Any:
-    def one(params: Mapping[str, Any], w: Any) -> Any:
-        return change(Applied(method, bound.static, params, bound.axes), w)
-
-    run: Callable[..., Any] = one
-    for axis in bound.site.stack:  # ascending, so the outermost vmap takes the last axis and moves no other
-        run = jax.vmap(run, in_axes=axis, out_axes=axis)
-    new = run(dict(params), w)
+def _over_stack(bound: bind.Bound, change: Change, params: Mapping[str, Any], w: Any) -> Any:
+    new = bind.over_stack(bound, change, params, w)
     return np.array(new) if isinstance(w, np.ndarray) else new  # a copy: numpy arrays can be written to

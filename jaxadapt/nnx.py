@@ -52,12 +52,13 @@ class Attached:
     """What an `AdapterParam` carries as metadata: its recipe, and what its site's arithmetic needs."""
 
     recipe: Recipe
+    method: Method
     axes: Axes
     static: Any
 
     @functools.cached_property
     def _hash(self) -> int:
-        return hash((self.recipe, self.axes, self.static))
+        return hash((self.recipe, self.method, self.axes, self.static))
 
     def __hash__(self) -> int:
         return self._hash
@@ -66,6 +67,7 @@ class Attached:
         return self is other or (
             isinstance(other, Attached)
             and self.recipe == other.recipe
+            and self.method == other.method
             and self.axes == other.axes
             and self.static == other.static
         )
@@ -102,8 +104,8 @@ def _hooks(module: nnx.Module) -> dict[str, Applied | Several]:
     found: dict[str, list[Applied]] = {}
     own = vars(module)
     for name in own.get(ACTIVE, ()):
-        for method in methods.METHODS.values():
-            held = own.get(method.peft_type.lower())
+        for kind in methods.METHODS:
+            held = own.get(kind.lower())
             if held is None or name not in held:
                 continue
             for leaf, tensors in held[name].items():
@@ -111,7 +113,7 @@ def _hooks(module: nnx.Module) -> dict[str, Applied | Several]:
                 attached = next(iter(tensors.values())).get_metadata()["adapter"]
                 drop = own[DROPOUT][name] if DROPOUT in own and name in own[DROPOUT] else None
                 drop = None if drop is None or drop.deterministic else drop
-                hook = Applied(method, attached.static, params, attached.axes, drop)
+                hook = Applied(attached.method, attached.static, params, attached.axes, drop)
                 found.setdefault(leaf, []).append(hook)
     return {leaf: hooks[0] if len(hooks) == 1 else Several(tuple(hooks)) for leaf, hooks in found.items()}
 
@@ -119,6 +121,11 @@ def _hooks(module: nnx.Module) -> dict[str, Applied | Several]:
 def _call(module: Any, base: Any, f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One of a layer's functions, with the active adapters."""
     hooks = _hooks(module)
+    own = vars(module)
+    replaced = {leaf: hook.weight(own[leaf].get_value()) for leaf, hook in hooks.items() if hook.replaces}
+    if replaced:
+        module = view(module, base, replaced)
+        hooks = {leaf: hook for leaf, hook in hooks.items() if not hook.replaces}
     if not hooks:
         return f(module, *args, **kwargs)
     by_class = known(module)
@@ -162,19 +169,18 @@ def attach(
     owners = base_leaves(model)
     collection = collection_name(recipe.config)
     problems = [*nnx_survey.obstacles(model, owners, [b.leaf for b in bounds]).values()]
-    problems += _misfits(bounds, owners, collection, methods.of(recipe.config))
+    problems += _misfits(bounds, owners, collection)
     if problems:
         raise AttachError("these layers cannot carry the adapter:\n" + paths.listing(problems))
-    method = methods.of(recipe.config)
     for bound in bounds:
         module, attr = owners[bound.leaf]
-        attached = Attached(recipe, bound.axes, bound.static)
+        attached = Attached(recipe, bound.method, bound.axes, bound.static)
         tensors = {t.name: AdapterParam(values[f"{bound.leaf}.{t.name}"], adapter=attached) for t in bound.tensors}
         # Plain dicts, marked as data: nnx.jit walks the model at every call, and nnx.Dicts take twice the time.
         if collection not in vars(module):
             setattr(module, collection, nnx.data({}))
         vars(module)[collection].setdefault(name, {})[attr] = tensors
-        rate = method.dropout(bound.static)
+        rate = bound.method.dropout(bound.static)
         if rate:
             sizes = [vars(module)[attr].shape[axis] for axis in bound.site.stack]
             if DROPOUT not in vars(module):
@@ -186,17 +192,15 @@ def attach(
     _set_active(model, (name,))
 
 
-def _misfits(
-    bounds: Sequence[bind.Bound], owners: Mapping[str, Owner], collection: str, method: Method
-) -> list[str]:
+def _misfits(bounds: Sequence[bind.Bound], owners: Mapping[str, Owner], collection: str) -> list[str]:
     problems: list[str] = []
-    if type(method).bias is not Method.bias:
-        count = collections.Counter(id(owners[b.leaf][0]) for b in bounds)
-        several = [b.leaf for b in bounds if count[id(m := owners[b.leaf][0])] > 1 and "bias" in vars(m)]
-        problems += [f"{leaf}: its module has one bias for several adapted weights" for leaf in several]
+    scaled = [b.leaf for b in bounds if type(b.method).bias is not Method.bias]
+    count = collections.Counter(id(owners[leaf][0]) for leaf in scaled)
+    several = [leaf for leaf in scaled if count[id(m := owners[leaf][0])] > 1 and "bias" in vars(m)]
+    problems += [f"{leaf}: its module has one bias for several adapted weights" for leaf in several]
     for bound in bounds:
         module, attr = owners[bound.leaf]
-        by_class = known(module) if attr == "kernel" else None
+        by_class = known(module) if attr == "kernel" and not bound.method.replaces else None
         if by_class is not None:
             try:
                 axes, mine = by_class.axes(module), bound.axes
@@ -250,6 +254,12 @@ def activate(model: nnx.Module, chosen: Sequence[str]) -> None:
 
 
 def _set_active(model: nnx.Module, chosen: tuple[str, ...]) -> None:
+    if len(chosen) > 1:
+        held: dict[str, dict[str, Method]] = {}
+        for name in chosen:
+            for path, var in variables(model).get(name, {}).items():
+                held.setdefault(path.rpartition(".")[0], {})[name] = var.get_metadata()["adapter"].method
+        methods.refuse_rivals(held)
     for _, layer in adapted(model):
         if getattr(layer, ACTIVE) != chosen:
             setattr(layer, ACTIVE, chosen)

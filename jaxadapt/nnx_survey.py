@@ -158,6 +158,11 @@ def base_shapes(owners: Mapping[str, Owner]) -> dict[str, tuple[int, ...]]:
     return {leaf: tuple(vars(m)[attr].shape) for leaf, (m, attr) in owners.items()}
 
 
+def base_values(owners: Mapping[str, Owner]) -> dict[str, Any]:
+    """`{dotted path: array or spec}` of the base parameters."""
+    return {leaf: vars(m)[attr].get_value() for leaf, (m, attr) in owners.items()}
+
+
 def is_abstract(owners: Mapping[str, Owner]) -> bool:
     """Whether a model has shapes where its arrays will be (`nnx.eval_shape`)."""
     return any(isinstance(vars(m)[attr].get_value(), jax.ShapeDtypeStruct) for m, attr in owners.values())

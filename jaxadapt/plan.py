@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -272,8 +272,10 @@ def _layout(site: Site, tensor: Tensor) -> Layout:
 
 def _make_layout(site: Site, tensor: Tensor) -> Layout:
     """As `_layout`. The method's own axes are marked "~": a base weight may have an axis called "r" as well."""
+    if tensor.whole:
+        return site.weight.left, site.weight.right
 
-    def expand(names: Sequence[str], roles: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    def expand(names: Iterable[str], roles: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
         return tuple(n for name in names for n in roles.get(name, (f"~{name}",)))
 
     left = list(expand(tensor.axes, site.roles))
@@ -284,16 +286,24 @@ def _make_layout(site: Site, tensor: Tensor) -> Layout:
                 f" {len(left)} axes of its own; stack on an axis from 0 to {len(left)}"
             )
         left.insert(axis, site.weight.left[axis])
-    return tuple(left), tuple(expand(group, site.weight.torch_roles) for group in tensor.torch)
+    torch = site.weight.torch_roles
+    right: list[tuple[str, ...]] = []
+    for group in tensor.torch:
+        if site.weight.kind == "conv" and "inn" in group:
+            channels, *window = site.weight.right[1:]
+            right += [expand((name for name in group if name != "inn"), torch) + channels, *window]
+        else:
+            right.append(expand(group, torch))
+    return tuple(left), tuple(right)
 
 
 def entry(keymap: KeyMap, site: Site, tensor: Tensor, sizes: Mapping[str, int]) -> Entry:
     """The entry of one tensor at one site; `sizes` are those of the base leaf's axes, by name."""
     left, right = _layout(site, tensor)
-    only = {site.roles["batch"][0]: site.parts} if site.parts is not None else {}
+    only = {site.roles["fused"][0]: site.parts} if site.parts is not None else {}
     split = tuple(i for i, n in enumerate(left) if n.startswith("{"))
     texts = entries(site.weight, [left[i] for i in split], sizes, only)
-    keys = tuple(f"{keymap.prefix}{site.module(text)}".rstrip(".") + tensor.suffix for _, text in texts)
+    keys = tuple(_key(keymap, site, tensor, text) for _, text in texts)
     shape = _shape(site, tensor, sizes, left)
     factor = 1.0
     if site.weight.scale is not None and tensor.degree != 0:
@@ -307,6 +317,12 @@ def entry(keymap: KeyMap, site: Site, tensor: Tensor, sizes: Mapping[str, int]) 
     return Entry(path, shape, left, right, split, keys, factor, site.weight.sizes)
 
 
+def _key(keymap: KeyMap, site: Site, tensor: Tensor, text: Mapping[str, str]) -> str:
+    """The name of one tensor in the file; the root module has no name of its own."""
+    module, parameter = site.parameter(text) if tensor.whole else (site.module(text), "")
+    return paths.join(f"{keymap.prefix}{module}".rstrip(".") + tensor.suffix, parameter)
+
+
 def entry_shape(site: Site, tensor: Tensor, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """The shape of one tensor in the model."""
     return _shape(site, tensor, sizes, _layout(site, tensor)[0])
@@ -315,7 +331,7 @@ def entry_shape(site: Site, tensor: Tensor, sizes: Mapping[str, int]) -> tuple[i
 def _shape(site: Site, tensor: Tensor, sizes: Mapping[str, int], left: Sequence[str]) -> tuple[int, ...]:
     size = {**sizes, **{f"~{name}": size for name, size in tensor.own}}
     if site.parts is not None:
-        size[site.roles["batch"][0]] = len(site.parts)
+        size[site.roles["fused"][0]] = len(site.parts)
     return tuple(size[n] for n in left)
 
 
@@ -330,7 +346,7 @@ def sizes_of(site: Site, shape: Sequence[int]) -> dict[str, int]:
     sizes = dict(zip(left, shape, strict=True))
     for axis, size in sizes.items():
         weight.split(axis, size, dict(site.weight.sizes))
-    for axis in site.roles["batch"]:
+    for axis in site.roles["fused"]:
         names = site.weight.names(axis)
         if names is not None and len(names) != sizes[axis]:
             raise MismatchError(
@@ -347,7 +363,7 @@ def sizes_from_tensors(
 
     Raises `MismatchError` if a tensor is missing, has the wrong rank, or two tensors disagree.
     """
-    sizes = {axis: len(site.weight.names(axis) or ()) for axis in site.roles["batch"]}
+    sizes = {axis: len(site.weight.names(axis) or ()) for axis in site.roles["fused"]}
     parts = {axis: size if site.parts is None else len(site.parts) for axis, size in sizes.items()}
     wanted = {t.name for t in tensors}
     problems = [f"{site.leaf}.{name}: no such tensor in this method" for name in shapes if name not in wanted]

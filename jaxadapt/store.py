@@ -91,7 +91,7 @@ def _encoded(adapter: Adapter, keymap: KeyMap | str | None, dtype: Any = None) -
             stacklevel=4,
         )
     bounds = bind.recover(config, table, shapes)
-    astray = [m for b in bounds for m in b.modules if not targets.matches(config, m)]
+    astray = [m for b in bounds if not b.method.replaces for m in b.modules if not targets.matches(config, m)]
     if astray:
         raise MismatchError(
             "these modules carry tensors, but target_modules of the configuration does not name them, so a reader would"

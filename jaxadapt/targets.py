@@ -80,6 +80,38 @@ def pattern_value(patterns: Mapping[str, _T], name: str, default: _T) -> _T:
     return patterns.get(name, default)
 
 
+HEADS: Mapping[str, tuple[str, ...]] = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+"""The heads that PEFT trains in full for a task, where the model has them: a base model's are not trained yet."""
+
+
+def with_heads(config: _C) -> _C:
+    """The configuration with the heads of its task among `modules_to_save`, as PEFT adds them to a new adapter.
+
+    >>> from jaxadapt.configs import LoraConfig
+    >>> with_heads(LoraConfig(task_type="SEQ_CLS")).modules_to_save
+    ('classifier', 'score')
+    """
+    heads = HEADS.get(config.task_type or "", ())
+    given: tuple[str, ...] = config.get("modules_to_save") or ()
+    missing = [name for name in heads if name not in given]
+    if not missing or "modules_to_save" not in config.to_dict():
+        return config
+    return _replaced(config, "modules_to_save", (*given, *missing))
+
+
+def is_saved(config: Config, module: str) -> bool:
+    """Whether `modules_to_save` names this module or one that it is in: by how their paths end (no dot needed)."""
+    entries: tuple[str, ...] = config.get("modules_to_save") or ()
+    if not entries:
+        return False
+    parts = module.split(".")
+    return any(".".join(parts[: i + 1]).endswith(entries) for i in range(len(parts)))
+
+
 def is_feedforward(config: Config, name: str) -> bool:
     """Whether the IA3 vector of the target `name` scales the module's inputs.
 
@@ -251,9 +283,13 @@ def _with_targets(config: _C, targets: Sequence[str]) -> _C:
         # then refuses the file it has written.)
         inputs = [name for name in targets if is_feedforward(config, name)]
         return config.replace(target_modules=targets, feedforward_modules=inputs)
-    if "target_modules" in config.extra:  # a GenericConfig
-        return config.replace(extra={**config.extra, "target_modules": targets})
-    return config.replace(target_modules=targets)
+    return _replaced(config, "target_modules", targets)
+
+
+def _replaced(config: _C, key: str, value: Any) -> _C:
+    if key in config.extra:  # a GenericConfig
+        return config.replace(extra={**config.extra, key: value})
+    return config.replace(**{key: value})
 
 
 def _suffixes(targets: Sequence[str], others: Iterable[str]) -> list[str]:

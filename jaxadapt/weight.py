@@ -31,9 +31,10 @@ class Weight:
         key: the PyTorch parameter name; its holes are filled from `leaf`, `pattern` and `over`.
         pattern: `"d {l} n h -> (n h) d"`: the JAX axes, then PyTorch's. A name in braces is an axis that
             PyTorch does not have: one tensor an entry, numbered (`{l}`: stacked layers) or named by `over`.
-        kind: "linear" (out, in), "embedding" (vocabulary, dim), "vector" or "other"; by default what the
-            number of PyTorch axes says.
-        fan_in_fan_out: PyTorch stores (in, out), as GPT-2's Conv1D does.
+        kind: "linear" (out, in), "embedding" (vocabulary, dim), "conv" (out, in, window...), "experts" (expert,
+            out, in), "vector" or "other"; by default what the number of PyTorch axes says.
+        fan_in_fan_out: PyTorch stores (in, out), as GPT-2's Conv1D does; for experts what its `is_transposed` says.
+        groups: of a convolution.
         scale: `(axes, power)`: the JAX weight is PyTorch's times their size to that power. `("h", -0.5)` is a
             query that holds its 1/√head_dim already.
         over: names of a braced axis' entries, `p=("k", "v")` for a leaf that holds both; or, as a number, the size
@@ -52,6 +53,7 @@ class Weight:
     pattern: str
     kind: str
     fan_in_fan_out: bool
+    groups: int
     over: tuple[tuple[str, tuple[str, ...]], ...]
     sizes: tuple[tuple[str, int], ...]
     scale: tuple[str, float] | None
@@ -64,6 +66,7 @@ class Weight:
         *,
         kind: str | None = None,
         fan_in_fan_out: bool = False,
+        groups: int = 1,
         scale: tuple[str, float] | None = None,
         **over: Sequence[str] | int,
     ) -> None:
@@ -72,6 +75,7 @@ class Weight:
         put("key", key)
         put("pattern", pattern)
         put("fan_in_fan_out", fan_in_fan_out)
+        put("groups", groups)
         named = {n: tuple(v) for n, v in over.items() if not isinstance(v, int)}
         put("over", tuple(sorted(named.items())))
         put("sizes", tuple(sorted((n, v) for n, v in over.items() if isinstance(v, int))))
@@ -187,11 +191,15 @@ class Weight:
 
     @functools.cached_property
     def roles(self) -> dict[str, tuple[str, ...]]:
-        """The leaf's axes by role: "stack", "batch", "inn", "out"; the last two in PyTorch's flattening order."""
+        """The leaf's axes by role: "stack", "fused", "batch" (fused parts and experts), "inn", "out".
+
+        The last two are in PyTorch's flattening order; a convolution's window is part of what it sums over.
+        """
         of = {n: axis for axis in self.left for n in fine(axis)}
         torch = self.torch_roles
         return {
             "stack": tuple(self.left[i] for i in self.stack),
+            "fused": tuple(n for n in self.left if n.startswith("{") and self.names(n) is not None),
             "batch": torch["batch"],
             "inn": tuple(dict.fromkeys(of[n] for n in torch["inn"])),
             "out": tuple(dict.fromkeys(of[n] for n in torch["out"])),
@@ -201,10 +209,14 @@ class Weight:
     def torch_roles(self) -> dict[str, tuple[str, ...]]:
         """The same as a file's tensors hold them: split axes by their parts."""
         groups = self.right
+        batch = tuple(n for n in self.left if n.startswith("{") and self.names(n) is not None)
+        if self.kind == "experts" and len(groups) == 3:
+            batch, groups = (*batch, *groups[0]), groups[1:]
         out, inn = (groups[0], groups[1]) if len(groups) == 2 else (groups[0] if groups else (), ())
+        if self.kind == "conv":
+            inn = tuple(n for group in groups[1:] for n in group)
         if self.fan_in_fan_out or self.kind == "embedding":
             out, inn = inn, out
-        batch = tuple(n for n in self.left if n.startswith("{") and self.names(n) is not None)
         return {"batch": batch, "inn": inn, "out": out}
 
     @functools.cached_property
@@ -242,6 +254,7 @@ class Weight:
     def options(self) -> dict[str, Any]:
         """What was given besides leaf, key and pattern."""
         given = {"kind": self.kind, "fan_in_fan_out": self.fan_in_fan_out, "scale": self.scale}
+        given |= {"groups": self.groups} if self.groups != 1 else {}
         return {**given, **dict(self.over), **dict(self.sizes)}
 
     def factor(self, sizes: Mapping[str, int]) -> float:
@@ -277,7 +290,11 @@ class Tensor:
     """What a method stores for one site: its name, its PEFT key suffix and its two layouts.
 
     `axes` (in the model) and `torch` (in the file) name roles of the base weight's axes, "batch", "inn",
-    "out", or axes of the method's own with their sizes in `own`. An empty torch group is a size-1 axis.
+    "out", or axes of the method's own with their sizes in `own`. An empty torch group is a size-1 axis; "inn"
+    of a convolution is one PyTorch axis for the channels and one for each of the window's.
+
+    `whole`: the tensor is a copy of the base weight itself, in both its layouts; `suffix` then goes between the
+    module's name and the parameter's. `from_base`: its initial value follows from the base weight's.
 
     `degree` says what becomes of the tensor where one model holds f times the weight of the other (MaxText's
     queries): 1, it is multiplied by f as well; 0, it stays what it is; None, the method has no tensors for such
@@ -289,4 +306,6 @@ class Tensor:
     axes: tuple[str, ...]
     torch: tuple[tuple[str, ...], ...]
     own: tuple[tuple[str, int], ...] = ()
+    whole: bool = False
+    from_base: bool = False
     degree: int | None = None

@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "jaxadapt"
 FLOORS = [
     ["errors", "paths", "axes", "configs"],
     "weight keymap generic plan adapter trace layout liveness layers filters targets codecs".split(),
-    ["methods", "families", "bind", "folder", "dialects", "sharding", "card"],
+    ["methods", "families", "copies", "bind", "folder", "dialects", "sharding", "card"],
     ["linen", "linen_call", "linen_survey", "nnx", "nnx_survey", "merging"],
     ["attach", "store", "report"],
     ["hub", "checkpoint", "serving"],
@@ -40,6 +40,8 @@ SAME_FLOOR = {
     ("adapter", "generic"): "which is the generic map, unless it is told",
     ("plan", "weight"): "a tensor's layout follows from its line",
     ("bind", "methods"): "a configuration is bound by its method",
+    ("bind", "copies"): "and the leaves it copies are bound too",
+    ("copies", "methods"): "a copy is a method of its own",
     ("trace", "layout"): "a trace follows layouts",
     ("store", "attach"): "load attaches before it injects",
     ("report", "attach"): "a summary extracts",

@@ -89,7 +89,9 @@ def test_what_a_line_says_of_its_axes():
     w = Weight("{path}.kv.w", "{path}.{l}.{p}.weight", "d {l} {p} n h -> (n h) d", p=("k", "v"))
     site = Site("a.kv.w", w, (("path", "a"),))
     assert site.stack == (1,)
-    assert site.roles == {"stack": ("{l}",), "batch": ("{p}",), "inn": ("d",), "out": ("n", "h")}
+    assert site.roles == {
+        "stack": ("{l}",), "fused": ("{p}",), "batch": ("{p}",), "inn": ("d",), "out": ("n", "h")
+    }  # fmt: skip
     assert site.axes == Axes(inn=(0,), out=(2, 3), batch=(1,))
     assert Site("a.kv.w", w, (), parts=(1,)).axes == Axes((0,), (2, 3), (1,), parts=(1,))
     modules = site.modules({"d": 4, "{l}": 2, "{p}": 2, "n": 1, "h": 3})

@@ -314,8 +314,6 @@ def test_ia3_scales_outputs_and_biases_or_inputs():
 # ---- what is not honoured is refused -----------------------------------------------------------------------
 
 ASKED = {
-    "bias": "all",
-    "modules_to_save": ["head"],
     "trainable_token_indices": [1, 2],
     "use_dora": True,
     "lora_bias": True,
@@ -350,9 +348,9 @@ def test_lora_fields_that_would_be_ignored_are_refused(field):
 def test_all_refused_fields_stand_in_one_error():
     with pytest.raises(ConfigError) as caught:
         methods.of(
-            config_of("LORA", ["q"], use_dora=True, modules_to_save=["head"], init_lora_weights="pissa")
+            config_of("LORA", ["q"], use_dora=True, use_qalora=True, init_lora_weights="pissa")
         )
-    for part in ("use_dora=True", "modules_to_save=", "init_lora_weights='pissa'"):
+    for part in ("use_dora=True", "use_qalora=", "init_lora_weights='pissa'"):
         assert part in str(caught.value)
 
 
@@ -367,6 +365,7 @@ def test_every_field_of_lora_is_honoured_refused_or_known_to_be_without_effect()
     honoured = {
         "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern",
         "use_rslora", "init_lora_weights", "layers_to_transform", "layers_pattern", "fan_in_fan_out",
+        "modules_to_save", "bias",
     }  # fmt: skip
     # Of use to PEFT only where init_lora_weights (or use_qalora, megatron_config) asks for them, or bookkeeping.
     idle = {
@@ -376,11 +375,6 @@ def test_every_field_of_lora_is_honoured_refused_or_known_to_be_without_effect()
     }  # fmt: skip
     names = {f.name for f in dataclasses.fields(jaxadapt.LoraConfig)}
     assert names == honoured | idle | set(lora._NOT_YET)
-
-
-def test_ia3_refuses_modules_to_save():
-    with pytest.raises(ConfigError, match="modules_to_save"):
-        methods.of(config_of("IA3", ["q"], modules_to_save=["head"]))
 
 
 def test_methods_without_a_class_are_refused_by_name():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jaxadapt.configs import Config
 from jaxadapt.errors import ConfigError
-from jaxadapt.methods.base import Applied, Method, Several, check_biases
+from jaxadapt.methods.base import Applied, Method, Several, check_biases, refuse_rivals
 from jaxadapt.methods.ia3 import IA3
 from jaxadapt.methods.lora import Lora
 
@@ -23,4 +23,4 @@ def of(config: Config) -> Method:
     return method
 
 
-__all__ = ["METHODS", "Applied", "Method", "Several", "check_biases", "of"]
+__all__ = ["METHODS", "Applied", "Method", "Several", "check_biases", "of", "refuse_rivals"]

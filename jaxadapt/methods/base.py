@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxadapt import paths
 from jaxadapt.axes import Axes, Use
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError, ConfigError
@@ -35,6 +36,13 @@ class Method(abc.ABC):
 
     peft_type: str
     kinds: frozenset[str] = frozenset({"linear"})
+    replaces: bool = False  # the leaf altogether, whatever the model does with it: `weight` alone is asked
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
 
     @abc.abstractmethod
     def check(self, config: Config) -> None:
@@ -52,6 +60,10 @@ class Method(abc.ABC):
     def fresh(self, config: Any, tensor: Tensor, key: Array, shape: Sequence[int], fan_in: int) -> Array:
         """Initial float32 values of one tensor; a fresh adapter leaves the model's output unchanged."""
 
+    def from_base(self, static: Any, params: Params, axes: Axes, w: Array) -> dict[str, Array]:
+        """Initial values of the tensors marked `from_base`, in w's dtype, from the weight and the other tensors."""
+        return {}
+
     def input(self, static: Any, params: Params, use: Use, x: Array) -> Array:
         """`x` as the contraction should see it."""
         return x
@@ -66,7 +78,10 @@ class Method(abc.ABC):
 
     @abc.abstractmethod
     def unweight(self, static: Any, params: Params, axes: Axes, w: Array) -> Array:
-        """The base weight from an effective one: the inverse of `weight`, within rounding."""
+        """The base weight from an effective one: the inverse of `weight`, within rounding.
+
+        Raises `AttachError` where the effective weight has kept too little of the base for that.
+        """
 
     def bias(self, static: Any, params: Params, bias: Array) -> Array:
         """The layer's bias as the adapter leaves it (IA3 scales the whole output, bias included)."""
@@ -106,6 +121,10 @@ class Applied:
     axes: Axes
     drop: Drop | None = None
 
+    @property
+    def replaces(self) -> bool:
+        return self.method.replaces
+
     def input(self, use: Use, x: Array) -> Array:
         return self._on_parts(use.x, x, lambda x: self.method.input(self.static, self.params, use, x), use)
 
@@ -130,6 +149,10 @@ class Applied:
     def unweight(self, w: Array) -> Array:
         return self._whole(w, self.method.unweight)
 
+    def from_base(self, w: Array) -> dict[str, Array]:
+        axes = dataclasses.replace(self.axes, parts=None)
+        return self.method.from_base(self.static, self.params, axes, w if self.axes.parts is None else w[self._parts])
+
     def bias(self, bias: Array) -> Array:
         return self.method.bias(self.static, self.params, bias)
 
@@ -140,13 +163,18 @@ class Applied:
         axes = dataclasses.replace(self.axes, parts=None)
         if self.axes.parts is None:
             return change(self.static, self.params, axes, w)
-        where = (slice(None),) * self.axes.batch[0] + (np.array(self.axes.parts),)
+        where = self._parts
         new = change(self.static, self.params, axes, w[where])
         if isinstance(w, np.ndarray):
             w = w.copy()
             w[where] = new
             return w
         return w.at[where].set(new)
+
+    @property
+    def _parts(self) -> tuple[Any, ...]:
+        """The adapted parts as an index into the weight."""
+        return (slice(None),) * self.axes.batch[0] + (np.array(self.axes.parts),)
 
     def _where(self, letters: str, use: Use) -> tuple[Any, ...] | None:
         letter = use.w[self.axes.batch[0]]
@@ -169,6 +197,10 @@ class Several:
     def axes(self) -> Axes:
         return self.hooks[0].axes
 
+    @property
+    def replaces(self) -> bool:
+        return all(hook.replaces for hook in self.hooks)
+
     def input(self, use: Use, x: Array) -> Array:
         for hook in self.hooks:
             x = hook.input(use, x)
@@ -188,6 +220,22 @@ class Several:
         for hook in self.hooks:
             bias = hook.bias(bias)
         return bias
+
+
+def refuse_rivals(leaves: Mapping[str, Mapping[str, Method]]) -> None:
+    """Raise if several active adapters each put something of their own in one leaf's place.
+
+    Args:
+        leaves: `{leaf: {adapter: method}}` of the active adapters.
+    """
+    rivals = {leaf: [n for n, m in at.items() if m.replaces] for leaf, at in leaves.items()}
+    lines = [f"{leaf}: {', '.join(those)}" for leaf, those in rivals.items() if len(those) > 1]
+    if lines:
+        raise AttachError(
+            "several of these adapters hold a full copy of one weight, and only one can stand in its place:\n"
+            + paths.listing(lines)
+            + "\nActivate one of them"
+        )
 
 
 def einsum(subscripts: str, *operands: Array) -> Array:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxadapt import targets
 from jaxadapt.axes import LETTERS, Axes, Use
 from jaxadapt.configs import Config, IA3Config
-from jaxadapt.errors import AttachError, ConfigError
+from jaxadapt.errors import AttachError
 from jaxadapt.keymap import Site
 from jaxadapt.methods.base import Array, Drop, Method, Params, one_value
 from jaxadapt.weight import Tensor
@@ -36,10 +36,6 @@ class IA3(Method):
 
     def check(self, config: Config) -> None:
         assert isinstance(config, IA3Config)
-        if config.modules_to_save:
-            raise ConfigError(
-                f"modules_to_save={config.modules_to_save!r} is not supported yet, and will not be ignored"
-            )
 
     def tensors(self, config: IA3Config, site: Site, modules: Sequence[str]) -> tuple[Tensor, ...]:
         if self.static(config, modules).feedforward:

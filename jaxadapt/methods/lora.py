@@ -141,8 +141,6 @@ def _product(params: Params, axes: Axes) -> Array:
 
 
 _NOT_YET: dict[str, Any] = {
-    "bias": "none",
-    "modules_to_save": None,
     "trainable_token_indices": None,
     "use_dora": False,
     "lora_bias": False,

@@ -1,0 +1,63 @@
+"""A leaf of which the adapter holds a full copy: `modules_to_save` and trained biases, with PEFT's conventions.
+
+In the model, per site: `copy`, as the base's leaf is; in the file the base weight's own name and layout. An
+active adapter's copy stands in for the leaf wherever its module reads it; the original stays as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NoReturn
+
+from jaxadapt.axes import Axes, Use
+from jaxadapt.configs import Config
+from jaxadapt.errors import AttachError
+from jaxadapt.keymap import Site
+from jaxadapt.methods.base import Array, Drop, Method, Params
+from jaxadapt.weight import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """Why the leaf is copied."""
+
+    because: str
+
+
+class Copied(Method):
+    """W' instead of W."""
+
+    peft_type = ""  # of no method of PEFT's: it goes with any
+    replaces = True
+
+    def __init__(self, because: str, wrapped: bool = False) -> None:
+        self._because, self._wrapped = because, wrapped
+
+    def check(self, config: Config) -> None:
+        pass
+
+    def tensors(self, config: Config, site: Site, modules: Sequence[str]) -> tuple[Tensor, ...]:
+        wrapped = ".base_layer" if self._wrapped else ""
+        return (Tensor("copy", wrapped, (), (), whole=True, from_base=True, degree=1),)
+
+    def static(self, config: Config, modules: Sequence[str]) -> Static:
+        return Static(self._because)
+
+    def fresh(self, config: Config, tensor: Tensor, key: Array, shape: Sequence[int], fan_in: int) -> NoReturn:
+        raise AssertionError("a copy begins as the base's leaf")
+
+    def from_base(self, static: Static, params: Params, axes: Axes, w: Array) -> dict[str, Array]:
+        return {"copy": w}
+
+    def output(self, static: Static, params: Params, use: Use, x: Array, y: Array, drop: Drop | None) -> NoReturn:
+        raise AssertionError("a copy takes the leaf's place, and no part in a product")
+
+    def weight(self, static: Static, params: Params, axes: Axes, w: Array) -> Array:
+        return params["copy"].astype(w.dtype)
+
+    def unweight(self, static: Static, params: Params, axes: Axes, w: Array) -> NoReturn:
+        raise AttachError(
+            f"{static.because} puts a copy into the leaf's place, and nothing of the original is left in it; keep the"
+            " parameters as they were before merging"
+        )
