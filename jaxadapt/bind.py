@@ -119,6 +119,8 @@ def resolve(
 
     Raises `KeyMapError` where "all-linear" meets weights that may be linear and nobody can tell.
     """
+    if not targets.is_all_linear(config) and not any(w.fan_in_fan_out for w in keymap.weights):
+        return targets.with_heads(config)
     found, unmapped = _inventory(keymap, shapes, unsure)
     linear = _linear(methods.of(config), found)
     if targets.is_all_linear(config):
@@ -354,7 +356,7 @@ def renamed(config: Config, before: Sequence[Bound], table: KeyMap) -> Config:
 
 def _braced_sizes(bound: Bound, site: Site) -> dict[str, int]:
     """Sizes of the braced axes of another table's line for the same leaf, axis by axis."""
-    known = {name: n for e in bound.entries for name, n in zip(e.left, e.shape, strict=True)}
+    known = {name: n for e in bound.entries for name, n in zip(e.form.left, e.form.shape, strict=True)}
     sizes = {new: known.get(old, 0) for old, new in zip(bound.site.weight.left, site.weight.left, strict=True)}
     return {axis: len(site.weight.names(axis) or ()) or sizes[axis] for axis in site.braced}
 

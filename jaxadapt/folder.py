@@ -15,7 +15,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -236,19 +236,28 @@ def read(path: str | os.PathLike[str]) -> PeftTensors:
     Reads `.safetensors` first, else a PyTorch `.bin` (nothing in it is executed).
     Raises `FileError`, `FormatError` or `ConfigError`, naming the file.
     """
+    with opened(path) as found:
+        held = found.tensors
+        tensors = held.read_many(held) if isinstance(held, safetensors.TensorFile) else dict(held)
+        return dataclasses.replace(found, tensors=tensors)
+
+
+@contextlib.contextmanager
+def opened(path: str | os.PathLike[str]) -> Generator[PeftTensors]:
+    """As `read`, but the tensors of a `.safetensors` file are read when they are asked for, while it is open."""
     from jaxadapt.adapter import PeftTensors
 
     config, weights = _files(path)
-    if weights.name == WEIGHTS:
-        with safetensors.open_tensors(weights) as file:
-            settled = _settle(config, file.header, weights)
-            tensors: Mapping[str, Any] = file.read_many(file)
-    else:
-        settled = _settle(config, None, weights)
-        tensors = torch_bin.read(weights)
-    if not tensors:
-        raise MismatchError(f"{weights}: expected an adapter's tensors, found a file without any")
-    return PeftTensors(settled, dict(tensors), str(path))
+    with contextlib.ExitStack() as stack:
+        if weights.name == WEIGHTS:
+            tensors: Mapping[str, Any] = stack.enter_context(safetensors.open_tensors(weights))
+            settled = _settle(config, tensors.header, weights)
+        else:
+            settled = _settle(config, None, weights)
+            tensors = torch_bin.read(weights)
+        if not tensors:
+            raise MismatchError(f"{weights}: expected an adapter's tensors, found a file without any")
+        yield PeftTensors(settled, tensors, str(path))
 
 
 # ---------------------------------------------------------------- writing

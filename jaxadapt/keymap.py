@@ -53,6 +53,13 @@ class Site:
 
     def module(self, index: Mapping[str, str]) -> str:
         """The PyTorch module name of one entry of the braced axes, given as `{axis: text}`."""
+        return self._named(index) if index else self._name
+
+    @functools.cached_property
+    def _name(self) -> str:
+        return self._named({})
+
+    def _named(self, index: Mapping[str, str]) -> str:
         name = self.weight.key.format(**dict(self.holes), **index)
         return name.removesuffix("weight").removesuffix(".")
 

@@ -36,7 +36,8 @@ def flatten(tree: Mapping[Any, Any], is_leaf: Callable[[Any], bool] | None = Non
 
     def walk(node: Mapping[Any, Any], prefix: str) -> None:
         for key, value in node.items():
-            path = join(prefix, str(key))
+            text = str(key)
+            path = f"{prefix}{SEPARATOR}{text}" if prefix and text else prefix or text
             if isinstance(value, Mapping) and not (is_leaf is not None and is_leaf(value)):
                 walk(value, path)  # pyright: ignore[reportUnknownArgumentType]
             elif path in out:

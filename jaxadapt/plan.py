@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxadapt import paths, weight
+from jaxadapt.arrangement import Arrangement
 from jaxadapt.errors import KeyMapError, MismatchError
 from jaxadapt.keymap import KeyMap, Site, entries
 from jaxadapt.weight import Tensor
@@ -28,120 +28,57 @@ Array = Any
 class Entry:
     """One JAX leaf and the file tensors that hold it: one, or one per stacked layer and fused part.
 
-    `left` names the leaf's axes with `shape`; `right` groups them into PyTorch's axes; `split` are the
-    positions of the axes PyTorch lacks, and `keys` their tensors, row-major over `split`. The leaf is `factor`
-    times what the file holds; `sizes` are those of the parts of axes in parentheses.
+    `keys` are the tensors of `form`, in its order.
     """
 
     path: str
-    shape: tuple[int, ...]
-    left: tuple[str, ...]
-    right: tuple[tuple[str, ...], ...]
-    split: tuple[int, ...]
+    form: Arrangement
     keys: tuple[str, ...]
-    factor: float = 1.0
-    sizes: tuple[tuple[str, int], ...] = ()
-
-    @functools.cached_property
-    def _coarse(self) -> tuple[int, ...]:
-        return tuple(size for i, size in enumerate(self.shape) if i not in self.split)
-
-    @functools.cached_property
-    def _inner(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
-        keep = [(n, size) for i, (n, size) in enumerate(zip(self.left, self.shape, strict=True)) if i not in self.split]
-        parts = [weight.split(n, size, dict(self.sizes)) for n, size in keep]
-        names, sizes = [n for part in parts for n in part], [size for part in parts for size in part.values()]
-        return tuple(names), tuple(sizes)
 
     @property
-    def exact(self) -> bool:
-        """Whether the two ways round give back every bit: a factor that is no power of two rounds."""
-        return math.frexp(self.factor)[0] == 0.5
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the leaf."""
+        return self.form.shape
 
-    @functools.cached_property
-    def file_shape(self) -> tuple[int, ...]:
-        """The shape of each file tensor, in PyTorch's layout."""
-        size = dict(zip(*self._inner, strict=True))
-        return tuple(math.prod(size[n] for n in group) for group in self.right)
+    def dtype(self, dtypes: Mapping[str, Any]) -> np.dtype[Any]:
+        """The dtype of the leaf whose tensors have these, by key.
 
-    @functools.cached_property
-    def _flat(self) -> tuple[str, ...]:
-        return tuple(n for group in self.right for n in group)
-
-    def _index(self, i: int) -> tuple[Any, ...]:
-        where: list[Any] = [slice(None)] * len(self.left)
-        for axis in reversed(self.split):
-            i, where[axis] = divmod(i, self.shape[axis])
-        return tuple(where)
-
-    def encode(self, leaf: Array, i: int) -> Array:
-        """The tensor of `keys[i]`, a view of `leaf` wherever its memory allows.
-
-        >>> import numpy as np
-        >>> e = Entry("b", (4, 2, 3), ("r", "n", "h"), (("n", "h"), ("r",)), (), ("B",))
-        >>> e.encode(np.zeros((4, 2, 3)), 0).shape
-        (6, 4)
+        Raises `MismatchError` if they differ and no dtype holds them all exactly.
         """
-        names, sizes = self._inner
-        piece = leaf[self._index(i)] if self.split else leaf
-        if self.factor != 1:
-            piece = _times(piece, 1 / self.factor)
-        merged = self._merge(names)
-        if merged is not None:  # neighbours only: merge first, and the transpose stays a view
-            order, shape = merged
-            return piece.reshape(shape).transpose(order)
-        return piece.reshape(sizes).transpose([names.index(n) for n in self._flat]).reshape(self.file_shape)
-
-    def _merge(self, names: tuple[str, ...]) -> tuple[list[int], tuple[int, ...]] | None:
-        groups = [g for g in self.right if g]
-        starts: list[tuple[int, int]] = []
-        for at, group in enumerate(groups):
-            first = names.index(group[0])
-            if names[first : first + len(group)] != group:
-                return None
-            starts.append((first, at))
-        order = [at for _, at in sorted(starts)]
-        shape = [self.file_shape[self.right.index(groups[at])] for at in order]
-        perm = [order.index(at) for at in range(len(groups))]
-        for axis, group in enumerate(self.right):  # size-1 axes PyTorch has and JAX lacks
-            if not group:
-                perm = [*perm[:axis], len(shape), *perm[axis:]]
-                shape.append(1)
-        return perm, tuple(shape)
-
-    def decode(self, tensors: Sequence[Array]) -> Array:
-        """The leaf from the tensors of `keys`, in order; several are joined in numpy.
-
-        Raises `MismatchError` if their dtypes differ and no dtype holds them all exactly.
-        """
-        names, sizes = self._inner
-        size = dict(zip(names, sizes, strict=True))
-        back = [self._flat.index(n) for n in names]
-        shape = [size[n] for n in self._flat]
-        if not self.split:
-            leaf = tensors[0].reshape(shape).transpose(back).reshape(self.shape)
-            return leaf if self.factor == 1 else _times(leaf, self.factor)
-        out = np.empty(self.shape, dtype=self._common(tensors))
-        for i, tensor in enumerate(tensors):
-            out[self._index(i)] = np.asarray(tensor).reshape(shape).transpose(back).reshape(self._coarse)
-        return out if self.factor == 1 else _times(out, self.factor)
-
-    def _common(self, tensors: Sequence[Array]) -> Any:
-        dtypes = {np.dtype(t.dtype) for t in tensors}
+        found = {np.dtype(dtypes[key]) for key in self.keys}
+        if len(found) == 1:
+            return found.pop()
         try:
-            return np.result_type(*dtypes)
+            return np.result_type(*found)
         except TypeError as error:
-            found = ", ".join(sorted(d.name for d in dtypes))
+            names = ", ".join(sorted(d.name for d in found))
             raise MismatchError(
                 f"{self.path!r} is one array in this model, but its tensors {self.keys[0]!r}, … have the"
-                f" dtypes {found}, which no dtype holds exactly; convert them to one"
+                f" dtypes {names}, which no dtype holds exactly; convert them to one"
             ) from error
 
+    def decode(self, tensors: Mapping[str, Array]) -> Array:
+        """The leaf from `{key: tensor}`; numpy or JAX arrays, traced ones too. A view where that is enough."""
+        form, mine = self.form, [tensors[key] for key in self.keys]
+        if not form.split:
+            return form.decode(mine[0])
+        dtype = self.dtype({key: t.dtype for key, t in zip(self.keys, mine, strict=True)})
+        xp = mine[0].__array_namespace__()
+        parts = xp.stack([form.decode(t.astype(dtype)) for t in mine])
+        counts = tuple(form.shape[axis] for axis in form.split)
+        parts = parts.reshape(counts + parts.shape[1:])
+        return xp.moveaxis(parts, tuple(range(len(counts))), form.split)
 
-def _times(x: Array, factor: float) -> Array:
-    """x · factor in x's dtype, rounded once: 16-bit numbers are multiplied in float32."""
-    wide = x.astype(np.promote_types(x.dtype, np.float32))
-    return (wide * wide.dtype.type(factor)).astype(x.dtype)
+    def fill(self, out: np.ndarray[Any, Any], i: int, tensor: np.ndarray[Any, Any]) -> None:
+        """Put the tensor of `keys[i]` into its place in the leaf."""
+        place = out[self.form.index(i)]
+        if self.form.factor != 1 and place.dtype.itemsize > tensor.dtype.itemsize:
+            tensor = tensor.astype(place.dtype)  # so that the product is rounded once
+        part = self.form.decode(tensor)
+        if place.dtype == part.dtype and place.ndim:  # numpy copies plain bits fastest
+            bits = np.dtype(f"u{place.dtype.itemsize}")
+            place, part = place.view(bits), part.view(bits)
+        np.copyto(place, part, casting="unsafe")  # the caller chose the dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,12 +95,12 @@ class Plan:
     @functools.cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """`{key: shape}` of the file."""
-        return {key: entry.file_shape for key, (entry, _) in self.keys.items()}
+        return {key: e.form.file_shape for e in self.entries for key in e.keys}
 
     @functools.cached_property
     def inexact(self) -> dict[str, float]:
         """`{leaf: factor}` of those that a factor rounds on the way, in either direction."""
-        return {e.path: e.factor for e in self.entries if not e.exact}
+        return {e.path: e.form.factor for e in self.entries if not e.form.exact}
 
     def check(
         self,
@@ -213,7 +150,7 @@ class Plan:
 
     def decode(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
         """`{path: leaf}` from `{key: array}`."""
-        return {e.path: e.decode([tensors[k] for k in e.keys]) for e in self.entries}
+        return {e.path: e.decode(tensors) for e in self.entries}
 
 
 class Spec(NamedTuple):
@@ -236,8 +173,9 @@ class Encoded(Mapping[str, Any]):
     def specs(self) -> dict[str, Spec]:
         """Shapes and dtypes by key, without making a tensor."""
         return {
-            key: Spec(e.file_shape, self.dtype or np.dtype(self.leaves[e.path].dtype))
+            key: spec
             for e in self.plan.entries
+            for spec in (Spec(e.form.file_shape, self.dtype or np.dtype(self.leaves[e.path].dtype)),)
             for key in e.keys
         }
 
@@ -245,7 +183,7 @@ class Encoded(Mapping[str, Any]):
         entry, i = self.plan.keys[key]
         leaf = self.leaves[entry.path]
         # On the host a tensor is a view where the layouts allow; on a device each step is a computation.
-        tensor = entry.encode(np.asarray(leaf) if self.host else leaf, i)
+        tensor = entry.form.encode(np.asarray(leaf) if self.host else leaf, i)
         return tensor if self.dtype is None or tensor.dtype == self.dtype else tensor.astype(self.dtype)
 
     def __contains__(self, key: object) -> bool:
@@ -263,7 +201,7 @@ Layout = tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]
 
 def _layout(site: Site, tensor: Tensor) -> Layout:
     """A tensor's axis names in the model (stacked axes where the base has them) and in the file."""
-    known = site.weight.layouts  # one line serves every layer, and this is asked for each of its tensors
+    known = site.weight.memo  # one line serves every layer, and this is asked for each of its tensors
     found = known.get(tensor)
     if found is None:
         found = known[tensor] = _make_layout(site, tensor)
@@ -299,12 +237,31 @@ def _make_layout(site: Site, tensor: Tensor) -> Layout:
 
 def entry(keymap: KeyMap, site: Site, tensor: Tensor, sizes: Mapping[str, int]) -> Entry:
     """The entry of one tensor at one site; `sizes` are those of the base leaf's axes, by name."""
-    left, right = _layout(site, tensor)
-    only = {site.roles["fused"][0]: site.parts} if site.parts is not None else {}
-    split = tuple(i for i, n in enumerate(left) if n.startswith("{"))
-    texts = entries(site.weight, [left[i] for i in split], sizes, only)
-    keys = tuple(_key(keymap, site, tensor, text) for _, text in texts)
-    shape = _shape(site, tensor, sizes, left)
+    form, texts = _arranged(keymap, site, tensor, sizes)
+    keys = tuple(_key(keymap, site, tensor, text) for text in texts)
+    return Entry(paths.join(site.leaf, tensor.name), form, keys)
+
+
+def _arranged(
+    keymap: KeyMap, site: Site, tensor: Tensor, sizes: Mapping[str, int]
+) -> tuple[Arrangement, list[dict[str, str]]]:
+    """The arrangement of a tensor at a line, and what fills the key's holes for each of its file tensors."""
+    known = site.weight.memo
+    at = (tensor, site.parts, *sizes.items())
+    found = known.get(at)
+    if found is None:
+        left, right = _layout(site, tensor)
+        only = {site.roles["fused"][0]: site.parts} if site.parts is not None else {}
+        split = tuple(i for i, n in enumerate(left) if n.startswith("{"))
+        texts = [text for _, text in entries(site.weight, [left[i] for i in split], sizes, only)]
+        shape, factor = _shape(site, tensor, sizes, left), _factor(keymap, site, tensor, sizes)
+        form = Arrangement(shape, left, right, split, factor, site.weight.sizes)
+        found = known[at] = form, texts
+    return found
+
+
+def _factor(keymap: KeyMap, site: Site, tensor: Tensor, sizes: Mapping[str, int]) -> float:
+    """What the file's tensor is multiplied by to give the model's."""
     factor = 1.0
     if site.weight.scale is not None and tensor.degree != 0:
         if tensor.degree is None:
@@ -313,8 +270,7 @@ def entry(keymap: KeyMap, site: Site, tensor: Tensor, sizes: Mapping[str, int]) 
                 f" makes of {tensor.name} is not known: leave the module out, or use a method such as LORA"
             )
         factor = site.weight.factor(sizes) ** tensor.degree
-    path = paths.join(site.leaf, tensor.name)
-    return Entry(path, shape, left, right, split, keys, factor, site.weight.sizes)
+    return factor
 
 
 def _key(keymap: KeyMap, site: Site, tensor: Tensor, text: Mapping[str, str]) -> str:
@@ -431,7 +387,8 @@ def base_plan(keymap: KeyMap, shapes: Mapping[str, Sequence[int]]) -> Plan:
             for _, text in entries(site.weight, [left[i] for i in split], sizes)
         )
         line = site.weight
-        out.append(Entry(leaf, tuple(shape), left, line.right, split, keys, line.factor(sizes), line.sizes))
+        form = Arrangement(tuple(shape), left, line.right, split, line.factor(sizes), line.sizes)
+        out.append(Entry(leaf, form, keys))
     if problems:
         raise KeyMapError(f"the table {keymap.name!r} does not fit these leaves:\n" + paths.listing(problems))
     return plan(out)

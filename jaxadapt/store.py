@@ -10,7 +10,6 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxadapt import attach, bind, families, folder, linen, methods, nnx, nnx_survey, paths, targets
+from jaxadapt import attach, bind, families, folder, linen, methods, nnx, nnx_survey, paths, targets, transfer
 from jaxadapt.adapter import Adapter, PeftTensors, Recipe
-from jaxadapt.codecs import files
 from jaxadapt.configs import Config
 from jaxadapt.errors import AdapterError, AttachError, ConfigError, FileError, MismatchError
 from jaxadapt.keymap import PEFT_PREFIX, KeyMap
-from jaxadapt.plan import Encoded
 
 
 def to_peft(
@@ -167,15 +164,9 @@ def from_peft(
 
 
 def _decoded(
-    tensors: PeftTensors,
-    target: Any,
-    keymap: Any,
-    dtype: Any,
-    stack_axes: Any,
-    example: Any,
-    own: bool = False,
+    tensors: PeftTensors, target: Any, keymap: Any, dtype: Any, stack_axes: Any, example: Any
 ) -> tuple[Adapter, tuple[bind.Bound, ...]]:
-    """The adapter, and its sites. `own`: nobody else holds the tensors, so arrays may share their memory."""
+    """The adapter, and its sites."""
     if not isinstance(tensors, PeftTensors):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise AttachError(
             f"expected PeftTensors (from read or to_peft), found {type(tensors).__name__};"
@@ -187,37 +178,16 @@ def _decoded(
         plan = bind.file_plan(bounds)
     except AdapterError as error:
         raise type(error)(f"{tensors.source}: {error}") from error
-    held = tensors.tensors
-    specs = held.specs if isinstance(held, Encoded) else held
-    dtypes = {key: np.dtype(spec.dtype) for key, spec in specs.items()}
+    specs = transfer.specs(tensors.tensors)
+    dtypes = {key: spec.dtype for key, spec in specs.items()}
     odd = [f"{k}: {d.name}, expected floats" for k, d in dtypes.items() if not jnp.issubdtype(d, jnp.floating)]
-    plan.check({key: tuple(spec.shape) for key, spec in specs.items()}, tensors.source, odd, recipe.keymap.name)
+    plan.check({key: spec.shape for key, spec in specs.items()}, tensors.source, odd, recipe.keymap.name)
     if dtype is None and np.dtype("float64") in dtypes.values() and jnp.zeros(0, float).dtype != "float64":
         warnings.warn(
             f"{tensors.source}: float64 tensors become float32, since jax_enable_x64 is off", stacklevel=3
         )
-    leaves = plan.decode(held)
-    if dtype is not None:
-        leaves = {path: leaf.astype(dtype, copy=False) for path, leaf in leaves.items()}
-    if not own:  # JAX takes aligned, contiguous memory as it is, and whoever gave it may write to it again
-        leaves = {p: x.copy() if isinstance(x, np.ndarray) else x for p, x in leaves.items()}
-    else:
-        # numpy transposes 16-bit numbers faster than XLA's client does, and lets go of the interpreter meanwhile
-        with ThreadPoolExecutor(2) as pool:
-            leaves = dict(zip(leaves, pool.map(_contiguous, leaves.values()), strict=True))
-    # All at once, since each call costs a tenth of a millisecond; aligned memory of our own is taken as it is.
-    leaves = jax.device_put(leaves, may_alias=own)
+    leaves = transfer.arrays(plan, tensors.tensors, dtypes, dtype)
     return Adapter(recipe.config, paths.unflatten(leaves), recipe.keymap), bounds
-
-
-def _contiguous(leaf: Any) -> Any:
-    """The array in C order in aligned memory, copied if it is a transposed view."""
-    if not isinstance(leaf, np.ndarray) or leaf.flags.c_contiguous:
-        return leaf
-    out = files.aligned(leaf.nbytes).view(leaf.dtype).reshape(leaf.shape)
-    bits = np.dtype(f"u{leaf.dtype.itemsize}")
-    np.copyto(out.view(bits), leaf.view(bits))
-    return out
 
 
 def _plan_for(
@@ -295,8 +265,8 @@ def load(
             " for bare parameters, from_peft(read(path), params) gives the adapter"
         )
     below = _below(path, name)
-    tensors = folder.read(below if (below / folder.CONFIG).exists() else path)
-    adapter, bounds = _decoded(tensors, target, keymap, dtype, stack_axes, example, own=True)
+    with folder.opened(below if (below / folder.CONFIG).exists() else path) as tensors:
+        adapter, bounds = _decoded(tensors, target, keymap, dtype, stack_axes, example)
     present = _attached_config(target, name)
     if present is not None and present != adapter.config and not replace:
         raise ConfigError(

@@ -69,6 +69,8 @@ def pattern_value(patterns: Mapping[str, _T], name: str, default: _T) -> _T:
     >>> pattern_value({"q_proj": 4, r"layers\\.\\d+\\.v_proj": 2}, "model.layers.7.v_proj", 8)
     2
     """
+    if not patterns:
+        return default
     for key, value in patterns.items():
         # EVA writes one full name a module: compiling hundreds of them costs more than matching, so plain
         # names (in which only "." is special) are sorted out by their last part first.

@@ -180,8 +180,8 @@ class Weight:
         return self.leaf.rpartition("}")[2]
 
     @functools.cached_property
-    def layouts(self) -> dict[Tensor, Any]:
-        """A memo for `plan`: the axis names of a method's tensors at this line."""
+    def memo(self) -> dict[Any, Any]:
+        """For `plan`: how a method's tensors lie in arrays of this line."""
         return {}
 
     @functools.cached_property

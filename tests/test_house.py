@@ -18,8 +18,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "jaxadapt"
 # Packages are listed by their first part: "configs" stands for everything under jaxadapt/configs/.
 FLOORS = [
     ["errors", "paths", "axes", "configs"],
-    "weight keymap generic plan adapter trace layout liveness layers filters targets codecs".split(),
-    ["methods", "families", "copies", "bind", "folder", "dialects", "sharding", "card"],
+    "weight arrangement keymap generic plan adapter trace layout liveness layers filters targets codecs".split(),
+    ["methods", "families", "copies", "bind", "folder", "transfer", "dialects", "sharding", "card"],
     ["linen", "linen_call", "linen_survey", "nnx", "nnx_survey", "merging"],
     ["attach", "store", "report"],
     ["hub", "checkpoint", "serving"],
@@ -31,6 +31,8 @@ TOP = len(FLOORS)  # __init__ and __main__ see everything
 # Imports within one floor, each with its reason. A package's own files may import each other, and everything
 # may raise: `errors` lies below floor 0.
 SAME_FLOOR = {
+    ("arrangement", "weight"): "axes of a line are split as it says",
+    ("plan", "arrangement"): "a plan's entries are arranged",
     ("plan", "keymap"): "a plan is a keymap applied to shapes",
     ("keymap", "weight"): "a table is made of lines",
     ("generic", "weight"): "the lines where no family has one",

@@ -7,6 +7,7 @@ import os
 import stat
 import warnings
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -245,6 +246,27 @@ def test_to_peft_inside_jit():
     traced = jax.jit(lambda a: dict(jaxadapt.to_peft(a).tensors))(adapter)
     for key, value in jaxadapt.to_peft(adapter).tensors.items():
         np.testing.assert_array_equal(traced[key], value)
+
+
+def test_from_peft_inside_jit_takes_stacked_and_fused_leaves():
+    line = jaxadapt.Weight("kv", "h.{l}.{p}_proj.weight", "{p} i {l} n h -> (n h) i", p=("k", "v"))
+    table = jaxadapt.KeyMap("t", (line,))
+    base = {"kv": jax.ShapeDtypeStruct((2, 4, 3, 2, 5), "float32")}
+    config = jaxadapt.LoraConfig(r=2, target_modules=["k_proj", "v_proj"])
+    adapter = small.noisy(jaxadapt.init(config, base, key=jax.random.key(0), keymap=table))
+    tensors = jaxadapt.to_peft(adapter)
+    assert len(tensors.tensors) == 12
+
+    @jax.jit
+    def back(given: Any) -> Any:
+        return jaxadapt.from_peft(jaxadapt.PeftTensors(config, given), base, keymap=table)
+
+    held = dict(tensors.tensors)
+    assert same(back(held), adapter)
+    assert same(jaxadapt.from_peft(tensors, base, keymap=table), adapter)
+    first, *rest = held
+    mixed = {first: jnp.asarray(held[first]), **{key: held[key] for key in rest}}
+    assert same(jaxadapt.from_peft(jaxadapt.PeftTensors(config, mixed), base, keymap=table), adapter)
 
 
 def test_what_from_peft_gives_does_not_change_with_its_source():

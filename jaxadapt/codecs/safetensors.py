@@ -11,7 +11,7 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from jaxadapt.codecs import atomic, files, runs
 from jaxadapt.codecs.header import (
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MAX_HEADER",
     "Header",
+    "Spec",
     "TensorFile",
     "TensorInfo",
     "dtype_name",
@@ -122,6 +123,13 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         return _header_of(file, size, name)
 
 
+class Spec(NamedTuple):
+    """What a tensor is, without its values."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
 class TensorFile(Mapping[str, "np.ndarray"]):
     """An open file: each `[key]` reads that tensor's bytes into a new array (C order, 64-byte aligned).
 
@@ -149,10 +157,23 @@ class TensorFile(Mapping[str, "np.ndarray"]):
             raise FormatError(f"{self.path}: tensor {key!r}: {error}") from None
 
     def __getitem__(self, key: str) -> np.ndarray:
+        return self.read_into(key, None)
+
+    def read_into(self, key: str, memory: np.ndarray | None) -> np.ndarray:
+        """`self[key]` in the first bytes of `memory` (uint8, aligned for the dtype); in new memory if None."""
         fd, info, dtype = self._find(key)
-        data = files.aligned(info.nbytes)
+        data = files.aligned(info.nbytes) if memory is None else memory[: info.nbytes]
         files.read_into(fd, [(f"tensor {key!r}", data.data)], self.header.data_start + info.start, self.path)
         return data.view(dtype).reshape(info.shape)
+
+    @property
+    def specs(self) -> dict[str, Spec]:
+        """Shapes and dtypes by key.
+
+        Raises:
+            FormatError: numpy has no such dtype.
+        """
+        return {key: Spec(info.shape, self._find(key)[2]) for key, info in self.header.tensors.items()}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.header.tensors)

@@ -1,0 +1,124 @@
+"""How one array of a model holds tensors of a file: PyTorch's axes, from the model's, and back.
+
+Pure: it works on shapes, and on anything that has `transpose`, `reshape` and indexing (numpy or JAX).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import numpy as np
+
+from jaxadapt import weight
+
+Array = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrangement:
+    """How one array of the model holds tensors of the file: the same for every layer of a line.
+
+    `left` names the array's axes with `shape`; `right` groups them into PyTorch's axes; `split` are the
+    positions of the axes PyTorch lacks: one tensor for each of their entries, row-major. The array is `factor`
+    times what the file holds; `sizes` are those of the parts of axes in parentheses.
+    """
+
+    shape: tuple[int, ...]
+    left: tuple[str, ...]
+    right: tuple[tuple[str, ...], ...]
+    split: tuple[int, ...]
+    factor: float = 1.0
+    sizes: tuple[tuple[str, int], ...] = ()
+
+    @functools.cached_property
+    def size(self) -> int:
+        """How many numbers the array holds."""
+        return math.prod(self.shape)
+
+    @property
+    def exact(self) -> bool:
+        """Whether the two ways round give back every bit: a factor that is no power of two rounds."""
+        return math.frexp(self.factor)[0] == 0.5
+
+    @functools.cached_property
+    def _coarse(self) -> tuple[int, ...]:
+        """The shape of one tensor's part of the array."""
+        return tuple(size for i, size in enumerate(self.shape) if i not in self.split)
+
+    @functools.cached_property
+    def _inner(self) -> dict[str, int]:
+        """The axes of one tensor and their sizes, in the model's order, split ones by their parts."""
+        keep = (i for i in range(len(self.left)) if i not in self.split)
+        parts = (weight.split(self.left[i], self.shape[i], dict(self.sizes)) for i in keep)
+        return {name: size for part in parts for name, size in part.items()}
+
+    @functools.cached_property
+    def _flat(self) -> dict[str, int]:
+        """The same in PyTorch's order."""
+        return {n: self._inner[n] for group in self.right for n in group}
+
+    @functools.cached_property
+    def file_shape(self) -> tuple[int, ...]:
+        """The shape of each file tensor, in PyTorch's layout."""
+        return tuple(math.prod(self._inner[n] for n in group) for group in self.right)
+
+    @functools.cached_property
+    def _orders(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The transposes from the model's axes to PyTorch's, and back."""
+        ours, theirs = list(self._inner), list(self._flat)
+        return tuple(ours.index(n) for n in theirs), tuple(theirs.index(n) for n in ours)
+
+    def index(self, i: int) -> tuple[Any, ...]:
+        """Where in the array the tensor number `i` lies."""
+        where: list[Any] = [slice(None)] * len(self.left)
+        for axis in reversed(self.split):
+            i, where[axis] = divmod(i, self.shape[axis])
+        return tuple(where)
+
+    def encode(self, leaf: Array, i: int) -> Array:
+        """The tensor number `i`, a view of `leaf` wherever its memory allows.
+
+        >>> form = Arrangement((4, 2, 3), ("r", "n", "h"), (("n", "h"), ("r",)), ())
+        >>> form.encode(np.zeros((4, 2, 3)), 0).shape
+        (6, 4)
+        """
+        piece = leaf[self.index(i)] if self.split else leaf
+        if self.factor != 1:
+            piece = _times(piece, 1 / self.factor)
+        if self._merged is not None:  # neighbours only: merge first, and the transpose stays a view
+            order, shape = self._merged
+            return piece.reshape(shape).transpose(order)
+        return piece.reshape(tuple(self._inner.values())).transpose(self._orders[0]).reshape(self.file_shape)
+
+    @functools.cached_property
+    def _merged(self) -> tuple[list[int], tuple[int, ...]] | None:
+        names = tuple(self._inner)
+        groups = [g for g in self.right if g]
+        starts: list[tuple[int, int]] = []
+        for at, group in enumerate(groups):
+            first = names.index(group[0])
+            if names[first : first + len(group)] != group:
+                return None
+            starts.append((first, at))
+        order = [at for _, at in sorted(starts)]
+        shape = [self.file_shape[self.right.index(groups[at])] for at in order]
+        perm = [order.index(at) for at in range(len(groups))]
+        for axis, group in enumerate(self.right):  # size-1 axes PyTorch has and JAX lacks
+            if not group:
+                perm = [*perm[:axis], len(shape), *perm[axis:]]
+                shape.append(1)
+        return perm, tuple(shape)
+
+    def decode(self, tensor: Array) -> Array:
+        """The part of the array that one tensor makes, a view where its memory allows."""
+        part = tensor.reshape(tuple(self._flat.values())).transpose(self._orders[1]).reshape(self._coarse)
+        return part if self.factor == 1 else _times(part, self.factor)
+
+
+def _times(x: Array, factor: float) -> Array:
+    """x · factor in x's dtype, rounded once: 16-bit numbers are multiplied in float32."""
+    wide = x.astype(np.promote_types(x.dtype, np.float32))
+    return (wide * wide.dtype.type(factor)).astype(x.dtype)
