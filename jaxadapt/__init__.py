@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         init,
         inject,
     )
+    from jaxadapt.combining import combine
     from jaxadapt.configs import Config, IA3Config, LoraConfig
     from jaxadapt.errors import (
         AdapterError,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from jaxadapt.keymap import KeyMap
     from jaxadapt.merging import merge, unmerge
     from jaxadapt.nnx import AdapterParam, BaseParam
+    from jaxadapt.reducing import resize_rank, to_lora
     from jaxadapt.report import summary
     from jaxadapt.store import from_peft, load, save, to_peft
     from jaxadapt.weight import Weight
@@ -60,6 +62,8 @@ _HOME = {
         "attach": "adapt init extract inject activate disable delete detach",
         "report": "summary",
         "merging": "merge unmerge",
+        "combining": "combine",
+        "reducing": "resize_rank to_lora",
         "store": "save load to_peft from_peft",
         "folder": "read write inspect read_config",
         "errors": "AdapterError ConfigError FileError FormatError KeyMapError MismatchError TargetError "
@@ -88,6 +92,7 @@ __all__ = [
     "Weight",
     "activate",
     "adapt",
+    "combine",
     "delete",
     "detach",
     "disable",
@@ -100,8 +105,10 @@ __all__ = [
     "merge",
     "read",
     "read_config",
+    "resize_rank",
     "save",
     "summary",
+    "to_lora",
     "to_peft",
     "unmerge",
     "write",

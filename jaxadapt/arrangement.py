@@ -117,6 +117,27 @@ class Arrangement:
         part = tensor.reshape(tuple(self._flat.values())).transpose(self._orders[1]).reshape(self._coarse)
         return part if self.factor == 1 else _times(part, self.factor)
 
+    @functools.cached_property
+    def count(self) -> int:
+        """How many tensors the array holds."""
+        return math.prod(self.shape[axis] for axis in self.split)
+
+    @functools.cached_property
+    def _front(self) -> tuple[int, ...]:
+        return (*self.split, *(i for i in range(len(self.shape)) if i not in self.split))
+
+    def rows(self, leaf: Array) -> Array:
+        """All the tensors at once, `(count, *file_shape)`."""
+        pieces = leaf.transpose(self._front).reshape((self.count, *self._inner.values()))
+        out = pieces.transpose((0, *(1 + i for i in self._orders[0]))).reshape((self.count, *self.file_shape))
+        return out if self.factor == 1 else _times(out, 1 / self.factor)
+
+    def from_rows(self, rows: Array) -> Array:
+        """The array whose `rows` these are."""
+        pieces = rows.reshape((self.count, *self._flat.values())).transpose((0, *(1 + i for i in self._orders[1])))
+        leaf = pieces.reshape([self.shape[i] for i in self._front]).transpose(np.argsort(self._front))
+        return leaf if self.factor == 1 else _times(leaf, self.factor)
+
 
 def _times(x: Array, factor: float) -> Array:
     """x · factor in x's dtype, rounded once: 16-bit numbers are multiplied in float32."""

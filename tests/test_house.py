@@ -20,8 +20,8 @@ FLOORS = [
     ["errors", "paths", "axes", "configs"],
     "weight arrangement keymap generic plan adapter trace layout liveness layers filters targets codecs".split(),
     ["methods", "families", "copies", "bind", "folder", "transfer", "dialects", "sharding", "card"],
-    ["linen", "linen_call", "linen_survey", "nnx", "nnx_survey", "merging"],
-    ["attach", "store", "report"],
+    ["linen", "linen_call", "linen_survey", "nnx", "nnx_survey", "merging", "products", "combining"],
+    ["attach", "store", "report", "reducing"],
     ["hub", "checkpoint", "serving"],
     ["cli", "demo"],
 ]
@@ -52,6 +52,8 @@ SAME_FLOOR = {
     ("linen", "linen_survey"): "one module's work in three files",
     ("linen", "linen_call"): "one module's work in three files",
     ("linen_survey", "linen_call"): "one module's work in three files",
+    ("reducing", "attach"): "a pair of trees is planned as a fresh adapter is",
+    ("combining", "products"): "it works on the matrices that products reads",
     ("merging", "linen"): "boxes are opened as Linen opens them",
     ("cli", "demo"): "`jaxadapt demo` starts it",
 }

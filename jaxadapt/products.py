@@ -1,0 +1,294 @@
+"""Plain LoRA as matrices: what combining, resizing and converting have in common.
+
+    Adapter ──pairs──► {leaf: Pair}, B (n, out, r) and A (n, r, in) for each PyTorch module ──built──► Adapter
+
+A leaf that stacks layers or fuses parts gives one pair of matrices for each module it stands for, in PyTorch's
+layout, so what is computed here is what PEFT computes module by module. Pure; runs under jit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxadapt import bind, methods, paths, plan
+from jaxadapt.adapter import Adapter
+from jaxadapt.configs import Config, LoraConfig
+from jaxadapt.errors import AttachError, ConfigError, KeyMapError
+from jaxadapt.keymap import KeyMap, Site
+from jaxadapt.plan import Entry
+
+Array = Any
+
+# With any of these the change of the weight is not s·B·A alone, or not of one weight.
+_MORE_THAN_A_PRODUCT = (
+    "use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "use_qalora", "layer_replication",
+    "target_parameters", "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config", "velora_config",
+    "monteclora_config", "megatron_config", "ensure_weight_tying",
+)  # fmt: skip
+
+# An unconverted adapter of these belongs to a base weight that its own initialisation changed.
+CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def changes_the_base(config: LoraConfig) -> bool:
+    """Whether a configuration's initialisation takes something out of the base weights."""
+    init = config.init_lora_weights
+    return isinstance(init, str) and init.lower().startswith(CHANGES_THE_BASE)
+
+
+def not_a_product(config: Config) -> list[str]:
+    """Why an adapter of this configuration is not W + s·B·A on its weights and nothing else."""
+    if not isinstance(config, LoraConfig):
+        return [f"peft_type is {config.peft_type}"]
+    found = [f"{name}={value!r}" for name in _MORE_THAN_A_PRODUCT if (value := config.get(name))]
+    if config.bias != "none":
+        found.append(f"bias={config.bias!r}")
+    return found
+
+
+# ---------------------------------------------------------------- leaves as rows of matrices
+
+
+def weight_rows(table: KeyMap, bound: bind.Bound, leaf: Array, scaled: bool = True) -> Array:
+    """A base weight (or a change of one) as `(n, out, in)`, one row for each module of a site in `placed`'s order.
+
+    In PyTorch's values, or with `scaled=False` in the leaf's own where the table has a factor.
+    """
+    entry, at = _in_base(table, bound, leaf.shape)
+    rows = (entry.form if scaled else dataclasses.replace(entry.form, factor=1.0)).rows(leaf)[at]
+    return jnp.swapaxes(rows, 1, 2) if _turned(bound) else rows
+
+
+def with_rows(table: KeyMap, bound: bind.Bound, leaf: Array, rows: Array) -> Array:
+    """The base weight with these rows; parts that are not targeted stay as they are."""
+    entry, at = _in_base(table, bound, leaf.shape)
+    rows = jnp.swapaxes(rows, 1, 2) if _turned(bound) else rows
+    if bound.site.parts is None:
+        return entry.form.from_rows(rows[np.argsort(at)])
+    axis = bound.site.weight.left.index(bound.site.roles["fused"][0])
+    where = (slice(None),) * axis + (np.array(bound.site.parts),)
+    whole = entry.form.from_rows(jnp.zeros((len(entry.keys), *entry.form.file_shape), rows.dtype).at[at].set(rows))
+    return jnp.asarray(leaf).at[where].set(whole[where].astype(leaf.dtype))
+
+
+def _turned(bound: bind.Bound) -> bool:
+    return bound.site.weight.fan_in_fan_out or bound.site.weight.kind == "embedding"
+
+
+def _in_base(table: KeyMap, bound: bind.Bound, shape: Sequence[int]) -> tuple[Entry, np.ndarray]:
+    """The base weight's own entry, and where in its keys the site's modules are."""
+    (entry,) = plan.base_plan(table, {bound.leaf: shape}).entries
+    stems = _stems(bound, _ab(bound)[0])
+    at = {f"{table.prefix}{key.removesuffix('weight')}".rstrip("."): i for i, key in enumerate(entry.keys)}
+    return entry, np.array([at[stem] for stem in stems])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pair:
+    """One leaf of a plain LoRA: for module i, ΔW = scale · b[i] @ a[i], in PyTorch's (out, in).
+
+    `modules` are named as in the file, prefix included. `entries` are A's and B's, for their layout.
+    """
+
+    bound: bind.Bound
+    modules: tuple[str, ...]
+    a: Array
+    b: Array
+    scale: float
+    entries: tuple[Entry, Entry]
+
+    @property
+    def site(self) -> Site:
+        return self.bound.site
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[1]
+
+    def rows_of(self, side: str, modules: Sequence[str]) -> Array:
+        """A or B of some modules."""
+        return self.of(self.a if side == "a" else self.b, modules)
+
+    def of(self, rows: Array, modules: Sequence[str]) -> Array:
+        """These modules' rows of an array with one row for each of `self.modules`."""
+        return _picked(rows, self.modules, modules)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rows:
+    """New matrices for one leaf: A (n, r, in) and B (n, out, r) of n modules."""
+
+    modules: tuple[str, ...]
+    a: Array
+    b: Array
+
+    @staticmethod
+    def joined(several: Sequence[Rows]) -> Rows:
+        if len(several) == 1:
+            return several[0]
+        a, b = (jnp.concatenate(list(side)) for side in zip(*((r.a, r.b) for r in several), strict=True))
+        return Rows(tuple(m for r in several for m in r.modules), a, b)
+
+
+def _picked(rows: Array, have: Sequence[str], want: Sequence[str]) -> Array:
+    at = {module: i for i, module in enumerate(have)}
+    return rows if tuple(have) == tuple(want) else rows[np.array([at[m] for m in want])]
+
+
+def pairs(adapter: Adapter, what: str = "the adapter") -> dict[str, Pair]:
+    """The leaves of a plain LoRA adapter, in float32 at least.
+
+    Raises `ConfigError` where ΔW is more than s·B·A, `AttachError` for abstract parameters.
+    """
+    if not isinstance(adapter, Adapter):  # pyright: ignore[reportUnnecessaryIsInstance]
+        found = type(adapter).__name__
+        raise AttachError(f"{what}: expected an Adapter (from extract, init or from_peft), found {found}")
+    why = not_a_product(adapter.config)
+    if why:
+        raise ConfigError(
+            f"{what} is not s·B·A on its weights alone ({'; '.join(why)}); jaxadapt.to_lora(adapter, r, params=base)"
+            " makes a plain LoRA of whatever changes weights only"
+        )
+    sites = adapter.sites
+    abstract = [leaf for leaf, ts in sites.items() if any(isinstance(x, jax.ShapeDtypeStruct) for x in ts.values())]
+    if abstract:
+        raise AttachError(f"{what} has shapes only, no values:\n" + paths.listing(abstract))
+    shapes = {leaf: {t: tuple(x.shape) for t, x in ts.items()} for leaf, ts in sites.items()}
+    return {b.leaf: _pair(b, sites[b.leaf]) for b in bind.recover(adapter.config, adapter.keymap, shapes)}
+
+
+def _pair(bound: bind.Bound, tensors: Mapping[str, Array]) -> Pair:
+    entries = _ab(bound)
+    a, b = matrices(bound, {name: wide(jnp.asarray(x)) for name, x in tensors.items()})
+    return Pair(bound, tuple(_stems(bound, entries[0])), a, b, bound.static.scale, entries)
+
+
+def matrices(bound: bind.Bound, tensors: Mapping[str, Array], scaled: bool = True) -> tuple[Array, Array]:
+    """A as (n, r, in) and B as (n, out, r), in one order of modules; `scaled` as in `weight_rows`."""
+    first, last = _ab(bound)
+    a, b = (
+        (e.form if scaled else dataclasses.replace(e.form, factor=1.0)).rows(tensors[_name(e)]) for e in (first, last)
+    )
+    mine, others = _stems(bound, first), _stems(bound, last)
+    return a, _picked(b, others, mine)
+
+
+def _name(entry: Entry) -> str:
+    return entry.path.rpartition(".")[2]
+
+
+def _ab(bound: bind.Bound) -> tuple[Entry, Entry]:
+    """The entries of A and B; a site that holds anything else, or no matrices, is refused."""
+    found = {t.name: e for t, e in zip(bound.tensors, bound.entries, strict=True)}
+    a, b = (next((e for name, e in found.items() if name.endswith(end)), None) for end in ("_A", "_B"))
+    matrices = a is not None and b is not None and len(a.form.file_shape) == len(b.form.file_shape) == 2
+    experts = bool(bound.axes.batch) and not bound.site.roles["fused"]
+    if a is None or b is None or not matrices or len(found) != 2 or experts:
+        held = ", ".join(f"{n} {list(e.form.file_shape)}" for n, e in found.items())
+        raise ConfigError(
+            f"{bound.leaf}: holds {held}, which is no pair of matrices; leave it out of the arithmetic"
+            " (convolutions and experts cannot be combined yet)"
+        )
+    return a, b
+
+
+def _stems(bound: bind.Bound, entry: Entry) -> list[str]:
+    (suffix,) = (t.suffix for t in bound.tensors if t.name == _name(entry))
+    return [key.removesuffix(suffix) for key in entry.keys]
+
+
+def wide(x: Array) -> Array:
+    """At least float32."""
+    return x.astype(jnp.promote_types(x.dtype, "float32"))
+
+
+def built(config: Config, keymap: KeyMap, like: Mapping[str, Pair], new: Mapping[str, Rows], dtype: Any) -> Adapter:
+    """The adapter of new matrices by leaf; `like` gives the layout, the configuration the rank."""
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    for leaf, made in new.items():
+        old = like[leaf]
+        layers = math.prod(_sizes(old)[name] for name in old.site.roles["stack"])
+        size = {"~r": made.a.shape[1]} | {name: len(made.modules) // layers for name in old.site.roles["fused"]}
+        shapes[leaf] = {
+            _name(e): tuple(size.get(n, have) for n, have in zip(e.form.left, e.shape, strict=True))
+            for e in old.entries
+        }
+    methods.of(config)
+    out: dict[str, Array] = {}
+    for bound in bind.recover(config, keymap, shapes):
+        made = new[bound.leaf]
+        for entry, matrices in zip(_ab(bound), (made.a, made.b), strict=True):
+            out[entry.path] = entry.form.from_rows(_picked(matrices, made.modules, _stems(bound, entry))).astype(dtype)
+    return Adapter(config, paths.unflatten(out), keymap)
+
+
+def placed(bound: bind.Bound, a: Array, b: Array) -> tuple[tuple[str, ...], dict[str, Array]]:
+    """The modules of a site, and its leaves from A (n, r, in) and B (n, out, r) in their order (`weight_rows`' too)."""
+    first, last = _ab(bound)
+    modules = tuple(_stems(bound, first))
+    b = _picked(b, modules, _stems(bound, last))
+    return modules, {first.path: first.form.from_rows(a), last.path: last.form.from_rows(b)}
+
+
+def _sizes(pair: Pair) -> dict[str, int]:
+    return dict(zip(pair.entries[0].form.left, pair.entries[0].shape, strict=True))
+
+
+def one_table(tables: Iterable[KeyMap], leaves: Iterable[str]) -> KeyMap:
+    """One table for the leaves of several adapters of one model; `KeyMapError` where theirs contradict each other."""
+    tables = list(dict.fromkeys(tables))
+    first = tables[0]
+    lines = {
+        w.leaf: w for t in reversed(tables[1:]) for w in t.weights if "{" not in w.leaf and first.site(w.leaf) is None
+    }
+    table = first.with_lines(lines.values())
+    problems: list[str] = []
+    for leaf in dict.fromkeys(leaves):
+        known = [site for t in tables if (site := t.site(leaf)) is not None]
+        mine = table.site(leaf)
+        if mine is None or any((s.weight, s.holes) != (mine.weight, mine.holes) for s in known):
+            problems.append(f"{leaf}: " + " and ".join(repr(s.weight.pattern) + " as " + s.weight.key for s in known))
+    if problems:
+        raise KeyMapError(
+            "the adapters name or lay out the same weights differently:\n"
+            + paths.listing(problems)
+            + "\nAttach them with one keymap=; from_peft(to_peft(adapter), model) carries one over"
+        )
+    return table
+
+
+# ---------------------------------------------------------------- the SVD of a product
+
+
+def product_svd(b: Array, a: Array) -> tuple[Array, Array, Array]:
+    """U, S, Vh of b @ a for b (..., out, k) and a (..., k, in), not formed: QR of the factors, SVD of a k × k core."""
+    qb, rb = jnp.linalg.qr(b)
+    qa, ra = jnp.linalg.qr(jnp.swapaxes(a, -1, -2))
+    u, s, vh = jnp.linalg.svd(rb @ jnp.swapaxes(ra, -1, -2), full_matrices=False)
+    return qb @ u, s, vh @ jnp.swapaxes(qa, -1, -2)
+
+
+def truncated(u: Array, s: Array, vh: Array, r: int) -> tuple[Array, Array]:
+    """A and B of the r largest singular triples, B = U·S and A = Vh as in PEFT; zeros where there are fewer."""
+    b, a = (u * s[..., None, :])[..., :r], vh[..., :r, :]
+    return padded(a, b, r)
+
+
+def padded(a: Array, b: Array, r: int) -> tuple[Array, Array]:
+    """A and B with zeros up to rank r: the same product."""
+    more = r - a.shape[-2]
+    none = [(0, 0)] * (a.ndim - 2)
+    return jnp.pad(a, [*none, (0, more), (0, 0)]), jnp.pad(b, [*none, (0, 0), (0, more)])
+
+
+def lost(s: Array, r: int) -> Array:
+    """‖what truncation to rank r drops‖ / ‖all of it‖, in the Frobenius norm; 0 for a zero matrix."""
+    total, kept_out = jnp.sqrt(jnp.sum(s**2, -1)), jnp.sqrt(jnp.sum(s[..., r:] ** 2, -1))
+    return kept_out / jnp.where(total == 0, 1, total)
