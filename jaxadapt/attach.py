@@ -7,7 +7,9 @@ import dataclasses
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
-from jaxadapt import bind, families, linen, methods, nnx, nnx_survey, paths, targets
+from jax.core import Tracer
+
+from jaxadapt import bind, families, foreign, linen, methods, nnx, nnx_survey, paths, targets
 from jaxadapt.adapter import CONFIG_NODE, Adapter, Recipe, collection_name, is_array
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError, ConfigError, TargetError
@@ -206,19 +208,35 @@ def tree_leaves(params: Any) -> dict[str, Any]:
 
 
 def extract(
-    tree: Any, name: str = DEFAULT, *, config: Config | None = None, keymap: KeyMap | str | None = None
+    tree: Any,
+    name: str = DEFAULT,
+    *,
+    config: Config | None = None,
+    keymap: KeyMap | str | None = None,
+    lora_alpha: float | None = None,
 ) -> Adapter:
     """The adapter called `name` out of a model, state or variables, as a value.
 
     Args:
-        tree: an NNX model or `nnx.State`, Linen variables (or their collection), or an `Adapter`.
-        config, keymap: needed only where the tree has lost its configuration on the way.
+        tree: an NNX model or `nnx.State`, Linen variables (or their collection), or an `Adapter`; or such a tree, or
+            any other pytree, with the LoRA leaves of another library, which is recognised by them.
+        config: needed where the tree has lost its configuration on the way, or never had one (another library's).
+        keymap: likewise; for another library's tree by default the family that its base weights show.
+        lora_alpha: of another library's tree, where it stores none; instead of `config`.
 
-    Raises `AttachError` if there is none of that name, or its configuration was lost and not given.
+    Raises `AttachError` if there is none of that name, or its configuration was lost and not given; `KeyMapError`
+    listing another library's leaves that have no exact place.
     """
     if isinstance(tree, Adapter):
         return tree
+    guest = guest_in(tree)
+    if guest is not None:
+        return foreign.extract(guest, config, keymap, lora_alpha)
+    if lora_alpha is not None:
+        raise AttachError("lora_alpha is for other libraries' trees, and this is none that is known: pass config=")
     if isinstance(tree, nnx.nnx.Module | nnx.nnx.State):
+        if not nnx.variables(tree) and (what := foreign.unknown(tree)):
+            raise AttachError(f"there is no adapter {name!r} here{what}")
         return nnx.extract(tree, name)
     if not isinstance(tree, Mapping):
         raise AttachError(
@@ -231,6 +249,15 @@ def extract(
     if found is None and present:
         raise AttachError(f"there is no adapter {name!r} here; found {present}")
     return _extract_bare(tree, name, config, keymap)
+
+
+def guest_in(tree: Any) -> foreign.Found | None:
+    """Another library's LoRA leaves in a tree that carries no adapter of ours; None if there are none."""
+    if isinstance(tree, nnx.nnx.Module | nnx.nnx.State):
+        return None if nnx.variables(tree) else foreign.find(tree)
+    if isinstance(tree, Mapping) and _names_in(tree):
+        return None
+    return foreign.find(tree)
 
 
 def _names_in(tree: Mapping[str, Any]) -> list[str]:
@@ -291,11 +318,32 @@ def _extract_bare(tree: Mapping[str, Any], name: str, config: Config | None, key
     return Adapter(config, paths.unflatten(values), table)
 
 
-def inject(adapter: Adapter, tree: Any, name: str = DEFAULT) -> Any:
+def inject(
+    adapter: Adapter,
+    tree: Any,
+    name: str = DEFAULT,
+    *,
+    lora_alpha: float | None = None,
+    on_shared: str | None = None,
+) -> Any:
     """Put an adapter's values where one of that name is attached; shapes and configuration must agree.
 
-    NNX models are changed in place; Linen variables are returned anew. Raises `AttachError` otherwise.
+    Into a tree with another library's LoRA leaves they go under the names its family has for them; `lora_alpha` and
+    `on_shared` as in `load`.
+
+    NNX models are changed in place; anything else is returned anew. Raises `AttachError` otherwise.
     """
+    guest = guest_in(tree)
+    if guest is not None:
+        bounds = bind.recover(adapter.config, adapter.keymap, _tensor_shapes(adapter))
+        leaves = adapter.flat()
+        host = not any(isinstance(leaf, Tracer) for leaf in leaves.values())
+        tensors = bind.file_plan(bounds).encode(leaves, host=host)
+        same = all(adapter.keymap.site(leaf) for leaf in guest.dialect.claim(guest.leaves))
+        return foreign.put(
+            guest, adapter.config, tensors, keymap=adapter.keymap if same else None, lora_alpha=lora_alpha,
+            on_shared=on_shared, source="this adapter", call="inject(adapter, tree",
+        )  # fmt: skip
     if isinstance(tree, nnx.nnx.Module | nnx.nnx.State):
         nnx.inject(adapter, tree, name)
         return tree
@@ -312,6 +360,10 @@ def inject(adapter: Adapter, tree: Any, name: str = DEFAULT) -> Any:
     if problems:
         raise AttachError(f"the adapter does not fit {name!r}:\n" + paths.listing(problems))
     return with_adapter(tree, adapter, name)
+
+
+def _tensor_shapes(adapter: Adapter) -> dict[str, dict[str, tuple[int, ...]]]:
+    return {leaf: {t: tuple(a.shape) for t, a in tensors.items()} for leaf, tensors in adapter.sites.items()}
 
 
 def with_adapter(variables: Mapping[str, Any], adapter: Adapter, name: str) -> dict[str, Any]:

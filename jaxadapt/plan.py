@@ -235,10 +235,15 @@ def _make_layout(site: Site, tensor: Tensor) -> Layout:
     return tuple(left), tuple(right)
 
 
+def torch_axes(site: Site, tensor: Tensor) -> tuple[tuple[str, ...], ...]:
+    """The axes of a tensor in the file, each a group of the base weight's, or "~" and the method's own."""
+    return _layout(site, tensor)[1]
+
+
 def entry(keymap: KeyMap, site: Site, tensor: Tensor, sizes: Mapping[str, int]) -> Entry:
     """The entry of one tensor at one site; `sizes` are those of the base leaf's axes, by name."""
     form, texts = _arranged(keymap, site, tensor, sizes)
-    keys = tuple(_key(keymap, site, tensor, text) for text in texts)
+    keys = tuple(key_of(keymap, site, tensor, text) for text in texts)
     return Entry(paths.join(site.leaf, tensor.name), form, keys)
 
 
@@ -254,13 +259,13 @@ def _arranged(
         only = {site.roles["fused"][0]: site.parts} if site.parts is not None else {}
         split = tuple(i for i, n in enumerate(left) if n.startswith("{"))
         texts = [text for _, text in entries(site.weight, [left[i] for i in split], sizes, only)]
-        shape, factor = _shape(site, tensor, sizes, left), _factor(keymap, site, tensor, sizes)
+        shape, factor = _shape(site, tensor, sizes, left), factor_of(keymap, site, tensor, sizes)
         form = Arrangement(shape, left, right, split, factor, site.weight.sizes)
         found = known[at] = form, texts
     return found
 
 
-def _factor(keymap: KeyMap, site: Site, tensor: Tensor, sizes: Mapping[str, int]) -> float:
+def factor_of(keymap: KeyMap, site: Site, tensor: Tensor, sizes: Mapping[str, int]) -> float:
     """What the file's tensor is multiplied by to give the model's."""
     factor = 1.0
     if site.weight.scale is not None and tensor.degree != 0:
@@ -273,7 +278,7 @@ def _factor(keymap: KeyMap, site: Site, tensor: Tensor, sizes: Mapping[str, int]
     return factor
 
 
-def _key(keymap: KeyMap, site: Site, tensor: Tensor, text: Mapping[str, str]) -> str:
+def key_of(keymap: KeyMap, site: Site, tensor: Tensor, text: Mapping[str, str]) -> str:
     """The name of one tensor in the file; the root module has no name of its own."""
     module, parameter = site.parameter(text) if tensor.whole else (site.module(text), "")
     return paths.join(f"{keymap.prefix}{module}".rstrip(".") + tensor.suffix, parameter)

@@ -18,7 +18,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxadapt import attach, bind, families, folder, linen, methods, nnx, nnx_survey, paths, targets, transfer
+from jaxadapt import (
+    attach,
+    bind,
+    families,
+    folder,
+    foreign,
+    linen,
+    methods,
+    nnx,
+    nnx_survey,
+    paths,
+    targets,
+    transfer,
+)
 from jaxadapt.adapter import Adapter, PeftTensors, Recipe
 from jaxadapt.configs import Config
 from jaxadapt.errors import AdapterError, AttachError, ConfigError, FileError, MismatchError
@@ -26,13 +39,19 @@ from jaxadapt.keymap import PEFT_PREFIX, KeyMap
 
 
 def to_peft(
-    tree: Any, name: str = attach.DEFAULT, *, config: Config | None = None, keymap: KeyMap | str | None = None
+    tree: Any,
+    name: str = attach.DEFAULT,
+    *,
+    config: Config | None = None,
+    keymap: KeyMap | str | None = None,
+    lora_alpha: float | None = None,
 ) -> PeftTensors:
     """An adapter under PEFT's names and in PyTorch's layout, in memory.
 
     Args:
-        tree: what `extract` takes: an `Adapter`, an NNX model or state, Linen variables.
+        tree: what `extract` takes: an `Adapter`, an NNX model or state, Linen variables, another library's tree.
         config, keymap: only where the tree lost them, or to rename by another table.
+        lora_alpha: of another library's tree, where it stores none.
 
     The tensors are made when they are asked for, as numpy views where the layouts allow (inside jit: as
     traced arrays). Raises `AttachError` or `KeyMapError`.
@@ -43,9 +62,31 @@ def to_peft(
     >>> {key: x.shape for key, x in to_peft(adapter).tensors.items()}
     {'base_model.model.q.lora_A.weight': (2, 4), 'base_model.model.q.lora_B.weight': (6, 2)}
     """
-    adapter = _extract(tree, name, config, keymap, "it is one already")
-    _with_values(adapter, traced=True)
-    return _encoded(adapter, keymap)
+    return _to_peft(tree, name, config, keymap, lora_alpha, None, "it is one already", traced=True)
+
+
+def _to_peft(
+    tree: Any,
+    name: str,
+    config: Config | None,
+    keymap: Any,
+    lora_alpha: float | None,
+    dtype: Any,
+    instead: str,
+    traced: bool,
+) -> PeftTensors:
+    guest = None if isinstance(tree, Adapter | PeftTensors) else attach.guest_in(tree)
+    if guest is not None:
+        _with_values(guest.leaves, traced)
+        call = "to_peft(tree" if traced else "save(tree, path"
+        config, known, _ = foreign.take(guest, config, keymap, lora_alpha, call)
+        host = not any(isinstance(leaf, Tracer) for leaf in guest.leaves.values())
+        return PeftTensors(config, known.plan.encode(guest.leaves, dtype, host), f"this {guest.dialect.name} tree")
+    if lora_alpha is not None:
+        raise ConfigError("lora_alpha is for the trees of other libraries; an adapter of this one carries its own")
+    adapter = _extract(tree, name, config, keymap, instead)
+    _with_values(adapter.flat(), traced)
+    return _encoded(adapter, keymap, dtype)
 
 
 def _extract(tree: Any, name: str, config: Config | None, keymap: Any, instead: str) -> Adapter:
@@ -55,7 +96,7 @@ def _extract(tree: Any, name: str, config: Config | None, keymap: Any, instead: 
     return adapter if config is None else dataclasses.replace(adapter, config=config)
 
 
-def _with_values(adapter: Adapter, traced: bool = False) -> None:
+def _with_values(leaves: Mapping[str, Any], traced: bool) -> None:
     """Raise `AttachError` where a parameter has no value that could leave the program."""
 
     def why(leaf: Any) -> str | None:
@@ -69,7 +110,7 @@ def _with_values(adapter: Adapter, traced: bool = False) -> None:
             return "partly in other processes"
         return None
 
-    problems = [f"{path}: {reason}" for path, leaf in adapter.flat().items() if (reason := why(leaf))]
+    problems = [f"{path}: {reason}" for path, leaf in leaves.items() if (reason := why(leaf))]
     if problems:
         raise AttachError("these parameters have no values to save:\n" + paths.listing(problems))
 
@@ -107,6 +148,7 @@ def save(
     name: str = attach.DEFAULT,
     config: Config | None = None,
     keymap: KeyMap | str | None = None,
+    lora_alpha: float | None = None,
     base_model: str | None = None,
     dtype: Any = None,
 ) -> None:
@@ -116,18 +158,21 @@ def save(
     after any number of jitted updates. An adapter not called "default" goes to the subfolder of its name,
     as PEFT puts it.
 
+    The LoRA leaves of another library (Qwix, `nnx.LoRA`, gemma, …) are recognised by their paths; rank and
+    `target_modules` follow from the tree.
+
     Args:
-        config: where the tree has lost its configuration (the error says so).
+        config: where the tree has lost its configuration, or never had one (the error says so).
         keymap: to name the tensors by another table than the one the model was adapted with.
+        lora_alpha: of another library's tree, where it stores none; instead of `config`.
         base_model: what `base_model_name_or_path` shall say; never looked up anywhere.
         dtype: of the tensors in the file; as in memory by default.
 
     Durable and atomic; raises `AdapterError` (what is wrong, and the way out), and then the old adapter is
     still there, whole.
     """
-    adapter = _extract(tree, name, config, keymap, "jaxadapt.write(tensors, path) writes them")
-    _with_values(adapter)
-    tensors = _encoded(adapter, keymap, dtype)
+    instead = "jaxadapt.write(tensors, path) writes them"
+    tensors = _to_peft(tree, name, config, keymap, lora_alpha, dtype, instead, traced=False)
     changes: dict[str, Any] = {"inference_mode": True}
     if base_model is not None:
         changes["base_model_name_or_path"] = base_model
@@ -242,8 +287,13 @@ def load(
     rngs: Any = None,
     stack_axes: Sequence[int] | None = None,
     example: Sequence[Any] | None = None,
+    lora_alpha: float | None = None,
+    on_shared: str | None = None,
 ) -> Any:
     """Read an adapter folder (ours or PEFT's) into a model.
+
+    Into a model, variables or any pytree with another library's LoRA leaves (Qwix, `nnx.LoRA`, gemma, …) the values go
+    where those leaves are, with nothing attached.
 
     Args:
         path: the folder; for a `name` other than "default" its subfolder of that name, if there is one.
@@ -255,16 +305,30 @@ def load(
         replace: an attached adapter of that name with another configuration gives way.
         rngs: NNX: for dropout in further training; without it dropout is off.
         stack_axes, example: as in `adapt`.
+        lora_alpha: the alpha by which another library's target scales, where its tree does not tell. If the file's
+            scale differs, B is multiplied accordingly.
+        on_shared: "concat" puts different As side by side where such a target has one for several modules, if its rank
+            has room; by default they are refused.
 
     The base is never touched, and nothing is attached unless everything fits. Raises `AdapterError`,
     `MismatchError` with all missing, unexpected and wrongly shaped tensors together.
     """
+    below = _below(path, name)
+    guest = attach.guest_in(target)
+    if guest is not None:
+        unused = {"replace": replace or None, "rngs": rngs, "stack_axes": stack_axes, "example": example}
+        _refuse(unused, f"the target has {guest.dialect.name} leaves already, where the values go")
+        tensors = folder.read(below if (below / folder.CONFIG).exists() else path)
+        return foreign.put(
+            guest, tensors.config, tensors.tensors, keymap=keymap, lora_alpha=lora_alpha, on_shared=on_shared,
+            dtype=dtype, source=tensors.source,
+        )  # fmt: skip
+    _refuse({"lora_alpha": lora_alpha, "on_shared": on_shared}, "for targets with another library's LoRA leaves only")
     if isinstance(target, nnx.nnx.State) or (isinstance(target, Mapping) and "params" not in target):
         raise AttachError(
             f"expected an NNX model or Linen variables, {{'params': …}}, as the target, found {type(target).__name__};"
             " for bare parameters, from_peft(read(path), params) gives the adapter"
         )
-    below = _below(path, name)
     with folder.opened(below if (below / folder.CONFIG).exists() else path) as tensors:
         adapter, bounds = _decoded(tensors, target, keymap, dtype, stack_axes, example)
     present = _attached_config(target, name)
@@ -287,6 +351,12 @@ def load(
         nnx.delete(target, name)
     nnx.attach(target, adapter.recipe, bounds, name, adapter.flat(), rngs)
     return target
+
+
+def _refuse(given: Mapping[str, Any], why: str) -> None:
+    unused = [what for what, value in given.items() if value is not None]
+    if unused:
+        raise AttachError(f"{', '.join(unused)}: {why}")
 
 
 def _rehearse(model: Any, adapter: Adapter, bounds: Sequence[bind.Bound], name: str, rngs: Any) -> None:

@@ -168,7 +168,7 @@ def resolve(
             'target_modules: "all-linear" names nothing: there is no linear layer besides the output layer'
         )
     if len(chosen) >= _COLLAPSE_FROM and config.peft_type != "IA3":
-        shorter = _suffixes(chosen, set(names) - set(chosen))
+        shorter = shortest(chosen, set(names) - set(chosen))
         chosen = shorter if len(shorter) < len(chosen) else chosen
     return _with_targets(config, chosen)
 
@@ -294,7 +294,7 @@ def _replaced(config: _C, key: str, value: Any) -> _C:
     return config.replace(**{key: value})
 
 
-def _suffixes(targets: Sequence[str], others: Iterable[str]) -> list[str]:
+def shortest(targets: Sequence[str], others: Iterable[str]) -> list[str]:
     """The shortest suffixes (at dots) that cover `targets` and end none of `others`."""
     taken = {suffix for other in others for suffix in _endings(other)}
     chosen: set[str] = set()

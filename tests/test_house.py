@@ -18,10 +18,11 @@ PACKAGE = Path(__file__).resolve().parent.parent / "jaxadapt"
 # Packages are listed by their first part: "configs" stands for everything under jaxadapt/configs/.
 FLOORS = [
     ["errors", "paths", "axes", "configs"],
-    "weight arrangement keymap generic plan adapter trace layout liveness layers filters targets codecs".split(),
-    ["methods", "families", "copies", "bind", "folder", "transfer", "dialects", "sharding", "card"],
+    "weight arrangement keymap generic dialect plan adapter"
+    " trace layout liveness layers filters targets codecs".split(),
+    "methods families copies bind folder transfer dialects guests guest_config sharding card".split(),
     ["linen", "linen_call", "linen_survey", "nnx", "nnx_survey", "merging", "products", "combining"],
-    ["attach", "store", "report", "reducing"],
+    ["foreign", "attach", "store", "report", "reducing"],
     ["hub", "checkpoint", "serving"],
     ["cli", "demo"],
 ]
@@ -46,6 +47,12 @@ SAME_FLOOR = {
     ("copies", "methods"): "a copy is a method of its own",
     ("trace", "layout"): "a trace follows layouts",
     ("store", "attach"): "load attaches before it injects",
+    ("attach", "foreign"): "another library's tree is taken out of, and put into, by the same verbs",
+    ("store", "foreign"): "another library's tree is saved and loaded by the same verbs",
+    ("dialect", "weight"): "its layouts speak of a weight's roles",
+    ("guests", "methods"): "a method says how PyTorch lays out its tensors",
+    ("guest_config", "methods"): "a method says its scale",
+    ("guest_config", "guests"): "a tree tells a part of its configuration",
     ("report", "attach"): "a summary extracts",
     ("nnx", "nnx_survey"): "attaching asks what a model does with its weights",
     ("merging", "nnx"): "it takes a model as well as a tree",

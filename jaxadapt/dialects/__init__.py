@@ -1,0 +1,57 @@
+"""The tables, one file a library that trains LoRA, and how a tree's is found. A new dialect is a file and a line."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from jaxadapt.dialect import Dialect, is_like
+from jaxadapt.dialects.flax import NNX_LORA
+from jaxadapt.dialects.gemma import GEMMA
+from jaxadapt.dialects.qwix import QWIX
+from jaxadapt.errors import KeyMapError
+from jaxadapt.paths import listing
+
+DIALECTS: dict[str, Dialect] = {d.name: d for d in (QWIX, NNX_LORA, GEMMA)}
+
+
+def named(name: str) -> Dialect:
+    """A dialect by its name."""
+    if name not in DIALECTS:
+        raise KeyMapError(f"no dialect is called {name!r}; known are {', '.join(sorted(DIALECTS))}")
+    return DIALECTS[name]
+
+
+def recognise(paths: Collection[str]) -> Dialect | None:
+    """The dialect whose lines claim every LoRA-like path among a tree's; None if there is no such path.
+
+    Raises `KeyMapError` listing what no dialect claims, or where two claim the same.
+
+    >>> recognise(["q.kernel", "q.kernel_lora_a", "q.kernel_lora_b"]).name
+    'qwix'
+    """
+    paths = frozenset(paths)
+    like = {p for p in paths if is_like(p)}
+    claimed = {
+        d: {path for pairs in d.claim(paths).values() for a, b, _ in pairs for path in (a, b)}
+        for d in DIALECTS.values()
+    }
+    if not like:
+        return None
+    fitting = [d for d, mine in claimed.items() if mine and like <= mine]
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        names = ", ".join(d.name for d in fitting)
+        raise KeyMapError(f"the LoRA leaves of this tree lie where several dialects have theirs: {names}")
+    best = max(claimed, key=lambda d: len(claimed[d]))
+    known = f"{best.name} claims {len(claimed[best])} of them, and " if claimed[best] else ""
+    left = sorted(like - claimed[best])
+    raise KeyMapError(
+        f"{len(like)} leaves of this tree look like a LoRA's; {known}no dialect knows these:\n"
+        + listing(left)
+        + f"\nKnown dialects are {', '.join(DIALECTS)}. Nothing is left out silently: take those leaves out of the tree"
+        " if they are no part of the adapter"
+    )
+
+
+__all__ = ["DIALECTS", "named", "recognise"]

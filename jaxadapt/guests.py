@@ -1,0 +1,417 @@
+"""The LoRA leaves of another library's tree, bound to a family's table: what each array holds, and as which keys.
+
+    shapes of a tree ──survey──► Guests ──plan──► {key: array}
+                                        ◄─fill──
+
+Pure: shapes, and anything with `transpose`, `reshape` and indexing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from jaxadapt import methods, paths, plan
+from jaxadapt.arrangement import Arrangement
+from jaxadapt.configs import LoraConfig
+from jaxadapt.dialect import RANK, Dialect, Dims, layouts
+from jaxadapt.errors import KeyMapError, MismatchError
+from jaxadapt.keymap import KeyMap, Site, entries
+from jaxadapt.weight import Tensor
+
+Shape = tuple[int, ...]
+Array = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed(Arrangement):
+    """An arrangement in an array that may lie flattened in its tree, or serve several keys.
+
+    `packed` is the array's shape there, `shape` with every axis apart. Each of its pieces (over `split`) holds
+    `shared` tensors of the file, neighbours in its order.
+    """
+
+    packed: Shape = ()
+    shared: int = 1
+
+    def index(self, i: int) -> tuple[Any, ...]:
+        return super().index(i // self.shared)
+
+    def encode(self, leaf: Array, i: int) -> Array:
+        return super().encode(leaf.reshape(self.shape), i)
+
+    @functools.cached_property
+    def rank(self) -> int:
+        """The position of the rank's axis."""
+        return self.left.index(RANK)
+
+    @functools.cached_property
+    def file_rank(self) -> int:
+        """Its position in the file's tensors."""
+        return self.right.index((RANK,))
+
+    @functools.cached_property
+    def _units(self) -> dict[int, Arrangement]:
+        return {}
+
+    def unit(self, rank: int) -> Arrangement:
+        """What turns one key's tensor, of this rank, into its piece of the array."""
+        found = self._units.get(rank)
+        if found is None:
+            keep = [axis for axis in range(len(self.left)) if axis not in self.split]
+            shape = tuple(rank if axis == self.rank else self.shape[axis] for axis in keep)
+            left = tuple(self.left[axis] for axis in keep)
+            found = self._units[rank] = Arrangement(shape, left, self.right, (), self.factor, self.sizes)
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Half(plan.Entry):
+    """One array of a site, A or B, its keys, and the PyTorch modules of these."""
+
+    form: Packed
+    modules: tuple[str, ...] = ()
+
+    @property
+    def shared(self) -> int:
+        return self.form.shared
+
+    @property
+    def rank(self) -> int:
+        return self.shape[self.form.rank]
+
+
+@dataclasses.dataclass(frozen=True)
+class Guest:
+    """One site of another library: its base leaf, its two arrays, and what is known of the base's sizes."""
+
+    site: Site
+    a: Half
+    b: Half
+    sizes: tuple[tuple[str, int], ...]
+
+    @property
+    def base_shape(self) -> Shape | None:
+        """The shape of the base leaf, None where the arrays do not tell it."""
+        sizes = dict(self.sizes)
+        left = self.site.weight.left
+        return tuple(sizes[n] for n in left) if all(n in sizes for n in left) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Guests:
+    """All LoRA sites of a tree, the dialect and the table they were read by, and the tree's base weights."""
+
+    dialect: Dialect
+    keymap: KeyMap
+    guests: tuple[Guest, ...]
+    base: Mapping[str, Shape]
+
+    @functools.cached_property
+    def plan(self) -> plan.Plan:
+        """The bijection of the arrays and the keys of a file (a shared array is in the file once for each sharer)."""
+        return plan.plan([half for guest in self.guests for half in (guest.a, guest.b)])
+
+    @functools.cached_property
+    def ranks(self) -> dict[str, int]:
+        """`{module: rank}` of every PyTorch module that the tree adapts."""
+        return {m: guest.a.rank for guest in self.guests for m in guest.a.modules}
+
+    @functools.cached_property
+    def modules(self) -> frozenset[str]:
+        """All modules of the base that the table knows, adapted or not; without a base, none."""
+        out: set[str] = set()
+        for leaf, shape in self.base.items():
+            site = self.keymap.site(leaf)
+            if site and len(site.weight.left) == len(shape) and site.weight.key.rpartition(".")[2] == "weight":
+                out |= set(site.modules(plan.sizes_of(site, shape)).values())
+        return frozenset(out)
+
+
+def survey(
+    dialect: Dialect, keymap: KeyMap, arrays: Mapping[str, Shape], base: Mapping[str, Shape]
+) -> Guests:
+    """Bind the LoRA arrays of a tree, `{path: shape}`, to a family's table.
+
+    Args:
+        base: `{the family's name of a base leaf: shape}`; may be empty, where only the LoRA leaves are at hand.
+
+    Raises one `KeyMapError` with every leaf that the table has no line for, or whose shape no layout of the
+    dialect explains.
+    """
+    out: list[Guest] = []
+    problems: list[str] = []
+    for leaf, candidates in dialect.claim(arrays).items():
+        site = keymap.site(leaf)
+        names = sorted({path for a, b, _ in candidates for path in (a, b)})
+        if site is None:
+            problems.append(f"{', '.join(names)}: the table {keymap.name!r} has no line for {leaf!r}")
+            continue
+        try:
+            out.append(_guest(dialect, keymap, site, candidates, arrays, base.get(leaf)))
+        except KeyMapError as error:
+            problems.append(str(error))
+    if problems:
+        raise KeyMapError(
+            f"these {dialect.name} LoRA leaves have no exact place in a PEFT file:\n"
+            + paths.listing(problems)
+            + "\nSay which family the model is with keymap=, or give a KeyMap with a line for each base weight"
+        )
+    return Guests(dialect, keymap, tuple(out), dict(base))
+
+
+def expected(dialect: Dialect, keymap: KeyMap, leaf: str, base: Shape, rank: int) -> dict[str, Shape]:
+    """The paths and shapes that a dialect's arrays have at a base leaf; its first layout where it has several."""
+    site, found = keymap.site(leaf), dialect.paths(leaf)
+    if site is None or found is None:
+        raise KeyMapError(f"neither {keymap.name!r} nor {dialect.name} has a line for the leaf {leaf!r}")
+    path_a, path_b, pair = found
+    sizes = {**plan.sizes_of(site, base), RANK: rank}
+    choices = layouts(pair, site.weight, dialect.shares)
+    if not choices:
+        raise KeyMapError(f"{dialect.name} has no layout for {leaf!r} ({site.weight.pattern!r})")
+    return {
+        path: tuple(math.prod(sizes[n] for n in dim) for dim in dims)
+        for path, dims in zip((path_a, path_b), choices[0], strict=True)
+    }
+
+
+def _guest(
+    dialect: Dialect,
+    keymap: KeyMap,
+    site: Site,
+    candidates: Sequence[tuple[str, str, int]],
+    arrays: Mapping[str, Shape],
+    base: Shape | None,
+) -> Guest:
+    sizes = {axis: len(site.weight.names(axis) or ()) for axis in site.roles["fused"]}
+    if base is not None:
+        sizes = plan.sizes_of(site, base)
+    tried: list[str] = []
+    fits: list[Guest] = []
+    for path_a, path_b, number in candidates:
+        pair = dialect.pairs[number]
+        for dims_a, dims_b in layouts(pair, site.weight, dialect.shares):
+            known = _solve(((dims_a, arrays[path_a]), (dims_b, arrays[path_b])), sizes)
+            tried.append(f"A ({_spell(dims_a)}), B ({_spell(dims_b)})")
+            if known is not None:
+                a, b = (
+                    _half(keymap, site, tensor, path, arrays[path], dims, known)
+                    for tensor, path, dims in zip(_tensors(site), (path_a, path_b), (dims_a, dims_b), strict=True)
+                )
+                fits.append(Guest(site, a, b, tuple(sorted(known.items()))))
+    if not fits:
+        path_a, path_b, _ = candidates[0]
+        shape = "" if base is None else f" beside {site.leaf} {base}"
+        raise KeyMapError(
+            f"{path_a} {arrays[path_a]} and {path_b} {arrays[path_b]}{shape} with axes"
+            f" ({' '.join(site.weight.left)}): expected {' or '.join(tried) or 'another kind of weight'}"
+        )
+    # Two readings of one shape may mean the same (an axis of size 1); where they do not, nobody can tell.
+    different = {(g.a.form, g.b.form) for g in fits}
+    if len(different) > 1:
+        raise KeyMapError(
+            f"{fits[0].a.path} {fits[0].a.form.packed} and {fits[0].b.path} {fits[0].b.form.packed} can be read in"
+            f" {len(different)} ways: {' or '.join(tried)}; give the whole tree, with its base weights"
+        )
+    return fits[0]
+
+
+def _spell(dims: Dims) -> str:
+    return " ".join(f"({' '.join(d)})" if len(d) != 1 else "".join(d).strip("~") for d in dims)
+
+
+def _solve(pairs: Sequence[tuple[Dims, Shape]], sizes: Mapping[str, int]) -> dict[str, int] | None:
+    """All sizes that follow from the arrays' shapes; None if they contradict each other or the base's."""
+    known = dict(sizes)
+    for _ in range(2):  # what the second array tells may split an axis of the first
+        for dims, shape in pairs:
+            if len(dims) != len(shape):
+                return None
+            for dim, size in zip(dims, shape, strict=True):
+                open_ = [n for n in dim if n not in known]
+                rest = math.prod(known[n] for n in dim if n in known)
+                if len(open_) == 1 and rest and size % rest == 0:
+                    known[open_[0]] = size // rest
+                elif not open_ and rest != size:
+                    return None
+    return known
+
+
+def _tensors(site: Site) -> tuple[Tensor, Tensor]:
+    """PEFT's two tensors of a site; the rank is an axis like another here, so any will do."""
+    config = LoraConfig(r=1)
+    a, b = methods.of(config).tensors(config, site, ("",))
+    return a, b
+
+
+def _half(
+    keymap: KeyMap, site: Site, tensor: Tensor, path: str, packed: Shape, dims: Dims, sizes: Mapping[str, int]
+) -> Half:
+    right = list(plan.torch_axes(site, tensor))
+    left: list[str] = []
+    shape: list[int] = []
+    for dim, size in zip(dims, packed, strict=True):
+        if all(n in sizes for n in dim):
+            left += dim
+            shape += [sizes[n] for n in dim]
+        elif dim in right:  # flattened alike in PyTorch: it can stay one axis, whatever the single sizes are
+            right[right.index(dim)] = (" ".join(dim),)
+            left.append(" ".join(dim))
+            shape.append(size)
+        else:
+            raise KeyMapError(
+                f"{path} {packed} has {' and '.join(dim)} of {site.leaf!r} flattened into one axis, otherwise than"
+                " PyTorch does, and their sizes are not known; give the whole tree, with its base weights"
+            )
+    split = tuple(i for i, n in enumerate(left) if n.startswith("{"))
+    missing = [n for n in site.braced if n not in left]
+    texts = entries(site.weight, [left[i] for i in split] + missing, sizes)
+    modules = tuple(site.module(text) for _, text in texts)
+    keys = tuple(plan.key_of(keymap, site, tensor, text) for _, text in texts)
+    try:
+        factor = plan.factor_of(keymap, site, tensor, sizes)
+    except KeyError as error:
+        raise KeyMapError(
+            f"{path}: PyTorch's {site.leaf!r} is scaled by the size of an axis that its LoRA leaves do not tell; give"
+            " the whole tree, with its base weights"
+        ) from error
+    shared = math.prod(sizes[n] for n in missing)
+    form = Packed(tuple(shape), tuple(left), tuple(right), split, factor, site.weight.sizes, packed, shared)
+    return Half(path, form, keys, modules)
+
+
+# ---------------------------------------------------------------- filling
+
+
+Placed = dict[int, tuple[Array, slice, float]]
+"""What goes into an array: by key, the tensor, its rows on the rank's axis, and a factor."""
+
+
+def fill(
+    guests: Guests,
+    tensors: Mapping[str, Array],
+    ratios: Mapping[str, float],
+    concat: bool,
+    same: Any,
+) -> dict[str, tuple[Half, Placed]]:
+    """Where every tensor of a file goes, `{path of an array: (its axes, {key's number: …})}`.
+
+    Args:
+        tensors: `{key: array}`, checked to be of the right shapes.
+        ratios: `{module: the file's scale over the tree's}`, of the modules that the file adapts.
+        concat: tensors that differ but share one array in the tree are put side by side, if its rank has room.
+        same: `(a, b) -> bool`, whether two tensors are equal bit for bit.
+
+    Raises one `MismatchError` with every array that cannot hold what the file says exactly.
+    """
+    out: dict[str, tuple[Half, Placed]] = {}
+    differ: list[str] = []
+    small: dict[str, tuple[int, int]] = {}
+    for guest in guests.guests:
+        rows: dict[str, slice] = {}
+        for half in sorted((guest.a, guest.b), key=lambda half: -half.shared):
+            for first in range(0, len(half.keys), half.shared):
+                sharers = [i for i in range(first, first + half.shared) if half.modules[i] in ratios]
+                groups = _groups([tensors[half.keys[i]] for i in sharers], same)
+                if len(set(groups)) > 1 and not concat:
+                    names = [half.modules[i] for i in sharers]
+                    differ.append(f"{half.path} is one for {', '.join(names[:4])}{', …' if len(names) > 4 else ''}")
+                if half.shared == 1 and sharers and half.modules[sharers[0]] in rows:
+                    continue  # its partner is shared, and has said where
+                ends: dict[int, int] = {}
+                at = 0
+                for i, group in zip(sharers, groups, strict=True):
+                    rank = int(tensors[half.keys[i]].shape[half.form.file_rank])
+                    if group not in ends:
+                        at += rank
+                        ends[group] = at
+                    mine = slice(ends[group] - rank, ends[group])
+                    if rows.setdefault(half.modules[i], mine) != mine:
+                        differ.append(f"{half.path}, like its partner, is one for several modules")
+                if at > half.rank:
+                    small[half.path] = (max(at, small.get(half.path, (0, 0))[0]), half.rank)
+        for half, of_b in ((guest.a, False), (guest.b, True)):
+            out[half.path] = half, {
+                i: (tensors[key], rows[m], ratios[m] if of_b else 1.0)
+                for i, (key, m) in enumerate(zip(half.keys, half.modules, strict=True))
+                if m in rows
+            }
+    parts: list[str] = []
+    if differ:
+        parts.append(
+            f"{guests.dialect.name} has one array where the file has several, and they differ:\n"
+            + paths.listing(dict.fromkeys(differ))
+            + '\nTrain them with one A, or build the target with a larger rank and pass on_shared="concat", which'
+            " puts them side by side"
+        )
+    if small and not differ:
+        most = max(need for need, _ in small.values())
+        listed = [f"{path}: rank {have}, needed {need}" for path, (need, have) in small.items()]
+        parts.append(
+            f"the target's rank is too small:\n{paths.listing(listed)}\nBuild it with rank={most}: what the file"
+            " does not fill is zero"
+        )
+    if parts:
+        raise MismatchError("\n".join(parts))
+    return out
+
+
+def _groups(tensors: Sequence[Array], same: Any) -> list[int]:
+    """A number for each, the same for equal ones."""
+    firsts: list[Array] = []
+    out: list[int] = []
+    for tensor in tensors:
+        for number, first in enumerate(firsts):
+            if tuple(first.shape) == tuple(tensor.shape) and same(first, tensor):
+                out.append(number)
+                break
+        else:
+            out.append(len(firsts))
+            firsts.append(tensor)
+    return out
+
+
+def check(guests: Guests, modules: Collection[str], found: Mapping[str, Sequence[int]], source: str) -> None:
+    """Raise one `MismatchError` unless a file's tensors are those of `modules`, of the right shapes but for the rank.
+
+    Modules that the file does not adapt may be missing: their B is zero.
+    """
+    missing: list[str] = []
+    wrong: list[str] = []
+    known: set[str] = set()
+    for guest in guests.guests:
+        for half in (guest.a, guest.b):
+            at = half.form.file_rank
+            for key, module in zip(half.keys, half.modules, strict=True):
+                known.add(key)
+                if key not in found:
+                    missing += [key] if module in modules else []
+                    continue
+                shape = tuple(found[key])
+                want = half.form.file_shape
+                if len(shape) != len(want) or shape[:at] + shape[at + 1 :] != want[:at] + want[at + 1 :]:
+                    wrong.append(f"{key}: expected {_with_rank(want, at)}, found {list(shape)}")
+    unexpected = [key for key in found if key not in known]
+    parts = [
+        f"{len(items)} {what}:\n{paths.listing(items)}"
+        for what, items in (
+            (f"missing from {source} (its configuration names their modules)", missing),
+            (f"unexpected (no {guests.dialect.name} leaf takes them)", unexpected),
+            ("wrongly shaped", wrong),
+        )
+        if items
+    ]
+    if parts:
+        raise MismatchError(
+            f"{source} does not fit the {guests.dialect.name} leaves of the target:\n"
+            + "\n".join(parts)
+            + "\nIs it an adapter for another base model, does the target adapt fewer layers, or is keymap= another?"
+        )
+
+
+def _with_rank(shape: Shape, at: int) -> str:
+    return "[" + ", ".join("r" if axis == at else str(size) for axis, size in enumerate(shape)) + "]"
