@@ -87,7 +87,7 @@ class Arrangement:
         """
         piece = leaf[self.index(i)] if self.split else leaf
         if self.factor != 1:
-            piece = _times(piece, 1 / self.factor)
+            piece = times(piece, 1 / self.factor)
         if self._merged is not None:  # neighbours only: merge first, and the transpose stays a view
             order, shape = self._merged
             return piece.reshape(shape).transpose(order)
@@ -115,7 +115,7 @@ class Arrangement:
     def decode(self, tensor: Array) -> Array:
         """The part of the array that one tensor makes, a view where its memory allows."""
         part = tensor.reshape(tuple(self._flat.values())).transpose(self._orders[1]).reshape(self._coarse)
-        return part if self.factor == 1 else _times(part, self.factor)
+        return part if self.factor == 1 else times(part, self.factor)
 
     @functools.cached_property
     def count(self) -> int:
@@ -130,16 +130,16 @@ class Arrangement:
         """All the tensors at once, `(count, *file_shape)`."""
         pieces = leaf.transpose(self._front).reshape((self.count, *self._inner.values()))
         out = pieces.transpose((0, *(1 + i for i in self._orders[0]))).reshape((self.count, *self.file_shape))
-        return out if self.factor == 1 else _times(out, 1 / self.factor)
+        return out if self.factor == 1 else times(out, 1 / self.factor)
 
     def from_rows(self, rows: Array) -> Array:
         """The array whose `rows` these are."""
         pieces = rows.reshape((self.count, *self._flat.values())).transpose((0, *(1 + i for i in self._orders[1])))
         leaf = pieces.reshape([self.shape[i] for i in self._front]).transpose(np.argsort(self._front))
-        return leaf if self.factor == 1 else _times(leaf, self.factor)
+        return leaf if self.factor == 1 else times(leaf, self.factor)
 
 
-def _times(x: Array, factor: float) -> Array:
+def times(x: Array, factor: float) -> Array:
     """x · factor in x's dtype, rounded once: 16-bit numbers are multiplied in float32."""
     wide = x.astype(np.promote_types(x.dtype, np.float32))
     return (wide * wide.dtype.type(factor)).astype(x.dtype)

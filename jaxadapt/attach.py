@@ -86,7 +86,7 @@ def adapt(
     if rngs is not None and not (isinstance(rngs, nnx.nnx.Rngs) and {"params", "default"} & set(rngs)):
         raise AttachError('rngs: expected nnx.Rngs with a stream "params" or "default", such as nnx.Rngs(0)')
     key = None if rngs is None else rngs.params()
-    values = bind.fresh(recipe.config, bounds, key, dtype, abstract, nnx_survey.base_values(owners))
+    values = bind.fresh(recipe.config, bounds, key, dtype, abstract, nnx_survey.base_values(owners), placement(model))
     nnx.attach(model, recipe, bounds, name, values, rngs)
     return model
 
@@ -171,7 +171,7 @@ def init(
     else:
         recipe, bounds = plan_tree(params, config, keymap)
         base = tree_leaves(params)
-    values = bind.fresh(recipe.config, bounds, key, dtype, abstract=key is None, base=base)
+    values = bind.fresh(recipe.config, bounds, key, dtype, key is None, base, placement(params))
     return Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
 
 
@@ -186,6 +186,13 @@ def plan_tree(
     return Recipe(config, bind.tabled(table, bounds), len(bounds)), bounds
 
 
+def placement(base: Any) -> dict[str, Any]:
+    """`{leaf: sharding}` of an NNX model or a tree of base parameters; None where a leaf has none to follow."""
+    if isinstance(base, nnx.nnx.Module):
+        return nnx.placement(nnx.base_leaves(base))
+    return linen.placement(nnx.nnx.to_pure_dict(base) if isinstance(base, nnx.nnx.State) else base)
+
+
 def tree_shapes(params: Any) -> dict[str, tuple[int, ...]]:
     """`{path: shape}` of a tree of base parameters, boxes (`nn.Partitioned`, NNX variables) opened."""
     return {path: tuple(leaf.shape) for path, leaf in tree_leaves(params).items()}
@@ -197,7 +204,7 @@ def tree_leaves(params: Any) -> dict[str, Any]:
         params = nnx.nnx.to_pure_dict(params)
     if isinstance(params.get("params"), Mapping):
         raise AttachError("expected base parameters, found variables; give variables['params']")
-    flat = paths.flatten(linen.meta.unbox(params))
+    flat = paths.flatten(linen.opened(params))
     odd = [f"{p}: {type(v).__name__}" for p, v in flat.items() if not is_array(v)]
     if odd:
         raise AttachError("expected arrays as base parameters, found:\n" + paths.listing(odd))
@@ -295,6 +302,7 @@ def _extract_bare(tree: Mapping[str, Any], name: str, config: Config | None, key
         )
     collection = collection_name(config)
     values: dict[str, Any] = {}
+    tree = linen.opened(tree)
     for path, leaf in paths.flatten(
         {k: v for k, v in tree.items() if k != "params"} if collection in tree else tree
     ).items():
@@ -369,7 +377,7 @@ def _tensor_shapes(adapter: Adapter) -> dict[str, dict[str, tuple[int, ...]]]:
 def with_adapter(variables: Mapping[str, Any], adapter: Adapter, name: str) -> dict[str, Any]:
     """Linen variables with this adapter under `name`, whatever was there."""
     out = dict(variables)
-    for collection, tree in adapter.named(name).items():
+    for collection, tree in linen.collection(adapter, name, variables.get("params", {})).items():
         out[collection] = {**dict(out.get(collection, {})), **tree}
     return out
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxadapt import copies, methods, paths, plan, targets
+from jaxadapt import copies, methods, paths, plan, sharding, targets
 from jaxadapt.axes import Axes
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError, ConfigError, KeyMapError, MismatchError, TargetError
@@ -368,6 +368,7 @@ def fresh(
     dtype: Any = None,
     abstract: bool = False,
     base: Mapping[str, Any] | None = None,
+    where: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Initial parameters, `{path: array}`, each from its own fold of `key`; specs only if `abstract`.
 
@@ -376,10 +377,13 @@ def fresh(
 
     Args:
         base: `{leaf: array}` of the base parameters, for tensors that follow from them.
+        where: `{leaf: sharding}` of the base parameters that have one; each tensor is made where it belongs.
     """
     import jax
     import jax.numpy as jnp
 
+    places = sharding.for_adapter(bounds, where or {})
+    traced = sharding.tracing()
     dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
     base = base or {}
     blind = [b.leaf for b in bounds if any(t.from_base for t in b.tensors) and not is_there(base.get(b.leaf), abstract)]
@@ -394,18 +398,23 @@ def fresh(
         for tensor in (t for t in bound.tensors if not t.from_base):
             entry = named[tensor.name]
             if abstract:
-                mine[tensor.name] = jax.ShapeDtypeStruct(entry.shape, dtype)
+                mine[tensor.name] = jax.ShapeDtypeStruct(entry.shape, dtype, sharding=places.get(entry.path))
             else:
-                make = _initial(config, bound.method, tensor, entry.shape, bound.fan_in, dtype)
-                mine[tensor.name] = make(key, np.uint32(zlib.crc32(entry.path.encode())))
+                place = places.get(entry.path)
+                on = None if place is None or traced else sharding.concrete(place)
+                make = _initial(config, bound.method, tensor, entry.shape, bound.fan_in, dtype, on)
+                made = make(key, np.uint32(zlib.crc32(entry.path.encode())))
+                mine[tensor.name] = made if place is None or on is not None else sharding.moved(made, place)
         for tensor in (t for t in bound.tensors if t.from_base):
             kind = base[bound.leaf].dtype if tensor.whole else dtype
+            place = places.get(named[tensor.name].path)
             if abstract:
-                mine[tensor.name] = jax.ShapeDtypeStruct(named[tensor.name].shape, kind)
+                mine[tensor.name] = jax.ShapeDtypeStruct(named[tensor.name].shape, kind, sharding=place)
             else:
                 derived = over_stack(bound, lambda a, w: a.from_base(w), mine, jnp.asarray(base[bound.leaf]))
                 # A copy even where nothing changed: the base's own array must not be donated with the adapter's.
-                mine[tensor.name] = jnp.array(derived[tensor.name], dtype=kind, copy=True)
+                made = jnp.array(derived[tensor.name], dtype=kind, copy=True)
+                mine[tensor.name] = made if place is None else sharding.moved(made, place)
         out |= {entry.path: mine[name] for name, entry in named.items()}
     return out
 
@@ -432,7 +441,7 @@ def over_stack(bound: Bound, change: Any, params: Mapping[str, Any], w: Any) -> 
 
 @functools.lru_cache(maxsize=1024)
 def _initial(
-    config: Config, method: methods.Method, tensor: Tensor, shape: Shape, fan_in: int, dtype: Any
+    config: Config, method: methods.Method, tensor: Tensor, shape: Shape, fan_in: int, dtype: Any, on: Any
 ) -> Any:
     """`(key, word) -> array`, compiled once for all tensors alike: a model has hundreds, of a few shapes."""
     import jax
@@ -440,7 +449,7 @@ def _initial(
     def initial(key: Any, word: Any) -> Any:
         return method.fresh(config, tensor, jax.random.fold_in(key, word), shape, fan_in).astype(dtype)
 
-    return jax.jit(initial)
+    return jax.jit(initial, out_shardings=on)
 
 
 def file_plan(bounds: Sequence[Bound]) -> plan.Plan:

@@ -18,8 +18,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxadapt import bind, methods, nnx_survey, paths, trace
+from jaxadapt import bind, methods, nnx_survey, paths, plan, sharding, trace
 from jaxadapt.adapter import Adapter, Recipe, collection_name
 from jaxadapt.axes import Axes
 from jaxadapt.errors import AttachError
@@ -154,6 +155,34 @@ def _call(module: Any, base: Any, f: Callable[..., Any], args: tuple[Any, ...], 
         raise AttachError(f"{base.__name__}: {error}") from error
 
 
+# ---------------------------------------------------------------- where parameters live
+
+
+def placement(owners: Mapping[str, Owner]) -> dict[str, NamedSharding | None]:
+    """The sharding of every base leaf: what its array or spec has, else what its metadata says it will have."""
+    out: dict[str, NamedSharding | None] = {}
+    for leaf, (module, attr) in owners.items():
+        var: nnx.Variable[Any] = vars(module)[attr]
+        value, metadata = var.get_value(), var.get_metadata()
+        out[leaf] = sharding.of(value)
+        if sharding.undecided(value) and metadata.get("out_sharding"):
+            spec = nnx.get_partition_spec({"": var})[""].get_value()
+            out[leaf] = sharding.on_mesh(spec, metadata.get("mesh"))
+    return out
+
+
+def _annotation(bound: bind.Bound, entry: plan.Entry, base: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata from which `nnx.get_partition_spec` tells an adapter parameter's sharding."""
+    said = base.get("out_sharding")
+    if isinstance(said, NamedSharding):
+        said = said.spec
+    if not said or not isinstance(said, tuple | PartitionSpec):
+        return {}
+    # Not eager: the values are where they belong already, or are to be put there by whoever is tracing.
+    kept = {key: base[key] for key in ("sharding_rules", "mesh") if key in base}
+    return {**kept, "out_sharding": sharding.follow(bound.site, entry.form, tuple(said)), "eager_sharding": False}
+
+
 # ---------------------------------------------------------------- attaching and detaching
 
 
@@ -175,7 +204,11 @@ def attach(
     for bound in bounds:
         module, attr = owners[bound.leaf]
         attached = Attached(recipe, bound.method, bound.axes, bound.static)
-        tensors = {t.name: AdapterParam(values[f"{bound.leaf}.{t.name}"], adapter=attached) for t in bound.tensors}
+        said = vars(module)[attr].get_metadata()
+        tensors = {
+            t.name: AdapterParam(values[e.path], adapter=attached, **_annotation(bound, e, said))
+            for t, e in zip(bound.tensors, bound.entries, strict=True)
+        }
         # Plain dicts, marked as data: nnx.jit walks the model at every call, and nnx.Dicts take twice the time.
         if collection not in vars(module):
             setattr(module, collection, nnx.data({}))

@@ -45,6 +45,7 @@ SAME_FLOOR = {
     ("bind", "methods"): "a configuration is bound by its method",
     ("bind", "copies"): "and the leaves it copies are bound too",
     ("copies", "methods"): "a copy is a method of its own",
+    ("bind", "sharding"): "fresh parameters are made where they belong",
     ("trace", "layout"): "a trace follows layouts",
     ("store", "attach"): "load attaches before it injects",
     ("attach", "foreign"): "another library's tree is taken out of, and put into, by the same verbs",

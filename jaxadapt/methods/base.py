@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxadapt import paths
 from jaxadapt.axes import Axes, Use
@@ -238,8 +239,23 @@ def refuse_rivals(leaves: Mapping[str, Mapping[str, Method]]) -> None:
         )
 
 
-def einsum(subscripts: str, *operands: Array) -> Array:
-    return jax.numpy.einsum(subscripts, *operands)
+def einsum(subscripts: str, *operands: Array, on: NamedSharding | None = None) -> Array:
+    return jax.numpy.einsum(subscripts, *operands, out_sharding=on)
+
+
+def explicit(letters: str, *operands: tuple[Array, str]) -> NamedSharding | None:
+    """The sharding of a product with these axes, each sharded as in the first operand that has it.
+
+    Only on meshes with explicit axes, where a sum over axes that are sharded on both sides must be told what its
+    result is to be; None elsewhere: there the compiler decides.
+    """
+    mesh = jax.typeof(operands[0][0]).sharding.mesh
+    if mesh.empty or not mesh.are_all_axes_explicit:
+        return None
+    said: dict[str, Any] = {}
+    for array, axes in reversed(operands):
+        said |= dict(zip(axes, jax.typeof(array).sharding.spec, strict=True))
+    return NamedSharding(mesh, PartitionSpec(*(said.get(letter) for letter in letters)))
 
 
 def check_biases(hooks: Iterable[Applied | Several], others: Mapping[str, Array]) -> None:

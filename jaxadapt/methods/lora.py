@@ -21,7 +21,7 @@ from jaxadapt.axes import LETTERS, RANK, Axes, Use
 from jaxadapt.configs import Config, LoraConfig
 from jaxadapt.errors import ConfigError
 from jaxadapt.keymap import Site
-from jaxadapt.methods.base import Array, Drop, Method, Params, einsum, one_value
+from jaxadapt.methods.base import Array, Drop, Method, Params, einsum, explicit, one_value
 from jaxadapt.weight import Tensor
 
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "lora_ga")
@@ -121,8 +121,9 @@ def _add_delta(use: Use, scale: float, a: Array, b: Array, x: Array, y: Array) -
     free = set(use.w) - set(use.x) - set(batch)
     mid = "".join(c for c in use.y if c not in free)
     mid += "".join(c for c in batch if c not in mid) + RANK
-    h = einsum(f"{use.x},{first[1]}->{mid}", x.astype(first[0].dtype), first[0])
-    delta = einsum(f"{mid},{last[1]}->{use.y}", h * scale, last[0])
+    x = x.astype(first[0].dtype)
+    h = einsum(f"{use.x},{first[1]}->{mid}", x, first[0], on=explicit(mid, (x, use.x), first))
+    delta = einsum(f"{mid},{last[1]}->{use.y}", h * scale, last[0], on=explicit(use.y, (y, use.y)))
     return (y + delta).astype(y.dtype)
 
 

@@ -1,0 +1,312 @@
+"""An adapter's shardings follow its base's; what is compiled has the collectives of LoRA written by hand."""
+
+from __future__ import annotations
+
+import collections
+import re
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import jaxadapt
+from jaxadapt import sharding
+from tests import meshes
+from tests.meshes import CONFIG, LAYOUTS, X
+
+BOXED = CONFIG.replace(target_modules=["up", "down"])
+COMPILED = [("8", "fsdp"), ("8", "tp"), ("4x2", "both"), ("2x2x2", "both")]
+
+
+def same_spec(found: Any, spec: PartitionSpec, mesh: jax.sharding.Mesh, ndim: int) -> bool:
+    return found.is_equivalent_to(NamedSharding(mesh, spec), ndim)
+
+
+def _lines() -> jaxadapt.KeyMap:
+    """A table for one block alone."""
+    lines = [
+        jaxadapt.Weight(w.leaf.removeprefix("blocks.{l}."), w.key.removeprefix("h.{l}."), w.pattern)
+        for w in meshes.TABLE.weights
+    ]
+    return jaxadapt.KeyMap("block", tuple(lines))
+
+
+def check(adapter: jaxadapt.Adapter, mesh: jax.sharding.Mesh, layout: tuple[str, str], stacked: bool = False) -> None:
+    flat = adapter.flat()
+    assert len(flat) == len(adapter.sites) * 2
+    for path, leaf in flat.items():
+        site, _, tensor = path.rpartition(".")
+        want = meshes.wanted(site, tensor, *layout, stacked=stacked)
+        assert same_spec(leaf.sharding, want, mesh, leaf.ndim), f"{path}: {leaf.sharding.spec}, expected {want}"
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS, ids="-".join)
+def test_adapters_follow_concrete_arrays(layout: tuple[str, str], scanned: bool) -> None:
+    mesh = meshes.mesh_of(layout[0])
+    params = meshes.placed(meshes.base(scanned), mesh, *layout)
+    table, key = meshes.table(scanned), jax.random.key(0)
+    adapter = jaxadapt.init(CONFIG, params, key=key, keymap=table)
+    check(adapter, mesh, layout, scanned)
+    on_one = jaxadapt.init(CONFIG, meshes.base(scanned), key=key, keymap=table)
+    jax.tree.map(np.testing.assert_array_equal, adapter, on_one)  # where it is made is not what it is
+    model = jaxadapt.adapt(meshes.model(params, scanned), CONFIG, rngs=nnx.Rngs(0), keymap=table)
+    check(jaxadapt.extract(model), mesh, layout, scanned)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
+    check(jaxadapt.init(CONFIG, abstract, keymap=table), mesh, layout, scanned)
+    model = jaxadapt.adapt(meshes.model(abstract, scanned), CONFIG, keymap=table)
+    check(jaxadapt.extract(model), mesh, layout, scanned)
+
+
+def test_nnx_metadata() -> None:
+    layout = ("2x2x2", "both")
+    mesh = meshes.mesh_of(layout[0])
+
+    def build() -> meshes.Block:
+        return jaxadapt.adapt(meshes.Block(nnx.Rngs(0), layout), CONFIG, rngs=nnx.Rngs(1))
+
+    with jax.set_mesh(mesh):
+        eager, jitted = build(), nnx.jit(build)()
+        abstract = jaxadapt.adapt(nnx.eval_shape(lambda: meshes.Block(nnx.Rngs(0), layout)), CONFIG)
+    for model in (eager, jitted):
+        check(jaxadapt.extract(model), mesh, layout)
+    jax.tree.map(np.testing.assert_array_equal, jaxadapt.extract(eager), jaxadapt.extract(jitted))
+    for path, leaf in jaxadapt.extract(abstract).flat().items():
+        site, _, tensor = path.rpartition(".")
+        assert tuple(leaf.sharding.spec) == tuple(meshes.wanted(site, tensor, *layout))
+    for path, var in nnx.to_flat_state(nnx.state(eager, jaxadapt.AdapterParam)):
+        want = meshes.wanted(f"{path[0]}.kernel", path[-1], *layout)
+        assert nnx.get_partition_spec({"v": var})["v"].get_value() == want
+    optimizer = nnx.Optimizer(eager, optax.adam(1e-2), wrt=jaxadapt.AdapterParam)
+    mu = nnx.to_pure_dict(nnx.state(optimizer))["opt_state"][0]["mu"]["up"]["lora"]["default"]["kernel"]
+    assert same_spec(mu["lora_A"].sharding, meshes.wanted("up.kernel", "lora_A", *layout), mesh, 2)
+
+
+@pytest.mark.parametrize("logical", [False, True])
+def test_linen_boxes(logical: bool, tmp_path: Any) -> None:
+    layout = ("4x2", "both")
+    mesh, rules = meshes.mesh_of("4x2"), (("F", "fsdp"), ("T", "tp"))
+    module = jaxadapt.adapt(meshes.LinenBlock(layout, logical), BOXED)
+    abstract = jax.eval_shape(module.init, jax.random.key(0), X)
+    boxed = nn.get_partition_spec(abstract)
+    up = boxed["lora"]["default"]["up"]["kernel"]
+    assert up == ({"lora_A": PartitionSpec("F" if logical else "fsdp", None),
+                   "lora_B": PartitionSpec(None, "T" if logical else "tp")})  # fmt: skip
+    where = nn.logical_to_mesh_sharding(boxed, mesh, rules) if logical else jax.tree.map(
+        lambda s: NamedSharding(mesh, s), boxed, is_leaf=lambda s: isinstance(s, PartitionSpec)
+    )  # fmt: skip
+    variables = jax.jit(module.init, out_shardings=where)(jax.random.key(0), X)
+    check(jaxadapt.extract(variables), mesh, layout)
+    plain = module.init(jax.random.key(0), X)
+    jax.tree.map(np.testing.assert_array_equal, plain, variables)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+        y = jax.jit(module.apply)(variables, X)
+        key = jax.random.key(3)
+        check(jaxadapt.init(BOXED, abstract["params"], key=key), mesh, layout)
+    # float32 sums in another order
+    np.testing.assert_allclose(y, module.apply(plain, X), rtol=2e-6, atol=2e-6)
+    jaxadapt.save(variables, tmp_path)
+    again = jaxadapt.load(tmp_path, {"params": variables["params"]})
+    assert jax.tree.structure(again["lora"]["default"]["up"]) == jax.tree.structure(variables["lora"]["default"]["up"])
+    bare = jaxadapt.extract({"lora": {"default": {k: v for k, v in variables["lora"]["default"].items()
+                                                  if k != "~config"}}}, config=BOXED)  # fmt: skip
+    jax.tree.map(np.testing.assert_array_equal, bare.params, jaxadapt.extract(variables).params)
+
+
+def test_logical_names_without_a_mesh_place_nothing() -> None:
+    module = jaxadapt.adapt(meshes.LinenBlock(("4x2", "both"), True), BOXED)
+    abstract = jax.eval_shape(module.init, jax.random.key(0), X)
+    adapter = jaxadapt.init(BOXED, abstract["params"], key=jax.random.key(0))
+    assert {x.sharding.num_devices for x in adapter.flat().values()} == {1}
+
+
+@pytest.mark.parametrize("layout", COMPILED, ids="-".join)
+def test_explicit_meshes(layout: tuple[str, str]) -> None:
+    """The model must say what a sum over sharded axes is to be, as everywhere on such meshes; the adapter need not."""
+    mesh = meshes.mesh_of(layout[0], AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        model = jaxadapt.adapt(meshes.Block(nnx.Rngs(0), layout), CONFIG, rngs=nnx.Rngs(1))
+        check(jaxadapt.extract(model), mesh, layout)
+        base = nnx.to_pure_dict(nnx.state(meshes.Block(nnx.Rngs(0), layout)))
+        made = jax.jit(lambda base, key: jaxadapt.init(CONFIG, base, key=key, keymap=_lines()))(base, jax.random.key(0))
+        check(made, mesh, layout)
+        adapter = jax.tree.map(lambda x: x + 1, jaxadapt.extract(model))
+        jaxadapt.inject(adapter, model)
+
+        def run(model: Any, x: jax.Array) -> jax.Array:
+            whole = PartitionSpec(None, None)
+            y = model.q(x, out_sharding=PartitionSpec(None, None, None))
+            x = x + model.o(jnp.tanh(y), out_sharding=whole)
+            return x + model.down(jnp.tanh(model.up(x)), out_sharding=whole)
+
+        trained = nnx.DiffState(0, jaxadapt.AdapterParam)
+        both = nnx.value_and_grad(lambda m: (run(m, jnp.asarray(X)) ** 2).sum(), argnums=trained)
+        value, grads = nnx.jit(both)(model)
+    host = jax.tree.map(np.asarray, nnx.state(model))
+    alone = nnx.merge(nnx.graphdef(model), jax.tree.map(jnp.asarray, host))
+    want, wants = nnx.value_and_grad(lambda m: (m(X) ** 2).sum(), argnums=trained)(alone)
+    np.testing.assert_allclose(value, want, rtol=1e-5)  # float32 sums in another order
+
+    def close(a: jax.Array, b: jax.Array) -> None:
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max()))
+
+    jax.tree.map(close, grads, wants)
+
+
+def test_axes_that_cannot_be_followed_are_replicated() -> None:
+    mesh = meshes.mesh_of("4x2")
+    line = jaxadapt.Weight("kv", "{p}_proj.weight", "{p} n d h -> (n h) d", p=("k", "v"))
+    table = jaxadapt.KeyMap("fused", (line,))
+    where = NamedSharding(mesh, PartitionSpec("tp", None, "fsdp", None))
+    params = {"kv": jax.ShapeDtypeStruct((2, 4, 8, 2), jnp.float32, sharding=where)}
+
+    def specs(modules: list[str]) -> dict[str, tuple[Any, ...]]:
+        config = jaxadapt.LoraConfig(r=4, target_modules=modules)
+        found = jaxadapt.init(config, params, keymap=table).flat()
+        return {path: tuple(x.sharding.spec) for path, x in found.items()}
+
+    assert specs(["k_proj", "v_proj"]) == {
+        "kv.lora_A": ("tp", "fsdp", None),
+        "kv.lora_B": ("tp", None, None, None),
+    }
+    # v alone: its axis of parts has one entry, which two devices cannot share
+    assert specs(["v_proj"]) == {"kv.lora_A": (None, "fsdp", None), "kv.lora_B": (None, None, None, None)}
+
+
+def test_ia3_follows_by_the_roles_of_its_axes() -> None:
+    mesh = meshes.mesh_of("4x2")
+    params = meshes.placed(meshes.base(False), mesh, "4x2", "both")
+    config = jaxadapt.IA3Config(target_modules=["q", "down"], feedforward_modules=["down"])
+    found = jaxadapt.init(config, params, key=jax.random.key(0), keymap=meshes.TABLE).flat()
+    assert tuple(found["blocks.0.q.kernel.ia3_l"].sharding.spec) == ("tp", None)
+    assert tuple(found["blocks.0.down.kernel.ia3_l"].sharding.spec) == ("tp",)
+
+
+def test_an_abstract_base_costs_nothing_but_the_adapter() -> None:
+    mesh = meshes.mesh_of("8")
+    spec = NamedSharding(mesh, PartitionSpec("x", None))
+    size = 1 << 15  # 4 GiB of base in float32, if anything made it
+    base = {"q": {"kernel": jax.ShapeDtypeStruct((size, size), jnp.float32, sharding=spec)}}
+    config = jaxadapt.LoraConfig(r=4, target_modules=["q"])
+    made = jax.jit(lambda key: jaxadapt.init(config, base, key=key)).lower(jax.random.key(0)).compile()
+    adapter, stats = (size + size) * 4 * 4, made.memory_analysis()
+    # A is cut in eight, B is not; the draws of random bits need twice their numbers, in A's shards
+    assert stats.output_size_in_bytes == size * 4 * 4 // 8 + size * 4 * 4 + 16  # a tuple of two
+    assert stats.argument_size_in_bytes < 64
+    assert stats.temp_size_in_bytes < adapter
+
+
+# ---------------------------------------------------------------- what is compiled
+
+
+def collectives(compiled: Any) -> collections.Counter[str]:
+    """The collectives of a program, with the shapes they move."""
+    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+    found = re.findall(rf"= (\S+?)(?:\{{\S*)? ({kinds})(?:-start)?\(", compiled.as_text())
+    return collections.Counter(f"{kind} {shape}" for shape, kind in found)
+
+
+def by_hand(params: Any, lora: Any, x: jax.Array) -> jax.Array:
+    """The block with LoRA as one would write it."""
+
+    def dense(layer: Any, low: Any, x: jax.Array, eq: str, a: str, b: str) -> jax.Array:
+        delta = jnp.einsum(b, jnp.einsum(a, x, low["kernel"]["lora_A"]) * 2.0, low["kernel"]["lora_B"])
+        return jnp.einsum(eq, x, layer["kernel"]) + layer["bias"].reshape((1, *layer["bias"].shape)) + delta
+
+    p, l = params, lora
+    h = jnp.tanh(dense(p["q"], l["q"], x, "bd,dnh->bnh", "bd,dr->br", "br,rnh->bnh"))
+    x = x + dense(p["o"], l["o"], h, "bnh,nhd->bd", "bnh,nhr->br", "br,rd->bd")
+    h = jnp.tanh(dense(p["up"], l["up"], x, "bd,df->bf", "bd,dr->br", "br,rf->bf"))
+    return x + dense(p["down"], l["down"], h, "bf,fd->bd", "bf,fr->br", "br,rd->bd")
+
+
+@pytest.mark.parametrize("layout", COMPILED, ids="-".join)
+def test_no_collective_that_hand_written_lora_lacks(layout: tuple[str, str]) -> None:
+    mesh = meshes.mesh_of(layout[0])
+    params = meshes.placed(meshes.base(False)["blocks"]["0"], mesh, *layout)
+    model = meshes.Block(nnx.Rngs(0))
+    for path, var in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        var.set_value(params[path[0]][path[1]])
+    adapter = jaxadapt.extract(jaxadapt.adapt(model, CONFIG, rngs=nnx.Rngs(0)))
+    first = mesh.axis_names if layout[1] == "fsdp" else mesh.axis_names[0]
+    x = jax.device_put(X, NamedSharding(mesh, PartitionSpec(first) if layout != ("8", "tp") else PartitionSpec()))
+    graphdef, lora, rest = nnx.split(model, jaxadapt.AdapterParam, ...)
+
+    def ours(lora: Any, rest: Any, x: jax.Array) -> jax.Array:
+        return (nnx.merge(graphdef, lora, rest)(x) ** 2).sum()
+
+    def hand(lora: Any, params: Any, x: jax.Array) -> jax.Array:
+        return (by_hand(params, lora, x) ** 2).sum()
+
+    def compiled(f: Any, lora: Any, *args: Any) -> Any:
+        where = jax.tree.map(lambda x: x.sharding, lora)
+        return jax.jit(jax.value_and_grad(f), out_shardings=(None, where)).lower(lora, *args).compile()
+
+    mine, other = compiled(ours, lora, rest, x), compiled(hand, adapter.params, params, x)
+    np.testing.assert_allclose(mine(lora, rest, x)[0], other(adapter.params, params, x)[0], rtol=1e-5)
+    assert collectives(other)  # else there is nothing to compare
+    assert collectives(mine) == collectives(other)
+
+
+# ---------------------------------------------------------------- who holds which bytes
+
+
+def test_boxes_cover_each_array_once() -> None:
+    rng = np.random.default_rng(0)
+    for name, (shape, axes, _) in meshes.MESHES.items():
+        mesh = meshes.mesh_of(name)
+        for spec in [(), (axes[0],), (None, axes[-1]), (axes, None), (axes[-1], axes[0] if len(axes) > 1 else None)]:
+            found = sharding.boxes(NamedSharding(mesh, PartitionSpec(*spec)), (16, 24))
+            count = np.zeros((16, 24), int)
+            for box, devices in found.items():
+                count[sharding.slices(box)] += 1
+                assert devices
+            assert (count == 1).all()
+            assert sum(len(devices) for devices in found.values()) == np.prod(shape)
+            some = [box for box in found if rng.random() < 0.6]
+            joined = sharding.merged(some)
+            assert sorted(b for members in joined.values() for b in members) == sorted(some)
+            for box, members in joined.items():
+                assert sharding.size(box) == sum(map(sharding.size, members))
+        assert list(sharding.merged(sharding.boxes(NamedSharding(mesh, PartitionSpec(axes, None)), (16, 24)))) == [
+            sharding.whole((16, 24))
+        ]
+
+
+def test_pieces_of_a_box_are_its_part_of_each_tensor() -> None:
+    """Against the plan's own whole-array encode: leaves stacked, fused, transposed, interleaved, scaled."""
+    config = jaxadapt.LoraConfig(r=3, target_modules="all-linear")
+    line = jaxadapt.Weight("kv", "{p}_proj.weight", "{p} n d h -> (n h) d", p=("k", "v"))
+    pairs = jaxadapt.Weight("q", "q.weight", "d n (c p) -> (n p c) d", p=2, scale=("c", -0.5))
+    lines = (line, pairs, *meshes.TABLE.scanned(1).weights)
+    shapes = {"q": (6, 3, 4, 2), "up": (6, 3, 9)}
+    blocks = {name: {"kernel": jax.ShapeDtypeStruct(shape, "f4")} for name, shape in shapes.items()}
+    kv, q = jax.ShapeDtypeStruct((2, 4, 6, 5), "f4"), jax.ShapeDtypeStruct((6, 3, 12), "f4")
+    base = {"kv": kv, "q": q, "blocks": blocks}
+    adapter = jaxadapt.init(config, base, key=jax.random.key(1), keymap=jaxadapt.KeyMap("all", lines))
+    tensors = jaxadapt.to_peft(adapter).tensors
+    rng = np.random.default_rng(0)
+    seen = 0
+    for entry in tensors.plan.entries:
+        leaf = rng.standard_normal(entry.shape)
+        for _ in range(40):
+            box = tuple(tuple(sorted(rng.choice(n + 1, 2, replace=False).tolist())) for n in entry.shape)
+            part = leaf[sharding.slices(box)]
+            back = np.zeros_like(part)
+            for piece in sharding.pieces(entry.form, box):
+                whole = entry.form.encode(leaf, piece.number).reshape(piece.shape)
+                cut = piece.cut(part)
+                np.testing.assert_array_equal(whole[sharding.slices(piece.box)], cut)
+                again = np.zeros_like(part)
+                piece.put(again, cut)
+                back += again
+                seen += 1
+            # each number is in one piece, and comes back (times a factor and divided by it: within rounding)
+            np.testing.assert_allclose(back, part, rtol=0 if entry.form.exact else 1e-15)
+    assert seen > 200
