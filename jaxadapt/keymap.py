@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -111,9 +112,11 @@ class KeyMap:
         prefix: what PEFT puts before every module name.
         proved: False for a table that has not been shown to be right against the real models: it is never
             recognised by itself, and saving with it says so.
-        whole: it is recognised by itself only in a model whose every leaf has a line, because other models of the
-            same library call their layers alike.
+        whole: it is recognised by itself only where every leaf has a line (save those under a first name the table
+            does not know: a vision tower), because other models of the same library call their layers alike.
+        needs: leaves (as in the lines) without which it is not recognised.
         tied: `(key, same as key)` of weights that a model with tied embeddings does not hold twice.
+        buffers: keys that a PyTorch file may hold and that are no weights; `{l}` stands for digits.
         spellings: `(name, ((ours, theirs), …))`: other beginnings of the same keys. transformers 5 calls the
             layers of a vision-language model "model.language_model.layers…"; "llama/vl" is the table for that.
 
@@ -128,7 +131,9 @@ class KeyMap:
     prefix: str = PEFT_PREFIX
     proved: bool = True
     whole: bool = False
+    needs: tuple[str, ...] = ()
     tied: tuple[tuple[str, str], ...] = ()
+    buffers: tuple[str, ...] = ()
     spellings: tuple[tuple[str, Renames], ...] = ()
 
     @functools.cached_property
@@ -176,8 +181,12 @@ class KeyMap:
 
     def scanned(self, axis: int = 0) -> KeyMap:
         """The same family with its layers stacked on `axis` of every layer weight."""
+        lines = {w.leaf: w.scanned(axis) for w in self.weights}
         return dataclasses.replace(
-            self, name=f"{self.name}/scan{axis}", weights=tuple(w.scanned(axis) for w in self.weights)
+            self,
+            name=f"{self.name}/scan{axis}",
+            weights=tuple(lines.values()),
+            needs=tuple(lines[leaf].leaf for leaf in self.needs),
         )
 
     def spelt(self, spelling: str) -> KeyMap:
@@ -202,6 +211,7 @@ class KeyMap:
             weights=tuple(Weight(w.leaf, other(w.key), w.pattern, **w.options) for w in self.weights),
             output=None if self.output is None else other(f"{self.output}.").removesuffix("."),
             tied=tuple((other(a), other(b)) for a, b in self.tied),
+            buffers=tuple(map(other, self.buffers)),
             spellings=(),
         )
 
@@ -232,14 +242,16 @@ class KeyMap:
         All stacked axes must agree in size, which tells layers stacked on axis 0 from those on axis 1.
         """
         sizes: dict[str, set[int]] = {}
-        count = linear = 0
+        linear, found = 0, set[str]()
         for leaf, shape in shapes.items():
             site = self.site(leaf)
             if site is None:
+                if self.whole and _beginning(leaf) in self._known_beginnings:
+                    return 0
                 continue
             if len(site.weight.left) != len(shape):
                 return 0
-            count += 1
+            found.add(site.weight.leaf)
             linear += site.weight.kind == "linear"
             fixed = dict(site.weight.sizes)
             for name, size in zip(site.weight.left, shape, strict=True):
@@ -250,7 +262,17 @@ class KeyMap:
                     return 0
                 if name.startswith("{") and names is None:
                     sizes.setdefault(name, set()).add(size)
-        return count if linear and all(len(s) == 1 for s in sizes.values()) else 0
+        fits = linear and found.issuperset(self.needs) and all(len(s) == 1 for s in sizes.values())
+        return sum(self.site(leaf) is not None for leaf in shapes) if fits else 0
+
+    @functools.cached_property
+    def _known_beginnings(self) -> set[str]:
+        return {_beginning(w.leaf) for w in self.weights}
+
+
+def _beginning(leaf: str) -> str:
+    """The first name of a path, whatever its number: "layer_3.attn.w" and "layer_{l}.attn.w" begin alike."""
+    return re.sub(r"\d+|\{\w+\}", "#", leaf.partition(".")[0])
 
 
 def to_data(table: KeyMap) -> dict[str, Any]:
@@ -264,6 +286,7 @@ def from_data(data: Mapping[str, Any]) -> KeyMap:
     """The table of `to_data`; raises `KeyError`, `TypeError` or `ValueError` if the data are none."""
     weights = tuple(Weight(leaf, key, pattern, **options) for leaf, key, pattern, options in data["weights"])
     tied = tuple((str(a), str(b)) for a, b in data["tied"])
+    keep = {name: tuple(map(str, data[name])) for name in ("needs", "buffers")}
     spellings = tuple((str(n), tuple((str(a), str(b)) for a, b in renames)) for n, renames in data["spellings"])
-    fields: dict[str, Any] = {**data, "weights": weights, "tied": tied, "spellings": spellings}
+    fields: dict[str, Any] = {**data, **keep, "weights": weights, "tied": tied, "spellings": spellings}
     return KeyMap(**fields)

@@ -215,9 +215,21 @@ def test_a_table_travels_as_text():
         Weight("kv", "{p}.weight", "{p} i o -> i o", p=("k", "v"), fan_in_fan_out=True),
         Weight("e", "e.weight", "v d -> v d", kind="embedding"),
     )
-    table = KeyMap("t", lines, "head", "pre.", False, True, (("a", "b"),), (("vl", (("q.", "x.q."),)),))
+    table = KeyMap(
+        "t",
+        lines,
+        output="head",
+        prefix="pre.",
+        proved=False,
+        whole=True,
+        needs=("kv",),
+        tied=(("a", "b"),),
+        buffers=("b.{l}",),
+        spellings=(("vl", (("q.", "x.q."),)),),
+    )
     assert from_data(json.loads(json.dumps(to_data(table)))) == table
-    for change in ({"proved": True}, {"whole": False}, {"tied": ()}, {"spellings": ()}, {"output": None}):
+    rest = ({"needs": ()}, {"buffers": ()})
+    for change in ({"proved": True}, {"whole": False}, {"tied": ()}, {"spellings": ()}, {"output": None}, *rest):
         assert dataclasses.replace(table, **change) != table
 
 
@@ -310,6 +322,17 @@ def test_a_table_for_whole_models_takes_no_part_of_one(monkeypatch):
     monkeypatch.delitem(FAMILIES, "llama")
     assert families.resolve("auto", llama_shapes()).name == "other"
     assert families.resolve("auto", {**llama_shapes(), "model.layers.0.self_attn.extra": (3,)}) is GENERIC
+    assert families.resolve("auto", {**llama_shapes(), "tower.0.extra": (3,)}).name == "other"
+
+
+def test_a_table_is_not_recognised_without_what_it_needs(monkeypatch):
+    extra = Weight("model.layers.{l}.extra", "model.layers.{l}.extra.weight", "d -> d")
+    lines = (*other_llama("x").weights, extra)
+    monkeypatch.setitem(FAMILIES, "other", KeyMap("other", lines, needs=(extra.leaf,)))
+    assert families.resolve("auto", llama_shapes()).name == "llama"
+    scanned = FAMILIES["other"].scanned(1)
+    assert scanned.needs == ("model.layers.extra",)
+    assert scanned.covers({**llama_shapes(scan=1), "model.layers.extra": (8, 3)}) == 12
 
 
 def test_the_leaves_of_an_adapter_alone(monkeypatch):
@@ -333,7 +356,7 @@ def test_a_model_as_wide_as_it_is_deep_does_not_tell_the_stacked_axis():
 def test_an_unknown_family_lists_the_known_ones(name):
     with pytest.raises(KeyMapError) as caught:
         families.resolve(name, {})
-    assert "gpt2, llama" in str(caught.value)
+    assert "gpt2, llama, maxtext:llama3" in str(caught.value)
     assert repr(name) in str(caught.value)
 
 

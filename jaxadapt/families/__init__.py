@@ -7,13 +7,21 @@ import re
 from collections.abc import Iterable, Mapping
 
 from jaxadapt.errors import KeyMapError
+from jaxadapt.families import maxtext, tunix
+from jaxadapt.families.bert import BERT, ROBERTA
+from jaxadapt.families.gemma import GEMMA3, TUNIX_GEMMA3
 from jaxadapt.families.gpt2 import GPT2
 from jaxadapt.families.llama import LLAMA
 from jaxadapt.generic import GENERIC
 from jaxadapt.keymap import KeyMap
 from jaxadapt.weight import Weight
 
-FAMILIES: dict[str, KeyMap] = {table.name: table for table in (LLAMA, GPT2)}
+_TABLES = (
+    *(LLAMA, GPT2, BERT, ROBERTA),
+    *(tunix.LLAMA3, tunix.QWEN2, tunix.QWEN3, TUNIX_GEMMA3),
+    *(GEMMA3, maxtext.LLAMA31, maxtext.LLAMA3, maxtext.QWEN3),
+)
+FAMILIES: dict[str, KeyMap] = {table.name: table for table in _TABLES}
 _SCAN_AXES = range(3)
 
 
@@ -56,7 +64,6 @@ def resolve(keymap: KeyMap | str | None, shapes: Mapping[str, tuple[int, ...]]) 
     kinds = {(re.sub(r"\d+", "0", leaf), shape): leaf for leaf, shape in shapes.items()}
     few = {leaf: shape for (_, shape), leaf in kinds.items()}
     counts = {t: t.covers(few) for f in FAMILIES.values() for t in variants(f)}
-    counts = {t: n if n == len(few) or not t.whole else 0 for t, n in counts.items()}
     best = max(counts.values())
     fitting = [t for t, count in counts.items() if count == best > 0]
     if not fitting:

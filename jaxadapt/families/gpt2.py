@@ -3,6 +3,7 @@
 PyTorch's Conv1D stores (in, out), so PEFT sets `fan_in_fan_out`; its LoRA files keep A (r, in), B (out, r).
 """
 
+from jaxadapt.families.spellings import bare
 from jaxadapt.keymap import KeyMap
 from jaxadapt.weight import Weight
 
@@ -23,6 +24,10 @@ GPT2 = KeyMap(
         *(Weight(f"{_LAYER}{m}.scale", f"{_LAYER}{m}.weight", "d -> d") for m in _NORMS),
         Weight("transformer.ln_f.scale", "transformer.ln_f.weight", "d -> d"),
         Weight("transformer.ln_f.bias", "transformer.ln_f.bias", "d -> d"),
+        Weight("lm_head.kernel", "lm_head.weight", "d v -> v d"),
     ),
     output="lm_head",
+    tied=(("lm_head.weight", "transformer.wte.weight"),),
+    buffers=("transformer.h.{l}.attn.bias", "transformer.h.{l}.attn.masked_bias"),
+    spellings=bare("transformer."),
 )

@@ -1,0 +1,71 @@
+"""MaxText's decoders (maxtext 0.2.5), unrolled; `scanned` says the rest, whatever `param_scan_axis` is.
+
+All its models call their layers alike, but what lies in them differs: every query but Qwen 3's holds its
+1/√head_dim already, and where RoPE is "llama3.1" the entries of each query and key head are interleaved pairs, where
+PyTorch holds first halves and second halves. So a Llama is never recognised by its names alone.
+"""
+
+from collections.abc import Iterable
+
+from jaxadapt.families.llama import TIED
+from jaxadapt.families.spellings import VISION_LANGUAGE, bare
+from jaxadapt.keymap import KeyMap
+from jaxadapt.weight import Weight
+
+_OURS, _HF = "decoder.layers_{l}.", "model.layers.{l}."
+_QUERY, _KEY = f"{_OURS}self_attention.query.kernel", f"{_OURS}self_attention.key.kernel"
+_Q_PROJ, _K_PROJ = f"{_HF}self_attn.q_proj.weight", f"{_HF}self_attn.k_proj.weight"
+
+_SHARED = (
+    Weight("token_embedder.embedding", "model.embed_tokens.weight", "v d -> v d", kind="embedding"),
+    Weight(f"{_OURS}self_attention.value.kernel", f"{_HF}self_attn.v_proj.weight", "d k h -> (k h) d"),
+    Weight(f"{_OURS}self_attention.out.kernel", f"{_HF}self_attn.o_proj.weight", "n h d -> d (n h)"),
+    *(
+        Weight(f"{_OURS}mlp.{a}.kernel", f"{_HF}mlp.{b}_proj.weight", "i o -> o i")
+        for a, b in (("wi_0", "gate"), ("wi_1", "up"), ("wo", "down"))
+    ),
+    *(
+        Weight(f"{_OURS}{a}_self_attention_layer_norm.scale", f"{_HF}{b}_layernorm.weight", "d -> d")
+        for a, b in (("pre", "input"), ("post", "post_attention"))
+    ),
+    Weight("decoder.decoder_norm.scale", "model.norm.weight", "d -> d"),
+    Weight("decoder.logits_dense.kernel", "lm_head.weight", "d v -> v d"),
+)
+
+
+def _table(name: str, more: Iterable[Weight], needs: tuple[str, ...] = ()) -> KeyMap:
+    return KeyMap(
+        f"maxtext:{name}",
+        (*_SHARED, *more),
+        output="lm_head",
+        whole=True,
+        needs=needs,
+        tied=TIED,
+        spellings=(*VISION_LANGUAGE, *bare("model.")),
+    )
+
+
+LLAMA31 = _table(
+    "llama3.1",
+    (
+        Weight(_QUERY, _Q_PROJ, "d n (c p) -> (n p c) d", p=2, scale=("c p", -0.5)),
+        Weight(_KEY, _K_PROJ, "d k (c p) -> (k p c) d", p=2),
+    ),
+)
+LLAMA3 = _table(
+    "llama3",
+    (
+        Weight(_QUERY, _Q_PROJ, "d n h -> (n h) d", scale=("h", -0.5)),
+        Weight(_KEY, _K_PROJ, "d k h -> (k h) d"),
+    ),
+)
+_NORMS = ((f"{_OURS}self_attention.query_norm.scale", "q"), (f"{_OURS}self_attention.key_norm.scale", "k"))
+QWEN3 = _table(
+    "qwen3",
+    (
+        Weight(_QUERY, _Q_PROJ, "d n h -> (n h) d"),
+        Weight(_KEY, _K_PROJ, "d k h -> (k h) d"),
+        *(Weight(leaf, f"{_HF}self_attn.{p}_norm.weight", "h -> h") for leaf, p in _NORMS),
+    ),
+    needs=tuple(leaf for leaf, _ in _NORMS),
+)

@@ -1,0 +1,51 @@
+"""Llama 3, Qwen 2 and Qwen 3 of Tunix (NNX): heads are axes of their own. Names as in google-tunix 0.1.7."""
+
+from collections.abc import Iterable
+
+from jaxadapt.families.llama import TIED
+from jaxadapt.families.spellings import VISION_LANGUAGE, bare
+from jaxadapt.keymap import KeyMap
+from jaxadapt.weight import Weight
+
+_OURS, _HF = "layers.{l}.", "model.layers.{l}."
+
+_SHARED = (
+    Weight("embedder.input_embedding", "model.embed_tokens.weight", "v d -> v d", kind="embedding"),
+    *(
+        Weight(f"{_OURS}attn.{p}_proj.w", f"{_HF}self_attn.{p}_proj.weight", f"d {n} h -> ({n} h) d")
+        for p, n in (("q", "n"), ("k", "k"), ("v", "k"))
+    ),
+    Weight(f"{_OURS}attn.o_proj.w", f"{_HF}self_attn.o_proj.weight", "n h d -> d (n h)"),
+    *(
+        Weight(f"{_OURS}mlp.{p}_proj.kernel", f"{_HF}mlp.{p}_proj.weight", "i o -> o i")
+        for p in ("gate", "up", "down")
+    ),
+    *(
+        Weight(f"{_OURS}{m}.w", f"{_HF}{m}.weight", "d -> d")
+        for m in ("input_layernorm", "post_attention_layernorm")
+    ),
+    Weight("final_norm.w", "model.norm.weight", "d -> d"),
+    Weight("lm_head.w", "lm_head.weight", "d v -> v d"),
+)
+_BIASES = tuple(
+    Weight(f"{_OURS}attn.{p}_bias", f"{_HF}self_attn.{p}_proj.bias", "o -> o") for p in ("q", "k", "v")
+)
+_NORMS = tuple(Weight(f"{_OURS}attn.{p}_norm.w", f"{_HF}self_attn.{p}_norm.weight", "h -> h") for p in ("q", "k"))
+
+
+def _table(name: str, more: Iterable[Weight]) -> KeyMap:
+    more = tuple(more)
+    return KeyMap(
+        f"tunix:{name}",
+        (*_SHARED, *more),
+        output="lm_head",
+        whole=True,
+        needs=tuple(w.leaf for w in more),
+        tied=TIED,
+        spellings=(*VISION_LANGUAGE, *bare("model.")),
+    )
+
+
+LLAMA3 = _table("llama3", ())
+QWEN2 = _table("qwen2", _BIASES)
+QWEN3 = _table("qwen3", _NORMS)
