@@ -1,0 +1,40 @@
+"""A specimen's weights and adapter in the layout of its JAX model, without PyTorch: what `record.py` starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import jaxadapt
+from jaxadapt import attach, bind, families, paths, plan
+from tests.families.specimens import PEFT_PREFIX, Specimen, values
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def source(specimen: Specimen, key: str) -> str:
+    """The key whose values a tied weight has."""
+    return dict(families.named(specimen.table).tied).get(key, key) if key in specimen.unused else key
+
+
+def base_leaves(specimen: Specimen, shapes: Shapes) -> dict[str, np.ndarray]:
+    made = plan.base_plan(families.named(specimen.table), shapes)
+    return made.decode({key: values(source(specimen, key), shape) for key, shape in made.shapes.items()})
+
+
+def adapter_values(key: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The tensor of this name in an adapter's file."""
+    assert key.startswith(PEFT_PREFIX), key
+    return values(key, shape)
+
+
+def write_adapter(specimen: Specimen, shapes: Shapes, folder: Path) -> None:
+    """The adapter as PEFT would have written it, from the names our table gives its tensors."""
+    config = jaxadapt.LoraConfig(**specimen.lora)
+    tree = paths.unflatten({p: jax.ShapeDtypeStruct(s, "float32") for p, s in shapes.items()})
+    _, bounds = attach.plan_tree(tree, config, specimen.table)
+    tensors = {key: adapter_values(key, shape) for key, shape in bind.file_plan(bounds).shapes.items()}
+    jaxadapt.write(jaxadapt.PeftTensors(config, tensors), folder)

@@ -1,0 +1,56 @@
+"""Records what the real JAX classes say of the specimens whose packages the tests' own environment lacks.
+
+    python tests/families/record.py [SPECIMEN …]
+
+writes `recorded/<specimen>.json`: the paths and shapes of the model's weights, and its logits with an adapter that
+`jaxadapt.load` put there. It takes the specimens whose library can be imported:
+
+    transformers' Flax classes   Python 3.11, `pip install jax==0.10.2 flax==0.12.8 transformers==4.57.6`
+    gemma                        Python 3.13, `pip install gemma==4.0.1 'sentencepiece<0.2.2'`
+    MaxText                      Python 3.13, `pip install maxtext==0.2.5 pathwaysutils` and what its import asks for:
+                                 qwix, aqtp, omegaconf, transformers, datasets, grain, drjax, tokamax, jinja2, sympy …
+
+The proofs (`test_proof.py`) compare with PyTorch, which need not be here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+import jax
+import numpy as np
+
+jax.config.update("jax_default_matmul_precision", "highest")
+
+from tests.families import core, sides  # noqa: E402
+from tests.families.specimens import RECORDED, SPECIMENS  # noqa: E402
+
+
+def main(names: list[str]) -> None:
+    for specimen in SPECIMENS:
+        if specimen.name not in names if names else not sides.here(specimen) or specimen.side.startswith("tunix"):
+            continue
+        side = sides.side(specimen)
+        with tempfile.TemporaryDirectory() as folder:
+            core.write_adapter(specimen, side.shapes, Path(folder))
+            target = side.make(core.base_leaves(specimen, side.shapes))
+            logits, _ = side.adapted(target, Path(folder), specimen.keymap)
+        found = {
+            "versions": sides.versions(specimen),
+            "leaves": side.shapes,
+            "logits": [float(f"{x:.8g}") for x in np.asarray(logits, "float32").ravel()],
+        }
+        path = RECORDED / f"{specimen.name}.json"
+        path.write_text(json.dumps(found, indent=0) + "\n", encoding="utf-8")
+        print(specimen.name, logits.shape, float(np.abs(logits).max()))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,219 @@
+"""The JAX side of a specimen, built from the real packages; each function imports its own.
+
+Python 3.11 of the extra `test` has Tunix; gemma, MaxText and transformers' last Flax classes have environments of
+their own (`record.py` says which).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import nnx
+
+import jaxadapt
+from tests.families.specimens import HEADS, IDS, KV, LAYERS, D, F, Specimen, V
+from tests.twins import trees
+
+Leaves = Mapping[str, np.ndarray]
+LIBRARY = {"tunix": "tunix", "tunix_gemma3": "tunix", "gemma": "gemma", "maxtext": "maxtext", "flax": "transformers"}
+PACKAGES = {"tunix": ("google-tunix",), "gemma": ("gemma",), "maxtext": ("maxtext",), "transformers": ("transformers",)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """`make` gives an NNX model, or for a Linen `module` its variables; `run` calls the one or applies the other."""
+
+    shapes: dict[str, tuple[int, ...]]
+    make: Callable[[Leaves], Any]
+    run: Callable[..., Any]
+    module: nn.Module | None = None
+
+    def logits(self, target: Any) -> np.ndarray:
+        return np.asarray(self.run(target) if self.module is None else self.run(self.module, target))
+
+    def adapted(self, target: Any, folder: Path, keymap: Any = None) -> tuple[np.ndarray, Any]:
+        """Logits with the adapter in `folder` loaded, and what carries it."""
+        loaded = jaxadapt.load(folder, target, keymap=keymap)
+        if self.module is None:
+            return self.logits(loaded), loaded
+        module = jaxadapt.adapt(self.module, jaxadapt.read_config(folder), keymap=keymap)
+        return np.asarray(self.run(module, loaded)), loaded
+
+
+def here(specimen: Specimen) -> bool:
+    """Whether this environment has the real classes."""
+    library = LIBRARY[specimen.side]
+    if importlib.util.find_spec(library) is None:
+        return False
+    return library != "transformers" or importlib.metadata.version("transformers").startswith("4.")
+
+
+def side(specimen: Specimen) -> Side:
+    return BUILDERS[specimen.side](specimen)
+
+
+def versions(specimen: Specimen) -> dict[str, str]:
+    names = (*PACKAGES[LIBRARY[specimen.side]], "jax", "flax")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def _of_nnx(make: Callable[[], nnx.Module], run: Callable[[Any], Any]) -> Side:
+    def filled(leaves: Leaves) -> nnx.Module:
+        model = make()
+        trees.fill(model, leaves)
+        return model
+
+    abstract = nnx.eval_shape(make)
+    return Side({p: v.shape for p, v in trees.nnx_leaves(abstract).items()}, filled, run)
+
+
+def _of_linen(module: nn.Module, params: Any, run: Callable[..., Any]) -> Side:
+    flat = jax.tree_util.tree_leaves_with_path(params)
+    shapes = {".".join(str(k.key) for k in path): tuple(x.shape) for path, x in flat}
+    return Side(shapes, lambda leaves: {"params": trees.nest(leaves)}, run, module)
+
+
+def _causal(length: int) -> jax.Array:
+    return jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (len(IDS), length, length))
+
+
+def _positions() -> jax.Array:
+    return jnp.broadcast_to(jnp.arange(IDS.shape[1]), IDS.shape)
+
+
+# ---- Tunix -------------------------------------------------------------------------------------------------
+
+
+def tunix(specimen: Specimen) -> Side:
+    o = specimen.options
+    model = importlib.import_module(f"tunix.models.{o['model']}.model")
+    cls = {"llama3": "Llama3", "qwen2": "Qwen2", "qwen3": "Qwen3"}[o["model"]]
+    tie = {"weight_tying" if o["model"] == "llama3" else "use_tied_embedding": o["tied"]}
+    config = model.ModelConfig(
+        num_layers=LAYERS, vocab_size=V, embed_dim=D, hidden_dim=F, num_heads=HEADS, head_dim=o["head_dim"],
+        num_kv_heads=KV, rope_theta=o["rope_theta"], norm_eps=1e-6, **tie,
+    )  # fmt: skip
+    return _of_nnx(lambda: getattr(model, cls)(config, rngs=nnx.Rngs(0)), _run_tunix)
+
+
+def _run_tunix(model: Any) -> Any:
+    return model(jnp.asarray(IDS), _positions(), None, _causal(IDS.shape[1]))[0]
+
+
+def tunix_gemma3(specimen: Specimen) -> Side:
+    model = importlib.import_module("tunix.models.gemma3.model")
+    config = model.ModelConfig(
+        num_layers=LAYERS, num_embed=V, embed_dim=D, hidden_dim=F, num_heads=HEADS, head_dim=6,
+        num_kv_heads=specimen.options["kv"], sliding_window_size=4, local_base_frequency=10_000,
+        global_base_frequency=1_000_000, param_dtype=jnp.float32,
+    )  # fmt: skip
+
+    def make() -> Any:
+        made = model.Gemma3(config, rngs=nnx.Rngs(0))
+        _alternate(made, model)
+        return made
+
+    return _of_nnx(make, _run_tunix)
+
+
+def _alternate(made: Any, model: Any) -> None:
+    """Sliding, full, sliding: the real pattern has its first full layer at the sixth."""
+    for i, layer in enumerate(made.layers):
+        full = i == 1
+        layer.attn.attn_type = model.AttentionType.GLOBAL if full else model.AttentionType.LOCAL_SLIDING
+        layer.attn.rope_base_frequency = 1_000_000 if full else 10_000
+
+
+# ---- gemma -------------------------------------------------------------------------------------------------
+
+
+def gemma(specimen: Specimen) -> Side:
+    config = importlib.import_module("gemma.gm.nn._config")
+    modules = importlib.import_module("gemma.gm.nn._modules")
+    transformer = importlib.import_module("gemma.gm.nn._transformer")
+    kinds = modules.AttentionType
+    module = transformer.Transformer(
+        config=config.TransformerConfig(
+            num_embed=V, embed_dim=D, hidden_dim=F, num_heads=HEADS, head_dim=6, num_kv_heads=specimen.options["kv"],
+            final_logit_softcap=None, use_post_attn_norm=True, use_post_ffw_norm=True, use_qk_norm=True,
+            attention_types=(kinds.LOCAL_SLIDING, kinds.GLOBAL, kinds.LOCAL_SLIDING), sliding_window_size=4,
+            transpose_gating_einsum=True, local_base_frequency=10_000, global_base_frequency=1_000_000,
+        ),
+        dtype=jnp.float32,
+    )  # fmt: skip
+    ids = jnp.asarray(IDS, jnp.int32)
+    params = jax.eval_shape(lambda: module.init(jax.random.key(0), ids))["params"]
+    return _of_linen(module, params, lambda m, variables: m.apply(variables, ids).logits)
+
+
+# ---- MaxText -----------------------------------------------------------------------------------------------
+
+
+def maxtext(specimen: Specimen) -> Side:
+    importlib.import_module("pathwaysutils")
+    pyconfig = importlib.import_module("maxtext.configs.pyconfig")
+    creation = importlib.import_module("maxtext.utils.model_creation_utils")
+    utils = importlib.import_module("maxtext.utils.maxtext_utils")
+    o = specimen.options
+    base = Path(importlib.import_module("maxtext").__file__).parent / "configs" / "base.yml"
+    qwen3 = o["model"] == "qwen3"
+    config = pyconfig.initialize(
+        ["record", str(base)],
+        run_name="specimen", base_output_directory="unused", enable_checkpointing=False, log_config=False,
+        skip_jax_distributed_system=True, dataset_type="synthetic", per_device_batch_size=len(IDS),
+        max_target_length=IDS.shape[1], max_prefill_predict_length=IDS.shape[1], attention="dot_product",
+        dtype="float32", weight_dtype="float32", matmul_precision="highest", float32_logits=True,
+        base_emb_dim=D, base_num_query_heads=HEADS, base_num_kv_heads=KV, base_mlp_dim=F,
+        base_num_decoder_layers=LAYERS, head_dim=o["head_dim"], vocab_size=V, normalization_layer_epsilon=1e-6,
+        decoder_block="qwen3" if qwen3 else "llama2", use_qk_norm=qwen3, logits_via_embedding=o["tied"],
+        normalize_embedding_logits=False, logits_dot_in_fp32=True, rope_max_timescale=10_000, rope_use_scale=False,
+        rope_type="llama3.1" if o["model"] == "llama3.1" else "default", mlp_activations=["silu", "linear"],
+        scan_layers=o["scan"] is not None, param_scan_axis=o["scan"] or 0, enable_dropout=False,
+    )  # fmt: skip
+    mesh = jax.sharding.Mesh(utils.create_device_mesh(config), config.mesh_axes)
+
+    def make() -> Any:
+        with mesh:
+            return creation.from_config(config, mesh=mesh, rngs=nnx.Rngs(params=0, dropout=1))
+
+    def run(model: Any) -> Any:
+        with mesh:
+            ids = jnp.asarray(IDS, jnp.int32)
+            return model(ids, _positions(), decoder_segment_ids=jnp.ones_like(ids), enable_dropout=False)
+
+    return _of_nnx(make, run)
+
+
+# ---- transformers 4.57 -------------------------------------------------------------------------------------
+
+
+def flax(specimen: Specimen) -> Side:
+    transformers = importlib.import_module("transformers")
+    cls = getattr(transformers, specimen.options["class"])
+    fields = {k: v for k, v in specimen.config.items() if k != "rope_parameters"}
+    model = cls(cls.config_class(**fields), _do_init=False)
+    params = jax.eval_shape(lambda: model.init_weights(jax.random.PRNGKey(0), IDS.shape))
+    ids, ones = jnp.asarray(IDS, jnp.int32), jnp.ones(IDS.shape, jnp.int32)
+    encoder = specimen.table in ("bert", "roberta")
+    # The Flax classes count RoBERTa's positions outside the module.
+    positions = _positions() + (1 if specimen.table == "roberta" else 0)
+    inputs = (ids, ones, jnp.zeros_like(ids), positions, None) if encoder else (ids, ones, positions)
+    return _of_linen(model.module, params, lambda module, variables: module.apply(variables, *inputs)[0])
+
+
+BUILDERS: dict[str, Callable[[Specimen], Side]] = {
+    "tunix": tunix,
+    "tunix_gemma3": tunix_gemma3,
+    "gemma": gemma,
+    "maxtext": maxtext,
+    "flax": flax,
+}

@@ -1,0 +1,178 @@
+"""One tiny model for every table: which PyTorch class it is, and how the JAX side is built. Plain values.
+
+Weights are made from their PyTorch names, so that both sides have the same ones wherever they are built, and nothing
+but shapes and logits needs to be kept (`recorded/`, written by `record.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+RECORDED = Path(__file__).parent / "recorded"
+IDS = np.random.RandomState(0).randint(1, 32, (2, 6))
+PEFT_PREFIX = "base_model.model."
+
+
+@dataclasses.dataclass(frozen=True)
+class Specimen:
+    """A tiny random model in PyTorch and in JAX.
+
+    Args:
+        table: the table that has to be recognised, by its name.
+        torch, config: the class in transformers, and its configuration.
+        side: the function of `sides.py` that builds the JAX model, with `options`.
+        unused: keys of the state dict that the JAX model lacks (they are tied to others).
+        rivals: the tables an error has to name, where names do not tell.
+    """
+
+    name: str
+    table: str
+    torch: str
+    config: Mapping[str, Any]
+    side: str
+    options: Mapping[str, Any]
+    targets: tuple[str, ...]
+    rivals: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+
+    @property
+    def keymap(self) -> str | None:
+        return self.table if self.rivals else None
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def lora(self) -> dict[str, Any]:
+        """Fields of the adapter's configuration, PEFT's and ours alike."""
+        return {"r": 3, "lora_alpha": 5, "target_modules": list(self.targets)}
+
+
+def values(key: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The float32 weight (or adapter tensor) of this PyTorch name.
+
+    Embeddings are numbers that bfloat16 has: MaxText rounds a tied one to that for its logits, whatever the dtype is.
+    """
+    x = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape).astype("float32")
+    norm = key.endswith("weight") and any(word in key.lower() for word in ("norm", "ln_"))
+    if norm:
+        return 1 + 0.2 * x
+    x *= 0.35
+    return (x.view("uint32") & 0xFFFF0000).view("float32") if key.endswith("embed_tokens.weight") else x
+
+
+def recorded(name: str) -> dict[str, Any]:
+    found = json.loads((RECORDED / f"{name}.json").read_text(encoding="utf-8"))
+    found["leaves"] = {path: tuple(shape) for path, shape in found["leaves"].items()}
+    return found
+
+
+D, F, V, LAYERS, HEADS, KV = 16, 24, 32, 3, 4, 2
+PROJ = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SIZES = {
+    "vocab_size": V,
+    "hidden_size": D,
+    "intermediate_size": F,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "max_position_embeddings": 32,
+}
+DECODER = {**SIZES, "num_key_value_heads": KV, "rms_norm_eps": 1e-6, "bos_token_id": 0, "eos_token_id": 0}
+HEAD = "lm_head.weight"
+
+
+def rope(theta: float = 10000.0) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+
+
+def _tunix(name: str, torch: str, theta: float, tied: bool) -> Specimen:
+    config = {**DECODER, **rope(theta), "head_dim": 6, "tie_word_embeddings": tied}
+    if torch == "Qwen2ForCausalLM":
+        config["head_dim"] = 4  # transformers' Qwen2 has no head_dim of its own
+    options = {"model": name, "head_dim": config["head_dim"], "rope_theta": theta, "tied": tied}
+    unused = (HEAD,) if tied else ()
+    label = f"tunix-{name}" + ("-tied" if tied else "")
+    return Specimen(label, f"tunix:{name}", torch, config, "tunix", options, PROJ, unused=unused)
+
+
+def _gemma(name: str, table: str, side: str, kv: int) -> Specimen:
+    config = {
+        **DECODER,
+        "num_key_value_heads": kv,
+        "head_dim": 6,
+        "query_pre_attn_scalar": 6,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+            "full_attention": {"rope_type": "default", "rope_theta": 1_000_000.0},
+        },
+        "tie_word_embeddings": True,
+    }
+    return Specimen(name, table, "Gemma3ForCausalLM", config, side, {"kv": kv}, PROJ, unused=(HEAD,))
+
+
+_LLAMAS = ("maxtext:llama3.1", "maxtext:llama3")
+
+
+def _maxtext(model: str, torch: str, scan: int | None, head_dim: int = 6, tied: bool = False) -> Specimen:
+    config = {**DECODER, **rope(), "head_dim": head_dim, "tie_word_embeddings": tied}
+    suffix = "" if scan is None else f"/scan{scan}"
+    options = {"model": model, "scan": scan, "head_dim": head_dim, "tied": tied}
+    rivals = tuple(f"{name}{suffix}" for name in _LLAMAS) if "llama" in model else ()
+    name = f"maxtext-{model}{suffix.replace('/', '-')}" + (f"-h{head_dim}" if head_dim != 6 else "")
+    unused = (HEAD,) if tied else ()
+    name += "-tied" if tied else ""
+    return Specimen(name, f"maxtext:{model}{suffix}", torch, config, "maxtext", options, PROJ, rivals, unused)
+
+
+_BERT = ("query", "key", "value", "dense")
+_TIED_BERT = ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias")
+_TIED_ROBERTA = ("lm_head.decoder.weight", "lm_head.decoder.bias")
+
+
+def _flax(
+    name: str, table: str, torch: str, targets: tuple[str, ...], unused: tuple[str, ...] = (), **more: Any
+) -> Specimen:
+    base: dict[str, Any] = {**DECODER, **rope(), "head_dim": 4} if table == "llama" else dict(SIZES)
+    if table == "gpt2":
+        base = {"vocab_size": V, "n_embd": D, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 32, "bos_token_id": 0}
+        base["eos_token_id"] = 0
+    if table in ("bert", "roberta"):
+        base["pad_token_id"] = 0
+    return Specimen(name, table, torch, {**base, **more}, "flax", {"class": f"Flax{torch}"}, targets, unused=unused)
+
+
+SPECIMENS = (
+    _flax("flax-llama", "llama", "LlamaForCausalLM", PROJ, tie_word_embeddings=False),
+    # Without a sliding window FlaxMistral (transformers 4.57) lets every token see itself alone.
+    _flax("flax-mistral", "llama", "MistralForCausalLM", PROJ, tie_word_embeddings=False, sliding_window=32),
+    _flax("flax-gpt2", "gpt2", "GPT2LMHeadModel", ("c_attn", "c_proj", "c_fc"), (HEAD,)),
+    _flax("flax-bert", "bert", "BertForMaskedLM", _BERT, _TIED_BERT),
+    _flax("flax-bert-classifier", "bert", "BertForSequenceClassification", _BERT),
+    _flax("flax-bert-bare", "bert", "BertModel", _BERT),
+    _flax("flax-roberta", "roberta", "RobertaForMaskedLM", _BERT, _TIED_ROBERTA),
+    _flax("flax-roberta-classifier", "roberta", "RobertaForSequenceClassification", _BERT),
+    # Tunix's Llama 3 and Qwen 3 turn by 1e6 whatever `rope_theta` says (google-tunix 0.1.7), so PyTorch does here.
+    _tunix("llama3", "LlamaForCausalLM", 1e6, tied=False),
+    _tunix("llama3", "LlamaForCausalLM", 1e6, tied=True),
+    _tunix("qwen2", "Qwen2ForCausalLM", 1e4, tied=False),
+    _tunix("qwen3", "Qwen3ForCausalLM", 1e6, tied=True),
+    _gemma("tunix-gemma3", "tunix:gemma3", "tunix_gemma3", KV),
+    _gemma("tunix-gemma3-mha", "tunix:gemma3", "tunix_gemma3", HEADS),
+    _gemma("gemma-gemma3", "gemma:gemma3", "gemma", KV),
+    _gemma("gemma-gemma3-mha", "gemma:gemma3", "gemma", HEADS),
+    *(_maxtext("llama3.1", "LlamaForCausalLM", scan) for scan in (None, 0, 1)),
+    _maxtext("llama3.1", "LlamaForCausalLM", None, head_dim=16),
+    *(_maxtext("llama3", "LlamaForCausalLM", scan) for scan in (None, 1)),
+    *(_maxtext("qwen3", "Qwen3ForCausalLM", scan) for scan in (None, 0, 1)),
+    _maxtext("qwen3", "Qwen3ForCausalLM", None, tied=True),
+)
+BY_NAME = {s.name: s for s in SPECIMENS}

@@ -1,0 +1,81 @@
+"""Names that no JAX class of ours shows: Qwen's lines of the table "llama", and vision-language spellings."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("peft")
+
+import torch
+import transformers as tf
+from peft import LoraConfig, get_peft_model
+
+import jaxadapt
+from jaxadapt import families, plan
+from tests.families import core, sides
+from tests.families.specimens import BY_NAME, DECODER, SIZES, recorded, rope, values
+from tests.twins import trees
+
+pytestmark = pytest.mark.peft
+
+
+@pytest.mark.parametrize("name", ["Qwen2", "Qwen3"])
+def test_the_llama_table_holds_qwens_biases_and_norms(name):
+    """Flax's own convention, written out: a Dense kernel is the transposed weight, all else is as it was."""
+    config = getattr(tf, f"{name}Config")(**DECODER, **rope(), tie_word_embeddings=False)
+    weights = {k: x.numpy() for k, x in getattr(tf, f"{name}ForCausalLM")(config).state_dict().items()}
+    leaves = {}
+    for key, x in weights.items():
+        stem = key.removesuffix(".weight")
+        if key.endswith("embed_tokens.weight"):
+            leaves[f"{stem}.embedding"] = x
+        else:
+            leaves[key if x.ndim == 1 else f"{stem}.kernel"] = x.T
+    shapes = {path: x.shape for path, x in leaves.items()}
+    assert any("q_norm" in path or "q_proj.bias" in path for path in leaves)
+    table = families.resolve("auto", shapes)
+    assert table.name == "llama"
+    made = plan.base_plan(table, shapes)
+    assert set(made.keys) == set(weights)
+    for path, leaf in made.decode(weights).items():
+        np.testing.assert_array_equal(leaf, leaves[path])
+
+
+def vision_language() -> torch.nn.Module:
+    text = {**SIZES, "num_key_value_heads": 2, "head_dim": 6, "query_pre_attn_scalar": 6}
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = tf.Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
+    with torch.device("meta"):
+        return tf.Gemma3ForConditionalGeneration(config)
+
+
+def test_the_adapter_of_a_vision_language_model_fits_the_language_model_alone(tmp_path):
+    """The keys are PEFT's on transformers' own class; read, loaded and saved again they are the same."""
+    config = LoraConfig(r=2, target_modules=r".*language_model.*\.(q_proj|v_proj|down_proj)")
+    keys = {
+        name.replace(".default", ""): tuple(x.shape)
+        for name, x in get_peft_model(vision_language(), config).named_parameters()
+        if "lora_" in name
+    }
+    tensors = {key: values(key, shape) for key, shape in keys.items()}
+    ours = jaxadapt.LoraConfig(r=2, target_modules=r".*language_model.*\.(q_proj|v_proj|down_proj)")
+    jaxadapt.write(jaxadapt.PeftTensors(ours, tensors), tmp_path / "a")
+    specimen = BY_NAME["gemma-gemma3"]
+    shapes = recorded(specimen.name)["leaves"] if not sides.here(specimen) else sides.side(specimen).shapes
+    variables = {"params": trees.nest(core.base_leaves(specimen, shapes))}
+    loaded = jaxadapt.load(tmp_path / "a", variables)
+    assert jaxadapt.extract(loaded).keymap.name == "gemma:gemma3/vl"
+    jaxadapt.save(loaded, tmp_path / "b")
+    found = jaxadapt.read(tmp_path / "b").tensors
+    assert set(found) == set(tensors)
+    for key, value in tensors.items():
+        np.testing.assert_array_equal(found[key], value)
+
+
+def test_the_base_weights_of_a_vision_language_model_are_the_spellings_own():
+    """Each weight of the language model inside is a key of the table, and nothing else begins so."""
+    names = [key for key in vision_language().state_dict() if "language_model" in key]
+    shapes = recorded("gemma-gemma3")["leaves"]
+    assert set(plan.base_plan(families.named("gemma:gemma3/vl"), shapes).keys) == set(names)

@@ -1,0 +1,125 @@
+"""Every table against the real models, in PyTorch and in JAX: a new table is tested by being there.
+
+Base weights go PyTorch → JAX → PyTorch bit for bit, each key of the state dict claimed once, and the JAX model with a
+PEFT adapter loaded gives PEFT's logits. Where the JAX class is in another environment, its shapes and logits are those
+`record.py` wrote down.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import numpy as np
+import pytest
+
+import jaxadapt
+from jaxadapt import KeyMapError, families, plan
+from jaxadapt.families import FAMILIES
+from tests.families import core, sides
+from tests.families.specimens import RECORDED, SPECIMENS, Specimen, recorded
+
+if importlib.util.find_spec("peft") is not None:
+    from tests import peft_harness as harness
+    from tests.families import torch_side
+
+# Logits are about 4, and two float32 implementations of a tiny model differ by some 1e-5: weights are large here, so
+# that the softmax of the attention passes rounding on.
+CLOSE = {"rtol": 0, "atol": 1e-4}
+EVERY = pytest.mark.parametrize("specimen", SPECIMENS, ids=str)
+LIVE = [s for s in SPECIMENS if sides.here(s)]
+ELSEWHERE = [s for s in SPECIMENS if (RECORDED / f"{s.name}.json").exists()]
+
+
+def shapes_of(specimen: Specimen) -> dict[str, tuple[int, ...]]:
+    return sides.side(specimen).shapes if specimen in LIVE else recorded(specimen.name)["leaves"]
+
+
+def test_every_proved_table_has_its_proof():
+    plain = {s.table.partition("/")[0] for s in SPECIMENS}
+    assert plain == {name for name, table in FAMILIES.items() if table.proved}
+    for specimen in SPECIMENS:
+        assert sides.here(specimen) or specimen in ELSEWHERE or specimen.side.startswith("tunix"), specimen.name
+
+
+@pytest.mark.parametrize("specimen", ELSEWHERE, ids=str)
+def test_it_is_recognised_by_names_and_shapes(specimen):
+    recognised(specimen, recorded(specimen.name)["leaves"])
+
+
+def recognised(specimen: Specimen, shapes: Any) -> None:
+    if not specimen.rivals:
+        assert families.resolve("auto", shapes).name == specimen.table
+        return
+    with pytest.raises(KeyMapError, match="fit several tables") as caught:
+        families.resolve("auto", shapes)
+    for rival in specimen.rivals:
+        assert rival in str(caught.value)
+
+
+@pytest.mark.parametrize("specimen", [s for s in LIVE if s in ELSEWHERE], ids=str)
+@pytest.mark.usefixtures("foreign_model")
+def test_what_was_recorded_is_what_the_package_does(specimen, tmp_path):
+    side, found = sides.side(specimen), recorded(specimen.name)
+    assert side.shapes == found["leaves"]
+    core.write_adapter(specimen, side.shapes, tmp_path)
+    logits, _ = side.adapted(side.make(core.base_leaves(specimen, side.shapes)), tmp_path, specimen.keymap)
+    np.testing.assert_allclose(logits.ravel(), found["logits"], **CLOSE)
+
+
+@pytest.mark.peft
+@EVERY
+def test_base_weights_go_both_ways_bit_for_bit(specimen):
+    weights, shapes = torch_side.state(specimen), shapes_of(specimen)
+    made = plan.base_plan(families.named(specimen.table), shapes)
+    assert set(made.keys) == set(weights) - set(specimen.unused)
+    assert made.shapes == {key: weights[key].shape for key in made.keys}
+    tied = dict(families.named(specimen.table).tied)
+    for key in specimen.unused:
+        np.testing.assert_array_equal(weights[key], weights[tied[key]])
+    leaves = made.decode({key: weights[key] for key in made.keys})
+    assert {path: x.shape for path, x in leaves.items()} == shapes
+    for key, back in made.encode(leaves).items():
+        if made.keys[key][0].path in made.inexact:  # a factor that is no power of two: rounded twice
+            np.testing.assert_allclose(back, weights[key], rtol=2.5e-7)
+        else:
+            np.testing.assert_array_equal(back, weights[key], err_msg=key)
+    rounds = specimen.table.startswith("maxtext:llama") and specimen.options["head_dim"] == 6
+    assert bool(made.inexact) == rounds
+
+
+@pytest.mark.peft
+@EVERY
+def test_a_peft_adapter_gives_pefts_logits(specimen, tmp_path):
+    """And what is saved again is what PEFT wrote."""
+    torch_side.save(specimen, tmp_path / "peft")
+    expected = torch_side.logits(specimen.name, adapter=True)
+    assert np.abs(expected - torch_side.logits(specimen.name, adapter=False)).max() > 0.1
+    if specimen not in LIVE:
+        np.testing.assert_allclose(recorded(specimen.name)["logits"], expected.ravel(), **CLOSE)
+        shapes = recorded(specimen.name)["leaves"]
+        core.write_adapter(specimen, shapes, tmp_path / "ours")  # what the recording loaded
+        same_tensors(tmp_path / "ours", tmp_path / "peft")
+        return
+    side = sides.side(specimen)
+    recognised(specimen, side.shapes)
+    with jaxadapt_ranks():
+        target = side.make(core.base_leaves(specimen, side.shapes))
+        np.testing.assert_allclose(side.logits(target), torch_side.logits(specimen.name, adapter=False), **CLOSE)
+        logits, carrier = side.adapted(target, tmp_path / "peft", specimen.keymap)
+    np.testing.assert_allclose(logits, expected, **CLOSE)
+    jaxadapt.save(carrier, tmp_path / "ours")
+    same_tensors(tmp_path / "ours", tmp_path / "peft")
+
+
+def jaxadapt_ranks() -> Any:
+    import jax
+
+    return jax.numpy_rank_promotion("allow")  # other people's models broadcast
+
+
+def same_tensors(ours: Any, theirs: Any) -> None:
+    found, expected = harness.read_tensors(ours), harness.read_tensors(theirs)
+    assert set(found) == set(expected)
+    for key, value in expected.items():
+        np.testing.assert_array_equal(found[key], value, err_msg=key)

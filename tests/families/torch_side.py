@@ -1,0 +1,64 @@
+"""The PyTorch side of a specimen: transformers and PEFT, with the weights its names say."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")  # --doctest-modules opens this file too
+pytest.importorskip("peft")
+
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+
+from tests.families import core
+from tests.families.specimens import BY_NAME, IDS, Specimen, values
+
+
+@functools.cache
+def base(name: str) -> Any:
+    specimen = BY_NAME[name]
+    cls = getattr(transformers, specimen.torch)
+    model = cls(cls.config_class(**specimen.config, attn_implementation="eager")).eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            parameter.copy_(torch.from_numpy(values(key, tuple(parameter.shape))))
+    return model
+
+
+def state(specimen: Specimen) -> dict[str, np.ndarray]:
+    return {key: x.detach().numpy() for key, x in base(specimen.name).state_dict().items()}
+
+
+@functools.cache
+def adapted(name: str) -> Any:
+    """A PEFT model on a copy of the base; in the file its tensors have the values their names say."""
+    import copy
+
+    specimen = BY_NAME[name]
+    fan = {"fan_in_fan_out": True} if specimen.table == "gpt2" else {}
+    model = get_peft_model(copy.deepcopy(base(name)), LoraConfig(**specimen.lora, **fan)).eval()
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "lora_" in key:
+                file_key = key.replace(".default", "")
+                parameter.copy_(torch.from_numpy(core.adapter_values(file_key, tuple(parameter.shape))))
+    return model
+
+
+@functools.cache
+def logits(name: str, adapter: bool) -> np.ndarray:
+    model = adapted(name) if adapter else base(name)
+    with torch.no_grad():
+        out = model(torch.from_numpy(np.asarray(IDS, np.int64)))
+    return (out.logits if "logits" in out else out.last_hidden_state).numpy()
+
+
+def save(specimen: Specimen, folder: Path) -> Path:
+    adapted(specimen.name).save_pretrained(str(folder))
+    return folder
