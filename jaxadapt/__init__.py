@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         init,
         inject,
     )
+    from jaxadapt.checkpoint import CheckpointManager
     from jaxadapt.combining import combine
     from jaxadapt.configs import Config, IA3Config, LoraConfig
     from jaxadapt.errors import (
@@ -65,6 +66,7 @@ _HOME = {
         "combining": "combine",
         "reducing": "resize_rank to_lora",
         "store": "save load to_peft from_peft",
+        "checkpoint": "CheckpointManager",
         "folder": "read write inspect read_config",
         "errors": "AdapterError ConfigError FileError FormatError KeyMapError MismatchError TargetError "
         "AttachError",
@@ -78,6 +80,7 @@ __all__ = [
     "AdapterParam",
     "AttachError",
     "BaseParam",
+    "CheckpointManager",
     "Config",
     "ConfigError",
     "FileError",

@@ -252,7 +252,7 @@ def extract(
     found = _find_collection(tree, name)
     if found is not None and config is None:
         return linen.read_collection(found, name)
-    present = _names_in(tree)
+    present = names_in(tree)
     if found is None and present:
         raise AttachError(f"there is no adapter {name!r} here; found {present}")
     return _extract_bare(tree, name, config, keymap)
@@ -262,12 +262,12 @@ def guest_in(tree: Any) -> foreign.Found | None:
     """Another library's LoRA leaves in a tree that carries no adapter of ours; None if there are none."""
     if isinstance(tree, nnx.nnx.Module | nnx.nnx.State):
         return None if nnx.variables(tree) else foreign.find(tree)
-    if isinstance(tree, Mapping) and _names_in(tree):
+    if isinstance(tree, Mapping) and names_in(tree):
         return None
     return foreign.find(tree)
 
 
-def _names_in(tree: Mapping[str, Any]) -> list[str]:
+def names_in(tree: Mapping[str, Any]) -> list[str]:
     """The names of the adapters that Linen variables, or a collection of theirs, hold with a configuration."""
     holders = [tree, *(tree.get(m.peft_type.lower(), {}) for m in methods.METHODS.values())]
     return sorted(
@@ -277,6 +277,11 @@ def _names_in(tree: Mapping[str, Any]) -> list[str]:
         for name, inner in held.items()
         if isinstance(inner, Mapping) and CONFIG_NODE in inner
     )
+
+
+def collections_in(tree: Mapping[str, Any]) -> list[str]:
+    """The names of the adapter collections among Linen variables."""
+    return [name for m in methods.METHODS.values() if (name := m.peft_type.lower()) in tree]
 
 
 def _find_collection(tree: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxadapt import configs, paths, targets
-from jaxadapt.codecs import atomic, safetensors, torch_bin
+from jaxadapt.codecs import atomic, orbax, safetensors, torch_bin
 from jaxadapt.codecs.files import file_error
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError, ConfigError, FileError, FormatError, MismatchError
@@ -201,6 +201,8 @@ def read_config(path: str | os.PathLike[str]) -> Config:
 
     Raises `FileError` if it cannot be read, `ConfigError` if it is not PEFT's.
     """
+    if orbax.found(path):
+        return _orbax_config(path)
     target = Path(path)
     if target.is_file():
         return configs.loads(_text(target), str(target))
@@ -214,8 +216,11 @@ def read_config(path: str | os.PathLike[str]) -> Config:
 def inspect(path: str | os.PathLike[str]) -> Info:
     """Method, targets, sizes and base model of an adapter folder, from its header alone.
 
+    Of an Orbax checkpoint too: its tensors under the names that PEFT's file would have.
     Raises `FileError`, `FormatError` or `ConfigError`, naming the file.
     """
+    if orbax.found(path):
+        return _inspect_orbax(path)
     config, weights = _files(path)
     if weights.name == WEIGHTS:
         header = safetensors.read_header(weights)
@@ -233,7 +238,7 @@ def inspect(path: str | os.PathLike[str]) -> Info:
 def read(path: str | os.PathLike[str]) -> PeftTensors:
     """An adapter folder as `PeftTensors`, no model needed: PEFT's names, PyTorch's layout, the file's dtypes.
 
-    Reads `.safetensors` first, else a PyTorch `.bin` (nothing in it is executed).
+    Reads `.safetensors` first, else a PyTorch `.bin` (nothing in it is executed), or an Orbax checkpoint of ours.
     Raises `FileError`, `FormatError` or `ConfigError`, naming the file.
     """
     with opened(path) as found:
@@ -247,6 +252,11 @@ def opened(path: str | os.PathLike[str]) -> Generator[PeftTensors]:
     """As `read`, but the tensors of a `.safetensors` file are read when they are asked for, while it is open."""
     from jaxadapt.adapter import PeftTensors
 
+    if orbax.found(path):
+        from jaxadapt import orbax_folder
+
+        yield orbax_folder.tensors(orbax_folder.read(path, orbax_folder.find(path)), path)
+        return
     config, weights = _files(path)
     with contextlib.ExitStack() as stack:
         if weights.name == WEIGHTS:
@@ -258,6 +268,26 @@ def opened(path: str | os.PathLike[str]) -> Generator[PeftTensors]:
         if not tensors:
             raise MismatchError(f"{weights}: expected an adapter's tensors, found a file without any")
         yield PeftTensors(settled, tensors, str(path))
+
+
+def _orbax_config(path: str | os.PathLike[str]) -> Config:
+    from jaxadapt import orbax_folder
+
+    recipe = orbax_folder.recipe(path)
+    if recipe is None:
+        raise FileError(f"{os.fspath(path)}: an Orbax checkpoint that says nothing of an adapter's configuration")
+    return recipe.config
+
+
+def _inspect_orbax(path: str | os.PathLike[str]) -> Info:
+    from jaxadapt import orbax_folder
+
+    config = _orbax_config(path)
+    encoded = orbax_folder.tensors(orbax_folder.find(path).adapter, path).tensors
+    tensors = {k: (safetensors.dtype_name(t.dtype), tuple(t.shape)) for k, t in _specs(encoded).items()}
+    nbytes = sum(math.prod(s) * safetensors.numpy_dtype(d).itemsize for d, s in tensors.values())
+    size = sum(p.stat().st_size for p in Path(path).rglob("*") if p.is_file())
+    return Info(os.fspath(path), config, tensors, nbytes, size)
 
 
 # ---------------------------------------------------------------- writing

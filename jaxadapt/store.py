@@ -28,11 +28,13 @@ from jaxadapt import (
     methods,
     nnx,
     nnx_survey,
+    orbax_folder,
     paths,
     targets,
     transfer,
 )
 from jaxadapt.adapter import Adapter, PeftTensors, Recipe
+from jaxadapt.codecs import orbax
 from jaxadapt.configs import Config
 from jaxadapt.errors import AdapterError, AttachError, ConfigError, FileError, MismatchError
 from jaxadapt.keymap import PEFT_PREFIX, KeyMap
@@ -96,7 +98,7 @@ def _extract(tree: Any, name: str, config: Config | None, keymap: Any, instead: 
     return adapter if config is None else dataclasses.replace(adapter, config=config)
 
 
-def _with_values(leaves: Mapping[str, Any], traced: bool) -> None:
+def _with_values(leaves: Mapping[str, Any], traced: bool, elsewhere: bool = False) -> None:
     """Raise `AttachError` where a parameter has no value that could leave the program."""
 
     def why(leaf: Any) -> str | None:
@@ -106,7 +108,7 @@ def _with_values(leaves: Mapping[str, Any], traced: bool) -> None:
             return None if traced else "traced: inside jit, grad or vmap"
         if isinstance(leaf, jax.Array) and leaf.is_deleted():
             return "deleted: it was donated to a jitted function"
-        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not elsewhere:
             return "partly in other processes"
         return None
 
@@ -116,19 +118,15 @@ def _with_values(leaves: Mapping[str, Any], traced: bool) -> None:
 
 
 def _encoded(adapter: Adapter, keymap: KeyMap | str | None, dtype: Any = None) -> PeftTensors:
+    adapter = _renamed(adapter, keymap)
     config, table = adapter.config, adapter.keymap
-    shapes = {leaf: {t: tuple(a.shape) for t, a in ts.items()} for leaf, ts in adapter.sites.items()}
-    if keymap not in (None, "auto"):
-        before = bind.recover(config, table, shapes)
-        table = families.resolve(keymap, {})
-        config = bind.renamed(config, before, table)
     if not table.proved:
         warnings.warn(
             f"the table {table.name!r} is not proved against the real models: compare the outputs in PyTorch before you"
             " rely on what it names",
             stacklevel=4,
         )
-    bounds = bind.recover(config, table, shapes)
+    bounds = bind.recover(config, table, _shapes(adapter))
     astray = [m for b in bounds if not b.method.replaces for m in b.modules if not targets.matches(config, m)]
     if astray:
         raise MismatchError(
@@ -141,6 +139,19 @@ def _encoded(adapter: Adapter, keymap: KeyMap | str | None, dtype: Any = None) -
     return PeftTensors(config, encoded, "this adapter")
 
 
+def _shapes(adapter: Adapter) -> dict[str, dict[str, tuple[int, ...]]]:
+    return {leaf: {t: tuple(a.shape) for t, a in ts.items()} for leaf, ts in adapter.sites.items()}
+
+
+def _renamed(adapter: Adapter, keymap: KeyMap | str | None) -> Adapter:
+    """The adapter as another table names it."""
+    if keymap in (None, "auto"):
+        return adapter
+    before = bind.recover(adapter.config, adapter.keymap, _shapes(adapter))
+    table = families.resolve(keymap, {})
+    return dataclasses.replace(adapter, config=bind.renamed(adapter.config, before, table), keymap=table)
+
+
 def save(
     tree: Any,
     path: str | os.PathLike[str],
@@ -151,6 +162,7 @@ def save(
     lora_alpha: float | None = None,
     base_model: str | None = None,
     dtype: Any = None,
+    format: str = "safetensors",  # noqa: A002 (what it is called everywhere)
 ) -> None:
     """Write an adapter, and nothing but the adapter, as a folder that PEFT reads.
 
@@ -167,16 +179,36 @@ def save(
         lora_alpha: of another library's tree, where it stores none; instead of `config`.
         base_model: what `base_model_name_or_path` shall say; never looked up anywhere.
         dtype: of the tensors in the file; as in memory by default.
+        format: "orbax" for an Orbax checkpoint instead: the parameters in the model's layout and the configuration,
+            in one commit, at a path where nothing is yet. With several processes all of them call `save`.
 
     Durable and atomic; raises `AdapterError` (what is wrong, and the way out), and then the old adapter is
     still there, whole.
     """
+    if format not in ("safetensors", "orbax"):
+        raise FileError(f"{path}: format {format!r}: expected 'safetensors' or 'orbax'")
     instead = "jaxadapt.write(tensors, path) writes them"
-    tensors = _to_peft(tree, name, config, keymap, lora_alpha, dtype, instead, traced=False)
     changes: dict[str, Any] = {"inference_mode": True}
     if base_model is not None:
         changes["base_model_name_or_path"] = base_model
+    if format == "orbax":
+        _refuse({"lora_alpha": lora_alpha}, "format='orbax' takes this library's adapters, which carry their own")
+        adapter = _renamed(_extract(tree, name, config, keymap, instead), keymap)
+        _with_values(adapter.flat(), traced=False, elsewhere=True)
+        adapter = dataclasses.replace(adapter, config=adapter.config.replace(**changes))
+        if dtype is not None:
+            adapter = jax.tree.map(lambda x: x.astype(dtype), adapter)
+        orbax_folder.write(adapter, _under(path, name), alone=jax.process_count() == 1)
+        return
+    tensors = _to_peft(tree, name, config, keymap, lora_alpha, dtype, instead, traced=False)
     folder.write(dataclasses.replace(tensors, config=tensors.config.replace(**changes)), _below(path, name))
+
+
+def _under(path: str | os.PathLike[str], name: str) -> str | os.PathLike[str]:
+    """As `_below`, for addresses too, which a `Path` would mangle."""
+    text = os.fspath(path)
+    below = _below("", name)
+    return _below(path, name) if "://" not in text else text if name == attach.DEFAULT else f"{text}/{below}"
 
 
 def _below(path: str | os.PathLike[str], name: str) -> Path:
@@ -329,12 +361,18 @@ def load(
             f"expected an NNX model or Linen variables, {{'params': …}}, as the target, found {type(target).__name__};"
             " for bare parameters, from_peft(read(path), params) gives the adapter"
         )
-    with folder.opened(below if (below / folder.CONFIG).exists() else path) as tensors:
-        adapter, bounds = _decoded(tensors, target, keymap, dtype, stack_axes, example)
+    checkpoint = next((p for p in (_under(path, name), path) if orbax.found(p)), None)
+    if checkpoint is not None:
+        adapter, bounds = _from_orbax(checkpoint, target, name, (keymap, dtype, stack_axes, example))
+        source = os.fspath(checkpoint)
+    else:
+        with folder.opened(below if (below / folder.CONFIG).exists() else path) as tensors:
+            adapter, bounds = _decoded(tensors, target, keymap, dtype, stack_axes, example)
+        source = tensors.source
     present = _attached_config(target, name)
     if present is not None and present != adapter.config and not replace:
         raise ConfigError(
-            f"{tensors.source}: its configuration differs from that of the attached adapter {name!r} in"
+            f"{source}: its configuration differs from that of the attached adapter {name!r} in"
             f" {_differences(present, adapter.config)}; load(…, replace=True) takes the file's, and"
             " load(…, name=…) keeps both"
         )
@@ -357,6 +395,26 @@ def _refuse(given: Mapping[str, Any], why: str) -> None:
     unused = [what for what, value in given.items() if value is not None]
     if unused:
         raise AttachError(f"{', '.join(unused)}: {why}")
+
+
+def _from_orbax(
+    path: str | os.PathLike[str], target: Any, name: str, options: tuple[Any, Any, Any, Any]
+) -> tuple[Adapter, tuple[bind.Bound, ...]]:
+    """The adapter of an Orbax checkpoint in the layout of the target, and its sites."""
+    keymap, dtype, stack_axes, example = options
+    attached = attach.extract(target, name) if _attached_config(target, name) is not None else None
+    found = orbax_folder.find(path, attached, name)
+    ours = bind.recover(found.adapter.config, found.adapter.keymap, _shapes(found.adapter))
+    keys = [key.removeprefix(PEFT_PREFIX) for b in ours for e in b.entries for key in e.keys]
+    recipe, bounds = _plan_for(target, found.adapter.config, keymap, keys, stack_axes, example)
+    theirs, mine = ({e.path: (e.shape, e.keys) for b in bs for e in b.entries} for bs in (bounds, ours))
+    if theirs != mine:  # laid out otherwise (scanned, fused, another table): by way of PEFT's names
+        return _decoded(orbax_folder.tensors(orbax_folder.read(path, found), path), target, *options)
+    adapter = orbax_folder.read(path, found, {} if attached is None else attached.flat())
+    flat = adapter.flat()
+    if dtype is not None:
+        flat = {p: x.astype(dtype) for p, x in flat.items()}
+    return Adapter(recipe.config, paths.unflatten(jax.tree.map(jnp.asarray, flat)), recipe.keymap), bounds
 
 
 def _rehearse(model: Any, adapter: Adapter, bounds: Sequence[bind.Bound], name: str, rngs: Any) -> None:

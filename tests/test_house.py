@@ -20,10 +20,10 @@ FLOORS = [
     ["errors", "paths", "axes", "configs"],
     "weight arrangement keymap generic dialect plan adapter"
     " trace layout liveness layers filters targets codecs".split(),
-    "methods families copies bind folder transfer dialects guests guest_config sharding card".split(),
+    "methods families copies bind folder orbax_folder transfer dialects guests guest_config sharding card".split(),
     ["linen", "linen_call", "linen_survey", "nnx", "nnx_survey", "merging", "products", "combining"],
     ["foreign", "attach", "store", "report", "reducing"],
-    ["hub", "checkpoint", "serving"],
+    ["hub", "checkpoint", "snapshot", "step_files", "preemption", "serving"],
     ["cli", "demo"],
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -46,6 +46,8 @@ SAME_FLOOR = {
     ("bind", "copies"): "and the leaves it copies are bound too",
     ("copies", "methods"): "a copy is a method of its own",
     ("bind", "sharding"): "fresh parameters are made where they belong",
+    ("orbax_folder", "bind"): "the parameters of a checkpoint get the names of a file",
+    ("folder", "orbax_folder"): "whatever lies at a path",
     ("trace", "layout"): "a trace follows layouts",
     ("store", "attach"): "load attaches before it injects",
     ("attach", "foreign"): "another library's tree is taken out of, and put into, by the same verbs",
@@ -63,6 +65,10 @@ SAME_FLOOR = {
     ("reducing", "attach"): "a pair of trees is planned as a fresh adapter is",
     ("combining", "products"): "it works on the matrices that products reads",
     ("merging", "linen"): "boxes are opened as Linen opens them",
+    ("checkpoint", "snapshot"): "one module's work in three files: when, what, and where",
+    ("checkpoint", "step_files"): "one module's work in three files",
+    ("checkpoint", "preemption"): "its block ends with the last save",
+    ("step_files", "snapshot"): "one module's work in three files",
     ("cli", "demo"): "`jaxadapt demo` starts it",
 }
 
@@ -75,7 +81,7 @@ DOORS: dict[str, set[str]] = {
     "transformers": {"demo.check"},
     "pickle": set(),  # opcodes are split with pickletools, which executes nothing
     "huggingface_hub": {"hub"},
-    "orbax": {"codecs.orbax", "checkpoint"},
+    "orbax": {"codecs.orbax"},
     "optax": {"demo"},
     "safetensors": {"codecs.safetensors"},
     "click": {"cli", "cli.main"},

@@ -23,6 +23,8 @@ PUBLIC = {
     "merge", "unmerge", "combine", "resize_rank", "to_lora", "AdapterParam", "BaseParam",
     # files
     "save", "load", "read", "write", "inspect", "read_config", "to_peft", "from_peft",
+    # while training
+    "CheckpointManager",
     # errors
     "AdapterError", "AttachError", "ConfigError", "FileError", "FormatError", "KeyMapError", "MismatchError",
     "TargetError",

@@ -15,6 +15,7 @@ import fcntl
 import os
 import re
 import secrets
+import shutil
 import stat
 import sys
 from collections.abc import Generator
@@ -23,7 +24,7 @@ from pathlib import Path
 from jaxadapt.codecs.files import file_error
 from jaxadapt.errors import FileError
 
-__all__ = ["Writer", "replacing", "write_bytes"]
+__all__ = ["Writer", "flush_tree", "make_parents", "replacing", "staging", "sweep", "write_bytes"]
 
 
 # The disk is set to work each time this many bytes have gathered in the page cache.
@@ -81,18 +82,25 @@ def _lock(fd: int, *, wait: bool) -> bool:
     return True
 
 
-def _sweep(directory: str, name: str) -> None:
-    """Removes the temporary files of `name` that no living process holds. Best effort."""
-    pattern = re.compile(rf"\.{re.escape(name)}\.\d+\.[0-9a-f]{{16}}\.tmp", re.DOTALL)
+def sweep(directory: str | os.PathLike[str], names: str, *, folders: bool = False) -> None:
+    """Removes what killed writers left of targets whose names match `names`, a regular expression. Best effort.
+
+    `folders`: what `staging` leaves, besides the files.
+    """
+    pattern = re.compile(rf"\.(?:{names})\.\d+\.[0-9a-f]{{16}}\.tmp", re.DOTALL)
     with contextlib.suppress(OSError):
         for stale in Path(directory).iterdir():
             if not pattern.fullmatch(stale.name):
                 continue
             with contextlib.suppress(OSError):
-                fd = os.open(stale, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+                folder = stat.S_ISDIR(stale.lstat().st_mode)
+                if folder and not folders:
+                    continue
+                # a folder opens for reading only, and is locked all the same
+                fd = os.open(stale, (os.O_RDONLY if folder else os.O_RDWR) | os.O_NOFOLLOW | os.O_NONBLOCK)
                 try:
-                    if stat.S_ISREG(os.fstat(fd).st_mode) and _lock(fd, wait=False):
-                        stale.unlink()
+                    if (folder or stat.S_ISREG(os.fstat(fd).st_mode)) and _lock(fd, wait=False):
+                        shutil.rmtree(stale) if folder else stale.unlink()
                 finally:
                     os.close(fd)
 
@@ -138,7 +146,7 @@ def replacing(path: str | os.PathLike[str]) -> Generator[Writer]:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise _error(target, error) from error
     try:
-        _sweep(directory, name)
+        sweep(directory, re.escape(name))
         try:
             temporary, fd = _create(directory, name)
         except (OSError, ValueError) as error:
@@ -156,10 +164,7 @@ def replacing(path: str | os.PathLike[str]) -> Generator[Writer]:
         try:
             os.fsync(directory_fd)
         except OSError as error:
-            if error.errno not in (
-                errno.EINVAL,
-                errno.ENOTSUP,
-            ):  # some network file systems flush no directories
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems flush no directories
                 raise file_error("flush its directory", target, error, "the new file is in place") from error
     finally:
         os.close(directory_fd)
@@ -173,3 +178,79 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     """
     with replacing(path) as writer:
         writer.write(memoryview(data))
+
+
+# ---------------------------------------------------------------- folders
+
+
+@contextlib.contextmanager
+def staging(path: str | os.PathLike[str]) -> Generator[Path]:
+    """Where another library can make a folder that is to become `path`: a name in a folder of this process alone.
+
+    The caller renames it to `path`. On leaving, the directory of `path` is flushed and whatever was not renamed is
+    removed; what a killed process left is removed by the next writer of the same path.
+
+    Raises:
+        FileError: no permission, the parent is missing, …
+    """
+    target = Path(path)
+    try:
+        sweep(target.parent, re.escape(target.name), folders=True)
+        while True:
+            holder = target.parent / f".{target.name}.{os.getpid()}.{secrets.token_hex(8)}.tmp"
+            holder.mkdir()
+            fd = os.open(holder, os.O_RDONLY | os.O_DIRECTORY)
+            _lock(fd, wait=True)
+            if os.path.lexists(holder):  # not swept between our mkdir and our lock
+                break
+            os.close(fd)
+    except (OSError, ValueError) as error:
+        raise _error(str(target), error) from error
+    try:
+        yield holder / target.name
+        _flush_directory(target.parent)
+    finally:
+        shutil.rmtree(holder, ignore_errors=True)
+        os.close(fd)
+
+
+def make_parents(path: Path) -> None:
+    """Makes the folders above a path where they are missing.
+
+    Raises:
+        FileError: no permission, a part of the path is a file, …
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise file_error("make the folder", str(path.parent), error, "choose another path") from error
+
+
+def flush_tree(folder: Path) -> None:
+    """Flushes every file and directory under a folder to the disk.
+
+    Raises:
+        FileError: the disk refused.
+    """
+    try:
+        for directory, _, names in os.walk(folder):
+            for name in names:
+                fd = os.open(Path(directory, name), os.O_RDONLY)
+                try:
+                    _flush(fd)
+                finally:
+                    os.close(fd)
+            _flush_directory(Path(directory))
+    except OSError as error:
+        raise _error(str(folder), error) from error
+
+
+def _flush_directory(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems flush no directories
+            raise file_error("flush its directory", str(directory), error) from error
+    finally:
+        os.close(fd)

@@ -37,6 +37,7 @@ __all__ = [
     "Spec",
     "TensorFile",
     "TensorInfo",
+    "can_hold",
     "dtype_name",
     "encode",
     "numpy_dtype",
@@ -99,6 +100,13 @@ def dtype_name(dtype: npt.DTypeLike) -> str:
     if name not in _NAMES:
         raise FileError(f"dtype {name}: safetensors files cannot hold it; convert to one of {', '.join(_NAMES)}")
     return _NAMES[name]
+
+
+def can_hold(dtype: npt.DTypeLike) -> bool:
+    """Whether the format has this type."""
+    import numpy as np
+
+    return np.dtype(dtype).name in _NAMES
 
 
 def _header_of(file: io.FileIO, size: int, path: str) -> Header:

@@ -1,0 +1,407 @@
+"""Checkpoints while training: asynchronous, rotated, resumed bit for bit.
+
+    with jaxadapt.CheckpointManager("run/", keep=3) as manager:
+        manager.save(step, model, opt_state=optimizer, rng=rngs, data=position)
+    …
+    manager.restore(model, opt_state=optimizer, rng=rngs)
+
+One process writes each step as one safetensors file: a single write and a single flush, replaced as a whole. (For the
+same bytes Orbax takes a multiple of a raw write: benchmarks/README.md.) Where several processes share the arrays,
+Orbax writes: it knows which process holds what, and agrees with all of them on the instant of the commit.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import math
+import operator
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+
+from jaxadapt import paths, preemption, snapshot, step_files, store
+from jaxadapt.adapter import Adapter, Recipe
+from jaxadapt.codecs import orbax
+from jaxadapt.errors import AdapterError, AttachError, ConfigError, FileError
+from jaxadapt.snapshot import Restored, Taken
+
+
+class CheckpointManager:
+    """The checkpoints of one training run, in one folder.
+
+    Args:
+        folder: made at the first save. One job at a time writes to it.
+        keep: how many of the last steps stay; None: all.
+        keep_best: how many of the best stay besides.
+        keep_every: steps that are a multiple of it stay besides.
+        minimize, maximize: the metric that says which is best; one of the two.
+        asynchronous: `save` returns when the values are off the device, and the next save waits for it.
+
+    Use it as a context manager: leaving the block waits for the last save and raises what went wrong. Left without
+    waiting (the program ends, also by an exception or `sys.exit`) the last save still lands; if it fails then, the
+    error is printed and the exit status is 1.
+
+    >>> import jax, jaxadapt, tempfile
+    >>> base = {"q": {"kernel": jax.ShapeDtypeStruct((4, 6), "float32")}}
+    >>> adapter = jaxadapt.init(jaxadapt.LoraConfig(r=2, target_modules=["q"]), base, key=jax.random.key(0))
+    >>> folder = tempfile.TemporaryDirectory()
+    >>> with CheckpointManager(folder.name, keep=2, keep_best=1, minimize="loss") as manager:
+    ...     for step, loss in enumerate([0.5, 0.3, 0.4, 0.6]):
+    ...         manager.save(step, adapter, data={"seen": 32 * step}, metrics={"loss": loss})
+    >>> manager.steps, manager.latest, manager.best
+    ([1, 2, 3], 3, 1)
+    >>> manager.restore(adapter, step=1).data
+    {'seen': 32}
+    >>> folder.cleanup()
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        keep: int | None = None,
+        keep_best: int = 0,
+        keep_every: int | None = None,
+        minimize: str | None = None,
+        maximize: str | None = None,
+        asynchronous: bool = True,
+    ) -> None:
+        """Raises `ConfigError` for arguments that contradict each other."""
+        problems: list[str] = []
+        if keep is not None and keep < 1:
+            problems.append(f"keep={keep}: expected at least 1, or None for all")
+        if keep_best < 0 or (keep_every is not None and keep_every < 1):
+            problems.append(f"keep_best={keep_best}, keep_every={keep_every}: expected positive numbers")
+        if minimize is not None and maximize is not None:
+            problems.append(f"minimize={minimize!r} and maximize={maximize!r}: give one of the two")
+        if keep_best and minimize is None and maximize is None:
+            problems.append("keep_best= needs minimize= or maximize=, the metric that says which is best")
+        if keep is None and (keep_best or keep_every):
+            problems.append("keep_best= and keep_every= add to keep=, which is None: everything is kept")
+        if "://" in os.fspath(folder):
+            problems.append(f"{folder}: expected a folder of a file system that is mounted here")
+        if problems:
+            raise ConfigError("\n".join(problems))
+        self.folder = Path(folder).absolute()
+        self.keep, self.keep_best, self.keep_every = keep, keep_best, keep_every
+        self.minimize, self.maximize = minimize, maximize
+        self.asynchronous = asynchronous
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._swept = False
+        self._draining = False
+        self._metrics: dict[tuple[Path, int, int], dict[str, float]] = {}
+
+    def __repr__(self) -> str:
+        return f"CheckpointManager({str(self.folder)!r}, steps {self.steps})"
+
+    # ------------------------------------------------------------ what is there
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that can be restored, ascending."""
+        return list(step_files.steps(self.folder))
+
+    @property
+    def latest(self) -> int | None:
+        """The last step; None if there is none."""
+        return max(self.steps, default=None)
+
+    @property
+    def best(self) -> int | None:
+        """The step with the best metric (of equals the later one); None if no step has it.
+
+        Raises `ConfigError` if neither `minimize` nor `maximize` was given.
+        """
+        if self.minimize is None and self.maximize is None:
+            raise ConfigError("which step is best? Give minimize= or maximize=, the name of a metric")
+        return next(iter(self._ranked()), None)
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """The metrics saved with a step. Raises `FileError` if there is no such step."""
+        return dict(self._metrics_of(self._path(step)))
+
+    def _metrics_of(self, path: Path) -> dict[str, float]:
+        status = path.stat()
+        key = (path, status.st_mtime_ns, status.st_ino)
+        if key not in self._metrics:
+            self._metrics[key] = step_files.stored(path).metrics
+        return self._metrics[key]
+
+    def _ranked(self) -> list[int]:
+        """The steps that have the metric, best first."""
+        name, sign = (self.minimize, 1) if self.minimize is not None else (self.maximize, -1)
+        values: dict[int, float] = {}
+        for step, path in step_files.steps(self.folder).items():
+            value = self._metrics_of(path).get(str(name), math.nan)
+            if not math.isnan(value):
+                values[step] = sign * value
+        return sorted(values, key=lambda step: (values[step], -step))
+
+    def _path(self, step: int) -> Path:
+        found = step_files.steps(self.folder)
+        if step not in found:
+            raise FileError(f"{self.folder}: there is no step {step}; found {list(found) or 'none'}")
+        return found[step]
+
+    # ------------------------------------------------------------ saving
+
+    def save(
+        self,
+        step: int,
+        model: Any,
+        *,
+        opt_state: Any = None,
+        rng: Any = None,
+        data: Any = None,
+        metrics: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Saves everything that training changes, and nothing of the base.
+
+        Args:
+            step: which it is; a step that is there is replaced. Never skipped.
+            model: what `extract` takes: an NNX model or state, Linen variables, an `Adapter`. All its adapters are
+                saved, with its random streams, batch statistics and other state.
+            opt_state: a pytree or an `nnx.Optimizer`.
+            rng: random keys, a pytree of them, or `nnx.Rngs`.
+            data: where the data loader is: numbers, strings, bytes, arrays, in dicts, lists and tuples.
+            metrics: numbers by name.
+
+        Returns when the values are off the device, so arrays may be donated at once. Raises what the save before it
+        met, `AttachError` for what cannot be saved, `FileError` if later steps are there (see `rollback`).
+        """
+        self.wait()
+        number, measured = _step(step), _measured(metrics)
+        later = [s for s in self.steps if s > number]
+        if later:
+            raise FileError(
+                f"{self.folder}: step {number} would lie before {', '.join(map(str, later[:8]))}; go back with"
+                f" rollback({max((s for s in self.steps if s <= number), default='…')}), or use another folder"
+            )
+        taken = snapshot.take(model, {"opt_state": opt_state, "rng": rng, "data": data})
+        step_files.make(self.folder)
+        several = _several(taken)
+        if not self._swept:
+            if not several or jax.process_index() == 0:
+                step_files.sweep(self.folder, several)
+            self._swept = True
+        finish = self._begin(number, taken, measured, several)
+        atexit.unregister(self._leave)
+        atexit.register(self._leave)
+        # Not a daemon: the interpreter joins it before it ends, so the save lands however the program is left.
+        self._thread = threading.Thread(target=self._run, args=(finish,), name=f"save step {number}", daemon=False)
+        self._thread.start()
+        if not self.asynchronous:
+            self.wait()
+
+    def _begin(self, step: int, taken: Taken, metrics: dict[str, float], several: bool) -> Callable[[], None]:
+        """Takes the values off the device; what is left to do is returned."""
+        if not several:
+            values = step_files.on_host(taken.arrays)
+            path = step_files.place(self.folder, step)
+
+            def finish() -> None:
+                step_files.write(path, taken, metrics, values)
+                self._prune()
+
+            return finish
+        if step in self.steps:
+            raise FileError(f"{self.folder}: step {step} is there already; Orbax, which writes for several processes,"
+                            " cannot replace it")  # fmt: skip
+        if not self._draining:
+            self._draining = True
+            orbax.at_exit(self._join)
+        pending = step_files.start(step_files.place(self.folder, step, step_files.FOLDER), taken, metrics)
+
+        def finish_together() -> None:
+            pending.result()
+            if jax.process_index() == 0:
+                self._prune()
+
+        return finish_together
+
+    def _run(self, finish: Callable[[], None]) -> None:
+        try:
+            finish()
+        except BaseException as error:  # whatever it is: it is raised at the next call
+            self._error = error
+
+    def _prune(self) -> None:
+        if self.keep is None:
+            return
+        found = step_files.steps(self.folder)
+        kept = set(list(found)[-self.keep :])
+        kept |= set(self._ranked()[: self.keep_best]) if self.keep_best else set()
+        kept |= {s for s in found if self.keep_every and s % self.keep_every == 0}
+        for step, path in found.items():
+            if step not in kept:
+                step_files.remove(path)
+
+    # ------------------------------------------------------------ waiting and leaving
+
+    def wait(self) -> None:
+        """Waits until the last save is on the disk. Raises what went wrong in the background, once."""
+        self._join()
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def close(self) -> None:
+        """The same as `wait`; the manager stays usable."""
+        self.wait()
+
+    def __enter__(self) -> CheckpointManager:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.wait()
+        except AdapterError as failed:
+            if not isinstance(error, Exception):
+                raise
+            error.add_note(f"and the last checkpoint was not saved: {failed}")
+
+    def _leave(self) -> None:
+        """At the end of the program: an error that nobody was there to hear must not end in exit status 0."""
+        self._join()
+        if self._error is None:
+            return
+        sys.stderr.write("a checkpoint was not saved:\n")
+        traceback.print_exception(self._error)
+        atexit.unregister(self._leave)
+        # The others', which leaving like this would skip. (Raising from here changes no exit status.)
+        atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage]
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+    # ------------------------------------------------------------ back
+
+    def restore(
+        self, like: Any, step: int | None = None, *, opt_state: Any = None, rng: Any = None, data: Any = None
+    ) -> Restored:
+        """Puts a step back: training goes on as if it had never stopped, bit for bit.
+
+        Args:
+            like: what was given to `save`, freshly made: NNX models are filled in place, Linen variables and
+                `Adapter`s returned anew. Its arrays say on which devices the values go; abstract ones do.
+            step: the latest by default.
+            opt_state, rng, data: examples to fill, likewise; not needed where dicts, lists and tuples were saved.
+
+        Raises `FileError` if there is no such step, `MismatchError` naming everything that does not fit; nothing is
+        changed then.
+        """
+        self.wait()
+        found = self.latest if step is None else step
+        if _several(None):
+            from jax.experimental import multihost_utils
+
+            found = int(multihost_utils.broadcast_one_to_all(-1 if found is None else found))
+            found = None if found < 0 else found
+        if found is None:
+            raise FileError(f"{self.folder}: there is no checkpoint to restore")
+        stored = step_files.stored(self._path(found))
+        parts = {"opt_state": opt_state, "rng": rng, "data": data}
+        filled = snapshot.fill(
+            like, parts, stored.taken, stored.specs, lambda wanted: step_files.read(stored, wanted), str(stored.path)
+        )
+        back = {part: filled.get(part) for part in snapshot.PARTS}
+        return Restored(found, filled["model"], **back, metrics=stored.metrics)
+
+    def adapter(self, step: int | None = None, name: str = "default") -> Adapter:
+        """One adapter of a step as a value, in numpy arrays; no model is needed."""
+        self.wait()
+        chosen = self.latest if step is None else step
+        if chosen is None:
+            raise FileError(f"{self.folder}: there is no checkpoint")
+        stored = step_files.stored(self._path(chosen))
+        if name not in stored.taken.recipes:
+            raise AttachError(f"{stored.path}: no adapter is called {name!r}; found {sorted(stored.taken.recipes)}")
+        begin = f"adapter/{name}/"
+        flat = step_files.read(stored, {n: None for n in stored.specs if n.startswith(begin)})
+        recipe = Recipe.from_text(stored.taken.recipes[name])
+        tree = paths.unflatten({n.removeprefix(begin): value for n, value in flat.items()})
+        return Adapter(recipe.config, tree, recipe.keymap)
+
+    def export(self, step: int | None, path: str | os.PathLike[str], **options: Any) -> None:
+        """Writes a step's adapters (None: the latest's) as a folder that PEFT reads; `options` as in `save`."""
+        self.wait()
+        chosen = self.latest if step is None else step
+        if chosen is None:
+            raise FileError(f"{self.folder}: there is no checkpoint to export")
+        if _several(None) and jax.process_index() != 0:
+            return
+        for name in step_files.stored(self._path(chosen)).taken.recipes:
+            store.save(self.adapter(chosen, name), path, name=name, **options)
+
+    def rollback(self, step: int) -> None:
+        """Deletes every step after `step`, the last first, so that training can go on from there."""
+        self.wait()
+        self._path(step)
+        if _several(None) and jax.process_index() != 0:
+            return
+        for later, path in reversed(step_files.steps(self.folder).items()):
+            if later > step:
+                step_files.remove(path)
+
+    # ------------------------------------------------------------ preemption
+
+    def preemption(self) -> contextlib.AbstractContextManager[Callable[[int], bool]]:
+        """Within the block SIGTERM does not kill; `stop(step)` says whether it has come, and it is time to save.
+
+            with manager.preemption() as stop:
+                for step in range(start, end):
+                    …
+                    if step % 100 == 0 or stop(step):
+                        manager.save(step, …)
+                    if stop(step):
+                        break
+
+        After the block the handler that was there is back, the last save is on the disk, and the program leaves: by
+        that handler, or with `SystemExit(143)`. With several processes JAX's own notice is asked, which makes all
+        of them stop at the same step; every process must then ask once a step.
+
+        Raises `ConfigError` outside the main thread, where Python has no signals.
+        """
+        return preemption.noticed(self.wait)
+
+
+def _several(taken: Taken | None) -> bool:
+    """Whether several processes hold the arrays. Starts no JAX backend where no array has."""
+    arrays = taken is not None and any(isinstance(x, jax.Array) for x in taken.arrays.values())
+    return (arrays or jax.distributed.is_initialized()) and jax.process_count() > 1
+
+
+def _step(step: Any) -> int:
+    try:
+        number = operator.index(step)
+    except TypeError:
+        raise ConfigError(f"step: expected an integer, found {step!r}") from None
+    if not 0 <= number < 10**18:
+        raise ConfigError(f"step: expected 0 or more, found {number}")
+    return number
+
+
+def _measured(metrics: Mapping[str, Any] | None) -> dict[str, float]:
+    out: dict[str, float] = {}
+    for name, value in (metrics or {}).items():
+        try:
+            out[str(name)] = float(value)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"metrics: {name}: expected a number, found {value!r}") from error
+    return out

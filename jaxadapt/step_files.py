@@ -1,0 +1,290 @@
+"""One training step on disk: a safetensors file, or an Orbax folder where several processes share the arrays.
+
+    step-000000100.safetensors     replaced as a whole, durably; the JSON of everything else is in its header
+    step-000000100.orbax           the same content as Orbax writes it: every process its own part
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import secrets
+import shutil
+import urllib.parse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxadapt.codecs import atomic, orbax, safetensors
+from jaxadapt.codecs.files import file_error
+from jaxadapt.errors import FileError, FormatError
+from jaxadapt.snapshot import Taken, is_committed, is_key, is_on_device
+
+FILE, FOLDER = ".safetensors", ".orbax"
+_NAME = re.compile(r"step-(\d{9,18})(\.safetensors|\.orbax)")
+_META = "jaxadapt_step"
+_ITEM = "arrays"
+_SCHEMA = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A step as it lies on disk, without its arrays.
+
+    Args:
+        metrics: as given to `save`.
+        taken: everything but the arrays.
+        specs: `{name: (shape, dtype name)}` of the arrays.
+        odd: the dtypes of arrays that safetensors has no type for; they are stored as bytes.
+    """
+
+    path: Path
+    metrics: dict[str, float]
+    taken: Taken
+    specs: dict[str, tuple[tuple[int, ...], str]]
+    odd: dict[str, str]
+
+
+def place(folder: Path, step: int, kind: str = FILE) -> Path:
+    """Where a step goes. Padded, so that names sort as numbers do."""
+    return folder / f"step-{step:09d}{kind}"
+
+
+def steps(folder: Path) -> dict[int, Path]:
+    """`{step: path}` of the steps that are there, whole, in ascending order."""
+    try:
+        names = [entry.name for entry in folder.iterdir()]
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise file_error("read", str(folder), error) from error
+    found: dict[int, Path] = {}
+    for name in sorted(names):  # of one step the file comes last and wins: a folder beside it is about to go
+        match = _NAME.fullmatch(name)
+        if match:
+            found[int(match[1])] = folder / name
+    return dict(sorted(found.items()))
+
+
+def _document(taken: Taken, metrics: Mapping[str, float], odd: Mapping[str, str]) -> dict[str, Any]:
+    return {"schema": _SCHEMA, "metrics": dict(metrics), "odd": dict(odd), **taken.to_json()}
+
+
+# ---------------------------------------------------------------- onto the host
+
+
+def on_host(arrays: Mapping[str, Any]) -> dict[str, Callable[[], np.ndarray]]:
+    """The values as they are now, off the device when this returns; each is put together when it is asked for.
+
+    On the CPU a view: what a view looks at is never written to, since donating an array of which there is one
+    copies it (tests/test_checkpoint.py holds JAX to that). numpy's own arrays are copied: anybody may write to them.
+    """
+    parts: dict[str, Any] = {}
+    for name, leaf in arrays.items():
+        if not isinstance(leaf, jax.Array):
+            parts[name] = leaf
+        elif len(leaf.sharding.device_set) == 1 or leaf.is_fully_replicated:
+            parts[name] = leaf if len(leaf.sharding.device_set) == 1 else leaf.addressable_data(0)
+        else:
+            parts[name] = [s for s in leaf.addressable_shards if s.replica_id == 0]
+    flat = [part for held in parts.values() for part in (held if isinstance(held, list) else [held])]
+    for part in flat:  # all transfers begin before the first is waited for
+        data = part.data if isinstance(part, jax.Shard) else part
+        if isinstance(data, jax.Array):
+            data.copy_to_host_async()
+    return {name: _held(arrays[name].shape, part) for name, part in parts.items()}
+
+
+def _held(shape: tuple[int, ...], part: Any) -> Callable[[], np.ndarray]:
+    if not isinstance(part, list):
+        whole = np.asarray(part) if isinstance(part, jax.Array) else np.array(part)
+        return lambda: whole
+    pieces = [(shard.index, np.asarray(shard.data)) for shard in part]
+
+    def join() -> np.ndarray:
+        out = np.empty(shape, pieces[0][1].dtype)
+        for index, piece in pieces:
+            out[index] = piece
+        return out
+
+    return join
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write(
+    path: Path, taken: Taken, metrics: Mapping[str, float], values: Mapping[str, Callable[[], np.ndarray]]
+) -> None:
+    """Writes a step as one file, durably and atomically; `values` give the arrays one by one."""
+    specs: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
+    odd: dict[str, str] = {}
+    for name, leaf in taken.arrays.items():
+        dtype, shape = np.dtype(leaf.dtype), tuple(leaf.shape)
+        if not safetensors.can_hold(dtype):
+            odd[name] = dtype.name
+            dtype, shape = np.dtype("uint8"), (*shape, dtype.itemsize)
+        specs[name] = (dtype, shape)
+
+    def get(name: str) -> np.ndarray:
+        value = values[name]()
+        if name not in odd:
+            return value
+        return np.frombuffer(value.tobytes(), np.uint8).reshape(specs[name][1])
+
+    safetensors.write(path, specs, get, {_META: json.dumps(_document(taken, metrics, odd))})
+    other = path.with_suffix(FOLDER)
+    if other.exists():
+        remove(other)
+
+
+def start(path: Path, taken: Taken, metrics: Mapping[str, float]) -> orbax.Pending:
+    """Begins to write a step as an Orbax folder, with all processes. Its values are off the device on return."""
+    tree = {_quoted(name): np.asarray(x) if isinstance(x, np.generic) else x for name, x in taken.arrays.items()}
+    return orbax.start(path, {_ITEM: tree}, {_META: _document(taken, metrics, {})})
+
+
+def _quoted(name: str) -> str:
+    return urllib.parse.quote(name, safe="").replace(".", "%2E")
+
+
+def sweep(folder: Path, orbax_too: bool) -> None:
+    """Removes what killed writers left. `orbax_too`: also of Orbax's, which no lock tells from a living writer's."""
+    atomic.sweep(folder, _NAME.pattern, folders=True)
+    if orbax_too:
+        for stale in folder.glob("step-*.orbax.orbax-checkpoint-tmp*"):
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+def remove(path: Path) -> None:
+    """Removes a step; whatever happens, it is there whole or not at all. Raises `FileError`."""
+    try:
+        if path.is_dir():
+            aside = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(8)}.tmp"
+            path.rename(aside)
+            shutil.rmtree(aside)
+        else:
+            path.unlink()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise file_error("delete", str(path), error) from error
+
+
+# ---------------------------------------------------------------- reading
+
+
+def stored(path: Path) -> Stored:
+    """What a step holds, from its header. Raises `FileError` or `FormatError`."""
+    if path.suffix == FOLDER:
+        found = orbax.leaves(path).get(_ITEM, {})
+        specs = {urllib.parse.unquote(key): spec for (key, *_), spec in found.items()}
+        document = orbax.read_json(path, _META)
+    else:
+        header = safetensors.read_header(path)
+        specs = {k: (t.shape, safetensors.numpy_dtype(t.dtype).name) for k, t in header.tensors.items()}
+        try:
+            document = json.loads(header.metadata.get(_META, "null"))
+        except (ValueError, RecursionError) as error:
+            raise FormatError(f"{path}: the metadata {_META!r} of its header is damaged: {error}") from error
+    if not isinstance(document, dict):
+        raise FormatError(f"{path}: not a training checkpoint of this library: it holds no {_META!r}")
+    if document.get("schema") != _SCHEMA:
+        raise FormatError(
+            f"{path}: expected schema {_SCHEMA}, found {document.get('schema')!r}; a newer version of this library"
+            " wrote it, or it is damaged"
+        )
+    metrics, odd = document.get("metrics"), document.get("odd")
+    if not isinstance(metrics, dict) or not isinstance(odd, dict):
+        raise FormatError(f"{path}: the metadata {_META!r} of its header is damaged")
+    for name, dtype in odd.items():
+        specs[name] = (specs[name][0][:-1], dtype)
+    return Stored(path, metrics, Taken.from_json(document, str(path)), specs, odd)
+
+
+def read(step: Stored, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays of a step: each with the sharding of its example, a numpy array where the example is None.
+
+    Raises `FileError` or `FormatError`.
+    """
+    if step.path.suffix == FOLDER:
+        return _read_folder(step, wanted)
+    try:
+        with safetensors.open_tensors(step.path) as file:
+            return _read_file(file, step, wanted)
+    except KeyError as error:
+        raise FormatError(f"{step.path}: it was replaced while it was read ({error} is gone); read it again") from error
+
+
+def _spread(like: Any) -> bool:
+    return is_committed(like) and not is_key(like) and len(like.sharding.device_set) > 1
+
+
+def _read_file(file: safetensors.TensorFile, step: Stored, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    spread = [name for name, like in wanted.items() if _spread(like) and name not in step.odd]
+    host: dict[str, Any] = file.read_many(name for name in wanted if name not in spread)
+    for name, dtype in step.odd.items():
+        if name in host:
+            shape = step.specs[name][0]
+            host[name] = np.frombuffer(host[name].tobytes(), jnp.dtype(dtype)).reshape(shape)
+    onto = [n for n, like in wanted.items() if n in host and is_on_device(like)]
+    where = [wanted[n].sharding if is_committed(wanted[n]) else None for n in onto]
+    placed = jax.device_put([host[n] for n in onto], where) if onto else []
+    out: dict[str, Any] = {**host, **dict(zip(onto, placed, strict=True))}
+    for name in spread:
+        out[name] = _by_shard(file, name, wanted[name])
+    return {name: out[name][()] if isinstance(wanted[name], np.generic) else out[name] for name in wanted}
+
+
+def _by_shard(file: safetensors.TensorFile, name: str, like: Any) -> jax.Array:
+    read: dict[str, np.ndarray] = {}  # replicas are read once
+
+    def part(index: Any) -> np.ndarray:
+        key = str(index)
+        if key not in read:
+            read[key] = file.read_slice(name, index)
+        return read[key]
+
+    return jax.make_array_from_callback(tuple(like.shape), like.sharding, part)
+
+
+def _read_folder(step: Stored, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    def spec(like: Any) -> Any:
+        if not is_on_device(like):
+            return None
+        where = like.sharding if is_committed(like) else jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return jax.ShapeDtypeStruct(tuple(like.shape), like.dtype, sharding=where)
+
+    got = orbax.load(step.path, _ITEM, {(_quoted(name),): spec(like) for name, like in wanted.items()})
+    out: dict[str, Any] = {}
+    for name, like in wanted.items():
+        value = got[(_quoted(name),)]
+        out[name] = value[()] if isinstance(like, np.generic) else value
+        if is_on_device(like) and not is_committed(like):
+            out[name] = jnp.asarray(np.asarray(value))  # bound to no device, as the example
+    return out
+
+
+def make(folder: Path) -> None:
+    """Makes the folder of a run. Raises `FileError`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise file_error("make the folder", str(folder), error, "choose another path") from error
+    if not folder.is_dir():
+        raise FileError(f"{folder}: expected a folder, found a file")
+
+
+def size(path: Path) -> int:
+    """The bytes of a step on disk."""
+    files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+    with contextlib.suppress(OSError):
+        return sum(p.stat().st_size for p in files)
+    return 0
