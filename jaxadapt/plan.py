@@ -69,17 +69,6 @@ class Entry:
         parts = parts.reshape(counts + parts.shape[1:])
         return xp.moveaxis(parts, tuple(range(len(counts))), form.split)
 
-    def fill(self, out: np.ndarray[Any, Any], i: int, tensor: np.ndarray[Any, Any]) -> None:
-        """Put the tensor of `keys[i]` into its place in the leaf."""
-        place = out[self.form.index(i)]
-        if self.form.factor != 1 and place.dtype.itemsize > tensor.dtype.itemsize:
-            tensor = tensor.astype(place.dtype)  # so that the product is rounded once
-        part = self.form.decode(tensor)
-        if place.dtype == part.dtype and place.ndim:  # numpy copies plain bits fastest
-            bits = np.dtype(f"u{place.dtype.itemsize}")
-            place, part = place.view(bits), part.view(bits)
-        np.copyto(place, part, casting="unsafe")  # the caller chose the dtype
-
 
 @dataclasses.dataclass(frozen=True)
 class Plan:

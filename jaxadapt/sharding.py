@@ -84,7 +84,11 @@ def of(leaf: Any) -> NamedSharding | None:
         found = jax.typeof(leaf).sharding
         return found if not found.mesh.empty and found.mesh.are_all_axes_explicit else None
     found = leaf.sharding if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) else None
-    return found if isinstance(found, NamedSharding) else None
+    if not isinstance(found, NamedSharding):
+        return None
+    # eval_shape under an automatic mesh calls everything replicated that it knows nothing of.
+    unknown = isinstance(found.mesh, AbstractMesh) and not found.mesh.are_all_axes_explicit and not any(found.spec)
+    return None if unknown else found
 
 
 def undecided(leaf: Any) -> bool:
@@ -123,11 +127,12 @@ def tracing() -> bool:
     return isinstance(jnp.zeros(()), Tracer)
 
 
-def moved(x: Any, sharding: NamedSharding) -> Any:
+def moved(x: Any, sharding: Sharding) -> Any:
     """`x` with this sharding; inside jit, where it is to be."""
+    named = isinstance(sharding, NamedSharding)
     if not tracing():
-        return jax.device_put(x, concrete(sharding))
-    if sharding.mesh.are_all_axes_explicit:
+        return jax.device_put(x, concrete(sharding) if named else sharding)
+    if named and sharding.mesh.are_all_axes_explicit:
         return jax.sharding.reshard(x, sharding)
     return jax.lax.with_sharding_constraint(x, sharding)
 
@@ -164,9 +169,20 @@ def within(box: Box, outer: Box) -> tuple[slice, ...]:
     return tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(box, outer, strict=True))
 
 
+def common(a: Box, b: Box) -> Box | None:
+    """What two boxes share, None if that is nothing."""
+    both = tuple((max(p[0], q[0]), min(p[1], q[1])) for p, q in zip(a, b, strict=True))
+    return both if all(start < stop for start, stop in both) else None
+
+
+def extent(box: Box) -> Shape:
+    """The shape of a box."""
+    return tuple(stop - start for start, stop in box)
+
+
 def size(box: Box) -> int:
     """The number of elements."""
-    return math.prod(stop - start for start, stop in box)
+    return math.prod(extent(box))
 
 
 def merged(parts: Iterable[Box]) -> dict[Box, list[Box]]:
@@ -231,40 +247,39 @@ def owners(leaves: Mapping[str, Any]) -> dict[str, dict[Box, int]]:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """The part of one file tensor that a box of a leaf holds.
+    """A box of a leaf that is a box of one file tensor.
 
-    `number` is the tensor's in its arrangement, `shape` the tensor's with its merged axes apart (the same bytes in C
-    order), and `box` the part of it.
+    `region` is the leaf's; `number` is the tensor's in its arrangement, `shape` the tensor's with its merged axes apart
+    (the same bytes in C order), and `box` the part of it.
     """
 
+    region: Box
     number: int
     shape: Shape
     box: Box
-    take: tuple[int | slice, ...]
     order: tuple[int, ...]
     factor: float
 
-    def cut(self, held: Any) -> Any:
-        """The part, out of an array that holds the leaf's box: a view, unless a factor makes new numbers."""
-        part = self._place(held)
-        return part if self.factor == 1 else times(part, 1 / self.factor)
+    def encode(self, part: Any) -> Any:
+        """The box of the tensor from the region of the leaf: a view, unless a factor makes new numbers."""
+        tile = part.reshape(self._fine).transpose(self.order)
+        return tile if self.factor == 1 else times(tile, 1 / self.factor)
 
-    def put(self, held: Any, part: Any) -> None:
-        """The part, as the file has it, into an array that holds the leaf's box."""
-        self._place(held)[...] = part if self.factor == 1 else times(part, self.factor)
-
-    def _place(self, held: Any) -> Any:
-        return held[self.take].reshape(self._fine).transpose(self.order)
+    def decode(self, tile: Any) -> Any:
+        """The region of the leaf from the box of the tensor, likewise."""
+        back = [self.order.index(at) for at in range(len(self.order))]
+        part = tile.transpose(back).reshape(extent(self.region))
+        return part if self.factor == 1 else times(part, self.factor)
 
     @functools.cached_property
     def _fine(self) -> Shape:
-        parts = [self.box[self.order.index(at)] for at in range(len(self.order))]
-        return tuple(stop - start for start, stop in parts)
+        sizes = extent(self.box)
+        return tuple(sizes[self.order.index(at)] for at in range(len(self.order)))
 
 
 @functools.lru_cache(maxsize=4096)
 def pieces(form: Arrangement, box: Box) -> tuple[Piece, ...]:
-    """The parts of file tensors that a box of a leaf holds: one for each layer or fused part it reaches into.
+    """A box of a leaf, cut so that each piece is a box of one file tensor: one for each layer or fused part in it.
 
     (Several, where a leaf's axis is PyTorch's axes in another order, and is cut across them.)
 
@@ -281,17 +296,16 @@ def pieces(form: Arrangement, box: Box) -> tuple[Piece, ...]:
     cuts = [list(_cut(*box[axis], tuple(part.values()))) for axis, part in zip(kept, parts, strict=True)]
     out: list[Piece] = []
     for index in itertools.product(*(range(*box[axis]) for axis in form.split)):
+        region = list(box)
         number = 0
         for axis, at in zip(form.split, index, strict=True):
+            region[axis] = (at, at + 1)
             number = number * form.shape[axis] + at
         for chosen in itertools.product(*cuts):
-            take: list[int | slice] = [0] * len(form.left)
-            for axis, at in zip(form.split, index, strict=True):
-                take[axis] = at - box[axis][0]
             for axis, (start, stop, _) in zip(kept, chosen, strict=True):
-                take[axis] = slice(start - box[axis][0], stop - box[axis][0])
+                region[axis] = (start, stop)
             fine = [one for _, _, inside in chosen for one in inside]
-            out.append(Piece(number, shape, tuple(fine[at] for at in order), tuple(take), order, form.factor))
+            out.append(Piece(tuple(region), number, shape, tuple(fine[at] for at in order), order, form.factor))
     return tuple(out)
 
 

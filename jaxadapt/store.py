@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import Sharding
 
 from jaxadapt import (
     attach,
@@ -30,6 +31,7 @@ from jaxadapt import (
     nnx_survey,
     orbax_folder,
     paths,
+    sharding,
     targets,
     transfer,
 )
@@ -228,20 +230,21 @@ def from_peft(
     dtype: Any = None,
     stack_axes: Sequence[int] | None = None,
     example: Sequence[Any] | None = None,
+    shardings: Any = None,
 ) -> Adapter:
     """PEFT's tensors as an adapter in the layout of `target`.
 
     Args:
         target: an NNX model, Linen variables, base parameters, or the shapes of any of them.
-        keymap, dtype, stack_axes, example: as in `load`.
+        keymap, dtype, stack_axes, example, shardings: as in `load`.
 
     Raises `MismatchError` listing every missing, unexpected, wrongly shaped or unusable tensor.
     """
-    return _decoded(tensors, target, keymap, dtype, stack_axes, example)[0]
+    return _decoded(tensors, target, keymap, dtype, stack_axes, example, shardings)[0]
 
 
 def _decoded(
-    tensors: PeftTensors, target: Any, keymap: Any, dtype: Any, stack_axes: Any, example: Any
+    tensors: PeftTensors, target: Any, keymap: Any, dtype: Any, stack_axes: Any, example: Any, shardings: Any
 ) -> tuple[Adapter, tuple[bind.Bound, ...]]:
     """The adapter, and its sites."""
     if not isinstance(tensors, PeftTensors):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -263,8 +266,35 @@ def _decoded(
         warnings.warn(
             f"{tensors.source}: float64 tensors become float32, since jax_enable_x64 is off", stacklevel=3
         )
-    leaves = transfer.arrays(plan, tensors.tensors, dtypes, dtype)
+    where = _where(shardings, target, bounds)
+    leaves = transfer.arrays(plan, tensors.tensors, dtypes, dtype, where)
     return Adapter(recipe.config, paths.unflatten(leaves), recipe.keymap), bounds
+
+
+def _where(shardings: Any, target: Any, bounds: Sequence[bind.Bound]) -> dict[str, Any]:
+    """`{path: sharding}`: what was asked for, else what follows from the base."""
+    shapes = {e.path: e.shape for b in bounds for e in b.entries}
+    if isinstance(shardings, Sharding):
+        found = dict.fromkeys(shapes, shardings)
+    elif shardings is not None:
+        found = paths.flatten(shardings.params if isinstance(shardings, Adapter) else shardings)
+    else:
+        base = target["params"] if isinstance(target, Mapping) and "params" in target else target
+        follow = sharding.for_adapter(bounds, attach.placement(base))
+        return follow if sharding.tracing() else {path: sharding.concrete(s) for path, s in follow.items()}
+    problems = [f"{path}: no such parameter" for path in found if path not in shapes]
+    for path, shape in shapes.items():
+        place = found.get(path)
+        if not isinstance(place, Sharding):
+            problems.append(f"{path}: expected a Sharding, found {type(place).__name__}")
+            continue
+        try:
+            place.shard_shape(shape)
+        except ValueError as error:
+            problems.append(f"{path} {shape}: {error}")
+    if problems:
+        raise AttachError("shardings: expected one, or one for each parameter, that fits:\n" + paths.listing(problems))
+    return found
 
 
 def _plan_for(
@@ -319,6 +349,7 @@ def load(
     rngs: Any = None,
     stack_axes: Sequence[int] | None = None,
     example: Sequence[Any] | None = None,
+    shardings: Any = None,
     lora_alpha: float | None = None,
     on_shared: str | None = None,
 ) -> Any:
@@ -337,6 +368,9 @@ def load(
         replace: an attached adapter of that name with another configuration gives way.
         rngs: NNX: for dropout in further training; without it dropout is off.
         stack_axes, example: as in `adapt`.
+        shardings: where the parameters shall be: one `Sharding` for all, or a tree of them like the adapter's (an
+            `Adapter` or nested dicts). By default each follows the base weight it adapts, axis by axis; the rank is
+            replicated. A process reads only the bytes that its own devices hold.
         lora_alpha: the alpha by which another library's target scales, where its tree does not tell. If the file's
             scale differs, B is multiplied accordingly.
         on_shared: "concat" puts different As side by side where such a target has one for several modules, if its rank
@@ -348,7 +382,10 @@ def load(
     below = _below(path, name)
     guest = attach.guest_in(target)
     if guest is not None:
-        unused = {"replace": replace or None, "rngs": rngs, "stack_axes": stack_axes, "example": example}
+        unused = {
+            "replace": replace or None, "rngs": rngs, "stack_axes": stack_axes, "example": example,
+            "shardings": shardings,
+        }  # fmt: skip
         _refuse(unused, f"the target has {guest.dialect.name} leaves already, where the values go")
         tensors = folder.read(below if (below / folder.CONFIG).exists() else path)
         return foreign.put(
@@ -363,11 +400,11 @@ def load(
         )
     checkpoint = next((p for p in (_under(path, name), path) if orbax.found(p)), None)
     if checkpoint is not None:
-        adapter, bounds = _from_orbax(checkpoint, target, name, (keymap, dtype, stack_axes, example))
+        adapter, bounds = _from_orbax(checkpoint, target, name, (keymap, dtype, stack_axes, example, shardings))
         source = os.fspath(checkpoint)
     else:
         with folder.opened(below if (below / folder.CONFIG).exists() else path) as tensors:
-            adapter, bounds = _decoded(tensors, target, keymap, dtype, stack_axes, example)
+            adapter, bounds = _decoded(tensors, target, keymap, dtype, stack_axes, example, shardings)
         source = tensors.source
     present = _attached_config(target, name)
     if present is not None and present != adapter.config and not replace:
@@ -398,10 +435,10 @@ def _refuse(given: Mapping[str, Any], why: str) -> None:
 
 
 def _from_orbax(
-    path: str | os.PathLike[str], target: Any, name: str, options: tuple[Any, Any, Any, Any]
+    path: str | os.PathLike[str], target: Any, name: str, options: tuple[Any, Any, Any, Any, Any]
 ) -> tuple[Adapter, tuple[bind.Bound, ...]]:
     """The adapter of an Orbax checkpoint in the layout of the target, and its sites."""
-    keymap, dtype, stack_axes, example = options
+    keymap, dtype, stack_axes, example, shardings = options
     attached = attach.extract(target, name) if _attached_config(target, name) is not None else None
     found = orbax_folder.find(path, attached, name)
     ours = bind.recover(found.adapter.config, found.adapter.keymap, _shapes(found.adapter))
@@ -410,7 +447,11 @@ def _from_orbax(
     theirs, mine = ({e.path: (e.shape, e.keys) for b in bs for e in b.entries} for bs in (bounds, ours))
     if theirs != mine:  # laid out otherwise (scanned, fused, another table): by way of PEFT's names
         return _decoded(orbax_folder.tensors(orbax_folder.read(path, found), path), target, *options)
-    adapter = orbax_folder.read(path, found, {} if attached is None else attached.flat())
+    where = _where(shardings, target, bounds)
+    like = {p: jax.ShapeDtypeStruct(theirs[p][0], jnp.float32, sharding=place) for p, place in where.items()}
+    if attached is not None and shardings is None:
+        like |= attached.flat()
+    adapter = orbax_folder.read(path, found, like)
     flat = adapter.flat()
     if dtype is not None:
         flat = {p: x.astype(dtype) for p, x in flat.items()}

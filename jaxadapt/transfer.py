@@ -7,6 +7,8 @@ ready. So the data is in memory once, and neither planning nor the device waits 
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,10 +17,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding, SingleDeviceSharding
 
+from jaxadapt import sharding
 from jaxadapt.codecs import files
 from jaxadapt.codecs.safetensors import TensorFile
 from jaxadapt.plan import Encoded, Entry, Plan, Spec
+from jaxadapt.sharding import Box, Piece
 
 # Leaves made by one job share one allocation: large enough for huge pages, small enough that threads share the work.
 _JOB = 8 << 20
@@ -34,63 +39,136 @@ def specs(tensors: Mapping[str, Any]) -> dict[str, Spec]:
     return {key: Spec(tuple(x.shape), np.dtype(x.dtype)) for key, x in found.items()}
 
 
-def arrays(plan: Plan, tensors: Mapping[str, Any], dtypes: Mapping[str, Any], dtype: Any = None) -> dict[str, Any]:
-    """`{path: array}` on the default device from `{key: tensor}`.
+def arrays(
+    plan: Plan,
+    tensors: Mapping[str, Any],
+    dtypes: Mapping[str, Any],
+    dtype: Any = None,
+    where: Mapping[str, Sharding] | None = None,
+) -> dict[str, Any]:
+    """`{path: array}` from `{key: tensor}`.
 
     Args:
         tensors: an open file, or arrays in memory (traced ones inside jit). They are copied, never shared.
         dtypes: of the tensors, by key.
         dtype: of the arrays; by default each leaf's tensors' own.
+        where: the shardings of the arrays, by path; without one they go to the default device. Of a file only the
+            bytes are read that the devices of this process hold, those of replicas once.
     """
+    where = where or {}
     if not isinstance(tensors, TensorFile | Encoded) and any(isinstance(x, jax.Array) for x in tensors.values()):
         leaves = plan.decode({key: x if isinstance(x, jax.Array) else jnp.array(x) for key, x in tensors.items()})
-        return leaves if dtype is None else {path: leaf.astype(dtype) for path, leaf in leaves.items()}
+        leaves = leaves if dtype is None else {path: leaf.astype(dtype) for path, leaf in leaves.items()}
+        return {path: sharding.moved(x, where[path]) if path in where else x for path, x in leaves.items()}
     wanted = {e.path: np.dtype(dtype) if dtype is not None else e.dtype(dtypes) for e in plan.entries}
+    held = {e.path: _here(where.get(e.path), e.shape) for e in plan.entries}
     out: dict[str, Any] = {e.path: None for e in plan.entries}
-    jobs = list(_jobs(plan, tensors, wanted))
+    jobs = list(_jobs(plan, tensors, held, wanted))
     with ThreadPoolExecutor(max(1, min(_THREADS, len(jobs)))) as pool:
-        for made in pool.map(lambda job: _make(job, tensors, wanted), jobs):
-            # Aligned memory of our own, so it may be shared; a list at once, since each call costs a tenth of a ms.
-            out.update(zip(made, jax.device_put(list(made.values()), may_alias=True), strict=True))
+        for job, made in zip(jobs, pool.map(lambda job: _make(job, tensors, held, wanted), jobs), strict=True):
+            out |= _handed_over(job, made, held, where)
     return out
 
 
-def _nbytes(entry: Entry, dtypes: Mapping[str, Any]) -> int:
-    return entry.form.size * dtypes[entry.path].itemsize
+Held = Mapping[str, Mapping[Box, Sequence[Any]]]
+"""`{path: {box: devices}}`: the parts of each leaf that are needed here, and where."""
 
 
-def _jobs(plan: Plan, tensors: Mapping[str, Any], dtypes: Mapping[str, Any]) -> Iterator[list[Entry]]:
+def _here(place: Sharding | None, shape: tuple[int, ...]) -> Mapping[Box, Sequence[Any]]:
+    if place is None:
+        return {sharding.whole(shape): ()}
+    mine = place.addressable_devices
+    found = {box: [d for d in devices if d in mine] for box, devices in sharding.boxes(place, shape).items()}
+    return {box: devices for box, devices in found.items() if devices}
+
+
+def _handed_over(
+    job: Sequence[Entry], made: Mapping[str, Sequence[np.ndarray]], held: Held, where: Mapping[str, Sharding]
+) -> dict[str, Any]:
+    """The arrays of one job, on their devices."""
+    # The memory is aligned and our own, so it may be shared; a list at once, since each call costs a tenth of a ms.
+    plain = [e.path for e in job if e.path not in where]
+    out: dict[str, Any] = dict(
+        zip(plain, jax.device_put([made[path][0] for path in plain], may_alias=True), strict=True)
+    )
+    placed = [e for e in job if e.path in where]
+    parts = [
+        (x, SingleDeviceSharding(device, memory_kind=where[e.path].memory_kind))
+        for e in placed
+        for x, devices in zip(made[e.path], held[e.path].values(), strict=True)
+        for device in devices
+    ]
+    on = iter(jax.device_put([x for x, _ in parts], [place for _, place in parts], may_alias=True))
+    for e in placed:
+        mine = list(itertools.islice(on, sum(map(len, held[e.path].values()))))
+        out[e.path] = jax.make_array_from_single_device_arrays(e.shape, where[e.path], mine)
+    return out
+
+
+def _jobs(plan: Plan, tensors: Mapping[str, Any], held: Held, dtypes: Mapping[str, np.dtype]) -> Iterator[list[Entry]]:
     """The leaves in the file's order, in portions."""
     place = {key: number for number, key in enumerate(tensors)}
     job: list[Entry] = []
-    size = 0
+    total = 0
     for entry in sorted(plan.entries, key=lambda e: place[e.keys[0]]):
-        if job and size + _nbytes(entry, dtypes) > _JOB:
+        nbytes = sum(map(sharding.size, held[entry.path])) * dtypes[entry.path].itemsize
+        if job and total + nbytes > _JOB:
             yield job
-            job, size = [], 0
+            job, total = [], 0
         job.append(entry)
-        size += _nbytes(entry, dtypes)
+        total += nbytes
     if job:
         yield job
 
 
-def _make(job: Sequence[Entry], tensors: Mapping[str, Any], dtypes: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    places = [-(-_nbytes(e, dtypes) // 64) * 64 for e in job]
-    memory = files.aligned(sum(places))
+def _make(
+    job: Sequence[Entry], tensors: Mapping[str, Any], held: Held, dtypes: Mapping[str, np.dtype]
+) -> dict[str, list[np.ndarray]]:
+    """The parts of each leaf that are needed here, in the order of `held`."""
+    made = _allocated(job, held, dtypes)
     scratch: np.ndarray | None = None
     if isinstance(tensors, TensorFile):
         info = tensors.header.tensors
         scratch = files.aligned(max(info[key].nbytes for e in job for key in e.keys))
-    made: dict[str, np.ndarray] = {}
-    at = 0
-    for entry, size in zip(job, places, strict=True):
-        dtype = dtypes[entry.path]
-        leaf = memory[at : at + _nbytes(entry, dtypes)].view(dtype).reshape(entry.shape)
-        at += size
-        for number, key in enumerate(entry.keys):
-            if isinstance(tensors, TensorFile):
-                entry.fill(leaf, number, tensors.read_into(key, scratch))
-            else:
-                entry.fill(leaf, number, np.asarray(tensors[key]))
-        made[entry.path] = leaf
+    for entry in job:
+        places = dict(zip(held[entry.path], made[entry.path], strict=True))
+        covers = sharding.merged(places) if len(places) > 1 else {box: [box] for box in places}
+        for outer, members in covers.items():
+            for piece in sharding.pieces(entry.form, outer):
+                tile = _tile(tensors, entry.keys[piece.number], piece, scratch)
+                if piece.factor != 1 and dtypes[entry.path].itemsize > tile.dtype.itemsize:
+                    tile = tile.astype(dtypes[entry.path])  # so that the product is rounded once
+                part = piece.decode(tile)
+                for box in members:
+                    both = sharding.common(box, piece.region)
+                    if both is not None:
+                        _copy(places[box][sharding.within(both, box)], part[sharding.within(both, piece.region)])
     return made
+
+
+def _allocated(job: Sequence[Entry], held: Held, dtypes: Mapping[str, np.dtype]) -> dict[str, list[np.ndarray]]:
+    """One allocation for all, each part aligned and contiguous: what XLA's CPU client takes as it is."""
+    parts = [(e.path, sharding.extent(box), dtypes[e.path]) for e in job for box in held[e.path]]
+    sizes = [math.prod(shape) * dtype.itemsize for _, shape, dtype in parts]
+    starts = list(itertools.accumulate((-(-size // 64) * 64 for size in sizes), initial=0))
+    memory = files.aligned(starts[-1])
+    made: dict[str, list[np.ndarray]] = {e.path: [] for e in job}
+    for (path, shape, dtype), size, start in zip(parts, sizes, starts, strict=False):
+        made[path].append(memory[start : start + size].view(dtype).reshape(shape))
+    return made
+
+
+def _tile(tensors: Mapping[str, Any], key: str, piece: Piece, scratch: np.ndarray | None) -> np.ndarray:
+    """The box of one tensor, in the file's layout."""
+    if not isinstance(tensors, TensorFile):
+        return np.asarray(tensors[key]).reshape(piece.shape)[sharding.slices(piece.box)]
+    if piece.box == sharding.whole(piece.shape):
+        return tensors.read_into(key, scratch).reshape(piece.shape)
+    return tensors.read_slice(key, sharding.slices(piece.box), piece.shape)
+
+
+def _copy(place: np.ndarray, part: np.ndarray) -> None:
+    if place.dtype == part.dtype and place.ndim:  # numpy copies plain bits fastest
+        bits = np.dtype(f"u{place.dtype.itemsize}")
+        place, part = place.view(bits), part.view(bits)
+    np.copyto(place, part, casting="unsafe")  # the caller chose the dtype

@@ -45,6 +45,7 @@ SAME_FLOOR = {
     ("bind", "methods"): "a configuration is bound by its method",
     ("bind", "copies"): "and the leaves it copies are bound too",
     ("copies", "methods"): "a copy is a method of its own",
+    ("transfer", "sharding"): "arrays go where they belong",
     ("bind", "sharding"): "fresh parameters are made where they belong",
     ("orbax_folder", "bind"): "the parameters of a checkpoint get the names of a file",
     ("folder", "orbax_folder"): "whatever lies at a path",

@@ -192,13 +192,14 @@ class TensorFile(Mapping[str, "np.ndarray"]):
     def __contains__(self, key: object) -> bool:
         return key in self.header.tensors  # Mapping's own would read the tensor
 
-    def read_slice(self, key: str, slices: Sequence[slice]) -> np.ndarray:
+    def read_slice(self, key: str, slices: Sequence[slice], shape: Sequence[int] | None = None) -> np.ndarray:
         """`self[key][slices]`, reading only the bytes of the slice (gaps under 16 KiB are read along).
 
         Args:
             key: the tensor.
             slices: one slice an axis, with any bounds and step; missing ones at the end mean the whole axis.
                 What `jax.make_array_from_callback` hands out fits.
+            shape: another one for the same bytes in C order, which `slices` then refer to.
 
         Raises:
             FormatError: the file was truncated meanwhile.
@@ -210,7 +211,7 @@ class TensorFile(Mapping[str, "np.ndarray"]):
         def read_at(view: memoryview, offset: int) -> None:
             files.read_into(fd, [(f"tensor {key!r}", view)], begin + offset, self.path)
 
-        return runs.read_box(read_at, info.shape, dtype, slices)
+        return runs.read_box(read_at, info.shape if shape is None else shape, dtype, slices)
 
     def read_many(self, keys: Iterable[str]) -> dict[str, np.ndarray]:
         """The tensors of `keys`, faster than one by one.
