@@ -32,13 +32,17 @@ Put = Callable[[Mapping[str, Any]], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """A tree with LoRA leaves of a known dialect: the leaves, how to put others there, and the base's shapes."""
+    """A tree with LoRA leaves of a known dialect: the leaves, how to put others there, and the base's shapes.
+
+    `stored` is the alpha of each base leaf, where the tree has it.
+    """
 
     tree: Any
     dialect: Dialect
     leaves: Leaves
     put: Put
     base: dict[str, tuple[int, ...]]
+    stored: dict[str, float]
 
     @property
     def arrays(self) -> dict[str, tuple[int, ...]]:
@@ -58,7 +62,7 @@ def find(tree: Any) -> Found | None:
     assert dialect is not None
     mine = {path for pairs in dialect.claim(leaves).values() for a, b, _ in pairs for path in (a, b)}
     base = {dialect.base(path): tuple(leaf.shape) for path, leaf in leaves.items() if path not in mine}
-    return Found(tree, dialect, {p: leaf for p, leaf in leaves.items() if p in mine}, put, base)
+    return Found(tree, dialect, {p: leaf for p, leaf in leaves.items() if p in mine}, put, base, _alphas(tree))
 
 
 def unknown(tree: Any) -> str:
@@ -77,7 +81,7 @@ def survey(found: Found, keymap: KeyMap | str | None, keys: Collection[str] = ()
         claimed = found.dialect.claim(found.leaves)
         lines = nnx_survey.class_lines(nnx.base_leaves(found.tree), table)
         table = table.with_lines(line for line in lines if line.leaf in claimed)
-    return guests.survey(found.dialect, table, found.arrays, found.base)
+    return guests.survey(found.dialect, table, found.arrays, found.base, found.stored)
 
 
 def _table(found: Found, keymap: KeyMap | str | None) -> KeyMap:
@@ -293,11 +297,39 @@ def _name(key: Any) -> str:
     return str(key.idx) if isinstance(key, SequenceKey) else str(key)
 
 
+def _path(keys: Sequence[Any]) -> str:
+    """A dotted path; an unnamed last segment (haliax' NamedArray has one) is left out."""
+    named = keys[:-1] if keys and isinstance(keys[-1], FlattenedIndexKey) else keys
+    return ".".join(map(_name, named))
+
+
+def _lorax(tree: Any) -> dict[str, Any]:
+    """`{path: lorax.LoraWeight}`: one weight with its LoRA, whose three arrays the path alone does not tell apart."""
+    nodes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_lorax)[0]
+    return {_path(keys): node for keys, node in nodes if _is_lorax(node)}
+
+
+def _is_lorax(node: Any) -> bool:
+    return type(node).__name__ == "LoraWeight" and type(node).__module__.partition(".")[0] == "lorax"
+
+
+def _alphas(tree: Any) -> dict[str, float]:
+    """`{base leaf: alpha}` of the weights that carry theirs."""
+    if isinstance(tree, nnx.nnx.Module | nnx.nnx.State):
+        return {}
+    params = tree["params"] if isinstance(tree, Mapping) and isinstance(tree.get("params"), Mapping) else tree
+    return {path: float(node.alpha) for path, node in _lorax(params).items()}
+
+
 def _opened_tree(tree: Any) -> tuple[Leaves, Put]:
     if isinstance(tree, Mapping) and CONFIG_NODE in tree:
         return {}, lambda new: tree  # the tree of an adapter of ours
     flat, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_box)
-    names = ["." .join(map(_name, path)) for path, _ in flat]
+    lorax = _lorax(tree)
+    names: list[str] = []
+    for keys, _ in flat:
+        inside = _path(keys[:-1]) in lorax
+        names.append(".".join([_path(keys[:-1]), "LoraWeight", _name(keys[-1])]) if inside else _path(keys))
     leaves: Leaves = {}
     for name, (_, node) in zip(names, flat, strict=True):
         value = _unboxed(node)

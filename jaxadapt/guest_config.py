@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,14 +38,14 @@ def infer(
     """
     if config is not None and not isinstance(config, LoraConfig):
         raise ConfigError(f"{guests.dialect.name} trains LoRA; expected a LoraConfig, found {type(config).__name__}")
-    dialect = guests.dialect
+    dialect, stored = guests.dialect, guests.alphas
     problems: list[str] = []
-    alpha: float | None = None if config is None else config.lora_alpha
+    given = None if config is None or config.lora_alpha == _DEFAULT.lora_alpha else config.lora_alpha
     if lora_alpha is not None:
-        if config is not None and config.lora_alpha not in (_DEFAULT.lora_alpha, lora_alpha):
-            problems.append(f"lora_alpha={lora_alpha} is passed, and the configuration says {config.lora_alpha}")
-        alpha = lora_alpha
-    if alpha is None and not dialect.unscaled:
+        if given not in (None, lora_alpha):
+            problems.append(f"lora_alpha={lora_alpha} is passed, and the configuration says {given}")
+        given = lora_alpha
+    if not stored and config is None and lora_alpha is None:
         raise need_alpha(dialect, call)
     config = config or LoraConfig()
     if config.use_rslora:
@@ -54,31 +55,23 @@ def infer(
         for name in ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias")
         if config.get(name)
     ]
-    rank, ranks = _ranks(guests)
-    said = bool(config.rank_pattern) or config.r != _DEFAULT.r
-    if said:
-        problems += [
-            f"{module}: rank {found} in the tree, {want} in the configuration"
-            for module, found in guests.ranks.items()
-            if (want := targets.pattern_value(config.rank_pattern, module, config.r)) != found
-        ]
+    if config.rank_pattern or config.r != _DEFAULT.r:
+        problems += _contradictions("rank", guests.ranks, config.rank_pattern, config.r)
     else:
-        config = config.replace(r=rank, rank_pattern=ranks)
-    if dialect.unscaled:
-        given = lora_alpha is not None or config.lora_alpha != _DEFAULT.lora_alpha or bool(config.alpha_pattern)
-        if given:
-            wrong = [
-                m
-                for m, r in guests.ranks.items()
-                if (alpha if not config.alpha_pattern else targets.pattern_value(config.alpha_pattern, m, alpha)) != r
-            ]
-            problems += [
-                f"lora_alpha is given, but {dialect.name} does not scale: it equals the rank, {r}; leave it out"
-                for r in sorted({guests.ranks[m] for m in wrong})
-            ]
-        config = config.replace(lora_alpha=config.r, alpha_pattern=config.rank_pattern)
+        rank, pattern = _patterned(guests.ranks)
+        config = config.replace(r=rank, rank_pattern=pattern)
+        problems += _contradictions("rank", guests.ranks, pattern, rank)
+    if not stored:
+        config = config.replace(lora_alpha=_DEFAULT.lora_alpha if given is None else given)
     else:
-        config = config.replace(lora_alpha=alpha)
+        if given is not None or config.alpha_pattern:
+            default = config.lora_alpha if given is None else given
+            found = _contradictions("lora_alpha", stored, config.alpha_pattern, default)
+            why = "does not scale, so that lora_alpha equals the rank" if dialect.unscaled else "stores its alpha"
+            problems += [f"{problem} ({dialect.name} {why}; leave it out)" for problem in found]
+        alpha, pattern = _patterned(stored)
+        config = config.replace(lora_alpha=alpha, alpha_pattern=pattern)
+        problems += _contradictions("lora_alpha", stored, pattern, alpha)
     config, more = _targeted(guests, config)
     if problems or more:
         raise ConfigError(
@@ -88,11 +81,25 @@ def infer(
     return config
 
 
-def _ranks(guests: Guests) -> tuple[int, dict[str, int]]:
-    """The rank that most modules have, and the others' by full name."""
-    counts = collections.Counter(guests.ranks.values())
-    most = max(counts, key=lambda r: (counts[r], r))
-    return most, {m: r for m, r in sorted(guests.ranks.items()) if r != most}
+def _patterned(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The value that most modules have, and a pattern for each other one."""
+    counts = collections.Counter(values.values())
+    most = max(counts, key=lambda value: (counts[value], value))
+    patterns: dict[str, Any] = {}
+    for value in counts:
+        if value != most:
+            mine = sorted(m for m, v in values.items() if v == value)
+            others = [m for m, v in values.items() if v != value]
+            patterns |= dict.fromkeys(targets.shortest(mine, others), value)
+    return most, dict(sorted(patterns.items()))
+
+
+def _contradictions(what: str, values: Mapping[str, Any], patterns: Mapping[str, Any], default: Any) -> list[str]:
+    return [
+        f"{module}: {what} {found:g} in the tree, {want:g} in the configuration"
+        for module, found in values.items()
+        if (want := targets.pattern_value(patterns, module, default)) != found
+    ]
 
 
 def _targeted(guests: Guests, config: LoraConfig) -> tuple[LoraConfig, list[str]]:
@@ -124,34 +131,22 @@ def ratios(guests: Guests, config: Config, lora_alpha: float | None, call: str) 
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"a {config.peft_type} adapter cannot go into {dialect.name} leaves, which are LoRA")
     method = methods.of(config)
-    if dialect.unscaled and lora_alpha is not None:
-        off = sorted({r for r in guests.ranks.values() if r != lora_alpha})
-        if off:
-            raise ConfigError(
-                f"lora_alpha={lora_alpha}: {dialect.name} does not scale: it equals the rank, {off}; leave it out"
-            )
-    if not dialect.unscaled and lora_alpha is None:
+    stored = guests.alphas
+    off = sorted({alpha for alpha in stored.values() if lora_alpha not in (None, alpha)})
+    if off:
+        why = "does not scale, so that it equals the rank" if dialect.unscaled else "stores its own"
+        raise ConfigError(f"lora_alpha={lora_alpha}: {dialect.name} {why}, {off}; leave it out")
+    if not stored and lora_alpha is None:
         r, alpha = config.r, config.lora_alpha
         raise ConfigError(f"{need_alpha(dialect, call)}\n(The file says lora_alpha={alpha:g}, r={r}.)")
     out: dict[str, float] = {}
     for module, rank in guests.ranks.items():
         if targets.matches(config, module):
             static: Any = method.static(config, (module,))
-            own = 1.0 if dialect.unscaled or lora_alpha is None else lora_alpha / rank
-            out[module] = static.scale / own
+            out[module] = static.scale / (stored.get(module, lora_alpha or 0.0) / rank)
     return out
 
 
 def inexact(ratios: Mapping[str, float]) -> float | None:
     """The first factor that is no power of two, so that multiplying by it rounds; None if all are exact."""
-    return next((f for f in ratios.values() if not _power_of_two(f)), None)
-
-
-def _power_of_two(value: float) -> bool:
-    return value > 0 and (value / 2 ** _exponent(value)) == 1.0
-
-
-def _exponent(value: float) -> int:
-    import math
-
-    return math.frexp(value)[1] - 1
+    return next((f for f in ratios.values() if math.frexp(f)[0] != 0.5), None)

@@ -103,12 +103,16 @@ class Guest:
 
 @dataclasses.dataclass(frozen=True)
 class Guests:
-    """All LoRA sites of a tree, the dialect and the table they were read by, and the tree's base weights."""
+    """All LoRA sites of a tree, the dialect and the table they were read by, and the tree's base weights.
+
+    `stored` is the alpha of each base leaf, where the tree has it.
+    """
 
     dialect: Dialect
     keymap: KeyMap
     guests: tuple[Guest, ...]
     base: Mapping[str, Shape]
+    stored: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float])
 
     @functools.cached_property
     def plan(self) -> plan.Plan:
@@ -119,6 +123,14 @@ class Guests:
     def ranks(self) -> dict[str, int]:
         """`{module: rank}` of every PyTorch module that the tree adapts."""
         return {m: guest.a.rank for guest in self.guests for m in guest.a.modules}
+
+    @functools.cached_property
+    def alphas(self) -> dict[str, float]:
+        """`{module: alpha}` where the dialect or the tree tells it, else nothing."""
+        if self.dialect.unscaled:
+            return dict(self.ranks)
+        held = [(guest, self.stored[leaf]) for guest in self.guests if (leaf := guest.site.leaf) in self.stored]
+        return {m: alpha for guest, alpha in held for m in guest.a.modules}
 
     @functools.cached_property
     def modules(self) -> frozenset[str]:
@@ -132,12 +144,17 @@ class Guests:
 
 
 def survey(
-    dialect: Dialect, keymap: KeyMap, arrays: Mapping[str, Shape], base: Mapping[str, Shape]
+    dialect: Dialect,
+    keymap: KeyMap,
+    arrays: Mapping[str, Shape],
+    base: Mapping[str, Shape],
+    stored: Mapping[str, float] | None = None,
 ) -> Guests:
     """Bind the LoRA arrays of a tree, `{path: shape}`, to a family's table.
 
     Args:
         base: `{the family's name of a base leaf: shape}`; may be empty, where only the LoRA leaves are at hand.
+        stored: `{base leaf: alpha}` where the tree has it.
 
     Raises one `KeyMapError` with every leaf that the table has no line for, or whose shape no layout of the
     dialect explains.
@@ -160,7 +177,7 @@ def survey(
             + paths.listing(problems)
             + "\nSay which family the model is with keymap=, or give a KeyMap with a line for each base weight"
         )
-    return Guests(dialect, keymap, tuple(out), dict(base))
+    return Guests(dialect, keymap, tuple(out), dict(base), stored or {})
 
 
 def expected(dialect: Dialect, keymap: KeyMap, leaf: str, base: Shape, rank: int) -> dict[str, Shape]:

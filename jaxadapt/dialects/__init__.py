@@ -7,11 +7,14 @@ from collections.abc import Collection
 from jaxadapt.dialect import Dialect, is_like
 from jaxadapt.dialects.flax import NNX_LORA
 from jaxadapt.dialects.gemma import GEMMA
+from jaxadapt.dialects.levanter import LEVANTER
+from jaxadapt.dialects.lorax import LORAX
+from jaxadapt.dialects.maxtext import MAXTEXT
 from jaxadapt.dialects.qwix import QWIX
 from jaxadapt.errors import KeyMapError
 from jaxadapt.paths import listing
 
-DIALECTS: dict[str, Dialect] = {d.name: d for d in (QWIX, NNX_LORA, GEMMA)}
+DIALECTS: dict[str, Dialect] = {d.name: d for d in (QWIX, NNX_LORA, GEMMA, MAXTEXT, LEVANTER, LORAX)}
 
 
 def named(name: str) -> Dialect:

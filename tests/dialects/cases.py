@@ -231,4 +231,44 @@ FLAX = [
          ("up.lora.lora_b", (R, F)), ein("ir,ro->io"), one("m.up", lambda w: w.T)),
 ]  # fmt: skip
 
-CASES: list[Case] = [*QWIX, *GEMMA, *FLAX]
+# ---- recorded: MaxText 0.2.5, Levanter 1.1 with haliax 1.3, lorax 0.3.1 ------------------------------------
+
+MAXTEXT = [
+    Case("maxtext", "query", scanned(Q, 1), ("q.kernel", at((D, N, H), 1)), ("q.lora_a.kernel", (D, L, R)),
+         ("q.lora_b.kernel", (R, L, N, H)), per_layer(ein("dr,rnh->dnh"), 1), layers(q_torch, 1)),
+    Case("maxtext", "out", scanned(O, 1), ("o.kernel", at((N, H, D), 1)), ("o.lora_a.kernel", (N, L, H, R)),
+         ("o.lora_b.kernel", (R, L, D)), per_layer(ein("nhr,rd->nhd"), 1), layers(o_torch, 1)),
+    Case("maxtext", "unrolled-out", O, ("o.kernel", (N, H, D)), ("o.lora_a.kernel", (N, H, R)),
+         ("o.lora_b.kernel", (R, D)), ein("nhr,rd->nhd"), o_torch),
+]  # fmt: skip
+
+LEVANTER_Q = Weight("{l}.q.weight", "m.{l}.q.weight", "k g h d -> (k g h) d").scanned(0)
+LEVANTER_O = Weight("{l}.o.weight", "m.{l}.o.weight", "d n h -> d (n h)").scanned(0)
+G = N // K
+
+
+def levanter_q(w: Array) -> dict[str, Array]:
+    return {f"m.{layer}.q": w[layer].reshape(N * H, D) for layer in range(L)}
+
+
+def levanter_o(w: Array) -> dict[str, Array]:
+    return {f"m.{layer}.o": w[layer].reshape(D, N * H) for layer in range(L)}
+
+
+LEVANTER = [
+    Case("levanter", "q", LEVANTER_Q, ("q.wrapped.weight", (L, K, G, H, D)), ("q.lora.lora_A.weight", (L, R, D)),
+         ("q.lora.lora_B.weight", (L, K, G, H, R)), ein("lrd,lkghr->lkghd"), levanter_q, leaf="q.weight"),
+    Case("levanter", "o", LEVANTER_O, ("o.wrapped.weight", (L, D, N, H)), ("o.lora.lora_A.weight", (L, R, N, H)),
+         ("o.lora.lora_B.weight", (L, D, R)), ein("lrnh,ldr->ldnh"), levanter_o, leaf="o.weight"),
+]  # fmt: skip
+
+# (Here under the names that the tree is read by; `test_lorax.py` has the nodes themselves.)
+LORAX = [
+    Case("lorax", "kernel", DENSE, ("up.kernel.LoraWeight.w", (D, F)), ("up.kernel.LoraWeight.b", (D, R)),
+         ("up.kernel.LoraWeight.a", (R, F)), ein("ir,ro->io"), one("m.up", lambda w: w.T), leaf="up.kernel"),
+    Case("lorax", "weight", Weight("up.weight", "m.up.weight", "o i -> o i"), ("up.weight.LoraWeight.w", (F, D)),
+         ("up.weight.LoraWeight.a", (R, D)), ("up.weight.LoraWeight.b", (F, R)), ein("ri,or->oi"),
+         one("m.up", lambda w: w), leaf="up.weight"),
+]  # fmt: skip
+
+CASES: list[Case] = [*QWIX, *GEMMA, *FLAX, *MAXTEXT, *LEVANTER, *LORAX]

@@ -313,7 +313,7 @@ def test_ranks_that_differ_become_a_pattern():
         "x.kernel_lora_a": np.ones((F, 3), np.float32), "x.kernel_lora_b": np.ones((3, D), np.float32),
     })  # fmt: skip
     tensors = jaxadapt.to_peft(tree, keymap=TABLE, lora_alpha=4)
-    assert (tensors.config.r, dict(tensors.config.rank_pattern)) == (3, {"m.up": R})
+    assert (tensors.config.r, dict(tensors.config.rank_pattern)) == (3, {"up": R})
     adapter = jaxadapt.extract(tree, keymap=TABLE, lora_alpha=4)
     assert {p: x.shape for p, x in adapter.flat().items()}["up.kernel.lora_A"] == (D, R)
 

@@ -17,7 +17,9 @@ from flax import nnx
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
-qwix = pytest.importorskip("qwix")
+pytest.importorskip("qwix")
+
+import qwix
 
 import jaxadapt
 from tests import peft_harness as harness
