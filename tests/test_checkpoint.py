@@ -532,3 +532,11 @@ def test_two_writers_of_one_step_one_wins_whole(tmp_path: Path):
         values = {float(v) for x in managers[0].adapter(3).flat().values() for v in (x.min(), x.max())}
         assert len(values) == 1
     assert names(tmp_path) == ["step-000000003.safetensors"]
+
+
+@pytest.mark.parametrize(("kind", "count"), [("manager", 35), ("orbax", 15), ("race", 5)])
+def test_killed_writers_and_two_at_once(kind: str, count: int, tmp_path: Path):
+    """50 kills here, 300 in tests/full: nothing lost, nothing piled up, and of two writers one wins whole."""
+    command = [sys.executable, "-m", "tests.kill_checkpoints", kind, str(tmp_path / "out"), str(count)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -179,6 +180,9 @@ def save(path: str | os.PathLike[str], trees: Mapping[str, Tree], documents: Map
     """
     place = _place(path)
     _check_names(place, trees)
+    if _local(place):
+        atomic.make_parents(Path(place))
+        atomic.sweep(Path(place).parent, re.escape(Path(place).name), folders=True)
     if _local(place) and Path(place).is_dir() and not any(Path(place).iterdir()):
         Path(place).rmdir()  # an empty folder is as good as none
     if _local(place) and os.path.lexists(place) if alone else _exists(place):
@@ -186,8 +190,6 @@ def save(path: str | os.PathLike[str], trees: Mapping[str, Tree], documents: Map
             f"{place}: there is something already, and an Orbax checkpoint is not overwritten, since the old one would"
             " be gone before the new one is there; choose another path, or delete it"
         )
-    if _local(place):
-        atomic.make_parents(Path(place))
     if not (alone and _local(place)):
         start(place, trees, documents).result()
         return

@@ -6,7 +6,6 @@ import dataclasses
 import errno
 import json
 import os
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -243,30 +242,6 @@ def test_nothing_is_overwritten(tmp_path: Path):
     jaxadapt.save(small.trained(seed=4), tmp_path / "empty", format="orbax")
     got = jaxadapt.load(tmp_path / "out", small.net())
     assert same(jaxadapt.extract(got).params, small.adapter(seed=3).params)
-
-
-def test_two_writers_one_wins_whole(tmp_path: Path):
-    outcomes: list[Any] = []
-
-    def write(seed: int) -> None:
-        try:
-            jaxadapt.save(adapters[seed], tmp_path / "out", format="orbax")
-            outcomes.append(seed)
-        except jaxadapt.FileError as error:
-            outcomes.append(error)
-
-    adapters = [small.adapter(seed=seed) for seed in range(3)]
-    threads = [threading.Thread(target=write, args=(seed,)) for seed in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    winners = [o for o in outcomes if isinstance(o, int)]
-    assert len(outcomes) == 3
-    assert len(winners) == 1
-    got = jaxadapt.extract(jaxadapt.load(tmp_path / "out", small.net()))
-    assert same(got.params, adapters[winners[0]].params)
-    assert names(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize("path", ["s3://bucket/out", "hdfs://out", "az://x/y"])

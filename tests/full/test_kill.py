@@ -1,4 +1,4 @@
-"""Invariant 6 at length: 300 kills of a process that saves adapters (tests/test_invariants.py has 50)."""
+"""Invariant 6 at length: 300 kills of a process that saves (tests/test_invariants.py and test_checkpoint.py have 50)."""
 
 from __future__ import annotations
 
@@ -6,10 +6,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def test_300_kills_leave_the_old_adapter_or_the_new(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.kill_save", str(tmp_path / "out"), "300"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize(("kind", "count"), [("manager", 300), ("orbax", 300), ("race", 50)])
+def test_300_kills_of_checkpoints(kind: str, count: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.kill_checkpoints", kind, str(tmp_path / "out"), str(count)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False)
     assert run.returncode == 0, run.stdout + run.stderr

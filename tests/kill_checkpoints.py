@@ -1,0 +1,224 @@
+"""Kills a process that saves checkpoints over and over: `python -m tests.kill_checkpoints KIND FOLDER KILLS`.
+
+KIND is "manager" (steps in one folder, the last three and the best kept) or "orbax" (`save(…, format="orbax")` to one
+new path after another). Or "race": two processes save to the same paths at once, and one of them must win whole.
+
+A fresh process, so that fork() is safe and children start at once. Exits with 1 and a message if what a kill
+leaves is anything but whole checkpoints, and none that had been there is gone.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+import jaxadapt
+from jaxadapt.codecs import orbax
+
+
+def make(version: int) -> jaxadapt.Adapter:
+    """The adapter of one save: rank, alpha and every value follow from the version."""
+    r = 2 + version % 3
+    sites = {
+        f"l{i}": {"q_proj": {"kernel": {
+            "lora_A": np.full((200, r), version, "f4"), "lora_B": np.full((r, 300), version, "f4"),
+        }}}
+        for i in range(10)
+    }  # fmt: skip
+    return jaxadapt.Adapter(jaxadapt.LoraConfig(r=r, lora_alpha=1 + version % 7, target_modules=["q_proj"]), sites)
+
+
+def check(version: int, found: jaxadapt.Adapter | jaxadapt.PeftTensors) -> None:
+    """All of one checkpoint is of the version it was saved as."""
+    flat = found.flat() if isinstance(found, jaxadapt.Adapter) else found.tensors
+    values = {float(v) for x in flat.values() for v in (x.min(), x.max())}
+    if values != {float(version)}:
+        sys.exit(f"version {version} holds values of {sorted(values)}")
+    expected = make(version).config
+    if (found.config.r, found.config.lora_alpha) != (expected.r, expected.lora_alpha):
+        sys.exit(f"version {version}: its configuration is {found.config}")
+
+
+def quiet() -> None:
+    """A child that is killed has nothing to say; one that fails has."""
+    import absl.logging
+
+    absl.logging.set_verbosity(absl.logging.ERROR)
+
+
+def sweep(kills: int, once: float, child: Callable[[], None], inspect: Callable[[], bool]) -> int:
+    """How many of `kills` children were killed in the middle of something, as `inspect` says after each."""
+    rng, unfinished = random.Random(0), 0
+    for _ in range(kills):
+        sys.stdout.flush()
+        pid = os.fork()
+        if pid == 0:
+            quiet()
+            child()
+            os._exit(0)
+        time.sleep(rng.uniform(0, 3 * once))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        unfinished += inspect()
+    return unfinished
+
+
+def manager(folder: Path, kills: int) -> None:
+    def new() -> jaxadapt.CheckpointManager:
+        return jaxadapt.CheckpointManager(folder, keep=3, keep_best=1, minimize="loss")
+
+    def save(one: jaxadapt.CheckpointManager, step: int) -> None:
+        moments = {"mu": make(step).params, "count": step}
+        one.save(step, make(step), opt_state=moments, data={"step": step}, metrics={"loss": 1.0 + (step % 5 > 0)})
+
+    start = time.perf_counter()
+    with new() as first:
+        for step in range(4):
+            save(first, step)
+    once = (time.perf_counter() - start) / 4
+    seen = {"last": 3}
+
+    def child() -> None:
+        one, step = new(), seen["last"]
+        while True:
+            step += 1
+            save(one, step)
+
+    def inspect() -> bool:
+        one = new()
+        steps = one.steps
+        if not 3 <= len(steps) <= 5 or steps[-1] < seen["last"]:
+            sys.exit(f"steps {steps} after {seen['last']}")
+        for step in steps:
+            back = one.restore(make(step), step)
+            check(step, back.model)
+            if (back.data, back.opt_state["count"]) != ({"step": step}, step):
+                sys.exit(f"step {step}: {back.data}, {back.opt_state['count']}")
+        seen["last"] = steps[-1]
+        litter = [p.name for p in folder.iterdir() if p.name.endswith(".tmp")]
+        if len(litter) > 1:
+            sys.exit(f"temporary files were left to pile up: {litter}")
+        return bool(litter)
+
+    unfinished = sweep(kills, once, child, inspect)
+    with new() as last:
+        save(last, seen["last"] + 1)
+    left = sorted(p.name for p in folder.iterdir())
+    if left != [f"step-{s:09d}.safetensors" for s in last.steps] or not 3 <= len(left) <= 4:
+        sys.exit(f"left behind: {left}")
+    close(unfinished, kills, seen["last"])
+
+
+def several(folder: Path, kills: int) -> None:
+    """Orbax: each save has a path of its own, and the last two are kept, as a loop by hand would do it."""
+    seen = {"last": 0}
+    folder.mkdir()
+    from orbax.checkpoint import v1  # noqa: F401 (once for all children)
+
+    warm, start = folder.parent / "warm", 0.0
+    pid = os.fork()  # a save starts threads and a JAX backend: never in this process
+    if pid == 0:
+        quiet()
+        for i in range(2):
+            start = time.perf_counter()
+            jaxadapt.save(make(0), warm / str(i), format="orbax")
+        (folder.parent / "once").write_text(str(time.perf_counter() - start))
+        os._exit(0)
+    os.waitpid(pid, 0)
+    once = float((folder.parent / "once").read_text())
+
+    def child() -> None:
+        version = seen["last"]
+        while True:
+            version += 1
+            jaxadapt.save(make(version), folder / str(version), format="orbax")
+
+    def inspect() -> bool:
+        there = sorted(int(p.name) for p in folder.iterdir() if not p.name.startswith("."))
+        if there and there != list(range(there[0], there[-1] + 1)):
+            sys.exit(f"checkpoints are missing: {there}")
+        if there and there[-1] < seen["last"]:
+            sys.exit(f"went back from {seen['last']} to {there}")
+        recheck(folder, [v for v in there if v > seen["last"]])
+        seen["last"] = max([seen["last"], *there])
+        litter = [p.name for p in folder.iterdir() if p.name.endswith(".tmp")]
+        if len(litter) > 1:
+            sys.exit(f"temporary folders were left to pile up: {litter}")
+        return bool(litter)
+
+    unfinished = sweep(kills, 2 * once, child, inspect)  # the first save of a process also starts JAX
+    close(unfinished, kills, seen["last"])
+
+
+def recheck(folder: Path, versions: list[int]) -> None:
+    """Reads checkpoints in a child, for the same reason."""
+    if not versions:
+        return
+    pid = os.fork()
+    if pid == 0:
+        quiet()
+        status = 0
+        try:
+            for version in versions:
+                check(version, jaxadapt.read(folder / str(version)))
+        except SystemExit as error:
+            print(error)
+            status = 1
+        sys.stdout.flush()
+        os._exit(status)
+    if os.waitpid(pid, 0)[1]:
+        sys.exit(f"one of {versions} is not whole")
+
+
+def race(folder: Path, rounds: int) -> None:
+    folder.mkdir()
+    go = time.time() + 2.0
+    pids: list[int] = []
+    for me in range(2):
+        pid = os.fork()
+        if pid == 0:
+            quiet()
+            won = 0
+            orbax.save(folder.parent / f"warm{me}", {"t": {"x": np.ones(1)}}, {}, alone=True)
+            for number in range(rounds):
+                time.sleep(max(0.0, go + 0.2 * number - time.time()))  # both at once
+                try:
+                    jaxadapt.save(make(1000 * me + number), folder / str(number), format="orbax")
+                    won += 1
+                    (folder.parent / f"won{number}").write_text(str(me))
+                except jaxadapt.FileError:
+                    pass
+            print(f"{me} won {won}", flush=True)
+            os._exit(0)
+        pids.append(pid)
+    for pid in pids:
+        if os.waitpid(pid, 0)[1]:
+            sys.exit("a writer failed")
+    for number in range(rounds):
+        me = int((folder.parent / f"won{number}").read_text())
+        check(1000 * me + number, jaxadapt.read(folder / str(number)))
+    left = sorted(p.name for p in folder.iterdir())
+    if left != sorted(map(str, range(rounds))):
+        sys.exit(f"left behind: {left}")
+
+
+def close(unfinished: int, kills: int, versions: int) -> None:
+    print(f"{unfinished} of {kills} were killed while writing; {versions} versions")
+    if not unfinished or versions < 3:
+        sys.exit("no process was killed while writing, or none ever finished: the test tests nothing")
+
+
+def main() -> None:
+    kind, folder, count = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    {"manager": manager, "orbax": several, "race": race}[kind](folder, count)
+
+
+if __name__ == "__main__":
+    main()
