@@ -1,4 +1,4 @@
-"""Invariant 6 at length: 300 kills of a process that saves (tests/test_invariants.py and test_checkpoint.py have 50)."""
+"""Invariant 6 at length: 300 kills of a process that saves; CI has 50 (test_invariants.py, test_checkpoint.py)."""
 
 from __future__ import annotations
 
