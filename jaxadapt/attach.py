@@ -78,16 +78,17 @@ def adapt(
     _need_nnx(model)
     if name in nnx.names(model):
         raise AttachError(f"there is an adapter {name!r} already; choose another name=, or delete it first")
-    recipe, bounds = plan_nnx(model, config, keymap, stack_axes, example)
     owners = nnx.base_leaves(model)
+    recipe, bounds = plan_nnx(model, config, keymap, stack_axes, example, owners)
     abstract = nnx_survey.is_abstract(owners)
     if rngs is None and not abstract:
         raise AttachError("adapt needs rngs=nnx.Rngs(seed) for the adapter's initial values")
     if rngs is not None and not (isinstance(rngs, nnx.nnx.Rngs) and {"params", "default"} & set(rngs)):
         raise AttachError('rngs: expected nnx.Rngs with a stream "params" or "default", such as nnx.Rngs(0)')
     key = None if rngs is None else rngs.params()
-    values = bind.fresh(recipe.config, bounds, key, dtype, abstract, nnx_survey.base_values(owners), placement(model))
-    nnx.attach(model, recipe, bounds, name, values, rngs)
+    base, where = nnx_survey.base_values(owners), nnx.placement(owners)
+    values = bind.fresh(recipe.config, bounds, key, dtype, abstract, base, where)
+    nnx.attach(model, recipe, bounds, name, values, rngs, owners)
     return model
 
 
@@ -111,9 +112,10 @@ def plan_nnx(
     keymap: KeyMap | str | None,
     stack_axes: Sequence[int] | None = None,
     example: Sequence[Any] | None = None,
+    owners: Mapping[str, nnx_survey.Owner] | None = None,
 ) -> tuple[Recipe, tuple[bind.Bound, ...]]:
-    """The recipe and sites of a configuration on an NNX model."""
-    owners = nnx.base_leaves(model)
+    """The recipe and sites of a configuration on an NNX model, whose `owners` may be at hand."""
+    owners = nnx.base_leaves(model) if owners is None else owners
     shapes = nnx_survey.base_shapes(owners)
     table = families.resolve(keymap, shapes)
     all_linear = targets.is_all_linear(config)

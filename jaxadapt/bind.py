@@ -9,13 +9,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import zlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from jaxadapt import copies, methods, paths, plan, sharding, targets
+from jaxadapt import copies, drawing, methods, paths, plan, sharding, targets
 from jaxadapt.axes import Axes
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError, ConfigError, KeyMapError, MismatchError, TargetError
@@ -383,7 +380,6 @@ def fresh(
     import jax.numpy as jnp
 
     places = sharding.for_adapter(bounds, where or {})
-    traced = sharding.tracing()
     dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
     base = base or {}
     blind = [b.leaf for b in bounds if any(t.from_base for t in b.tensors) and not is_there(base.get(b.leaf), abstract)]
@@ -391,20 +387,18 @@ def fresh(
         raise AttachError(
             "these adapters begin from the values of the base weights, which are not at hand:\n" + paths.listing(blind)
         )
+    wanted = {
+        e.path: (b, t, e.shape) for b in bounds for t, e in zip(b.tensors, b.entries, strict=True) if not t.from_base
+    }
+    if abstract:
+        made = {p: jax.ShapeDtypeStruct(shape, dtype, sharding=places.get(p)) for p, (_, _, shape) in wanted.items()}
+    else:
+        draws = {p: (b.method.fresh(config, t, b.fan_in), shape) for p, (b, t, shape) in wanted.items()}
+        made = sharding.placed(drawing.drawn(key, draws, dtype), places)
     out: dict[str, Any] = {}
     for bound in bounds:
         named = dict(zip((t.name for t in bound.tensors), bound.entries, strict=True))
-        mine: dict[str, Any] = {}
-        for tensor in (t for t in bound.tensors if not t.from_base):
-            entry = named[tensor.name]
-            if abstract:
-                mine[tensor.name] = jax.ShapeDtypeStruct(entry.shape, dtype, sharding=places.get(entry.path))
-            else:
-                place = places.get(entry.path)
-                on = None if place is None or traced else sharding.concrete(place)
-                make = _initial(config, bound.method, tensor, entry.shape, bound.fan_in, dtype, on)
-                made = make(key, np.uint32(zlib.crc32(entry.path.encode())))
-                mine[tensor.name] = made if place is None or on is not None else sharding.moved(made, place)
+        mine: dict[str, Any] = {name: made[e.path] for name, e in named.items() if e.path in made}
         for tensor in (t for t in bound.tensors if t.from_base):
             kind = base[bound.leaf].dtype if tensor.whole else dtype
             place = places.get(named[tensor.name].path)
@@ -413,8 +407,8 @@ def fresh(
             else:
                 derived = over_stack(bound, lambda a, w: a.from_base(w), mine, jnp.asarray(base[bound.leaf]))
                 # A copy even where nothing changed: the base's own array must not be donated with the adapter's.
-                made = jnp.array(derived[tensor.name], dtype=kind, copy=True)
-                mine[tensor.name] = made if place is None else sharding.moved(made, place)
+                copy = jnp.array(derived[tensor.name], dtype=kind, copy=True)
+                mine[tensor.name] = copy if place is None else sharding.moved(copy, place)
         out |= {entry.path: mine[name] for name, entry in named.items()}
     return out
 
@@ -437,19 +431,6 @@ def over_stack(bound: Bound, change: Any, params: Mapping[str, Any], w: Any) -> 
     for axis in bound.site.stack:  # ascending, so the outermost vmap takes the last axis and moves no other
         run = jax.vmap(run, in_axes=axis, out_axes=axis)
     return run(dict(params), w)
-
-
-@functools.lru_cache(maxsize=1024)
-def _initial(
-    config: Config, method: methods.Method, tensor: Tensor, shape: Shape, fan_in: int, dtype: Any, on: Any
-) -> Any:
-    """`(key, word) -> array`, compiled once for all tensors alike: a model has hundreds, of a few shapes."""
-    import jax
-
-    def initial(key: Any, word: Any) -> Any:
-        return method.fresh(config, tensor, jax.random.fold_in(key, word), shape, fan_in).astype(dtype)
-
-    return jax.jit(initial, out_shardings=on)
 
 
 def file_plan(bounds: Sequence[Bound]) -> plan.Plan:

@@ -193,9 +193,10 @@ def attach(
     name: str,
     values: Mapping[str, Any],
     rngs: nnx.Rngs | None = None,
+    owners: Mapping[str, Owner] | None = None,
 ) -> None:
     """Hang an adapter's values (`{path: array or spec}`) on a model's layers, and make it active alone."""
-    owners = base_leaves(model)
+    owners = base_leaves(model) if owners is None else owners
     collection = collection_name(recipe.config)
     problems = [*nnx_survey.obstacles(model, owners, [b.leaf for b in bounds]).values()]
     problems += _misfits(bounds, owners, collection)

@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "jaxadapt"
 FLOORS = [
     ["errors", "paths", "axes", "configs"],
     "weight arrangement keymap generic dialect plan adapter"
-    " trace layout liveness layers filters targets codecs".split(),
+    " trace layout liveness layers filters targets drawing codecs".split(),
     "methods families copies bind folder orbax_folder transfer dialects guests guest_config sharding card".split(),
     ["linen", "linen_call", "linen_survey", "nnx", "nnx_survey", "merging", "products", "combining"],
     ["foreign", "attach", "store", "report", "reducing"],

@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxadapt import paths
 from jaxadapt.axes import Axes, Use
 from jaxadapt.configs import Config
+from jaxadapt.drawing import Draw
 from jaxadapt.errors import AttachError, ConfigError
 from jaxadapt.keymap import Site
 from jaxadapt.weight import Tensor
@@ -58,8 +59,8 @@ class Method(abc.ABC):
         """What the arithmetic at the site needs besides arrays."""
 
     @abc.abstractmethod
-    def fresh(self, config: Any, tensor: Tensor, key: Array, shape: Sequence[int], fan_in: int) -> Array:
-        """Initial float32 values of one tensor; a fresh adapter leaves the model's output unchanged."""
+    def fresh(self, config: Any, tensor: Tensor, fan_in: int) -> Draw:
+        """How one tensor begins; a fresh adapter leaves the model's output unchanged."""
 
     def from_base(self, static: Any, params: Params, axes: Axes, w: Array) -> dict[str, Array]:
         """Initial values of the tensors marked `from_base`, in w's dtype, from the weight and the other tensors."""

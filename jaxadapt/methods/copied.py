@@ -44,7 +44,7 @@ class Copied(Method):
     def static(self, config: Config, modules: Sequence[str]) -> Static:
         return Static(self._because)
 
-    def fresh(self, config: Config, tensor: Tensor, key: Array, shape: Sequence[int], fan_in: int) -> NoReturn:
+    def fresh(self, config: Config, tensor: Tensor, fan_in: int) -> NoReturn:
         raise AssertionError("a copy begins as the base's leaf")
 
     def from_base(self, static: Static, params: Params, axes: Axes, w: Array) -> dict[str, Array]:

@@ -10,12 +10,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
-
 from jaxadapt import targets
 from jaxadapt.axes import LETTERS, Axes, Use
 from jaxadapt.configs import Config, IA3Config
+from jaxadapt.drawing import Draw
 from jaxadapt.errors import AttachError
 from jaxadapt.keymap import Site
 from jaxadapt.methods.base import Array, Drop, Method, Params, one_value
@@ -45,12 +43,8 @@ class IA3(Method):
     def static(self, config: IA3Config, modules: Sequence[str]) -> Static:
         return Static(one_value("feedforward", {m: targets.is_feedforward(config, m) for m in modules}))
 
-    def fresh(
-        self, config: IA3Config, tensor: Tensor, key: Array, shape: Sequence[int], fan_in: int
-    ) -> Array:
-        if config.init_ia3_weights:
-            return jnp.ones(shape, jnp.float32)
-        return jax.random.normal(key, shape, jnp.float32)
+    def fresh(self, config: IA3Config, tensor: Tensor, fan_in: int) -> Draw:
+        return Draw("constant", 1.0) if config.init_ia3_weights else Draw("normal", 1.0)
 
     def input(self, static: Static, params: Params, use: Use, x: Array) -> Array:
         letters, scale = self._letters(static, use), params["ia3_l"]

@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxadapt import targets
 from jaxadapt.axes import LETTERS, RANK, Axes, Use
 from jaxadapt.configs import Config, LoraConfig
+from jaxadapt.drawing import Draw
 from jaxadapt.errors import ConfigError
 from jaxadapt.keymap import Site
 from jaxadapt.methods.base import Array, Drop, Method, Params, einsum, explicit, one_value
@@ -80,9 +80,7 @@ class Lora(Method):
     def dropout(self, static: Static) -> float:
         return static.dropout
 
-    def fresh(
-        self, config: LoraConfig, tensor: Tensor, key: Array, shape: Sequence[int], fan_in: int
-    ) -> Array:
+    def fresh(self, config: LoraConfig, tensor: Tensor, fan_in: int) -> Draw:
         r = dict(tensor.own)["r"]
         init = config.init_lora_weights
         if init not in (True, False, "gaussian"):
@@ -91,12 +89,11 @@ class Lora(Method):
                 " 'gaussian' or False, or load an adapter that PEFT initialised"
             )
         if tensor.name == "lora_B" and init is not False:
-            return jnp.zeros(shape, jnp.float32)
+            return Draw("constant", 0.0)
         if init == "gaussian":
-            return jax.random.normal(key, shape, jnp.float32) / r
+            return Draw("normal", 1 / r)
         # torch's Kaiming-uniform with a = sqrt(5) is U(-1/sqrt(fan_in), 1/sqrt(fan_in))
-        bound = 1 / math.sqrt(fan_in if tensor.name == "lora_A" else r)
-        return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+        return Draw("uniform", 1 / math.sqrt(fan_in if tensor.name == "lora_A" else r))
 
     def output(
         self, static: Static, params: Params, use: Use, x: Array, y: Array, drop: Drop | None
