@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         init,
         inject,
     )
+    from jaxadapt.bases import export_base, import_base
     from jaxadapt.checkpoint import CheckpointManager
     from jaxadapt.combining import combine
     from jaxadapt.configs import Config, IA3Config, LoraConfig
@@ -62,6 +63,7 @@ _HOME = {
         "nnx": "AdapterParam BaseParam",
         "attach": "adapt init extract inject activate disable delete detach",
         "report": "summary",
+        "bases": "export_base import_base",
         "merging": "merge unmerge",
         "combining": "combine",
         "reducing": "resize_rank to_lora",
@@ -99,8 +101,10 @@ __all__ = [
     "delete",
     "detach",
     "disable",
+    "export_base",
     "extract",
     "from_peft",
+    "import_base",
     "init",
     "inject",
     "inspect",

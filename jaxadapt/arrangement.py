@@ -78,6 +78,12 @@ class Arrangement:
             i, where[axis] = divmod(i, self.shape[axis])
         return tuple(where)
 
+    @functools.cached_property
+    def alone(self) -> Arrangement:
+        """The same for one tensor's part of the array, taken out by `index`."""
+        left = tuple(name for i, name in enumerate(self.left) if i not in self.split)
+        return dataclasses.replace(self, shape=self._coarse, left=left, split=())
+
     def encode(self, leaf: Array, i: int) -> Array:
         """The tensor number `i`, a view of `leaf` wherever its memory allows.
 

@@ -310,7 +310,7 @@ def write(tensors: PeftTensors, path: str | os.PathLike[str]) -> None:
     folder = Path(path)
     if not tensors.tensors:
         raise MismatchError(f"{folder}: there is no tensor to write")
-    made = _make(folder)
+    made = make(folder)
     try:
         _write(tensors, folder)
     except BaseException:
@@ -320,7 +320,7 @@ def write(tensors: PeftTensors, path: str | os.PathLike[str]) -> None:
         raise
 
 
-def _make(folder: Path) -> list[Path]:
+def make(folder: Path) -> list[Path]:
     """Make a folder and its parents; those that are new, innermost first."""
     new = [p for p in (folder, *folder.parents) if not os.path.lexists(p)]
     try:

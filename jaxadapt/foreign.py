@@ -76,7 +76,8 @@ def unknown(tree: Any) -> str:
 
 def survey(found: Found, keymap: KeyMap | str | None, keys: Collection[str] = ()) -> Guests:
     """The tree's LoRA leaves under a family's table (recognised, without `keymap`), spelt as in a file's `keys`."""
-    table = _table(found, keymap).spelt_as([key.removeprefix(PEFT_PREFIX) for key in keys])
+    leaves = found.dialect.claim(found.leaves)
+    table = _table(found, keymap).spelt_as([key.removeprefix(PEFT_PREFIX) for key in keys], leaves)
     if isinstance(found.tree, nnx.nnx.Module):
         claimed = found.dialect.claim(found.leaves)
         lines = nnx_survey.class_lines(nnx.base_leaves(found.tree), table)

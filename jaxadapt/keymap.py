@@ -215,19 +215,23 @@ class KeyMap:
             spellings=(),
         )
 
-    def spelt_as(self, keys: Iterable[str]) -> KeyMap:
-        """The spelling that most of a file's keys (without PEFT's prefix) follow; this table if none does better."""
+    def spelt_as(self, keys: Iterable[str], leaves: Iterable[str]) -> KeyMap:
+        """The spelling that most of a file's keys (without PEFT's prefix) follow; this table if none does better.
+
+        `leaves` are the model's: a table may have lines for another spelling, of a model that has other leaves.
+        """
+        if not self.spellings:
+            return self
+        kinds = {re.sub(r"\d+", "0", leaf): leaf for leaf in leaves}  # layers are alike
+        sites = [site for leaf in kinds.values() if (site := self.site(leaf)) is not None]
+        used = {site.weight.leaf for site in sites}
         keys = tuple(keys)
 
         def follow(table: KeyMap) -> int:
-            return sum(key.startswith(table._beginnings) for key in keys)
+            mine = tuple(w.key.partition("{")[0].rpartition(".")[0] + "." for w in table.weights if w.leaf in used)
+            return sum(key.startswith(mine) for key in keys)
 
         return max([self, *(self.spelt(name) for name, _ in self.spellings)], key=follow)
-
-    @functools.cached_property
-    def _beginnings(self) -> tuple[str, ...]:
-        """How its modules' names begin, up to the first hole (a whole name where there is none)."""
-        return tuple({w.key.partition("{")[0].removesuffix("weight").removesuffix("bias") for w in self.weights})
 
     def with_lines(self, lines: Iterable[Weight]) -> KeyMap:
         """The same table with further literal lines, which win over its templates."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadapt import bind, nnx, paths, plan
+from jaxadapt import bind, nnx, nnx_survey, paths, plan
 from jaxadapt.adapter import Adapter
 from jaxadapt.errors import AttachError, MismatchError
 from jaxadapt.linen import meta
@@ -49,12 +50,31 @@ def _changed(params: Any, adapter: Adapter, weight: Change, bias: Change) -> Any
             f"expected an Adapter (from extract, init or from_peft), found {type(adapter).__name__};"
             " jaxadapt.from_peft(tensors, params) makes one of PeftTensors"
         )
+    if isinstance(params, nnx.nnx.Module) and nnx.active(params):
+        raise AttachError(
+            "this model has active adapters, which would count twice; take the adapter out and detach first:"
+            " adapter = extract(model); detach(model); merge(model, adapter)"
+        )
+    made = changes(leaves(params), adapter, weight, bias)
+    return replaced(params, {path: changed.value() for path, changed in made.items()})
+
+
+def leaves(params: Any) -> dict[str, Any]:
+    """`{path: array}` of an NNX model's base, or of a tree of base parameters, boxes opened."""
     if isinstance(params, nnx.nnx.Module):
-        return _on_model(params, adapter, weight, bias)
-    leaves = {
-        _path(keys): leaf for keys, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_box)
-    }
-    new = _new_leaves({p: _opened(leaf) for p, leaf in leaves.items()}, adapter, weight, bias)
+        return nnx_survey.base_values(nnx.base_leaves(params))
+    flat = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_box)
+    return {_path(keys): _opened(leaf) for keys, leaf in flat}
+
+
+def replaced(params: Any, new: Mapping[str, Any]) -> Any:
+    """The same with other arrays at some paths: a new tree, or an NNX model changed in place."""
+    if isinstance(params, nnx.nnx.Module):
+        owners = nnx.base_leaves(params)
+        for path, value in new.items():
+            module, attr = owners[path]
+            vars(module)[attr].set_value(value)
+        return params
 
     def put(keys: Any, leaf: Any) -> Any:
         path = _path(keys)
@@ -82,52 +102,63 @@ def _filled(leaf: Any, value: Any) -> Any:
     return leaf.replace_boxed(value) if isinstance(leaf, meta.AxisMetadata) else value
 
 
-def _on_model(model: Any, adapter: Adapter, weight: Change, bias: Change) -> Any:
-    if nnx.active(model):
-        raise AttachError(
-            "this model has active adapters, which would count twice; take the adapter out and detach first:"
-            " adapter = extract(model); detach(model); merge(model, adapter)"
-        )
-    owners = nnx.base_leaves(model)
-    new = _new_leaves({p: vars(m)[a].get_value() for p, (m, a) in owners.items()}, adapter, weight, bias)
-    for path, value in new.items():
-        module, attr = owners[path]
-        vars(module)[attr].set_value(value)
-    return model
+@dataclasses.dataclass(frozen=True)
+class Changed:
+    """A leaf as an adapter leaves it, computed when it is asked for."""
+
+    bound: bind.Bound
+    params: Mapping[str, Any]
+    base: Any
+    change: Change
+
+    def value(self, at: Mapping[int, int] | None = None) -> Any:
+        """The leaf; or, with `{stacked axis: layer}` for each of `bound.site.stack`, what one layer has of it."""
+        # The sum is made in float32, also where weight and adapter are both of 16 bits.
+        params = {t: _layer(x, at).astype(jnp.promote_types(x.dtype, "float32")) for t, x in self.params.items()}
+        w, bound = _layer(self.base, at), self.bound
+        if at:
+            new = self.change(Applied(bound.method, bound.static, params, bound.axes), w)
+        else:
+            new = bind.over_stack(bound, self.change, params, w)
+        return np.array(new) if isinstance(w, np.ndarray) else new  # a copy: numpy arrays can be written to
 
 
-def _new_leaves(leaves: Mapping[str, Any], adapter: Adapter, weight: Change, bias: Change) -> dict[str, Any]:
+def _layer(x: Any, at: Mapping[int, int] | None) -> Any:
+    """One layer of a stacked array: an adapter's tensors are stacked on the axes of their weight."""
+    return x[tuple(at.get(axis, slice(None)) for axis in range(x.ndim))] if at else x
+
+
+def merged(base: Mapping[str, Any], adapter: Adapter) -> dict[str, Changed]:
+    """The leaves that an adapter changes, merged; checked now, computed later."""
+    return changes(base, adapter, lambda a, w: a.weight(w), lambda a, b: a.bias(b))
+
+
+def changes(base: Mapping[str, Any], adapter: Adapter, weight: Change, bias: Change) -> dict[str, Changed]:
+    """As `merged`, for any change."""
     shapes = {leaf: {t: tuple(a.shape) for t, a in ts.items()} for leaf, ts in adapter.sites.items()}
     bounds = bind.recover(adapter.config, adapter.keymap, shapes)
-    missing = [b.leaf for b in bounds if b.leaf not in leaves]
+    missing = [b.leaf for b in bounds if b.leaf not in base]
     if missing:
         raise MismatchError(
             "the adapter adapts weights that these parameters lack:\n" + paths.listing(missing)
         )
     wrong = [
-        f"{b.leaf}: for a weight of shape {tuple(leaves[b.leaf].shape)} expected {want}, found {b.shapes}"
+        f"{b.leaf}: for a weight of shape {tuple(base[b.leaf].shape)} expected {want}, found {b.shapes}"
         for b in bounds
-        if (want := _expected(b, tuple(leaves[b.leaf].shape))) != b.shapes
+        if (want := _expected(b, tuple(base[b.leaf].shape))) != b.shapes
     ]
     if wrong:
         raise MismatchError("the adapter does not fit these parameters:\n" + paths.listing(wrong))
     sites = adapter.sites
-    out: dict[str, Any] = {}
+    out: dict[str, Changed] = {}
     for bound in bounds:
-        # The sum is made in float32, also where weight and adapter are both of 16 bits.
-        params = {t: x.astype(jnp.promote_types(x.dtype, "float32")) for t, x in sites[bound.leaf].items()}
-        out[bound.leaf] = _over_stack(bound, weight, params, leaves[bound.leaf])
+        out[bound.leaf] = Changed(bound, sites[bound.leaf], base[bound.leaf], weight)
         beside = paths.join(bound.leaf.rpartition(".")[0], "bias")
-        if beside in leaves and type(bound.method).bias is not Method.bias:
-            out[beside] = _over_stack(bound, bias, params, leaves[beside])
+        if beside in base and type(bound.method).bias is not Method.bias:
+            out[beside] = Changed(bound, sites[bound.leaf], base[beside], bias)
     return out
 
 
 def _expected(bound: bind.Bound, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     sizes = plan.sizes_of(bound.site, shape)
     return {t.name: plan.entry_shape(bound.site, t, sizes) for t in bound.tensors}
-
-
-def _over_stack(bound: bind.Bound, change: Change, params: Mapping[str, Any], w: Any) -> Any:
-    new = bind.over_stack(bound, change, params, w)
-    return np.array(new) if isinstance(w, np.ndarray) else new  # a copy: numpy arrays can be written to

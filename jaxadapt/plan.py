@@ -102,6 +102,17 @@ class Plan:
 
         `more` are findings of the caller's own, for the same list; `table` is the name of the one in use.
         """
+        parts = self.problems(found, source, more)
+        if parts:
+            raise MismatchError(
+                f"{source} does not fit the model: of {len(self.shapes)} tensors,\n"
+                + "\n".join(parts)
+                + "\nIs it an adapter for another base model, or are target_modules, r or keymap= others?"
+                + (f" (The names are those of the table {table!r}.)" if table else "")
+            )
+
+    def problems(self, found: Mapping[str, Sequence[int]], source: str, more: Sequence[str] = ()) -> list[str]:
+        """What `check` lists, kind by kind."""
         shapes = self.shapes
         missing = [k for k in shapes if k not in found]
         unexpected = [k for k in found if k not in shapes]
@@ -110,7 +121,7 @@ class Plan:
             for k, shape in shapes.items()
             if k in found and tuple(found[k]) != shape
         ]
-        parts = [
+        return [
             f"{len(items)} {what}:\n{paths.listing(items)}"
             for what, items in (
                 (f"missing from {source} (the model expects them)", missing),
@@ -120,13 +131,6 @@ class Plan:
             )
             if items
         ]
-        if parts:
-            raise MismatchError(
-                f"{source} does not fit the model: of {len(shapes)} tensors,\n"
-                + "\n".join(parts)
-                + "\nIs it an adapter for another base model, or are target_modules, r or keymap= others?"
-                + (f" (The names are those of the table {table!r}.)" if table else "")
-            )
 
     def encode(self, leaves: Mapping[str, Array], dtype: Any = None, host: bool = False) -> Encoded:
         """`{key: array}` from `{path: leaf}`; each array is made when it is asked for.

@@ -81,7 +81,7 @@ def _to_peft(
 ) -> PeftTensors:
     guest = None if isinstance(tree, Adapter | PeftTensors) else attach.guest_in(tree)
     if guest is not None:
-        _with_values(guest.leaves, traced)
+        with_values(guest.leaves, traced)
         call = "to_peft(tree" if traced else "save(tree, path"
         config, known, _ = foreign.take(guest, config, keymap, lora_alpha, call)
         host = not any(isinstance(leaf, Tracer) for leaf in guest.leaves.values())
@@ -89,7 +89,7 @@ def _to_peft(
     if lora_alpha is not None:
         raise ConfigError("lora_alpha is for the trees of other libraries; an adapter of this one carries its own")
     adapter = _extract(tree, name, config, keymap, instead)
-    _with_values(adapter.flat(), traced)
+    with_values(adapter.flat(), traced)
     return _encoded(adapter, keymap, dtype)
 
 
@@ -100,7 +100,7 @@ def _extract(tree: Any, name: str, config: Config | None, keymap: Any, instead: 
     return adapter if config is None else dataclasses.replace(adapter, config=config)
 
 
-def _with_values(leaves: Mapping[str, Any], traced: bool, elsewhere: bool = False) -> None:
+def with_values(leaves: Mapping[str, Any], traced: bool, elsewhere: bool = False) -> None:
     """Raise `AttachError` where a parameter has no value that could leave the program."""
 
     def why(leaf: Any) -> str | None:
@@ -119,15 +119,20 @@ def _with_values(leaves: Mapping[str, Any], traced: bool, elsewhere: bool = Fals
         raise AttachError("these parameters have no values to save:\n" + paths.listing(problems))
 
 
-def _encoded(adapter: Adapter, keymap: KeyMap | str | None, dtype: Any = None) -> PeftTensors:
-    adapter = _renamed(adapter, keymap)
-    config, table = adapter.config, adapter.keymap
+def warn_unproved(table: KeyMap, level: int) -> None:
+    """Say so where a table is used to write that has not been proved; `level` as in `warnings.warn`."""
     if not table.proved:
         warnings.warn(
             f"the table {table.name!r} is not proved against the real models: compare the outputs in PyTorch before you"
             " rely on what it names",
-            stacklevel=4,
+            stacklevel=level,
         )
+
+
+def _encoded(adapter: Adapter, keymap: KeyMap | str | None, dtype: Any = None) -> PeftTensors:
+    adapter = _renamed(adapter, keymap)
+    config, table = adapter.config, adapter.keymap
+    warn_unproved(table, 5)
     bounds = bind.recover(config, table, _shapes(adapter))
     astray = [m for b in bounds if not b.method.replaces for m in b.modules if not targets.matches(config, m)]
     if astray:
@@ -196,7 +201,7 @@ def save(
     if format == "orbax":
         _refuse({"lora_alpha": lora_alpha}, "format='orbax' takes this library's adapters, which carry their own")
         adapter = _renamed(_extract(tree, name, config, keymap, instead), keymap)
-        _with_values(adapter.flat(), traced=False, elsewhere=True)
+        with_values(adapter.flat(), traced=False, elsewhere=True)
         adapter = dataclasses.replace(adapter, config=adapter.config.replace(**changes))
         if dtype is not None:
             adapter = jax.tree.map(lambda x: x.astype(dtype), adapter)
@@ -310,8 +315,9 @@ def _plan_for(
         known = [v for by_path in nnx.variables(target).values() for v in by_path.values()]
         if known and keymap is None:
             keymap = known[0].get_metadata()["adapter"].recipe.keymap
-        table = families.resolve(keymap, nnx_survey.base_shapes(nnx.base_leaves(target)))
-        return attach.plan_nnx(target, config, table.spelt_as(keys), stack_axes, example)
+        shapes = nnx_survey.base_shapes(nnx.base_leaves(target))
+        table = families.resolve(keymap, shapes).spelt_as(keys, shapes)
+        return attach.plan_nnx(target, config, table, stack_axes, example)
     if not isinstance(target, Mapping | nnx.nnx.State):
         raise AttachError(
             f"expected an NNX model or Linen variables as the target, found {type(target).__name__}"
@@ -319,8 +325,8 @@ def _plan_for(
     params = target["params"] if "params" in target else target  # noqa: SIM401 (a State has no get)
     if keymap is None:
         keymap = _attached_table(target)
-    table = families.resolve(keymap, attach.tree_shapes(params))
-    return attach.plan_tree(params, config, table.spelt_as(keys))
+    shapes = attach.tree_shapes(params)
+    return attach.plan_tree(params, config, families.resolve(keymap, shapes).spelt_as(keys, shapes))
 
 
 def _attached_table(variables: Any) -> KeyMap | None:

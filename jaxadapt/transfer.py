@@ -22,6 +22,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from jaxadapt import sharding
 from jaxadapt.codecs import files
 from jaxadapt.codecs.safetensors import TensorFile
+from jaxadapt.codecs.shards import Shards
 from jaxadapt.plan import Encoded, Entry, Plan, Spec
 from jaxadapt.sharding import Box, Piece
 
@@ -32,7 +33,7 @@ _THREADS = min(8, os.cpu_count() or 1)
 
 def specs(tensors: Mapping[str, Any]) -> dict[str, Spec]:
     """Shapes and dtypes by key, without reading or making a tensor."""
-    if isinstance(tensors, Encoded | TensorFile):
+    if isinstance(tensors, Encoded | TensorFile | Shards):
         found: Mapping[str, Any] = tensors.specs
     else:
         found = tensors
@@ -56,7 +57,8 @@ def arrays(
             bytes are read that the devices of this process hold, those of replicas once.
     """
     where = where or {}
-    if not isinstance(tensors, TensorFile | Encoded) and any(isinstance(x, jax.Array) for x in tensors.values()):
+    in_files = isinstance(tensors, TensorFile | Shards | Encoded)
+    if not in_files and any(isinstance(x, jax.Array) for x in tensors.values()):
         leaves = plan.decode({key: x if isinstance(x, jax.Array) else jnp.array(x) for key, x in tensors.items()})
         leaves = leaves if dtype is None else {path: leaf.astype(dtype) for path, leaf in leaves.items()}
         return {path: sharding.moved(x, where[path]) if path in where else x for path, x in leaves.items()}
@@ -127,9 +129,8 @@ def _make(
     """The parts of each leaf that are needed here, in the order of `held`."""
     made = _allocated(job, held, dtypes)
     scratch: np.ndarray | None = None
-    if isinstance(tensors, TensorFile):
-        info = tensors.header.tensors
-        scratch = files.aligned(max(info[key].nbytes for e in job for key in e.keys))
+    if isinstance(tensors, TensorFile | Shards):
+        scratch = files.aligned(max(tensors.nbytes(key) for e in job for key in e.keys))
     for entry in job:
         places = dict(zip(held[entry.path], made[entry.path], strict=True))
         covers = sharding.merged(places) if len(places) > 1 else {box: [box] for box in places}
@@ -160,7 +161,7 @@ def _allocated(job: Sequence[Entry], held: Held, dtypes: Mapping[str, np.dtype])
 
 def _tile(tensors: Mapping[str, Any], key: str, piece: Piece, scratch: np.ndarray | None) -> np.ndarray:
     """The box of one tensor, in the file's layout."""
-    if not isinstance(tensors, TensorFile):
+    if not isinstance(tensors, TensorFile | Shards):
         return np.asarray(tensors[key]).reshape(piece.shape)[sharding.slices(piece.box)]
     if piece.box == sharding.whole(piece.shape):
         return tensors.read_into(key, scratch).reshape(piece.shape)

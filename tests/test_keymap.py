@@ -250,9 +250,14 @@ def test_a_spelling_renames_keys_and_the_output_layer():
     assert other.tied == (("language_model.lm_head.weight", "language_model.model.e.weight"),)
     with pytest.raises(KeyMapError, match="no spelling 'x'; it has vl"):
         table.spelt("x")
-    assert table.spelt_as(["language_model.model.layers.3.q.weight"]) == other
-    assert table.spelt_as(["model.layers.3.q.weight"]) is table
-    assert table.spelt_as(["whatever"]) is table
+    leaves = ["q.0.kernel", "q.1.kernel"]
+    assert table.spelt_as(["language_model.model.layers.3.q.weight"], leaves) == other
+    assert table.spelt_as(["model.layers.3.q.weight"], leaves) is table
+    assert table.spelt_as(["whatever"], leaves) is table
+    # A line that speaks of the other spelling counts only in a model that has its leaf.
+    other_line = Weight("o", "language_model.model.layers.o.weight", "i o -> o i")
+    both = dataclasses.replace(table, weights=(*lines, other_line))
+    assert both.spelt_as(["language_model.model.layers.3.q.weight"], leaves).name == "t/vl"
 
 
 # ---- families ----------------------------------------------------------------------------------------------

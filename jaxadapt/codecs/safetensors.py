@@ -45,6 +45,7 @@ __all__ = [
     "read",
     "read_header",
     "write",
+    "write_to",
 ]
 
 _NUMPY = {
@@ -173,6 +174,10 @@ class TensorFile(Mapping[str, "np.ndarray"]):
         data = files.aligned(info.nbytes) if memory is None else memory[: info.nbytes]
         files.read_into(fd, [(f"tensor {key!r}", data.data)], self.header.data_start + info.start, self.path)
         return data.view(dtype).reshape(info.shape)
+
+    def nbytes(self, key: str) -> int:
+        """The size of one tensor, without reading it."""
+        return self.header.tensors[key].nbytes
 
     @property
     def specs(self) -> dict[str, Spec]:
@@ -331,17 +336,28 @@ def write(
         FileError: disk full, no permission, …; a spec the format cannot hold; a header over 100 MB.
         MismatchError: `get` returned another dtype or shape than its spec.
     """
-    name = os.fspath(path)
+    with atomic.replacing(path) as writer:
+        return write_to(writer, specs, get, metadata, progress=progress)
+
+
+def write_to(
+    writer: atomic.Writer,
+    specs: Mapping[str, tuple[npt.DTypeLike, Sequence[int]]],
+    get: Callable[[str], np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> Header:
+    """`write` for a file that is open already: one of several that are to take their places together."""
     named = {key: (_spec_dtype(dtype), shape) for key, (dtype, shape) in specs.items()}
-    first, header = encode(name, named, metadata or {})
-    with atomic.replacing(name) as writer:
-        stage = runs.Stage(writer.write, _STAGE)
-        stage.add_bytes(first)
-        for key, info in header.tensors.items():
-            stage.add(_checked(name, key, get(key), info))
-            if progress is not None:
-                progress(info.nbytes)
-        stage.flush()
+    first, header = encode(writer.path, named, metadata or {})
+    stage = runs.Stage(writer.write, _STAGE)
+    stage.add_bytes(first)
+    for key, info in header.tensors.items():
+        stage.add(_checked(writer.path, key, get(key), info))
+        if progress is not None:
+            progress(info.nbytes)
+    stage.flush()
     return header
 
 

@@ -1,0 +1,261 @@
+"""Whole models to and from Hugging Face folders, by the same tables that name their adapters' weights.
+
+    parameters ──base_plan.encode──► {PyTorch's key: tensor} ──shards.write──► model.safetensors (or several files)
+               ◄─────────fill──────                          ◄─shards.opened──
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxadapt import attach, families, folder, merging, nnx_survey, paths, plan, sharding, store, transfer
+from jaxadapt.adapter import Adapter, is_array
+from jaxadapt.codecs import safetensors, shards
+from jaxadapt.errors import AttachError, KeyMapError, MismatchError
+from jaxadapt.generic import GENERIC
+from jaxadapt.keymap import KeyMap
+
+SHARD = 5_000_000_000
+
+
+def export_base(
+    params: Any,
+    path: str | os.PathLike[str],
+    adapter: Adapter | None = None,
+    *,
+    keymap: KeyMap | str | None = None,
+    dtype: Any = None,
+    max_shard_size: int = SHARD,
+) -> None:
+    """Write a whole model under PyTorch's names, as the weights of a Hugging Face folder.
+
+    `model.safetensors`, or above `max_shard_size` bytes several files and their index. What else lies in the
+    folder (config.json, a tokenizer) stays; a former set of weights is replaced by one rename, and then removed.
+
+    Args:
+        params: an NNX model (its base; adapters on it are left out), Linen variables or base parameters.
+        adapter: merged into the weights on the way: W + s·B·A, in float32, rounded once.
+        keymap: the model's family; None recognises it.
+        dtype: of the file's tensors; as in memory by default.
+
+    One tensor is held at a time. Tied embeddings are written once, as they are held. Raises `KeyMapError` with
+    every weight that has no line, `MismatchError` if the adapter does not fit, `FileError`; then the weights
+    that were there still are.
+
+    >>> import tempfile, jax.numpy as jnp, jaxadapt
+    >>> table = jaxadapt.KeyMap("mine", (jaxadapt.Weight("q.kernel", "q.weight", "i o -> o i"),))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     export_base({"q": {"kernel": jnp.ones((2, 3))}}, folder, keymap=table)
+    ...     import_base(folder, {"q": {"kernel": jnp.zeros((2, 3))}}, keymap=table)["q"]["kernel"].sum()
+    Array(6., dtype=float32)
+    """
+    leaves = _leaves(params)
+    store.with_values(leaves, traced=False)
+    table = _table(keymap, leaves)
+    made = plan.base_plan(table, _shapes(leaves))
+    changed = {} if adapter is None else merging.merged(leaves, adapter)
+    store.warn_unproved(table, 3)
+    kind = None if dtype is None else np.dtype(dtype)
+    target = Path(path)
+    _check_ties(target, table, made, leaves, changed)
+    specs = {
+        key: (safetensors.dtype_name(kind or leaves[entry.path].dtype), entry.form.file_shape)
+        for key, (entry, _) in sorted(made.keys.items(), key=lambda item: nnx_survey.natural(item[0]))
+    }
+    if not specs:
+        raise MismatchError(f"{target}: there is no weight to write")
+    folder.make(target)
+    shards.write(target, specs, _reader(made, leaves, changed, kind), max_shard_size)
+
+
+def _leaves(params: Any) -> dict[str, Any]:
+    """`{path: array}` of the base weights of a model, of variables, or of parameters."""
+    found = merging.leaves(_params(params))
+    odd = [f"{p}: {type(x).__name__}" for p, x in found.items() if not is_array(x)]
+    if odd:
+        raise AttachError("expected arrays as base parameters, found:\n" + paths.listing(odd))
+    return found
+
+
+def _params(tree: Any) -> Any:
+    return tree["params"] if isinstance(tree, Mapping) and "params" in tree else tree
+
+
+def _shapes(leaves: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {path: tuple(x.shape) for path, x in leaves.items()}
+
+
+def _table(keymap: KeyMap | str | None, leaves: Mapping[str, Any]) -> KeyMap:
+    table = families.resolve(keymap, _shapes(leaves))
+    if table is GENERIC:
+        raise KeyMapError(
+            "what these weights are called in PyTorch is not known: no table of a model family fits them; say which"
+            " with keymap=, or give a KeyMap with a line for each. They are\n"
+            + paths.listing(f"{path} {tuple(x.shape)}" for path, x in leaves.items())
+        )
+    return table
+
+
+def _reader(
+    made: plan.Plan, leaves: Mapping[str, Any], changed: Mapping[str, merging.Changed], dtype: Any
+) -> Callable[[str], Any]:
+    """What gives the tensor of a key: cut out where the leaf is, and turned on the host."""
+    last: tuple[Any, Any] = (None, None)
+
+    def get(key: str) -> Any:
+        nonlocal last
+        entry, number = made.keys[key]
+        index = entry.form.index(number)
+        if entry.path in changed:
+            # Layers stacked in one leaf are merged one by one, the parts of a fused one together.
+            stack = changed[entry.path].bound.site.stack
+            at = {axis: index[axis] for axis in stack} if set(stack) <= set(entry.form.split) else {}
+            if last[0] != (entry.path, at):
+                last = ((entry.path, at), None)  # the one before goes first
+                last = ((entry.path, at), changed[entry.path].value(at))
+            piece = last[1][tuple(i for axis, i in enumerate(index) if axis not in at)]
+        else:
+            piece = leaves[entry.path][index]
+        tensor = entry.form.alone.encode(np.asarray(piece), 0)
+        return tensor if dtype is None else tensor.astype(dtype, copy=False)
+
+    return get
+
+
+def _check_ties(
+    target: Path,
+    table: KeyMap,
+    made: plan.Plan,
+    leaves: Mapping[str, Any],
+    changed: Mapping[str, merging.Changed],
+) -> None:
+    """Refuse a head of its own in a folder whose config.json ties it to the embedding: transformers would drop it."""
+    try:
+        config: Any = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # none, or none that says anything
+    if not isinstance(config, dict) or config.get("tie_word_embeddings") is not True:  # pyright: ignore[reportUnknownMemberType]
+        return
+    get = _reader(made, leaves, changed, None)
+    apart = [
+        f"{key} differs from {same}"
+        for key, same in table.tied
+        if key in made.keys and same in made.keys and not np.array_equal(get(key), get(same))
+    ]
+    if apart:
+        raise MismatchError(
+            f"{target / 'config.json'}: tie_word_embeddings is true, so transformers would ignore weights of this"
+            " model; set it to false, or export to another folder:\n" + paths.listing(apart)
+        )
+
+
+# ---------------------------------------------------------------- and back
+
+
+def import_base(
+    path: str | os.PathLike[str], target: Any, *, keymap: KeyMap | str | None = None, strict: bool = True
+) -> Any:
+    """Read the weights of a Hugging Face model into a model of any family here.
+
+    Args:
+        path: a folder with model.safetensors, its index and shards, or pytorch_model.bin; or one such file.
+        target: an NNX model, filled in place and returned; Linen variables or parameters, returned anew. Abstract
+            ones work too. Each array keeps the target's dtype and sharding.
+        keymap: the target's family; None recognises it.
+        strict: False takes what fits and warns of the rest: weights the file lacks stay as they are (a new head), and
+            tensors the model has no place for are left out (an old one).
+
+    A head that the file ties to the embedding is filled from there. Raises `MismatchError` with all missing, unexpected
+    and wrongly shaped tensors together, `KeyMapError`, `FileError`, `FormatError`; then the target is as it was.
+    """
+    leaves = _leaves(target)
+    shapes = _shapes(leaves)
+    with shards.opened(Path(path)) as tensors:
+        table = _table(keymap, leaves).spelt_as(tensors, shapes)
+        known = shapes if strict else {p: s for p, s in shapes.items() if table.site(p) is not None}
+        made = plan.base_plan(table, known)
+        source = _sources(tensors, table, made, strict)
+        entries = [e for e in made.entries if all(key in source for key in e.keys)]
+        left = {e.path for e in made.entries} - {e.path for e in entries} | (shapes.keys() - known.keys())
+        hollow = [p for p in left if isinstance(leaves[p], jax.ShapeDtypeStruct)]
+        if hollow:
+            raise MismatchError(
+                f"{tensors.source}: holds nothing for weights that have no values in the target either:\n"
+                + paths.listing(hollow)
+            )
+        if left:
+            warnings.warn(f"{tensors.source}: left as they were: {', '.join(sorted(left))}", stacklevel=2)
+        new = _read(entries, tensors.renamed(source), leaves, attach.placement(_params(target)))
+    done = merging.replaced(_params(target), new)
+    return done if _params(target) is target else {**target, "params": done}
+
+
+def _sources(tensors: shards.Shards, table: KeyMap, made: plan.Plan, strict: bool) -> dict[str, str]:
+    """`{key: the tensor it is filled from}`, itself or one it is tied to; all problems in one error."""
+    found = {key: tuple(spec.shape) for key, spec in tensors.specs.items()}
+    source = {key: key for key in made.shapes if key in found}
+    for key, same in table.tied:
+        if key in made.shapes and key not in found and same in found:
+            source[key] = same
+    buffers = re.compile("|".join(_pattern(b) for b in table.buffers) or "(?!)")
+    ties = dict(table.tied)
+    spare = {
+        key
+        for key in found
+        if key not in made.shapes
+        and (buffers.fullmatch(key) or (key in ties and ties[key] in found and _same(tensors, key, ties[key])))
+    }
+    odd = [
+        f"{key}: {spec.dtype.name}, expected floats"
+        for key, spec in tensors.specs.items()
+        if key in made.shapes and not jnp.issubdtype(spec.dtype, jnp.floating)
+    ]
+    have = {key: found[name] for key, name in source.items()}
+    have |= {key: shape for key, shape in found.items() if key not in spare and key not in have}
+    if not strict:
+        extra = [key for key in have if key not in made.shapes]
+        if extra:
+            warnings.warn(f"{tensors.source}: not used: {', '.join(extra)}", stacklevel=3)
+        have = {key: have.get(key, shape) for key, shape in made.shapes.items()}
+    problems = made.problems(have, tensors.source, odd)
+    if problems:
+        raise MismatchError(
+            f"{tensors.source} does not fit the model by the table {table.name!r}: of {len(made.shapes)} tensors,\n"
+            + "\n".join(problems)
+            + "\nIs it another model, or one of another size? strict=False takes what fits."
+        )
+    return source
+
+
+def _pattern(buffer: str) -> str:
+    return r"\d+".join(map(re.escape, buffer.split("{l}")))
+
+
+def _same(tensors: shards.Shards, a: str, b: str) -> bool:
+    """Whether a tensor the model does not hold is the copy of one it holds, bit for bit."""
+    x, y = tensors[a], tensors[b]
+    return x.dtype == y.dtype and x.shape == y.shape and bool((x.view("uint8") == y.view("uint8")).all())
+
+
+def _read(
+    entries: Sequence[plan.Entry], tensors: shards.Shards, leaves: Mapping[str, Any], places: Mapping[str, Any]
+) -> dict[str, Any]:
+    """New arrays in the place of the target's: its dtypes and shardings, numpy where it is numpy."""
+    where = {path: leaf.sharding for path, leaf in leaves.items() if isinstance(leaf, jax.Array)}
+    where |= {path: sharding.concrete(place) for path, place in places.items() if place is not None}
+    dtypes = {key: spec.dtype for key, spec in tensors.specs.items()}
+    out: dict[str, Any] = {}
+    for dtype in {np.dtype(leaves[e.path].dtype) for e in entries}:
+        mine = plan.Plan(tuple(e for e in entries if np.dtype(leaves[e.path].dtype) == dtype))
+        out |= transfer.arrays(mine, tensors, dtypes, dtype, where)
+    return {path: np.array(x) if isinstance(leaves[path], np.ndarray) else x for path, x in out.items()}

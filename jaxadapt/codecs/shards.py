@@ -1,0 +1,210 @@
+"""A whole model's weights as Hugging Face keeps them: `model.safetensors`, or several files and their index.
+
+One rename puts a new set in the place of the old one: the single file's, or the index's. Only then do the files of
+the old set go.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from jaxadapt.codecs import atomic, files, safetensors, torch_bin
+from jaxadapt.codecs.header import problems_text
+from jaxadapt.errors import FileError, FormatError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["Shards", "opened", "write"]
+
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+Specs = Mapping[str, "tuple[Any, Sequence[int]]"]
+
+
+class Shards(Mapping[str, "np.ndarray"]):
+    """The tensors of all files of a model; each `[key]` reads one. Several threads may read at once."""
+
+    def __init__(self, source: str, home: Mapping[str, tuple[Mapping[str, np.ndarray], str]]) -> None:
+        """`home` says which file holds a tensor, and under which name."""
+        self.source = source
+        self._home = home
+
+    def renamed(self, names: Mapping[str, str]) -> Shards:
+        """The tensors of `{new name: name here}`; one may serve several."""
+        return Shards(self.source, {key: self._home[name] for key, name in names.items()})
+
+    @property
+    def specs(self) -> dict[str, safetensors.Spec]:
+        """Shapes and dtypes by key, without reading a tensor of a safetensors file."""
+        seen: dict[int, Mapping[str, safetensors.Spec]] = {}
+        out: dict[str, safetensors.Spec] = {}
+        for key, (part, name) in self._home.items():
+            if isinstance(part, safetensors.TensorFile):
+                if id(part) not in seen:
+                    seen[id(part)] = part.specs
+                out[key] = seen[id(part)][name]
+            else:
+                out[key] = safetensors.Spec(part[name].shape, part[name].dtype)
+        return out
+
+    def nbytes(self, key: str) -> int:
+        """The size of one tensor, without reading it."""
+        part, name = self._home[key]
+        return part.header.tensors[name].nbytes if isinstance(part, safetensors.TensorFile) else part[name].nbytes
+
+    def read_into(self, key: str, memory: np.ndarray | None) -> np.ndarray:
+        """`self[key]`, in the first bytes of `memory` if that saves an allocation."""
+        part, name = self._home[key]
+        return part.read_into(name, memory) if isinstance(part, safetensors.TensorFile) else part[name]
+
+    def read_slice(self, key: str, slices: Sequence[slice], shape: Sequence[int] | None = None) -> np.ndarray:
+        """`self[key].reshape(shape)[slices]`, reading only the bytes of the slice."""
+        part, name = self._home[key]
+        if isinstance(part, safetensors.TensorFile):
+            return part.read_slice(name, slices, shape)
+        return part[name].reshape(part[name].shape if shape is None else shape)[tuple(slices)]
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        return self.read_into(key, None)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._home)
+
+    def __len__(self) -> int:
+        return len(self._home)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._home  # Mapping's own would read the tensor
+
+
+def _of(source: str, parts: Iterable[Mapping[str, np.ndarray]]) -> Shards:
+    return Shards(source, {key: (part, key) for part in parts for key in part})
+
+
+def _index(path: Path) -> dict[str, str]:
+    """`{key: file name}` of an index."""
+    try:
+        data: Any = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise files.file_error("read", str(path), error) from error
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: expected JSON, found: {error}") from error
+    found: Any = cast("dict[str, Any]", data).get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(found, dict) or not found or not all(isinstance(v, str) for v in found.values()):
+        raise FormatError(f"{path}: expected an object weight_map of file names, found {str(found)[:80]}")
+    names = cast("dict[str, str]", found)
+    astray = sorted({name for name in names.values() if Path(name).name != name or name in ("", ".", "..")})
+    if astray:
+        raise FormatError(f"{path}: expected names of files beside it, found {problems_text(astray)}")
+    return names
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Generator[Shards]:
+    """The weights of a model's folder, or of one file, open for reading.
+
+    Looked for in transformers' order: model.safetensors, its index, pytorch_model.bin, its index.
+
+    Raises:
+        FileError: there are none, or a file of the index is missing.
+        FormatError: damaged, or index and files disagree.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def part(file: Path) -> Mapping[str, np.ndarray]:
+            if file.suffix == ".bin":
+                return torch_bin.read(file)
+            return stack.enter_context(safetensors.open_tensors(file))
+
+        if not path.is_dir():
+            yield _of(str(path), [part(path)])
+            return
+        found = next((name for name in (WHOLE, INDEX, BIN, BIN_INDEX) if (path / name).exists()), None)
+        if found is None:
+            raise FileError(f"{path}: expected {WHOLE}, {INDEX} or {BIN}, found none of them; check the path")
+        if found in (WHOLE, BIN):
+            yield _of(str(path / found), [part(path / found)])
+            return
+        index = _index(path / found)
+        names = dict.fromkeys(index.values())
+        missing = [name for name in names if not (path / name).exists()]
+        if missing:
+            raise FileError(f"{path}: {found} names files that are not there: {problems_text(missing)}")
+        parts = {name: part(path / name) for name in names}
+        wrong = [f"{key} is not in {name}" for key, name in index.items() if key not in parts[name]]
+        wrong += [f"{key} of {name} is not in the index" for name in names for key in parts[name] if key not in index]
+        twice = [f"{key} is also in {name}" for name in names for key in parts[name] if index.get(key, name) != name]
+        if wrong or twice:
+            raise FormatError(f"{path / found}: {problems_text([*wrong, *twice])}")
+        yield _of(str(path), parts.values())
+
+
+def _portions(specs: Specs, limit: int) -> list[list[str]]:
+    """The keys in their order, in portions of at most `limit` bytes (or one tensor)."""
+    out: list[list[str]] = [[]]
+    size = 0
+    for key, (dtype, shape) in specs.items():
+        nbytes = math.prod(shape) * safetensors.numpy_dtype(dtype).itemsize
+        if out[-1] and size + nbytes > limit:
+            out.append([])
+            size = 0
+        out[-1].append(key)
+        size += nbytes
+    return out
+
+
+def _names(folder: Path, count: int) -> list[str]:
+    """File names for a set of `count`: none that is taken, since the old set must stay whole until the new one is."""
+    if count == 1:
+        return [WHOLE]
+    for generation in itertools.count(1):
+        stem = "model" if generation == 1 else f"model-{generation}"
+        names = [f"{stem}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+        if not any((folder / name).exists() for name in names):
+            return names
+    raise AssertionError
+
+
+def write(folder: Path, specs: Specs, get: Callable[[str], np.ndarray], limit: int) -> None:
+    """Write a model's weights, durably and atomically, holding one tensor at a time.
+
+    Args:
+        folder: exists; what it holds besides weights is left alone.
+        specs: (safetensors dtype name, shape) by key.
+        get: gives the array of a key; called once a key, file by file.
+        limit: of a file's bytes; more make several files and an index.
+
+    Raises:
+        FileError, MismatchError: as `safetensors.write`; then the weights that were there still are.
+    """
+    portions = _portions(specs, limit)
+    names = _names(folder, len(portions))
+    replaced = _set(folder)
+    metadata = {"format": "pt"}
+    with contextlib.ExitStack() as stack:  # the index is opened first, so it takes its place last
+        if len(portions) > 1:
+            where = {key: name for name, keys in zip(names, portions, strict=True) for key in keys}
+            total = sum(math.prod(s) * safetensors.numpy_dtype(d).itemsize for d, s in specs.values())
+            text = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2, sort_keys=True)
+            stack.enter_context(atomic.replacing(folder / INDEX)).write(memoryview(f"{text}\n".encode()))
+        for name, keys in zip(names, portions, strict=True):
+            writer = stack.enter_context(atomic.replacing(folder / name))
+            safetensors.write_to(writer, {key: specs[key] for key in keys}, get, metadata)
+    # transformers takes the single file before the index, other readers every file they see
+    new = {*names, INDEX} if len(names) > 1 else set(names)
+    for name in replaced - new:
+        (folder / name).unlink(missing_ok=True)
+
+
+def _set(folder: Path) -> set[str]:
+    """The files of the set of weights a folder holds, which the new set will replace."""
+    found = {name for name in (WHOLE, INDEX) if (folder / name).is_file()}
+    return found | set(_index(folder / INDEX).values()) if INDEX in found else found
