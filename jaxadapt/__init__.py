@@ -42,11 +42,13 @@ if TYPE_CHECKING:
         TargetError,
     )
     from jaxadapt.folder import inspect, read, read_config, write
+    from jaxadapt.hub import pull
     from jaxadapt.keymap import KeyMap
     from jaxadapt.merging import merge, unmerge
     from jaxadapt.nnx import AdapterParam, BaseParam
     from jaxadapt.reducing import resize_rank, to_lora
     from jaxadapt.report import summary
+    from jaxadapt.sharing import push
     from jaxadapt.store import from_peft, load, save, to_peft
     from jaxadapt.weight import Weight
 
@@ -70,6 +72,8 @@ _HOME = {
         "store": "save load to_peft from_peft",
         "checkpoint": "CheckpointManager",
         "folder": "read write inspect read_config",
+        "hub": "pull",
+        "sharing": "push",
         "errors": "AdapterError ConfigError FileError FormatError KeyMapError MismatchError TargetError "
         "AttachError",
     }.items()
@@ -110,6 +114,8 @@ __all__ = [
     "inspect",
     "load",
     "merge",
+    "pull",
+    "push",
     "read",
     "read_config",
     "resize_rank",

@@ -3,7 +3,9 @@
     adapter_config.json          the configuration
     adapter_model.safetensors    the tensors; our own files repeat the configuration in the header, since two
                                  files cannot be replaced at one instant
-    README.md                    the model card, written once and then the user's
+    README.md                    the model card, written anew until a person edits it
+
+A path may be an address of the Hub, `hf://org/name@revision/subfolder`: its files are then those in the cache.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxadapt import configs, paths, targets
+from jaxadapt import card, configs, hub, paths, targets
 from jaxadapt.codecs import atomic, orbax, safetensors, torch_bin
 from jaxadapt.codecs.files import file_error
 from jaxadapt.configs import Config
@@ -29,10 +31,9 @@ from jaxadapt.keymap import PEFT_PREFIX
 if TYPE_CHECKING:
     from jaxadapt.adapter import PeftTensors
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-WEIGHTS_BIN = "adapter_model.bin"
-CARD = "README.md"
+CONFIG = hub.CONFIG
+WEIGHTS, WEIGHTS_BIN = hub.WEIGHTS
+CARD = hub.CARD
 _META = "jaxadapt"
 _NOTHING = "0" * 64  # the digest of no JSON: this save replaced none, or has finished
 
@@ -99,7 +100,7 @@ def module_of(config: Config, key: str) -> str | None:
 
 def _files(path: str | os.PathLike[str]) -> tuple[Path, Path]:
     """The configuration and the weights of a folder; `FileError` says which is missing."""
-    folder = Path(path)
+    folder = hub.folder_of(path) if isinstance(path, str) and hub.is_address(path) else Path(path)
     try:
         present = sorted(p.name for p in folder.iterdir())
     except FileNotFoundError:
@@ -201,6 +202,8 @@ def read_config(path: str | os.PathLike[str]) -> Config:
 
     Raises `FileError` if it cannot be read, `ConfigError` if it is not PEFT's.
     """
+    if isinstance(path, str) and hub.is_address(path):
+        path = hub.config_of(path)
     if orbax.found(path):
         return _orbax_config(path)
     target = Path(path)
@@ -232,7 +235,7 @@ def inspect(path: str | os.PathLike[str]) -> Info:
         tensors = torch_bin.keys_and_shapes(weights)
         nbytes = sum(math.prod(s) * safetensors.numpy_dtype(d).itemsize for d, s in tensors.values())
         size = weights.stat().st_size
-    return Info(str(Path(path)), _settle(config, header, weights), tensors, nbytes, size)
+    return Info(str(path), _settle(config, header, weights), tensors, nbytes, size)
 
 
 def read(path: str | os.PathLike[str]) -> PeftTensors:
@@ -307,6 +310,8 @@ def write(tensors: PeftTensors, path: str | os.PathLike[str]) -> None:
             f"write takes PeftTensors (from read or to_peft), found {type(tensors).__name__};"
             " models, variables and Adapters are for jaxadapt.save"
         )
+    if hub.is_address(path):
+        raise FileError(f"{path}: expected a folder; jaxadapt.push(tensors, 'org/name') sends them to the Hub")
     folder = Path(path)
     if not tensors.tensors:
         raise MismatchError(f"{folder}: there is no tensor to write")
@@ -356,8 +361,23 @@ def _write(tensors: PeftTensors, folder: Path) -> None:
         warnings.warn(
             f"{stale} is an older adapter beside the one just written; readers take {WEIGHTS}", stacklevel=4
         )
-    if not os.path.lexists(folder / CARD):
-        atomic.write_bytes(folder / CARD, card(tensors.config).encode())
+    dtypes = tuple(sorted({safetensors.dtype_name(dtype) for dtype, _ in specs.values()}))
+    shapes = {key: shape for key, (_, shape) in specs.items()}
+    facts = card.Facts(shapes, dtypes, weights.stat().st_size)
+    _write_card(folder / CARD, card.text(tensors.config, facts))
+
+
+def _write_card(path: Path, new: str) -> None:
+    """The card, unless a person's is there, or what is no file of text."""
+    if not os.path.lexists(path):
+        atomic.write_bytes(path, new.encode())
+        return
+    try:
+        old = path.read_bytes().decode() if path.is_file() and not path.is_symlink() else None
+    except (OSError, UnicodeDecodeError):
+        old = None  # a person's, whatever it is
+    if old is not None and (text := card.refreshed(old, new)) != old:
+        atomic.write_bytes(path, text.encode())
 
 
 def _forget(weights: Path, replaces: str) -> None:
@@ -385,33 +405,3 @@ def _specs(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
     if odd:
         raise MismatchError("expected arrays as tensors, found:\n" + paths.listing(odd))
     return tensors
-
-
-def card(config: Config) -> str:
-    """A model card with the front matter PEFT writes, and how to load the adapter."""
-    base = config.base_model_name_or_path
-    tags = [f"base_model:adapter:{base}"] if base else []
-    tags += [config.peft_type.lower(), "jax"]
-    model = [f"base_model: {base}"] if base else []
-    front = ["---", *model, "library_name: peft", "tags:", *(f"- {t}" for t in tags)]
-    return "\n".join([
-        *front,
-        "---",
-        "",
-        f"# {config.peft_type} adapter" + (f" for {base}" if base else ""),
-        "",
-        "Trained in JAX, saved by jaxadapt in PEFT's format.",
-        "",
-        "```python",
-        "import jaxadapt",
-        "",
-        'model = jaxadapt.load("path/to/this/folder", model)  # a Flax NNX model, in place',
-        "```",
-        "",
-        "```python",
-        "from peft import PeftModel",
-        "",
-        'model = PeftModel.from_pretrained(base_model, "path/to/this/folder")',
-        "```",
-        "",
-    ])  # fmt: skip

@@ -25,6 +25,7 @@ from jaxadapt import (
     families,
     folder,
     foreign,
+    hub,
     linen,
     methods,
     nnx,
@@ -220,6 +221,8 @@ def _under(path: str | os.PathLike[str], name: str) -> str | os.PathLike[str]:
 
 def _below(path: str | os.PathLike[str], name: str) -> Path:
     """The folder of an adapter called `name`: PEFT puts all but "default" into a subfolder."""
+    if hub.is_address(path):
+        raise FileError(f"{path}: expected a folder; jaxadapt.push(model, 'org/name') sends it to the Hub")
     if name == attach.DEFAULT:
         return Path(path)
     if name in ("", ".", "..") or set(name) & set("/\\\0"):
@@ -365,7 +368,8 @@ def load(
     where those leaves are, with nothing attached.
 
     Args:
-        path: the folder; for a `name` other than "default" its subfolder of that name, if there is one.
+        path: the folder, or an address of the Hub, "hf://org/name@revision/subfolder"; for a `name` other than
+            "default" its subfolder of that name, if there is one.
         target: an NNX model, plain or adapted, changed in place and returned; or Linen variables
             (`{"params": base}` is enough), returned with the collection added. Abstract ones work too.
         name: what the adapter is called on this model; it becomes the active one.
@@ -385,6 +389,8 @@ def load(
     The base is never touched, and nothing is attached unless everything fits. Raises `AdapterError`,
     `MismatchError` with all missing, unexpected and wrongly shaped tensors together.
     """
+    if isinstance(path, str) and hub.is_address(path):
+        path = hub.folder_of(path, None if name == attach.DEFAULT else name)
     below = _below(path, name)
     guest = attach.guest_in(target)
     if guest is not None:

@@ -17,13 +17,13 @@ PACKAGE = Path(__file__).resolve().parent.parent / "jaxadapt"
 
 # Packages are listed by their first part: "configs" stands for everything under jaxadapt/configs/.
 FLOORS = [
-    ["errors", "paths", "axes", "configs"],
+    ["errors", "progress", "paths", "axes", "configs"],
     "weight arrangement keymap generic dialect plan adapter"
-    " trace layout liveness layers filters targets drawing codecs".split(),
-    "methods families copies bind folder orbax_folder transfer dialects guests guest_config sharding card".split(),
+    " trace layout liveness layers filters targets drawing codecs consumers card hub".split(),
+    "methods families copies bind folder orbax_folder transfer dialects guests guest_config sharding".split(),
     ["linen", "linen_call", "linen_survey", "nnx", "nnx_survey", "merging", "products", "combining"],
     ["foreign", "attach", "store", "bases", "report", "reducing"],
-    ["hub", "checkpoint", "snapshot", "step_files", "preemption", "serving"],
+    ["sharing", "checkpoint", "snapshot", "step_files", "preemption", "serving"],
     ["cli", "demo"],
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -73,6 +73,8 @@ SAME_FLOOR = {
     ("checkpoint", "step_files"): "one module's work in three files",
     ("checkpoint", "preemption"): "its block ends with the last save",
     ("step_files", "snapshot"): "one module's work in three files",
+    ("card", "consumers"): "it says who cannot read the file",
+    ("hub", "codecs"): "what a disk refuses is said in one way",
     ("cli", "demo"): "`jaxadapt demo` starts it",
 }
 
@@ -89,7 +91,7 @@ DOORS: dict[str, set[str]] = {
     "optax": {"demo"},
     "safetensors": {"codecs.safetensors"},
     "click": {"cli", "cli.main"},
-    "rich": {"cli", "demo", "report"},
+    "rich": {"cli", "demo", "report", "progress"},
     "matplotlib": {"demo"},
     "gguf": {"demo"},
     "tokenizers": {"demo"},

@@ -25,6 +25,8 @@ PUBLIC = {
     "save", "load", "read", "write", "inspect", "read_config", "to_peft", "from_peft",
     # while training
     "CheckpointManager",
+    # the Hub
+    "push", "pull",
     # errors
     "AdapterError", "AttachError", "ConfigError", "FileError", "FormatError", "KeyMapError", "MismatchError",
     "TargetError",

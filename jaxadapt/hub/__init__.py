@@ -1,0 +1,287 @@
+"""The Hugging Face Hub: the only door to `huggingface_hub`, and to any network.
+
+    hf://org/name@revision/sub/folder ──pull──► a folder of the local cache
+    files ──upload──► one commit
+
+Only an adapter's own files are fetched, all of one commit. Cache, resuming, offline work (`HF_HUB_OFFLINE`), the token
+(`HF_TOKEN`, or the one `hf auth login` stored) and the address (`HF_ENDPOINT`) are the client's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Generator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxadapt.errors import FileError
+from jaxadapt.hub.address import Address, is_address, parse
+from jaxadapt.hub.failures import Token, api_of, told
+from jaxadapt.progress import LOGGER, Progress, Report, reporting
+
+CONFIG = "adapter_config.json"
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+"""As readers look for them: the second only where the first is not there."""
+CARD = "README.md"
+
+
+# ---------------------------------------------------------------- from the Hub
+
+
+def pull(
+    repo: str,
+    *,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: Token = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: Progress = None,
+) -> Path:
+    """Fetch an adapter from the Hub, and nothing else of its repository.
+
+    Args:
+        repo: "org/name", or in full "hf://org/name@revision/subfolder".
+        revision: a branch, a tag or a commit; "main" by default.
+        subfolder: where several adapters share a repository.
+        token: for private and gated repositories; by default `HF_TOKEN` or the stored one.
+        cache_dir: the Hub's own cache by default.
+        progress: None, True (bars on a terminal) or a function of (name, bytes done, bytes in all).
+
+    Returns the folder in the cache, which `load`, `read` and PEFT take; all its files are of one commit. What is in the
+    cache is not fetched again, an interrupted download goes on where it stopped, and without a network (or with
+    `HF_HUB_OFFLINE=1`) the cache alone serves. Copy the folder before you change it.
+
+    Raises `FileError`: no such repository, revision or adapter, no permission, a broken connection, a full disk.
+    """
+    with reporting(progress) as report:
+        return _pull(parse(repo, revision, subfolder), (CARD,), token, cache_dir, report)
+
+
+def folder_of(address: str, name: str | None = None) -> Path:
+    """What `load`, `read` and `inspect` do with an address: the configuration and the weights, in the cache.
+
+    `name` is a subfolder that is taken instead, if it holds an adapter.
+    """
+    place = parse(address)
+    if name is not None and _holds(below := place._replace(subfolder=place.file(name))):
+        place = below
+    return _pull(place, (), None, None, _quiet)
+
+
+def _holds(place: Address) -> bool:
+    """Whether there is an adapter. Without a network only what the cache knows counts, either way."""
+    from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache  # pyright: ignore[reportPrivateUsage]
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    with told(place, None):
+        try:
+            _file(place, CONFIG, None, None, _quiet)
+        except LocalEntryNotFoundError:
+            if try_to_load_from_cache(place.repo, place.file(CONFIG), revision=place.revision) is _CACHED_NO_EXIST:
+                return False
+            raise
+        except _missing():
+            return False
+    return True
+
+
+def config_of(address: str) -> Path:
+    """The configuration of an adapter alone, in the cache."""
+    place = parse(address)
+    with told(place, None), _listed(place, None):
+        return _file(place, CONFIG, None, None, _quiet)
+
+
+def _quiet(what: str, done: int, total: int) -> None:
+    pass
+
+
+def _pull(
+    place: Address,
+    more: Sequence[str],
+    token: Token,
+    cache_dir: str | os.PathLike[str] | None,
+    report: Report,
+) -> Path:
+    with told(place, token), _listed(place, token):
+        config = _file(place, CONFIG, token, cache_dir, report)
+        # Pinned to the commit the first file came from: two files of two commits are no adapter.
+        here = place._replace(revision=config.parents[len(place.file(CONFIG).split("/")) - 1].name)
+        _weights(here, token, cache_dir, report)
+        for name in more:
+            with contextlib.suppress(_missing()):
+                _file(here, name, token, cache_dir, report)
+    LOGGER.info("%s: in the cache as %s", place, config.parent)
+    return config.parent
+
+
+def _weights(here: Address, token: Token, cache_dir: Any, report: Report) -> None:
+    first: Exception | None = None
+    for name in WEIGHTS:
+        try:
+            _file(here, name, token, cache_dir, report)
+            return
+        except _missing() as error:
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def _file(place: Address, name: str, token: Token, cache_dir: Any, report: Report) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    return Path(
+        hf_hub_download(
+            place.repo,
+            place.file(name),
+            revision=place.revision,
+            token=token,
+            cache_dir=cache_dir,
+            library_name="jaxadapt",
+            tqdm_class=_meter(name, report),
+        )
+    )
+
+
+def _meter(name: str, report: Report) -> Any:
+    """The client's progress bar, drawing nothing and telling `report`."""
+    from huggingface_hub.utils import tqdm
+
+    class Meter(tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            options.pop("name", None)
+            super().__init__(*args, **{**options, "disable": True})
+            self.so_far = int(options.get("initial") or 0)
+            self.of = int(options.get("total") or 0)
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self.so_far += int(n or 0)
+            report(name, self.so_far, max(self.of, self.so_far))
+            return None
+
+    return Meter
+
+
+def _missing() -> type[Exception]:
+    from huggingface_hub.errors import EntryNotFoundError
+
+    return EntryNotFoundError
+
+
+@contextlib.contextmanager
+def _listed(place: Address, token: Token) -> Generator[None]:
+    """Where a repository lacks the adapter, say which adapters it holds."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        yield
+    except _missing() as error:
+        if isinstance(error, LocalEntryNotFoundError):
+            raise
+        held = ""
+        with contextlib.suppress(Exception):  # it only helps the message
+            names = api_of(token).list_repo_files(place.repo, revision=place.revision)
+            folders = sorted(n.removesuffix(CONFIG).strip("/") or "its root" for n in names if n.endswith(CONFIG))
+            held = f"; found adapters in: {', '.join(folders[:8])}" if folders else f"; found {', '.join(names[:8])}"
+        raise FileError(
+            f"{place}: no adapter there: expected {place.file(CONFIG)} and {place.file(WEIGHTS[0])}{held}"
+        ) from error
+
+
+# ---------------------------------------------------------------- to the Hub
+
+
+class Commit(NamedTuple):
+    """What an upload made: the commit's id, its page, and the pull request's reference if it is one."""
+
+    oid: str
+    url: str
+    reference: str | None
+
+
+def upload(
+    place: Address,
+    files: Mapping[str, Path | bytes],
+    *,
+    message: str,
+    private: bool | None = None,
+    create_pr: bool = False,
+    tag: str | None = None,
+    token: Token = None,
+    stale: Sequence[str] = (),
+    report: Report = _quiet,
+    bars: bool = False,
+) -> Commit:
+    """Put files into an adapter's folder in one commit; the repository, and a branch that is missing, are made.
+
+    `stale` are names that must not stay in the folder: deleted in the same commit, if they are there.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    api = api_of(token)
+    total = sum(len(f) if isinstance(f, bytes) else f.stat().st_size for f in files.values())
+    report("upload", 0, total)
+    with told(place, token, "push to"), _client_bars(bars):
+        # A pull request to somebody else's repository: it is there, and we may not create it.
+        if not (create_pr and api.repo_exists(place.repo)):
+            api.create_repo(place.repo, private=private, exist_ok=True)
+            if private and not api.repo_info(place.repo).private:
+                raise FileError(
+                    f"{place}: private=True, but the repository is there and public; make it private on its settings"
+                    " page, or choose another name"
+                )
+        branch = place.revision
+        if branch is not None and not branch.startswith("refs/") and not create_pr:
+            api.create_branch(place.repo, branch=branch, exist_ok=True)
+        old = [name for name in stale if api.file_exists(place.repo, place.file(name), revision=branch)]
+        operations: list[Any] = [
+            CommitOperationAdd(place.file(n), f if isinstance(f, bytes) else str(f)) for n, f in files.items()
+        ]
+        operations += [CommitOperationDelete(place.file(name)) for name in old]
+        made = api.create_commit(
+            place.repo, operations, commit_message=message, revision=branch, create_pr=create_pr
+        )
+        if tag is not None:
+            api.create_tag(place.repo, tag=tag, revision=made.oid)
+    report("upload", total, total)
+    LOGGER.info("%s: %d files, %d bytes, commit %s", place, len(files), total, made.oid)
+    return Commit(made.oid, made.pr_url or made.commit_url, made.pr_revision)
+
+
+def text_of(place: Address, name: str, token: Token = None) -> str | None:
+    """A text file of an adapter as it is on the Hub now; None if it, its repository or its branch is not there."""
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    absent = (_missing(), RepositoryNotFoundError, RevisionNotFoundError)
+    with told(place, token, "push to"):
+        try:
+            return _file(place, name, token, None, _quiet).read_bytes().decode("utf-8", "replace")
+        except absent as error:
+            from huggingface_hub.errors import LocalEntryNotFoundError
+
+            if isinstance(error, LocalEntryNotFoundError):
+                raise  # no connection: it may well be there
+            return None
+
+
+@contextlib.contextmanager
+def _client_bars(wanted: bool) -> Generator[None]:
+    """The client's own bars while it uploads (it has no callback for this), or none."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    off = are_progress_bars_disabled()
+    if wanted or off:
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+__all__ = [
+    "CARD", "CONFIG", "WEIGHTS", "Address", "Commit", "Token", "config_of", "folder_of", "is_address", "parse", "pull",
+    "text_of", "upload",
+]  # fmt: skip

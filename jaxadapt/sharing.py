@@ -1,0 +1,135 @@
+"""An adapter to the Hub, with its card: what is saved, and nothing else, in one commit."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxadapt import card, folder, hub, store
+from jaxadapt.adapter import PeftTensors
+from jaxadapt.errors import AttachError, FileError
+from jaxadapt.progress import LOGGER, Progress, reporting
+
+PICTURE = "adapter_norms.png"
+
+
+class Pushed(NamedTuple):
+    """Where an adapter went.
+
+    Attributes:
+        address: what `load` takes, pinned to the commit.
+        url: the page of the commit, or of the pull request.
+    """
+
+    address: str
+    url: str
+
+
+def push(
+    source: Any,
+    repo: str,
+    *,
+    name: str = "default",
+    revision: str | None = None,
+    subfolder: str | None = None,
+    private: bool | None = None,
+    commit_message: str | None = None,
+    create_pr: bool = False,
+    tag: str | None = None,
+    token: hub.Token = None,
+    license: str | None = None,  # noqa: A002 (what the front matter calls it)
+    metrics: Mapping[str, Any] | None = None,
+    picture: bool | None = None,
+    progress: Progress = None,
+    **saving: Any,
+) -> Pushed:
+    """Upload an adapter to the Hugging Face Hub in one commit: configuration, weights and model card.
+
+    Args:
+        source: the folder of an adapter; or what `save` takes (a model, variables, an `Adapter`) or `PeftTensors`,
+            which is saved to a temporary folder first, with `saving`: the arguments of `save` (`base_model=`, …).
+        repo: "org/name", or in full "hf://org/name@branch/subfolder"; made if it is not there.
+        name: which adapter of a model; all but "default" go to the subfolder of their name, as PEFT puts them.
+        revision: a branch, made if it is not there.
+        subfolder: where several adapters share a repository.
+        private: of a repository that is made. True for one that is there and public is an error.
+        create_pr: open a pull request instead of committing to the branch.
+        tag: a tag for the commit.
+        token: by default `HF_TOKEN` or the stored one.
+        license, metrics: for the card; metrics are `{name: value}`.
+        picture: of how much each weight is changed, on the card; None: where matplotlib is installed.
+        progress: as in `pull`.
+
+    A card on the Hub that a person wrote or edited stays, and only lacks filled in its front matter; one in the folder
+    that a person wrote replaces it. Weights of the other format at the same place are deleted in the same commit.
+
+    Raises `FileError` for what the Hub or the connection refuses, and whatever `save` raises.
+    """
+    place = hub.parse(repo, revision, subfolder)
+    page = _Page(license, metrics or {}, picture)
+    commit = {"message": commit_message, "private": private, "create_pr": create_pr, "tag": tag, "token": token}
+    if isinstance(source, str | os.PathLike):
+        if saving or name != "default":
+            given = ", ".join([*saving, *(["name"] if name != "default" else [])])
+            raise AttachError(f"{given}: for models; {os.fspath(source)} is a folder, which goes as it is")
+        if hub.is_address(source):
+            raise FileError(f"{source}: is on the Hub already; pull it, and push the folder")
+        return _push(Path(source), place, page, commit, progress)
+    if name != "default" and not place.subfolder:
+        place = place._replace(subfolder=name)
+    with tempfile.TemporaryDirectory(prefix="jaxadapt-push-") as made:
+        if isinstance(source, PeftTensors):
+            if saving:
+                raise AttachError(f"{', '.join(saving)}: for models; PeftTensors go as they are")
+            folder.write(source, made)
+        else:
+            store.save(source, made, name=name, **saving)
+        below = Path(made) if name == "default" or isinstance(source, PeftTensors) else Path(made) / name
+        return _push(below, place, page, commit, progress)
+
+
+class _Page(NamedTuple):
+    """What the card says that the adapter does not."""
+
+    license: str | None
+    metrics: Mapping[str, Any]
+    picture: bool | None
+
+
+def _push(source: Path, place: hub.Address, page: _Page, commit: dict[str, Any], progress: Progress) -> Pushed:
+    info = folder.inspect(source)  # what cannot be read is not uploaded
+    weights = next(name for name in hub.WEIGHTS if (source / name).exists())
+    stale = [name for name in hub.WEIGHTS if name != weights]
+    files: dict[str, Path | bytes] = {name: source / name for name in (hub.CONFIG, weights)}
+    drawn = _picture(source, info, page.picture)
+    if drawn is not None:
+        files[PICTURE] = drawn
+    facts = card.Facts(
+        {key: shape for key, (_, shape) in info.tensors.items()}, info.dtypes, info.file_bytes, place.repo,
+        place.subfolder, page.license, page.metrics, PICTURE if drawn else None,
+    )  # fmt: skip
+    files[hub.CARD] = _card(source, card.text(info.config, facts), place, commit["token"]).encode()
+    commit["message"] = commit["message"] or f"{info.config.peft_type} adapter, saved by jaxadapt"
+    with reporting(None if progress is True else progress) as report:
+        made = hub.upload(place, files, **commit, stale=stale, report=report, bars=progress is True)
+    return Pushed(str(place._replace(revision=made.reference or made.oid)), made.url)
+
+
+def _card(source: Path, new: str, place: hub.Address, token: hub.Token) -> str:
+    """A person's card in the folder goes as it is; else the Hub's stays, if a person wrote it."""
+    path = source / hub.CARD
+    if path.is_file():
+        mine = path.read_bytes().decode("utf-8", "replace")
+        if card.is_edited(mine):
+            return card.merged(mine, new)
+    theirs = hub.text_of(place, hub.CARD, token)
+    if theirs is not None and card.is_edited(theirs):
+        LOGGER.info("%s: the card on the Hub was written by a person and stays", place)
+    return card.merged(theirs, new)
+
+
+def _picture(source: Path, info: folder.Info, wanted: bool | None) -> bytes | None:
+    return None
