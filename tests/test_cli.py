@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 import jaxadapt
-from jaxadapt.cli import main
+from jaxadapt.cli import COMMANDS, main
 
 
 @pytest.fixture
@@ -63,11 +63,63 @@ def test_errors_are_one_readable_message(tmp_path, what):
     assert "Traceback" not in result.output
 
 
-@pytest.mark.parametrize("command", [(), ("demo",), ("inspect",)])
-def test_help_teaches(command):
-    result = run(*command, "--help")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches_with_an_example(command):
+    result = run(command, "--help")
     assert result.exit_code == 0
-    assert "jaxadapt inspect" in result.output or "jaxadapt demo" in result.output
+    assert f"jaxadapt {command}" in result.output.split("Example:")[1]
+    assert command in ("completion", "demo") or "--json" in result.output
+
+
+def test_the_help_page_lists_every_command():
+    result = run("--help")
+    assert result.exit_code == 0
+    listed = [line.split()[0] for line in result.output.split("Commands:")[1].splitlines() if line.strip()]
+    assert listed == list(COMMANDS)
+
+
+def test_exit_statuses(folder, monkeypatch):
+    assert run("inspect", folder).exit_code == 0
+    assert run("inspect", folder / "no").exit_code == 1
+    assert run("inspect", folder, "--no-such-option").exit_code == 2
+    assert run("inspekt").exit_code == 2
+
+    def stopped(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jaxadapt.folder.inspect", stopped)
+    assert run("inspect", folder).exit_code == 130
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_tables_fit_the_terminal(folder, width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    for command in (("inspect", folder, "--tensors"), ("families",), ("families", "llama")):
+        result = run(*command)
+        assert result.exit_code == 0
+        assert max(map(len, result.output.splitlines())) <= width
+
+
+def test_families():
+    assert "llama" in run("families").output
+    listed = json.loads(run("families", "--json").output)
+    assert ("gpt2", True) in [(entry["name"], entry["proved"]) for entry in listed]
+    lines = json.loads(run("families", "llama/scan0", "--json").output)
+    assert any(line["pattern"].startswith("{l}") for line in lines)
+    assert run("families", "lama").exit_code == 1
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell):
+    assert "_JAXADAPT_COMPLETE" in run("completion", shell).output
+
+
+def test_completion_knows_the_commands(monkeypatch):
+    monkeypatch.setenv("_JAXADAPT_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", "jaxadapt in")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    result = CliRunner().invoke(main, [], prog_name="jaxadapt")
+    assert "inspect" in result.output
 
 
 def test_inspect_as_a_process_loads_neither_jax_nor_numpy(folder):

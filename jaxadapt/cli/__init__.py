@@ -1,0 +1,64 @@
+"""The command line. A command is a file here, called as it is, that holds `command`; it imports what it needs when it
+runs, so that those which need no JAX start without it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from typing import Any
+
+import click
+
+from jaxadapt import __version__
+from jaxadapt.errors import AdapterError
+
+COMMANDS = ("demo", "inspect", "push", "pull", "families", "completion")
+"""In the order of the help page."""
+
+INTERRUPTED = 130
+
+
+class _Commands(click.Group):
+    """Errors the library raises on purpose become one readable message and exit status 1; Ctrl-C is 130."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        found: click.Command = importlib.import_module(f"{__name__}.{cmd_name.replace('-', '_')}").command
+        return found
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except AdapterError as error:
+            click.secho(f"{type(error).__name__}: ", fg="red", bold=True, nl=False, err=True)
+            click.echo(str(error), err=True)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            sys.exit(INTERRUPTED)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__)
+@click.option("-v", "--verbose", is_flag=True, help="Say what is done, on standard error.")
+def main(verbose: bool) -> None:
+    """Parameter-efficient fine-tuning for Flax whose adapters are PEFT's own files.
+
+    \b
+    Examples:
+      jaxadapt demo                      fine-tune a real language model here, now
+      jaxadapt inspect out/              what an adapter is
+      jaxadapt push out/ org/name        share it
+      jaxadapt inspect hf://org/name     look at one of the Hub
+
+    The exit status is 0, or 1 for an error that is explained, 2 for wrong usage, 130 after Ctrl-C.
+    """
+    if verbose:
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("jaxadapt").setLevel(logging.INFO)

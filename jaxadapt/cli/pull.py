@@ -1,0 +1,56 @@
+"""`jaxadapt pull`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from jaxadapt.cli import shown
+from jaxadapt.errors import FileError
+
+
+@click.command("pull")
+@click.argument("repo")
+@click.option("--revision", help="A branch, a tag or a commit; main by default.")
+@click.option("--subfolder", help="Where several adapters share a repository.")
+@click.option("--out", type=click.Path(), help="Copy the adapter into this folder, too.")
+@shown.as_json
+def command(repo: str, revision: str | None, subfolder: str | None, out: str | None, as_json: bool) -> None:
+    """Fetch the adapter REPO (org/name) from the Hugging Face Hub, and nothing else of its repository.
+
+    Prints the folder it is in: that of the cache, or the one given with --out.
+
+    \b
+    Example:
+      jaxadapt pull org/name
+      jaxadapt pull org/name@v1/fr --out fr/
+      vllm serve BASE --enable-lora --lora-modules fr=$(jaxadapt pull org/name/fr)
+    """
+    from jaxadapt.hub import pull
+
+    folder = pull(repo, revision=revision, subfolder=subfolder, progress=True)
+    if out is not None:
+        folder = _copied(folder, Path(out))
+    if as_json:
+        shown.print_json({"folder": str(folder)})
+    else:
+        click.echo(folder)
+
+
+def _copied(folder: Path, out: Path) -> Path:
+    from jaxadapt.codecs import atomic, files
+    from jaxadapt.hub import CARD, CONFIG, WEIGHTS
+
+    weights = next(name for name in WEIGHTS if (folder / name).exists())
+    other = [name for name in WEIGHTS if name != weights and (out / name).exists()]
+    if other:
+        raise FileError(f"{out}: holds {other[0]}, which readers could take for what is pulled; choose another folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise files.file_error("make the folder", str(out), error) from error
+    for name in (CONFIG, weights, CARD):
+        if (folder / name).exists():
+            atomic.write_bytes(out / name, (folder / name).read_bytes())
+    return out

@@ -1,0 +1,81 @@
+"""push, pull and inspect of the Hub, as a person types them."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+from click.testing import CliRunner
+
+import jaxadapt
+from jaxadapt.cli import main
+from tests import small
+from tests.hub import server
+from tests.small import CARD, CONFIG, WEIGHTS
+
+pytestmark = pytest.mark.network
+
+REPO = "org/tuned"
+
+
+@pytest.fixture
+def saved(tmp_path):
+    jaxadapt.save(small.trained(), tmp_path / "out", base_model="org/base")
+    return tmp_path / "out"
+
+
+def run(*args):
+    return CliRunner().invoke(main, [str(a) for a in args])
+
+
+def test_push_inspect_and_pull(hub, saved, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", server.WRITE)
+    pushed = run("push", saved, REPO, "--metric", "loss=3.25", "--metric", "note=fine", "--license", "mit",
+                 "--no-picture", "--tag", "v1", "-m", "first", "--json")  # fmt: skip
+    assert pushed.exit_code == 0, pushed.output
+    address = json.loads(pushed.stdout)["address"]
+    assert hub.repos[REPO].messages[-1] == "first"
+    page = hub.files(REPO)[CARD].decode()
+    assert "| loss | 3.25 |\n| note | fine |" in page
+    assert "license: mit" in page
+    for place in (address, f"hf://{REPO}@v1"):
+        assert json.loads(run("inspect", place, "--json").stdout)["config"]["r"] == 2
+    pulled = run("pull", f"{REPO}@v1", "--out", tmp_path / "copy")
+    assert pulled.stdout.strip() == str(tmp_path / "copy")
+    assert {p.name for p in (tmp_path / "copy").iterdir()} == {CONFIG, WEIGHTS, CARD}
+    assert (tmp_path / "copy" / WEIGHTS).read_bytes() == (saved / WEIGHTS).read_bytes()
+    assert not any(p.is_symlink() for p in (tmp_path / "copy").iterdir())  # nobody edits the cache by mistake
+    assert json.loads(run("pull", REPO, "--json").stdout)["folder"] == str(jaxadapt.pull(REPO))
+
+
+def test_pull_does_not_put_two_adapters_into_one_folder(hub, saved, tmp_path):
+    hub.put(REPO, {name: (saved / name).read_bytes() for name in (CONFIG, WEIGHTS)})
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "copy" / "adapter_model.bin").write_bytes(b"older")
+    result = run("pull", REPO, "--out", tmp_path / "copy")
+    assert result.exit_code == 1
+    assert "adapter_model.bin" in result.output
+
+
+def test_errors_of_the_hub_are_readable(hub, saved):
+    result = run("push", saved, REPO, "--no-picture")
+    assert result.exit_code == 1
+    assert "FileError: hf://org/tuned: cannot push to it: the Hub asks who you are" in result.output
+    assert "Traceback" not in result.output
+    assert run("push", saved, REPO, "--metric", "loss").exit_code == 2
+
+
+def test_verbose_says_what_is_done(hub, saved, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", server.WRITE)
+    heard = []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())
+    logger = logging.getLogger("jaxadapt")
+    logger.addHandler(handler)
+    try:
+        run("-v", "push", saved, REPO, "--no-picture")
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
+    assert any("3 files" in line and "commit" in line for line in heard)
