@@ -1,0 +1,120 @@
+"""The real models of `tests/families`, with their library's own LoRA on them; each function imports its own.
+
+The LoRA leaves have the values that their paths say, as the weights there have, so that only shapes and logits need to
+be kept where a library is in another environment (`recorded/`, written by `record.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from tests.families import core, sides
+from tests.families.specimens import BY_NAME, IDS, Specimen, values
+
+RECORDED = Path(__file__).parent / "recorded"
+RANK, ALPHA = 3, 6.0
+NAMES = (
+    "tunix-qwen3-tied",
+    "tunix-gemma3",
+    "gemma-gemma3",
+    "gemma-gemma3-mha",
+    "maxtext-llama3.1",
+    "maxtext-llama3.1-scan1",
+    "maxtext-qwen3-scan0",
+)
+"""The specimens that are trained with LoRA here; Tunix' others differ in nothing that LoRA meets."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Real:
+    """A model with its library's LoRA: the tree, how it runs, and what the verbs must be told."""
+
+    tree: Any
+    logits: Callable[[Any], Any]
+    told: dict[str, Any]
+
+
+def specimen(name: str) -> Specimen:
+    return BY_NAME[name]
+
+
+def here(name: str) -> bool:
+    """Whether this environment has the library, and Qwix where it trains with that."""
+    library = specimen(name).side
+    return sides.here(specimen(name)) and (library == "gemma" or importlib.util.find_spec("qwix") is not None)
+
+
+def told(name: str, rank: int = RANK) -> dict[str, Any]:
+    scale = {} if name.startswith("gemma") else {"lora_alpha": ALPHA * rank / RANK}
+    return {**scale, **({"keymap": specimen(name).table} if specimen(name).rivals else {})}
+
+
+def make(name: str, rank: int = RANK) -> Real:
+    """The model with the specimen's base weights, and LoRA leaves that do something."""
+    side = sides.side(specimen(name))
+    base = core.base_leaves(specimen(name), side.shapes)
+    found = _gemma(side, base, rank) if name.startswith("gemma") else _qwix(name, side, base, rank)
+    return Real(found[0], found[1], told(name, rank))
+
+
+def _gemma(side: sides.Side, base: Mapping[str, np.ndarray], rank: int) -> tuple[Any, Callable[[Any], Any]]:
+    gm = importlib.import_module("gemma.gm")
+    jax.clear_caches()  # gemma jits inside its model, where the rank is no part of the key: the first one would stay
+    module = gm.nn.LoRA(rank=rank, model=side.module, dtype=jnp.float32)
+    fresh = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.asarray(IDS, jnp.int32)))
+
+    def value(path: Any, spec: Any) -> Any:
+        name = ".".join(str(key.key) for key in path[1:])
+        return jnp.asarray(base[name] if name in base else values(name, spec.shape))
+
+    return jax.tree_util.tree_map_with_path(value, fresh), lambda tree: side.run(module, tree)
+
+
+def _qwix(
+    name: str, side: sides.Side, base: Mapping[str, np.ndarray], rank: int
+) -> tuple[Any, Callable[[Any], Any]]:
+    qwix = importlib.import_module("qwix")
+    where = "(attn|mlp).*" if name.startswith("tunix") else "(self_attention/(query|key|value|out)|mlp/w.*)"
+    provider = qwix.LoraProvider(module_path=f".*{where}", rank=rank, alpha=ALPHA * rank / RANK)
+    model = qwix.apply_lora_to_model(side.make(base), provider, *_inputs(name), rngs=nnx.Rngs(1))
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.LoRAParam)):
+        variable.set_value(jnp.asarray(values(".".join(map(str, path)), variable.shape)))
+        if name.startswith("maxtext"):  # its own apply_lora_to_model does this: Qwix copies names of axes that are gone
+            variable.set_metadata(sharding=jax.sharding.PartitionSpec(), out_sharding=None, sharding_names=None)
+    return model, side.run if name.startswith("maxtext") else nnx.jit(side.run)
+
+
+def _inputs(name: str) -> tuple[Any, ...]:
+    ids, length = jnp.asarray(IDS, jnp.int32), IDS.shape[1]
+    positions = jnp.broadcast_to(jnp.arange(length), IDS.shape)
+    if name.startswith("maxtext"):
+        return ids, positions
+    mask = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (len(IDS), length, length))
+    return ids, positions, None, mask
+
+
+def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """`{path: shape}` of the LoRA leaves of a `Real`'s tree."""
+    if isinstance(tree, nnx.Module):
+        flat = nnx.to_flat_state(nnx.state(tree, nnx.LoRAParam))
+        return {".".join(map(str, path)): tuple(v.shape) for path, v in flat}
+    leaves = jax.tree_util.tree_leaves_with_path(tree["params"])
+    named = {".".join(str(key.key) for key in path): tuple(x.shape) for path, x in leaves}
+    return {path: shape for path, shape in named.items() if ".lora." in path}
+
+
+def recorded(name: str) -> dict[str, Any]:
+    found = json.loads((RECORDED / f"{name}.json").read_text(encoding="utf-8"))
+    found["lora"] = {path: tuple(shape) for path, shape in found["lora"].items()}
+    return found

@@ -1,0 +1,44 @@
+"""Records what models with their library's own LoRA compute, for environments without that library.
+
+    python tests/dialects/record.py
+
+writes `recorded/<specimen>.json` for what can be imported here: the paths and shapes of the LoRA leaves, and the
+logits. The environments are those of `tests/families/record.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+import jax
+import numpy as np
+
+jax.config.update("jax_default_matmul_precision", "highest")
+
+from tests.dialects import real  # noqa: E402
+from tests.families import sides  # noqa: E402
+
+
+def main(names: list[str]) -> None:
+    for name in names or [n for n in real.NAMES if real.here(n) and not n.startswith("tunix")]:
+        made = real.make(name)
+        logits = np.asarray(made.logits(made.tree), "float32")
+        found = {
+            "versions": sides.versions(real.specimen(name)),
+            "lora": real.shapes(made.tree),
+            "logits": [float(f"{x:.8g}") for x in logits.ravel()],
+        }
+        path = real.RECORDED / f"{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(found, indent=0) + "\n", encoding="utf-8")
+        print(name, logits.shape, float(np.abs(logits).max()))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
