@@ -143,7 +143,8 @@ def plan_nnx(
     recipe = Recipe(config, table, len(bounds))
     if example is not None:
         dropped = [b.leaf for b in bounds if b.method.dropout(b.static)]
-        nnx_survey.check_calls(model, {b.leaf: b.axes for b in bounds}, dropped, example)
+        hooks = {b.leaf: methods.Applied(b.method, b.static, {}, b.axes) for b in bounds}
+        nnx_survey.check_calls(model, hooks, dropped, example)
     return recipe, bounds
 
 

@@ -8,6 +8,8 @@ how one `y = x · w` contracts it. Methods compute with these two alone, so the 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXY"
 RANK = "Z"  # the letter of an axis that only the adapter has; never one of LETTERS
@@ -68,3 +70,16 @@ class Use:
     def transposed(self) -> bool:
         """Whether the contraction runs over the output axes (as a tied embedding's `attend` does)."""
         return not set(self.letters("inn")) <= set(self.x)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Operation:
+    """One use of a weight in a convolution or a lookup, as a function of the weight.
+
+    `run(x, w)` computes it with any weight of the same axes, whatever the size of its output axis (and, in a
+    grouped convolution, of the input channels); `out` is where the output axis is in the result.
+    """
+
+    run: Callable[[Any, Any], Any]
+    out: int
+    axes: Axes

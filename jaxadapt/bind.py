@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -64,7 +65,7 @@ def _bind(
     tensors = method.tensors(config, site, modules)
     entries = tuple(plan.entry(keymap, site, t, sizes) for t in tensors)
     fan_in = math.prod(sizes.get(n, 1) for n in site.roles["inn"])
-    return Bound(site, method, modules, tensors, method.static(config, modules), entries, fan_in)
+    return Bound(site, method, modules, tensors, method.static(config, site, modules), entries, fan_in)
 
 
 Found = dict[str, tuple[Site, dict[str, int], dict[tuple[int, ...], str]]]
@@ -125,7 +126,7 @@ def resolve(
         if open_:
             what = '"all-linear" meets weights that may or may not be linear:\n'
             raise KeyMapError(what + paths.listing(open_) + _WAYS)
-    config = targets.with_heads(config)
+    config = targets.with_defaults(targets.with_heads(config), keymap.name)
     config = targets.resolve(config, _names(found, unmapped), linear=linear, output=keymap.output)
     if config.get("fan_in_fan_out") is False and any(
         site.weight.fan_in_fan_out and any(targets.matches(config, m) for m in mods.values())
@@ -155,7 +156,10 @@ def select(
     method = methods.of(config)
     found, unmapped = _inventory(keymap, shapes, unsure)
     names = _names(found, unmapped)
-    wanted = set(targets.select(config, names, linear=_linear(method, found), output=keymap.output))
+    chosen = targets.select(config, names, linear=_linear(method, found), output=keymap.output)
+    for line in targets.doubtful(config, names, chosen):
+        warnings.warn(line, stacklevel=3)
+    wanted = set(chosen)
 
     bounds: list[Bound] = []
     refused = [
@@ -199,8 +203,8 @@ def _copies(
     twice = [b.leaf for b in bounds if b.leaf in own]
     if twice:
         raise TargetError(
-            "modules_to_save takes these weights in full, and target_modules would adapt them as well:\n"
-            + paths.listing(twice)
+            "modules_to_save or trainable_token_indices takes these weights, and target_modules would adapt them as"
+            " well:\n" + paths.listing(twice)
         )
     return bounds
 
@@ -249,17 +253,20 @@ def recover(config: Config, keymap: KeyMap, leaves: Mapping[str, Mapping[str, Sh
         site = keymap.site(leaf)
         if site is None:
             unmapped.append(leaf)
-        elif copies.COPY in shapes:
+        elif not copies.TENSORS.isdisjoint(shapes):
             copied.append((site, shapes))
         else:
             bounds.append(_recovered(config, method, keymap, site, shapes))
     adapted = {m for b in bounds for m in b.modules}
     for site, shapes in copied:
-        which = functools.partial(copies.of_site, config, site, adapted=adapted)
+        # A file's list of tokens is of the table that carries their rows.
+        inputs = site.module({}) if "copy" not in shapes and not site.braced else None
+        which = functools.partial(copies.of_site, config, site, adapted=adapted, inputs=inputs)
         found = which(_one_each(site))
         if not found:
             raise MismatchError(
-                f"{site.leaf!r}: the adapter holds a copy of it, which neither modules_to_save nor bias asks for"
+                f"{site.leaf!r}: the adapter holds {', '.join(shapes)} of it, which none of modules_to_save, bias and"
+                " trainable_token_indices asks for"
             )
         parts = {index[-1] for index in found} if site.roles["fused"] else ()
         site = dataclasses.replace(site, parts=_some(site, parts))

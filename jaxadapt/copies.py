@@ -1,4 +1,4 @@
-"""Which leaves an adapter holds a full copy of: the modules trained in full, and trained biases.
+"""Which leaves an adapter holds a copy of, in full or in part: modules trained in full, biases, rows of tokens.
 
 PEFT's rules, on PyTorch names. Nothing here looks at a model.
 """
@@ -7,31 +7,51 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from jaxadapt import generic, plan, targets
+from jaxadapt import generic, paths, plan, targets
 from jaxadapt.configs import Config
-from jaxadapt.errors import ConfigError
+from jaxadapt.errors import ConfigError, TargetError
 from jaxadapt.keymap import KeyMap, Site
+from jaxadapt.methods import tokens
 from jaxadapt.methods.copied import Copied
+from jaxadapt.methods.tokens import Tokens
 
 Shape = tuple[int, ...]
 Index = tuple[int, ...]
 
-COPY = "copy"
-"""The name of such a tensor in an adapter."""
+Replaced = Copied | Tokens
+
+TENSORS = frozenset({"copy", tokens.NAME})
+"""What such tensors are called in an adapter."""
+
+_INPUTS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "shared", "embed_in")
+"""What a language model calls its table of tokens, where it has further tables (of positions, of types)."""
 
 
 def asked(config: Config) -> bool:
     """Whether the configuration asks for any copies at all."""
-    return bool(config.get("modules_to_save")) or config.get("bias", "none") != "none"
+    more = config.get("modules_to_save") or config.get("trainable_token_indices") is not None
+    return bool(more) or config.get("bias", "none") != "none"
 
 
-def wanted(config: Config, module: str, parameter: str, adapted: Collection[str]) -> Copied | None:
+def rows(config: Config, module: str, inputs: str | None = None) -> tuple[int, ...] | None:
+    """The tokens whose rows are trained in a module, None if it is not the table of tokens (`inputs`) or named."""
+    given = config.get("trainable_token_indices")
+    if isinstance(given, Mapping):
+        return next((indices for name, indices in given.items() if module.endswith(name)), None)
+    return given if module == inputs else None
+
+
+def wanted(
+    config: Config, module: str, parameter: str, adapted: Collection[str], inputs: str | None = None
+) -> Replaced | None:
     """How one parameter is copied, None if it is not; `adapted` are the modules with an adapter of their own.
 
     PEFT wraps an adapted module, so the name of its bias has "base_layer" in it.
     """
     if targets.is_saved(config, module):
         return Copied("modules_to_save")
+    if parameter == "weight" and (indices := rows(config, module, inputs)) is not None:
+        return Tokens(indices)
     mode = config.get("bias", "none")
     if parameter != "bias" or mode == "none":
         return None
@@ -39,12 +59,14 @@ def wanted(config: Config, module: str, parameter: str, adapted: Collection[str]
     return Copied("bias", wrapped) if wrapped or mode == "all" else None
 
 
-def of_site(config: Config, site: Site, sizes: Mapping[str, int], adapted: Collection[str]) -> dict[Index, Copied]:
+def of_site(
+    config: Config, site: Site, sizes: Mapping[str, int], adapted: Collection[str], inputs: str | None = None
+) -> dict[Index, Replaced]:
     """The copied entries of one leaf, by index over its stacked axes and fused axis."""
     found = {
         index: copied
         for index, (module, parameter) in site.parameters(sizes).items()
-        if (copied := wanted(config, module, parameter, adapted)) is not None
+        if (copied := wanted(config, module, parameter, adapted, inputs)) is not None
     }
     if len(set(found.values())) > 1:
         raise ConfigError(
@@ -63,14 +85,55 @@ def site_of(keymap: KeyMap, leaf: str, shape: Shape) -> Site:
 
 def select(
     config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], adapted: Collection[str]
-) -> list[tuple[Site, dict[str, int], dict[Index, Copied]]]:
+) -> list[tuple[Site, dict[str, int], dict[Index, Replaced]]]:
     """`(site, sizes, copied entries)` of every leaf that is copied, in the order of `shapes`."""
     if not asked(config):
         return []
-    out: list[tuple[Site, dict[str, int], dict[Index, Copied]]] = []
-    for leaf, shape in shapes.items():
-        site = site_of(keymap, leaf, shape)
-        sizes = plan.sizes_of(site, shape)
-        if found := of_site(config, site, sizes, adapted):
-            out.append((site, sizes, found))
-    return out
+    sites = [(s, plan.sizes_of(s, shape)) for leaf, shape in shapes.items() for s in [site_of(keymap, leaf, shape)]]
+    inputs = _inputs(config, sites)
+    found = [(site, sizes, of_site(config, site, sizes, adapted, inputs)) for site, sizes in sites]
+    _check_tokens(config, sites, inputs)
+    return [(site, sizes, copied) for site, sizes, copied in found if copied]
+
+
+def _inputs(config: Config, sites: Collection[tuple[Site, Mapping[str, int]]]) -> str | None:
+    """The name of the table of tokens, where a list of indices means it without saying so."""
+    if not isinstance(config.get("trainable_token_indices"), tuple):
+        return None
+    tables = [m for site, sizes in sites if site.weight.kind == "embedding" for m in site.modules(sizes).values()]
+    usual = [name for name in tables if name.rpartition(".")[2] in _INPUTS]
+    for names in (tables, usual):
+        if len(names) == 1:
+            return names[0]
+    raise TargetError(
+        "trainable_token_indices: a list of indices means rows of the model's table of tokens, and which weight that is"
+        f" does not show (tables here: {tables or 'none'}); name it: {{'embed_tokens': [indices]}}"
+    )
+
+
+def _check_tokens(
+    config: Config, sites: Collection[tuple[Site, Mapping[str, int]]], inputs: str | None
+) -> None:
+    """Refuse tokens beyond a vocabulary or given twice, and names that no module has."""
+    given = config.get("trainable_token_indices")
+    if given is None:
+        return
+    problems: list[str] = []
+    met: set[str] = set()
+    for site, sizes in sites:
+        for module, parameter in site.parameters(sizes).values():
+            indices = rows(config, module, inputs) if parameter == "weight" else None
+            if indices is None:
+                continue
+            met.add(module)
+            role = "inn" if site.weight.kind == "embedding" else "out"
+            size = sizes[site.roles[role][0]] if site.roles[role] else 0
+            if targets.is_saved(config, module):
+                problems.append(f"{module}: modules_to_save trains all its rows already")
+            twice = sorted({i for i in indices if indices.count(i) > 1})
+            problems += [f"{module}: token {i} is given twice" for i in twice]
+            problems += [f"{module}: token {i}, of a vocabulary of {size}" for i in indices if not 0 <= i < size]
+    if isinstance(given, Mapping):
+        problems += [f"{name}: no module is called so" for name in given if not any(m.endswith(name) for m in met)]
+    if problems:
+        raise TargetError("trainable_token_indices cannot be had here:\n" + paths.listing(problems))

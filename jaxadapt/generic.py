@@ -19,7 +19,9 @@ PLAIN = ("kernel", "w", "weight", "embedding")
 """What a module's only weight is usually called: it goes by its module's name, any other by its own."""
 
 
-def line_for(leaf: str, shape: Sequence[int], axes: Axes, stack: Sequence[int] = ()) -> Weight:
+def line_for(
+    leaf: str, shape: Sequence[int], axes: Axes, stack: Sequence[int] = (), kind: str = "linear", groups: int = 1
+) -> Weight:
     """A literal line for a leaf whose roles come from its class or a trace, not from a table.
 
     The PyTorch name is the JAX path; numbered axes (stacked layers, batch) put their index before the
@@ -41,7 +43,12 @@ def line_for(leaf: str, shape: Sequence[int], axes: Axes, stack: Sequence[int] =
     left = " ".join(names[i] for i in range(ndim))
     out, inn = (" ".join(names[own[a]] for a in role) for role in (axes.out, axes.inn))
     over: Any = {f"b{n}": [str(i) for i in range(shape[own[a]])] for n, a in enumerate(axes.batch)}
-    return Weight(leaf, key, f"{left} -> ({out}) ({inn})", kind="linear", **over)
+    right = f"({out}) ({inn})"
+    if kind == "embedding":
+        right = f"({inn}) ({out})"
+    elif kind == "conv":
+        right = f"({out}) {inn}"
+    return Weight(leaf, key, f"{left} -> {right}", kind=kind, groups=groups, **over)
 
 
 _RENAMED = {"kernel": "weight", "scale": "weight", "embedding": "weight"}

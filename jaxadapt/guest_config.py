@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import math
 from collections.abc import Mapping
-from typing import Any
 
 from jaxadapt import methods, paths, targets
 from jaxadapt.configs import Config, LoraConfig
@@ -130,7 +129,11 @@ def ratios(guests: Guests, config: Config, lora_alpha: float | None, call: str) 
     dialect = guests.dialect
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"a {config.peft_type} adapter cannot go into {dialect.name} leaves, which are LoRA")
-    method = methods.of(config)
+    methods.of(config)
+    more = [name for name in ("use_dora", "lora_bias", "modules_to_save") if config.get(name)]
+    more += [] if config.bias == "none" else ["bias"]
+    if more:
+        raise ConfigError(f"{dialect.name} leaves hold A and B alone, and this adapter has {', '.join(more)} too")
     stored = guests.alphas
     off = sorted({alpha for alpha in stored.values() if lora_alpha not in (None, alpha)})
     if off:
@@ -142,8 +145,7 @@ def ratios(guests: Guests, config: Config, lora_alpha: float | None, call: str) 
     out: dict[str, float] = {}
     for module, rank in guests.ranks.items():
         if targets.matches(config, module):
-            static: Any = method.static(config, (module,))
-            out[module] = static.scale / (stored.get(module, lora_alpha or 0.0) / rank)
+            out[module] = methods.scale_of(config, module) / (stored.get(module, lora_alpha or 0.0) / rank)
     return out
 
 

@@ -30,6 +30,18 @@ def general_axes(inputs: int, outputs: int, batch: int = 0) -> Axes:
     return Axes(tuple(range(batch, first)), tuple(range(first, first + outputs)), tuple(range(batch)))
 
 
+EMBEDDING = Axes(inn=(0,), out=(1,))
+
+
+def conv_axes(ndim: int) -> Axes:
+    """Roles in a (window..., in, out) kernel; the channels come first among the inputs, as in PyTorch.
+
+    >>> conv_axes(4)
+    Axes(inn=(2, 0, 1), out=(3,), batch=(), parts=None)
+    """
+    return Axes((ndim - 2, *range(ndim - 2)), (ndim - 1,))
+
+
 def general_use(x_ndim: int, w_ndim: int, axis: Sequence[int], batch: Sequence[int], axes: Axes) -> Use:
     """The contraction of DenseGeneral: x's axes `axis` with the kernel's inputs, `batch` with its batch axes.
 

@@ -297,6 +297,9 @@ def _resolved_like(mine: Config, theirs: Config) -> Config:
     """The wrapper's configuration as `init` would have resolved it ("all-linear", fan_in_fan_out)."""
     changes: dict[str, Any] = {}
     mine = targets.with_heads(mine)
+    for name in ("target_modules", "feedforward_modules"):
+        if mine.get(name) is None and name in mine.to_dict():
+            changes[name] = theirs.get(name)
     if mine.get("fan_in_fan_out") is False:
         changes["fan_in_fan_out"] = theirs.get("fan_in_fan_out")
     if str(mine.get("target_modules")).lower() == targets.ALL_LINEAR:

@@ -59,6 +59,18 @@ def known(module: nn.Module, method: str) -> tuple[_Roles, _ToUse] | None:
     return _KNOWN.get(owner) if owner is not None else None
 
 
+def said(module: nn.Module, method: str, leaf: str) -> tuple[Axes, str, int] | None:
+    """Roles, kind and groups of a weight that is used in no product, if the layer's class says so."""
+    owner = next((c for c in type(module).__mro__ if method in vars(c)), None)
+    m: Any = module
+    if owner in (nn.Conv, nn.Conv.__mro__[1]) and isinstance(m, nn.Conv) and leaf == "kernel" and m.mask is None:
+        window = (m.kernel_size,) if isinstance(m.kernel_size, int) else tuple(m.kernel_size)
+        return layers.conv_axes(len(window) + 2), "conv", m.feature_group_count
+    if owner is nn.Embed and leaf == "embedding":
+        return layers.EMBEDDING, "embedding", 1
+    return None
+
+
 # ---------------------------------------------------------------- calls, as an interceptor sees them
 
 
@@ -203,7 +215,7 @@ class Interceptor:
         if not hooks:
             return next_fun(*args, **kwargs)
         layer = known(module, method)
-        if layer is not None and list(hooks) == ["kernel"]:
+        if layer is not None and list(hooks) == ["kernel"] and not hooks["kernel"].apart:
             hook = hooks["kernel"]
             x, rest = call_input(args, kwargs)
             use = layer[1](module, x, rest, hook.axes)
@@ -215,7 +227,7 @@ class Interceptor:
                     y = next_fun(*args, **kwargs)
                 finally:
                     self.inside.pop()
-                return hook.output(use, x, y)
+                return hook.output(use, x, y, meta.unbox(module.scope.get_variable("params", "kernel")))
         return self._rewritten(module, method, hooks, args, kwargs)
 
     def _rewritten(self, module: Any, method: str, hooks: dict[str, Any], args: Any, kwargs: Any) -> Any:
@@ -275,7 +287,7 @@ class Noting(Interceptor):
         weights = {leaf: meta.unbox(module.scope.get_variable("params", leaf)) for leaf in hooks}
         for leaf, found in trace.uses(lambda w, *a: call(w, *a, **kwargs)[0], weights, *args).items():
             name = f"{type(module).__name__}.{method}".removesuffix(".__call__")
-            self.notes[".".join((*module.scope.path, leaf))] = trace.note(name, found, hooks[leaf].axes)
+            self.notes[".".join((*module.scope.path, leaf))] = trace.note(name, found, hooks[leaf])
         return super()._rewritten(module, method, hooks, args, kwargs)
 
 

@@ -34,6 +34,7 @@ class Survey:
     Args:
         shapes: of every base leaf.
         roles: a known class's or a trace's, by leaf.
+        kinds: kind and groups of the leaves that are no plain matrices.
         stack: the axes on which each leaf (seen in a call) is stacked.
         vectors: leaves that have fewer than two axes inside their own module.
         unknown: why there are no roles for a leaf; a table may supply them.
@@ -44,6 +45,7 @@ class Survey:
     shapes: dict[str, tuple[int, ...]]
     collections: frozenset[str]
     roles: dict[str, Axes] = dataclasses.field(default_factory=dict[str, Axes])
+    kinds: dict[str, tuple[str, int]] = dataclasses.field(default_factory=dict[str, tuple[str, int]])
     stack: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict[str, tuple[int, ...]])
     vectors: set[str] = dataclasses.field(default_factory=set[str])
     unknown: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
@@ -63,8 +65,9 @@ class Survey:
                         f"the table stacks its layers on axes {site.stack}, the model on {stack}"
                     )
             elif leaf in self.roles and leaf not in self.unknown and stack is not None:
+                kind = self.kinds.get(leaf, ("linear", 1))
                 if site is None or not fits or (site.axes, site.stack) != (self.roles[leaf], stack):
-                    out.append(line_for(leaf, shape, self.roles[leaf], stack))
+                    out.append(line_for(leaf, shape, self.roles[leaf], stack, *kind))
             elif fits and leaf in self.vectors:
                 axes = " ".join(f"a{i}" for i in range(len(shape)))
                 out.append(Weight(leaf, leaf, f"{axes} -> {axes}", kind="vector"))
@@ -118,6 +121,10 @@ class _Marking:
     def _roles(
         self, module: Any, method: str, leaf: str, name: str, value: Any, args: Any, kwargs: Any
     ) -> None:
+        if (said := calls.said(module, method, name)) is not None:
+            self.survey.roles[leaf], kind, groups = said
+            self.survey.kinds[leaf] = (kind, groups)
+            return
         roles_of = calls.known(module, method)
         if roles_of is not None and name != "kernel":
             return

@@ -14,21 +14,24 @@ from jaxadapt import bind, nnx, nnx_survey, paths, plan
 from jaxadapt.adapter import Adapter
 from jaxadapt.errors import AttachError, MismatchError
 from jaxadapt.linen import meta
-from jaxadapt.methods import Applied, Method
+from jaxadapt.methods import Applied
 
 Change = Callable[[Applied, Any], Any]
 
 
-def merge(params: Any, adapter: Adapter) -> Any:
+def merge(params: Any, adapter: Adapter, *, safe: bool = False) -> Any:
     """The base parameters with the adapter in them: W + s·B·A for LoRA, W·l (and bias·l) for IA3.
 
     Args:
         params: nested mappings of base parameters (FrozenDicts, boxes such as `nn.Partitioned` and numpy
             arrays stay what they are), a new tree is returned; or an NNX model without active adapters
             (`detach` first), changed in place and returned.
+        safe: refuse, before anything is changed, where the result has a NaN or an infinity.
 
-    The sum is made in float32 and rounded once to the weight's dtype. Raises `MismatchError` if the
-    adapter does not fit.
+    The sum is made in float32 and rounded once to the weight's dtype. A table of tokens that is the head as well
+    changes in both; as an adapter it acts on the lookup alone, unless `ensure_weight_tying` is set (PEFT's
+    `merge_and_unload` does the same). Raises `MismatchError` if the adapter does not fit, `AttachError` where a
+    weight cannot hold the sum (integers, grouped convolutions).
 
     >>> import numpy as np, jax, jaxadapt
     >>> base = {"q": {"kernel": np.ones((4, 6), "float32")}}
@@ -36,15 +39,23 @@ def merge(params: Any, adapter: Adapter) -> Any:
     >>> bool((merge(base, adapter)["q"]["kernel"] == 1).all())
     True
     """
-    return _changed(params, adapter, lambda a, w: a.weight(w), lambda a, b: a.bias(b))
+    return _changed(params, adapter, _weight, _bias, safe)
+
+
+def _weight(applied: Applied, w: Any) -> Any:
+    return applied.merged(w)
+
+
+def _bias(applied: Applied, bias: Any) -> Any:
+    return applied.merged_bias(bias, 1)
 
 
 def unmerge(params: Any, adapter: Adapter) -> Any:
     """The inverse of `merge`, within the rounding of the weight's dtype."""
-    return _changed(params, adapter, lambda a, w: a.unweight(w), lambda a, b: a.unbias(b))
+    return _changed(params, adapter, lambda a, w: a.unweight(w), lambda a, b: a.merged_bias(b, -1))
 
 
-def _changed(params: Any, adapter: Adapter, weight: Change, bias: Change) -> Any:
+def _changed(params: Any, adapter: Adapter, weight: Change, bias: Change, safe: bool = False) -> Any:
     if not isinstance(adapter, Adapter):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise AttachError(
             f"expected an Adapter (from extract, init or from_peft), found {type(adapter).__name__};"
@@ -56,7 +67,11 @@ def _changed(params: Any, adapter: Adapter, weight: Change, bias: Change) -> Any
             " adapter = extract(model); detach(model); merge(model, adapter)"
         )
     made = changes(leaves(params), adapter, weight, bias)
-    return replaced(params, {path: changed.value() for path, changed in made.items()})
+    new = {path: changed.value() for path, changed in made.items()}
+    lost = [path for path, value in new.items() if safe and not bool(jnp.isfinite(value).all())]
+    if lost:
+        raise AttachError("merged, these weights are no longer finite:\n" + paths.listing(lost))
+    return replaced(params, new)
 
 
 def leaves(params: Any) -> dict[str, Any]:
@@ -104,7 +119,7 @@ def _filled(leaf: Any, value: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Changed:
-    """A leaf as an adapter leaves it, computed when it is asked for."""
+    """A leaf as an adapter leaves it, computed when it is asked for; its base may be one itself."""
 
     bound: bind.Bound
     params: Mapping[str, Any]
@@ -115,7 +130,8 @@ class Changed:
         """The leaf; or, with `{stacked axis: layer}` for each of `bound.site.stack`, what one layer has of it."""
         # The sum is made in float32, also where weight and adapter are both of 16 bits.
         params = {t: _layer(x, at).astype(jnp.promote_types(x.dtype, "float32")) for t, x in self.params.items()}
-        w, bound = _layer(self.base, at), self.bound
+        base, bound = self.base, self.bound
+        w = base.value(at) if isinstance(base, Changed) else _layer(base, at)
         if at:
             new = self.change(Applied(bound.method, bound.static, params, bound.axes), w)
         else:
@@ -130,7 +146,7 @@ def _layer(x: Any, at: Mapping[int, int] | None) -> Any:
 
 def merged(base: Mapping[str, Any], adapter: Adapter) -> dict[str, Changed]:
     """The leaves that an adapter changes, merged; checked now, computed later."""
-    return changes(base, adapter, lambda a, w: a.weight(w), lambda a, b: a.bias(b))
+    return changes(base, adapter, _weight, _bias)
 
 
 def changes(base: Mapping[str, Any], adapter: Adapter, weight: Change, bias: Change) -> dict[str, Changed]:
@@ -149,13 +165,30 @@ def changes(base: Mapping[str, Any], adapter: Adapter, weight: Change, bias: Cha
     ]
     if wrong:
         raise MismatchError("the adapter does not fit these parameters:\n" + paths.listing(wrong))
+    odd = [
+        f"{b.leaf}: {base[b.leaf].dtype}"
+        for b in bounds
+        if not b.method.replaces and not jnp.issubdtype(base[b.leaf].dtype, jnp.floating)
+    ]
+    if odd:
+        raise AttachError(
+            "a sum with these weights would be rounded to whole numbers; dequantise them first:\n" + paths.listing(odd)
+        )
     sites = adapter.sites
     out: dict[str, Changed] = {}
-    for bound in bounds:
+    lost: list[str] = []
+    for bound in sorted(bounds, key=lambda b: not b.method.replaces):  # a copied bias first, what is added to it then
         out[bound.leaf] = Changed(bound, sites[bound.leaf], base[bound.leaf], weight)
         beside = paths.join(bound.leaf.rpartition(".")[0], "bias")
-        if beside in base and type(bound.method).bias is not Method.bias:
-            out[beside] = Changed(bound, sites[bound.leaf], base[beside], bias)
+        if bound.method.scales_bias(bound.static) or bound.method.adds_bias(bound.static):
+            if beside in base:
+                out[beside] = Changed(bound, sites[bound.leaf], out.get(beside, base[beside]), bias)
+            elif bound.method.adds_bias(bound.static):
+                lost.append(bound.leaf)
+    if lost:
+        raise AttachError(
+            "lora_bias gives these layers a bias, and they have none to merge it into:\n" + paths.listing(lost)
+        )
     return out
 
 

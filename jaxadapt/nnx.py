@@ -130,14 +130,14 @@ def _call(module: Any, base: Any, f: Callable[..., Any], args: tuple[Any, ...], 
     if not hooks:
         return f(module, *args, **kwargs)
     by_class = known(module)
-    if by_class is not None:
+    if by_class is not None and not any(hook.apart for hook in hooks.values()):
         if "inputs" in kwargs:
             args, kwargs = (kwargs["inputs"], *args), {k: v for k, v in kwargs.items() if k != "inputs"}
         x, *rest = args
-        ((_, hook),) = hooks.items()
+        ((leaf, hook),) = hooks.items()
         use = by_class.use(module, x, rest or [kwargs.get("einsum_str")], hook.axes)
         x = hook.input(use, x)
-        return hook.output(use, x, f(module, x, *rest, **kwargs))
+        return hook.output(use, x, f(module, x, *rest, **kwargs), own[leaf].get_value())
     changed: dict[str, Any] = {}
     if isinstance(bias := vars(module).get("bias"), nnx.Param):
         changed["bias"] = functools.reduce(lambda b, hook: hook.bias(b), hooks.values(), bias.get_value())
@@ -228,19 +228,19 @@ def attach(
 
 def _misfits(bounds: Sequence[bind.Bound], owners: Mapping[str, Owner], collection: str) -> list[str]:
     problems: list[str] = []
-    scaled = [b.leaf for b in bounds if type(b.method).bias is not Method.bias]
+    scaled = [b.leaf for b in bounds if b.method.scales_bias(b.static)]
     count = collections.Counter(id(owners[leaf][0]) for leaf in scaled)
     several = [leaf for leaf in scaled if count[id(m := owners[leaf][0])] > 1 and "bias" in vars(m)]
     problems += [f"{leaf}: its module has one bias for several adapted weights" for leaf in several]
     for bound in bounds:
         module, attr = owners[bound.leaf]
-        by_class = known(module) if attr == "kernel" and not bound.method.replaces else None
+        try:
+            by_class = None if bound.method.replaces else nnx_survey.said(module, attr)
+        except AttachError as error:
+            problems.append(f"{bound.leaf}: {error}")
+            continue
         if by_class is not None:
-            try:
-                axes, mine = by_class.axes(module), bound.axes
-            except AttachError as error:
-                problems.append(f"{bound.leaf}: {error}")
-                continue
+            axes, mine = by_class.axes, bound.axes
             # A table may order axes otherwise, or know that an output axis is a fused one; never which is an input.
             if set(axes.inn) != set(mine.inn):
                 problems.append(f"{bound.leaf}: the table {mine} contradicts the layer's own {axes}")

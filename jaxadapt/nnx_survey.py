@@ -118,6 +118,29 @@ _KNOWN: dict[type[nnx.Module], Known] = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Said:
+    """What a layer class says of one of its weights: axes, own shape (not stacked), kind and groups of a line."""
+
+    axes: Axes
+    shape: tuple[int, ...]
+    kind: str = "linear"
+    groups: int = 1
+
+
+def said(module: nnx.Module, attr: str) -> Said | None:
+    """What a class that Flax ships says of a weight; `AttachError` for an equation that no adapter fits."""
+    call = base_class(module).__call__
+    m: Any = module
+    if attr == "kernel" and call is nnx.Conv.__call__ and m.mask is None:
+        shape = tuple(m.kernel_shape)
+        return Said(layers.conv_axes(len(shape)), shape, "conv", m.feature_group_count)
+    if attr == "embedding" and call is nnx.Embed.__call__:
+        return Said(layers.EMBEDDING, (m.num_embeddings, m.features), "embedding")
+    by_class = known(module) if attr == "kernel" else None
+    return None if by_class is None else Said(by_class.axes(module), by_class.shape(module))
+
+
 def known(module: nnx.Module) -> Known | None:
     """How a layer uses its kernel, if its class says so; a subclass with a call of its own is traced instead."""
     call = base_class(module).__call__
@@ -247,14 +270,15 @@ def class_lines(
             lines.append(line_for(leaf, shape, found.axes, _find_stack(leaf, shape, found.shape, stack_axes)))
             continue
         site = keymap.site(leaf)
-        by_class = known(module) if attr == "kernel" else None
-        if by_class is None or (site is not None and len(site.weight.left) == len(shape)):
+        if site is not None and len(site.weight.left) == len(shape):
             continue
         try:
-            axes = by_class.axes(module)
+            found = said(module, attr)
         except AttachError:
             continue  # an equation no adapter fits; an error only if it is targeted
-        lines.append(line_for(leaf, shape, axes, _find_stack(leaf, shape, by_class.shape(module), stack_axes)))
+        if found is not None:
+            stack = _find_stack(leaf, shape, found.shape, stack_axes)
+            lines.append(line_for(leaf, shape, found.axes, stack, found.kind, found.groups))
     return lines
 
 
@@ -264,8 +288,15 @@ def custom(owners: Mapping[str, Owner], leaves: Iterable[str]) -> list[str]:
     return [
         leaf
         for leaf, m, attr in picked
-        if attr != "bias" and len(vars(m)[attr].shape) >= 2 and (attr != "kernel" or known(m) is None)
+        if attr != "bias" and len(vars(m)[attr].shape) >= 2 and not _speaks(m, attr)
     ]
+
+
+def _speaks(module: nnx.Module, attr: str) -> bool:
+    try:
+        return said(module, attr) is not None
+    except AttachError:
+        return True  # of an equation that no adapter fits
 
 
 def never_linear(owner: Owner) -> bool:
@@ -356,7 +387,7 @@ def traced_axes(
     return {leaf: traced for leaf, traced in found.items() if leaf not in unclear}, set(problems)
 
 
-def notes(model: nnx.Module, adapted: Mapping[str, Axes], args: Args) -> dict[str, str]:
+def notes(model: nnx.Module, adapted: Mapping[str, trace.Hook], args: Args) -> dict[str, str]:
     """How the weight of each custom layer is followed, `{leaf: note}`, seeing one abstract call of the model."""
     found: dict[str, str] = {}
     owners = base_leaves(model)
@@ -379,7 +410,7 @@ def notes(model: nnx.Module, adapted: Mapping[str, Axes], args: Args) -> dict[st
     return never | found
 
 
-def check_calls(model: nnx.Module, adapted: Mapping[str, Axes], dropped: Sequence[str], args: Args) -> None:
+def check_calls(model: nnx.Module, adapted: Mapping[str, trace.Hook], dropped: Sequence[str], args: Args) -> None:
     """Refuse what an adapter cannot follow, seeing one abstract call of the model.
 
     That is a weight read outside its own module's call, and dropout (`dropped`) on a weight that is used
@@ -396,11 +427,10 @@ def check_calls(model: nnx.Module, adapted: Mapping[str, Axes], dropped: Sequenc
                 def call(weights: Mapping[str, Any], *args: Any) -> Any:
                     return f(view(self, base, weights), *args, **kwargs)
 
-                for use in trace.uses(call, {attr: alias}, *args)[attr]:
-                    if isinstance(use, trace.Other):
-                        uneven[leaf] = f"used by {use.primitive}"
-                    elif set(use.inn) not in (set(adapted[leaf].inn), set(adapted[leaf].out)):
-                        uneven[leaf] = f"summed over its axes {list(use.inn)}"
+                stray = trace.strays(trace.uses(call, {attr: alias}, *args)[attr], adapted[leaf])
+                if stray:
+                    uneven[leaf] = ", ".join(stray)
+
             return f(view(self, base, {attr: alias}), *args, **kwargs)
 
         return __call__

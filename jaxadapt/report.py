@@ -115,10 +115,14 @@ def _by(shape: Sequence[int]) -> str:
 
 
 def _static(static: Any) -> str:
-    values = dataclasses.asdict(static)
-    return ", ".join(
-        f"{value:g}" if name == "scale" else f"{name} {value}" for name, value in values.items() if value
-    )
+    """What a site's arithmetic needs, as far as it is not the usual."""
+    shown: list[str] = []
+    for field in dataclasses.fields(static):
+        value = getattr(static, field.name)
+        if value and value != field.default:
+            said = f"{value:g}" if field.name == "scale" else f"{field.name} {value}"
+            shown.append(said)
+    return ", ".join(shown)
 
 
 def summary(tree: Any, *inputs: Any) -> Summary:
@@ -170,8 +174,9 @@ def _of_model(model: Any, inputs: Sequence[Any]) -> Summary:
     how = {leaf: nnx_survey.how(module) for leaf, (module, _) in owners.items()}
     if inputs:
         of = {path: var for by_path in nnx.variables(model).values() for path, var in by_path.items()}
-        axes = {path.rpartition(".")[0]: var.get_metadata()["adapter"].axes for path, var in of.items()}
-        how |= nnx_survey.notes(model, axes, inputs)
+        attached = {path.rpartition(".")[0]: var.get_metadata()["adapter"] for path, var in of.items()}
+        hooks = {leaf: methods.Applied(at.method, at.static, {}, at.axes) for leaf, at in attached.items()}
+        how |= nnx_survey.notes(model, {leaf: hook for leaf, hook in hooks.items() if not hook.replaces}, inputs)
     adapters = {name: attach.extract(model, name) for name in nnx.names(model)}
     rows = [row for name, adapter in adapters.items() for row in _rows(name, adapter, shapes, how)]
     if not rows:

@@ -105,6 +105,41 @@ def with_heads(config: _C) -> _C:
     return _replaced(config, "modules_to_save", (*given, *missing))
 
 
+_DEFAULTS: Mapping[str, Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
+    "LORA": {
+        "gpt2": (("c_attn",), ()),
+        "bert|roberta": (("query", "value"), ()),
+        "llama|mistral|qwen|gemma": (("q_proj", "v_proj"), ()),
+    },
+    "IA3": {
+        "gpt2": (("c_attn", "mlp.c_proj"), ("mlp.c_proj",)),
+        "bert|roberta": (("key", "value", "output.dense"), ("output.dense",)),
+        # "llama" alone is Qwen2's table as well, for which PEFT chooses otherwise: nothing tells which it is.
+        r"llama\d|mistral": (("k_proj", "v_proj", "down_proj"), ("down_proj",)),
+        "qwen|gemma": (("q_proj", "v_proj", "down_proj"), ("down_proj",)),
+    },
+}
+"""What PEFT chooses for its model types where target_modules is null: targets, and those that scale their inputs."""
+
+
+def with_defaults(config: _C, family: str) -> _C:
+    """The configuration with PEFT's own choice for a model family where it names no targets.
+
+    >>> from jaxadapt.configs import LoraConfig
+    >>> with_defaults(LoraConfig(), "llama/scan0").target_modules
+    ('q_proj', 'v_proj')
+    """
+    if config.get("target_modules") is not None or config.get("target_parameters"):
+        return config
+    for pattern, (names, inputs) in _DEFAULTS.get(config.peft_type, {}).items():
+        if re.search(rf"\b({pattern})", family):
+            changes: dict[str, Any] = {"target_modules": names}
+            if config.peft_type == "IA3" and config.get("feedforward_modules") is None:
+                changes["feedforward_modules"] = inputs
+            return config.replace(**changes)
+    return config
+
+
 def is_saved(config: Config, module: str) -> bool:
     """Whether `modules_to_save` names this module or one that it is in: by how their paths end (no dot needed)."""
     entries: tuple[str, ...] = config.get("modules_to_save") or ()
@@ -204,8 +239,8 @@ def select(
     targets = config.get("target_modules")
     if targets is None:
         raise TargetError(
-            "target_modules: expected names or an expression, found null, where PEFT chooses by the type of "
-            f"model (a choice that is not made here); name them. Available are {_available(names)}"
+            "target_modules: expected names or an expression, found null, and this is no model of a family for"
+            f" which PEFT's own choice is known; name them. Available are {_available(names)}"
         )
     raise TargetError(_nothing(resolved, names))
 
@@ -230,6 +265,50 @@ def unmatched(config: Config, names: Sequence[str]) -> tuple[str, ...]:
         if _in_layers(config, name):
             hit.update(name[i + 1 :] for i, letter in enumerate(name) if letter == ".")  # … or end it
     return tuple(entry for entry in targets if entry not in hit)
+
+
+def doubtful(config: Config, names: Sequence[str], chosen: Sequence[str]) -> list[str]:
+    """What of a selection may be a mistake, though PEFT says nothing: for a warning.
+
+    Args:
+        names: the modules that could be adapted.
+        chosen: those that are.
+
+    >>> from jaxadapt.configs import LoraConfig
+    >>> doubtful(LoraConfig(target_modules=["q", "vv"], rank_pattern={"k": 2}), ["a.q", "a.v"], ["a.q"])
+    ["target_modules: 'vv' matches no module; near misses: v", "rank_pattern: 'k' matches none of the targets"]
+    """
+    lines: list[str] = []
+    for entry in unmatched(config, names):
+        near = _near((entry,), names)
+        lines.append(f"target_modules: {entry!r} matches no module" + (f"; near misses: {_list(near)}" if near else ""))
+    for field in ("rank_pattern", "alpha_pattern"):
+        lines += _doubtful_patterns(field, config.get(field) or {}, chosen)
+    return lines
+
+
+def _doubtful_patterns(field: str, patterns: Mapping[str, Any], chosen: Sequence[str]) -> list[str]:
+    hits: dict[str, list[str]] = {key: [] for key in patterns}
+    by_ending: dict[str, list[str]] = {}
+    for name in chosen:
+        for ending in _endings(name):
+            by_ending.setdefault(ending, []).append(name)
+    for key in patterns:
+        if re.fullmatch(r"\w+", key):  # nothing but itself, however it is read
+            hits[key] = by_ending.get(key, [])
+        else:
+            expression = compile_pattern(field, key)
+            hits[key] = [name for name in chosen if name == key or expression.match(name)]
+    lines = [f"{field}: {key!r} matches none of the targets" for key, names in hits.items() if not names]
+    first: dict[str, str] = {}
+    pairs: dict[tuple[str, str], str] = {}
+    for key, names in hits.items():
+        for name in names:
+            other = first.setdefault(name, key)
+            if other != key:
+                pairs.setdefault((other, key), name)
+    both = "both match {name}, where the first wins"
+    return lines + [f"{field}: {a!r} and {b!r} {both.format(name=name)}" for (a, b), name in pairs.items()]
 
 
 def _excluded(config: Config, name: str) -> bool:

@@ -3,9 +3,9 @@
 `rewrite` evaluates `f(weights, *args)` and follows each hooked weight through what only moves or casts
 it (a transpose, a reshape, a cast, a nested `jit` or `checkpoint`). Where the weight then meets a
 `dot_general` along its own roles, the hook sees that one contraction: LoRA adds a low-rank product
-beside it, at the price a hand-written layer pays. Any other consumer (a convolution, a gather, a scan)
-is given the hook's effective weight: exact, but dearer. `uses` tells beforehand which of the two it will
-be, and `roles` reads from it which axes of a weight are inputs and which are outputs.
+beside it, at the price a hand-written layer pays. A convolution or a lookup is left to a hook that follows
+it. Any other consumer (a scan, a cond) is given the hook's effective weight: exact, but dearer. `uses` tells
+beforehand which of them it will be, and `roles` reads from it which axes are inputs and which are outputs.
 
 Knows jax through its public names only, and neither Flax nor any method.
 """
@@ -22,9 +22,10 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.extend.core import primitives
 
-from jaxadapt.axes import Axes, Use
+from jaxadapt.axes import Axes, Operation, Use
 from jaxadapt.errors import AttachError
 from jaxadapt.layout import BARRIER, Layout, moved, spell
+from jaxadapt.operations import operation
 
 Function = Callable[..., Any]
 
@@ -41,8 +42,15 @@ class Hook(Protocol):
         """`x` as the contraction should see it, in x's shape and dtype."""
         ...
 
-    def output(self, use: Use, x: jax.Array, y: jax.Array) -> jax.Array:
-        """`y` as it should leave the contraction, in y's shape and dtype; `x` is what `input` returned."""
+    def follows(self, primitive: str) -> bool:
+        """Whether `output` takes part in this operation ("conv_general_dilated", "gather") of the weight."""
+        ...
+
+    def output(self, use: Use | Operation, x: jax.Array, y: jax.Array, w: jax.Array) -> jax.Array:
+        """`y` as it should leave the contraction, in y's shape and dtype.
+
+        `x` is what `input` returned, `w` the weight itself.
+        """
         ...
 
     def weight(self, w: jax.Array) -> jax.Array:
@@ -82,7 +90,8 @@ def rewrite(f: Function, weights: Mapping[str, jax.Array], hooks: Mapping[str, H
     >>> class Double:
     ...     axes = Axes(inn=(0,), out=(1,))
     ...     def input(self, use, x): return x
-    ...     def output(self, use, x, y): return 2 * y
+    ...     def follows(self, primitive): return False
+    ...     def output(self, use, x, y, w): return 2 * y
     ...     def weight(self, w): return 2 * w
     >>> w, x = jnp.eye(2), jnp.arange(2.0)
     >>> rewrite(lambda weights, x: x @ weights["w"] + 1, {"w": w}, {"w": Double()}, x).tolist()
@@ -119,18 +128,21 @@ def uses(f: Function, weights: Mapping[str, Any], *args: Any) -> dict[str, tuple
     return {name: tuple(those) for name, those in found.items()}
 
 
-def note(what: str, found: Iterable[Contraction | Other], axes: Axes) -> str:
-    """In a few words, whether `what` uses a weight along its roles, or needs the effective weight, and for what.
-
-    >>> note("Einsum", [Other("gather")], Axes((0,), (1,)))
-    'effective weight in Einsum (gather)'
-    """
+def strays(found: Iterable[Contraction | Other], hook: Hook) -> list[str]:
+    """The uses that only the effective weight can follow, in a few words each."""
+    axes = hook.axes
     along = (set(axes.inn), set(axes.out))
-    dear = [
+    return [
         use.primitive if isinstance(use, Other) else f"a sum over axes {list(use.inn)}"
         for use in found
-        if isinstance(use, Other) or set(use.inn) not in along or not set(use.batch) <= set(axes.batch)
+        if (isinstance(use, Other) and not hook.follows(use.primitive))
+        or (isinstance(use, Contraction) and (set(use.inn) not in along or not set(use.batch) <= set(axes.batch)))
     ]
+
+
+def note(what: str, found: Iterable[Contraction | Other], hook: Hook) -> str:
+    """In a few words, whether `what` uses a weight along its roles, or needs the effective weight, and for what."""
+    dear = strays(found, hook)
     return f"effective weight in {what} ({', '.join(dict.fromkeys(dear))})" if dear else f"traced {what}"
 
 
@@ -331,6 +343,8 @@ def _equation(eqn: core.JaxprEqn, operands: list[Any], scope: _Scope) -> list[An
         outs = _contract(eqn, operands, side, scope)
         if outs is not None:
             return outs
+    elif (outs := _operate(eqn, operands, layouts, scope)) is not None:
+        return outs
     elif (after := moved(eqn, layouts)) is not None:
         arrays = _bind(eqn, [v.array if isinstance(v, _View) else v for v in operands])
 
@@ -393,4 +407,21 @@ def _contract(eqn: core.JaxprEqn, operands: list[Any], side: int, scope: _Scope)
     pair[1 - side] = x if fed is split else jnp.reshape(fed, jnp.shape(x))
     (y,) = _bind(eqn, pair)
     whole = jnp.reshape(y, y_sizes)
-    return [jnp.reshape(_checked("output", hook.output(use, fed, whole), whole), jnp.shape(y))]
+    new = hook.output(use, fed, whole, scope.weights[view.layout.name])
+    return [jnp.reshape(_checked("output", new, whole), jnp.shape(y))]
+
+
+def _operate(
+    eqn: core.JaxprEqn, operands: list[Any], layouts: list[Layout | None], scope: _Scope
+) -> list[Any] | None:
+    """A convolution or lookup with its hook beside it, or None if the hook does not follow it."""
+    (name,) = {layout.name for layout in layouts if layout is not None} if sum(map(bool, layouts)) == 1 else ("",)
+    if not name or not scope.hooks[name].follows(eqn.primitive.name):
+        return None
+    found = operation(eqn, layouts, scope.hooks[name].axes)
+    if found is None:
+        return None
+    side, use = found
+    (y,) = _bind(eqn, [v.array if isinstance(v, _View) else v for v in operands])
+    new = scope.hooks[name].output(use, operands[1 - side], y, scope.weights[name])
+    return [_checked("output", new, y)]

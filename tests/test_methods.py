@@ -14,7 +14,7 @@ from jaxadapt import ConfigError, KeyMapError, bind, configs, methods, paths
 from jaxadapt.axes import LETTERS, Axes, Use
 from jaxadapt.configs.text import CLASSES
 from jaxadapt.keymap import KeyMap
-from jaxadapt.methods import METHODS, Applied, Method, lora
+from jaxadapt.methods import METHODS, Applied, Method, lora, lowrank
 from jaxadapt.weight import Weight
 from tests import small
 
@@ -85,7 +85,7 @@ def use_of(axes: Axes, transposed=False):
 
 def through(hook, use, x, w):
     x = hook.input(use, x)
-    return hook.output(use, x, jnp.einsum(f"{use.x},{use.w}->{use.y}", x, w))
+    return hook.output(use, x, jnp.einsum(f"{use.x},{use.w}->{use.y}", x, w), w)
 
 
 def near_one(shape, seed, dtype="float32"):
@@ -194,6 +194,33 @@ def test_the_output_is_that_of_the_effective_weight(config, line, transposed):
     np.testing.assert_allclose(through(hook, use, x, w), expected, rtol=2e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("transposed", [False, True], ids=["straight", "transposed"])
+@pytest.mark.parametrize("line", LINES.values(), ids=LINES)
+def test_dora_is_the_direction_times_the_magnitude(line, transposed):
+    """Per output, over all its inputs; fused parts each have their own, and the others stay as they are."""
+    w = near_one(line[1], 1)
+    config = config_of("LORA", line[2], use_dora=True, lora_alpha=3)
+    bound = bound_of(config, line)
+    values = small.noisy(bind.fresh(config, [bound], jax.random.key(0), base={"w": w}), 2)
+    params = {p.rpartition(".")[2]: v for p, v in values.items()}
+    hook = Applied(bound.method, bound.static, params, bound.axes)
+    axes = dataclasses.replace(bound.axes, parts=None)
+    part = w if hook.axes.parts is None else jnp.take(w, np.array(hook.axes.parts), axes.batch[0])
+    changed = part + 1.5 * lowrank.product(axes, params["lora_A"], params["lora_B"])
+    direction = changed / jnp.linalg.norm(jnp.moveaxis(changed, axes.inn, range(len(axes.inn))).reshape(
+        -1, *(part.shape[i] for i in range(axes.rank) if i not in axes.inn)), axis=0).reshape(
+        [1 if i in axes.inn else n for i, n in enumerate(part.shape)])  # fmt: skip
+    expected = direction * lowrank.over_weight(axes, params["lora_magnitude_vector"])
+    found = hook.merged(w)
+    if hook.axes.parts is not None:
+        found = jnp.take(found, np.array(hook.axes.parts), axes.batch[0])
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    use = use_of(hook.axes, transposed)
+    x = x_of(use, w)
+    y = jnp.einsum(f"{use.x},{use.w}->{use.y}", x, hook.merged(w))
+    np.testing.assert_allclose(through(hook, use, x, w), y, rtol=2e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(("config", "line"), CASES)
 def test_unweight_inverts_weight(config, line):
     hook = applied(config, line, seed=2)
@@ -208,7 +235,7 @@ def test_unbias_inverts_bias(peft_type):
     for config in variants(peft_type, ["q"]):
         hook = applied(config, LINES["plain"], seed=2)
         bias = near_one((6,), 4)
-        np.testing.assert_allclose(hook.unbias(hook.bias(bias)), bias, rtol=1e-6)
+        np.testing.assert_allclose(hook.merged_bias(hook.merged_bias(bias, 1), -1), bias, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("config", "line"), CASES)
@@ -314,9 +341,6 @@ def test_ia3_scales_outputs_and_biases_or_inputs():
 # ---- what is not honoured is refused -----------------------------------------------------------------------
 
 ASKED = {
-    "trainable_token_indices": [1, 2],
-    "use_dora": True,
-    "lora_bias": True,
     "use_qalora": True,
     "layer_replication": [[0, 2], [1, 3]],
     "target_parameters": ["experts.w"],
@@ -348,9 +372,9 @@ def test_lora_fields_that_would_be_ignored_are_refused(field):
 def test_all_refused_fields_stand_in_one_error():
     with pytest.raises(ConfigError) as caught:
         methods.of(
-            config_of("LORA", ["q"], use_dora=True, use_qalora=True, init_lora_weights="pissa")
+            config_of("LORA", ["q"], ensure_weight_tying=True, use_qalora=True, init_lora_weights="pissa")
         )
-    for part in ("use_dora=True", "use_qalora=", "init_lora_weights='pissa'"):
+    for part in ("ensure_weight_tying=True", "use_qalora=", "init_lora_weights='pissa'"):
         assert part in str(caught.value)
 
 
@@ -365,7 +389,7 @@ def test_every_field_of_lora_is_honoured_refused_or_known_to_be_without_effect()
     honoured = {
         "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern",
         "use_rslora", "init_lora_weights", "layers_to_transform", "layers_pattern", "fan_in_fan_out",
-        "modules_to_save", "bias",
+        "modules_to_save", "bias", "use_dora", "lora_bias", "trainable_token_indices",
     }  # fmt: skip
     # Of use to PEFT only where init_lora_weights (or use_qalora, megatron_config) asks for them, or bookkeeping.
     idle = {

@@ -44,7 +44,10 @@ class Lora:
         self.met.append(use)
         return x
 
-    def output(self, use: Use, x: Any, y: Any) -> Any:
+    def follows(self, primitive: str) -> bool:
+        return False
+
+    def output(self, use: Use, x: Any, y: Any, w: Any) -> Any:
         assert len(use.y) == y.ndim
         batch = use.letters("batch")
         first = self.a, batch + use.letters("inn") + RANK
@@ -77,7 +80,10 @@ class IA3:
     def input(self, use: Use, x: Any) -> Any:
         return x * self.spread(use, use.x) if self.feedforward else x
 
-    def output(self, use: Use, x: Any, y: Any) -> Any:
+    def follows(self, primitive: str) -> bool:
+        return False
+
+    def output(self, use: Use, x: Any, y: Any, w: Any) -> Any:
         return y if self.feedforward else y * self.spread(use, use.y)
 
     def weight(self, w: Any) -> Any:

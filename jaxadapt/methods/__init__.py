@@ -6,7 +6,7 @@ from jaxadapt.configs import Config
 from jaxadapt.errors import ConfigError
 from jaxadapt.methods.base import Applied, Method, Several, check_biases, refuse_rivals
 from jaxadapt.methods.ia3 import IA3
-from jaxadapt.methods.lora import Lora
+from jaxadapt.methods.lora import Lora, scale_of
 
 METHODS: dict[str, Method] = {m.peft_type: m for m in (Lora(), IA3())}
 
@@ -23,4 +23,4 @@ def of(config: Config) -> Method:
     return method
 
 
-__all__ = ["METHODS", "Applied", "Method", "Several", "check_biases", "of", "refuse_rivals"]
+__all__ = ["METHODS", "Applied", "Method", "Several", "check_biases", "of", "refuse_rivals", "scale_of"]

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxadapt import paths
-from jaxadapt.axes import Axes, Use
+from jaxadapt.axes import Axes, Operation, Use
 from jaxadapt.configs import Config
 from jaxadapt.drawing import Draw
 from jaxadapt.errors import AttachError, ConfigError
@@ -55,7 +55,7 @@ class Method(abc.ABC):
         """The tensors kept at a site that stands for these PyTorch modules."""
 
     @abc.abstractmethod
-    def static(self, config: Any, modules: Sequence[str]) -> Hashable:
+    def static(self, config: Any, site: Site, modules: Sequence[str]) -> Hashable:
         """What the arithmetic at the site needs besides arrays."""
 
     @abc.abstractmethod
@@ -70,9 +70,25 @@ class Method(abc.ABC):
         """`x` as the contraction should see it."""
         return x
 
+    def follows(self, static: Any, primitive: str) -> bool:
+        """Whether `output` takes part in this operation (no matrix product) of the weight; else `weight` is asked."""
+        return False
+
+    def apart(self, static: Any) -> bool:
+        """Whether `output` must see the product alone, before the layer adds its bias."""
+        return False
+
     @abc.abstractmethod
-    def output(self, static: Any, params: Params, use: Use, x: Array, y: Array, drop: Drop | None) -> Array:
-        """`y` as the layer should return it, in y's dtype; `drop` is this call's dropout, if any."""
+    def output(
+        self, static: Any, params: Params, use: Use | Operation, x: Array, y: Array, drop: Drop | None, w: Array
+    ) -> Array:
+        """`y` as the use should return it, in y's dtype.
+
+        Args:
+            x: what `input` returned.
+            drop: this call's dropout, if any.
+            w: the base weight.
+        """
 
     @abc.abstractmethod
     def weight(self, static: Any, params: Params, axes: Axes, w: Array) -> Array:
@@ -85,12 +101,24 @@ class Method(abc.ABC):
         Raises `AttachError` where the effective weight has kept too little of the base for that.
         """
 
+    def scales_bias(self, static: Any) -> bool:
+        """Whether `bias` changes the layer's bias (IA3 scales the whole output, bias included)."""
+        return False
+
     def bias(self, static: Any, params: Params, bias: Array) -> Array:
-        """The layer's bias as the adapter leaves it (IA3 scales the whole output, bias included)."""
+        """The layer's bias as the adapter leaves it."""
         return bias
 
     def unbias(self, static: Any, params: Params, bias: Array) -> Array:
         """The inverse of `bias`."""
+        return bias
+
+    def adds_bias(self, static: Any) -> bool:
+        """Whether `output` adds a bias of the adapter's own, which a merge has to put into the layer's."""
+        return False
+
+    def merged_bias(self, static: Any, params: Params, bias: Array, sign: int) -> Array:
+        """The layer's bias with the adapter's own in it (or out of it again, with sign -1)."""
         return bias
 
     def dropout(self, static: Any) -> float:
@@ -130,13 +158,23 @@ class Applied:
     def input(self, use: Use, x: Array) -> Array:
         return self._on_parts(use.x, x, lambda x: self.method.input(self.static, self.params, use, x), use)
 
-    def output(self, use: Use, x: Array, y: Array) -> Array:
+    def follows(self, primitive: str) -> bool:
+        return self.method.follows(self.static, primitive)
+
+    @property
+    def apart(self) -> bool:
+        return self.method.apart(self.static)
+
+    def output(self, use: Use | Operation, x: Array, y: Array, w: Array) -> Array:
+        if isinstance(use, Operation):
+            return self.method.output(self.static, self.params, use, x, y, self.drop, w)
         if self.axes.parts is not None:
             where = self._where(use.x, use)
             x = x if where is None else x[where]
+            w = w[self._parts]
 
         def changed(y: Array) -> Array:
-            return self.method.output(self.static, self.params, use, x, y, self.drop)
+            return self.method.output(self.static, self.params, use, x, y, self.drop, w)
 
         return self._on_parts(use.y, y, changed, use)
 
@@ -146,6 +184,15 @@ class Applied:
                 "dropout was asked for where the weight is used in a way that only the effective weight can follow;"
                 " set lora_dropout=0.0, or leave this layer out with exclude_modules"
             )
+        if self.method.adds_bias(self.static):
+            raise AttachError(
+                "lora_bias was asked for where the weight is used in a way that only the effective weight can follow,"
+                " which has no place for it; leave this layer out with exclude_modules"
+            )
+        return self.merged(w)
+
+    def merged(self, w: Array) -> Array:
+        """The effective weight for a merge, which puts a bias of the adapter's own elsewhere."""
         return self._whole(w, self.method.weight)
 
     def unweight(self, w: Array) -> Array:
@@ -158,8 +205,12 @@ class Applied:
     def bias(self, bias: Array) -> Array:
         return self.method.bias(self.static, self.params, bias)
 
-    def unbias(self, bias: Array) -> Array:
-        return self.method.unbias(self.static, self.params, bias)
+    def merged_bias(self, bias: Array, sign: int) -> Array:
+        """The bias for a merge (1) or out of one (-1)."""
+        if self.method.adds_bias(self.static):
+            return self.method.merged_bias(self.static, self.params, bias, sign)
+        change = self.method.bias if sign > 0 else self.method.unbias
+        return change(self.static, self.params, bias)
 
     def _whole(self, w: Array, change: Callable[..., Array]) -> Array:
         axes = dataclasses.replace(self.axes, parts=None)
@@ -208,9 +259,16 @@ class Several:
             x = hook.input(use, x)
         return x
 
-    def output(self, use: Use, x: Array, y: Array) -> Array:
+    def follows(self, primitive: str) -> bool:
+        return all(hook.follows(primitive) for hook in self.hooks)
+
+    @property
+    def apart(self) -> bool:
+        return any(hook.apart for hook in self.hooks)
+
+    def output(self, use: Use | Operation, x: Array, y: Array, w: Array) -> Array:
         for hook in self.hooks:
-            y = hook.output(use, x, y)
+            y = hook.output(use, x, y, w)
         return y
 
     def weight(self, w: Array) -> Array:

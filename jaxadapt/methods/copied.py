@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import NoReturn
 
-from jaxadapt.axes import Axes, Use
+from jaxadapt.axes import Axes, Operation, Use
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError
 from jaxadapt.keymap import Site
@@ -41,7 +41,7 @@ class Copied(Method):
         wrapped = ".base_layer" if self._wrapped else ""
         return (Tensor("copy", wrapped, (), (), whole=True, from_base=True, degree=1),)
 
-    def static(self, config: Config, modules: Sequence[str]) -> Static:
+    def static(self, config: Config, site: Site, modules: Sequence[str]) -> Static:
         return Static(self._because)
 
     def fresh(self, config: Config, tensor: Tensor, fan_in: int) -> NoReturn:
@@ -50,7 +50,9 @@ class Copied(Method):
     def from_base(self, static: Static, params: Params, axes: Axes, w: Array) -> dict[str, Array]:
         return {"copy": w}
 
-    def output(self, static: Static, params: Params, use: Use, x: Array, y: Array, drop: Drop | None) -> NoReturn:
+    def output(
+        self, static: Static, params: Params, use: Use | Operation, x: Array, y: Array, drop: Drop | None, w: Array
+    ) -> NoReturn:
         raise AssertionError("a copy takes the leaf's place, and no part in a product")
 
     def weight(self, static: Static, params: Params, axes: Axes, w: Array) -> Array:

@@ -11,11 +11,12 @@ import dataclasses
 from collections.abc import Sequence
 
 from jaxadapt import targets
-from jaxadapt.axes import LETTERS, Axes, Use
+from jaxadapt.axes import LETTERS, Axes, Operation, Use
 from jaxadapt.configs import Config, IA3Config
 from jaxadapt.drawing import Draw
 from jaxadapt.errors import AttachError
 from jaxadapt.keymap import Site
+from jaxadapt.methods import lowrank
 from jaxadapt.methods.base import Array, Drop, Method, Params, one_value
 from jaxadapt.weight import Tensor
 
@@ -36,11 +37,11 @@ class IA3(Method):
         assert isinstance(config, IA3Config)
 
     def tensors(self, config: IA3Config, site: Site, modules: Sequence[str]) -> tuple[Tensor, ...]:
-        if self.static(config, modules).feedforward:
+        if self.static(config, site, modules).feedforward:
             return (Tensor("ia3_l", ".ia3_l", ("batch", "inn"), ((), ("inn",)), degree=0),)
         return (Tensor("ia3_l", ".ia3_l", ("batch", "out"), (("out",), ()), degree=0),)
 
-    def static(self, config: IA3Config, modules: Sequence[str]) -> Static:
+    def static(self, config: IA3Config, site: Site, modules: Sequence[str]) -> Static:
         return Static(one_value("feedforward", {m: targets.is_feedforward(config, m) for m in modules}))
 
     def fresh(self, config: IA3Config, tensor: Tensor, fan_in: int) -> Draw:
@@ -55,21 +56,25 @@ class IA3(Method):
                 "a feedforward IA3 vector differs between the parts of a fused weight that share one input;"
                 " leave the module out of feedforward_modules"
             )
-        return (x.astype(scale.dtype) * _spread(scale, letters, use.x)).astype(x.dtype)
+        return (x.astype(scale.dtype) * lowrank.spread(scale, letters, use.x)).astype(x.dtype)
 
     def output(
-        self, static: Static, params: Params, use: Use, x: Array, y: Array, drop: Drop | None
+        self, static: Static, params: Params, use: Use | Operation, x: Array, y: Array, drop: Drop | None, w: Array
     ) -> Array:
+        assert isinstance(use, Use)
         if self._over_input(static, use):
             return y
         scale = params["ia3_l"]
-        return (y * _spread(scale, self._letters(static, use), use.y)).astype(y.dtype)
+        return (y * lowrank.spread(scale, self._letters(static, use), use.y)).astype(y.dtype)
 
     def weight(self, static: Static, params: Params, axes: Axes, w: Array) -> Array:
         return (w * self._over_weight(static, params, axes)).astype(w.dtype)
 
     def unweight(self, static: Static, params: Params, axes: Axes, w: Array) -> Array:
         return (w / self._over_weight(static, params, axes)).astype(w.dtype)
+
+    def scales_bias(self, static: Static) -> bool:
+        return not static.feedforward
 
     def bias(self, static: Static, params: Params, bias: Array) -> Array:
         scale = self._over_bias(static, params, bias)
@@ -103,11 +108,5 @@ class IA3(Method):
     def _over_weight(static: Static, params: Params, axes: Axes) -> Array:
         role = axes.inn if static.feedforward else axes.out
         letters = "".join(LETTERS[i] for i in axes.batch + role)
-        return _spread(params["ia3_l"], letters, LETTERS[: axes.rank])
+        return lowrank.spread(params["ia3_l"], letters, LETTERS[: axes.rank])
 
-
-def _spread(vector: Array, letters: str, over: str) -> Array:
-    """`vector`, whose axes are `letters`, shaped to broadcast against an array with axes `over`."""
-    order = sorted(range(len(letters)), key=lambda i: over.index(letters[i]))
-    sizes = dict(zip(letters, vector.shape, strict=True))
-    return vector.transpose(order).reshape([sizes.get(c, 1) for c in over])

@@ -1,14 +1,19 @@
 """LoRA (Hu et al. 2021, arXiv:2106.09685) with PEFT's conventions: W + s·B·A, s = α/r or α/√r.
 
 In the model, per site: `lora_A` (batch..., in..., r) and `lora_B` (batch..., r, out...); in the file A is
-(r, in) and B (out, r). The arithmetic follows PEFT's `tuners/lora/layer.py`: x is cast to A's dtype, the
-scale sits on the rank-r side, and the sum is cast to the base output's dtype once, at the end.
+(r, in) and B (out, r). A lookup's are called `lora_embedding_A` and `lora_embedding_B`; in a convolution the window
+belongs to the inputs, and in a grouped one A sees all channels. `lora_B_bias` (batch..., out...) is added with
+`lora_bias`. The arithmetic follows PEFT's `tuners/lora/layer.py`: x is cast to A's dtype, the scale sits on the
+rank-r side, and the sum is cast to the base output's dtype once, at the end. Variants are files of their own.
+
+PEFT's faults, as decided here: its convolutions ignore the base's dilation (its own A then crashes) and padding
+mode, ours follow the base layer; its merge of a grouped convolution fails, ours says why there can be none; the
+norm of a grouped DoRA mixes channels of several groups, so that is refused.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,12 +21,13 @@ from typing import Any
 import jax
 
 from jaxadapt import targets
-from jaxadapt.axes import LETTERS, RANK, Axes, Use
+from jaxadapt.axes import Axes, Operation, Use
 from jaxadapt.configs import Config, LoraConfig
 from jaxadapt.drawing import Draw
-from jaxadapt.errors import ConfigError
+from jaxadapt.errors import AttachError, ConfigError
 from jaxadapt.keymap import Site
-from jaxadapt.methods.base import Array, Drop, Method, Params, einsum, explicit, one_value
+from jaxadapt.methods import dora, lowrank
+from jaxadapt.methods.base import Array, Drop, Method, Params, one_value
 from jaxadapt.weight import Tensor
 
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "lora_ga")
@@ -30,16 +36,26 @@ _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "lora_ga")
 
 @dataclasses.dataclass(frozen=True)
 class Static:
-    """The scale s and the dropout rate of one site."""
+    """What the arithmetic of one site needs: the scale s, the dropout rate, and which kind of LoRA it is.
+
+    `kind` is the weight's, where it is no plain matrix; `tied` says that a table of tokens is adapted in both its
+    uses, as head too.
+    """
 
     scale: float
-    dropout: float
+    dropout: float = 0.0
+    kind: str = ""
+    groups: int = 1
+    dora: bool = False
+    bias: bool = False
+    tied: bool = False
 
 
 class Lora(Method):
     """W + s·B·A."""
 
     peft_type = "LORA"
+    kinds = frozenset({"linear", "embedding", "conv"})
 
     def check(self, config: Config) -> None:
         assert isinstance(config, LoraConfig)
@@ -63,85 +79,134 @@ class Lora(Method):
         r = one_value(
             "the rank", {m: targets.pattern_value(config.rank_pattern, m, config.r) for m in modules}
         )
-        own = (("r", r),)
-        return (
-            Tensor("lora_A", ".lora_A.weight", ("batch", "inn", "r"), (("r",), ("inn",)), own, degree=0),
-            Tensor("lora_B", ".lora_B.weight", ("batch", "r", "out"), (("out",), ("r",)), own, degree=1),
+        own, kind, groups = (("r", r),), site.weight.kind, site.weight.groups
+        _check_site(config, site, r)
+        if kind == "embedding":
+            a, b, last = "lora_embedding_A", "lora_embedding_B", ""
+        else:
+            a, b, last = "lora_A", "lora_B", ".weight"
+        window = ((),) * (len(site.weight.right) - 2) if kind == "conv" else ()
+        several = ("g",) if groups > 1 else ()
+        torch_a, torch_b = (("r",), (*several, "inn")), (("out",), ("r",), *window)
+        own_a, own_b = (*own, *(("g", groups) for _ in several)), (("r", r // groups),)
+        found = [
+            Tensor(a, f".{a}{last}", ("batch", *several, "inn", "r"), torch_a, own_a, degree=0),
+            Tensor(b, f".{b}{last}", ("batch", "r", "out"), torch_b, own_b, degree=1),
+        ]
+        if config.lora_bias:
+            found.append(Tensor("lora_B_bias", ".lora_B.bias", ("batch", "out"), (("out",),), degree=1))
+        return (*found, dora.tensor(site)) if config.use_dora else tuple(found)
+
+    def static(self, config: LoraConfig, site: Site, modules: Sequence[str]) -> Static:
+        kind = "" if site.weight.kind == "linear" else site.weight.kind
+        return Static(
+            one_value("the scale", {m: scale_of(config, m) for m in modules}),
+            0.0 if kind == "embedding" else config.lora_dropout,  # PEFT drops no tokens
+            kind,
+            site.weight.groups,
+            config.use_dora,
+            config.lora_bias,
+            kind == "embedding" and config.ensure_weight_tying,
         )
-
-    def static(self, config: LoraConfig, modules: Sequence[str]) -> Static:
-        def scale(module: str) -> float:
-            r = targets.pattern_value(config.rank_pattern, module, config.r)
-            alpha = targets.pattern_value(config.alpha_pattern, module, config.lora_alpha)
-            return alpha / math.sqrt(r) if config.use_rslora else alpha / r
-
-        return Static(one_value("the scale", {m: scale(m) for m in modules}), config.lora_dropout)
 
     def dropout(self, static: Static) -> float:
         return static.dropout
 
+    def follows(self, static: Static, primitive: str) -> bool:
+        return {"conv": "conv_general_dilated", "embedding": "gather"}.get(static.kind) == primitive
+
+    def apart(self, static: Static) -> bool:
+        return static.dora
+
     def fresh(self, config: LoraConfig, tensor: Tensor, fan_in: int) -> Draw:
-        r = dict(tensor.own)["r"]
         init = config.init_lora_weights
         if init not in (True, False, "gaussian"):
             raise ConfigError(
                 f"init_lora_weights={init!r} cannot be computed here yet; use True (Kaiming-uniform A, zero B),"
                 " 'gaussian' or False, or load an adapter that PEFT initialised"
             )
-        if tensor.name == "lora_B" and init is not False:
+        if init is not False and tensor.name in ("lora_B", "lora_B_bias", "lora_embedding_A"):
             return Draw("constant", 0.0)
+        if tensor.name.startswith("lora_embedding"):
+            return Draw("normal", 1.0)
+        own = dict(tensor.own)
+        r = own.get("r", 1)
         if init == "gaussian":
             return Draw("normal", 1 / r)
         # torch's Kaiming-uniform with a = sqrt(5) is U(-1/sqrt(fan_in), 1/sqrt(fan_in))
-        return Draw("uniform", 1 / math.sqrt(fan_in if tensor.name == "lora_A" else r))
+        return Draw("uniform", 1 / math.sqrt(fan_in * own.get("g", 1) if tensor.name == "lora_A" else r))
+
+    def from_base(self, static: Static, params: Params, axes: Axes, w: Array) -> dict[str, Array]:
+        return {dora.MAGNITUDE: dora.norm(axes, _changed(static, params, axes, w))} if static.dora else {}
 
     def output(
-        self, static: Static, params: Params, use: Use, x: Array, y: Array, drop: Drop | None
+        self, static: Static, params: Params, use: Use | Operation, x: Array, y: Array, drop: Drop | None, w: Array
     ) -> Array:
+        if static.kind == "embedding" and not static.tied and isinstance(use, Use):
+            return y  # the head of a model with tied embeddings: in PEFT another module, and not adapted
         x = x if drop is None else drop(x)
-        return _add_delta(use, static.scale, params["lora_A"], params["lora_B"], x, y)
+        delta = lowrank.delta(use, static.scale, static.groups, *_factors(params), x, y)
+        if static.dora:
+            changed = _changed(static, params, use.axes, w)
+            return dora.output(use, params[dora.MAGNITUDE], w, changed, delta, x, y, drop is not None).astype(y.dtype)
+        if static.bias:
+            delta = delta + static.scale * lowrank.over_outputs(use, params["lora_B_bias"], y.ndim)
+        return (y + delta).astype(y.dtype)
 
     def weight(self, static: Static, params: Params, axes: Axes, w: Array) -> Array:
-        return (w + static.scale * _product(params, axes)).astype(w.dtype)
+        if static.groups > 1:
+            raise AttachError(
+                "LoRA's A sees all channels of a grouped convolution, so W + s·B·A would be a weight without groups:"
+                " there is none to merge into, and nothing but the layer's own convolution can follow it"
+            )
+        changed = _changed(static, params, axes, w)
+        return (dora.weight(axes, params[dora.MAGNITUDE], changed) if static.dora else changed).astype(w.dtype)
 
     def unweight(self, static: Static, params: Params, axes: Axes, w: Array) -> Array:
-        return (w - static.scale * _product(params, axes)).astype(w.dtype)
+        if static.dora:
+            raise AttachError(
+                "DoRA scales W + s·B·A to the length m, and its own length, which W would need, is not left in it; keep"
+                " the parameters as they were before merging"
+            )
+        return (w - static.scale * lowrank.product(axes, *_factors(params))).astype(w.dtype)
+
+    def adds_bias(self, static: Static) -> bool:
+        return static.bias
+
+    def merged_bias(self, static: Static, params: Params, bias: Array, sign: int) -> Array:
+        return (bias + sign * static.scale * params["lora_B_bias"].reshape(bias.shape)).astype(bias.dtype)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
-def _add_delta(use: Use, scale: float, a: Array, b: Array, x: Array, y: Array) -> Array:
-    """y + s·B·A·x. Jitted so that a model of many equal layers traces (and linearises) it once; inlined, so that
-    what is compiled is the same as without."""
-    batch = use.letters("batch")
-    pair = (a, batch + use.letters("inn") + RANK), (b, batch + RANK + use.letters("out"))
-    first, last = pair[::-1] if use.transposed else pair
-    free = set(use.w) - set(use.x) - set(batch)
-    mid = "".join(c for c in use.y if c not in free)
-    mid += "".join(c for c in batch if c not in mid) + RANK
-    x = x.astype(first[0].dtype)
-    h = einsum(f"{use.x},{first[1]}->{mid}", x, first[0], on=explicit(mid, (x, use.x), first))
-    delta = einsum(f"{mid},{last[1]}->{use.y}", h * scale, last[0], on=explicit(use.y, (y, use.y)))
-    return (y + delta).astype(y.dtype)
+def scale_of(config: LoraConfig, module: str) -> float:
+    """s = α/r or α/√r of one PyTorch module."""
+    r = targets.pattern_value(config.rank_pattern, module, config.r)
+    alpha = targets.pattern_value(config.alpha_pattern, module, config.lora_alpha)
+    return alpha / math.sqrt(r) if config.use_rslora else alpha / r
 
 
-def _product(params: Params, axes: Axes) -> Array:
-    """B·A in the weight's own axis order."""
+def _factors(params: Params) -> tuple[Array, Array]:
+    kind = "lora_embedding" if "lora_embedding_A" in params else "lora"
+    return params[f"{kind}_A"], params[f"{kind}_B"]
 
-    def at(role: Sequence[int]) -> str:
-        return "".join(LETTERS[i] for i in role)
 
-    batch = at(axes.batch)
-    return einsum(
-        f"{batch}{at(axes.inn)}{RANK},{batch}{RANK}{at(axes.out)}->{LETTERS[: axes.rank]}",
-        params["lora_A"],
-        params["lora_B"],
-    )
+def _changed(static: Static, params: Params, axes: Axes, w: Array) -> Array:
+    """W + s·B·A, in the dtype of the sum."""
+    return w + static.scale * lowrank.product(axes, *_factors(params))
+
+
+def _check_site(config: LoraConfig, site: Site, r: int) -> None:
+    groups, kind = site.weight.groups, site.weight.kind
+    if r % groups:
+        raise ConfigError(f"{site.leaf}: a rank of {r} cannot be shared among the {groups} groups of the convolution")
+    if groups > 1 and config.use_dora:
+        raise ConfigError(
+            f"{site.leaf}: use_dora on a convolution with groups: PEFT's norm there mixes the weights of several groups"
+        )
+    if kind == "embedding" and config.lora_bias:
+        raise ConfigError(f"{site.leaf}: lora_bias=True is for layers with an output bias, not for embeddings")
 
 
 _NOT_YET: dict[str, Any] = {
-    "trainable_token_indices": None,
-    "use_dora": False,
-    "lora_bias": False,
     "use_qalora": False,
     "layer_replication": None,
     "target_parameters": None,

@@ -16,7 +16,7 @@ from jaxadapt.generic import GENERIC, line_for
 from tests.twins import layers, trees
 
 ALPHA, R = 6, 3
-EMBEDDINGS = ("embed", "embed_attend")  # a table of kind "embedding" is no site of LORA or IA3 yet
+EMBEDDINGS = ("embed", "embed_attend")  # tests/interchange/test_lora_matrix.py has them
 FITTING = [p for p in layers.params(layers.NNX) if p.values[0].how != layers.REFUSED and p.id not in EMBEDDINGS]
 METHODS = ["lora", "ia3"]
 

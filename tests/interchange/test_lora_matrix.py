@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -67,14 +68,39 @@ CASES = [
     Case("save_layers", LINEAR, lora("head", modules_to_save=["lin"]), unmerges=False),
     Case("bias_lora_only", LINEAR, lora("lin", bias="lora_only"), unmerges=False),
     Case("bias_all", LINEAR, lora("lin", bias="all"), unmerges=False),
+    Case("lora_bias", LINEAR, lora("lin", lora_bias=True)),
+    Case("lora_bias_and_bias", LINEAR, lora("lin", lora_bias=True, bias="lora_only"), unmerges=False),
+    Case("dora", LINEAR, lora("lin", use_dora=True), unmerges=False),
+    Case("dora_rslora", LINEAR, lora("lin", "head", use_dora=True, use_rslora=True), unmerges=False),
+    Case("embedding", EMB, lora("emb", "lin")),
+    Case("embedding_dora", EMB, lora("emb", use_dora=True), unmerges=False),
+    Case("tokens", EMB, lora("lin", trainable_token_indices=[7, 2, 3]), unmerges=False),
+    Case("tokens_of", EMB, lora("lin", trainable_token_indices={"emb": [0, 10]}), unmerges=False),
+    Case("conv1d", Net("conv"), lora("conv")),
+    Case("conv1d_stride", Net("conv", stride=2, padding=0, size=2, bias=False), lora("conv"), scans=False),
+    Case("conv2d", Net("conv", ndim=2), lora("conv", "head")),
+    Case("conv2d_1x1", Net("conv", ndim=2, size=1, padding=0), lora("conv")),
+    Case("conv2d_dora", Net("conv", ndim=2, stride=2), lora("conv", use_dora=True), unmerges=False, scans=False),
+    Case("conv2d_groups", Net("conv", ndim=2, groups=2), lora("conv", r=4), merges=False),
+    Case("conv3d", Net("conv", ndim=3), lora("conv", bias="lora_only", use_rslora=True), unmerges=False),
+    Case("conv1d_bias", Net("conv"), lora("conv", lora_bias=True)),
 ]
-TWINS = [("nnx", None), ("linen", None), ("nnx", 0), ("linen", 1)]
-PAIRS = [
-    pytest.param(case, api, scan, id=f"{case.name}-{api}" + ("" if scan is None else f"-scan{scan}"))
-    for case in CASES
-    for api, scan in TWINS
-    if scan is None or case.scans
+TWINS = [("nnx", None), ("linen", 0), ("linen", None), ("nnx", 1)]
+# Two of the four twins for each case here, all of them in tests/full.
+EVERY = "JAXADAPT_EVERY_TWIN" in os.environ
+CHOSEN = [
+    (case, *twin)
+    for i, case in enumerate(CASES)
+    for twin in (TWINS if EVERY else TWINS[:2] if i % 2 else TWINS[2:])
+    if twin[1] is None or case.scans
 ]
+
+
+def named(rows: list[Any]) -> list[Any]:
+    return [
+        pytest.param(case, api, scan, id=f"{case.name}-{api}" + ("" if scan is None else f"-scan{scan}"))
+        for case, api, scan in rows
+    ]
 
 
 def close(found: Any, expected: Any, what: str = "") -> None:
@@ -232,7 +258,7 @@ def in_torch(table: Any, base: Any) -> dict[str, np.ndarray]:
 # ---- the matrix ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("case", "api", "scan"), PAIRS)
+@pytest.mark.parametrize(("case", "api", "scan"), named(CHOSEN))
 def test_pefts_file_computes_here_what_it_computes_there(case, api, scan, theirs, tmp_path):
     want = theirs(case)
     ours = Ours(case, api, scan)
@@ -271,7 +297,8 @@ def test_pefts_file_computes_here_what_it_computes_there(case, api, scan, theirs
             jaxadapt.merge(ours.base, adapter)
 
 
-@pytest.mark.parametrize(("case", "api", "scan"), PAIRS)
+# The other direction takes the same paths back: one twin of each case.
+@pytest.mark.parametrize(("case", "api", "scan"), named(CHOSEN if EVERY else CHOSEN[::2]))
 def test_peft_computes_with_our_file_what_we_compute(case, api, scan, theirs, tmp_path):
     ours = Ours(case, api, scan)
     plain = ours.plain(ours.base)
@@ -282,7 +309,7 @@ def test_peft_computes_with_our_file_what_we_compute(case, api, scan, theirs, tm
     values = [v + jnp.asarray(0.2 * rng.standard_normal(v.shape), v.dtype) for v in values]
     ours.put(tree.unflatten(values))
     output = ours.output()
-    assert abs(np.asarray(output) - np.asarray(plain)).max() > 0.05
+    assert abs(np.asarray(output) - np.asarray(plain)).max() > 0.01
     jaxadapt.save(ours.tree, tmp_path)
     want = theirs(case)
     assert harness.specs(harness.read_tensors(tmp_path)) == harness.specs(harness.read_tensors(want.folder))

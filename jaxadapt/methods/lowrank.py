@@ -1,0 +1,91 @@
+"""A pair of low-rank factors beside one use of a weight, and in the weight: what all kinds of LoRA share.
+
+`lora_A` is (batch..., groups, in..., r), `lora_B` (batch..., r, out...); an axis of groups is there in grouped
+convolutions only, whose A sees all channels and whose B those of its group.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from jaxadapt.axes import LETTERS, RANK, Axes, Operation, Use
+from jaxadapt.methods.base import Array, einsum, explicit
+
+
+def delta(use: Use | Operation, scale: float, groups: int, a: Array, b: Array, x: Array, y: Array) -> Array:
+    """s·B·A·x, in the dtype that follows from x and the factors; laid out over devices as `y` is."""
+    if isinstance(use, Use):
+        return _product_of(use, scale, a, b, x, y)
+    h = use.run(x.astype(a.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, _as_weight(use.axes, groups, a))
+    h = jnp.moveaxis(h * scale, use.out, -1)
+    if groups > 1:
+        h = h.reshape(*h.shape[:-1], groups, -1)
+        b = b.reshape(b.shape[0], groups, -1)
+        h = einsum("...gr,rgo->...go", h, b).reshape(*h.shape[:-2], -1)
+    else:
+        h = h @ b
+    return jnp.moveaxis(h, -1, use.out)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _product_of(use: Use, scale: float, a: Array, b: Array, x: Array, y: Array) -> Array:
+    """Jitted so that a model of many equal layers traces (and linearises) it once; inlined, so that what is
+    compiled is the same as without."""
+    batch = use.letters("batch")
+    pair = (a, batch + use.letters("inn") + RANK), (b, batch + RANK + use.letters("out"))
+    first, last = pair[::-1] if use.transposed else pair
+    free = set(use.w) - set(use.x) - set(batch)
+    mid = "".join(c for c in use.y if c not in free)
+    mid += "".join(c for c in batch if c not in mid) + RANK
+    x = x.astype(first[0].dtype)
+    h = einsum(f"{use.x},{first[1]}->{mid}", x, first[0], on=explicit(mid, (x, use.x), first))
+    return einsum(f"{mid},{last[1]}->{use.y}", h * scale, last[0], on=explicit(use.y, (y, use.y)))
+
+
+def _as_weight(axes: Axes, groups: int, a: Array) -> Array:
+    """A with its axes where the weight has them, and r in place of the outputs."""
+    if groups > 1:
+        a = a.reshape(groups * a.shape[1], *a.shape[2:])
+    return a.transpose([len(axes.inn) if i in axes.out else axes.inn.index(i) for i in range(axes.rank)])
+
+
+def product(axes: Axes, a: Array, b: Array) -> Array:
+    """B·A in the weight's own axis order."""
+
+    def at(role: Sequence[int]) -> str:
+        return "".join(LETTERS[i] for i in role)
+
+    batch = at(axes.batch)
+    return einsum(
+        f"{batch}{at(axes.inn)}{RANK},{batch}{RANK}{at(axes.out)}->{LETTERS[: axes.rank]}", a, b
+    )
+
+
+def run(use: Use | Operation, x: Array, w: Array) -> Array:
+    """The use itself, with any weight of the same shape."""
+    if isinstance(use, Operation):
+        return use.run(x, w)
+    return einsum(f"{use.x},{use.w}->{use.y}", x, w)
+
+
+def spread(vector: Array, letters: str, over: str) -> Array:
+    """`vector`, whose axes are `letters`, shaped to broadcast against an array with axes `over`."""
+    order = sorted(range(len(letters)), key=lambda i: over.index(letters[i]))
+    sizes = dict(zip(letters, vector.shape, strict=True))
+    return vector.transpose(order).reshape([sizes.get(c, 1) for c in over])
+
+
+def over_outputs(use: Use | Operation, vector: Array, y_ndim: int) -> Array:
+    """`vector` (batch..., out...), shaped to broadcast against the use's result."""
+    if isinstance(use, Use):
+        return spread(vector, use.letters("batch") + use.letters("out"), use.y)
+    return vector.reshape([-1 if i == use.out else 1 for i in range(y_ndim)])
+
+
+def over_weight(axes: Axes, vector: Array) -> Array:
+    """`vector` (batch..., out...), shaped to broadcast against the weight."""
+    return spread(vector, "".join(LETTERS[i] for i in axes.batch + axes.out), LETTERS[: axes.rank])
