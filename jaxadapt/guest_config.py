@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from jaxadapt import methods, paths, targets
 from jaxadapt.configs import Config, LoraConfig

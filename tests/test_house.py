@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "jaxadapt"
 FLOORS = [
     ["errors", "progress", "paths", "axes", "configs"],
     "weight arrangement keymap generic dialect plan adapter"
-    " trace layout liveness layers filters targets drawing codecs consumers card hub".split(),
+    " trace operations layout liveness layers filters targets drawing codecs consumers card hub".split(),
     "methods families copies bind folder orbax_folder transfer dialects guests guest_config sharding".split(),
     ["linen", "linen_call", "linen_survey", "nnx", "nnx_survey", "merging", "products", "combining"],
     ["foreign", "attach", "store", "bases", "report", "reducing"],
@@ -50,6 +50,8 @@ SAME_FLOOR = {
     ("orbax_folder", "bind"): "the parameters of a checkpoint get the names of a file",
     ("folder", "orbax_folder"): "whatever lies at a path",
     ("trace", "layout"): "a trace follows layouts",
+    ("trace", "operations"): "and convolutions and lookups",
+    ("operations", "layout"): "which it recognises by how their weight lies",
     ("store", "attach"): "load attaches before it injects",
     ("attach", "foreign"): "another library's tree is taken out of, and put into, by the same verbs",
     ("store", "foreign"): "another library's tree is saved and loaded by the same verbs",

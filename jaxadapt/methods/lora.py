@@ -18,8 +18,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
 from jaxadapt import targets
 from jaxadapt.axes import Axes, Operation, Use
 from jaxadapt.configs import Config, LoraConfig
