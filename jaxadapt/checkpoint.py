@@ -190,15 +190,20 @@ class CheckpointManager:
         step_files.make(self.folder)
         several = _several(taken)
         if not self._swept:
-            if not several or jax.process_index() == 0:
+            if not several or _first():
                 step_files.sweep(self.folder, several)
             self._swept = True
         finish = self._begin(number, taken, measured, several)
         atexit.unregister(self._leave)
         atexit.register(self._leave)
         # Not a daemon: the interpreter joins it before it ends, so the save lands however the program is left.
-        self._thread = threading.Thread(target=self._run, args=(finish,), name=f"save step {number}", daemon=False)
-        self._thread.start()
+        begin = threading.Event()
+        thread = threading.Thread(target=self._run, args=(begin, finish), name=f"save step {number}", daemon=False)
+        try:
+            thread.start()
+            self._thread = thread
+        finally:
+            begin.set()  # not before: the two would share the interpreter, and the loop stand still for longer
         if not self.asynchronous:
             self.wait()
 
@@ -223,12 +228,13 @@ class CheckpointManager:
 
         def finish_together() -> None:
             pending.result()
-            if jax.process_index() == 0:
+            if _first():
                 self._prune()
 
         return finish_together
 
-    def _run(self, finish: Callable[[], None]) -> None:
+    def _run(self, begin: threading.Event, finish: Callable[[], None]) -> None:
+        begin.wait()
         try:
             finish()
         except BaseException as error:  # whatever it is: it is raised at the next call
@@ -344,20 +350,20 @@ class CheckpointManager:
         chosen = self.latest if step is None else step
         if chosen is None:
             raise FileError(f"{self.folder}: there is no checkpoint to export")
-        if _several(None) and jax.process_index() != 0:
-            return
         for name in step_files.stored(self._path(chosen)).taken.recipes:
-            store.save(self.adapter(chosen, name), path, name=name, **options)
+            adapter = self.adapter(chosen, name)  # by all processes: Orbax waits for each of them
+            if _first():
+                store.save(adapter, path, name=name, **options)
+        _together("export")
 
     def rollback(self, step: int) -> None:
         """Deletes every step after `step`, the last first, so that training can go on from there."""
         self.wait()
         self._path(step)
-        if _several(None) and jax.process_index() != 0:
-            return
         for later, path in reversed(step_files.steps(self.folder).items()):
-            if later > step:
+            if later > step and _first():
                 step_files.remove(path)
+        _together("rollback")
 
     # ------------------------------------------------------------ preemption
 
@@ -385,6 +391,19 @@ def _several(taken: Taken | None) -> bool:
     """Whether several processes hold the arrays. Starts no JAX backend where no array has."""
     arrays = taken is not None and any(isinstance(x, jax.Array) for x in taken.arrays.values())
     return (arrays or jax.distributed.is_initialized()) and jax.process_count() > 1
+
+
+def _first() -> bool:
+    """Whether this is the process that does what one has to do."""
+    return not _several(None) or jax.process_index() == 0
+
+
+def _together(what: str) -> None:
+    """Waits until all processes are here."""
+    if _several(None):
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(f"jaxadapt {what}")
 
 
 def _step(step: Any) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import functools
 import urllib.parse
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeGuard
@@ -136,14 +137,20 @@ def _flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
 
 def _segment(entry: Any) -> str:
     match entry:
-        case jax.tree_util.DictKey() | jax.tree_util.FlattenedIndexKey():
-            text = str(entry.key)
+        case jax.tree_util.DictKey():
+            return _quoted(str(entry.key))
         case jax.tree_util.SequenceKey():
-            text = str(entry.idx)
+            return str(entry.idx)
         case jax.tree_util.GetAttrKey():
-            text = entry.name
+            return _quoted(entry.name)
+        case jax.tree_util.FlattenedIndexKey():
+            return _quoted(str(entry.key))
         case _:
-            text = str(entry)
+            return _quoted(str(entry))
+
+
+@functools.lru_cache(4096)  # an adapter has thousands of leaves, and few names; the loop stands still meanwhile
+def _quoted(text: str) -> str:
     return urllib.parse.quote(text, safe=" ()[]',:")
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import json
 import os
 import re
@@ -22,9 +24,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxadapt import paths
 from jaxadapt.codecs import atomic, orbax, safetensors
 from jaxadapt.codecs.files import file_error
-from jaxadapt.errors import FileError, FormatError
+from jaxadapt.errors import AttachError, FileError, FormatError
 from jaxadapt.snapshot import Taken, is_committed, is_key, is_on_device
 
 FILE, FOLDER = ".safetensors", ".orbax"
@@ -86,35 +89,36 @@ def on_host(arrays: Mapping[str, Any]) -> dict[str, Callable[[], np.ndarray]]:
     On the CPU a view: what a view looks at is never written to, since donating an array of which there is one
     copies it (tests/test_checkpoint.py holds JAX to that). numpy's own arrays are copied: anybody may write to them.
     """
-    parts: dict[str, Any] = {}
+    pieces = {name: _pieces(leaf) for name, leaf in arrays.items() if isinstance(leaf, jax.Array)}
+    for held in pieces.values():  # all transfers begin before the first is waited for
+        for _, piece in held:
+            if next(iter(piece.sharding.device_set)).platform != "cpu":
+                piece.copy_to_host_async()
+    out: dict[str, Callable[[], np.ndarray]] = {}
     for name, leaf in arrays.items():
-        if not isinstance(leaf, jax.Array):
-            parts[name] = leaf
-        elif len(leaf.sharding.device_set) == 1 or leaf.is_fully_replicated:
-            parts[name] = leaf if len(leaf.sharding.device_set) == 1 else leaf.addressable_data(0)
+        if name in pieces:
+            out[name] = functools.partial(_join, leaf.shape, [(i, np.asarray(piece)) for i, piece in pieces[name]])
         else:
-            parts[name] = [s for s in leaf.addressable_shards if s.replica_id == 0]
-    flat = [part for held in parts.values() for part in (held if isinstance(held, list) else [held])]
-    for part in flat:  # all transfers begin before the first is waited for
-        data = part.data if isinstance(part, jax.Shard) else part
-        if isinstance(data, jax.Array):
-            data.copy_to_host_async()
-    return {name: _held(arrays[name].shape, part) for name, part in parts.items()}
+            out[name] = functools.partial(np.asarray, np.array(leaf))
+    return out
 
 
-def _held(shape: tuple[int, ...], part: Any) -> Callable[[], np.ndarray]:
-    if not isinstance(part, list):
-        whole = np.asarray(part) if isinstance(part, jax.Array) else np.array(part)
-        return lambda: whole
-    pieces = [(shard.index, np.asarray(shard.data)) for shard in part]
+def _pieces(leaf: jax.Array) -> list[tuple[Any, jax.Array]]:
+    """The parts of an array that make the whole, each on one device, with their places; None: all of it."""
+    if len(leaf.sharding.device_set) == 1:
+        return [(None, leaf)]
+    if leaf.is_fully_replicated:
+        return [(None, leaf.addressable_data(0))]
+    return [(shard.index, shard.data) for shard in leaf.addressable_shards if shard.replica_id == 0]
 
-    def join() -> np.ndarray:
-        out = np.empty(shape, pieces[0][1].dtype)
-        for index, piece in pieces:
-            out[index] = piece
-        return out
 
-    return join
+def _join(shape: tuple[int, ...], pieces: list[tuple[Any, np.ndarray]]) -> np.ndarray:
+    if pieces[0][0] is None:
+        return pieces[0][1]
+    out = np.empty(shape, pieces[0][1].dtype)
+    for index, piece in pieces:
+        out[index] = piece
+    return out
 
 
 # ---------------------------------------------------------------- writing
@@ -146,9 +150,44 @@ def write(
 
 
 def start(path: Path, taken: Taken, metrics: Mapping[str, float]) -> orbax.Pending:
-    """Begins to write a step as an Orbax folder, with all processes. Its values are off the device on return."""
-    tree = {_quoted(name): np.asarray(x) if isinstance(x, np.generic) else x for name, x in taken.arrays.items()}
-    return orbax.start(path, {_ITEM: tree}, {_META: _document(taken, metrics, {})})
+    """Begins to write a step as an Orbax folder, with all processes. Its values are off the device on return.
+
+    Raises `AttachError` for what each process has of its own and is not the same in all: one of them would be saved.
+    """
+    tree: dict[str, Any] = {}
+    own: dict[str, bytes] = {}
+    for name, leaf in taken.arrays.items():
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            tree[_quoted(name)] = leaf
+        else:  # Orbax takes arrays of one process from the host only
+            tree[_quoted(name)] = value = np.array(leaf)
+            own[name] = f"{value.dtype} {value.shape}".encode() + value.tobytes()
+    document = _document(taken, metrics, {})
+    for part, values in document.items():
+        items = values.items() if isinstance(values, dict) else [("", values)]
+        own |= {f"{part} {name}".strip(): json.dumps(value).encode() for name, value in items}
+    _same_everywhere(own)
+    return orbax.start(path, {_ITEM: tree}, {_META: document})
+
+
+def _same_everywhere(own: Mapping[str, bytes]) -> None:
+    from jax.experimental import multihost_utils
+
+    def gathered(digests: list[bytes]) -> np.ndarray:
+        rows = np.frombuffer(b"".join(digests), np.uint8).reshape(len(digests), -1)
+        return np.asarray(multihost_utils.process_allgather(rows))
+
+    names = sorted(own)
+    all_names = gathered([hashlib.sha256(json.dumps(names).encode()).digest()])
+    if (all_names != all_names[0]).any():
+        raise AttachError("the processes do not save the same tree; every process must give the same names")
+    found = gathered([hashlib.sha256(own[name]).digest() for name in names])
+    differ = [name for name, column in zip(names, found.swapaxes(0, 1), strict=True) if (column != column[0]).any()]
+    if differ:
+        raise AttachError(
+            "these differ between the processes, and only one could be saved; give arrays over all processes, or gather"
+            " what each has (jax.experimental.multihost_utils.process_allgather):\n" + paths.listing(differ)
+        )
 
 
 def _quoted(name: str) -> str:
@@ -256,19 +295,23 @@ def _by_shard(file: safetensors.TensorFile, name: str, like: Any) -> jax.Array:
 
 
 def _read_folder(step: Stored, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    def spec(like: Any) -> Any:
-        if not is_on_device(like):
+    def spec(like: Any) -> jax.ShapeDtypeStruct | None:
+        if not (is_on_device(like) and is_committed(like)) or _own(like):
             return None
-        where = like.sharding if is_committed(like) else jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        return jax.ShapeDtypeStruct(tuple(like.shape), like.dtype, sharding=where)
+        return jax.ShapeDtypeStruct(tuple(like.shape), like.dtype, sharding=like.sharding)
+
+    def _own(like: Any) -> bool:
+        return jax.process_count() > 1 and like.sharding.is_fully_addressable
 
     got = orbax.load(step.path, _ITEM, {(_quoted(name),): spec(like) for name, like in wanted.items()})
     out: dict[str, Any] = {}
     for name, like in wanted.items():
         value = got[(_quoted(name),)]
-        out[name] = value[()] if isinstance(like, np.generic) else value
-        if is_on_device(like) and not is_committed(like):
-            out[name] = jnp.asarray(np.asarray(value))  # bound to no device, as the example
+        if isinstance(like, np.generic):
+            value = value[()]
+        elif is_on_device(like) and isinstance(value, np.ndarray):
+            value = jax.device_put(value, like.sharding if is_committed(like) else None)
+        out[name] = value
     return out
 
 

@@ -1,0 +1,108 @@
+"""One of two processes that share their arrays: `python -m tests.two_processes NUMBER PORT FOLDER WHAT`.
+
+WHAT is "train" (saves, loads on another topology, leaves without waiting), "die" (process 1 is killed in the middle
+of a save), "resume" or "term" (a SIGTERM to process 1 makes both stop at one step).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+import jaxadapt
+
+CONFIG = jaxadapt.LoraConfig(r=4, target_modules=["q_proj"])
+SHAPES = {"lora_A": (64, 4), "lora_B": (4, 32)}
+
+
+def spread(mesh: Any, spec: dict[str, PartitionSpec], step: int) -> jaxadapt.Adapter:
+    """An adapter whose values follow from the step, over all processes."""
+
+    def leaf(name: str) -> jax.Array:
+        whole = np.arange(np.prod(SHAPES[name]), dtype="f4").reshape(SHAPES[name]) + step
+        return jax.make_array_from_callback(whole.shape, NamedSharding(mesh, spec[name]), lambda i: whole[i])
+
+    return jaxadapt.Adapter(CONFIG, {"q_proj": {"kernel": {name: leaf(name) for name in SHAPES}}})
+
+
+def check(found: jaxadapt.Adapter, like: jaxadapt.Adapter) -> None:
+    for path, leaf in like.flat().items():
+        got = found.flat()[path]
+        assert got.sharding == leaf.sharding, path
+        for mine, theirs in zip(got.addressable_shards, leaf.addressable_shards, strict=True):
+            assert np.array_equal(np.asarray(mine.data), np.asarray(theirs.data)), path
+
+
+def main() -> None:
+    number, port, folder, what = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), sys.argv[4]
+    jax.distributed.initialize(
+        coordinator_address=f"127.0.0.1:{port}", num_processes=2, process_id=number,
+        heartbeat_timeout_seconds=10, shutdown_timeout_seconds=10, initialization_timeout=60,
+    )  # fmt: skip
+    one, two = jax.make_mesh((4,), ("x",)), jax.make_mesh((2, 2), ("x", "y"))
+    rows = {"lora_A": PartitionSpec("x"), "lora_B": PartitionSpec(None, "x")}
+    other = {"lora_A": PartitionSpec("y", "x"), "lora_B": PartitionSpec()}
+    manager = jaxadapt.CheckpointManager(folder / "run", keep=2)
+
+    def save(step: int) -> None:
+        adapter = spread(one, rows, step)
+        moments = {"mu": spread(one, rows, -step).params, "count": np.int32(step)}
+        manager.save(step, adapter, opt_state=moments, rng=jax.random.key(step), data={"position": step})
+
+    def restore(step: int | None, expected: int) -> None:
+        moments = {"mu": spread(two, other, 0).params, "count": np.int32(0)}
+        back = manager.restore(spread(two, other, 0), step, opt_state=moments)
+        assert (back.step, back.data) == (expected, {"position": expected})
+        assert back.opt_state["count"] == expected
+        check(back.model, spread(two, other, expected))
+        check(jaxadapt.Adapter(CONFIG, back.opt_state["mu"]), spread(two, other, -expected))
+
+    if what == "train":
+        jaxadapt.save(spread(one, rows, 7), folder / "adapter", format="orbax")
+        variables = {"params": {"q_proj": {"kernel": np.zeros((64, 32), "f4")}}, **spread(two, other, 0).collection}
+        check(jaxadapt.extract(jaxadapt.load(folder / "adapter", variables)), spread(two, other, 7))
+        for step in (1, 2, 3):
+            save(step)
+        restore(2, 2)
+        restore(None, 3)
+        manager.export(3, folder / "peft")
+        save(4)
+        print("leaves", flush=True)  # without waiting
+    elif what == "die":
+        restore(None, 4)
+        save(5)
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        manager.wait()
+    elif what == "resume":
+        restore(None, 4)
+        manager.rollback(3)
+        save(5)
+        manager.wait()
+        restore(None, 5)
+    else:
+        with manager, manager.preemption() as stop:
+            for step in range(10, 10_000):
+                time.sleep(0.02)
+                if step == 20:
+                    print("training", flush=True)
+                if stop(step):
+                    save(step)
+                    print(f"stopped at {step}", flush=True)
+                    break
+
+
+if __name__ == "__main__":
+    main()
