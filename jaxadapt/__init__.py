@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from jaxadapt.nnx import AdapterParam, BaseParam
     from jaxadapt.reducing import resize_rank, to_lora
     from jaxadapt.report import summary
+    from jaxadapt.rescaling import rescale
     from jaxadapt.sharing import push
     from jaxadapt.store import from_peft, load, save, to_peft
     from jaxadapt.weight import Weight
@@ -69,6 +70,7 @@ _HOME = {
         "merging": "merge unmerge",
         "combining": "combine",
         "reducing": "resize_rank to_lora",
+        "rescaling": "rescale",
         "store": "save load to_peft from_peft",
         "checkpoint": "CheckpointManager",
         "folder": "read write inspect read_config",
@@ -118,6 +120,7 @@ __all__ = [
     "push",
     "read",
     "read_config",
+    "rescale",
     "resize_rank",
     "save",
     "summary",

@@ -22,7 +22,7 @@ FLOORS = [
     " trace operations layout liveness layers filters targets drawing codecs consumers card hub".split(),
     "methods families copies bind folder orbax_folder transfer dialects guests guest_config sharding".split(),
     ["linen", "linen_call", "linen_survey", "nnx", "nnx_survey", "merging", "products", "combining"],
-    ["foreign", "attach", "store", "bases", "report", "reducing"],
+    ["foreign", "attach", "store", "bases", "report", "reducing", "rescaling"],
     ["sharing", "checkpoint", "snapshot", "step_files", "preemption", "serving"],
     ["cli", "demo"],
 ]
@@ -68,6 +68,7 @@ SAME_FLOOR = {
     ("linen", "linen_survey"): "one module's work in three files",
     ("linen", "linen_call"): "one module's work in three files",
     ("linen_survey", "linen_call"): "one module's work in three files",
+    ("rescaling", "attach"): "it extracts",
     ("reducing", "attach"): "a pair of trees is planned as a fresh adapter is",
     ("combining", "products"): "it works on the matrices that products reads",
     ("merging", "linen"): "boxes are opened as Linen opens them",

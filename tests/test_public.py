@@ -20,7 +20,8 @@ PUBLIC = {
     "Adapter", "PeftTensors", "KeyMap", "Weight",
     # on a model
     "adapt", "init", "extract", "inject", "detach", "activate", "disable", "delete", "summary",
-    "export_base", "import_base", "merge", "unmerge", "combine", "resize_rank", "to_lora", "AdapterParam", "BaseParam",
+    "export_base", "import_base", "merge", "unmerge", "combine", "rescale", "resize_rank",
+    "to_lora", "AdapterParam", "BaseParam",
     # files
     "save", "load", "read", "write", "inspect", "read_config", "to_peft", "from_peft",
     # while training

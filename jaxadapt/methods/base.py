@@ -38,6 +38,7 @@ class Method(abc.ABC):
 
     peft_type: str
     kinds: frozenset[str] = frozenset({"linear"})
+    scaled: frozenset[str] = frozenset()  # the tensors to multiply where the change of the weight shall be multiplied
     replaces: bool = False  # the leaf altogether, whatever the model does with it: `weight` alone is asked
 
     def __eq__(self, other: object) -> bool:

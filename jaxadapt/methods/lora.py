@@ -54,6 +54,7 @@ class Lora(Method):
 
     peft_type = "LORA"
     kinds = frozenset({"linear", "embedding", "conv"})
+    scaled = frozenset({"lora_B", "lora_B_bias", "lora_embedding_B"})
 
     def check(self, config: Config) -> None:
         assert isinstance(config, LoraConfig)
