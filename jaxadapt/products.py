@@ -229,12 +229,22 @@ def built(config: Config, keymap: KeyMap, like: Mapping[str, Pair], new: Mapping
     return Adapter(config, paths.unflatten(out), keymap)
 
 
-def placed(bound: bind.Bound, a: Array, b: Array) -> tuple[tuple[str, ...], dict[str, Array]]:
+def is_pair(bound: bind.Bound) -> bool:
+    """Whether a site holds A and B as matrices, one pair for each module, and nothing else."""
+    try:
+        _ab(bound)
+    except ConfigError:
+        return False
+    return True
+
+
+def placed(bound: bind.Bound, a: Array, b: Array, scaled: bool = True) -> tuple[tuple[str, ...], dict[str, Array]]:
     """The modules of a site, and its leaves from A (n, r, in) and B (n, out, r) in their order (`weight_rows`' too)."""
     first, last = _ab(bound)
     modules = tuple(_stems(bound, first))
     b = _picked(b, modules, _stems(bound, last))
-    return modules, {first.path: first.form.from_rows(a), last.path: last.form.from_rows(b)}
+    forms = [e.form if scaled else dataclasses.replace(e.form, factor=1.0) for e in (first, last)]
+    return modules, {first.path: forms[0].from_rows(a), last.path: forms[1].from_rows(b)}
 
 
 def _sizes(pair: Pair) -> dict[str, int]:

@@ -22,7 +22,7 @@ FLOORS = [
     " trace operations layout liveness layers filters targets drawing codecs consumers card hub".split(),
     "methods families copies bind folder orbax_folder transfer dialects guests guest_config sharding".split(),
     ["linen", "linen_call", "linen_survey", "nnx", "nnx_survey", "merging", "products", "combining"],
-    ["foreign", "attach", "store", "bases", "report", "reducing", "rescaling"],
+    ["foreign", "attach", "store", "bases", "report", "reducing", "rescaling", "optim", "starting"],
     ["sharing", "checkpoint", "snapshot", "step_files", "preemption", "serving"],
     ["cli", "demo"],
 ]
@@ -91,7 +91,7 @@ DOORS: dict[str, set[str]] = {
     "pickle": set(),  # opcodes are split with pickletools, which executes nothing
     "huggingface_hub": {"hub"},
     "orbax": {"codecs.orbax"},
-    "optax": {"demo"},
+    "optax": {"demo", "optim"},
     "safetensors": {"codecs.safetensors"},
     "click": {"cli", "cli.main"},
     "rich": {"cli", "demo", "report", "progress"},

@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -38,6 +39,7 @@ class Method(abc.ABC):
 
     peft_type: str
     kinds: frozenset[str] = frozenset({"linear"})
+    roles: Mapping[str, str] = MappingProxyType({})  # of its tensors in training; `optim.roles` lists them
     scaled: frozenset[str] = frozenset()  # the tensors to multiply where the change of the weight shall be multiplied
     replaces: bool = False  # the leaf altogether, whatever the model does with it: `weight` alone is asked
 

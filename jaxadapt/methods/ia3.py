@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from types import MappingProxyType
 
 from jaxadapt import targets
 from jaxadapt.axes import LETTERS, Axes, Operation, Use
@@ -32,6 +33,7 @@ class IA3(Method):
     """W·l, over the outputs or (feedforward) the inputs."""
 
     peft_type = "IA3"
+    roles = MappingProxyType({"ia3_l": "vector"})
 
     def check(self, config: Config) -> None:
         assert isinstance(config, IA3Config)

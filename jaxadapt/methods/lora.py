@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Any
 
 from jaxadapt import targets
@@ -55,6 +56,16 @@ class Lora(Method):
     peft_type = "LORA"
     kinds = frozenset({"linear", "embedding", "conv"})
     scaled = frozenset({"lora_B", "lora_B_bias", "lora_embedding_B"})
+    roles = MappingProxyType(
+        {
+            "lora_A": "A",
+            "lora_B": "B",
+            "lora_B_bias": "bias",
+            "lora_magnitude_vector": "vector",
+            "lora_embedding_A": "embedding",
+            "lora_embedding_B": "embedding",
+        }
+    )
 
     def check(self, config: Config) -> None:
         assert isinstance(config, LoraConfig)

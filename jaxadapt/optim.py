@@ -1,0 +1,253 @@
+"""Training helpers on optax: what each adapter parameter is, and optimisers that treat A, B and the rest apart.
+
+    from jaxadapt import optim
+    tx = optim.lora_plus(model, optax.adamw, 1e-4, ratio=16)
+    optimizer = nnx.Optimizer(model, tx, wrt=jaxadapt.AdapterParam)      # Linen: tx.init(lora), tx.update(grads, …)
+
+Every function takes the tree that is trained: an NNX model (or its state), or the collection `{"lora": …}`. Roles come
+from the adapter's own method and configuration there, never from guessing at names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxadapt import bind, linen, nnx, paths, products
+from jaxadapt.adapter import CONFIG_NODE, Adapter
+from jaxadapt.configs import Config
+from jaxadapt.errors import AttachError, ConfigError
+
+__all__ = ["decay_mask", "lora_fa", "lora_plus", "roles", "scale_by_rank"]
+
+Array = Any
+Make = Callable[..., optax.GradientTransformation]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Leaf:
+    """One trained array: of which adapter, at which site, which of its tensors."""
+
+    adapter: str
+    config: Config
+    bound: bind.Bound
+    tensor: str
+    ndim: int  # stacked layers not counted
+
+    @property
+    def role(self) -> str:
+        if self.bound.method.replaces:
+            return "bias" if self.bound.leaf.rpartition(".")[2] == "bias" else "copy"
+        return self.bound.method.roles.get(self.tensor, "other")
+
+    @property
+    def decays(self) -> bool:
+        return self.role in ("A", "B", "embedding") or (self.role == "copy" and self.ndim > 1)
+
+
+def _leaves(tree: Any) -> Any:
+    """The tree with a `_Leaf` in the place of each array (or variable, or box)."""
+    if isinstance(tree, nnx.nnx.Module):
+        tree = nnx.nnx.state(tree, nnx.AdapterParam)
+    if isinstance(tree, nnx.nnx.State):
+        return _of_state(tree)
+    if isinstance(tree, Adapter):
+        return dataclasses.replace(tree, params=paths.unflatten(_named(tree, "default")))
+    if isinstance(tree, Mapping) and "params" not in tree:
+        found = _of_collections(tree)
+        if any(isinstance(x, _Leaf) for x in jax.tree.leaves(found)):
+            return found
+    raise AttachError(
+        "expected the tree that is trained, an adapted NNX model or the adapters' collections (without 'params'), found"
+        f" {type(tree).__name__}"
+    )
+
+
+def _of_state(state: Any) -> Any:
+    held = nnx.variables(state)
+    if not held:
+        raise AttachError("this model carries no adapter to train")
+    made: dict[int, _Leaf] = {}
+    for name, by_path in held.items():
+        known = _named(nnx.extract(state, name), name)
+        made |= {id(var): known[path] for path, var in by_path.items()}
+    return jax.tree.map(lambda var: made[id(var)], state, is_leaf=lambda x: isinstance(x, nnx.nnx.Variable))
+
+
+def _of_collections(tree: Mapping[str, Any]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and CONFIG_NODE in value:
+            adapter = linen.read_collection(value, name)
+            out[name] = {**paths.unflatten(_named(adapter, name)), CONFIG_NODE: value[CONFIG_NODE]}
+        else:
+            out[name] = _of_collections(value) if isinstance(value, Mapping) else value
+    return out
+
+
+def _named(adapter: Adapter, name: str) -> dict[str, _Leaf]:
+    """`{path: what it is}` of one adapter's parameters."""
+    plain = dataclasses.replace(adapter, params=linen.meta.unbox(adapter.params))
+    shapes = {leaf: {t: tuple(x.shape) for t, x in ts.items()} for leaf, ts in plain.sites.items()}
+    return {
+        paths.join(b.leaf, tensor): _Leaf(name, adapter.config, b, tensor, len(shape) - len(b.site.stack))
+        for b in bind.recover(adapter.config, adapter.keymap, shapes)
+        for tensor, shape in shapes[b.leaf].items()
+    }
+
+
+def _map(f: Callable[[_Leaf], Any], tree: Any) -> Any:
+    return jax.tree.map(f, _leaves(tree), is_leaf=lambda x: isinstance(x, _Leaf))
+
+
+# ---------------------------------------------------------------- labels
+
+
+def roles(tree: Any) -> Any:
+    """What each parameter is, as a tree of labels for `optax.multi_transform`.
+
+    "A" and "B" are LoRA's matrices, "embedding" those of an adapted embedding, "bias" a trained bias, "vector" IA3's
+    and DoRA's vectors, "copy" a weight trained in full, "other" the rest.
+
+    >>> import jax, jaxadapt
+    >>> base = {"q": {"kernel": jax.ShapeDtypeStruct((4, 6), "float32")}}
+    >>> adapter = jaxadapt.init(jaxadapt.LoraConfig(r=2, target_modules=["q"]), base, key=jax.random.key(0))
+    >>> roles(adapter.collection)["lora"]["default"]["q"]
+    {'kernel': {'lora_A': 'A', 'lora_B': 'B'}}
+    """
+    return _map(lambda leaf: leaf.role, tree)
+
+
+def decay_mask(tree: Any) -> Any:
+    """Where weight decay belongs, for `optax.adamw(…, mask=…)`: on matrices.
+
+    Not on biases and norms, whose scale means something, nor on IA3's and DoRA's vectors, which begin at one (or at a
+    weight's length) and would be pulled to zero.
+    """
+    return _map(lambda leaf: leaf.decays, tree)
+
+
+# ---------------------------------------------------------------- optimisers
+
+
+def lora_plus(
+    tree: Any,
+    make: Make,
+    learning_rate: Any,
+    ratio: float,
+    *,
+    weight_decay: float = 0.0,
+    embedding_learning_rate: Any = 1e-6,
+) -> optax.GradientTransformation:
+    """LoRA+ (Hayou et al. 2024, arXiv:2402.12354): B learns `ratio` times as fast as A.
+
+    Args:
+        tree: what is trained.
+        make: `optax.adamw`, or any function called as `make(learning_rate, weight_decay=…)`.
+        learning_rate: of A, and of copies of weights; a number or a schedule.
+        ratio: of B's (and of biases' and vectors') learning rate to it; the paper's advice is 16 and more.
+        weight_decay: where `decay_mask` has it.
+        embedding_learning_rate: of adapted embeddings.
+
+    The groups are those of PEFT's `create_loraplus_optimizer`, save that DoRA's magnitudes are not decayed.
+    """
+    if ratio <= 0:
+        raise ConfigError(f"ratio: expected a positive number, found {ratio!r}")
+    group = {"A": "A", "copy": "A", "other": "A", "embedding": "embedding"}
+    labels = _map(lambda leaf: group.get(leaf.role, "B") + ("" if leaf.decays else " plain"), tree)
+    rates = {"A": learning_rate, "embedding": embedding_learning_rate, "B": _times(learning_rate, ratio)}
+    each: dict[Any, optax.GradientTransformation] = {
+        name: make(rate, weight_decay=weight_decay) for name, rate in rates.items()
+    }
+    each |= {f"{name} plain": make(rate, weight_decay=0.0) for name, rate in rates.items()}
+    return optax.multi_transform(each, labels)
+
+
+def _times(rate: Any, ratio: float) -> Any:
+    schedule: Any = rate
+    return (lambda step: schedule(step) * ratio) if callable(rate) else rate * ratio  # pyright: ignore[reportUnknownLambdaType]
+
+
+def scale_by_rank(tree: Any, reference: int = 8) -> optax.GradientTransformation:
+    """Each site's updates times √(r / reference): put it last in `optax.chain`.
+
+    With the scale α/r, and an optimiser of fixed step size such as Adam, the higher a site's rank, the less its weight
+    moves; rsLoRA's α/√r (Kalajdzievski 2023, arXiv:2312.03732) does away with that. These learning rates make the same
+    first step as α'/√r with α' = α/√reference, in a file that readers without rsLoRA understand. Sites that have
+    rsLoRA already, and parameters that are no LoRA matrices, keep their rate.
+    """
+
+    def factor(leaf: _Leaf) -> float:
+        own = {name: size for t in leaf.bound.tensors for name, size in t.own}
+        if leaf.role not in ("A", "B", "embedding") or "r" not in own or leaf.config.get("use_rslora"):
+            return 1.0
+        return math.sqrt(own["r"] / reference)
+
+    factors = _map(factor, tree)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        return jax.tree.map(lambda f, x: jax.tree.map(lambda x: (x * f).astype(x.dtype), x), factors, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def lora_fa(tree: Any, inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """LoRA-FA (Zhang et al. 2023, arXiv:2308.03303): A stays as it is, and B's gradient is corrected for it.
+
+    `inner` (`optax.adamw(1e-3)`, say) sees g·(A·Aᵀ)⁻¹/s² in the place of B's gradient g, and no A at all: it keeps no
+    state for it. As PEFT's `create_lorafa_optimizer`, with each site's own scale, and in float32 (PEFT's goes through
+    bfloat16). Other parameters are `inner`'s as they are.
+
+    Raises `ConfigError` for LoRA on embeddings and convolutions, and for DoRA.
+    """
+    leaves = _leaves(tree)
+    flat, structure = jax.tree.flatten(leaves, is_leaf=lambda x: isinstance(x, _Leaf))
+    where: dict[tuple[str, str], dict[str, int]] = {}
+    for i, leaf in enumerate(flat):
+        where.setdefault((leaf.adapter, leaf.bound.leaf), {})[leaf.tensor] = i
+    sites = {key: at for key, at in where.items() if {flat[i].role for i in at.values()} & {"A", "B", "embedding"}}
+    odd = [f"{name}: {leaf} {sorted(at)}" for (name, leaf), at in sites.items() if set(at) != {"lora_A", "lora_B"}]
+    odd = odd or [
+        f"{name}: {leaf}" for (name, leaf), at in sites.items() if not products.is_pair(flat[at["lora_A"]].bound)
+    ]
+    if odd:
+        raise ConfigError("LoRA-FA is for plain pairs of matrices, which these are not:\n" + paths.listing(odd))
+
+    def corrected(updates: Any, params: Any) -> Any:
+        grads = structure.flatten_up_to(updates)
+        values = structure.flatten_up_to(params)
+        for at in sites.values():
+            a, b = at["lora_A"], at["lora_B"]
+            bound = flat[a].bound
+            (a_value,), (grad,) = jax.tree.leaves(values[a]), jax.tree.leaves(grads[b])
+            grads[b] = jax.tree.unflatten(jax.tree.structure(grads[b]), [_corrected(bound, a_value, grad)])
+        return structure.unflatten(grads)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        if params is None:
+            raise ConfigError("LoRA-FA needs the parameters: tx.update(grads, state, params)")
+        return apart.update(corrected(updates, params), state, params)
+
+    frozen = jax.tree.map(
+        lambda leaf: "A" if leaf.role == "A" else "rest", leaves, is_leaf=lambda x: isinstance(x, _Leaf)
+    )
+    apart = optax.multi_transform({"A": optax.set_to_zero(), "rest": inner}, frozen)
+    return optax.GradientTransformation(apart.init, update)
+
+
+def _corrected(bound: bind.Bound, a: Array, grad: Array) -> Array:
+    """B's gradient times (A·Aᵀ)⁻¹/s², module by module, in float32."""
+    with jax.default_matmul_precision("highest"):
+        tensors = {"lora_A": products.wide(a), "lora_B": products.wide(grad)}
+        a_rows, rows = products.matrices(bound, tensors, scaled=False)
+        gram = a_rows @ jnp.swapaxes(a_rows, 1, 2) + 1e-8 * jnp.eye(a_rows.shape[1])[None]
+        new = rows @ jnp.linalg.pinv(gram) / bound.static.scale**2
+        _, leaves = products.placed(bound, a_rows, new, scaled=False)
+    return leaves[paths.join(bound.leaf, "lora_B")].astype(grad.dtype)
