@@ -1,0 +1,225 @@
+"""What a table of names costs: planning a 70B-shaped model, moving tensors through it, exporting a whole model.
+
+    python -m benchmarks.keymap [--repeats 9] [--layers 4]
+
+Planning: Llama-3-70B's shapes (80 layers, all seven projections, r = 64, nothing allocated): recognising the family,
+what `target_modules` means, and the plan of the file. Encode and decode: the same adapter in bfloat16, fewer layers,
+beside copying the same bytes once. Memory: a model of float32 weights, the largest 128 MB, in a process of its own.
+Exits with 1 if a target is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import ml_dtypes
+import numpy as np
+
+import jaxadapt
+from benchmarks.io import status
+from benchmarks.measure import Way, environment, interleave, ratio, table
+from jaxadapt import attach, bind, families, paths
+
+LAYERS, HIDDEN, INNER, HEADS, KV, HEAD, VOCAB, RANK = 80, 8192, 28672, 64, 8, 128, 128256, 64
+PLAN, SPEED, EXTRA = 0.3, 0.5, 1.5  # seconds; parts of memcpy; times the largest tensor
+CONFIG = jaxadapt.LoraConfig(
+    r=RANK,
+    target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+)
+FAMILIES = ("llama", "tunix:llama3", "maxtext:llama3.1", "maxtext:llama3.1/scan1")
+
+
+def shapes(name: str, layers: int = LAYERS) -> dict[str, tuple[int, ...]]:
+    """The leaves of a Llama-3-70B in this family's layout."""
+    size = {
+        "q_proj": (HIDDEN, HEADS * HEAD),
+        "k_proj": (HIDDEN, KV * HEAD),
+        "v_proj": (HIDDEN, KV * HEAD),
+        "o_proj": (HEADS * HEAD, HIDDEN),
+        "gate_proj": (HIDDEN, INNER),
+        "up_proj": (HIDDEN, INNER),
+        "down_proj": (INNER, HIDDEN),
+        "embed_tokens": (VOCAB, HIDDEN),
+        "lm_head": (HIDDEN, VOCAB),
+    }
+    out: dict[str, tuple[int, ...]] = {}
+    for line in families.named(name).weights:
+        module = line.key.removesuffix(".weight").rpartition(".")[2]
+        if line.key.endswith("bias") or module in ("q_norm", "k_norm"):
+            continue
+        known = {"{l}": layers}
+        inn, out_ = size.get(module, (HIDDEN, HIDDEN))
+        heads = {"q_proj": HEADS, "o_proj": HEADS}.get(module, KV)
+        for role, total in (("inn", inn), ("out", out_)):
+            axes = line.roles[role]
+            if len(axes) == 2:
+                known |= {axes[0]: heads, axes[1]: HEAD}
+            elif axes:
+                known[axes[0]] = total if line.kind == "linear" else HIDDEN
+        if line.kind == "embedding":
+            known = {line.left[0]: VOCAB, line.left[1]: HIDDEN}
+        shape = tuple(known.get(axis, HIDDEN) for axis in line.left)
+        for l in range(layers) if "{l}" in line.leaf else (0,):
+            out[line.leaf.replace("{l}", str(l))] = shape
+    return out
+
+
+def tree(name: str, layers: int = LAYERS) -> Any:
+    leaves = {path: jax.ShapeDtypeStruct(shape, "bfloat16") for path, shape in shapes(name, layers).items()}
+    return paths.unflatten(leaves)
+
+
+def planning(rounds: int) -> tuple[list[list[object]], list[str]]:
+    ways: dict[str, Way] = {}
+    counts: dict[str, tuple[int, int]] = {}
+    for name in FAMILIES:
+        model = tree(name)
+        keymap = name if name.startswith("maxtext") else None  # a Llama of MaxText is not known by its names
+
+        def plan(_: Any, model: Any = model, keymap: str | None = keymap) -> Any:
+            _, bounds = attach.plan_tree(model, CONFIG, keymap)
+            return bind.file_plan(bounds).shapes
+
+        ways[name] = Way(plan)
+        counts[name] = (len(shapes(name)), len(plan(None)))
+    times = interleave(ways, rounds)
+    rows = [
+        [name, *counts[name], f"{statistics.median(t.clock):.3f}", f"{min(t.clock):.3f}"] for name, t in times.items()
+    ]
+    slow = [f"planning {name}: {statistics.median(t.clock):.2f} s" for name, t in times.items()]
+    return rows, [text for text, t in zip(slow, times.values(), strict=True) if statistics.median(t.clock) > PLAN]
+
+
+def moving(rounds: int, layers: int) -> tuple[list[list[object]], list[str], str]:
+    rows: list[list[object]] = []
+    missed: list[str] = []
+    title = ""
+    for name in FAMILIES:
+        model = tree(name, layers)
+        keymap = name if name.startswith("maxtext") else None
+        recipe, bounds = attach.plan_tree(model, CONFIG, keymap)
+        rng = np.random.default_rng(0)
+        leaves = {
+            e.path: rng.standard_normal(e.shape, "float32").astype(ml_dtypes.bfloat16)
+            for e in bind.file_plan(bounds).entries
+        }
+        adapter = jaxadapt.Adapter(recipe.config, paths.unflatten(leaves), recipe.keymap)
+        nbytes = sum(x.nbytes for x in leaves.values())
+        title = f"{nbytes / 1e6:.0f} MB of bfloat16 in {layers} layers"
+        tensors = {k: np.ascontiguousarray(x) for k, x in jaxadapt.to_peft(adapter).tensors.items()}
+        held = jaxadapt.PeftTensors(recipe.config, tensors)
+        ways = {
+            "memcpy": Way(lambda _, leaves=leaves: [x.copy() for x in leaves.values()]),
+            "encode": Way(
+                lambda _, a=adapter: [np.ascontiguousarray(x) for x in jaxadapt.to_peft(a).tensors.values()]
+            ),
+            "decode": Way(
+                lambda _, held=held, model=model, keymap=keymap: jax.block_until_ready(
+                    jaxadapt.from_peft(held, model, keymap=keymap).params
+                )
+            ),
+        }
+        times = interleave(ways, rounds)
+        speed = {way: 1 / ratio(t.clock, times["memcpy"].clock) for way, t in times.items()}
+        both = 2 / sum(1 / speed[way] for way in ("encode", "decode"))
+        rate = nbytes / statistics.median(times["memcpy"].clock) / 1e9
+        speeds = [f"{100 * x:.0f} %" for x in (speed["encode"], speed["decode"], both)]
+        rows.append([name, f"{rate:.1f}", *speeds])
+        if both < SPEED:
+            missed.append(f"encode and decode of {name}: {100 * both:.0f} % of memcpy")
+    return rows, missed, title
+
+
+def weights(scan: bool) -> tuple[str, Mapping[str, Any]]:
+    """A float32 model whose largest tensors have 128 MB, as numpy arrays that are really there."""
+    d, f = 2048, 16384
+    layer = {"self_attn.q_proj": (d, d), "mlp.up_proj": (d, f), "mlp.down_proj": (f, d)}
+    out: dict[str, np.ndarray] = {}
+    for l in range(2):
+        for module, shape in layer.items():
+            out[f"model.layers.{l}.{module}.kernel"] = np.full(shape, l + 1, "float32")
+    if not scan:
+        return "llama", paths.unflatten(out)
+    stacked = {
+        f"model.layers.{m}.kernel": np.stack([out[f"model.layers.{l}.{m}.kernel"] for l in range(2)]) for m in layer
+    }
+    return "llama/scan0", paths.unflatten(stacked)
+
+
+def exporting(kind: str, merged: bool) -> None:
+    """In a process of its own: print by how many bytes an export raises the peak of resident memory."""
+    keymap, model = weights(kind == "stacked")
+    config = jaxadapt.LoraConfig(r=8, target_modules=["q_proj", "up_proj", "down_proj"])
+    adapter = jaxadapt.init(config, model, key=jax.random.key(0), keymap=keymap) if merged else None
+    tiny = {"model": {"norm": {"weight": np.ones(4, "float32")}}}
+    with tempfile.TemporaryDirectory() as folder:
+        jaxadapt.export_base(tiny, folder, keymap="llama")  # what is imported on first use is no memory of the data
+        if merged:
+            q = {"model": {"layers": {"0": {"self_attn": {"q_proj": {"kernel": np.ones((8, 8), "float32")}}}}}}
+            one = jaxadapt.init(config, q, key=jax.random.key(0), keymap="llama")
+            jaxadapt.export_base(q, folder, one, keymap="llama")
+        Path("/proc/self/clear_refs").write_text("5")
+        before = status("VmRSS")
+        jaxadapt.export_base(model, folder, adapter, keymap=keymap)
+        print(status("VmHWM") - before)
+
+
+def memory() -> tuple[list[list[object]], list[str]]:
+    rows: list[list[object]] = []
+    missed: list[str] = []
+    largest = 2048 * 16384 * 4
+    for kind in ("unrolled", "stacked"):
+        for merged in (False, True):
+            command = [sys.executable, "-m", "benchmarks.keymap", "--memory", kind, str(int(merged))]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+            extra = int(done.stdout.split()[-1])
+            what = f"{kind} layers" + (", adapter merged on the way" if merged else "")
+            rows.append([what, f"{extra / 1e6:.1f}", f"{extra / largest:.2f}"])
+            if extra > EXTRA * largest:
+                missed.append(f"export_base, {what}: {extra / largest:.2f} x the largest tensor")
+    return rows, missed
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description="what tables cost")
+    options.add_argument("--repeats", type=int, default=9)
+    options.add_argument("--layers", type=int, default=4)
+    options.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)
+    given = options.parse_args()
+    warnings.simplefilter("ignore")
+    if given.memory:
+        return exporting(given.memory[0], given.memory[1] == "1")
+    print(environment("jax", "flax", "numpy"))
+    rows, missed = planning(given.repeats)
+    head = ["family", "leaves", "tensors", "median s", "best s"]
+    title = f"**planning a Llama-3-70B, r = {RANK}, median of {given.repeats} interleaved rounds**"
+    print(table(title, head, rows), flush=True)
+    rows, more, title = moving(given.repeats, given.layers)
+    head = ["family", "memcpy GB/s", "encode", "decode", "both"]
+    print(table(f"**speed beside memcpy of the same bytes, {title}**", head, rows), flush=True)
+    missed += more
+    rows, more = memory()
+    head = ["model", "extra MB", "x its largest tensor"]
+    print(table("**export_base: peak memory above what was resident before**", head, rows))
+    missed += more
+    if missed:
+        raise SystemExit("\nmissed: " + "; ".join(missed))
+    return None
+
+
+if __name__ == "__main__":
+    main()
