@@ -356,7 +356,7 @@ ASKED = {
 
 
 def test_every_refused_field_is_tried():
-    assert set(ASKED) == set(lora._NOT_YET)
+    assert set(ASKED) == set(lora._REFUSED) - {"enable_lora"}
 
 
 @pytest.mark.parametrize("field", sorted(ASKED))
@@ -365,8 +365,13 @@ def test_lora_fields_that_would_be_ignored_are_refused(field):
     with pytest.raises(ConfigError, match=f"{field}=") as caught:
         methods.of(config)
     assert "will not ignore" in str(caught.value)
-    inert = config_of("LORA", ["q"], **{field: lora._NOT_YET[field]})
-    methods.of(inert)
+
+
+def test_a_field_of_peft_0_2_is_refused_too():
+    config = config_of("LORA", ["q"], extra={"enable_lora": [True, False], "merge_weights": False})
+    with pytest.raises(ConfigError, match=r"enable_lora=\(True, False\), which is of PEFT 0.2"):
+        methods.of(config)
+    methods.of(config_of("LORA", ["q"], extra={"enable_lora": None}))
 
 
 def test_all_refused_fields_stand_in_one_error():
@@ -398,7 +403,7 @@ def test_every_field_of_lora_is_honoured_refused_or_known_to_be_without_effect()
         "inference_mode", "extra",
     }  # fmt: skip
     names = {f.name for f in dataclasses.fields(jaxadapt.LoraConfig)}
-    assert names == honoured | idle | set(lora._NOT_YET)
+    assert names == honoured | idle | set(lora._REFUSED) - {"enable_lora"}
 
 
 def test_methods_without_a_class_are_refused_by_name():

@@ -17,7 +17,6 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from types import MappingProxyType
-from typing import Any
 
 from jaxadapt import targets
 from jaxadapt.axes import Axes, Operation, Use
@@ -29,7 +28,7 @@ from jaxadapt.methods import dora, lowrank
 from jaxadapt.methods.base import Array, Drop, Method, Params, one_value
 from jaxadapt.weight import Tensor
 
-_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "lora_ga")
+_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "lora_ga", "mica")
 """Initialisations whose saved files apply to the unchanged base."""
 
 
@@ -70,9 +69,7 @@ class Lora(Method):
     def check(self, config: Config) -> None:
         assert isinstance(config, LoraConfig)
         problems = [
-            f"{name}={value!r}"
-            for name, plain in _NOT_YET.items()
-            if (value := getattr(config, name)) != plain and value
+            f"{name}={value!r}, which {why}" for name, why in _REFUSED.items() if (value := config.get(name))
         ]
         if config.init_lora_weights not in _PLAIN_INITS:
             problems.append(
@@ -81,7 +78,7 @@ class Lora(Method):
             )
         if problems:
             raise ConfigError(
-                "this LoRA configuration asks for what jaxadapt cannot honour exactly yet, and will not ignore: "
+                "this LoRA configuration asks for what jaxadapt cannot honour exactly, and will not ignore: "
                 + "; ".join(problems)
             )
 
@@ -216,17 +213,20 @@ def _check_site(config: LoraConfig, site: Site, r: int) -> None:
         raise ConfigError(f"{site.leaf}: lora_bias=True is for layers with an output bias, not for embeddings")
 
 
-_NOT_YET: dict[str, Any] = {
-    "use_qalora": False,
-    "layer_replication": None,
-    "target_parameters": None,
-    "alora_invocation_tokens": None,
-    "use_bdlora": None,
-    "arrow_config": None,
-    "kasa_config": None,
-    "velora_config": None,
-    "monteclora_config": None,
-    "megatron_config": None,
-    "ensure_weight_tying": False,
+_REFUSED: dict[str, str] = {
+    "use_qalora": "PEFT has for bases quantised with GPTQ only, and none of them is a JAX model",
+    "layer_replication": "repeats layers of the base: build the model with its layers repeated, then leave it out"
+    " (PEFT's own merge of such an adapter is wrong)",
+    "target_parameters": "adapts parameters that are no layer's weight, such as stacked experts; not built yet",
+    "alora_invocation_tokens": "adapts only the tokens behind an invocation sequence, and a layer does not see tokens",
+    "use_bdlora": "makes A or B block-diagonal; not built yet",
+    "arrow_config": "routes every token among other adapters",
+    "kasa_config": "cuts the smallest singular values off the base weights, and an adapter never changes the base here",
+    "velora_config": "compresses activations for the backward pass by vectors kept in the file; not built yet",
+    "monteclora_config": "draws its factors anew in training, from distributions with parameters of their own",
+    "megatron_config": "is for Megatron's parallel layers",
+    "ensure_weight_tying": "gives tied layers one adapter between them under several names; not built yet",
+    "enable_lora": "is of PEFT 0.2, for layers that hold several projections: PEFT itself drops it and computes"
+    " something else",
 }
-"""Fields that change what is computed and are not built yet, with their inert value."""
+"""Fields that change what is computed and are not honoured, with the reason; the last is none of PEFT's any more."""
