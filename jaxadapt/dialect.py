@@ -131,6 +131,11 @@ class Dialect:
                 return self.base(_fill(name, found.groupdict()))
         return path
 
+    def flattened(self) -> Dialect:
+        """The same with its layouts the other way round: those that flatten come first."""
+        pairs = tuple(dataclasses.replace(pair, layouts=pair.layouts[::-1]) for pair in self.pairs)
+        return dataclasses.replace(self, pairs=pairs)
+
     def paths(self, leaf: str) -> tuple[str, str, Pair] | None:
         """Where the arrays of a base leaf would lie, by the line that says most of it."""
         for pair in sorted(self.pairs, key=lambda pair: pair.leaf.count("{")):

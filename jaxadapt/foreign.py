@@ -34,7 +34,7 @@ Put = Callable[[Mapping[str, Any]], Any]
 class Found:
     """A tree with LoRA leaves of a known dialect: the leaves, how to put others there, and the base's shapes.
 
-    `stored` is the alpha of each base leaf, where the tree has it.
+    `stored` is the alpha of each base leaf, where the tree has it; `sizes` are those of axes that somebody gave.
     """
 
     tree: Any
@@ -43,6 +43,7 @@ class Found:
     put: Put
     base: dict[str, tuple[int, ...]]
     stored: dict[str, float]
+    sizes: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int])
 
     @property
     def arrays(self) -> dict[str, tuple[int, ...]]:
@@ -82,7 +83,7 @@ def survey(found: Found, keymap: KeyMap | str | None, keys: Collection[str] = ()
         claimed = found.dialect.claim(found.leaves)
         lines = nnx_survey.class_lines(nnx.base_leaves(found.tree), table)
         table = table.with_lines(line for line in lines if line.leaf in claimed)
-    return guests.survey(found.dialect, table, found.arrays, found.base, found.stored)
+    return guests.survey(found.dialect, table, found.arrays, found.base, found.stored, found.sizes)
 
 
 def _table(found: Found, keymap: KeyMap | str | None) -> KeyMap:
@@ -162,7 +163,7 @@ def put(
             f'inside jit nobody can tell whether two As are equal; pass on_shared="concat", or put them into the'
             f" {found.dialect.name} tree outside"
         )
-    placed = guests.fill(known, values, ratios, on_shared == "concat", _never if traced else _same)
+    placed = guests.fill(known, values, ratios, on_shared == "concat", _never if traced else same)
     # Where the file says nothing B is zero, so A may stay as it is, and can be trained; not so beside a shared B.
     kept = {guest.a.path for guest in known.guests if guest.b.shared == 1}
     dtypes = _dtypes(found, placed, dtype, source)
@@ -188,7 +189,7 @@ def _specs(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
     return tensors.specs if isinstance(tensors, Encoded) else tensors
 
 
-def _same(a: Any, b: Any) -> bool:
+def same(a: Any, b: Any) -> bool:
     """Bit for bit, so that a NaN equals itself and 0.0 is not -0.0."""
     x, y = np.asarray(a), np.asarray(b)
     return x.dtype == y.dtype and x.tobytes() == y.tobytes()
@@ -358,4 +359,4 @@ def _reboxed(node: Any, value: Any) -> Any:
     return node.replace(value) if isinstance(node, nnx.nnx.Variable) else value
 
 
-__all__ = ["Found", "extract", "find", "put", "survey", "take", "unknown"]
+__all__ = ["Found", "extract", "find", "put", "same", "survey", "take", "unknown"]

@@ -20,7 +20,7 @@ from jaxadapt.configs import LoraConfig
 from jaxadapt.dialect import RANK, Dialect, Dims, layouts
 from jaxadapt.errors import KeyMapError, MismatchError
 from jaxadapt.keymap import KeyMap, Site, entries
-from jaxadapt.weight import Tensor
+from jaxadapt.weight import Tensor, Weight, fine
 
 Shape = tuple[int, ...]
 Array = Any
@@ -149,12 +149,14 @@ def survey(
     arrays: Mapping[str, Shape],
     base: Mapping[str, Shape],
     stored: Mapping[str, float] | None = None,
+    sizes: Mapping[str, int] | None = None,
 ) -> Guests:
     """Bind the LoRA arrays of a tree, `{path: shape}`, to a family's table.
 
     Args:
         base: `{the family's name of a base leaf: shape}`; may be empty, where only the LoRA leaves are at hand.
         stored: `{base leaf: alpha}` where the tree has it.
+        sizes: of axes, by the letters of the table's lines, where the base is not at hand.
 
     Raises one `KeyMapError` with every leaf that the table has no line for, or whose shape no layout of the
     dialect explains.
@@ -168,7 +170,8 @@ def survey(
             problems.append(f"{', '.join(names)}: the table {keymap.name!r} has no line for {leaf!r}")
             continue
         try:
-            out.append(_guest(dialect, keymap, site, candidates, arrays, base.get(leaf)))
+            hints = hinted(site.weight, sizes or {})
+            out.append(_guest(dialect, keymap, site, candidates, arrays, base.get(leaf), hints))
         except KeyMapError as error:
             problems.append(str(error))
     if problems:
@@ -180,20 +183,10 @@ def survey(
     return Guests(dialect, keymap, tuple(out), dict(base), stored or {})
 
 
-def expected(dialect: Dialect, keymap: KeyMap, leaf: str, base: Shape, rank: int) -> dict[str, Shape]:
-    """The paths and shapes that a dialect's arrays have at a base leaf; its first layout where it has several."""
-    site, found = keymap.site(leaf), dialect.paths(leaf)
-    if site is None or found is None:
-        raise KeyMapError(f"neither {keymap.name!r} nor {dialect.name} has a line for the leaf {leaf!r}")
-    path_a, path_b, pair = found
-    sizes = {**plan.sizes_of(site, base), RANK: rank}
-    choices = layouts(pair, site.weight, dialect.shares)
-    if not choices:
-        raise KeyMapError(f"{dialect.name} has no layout for {leaf!r} ({site.weight.pattern!r})")
-    return {
-        path: tuple(math.prod(sizes[n] for n in dim) for dim in dims)
-        for path, dims in zip((path_a, path_b), choices[0], strict=True)
-    }
+def hinted(weight: Weight, sizes: Mapping[str, int]) -> dict[str, int]:
+    """The sizes of a line's axes, of those whose letters have one; "(c p)" where c and p do."""
+    known = {**sizes, **dict(weight.sizes)}
+    return {axis: math.prod(known[n] for n in fine(axis)) for axis in weight.left if set(fine(axis)) <= set(known)}
 
 
 def _guest(
@@ -203,8 +196,9 @@ def _guest(
     candidates: Sequence[tuple[str, str, int]],
     arrays: Mapping[str, Shape],
     base: Shape | None,
+    hints: Mapping[str, int],
 ) -> Guest:
-    sizes = {axis: len(site.weight.names(axis) or ()) for axis in site.roles["fused"]}
+    sizes = {**hints, **{axis: len(site.weight.names(axis) or ()) for axis in site.roles["fused"]}}
     if base is not None:
         sizes = plan.sizes_of(site, base)
     tried: list[str] = []
@@ -326,55 +320,67 @@ def fill(
     Raises one `MismatchError` with every array that cannot hold what the file says exactly.
     """
     out: dict[str, tuple[Half, Placed]] = {}
-    differ: list[str] = []
-    small: dict[str, tuple[int, int]] = {}
+    rows, differ, need = _rows(guests, tensors, ratios, same)
+    if differ and not concat:
+        raise MismatchError(
+            f"{guests.dialect.name} has one array where the file has several, and they differ:\n"
+            + paths.listing(dict.fromkeys(differ))
+            + '\nTrain them with one A, or build the target with a larger rank and pass on_shared="concat", which'
+            " puts them side by side"
+        )
+    small = {half.path: half for g in guests.guests for half in (g.a, g.b) if need[half.path] > half.rank}
+    if small:
+        listed = [f"{path}: rank {half.rank}, needed {need[path]}" for path, half in small.items()]
+        raise MismatchError(
+            f"the target's rank is too small:\n{paths.listing(listed)}\nBuild it with"
+            f" rank={max(need.values())}: what the file does not fill is zero"
+        )
     for guest in guests.guests:
-        rows: dict[str, slice] = {}
-        for half in sorted((guest.a, guest.b), key=lambda half: -half.shared):
-            for first in range(0, len(half.keys), half.shared):
-                sharers = [i for i in range(first, first + half.shared) if half.modules[i] in ratios]
-                groups = _groups([tensors[half.keys[i]] for i in sharers], same)
-                if len(set(groups)) > 1 and not concat:
-                    names = [half.modules[i] for i in sharers]
-                    differ.append(f"{half.path} is one for {', '.join(names[:4])}{', …' if len(names) > 4 else ''}")
-                if half.shared == 1 and sharers and half.modules[sharers[0]] in rows:
-                    continue  # its partner is shared, and has said where
-                ends: dict[int, int] = {}
-                at = 0
-                for i, group in zip(sharers, groups, strict=True):
-                    rank = int(tensors[half.keys[i]].shape[half.form.file_rank])
-                    if group not in ends:
-                        at += rank
-                        ends[group] = at
-                    mine = slice(ends[group] - rank, ends[group])
-                    if rows.setdefault(half.modules[i], mine) != mine:
-                        differ.append(f"{half.path}, like its partner, is one for several modules")
-                if at > half.rank:
-                    small[half.path] = (max(at, small.get(half.path, (0, 0))[0]), half.rank)
         for half, of_b in ((guest.a, False), (guest.b, True)):
             out[half.path] = half, {
                 i: (tensors[key], rows[m], ratios[m] if of_b else 1.0)
                 for i, (key, m) in enumerate(zip(half.keys, half.modules, strict=True))
                 if m in rows
             }
-    parts: list[str] = []
-    if differ:
-        parts.append(
-            f"{guests.dialect.name} has one array where the file has several, and they differ:\n"
-            + paths.listing(dict.fromkeys(differ))
-            + '\nTrain them with one A, or build the target with a larger rank and pass on_shared="concat", which'
-            " puts them side by side"
-        )
-    if small and not differ:
-        most = max(need for need, _ in small.values())
-        listed = [f"{path}: rank {have}, needed {need}" for path, (need, have) in small.items()]
-        parts.append(
-            f"the target's rank is too small:\n{paths.listing(listed)}\nBuild it with rank={most}: what the file"
-            " does not fill is zero"
-        )
-    if parts:
-        raise MismatchError("\n".join(parts))
     return out
+
+
+def needed(guests: Guests, tensors: Mapping[str, Array], ratios: Mapping[str, float], same: Any) -> int:
+    """The rank that a tree needs to hold a file's tensors, those that share an array side by side where they differ."""
+    return max(_rows(guests, tensors, ratios, same)[2].values())
+
+
+def _rows(
+    guests: Guests, tensors: Mapping[str, Array], ratios: Mapping[str, float], same: Any
+) -> tuple[dict[str, slice], list[str], dict[str, int]]:
+    """Each module's rows on the rank's axis, the arrays whose tensors differ, and each array's needed rank."""
+    rows: dict[str, slice] = {}
+    differ: list[str] = []
+    need: dict[str, int] = {}
+    for guest in guests.guests:
+        for half in sorted((guest.a, guest.b), key=lambda half: -half.shared):
+            need[half.path] = 0
+            for first in range(0, len(half.keys), half.shared):
+                sharers = [i for i in range(first, first + half.shared) if half.modules[i] in ratios]
+                groups = _groups([tensors[half.keys[i]] for i in sharers], same)
+                if len(set(groups)) > 1:
+                    names = [half.modules[i] for i in sharers]
+                    differ.append(f"{half.path} is one for {', '.join(names[:4])}{', …' if len(names) > 4 else ''}")
+                ends: dict[int, int] = {}
+                at = 0
+                for i, group in zip(sharers, groups, strict=True):
+                    rank = int(tensors[half.keys[i]].shape[half.form.file_rank])
+                    if half.shared == 1 and half.modules[i] in rows:  # its partner is shared, and has said where
+                        at = rows[half.modules[i]].stop
+                        continue
+                    if group not in ends:
+                        at += rank
+                        ends[group] = at
+                    mine = slice(ends[group] - rank, ends[group])
+                    if rows.setdefault(half.modules[i], mine) != mine:
+                        differ.append(f"{half.path}, like its partner, is one for several modules")
+                need[half.path] = max(at, need[half.path])
+    return rows, differ, need
 
 
 def _groups(tensors: Sequence[Array], same: Any) -> list[int]:

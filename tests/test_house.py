@@ -20,10 +20,10 @@ FLOORS = [
     ["errors", "progress", "paths", "axes", "configs"],
     "weight arrangement keymap generic dialect plan adapter"
     " trace operations layout liveness layers filters targets drawing codecs consumers card hub".split(),
-    "methods families copies bind folder orbax_folder transfer dialects guests guest_config sharding".split(),
+    "methods families copies bind folder orbax_folder transfer dialects guests guest_config laying sharding".split(),
     ["linen", "linen_call", "linen_survey", "nnx", "nnx_survey", "merging", "products", "combining"],
     ["foreign", "attach", "store", "bases", "report", "reducing", "rescaling", "optim", "starting"],
-    ["sharing", "checkpoint", "snapshot", "step_files", "preemption", "serving"],
+    ["converting", "sharing", "checkpoint", "snapshot", "step_files", "preemption", "serving"],
     ["cli", "demo"],
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -56,6 +56,7 @@ SAME_FLOOR = {
     ("attach", "foreign"): "another library's tree is taken out of, and put into, by the same verbs",
     ("store", "foreign"): "another library's tree is saved and loaded by the same verbs",
     ("dialect", "weight"): "its layouts speak of a weight's roles",
+    ("laying", "guests"): "a hint is the same for a tree that is made as for one that is read",
     ("guests", "methods"): "a method says how PyTorch lays out its tensors",
     ("guest_config", "methods"): "a method says its scale",
     ("guest_config", "guests"): "a tree tells a part of its configuration",

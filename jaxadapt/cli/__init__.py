@@ -14,7 +14,7 @@ import click
 from jaxadapt import __version__
 from jaxadapt.errors import AdapterError
 
-COMMANDS = ("demo", "inspect", "push", "pull", "families", "completion")
+COMMANDS = ("demo", "inspect", "push", "pull", "convert", "families", "completion")
 """In the order of the help page."""
 
 INTERRUPTED = 130

@@ -15,13 +15,19 @@ from jaxadapt.errors import KeyMapError
 from jaxadapt.paths import listing
 
 DIALECTS: dict[str, Dialect] = {d.name: d for d in (QWIX, NNX_LORA, GEMMA, MAXTEXT, LEVANTER, LORAX)}
+USED = {"tunix": QWIX.name, "maxtext": f"{QWIX.name}/flat", "gemma": GEMMA.name}
+"""What the models of a family's library (the part of its name before the colon) are trained with."""
 
 
 def named(name: str) -> Dialect:
-    """A dialect by its name."""
-    if name not in DIALECTS:
-        raise KeyMapError(f"no dialect is called {name!r}; known are {', '.join(sorted(DIALECTS))}")
-    return DIALECTS[name]
+    """A dialect by its name; "qwix/flat" is Qwix on layers that call dot_general, where plain Qwix means einsums."""
+    base, _, change = name.partition("/")
+    if base not in DIALECTS or change not in ("", "flat"):
+        raise KeyMapError(
+            f"no dialect is called {name!r}; known are {', '.join(sorted(DIALECTS))} (add /flat where layers call"
+            " dot_general, and so inputs and outputs are one axis each)"
+        )
+    return DIALECTS[base].flattened() if change else DIALECTS[base]
 
 
 def recognise(paths: Collection[str]) -> Dialect | None:

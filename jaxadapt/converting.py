@@ -1,0 +1,220 @@
+"""Files alone: an adapter from one family, spelling or library's layout into another, with no model at hand.
+
+A PEFT folder is the form between all of them. The other is a safetensors file of a tree's leaves under their dotted
+paths, `save_file({".".join(path): leaf, …})`, as another library's users keep it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxadapt import dialects, families, folder, foreign, guests, laying, paths, targets
+from jaxadapt.adapter import PeftTensors
+from jaxadapt.codecs import safetensors
+from jaxadapt.configs import Config, LoraConfig
+from jaxadapt.dialect import Dialect, is_like
+from jaxadapt.errors import ConfigError, FileError, KeyMapError
+from jaxadapt.keymap import PEFT_PREFIX, KeyMap
+
+NOTE = "jaxadapt_tree"
+"""The key of the note in a tree's file: the scale that the tree itself does not keep."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Converted:
+    """What was written: for a tree, what its model must be built with."""
+
+    path: str
+    tensors: int
+    dialect: str | None
+    rank: int
+    lora_alpha: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    from_keymap: KeyMap | str | None = None,
+    to_keymap: KeyMap | str | None = None,
+    dialect: str | None = None,
+    lora_alpha: float | None = None,
+    like: str | os.PathLike[str] | None = None,
+    sizes: Mapping[str, int] | None = None,
+    on_shared: str | None = None,
+) -> Converted:
+    """Re-lay an adapter: from a PEFT folder or a tree's file (`*.safetensors`) into a PEFT folder or a tree's file.
+
+    Args:
+        from_keymap: the family of a tree that is read; by default the one its paths show. Of a folder: the spelling.
+        to_keymap: the family of a tree that is written; of a folder, another spelling.
+        dialect: of a tree that is written; by default what the family's library trains with.
+        lora_alpha: of a tree that is read, where its file does not say it.
+        like: a safetensors file with the base weights' shapes of the tree that is written, or else read (its header
+            is all that is read).
+        sizes: else those of axes that a file does not tell apart, by the letters of the family's lines.
+        on_shared: as in `load`; the rank grows as is needed.
+
+    Raises `AdapterError`, and then nothing is written.
+    """
+    trees = [Path(path).suffix == ".safetensors" for path in (source, target)]
+    if not any(trees) and (like is not None or sizes):
+        raise ConfigError("like and sizes are for trees (a file ending in .safetensors)")
+    tensors = _read(Path(source), from_keymap, lora_alpha, None if trees[1] else like, sizes or {})
+    if not trees[1]:
+        if dialect is not None or on_shared is not None:
+            raise ConfigError("dialect and on_shared are for trees that are written (a target ending in .safetensors)")
+        if from_keymap is not None and to_keymap is not None and Path(source).suffix != ".safetensors":
+            tensors = _respelt(tensors, families.resolve(from_keymap, {}), families.resolve(to_keymap, {}))
+        elif to_keymap is not None:
+            raise ConfigError("to_keymap is for trees, or with from_keymap for another spelling of the same family")
+        config = _lora(tensors.config, "a folder").replace(inference_mode=True)
+        folder.write(dataclasses.replace(tensors, config=config), target)
+        return Converted(str(target), len(tensors.tensors), None, config.r, config.lora_alpha)
+    if to_keymap is None:
+        raise ConfigError('a tree needs its family: to_keymap="tunix:qwen3", say')
+    return _write_tree(tensors, Path(target), families.resolve(to_keymap, {}), dialect, like, sizes or {}, on_shared)
+
+
+def _read(
+    path: Path, keymap: KeyMap | str | None, lora_alpha: float | None, like: Any, sizes: Mapping[str, int]
+) -> PeftTensors:
+    if path.suffix != ".safetensors":
+        if lora_alpha is not None:
+            raise ConfigError(f"{path}: lora_alpha is for a tree's file; an adapter's folder has its own")
+        return folder.read(path)
+    leaves = _dotted(safetensors.read(path))
+    note = _note(path)
+    if lora_alpha is None and note:
+        lora_alpha = note["lora_alpha"]
+    if not any(map(is_like, leaves)):
+        raise FileError(f"{path}: expected the leaves of a tree with LoRA in it, found none that looks like one")
+    found = foreign.find(leaves)
+    if found is None:
+        raise FileError(f"{path}: {foreign.unknown(leaves).strip()}")
+    found = dataclasses.replace(found, base={**found.base, **_shapes(like, found.dialect)}, sizes=sizes)
+    config, _, tensors = foreign.take(found, None, keymap, lora_alpha, "convert(source, target")
+    return PeftTensors(config, tensors, str(path))
+
+
+def _note(path: Path) -> dict[str, Any]:
+    text = safetensors.read_header(path).metadata.get(NOTE, "{}")
+    try:
+        found = json.loads(text)
+        alpha = found.get("lora_alpha")
+    except (ValueError, AttributeError):
+        return {}
+    return found if isinstance(alpha, int | float) and not isinstance(alpha, bool) else {}
+
+
+def _dotted(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    return {path.replace("/", "."): leaf for path, leaf in leaves.items()}
+
+
+def _lora(config: Config, what: str) -> LoraConfig:
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(f"{config.peft_type} cannot be converted to {what}: trees of other libraries hold LoRA only")
+    return config
+
+
+def _respelt(tensors: PeftTensors, source: KeyMap, target: KeyMap) -> PeftTensors:
+    config = tensors.config
+    pairs = _pairs(tensors)
+    names = laying.respelt(source, target, list(pairs))
+    stale = [f for f in ("rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform") if config.get(f)]
+    if stale and set(names) != set(names.values()):
+        raise ConfigError(f"{tensors.source}: {', '.join(stale)} speak of the old names; write them anew")
+    if not all(targets.matches(config, m) for m in names.values()):
+        config = _lora(config, "another spelling").replace(target_modules=sorted(names.values()))
+    new = {
+        f"{PEFT_PREFIX}{names[m]}.lora_{side}.weight": x
+        for m, pair in pairs.items()
+        for side, x in zip("AB", pair, strict=True)
+    }
+    return PeftTensors(config, new, tensors.source)
+
+
+def _write_tree(
+    tensors: PeftTensors,
+    path: Path,
+    keymap: KeyMap,
+    name: str | None,
+    like: Any,
+    sizes: Mapping[str, int],
+    on_shared: str | None,
+) -> Converted:
+    config = _lora(tensors.config, "a tree")
+    library = keymap.name.partition(":")[0]
+    if name is None and library not in dialects.USED:
+        raise ConfigError(f"say which dialect the tree of {keymap.name!r} has: {', '.join(dialects.DIALECTS)}")
+    dialect = dialects.named(name or dialects.USED[library])
+    if dialect.slots:
+        raise ConfigError(f"{dialect.name} keeps several adapters in one tree; load into its model instead")
+    pairs = _pairs(tensors)
+    known = _shapes(like, dialect)
+    leaves = known or [w.leaf.replace("{l}", "0") for w in keymap.weights]
+    keymap = keymap.spelt_as([f"{m}.weight" for m in pairs], leaves)
+    shapes = {m: (tuple(a.shape), tuple(b.shape)) for m, (a, b) in pairs.items()}
+    adapted = laying.find(keymap, shapes, known)
+
+    def blank(rank: int) -> foreign.Found:
+        arrays: dict[str, tuple[int, ...]] = {}
+        for one in adapted:
+            arrays |= laying.arrays(dialect, one, shapes, rank, known.get(one.site.leaf), sizes)
+        # (What is never written is never read, so that only the shapes cost anything.)
+        dtype = np.result_type(*(a.dtype for a, _ in pairs.values()))
+        leaves = {p: np.broadcast_to(np.zeros((), dtype), shape) for p, shape in arrays.items()}
+        return foreign.Found(leaves, dialect, leaves, lambda new: {**leaves, **new}, known, {}, sizes)
+
+    rank = max(a[0] for a, _ in shapes.values())
+    if on_shared is not None:
+        trial = blank(rank)
+        ratios = dict.fromkeys(pairs, 1.0)
+        rank = guests.needed(foreign.survey(trial, keymap), tensors.tensors, ratios, foreign.same)
+    scale = config.lora_alpha / config.r
+    alpha = None if dialect.unscaled else scale * rank
+    tree = foreign.put(
+        blank(rank), config, tensors.tensors, keymap=keymap, lora_alpha=alpha, on_shared=on_shared,
+        source=tensors.source, call="convert(source, target",
+    )  # fmt: skip
+    written = {p: np.asarray(x) for p, x in tree.items()}
+    note = {NOTE: json.dumps({"dialect": dialect.name, "keymap": keymap.name, "lora_alpha": alpha})}
+    specs = {p: (x.dtype, x.shape) for p, x in written.items()}
+    safetensors.write(path, specs, written.__getitem__, {} if alpha is None else note)
+    return Converted(str(path), len(written), dialect.name, rank, float(rank if alpha is None else alpha))
+
+
+def _pairs(tensors: PeftTensors) -> dict[str, tuple[Any, Any]]:
+    """`{module: (A, B)}`; what is neither is refused."""
+    found: dict[str, dict[str, Any]] = {}
+    odd: list[str] = []
+    for key, x in tensors.tensors.items():
+        module, middle, last = key.removeprefix(PEFT_PREFIX).rpartition(".lora_")
+        if middle and last in ("A.weight", "B.weight"):
+            found.setdefault(module, {})[last[0]] = x
+        else:
+            odd.append(key)
+    half = [m for m, pair in found.items() if len(pair) != 2]
+    if odd or half:
+        listed = [*odd, *(f"{m}: A or B is missing" for m in half)]
+        raise KeyMapError(f"{tensors.source}: no place in a tree for\n" + paths.listing(listed))
+    return {m: (pair["A"], pair["B"]) for m, pair in found.items()}
+
+
+def _shapes(like: Any, dialect: Dialect) -> dict[str, tuple[int, ...]]:
+    """`{base leaf: shape}` of a file with a tree's shapes."""
+    if like is None:
+        return {}
+    header = safetensors.read_header(like).tensors
+    leaves = _dotted({path: info.shape for path, info in header.items()})
+    return {dialect.base(p): tuple(shape) for p, shape in leaves.items() if not is_like(p)}
