@@ -336,6 +336,9 @@ class CheckpointManager:
         if chosen is None:
             raise FileError(f"{self.folder}: there is no checkpoint")
         stored = step_files.stored(self._path(chosen))
+        if stored.taken.guest:
+            what = stored.taken.guest.get("dialect")
+            raise AttachError(f"{stored.path}: holds {what} LoRA leaves; export writes them, restore puts them back")
         if name not in stored.taken.recipes:
             raise AttachError(f"{stored.path}: no adapter is called {name!r}; found {sorted(stored.taken.recipes)}")
         begin = f"adapter/{name}/"
@@ -345,12 +348,21 @@ class CheckpointManager:
         return Adapter(recipe.config, tree, recipe.keymap)
 
     def export(self, step: int | None, path: str | os.PathLike[str], **options: Any) -> None:
-        """Writes a step's adapters (None: the latest's) as a folder that PEFT reads; `options` as in `save`."""
+        """Writes a step's adapters (None: the latest's) as a folder that PEFT reads; no model is needed.
+
+        `options` are those of `jaxadapt.save`; of another library's tree `lora_alpha=` or `config=` is needed.
+        """
         self.wait()
         chosen = self.latest if step is None else step
         if chosen is None:
             raise FileError(f"{self.folder}: there is no checkpoint to export")
-        for name in step_files.stored(self._path(chosen)).taken.recipes:
+        stored = step_files.stored(self._path(chosen))
+        if stored.taken.guest:
+            flat = step_files.read(stored, {n: None for n in stored.specs if n.startswith("guest/")})
+            leaves = {n.removeprefix("guest/"): value for n, value in flat.items()}
+            if _first():
+                store.save(snapshot.guest_of(stored.taken, leaves), path, **options)
+        for name in stored.taken.recipes:
             adapter = self.adapter(chosen, name)  # by all processes: Orbax waits for each of them
             if _first():
                 store.save(adapter, path, name=name, **options)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxadapt import attach, nnx, paths
+from jaxadapt import attach, dialects, foreign, nnx, paths
 from jaxadapt.adapter import Adapter, Recipe
 from jaxadapt.errors import AttachError, FormatError, MismatchError
 
@@ -42,6 +42,7 @@ class Taken:
     Args:
         arrays: as they are on the device; typed random keys as their key data.
         recipes: `{adapter name: Recipe.to_text()}`.
+        guest: of a tree with another library's LoRA leaves, which are saved as they are: what tells how to read them.
         values: leaves that are no arrays, `{name: [type, JSON value]}`.
         keys: `{name: implementation}` of the arrays that are random keys.
         hosts: the names of the arrays that were numpy's.
@@ -50,6 +51,7 @@ class Taken:
 
     arrays: dict[str, Any]
     recipes: dict[str, str]
+    guest: dict[str, Any]
     values: dict[str, Any]
     keys: dict[str, str]
     hosts: list[str]
@@ -82,9 +84,15 @@ def take(model: Any, parts: Mapping[str, Any]) -> Taken:
 
     Raises `AttachError` for leaves that cannot be saved, all of them together.
     """
-    taken = Taken({}, {}, {}, {}, [], {})
+    taken = Taken({}, {}, {}, {}, {}, [], {})
     problems: list[str] = []
-    for name in adapter_names(model):
+    guest = _guest(model)
+    if guest is not None:
+        base = {path: list(shape) for path, shape in guest.base.items()}
+        taken.guest.update(dialect=guest.dialect.name, base=base, stored=guest.stored)
+        for path, leaf in guest.leaves.items():
+            _add(taken, f"guest/{path}", leaf, problems)
+    for name in [] if guest is not None else adapter_names(model):
         adapter = attach.extract(model, name)
         taken.recipes[name] = adapter.recipe.to_text()
         for path, leaf in adapter.flat().items():
@@ -99,6 +107,10 @@ def take(model: Any, parts: Mapping[str, Any]) -> Taken:
     if problems:
         raise AttachError("these cannot be saved:\n" + paths.listing(problems))
     return taken
+
+
+def _guest(model: Any) -> foreign.Found | None:
+    return None if isinstance(model, Adapter) else attach.guest_in(model)
 
 
 def adapter_names(model: Any) -> list[str]:
@@ -228,6 +240,16 @@ def _plain(tree: Any) -> Any:
     return ["leaf"] if jax.tree_util.all_leaves([tree]) and not _object(tree) else None
 
 
+def guest_of(stored: Taken, leaves: Mapping[str, Any]) -> foreign.Found:
+    """The tree of another library that was saved, without the tree: enough to name its tensors for PEFT."""
+    try:
+        dialect = dialects.named(stored.guest["dialect"])
+        base = {path: tuple(shape) for path, shape in stored.guest["base"].items()}
+        return foreign.Found(None, dialect, dict(leaves), lambda new: new, base, dict(stored.guest["stored"]))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise FormatError(f"what the checkpoint says of its tree is damaged: {error}") from error
+
+
 # ---------------------------------------------------------------- back in
 
 
@@ -262,6 +284,13 @@ def fill(model: Any, parts: Mapping[str, Any], stored: Taken, specs: Specs, read
     """
     wanted: dict[str, Any] = {}
     problems: list[str] = []
+    guest = _guest(model)
+    if (guest.dialect.name if guest else None) != stored.guest.get("dialect"):
+        held, saved = (f"{what} LoRA leaves" if what else "an adapter of this library" for what in (
+            guest.dialect.name if guest else None, stored.guest.get("dialect")))  # fmt: skip
+        problems.append(f"{saved} saved, the target has {held}")
+    elif guest is not None:
+        wanted |= {f"guest/{path}": leaf for path, leaf in guest.leaves.items()}
     for name, text in stored.recipes.items():
         recipe = Recipe.from_text(text)
         if name not in adapter_names(model):
@@ -362,6 +391,11 @@ def _filled_model(model: Any, others: Any, stored: Taken, values: Mapping[str, A
             model = dataclasses.replace(adapter, keymap=model.keymap)
         else:
             model = attach.inject(adapter, model, name)
+    if stored.guest:
+        guest = _guest(model)
+        assert guest is not None
+        flat = {n.removeprefix("guest/"): v for n, v in values.items() if n.startswith("guest/")}
+        model = guest.put(flat)
     others = _filled("model", others, values)
     if isinstance(model, nnx.nnx.Module):
         nnx.nnx.update(model, others)

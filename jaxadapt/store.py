@@ -80,7 +80,9 @@ def _to_peft(
     instead: str,
     traced: bool,
 ) -> PeftTensors:
-    guest = None if isinstance(tree, Adapter | PeftTensors) else attach.guest_in(tree)
+    guest = tree if isinstance(tree, foreign.Found) else None
+    if guest is None and not isinstance(tree, Adapter | PeftTensors):
+        guest = attach.guest_in(tree)
     if guest is not None:
         with_values(guest.leaves, traced)
         call = "to_peft(tree" if traced else "save(tree, path"
