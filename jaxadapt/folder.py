@@ -17,7 +17,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -296,7 +296,11 @@ def _inspect_orbax(path: str | os.PathLike[str]) -> Info:
 # ---------------------------------------------------------------- writing
 
 
-def write(tensors: PeftTensors, path: str | os.PathLike[str]) -> None:
+Put = Callable[[Path, Mapping[str, Any], Mapping[str, str]], object]
+"""`(path, {key: (dtype, shape)}, metadata)`: another way to write the tensors' file."""
+
+
+def write(tensors: PeftTensors, path: str | os.PathLike[str], put: Put | None = None) -> None:
     """Write an adapter folder, durably and atomically: a crash leaves the old adapter or the new one.
 
     The folder is made if it is missing; nothing else in it is touched, and a README.md that is there stays.
@@ -317,7 +321,7 @@ def write(tensors: PeftTensors, path: str | os.PathLike[str]) -> None:
         raise MismatchError(f"{folder}: there is no tensor to write")
     made = make(folder)
     try:
-        _write(tensors, folder)
+        _write(tensors, folder, put)
     except BaseException:
         for new in made:  # nothing half-done: an empty folder of ours goes again
             with contextlib.suppress(OSError):
@@ -335,7 +339,7 @@ def make(folder: Path) -> list[Path]:
     return new
 
 
-def _write(tensors: PeftTensors, folder: Path) -> None:
+def _write(tensors: PeftTensors, folder: Path, put: Put | None) -> None:
     import numpy as np
 
     config, weights = folder / CONFIG, folder / WEIGHTS
@@ -353,7 +357,10 @@ def _write(tensors: PeftTensors, folder: Path) -> None:
     with contextlib.ExitStack() as stack:
         if not (config.exists() and before == text):
             stack.enter_context(atomic.replacing(config)).write(memoryview(text.encode()))
-        safetensors.write(weights, specs, lambda key: np.asarray(tensors.tensors[key]), metadata)
+        if put is None:
+            safetensors.write(weights, specs, lambda key: np.asarray(tensors.tensors[key]), metadata)
+        else:
+            put(weights, specs, metadata)
     if replaces != _NOTHING:
         _forget(weights, replaces)
     stale = folder / WEIGHTS_BIN

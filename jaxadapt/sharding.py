@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, Sharding
 
-from jaxadapt import weight
+from jaxadapt import paths, weight
 from jaxadapt.arrangement import Arrangement, times
 from jaxadapt.errors import AttachError
 from jaxadapt.keymap import Site
@@ -78,6 +78,25 @@ def for_adapter(bounds: Sequence[Bound], base: Mapping[str, Any]) -> dict[str, N
     return {path: sharding for path, sharding in found.items() if sharding is not None}
 
 
+def asked(shardings: Any, bounds: Sequence[Bound]) -> dict[str, Sharding]:
+    """`{path: sharding}` from one sharding for all, or a tree of them; `AttachError` if one is missing or does not fit."""
+    shapes = {e.path: e.shape for b in bounds for e in b.entries}
+    found = dict.fromkeys(shapes, shardings) if isinstance(shardings, Sharding) else paths.flatten(shardings)
+    problems = [f"{path}: no such parameter" for path in found if path not in shapes]
+    for path, shape in shapes.items():
+        place = found.get(path)
+        if not isinstance(place, Sharding):
+            problems.append(f"{path}: expected a Sharding, found {type(place).__name__}")
+            continue
+        try:
+            place.shard_shape(shape)
+        except ValueError as error:
+            problems.append(f"{path} {shape}: {error}")
+    if problems:
+        raise AttachError("shardings: expected one, or one for each parameter, that fits:\n" + paths.listing(problems))
+    return found
+
+
 def of(leaf: Any) -> NamedSharding | None:
     """The `NamedSharding` of an array, a spec, or (on meshes with explicit axes) a tracer; None if it has none."""
     if isinstance(leaf, Tracer):
@@ -109,9 +128,9 @@ def on_mesh(spec: Sequence[Any], mesh: Any = None) -> NamedSharding | None:
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
-def concrete(sharding: NamedSharding) -> NamedSharding:
-    """The same sharding on devices: an abstract mesh is that of `jax.set_mesh`, or `AttachError`. Not inside jit."""
-    if not isinstance(sharding.mesh, AbstractMesh):
+def concrete(sharding: Sharding) -> Sharding:
+    """The same sharding on devices: an abstract mesh is that of `jax.set_mesh`, or `AttachError`. As it is inside jit."""
+    if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, AbstractMesh) or tracing():
         return sharding
     mesh = jax.sharding.get_mesh()
     if mesh.empty or mesh.abstract_mesh != sharding.mesh:
@@ -129,10 +148,9 @@ def tracing() -> bool:
 
 def moved(x: Any, sharding: Sharding) -> Any:
     """`x` with this sharding; inside jit, where it is to be."""
-    named = isinstance(sharding, NamedSharding)
     if not tracing():
-        return jax.device_put(x, concrete(sharding) if named else sharding)
-    if named and sharding.mesh.are_all_axes_explicit:
+        return jax.device_put(x, concrete(sharding))
+    if isinstance(sharding, NamedSharding) and sharding.mesh.are_all_axes_explicit:
         return jax.sharding.reshard(x, sharding)
     return jax.lax.with_sharding_constraint(x, sharding)
 

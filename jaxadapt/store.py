@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import Sharding
 
 from jaxadapt import (
     attach,
@@ -34,6 +33,7 @@ from jaxadapt import (
     paths,
     sharding,
     targets,
+    together,
     transfer,
 )
 from jaxadapt.adapter import Adapter, PeftTensors, Recipe
@@ -41,6 +41,7 @@ from jaxadapt.codecs import orbax
 from jaxadapt.configs import Config
 from jaxadapt.errors import AdapterError, AttachError, ConfigError, FileError, MismatchError
 from jaxadapt.keymap import PEFT_PREFIX, KeyMap
+from jaxadapt.plan import Encoded
 
 
 def to_peft(
@@ -84,7 +85,7 @@ def _to_peft(
     if guest is None and not isinstance(tree, Adapter | PeftTensors):
         guest = attach.guest_in(tree)
     if guest is not None:
-        with_values(guest.leaves, traced)
+        with_values(guest.leaves, traced, elsewhere=not traced)
         call = "to_peft(tree" if traced else "save(tree, path"
         config, known, _ = foreign.take(guest, config, keymap, lora_alpha, call)
         host = not any(isinstance(leaf, Tracer) for leaf in guest.leaves.values())
@@ -92,7 +93,7 @@ def _to_peft(
     if lora_alpha is not None:
         raise ConfigError("lora_alpha is for the trees of other libraries; an adapter of this one carries its own")
     adapter = _extract(tree, name, config, keymap, instead)
-    with_values(adapter.flat(), traced)
+    with_values(adapter.flat(), traced, elsewhere=not traced)
     return _encoded(adapter, keymap, dtype)
 
 
@@ -114,7 +115,7 @@ def with_values(leaves: Mapping[str, Any], traced: bool, elsewhere: bool = False
         if isinstance(leaf, jax.Array) and leaf.is_deleted():
             return "deleted: it was donated to a jitted function"
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not elsewhere:
-            return "partly in other processes"
+            return "partly in other processes, where only save can follow"
         return None
 
     problems = [f"{path}: {reason}" for path, leaf in leaves.items() if (reason := why(leaf))]
@@ -173,6 +174,8 @@ def save(
     base_model: str | None = None,
     dtype: Any = None,
     format: str = "safetensors",  # noqa: A002 (what it is called everywhere)
+    shared: bool | None = None,
+    timeout: float = 300,
 ) -> None:
     """Write an adapter, and nothing but the adapter, as a folder that PEFT reads.
 
@@ -191,6 +194,10 @@ def save(
         dtype: of the tensors in the file; as in memory by default.
         format: "orbax" for an Orbax checkpoint instead: the parameters in the model's layout and the configuration,
             in one commit, at a path where nothing is yet. With several processes all of them call `save`.
+        shared, timeout: of arrays of which several processes hold parts; then all of them call `save`, and each writes
+            its own bytes into the one file at once. `shared=False`: the processes have no file system in common (None:
+            found out), and everything goes through process 0, a leaf at a time. One that fails, dies or stays away
+            ends the save in all, with an error, within `timeout` seconds.
 
     Durable and atomic; raises `AdapterError` (what is wrong, and the way out), and then the old adapter is
     still there, whole.
@@ -211,7 +218,11 @@ def save(
         orbax_folder.write(adapter, _under(path, name), alone=jax.process_count() == 1)
         return
     tensors = _to_peft(tree, name, config, keymap, lora_alpha, dtype, instead, traced=False)
-    folder.write(dataclasses.replace(tensors, config=tensors.config.replace(**changes)), _below(path, name))
+    tensors = dataclasses.replace(tensors, config=tensors.config.replace(**changes))
+    if isinstance(tensors.tensors, Encoded) and together.spread(tensors.tensors.leaves.values()):
+        together.write(tensors, _below(path, name), shared, timeout)
+    else:
+        folder.write(tensors, _below(path, name))
 
 
 def _under(path: str | os.PathLike[str], name: str) -> str | os.PathLike[str]:
@@ -283,28 +294,10 @@ def _decoded(
 
 def _where(shardings: Any, target: Any, bounds: Sequence[bind.Bound]) -> dict[str, Any]:
     """`{path: sharding}`: what was asked for, else what follows from the base."""
-    shapes = {e.path: e.shape for b in bounds for e in b.entries}
-    if isinstance(shardings, Sharding):
-        found = dict.fromkeys(shapes, shardings)
-    elif shardings is not None:
-        found = paths.flatten(shardings.params if isinstance(shardings, Adapter) else shardings)
-    else:
-        base = target["params"] if isinstance(target, Mapping) and "params" in target else target
-        follow = sharding.for_adapter(bounds, attach.placement(base))
-        return follow if sharding.tracing() else {path: sharding.concrete(s) for path, s in follow.items()}
-    problems = [f"{path}: no such parameter" for path in found if path not in shapes]
-    for path, shape in shapes.items():
-        place = found.get(path)
-        if not isinstance(place, Sharding):
-            problems.append(f"{path}: expected a Sharding, found {type(place).__name__}")
-            continue
-        try:
-            place.shard_shape(shape)
-        except ValueError as error:
-            problems.append(f"{path} {shape}: {error}")
-    if problems:
-        raise AttachError("shardings: expected one, or one for each parameter, that fits:\n" + paths.listing(problems))
-    return found
+    if shardings is not None:
+        return sharding.asked(shardings.params if isinstance(shardings, Adapter) else shardings, bounds)
+    base = target["params"] if isinstance(target, Mapping) and "params" in target else target
+    return sharding.for_adapter(bounds, attach.placement(base))
 
 
 def _plan_for(

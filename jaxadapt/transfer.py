@@ -56,7 +56,7 @@ def arrays(
         where: the shardings of the arrays, by path; without one they go to the default device. Of a file only the
             bytes are read that the devices of this process hold, those of replicas once.
     """
-    where = where or {}
+    where = {path: sharding.concrete(place) for path, place in (where or {}).items()}
     in_files = isinstance(tensors, TensorFile | Shards | Encoded)
     if not in_files and any(isinstance(x, jax.Array) for x in tensors.values()):
         leaves = plan.decode({key: x if isinstance(x, jax.Array) else jnp.array(x) for key, x in tensors.items()})

@@ -162,3 +162,14 @@ def model(params: Any, scanned: bool) -> Blocks:
 
 def table(scanned: bool) -> jaxadapt.KeyMap:
     return TABLE.scanned() if scanned else TABLE
+
+
+def adapter(flat: dict[str, Any], scanned: bool) -> jaxadapt.Adapter:
+    return jaxadapt.Adapter(CONFIG, paths.unflatten(flat), table(scanned))
+
+
+def like(mesh: Mesh, layout: tuple[str, str], scanned: bool) -> dict[str, NamedSharding]:
+    """`{path: sharding}` of the adapter, by hand."""
+    flat = jaxadapt.init(CONFIG, base(scanned), keymap=table(scanned)).flat()
+    specs = {p: wanted(p.rpartition(".")[0], p.rpartition(".")[2], *layout, stacked=scanned) for p in flat}
+    return {path: NamedSharding(mesh, spec) for path, spec in specs.items()}

@@ -351,7 +351,7 @@ def test_a_disk_that_fills_leaves_no_new_folder(tmp_path, small_files):
 def test_an_error_of_the_disk_at_either_file(number, nth, good, monkeypatch):
     """What is there afterwards loads, and is the old adapter unless only the second file failed."""
     jaxadapt.save(small.adapter(), good)
-    calls, flush = [], atomic._flush
+    calls, flush = [], atomic.flush
 
     def failing(fd):
         calls.append(fd)
@@ -360,7 +360,7 @@ def test_an_error_of_the_disk_at_either_file(number, nth, good, monkeypatch):
         flush(fd)
 
     new = small.adapter(LORA.replace(lora_alpha=1), seed=9)
-    monkeypatch.setattr(atomic, "_flush", failing)
+    monkeypatch.setattr(atomic, "flush", failing)
     with pytest.raises(FileError, match=os.strerror(number)):
         jaxadapt.save(new, good)
     monkeypatch.undo()

@@ -20,7 +20,8 @@ FLOORS = [
     ["errors", "progress", "paths", "axes", "configs"],
     "weight arrangement keymap generic dialect plan adapter"
     " trace operations layout liveness layers filters targets drawing codecs consumers card hub".split(),
-    "methods families copies bind folder orbax_folder transfer dialects guests guest_config laying sharding".split(),
+    "methods families copies bind folder orbax_folder transfer together dialects guests guest_config".split()
+    + "laying sharding".split(),
     ["linen", "linen_call", "linen_survey", "nnx", "nnx_survey", "merging", "products", "combining"],
     ["foreign", "attach", "store", "bases", "report", "reducing", "rescaling", "optim", "starting"],
     ["converting", "sharing", "checkpoint", "snapshot", "step_files", "preemption", "serving"],
@@ -45,6 +46,8 @@ SAME_FLOOR = {
     ("bind", "methods"): "a configuration is bound by its method",
     ("bind", "copies"): "and the leaves it copies are bound too",
     ("copies", "methods"): "a copy is a method of its own",
+    ("together", "sharding"): "who owns what",
+    ("together", "folder"): "it is written as a folder",
     ("transfer", "sharding"): "arrays go where they belong",
     ("bind", "sharding"): "fresh parameters are made where they belong",
     ("orbax_folder", "bind"): "the parameters of a checkpoint get the names of a file",

@@ -22,18 +22,21 @@ from tests.test_sharding import check
 
 
 @functools.cache
-def original(scanned: bool) -> jaxadapt.Adapter:
-    """On one device; the scanned one holds the same numbers."""
-    rng = np.random.default_rng(5)
+def numbers(scanned: bool, version: int = 0) -> dict[str, np.ndarray]:
+    """The values of the adapter of one version; the scanned one holds the same numbers."""
+    rng = np.random.default_rng(version)
     plain = jaxadapt.init(CONFIG, meshes.base(False), keymap=meshes.TABLE)
     values = {path: rng.standard_normal(x.shape).astype(jnp.bfloat16) for path, x in plain.flat().items()}
-    if scanned:
-        names = {path.replace(".0.", ".", 1) for path in values if path.startswith("blocks.0.")}
-        values = {
-            p: np.stack([values[p.replace("blocks.", f"blocks.{i}.")] for i in range(meshes.LAYERS)]) for p in names
-        }
-    flat = {path: jnp.asarray(x) for path, x in values.items()}
-    return jaxadapt.Adapter(CONFIG, jaxadapt.paths.unflatten(flat), meshes.table(scanned))
+    if not scanned:
+        return values
+    names = {path.replace(".0.", ".", 1) for path in values if path.startswith("blocks.0.")}
+    return {p: np.stack([values[p.replace("blocks.", f"blocks.{i}.")] for i in range(meshes.LAYERS)]) for p in names}
+
+
+@functools.cache
+def original(scanned: bool, version: int = 0) -> jaxadapt.Adapter:
+    """On one device."""
+    return meshes.adapter({path: jnp.asarray(x) for path, x in numbers(scanned, version).items()}, scanned)
 
 
 def on(layout: tuple[str, str], scanned: bool) -> tuple[Any, Any]:
@@ -44,9 +47,8 @@ def on(layout: tuple[str, str], scanned: bool) -> tuple[Any, Any]:
 
 def placed(layout: tuple[str, str], scanned: bool) -> jaxadapt.Adapter:
     """The adapter laid over a mesh as its base is."""
-    _, params = on(layout, scanned)
-    like = jaxadapt.init(CONFIG, params, keymap=meshes.table(scanned))
-    return jax.tree.map(lambda x, spec: jax.device_put(x, spec.sharding), original(scanned), like)
+    like = meshes.like(meshes.mesh_of(layout[0]), layout, scanned)
+    return meshes.adapter(jax.device_put(original(scanned).flat(), like), scanned)
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,9 @@ from pathlib import Path
 from jaxadapt.codecs.files import file_error
 from jaxadapt.errors import FileError
 
-__all__ = ["Writer", "flush_tree", "make_parents", "replacing", "staging", "sweep", "write_bytes"]
+__all__ = [
+    "Writer", "flush", "flush_tree", "make_parents", "replacing", "staging", "start_writeback", "sweep", "write_bytes",
+]  # fmt: skip
 
 
 # The disk is set to work each time this many bytes have gathered in the page cache.
@@ -34,10 +36,11 @@ _EARLY = 4 << 20
 class Writer:
     """The open temporary file of a replacement."""
 
-    def __init__(self, fd: int, path: str) -> None:
-        """`path` is the target, for messages."""
+    def __init__(self, fd: int, path: str, temporary: Path) -> None:
+        """`path` is the target, for messages; `temporary` the file that is open."""
         self.fd = fd
         self.path = path
+        self.temporary = temporary
         self._written = 0
         self._started = 0
 
@@ -54,10 +57,8 @@ class Writer:
             raise _error(self.path, error) from error
 
     def _start_writeback(self) -> None:
-        # Without this the disk idles until the final fsync. Linux answers the advice by starting to write the
-        # range; the pages stay cached, as they are not clean yet.
-        if sys.platform == "linux" and self._written - self._started >= _EARLY:
-            os.posix_fadvise(self.fd, self._started, self._written - self._started, os.POSIX_FADV_DONTNEED)
+        if self._written - self._started >= _EARLY:
+            start_writeback(self.fd, self._started, self._written - self._started)
             self._started = self._written
 
 
@@ -65,7 +66,15 @@ def _error(path: str, error: OSError | ValueError) -> FileError:
     return file_error("write", path, error, "what the path held before is untouched")
 
 
-def _flush(fd: int) -> None:
+def start_writeback(fd: int, offset: int, size: int) -> None:
+    """Sets the disk to work on a range (0, 0: all of the file); without this it idles until the final fsync."""
+    # Linux answers the advice by starting to write the range; the pages stay cached, as they are not clean yet.
+    if sys.platform == "linux":
+        os.posix_fadvise(fd, offset, size, os.POSIX_FADV_DONTNEED)
+
+
+def flush(fd: int) -> None:
+    """Waits until the bytes of a file are on the disk; raises `OSError`."""
     if sys.platform == "darwin":
         # there fsync() only reaches the drive's own cache
         with contextlib.suppress(OSError):
@@ -119,7 +128,7 @@ def _create(directory: str, name: str) -> tuple[Path, int]:
 
 def _finish(writer: Writer, temporary: Path) -> None:
     try:
-        _flush(writer.fd)
+        flush(writer.fd)
         temporary.replace(writer.path)
     except OSError as error:
         raise _error(writer.path, error) from error
@@ -152,7 +161,7 @@ def replacing(path: str | os.PathLike[str]) -> Generator[Writer]:
         except (OSError, ValueError) as error:
             raise _error(target, error) from error
         try:
-            writer = Writer(fd, target)
+            writer = Writer(fd, target, temporary)
             yield writer
             _finish(writer, temporary)
         except BaseException:
@@ -237,7 +246,7 @@ def flush_tree(folder: Path) -> None:
             for name in names:
                 fd = os.open(Path(directory, name), os.O_RDONLY)
                 try:
-                    _flush(fd)
+                    flush(fd)
                 finally:
                     os.close(fd)
             _flush_directory(Path(directory))

@@ -12,12 +12,14 @@ from jaxadapt.codecs.files import aligned
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Stage", "blocks", "read_box"]
+__all__ = ["Stage", "blocks", "read_box", "write_box"]
 
 # Reading a gap of this many bytes along costs about as much as another system call.
 _GAP = 16 << 10
 # What is read along with its gaps passes through a buffer of about this size.
 _STRIP = 4 << 20
+# Runs that are written one by one are made contiguous in portions of this size, or one run if that is longer.
+_STAGED = 1 << 20
 # Contiguous memory of at least this size is written from where it lies.
 _DIRECT = 256 << 10
 
@@ -87,6 +89,49 @@ def read_box(
             box = strip.view(dtype).reshape(high - low, *shape[axis + 1 :])
             rows[number, at : at + count] = box[(_slice(_shifted(group, low)), *rest)]
     return out
+
+
+def write_box(
+    write_at: Callable[[memoryview, int], None],
+    shape: Sequence[int],
+    array: np.ndarray,
+    box: Sequence[tuple[int, int]],
+) -> None:
+    """Writes a box of an array that lies C-contiguous somewhere, in as few runs as there are.
+
+    Args:
+        write_at: takes contiguous bytes and their offset within the whole array.
+        shape: of the whole array.
+        array: the box's elements, integers, of any strides.
+        box: `(start, stop)` of each axis.
+    """
+    import numpy as np
+
+    def flat(part: np.ndarray) -> memoryview:
+        return np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
+
+    if not array.size:
+        return
+    strides = [math.prod(shape[axis + 1 :]) * array.itemsize for axis in range(len(shape))]
+    axis = max(0, len(shape) - 1)  # the indices of `axis` make one run; the axes after it are whole
+    while axis > 0 and tuple(box[axis]) == (0, shape[axis]):
+        axis -= 1
+    start = sum(low * stride for (low, _), stride in zip(box, strides, strict=True))
+    if axis == 0:
+        for block in [array] if array.flags.c_contiguous else blocks(array, _STAGED):
+            write_at(flat(block), start)
+            start += block.nbytes
+        return
+    step = strides[axis - 1]
+    for index in itertools.product(*(range(size) for size in array.shape[: axis - 1])):
+        rows = array[index]
+        run = rows.nbytes // len(rows)
+        at = start + sum(i * stride for i, stride in zip(index, strides, strict=False))
+        for group in blocks(rows, max(run, _STAGED)):
+            data = flat(group)
+            for place in range(0, len(data), run):
+                write_at(data[place : place + run], at)
+                at += step
 
 
 def blocks(array: np.ndarray, limit: int) -> Iterator[np.ndarray]:

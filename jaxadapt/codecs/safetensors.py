@@ -40,6 +40,8 @@ __all__ = [
     "can_hold",
     "dtype_name",
     "encode",
+    "little_bits",
+    "named_specs",
     "numpy_dtype",
     "open_tensors",
     "read",
@@ -304,6 +306,13 @@ def _checked(path: str, key: str, value: np.ndarray, info: TensorInfo) -> np.nda
             f"{path}: cannot write: tensor {key!r}: expected {info.dtype} {list(info.shape)}, "
             f"found {name} {list(array.shape)}"
         )
+    return little_bits(array)
+
+
+def little_bits(array: np.ndarray) -> np.ndarray:
+    """An array's bytes as the file has them, as unsigned integers."""
+    import numpy as np
+
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
     return array.view(np.dtype(f"u{array.dtype.itemsize}"))
@@ -349,8 +358,7 @@ def write_to(
     progress: Callable[[int], None] | None = None,
 ) -> Header:
     """`write` for a file that is open already: one of several that are to take their places together."""
-    named = {key: (_spec_dtype(dtype), shape) for key, (dtype, shape) in specs.items()}
-    first, header = encode(writer.path, named, metadata or {})
+    first, header = encode(writer.path, named_specs(specs), metadata or {})
     stage = runs.Stage(writer.write, _STAGE)
     stage.add_bytes(first)
     for key, info in header.tensors.items():
@@ -361,5 +369,10 @@ def write_to(
     return header
 
 
-def _spec_dtype(dtype: npt.DTypeLike) -> str:
-    return dtype if isinstance(dtype, str) and dtype.isupper() else dtype_name(dtype)
+def named_specs(specs: Mapping[str, tuple[npt.DTypeLike, Sequence[int]]]) -> dict[str, tuple[str, Sequence[int]]]:
+    """The same with safetensors' dtype names."""
+
+    def named(dtype: npt.DTypeLike) -> str:
+        return dtype if isinstance(dtype, str) and dtype.isupper() else dtype_name(dtype)
+
+    return {key: (named(dtype), shape) for key, (dtype, shape) in specs.items()}

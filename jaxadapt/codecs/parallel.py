@@ -1,0 +1,179 @@
+"""One safetensors file from many processes at once: each writes its own parts, one of them commits.
+
+Where every tensor lies follows from names and shapes alone, so nobody waits for anybody's data. Process 0 makes the
+temporary file, at its full size, and names it; who finds a file of that name has the file system in common. Each
+writes and flushes its parts; when all have, process 0 flushes and renames. If one fails or dies, nothing is renamed
+and all end with an error. Without a common file system process 0 writes everything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from jaxadapt.codecs import atomic, files, runs, safetensors
+from jaxadapt.codecs.group import Group
+from jaxadapt.codecs.header import TensorInfo, encode
+from jaxadapt.errors import FileError, MismatchError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["Part", "Parts", "follow", "lead"]
+
+_WRITEBACK = 8 << 20  # the disk is set to work each time so many bytes have gathered
+
+
+class Part(NamedTuple):
+    """A box of one tensor: `shape` is the tensor's (or another for the same bytes in C order), `array` any layout."""
+
+    key: str
+    shape: Sequence[int]
+    box: Sequence[tuple[int, int]]
+    array: np.ndarray
+
+
+Parts = Callable[[bool], Iterator[Part]]
+"""What this process is to write: its own parts of a shared file, or (False) process 0 everything, the others nothing.
+
+The iterator is always run to its end in all processes, since gathering for process 0 takes them all."""
+
+Specs = Mapping[str, tuple[str, Sequence[int]]]
+
+
+def lead(
+    path: str, specs: Specs, metadata: Mapping[str, str], parts: Parts, group: Group, shared: bool | None
+) -> None:
+    """Writes and commits a file together with the `follow` of every other process. For process 0.
+
+    Args:
+        path: replaced when everything is on the disk; on any exception it is as it was.
+        specs: (safetensors dtype, shape) by key, equal in all processes.
+        parts: see `Parts`.
+        shared: whether all processes see one file; None: find out.
+
+    Raises:
+        FileError: this process, or another, could not write, or did not answer in time.
+    """
+    first, header = encode(path, specs, metadata)
+    with atomic.replacing(path) as writer:
+        try:
+            os.ftruncate(writer.fd, header.size)
+        except OSError as error:
+            raise _error(path, error) from error
+        place = _Place(writer.fd, path, header.data_start, header.tensors)
+        place.write_at(memoryview(first), 0)
+        name = writer.temporary.name
+        group.tell("plan", {"file": name, "size": header.size, "start": header.data_start, "specs": _digest(specs)})
+        blind = [process for process, sees in group.hear_all("sees").items() if not sees]
+        if shared and blind:
+            raise FileError(
+                f"{path}: processes {blind} do not see the file that process 0 has made there (shared=True); give a"
+                " path on a common file system, or leave shared= out"
+            )
+        common = not blind if shared is None else shared
+        group.tell("mode", common)
+        place.write(parts(common))
+        group.hear_all("written")
+
+
+def follow(path: str, specs: Specs, parts: Parts, group: Group) -> None:
+    """Takes part in the `lead` of process 0; returns when this process' parts are on the disk."""
+    plan = group.hear("plan")
+    fd = None
+    try:
+        if plan["specs"] != _digest(specs):
+            raise MismatchError(f"{path}: the names, shapes or dtypes of its adapter are not those of process 0's")
+        fd = _open(Path(path).parent / plan["file"], plan["size"])
+    except BaseException as error:
+        group.fail(error, "sees")
+        raise
+    try:
+        group.tell("sees", fd is not None)
+        common = group.hear("mode")
+        try:
+            _, header = encode(path, specs, {})
+            place = _Place(-1 if fd is None else fd, path, plan["start"], header.tensors)
+            place.write(parts(common))
+            if common:
+                place.flush()
+        except BaseException as error:
+            group.fail(error, "written")
+            raise
+        group.tell("written")
+    finally:
+        if fd is not None:
+            os.close(fd)
+
+
+def _open(temporary: Path, size: int) -> int | None:
+    """The file of process 0, if it is to be seen from here. (Not read: see below.)"""
+    # Write-only: a network file system's client that has read a page may later write all of it back, and with it old
+    # bytes where another machine has written new ones.
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:  # not there, or not for this process to write: process 0 can
+        return None
+    if os.fstat(fd).st_size != size:
+        os.close(fd)
+        return None
+    return fd
+
+
+def _digest(specs: Specs) -> str:
+    text = json.dumps({key: [dtype, list(shape)] for key, (dtype, shape) in specs.items()}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _error(path: str, error: OSError) -> FileError:
+    return files.file_error("write", path, error, "what the path held before is untouched")
+
+
+class _Place:
+    """An open file of known layout."""
+
+    def __init__(self, fd: int, path: str, start: int, tensors: Mapping[str, TensorInfo]) -> None:
+        self._fd, self._path, self._start, self._tensors = fd, path, start, tensors
+        self._fresh = 0
+
+    def write(self, parts: Iterator[Part]) -> None:
+        """Writes all parts. If that fails the rest is still made, and not written: others may be waiting for it."""
+        failed: BaseException | None = None
+        for part in parts:
+            if failed is not None:
+                continue
+            try:
+                self._write(part)
+            except FileError as error:
+                failed = error
+        if failed is not None:
+            raise failed
+
+    def _write(self, part: Part) -> None:
+        begin = self._start + self._tensors[part.key].start
+        bits = safetensors.little_bits(part.array)
+        runs.write_box(lambda view, offset: self.write_at(view, begin + offset), part.shape, bits, part.box)
+
+    def write_at(self, data: memoryview, offset: int) -> None:
+        """Writes all of `data` at an offset in the file."""
+        try:
+            while len(data):
+                count = os.pwrite(self._fd, data, offset)
+                data, offset = data[count:], offset + count
+                self._fresh += count
+        except OSError as error:
+            raise _error(self._path, error) from error
+        if self._fresh >= _WRITEBACK:
+            self._fresh = 0
+            atomic.start_writeback(self._fd, 0, 0)
+
+    def flush(self) -> None:
+        """Waits until everything is on the disk."""
+        try:
+            atomic.flush(self._fd)
+        except OSError as error:
+            raise _error(self._path, error) from error

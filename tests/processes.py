@@ -1,0 +1,269 @@
+"""Several real JAX processes on this machine, over loopback: `run` starts them, `main` is what each of them does.
+
+    python -m tests.processes SCENARIO INDEX COUNT PORT DEVICES FOLDER [ARGUMENT]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+HEARTBEAT = 10  # seconds until JAX ends the processes that outlive another
+
+
+# ---------------------------------------------------------------- outside
+
+
+class Processes:
+    """Started processes; whatever happens, none outlives the block."""
+
+    def __init__(
+        self, scenario: str, folder: Path, count: int = 2, devices: int = 4, argument: str = "", env: Any = None
+    ) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        common = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "OMP_NUM_THREADS": "1",
+            **(env or {}),
+        }
+        words = [sys.executable, "-m", "tests.processes", scenario]
+        self.all = [
+            subprocess.Popen(
+                [*words, str(index), str(count), str(port), str(devices), str(folder), argument],
+                cwd=ROOT, env=common, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            )
+            for index in range(count)
+        ]  # fmt: skip
+
+    def wait(self, timeout: float) -> list[tuple[int, str, str]]:
+        """(exit code, stdout, stderr) of each; a process that is not done in time is killed, and the test fails."""
+        end = time.monotonic() + timeout
+        try:
+            texts = [p.communicate(timeout=max(1.0, end - time.monotonic())) for p in self.all]
+            return [(p.returncode, *text) for p, text in zip(self.all, texts, strict=True)]
+        finally:
+            self.kill()
+
+    def kill(self) -> None:
+        for process in self.all:
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGKILL)  # a process stuck in a collective ignores SIGTERM
+            process.wait()
+
+
+def run(scenario: str, folder: Path, timeout: float = 120, **options: Any) -> list[str]:
+    """What each process printed; all must succeed."""
+    done = Processes(scenario, folder, **options).wait(timeout)
+    for index, (code, out, err) in enumerate(done):
+        assert code == 0, f"process {index} of {scenario} ended with {code}:\n{out}\n{err[-4000:]}"
+    return [out for _, out, _ in done]
+
+
+# ---------------------------------------------------------------- inside
+
+
+def start(index: int, count: int, port: int) -> None:
+    import jax
+
+    jax.distributed.initialize(
+        f"127.0.0.1:{port}", count, index, heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=20
+    )
+
+
+def adapter(layout: tuple[str, str], scanned: bool, version: int = 0) -> Any:
+    """The adapter of one version, laid over the devices of all processes."""
+    import jax
+
+    from tests import meshes
+    from tests.test_sharded_files import numbers
+
+    mesh = meshes.mesh_of(layout[0])
+    flat = numbers(scanned, version)
+    like = meshes.like(mesh, layout, scanned)
+
+    def make(path: str) -> Any:
+        return jax.make_array_from_callback(flat[path].shape, like[path], lambda index: flat[path][index])
+
+    return meshes.adapter({path: make(path) for path in flat}, scanned)
+
+
+def check(found: Any, scanned: bool, version: int = 0) -> None:
+    """Every shard of this process holds what it should, bit for bit."""
+    import numpy as np
+
+    from tests.test_sharded_files import numbers
+
+    want = numbers(scanned, version)
+    assert found.flat().keys() == want.keys()
+    for path, x in found.flat().items():
+        assert x.dtype == want[path].dtype
+        for shard in x.addressable_shards:
+            np.testing.assert_array_equal(np.asarray(shard.data).view("u2"), want[path][shard.index].view("u2"))
+
+
+def base(layout: tuple[str, str], scanned: bool) -> Any:
+    """Specs of the base over the devices of all processes."""
+    import jax
+    from jax.sharding import NamedSharding
+
+    from jaxadapt import paths
+    from tests import meshes
+
+    mesh = meshes.mesh_of(layout[0])
+    flat = paths.flatten(meshes.base(scanned))
+    where = {p: NamedSharding(mesh, meshes.spec(p, *layout, x.ndim)) for p, x in flat.items()}
+    return paths.unflatten({p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where[p]) for p, x in flat.items()})
+
+
+def save_and_load(folder: Path, argument: str) -> None:
+    """Saved on each layout, by all and through process 0, loaded on another."""
+    import jaxadapt
+    from jaxadapt import together
+    from tests import meshes
+
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("gathered, where every process could write")
+
+    for number, layout in enumerate(meshes.LAYOUTS):
+        scanned = bool(number % 2)
+        mine = adapter(layout, scanned)
+        with mock.patch.object(together.multihost_utils, "process_allgather", never):
+            jaxadapt.save(mine, folder / f"{number}-all", timeout=60)
+        if number % 3 == 0:
+            jaxadapt.save(mine, folder / f"{number}-one", shared=False, timeout=60)
+        other = meshes.LAYOUTS[(number + 3) % len(meshes.LAYOUTS)]
+        target = {"params": base(other, not scanned)}
+        found = jaxadapt.load(folder / f"{number}-all", target, keymap=meshes.table(not scanned))
+        check(jaxadapt.extract(found), not scanned)
+        assert all(not x.is_fully_addressable for x in jaxadapt.extract(found).flat().values())
+    import jax
+
+    model = meshes.model(base(("4x2", "both"), False), False)
+    check(jaxadapt.extract(jaxadapt.load(folder / "0-all", model, keymap=meshes.TABLE)), False)
+    jaxadapt.save(model, folder / "nnx-all", timeout=60)
+    fresh = jaxadapt.init(meshes.CONFIG, base(("8", "fsdp"), False), key=jax.random.key(3), keymap=meshes.TABLE)
+    jaxadapt.save(fresh, folder / "fresh", timeout=60)
+    here = jax.process_index()
+    with pytest.raises(jaxadapt.AttachError, match="other processes"):
+        jaxadapt.to_peft(fresh)
+    # no file system in common: found out
+    jaxadapt.save(adapter(("2x2x2", "both"), False), folder / f"apart{here}", timeout=60)
+
+
+def faults(folder: Path, argument: str) -> None:
+    """What fails in one process fails in all, soon, with its reason; the old adapter stays."""
+    import resource
+
+    import jax
+
+    import jaxadapt
+    from tests import meshes
+
+    here = jax.process_index()
+    new, layout = folder / "new", ("4x2", "both")
+    for version in (0, 1):
+        mine = adapter(layout, False, version)
+        if version == 0:
+            jaxadapt.save(mine, new, timeout=60)
+
+    def refused(path: Path, *words: str, tree: Any = mine, **options: Any) -> None:
+        start = time.monotonic()
+        with pytest.raises(jaxadapt.AdapterError) as caught:
+            jaxadapt.save(tree, path, timeout=60, **options)
+        missing = [word for word in words if word not in str(caught.value)]
+        assert not missing, f"process {here}: {missing} not in: {caught.value}"
+        assert time.monotonic() - start < 20
+
+    # the disk of process 1 is full, so to say
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if here == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    refused(new, "cannot write: File too large", *["process 1"] * (here == 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    # of process 0
+    if here == 0:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    refused(new, "cannot write: File too large", *["process 0"] * (here == 1))
+    refused(new, "cannot write: File too large", *["process 0"] * (here == 1), shared=False)
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    # a file where a folder should be
+    if here == 0:
+        (folder / "file").write_text("")
+    refused(folder / "file", "file")
+    # no file system in common, and one demanded
+    refused(folder / f"none{here}", "do not see the file", shared=True)
+    # another adapter in each process: shapes of its own
+    config = meshes.CONFIG.replace(r=3 + here)
+    other = jaxadapt.init(config, base(layout, False), key=jax.random.key(0), keymap=meshes.TABLE)
+    refused(folder / "odd", "not those of process 0", tree=other)
+    jaxadapt.save(mine, folder / "after", timeout=60)
+
+
+def killed(folder: Path, argument: str) -> None:
+    """A process is killed as it says (or hears) something, or as it writes; the others must end by themselves."""
+    import jax
+
+    import jaxadapt
+    from jaxadapt.codecs import group, parallel
+
+    victim, _, moment = argument.partition(":")
+    mine = adapter(("4x2", "fsdp"), False, 1)
+    if jax.process_index() == int(victim):
+        say, write = group.Group._say, parallel._Place.write_at
+
+        def dying_say(self: Any, name: str, message: Any) -> None:
+            if name == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            say(self, name, message)
+
+        writes = itertools.count()
+
+        def dying_write(self: Any, data: memoryview, offset: int) -> None:
+            if moment == "write" and next(writes) == 5:
+                write(self, data[: len(data) // 2], offset)
+                os.kill(os.getpid(), signal.SIGKILL)
+            write(self, data, offset)
+
+        group.Group._say = dying_say
+        parallel._Place.write_at = dying_write
+    start = time.monotonic()
+    try:
+        jaxadapt.save(mine, folder, timeout=4)
+    except jaxadapt.FileError as error:
+        print(f"{time.monotonic() - start:.1f} s: {error}", flush=True)
+        os._exit(3)  # JAX's own end would wait for the dead
+    print("saved", flush=True)
+    os._exit(0)
+
+
+SCENARIOS: dict[str, Callable[[Path, str], None]] = {
+    f.__name__: f for f in (save_and_load, faults, killed)
+}
+
+
+def main(arguments: Sequence[str]) -> None:
+    scenario, index, count, port, _, folder, argument = arguments
+    start(int(index), int(count), int(port))
+    SCENARIOS[scenario](Path(folder), argument)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

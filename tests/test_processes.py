@@ -1,0 +1,76 @@
+"""Several processes save one file: byte for byte that of one; and what happens when one of them fails or dies."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import jaxadapt
+from tests import meshes
+from tests.processes import Processes, run
+from tests.test_sharded_files import numbers, original
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def version_in(folder: Path) -> int:
+    """Which of the two versions is there, whole."""
+    found = jaxadapt.from_peft(jaxadapt.read(folder), meshes.base(False), keymap=meshes.TABLE).flat()
+    for version in (0, 1):
+        want = numbers(False, version)
+        if all(np.array_equal(np.asarray(found[path]), want[path]) for path in want):
+            return version
+    raise AssertionError("the adapter is of neither version")
+
+
+def test_two_processes_write_the_file_of_one(tmp_path: Path) -> None:
+    jaxadapt.save(original(False), tmp_path / "alone")
+    run("save_and_load", tmp_path, timeout=200)
+    saved = sorted(p.parent.name for p in tmp_path.glob("*/*.safetensors") if p.parent.name != "fresh")
+    assert [name for name in saved if name.endswith("-all")] == [*(f"{i}-all" for i in range(8)), "nnx-all"]
+    assert [name for name in saved if name.endswith("-one")] == ["0-one", "3-one", "6-one"]
+    want = {name: (tmp_path / "alone" / name).read_bytes() for name in (WEIGHTS, "adapter_config.json", "README.md")}
+    for name in saved:
+        assert {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} == want, name
+    assert "apart0" in saved
+    assert not (tmp_path / "apart1").exists()
+    # fresh values do not depend on the devices either
+    fresh = jaxadapt.from_peft(jaxadapt.read(tmp_path / "fresh"), meshes.base(False), keymap=meshes.TABLE)
+    one = jaxadapt.init(meshes.CONFIG, meshes.base(False), key=jax.random.key(3), keymap=meshes.TABLE)
+    for path, x in one.flat().items():
+        np.testing.assert_array_equal(x, fresh.flat()[path])
+
+
+def test_what_fails_in_one_fails_in_all(tmp_path: Path) -> None:
+    run("faults", tmp_path, timeout=200)
+    assert version_in(tmp_path / "new") == 0
+    assert version_in(tmp_path / "after") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["after", "file", "new"]  # nor temporary files:
+    assert all(len(list(place.iterdir())) == 3 for place in (tmp_path / "after", tmp_path / "new"))
+
+
+@pytest.mark.parametrize(
+    ("victim", "moment", "left"),
+    [(1, "written", 0), (1, "write", 0), (0, "write", 0), (0, "result", 1)],
+)
+def test_the_survivor_of_a_killed_process_ends_and_the_adapter_is_whole(
+    victim: int, moment: str, left: int, tmp_path: Path
+) -> None:
+    jaxadapt.save(original(False), tmp_path)
+    start = time.monotonic()
+    done = Processes("killed", tmp_path, argument=f"{victim}:{moment}").wait(100)
+    assert done[victim][0] == -9, done[victim]
+    code, out, err = done[1 - victim]
+    assert code != 0, out
+    # our own error, or JAX's: a process that finds the coordinator gone ends itself
+    assert (code == 3 and f"process {victim}" in out) or code == -6, (code, out, err)
+    assert time.monotonic() - start < 90
+    assert version_in(tmp_path) == left
+    # the next run finds nothing in its way, and sweeps up
+    jaxadapt.save(original(False, 1), tmp_path)
+    assert version_in(tmp_path) == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "adapter_config.json", WEIGHTS]
