@@ -79,7 +79,7 @@ def for_adapter(bounds: Sequence[Bound], base: Mapping[str, Any]) -> dict[str, N
 
 
 def asked(shardings: Any, bounds: Sequence[Bound]) -> dict[str, Sharding]:
-    """`{path: sharding}` from one sharding for all, or a tree of them; `AttachError` if one is missing or does not fit."""
+    """`{path: sharding}` from one sharding for all, or a tree of them; `AttachError` if one lacks or misfits."""
     shapes = {e.path: e.shape for b in bounds for e in b.entries}
     found = dict.fromkeys(shapes, shardings) if isinstance(shardings, Sharding) else paths.flatten(shardings)
     problems = [f"{path}: no such parameter" for path in found if path not in shapes]
@@ -129,7 +129,7 @@ def on_mesh(spec: Sequence[Any], mesh: Any = None) -> NamedSharding | None:
 
 
 def concrete(sharding: Sharding) -> Sharding:
-    """The same sharding on devices: an abstract mesh is that of `jax.set_mesh`, or `AttachError`. As it is inside jit."""
+    """The same sharding on devices: an abstract mesh is that of `jax.set_mesh`, or `AttachError`. Not inside jit."""
     if not isinstance(sharding, NamedSharding) or not isinstance(sharding.mesh, AbstractMesh) or tracing():
         return sharding
     mesh = jax.sharding.get_mesh()
