@@ -7,11 +7,13 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 import jaxadapt
 from jaxadapt.cli import COMMANDS, main
+from tests import small
 
 
 @pytest.fixture
@@ -132,3 +134,40 @@ def test_inspect_as_a_process_loads_neither_jax_nor_numpy(folder):
     done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "LORA" in done.stdout
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    with jaxadapt.CheckpointManager(tmp_path / "run") as manager:
+        for step, loss in enumerate((0.5, 0.3, 0.4)):
+            manager.save(step, small.adapter(seed=step), metrics={"loss": loss, "seen": 10**step})
+    return tmp_path / "run"
+
+
+def test_checkpoints_are_listed(run_folder):
+    rows = run("checkpoints", run_folder, "--minimize", "loss").output.splitlines()
+    assert rows[0].split() == ["step", "loss", "seen"]
+    assert [row.split() for row in rows[1:]] == [
+        ["0", "0.5", "1"], ["1", "0.3", "10", "best"], ["2", "0.4", "100", "latest"]
+    ]  # fmt: skip
+    listed = json.loads(run("checkpoints", run_folder, "--maximize", "seen", "--json").output)
+    assert [(s["step"], s["best"]) for s in listed["steps"]] == [(0, False), (1, False), (2, True)]
+    empty = run("checkpoints", run_folder / "no")
+    assert empty.exit_code == 1
+    assert "there is no checkpoint" in empty.output
+
+
+@pytest.mark.parametrize(("step", "which"), [("best", 1), ("0", 0), ("latest", 2), (None, 2)])
+def test_a_checkpoint_is_exported(run_folder, tmp_path, step, which):
+    chosen = () if step is None else ("--step", step)
+    result = run("checkpoints", run_folder, "--minimize", "loss", "--export", tmp_path / "out", *chosen, "--json")
+    assert json.loads(result.output) == {"step": which, "folder": str(tmp_path / "out")}
+    want, got = jaxadapt.to_peft(small.adapter(seed=which)).tensors, jaxadapt.read(tmp_path / "out").tensors
+    assert {k: np.asarray(v).tobytes() for k, v in want.items()} == {k: v.tobytes() for k, v in got.items()}
+
+
+@pytest.mark.parametrize(
+    "args", [("--step", "best", "--export", "x"), ("--step", "1"), ("--step", "one", "--export", "x")]
+)
+def test_checkpoints_used_wrongly(run_folder, args):
+    assert run("checkpoints", run_folder, *args).exit_code == 2

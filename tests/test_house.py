@@ -21,10 +21,10 @@ FLOORS = [
     "weight arrangement keymap generic dialect plan adapter"
     " trace operations layout liveness layers filters targets drawing codecs consumers card hub".split(),
     "methods families copies bind folder orbax_folder transfer together dialects guests guest_config".split()
-    + "laying sharding".split(),
+    + "laying sharding pytorch".split(),
     ["linen", "linen_call", "linen_survey", "nnx", "nnx_survey", "merging", "products", "combining"],
     ["foreign", "attach", "store", "bases", "report", "reducing", "rescaling", "optim", "starting"],
-    ["converting", "sharing", "checkpoint", "snapshot", "step_files", "preemption", "serving"],
+    ["converting", "on_disk", "sharing", "checkpoint", "snapshot", "step_files", "preemption", "serving"],
     ["cli", "demo"],
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

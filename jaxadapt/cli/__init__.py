@@ -14,7 +14,18 @@ import click
 from jaxadapt import __version__
 from jaxadapt.errors import AdapterError
 
-COMMANDS = ("demo", "inspect", "push", "pull", "convert", "families", "completion")
+COMMANDS = (
+    "demo",
+    "inspect",
+    "merge",
+    "combine",
+    "convert",
+    "push",
+    "pull",
+    "checkpoints",
+    "families",
+    "completion",
+)
 """In the order of the help page."""
 
 INTERRUPTED = 130

@@ -1,0 +1,53 @@
+"""`jaxadapt combine`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from jaxadapt.cli import shown
+
+
+@click.command("combine")
+@click.argument("adapters", nargs=-1, required=True, type=click.Path())
+@click.option("--weights", required=True, metavar="W,W,…", help="One number for each adapter, between commas.")
+@click.option("--out", required=True, type=click.Path(), help="Folder for the result.")
+@click.option("--method", default="svd", show_default=True, help="As PEFT calls it: cat, linear, ties, …")
+@click.option("--rank", type=click.IntRange(1), help="Of the result; by default what the method gives.")
+@click.option("--density", type=click.FloatRange(0, 1), help="Which share of the values survives: ties, dare, prune.")
+@click.option("--seed", default=0, show_default=True, help="Of DARE's mask.")
+@shown.as_json
+def command(
+    adapters: tuple[str, ...], weights: str, out: str, method: str, rank: int | None, density: float | None, seed: int,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Make one LoRA adapter out of several of the same base model.
+
+    \b
+    Example:
+      jaxadapt combine french/ code/ --weights 0.7,0.5 --out both/
+      jaxadapt combine a/ hf://org/b --weights 1,-1 --method cat --rank 16 --out both/
+    """
+    try:
+        numbers = [float(w) for w in weights.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"expected numbers and commas, found {weights!r}", param_hint="--weights") from None
+    import jax
+
+    from jaxadapt import on_disk
+
+    options: dict[str, Any] = {"method": method}
+    if density is not None:
+        options["density"] = density
+    if method.startswith("dare"):
+        options["key"] = jax.random.key(seed)
+    svd = method.endswith("svd")
+    if svd and rank is not None:
+        options["svd_rank"] = rank
+    made = on_disk.combine(adapters, numbers, out, resize=None if svd else rank, **options)
+    config = made.config
+    if as_json:
+        shown.print_json({"folder": out, "r": config.get("r"), "lora_alpha": config.get("lora_alpha")})
+    else:
+        shown.print_pairs([("folder", out), ("rank", str(config.get("r"))), ("tensors", str(len(made.tensors)))])

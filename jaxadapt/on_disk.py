@@ -1,0 +1,133 @@
+"""Adapters and models as files: merged and combined under PyTorch's names, by any model's arithmetic, with no model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxadapt import bases, combining, folder, merging, paths, pytorch, reducing, store
+from jaxadapt.adapter import Adapter, PeftTensors
+from jaxadapt.codecs import safetensors, shards
+from jaxadapt.errors import FileError
+from jaxadapt.progress import LOGGER, Progress, reporting
+
+_BESIDE = (".json", ".txt", ".model", ".jinja")
+"""What belongs to a model besides its weights: configuration, tokenizer, chat template."""
+
+
+def merge(
+    base: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    max_shard_size: int = bases.SHARD,
+    progress: Progress = None,
+) -> int:
+    """Write the model of a Hugging Face folder with an adapter merged into its weights.
+
+    Args:
+        base: the model's folder.
+        adapter: its folder, or an address of the Hub.
+        out: another folder; configuration and tokenizer are copied into it.
+        dtype: of the tensors; those of the base by default. The sum is made in float32 and rounded once.
+
+    One tensor is held at a time. Returns how many weights the adapter changed. Raises `AdapterError`: nothing fits, or not
+    everything; then nothing is written.
+    """
+    source, target = Path(base), Path(out)
+    if target.exists() and source.exists() and target.samefile(source):
+        raise FileError(f"{target}: is the base model itself; choose another folder")
+    tensors = folder.read(adapter)
+    with shards.opened(source) as held, reporting(progress) as report:
+        specs = {key: jax.ShapeDtypeStruct(spec.shape, spec.dtype) for key, spec in held.specs.items()}
+        shapes = {key: spec.shape for key, spec in specs.items()}
+        turned = bool(tensors.config.get("fan_in_fan_out"))
+        table = pytorch.table(shapes, _shapes(tensors), tensors.source, turned)
+        inside = _adapter(tensors, specs, table)
+        changed = merging.merged(specs, inside)
+        kind = None if dtype is None else np.dtype(dtype)
+        written = {
+            key: (safetensors.dtype_name(kind if kind is not None and _floats(spec) else spec.dtype), spec.shape)
+            for key, spec in specs.items()
+        }
+        total = sum(math.prod(s) * safetensors.numpy_dtype(d).itemsize for d, s in written.values())
+        done = 0
+
+        def get(key: str) -> Any:
+            nonlocal done
+            value = held[key]
+            if key in changed:
+                value = np.asarray(dataclasses.replace(changed[key], base=value).value())
+            value = value.astype(safetensors.numpy_dtype(written[key][0]), copy=False)
+            done += value.nbytes
+            report("merge", done, total)
+            return value
+
+        folder.make(target)
+        _copy_beside(source, target)
+        shards.write(target, written, get, max_shard_size)
+    LOGGER.info("%s: %d of %d tensors changed, %d bytes", target, len(inside.sites), len(written), total)
+    return len(inside.sites)
+
+
+def combine(
+    adapters: Sequence[str | os.PathLike[str]],
+    weights: Sequence[float],
+    out: str | os.PathLike[str],
+    *,
+    resize: int | None = None,
+    **options: Any,
+) -> PeftTensors:
+    """Write one LoRA adapter out of several of the same base.
+
+    Args:
+        adapters: folders, or addresses of the Hub.
+        options: as in `jaxadapt.combine`: method, svd_rank, density, majority_sign_method, key.
+        resize: a rank for the result.
+    """
+    tensors = [folder.read(path) for path in adapters]
+    shapes = {key: shape for held in tensors for key, shape in pytorch.weights(_shapes(held)).items()}
+    specs = {key: jax.ShapeDtypeStruct(shape, "float32") for key, shape in shapes.items()}
+    # One table for all: what one adapter leaves out is no weight that it lacks.
+    together = {key: shape for held in tensors for key, shape in _shapes(held).items()}
+    table = pytorch.table(shapes, together, " and ".join(held.source for held in tensors))
+    made = combining.combine([_adapter(held, specs, table) for held in tensors], weights, **options)
+    if resize is not None:
+        made = reducing.resize_rank(made, resize).adapter
+    base = {held.config.base_model_name_or_path for held in tensors}
+    encoded = store.to_peft(made)
+    config = encoded.config.replace(
+        inference_mode=True, base_model_name_or_path=base.pop() if len(base) == 1 else None
+    )
+    encoded = dataclasses.replace(encoded, config=config)
+    folder.write(encoded, out)
+    return encoded
+
+
+def _shapes(tensors: PeftTensors) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(x.shape) for key, x in tensors.tensors.items()}
+
+
+def _floats(spec: Any) -> bool:
+    return jax.numpy.issubdtype(spec.dtype, jax.numpy.floating)
+
+
+def _adapter(tensors: PeftTensors, specs: dict[str, Any], table: Any) -> Adapter:
+    return store.from_peft(tensors, paths.unflatten(specs), keymap=table)
+
+
+def _copy_beside(source: Path, target: Path) -> None:
+    if not source.is_dir():
+        return
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.suffix in _BESIDE and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, target / path.name)

@@ -1,0 +1,102 @@
+"""A PyTorch state dict as a model of its own: the table whose leaves are PyTorch's parameters, laid out as they are.
+
+With it adapters are merged and combined as files, by the same arithmetic as in a model, and no model is built.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from jaxadapt import paths
+from jaxadapt.errors import MismatchError
+from jaxadapt.keymap import PEFT_PREFIX, KeyMap
+from jaxadapt.weight import Weight
+
+_TENSOR = re.compile(
+    r"(?P<module>.+)\.(?P<name>lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|ia3_l)(?:\.weight|\.bias)?"
+)
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def adapted(tensors: Shapes) -> dict[str, dict[str, tuple[int, ...]]]:
+    """`{module: {tensor: shape}}` of an adapter file's keys; copies of whole parameters are left out.
+
+    >>> adapted({"base_model.model.q.lora_A.weight": (2, 4), "base_model.model.q.lora_B.weight": (6, 2)})
+    {'q': {'lora_A': (2, 4), 'lora_B': (6, 2)}}
+    """
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    for key, shape in tensors.items():
+        match = _TENSOR.fullmatch(key.removeprefix(PEFT_PREFIX))
+        if match is not None and not key.endswith(".bias"):
+            found.setdefault(match["module"], {})[match["name"]] = shape
+    return found
+
+
+def weights(tensors: Shapes) -> dict[str, tuple[int, ...]]:
+    """The shapes of the weights that a LoRA file changes, as far as it tells: linear layers and embeddings."""
+    out: dict[str, tuple[int, ...]] = {}
+    for module, held in adapted(tensors).items():
+        for a, b in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
+            if a in held and b in held and len(held[a]) == len(held[b]) == 2:
+                shape = (held[b][0], held[a][1])  # (out, in); of an embedding (dim, vocabulary)
+                out[f"{module}.weight"] = shape if a == "lora_A" else shape[::-1]
+    return out
+
+
+def table(shapes: Shapes, tensors: Shapes, source: str, fan_in_fan_out: bool = False) -> KeyMap:
+    """One line for each parameter of a model, named as the adapter names it.
+
+    Args:
+        shapes: of the model's parameters, by PyTorch's names in its files.
+        tensors: of the adapter. A file may lack the name's first part ("model."), or have one more: GPT-2's do.
+        source: the adapter, for the message.
+        fan_in_fan_out: what its configuration says, for weights whose sizes do not tell.
+
+    Raises `MismatchError` listing what the adapter changes and the model lacks.
+    """
+    held = adapted(tensors)
+    renamed = _renamed(shapes, held)
+    missing = [module for module in held if f"{module}.weight" not in renamed.values()]
+    if missing:
+        raise MismatchError(f"{source}: the model has no weight for these modules:\n" + paths.listing(missing))
+    lines = [
+        _line(leaf, key, shapes[leaf], held.get(key.removesuffix(".weight"), {}), fan_in_fan_out)
+        for leaf, key in renamed.items()
+    ]
+    return KeyMap("pytorch", tuple(lines))
+
+
+def _renamed(shapes: Shapes, modules: Iterable[str]) -> dict[str, str]:
+    """`{key in the files: key as the adapter says it}`."""
+    wanted = [f"{module}.weight" for module in modules]
+    starts = {key.split(".")[0] + "." for key in (*wanted, *shapes)}
+    found: list[dict[str, str]] = [{key: key for key in shapes}]
+    found += [{key: start + key for key in shapes} for start in sorted(starts)]
+    found += [{key: key.removeprefix(start) for key in shapes} for start in sorted(starts)]
+    fits = [way for way in found if set(wanted) <= set(way.values()) and len(set(way.values())) == len(way)]
+    return fits[0] if fits else found[0]
+
+
+def _line(leaf: str, key: str, shape: tuple[int, ...], own: Shapes, turned: bool) -> Weight:
+    axes = " ".join(f"a{i}" for i in range(len(shape)))
+    pattern = f"{axes} -> {axes}"
+    if "lora_embedding_A" in own:
+        return Weight(leaf, key, pattern, kind="embedding")
+    if len(shape) == 2 and own:
+        return Weight(leaf, key, pattern, fan_in_fan_out=_is_turned(shape, own, turned))
+    if len(shape) > 2:
+        return Weight(leaf, key, pattern, kind="conv" if own else "other")
+    return Weight(leaf, key, pattern)
+
+
+def _is_turned(shape: tuple[int, ...], own: Shapes, said: bool) -> bool:
+    """Whether a weight is stored (in, out), as GPT-2's Conv1D does: what the tensors' sizes say, else the file."""
+    out, inn = None, None
+    if "lora_A" in own and "lora_B" in own:
+        out, inn = own["lora_B"][0], own["lora_A"][-1]
+    elif len(own.get("ia3_l", ())) == 2:
+        out, inn = (own["ia3_l"][0], None) if own["ia3_l"][1] == 1 else (None, own["ia3_l"][1])
+    straight = all(size in (None, have) for size, have in zip((out, inn), shape, strict=True))
+    crossed = all(size in (None, have) for size, have in zip((inn, out), shape, strict=True))
+    return said if straight == crossed else crossed

@@ -1,0 +1,165 @@
+"""Merging and combining as files, against PEFT on the same files."""
+
+from __future__ import annotations
+
+import json
+import warnings
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import jaxadapt
+from jaxadapt import on_disk, pytorch
+from jaxadapt.cli import main
+from jaxadapt.codecs import safetensors
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+import transformers  # noqa: E402
+
+pytestmark = pytest.mark.peft
+
+SIZES = {"vocab_size": 24, "bos_token_id": 0, "eos_token_id": 0}
+
+
+def gpt2():
+    config = transformers.GPT2Config(n_layer=2, n_embd=8, n_head=2, n_positions=16, **SIZES)
+    return transformers.GPT2LMHeadModel(config), ["c_attn", "c_proj"]
+
+
+def llama():
+    config = transformers.LlamaConfig(
+        hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        tie_word_embeddings=True, **SIZES,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config), ["q_proj", "v_proj", "down_proj"]
+
+
+def saved(make, tmp_path, name="adapter", seed=0, **options):
+    """A base in a folder, an adapter of PEFT's in another, and PEFT's own merged weights."""
+    torch.manual_seed(0)
+    model, targets = make()
+    for p in model.parameters():
+        p.data = torch.randn_like(p) * 0.3  # biases too
+    model.save_pretrained(tmp_path / "base", max_shard_size="1KB")
+    torch.manual_seed(seed + 1)
+    kind = peft.IA3Config if options.pop("ia3", False) else peft.LoraConfig
+    config = kind(target_modules=targets, fan_in_fan_out=make is gpt2, **options)
+    wrapped = peft.get_peft_model(model, config)
+    for p in wrapped.parameters():
+        if p.requires_grad:
+            p.data = torch.randn_like(p) * 0.3 + 0.5
+    wrapped.save_pretrained(tmp_path / name)
+    return wrapped
+
+
+@pytest.mark.parametrize("make", [gpt2, llama])
+@pytest.mark.parametrize(
+    "options", [{"r": 3, "use_rslora": True, "init_lora_weights": False}, {"ia3": True}], ids=["lora", "ia3"]
+)
+def test_merge_is_pefts(make, options, tmp_path):
+    options = dict(options)
+    if options.get("ia3"):
+        options["feedforward_modules"] = ["c_proj"] if make is gpt2 else ["down_proj"]
+    wrapped = saved(make, tmp_path, **options)
+    seen = []
+    (tmp_path / "base" / "tokenizer.json").write_text("{}")
+    count = on_disk.merge(
+        tmp_path / "base", tmp_path / "adapter", tmp_path / "out", progress=lambda *at: seen.append(at)
+    )
+    want = wrapped.merge_and_unload().eval()
+    # Rounded once from float32 sums here and there: nothing but the order of additions differs.
+    got = safetensors.read(tmp_path / "out" / "model.safetensors")
+    ours = {k: v for k, v in want.state_dict().items() if k in got}
+    assert set(got) >= {k for k, _ in want.named_parameters()} - {"lm_head.weight"}
+    for key, value in ours.items():
+        np.testing.assert_allclose(got[key], value.numpy(), rtol=1e-6, atol=1e-6, err_msg=key)
+    base = type(want).from_pretrained(tmp_path / "base").state_dict()
+    changed = [k for k in got if not np.array_equal(got[k], base[k].numpy())]
+    assert len([k for k in changed if k.endswith("weight")]) == count == 6
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    x = torch.arange(6)[None]
+    with torch.no_grad():
+        assert torch.allclose(again(x).logits, want(x).logits, atol=1e-5)
+    assert (tmp_path / "out" / "tokenizer.json").exists()
+    assert seen[-1][1] == seen[-1][2] > 0
+
+
+def test_merge_finds_a_base_saved_without_its_head(tmp_path):
+    """As the Hub's GPT-2: the files of the bare model lack the first part of every name."""
+    wrapped = saved(gpt2, tmp_path, r=2, init_lora_weights=False)
+    whole = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "base")
+    whole.transformer.save_pretrained(tmp_path / "bare")
+    on_disk.merge(tmp_path / "bare", tmp_path / "adapter", tmp_path / "out")
+    got = safetensors.read(tmp_path / "out" / "model.safetensors")
+    want = wrapped.merge_and_unload().transformer.state_dict()
+    assert all(np.allclose(v, want[k].numpy(), rtol=1e-6, atol=1e-6) for k, v in got.items())
+
+
+def test_merge_refuses_another_model_and_the_base_itself(tmp_path):
+    saved(llama, tmp_path / "a", r=2)
+    saved(gpt2, tmp_path / "b", r=2)
+    with pytest.raises(jaxadapt.MismatchError, match="no weight for these modules"):
+        on_disk.merge(tmp_path / "b" / "base", tmp_path / "a" / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(jaxadapt.FileError, match="is the base model itself"):
+        on_disk.merge(tmp_path / "a" / "base", tmp_path / "a" / "adapter", tmp_path / "a" / "base")
+
+
+@pytest.mark.parametrize("make", [gpt2, llama])
+def test_combine_is_pefts(make, tmp_path):
+    first = saved(make, tmp_path, "one", 0, r=2, lora_alpha=6, init_lora_weights=False)
+    saved(make, tmp_path, "two", 5, r=3, use_rslora=True, init_lora_weights=False)
+    first.load_adapter(tmp_path / "two", "two")
+    # PEFT keeps the first adapter's use_rslora, which is False here: see `combine`.
+    first.add_weighted_adapter(["default", "two"], [0.7, -0.4], "both", combination_type="cat")
+    first.save_pretrained(tmp_path / "peft", selected_adapters=["both"])
+    run = CliRunner().invoke(main, [
+        "combine", str(tmp_path / "one"), str(tmp_path / "two"), "--weights", "0.7,-0.4", "--method", "cat",
+        "--out", str(tmp_path / "ours"), "--json",
+    ])  # fmt: skip
+    assert run.exit_code == 0, run.output
+    assert json.loads(run.stdout) == {"folder": str(tmp_path / "ours"), "r": 5, "lora_alpha": 5}
+    want, got = jaxadapt.read(tmp_path / "peft" / "both"), jaxadapt.read(tmp_path / "ours")
+    assert set(got.tensors) == set(want.tensors)
+    for key, value in want.tensors.items():
+        np.testing.assert_allclose(got.tensors[key], value, rtol=1e-6, atol=1e-7, err_msg=key)
+    assert set(got.config.target_modules) == set(want.config.target_modules)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        peft.PeftModel.from_pretrained(make()[0], tmp_path / "ours")
+
+
+def test_combine_with_a_smaller_rank(tmp_path):
+    for name, seed in (("one", 0), ("two", 5)):
+        saved(llama, tmp_path, name, seed, r=2, init_lora_weights=False)
+    folders = [tmp_path / "one", tmp_path / "two"]
+    on_disk.combine(folders, [1, 1], tmp_path / "four", method="cat")
+    on_disk.combine(folders, [1, 1], tmp_path / "three", method="svd", svd_rank=3)
+    on_disk.combine(folders, [1, 1], tmp_path / "resized", method="cat", resize=3)
+    a, b = jaxadapt.read(tmp_path / "three").tensors, jaxadapt.read(tmp_path / "resized").tensors
+    for module in pytorch.adapted({k: v.shape for k, v in a.items()}):
+        at = f"base_model.model.{module}"
+        deltas = [x[f"{at}.lora_B.weight"] @ x[f"{at}.lora_A.weight"] for x in (a, b)]
+        np.testing.assert_allclose(*deltas, atol=1e-5)  # the best of rank 3, found on two ways
+    assert jaxadapt.read_config(tmp_path / "four").r == 4
+
+
+def test_commands(tmp_path):
+    saved(llama, tmp_path, r=2, init_lora_weights=False)
+
+    def run(*args):
+        return CliRunner().invoke(main, [str(a) for a in args])
+
+    files = tmp_path / "base", tmp_path / "adapter"
+    merged = run("merge", *files, "--out", tmp_path / "m", "--dtype", "bfloat16", "--json")
+    assert json.loads(merged.stdout)["changed"] == 6
+    header = safetensors.read_header(tmp_path / "m" / "model.safetensors")
+    assert {t.dtype for t in header.tensors.values()} == {"BF16"}
+    assert run("combine", tmp_path / "adapter", "--weights", "one", "--out", tmp_path / "c").exit_code == 2
+    assert run("combine", tmp_path / "adapter", "--weights", "-1", "--out", tmp_path / "c", "--rank", 1).exit_code == 0
+    assert jaxadapt.read_config(tmp_path / "c").r == 1
+    wrong = run("combine", tmp_path / "adapter", "--weights", "1,2", "--out", tmp_path / "d")
+    assert wrong.exit_code == 1
+    assert "expected one for each of the 1 adapters" in wrong.output
