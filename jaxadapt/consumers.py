@@ -27,7 +27,7 @@ def refusals(config: Config, keys: Iterable[str] = ()) -> dict[str, list[str]]:
     """
     keys = list(keys)
     if config.peft_type != "LORA":
-        why = [f"it reads LoRA only, and this is {config.peft_type}"]
+        why = [f"LoRA only, and this is {config.peft_type}"]
         return {reader: list(why) for reader in ("vLLM", "SGLang", "llama.cpp", "TGI and LoRAX")}
     return {
         "vLLM": _vllm(config, keys),

@@ -40,8 +40,8 @@ def merge(
         out: another folder; configuration and tokenizer are copied into it.
         dtype: of the tensors; those of the base by default. The sum is made in float32 and rounded once.
 
-    One tensor is held at a time. Returns how many weights the adapter changed. Raises `AdapterError`: nothing fits, or not
-    everything; then nothing is written.
+    One tensor is held at a time. Returns how many weights the adapter changed. Raises `AdapterError`, and then nothing
+    is written, unless everything fits.
     """
     source, target = Path(base), Path(out)
     if target.exists() and source.exists() and target.samefile(source):

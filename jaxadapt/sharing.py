@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import tempfile
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 
 from jaxadapt import card, folder, hub, store
 from jaxadapt.adapter import PeftTensors
-from jaxadapt.errors import AttachError, FileError
+from jaxadapt.errors import AdapterError, AttachError, FileError
 from jaxadapt.progress import LOGGER, Progress, reporting
 
 PICTURE = "adapter_norms.png"
@@ -132,4 +133,13 @@ def _card(source: Path, new: str, place: hub.Address, token: hub.Token) -> str:
 
 
 def _picture(source: Path, info: folder.Info, wanted: bool | None) -> bytes | None:
-    return None
+    if wanted is False or (wanted is None and importlib.util.find_spec("matplotlib") is None):
+        return None
+    from jaxadapt import norms, picture
+
+    try:
+        return picture.png(norms.measure(folder.read(source)), info.config)
+    except AdapterError:
+        if wanted:
+            raise
+        return None  # a method whose change is not known without the base

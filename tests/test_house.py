@@ -22,8 +22,8 @@ FLOORS = [
     " trace operations layout liveness layers filters targets drawing codecs consumers card hub".split(),
     "methods families copies bind folder orbax_folder transfer together dialects guests guest_config".split()
     + "laying sharding pytorch".split(),
-    ["linen", "linen_call", "linen_survey", "nnx", "nnx_survey", "merging", "products", "combining"],
-    ["foreign", "attach", "store", "bases", "report", "reducing", "rescaling", "optim", "starting"],
+    ["linen", "linen_call", "linen_survey", "nnx", "nnx_survey", "merging", "products", "combining", "norms"],
+    ["foreign", "attach", "store", "bases", "report", "picture", "reducing", "rescaling", "optim", "starting"],
     ["converting", "on_disk", "sharing", "checkpoint", "snapshot", "step_files", "preemption", "serving"],
     ["cli", "demo"],
 ]
@@ -99,7 +99,7 @@ DOORS: dict[str, set[str]] = {
     "safetensors": {"codecs.safetensors"},
     "click": {"cli", "cli.main"},
     "rich": {"cli", "demo", "report", "progress"},
-    "matplotlib": {"demo"},
+    "matplotlib": {"demo", "picture"},
     "gguf": {"demo"},
     "tokenizers": {"demo"},
 }

@@ -10,13 +10,16 @@ from jaxadapt.cli import shown
 
 if TYPE_CHECKING:
     from jaxadapt.folder import Info
+    from jaxadapt.norms import Norms
 
 
 @click.command("inspect")
 @click.argument("folder", type=click.Path())
 @shown.as_json
 @click.option("--tensors", is_flag=True, help="List every tensor with its dtype and shape.")
-def command(folder: str, as_json: bool, tensors: bool) -> None:
+@click.option("--norms", is_flag=True, help="How much each weight is changed, layer by module; reads the weights.")
+@click.option("--plot", type=click.Path(), metavar="FILE.png", help="The same as a heat map; needs matplotlib.")
+def command(folder: str, as_json: bool, tensors: bool, norms: bool, plot: str | None) -> None:
     """Show what an adapter is, from its configuration and header alone.
 
     FOLDER may be an address of the Hub, hf://org/name@revision/subfolder. Needs no model; works on
@@ -26,16 +29,30 @@ def command(folder: str, as_json: bool, tensors: bool) -> None:
     Example:
       jaxadapt inspect out/
       jaxadapt inspect out/ --json | jq .config.r
+      jaxadapt inspect out/ --plot norms.png
     """
-    from jaxadapt.folder import inspect
+    from jaxadapt.folder import inspect, read
 
     info = inspect(folder)
+    measured = None
+    if norms or plot is not None:
+        from jaxadapt.norms import measure
+
+        measured = measure(read(folder))
+    if plot is not None and measured is not None:
+        from jaxadapt import picture
+        from jaxadapt.codecs import atomic
+
+        atomic.write_bytes(plot, picture.png(measured, info.config))
     if as_json:
         from jaxadapt import consumers
 
-        shown.print_json(info.to_dict() | {"refused_by": consumers.refusals(info.config, info.tensors)})
-    else:
-        _show(info, tensors)
+        more = {} if measured is None else {"norms": measured.to_dict()}
+        shown.print_json(info.to_dict() | {"refused_by": consumers.refusals(info.config, info.tensors)} | more)
+        return
+    _show(info, tensors)
+    if measured is not None:
+        _show_norms(measured)
 
 
 def _show(info: Info, tensors: bool) -> None:
@@ -48,15 +65,35 @@ def _show(info: Info, tensors: bool) -> None:
     if targets is not None:
         rows.append(("targets", targets if isinstance(targets, str) else ", ".join(targets)))
     values = config.to_dict()
-    rows += [(k, str(values[k])) for k, plain in card.FIELDS.items() if k in values and values[k] != plain]
+    rows += [(k, str(values[k])) for k, plain in card.FIELDS.items() if k in values and values[k] not in (plain, [])]
     rows.append(("adapted", ", ".join(info.modules)))
     dtypes, size = "/".join(info.dtypes), card.size_text(info.file_bytes)
     rows.append(("size", f"{info.parameters:,} parameters in {len(info.tensors)} tensors, {dtypes}, {size}"))
     if config.peft_version:
         rows.append(("peft version", config.peft_version))
-    refused = {reader: why for reader, why in consumers.refusals(config, info.tensors).items() if why}
-    rows += [("not for" if n == 0 else "", f"{r}: {'; '.join(w)}") for n, (r, w) in enumerate(refused.items())]
+    reasons: dict[str, list[str]] = {}
+    for reader, why in consumers.refusals(config, info.tensors).items():
+        if why:
+            reasons.setdefault("; ".join(why), []).append(reader)
+    rows += [("" if n else "not for", f"{', '.join(r)}: {why}") for n, (why, r) in enumerate(reasons.items())]
     shown.print_pairs(rows)
     if tensors:
         listed = [(k, d, " × ".join(map(str, s)) or "scalar") for k, (d, s) in info.tensors.items()]
         shown.print_table(("tensor", "dtype", "shape"), listed)
+
+
+def _show_norms(norms: Norms) -> None:
+    from jaxadapt.norms import grid
+
+    cells = grid(norms.modules)
+    scale, rank = cells.constant("scale"), cells.constant("rank")
+    for name, title in (("norm", norms.what), ("effective_rank", "effective rank"), ("scale", "scale s")):
+        values = cells.values(name)
+        if all(v is None for row in values for v in row) or (name == "scale" and scale is not None):
+            continue
+        click.echo()
+        shown.print_heat(title, cells.rows, cells.columns, values)
+    if scale is not None and rank is not None:
+        click.echo(f"\nrank {rank:g} and scale {scale:.4g} everywhere")
+    if norms.left_out:
+        click.echo(f"\nleft out: {', '.join(norms.left_out)}")

@@ -344,6 +344,22 @@ def test_the_card_of_a_push(hub, saved):
     assert not card.is_edited(text)
 
 
+def test_a_picture_goes_with_the_card(hub, saved):
+    jaxadapt.push(saved, REPO, token=server.WRITE, picture=True)
+    files = hub.files(REPO)
+    assert files["adapter_norms.png"].startswith(b"\x89PNG")
+    assert "](adapter_norms.png)" in files[CARD].decode()
+    commits = len(hub.repos[REPO].commits)
+    jaxadapt.push(saved, REPO, token=server.WRITE, picture=True)
+    assert len(hub.repos[REPO].commits) == commits  # drawn alike
+    loha = jaxadapt.Config.from_dict({"peft_type": "LOHA", "target_modules": ["q"], "r": 2})
+    held = jaxadapt.PeftTensors(loha, {"base_model.model.q.hada_w1_a": np.ones((2, 2), "f4")}, "")
+    with pytest.raises(jaxadapt.ConfigError, match="LOHA"):
+        jaxadapt.push(held, "org/loha", token=server.WRITE, picture=True)
+    jaxadapt.push(held, "org/loha", token=server.WRITE)
+    assert "adapter_norms.png" not in hub.files("org/loha")
+
+
 def test_a_persons_card_on_the_hub_stays(hub, saved):
     pushed(hub, saved)
     mine = hub.files(REPO)[CARD].decode().replace("## Use it", "## Mine\n\nI wrote this.\n\n## Use it")

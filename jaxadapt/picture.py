@@ -1,0 +1,80 @@
+"""The norms of an adapter as a heat map, layer by module. The only file that draws."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from jaxadapt.configs import Config
+from jaxadapt.errors import AdapterError
+from jaxadapt.norms import Grid, Norms, grid, number_text
+
+_NAMES = {"norm": "", "effective_rank": "effective rank", "scale": "scale s"}
+_INK, _FAINT = "#222222", "#e8e8e8"
+
+
+def png(norms: Norms, config: Config) -> bytes:
+    """A PNG; the same adapter gives the same bytes. Raises `AdapterError` where matplotlib is missing."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise AdapterError("a picture needs matplotlib: pip install 'jaxadapt[plot]'") from error
+
+    cells = grid(norms.modules)
+    if not cells.cells:
+        raise AdapterError("there is nothing to draw: no module of this adapter has a norm")
+    shown = [n for n in _NAMES if n == "norm" or (cells.constant(n) is None and _has(cells, n))]
+    wide = max(0.62 * len(cells.columns) + 1.9, 3.4)
+    tall = min(max(0.24 * len(cells.rows), 1.2), 14)
+    figure = Figure(figsize=(wide * len(shown) + 0.3, tall + 1.9), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axis, name in zip(axes, shown, strict=True):
+        _panel(figure, axis, cells, name, _NAMES[name] or norms.what, tall)
+    figure.suptitle(_title(config, cells), fontsize=10, color=_INK)
+    out = io.BytesIO()
+    figure.savefig(out, format="png", metadata={"Software": None})
+    return out.getvalue()
+
+
+def _has(cells: Grid, name: str) -> bool:
+    return any(getattr(cell, name) is not None for cell in cells.cells.values())
+
+
+def _title(config: Config, cells: Grid) -> str:
+    base = config.base_model_name_or_path
+    parts = [config.peft_type + (f" for {base}" if base else "")]
+    rank, scale = cells.constant("rank"), cells.constant("scale")
+    parts += [f"r = {rank:g}"] if rank is not None else []
+    parts += [f"s = {scale:.3g}"] if scale is not None else []
+    return ", ".join(parts)
+
+
+def _panel(figure: Any, axis: Any, cells: Grid, name: str, title: str, tall: float) -> None:
+    import numpy as np
+
+    values = np.array([[np.nan if v is None else v for v in row] for row in cells.values(name)], float)
+    axis.set_facecolor(_FAINT)
+    rank = cells.constant("rank") if name == "effective_rank" else None  # what it could be at most
+    high = float(np.nanmax(values) if rank is None else rank) or 1.0
+    image = axis.imshow(values, aspect="auto", cmap="viridis", vmin=0.0, vmax=high, interpolation="nearest")
+    axis.set_title(title, fontsize=9, color=_INK)
+    turned: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+    axis.set_xticks(range(len(cells.columns)), cells.columns, fontsize=8, **turned)
+    step = max(1, round(len(cells.rows) / 32))
+    at = range(0, len(cells.rows), step)
+    axis.set_yticks(at, [cells.rows[i] for i in at], fontsize=7)
+    axis.set_ylabel("layer", fontsize=8, color=_INK)
+    axis.tick_params(length=0, colors=_INK)
+    for side in axis.spines.values():
+        side.set_visible(False)
+    if len(cells.rows) <= 40:
+        for y, row in enumerate(values):
+            for x, value in enumerate(row):
+                if not np.isnan(value):
+                    ink = _INK if value > 0.6 * high else "white"
+                    axis.text(x, y, number_text(value, 2), ha="center", va="center", fontsize=5.5, color=ink)
+    bar = figure.colorbar(image, ax=axis, fraction=0.05, pad=0.02, aspect=8 * max(3, tall))
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=0, labelsize=7, colors=_INK)

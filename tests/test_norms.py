@@ -1,0 +1,149 @@
+"""Norms, effective ranks, their grid and picture, against numpy on the formed change."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import jaxadapt
+from jaxadapt import picture
+from jaxadapt.cli import main
+from jaxadapt.norms import Norm, grid, measure
+from tests import small
+
+P = "base_model.model."
+RNG = np.random.default_rng(0)
+
+
+def array(*shape):
+    return RNG.standard_normal(shape).astype("float32")
+
+
+def tensors(config, **held):
+    return jaxadapt.PeftTensors(config, {P + key: value for key, value in held.items()}, "these")
+
+
+def of_matrix(delta):
+    s = np.linalg.svd(delta.astype(np.float64), compute_uv=False)
+    p = s[s > 1e-9 * s[0]] / s.sum()
+    return np.linalg.norm(delta), np.exp(-(p * np.log(p)).sum())
+
+
+def test_lora_is_the_norm_of_the_formed_change():
+    config = jaxadapt.LoraConfig(
+        r=4, lora_alpha=6, target_modules=["q", "v", "e", "c"], use_rslora=True, rank_pattern={"v": 2},
+        alpha_pattern={"v": 3}, modules_to_save=["head"],
+    )  # fmt: skip
+    a, b, a2, b2 = array(4, 9), array(7, 4), array(2, 9), array(7, 2)
+    ea, eb, ca, cb = array(4, 11), array(5, 4), array(4, 3, 2, 2), array(6, 4, 1, 1)
+    held = tensors(
+        config,
+        **{"l.0.q.lora_A.weight": a, "l.0.q.lora_B.weight": b, "l.0.v.lora_A.weight": a2, "l.0.v.lora_B.weight": b2,
+           "e.lora_embedding_A": ea, "e.lora_embedding_B": eb, "c.lora_A.weight": ca, "c.lora_B.weight": cb,
+           "head.weight": array(3, 3)},
+    )  # fmt: skip
+    found = measure(held)
+    want = {
+        "l.0.q": (3.0, b @ a, 4), "l.0.v": (3 / 2**0.5, b2 @ a2, 2), "e": (3.0, eb @ ea, 4),
+        "c": (3.0, cb[:, :, 0, 0] @ ca.reshape(4, -1), 4),
+    }  # fmt: skip
+    assert {n.module for n in found.modules} == set(want)
+    for norm in found.modules:
+        scale, delta, rank = want[norm.module]
+        size, effective = of_matrix(scale * delta)
+        # Both in float64, from the same float32 factors, whose product numpy formed in float32.
+        np.testing.assert_allclose([norm.norm, norm.effective_rank, norm.scale], [size, effective, scale], rtol=1e-5)
+        assert norm.rank == rank
+    assert found.left_out == ("head.weight",)
+
+
+def test_a_fresh_adapter_and_one_direction():
+    config = jaxadapt.LoraConfig(r=3, lora_alpha=3, target_modules=["q"])
+    fresh = measure(tensors(config, **{"q.lora_A.weight": array(3, 5), "q.lora_B.weight": np.zeros((4, 3), "f4")}))
+    assert (fresh.modules[0].norm, fresh.modules[0].effective_rank) == (0, 0)
+    b = np.outer(array(4), [1, 2, 3]).astype("f4")
+    one = measure(tensors(config, **{"q.lora_A.weight": array(3, 5), "q.lora_B.weight": b})).modules[0]
+    assert one.effective_rank == pytest.approx(1, abs=1e-4)
+
+
+def test_ia3_and_methods_that_need_the_base():
+    l = array(6, 1)
+    config = jaxadapt.IA3Config(target_modules=["q"], feedforward_modules=[])
+    (norm,) = measure(tensors(config, **{"q.ia3_l": l})).modules
+    assert norm.norm == pytest.approx(np.sqrt(np.mean((l - 1) ** 2)))
+    assert norm.rank is norm.scale is norm.effective_rank is None
+    other = jaxadapt.Config.from_dict({"peft_type": "LOHA", "target_modules": ["q"], "r": 2})
+    with pytest.raises(jaxadapt.ConfigError, match="not for LOHA"):
+        measure(tensors(other, **{"q.hada_w1_a": l}))
+
+
+def test_the_grid():
+    names = ["lm_head", "enc.block.0.mlp.down_proj", "enc.block.0.q_proj", "dec.block.10.q_proj", "dec.block.2.q_proj"]
+    made = grid([Norm(name, float(i)) for i, name in enumerate(names)])
+    assert made.rows == ("enc.block.0", "dec.block.2", "dec.block.10", "–")
+    assert made.columns == ("q_proj", "down_proj", "lm_head")
+    assert made.values("norm")[0] == [2.0, 1.0, None]
+    experts = grid([Norm("l.0.experts.0.up", 3.0, 2.0, 4, 1.0), Norm("l.0.experts.1.up", 4.0, 4.0, 4, 1.0)])
+    assert (experts.rows, experts.columns) == (("0",), ("up",))
+    assert experts.values("norm") == [[5.0]]  # of the two together
+    assert experts.values("effective_rank") == [[3.0]]
+    twice = grid([Norm("l.0.self.dense", 1.0), Norm("l.0.cross.dense", 2.0)])
+    assert twice.columns == ("self.dense", "cross.dense")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    jaxadapt.save(small.trained(), tmp_path / "out", base_model="org/base")
+    return tmp_path / "out"
+
+
+def run(*args):
+    return CliRunner().invoke(main, [str(a) for a in args])
+
+
+def test_inspect_draws_and_prints(saved, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "70")
+    result = run("inspect", saved, "--plot", tmp_path / "a.png")
+    assert result.exit_code == 0, result.output
+    want = measure(jaxadapt.read(saved)).modules
+    for norm in want:
+        assert f"{norm.norm:#.3g}" in result.output
+        assert f"{norm.effective_rank:#.3g}" in result.output
+    assert "rank 2 and scale 3 everywhere" in result.output
+    assert max(map(len, result.output.splitlines())) <= 70
+    data = (tmp_path / "a.png").read_bytes()
+    assert data.startswith(b"\x89PNG")
+    run("inspect", saved, "--plot", tmp_path / "b.png")
+    assert (tmp_path / "b.png").read_bytes() == data  # the same adapter, the same bytes
+    listed = json.loads(run("inspect", saved, "--norms", "--json").stdout)["norms"]
+    assert [m["norm"] for m in listed["modules"]] == [n.norm for n in want]
+
+
+def test_many_columns_are_put_under_each_other(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    config = jaxadapt.LoraConfig(r=1, lora_alpha=1, target_modules="all-linear")
+    held = {f"l.0.module{i}.lora_{s}.weight": np.ones((1, 1), "f4") for i in range(9) for s in "AB"}
+    jaxadapt.write(tensors(config, **held), tmp_path)
+    output = run("inspect", tmp_path, "--norms").output
+    assert max(map(len, output.splitlines())) <= 40
+    assert all(output.count(f"module{i} ") >= 2 for i in range(9))  # norm and effective rank
+
+
+def test_without_matplotlib(saved, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    result = run("inspect", saved, "--plot", tmp_path / "a.png")
+    assert result.exit_code == 1
+    assert "pip install 'jaxadapt[plot]'" in result.output
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_a_picture_of_one_cell():
+    config = jaxadapt.LoraConfig(r=1, lora_alpha=1, target_modules=["q"])
+    held = tensors(config, **{"q.lora_A.weight": array(1, 3), "q.lora_B.weight": array(2, 1)})
+    assert picture.png(measure(held), config).startswith(b"\x89PNG")
+    with pytest.raises(jaxadapt.AdapterError, match="nothing to draw"):
+        picture.png(measure(tensors(config, **{"head.weight": array(2, 2)})), config)
