@@ -201,6 +201,13 @@ def tree_shapes(params: Any) -> dict[str, tuple[int, ...]]:
     return {path: tuple(leaf.shape) for path, leaf in tree_leaves(params).items()}
 
 
+def base_of(tree: Any) -> dict[str, Any]:
+    """`{path: array or spec}` of the base parameters of an NNX model, Linen variables or a tree of them."""
+    if isinstance(tree, nnx.nnx.Module):
+        return nnx_survey.base_values(nnx.base_leaves(tree))
+    return tree_leaves(tree["params"] if "params" in tree else tree)  # noqa: SIM401 (a State has no get)
+
+
 def tree_leaves(params: Any) -> dict[str, Any]:
     """`{path: array or spec}` of a tree of base parameters, boxes opened."""
     if isinstance(params, nnx.nnx.State):

@@ -23,7 +23,7 @@ Replaced = Copied | Tokens
 TENSORS = frozenset({"copy", tokens.NAME})
 """What such tensors are called in an adapter."""
 
-_INPUTS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "shared", "embed_in")
+INPUTS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "shared", "embed_in")
 """What a language model calls its table of tokens, where it has further tables (of positions, of types)."""
 
 
@@ -101,7 +101,7 @@ def _inputs(config: Config, sites: Collection[tuple[Site, Mapping[str, int]]]) -
     if not isinstance(config.get("trainable_token_indices"), tuple):
         return None
     tables = [m for site, sizes in sites if site.weight.kind == "embedding" for m in site.modules(sizes).values()]
-    usual = [name for name in tables if name.rpartition(".")[2] in _INPUTS]
+    usual = [name for name in tables if name.rpartition(".")[2] in INPUTS]
     for names in (tables, usual):
         if len(names) == 1:
             return names[0]

@@ -399,6 +399,14 @@ def collection(adapter: Adapter, name: str, params: Mapping[str, Any]) -> dict[s
 # ---------------------------------------------------------------- collections in and out
 
 
+def collections(variables: Any) -> dict[str, Mapping[str, Any]]:
+    """The adapter collections among Linen variables. (A parameter tree may hold a module called "lora".)"""
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        return {}
+    names = [method.peft_type.lower() for method in methods.METHODS.values()]
+    return {name: variables[name] for name in names if name in variables}
+
+
 def read_collection(tree: Mapping[str, Any], name: str) -> Adapter:
     """The adapter under one name of a collection; `AttachError` if its configuration was lost on the way."""
     recipe = tree.get(CONFIG_NODE)

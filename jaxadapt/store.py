@@ -21,6 +21,7 @@ from jax.core import Tracer
 from jaxadapt import (
     attach,
     bind,
+    embeddings,
     families,
     folder,
     foreign,
@@ -173,6 +174,7 @@ def save(
     lora_alpha: float | None = None,
     base_model: str | None = None,
     dtype: Any = None,
+    save_embedding_layers: bool | str = "auto",
     format: str = "safetensors",  # noqa: A002 (what it is called everywhere)
     shared: bool | None = None,
     timeout: float = 300,
@@ -192,6 +194,9 @@ def save(
         lora_alpha: of another library's tree, where it stores none; instead of `config`.
         base_model: what `base_model_name_or_path` shall say; never looked up anywhere.
         dtype: of the tensors in the file; as in memory by default.
+        save_embedding_layers: whether the base's table of tokens and head go into the file too, as PEFT has it: "auto"
+            where they are adapted under the names "embed_tokens" or "lm_head" and the tree has their values; true
+            always, for a vocabulary that was resized; false never.
         format: "orbax" for an Orbax checkpoint instead: the parameters in the model's layout and the configuration,
             in one commit, at a path where nothing is yet. With several processes all of them call `save`.
         shared, timeout: of arrays of which several processes hold parts; then all of them call `save`, and each writes
@@ -218,11 +223,27 @@ def save(
         orbax_folder.write(adapter, _under(path, name), alone=jax.process_count() == 1)
         return
     tensors = _to_peft(tree, name, config, keymap, lora_alpha, dtype, instead, traced=False)
+    tensors = _with_embeddings(tensors, tree, name, config, keymap, save_embedding_layers)
     tensors = dataclasses.replace(tensors, config=tensors.config.replace(**changes))
     if isinstance(tensors.tensors, Encoded) and together.spread(tensors.tensors.leaves.values()):
         together.write(tensors, _below(path, name), shared, timeout)
     else:
         folder.write(tensors, _below(path, name))
+
+
+def _with_embeddings(
+    tensors: PeftTensors, tree: Any, name: str, config: Config | None, keymap: Any, wanted: bool | str
+) -> PeftTensors:
+    held = tensors.tensors
+    if not embeddings.perhaps(tensors.config, wanted) or not isinstance(held, Encoded) or attach.guest_in(tree):
+        return tensors
+    adapter = _renamed(_extract(tree, name, config, keymap, ""), keymap)
+    bounds = bind.recover(adapter.config, adapter.keymap, _shapes(adapter))
+    has_base = isinstance(tree, nnx.nnx.Module) or (isinstance(tree, Mapping) and "params" in tree)
+    base = attach.base_of(tree) if has_base else None
+    return dataclasses.replace(
+        tensors, tensors=embeddings.added(held, adapter.config, adapter.keymap, bounds, base, wanted)
+    )
 
 
 def _under(path: str | os.PathLike[str], name: str) -> str | os.PathLike[str]:
@@ -282,7 +303,12 @@ def _decoded(
     specs = transfer.specs(tensors.tensors)
     dtypes = {key: spec.dtype for key, spec in specs.items()}
     odd = [f"{k}: {d.name}, expected floats" for k, d in dtypes.items() if not jnp.issubdtype(d, jnp.floating)]
-    plan.check({key: spec.shape for key, spec in specs.items()}, tensors.source, odd, recipe.keymap.name)
+    shapes = {key: spec.shape for key, spec in specs.items()}
+    if shapes.keys() - plan.keys.keys():
+        base = attach.base_of(target)
+        of_base = embeddings.carried(tensors.tensors, shapes, plan.keys, recipe.keymap, base, tensors.source)
+        shapes = {key: shape for key, shape in shapes.items() if key not in of_base}
+    plan.check(shapes, tensors.source, odd, recipe.keymap.name)
     if dtype is None and np.dtype("float64") in dtypes.values() and jnp.zeros(0, float).dtype != "float64":
         warnings.warn(
             f"{tensors.source}: float64 tensors become float32, since jax_enable_x64 is off", stacklevel=3
@@ -328,18 +354,10 @@ def _plan_for(
 
 
 def _attached_table(variables: Any) -> KeyMap | None:
-    for collection in _collections(variables).values():
+    for collection in linen.collections(variables).values():
         for name, tree in collection.items():
             return linen.read_collection(tree, name).keymap
     return None
-
-
-def _collections(variables: Any) -> dict[str, Mapping[str, Any]]:
-    """The adapter collections among Linen variables. (A parameter tree may hold a module called "lora".)"""
-    if not isinstance(variables, Mapping) or "params" not in variables:
-        return {}
-    names = [method.peft_type.lower() for method in methods.METHODS.values()]
-    return {name: variables[name] for name in names if name in variables}
 
 
 def load(
@@ -417,7 +435,7 @@ def load(
     if present is not None and present != adapter.config and not replace:
         raise ConfigError(
             f"{source}: its configuration differs from that of the attached adapter {name!r} in"
-            f" {_differences(present, adapter.config)}; load(…, replace=True) takes the file's, and"
+            f" {present.differences(adapter.config)}; load(…, replace=True) takes the file's, and"
             " load(…, name=…) keeps both"
         )
     if not isinstance(target, nnx.nnx.Module):
@@ -478,13 +496,7 @@ def _rehearse(model: Any, adapter: Adapter, bounds: Sequence[bind.Bound], name: 
 def _attached_config(target: Any, name: str) -> Config | None:
     if isinstance(target, nnx.nnx.Module):
         return nnx.extract(target, name).config if name in nnx.names(target) else None
-    for collection in _collections(target).values():
+    for collection in linen.collections(target).values():
         if name in collection:
             return linen.read_collection(collection[name], name).config
     return None
-
-
-def _differences(a: Config, b: Config) -> str:
-    x, y = a.to_dict(), b.to_dict()
-    keys = [key for key in sorted(x | y) if x.get(key) != y.get(key)]
-    return ", ".join(f"{key} ({x.get(key)!r} attached, {y.get(key)!r} in the file)" for key in keys)

@@ -20,7 +20,7 @@ FLOORS = [
     ["errors", "progress", "paths", "axes", "configs"],
     "weight arrangement keymap generic dialect plan adapter"
     " trace operations layout liveness layers filters targets drawing codecs consumers card hub".split(),
-    "methods families copies bind folder orbax_folder transfer together dialects guests guest_config".split()
+    "methods families copies bind embeddings folder orbax_folder transfer together dialects guests guest_config".split()
     + "laying sharding pytorch".split(),
     ["linen", "linen_call", "linen_survey", "nnx", "nnx_survey", "merging", "products", "combining", "norms"],
     ["foreign", "attach", "store", "bases", "report", "picture", "reducing", "rescaling", "optim", "starting"],
@@ -48,6 +48,8 @@ SAME_FLOOR = {
     ("copies", "methods"): "a copy is a method of its own",
     ("together", "sharding"): "who owns what",
     ("together", "folder"): "it is written as a folder",
+    ("embeddings", "bind"): "an adapter's sites tell which embeddings it has",
+    ("embeddings", "copies"): "what a table of tokens is usually called",
     ("transfer", "sharding"): "arrays go where they belong",
     ("bind", "sharding"): "fresh parameters are made where they belong",
     ("orbax_folder", "bind"): "the parameters of a checkpoint get the names of a file",

@@ -137,6 +137,12 @@ class Config:
             )
         return dataclasses.replace(self, **changes)
 
+    def differences(self, other: Config) -> str:
+        """The keys whose values differ, with both: of one that is attached, and of one from a file."""
+        x, y = self.to_dict(), other.to_dict()
+        keys = [key for key in sorted(x | y) if x.get(key) != y.get(key)]
+        return ", ".join(f"{key} ({x.get(key)!r} attached, {y.get(key)!r} in the file)" for key in keys)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, with the keys of `adapter_config.json`."""
         known = {name: thaw(getattr(self, name)) for name in _field_names(type(self)) if name != "extra"}
