@@ -30,7 +30,7 @@ import numpy as np
 import jaxadapt
 from benchmarks.io import status
 from benchmarks.measure import Way, environment, interleave, ratio, table
-from jaxadapt import attach, bind, families, paths
+from jaxadapt import bind, families, paths, planning
 
 LAYERS, HIDDEN, INNER, HEADS, KV, HEAD, VOCAB, RANK = 80, 8192, 28672, 64, 8, 128, 128256, 64
 PLAN, SPEED, EXTRA = 0.3, 0.5, 1.5  # seconds; parts of memcpy; times the largest tensor
@@ -81,7 +81,7 @@ def tree(name: str, layers: int = LAYERS) -> Any:
     return paths.unflatten(leaves)
 
 
-def planning(rounds: int) -> tuple[list[list[object]], list[str]]:
+def planned(rounds: int) -> tuple[list[list[object]], list[str]]:
     ways: dict[str, Way] = {}
     counts: dict[str, tuple[int, int]] = {}
     for name in FAMILIES:
@@ -89,7 +89,7 @@ def planning(rounds: int) -> tuple[list[list[object]], list[str]]:
         keymap = name if name.startswith("maxtext") else None  # a Llama of MaxText is not known by its names
 
         def plan(_: Any, model: Any = model, keymap: str | None = keymap) -> Any:
-            _, bounds = attach.plan_tree(model, CONFIG, keymap)
+            _, bounds = planning.on_tree(model, CONFIG, keymap)
             return bind.file_plan(bounds).shapes
 
         ways[name] = Way(plan)
@@ -109,7 +109,7 @@ def moving(rounds: int, layers: int) -> tuple[list[list[object]], list[str], str
     for name in FAMILIES:
         model = tree(name, layers)
         keymap = name if name.startswith("maxtext") else None
-        recipe, bounds = attach.plan_tree(model, CONFIG, keymap)
+        recipe, bounds = planning.on_tree(model, CONFIG, keymap)
         rng = np.random.default_rng(0)
         leaves = {
             e.path: rng.standard_normal(e.shape, "float32").astype(ml_dtypes.bfloat16)
@@ -204,7 +204,7 @@ def main() -> None:
     if given.memory:
         return exporting(given.memory[0], given.memory[1] == "1")
     print(environment("jax", "flax", "numpy"))
-    rows, missed = planning(given.repeats)
+    rows, missed = planned(given.repeats)
     head = ["family", "leaves", "tensors", "median s", "best s"]
     title = f"**planning a Llama-3-70B, r = {RANK}, median of {given.repeats} interleaved rounds**"
     print(table(title, head, rows), flush=True)

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         MismatchError,
         TargetError,
     )
+    from jaxadapt.exchange import from_peft, to_peft
     from jaxadapt.folder import inspect, read, read_config, write
     from jaxadapt.hub import pull
     from jaxadapt.keymap import KeyMap
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
     from jaxadapt.report import summary
     from jaxadapt.rescaling import rescale
     from jaxadapt.sharing import push
-    from jaxadapt.store import from_peft, load, save, to_peft
+    from jaxadapt.store import load, save
     from jaxadapt.weight import Weight
 
 __version__ = "0.1.0"
@@ -71,7 +72,8 @@ _HOME = {
         "combining": "combine",
         "reducing": "resize_rank to_lora",
         "rescaling": "rescale",
-        "store": "save load to_peft from_peft",
+        "exchange": "to_peft from_peft",
+        "store": "save load",
         "checkpoint": "CheckpointManager",
         "folder": "read write inspect read_config",
         "hub": "pull",

@@ -9,11 +9,10 @@ from typing import Any
 
 from jax.core import Tracer
 
-from jaxadapt import bind, families, foreign, linen, methods, nnx, nnx_survey, paths, targets
-from jaxadapt.adapter import CONFIG_NODE, Adapter, Recipe, collection_name, is_array
+from jaxadapt import bind, families, foreign, linen, linen_tree, methods, nnx, nnx_survey, paths, planning
+from jaxadapt.adapter import CONFIG_NODE, Adapter, collection_name, is_array
 from jaxadapt.configs import Config
-from jaxadapt.errors import AttachError, ConfigError, TargetError
-from jaxadapt.generic import GENERIC
+from jaxadapt.errors import AttachError, ConfigError
 from jaxadapt.keymap import KeyMap
 
 DEFAULT = "default"
@@ -79,7 +78,7 @@ def adapt(
     if name in nnx.names(model):
         raise AttachError(f"there is an adapter {name!r} already; choose another name=, or delete it first")
     owners = nnx.base_leaves(model)
-    recipe, bounds = plan_nnx(model, config, keymap, stack_axes, example, owners)
+    recipe, bounds = planning.on_model(model, config, keymap, stack_axes, example, owners)
     abstract = nnx_survey.is_abstract(owners)
     if rngs is None and not abstract:
         raise AttachError("adapt needs rngs=nnx.Rngs(seed) for the adapter's initial values")
@@ -106,48 +105,6 @@ def _need_nnx(model: Any) -> None:
         )
 
 
-def plan_nnx(
-    model: Any,
-    config: Config,
-    keymap: KeyMap | str | None,
-    stack_axes: Sequence[int] | None = None,
-    example: Sequence[Any] | None = None,
-    owners: Mapping[str, nnx_survey.Owner] | None = None,
-) -> tuple[Recipe, tuple[bind.Bound, ...]]:
-    """The recipe and sites of a configuration on an NNX model, whose `owners` may be at hand."""
-    owners = nnx.base_leaves(model) if owners is None else owners
-    shapes = nnx_survey.base_shapes(owners)
-    table = families.resolve(keymap, shapes)
-    all_linear = targets.is_all_linear(config)
-    if all_linear:
-        shapes = {leaf: shape for leaf, shape in shapes.items() if not nnx_survey.never_linear(owners[leaf])}
-    lines, traced = nnx_survey.class_lines(owners, table, stack_axes), {}
-    if example is not None:
-        # What a layer computes says more of its axes than the generic map, and less than a family's table.
-        known = dataclasses.replace(GENERIC, weights=()) if table == GENERIC else table
-        wanted = nnx_survey.custom(owners, bind.uncovered(config, known.with_lines(lines), shapes))
-        traced, others = nnx_survey.traced_axes(model, owners, example, wanted, required=not all_linear)
-        shapes = {leaf: shape for leaf, shape in shapes.items() if leaf not in others}
-        lines = nnx_survey.class_lines(owners, table, stack_axes, traced)
-    full = table.with_lines(lines)
-    said = {line.leaf for line in lines}
-    # The generic map speaks of Flax's own layers; a custom one may hold its kernel the other way round.
-    unsure = frozenset(nnx_survey.custom(owners, shapes)) - said if table == GENERIC else bind.NONE
-    config = bind.resolve(config, full, shapes, unsure)
-    bounds = bind.select(config, full, shapes, unsure)
-    mine = {b.leaf for b in bounds}
-    if traced.keys() - mine and not all_linear:
-        missed = [leaf for leaf in traced if leaf not in mine]
-        raise TargetError("several weights share a module; name those you mean in full:\n" + paths.listing(missed))
-    table = bind.tabled(table.with_lines(line for line in lines if line.leaf in mine), bounds)
-    recipe = Recipe(config, table, len(bounds))
-    if example is not None:
-        dropped = [b.leaf for b in bounds if b.method.dropout(b.static)]
-        hooks = {b.leaf: methods.Applied(b.method, b.static, {}, b.axes) for b in bounds}
-        nnx_survey.check_calls(model, hooks, dropped, example)
-    return recipe, bounds
-
-
 def init(
     config: Config, params: Any, *, key: Any = None, keymap: KeyMap | str | None = None, dtype: Any = None
 ) -> Adapter:
@@ -169,56 +126,13 @@ def init(
     if key is not None and not is_array(key):
         raise AttachError(f"key: expected a JAX random key such as jax.random.key(0), found {type(key).__name__}")
     if isinstance(params, nnx.nnx.Module):
-        recipe, bounds = plan_nnx(params, config, keymap)
+        recipe, bounds = planning.on_model(params, config, keymap)
         base = nnx_survey.base_values(nnx.base_leaves(params))
     else:
-        recipe, bounds = plan_tree(params, config, keymap)
-        base = tree_leaves(params)
-    values = bind.fresh(recipe.config, bounds, key, dtype, key is None, base, placement(params))
+        recipe, bounds = planning.on_tree(params, config, keymap)
+        base = planning.tree_leaves(params)
+    values = bind.fresh(recipe.config, bounds, key, dtype, key is None, base, planning.placement(params))
     return Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
-
-
-def plan_tree(
-    params: Any, config: Config, keymap: KeyMap | str | None
-) -> tuple[Recipe, tuple[bind.Bound, ...]]:
-    """The recipe and sites of a configuration on a tree of base parameters."""
-    shapes = tree_shapes(params)
-    table = families.resolve(keymap, shapes)
-    config = bind.resolve(config, table, shapes)
-    bounds = bind.select(config, table, shapes)
-    return Recipe(config, bind.tabled(table, bounds), len(bounds)), bounds
-
-
-def placement(base: Any) -> dict[str, Any]:
-    """`{leaf: sharding}` of an NNX model or a tree of base parameters; None where a leaf has none to follow."""
-    if isinstance(base, nnx.nnx.Module):
-        return nnx.placement(nnx.base_leaves(base))
-    return linen.placement(nnx.nnx.to_pure_dict(base) if isinstance(base, nnx.nnx.State) else base)
-
-
-def tree_shapes(params: Any) -> dict[str, tuple[int, ...]]:
-    """`{path: shape}` of a tree of base parameters, boxes (`nn.Partitioned`, NNX variables) opened."""
-    return {path: tuple(leaf.shape) for path, leaf in tree_leaves(params).items()}
-
-
-def base_of(tree: Any) -> dict[str, Any]:
-    """`{path: array or spec}` of the base parameters of an NNX model, Linen variables or a tree of them."""
-    if isinstance(tree, nnx.nnx.Module):
-        return nnx_survey.base_values(nnx.base_leaves(tree))
-    return tree_leaves(tree["params"] if "params" in tree else tree)  # noqa: SIM401 (a State has no get)
-
-
-def tree_leaves(params: Any) -> dict[str, Any]:
-    """`{path: array or spec}` of a tree of base parameters, boxes opened."""
-    if isinstance(params, nnx.nnx.State):
-        params = nnx.nnx.to_pure_dict(params)
-    if isinstance(params.get("params"), Mapping):
-        raise AttachError("expected base parameters, found variables; give variables['params']")
-    flat = paths.flatten(linen.opened(params))
-    odd = [f"{p}: {type(v).__name__}" for p, v in flat.items() if not is_array(v)]
-    if odd:
-        raise AttachError("expected arrays as base parameters, found:\n" + paths.listing(odd))
-    return flat
 
 
 # ---------------------------------------------------------------- values out and in
@@ -261,7 +175,7 @@ def extract(
         )
     found = _find_collection(tree, name)
     if found is not None and config is None:
-        return linen.read_collection(found, name)
+        return linen_tree.read_collection(found, name)
     present = names_in(tree)
     if found is None and present:
         raise AttachError(f"there is no adapter {name!r} here; found {present}")
@@ -317,7 +231,7 @@ def _extract_bare(tree: Mapping[str, Any], name: str, config: Config | None, key
         )
     collection = collection_name(config)
     values: dict[str, Any] = {}
-    tree = linen.opened(tree)
+    tree = linen_tree.opened(tree)
     for path, leaf in paths.flatten(
         {k: v for k, v in tree.items() if k != "params"} if collection in tree else tree
     ).items():
@@ -392,7 +306,7 @@ def _tensor_shapes(adapter: Adapter) -> dict[str, dict[str, tuple[int, ...]]]:
 def with_adapter(variables: Mapping[str, Any], adapter: Adapter, name: str) -> dict[str, Any]:
     """Linen variables with this adapter under `name`, whatever was there."""
     out = dict(variables)
-    for collection, tree in linen.collection(adapter, name, variables.get("params", {})).items():
+    for collection, tree in linen_tree.collection(adapter, name, variables.get("params", {})).items():
         out[collection] = {**dict(out.get(collection, {})), **tree}
     return out
 

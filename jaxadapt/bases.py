@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadapt import attach, families, folder, merging, nnx_survey, paths, plan, sharding, store, transfer
+from jaxadapt import exchange, families, folder, merging, nnx_survey, paths, plan, planning, sharding, transfer
 from jaxadapt.adapter import Adapter, is_array
 from jaxadapt.codecs import safetensors, shards
 from jaxadapt.errors import AttachError, KeyMapError, MismatchError
@@ -60,11 +60,11 @@ def export_base(
     Array(6., dtype=float32)
     """
     leaves = _leaves(params)
-    store.with_values(leaves, traced=False)
+    exchange.with_values(leaves, traced=False)
     table = _table(keymap, leaves)
     made = plan.base_plan(table, _shapes(leaves))
     changed = {} if adapter is None else merging.merged(leaves, adapter)
-    store.warn_unproved(table, 3)
+    exchange.warn_unproved(table, 3)
     kind = None if dtype is None else np.dtype(dtype)
     target = Path(path)
     _check_ties(target, table, made, leaves, changed)
@@ -195,7 +195,7 @@ def import_base(
             )
         if left:
             warnings.warn(f"{tensors.source}: left as they were: {', '.join(sorted(left))}", stacklevel=2)
-        new = _read(entries, tensors.renamed(source), leaves, attach.placement(_params(target)))
+        new = _read(entries, tensors.renamed(source), leaves, planning.placement(_params(target)))
     done = merging.replaced(_params(target), new)
     return done if _params(target) is target else {**target, "params": done}
 

@@ -17,7 +17,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
-from jaxadapt import bind, dialects, families, guest_config, guests, linen, nnx, nnx_survey, paths
+from jaxadapt import bind, dialects, families, guest_config, guests, linen_tree, nnx, nnx_survey, paths
 from jaxadapt.adapter import CONFIG_NODE, Adapter, is_array
 from jaxadapt.configs import Config, LoraConfig
 from jaxadapt.dialect import Dialect, is_like
@@ -288,7 +288,7 @@ def _opened_nnx(tree: Any) -> tuple[Leaves, Put]:
 
 
 def _is_box(node: Any) -> bool:
-    return isinstance(node, linen.meta.AxisMetadata | nnx.nnx.Variable)
+    return isinstance(node, linen_tree.meta.AxisMetadata | nnx.nnx.Variable)
 
 
 def _name(key: Any) -> str:
@@ -348,13 +348,13 @@ def _opened_tree(tree: Any) -> tuple[Leaves, Put]:
 
 
 def _unboxed(node: Any) -> Any:
-    if isinstance(node, linen.meta.AxisMetadata):
+    if isinstance(node, linen_tree.meta.AxisMetadata):
         return node.unbox()
     return node.get_value() if isinstance(node, nnx.nnx.Variable) else node
 
 
 def _reboxed(node: Any, value: Any) -> Any:
-    if isinstance(node, linen.meta.AxisMetadata):
+    if isinstance(node, linen_tree.meta.AxisMetadata):
         return node.replace_boxed(value)
     return node.replace(value) if isinstance(node, nnx.nnx.Variable) else value
 

@@ -16,13 +16,10 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from flax import serialization
-from flax.core import FrozenDict
-from flax.core import meta as meta  # re-exported: boxes are opened elsewhere too
+from flax.core import FrozenDict, meta
 from flax.core.scope import in_filter
-from flax.linen import spmd
 
-from jaxadapt import bind, linen_survey, methods, paths, sharding, targets
+from jaxadapt import bind, linen_survey, linen_tree, methods, paths, targets
 from jaxadapt.adapter import CONFIG_NODE, Adapter, Recipe, collection_name, is_array
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError
@@ -99,14 +96,13 @@ class Adapted:
 
     def _joined(self, recipes: Mapping[str, Any], rngs: Any, variables: Mapping[str, Any]) -> dict[str, Any]:
         out = dict(variables)
-        base = paths.flatten(opened(variables.get("params", {})))
+        base = paths.flatten(linen_tree.opened(variables.get("params", {})))
         for name, (recipe, bounds) in recipes.items():
             key = _fresh_key(rngs, collection_name(recipe.config), name)
-            values = bind.fresh(
-                recipe.config, bounds, key, self.dtype, base=base, where=placement(variables.get("params", {}))
-            )
+            where = linen_tree.placement(variables.get("params", {}))
+            values = bind.fresh(recipe.config, bounds, key, self.dtype, base=base, where=where)
             adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
-            for held, tree in collection(adapter, name, variables.get("params", {})).items():
+            for held, tree in linen_tree.collection(adapter, name, variables.get("params", {})).items():
                 out[held] = {**out.get(held, {}), **tree}
         return out
 
@@ -166,7 +162,8 @@ class Adapted:
                     f"the variables hold no adapter {name!r} in {collection_name(wanted[name])!r};"
                     " make one with init, or load it"
                 )
-            adapter = read_collection(meta.unbox(tree), name)  # with the constraints of their boxes, as the base's
+            # unbox puts the constraints of their boxes on them, as on the base's
+            adapter = linen_tree.read_collection(meta.unbox(tree), name)
             if adapter.config != _resolved_like(wanted[name], adapter.config):
                 raise AttachError(
                     f"the adapter {name!r} carries another configuration than this wrapper's; wrap the module"
@@ -350,82 +347,3 @@ class Bound:
                 return f(*args, **kwargs)
 
         return call
-
-
-# ---------------------------------------------------------------- boxes
-
-
-def opened(tree: Any) -> Any:
-    """A tree with its boxes (`nn.Partitioned` …) opened, the values as they are."""
-
-    def value(x: Any) -> Any:  # unbox() of a Partitioned would move it to where it is said to belong
-        return x.value if isinstance(x, meta.Partitioned) else x.unbox() if isinstance(x, meta.AxisMetadata) else x
-
-    return jax.tree.map(value, tree, is_leaf=lambda x: isinstance(x, meta.AxisMetadata))
-
-
-def placement(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The sharding of every base leaf: what its array or spec has, else what its box says it will have."""
-    out: dict[str, Any] = {}
-    for path, leaf in paths.flatten(params).items():
-        value = opened(leaf)
-        out[path] = sharding.of(value)
-        if sharding.undecided(value) and isinstance(leaf, meta.Partitioned):
-            spec: Any = leaf.get_partition_spec()
-            if isinstance(leaf, nn.LogicallyPartitioned):
-                spec = spmd.logical_to_mesh_axes(tuple(spec), leaf.rules)
-            out[path] = sharding.on_mesh(tuple(spec), leaf.mesh)
-    return out
-
-
-def collection(adapter: Adapter, name: str, params: Mapping[str, Any]) -> dict[str, Any]:
-    """`adapter.named(name)`, each tensor in a box as its base weight is, so that `nn.get_partition_spec` tells."""
-    flat = paths.flatten(params)
-    boxes = {leaf: box for leaf in adapter.sites if isinstance(box := flat.get(leaf), meta.Partitioned)}
-    named = adapter.named(name)
-    if not boxes:
-        return named
-    shapes = {leaf: {t: tuple(x.shape) for t, x in tensors.items()} for leaf, tensors in adapter.sites.items()}
-    values = adapter.flat()
-    for bound in bind.recover(adapter.config, adapter.keymap, shapes):
-        if bound.leaf in boxes:
-            box: Any = boxes[bound.leaf]
-            for e in bound.entries:
-                names = sharding.follow(bound.site, e.form, tuple(box.names))
-                values[e.path] = box.replace(value=values[e.path], names=names)
-    return {c: {name: {**paths.unflatten(values), CONFIG_NODE: adapter.recipe}} for c in named}
-
-
-# ---------------------------------------------------------------- collections in and out
-
-
-def collections(variables: Any) -> dict[str, Mapping[str, Any]]:
-    """The adapter collections among Linen variables. (A parameter tree may hold a module called "lora".)"""
-    if not isinstance(variables, Mapping) or "params" not in variables:
-        return {}
-    names = [method.peft_type.lower() for method in methods.METHODS.values()]
-    return {name: variables[name] for name in names if name in variables}
-
-
-def read_collection(tree: Mapping[str, Any], name: str) -> Adapter:
-    """The adapter under one name of a collection; `AttachError` if its configuration was lost on the way."""
-    recipe = tree.get(CONFIG_NODE)
-    if isinstance(recipe, str):  # flax's msgpack without a target
-        recipe = Recipe.from_text(recipe)
-    if not isinstance(recipe, Recipe):
-        raise AttachError(
-            f"the adapter {name!r} has lost its configuration (a restore without a target does that);"
-            " pass config= (and keymap=, if it was adapted with one)"
-        )
-    adapter = Adapter(recipe.config, opened({k: v for k, v in tree.items() if k != CONFIG_NODE}), recipe.keymap)
-    recipe.whole(len(adapter.sites), name)
-    return adapter
-
-
-def _recipe_from_text(target: Recipe, state: Any) -> Recipe:
-    if not isinstance(state, str):
-        raise AttachError(f"an adapter's configuration was saved as text; found {type(state).__name__}")
-    return Recipe.from_text(state)
-
-
-serialization.register_serialization_state(Recipe, Recipe.to_text, _recipe_from_text)

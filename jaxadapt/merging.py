@@ -13,7 +13,7 @@ import numpy as np
 from jaxadapt import bind, nnx, nnx_survey, paths, plan
 from jaxadapt.adapter import Adapter
 from jaxadapt.errors import AttachError, MismatchError
-from jaxadapt.linen import meta
+from jaxadapt.linen_tree import meta
 from jaxadapt.methods import Applied
 
 Change = Callable[[Applied, Any], Any]

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxadapt import bases, combining, folder, merging, paths, pytorch, reducing, store
+from jaxadapt import bases, combining, exchange, folder, merging, paths, pytorch, reducing
 from jaxadapt.adapter import Adapter, PeftTensors
 from jaxadapt.codecs import safetensors, shards
 from jaxadapt.errors import FileError
@@ -104,7 +104,7 @@ def combine(
     if resize is not None:
         made = reducing.resize_rank(made, resize).adapter
     base = {held.config.base_model_name_or_path for held in tensors}
-    encoded = store.to_peft(made)
+    encoded = exchange.to_peft(made)
     config = encoded.config.replace(
         inference_mode=True, base_model_name_or_path=base.pop() if len(base) == 1 else None
     )
@@ -122,7 +122,7 @@ def _floats(spec: Any) -> bool:
 
 
 def _adapter(tensors: PeftTensors, specs: dict[str, Any], table: Any) -> Adapter:
-    return store.from_peft(tensors, paths.unflatten(specs), keymap=table)
+    return exchange.from_peft(tensors, paths.unflatten(specs), keymap=table)
 
 
 def _copy_beside(source: Path, target: Path) -> None:

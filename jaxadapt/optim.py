@@ -1,6 +1,6 @@
 """Training helpers on optax: what each adapter parameter is, and optimisers that treat A, B and the rest apart.
 
-    from jaxadapt import optim
+    from jaxadapt import linen_tree, optim
     tx = optim.lora_plus(model, optax.adamw, 1e-4, ratio=16)
     optimizer = nnx.Optimizer(model, tx, wrt=jaxadapt.AdapterParam)      # Linen: tx.init(lora), tx.update(grads, …)
 
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxadapt import bind, linen, nnx, paths, products
+from jaxadapt import bind, linen_tree, nnx, paths, products
 from jaxadapt.adapter import CONFIG_NODE, Adapter
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError, ConfigError
@@ -84,7 +84,7 @@ def _of_collections(tree: Mapping[str, Any]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping) and CONFIG_NODE in value:
-            adapter = linen.read_collection(value, name)
+            adapter = linen_tree.read_collection(value, name)
             out[name] = {**paths.unflatten(_named(adapter, name)), CONFIG_NODE: value[CONFIG_NODE]}
         else:
             out[name] = _of_collections(value) if isinstance(value, Mapping) else value
@@ -93,7 +93,7 @@ def _of_collections(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def _named(adapter: Adapter, name: str) -> dict[str, _Leaf]:
     """`{path: what it is}` of one adapter's parameters."""
-    plain = dataclasses.replace(adapter, params=linen.meta.unbox(adapter.params))
+    plain = dataclasses.replace(adapter, params=linen_tree.meta.unbox(adapter.params))
     shapes = {leaf: {t: tuple(x.shape) for t, x in ts.items()} for leaf, ts in plain.sites.items()}
     return {
         paths.join(b.leaf, tensor): _Leaf(name, adapter.config, b, tensor, len(shape) - len(b.site.stack))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxadapt import attach, bind, linen, merging, nnx, paths, products, targets
+from jaxadapt import bind, linen_tree, merging, nnx, paths, planning, products, targets
 from jaxadapt.adapter import Adapter
 from jaxadapt.configs import Config, LoraConfig
 from jaxadapt.errors import AttachError, ConfigError, MismatchError
@@ -136,7 +136,7 @@ def to_lora(
     else:
         base, tuned = _pair(source)
         config = LoraConfig(r=r, lora_alpha=r, target_modules=target_modules)
-        recipe, bounds = attach.plan_tree(paths.unflatten(base), config, keymap)
+        recipe, bounds = planning.on_tree(paths.unflatten(base), config, keymap)
         config, table = recipe.config, recipe.keymap
     return _from_change(base, tuned, config, table, bounds, r, jnp.float32 if dtype is None else dtype)
 
@@ -165,9 +165,9 @@ def _flat(params: Any) -> dict[str, Any]:
     if isinstance(params, nnx.nnx.Module):
         found = {path: vars(m)[a].get_value() for path, (m, a) in nnx.base_leaves(params).items()}
     else:
-        attach.tree_shapes(params)  # refuses what is no tree of arrays
+        planning.tree_shapes(params)  # refuses what is no tree of arrays
         tree = nnx.nnx.to_pure_dict(params) if isinstance(params, nnx.nnx.State) else params
-        found = paths.flatten(linen.meta.unbox(tree))
+        found = paths.flatten(linen_tree.meta.unbox(tree))
     return {path: products.wide(jnp.asarray(x)) for path, x in found.items()}
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxadapt import attach, bind, linen, methods, nnx, nnx_survey, paths, plan
+from jaxadapt import attach, bind, linen, linen_tree, methods, nnx, nnx_survey, paths, plan
 from jaxadapt.adapter import Adapter, is_array
 from jaxadapt.errors import AttachError
 from jaxadapt.keymap import KeyMap
@@ -186,13 +186,13 @@ def _of_model(model: Any, inputs: Sequence[Any]) -> Summary:
 
 
 def _of_variables(variables: Mapping[str, Any], active: tuple[str, ...] | None, how: Mapping[str, str]) -> Summary:
-    flat = paths.flatten(linen.meta.unbox(variables.get("params", {})))
+    flat = paths.flatten(linen_tree.meta.unbox(variables.get("params", {})))
     base = {path: tuple(leaf.shape) for path, leaf in flat.items() if is_array(leaf)}
     tables: dict[str, KeyMap] = {}
     rows: list[Row] = []
     for method in methods.METHODS.values():
         for name, tree in dict(variables.get(method.peft_type.lower(), {})).items():
-            adapter = linen.read_collection(tree, name)
+            adapter = linen_tree.read_collection(tree, name)
             tables[name] = adapter.keymap
             rows += _rows(name, adapter, base, how)
     if not rows:

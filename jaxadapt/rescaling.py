@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxadapt import attach, linen, methods, nnx, paths
+from jaxadapt import attach, linen, linen_tree, methods, nnx, paths
 from jaxadapt.adapter import CONFIG_NODE, Adapter
 from jaxadapt.errors import AttachError
 
@@ -119,7 +119,7 @@ def _scaled_tree(tree: Any, factor: Any, name: str | None) -> Any:
         new = dict(held)
         for n, inner in held.items():
             if isinstance(inner, Mapping) and CONFIG_NODE in inner and name in (None, n):
-                new[n] = _scaled(inner, linen.read_collection(inner, n), factor, n)
+                new[n] = _scaled(inner, linen_tree.read_collection(inner, n), factor, n)
                 seen += 1
         out[collection] = new
     if not seen:

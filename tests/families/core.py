@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 import jaxadapt
-from jaxadapt import attach, bind, families, paths, plan
+from jaxadapt import bind, families, paths, plan, planning
 from tests.families.specimens import PEFT_PREFIX, Specimen, values
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -35,6 +35,6 @@ def write_adapter(specimen: Specimen, shapes: Shapes, folder: Path) -> None:
     """The adapter as PEFT would have written it, from the names our table gives its tensors."""
     config = jaxadapt.LoraConfig(**specimen.lora)
     tree = paths.unflatten({p: jax.ShapeDtypeStruct(s, "float32") for p, s in shapes.items()})
-    _, bounds = attach.plan_tree(tree, config, specimen.table)
+    _, bounds = planning.on_tree(tree, config, specimen.table)
     tensors = {key: adapter_values(key, shape) for key, shape in bind.file_plan(bounds).shapes.items()}
     jaxadapt.write(jaxadapt.PeftTensors(config, tensors), folder)

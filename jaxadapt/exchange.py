@@ -1,0 +1,211 @@
+"""Between a model's layout and PEFT's, in memory: what stands between `attach` and the files of `store`."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from jaxadapt import (
+    attach,
+    bind,
+    embeddings,
+    families,
+    foreign,
+    paths,
+    planning,
+    sharding,
+    targets,
+    transfer,
+)
+from jaxadapt.adapter import Adapter, PeftTensors
+from jaxadapt.configs import Config
+from jaxadapt.errors import AdapterError, AttachError, ConfigError, MismatchError
+from jaxadapt.keymap import PEFT_PREFIX, KeyMap
+
+
+def to_peft(
+    tree: Any,
+    name: str = attach.DEFAULT,
+    *,
+    config: Config | None = None,
+    keymap: KeyMap | str | None = None,
+    lora_alpha: float | None = None,
+) -> PeftTensors:
+    """An adapter under PEFT's names and in PyTorch's layout, in memory.
+
+    Args:
+        tree: what `extract` takes: an `Adapter`, an NNX model or state, Linen variables, another library's tree.
+        config, keymap: only where the tree lost them, or to rename by another table.
+        lora_alpha: of another library's tree, where it stores none.
+
+    The tensors are made when they are asked for, as numpy views where the layouts allow (inside jit: as
+    traced arrays). Raises `AttachError` or `KeyMapError`.
+
+    >>> import jax, jaxadapt
+    >>> base = {"q": {"kernel": jax.ShapeDtypeStruct((4, 6), "float32")}}
+    >>> adapter = jaxadapt.init(jaxadapt.LoraConfig(r=2, target_modules=["q"]), base, key=jax.random.key(0))
+    >>> {key: x.shape for key, x in to_peft(adapter).tensors.items()}
+    {'base_model.model.q.lora_A.weight': (2, 4), 'base_model.model.q.lora_B.weight': (6, 2)}
+    """
+    return taken(tree, name, config, keymap, lora_alpha, None, "it is one already", traced=True)
+
+
+def taken(
+    tree: Any,
+    name: str,
+    config: Config | None,
+    keymap: Any,
+    lora_alpha: float | None,
+    dtype: Any,
+    instead: str,
+    traced: bool,
+) -> PeftTensors:
+    guest = tree if isinstance(tree, foreign.Found) else None
+    if guest is None and not isinstance(tree, Adapter | PeftTensors):
+        guest = attach.guest_in(tree)
+    if guest is not None:
+        with_values(guest.leaves, traced, elsewhere=not traced)
+        call = "to_peft(tree" if traced else "save(tree, path"
+        config, known, _ = foreign.take(guest, config, keymap, lora_alpha, call)
+        host = not any(isinstance(leaf, Tracer) for leaf in guest.leaves.values())
+        return PeftTensors(config, known.plan.encode(guest.leaves, dtype, host), f"this {guest.dialect.name} tree")
+    if lora_alpha is not None:
+        raise ConfigError("lora_alpha is for the trees of other libraries; an adapter of this one carries its own")
+    adapter = extracted(tree, name, config, keymap, instead)
+    with_values(adapter.flat(), traced, elsewhere=not traced)
+    return _encoded(adapter, keymap, dtype)
+
+
+def extracted(tree: Any, name: str, config: Config | None, keymap: Any, instead: str) -> Adapter:
+    if isinstance(tree, PeftTensors):
+        raise AttachError(f"expected an adapter in a model's layout, found PeftTensors; {instead}")
+    adapter = attach.extract(tree, name, config=config, keymap=keymap)
+    return adapter if config is None else dataclasses.replace(adapter, config=config)
+
+
+def with_values(leaves: Mapping[str, Any], traced: bool, elsewhere: bool = False) -> None:
+    """Raise `AttachError` where a parameter has no value that could leave the program."""
+
+    def why(leaf: Any) -> str | None:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return "abstract: a shape only"
+        if isinstance(leaf, Tracer):
+            return None if traced else "traced: inside jit, grad or vmap"
+        if isinstance(leaf, jax.Array) and leaf.is_deleted():
+            return "deleted: it was donated to a jitted function"
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable and not elsewhere:
+            return "partly in other processes, where only save can follow"
+        return None
+
+    problems = [f"{path}: {reason}" for path, leaf in leaves.items() if (reason := why(leaf))]
+    if problems:
+        raise AttachError("these parameters have no values to save:\n" + paths.listing(problems))
+
+
+def warn_unproved(table: KeyMap, level: int) -> None:
+    """Say so where a table is used to write that has not been proved; `level` as in `warnings.warn`."""
+    if not table.proved:
+        warnings.warn(
+            f"the table {table.name!r} is not proved against the real models: compare the outputs in PyTorch before you"
+            " rely on what it names",
+            stacklevel=level,
+        )
+
+
+def _encoded(adapter: Adapter, keymap: KeyMap | str | None, dtype: Any = None) -> PeftTensors:
+    adapter = renamed(adapter, keymap)
+    config, table = adapter.config, adapter.keymap
+    warn_unproved(table, 5)
+    bounds = bind.recover(config, table, shapes_of(adapter))
+    astray = [m for b in bounds if not b.method.replaces for m in b.modules if not targets.matches(config, m)]
+    if astray:
+        raise MismatchError(
+            "these modules carry tensors, but target_modules of the configuration does not name them, so a reader would"
+            " drop them:\n" + paths.listing(astray)
+        )
+    leaves = adapter.flat()
+    host = not any(isinstance(leaf, Tracer) for leaf in leaves.values())
+    encoded = bind.file_plan(bounds).encode(leaves, dtype, host)
+    return PeftTensors(config, encoded, "this adapter")
+
+
+def shapes_of(adapter: Adapter) -> dict[str, dict[str, tuple[int, ...]]]:
+    return {leaf: {t: tuple(a.shape) for t, a in ts.items()} for leaf, ts in adapter.sites.items()}
+
+
+def renamed(adapter: Adapter, keymap: KeyMap | str | None) -> Adapter:
+    """The adapter as another table names it."""
+    if keymap in (None, "auto"):
+        return adapter
+    before = bind.recover(adapter.config, adapter.keymap, shapes_of(adapter))
+    table = families.resolve(keymap, {})
+    return dataclasses.replace(adapter, config=bind.renamed(adapter.config, before, table), keymap=table)
+
+
+def from_peft(
+    tensors: PeftTensors,
+    target: Any,
+    *,
+    keymap: KeyMap | str | None = None,
+    dtype: Any = None,
+    stack_axes: Sequence[int] | None = None,
+    example: Sequence[Any] | None = None,
+    shardings: Any = None,
+) -> Adapter:
+    """PEFT's tensors as an adapter in the layout of `target`.
+
+    Args:
+        target: an NNX model, Linen variables, base parameters, or the shapes of any of them.
+        keymap, dtype, stack_axes, example, shardings: as in `load`.
+
+    Raises `MismatchError` listing every missing, unexpected, wrongly shaped or unusable tensor.
+    """
+    return decoded(tensors, target, keymap, dtype, stack_axes, example, shardings)[0]
+
+
+def decoded(
+    tensors: PeftTensors, target: Any, keymap: Any, dtype: Any, stack_axes: Any, example: Any, shardings: Any
+) -> tuple[Adapter, tuple[bind.Bound, ...]]:
+    """The adapter, and its sites."""
+    if not isinstance(tensors, PeftTensors):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise AttachError(
+            f"expected PeftTensors (from read or to_peft), found {type(tensors).__name__};"
+            " jaxadapt.inject puts an Adapter into a model"
+        )
+    try:
+        keys = [key.removeprefix(PEFT_PREFIX) for key in tensors.tensors]
+        recipe, bounds = planning.on_target(target, tensors.config, keymap, keys, stack_axes, example)
+        plan = bind.file_plan(bounds)
+    except AdapterError as error:
+        raise type(error)(f"{tensors.source}: {error}") from error
+    specs = transfer.specs(tensors.tensors)
+    dtypes = {key: spec.dtype for key, spec in specs.items()}
+    odd = [f"{k}: {d.name}, expected floats" for k, d in dtypes.items() if not jnp.issubdtype(d, jnp.floating)]
+    shapes = {key: spec.shape for key, spec in specs.items()}
+    if shapes.keys() - plan.keys.keys():
+        base = planning.base_of(target)
+        of_base = embeddings.carried(tensors.tensors, shapes, plan.keys, recipe.keymap, base, tensors.source)
+        shapes = {key: shape for key, shape in shapes.items() if key not in of_base}
+    plan.check(shapes, tensors.source, odd, recipe.keymap.name)
+    if dtype is None and np.dtype("float64") in dtypes.values() and jnp.zeros(0, float).dtype != "float64":
+        warnings.warn(
+            f"{tensors.source}: float64 tensors become float32, since jax_enable_x64 is off", stacklevel=3
+        )
+    where = places(shardings, target, bounds)
+    leaves = transfer.arrays(plan, tensors.tensors, dtypes, dtype, where)
+    return Adapter(recipe.config, paths.unflatten(leaves), recipe.keymap), bounds
+
+
+def places(shardings: Any, target: Any, bounds: Sequence[bind.Bound]) -> dict[str, Any]:
+    """`{path: sharding}`: what was asked for, else what follows from the base."""
+    if shardings is not None:
+        return sharding.asked(shardings.params if isinstance(shardings, Adapter) else shardings, bounds)
+    base = target["params"] if isinstance(target, Mapping) and "params" in target else target
+    return sharding.for_adapter(bounds, planning.placement(base))

@@ -1,0 +1,92 @@
+"""Linen's trees: boxes opened and put on, collections of adapters in and out. No module is called here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax import serialization
+from flax.core import meta as meta  # re-exported: boxes are opened elsewhere too
+from flax.linen import spmd
+
+from jaxadapt import bind, methods, paths, sharding
+from jaxadapt.adapter import CONFIG_NODE, Adapter, Recipe
+from jaxadapt.errors import AttachError
+
+
+def opened(tree: Any) -> Any:
+    """A tree with its boxes (`nn.Partitioned` …) opened, the values as they are."""
+
+    def value(x: Any) -> Any:  # unbox() of a Partitioned would move it to where it is said to belong
+        return x.value if isinstance(x, meta.Partitioned) else x.unbox() if isinstance(x, meta.AxisMetadata) else x
+
+    return jax.tree.map(value, tree, is_leaf=lambda x: isinstance(x, meta.AxisMetadata))
+
+
+def placement(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The sharding of every base leaf: what its array or spec has, else what its box says it will have."""
+    out: dict[str, Any] = {}
+    for path, leaf in paths.flatten(params).items():
+        value = opened(leaf)
+        out[path] = sharding.of(value)
+        if sharding.undecided(value) and isinstance(leaf, meta.Partitioned):
+            spec: Any = leaf.get_partition_spec()
+            if isinstance(leaf, nn.LogicallyPartitioned):
+                spec = spmd.logical_to_mesh_axes(tuple(spec), leaf.rules)
+            out[path] = sharding.on_mesh(tuple(spec), leaf.mesh)
+    return out
+
+
+def collection(adapter: Adapter, name: str, params: Mapping[str, Any]) -> dict[str, Any]:
+    """`adapter.named(name)`, each tensor in a box as its base weight is, so that `nn.get_partition_spec` tells."""
+    flat = paths.flatten(params)
+    boxes = {leaf: box for leaf in adapter.sites if isinstance(box := flat.get(leaf), meta.Partitioned)}
+    named = adapter.named(name)
+    if not boxes:
+        return named
+    shapes = {leaf: {t: tuple(x.shape) for t, x in tensors.items()} for leaf, tensors in adapter.sites.items()}
+    values = adapter.flat()
+    for bound in bind.recover(adapter.config, adapter.keymap, shapes):
+        if bound.leaf in boxes:
+            box: Any = boxes[bound.leaf]
+            for e in bound.entries:
+                names = sharding.follow(bound.site, e.form, tuple(box.names))
+                values[e.path] = box.replace(value=values[e.path], names=names)
+    return {c: {name: {**paths.unflatten(values), CONFIG_NODE: adapter.recipe}} for c in named}
+
+
+# ---------------------------------------------------------------- collections in and out
+
+
+def collections(variables: Any) -> dict[str, Mapping[str, Any]]:
+    """The adapter collections among Linen variables. (A parameter tree may hold a module called "lora".)"""
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        return {}
+    names = [method.peft_type.lower() for method in methods.METHODS.values()]
+    return {name: variables[name] for name in names if name in variables}
+
+
+def read_collection(tree: Mapping[str, Any], name: str) -> Adapter:
+    """The adapter under one name of a collection; `AttachError` if its configuration was lost on the way."""
+    recipe = tree.get(CONFIG_NODE)
+    if isinstance(recipe, str):  # flax's msgpack without a target
+        recipe = Recipe.from_text(recipe)
+    if not isinstance(recipe, Recipe):
+        raise AttachError(
+            f"the adapter {name!r} has lost its configuration (a restore without a target does that);"
+            " pass config= (and keymap=, if it was adapted with one)"
+        )
+    adapter = Adapter(recipe.config, opened({k: v for k, v in tree.items() if k != CONFIG_NODE}), recipe.keymap)
+    recipe.whole(len(adapter.sites), name)
+    return adapter
+
+
+def _recipe_from_text(target: Recipe, state: Any) -> Recipe:
+    if not isinstance(state, str):
+        raise AttachError(f"an adapter's configuration was saved as text; found {type(state).__name__}")
+    return Recipe.from_text(state)
+
+
+serialization.register_serialization_state(Recipe, Recipe.to_text, _recipe_from_text)
