@@ -115,6 +115,7 @@ class KeyMap:
         whole: it is recognised by itself only where every leaf has a line (save those under a first name the table
             does not know: a vision tower), because other models of the same library call their layers alike.
         needs: leaves (as in the lines) without which it is not recognised.
+        same: axes that have one size in the whole model, else it is not recognised: what tells `"f d"` from `"d f"`.
         tied: `(key, same as key)` of weights that a model with tied embeddings does not hold twice.
         buffers: keys that a PyTorch file may hold and that are no weights; `{l}` stands for digits.
         spellings: `(name, ((ours, theirs), …))`: other beginnings of the same keys. transformers 5 calls the
@@ -132,6 +133,7 @@ class KeyMap:
     proved: bool = True
     whole: bool = False
     needs: tuple[str, ...] = ()
+    same: tuple[str, ...] = ()
     tied: tuple[tuple[str, str], ...] = ()
     buffers: tuple[str, ...] = ()
     spellings: tuple[tuple[str, Renames], ...] = ()
@@ -243,7 +245,7 @@ class KeyMap:
     def covers(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """How many of a model's leaves the table accounts for; 0 if a leaf of its name has another layout.
 
-        All stacked axes must agree in size, which tells layers stacked on axis 0 from those on axis 1.
+        All stacked axes must agree in size, which tells layers stacked on axis 0 from those on axis 1; so must `same`.
         """
         sizes: dict[str, set[int]] = {}
         linear, found = 0, set[str]()
@@ -264,7 +266,7 @@ class KeyMap:
                 names = site.weight.names(name)
                 if names is not None and len(names) != size:
                     return 0
-                if name.startswith("{") and names is None:
+                if (name.startswith("{") and names is None) or name in self.same:
                     sizes.setdefault(name, set()).add(size)
         fits = linear and found.issuperset(self.needs) and all(len(s) == 1 for s in sizes.values())
         return sum(self.site(leaf) is not None for leaf in shapes) if fits else 0
@@ -290,7 +292,7 @@ def from_data(data: Mapping[str, Any]) -> KeyMap:
     """The table of `to_data`; raises `KeyError`, `TypeError` or `ValueError` if the data are none."""
     weights = tuple(Weight(leaf, key, pattern, **options) for leaf, key, pattern, options in data["weights"])
     tied = tuple((str(a), str(b)) for a, b in data["tied"])
-    keep = {name: tuple(map(str, data[name])) for name in ("needs", "buffers")}
+    keep = {name: tuple(map(str, data[name])) for name in ("needs", "same", "buffers")}
     spellings = tuple((str(n), tuple((str(a), str(b)) for a, b in renames)) for n, renames in data["spellings"])
     fields: dict[str, Any] = {**data, **keep, "weights": weights, "tied": tied, "spellings": spellings}
     return KeyMap(**fields)

@@ -7,9 +7,8 @@ import re
 from collections.abc import Iterable, Mapping
 
 from jaxadapt.errors import KeyMapError
-from jaxadapt.families import maxtext, tunix
+from jaxadapt.families import gemma, maxtext, tunix
 from jaxadapt.families.bert import BERT, ROBERTA
-from jaxadapt.families.gemma import GEMMA3, TUNIX_GEMMA3
 from jaxadapt.families.gpt2 import GPT2
 from jaxadapt.families.llama import LLAMA
 from jaxadapt.generic import GENERIC
@@ -18,8 +17,10 @@ from jaxadapt.weight import Weight
 
 _TABLES = (
     *(LLAMA, GPT2, BERT, ROBERTA),
-    *(tunix.LLAMA3, tunix.QWEN2, tunix.QWEN3, TUNIX_GEMMA3),
-    *(GEMMA3, maxtext.LLAMA31, maxtext.LLAMA3, maxtext.QWEN3),
+    *(tunix.LLAMA3, tunix.QWEN2, tunix.QWEN3),
+    *(gemma.TUNIX_GEMMA, gemma.TUNIX_GEMMA2, gemma.TUNIX_GEMMA3),
+    *(gemma.GEMMA2_2B, gemma.GEMMA2, gemma.GEMMA3),
+    *(maxtext.LLAMA31, maxtext.LLAMA3, maxtext.QWEN3),
 )
 FAMILIES: dict[str, KeyMap] = {table.name: table for table in _TABLES}
 _SCAN_AXES = range(3)

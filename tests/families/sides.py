@@ -24,7 +24,10 @@ from tests.families.specimens import HEADS, IDS, KV, LAYERS, D, F, Specimen, V
 from tests.twins import trees
 
 Leaves = Mapping[str, np.ndarray]
-LIBRARY = {"tunix": "tunix", "tunix_gemma3": "tunix", "gemma": "gemma", "maxtext": "maxtext", "flax": "transformers"}
+LIBRARY = {
+    **dict.fromkeys(("tunix", "tunix_gemma", "tunix_gemma3"), "tunix"),
+    **{"gemma": "gemma", "maxtext": "maxtext", "flax": "transformers"},
+}
 PACKAGES = {"tunix": ("google-tunix",), "gemma": ("gemma",), "maxtext": ("maxtext",), "transformers": ("transformers",)}
 
 
@@ -109,6 +112,21 @@ def _run_tunix(model: Any) -> Any:
     return model(jnp.asarray(IDS), _positions(), None, _causal(IDS.shape[1]))[0]
 
 
+def tunix_gemma(specimen: Specimen) -> Side:
+    model = importlib.import_module("tunix.models.gemma.model")
+    second = specimen.options["generation"] == 2
+    kinds = [model.AttentionType.GLOBAL] * LAYERS
+    if second:
+        kinds[::2] = [model.AttentionType.LOCAL_SLIDING] * 2
+    config = model.ModelConfig(
+        num_layers=LAYERS, num_embed=V, embed_dim=D, hidden_dim=F, num_heads=HEADS, head_dim=6,
+        num_kv_heads=specimen.options["kv"], attention_types=kinds, sliding_window_size=4,
+        use_post_attn_norm=second, use_post_ffw_norm=second, final_logit_softcap=8.0 if second else None,
+        attn_logits_soft_cap=5.0 if second else None,
+    )  # fmt: skip
+    return _of_nnx(lambda: model.Gemma(config, rngs=nnx.Rngs(0)), _run_tunix)
+
+
 def tunix_gemma3(specimen: Specimen) -> Side:
     model = importlib.import_module("tunix.models.gemma3.model")
     config = model.ModelConfig(
@@ -140,13 +158,15 @@ def gemma(specimen: Specimen) -> Side:
     config = importlib.import_module("gemma.gm.nn._config")
     modules = importlib.import_module("gemma.gm.nn._modules")
     transformer = importlib.import_module("gemma.gm.nn._transformer")
-    kinds = modules.AttentionType
+    kinds, second = modules.AttentionType, specimen.options["generation"] == 2
     module = transformer.Transformer(
         config=config.TransformerConfig(
             num_embed=V, embed_dim=D, hidden_dim=F, num_heads=HEADS, head_dim=6, num_kv_heads=specimen.options["kv"],
-            final_logit_softcap=None, use_post_attn_norm=True, use_post_ffw_norm=True, use_qk_norm=True,
+            final_logit_softcap=8.0 if second else None, attn_logits_soft_cap=5.0 if second else None,
+            use_post_attn_norm=True, use_post_ffw_norm=True, use_qk_norm=not second,
             attention_types=(kinds.LOCAL_SLIDING, kinds.GLOBAL, kinds.LOCAL_SLIDING), sliding_window_size=4,
-            transpose_gating_einsum=True, local_base_frequency=10_000, global_base_frequency=1_000_000,
+            transpose_gating_einsum=not specimen.table.endswith("2b"),
+            local_base_frequency=10_000, global_base_frequency=10_000 if second else 1_000_000,
         ),
         dtype=jnp.float32,
     )  # fmt: skip
@@ -212,6 +232,7 @@ def flax(specimen: Specimen) -> Side:
 
 BUILDERS: dict[str, Callable[[Specimen], Side]] = {
     "tunix": tunix,
+    "tunix_gemma": tunix_gemma,
     "tunix_gemma3": tunix_gemma3,
     "gemma": gemma,
     "maxtext": maxtext,

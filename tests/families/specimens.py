@@ -102,21 +102,30 @@ def _tunix(name: str, torch: str, theta: float, tied: bool) -> Specimen:
     return Specimen(label, f"tunix:{name}", torch, config, "tunix", options, PROJ, unused=unused)
 
 
-def _gemma(name: str, table: str, side: str, kv: int) -> Specimen:
-    config = {
-        **DECODER,
-        "num_key_value_heads": kv,
-        "head_dim": 6,
-        "query_pre_attn_scalar": 6,
-        "sliding_window": 4,
-        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-        "rope_parameters": {
-            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
-            "full_attention": {"rope_type": "default", "rope_theta": 1_000_000.0},
-        },
-        "tie_word_embeddings": True,
-    }
-    return Specimen(name, table, "Gemma3ForCausalLM", config, side, {"kv": kv}, PROJ, unused=(HEAD,))
+GEMMA: dict[str, Any] = {**DECODER, **rope(), "head_dim": 6, "tie_word_embeddings": True}
+GEMMA2 = {
+    **GEMMA,
+    "query_pre_attn_scalar": 6,
+    "sliding_window": 4,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "attn_logit_softcapping": 5.0,
+    "final_logit_softcapping": 8.0,
+}
+GEMMA3 = {
+    **{k: v for k, v in GEMMA2.items() if "softcapping" not in k},
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+        "full_attention": {"rope_type": "default", "rope_theta": 1_000_000.0},
+    },
+}
+
+
+def _gemma(generation: int, table: str, side: str, kv: int) -> Specimen:
+    version = "" if generation == 1 else str(generation)
+    config = {**{1: GEMMA, 2: GEMMA2, 3: GEMMA3}[generation], "num_key_value_heads": kv}
+    name = table.replace(":", "-") + {1: "-mqa", KV: "", HEADS: "-mha"}[kv]
+    options = {"generation": generation, "kv": kv}
+    return Specimen(name, table, f"Gemma{version}ForCausalLM", config, side, options, PROJ, unused=(HEAD,))
 
 
 _LLAMAS = ("maxtext:llama3.1", "maxtext:llama3")
@@ -165,10 +174,15 @@ SPECIMENS = (
     _tunix("llama3", "LlamaForCausalLM", 1e6, tied=True),
     _tunix("qwen2", "Qwen2ForCausalLM", 1e4, tied=False),
     _tunix("qwen3", "Qwen3ForCausalLM", 1e6, tied=True),
-    _gemma("tunix-gemma3", "tunix:gemma3", "tunix_gemma3", KV),
-    _gemma("tunix-gemma3-mha", "tunix:gemma3", "tunix_gemma3", HEADS),
-    _gemma("gemma-gemma3", "gemma:gemma3", "gemma", KV),
-    _gemma("gemma-gemma3-mha", "gemma:gemma3", "gemma", HEADS),
+    _gemma(1, "tunix:gemma", "tunix_gemma", 1),
+    _gemma(1, "tunix:gemma", "tunix_gemma", HEADS),
+    _gemma(2, "tunix:gemma2", "tunix_gemma", KV),
+    _gemma(3, "tunix:gemma3", "tunix_gemma3", KV),
+    _gemma(3, "tunix:gemma3", "tunix_gemma3", HEADS),
+    _gemma(2, "gemma:gemma2-2b", "gemma", KV),
+    _gemma(2, "gemma:gemma2", "gemma", KV),
+    _gemma(3, "gemma:gemma3", "gemma", KV),
+    _gemma(3, "gemma:gemma3", "gemma", HEADS),
     *(_maxtext("llama3.1", "LlamaForCausalLM", scan) for scan in (None, 0, 1)),
     _maxtext("llama3.1", "LlamaForCausalLM", None, head_dim=16),
     *(_maxtext("llama3", "LlamaForCausalLM", scan) for scan in (None, 1)),
