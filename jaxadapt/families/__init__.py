@@ -9,14 +9,19 @@ from collections.abc import Iterable, Mapping
 from jaxadapt.errors import KeyMapError
 from jaxadapt.families import gemma, maxtext, tunix
 from jaxadapt.families.bert import BERT, ROBERTA
+from jaxadapt.families.clip import CLIP
 from jaxadapt.families.gpt2 import GPT2
+from jaxadapt.families.gpt_neo import GPT_NEO, GPTJ
 from jaxadapt.families.llama import LLAMA
+from jaxadapt.families.t5 import T5
+from jaxadapt.families.vit import VIT
+from jaxadapt.families.whisper import WHISPER
 from jaxadapt.generic import GENERIC
 from jaxadapt.keymap import KeyMap
 from jaxadapt.weight import Weight
 
 _TABLES = (
-    *(LLAMA, GPT2, BERT, ROBERTA),
+    *(LLAMA, GPT2, GPT_NEO, GPTJ, BERT, ROBERTA, T5, VIT, CLIP, WHISPER),
     *(tunix.LLAMA3, tunix.QWEN2, tunix.QWEN3),
     *(gemma.TUNIX_GEMMA, gemma.TUNIX_GEMMA2, gemma.TUNIX_GEMMA3),
     *(gemma.GEMMA2_2B, gemma.GEMMA2, gemma.GEMMA3),

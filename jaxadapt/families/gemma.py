@@ -1,4 +1,4 @@
-"""Gemma 1 to 3 as the gemma package (gemma.gm, Linen) and Tunix (NNX) hold them: fused k and v, in gm fused gate and up.
+"""Gemma 1 to 3 as the gemma package (gemma.gm, Linen) and Tunix (NNX) hold them: k and v fused, in gm gate and up too.
 
 Where there are as many key heads as query heads, q, k and v are one leaf. Names as in gemma 4.0.1, google-tunix 0.1.7.
 """
@@ -12,11 +12,11 @@ from jaxadapt.weight import Weight
 
 _HF = "model.layers.{l}."
 _ATTENTION, _MLP = f"{_HF}self_attn.{{p}}_proj.weight", f"{_HF}mlp.{{p}}_proj.weight"
-Names = tuple[tuple[str, str], ...]
-_GEMMA1: Names = (("pre_attention_norm", "input_layernorm"), ("pre_ffw_norm", "post_attention_layernorm"))
+_Names = tuple[tuple[str, str], ...]
+_GEMMA1: _Names = (("pre_attention_norm", "input_layernorm"), ("pre_ffw_norm", "post_attention_layernorm"))
 
 
-def _gemma2(post_attention: str) -> Names:
+def _gemma2(post_attention: str) -> _Names:
     """The norms since Gemma 2, where four lie around attention and feed-forward."""
     return (
         ("pre_attention_norm", "input_layernorm"),
@@ -26,14 +26,14 @@ def _gemma2(post_attention: str) -> Names:
     )
 
 
-_GEMMA3: Names = (
+_GEMMA3: _Names = (
     *_gemma2("post_attention_norm"),
     ("attn._query_norm", "self_attn.q_norm"),
     ("attn._key_norm", "self_attn.k_norm"),
 )
 
 
-def _table(name: str, layer: str, norms: Names, mlp: Iterable[Weight]) -> KeyMap:
+def _table(name: str, layer: str, norms: _Names, mlp: Iterable[Weight]) -> KeyMap:
     lines = (
         Weight("embedder.input_embedding", "model.embed_tokens.weight", "v d -> v d", kind="embedding"),
         Weight(f"{layer}attn.q_einsum.w", f"{_HF}self_attn.q_proj.weight", "n d h -> (n h) d"),
@@ -57,7 +57,7 @@ def _table(name: str, layer: str, norms: Names, mlp: Iterable[Weight]) -> KeyMap
     )
 
 
-def _gm(name: str, norms: Names, gating: str) -> KeyMap:
+def _gm(name: str, norms: _Names, gating: str) -> KeyMap:
     mlp = (
         Weight("layer_{l}.mlp.gating_einsum", _MLP, f"{{p}} {gating} -> f d", p=("gate", "up")),
         Weight("layer_{l}.mlp.linear", f"{_HF}mlp.down_proj.weight", "f d -> d f"),
@@ -71,7 +71,7 @@ GEMMA2 = _gm("gemma2", _gemma2("post_attention_norm"), "f d")
 GEMMA3 = _gm("gemma3", _GEMMA3, "f d")
 
 
-def _tunix(name: str, norms: Names) -> KeyMap:
+def _tunix(name: str, norms: _Names) -> KeyMap:
     line = "layers.{l}.mlp."
     mlp = (
         *(Weight(f"{line}{p}_proj.kernel", f"{_HF}mlp.{p}_proj.weight", "d f -> f d") for p in ("gate", "up")),

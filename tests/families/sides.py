@@ -20,13 +20,15 @@ from flax import linen as nn
 from flax import nnx
 
 import jaxadapt
-from tests.families.specimens import HEADS, IDS, KV, LAYERS, D, F, Specimen, V
+from tests.families.specimens import HEADS, IDS, INPUTS, KV, LAYERS, D, F, Specimen, V
 from tests.twins import trees
 
 Leaves = Mapping[str, np.ndarray]
 LIBRARY = {
     **dict.fromkeys(("tunix", "tunix_gemma", "tunix_gemma3"), "tunix"),
-    **{"gemma": "gemma", "maxtext": "maxtext", "flax": "transformers"},
+    "gemma": "gemma",
+    "maxtext": "maxtext",
+    "flax": "transformers",
 }
 PACKAGES = {"tunix": ("google-tunix",), "gemma": ("gemma",), "maxtext": ("maxtext",), "transformers": ("transformers",)}
 
@@ -218,16 +220,37 @@ def maxtext(specimen: Specimen) -> Side:
 
 def flax(specimen: Specimen) -> Side:
     transformers = importlib.import_module("transformers")
+    if specimen.table == "t5":
+        importlib.import_module("transformers.models.t5.modeling_flax_t5").jnp = _EarlierNumpy()
     cls = getattr(transformers, specimen.options["class"])
     fields = {k: v for k, v in specimen.config.items() if k != "rope_parameters"}
     model = cls(cls.config_class(**fields), _do_init=False)
-    params = jax.eval_shape(lambda: model.init_weights(jax.random.PRNGKey(0), IDS.shape))
-    ids, ones = jnp.asarray(IDS, jnp.int32), jnp.ones(IDS.shape, jnp.int32)
-    encoder = specimen.table in ("bert", "roberta")
-    # The Flax classes count RoBERTa's positions outside the module.
-    positions = _positions() + (1 if specimen.table == "roberta" else 0)
-    inputs = (ids, ones, jnp.zeros_like(ids), positions, None) if encoder else (ids, ones, positions)
-    return _of_linen(model.module, params, lambda module, variables: module.apply(variables, *inputs)[0])
+    made = {key: jnp.asarray(INPUTS[key]) for key in specimen.inputs}
+    if "pixel_values" in made:
+        made["pixel_values"] = made["pixel_values"].transpose(0, 2, 3, 1)
+    shapes = tuple(x.shape for x in made.values() if x is not made.get("decoder_input_ids"))
+    params = jax.eval_shape(lambda: model.init_weights(jax.random.PRNGKey(0), shapes if len(shapes) > 1 else shapes[0]))
+    if ids := [key for key in made if key.endswith("ids")]:
+        at = "decoder_" if "decoder_input_ids" in ids else ""
+        made[f"{at}attention_mask"] = ones = jnp.ones(made[f"{at}input_ids"].shape, jnp.int32)
+        made[f"{at}position_ids"] = jnp.broadcast_to(jnp.arange(ones.shape[1]), ones.shape)
+    if specimen.table == "t5":
+        del made["decoder_position_ids"]
+        made["attention_mask"] = jnp.ones(IDS.shape, jnp.int32)
+    if specimen.table in ("bert", "roberta"):  # the Flax classes count RoBERTa's positions outside the module
+        more = {"token_type_ids": jnp.zeros_like(made["input_ids"]), "head_mask": None}
+        made = {**made, **more, "position_ids": made["position_ids"] + (1 if specimen.table == "roberta" else 0)}
+    return _of_linen(model.module, params, lambda module, variables: module.apply(variables, **made)[0])
+
+
+class _EarlierNumpy:
+    """`jax.numpy` with the `a_max` that `clip` no longer takes, and transformers' Flax T5 still gives it."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(jnp, name)
+
+    def clip(self, x: Any, a_max: Any) -> Any:
+        return jnp.clip(x, max=a_max)
 
 
 BUILDERS: dict[str, Callable[[Specimen], Side]] = {

@@ -17,6 +17,12 @@ import numpy as np
 
 RECORDED = Path(__file__).parent / "recorded"
 IDS = np.random.RandomState(0).randint(1, 32, (2, 6))
+INPUTS = {
+    "input_ids": IDS,
+    "decoder_input_ids": np.random.RandomState(1).randint(1, 32, (2, 5)),
+    "pixel_values": np.random.RandomState(2).standard_normal((2, 3, 8, 8)).astype("float32"),
+    "input_features": np.random.RandomState(3).standard_normal((2, 8, 12)).astype("float32"),
+}
 PEFT_PREFIX = "base_model.model."
 
 
@@ -30,6 +36,7 @@ class Specimen:
         side: the function of `sides.py` that builds the JAX model, with `options`.
         unused: keys of the state dict that the JAX model lacks (they are tied to others).
         rivals: the tables an error has to name, where names do not tell.
+        inputs: which of `INPUTS` the model takes.
     """
 
     name: str
@@ -41,6 +48,7 @@ class Specimen:
     targets: tuple[str, ...]
     rivals: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ("input_ids",)
 
     @property
     def keymap(self) -> str | None:
@@ -60,7 +68,7 @@ def values(key: str, shape: tuple[int, ...]) -> np.ndarray:
 
     Embeddings are numbers that bfloat16 has: MaxText rounds a tied one to that for its logits, whatever the dtype is.
     """
-    x = np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape).astype("float32")
+    x = np.asarray(np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape), "float32")
     norm = key.endswith("weight") and any(word in key.lower() for word in ("norm", "ln_"))
     if norm:
         return 1 + 0.2 * x
@@ -147,28 +155,93 @@ _TIED_BERT = ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias")
 _TIED_ROBERTA = ("lm_head.decoder.weight", "lm_head.decoder.bias")
 
 
+_STACKS = ("encoder", "decoder")
+_ENDS = {"bos_token_id": 0, "eos_token_id": 0}
+_GPT2 = {"vocab_size": V, "n_embd": D, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 32, **_ENDS}
+_TOWER = {k: v for k, v in SIZES.items() if k not in ("vocab_size", "max_position_embeddings")}
+_VISION = {**_TOWER, "image_size": 8, "patch_size": 4}
+BASES: dict[str, dict[str, Any]] = {
+    "llama": {**DECODER, **rope(), "head_dim": 4},
+    "gpt2": _GPT2,
+    "gpt_neo": {
+        "vocab_size": V,
+        "hidden_size": D,
+        "intermediate_size": F,
+        "num_layers": 4,
+        "num_heads": HEADS,
+        "attention_types": [[["global", "local"], 2]],
+        "window_size": 4,
+        "max_position_embeddings": 32,
+        **_ENDS,
+    },
+    "gptj": {**_GPT2, "n_inner": F, "rotary_dim": 2},
+    "bert": {**SIZES, "pad_token_id": 0},
+    "roberta": {**SIZES, "pad_token_id": 0},
+    "t5": {
+        "vocab_size": V,
+        "d_model": D,
+        "d_kv": 6,
+        "d_ff": F,
+        "num_layers": LAYERS,
+        "num_heads": HEADS,
+        "decoder_start_token_id": 0,
+    },
+    "vit": {**_VISION, "num_labels": 5},
+    "clip": {
+        "text_config": {**_TOWER, "vocab_size": V, "max_position_embeddings": 32, "bos_token_id": 0, "eos_token_id": 2},
+        "vision_config": _VISION,
+        "projection_dim": 8,
+    },
+    "whisper": {
+        "vocab_size": V,
+        "d_model": D,
+        **{f"{stack}_layers": LAYERS for stack in _STACKS},
+        **{f"{stack}_attention_heads": HEADS for stack in _STACKS},
+        **{f"{stack}_ffn_dim": F for stack in _STACKS},
+        "num_mel_bins": 8,
+        "max_source_positions": 6,
+        "max_target_positions": 32,
+        "pad_token_id": 0,
+        "decoder_start_token_id": 0,
+        **_ENDS,
+    },
+}
+_TAKES = {
+    "t5": ("input_ids", "decoder_input_ids"),
+    "vit": ("pixel_values",),
+    "clip": ("input_ids", "pixel_values"),
+    "whisper": ("input_features", "decoder_input_ids"),
+}
+
+
 def _flax(
     name: str, table: str, torch: str, targets: tuple[str, ...], unused: tuple[str, ...] = (), **more: Any
 ) -> Specimen:
-    base: dict[str, Any] = {**DECODER, **rope(), "head_dim": 4} if table == "llama" else dict(SIZES)
-    if table == "gpt2":
-        base = {"vocab_size": V, "n_embd": D, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 32, "bos_token_id": 0}
-        base["eos_token_id"] = 0
-    if table in ("bert", "roberta"):
-        base["pad_token_id"] = 0
-    return Specimen(name, table, torch, {**base, **more}, "flax", {"class": f"Flax{torch}"}, targets, unused=unused)
+    config, options = {**BASES[table], **more}, {"class": f"Flax{torch}"}
+    inputs = _TAKES.get(table, ("input_ids",))
+    return Specimen(f"flax-{name}", table, torch, config, "flax", options, targets, unused=unused, inputs=inputs)
 
 
+_T5 = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+_T5_1 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+_WHISPER = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 SPECIMENS = (
-    _flax("flax-llama", "llama", "LlamaForCausalLM", PROJ, tie_word_embeddings=False),
+    _flax("llama", "llama", "LlamaForCausalLM", PROJ, tie_word_embeddings=False),
     # Without a sliding window FlaxMistral (transformers 4.57) lets every token see itself alone.
-    _flax("flax-mistral", "llama", "MistralForCausalLM", PROJ, tie_word_embeddings=False, sliding_window=32),
-    _flax("flax-gpt2", "gpt2", "GPT2LMHeadModel", ("c_attn", "c_proj", "c_fc"), (HEAD,)),
-    _flax("flax-bert", "bert", "BertForMaskedLM", _BERT, _TIED_BERT),
-    _flax("flax-bert-classifier", "bert", "BertForSequenceClassification", _BERT),
-    _flax("flax-bert-bare", "bert", "BertModel", _BERT),
-    _flax("flax-roberta", "roberta", "RobertaForMaskedLM", _BERT, _TIED_ROBERTA),
-    _flax("flax-roberta-classifier", "roberta", "RobertaForSequenceClassification", _BERT),
+    _flax("mistral", "llama", "MistralForCausalLM", PROJ, tie_word_embeddings=False, sliding_window=32),
+    _flax("gpt2", "gpt2", "GPT2LMHeadModel", ("c_attn", "c_proj", "c_fc"), (HEAD,)),
+    _flax("bert", "bert", "BertForMaskedLM", _BERT, _TIED_BERT),
+    _flax("bert-classifier", "bert", "BertForSequenceClassification", _BERT),
+    _flax("bert-bare", "bert", "BertModel", _BERT),
+    _flax("roberta", "roberta", "RobertaForMaskedLM", _BERT, _TIED_ROBERTA),
+    _flax("roberta-classifier", "roberta", "RobertaForSequenceClassification", _BERT),
+    _flax("gpt-neo", "gpt_neo", "GPTNeoForCausalLM", ("k_proj", "v_proj", "q_proj", "out_proj", "c_fc"), (HEAD,)),
+    _flax("gptj", "gptj", "GPTJForCausalLM", ("q_proj", "v_proj", "out_proj", "fc_in", "fc_out")),
+    _flax("t5", "t5", "T5ForConditionalGeneration", (*"qkvo", "wi", "wo"), (*_T5, HEAD), tie_word_embeddings=True),
+    _flax("t5-v1.1", "t5", "T5ForConditionalGeneration", (*"qv", "wi_0", "wi_1"), _T5, **_T5_1),
+    _flax("vit", "vit", "ViTForImageClassification", ("q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2")),
+    _flax("clip", "clip", "CLIPModel", ("q_proj", "v_proj", "out_proj", "fc1", "visual_projection")),
+    _flax("whisper", "whisper", "WhisperForConditionalGeneration", _WHISPER, ("proj_out.weight",)),
     # Tunix's Llama 3 and Qwen 3 turn by 1e6 whatever `rope_theta` says (google-tunix 0.1.7), so PyTorch does here.
     _tunix("llama3", "LlamaForCausalLM", 1e6, tied=False),
     _tunix("llama3", "LlamaForCausalLM", 1e6, tied=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,8 +14,8 @@ import transformers as tf
 from peft import LoraConfig, get_peft_model
 
 import jaxadapt
-from jaxadapt import families, plan
-from tests.families import core, sides
+from jaxadapt import families, paths, plan
+from tests.families import core, sides, torch_side
 from tests.families.specimens import BY_NAME, DECODER, SIZES, recorded, rope, values
 from tests.twins import trees
 
@@ -79,3 +80,26 @@ def test_the_base_weights_of_a_vision_language_model_are_the_spellings_own():
     names = [key for key in vision_language().state_dict() if "language_model" in key]
     shapes = recorded("gemma-gemma3")["leaves"]
     assert set(plan.base_plan(families.named("gemma:gemma3/vl"), shapes).keys) == set(names)
+
+
+def test_a_vit_in_files_of_either_naming(tmp_path):
+    """Whole models keep the names of transformers 4 (5 writes them so); adapters have those they were made with."""
+    specimen = BY_NAME["flax-vit"]
+    shapes = recorded(specimen.name)["leaves"]
+    torch_side.base(specimen.name).save_pretrained(tmp_path / "base")
+    leaves = core.base_leaves(specimen, shapes)
+    target = trees.nest({path: np.zeros_like(x) for path, x in leaves.items()})
+    found = jaxadapt.import_base(tmp_path / "base", target)
+    for path, x in paths.flatten(found).items():
+        np.testing.assert_array_equal(x, leaves[path])
+    keys = {k for table in ("vit", "vit/v4") for k in plan.base_plan(families.named(table), shapes).keys}
+    assert {"vit.layers.1.attention.q_proj.weight", "vit.encoder.layer.1.attention.attention.query.weight"} <= keys
+    files = []
+    for table, targets in (("vit", ["q_proj"]), ("vit/v4", ["query"])):
+        config = jaxadapt.LoraConfig(r=2, target_modules=targets)
+        files.append(jaxadapt.to_peft(jaxadapt.init(config, found, key=jax.random.key(0), keymap=table)))
+        adapter = jaxadapt.from_peft(files[-1], found)
+        assert adapter.keymap.name == table
+        assert set(jaxadapt.to_peft(adapter).tensors) == set(files[-1].tensors)
+    new, old = (set(file.tensors) for file in files)
+    assert new == {k.replace("encoder.layer", "layers").replace("attention.query", "q_proj") for k in old}

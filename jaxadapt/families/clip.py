@@ -1,0 +1,31 @@
+"""CLIP, both its towers, under Hugging Face's names: transformers' Flax classes."""
+
+from collections.abc import Iterator
+
+from jaxadapt.families.lines import convs, dense, embeddings, norms
+from jaxadapt.keymap import KeyMap
+from jaxadapt.weight import Weight
+
+_DENSE = (*(f"self_attn.{p}_proj" for p in ("q", "k", "v", "out")), "mlp.fc1", "mlp.fc2")
+
+
+def _tower(name: str, *rest: str) -> Iterator[Weight]:
+    layer = f"{name}.encoder.layers.{{l}}."
+    yield from dense(*(f"{layer}{m}" for m in _DENSE))
+    yield from norms(f"{layer}layer_norm1", f"{layer}layer_norm2", *(f"{name}.{m}" for m in rest))
+
+
+CLIP = KeyMap(
+    "clip",
+    (
+        Weight("logit_scale", "logit_scale", "->"),
+        *_tower("text_model", "final_layer_norm"),
+        *_tower("vision_model", "pre_layrnorm", "post_layernorm"),
+        *embeddings(*(f"text_model.embeddings.{p}_embedding" for p in ("token", "position"))),
+        *embeddings("vision_model.embeddings.position_embedding"),
+        *convs("vision_model.embeddings.patch_embedding"),
+        Weight("vision_model.embeddings.class_embedding", "vision_model.embeddings.class_embedding", "d -> d"),
+        *dense("text_projection", "visual_projection", bias=False),
+    ),
+    buffers=tuple(f"{tower}_model.embeddings.position_ids" for tower in ("text", "vision")),
+)

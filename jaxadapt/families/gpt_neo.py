@@ -1,0 +1,39 @@
+"""GPT-Neo and GPT-J under Hugging Face's names: transformers' Flax classes."""
+
+from jaxadapt.families.lines import dense, embeddings, norms
+from jaxadapt.families.spellings import bare
+from jaxadapt.keymap import KeyMap
+
+_LAYER = "transformer.h.{l}."
+_PROJ = ("q_proj", "k_proj", "v_proj")
+_TIED = (("lm_head.weight", "transformer.wte.weight"),)
+
+GPT_NEO = KeyMap(
+    "gpt_neo",
+    (
+        *embeddings("transformer.wte", "transformer.wpe"),
+        *dense(*(f"{_LAYER}attn.attention.{p}" for p in _PROJ), bias=False),
+        *dense(*(f"{_LAYER}{m}" for m in ("attn.attention.out_proj", "mlp.c_fc", "mlp.c_proj"))),
+        *norms(f"{_LAYER}ln_1", f"{_LAYER}ln_2", "transformer.ln_f"),
+        *dense("lm_head", bias=False),
+    ),
+    output="lm_head",
+    tied=_TIED,
+    buffers=("transformer.h.{l}.attn.attention.bias", "transformer.h.{l}.attn.attention.masked_bias"),
+    spellings=bare("transformer."),
+)
+
+GPTJ = KeyMap(
+    "gptj",
+    (
+        *embeddings("transformer.wte"),
+        *dense(*(f"{_LAYER}attn.{p}" for p in (*_PROJ, "out_proj")), bias=False),
+        *dense(f"{_LAYER}mlp.fc_in", f"{_LAYER}mlp.fc_out"),
+        *norms(f"{_LAYER}ln_1", "transformer.ln_f"),
+        *dense("lm_head"),
+    ),
+    output="lm_head",
+    tied=_TIED,
+    buffers=("transformer.h.{l}.attn.bias", "transformer.h.{l}.attn.masked_bias"),
+    spellings=bare("transformer."),
+)
