@@ -24,7 +24,8 @@ def _encoder(prefix: str) -> Iterator[Weight]:
     yield from embeddings(*(f"{prefix}embeddings.{p}_embeddings" for p in ("word", "position", "token_type")))
     layer = f"{prefix}encoder.layer.{{l}}."
     yield from dense(*(f"{layer}{m}" for m in _DENSE), f"{prefix}pooler.dense")
-    yield from norms(f"{prefix}embeddings.LayerNorm", *(f"{layer}{m}.LayerNorm" for m in ("attention.output", "output")))
+    outputs = (f"{layer}attention.output", f"{layer}output")
+    yield from norms(*(f"{m}.LayerNorm" for m in (f"{prefix}embeddings", *outputs)))
 
 
 def _table(name: str, prefix: str, heads: tuple[Weight, ...], **options: object) -> KeyMap:
