@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadapt import exchange, families, folder, merging, nnx_survey, paths, plan, planning, sharding, transfer
+from jaxadapt import attention, exchange, families, folder, merging, nnx_survey, paths, plan, planning, sharding, transfer
 from jaxadapt.adapter import Adapter, is_array
 from jaxadapt.codecs import safetensors, shards
 from jaxadapt.errors import AttachError, KeyMapError, MismatchError
@@ -68,14 +68,23 @@ def export_base(
     kind = None if dtype is None else np.dtype(dtype)
     target = Path(path)
     _check_ties(target, table, made, leaves, changed)
-    specs = {
-        key: (safetensors.dtype_name(kind or leaves[entry.path].dtype), entry.form.file_shape)
-        for key, (entry, _) in sorted(made.keys.items(), key=lambda item: nnx_survey.natural(item[0]))
-    }
+    specs: dict[str, tuple[str, tuple[int, ...]]] = {}
+    grouped = attention.groups(made.keys)
+    for key, parts in sorted(grouped.items(), key=lambda item: nnx_survey.natural(item[0])):
+        entry, _ = made.keys[parts[0]]
+        shape = entry.form.file_shape
+        shape = shape if len(parts) == 1 else (len(parts) * shape[0], *shape[1:])
+        specs[key] = safetensors.dtype_name(kind or leaves[entry.path].dtype), shape
     if not specs:
         raise MismatchError(f"{target}: there is no weight to write")
     folder.make(target)
-    shards.write(target, specs, _reader(made, leaves, changed, kind), max_shard_size)
+    get = _reader(made, leaves, changed, kind)
+
+    def whole(key: str) -> Any:
+        parts = [get(part) for part in grouped[key]]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    shards.write(target, specs, whole, max_shard_size)
 
 
 def _leaves(params: Any) -> dict[str, Any]:
@@ -184,6 +193,9 @@ def import_base(
         table = _table(keymap, leaves).spelt_as(tensors, shapes)
         known = shapes if strict else {p: s for p, s in shapes.items() if table.site(p) is not None}
         made = plan.base_plan(table, known)
+        several = [name for name, parts in attention.groups(made.keys).items() if len(parts) > 1 and name in tensors]
+        if several:
+            tensors = tensors.replaced(several, attention.cut({n: tensors[n] for n in several}, made.keys))
         source = _sources(tensors, table, made, strict)
         entries = [e for e in made.entries if all(key in source for key in e.keys)]
         left = {e.path for e in made.entries} - {e.path for e in entries} | (shapes.keys() - known.keys())

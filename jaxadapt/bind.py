@@ -89,7 +89,7 @@ def _inventory(
             parent, _, last = leaf.rpartition(".")
             matrix = len(shape) >= 2 and last not in (*PLAIN, "bias")
             unmapped[leaf] = (leaf, parent) if matrix else (parent,)
-        elif site.weight.key.rpartition(".")[2] == "weight":
+        elif site.weight.adaptable:
             sizes = plan.sizes_of(site, shape)
             found[leaf] = (site, sizes, site.modules(sizes))
     # A module with a known weight means that one; others in it (a bias) only under a name of their own.

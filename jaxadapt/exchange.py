@@ -14,6 +14,7 @@ from jax.core import Tracer
 
 from jaxadapt import (
     attach,
+    attention,
     bind,
     embeddings,
     families,
@@ -22,12 +23,14 @@ from jaxadapt import (
     planning,
     sharding,
     targets,
+    together,
     transfer,
 )
 from jaxadapt.adapter import Adapter, PeftTensors
 from jaxadapt.configs import Config
 from jaxadapt.errors import AdapterError, AttachError, ConfigError, MismatchError
 from jaxadapt.keymap import PEFT_PREFIX, KeyMap
+from jaxadapt.plan import Encoded
 
 
 def to_peft(
@@ -37,6 +40,7 @@ def to_peft(
     config: Config | None = None,
     keymap: KeyMap | str | None = None,
     lora_alpha: float | None = None,
+    on_shared: str | None = None,
 ) -> PeftTensors:
     """An adapter under PEFT's names and in PyTorch's layout, in memory.
 
@@ -44,6 +48,7 @@ def to_peft(
         tree: what `extract` takes: an `Adapter`, an NNX model or state, Linen variables, another library's tree.
         config, keymap: only where the tree lost them, or to rename by another table.
         lora_alpha: of another library's tree, where it stores none.
+        on_shared: as in `save`.
 
     The tensors are made when they are asked for, as numpy views where the layouts allow (inside jit: as
     traced arrays). Raises `AttachError` or `KeyMapError`.
@@ -54,7 +59,26 @@ def to_peft(
     >>> {key: x.shape for key, x in to_peft(adapter).tensors.items()}
     {'base_model.model.q.lora_A.weight': (2, 4), 'base_model.model.q.lora_B.weight': (6, 2)}
     """
-    return taken(tree, name, config, keymap, lora_alpha, None, "it is one already", traced=True)
+    tensors = taken(tree, name, config, keymap, lora_alpha, None, "it is one already", traced=True)
+    return joined(tensors, tree, name, config, keymap, on_shared, "to_peft")
+
+
+def joined(
+    tensors: PeftTensors, tree: Any, name: str, config: Config | None, keymap: Any, on_shared: str | None, call: str
+) -> PeftTensors:
+    """What several leaves hold of one tensor of PyTorch's, in one."""
+    held = tensors.tensors
+    if not isinstance(held, Encoded) or not attention.has_pieces(held.plan.keys):
+        return tensors
+    if together.spread(held.leaves.values()):
+        raise AttachError(
+            "an nn.MultiheadAttention is put together from several leaves, which are partly in other processes: gather"
+            " the adapter's arrays first (they are small), as jax.experimental.multihost_utils does"
+        )
+    adapter = renamed(extracted(tree, name, config, keymap, ""), keymap)
+    bounds = bind.recover(adapter.config, adapter.keymap, shapes_of(adapter))
+    new, whole = attention.joined(tensors.config, bounds, held, adapter.keymap.prefix, on_shared, call)
+    return PeftTensors(new, whole, tensors.source)
 
 
 def taken(
@@ -185,6 +209,8 @@ def decoded(
         plan = bind.file_plan(bounds)
     except AdapterError as error:
         raise type(error)(f"{tensors.source}: {error}") from error
+    if attention.has_pieces(plan.keys):
+        tensors = dataclasses.replace(tensors, tensors=attention.cut(tensors.tensors, plan.keys))
     specs = transfer.specs(tensors.tensors)
     dtypes = {key: spec.dtype for key, spec in specs.items()}
     odd = [f"{k}: {d.name}, expected floats" for k, d in dtypes.items() if not jnp.issubdtype(d, jnp.floating)]

@@ -61,8 +61,7 @@ class Site:
         return self._named({})
 
     def _named(self, index: Mapping[str, str]) -> str:
-        name = self.weight.key.format(**dict(self.holes), **index)
-        return name.removesuffix("weight").removesuffix(".")
+        return self.weight.module.format(**dict(self.holes), **index)
 
     def parameter(self, index: Mapping[str, str]) -> tuple[str, str]:
         """PyTorch's name of the weight itself, as its module's and its own."""

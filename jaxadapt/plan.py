@@ -273,8 +273,15 @@ def factor_of(keymap: KeyMap, site: Site, tensor: Tensor, sizes: Mapping[str, in
 
 def key_of(keymap: KeyMap, site: Site, tensor: Tensor, text: Mapping[str, str]) -> str:
     """The name of one tensor in the file; the root module has no name of its own."""
-    module, parameter = site.parameter(text) if tensor.whole else (site.module(text), "")
-    return paths.join(f"{keymap.prefix}{module}".rstrip(".") + tensor.suffix, parameter)
+    if tensor.whole:
+        module, parameter = site.parameter(text)
+        return paths.join(f"{keymap.prefix}{module}".rstrip(".") + tensor.suffix, parameter)
+    suffix, line = tensor.suffix, site.weight
+    if line.piece:  # what belongs to the outputs lies above each other, all else is one for all
+        suffix += f"[{line.piece}]" if "out" in tensor.torch[0] else f"[={line.piece}]"
+    elif line.kind == "attention":
+        suffix = f".base_layer.out_proj{suffix}"
+    return f"{keymap.prefix}{site.module(text)}".rstrip(".") + suffix
 
 
 def entry_shape(site: Site, tensor: Tensor, sizes: Mapping[str, int]) -> tuple[int, ...]:

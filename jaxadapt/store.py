@@ -52,6 +52,7 @@ def save(
     format: str = "safetensors",  # noqa: A002 (what it is called everywhere)
     shared: bool | None = None,
     timeout: float = 300,
+    on_shared: str | None = None,
 ) -> None:
     """Write an adapter, and nothing but the adapter, as a folder that PEFT reads.
 
@@ -77,6 +78,8 @@ def save(
             its own bytes into the one file at once. `shared=False`: the processes have no file system in common (None:
             found out), and everything goes through process 0, a leaf at a time. One that fails, dies or stays away
             ends the save in all, with an error, within `timeout` seconds.
+        on_shared: "concat" puts different As side by side where PyTorch has one for several of our weights (queries,
+            keys and values of an `nn.MultiheadAttention`); by default they are refused.
 
     Durable and atomic; raises `AdapterError` (what is wrong, and the way out), and then the old adapter is
     still there, whole.
@@ -98,6 +101,7 @@ def save(
         return
     tensors = exchange.taken(tree, name, config, keymap, lora_alpha, dtype, instead, traced=False)
     tensors = _with_embeddings(tensors, tree, name, config, keymap, save_embedding_layers)
+    tensors = exchange.joined(tensors, tree, name, config, keymap, on_shared, "save")
     tensors = dataclasses.replace(tensors, config=tensors.config.replace(**changes))
     if isinstance(tensors.tensors, Encoded) and together.spread(tensors.tensors.leaves.values()):
         together.write(tensors, _below(path, name), shared, timeout)

@@ -20,6 +20,7 @@ from jaxadapt.errors import KeyMapError, MismatchError
 
 _TOKEN = re.compile(r"\(([^()]*)\)|(\{?\w+\}?)")
 _HOLE = re.compile(r"\{(\w+)\}")
+_PIECE = re.compile(r"\[(\d+/\d+)\]$")
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -32,7 +33,8 @@ class Weight:
         pattern: `"d {l} n h -> (n h) d"`: the JAX axes, then PyTorch's. A name in braces is an axis that
             PyTorch does not have: one tensor an entry, numbered (`{l}`: stacked layers) or named by `over`.
         kind: "linear" (out, in), "embedding" (vocabulary, dim), "conv" (out, in, window...), "experts" (expert,
-            out, in), "vector" or "other"; by default what the number of PyTorch axes says.
+            out, in), "attention" (see `attention`), "vector" or "other"; by default what the number of PyTorch axes
+            says.
         fan_in_fan_out: PyTorch stores (in, out), as GPT-2's Conv1D does; for experts what its `is_transposed` says.
         groups: of a convolution.
         scale: `(axes, power)`: the JAX weight is PyTorch's times their size to that power. `("h", -0.5)` is a
@@ -86,6 +88,27 @@ class Weight:
                 f"the line {leaf!r} -> {key!r} ({pattern!r}) is wrong:\n" + paths.listing(problems)
             )
         put("kind", kind or {1: "vector", 2: "linear"}.get(len(self.right), "other"))
+
+    @staticmethod
+    def attention(leaf: str, key: str) -> tuple[Weight, ...]:
+        """The lines of one of Flax's attention layers, which in PyTorch is an `nn.MultiheadAttention`.
+
+        For `nnx.MultiHeadAttention` and `nn.MultiHeadDotProductAttention`. PyTorch keeps queries, keys and values
+        above each other in one tensor: "[0/3]" in a key is the first third of its rows.
+
+        Args:
+            leaf, key: the layer's path here and its module in PyTorch, with holes as in any line.
+
+        >>> [w.key for w in Weight.attention("{path}.attn", "{path}.attn")][2:4]
+        ['{path}.attn.in_proj_weight[1/3]', '{path}.attn.in_proj_bias[1/3]']
+        """
+        lines: list[Weight] = []
+        for i, name in enumerate(("query", "key", "value")):
+            at, third = f"{leaf}.{name}", f"[{i}/3]"
+            lines.append(Weight(f"{at}.kernel", f"{key}.in_proj_weight{third}", "d n h -> (n h) d", kind="attention"))
+            lines.append(Weight(f"{at}.bias", f"{key}.in_proj_bias{third}", "n h -> (n h)"))
+        lines.append(Weight(f"{leaf}.out.kernel", f"{key}.out_proj.weight", "n h d -> d (n h)", kind="attention"))
+        return (*lines, Weight(f"{leaf}.out.bias", f"{key}.out_proj.bias", "d -> d"))
 
     def _problems(self) -> list[str]:
         if self.pattern.count("->") != 1:
@@ -178,6 +201,27 @@ class Weight:
     def tail(self) -> str:
         """What every path of this line ends in: the text behind the last hole."""
         return self.leaf.rpartition("}")[2]
+
+    @functools.cached_property
+    def piece(self) -> str:
+        """Of a key such as "in_proj_weight[0/3]" the part in brackets: which rows of PyTorch's tensor the leaf is."""
+        found = _PIECE.search(self.key)
+        return found[1] if found else ""
+
+    @functools.cached_property
+    def adaptable(self) -> bool:
+        """Whether PyTorch's module goes by this weight: by the others (biases, norms) only copies are meant."""
+        return self.kind == "attention" or self.key.rpartition(".")[2] == "weight"
+
+    @functools.cached_property
+    def module(self) -> str:
+        """PyTorch's name of the module that an adapter of this weight belongs to, with its holes.
+
+        PEFT adapts an `nn.MultiheadAttention` as a whole, its output projection included.
+        """
+        if self.kind == "attention":
+            return re.sub(r"\.?(in_proj_weight\[.*\]|out_proj\.weight)$", "", self.key)
+        return self.key.removesuffix("weight").removesuffix(".")
 
     @functools.cached_property
     def memo(self) -> dict[Any, Any]:

@@ -20,8 +20,8 @@ FLOORS = [
     ["errors", "progress", "paths", "axes", "configs"],
     "weight arrangement keymap generic dialect plan adapter"
     " trace operations layout liveness layers filters targets drawing codecs consumers card hub".split(),
-    "methods families copies bind embeddings folder orbax_folder transfer together dialects guests guest_config".split()
-    + "laying sharding pytorch".split(),
+    "methods families copies bind attention embeddings folder orbax_folder transfer together dialects guests".split()
+    + "guest_config laying sharding pytorch".split(),
     "linen linen_call linen_survey linen_tree nnx nnx_survey merging products combining norms".split(),
     "foreign planning attach exchange store bases report picture reducing rescaling optim starting".split(),
     ["converting", "on_disk", "sharing", "checkpoint", "snapshot", "step_files", "preemption", "serving"],
@@ -49,6 +49,7 @@ SAME_FLOOR = {
     ("together", "sharding"): "who owns what",
     ("together", "folder"): "it is written as a folder",
     ("embeddings", "bind"): "an adapter's sites tell which embeddings it has",
+    ("attention", "bind"): "and which of them share an A in PyTorch",
     ("embeddings", "copies"): "what a table of tokens is usually called",
     ("transfer", "sharding"): "arrays go where they belong",
     ("bind", "sharding"): "fresh parameters are made where they belong",

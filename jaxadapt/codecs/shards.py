@@ -41,6 +41,12 @@ class Shards(Mapping[str, "np.ndarray"]):
         """The tensors of `{new name: name here}`; one may serve several."""
         return Shards(self.source, {key: self._home[name] for key, name in names.items()})
 
+    def replaced(self, gone: Iterable[str], arrays: Mapping[str, np.ndarray]) -> Shards:
+        """These tensors with some `gone`, and arrays of memory in their stead."""
+        gone = set(gone)
+        kept = {key: home for key, home in self._home.items() if key not in gone}
+        return Shards(self.source, {**kept, **{key: (arrays, key) for key in arrays}})
+
     @property
     def specs(self) -> dict[str, safetensors.Spec]:
         """Shapes and dtypes by key, without reading a tensor of a safetensors file."""

@@ -8,7 +8,9 @@ rank-r side, and the sum is cast to the base output's dtype once, at the end. Va
 
 PEFT's faults, as decided here: its convolutions ignore the base's dilation (its own A then crashes) and padding
 mode, ours follow the base layer; its merge of a grouped convolution fails, ours says why there can be none; the
-norm of a grouped DoRA mixes channels of several groups, so that is refused.
+norm of a grouped DoRA mixes channels of several groups, so that is refused. The output projection of an
+`nn.MultiheadAttention` gets its product twice there (huggingface/peft#3774): files were trained so, so it is twice
+here as well; that its dropout does nothing there is followed too.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ class Lora(Method):
     """W + s·B·A."""
 
     peft_type = "LORA"
-    kinds = frozenset({"linear", "embedding", "conv"})
+    kinds = frozenset({"linear", "embedding", "conv", "attention"})
     scaled = frozenset({"lora_B", "lora_B_bias", "lora_embedding_B"})
     roles = MappingProxyType(
         {
@@ -105,11 +107,12 @@ class Lora(Method):
         return (*found, dora.tensor(site)) if config.use_dora else tuple(found)
 
     def static(self, config: LoraConfig, site: Site, modules: Sequence[str]) -> Static:
-        kind = "" if site.weight.kind == "linear" else site.weight.kind
+        kind, attention = site.weight.kind, site.weight.kind == "attention"
+        times = 2 if attention and not site.weight.piece else 1  # the output projection: see above
         return Static(
-            one_value("the scale", {m: scale_of(config, m) for m in modules}),
-            0.0 if kind == "embedding" else config.lora_dropout,  # PEFT drops no tokens
-            kind,
+            times * one_value("the scale", {m: scale_of(config, m) for m in modules}),
+            0.0 if kind in ("attention", "embedding") else config.lora_dropout,  # PEFT drops no tokens
+            "" if kind in ("attention", "linear") else kind,
             site.weight.groups,
             config.use_dora,
             config.lora_bias,
@@ -208,6 +211,13 @@ def _check_site(config: LoraConfig, site: Site, r: int) -> None:
     if groups > 1 and config.use_dora:
         raise ConfigError(
             f"{site.leaf}: use_dora on a convolution with groups: PEFT's norm there mixes the weights of several groups"
+        )
+    asked = [f"{name}={value!r}" for name in ("use_dora", "lora_bias", "bias") if (value := config.get(name))]
+    asked = [what for what in asked if what != "bias='none'"]
+    if kind == "attention" and asked:
+        raise ConfigError(
+            f"{site.leaf}: {', '.join(asked)} on an nn.MultiheadAttention, for which PEFT has no such adapter (what it"
+            " has of biases there takes no part in its forward pass); leave the field out, or the module"
         )
     if kind == "embedding" and config.lora_bias:
         raise ConfigError(f"{site.leaf}: lora_bias=True is for layers with an output bias, not for embeddings")
