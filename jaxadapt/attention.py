@@ -117,8 +117,9 @@ def joined(
     if apart and on_shared is None:
         raise MismatchError(
             "PEFT's adapter of an nn.MultiheadAttention has one A for queries, keys and values, and these differ (or"
-            f' nobody can tell, inside jit):\n{paths.listing(apart)}\nPass on_shared="concat" to {call}: with their ranks'
-            " side by side the file computes exactly the same, at three times the rank"
+            f" nobody can tell, inside jit):\n{paths.listing(apart)}\n"
+            f'Pass on_shared="concat" to {call}: with their ranks side by side the file computes exactly the same, at'
+            " three times the rank"
         )
     out: dict[str, Array] = {}
     for name, parts in found.items():
@@ -177,7 +178,7 @@ def _with_ranks(config: Config, bounds: Sequence[Bound], grown: set[str]) -> Con
     wrong += [m for m in sorted(names) if targets.pattern_value(new.alpha_pattern, m, new.lora_alpha) != alphas[m]]
     if wrong:
         raise ConfigError(
-            "rank_pattern and alpha_pattern cannot give these modules ranks of their own, since they are called like the"
-            " end of others:\n" + paths.listing(wrong)
+            "rank_pattern and alpha_pattern cannot give these modules ranks of their own, since they are called like"
+            " the end of others:\n" + paths.listing(wrong)
         )
     return new

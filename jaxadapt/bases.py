@@ -18,7 +18,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadapt import attention, exchange, families, folder, merging, nnx_survey, paths, plan, planning, sharding, transfer
+from jaxadapt import (
+    attention,
+    exchange,
+    families,
+    folder,
+    merging,
+    nnx_survey,
+    paths,
+    plan,
+    planning,
+    sharding,
+    transfer,
+)
 from jaxadapt.adapter import Adapter, is_array
 from jaxadapt.codecs import safetensors, shards
 from jaxadapt.errors import AttachError, KeyMapError, MismatchError

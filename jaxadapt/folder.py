@@ -350,6 +350,12 @@ def _write(tensors: PeftTensors, folder: Path, put: Put | None) -> None:
     replaces = _NOTHING if before == text else _digest(before)
     own = {"schema": 1, "config": tensors.config.to_dict(), "replaces": replaces}
     specs = {k: (np.dtype(v.dtype), tuple(v.shape)) for k, v in _specs(tensors.tensors).items()}
+    parts = [key for key in specs if key.endswith("]")]
+    if parts:
+        raise MismatchError(
+            f"{folder}: these are parts of PyTorch's tensors, which only a model puts together: load the checkpoint into"
+            " one, and save it from there:\n" + paths.listing(parts)
+        )
     metadata = {"format": "pt", _META: json.dumps(own, sort_keys=True)}
     # The new JSON is written before the weights are replaced, and takes its place right after them: a full
     # disk shows before anything has changed, and little time passes between the two replacements.

@@ -190,11 +190,12 @@ def _ab(bound: bind.Bound) -> tuple[Entry, Entry]:
     a, b = (next((e for name, e in found.items() if name.endswith(end)), None) for end in ("_A", "_B"))
     matrices = a is not None and b is not None and len(a.form.file_shape) == len(b.form.file_shape) == 2
     experts = bool(bound.axes.batch) and not bound.site.roles["fused"]
-    if a is None or b is None or not matrices or len(found) != 2 or experts:
+    odd = experts or bound.site.weight.kind == "attention"  # several leaves are one module there
+    if a is None or b is None or not matrices or len(found) != 2 or odd:
         held = ", ".join(f"{n} {list(e.form.file_shape)}" for n, e in found.items())
         raise ConfigError(
             f"{bound.leaf}: holds {held}, which is no pair of matrices; leave it out of the arithmetic"
-            " (convolutions and experts cannot be combined yet)"
+            " (convolutions, experts and nn.MultiheadAttention cannot be combined yet)"
         )
     return a, b
 
