@@ -353,8 +353,8 @@ def _write(tensors: PeftTensors, folder: Path, put: Put | None) -> None:
     parts = [key for key in specs if key.endswith("]")]
     if parts:
         raise MismatchError(
-            f"{folder}: these are parts of PyTorch's tensors, which only a model puts together: load the checkpoint into"
-            " one, and save it from there:\n" + paths.listing(parts)
+            f"{folder}: these are parts of PyTorch's tensors, which only a model puts together: load the checkpoint"
+            " into one, and save it from there:\n" + paths.listing(parts)
         )
     metadata = {"format": "pt", _META: json.dumps(own, sort_keys=True)}
     # The new JSON is written before the weights are replaced, and takes its place right after them: a full
