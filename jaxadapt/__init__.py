@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     )
     from jaxadapt.exchange import from_peft, to_peft
     from jaxadapt.folder import inspect, read, read_config, write
+    from jaxadapt.foreign import slot
     from jaxadapt.hub import pull
     from jaxadapt.keymap import KeyMap
     from jaxadapt.merging import merge, unmerge
@@ -73,6 +74,7 @@ _HOME = {
         "reducing": "resize_rank to_lora",
         "rescaling": "rescale",
         "exchange": "to_peft from_peft",
+        "foreign": "slot",
         "store": "save load",
         "checkpoint": "CheckpointManager",
         "folder": "read write inspect read_config",
@@ -125,6 +127,7 @@ __all__ = [
     "rescale",
     "resize_rank",
     "save",
+    "slot",
     "summary",
     "to_lora",
     "to_peft",

@@ -158,7 +158,7 @@ def _write_tree(
     if name is None and library not in dialects.USED:
         raise ConfigError(f"say which dialect the tree of {keymap.name!r} has: {', '.join(dialects.DIALECTS)}")
     dialect = dialects.named(name or dialects.USED[library])
-    if dialect.slots:
+    if dialect.slots is not None:
         raise ConfigError(f"{dialect.name} keeps several adapters in one tree; load into its model instead")
     pairs = _pairs(tensors)
     known = _shapes(like, dialect)

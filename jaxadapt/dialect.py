@@ -92,7 +92,8 @@ class Dialect:
         scale: what it calls its alpha, for the message that asks for it.
         shares: braced axes (fused parts, experts) may be missing from one of the arrays, which all share.
         moved: base leaves that lie elsewhere in its trees: `(where, the family's name)`.
-        slots: the arrays hold several adapters on a leading axis.
+        slots: what lies beside `a` where the arrays hold several adapters, on an axis before the weight's own: the
+            rank that each slot uses, and its scale.
         proved: against the library itself, or trees recorded from it.
 
     >>> Dialect("d", (Pair("{leaf}_a", "{leaf}_b", "{leaf}"),)).claim({"q.w_a", "q.w_b", "q.w"})
@@ -105,7 +106,7 @@ class Dialect:
     scale: str = "alpha"
     shares: bool = False
     moved: tuple[tuple[str, str], ...] = ()
-    slots: bool = False
+    slots: tuple[str, str] | None = None
     proved: bool = True
 
     def claim(self, paths: Collection[str]) -> dict[str, list[tuple[str, str, int]]]:
@@ -118,6 +119,15 @@ class Dialect:
                     out.setdefault(found[1], []).append((path, found[0], number))
                     break
         return out
+
+    def owned(self, paths: Collection[str]) -> set[str]:
+        """The paths of all arrays that are this dialect's."""
+        pairs = [pair for pairs in self.claim(paths).values() for pair in pairs]
+        return {path for a, b, _ in pairs for path in (a, b, *(p for p in self.beside(a) if p in paths))}
+
+    def beside(self, a: str) -> tuple[str, ...]:
+        """Where the ranks and scales of the slots of an A lie; nowhere, without slots."""
+        return tuple(a.rpartition(".")[0] + "." + name for name in self.slots or ())
 
     def base(self, path: str) -> str:
         """A base leaf's path under the family's own name.

@@ -91,15 +91,12 @@ def taken(
     instead: str,
     traced: bool,
 ) -> PeftTensors:
-    guest = tree if isinstance(tree, foreign.Found) else None
-    if guest is None and not isinstance(tree, Adapter | PeftTensors):
-        guest = attach.guest_in(tree)
+    guest = None if isinstance(tree, Adapter | PeftTensors) else attach.guest_in(tree)
     if guest is not None:
         with_values(guest.leaves, traced, elsewhere=not traced)
         call = "to_peft(tree" if traced else "save(tree, path"
-        config, known, _ = foreign.take(guest, config, keymap, lora_alpha, call)
-        host = not any(isinstance(leaf, Tracer) for leaf in guest.leaves.values())
-        return PeftTensors(config, known.plan.encode(guest.leaves, dtype, host), f"this {guest.dialect.name} tree")
+        config, _, tensors = foreign.take(guest, config, keymap, lora_alpha, call, dtype)
+        return PeftTensors(config, tensors, f"this {guest.dialect.name} tree")
     if lora_alpha is not None:
         raise ConfigError("lora_alpha is for the trees of other libraries; an adapter of this one carries its own")
     adapter = extracted(tree, name, config, keymap, instead)

@@ -1,40 +1,50 @@
 """Trees of other libraries: their LoRA leaves out as PEFT's tensors, and a file's tensors in.
 
-What lies where is `dialects/`; what the arrays hold, `guests.py`. Here are only the trees themselves: NNX models and
-states, Linen variables, nested dicts, or any other pytree.
+What lies where is `dialects/`; what the arrays hold, `guests.py`; the trees themselves, `trees.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
-from jaxadapt import bind, dialects, families, guest_config, guests, linen_tree, nnx, nnx_survey, paths
-from jaxadapt.adapter import CONFIG_NODE, Adapter, is_array
+from jaxadapt import (
+    bind,
+    dialects,
+    families,
+    guest_config,
+    guests,
+    methods,
+    nnx,
+    nnx_survey,
+    paths,
+    slots,
+    targets,
+    trees,
+)
+from jaxadapt.adapter import Adapter, is_array
 from jaxadapt.configs import Config, LoraConfig
 from jaxadapt.dialect import Dialect, is_like
-from jaxadapt.errors import KeyMapError, MismatchError
+from jaxadapt.errors import AttachError, KeyMapError, MismatchError
 from jaxadapt.guests import Guests, Half, Placed
 from jaxadapt.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.plan import Encoded
-
-Leaves = dict[str, Any]
-Put = Callable[[Mapping[str, Any]], Any]
+from jaxadapt.trees import Leaves, Put
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
     """A tree with LoRA leaves of a known dialect: the leaves, how to put others there, and the base's shapes.
 
-    `stored` is the alpha of each base leaf, where the tree has it; `sizes` are those of axes that somebody gave.
+    `stored` is the alpha of each base leaf, where the tree has it; `sizes` are those of axes that somebody gave; `slot`
+    is the one that is meant where the arrays hold several adapters.
     """
 
     tree: Any
@@ -44,6 +54,7 @@ class Found:
     base: dict[str, tuple[int, ...]]
     stored: dict[str, float]
     sizes: Mapping[str, int] = dataclasses.field(default_factory=dict[str, int])
+    slot: int | None = None
 
     @property
     def arrays(self) -> dict[str, tuple[int, ...]]:
@@ -55,20 +66,56 @@ def find(tree: Any) -> Found | None:
 
     Raises `KeyMapError` where a dialect knows some of them and not all.
     """
-    leaves, put = _opened(tree)
+    leaves, put = trees.opened(tree)
     like = {path for path in leaves if is_like(path)}
     if not like or not any(d.claim(leaves) for d in dialects.DIALECTS.values()):
         return None
     dialect = dialects.recognise(leaves)
     assert dialect is not None
-    mine = {path for pairs in dialect.claim(leaves).values() for a, b, _ in pairs for path in (a, b)}
+    mine = dialect.owned(leaves)
     base = {dialect.base(path): tuple(leaf.shape) for path, leaf in leaves.items() if path not in mine}
-    return Found(tree, dialect, {p: leaf for p, leaf in leaves.items() if p in mine}, put, base, _alphas(tree))
+    return Found(tree, dialect, {p: leaf for p, leaf in leaves.items() if p in mine}, put, base, trees.alphas(tree))
+
+
+def slot(tree: Any, number: int) -> Found:
+    """One adapter of a tree whose arrays hold several (SkyRL-tx): what `save`, `load`, `to_peft` … take in its place.
+
+    Args:
+        tree: the model, its state, or any pytree with its LoRA leaves, their ranks and scales.
+        number: of the slot, from 0.
+
+    `load` and `inject` change that slot alone, set its rank and scale, and return the tree (NNX in place). Raises
+    `AttachError` for any other tree, and what uses it `MismatchError` where there is no such slot, or it is empty.
+
+    >>> tree = {"q_proj": {"kernel": np.ones((4, 6)), "lora_A": np.ones((3, 4, 8)), "lora_B": np.ones((3, 8, 6)),
+    ...                    "lora_ranks": np.array([8, 2, 0]), "lora_scaling": np.ones(3, "float32")}}
+    >>> import jaxadapt
+    >>> {key: x.shape for key, x in jaxadapt.to_peft(slot(tree, 1)).tensors.items()}
+    {'base_model.model.q_proj.lora_A.weight': (2, 4), 'base_model.model.q_proj.lora_B.weight': (6, 2)}
+    """
+    found = find(tree)
+    if found is None or not found.dialect.slots:
+        what = "no LoRA leaves" if found is None else f"{found.dialect.name} leaves, each for one adapter"
+        raise AttachError(f"expected a tree whose arrays hold several adapters, found {what}")
+    return dataclasses.replace(found, slot=number)
+
+
+def _of_slot(found: Found, room: bool = False) -> Found:
+    """The tree with the arrays of its slot alone; itself, where there are no slots."""
+    if not found.dialect.slots:
+        return found
+    if found.slot is None:
+        raise AttachError(
+            f"each array of this {found.dialect.name} tree holds several adapters; say which one:"
+            " jaxadapt.slot(tree, 0) in the place of tree"
+        )
+    leaves, stored = slots.view(found.dialect, found.leaves, found.slot, room)
+    return dataclasses.replace(found, leaves=leaves, stored=stored)
 
 
 def unknown(tree: Any) -> str:
     """What to say of LoRA-like leaves that no dialect knows; "" if there are none."""
-    like = [path for path in _opened(tree)[0] if is_like(path)]
+    like = [path for path in trees.opened(tree)[0] if is_like(path)]
     if not like:
         return ""
     known = ", ".join(dialects.DIALECTS)
@@ -99,9 +146,15 @@ def _table(found: Found, keymap: KeyMap | str | None) -> KeyMap:
 
 
 def take(
-    found: Found, config: Config | None, keymap: KeyMap | str | None, lora_alpha: float | None, call: str
+    found: Found,
+    config: Config | None,
+    keymap: KeyMap | str | None,
+    lora_alpha: float | None,
+    call: str,
+    dtype: Any = None,
 ) -> tuple[LoraConfig, Guests, Encoded]:
     """The tree's LoRA as PEFT's tensors, each made when it is asked for, with the configuration that goes with them."""
+    found = _of_slot(found)
     known = survey(found, keymap)
     if not known.keymap.proved:
         warnings.warn(
@@ -111,7 +164,7 @@ def take(
         )
     config = guest_config.infer(known, config, lora_alpha, call)
     host = not any(isinstance(leaf, Tracer) for leaf in found.leaves.values())
-    return config, known, known.plan.encode(found.leaves, host=host)
+    return config, known, known.plan.encode(found.leaves, dtype, host)
 
 
 def extract(
@@ -152,7 +205,10 @@ def put(
     """
     if on_shared not in (None, "concat"):
         raise MismatchError(f'on_shared: expected None or "concat", found {on_shared!r}')
+    tree, found = found, _of_slot(found, room=True)
     known = survey(found, keymap, tensors)
+    if found.slot is not None and isinstance(config, LoraConfig):  # (`ratios` refuses what is none)
+        known = dataclasses.replace(known, stored=_slot_alphas(tree, known, config))
     ratios = guest_config.ratios(known, config, lora_alpha, call)
     shapes = {key: tuple(spec.shape) for key, spec in _specs(tensors).items()}
     guests.check(known, ratios, shapes, source)
@@ -165,7 +221,8 @@ def put(
         )
     placed = guests.fill(known, values, ratios, on_shared == "concat", _never if traced else same)
     # Where the file says nothing B is zero, so A may stay as it is, and can be trained; not so beside a shared B.
-    kept = {guest.a.path for guest in known.guests if guest.b.shared == 1}
+    # (A slot's rank ends where the file's does, and what is beyond must be zero.)
+    kept = {guest.a.path for guest in known.guests if guest.b.shared == 1 and found.slot is None}
     dtypes = _dtypes(found, placed, dtype, source)
     rounded = guest_config.inexact(ratios)
     if rounded is not None:
@@ -178,7 +235,28 @@ def put(
         path: _like(found.leaves[path], _build(half, found.leaves[path], where, path in kept, dtypes[path], traced))
         for path, (half, where) in placed.items()
     }
+    if found.slot is not None:
+        new = slots.whole(found.dialect, tree.leaves, found.slot, new, _used(known, placed))
     return found.put(new)
+
+
+def _slot_alphas(tree: Found, known: Guests, config: LoraConfig) -> dict[str, float]:
+    """`{base leaf: alpha}` that a slot will have: the file's, as far as its scales can hold it."""
+    out: dict[str, float] = {}
+    for guest in known.guests:
+        mine = [m for m in guest.a.modules if targets.matches(config, m)]
+        if mine:
+            dtype = tree.leaves[tree.dialect.beside(guest.a.path)[1]].dtype
+            out[guest.site.leaf] = float(np.asarray(methods.scale_of(config, mine[0]), dtype)) * guest.a.rank
+    return out
+
+
+def _used(known: Guests, placed: Mapping[str, tuple[Half, Placed]]) -> dict[str, tuple[int, float]]:
+    """`{path of A: (the rank in use, the scale)}` of the arrays that a file fills."""
+    filled = [(g, placed[g.a.path][1].values()) for g in known.guests if placed[g.a.path][1]]
+    return {
+        g.a.path: (max(rows.stop for _, rows, _ in where), known.stored[g.site.leaf] / g.a.rank) for g, where in filled
+    }
 
 
 def _halves(known: Guests) -> list[Half]:
@@ -250,113 +328,4 @@ def _like(leaf: Any, value: Any) -> Any:
     return jax.device_put(value, leaf.sharding if placed else None)
 
 
-# ---------------------------------------------------------------- trees
-
-
-def _opened(tree: Any) -> tuple[Leaves, Put]:
-    """`{dotted path: array}` of a tree, boxes opened, and a function that gives the tree with other leaves."""
-    if isinstance(tree, nnx.nnx.Module | nnx.nnx.State):
-        return _opened_nnx(tree)
-    if isinstance(tree, Mapping) and isinstance(tree.get("params"), Mapping):
-        leaves, put = _opened_tree(tree["params"])
-        return leaves, lambda new: {**tree, "params": put(new)}
-    return _opened_tree(tree)
-
-
-def _opened_nnx(tree: Any) -> tuple[Leaves, Put]:
-    module = isinstance(tree, nnx.nnx.Module)
-    state = nnx.nnx.state(tree, nnx.nnx.Param) if module else tree
-    flat = {paths.join(*map(str, path)): var for path, var in nnx.nnx.to_flat_state(state)}
-    ours = {p for p, var in flat.items() if isinstance(var, nnx.AdapterParam)}
-    held = {
-        p: var.get_value() if isinstance(var, nnx.nnx.Variable) else var for p, var in flat.items() if p not in ours
-    }
-    leaves = {p: leaf for p, leaf in held.items() if is_array(leaf)}
-
-    def put(new: Mapping[str, Any]) -> Any:
-        plain = [p for p in new if not isinstance(flat[p], nnx.nnx.Variable)]
-        if plain:
-            raise MismatchError(
-                "a pure state holds its arrays by value; put them into the model, or into nnx.state(model):\n"
-                + paths.listing(plain)
-            )
-        for path, value in new.items():
-            flat[path].set_value(value)
-        return tree
-
-    return leaves, put
-
-
-def _is_box(node: Any) -> bool:
-    return isinstance(node, linen_tree.meta.AxisMetadata | nnx.nnx.Variable)
-
-
-def _name(key: Any) -> str:
-    if isinstance(key, DictKey | FlattenedIndexKey):
-        return str(key.key)
-    if isinstance(key, GetAttrKey):
-        return key.name
-    return str(key.idx) if isinstance(key, SequenceKey) else str(key)
-
-
-def _path(keys: Sequence[Any]) -> str:
-    """A dotted path; an unnamed last segment (haliax' NamedArray has one) is left out."""
-    named = keys[:-1] if keys and isinstance(keys[-1], FlattenedIndexKey) else keys
-    return ".".join(map(_name, named))
-
-
-def _lorax(tree: Any) -> dict[str, Any]:
-    """`{path: lorax.LoraWeight}`: one weight with its LoRA, whose three arrays the path alone does not tell apart."""
-    nodes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_lorax)[0]
-    return {_path(keys): node for keys, node in nodes if _is_lorax(node)}
-
-
-def _is_lorax(node: Any) -> bool:
-    return type(node).__name__ == "LoraWeight" and type(node).__module__.partition(".")[0] == "lorax"
-
-
-def _alphas(tree: Any) -> dict[str, float]:
-    """`{base leaf: alpha}` of the weights that carry theirs."""
-    if isinstance(tree, nnx.nnx.Module | nnx.nnx.State):
-        return {}
-    params = tree["params"] if isinstance(tree, Mapping) and isinstance(tree.get("params"), Mapping) else tree
-    return {path: float(node.alpha) for path, node in _lorax(params).items()}
-
-
-def _opened_tree(tree: Any) -> tuple[Leaves, Put]:
-    if isinstance(tree, Mapping) and CONFIG_NODE in tree:
-        return {}, lambda new: tree  # the tree of an adapter of ours
-    flat, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_box)
-    lorax = _lorax(tree)
-    names: list[str] = []
-    for keys, _ in flat:
-        inside = _path(keys[:-1]) in lorax
-        names.append(".".join([_path(keys[:-1]), "LoraWeight", _name(keys[-1])]) if inside else _path(keys))
-    leaves: Leaves = {}
-    for name, (_, node) in zip(names, flat, strict=True):
-        value = _unboxed(node)
-        if is_array(value):
-            leaves[name] = value
-
-    def put(new: Mapping[str, Any]) -> Any:
-        nodes: Sequence[Any] = [
-            _reboxed(node, new[name]) if name in new else node for name, (_, node) in zip(names, flat, strict=True)
-        ]
-        return jax.tree_util.tree_unflatten(structure, nodes)
-
-    return leaves, put
-
-
-def _unboxed(node: Any) -> Any:
-    if isinstance(node, linen_tree.meta.AxisMetadata):
-        return node.unbox()
-    return node.get_value() if isinstance(node, nnx.nnx.Variable) else node
-
-
-def _reboxed(node: Any, value: Any) -> Any:
-    if isinstance(node, linen_tree.meta.AxisMetadata):
-        return node.replace_boxed(value)
-    return node.replace(value) if isinstance(node, nnx.nnx.Variable) else value
-
-
-__all__ = ["Found", "extract", "find", "put", "same", "survey", "take", "unknown"]
+__all__ = ["Found", "extract", "find", "put", "same", "slot", "survey", "take", "unknown"]

@@ -146,7 +146,8 @@ def ratios(guests: Guests, config: Config, lora_alpha: float | None, call: str) 
     out: dict[str, float] = {}
     for module, rank in guests.ranks.items():
         if targets.matches(config, module):
-            out[module] = methods.scale_of(config, module) / (stored.get(module, lora_alpha or 0.0) / rank)
+            ratio = methods.scale_of(config, module) / (stored.get(module, lora_alpha or 0.0) / rank)
+            out[module] = 1.0 if abs(ratio - 1) < 2**-23 else ratio  # no float32 tells them apart
     return out
 
 

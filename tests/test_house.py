@@ -21,8 +21,8 @@ FLOORS = [
     "weight arrangement keymap generic dialect plan adapter"
     " trace operations layout liveness layers filters targets drawing codecs consumers card hub".split(),
     "methods families copies bind attention embeddings folder orbax_folder transfer together dialects guests".split()
-    + "guest_config laying sharding pytorch".split(),
-    "linen linen_call linen_survey linen_tree nnx nnx_survey merging products combining norms".split(),
+    + "guest_config laying sharding slots pytorch".split(),
+    "linen linen_call linen_survey linen_tree nnx nnx_survey merging products combining norms trees".split(),
     "foreign planning attach exchange store bases report picture reducing rescaling optim starting".split(),
     ["converting", "on_disk", "sharing", "checkpoint", "snapshot", "step_files", "preemption", "serving"],
     ["cli", "demo"],
@@ -75,6 +75,8 @@ SAME_FLOOR = {
     ("bases", "planning"): "a base is found where an adapter would be attached",
     ("bases", "exchange"): "and is taken out with the same care",
     ("report", "attach"): "a summary extracts",
+    ("trees", "nnx"): "a model is a tree",
+    ("trees", "linen_tree"): "boxes are opened as Linen opens them",
     ("nnx", "nnx_survey"): "attaching asks what a model does with its weights",
     ("merging", "nnx_survey"): "and so reads one",
     ("merging", "nnx"): "it takes a model as well as a tree",

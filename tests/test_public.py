@@ -19,7 +19,7 @@ PUBLIC = {
     # values
     "Adapter", "PeftTensors", "KeyMap", "Weight",
     # on a model
-    "adapt", "init", "extract", "inject", "detach", "activate", "disable", "delete", "summary",
+    "adapt", "init", "extract", "inject", "slot", "detach", "activate", "disable", "delete", "summary",
     "export_base", "import_base", "merge", "unmerge", "combine", "rescale", "resize_rank",
     "to_lora", "AdapterParam", "BaseParam",
     # files

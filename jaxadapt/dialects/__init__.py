@@ -11,10 +11,11 @@ from jaxadapt.dialects.levanter import LEVANTER
 from jaxadapt.dialects.lorax import LORAX
 from jaxadapt.dialects.maxtext import MAXTEXT
 from jaxadapt.dialects.qwix import QWIX
+from jaxadapt.dialects.skyrl import SKYRL
 from jaxadapt.errors import KeyMapError
 from jaxadapt.paths import listing
 
-DIALECTS: dict[str, Dialect] = {d.name: d for d in (QWIX, NNX_LORA, GEMMA, MAXTEXT, LEVANTER, LORAX)}
+DIALECTS: dict[str, Dialect] = {d.name: d for d in (QWIX, NNX_LORA, GEMMA, MAXTEXT, LEVANTER, LORAX, SKYRL)}
 USED = {"tunix": QWIX.name, "maxtext": f"{QWIX.name}/flat", "gemma": GEMMA.name}
 """What the models of a family's library (the part of its name before the colon) are trained with."""
 
@@ -40,10 +41,7 @@ def recognise(paths: Collection[str]) -> Dialect | None:
     """
     paths = frozenset(paths)
     like = {p for p in paths if is_like(p)}
-    claimed = {
-        d: {path for pairs in d.claim(paths).values() for a, b, _ in pairs for path in (a, b)}
-        for d in DIALECTS.values()
-    }
+    claimed = {d: d.owned(paths) for d in DIALECTS.values()}
     if not like:
         return None
     fitting = [d for d, mine in claimed.items() if mine and like <= mine]

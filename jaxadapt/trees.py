@@ -1,0 +1,130 @@
+"""Any tree as `{dotted path: array}`, and back: NNX models and states, Linen variables, nested dicts, other pytrees.
+
+Boxes are opened, and closed again; lorax' weights are told apart by what they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
+
+from jaxadapt import dialects, linen_tree, nnx, paths
+from jaxadapt.adapter import CONFIG_NODE, is_array
+from jaxadapt.errors import MismatchError
+
+Leaves = dict[str, Any]
+Put = Callable[[Mapping[str, Any]], Any]
+
+
+def opened(tree: Any) -> tuple[Leaves, Put]:
+    """`{dotted path: array}` of a tree, boxes opened, and a function that gives the tree with other leaves."""
+    if isinstance(tree, nnx.nnx.Module | nnx.nnx.State):
+        return _opened_nnx(tree)
+    if isinstance(tree, Mapping) and isinstance(tree.get("params"), Mapping):
+        leaves, put = _opened_tree(tree["params"])
+        return leaves, lambda new: {**tree, "params": put(new)}
+    return _opened_tree(tree)
+
+
+def _opened_nnx(tree: Any) -> tuple[Leaves, Put]:
+    module = isinstance(tree, nnx.nnx.Module)
+    state = nnx.nnx.state(tree, nnx.nnx.Any(nnx.nnx.Param, _is_mark)) if module else tree
+    flat = {paths.join(*map(str, path)): var for path, var in nnx.nnx.to_flat_state(state)}
+    ours = {p for p, var in flat.items() if isinstance(var, nnx.AdapterParam)}
+    held = {
+        p: var.get_value() if isinstance(var, nnx.nnx.Variable) else var for p, var in flat.items() if p not in ours
+    }
+    leaves = {p: leaf for p, leaf in held.items() if is_array(leaf)}
+
+    def put(new: Mapping[str, Any]) -> Any:
+        plain = [p for p in new if not isinstance(flat[p], nnx.nnx.Variable)]
+        if plain:
+            raise MismatchError(
+                "a pure state holds its arrays by value; put them into the model, or into nnx.state(model):\n"
+                + paths.listing(plain)
+            )
+        for path, value in new.items():
+            flat[path].set_value(value)
+        return tree
+
+    return leaves, put
+
+
+def _is_mark(path: Sequence[Any], _: Any) -> bool:
+    """Whether a variable that is no parameter belongs to a dialect all the same: the ranks and scales of its slots."""
+    return any(str(path[-1]) in (d.slots or ()) for d in dialects.DIALECTS.values())
+
+
+def _is_box(node: Any) -> bool:
+    return isinstance(node, linen_tree.meta.AxisMetadata | nnx.nnx.Variable)
+
+
+def _name(key: Any) -> str:
+    if isinstance(key, DictKey | FlattenedIndexKey):
+        return str(key.key)
+    if isinstance(key, GetAttrKey):
+        return key.name
+    return str(key.idx) if isinstance(key, SequenceKey) else str(key)
+
+
+def _path(keys: Sequence[Any]) -> str:
+    """A dotted path; an unnamed last segment (haliax' NamedArray has one) is left out."""
+    named = keys[:-1] if keys and isinstance(keys[-1], FlattenedIndexKey) else keys
+    return ".".join(map(_name, named))
+
+
+def _lorax(tree: Any) -> dict[str, Any]:
+    """`{path: lorax.LoraWeight}`: one weight with its LoRA, whose three arrays the path alone does not tell apart."""
+    nodes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_lorax)[0]
+    return {_path(keys): node for keys, node in nodes if _is_lorax(node)}
+
+
+def _is_lorax(node: Any) -> bool:
+    return type(node).__name__ == "LoraWeight" and type(node).__module__.partition(".")[0] == "lorax"
+
+
+def alphas(tree: Any) -> dict[str, float]:
+    """`{base leaf: alpha}` of the weights that carry theirs."""
+    if isinstance(tree, nnx.nnx.Module | nnx.nnx.State):
+        return {}
+    params = tree["params"] if isinstance(tree, Mapping) and isinstance(tree.get("params"), Mapping) else tree
+    return {path: float(node.alpha) for path, node in _lorax(params).items()}
+
+
+def _opened_tree(tree: Any) -> tuple[Leaves, Put]:
+    if isinstance(tree, Mapping) and CONFIG_NODE in tree:
+        return {}, lambda new: tree  # the tree of an adapter of ours
+    flat, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_box)
+    lorax = _lorax(tree)
+    names: list[str] = []
+    for keys, _ in flat:
+        inside = _path(keys[:-1]) in lorax
+        names.append(".".join([_path(keys[:-1]), "LoraWeight", _name(keys[-1])]) if inside else _path(keys))
+    leaves: Leaves = {}
+    for name, (_, node) in zip(names, flat, strict=True):
+        value = _unboxed(node)
+        if is_array(value):
+            leaves[name] = value
+
+    def put(new: Mapping[str, Any]) -> Any:
+        nodes: Sequence[Any] = [
+            _reboxed(node, new[name]) if name in new else node for name, (_, node) in zip(names, flat, strict=True)
+        ]
+        return jax.tree_util.tree_unflatten(structure, nodes)
+
+    return leaves, put
+
+
+def _unboxed(node: Any) -> Any:
+    if isinstance(node, linen_tree.meta.AxisMetadata):
+        return node.unbox()
+    return node.get_value() if isinstance(node, nnx.nnx.Variable) else node
+
+
+def _reboxed(node: Any, value: Any) -> Any:
+    if isinstance(node, linen_tree.meta.AxisMetadata):
+        return node.replace_boxed(value)
+    return node.replace(value) if isinstance(node, nnx.nnx.Variable) else value
