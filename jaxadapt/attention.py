@@ -159,7 +159,7 @@ def _concatenate(name: str, mine: Sequence[Array], tensors: Mapping[str, Array],
 def _with_ranks(config: Config, bounds: Sequence[Bound], grown: set[str]) -> Config:
     """The configuration with three times the rank for some modules, and the scale that they had."""
     assert isinstance(config, LoraConfig)
-    names = {m for b in bounds if not b.method.replaces for m in b.modules}
+    names = {m for b in bounds if not b.method.copies for m in b.modules}
     ranks = {m: targets.pattern_value(config.rank_pattern, m, config.r) for m in names}
     alphas = {m: targets.pattern_value(config.alpha_pattern, m, config.lora_alpha) for m in names}
     more = math.sqrt(3) if config.use_rslora else 3

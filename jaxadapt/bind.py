@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from jaxadapt import copies, drawing, methods, paths, plan, sharding, targets
+from jaxadapt import copies, drawing, methods, paths, plan, sharding, targets, tying
 from jaxadapt.axes import Axes
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError, ConfigError, KeyMapError, MismatchError, TargetError
@@ -117,8 +117,9 @@ def resolve(
 
     Raises `KeyMapError` where "all-linear" meets weights that may be linear and nobody can tell.
     """
+    config = tying.resolved(config, keymap, shapes)
     if not targets.is_all_linear(config) and not any(w.fan_in_fan_out for w in keymap.weights):
-        return targets.with_heads(config)
+        return targets.with_defaults(targets.with_heads(config), keymap.name)
     found, unmapped = _inventory(keymap, shapes, unsure)
     linear = _linear(methods.of(config), found)
     if targets.is_all_linear(config):
@@ -211,7 +212,11 @@ def _copies(
 
 def tabled(keymap: KeyMap, bounds: Sequence[Bound]) -> KeyMap:
     """The table with the lines of copies it had none for, so that an adapter alone can be saved."""
-    return keymap.with_lines(b.site.weight for b in bounds if b.method.replaces and keymap.site(b.leaf) is None)
+    return keymap.with_lines(
+        b.site.weight
+        for b in bounds
+        if b.method.copies and (keymap.site(b.leaf) is None or b.site.weight.kind == copies.LOOKUP)
+    )
 
 
 def uncovered(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]) -> tuple[str, ...]:
@@ -325,7 +330,7 @@ def renamed(config: Config, before: Sequence[Bound], table: KeyMap) -> Config:
         site = table.site(bound.leaf)
         if site is None:
             unmapped.append(bound.leaf)
-        elif bound.method.replaces:
+        elif bound.method.copies:
             names = [paths.join(*name) for name in site.parameters(_braced_sizes(bound, site)).values()]
             moved += [name for name in bound.modules if name not in names]
         else:
@@ -334,7 +339,7 @@ def renamed(config: Config, before: Sequence[Bound], table: KeyMap) -> Config:
         raise KeyMapError(
             f"the table {table.name!r} has no line for these adapted leaves:\n" + paths.listing(unmapped)
         )
-    old = [m for b in before if not b.method.replaces for m in b.modules]
+    old = [m for b in before if not b.method.copies for m in b.modules]
     if moved:
         raise ConfigError(
             f"under the table {table.name!r} these parameters have other names, and modules_to_save or bias speak of"

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from jaxadapt import generic, paths, plan, targets
+from jaxadapt import generic, paths, plan, targets, tying
 from jaxadapt.configs import Config
 from jaxadapt.errors import ConfigError, TargetError
 from jaxadapt.keymap import KeyMap, Site
 from jaxadapt.methods import tokens
 from jaxadapt.methods.copied import Copied
 from jaxadapt.methods.tokens import Tokens
+from jaxadapt.weight import Weight
 
 Shape = tuple[int, ...]
 Index = tuple[int, ...]
@@ -22,6 +23,9 @@ Replaced = Copied | Tokens
 
 TENSORS = frozenset({"copy", tokens.NAME})
 """What such tensors are called in an adapter."""
+
+LOOKUP = "lookup"
+"""The kind of a table of tokens of which a copy counts in the lookup alone, though it is the head as well."""
 
 INPUTS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "shared", "embed_in")
 """What a language model calls its table of tokens, where it has further tables (of positions, of types)."""
@@ -42,18 +46,18 @@ def rows(config: Config, module: str, inputs: str | None = None) -> tuple[int, .
 
 
 def wanted(
-    config: Config, module: str, parameter: str, adapted: Collection[str], inputs: str | None = None
+    config: Config, module: str, parameter: str, adapted: Collection[str], inputs: str | None = None, kind: str = ""
 ) -> Replaced | None:
     """How one parameter is copied, None if it is not; `adapted` are the modules with an adapter of their own.
 
     PEFT wraps an adapted module, so the name of its bias has "base_layer" in it.
     """
     if targets.is_saved(config, module):
-        return Copied("modules_to_save")
+        return Copied("modules_to_save", lookup=kind == LOOKUP)
     if parameter == "weight" and (indices := rows(config, module, inputs)) is not None:
         return Tokens(indices)
     mode = config.get("bias", "none")
-    if parameter != "bias" or mode == "none":
+    if not (parameter == "bias" or parameter.startswith("in_proj_bias[")) or mode == "none":
         return None
     wrapped = module in adapted
     return Copied("bias", wrapped) if wrapped or mode == "all" else None
@@ -66,7 +70,7 @@ def of_site(
     found = {
         index: copied
         for index, (module, parameter) in site.parameters(sizes).items()
-        if (copied := wanted(config, module, parameter, adapted, inputs)) is not None
+        if (copied := wanted(config, module, parameter, adapted, inputs, site.weight.kind)) is not None
     }
     if len(set(found.values())) > 1:
         raise ConfigError(
@@ -83,6 +87,12 @@ def site_of(keymap: KeyMap, leaf: str, shape: Shape) -> Site:
     return site if site is not None and fits else Site(leaf, generic.as_it_is(leaf, shape))
 
 
+def _of_lookup(site: Site) -> Site:
+    line = site.weight
+    key = ".".join(site.parameter({}))
+    return Site(site.leaf, Weight(site.leaf, key, line.pattern, kind=LOOKUP, fan_in_fan_out=True, scale=line.scale))
+
+
 def select(
     config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], adapted: Collection[str]
 ) -> list[tuple[Site, dict[str, int], dict[Index, Replaced]]]:
@@ -90,6 +100,8 @@ def select(
     if not asked(config):
         return []
     sites = [(s, plan.sizes_of(s, shape)) for leaf, shape in shapes.items() for s in [site_of(keymap, leaf, shape)]]
+    alone = tying.only_lookups(config, keymap, shapes)
+    sites = [(_of_lookup(s) if not s.braced and s.parameter({})[0] in alone else s, sizes) for s, sizes in sites]
     inputs = _inputs(config, sites)
     found = [(site, sizes, of_site(config, site, sizes, adapted, inputs)) for site, sizes in sites]
     _check_tokens(config, sites, inputs)

@@ -16,16 +16,13 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from jaxadapt import copies, paths, plan, targets
+from jaxadapt import copies, paths, plan, targets, tying
 from jaxadapt.bind import Bound
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError, ConfigError, MismatchError
 from jaxadapt.keymap import KeyMap, Site
 from jaxadapt.plan import Encoded, Entry
 from jaxadapt.weight import Tensor
-
-NAMES = ("embed_tokens", "lm_head")
-"""What PEFT takes for an embedding when it decides by itself."""
 
 
 def _entries(keymap: KeyMap, shapes: Mapping[str, Sequence[int]], wrapped: bool) -> dict[str, Entry]:
@@ -45,15 +42,15 @@ def _is_one(keymap: KeyMap, site: Site) -> bool:
     if parameter != "weight":
         return False
     tokens = site.weight.kind == "embedding" and module.rpartition(".")[2] in copies.INPUTS
-    return tokens or module == keymap.output or module.rpartition(".")[2] in NAMES
+    return tokens or module == keymap.output or module.rpartition(".")[2] in tying.NAMES
 
 
 def _targeted(config: Config, modules: Sequence[str]) -> bool:
     """Whether PEFT sees an embedding among the targets: by its usual names alone."""
     names = config.get("target_modules")
     if isinstance(names, str):
-        return any(module.rpartition(".")[2] in NAMES and targets.matches(config, module) for module in modules)
-    return any(name in (names or ()) for name in NAMES)
+        return any(module.rpartition(".")[2] in tying.NAMES and targets.matches(config, module) for module in modules)
+    return any(name in (names or ()) for name in tying.NAMES)
 
 
 def perhaps(config: Config, wanted: bool | str) -> bool:
@@ -84,7 +81,7 @@ def added(
         return tensors
     shapes = {leaf: tuple(array.shape) for leaf, array in base.items()}
     inside, outside = (_entries(keymap, shapes, wrapped) for wrapped in (True, False))
-    adapted = {m for b in bounds if not b.method.replaces for m in b.modules}
+    adapted = {m for b in bounds if not b.method.copies for m in b.modules}
     targeted = _targeted(config, list(inside))
     if wanted == "auto" and (not targeted or config.get("trainable_token_indices") is not None):
         return tensors
@@ -114,6 +111,7 @@ def carried(
     """
     mine = {leaf: tuple(array.shape) for leaf, array in base.items()}
     entries = [e for wrapped in (True, False) for e in _entries(keymap, mine, wrapped).values()]
+    entries = [*tying.repeated(entries, keymap), *entries]
     found = {key: e for e in entries for key in e.keys if key in shapes and key not in known}
     problems: list[str] = []
     for key, entry in found.items():

@@ -25,7 +25,9 @@ from jaxadapt import (
     targets,
     together,
     transfer,
+    tying,
 )
+from jaxadapt import plan as plans
 from jaxadapt.adapter import Adapter, PeftTensors
 from jaxadapt.configs import Config
 from jaxadapt.errors import AdapterError, AttachError, ConfigError, MismatchError
@@ -66,8 +68,13 @@ def to_peft(
 def joined(
     tensors: PeftTensors, tree: Any, name: str, config: Config | None, keymap: Any, on_shared: str | None, call: str
 ) -> PeftTensors:
-    """What several leaves hold of one tensor of PyTorch's, in one."""
+    """What several leaves hold of one tensor of PyTorch's, in one; and what one leaf holds of several, in several."""
     held = tensors.tensors
+    if isinstance(held, Encoded) and tensors.config.get("ensure_weight_tying"):
+        table = renamed(extracted(tree, name, config, keymap, ""), keymap).keymap
+        more = tying.repeated(held.plan.entries, table)
+        held = dataclasses.replace(held, plan=plans.plan([*held.plan.entries, *more]))
+        tensors = dataclasses.replace(tensors, tensors=held)
     if not isinstance(held, Encoded) or not attention.has_pieces(held.plan.keys):
         return tensors
     if together.spread(held.leaves.values()):
@@ -145,7 +152,7 @@ def _encoded(adapter: Adapter, keymap: KeyMap | str | None, dtype: Any = None) -
     config, table = adapter.config, adapter.keymap
     warn_unproved(table, 5)
     bounds = bind.recover(config, table, shapes_of(adapter))
-    astray = [m for b in bounds if not b.method.replaces for m in b.modules if not targets.matches(config, m)]
+    astray = [m for b in bounds if not b.method.copies for m in b.modules if not targets.matches(config, m)]
     if astray:
         raise MismatchError(
             "these modules carry tensors, but target_modules of the configuration does not name them, so a reader would"
@@ -212,6 +219,9 @@ def decoded(
     dtypes = {key: spec.dtype for key, spec in specs.items()}
     odd = [f"{k}: {d.name}, expected floats" for k, d in dtypes.items() if not jnp.issubdtype(d, jnp.floating)]
     shapes = {key: spec.shape for key, spec in specs.items()}
+    if tensors.config.get("ensure_weight_tying"):
+        again = tying.once(tensors.tensors, plan.entries, recipe.keymap, tensors.source)
+        shapes = {key: shape for key, shape in shapes.items() if key not in again}
     if shapes.keys() - plan.keys.keys():
         base = planning.base_of(target)
         of_base = embeddings.carried(tensors.tensors, shapes, plan.keys, recipe.keymap, base, tensors.source)

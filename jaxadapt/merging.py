@@ -168,7 +168,7 @@ def changes(base: Mapping[str, Any], adapter: Adapter, weight: Change, bias: Cha
     odd = [
         f"{b.leaf}: {base[b.leaf].dtype}"
         for b in bounds
-        if not b.method.replaces and not jnp.issubdtype(base[b.leaf].dtype, jnp.floating)
+        if not b.method.copies and not jnp.issubdtype(base[b.leaf].dtype, jnp.floating)
     ]
     if odd:
         raise AttachError(
@@ -177,7 +177,7 @@ def changes(base: Mapping[str, Any], adapter: Adapter, weight: Change, bias: Cha
     sites = adapter.sites
     out: dict[str, Changed] = {}
     lost: list[str] = []
-    for bound in sorted(bounds, key=lambda b: not b.method.replaces):  # a copied bias first, what is added to it then
+    for bound in sorted(bounds, key=lambda b: not b.method.copies):  # a copied bias first, what is added to it then
         out[bound.leaf] = Changed(bound, sites[bound.leaf], base[bound.leaf], weight)
         beside = paths.join(bound.leaf.rpartition(".")[0], "bias")
         if bound.method.scales_bias(bound.static) or bound.method.adds_bias(bound.static):

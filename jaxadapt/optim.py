@@ -42,7 +42,7 @@ class _Leaf:
 
     @property
     def role(self) -> str:
-        if self.bound.method.replaces:
+        if self.bound.method.copies:
             return "bias" if self.bound.leaf.rpartition(".")[2] == "bias" else "copy"
         return self.bound.method.roles.get(self.tensor, "other")
 

@@ -124,7 +124,7 @@ def to_lora(
         tuned = _merged(params, base, source)
         table = source.keymap
         bounds = bind.recover(source.config, table, _shapes(source))
-        copies = [b.leaf for b in bounds if b.method.replaces]
+        copies = [b.leaf for b in bounds if b.method.copies]
         if copies:
             raise ConfigError(
                 "the adapter holds full copies of these, which no LoRA can say:\n" + paths.listing(copies)

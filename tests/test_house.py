@@ -20,8 +20,8 @@ FLOORS = [
     ["errors", "progress", "paths", "axes", "configs"],
     "weight arrangement keymap generic dialect plan adapter"
     " trace operations layout liveness layers filters targets drawing codecs consumers card hub".split(),
-    "methods families copies bind attention embeddings folder orbax_folder transfer together dialects guests".split()
-    + "guest_config laying sharding slots pytorch".split(),
+    "methods families copies tying replication bind attention embeddings folder orbax_folder transfer".split()
+    + "together dialects guests guest_config laying sharding slots pytorch".split(),
     "linen linen_call linen_survey linen_tree nnx nnx_survey merging products combining norms trees".split(),
     "foreign planning attach exchange store bases report picture reducing rescaling optim starting".split(),
     ["converting", "on_disk", "sharing", "checkpoint", "snapshot", "step_files", "preemption", "serving"],
@@ -49,6 +49,9 @@ SAME_FLOOR = {
     ("together", "sharding"): "who owns what",
     ("together", "folder"): "it is written as a folder",
     ("embeddings", "bind"): "an adapter's sites tell which embeddings it has",
+    ("bind", "tying"): "what of a model's weights are one",
+    ("copies", "tying"): "and whose copy counts in the lookup alone",
+    ("embeddings", "tying"): "what PEFT takes for an embedding",
     ("attention", "bind"): "and which of them share an A in PyTorch",
     ("embeddings", "copies"): "what a table of tokens is usually called",
     ("transfer", "sharding"): "arrays go where they belong",

@@ -41,6 +41,7 @@ class Method(abc.ABC):
     kinds: frozenset[str] = frozenset({"linear"})
     roles: Mapping[str, str] = MappingProxyType({})  # of its tensors in training; `optim.roles` lists them
     scaled: frozenset[str] = frozenset()  # the tensors to multiply where the change of the weight shall be multiplied
+    copies: bool = False  # (parts of) the leaf, so that it is no adapter of the module
     replaces: bool = False  # the leaf altogether, whatever the model does with it: `weight` alone is asked
 
     def __eq__(self, other: object) -> bool:
@@ -291,7 +292,7 @@ def refuse_rivals(leaves: Mapping[str, Mapping[str, Method]]) -> None:
     Args:
         leaves: `{leaf: {adapter: method}}` of the active adapters.
     """
-    rivals = {leaf: [n for n, m in at.items() if m.replaces] for leaf, at in leaves.items()}
+    rivals = {leaf: [n for n, m in at.items() if m.copies] for leaf, at in leaves.items()}
     lines = [f"{leaf}: {', '.join(those)}" for leaf, those in rivals.items() if len(those) > 1]
     if lines:
         raise AttachError(

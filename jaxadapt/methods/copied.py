@@ -1,7 +1,8 @@
 """A leaf of which the adapter holds a full copy: `modules_to_save` and trained biases, with PEFT's conventions.
 
 In the model, per site: `copy`, as the base's leaf is; in the file the base weight's own name and layout. An
-active adapter's copy stands in for the leaf wherever its module reads it; the original stays as it is.
+active adapter's copy stands in for the leaf wherever its module reads it; the original stays as it is. In PEFT the
+table of tokens and a head that is tied to it are two modules, so one's copy leaves the other as it is.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from jaxadapt.axes import Axes, Operation, Use
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError
 from jaxadapt.keymap import Site
+from jaxadapt.methods import lowrank
 from jaxadapt.methods.base import Array, Drop, Method, Params
 from jaxadapt.weight import Tensor
 
@@ -29,10 +31,12 @@ class Copied(Method):
     """W' instead of W."""
 
     peft_type = ""  # of no method of PEFT's: it goes with any
-    replaces = True
+    copies = True
 
-    def __init__(self, because: str, wrapped: bool = False) -> None:
+    def __init__(self, because: str, wrapped: bool = False, lookup: bool = False) -> None:
+        """`lookup`: of a table of tokens that is the head as well, in whose place it does not stand there."""
         self._because, self._wrapped = because, wrapped
+        self.replaces = not lookup
 
     def check(self, config: Config) -> None:
         pass
@@ -50,12 +54,24 @@ class Copied(Method):
     def from_base(self, static: Static, params: Params, axes: Axes, w: Array) -> dict[str, Array]:
         return {"copy": w}
 
+    def follows(self, static: Static, primitive: str) -> bool:
+        return primitive == "gather"
+
     def output(
         self, static: Static, params: Params, use: Use | Operation, x: Array, y: Array, drop: Drop | None, w: Array
-    ) -> NoReturn:
-        raise AssertionError("a copy takes the leaf's place, and no part in a product")
+    ) -> Array:
+        assert not self.replaces, "a copy takes the leaf's place, and no part in a product"
+        if isinstance(use, Use) and use.transposed:
+            return y
+        return lowrank.run(use, x, params["copy"].astype(w.dtype))
 
     def weight(self, static: Static, params: Params, axes: Axes, w: Array) -> Array:
+        if not self.replaces:
+            raise AttachError(
+                f"{static.because} holds a copy for the lookup of tokens alone, and this weight is the head as well:"
+                " there is none that is both. Build the model with a head of its own (PEFT's merge does), or train with"
+                " ensure_weight_tying"
+            )
         return params["copy"].astype(w.dtype)
 
     def unweight(self, static: Static, params: Params, axes: Axes, w: Array) -> NoReturn:

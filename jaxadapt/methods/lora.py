@@ -219,14 +219,18 @@ def _check_site(config: LoraConfig, site: Site, r: int) -> None:
             f"{site.leaf}: {', '.join(asked)} on an nn.MultiheadAttention, for which PEFT has no such adapter (what it"
             " has of biases there takes no part in its forward pass); leave the field out, or the module"
         )
+    apart = [f"{name}={value!r}" for name in ("use_dora", "lora_dropout") if (value := config.get(name))]
+    if kind == "embedding" and config.ensure_weight_tying and apart:
+        raise ConfigError(
+            f"{site.leaf}: {', '.join(apart)} with ensure_weight_tying: PEFT treats the lookup and the head differently"
+            " there, and they are one weight; leave one of the fields out"
+        )
     if kind == "embedding" and config.lora_bias:
         raise ConfigError(f"{site.leaf}: lora_bias=True is for layers with an output bias, not for embeddings")
 
 
 _REFUSED: dict[str, str] = {
     "use_qalora": "PEFT has for bases quantised with GPTQ only, and none of them is a JAX model",
-    "layer_replication": "repeats layers of the base: build the model with its layers repeated, then leave it out"
-    " (PEFT's own merge of such an adapter is wrong)",
     "target_parameters": "adapts parameters that are no layer's weight, such as stacked experts; not built yet",
     "alora_invocation_tokens": "adapts only the tokens behind an invocation sequence, and a layer does not see tokens",
     "use_bdlora": "makes A or B block-diagonal; not built yet",
@@ -235,7 +239,6 @@ _REFUSED: dict[str, str] = {
     "velora_config": "compresses activations for the backward pass by vectors kept in the file; not built yet",
     "monteclora_config": "draws its factors anew in training, from distributions with parameters of their own",
     "megatron_config": "is for Megatron's parallel layers",
-    "ensure_weight_tying": "gives tied layers one adapter between them under several names; not built yet",
     "enable_lora": "is of PEFT 0.2, for layers that hold several projections: PEFT itself drops it and computes"
     " something else",
 }

@@ -35,7 +35,7 @@ class Tokens(Method):
     """W with other rows for some tokens."""
 
     peft_type = ""  # of LORA's configuration, where it goes with any other field
-    replaces = True
+    copies = replaces = True
 
     def __init__(self, tokens: tuple[int, ...]) -> None:
         self._tokens = tokens
