@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from jaxadapt import copies, drawing, methods, paths, plan, sharding, targets, tying
+from jaxadapt import copies, drawing, methods, paths, plan, replication, sharding, targets, tying
 from jaxadapt.axes import Axes
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError, ConfigError, KeyMapError, MismatchError, TargetError
@@ -157,6 +157,7 @@ def select(
     method = methods.of(config)
     found, unmapped = _inventory(keymap, shapes, unsure)
     names = _names(found, unmapped)
+    replication.check(config, names)
     chosen = targets.select(config, names, linear=_linear(method, found), output=keymap.output)
     for line in targets.doubtful(config, names, chosen):
         warnings.warn(line, stacklevel=3)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxadapt import bind, families, linen, linen_tree, methods, nnx, nnx_survey, paths, targets
+from jaxadapt import bind, families, linen, linen_tree, methods, nnx, nnx_survey, paths, replication, targets
 from jaxadapt.adapter import Recipe, is_array
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError, TargetError
@@ -49,6 +49,7 @@ def on_model(
         raise TargetError("several weights share a module; name those you mean in full:\n" + paths.listing(missed))
     table = bind.tabled(table.with_lines(line for line in lines if line.leaf in mine), bounds)
     recipe = Recipe(config, table, len(bounds))
+    replication.check_values(config, full, lambda: nnx_survey.base_values(owners))
     if example is not None:
         dropped = [b.leaf for b in bounds if b.method.dropout(b.static)]
         hooks = {b.leaf: methods.Applied(b.method, b.static, {}, b.axes) for b in bounds}
@@ -64,6 +65,7 @@ def on_tree(
     table = families.resolve(keymap, shapes)
     config = bind.resolve(config, table, shapes)
     bounds = bind.select(config, table, shapes)
+    replication.check_values(config, table, lambda: tree_leaves(params))
     return Recipe(config, bind.tabled(table, bounds), len(bounds)), bounds
 
 

@@ -49,6 +49,7 @@ SAME_FLOOR = {
     ("together", "sharding"): "who owns what",
     ("together", "folder"): "it is written as a folder",
     ("embeddings", "bind"): "an adapter's sites tell which embeddings it has",
+    ("bind", "replication"): "whether a model has the layers that a configuration makes",
     ("bind", "tying"): "what of a model's weights are one",
     ("copies", "tying"): "and whose copy counts in the lookup alone",
     ("embeddings", "tying"): "what PEFT takes for an embedding",

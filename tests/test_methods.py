@@ -342,7 +342,6 @@ def test_ia3_scales_outputs_and_biases_or_inputs():
 
 ASKED = {
     "use_qalora": True,
-    "layer_replication": [[0, 2], [1, 3]],
     "target_parameters": ["experts.w"],
     "alora_invocation_tokens": [1],
     "use_bdlora": {"nblocks": 2},
@@ -351,7 +350,6 @@ ASKED = {
     "velora_config": {"num_groups": 2},
     "monteclora_config": {"n": 2},
     "megatron_config": {"tensor_model_parallel_size": 1},
-    "ensure_weight_tying": True,
 }
 
 
@@ -377,9 +375,9 @@ def test_a_field_of_peft_0_2_is_refused_too():
 def test_all_refused_fields_stand_in_one_error():
     with pytest.raises(ConfigError) as caught:
         methods.of(
-            config_of("LORA", ["q"], ensure_weight_tying=True, use_qalora=True, init_lora_weights="pissa")
+            config_of("LORA", ["q"], kasa_config={"beta": 1}, use_qalora=True, init_lora_weights="pissa")
         )
-    for part in ("ensure_weight_tying=True", "use_qalora=", "init_lora_weights='pissa'"):
+    for part in ("kasa_config=", "use_qalora=", "init_lora_weights='pissa'"):
         assert part in str(caught.value)
 
 
@@ -395,6 +393,7 @@ def test_every_field_of_lora_is_honoured_refused_or_known_to_be_without_effect()
         "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern",
         "use_rslora", "init_lora_weights", "layers_to_transform", "layers_pattern", "fan_in_fan_out",
         "modules_to_save", "bias", "use_dora", "lora_bias", "trainable_token_indices",
+        "ensure_weight_tying", "layer_replication",
     }  # fmt: skip
     # Of use to PEFT only where init_lora_weights (or use_qalora, megatron_config) asks for them, or bookkeeping.
     idle = {

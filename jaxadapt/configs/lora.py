@@ -179,7 +179,9 @@ class LoraConfig(Config):
 
 
 def _is_pair(value: object) -> bool:
-    return is_ints(value) and len(cast("tuple[int, ...]", value)) == 2
+    if not is_ints(value) or len(pair := cast("tuple[int, ...]", value)) != 2:
+        return False
+    return 0 <= pair[0] < pair[1]
 
 
 def _check_order(problems: Problems, name: str, patterns: object) -> None:

@@ -230,15 +230,20 @@ def _check_site(config: LoraConfig, site: Site, r: int) -> None:
 
 
 _REFUSED: dict[str, str] = {
-    "use_qalora": "PEFT has for bases quantised with GPTQ only, and none of them is a JAX model",
+    "use_qalora": "PEFT has for bases quantised with GPTQ only, and none of them is a JAX model: train without it",
     "target_parameters": "adapts parameters that are no layer's weight, such as stacked experts; not built yet",
-    "alora_invocation_tokens": "adapts only the tokens behind an invocation sequence, and a layer does not see tokens",
-    "use_bdlora": "makes A or B block-diagonal; not built yet",
-    "arrow_config": "routes every token among other adapters",
-    "kasa_config": "cuts the smallest singular values off the base weights, and an adapter never changes the base here",
-    "velora_config": "compresses activations for the backward pass by vectors kept in the file; not built yet",
-    "monteclora_config": "draws its factors anew in training, from distributions with parameters of their own",
-    "megatron_config": "is for Megatron's parallel layers",
+    "alora_invocation_tokens": "adapts only the tokens behind an invocation sequence, and a layer does not see tokens:"
+    " null makes it a LoRA for every token, which is another function",
+    "use_bdlora": "makes A or B block-diagonal, and PEFT does it only to spread a LoRA over devices: train without it,"
+    " or write the zeros between the blocks into a plain LoRA's file",
+    "arrow_config": "routes every token among other adapters: load those by themselves",
+    "kasa_config": "cuts the smallest singular values off the base weights, and an adapter never changes the base here:"
+    " merge it in PEFT, and take the merged model",
+    "velora_config": "compresses activations for the backward pass: what it trained computes what plain LoRA does, so"
+    " null, without the file's lora_velora_embed, gives the same outputs",
+    "monteclora_config": "draws its factors anew in training: what it trained computes what plain LoRA does, so null,"
+    " without the file's lora_monteclora_sampler, gives the same outputs",
+    "megatron_config": "is for Megatron's parallel layers: null; the base's shardings say what lies where",
     "enable_lora": "is of PEFT 0.2, for layers that hold several projections: PEFT itself drops it and computes"
     " something else",
 }
