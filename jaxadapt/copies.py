@@ -57,7 +57,7 @@ def wanted(
     if parameter == "weight" and (indices := rows(config, module, inputs)) is not None:
         return Tokens(indices)
     mode = config.get("bias", "none")
-    if not (parameter == "bias" or parameter.startswith("in_proj_bias[")) or mode == "none":
+    if parameter != "bias" or mode == "none":
         return None
     wrapped = module in adapted
     return Copied("bias", wrapped) if wrapped or mode == "all" else None
