@@ -184,6 +184,8 @@ def extract(
 
 def guest_in(tree: Any) -> foreign.Found | None:
     """Another library's LoRA leaves in a tree that carries no adapter of ours; None if there are none."""
+    if isinstance(tree, Adapter):
+        return None
     if isinstance(tree, foreign.Found):
         return tree
     if isinstance(tree, nnx.nnx.Module | nnx.nnx.State):
