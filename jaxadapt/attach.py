@@ -28,6 +28,7 @@ def adapt(
     dtype: Any = None,
     stack_axes: Sequence[int] | None = None,
     example: Sequence[Any] | None = None,
+    autocast_adapter_dtype: bool = True,
 ) -> Any:
     """Attach a fresh adapter to a model; its output stays what it was.
 
@@ -40,6 +41,7 @@ def adapt(
         keymap: the model's family ("llama"), a `KeyMap`, or None to recognise it.
         rngs: NNX: `nnx.Rngs`, for the initial values and dropout. (Linen takes them in `init`.)
         dtype: of the adapter parameters; float32 by default, whatever the base's is.
+        autocast_adapter_dtype: as in PEFT; false gives each parameter the dtype of the weight that it adapts.
         stack_axes: NNX: the axes on which scanned layers are stacked, where shapes alone do not tell.
         example: NNX: inputs of one call, from which the roles of custom layers' weights are traced.
 
@@ -56,6 +58,7 @@ def adapt(
     (4, 2)
     """
     _need_config(config)
+    dtype = _kind(dtype, autocast_adapter_dtype)
     if isinstance(model, linen.nn.Module | linen.Adapted):
         given = {"rngs": rngs, "stack_axes": stack_axes, "example": example}
         unused = [what for what, value in given.items() if value is not None]
@@ -91,6 +94,14 @@ def adapt(
     return model
 
 
+def _kind(dtype: Any, autocast: bool) -> Any:
+    if autocast:
+        return dtype
+    if dtype is not None:
+        raise AttachError(f"dtype={dtype!r} and autocast_adapter_dtype=False contradict each other; give one of them")
+    return bind.BASE
+
+
 def _need_config(config: Any) -> None:
     if not isinstance(config, Config):
         raise ConfigError(f"expected a configuration such as jaxadapt.LoraConfig(…), found {type(config).__name__}")
@@ -106,7 +117,13 @@ def _need_nnx(model: Any) -> None:
 
 
 def init(
-    config: Config, params: Any, *, key: Any = None, keymap: KeyMap | str | None = None, dtype: Any = None
+    config: Config,
+    params: Any,
+    *,
+    key: Any = None,
+    keymap: KeyMap | str | None = None,
+    dtype: Any = None,
+    autocast_adapter_dtype: bool = True,
 ) -> Adapter:
     """A fresh adapter for a tree of base parameters, with the specs `adapt` would give.
 
@@ -115,6 +132,7 @@ def init(
         key: a JAX random key; None gives an abstract adapter, specs only.
         keymap: the family's name, a `KeyMap`, or None to recognise it. Without a table, 2-D kernels are
             (in, out); what has more axes is refused if it is targeted.
+        dtype, autocast_adapter_dtype: as in `adapt`.
 
     >>> import jax, jaxadapt
     >>> base = {"q": {"kernel": jax.ShapeDtypeStruct((4, 6), "float32")}}
@@ -123,6 +141,7 @@ def init(
     {'q.kernel.lora_A': (4, 2), 'q.kernel.lora_B': (2, 6)}
     """
     _need_config(config)
+    dtype = _kind(dtype, autocast_adapter_dtype)
     if key is not None and not is_array(key):
         raise AttachError(f"key: expected a JAX random key such as jax.random.key(0), found {type(key).__name__}")
     if isinstance(params, nnx.nnx.Module):

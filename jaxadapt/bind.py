@@ -371,6 +371,10 @@ def _braced_sizes(bound: Bound, site: Site) -> dict[str, int]:
     return {axis: len(site.weight.names(axis) or ()) or sizes[axis] for axis in site.braced}
 
 
+BASE = "base"
+"""Instead of a dtype: each parameter has that of the weight it adapts (PEFT's `autocast_adapter_dtype=False`)."""
+
+
 def fresh(
     config: Config,
     bounds: Sequence[Bound],
@@ -382,8 +386,8 @@ def fresh(
 ) -> dict[str, Any]:
     """Initial parameters, `{path: array}`, each from its own fold of `key`; specs only if `abstract`.
 
-    float32 unless `dtype` says otherwise, whatever the base's dtype is (PEFT's `autocast_adapter_dtype`); a copy
-    of a leaf has the leaf's own dtype.
+    float32 unless `dtype` says otherwise, whatever the base's dtype is (PEFT's `autocast_adapter_dtype`), or as the
+    base's with `BASE`; a copy of a leaf has the leaf's own dtype.
 
     Args:
         base: `{leaf: array}` of the base parameters, for tensors that follow from them.
@@ -393,7 +397,7 @@ def fresh(
     import jax.numpy as jnp
 
     places = sharding.for_adapter(bounds, where or {})
-    dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
+    as_base, dtype = dtype == BASE, jnp.dtype(jnp.float32 if dtype in (None, BASE) else dtype)
     base = base or {}
     blind = [b.leaf for b in bounds if any(t.from_base for t in b.tensors) and not is_there(base.get(b.leaf), abstract)]
     if blind:
@@ -422,8 +426,18 @@ def fresh(
                 # A copy even where nothing changed: the base's own array must not be donated with the adapter's.
                 copy = jnp.array(derived[tensor.name], dtype=kind, copy=True)
                 mine[tensor.name] = copy if place is None else sharding.moved(copy, place)
+        if as_base and jnp.issubdtype(base[bound.leaf].dtype, jnp.floating):
+            mine = {name: _cast(x, base[bound.leaf].dtype) for name, x in mine.items()}
         out |= {entry.path: mine[name] for name, entry in named.items()}
     return out
+
+
+def _cast(x: Any, dtype: Any) -> Any:
+    import jax
+
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+    return x.astype(dtype)
 
 
 def is_there(leaf: Any, abstract: bool) -> bool:

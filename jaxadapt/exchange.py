@@ -217,6 +217,7 @@ def decoded(
         tensors = dataclasses.replace(tensors, tensors=attention.cut(tensors.tensors, plan.keys))
     specs = transfer.specs(tensors.tensors)
     dtypes = {key: spec.dtype for key, spec in specs.items()}
+    asked, dtype = dtype, None if dtype == AUTOCAST else dtype
     odd = [f"{k}: {d.name}, expected floats" for k, d in dtypes.items() if not jnp.issubdtype(d, jnp.floating)]
     shapes = {key: spec.shape for key, spec in specs.items()}
     if tensors.config.get("ensure_weight_tying"):
@@ -232,8 +233,25 @@ def decoded(
             f"{tensors.source}: float64 tensors become float32, since jax_enable_x64 is off", stacklevel=3
         )
     where = places(shardings, target, bounds)
-    leaves = transfer.arrays(plan, tensors.tensors, dtypes, dtype, where)
+    copied = {key for b in bounds if b.method.copies for e in b.entries for key in e.keys}
+    wide = {key: d if key in copied else kind(d, asked) for key, d in dtypes.items()}
+    leaves = transfer.arrays(plan, tensors.tensors, wide, dtype, where)
+    for entry in plan.entries:  # arrays in memory come with their own
+        if dtype is None and any(wide[key] != dtypes[key] for key in entry.keys):
+            leaves[entry.path] = leaves[entry.path].astype(entry.dtype(wide))
     return Adapter(recipe.config, paths.unflatten(leaves), recipe.keymap), bounds
+
+
+AUTOCAST = "autocast"
+"""Instead of a dtype: float32 for what has fewer bits, as PEFT's `autocast_adapter_dtype`."""
+
+
+def kind(found: Any, asked: Any) -> np.dtype[Any]:
+    """The dtype in memory of a tensor that a file has as `found`: in 8 bits nothing can be computed."""
+    if asked not in (None, AUTOCAST):
+        return np.dtype(asked)
+    narrow = jnp.issubdtype(found, jnp.floating) and np.dtype(found).itemsize < (4 if asked == AUTOCAST else 2)
+    return np.dtype("float32" if narrow else found)
 
 
 def places(shardings: Any, target: Any, bounds: Sequence[bind.Bound]) -> dict[str, Any]:

@@ -156,6 +156,7 @@ def load(
     shardings: Any = None,
     lora_alpha: float | None = None,
     on_shared: str | None = None,
+    autocast_adapter_dtype: bool = False,
 ) -> Any:
     """Read an adapter folder (ours or PEFT's) into a model.
 
@@ -169,7 +170,9 @@ def load(
             (`{"params": base}` is enough), returned with the collection added. Abstract ones work too.
         name: what the adapter is called on this model; it becomes the active one.
         keymap: the model's family, a `KeyMap`, or None to recognise it.
-        dtype: of the parameters in memory; the file's by default.
+        dtype: of the parameters in memory; the file's by default, and float32 for one of 8 bits.
+        autocast_adapter_dtype: as in PEFT, where it is the default: true makes float32 of what a file has in fewer
+            bits.
         replace: an attached adapter of that name with another configuration gives way.
         rngs: NNX: for dropout in further training; without it dropout is off.
         stack_axes, example: as in `adapt`.
@@ -184,6 +187,9 @@ def load(
     The base is never touched, and nothing is attached unless everything fits. Raises `AdapterError`,
     `MismatchError` with all missing, unexpected and wrongly shaped tensors together.
     """
+    if autocast_adapter_dtype:
+        _refuse({"dtype": dtype}, "autocast_adapter_dtype=True asks for another; give one of them")
+        dtype = exchange.AUTOCAST
     if isinstance(path, str) and hub.is_address(path):
         path = hub.folder_of(path, None if name == attach.DEFAULT else name)
     below = _below(path, name)
@@ -191,7 +197,7 @@ def load(
     if guest is not None:
         unused = {
             "replace": replace or None, "rngs": rngs, "stack_axes": stack_axes, "example": example,
-            "shardings": shardings,
+            "shardings": shardings, "autocast_adapter_dtype": autocast_adapter_dtype or None,
         }  # fmt: skip
         _refuse(unused, f"the target has {guest.dialect.name} leaves already, where the values go")
         tensors = folder.read(below if (below / folder.CONFIG).exists() else path)
@@ -260,8 +266,7 @@ def _from_orbax(
         like |= attached.flat()
     adapter = orbax_folder.read(path, found, like)
     flat = adapter.flat()
-    if dtype is not None:
-        flat = {p: x.astype(dtype) for p, x in flat.items()}
+    flat = {p: x if p.endswith(".copy") else x.astype(exchange.kind(x.dtype, dtype)) for p, x in flat.items()}
     return Adapter(recipe.config, paths.unflatten(jax.tree.map(jnp.asarray, flat)), recipe.keymap), bounds
 
 
