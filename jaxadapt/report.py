@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -69,10 +70,9 @@ class Summary:
             )
         total = self.base_parameters + self.trainable
         share = 100 * self.trainable / total if total else 0.0
-        console = Console(width=160, record=False, force_terminal=False)
-        with console.capture() as capture:
-            console.print(table)
-        lines = [line.rstrip() for line in capture.get().rstrip().splitlines()]
+        text = io.StringIO()
+        Console(file=text, width=160, force_terminal=False, force_jupyter=False).print(table)
+        lines = [line.rstrip() for line in text.getvalue().rstrip().splitlines()]
         lines += [f"names by the table {_called(table)}" for table in dict.fromkeys(self.families.values())]
         lines += [
             f"{leaf} is PyTorch's times {factor:.6g}, no power of two: saving and loading round once"
