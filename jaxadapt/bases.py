@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 
 from jaxadapt import (
     attention,
+    checking,
     exchange,
     families,
     folder,
@@ -231,13 +231,12 @@ def _sources(tensors: shards.Shards, table: KeyMap, made: plan.Plan, strict: boo
     for key, same in table.tied:
         if key in made.shapes and key not in found and same in found:
             source[key] = same
-    buffers = re.compile("|".join(_pattern(b) for b in table.buffers) or "(?!)")
     ties = dict(table.tied)
     spare = {
         key
         for key in found
         if key not in made.shapes
-        and (buffers.fullmatch(key) or (key in ties and ties[key] in found and _same(tensors, key, ties[key])))
+        and (checking.is_buffer(table, key) or (key in ties and ties[key] in found and _same(tensors, key, ties[key])))
     }
     odd = [
         f"{key}: {spec.dtype.name}, expected floats"
@@ -259,10 +258,6 @@ def _sources(tensors: shards.Shards, table: KeyMap, made: plan.Plan, strict: boo
             + "\nIs it another model, or one of another size? strict=False takes what fits."
         )
     return source
-
-
-def _pattern(buffer: str) -> str:
-    return r"\d+".join(map(re.escape, buffer.split("{l}")))
 
 
 def _same(tensors: shards.Shards, a: str, b: str) -> bool:

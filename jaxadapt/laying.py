@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Collection, Mapping, Sequence
 
 from jaxadapt import paths, plan
@@ -15,10 +14,8 @@ from jaxadapt.dialect import RANK, Dialect, layouts
 from jaxadapt.errors import KeyMapError
 from jaxadapt.guests import hinted
 from jaxadapt.keymap import KeyMap, Site
-from jaxadapt.weight import Weight
 
 Shape = tuple[int, ...]
-_HOLE = re.compile(r"\{(\w+)\}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +40,9 @@ def find(
     found: dict[str, dict[str, Mapping[str, str]]] = {}
     for module in modules:
         for w in keymap.weights:
-            texts = _texts(w, f"{module}.weight") if w.kind == "linear" else None
-            if texts is not None and (not leaves or _leaf(w, texts) in leaves):
-                found.setdefault(_leaf(w, texts), {})[module] = texts
+            texts = w.texts(f"{module}.weight") if w.kind == "linear" else None
+            if texts is not None and (not leaves or w.leaf_at(texts) in leaves):
+                found.setdefault(w.leaf_at(texts), {})[module] = texts
     # The parts of a fused leaf have one size: so a line for q, k and v in one is not meant where they differ.
     for leaf, mine in list(found.items()):
         if len({(modules[m][0][1], modules[m][1][0]) for m in mine}) > 1:
@@ -63,30 +60,6 @@ def find(
         )
     sites = {leaf: keymap.site(leaf) for leaf in found}
     return tuple(Adapted(site, found[leaf]) for leaf, site in sites.items() if site is not None)
-
-
-def _texts(weight: Weight, key: str) -> dict[str, str] | None:
-    """What fills the holes of a line's key to give this one."""
-    names = dict(weight.over)
-    seen: set[str] = set()
-
-    def piece(text: str) -> str:
-        name = text[1:-1]
-        if not text.startswith("{"):
-            return re.escape(text)
-        if name in seen:
-            return f"(?P={name})"
-        seen.add(name)
-        if name in names:
-            return f"(?P<{name}>{'|'.join(map(re.escape, names[name]))})"
-        return f"(?P<{name}>.+)" if name == "path" else rf"(?P<{name}>\d+)"
-
-    match = re.fullmatch("".join(map(piece, re.split(r"(\{\w+\})", weight.key))), key)
-    return None if match is None else match.groupdict()
-
-
-def _leaf(weight: Weight, texts: Mapping[str, str]) -> str:
-    return _HOLE.sub(lambda hole: texts[hole[1]], weight.leaf)
 
 
 def arrays(
@@ -160,9 +133,9 @@ def respelt(source: KeyMap, target: KeyMap, modules: Sequence[str]) -> dict[str,
     names: dict[str, str] = {}
     for module in modules:
         for ours, theirs in zip(source.weights, target.weights, strict=False):
-            texts = _texts(ours, f"{module}.weight") if ours.leaf == theirs.leaf else None
+            texts = ours.texts(f"{module}.weight") if ours.leaf == theirs.leaf else None
             if texts is not None:
-                names[module] = _HOLE.sub(lambda hole, texts=texts: texts[hole[1]], theirs.key).removesuffix(".weight")
+                names[module] = theirs.key_at(texts).removesuffix(".weight")
                 break
         else:
             raise KeyMapError(f"{module}: no line of {source.name!r} names it, or {target.name!r} is another family")

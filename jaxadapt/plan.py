@@ -377,23 +377,31 @@ def base_plan(keymap: KeyMap, shapes: Mapping[str, Sequence[int]]) -> Plan:
     problems: list[str] = []
     for leaf, shape in shapes.items():
         try:
-            site = keymap.site(leaf)
-            if site is None:
-                problems.append(f"{leaf} {tuple(shape)}: no line")
-                continue
-            sizes = sizes_of(site, shape)
+            made = base_entry(keymap, leaf, shape)
         except KeyMapError as error:
             problems.append(str(error))
             continue
-        left = site.weight.left
-        split = tuple(i for i, n in enumerate(left) if n.startswith("{"))
-        keys = tuple(
-            site.weight.key.format(**dict(site.holes), **text)
-            for _, text in entries(site.weight, [left[i] for i in split], sizes)
-        )
-        line = site.weight
-        form = Arrangement(tuple(shape), left, line.right, split, line.factor(sizes), line.sizes)
-        out.append(Entry(leaf, form, keys))
+        if made is None:
+            problems.append(f"{leaf} {tuple(shape)}: no line")
+        else:
+            out.append(made)
     if problems:
         raise KeyMapError(f"the table {keymap.name!r} does not fit these leaves:\n" + paths.listing(problems))
     return plan(out)
+
+
+def base_entry(keymap: KeyMap, leaf: str, shape: Sequence[int]) -> Entry | None:
+    """One base weight itself; None without a line, and `KeyMapError` or `MismatchError` where it does not fit."""
+    site = keymap.site(leaf)
+    if site is None:
+        return None
+    sizes = sizes_of(site, shape)
+    left = site.weight.left
+    split = tuple(i for i, n in enumerate(left) if n.startswith("{"))
+    keys = tuple(
+        site.weight.key.format(**dict(site.holes), **text)
+        for _, text in entries(site.weight, [left[i] for i in split], sizes)
+    )
+    line = site.weight
+    form = Arrangement(tuple(shape), left, line.right, split, line.factor(sizes), line.sizes)
+    return Entry(leaf, form, keys)

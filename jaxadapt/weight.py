@@ -198,6 +198,41 @@ class Weight:
         return re.compile("".join(map(piece, re.split(r"(\{\w+\})", self.leaf))))
 
     @functools.cached_property
+    def _key_regex(self) -> re.Pattern[str]:
+        names = dict(self.over)
+        seen: set[str] = set()
+
+        def piece(text: str) -> str:
+            name = text[1:-1]
+            if not text.startswith("{"):
+                return re.escape(text)
+            if name in seen:
+                return f"(?P={name})"
+            seen.add(name)
+            if name in names:
+                return f"(?P<{name}>{'|'.join(map(re.escape, names[name]))})"
+            return f"(?P<{name}>.+)" if name == "path" else rf"(?P<{name}>\d+)"
+
+        return re.compile("".join(map(piece, re.split(r"(\{\w+\})", self.key))))
+
+    def texts(self, key: str) -> dict[str, str] | None:
+        """What fills the holes of this line's key to give that one; None where nothing does.
+
+        >>> Weight("l_{l}.kv", "l.{l}.{p}.weight", "{p} i o -> o i", p=("k", "v")).texts("l.3.v.weight")
+        {'l': '3', 'p': 'v'}
+        """
+        match = self._key_regex.fullmatch(key)
+        return None if match is None else match.groupdict()
+
+    def leaf_at(self, texts: Mapping[str, str]) -> str:
+        """The leaf whose holes hold these texts, in which a braced axis has no place."""
+        return _HOLE.sub(lambda hole: texts[hole[1]], self.leaf)
+
+    def key_at(self, texts: Mapping[str, str]) -> str:
+        """The key whose holes hold these texts."""
+        return _HOLE.sub(lambda hole: texts[hole[1]], self.key)
+
+    @functools.cached_property
     def tail(self) -> str:
         """What every path of this line ends in: the text behind the last hole."""
         return self.leaf.rpartition("}")[2]

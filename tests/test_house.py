@@ -22,7 +22,7 @@ FLOORS = [
     " trace operations layout liveness layers filters targets drawing codecs consumers card hub".split(),
     "methods families copies tying replication bind attention embeddings folder orbax_folder transfer".split()
     + "together dialects guests guest_config laying sharding slots pytorch".split(),
-    "linen linen_call linen_survey linen_tree nnx nnx_survey merging products combining norms trees".split(),
+    "linen linen_call linen_survey linen_tree nnx nnx_survey merging products combining norms trees checking".split(),
     "foreign planning attach exchange store bases report picture reducing rescaling optim starting".split(),
     ["converting", "on_disk", "sharing", "checkpoint", "snapshot", "step_files", "preemption", "serving"],
     ["cli", "demo"],

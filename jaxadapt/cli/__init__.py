@@ -20,6 +20,7 @@ COMMANDS = (
     "merge",
     "combine",
     "convert",
+    "check-keymap",
     "push",
     "pull",
     "checkpoints",

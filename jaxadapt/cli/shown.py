@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -21,8 +23,8 @@ def print_pairs(rows: Iterable[tuple[str, str]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="bold")
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(name, Text(value))
@@ -30,17 +32,66 @@ def print_pairs(rows: Iterable[tuple[str, str]]) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[str] = ()) -> None:
-    """A table, folded to the terminal; the columns called `numbers` are set to the right."""
+    """A table, folded to the terminal, names at their dots; the columns called `numbers` are set to the right."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold", justify="right" if column in numbers else "left")
+    console = Console()
+    rows = [tuple(row) for row in rows]
+    natural = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+    widths = _widths(natural, console.width - 2 * (len(columns) - 1))
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    for column, width in zip(columns, widths, strict=True):
+        table.add_column(column, overflow="fold", width=width, justify="right" if column in numbers else "left")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    Console().print(table)
+        table.add_row(*(Text(_folded(cell, width)) for cell, width in zip(row, widths, strict=True)))
+    console.print(table)
+
+
+def _widths(natural: Sequence[int], room: int) -> list[int]:
+    """What each column gets: the narrow ones all they want, the others alike."""
+    out = list(natural)
+    open_ = sorted(range(len(out)), key=lambda i: natural[i])
+    while open_:
+        i, share = open_.pop(0), max(1, room // (len(open_) + 1))
+        out[i] = min(natural[i], share)
+        room -= out[i]
+    return out
+
+
+def _folded(text: str, width: int) -> str:
+    """
+    >>> _folded("model.layers.{l}.q_proj.weight", 24)
+    'model.layers.{l}.q_proj.\\nweight'
+    """
+    lines: list[str] = []
+    while len(text) > width and (at := text.rfind(".", 1, width)) > 0 and " " not in text[:width]:
+        lines.append(text[: at + 1])
+        text = text[at + 1 :]
+    return "\n".join([*lines, text])
+
+
+def print_list(title: str, items: Sequence[str], most: int | None = None) -> None:
+    """A title with their number, and the first items, each on a line of its own."""
+    click.echo()
+    click.secho(f"{title}: {len(items)}", bold=True)
+    for item in items[:most]:
+        click.echo(_indented(item))
+    if most is not None and len(items) > most:
+        click.echo(_indented(f"… and {len(items) - most} more (--json lists all)"))
+
+
+def print_words(title: str, words: Iterable[str]) -> None:
+    """A title, and words as running text."""
+    click.echo()
+    click.secho(title, bold=True)
+    click.echo(_indented(", ".join(words)))
+
+
+def _indented(text: str) -> str:
+    width = shutil.get_terminal_size().columns
+    return textwrap.fill(text, width, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
 
 
 def print_heat(

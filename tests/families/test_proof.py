@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import jaxadapt
-from jaxadapt import KeyMapError, families, plan
+from jaxadapt import KeyMapError, checking, families, plan
 from jaxadapt.families import FAMILIES
 from tests.families import core, sides
 from tests.families.specimens import RECORDED, SPECIMENS, Specimen, recorded
@@ -86,6 +86,22 @@ def test_base_weights_go_both_ways_bit_for_bit(specimen):
             np.testing.assert_array_equal(back, weights[key], err_msg=key)
     rounds = specimen.table.startswith("maxtext:llama") and specimen.options["head_dim"] == 6
     assert bool(made.inexact) == rounds
+
+
+@pytest.mark.peft
+@EVERY
+def test_the_check_says_so(specimen):
+    """`jaxadapt check-keymap` finds nothing to complain of, and what is taken away it misses."""
+    tensors = {key: tuple(x.shape) for key, x in torch_side.state(specimen).items()}
+    shapes, table = shapes_of(specimen), families.named(specimen.table)
+    for leaves, keys in ((shapes, None), (shapes, tensors), (None, tensors)):
+        assert checking.check(table, leaves, keys).problems == {}
+    claimed = checking.check(table, shapes, tensors).claims
+    assert {key for keys in claimed.values() for key in keys} == tensors.keys() - set(specimen.unused)
+    layer = next(k for k in tensors if ".1." in k and any(name in k for name in ("q_proj.w", "query.w", "c_attn.w")))
+    less = {key: shape for key, shape in tensors.items() if key != layer}
+    for leaves in (shapes, None):
+        assert checking.check(table, leaves, less).problems == {"missing": (layer,)}
 
 
 @pytest.mark.peft

@@ -1,0 +1,142 @@
+"""`jaxadapt check-keymap`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import click
+
+from jaxadapt.cli import shown
+from jaxadapt.errors import KeyMapError
+
+if TYPE_CHECKING:
+    from jaxadapt.checking import Checked
+
+Shapes = dict[str, tuple[int, ...]]
+
+_TITLES = {
+    "unclaimed": "no line of the table names",
+    "missing": "missing in the checkpoint",
+    "twice": "claimed twice",
+    "misshapen": "of a shape that does not fit",
+}
+_SHOWN = 12
+
+
+@click.command("check-keymap")
+@click.argument("family")
+@click.option("--model", type=click.Path(), help="The JAX model's shapes: .json, .safetensors or an Orbax folder.")
+@click.option("--checkpoint", type=click.Path(), help="A Hugging Face model: its folder, or one file of weights.")
+@shown.as_json
+def command(family: str, model: str | None, checkpoint: str | None, as_json: bool) -> None:
+    """Say whether a FAMILY's table fits a JAX model, a PyTorch checkpoint, or the two together.
+
+    Only names and shapes are read. "auto" recognises the family of a model. A model's shapes are a JSON
+    object {leaf: shape}, which this writes for parameters (Linen) or nnx.to_pure_dict(nnx.state(model)):
+
+    \b
+      shapes = {p: x.shape for p, x in jaxadapt.paths.flatten(params).items()}
+      json.dump(shapes, open("shapes.json", "w"))
+
+    The exit status is 1 where something is not claimed, missing, claimed twice or of another shape.
+
+    \b
+    Example:
+      jaxadapt check-keymap llama --checkpoint SmolLM2-135M/
+      jaxadapt check-keymap auto --model shapes.json
+      jaxadapt check-keymap tunix:qwen3 --model shapes.json --checkpoint Qwen3-0.6B/
+    """
+    if model is None and checkpoint is None:
+        raise click.UsageError("say what is checked: --model, --checkpoint, or both")
+    if family == "auto" and model is None:
+        raise click.UsageError("a family is recognised by its model: give --model, or say the family")
+    from jaxadapt import checking, families
+
+    leaves = None if model is None else _leaves(Path(model))
+    tensors = None if checkpoint is None else _tensors(Path(checkpoint))
+    table = families.resolve(family, leaves or {})
+    if leaves is not None and tensors is not None:
+        table = table.spelt_as(tensors, leaves)
+    found = checking.check(table, leaves, tensors)
+    if as_json:
+        shown.print_json(found.to_dict())
+    else:
+        _show(found, leaves, tensors)
+    if not found.fits:
+        sys.exit(1)
+
+
+def _show(found: Checked, leaves: Shapes | None, tensors: Shapes | None) -> None:
+    rows = [("family", found.family)]
+    if leaves is not None:
+        rows.append(("model", f"{len(leaves)} leaves, {len(found.claims)} claimed"))
+    if tensors is not None:
+        named = {key for keys in found.claims.values() for key in keys}
+        rows.append(("checkpoint", f"{len(tensors)} tensors, {len(named & tensors.keys())} claimed"))
+    rows.append(("result", "fits" if found.fits else "does not fit"))
+    shown.print_pairs(rows)
+    used = [(w.leaf, w.key, str(count)) for w, count in found.lines.items() if count]
+    unused = [w.leaf for w, count in found.lines.items() if not count]
+    if not used:
+        raise KeyMapError(f"no line of the table {found.family!r} names any of it: it is of another family")
+    click.echo()
+    shown.print_table(("leaf", "PyTorch's key", "found"), used, numbers=("found",))
+    if unused:
+        shown.print_words("not here (no fault: the models of a family differ)", unused)
+    for kind, listed in found.problems.items():
+        shown.print_list(_TITLES[kind], listed, _SHOWN)
+
+
+def _leaves(path: Path) -> Shapes:
+    import json
+
+    from jaxadapt import paths
+    from jaxadapt.codecs import files, safetensors
+    from jaxadapt.errors import FormatError
+
+    if path.is_dir():
+        return _of_orbax(path)
+    if path.suffix == ".safetensors":
+        header = safetensors.read_header(path).tensors
+        return {key.replace("/", "."): tuple(info.shape) for key, info in header.items()}
+    try:
+        held: Any = json.loads(path.read_text(encoding="utf-8"))
+        flat: Mapping[str, Any] = paths.flatten(held)
+    except OSError as error:
+        raise files.file_error("read", str(path), error) from error
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise FormatError(f"{path}: expected a JSON object of shapes, {{leaf: [2, 3]}}, found: {error}") from error
+    odd = [key for key, shape in flat.items() if not _is_shape(shape)]
+    if odd:
+        raise FormatError(f"{path}: expected a shape such as [2, 3] for each leaf, found another value at {odd[0]}")
+    return {key: tuple(shape) for key, shape in flat.items()}
+
+
+def _is_shape(value: Any) -> bool:
+    sizes = cast("list[Any]", value) if isinstance(value, list) else [None]
+    return all(isinstance(n, int) for n in sizes)
+
+
+def _of_orbax(path: Path) -> Shapes:
+    """The base weights of a training's checkpoint: what lies below "params", where anything does."""
+    from jaxadapt.codecs import orbax
+
+    out: Shapes = {}
+    for leaves in orbax.leaves(path).values():
+        below = any("params" in names for names in leaves)
+        for names, (shape, _) in leaves.items():
+            if below and "params" not in names:
+                continue
+            last = max((i + 1 for i, name in enumerate(names) if name == "params"), default=0)
+            out[".".join(names[last:]).removesuffix(".value")] = tuple(shape)
+    return out
+
+
+def _tensors(path: Path) -> Shapes:
+    from jaxadapt.codecs import shards
+
+    with shards.opened(path) as held:
+        return {key: tuple(spec.shape) for key, spec in held.specs.items()}

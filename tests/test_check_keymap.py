@@ -1,0 +1,156 @@
+"""`jaxadapt check-keymap`: what a family's table makes of a model's shapes and a checkpoint's names.
+
+That it has nothing to say against the real models is in tests/families/test_proof.py.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from orbax.checkpoint import v1 as ocp
+from safetensors.numpy import save_file
+
+from jaxadapt.cli import main
+from jaxadapt.demo import llama
+from jaxadapt.paths import unflatten
+
+SIZES = llama.LlamaConfig(32, 16, 24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4)
+TENSORS = {key: np.zeros(shape, "f4") for key, shape in llama.hf_shapes(SIZES).items()}
+LEAVES = dict(llama.place(SIZES, TENSORS))
+K, UP = "model.layers.1.self_attn.k_proj", "model.layers.0.mlp.up_proj"
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    def write(tensors, name="model"):
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors")
+        return tmp_path / name
+
+    return write
+
+
+@pytest.fixture
+def shapes(tmp_path):
+    def write(leaves):
+        (tmp_path / "shapes.json").write_text(json.dumps({path: x.shape for path, x in leaves.items()}))
+        return tmp_path / "shapes.json"
+
+    return write
+
+
+def run(*args):
+    return CliRunner().invoke(main, ["check-keymap", *map(str, args)])
+
+
+def found(*args, status):
+    result = run(*args, "--json")
+    assert result.exit_code == status, result.output
+    data = json.loads(result.stdout)
+    kinds = ("unclaimed", "missing", "twice", "misshapen")
+    return data, {kind: data[kind] for kind in kinds if data[kind]}
+
+
+def test_a_checkpoint_that_fits(checkpoint):
+    folder = checkpoint(TENSORS)
+    data, problems = found("llama", "--checkpoint", folder, status=0)
+    assert not problems
+    assert data["claimed"][f"{K}.kernel"] == [f"{K}.weight"]
+    assert sum(map(len, data["claimed"].values())) == len(TENSORS)
+    result = run("llama", "--checkpoint", folder)
+    assert result.exit_code == 0
+    assert f"{len(TENSORS)} tensors, {len(TENSORS)} claimed" in result.output
+    assert "fits" in result.output
+
+
+def test_what_a_checkpoint_has_too_little_and_too_much(checkpoint):
+    wrong = {key: x for key, x in TENSORS.items() if not key.startswith(K)}
+    folder = checkpoint({**wrong, f"{UP}.weight": np.zeros(3, "f4"), "vision.weight": np.zeros(3, "f4")})
+    _, problems = found("llama", "--checkpoint", folder, status=1)
+    assert problems.pop("misshapen")[0].startswith(f"{UP}.weight: 3, its line")
+    assert problems == {"unclaimed": ["vision.weight"], "missing": [f"{K}.weight"]}
+    text = run("llama", "--checkpoint", folder).output
+    assert "does not fit" in text
+    for line in ("no line of the table names: 1\n  vision.weight", f"missing in the checkpoint: 1\n  {K}.weight"):
+        assert line in text
+
+
+def test_another_family(checkpoint):
+    """Gemma 3 has norms that Llama lacks; GPT-2 has no name in common with it."""
+    folder = checkpoint(TENSORS)
+    _, problems = found("tunix:gemma3", "--checkpoint", folder, status=1)
+    assert problems.keys() == {"missing"}
+    assert "which tunix:gemma3 always has" in problems["missing"][0]
+    result = run("gpt2", "--checkpoint", folder)
+    assert result.exit_code == 1
+    assert "no line of the table 'gpt2' names any of it" in result.output
+
+
+def test_a_model_and_a_checkpoint(checkpoint, shapes):
+    data, problems = found("auto", "--model", shapes(LEAVES), "--checkpoint", checkpoint(TENSORS), status=0)
+    assert (data["family"], problems) == ("llama", {})
+    wrong = {**LEAVES, f"{UP}.kernel": np.zeros((16, 20)), f"{K}.kernel": np.zeros(7), "gate.w": np.zeros(3)}
+    more = {**TENSORS, "lm_head.weight": TENSORS["model.embed_tokens.weight"]}
+    del more["model.norm.weight"]
+    _, problems = found("llama", "--model", shapes(wrong), "--checkpoint", checkpoint(more, "more"), status=1)
+    line, both = problems.pop("misshapen")
+    assert K in line
+    assert both == f"{UP}.weight: the model's weight is 20×16 in PyTorch's layout, the checkpoint's 24×16"
+    assert problems == {"unclaimed": ["gate.w"], "missing": ["model.norm.weight"]}  # a tied head may be there
+
+
+def test_what_is_claimed_twice(shapes):
+    """A model that holds k and v together and by themselves."""
+    layer = {"attn.kv_einsum.w": (2, 1, 8, 4), "attn.q_einsum.w": (2, 8, 4), "attn.qkv_einsum.w": (3, 2, 8, 4)}
+    leaves = {f"layers.0.{name}": np.zeros(shape) for name, shape in layer.items()}
+    _, problems = found("tunix:gemma3", "--model", shapes(leaves), status=1)
+    assert len(problems["twice"]) == 3
+    assert all("qkv_einsum" in line for line in problems["twice"])
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "orbax", "nnx"])
+def test_where_a_models_shapes_come_from(kind, checkpoint, tmp_path):
+    if kind == "safetensors":
+        path = tmp_path / "leaves.safetensors"
+        save_file({key.replace(".", "/"): x.copy() for key, x in LEAVES.items()}, path)
+    else:
+        path = tmp_path / "orbax"
+        params = LEAVES if kind == "orbax" else {f"{key}.value": x for key, x in LEAVES.items()}
+        tree = {"params": unflatten(params), "opt_state": {"mu": np.zeros(3)}} if kind == "orbax" else unflatten(params)
+        ocp.save(path, tree)
+    data, problems = found("auto", "--model", path, "--checkpoint", checkpoint(TENSORS), status=0)
+    assert not problems
+    assert data["claimed"].keys() == LEAVES.keys()
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", '{"a": "b"}', '{"a": [1.5]}'])
+def test_shapes_that_are_none(tmp_path, text):
+    (tmp_path / "shapes.json").write_text(text)
+    result = run("llama", "--model", tmp_path / "shapes.json")
+    assert result.exit_code == 1
+    assert "FormatError" in result.output
+    assert "shapes.json" in result.output
+
+
+def test_used_wrongly(tmp_path, shapes):
+    assert run("llama").exit_code == 2
+    assert run("auto", "--checkpoint", tmp_path).exit_code == 2
+    assert run("lama", "--model", shapes(LEAVES)).exit_code == 1
+    assert run("llama", "--checkpoint", tmp_path).exit_code == 1  # an empty folder
+
+
+def test_as_a_process_it_loads_no_jax(checkpoint):
+    code = (
+        "import sys; from jaxadapt.cli import main\n"
+        "try: main(['check-keymap', 'llama', '--checkpoint', sys.argv[1]])\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "heavy = {'jax', 'flax'} & set(sys.modules); assert not heavy, heavy"
+    )
+    command = [sys.executable, "-c", code, str(checkpoint(TENSORS))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
