@@ -81,7 +81,7 @@ def _holds(place: Address) -> bool:
             if try_to_load_from_cache(place.repo, place.file(CONFIG), revision=place.revision) is _CACHED_NO_EXIST:
                 return False
             raise
-        except _missing():
+        except _absent():
             return False
     return True
 
@@ -110,7 +110,7 @@ def _pull(
         here = place._replace(revision=config.parents[len(place.file(CONFIG).split("/")) - 1].name)
         _weights(here, token, cache_dir, report)
         for name in more:
-            with contextlib.suppress(_missing()):
+            with contextlib.suppress(*_absent()):
                 _file(here, name, token, cache_dir, report)
     LOGGER.info("%s: in the cache as %s", place, config.parent)
     return config.parent
@@ -122,7 +122,7 @@ def _weights(here: Address, token: Token, cache_dir: Any, report: Report) -> Non
         try:
             _file(here, name, token, cache_dir, report)
             return
-        except _missing() as error:
+        except _absent() as error:
             first = first or error
     assert first is not None
     raise first
@@ -167,6 +167,13 @@ def _missing() -> type[Exception]:
     from huggingface_hub.errors import EntryNotFoundError
 
     return EntryNotFoundError
+
+
+def _absent() -> tuple[type[Exception], ...]:
+    """A file that need not be there is not: mirrors (olah) say so by denying the repository."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    return _missing(), RepositoryNotFoundError
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """A small Hub on loopback that answers the client's own protocol: repositories, branches, tags, commits, LFS, resolve.
 
-Everything is in memory. `Hub.requests` is what was asked, and `cut`, `refuse` and `answers` make it misbehave.
+Everything is in memory. `Hub.requests` is what was asked, and `cut`, `hangs_up` and `answers` make it misbehave.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Hub:
     requests: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
     cut: dict[str, list[int]] = field(default_factory=dict)  # file: after how many bytes each answer breaks off
     answers: dict[str, int] = field(default_factory=dict)  # a piece of a path: the status it is answered with
+    hangs_up: set[str] = field(default_factory=set)  # pieces of paths at which the line goes dead
     prs: int = 0
 
     def files(self, repo: str, revision: str = "main") -> dict[str, bytes]:
@@ -117,6 +118,9 @@ class Handler(BaseHTTPRequestHandler):
         path, query = url.path, parse_qs(url.query)
         data = self.body()
         self.hub.requests.append((self.command, unquote(path), dict(self.headers)))
+        if any(piece in path for piece in self.hub.hangs_up):
+            self.close_connection = True
+            return self.connection.close()
         for piece, status in self.hub.answers.items():
             if piece in path:
                 return self.fail(status, message="told to")

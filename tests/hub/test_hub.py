@@ -306,6 +306,19 @@ def test_a_hub_that_fails(hub, saved, status, monkeypatch):
     assert hub.repos[REPO].messages == ["initial commit"]
 
 
+@pytest.mark.parametrize("where", ["repos/create", "preupload", "/lfs/", "/commit/"])
+def test_a_connection_that_breaks_while_pushing(hub, saved, where):
+    """Nothing of it is seen on the Hub, and the next push makes it whole."""
+    hub.put(REPO, {"x": b""})
+    hub.hangs_up.add(where)
+    with pytest.raises(jaxadapt.FileError, match=rf"hf://{REPO}: cannot push to it: the connection failed.*try again"):
+        pushed(hub, saved)
+    assert set(hub.files(REPO)) == {"x"}
+    hub.hangs_up.clear()
+    pushed(hub, saved)
+    assert hub.files(REPO)[WEIGHTS] == (saved / WEIGHTS).read_bytes()
+
+
 def test_a_broken_adapter_is_not_uploaded(hub, saved):
     (saved / WEIGHTS).write_bytes((saved / WEIGHTS).read_bytes()[:-3])
     with pytest.raises(jaxadapt.FormatError):
