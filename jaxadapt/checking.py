@@ -168,14 +168,23 @@ def _checkpoint(table: KeyMap, tensors: Shapes) -> Checked:
 def _gaps(held: Iterable[tuple[Weight, Mapping[str, Mapping[str, str]]]], tensors: Shapes) -> Iterable[str]:
     """Layers are alike, and the parts of a fused weight come together: what one layer has and another lacks."""
     held = list(held)
-    numbers = [int(texts["l"]) for _, mine in held for texts in mine.values() if "l" in texts]
-    layers = [str(n) for n in range(max(numbers, default=-1) + 1)]
+    layers: dict[str, int] = {}  # encoder and decoder may have different numbers of them
     for w, mine in held:
-        for axis, choices in (("l", layers), *w.over):
+        for texts in mine.values():
+            layers[_stack(w)] = max(layers.get(_stack(w), 0), int(texts.get("l", -1)) + 1)
+    for w, mine in held:
+        numbers = [str(n) for n in range(layers.get(_stack(w), 0))]
+        alone = len(numbers) > 2 and all(texts.get("l") == "0" for texts in mine.values())
+        # (What the first layer alone has, as T5 its relative positions, the others need not have.)
+        for axis, choices in (("l", () if alone else numbers), *w.over):
             others = dict.fromkeys(tuple(sorted((k, v) for k, v in t.items() if k != axis)) for t in mine.values())
             for other in others if any(axis in t for t in mine.values()) else ():
                 keys = (w.key_at({**dict(other), axis: text}) for text in choices)
                 yield from (key for key in keys if key not in tensors)
+
+
+def _stack(weight: Weight) -> str:
+    return weight.key.partition("{l}")[0]
 
 
 def _leaves(table: KeyMap, key: str) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import huggingface_hub
@@ -23,6 +24,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterator[server.Hub]:
 def turned_to(monkeypatch: pytest.MonkeyPatch, url: str, cache) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", url)
     monkeypatch.setattr(hf_api.api, "endpoint", url)  # the client's own instance, which PEFT asks
+    if "transformers.utils.hub" in sys.modules:  # which keeps one of its own
+        monkeypatch.setattr(sys.modules["transformers.utils.hub"], "_hf_api", None, raising=False)
     monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)  # between its attempts
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

@@ -100,7 +100,8 @@ def olah(address, monkeypatch, tmp_path):
 def test_adapters_are_loaded_by_address(olah, repository):
     _, first = repository
     places = {
-        f"hf://{REPO}": 1, f"hf://{REPO}@v1": 1, f"hf://{REPO}@{first}": 1, f"hf://{REPO}@step-2": 3, f"hf://{REPO}/fr": 2
+        f"hf://{REPO}": 1, f"hf://{REPO}@v1": 1, f"hf://{REPO}@{first}": 1, f"hf://{REPO}@step-2": 3,
+        f"hf://{REPO}/fr": 2,
     }  # fmt: skip
     for place, seed in places.items():
         found = jaxadapt.extract(jaxadapt.load(place, small.net()))
