@@ -25,7 +25,7 @@ _TABLES = (
     *(tunix.LLAMA3, tunix.QWEN2, tunix.QWEN3),
     *(gemma.TUNIX_GEMMA, gemma.TUNIX_GEMMA2, gemma.TUNIX_GEMMA3),
     *(gemma.GEMMA2_2B, gemma.GEMMA2, gemma.GEMMA3),
-    *(maxtext.LLAMA31, maxtext.LLAMA3, maxtext.QWEN3),
+    *(maxtext.LLAMA31, maxtext.LLAMA3, maxtext.QWEN2, maxtext.QWEN3),
 )
 FAMILIES: dict[str, KeyMap] = {table.name: table for table in _TABLES}
 _SCAN_AXES = range(3)

@@ -1,6 +1,6 @@
 """MaxText's decoders (maxtext 0.2.5), unrolled; `scanned` says the rest, whatever `param_scan_axis` is.
 
-All its models call their layers alike, but what lies in them differs: every query but Qwen 3's holds its
+All its models call their layers alike, but what lies in them differs: the queries of Llama and Mistral hold their
 1/√head_dim already, and where RoPE is "llama3.1" the entries of each query and key head are interleaved pairs, where
 PyTorch holds first halves and second halves. So a Llama is never recognised by its names alone.
 """
@@ -59,13 +59,15 @@ LLAMA3 = _table(
         Weight(_KEY, _K_PROJ, "d k h -> (k h) d"),
     ),
 )
+_PLAIN = (Weight(_QUERY, _Q_PROJ, "d n h -> (n h) d"), Weight(_KEY, _K_PROJ, "d k h -> (k h) d"))
+_BIASES = tuple(
+    Weight(f"{_OURS}self_attention.{name}.bias", f"{_HF}self_attn.{name[0]}_proj.bias", "n h -> (n h)")
+    for name in ("query", "key", "value")
+)
 _NORMS = ((f"{_OURS}self_attention.query_norm.scale", "q"), (f"{_OURS}self_attention.key_norm.scale", "k"))
+QWEN2 = _table("qwen2", (*_PLAIN, *_BIASES), needs=tuple(w.leaf for w in _BIASES))
 QWEN3 = _table(
     "qwen3",
-    (
-        Weight(_QUERY, _Q_PROJ, "d n h -> (n h) d"),
-        Weight(_KEY, _K_PROJ, "d k h -> (k h) d"),
-        *(Weight(leaf, f"{_HF}self_attn.{p}_norm.weight", "h -> h") for leaf, p in _NORMS),
-    ),
+    (*_PLAIN, *(Weight(leaf, f"{_HF}self_attn.{p}_norm.weight", "h -> h") for leaf, p in _NORMS)),
     needs=tuple(leaf for leaf, _ in _NORMS),
 )

@@ -188,6 +188,7 @@ def maxtext(specimen: Specimen) -> Side:
     o = specimen.options
     base = Path(importlib.import_module("maxtext").__file__).parent / "configs" / "base.yml"
     qwen3 = o["model"] == "qwen3"
+    block = {"llama3.1": "llama2", "llama3": "llama2"}.get(o["model"], o["model"])
     config = pyconfig.initialize(
         ["record", str(base)],
         run_name="specimen", base_output_directory="unused", enable_checkpointing=False, log_config=False,
@@ -196,7 +197,7 @@ def maxtext(specimen: Specimen) -> Side:
         dtype="float32", weight_dtype="float32", matmul_precision="highest", float32_logits=True,
         base_emb_dim=D, base_num_query_heads=HEADS, base_num_kv_heads=KV, base_mlp_dim=F,
         base_num_decoder_layers=LAYERS, head_dim=o["head_dim"], vocab_size=V, normalization_layer_epsilon=1e-6,
-        decoder_block="qwen3" if qwen3 else "llama2", use_qk_norm=qwen3, logits_via_embedding=o["tied"],
+        decoder_block=block, use_qk_norm=qwen3, attention_bias=block == "qwen2", logits_via_embedding=o["tied"],
         normalize_embedding_logits=False, logits_dot_in_fp32=True, rope_max_timescale=10_000, rope_use_scale=False,
         rope_type="llama3.1" if o["model"] == "llama3.1" else "default", mlp_activations=["silu", "linear"],
         scan_layers=o["scan"] is not None, param_scan_axis=o["scan"] or 0, enable_dropout=False,

@@ -143,11 +143,12 @@ def _maxtext(model: str, torch: str, scan: int | None, head_dim: int = 6, tied: 
     config = {**DECODER, **rope(), "head_dim": head_dim, "tie_word_embeddings": tied}
     suffix = "" if scan is None else f"/scan{scan}"
     options = {"model": model, "scan": scan, "head_dim": head_dim, "tied": tied}
-    rivals = tuple(f"{name}{suffix}" for name in _LLAMAS) if "llama" in model else ()
+    rivals = tuple(f"{name}{suffix}" for name in _LLAMAS) if model in ("llama3.1", "llama3", "mistral") else ()
     name = f"maxtext-{model}{suffix.replace('/', '-')}" + (f"-h{head_dim}" if head_dim != 6 else "")
     unused = (HEAD,) if tied else ()
     name += "-tied" if tied else ""
-    return Specimen(name, f"maxtext:{model}{suffix}", torch, config, "maxtext", options, PROJ, rivals, unused)
+    table = {"mistral": "llama3"}.get(model, model)
+    return Specimen(name, f"maxtext:{table}{suffix}", torch, config, "maxtext", options, PROJ, rivals, unused)
 
 
 _BERT = ("query", "key", "value", "dense")
@@ -259,6 +260,8 @@ SPECIMENS = (
     *(_maxtext("llama3.1", "LlamaForCausalLM", scan) for scan in (None, 0, 1)),
     _maxtext("llama3.1", "LlamaForCausalLM", None, head_dim=16),
     *(_maxtext("llama3", "LlamaForCausalLM", scan) for scan in (None, 1)),
+    _maxtext("mistral", "MistralForCausalLM", None),
+    *(_maxtext("qwen2", "Qwen2ForCausalLM", scan, head_dim=4) for scan in (None, 1)),
     *(_maxtext("qwen3", "Qwen3ForCausalLM", scan) for scan in (None, 0, 1)),
     _maxtext("qwen3", "Qwen3ForCausalLM", None, tied=True),
 )
