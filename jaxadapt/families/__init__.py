@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from jaxadapt.errors import KeyMapError
-from jaxadapt.families import gemma, maxtext, tunix
+from jaxadapt.families import gemma, keras, maxtext, tunix
 from jaxadapt.families.bert import BERT, ROBERTA
 from jaxadapt.families.clip import CLIP
 from jaxadapt.families.gpt2 import GPT2
@@ -26,6 +26,7 @@ _TABLES = (
     *(gemma.TUNIX_GEMMA, gemma.TUNIX_GEMMA2, gemma.TUNIX_GEMMA3),
     *(gemma.GEMMA2_2B, gemma.GEMMA2, gemma.GEMMA3),
     *(maxtext.LLAMA31, maxtext.LLAMA3, maxtext.QWEN2, maxtext.QWEN3),
+    *(keras.LLAMA, keras.QWEN3, keras.GEMMA3),
 )
 FAMILIES: dict[str, KeyMap] = {table.name: table for table in _TABLES}
 _SCAN_AXES = range(3)

@@ -9,6 +9,8 @@ writes `recorded/<specimen>.json`: the paths and shapes of the model's weights, 
     gemma                        Python 3.13, `pip install gemma==4.0.1 'sentencepiece<0.2.2'`
     MaxText                      Python 3.13, `pip install maxtext==0.2.5 pathwaysutils` and what its import asks for:
                                  qwix, aqtp, omegaconf, transformers, datasets, grain, drjax, tokamax, jinja2, sympy …
+    keras-hub                    Python 3.11, `pip install jax==0.10.2 flax==0.12.8 keras tokenizers sentencepiece`
+                                 and `pip install --no-deps keras-hub==0.32.0`
 
 The proofs (`test_proof.py`) compare with PyTorch, which need not be here.
 """

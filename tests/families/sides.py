@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import importlib.util
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from flax import linen as nn
 from flax import nnx
 
 import jaxadapt
+from jaxadapt import paths
 from tests.families.specimens import HEADS, IDS, INPUTS, KV, LAYERS, D, F, Specimen, V
 from tests.twins import trees
 
@@ -29,18 +31,23 @@ LIBRARY = {
     "gemma": "gemma",
     "maxtext": "maxtext",
     "flax": "transformers",
+    "keras": "keras_hub",
 }
-PACKAGES = {"tunix": ("google-tunix",), "gemma": ("gemma",), "maxtext": ("maxtext",), "transformers": ("transformers",)}
+PACKAGES = {"tunix": "google-tunix", "keras_hub": "keras-hub"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """`make` gives an NNX model, or for a Linen `module` its variables; `run` calls the one or applies the other."""
+    """`make` gives an NNX model, or for a Linen `module` its variables; `run` calls the one or applies the other.
+
+    With `merges`, `make` gives the tree of a model that is neither, and adapters are merged into it.
+    """
 
     shapes: dict[str, tuple[int, ...]]
     make: Callable[[Leaves], Any]
     run: Callable[..., Any]
     module: nn.Module | None = None
+    merges: bool = False
 
     def logits(self, target: Any) -> np.ndarray:
         return np.asarray(self.run(target) if self.module is None else self.run(self.module, target))
@@ -48,6 +55,8 @@ class Side:
     def adapted(self, target: Any, folder: Path, keymap: Any = None) -> tuple[np.ndarray, Any]:
         """Logits with the adapter in `folder` loaded, and what carries it."""
         loaded = jaxadapt.load(folder, target, keymap=keymap)
+        if self.merges:
+            return self.logits({"params": jaxadapt.merge(target["params"], jaxadapt.extract(loaded))}), loaded
         if self.module is None:
             return self.logits(loaded), loaded
         module = jaxadapt.adapt(self.module, jaxadapt.read_config(folder), keymap=keymap)
@@ -67,7 +76,8 @@ def side(specimen: Specimen) -> Side:
 
 
 def versions(specimen: Specimen) -> dict[str, str]:
-    names = (*PACKAGES[LIBRARY[specimen.side]], "jax", "flax")
+    library = LIBRARY[specimen.side]
+    names = (PACKAGES.get(library, library), "jax", "flax")
     return {name: importlib.metadata.version(name) for name in names}
 
 
@@ -254,6 +264,43 @@ class _EarlierNumpy:
         return jnp.clip(x, max=a_max)
 
 
+# ---- keras-hub ---------------------------------------------------------------------------------------------
+
+
+def keras(specimen: Specimen) -> Side:
+    os.environ["KERAS_BACKEND"] = "jax"
+    models, c = importlib.import_module("keras_hub.models"), specimen.config
+    sizes = {
+        "vocabulary_size": V, "hidden_dim": D, "intermediate_dim": F, "num_layers": LAYERS, "num_query_heads": HEADS,
+        "num_key_value_heads": KV, "layer_norm_epsilon": 1e-6, "dtype": "float32",
+    }  # fmt: skip
+    more: dict[str, dict[str, Any]] = {
+        "Llama": {"rope_max_wavelength": 10_000},
+        "Mistral": {"rope_max_wavelength": 10_000, "sliding_window": 32},
+        "Qwen3": {"rope_max_wavelength": 10_000, "head_dim": 6, "tie_word_embeddings": True},
+        "Gemma3": {
+            "image_size": 8, "head_dim": 6, "query_head_dim_normalize": True, "use_query_key_norm": True,
+            "use_post_ffw_norm": True, "use_post_attention_norm": True, "use_sliding_window_attention": True,
+            "sliding_window_size": 4, "vision_encoder": None, "final_logit_soft_cap": None,
+            "attention_logit_soft_cap": None,
+        },
+    }  # fmt: skip
+    torch = specimen.torch.removesuffix("ForCausalLM")
+    made = getattr(models, f"{torch}Backbone")(**sizes, **more[torch])
+    names = [v.path.replace("/", ".") for v in made.weights]
+    inputs = {"token_ids": jnp.asarray(IDS), "padding_mask": jnp.ones_like(IDS)}
+
+    def run(target: Any) -> Any:
+        flat = paths.flatten(target["params"])
+        assert set(flat) == set(names)
+        for path, variable in zip(names, made.weights, strict=True):
+            variable.assign(flat[path])
+        return made.token_embedding(made(inputs), reverse=True)
+
+    shapes = dict(zip(names, (tuple(v.shape) for v in made.weights), strict=True))
+    return Side(shapes, lambda leaves: {"params": trees.nest(leaves)}, run, merges=True)
+
+
 BUILDERS: dict[str, Callable[[Specimen], Side]] = {
     "tunix": tunix,
     "tunix_gemma": tunix_gemma,
@@ -261,4 +308,5 @@ BUILDERS: dict[str, Callable[[Specimen], Side]] = {
     "gemma": gemma,
     "maxtext": maxtext,
     "flax": flax,
+    "keras": keras,
 }

@@ -156,6 +156,12 @@ _TIED_BERT = ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias")
 _TIED_ROBERTA = ("lm_head.decoder.weight", "lm_head.decoder.bias")
 
 
+def _keras(model: str, torch: str, **config: Any) -> Specimen:
+    tied = config["tie_word_embeddings"]
+    name, unused = f"keras-{torch.removesuffix('ForCausalLM').lower()}", (HEAD,) if tied else ()
+    return Specimen(name, f"keras:{model}", torch, {**DECODER, **rope(), **config}, "keras", {}, PROJ, unused=unused)
+
+
 _STACKS = ("encoder", "decoder")
 _ENDS = {"bos_token_id": 0, "eos_token_id": 0}
 _GPT2 = {"vocab_size": V, "n_embd": D, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 32, **_ENDS}
@@ -264,5 +270,9 @@ SPECIMENS = (
     *(_maxtext("qwen2", "Qwen2ForCausalLM", scan, head_dim=4) for scan in (None, 1)),
     *(_maxtext("qwen3", "Qwen3ForCausalLM", scan) for scan in (None, 0, 1)),
     _maxtext("qwen3", "Qwen3ForCausalLM", None, tied=True),
+    _keras("llama", "LlamaForCausalLM", tie_word_embeddings=False),
+    _keras("llama", "MistralForCausalLM", tie_word_embeddings=False),
+    _keras("qwen3", "Qwen3ForCausalLM", tie_word_embeddings=True, head_dim=6),
+    _keras("gemma3", "Gemma3ForCausalLM", **{**GEMMA3, "layer_types": ["sliding_attention"] * LAYERS}),
 )
 BY_NAME = {s.name: s for s in SPECIMENS}
