@@ -269,7 +269,7 @@ class _EarlierNumpy:
 
 def keras(specimen: Specimen) -> Side:
     os.environ["KERAS_BACKEND"] = "jax"
-    models, c = importlib.import_module("keras_hub.models"), specimen.config
+    models = importlib.import_module("keras_hub.models")
     sizes = {
         "vocabulary_size": V, "hidden_dim": D, "intermediate_dim": F, "num_layers": LAYERS, "num_query_heads": HEADS,
         "num_key_value_heads": KV, "layer_norm_epsilon": 1e-6, "dtype": "float32",
