@@ -664,3 +664,48 @@ def test_loading_takes_the_files_origin_too(tmp_path):
         jaxadapt.save(jaxadapt.adapt(net(), config, rngs=nnx.Rngs(1)), tmp_path / name, base_model=f"org/{name}")
     model = jaxadapt.load(tmp_path / "b", jaxadapt.load(tmp_path / "a", net()))
     assert jaxadapt.extract(model).config.base_model_name_or_path == "org/b"
+
+
+# ---- reinforcement learning: an adapter pushed to a server at every step ------------------------------------
+
+
+def test_no_copy_where_the_layouts_agree():
+    """On the host a tensor is a view of the very memory that JAX has, transposed or not."""
+    adapter = small.adapter()
+    for key, tensor in jaxadapt.to_peft(adapter).tensors.items():
+        assert any(np.shares_memory(tensor, np.asarray(leaf)) for leaf in adapter.flat().values()), key
+
+
+def test_a_push_is_compiled_once():
+    """The plan is static: new values at every step go through one program."""
+    traces = []
+
+    @jax.jit
+    def push(adapter: Any) -> Any:
+        traces.append(1)
+        return dict(jaxadapt.to_peft(adapter).tensors)
+
+    for seed in range(3):
+        adapter = small.adapter(seed=seed)
+        pushed = push(adapter)
+        for key, tensor in jaxadapt.to_peft(adapter).tensors.items():
+            np.testing.assert_array_equal(pushed[key], tensor)
+    assert len(traces) == 1
+
+
+def test_a_sharded_adapter_is_pushed_as_a_whole():
+    """Inside jit and outside, from eight devices, and the result stays on them."""
+    mesh = jax.make_mesh((len(jax.devices()),), ("x",))
+    rng = np.random.RandomState(0)
+    line = jaxadapt.Weight("q.kernel", "q.weight", "d n h -> (n h) d")
+    base = {"q": {"kernel": jax.ShapeDtypeStruct((16, 8, 2), "float32")}}
+    config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
+    plain = jaxadapt.init(config, base, key=jax.random.key(0), keymap=jaxadapt.KeyMap("t", (line,)))
+    plain = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), x.dtype), plain)
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    spread = jax.tree.map(lambda x: jax.device_put(x, place) if x.shape[0] % 8 == 0 else x, plain)
+    inside = jax.jit(lambda a: dict(jaxadapt.to_peft(a).tensors))(spread)
+    for key, tensor in jaxadapt.to_peft(plain).tensors.items():
+        np.testing.assert_array_equal(inside[key], tensor)
+        np.testing.assert_array_equal(jaxadapt.to_peft(spread).tensors[key], tensor)
+    assert any(len(x.sharding.device_set) > 1 for x in inside.values())
