@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +37,7 @@ from jaxadapt.codecs import safetensors, shards
 from jaxadapt.errors import AttachError, KeyMapError, MismatchError
 from jaxadapt.generic import GENERIC
 from jaxadapt.keymap import KeyMap
+from jaxadapt.progress import LOGGER, Progress, reporting
 
 SHARD = 5_000_000_000
 
@@ -48,6 +50,7 @@ def export_base(
     keymap: KeyMap | str | None = None,
     dtype: Any = None,
     max_shard_size: int = SHARD,
+    progress: Progress = None,
 ) -> None:
     """Write a whole model under PyTorch's names, as the weights of a Hugging Face folder.
 
@@ -59,6 +62,7 @@ def export_base(
         adapter: merged into the weights on the way: W + s·B·A, in float32, rounded once.
         keymap: the model's family; None recognises it.
         dtype: of the file's tensors; as in memory by default.
+        progress: None, True (a bar on a terminal) or a function of ("export", bytes done, bytes in all).
 
     One tensor is held at a time. Tied embeddings are written once, as they are held. Raises `KeyMapError` with
     every weight that has no line, `MismatchError` if the adapter does not fit, `FileError`; then the weights
@@ -91,12 +95,21 @@ def export_base(
         raise MismatchError(f"{target}: there is no weight to write")
     folder.make(target)
     get = _reader(made, leaves, changed, kind)
+    total = sum(math.prod(shape) * safetensors.numpy_dtype(name).itemsize for name, shape in specs.values())
+    done = 0
 
-    def whole(key: str) -> Any:
-        parts = [get(part) for part in grouped[key]]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    with reporting(progress) as report:
 
-    shards.write(target, specs, whole, max_shard_size)
+        def whole(key: str) -> Any:
+            nonlocal done
+            parts = [get(part) for part in grouped[key]]
+            value = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            done += value.nbytes
+            report("export", done, total)
+            return value
+
+        shards.write(target, specs, whole, max_shard_size)
+    LOGGER.info("%s: %d tensors, %d bytes", target, len(specs), total)
 
 
 def _leaves(params: Any) -> dict[str, Any]:

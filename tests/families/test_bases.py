@@ -346,3 +346,11 @@ def test_a_proved_family_by_itself(tmp_path):
     found = jaxadapt.import_base(tmp_path, target)
     equal(found, trees.nest(core.base_leaves(BY_NAME["maxtext-qwen3-scan1"], other)))
     assert families.resolve(None, other).name == "maxtext:qwen3/scan1"
+
+
+def test_an_export_says_how_far_it_is(tmp_path):
+    table = jaxadapt.KeyMap("mine", tuple(jaxadapt.Weight(f"{n}.kernel", f"{n}.weight", "i o -> o i") for n in "ab"))
+    seen = []
+    params = {n: {"kernel": np.ones((2, 3), "float32")} for n in "ab"}
+    jaxadapt.export_base(params, tmp_path, keymap=table, progress=lambda *at: seen.append(at))
+    assert seen == [("export", 24, 48), ("export", 48, 48)]
