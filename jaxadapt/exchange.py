@@ -26,6 +26,7 @@ from jaxadapt import (
     together,
     transfer,
     tying,
+    vocabulary,
 )
 from jaxadapt import plan as plans
 from jaxadapt.adapter import Adapter, PeftTensors
@@ -199,7 +200,14 @@ def from_peft(
 
 
 def decoded(
-    tensors: PeftTensors, target: Any, keymap: Any, dtype: Any, stack_axes: Any, example: Any, shardings: Any
+    tensors: PeftTensors,
+    target: Any,
+    keymap: Any,
+    dtype: Any,
+    stack_axes: Any,
+    example: Any,
+    shardings: Any,
+    on_mismatch: str | None = None,
 ) -> tuple[Adapter, tuple[bind.Bound, ...]]:
     """The adapter, and its sites."""
     if not isinstance(tensors, PeftTensors):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -215,6 +223,11 @@ def decoded(
         raise type(error)(f"{tensors.source}: {error}") from error
     if attention.has_pieces(plan.keys):
         tensors = dataclasses.replace(tensors, tensors=attention.cut(tensors.tensors, plan.keys))
+    if on_mismatch not in (None, "skip"):
+        raise MismatchError(f'on_mismatch: expected None or "skip", found {on_mismatch!r}')
+    if on_mismatch == "skip":
+        rows = vocabulary.fitted(tensors.tensors, bounds, recipe.keymap, planning.base_of(target), tensors.source)
+        tensors = dataclasses.replace(tensors, tensors=rows)
     specs = transfer.specs(tensors.tensors)
     dtypes = {key: spec.dtype for key, spec in specs.items()}
     asked, dtype = dtype, None if dtype == AUTOCAST else dtype

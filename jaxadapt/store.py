@@ -157,6 +157,7 @@ def load(
     lora_alpha: float | None = None,
     on_shared: str | None = None,
     autocast_adapter_dtype: bool = False,
+    on_mismatch: str | None = None,
 ) -> Any:
     """Read an adapter folder (ours or PEFT's) into a model.
 
@@ -181,6 +182,8 @@ def load(
             replicated. A process reads only the bytes that its own devices hold.
         lora_alpha: the alpha by which another library's target scales, where its tree does not tell. If the file's
             scale differs, B is multiplied accordingly.
+        on_mismatch: "skip" takes of tensors for another vocabulary the rows that the model has, with a warning; rows
+            that the file lacks stay the base's. By default such a file is refused.
         on_shared: "concat" puts different As side by side where such a target has one for several modules, if its rank
             has room; by default they are refused.
 
@@ -197,7 +200,8 @@ def load(
     if guest is not None:
         unused = {
             "replace": replace or None, "rngs": rngs, "stack_axes": stack_axes, "example": example,
-            "shardings": shardings, "autocast_adapter_dtype": autocast_adapter_dtype or None,
+            "shardings": shardings, "on_mismatch": on_mismatch,
+            "autocast_adapter_dtype": autocast_adapter_dtype or None,
         }  # fmt: skip
         _refuse(unused, f"the target has {guest.dialect.name} leaves already, where the values go")
         tensors = folder.read(below if (below / folder.CONFIG).exists() else path)
@@ -217,7 +221,8 @@ def load(
         source = os.fspath(checkpoint)
     else:
         with folder.opened(below if (below / folder.CONFIG).exists() else path) as tensors:
-            adapter, bounds = exchange.decoded(tensors, target, keymap, dtype, stack_axes, example, shardings)
+            options = keymap, dtype, stack_axes, example, shardings
+            adapter, bounds = exchange.decoded(tensors, target, *options, on_mismatch)
         source = tensors.source
     present = _attached_config(target, name)
     if present is not None and present != adapter.config and not replace:

@@ -21,7 +21,7 @@ FLOORS = [
     "weight arrangement keymap generic dialect plan adapter"
     " trace operations layout liveness layers filters targets drawing codecs consumers card hub".split(),
     "methods families copies tying replication bind attention embeddings folder orbax_folder transfer".split()
-    + "together dialects guests guest_config laying sharding slots pytorch".split(),
+    + "together vocabulary dialects guests guest_config laying sharding slots pytorch".split(),
     "linen linen_call linen_survey linen_tree nnx nnx_survey merging products combining norms trees checking".split(),
     "foreign planning attach exchange store bases report picture reducing rescaling optim starting".split(),
     ["converting", "on_disk", "sharing", "checkpoint", "snapshot", "step_files", "preemption", "serving"],
@@ -53,6 +53,9 @@ SAME_FLOOR = {
     ("bind", "tying"): "what of a model's weights are one",
     ("copies", "tying"): "and whose copy counts in the lookup alone",
     ("embeddings", "tying"): "what PEFT takes for an embedding",
+    ("vocabulary", "bind"): "whose rows a file is short of",
+    ("vocabulary", "copies"): "and of which table",
+    ("vocabulary", "tying"): "or head",
     ("attention", "bind"): "and which of them share an A in PyTorch",
     ("embeddings", "copies"): "what a table of tokens is usually called",
     ("transfer", "sharding"): "arrays go where they belong",
