@@ -168,8 +168,13 @@ def test_a_method_that_cannot_be_applied(good):
 
 
 def test_a_field_that_would_be_ignored(good):
+    edit(good, use_qalora=True)
+    refuses(good, ConfigError, "use_qalora=True", "will not ignore")
+
+
+def test_a_dora_file_without_magnitudes(good):
     edit(good, use_dora=True)
-    refuses(good, ConfigError, "use_dora=True", "will not ignore")
+    refuses(good, MismatchError, "missing from", "lora_magnitude_vector")
 
 
 # ---- the bytes ---------------------------------------------------------------------------------------------
