@@ -39,7 +39,8 @@ def adapt(
     Args:
         name: of the adapter; a second `adapt` under another name adds one and makes it the active one.
         keymap: the model's family ("llama"), a `KeyMap`, or None to recognise it.
-        rngs: NNX: `nnx.Rngs`, for the initial values and dropout. (Linen takes them in `init`.)
+        rngs: NNX: `nnx.Rngs`, for the initial values and dropout. (Linen takes them in `init`.) A model of shapes
+            (`nnx.eval_shape`) gets an adapter of shapes without it, and one of values with it.
         dtype: of the adapter parameters; float32 by default, whatever the base's is.
         autocast_adapter_dtype: as in PEFT; false gives each parameter the dtype of the weight that it adapts.
         stack_axes: NNX: the axes on which scanned layers are stacked, where shapes alone do not tell.
@@ -82,7 +83,7 @@ def adapt(
         raise AttachError(f"there is an adapter {name!r} already; choose another name=, or delete it first")
     owners = nnx.base_leaves(model)
     recipe, bounds = planning.on_model(model, config, keymap, stack_axes, example, owners)
-    abstract = nnx_survey.is_abstract(owners)
+    abstract = rngs is None and nnx_survey.is_abstract(owners)
     if rngs is None and not abstract:
         raise AttachError("adapt needs rngs=nnx.Rngs(seed) for the adapter's initial values")
     if rngs is not None and not (isinstance(rngs, nnx.nnx.Rngs) and {"params", "default"} & set(rngs)):

@@ -188,18 +188,89 @@ def test_ia3_follows_by_the_roles_of_its_axes() -> None:
     assert tuple(found["blocks.0.down.kernel.ia3_l"].sharding.spec) == ("tp",)
 
 
-def test_an_abstract_base_costs_nothing_but_the_adapter() -> None:
-    mesh = meshes.mesh_of("8")
+def test_everything_a_method_adds_follows() -> None:
+    """DoRA's magnitudes the outputs, copies of whole leaves their leaf, trained biases too."""
+    mesh = meshes.mesh_of("2x2x2")
+    params = meshes.placed(meshes.base(False), mesh, "2x2x2", "both")
+    config = meshes.CONFIG.replace(target_modules=["q", "o"], modules_to_save=["up"], use_dora=True, bias="lora_only")
+    found = jaxadapt.init(config, params, key=jax.random.key(0), keymap=meshes.TABLE)
+    alone = jaxadapt.init(config, meshes.base(False), key=jax.random.key(0), keymap=meshes.TABLE)
+    # DoRA's norms are float32 sums in another order
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found.params, alone.params)
+    flat, fsdp = found.flat(), ("data", "fsdp")
+    for path, spec in {
+        "q.kernel.lora_magnitude_vector": ("tp",), "o.kernel.lora_magnitude_vector": (fsdp,),
+        "up.kernel.copy": (fsdp, "tp"), "up.bias.copy": (), "q.kernel.lora_A": (fsdp,), "q.kernel.lora_B": (None, "tp"),
+    }.items():  # fmt: skip
+        leaf = flat[f"blocks.0.{path}"]
+        assert same_spec(leaf.sharding, PartitionSpec(*spec), mesh, leaf.ndim), path
+    merged = jaxadapt.paths.flatten(jaxadapt.merge(params, found))
+    for path, leaf in jaxadapt.paths.flatten(params).items():
+        assert merged[path].sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
+
+
+def test_stacked_and_expert_axes_follow() -> None:
+    """Layers in one array, cut over pipeline stages; experts over their own mesh axis: A and B alike."""
+    mesh = jax.make_mesh((2, 2, 2), ("stage", "expert", "tp"))
+    line = jaxadapt.Weight("layers.experts.up.kernel", "l.{l}.experts.{e}.up.weight", "{l} {e} d f -> f d")
+    where = NamedSharding(mesh, PartitionSpec("stage", "expert", None, "tp"))
+    params = {"layers": {"experts": {"up": {"kernel": jax.ShapeDtypeStruct((4, 2, 8, 6), "f4", sharding=where)}}}}
+    config = jaxadapt.LoraConfig(r=4, target_modules=["up"])
+    found = jaxadapt.init(config, params, key=jax.random.key(0), keymap=jaxadapt.KeyMap("moe", (line,))).flat()
+    specs = {path.rpartition(".")[2]: tuple(x.sharding.spec) for path, x in found.items()}
+    assert specs == {"lora_A": ("stage", "expert", None, None), "lora_B": ("stage", "expert", None, "tp")}
+
+
+class Wide(nnx.Module):
+    """4 GiB of float32, if anything made it."""
+
+    def __init__(self, rngs: nnx.Rngs, size: int = 1 << 15) -> None:
+        said = {"kernel_metadata": {"out_sharding": ("x", None)}}
+        self.q = nnx.Linear(size, size, use_bias=False, rngs=rngs, **said)
+
+
+def _abstract_base(key: jax.Array, mesh: jax.sharding.Mesh) -> Any:
+    size = 1 << 15
     spec = NamedSharding(mesh, PartitionSpec("x", None))
-    size = 1 << 15  # 4 GiB of base in float32, if anything made it
     base = {"q": {"kernel": jax.ShapeDtypeStruct((size, size), jnp.float32, sharding=spec)}}
-    config = jaxadapt.LoraConfig(r=4, target_modules=["q"])
-    made = jax.jit(lambda key: jaxadapt.init(config, base, key=key)).lower(jax.random.key(0)).compile()
+    return jaxadapt.init(WIDE, base, key=key).params
+
+
+def _abstract_model(key: jax.Array, mesh: jax.sharding.Mesh) -> Any:
+    model = nnx.eval_shape(lambda: Wide(nnx.Rngs(0)))
+    return nnx.state(jaxadapt.adapt(model, WIDE, rngs=nnx.Rngs(key)), jaxadapt.AdapterParam)
+
+
+def _model_made_inside(key: jax.Array, mesh: jax.sharding.Mesh) -> Any:
+    return nnx.state(jaxadapt.adapt(Wide(nnx.Rngs(key)), WIDE, rngs=nnx.Rngs(key)), jaxadapt.AdapterParam)
+
+
+def _linen_init(key: jax.Array, mesh: jax.sharding.Mesh) -> Any:
+    init = nn.with_partitioning(nn.initializers.lecun_normal(), ("x", None))
+    module = jaxadapt.adapt(nn.Dense(1 << 15, use_bias=False, name="q", kernel_init=init), WIDE_BARE)
+    made = module.init(key, jnp.zeros((1, 1 << 15)))
+    return jaxadapt.extract({"lora": made["lora"]}).params
+
+
+WIDE = jaxadapt.LoraConfig(r=4, target_modules=["q"])
+WIDE_BARE = jaxadapt.LoraConfig(r=4, target_modules="all-linear")
+
+
+@pytest.mark.parametrize("make", [_abstract_base, _abstract_model, _model_made_inside, _linen_init])
+def test_an_abstract_base_costs_nothing_but_the_adapter(make: Any) -> None:
+    """Read off the compiled program: bytes in, out, and in between, on each device."""
+    mesh, size = meshes.mesh_of("8"), 1 << 15
+    with jax.set_mesh(mesh):
+        made = jax.jit(lambda key: make(key, mesh)).lower(jax.random.key(0)).compile()
     adapter, stats = (size + size) * 4 * 4, made.memory_analysis()
-    # A is cut in eight, B is not; the draws of random bits need twice their numbers, in A's shards
-    assert stats.output_size_in_bytes == size * 4 * 4 // 8 + size * 4 * 4 + 16  # a tuple of two
+    whole = size * 4 * 4
+    # A is cut in eight and B is not; 16 for a tuple of two. (A base made inside has no sharding there to follow: the
+    # compiler chooses.)
+    assert stats.output_size_in_bytes in (whole // 8 + whole + 16, 2 * whole + 16)
+    if make in (_abstract_base, _abstract_model):
+        assert stats.output_size_in_bytes == whole // 8 + whole + 16
     assert stats.argument_size_in_bytes < 64
-    assert stats.temp_size_in_bytes < adapter
+    assert stats.temp_size_in_bytes < adapter  # random bits need twice their numbers, in A's shards
 
 
 # ---------------------------------------------------------------- what is compiled
@@ -226,30 +297,52 @@ def by_hand(params: Any, lora: Any, x: jax.Array) -> jax.Array:
     return x + dense(p["down"], l["down"], h, "bf,fd->bd", "bf,fr->br", "br,rd->bd")
 
 
-@pytest.mark.parametrize("layout", COMPILED, ids="-".join)
-def test_no_collective_that_hand_written_lora_lacks(layout: tuple[str, str]) -> None:
+TRAINED = [*((layout, "nnx") for layout in COMPILED), (("2x2x2", "both"), "linen")]
+
+
+@pytest.mark.parametrize(("layout", "api"), TRAINED)
+def test_no_collective_that_hand_written_lora_lacks(layout: tuple[str, str], api: str) -> None:
+    """A whole training step, with its optimizer; kinds, shapes and numbers of the collectives are the same."""
     mesh = meshes.mesh_of(layout[0])
     params = meshes.placed(meshes.base(False)["blocks"]["0"], mesh, *layout)
-    model = meshes.Block(nnx.Rngs(0))
-    for path, var in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        var.set_value(params[path[0]][path[1]])
-    adapter = jaxadapt.extract(jaxadapt.adapt(model, CONFIG, rngs=nnx.Rngs(0)))
+    adapter = jaxadapt.init(CONFIG, params, key=jax.random.key(0), keymap=_lines())
     first = mesh.axis_names if layout[1] == "fsdp" else mesh.axis_names[0]
     x = jax.device_put(X, NamedSharding(mesh, PartitionSpec(first) if layout != ("8", "tp") else PartitionSpec()))
-    graphdef, lora, rest = nnx.split(model, jaxadapt.AdapterParam, ...)
+    tx = optax.sgd(1e-2, momentum=0.9)
+    if api == "nnx":
+        model = meshes.Block(nnx.Rngs(0))
+        for path, var in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+            var.set_value(params[path[0]][path[1]])
+        jaxadapt.inject(adapter, jaxadapt.adapt(model, CONFIG, rngs=nnx.Rngs(0)))
+        graphdef, lora, base = nnx.split(model, jaxadapt.AdapterParam, ...)
 
-    def ours(lora: Any, rest: Any, x: jax.Array) -> jax.Array:
-        return (nnx.merge(graphdef, lora, rest)(x) ** 2).sum()
+        def ours(lora: Any, base: Any, x: jax.Array) -> jax.Array:
+            return (nnx.merge(graphdef, lora, base)(x) ** 2).sum()
+    else:
+        module = jaxadapt.adapt(meshes.LinenBlock(), CONFIG)
+        lora, base = adapter.collection, {"params": params}
+
+        def ours(lora: Any, base: Any, x: jax.Array) -> jax.Array:
+            return (module.apply({**base, **lora}, x) ** 2).sum()
 
     def hand(lora: Any, params: Any, x: jax.Array) -> jax.Array:
         return (by_hand(params, lora, x) ** 2).sum()
 
-    def compiled(f: Any, lora: Any, *args: Any) -> Any:
-        where = jax.tree.map(lambda x: x.sharding, lora)
-        return jax.jit(jax.value_and_grad(f), out_shardings=(None, where)).lower(lora, *args).compile()
+    def compiled(f: Any, lora: Any, base: Any) -> tuple[Any, Any]:
+        state = tx.init(lora)
 
-    mine, other = compiled(ours, lora, rest, x), compiled(hand, adapter.params, params, x)
-    np.testing.assert_allclose(mine(lora, rest, x)[0], other(adapter.params, params, x)[0], rtol=1e-5)
+        def step(lora: Any, state: Any, base: Any, x: jax.Array) -> Any:
+            value, grads = jax.value_and_grad(f)(lora, base, x)
+            updates, state = tx.update(grads, state)
+            return optax.apply_updates(lora, updates), state, value
+
+        where = jax.tree.map(lambda x: x.sharding, (lora, state))
+        made = jax.jit(step, out_shardings=(*where, None)).lower(lora, state, base, x).compile()
+        return made, made(lora, state, base, x)[2]
+
+    mine, value = compiled(ours, lora, base)
+    other, want = compiled(hand, adapter.params, params)
+    np.testing.assert_allclose(value, want, rtol=1e-5)  # float32 sums in another order
     assert collectives(other)  # else there is nothing to compare
     assert collectives(mine) == collectives(other)
 
