@@ -73,6 +73,8 @@ def find(tree: Any) -> Found | None:
     dialect = dialects.recognise(leaves)
     assert dialect is not None
     mine = dialect.owned(leaves)
+    if dialect.slots and not any(path.endswith(dialect.slots) for path in mine):
+        return None  # an adapter of ours that has lost its configuration is named like one slot
     base = {dialect.base(path): tuple(leaf.shape) for path, leaf in leaves.items() if path not in mine}
     return Found(tree, dialect, {p: leaf for p, leaf in leaves.items() if p in mine}, put, base, trees.alphas(tree))
 
