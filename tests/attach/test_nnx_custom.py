@@ -240,7 +240,10 @@ def test_weights_that_share_a_module_go_by_their_own_names():
     }
     with pytest.raises(KeyMapError, match=r"(?s)layer.w2 \(8, 6\).*example="):
         adapt(Net(), lora("w2", "lin"))
-    with pytest.raises(TargetError, match=r"(?s)layer.w1.*layer.w2"):
+    with (
+        pytest.raises(TargetError, match=r"(?s)layer.w1.*layer.w2"),
+        pytest.warns(UserWarning, match="'layer' matches no module"),
+    ):
         adapt(Net(), lora("layer", "lin"), example=(x,))
     with pytest.raises(KeyMapError, match=r"(?s)layer.w1"):
         adapt(Net(), lora("layer", "lin"))
