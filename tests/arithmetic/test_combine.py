@@ -99,7 +99,9 @@ def test_equal_to_peft(method, signs):
         expected, found = peft_pairs.deltas(model, "mix"), peft_pairs.our_deltas(mix)
         assert expected.keys() == found.keys()
         for module, value in expected.items():
-            np.testing.assert_allclose(found[module], value, **CLOSE, err_msg=module)
+            # An SVD's rounding is that of its largest value, wherever in the matrix it ends up.
+            close = {"rtol": 2e-5, "atol": 5e-6 * np.abs(value).max()} if method.endswith("svd") else CLOSE
+            np.testing.assert_allclose(found[module], value, **close, err_msg=module)
 
 
 @pytest.mark.peft
