@@ -5,7 +5,8 @@
                                  files cannot be replaced at one instant
     README.md                    the model card, written anew until a person edits it
 
-A path may be an address of the Hub, `hf://org/name@revision/subfolder`: its files are then those in the cache.
+A path may be an address: of an object store, `s3://bucket/folder` (see `codecs.places`), or of the Hub,
+`hf://org/name@revision/subfolder`, whose files are then those in the cache.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxadapt import card, configs, hub, paths, targets
-from jaxadapt.codecs import atomic, orbax, safetensors, torch_bin
+from jaxadapt.codecs import atomic, orbax, places, safetensors, torch_bin
 from jaxadapt.codecs.files import file_error
+from jaxadapt.codecs.places import Place
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError, ConfigError, FileError, FormatError, MismatchError
 from jaxadapt.keymap import PEFT_PREFIX
@@ -98,13 +100,14 @@ def module_of(config: Config, key: str) -> str | None:
 # ---------------------------------------------------------------- reading
 
 
-def _files(path: str | os.PathLike[str]) -> tuple[Path, Path]:
+def _files(path: str | os.PathLike[str]) -> tuple[Place, Place]:
     """The configuration and the weights of a folder; `FileError` says which is missing."""
-    folder = hub.folder_of(path) if isinstance(path, str) and hub.is_address(path) else Path(path)
+    folder: Place = hub.folder_of(path) if isinstance(path, str) and hub.is_address(path) else places.at(path)
     try:
         present = sorted(p.name for p in folder.iterdir())
-    except FileNotFoundError:
-        raise FileError(f"{folder}: no such folder; expected one that holds {CONFIG} and {WEIGHTS}") from None
+    except FileNotFoundError as error:
+        why = error.strerror if isinstance(folder, places.Address) else "no such folder"
+        raise FileError(f"{folder}: {why}; expected a folder that holds {CONFIG} and {WEIGHTS}") from None
     except NotADirectoryError:
         raise FileError(
             f"{folder}: expected a folder that holds {CONFIG} and {WEIGHTS}, found a file; give its folder"
@@ -114,14 +117,16 @@ def _files(path: str | os.PathLike[str]) -> tuple[Path, Path]:
     weights = next((name for name in (WEIGHTS, WEIGHTS_BIN) if name in present), None)
     missing = [name for name, found in ((CONFIG, CONFIG in present), (WEIGHTS, weights)) if not found]
     if missing or weights is None:
-        below = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}"))
+        below: list[str] = []
+        with contextlib.suppress(OSError):
+            below = [name for name in present[:64] if (folder / name / CONFIG).exists()]
         way = f"; these folders below hold adapters: {', '.join(below)}" if below else ""
         held = ", ".join(present[:8]) + (", …" if len(present) > 8 else "")
         raise FileError(f"{folder}: no {' and no '.join(missing)}; found {held or 'an empty folder'}{way}")
     return folder / CONFIG, folder / weights
 
 
-def _text(path: Path) -> str:
+def _text(path: Place) -> str:
     try:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
@@ -130,7 +135,7 @@ def _text(path: Path) -> str:
         raise file_error("read", str(path), error) from error
 
 
-def _settle(path: Path, header: safetensors.Header | None, weights: Path) -> Config:
+def _settle(path: Place, header: safetensors.Header | None, weights: Place) -> Config:
     """The configuration that belongs to the tensors, where the JSON and our header may differ.
 
     Equal: fine. The JSON is the one this save was replacing: the save was interrupted between its two
@@ -206,7 +211,7 @@ def read_config(path: str | os.PathLike[str]) -> Config:
         path = hub.config_of(path)
     if orbax.found(path):
         return _orbax_config(path)
-    target = Path(path)
+    target = places.at(path)
     if target.is_file():
         return configs.loads(_text(target), str(target))
     if (target / CONFIG).exists() and not any((target / w).exists() for w in (WEIGHTS, WEIGHTS_BIN)):
@@ -234,7 +239,7 @@ def inspect(path: str | os.PathLike[str]) -> Info:
         header = None
         tensors = torch_bin.keys_and_shapes(weights)
         nbytes = sum(math.prod(s) * safetensors.numpy_dtype(d).itemsize for d, s in tensors.values())
-        size = weights.stat().st_size
+        size = places.size(weights)
     return Info(str(path), _settle(config, header, weights), tensors, nbytes, size)
 
 
@@ -296,7 +301,7 @@ def _inspect_orbax(path: str | os.PathLike[str]) -> Info:
 # ---------------------------------------------------------------- writing
 
 
-Put = Callable[[Path, Mapping[str, Any], Mapping[str, str]], object]
+Put = Callable[[Place, Mapping[str, Any], Mapping[str, str]], object]
 """`(path, {key: (dtype, shape)}, metadata)`: another way to write the tensors' file."""
 
 
@@ -316,7 +321,7 @@ def write(tensors: PeftTensors, path: str | os.PathLike[str], put: Put | None = 
         )
     if hub.is_address(path):
         raise FileError(f"{path}: expected a folder; jaxadapt.push(tensors, 'org/name') sends them to the Hub")
-    folder = Path(path)
+    folder = places.at(path)
     if not tensors.tensors:
         raise MismatchError(f"{folder}: there is no tensor to write")
     made = make(folder)
@@ -329,8 +334,10 @@ def write(tensors: PeftTensors, path: str | os.PathLike[str], put: Put | None = 
         raise
 
 
-def make(folder: Path) -> list[Path]:
-    """Make a folder and its parents; those that are new, innermost first."""
+def make(folder: Place) -> list[Path]:
+    """Make a folder and its parents; those that are new, innermost first. Object stores have none to make."""
+    if isinstance(folder, places.Address):
+        return []
     new = [p for p in (folder, *folder.parents) if not os.path.lexists(p)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -339,14 +346,15 @@ def make(folder: Path) -> list[Path]:
     return new
 
 
-def _write(tensors: PeftTensors, folder: Path, put: Put | None) -> None:
+def _write(tensors: PeftTensors, folder: Place, put: Put | None) -> None:
     import numpy as np
 
     config, weights = folder / CONFIG, folder / WEIGHTS
     if config.is_dir():
         raise FileError(f"{config}: expected a file, found a folder; choose another path")
     text = tensors.config.to_json()
-    before = _text(config) if config.exists() else text
+    there = config.exists()
+    before = _text(config) if there else text
     replaces = _NOTHING if before == text else _digest(before)
     own = {"schema": 1, "config": tensors.config.to_dict(), "replaces": replaces}
     specs = {k: (np.dtype(v.dtype), tuple(v.shape)) for k, v in _specs(tensors.tensors).items()}
@@ -361,7 +369,7 @@ def _write(tensors: PeftTensors, folder: Path, put: Put | None) -> None:
     # disk shows before anything has changed, and little time passes between the two replacements.
     # One that says the same already stays, as in all saves of a run but the first.
     with contextlib.ExitStack() as stack:
-        if not (config.exists() and before == text):
+        if not there or before != text:
             stack.enter_context(atomic.replacing(config)).write(memoryview(text.encode()))
         if put is None:
             safetensors.write(weights, specs, lambda key: np.asarray(tensors.tensors[key]), metadata)
@@ -376,16 +384,16 @@ def _write(tensors: PeftTensors, folder: Path, put: Put | None) -> None:
         )
     dtypes = tuple(sorted({safetensors.dtype_name(dtype) for dtype, _ in specs.values()}))
     shapes = {key: shape for key, (_, shape) in specs.items()}
-    facts = card.Facts(shapes, dtypes, weights.stat().st_size)
+    facts = card.Facts(shapes, dtypes, places.size(weights))
     _write_card(folder / CARD, card.text(tensors.config, facts))
 
 
-def _write_card(path: Path, new: str) -> None:
+def _write_card(path: Place, new: str) -> None:
     """The card, unless a person's is there, or what is no file of text."""
-    if not os.path.lexists(path):
-        atomic.write_bytes(path, new.encode())
-        return
     try:
+        if not (path.exists() or path.is_symlink()):
+            atomic.write_bytes(path, new.encode())
+            return
         old = path.read_bytes().decode() if path.is_file() and not path.is_symlink() else None
     except (OSError, UnicodeDecodeError):
         old = None  # a person's, whatever it is
@@ -393,12 +401,19 @@ def _write_card(path: Path, new: str) -> None:
         atomic.write_bytes(path, text.encode())
 
 
-def _forget(weights: Path, replaces: str) -> None:
+def _forget(weights: Place, replaces: str) -> None:
     """Blank the digest of a JSON that is replaced by now, so that the same content is the same bytes.
 
     64 digits in place: the JSON equals the header's already, so whatever a crash leaves of them is harmless,
-    and so is a failure.
+    and so is a failure. An object has no places in it to write to, and is put once more.
     """
+    if isinstance(weights, places.Address):
+        with contextlib.suppress(OSError, FileError):
+            data = weights.read_bytes()
+            at = data.find(replaces.encode(), 0, safetensors.read_header(weights).data_start)
+            if at >= 0:
+                atomic.write_bytes(weights, data[:at] + _NOTHING.encode() + data[at + len(replaces) :])
+        return
     with contextlib.suppress(OSError, FileError), weights.open("r+b") as file:
         header = file.read(safetensors.read_header(weights).data_start)
         at = header.find(replaces.encode())

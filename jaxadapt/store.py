@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,7 +30,8 @@ from jaxadapt import (
     together,
 )
 from jaxadapt.adapter import Adapter, PeftTensors, Recipe
-from jaxadapt.codecs import orbax
+from jaxadapt.codecs import orbax, places
+from jaxadapt.codecs.places import Place
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError, ConfigError, FileError
 from jaxadapt.keymap import PEFT_PREFIX, KeyMap
@@ -97,7 +97,7 @@ def save(
         adapter = dataclasses.replace(adapter, config=adapter.config.replace(**changes))
         if dtype is not None:
             adapter = jax.tree.map(lambda x: x.astype(dtype), adapter)
-        orbax_folder.write(adapter, _under(path, name), alone=jax.process_count() == 1)
+        orbax_folder.write(adapter, _below(path, name), alone=jax.process_count() == 1)
         return
     tensors = exchange.taken(tree, name, config, keymap, lora_alpha, dtype, instead, traced=False)
     tensors = _with_embeddings(tensors, tree, name, config, keymap, save_embedding_layers)
@@ -124,22 +124,21 @@ def _with_embeddings(
     )
 
 
-def _under(path: str | os.PathLike[str], name: str) -> str | os.PathLike[str]:
-    """As `_below`, for addresses too, which a `Path` would mangle."""
-    text = os.fspath(path)
-    below = _below("", name)
-    return _below(path, name) if "://" not in text else text if name == attach.DEFAULT else f"{text}/{below}"
-
-
-def _below(path: str | os.PathLike[str], name: str) -> Path:
+def _below(path: str | os.PathLike[str], name: str) -> Place:
     """The folder of an adapter called `name`: PEFT puts all but "default" into a subfolder."""
     if hub.is_address(path):
         raise FileError(f"{path}: expected a folder; jaxadapt.push(model, 'org/name') sends it to the Hub")
     if name == attach.DEFAULT:
-        return Path(path)
+        return places.at(path)
     if name in ("", ".", "..") or set(name) & set("/\\\0"):
         raise FileError(f"{path}: {name!r} cannot name a subfolder; choose a name without slashes")
-    return Path(path) / name
+    return places.at(path) / name
+
+
+def _holding(below: Place, path: str | os.PathLike[str]) -> Place:
+    """The subfolder, if an adapter is in it; else the folder."""
+    above = places.at(path)
+    return below if below == above or (below / folder.CONFIG).exists() else above
 
 
 def load(
@@ -165,8 +164,9 @@ def load(
     where those leaves are, with nothing attached.
 
     Args:
-        path: the folder, or an address of the Hub, "hf://org/name@revision/subfolder"; for a `name` other than
-            "default" its subfolder of that name, if there is one.
+        path: the folder, an address of an object store ("s3://bucket/folder", "gs://…"), or of the Hub,
+            "hf://org/name@revision/subfolder"; for a `name` other than "default" its subfolder of that name, if there
+            is one.
         target: an NNX model, plain or adapted, changed in place and returned; or Linen variables
             (`{"params": base}` is enough), returned with the collection added. Abstract ones work too.
         name: what the adapter is called on this model; it becomes the active one.
@@ -204,7 +204,7 @@ def load(
             "autocast_adapter_dtype": autocast_adapter_dtype or None,
         }  # fmt: skip
         _refuse(unused, f"the target has {guest.dialect.name} leaves already, where the values go")
-        tensors = folder.read(below if (below / folder.CONFIG).exists() else path)
+        tensors = folder.read(_holding(below, path))
         return foreign.put(
             guest, tensors.config, tensors.tensors, keymap=keymap, lora_alpha=lora_alpha, on_shared=on_shared,
             dtype=dtype, source=tensors.source,
@@ -215,12 +215,12 @@ def load(
             f"expected an NNX model or Linen variables, {{'params': …}}, as the target, found {type(target).__name__};"
             " for bare parameters, from_peft(read(path), params) gives the adapter"
         )
-    checkpoint = next((p for p in (_under(path, name), path) if orbax.found(p)), None)
+    checkpoint = next((p for p in dict.fromkeys((below, places.at(path))) if orbax.found(p)), None)
     if checkpoint is not None:
         adapter, bounds = _from_orbax(checkpoint, target, name, (keymap, dtype, stack_axes, example, shardings))
         source = os.fspath(checkpoint)
     else:
-        with folder.opened(below if (below / folder.CONFIG).exists() else path) as tensors:
+        with folder.opened(_holding(below, path)) as tensors:
             options = keymap, dtype, stack_axes, example, shardings
             adapter, bounds = exchange.decoded(tensors, target, *options, on_mismatch)
         source = tensors.source

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ from jax.experimental import multihost_utils
 
 from jaxadapt import folder, sharding
 from jaxadapt.adapter import PeftTensors
-from jaxadapt.codecs import parallel, safetensors
+from jaxadapt.codecs import parallel, places, safetensors
 from jaxadapt.codecs.group import Group
 from jaxadapt.codecs.parallel import Part
 from jaxadapt.plan import Encoded, Entry
@@ -39,7 +38,7 @@ def write(tensors: PeftTensors, path: str | os.PathLike[str], shared: bool | Non
         FileError: in all processes, if one of them failed, died, or did not call; then the old adapter is still there.
     """
     encoded: Encoded = tensors.tensors  # pyright: ignore[reportAssignmentType]
-    target = Path(path)
+    target = places.at(path)
     group = Group(str(target), timeout, ("plan", "mode", "result"))
 
     def parts(common: bool) -> Iterator[Part]:

@@ -5,6 +5,8 @@ target, and the directory flushed. A writer holds a lock on its temporary file: 
 behind is therefore known for certain, also on a disk that several machines share, and the next write of the
 same target removes it. A target that is a symbolic link is replaced, not followed: it may point into
 somebody's cache.
+
+An address (see `places`) is replaced by one PUT of the store, which is as atomic; nothing is swept there.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import sys
 from collections.abc import Generator
 from pathlib import Path
 
+from jaxadapt.codecs import places
 from jaxadapt.codecs.files import file_error
 from jaxadapt.errors import FileError
 
@@ -143,7 +146,12 @@ def replacing(path: str | os.PathLike[str]) -> Generator[Writer]:
     Raises:
         FileError: no space, no permission, the path is a directory, its parent is missing, …
     """
-    target = os.fspath(path)
+    place = places.at(path)
+    if isinstance(place, places.Address):
+        with places.staged(place) as (fd, temporary):
+            yield Writer(fd, f"{place} (by way of {temporary.parent})", temporary)
+        return
+    target = os.fspath(place)
     directory, name = os.path.split(target)
     directory = directory or "."
     if not name or name in (".", "..") or Path(target).is_dir():

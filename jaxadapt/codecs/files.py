@@ -9,14 +9,14 @@ import stat
 from collections import deque
 from collections.abc import Sequence
 from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from jaxadapt.errors import FileError, FormatError
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["aligned", "file_error", "open_binary", "pread_exact", "read_into"]
+__all__ = ["LocalFile", "Source", "aligned", "file_error", "open_binary", "pread_exact", "read_into"]
 
 _WAY_OUT = {
     errno.ENOENT: "check the path",
@@ -106,6 +106,39 @@ def read_into(fd: int, parts: Sequence[tuple[str, memoryview]], offset: int, pat
             if count < len(view):
                 pending.appendleft((what, view[count:]))
             count -= min(count, len(view))
+
+
+class Source(Protocol):
+    """What tensors are read from."""
+
+    path: str
+    size: int
+    closed: bool
+
+    def read_into(self, parts: Sequence[tuple[str, memoryview]], offset: int) -> None: ...
+    def check(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class LocalFile:
+    """An open file of this machine: a `Source`. It keeps its one descriptor, whatever takes its place meanwhile."""
+
+    def __init__(self, path: str) -> None:
+        """Raises what `open_binary` raises."""
+        self.path = path
+        self.closed = False
+        self._file, self.size = open_binary(path)
+        self._fd = self._file.fileno()
+
+    def read_into(self, parts: Sequence[tuple[str, memoryview]], offset: int) -> None:
+        read_into(self._fd, parts, offset, self.path)
+
+    def check(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.closed = True
+        self._file.close()
 
 
 def pread_exact(fd: int, size: int, offset: int, path: str, what: str) -> bytes:

@@ -11,7 +11,8 @@ What Orbax leaves to its caller, and is seen to here:
 - two writers on one path share one temporary folder, and overwriting deletes the old checkpoint before the new one
   exists: a process that writes alone writes into a folder of its own and renames it, and nothing is overwritten
 - what it writes besides the arrays is not flushed to the disk
-- `s3://` fails half-way, or becomes a local folder called "s3:"
+- `s3://` fails half-way, or becomes a local folder called "s3:": refused; `gs://` is not renamed but gets a file at
+  the end that says it is whole, which is looked for
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxadapt import paths
-from jaxadapt.codecs import atomic
+from jaxadapt.codecs import atomic, places
 from jaxadapt.codecs.files import file_error
+from jaxadapt.codecs.places import Address, Place
 from jaxadapt.errors import FileError, FormatError, MismatchError
 
 if TYPE_CHECKING:
@@ -39,58 +41,45 @@ __all__ = ["Pending", "found", "leaves", "load", "read_json", "save", "start"]
 _MARKERS = ("orbax.checkpoint", "_CHECKPOINT_METADATA", "_METADATA")
 _FLAT = ""  # the item of a v0 checkpoint whose tree lies in the folder itself
 _JSON = "data.json"
+COMMITTED = "commit_success.txt"
+"""What Orbax writes last into a folder of an object store, where it cannot rename."""
 
 Tree = Mapping[str, Any]
 Spec = tuple[tuple[int, ...], str]
 
 
-def _place(path: str | os.PathLike[str]) -> str:
-    """An absolute path, or an address that Orbax can write to. Raises `FileError` for one that it cannot."""
-    text = os.fspath(path)
-    scheme, mark, _ = text.partition("://")
-    if mark and scheme not in ("gs", "file"):
+def _place(path: str | os.PathLike[str]) -> Place:
+    """An absolute path, or an address that Orbax can use. Raises `FileError` for one that it cannot."""
+    place = places.at(path).absolute()
+    if isinstance(place, Address) and place.scheme != "gs":
         raise FileError(
-            f"{text}: Orbax cannot write to {scheme}:// (it fails half-way, or makes a local folder of that name);"
+            f"{place}: Orbax cannot use {place.scheme}:// (it fails half-way, or makes a local folder of that name);"
             " save to a local folder and copy that, or use format='safetensors'"
         )
-    return text if mark else str(Path(text).absolute())
-
-
-def _local(place: str) -> bool:
-    return "://" not in place
-
-
-def _exists(place: str, *parts: str) -> bool:
-    if _local(place):
-        return Path(place, *parts).exists()
-    from etils import epath
-
-    return epath.Path(place, *parts).exists()
+    return place
 
 
 def found(path: str | os.PathLike[str]) -> bool:
-    """Whether a path holds an Orbax checkpoint."""
-    text = os.fspath(path)
-    if text.partition("://")[1:2] == ("://",) and not text.startswith(("gs://", "file://")):
+    """Whether a path holds an Orbax checkpoint, whole."""
+    place = places.at(path)
+    if isinstance(place, Path):
+        return any((place / marker).exists() for marker in _MARKERS)
+    try:
+        names = {inside.name for inside in place.iterdir()}
+    except (FileNotFoundError, NotADirectoryError):
         return False
-    place = _place(text)
-    return any(_exists(place, marker) for marker in _MARKERS)
+    return bool(names & set(_MARKERS)) and COMMITTED in names
 
 
 def read_json(path: str | os.PathLike[str], item: str) -> Any:
     """A JSON document of a checkpoint; None if it has none of that name. Raises `FileError` or `FormatError`."""
-    place = _place(path)
-    if not _exists(place, item, _JSON):
-        return None
-    file = os.path.join(place, item, _JSON)  # noqa: PTH118 (an address is no Path)
+    file = _place(path) / item / _JSON
     try:
-        if _local(place):
-            return json.loads(Path(file).read_bytes())
-        from etils import epath
-
-        return json.loads(epath.Path(file).read_text())
+        return json.loads(file.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except OSError as error:
-        raise file_error("read", file, error) from error
+        raise file_error("read", str(file), error) from error
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{file}: expected JSON: {error}") from error
 
@@ -111,13 +100,13 @@ def _context(documents: Sequence[str] = (), partial: bool = False) -> Any:
     return context
 
 
-def _orbax_error(action: str, place: str, error: Exception) -> FileError:
+def _orbax_error(action: str, place: Place, error: Exception) -> FileError:
     if isinstance(error, OSError) and error.errno is not None:
-        return file_error(action, place, error)
+        return file_error(action, str(place), error)
     return FileError(f"{place}: Orbax cannot {action} it: {type(error).__name__}: {error}")
 
 
-def _check_names(place: str, trees: Mapping[str, Tree]) -> None:
+def _check_names(place: Place, trees: Mapping[str, Tree]) -> None:
     bad: list[str] = []
 
     def walk(node: Any, where: str) -> None:
@@ -136,7 +125,7 @@ def _check_names(place: str, trees: Mapping[str, Tree]) -> None:
 class Pending:
     """A save under way. `result` waits for it, and raises what went wrong."""
 
-    def __init__(self, place: str, response: Any) -> None:
+    def __init__(self, place: Place, response: Any) -> None:
         self.place = place
         self._response = response
 
@@ -164,7 +153,7 @@ def start(path: str | os.PathLike[str], trees: Mapping[str, Tree], documents: Ma
     _check_names(place, trees)
     try:
         with _context(list(documents)):
-            response = ocp.save_checkpointables_async(place, {**trees, **documents})
+            response = ocp.save_checkpointables_async(str(place), {**trees, **documents})
     except Exception as error:
         raise _orbax_error("write", place, error) from error
     return Pending(place, response)
@@ -180,17 +169,17 @@ def save(path: str | os.PathLike[str], trees: Mapping[str, Tree], documents: Map
     """
     place = _place(path)
     _check_names(place, trees)
-    if _local(place):
-        atomic.make_parents(Path(place))
-        atomic.sweep(Path(place).parent, re.escape(Path(place).name), folders=True)
-    if _local(place) and Path(place).is_dir() and not any(Path(place).iterdir()):
-        Path(place).rmdir()  # an empty folder is as good as none
-    if _local(place) and os.path.lexists(place) if alone else _exists(place):
+    if isinstance(place, Path):
+        atomic.make_parents(place)
+        atomic.sweep(place.parent, re.escape(place.name), folders=True)
+        if place.is_dir() and not any(place.iterdir()):
+            place.rmdir()  # an empty folder is as good as none
+    if place.exists() or (alone and place.is_symlink()):
         raise FileError(
             f"{place}: there is something already, and an Orbax checkpoint is not overwritten, since the old one would"
             " be gone before the new one is there; choose another path, or delete it"
         )
-    if not (alone and _local(place)):
+    if not alone or isinstance(place, Address):
         start(place, trees, documents).result()
         return
     with atomic.staging(place) as inside:
@@ -199,7 +188,7 @@ def save(path: str | os.PathLike[str], trees: Mapping[str, Tree], documents: Map
         try:
             inside.rename(place)
         except OSError as error:
-            raise file_error("write", place, error, "another writer may have been faster") from error
+            raise file_error("write", str(place), error, "another writer may have been faster") from error
 
 
 def at_exit(call: Callable[[], None]) -> None:
@@ -224,20 +213,18 @@ def leaves(path: str | os.PathLike[str]) -> dict[str, dict[tuple[str, ...], Spec
     place = _place(path)
     if not found(place):
         raise FileError(f"{place}: no Orbax checkpoint; expected a folder that holds one of {', '.join(_MARKERS)}")
-    named = [item for item in _items(place) if not _exists(place, item, _JSON)]
+    named = [item for item in _items(place) if not (place / item / _JSON).exists()]
     try:
         with _context():
-            if _exists(place, "_METADATA"):
-                return {_FLAT: _flat(ocp.metadata(place, checkpointable_name=None).metadata)}
-            return {item: _flat(ocp.metadata(place, checkpointable_name=item).metadata) for item in named}
+            if (place / "_METADATA").exists():
+                return {_FLAT: _flat(ocp.metadata(str(place), checkpointable_name=None).metadata)}
+            return {item: _flat(ocp.metadata(str(place), checkpointable_name=item).metadata) for item in named}
     except Exception as error:
         raise FormatError(f"{place}: this Orbax checkpoint cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _items(place: str) -> list[str]:
-    from etils import epath
-
-    return sorted(p.name for p in epath.Path(place).iterdir() if (p / "_METADATA").exists())
+def _items(place: Place) -> list[str]:
+    return sorted(p.name for p in place.iterdir() if (p / "_METADATA").exists())
 
 
 def _flat(tree: Any) -> dict[tuple[str, ...], Spec]:
@@ -299,7 +286,7 @@ def load(
         node[key[-1]] = _host(*have[key]) if spec is None else spec
     try:
         with _context(partial=True):
-            got = ocp.load(place, tree, checkpointable_name=item or None)
+            got = ocp.load(str(place), tree, checkpointable_name=item or None)
     except Exception as error:
         raise FormatError(f"{place}: this Orbax checkpoint cannot be read: {type(error).__name__}: {error}") from error
     out: dict[tuple[str, ...], Any] = {}

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
 
-from jaxadapt.codecs import atomic, files, runs
+from jaxadapt.codecs import atomic, files, places, runs
 from jaxadapt.codecs.header import (
     MAX_HEADER,
     Header,
@@ -26,8 +26,6 @@ from jaxadapt.codecs.header import (
 from jaxadapt.errors import FileError, FormatError, MismatchError
 
 if TYPE_CHECKING:
-    import io
-
     import numpy as np
     import numpy.typing as npt
 
@@ -112,13 +110,22 @@ def can_hold(dtype: npt.DTypeLike) -> bool:
     return np.dtype(dtype).name in _NAMES
 
 
-def _header_of(file: io.FileIO, size: int, path: str) -> Header:
-    fd = file.fileno()
-    first = files.pread_exact(fd, min(size, 8), 0, path, "header length")
-    if problem := length_problem(first, size):
-        raise FormatError(f"{path}: not a valid safetensors file: {problem}")
-    raw = files.pread_exact(fd, int.from_bytes(first, "little"), 8, path, "header")
-    return parse(path, raw, size)
+def _open(path: str | os.PathLike[str]) -> files.Source:
+    place = places.at(path)
+    return places.Object(place) if isinstance(place, places.Address) else files.LocalFile(os.fspath(path))
+
+
+def _header_of(source: files.Source) -> Header:
+    first = _exactly(source, min(source.size, 8), 0, "header length")
+    if problem := length_problem(first, source.size):
+        raise FormatError(f"{source.path}: not a valid safetensors file: {problem}")
+    return parse(source.path, _exactly(source, int.from_bytes(first, "little"), 8, "header"), source.size)
+
+
+def _exactly(source: files.Source, size: int, offset: int, what: str) -> bytes:
+    buffer = bytearray(size)
+    source.read_into([(what, memoryview(buffer))], offset)
+    return bytes(buffer)
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
@@ -128,10 +135,13 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         FormatError: the bytes are no safetensors file, or contradict themselves; names each tensor concerned.
         FileError: missing, a directory, not permitted.
     """
-    name = os.fspath(path)
-    file, size = files.open_binary(name)
-    with file:
-        return _header_of(file, size, name)
+    source = _open(path)
+    try:
+        header = _header_of(source)
+        source.check()
+        return header
+    finally:
+        source.close()
 
 
 class Spec(NamedTuple):
@@ -144,26 +154,27 @@ class Spec(NamedTuple):
 class TensorFile(Mapping[str, "np.ndarray"]):
     """An open file: each `[key]` reads that tensor's bytes into a new array (C order, 64-byte aligned).
 
-    It keeps the one descriptor it opened, so a file replaced meanwhile does not mix with the old one. Use as
-    a context manager, or call `close`. Reading from several threads at once is safe.
+    It keeps the one descriptor it opened, so a file replaced meanwhile does not mix with the old one; of an address
+    leaving the block raises a `FormatError` then. Use as a context manager, or call `close`. Reading from several
+    threads at once is safe.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Raises what `read_header` raises."""
-        self.path = os.fspath(path)
-        self._file, size = files.open_binary(self.path)
+        self._source = _open(path)
+        self.path = self._source.path
         try:
-            self.header = _header_of(self._file, size, self.path)
+            self.header = _header_of(self._source)
         except BaseException:
-            self._file.close()
+            self._source.close()
             raise
 
-    def _find(self, key: str) -> tuple[int, TensorInfo, np.dtype]:
+    def _find(self, key: str) -> tuple[TensorInfo, np.dtype]:
         info = self.header.tensors[key]
-        if self._file.closed:
+        if self._source.closed:
             raise FileError(f"{self.path}: tensor {key!r}: the file was closed; read inside the `with` block")
         try:
-            return self._file.fileno(), info, numpy_dtype(info.dtype)
+            return info, numpy_dtype(info.dtype)
         except FormatError as error:
             raise FormatError(f"{self.path}: tensor {key!r}: {error}") from None
 
@@ -172,9 +183,9 @@ class TensorFile(Mapping[str, "np.ndarray"]):
 
     def read_into(self, key: str, memory: np.ndarray | None) -> np.ndarray:
         """`self[key]` in the first bytes of `memory` (uint8, aligned for the dtype); in new memory if None."""
-        fd, info, dtype = self._find(key)
+        info, dtype = self._find(key)
         data = files.aligned(info.nbytes) if memory is None else memory[: info.nbytes]
-        files.read_into(fd, [(f"tensor {key!r}", data.data)], self.header.data_start + info.start, self.path)
+        self._source.read_into([(f"tensor {key!r}", data.data)], self.header.data_start + info.start)
         return data.view(dtype).reshape(info.shape)
 
     def nbytes(self, key: str) -> int:
@@ -188,7 +199,7 @@ class TensorFile(Mapping[str, "np.ndarray"]):
         Raises:
             FormatError: numpy has no such dtype.
         """
-        return {key: Spec(info.shape, self._find(key)[2]) for key, info in self.header.tensors.items()}
+        return {key: Spec(info.shape, self._find(key)[1]) for key, info in self.header.tensors.items()}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.header.tensors)
@@ -212,11 +223,11 @@ class TensorFile(Mapping[str, "np.ndarray"]):
             FormatError: the file was truncated meanwhile.
             IndexError: more slices than axes.
         """
-        fd, info, dtype = self._find(key)
+        info, dtype = self._find(key)
         begin = self.header.data_start + info.start
 
         def read_at(view: memoryview, offset: int) -> None:
-            files.read_into(fd, [(f"tensor {key!r}", view)], begin + offset, self.path)
+            self._source.read_into([(f"tensor {key!r}", view)], begin + offset)
 
         return runs.read_box(read_at, info.shape if shape is None else shape, dtype, slices)
 
@@ -246,18 +257,18 @@ class TensorFile(Mapping[str, "np.ndarray"]):
     def _read_group(self, keys: Sequence[str]) -> dict[str, np.ndarray]:
         """Neighbours in the file, in order, with one call and one allocation; each is 64-byte aligned."""
         found = [self._find(key) for key in keys]
-        places = list(itertools.accumulate((-(-info.nbytes // 64) * 64 for _, info, _ in found), initial=0))
+        places = list(itertools.accumulate((-(-info.nbytes // 64) * 64 for info, _ in found), initial=0))
         memory = files.aligned(places[-1])
-        flat = [memory[at : at + info.nbytes] for at, (_, info, _) in zip(places, found, strict=False)]
+        flat = [memory[at : at + info.nbytes] for at, (info, _) in zip(places, found, strict=False)]
         parts = [(f"tensor {key!r}", part.data) for key, part in zip(keys, flat, strict=True)]
-        files.read_into(found[0][0], parts, self.header.data_start + found[0][1].start, self.path)
+        self._source.read_into(parts, self.header.data_start + found[0][0].start)
         return {
             key: part.view(dtype).reshape(info.shape)
-            for key, part, (_, info, dtype) in zip(keys, flat, found, strict=True)
+            for key, part, (info, dtype) in zip(keys, flat, found, strict=True)
         }
 
     def close(self) -> None:
-        self._file.close()
+        self._source.close()
 
     def __enter__(self) -> TensorFile:
         return self
@@ -265,7 +276,11 @@ class TensorFile(Mapping[str, "np.ndarray"]):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            if kind is None:
+                self._source.check()
+        finally:
+            self.close()
 
 
 def open_tensors(path: str | os.PathLike[str]) -> TensorFile:

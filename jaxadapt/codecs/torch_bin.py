@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from jaxadapt.codecs import files, pickles
+from jaxadapt.codecs import files, pickles, places
 from jaxadapt.codecs.header import problems_text
 from jaxadapt.errors import FormatError
 
@@ -294,7 +294,8 @@ def _nbytes(storage: _Storage) -> int:
 def _load(path: str | os.PathLike[str], use: Callable[[_Zip | _Legacy, dict[str, _Tensor]], T]) -> T:
     """Opens a file of either format and hands its reader and tensors to `use`."""
     name = os.fspath(path)
-    file, size = files.open_binary(name)
+    place = places.at(path)
+    file, size = places.fetched(place) if isinstance(place, places.Address) else files.open_binary(name)
     with file:
         first = files.pread_exact(file.fileno(), min(size, 16), 0, name, "file")
         if first.startswith(b"version "):

@@ -1,0 +1,412 @@
+"""Where files lie: a path of this machine, or an address, s3://bucket/folder. The only door to fsspec.
+
+An `Address` is to fsspec what a `Path` is to the disk, as far as this library needs one. Errors are `FileError`s that
+name the address, save `FileNotFoundError`, which says of a path too that nothing is there. Credentials and endpoints are
+the store's own (environment variables, their files, fsspec's configuration); nothing is kept of what a store listed.
+
+What is written goes to a temporary file of this machine first, and from there in one PUT (large files in parts, which
+the store puts together at the end): a reader finds the old object or the new one, whatever is killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import re
+import tempfile
+import threading
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from jaxadapt.codecs.files import file_error
+from jaxadapt.errors import FileError, FormatError
+
+__all__ = ["Address", "Object", "Place", "at", "fetched", "is_address", "size", "staged", "version"]
+
+_ADDRESS = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://", re.IGNORECASE)
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+# Stores that show an object when all of it has arrived. Elsewhere a name beside it is written, and renamed.
+_WHOLE = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "oci", "r2"}
+
+_HEAD = 512 << 10  # read at once when an object is opened: most headers, and all of a small adapter
+_BLOCK = 4 << 20  # as long to fetch as to wait for a store's answer
+_KEPT = 16  # blocks; tensors are read in the order of the file
+
+
+def is_address(path: object) -> bool:
+    """Whether a path is an address of some other place than this machine's file systems.
+
+    >>> is_address("s3://bucket/run"), is_address("run/"), is_address("file:///tmp/run")
+    (True, False, False)
+    """
+    if isinstance(path, Address):
+        return True
+    found = _ADDRESS.match(path) if isinstance(path, str) else None
+    return found is not None and found["scheme"].lower() not in ("file", "local")
+
+
+def at(path: str | os.PathLike[str]) -> Place:
+    """A `Path`, or the `Address` that a text is.
+
+    >>> at("s3://bucket/run") / "step", at("run") / "step", at("file:///tmp/run")
+    (Address('s3://bucket/run/step'), PosixPath('run/step'), PosixPath('/tmp/run'))
+    """
+    if isinstance(path, Address):
+        return path
+    if is_address(path):
+        return Address(str(path))
+    text = os.fspath(path)
+    found = _ADDRESS.match(text) if isinstance(path, str) else None
+    return Path(path) if found is None else Path(text[found.end() :])
+
+
+class Address(os.PathLike[str]):
+    """A file or folder of another place; what is asked of it is as of a `Path`."""
+
+    def __init__(self, text: str) -> None:
+        scheme, _, rest = text.partition("://")
+        self._text = f"{scheme.lower()}://{rest.rstrip('/')}"
+        self._opened: tuple[Any, str] | None = None
+
+    def __fspath__(self) -> str:
+        return self._text
+
+    def __str__(self) -> str:
+        return self._text
+
+    def __repr__(self) -> str:
+        return f"Address({self._text!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Address) and self._text == other._text
+
+    def __hash__(self) -> int:
+        return hash(self._text)
+
+    def __truediv__(self, name: str) -> Address:
+        below = Address(f"{self._text}/{name}")
+        if self._opened is not None:
+            below._opened = self._opened[0], f"{self._opened[1]}/{name}"
+        return below
+
+    @property
+    def scheme(self) -> str:
+        return self._text.partition("://")[0]
+
+    @property
+    def name(self) -> str:
+        return self._text.partition("://")[2].rpartition("/")[2]
+
+    @property
+    def suffix(self) -> str:
+        return Path(self.name).suffix
+
+    @property
+    def parent(self) -> Address:
+        return Address(self._text.rpartition("/")[0])
+
+    def with_suffix(self, suffix: str) -> Address:
+        return self.parent / Path(self.name).with_suffix(suffix).name
+
+    def absolute(self) -> Address:
+        return self
+
+    # ------------------------------------------------------------ asking
+
+    def store(self) -> tuple[Any, str]:
+        """fsspec's file system and the path in it. Raises `FileError`: no such scheme, a package is missing."""
+        if self._opened is None:
+            self._opened = _store(self._text)
+        return self._opened
+
+    def info(self) -> dict[str, Any]:
+        """What the store says of it. Raises `FileNotFoundError`, `FileError`."""
+        fs, inner = self.store()
+        with _told(self._text, "read"):
+            return dict(fs.info(inner))
+
+    def exists(self) -> bool:
+        try:
+            self.info()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def is_dir(self) -> bool:
+        return self._is("directory")
+
+    def is_file(self) -> bool:
+        return self._is("file")
+
+    def is_symlink(self) -> bool:
+        return False
+
+    def _is(self, kind: str) -> bool:
+        try:
+            return self.info()["type"] == kind
+        except FileNotFoundError:
+            return False
+
+    def size(self) -> int:
+        """In bytes."""
+        return int(self.info()["size"])
+
+    def iterdir(self) -> Iterator[Address]:
+        """What lies in a folder. Raises `FileNotFoundError`, `NotADirectoryError`, `FileError`."""
+        fs, inner = self.store()
+        with _told(self._text, "read"):
+            found = fs.ls(inner, detail=True)
+        own = inner.strip("/")
+        if [(entry["name"].strip("/"), entry["type"]) for entry in found] == [(own, "file")]:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        names = {entry["name"].strip("/") for entry in found} - {own}  # a folder may hold a marker of itself
+        return iter([self / name.rpartition("/")[2] for name in sorted(names)])
+
+    def read_bytes(self) -> bytes:
+        """Raises `FileNotFoundError`, `FileError`."""
+        fs, inner = self.store()
+        with _told(self._text, "read"):
+            return fs.cat_file(inner)
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        """Raises `FileNotFoundError`, `FileError`."""
+        fs, inner = self.store()
+        with contextlib.suppress(FileNotFoundError) if missing_ok else contextlib.nullcontext():
+            with _told(self._text, "delete"):
+                fs.rm_file(inner)
+
+    def remove_tree(self) -> None:
+        """Raises `FileNotFoundError`, `FileError`."""
+        fs, inner = self.store()
+        with _told(self._text, "delete"):
+            fs.rm(inner, recursive=True)
+
+    def put(self, local: str) -> None:
+        """Puts a file of this machine here, as a whole. Raises `FileError`."""
+        fs, inner = self.store()
+        try:
+            with _told(self._text, "write"):
+                if self.scheme in _WHOLE:
+                    fs.put_file(local, inner)
+                    return
+                beside = f"{inner}.{os.getpid()}.{threading.get_ident()}.tmp"
+                try:
+                    fs.put_file(local, beside)
+                    fs.mv(beside, inner)
+                except BaseException:
+                    with contextlib.suppress(Exception):  # the error itself is raised
+                        fs.rm_file(beside)
+                    raise
+        except FileNotFoundError as error:
+            raise FileError(f"{self._text}: cannot write: there is no such bucket or folder; make it first") from error
+
+
+Place = Path | Address
+
+
+def _store(text: str) -> tuple[Any, str]:
+    scheme = text.partition("://")[0]
+    if scheme == "hf":
+        raise FileError(f"{text}: adapters come from the Hub with load, read and pull, and go there with push")
+    try:
+        import fsspec
+
+        return fsspec.core.url_to_fs(text, use_listings_cache=False)
+    except ImportError as error:
+        extra = _EXTRAS.get(scheme)
+        way = f"pip install 'jaxadapt[{extra}]'" if extra else "install it"
+        raise FileError(f"{text}: {scheme}:// needs a package that is not installed ({error}); {way}") from error
+    except ValueError as error:
+        raise FileError(f"{text}: {error}; expected a path, or an address that fsspec knows, as s3:// or gs://") from error
+    except Exception as error:
+        raise _failure(text, "open", error) from error
+
+
+# ---------------------------------------------------------------- errors
+
+
+@contextlib.contextmanager
+def _told(text: str, action: str) -> Generator[None]:
+    """Whatever a store's package raises, as a `FileError`; what is not there as a `FileNotFoundError`."""
+    try:
+        yield
+    except FileError:
+        raise
+    except FileNotFoundError as error:
+        why = "the bucket does not exist" if "bucket does not exist" in str(error) else "nothing is there"
+        raise FileNotFoundError(errno.ENOENT, why) from error
+    except NotADirectoryError:
+        raise
+    except Exception as error:
+        raise _failure(text, action, error) from error
+
+
+# Names, since the packages they come from are not to be imported: of the error's class or one above it.
+_REASONS: Sequence[tuple[frozenset[str], str, str]] = (
+    (
+        frozenset({"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "DefaultCredentialsError",
+                   "ProfileNotFound", "TokenRetrievalError"}),
+        "there are no credentials for it",
+        "set them as for the store's own tools (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or ~/.aws;"
+        " GOOGLE_APPLICATION_CREDENTIALS or `gcloud auth application-default login`)",
+    ),
+    (
+        frozenset({"PermissionError", "RefreshError"}),
+        "the store does not allow it",
+        "check the credentials, and what they may do there",
+    ),
+    (
+        frozenset({"HTTPClientError", "ClientError", "ConnectionError", "RequestException", "TimeoutError"}),
+        "the connection failed",
+        "check the network and the endpoint, and try again",
+    ),
+)  # fmt: skip
+
+
+def _failure(text: str, action: str, error: Exception) -> FileError:
+    names = {kind.__name__ for kind in type(error).__mro__}
+    code = getattr(error, "code", None)  # of gcsfs' HttpError
+    if code in (401, 403, "401", "403") or str(error).startswith("Forbidden"):
+        names.add("PermissionError")
+    said = " ".join(str(error).split())[:300]
+    told = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    for known, why, way in _REASONS:
+        if names & known:
+            return FileError(f"{text}: cannot {action}: {why} ({told}); {way}")
+    return FileError(f"{text}: cannot {action}: {told}")
+
+
+# ---------------------------------------------------------------- reading
+
+
+class Object:
+    """An object open for reading, in ranges; reading from several threads at once is safe.
+
+    Small reads share blocks, each of which is fetched once; large ones are a request each.
+    """
+
+    def __init__(self, address: Address) -> None:
+        """Raises `FileError`."""
+        self.path = str(address)
+        self.closed = False
+        self._address = address
+        try:
+            info = address.info()
+        except FileNotFoundError as error:
+            raise file_error("read", self.path, error) from error
+        if info["type"] != "file" or info.get("size") is None:
+            raise FileError(f"{self.path}: cannot read: expected a file, found a folder, or what tells no size")
+        self.size = int(info["size"])
+        self._stamp = _stamp(info)
+        self._fetched = False
+        self._blocks: dict[int, Future[bytes]] = {}
+        self._lock = threading.Lock()
+        self._head = self._get(0, min(self.size, _HEAD)) if self.size else b""
+
+    def read_into(self, parts: Sequence[tuple[str, memoryview]], offset: int) -> None:
+        """As `files.read_into`."""
+        total = sum(len(view) for _, view in parts)
+        if offset + total > self.size:
+            raise FormatError(f"{self.path}: {parts[-1][0]}: expected {offset + total} bytes, found {self.size}")
+        if total >= _BLOCK:
+            data = memoryview(self._get(offset, offset + total))
+            for _, view in parts:
+                view[:], data = data[: len(view)], data[len(view) :]
+            return
+        for _, view in parts:
+            self._fill(view, offset)
+            offset += len(view)
+
+    def _fill(self, view: memoryview, offset: int) -> None:
+        if offset + len(view) <= len(self._head):
+            view[:] = self._head[offset : offset + len(view)]
+            return
+        while len(view):
+            number, within = divmod(offset, _BLOCK)
+            piece = self._block(number)[within : within + len(view)]
+            view[: len(piece)] = piece
+            view, offset = view[len(piece) :], offset + len(piece)
+
+    def _block(self, number: int) -> bytes:
+        with self._lock:
+            known = self._blocks.get(number)
+            if known is None:
+                mine = self._blocks[number] = Future[bytes]()
+                while len(self._blocks) > _KEPT:
+                    self._blocks.pop(next(iter(self._blocks)))
+        if known is not None:
+            return known.result()
+        try:
+            mine.set_result(self._get(number * _BLOCK, min((number + 1) * _BLOCK, self.size)))
+        except BaseException as error:
+            mine.set_exception(error)
+            raise
+        return mine.result()
+
+    def _get(self, start: int, stop: int) -> bytes:
+        fs, inner = self._address.store()
+        self._fetched = self._fetched or start > 0 or stop < self.size
+        try:
+            with _told(self.path, "read"):
+                data = fs.cat_file(inner, start=start, end=stop)
+        except FileNotFoundError as error:
+            raise FileError(f"{self.path}: it was deleted while it was read") from error
+        if len(data) != stop - start:
+            raise FormatError(f"{self.path}: expected {stop - start} bytes at offset {start}, found {len(data)}")
+        return data
+
+    def check(self) -> None:
+        """Raises `FormatError` if it was replaced while it was read: its parts may be of two files then."""
+        if self._fetched and _stamp(self._address.info()) != self._stamp:
+            raise FormatError(f"{self.path}: it was replaced while it was read; read it again")
+
+    def close(self) -> None:
+        self.closed = True
+        self._blocks.clear()
+
+
+def _stamp(info: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What tells one content of an object from another."""
+    return tuple(info.get(name) for name in ("size", "ETag", "etag", "generation", "created", "mtime", "LastModified"))
+
+
+def version(place: Place) -> object:
+    """What is equal only while a file is the same. Raises `OSError`, `FileError`."""
+    if isinstance(place, Address):
+        return _stamp(place.info())
+    status = place.stat()
+    return status.st_mtime_ns, status.st_ino
+
+
+def size(place: Place) -> int:
+    """In bytes. Raises `OSError`, `FileError`."""
+    return place.size() if isinstance(place, Address) else place.stat().st_size
+
+
+def fetched(address: Address) -> tuple[io.FileIO, int]:
+    """All of an object in a temporary file that is open, and its size in bytes. Raises `FileError`."""
+    held = Object(address)
+    with tempfile.NamedTemporaryFile(prefix="jaxadapt-") as copy:
+        fs, inner = address.store()
+        with _told(str(address), "read"):
+            fs.get_file(inner, copy.name)
+        return io.FileIO(copy.name, "rb"), held.size
+
+
+# ---------------------------------------------------------------- writing
+
+
+@contextlib.contextmanager
+def staged(address: Address) -> Generator[tuple[int, Path]]:
+    """A temporary file's descriptor and path; on leaving the block without an exception it is put to the address."""
+    try:
+        file = tempfile.NamedTemporaryFile(prefix="jaxadapt-")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise file_error("write", f"{address}, by way of {tempfile.gettempdir()}", error) from error
+    with file:
+        yield file.fileno(), Path(file.name)
+        address.put(file.name)
