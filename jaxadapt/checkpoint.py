@@ -12,26 +12,24 @@ Orbax writes: it knows which process holds what, and agrees with all of them on 
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import math
 import operator
 import os
-import sys
-import threading
-import traceback
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import jax
 
-from jaxadapt import paths, preemption, snapshot, step_files, store
+from jaxadapt import paths, preemption, resuming, snapshot, step_files, store
 from jaxadapt.adapter import Adapter, Recipe
-from jaxadapt.codecs import orbax
+from jaxadapt.background import Background
+from jaxadapt.codecs import places
+from jaxadapt.codecs.places import Place
 from jaxadapt.errors import AdapterError, AttachError, ConfigError, FileError
-from jaxadapt.snapshot import Restored, Taken
+from jaxadapt.resuming import Restored
+from jaxadapt.snapshot import Taken
 
 
 class CheckpointManager:
@@ -86,19 +84,17 @@ class CheckpointManager:
             problems.append("keep_best= needs minimize= or maximize=, the metric that says which is best")
         if keep is None and (keep_best or keep_every):
             problems.append("keep_best= and keep_every= add to keep=, which is None: everything is kept")
-        if "://" in os.fspath(folder):
-            problems.append(f"{folder}: expected a folder of a file system that is mounted here")
         if problems:
             raise ConfigError("\n".join(problems))
-        self.folder = Path(folder).absolute()
+        self.folder = places.at(folder).absolute()
+        if isinstance(self.folder, places.Address):
+            self.folder.store()  # a package that is missing shows here, not in the background
         self.keep, self.keep_best, self.keep_every = keep, keep_best, keep_every
         self.minimize, self.maximize = minimize, maximize
         self.asynchronous = asynchronous
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-        self._swept = False
-        self._draining = False
-        self._metrics: dict[tuple[Path, int, int], dict[str, float]] = {}
+        self._saving = Background()
+        self._last: int | None = None  # the last step, as far as this manager knows; None: it has not looked
+        self._metrics: dict[tuple[Place, object], dict[str, float]] = {}
 
     def __repr__(self) -> str:
         return f"CheckpointManager({str(self.folder)!r}, steps {self.steps})"
@@ -129,9 +125,8 @@ class CheckpointManager:
         """The metrics saved with a step. Raises `FileError` if there is no such step."""
         return dict(self._metrics_of(self._path(step)))
 
-    def _metrics_of(self, path: Path) -> dict[str, float]:
-        status = path.stat()
-        key = (path, status.st_mtime_ns, status.st_ino)
+    def _metrics_of(self, path: Place) -> dict[str, float]:
+        key = (path, places.version(path))
         if key not in self._metrics:
             self._metrics[key] = step_files.stored(path).metrics
         return self._metrics[key]
@@ -146,7 +141,7 @@ class CheckpointManager:
                 values[step] = sign * value
         return sorted(values, key=lambda step: (values[step], -step))
 
-    def _path(self, step: int) -> Path:
+    def _path(self, step: int) -> Place:
         found = step_files.steps(self.folder)
         if step not in found:
             raise FileError(f"{self.folder}: there is no step {step}; found {list(found) or 'none'}")
@@ -180,32 +175,28 @@ class CheckpointManager:
         """
         self.wait()
         number, measured = _step(step), _measured(metrics)
-        later = [s for s in self.steps if s > number]
-        if later:
-            raise FileError(
-                f"{self.folder}: step {number} would lie before {', '.join(map(str, later[:8]))}; go back with"
-                f" rollback({max((s for s in self.steps if s <= number), default='…')}), or use another folder"
-            )
         taken = snapshot.take(model, {"opt_state": opt_state, "rng": rng, "data": data})
-        step_files.make(self.folder)
         several = _several(taken)
-        if not self._swept:
-            if not several or _first():
-                step_files.sweep(self.folder, several)
-            self._swept = True
+        if self._last is None or number < self._last:
+            self._look(number, several)
+        step_files.make(self.folder)
         finish = self._begin(number, taken, measured, several)
-        atexit.unregister(self._leave)
-        atexit.register(self._leave)
-        # Not a daemon: the interpreter joins it before it ends, so the save lands however the program is left.
-        begin = threading.Event()
-        thread = threading.Thread(target=self._run, args=(begin, finish), name=f"save step {number}", daemon=False)
-        try:
-            thread.start()
-            self._thread = thread
-        finally:
-            begin.set()  # not before: the two would share the interpreter, and the loop stand still for longer
+        self._last = number
+        early = several or isinstance(self.folder, places.Address)
+        self._saving.start(f"save step {number}", finish, early)
         if not self.asynchronous:
             self.wait()
+
+    def _look(self, step: int, several: bool) -> None:
+        """Before the first save, and one of an earlier step: nothing later is there, and nothing half-done."""
+        later = [s for s in self.steps if s > step]
+        if later:
+            raise FileError(
+                f"{self.folder}: step {step} would lie before {', '.join(map(str, later[:8]))}; go back with"
+                f" rollback({max((s for s in self.steps if s <= step), default='…')}), or use another folder"
+            )
+        if not several or _first():
+            step_files.sweep(self.folder, several)
 
     def _begin(self, step: int, taken: Taken, metrics: dict[str, float], several: bool) -> Callable[[], None]:
         """Takes the values off the device; what is left to do is returned."""
@@ -221,9 +212,6 @@ class CheckpointManager:
         if step in self.steps:
             raise FileError(f"{self.folder}: step {step} is there already; Orbax, which writes for several processes,"
                             " cannot replace it")  # fmt: skip
-        if not self._draining:
-            self._draining = True
-            orbax.at_exit(self._join)
         pending = step_files.start(step_files.place(self.folder, step, step_files.FOLDER), taken, metrics)
 
         def finish_together() -> None:
@@ -232,13 +220,6 @@ class CheckpointManager:
                 self._prune()
 
         return finish_together
-
-    def _run(self, begin: threading.Event, finish: Callable[[], None]) -> None:
-        begin.wait()
-        try:
-            finish()
-        except BaseException as error:  # whatever it is: it is raised at the next call
-            self._error = error
 
     def _prune(self) -> None:
         if self.keep is None:
@@ -255,15 +236,7 @@ class CheckpointManager:
 
     def wait(self) -> None:
         """Waits until the last save is on the disk. Raises what went wrong in the background, once."""
-        self._join()
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-
-    def _join(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._saving.wait()
 
     def close(self) -> None:
         """The same as `wait`; the manager stays usable."""
@@ -281,20 +254,6 @@ class CheckpointManager:
             if not isinstance(error, Exception):
                 raise
             error.add_note(f"and the last checkpoint was not saved: {failed}")
-
-    def _leave(self) -> None:
-        """At the end of the program: an error that nobody was there to hear must not end in exit status 0."""
-        self._join()
-        if self._error is None:
-            return
-        sys.stderr.write("a checkpoint was not saved:\n")
-        traceback.print_exception(self._error)
-        atexit.unregister(self._leave)
-        # The others', which leaving like this would skip. (Raising from here changes no exit status.)
-        atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage]
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
 
     # ------------------------------------------------------------ back
 
@@ -323,7 +282,7 @@ class CheckpointManager:
             raise FileError(f"{self.folder}: there is no checkpoint to restore")
         stored = step_files.stored(self._path(found))
         parts = {"opt_state": opt_state, "rng": rng, "data": data}
-        filled = snapshot.fill(
+        filled = resuming.fill(
             like, parts, stored.taken, stored.specs, lambda wanted: step_files.read(stored, wanted), str(stored.path)
         )
         back = {part: filled.get(part) for part in snapshot.PARTS}
@@ -361,7 +320,7 @@ class CheckpointManager:
             flat = step_files.read(stored, {n: None for n in stored.specs if n.startswith("guest/")})
             leaves = {n.removeprefix("guest/"): value for n, value in flat.items()}
             if _first():
-                store.save(snapshot.guest_of(stored.taken, leaves), path, **options)
+                store.save(resuming.guest_of(stored.taken, leaves), path, **options)
         for name in stored.taken.recipes:
             adapter = self.adapter(chosen, name)  # by all processes: Orbax waits for each of them
             if _first():

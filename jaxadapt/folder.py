@@ -294,8 +294,7 @@ def _inspect_orbax(path: str | os.PathLike[str]) -> Info:
     encoded = orbax_folder.tensors(orbax_folder.find(path).adapter, path).tensors
     tensors = {k: (safetensors.dtype_name(t.dtype), tuple(t.shape)) for k, t in _specs(encoded).items()}
     nbytes = sum(math.prod(s) * safetensors.numpy_dtype(d).itemsize for d, s in tensors.values())
-    size = sum(p.stat().st_size for p in Path(path).rglob("*") if p.is_file())
-    return Info(os.fspath(path), config, tensors, nbytes, size)
+    return Info(os.fspath(path), config, tensors, nbytes, places.size(places.at(path)))
 
 
 # ---------------------------------------------------------------- writing

@@ -1,4 +1,4 @@
-"""What a training run holds, as named arrays and plain values, and back.
+"""What a training run holds, as named arrays and plain values; `resuming` is the way back.
 
     model, opt_state, rng, data ──take──► {"adapter/default/q.kernel.lora_A": array, "opt_state/0/count": …}
                                 ◄─fill──
@@ -13,7 +13,7 @@ import base64
 import dataclasses
 import functools
 import urllib.parse
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 import jax
@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxadapt import attach, dialects, foreign, nnx, paths
-from jaxadapt.adapter import Adapter, Recipe
-from jaxadapt.errors import AttachError, FormatError, MismatchError
+from jaxadapt import attach, foreign, nnx, paths
+from jaxadapt.adapter import Adapter
+from jaxadapt.errors import AttachError, FormatError
 
 Specs = Mapping[str, tuple[tuple[int, ...], str]]
 """`{name: (shape, dtype name)}` of stored arrays."""
@@ -86,7 +86,7 @@ def take(model: Any, parts: Mapping[str, Any]) -> Taken:
     """
     taken = Taken({}, {}, {}, {}, {}, [], {})
     problems: list[str] = []
-    guest = _guest(model)
+    guest = guest_in(model)
     if guest is not None:
         base = {path: list(shape) for path, shape in guest.base.items()}
         taken.guest.update(dialect=guest.dialect.name, base=base, stored=guest.stored)
@@ -97,19 +97,19 @@ def take(model: Any, parts: Mapping[str, Any]) -> Taken:
         taken.recipes[name] = adapter.recipe.to_text()
         for path, leaf in adapter.flat().items():
             _add(taken, f"adapter/{name}/{path}", leaf, problems)
-    for name, leaf in _named("model", rest(model)):
+    for name, leaf in named_leaves("model", rest(model)):
         _add(taken, name, leaf, problems)
     for part, tree in parts.items():
         if tree is not None:
             taken.plain[part] = _plain(tree)
-            for name, leaf in _named(part, tree):
+            for name, leaf in named_leaves(part, tree):
                 _add(taken, name, leaf, problems)
     if problems:
         raise AttachError("these cannot be saved:\n" + paths.listing(problems))
     return taken
 
 
-def _guest(model: Any) -> foreign.Found | None:
+def guest_in(model: Any) -> foreign.Found | None:
     return None if isinstance(model, Adapter) else attach.guest_in(model)
 
 
@@ -132,22 +132,22 @@ def rest(model: Any) -> Any:
     return {}
 
 
-def _object(tree: Any) -> TypeGuard[Any]:
+def is_object(tree: Any) -> TypeGuard[Any]:
     """Whether a tree is an NNX object (an optimizer, random streams, a model), which is filled in place."""
     return isinstance(tree, nnx.nnx.Pytree)
 
 
-def _flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
+def flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
     """`[(path, leaf)]` and the structure. The segments of a path are escaped, so no two leaves share one."""
-    held = nnx.nnx.state(tree) if _object(tree) else tree
+    held = nnx.nnx.state(tree) if is_object(tree) else tree
     try:
         leaves, structure = jax.tree_util.tree_flatten_with_path(held)
     except ValueError as error:  # numbers and strings as keys of one dict, say
         raise AttachError(f"JAX cannot take this tree apart: {error}") from error
-    return [("/".join(map(_segment, path)), leaf) for path, leaf in leaves], structure
+    return [("/".join(map(segment, path)), leaf) for path, leaf in leaves], structure
 
 
-def _segment(entry: Any) -> str:
+def segment(entry: Any) -> str:
     match entry:
         case jax.tree_util.DictKey():
             return _quoted(str(entry.key))
@@ -166,8 +166,8 @@ def _quoted(text: str) -> str:
     return urllib.parse.quote(text, safe=" ()[]',:")
 
 
-def _named(part: str, tree: Any) -> list[tuple[str, Any]]:
-    found = [(f"{part}/{path}" if path else part, leaf) for path, leaf in _flatten(tree)[0]]
+def named_leaves(part: str, tree: Any) -> list[tuple[str, Any]]:
+    found = [(f"{part}/{path}" if path else part, leaf) for path, leaf in flatten(tree)[0]]
     if len({name for name, _ in found}) < len(found):
         raise AttachError(f"{part}: two leaves have the same path; give the nodes of its pytrees distinct keys")
     return found
@@ -183,6 +183,13 @@ def is_key(leaf: Any) -> bool:
 def is_on_device(leaf: Any) -> TypeGuard[Any]:
     """Whether a leaf is a JAX array of numbers (or stands for one), not of random keys."""
     return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) and not is_key(leaf)
+
+
+def is_committed(like: Any) -> bool:
+    """Whether an example leaf says on which devices its value must lie."""
+    if isinstance(like, jax.ShapeDtypeStruct):
+        return like.sharding is not None
+    return isinstance(like, jax.Array) and bool(like.committed)
 
 
 def _add(taken: Taken, name: str, leaf: Any, problems: list[str]) -> None:
@@ -208,24 +215,6 @@ def _add(taken: Taken, name: str, leaf: Any, problems: list[str]) -> None:
         problems.append(f"{name}: {type(leaf).__name__}; expected arrays, numbers, strings or bytes")
 
 
-_VALUES: dict[str, Callable[[Any], Any]] = {
-    "bytes": base64.b64decode,
-    "complex": lambda pair: complex(*pair),
-    "bool": bool,
-    "int": int,
-    "float": float,
-    "str": str,
-}
-
-
-def _value(name: str, stored: Any) -> Any:
-    try:
-        kind, value = stored
-        return _VALUES[kind](value)
-    except (ValueError, KeyError, TypeError) as error:
-        raise FormatError(f"{name}: this is no saved value: {stored!r}") from error
-
-
 def _plain(tree: Any) -> Any:
     """The structure of a tree of dicts, lists, tuples and leaves as JSON; None where there is more to it."""
     if type(tree) is dict:
@@ -237,192 +226,4 @@ def _plain(tree: Any) -> Any:
         return [type(tree).__name__, inner] if None not in inner else None
     if tree is None:
         return ["none"]
-    return ["leaf"] if jax.tree_util.all_leaves([tree]) and not _object(tree) else None
-
-
-def guest_of(stored: Taken, leaves: Mapping[str, Any]) -> foreign.Found:
-    """The tree of another library that was saved, without the tree: enough to name its tensors for PEFT."""
-    try:
-        dialect = dialects.named(stored.guest["dialect"])
-        base = {path: tuple(shape) for path, shape in stored.guest["base"].items()}
-        return foreign.Found(None, dialect, dict(leaves), lambda new: new, base, dict(stored.guest["stored"]))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise FormatError(f"what the checkpoint says of its tree is damaged: {error}") from error
-
-
-# ---------------------------------------------------------------- back in
-
-
-@dataclasses.dataclass(frozen=True)
-class Restored:
-    """A checkpoint, back in place.
-
-    Args:
-        step: the step it was saved at.
-        model: what was given: NNX models and states in place, Linen variables and `Adapter`s anew.
-        opt_state, rng, data: as they were saved; None where there was none.
-        metrics: as given to `save`.
-    """
-
-    step: int
-    model: Any
-    opt_state: Any
-    rng: Any
-    data: Any
-    metrics: dict[str, float]
-
-
-Read = Callable[[Mapping[str, Any]], dict[str, Any]]
-"""`{name: example leaf}` -> `{name: value}`, each with the example's sharding; None as an example: a numpy array."""
-
-
-def fill(model: Any, parts: Mapping[str, Any], stored: Taken, specs: Specs, read: Read, source: str) -> dict[str, Any]:
-    """`{"model": …, part: …}` with the stored values; nothing is changed unless everything fits.
-
-    Raises `MismatchError` naming all that is missing, unexpected, or of another shape or dtype, and `AttachError`
-    where an adapter's configuration is another.
-    """
-    wanted: dict[str, Any] = {}
-    problems: list[str] = []
-    guest = _guest(model)
-    if (guest.dialect.name if guest else None) != stored.guest.get("dialect"):
-        held, saved = (f"{what} LoRA leaves" if what else "an adapter of this library" for what in (
-            guest.dialect.name if guest else None, stored.guest.get("dialect")))  # fmt: skip
-        problems.append(f"{saved} saved, the target has {held}")
-    elif guest is not None:
-        wanted |= {f"guest/{path}": leaf for path, leaf in guest.leaves.items()}
-    for name, text in stored.recipes.items():
-        recipe = Recipe.from_text(text)
-        if name not in adapter_names(model):
-            problems.append(f"the adapter {name!r} is saved; the target has {adapter_names(model)}: adapt it first")
-            continue
-        mine = attach.extract(model, name)
-        if mine.config != recipe.config:
-            problems.append(f"the adapter {name!r} has another configuration; adapt with that of the checkpoint")
-        wanted |= {f"adapter/{name}/{path}": leaf for path, leaf in mine.flat().items()}
-    others = rest(model)
-    wanted |= dict(_named("model", others))
-    for part in PARTS:
-        if parts.get(part) is not None:
-            if part not in stored.parts:
-                problems.append(f"{part}: none was saved")
-            wanted |= dict(_named(part, parts[part]))
-        elif part in stored.parts:
-            if stored.plain[part] is None:
-                problems.append(f"{part}: saved as more than dicts, lists and tuples; give {part}= an example to fill")
-            wanted |= {name: None for name in [*specs, *stored.values] if name.partition("/")[0] == part}
-    problems += _misfits(wanted, stored, specs)
-    if problems:
-        raise MismatchError(f"{source} does not fit:\n" + paths.listing(problems, 16))
-
-    arrays = read({name: leaf for name, leaf in wanted.items() if name in specs})
-    values = {name: arrays[name] if name in arrays else _value(name, stored.values[name]) for name in wanted}
-    values = {n: jnp.asarray(v) if wanted[n] is None and n in arrays and n not in stored.hosts else v
-              for n, v in values.items()}  # fmt: skip
-    values |= {n: _wrapped(values[n], stored.keys[n], wanted[n]) for n in values.keys() & stored.keys.keys()}
-    out: dict[str, Any] = {"model": _filled_model(model, others, stored, values)}
-    for part in PARTS:
-        example = parts.get(part)
-        if example is not None:
-            out[part] = _filled(part, example, values)
-        elif part in stored.parts:
-            out[part] = _rebuilt(part, stored.plain[part], values)
-    return out
-
-
-def _misfits(wanted: Mapping[str, Any], stored: Taken, specs: Specs) -> Iterable[str]:
-    have = {**specs, **stored.values}
-    yield from (f"{name}: not in the checkpoint" for name in wanted if name not in have)
-    yield from (f"{name}: in the checkpoint, not in the target" for name in have if name not in wanted)
-    for name, leaf in wanted.items():
-        if leaf is None or name not in have:
-            continue
-        kind = stored.keys.get(name, "") if name in specs else stored.values[name][0]
-        is_array = isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
-        if is_array != (name in specs):
-            yield f"{name}: {kind or 'an array'} saved, {type(leaf).__name__} expected"
-        elif is_key(leaf) != (name in stored.keys):
-            yield f"{name}: {kind or 'an array'} saved, {'a random key' if is_key(leaf) else 'an array'} expected"
-        elif is_array and not is_key(leaf):
-            shape, dtype = specs[name]
-            if (shape, dtype) != (tuple(leaf.shape), np.dtype(leaf.dtype).name):
-                yield f"{name}: {dtype} {shape} saved, {np.dtype(leaf.dtype).name} {tuple(leaf.shape)} expected"
-        elif is_key(leaf) and specs[name][0][: len(leaf.shape)] != tuple(leaf.shape):
-            yield f"{name}: keys {specs[name][0]} saved, {tuple(leaf.shape)} expected"
-
-
-def _wrapped(data: Any, implementation: str, like: Any) -> jax.Array:
-    keys = jax.random.wrap_key_data(jnp.asarray(data), impl=implementation)
-    return keys if like is None or not is_committed(like) else jax.device_put(keys, like.sharding)
-
-
-def is_committed(like: Any) -> bool:
-    """Whether an example leaf says on which devices its value must lie."""
-    if isinstance(like, jax.ShapeDtypeStruct):
-        return like.sharding is not None
-    return isinstance(like, jax.Array) and bool(like.committed)
-
-
-def weak(value: Any, like: Any) -> Any:
-    """The value with the example's weak type, which decides what dtype further arithmetic has."""
-    if is_on_device(like) and like.weak_type and isinstance(value, jax.Array):
-        scalar = {"f": 0.0, "i": 0, "c": 0j}[value.dtype.kind]
-        return jnp.full(value.shape, scalar).at[...].set(value)
-    return value
-
-
-def _filled(part: str, example: Any, values: Mapping[str, Any]) -> Any:
-    named, structure = _flatten(example)
-    leaves = [weak(values[f"{part}/{path}" if path else part], leaf) for path, leaf in named]
-    tree = jax.tree.unflatten(structure, leaves)
-    if not _object(example):
-        return tree
-    nnx.nnx.update(example, tree)
-    return example
-
-
-def _filled_model(model: Any, others: Any, stored: Taken, values: Mapping[str, Any]) -> Any:
-    for name, text in stored.recipes.items():
-        begin = f"adapter/{name}/"
-        flat = {n.removeprefix(begin): v for n, v in values.items() if n.startswith(begin)}
-        recipe = Recipe.from_text(text)
-        adapter = Adapter(recipe.config, paths.unflatten(flat), recipe.keymap)
-        if isinstance(model, Adapter):
-            model = dataclasses.replace(adapter, keymap=model.keymap)
-        else:
-            model = attach.inject(adapter, model, name)
-    if stored.guest:
-        guest = _guest(model)
-        assert guest is not None
-        flat = {n.removeprefix("guest/"): v for n, v in values.items() if n.startswith("guest/")}
-        model = guest.put(flat)
-    others = _filled("model", others, values)
-    if isinstance(model, nnx.nnx.Module):
-        nnx.nnx.update(model, others)
-    elif isinstance(model, nnx.nnx.State):
-        nnx.nnx.replace_by_pure_dict(model, nnx.nnx.to_pure_dict(others))
-    elif isinstance(model, Mapping):
-        model = {**model, **others}
-    return model
-
-
-def _rebuilt(part: str, plain: Any, values: Mapping[str, Any]) -> Any:
-    """A tree from its stored structure and the values by path."""
-
-    def build(node: Any, path: str) -> Any:
-        kind, *inner = node
-        match kind:
-            case "dict":
-                return {k: build(v, f"{path}/{_segment(jax.tree_util.DictKey(k))}") for k, v in inner[0]}
-            case "list" | "tuple":
-                items = [build(v, f"{path}/{i}") for i, v in enumerate(inner[0])]
-                return tuple(items) if kind == "tuple" else items
-            case "none":
-                return None
-            case _:
-                return values[path]
-
-    try:
-        return build(plain, part)
-    except (ValueError, KeyError, TypeError) as error:
-        raise FormatError(f"{part}: its stored structure is damaged: {error}") from error
+    return ["leaf"] if jax.tree_util.all_leaves([tree]) and not is_object(tree) else None

@@ -2,6 +2,8 @@
 
     step-000000100.safetensors     replaced as a whole, durably; the JSON of everything else is in its header
     step-000000100.orbax           the same content as Orbax writes it: every process its own part
+
+In an object store the file is an object, put at once; Orbax's folder has a file that says it is whole.
 """
 
 from __future__ import annotations
@@ -17,7 +19,6 @@ import secrets
 import shutil
 import urllib.parse
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,6 +28,7 @@ import numpy as np
 from jaxadapt import paths
 from jaxadapt.codecs import atomic, orbax, safetensors
 from jaxadapt.codecs.files import file_error
+from jaxadapt.codecs.places import Address, Place
 from jaxadapt.errors import AttachError, FileError, FormatError
 from jaxadapt.snapshot import Taken, is_committed, is_key, is_on_device
 
@@ -48,19 +50,19 @@ class Stored:
         odd: the dtypes of arrays that safetensors has no type for; they are stored as bytes.
     """
 
-    path: Path
+    path: Place
     metrics: dict[str, float]
     taken: Taken
     specs: dict[str, tuple[tuple[int, ...], str]]
     odd: dict[str, str]
 
 
-def place(folder: Path, step: int, kind: str = FILE) -> Path:
+def place(folder: Place, step: int, kind: str = FILE) -> Place:
     """Where a step goes. Padded, so that names sort as numbers do."""
     return folder / f"step-{step:09d}{kind}"
 
 
-def steps(folder: Path) -> dict[int, Path]:
+def steps(folder: Place) -> dict[int, Place]:
     """`{step: path}` of the steps that are there, whole, in ascending order."""
     try:
         names = [entry.name for entry in folder.iterdir()]
@@ -68,12 +70,17 @@ def steps(folder: Path) -> dict[int, Path]:
         return {}
     except OSError as error:
         raise file_error("read", str(folder), error) from error
-    found: dict[int, Path] = {}
+    found: dict[int, Place] = {}
     for name in sorted(names):  # of one step the file comes last and wins: a folder beside it is about to go
         match = _NAME.fullmatch(name)
-        if match:
+        if match and not _half_done(folder / name):
             found[int(match[1])] = folder / name
     return dict(sorted(found.items()))
+
+
+def _half_done(path: Place) -> bool:
+    """Whether it is a folder that Orbax has not finished: in an object store it has its name from the beginning."""
+    return isinstance(path, Address) and path.suffix == FOLDER and not orbax.found(path)
 
 
 def _document(taken: Taken, metrics: Mapping[str, float], odd: Mapping[str, str]) -> dict[str, Any]:
@@ -125,7 +132,7 @@ def _join(shape: tuple[int, ...], pieces: list[tuple[Any, np.ndarray]]) -> np.nd
 
 
 def write(
-    path: Path, taken: Taken, metrics: Mapping[str, float], values: Mapping[str, Callable[[], np.ndarray]]
+    path: Place, taken: Taken, metrics: Mapping[str, float], values: Mapping[str, Callable[[], np.ndarray]]
 ) -> None:
     """Writes a step as one file, durably and atomically; `values` give the arrays one by one."""
     specs: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
@@ -149,7 +156,7 @@ def write(
         remove(other)
 
 
-def start(path: Path, taken: Taken, metrics: Mapping[str, float]) -> orbax.Pending:
+def start(path: Place, taken: Taken, metrics: Mapping[str, float]) -> orbax.Pending:
     """Begins to write a step as an Orbax folder, with all processes. Its values are off the device on return.
 
     Raises `AttachError` for what each process has of its own and is not the same in all: one of them would be saved.
@@ -194,18 +201,29 @@ def _quoted(name: str) -> str:
     return urllib.parse.quote(name, safe="").replace(".", "%2E")
 
 
-def sweep(folder: Path, orbax_too: bool) -> None:
+def sweep(folder: Place, orbax_too: bool) -> None:
     """Removes what killed writers left. `orbax_too`: also of Orbax's, which no lock tells from a living writer's."""
+    if isinstance(folder, Address):  # what is put at once leaves nothing
+        with contextlib.suppress(FileNotFoundError):
+            for path in folder.iterdir() if orbax_too else ():
+                if _NAME.fullmatch(path.name) and _half_done(path):
+                    path.remove_tree()
+        return
     atomic.sweep(folder, _NAME.pattern, folders=True)
     if orbax_too:
         for stale in folder.glob("step-*.orbax.orbax-checkpoint-tmp*"):
             shutil.rmtree(stale, ignore_errors=True)
 
 
-def remove(path: Path) -> None:
+def remove(path: Place) -> None:
     """Removes a step; whatever happens, it is there whole or not at all. Raises `FileError`."""
     try:
-        if path.is_dir():
+        if isinstance(path, Address) and path.suffix == FOLDER:
+            (path / orbax.COMMITTED).unlink(missing_ok=True)
+            path.remove_tree()
+        elif isinstance(path, Address):
+            path.unlink()
+        elif path.is_dir():
             aside = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(8)}.tmp"
             path.rename(aside)
             shutil.rmtree(aside)
@@ -220,7 +238,7 @@ def remove(path: Path) -> None:
 # ---------------------------------------------------------------- reading
 
 
-def stored(path: Path) -> Stored:
+def stored(path: Place) -> Stored:
     """What a step holds, from its header. Raises `FileError` or `FormatError`."""
     if path.suffix == FOLDER:
         found = orbax.leaves(path).get(_ITEM, {})
@@ -315,19 +333,13 @@ def _read_folder(step: Stored, wanted: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def make(folder: Path) -> None:
+def make(folder: Place) -> None:
     """Makes the folder of a run. Raises `FileError`."""
+    if isinstance(folder, Address):
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         raise file_error("make the folder", str(folder), error, "choose another path") from error
     if not folder.is_dir():
         raise FileError(f"{folder}: expected a folder, found a file")
-
-
-def size(path: Path) -> int:
-    """The bytes of a step on disk."""
-    files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
-    with contextlib.suppress(OSError):
-        return sum(p.stat().st_size for p in files)
-    return 0

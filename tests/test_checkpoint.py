@@ -420,8 +420,6 @@ def test_places_that_cannot_be(tmp_path: Path):
     manager.save(1, small.host_adapter())
     with pytest.raises(jaxadapt.FileError, match="step-000000001"):
         manager.wait()
-    with pytest.raises(jaxadapt.ConfigError, match="gs://"):
-        jaxadapt.CheckpointManager("gs://bucket/run")
 
 
 # ---------------------------------------------------------------- leaving

@@ -24,7 +24,7 @@ FLOORS = [
     + "together vocabulary dialects guests guest_config laying sharding slots pytorch".split(),
     "linen linen_call linen_survey linen_tree nnx nnx_survey merging products combining norms trees checking".split(),
     "foreign planning attach exchange store bases report picture reducing rescaling optim starting".split(),
-    ["converting", "on_disk", "sharing", "checkpoint", "snapshot", "step_files", "preemption", "serving"],
+    "converting on_disk sharing checkpoint snapshot resuming step_files background preemption serving".split(),
     ["cli", "demo"],
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -95,10 +95,13 @@ SAME_FLOOR = {
     ("reducing", "planning"): "a pair of trees is planned as a fresh adapter is",
     ("combining", "products"): "it works on the matrices that products reads",
     ("merging", "linen_tree"): "boxes are opened as Linen opens them",
-    ("checkpoint", "snapshot"): "one module's work in three files: when, what, and where",
-    ("checkpoint", "step_files"): "one module's work in three files",
+    ("checkpoint", "snapshot"): "one module's work in five files: when, what, and where",
+    ("checkpoint", "resuming"): "and back",
+    ("checkpoint", "step_files"): "one module's work in five files",
+    ("checkpoint", "background"): "one module's work in five files",
+    ("resuming", "snapshot"): "the way back follows the way out",
     ("checkpoint", "preemption"): "its block ends with the last save",
-    ("step_files", "snapshot"): "one module's work in three files",
+    ("step_files", "snapshot"): "one module's work in five files",
     ("card", "consumers"): "it says who cannot read the file",
     ("hub", "codecs"): "what a disk refuses is said in one way",
     ("cli", "demo"): "`jaxadapt demo` starts it",
@@ -114,6 +117,7 @@ DOORS: dict[str, set[str]] = {
     "pickle": set(),  # opcodes are split with pickletools, which executes nothing
     "huggingface_hub": {"hub"},
     "orbax": {"codecs.orbax"},
+    "fsspec": {"codecs.places"},
     "optax": {"demo", "optim"},
     "safetensors": {"codecs.safetensors"},
     "click": {"cli", "cli.main"},

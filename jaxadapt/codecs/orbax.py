@@ -20,8 +20,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -189,15 +188,6 @@ def save(path: str | os.PathLike[str], trees: Mapping[str, Tree], documents: Map
             inside.rename(place)
         except OSError as error:
             raise file_error("write", str(place), error, "another writer may have been faster") from error
-
-
-def at_exit(call: Callable[[], None]) -> None:
-    """Have `call` run when the main thread ends, while Orbax still works.
-
-    `atexit` and a thread that is joined are both too late: by then the executors that Orbax's saves run on take
-    no more work, and the save hangs or is lost. The interpreter's own hook for such executors is the only place.
-    """
-    threading._register_atexit(call)  # pyright: ignore  # noqa: PGH003 (neither public nor in the stubs)
 
 
 # ---------------------------------------------------------------- reading

@@ -1,8 +1,8 @@
 """Where files lie: a path of this machine, or an address, s3://bucket/folder. The only door to fsspec.
 
 An `Address` is to fsspec what a `Path` is to the disk, as far as this library needs one. Errors are `FileError`s that
-name the address, save `FileNotFoundError`, which says of a path too that nothing is there. Credentials and endpoints are
-the store's own (environment variables, their files, fsspec's configuration); nothing is kept of what a store listed.
+name the address, save `FileNotFoundError`, which says of a path too that nothing is there. Credentials and endpoints
+are the store's own (environment variables, their files, fsspec's configuration). No listing is kept: each is asked for.
 
 What is written goes to a temporary file of this machine first, and from there in one PUT (large files in parts, which
 the store puts together at the end): a reader finds the old object or the new one, whatever is killed.
@@ -15,15 +15,16 @@ import errno
 import io
 import os
 import re
-import tempfile
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxadapt.codecs.files import file_error
 from jaxadapt.errors import FileError, FormatError
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
 
 __all__ = ["Address", "Object", "Place", "at", "fetched", "is_address", "size", "staged", "version"]
 
@@ -152,8 +153,10 @@ class Address(os.PathLike[str]):
             return False
 
     def size(self) -> int:
-        """In bytes."""
-        return int(self.info()["size"])
+        """In bytes, of a file or of all files in a folder. Raises `FileNotFoundError`, `FileError`."""
+        fs, inner = self.store()
+        with _told(self._text, "read"):
+            return int(fs.du(inner))
 
     def iterdir(self) -> Iterator[Address]:
         """What lies in a folder. Raises `FileNotFoundError`, `NotADirectoryError`, `FileError`."""
@@ -175,9 +178,12 @@ class Address(os.PathLike[str]):
     def unlink(self, missing_ok: bool = False) -> None:
         """Raises `FileNotFoundError`, `FileError`."""
         fs, inner = self.store()
-        with contextlib.suppress(FileNotFoundError) if missing_ok else contextlib.nullcontext():
+        try:
             with _told(self._text, "delete"):
                 fs.rm_file(inner)
+        except FileNotFoundError:
+            if not missing_ok:
+                raise
 
     def remove_tree(self) -> None:
         """Raises `FileNotFoundError`, `FileError`."""
@@ -221,7 +227,7 @@ def _store(text: str) -> tuple[Any, str]:
         way = f"pip install 'jaxadapt[{extra}]'" if extra else "install it"
         raise FileError(f"{text}: {scheme}:// needs a package that is not installed ({error}); {way}") from error
     except ValueError as error:
-        raise FileError(f"{text}: {error}; expected a path, or an address that fsspec knows, as s3:// or gs://") from error
+        raise FileError(f"{text}: {error}; expected a path, or an address that fsspec knows, as s3://") from error
     except Exception as error:
         raise _failure(text, "open", error) from error
 
@@ -248,11 +254,10 @@ def _told(text: str, action: str) -> Generator[None]:
 # Names, since the packages they come from are not to be imported: of the error's class or one above it.
 _REASONS: Sequence[tuple[frozenset[str], str, str]] = (
     (
-        frozenset({"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "DefaultCredentialsError",
-                   "ProfileNotFound", "TokenRetrievalError"}),
+        frozenset({"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound",
+                   "TokenRetrievalError", "DefaultCredentialsError"}),
         "there are no credentials for it",
-        "set them as for the store's own tools (AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or ~/.aws;"
-        " GOOGLE_APPLICATION_CREDENTIALS or `gcloud auth application-default login`)",
+        "give them as the store's own tools take them (AWS_ACCESS_KEY_ID …, ~/.aws; GOOGLE_APPLICATION_CREDENTIALS)",
     ),
     (
         frozenset({"PermissionError", "RefreshError"}),
@@ -332,20 +337,21 @@ class Object:
             view, offset = view[len(piece) :], offset + len(piece)
 
     def _block(self, number: int) -> bytes:
+        from concurrent.futures import Future
+
         with self._lock:
-            known = self._blocks.get(number)
-            if known is None:
-                mine = self._blocks[number] = Future[bytes]()
+            block = self._blocks.get(number)
+            mine = block is None
+            if block is None:
+                block = self._blocks[number] = Future[bytes]()
                 while len(self._blocks) > _KEPT:
                     self._blocks.pop(next(iter(self._blocks)))
-        if known is not None:
-            return known.result()
-        try:
-            mine.set_result(self._get(number * _BLOCK, min((number + 1) * _BLOCK, self.size)))
-        except BaseException as error:
-            mine.set_exception(error)
-            raise
-        return mine.result()
+        if mine:
+            try:
+                block.set_result(self._get(number * _BLOCK, min((number + 1) * _BLOCK, self.size)))
+            except BaseException as error:
+                block.set_exception(error)
+        return block.result()
 
     def _get(self, start: int, stop: int) -> bytes:
         fs, inner = self._address.store()
@@ -383,12 +389,16 @@ def version(place: Place) -> object:
 
 
 def size(place: Place) -> int:
-    """In bytes. Raises `OSError`, `FileError`."""
-    return place.size() if isinstance(place, Address) else place.stat().st_size
+    """In bytes, of a file or of all files in a folder. Raises `OSError`, `FileError`."""
+    if isinstance(place, Address):
+        return place.size()
+    return sum(p.stat().st_size for p in (place.rglob("*") if place.is_dir() else [place]) if p.is_file())
 
 
 def fetched(address: Address) -> tuple[io.FileIO, int]:
     """All of an object in a temporary file that is open, and its size in bytes. Raises `FileError`."""
+    import tempfile
+
     held = Object(address)
     with tempfile.NamedTemporaryFile(prefix="jaxadapt-") as copy:
         fs, inner = address.store()
@@ -403,6 +413,8 @@ def fetched(address: Address) -> tuple[io.FileIO, int]:
 @contextlib.contextmanager
 def staged(address: Address) -> Generator[tuple[int, Path]]:
     """A temporary file's descriptor and path; on leaving the block without an exception it is put to the address."""
+    import tempfile
+
     try:
         file = tempfile.NamedTemporaryFile(prefix="jaxadapt-")  # noqa: SIM115 (closed below)
     except OSError as error:
