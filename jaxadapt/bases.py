@@ -11,7 +11,6 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -33,7 +32,8 @@ from jaxadapt import (
     transfer,
 )
 from jaxadapt.adapter import Adapter, is_array
-from jaxadapt.codecs import safetensors, shards
+from jaxadapt.codecs import places, safetensors, shards
+from jaxadapt.codecs.places import Place
 from jaxadapt.errors import AttachError, KeyMapError, MismatchError
 from jaxadapt.generic import GENERIC
 from jaxadapt.keymap import KeyMap
@@ -82,7 +82,7 @@ def export_base(
     changed = {} if adapter is None else merging.merged(leaves, adapter)
     exchange.warn_unproved(table, 3)
     kind = None if dtype is None else np.dtype(dtype)
-    target = Path(path)
+    target = places.at(path)
     _check_ties(target, table, made, leaves, changed)
     specs: dict[str, tuple[str, tuple[int, ...]]] = {}
     grouped = attention.groups(made.keys)
@@ -167,7 +167,7 @@ def _reader(
 
 
 def _check_ties(
-    target: Path,
+    target: Place,
     table: KeyMap,
     made: plan.Plan,
     leaves: Mapping[str, Any],
@@ -175,7 +175,7 @@ def _check_ties(
 ) -> None:
     """Refuse a head of its own in a folder whose config.json ties it to the embedding: transformers would drop it."""
     try:
-        config: Any = json.loads((target / "config.json").read_text(encoding="utf-8"))
+        config: Any = json.loads((target / "config.json").read_bytes())
     except (OSError, ValueError):
         return  # none, or none that says anything
     if not isinstance(config, dict) or config.get("tie_word_embeddings") is not True:  # pyright: ignore[reportUnknownMemberType]
@@ -214,7 +214,7 @@ def import_base(
     """
     leaves = _leaves(target)
     shapes = _shapes(leaves)
-    with shards.opened(Path(path)) as tensors:
+    with shards.opened(places.at(path)) as tensors:
         table = _table(keymap, leaves).spelt_as(tensors, shapes)
         known = shapes if strict else {p: s for p, s in shapes.items() if table.site(p) is not None}
         made = plan.base_plan(table, known)

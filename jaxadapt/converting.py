@@ -10,14 +10,14 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxadapt import dialects, families, folder, foreign, guests, laying, paths, targets
 from jaxadapt.adapter import PeftTensors
-from jaxadapt.codecs import safetensors
+from jaxadapt.codecs import places, safetensors
+from jaxadapt.codecs.places import Place
 from jaxadapt.configs import Config, LoraConfig
 from jaxadapt.dialect import Dialect, is_like
 from jaxadapt.errors import ConfigError, FileError, KeyMapError
@@ -67,14 +67,14 @@ def convert(
 
     Raises `AdapterError`, and then nothing is written.
     """
-    trees = [Path(path).suffix == ".safetensors" for path in (source, target)]
+    trees = [places.at(path).suffix == ".safetensors" for path in (source, target)]
     if not any(trees) and (like is not None or sizes):
         raise ConfigError("like and sizes are for trees (a file ending in .safetensors)")
-    tensors = _read(Path(source), from_keymap, lora_alpha, None if trees[1] else like, sizes or {})
+    tensors = _read(places.at(source), from_keymap, lora_alpha, None if trees[1] else like, sizes or {})
     if not trees[1]:
         if dialect is not None or on_shared is not None:
             raise ConfigError("dialect and on_shared are for trees that are written (a target ending in .safetensors)")
-        if from_keymap is not None and to_keymap is not None and Path(source).suffix != ".safetensors":
+        if from_keymap is not None and to_keymap is not None and places.at(source).suffix != ".safetensors":
             tensors = _respelt(tensors, families.resolve(from_keymap, {}), families.resolve(to_keymap, {}))
         elif to_keymap is not None:
             raise ConfigError("to_keymap is for trees, or with from_keymap for another spelling of the same family")
@@ -83,11 +83,12 @@ def convert(
         return Converted(str(target), len(tensors.tensors), None, config.r, config.lora_alpha)
     if to_keymap is None:
         raise ConfigError('a tree needs its family: to_keymap="tunix:qwen3", say')
-    return _write_tree(tensors, Path(target), families.resolve(to_keymap, {}), dialect, like, sizes or {}, on_shared)
+    table = families.resolve(to_keymap, {})
+    return _write_tree(tensors, places.at(target), table, dialect, like, sizes or {}, on_shared)
 
 
 def _read(
-    path: Path, keymap: KeyMap | str | None, lora_alpha: float | None, like: Any, sizes: Mapping[str, int]
+    path: Place, keymap: KeyMap | str | None, lora_alpha: float | None, like: Any, sizes: Mapping[str, int]
 ) -> PeftTensors:
     if path.suffix != ".safetensors":
         if lora_alpha is not None:
@@ -107,7 +108,7 @@ def _read(
     return PeftTensors(config, tensors, str(path))
 
 
-def _note(path: Path) -> dict[str, Any]:
+def _note(path: Place) -> dict[str, Any]:
     text = safetensors.read_header(path).metadata.get(NOTE, "{}")
     try:
         found = json.loads(text)
@@ -146,7 +147,7 @@ def _respelt(tensors: PeftTensors, source: KeyMap, target: KeyMap) -> PeftTensor
 
 def _write_tree(
     tensors: PeftTensors,
-    path: Path,
+    path: Place,
     keymap: KeyMap,
     name: str | None,
     like: Any,

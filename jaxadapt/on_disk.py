@@ -5,17 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import numpy as np
 
 from jaxadapt import bases, combining, exchange, folder, merging, paths, pytorch, reducing
 from jaxadapt.adapter import Adapter, PeftTensors
-from jaxadapt.codecs import safetensors, shards
+from jaxadapt.codecs import atomic, places, safetensors, shards
+from jaxadapt.codecs.places import Place
 from jaxadapt.errors import FileError
 from jaxadapt.progress import LOGGER, Progress, reporting
 
@@ -43,8 +43,8 @@ def merge(
     One tensor is held at a time. Returns how many weights the adapter changed. Raises `AdapterError`, and then nothing
     is written, unless everything fits.
     """
-    source, target = Path(base), Path(out)
-    if target.exists() and source.exists() and target.samefile(source):
+    source, target = places.at(base), places.at(out)
+    if source == target or (_local(source) and _local(target) and target.samefile(source)):
         raise FileError(f"{target}: is the base model itself; choose another folder")
     tensors = folder.read(adapter)
     with shards.opened(source) as held, reporting(progress) as report:
@@ -125,9 +125,14 @@ def _adapter(tensors: PeftTensors, specs: dict[str, Any], table: Any) -> Adapter
     return exchange.from_peft(tensors, paths.unflatten(specs), keymap=table)
 
 
-def _copy_beside(source: Path, target: Path) -> None:
+def _local(place: Place) -> TypeGuard[Path]:
+    """Whether it is on this machine, and there."""
+    return isinstance(place, Path) and place.exists()
+
+
+def _copy_beside(source: Place, target: Place) -> None:
     if not source.is_dir():
         return
-    for path in sorted(source.iterdir()):
+    for path in sorted(source.iterdir(), key=str):
         if path.is_file() and path.suffix in _BESIDE and not path.name.endswith(".index.json"):
-            shutil.copyfile(path, target / path.name)
+            atomic.write_bytes(target / path.name, path.read_bytes())

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 from jaxadapt import card, folder, hub, store
 from jaxadapt.adapter import PeftTensors
+from jaxadapt.codecs import places
+from jaxadapt.codecs.places import Place
 from jaxadapt.errors import AdapterError, AttachError, FileError
 from jaxadapt.progress import LOGGER, Progress, reporting
 
@@ -78,7 +80,7 @@ def push(
             raise AttachError(f"{given}: for models; {os.fspath(source)} is a folder, which goes as it is")
         if hub.is_address(source):
             raise FileError(f"{source}: is on the Hub already; pull it, and push the folder")
-        return _push(Path(source), place, page, commit, progress)
+        return _push(places.at(source), place, page, commit, progress)
     if name != "default" and not place.subfolder:
         place = place._replace(subfolder=name)
     with tempfile.TemporaryDirectory(prefix="jaxadapt-push-") as made:
@@ -100,11 +102,13 @@ class _Page(NamedTuple):
     picture: bool | None
 
 
-def _push(source: Path, place: hub.Address, page: _Page, commit: dict[str, Any], progress: Progress) -> Pushed:
+def _push(source: Place, place: hub.Address, page: _Page, commit: dict[str, Any], progress: Progress) -> Pushed:
     info = folder.inspect(source)  # what cannot be read is not uploaded
     weights = next(name for name in hub.WEIGHTS if (source / name).exists())
     stale = [name for name in hub.WEIGHTS if name != weights]
-    files: dict[str, Path | bytes] = {name: source / name for name in (hub.CONFIG, weights)}
+    files: dict[str, Path | bytes] = {}
+    for path in (source / hub.CONFIG, source / weights):
+        files[path.name] = path if isinstance(path, Path) else path.read_bytes()
     drawn = _picture(source, info, page.picture)
     if drawn is not None:
         files[PICTURE] = drawn
@@ -119,7 +123,7 @@ def _push(source: Path, place: hub.Address, page: _Page, commit: dict[str, Any],
     return Pushed(str(place._replace(revision=made.reference or made.oid)), made.url)
 
 
-def _card(source: Path, new: str, place: hub.Address, token: hub.Token) -> str:
+def _card(source: Place, new: str, place: hub.Address, token: hub.Token) -> str:
     """A person's card in the folder goes as it is; else the Hub's stays, if a person wrote it."""
     path = source / hub.CARD
     if path.is_file():
@@ -132,7 +136,7 @@ def _card(source: Path, new: str, place: hub.Address, token: hub.Token) -> str:
     return card.merged(theirs, new)
 
 
-def _picture(source: Path, info: folder.Info, wanted: bool | None) -> bytes | None:
+def _picture(source: Place, info: folder.Info, wanted: bool | None) -> bytes | None:
     if wanted is False or (wanted is None and importlib.util.find_spec("matplotlib") is None):
         return None
     from jaxadapt import norms, picture

@@ -157,6 +157,29 @@ def test_large_files_go_and_come_in_parts(place: str, monkeypatch: pytest.Monkey
     places.at(f"{place}/big").unlink()
 
 
+def test_whole_models_and_the_command_line(place: str, tmp_path: Path):
+    """What takes a folder takes an address: base models, merging, another layout."""
+    lines = [jaxadapt.Weight(f"{m}.kernel", f"{m}.weight", "i o -> o i") for m in ("q_proj", "up_proj")]
+    table = jaxadapt.KeyMap("mine", tuple(lines))
+    params = {name: {"kernel": leaves["kernel"]} for name, leaves in small.base()["params"].items()}
+    for folder in (f"{place}/base", tmp_path / "base"):
+        jaxadapt.export_base(params, folder, keymap=table, max_shard_size=100)
+    places.at(f"{place}/base/config.json").put(str(_written(tmp_path / "base" / "config.json", b"{}")))
+    assert stores.files(f"{place}/base") == small.files(tmp_path / "base")
+    assert "model-00002-of-00002.safetensors" in stores.files(f"{place}/base")
+    assert same(jaxadapt.import_base(f"{place}/base", params, keymap=table), params)
+
+    jaxadapt.save(small.adapter(), f"{place}/adapter")
+    jaxadapt.save(small.adapter(), tmp_path / "adapter")
+    for folder in (place, str(tmp_path)):
+        args = ["merge", f"{folder}/base", f"{folder}/adapter", "--out", f"{folder}/merged"]
+        result = CliRunner().invoke(cli.main, args)
+        assert result.exit_code == 0, result.output
+    assert stores.files(f"{place}/merged") == small.files(tmp_path / "merged")
+    again = CliRunner().invoke(cli.main, ["merge", f"{place}/base", f"{place}/adapter", "--out", f"{place}/base/"])
+    assert "is the base model itself" in again.output
+
+
 # ---------------------------------------------------------------- reading no more than is needed
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import click
 
 from jaxadapt.cli import shown
+from jaxadapt.codecs import places
+from jaxadapt.codecs.places import Place
 from jaxadapt.errors import FileError
 
 
@@ -29,28 +31,27 @@ def command(repo: str, revision: str | None, subfolder: str | None, out: str | N
     """
     from jaxadapt.hub import pull
 
-    folder = pull(repo, revision=revision, subfolder=subfolder, progress=True)
+    folder: Place = pull(repo, revision=revision, subfolder=subfolder, progress=True)
     if out is not None:
-        folder = _copied(folder, Path(out))
+        folder = _copied(folder, out)
     if as_json:
         shown.print_json({"folder": str(folder)})
     else:
         click.echo(folder)
 
 
-def _copied(folder: Path, out: Path) -> Path:
-    from jaxadapt.codecs import atomic, files
+def _copied(source: Path, target: str) -> Place:
+    from jaxadapt import folder
+    from jaxadapt.codecs import atomic
     from jaxadapt.hub import CARD, CONFIG, WEIGHTS
 
-    weights = next(name for name in WEIGHTS if (folder / name).exists())
+    out = places.at(target)
+    weights = next(name for name in WEIGHTS if (source / name).exists())
     other = [name for name in WEIGHTS if name != weights and (out / name).exists()]
     if other:
         raise FileError(f"{out}: holds {other[0]}, which readers could take for what is pulled; choose another folder")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise files.file_error("make the folder", str(out), error) from error
+    folder.make(out)
     for name in (CONFIG, weights, CARD):
-        if (folder / name).exists():
-            atomic.write_bytes(out / name, (folder / name).read_bytes())
+        if (source / name).exists():
+            atomic.write_bytes(out / name, (source / name).read_bytes())
     return out

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from jaxadapt.codecs import atomic, files, safetensors, torch_bin
 from jaxadapt.codecs.header import problems_text
+from jaxadapt.codecs.places import Place
 from jaxadapt.errors import FileError, FormatError
 
 if TYPE_CHECKING:
@@ -95,10 +96,10 @@ def _of(source: str, parts: Iterable[Mapping[str, np.ndarray]]) -> Shards:
     return Shards(source, {key: (part, key) for part in parts for key in part})
 
 
-def _index(path: Path) -> dict[str, str]:
+def _index(path: Place) -> dict[str, str]:
     """`{key: file name}` of an index."""
     try:
-        data: Any = json.loads(path.read_text(encoding="utf-8"))
+        data: Any = json.loads(path.read_bytes())
     except OSError as error:
         raise files.file_error("read", str(path), error) from error
     except (ValueError, RecursionError) as error:
@@ -114,7 +115,7 @@ def _index(path: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def opened(path: Path) -> Generator[Shards]:
+def opened(path: Place) -> Generator[Shards]:
     """The weights of a model's folder, or of one file, open for reading.
 
     Looked for in transformers' order: model.safetensors, its index, pytorch_model.bin, its index.
@@ -125,7 +126,7 @@ def opened(path: Path) -> Generator[Shards]:
     """
     with contextlib.ExitStack() as stack:
 
-        def part(file: Path) -> Mapping[str, np.ndarray]:
+        def part(file: Place) -> Mapping[str, np.ndarray]:
             if file.suffix == ".bin":
                 return torch_bin.read(file)
             return stack.enter_context(safetensors.open_tensors(file))
@@ -167,7 +168,7 @@ def _portions(specs: Specs, limit: int) -> list[list[str]]:
     return out
 
 
-def _names(folder: Path, count: int) -> list[str]:
+def _names(folder: Place, count: int) -> list[str]:
     """File names for a set of `count`: none that is taken, since the old set must stay whole until the new one is."""
     if count == 1:
         return [WHOLE]
@@ -179,7 +180,7 @@ def _names(folder: Path, count: int) -> list[str]:
     raise AssertionError
 
 
-def write(folder: Path, specs: Specs, get: Callable[[str], np.ndarray], limit: int) -> None:
+def write(folder: Place, specs: Specs, get: Callable[[str], np.ndarray], limit: int) -> None:
     """Write a model's weights, durably and atomically, holding one tensor at a time.
 
     Args:
@@ -210,7 +211,7 @@ def write(folder: Path, specs: Specs, get: Callable[[str], np.ndarray], limit: i
         (folder / name).unlink(missing_ok=True)
 
 
-def _set(folder: Path) -> set[str]:
+def _set(folder: Place) -> set[str]:
     """The files of the set of weights a folder holds, which the new set will replace."""
     found = {name for name in (WHOLE, INDEX) if (folder / name).is_file()}
     return found | set(_index(folder / INDEX).values()) if INDEX in found else found
