@@ -151,7 +151,9 @@ def replacing(path: str | os.PathLike[str]) -> Generator[Writer]:
         with places.staged(place) as (fd, temporary):
             yield Writer(fd, f"{place} (by way of {temporary.parent})", temporary)
         return
-    target = os.fspath(place)
+    target = os.fspath(path)  # a Path would lose the slash at its end
+    if "://" in target:
+        target = str(place)
     directory, name = os.path.split(target)
     directory = directory or "."
     if not name or name in (".", "..") or Path(target).is_dir():

@@ -63,6 +63,8 @@ def found(path: str | os.PathLike[str]) -> bool:
     place = places.at(path)
     if isinstance(place, Path):
         return any((place / marker).exists() for marker in _MARKERS)
+    if place.scheme == "hf":  # the Hub's adapters are looked at in its cache
+        return False
     try:
         names = {inside.name for inside in place.iterdir()}
     except (FileNotFoundError, NotADirectoryError):
