@@ -74,12 +74,14 @@ class Use:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Operation:
-    """One use of a weight in a convolution or a lookup, as a function of the weight.
+    """One use of a weight in a convolution, a lookup or a ragged product, as a function of the weight.
 
-    `run(x, w)` computes it with any weight of the same axes, whatever the size of its output axis (and, in a
-    grouped convolution, of the input channels); `out` is where the output axis is in the result.
+    `run(x, w)` computes it with any weight of the same axes, whatever the size of its output axis (in a grouped
+    convolution also of the input channels, in a ragged product of the inputs); `out` is where the output axis is in
+    the result. A ragged product may run over the output axis instead (`transposed`).
     """
 
     run: Callable[[Any, Any], Any]
     out: int
     axes: Axes
+    transposed: bool = False

@@ -13,10 +13,10 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from jaxadapt import copies, drawing, methods, paths, plan, replication, sharding, targets, tying
+from jaxadapt import copies, drawing, methods, parameters, paths, plan, replication, sharding, targets, tying
 from jaxadapt.axes import Axes
 from jaxadapt.configs import Config
-from jaxadapt.errors import AttachError, ConfigError, KeyMapError, MismatchError, TargetError
+from jaxadapt.errors import AttachError, KeyMapError, MismatchError, TargetError
 from jaxadapt.generic import PLAIN
 from jaxadapt.keymap import KeyMap, Site
 from jaxadapt.weight import Tensor
@@ -29,7 +29,8 @@ class Bound:
     """One site under one configuration: its tensors, and what the arithmetic needs besides arrays.
 
     `method` is the configuration's own, or `Copied` where the adapter holds the whole leaf; `modules` are the
-    PyTorch modules it adapts; `static` is the method's own (a scale, a flag).
+    PyTorch modules it adapts, or the parameters that it has by their own names; `static` is the method's own (a scale,
+    a flag).
     """
 
     site: Site
@@ -118,8 +119,9 @@ def resolve(
     Raises `KeyMapError` where "all-linear" meets weights that may be linear and nobody can tell.
     """
     config = tying.resolved(config, keymap, shapes)
+    config = targets.with_defaults(targets.with_heads(config), keymap.name)
     if not targets.is_all_linear(config) and not any(w.fan_in_fan_out for w in keymap.weights):
-        return targets.with_defaults(targets.with_heads(config), keymap.name)
+        return config
     found, unmapped = _inventory(keymap, shapes, unsure)
     linear = _linear(methods.of(config), found)
     if targets.is_all_linear(config):
@@ -127,7 +129,6 @@ def resolve(
         if open_:
             what = '"all-linear" meets weights that may or may not be linear:\n'
             raise KeyMapError(what + paths.listing(open_) + _WAYS)
-    config = targets.with_defaults(targets.with_heads(config), keymap.name)
     config = targets.resolve(config, _names(found, unmapped), linear=linear, output=keymap.output)
     if config.get("fan_in_fan_out") is False and any(
         site.weight.fan_in_fan_out and any(targets.matches(config, m) for m in mods.values())
@@ -159,7 +160,16 @@ def select(
     names = _names(found, unmapped)
     replication.check(config, names)
     chosen = targets.select(config, names, linear=_linear(method, found), output=keymap.output)
-    for line in targets.doubtful(config, names, chosen):
+    own = _parameters(config, method, keymap, shapes)
+    doubts = targets.doubtful(config, names, (*chosen, *(name for b in own for name in b.modules)))
+    if config.get("target_parameters"):
+        sites = (site for leaf in shapes if (site := keymap.site(leaf)) is not None)
+        known = [name for site in sites for name in parameters.names(site, _one_each(site)).values()]
+        missed = targets.unmatched_parameters(config, dict.fromkeys((*known, *(n for b in own for n in b.modules))))
+        if missed and not own and not chosen:
+            raise TargetError("\n".join(missed))
+        doubts += missed
+    for line in doubts:
         warnings.warn(line, stacklevel=3)
     wanted = set(chosen)
 
@@ -187,7 +197,24 @@ def select(
         parts = _targeted(site, mods, wanted)
         chosen = tuple(m for index, m in mods.items() if parts is None or index[-1] in parts)
         bounds.append(_bind(config, method, keymap, dataclasses.replace(site, parts=parts), sizes, chosen))
+    twice = {b.leaf for b in bounds} & {b.leaf for b in own}
+    if twice:
+        raise TargetError("target_modules and target_parameters both name these weights:\n" + paths.listing(twice))
+    bounds += own
     return (*bounds, *_copies(config, keymap, shapes, bounds))
+
+
+def _parameters(config: Config, method: methods.Method, keymap: KeyMap, shapes: Mapping[str, Shape]) -> list[Bound]:
+    """The sites that `target_parameters` names."""
+    found = parameters.select(config, keymap, shapes)
+    depths = parameters.depths(keymap, (site for site, _, _ in found))
+    bounds: list[Bound] = []
+    for site, sizes, names in found:
+        parts = _targeted(site, names, {n for n in names.values() if targets.is_parameter(config, n)})
+        chosen = tuple(n for index, n in names.items() if parts is None or index[-1] in parts)
+        site = dataclasses.replace(site, parts=parts)
+        bounds.append(_bind(config, method.on_parameter(depths[site.leaf]), keymap, site, sizes, chosen))
+    return bounds
 
 
 def _copies(
@@ -254,6 +281,7 @@ def recover(config: Config, keymap: KeyMap, leaves: Mapping[str, Mapping[str, Sh
     method = methods.of(config)
     bounds: list[Bound] = []
     copied: list[tuple[Site, Mapping[str, Shape]]] = []
+    adapting: list[tuple[Site, Mapping[str, Shape]]] = []
     unmapped: list[str] = []
     for leaf, shapes in leaves.items():
         site = keymap.site(leaf)
@@ -262,7 +290,12 @@ def recover(config: Config, keymap: KeyMap, leaves: Mapping[str, Mapping[str, Sh
         elif not copies.TENSORS.isdisjoint(shapes):
             copied.append((site, shapes))
         else:
-            bounds.append(_recovered(config, method, keymap, site, shapes))
+            adapting.append((site, shapes))
+    depths = parameters.depths(keymap, (site for site, _ in adapting if _by_name(config, site)))
+    for site, shapes in adapting:
+        depth = depths.get(site.leaf)
+        of = method if depth is None else method.on_parameter(depth)
+        bounds.append(_recovered(config, of, keymap, site, shapes))
     adapted = {m for b in bounds for m in b.modules}
     for site, shapes in copied:
         # A file's list of tokens is of the table that carries their rows.
@@ -292,7 +325,11 @@ def recover(config: Config, keymap: KeyMap, leaves: Mapping[str, Mapping[str, Sh
 def _one_each(site: Site) -> dict[str, int]:
     """Sizes of the braced axes that name every fused part, and of the layers the first."""
     fused = {axis: len(site.weight.names(axis) or ()) for axis in site.roles["fused"]}
-    return {**dict.fromkeys(site.roles["stack"], 1), **fused}
+    return {**dict.fromkeys(site.braced, 1), **fused}
+
+
+def _by_name(config: Config, site: Site) -> bool:
+    return any(targets.is_parameter(config, name) for name in parameters.names(site, _one_each(site)).values())
 
 
 def _some(site: Site, parts: Collection[int]) -> tuple[int, ...] | None:
@@ -306,69 +343,32 @@ def _recovered(
 ) -> Bound:
     # Which parts are targeted decides the tensors' sizes, and sizes decide the modules: names first.
     sizes = _one_each(site)
-    mods = site.modules(sizes)
+    called, names = _names_of(method), targets.matches if method.depth is None else targets.is_parameter
+    mods = called(site, sizes)
     if site.roles["fused"]:
-        parts = {index[-1] for index, m in mods.items() if targets.matches(config, m)}
+        parts = {index[-1] for index, m in mods.items() if names(config, m)}
         site = dataclasses.replace(site, parts=_some(site, parts))
     modules = tuple(m for index, m in mods.items() if site.parts is None or index[-1] in site.parts)
     sizes = {**sizes, **plan.sizes_from_tensors(site, method.tensors(config, site, modules), shapes)}
-    every = site.modules(sizes)
+    every = called(site, sizes)
     modules = tuple(m for index, m in every.items() if site.parts is None or index[-1] in site.parts)
     return _bind(config, method, keymap, site, sizes, modules)
 
 
-def renamed(config: Config, before: Sequence[Bound], table: KeyMap) -> Config:
-    """The configuration for the same sites under another table's module names.
+def _names_of(method: methods.Method) -> Any:
+    """`f(site, sizes)`: what PyTorch calls the entries of a leaf that this method adapts."""
+    return Site.modules if method.depth is None else parameters.names
 
-    A model adapted under its JAX names and saved under PyTorch's would otherwise give a file whose
-    `target_modules` match nothing there: PEFT loads such a file as a no-op. Raises `ConfigError` where
-    further fields speak of the old names, and `KeyMapError` for a leaf the table has no line for.
-    """
-    new: list[str] = []
-    moved: list[str] = []
-    unmapped: list[str] = []
-    for bound in before:
-        site = table.site(bound.leaf)
-        if site is None:
-            unmapped.append(bound.leaf)
-        elif bound.method.copies:
-            names = [paths.join(*name) for name in site.parameters(_braced_sizes(bound, site)).values()]
-            moved += [name for name in bound.modules if name not in names]
-        else:
-            new += site.modules(_braced_sizes(bound, site)).values()
-    if unmapped:
-        raise KeyMapError(
-            f"the table {table.name!r} has no line for these adapted leaves:\n" + paths.listing(unmapped)
-        )
-    old = [m for b in before if not b.method.copies for m in b.modules]
-    if moved:
-        raise ConfigError(
-            f"under the table {table.name!r} these parameters have other names, and modules_to_save or bias speak of"
-            " the old ones; pass config= that speaks of the new names:\n" + paths.listing(moved)
-        )
-    if set(old) == set(new):
-        return config
-    stale = [
+
+def strays(config: Config, bounds: Sequence[Bound]) -> list[str]:
+    """The modules and parameters of an adapter that its own configuration does not name."""
+    return [
         name
-        for name in ("rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform", "feedforward_modules")
-        if config.get(name)
+        for b in bounds
+        if not b.method.copies
+        for name in b.modules
+        if not (targets.matches if b.method.depth is None else targets.is_parameter)(config, name)
     ]
-    if stale:
-        raise ConfigError(
-            f"under the table {table.name!r} the modules are called {', '.join(sorted(new)[:3])}, …, and"
-            f" {', '.join(stale)} of the configuration speak of {', '.join(sorted(old)[:3])}, …; pass config= that"
-            " speaks of the new names"
-        )
-    if all(targets.matches(config, m) for m in new):
-        return config
-    return config.replace(target_modules=sorted(set(new)))  # in full: a suffix might mean further modules there
-
-
-def _braced_sizes(bound: Bound, site: Site) -> dict[str, int]:
-    """Sizes of the braced axes of another table's line for the same leaf, axis by axis."""
-    known = {name: n for e in bound.entries for name, n in zip(e.form.left, e.form.shape, strict=True)}
-    sizes = {new: known.get(old, 0) for old, new in zip(bound.site.weight.left, site.weight.left, strict=True)}
-    return {axis: len(site.weight.names(axis) or ()) or sizes[axis] for axis in site.braced}
 
 
 BASE = "base"

@@ -155,10 +155,6 @@ class Dialect:
         return None
 
 
-EXPERTS = "{e}"
-"""A numbered axis that a layer's own einsum sees; other numbered axes stack whole layers."""
-
-
 def layouts(pair: Pair, weight: Weight, shares: bool) -> list[tuple[Dims, Dims]]:
     """What the two arrays of a site may look like beside a base weight.
 
@@ -169,9 +165,6 @@ def layouts(pair: Pair, weight: Weight, shares: bool) -> list[tuple[Dims, Dims]]
     """
     roles = {role: set(weight.roles[role]) for role in ("inn", "out", "batch")}
     stack = list(weight.stack)
-    if shares:
-        roles["batch"] |= {n for n in weight.left if n == EXPERTS}
-        stack = [axis for axis in stack if weight.left[axis] != EXPERTS]
     own = [n for i, n in enumerate(weight.left) if i not in stack]
     out: list[tuple[Dims, Dims]] = []
     for texts in pair.layouts:

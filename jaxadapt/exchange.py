@@ -21,8 +21,8 @@ from jaxadapt import (
     foreign,
     paths,
     planning,
+    renaming,
     sharding,
-    targets,
     together,
     transfer,
     tying,
@@ -153,11 +153,11 @@ def _encoded(adapter: Adapter, keymap: KeyMap | str | None, dtype: Any = None) -
     config, table = adapter.config, adapter.keymap
     warn_unproved(table, 5)
     bounds = bind.recover(config, table, shapes_of(adapter))
-    astray = [m for b in bounds if not b.method.copies for m in b.modules if not targets.matches(config, m)]
+    astray = bind.strays(config, bounds)
     if astray:
         raise MismatchError(
-            "these modules carry tensors, but target_modules of the configuration does not name them, so a reader would"
-            " drop them:\n" + paths.listing(astray)
+            "these modules or parameters carry tensors, but target_modules (or target_parameters) of the configuration"
+            " does not name them, so a reader would drop them:\n" + paths.listing(astray)
         )
     leaves = adapter.flat()
     host = not any(isinstance(leaf, Tracer) for leaf in leaves.values())
@@ -175,7 +175,7 @@ def renamed(adapter: Adapter, keymap: KeyMap | str | None) -> Adapter:
         return adapter
     before = bind.recover(adapter.config, adapter.keymap, shapes_of(adapter))
     table = families.resolve(keymap, {})
-    return dataclasses.replace(adapter, config=bind.renamed(adapter.config, before, table), keymap=table)
+    return dataclasses.replace(adapter, config=renaming.renamed(adapter.config, before, table), keymap=table)
 
 
 def from_peft(

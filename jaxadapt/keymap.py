@@ -16,7 +16,7 @@ from typing import Any
 from jaxadapt import paths
 from jaxadapt.axes import Axes
 from jaxadapt.errors import KeyMapError
-from jaxadapt.weight import Weight, fine
+from jaxadapt.weight import EXPERTS, Weight, fine
 
 PEFT_PREFIX = "base_model.model."
 
@@ -43,7 +43,7 @@ class Site:
 
     @property
     def roles(self) -> dict[str, tuple[str, ...]]:
-        """Axis names by role: "stack", "fused", "batch", "inn", "out"."""
+        """Axis names by role: "stack", "fused", "experts", "batch", "inn", "out"."""
         return self.weight.roles
 
     @property
@@ -78,7 +78,8 @@ class Site:
 
     @property
     def braced(self) -> tuple[str, ...]:
-        return self.roles["stack"] + self.roles["fused"]
+        """The axes that PyTorch lacks: stacked layers, then experts, then fused parts."""
+        return self.roles["stack"] + tuple(n for n in self.weight.left if n == EXPERTS) + self.roles["fused"]
 
 
 def entries(

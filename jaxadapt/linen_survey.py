@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from jaxadapt import linen_call as calls
-from jaxadapt import paths, plan, targets, trace
+from jaxadapt import parameters, paths, plan, targets, trace
 from jaxadapt.axes import Axes
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError
@@ -80,10 +80,11 @@ class Survey:
         for leaf, why in ({**self.unknown, **self.refused} if guesses else self.refused).items():
             site = table.site(leaf)
             if site is not None and len(site.weight.left) == len(self.shapes[leaf]):
-                names = site.modules(plan.sizes_of(site, self.shapes[leaf])).values()
+                sizes = plan.sizes_of(site, self.shapes[leaf])
+                names, own = site.modules(sizes).values(), parameters.names(site, sizes).values()
             else:
-                names = [leaf.rpartition(".")[0]]
-            if any(targets.matches(config, name) for name in names):
+                names, own = [leaf.rpartition(".")[0]], [leaf]
+            if any(targets.matches(config, m) for m in names) or any(targets.is_parameter(config, p) for p in own):
                 bad.append(f"{leaf}: {why}")
         if bad:
             raise AttachError("these weights cannot carry the adapter:\n" + paths.listing(bad))

@@ -281,7 +281,8 @@ def key_of(keymap: KeyMap, site: Site, tensor: Tensor, text: Mapping[str, str]) 
         suffix += f"[{line.piece}]" if "out" in tensor.torch[0] else f"[={line.piece}]"
     elif line.kind == "attention":
         suffix = f".base_layer.out_proj{suffix}"
-    return f"{keymap.prefix}{site.module(text)}".rstrip(".") + suffix
+    module = site.parameter(text)[0] if line.kind == "experts" else site.module(text)
+    return f"{keymap.prefix}{module}".rstrip(".") + suffix
 
 
 def entry_shape(site: Site, tensor: Tensor, sizes: Mapping[str, int]) -> tuple[int, ...]:

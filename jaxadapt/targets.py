@@ -57,6 +57,19 @@ def matches(config: Config, name: str) -> bool:
     return _ends_in(name, targets) and _in_layers(config, name)
 
 
+def is_parameter(config: Config, name: str) -> bool:
+    """Whether `target_parameters` names this parameter, in full or by its end after a dot.
+
+    PEFT lets neither `exclude_modules` nor `layers_to_transform` bear on that.
+
+    >>> from jaxadapt.configs import LoraConfig
+    >>> is_parameter(LoraConfig(target_parameters=["experts.gate_up_proj"]), "layers.0.mlp.experts.gate_up_proj")
+    True
+    """
+    entries: tuple[str, ...] = config.get("target_parameters") or ()
+    return bool(entries) and (name in entries or _ends_in(name, entries))
+
+
 def pattern_value(patterns: Mapping[str, _T], name: str, default: _T) -> _T:
     """The value of the first pattern that matches the module `name`; `default` if none does.
 
@@ -109,17 +122,20 @@ _DEFAULTS: Mapping[str, Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] =
     "LORA": {
         "gpt2": (("c_attn",), ()),
         "bert|roberta": (("query", "value"), ()),
-        "llama|mistral|qwen|gemma": (("q_proj", "v_proj"), ()),
+        r"llama(?!4)|mi[sx]tral|qwen(?!\d_moe)|gemma": (("q_proj", "v_proj"), ()),
     },
     "IA3": {
         "gpt2": (("c_attn", "mlp.c_proj"), ("mlp.c_proj",)),
         "bert|roberta": (("key", "value", "output.dense"), ("output.dense",)),
         # "llama" alone is Qwen2's table as well, for which PEFT chooses otherwise: nothing tells which it is.
-        r"llama\d|mistral": (("k_proj", "v_proj", "down_proj"), ("down_proj",)),
-        "qwen|gemma": (("q_proj", "v_proj", "down_proj"), ("down_proj",)),
+        r"llama[123]|mistral": (("k_proj", "v_proj", "down_proj"), ("down_proj",)),
+        r"qwen(?!\d_moe)|gemma": (("q_proj", "v_proj", "down_proj"), ("down_proj",)),
     },
 }
-"""What PEFT chooses for its model types where target_modules is null: targets, and those that scale their inputs."""
+"""What PEFT chooses for its model types where target_modules is null: targets, and those that scale their inputs.
+
+(For GPT-OSS, DeepSeek, Qwen 3 MoE and the language model of Llama 4 it has no choice.)
+"""
 
 
 def with_defaults(config: _C, family: str) -> _C:
@@ -129,7 +145,7 @@ def with_defaults(config: _C, family: str) -> _C:
     >>> with_defaults(LoraConfig(), "llama/scan0").target_modules
     ('q_proj', 'v_proj')
     """
-    if config.get("target_modules") is not None or config.get("target_parameters"):
+    if config.get("target_modules") is not None:
         return config
     for pattern, (names, inputs) in _DEFAULTS.get(config.peft_type, {}).items():
         if re.search(rf"\b({pattern})", family):
@@ -285,6 +301,16 @@ def doubtful(config: Config, names: Sequence[str], chosen: Sequence[str]) -> lis
     for field in ("rank_pattern", "alpha_pattern"):
         lines += _doubtful_patterns(field, config.get(field) or {}, chosen)
     return lines
+
+
+def unmatched_parameters(config: Config, names: Iterable[str]) -> list[str]:
+    """The entries of `target_parameters` that name none of the parameters `names`, in a few words each."""
+    names = list(names)
+    entries: tuple[str, ...] = config.get("target_parameters") or ()
+    lost = [entry for entry in entries if not any(n == entry or n.endswith(f".{entry}") for n in names)]
+    near = {entry: _near((entry,), names) for entry in lost}
+    says = {entry: f"; near misses: {_list(those)}" if those else "" for entry, those in near.items()}
+    return [f"target_parameters: {entry!r} matches no parameter{says[entry]}" for entry in lost]
 
 
 def _doubtful_patterns(field: str, patterns: Mapping[str, Any], chosen: Sequence[str]) -> list[str]:

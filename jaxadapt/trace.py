@@ -3,9 +3,9 @@
 `rewrite` evaluates `f(weights, *args)` and follows each hooked weight through what only moves or casts
 it (a transpose, a reshape, a cast, a nested `jit` or `checkpoint`). Where the weight then meets a
 `dot_general` along its own roles, the hook sees that one contraction: LoRA adds a low-rank product
-beside it, at the price a hand-written layer pays. A convolution or a lookup is left to a hook that follows
-it. Any other consumer (a scan, a cond) is given the hook's effective weight: exact, but dearer. `uses` tells
-beforehand which of them it will be, and `roles` reads from it which axes are inputs and which are outputs.
+beside it, at the price a hand-written layer pays. A convolution, a lookup or a ragged product is left to a hook
+that follows it. Any other consumer (a scan, a cond) is given the hook's effective weight: exact, but dearer. `uses`
+tells beforehand which of them it will be, and `roles` reads from it which axes are inputs and which are outputs.
 
 Knows jax through its public names only, and neither Flax nor any method.
 """
@@ -43,7 +43,7 @@ class Hook(Protocol):
         ...
 
     def follows(self, primitive: str) -> bool:
-        """Whether `output` takes part in this operation ("conv_general_dilated", "gather") of the weight."""
+        """Whether `output` takes part in this operation ("conv_general_dilated", "gather", …) of the weight."""
         ...
 
     def output(self, use: Use | Operation, x: jax.Array, y: jax.Array, w: jax.Array) -> jax.Array:
@@ -414,11 +414,11 @@ def _contract(eqn: core.JaxprEqn, operands: list[Any], side: int, scope: _Scope)
 def _operate(
     eqn: core.JaxprEqn, operands: list[Any], layouts: list[Layout | None], scope: _Scope
 ) -> list[Any] | None:
-    """A convolution or lookup with its hook beside it, or None if the hook does not follow it."""
+    """A convolution, lookup or ragged product with its hook beside it, or None if the hook does not follow it."""
     (name,) = {layout.name for layout in layouts if layout is not None} if sum(map(bool, layouts)) == 1 else ("",)
     if not name or not scope.hooks[name].follows(eqn.primitive.name):
         return None
-    found = operation(eqn, layouts, scope.hooks[name].axes)
+    found = operation(eqn, layouts, scope.hooks[name].axes, operands)
     if found is None:
         return None
     side, use = found

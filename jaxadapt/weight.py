@@ -22,6 +22,9 @@ _TOKEN = re.compile(r"\(([^()]*)\)|(\{?\w+\}?)")
 _HOLE = re.compile(r"\{(\w+)\}")
 _PIECE = re.compile(r"\[(\d+/\d+)\]$")
 
+EXPERTS = "{e}"
+"""A numbered axis that the layer itself sees, and contracts entry by entry; other numbered axes stack whole layers."""
+
 
 @dataclasses.dataclass(frozen=True, init=False)
 class Weight:
@@ -32,9 +35,9 @@ class Weight:
         key: the PyTorch parameter name; its holes are filled from `leaf`, `pattern` and `over`.
         pattern: `"d {l} n h -> (n h) d"`: the JAX axes, then PyTorch's. A name in braces is an axis that
             PyTorch does not have: one tensor an entry, numbered (`{l}`: stacked layers) or named by `over`.
-        kind: "linear" (out, in), "embedding" (vocabulary, dim), "conv" (out, in, window...), "experts" (expert,
-            out, in), "attention" (see `attention`), "vector" or "other"; by default what the number of PyTorch axes
-            says.
+        kind: "linear" (out, in), "embedding" (vocabulary, dim), "conv" (out, in, window...), "attention" (see
+            `attention`), "vector" or "other"; by default what the number of PyTorch axes says. "parameter" (out, in)
+            and "experts" (expert, out, in) are no Linear's weights in PyTorch: target_parameters names them.
         fan_in_fan_out: PyTorch stores (in, out), as GPT-2's Conv1D does; for experts what its `is_transposed` says.
         groups: of a convolution.
         scale: `(axes, power)`: the JAX weight is PyTorch's times their size to that power. `("h", -0.5)` is a
@@ -266,19 +269,22 @@ class Weight:
     @functools.cached_property
     def stack(self) -> tuple[int, ...]:
         """Positions of the stacked (numbered) axes in the leaf."""
-        return tuple(i for i, n in enumerate(self.left) if n.startswith("{") and self.names(n) is None)
+        numbered = (i for i, n in enumerate(self.left) if n.startswith("{") and self.names(n) is None)
+        return tuple(i for i in numbered if self.left[i] != EXPERTS)
 
     @functools.cached_property
     def roles(self) -> dict[str, tuple[str, ...]]:
-        """The leaf's axes by role: "stack", "fused", "batch" (fused parts and experts), "inn", "out".
+        """The leaf's axes by role: "stack", "fused", "experts", "batch" (fused parts and all experts), "inn", "out".
 
         The last two are in PyTorch's flattening order; a convolution's window is part of what it sums over.
+        "experts" are those that PyTorch too holds in one array.
         """
         of = {n: axis for axis in self.left for n in fine(axis)}
         torch = self.torch_roles
         return {
             "stack": tuple(self.left[i] for i in self.stack),
             "fused": tuple(n for n in self.left if n.startswith("{") and self.names(n) is not None),
+            "experts": torch["experts"],
             "batch": torch["batch"],
             "inn": tuple(dict.fromkeys(of[n] for n in torch["inn"])),
             "out": tuple(dict.fromkeys(of[n] for n in torch["out"])),
@@ -289,14 +295,15 @@ class Weight:
         """The same as a file's tensors hold them: split axes by their parts."""
         groups = self.right
         batch = tuple(n for n in self.left if n.startswith("{") and self.names(n) is not None)
-        if self.kind == "experts" and len(groups) == 3:
-            batch, groups = (*batch, *groups[0]), groups[1:]
+        batch += tuple(n for n in self.left if n == EXPERTS)
+        experts = groups[0] if self.kind == "experts" and len(groups) == 3 else ()
+        groups = groups[1:] if experts else groups
         out, inn = (groups[0], groups[1]) if len(groups) == 2 else (groups[0] if groups else (), ())
         if self.kind == "conv":
             inn = tuple(n for group in groups[1:] for n in group)
         if self.fan_in_fan_out or self.kind == "embedding":
             out, inn = inn, out
-        return {"batch": batch, "inn": inn, "out": out}
+        return {"batch": batch + experts, "experts": experts, "inn": inn, "out": out}
 
     @functools.cached_property
     def axes(self) -> Axes:

@@ -20,8 +20,8 @@ FLOORS = [
     ["errors", "progress", "paths", "axes", "configs"],
     "weight arrangement keymap generic dialect plan adapter"
     " trace operations layout liveness layers filters targets drawing codecs consumers card hub".split(),
-    "methods families copies tying replication bind attention embeddings folder orbax_folder transfer".split()
-    + "together vocabulary dialects guests guest_config laying sharding slots pytorch".split(),
+    "methods families copies parameters tying replication bind renaming attention embeddings folder".split()
+    + "orbax_folder transfer together vocabulary dialects guests guest_config laying sharding slots pytorch".split(),
     "linen linen_call linen_survey linen_tree nnx nnx_survey merging products combining norms trees checking".split(),
     "foreign planning attach exchange store bases report picture reducing rescaling optim starting".split(),
     "converting on_disk sharing checkpoint snapshot resuming step_files background preemption serving".split(),
@@ -45,7 +45,10 @@ SAME_FLOOR = {
     ("plan", "weight"): "a tensor's layout follows from its line",
     ("bind", "methods"): "a configuration is bound by its method",
     ("bind", "copies"): "and the leaves it copies are bound too",
+    ("bind", "parameters"): "and those that it has by their own names",
     ("copies", "methods"): "a copy is a method of its own",
+    ("renaming", "bind"): "it knows an adapter's sites",
+    ("renaming", "parameters"): "and by what names they go",
     ("together", "sharding"): "who owns what",
     ("together", "folder"): "it is written as a folder",
     ("embeddings", "bind"): "an adapter's sites tell which embeddings it has",

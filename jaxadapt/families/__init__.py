@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from jaxadapt.errors import KeyMapError
-from jaxadapt.families import gemma, keras, maxtext, tunix
+from jaxadapt.families import gemma, keras, maxtext, moe, tunix
 from jaxadapt.families.bert import BERT, ROBERTA
 from jaxadapt.families.clip import CLIP
 from jaxadapt.families.gpt2 import GPT2
@@ -22,6 +22,7 @@ from jaxadapt.weight import Weight
 
 _TABLES = (
     *(LLAMA, GPT2, GPT_NEO, GPTJ, BERT, ROBERTA, T5, VIT, CLIP, WHISPER),
+    *(moe.MIXTRAL, moe.QWEN3_MOE, moe.GPT_OSS, moe.LLAMA4, moe.DEEPSEEK_V3),
     *(tunix.LLAMA3, tunix.QWEN2, tunix.QWEN3),
     *(gemma.TUNIX_GEMMA, gemma.TUNIX_GEMMA2, gemma.TUNIX_GEMMA3),
     *(gemma.GEMMA2_2B, gemma.GEMMA2, gemma.GEMMA3),
@@ -110,7 +111,7 @@ def of_leaves(leaves: Iterable[str]) -> KeyMap:
         raise KeyMapError(
             f"the adapted leaves fit several tables: {', '.join(map(_called, known))}; say which with keymap="
         )
-    return known[0]
+    return min(known, key=lambda t: len(t.needs))  # of tables that agree, the one that asks for least
 
 
 def _lines(table: KeyMap, leaves: Iterable[str]) -> list[Weight | None]:

@@ -43,6 +43,7 @@ class Method(abc.ABC):
     scaled: frozenset[str] = frozenset()  # the tensors to multiply where the change of the weight shall be multiplied
     copies: bool = False  # (parts of) the leaf, so that it is no adapter of the module
     replaces: bool = False  # the leaf altogether, whatever the model does with it: `weight` alone is asked
+    depth: int | None = None  # of a parameter adapted by its own name: how many of PEFT's wrappers lie around its own
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)
@@ -53,6 +54,10 @@ class Method(abc.ABC):
     @abc.abstractmethod
     def check(self, config: Config) -> None:
         """Raise `ConfigError` if the configuration asks for anything that would not be honoured."""
+
+    def on_parameter(self, depth: int) -> Method:
+        """The method for a parameter that `target_parameters` names; `ConfigError` if it is for modules only."""
+        raise ConfigError(f"target_parameters: {self.peft_type} adapts modules only")
 
     @abc.abstractmethod
     def tensors(self, config: Any, site: Site, modules: Sequence[str]) -> tuple[Tensor, ...]:

@@ -68,6 +68,13 @@ class Lora(Method):
         }
     )
 
+    def __init__(self, depth: int | None = None) -> None:
+        if depth is not None:
+            self.depth = depth
+
+    def on_parameter(self, depth: int) -> Lora:
+        return Lora(depth)
+
     def check(self, config: Config) -> None:
         assert isinstance(config, LoraConfig)
         problems = [
@@ -90,17 +97,21 @@ class Lora(Method):
         )
         own, kind, groups = (("r", r),), site.weight.kind, site.weight.groups
         _check_site(config, site, r)
+        if self.depth is not None:
+            _check_parameter(config, site)
         if kind == "embedding":
             a, b, last = "lora_embedding_A", "lora_embedding_B", ""
         else:
             a, b, last = "lora_A", "lora_B", ".weight"
+        wrapped = ".base_layer" * (self.depth or 0)
         window = ((),) * (len(site.weight.right) - 2) if kind == "conv" else ()
         several = ("g",) if groups > 1 else ()
-        torch_a, torch_b = (("r",), (*several, "inn")), (("out",), ("r",), *window)
+        # Of experts in one array A's rows are in order of the experts, and B's columns in order of the rank.
+        torch_a, torch_b = (("experts", "r"), (*several, "inn")), (("out",), ("r", "experts"), *window)
         own_a, own_b = (*own, *(("g", groups) for _ in several)), (("r", r // groups),)
         found = [
-            Tensor(a, f".{a}{last}", ("batch", *several, "inn", "r"), torch_a, own_a, degree=0),
-            Tensor(b, f".{b}{last}", ("batch", "r", "out"), torch_b, own_b, degree=1),
+            Tensor(a, f"{wrapped}.{a}{last}", ("batch", *several, "inn", "r"), torch_a, own_a, degree=0),
+            Tensor(b, f"{wrapped}.{b}{last}", ("batch", "r", "out"), torch_b, own_b, degree=1),
         ]
         if config.lora_bias:
             found.append(Tensor("lora_B_bias", ".lora_B.bias", ("batch", "out"), (("out",),), degree=1))
@@ -123,6 +134,8 @@ class Lora(Method):
         return static.dropout
 
     def follows(self, static: Static, primitive: str) -> bool:
+        if primitive == "ragged_dot_general":
+            return not (static.dora or static.bias or static.kind in ("conv", "embedding"))
         return {"conv": "conv_general_dilated", "embedding": "gather"}.get(static.kind) == primitive
 
     def apart(self, static: Static) -> bool:
@@ -229,9 +242,22 @@ def _check_site(config: LoraConfig, site: Site, r: int) -> None:
         raise ConfigError(f"{site.leaf}: lora_bias=True is for layers with an output bias, not for embeddings")
 
 
+def _check_parameter(config: LoraConfig, site: Site) -> None:
+    """As PEFT's ParamWrapper: the sum W + s·B·A is all it has, with no place for an input or a bias."""
+    odd = {
+        "lora_dropout": config.lora_dropout, "fan_in_fan_out": config.fan_in_fan_out, "lora_bias": config.lora_bias,
+        "use_dora": config.use_dora, "bias": config.bias if config.bias != "none" else None,
+    }  # fmt: skip
+    found = [f"{name}={value!r}" for name, value in odd.items() if value]
+    if found:
+        raise ConfigError(
+            f"{site.leaf}: a parameter that target_parameters names has no {', '.join(found)}: PEFT adds s·B·A to it,"
+            " and nothing else; leave these fields at their defaults"
+        )
+
+
 _REFUSED: dict[str, str] = {
     "use_qalora": "PEFT has for bases quantised with GPTQ only, and none of them is a JAX model: train without it",
-    "target_parameters": "adapts parameters that are no layer's weight, such as stacked experts; not built yet",
     "alora_invocation_tokens": "adapts only the tokens behind an invocation sequence, and a layer does not see tokens:"
     " null makes it a LoRA for every token, which is another function",
     "use_bdlora": "makes A or B block-diagonal, and PEFT does it only to spread a LoRA over devices: train without it,"

@@ -20,6 +20,10 @@ def delta(use: Use | Operation, scale: float, groups: int, a: Array, b: Array, x
     """s·B·A·x, in the dtype that follows from x and the factors; laid out over devices as `y` is."""
     if isinstance(use, Use):
         return _product_of(use, scale, a, b, x, y)
+    if use.axes.batch:
+        pair = _inside(use.axes, a, use.axes.out), _inside(use.axes, b, use.axes.inn)
+        first, last = pair[::-1] if use.transposed else pair
+        return use.run(use.run(x.astype(first.dtype), first) * scale, last)
     h = use.run(x.astype(a.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, _as_weight(use.axes, groups, a))
     h = jnp.moveaxis(h * scale, use.out, -1)
     if groups > 1:
@@ -51,6 +55,12 @@ def _as_weight(axes: Axes, groups: int, a: Array) -> Array:
     if groups > 1:
         a = a.reshape(groups * a.shape[1], *a.shape[2:])
     return a.transpose([len(axes.inn) if i in axes.out else axes.inn.index(i) for i in range(axes.rank)])
+
+
+def _inside(axes: Axes, factor: Array, rank: tuple[int, ...]) -> Array:
+    """A or B of experts with its axes where the weight has them, and r in place of the other side's."""
+    own = axes.batch + (axes.inn + rank if rank == axes.out else rank + axes.out)
+    return factor.transpose([own.index(i) for i in range(axes.rank)])
 
 
 def product(axes: Axes, a: Array, b: Array) -> Array:

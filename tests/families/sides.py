@@ -23,6 +23,7 @@ from flax import nnx
 import jaxadapt
 from jaxadapt import paths
 from tests.families.specimens import HEADS, IDS, INPUTS, KV, LAYERS, D, F, Specimen, V
+from tests.twins import moe as twins
 from tests.twins import trees
 
 Leaves = Mapping[str, np.ndarray]
@@ -32,6 +33,7 @@ LIBRARY = {
     "maxtext": "maxtext",
     "flax": "transformers",
     "keras": "keras_hub",
+    "moe": "flax",
 }
 PACKAGES = {"tunix": "google-tunix", "keras_hub": "keras-hub"}
 
@@ -161,6 +163,14 @@ def _alternate(made: Any, model: Any) -> None:
         full = i == 1
         layer.attn.attn_type = model.AttentionType.GLOBAL if full else model.AttentionType.LOCAL_SLIDING
         layer.attn.rope_base_frequency = 1_000_000 if full else 10_000
+
+
+# ---- twins of our own, where no library has the model under Hugging Face's names -----------------------------
+
+
+def moe(specimen: Specimen) -> Side:
+    run = nnx.jit(lambda model: model(jnp.asarray(IDS)))
+    return _of_nnx(lambda: twins.CausalLM(specimen.options, nnx.Rngs(0)), run)
 
 
 # ---- gemma -------------------------------------------------------------------------------------------------
@@ -305,6 +315,7 @@ BUILDERS: dict[str, Callable[[Specimen], Side]] = {
     "tunix": tunix,
     "tunix_gemma": tunix_gemma,
     "tunix_gemma3": tunix_gemma3,
+    "moe": moe,
     "gemma": gemma,
     "maxtext": maxtext,
     "flax": flax,

@@ -49,6 +49,7 @@ class Specimen:
     rivals: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ("input_ids",)
+    parameters: tuple[str, ...] = ()
 
     @property
     def keymap(self) -> str | None:
@@ -60,7 +61,8 @@ class Specimen:
     @property
     def lora(self) -> dict[str, Any]:
         """Fields of the adapter's configuration, PEFT's and ours alike."""
-        return {"r": 3, "lora_alpha": 5, "target_modules": list(self.targets)}
+        named = {"target_parameters": list(self.parameters)} if self.parameters else {}
+        return {"r": 3, "lora_alpha": 5, "target_modules": list(self.targets), **named}
 
 
 def values(key: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -232,6 +234,40 @@ def _flax(
 _T5 = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 _T5_1 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 _WHISPER = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+
+_EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+_MOE: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 8, "mlp_only_layers": [1], "norm_topk_prob": True},
+    "gpt_oss": {"num_local_experts": 4, "layer_types": ["full_attention"] * LAYERS},
+    "llama4": {
+        "num_local_experts": 4, "num_experts_per_tok": 1, "moe_layers": [0, 2], "intermediate_size_mlp": 20,
+    },
+    "deepseek_v3": {
+        "n_routed_experts": 4, "moe_intermediate_size": 8, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
+        "n_shared_experts": 1, "q_lora_rank": 8, "kv_lora_rank": 12, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6,
+        "v_head_dim": 5, "head_dim": 4, "num_key_value_heads": HEADS, "routed_scaling_factor": 2.5,
+    },
+}  # fmt: skip
+_DENSE_LAYERS = {"qwen3_moe": (1,), "llama4": (1,), "deepseek_v3": (0,)}
+
+
+def _moe(kind: str, torch: str) -> Specimen:
+    config = {
+        **DECODER, **rope(), "head_dim": 6, "num_experts_per_tok": 2, "tie_word_embeddings": False,
+        "experts_implementation": "eager", **_MOE[kind],
+    }  # fmt: skip
+    options = {
+        **config, "kind": kind, "experts": 4, "expert_size": config.get("moe_intermediate_size", F), "theta": 10000.0,
+        "dense": _DENSE_LAYERS.get(kind, ()), "dense_size": config.get("intermediate_size_mlp", F),
+    }  # fmt: skip
+    # (DeepSeek's router breaks in PEFT: its wrapper hides the correction bias.)
+    routers = {"gpt_oss": ("router.weight",), "llama4": ("router.weight",), "deepseek_v3": ()}
+    named = (*_EXPERTS, *routers.get(kind, ("gate.weight",)))
+    targets = ("q_b_proj", "kv_a_proj_with_mqa", "o_proj") if kind == "deepseek_v3" else PROJ[:4]
+    return Specimen(kind, kind, torch, config, "moe", options, targets, parameters=named)
+
+
 SPECIMENS = (
     _flax("llama", "llama", "LlamaForCausalLM", PROJ, tie_word_embeddings=False),
     # Without a sliding window FlaxMistral (transformers 4.57) lets every token see itself alone.
@@ -263,6 +299,11 @@ SPECIMENS = (
     _gemma(2, "gemma:gemma2", "gemma", KV),
     _gemma(3, "gemma:gemma3", "gemma", KV),
     _gemma(3, "gemma:gemma3", "gemma", HEADS),
+    _moe("mixtral", "MixtralForCausalLM"),
+    _moe("qwen3_moe", "Qwen3MoeForCausalLM"),
+    _moe("gpt_oss", "GptOssForCausalLM"),
+    _moe("llama4", "Llama4ForCausalLM"),
+    _moe("deepseek_v3", "DeepseekV3ForCausalLM"),
     *(_maxtext("llama3.1", "LlamaForCausalLM", scan) for scan in (None, 0, 1)),
     _maxtext("llama3.1", "LlamaForCausalLM", None, head_dim=16),
     *(_maxtext("llama3", "LlamaForCausalLM", scan) for scan in (None, 1)),

@@ -28,8 +28,9 @@ def base(name: str) -> Any:
     if specimen.name == "flax-t5-v1.1":  # transformers 5 ties the head until it reads a file that holds another
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            parameter.copy_(torch.from_numpy(values(key, tuple(parameter.shape))))
+        for key, x in model.state_dict().items():
+            if x.is_floating_point():
+                x.copy_(torch.from_numpy(values(key, tuple(x.shape))))
     return model
 
 

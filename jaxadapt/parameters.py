@@ -1,0 +1,76 @@
+"""Which parameters a configuration adapts by their own names: PEFT's `target_parameters`.
+
+PEFT wraps the module that holds such a parameter. Where a module holds several, the wrappers nest, the first of the
+module's own order innermost: with two of them `experts.base_layer.lora_A.weight` is the first one's and
+`experts.lora_A.weight` the second's. A table's lines are in that order. Nothing here looks at a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from jaxadapt import paths, plan, targets
+from jaxadapt.configs import Config
+from jaxadapt.errors import KeyMapError, TargetError
+from jaxadapt.keymap import KeyMap, Site
+
+Shape = tuple[int, ...]
+Index = tuple[int, ...]
+KINDS = ("linear", "parameter", "experts")
+
+
+def names(site: Site, sizes: Mapping[str, int]) -> dict[Index, str]:
+    """The PyTorch parameters of a leaf in full, by index over its braced axes."""
+    return {index: paths.join(*name) for index, name in site.parameters(sizes).items()}
+
+
+def select(
+    config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]
+) -> list[tuple[Site, dict[str, int], dict[Index, str]]]:
+    """`(site, sizes, all its parameters' names)` of every leaf of which the configuration names some.
+
+    Raises `KeyMapError` for a named leaf that the table has no line for, `TargetError` for one that PEFT itself
+    cannot adapt by its name, or whose PyTorch layout makes something else of it there.
+    """
+    if not config.get("target_parameters"):
+        return []
+    found: list[tuple[Site, dict[str, int], dict[Index, str]]] = []
+    lost: list[str] = []
+    refused: list[str] = []
+    for leaf, shape in shapes.items():
+        site = keymap.site(leaf)
+        if site is None or len(site.weight.left) != len(shape):
+            lost += [f"{leaf} {shape}"] if targets.is_parameter(config, leaf) else []
+            continue
+        sizes = plan.sizes_of(site, shape)
+        mine = names(site, sizes)
+        if not any(targets.is_parameter(config, name) for name in mine.values()):
+            continue
+        kind = site.weight.kind
+        if kind not in KINDS:
+            refused.append(f"{leaf} {shape}: kind {kind!r}")
+        elif kind == "linear" and site.weight.fan_in_fan_out:
+            refused.append(f"{leaf} {shape}: PyTorch stores it (in, out), which PEFT would take for (out, in)")
+        found.append((site, sizes, mine))
+    if lost:
+        raise KeyMapError(
+            f"target_parameters names weights that the table {keymap.name!r} has no line for; name the family with"
+            " keymap=, or give a KeyMap with a line for each, such as Weight(leaf, key, 'e i o -> e o i',"
+            " kind='experts'):\n" + paths.listing(lost)
+        )
+    if refused:
+        raise TargetError(
+            "target_parameters names what can only be adapted as a module (target_modules), or not at all:\n"
+            + paths.listing(refused)
+        )
+    return found
+
+
+def depths(keymap: KeyMap, sites: Iterable[Site]) -> dict[str, int]:
+    """`{leaf: how many wrappers lie around its own}` of all leaves that one adapter has by their names."""
+    order = {weight.leaf: i for i, weight in enumerate(keymap.weights)}
+    held: dict[str, list[tuple[int, str]]] = {}
+    for site in sites:
+        owner = site.parameter({axis.strip("{}"): axis for axis in site.braced})[0]
+        held.setdefault(owner, []).append((order[site.weight.leaf], site.leaf))
+    return {leaf: len(those) - 1 - i for those in held.values() for i, (_, leaf) in enumerate(sorted(those))}

@@ -1,0 +1,268 @@
+"""`target_parameters` as PEFT has it, on tiny mixtures of experts: files, configurations, merged weights, layers.
+
+The logits of whole models are in `tests/families/test_proof.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+pytest.importorskip("torch")
+pytest.importorskip("peft")
+
+from peft.utils.save_and_load import get_peft_model_state_dict
+
+import jaxadapt
+from jaxadapt import families, paths, plan
+from tests import peft_harness as harness
+from tests.families import core, sides, torch_side
+from tests.families.specimens import BY_NAME
+
+pytestmark = pytest.mark.peft
+
+KINDS = ("mixtral", "qwen3_moe", "gpt_oss", "llama4", "deepseek_v3")
+BOTH = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+def fields(*parameters: str, **more: Any) -> dict[str, Any]:
+    return {"r": 2, "lora_alpha": 3, "target_modules": [], "target_parameters": list(parameters), **more}
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "both": fields(*BOTH, target_modules=["o_proj"], use_rslora=True),
+    "first": fields("gate_up_proj"),
+    "second": fields("mlp.experts.down_proj", "feed_forward.experts.down_proj"),
+    # A pattern is held against the parameter's own name; what is doubled here is what transformers doubles.
+    "patterns": fields(*BOTH, rank_pattern={r".*\.gate_up_proj": 4}, alpha_pattern={"down_proj": 7, "experts": 9}),
+    "linear": fields("q_proj.weight", "kv_b_proj.weight", "router.weight", "mlp.gate.weight", "layers.1.mlp.w"),
+    "one layer": fields("model.layers.2.mlp.experts.down_proj", "model.layers.2.feed_forward.experts.down_proj"),
+}
+
+
+@functools.cache
+def base(kind: str) -> dict[str, Any]:
+    specimen = BY_NAME[kind]
+    return paths.unflatten(core.base_leaves(specimen, sides.side(specimen).shapes))
+
+
+def quietly(f: Any, *args: Any, **kwargs: Any) -> Any:
+    """Entries that match nothing are warned of; the settings are for all models at once."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"(target_parameters|(rank|alpha)_pattern):")
+        warnings.filterwarnings("ignore", category=RuntimeWarning)
+        return f(*args, **kwargs)
+
+
+@functools.cache
+def adapted(kind: str, setting: str) -> Any:
+    from peft import LoraConfig
+
+    return quietly(harness.make_peft, torch_side.base(kind), LoraConfig(**copy.deepcopy(SETTINGS[setting])))
+
+
+EVERY = pytest.mark.parametrize(("kind", "setting"), [(k, s) for k in KINDS for s in SETTINGS])
+
+
+@EVERY
+def test_a_fresh_adapter_has_pefts_keys_and_shapes(kind, setting):
+    config = jaxadapt.LoraConfig(**SETTINGS[setting])
+    ours = jaxadapt.to_peft(quietly(jaxadapt.init, config, base(kind), key=jax.random.key(0))).tensors
+    theirs = get_peft_model_state_dict(adapted(kind, setting))
+    assert harness.specs(ours) == harness.specs(theirs)
+
+
+@EVERY
+def test_pefts_file_merges_to_pefts_weights_and_is_saved_as_it_was(kind, setting, tmp_path):
+    model = adapted(kind, setting)
+    harness.save(model, tmp_path / "peft")
+    adapter = quietly(jaxadapt.from_peft, jaxadapt.read(tmp_path / "peft"), base(kind))
+    merged = jaxadapt.merge(base(kind), adapter)
+    table = families.named(kind)
+    flat = {path: np.asarray(x) for path, x in paths.flatten(merged).items()}
+    found = plan.base_plan(table, {path: x.shape for path, x in flat.items()}).encode(flat)
+    before = torch_side.base(kind).state_dict()
+    for key, x in copy.deepcopy(model).merge_and_unload().state_dict().items():
+        np.testing.assert_allclose(found[key], x.numpy(), rtol=0, atol=1e-6, err_msg=key)
+        np.testing.assert_array_equal((found[key] != before[key].numpy()).any(), (x != before[key]).any().numpy())
+    jaxadapt.save(adapter, tmp_path / "ours")
+    ours, theirs = harness.read_tensors(tmp_path / "ours"), harness.read_tensors(tmp_path / "peft")
+    assert {k: v.tobytes() for k, v in ours.items()} == {k: v.tobytes() for k, v in theirs.items()}
+    assert harness.read_json(tmp_path / "ours") == harness.read_json(tmp_path / "peft")
+
+
+def test_where_target_modules_is_null_peft_chooses_for_some_models():
+    adapter = jaxadapt.init(jaxadapt.LoraConfig(**fields(*BOTH, target_modules=None)), base("mixtral"))
+    assert adapter.config.get("target_modules") == ("q_proj", "v_proj")
+    for kind in ("qwen3_moe", "gpt_oss", "deepseek_v3"):
+        adapter = jaxadapt.init(jaxadapt.LoraConfig(**fields(*BOTH, target_modules=None)), base(kind))
+        assert adapter.config.get("target_modules") is None
+        with pytest.raises(jaxadapt.AdapterError, match="target_modules"):
+            jaxadapt.init(jaxadapt.LoraConfig(r=2), base(kind))
+
+
+# ---- refused ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"lora_dropout": 0.1}, "has no lora_dropout=0.1"),
+        ({"use_dora": True}, "has no use_dora=True"),
+        ({"lora_bias": True}, "has no lora_bias=True"),
+        ({"bias": "all"}, "has no bias='all'"),
+        ({"target_modules": ["q_proj"], "target_parameters": ["q_proj.weight"]}, "both name these weights"),
+        ({"target_parameters": ["embed_tokens.weight"]}, "kind 'embedding'"),
+        ({"target_parameters": ["input_layernorm.weight"]}, "kind 'vector'"),
+        ({"target_parameters": ["gate_up"]}, "'gate_up' matches no parameter; near misses: gate_up_proj"),
+        ({"target_modules": ["gate"], "target_parameters": None}, "kind 'parameter'"),
+    ],
+)
+def test_what_peft_would_refuse_or_break_on(more, says):
+    config = jaxadapt.LoraConfig(**{**fields(*BOTH), **more})
+    with pytest.raises(jaxadapt.AdapterError, match=says):
+        jaxadapt.init(config, base("mixtral"))
+
+
+def test_a_name_that_matches_nothing_beside_others_is_warned_of():
+    with pytest.warns(UserWarning, match="'experts.up' matches no parameter"):
+        jaxadapt.init(jaxadapt.LoraConfig(**fields(*BOTH, "experts.up")), base("mixtral"))
+
+
+def test_a_model_without_a_table_says_what_is_needed():
+    params = {"experts": {"up": np.zeros((4, 3, 5), "float32")}}
+    with pytest.raises(jaxadapt.KeyMapError, match=r"kind='experts'.*(?s:.)*experts.up \(4, 3, 5\)"):
+        jaxadapt.init(jaxadapt.LoraConfig(**fields("experts.up")), params)
+    line = jaxadapt.Weight("experts.up", "experts.up", "e i o -> e o i", kind="experts")
+    table = jaxadapt.KeyMap("mine", (line,))
+    adapter = jaxadapt.init(jaxadapt.LoraConfig(**fields("experts.up")), params, keymap=table)
+    shapes = {key: x.shape for key, x in adapter.flat().items()}
+    assert shapes == {"experts.up.lora_A": (4, 3, 2), "experts.up.lora_B": (4, 2, 5)}
+
+
+# ---- layers ----------------------------------------------------------------------------------------------
+
+E, D, F, T = 3, 4, 5, 6
+SIZES = jnp.array([2, 0, 4])
+
+
+def einsum(x: Any, up: Any, down: Any) -> Any:
+    return jnp.einsum("etf,efd->td", nn.silu(jnp.einsum("td,edf->etf", x, up)), down)
+
+
+def per_expert(x: Any, up: Any, down: Any) -> Any:
+    mid = jnp.einsum("td,edf->tef", x, up)
+    return jnp.einsum("tef,efd->etd", mid, down).sum(0)
+
+
+def ragged(x: Any, up: Any, down: Any) -> Any:
+    return jax.lax.ragged_dot(nn.silu(jax.lax.ragged_dot(x, up, SIZES)), down, SIZES)
+
+
+def sliced(x: Any, up: Any, down: Any) -> Any:
+    return sum((x @ up[i]) @ down[i] for i in range(E))
+
+
+class Experts(nnx.Module):
+    def __init__(self, how: Any, rngs: nnx.Rngs):
+        self.how = how
+        self.up = nnx.Param(jax.random.normal(rngs.params(), (E, D, F)))
+        self.down = nnx.Param(jax.random.normal(rngs.params(), (E, F, D)))
+
+    def __call__(self, x: Any) -> Any:
+        return self.how(x, self.up[...], self.down[...])
+
+
+class LinenExperts(nn.Module):
+    how: Any
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        shapes = {"up": (E, D, F), "down": (E, F, D)}
+        return self.how(x, *(self.param(n, nn.initializers.normal(1.0), s) for n, s in shapes.items()))
+
+
+class Net(nnx.Module):
+    def __init__(self, how: Any, rngs: nnx.Rngs):
+        self.experts = Experts(how, rngs)
+
+    def __call__(self, x: Any) -> Any:
+        return self.experts(x)
+
+
+class LinenNet(nn.Module):
+    how: Any
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return LinenExperts(self.how, name="experts")(x)
+
+
+def table(right: str) -> jaxadapt.KeyMap:
+    """`right`: PyTorch has (expert, out, in), or (expert, in, out) and PEFT does not know it, as of Llama 4."""
+    names = ("experts.up", "experts.down")
+    return jaxadapt.KeyMap("mine", tuple(jaxadapt.Weight(n, n, f"e i o -> {right}", kind="experts") for n in names))
+
+
+HOW = {einsum: (True, False), per_expert: (True, True), ragged: (True, True), sliced: (False, False)}
+CONFIG = jaxadapt.LoraConfig(**fields("experts.up", "experts.down"))
+X = jax.random.normal(jax.random.key(1), (T, D))
+
+
+def trained(adapter: jaxadapt.Adapter) -> jaxadapt.Adapter:
+    leaves, tree = jax.tree.flatten(adapter)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    return tree.unflatten([0.3 * jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True)])
+
+
+@pytest.mark.parametrize("right", ["e o i", "e i o"])
+@pytest.mark.parametrize("how", HOW, ids=lambda how: how.__name__)
+def test_a_layer_of_experts_computes_what_its_merged_weights_do(how, right):
+    """Where the product runs along the experts' axes the low-rank one stands beside it, else in the weight."""
+    model = jaxadapt.adapt(Net(how, nnx.Rngs(0)), CONFIG, rngs=nnx.Rngs(1), keymap=table(right), example=[X])
+    plain = jnp.array(Net(how, nnx.Rngs(0))(X))
+    np.testing.assert_allclose(model(X), plain, rtol=1e-6)
+    adapter = trained(jaxadapt.extract(model))
+    jaxadapt.inject(adapter, model)
+    report = str(jaxadapt.summary(model, X))
+    assert (report.count("traced"), report.count("effective weight")) == (sum(HOW[how]), 2 - sum(HOW[how]))
+
+    def merged(adapter: jaxadapt.Adapter) -> Any:
+        weights = jaxadapt.merge({"experts": {p: vars(model.experts)[p][...] for p in ("up", "down")}}, adapter)
+        return how(X, weights["experts"]["up"], weights["experts"]["down"])
+
+    scale = float(jnp.abs(merged(adapter)).max())
+    np.testing.assert_allclose(model(X), merged(adapter), rtol=0, atol=1e-5 * scale)
+    assert float(jnp.abs(model(X) - plain).max()) > 0.1
+    graph, rest, other = nnx.split(model, jaxadapt.AdapterParam, ...)
+    grads = jax.grad(lambda state: (nnx.merge(graph, state, other)(X) ** 2).sum())(rest)
+    expected = jax.grad(lambda adapter: (merged(adapter) ** 2).sum())(adapter).flat()
+    for path, grad in jaxadapt.extract(grads).flat().items():
+        np.testing.assert_allclose(grad, expected[path], rtol=0, atol=1e-5 * float(jnp.abs(expected[path]).max()))
+
+    module = LinenNet(how)
+    params = {"experts": {p: vars(model.experts)[p][...] for p in ("up", "down")}}
+    linen = jaxadapt.adapt(module, CONFIG, keymap=table(right))
+    out = linen.apply({"params": params, **adapter.collection}, X)
+    np.testing.assert_allclose(out, model(X), rtol=0, atol=1e-5 * scale)
+
+
+def test_experts_in_16_bits():
+    """The sum in a ragged product is the weight's dtype, as the product itself is."""
+    model = jaxadapt.adapt(Net(ragged, nnx.Rngs(0)), CONFIG, rngs=nnx.Rngs(1), keymap=table("e o i"))
+    jaxadapt.inject(trained(jaxadapt.extract(model)), model)
+    exact = model(X)
+    for name in ("up", "down"):
+        vars(model.experts)[name].set_value(vars(model.experts)[name][...].astype(jnp.bfloat16))
+    out = model(X.astype(jnp.bfloat16))
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out.astype("float32"), exact, rtol=0, atol=0.03 * float(jnp.abs(exact).max()))
