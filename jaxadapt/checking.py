@@ -172,11 +172,13 @@ def _gaps(held: Iterable[tuple[Weight, Mapping[str, Mapping[str, str]]]], tensor
     for w, mine in held:
         for texts in mine.values():
             layers[_stack(w)] = max(layers.get(_stack(w), 0), int(texts.get("l", -1)) + 1)
+    blocks = tuple(w.key.rpartition(".")[0].rpartition(".")[0] + "." for w, _ in held if w.kind == "experts")
     sparse = {texts["l"] for w, mine in held if w.kind == "experts" for texts in mine.values() if "l" in texts}
     for w, mine in held:
         numbers = [str(n) for n in range(layers.get(_stack(w), 0))]
         here = {texts.get("l") for texts in mine.values()}
-        if here <= sparse or not here & sparse:  # layers with experts and without are alike among themselves
+        # Where one layer has experts and another none, each is like its own kind.
+        if w.key.startswith(blocks) and (here <= sparse or not here & sparse):
             numbers = [n for n in numbers if (n in sparse) == (here <= sparse)]
         alone = len(numbers) > 2 and all(texts.get("l") == "0" for texts in mine.values())
         # (What the first layer alone has, as T5 its relative positions, the others need not have.)
