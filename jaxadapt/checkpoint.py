@@ -5,14 +5,15 @@
     …
     manager.restore(model, opt_state=optimizer, rng=rngs)
 
-One process writes each step as one safetensors file: a single write and a single flush, replaced as a whole. (For the
-same bytes Orbax takes a multiple of a raw write: benchmarks/README.md.) Where several processes share the arrays,
-Orbax writes: it knows which process holds what, and agrees with all of them on the instant of the commit.
+Each step is one safetensors file: a single write and a single flush, replaced as a whole. (For the same bytes Orbax
+takes a multiple of a raw write: benchmarks/README.md.) Where several processes share the arrays, each writes its own
+bytes into it, and one of them commits; into an object store, where nobody can, Orbax writes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import operator
 import os
@@ -42,6 +43,8 @@ class CheckpointManager:
         keep_every: steps that are a multiple of it stay besides.
         minimize, maximize: the metric that says which is best; one of the two.
         asynchronous: `save` returns when the values are off the device, and the next save waits for it.
+        timeout: with several processes, how long one waits for the answer of another, in seconds. All must see the
+            folder, and all call `save`, `restore`, `rollback` and `export`.
 
     Use it as a context manager: leaving the block waits for the last save and raises what went wrong. Left without
     waiting (the program ends, also by an exception or `sys.exit`) the last save still lands; if it fails then, the
@@ -71,6 +74,7 @@ class CheckpointManager:
         minimize: str | None = None,
         maximize: str | None = None,
         asynchronous: bool = True,
+        timeout: float = 300,
     ) -> None:
         """Raises `ConfigError` for arguments that contradict each other."""
         problems: list[str] = []
@@ -91,7 +95,7 @@ class CheckpointManager:
             self.folder.store()  # a package that is missing shows here, not in the background
         self.keep, self.keep_best, self.keep_every = keep, keep_best, keep_every
         self.minimize, self.maximize = minimize, maximize
-        self.asynchronous = asynchronous
+        self.asynchronous, self.timeout = asynchronous, timeout
         self._saving = Background()
         self._last: int | None = None  # the last step, as far as this manager knows; None: it has not looked
         self._metrics: dict[tuple[Place, object], dict[str, float]] = {}
@@ -182,8 +186,7 @@ class CheckpointManager:
         step_files.make(self.folder)
         finish = self._begin(number, taken, measured, several)
         self._last = number
-        early = several or isinstance(self.folder, places.Address)
-        self._saving.start(f"save step {number}", finish, early)
+        self._saving.start(f"save step {number}", finish, early=isinstance(self.folder, places.Address))
         if not self.asynchronous:
             self.wait()
 
@@ -200,26 +203,23 @@ class CheckpointManager:
 
     def _begin(self, step: int, taken: Taken, metrics: dict[str, float], several: bool) -> Callable[[], None]:
         """Takes the values off the device; what is left to do is returned."""
+        path = step_files.place(self.folder, step)
         if not several:
-            values = step_files.on_host(taken.arrays)
-            path = step_files.place(self.folder, step)
+            write = functools.partial(step_files.write, path, taken, metrics, step_files.on_host(taken.arrays))
+        elif not isinstance(self.folder, places.Address):
+            write = step_files.prepare_together(path, taken, metrics, self.timeout)
+        elif step in self.steps:
+            raise FileError(f"{self.folder}: step {step} is there already; Orbax, which writes for several processes"
+                            " into an object store, cannot replace it")  # fmt: skip
+        else:
+            write = step_files.start(step_files.place(self.folder, step, step_files.FOLDER), taken, metrics).result
 
-            def finish() -> None:
-                step_files.write(path, taken, metrics, values)
+        def finish() -> None:
+            write()
+            if not several or _first():
                 self._prune()
 
-            return finish
-        if step in self.steps:
-            raise FileError(f"{self.folder}: step {step} is there already; Orbax, which writes for several processes,"
-                            " cannot replace it")  # fmt: skip
-        pending = step_files.start(step_files.place(self.folder, step, step_files.FOLDER), taken, metrics)
-
-        def finish_together() -> None:
-            pending.result()
-            if _first():
-                self._prune()
-
-        return finish_together
+        return finish
 
     def _prune(self) -> None:
         if self.keep is None:

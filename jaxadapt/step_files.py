@@ -1,7 +1,8 @@
-"""One training step on disk: a safetensors file, or an Orbax folder where several processes share the arrays.
+"""One training step on disk: a safetensors file, or in an object store what Orbax writes for several processes.
 
-    step-000000100.safetensors     replaced as a whole, durably; the JSON of everything else is in its header
-    step-000000100.orbax           the same content as Orbax writes it: every process its own part
+    step-000000100.safetensors     replaced as a whole, durably; the JSON of everything else is in its header. Of arrays
+                                   that several processes share, each writes its own part
+    step-000000100.orbax           the same content in an object store, where nobody can write a part of a file
 
 In an object store the file is an object, put at once; Orbax's folder has a file that says it is whole.
 """
@@ -18,16 +19,17 @@ import re
 import secrets
 import shutil
 import urllib.parse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadapt import paths
-from jaxadapt.codecs import atomic, orbax, safetensors
+from jaxadapt import paths, sharding, together
+from jaxadapt.codecs import atomic, orbax, parallel, safetensors
 from jaxadapt.codecs.files import file_error
+from jaxadapt.codecs.group import Group
 from jaxadapt.codecs.places import Address, Place
 from jaxadapt.errors import AttachError, FileError, FormatError
 from jaxadapt.snapshot import Taken, is_committed, is_key, is_on_device
@@ -135,6 +137,20 @@ def write(
     path: Place, taken: Taken, metrics: Mapping[str, float], values: Mapping[str, Callable[[], np.ndarray]]
 ) -> None:
     """Writes a step as one file, durably and atomically; `values` give the arrays one by one."""
+    specs, odd = _specs(taken)
+
+    def get(name: str) -> np.ndarray:
+        value = values[name]()
+        return _as_bytes(value) if name in odd else value
+
+    safetensors.write(path, specs, get, {_META: json.dumps(_document(taken, metrics, odd))})
+    other = path.with_suffix(FOLDER)
+    if other.exists():
+        remove(other)
+
+
+def _specs(taken: Taken) -> tuple[dict[str, tuple[np.dtype[Any], tuple[int, ...]]], dict[str, str]]:
+    """The layout of the file, and the dtypes of arrays that safetensors has no type for."""
     specs: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
     odd: dict[str, str] = {}
     for name, leaf in taken.arrays.items():
@@ -143,17 +159,64 @@ def write(
             odd[name] = dtype.name
             dtype, shape = np.dtype("uint8"), (*shape, dtype.itemsize)
         specs[name] = (dtype, shape)
+    return specs, odd
 
-    def get(name: str) -> np.ndarray:
-        value = values[name]()
-        if name not in odd:
-            return value
-        return np.frombuffer(value.tobytes(), np.uint8).reshape(specs[name][1])
 
-    safetensors.write(path, specs, get, {_META: json.dumps(_document(taken, metrics, odd))})
-    other = path.with_suffix(FOLDER)
-    if other.exists():
-        remove(other)
+def _as_bytes(value: np.ndarray) -> np.ndarray:
+    return np.frombuffer(value.tobytes(), np.uint8).reshape(*value.shape, value.dtype.itemsize)
+
+
+def prepare_together(
+    path: Place, taken: Taken, metrics: Mapping[str, float], timeout: float
+) -> Callable[[], None]:
+    """What this process is to write of a step, off the device when this returns; the result writes it with all others.
+
+    Every process must call this, in the same order as its other saves, and then what it returns, in any thread: what
+    they say to each other passes by the devices. That raises `FileError` in all processes if one failed, died, or
+    sees another file system; `MismatchError` where what each process has of its own is not the same in all.
+    """
+    specs, odd = _specs(taken)
+    alone = on_host({name: leaf for name, leaf in taken.arrays.items() if together.local(leaf)})
+    held = together.own({n: x for n, x in taken.arrays.items() if n not in alone}, jax.process_index())
+    group = Group(str(path), timeout, together.STAGES)
+
+    def finish() -> None:
+        document = _document(taken, metrics, odd)
+        alike = {name: parallel.digest(value()) for name, value in alone.items()} | _digests(document)
+        if group.index == 0:
+            held.update({name: {sharding.whole(value().shape): value()} for name, value in alone.items()})
+        layout = safetensors.named_specs(specs)
+        if group.index > 0:
+            parallel.follow(str(path), layout, parts, group, alike | {"step": path.name})
+            group.hear("result")
+            return
+        try:
+            metadata = {_META: json.dumps(document)}
+            parallel.lead(str(path), layout, metadata, parts, group, True, alike | {"step": path.name})
+        except BaseException as error:
+            group.fail(error)
+            raise
+        group.tell("result")
+
+    def parts(_: bool) -> Iterator[parallel.Part]:
+        for name in sorted(held):
+            for box, values in together.joined(held[name]):
+                if name in odd:
+                    values = _as_bytes(values)
+                    box = (*box, (0, values.shape[-1]))
+                yield parallel.Part(name, specs[name][1], box, values)
+
+    return finish
+
+
+def _digests(document: Mapping[str, Any]) -> dict[str, str]:
+    """Of everything that is no array, by name."""
+    items = {part: values if isinstance(values, dict) else {"": values} for part, values in document.items()}
+    return {
+        f"{part} {name}".strip(): parallel.digest(json.dumps(value))
+        for part, values in items.items()
+        for name, value in values.items()
+    }
 
 
 def start(path: Place, taken: Taken, metrics: Mapping[str, float]) -> orbax.Pending:
@@ -291,22 +354,25 @@ def _read_file(file: safetensors.TensorFile, step: Stored, wanted: Mapping[str, 
         if name in host:
             shape = step.specs[name][0]
             host[name] = np.frombuffer(host[name].tobytes(), jnp.dtype(dtype)).reshape(shape)
-    onto = [n for n, like in wanted.items() if n in host and is_on_device(like)]
+    onto = [n for n, like in wanted.items() if n in host and is_on_device(like) and not _spread(like)]
     where = [wanted[n].sharding if is_committed(wanted[n]) else None for n in onto]
     placed = jax.device_put([host[n] for n in onto], where) if onto else []
     out: dict[str, Any] = {**host, **dict(zip(onto, placed, strict=True))}
     for name in spread:
-        out[name] = _by_shard(file, name, wanted[name])
+        out[name] = _by_shard(wanted[name], functools.partial(file.read_slice, name))
+    for name in host.keys() & step.odd.keys():
+        if _spread(wanted[name]):
+            out[name] = _by_shard(wanted[name], host[name].__getitem__)
     return {name: out[name][()] if isinstance(wanted[name], np.generic) else out[name] for name in wanted}
 
 
-def _by_shard(file: safetensors.TensorFile, name: str, like: Any) -> jax.Array:
+def _by_shard(like: Any, get: Callable[[Any], np.ndarray]) -> jax.Array:
     read: dict[str, np.ndarray] = {}  # replicas are read once
 
     def part(index: Any) -> np.ndarray:
         key = str(index)
         if key not in read:
-            read[key] = file.read_slice(name, index)
+            read[key] = get(index)
         return read[key]
 
     return jax.make_array_from_callback(tuple(like.shape), like.sharding, part)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -21,10 +21,13 @@ from jaxadapt.codecs.parallel import Part
 from jaxadapt.plan import Encoded, Entry
 from jaxadapt.sharding import Box
 
+STAGES = ("plan", "mode", "result")
+"""What process 0 says in the course of one save."""
+
 
 def spread(leaves: Iterable[Any]) -> bool:
     """Whether some of these arrays are partly in other processes."""
-    return any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in leaves)
+    return not all(map(local, leaves))
 
 
 def write(tensors: PeftTensors, path: str | os.PathLike[str], shared: bool | None, timeout: float) -> None:
@@ -39,7 +42,8 @@ def write(tensors: PeftTensors, path: str | os.PathLike[str], shared: bool | Non
     """
     encoded: Encoded = tensors.tensors  # pyright: ignore[reportAssignmentType]
     target = places.at(path)
-    group = Group(str(target), timeout, ("plan", "mode", "result"))
+    group = Group(str(target), timeout, STAGES)
+    alike = alone(encoded.leaves) | {"the configuration": parallel.digest(tensors.config.to_json())}
 
     def parts(common: bool) -> Iterator[Part]:
         return _own(encoded, group.index) if common else _gathered(encoded, group.index)
@@ -50,7 +54,7 @@ def write(tensors: PeftTensors, path: str | os.PathLike[str], shared: bool | Non
                 tensors,
                 target,
                 lambda file, specs, metadata: parallel.lead(
-                    os.fspath(file), safetensors.named_specs(specs), metadata, parts, group, shared
+                    os.fspath(file), safetensors.named_specs(specs), metadata, parts, group, shared, alike
                 ),
             )
         except BaseException as error:
@@ -59,49 +63,67 @@ def write(tensors: PeftTensors, path: str | os.PathLike[str], shared: bool | Non
         group.tell("result")
     else:
         specs = {key: (spec.dtype, spec.shape) for key, spec in encoded.specs.items()}
-        parallel.follow(os.fspath(target / folder.WEIGHTS), safetensors.named_specs(specs), parts, group)
+        parallel.follow(os.fspath(target / folder.WEIGHTS), safetensors.named_specs(specs), parts, group, alike)
         group.hear("result")
+
+
+def local(leaf: Any) -> bool:
+    """Whether this process holds all of an array: the others have one of their own, or none."""
+    return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+
+
+def alone(leaves: Mapping[str, Any]) -> dict[str, str]:
+    """What each process has of its own, of which process 0 writes its: `alike` in `parallel.lead`."""
+    return {path: parallel.digest(np.asarray(leaf)) for path, leaf in leaves.items() if local(leaf)}
+
+
+def own(leaves: Mapping[str, Any], process: int) -> dict[str, dict[Box, np.ndarray]]:
+    """`{path: {box: values}}`: what this process is to write of each leaf, off the device when this returns.
+
+    On the CPU views, which hold their arrays: see `step_files.on_host`.
+    """
+    held: dict[str, dict[Box, Any]] = {}
+    for path, boxes in sharding.owners(leaves).items():
+        leaf = leaves[path]
+        mine = {box for box, owner in boxes.items() if owner == process}
+        if local(leaf):
+            held[path] = dict.fromkeys(mine, leaf)
+        elif mine:
+            here = {sharding.box_of(shard.index, leaf.shape): shard.data for shard in leaf.addressable_shards}
+            held[path] = {box: here[box] for box in mine}
+    for boxes in held.values():  # all transfers begin before the first is waited for
+        for value in boxes.values():
+            if isinstance(value, jax.Array):
+                value.copy_to_host_async()
+    return {path: {box: np.asarray(value) for box, value in boxes.items()} for path, boxes in held.items() if boxes}
+
+
+def joined(held: Mapping[Box, np.ndarray]) -> Iterator[tuple[Box, np.ndarray]]:
+    """The same values in fewer and larger boxes, where some are neighbours."""
+    for outer, members in sharding.merged(held).items():
+        if len(members) == 1:
+            yield outer, held[outer]
+            continue
+        whole = np.empty(sharding.extent(outer), held[members[0]].dtype)
+        for box in members:
+            whole[sharding.within(box, outer)] = held[box]
+        yield outer, whole
 
 
 def _own(encoded: Encoded, process: int) -> Iterator[Part]:
     """What this process is to write of a shared file, in the order of the file."""
-    owned = sharding.owners(encoded.leaves)
-    mine = {path: [box for box, owner in boxes.items() if owner == process] for path, boxes in owned.items()}
-    entries = [e for e in sorted(encoded.plan.entries, key=lambda e: e.keys[0]) if mine[e.path]]
-    for entry in entries:
-        leaf = encoded.leaves[entry.path]
-        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-            for shard in leaf.addressable_shards:
-                if sharding.box_of(shard.index, entry.shape) in mine[entry.path]:
-                    shard.data.copy_to_host_async()
-    for entry in entries:
-        leaf = encoded.leaves[entry.path]
-        held = _held(leaf, mine[entry.path])
-        for outer, members in sharding.merged(held).items():
-            if len(members) == 1:
-                whole = held[outer]
-            else:
-                whole = np.empty(sharding.extent(outer), leaf.dtype)
-                for box in members:
-                    whole[sharding.within(box, outer)] = held[box]
-            yield from _parts(encoded, entry, outer, whole)
-
-
-def _held(leaf: Any, boxes: Iterable[Box]) -> dict[Box, np.ndarray]:
-    """The values of these boxes, from the shards of this process; each is fetched once."""
-    shape = tuple(leaf.shape)
-    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
-        return {sharding.whole(shape): np.asarray(leaf)}
-    here = {sharding.box_of(shard.index, shape): shard for shard in leaf.addressable_shards}
-    return {box: np.asarray(here[box].data) for box in boxes}
+    held = own(encoded.leaves, process)
+    for entry in sorted(encoded.plan.entries, key=lambda e: e.keys[0]):
+        for box, values in joined(held.pop(entry.path, {})):
+            yield from _parts(encoded, entry, box, values)
 
 
 def _gathered(encoded: Encoded, process: int) -> Iterator[Part]:
     """Everything, one leaf after the other, for process 0; the others only send."""
     for entry in sorted(encoded.plan.entries, key=lambda e: e.keys[0]):
         leaf = encoded.leaves[entry.path]
-        local = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable or leaf.is_fully_replicated
-        value = np.asarray(leaf if local else multihost_utils.process_allgather(leaf, tiled=True))
+        here = local(leaf) or leaf.is_fully_replicated
+        value = np.asarray(leaf if here else multihost_utils.process_allgather(leaf, tiled=True))
         if process == 0:
             yield from _parts(encoded, entry, sharding.whole(entry.shape), value)
 

@@ -59,7 +59,7 @@ def test_two_processes_train_die_resume_and_stop(tmp_path: Path):
     assert [end[0] for end in ends] == [0, 0], ends
     assert manager.steps == [3, 5]
     left = sorted(p.name for p in (tmp_path / "run").iterdir())
-    assert left == ["step-000000003.orbax", "step-000000005.orbax"]  # what the killed one left is swept
+    assert left == ["step-000000003.safetensors", "step-000000005.safetensors"]  # what the killed one left is swept
 
     both = start(tmp_path, "term")
     for process in both:

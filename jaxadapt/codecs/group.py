@@ -20,7 +20,10 @@ _LONGEST = 4000  # characters of an error that is passed on
 
 
 class Group:
-    """One conversation, in which every process takes part once: the n-th of each process belong together."""
+    """One conversation, in which every process takes part once: the n-th of each process belong together.
+
+    It may go on in another thread than the one it was begun in, beside others.
+    """
 
     def __init__(self, what: str, timeout: float, stages: Sequence[str]) -> None:
         """`what` is being done, for messages.
@@ -39,9 +42,9 @@ class Group:
         self.index, self.count = jax.process_index(), jax.process_count()
         self._client, self._what, self._timeout = client, what, timeout
         self._due = list(stages) if self.index == 0 else []
+        self._last = stages[-1]
         number = client.key_value_increment(f"jaxadapt/conversations/{self.index}", 1)
         self._prefix = f"jaxadapt/conversation/{number}"
-        self._before = f"jaxadapt/conversation/{number - 1}/"
 
     def tell(self, name: str, value: Any = None) -> None:
         """Says something (any JSON value): to all from process 0, to process 0 from any other."""
@@ -65,7 +68,12 @@ class Group:
 
     def hear(self, name: str) -> Any:
         """What process 0 says. Raises `FileError` if it failed, or says nothing in time."""
-        return self._hear(name, 0, time.monotonic() + self._timeout)
+        value = self._hear(name, 0, time.monotonic() + self._timeout)
+        if name == self._last:  # who leaves last switches off the light; process 0 has left with this
+            with contextlib.suppress(RuntimeError):
+                if self._client.key_value_increment(f"{self._prefix}/heard", 1) == self.count - 1:
+                    self._client.key_value_delete(self._prefix)
+        return value
 
     def hear_all(self, name: str) -> dict[int, Any]:
         """What each of the others says. Raises one `FileError` naming all that failed or say nothing in time."""
@@ -79,7 +87,6 @@ class Group:
                 problems.append(str(error))
         if problems:
             raise FileError("; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if problems[8:] else ""))
-        self._client.key_value_delete(self._before)  # all are in this one, so nobody waits for anything in the last
         return heard
 
     def _key(self, name: str, process: int) -> str:

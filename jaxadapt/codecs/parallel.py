@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from jaxadapt import paths
 from jaxadapt.codecs import atomic, files, runs, safetensors
 from jaxadapt.codecs.group import Group
 from jaxadapt.codecs.header import TensorInfo, encode
@@ -23,7 +24,7 @@ from jaxadapt.errors import FileError, MismatchError
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Part", "Parts", "follow", "lead"]
+__all__ = ["Part", "Parts", "digest", "follow", "lead"]
 
 _WRITEBACK = 8 << 20  # the disk is set to work each time so many bytes have gathered
 
@@ -46,7 +47,13 @@ Specs = Mapping[str, tuple[str, Sequence[int]]]
 
 
 def lead(
-    path: str, specs: Specs, metadata: Mapping[str, str], parts: Parts, group: Group, shared: bool | None
+    path: str,
+    specs: Specs,
+    metadata: Mapping[str, str],
+    parts: Parts,
+    group: Group,
+    shared: bool | None,
+    alike: Mapping[str, str],
 ) -> None:
     """Writes and commits a file together with the `follow` of every other process. For process 0.
 
@@ -55,6 +62,8 @@ def lead(
         specs: (safetensors dtype, shape) by key, equal in all processes.
         parts: see `Parts`.
         shared: whether all processes see one file; None: find out.
+        alike: the `digest` of what each process has of its own and only process 0 writes, by name: it must be the
+            same in all.
 
     Raises:
         FileError: this process, or another, could not write, or did not answer in time.
@@ -68,12 +77,13 @@ def lead(
         place = _Place(writer.fd, path, header.data_start, header.tensors)
         place.write_at(memoryview(first), 0)
         name = writer.temporary.name
-        group.tell("plan", {"file": name, "size": header.size, "start": header.data_start, "specs": _digest(specs)})
+        plan = {"file": name, "size": header.size, "start": header.data_start}
+        group.tell("plan", plan | {"specs": _specs_digest(specs), "alike": dict(alike)})
         blind = [process for process, sees in group.hear_all("sees").items() if not sees]
         if shared and blind:
             raise FileError(
-                f"{path}: processes {blind} do not see the file that process 0 has made there (shared=True); give a"
-                " path on a common file system, or leave shared= out"
+                f"{path}: processes {blind} do not see the file that process 0 has made there; give a path on a file"
+                " system that all processes have in common"
             )
         common = not blind if shared is None else shared
         group.tell("mode", common)
@@ -81,13 +91,26 @@ def lead(
         group.hear_all("written")
 
 
-def follow(path: str, specs: Specs, parts: Parts, group: Group) -> None:
-    """Takes part in the `lead` of process 0; returns when this process' parts are on the disk."""
+def follow(path: str, specs: Specs, parts: Parts, group: Group, alike: Mapping[str, str]) -> None:
+    """Takes part in the `lead` of process 0; returns when this process' parts are on the disk.
+
+    Raises:
+        MismatchError: the tensors, or what should be alike, are not those of process 0.
+        FileError: as `lead`.
+    """
     plan = group.hear("plan")
     fd = None
     try:
-        if plan["specs"] != _digest(specs):
-            raise MismatchError(f"{path}: the names, shapes or dtypes of its adapter are not those of process 0's")
+        if plan["specs"] != _specs_digest(specs):
+            raise MismatchError(f"{path}: the names, shapes or dtypes of its arrays are not those of process 0's")
+        theirs = plan["alike"]
+        differ = sorted(name for name in alike.keys() | theirs.keys() if alike.get(name) != theirs.get(name))
+        if differ:
+            raise MismatchError(
+                f"{path}: these differ between the processes, and only one could be saved; give arrays over all"
+                " processes, or gather what each has (jax.experimental.multihost_utils.process_allgather):\n"
+                + paths.listing(differ)
+            )
         fd = _open(Path(path).parent / plan["file"], plan["size"])
     except BaseException as error:
         group.fail(error, "sees")
@@ -124,9 +147,22 @@ def _open(temporary: Path, size: int) -> int | None:
     return fd
 
 
-def _digest(specs: Specs) -> str:
-    text = json.dumps({key: [dtype, list(shape)] for key, (dtype, shape) in specs.items()}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+def digest(*values: str | np.ndarray) -> str:
+    """What stands for values when they are compared between processes."""
+    import numpy as np
+
+    found = hashlib.sha256()
+    for value in values:
+        if isinstance(value, str):
+            found.update(value.encode())
+        else:
+            found.update(f"{value.dtype} {value.shape} ".encode())
+            found.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+    return found.hexdigest()[:32]
+
+
+def _specs_digest(specs: Specs) -> str:
+    return digest(json.dumps({key: [dtype, list(shape)] for key, (dtype, shape) in specs.items()}, sort_keys=True))
 
 
 def _error(path: str, error: OSError) -> FileError:
