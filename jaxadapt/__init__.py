@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from jaxadapt.report import summary
     from jaxadapt.rescaling import rescale
     from jaxadapt.sharing import push
+    from jaxadapt.starting import for_original_base, start
     from jaxadapt.store import load, save
     from jaxadapt.weight import Weight
 
@@ -75,6 +76,7 @@ _HOME = {
         "rescaling": "rescale",
         "exchange": "to_peft from_peft",
         "foreign": "slot",
+        "starting": "start for_original_base",
         "store": "save load",
         "checkpoint": "CheckpointManager",
         "folder": "read write inspect read_config",
@@ -113,6 +115,7 @@ __all__ = [
     "disable",
     "export_base",
     "extract",
+    "for_original_base",
     "from_peft",
     "import_base",
     "init",
@@ -128,6 +131,7 @@ __all__ = [
     "resize_rank",
     "save",
     "slot",
+    "start",
     "summary",
     "to_lora",
     "to_peft",

@@ -21,6 +21,7 @@ from jaxadapt import (
     foreign,
     paths,
     planning,
+    products,
     renaming,
     sharding,
     together,
@@ -187,15 +188,21 @@ def from_peft(
     stack_axes: Sequence[int] | None = None,
     example: Sequence[Any] | None = None,
     shardings: Any = None,
+    base: str | None = None,
 ) -> Adapter:
     """PEFT's tensors as an adapter in the layout of `target`.
 
     Args:
         target: an NNX model, Linen variables, base parameters, or the shapes of any of them.
-        keymap, dtype, stack_axes, example, shardings: as in `load`.
+        keymap, dtype, stack_axes, example, shardings: as in `load`; so is `base`, which can only be "changed" here.
 
     Raises `MismatchError` listing every missing, unexpected, wrongly shaped or unusable tensor.
     """
+    if base not in (None, "changed"):
+        raise AttachError(f"base={base!r}: from_peft changes no base; expected 'changed', for a target that was")
+    if isinstance(tensors, PeftTensors) and base is None:  # pyright: ignore[reportUnnecessaryIsInstance]
+        way_out = "; base='changed' says that this target is the changed base"
+        products.need_plain(tensors.config, tensors.source, way_out)
     return decoded(tensors, target, keymap, dtype, stack_axes, example, shardings)[0]
 
 

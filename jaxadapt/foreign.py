@@ -25,6 +25,7 @@ from jaxadapt import (
     nnx,
     nnx_survey,
     paths,
+    products,
     slots,
     targets,
     trees,
@@ -207,6 +208,7 @@ def put(
     """
     if on_shared not in (None, "concat"):
         raise MismatchError(f'on_shared: expected None or "concat", found {on_shared!r}')
+    products.need_plain(config, source)
     tree, found = found, _of_slot(found, room=True)
     known = survey(found, keymap, tensors)
     if found.slot is not None and isinstance(config, LoraConfig):  # (`ratios` refuses what is none)

@@ -154,7 +154,7 @@ class Adapted:
         extra: dict[tuple[str, ...], Any] = {}
         sites: dict[tuple[str, ...], dict[str, list[Site]]] = {}
         replaced: dict[str, dict[str, methods.Method]] = {}
-        known = _key_paths(base.get("params", {})) if self.active else {}
+        known = key_paths(base.get("params", {})) if self.active else {}
         for order, name in enumerate(self.active):
             tree = held.get(collection_name(wanted[name]), {}).get(name)
             if tree is None:
@@ -258,12 +258,12 @@ def _is_ours(collection: Any) -> bool:
     )
 
 
-def _key_paths(tree: Any, prefix: tuple[str, ...] = ()) -> dict[str, tuple[str, ...]]:
+def key_paths(tree: Any, prefix: tuple[str, ...] = ()) -> dict[str, tuple[str, ...]]:
     """`{dotted path: keys}` of the leaves of a tree whose own keys may have dots."""
     out: dict[str, tuple[str, ...]] = {}
     for key, value in tree.items():
         path = (*prefix, key)
-        out |= _key_paths(value, path) if isinstance(value, Mapping) else {".".join(path): path}
+        out |= key_paths(value, path) if isinstance(value, Mapping) else {".".join(path): path}
     return out
 
 

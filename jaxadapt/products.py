@@ -37,10 +37,25 @@ _MORE_THAN_A_PRODUCT = (
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def changes_the_base(config: LoraConfig) -> bool:
+def changes_the_base(config: Config) -> bool:
     """Whether a configuration's initialisation takes something out of the base weights."""
-    init = config.init_lora_weights
+    init = config.get("init_lora_weights")
     return isinstance(init, str) and init.lower().startswith(CHANGES_THE_BASE)
+
+
+def need_plain(config: Config, source: str, way_out: str = "") -> None:
+    """Raise `ConfigError` where an adapter belongs to a base that its initialisation changed."""
+    if changes_the_base(config):
+        raise ConfigError(
+            f"{source}: init_lora_weights={config.get('init_lora_weights')!r}: this adapter belongs to a base from"
+            f" which its initialisation took a part, and is another one on the original{way_out or '; ' + _CONVERT}"
+        )
+
+
+_CONVERT = (
+    "convert it where it was trained (jaxadapt.for_original_base; in PEFT save_pretrained with"
+    " path_initial_model_for_weight_conversion)"
+)
 
 
 def not_a_product(config: Config) -> list[str]:
@@ -203,6 +218,22 @@ def _ab(bound: bind.Bound) -> tuple[Entry, Entry]:
 def _stems(bound: bind.Bound, entry: Entry) -> list[str]:
     (suffix,) = (t.suffix for t in bound.tensors if t.name == _name(entry))
     return [key.removesuffix(suffix) for key in entry.keys]
+
+
+def modules(bound: bind.Bound, table: KeyMap) -> list[str]:
+    """The PyTorch modules of a site's matrices, in their order."""
+    return [stem.removeprefix(table.prefix) for stem in _stems(bound, _ab(bound)[0])]
+
+
+def sizes(bound: bind.Bound) -> tuple[int, int]:
+    """(out, in) of a site's matrices."""
+    a, b = (entry.form.file_shape for entry in _ab(bound))
+    return b[0], a[1]
+
+
+def factor(table: KeyMap, bound: bind.Bound, shape: Sequence[int]) -> float:
+    """What the leaf is of PyTorch's weight."""
+    return _in_base(table, bound, shape)[0].form.factor
 
 
 def wide(x: Array) -> Array:

@@ -23,10 +23,13 @@ from jaxadapt import (
     foreign,
     hub,
     linen_tree,
+    merging,
     nnx,
     orbax_folder,
     paths,
     planning,
+    products,
+    starting,
     together,
 )
 from jaxadapt.adapter import Adapter, PeftTensors, Recipe
@@ -157,6 +160,7 @@ def load(
     on_shared: str | None = None,
     autocast_adapter_dtype: bool = False,
     on_mismatch: str | None = None,
+    base: str | None = None,
 ) -> Any:
     """Read an adapter folder (ours or PEFT's) into a model.
 
@@ -186,8 +190,11 @@ def load(
             that the file lacks stay the base's. By default such a file is refused.
         on_shared: "concat" puts different As side by side where such a target has one for several modules, if its rank
             has room; by default they are refused.
+        base: for an adapter whose initialisation took a part out of the base weights (PiSSA, OLoRA, …) and that was not
+            converted: "original", the target has the weights as they were, and they are changed here as PEFT changes
+            them on loading; "changed", the target has what was left of them. Without it such a file is refused.
 
-    The base is never touched, and nothing is attached unless everything fits. Raises `AdapterError`,
+    Otherwise the base is never touched, and nothing is attached unless everything fits. Raises `AdapterError`,
     `MismatchError` with all missing, unexpected and wrongly shaped tensors together.
     """
     if autocast_adapter_dtype:
@@ -215,6 +222,8 @@ def load(
             f"expected an NNX model or Linen variables, {{'params': …}}, as the target, found {type(target).__name__};"
             " for bare parameters, from_peft(read(path), params) gives the adapter"
         )
+    if base not in (None, "original", "changed"):
+        raise AttachError(f"base={base!r}: expected 'original' or 'changed'")
     checkpoint = next((p for p in dict.fromkeys((below, places.at(path))) if orbax.found(p)), None)
     if checkpoint is not None:
         adapter, bounds = _from_orbax(checkpoint, target, name, (keymap, dtype, stack_axes, example, shardings))
@@ -231,19 +240,44 @@ def load(
             f" {present.differences(adapter.config)}; load(…, replace=True) takes the file's, and"
             " load(…, name=…) keeps both"
         )
+    new = _residual(target, base, present, adapter, bounds, source)
     if not isinstance(target, nnx.nnx.Module):
         bare = target if present is None else attach.delete(target, name)
+        bare = {**bare, "params": merging.replaced(bare["params"], new)} if new else bare
         return attach.with_adapter(bare, adapter, name)
     if present is not None and present == adapter.config and Recipe(present).origin == adapter.recipe.origin:
         nnx.inject(adapter, target, name)
         nnx.activate(target, (name,))
         return target
-    if present is not None or rngs is not None:
+    if present is not None or rngs is not None or new:
         _rehearse(target, adapter, bounds, name, rngs)
+    merging.replaced(target, new)
     if present is not None:
         nnx.delete(target, name)
     nnx.attach(target, adapter.recipe, bounds, name, adapter.flat(), rngs)
     return target
+
+
+def _residual(
+    target: Any, which: str | None, present: Config | None, adapter: Adapter, bounds: Sequence[bind.Bound], source: str
+) -> dict[str, Any]:
+    """The base weights that are to change, where the adapter belongs to a changed base."""
+    if which is None:
+        products.need_plain(adapter.config, source, _WHICH_BASE)
+    if which != "original":
+        return {}
+    if not products.changes_the_base(adapter.config):
+        raise AttachError(f"{source}: base='original': this adapter belongs to the original base as it is")
+    if present is not None and products.changes_the_base(present):
+        raise AttachError(f"{source}: base='original', but the attached adapter has changed this base already")
+    return starting.residual(adapter.recipe, bounds, planning.base_of(target))
+
+
+_WHICH_BASE = (
+    ". load(…, base='original') takes that part out of the target's weights, as PEFT does on loading;"
+    " load(…, base='changed') says that it is out already. jaxadapt.for_original_base (in PEFT"
+    " path_initial_model_for_weight_conversion) makes a plain LoRA where the adapter was trained"
+)
 
 
 def _refuse(given: Mapping[str, Any], why: str) -> None:

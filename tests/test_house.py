@@ -19,10 +19,11 @@ PACKAGE = Path(__file__).resolve().parent.parent / "jaxadapt"
 FLOORS = [
     ["errors", "progress", "paths", "axes", "configs"],
     "weight arrangement keymap generic dialect plan adapter"
-    " trace operations layout liveness layers filters targets drawing codecs consumers card hub".split(),
+    " trace operations layout liveness layers filters targets drawing factors codecs consumers card hub".split(),
     "methods families copies parameters tying replication bind renaming attention embeddings folder".split()
     + "orbax_folder transfer together vocabulary dialects guests guest_config laying sharding slots pytorch".split(),
-    "linen linen_call linen_survey linen_tree nnx nnx_survey merging products combining norms trees checking".split(),
+    "linen linen_call linen_survey linen_tree nnx nnx_survey merging products combining norms trees checking".split()
+    + "observing eva".split(),
     "foreign planning attach exchange store bases report picture reducing rescaling optim starting".split(),
     "converting on_disk sharing checkpoint snapshot resuming step_files background preemption serving".split(),
     ["cli", "demo"],
@@ -84,6 +85,14 @@ SAME_FLOOR = {
     ("guest_config", "guests"): "a tree tells a part of its configuration",
     ("bases", "planning"): "a base is found where an adapter would be attached",
     ("bases", "exchange"): "and is taken out with the same care",
+    ("starting", "attach"): "it extracts, and attaches what it made",
+    ("starting", "planning"): "it plans as adapt and init do",
+    ("store", "starting"): "what a base becomes when an adapter is loaded that belongs to a changed one",
+    ("observing", "linen"): "it looks into either kind of model",
+    ("observing", "linen_call"): "with the hooks that adapters use",
+    ("observing", "linen_survey"): "laid beside the weights",
+    ("observing", "nnx"): "it looks into either kind of model",
+    ("eva", "observing"): "what it needs is seen",
     ("report", "attach"): "a summary extracts",
     ("trees", "nnx"): "a model is a tree",
     ("trees", "linen_tree"): "boxes are opened as Linen opens them",

@@ -19,7 +19,8 @@ PUBLIC = {
     # values
     "Adapter", "PeftTensors", "KeyMap", "Weight",
     # on a model
-    "adapt", "init", "extract", "inject", "slot", "detach", "activate", "disable", "delete", "summary",
+    "adapt", "init", "start", "for_original_base", "extract", "inject", "slot", "detach",
+    "activate", "disable", "delete", "summary",
     "export_base", "import_base", "merge", "unmerge", "combine", "rescale", "resize_rank",
     "to_lora", "AdapterParam", "BaseParam",
     # files

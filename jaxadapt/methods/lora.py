@@ -30,9 +30,6 @@ from jaxadapt.methods import dora, lowrank
 from jaxadapt.methods.base import Array, Drop, Method, Params, one_value
 from jaxadapt.weight import Tensor
 
-_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", "lora_ga", "mica")
-"""Initialisations whose saved files apply to the unchanged base."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Static:
@@ -80,11 +77,6 @@ class Lora(Method):
         problems = [
             f"{name}={value!r}, which {why}" for name, why in _REFUSED.items() if (value := config.get(name))
         ]
-        if config.init_lora_weights not in _PLAIN_INITS:
-            problems.append(
-                f"init_lora_weights={config.init_lora_weights!r} (such a file changes the base weights unless it was"
-                " converted: in PEFT, save with path_initial_model_for_weight_conversion)"
-            )
         if problems:
             raise ConfigError(
                 "this LoRA configuration asks for what jaxadapt cannot honour exactly, and will not ignore: "
@@ -145,8 +137,8 @@ class Lora(Method):
         init = config.init_lora_weights
         if init not in (True, False, "gaussian"):
             raise ConfigError(
-                f"init_lora_weights={init!r} cannot be computed here yet; use True (Kaiming-uniform A, zero B),"
-                " 'gaussian' or False, or load an adapter that PEFT initialised"
+                f"init_lora_weights={init!r} begins from more than random numbers (the base weights, data, gradients):"
+                " jaxadapt.start(config, base, …) takes what it needs, and says which base comes of it"
             )
         if init is not False and tensor.name in ("lora_B", "lora_B_bias", "lora_embedding_A"):
             return Draw("constant", 0.0)
