@@ -28,9 +28,10 @@ def base(name: str) -> Any:
     if specimen.name == "flax-t5-v1.1":  # transformers 5 ties the head until it reads a file that holds another
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     with torch.no_grad():
-        for key, x in model.state_dict().items():
-            if x.is_floating_point():
-                x.copy_(torch.from_numpy(values(key, tuple(x.shape))))
+        kept = model.state_dict()  # with a tied weight under each of its names: it is set under its first
+        buffers = {key: x for key, x in model.named_buffers() if key in kept and x.is_floating_point()}
+        for key, x in [*model.named_parameters(), *buffers.items()]:
+            x.copy_(torch.from_numpy(values(key, tuple(x.shape))))
     return model
 
 
