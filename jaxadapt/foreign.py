@@ -90,7 +90,7 @@ def slot(tree: Any, number: int) -> Found:
     `load` and `inject` change that slot alone, set its rank and scale, and return the tree (NNX in place). Raises
     `AttachError` for any other tree, and what uses it `MismatchError` where there is no such slot, or it is empty.
 
-    >>> tree = {"q_proj": {"kernel": np.ones((4, 6)), "lora_A": np.ones((3, 4, 8)), "lora_B": np.ones((3, 8, 6)),
+    >>> tree = {"q_proj": {"kernel": np.ones((4, 6)), "lora_A": np.zeros((3, 4, 8)), "lora_B": np.zeros((3, 8, 6)),
     ...                    "lora_ranks": np.array([8, 2, 0]), "lora_scaling": np.ones(3, "float32")}}
     >>> import jaxadapt
     >>> {key: x.shape for key, x in jaxadapt.to_peft(slot(tree, 1)).tensors.items()}

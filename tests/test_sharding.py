@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import collections
 import re
+from collections.abc import Iterator
 from typing import Any
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,15 @@ COMPILED = [("8", "fsdp"), ("8", "tp"), ("4x2", "both"), ("2x2x2", "both")]
 
 def same_spec(found: Any, spec: PartitionSpec, mesh: jax.sharding.Mesh, ndim: int) -> bool:
     return found.is_equivalent_to(NamedSharding(mesh, spec), ndim)
+
+
+@pytest.fixture(autouse=True)
+def placed_as_flax_does() -> Iterator[None]:
+    """Importing Tunix turns this off for the whole process."""
+    before = flax.config.flax_always_shard_variable
+    flax.config.update("flax_always_shard_variable", True)
+    yield
+    flax.config.update("flax_always_shard_variable", before)
 
 
 def _lines() -> jaxadapt.KeyMap:

@@ -8,6 +8,7 @@ import jax
 import pytest
 
 
+# (A package must have an __init__.py: in a mere folder the scope would be the session, and all tests after it.)
 @pytest.fixture(scope="package", autouse=True)
 def quickly_compiled() -> Iterator[None]:
     before = jax.config.read("jax_disable_most_optimizations")
