@@ -23,7 +23,7 @@ from typing import Any
 
 import jax
 
-from jaxadapt import paths, preemption, resuming, snapshot, step_files, store
+from jaxadapt import paths, preemption, resuming, snapshot, step_files, step_reading, store
 from jaxadapt.adapter import Adapter, Recipe
 from jaxadapt.background import Background
 from jaxadapt.codecs import places
@@ -132,7 +132,7 @@ class CheckpointManager:
     def _metrics_of(self, path: Place) -> dict[str, float]:
         key = (path, places.version(path))
         if key not in self._metrics:
-            self._metrics[key] = step_files.stored(path).metrics
+            self._metrics[key] = step_reading.stored(path).metrics
         return self._metrics[key]
 
     def _ranked(self) -> list[int]:
@@ -280,10 +280,10 @@ class CheckpointManager:
             found = None if found < 0 else found
         if found is None:
             raise FileError(f"{self.folder}: there is no checkpoint to restore")
-        stored = step_files.stored(self._path(found))
+        stored = step_reading.stored(self._path(found))
         parts = {"opt_state": opt_state, "rng": rng, "data": data}
         filled = resuming.fill(
-            like, parts, stored.taken, stored.specs, lambda wanted: step_files.read(stored, wanted), str(stored.path)
+            like, parts, stored.taken, stored.specs, lambda wanted: step_reading.read(stored, wanted), str(stored.path)
         )
         back = {part: filled.get(part) for part in snapshot.PARTS}
         return Restored(found, filled["model"], **back, metrics=stored.metrics)
@@ -294,14 +294,14 @@ class CheckpointManager:
         chosen = self.latest if step is None else step
         if chosen is None:
             raise FileError(f"{self.folder}: there is no checkpoint")
-        stored = step_files.stored(self._path(chosen))
+        stored = step_reading.stored(self._path(chosen))
         if stored.taken.guest:
             what = stored.taken.guest.get("dialect")
             raise AttachError(f"{stored.path}: holds {what} LoRA leaves; export writes them, restore puts them back")
         if name not in stored.taken.recipes:
             raise AttachError(f"{stored.path}: no adapter is called {name!r}; found {sorted(stored.taken.recipes)}")
         begin = f"adapter/{name}/"
-        flat = step_files.read(stored, {n: None for n in stored.specs if n.startswith(begin)})
+        flat = step_reading.read(stored, {n: None for n in stored.specs if n.startswith(begin)})
         recipe = Recipe.from_text(stored.taken.recipes[name])
         tree = paths.unflatten({n.removeprefix(begin): value for n, value in flat.items()})
         return Adapter(recipe.config, tree, recipe.keymap)
@@ -315,9 +315,9 @@ class CheckpointManager:
         chosen = self.latest if step is None else step
         if chosen is None:
             raise FileError(f"{self.folder}: there is no checkpoint to export")
-        stored = step_files.stored(self._path(chosen))
+        stored = step_reading.stored(self._path(chosen))
         if stored.taken.guest:
-            flat = step_files.read(stored, {n: None for n in stored.specs if n.startswith("guest/")})
+            flat = step_reading.read(stored, {n: None for n in stored.specs if n.startswith("guest/")})
             leaves = {n.removeprefix("guest/"): value for n, value in flat.items()}
             if _first():
                 store.save(resuming.guest_of(stored.taken, leaves), path, **options)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -22,13 +21,12 @@ from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxadapt import card, configs, hub, paths, targets
+from jaxadapt import agreeing, card, configs, hub, paths
 from jaxadapt.codecs import atomic, orbax, places, safetensors, torch_bin
 from jaxadapt.codecs.files import file_error
 from jaxadapt.codecs.places import Place
 from jaxadapt.configs import Config
-from jaxadapt.errors import AttachError, ConfigError, FileError, FormatError, MismatchError
-from jaxadapt.keymap import PEFT_PREFIX
+from jaxadapt.errors import AttachError, FileError, MismatchError
 
 if TYPE_CHECKING:
     from jaxadapt.adapter import PeftTensors
@@ -36,7 +34,6 @@ if TYPE_CHECKING:
 CONFIG = hub.CONFIG
 WEIGHTS, WEIGHTS_BIN = hub.WEIGHTS
 CARD = hub.CARD
-_META = "jaxadapt"
 _NOTHING = "0" * 64  # the digest of no JSON: this save replaced none, or has finished
 
 
@@ -66,7 +63,7 @@ class Info:
     @property
     def modules(self) -> tuple[str, ...]:
         """The last segments of the names of the adapted modules; none for methods that adapt no module."""
-        found = {module_of(self.config, key) for key in self.tensors}
+        found = {agreeing.module_of(self.config, key) for key in self.tensors}
         return tuple(sorted({name.rpartition(".")[2] for name in found if name is not None}))
 
     def to_dict(self) -> dict[str, Any]:
@@ -81,20 +78,6 @@ class Info:
             "modules": list(self.modules),
             "tensors": {k: {"dtype": d, "shape": list(s)} for k, (d, s) in self.tensors.items()},
         }
-
-
-def module_of(config: Config, key: str) -> str | None:
-    """The module a tensor belongs to: the longest beginning of its key that the configuration targets.
-
-    >>> module_of(configs.LoraConfig(target_modules=["q"]), "base_model.model.h.0.q.lora_A.weight")
-    'h.0.q'
-    """
-    parts = key.removeprefix(PEFT_PREFIX).split(".")
-    for end in range(len(parts) - 1, 0, -1):
-        name = ".".join(parts[:end])
-        if targets.matches(config, name):
-            return name
-    return None
 
 
 # ---------------------------------------------------------------- reading
@@ -126,82 +109,6 @@ def _files(path: str | os.PathLike[str]) -> tuple[Place, Place]:
     return folder / CONFIG, folder / weights
 
 
-def _text(path: Place) -> str:
-    try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    except (OSError, ValueError) as error:
-        raise file_error("read", str(path), error) from error
-
-
-def _settle(path: Place, header: safetensors.Header | None, weights: Place) -> Config:
-    """The configuration that belongs to the tensors, where the JSON and our header may differ.
-
-    Equal: fine. The JSON is the one this save was replacing: the save was interrupted between its two
-    files, and the header wins. Otherwise a person edited the JSON, and it wins, unless the tensors
-    contradict it. Whatever is not plain is said in a warning.
-    """
-    text = _text(path)
-    raw = None if header is None else header.metadata.get(_META)
-    if header is None or raw is None:
-        return configs.loads(text, str(path))
-    try:
-        held = json.loads(raw)
-        own = Config.from_dict(held["config"], "its configuration")
-        replaces = held.get("replaces")
-    except (ValueError, KeyError, TypeError, AttributeError, ConfigError, RecursionError) as error:
-        raise FormatError(
-            f"{weights}: the metadata {_META!r} of its header is damaged ({error}); save or fetch it again"
-        ) from error
-    if replaces == _digest(text):
-        warnings.warn(
-            f"{path}: a save was interrupted after the weights and before this file; using the configuration"
-            " that the weights carry. Save again, or write(read(…)), to mend it.",
-            stacklevel=3,
-        )
-        return own
-    config = configs.loads(text, str(path))
-    a, b = config.to_dict(), own.to_dict()
-    changed = sorted(key for key in a | b if a.get(key) != b.get(key))
-    if not changed:
-        return config
-    contradiction = _contradiction(config, own, {k: t.shape for k, t in header.tensors.items()})
-    if contradiction:
-        warnings.warn(
-            f"{path} was edited after the weights were written ({', '.join(changed)}), and the tensors"
-            f" contradict it ({contradiction}); using the configuration that the weights carry",
-            stacklevel=3,
-        )
-        return own
-    warnings.warn(
-        f"{path} was edited after the weights were written ({', '.join(changed)}); using it as it stands now",
-        stacklevel=3,
-    )
-    return config
-
-
-def _contradiction(edited: Config, own: Config, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """Why these tensors cannot be what an edited configuration describes; None if they can."""
-    if edited.peft_type != own.peft_type:
-        return f"they are of type {own.peft_type}"
-    for key, shape in shapes.items():
-        module = module_of(own, key)
-        if module is None:
-            continue
-        if not targets.matches(edited, module):
-            return f"{key} is there, which it does not target"
-        if edited.get("r") is not None and key.endswith(".lora_A.weight"):
-            rank = targets.pattern_value(edited.get("rank_pattern") or {}, module, edited.get("r"))
-            if shape[:1] != (rank,):
-                return f"{key} has rank {shape[0]}, not {rank}"
-    return None
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def read_config(path: str | os.PathLike[str]) -> Config:
     """The configuration of an adapter folder (or of an `adapter_config.json`), tensors untouched.
 
@@ -213,12 +120,12 @@ def read_config(path: str | os.PathLike[str]) -> Config:
         return _orbax_config(path)
     target = places.at(path)
     if target.is_file():
-        return configs.loads(_text(target), str(target))
+        return configs.loads(agreeing.text_of(target), str(target))
     if (target / CONFIG).exists() and not any((target / w).exists() for w in (WEIGHTS, WEIGHTS_BIN)):
-        return configs.loads(_text(target / CONFIG), str(target / CONFIG))
+        return configs.loads(agreeing.text_of(target / CONFIG), str(target / CONFIG))
     config, weights = _files(path)
     header = safetensors.read_header(weights) if weights.name == WEIGHTS else None
-    return _settle(config, header, weights)
+    return agreeing.settle(config, header, weights)
 
 
 def inspect(path: str | os.PathLike[str]) -> Info:
@@ -240,7 +147,7 @@ def inspect(path: str | os.PathLike[str]) -> Info:
         tensors = torch_bin.keys_and_shapes(weights)
         nbytes = sum(math.prod(s) * safetensors.numpy_dtype(d).itemsize for d, s in tensors.values())
         size = places.size(weights)
-    return Info(str(path), _settle(config, header, weights), tensors, nbytes, size)
+    return Info(str(path), agreeing.settle(config, header, weights), tensors, nbytes, size)
 
 
 def read(path: str | os.PathLike[str]) -> PeftTensors:
@@ -269,9 +176,9 @@ def opened(path: str | os.PathLike[str]) -> Generator[PeftTensors]:
     with contextlib.ExitStack() as stack:
         if weights.name == WEIGHTS:
             tensors: Mapping[str, Any] = stack.enter_context(safetensors.open_tensors(weights))
-            settled = _settle(config, tensors.header, weights)
+            settled = agreeing.settle(config, tensors.header, weights)
         else:
-            settled = _settle(config, None, weights)
+            settled = agreeing.settle(config, None, weights)
             tensors = torch_bin.read(weights)
         if not tensors:
             raise MismatchError(f"{weights}: expected an adapter's tensors, found a file without any")
@@ -353,8 +260,8 @@ def _write(tensors: PeftTensors, folder: Place, put: Put | None) -> None:
         raise FileError(f"{config}: expected a file, found a folder; choose another path")
     text = tensors.config.to_json()
     there = config.exists()
-    before = _text(config) if there else text
-    replaces = _NOTHING if before == text else _digest(before)
+    before = agreeing.text_of(config) if there else text
+    replaces = _NOTHING if before == text else agreeing.digest(before)
     own = {"schema": 1, "config": tensors.config.to_dict(), "replaces": replaces}
     specs = {k: (np.dtype(v.dtype), tuple(v.shape)) for k, v in _specs(tensors.tensors).items()}
     parts = [key for key in specs if key.endswith("]")]
@@ -363,7 +270,7 @@ def _write(tensors: PeftTensors, folder: Place, put: Put | None) -> None:
             f"{folder}: these are parts of PyTorch's tensors, which only a model puts together: load the checkpoint"
             " into one, and save it from there:\n" + paths.listing(parts)
         )
-    metadata = {"format": "pt", _META: json.dumps(own, sort_keys=True)}
+    metadata = {"format": "pt", agreeing.META: json.dumps(own, sort_keys=True)}
     # The new JSON is written before the weights are replaced, and takes its place right after them: a full
     # disk shows before anything has changed, and little time passes between the two replacements.
     # One that says the same already stays, as in all saves of a run but the first.

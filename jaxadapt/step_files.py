@@ -10,7 +10,6 @@ In an object store the file is an object, put at once; Orbax's folder has a file
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import hashlib
 import json
@@ -23,7 +22,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxadapt import paths, sharding, together
@@ -31,32 +29,14 @@ from jaxadapt.codecs import atomic, orbax, parallel, safetensors
 from jaxadapt.codecs.files import file_error
 from jaxadapt.codecs.group import Group
 from jaxadapt.codecs.places import Address, Place
-from jaxadapt.errors import AttachError, FileError, FormatError
-from jaxadapt.snapshot import Taken, is_committed, is_key, is_on_device
+from jaxadapt.errors import AttachError, FileError
+from jaxadapt.snapshot import Taken
 
 FILE, FOLDER = ".safetensors", ".orbax"
 _NAME = re.compile(r"step-(\d{9,18})(\.safetensors|\.orbax)")
-_META = "jaxadapt_step"
-_ITEM = "arrays"
-_SCHEMA = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Stored:
-    """A step as it lies on disk, without its arrays.
-
-    Args:
-        metrics: as given to `save`.
-        taken: everything but the arrays.
-        specs: `{name: (shape, dtype name)}` of the arrays.
-        odd: the dtypes of arrays that safetensors has no type for; they are stored as bytes.
-    """
-
-    path: Place
-    metrics: dict[str, float]
-    taken: Taken
-    specs: dict[str, tuple[tuple[int, ...], str]]
-    odd: dict[str, str]
+META = "jaxadapt_step"
+ITEM = "arrays"
+SCHEMA = 1
 
 
 def place(folder: Place, step: int, kind: str = FILE) -> Place:
@@ -86,7 +66,7 @@ def _half_done(path: Place) -> bool:
 
 
 def _document(taken: Taken, metrics: Mapping[str, float], odd: Mapping[str, str]) -> dict[str, Any]:
-    return {"schema": _SCHEMA, "metrics": dict(metrics), "odd": dict(odd), **taken.to_json()}
+    return {"schema": SCHEMA, "metrics": dict(metrics), "odd": dict(odd), **taken.to_json()}
 
 
 # ---------------------------------------------------------------- onto the host
@@ -143,7 +123,7 @@ def write(
         value = values[name]()
         return _as_bytes(value) if name in odd else value
 
-    safetensors.write(path, specs, get, {_META: json.dumps(_document(taken, metrics, odd))})
+    safetensors.write(path, specs, get, {META: json.dumps(_document(taken, metrics, odd))})
     other = path.with_suffix(FOLDER)
     if other.exists():
         remove(other)
@@ -191,7 +171,7 @@ def prepare_together(
             group.hear("result")
             return
         try:
-            metadata = {_META: json.dumps(document)}
+            metadata = {META: json.dumps(document)}
             parallel.lead(str(path), layout, metadata, parts, group, True, alike | {"step": path.name})
         except BaseException as error:
             group.fail(error)
@@ -228,16 +208,16 @@ def start(path: Place, taken: Taken, metrics: Mapping[str, float]) -> orbax.Pend
     own: dict[str, bytes] = {}
     for name, leaf in taken.arrays.items():
         if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-            tree[_quoted(name)] = leaf
+            tree[quoted(name)] = leaf
         else:  # Orbax takes arrays of one process from the host only
-            tree[_quoted(name)] = value = np.array(leaf)
+            tree[quoted(name)] = value = np.array(leaf)
             own[name] = f"{value.dtype} {value.shape}".encode() + value.tobytes()
     document = _document(taken, metrics, {})
     for part, values in document.items():
         items = values.items() if isinstance(values, dict) else [("", values)]
         own |= {f"{part} {name}".strip(): json.dumps(value).encode() for name, value in items}
     _same_everywhere(own)
-    return orbax.start(path, {_ITEM: tree}, {_META: document})
+    return orbax.start(path, {ITEM: tree}, {META: document})
 
 
 def _same_everywhere(own: Mapping[str, bytes]) -> None:
@@ -260,7 +240,7 @@ def _same_everywhere(own: Mapping[str, bytes]) -> None:
         )
 
 
-def _quoted(name: str) -> str:
+def quoted(name: str) -> str:
     return urllib.parse.quote(name, safe="").replace(".", "%2E")
 
 
@@ -296,107 +276,6 @@ def remove(path: Place) -> None:
         return
     except OSError as error:
         raise file_error("delete", str(path), error) from error
-
-
-# ---------------------------------------------------------------- reading
-
-
-def stored(path: Place) -> Stored:
-    """What a step holds, from its header. Raises `FileError` or `FormatError`."""
-    if path.suffix == FOLDER:
-        found = orbax.leaves(path).get(_ITEM, {})
-        specs = {urllib.parse.unquote(key): spec for (key, *_), spec in found.items()}
-        document = orbax.read_json(path, _META)
-    else:
-        header = safetensors.read_header(path)
-        specs = {k: (t.shape, safetensors.numpy_dtype(t.dtype).name) for k, t in header.tensors.items()}
-        try:
-            document = json.loads(header.metadata.get(_META, "null"))
-        except (ValueError, RecursionError) as error:
-            raise FormatError(f"{path}: the metadata {_META!r} of its header is damaged: {error}") from error
-    if not isinstance(document, dict):
-        raise FormatError(f"{path}: not a training checkpoint of this library: it holds no {_META!r}")
-    if document.get("schema") != _SCHEMA:
-        raise FormatError(
-            f"{path}: expected schema {_SCHEMA}, found {document.get('schema')!r}; a newer version of this library"
-            " wrote it, or it is damaged"
-        )
-    metrics, odd = document.get("metrics"), document.get("odd")
-    if not isinstance(metrics, dict) or not isinstance(odd, dict):
-        raise FormatError(f"{path}: the metadata {_META!r} of its header is damaged")
-    for name, dtype in odd.items():
-        specs[name] = (specs[name][0][:-1], dtype)
-    return Stored(path, metrics, Taken.from_json(document, str(path)), specs, odd)
-
-
-def read(step: Stored, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """The arrays of a step: each with the sharding of its example, a numpy array where the example is None.
-
-    Raises `FileError` or `FormatError`.
-    """
-    if step.path.suffix == FOLDER:
-        return _read_folder(step, wanted)
-    try:
-        with safetensors.open_tensors(step.path) as file:
-            return _read_file(file, step, wanted)
-    except KeyError as error:
-        raise FormatError(f"{step.path}: it was replaced while it was read ({error} is gone); read it again") from error
-
-
-def _spread(like: Any) -> bool:
-    return is_committed(like) and not is_key(like) and len(like.sharding.device_set) > 1
-
-
-def _read_file(file: safetensors.TensorFile, step: Stored, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    spread = [name for name, like in wanted.items() if _spread(like) and name not in step.odd]
-    host: dict[str, Any] = file.read_many(name for name in wanted if name not in spread)
-    for name, dtype in step.odd.items():
-        if name in host:
-            shape = step.specs[name][0]
-            host[name] = np.frombuffer(host[name].tobytes(), jnp.dtype(dtype)).reshape(shape)
-    onto = [n for n, like in wanted.items() if n in host and is_on_device(like) and not _spread(like)]
-    where = [wanted[n].sharding if is_committed(wanted[n]) else None for n in onto]
-    placed = jax.device_put([host[n] for n in onto], where) if onto else []
-    out: dict[str, Any] = {**host, **dict(zip(onto, placed, strict=True))}
-    for name in spread:
-        out[name] = _by_shard(wanted[name], functools.partial(file.read_slice, name))
-    for name in host.keys() & step.odd.keys():
-        if _spread(wanted[name]):
-            out[name] = _by_shard(wanted[name], host[name].__getitem__)
-    return {name: out[name][()] if isinstance(wanted[name], np.generic) else out[name] for name in wanted}
-
-
-def _by_shard(like: Any, get: Callable[[Any], np.ndarray]) -> jax.Array:
-    read: dict[str, np.ndarray] = {}  # replicas are read once
-
-    def part(index: Any) -> np.ndarray:
-        key = str(index)
-        if key not in read:
-            read[key] = get(index)
-        return read[key]
-
-    return jax.make_array_from_callback(tuple(like.shape), like.sharding, part)
-
-
-def _read_folder(step: Stored, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    def spec(like: Any) -> jax.ShapeDtypeStruct | None:
-        if not (is_on_device(like) and is_committed(like)) or _own(like):
-            return None
-        return jax.ShapeDtypeStruct(tuple(like.shape), like.dtype, sharding=like.sharding)
-
-    def _own(like: Any) -> bool:
-        return jax.process_count() > 1 and like.sharding.is_fully_addressable
-
-    got = orbax.load(step.path, _ITEM, {(_quoted(name),): spec(like) for name, like in wanted.items()})
-    out: dict[str, Any] = {}
-    for name, like in wanted.items():
-        value = got[(_quoted(name),)]
-        if isinstance(like, np.generic):
-            value = value[()]
-        elif is_on_device(like) and isinstance(value, np.ndarray):
-            value = jax.device_put(value, like.sharding if is_committed(like) else None)
-        out[name] = value
-    return out
 
 
 def make(folder: Place) -> None:

@@ -20,12 +20,13 @@ FLOORS = [
     ["errors", "progress", "paths", "axes", "configs"],
     "weight arrangement keymap generic dialect plan adapter"
     " trace operations layout liveness layers filters targets drawing factors codecs consumers card hub".split(),
-    "methods families copies parameters tying replication bind renaming attention embeddings folder".split()
+    "methods families agreeing copies parameters tying replication bind renaming attention embeddings folder".split()
     + "orbax_folder transfer together vocabulary dialects guests guest_config laying sharding slots pytorch".split(),
     "linen linen_call linen_survey linen_tree nnx nnx_survey merging products combining norms trees checking".split()
     + "observing eva".split(),
     "foreign planning attach exchange store bases report picture reducing rescaling optim starting".split(),
-    "converting on_disk sharing checkpoint snapshot resuming step_files background preemption serving".split(),
+    "converting on_disk sharing checkpoint snapshot resuming step_files step_reading".split()
+    + "background preemption serving".split(),
     ["cli", "demo"],
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -66,6 +67,7 @@ SAME_FLOOR = {
     ("bind", "sharding"): "fresh parameters are made where they belong",
     ("orbax_folder", "bind"): "the parameters of a checkpoint get the names of a file",
     ("folder", "orbax_folder"): "whatever lies at a path",
+    ("folder", "agreeing"): "which configuration is meant",
     ("trace", "layout"): "a trace follows layouts",
     ("trace", "operations"): "and convolutions and lookups",
     ("operations", "layout"): "which it recognises by how their weight lies",
@@ -107,13 +109,16 @@ SAME_FLOOR = {
     ("reducing", "planning"): "a pair of trees is planned as a fresh adapter is",
     ("combining", "products"): "it works on the matrices that products reads",
     ("merging", "linen_tree"): "boxes are opened as Linen opens them",
-    ("checkpoint", "snapshot"): "one module's work in five files: when, what, and where",
+    ("checkpoint", "snapshot"): "one module's work in six files: when, what, and where",
     ("checkpoint", "resuming"): "and back",
-    ("checkpoint", "step_files"): "one module's work in five files",
-    ("checkpoint", "background"): "one module's work in five files",
+    ("checkpoint", "step_files"): "one module's work in six files",
+    ("checkpoint", "step_reading"): "and back",
+    ("step_reading", "step_files"): "it reads where that has written",
+    ("step_reading", "snapshot"): "into what was taken",
+    ("checkpoint", "background"): "one module's work in six files",
     ("resuming", "snapshot"): "the way back follows the way out",
     ("checkpoint", "preemption"): "its block ends with the last save",
-    ("step_files", "snapshot"): "one module's work in five files",
+    ("step_files", "snapshot"): "one module's work in six files",
     ("card", "consumers"): "it says who cannot read the file",
     ("hub", "codecs"): "what a disk refuses is said in one way",
     ("cli", "demo"): "`jaxadapt demo` starts it",

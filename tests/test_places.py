@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxadapt
 from jaxadapt import cli
-from jaxadapt.codecs import places, safetensors
+from jaxadapt.codecs import objects, places, safetensors
 from tests import leave, small, stores, train_small
 from tests.small import CARD, CONFIG, WEIGHTS, same
 
@@ -197,8 +197,8 @@ def requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
         return cat(self, path, start, end, **more)
 
     monkeypatch.setattr(MemoryFileSystem, "cat_file", cat_file)
-    monkeypatch.setattr(places, "_HEAD", 4000)
-    monkeypatch.setattr(places, "_BLOCK", 4000)
+    monkeypatch.setattr(objects, "_HEAD", 4000)
+    monkeypatch.setattr(objects, "_BLOCK", 4000)
     return asked
 
 
@@ -239,7 +239,7 @@ def test_each_device_gets_its_part_and_no_byte_is_read_twice(requests: list[tupl
 
 
 def test_many_threads_share_a_block(requests: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(places, "_BLOCK", 100_000)
+    monkeypatch.setattr(objects, "_BLOCK", 100_000)
     value = np.arange(24_000, dtype="f4").reshape(-1, 10)
     safetensors.write(f"memory://threads/{WEIGHTS}", {"x": ("F32", value.shape)}, lambda _: value)
     with safetensors.open_tensors(f"memory://threads/{WEIGHTS}") as held:

@@ -18,7 +18,7 @@ import pytest
 from flax import nnx
 
 import jaxadapt
-from jaxadapt import AttachError, ConfigError, FileError, MismatchError, configs, folder
+from jaxadapt import AttachError, ConfigError, FileError, MismatchError, agreeing, configs, folder
 from jaxadapt.codecs import safetensors, torch_bin
 from jaxadapt.codecs.header import parse
 from tests import small
@@ -355,7 +355,7 @@ def test_inspect_reads_headers_only(tmp_path):
 
 def test_modules_are_those_the_configuration_targets():
     config = jaxadapt.LoraConfig(target_modules=r".*\.layer\.\d+\.q", modules_to_save=None)
-    find = folder.module_of
+    find = agreeing.module_of
     assert find(config, f"{PREFIX}m.layer.3.q.lora_A.weight") == "m.layer.3.q"
     assert find(config, f"{PREFIX}m.layer.3.k.lora_A.weight") is None
     assert find(config, f"{PREFIX}classifier.weight") is None

@@ -12,30 +12,22 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import io
 import os
 import re
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxadapt.codecs.files import file_error
-from jaxadapt.errors import FileError, FormatError
+from jaxadapt.errors import FileError
 
-if TYPE_CHECKING:
-    from concurrent.futures import Future
-
-__all__ = ["Address", "Object", "Place", "at", "fetched", "is_address", "size", "staged", "version"]
+__all__ = ["Address", "Place", "at", "is_address", "size", "staged", "stamp", "told", "version"]
 
 _ADDRESS = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
 # Stores that show an object when all of it has arrived. Elsewhere a name beside it is written, and renamed.
 _WHOLE = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "oci", "r2"}
-
-_HEAD = 512 << 10  # read at once when an object is opened: most headers, and all of a small adapter
-_BLOCK = 4 << 20  # as long to fetch as to wait for a store's answer
-_KEPT = 16  # blocks; tensors are read in the order of the file
 
 
 def is_address(path: object) -> bool:
@@ -127,7 +119,7 @@ class Address(os.PathLike[str]):
     def info(self) -> dict[str, Any]:
         """What the store says of it. Raises `FileNotFoundError`, `FileError`."""
         fs, inner = self.store()
-        with _told(self._text, "read"):
+        with told(self._text, "read"):
             return dict(fs.info(inner))
 
     def exists(self) -> bool:
@@ -155,13 +147,13 @@ class Address(os.PathLike[str]):
     def size(self) -> int:
         """In bytes, of a file or of all files in a folder. Raises `FileNotFoundError`, `FileError`."""
         fs, inner = self.store()
-        with _told(self._text, "read"):
+        with told(self._text, "read"):
             return int(fs.du(inner))
 
     def iterdir(self) -> Iterator[Address]:
         """What lies in a folder. Raises `FileNotFoundError`, `NotADirectoryError`, `FileError`."""
         fs, inner = self.store()
-        with _told(self._text, "read"):
+        with told(self._text, "read"):
             found = fs.ls(inner, detail=True)
         own = inner.strip("/")
         if [(entry["name"].strip("/"), entry["type"]) for entry in found] == [(own, "file")]:
@@ -172,14 +164,14 @@ class Address(os.PathLike[str]):
     def read_bytes(self) -> bytes:
         """Raises `FileNotFoundError`, `FileError`."""
         fs, inner = self.store()
-        with _told(self._text, "read"):
+        with told(self._text, "read"):
             return fs.cat_file(inner)
 
     def unlink(self, missing_ok: bool = False) -> None:
         """Raises `FileNotFoundError`, `FileError`."""
         fs, inner = self.store()
         try:
-            with _told(self._text, "delete"):
+            with told(self._text, "delete"):
                 fs.rm_file(inner)
         except FileNotFoundError:
             if not missing_ok:
@@ -188,14 +180,14 @@ class Address(os.PathLike[str]):
     def remove_tree(self) -> None:
         """Raises `FileNotFoundError`, `FileError`."""
         fs, inner = self.store()
-        with _told(self._text, "delete"):
+        with told(self._text, "delete"):
             fs.rm(inner, recursive=True)
 
     def put(self, local: str) -> None:
         """Puts a file of this machine here, as a whole. Raises `FileError`."""
         fs, inner = self.store()
         try:
-            with _told(self._text, "write"):
+            with told(self._text, "write"):
                 if self.scheme in _WHOLE:
                     fs.put_file(local, inner)
                     return
@@ -236,7 +228,7 @@ def _store(text: str) -> tuple[Any, str]:
 
 
 @contextlib.contextmanager
-def _told(text: str, action: str) -> Generator[None]:
+def told(text: str, action: str) -> Generator[None]:
     """Whatever a store's package raises, as a `FileError`; what is not there as a `FileNotFoundError`."""
     try:
         yield
@@ -285,97 +277,10 @@ def _failure(text: str, action: str, error: Exception) -> FileError:
     return FileError(f"{text}: cannot {action}: {told}")
 
 
-# ---------------------------------------------------------------- reading
+# ---------------------------------------------------------------- what a file is
 
 
-class Object:
-    """An object open for reading, in ranges; reading from several threads at once is safe.
-
-    Small reads share blocks, each of which is fetched once; large ones are a request each.
-    """
-
-    def __init__(self, address: Address) -> None:
-        """Raises `FileError`."""
-        self.path = str(address)
-        self.closed = False
-        self._address = address
-        try:
-            info = address.info()
-        except FileNotFoundError as error:
-            raise file_error("read", self.path, error) from error
-        if info["type"] != "file" or info.get("size") is None:
-            raise FileError(f"{self.path}: cannot read: expected a file, found a folder, or what tells no size")
-        self.size = int(info["size"])
-        self._stamp = _stamp(info)
-        self._fetched = False
-        self._blocks: dict[int, Future[bytes]] = {}
-        self._lock = threading.Lock()
-        self._head = self._get(0, min(self.size, _HEAD)) if self.size else b""
-
-    def read_into(self, parts: Sequence[tuple[str, memoryview]], offset: int) -> None:
-        """As `files.read_into`."""
-        total = sum(len(view) for _, view in parts)
-        if offset + total > self.size:
-            raise FormatError(f"{self.path}: {parts[-1][0]}: expected {offset + total} bytes, found {self.size}")
-        if total >= _BLOCK:
-            data = memoryview(self._get(offset, offset + total))
-            for _, view in parts:
-                view[:], data = data[: len(view)], data[len(view) :]
-            return
-        for _, view in parts:
-            self._fill(view, offset)
-            offset += len(view)
-
-    def _fill(self, view: memoryview, offset: int) -> None:
-        if offset + len(view) <= len(self._head):
-            view[:] = self._head[offset : offset + len(view)]
-            return
-        while len(view):
-            number, within = divmod(offset, _BLOCK)
-            piece = self._block(number)[within : within + len(view)]
-            view[: len(piece)] = piece
-            view, offset = view[len(piece) :], offset + len(piece)
-
-    def _block(self, number: int) -> bytes:
-        from concurrent.futures import Future
-
-        with self._lock:
-            block = self._blocks.get(number)
-            mine = block is None
-            if block is None:
-                block = self._blocks[number] = Future[bytes]()
-                while len(self._blocks) > _KEPT:
-                    self._blocks.pop(next(iter(self._blocks)))
-        if mine:
-            try:
-                block.set_result(self._get(number * _BLOCK, min((number + 1) * _BLOCK, self.size)))
-            except BaseException as error:
-                block.set_exception(error)
-        return block.result()
-
-    def _get(self, start: int, stop: int) -> bytes:
-        fs, inner = self._address.store()
-        self._fetched = self._fetched or start > 0 or stop < self.size
-        try:
-            with _told(self.path, "read"):
-                data = fs.cat_file(inner, start=start, end=stop)
-        except FileNotFoundError as error:
-            raise FileError(f"{self.path}: it was deleted while it was read") from error
-        if len(data) != stop - start:
-            raise FormatError(f"{self.path}: expected {stop - start} bytes at offset {start}, found {len(data)}")
-        return data
-
-    def check(self) -> None:
-        """Raises `FormatError` if it was replaced while it was read: its parts may be of two files then."""
-        if self._fetched and _stamp(self._address.info()) != self._stamp:
-            raise FormatError(f"{self.path}: it was replaced while it was read; read it again")
-
-    def close(self) -> None:
-        self.closed = True
-        self._blocks.clear()
-
-
-def _stamp(info: Mapping[str, Any]) -> tuple[Any, ...]:
+def stamp(info: Mapping[str, Any]) -> tuple[Any, ...]:
     """What tells one content of an object from another."""
     return tuple(info.get(name) for name in ("size", "ETag", "etag", "generation", "created", "mtime", "LastModified"))
 
@@ -383,7 +288,7 @@ def _stamp(info: Mapping[str, Any]) -> tuple[Any, ...]:
 def version(place: Place) -> object:
     """What is equal only while a file is the same. Raises `OSError`, `FileError`."""
     if isinstance(place, Address):
-        return _stamp(place.info())
+        return stamp(place.info())
     status = place.stat()
     return status.st_mtime_ns, status.st_ino
 
@@ -393,18 +298,6 @@ def size(place: Place) -> int:
     if isinstance(place, Address):
         return place.size()
     return sum(p.stat().st_size for p in (place.rglob("*") if place.is_dir() else [place]) if p.is_file())
-
-
-def fetched(address: Address) -> tuple[io.FileIO, int]:
-    """All of an object in a temporary file that is open, and its size in bytes. Raises `FileError`."""
-    import tempfile
-
-    held = Object(address)
-    with tempfile.NamedTemporaryFile(prefix="jaxadapt-") as copy:
-        fs, inner = address.store()
-        with _told(str(address), "read"):
-            fs.get_file(inner, copy.name)
-        return io.FileIO(copy.name, "rb"), held.size
 
 
 # ---------------------------------------------------------------- writing

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
 
-from jaxadapt.codecs import atomic, files, places, runs
+from jaxadapt.codecs import atomic, files, objects, places, runs
 from jaxadapt.codecs.header import (
     MAX_HEADER,
     Header,
@@ -112,7 +112,7 @@ def can_hold(dtype: npt.DTypeLike) -> bool:
 
 def _open(path: str | os.PathLike[str]) -> files.Source:
     place = places.at(path)
-    return places.Object(place) if isinstance(place, places.Address) else files.LocalFile(os.fspath(path))
+    return objects.Object(place) if isinstance(place, places.Address) else files.LocalFile(os.fspath(path))
 
 
 def _header_of(source: files.Source) -> Header:

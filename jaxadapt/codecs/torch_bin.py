@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from jaxadapt.codecs import files, pickles, places
+from jaxadapt.codecs import files, objects, pickles, places
 from jaxadapt.codecs.header import problems_text
 from jaxadapt.errors import FormatError
 
@@ -295,7 +295,7 @@ def _load(path: str | os.PathLike[str], use: Callable[[_Zip | _Legacy, dict[str,
     """Opens a file of either format and hands its reader and tensors to `use`."""
     name = os.fspath(path)
     place = places.at(path)
-    file, size = places.fetched(place) if isinstance(place, places.Address) else files.open_binary(name)
+    file, size = objects.fetched(place) if isinstance(place, places.Address) else files.open_binary(name)
     with file:
         first = files.pread_exact(file.fileno(), min(size, 16), 0, name, "file")
         if first.startswith(b"version "):

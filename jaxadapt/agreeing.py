@@ -1,0 +1,109 @@
+"""The configuration that an adapter's files mean, where the JSON and the header of the tensors say different things."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Mapping
+
+from jaxadapt import configs, targets
+from jaxadapt.codecs import safetensors
+from jaxadapt.codecs.files import file_error
+from jaxadapt.codecs.places import Place
+from jaxadapt.configs import Config
+from jaxadapt.errors import ConfigError, FormatError
+from jaxadapt.keymap import PEFT_PREFIX
+
+META = "jaxadapt"
+"""What the header calls its copy of the configuration."""
+
+
+def text_of(path: Place) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    except (OSError, ValueError) as error:
+        raise file_error("read", str(path), error) from error
+
+
+def settle(path: Place, header: safetensors.Header | None, weights: Place) -> Config:
+    """The configuration that belongs to the tensors, where the JSON and our header may differ.
+
+    Equal: fine. The JSON is the one this save was replacing: the save was interrupted between its two
+    files, and the header wins. Otherwise a person edited the JSON, and it wins, unless the tensors
+    contradict it. Whatever is not plain is said in a warning.
+    """
+    text = text_of(path)
+    raw = None if header is None else header.metadata.get(META)
+    if header is None or raw is None:
+        return configs.loads(text, str(path))
+    try:
+        held = json.loads(raw)
+        own = Config.from_dict(held["config"], "its configuration")
+        replaces = held.get("replaces")
+    except (ValueError, KeyError, TypeError, AttributeError, ConfigError, RecursionError) as error:
+        raise FormatError(
+            f"{weights}: the metadata {META!r} of its header is damaged ({error}); save or fetch it again"
+        ) from error
+    if replaces == digest(text):
+        warnings.warn(
+            f"{path}: a save was interrupted after the weights and before this file; using the configuration"
+            " that the weights carry. Save again, or write(read(…)), to mend it.",
+            stacklevel=3,
+        )
+        return own
+    config = configs.loads(text, str(path))
+    a, b = config.to_dict(), own.to_dict()
+    changed = sorted(key for key in a | b if a.get(key) != b.get(key))
+    if not changed:
+        return config
+    contradiction = _contradiction(config, own, {k: t.shape for k, t in header.tensors.items()})
+    if contradiction:
+        warnings.warn(
+            f"{path} was edited after the weights were written ({', '.join(changed)}), and the tensors"
+            f" contradict it ({contradiction}); using the configuration that the weights carry",
+            stacklevel=3,
+        )
+        return own
+    warnings.warn(
+        f"{path} was edited after the weights were written ({', '.join(changed)}); using it as it stands now",
+        stacklevel=3,
+    )
+    return config
+
+
+def _contradiction(edited: Config, own: Config, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Why these tensors cannot be what an edited configuration describes; None if they can."""
+    if edited.peft_type != own.peft_type:
+        return f"they are of type {own.peft_type}"
+    for key, shape in shapes.items():
+        module = module_of(own, key)
+        if module is None:
+            continue
+        if not targets.matches(edited, module):
+            return f"{key} is there, which it does not target"
+        if edited.get("r") is not None and key.endswith(".lora_A.weight"):
+            rank = targets.pattern_value(edited.get("rank_pattern") or {}, module, edited.get("r"))
+            if shape[:1] != (rank,):
+                return f"{key} has rank {shape[0]}, not {rank}"
+    return None
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def module_of(config: Config, key: str) -> str | None:
+    """The module a tensor belongs to: the longest beginning of its key that the configuration targets.
+
+    >>> module_of(configs.LoraConfig(target_modules=["q"]), "base_model.model.h.0.q.lora_A.weight")
+    'h.0.q'
+    """
+    parts = key.removeprefix(PEFT_PREFIX).split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        name = ".".join(parts[:end])
+        if targets.matches(config, name):
+            return name
+    return None

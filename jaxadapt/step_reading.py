@@ -1,0 +1,137 @@
+"""One training step read back from where `step_files` has put it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import urllib.parse
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxadapt import step_files
+from jaxadapt.codecs import orbax, safetensors
+from jaxadapt.codecs.places import Place
+from jaxadapt.errors import FormatError
+from jaxadapt.snapshot import Taken, is_committed, is_key, is_on_device
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A step as it lies on disk, without its arrays.
+
+    Args:
+        metrics: as given to `save`.
+        taken: everything but the arrays.
+        specs: `{name: (shape, dtype name)}` of the arrays.
+        odd: the dtypes of arrays that safetensors has no type for; they are stored as bytes.
+    """
+
+    path: Place
+    metrics: dict[str, float]
+    taken: Taken
+    specs: dict[str, tuple[tuple[int, ...], str]]
+    odd: dict[str, str]
+
+
+def stored(path: Place) -> Stored:
+    """What a step holds, from its header. Raises `FileError` or `FormatError`."""
+    if path.suffix == step_files.FOLDER:
+        found = orbax.leaves(path).get(step_files.ITEM, {})
+        specs = {urllib.parse.unquote(key): spec for (key, *_), spec in found.items()}
+        document = orbax.read_json(path, step_files.META)
+    else:
+        header = safetensors.read_header(path)
+        specs = {k: (t.shape, safetensors.numpy_dtype(t.dtype).name) for k, t in header.tensors.items()}
+        try:
+            document = json.loads(header.metadata.get(step_files.META, "null"))
+        except (ValueError, RecursionError) as error:
+            raise FormatError(f"{path}: the metadata {step_files.META!r} of its header is damaged: {error}") from error
+    if not isinstance(document, dict):
+        raise FormatError(f"{path}: not a training checkpoint of this library: it holds no {step_files.META!r}")
+    if document.get("schema") != step_files.SCHEMA:
+        raise FormatError(
+            f"{path}: expected schema {step_files.SCHEMA}, found {document.get('schema')!r}; a newer version of this"
+            " library wrote it, or it is damaged"
+        )
+    metrics, odd = document.get("metrics"), document.get("odd")
+    if not isinstance(metrics, dict) or not isinstance(odd, dict):
+        raise FormatError(f"{path}: the metadata {step_files.META!r} of its header is damaged")
+    for name, dtype in odd.items():
+        specs[name] = (specs[name][0][:-1], dtype)
+    return Stored(path, metrics, Taken.from_json(document, str(path)), specs, odd)
+
+
+def read(step: Stored, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays of a step: each with the sharding of its example, a numpy array where the example is None.
+
+    Raises `FileError` or `FormatError`.
+    """
+    if step.path.suffix == step_files.FOLDER:
+        return _read_folder(step, wanted)
+    try:
+        with safetensors.open_tensors(step.path) as file:
+            return _read_file(file, step, wanted)
+    except KeyError as error:
+        raise FormatError(f"{step.path}: it was replaced while it was read ({error} is gone); read it again") from error
+
+
+def _spread(like: Any) -> bool:
+    return is_committed(like) and not is_key(like) and len(like.sharding.device_set) > 1
+
+
+def _read_file(file: safetensors.TensorFile, step: Stored, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    spread = [name for name, like in wanted.items() if _spread(like) and name not in step.odd]
+    host: dict[str, Any] = file.read_many(name for name in wanted if name not in spread)
+    for name, dtype in step.odd.items():
+        if name in host:
+            shape = step.specs[name][0]
+            host[name] = np.frombuffer(host[name].tobytes(), jnp.dtype(dtype)).reshape(shape)
+    onto = [n for n, like in wanted.items() if n in host and is_on_device(like) and not _spread(like)]
+    where = [wanted[n].sharding if is_committed(wanted[n]) else None for n in onto]
+    placed = jax.device_put([host[n] for n in onto], where) if onto else []
+    out: dict[str, Any] = {**host, **dict(zip(onto, placed, strict=True))}
+    for name in spread:
+        out[name] = _by_shard(wanted[name], functools.partial(file.read_slice, name))
+    for name in host.keys() & step.odd.keys():
+        if _spread(wanted[name]):
+            out[name] = _by_shard(wanted[name], host[name].__getitem__)
+    return {name: out[name][()] if isinstance(wanted[name], np.generic) else out[name] for name in wanted}
+
+
+def _by_shard(like: Any, get: Callable[[Any], np.ndarray]) -> jax.Array:
+    read: dict[str, np.ndarray] = {}  # replicas are read once
+
+    def part(index: Any) -> np.ndarray:
+        key = str(index)
+        if key not in read:
+            read[key] = get(index)
+        return read[key]
+
+    return jax.make_array_from_callback(tuple(like.shape), like.sharding, part)
+
+
+def _read_folder(step: Stored, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    def spec(like: Any) -> jax.ShapeDtypeStruct | None:
+        if not (is_on_device(like) and is_committed(like)) or _own(like):
+            return None
+        return jax.ShapeDtypeStruct(tuple(like.shape), like.dtype, sharding=like.sharding)
+
+    def _own(like: Any) -> bool:
+        return jax.process_count() > 1 and like.sharding.is_fully_addressable
+
+    keys = {name: (step_files.quoted(name),) for name in wanted}
+    got = orbax.load(step.path, step_files.ITEM, {keys[name]: spec(like) for name, like in wanted.items()})
+    out: dict[str, Any] = {}
+    for name, like in wanted.items():
+        value = got[keys[name]]
+        if isinstance(like, np.generic):
+            value = value[()]
+        elif is_on_device(like) and isinstance(value, np.ndarray):
+            value = jax.device_put(value, like.sharding if is_committed(like) else None)
+        out[name] = value
+    return out
