@@ -37,7 +37,7 @@ from jaxadapt.codecs.places import Place
 from jaxadapt.errors import AttachError, KeyMapError, MismatchError
 from jaxadapt.generic import GENERIC
 from jaxadapt.keymap import KeyMap
-from jaxadapt.progress import LOGGER, Progress, reporting
+from jaxadapt.progress import LOGGER, Progress, Report, counting, reporting
 
 SHARD = 5_000_000_000
 
@@ -62,7 +62,7 @@ def export_base(
         adapter: merged into the weights on the way: W + s·B·A, in float32, rounded once.
         keymap: the model's family; None recognises it.
         dtype: of the file's tensors; as in memory by default.
-        progress: None, True (a bar on a terminal) or a function of ("export", bytes done, bytes in all).
+        progress: None, True (a bar on a terminal or in a notebook) or a function of ("export", bytes done, in all).
 
     One tensor is held at a time. Tied embeddings are written once, as they are held. Raises `KeyMapError` with
     every weight that has no line, `MismatchError` if the adapter does not fit, `FileError`; then the weights
@@ -96,16 +96,14 @@ def export_base(
     folder.make(target)
     get = _reader(made, leaves, changed, kind)
     total = sum(math.prod(shape) * safetensors.numpy_dtype(name).itemsize for name, shape in specs.values())
-    done = 0
 
     with reporting(progress) as report:
+        more = counting(report, "export", total)
 
         def whole(key: str) -> Any:
-            nonlocal done
             parts = [get(part) for part in grouped[key]]
             value = parts[0] if len(parts) == 1 else np.concatenate(parts)
-            done += value.nbytes
-            report("export", done, total)
+            more(value.nbytes)
             return value
 
         shards.write(target, specs, whole, max_shard_size)
@@ -197,7 +195,12 @@ def _check_ties(
 
 
 def import_base(
-    path: str | os.PathLike[str], target: Any, *, keymap: KeyMap | str | None = None, strict: bool = True
+    path: str | os.PathLike[str],
+    target: Any,
+    *,
+    keymap: KeyMap | str | None = None,
+    strict: bool = True,
+    progress: Progress = None,
 ) -> Any:
     """Read the weights of a Hugging Face model into a model of any family here.
 
@@ -208,6 +211,7 @@ def import_base(
         keymap: the target's family; None recognises it.
         strict: False takes what fits and warns of the rest: weights the file lacks stay as they are (a new head), and
             tensors the model has no place for are left out (an old one).
+        progress: None, True (a bar on a terminal or in a notebook) or a function of ("import", bytes done, in all).
 
     A head that the file ties to the embedding is filled from there. Raises `MismatchError` with all missing, unexpected
     and wrongly shaped tensors together, `KeyMapError`, `FileError`, `FormatError`; then the target is as it was.
@@ -232,7 +236,9 @@ def import_base(
             )
         if left:
             warnings.warn(f"{tensors.source}: left as they were: {', '.join(sorted(left))}", stacklevel=2)
-        new = _read(entries, tensors.renamed(source), leaves, planning.placement(_params(target)))
+        with reporting(progress) as report:
+            new = _read(entries, tensors.renamed(source), leaves, planning.placement(_params(target)), report)
+    LOGGER.info("%s: %d weights read, by the table %s", tensors.source, len(new), table.name)
     done = merging.replaced(_params(target), new)
     return done if _params(target) is target else {**target, "params": done}
 
@@ -280,14 +286,16 @@ def _same(tensors: shards.Shards, a: str, b: str) -> bool:
 
 
 def _read(
-    entries: Sequence[plan.Entry], tensors: shards.Shards, leaves: Mapping[str, Any], places: Mapping[str, Any]
+    entries: Sequence[plan.Entry],
+    tensors: shards.Shards,
+    leaves: Mapping[str, Any],
+    places: Mapping[str, Any],
+    report: Report,
 ) -> dict[str, Any]:
     """New arrays in the place of the target's: its dtypes and shardings, numpy where it is numpy."""
     where = {path: leaf.sharding for path, leaf in leaves.items() if isinstance(leaf, jax.Array)}
     where |= {path: sharding.concrete(place) for path, place in places.items() if place is not None}
     dtypes = {key: spec.dtype for key, spec in tensors.specs.items()}
-    out: dict[str, Any] = {}
-    for dtype in {np.dtype(leaves[e.path].dtype) for e in entries}:
-        mine = plan.Plan(tuple(e for e in entries if np.dtype(leaves[e.path].dtype) == dtype))
-        out |= transfer.arrays(mine, tensors, dtypes, dtype, where)
+    wanted = {e.path: leaves[e.path].dtype for e in entries}
+    out = transfer.arrays(plan.Plan(tuple(entries)), tensors, dtypes, wanted, where, report, "import")
     return {path: np.array(x) if isinstance(leaves[path], np.ndarray) else x for path, x in out.items()}

@@ -22,6 +22,7 @@ from jaxadapt.configs import Config, LoraConfig
 from jaxadapt.dialect import Dialect, is_like
 from jaxadapt.errors import ConfigError, FileError, KeyMapError
 from jaxadapt.keymap import PEFT_PREFIX, KeyMap
+from jaxadapt.progress import Progress
 
 NOTE = "jaxadapt_tree"
 """The key of the note in a tree's file: the scale that the tree itself does not keep."""
@@ -52,6 +53,7 @@ def convert(
     like: str | os.PathLike[str] | None = None,
     sizes: Mapping[str, int] | None = None,
     on_shared: str | None = None,
+    progress: Progress = None,
 ) -> Converted:
     """Re-lay an adapter: from a PEFT folder or a tree's file (`*.safetensors`) into a PEFT folder or a tree's file.
 
@@ -64,13 +66,14 @@ def convert(
             is all that is read).
         sizes: else those of axes that a file does not tell apart, by the letters of the family's lines.
         on_shared: as in `load`; the rank grows as is needed.
+        progress: as in `read` and `write`, of a folder that is read or written.
 
     Raises `AdapterError`, and then nothing is written.
     """
     trees = [places.at(path).suffix == ".safetensors" for path in (source, target)]
     if not any(trees) and (like is not None or sizes):
         raise ConfigError("like and sizes are for trees (a file ending in .safetensors)")
-    tensors = _read(places.at(source), from_keymap, lora_alpha, None if trees[1] else like, sizes or {})
+    tensors = _read(source, from_keymap, lora_alpha, None if trees[1] else like, sizes or {}, progress)
     if not trees[1]:
         if dialect is not None or on_shared is not None:
             raise ConfigError("dialect and on_shared are for trees that are written (a target ending in .safetensors)")
@@ -79,7 +82,7 @@ def convert(
         elif to_keymap is not None:
             raise ConfigError("to_keymap is for trees, or with from_keymap for another spelling of the same family")
         config = _lora(tensors.config, "a folder").replace(inference_mode=True)
-        folder.write(dataclasses.replace(tensors, config=config), target)
+        folder.write(dataclasses.replace(tensors, config=config), target, progress=progress)
         return Converted(str(target), len(tensors.tensors), None, config.r, config.lora_alpha)
     if to_keymap is None:
         raise ConfigError('a tree needs its family: to_keymap="tunix:qwen3", say')
@@ -88,12 +91,18 @@ def convert(
 
 
 def _read(
-    path: Place, keymap: KeyMap | str | None, lora_alpha: float | None, like: Any, sizes: Mapping[str, int]
+    source: str | os.PathLike[str],
+    keymap: KeyMap | str | None,
+    lora_alpha: float | None,
+    like: Any,
+    sizes: Mapping[str, int],
+    progress: Progress,
 ) -> PeftTensors:
+    path = places.at(source)
     if path.suffix != ".safetensors":
         if lora_alpha is not None:
             raise ConfigError(f"{path}: lora_alpha is for a tree's file; an adapter's folder has its own")
-        return folder.read(path)
+        return folder.read(source, progress=progress)
     leaves = _dotted(safetensors.read(path))
     note = _note(path)
     if lora_alpha is None and note:

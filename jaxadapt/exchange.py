@@ -35,6 +35,7 @@ from jaxadapt.configs import Config
 from jaxadapt.errors import AdapterError, AttachError, ConfigError, MismatchError
 from jaxadapt.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.plan import Encoded
+from jaxadapt.progress import Report, quiet
 
 
 def to_peft(
@@ -215,6 +216,7 @@ def decoded(
     example: Any,
     shardings: Any,
     on_mismatch: str | None = None,
+    report: Report = quiet,
 ) -> tuple[Adapter, tuple[bind.Bound, ...]]:
     """The adapter, and its sites."""
     if not isinstance(tensors, PeftTensors):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -255,7 +257,7 @@ def decoded(
     where = places(shardings, target, bounds)
     copied = {key for b in bounds if b.method.copies for e in b.entries for key in e.keys}
     wide = {key: d if key in copied else kind(d, asked) for key, d in dtypes.items()}
-    leaves = transfer.arrays(plan, tensors.tensors, wide, dtype, where)
+    leaves = transfer.arrays(plan, tensors.tensors, wide, dtype, where, report)
     for entry in plan.entries:  # arrays in memory come with their own
         if dtype is None and any(wide[key] != dtypes[key] for key in entry.keys):
             leaves[entry.path] = leaves[entry.path].astype(entry.dtype(wide))

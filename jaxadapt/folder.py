@@ -27,6 +27,7 @@ from jaxadapt.codecs.files import file_error
 from jaxadapt.codecs.places import Place
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError, FileError, MismatchError
+from jaxadapt.progress import LOGGER, Progress, Report, counting, quiet, reporting
 
 if TYPE_CHECKING:
     from jaxadapt.adapter import PeftTensors
@@ -83,9 +84,10 @@ class Info:
 # ---------------------------------------------------------------- reading
 
 
-def _files(path: str | os.PathLike[str]) -> tuple[Place, Place]:
+def _files(path: str | os.PathLike[str], report: Report = quiet) -> tuple[Place, Place]:
     """The configuration and the weights of a folder; `FileError` says which is missing."""
-    folder: Place = hub.folder_of(path) if isinstance(path, str) and hub.is_address(path) else places.at(path)
+    remote = isinstance(path, str) and hub.is_address(path)
+    folder: Place = hub.folder_of(str(path), report=report) if remote else places.at(path)
     try:
         present = sorted(p.name for p in folder.iterdir())
     except FileNotFoundError as error:
@@ -128,15 +130,17 @@ def read_config(path: str | os.PathLike[str]) -> Config:
     return agreeing.settle(config, header, weights)
 
 
-def inspect(path: str | os.PathLike[str]) -> Info:
+def inspect(path: str | os.PathLike[str], *, progress: Progress = None) -> Info:
     """Method, targets, sizes and base model of an adapter folder, from its header alone.
 
-    Of an Orbax checkpoint too: its tensors under the names that PEFT's file would have.
+    Of an Orbax checkpoint too: its tensors under the names that PEFT's file would have. An adapter on the Hub is
+    fetched, of which `progress` is told as in `pull`.
     Raises `FileError`, `FormatError` or `ConfigError`, naming the file.
     """
     if orbax.found(path):
         return _inspect_orbax(path)
-    config, weights = _files(path)
+    with reporting(progress) as report:
+        config, weights = _files(path, report)
     if weights.name == WEIGHTS:
         header = safetensors.read_header(weights)
         tensors = {k: (t.dtype, t.shape) for k, t in header.tensors.items()}
@@ -150,20 +154,30 @@ def inspect(path: str | os.PathLike[str]) -> Info:
     return Info(str(path), agreeing.settle(config, header, weights), tensors, nbytes, size)
 
 
-def read(path: str | os.PathLike[str]) -> PeftTensors:
+def read(path: str | os.PathLike[str], *, progress: Progress = None) -> PeftTensors:
     """An adapter folder as `PeftTensors`, no model needed: PEFT's names, PyTorch's layout, the file's dtypes.
+
+    Args:
+        progress: None, True (a bar on a terminal or in a notebook) or a function of ("read", bytes done, bytes in all);
+            of an address of the Hub also of what is fetched.
 
     Reads `.safetensors` first, else a PyTorch `.bin` (nothing in it is executed), or an Orbax checkpoint of ours.
     Raises `FileError`, `FormatError` or `ConfigError`, naming the file.
     """
-    with opened(path) as found:
+    with reporting(progress) as report, opened(path, report) as found:
         held = found.tensors
-        tensors = held.read_many(held) if isinstance(held, safetensors.TensorFile) else dict(held)
+        if isinstance(held, safetensors.TensorFile):
+            more = counting(report, "read", sum(map(held.nbytes, held)))
+            tensors = held.read_many(held, more)
+        else:  # which is in memory by now
+            tensors = dict(held)
+            total = sum(x.nbytes for x in tensors.values())
+            report("read", total, total)
         return dataclasses.replace(found, tensors=tensors)
 
 
 @contextlib.contextmanager
-def opened(path: str | os.PathLike[str]) -> Generator[PeftTensors]:
+def opened(path: str | os.PathLike[str], report: Report = quiet) -> Generator[PeftTensors]:
     """As `read`, but the tensors of a `.safetensors` file are read when they are asked for, while it is open."""
     from jaxadapt.adapter import PeftTensors
 
@@ -172,7 +186,7 @@ def opened(path: str | os.PathLike[str]) -> Generator[PeftTensors]:
 
         yield orbax_folder.tensors(orbax_folder.read(path, orbax_folder.find(path)), path)
         return
-    config, weights = _files(path)
+    config, weights = _files(path, report)
     with contextlib.ExitStack() as stack:
         if weights.name == WEIGHTS:
             tensors: Mapping[str, Any] = stack.enter_context(safetensors.open_tensors(weights))
@@ -211,8 +225,14 @@ Put = Callable[[Place, Mapping[str, Any], Mapping[str, str]], object]
 """`(path, {key: (dtype, shape)}, metadata)`: another way to write the tensors' file."""
 
 
-def write(tensors: PeftTensors, path: str | os.PathLike[str], put: Put | None = None) -> None:
+def write(
+    tensors: PeftTensors, path: str | os.PathLike[str], put: Put | None = None, *, progress: Progress = None
+) -> None:
     """Write an adapter folder, durably and atomically: a crash leaves the old adapter or the new one.
+
+    Args:
+        put: another way to write the file of tensors.
+        progress: None, True (a bar on a terminal or in a notebook) or a function of ("save", bytes done, bytes in all).
 
     The folder is made if it is missing; nothing else in it is touched, and a README.md that is there stays.
     The same content always gives the same bytes. Raises `FileError` naming the path; then the adapter that
@@ -232,7 +252,8 @@ def write(tensors: PeftTensors, path: str | os.PathLike[str], put: Put | None = 
         raise MismatchError(f"{folder}: there is no tensor to write")
     made = make(folder)
     try:
-        _write(tensors, folder, put)
+        with reporting(progress) as report:
+            _write(tensors, folder, put, report)
     except BaseException:
         for new in made:  # nothing half-done: an empty folder of ours goes again
             with contextlib.suppress(OSError):
@@ -252,7 +273,7 @@ def make(folder: Place) -> list[Path]:
     return new
 
 
-def _write(tensors: PeftTensors, folder: Place, put: Put | None) -> None:
+def _write(tensors: PeftTensors, folder: Place, put: Put | None, report: Report) -> None:
     import numpy as np
 
     config, weights = folder / CONFIG, folder / WEIGHTS
@@ -278,7 +299,8 @@ def _write(tensors: PeftTensors, folder: Place, put: Put | None) -> None:
         if not there or before != text:
             stack.enter_context(atomic.replacing(config)).write(memoryview(text.encode()))
         if put is None:
-            safetensors.write(weights, specs, lambda key: np.asarray(tensors.tensors[key]), metadata)
+            more = counting(report, "save", sum(d.itemsize * math.prod(shape) for d, shape in specs.values()))
+            safetensors.write(weights, specs, lambda key: np.asarray(tensors.tensors[key]), metadata, progress=more)
         else:
             put(weights, specs, metadata)
     if replaces != _NOTHING:
@@ -292,6 +314,7 @@ def _write(tensors: PeftTensors, folder: Place, put: Put | None) -> None:
     shapes = {key: shape for key, (_, shape) in specs.items()}
     facts = card.Facts(shapes, dtypes, places.size(weights))
     _write_card(folder / CARD, card.text(tensors.config, facts))
+    LOGGER.info("%s: %d tensors written, %s", folder, len(specs), card.size_text(facts.nbytes))
 
 
 def _write_card(path: Place, new: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,11 +16,12 @@ from jaxadapt.adapter import Adapter
 from jaxadapt.errors import AttachError, MismatchError
 from jaxadapt.linen_tree import meta
 from jaxadapt.methods import Applied
+from jaxadapt.progress import Progress, counting, quiet, reporting
 
 Change = Callable[[Applied, Any], Any]
 
 
-def merge(params: Any, adapter: Adapter, *, safe: bool = False) -> Any:
+def merge(params: Any, adapter: Adapter, *, safe: bool = False, progress: Progress = None) -> Any:
     """The base parameters with the adapter in them: W + s·B·A for LoRA, W·l (and bias·l) for IA3.
 
     Args:
@@ -27,6 +29,8 @@ def merge(params: Any, adapter: Adapter, *, safe: bool = False) -> Any:
             arrays stay what they are), a new tree is returned; or an NNX model without active adapters
             (`detach` first), changed in place and returned.
         safe: refuse, before anything is changed, where the result has a NaN or an infinity.
+        progress: None, True (a bar on a terminal or in a notebook) or a function of ("merge", bytes of weights done,
+            bytes in all); each weight is then waited for.
 
     The sum is made in float32 and rounded once to the weight's dtype. A table of tokens that is the head as well
     changes in both; as an adapter it acts on the lookup alone, unless `ensure_weight_tying` is set (PEFT's
@@ -39,7 +43,7 @@ def merge(params: Any, adapter: Adapter, *, safe: bool = False) -> Any:
     >>> bool((merge(base, adapter)["q"]["kernel"] == 1).all())
     True
     """
-    return _changed(params, adapter, _weight, _bias, safe)
+    return _changed(params, adapter, _weight, _bias, ("merge", progress), safe)
 
 
 def _weight(applied: Applied, w: Any) -> Any:
@@ -50,12 +54,16 @@ def _bias(applied: Applied, bias: Any) -> Any:
     return applied.merged_bias(bias, 1)
 
 
-def unmerge(params: Any, adapter: Adapter) -> Any:
-    """The inverse of `merge`, within the rounding of the weight's dtype."""
-    return _changed(params, adapter, lambda a, w: a.unweight(w), lambda a, b: a.merged_bias(b, -1))
+def unmerge(params: Any, adapter: Adapter, *, progress: Progress = None) -> Any:
+    """The inverse of `merge`, within the rounding of the weight's dtype. `progress` as there, of "unmerge"."""
+    said = "unmerge", progress
+    return _changed(params, adapter, lambda a, w: a.unweight(w), lambda a, b: a.merged_bias(b, -1), said)
 
 
-def _changed(params: Any, adapter: Adapter, weight: Change, bias: Change, safe: bool = False) -> Any:
+def _changed(
+    params: Any, adapter: Adapter, weight: Change, bias: Change, said: tuple[str, Progress], safe: bool = False
+) -> Any:
+    what, progress = said
     if not isinstance(adapter, Adapter):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise AttachError(
             f"expected an Adapter (from extract, init or from_peft), found {type(adapter).__name__};"
@@ -67,7 +75,14 @@ def _changed(params: Any, adapter: Adapter, weight: Change, bias: Change, safe: 
             " adapter = extract(model); detach(model); merge(model, adapter)"
         )
     made = changes(leaves(params), adapter, weight, bias)
-    new = {path: changed.value() for path, changed in made.items()}
+    new: dict[str, Any] = {}
+    with reporting(progress) as report:
+        more = counting(report, what, sum(changed.nbytes for changed in made.values()))
+        for path, changed in made.items():
+            new[path] = changed.value()
+            if report is not quiet:
+                jax.block_until_ready(new[path])
+            more(changed.nbytes)
     lost = [path for path, value in new.items() if safe and not bool(jnp.isfinite(value).all())]
     if lost:
         raise AttachError("merged, these weights are no longer finite:\n" + paths.listing(lost))
@@ -125,6 +140,12 @@ class Changed:
     params: Mapping[str, Any]
     base: Any
     change: Change
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the leaf."""
+        base = self.base.base if isinstance(self.base, Changed) else self.base
+        return math.prod(base.shape) * base.dtype.itemsize
 
     def value(self, at: Mapping[int, int] | None = None) -> Any:
         """The leaf; or, with `{stacked axis: layer}` for each of `bound.site.stack`, what one layer has of it."""

@@ -17,7 +17,7 @@ from jaxadapt.adapter import Adapter, PeftTensors
 from jaxadapt.codecs import atomic, places, safetensors, shards
 from jaxadapt.codecs.places import Place
 from jaxadapt.errors import FileError
-from jaxadapt.progress import LOGGER, Progress, reporting
+from jaxadapt.progress import LOGGER, Progress, Report, counting, reporting
 
 _BESIDE = (".json", ".txt", ".model", ".jinja")
 """What belongs to a model besides its weights: configuration, tokenizer, chat template."""
@@ -39,6 +39,8 @@ def merge(
         adapter: its folder, or an address of the Hub.
         out: another folder; configuration and tokenizer are copied into it.
         dtype: of the tensors; those of the base by default. The sum is made in float32 and rounded once.
+        progress: None, True (bars on a terminal or in a notebook) or a function of ("merge", bytes done, bytes in all);
+            also of the adapter that is read.
 
     One tensor is held at a time. Returns how many weights the adapter changed. Raises `AdapterError`, and then nothing
     is written, unless everything fits.
@@ -46,8 +48,8 @@ def merge(
     source, target = places.at(base), places.at(out)
     if source == target or (_local(source) and _local(target) and target.samefile(source)):
         raise FileError(f"{target}: is the base model itself; choose another folder")
-    tensors = folder.read(adapter)
-    with shards.opened(source) as held, reporting(progress) as report:
+    with reporting(progress) as report, shards.opened(source) as held:
+        tensors = folder.read(adapter, progress=report)
         specs = {key: jax.ShapeDtypeStruct(spec.shape, spec.dtype) for key, spec in held.specs.items()}
         shapes = {key: spec.shape for key, spec in specs.items()}
         turned = bool(tensors.config.get("fan_in_fan_out"))
@@ -60,16 +62,14 @@ def merge(
             for key, spec in specs.items()
         }
         total = sum(math.prod(s) * safetensors.numpy_dtype(d).itemsize for d, s in written.values())
-        done = 0
+        more = counting(report, "merge", total)
 
         def get(key: str) -> Any:
-            nonlocal done
             value = held[key]
             if key in changed:
                 value = np.asarray(dataclasses.replace(changed[key], base=value).value())
             value = value.astype(safetensors.numpy_dtype(written[key][0]), copy=False)
-            done += value.nbytes
-            report("merge", done, total)
+            more(value.nbytes)
             return value
 
         folder.make(target)
@@ -85,6 +85,7 @@ def combine(
     out: str | os.PathLike[str],
     *,
     resize: int | None = None,
+    progress: Progress = None,
     **options: Any,
 ) -> PeftTensors:
     """Write one LoRA adapter out of several of the same base.
@@ -93,8 +94,21 @@ def combine(
         adapters: folders, or addresses of the Hub.
         options: as in `jaxadapt.combine`: method, svd_rank, density, majority_sign_method, key.
         resize: a rank for the result.
+        progress: as in `merge`, of what is read and written.
     """
-    tensors = [folder.read(path) for path in adapters]
+    with reporting(progress) as report:
+        tensors = [folder.read(path, progress=report) for path in adapters]
+        return _combined(tensors, weights, out, resize, options, report)
+
+
+def _combined(
+    tensors: Sequence[PeftTensors],
+    weights: Sequence[float],
+    out: str | os.PathLike[str],
+    resize: int | None,
+    options: dict[str, Any],
+    report: Report,
+) -> PeftTensors:
     shapes = {key: shape for held in tensors for key, shape in pytorch.weights(_shapes(held)).items()}
     specs = {key: jax.ShapeDtypeStruct(shape, "float32") for key, shape in shapes.items()}
     # One table for all: what one adapter leaves out is no weight that it lacks.
@@ -109,7 +123,7 @@ def combine(
         inference_mode=True, base_model_name_or_path=base.pop() if len(base) == 1 else None
     )
     encoded = dataclasses.replace(encoded, config=config)
-    folder.write(encoded, out)
+    folder.write(encoded, out, progress=report)
     return encoded
 
 

@@ -1,14 +1,18 @@
-"""How long work says where it is: `progress=` of everything that moves bytes.
+"""How long work says where it is: `progress=` of everything that moves bytes, and the library's one logger.
 
-None is quiet, True draws bars on a terminal (nothing elsewhere), and a function is called with what is being done, how
-much of it is done, and how much there is (bytes, or steps where the name says so).
+None is quiet, and True draws bars on a terminal or in a notebook (nothing elsewhere). A function is called with what
+is being done, how many bytes of it are done, and how many there are; an exception that it raises ends the work as any
+other failure does, with nothing half-done.
+
+What is done is called "save", "load", "read", "merge", "unmerge", "export", "import" or "upload", or by the name of
+the file that is fetched.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
-import sys
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -19,8 +23,28 @@ LOGGER = logging.getLogger("jaxadapt")
 """The library's one logger. It has no handlers; `logging.basicConfig(level="INFO")` shows what it says."""
 
 
-def _nothing(what: str, done: int, total: int) -> None:
-    pass
+def quiet(what: str, done: int, total: int) -> None:
+    """The report of work that nobody watches."""
+
+
+def counting(report: Report, what: str, total: int) -> Callable[[int], None]:
+    """A function that is told how many bytes more are done.
+
+    >>> more = counting(print, "save", 12)
+    save 0 12
+    >>> more(5); more(7)
+    save 5 12
+    save 12 12
+    """
+    done = 0
+
+    def more(count: int) -> None:
+        nonlocal done
+        done += count
+        report(what, done, total)
+
+    more(0)
+    return more
 
 
 @contextlib.contextmanager
@@ -28,11 +52,11 @@ def reporting(progress: Progress) -> Generator[Report]:
     """The function to call while the work is done.
 
     >>> with reporting(print) as report:
-    ...     report("weights", 3, 12)
-    weights 3 12
+    ...     report("save", 3, 12)
+    save 3 12
     """
     if progress is None or progress is False:
-        yield _nothing
+        yield quiet
     elif progress is True:
         with _bars() as report:
             yield report
@@ -40,10 +64,18 @@ def reporting(progress: Progress) -> Generator[Report]:
         yield progress
 
 
+def watched() -> bool:
+    """Whether somebody sees a bar: standard error is a terminal, or this is a notebook that can draw one."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    return console.is_terminal or (console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None)
+
+
 @contextlib.contextmanager
 def _bars() -> Generator[Report]:
-    if not sys.stderr.isatty():
-        yield _nothing
+    if not watched():
+        yield quiet
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn

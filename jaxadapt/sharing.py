@@ -14,7 +14,7 @@ from jaxadapt.adapter import PeftTensors
 from jaxadapt.codecs import places
 from jaxadapt.codecs.places import Place
 from jaxadapt.errors import AdapterError, AttachError, FileError
-from jaxadapt.progress import LOGGER, Progress, reporting
+from jaxadapt.progress import LOGGER, Progress
 
 PICTURE = "adapter_norms.png"
 
@@ -64,7 +64,8 @@ def push(
         token: by default `HF_TOKEN` or the stored one.
         license, metrics: for the card; metrics are `{name: value}`.
         picture: of how much each weight is changed, on the card; None: where matplotlib is installed.
-        progress: as in `pull`.
+        progress: None, True (the client's bars, on a terminal or in a notebook) or a function of ("upload", bytes sent,
+            bytes in all); of a model also of "save".
 
     A card on the Hub that a person wrote or edited stays, and only lacks filled in its front matter; one in the folder
     that a person wrote replaces it. Weights of the other format at the same place are deleted in the same commit.
@@ -87,9 +88,9 @@ def push(
         if isinstance(source, PeftTensors):
             if saving:
                 raise AttachError(f"{', '.join(saving)}: for models; PeftTensors go as they are")
-            folder.write(source, made)
+            folder.write(source, made, progress=progress)
         else:
-            store.save(source, made, name=name, **saving)
+            store.save(source, made, name=name, progress=progress, **saving)
         below = Path(made) if name == "default" or isinstance(source, PeftTensors) else Path(made) / name
         return _push(below, place, page, commit, progress)
 
@@ -118,8 +119,7 @@ def _push(source: Place, place: hub.Address, page: _Page, commit: dict[str, Any]
     )  # fmt: skip
     files[hub.CARD] = _card(source, card.text(info.config, facts), place, commit["token"]).encode()
     commit["message"] = commit["message"] or f"{info.config.peft_type} adapter, saved by jaxadapt"
-    with reporting(None if progress is True else progress) as report:
-        made = hub.upload(place, files, **commit, stale=stale, report=report, bars=progress is True)
+    made = hub.upload(place, files, **commit, stale=stale, progress=progress)
     return Pushed(str(place._replace(revision=made.reference or made.oid)), made.url)
 
 

@@ -39,6 +39,7 @@ from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError, ConfigError, FileError
 from jaxadapt.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.plan import Encoded
+from jaxadapt.progress import LOGGER, Progress, Report, reporting
 
 
 def save(
@@ -56,6 +57,7 @@ def save(
     shared: bool | None = None,
     timeout: float = 300,
     on_shared: str | None = None,
+    progress: Progress = None,
 ) -> None:
     """Write an adapter, and nothing but the adapter, as a folder that PEFT reads.
 
@@ -83,6 +85,8 @@ def save(
             ends the save in all, with an error, within `timeout` seconds.
         on_shared: "concat" puts different As side by side where PyTorch has one for several of our weights (queries,
             keys and values of an `nn.MultiheadAttention`); by default they are refused.
+        progress: None, True (a bar on a terminal or in a notebook) or a function of ("save", bytes done, bytes in all);
+            of several processes each counts what it writes itself. An Orbax checkpoint is told of when it is there.
 
     Durable and atomic; raises `AdapterError` (what is wrong, and the way out), and then the old adapter is
     still there, whole.
@@ -100,16 +104,20 @@ def save(
         adapter = dataclasses.replace(adapter, config=adapter.config.replace(**changes))
         if dtype is not None:
             adapter = jax.tree.map(lambda x: x.astype(dtype), adapter)
-        orbax_folder.write(adapter, _below(path, name), alone=jax.process_count() == 1)
+        with reporting(progress) as report:
+            orbax_folder.write(adapter, _below(path, name), alone=jax.process_count() == 1)
+            _told_at_once(report, "save", adapter)
+        LOGGER.info("%s: an Orbax checkpoint of %d arrays written", _below(path, name), len(adapter.flat()))
         return
     tensors = exchange.taken(tree, name, config, keymap, lora_alpha, dtype, instead, traced=False)
     tensors = _with_embeddings(tensors, tree, name, config, keymap, save_embedding_layers)
     tensors = exchange.joined(tensors, tree, name, config, keymap, on_shared, "save")
     tensors = dataclasses.replace(tensors, config=tensors.config.replace(**changes))
     if isinstance(tensors.tensors, Encoded) and together.spread(tensors.tensors.leaves.values()):
-        together.write(tensors, _below(path, name), shared, timeout)
+        with reporting(progress) as report:
+            together.write(tensors, _below(path, name), shared, timeout, report)
     else:
-        folder.write(tensors, _below(path, name))
+        folder.write(tensors, _below(path, name), progress=progress)
 
 
 def _with_embeddings(
@@ -161,6 +169,7 @@ def load(
     autocast_adapter_dtype: bool = False,
     on_mismatch: str | None = None,
     base: str | None = None,
+    progress: Progress = None,
 ) -> Any:
     """Read an adapter folder (ours or PEFT's) into a model.
 
@@ -193,6 +202,8 @@ def load(
         base: for an adapter whose initialisation took a part out of the base weights (PiSSA, OLoRA, …) and that was not
             converted: "original", the target has the weights as they were, and they are changed here as PEFT changes
             them on loading; "changed", the target has what was left of them. Without it such a file is refused.
+        progress: None, True (bars on a terminal or in a notebook) or a function of ("load", bytes done, bytes in all);
+            of an address of the Hub also of each file that is fetched, by its name.
 
     Otherwise the base is never touched, and nothing is attached unless everything fits. Raises `AdapterError`,
     `MismatchError` with all missing, unexpected and wrongly shaped tensors together.
@@ -201,7 +212,8 @@ def load(
         _refuse({"dtype": dtype}, "autocast_adapter_dtype=True asks for another; give one of them")
         dtype = exchange.AUTOCAST
     if isinstance(path, str) and hub.is_address(path):
-        path = hub.folder_of(path, None if name == attach.DEFAULT else name)
+        with reporting(progress) as report:
+            path = hub.folder_of(path, None if name == attach.DEFAULT else name, report)
     below = _below(path, name)
     guest = attach.guest_in(target)
     if guest is not None:
@@ -211,7 +223,8 @@ def load(
             "autocast_adapter_dtype": autocast_adapter_dtype or None,
         }  # fmt: skip
         _refuse(unused, f"the target has {guest.dialect.name} leaves already, where the values go")
-        tensors = folder.read(_holding(below, path))
+        with reporting(progress) as report:
+            tensors = folder.read(_holding(below, path), progress=lambda _, done, total: report("load", done, total))
         return foreign.put(
             guest, tensors.config, tensors.tensors, keymap=keymap, lora_alpha=lora_alpha, on_shared=on_shared,
             dtype=dtype, source=tensors.source,
@@ -226,13 +239,16 @@ def load(
         raise AttachError(f"base={base!r}: expected 'original' or 'changed'")
     checkpoint = next((p for p in dict.fromkeys((below, places.at(path))) if orbax.found(p)), None)
     if checkpoint is not None:
-        adapter, bounds = _from_orbax(checkpoint, target, name, (keymap, dtype, stack_axes, example, shardings))
+        with reporting(progress) as report:
+            adapter, bounds = _from_orbax(checkpoint, target, name, (keymap, dtype, stack_axes, example, shardings))
+            _told_at_once(report, "load", adapter)
         source = os.fspath(checkpoint)
     else:
-        with folder.opened(_holding(below, path)) as tensors:
+        with reporting(progress) as report, folder.opened(_holding(below, path)) as tensors:
             options = keymap, dtype, stack_axes, example, shardings
-            adapter, bounds = exchange.decoded(tensors, target, *options, on_mismatch)
+            adapter, bounds = exchange.decoded(tensors, target, *options, on_mismatch, report)
         source = tensors.source
+    LOGGER.info("%s: %d weights adapted, by the table %s", source, len(bounds), adapter.keymap.name)
     present = _attached_config(target, name)
     if present is not None and present != adapter.config and not replace:
         raise ConfigError(
@@ -256,6 +272,12 @@ def load(
         nnx.delete(target, name)
     nnx.attach(target, adapter.recipe, bounds, name, adapter.flat(), rngs)
     return target
+
+
+def _told_at_once(report: Report, what: str, adapter: Adapter) -> None:
+    """Of what Orbax moved, which says nothing while it does."""
+    total = sum(x.nbytes for x in adapter.flat().values())
+    report(what, total, total)
 
 
 def _residual(

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -19,6 +20,7 @@ from jaxadapt.codecs import parallel, places, safetensors
 from jaxadapt.codecs.group import Group
 from jaxadapt.codecs.parallel import Part
 from jaxadapt.plan import Encoded, Entry
+from jaxadapt.progress import Report, counting, quiet
 from jaxadapt.sharding import Box
 
 STAGES = ("plan", "mode", "result")
@@ -30,12 +32,15 @@ def spread(leaves: Iterable[Any]) -> bool:
     return not all(map(local, leaves))
 
 
-def write(tensors: PeftTensors, path: str | os.PathLike[str], shared: bool | None, timeout: float) -> None:
+def write(
+    tensors: PeftTensors, path: str | os.PathLike[str], shared: bool | None, timeout: float, report: Report = quiet
+) -> None:
     """`folder.write`, called by all processes; `tensors` are those of a plan.
 
     Args:
         shared: whether all processes see the folder; None: find out. If not, all goes through process 0.
         timeout: in seconds, for each answer of another process.
+        report: of ("save", bytes, bytes in all) that this process writes.
 
     Raises:
         FileError: in all processes, if one of them failed, died, or did not call; then the old adapter is still there.
@@ -46,7 +51,11 @@ def write(tensors: PeftTensors, path: str | os.PathLike[str], shared: bool | Non
     alike = alone(encoded.leaves) | {"the configuration": parallel.digest(tensors.config.to_json())}
 
     def parts(common: bool) -> Iterator[Part]:
-        return _own(encoded, group.index) if common else _gathered(encoded, group.index)
+        made = _own(encoded, group.index) if common else _gathered(encoded, group.index)
+        more = counting(report, "save", _mine(encoded, group.index, common))
+        for part in made:
+            yield part
+            more(part.array.nbytes)
 
     if group.index == 0:
         try:
@@ -65,6 +74,21 @@ def write(tensors: PeftTensors, path: str | os.PathLike[str], shared: bool | Non
         specs = {key: (spec.dtype, spec.shape) for key, spec in encoded.specs.items()}
         parallel.follow(os.fspath(target / folder.WEIGHTS), safetensors.named_specs(specs), parts, group, alike)
         group.hear("result")
+
+
+def _mine(encoded: Encoded, process: int, common: bool) -> int:
+    """How many bytes of the file this process writes."""
+    if not common:
+        specs = encoded.specs.values() if process == 0 else ()
+        return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs)
+    width = {e.path: encoded.specs[e.keys[0]].dtype.itemsize for e in encoded.plan.entries}
+    owners = sharding.owners(encoded.leaves)
+    return sum(
+        sharding.size(box) * width[path]
+        for path, boxes in owners.items()
+        for box, owner in boxes.items()
+        if owner == process and path in width
+    )
 
 
 def local(leaf: Any) -> bool:

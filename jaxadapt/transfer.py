@@ -24,6 +24,7 @@ from jaxadapt.codecs import files
 from jaxadapt.codecs.safetensors import TensorFile
 from jaxadapt.codecs.shards import Shards
 from jaxadapt.plan import Encoded, Entry, Plan, Spec
+from jaxadapt.progress import Report, counting, quiet
 from jaxadapt.sharding import Box, Piece
 
 # Leaves made by one job share one allocation: large enough for huge pages, small enough that threads share the work.
@@ -46,29 +47,36 @@ def arrays(
     dtypes: Mapping[str, Any],
     dtype: Any = None,
     where: Mapping[str, Sharding] | None = None,
+    report: Report = quiet,
+    what: str = "load",
 ) -> dict[str, Any]:
     """`{path: array}` from `{key: tensor}`.
 
     Args:
         tensors: an open file, or arrays in memory (traced ones inside jit). They are copied, never shared.
         dtypes: of the tensors, by key.
-        dtype: of the arrays; by default each leaf's tensors' own.
+        dtype: of the arrays, one or `{path: dtype}`; by default each leaf's tensors' own.
         where: the shardings of the arrays, by path; without one they go to the default device. Of a file only the
             bytes are read that the devices of this process hold, those of replicas once.
+        report, what: where it is with the bytes of the arrays that are made here.
     """
     where = {path: sharding.concrete(place) for path, place in (where or {}).items()}
+    asked = {e.path: dtype[e.path] if isinstance(dtype, Mapping) else dtype for e in plan.entries}
     in_files = isinstance(tensors, TensorFile | Shards | Encoded)
     if not in_files and any(isinstance(x, jax.Array) for x in tensors.values()):
         leaves = plan.decode({key: x if isinstance(x, jax.Array) else jnp.array(x) for key, x in tensors.items()})
-        leaves = leaves if dtype is None else {path: leaf.astype(dtype) for path, leaf in leaves.items()}
+        leaves = {path: leaf if asked[path] is None else leaf.astype(asked[path]) for path, leaf in leaves.items()}
         return {path: sharding.moved(x, where[path]) if path in where else x for path, x in leaves.items()}
-    wanted = {e.path: np.dtype(dtype) if dtype is not None else e.dtype(dtypes) for e in plan.entries}
+    wanted = {e.path: e.dtype(dtypes) if asked[e.path] is None else np.dtype(asked[e.path]) for e in plan.entries}
     held = {e.path: _here(where.get(e.path), e.shape) for e in plan.entries}
     out: dict[str, Any] = {e.path: None for e in plan.entries}
     jobs = list(_jobs(plan, tensors, held, wanted))
+    sizes = {path: sum(map(sharding.size, boxes)) * wanted[path].itemsize for path, boxes in held.items()}
+    more = counting(report, what, sum(sizes.values()))
     with ThreadPoolExecutor(max(1, min(_THREADS, len(jobs)))) as pool:
         for job, made in zip(jobs, pool.map(lambda job: _make(job, tensors, held, wanted), jobs), strict=True):
             out |= _handed_over(job, made, held, where)
+            more(sum(sizes[entry.path] for entry in job))
     return out
 
 

@@ -132,6 +132,16 @@ def base(layout: tuple[str, str], scanned: bool) -> Any:
     return paths.unflatten({p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where[p]) for p, x in flat.items()})
 
 
+def watching(stem: Path) -> Any:
+    """What keeps the last that this process was told, in a file of its own."""
+    import jax
+
+    def told(what: str, done: int, total: int) -> None:
+        stem.with_suffix(f".{jax.process_index()}").write_text(f"{what} {done} {total}")
+
+    return told
+
+
 def save_and_load(folder: Path, argument: str) -> None:
     """Saved on each layout, by all and through process 0, loaded on another."""
     import jaxadapt
@@ -145,9 +155,10 @@ def save_and_load(folder: Path, argument: str) -> None:
         scanned = bool(number % 2)
         mine = adapter(layout, scanned)
         with mock.patch.object(together.multihost_utils, "process_allgather", never):
-            jaxadapt.save(mine, folder / f"{number}-all", timeout=60)
+            jaxadapt.save(mine, folder / f"{number}-all", timeout=60, progress=watching(folder / f"{number}-all-told"))
         if number % 3 == 0:
-            jaxadapt.save(mine, folder / f"{number}-one", shared=False, timeout=60)
+            told = watching(folder / f"{number}-one-told")
+            jaxadapt.save(mine, folder / f"{number}-one", shared=False, timeout=60, progress=told)
         other = meshes.LAYOUTS[(number + 3) % len(meshes.LAYOUTS)]
         target = {"params": base(other, not scanned)}
         found = jaxadapt.load(folder / f"{number}-all", target, keymap=meshes.table(not scanned))

@@ -38,6 +38,15 @@ def test_two_processes_write_the_file_of_one(tmp_path: Path) -> None:
         assert {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} == want, name
     assert "apart0" in saved
     assert not (tmp_path / "apart1").exists()
+    # each process was told of what it wrote itself, and of all of it
+    size = jaxadapt.inspect(tmp_path / "alone").nbytes
+    for name in saved:
+        told = [p.read_text().split() for p in sorted(tmp_path.glob(f"{name}-told.*"))]
+        if name.endswith(("0-all", "-one")):
+            assert len(told) == 2
+            assert sum(int(done) for _, done, _ in told) == size, name
+        assert all(what == "save" and done == total for what, done, total in told), name
+        assert not told or name.endswith("-all") or told[1][1] == "0"  # through process 0
     # fresh values do not depend on the devices either
     fresh = jaxadapt.from_peft(jaxadapt.read(tmp_path / "fresh"), meshes.base(False), keymap=meshes.TABLE)
     one = jaxadapt.init(meshes.CONFIG, meshes.base(False), key=jax.random.key(3), keymap=meshes.TABLE)

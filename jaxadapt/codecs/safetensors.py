@@ -6,6 +6,7 @@ needs the standard library only; numpy (and ml_dtypes, for bfloat16 and float8) 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
@@ -231,10 +232,13 @@ class TensorFile(Mapping[str, "np.ndarray"]):
 
         return runs.read_box(read_at, info.shape if shape is None else shape, dtype, slices)
 
-    def read_many(self, keys: Iterable[str]) -> dict[str, np.ndarray]:
+    def read_many(
+        self, keys: Iterable[str], progress: Callable[[int], None] | None = None
+    ) -> dict[str, np.ndarray]:
         """The tensors of `keys`, faster than one by one.
 
-        Neighbours share one allocation (of about 32 MB at most), which lives as long as one of them.
+        Neighbours share one allocation (of about 32 MB at most), which lives as long as one of them. `progress` is
+        called with the number of bytes read since its last call.
         """
         order = sorted(set(keys), key=lambda key: self.header.tensors[key][2:])
         groups: list[list[str]] = []
@@ -246,13 +250,20 @@ class TensorFile(Mapping[str, "np.ndarray"]):
                 size = 0
             groups[-1].append(key)
             size, stop = size + info.nbytes, info.stop
-        if len(groups) <= 1:
-            return self._read_group(groups[0]) if groups else {}
-        from concurrent.futures import ThreadPoolExecutor
+        out: dict[str, np.ndarray] = {}
+        with contextlib.ExitStack() as stack:
+            made: Iterable[dict[str, np.ndarray]] = map(self._read_group, groups)
+            if len(groups) > 1:
+                from concurrent.futures import ThreadPoolExecutor
 
-        # few large jobs: their time goes into the kernel's copy and page faults, which hold no GIL
-        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            return {key: array for group in pool.map(self._read_group, groups) for key, array in group.items()}
+                # few large jobs: their time goes into the kernel's copy and page faults, which hold no GIL
+                pool = stack.enter_context(ThreadPoolExecutor(min(4, os.cpu_count() or 1)))
+                made = pool.map(self._read_group, groups)
+            for group in made:
+                out |= group
+                if progress is not None:
+                    progress(sum(map(self.nbytes, group)))
+        return out
 
     def _read_group(self, keys: Sequence[str]) -> dict[str, np.ndarray]:
         """Neighbours in the file, in order, with one call and one allocation; each is 64-byte aligned."""

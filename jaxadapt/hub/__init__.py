@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxadapt.errors import FileError
+from jaxadapt.hub import watching
 from jaxadapt.hub.address import Address, is_address, parse
 from jaxadapt.hub.failures import Token, api_of, told
-from jaxadapt.progress import LOGGER, Progress, Report, reporting
+from jaxadapt.progress import LOGGER, Progress, Report, quiet, reporting, watched
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -46,7 +47,8 @@ def pull(
         subfolder: where several adapters share a repository.
         token: for private and gated repositories; by default `HF_TOKEN` or the stored one.
         cache_dir: the Hub's own cache by default.
-        progress: None, True (bars on a terminal) or a function of (name, bytes done, bytes in all).
+        progress: None, True (bars on a terminal or in a notebook) or a function of (name of the file, bytes done,
+            bytes in all).
 
     Returns the folder in the cache, which `load`, `read` and PEFT take; all its files are of one commit. What is in the
     cache is not fetched again, an interrupted download goes on where it stopped, and without a network (or with
@@ -58,7 +60,7 @@ def pull(
         return _pull(parse(repo, revision, subfolder), (CARD,), token, cache_dir, report)
 
 
-def folder_of(address: str, name: str | None = None) -> Path:
+def folder_of(address: str, name: str | None = None, report: Report = quiet) -> Path:
     """What `load`, `read` and `inspect` do with an address: the configuration and the weights, in the cache.
 
     `name` is a subfolder that is taken instead, if it holds an adapter.
@@ -66,7 +68,7 @@ def folder_of(address: str, name: str | None = None) -> Path:
     place = parse(address)
     if name is not None and _holds(below := place._replace(subfolder=place.file(name))):
         place = below
-    return _pull(place, (), None, None, _quiet)
+    return _pull(place, (), None, None, report)
 
 
 def _holds(place: Address) -> bool:
@@ -76,7 +78,7 @@ def _holds(place: Address) -> bool:
 
     with told(place, None):
         try:
-            _file(place, CONFIG, None, None, _quiet)
+            _file(place, CONFIG, None, None, quiet)
         except LocalEntryNotFoundError:
             if try_to_load_from_cache(place.repo, place.file(CONFIG), revision=place.revision) is _CACHED_NO_EXIST:
                 return False
@@ -90,11 +92,7 @@ def config_of(address: str) -> Path:
     """The configuration of an adapter alone, in the cache."""
     place = parse(address)
     with told(place, None), _listed(place, None):
-        return _file(place, CONFIG, None, None, _quiet)
-
-
-def _quiet(what: str, done: int, total: int) -> None:
-    pass
+        return _file(place, CONFIG, None, None, quiet)
 
 
 def _pull(
@@ -139,28 +137,9 @@ def _file(place: Address, name: str, token: Token, cache_dir: Any, report: Repor
             token=token,
             cache_dir=cache_dir,
             library_name="jaxadapt",
-            tqdm_class=_meter(name, report),
+            tqdm_class=watching.meter(name, report),
         )
     )
-
-
-def _meter(name: str, report: Report) -> Any:
-    """The client's progress bar, drawing nothing and telling `report`."""
-    from huggingface_hub.utils import tqdm
-
-    class Meter(tqdm):
-        def __init__(self, *args: Any, **options: Any) -> None:
-            options.pop("name", None)
-            super().__init__(*args, **{**options, "disable": True})
-            self.so_far = int(options.get("initial") or 0)
-            self.of = int(options.get("total") or 0)
-
-        def update(self, n: float | None = 1) -> bool | None:
-            self.so_far += int(n or 0)
-            report(name, self.so_far, max(self.of, self.so_far))
-            return None
-
-    return Meter
 
 
 def _missing() -> type[Exception]:
@@ -217,19 +196,20 @@ def upload(
     tag: str | None = None,
     token: Token = None,
     stale: Sequence[str] = (),
-    report: Report = _quiet,
-    bars: bool = False,
+    progress: Progress = None,
 ) -> Commit:
     """Put files into an adapter's folder in one commit; the repository, and a branch that is missing, are made.
 
-    `stale` are names that must not stay in the folder: deleted in the same commit, if they are there.
+    `stale` are names that must not stay in the folder: deleted in the same commit, if they are there. `progress` True
+    shows the client's own bars; a function is told of ("upload", bytes sent, bytes in all).
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     api = api_of(token)
     total = sum(len(f) if isinstance(f, bytes) else f.stat().st_size for f in files.values())
+    report = quiet if progress is None or isinstance(progress, bool) else progress
     report("upload", 0, total)
-    with told(place, token, "push to"), _client_bars(bars):
+    with told(place, token, "push to"), watching.client_bars(progress is True and watched()):
         # A pull request to somebody else's repository: it is there, and we may not create it.
         if not (create_pr and api.repo_exists(place.repo)):
             api.create_repo(place.repo, private=private, exist_ok=True)
@@ -242,8 +222,9 @@ def upload(
         if branch is not None and not branch.startswith("refs/") and not create_pr:
             api.create_branch(place.repo, branch=branch, exist_ok=True)
         old = [name for name in stale if api.file_exists(place.repo, place.file(name), revision=branch)]
+        addition = CommitOperationAdd if report is quiet else watching.counted(report, total)
         operations: list[Any] = [
-            CommitOperationAdd(place.file(n), f if isinstance(f, bytes) else str(f)) for n, f in files.items()
+            addition(place.file(n), f if isinstance(f, bytes) else str(f)) for n, f in files.items()
         ]
         operations += [CommitOperationDelete(place.file(name)) for name in old]
         made = api.create_commit(
@@ -263,29 +244,13 @@ def text_of(place: Address, name: str, token: Token = None) -> str | None:
     absent = (_missing(), RepositoryNotFoundError, RevisionNotFoundError)
     with told(place, token, "push to"):
         try:
-            return _file(place, name, token, None, _quiet).read_bytes().decode("utf-8", "replace")
+            return _file(place, name, token, None, quiet).read_bytes().decode("utf-8", "replace")
         except absent as error:
             from huggingface_hub.errors import LocalEntryNotFoundError
 
             if isinstance(error, LocalEntryNotFoundError):
                 raise  # no connection: it may well be there
             return None
-
-
-@contextlib.contextmanager
-def _client_bars(wanted: bool) -> Generator[None]:
-    """The client's own bars while it uploads (it has no callback for this), or none."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    off = are_progress_bars_disabled()
-    if wanted or off:
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
 
 
 __all__ = [

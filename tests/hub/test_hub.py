@@ -246,6 +246,37 @@ def test_a_full_disk_leaves_the_cache_sound(hub, saved, monkeypatch):
     jaxadapt.pull(REPO)
 
 
+def test_a_push_tells_how_much_is_sent(hub, saved):
+    big = {"base_model.model.q_proj.lora_A.weight": np.zeros((2, 120_000), "f4"),
+           "base_model.model.q_proj.lora_B.weight": np.ones((8, 2), "f4")}  # fmt: skip
+    tensors = jaxadapt.PeftTensors(small.LORA.replace(target_modules=["q_proj"]), big, "")
+    told: list[tuple[str, int, int]] = []
+    pushed(hub, tensors, progress=lambda *at: told.append(at))
+    files = hub.files(REPO)
+    size = sum(len(files[name]) for name in (CONFIG, WEIGHTS, CARD))
+    assert [at for at in told if at[0] == "save"][-1] == ("save", 960_064, 960_064)
+    done = [at[1] for at in told if at[0] == "upload"]
+    assert {at[2] for at in told if at[0] == "upload"} == {size}
+    assert (done[0], done[-1]) == (0, size)
+    assert done == sorted(done)
+    assert len(set(done)) > 5  # not only at its end
+    told.clear()
+    hub.hangs_up.add("/lfs/")
+    with pytest.raises(jaxadapt.FileError, match="the connection failed"):
+        pushed(hub, saved, repo="org/second", progress=lambda *at: told.append(at))
+    assert told[-1][1] < told[-1][2]
+
+
+def test_loading_an_address_tells_of_what_is_fetched_and_then_of_what_is_loaded(hub, saved):
+    hub.put(REPO, contents(saved))
+    told: list[tuple[str, int, int]] = []
+    jaxadapt.load(f"hf://{REPO}", small.net(), progress=lambda *at: told.append(at))
+    assert list(dict.fromkeys(at[0] for at in told)) == [CONFIG, WEIGHTS, "load"]
+    assert all(at[1] == at[2] for at in {at[0]: at for at in told}.values())
+    jaxadapt.read(f"hf://{REPO}", progress=lambda *at: told.append(at))
+    assert told[-1][0] == "read"
+
+
 # ---- who may ----------------------------------------------------------------------------------------------
 
 
