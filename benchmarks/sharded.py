@@ -1,0 +1,355 @@
+"""Saving and loading an adapter that is spread over a mesh, in one process of 8 devices and in 2 of 4.
+
+    python -m benchmarks.sharded [--sizes 50 500] [--repeats 9] [--dir FOLDER]
+
+The adapter is that of `benchmarks.io` (448 bfloat16 tensors on a Llama-2-7B), its base cut over a mesh of 4 (FSDP) by
+2 (tensor parallel). Beside: one process that writes (reads) the same bytes in one piece, Orbax v1 and v0, and every
+tensor gathered by `process_allgather` for `safetensors` to write. All ways are interleaved, a round counts what the
+slowest process took; "x raw" is the median over rounds of the ratio to the raw way of the same round.
+Exits with 1 if a target is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import Way, environment, interleave, ratio, table
+
+SAVE, MEMORY, LOAD, STALL, STATE = 1.2, 1.1, 1.2, 0.1, 2.0  # the targets
+SHAPES = {"8 devices": (1, 8), "2 processes of 4 devices": (2, 4)}
+RAW_SAVE, RAW_LOAD, RAW_STATE = "raw write+fsync, one process", "raw read, one process", "raw write+fsync of as many bytes"
+SAVED, LOADED, MANAGER = "jaxadapt.save", "jaxadapt.load", "CheckpointManager"
+MEASURED = (SAVED, MANAGER, "process_allgather + safetensors", "Orbax v1")
+
+
+# ---------------------------------------------------------------- one of the processes
+
+
+def make(megabytes: int) -> tuple[Any, Any]:
+    """The adapter over all devices, and variables to load it into, of which only shapes and shardings exist."""
+    import jax
+    import ml_dtypes
+    import numpy as np
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    import jaxadapt
+    from benchmarks import io
+
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tp"))
+
+    def spread(path: Any, spec: Any) -> Any:
+        turned = path[-2].key in ("o_proj", "down_proj")
+        place = NamedSharding(mesh, PartitionSpec(*(("tp", "fsdp") if turned else ("fsdp", "tp"))))
+        return jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=place)
+
+    base = jax.tree_util.tree_map_with_path(spread, io.base())
+    modules = [m.split(".")[1] for m in io.PROJECTIONS]
+    config = jaxadapt.LoraConfig(r=io.rank_for(megabytes), lora_alpha=16, target_modules=modules)
+    adapter = jaxadapt.init(config, base["params"], keymap="llama", dtype="bfloat16")
+    rng = np.random.default_rng(0)
+
+    def value(spec: Any) -> Any:
+        bits = rng.integers(0x3C00, 0x3F80, spec.shape, np.uint16).view(ml_dtypes.bfloat16)
+        return jax.make_array_from_callback(spec.shape, spec.sharding, bits.__getitem__)
+
+    return jax.block_until_ready(jax.tree.map(value, adapter)), base
+
+
+def moments(adapter: Any) -> Any:
+    """Adam's state, laid out as the adapter is."""
+    import jax
+    import numpy as np
+    import optax
+
+    state = optax.adam(1e-3).init(adapter.params)
+    return jax.tree.map(lambda x: x if x.ndim else np.asarray(x), state)
+
+
+def barrier(_: Any = None) -> None:
+    from jax.experimental import multihost_utils
+
+    multihost_utils.sync_global_devices("benchmark")
+
+
+class Fresh:
+    """Folders that are there once, for all processes: Orbax does not replace."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.number = 0
+
+    def __call__(self) -> Path:
+        import jax
+
+        if jax.process_index() == 0:
+            self.folder.mkdir(exist_ok=True)
+            for old in self.folder.glob("*"):
+                shutil.rmtree(old)
+        self.number += 1
+        barrier()
+        return self.folder / str(self.number)
+
+
+def alone(work: Callable[[], object]) -> Way:
+    """What only process 0 does."""
+    import jax
+
+    return Way(lambda _: work() if jax.process_index() == 0 else None, barrier)
+
+
+def gathered(adapter: Any, path: Path) -> None:
+    """Every tensor to every process, and from one of them to a file: what one would write by hand."""
+    import jax
+    import numpy as np
+    import safetensors.numpy
+    from jax.experimental import multihost_utils
+
+    whole = jax.tree.map(lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True)), adapter)
+    if jax.process_index() == 0:
+        import jaxadapt
+
+        tensors = {k: np.ascontiguousarray(v) for k, v in jaxadapt.to_peft(whole).tensors.items()}
+        safetensors.numpy.save_file(tensors, path)
+    barrier()
+
+
+def ways(adapter: Any, base: Any, folder: Path) -> tuple[dict[str, dict[str, Way]], Callable[[], None]]:
+    """All ways by table, and what to call at the end."""
+    import jax
+    import numpy as np
+    import orbax.checkpoint as v0
+    from orbax.checkpoint import v1
+
+    import jaxadapt
+    from benchmarks import io
+
+    state = moments(adapter)
+    tree = jax.block_until_ready({"adapter": adapter.params, "opt_state": state})
+    sizes = [sum(x.nbytes for x in jax.tree.leaves(one)) for one in (adapter.params, tree)]
+    data = [np.random.default_rng(0).bytes(size) if jax.process_index() == 0 else b"" for size in sizes]
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), adapter.params)
+    manager = jaxadapt.CheckpointManager(folder / "run", keep=1)
+    steps = iter(range(10**9))
+    old, old_async = v0.Checkpointer(v0.StandardCheckpointHandler()), v0.StandardCheckpointer()
+    under_way: list[Any] = []
+    names = ("v1", "v0", "state-v1", "state-v0", "async-v1", "async-v0")
+    fresh = {name: Fresh(folder / name) for name in names}
+    jaxadapt.save(adapter, folder / "ours")
+    v1.save(folder / "there-v1", adapter.params)
+    old.save(folder / "there-v0", args=v0.args.StandardSave(adapter.params))
+    barrier()
+
+    def begin() -> None:
+        manager.save(next(steps), adapter, opt_state=state)
+
+    def whole(_: Any) -> None:
+        begin()
+        manager.wait()
+
+    def settle() -> None:
+        """What is under way is over before the next begins, and is not timed."""
+        manager.wait()
+        while under_way:
+            under_way.pop().result()
+        old_async.wait_until_finished()
+        barrier()
+
+    def settled(name: str) -> Callable[[], Path]:
+        def before() -> Path:
+            settle()
+            return fresh[name]()
+
+        return before
+
+    def loaded(_: Any) -> Any:
+        return jax.block_until_ready(io.arrays(jaxadapt.load(folder / "ours", base, keymap="llama")))
+
+    return {
+        "save": {
+            RAW_SAVE: alone(lambda: io.raw_write(folder / "raw.bin", data[0])),
+            SAVED: Way(lambda _: jaxadapt.save(adapter, folder / "ours"), barrier),
+            "process_allgather + safetensors (no fsync)": Way(lambda _: gathered(adapter, folder / "gathered"), barrier),
+            "Orbax v1": Way(lambda path: v1.save(path, adapter.params), fresh["v1"]),
+            "Orbax v0": Way(lambda path: old.save(path, args=v0.args.StandardSave(adapter.params)), fresh["v0"]),
+        },
+        "load": {
+            RAW_LOAD: alone(lambda: io.raw_read(folder / "ours" / "adapter_model.safetensors")),
+            LOADED: Way(loaded, barrier),
+            "Orbax v1": Way(lambda _: jax.block_until_ready(v1.load(folder / "there-v1", abstract)), barrier),
+            "Orbax v0": Way(
+                lambda _: jax.block_until_ready(
+                    old.restore(folder / "there-v0", args=v0.args.StandardRestore(abstract))
+                ),
+                barrier,
+            ),
+        },
+        "state": {
+            RAW_STATE: alone(lambda: io.raw_write(folder / "raw.bin", data[1])),
+            MANAGER: Way(whole, settle),
+            "Orbax v1": Way(lambda path: v1.save(path, tree), settled("state-v1")),
+            "Orbax v0": Way(lambda path: old.save(path, args=v0.args.StandardSave(tree)), settled("state-v0")),
+        },
+        "stall": {
+            MANAGER: Way(lambda _: begin(), settle),
+            "Orbax v1": Way(lambda path: under_way.append(v1.save_async(path, tree)), settled("async-v1")),
+            "Orbax v0": Way(lambda path: old_async.save(path, tree), settled("async-v0")),
+        },
+    }, lambda: (settle(), manager.close(), old_async.close()) and None  # fmt: skip
+
+
+def timed(megabytes: int, rounds: int, folder: Path) -> dict[str, Any]:
+    """Seconds of each round by table and way: those of the slowest process."""
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    adapter, base = make(megabytes)
+    tables, finish = ways(adapter, base, folder)
+    out: dict[str, Any] = {"megabytes": sum(x.nbytes for x in jax.tree.leaves(adapter)) / 1e6}
+    for name, some in tables.items():
+        times = interleave(some, rounds)
+        found = np.array([t.clock for t in times.values()])
+        slowest = np.asarray(multihost_utils.process_allgather(found)).reshape(-1, *found.shape).max(0)
+        out[name] = dict(zip(some, slowest.tolist(), strict=True))
+    finish()
+    return out
+
+
+def resident(way: str, megabytes: int, folder: Path) -> dict[str, Any]:
+    """By how many bytes a save raises the peak of resident memory, as a part of what this process' devices hold."""
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+    from orbax.checkpoint import v1
+
+    import jaxadapt
+    from benchmarks.io import status
+
+    def save(adapter: Any, state: Any, to: Path) -> None:
+        if way == SAVED:
+            jaxadapt.save(adapter, to)
+        elif way == MANAGER:
+            with jaxadapt.CheckpointManager(to) as manager:
+                manager.save(0, adapter, opt_state=state)
+        elif way == "Orbax v1":
+            v1.save(to, adapter.params)
+        else:
+            gathered(adapter, to)
+
+    # What is imported or set up on first use is no memory of the data.
+    for size, to in ((1, folder / "warm"), (megabytes, folder / "cold")):
+        adapter, _ = make(size)
+        state = moments(adapter) if way == MANAGER else None
+        held = [x for x in jax.tree.leaves((adapter.params, state)) if isinstance(x, jax.Array)]
+        jax.block_until_ready(held)
+        local = sum(s.data.nbytes for x in held for s in x.addressable_shards if s.replica_id == 0)
+        barrier()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+        before = status("VmRSS")
+        save(adapter, state, to)
+        extra = status("VmHWM") - before
+    found = np.asarray(multihost_utils.process_allgather(np.array([extra, extra / local]))).reshape(-1, 2).max(0)
+    return {"extra": found[0] / 1e6, "local": found[1]}
+
+
+def worker(given: Sequence[str]) -> None:
+    index, count, port, megabytes, rounds, folder, way = given
+    import jax
+
+    if int(count) > 1:
+        jax.distributed.initialize(f"127.0.0.1:{port}", int(count), int(index))
+    found = resident(way, int(megabytes), Path(folder)) if way else timed(int(megabytes), int(rounds), Path(folder))
+    if index == "0":
+        print("\n" + json.dumps(found), flush=True)
+
+
+# ---------------------------------------------------------------- outside
+
+
+def started(shape: tuple[int, int], megabytes: int, rounds: int, place: str | None, way: str = "") -> dict[str, Any]:
+    """Runs the processes, and gives what the first of them found."""
+    count, devices = shape
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    with tempfile.TemporaryDirectory(dir=place) as folder:
+        rest = [str(count), str(port), str(megabytes), str(rounds), folder, way]
+        words = [sys.executable, "-m", "benchmarks.sharded", "--worker"]
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
+        processes = [subprocess.Popen([*words, str(index), *rest], **pipes) for index in range(count)]
+        said = [process.communicate() for process in processes]
+    failed = [text[1] for process, text in zip(processes, said, strict=True) if process.returncode]
+    if failed:
+        raise SystemExit(f"a process failed:\n{failed[0][-3000:]}")
+    return json.loads(said[0][0].strip().splitlines()[-1])
+
+
+def rows(times: Mapping[str, Sequence[float]]) -> list[list[object]]:
+    raw = next(iter(times.values()))
+    return [
+        [name, f"{1e3 * statistics.median(t):.0f}", f"{1e3 * min(t):.0f}", f"{ratio(t, raw):.2f}"]
+        for name, t in times.items()
+    ]
+
+
+def run(name: str, megabytes: int, rounds: int, place: str | None) -> list[str]:
+    """Prints the tables of one size in one shape; the targets missed."""
+    found = started(SHAPES[name], megabytes, rounds, place)
+    what = f"{found['megabytes']:.0f} MB, {name}, median of {rounds} interleaved rounds"
+    with_moments = f"{found['megabytes']:.0f} MB and Adam's moments, {name}"
+    for kind, title in (("save", f"save, {what}"), ("load", f"load onto the mesh, {what}"),
+                        ("state", f"save and wait, {with_moments}")):  # fmt: skip
+        print(table(f"**{title}**", [kind, "median ms", "best ms", "x raw"], rows(found[kind])), flush=True)
+    state, stall = found["state"], found["stall"]
+    part = {way: ratio(t, state[way]) for way, t in stall.items()}
+    lines = [[way, f"{1e3 * statistics.median(t):.1f}", f"{1e3 * min(t):.1f}", f"{part[way]:.3f}",
+              f"{ratio(t, state[MANAGER]):.3f}"] for way, t in stall.items()]  # fmt: skip
+    head = ["asynchronous save", "median ms", "best ms", "of its own blocking time", f"of {MANAGER}'s"]
+    print(table(f"**how long the loop stands still, {with_moments}**", head, lines), flush=True)
+    memory = {way: started(SHAPES[name], megabytes, rounds, place, way) for way in MEASURED}
+    lines = [[way, f"{m['extra']:.1f}", f"{m['local']:.2f}"] for way, m in memory.items()]
+    print(table(f"**growth of memory while saving, {what.split(', median')[0]}, the worst process**",
+                ["way", "MB", "x the bytes it holds"], lines), flush=True)  # fmt: skip
+    held = [
+        ("save {:.2f} x raw", ratio(found["save"][SAVED], found["save"][RAW_SAVE]), SAVE),
+        ("load {:.2f} x raw", ratio(found["load"][LOADED], found["load"][RAW_LOAD]), LOAD),
+        ("manager {:.2f} x raw", ratio(state[MANAGER], state[RAW_STATE]), STATE),
+        ("stall {:.3f} of the blocking time", part[MANAGER], STALL),
+        ("save's memory {:.2f} x local bytes", memory[SAVED]["local"], MEMORY),
+        ("the manager's memory {:.2f} x local bytes", memory[MANAGER]["local"], MEMORY),
+    ]
+    print("\n" + "; ".join(f"{text.format(value)} (target {limit})" for text, value, limit in held), flush=True)
+    return [f"{megabytes} MB, {name}: {text.format(v)}, target {limit}" for text, v, limit in held if v > limit]
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    options.add_argument("--sizes", type=int, nargs="+", default=[50, 500], help="of the adapter, in MB")
+    options.add_argument("--repeats", type=int, default=9)
+    options.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    options.add_argument("--dir", help="where to write; a temporary folder by default")
+    options.add_argument("--worker", nargs=7, help=argparse.SUPPRESS)
+    given = options.parse_args()
+    if given.worker:
+        return worker(given.worker)
+    print(environment("jax", "flax", "optax", "orbax-checkpoint", "safetensors", "numpy"))
+    missed = [m for size in given.sizes for name in given.shapes for m in run(name, size, given.repeats, given.dir)]
+    if missed:
+        raise SystemExit("\nmissed: " + "; ".join(missed))
+    return None
+
+
+if __name__ == "__main__":
+    main()
