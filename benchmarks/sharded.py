@@ -260,7 +260,7 @@ def resident(way: str, megabytes: int, folder: Path) -> dict[str, Any]:
         save(adapter, state, to)
         extra = status("VmHWM") - before
     found = np.asarray(multihost_utils.process_allgather(np.array([extra, extra / local]))).reshape(-1, 2).max(0)
-    return {"extra": found[0] / 1e6, "local": found[1]}
+    return {"extra": float(found[0]) / 1e6, "local": float(found[1])}
 
 
 def worker(given: Sequence[str]) -> None:

@@ -232,8 +232,6 @@ def decoded(
         raise type(error)(f"{tensors.source}: {error}") from error
     if attention.has_pieces(plan.keys):
         tensors = dataclasses.replace(tensors, tensors=attention.cut(tensors.tensors, plan.keys))
-    if on_mismatch not in (None, "skip"):
-        raise MismatchError(f'on_mismatch: expected None or "skip", found {on_mismatch!r}')
     if on_mismatch == "skip":
         rows = vocabulary.fitted(tensors.tensors, bounds, recipe.keymap, planning.base_of(target), tensors.source)
         tensors = dataclasses.replace(tensors, tensors=rows)

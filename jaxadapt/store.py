@@ -36,7 +36,7 @@ from jaxadapt.adapter import Adapter, PeftTensors, Recipe
 from jaxadapt.codecs import orbax, places
 from jaxadapt.codecs.places import Place
 from jaxadapt.configs import Config
-from jaxadapt.errors import AttachError, ConfigError, FileError
+from jaxadapt.errors import AttachError, ConfigError, FileError, MismatchError
 from jaxadapt.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.plan import Encoded
 from jaxadapt.progress import LOGGER, Progress, Report, reporting
@@ -237,16 +237,18 @@ def load(
         )
     if base not in (None, "original", "changed"):
         raise AttachError(f"base={base!r}: expected 'original' or 'changed'")
+    if on_mismatch not in (None, "skip"):
+        raise MismatchError(f'on_mismatch: expected None or "skip", found {on_mismatch!r}')
+    options = keymap, dtype, stack_axes, example, shardings, on_mismatch
     checkpoint = next((p for p in dict.fromkeys((below, places.at(path))) if orbax.found(p)), None)
     if checkpoint is not None:
         with reporting(progress) as report:
-            adapter, bounds = _from_orbax(checkpoint, target, name, (keymap, dtype, stack_axes, example, shardings))
+            adapter, bounds = _from_orbax(checkpoint, target, name, options)
             _told_at_once(report, "load", adapter)
         source = os.fspath(checkpoint)
     else:
         with reporting(progress) as report, folder.opened(_holding(below, path)) as tensors:
-            options = keymap, dtype, stack_axes, example, shardings
-            adapter, bounds = exchange.decoded(tensors, target, *options, on_mismatch, report)
+            adapter, bounds = exchange.decoded(tensors, target, *options, report)
         source = tensors.source
     LOGGER.info("%s: %d weights adapted, by the table %s", source, len(bounds), adapter.keymap.name)
     present = _attached_config(target, name)
@@ -309,17 +311,17 @@ def _refuse(given: Mapping[str, Any], why: str) -> None:
 
 
 def _from_orbax(
-    path: str | os.PathLike[str], target: Any, name: str, options: tuple[Any, Any, Any, Any, Any]
+    path: str | os.PathLike[str], target: Any, name: str, options: tuple[Any, Any, Any, Any, Any, Any]
 ) -> tuple[Adapter, tuple[bind.Bound, ...]]:
     """The adapter of an Orbax checkpoint in the layout of the target, and its sites."""
-    keymap, dtype, stack_axes, example, shardings = options
+    keymap, dtype, stack_axes, example, shardings, _ = options
     attached = attach.extract(target, name) if _attached_config(target, name) is not None else None
     found = orbax_folder.find(path, attached, name)
     ours = bind.recover(found.adapter.config, found.adapter.keymap, exchange.shapes_of(found.adapter))
     keys = [key.removeprefix(PEFT_PREFIX) for b in ours for e in b.entries for key in e.keys]
     recipe, bounds = planning.on_target(target, found.adapter.config, keymap, keys, stack_axes, example)
     theirs, mine = ({e.path: (e.shape, e.keys) for b in bs for e in b.entries} for bs in (bounds, ours))
-    if theirs != mine:  # laid out otherwise (scanned, fused, another table): by way of PEFT's names
+    if theirs != mine:  # laid out otherwise (scanned, fused, another table or vocabulary): by way of PEFT's names
         return exchange.decoded(orbax_folder.tensors(orbax_folder.read(path, found), path), target, *options)
     where = exchange.places(shardings, target, bounds)
     like = {p: jax.ShapeDtypeStruct(theirs[p][0], jnp.float32, sharding=place) for p, place in where.items()}

@@ -32,11 +32,11 @@ def base(size: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize(("theirs", "mine"), [(9, 7), (7, 9)])
-def test_the_rows_that_fit(name, theirs, mine, tmp_path):
+@pytest.mark.parametrize(("theirs", "mine", "form"), [(9, 7, "safetensors"), (7, 9, "safetensors"), (7, 9, "orbax")])
+def test_the_rows_that_fit(name, theirs, mine, form, tmp_path):
     config = jaxadapt.LoraConfig(r=2, init_lora_weights=False, **CASES[name])
     adapter = jaxadapt.init(config, base(theirs), key=jax.random.key(0), keymap=TABLE)
-    jaxadapt.save(adapter, tmp_path)
+    jaxadapt.save(adapter, tmp_path, format=form)
     params = base(mine)
     with pytest.raises(jaxadapt.MismatchError, match=rf"(?s)wrongly shaped.*expected .*{mine}.*found .*{theirs}"):
         jaxadapt.load(tmp_path, {"params": params}, keymap=TABLE)
@@ -60,9 +60,11 @@ def test_the_rows_that_fit(name, theirs, mine, tmp_path):
 
 def test_only_rows_of_the_vocabulary_are_skipped(tmp_path):
     adapter = jaxadapt.init(jaxadapt.LoraConfig(r=2, **CASES["lora"]), base(7), key=jax.random.key(0), keymap=TABLE)
-    jaxadapt.save(adapter, tmp_path)
+    jaxadapt.save(adapter, tmp_path / "files")
+    jaxadapt.save(adapter, tmp_path / "orbax", format="orbax")
     wide = {"embed": {"embedding": np.zeros((7, 5), "f4")}, "head": {"kernel": np.zeros((5, 7), "f4")}}
-    with pytest.raises(jaxadapt.MismatchError, match="wrongly shaped"):
-        jaxadapt.load(tmp_path, {"params": wide}, keymap=TABLE, on_mismatch="skip")
-    with pytest.raises(jaxadapt.MismatchError, match="on_mismatch: expected"):
-        jaxadapt.load(tmp_path, {"params": base(7)}, keymap=TABLE, on_mismatch="rows")
+    for place in (tmp_path / "files", tmp_path / "orbax"):
+        with pytest.raises(jaxadapt.MismatchError, match="wrongly shaped"):
+            jaxadapt.load(place, {"params": wide}, keymap=TABLE, on_mismatch="skip")
+        with pytest.raises(jaxadapt.MismatchError, match="on_mismatch: expected"):
+            jaxadapt.load(place, {"params": base(7)}, keymap=TABLE, on_mismatch="rows")
