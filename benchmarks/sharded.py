@@ -28,9 +28,10 @@ from benchmarks.measure import Way, environment, interleave, ratio, table
 
 SAVE, MEMORY, LOAD, STALL, STATE = 1.2, 1.1, 1.2, 0.1, 2.0  # the targets
 SHAPES = {"8 devices": (1, 8), "2 processes of 4 devices": (2, 4)}
-RAW_SAVE, RAW_LOAD, RAW_STATE = "raw write+fsync, one process", "raw read, one process", "raw write+fsync of as many bytes"
+RAW_SAVE, RAW_LOAD, RAW_STATE = "raw write+fsync, one process", "raw read, one process", "raw write+fsync"
 SAVED, LOADED, MANAGER = "jaxadapt.save", "jaxadapt.load", "CheckpointManager"
-MEASURED = (SAVED, MANAGER, "process_allgather + safetensors", "Orbax v1")
+GATHERED = "process_allgather + safetensors (no fsync)"
+MEASURED = (SAVED, MANAGER, GATHERED, "Orbax v1")
 
 
 # ---------------------------------------------------------------- one of the processes
@@ -175,11 +176,16 @@ def ways(adapter: Any, base: Any, folder: Path) -> tuple[dict[str, dict[str, Way
     def loaded(_: Any) -> Any:
         return jax.block_until_ready(io.arrays(jaxadapt.load(folder / "ours", base, keymap="llama")))
 
+    def finish() -> None:
+        settle()
+        manager.close()
+        old_async.close()
+
     return {
         "save": {
             RAW_SAVE: alone(lambda: io.raw_write(folder / "raw.bin", data[0])),
             SAVED: Way(lambda _: jaxadapt.save(adapter, folder / "ours"), barrier),
-            "process_allgather + safetensors (no fsync)": Way(lambda _: gathered(adapter, folder / "gathered"), barrier),
+            GATHERED: Way(lambda _: gathered(adapter, folder / "gathered"), barrier),
             "Orbax v1": Way(lambda path: v1.save(path, adapter.params), fresh["v1"]),
             "Orbax v0": Way(lambda path: old.save(path, args=v0.args.StandardSave(adapter.params)), fresh["v0"]),
         },
@@ -205,7 +211,7 @@ def ways(adapter: Any, base: Any, folder: Path) -> tuple[dict[str, dict[str, Way
             "Orbax v1": Way(lambda path: under_way.append(v1.save_async(path, tree)), settled("async-v1")),
             "Orbax v0": Way(lambda path: old_async.save(path, tree), settled("async-v0")),
         },
-    }, lambda: (settle(), manager.close(), old_async.close()) and None  # fmt: skip
+    }, finish
 
 
 def timed(megabytes: int, rounds: int, folder: Path) -> dict[str, Any]:
