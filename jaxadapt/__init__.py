@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     # Type checkers and editors read these; tests/test_public.py holds them equal to `_HOME`.
-    from jaxadapt.adapter import Adapter, PeftTensors
+    from jaxadapt.adapter import Adapter
     from jaxadapt.attach import (
         activate,
         adapt,
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from jaxadapt.keymap import KeyMap
     from jaxadapt.merging import merge, unmerge
     from jaxadapt.nnx import AdapterParam, BaseParam
+    from jaxadapt.peft_tensors import PeftTensors
     from jaxadapt.reducing import resize_rank, to_lora
     from jaxadapt.report import summary
     from jaxadapt.rescaling import rescale
@@ -63,7 +64,8 @@ _HOME = {
     name: module
     for module, names in {
         "configs": "Config LoraConfig IA3Config",
-        "adapter": "Adapter PeftTensors",
+        "adapter": "Adapter",
+        "peft_tensors": "PeftTensors",
         "keymap": "KeyMap",
         "weight": "Weight",
         "nnx": "AdapterParam BaseParam",

@@ -20,6 +20,7 @@ from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError
 from jaxadapt.generic import GENERIC
 from jaxadapt.keymap import KeyMap, from_data, to_data
+from jaxadapt.peft_tensors import PeftTensors as PeftTensors  # apart, since it needs no JAX
 
 CONFIG_NODE = "~config"
 """The key of the zero-leaf node that carries a `Recipe` inside a Linen collection."""
@@ -155,21 +156,3 @@ class Adapter:
 def is_array(leaf: Any) -> bool:
     """Whether a leaf is an array (JAX, numpy, a tracer) or an abstract `ShapeDtypeStruct`."""
     return isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class PeftTensors:
-    """An adapter as a PEFT file holds it: PEFT's tensor names, PyTorch's layout.
-
-    Args:
-        config: the configuration of `adapter_config.json`.
-        tensors: `{key: array}`; the values may be made on demand.
-        source: where it was read from, for messages.
-    """
-
-    config: Config
-    tensors: Mapping[str, Any]
-    source: str = "these tensors"
-
-    def __repr__(self) -> str:
-        return f"PeftTensors({self.config.peft_type}, {len(self.tensors)} tensors, from {self.source})"

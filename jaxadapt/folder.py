@@ -19,7 +19,7 @@ import os
 import warnings
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jaxadapt import agreeing, card, configs, hub, paths
 from jaxadapt.codecs import atomic, orbax, places, safetensors, torch_bin
@@ -27,10 +27,8 @@ from jaxadapt.codecs.files import file_error
 from jaxadapt.codecs.places import Place
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError, FileError, MismatchError
+from jaxadapt.peft_tensors import PeftTensors
 from jaxadapt.progress import LOGGER, Progress, Report, counting, quiet, reporting
-
-if TYPE_CHECKING:
-    from jaxadapt.adapter import PeftTensors
 
 CONFIG = hub.CONFIG
 WEIGHTS, WEIGHTS_BIN = hub.WEIGHTS
@@ -179,8 +177,6 @@ def read(path: str | os.PathLike[str], *, progress: Progress = None) -> PeftTens
 @contextlib.contextmanager
 def opened(path: str | os.PathLike[str], report: Report = quiet) -> Generator[PeftTensors]:
     """As `read`, but the tensors of a `.safetensors` file are read when they are asked for, while it is open."""
-    from jaxadapt.adapter import PeftTensors
-
     if orbax.found(path):
         from jaxadapt import orbax_folder
 
@@ -238,8 +234,6 @@ def write(
     The same content always gives the same bytes. Raises `FileError` naming the path; then the adapter that
     was there is still there.
     """
-    from jaxadapt.adapter import PeftTensors
-
     if not isinstance(tensors, PeftTensors):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise AttachError(
             f"write takes PeftTensors (from read or to_peft), found {type(tensors).__name__};"

@@ -17,11 +17,10 @@ from jaxadapt import pytorch, targets
 from jaxadapt.configs import Config
 from jaxadapt.errors import ConfigError
 from jaxadapt.keymap import PEFT_PREFIX
+from jaxadapt.peft_tensors import PeftTensors
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from jaxadapt.adapter import PeftTensors
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxadapt import card, folder, hub, store
-from jaxadapt.adapter import PeftTensors
+from jaxadapt import card, folder, hub
 from jaxadapt.codecs import places
 from jaxadapt.codecs.places import Place
 from jaxadapt.errors import AdapterError, AttachError, FileError
+from jaxadapt.peft_tensors import PeftTensors
 from jaxadapt.progress import LOGGER, Progress
 
 PICTURE = "adapter_norms.png"
@@ -90,6 +90,8 @@ def push(
                 raise AttachError(f"{', '.join(saving)}: for models; PeftTensors go as they are")
             folder.write(source, made, progress=progress)
         else:
+            from jaxadapt import store  # a folder is pushed without JAX
+
             store.save(source, made, name=name, progress=progress, **saving)
         below = Path(made) if name == "default" or isinstance(source, PeftTensors) else Path(made) / name
         return _push(below, place, page, commit, progress)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
+import click
 import jax
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from safetensors.numpy import save_file
 
 import jaxadapt
 from jaxadapt.cli import COMMANDS, main
@@ -70,14 +76,39 @@ def test_help_teaches_with_an_example(command):
     result = run(command, "--help")
     assert result.exit_code == 0
     assert f"jaxadapt {command}" in result.output.split("Example:")[1]
-    assert command in ("completion", "demo") or "--json" in result.output
+    assert "--json" in result.output
+    for option in main.get_command(click.Context(main), command).params:
+        assert isinstance(option, click.Argument) or option.help
+
+
+def examples():
+    """Every line of an example in a help page, as its own words; what the shell does with the output is left out."""
+    for name in (None, *COMMANDS):
+        command = main if name is None else main.get_command(click.Context(main), name)
+        page = command.get_help(click.Context(command, info_name="jaxadapt", max_content_width=200))
+        for line in page.split("Example:\n")[1].split("\n\n")[0].splitlines():
+            for part in re.findall(r"jaxadapt [^|>()&]+", line):
+                yield shlex.split(re.sub(r"   .*", "", part))[1:]
+
+
+@pytest.mark.parametrize("words", examples(), ids=" ".join)
+def test_every_example_of_the_help_pages_is_a_command(words):
+    name, *rest = words
+    with main.get_command(click.Context(main), name).make_context(name, list(rest)) as made:
+        assert made.params["as_json"] is ("--json" in rest)
 
 
 def test_the_help_page_lists_every_command():
     result = run("--help")
     assert result.exit_code == 0
-    listed = [line.split()[0] for line in result.output.split("Commands:")[1].splitlines() if line.strip()]
-    assert listed == list(COMMANDS)
+    lines = [line for line in result.output.split("Commands:")[1].splitlines() if line.strip()]
+    assert [line.split()[0] for line in lines] == list(COMMANDS)
+    assert all(line.endswith(".") and not line.endswith("...") for line in lines)  # what each does, in full
+
+
+def test_a_command_misspelt_is_guessed():
+    assert "Did you mean 'inspect'?" in run("inspekt").output
+    assert "No such command 'x'" in run("x").output
 
 
 def test_exit_statuses(folder, monkeypatch):
@@ -86,7 +117,7 @@ def test_exit_statuses(folder, monkeypatch):
     assert run("inspect", folder, "--no-such-option").exit_code == 2
     assert run("inspekt").exit_code == 2
 
-    def stopped(path):
+    def stopped(path, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("jaxadapt.folder.inspect", stopped)
@@ -113,27 +144,122 @@ def test_families():
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion(shell):
-    assert "_JAXADAPT_COMPLETE" in run("completion", shell).output
+    script = run("completion", shell).output
+    assert "_JAXADAPT_COMPLETE" in script
+    assert json.loads(run("completion", shell, "--json").stdout) == {"shell": shell, "script": script[:-1]}
 
 
-def test_completion_knows_the_commands(monkeypatch):
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("in", {"inspect"}),
+        ("c", {"combine", "convert", "check-keymap", "checkpoints", "completion"}),
+        ("inspect --n", {"--norms"}),
+        ("demo --api l", {"linen"}),
+        ("merge --dtype b", {"bfloat16"}),
+        ("completion ", {"bash", "zsh", "fish"}),
+        ("push --no", {"--no-picture"}),
+    ],
+)
+def test_completion_knows_commands_options_and_choices(typed, offered, monkeypatch):
+    assert completed(typed, monkeypatch) == {("plain", word) for word in offered}
+
+
+@pytest.mark.parametrize("typed", ["inspect ", "push ", "merge base/ out/ --out ", "inspect x --plot "])
+def test_completion_leaves_paths_to_the_shell(typed, monkeypatch):
+    assert {kind for kind, _ in completed(typed, monkeypatch)} == {"file"}
+
+
+def completed(typed, monkeypatch):
     monkeypatch.setenv("_JAXADAPT_COMPLETE", "bash_complete")
-    monkeypatch.setenv("COMP_WORDS", "jaxadapt in")
-    monkeypatch.setenv("COMP_CWORD", "1")
-    result = CliRunner().invoke(main, [], prog_name="jaxadapt")
-    assert "inspect" in result.output
+    monkeypatch.setenv("COMP_WORDS", f"jaxadapt {typed}")
+    monkeypatch.setenv("COMP_CWORD", str(len(f"jaxadapt {typed}x".split()) - 1))
+    lines = CliRunner().invoke(main, [], prog_name="jaxadapt").output.splitlines()
+    return {tuple(line.split(",", 1)) for line in lines}
 
 
-def test_inspect_as_a_process_loads_neither_jax_nor_numpy(folder):
+def test_completion_works_in_a_real_shell(tmp_path):
+    program = tmp_path / "jaxadapt"
+    program.write_text(f"#!{sys.executable}\nfrom jaxadapt.cli import main\nmain()\n")
+    program.chmod(0o755)
+    script = (
+        'eval "$(jaxadapt completion bash)"; complete -p jaxadapt; COMP_WORDS=(jaxadapt insp); COMP_CWORD=1;'
+        ' _jaxadapt_completion jaxadapt; echo "offered: ${COMPREPLY[*]}"'
+    )
+    root = str(Path(jaxadapt.__file__).parents[1])
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": root}
+    done = subprocess.run(["bash", "-c", script], env=env, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "offered: inspect", done.stderr
+    assert "complete -o nosort -F _jaxadapt_completion jaxadapt" in done.stdout
+
+
+# What each needs at most, of what takes long to load; the exit status.
+LIGHT = {
+    "inspect": (("inspect", "out"), set(), 0),
+    "inspect --norms": (("inspect", "out", "--norms"), {"numpy"}, 0),
+    "families": (("families",), set(), 0),
+    "families NAME": (("families", "llama"), set(), 0),
+    "check-keymap": (("check-keymap", "auto", "--model", "shapes.json"), {"numpy"}, 0),
+    "completion": (("completion", "zsh"), set(), 0),
+    "pull": (("pull", "org/name"), {"huggingface_hub"}, 1),
+    "push": (("push", "out", "org/name", "--no-picture"), {"huggingface_hub"}, 1),
+    "--help": (("--help",), set(), 0),
+    "--version": (("--version",), set(), 0),
+}
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_commands_that_need_no_jax_start_without_it(name, folder):
+    words, needs, status = LIGHT[name]
+    (folder.parent / "shapes.json").write_text('{"model.layers.0.self_attn.q_proj.kernel": [8, 6]}')
     code = (
         "import sys; from jaxadapt.cli import main\n"
-        "try: main(['inspect', sys.argv[1]])\n"
-        "except SystemExit as end: assert not end.code, end.code\n"
-        "heavy = {'jax', 'numpy', 'flax'} & set(sys.modules); assert not heavy, heavy"
+        "try: main(sys.argv[2:])\n"
+        "except SystemExit as end: assert end.code == int(sys.argv[1]), end.code\n"
+        "heavy = 'jax jaxlib flax optax orbax numpy matplotlib huggingface_hub fsspec torch'.split()\n"
+        "print(*[name for name in heavy if name in sys.modules], file=sys.stderr)"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, timeout=60)
+    root = str(Path(jaxadapt.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(status), *words], cwd=folder.parent, capture_output=True, text=True,
+        timeout=60, env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": root},
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "LORA" in done.stdout
+    assert set(done.stderr.splitlines()[-1].split()) <= needs
+
+
+JSON = {
+    "inspect": ("inspect", "out"),
+    "inspect --norms": ("inspect", "out", "--norms"),
+    "inspect --plot": ("inspect", "out", "--plot", "norms.png"),
+    "merge": ("merge", "base", "out", "--out", "new"),
+    "combine": ("combine", "out", "out", "--weights", "1,-1", "--out", "new"),
+    "convert": ("convert", "out", "new"),
+    "check-keymap": ("check-keymap", "llama", "--checkpoint", "base"),
+    "checkpoints": ("checkpoints", "run"),
+    "checkpoints --export": ("checkpoints", "run", "--export", "new"),
+    "families": ("families",),
+    "families NAME": ("families", "gpt2"),
+    "completion": ("completion", "fish"),
+}
+"""Beside demo (`tests/test_demo.py`), push and pull (`tests/hub/test_cli.py`)."""
+
+
+@pytest.mark.parametrize("name", JSON)
+def test_with_json_standard_output_is_json_and_nothing_else(name, folder, run_folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    key = "model.layers.0.self_attn.{}.weight"
+    weights = {key.format(m): np.ones((6, 8), "f4") for m in ("q_proj", "v_proj")}
+    Path("base").mkdir()
+    save_file(weights, "base/model.safetensors")
+    result = run(*JSON[name], "--json")
+    assert json.loads(result.stdout)
+    assert result.exit_code == 0
+
+
+def test_every_command_has_a_test_of_its_json():
+    tested = {words[0] for words in JSON.values()} | {"demo", "push", "pull"}
+    assert tested == set(COMMANDS)
 
 
 @pytest.fixture

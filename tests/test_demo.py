@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import io
+import json
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from flax import nnx
 from rich.console import Console
 
 import jaxadapt
+from jaxadapt.cli import main
 from jaxadapt.demo import check, finetune, llama, smollm2, text, training
 from jaxadapt.errors import AdapterError, ConfigError, FileError
 
@@ -156,28 +159,30 @@ def test_out_must_be_able_to_be_a_folder(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_short_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `jaxadapt demo --json`: the result on standard output, and nothing else; what it says goes past it."""
     needs_the_model()
     monkeypatch.setattr(finetune, "PASSAGE", 4)
     monkeypatch.setattr(finetune, "HELD_OUT", 8)
-    printed = io.StringIO()
-    report = finetune.run(tmp_path / "new" / "out", steps=6, console=Console(file=printed, width=100))
-    assert len(report.losses) == 6
-    before, after = report.held_out
+    monkeypatch.setenv("COLUMNS", "100")
+    done = CliRunner().invoke(main, ["demo", "--out", str(tmp_path / "new" / "out"), "--steps", "6", "--json"])
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert report.keys() == {field.name for field in dataclasses.fields(finetune.Report)}
+    assert len(report["losses"]) == 6
+    before, after = report["held_out"]
     assert after < before - 0.05
-    assert report.reload_difference == 0
-    assert report.base_parameters == 134_515_008
-    assert report.adapter_parameters == 2_442_240
-    assert report.adapter_bytes < 1.02 * 4 * report.adapter_parameters
-    assert all(passage.startswith(finetune.PROMPT) for passage in report.passages)
+    assert report["reload_difference"] == 0
+    assert report["base_parameters"] == 134_515_008
+    assert report["adapter_parameters"] == 2_442_240
+    assert report["adapter_bytes"] < 1.02 * 4 * report["adapter_parameters"]
+    assert all(passage.startswith(finetune.PROMPT) for passage in report["passages"])
     if check.peft_installed():
-        assert report.peft_difference is not None
-        assert report.peft_difference < 1e-3
+        assert report["peft_difference"] is not None
+        assert report["peft_difference"] < 1e-3
     if importlib.util.find_spec("matplotlib") is not None:
-        assert report.plot is not None
-        assert report.plot.read_bytes().startswith(b"\x89PNG")
-    output = printed.getvalue()
-    assert "\x1b" not in output  # no progress bar where there is no terminal
+        assert report["plot"] is not None
+        assert Path(report["plot"]).read_bytes().startswith(b"\x89PNG")
+    assert "\x1b" not in done.stderr  # no progress bar where there is no terminal
     for part in ("sampled passage, before", "held-out loss", "2,442,240", "equal, bit for bit"):
-        assert part in output
-    assert jaxadapt.read_config(report.out).base_model_name_or_path == smollm2.MODEL_NAME
-    assert dataclasses.is_dataclass(report)
+        assert part in done.stderr
+    assert jaxadapt.read_config(report["out"]).base_model_name_or_path == smollm2.MODEL_NAME

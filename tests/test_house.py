@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "jaxadapt"
 # Packages are listed by their first part: "configs" stands for everything under jaxadapt/configs/.
 FLOORS = [
     ["errors", "progress", "paths", "axes", "configs"],
-    "weight arrangement keymap generic dialect plan adapter"
+    "weight arrangement keymap generic dialect plan adapter peft_tensors"
     " trace operations layout liveness layers filters targets drawing factors codecs consumers card hub".split(),
     "methods families agreeing copies parameters tying replication bind renaming attention embeddings folder".split()
     + "orbax_folder transfer together vocabulary dialects guests guest_config laying sharding slots pytorch".split(),
@@ -41,6 +41,7 @@ SAME_FLOOR = {
     ("keymap", "weight"): "a table is made of lines",
     ("generic", "weight"): "the lines where no family has one",
     ("generic", "keymap"): "the table where no family has one",
+    ("adapter", "peft_tensors"): "the two values are known by one name",
     ("adapter", "keymap"): "an adapter carries the table it was made with",
     ("adapter", "weight"): "and writes its lines out as text",
     ("adapter", "generic"): "which is the generic map, unless it is told",

@@ -4,6 +4,7 @@ runs, so that those which need no JAX start without it.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import logging
 import sys
@@ -44,6 +45,14 @@ class _Commands(click.Group):
         found: click.Command = importlib.import_module(f"{__name__}.{cmd_name.replace('-', '_')}").command
         return found
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+        if near and args[0] not in COMMANDS:
+            ctx.fail(f"No such command {args[0]!r}. Did you mean {near[0]!r}?")
+        return super().resolve_command(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
@@ -58,18 +67,22 @@ class _Commands(click.Group):
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__)
-@click.option("-v", "--verbose", is_flag=True, help="Say what is done, on standard error.")
+@click.option("-v", "--verbose", is_flag=True, help="Say on standard error what is done (the logger `jaxadapt`).")
 def main(verbose: bool) -> None:
     """Parameter-efficient fine-tuning for Flax whose adapters are PEFT's own files.
 
     \b
-    Examples:
+    Example:
       jaxadapt demo                      fine-tune a real language model here, now
       jaxadapt inspect out/              what an adapter is
       jaxadapt push out/ org/name        share it
       jaxadapt inspect hf://org/name     look at one of the Hub
 
-    The exit status is 0, or 1 for an error that is explained, 2 for wrong usage, 130 after Ctrl-C.
+    Wherever an adapter is read, a folder, hf://org/name@revision/subfolder (the Hugging Face Hub) and s3://… or gs://…
+    (object stores) will do. `jaxadapt COMMAND --help` shows an example of each command.
+
+    With --json a command prints its result as JSON on standard output, and nothing else there. The exit status is 0, or
+    1 for an error that is explained on standard error, 2 for wrong usage, 130 after Ctrl-C.
     """
     if verbose:
         logging.basicConfig(format="%(message)s")

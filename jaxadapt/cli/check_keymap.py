@@ -26,7 +26,7 @@ _TITLES = {
 _SHOWN = 12
 
 
-@click.command("check-keymap")
+@click.command("check-keymap", short_help="Say whether a family's table fits a model, a checkpoint.")
 @click.argument("family")
 @click.option("--model", type=click.Path(), help="The JAX model's shapes: .json, .safetensors or an Orbax folder.")
 @click.option("--checkpoint", type=click.Path(), help="A Hugging Face model: its folder, or one file of weights.")
@@ -34,14 +34,16 @@ _SHOWN = 12
 def command(family: str, model: str | None, checkpoint: str | None, as_json: bool) -> None:
     """Say whether a FAMILY's table fits a JAX model, a PyTorch checkpoint, or the two together.
 
-    Only names and shapes are read. "auto" recognises the family of a model. A model's shapes are a JSON
-    object {leaf: shape}, which this writes for parameters (Linen) or nnx.to_pure_dict(nnx.state(model)):
+    A table has a line for each kind of weight: its path in the JAX model, its name in PyTorch, and how their axes
+    correspond (`jaxadapt families NAME` prints it). Only names and shapes are read. "auto" recognises the family of
+    a model. A model's shapes are a JSON object {path: shape}, which this writes for parameters (Linen) or for
+    nnx.to_pure_dict(nnx.state(model)):
 
     \b
       shapes = {p: x.shape for p, x in jaxadapt.paths.flatten(params).items()}
       json.dump(shapes, open("shapes.json", "w"))
 
-    The exit status is 1 where something is not claimed, missing, claimed twice or of another shape.
+    The exit status is 1 where a weight has no line, is missing, has several lines, or is of another shape.
 
     \b
     Example:

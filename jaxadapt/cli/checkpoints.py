@@ -8,17 +8,19 @@ from jaxadapt.cli import shown
 from jaxadapt.errors import AdapterError
 
 
-@click.command("checkpoints")
+@click.command("checkpoints", short_help="List the checkpoints of a training, or export one.")
 @click.argument("folder", type=click.Path())
 @click.option("--minimize", metavar="METRIC", help="Mark the step where it is smallest as the best.")
 @click.option("--maximize", metavar="METRIC", help="Mark the step where it is largest as the best.")
-@click.option("--export", "out", type=click.Path(), help="Write a step's adapters as a folder that PEFT reads.")
-@click.option("--step", help="Which one to export: a number, latest (the default) or best.")
+@click.option("--export", "out", type=click.Path(), help="Folder to write a step's adapters into.")
+@click.option("--step", help="Step to export: a number, latest (the default) or best.")
 @shown.as_json
 def command(
     folder: str, minimize: str | None, maximize: str | None, out: str | None, step: str | None, as_json: bool
 ) -> None:
-    """List the checkpoints of a training run's FOLDER, with their metrics, or export one.
+    """List the checkpoints in the FOLDER of a training run, with their metrics, or export one.
+
+    FOLDER is what the run gave to jaxadapt.CheckpointManager. An exported step is an adapter's folder as PEFT reads it.
 
     \b
     Example:
@@ -40,12 +42,12 @@ def command(
         )
         return
     steps = manager.steps
+    if not steps:
+        raise AdapterError(f"{folder}: there is no checkpoint")
     if as_json:
         listed = [{"step": s, "metrics": manager.metrics(s), "best": s == best} for s in steps]
         shown.print_json({"folder": folder, "steps": listed})
         return
-    if not steps:
-        raise AdapterError(f"{folder}: there is no checkpoint")
     rows = {s: manager.metrics(s) for s in steps}
     names = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
     shown.print_table(

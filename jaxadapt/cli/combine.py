@@ -8,21 +8,29 @@ import click
 
 from jaxadapt.cli import shown
 
+_METHODS = (
+    "svd, cat, linear, ties, dare_linear, dare_ties, magnitude_prune; the last four also with _svd at the end, for"
+    " adapters of different ranks."
+)
 
-@click.command("combine")
+
+@click.command("combine", short_help="Make one adapter out of several.")
 @click.argument("adapters", nargs=-1, required=True, type=click.Path())
-@click.option("--weights", required=True, metavar="W,W,…", help="One number for each adapter, between commas.")
+@click.option("--weights", required=True, metavar="W,W,…", help="How much of each adapter, in their order.")
 @click.option("--out", required=True, type=click.Path(), help="Folder for the result.")
-@click.option("--method", default="svd", show_default=True, help="As PEFT calls it: cat, linear, ties, …")
-@click.option("--rank", type=click.IntRange(1), help="Of the result; by default what the method gives.")
-@click.option("--density", type=click.FloatRange(0, 1), help="Which share of the values survives: ties, dare, prune.")
-@click.option("--seed", default=0, show_default=True, help="Of DARE's mask.")
+@click.option("--method", default="svd", show_default=True, help=_METHODS)
+@click.option("--rank", type=click.IntRange(1), help="Rank of the result; by default what the method gives.")
+@click.option("--density", type=click.FloatRange(0, 1), help="Share of the values that survives, of the last four.")
+@click.option("--seed", default=0, show_default=True, help="For the random choice of dare_….")
 @shown.as_json
 def command(
     adapters: tuple[str, ...], weights: str, out: str, method: str, rank: int | None, density: float | None, seed: int,
     as_json: bool,
 ) -> None:  # fmt: skip
     """Make one LoRA adapter out of several of the same base model.
+
+    ADAPTERS are folders or addresses. The methods are those of PEFT's add_weighted_adapter: "svd" finds the best sum of
+    the given rank, "cat" the exact one with all ranks added up.
 
     \b
     Example:
@@ -45,7 +53,7 @@ def command(
     svd = method.endswith("svd")
     if svd and rank is not None:
         options["svd_rank"] = rank
-    made = on_disk.combine(adapters, numbers, out, resize=None if svd else rank, **options)
+    made = on_disk.combine(adapters, numbers, out, resize=None if svd else rank, progress=True, **options)
     config = made.config
     if as_json:
         shown.print_json({"folder": out, "r": config.get("r"), "lora_alpha": config.get("lora_alpha")})

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import click
 
+from jaxadapt.cli import shown
 
-@click.command("completion")
+
+@click.command("completion", short_help="Print what makes a shell complete these commands.")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@shown.as_json
 @click.pass_context
-def command(ctx: click.Context, shell: str) -> None:
+def command(ctx: click.Context, shell: str, as_json: bool) -> None:
     """Print the script that completes commands, options and paths in a SHELL.
+
+    New shells of that kind have it once the script is in the shell's own file, as in the example.
 
     \b
     Example:
@@ -21,4 +26,8 @@ def command(ctx: click.Context, shell: str) -> None:
 
     maker = get_completion_class(shell)
     assert maker is not None
-    click.echo(maker(ctx.find_root().command, {}, "jaxadapt", "_JAXADAPT_COMPLETE").source())
+    script = maker(ctx.find_root().command, {}, "jaxadapt", "_JAXADAPT_COMPLETE").source()
+    if as_json:
+        shown.print_json({"shell": shell, "script": script})
+    else:
+        click.echo(script)

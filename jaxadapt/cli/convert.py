@@ -17,16 +17,19 @@ def _sizes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) 
     return found
 
 
-@click.command("convert")
+@click.command("convert", short_help="Re-lay an adapter for another JAX library, or for PEFT.")
 @click.argument("source", type=click.Path())
 @click.argument("target", type=click.Path())
-@click.option("--from", "from_keymap", metavar="FAMILY", help="Of a tree that is read; recognised if left out.")
-@click.option("--to", "to_keymap", metavar="FAMILY", help="Of a tree that is written (see `jaxadapt families`).")
-@click.option("--dialect", help="Of a tree that is written: qwix, qwix/flat, gemma, nnx.LoRA, maxtext, …")
-@click.option("--lora-alpha", type=float, help="Of a tree that is read, where its file does not say it.")
-@click.option("--like", type=click.Path(), help="A safetensors file with the target's shapes; its header is read.")
-@click.option("--axis", "sizes", multiple=True, metavar="NAME=SIZE", callback=_sizes, help="Instead of --like.")
-@click.option("--concat", is_flag=True, help="Differing As that share an array go side by side, at a larger rank.")
+@click.option("--from", "from_keymap", metavar="FAMILY", help="Family of SOURCE, if it is a tree; else recognised.")
+@click.option("--to", "to_keymap", metavar="FAMILY", help="Family of TARGET, if it is a tree: see `jaxadapt families`.")
+@click.option(
+    "--dialect",
+    help="How TARGET's library lays out LoRA, if not as the family's does: qwix, qwix/flat, gemma, nnx.LoRA, …",
+)
+@click.option("--lora-alpha", type=float, help="Alpha that SOURCE was trained with, if it is a tree.")
+@click.option("--like", type=click.Path(), help="A .safetensors file with the model's shapes, where they are needed.")
+@click.option("--axis", "sizes", multiple=True, metavar="NAME=SIZE", callback=_sizes, help="Instead: one axis' size.")
+@click.option("--concat", is_flag=True, help="Where TARGET has one A for several modules: a larger one of all.")
 @shown.as_json
 def command(
     source: str,
@@ -40,10 +43,11 @@ def command(
     concat: bool,
     as_json: bool,
 ) -> None:
-    """Re-lay an adapter between families and libraries, from SOURCE to TARGET, files alone.
+    """Re-lay a LoRA adapter between PEFT and JAX libraries, from SOURCE to TARGET, with files alone.
 
-    Each is a PEFT folder, or (ending in .safetensors) a file of another library's tree: its leaves under their
-    dotted paths, as `save_file({".".join(path): leaf, …})` writes them. No model is needed.
+    Each of the two is the folder of a PEFT adapter, or (if it ends in .safetensors) a file of another library's tree:
+    its leaves under their dotted paths, as `save_file({".".join(path): leaf, …})` writes them. No model is needed. Some
+    layouts depend on sizes that the adapter does not tell, such as that of a head: --like or --axis say them.
 
     \b
     Example:
@@ -56,7 +60,7 @@ def command(
 
     done = convert(
         source, target, from_keymap=from_keymap, to_keymap=to_keymap, dialect=dialect, lora_alpha=lora_alpha,
-        like=like, sizes=sizes, on_shared="concat" if concat else None,
+        like=like, sizes=sizes, on_shared="concat" if concat else None, progress=True,
     )  # fmt: skip
     if as_json:
         shown.print_json(done.to_dict())

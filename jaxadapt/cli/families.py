@@ -7,11 +7,15 @@ import click
 from jaxadapt.cli import shown
 
 
-@click.command("families")
+@click.command("families", short_help="List the model families that are known.")
 @click.argument("name", required=False)
 @shown.as_json
 def command(name: str | None, as_json: bool) -> None:
-    """List the model families whose weights have known names, or the lines of one.
+    """List the model families whose weights have known names, or the table of the one called NAME.
+
+    The names are what keymap=, `jaxadapt convert` and `jaxadapt check-keymap` take; /scan0, /scan1, … behind one is for
+    layers stacked on that axis. A table has a line for each kind of weight, and is proved if it maps the weights
+    of the real model both ways, bit for bit.
 
     \b
     Example:

@@ -13,17 +13,20 @@ if TYPE_CHECKING:
     from jaxadapt.norms import Norms
 
 
-@click.command("inspect")
+@click.command("inspect", short_help="Show what an adapter is.")
 @click.argument("folder", type=click.Path())
 @shown.as_json
-@click.option("--tensors", is_flag=True, help="List every tensor with its dtype and shape.")
-@click.option("--norms", is_flag=True, help="How much each weight is changed, layer by module; reads the weights.")
-@click.option("--plot", type=click.Path(), metavar="FILE.png", help="The same as a heat map; needs matplotlib.")
+@click.option("--tensors", is_flag=True, help="List every tensor too, with its dtype and shape.")
+@click.option("--norms", is_flag=True, help="Also how much each weight is changed, layer by module.")
+@click.option("--plot", type=click.Path(), metavar="FILE.png", help="The same as a heat map (needs matplotlib).")
 def command(folder: str, as_json: bool, tensors: bool, norms: bool, plot: str | None) -> None:
-    """Show what an adapter is, from its configuration and header alone.
+    """Show what the adapter in FOLDER is: method, base model, targets, size, and who cannot read it.
 
-    FOLDER may be an address of the Hub, hf://org/name@revision/subfolder. Needs no model; works on
-    PEFT's adapters as on ours.
+    Reads the configuration and the header of the weights; --norms and --plot read the weights as well. Works on PEFT's
+    adapters as on ours, and needs no model. FOLDER may be an address: hf://org/name@revision/subfolder, s3://…, gs://….
+
+    A weight's change is ΔW = s·B·A for LoRA. Its norm says how much, its effective rank in how many directions: 1 if
+    all is along one, r if all r count alike.
 
     \b
     Example:
@@ -33,12 +36,12 @@ def command(folder: str, as_json: bool, tensors: bool, norms: bool, plot: str | 
     """
     from jaxadapt.folder import inspect, read
 
-    info = inspect(folder)
+    info = inspect(folder, progress=True)
     measured = None
     if norms or plot is not None:
         from jaxadapt.norms import measure
 
-        measured = measure(read(folder))
+        measured = measure(read(folder, progress=True))
     if plot is not None and measured is not None:
         from jaxadapt import picture
         from jaxadapt.codecs import atomic

@@ -7,19 +7,20 @@ import click
 from jaxadapt.cli import shown
 
 
-@click.command("merge")
+@click.command("merge", short_help="Write a model with an adapter merged into it.")
 @click.argument("base", type=click.Path())
 @click.argument("adapter", type=click.Path())
 @click.option("--out", required=True, type=click.Path(), help="Folder for the merged model.")
 @click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the tensors; the base's by default."
+    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the result; by default as the base."
 )
 @shown.as_json
 def command(base: str, adapter: str, out: str, dtype: str | None, as_json: bool) -> None:
     """Write a model with an ADAPTER merged into its weights.
 
-    BASE is the folder of a Hugging Face model, ADAPTER one of an adapter or an address of the Hub. The
-    result is a model like the base, for programs that know no adapters.
+    BASE is the folder of a Hugging Face model (config.json, model.safetensors, …), ADAPTER the folder of an adapter for
+    it, or its address. The result is a folder like BASE, tokenizer included, for programs that know no adapters. One
+    tensor is held in memory at a time.
 
     \b
     Example:

@@ -12,16 +12,17 @@ from jaxadapt.codecs.places import Place
 from jaxadapt.errors import FileError
 
 
-@click.command("pull")
+@click.command("pull", short_help="Fetch an adapter from the Hugging Face Hub.")
 @click.argument("repo")
-@click.option("--revision", help="A branch, a tag or a commit; main by default.")
-@click.option("--subfolder", help="Where several adapters share a repository.")
-@click.option("--out", type=click.Path(), help="Copy the adapter into this folder, too.")
+@click.option("--revision", help="Branch, tag or commit; by default main.")
+@click.option("--subfolder", help="Folder in the repository, where several adapters share one.")
+@click.option("--out", type=click.Path(), help="Folder to copy the adapter into.")
 @shown.as_json
 def command(repo: str, revision: str | None, subfolder: str | None, out: str | None, as_json: bool) -> None:
     """Fetch the adapter REPO (org/name) from the Hugging Face Hub, and nothing else of its repository.
 
-    Prints the folder it is in: that of the cache, or the one given with --out.
+    Prints the folder it is in: that of the cache, or the one given with --out. What is in the cache is not fetched
+    again, and HF_HUB_OFFLINE=1 takes it from there without asking. Private repositories need a token, as with push.
 
     \b
     Example:

@@ -20,18 +20,22 @@ def _metric(ctx: click.Context, param: click.Parameter, values: tuple[str, ...])
     return found
 
 
-@click.command("push")
+@click.command("push", short_help="Upload an adapter to the Hugging Face Hub.")
 @click.argument("folder", type=click.Path())
 @click.argument("repo")
-@click.option("--private", is_flag=True, help="Make the repository private, if it is made.")
-@click.option("--revision", metavar="BRANCH", help="A branch; made if it is not there.")
-@click.option("--subfolder", help="Where several adapters share a repository.")
-@click.option("-m", "--message", help="Of the commit.")
+@click.option("--private", is_flag=True, help="Make a new repository private.")
+@click.option("--revision", metavar="BRANCH", help="Branch to commit to; made if it is not there.")
+@click.option("--subfolder", help="Folder in the repository, where several adapters share one.")
+@click.option("-m", "--message", help="Commit message.")
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing to the branch.")
-@click.option("--tag", help="A tag for the commit.")
-@click.option("--license", "license_", help="For the card, such as apache-2.0.")
-@click.option("--metric", "metrics", multiple=True, metavar="NAME=VALUE", callback=_metric, help="For the card.")
-@click.option("--picture/--no-picture", default=None, help="On the card; by default if matplotlib is there.")
+@click.option("--tag", help="Tag the commit with this name.")
+@click.option("--license", "license_", help="License for the model card, such as apache-2.0.")
+@click.option("--metric", "metrics", multiple=True, metavar="NAME=VALUE", callback=_metric, help="Result for the card.")
+@click.option(
+    "--picture/--no-picture",
+    default=None,
+    help="Whether the card shows a heat map of the changes; by default if matplotlib is there.",
+)
 @shown.as_json
 def command(
     folder: str,
@@ -49,8 +53,8 @@ def command(
 ) -> None:
     """Upload an adapter FOLDER to the Hugging Face Hub as REPO (org/name), in one commit.
 
-    Configuration, weights and model card go, and nothing else that is in the folder. The token is
-    HF_TOKEN, or the one that `hf auth login` stored.
+    Configuration, weights and model card go, and nothing else that is in FOLDER. The repository is made if it is not
+    there. A card that a person edited stays as it is. The token is HF_TOKEN, or the one that `hf auth login` stored.
 
     \b
     Example:

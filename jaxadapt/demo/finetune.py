@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import gc
 import importlib
 import importlib.util
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ PROMPT = 'The "with" statement is used to'
 PASSAGE = 40  # sampled tokens
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Report:
     """What a run found out.
 
@@ -58,6 +58,11 @@ class Report:
     peft_difference: float | None
     plot: Path | None
     seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, for `jaxadapt demo --json`."""
+        values = dataclasses.asdict(self)
+        return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
 
 
 def run(

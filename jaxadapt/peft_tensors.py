@@ -1,0 +1,27 @@
+"""What a PEFT file holds, as a value. It knows neither JAX nor numpy: looking into a file needs neither."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from jaxadapt.configs import Config
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PeftTensors:
+    """An adapter as a PEFT file holds it: PEFT's tensor names, PyTorch's layout.
+
+    Args:
+        config: the configuration of `adapter_config.json`.
+        tensors: `{key: array}`; the values may be made on demand.
+        source: where it was read from, for messages.
+    """
+
+    config: Config
+    tensors: Mapping[str, Any]
+    source: str = "these tensors"
+
+    def __repr__(self) -> str:
+        return f"PeftTensors({self.config.peft_type}, {len(self.tensors)} tensors, from {self.source})"
