@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -64,7 +65,7 @@ def export_base(
         dtype: of the file's tensors; as in memory by default.
         progress: None, True (a bar on a terminal or in a notebook) or a function of ("export", bytes done, in all).
 
-    One tensor is held at a time. Tied embeddings are written once, as they are held. Raises `KeyMapError` with
+    One tensor is held at a time, and a merge is made of a few outputs at a time. Tied embeddings are written once, as they are held. Raises `KeyMapError` with
     every weight that has no line, `MismatchError` if the adapter does not fit, `FileError`; then the weights
     that were there still are.
 
@@ -142,26 +143,47 @@ def _reader(
     made: plan.Plan, leaves: Mapping[str, Any], changed: Mapping[str, merging.Changed], dtype: Any
 ) -> Callable[[str], Any]:
     """What gives the tensor of a key: cut out where the leaf is, and turned on the host."""
-    last: tuple[Any, Any] = (None, None)
 
     def get(key: str) -> Any:
-        nonlocal last
         entry, number = made.keys[key]
-        index = entry.form.index(number)
         if entry.path in changed:
-            # Layers stacked in one leaf are merged one by one, the parts of a fused one together.
-            stack = changed[entry.path].bound.site.stack
-            at = {axis: index[axis] for axis in stack} if set(stack) <= set(entry.form.split) else {}
-            if last[0] != (entry.path, at):
-                last = ((entry.path, at), None)  # the one before goes first
-                last = ((entry.path, at), changed[entry.path].value(at))
-            piece = last[1][tuple(i for axis, i in enumerate(index) if axis not in at)]
-        else:
-            piece = leaves[entry.path][index]
-        tensor = entry.form.alone.encode(np.asarray(piece), 0)
+            return _merged(entry, number, changed[entry.path], dtype or leaves[entry.path].dtype)
+        tensor = entry.form.alone.encode(np.asarray(leaves[entry.path][entry.form.index(number)]), 0)
         return tensor if dtype is None else tensor.astype(dtype, copy=False)
 
     return get
+
+
+SLICE = 1 << 22
+"""Bytes of float32 that are merged at once; of a very large tensor more, so that there are not too many."""
+
+
+def _merged(entry: plan.Entry, number: int, changed: merging.Changed, dtype: Any) -> Any:
+    """One tensor of a leaf that an adapter changes: its outputs slice by slice, each put where the file has it.
+
+    A sum takes several arrays of float32 beside the weight: of slices they are small.
+    """
+    form, where = entry.form, entry.form.index(number)
+    stack = changed.bound.site.stack
+    layer = {axis: where[axis] for axis in stack} if set(stack) <= set(form.split) else {}
+    rest = tuple(i for axis, i in enumerate(where) if axis not in layer)
+    out = np.empty(form.file_shape, dtype)
+    firsts = {group[0]: at for at, group in enumerate(form.right) if group}
+    axes = [a for a in changed.outputs if form.left[a] in firsts] if changed.bound.leaf == entry.path else []
+    if not axes:
+        out[...] = form.alone.encode(np.asarray(changed.value(layer)[rest]), 0)
+        return out
+    axis = axes[0]
+    size, row, at = form.shape[axis], math.prod(form.file_shape) // form.shape[axis], firsts[form.left[axis]]
+    step = max(1, max(SLICE // 4, out.size // 32) // max(row, 1))
+    inner = form.file_shape[at] // max(size, 1)  # PyTorch's rows for one entry of the axis
+    for first in range(0, size, step):
+        last = min(first + step, size)
+        piece = np.asarray(changed.value({**layer, axis: slice(first, last)})[rest])
+        shape = tuple(last - first if a == axis else n for a, n in enumerate(form.shape))
+        tensor = dataclasses.replace(form, shape=shape).alone.encode(piece, 0)
+        out[(*[slice(None)] * at, slice(first * inner, last * inner))] = tensor
+    return out
 
 
 def _check_ties(

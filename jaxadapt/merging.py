@@ -147,22 +147,40 @@ class Changed:
         base = self.base.base if isinstance(self.base, Changed) else self.base
         return math.prod(base.shape) * base.dtype.itemsize
 
-    def value(self, at: Mapping[int, int] | None = None) -> Any:
-        """The leaf; or, with `{stacked axis: layer}` for each of `bound.site.stack`, what one layer has of it."""
-        # The sum is made in float32, also where weight and adapter are both of 16 bits.
-        params = {t: _layer(x, at).astype(jnp.promote_types(x.dtype, "float32")) for t, x in self.params.items()}
+    def value(self, at: Mapping[int, int | slice] | None = None) -> Any:
+        """The leaf; or what is at `{axis: index or slice}` of it: one layer of each stacked axis, some outputs."""
+        at = at or {}
         base, bound = self.base, self.bound
-        w = base.value(at) if isinstance(base, Changed) else _layer(base, at)
-        if at:
+        w = base.value(at) if isinstance(base, Changed) else _cut(base, range(base.ndim), at)
+        names = {bound.site.weight.left[axis]: where for axis, where in at.items()}
+        params: dict[str, Any] = {}
+        for tensor, entry in zip(bound.tensors, bound.entries, strict=True):
+            x = _cut(self.params[tensor.name], entry.form.left, names)
+            # The sum is made in float32, also where weight and adapter are both of 16 bits.
+            params[tensor.name] = x.astype(jnp.promote_types(x.dtype, "float32"))
+        if all(isinstance(at.get(axis), int) for axis in bound.site.stack):
             new = self.change(Applied(bound.method, bound.static, params, bound.axes), w)
         else:
             new = bind.over_stack(bound, self.change, params, w)
         return np.array(new) if isinstance(w, np.ndarray) else new  # a copy: numpy arrays can be written to
 
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """The axes of which slices can be made one by one: each output has a sum of its own."""
+        line = self.bound.site.weight
+        return () if line.groups > 1 else tuple(line.left.index(name) for name in line.roles["out"])
 
-def _layer(x: Any, at: Mapping[int, int] | None) -> Any:
-    """One layer of a stacked array: an adapter's tensors are stacked on the axes of their weight."""
-    return x[tuple(at.get(axis, slice(None)) for axis in range(x.ndim))] if at else x
+
+def _cut(x: Any, axes: Sequence[Any], at: Mapping[Any, int | slice]) -> Any:
+    """What is at `{axis: index or slice}` of an array with these axes."""
+    if not at or isinstance(x, np.ndarray):
+        return x[tuple(at.get(axis, slice(None)) for axis in axes)] if at else x
+    index = [at.get(axis, slice(None)) for axis in axes]
+    spans = [slice(i, i + 1) if isinstance(i, int) else i for i in index]
+    bounds = [span.indices(size) for span, size in zip(spans, x.shape, strict=True)]
+    # (Indexing would be compiled anew for each place.)
+    piece = jax.lax.dynamic_slice(x, [first for first, _, _ in bounds], [last - first for first, last, _ in bounds])
+    return piece.reshape([size for size, i in zip(piece.shape, index, strict=True) if not isinstance(i, int)])
 
 
 def merged(base: Mapping[str, Any], adapter: Adapter) -> dict[str, Changed]:

@@ -16,7 +16,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import jaxadapt
-from jaxadapt import FileError, FormatError, KeyMap, KeyMapError, MismatchError, Weight, families
+from jaxadapt import FileError, FormatError, KeyMap, KeyMapError, MismatchError, Weight, bases, families
 from jaxadapt.codecs import shards
 from tests import small
 from tests.families import core
@@ -169,8 +169,9 @@ def test_the_index_takes_its_place_last(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("scan", [None, 0, 1])
 @pytest.mark.parametrize("method", ["LORA", "IA3"])
-def test_an_adapter_is_merged_on_the_way(tmp_path, scan, method):
-    """Exactly what `merge` and then exporting gives: stacked layers, fused parts, biases."""
+def test_an_adapter_is_merged_on_the_way(tmp_path, scan, method, monkeypatch):
+    """Exactly what `merge` and then exporting gives: stacked layers, fused parts, biases, output by output."""
+    monkeypatch.setattr(bases, "SLICE", 16)
     table, tree = TABLE, base()
     if scan is not None:
         table, stack = TABLE.scanned(scan), lambda *xs: np.stack(xs, min(scan, xs[0].ndim))
@@ -192,6 +193,43 @@ def test_an_adapter_is_merged_on_the_way(tmp_path, scan, method):
         np.testing.assert_allclose(found[key], value, rtol=1e-6, atol=1e-6, err_msg=key)  # vmapped sums there
     plain = torch_of(base())
     assert np.abs(found["h.1.v.weight"] - plain["h.1.v.weight"]).max() > 0.1
+
+
+SHAPES = (
+    Weight("{path}.conv", "{path}.weight", "h w i o -> o i h w", kind="conv"),
+    Weight("{path}.rope", "{path}.weight", "d n (c p) -> (n p c) d", p=2, scale=("c p", -0.5)),
+    Weight("{path}.emb", "{path}.weight", "v d -> v d", kind="embedding"),
+    Weight("{path}.kernel", "{path}.weight", "i o -> o i"),
+    Weight("{path}.bias", "{path}.bias", "o -> o"),
+)
+
+
+@pytest.mark.parametrize("numpy", [True, False])
+@pytest.mark.parametrize("dora", [True, False])
+def test_a_merge_slice_by_slice_is_the_merge(tmp_path, dora, numpy, monkeypatch):
+    """Outputs of every kind of weight, whose rows lie here and there in PyTorch's tensor; norms of whole columns."""
+    monkeypatch.setattr(bases, "SLICE", 16)
+    table = KeyMap("shapes", SHAPES)
+    config = jaxadapt.LoraConfig(r=2, use_dora=dora, target_modules=["c", "r", "e", "k"])
+    tree = {"c": {"conv": rand(2, 2, 3, 5)}, "r": {"rope": rand(3, 5, 16)}, "e": {"emb": rand(9, 7)}}
+    tree["k"] = {"kernel": rand(6, 11), "bias": rand(11)}
+    if dora:
+        del tree["r"]  # its factor is not known of a norm
+        config = config.replace(target_modules=["c", "e", "k"])
+    tree = tree if numpy else jax.tree.map(jnp.asarray, tree)
+    adapter = small.noisy(jaxadapt.init(config, tree, key=jax.random.key(0), keymap=table))
+    seen = []
+    monkeypatch.setattr(bases.merging.Changed, "value", seeing(bases.merging.Changed.value, seen))
+    jaxadapt.export_base(tree, tmp_path / "a", adapter, keymap=table, dtype="float32")
+    assert len(seen) > 4 * len(tree)
+    jaxadapt.export_base(jaxadapt.merge(tree, adapter), tmp_path / "b", keymap=table, dtype="float32")
+    found, expected = load_file(tmp_path / "a" / "model.safetensors"), load_file(tmp_path / "b" / "model.safetensors")
+    for key, value in expected.items():
+        np.testing.assert_allclose(found[key], value, rtol=1e-6, atol=1e-6, err_msg=key)  # sums in another order
+
+
+def seeing(f, seen):
+    return lambda *args: seen.append(args) or f(*args)
 
 
 def test_an_nnx_model_in_place_and_its_adapter(tmp_path):
