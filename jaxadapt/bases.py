@@ -65,9 +65,9 @@ def export_base(
         dtype: of the file's tensors; as in memory by default.
         progress: None, True (a bar on a terminal or in a notebook) or a function of ("export", bytes done, in all).
 
-    One tensor is held at a time, and a merge is made of a few outputs at a time. Tied embeddings are written once, as they are held. Raises `KeyMapError` with
-    every weight that has no line, `MismatchError` if the adapter does not fit, `FileError`; then the weights
-    that were there still are.
+    One tensor is held at a time, and a merge is made of a few outputs at a time. Tied embeddings are written once, as
+    they are held. Raises `KeyMapError` with every weight that has no line, `MismatchError` if the adapter does not fit,
+    `FileError`; then the weights that were there still are.
 
     >>> import tempfile, jax.numpy as jnp, jaxadapt
     >>> table = jaxadapt.KeyMap("mine", (jaxadapt.Weight("q.kernel", "q.weight", "i o -> o i"),))

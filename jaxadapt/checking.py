@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -168,6 +169,7 @@ def _checkpoint(table: KeyMap, tensors: Shapes) -> Checked:
 def _gaps(held: Iterable[tuple[Weight, Mapping[str, Mapping[str, str]]]], tensors: Shapes) -> Iterable[str]:
     """Layers are alike, and the parts of a fused weight come together: what one layer has and another lacks."""
     held = list(held)
+    lines = [w for w, _ in held]
     layers: dict[str, int] = {}  # encoder and decoder may have different numbers of them
     for w, mine in held:
         for texts in mine.values():
@@ -185,8 +187,24 @@ def _gaps(held: Iterable[tuple[Weight, Mapping[str, Mapping[str, str]]]], tensor
         for axis, choices in (("l", () if alone else numbers), *w.over):
             others = dict.fromkeys(tuple(sorted((k, v) for k, v in t.items() if k != axis)) for t in mine.values())
             for other in others if any(axis in t for t in mine.values()) else ():
-                keys = (w.key_at({**dict(other), axis: text}) for text in choices)
-                yield from (key for key in keys if key not in tensors)
+                at = ({**dict(other), axis: text} for text in choices)
+                lost = (texts for texts in at if w.key_at(texts) not in tensors)
+                yield from (w.key_at(texts) for texts in lost if not _elsewhere(w, texts, lines, tensors))
+
+
+def _elsewhere(weight: Weight, texts: Mapping[str, str], lines: Iterable[Weight], tensors: Shapes) -> bool:
+    """Whether what there is of a fused leaf is whole in others: where k serves as v, k is a leaf of its own."""
+
+    def parts(line: Weight, texts: Mapping[str, str]) -> set[str]:
+        names, choices = [axis for axis, _ in line.over], itertools.product(*(names for _, names in line.over))
+        return {line.key_at({**texts, **dict(zip(names, choice, strict=True))}) for choice in choices}
+
+    def whole(line: Weight, key: str) -> bool:
+        found = line.texts(key)
+        return found is not None and parts(line, found) <= tensors.keys()
+
+    here = parts(weight, texts) & tensors.keys()
+    return bool(here) and all(any(whole(line, key) for line in lines if line is not weight) for key in here)
 
 
 def _stack(weight: Weight) -> str:

@@ -24,8 +24,8 @@ _TABLES = (
     *(LLAMA, GPT2, GPT_NEO, GPTJ, BERT, ROBERTA, T5, VIT, CLIP, WHISPER),
     *(moe.MIXTRAL, moe.QWEN3_MOE, moe.GPT_OSS, moe.LLAMA4, moe.DEEPSEEK_V3),
     *(tunix.LLAMA3, tunix.QWEN2, tunix.QWEN3),
-    *(gemma.TUNIX_GEMMA, gemma.TUNIX_GEMMA2, gemma.TUNIX_GEMMA3),
-    *(gemma.GEMMA2_2B, gemma.GEMMA2, gemma.GEMMA3),
+    *(gemma.TUNIX_GEMMA, gemma.TUNIX_GEMMA2, gemma.TUNIX_GEMMA3, gemma.TUNIX_GEMMA4),
+    *(gemma.GEMMA2_2B, gemma.GEMMA2, gemma.GEMMA3, gemma.GEMMA4),
     *(maxtext.LLAMA31, maxtext.LLAMA3, maxtext.QWEN2, maxtext.QWEN3),
     *(keras.LLAMA, keras.QWEN3, keras.GEMMA3),
 )

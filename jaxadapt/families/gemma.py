@@ -1,6 +1,8 @@
-"""Gemma 1 to 3 as the gemma package (gemma.gm, Linen) and Tunix (NNX) hold them: k and v fused, in gm gate and up too.
+"""Gemma 1 to 4 as the gemma package (gemma.gm, Linen) and Tunix (NNX) hold them: k and v fused, in gm gate and up too.
 
 Where there are as many key heads as query heads, q, k and v are one leaf. Names as in gemma 4.0.1, google-tunix 0.1.7.
+In Gemma 4 k may serve as v, in layers that see everything. The last layers of its E2B and E4B take k and v of layers
+before: here they hold weights of their own all the same, which transformers' models lack and its files may have.
 """
 
 from collections.abc import Iterable
@@ -33,7 +35,11 @@ _GEMMA3: _Names = (
 )
 
 
-def _table(name: str, layer: str, norms: _Names, mlp: Iterable[Weight]) -> KeyMap:
+def _gemma4(norm: str) -> _Names:
+    return (*_gemma2("post_attention_norm"), (f"attn.{norm}query_norm", "self_attn.q_norm"))
+
+
+def _table(name: str, layer: str, norms: _Names, mlp: Iterable[Weight], more: Iterable[str] = ()) -> KeyMap:
     lines = (
         Weight("embedder.input_embedding", "model.embed_tokens.weight", "v d -> v d", kind="embedding"),
         Weight(f"{layer}attn.q_einsum.w", f"{_HF}self_attn.q_proj.weight", "n d h -> (n h) d"),
@@ -50,36 +56,54 @@ def _table(name: str, layer: str, norms: _Names, mlp: Iterable[Weight]) -> KeyMa
         lines,
         output="lm_head",
         whole=True,
-        needs=tuple(f"{layer}{a}.scale" for a, _ in norms),
+        needs=(*(f"{layer}{a}.scale" for a, _ in norms), *more),
         same=("d",),
         tied=TIED,
         spellings=(*VISION_LANGUAGE, *bare("model.")),
     )
 
 
-def _gm(name: str, norms: _Names, gating: str) -> KeyMap:
+def _gm(name: str, norms: _Names, gating: str, more: tuple[Weight, ...] = ()) -> KeyMap:
     mlp = (
         Weight("layer_{l}.mlp.gating_einsum", _MLP, f"{{p}} {gating} -> f d", p=("gate", "up")),
         Weight("layer_{l}.mlp.linear", f"{_HF}mlp.down_proj.weight", "f d -> d f"),
     )
-    return _table(f"gemma:{name}", "layer_{l}.", norms, mlp)
+    return _table(f"gemma:{name}", "layer_{l}.", norms, (*mlp, *more), [w.leaf for w in more if "skip" in w.leaf])
+
+
+def _newer(layer: str, norm: str, table: str) -> tuple[Weight, ...]:
+    """What Gemma 4 has besides; `table` is what holds an embedding for each layer."""
+    gate, back = (f"{name}.weight" for name in ("per_layer_input_gate", "per_layer_projection"))
+    return (
+        Weight(f"{layer}attn.k_einsum.w", f"{_HF}self_attn.k_proj.weight", "k d h -> (k h) d"),
+        Weight(f"{layer}attn.{norm}key_norm.scale", f"{_HF}self_attn.k_norm.weight", "h -> h"),
+        Weight(f"{layer}skip_scale", f"{_HF}layer_scalar", "one -> one"),
+        Weight(f"embedder.{table}", "model.embed_tokens_per_layer.weight", "v n p -> v (n p)", kind="embedding"),
+        Weight("embedder.per_layer_model_projection.w", "model.per_layer_model_projection.weight", "d n p -> (n p) d"),
+        Weight("embedder.per_layer_projection_norm.scale", "model.per_layer_projection_norm.weight", "p -> p"),
+        Weight(f"{layer}per_layer_input_gate.w", f"{_HF}{gate}", "d p -> p d"),
+        Weight(f"{layer}per_layer_projection.w", f"{_HF}{back}", "p d -> d p"),
+        Weight(f"{layer}post_per_layer_input_norm.scale", f"{_HF}post_per_layer_input_norm.weight", "d -> d"),
+    )
 
 
 # Gemma 2 with 2 billion weights holds its gate as (D, F), all others as (F, D).
 GEMMA2_2B = _gm("gemma2-2b", _gemma2("post_attention_norm"), "d f")
 GEMMA2 = _gm("gemma2", _gemma2("post_attention_norm"), "f d")
 GEMMA3 = _gm("gemma3", _GEMMA3, "f d")
+GEMMA4 = _gm("gemma4", _gemma4(""), "f d", _newer("layer_{l}.", "", "per_layer_embeddings"))
 
 
-def _tunix(name: str, norms: _Names) -> KeyMap:
+def _tunix(name: str, norms: _Names, more: tuple[Weight, ...] = ()) -> KeyMap:
     line = "layers.{l}.mlp."
     mlp = (
         *(Weight(f"{line}{p}_proj.kernel", f"{_HF}mlp.{p}_proj.weight", "d f -> f d") for p in ("gate", "up")),
         Weight(f"{line}down_proj.kernel", f"{_HF}mlp.down_proj.weight", "f d -> d f"),
     )
-    return _table(f"tunix:{name}", "layers.{l}.", norms, mlp)
+    return _table(f"tunix:{name}", "layers.{l}.", norms, (*mlp, *more), [w.leaf for w in more if "skip" in w.leaf])
 
 
 TUNIX_GEMMA = _tunix("gemma", _GEMMA1)
 TUNIX_GEMMA2 = _tunix("gemma2", _gemma2("post_attn_norm"))
 TUNIX_GEMMA3 = _tunix("gemma3", _GEMMA3)
+TUNIX_GEMMA4 = _tunix("gemma4", _gemma4("_"), _newer("layers.{l}.", "_", "per_layer_input_embedding"))

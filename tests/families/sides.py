@@ -28,8 +28,8 @@ from tests.twins import trees
 
 Leaves = Mapping[str, np.ndarray]
 LIBRARY = {
-    **dict.fromkeys(("tunix", "tunix_gemma", "tunix_gemma3"), "tunix"),
-    "gemma": "gemma",
+    **dict.fromkeys(("tunix", "tunix_gemma", "tunix_gemma3", "tunix_gemma4"), "tunix"),
+    **dict.fromkeys(("gemma", "gemma4"), "gemma"),
     "maxtext": "maxtext",
     "flax": "transformers",
     "keras": "keras_hub",
@@ -157,6 +157,18 @@ def tunix_gemma3(specimen: Specimen) -> Side:
     return _of_nnx(make, _run_tunix)
 
 
+def tunix_gemma4(specimen: Specimen) -> Side:
+    model = importlib.import_module("tunix.models.gemma4.model")
+    kinds, large = model.AttentionType, specimen.options["large"]
+    config = model.ModelConfig(
+        num_layers=LAYERS, num_embed=V, embed_dim=D, hidden_dim=F, num_heads=HEADS, head_dim=6, num_kv_heads=KV,
+        global_key_size=8, num_global_kv_heads=1 if large else None, k_eq_v_global=large, final_logit_softcap=8.0,
+        per_layer_input_dim=0 if large else 5, sliding_window_size=4,
+        attention_pattern=(kinds.LOCAL_SLIDING, kinds.GLOBAL, kinds.GLOBAL),
+    )  # fmt: skip
+    return _of_nnx(lambda: model.Gemma4(config, rngs=nnx.Rngs(0)), _run_tunix)
+
+
 def _alternate(made: Any, model: Any) -> None:
     """Sliding, full, sliding: the real pattern has its first full layer at the sixth."""
     for i, layer in enumerate(made.layers):
@@ -189,6 +201,26 @@ def gemma(specimen: Specimen) -> Side:
             attention_types=(kinds.LOCAL_SLIDING, kinds.GLOBAL, kinds.LOCAL_SLIDING), sliding_window_size=4,
             transpose_gating_einsum=not specimen.table.endswith("2b"),
             local_base_frequency=10_000, global_base_frequency=10_000 if second else 1_000_000,
+        ),
+        dtype=jnp.float32,
+    )  # fmt: skip
+    ids = jnp.asarray(IDS, jnp.int32)
+    params = jax.eval_shape(lambda: module.init(jax.random.key(0), ids))["params"]
+    return _of_linen(module, params, lambda m, variables: m.apply(variables, ids).logits)
+
+
+def gemma4(specimen: Specimen) -> Side:
+    config = importlib.import_module("gemma.gm.nn.gemma4._config")
+    kinds = importlib.import_module("gemma.gm.nn.gemma4._modules").AttentionType
+    transformer = importlib.import_module("gemma.gm.nn.gemma4._transformer")
+    large = specimen.options["large"]
+    module = transformer.Transformer(
+        config=config.TransformerConfig(
+            num_embed=V, embed_dim=D, hidden_dim=F, num_heads=HEADS, head_dim=6, num_kv_heads=KV,
+            global_key_size=8, num_global_kv_heads=1 if large else None, k_eq_v_global=large, final_logit_softcap=8.0,
+            per_layer_input_dim=0 if large else 5, sliding_window_size=4, use_post_attn_norm=True,
+            use_post_ffw_norm=True, attention_types=(kinds.LOCAL_SLIDING, kinds.GLOBAL, kinds.GLOBAL),
+            global_rope_proportion=0.25, local_rope_proportion=1.0, global_base_frequency=1_000_000,
         ),
         dtype=jnp.float32,
     )  # fmt: skip
@@ -315,8 +347,10 @@ BUILDERS: dict[str, Callable[[Specimen], Side]] = {
     "tunix": tunix,
     "tunix_gemma": tunix_gemma,
     "tunix_gemma3": tunix_gemma3,
+    "tunix_gemma4": tunix_gemma4,
     "moe": moe,
     "gemma": gemma,
+    "gemma4": gemma4,
     "maxtext": maxtext,
     "flax": flax,
     "keras": keras,

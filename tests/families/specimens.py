@@ -138,6 +138,27 @@ def _gemma(generation: int, table: str, side: str, kv: int) -> Specimen:
     return Specimen(name, table, f"Gemma{version}ForCausalLM", config, side, options, PROJ, unused=(HEAD,))
 
 
+_KINDS = ["sliding_attention", "full_attention", "full_attention"]
+GEMMA4 = {
+    **{k: v for k, v in GEMMA.items() if k != "rope_parameters"},
+    "sliding_window": 4,
+    "layer_types": _KINDS,
+    "final_logit_softcapping": 8.0,
+    "global_head_dim": 8,
+}
+_GEMMA4 = {  # what the small models have, and the large ones
+    "e": {"hidden_size_per_layer_input": 5, "vocab_size_per_layer_input": V},
+    "large": {"hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
+}
+
+
+def _gemma4(table: str, size: str) -> Specimen:
+    more = ("per_layer_input_gate", "per_layer_projection", "per_layer_model_projection") if size == "e" else ()
+    name, side = f"{table.replace(':', '-')}-{size}", "tunix_gemma4" if table.startswith("tunix") else "gemma4"
+    config, options = {**GEMMA4, **_GEMMA4[size]}, {"large": size == "large"}
+    return Specimen(name, table, "Gemma4ForCausalLM", config, side, options, (*PROJ, *more), unused=(HEAD,))
+
+
 _LLAMAS = ("maxtext:llama3.1", "maxtext:llama3")
 
 
@@ -299,6 +320,7 @@ SPECIMENS = (
     _gemma(2, "gemma:gemma2", "gemma", KV),
     _gemma(3, "gemma:gemma3", "gemma", KV),
     _gemma(3, "gemma:gemma3", "gemma", HEADS),
+    *(_gemma4(table, size) for table in ("tunix:gemma4", "gemma:gemma4") for size in _GEMMA4),
     _moe("mixtral", "MixtralForCausalLM"),
     _moe("qwen3_moe", "Qwen3MoeForCausalLM"),
     _moe("gpt_oss", "GptOssForCausalLM"),
