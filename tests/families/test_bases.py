@@ -393,4 +393,4 @@ def test_an_export_says_how_far_it_is(tmp_path):
     seen = []
     params = {n: {"kernel": np.ones((2, 3), "float32")} for n in "ab"}
     jaxadapt.export_base(params, tmp_path, keymap=table, progress=lambda *at: seen.append(at))
-    assert seen == [("export", 24, 48), ("export", 48, 48)]
+    assert seen == [("export", 0, 48), ("export", 24, 48), ("export", 48, 48)]
