@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxadapt import (
-    attention,
     checking,
     exchange,
     families,
@@ -27,6 +26,7 @@ from jaxadapt import (
     merging,
     nnx_survey,
     paths,
+    pieces,
     plan,
     planning,
     sharding,
@@ -86,12 +86,11 @@ def export_base(
     target = places.at(path)
     _check_ties(target, table, made, leaves, changed)
     specs: dict[str, tuple[str, tuple[int, ...]]] = {}
-    grouped = attention.groups(made.keys)
+    grouped = pieces.groups(made.keys)
     for key, parts in sorted(grouped.items(), key=lambda item: nnx_survey.natural(item[0])):
         entry, _ = made.keys[parts[0]]
-        shape = entry.form.file_shape
-        shape = shape if len(parts) == 1 else (len(parts) * shape[0], *shape[1:])
-        specs[key] = safetensors.dtype_name(kind or leaves[entry.path].dtype), shape
+        dtype_ = safetensors.dtype_name(kind or leaves[entry.path].dtype)
+        specs[key] = dtype_, pieces.shape_of(parts, entry.form.file_shape)
     if not specs:
         raise MismatchError(f"{target}: there is no weight to write")
     folder.make(target)
@@ -102,8 +101,7 @@ def export_base(
         more = counting(report, "export", total)
 
         def whole(key: str) -> Any:
-            parts = [get(part) for part in grouped[key]]
-            value = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            value = pieces.together([get(part) for part in grouped[key]], grouped[key], np)
             more(value.nbytes)
             return value
 
@@ -244,9 +242,9 @@ def import_base(
         table = _table(keymap, leaves).spelt_as(tensors, shapes)
         known = shapes if strict else {p: s for p, s in shapes.items() if table.site(p) is not None}
         made = plan.base_plan(table, known)
-        several = [name for name, parts in attention.groups(made.keys).items() if len(parts) > 1 and name in tensors]
+        several = [name for name, parts in pieces.groups(made.keys).items() if len(parts) > 1 and name in tensors]
         if several:
-            tensors = tensors.replaced(several, attention.cut({n: tensors[n] for n in several}, made.keys))
+            tensors = tensors.replaced(several, pieces.cut({n: tensors[n] for n in several}, made.keys))
         source = _sources(tensors, table, made, strict)
         entries = [e for e in made.entries if all(key in source for key in e.keys)]
         left = {e.path for e in made.entries} - {e.path for e in entries} | (shapes.keys() - known.keys())

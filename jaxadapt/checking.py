@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jaxadapt import plan
+from jaxadapt import pieces, plan
 from jaxadapt.errors import KeyMapError
 from jaxadapt.keymap import KeyMap
 from jaxadapt.weight import Weight
@@ -108,6 +108,7 @@ def _model(table: KeyMap, leaves: Shapes) -> Checked:
             owners.setdefault(key, []).append(leaf)
     twice += [f"{key}: {', '.join(who)}" for key, who in owners.items() if len(who) > 1]
     missing = tuple(_needed(table, lines))
+    claims = {leaf: tuple(map(pieces.whole, keys)) for leaf, keys in claims.items()}
     return Checked(table.name, claims, lines, tuple(unclaimed), missing, tuple(twice), tuple(misshapen))
 
 
@@ -121,7 +122,8 @@ def _both(table: KeyMap, model: Checked, leaves: Shapes, tensors: Shapes) -> Che
     for leaf in model.claims:
         entry = plan.base_entry(table, leaf, leaves[leaf])
         assert entry is not None
-        wanted |= dict.fromkeys(entry.keys, entry.form.file_shape)
+        for key in entry.keys:
+            wanted[pieces.whole(key)] = pieces.shape_of([key], entry.form.file_shape)
     ties = dict(table.tied)
     odd = leaves.keys() - model.claims.keys()  # said already
     spare = ties.keys() | {key for key in tensors if is_buffer(table, key) or odd.intersection(_leaves(table, key))}

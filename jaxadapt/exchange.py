@@ -14,12 +14,13 @@ from jax.core import Tracer
 
 from jaxadapt import (
     attach,
-    attention,
     bind,
     embeddings,
     families,
     foreign,
+    joining,
     paths,
+    pieces,
     planning,
     products,
     renaming,
@@ -78,16 +79,17 @@ def joined(
         more = tying.repeated(held.plan.entries, table)
         held = dataclasses.replace(held, plan=plans.plan([*held.plan.entries, *more]))
         tensors = dataclasses.replace(tensors, tensors=held)
-    if not isinstance(held, Encoded) or not attention.has_pieces(held.plan.keys):
+    if not isinstance(held, Encoded) or not pieces.has_pieces(held.plan.keys):
         return tensors
     if together.spread(held.leaves.values()):
         raise AttachError(
-            "an nn.MultiheadAttention is put together from several leaves, which are partly in other processes: gather"
-            " the adapter's arrays first (they are small), as jax.experimental.multihost_utils does"
+            "PyTorch keeps several of these weights in one tensor, to be put together from leaves that are partly in"
+            " other processes: gather the adapter's arrays first (they are small), as jax.experimental.multihost_utils"
+            " does"
         )
     adapter = renamed(extracted(tree, name, config, keymap, ""), keymap)
     bounds = bind.recover(adapter.config, adapter.keymap, shapes_of(adapter))
-    new, whole = attention.joined(tensors.config, bounds, held, adapter.keymap.prefix, on_shared, call)
+    new, whole = joining.joined(tensors.config, bounds, held, on_shared, call)
     return PeftTensors(new, whole, tensors.source)
 
 
@@ -230,8 +232,8 @@ def decoded(
         plan = bind.file_plan(bounds)
     except AdapterError as error:
         raise type(error)(f"{tensors.source}: {error}") from error
-    if attention.has_pieces(plan.keys):
-        tensors = dataclasses.replace(tensors, tensors=attention.cut(tensors.tensors, plan.keys))
+    if pieces.has_pieces(plan.keys):
+        tensors = dataclasses.replace(tensors, tensors=pieces.cut(tensors.tensors, plan.keys))
     if on_mismatch == "skip":
         rows = vocabulary.fitted(tensors.tensors, bounds, recipe.keymap, planning.base_of(target), tensors.source)
         tensors = dataclasses.replace(tensors, tensors=rows)

@@ -65,7 +65,7 @@ class Site:
 
     def parameter(self, index: Mapping[str, str]) -> tuple[str, str]:
         """PyTorch's name of the weight itself, as its module's and its own."""
-        module, _, name = self.weight.key.format(**dict(self.holes), **index).rpartition(".")
+        module, _, name = self.weight.whole_key.format(**dict(self.holes), **index).rpartition(".")
         return module, name
 
     def parameters(self, sizes: Mapping[str, int]) -> dict[tuple[int, ...], tuple[str, str]]:

@@ -216,7 +216,8 @@ def obstacles(model: nnx.Module, owners: Mapping[str, Owner], leaves: Sequence[s
             continue
         # An adapter's own dropout keeps random state too, and runs outside the layer's call.
         inside = [v for path, v in nnx.iter_graph(module) if DROPOUT not in path]
-        state = [v for v in inside if isinstance(v, nnx.Variable) and not isinstance(v, nnx.Param)]
+        # Random streams that the call does not draw from (MaxText's layers hold one) do no harm; Flax refuses a draw.
+        state = [v for v in inside if isinstance(v, nnx.Variable) and not isinstance(v, nnx.Param | nnx.RngState)]
         if state:
             kinds = ", ".join(sorted({type(v).__name__ for v in state}))
             problems[leaf] = f"{leaf}: {base_class(module).__name__} keeps state besides its parameters ({kinds})"

@@ -69,8 +69,10 @@ def select(
 def depths(keymap: KeyMap, sites: Iterable[Site]) -> dict[str, int]:
     """`{leaf: how many wrappers lie around its own}` of all leaves that one adapter has by their names."""
     order = {weight.leaf: i for i, weight in enumerate(keymap.weights)}
-    held: dict[str, list[tuple[int, str]]] = {}
+    held: dict[str, dict[str, int]] = {}  # the parameters of a module, in the table's order; several leaves may be one
+    called: dict[str, tuple[str, str]] = {}
     for site in sites:
-        owner = site.parameter({axis.strip("{}"): axis for axis in site.braced})[0]
-        held.setdefault(owner, []).append((order[site.weight.leaf], site.leaf))
-    return {leaf: len(those) - 1 - i for those in held.values() for i, (_, leaf) in enumerate(sorted(those))}
+        owner, name = called[site.leaf] = site.parameter({axis.strip("{}"): axis for axis in site.braced})
+        held.setdefault(owner, {})[name] = order[site.weight.leaf]
+    ranked = {owner: sorted(mine, key=mine.__getitem__) for owner, mine in held.items()}
+    return {leaf: len(ranked[owner]) - 1 - ranked[owner].index(name) for leaf, (owner, name) in called.items()}

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxadapt import paths, weight
+from jaxadapt import paths, pieces, weight
 from jaxadapt.arrangement import Arrangement
 from jaxadapt.errors import KeyMapError, MismatchError
 from jaxadapt.keymap import KeyMap, Site, entries
@@ -273,16 +273,20 @@ def factor_of(keymap: KeyMap, site: Site, tensor: Tensor, sizes: Mapping[str, in
 
 def key_of(keymap: KeyMap, site: Site, tensor: Tensor, text: Mapping[str, str]) -> str:
     """The name of one tensor in the file; the root module has no name of its own."""
+    line = site.weight
     if tensor.whole:
         module, parameter = site.parameter(text)
-        return paths.join(f"{keymap.prefix}{module}".rstrip(".") + tensor.suffix, parameter)
-    suffix, line = tensor.suffix, site.weight
-    if line.piece:  # what belongs to the outputs lies above each other, all else is one for all
-        suffix += f"[{line.piece}]" if "out" in tensor.torch[0] else f"[={line.piece}]"
-    elif line.kind == "attention":
-        suffix = f".base_layer.out_proj{suffix}"
+        return part_of(line, paths.join(f"{keymap.prefix}{module}".rstrip(".") + tensor.suffix, parameter), line.right)
+    suffix = f".base_layer.out_proj{tensor.suffix}" if line.kind == "attention" and not line.piece else tensor.suffix
     module = site.parameter(text)[0] if line.kind == "experts" else site.module(text)
-    return f"{keymap.prefix}{module}".rstrip(".") + suffix
+    return part_of(line, f"{keymap.prefix}{module}".rstrip(".") + suffix, torch_axes(site, tensor))
+
+
+def part_of(line: weight.Weight, key: str, axes: Sequence[tuple[str, ...]]) -> str:
+    """The key of a tensor with these axes, as a part of the file's where the line's leaf is one of several in it."""
+    if not line.piece:
+        return key
+    return pieces.named(key, next((i for i, axis in enumerate(axes) if axis == line.piece_axis), None), line.piece)
 
 
 def entry_shape(site: Site, tensor: Tensor, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -399,10 +403,10 @@ def base_entry(keymap: KeyMap, leaf: str, shape: Sequence[int]) -> Entry | None:
     sizes = sizes_of(site, shape)
     left = site.weight.left
     split = tuple(i for i, n in enumerate(left) if n.startswith("{"))
-    keys = tuple(
-        site.weight.key.format(**dict(site.holes), **text)
-        for _, text in entries(site.weight, [left[i] for i in split], sizes)
-    )
     line = site.weight
+    keys = tuple(
+        part_of(line, line.whole_key.format(**dict(site.holes), **text), line.right)
+        for _, text in entries(line, [left[i] for i in split], sizes)
+    )
     form = Arrangement(tuple(shape), left, line.right, split, line.factor(sizes), line.sizes)
     return Entry(leaf, form, keys)

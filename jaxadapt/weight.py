@@ -20,7 +20,7 @@ from jaxadapt.errors import KeyMapError, MismatchError
 
 _TOKEN = re.compile(r"\(([^()]*)\)|(\{?\w+\}?)")
 _HOLE = re.compile(r"\{(\w+)\}")
-_PIECE = re.compile(r"\[(\d+/\d+)\]$")
+_PIECE = re.compile(r"\[(?:(?P<axis>\w+) )?(?P<part>\d+(?:/|::)\d+)\]$")
 
 EXPERTS = "{e}"
 """A numbered axis that the layer itself sees, and contracts entry by entry; other numbered axes stack whole layers."""
@@ -32,7 +32,9 @@ class Weight:
 
     Args:
         leaf: dotted path in the JAX tree. `{l}` stands for digits, `{path}` for any path.
-        key: the PyTorch parameter name; its holes are filled from `leaf`, `pattern` and `over`.
+        key: the PyTorch parameter name; its holes are filled from `leaf`, `pattern` and `over`. Where PyTorch keeps
+            several leaves in one tensor, "[0/3]" behind it is the first third of its rows, "[f 0/2]" the first half of
+            its axis f, and "[f 0::2]" every second entry there, from the first.
         pattern: `"d {l} n h -> (n h) d"`: the JAX axes, then PyTorch's. A name in braces is an axis that
             PyTorch does not have: one tensor an entry, numbered (`{l}`: stacked layers) or named by `over`.
         kind: "linear" (out, in), "embedding" (vocabulary, dim), "conv" (out, in, window...), "attention" (see
@@ -137,6 +139,11 @@ class Weight:
             for h in _HOLE.findall(self.key)
             if h not in holes | braced
         ]
+        problems += [
+            f"{self.key!r} is a part of an axis {axis!r}, which is none of PyTorch's in the pattern"
+            for axis in (self._bracket.get("axis"),)
+            if axis and (axis,) not in self.right
+        ]
         problems += [f"{{{n}}} is both a hole of the leaf and an axis" for n in sorted(holes & braced)]
         problems += [
             f"{text!r} has a brace that belongs to no hole"
@@ -216,7 +223,7 @@ class Weight:
                 return f"(?P<{name}>{'|'.join(map(re.escape, names[name]))})"
             return f"(?P<{name}>.+)" if name == "path" else rf"(?P<{name}>\d+)"
 
-        return re.compile("".join(map(piece, re.split(r"(\{\w+\})", self.key))))
+        return re.compile("".join(map(piece, re.split(r"(\{\w+\})", self.whole_key))))
 
     def texts(self, key: str) -> dict[str, str] | None:
         """What fills the holes of this line's key to give that one; None where nothing does.
@@ -233,7 +240,7 @@ class Weight:
 
     def key_at(self, texts: Mapping[str, str]) -> str:
         """The key whose holes hold these texts."""
-        return _HOLE.sub(lambda hole: texts[hole[1]], self.key)
+        return _HOLE.sub(lambda hole: texts[hole[1]], self.whole_key)
 
     @functools.cached_property
     def tail(self) -> str:
@@ -241,10 +248,25 @@ class Weight:
         return self.leaf.rpartition("}")[2]
 
     @functools.cached_property
-    def piece(self) -> str:
-        """Of a key such as "in_proj_weight[0/3]" the part in brackets: which rows of PyTorch's tensor the leaf is."""
+    def _bracket(self) -> dict[str, str]:
         found = _PIECE.search(self.key)
-        return found[1] if found else ""
+        return {} if found is None else {name: text or "" for name, text in found.groupdict().items()}
+
+    @property
+    def piece(self) -> str:
+        """Of a key such as "in_proj_weight[0/3]" the part in brackets: which part of PyTorch's tensor the leaf is."""
+        return self._bracket.get("part", "")
+
+    @functools.cached_property
+    def piece_axis(self) -> tuple[str, ...]:
+        """PyTorch's axis, by its names, of which the leaf is a part: the first, if none is named."""
+        axis = self._bracket.get("axis")
+        return (axis,) if axis else self.right[0] if self.right else ()
+
+    @functools.cached_property
+    def whole_key(self) -> str:
+        """PyTorch's name of the tensor, with its holes."""
+        return _PIECE.sub("", self.key)
 
     @functools.cached_property
     def adaptable(self) -> bool:

@@ -18,9 +18,9 @@ PACKAGE = Path(__file__).resolve().parent.parent / "jaxadapt"
 # Packages are listed by their first part: "configs" stands for everything under jaxadapt/configs/.
 FLOORS = [
     ["errors", "progress", "paths", "axes", "configs"],
-    "weight arrangement keymap generic dialect plan adapter peft_tensors"
+    "pieces weight arrangement keymap generic dialect plan adapter peft_tensors"
     " trace operations layout liveness layers filters targets drawing factors codecs consumers card hub".split(),
-    "methods families agreeing copies parameters tying replication bind renaming attention embeddings folder".split()
+    "methods families agreeing copies parameters tying replication bind renaming joining embeddings folder".split()
     + "orbax_folder transfer together vocabulary dialects guests guest_config laying sharding slots pytorch".split(),
     "linen linen_call linen_survey linen_tree nnx nnx_survey merging products combining norms trees checking".split()
     + "observing eva".split(),
@@ -62,7 +62,8 @@ SAME_FLOOR = {
     ("vocabulary", "bind"): "whose rows a file is short of",
     ("vocabulary", "copies"): "and of which table",
     ("vocabulary", "tying"): "or head",
-    ("attention", "bind"): "and which of them share an A in PyTorch",
+    ("joining", "bind"): "and which of them share an A in PyTorch",
+    ("plan", "pieces"): "and a key of it may be a part of a tensor",
     ("embeddings", "copies"): "what a table of tokens is usually called",
     ("transfer", "sharding"): "arrays go where they belong",
     ("bind", "sharding"): "fresh parameters are made where they belong",

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from jaxadapt.errors import KeyMapError
-from jaxadapt.families import gemma, keras, maxtext, moe, tunix
+from jaxadapt.families import gemma, keras, maxtext, maxtext_moe, moe, tunix
 from jaxadapt.families.bert import BERT, ROBERTA
 from jaxadapt.families.clip import CLIP
 from jaxadapt.families.gpt2 import GPT2
@@ -23,10 +23,11 @@ from jaxadapt.weight import Weight
 _TABLES = (
     *(LLAMA, GPT2, GPT_NEO, GPTJ, BERT, ROBERTA, T5, VIT, CLIP, WHISPER),
     *(moe.MIXTRAL, moe.QWEN3_MOE, moe.GPT_OSS, moe.LLAMA4, moe.DEEPSEEK_V3),
-    *(tunix.LLAMA3, tunix.QWEN2, tunix.QWEN3),
+    *(tunix.LLAMA3, tunix.QWEN2, tunix.QWEN3, tunix.QWEN3_MOE),
     *(gemma.TUNIX_GEMMA, gemma.TUNIX_GEMMA2, gemma.TUNIX_GEMMA3, gemma.TUNIX_GEMMA4),
     *(gemma.GEMMA2_2B, gemma.GEMMA2, gemma.GEMMA3, gemma.GEMMA4),
     *(maxtext.LLAMA31, maxtext.LLAMA3, maxtext.QWEN2, maxtext.QWEN3),
+    *(maxtext_moe.MIXTRAL, maxtext_moe.QWEN3_MOE, maxtext_moe.GPT_OSS),
     *(keras.LLAMA, keras.QWEN3, keras.GEMMA3),
 )
 FAMILIES: dict[str, KeyMap] = {table.name: table for table in _TABLES}
@@ -68,8 +69,8 @@ def resolve(keymap: KeyMap | str | None, shapes: Mapping[str, tuple[int, ...]]) 
         return keymap
     if keymap not in (None, "auto"):
         return named(keymap)
-    # Layers are alike: one leaf of each kind will do.
-    kinds = {(re.sub(r"\d+", "0", leaf), shape): leaf for leaf, shape in shapes.items()}
+    # Layers are alike: one leaf of each kind will do. (A number at the end is part of a weight's name: wi_0, wi_1.)
+    kinds = {(re.sub(r"\d+(?=\.)", "0", leaf), shape): leaf for leaf, shape in shapes.items()}
     few = {leaf: shape for (_, shape), leaf in kinds.items()}
     counts = {t: t.covers(few) for f in FAMILIES.values() for t in variants(f)}
     best = max(counts.values())

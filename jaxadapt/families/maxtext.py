@@ -16,7 +16,7 @@ _OURS, _HF = "decoder.layers_{l}.", "model.layers.{l}."
 _QUERY, _KEY = f"{_OURS}self_attention.query.kernel", f"{_OURS}self_attention.key.kernel"
 _Q_PROJ, _K_PROJ = f"{_HF}self_attn.q_proj.weight", f"{_HF}self_attn.k_proj.weight"
 
-_SHARED = (
+SHARED = (
     Weight("token_embedder.embedding", "model.embed_tokens.weight", "v d -> v d", kind="embedding"),
     Weight(f"{_OURS}self_attention.value.kernel", f"{_HF}self_attn.v_proj.weight", "d k h -> (k h) d"),
     Weight(f"{_OURS}self_attention.out.kernel", f"{_HF}self_attn.o_proj.weight", "n h d -> d (n h)"),
@@ -33,10 +33,12 @@ _SHARED = (
 )
 
 
-def _table(name: str, more: Iterable[Weight], needs: tuple[str, ...] = ()) -> KeyMap:
+def table(
+    name: str, more: Iterable[Weight], needs: tuple[str, ...] = (), shared: Iterable[Weight] = SHARED
+) -> KeyMap:
     return KeyMap(
         f"maxtext:{name}",
-        (*_SHARED, *more),
+        (*shared, *more),
         output="lm_head",
         whole=True,
         needs=needs,
@@ -45,29 +47,26 @@ def _table(name: str, more: Iterable[Weight], needs: tuple[str, ...] = ()) -> Ke
     )
 
 
-LLAMA31 = _table(
+LLAMA31 = table(
     "llama3.1",
     (
         Weight(_QUERY, _Q_PROJ, "d n (c p) -> (n p c) d", p=2, scale=("c p", -0.5)),
         Weight(_KEY, _K_PROJ, "d k (c p) -> (k p c) d", p=2),
     ),
 )
-LLAMA3 = _table(
-    "llama3",
-    (
-        Weight(_QUERY, _Q_PROJ, "d n h -> (n h) d", scale=("h", -0.5)),
-        Weight(_KEY, _K_PROJ, "d k h -> (k h) d"),
-    ),
+QUERY_SCALED = (
+    Weight(_QUERY, _Q_PROJ, "d n h -> (n h) d", scale=("h", -0.5)),
+    Weight(_KEY, _K_PROJ, "d k h -> (k h) d"),
 )
-_PLAIN = (Weight(_QUERY, _Q_PROJ, "d n h -> (n h) d"), Weight(_KEY, _K_PROJ, "d k h -> (k h) d"))
+PLAIN = (Weight(_QUERY, _Q_PROJ, "d n h -> (n h) d"), Weight(_KEY, _K_PROJ, "d k h -> (k h) d"))
 _BIASES = tuple(
     Weight(f"{_OURS}self_attention.{name}.bias", f"{_HF}self_attn.{name[0]}_proj.bias", "n h -> (n h)")
     for name in ("query", "key", "value")
 )
-_NORMS = ((f"{_OURS}self_attention.query_norm.scale", "q"), (f"{_OURS}self_attention.key_norm.scale", "k"))
-QWEN2 = _table("qwen2", (*_PLAIN, *_BIASES), needs=tuple(w.leaf for w in _BIASES))
-QWEN3 = _table(
-    "qwen3",
-    (*_PLAIN, *(Weight(leaf, f"{_HF}self_attn.{p}_norm.weight", "h -> h") for leaf, p in _NORMS)),
-    needs=tuple(leaf for leaf, _ in _NORMS),
+NORMS = tuple(
+    Weight(f"{_OURS}self_attention.{name}_norm.scale", f"{_HF}self_attn.{name[0]}_norm.weight", "h -> h")
+    for name in ("query", "key")
 )
+LLAMA3 = table("llama3", QUERY_SCALED)
+QWEN2 = table("qwen2", (*PLAIN, *_BIASES), needs=tuple(w.leaf for w in _BIASES))
+QWEN3 = table("qwen3", (*PLAIN, *NORMS), needs=tuple(w.leaf for w in NORMS))

@@ -1,4 +1,4 @@
-"""Llama 3, Qwen 2 and Qwen 3 of Tunix (NNX): heads are axes of their own. Names as in google-tunix 0.1.7."""
+"""Llama 3, Qwen 2, Qwen 3 and Qwen 3 MoE of Tunix (NNX): heads are axes of their own. Names as in google-tunix 0.1.7."""
 
 from collections.abc import Iterable
 
@@ -49,3 +49,13 @@ def _table(name: str, more: Iterable[Weight]) -> KeyMap:
 LLAMA3 = _table("llama3", ())
 QWEN2 = _table("qwen2", _BIASES)
 QWEN3 = _table("qwen3", _NORMS)
+
+_EXPERTS = (
+    Weight(f"{_OURS}mlp.router.kernel", f"{_HF}mlp.gate.weight", "d e -> e d", kind="parameter"),
+    *(
+        Weight(f"{_OURS}mlp.{p}_proj", f"{_HF}mlp.experts.gate_up_proj[f {half}]", "e d f -> e f d", kind="experts")
+        for p, half in (("gate", "0/2"), ("up", "1/2"))
+    ),
+    Weight(f"{_OURS}mlp.down_proj", f"{_HF}mlp.experts.down_proj", "e f d -> e d f", kind="experts"),
+)
+QWEN3_MOE = _table("qwen3_moe", (*_NORMS, *_EXPERTS))

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 import jaxadapt
-from jaxadapt import bind, families, paths, plan, planning
+from jaxadapt import bind, families, paths, pieces, plan, planning
 from tests.families.specimens import PEFT_PREFIX, Specimen, values
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -22,7 +22,13 @@ def source(specimen: Specimen, key: str) -> str:
 
 def base_leaves(specimen: Specimen, shapes: Shapes) -> dict[str, np.ndarray]:
     made = plan.base_plan(families.named(specimen.table), shapes)
-    return made.decode({key: values(source(specimen, key), shape) for key, shape in made.shapes.items()})
+    tensors = {key: values(source(specimen, key), shape) for key, shape in whole(made).items()}
+    return made.decode(pieces.cut(tensors, made.keys))
+
+
+def whole(made: plan.Plan) -> Shapes:
+    """The tensors of a file, put together where a plan has parts of them."""
+    return {key: pieces.shape_of(parts, made.shapes[parts[0]]) for key, parts in pieces.groups(made.keys).items()}
 
 
 def adapter_values(key: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -36,5 +42,5 @@ def write_adapter(specimen: Specimen, shapes: Shapes, folder: Path) -> None:
     config = jaxadapt.LoraConfig(**specimen.lora)
     tree = paths.unflatten({p: jax.ShapeDtypeStruct(s, "float32") for p, s in shapes.items()})
     _, bounds = planning.on_tree(tree, config, specimen.table)
-    tensors = {key: adapter_values(key, shape) for key, shape in bind.file_plan(bounds).shapes.items()}
+    tensors = {key: adapter_values(key, shape) for key, shape in whole(bind.file_plan(bounds)).items()}
     jaxadapt.write(jaxadapt.PeftTensors(config, tensors), folder)

@@ -112,9 +112,11 @@ def _positions() -> jax.Array:
 
 def tunix(specimen: Specimen) -> Side:
     o = specimen.options
-    model = importlib.import_module(f"tunix.models.{o['model']}.model")
-    cls = {"llama3": "Llama3", "qwen2": "Qwen2", "qwen3": "Qwen3"}[o["model"]]
+    model = importlib.import_module(f"tunix.models.{o['model'].removesuffix('_moe')}.model")
+    cls = {"llama3": "Llama3", "qwen2": "Qwen2"}.get(o["model"], "Qwen3")
     tie = {"weight_tying" if o["model"] == "llama3" else "use_tied_embedding": o["tied"]}
+    if o["model"] == "qwen3_moe":
+        tie |= {"num_experts": 4, "num_experts_per_tok": 2}
     config = model.ModelConfig(
         num_layers=LAYERS, vocab_size=V, embed_dim=D, hidden_dim=F, num_heads=HEADS, head_dim=o["head_dim"],
         num_kv_heads=KV, rope_theta=o["rope_theta"], norm_eps=1e-6, **tie,
@@ -239,7 +241,14 @@ def maxtext(specimen: Specimen) -> Side:
     utils = importlib.import_module("maxtext.utils.maxtext_utils")
     o = specimen.options
     base = Path(importlib.import_module("maxtext").__file__).parent / "configs" / "base.yml"
-    qwen3 = o["model"] == "qwen3"
+    qwen3 = o["model"].startswith("qwen3")
+    more: dict[str, Any] = {}
+    if "expert_size" in o:  # every token to each of its experts, none dropped
+        more = {"num_experts": 4, "num_experts_per_tok": 2, "base_moe_mlp_dim": o["expert_size"]}
+        more |= {"sparse_matmul": False, "megablox": False, "capacity_factor": -1.0, "norm_topk_prob": qwen3}
+    if o["model"] == "gpt_oss":
+        more |= {"attention_sink": True, "routed_bias": True, "mlp_bias": True, "mlp_activations_limit": 7.0}
+        more |= {"sliding_window_size": 128, "inhomogeneous_layer_cycle_interval": 1}
     block = {"llama3.1": "llama2", "llama3": "llama2"}.get(o["model"], o["model"])
     config = pyconfig.initialize(
         ["record", str(base)],
@@ -249,10 +258,11 @@ def maxtext(specimen: Specimen) -> Side:
         dtype="float32", weight_dtype="float32", matmul_precision="highest", float32_logits=True,
         base_emb_dim=D, base_num_query_heads=HEADS, base_num_kv_heads=KV, base_mlp_dim=F,
         base_num_decoder_layers=LAYERS, head_dim=o["head_dim"], vocab_size=V, normalization_layer_epsilon=1e-6,
-        decoder_block=block, use_qk_norm=qwen3, attention_bias=block == "qwen2", logits_via_embedding=o["tied"],
+        decoder_block=block, use_qk_norm=qwen3, attention_bias=block in ("qwen2", "gpt_oss"), logits_via_embedding=o["tied"],
         normalize_embedding_logits=False, logits_dot_in_fp32=True, rope_max_timescale=10_000, rope_use_scale=False,
-        rope_type="llama3.1" if o["model"] == "llama3.1" else "default", mlp_activations=["silu", "linear"],
-        scan_layers=o["scan"] is not None, param_scan_axis=o["scan"] or 0, enable_dropout=False,
+        rope_type="llama3.1" if o["model"] == "llama3.1" else "default",
+        mlp_activations=["sigmoid" if block == "gpt_oss" else "silu", "linear"],
+        scan_layers=o["scan"] is not None, param_scan_axis=o["scan"] or 0, enable_dropout=False, **more,
     )  # fmt: skip
     mesh = jax.sharding.Mesh(utils.create_device_mesh(config), config.mesh_axes)
 

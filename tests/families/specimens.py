@@ -289,6 +289,22 @@ def _moe(kind: str, torch: str) -> Specimen:
     return Specimen(kind, kind, torch, config, "moe", options, targets, parameters=named)
 
 
+def _moe_of(library: str, kind: str, torch: str, scan: int | None = None) -> Specimen:
+    """The same model of another library, all of whose layers have experts."""
+    one = _moe(kind, torch)
+    theta = 1e6 if library == "tunix" else 1e4
+    config = {**one.config, **rope(theta), "mlp_only_layers": []}
+    size = one.options["expert_size"]
+    if library == "tunix":  # whose experts are as wide as the other layers' MLPs would be
+        size = config["moe_intermediate_size"] = F
+    options = {"model": kind, "scan": scan, "head_dim": 6, "tied": False, "rope_theta": theta, "expert_size": size}
+    suffix = "" if scan is None else f"/scan{scan}"
+    name = f"{library}-{kind}{suffix.replace('/', '-')}"
+    return Specimen(
+        name, f"{library}:{kind}{suffix}", torch, config, library, options, PROJ[:4], parameters=one.parameters
+    )
+
+
 SPECIMENS = (
     _flax("llama", "llama", "LlamaForCausalLM", PROJ, tie_word_embeddings=False),
     # Without a sliding window FlaxMistral (transformers 4.57) lets every token see itself alone.
@@ -333,6 +349,10 @@ SPECIMENS = (
     *(_maxtext("qwen2", "Qwen2ForCausalLM", scan, head_dim=4) for scan in (None, 1)),
     *(_maxtext("qwen3", "Qwen3ForCausalLM", scan) for scan in (None, 0, 1)),
     _maxtext("qwen3", "Qwen3ForCausalLM", None, tied=True),
+    _moe_of("tunix", "qwen3_moe", "Qwen3MoeForCausalLM"),
+    *(_moe_of("maxtext", "mixtral", "MixtralForCausalLM", scan) for scan in (None, 1)),
+    *(_moe_of("maxtext", "qwen3_moe", "Qwen3MoeForCausalLM", scan) for scan in (None, 0, 1)),
+    _moe_of("maxtext", "gpt_oss", "GptOssForCausalLM"),
     _keras("llama", "LlamaForCausalLM", tie_word_embeddings=False),
     _keras("llama", "MistralForCausalLM", tie_word_embeddings=False),
     _keras("qwen3", "Qwen3ForCausalLM", tie_word_embeddings=True, head_dim=6),

@@ -1,0 +1,137 @@
+"""Tensors of a file that hold several leaves here, and what their parts are called in a plan.
+
+PyTorch's `nn.MultiheadAttention` keeps queries, keys and values above each other, and its mixtures of experts keep gate
+and up side by side (GPT-OSS: in turns), where JAX libraries have an array each. A plan stays a bijection: its keys name
+parts of such tensors, "key[0/3]" the first third of the rows, "key[1:0/2]" the first half along axis 1, "key[0::2]" every
+second row, and "key[=0/3]" what is one for all parts. Tensors are cut and put together here, at the file.
+
+    plan.encode ──► {"attn.lora_B.weight[0/3]": …, …} ──joined──► {"attn.lora_B.weight": …}
+    plan.decode ◄──                                   ◄──cut────
+
+Pure: it works on anything that has a shape and indexing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+Array = Any
+
+_PIECE = re.compile(r"(?P<key>.+)\[(?P<same>=?)(?:(?P<axis>\d+):)?(?P<i>\d+)(?P<how>/|::)(?P<n>\d+)\]")
+
+
+class Piece(NamedTuple):
+    """Part `i` of `n` of the tensor `key`, along `axis` (None: it is the same for all parts)."""
+
+    key: str
+    axis: int | None
+    i: int
+    n: int
+    turns: bool
+
+
+def named(key: str, axis: int | None, part: str) -> str:
+    """A plan's key: of `part` "0/3" or "0::2", along an axis, or of what is one for all parts.
+
+    >>> named("b.weight", 0, "1/3"), named("w", 2, "0::2"), named("a.weight", None, "1/3")
+    ('b.weight[1/3]', 'w[2:0::2]', 'a.weight[=1/3]')
+    """
+    where = "=" if axis is None else f"{axis}:" if axis else ""
+    return f"{key}[{where}{part}]"
+
+
+def read(key: str) -> Piece | None:
+    """What a plan's key is a part of; None if it is a tensor of its own."""
+    found = _PIECE.fullmatch(key) if key.endswith("]") else None
+    if found is None:
+        return None
+    axis = None if found["same"] else int(found["axis"] or 0)
+    return Piece(found["key"], axis, int(found["i"]), int(found["n"]), found["how"] == "::")
+
+
+def has_pieces(keys: Iterable[str]) -> bool:
+    """Whether some of a plan's keys are parts of a file's tensors."""
+    return any(key.endswith("]") for key in keys)
+
+
+def whole(key: str) -> str:
+    """The file's name of what a plan's key is a part of.
+
+    >>> whole("attn.in_proj_weight[0/3]"), whole("head.weight")
+    ('attn.in_proj_weight', 'head.weight')
+    """
+    found = read(key)
+    return found.key if found else key
+
+
+def groups(keys: Iterable[str]) -> dict[str, list[str]]:
+    """`{the file's key: a plan's keys that it is made of}`, these in order."""
+    out: dict[str, list[str]] = {}
+    for key in keys:
+        out.setdefault(whole(key), []).append(key)
+    return {name: sorted(parts) for name, parts in out.items()}
+
+
+def shape_of(parts: Sequence[str], shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of a file's tensor whose parts have this one.
+
+    >>> shape_of(["w[1:0/2]", "w[1:1/2]"], (4, 3))
+    (4, 6)
+    """
+    one = read(parts[0])
+    if one is None or one.axis is None:
+        return tuple(shape)
+    return (*shape[: one.axis], shape[one.axis] * one.n, *shape[one.axis + 1 :])
+
+
+def cut_shapes(shapes: Mapping[str, tuple[int, ...]], keys: Iterable[str]) -> dict[str, tuple[int, ...]]:
+    """The shapes of a file's tensors as a plan's keys name them; what cannot be cut keeps its name."""
+    return _cut(shapes, keys, lambda shape: shape, _cut_shape)
+
+
+def _cut_shape(shape: tuple[int, ...], piece: Piece) -> tuple[int, ...]:
+    assert piece.axis is not None
+    return (*shape[: piece.axis], shape[piece.axis] // piece.n, *shape[piece.axis + 1 :])
+
+
+def cut(tensors: Mapping[str, Array], keys: Iterable[str]) -> dict[str, Array]:
+    """The tensors of a file as a plan's keys name them: parts and repetitions, views where it is memory.
+
+    What cannot be cut keeps its name, and so is reported as any other tensor that does not fit.
+    """
+    return _cut(tensors, keys, lambda tensor: tensor.shape, _part)
+
+
+def _part(tensor: Array, piece: Piece) -> Array:
+    assert piece.axis is not None
+    size = tensor.shape[piece.axis] // piece.n
+    mine = slice(piece.i, None, piece.n) if piece.turns else slice(piece.i * size, (piece.i + 1) * size)
+    return tensor[(*(slice(None) for _ in range(piece.axis)), mine)]
+
+
+def _cut(values: Mapping[str, Any], keys: Iterable[str], shape_of: Any, part: Any) -> dict[str, Any]:
+    wanted = groups(key for key in keys if key.endswith("]"))
+    out: dict[str, Any] = {}
+    for name in values:
+        value = values[name]
+        for key in wanted.get(name, [name]):
+            piece = read(key)
+            if piece is None or piece.axis is None:
+                out[key] = value
+            elif len(shape := shape_of(value)) <= piece.axis or shape[piece.axis] % piece.n:
+                out[name] = value
+            else:
+                out[key] = part(value, piece)
+    return out
+
+
+def together(parts: Sequence[Array], keys: Collection[str], xp: Any) -> Array:
+    """The tensor of a file, from its parts in order; `xp` is numpy or `jax.numpy`."""
+    piece = read(next(iter(keys)))
+    if piece is None or piece.axis is None:
+        return parts[0]
+    if not piece.turns:
+        return xp.concatenate(parts, axis=piece.axis)
+    return xp.stack(parts, axis=piece.axis + 1).reshape(shape_of(tuple(keys), parts[0].shape))
