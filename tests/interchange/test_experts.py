@@ -23,10 +23,10 @@ pytest.importorskip("peft")
 from peft.utils.save_and_load import get_peft_model_state_dict
 
 import jaxadapt
-from jaxadapt import families, paths, plan
+from jaxadapt import families, paths, pieces, plan
 from tests import peft_harness as harness
 from tests.families import core, sides, torch_side
-from tests.families.specimens import BY_NAME
+from tests.families.specimens import BY_NAME, recorded
 
 pytestmark = pytest.mark.peft
 
@@ -266,3 +266,70 @@ def test_experts_in_16_bits():
     out = model(X.astype(jnp.bfloat16))
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(out.astype("float32"), exact, rtol=0, atol=0.03 * float(jnp.abs(exact).max()))
+
+
+# ---- leaves that are parts of one tensor in PyTorch --------------------------------------------------------
+
+APART = ("maxtext-mixtral", "maxtext-qwen3_moe-scan1", "maxtext-gpt_oss")
+
+
+@functools.cache
+def split_base(name: str) -> dict[str, Any]:
+    return paths.unflatten(core.base_leaves(BY_NAME[name], recorded(name)["leaves"]))
+
+
+def torch_weights(name: str, leaves: Any) -> dict[str, np.ndarray]:
+    """A model's weights under PyTorch's names, as a merged export writes them."""
+    flat = {path: np.asarray(x) for path, x in paths.flatten(leaves).items()}
+    made = plan.base_plan(families.named(BY_NAME[name].table), {path: x.shape for path, x in flat.items()})
+    back = made.encode(flat)
+    groups = pieces.groups(made.keys)
+    return {key: pieces.together([back[part] for part in parts], parts, np) for key, parts in groups.items()}
+
+
+@pytest.mark.parametrize("more", [{}, {"use_rslora": True, "rank_pattern": {"down_proj": 3}}], ids=["plain", "patterns"])
+@pytest.mark.parametrize("name", APART)
+def test_gate_and_up_apart_are_one_parameter_in_peft(name, more, tmp_path):
+    """Each leaf has an A of its own: as long as they differ, only ranks side by side say the same in PEFT."""
+    config = jaxadapt.LoraConfig(**fields(*BOTH, target_modules=["o_proj"], **more))
+    fresh = jaxadapt.init(config, split_base(name), key=jax.random.key(0), keymap=BY_NAME[name].table)
+    adapter = trained(fresh)
+    with pytest.raises(jaxadapt.MismatchError, match=r"(?s)one A for .*experts\.base_layer\.lora_A.*on_shared"):
+        jaxadapt.save(adapter, tmp_path)
+    jaxadapt.save(adapter, tmp_path, on_shared="concat")
+    loaded = harness.load(torch_side.base(name), tmp_path)
+    # (PEFT looks for patterns among modules alone, and warns of those of parameters, which it follows.)
+    assert not [text for text in loaded.complaints if "pattern keys did not match any targeted module" not in text]
+    merged = torch_weights(name, jaxadapt.merge(split_base(name), adapter))
+    before = torch_weights(name, split_base(name))
+    for key, x in loaded.model.merge_and_unload().state_dict().items():
+        np.testing.assert_allclose(merged[key], x.numpy(), rtol=0, atol=2e-6, err_msg=key)
+        adapted_ = key.endswith(("gate_up_proj", "down_proj", "o_proj.weight"))
+        assert (np.abs(before[key] - x.numpy()).max() > 0.01) == adapted_, key
+    # And such a file is read back: its A is both leaves', and stays one.
+    again = jaxadapt.from_peft(jaxadapt.read(tmp_path), split_base(name), keymap=BY_NAME[name].table)
+    twice = torch_weights(name, jaxadapt.merge(split_base(name), again))
+    for key, x in twice.items():
+        np.testing.assert_allclose(x, merged[key], rtol=0, atol=2e-6, err_msg=key)
+    jaxadapt.save(again, tmp_path / "again")
+    ours, theirs = harness.read_tensors(tmp_path / "again"), harness.read_tensors(tmp_path)
+    assert {k: v.tobytes() for k, v in ours.items()} == {k: v.tobytes() for k, v in theirs.items()}
+
+
+def test_where_the_parts_are_what_a_reads_the_b_is_shared():
+    """Llama 4's: PEFT takes (expert, in, out) for (expert, out, in), and so its A covers gate and up."""
+    lines = [
+        jaxadapt.Weight(f"wi_{i}", f"experts.gate_up_proj[f {i}/2]", "e d f -> e d f", kind="experts") for i in range(2)
+    ]
+    table = jaxadapt.KeyMap("mine", tuple(lines))
+    base = {f"wi_{i}": np.zeros((E, D, F), "float32") for i in range(2)}
+    config = jaxadapt.LoraConfig(**fields("gate_up_proj"))
+    adapter = trained(jaxadapt.init(config, base, key=jax.random.key(0), keymap=table))
+    with pytest.raises(jaxadapt.MismatchError, match="lora_B"):
+        jaxadapt.to_peft(adapter)
+    held = jaxadapt.to_peft(adapter, on_shared="concat")
+    a, b = (np.asarray(held.tensors[f"base_model.model.experts.lora_{side}.weight"]) for side in "AB")
+    assert (held.config.r, a.shape, b.shape) == (4, (E * 4, 2 * F), (D, 4 * E))
+    delta = np.einsum("okE,Eki->Eoi", b.reshape(D, 4, E), a.reshape(E, 4, 2 * F)) * held.config.lora_alpha / 4
+    merged = jaxadapt.merge(base, adapter)
+    np.testing.assert_allclose(delta, np.concatenate([merged["wi_0"], merged["wi_1"]], 2), rtol=0, atol=1e-5)
