@@ -2,8 +2,8 @@
 
 PyTorch's `nn.MultiheadAttention` keeps queries, keys and values above each other, and its mixtures of experts keep gate
 and up side by side (GPT-OSS: in turns), where JAX libraries have an array each. A plan stays a bijection: its keys name
-parts of such tensors, "key[0/3]" the first third of the rows, "key[1:0/2]" the first half along axis 1, "key[0::2]" every
-second row, and "key[=0/3]" what is one for all parts. Tensors are cut and put together here, at the file.
+parts of such tensors. "key[0/3]" is the first third of the rows, "key[1:0/2]" the first half along axis 1, "key[0::2]"
+every second row, "key[=0/3]" what is one for all parts. Tensors are cut and put together here, at the file.
 
     plan.encode ──► {"attn.lora_B.weight[0/3]": …, …} ──joined──► {"attn.lora_B.weight": …}
     plan.decode ◄──                                   ◄──cut────

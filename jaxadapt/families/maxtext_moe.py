@@ -38,7 +38,8 @@ def _usual(block: str) -> tuple[Weight, ...]:
 
 _MIXTRAL, _QWEN3 = _usual("MoeBlock_0"), _usual("moe_block")
 MIXTRAL = table("mixtral", (*QUERY_SCALED, *_MIXTRAL), needs=tuple(w.leaf for w in _MIXTRAL), shared=_COMMON)
-QWEN3_MOE = table("qwen3_moe", (*PLAIN, *NORMS, *_QWEN3), needs=tuple(w.leaf for w in (*NORMS, *_QWEN3)), shared=_COMMON)
+_NEEDS = tuple(w.leaf for w in (*NORMS, *_QWEN3))
+QWEN3_MOE = table("qwen3_moe", (*PLAIN, *NORMS, *_QWEN3), needs=_NEEDS, shared=_COMMON)
 
 _ATTENTION = f"{_OURS}GptOssAttention."
 _PROJ = (("query", "q", "n"), ("key", "k", "k"), ("value", "v", "k"))

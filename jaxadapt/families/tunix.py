@@ -1,4 +1,7 @@
-"""Llama 3, Qwen 2, Qwen 3 and Qwen 3 MoE of Tunix (NNX): heads are axes of their own. Names as in google-tunix 0.1.7."""
+"""Llama 3, Qwen 2, Qwen 3 and Qwen 3 MoE of Tunix (NNX), whose heads are axes of their own.
+
+Names as in google-tunix 0.1.7.
+"""
 
 from collections.abc import Iterable
 

@@ -287,7 +287,7 @@ def torch_weights(name: str, leaves: Any) -> dict[str, np.ndarray]:
     return {key: pieces.together([back[part] for part in parts], parts, np) for key, parts in groups.items()}
 
 
-@pytest.mark.parametrize("more", [{}, {"use_rslora": True, "rank_pattern": {"down_proj": 3}}], ids=["plain", "patterns"])
+@pytest.mark.parametrize("more", [{}, {"use_rslora": True, "rank_pattern": {"down_proj": 3}}], ids=["plain", "ranks"])
 @pytest.mark.parametrize("name", APART)
 def test_gate_and_up_apart_are_one_parameter_in_peft(name, more, tmp_path):
     """Each leaf has an A of its own: as long as they differ, only ranks side by side say the same in PEFT."""
