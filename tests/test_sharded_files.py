@@ -39,6 +39,7 @@ def original(scanned: bool, version: int = 0) -> jaxadapt.Adapter:
     return meshes.adapter({path: jnp.asarray(x) for path, x in numbers(scanned, version).items()}, scanned)
 
 
+@functools.cache
 def on(layout: tuple[str, str], scanned: bool) -> tuple[Any, Any]:
     """A mesh, and the base laid over it."""
     mesh = meshes.mesh_of(layout[0])
@@ -71,12 +72,22 @@ def equal(found: jaxadapt.Adapter, scanned: bool) -> None:
         np.testing.assert_array_equal(np.asarray(x).view(np.uint16), np.asarray(want[path]).view(np.uint16))
 
 
+def held(api: str, layout: tuple[str, str], scanned: bool) -> Any:
+    """The adapter in a model, laid over a mesh as its base is."""
+    _, params = on(layout, scanned)
+    if api == "linen":
+        return {"params": params, **placed(layout, scanned).collection}
+    model = jaxadapt.adapt(meshes.model(params, scanned), CONFIG, rngs=nnx.Rngs(0), keymap=meshes.table(scanned))
+    return jaxadapt.inject(placed(layout, scanned), model)
+
+
 @pytest.mark.parametrize("scanned", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS, ids="-".join)
 def test_saved_anywhere_it_is_one_file(layout: tuple[str, str], scanned: bool, folder: Path, tmp_path: Path) -> None:
     """And so whatever was saved on one mesh loads on another, if this file loads on every one."""
-    jaxadapt.save(placed(layout, scanned), tmp_path)
-    assert weights(tmp_path) == weights(folder)
+    for api in ("nnx", "linen"):
+        jaxadapt.save(held(api, layout, scanned), tmp_path / api)
+        assert weights(tmp_path / api) == weights(folder)
 
 
 @pytest.mark.parametrize("scanned", [False, True])
@@ -92,6 +103,29 @@ def test_loaded_anywhere_it_is_the_same_adapter(layout: tuple[str, str], scanned
     for found in (*map(jaxadapt.extract, (variables, model, shapes)), in_memory):
         check(found, mesh, layout, scanned)
         equal(found, scanned)
+
+
+@pytest.mark.parametrize("number", range(len(LAYOUTS)), ids=["-".join(layout) for layout in LAYOUTS])
+def test_orbax_from_every_layout_to_every_other(number: int, tmp_path: Path) -> None:
+    """Its checkpoints are not the same files, so every pair is tried: NNX to Linen and the reverse, some to themselves."""
+    layout, scanned = LAYOUTS[number], bool(number % 2)
+    for api in ("nnx", "linen"):
+        jaxadapt.save(held(api, layout, scanned), tmp_path / api, format="orbax")
+
+    def loaded(saved: str, api: str, other: tuple[str, str], stacked: bool) -> None:
+        mesh, params = on(other, stacked)
+        target = meshes.model(params, stacked) if api == "nnx" else {"params": params}
+        found = jaxadapt.extract(jaxadapt.load(tmp_path / saved, target, keymap=meshes.table(stacked)))
+        check(found, mesh, other, stacked)
+        equal(found, stacked)
+
+    for other in LAYOUTS:
+        loaded("nnx", "linen", other, scanned)
+        loaded("linen", "nnx", other, scanned)
+    third = LAYOUTS[(number + 3) % len(LAYOUTS)]
+    for api in ("nnx", "linen"):
+        loaded(api, api, third, scanned)
+        loaded(api, api, third, not scanned)
 
 
 def test_where_to_is_for_the_caller_to_say(folder: Path) -> None:
