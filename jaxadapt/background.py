@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import importlib
 import os
 import sys
 import threading
@@ -31,8 +32,10 @@ class Background:
         self.wait()
         if early and not self._early:
             self._early = True
-            # `atexit` and a thread that is joined are both too late. The interpreter's own hook for executors is the
-            # only place.
+            # `atexit` and a thread that is joined are both too late: the interpreter's own hook, by which executors are
+            # closed, is the only place (tests/test_background.py). The last to be registered is called first: so theirs
+            # must be there already, which importing them does.
+            importlib.import_module("concurrent.futures.thread")
             threading._register_atexit(self._join)  # pyright: ignore  # noqa: PGH003 (neither public nor in the stubs)
         atexit.unregister(self._leave)
         atexit.register(self._leave)

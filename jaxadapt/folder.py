@@ -231,8 +231,8 @@ def write(
         progress: None, True (a bar on a terminal or in a notebook) or a function of ("save", bytes done, bytes in all).
 
     The folder is made if it is missing; nothing else in it is touched, and a README.md that is there stays.
-    The same content always gives the same bytes. Raises `FileError` naming the path; then the adapter that
-    was there is still there.
+    The same content always gives the same bytes. Of two writers at once one waits for the other. Raises `FileError`
+    naming the path; then the adapter that was there is still there.
     """
     if not isinstance(tensors, PeftTensors):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise AttachError(
@@ -246,7 +246,7 @@ def write(
         raise MismatchError(f"{folder}: there is no tensor to write")
     made = make(folder)
     try:
-        with reporting(progress) as report:
+        with reporting(progress) as report, atomic.alone_in(folder):
             _write(tensors, folder, put, report)
     except BaseException:
         for new in made:  # nothing half-done: an empty folder of ours goes again

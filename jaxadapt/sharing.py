@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from jaxadapt.peft_tensors import PeftTensors
 from jaxadapt.progress import LOGGER, Progress
 
 PICTURE = "adapter_norms.png"
+_LONG = 24 * 3600.0  # seconds
 
 
 class Pushed(NamedTuple):
@@ -67,6 +69,8 @@ def push(
         progress: None, True (the client's bars, on a terminal or in a notebook) or a function of ("upload", bytes sent,
             bytes in all); of a model also of "save".
 
+    Of arrays that several processes hold parts of, all of them call this, and process 0 pushes what it has gathered.
+
     A card on the Hub that a person wrote or edited stays, and only lacks filled in its front matter; one in the folder
     that a person wrote replaces it. Weights of the other format at the same place are deleted in the same commit.
 
@@ -92,9 +96,24 @@ def push(
         else:
             from jaxadapt import store  # a folder is pushed without JAX
 
+            saving.setdefault("shared", False)  # each process has a folder of its own
             store.save(source, made, name=name, progress=progress, **saving)
         below = Path(made) if name == "default" or isinstance(source, PeftTensors) else Path(made) / name
-        return _push(below, place, page, commit, progress)
+        send = functools.partial(_push, below, place, page, commit, progress)
+        return send() if isinstance(source, PeftTensors) else _from_one(source, f"push to {place}", send)
+
+
+def _from_one(source: Any, what: str, send: Callable[[], Pushed]) -> Pushed:
+    """Where several processes hold parts of it, all of them are here, and only process 0 has the files."""
+    import jax
+
+    from jaxadapt import nnx, together
+
+    tree = nnx.nnx.state(source) if isinstance(source, nnx.nnx.Module) else source
+    if not together.spread(jax.tree.leaves(tree)):
+        return send()
+    # It may take its time: if it dies, the connection to it ends all the others.
+    return Pushed(*together.by_first(what, send, _LONG))
 
 
 class _Page(NamedTuple):

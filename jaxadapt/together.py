@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -89,6 +89,23 @@ def _mine(encoded: Encoded, process: int, common: bool) -> int:
         for box, owner in boxes.items()
         if owner == process and path in width
     )
+
+
+def by_first(what: str, work: Callable[[], Any], timeout: float) -> Any:
+    """What process 0 makes, a JSON value, in all processes, which all must call this.
+
+    Raises `FileError` in all if it failed there, or said nothing for `timeout` seconds.
+    """
+    group = Group(what, timeout, ("made",))
+    if group.index > 0:
+        return group.hear("made")
+    try:
+        value = work()
+    except BaseException as error:
+        group.fail(error)
+        raise
+    group.tell("made", value)
+    return value
 
 
 def local(leaf: Any) -> bool:

@@ -1,7 +1,8 @@
 """Kills a process that saves checkpoints over and over: `python -m tests.kill_checkpoints KIND FOLDER KILLS`.
 
 KIND is "manager" (steps in one folder, the last three and the best kept) or "orbax" (`save(…, format="orbax")` to one
-new path after another). Or "race": two processes save to the same paths at once, and one of them must win whole.
+new path after another). Or "race" and "pair": two processes save to the same paths at once, Orbax checkpoints and
+folders that PEFT reads, and one of them must win whole.
 
 A fresh process, so that fork() is safe and children start at once. Exits with 1 and a message if what a kill
 leaves is anything but whole checkpoints, and none that had been there is gone.
@@ -9,11 +10,13 @@ leaves is anything but whole checkpoints, and none that had been there is gone.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -207,6 +210,34 @@ def race(folder: Path, rounds: int) -> None:
         sys.exit(f"left behind: {left}")
 
 
+def pair(folder: Path, rounds: int) -> None:
+    """Two processes save to one folder at once, adapters that differ in alpha and in every value but not in shape."""
+
+    def save(version: int) -> None:
+        config = jaxadapt.LoraConfig(r=2, lora_alpha=1 + version, target_modules=["q_proj"])
+        jaxadapt.save(dataclasses.replace(make(3 * version), config=config), folder)
+
+    save(0)
+    for number in range(rounds):
+        pids = [0, 0]
+        for me in range(2):
+            pids[me] = os.fork()
+            if pids[me] == 0:
+                for again in range(4):
+                    save(8 * number + 4 * me + again)
+                os._exit(0)
+        if any(os.waitpid(pid, 0)[1] for pid in pids):
+            sys.exit("a writer failed")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of two files that do not fit together
+            found = jaxadapt.read(folder)
+        values = {float(v) / 3 + 1 for x in found.tensors.values() for v in (x.min(), x.max())}
+        if values != {found.config.lora_alpha}:
+            sys.exit(f"alpha {found.config.lora_alpha} with the values of {values}")
+    if len(list(folder.iterdir())) != 3:
+        sys.exit(f"left behind: {sorted(p.name for p in folder.iterdir())}")
+
+
 def close(unfinished: int, kills: int, versions: int) -> None:
     print(f"{unfinished} of {kills} were killed while writing; {versions} versions")
     if not unfinished or versions < 3:
@@ -215,7 +246,7 @@ def close(unfinished: int, kills: int, versions: int) -> None:
 
 def main() -> None:
     kind, folder, count = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-    {"manager": manager, "orbax": several, "race": race}[kind](folder, count)
+    {"manager": manager, "orbax": several, "race": race, "pair": pair}[kind](folder, count)
 
 
 if __name__ == "__main__":

@@ -176,6 +176,12 @@ def save_and_load(folder: Path, argument: str) -> None:
         jaxadapt.to_peft(fresh)
     # no file system in common: found out
     jaxadapt.save(adapter(("2x2x2", "both"), False), folder / f"apart{here}", timeout=60)
+    # to the Hub that the environment names: one commit, of which all hear; and what it refuses, all hear too
+    mine = adapter(("4x2", "both"), False)
+    for source in (mine, model):
+        print(jaxadapt.push(source, "org/spread", token="hf_writes", picture=False).address)
+    with pytest.raises(jaxadapt.FileError, match=r"401|token"):
+        jaxadapt.push(mine, "org/other", token="hf_wrong", picture=False)
 
 
 def faults(folder: Path, argument: str) -> None:

@@ -347,7 +347,7 @@ def leaving(how: str, address: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_leaving_without_waiting_lands_the_checkpoint_in_a_store(s3: str):
-    """It lands, or the program says that it did not. (No proof that a hook before `atexit` is needed.)"""
+    """It lands, or the program says that it did not. (Why a hook before `atexit` is needed: test_background.py.)"""
     address = f"{s3}/{next(_number)}"
     run = leaving("end", address)
     assert run.returncode == 0, run.stderr

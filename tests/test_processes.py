@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 import jaxadapt
 from tests import meshes
+from tests.hub import server
 from tests.processes import Processes, run
 from tests.test_sharded_files import numbers, original
 
@@ -29,11 +31,18 @@ def version_in(folder: Path) -> int:
 
 def test_two_processes_write_the_file_of_one(tmp_path: Path) -> None:
     jaxadapt.save(original(False), tmp_path / "alone")
-    run("save_and_load", tmp_path, timeout=200)
+    with server.serving() as hub:
+        cache = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_CACHE": str(tmp_path / "cache")}
+        said = run("save_and_load", tmp_path, timeout=200, env={"HF_ENDPOINT": hub.url, **cache})
+    pushed, repo = hub.files("org/spread"), hub.repos["org/spread"]
+    assert repo.messages == ["initial commit", "LORA adapter, saved by jaxadapt"]  # one, and nothing new in the second
+    addresses = [re.findall(r"hf://\S+", out) for out in said]  # among what gloo has to say
+    assert addresses == [[f"hf://org/spread@{repo.refs['main']}"] * 2] * 2
     saved = sorted(p.parent.name for p in tmp_path.glob("*/*.safetensors") if p.parent.name != "fresh")
     assert [name for name in saved if name.endswith("-all")] == [*(f"{i}-all" for i in range(8)), "nnx-all"]
     assert [name for name in saved if name.endswith("-one")] == ["0-one", "3-one", "6-one"]
     want = {name: (tmp_path / "alone" / name).read_bytes() for name in (WEIGHTS, "adapter_config.json", "README.md")}
+    assert (pushed[WEIGHTS], pushed["adapter_config.json"]) == (want[WEIGHTS], want["adapter_config.json"])
     for name in saved:
         assert {p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} == want, name
     assert "apart0" in saved

@@ -107,7 +107,7 @@ def test_loaded_anywhere_it_is_the_same_adapter(layout: tuple[str, str], scanned
 
 @pytest.mark.parametrize("number", range(len(LAYOUTS)), ids=["-".join(layout) for layout in LAYOUTS])
 def test_orbax_from_every_layout_to_every_other(number: int, tmp_path: Path) -> None:
-    """Its checkpoints are not the same files, so every pair is tried: NNX to Linen and the reverse, some to themselves."""
+    """Its checkpoints are not the same files, so every pair is tried: NNX to Linen, and the reverse."""
     layout, scanned = LAYOUTS[number], bool(number % 2)
     for api in ("nnx", "linen"):
         jaxadapt.save(held(api, layout, scanned), tmp_path / api, format="orbax")

@@ -28,7 +28,7 @@ from jaxadapt.codecs.files import file_error
 from jaxadapt.errors import FileError
 
 __all__ = [
-    "Writer", "flush", "flush_tree", "make_parents", "replacing", "staging", "start_writeback", "sweep", "write_bytes",
+    "Writer", "alone_in", "flush", "flush_tree", "make_parents", "replacing", "staging", "start_writeback", "sweep", "write_bytes",
 ]  # fmt: skip
 
 
@@ -115,6 +115,26 @@ def sweep(directory: str | os.PathLike[str], names: str, *, folders: bool = Fals
                         shutil.rmtree(stale) if folder else stale.unlink()
                 finally:
                     os.close(fd)
+
+
+@contextlib.contextmanager
+def alone_in(directory: str | os.PathLike[str]) -> Generator[None]:
+    """Waits until no other writer is in this block for the same directory: for what replaces several files that belong
+    together. Where a file system locks no directories (an object store, some networks') nothing is waited for.
+    """
+    fd = None
+    if not isinstance(directory, places.Address):
+        with contextlib.suppress(OSError, ValueError):  # whoever writes there says what is wrong
+            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        if fd is not None:
+            _lock(fd, wait=True)
+        yield
+    finally:
+        if fd is not None:
+            with contextlib.suppress(OSError):
+                fcntl.flock(fd, fcntl.LOCK_UN)  # not by closing alone: a process forked meanwhile has it open as well
+            os.close(fd)
 
 
 def _create(directory: str, name: str) -> tuple[Path, int]:

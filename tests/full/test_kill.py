@@ -17,7 +17,7 @@ def test_300_kills_leave_the_old_adapter_or_the_new(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-@pytest.mark.parametrize(("kind", "count"), [("manager", 300), ("orbax", 300), ("race", 50)])
+@pytest.mark.parametrize(("kind", "count"), [("manager", 300), ("orbax", 300), ("race", 50), ("pair", 200)])
 def test_300_kills_of_checkpoints(kind: str, count: int, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.kill_checkpoints", kind, str(tmp_path / "out"), str(count)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False)
