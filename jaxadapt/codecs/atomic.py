@@ -28,7 +28,8 @@ from jaxadapt.codecs.files import file_error
 from jaxadapt.errors import FileError
 
 __all__ = [
-    "Writer", "alone_in", "flush", "flush_tree", "make_parents", "replacing", "staging", "start_writeback", "sweep", "write_bytes",
+    "Writer", "alone_in", "flush", "flush_tree", "make_parents", "replacing", "staging", "start_writeback", "sweep",
+    "write_bytes",
 ]  # fmt: skip
 
 

@@ -17,6 +17,7 @@ What Orbax leaves to its caller, and is seen to here:
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -104,6 +105,9 @@ def _context(documents: Sequence[str] = (), partial: bool = False) -> Any:
 def _orbax_error(action: str, place: Place, error: Exception) -> FileError:
     if isinstance(error, OSError) and error.errno is not None:
         return file_error(action, str(place), error)
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO):
+        if os.strerror(number) in str(error):  # tensorstore's errors have no number
+            return file_error(action, str(place), OSError(number, os.strerror(number)))
     return FileError(f"{place}: Orbax cannot {action} it: {type(error).__name__}: {error}")
 
 
@@ -138,26 +142,30 @@ class Pending:
             raise _orbax_error("write", self.place, error) from error
 
 
-def start(path: str | os.PathLike[str], trees: Mapping[str, Tree], documents: Mapping[str, Any]) -> Pending:
+def start(
+    path: str | os.PathLike[str], trees: Mapping[str, Tree], documents: Mapping[str, Any], named: Place | None = None
+) -> Pending:
     """Begins a save, and returns when the values are off the device. Every process must call it, with the same path.
 
     Args:
         path: must not exist; its parent folder must.
         trees: nested dicts of arrays, by name; keys without dots.
         documents: JSON values, by name.
+        named: what errors call the path.
 
     Raises `FileError`.
     """
     from orbax.checkpoint import v1 as ocp
 
     place = _place(path)
-    _check_names(place, trees)
+    shown = place if named is None else named
+    _check_names(shown, trees)
     try:
         with _context(list(documents)):
             response = ocp.save_checkpointables_async(str(place), {**trees, **documents})
     except Exception as error:
-        raise _orbax_error("write", place, error) from error
-    return Pending(place, response)
+        raise _orbax_error("write", shown, error) from error
+    return Pending(shown, response)
 
 
 def save(path: str | os.PathLike[str], trees: Mapping[str, Tree], documents: Mapping[str, Any], alone: bool) -> None:
@@ -184,7 +192,7 @@ def save(path: str | os.PathLike[str], trees: Mapping[str, Tree], documents: Map
         start(place, trees, documents).result()
         return
     with atomic.staging(place) as inside:
-        start(inside, trees, documents).result()
+        start(inside, trees, documents, named=place).result()
         atomic.flush_tree(inside)
         try:
             inside.rename(place)
