@@ -6,6 +6,7 @@ be kept where a library is in another environment (`recorded/`, written by `reco
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import importlib
 import importlib.util
@@ -93,6 +94,37 @@ def _qwix(
         if name.startswith("maxtext"):  # its own apply_lora_to_model does this: Qwix copies names of axes that are gone
             variable.set_metadata(sharding=jax.sharding.PartitionSpec(), out_sharding=None, sharding_names=None)
     return model, side.run if name.startswith("maxtext") else nnx.jit(side.run)
+
+
+TRAINED = "gemma-gemma3"
+"""The model whose LoRA is really trained for a record, since PyTorch is in another environment than gemma."""
+
+
+def train(made: Real, steps: int = 4) -> Any:
+    """The tree after some steps of Adam on its LoRA leaves alone, as gemma's users take them (Linen)."""
+    import optax
+
+    params = made.tree["params"]
+    mask = jax.tree_util.tree_map_with_path(lambda path, _: str(path[-2].key) == "lora", params)
+    optimizer = optax.multi_transform({True: optax.adam(0.05), False: optax.set_to_zero()}, mask)
+    state = optimizer.init(params)
+    gradient = jax.jit(jax.grad(lambda params: -jax.nn.log_softmax(made.logits({"params": params}))[..., 3].mean()))
+    for _ in range(steps):
+        updates, state = optimizer.update(gradient(params), state)
+        params = optax.apply_updates(params, updates)
+    return {"params": params}
+
+
+def packed(tree: Any) -> dict[str, str]:
+    """The LoRA leaves' float32 numbers, as text."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree["params"])
+    named = {".".join(str(key.key) for key in path): x for path, x in leaves}
+    kept = {path: np.asarray(x, "<f4").tobytes() for path, x in named.items() if ".lora." in path}
+    return {path: base64.b64encode(x).decode() for path, x in kept.items()}
+
+
+def unpacked(leaves: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    return {path: np.frombuffer(base64.b64decode(x), "<f4").reshape(shapes[path]) for path, x in leaves.items()}
 
 
 def _inputs(name: str) -> tuple[Any, ...]:

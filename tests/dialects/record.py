@@ -3,7 +3,7 @@
     python tests/dialects/record.py
 
 writes `recorded/<specimen>.json` for what can be imported here: the paths and shapes of the LoRA leaves, and the
-logits. The environments are those of `tests/families/record.py`.
+logits; of one also the leaves that a few steps of training make of them, and the logits then. The environments are those of `tests/families/record.py`.
 """
 
 from __future__ import annotations
@@ -34,6 +34,10 @@ def main(names: list[str]) -> None:
             "lora": real.shapes(made.tree),
             "logits": [float(f"{x:.8g}") for x in logits.ravel()],
         }
+        if name == real.TRAINED:
+            tree = real.train(made)
+            after = np.asarray(made.logits(tree), "float32")
+            found |= {"trained": real.packed(tree), "after": [float(f"{x:.8g}") for x in after.ravel()]}
         path = real.RECORDED / f"{name}.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(found, indent=0) + "\n", encoding="utf-8")

@@ -72,6 +72,33 @@ def test_peft_computes_what_they_compute(name: str, tmp_path):
     assert set(jaxadapt.read(tmp_path).tensors) == keys
 
 
+def trained() -> tuple[Any, np.ndarray]:
+    """What gemma trained, by the record, and its logits."""
+    found, base = real.recorded(real.TRAINED), specimens.recorded(real.TRAINED)["leaves"]
+    leaves = core.base_leaves(real.specimen(real.TRAINED), base) | real.unpacked(found["trained"], found["lora"])
+    return nest(leaves), np.array(found["after"], np.float32).reshape(*IDS.shape, -1)
+
+
+@peft
+def test_peft_opens_what_gemma_trained(tmp_path):
+    tree, expected = trained()
+    before = np.array(real.recorded(real.TRAINED)["logits"], np.float32).reshape(expected.shape)
+    assert np.abs(expected - before).max() > 0.5
+    jaxadapt.save(tree, tmp_path)
+    loaded = harness.load(torch_side.base(real.TRAINED), tmp_path)
+    assert not loaded.complaints
+    np.testing.assert_allclose(harness.logits(loaded.model, IDS), expected, **CLOSE)
+
+
+@pytest.mark.skipif(real.TRAINED not in HERE, reason="needs gemma, as Python 3.13 has it")
+def test_what_gemma_trained_it_computes():
+    """The record, by gemma itself; and training there makes it again, as far as rounding goes."""
+    made, (tree, expected) = real.make(real.TRAINED), trained()
+    params = jax.tree.map(jnp.asarray, tree.get("params", tree))
+    np.testing.assert_allclose(np.asarray(made.logits({"params": params})), expected, **CLOSE)
+    np.testing.assert_allclose(np.asarray(made.logits(real.train(made))), expected, rtol=0, atol=1e-2)
+
+
 @live
 def test_they_compute_what_peft_computes(name: str, tmp_path):
     """A PEFT file whose As all differ, into a tree that shares some: side by side, at twice the rank."""
