@@ -3,7 +3,8 @@
     python tests/dialects/record.py
 
 writes `recorded/<specimen>.json` for what can be imported here: the paths and shapes of the LoRA leaves, and the
-logits; of one also the leaves that a few steps of training make of them, and the logits then. The environments are those of `tests/families/record.py`.
+logits; of one also the leaves that a few steps of training make of them, and the logits then. The environments are
+those of `tests/families/record.py`.
 """
 
 from __future__ import annotations
