@@ -11,6 +11,8 @@ from jaxadapt.norms import Grid, Norms, grid, number_text
 
 _NAMES = {"norm": "", "effective_rank": "effective rank", "scale": "scale s"}
 _INK, _FAINT = "#222222", "#e8e8e8"
+_PAGE = 14.0  # inches: panels that are wider together go below each other
+_LETTER = 0.085  # inches of a title, each
 
 
 def png(norms: Norms, config: Config) -> bytes:
@@ -27,12 +29,16 @@ def png(norms: Norms, config: Config) -> bytes:
     shown = [n for n in _NAMES if n == "norm" or (cells.constant(n) is None and _has(cells, n))]
     wide = max(0.62 * len(cells.columns) + 1.9, 3.4)
     tall = min(max(0.24 * len(cells.rows), 1.2), 14)
-    figure = Figure(figsize=(wide * len(shown) + 0.3, tall + 1.9), dpi=130, layout="constrained")
+    beside = len(shown) if wide * len(shown) <= _PAGE else 1
+    below = len(shown) // beside
+    title = _title(config, cells)
+    size = max(wide * beside, _LETTER * max(map(len, title.splitlines()))) + 0.3, (tall + 1.4) * below + 0.5
+    figure = Figure(figsize=size, dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(shown), squeeze=False)[0]
-    for axis, name in zip(axes, shown, strict=True):
-        _panel(figure, axis, cells, name, _NAMES[name] or norms.what, tall)
-    figure.suptitle(_title(config, cells), fontsize=10, color=_INK)
+    axes = figure.subplots(below, beside, squeeze=False)
+    for axis, name in zip(axes.flat, shown, strict=True):
+        _panel(figure, axis, cells, name, _NAMES[name] or norms.what, size[0] / beside - 1)
+    figure.suptitle(title, fontsize=10, color=_INK)
     out = io.BytesIO()
     figure.savefig(out, format="png", metadata={"Software": None})
     return out.getvalue()
@@ -44,14 +50,14 @@ def _has(cells: Grid, name: str) -> bool:
 
 def _title(config: Config, cells: Grid) -> str:
     base = config.base_model_name_or_path
-    parts = [config.peft_type + (f" for {base}" if base else "")]
-    rank, scale = cells.constant("rank"), cells.constant("scale")
-    parts += [f"r = {rank:g}"] if rank is not None else []
-    parts += [f"s = {scale:.3g}"] if scale is not None else []
-    return ", ".join(parts)
+    shared = {"rank": "r = {:g}", "scale": "s = {:.3g}", "effective_rank": "effective rank {:.2g}"}
+    parts = [text.format(value) for name, text in shared.items() if (value := cells.constant(name)) is not None]
+    first = config.peft_type + (f" for {base}" if base else "")
+    return "\n".join([first, ", ".join(parts)] if base and parts else [", ".join([first, *parts])])
 
 
-def _panel(figure: Any, axis: Any, cells: Grid, name: str, title: str, tall: float) -> None:
+def _panel(figure: Any, axis: Any, cells: Grid, name: str, title: str, wide: float) -> None:
+    """One heat map, about `wide` inches wide, with its colours beside it."""
     import numpy as np
 
     values = np.array([[np.nan if v is None else v for v in row] for row in cells.values(name)], float)
@@ -75,6 +81,6 @@ def _panel(figure: Any, axis: Any, cells: Grid, name: str, title: str, tall: flo
                 if not np.isnan(value):
                     ink = _INK if value > 0.6 * high else "white"
                     axis.text(x, y, number_text(value, 2), ha="center", va="center", fontsize=5.5, color=ink)
-    bar = figure.colorbar(image, ax=axis, fraction=0.05, pad=0.02, aspect=8 * max(3, tall))
+    bar = figure.colorbar(image, cax=axis.inset_axes((1 + 0.06 / wide, 0, 0.13 / wide, 1)))  # as tall as the map
     bar.outline.set_visible(False)
     bar.ax.tick_params(length=0, labelsize=7, colors=_INK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 
@@ -147,3 +148,31 @@ def test_a_picture_of_one_cell():
     assert picture.png(measure(held), config).startswith(b"\x89PNG")
     with pytest.raises(jaxadapt.AdapterError, match="nothing to draw"):
         picture.png(measure(tensors(config, **{"head.weight": array(2, 2)})), config)
+
+
+SHAPES = {
+    "one column": (24, 1), "one cell": (1, 1), "one row": (1, 7), "deep": (126, 2), "wide": (3, 18), "square": (6, 6)
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("of", ["trained", "fresh"])
+def test_a_picture_of_any_shape_is_whole(shape, of):
+    """Nothing reaches the edge, where it would be cut; the colours are as tall as their map; a page holds its width."""
+    from matplotlib import image
+
+    layers, modules = SHAPES[shape]
+    config = jaxadapt.LoraConfig(r=2, target_modules="all-linear").replace(base_model_name_or_path="org/" + "long" * 9)
+    names = [f"model.layers.{i}.block.module_{k}" for i in range(layers) for k in range(modules)]
+    b = np.zeros((5, 2), "f4") if of == "fresh" else array(5, 2)
+    held = {f"{m}.lora_{s}.weight": x for m in names for s, x in (("A", array(2, 4)), ("B", b))}
+    drawn = image.imread(io.BytesIO(picture.png(measure(tensors(config, **held)), config)))[:, :, :3]
+    edge = np.concatenate([drawn[0], drawn[-1], drawn[:, 0], drawn[:, -1]])
+    assert (edge == 1).all()
+    assert drawn.shape[1] <= 15 * 130
+    if of == "fresh":  # one map, all of it of the lowest colour
+        low, high = ((abs(drawn * 255 - np.array(c)) < 4).all(-1) for c in ((68, 1, 84), (253, 231, 37)))
+        rows = np.flatnonzero(low.sum(1) > 60)  # the map's; the bar is narrower
+        assert abs(np.flatnonzero(high.any(1)).min() - rows.min()) <= 2  # the top of the bar
+        feet = low[rows.max() - 3 : rows.max() + 1].astype(int)
+        assert 2 in (np.diff(feet) == 1).sum(1)  # map and bar end together
