@@ -227,13 +227,13 @@ def _use(config: Config, facts: Facts) -> list[str]:
     return [
         "## Use it",
         "",
-        "In JAX (`pip install jaxadapt`), into a Flax NNX model in place, or into Linen variables:",
+        "In JAX (`pip install jaxadapt`), into a Flax model of the base:",
         "",
         "```python",
         "import jaxadapt",
         "",
-        f"model = jaxadapt.load({here}, model)",
-        f"variables = jaxadapt.load({here}, {{\"params\": params}})",
+        f"model = jaxadapt.load({here}, model)  # NNX, in place",
+        f"variables = jaxadapt.load({here}, {{\"params\": params}})  # Linen",
         "```",
         "",
         "In PyTorch (`pip install peft`):",
@@ -276,13 +276,22 @@ def _what(config: Config, facts: Facts) -> list[str]:
     rows += [(k, _value(values[k])) for k, plain in FIELDS.items() if k in values and values[k] != plain]
     size = f"{facts.parameters:,} parameters in {len(facts.tensors)} tensors, {'/'.join(facts.dtypes)}"
     rows.append(("size", f"{size}, {size_text(facts.nbytes)}"))
-    lines = ["## What it is", "", *_table(("", ""), rows)]
+    lines = ["## What it is", "", *_table(("setting", "value"), rows)]
     if facts.metrics:
         lines += ["## Results", "", *_table(("metric", "value"), [(k, _value(v)) for k, v in facts.metrics.items()])]
     if facts.image:
         alt = "How much the adapter changes each weight, layer by module"
-        lines += ["## How much it changes", "", f"![{alt}]({facts.image})", ""]
+        lines += ["## How much it changes", "", f"![{alt}]({facts.image})", "", *_explained(config), ""]
     return lines
+
+
+def _explained(config: Config) -> list[str]:
+    if config.peft_type != "LORA":
+        return ["Layer by module: how far the trained factors are from 1, which would change nothing."]
+    return [
+        "Layer by module: the size of what is added to each weight (Frobenius norm), and its effective rank, that is in"
+        " how many directions it changes the weight."
+    ]
 
 
 def _readers(config: Config, facts: Facts) -> list[str]:

@@ -81,6 +81,7 @@ def _show(info: Info, tensors: bool) -> None:
     rows += [("" if n else "not for", f"{', '.join(r)}: {why}") for n, (why, r) in enumerate(reasons.items())]
     shown.print_pairs(rows)
     if tensors:
+        click.echo()
         listed = [(k, d, " × ".join(map(str, s)) or "scalar") for k, (d, s) in info.tensors.items()]
         shown.print_table(("tensor", "dtype", "shape"), listed)
 

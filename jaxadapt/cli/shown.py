@@ -131,9 +131,10 @@ def _portions(widths: Sequence[int], room: int) -> Iterable[tuple[int, int]]:
 
 
 def _shade(value: float | None, high: float) -> str:
-    """From the colour of nothing (as the terminal is) to dark blue on which white is read."""
+    """From nearly white to dark blue, with ink that is read on it (a terminal's own "white" is grey)."""
     if value is None:
         return ""
     share = max(0.0, min(1.0, value / high))
     red, green, blue = (round(a + share * (b - a)) for a, b in ((235, 8), (242, 48), (250, 107)))
-    return f"{'white' if share > 0.5 else 'black'} on rgb({red},{green},{blue})"
+    ink = "rgb(255,255,255)" if share > 0.65 else "rgb(0,0,0)"
+    return f"{ink} on rgb({red},{green},{blue})"

@@ -370,7 +370,7 @@ def test_a_picture_goes_with_the_card(hub, saved):
     jaxadapt.push(saved, REPO, token=server.WRITE, picture=True)
     files = hub.files(REPO)
     assert files["adapter_norms.png"].startswith(b"\x89PNG")
-    assert "](adapter_norms.png)" in files[CARD].decode()
+    assert "](adapter_norms.png)\n\nLayer by module: " in files[CARD].decode()  # shown, and explained
     commits = len(hub.repos[REPO].commits)
     jaxadapt.push(saved, REPO, token=server.WRITE, picture=True)
     assert len(hub.repos[REPO].commits) == commits  # drawn alike
