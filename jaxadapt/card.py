@@ -289,8 +289,8 @@ def _explained(config: Config) -> list[str]:
     if config.peft_type != "LORA":
         return ["Layer by module: how far the trained factors are from 1, which would change nothing."]
     return [
-        "Layer by module: the size of what is added to each weight (Frobenius norm), and its effective rank, that is in"
-        " how many directions it changes the weight."
+        "Layer by module: the size of what is added to each weight (Frobenius norm), and in how many directions that"
+        + " changes it (effective rank)."
     ]
 
 
