@@ -7,7 +7,8 @@
 
 Each step is one safetensors file: a single write and a single flush, replaced as a whole. (For the same bytes Orbax
 takes a multiple of a raw write: benchmarks/README.md.) Where several processes share the arrays, each writes its own
-bytes into it, and one of them commits; into an object store, where nobody can, Orbax writes.
+bytes into it, and one of them commits. Into an object store nobody can: on gs:// Orbax writes then, elsewhere process 0,
+after `save` has gathered everything there.
 """
 
 from __future__ import annotations
@@ -206,11 +207,11 @@ class CheckpointManager:
         path = step_files.place(self.folder, step)
         if not several:
             write = functools.partial(step_files.write, path, taken, metrics, step_files.on_host(taken.arrays))
-        elif not isinstance(self.folder, places.Address):
+        elif not step_files.by_orbax(self.folder):
             write = step_files.prepare_together(path, taken, metrics, self.timeout)
         elif step in self.steps:
-            raise FileError(f"{self.folder}: step {step} is there already; Orbax, which writes for several processes"
-                            " into an object store, cannot replace it")  # fmt: skip
+            raise FileError(f"{self.folder}: step {step} is there already; Orbax, which writes there for several"
+                            " processes, cannot replace it")  # fmt: skip
         else:
             write = step_files.start(step_files.place(self.folder, step, step_files.FOLDER), taken, metrics).result
 

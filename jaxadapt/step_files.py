@@ -1,10 +1,11 @@
-"""One training step on disk: a safetensors file, or in an object store what Orbax writes for several processes.
+"""One training step on disk: a safetensors file, or on gs:// what Orbax writes for several processes.
 
     step-000000100.safetensors     replaced as a whole, durably; the JSON of everything else is in its header. Of arrays
                                    that several processes share, each writes its own part
-    step-000000100.orbax           the same content in an object store, where nobody can write a part of a file
+    step-000000100.orbax           the same content on gs://, where nobody can write a part of a file, and Orbax many
 
-In an object store the file is an object, put at once; Orbax's folder has a file that says it is whole.
+In an object store the file is an object, put at once (of several processes by the first, which gathers); Orbax's folder
+has a file that says it is whole.
 """
 
 from __future__ import annotations
@@ -42,6 +43,11 @@ SCHEMA = 1
 def place(folder: Place, step: int, kind: str = FILE) -> Place:
     """Where a step goes. Padded, so that names sort as numbers do."""
     return folder / f"step-{step:09d}{kind}"
+
+
+def by_orbax(folder: Place) -> bool:
+    """Whether Orbax writes there what several processes share."""
+    return isinstance(folder, Address) and folder.scheme in orbax.STORES
 
 
 def steps(folder: Place) -> dict[int, Place]:
@@ -154,10 +160,14 @@ def prepare_together(
     Every process must call this, in the same order as its other saves, and then what it returns, in any thread: what
     they say to each other passes by the devices. That raises `FileError` in all processes if one failed, died, or
     sees another file system; `MismatchError` where what each process has of its own is not the same in all.
+
+    Into an object store, where nobody can write a part of a file, process 0 writes what it gathers here.
     """
     specs, odd = _specs(taken)
     alone = on_host({name: leaf for name, leaf in taken.arrays.items() if together.local(leaf)})
-    held = together.own({n: x for n, x in taken.arrays.items() if n not in alone}, jax.process_index())
+    spread = {name: leaf for name, leaf in taken.arrays.items() if name not in alone}
+    shared = not isinstance(path, Address)
+    held = together.own(spread, jax.process_index()) if shared else _gathered(spread)
     group = Group(str(path), timeout, together.STAGES)
 
     def finish() -> None:
@@ -172,7 +182,7 @@ def prepare_together(
             return
         try:
             metadata = {META: json.dumps(document)}
-            parallel.lead(str(path), layout, metadata, parts, group, True, alike | {"step": path.name})
+            parallel.lead(str(path), layout, metadata, parts, group, shared, alike | {"step": path.name})
         except BaseException as error:
             group.fail(error)
             raise
@@ -187,6 +197,16 @@ def prepare_together(
                 yield parallel.Part(name, specs[name][1], box, values)
 
     return finish
+
+
+def _gathered(arrays: Mapping[str, Any]) -> dict[str, dict[sharding.Box, np.ndarray]]:
+    """All of each array, in process 0 and nowhere else; one at a time."""
+    held: dict[str, dict[sharding.Box, np.ndarray]] = {}
+    for name in sorted(arrays):
+        value = together.gathered(arrays[name])
+        if jax.process_index() == 0:
+            held[name] = {sharding.whole(value.shape): value}
+    return held
 
 
 def _digests(document: Mapping[str, Any]) -> dict[str, str]:

@@ -151,6 +151,12 @@ def joined(held: Mapping[Box, np.ndarray]) -> Iterator[tuple[Box, np.ndarray]]:
         yield outer, whole
 
 
+def gathered(leaf: Any) -> np.ndarray:
+    """All of an array, in every process; all of them must call this."""
+    here = local(leaf) or leaf.is_fully_replicated
+    return np.asarray(leaf if here else multihost_utils.process_allgather(leaf, tiled=True))
+
+
 def _own(encoded: Encoded, process: int) -> Iterator[Part]:
     """What this process is to write of a shared file, in the order of the file."""
     held = own(encoded.leaves, process)
@@ -162,9 +168,7 @@ def _own(encoded: Encoded, process: int) -> Iterator[Part]:
 def _gathered(encoded: Encoded, process: int) -> Iterator[Part]:
     """Everything, one leaf after the other, for process 0; the others only send."""
     for entry in sorted(encoded.plan.entries, key=lambda e: e.keys[0]):
-        leaf = encoded.leaves[entry.path]
-        here = local(leaf) or leaf.is_fully_replicated
-        value = np.asarray(leaf if here else multihost_utils.process_allgather(leaf, tiled=True))
+        value = gathered(encoded.leaves[entry.path])
         if process == 0:
             yield from _parts(encoded, entry, sharding.whole(entry.shape), value)
 

@@ -271,8 +271,43 @@ def killed(folder: Path, argument: str) -> None:
     os._exit(0)
 
 
+def in_a_store(folder: Path, argument: str) -> None:
+    """An adapter and a run under an address, where no process can write a part of a file."""
+    import jax
+    import numpy as np
+
+    import jaxadapt
+    from tests import meshes
+
+    layout, other = ("4x2", "both"), ("2x2x2", "both")
+    mine, target = adapter(layout, False), {"params": base(other, True)}
+    jaxadapt.save(mine, f"{argument}/adapter", timeout=60)
+    check(jaxadapt.extract(jaxadapt.load(f"{argument}/adapter", target, keymap=meshes.table(True))), True)
+    if argument.startswith("gs"):
+        jaxadapt.save(mine, f"{argument}/orbax", format="orbax")
+        check(jaxadapt.extract(jaxadapt.load(f"{argument}/orbax", target, keymap=meshes.table(True))), True)
+    else:
+        with pytest.raises(jaxadapt.FileError, match="Orbax cannot use s3://"):
+            jaxadapt.save(mine, f"{argument}/orbax", format="orbax")
+    with jaxadapt.CheckpointManager(f"{argument}/run", keep=2, timeout=60) as manager:
+        for step in range(3):
+            moments = {"mu": adapter(layout, False, step).params, "count": np.int32(step)}
+            manager.save(step, adapter(layout, False, step), opt_state=moments, data={"seen": step})
+        like = adapter(other, False, 7)
+        back = manager.restore(like, 1, opt_state={"mu": like.params, "count": np.int32(0)})
+        assert (manager.steps, back.data, back.opt_state["count"]) == ([1, 2], {"seen": 1}, 1)
+        check(back.model, False, 1)
+        check(jaxadapt.Adapter(meshes.CONFIG, back.opt_state["mu"]), False, 1)
+        manager.rollback(1)
+        manager.export(None, f"{argument}/exported")
+    with pytest.raises(jaxadapt.AdapterError, match="(?s)differ.*values data/seen"):
+        with jaxadapt.CheckpointManager(f"{argument}/run", timeout=60) as manager:
+            manager.save(3, mine, data={"seen": jax.process_index()})
+    assert manager.steps == [1]
+
+
 SCENARIOS: dict[str, Callable[[Path, str], None]] = {
-    f.__name__: f for f in (save_and_load, faults, killed)
+    f.__name__: f for f in (save_and_load, faults, killed, in_a_store)
 }
 
 

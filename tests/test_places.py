@@ -24,8 +24,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import jaxadapt
 from jaxadapt import cli
 from jaxadapt.codecs import objects, places, safetensors
-from tests import leave, small, stores, train_small
+from tests import leave, meshes, processes, small, stores, train_small
 from tests.small import CARD, CONFIG, WEIGHTS, same
+from tests.test_sharded_files import numbers, original
 
 ROOT = Path(__file__).resolve().parent.parent
 _number = itertools.count()
@@ -468,3 +469,19 @@ def test_orbax_never_sees_s3(s3: str):
         jaxadapt.save(small.adapter(), address, format="orbax")
     assert stores.files(address) == {}
     assert not Path("s3:").exists()
+
+
+# ---------------------------------------------------------------- several processes
+
+
+@pytest.mark.parametrize("kind", ["s3", "gs"])
+def test_several_processes_in_a_store(kind: str, started: Callable[[str], str], tmp_path: Path):
+    """What nobody can write in parts process 0 gathers, or on gs:// Orbax writes; the files are those of one process."""
+    place = f"{started(kind)}/processes"
+    processes.run("in_a_store", tmp_path, argument=place)
+    jaxadapt.save(original(False), tmp_path / "one")
+    assert stores.files(f"{place}/adapter") == {p.name: p.read_bytes() for p in (tmp_path / "one").iterdir()}
+    exported = jaxadapt.from_peft(jaxadapt.read(f"{place}/exported"), meshes.base(False), keymap=meshes.TABLE)
+    assert same(exported.flat(), numbers(False, 1))
+    run = {name.partition("/")[0] for name in stores.files(f"{place}/run")}
+    assert run == {f"step-000000001.{'orbax' if kind == 'gs' else 'safetensors'}"}
