@@ -7,8 +7,7 @@
 
 Each step is one safetensors file: a single write and a single flush, replaced as a whole. (For the same bytes Orbax
 takes a multiple of a raw write: benchmarks/README.md.) Where several processes share the arrays, each writes its own
-bytes into it, and one of them commits. Into an object store nobody can: on gs:// Orbax writes then, elsewhere process 0,
-after `save` has gathered everything there.
+bytes into it, and one of them commits; into an object store process 0 puts what `save` has gathered there.
 """
 
 from __future__ import annotations
@@ -200,20 +199,15 @@ class CheckpointManager:
                 f" rollback({max((s for s in self.steps if s <= step), default='…')}), or use another folder"
             )
         if not several or _first():
-            step_files.sweep(self.folder, several)
+            step_files.sweep(self.folder)
 
     def _begin(self, step: int, taken: Taken, metrics: dict[str, float], several: bool) -> Callable[[], None]:
         """Takes the values off the device; what is left to do is returned."""
         path = step_files.place(self.folder, step)
         if not several:
             write = functools.partial(step_files.write, path, taken, metrics, step_files.on_host(taken.arrays))
-        elif not step_files.by_orbax(self.folder):
-            write = step_files.prepare_together(path, taken, metrics, self.timeout)
-        elif step in self.steps:
-            raise FileError(f"{self.folder}: step {step} is there already; Orbax, which writes there for several"
-                            " processes, cannot replace it")  # fmt: skip
         else:
-            write = step_files.start(step_files.place(self.folder, step, step_files.FOLDER), taken, metrics).result
+            write = step_files.prepare_together(path, taken, metrics, self.timeout)
 
         def finish() -> None:
             write()
@@ -323,9 +317,8 @@ class CheckpointManager:
             if _first():
                 store.save(resuming.guest_of(stored.taken, leaves), path, **options)
         for name in stored.taken.recipes:
-            adapter = self.adapter(chosen, name)  # by all processes: Orbax waits for each of them
             if _first():
-                store.save(adapter, path, name=name, **options)
+                store.save(self.adapter(chosen, name), path, name=name, **options)
         _together("export")
 
     def rollback(self, step: int) -> None:

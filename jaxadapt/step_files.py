@@ -1,53 +1,38 @@
-"""One training step on disk: a safetensors file, or on gs:// what Orbax writes for several processes.
+"""One training step on disk or in an object store: a safetensors file, replaced as a whole, durably.
 
-    step-000000100.safetensors     replaced as a whole, durably; the JSON of everything else is in its header. Of arrays
-                                   that several processes share, each writes its own part
-    step-000000100.orbax           the same content on gs://, where nobody can write a part of a file, and Orbax many
+    step-000000100.safetensors     the JSON of everything that is no array is in its header
 
-In an object store the file is an object, put at once (of several processes by the first, which gathers); Orbax's folder
-has a file that says it is whole.
+Of arrays that several processes share each writes its own part of the file. In an object store nobody can: there
+process 0 gathers them, and puts the object at once.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import hashlib
 import json
-import os
 import re
-import secrets
-import shutil
-import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxadapt import paths, sharding, together
-from jaxadapt.codecs import atomic, orbax, parallel, safetensors
+from jaxadapt import sharding, together
+from jaxadapt.codecs import atomic, parallel, safetensors
 from jaxadapt.codecs.files import file_error
 from jaxadapt.codecs.group import Group
 from jaxadapt.codecs.places import Address, Place
-from jaxadapt.errors import AttachError, FileError
+from jaxadapt.errors import FileError
 from jaxadapt.snapshot import Taken
 
-FILE, FOLDER = ".safetensors", ".orbax"
-_NAME = re.compile(r"step-(\d{9,18})(\.safetensors|\.orbax)")
+_NAME = re.compile(r"step-(\d{9,18})\.safetensors")
 META = "jaxadapt_step"
-ITEM = "arrays"
 SCHEMA = 1
 
 
-def place(folder: Place, step: int, kind: str = FILE) -> Place:
+def place(folder: Place, step: int) -> Place:
     """Where a step goes. Padded, so that names sort as numbers do."""
-    return folder / f"step-{step:09d}{kind}"
-
-
-def by_orbax(folder: Place) -> bool:
-    """Whether Orbax writes there what several processes share."""
-    return isinstance(folder, Address) and folder.scheme in orbax.STORES
+    return folder / f"step-{step:09d}.safetensors"
 
 
 def steps(folder: Place) -> dict[int, Place]:
@@ -59,16 +44,11 @@ def steps(folder: Place) -> dict[int, Place]:
     except OSError as error:
         raise file_error("read", str(folder), error) from error
     found: dict[int, Place] = {}
-    for name in sorted(names):  # of one step the file comes last and wins: a folder beside it is about to go
+    for name in names:
         match = _NAME.fullmatch(name)
-        if match and not _half_done(folder / name):
+        if match:
             found[int(match[1])] = folder / name
     return dict(sorted(found.items()))
-
-
-def _half_done(path: Place) -> bool:
-    """Whether it is a folder that Orbax has not finished: in an object store it has its name from the beginning."""
-    return isinstance(path, Address) and path.suffix == FOLDER and not orbax.found(path)
 
 
 def _document(taken: Taken, metrics: Mapping[str, float], odd: Mapping[str, str]) -> dict[str, Any]:
@@ -130,9 +110,6 @@ def write(
         return _as_bytes(value) if name in odd else value
 
     safetensors.write(path, specs, get, {META: json.dumps(_document(taken, metrics, odd))})
-    other = path.with_suffix(FOLDER)
-    if other.exists():
-        remove(other)
 
 
 def _specs(taken: Taken) -> tuple[dict[str, tuple[np.dtype[Any], tuple[int, ...]]], dict[str, str]]:
@@ -219,79 +196,16 @@ def _digests(document: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def start(path: Place, taken: Taken, metrics: Mapping[str, float]) -> orbax.Pending:
-    """Begins to write a step as an Orbax folder, with all processes. Its values are off the device on return.
-
-    Raises `AttachError` for what each process has of its own and is not the same in all: one of them would be saved.
-    """
-    tree: dict[str, Any] = {}
-    own: dict[str, bytes] = {}
-    for name, leaf in taken.arrays.items():
-        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-            tree[quoted(name)] = leaf
-        else:  # Orbax takes arrays of one process from the host only
-            tree[quoted(name)] = value = np.array(leaf)
-            own[name] = f"{value.dtype} {value.shape}".encode() + value.tobytes()
-    document = _document(taken, metrics, {})
-    for part, values in document.items():
-        items = values.items() if isinstance(values, dict) else [("", values)]
-        own |= {f"{part} {name}".strip(): json.dumps(value).encode() for name, value in items}
-    _same_everywhere(own)
-    return orbax.start(path, {ITEM: tree}, {META: document})
-
-
-def _same_everywhere(own: Mapping[str, bytes]) -> None:
-    from jax.experimental import multihost_utils
-
-    def gathered(digests: list[bytes]) -> np.ndarray:
-        rows = np.frombuffer(b"".join(digests), np.uint8).reshape(len(digests), -1)
-        return np.asarray(multihost_utils.process_allgather(rows))
-
-    names = sorted(own)
-    all_names = gathered([hashlib.sha256(json.dumps(names).encode()).digest()])
-    if (all_names != all_names[0]).any():
-        raise AttachError("the processes do not save the same tree; every process must give the same names")
-    found = gathered([hashlib.sha256(own[name]).digest() for name in names])
-    differ = [name for name, column in zip(names, found.swapaxes(0, 1), strict=True) if (column != column[0]).any()]
-    if differ:
-        raise AttachError(
-            "these differ between the processes, and only one could be saved; give arrays over all processes, or gather"
-            " what each has (jax.experimental.multihost_utils.process_allgather):\n" + paths.listing(differ)
-        )
-
-
-def quoted(name: str) -> str:
-    return urllib.parse.quote(name, safe="").replace(".", "%2E")
-
-
-def sweep(folder: Place, orbax_too: bool) -> None:
-    """Removes what killed writers left. `orbax_too`: also of Orbax's, which no lock tells from a living writer's."""
-    if isinstance(folder, Address):  # what is put at once leaves nothing
-        with contextlib.suppress(FileNotFoundError):
-            for path in folder.iterdir() if orbax_too else ():
-                if _NAME.fullmatch(path.name) and _half_done(path):
-                    path.remove_tree()
-        return
-    atomic.sweep(folder, _NAME.pattern, folders=True)
-    if orbax_too:
-        for stale in folder.glob("step-*.orbax.orbax-checkpoint-tmp*"):
-            shutil.rmtree(stale, ignore_errors=True)
+def sweep(folder: Place) -> None:
+    """Removes what killed writers left."""
+    if not isinstance(folder, Address):  # what is put at once leaves nothing
+        atomic.sweep(folder, _NAME.pattern)
 
 
 def remove(path: Place) -> None:
-    """Removes a step; whatever happens, it is there whole or not at all. Raises `FileError`."""
+    """Removes a step. Raises `FileError`."""
     try:
-        if isinstance(path, Address) and path.suffix == FOLDER:
-            (path / orbax.COMMITTED).unlink(missing_ok=True)
-            path.remove_tree()
-        elif isinstance(path, Address):
-            path.unlink()
-        elif path.is_dir():
-            aside = path.parent / f".{path.name}.{os.getpid()}.{secrets.token_hex(8)}.tmp"
-            path.rename(aside)
-            shutil.rmtree(aside)
-        else:
-            path.unlink()
+        path.unlink()
     except FileNotFoundError:
         return
     except OSError as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import urllib.parse
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxadapt import step_files
-from jaxadapt.codecs import orbax, safetensors
+from jaxadapt.codecs import safetensors
 from jaxadapt.codecs.places import Place
 from jaxadapt.errors import FormatError
 from jaxadapt.snapshot import Taken, is_committed, is_key, is_on_device
@@ -40,17 +39,12 @@ class Stored:
 
 def stored(path: Place) -> Stored:
     """What a step holds, from its header. Raises `FileError` or `FormatError`."""
-    if path.suffix == step_files.FOLDER:
-        found = orbax.leaves(path).get(step_files.ITEM, {})
-        specs = {urllib.parse.unquote(key): spec for (key, *_), spec in found.items()}
-        document = orbax.read_json(path, step_files.META)
-    else:
-        header = safetensors.read_header(path)
-        specs = {k: (t.shape, safetensors.numpy_dtype(t.dtype).name) for k, t in header.tensors.items()}
-        try:
-            document = json.loads(header.metadata.get(step_files.META, "null"))
-        except (ValueError, RecursionError) as error:
-            raise FormatError(f"{path}: the metadata {step_files.META!r} of its header is damaged: {error}") from error
+    header = safetensors.read_header(path)
+    specs = {k: (t.shape, safetensors.numpy_dtype(t.dtype).name) for k, t in header.tensors.items()}
+    try:
+        document = json.loads(header.metadata.get(step_files.META, "null"))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: the metadata {step_files.META!r} of its header is damaged: {error}") from error
     if not isinstance(document, dict):
         raise FormatError(f"{path}: not a training checkpoint of this library: it holds no {step_files.META!r}")
     if document.get("schema") != step_files.SCHEMA:
@@ -71,8 +65,6 @@ def read(step: Stored, wanted: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises `FileError` or `FormatError`.
     """
-    if step.path.suffix == step_files.FOLDER:
-        return _read_folder(step, wanted)
     try:
         with safetensors.open_tensors(step.path) as file:
             return _read_file(file, step, wanted)
@@ -113,25 +105,3 @@ def _by_shard(like: Any, get: Callable[[Any], np.ndarray]) -> jax.Array:
         return read[key]
 
     return jax.make_array_from_callback(tuple(like.shape), like.sharding, part)
-
-
-def _read_folder(step: Stored, wanted: Mapping[str, Any]) -> dict[str, Any]:
-    def spec(like: Any) -> jax.ShapeDtypeStruct | None:
-        if not (is_on_device(like) and is_committed(like)) or _own(like):
-            return None
-        return jax.ShapeDtypeStruct(tuple(like.shape), like.dtype, sharding=like.sharding)
-
-    def _own(like: Any) -> bool:
-        return jax.process_count() > 1 and like.sharding.is_fully_addressable
-
-    keys = {name: (step_files.quoted(name),) for name in wanted}
-    got = orbax.load(step.path, step_files.ITEM, {keys[name]: spec(like) for name, like in wanted.items()})
-    out: dict[str, Any] = {}
-    for name, like in wanted.items():
-        value = got[keys[name]]
-        if isinstance(like, np.generic):
-            value = value[()]
-        elif is_on_device(like) and isinstance(value, np.ndarray):
-            value = jax.device_put(value, like.sharding if is_committed(like) else None)
-        out[name] = value
-    return out

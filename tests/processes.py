@@ -283,10 +283,7 @@ def in_a_store(folder: Path, argument: str) -> None:
     mine, target = adapter(layout, False), {"params": base(other, True)}
     jaxadapt.save(mine, f"{argument}/adapter", timeout=60)
     check(jaxadapt.extract(jaxadapt.load(f"{argument}/adapter", target, keymap=meshes.table(True))), True)
-    if argument.startswith("gs"):
-        jaxadapt.save(mine, f"{argument}/orbax", format="orbax")
-        check(jaxadapt.extract(jaxadapt.load(f"{argument}/orbax", target, keymap=meshes.table(True))), True)
-    else:
+    if not argument.startswith("gs"):
         with pytest.raises(jaxadapt.FileError, match="Orbax cannot use s3://"):
             jaxadapt.save(mine, f"{argument}/orbax", format="orbax")
     with jaxadapt.CheckpointManager(f"{argument}/run", keep=2, timeout=60) as manager:
@@ -300,9 +297,9 @@ def in_a_store(folder: Path, argument: str) -> None:
         check(jaxadapt.Adapter(meshes.CONFIG, back.opt_state["mu"]), False, 1)
         manager.rollback(1)
         manager.export(None, f"{argument}/exported")
+    manager.save(3, mine, data={"seen": jax.process_index()})
     with pytest.raises(jaxadapt.AdapterError, match="(?s)differ.*values data/seen"):
-        with jaxadapt.CheckpointManager(f"{argument}/run", timeout=60) as manager:
-            manager.save(3, mine, data={"seen": jax.process_index()})
+        manager.wait()
     assert manager.steps == [1]
 
 

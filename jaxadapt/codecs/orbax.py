@@ -41,8 +41,6 @@ __all__ = ["Pending", "found", "leaves", "load", "read_json", "save", "start"]
 _MARKERS = ("orbax.checkpoint", "_CHECKPOINT_METADATA", "_METADATA")
 _FLAT = ""  # the item of a v0 checkpoint whose tree lies in the folder itself
 _JSON = "data.json"
-STORES = ("gs",)
-"""The object stores that Orbax can use."""
 COMMITTED = "commit_success.txt"
 """What Orbax writes last into a folder of an object store, where it cannot rename."""
 
@@ -53,7 +51,7 @@ Spec = tuple[tuple[int, ...], str]
 def _place(path: str | os.PathLike[str]) -> Place:
     """An absolute path, or an address that Orbax can use. Raises `FileError` for one that it cannot."""
     place = places.at(path).absolute()
-    if isinstance(place, Address) and place.scheme not in STORES:
+    if isinstance(place, Address) and place.scheme != "gs":
         raise FileError(
             f"{place}: Orbax cannot use {place.scheme}:// (it fails half-way, or makes a local folder of that name);"
             " save to a local folder and copy that, or use format='safetensors'"
