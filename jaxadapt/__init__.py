@@ -48,12 +48,14 @@ if TYPE_CHECKING:
     from jaxadapt.keymap import KeyMap
     from jaxadapt.merging import merge, unmerge
     from jaxadapt.nnx import AdapterParam, BaseParam
+    from jaxadapt.originals import for_original_base
     from jaxadapt.peft_tensors import PeftTensors
+    from jaxadapt.quantizing import dequantize, from_qwix, quantize
     from jaxadapt.reducing import resize_rank, to_lora
     from jaxadapt.report import summary
     from jaxadapt.rescaling import rescale
     from jaxadapt.sharing import push
-    from jaxadapt.starting import for_original_base, start
+    from jaxadapt.starting import start
     from jaxadapt.store import load, save
     from jaxadapt.weight import Weight
 
@@ -75,10 +77,12 @@ _HOME = {
         "merging": "merge unmerge",
         "combining": "combine",
         "reducing": "resize_rank to_lora",
+        "quantizing": "quantize dequantize from_qwix",
         "rescaling": "rescale",
         "exchange": "to_peft from_peft",
         "foreign": "slot",
-        "starting": "start for_original_base",
+        "originals": "for_original_base",
+        "starting": "start",
         "store": "save load",
         "checkpoint": "CheckpointManager",
         "folder": "read write inspect read_config",
@@ -113,12 +117,14 @@ __all__ = [
     "adapt",
     "combine",
     "delete",
+    "dequantize",
     "detach",
     "disable",
     "export_base",
     "extract",
     "for_original_base",
     "from_peft",
+    "from_qwix",
     "import_base",
     "init",
     "inject",
@@ -127,6 +133,7 @@ __all__ = [
     "merge",
     "pull",
     "push",
+    "quantize",
     "read",
     "read_config",
     "rescale",

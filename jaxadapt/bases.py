@@ -114,7 +114,10 @@ def _leaves(params: Any) -> dict[str, Any]:
     found = merging.leaves(_params(params))
     odd = [f"{p}: {type(x).__name__}" for p, x in found.items() if not is_array(x)]
     if odd:
-        raise AttachError("expected arrays as base parameters, found:\n" + paths.listing(odd))
+        raise AttachError(
+            "expected arrays as base parameters (jaxadapt.dequantize makes them of quantised ones), found:\n"
+            + paths.listing(odd)
+        )
     return found
 
 

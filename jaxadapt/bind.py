@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from jaxadapt import copies, drawing, methods, parameters, paths, plan, replication, sharding, targets, tying
+from jaxadapt import copies, drawing, methods, parameters, paths, plan, quantized, replication, sharding, targets, tying
 from jaxadapt.axes import Axes
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError, KeyMapError, MismatchError, TargetError
@@ -422,7 +422,8 @@ def fresh(
             if abstract:
                 mine[tensor.name] = jax.ShapeDtypeStruct(named[tensor.name].shape, kind, sharding=place)
             else:
-                derived = over_stack(bound, lambda a, w: a.from_base(w), mine, jnp.asarray(base[bound.leaf]))
+                w = jnp.asarray(quantized.dense(base[bound.leaf]))
+                derived = over_stack(bound, lambda a, w: a.from_base(w), mine, w)
                 # A copy even where nothing changed: the base's own array must not be donated with the adapter's.
                 copy = jnp.array(derived[tensor.name], dtype=kind, copy=True)
                 mine[tensor.name] = copy if place is None else sharding.moved(copy, place)

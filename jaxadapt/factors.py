@@ -7,22 +7,25 @@ As in PEFT 0.21.2 (`tuners/lora/layer.py`, `corda.py`), up to signs and, where i
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxadapt import quantized
 from jaxadapt.errors import AttachError
 
 Array = Any
 
 
 class Factors(NamedTuple):
-    """A (r, in) and B (out, r)."""
+    """A (r, in) and B (out, r); `left`, what remains of W, where that is not W − s·B·A or all of it."""
 
     a: Array
     b: Array
+    left: Array | None = None
 
 
 def _static(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -135,11 +138,23 @@ def lora_ga(
     return Factors(a.astype(dtype).astype(jnp.float32), b.astype(dtype).astype(jnp.float32))
 
 
-@_static("r")
-def best(w: Array, r: int) -> Factors:
-    """B·A the best approximation of rank r, its singular values shared evenly: LoftQ's step."""
-    u, sigma, vh = jnp.linalg.svd(w, full_matrices=False)
-    return _balanced(u[:, :r], sigma[:r], vh[:r])
+@_static("r", "s", "bits", "steps")
+def loftq(w: Array, r: int, s: float, bits: int, steps: int) -> Factors:
+    """W ≈ Q + s·B·A, by turns: Q is what remains in nf4 or int8, B·A the best of what that lost (arXiv:2310.08659).
+
+    PEFT's B·A is not over s, so that its sum is near W only where s is 1; here it always is, with the same Q.
+    """
+    rest = q = w
+    product = Factors(jnp.zeros((r, w.shape[1])), jnp.zeros((w.shape[0], r)))
+    for _ in range(steps):
+        if bits == 8:
+            rest = rest.astype(jnp.float16).astype(jnp.float32)  # as bitsandbytes does
+        q = quantized.quantized(rest, "nf4" if bits == 4 else "int8").dense()
+        u, sigma, vh = jnp.linalg.svd(w - q, full_matrices=False)
+        product = _balanced(u[:, :r], sigma[:r], vh[:r])
+        rest = w - product.b @ product.a
+    root = math.sqrt(s)
+    return Factors(product.a / root, product.b / root, q)
 
 
 def svd_lowrank(w: Array, steps: int, omega: Array) -> tuple[Array, Array, Array]:

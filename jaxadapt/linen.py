@@ -19,7 +19,7 @@ import jax
 from flax.core import FrozenDict, meta
 from flax.core.scope import in_filter
 
-from jaxadapt import bind, linen_survey, linen_tree, methods, paths, targets
+from jaxadapt import bind, linen_survey, linen_tree, methods, paths, quantized, targets
 from jaxadapt.adapter import CONFIG_NODE, Adapter, Recipe, collection_name, is_array
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError
@@ -136,7 +136,7 @@ class Adapted:
     def notes(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> dict[str, str]:
         """How each adapted weight is followed, `{leaf: note}`, seeing one abstract `apply`."""
         overlay = self._overlay(variables)
-        noting = Noting(overlay.interceptor.sites)
+        noting = Noting(overlay.interceptor.sites, overlay.interceptor.small)
         with nn.intercept_methods(noting):
             jax.eval_shape(lambda: self.module.apply(overlay.inner(), *args, **kwargs))
         return noting.notes
@@ -184,7 +184,7 @@ class Adapted:
                 *path, leaf = known[bound.leaf]
                 if bound.method.replaces:
                     replaced.setdefault(bound.leaf, {})[name] = bound.method
-                    before = _at(base["params"], known[bound.leaf])
+                    before = quantized.dense(_at(base["params"], known[bound.leaf]))
                     new = bind.over_stack(bound, lambda a, w: a.weight(w), values[bound.leaf], meta.unbox(before))
                     extra[known[bound.leaf]] = meta.replace_boxed(before, new)
                     continue
@@ -196,7 +196,7 @@ class Adapted:
                 site = Site(bound.method, bound.static, bound.axes, keys)
                 sites.setdefault(tuple(path), {}).setdefault(leaf, []).append(site)
         methods.refuse_rivals(replaced)
-        return _Overlay(base, held, extra, Interceptor(sites))
+        return _Overlay(base, held, extra, Interceptor(sites, _compressed(base.get("params", {}))))
 
     def _check(self, overlay: _Overlay, args: Any, kwargs: Any, mutable: Any) -> None:
         """Once for each kind of call: that it reads no adapted weight outside that weight's own module."""
@@ -265,6 +265,13 @@ def key_paths(tree: Any, prefix: tuple[str, ...] = ()) -> dict[str, tuple[str, .
         path = (*prefix, key)
         out |= key_paths(value, path) if isinstance(value, Mapping) else {".".join(path): path}
     return out
+
+
+def _compressed(tree: Any, path: tuple[str, ...] = ()) -> frozenset[tuple[str, ...]]:
+    """The paths of the modules that hold quantised weights."""
+    inside = [_compressed(v, (*path, k)) for k, v in tree.items() if isinstance(v, Mapping)]
+    here = any(quantized.is_quantized(v) for v in tree.values())
+    return frozenset({path} if here else ()).union(*inside)
 
 
 _Shapes = tuple[tuple[str, tuple[tuple[str, tuple[int, ...]], ...]], ...]

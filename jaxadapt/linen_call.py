@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax.core import meta, unfreeze
 from flax.core.scope import Scope, subtract_filters
 
-from jaxadapt import layers, methods, trace
+from jaxadapt import layers, methods, quantized, trace
 from jaxadapt.axes import Axes, Use
 from jaxadapt.errors import AttachError
 from jaxadapt.methods import Applied, Several
@@ -131,6 +131,11 @@ def direct(module: nn.Module) -> dict[str, Any]:
     return {k: v for k, v in params.items() if not isinstance(v, Mapping)}
 
 
+def compressed(module: nn.Module) -> dict[str, Any]:
+    """The leaves of "params" that a module's scope holds directly, and that are quantised."""
+    return {k: meta.unbox(v) for k, v in direct(module).items() if quantized.is_quantized(v)}
+
+
 def alone(module: nn.Module, method: str) -> Callable[..., Any]:
     """`f(weights, *args, **kwargs)`: this module's method on its scope, with these values for some leaves.
 
@@ -201,9 +206,10 @@ class Site:
 
 @dataclasses.dataclass(frozen=True)
 class Interceptor:
-    """Applies the overlaid adapters, `{scope path: {leaf: one site per adapter}}`."""
+    """Applies the overlaid adapters, `{scope path: {leaf: one site per adapter}}`, and dequantises in `small` paths."""
 
     sites: Mapping[tuple[str, ...], Mapping[str, Sequence[Site]]]
+    small: frozenset[tuple[str, ...]] = frozenset()
     inside: list[tuple[str, ...]] = dataclasses.field(default_factory=list[tuple[str, ...]])
 
     def __call__(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -212,6 +218,8 @@ class Interceptor:
             return next_fun(*args, **kwargs)
         refuse_mapped(context, self.sites)
         hooks = self._hooks(module.scope)
+        if module.scope.path in self.small and (small := compressed(module)):
+            return self._dequantised(module, method, hooks, small, args, kwargs)
         if not hooks:
             return next_fun(*args, **kwargs)
         layer = known(module, method)
@@ -228,12 +236,31 @@ class Interceptor:
                 finally:
                     self.inside.pop()
                 return hook.output(use, x, y, meta.unbox(module.scope.get_variable("params", "kernel")))
-        return self._rewritten(module, method, hooks, args, kwargs)
+        y, changed = self._rewritten(module, method, hooks, {}, args, kwargs)
+        write_back(module.scope, changed)
+        return y
 
-    def _rewritten(self, module: Any, method: str, hooks: dict[str, Any], args: Any, kwargs: Any) -> Any:
+    def _dequantised(
+        self, module: Any, method: str, hooks: dict[str, Any], small: dict[str, Any], args: Any, kwargs: Any
+    ) -> Any:
+        def run(small: Mapping[str, Any]) -> Any:
+            dense = {leaf: quantized.dense(x) for leaf, x in small.items()}
+            return self._rewritten(module, method, hooks, dense, args, kwargs)
+
+        # The backward pass dequantises again: kept from the forward pass, the dense weights would fill the memory.
+        y, changed = jax.checkpoint(run)(small)
+        write_back(module.scope, changed)
+        return y
+
+    def _rewritten(
+        self, module: Any, method: str, hooks: dict[str, Any], dense: Mapping[str, Any], args: Any, kwargs: Any
+    ) -> Any:
         scope, call = module.scope, alone(module, method)
-        weights = {leaf: meta.unbox(scope.get_variable("params", leaf)) for leaf in hooks}
-        fixed: dict[str, Any] = {}
+        own = {k: dense.get(k, meta.unbox(v)) for k, v in direct(module).items() if SEP not in k}
+        weights = {leaf: own[leaf] for leaf in hooks}
+        fixed = {leaf: x for leaf, x in dense.items() if leaf not in hooks}
+        if not hooks:
+            return call(fixed, *args, **kwargs)
         if scope.has_variable("params", "bias"):
             bias = meta.unbox(scope.get_variable("params", "bias"))
             changed = [new for hook in hooks.values() if (new := hook.bias(bias)) is not bias]
@@ -242,16 +269,13 @@ class Interceptor:
                 raise AttachError(
                     f"{where}: which of the weights {list(hooks)} its bias belongs to is unknown"
                 )
-            fixed = {"bias": changed[0]} if changed else {}
-        own = {k: meta.unbox(v) for k, v in direct(module).items() if SEP not in k}
+            fixed |= {"bias": changed[0]} if changed else {}
         others = {k: v for k, v in own.items() if k not in hooks and k != "bias"}
         try:
             methods.check_biases(hooks.values(), others)
         except AttachError as error:
             raise AttachError(f"{'.'.join(scope.path)}: {error}") from error
-        y, changed = trace.rewrite(lambda w, *a: call({**fixed, **w}, *a, **kwargs), weights, hooks, *args)
-        write_back(scope, changed)
-        return y
+        return trace.rewrite(lambda w, *a: call({**fixed, **w}, *a, **kwargs), weights, hooks, *args)
 
     def _hooks(self, scope: Any) -> dict[str, Applied | Several]:
         out: dict[str, Applied | Several] = {}
@@ -282,13 +306,17 @@ class Noting(Interceptor):
                 self.notes[".".join((*module.scope.path, leaf))] = f"{type(module).__name__}'s own call"
         return super().__call__(next_fun, args, kwargs, context)
 
-    def _rewritten(self, module: Any, method: str, hooks: dict[str, Any], args: Any, kwargs: Any) -> Any:
+    def _rewritten(
+        self, module: Any, method: str, hooks: dict[str, Any], dense: Mapping[str, Any], args: Any, kwargs: Any
+    ) -> Any:
         call = alone(module, method)
-        weights = {leaf: meta.unbox(module.scope.get_variable("params", leaf)) for leaf in hooks}
+        weights = {leaf: meta.unbox(module.scope.get_variable("params", leaf)) for leaf in hooks} | dict(dense)
         for leaf, found in trace.uses(lambda w, *a: call(w, *a, **kwargs)[0], weights, *args).items():
+            if leaf not in hooks:
+                continue
             name = f"{type(module).__name__}.{method}".removesuffix(".__call__")
             self.notes[".".join((*module.scope.path, leaf))] = trace.note(name, found, hooks[leaf])
-        return super()._rewritten(module, method, hooks, args, kwargs)
+        return super()._rewritten(module, method, hooks, dense, args, kwargs)
 
 
 def _along_roles(use: Use) -> bool:

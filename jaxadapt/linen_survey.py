@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from jaxadapt import linen_call as calls
-from jaxadapt import parameters, paths, plan, targets, trace
+from jaxadapt import parameters, paths, plan, quantized, targets, trace
 from jaxadapt.axes import Axes
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError
@@ -193,8 +193,9 @@ def check_reads(
     from the weight itself was read elsewhere.
     """
     names = {(*path, leaf): ".".join((*path, leaf)) for path, leaves in adapted.items() for leaf in leaves}
-    values = {name: _at(params, keys) for keys, name in names.items()}
-    copies = {(*keys[:-1], keys[-1] + SEP): values[name] for keys, name in names.items()}
+    held = {name: _at(params, keys) for keys, name in names.items()}
+    # (A quantised weight is made dense within the trace, where that costs nothing.)
+    values = {name: jax.eval_shape(quantized.dense, x) if quantized.is_quantized(x) else x for name, x in held.items()}
 
     def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
@@ -219,8 +220,9 @@ def check_reads(
         return y
 
     def output(weights: Mapping[str, Any]) -> Any:
+        copies = {(*keys[:-1], keys[-1] + SEP): held[name] for keys, name in names.items()}
         laid = overlaid(params, {**copies, **{keys: weights[name] for keys, name in names.items()}})
-        return run(laid, intercept)
+        return run(jax.tree.map(quantized.dense, laid, is_leaf=quantized.is_quantized), intercept)
 
     outside = [leaf for leaf, used in live(output, values).items() if used]
     if outside:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadapt import bind, nnx, nnx_survey, paths, plan
+from jaxadapt import bind, nnx, nnx_survey, paths, plan, quantized
 from jaxadapt.adapter import Adapter
 from jaxadapt.errors import AttachError, MismatchError
 from jaxadapt.linen_tree import meta
@@ -21,7 +21,9 @@ from jaxadapt.progress import Progress, counting, quiet, reporting
 Change = Callable[[Applied, Any], Any]
 
 
-def merge(params: Any, adapter: Adapter, *, safe: bool = False, progress: Progress = None) -> Any:
+def merge(
+    params: Any, adapter: Adapter, *, safe: bool = False, dequantize: bool = False, progress: Progress = None
+) -> Any:
     """The base parameters with the adapter in them: W + s·B·A for LoRA, W·l (and bias·l) for IA3.
 
     Args:
@@ -29,6 +31,8 @@ def merge(params: Any, adapter: Adapter, *, safe: bool = False, progress: Progre
             arrays stay what they are), a new tree is returned; or an NNX model without active adapters
             (`detach` first), changed in place and returned.
         safe: refuse, before anything is changed, where the result has a NaN or an infinity.
+        dequantize: of a base with quantised weights make all of them dense, as `jaxadapt.dequantize` does; merging
+            into them is refused otherwise, since a sum quantised again is another one than was trained.
         progress: None, True (a bar on a terminal or in a notebook) or a function of ("merge", bytes of weights done,
             bytes in all); each weight is then waited for.
 
@@ -43,7 +47,7 @@ def merge(params: Any, adapter: Adapter, *, safe: bool = False, progress: Progre
     >>> bool((merge(base, adapter)["q"]["kernel"] == 1).all())
     True
     """
-    return _changed(params, adapter, _weight, _bias, ("merge", progress), safe)
+    return _changed(params, adapter, _weight, _bias, ("merge", progress), safe, dequantize)
 
 
 def _weight(applied: Applied, w: Any) -> Any:
@@ -61,7 +65,13 @@ def unmerge(params: Any, adapter: Adapter, *, progress: Progress = None) -> Any:
 
 
 def _changed(
-    params: Any, adapter: Adapter, weight: Change, bias: Change, said: tuple[str, Progress], safe: bool = False
+    params: Any,
+    adapter: Adapter,
+    weight: Change,
+    bias: Change,
+    said: tuple[str, Progress],
+    safe: bool = False,
+    dequantize: bool = False,
 ) -> Any:
     what, progress = said
     if not isinstance(adapter, Adapter):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -74,8 +84,11 @@ def _changed(
             "this model has active adapters, which would count twice; take the adapter out and detach first:"
             " adapter = extract(model); detach(model); merge(model, adapter)"
         )
-    made = changes(leaves(params), adapter, weight, bias)
+    base = leaves(params)
     new: dict[str, Any] = {}
+    if dequantize:
+        new = {path: quantized.dense(leaf) for path, leaf in base.items() if quantized.is_quantized(leaf)}
+    made = changes({**base, **new}, adapter, weight, bias)
     with reporting(progress) as report:
         more = counting(report, what, sum(changed.nbytes for changed in made.values()))
         for path, changed in made.items():
@@ -93,8 +106,8 @@ def leaves(params: Any) -> dict[str, Any]:
     """`{path: array}` of an NNX model's base, or of a tree of base parameters, boxes opened."""
     if isinstance(params, nnx.nnx.Module):
         return nnx_survey.base_values(nnx.base_leaves(params))
-    flat = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_box)
-    return {_path(keys): _opened(leaf) for keys, leaf in flat}
+    flat = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_box)
+    return {path_of(keys): _opened(leaf) for keys, leaf in flat}
 
 
 def replaced(params: Any, new: Mapping[str, Any]) -> Any:
@@ -104,22 +117,23 @@ def replaced(params: Any, new: Mapping[str, Any]) -> Any:
         for path, value in new.items():
             module, attr = owners[path]
             vars(module)[attr].set_value(value)
+            nnx.release(module)  # of what it had to do for a quantised weight
         return params
 
     def put(keys: Any, leaf: Any) -> Any:
-        path = _path(keys)
+        path = path_of(keys)
         return _filled(leaf, new[path]) if path in new else leaf
 
-    return jax.tree_util.tree_map_with_path(put, params, is_leaf=_is_box)
+    return jax.tree_util.tree_map_with_path(put, params, is_leaf=is_box)
 
 
-def _path(keys: Sequence[Any]) -> str:
+def path_of(keys: Sequence[Any]) -> str:
     return paths.join(*(jax.tree_util.keystr((key,), simple=True) for key in keys))
 
 
-def _is_box(leaf: Any) -> bool:
-    """Whether a node wraps one array with what belongs to it: `nn.Partitioned`, an NNX variable."""
-    return isinstance(leaf, meta.AxisMetadata | nnx.nnx.Variable)
+def is_box(leaf: Any) -> bool:
+    """Whether a node wraps one array with what belongs to it (`nn.Partitioned`, an NNX variable), or stands for one."""
+    return isinstance(leaf, meta.AxisMetadata | nnx.nnx.Variable) or quantized.is_quantized(leaf)
 
 
 def _opened(leaf: Any) -> Any:
@@ -204,6 +218,12 @@ def changes(base: Mapping[str, Any], adapter: Adapter, weight: Change, bias: Cha
     ]
     if wrong:
         raise MismatchError("the adapter does not fit these parameters:\n" + paths.listing(wrong))
+    small = [b.leaf for b in bounds if quantized.is_quantized(base[b.leaf])]
+    if small:
+        raise AttachError(
+            "these weights are quantised, and cannot hold a sum exactly; merge(…, dequantize=True) makes the"
+            " base dense first:\n" + paths.listing(small)
+        )
     odd = [
         f"{b.leaf}: {base[b.leaf].dtype}"
         for b in bounds

@@ -120,8 +120,35 @@ def _hooks(module: nnx.Module) -> dict[str, Applied | Several]:
 
 
 def _call(module: Any, base: Any, f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """One of a layer's functions, with the active adapters."""
-    hooks = _hooks(module)
+    """One of a layer's functions, with the active adapters and its weights dequantised."""
+    hooks, small = _hooks(module), nnx_survey.compressed(module)
+    if not small:
+        return _applied(module, hooks, base, f, args, kwargs)
+    drawn = {leaf: hook.map(_drawn) for leaf, hook in hooks.items()}
+
+    def dequantised(small: Mapping[str, Any]) -> Any:
+        return _applied(view(module, base, small), drawn, base, f, args, kwargs)
+
+    # The backward pass dequantises again: kept from the forward pass, the dense weights would fill the memory.
+    return jax.checkpoint(dequantised)(small)
+
+
+def _drawn(hook: Applied) -> Applied:
+    """With its random numbers for one call at hand: nothing may draw them while JAX traces a part of the call."""
+    if not isinstance(hook.drop, nnx.Dropout):
+        return hook
+    stream: Any = hook.drop.rngs
+    return dataclasses.replace(hook, drop=functools.partial(hook.drop, rngs=stream()))
+
+
+def _applied(
+    module: Any,
+    hooks: dict[str, Applied | Several],
+    base: Any,
+    f: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
     own = vars(module)
     replaced = {leaf: hook.weight(own[leaf].get_value()) for leaf, hook in hooks.items() if hook.replaces}
     if replaced:
@@ -220,8 +247,8 @@ def attach(
             if DROPOUT not in vars(module):
                 setattr(module, DROPOUT, nnx.Dict())
             vars(module)[DROPOUT][name] = _dropout(rate, rngs, sizes)
-        if not isinstance(type(module), AdaptedMeta):
-            swap(module, adapted_class(type(module)))
+        follow(module)
+        if ACTIVE not in vars(module):
             setattr(module, ACTIVE, ())
     _set_active(model, (name,))
 
@@ -244,7 +271,7 @@ def _misfits(bounds: Sequence[bind.Bound], owners: Mapping[str, Owner], collecti
             # A table may order axes otherwise, or know that an output axis is a fused one; never which is an input.
             if set(axes.inn) != set(mine.inn):
                 problems.append(f"{bound.leaf}: the table {mine} contradicts the layer's own {axes}")
-        if collection in vars(module) and not isinstance(type(module), AdaptedMeta):
+        if collection in vars(module) and ACTIVE not in vars(module):
             problems.append(f"{bound.leaf}: its module has an attribute {collection!r} of its own")
     return problems
 
@@ -262,10 +289,22 @@ def _dropout(rate: float, rngs: nnx.Rngs | None, sizes: Sequence[int]) -> nnx.Dr
     return drop
 
 
+def follow(layer: nnx.Module) -> None:
+    """Give a layer the run-time subclass that applies its adapters and dequantises its weights."""
+    if not isinstance(type(layer), AdaptedMeta):
+        swap(layer, adapted_class(type(layer)))
+
+
+def release(layer: nnx.Module) -> None:
+    """Give a layer its own class back, where it has neither adapters nor quantised weights."""
+    if isinstance(type(layer), AdaptedMeta) and ACTIVE not in vars(layer) and not nnx_survey.compressed(layer):
+        swap(layer, base_class(layer))
+
+
 def adapted(model: nnx.Module) -> Iterator[tuple[str, Any]]:
     """`(path, layer)` of every adapted layer."""
     for path, node in nnx.iter_graph(model):
-        if isinstance(node, nnx.Module) and isinstance(type(node), AdaptedMeta):
+        if isinstance(node, nnx.Module) and isinstance(type(node), AdaptedMeta) and ACTIVE in vars(node):
             yield paths.join(*map(str, path)), node
 
 
@@ -319,7 +358,7 @@ def delete(model: nnx.Module, name: str) -> None:
                     delattr(layer, attr)
         if not any(m.peft_type.lower() in vars(layer) for m in methods.METHODS.values()):
             delattr(layer, ACTIVE)
-            swap(layer, base_class(layer))
+            release(layer)
 
 
 # ---------------------------------------------------------------- values out and in

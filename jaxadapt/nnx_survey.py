@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxadapt import layers, paths, trace
+from jaxadapt import layers, paths, quantized, trace
 from jaxadapt.axes import Axes, Use
 from jaxadapt.errors import AttachError
 from jaxadapt.generic import line_for
@@ -63,12 +63,19 @@ def entry_points(base: type[nnx.Module]) -> dict[str, Callable[..., Any]]:
     return {name: f for name, f in found.items() if name == "__call__" or not name.startswith("_")}
 
 
+def compressed(module: nnx.Module) -> dict[str, Any]:
+    """`{attribute: value}` of the layer's parameters that are quantised."""
+    held = {attr: var.get_value() for attr, var in vars(module).items() if isinstance(var, nnx.Param)}
+    return {attr: value for attr, value in held.items() if quantized.is_quantized(value)}
+
+
 def view(module: nnx.Module, base: type[nnx.Module], values: Mapping[str, Any]) -> Any:
-    """The layer as `base` alone, with other values for some of its parameters."""
+    """The layer as `base` alone, with other values for some of its parameters, and none of them quantised."""
     out = object.__new__(base)
     own = vars(out)
     own.update(vars(module))
-    for leaf, value in values.items():
+    for leaf, value in {**compressed(module), **values}.items():
+        value = quantized.dense(value)
         own[leaf] = own[leaf].copy(value)  # keeps the variable's type and metadata
     return out
 

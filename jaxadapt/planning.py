@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxadapt import bind, families, linen, linen_tree, methods, nnx, nnx_survey, paths, replication, targets
+from jaxadapt import bind, families, linen, linen_tree, methods, nnx, nnx_survey, paths, quantized, replication, targets
 from jaxadapt.adapter import Recipe, is_array
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError, TargetError
@@ -42,7 +42,11 @@ def on_model(
     # The generic map speaks of Flax's own layers; a custom one may hold its kernel the other way round.
     unsure = frozenset(nnx_survey.custom(owners, shapes)) - said if table == GENERIC else bind.NONE
     config = bind.resolve(config, full, shapes, unsure)
-    bounds = bind.select(config, full, shapes, unsure)
+    try:
+        bounds = bind.select(config, full, shapes, unsure)
+    except TargetError as error:
+        _refuse_qwix(model, error)
+        raise
     mine = {b.leaf for b in bounds}
     if traced.keys() - mine and not all_linear:
         missed = [leaf for leaf in traced if leaf not in mine]
@@ -55,6 +59,16 @@ def on_model(
         hooks = {b.leaf: methods.Applied(b.method, b.static, {}, b.axes) for b in bounds}
         nnx_survey.check_calls(model, hooks, dropped, example)
     return recipe, bounds
+
+
+def _refuse_qwix(model: Any, error: TargetError) -> None:
+    """Say why, if a model has no such weights because Qwix keeps them."""
+    nodes = (node for _, node in nnx.nnx.iter_graph(model) if isinstance(node, nnx.nnx.Module))
+    if any(quantized.is_qwix_parameter(x) for node in nodes for x in vars(node).values()):
+        raise AttachError(
+            f"{error}\nQwix runs this model, and would quantise what goes through an adapter, too:"
+            " jaxadapt.from_qwix(model) keeps its weights and leaves Qwix out"
+        ) from error
 
 
 def on_tree(
@@ -95,7 +109,7 @@ def tree_leaves(params: Any) -> dict[str, Any]:
     if isinstance(params.get("params"), Mapping):
         raise AttachError("expected base parameters, found variables; give variables['params']")
     flat = paths.flatten(linen_tree.opened(params))
-    odd = [f"{p}: {type(v).__name__}" for p, v in flat.items() if not is_array(v)]
+    odd = [f"{p}: {type(v).__name__}" for p, v in flat.items() if not (is_array(v) or quantized.is_quantized(v))]
     if odd:
         raise AttachError("expected arrays as base parameters, found:\n" + paths.listing(odd))
     return flat

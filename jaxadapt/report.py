@@ -12,6 +12,7 @@ from jaxadapt import attach, bind, linen, linen_tree, methods, nnx, nnx_survey, 
 from jaxadapt.adapter import Adapter, is_array
 from jaxadapt.errors import AttachError
 from jaxadapt.keymap import KeyMap
+from jaxadapt.quantized import is_quantized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +188,7 @@ def _of_model(model: Any, inputs: Sequence[Any]) -> Summary:
 
 def _of_variables(variables: Mapping[str, Any], active: tuple[str, ...] | None, how: Mapping[str, str]) -> Summary:
     flat = paths.flatten(linen_tree.meta.unbox(variables.get("params", {})))
-    base = {path: tuple(leaf.shape) for path, leaf in flat.items() if is_array(leaf)}
+    base = {path: tuple(leaf.shape) for path, leaf in flat.items() if is_array(leaf) or is_quantized(leaf)}
     tables: dict[str, KeyMap] = {}
     rows: list[Row] = []
     for method in methods.METHODS.values():

@@ -26,10 +26,10 @@ from jaxadapt import (
     merging,
     nnx,
     orbax_folder,
+    originals,
     paths,
     planning,
     products,
-    starting,
     together,
 )
 from jaxadapt.adapter import Adapter, PeftTensors, Recipe
@@ -294,7 +294,7 @@ def _residual(
         raise AttachError(f"{source}: base='original': this adapter belongs to the original base as it is")
     if present is not None and products.changes_the_base(present):
         raise AttachError(f"{source}: base='original', but the attached adapter has changed this base already")
-    return starting.residual(adapter.recipe, bounds, planning.base_of(target))
+    return originals.residual(adapter.recipe, bounds, planning.base_of(target))
 
 
 _WHICH_BASE = (

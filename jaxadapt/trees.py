@@ -14,6 +14,7 @@ from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 from jaxadapt import dialects, linen_tree, nnx, paths
 from jaxadapt.adapter import CONFIG_NODE, is_array
 from jaxadapt.errors import MismatchError
+from jaxadapt.quantized import is_quantized
 
 Leaves = dict[str, Any]
 Put = Callable[[Mapping[str, Any]], Any]
@@ -37,7 +38,7 @@ def _opened_nnx(tree: Any) -> tuple[Leaves, Put]:
     held = {
         p: var.get_value() if isinstance(var, nnx.nnx.Variable) else var for p, var in flat.items() if p not in ours
     }
-    leaves = {p: leaf for p, leaf in held.items() if is_array(leaf)}
+    leaves = {p: leaf for p, leaf in held.items() if is_array(leaf) or is_quantized(leaf)}
 
     def put(new: Mapping[str, Any]) -> Any:
         plain = [p for p in new if not isinstance(flat[p], nnx.nnx.Variable)]
@@ -59,7 +60,7 @@ def _is_mark(path: Sequence[Any], _: Any) -> bool:
 
 
 def _is_box(node: Any) -> bool:
-    return isinstance(node, linen_tree.meta.AxisMetadata | nnx.nnx.Variable)
+    return isinstance(node, linen_tree.meta.AxisMetadata | nnx.nnx.Variable) or is_quantized(node)
 
 
 def _name(key: Any) -> str:
@@ -106,7 +107,7 @@ def _opened_tree(tree: Any) -> tuple[Leaves, Put]:
     leaves: Leaves = {}
     for name, (_, node) in zip(names, flat, strict=True):
         value = _unboxed(node)
-        if is_array(value):
+        if is_array(value) or is_quantized(value):
             leaves[name] = value
 
     def put(new: Mapping[str, Any]) -> Any:

@@ -19,12 +19,14 @@ PACKAGE = Path(__file__).resolve().parent.parent / "jaxadapt"
 FLOORS = [
     ["errors", "progress", "paths", "axes", "configs"],
     "pieces weight arrangement keymap generic dialect plan adapter peft_tensors"
-    " trace operations layout liveness layers filters targets drawing factors codecs consumers card hub".split(),
+    " trace operations layout liveness layers filters targets drawing factors codecs consumers card hub"
+    " quantized".split(),
     "methods families agreeing copies parameters tying replication bind renaming joining embeddings folder".split()
     + "orbax_folder transfer together vocabulary dialects guests guest_config laying sharding slots pytorch".split(),
     "linen linen_call linen_survey linen_tree nnx nnx_survey merging products combining norms trees checking".split()
     + "observing eva".split(),
-    "foreign planning attach exchange store bases report picture reducing rescaling optim starting".split(),
+    "foreign planning attach exchange store bases report picture reducing rescaling optim".split()
+    + "beginning starting originals quantizing".split(),
     "converting on_disk sharing checkpoint snapshot resuming step_files step_reading".split()
     + "background preemption serving".split(),
     ["cli", "demo"],
@@ -70,6 +72,7 @@ SAME_FLOOR = {
     ("orbax_folder", "bind"): "the parameters of a checkpoint get the names of a file",
     ("folder", "orbax_folder"): "whatever lies at a path",
     ("folder", "agreeing"): "which configuration is meant",
+    ("quantizing", "planning"): "what it quantises is found where an adapter would be attached",
     ("trace", "layout"): "a trace follows layouts",
     ("trace", "operations"): "and convolutions and lookups",
     ("operations", "layout"): "which it recognises by how their weight lies",
@@ -91,7 +94,11 @@ SAME_FLOOR = {
     ("bases", "exchange"): "and is taken out with the same care",
     ("starting", "attach"): "it extracts, and attaches what it made",
     ("starting", "planning"): "it plans as adapt and init do",
-    ("store", "starting"): "what a base becomes when an adapter is loaded that belongs to a changed one",
+    ("starting", "beginning"): "what each initialisation makes is a file of its own",
+    ("originals", "beginning"): "and so is the way back",
+    ("originals", "attach"): "which extracts",
+    ("factors", "quantized"): "LoftQ quantises",
+    ("store", "originals"): "what a base becomes when an adapter is loaded that belongs to a changed one",
     ("observing", "linen"): "it looks into either kind of model",
     ("observing", "linen_call"): "with the hooks that adapters use",
     ("observing", "linen_survey"): "laid beside the weights",
@@ -143,6 +150,7 @@ DOORS: dict[str, set[str]] = {
     "rich": {"cli", "demo", "report", "progress"},
     "matplotlib": {"demo", "picture"},
     "gguf": {"demo"},
+    "qwix": {"quantized"},  # where somebody's weights are its arrays
     "tokenizers": {"demo"},
 }
 

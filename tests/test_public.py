@@ -23,6 +23,8 @@ PUBLIC = {
     "activate", "disable", "delete", "summary",
     "export_base", "import_base", "merge", "unmerge", "combine", "rescale", "resize_rank",
     "to_lora", "AdapterParam", "BaseParam",
+    # its base in 4 or 8 bits
+    "quantize", "dequantize", "from_qwix",
     # files
     "save", "load", "read", "write", "inspect", "read_config", "to_peft", "from_peft",
     # while training

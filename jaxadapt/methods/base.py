@@ -164,6 +164,9 @@ class Applied:
     def replaces(self) -> bool:
         return self.method.replaces
 
+    def map(self, change: Callable[[Applied], Applied]) -> Applied:
+        return change(self)
+
     def input(self, use: Use, x: Array) -> Array:
         return self._on_parts(use.x, x, lambda x: self.method.input(self.static, self.params, use, x), use)
 
@@ -258,6 +261,9 @@ class Several:
     @property
     def axes(self) -> Axes:
         return self.hooks[0].axes
+
+    def map(self, change: Callable[[Applied], Applied]) -> Several:
+        return Several(tuple(change(hook) for hook in self.hooks))
 
     @property
     def replaces(self) -> bool:

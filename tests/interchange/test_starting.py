@@ -24,11 +24,13 @@ import peft
 import torch
 from peft.tuners.lora import corda as peft_corda
 from peft.tuners.lora import loraga as peft_loraga
+from safetensors.numpy import load_file
 
 import jaxadapt
 from jaxadapt import families, plan, planning
 from tests import peft_harness as harness
 from tests.arithmetic.test_reducing import deltas
+from tests.interchange.record_bitsandbytes import LOFTQ, RANK, RECORDED
 from tests.twins import gpt2, llama
 
 pytestmark = pytest.mark.peft
@@ -287,3 +289,56 @@ def test_an_unconverted_file_changes_the_base_on_request_as_in_peft(kind, api, s
     else:
         found = forward(jaxadapt.merge(loaded["params"], jaxadapt.extract(loaded)), {"input_ids": IDS})
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * abs(expected).max())
+
+
+# ---- LoftQ, which PEFT leaves to bitsandbytes and a GPU: what they made of one weight is recorded ----------------
+
+
+def loftq(bits, steps, **more):
+    made = {"loftq_bits": bits, "loftq_iter": steps}
+    options = {"r": RANK, "lora_alpha": RANK, "target_modules": ["q"], "init_lora_weights": "loftq", **more}
+    return jaxadapt.LoraConfig(loftq_config=made, **options)
+
+
+@pytest.mark.parametrize("alpha", [RANK, 3 * RANK])
+@pytest.mark.parametrize(("bits", "steps"), LOFTQ)
+def test_loftq_is_pefts_with_the_sum_near_the_weight_at_any_scale(bits, steps, alpha):
+    """The quantised base is PEFT's; so is B·A, which PEFT does not divide by the scale."""
+    found = load_file(RECORDED)
+    base = {"q": {"kernel": jnp.asarray(found["weight"].T)}}
+    left, adapter = jaxadapt.start(loftq(bits, steps, lora_alpha=alpha), base)
+    theirs = found[f"loftq.{bits}.{steps}.base"]
+    atol = 1e-6 * abs(theirs).max()  # an SVD in float32 by two libraries, and so the next quantisation
+    np.testing.assert_allclose(left["q"]["kernel"].T, theirs, rtol=0, atol=atol)
+    (change,) = deltas(adapter).values()
+    np.testing.assert_allclose(change, found[f"loftq.{bits}.{steps}.product"], rtol=0, atol=atol)
+    before, merged = base["q"]["kernel"], jaxadapt.merge(left, adapter)["q"]["kernel"]
+    assert jnp.linalg.norm(merged - before) < jnp.linalg.norm(left["q"]["kernel"] - before)
+
+
+@pytest.mark.parametrize(("family", "api", "scan"), [("llama", "nnx", None), ("llama", "linen", 0)])
+def test_a_base_left_by_loftq_is_held_in_four_bits_as_it_is(family, api, scan, tmp_path):
+    base = twin(family, api, scan)[0]
+    config = jaxadapt.LoraConfig(**fields(family, "loftq", loftq_config={"loftq_bits": 4, "loftq_iter": 2}))
+    left, adapter = jaxadapt.start(config, base)
+    weights = {p: np.asarray(x) for p, x in planning.base_of(left).items()}
+    small = jaxadapt.quantize(left, modules=TARGETS[family])
+    again = planning.base_of(jaxadapt.dequantize(nnx.clone(small) if api == "nnx" else small))
+    for path, w in weights.items():
+        np.testing.assert_array_equal(again[path], w, err_msg=path)
+    with pytest.raises(jaxadapt.ConfigError, match="LoftQ quantised the base"):
+        jaxadapt.for_original_base(adapter, adapter)
+    jaxadapt.save(adapter, tmp_path)
+    fresh = twin(family, api, scan)[0]
+    loaded = jaxadapt.load(tmp_path, fresh if api == "nnx" else {"params": fresh}, base="original")
+    for path, w in planning.base_of(loaded).items():
+        np.testing.assert_array_equal(w, weights[path], err_msg=path)
+
+
+def test_loftq_is_for_weights_as_they_were():
+    base = jaxadapt.quantize({"q": {"kernel": np.ones((64, 64), "float32")}}, modules=["q"])
+    with pytest.raises(jaxadapt.ConfigError, match="quantised"):
+        jaxadapt.start(loftq(4, 1), base)
+    conv = jaxadapt.LoraConfig(**fields("gpt2", "loftq", loftq_config={"loftq_bits": 4}))
+    with pytest.raises(jaxadapt.ConfigError, match="the wrong way round"):
+        jaxadapt.start(conv, twin("gpt2", "linen")[0])

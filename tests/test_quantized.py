@@ -1,0 +1,298 @@
+"""Bases in 4 and 8 bits: the numbers beside their formulas, and adapters on them in both APIs.
+
+PEFT's side is in interchange/test_quantized.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxadapt
+from jaxadapt import quantized
+from tests import small
+
+KINDS = ["nf4", "int8"]
+RNG = np.random.default_rng(0)
+LORA = dataclasses.replace(small.LORA, init_lora_weights=False)
+
+
+# ---- the numbers -----------------------------------------------------------------------------------------
+
+
+def by_formula(w: np.ndarray, kind: str, block: int) -> np.ndarray:
+    """What is left of a flat array, number by number."""
+    out = np.empty_like(w)
+    for start in range(0, len(w), block):
+        part = w[start : start + block].astype("float64")
+        most = abs(part).max()
+        for i, x in enumerate(part):
+            if kind == "nf4":
+                level = min(quantized.NF4, key=lambda level: abs(x / most - level)) if most else 0.0
+            else:
+                level = np.round(127 * x / most) / 127
+            out[start + i] = level * most
+    return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(4, 64), (6, 10), (3, 4, 5)], ids=str)
+def test_numbers_follow_the_formula(kind, shape):
+    w = RNG.standard_normal(shape).astype("float32")
+    q = quantized.quantized(w, kind, block=64)
+    expected = by_formula(w.ravel(), kind, 64).reshape(shape)
+    assert q.shape == shape
+    assert q.codes.dtype == (jnp.uint8 if kind == "nf4" else jnp.int8)
+    np.testing.assert_allclose(q.dense(), expected, rtol=1e-6, atol=1e-6)  # two roundings in float32
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_run_in_the_order_that_is_asked_for_and_within_each_layer(kind):
+    w = RNG.standard_normal((2, 6, 5, 16)).astype("float32")  # (layers, in, heads, width): an output's inputs together
+    q = quantized.quantized(w, kind, order=(1, 2, 0), stack=1, block=6 if kind == "int8" else 64)
+    for layer, found in zip(w, q.dense(), strict=True):
+        turned = layer.transpose(1, 2, 0)
+        expected = by_formula(turned.ravel(), kind, 6 if kind == "int8" else 64).reshape(turned.shape)
+        np.testing.assert_allclose(found, expected.transpose(2, 0, 1), rtol=1e-6, atol=1e-6)
+    second = jax.tree.map(lambda x: x[1], q)
+    assert second.shape == (6, 5, 16)
+    assert bool((second.dense() == q.dense()[1]).all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_quantised_again_stays_as_it_is(kind):
+    w = jnp.asarray(RNG.standard_normal((24, 40)), "float32").at[0].set(0.0)
+    once = quantized.quantized(w, kind).dense()
+    np.testing.assert_array_equal(quantized.quantized(once, kind).dense(), once)
+    assert not once[0].any()
+
+
+def test_dtype_and_size():
+    w = jnp.ones((64, 64), "bfloat16")
+    q = quantized.quantized(w, "nf4")
+    assert q.dense().dtype == "bfloat16"
+    assert q.nbytes == 64 * 64 / 2 + 64 * 4
+    assert quantized.quantized(w, "int8").nbytes == 64 * 64 + 64 * 4
+
+
+# ---- adapters on them ------------------------------------------------------------------------------------
+
+
+def nnx_side(kind: str, config: Any) -> tuple[Any, Any]:
+    """A model with a quantised base and an adapter, and how to call it."""
+    model = jaxadapt.quantize(small.net(), kind, modules=["q_proj", "up_proj"])
+    jaxadapt.adapt(model, config, rngs=nnx.Rngs(5))
+    jaxadapt.inject(small.noisy(jaxadapt.extract(model)), model)
+    model.eval()
+    return model, lambda model: model(small.X)
+
+
+def linen_side(kind: str, config: Any) -> tuple[Any, Any]:
+    base = jaxadapt.quantize(small.base()["params"], kind, modules=["q_proj", "up_proj"])
+    adapter = small.noisy(jaxadapt.init(config, base, key=jax.random.key(0)))
+    module = jaxadapt.adapt(small.LinenNet(), adapter.config)
+    return {"params": base, **adapter.collection}, lambda variables: module.apply(variables, small.X)
+
+
+SIDES = {"nnx": nnx_side, "linen": linen_side}
+CONFIGS = {
+    "lora": LORA,
+    "dora": LORA.replace(use_dora=True),
+    "one": LORA.replace(target_modules=["q_proj"]),
+    "copy": LORA.replace(target_modules=["q_proj"], modules_to_save=["up_proj"]),
+    "ia3": small.IA3,
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("api", SIDES)
+def test_computes_what_the_dense_base_does(api, kind, config, tmp_path):
+    """And merges, saves and loads like it; the dense base is another only by what quantising took."""
+    tree, run = SIDES[api](kind, CONFIGS[config])
+    y = run(tree)
+    jaxadapt.save(tree, tmp_path)
+    adapter = jaxadapt.extract(tree)
+    base = jaxadapt.detach(tree) if api == "nnx" else tree["params"]
+    with pytest.raises(jaxadapt.AttachError, match=r"q_proj.kernel") as caught:
+        jaxadapt.merge(base, adapter)
+    assert "dequantize=True" in str(caught.value)
+    fresh = SIDES[api](kind, CONFIGS[config])[0]
+    fresh = jaxadapt.detach(fresh) if api == "nnx" else {"params": fresh["params"]}
+    np.testing.assert_array_equal(run(jaxadapt.load(tmp_path, fresh)), y)
+    if api == "nnx":
+        merged = jaxadapt.merge(base, adapter, dequantize=True)
+        assert type(merged.q_proj) is nnx.Linear
+        assert type(merged.up_proj) is nnx.Linear
+        z = run(merged)
+    else:
+        z = small.LinenNet().apply({"params": jaxadapt.merge(base, adapter, dequantize=True)}, small.X)
+    np.testing.assert_allclose(z, y, rtol=0, atol=1e-5 * abs(y).max())
+
+
+@pytest.mark.parametrize("api", SIDES)
+def test_training_moves_the_adapter_and_keeps_no_dense_weight(api):
+    """What the backward pass is given holds inputs, codes and factors, and no array of a base weight's shape."""
+    tree, run = SIDES[api]("nf4", LORA)
+    if api == "nnx":
+        graphdef, adapter, rest = nnx.split(tree, jaxadapt.AdapterParam, ...)
+
+        def loss(adapter: Any) -> Any:
+            return jnp.sum(run(nnx.merge(graphdef, adapter, rest)) ** 2)
+    else:
+        adapter = tree["lora"]
+
+        def loss(adapter: Any) -> Any:
+            return jnp.sum(run({**tree, "lora": adapter}) ** 2)
+
+    kept = jax.eval_shape(lambda adapter: jax.vjp(loss, adapter)[1], adapter)
+    shapes = [x.shape for x in jax.tree.leaves(kept)]
+    assert (4, 6) not in shapes
+    assert (6, 8) not in shapes
+    assert (8, 6) not in shapes
+    assert shapes
+    value, slope = jax.jit(jax.value_and_grad(loss))(adapter)
+    moved = jax.tree.map(lambda p, g: p - 1e-5 * g, adapter, slope)
+    assert loss(moved) < value
+    assert all(bool(jnp.any(g != 0)) for g in jax.tree.leaves(slope))
+
+
+def test_dropout_is_drawn_outside_of_what_is_computed_twice():
+    model, run = nnx_side("nf4", LORA.replace(lora_dropout=0.5))
+    model.train()
+    first, second = run(model), run(model)
+    assert bool((first != second).any())
+
+    def loss(model: Any) -> Any:
+        return jnp.sum(run(model) ** 2)
+
+    nnx.jit(nnx.grad(loss, argnums=nnx.DiffState(0, jaxadapt.AdapterParam)))(model)
+
+
+class Block(nn.Module):
+    """A layer of its own making, whose weight an adapter follows by a trace."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, _: Any = None) -> Any:
+        w = self.param("w", nn.initializers.lecun_normal(), (8, 2, 4))
+        return x + jnp.tanh(jnp.einsum("bd,dnh->bnh", x, w)).reshape(x.shape), None
+
+
+class Stack(nn.Module):
+    """Three of them, scanned."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        layers = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        return layers(name="layers")(x, None)[0]
+
+
+TABLE = jaxadapt.KeyMap("stack", (jaxadapt.Weight("layers.w", "layers.{l}.w.weight", "{l} d n h -> (n h) d"),))
+
+
+def test_scanned_layers_with_weights_of_their_own():
+    x = jnp.asarray(RNG.standard_normal((2, 8)), "float32")
+    params = Stack().init(jax.random.key(0), x)["params"]
+    config = jaxadapt.LoraConfig(r=2, target_modules=["w"], init_lora_weights=False)
+    base = jaxadapt.quantize(params, modules=["w"], keymap=TABLE)
+    assert base["layers"]["w"].shape == (3, 8, 2, 4)
+    assert base["layers"]["w"].codes.shape == (3, 1, 32)
+    adapter = jaxadapt.init(config, base, key=jax.random.key(1), keymap=TABLE)
+    module = jaxadapt.adapt(Stack(), config, keymap=TABLE)
+    run = functools.partial(module.apply, {"params": base, **adapter.collection})
+    dense = jaxadapt.dequantize(base)
+    np.testing.assert_allclose(run(x), module.apply({"params": dense, **adapter.collection}, x), atol=1e-6)
+    with jaxadapt.disable(module) as bare:
+        np.testing.assert_allclose(bare.apply({"params": base}, x), Stack().apply({"params": dense}, x), atol=1e-6)
+    other = jaxadapt.Weight("layers.w", "layers.{l}.w.weight", "d {l} n h -> (n h) d")
+    turned = {"layers": {"w": jnp.moveaxis(params["layers"]["w"], 0, 1)}}
+    with pytest.raises(jaxadapt.AttachError, match="only the first axes"):
+        jaxadapt.quantize(turned, modules=["w"], keymap=jaxadapt.KeyMap("turned", (other,)))
+
+
+def test_stacked_nnx_layers():
+    @nnx.vmap
+    def make(key: Any) -> Any:
+        return nnx.Linear(8, 8, rngs=nnx.Rngs(key))
+
+    class Net(nnx.Module):
+        def __init__(self) -> None:
+            self.layers = make(jax.random.split(jax.random.key(0), 3))
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nnx.scan(lambda x, layer: jnp.tanh(layer(x)), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(
+                x, self.layers
+            )
+
+    model, x = Net(), jnp.asarray(RNG.standard_normal((2, 8)), "float32")
+    jaxadapt.quantize(model, modules=["layers"])
+    jaxadapt.adapt(model, LORA.replace(target_modules=["layers"]), rngs=nnx.Rngs(1))
+    y = model(x)
+    jaxadapt.dequantize(model)
+    np.testing.assert_allclose(model(x), y, rtol=0, atol=1e-6)
+
+
+# ---- refusals --------------------------------------------------------------------------------------------
+
+
+def test_all_linear_leaves_out_the_output_layer_and_what_is_no_matrix():
+    from jaxadapt.demo import llama, llama_nnx
+
+    config = llama.LlamaConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4
+    )
+    model = jaxadapt.quantize(llama_nnx.Llama(config, rngs=nnx.Rngs(0)))
+    held = {p for p, x in _values(model).items() if quantized.is_quantized(x)}
+    assert {p.rpartition(".")[0].rpartition(".")[2] for p in held} == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    }  # fmt: skip
+    with pytest.raises(jaxadapt.AttachError, match="is quantised already"):
+        jaxadapt.quantize(model)
+
+
+def _values(model: Any) -> dict[str, Any]:
+    from jaxadapt import planning
+
+    return planning.base_of(model)
+
+
+@pytest.mark.parametrize(
+    ("options", "change", "message"),
+    [
+        ({"kind": "int3"}, lambda w: w, "nf4 or int8"),
+        ({"block": 3}, lambda w: w, "an even one"),
+        ({"block": 0}, lambda w: w, "positive"),
+        ({}, lambda w: w.at[0, 0].set(jnp.nan), "not finite"),
+        ({}, lambda w: w.astype(jnp.int32), "floating-point"),
+        ({}, lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype), "floating-point"),
+    ],
+)
+def test_refusals_name_the_weight_and_change_nothing(options, change, message):
+    model = small.net()
+    before = model.q_proj.kernel.get_value()
+    model.q_proj.kernel.set_value(change(before))
+    with pytest.raises(jaxadapt.AttachError, match=message):
+        jaxadapt.quantize(model, **{"modules": ["q_proj", "up_proj"], **options})
+    assert type(model.up_proj) is nnx.Linear
+    assert not quantized.is_quantized(model.up_proj.kernel.get_value())
+
+
+def test_initialisations_that_change_the_base_are_refused_on_one_that_cannot_hold_them():
+    base = jaxadapt.quantize(small.base()["params"], modules=["q_proj"])
+    config = jaxadapt.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")
+    with pytest.raises(jaxadapt.ConfigError, match="quantised"):
+        jaxadapt.start(config, base)
+
+
+def test_export_asks_for_dense_weights(tmp_path):
+    base = jaxadapt.quantize(small.base()["params"], modules=["q_proj"])
+    with pytest.raises(jaxadapt.AttachError, match="dequantize"):
+        jaxadapt.export_base(base, tmp_path)
