@@ -289,7 +289,7 @@ def _explained(config: Config) -> list[str]:
     if config.peft_type != "LORA":
         return ["Layer by module: how far the trained factors are from 1, which would change nothing."]
     return [
-        "Layer by module: the size of what is added to each weight (Frobenius norm), and in how many directions.",
+        "Layer by module: how much is added to each weight (Frobenius norm), in how many directions (effective rank)."
     ]
 
 
