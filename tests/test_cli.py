@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import re
 import shlex
 import subprocess
@@ -255,6 +257,34 @@ def test_with_json_standard_output_is_json_and_nothing_else(name, folder, run_fo
     result = run(*JSON[name], "--json")
     assert json.loads(result.stdout)
     assert result.exit_code == 0
+
+
+@pytest.mark.parametrize("seen", [True, False], ids=["a terminal", "a pipe"])
+def test_long_work_shows_bars_with_bytes_per_second_on_a_terminal_alone(seen, folder):
+    """`python -m jaxadapt merge` as a process, its standard error a terminal or not; its result is the same."""
+    weights = {f"model.layers.0.self_attn.{m}_proj.weight": np.ones((6, 8), "f4") for m in "qv"}
+    weights |= {f"x{i}": np.ones((1024, 4096), "f4") for i in range(8)}
+    save_file(weights, folder.parent / "model.safetensors")
+    root = str(Path(jaxadapt.__file__).parents[1])
+    env = {**os.environ, "PYTHONPATH": root, "TERM": "xterm", "COLUMNS": "100"}
+    words = ["merge", "model.safetensors", "out", "--out", "new", "--json"]
+    ours, theirs = pty.openpty() if seen else os.pipe()
+    with subprocess.Popen(
+        [sys.executable, "-m", "jaxadapt", *words], cwd=folder.parent, env=env, stdout=subprocess.PIPE, stderr=theirs
+    ) as process:
+        os.close(theirs)
+        said = b""
+        with contextlib.suppress(OSError):  # a terminal whose other side has gone
+            while more := os.read(ours, 1 << 16):
+                said += more
+        os.close(ours)
+        result, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert json.loads(result) == {"folder": "new", "changed": 2}
+    if seen:
+        assert re.search(r"merge .*━.*134\.2 MB.*[kMG]B/s", said.decode())
+    else:
+        assert said == b""
 
 
 def test_every_command_has_a_test_of_its_json():

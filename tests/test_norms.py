@@ -62,6 +62,14 @@ def test_lora_is_the_norm_of_the_formed_change():
     assert found.left_out == ("head.weight",)
 
 
+def test_the_change_is_never_formed():
+    """It would have 160 GB here."""
+    config = jaxadapt.LoraConfig(r=1, lora_alpha=1, target_modules=["q"])
+    wide = np.ones((1, 200_000), "f4")
+    (norm,) = measure(tensors(config, **{"q.lora_A.weight": wide, "q.lora_B.weight": wide.T})).modules
+    assert norm.norm == pytest.approx(200_000)
+
+
 def test_a_fresh_adapter_and_one_direction():
     config = jaxadapt.LoraConfig(r=3, lora_alpha=3, target_modules=["q"])
     fresh = measure(tensors(config, **{"q.lora_A.weight": array(3, 5), "q.lora_B.weight": np.zeros((4, 3), "f4")}))

@@ -35,7 +35,7 @@ def command(
         raise click.UsageError("--step says which step --export writes")
     if out is not None:
         chosen = _chosen(manager.latest, best, step)
-        manager.export(chosen, out)
+        manager.export(chosen, out, progress=True)
         chosen = manager.latest if chosen is None else chosen
         shown.print_json({"step": chosen, "folder": out}) if as_json else shown.print_pairs(
             [("step", str(chosen)), ("folder", out)]
