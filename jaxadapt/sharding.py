@@ -182,6 +182,23 @@ def boxes(sharding: Sharding, shape: Shape) -> dict[Box, tuple[Any, ...]]:
     return {box: tuple(devices) for box, devices in found.items()}
 
 
+@functools.lru_cache(maxsize=1024)
+def here(sharding: Sharding, shape: Shape) -> dict[Box, Any]:
+    """`{box: device}`: the parts that this process holds, and one of its devices that does."""
+    mine = sharding.addressable_devices
+    held = {box: [d for d in devices if d in mine] for box, devices in boxes(sharding, shape).items()}
+    return {box: devices[0] for box, devices in held.items() if devices}
+
+
+@functools.lru_cache(maxsize=1024)
+def _holders(sharding: Sharding, shape: Shape) -> list[tuple[tuple[int, ...], list[Box], int]]:
+    """Which processes hold the same parts, these parts, and how many elements they have."""
+    groups: dict[tuple[int, ...], list[Box]] = {}
+    for box, devices in boxes(sharding, shape).items():
+        groups.setdefault(tuple(sorted({d.process_index for d in devices})), []).append(box)
+    return [(holders, parts, sum(map(size, parts))) for holders, parts in groups.items()]
+
+
 def box_of(index: Sequence[slice], shape: Shape) -> Box:
     """The box of a tuple of slices, as a shard's `index` gives them."""
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
@@ -264,13 +281,10 @@ def owners(leaves: Mapping[str, Any]) -> dict[str, dict[Box, int]]:
             out[path] = {whole(shape): 0}
             load[0] = load.get(0, 0) + leaf.nbytes
             continue
-        groups: dict[tuple[int, ...], list[Box]] = {}
-        for box, devices in boxes(leaf.sharding, shape).items():
-            groups.setdefault(tuple(sorted({d.process_index for d in devices})), []).append(box)
         out[path] = {}
-        for holders, parts in groups.items():
+        for holders, parts, count in _holders(leaf.sharding, shape):
             owner = min(holders, key=lambda process: (load.get(process, 0), process))
-            load[owner] = load.get(owner, 0) + sum(map(size, parts)) * leaf.dtype.itemsize
+            load[owner] = load.get(owner, 0) + count * leaf.dtype.itemsize
             out[path] |= dict.fromkeys(parts, owner)
     return out
 

@@ -65,9 +65,9 @@ def on_host(arrays: Mapping[str, Any]) -> dict[str, Callable[[], np.ndarray]]:
     copies it (tests/test_checkpoint.py holds JAX to that). numpy's own arrays are copied: anybody may write to them.
     """
     pieces = {name: _pieces(leaf) for name, leaf in arrays.items() if isinstance(leaf, jax.Array)}
-    for held in pieces.values():  # all transfers begin before the first is waited for
-        for _, piece in held:
-            if next(iter(piece.sharding.device_set)).platform != "cpu":
+    for name, held in pieces.items():  # all transfers begin before the first is waited for
+        if together.on_accelerator(arrays[name]):
+            for _, piece in held:
                 piece.copy_to_host_async()
     out: dict[str, Callable[[], np.ndarray]] = {}
     for name, leaf in arrays.items():

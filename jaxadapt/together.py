@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -51,8 +50,12 @@ def write(
     alike = alone(encoded.leaves) | {"the configuration": parallel.digest(tensors.config.to_json())}
 
     def parts(common: bool) -> Iterator[Part]:
-        made = _own(encoded, group.index) if common else _gathered(encoded, group.index)
-        more = counting(report, "save", _mine(encoded, group.index, common))
+        if common:
+            held = own(encoded.leaves, group.index)
+            made, values = _own(encoded, held), [x for boxes in held.values() for x in boxes.values()]
+        else:
+            made, values = _gathered(encoded, group.index), encoded.leaves.values() if group.index == 0 else ()
+        more = counting(report, "save", sum(x.size * (encoded.dtype or x.dtype).itemsize for x in values))
         for part in made:
             yield part
             more(part.array.nbytes)
@@ -74,21 +77,6 @@ def write(
         specs = {key: (spec.dtype, spec.shape) for key, spec in encoded.specs.items()}
         parallel.follow(os.fspath(target / folder.WEIGHTS), safetensors.named_specs(specs), parts, group, alike)
         group.hear("result")
-
-
-def _mine(encoded: Encoded, process: int, common: bool) -> int:
-    """How many bytes of the file this process writes."""
-    if not common:
-        specs = encoded.specs.values() if process == 0 else ()
-        return sum(math.prod(spec.shape) * spec.dtype.itemsize for spec in specs)
-    width = {e.path: encoded.specs[e.keys[0]].dtype.itemsize for e in encoded.plan.entries}
-    owners = sharding.owners(encoded.leaves)
-    return sum(
-        sharding.size(box) * width[path]
-        for path, boxes in owners.items()
-        for box, owner in boxes.items()
-        if owner == process and path in width
-    )
 
 
 def by_first(what: str, work: Callable[[], Any], timeout: float) -> Any:
@@ -126,17 +114,22 @@ def own(leaves: Mapping[str, Any], process: int) -> dict[str, dict[Box, np.ndarr
     held: dict[str, dict[Box, Any]] = {}
     for path, boxes in sharding.owners(leaves).items():
         leaf = leaves[path]
-        mine = {box for box, owner in boxes.items() if owner == process}
         if local(leaf):
-            held[path] = dict.fromkeys(mine, leaf)
-        elif mine:
-            here = {sharding.box_of(shard.index, leaf.shape): shard.data for shard in leaf.addressable_shards}
-            held[path] = {box: here[box] for box in mine}
-    for boxes in held.values():  # all transfers begin before the first is waited for
-        for value in boxes.values():
-            if isinstance(value, jax.Array):
+            held[path] = {box: leaf for box, owner in boxes.items() if owner == process}
+            continue
+        data = {shard.device: shard.data for shard in leaf.addressable_shards}
+        here = sharding.here(leaf.sharding, tuple(leaf.shape))
+        held[path] = {box: data[device] for box, device in here.items() if boxes[box] == process}
+    for path, boxes in held.items():  # all transfers begin before the first is waited for
+        if isinstance(leaves[path], jax.Array) and on_accelerator(leaves[path]):
+            for value in boxes.values():
                 value.copy_to_host_async()
     return {path: {box: np.asarray(value) for box, value in boxes.items()} for path, boxes in held.items() if boxes}
+
+
+def on_accelerator(leaf: jax.Array) -> bool:
+    """Whether the host sees an array's values only after a transfer."""
+    return next(iter(leaf.sharding.device_set)).platform != "cpu"
 
 
 def joined(held: Mapping[Box, np.ndarray]) -> Iterator[tuple[Box, np.ndarray]]:
@@ -157,9 +150,8 @@ def gathered(leaf: Any) -> np.ndarray:
     return np.asarray(leaf if here else multihost_utils.process_allgather(leaf, tiled=True))
 
 
-def _own(encoded: Encoded, process: int) -> Iterator[Part]:
-    """What this process is to write of a shared file, in the order of the file."""
-    held = own(encoded.leaves, process)
+def _own(encoded: Encoded, held: dict[str, dict[Box, np.ndarray]]) -> Iterator[Part]:
+    """What this process is to write of a shared file, in the order of the file; `held` is emptied on the way."""
     for entry in sorted(encoded.plan.entries, key=lambda e: e.keys[0]):
         for box, values in joined(held.pop(entry.path, {})):
             yield from _parts(encoded, entry, box, values)
