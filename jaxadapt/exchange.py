@@ -20,6 +20,7 @@ from jaxadapt import (
     foreign,
     joining,
     paths,
+    per_expert,
     pieces,
     planning,
     products,
@@ -79,7 +80,10 @@ def joined(
         more = tying.repeated(held.plan.entries, table)
         held = dataclasses.replace(held, plan=plans.plan([*held.plan.entries, *more]))
         tensors = dataclasses.replace(tensors, tensors=held)
-    if not isinstance(held, Encoded) or not pieces.has_pieces(held.plan.keys):
+    if not isinstance(held, Encoded) or not (pieces.has_pieces(held.plan.keys) or per_expert.possible(held.plan.keys)):
+        return tensors
+    adapter = renamed(extracted(tree, name, config, keymap, ""), keymap)
+    if not (pieces.has_pieces(held.plan.keys) or adapter.keymap.single):
         return tensors
     if together.spread(held.leaves.values()):
         raise AttachError(
@@ -87,7 +91,8 @@ def joined(
             " other processes: gather the adapter's arrays first (they are small), as jax.experimental.multihost_utils"
             " does"
         )
-    adapter = renamed(extracted(tree, name, config, keymap, ""), keymap)
+    if adapter.keymap.single:
+        return PeftTensors(*per_expert.apart(tensors.config, held, adapter.keymap), tensors.source)
     bounds = bind.recover(adapter.config, adapter.keymap, shapes_of(adapter))
     new, whole = joining.joined(tensors.config, bounds, held, on_shared, call)
     return PeftTensors(new, whole, tensors.source)
@@ -192,12 +197,14 @@ def from_peft(
     example: Sequence[Any] | None = None,
     shardings: Any = None,
     base: str | None = None,
+    on_shared: str | None = None,
 ) -> Adapter:
     """PEFT's tensors as an adapter in the layout of `target`.
 
     Args:
         target: an NNX model, Linen variables, base parameters, or the shapes of any of them.
-        keymap, dtype, stack_axes, example, shardings: as in `load`; so is `base`, which can only be "changed" here.
+        keymap, dtype, stack_axes, example, shardings, on_shared: as in `load`; so is `base`, which can only be
+            "changed" here.
 
     Raises `MismatchError` listing every missing, unexpected, wrongly shaped or unusable tensor.
     """
@@ -206,7 +213,7 @@ def from_peft(
     if isinstance(tensors, PeftTensors) and base is None:  # pyright: ignore[reportUnnecessaryIsInstance]
         way_out = "; base='changed' says that this target is the changed base"
         products.need_plain(tensors.config, tensors.source, way_out)
-    return decoded(tensors, target, keymap, dtype, stack_axes, example, shardings)[0]
+    return decoded(tensors, target, keymap, dtype, stack_axes, example, shardings, on_shared=on_shared)[0]
 
 
 def decoded(
@@ -219,6 +226,7 @@ def decoded(
     shardings: Any,
     on_mismatch: str | None = None,
     report: Report = quiet,
+    on_shared: str | None = None,
 ) -> tuple[Adapter, tuple[bind.Bound, ...]]:
     """The adapter, and its sites."""
     if not isinstance(tensors, PeftTensors):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -228,6 +236,9 @@ def decoded(
         )
     try:
         keys = [key.removeprefix(PEFT_PREFIX) for key in tensors.tensors]
+        if per_expert.possible(keys):
+            keymap = planning.table_of(target, keymap, keys)
+            tensors = per_expert.fused(tensors, keymap, on_shared, "load or from_peft")
         recipe, bounds = planning.on_target(target, tensors.config, keymap, keys, stack_axes, example)
         plan = bind.file_plan(bounds)
     except AdapterError as error:

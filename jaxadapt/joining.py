@@ -42,14 +42,15 @@ def joined(
     if missing:
         raise MismatchError("of these tensors only some parts are there:\n" + paths.listing(missing))
     shared = [name for name, parts in found.items() if _part(parts[0]).axis is None]
-    apart = [name for name in shared if not _equal([tensors[key] for key in found[name]])]
+    apart = [name for name in shared if not equal([tensors[key] for key in found[name]])]
     if apart and on_shared is None:
         counts = ", ".join(str(n) for n in sorted({_part(found[name][0]).n for name in apart}))
         raise MismatchError(
             "PEFT has one A for several of the weights here (queries, keys and values of an nn.MultiheadAttention, gate"
             " and up of experts; Llama 4's have one B), and theirs differ (or nobody can tell, inside jit):\n"
             f'{paths.listing(apart)}\nPass on_shared="concat" to {call}: with their ranks side by side the file'
-            f" computes exactly the same, at {counts} times the rank"
+            f" computes exactly the same, at {counts} times the rank (of experts, keymap='FAMILY/per-expert' writes a"
+            " LoRA for each instead)"
         )
     out: dict[str, Array] = {name: tensors[name] for name in tensors if name not in found and pieces.read(name) is None}
     for name, parts in found.items():
@@ -73,7 +74,8 @@ def _xp(x: Array) -> Any:
     return jnp if isinstance(x, jax.Array) else np
 
 
-def _equal(arrays: Sequence[Array]) -> bool:
+def equal(arrays: Sequence[Array]) -> bool:
+    """Whether they are, bit for bit; of traced arrays nobody can tell."""
     if any(isinstance(x, Tracer) for x in arrays):
         return False
     return all(np.array_equal(np.asarray(arrays[0]), np.asarray(x)) for x in arrays[1:])
@@ -95,28 +97,38 @@ def _concatenate(
     """Put the ranks of one module's parts side by side, in A and in B."""
     rank = dict(bound.tensors[0].own)["r"]
     module, dot, last = name.rpartition(".lora_")
-    names = [f"{module}{dot}{side}{last[1:]}" for side in "AB"]
-    for at, whole in enumerate(names):  # A's rows are (expert, rank), and B's columns (rank, expert)
-        parts = found[whole]
-        n = len(parts)
-        wide: list[Array] = []
-        for i, key in enumerate(parts):
-            x = tensors[key]
-            split = (x.shape[0] // rank, rank, x.shape[1]) if at == 0 else (x.shape[0], rank, x.shape[1] // rank)
-            before = i * rank if _part(key).axis is not None else 0
-            after = (n - 1 - i) * rank if _part(key).axis is not None else 0
-            wide.append(_xp(x).pad(x.reshape(split), ((0, 0), (before, after), (0, 0))))
-        if _part(parts[0]).axis is None:
-            value = _xp(wide[0]).concatenate(wide, axis=1)
-            out[whole] = value.reshape((-1, value.shape[2]) if at == 0 else (value.shape[0], -1))
-        else:
-            flat = [x.reshape((-1, x.shape[2]) if at == 0 else (x.shape[0], -1)) for x in wide]
-            out[whole] = pieces.together(flat, parts, _xp(flat[0]))
+    a, b = (f"{module}{dot}{side}{last[1:]}" for side in "AB")
+    of_a, of_b = ([tensors[key] for key in found[whole]] for whole in (a, b))
+    out[a], out[b] = side_by_side(rank, of_a, of_b, found[a], found[b])
     if bound.site.weight.kind == "attention":  # its output projection has the same rank
-        n = len(found[name])
+        more = (len(found[name]) - 1) * rank
         a, b = (f"{module}.base_layer.out_proj{dot}{side}{last[1:]}" for side in "AB")
-        out[a] = _xp(out[a]).pad(out[a], ((0, (n - 1) * rank), (0, 0)))
-        out[b] = _xp(out[b]).pad(out[b], ((0, 0), (0, (n - 1) * rank)))
+        out[a], out[b] = _xp(out[a]).pad(out[a], ((0, more), (0, 0))), _xp(out[b]).pad(out[b], ((0, 0), (0, more)))
+
+
+def side_by_side(
+    rank: int, a: Sequence[Array], b: Sequence[Array], keys_a: Sequence[str], keys_b: Sequence[str]
+) -> tuple[Array, Array]:
+    """One A (experts · r, in) and one B (out, r · experts), from those of the parts that `keys` say they are.
+
+    What is one for all parts goes side by side along the rank, and what is a part moves to its own place there.
+
+    >>> a, b = [np.ones((1, 3))] * 2, [np.full((2, 1), 1.0), np.full((2, 1), 2.0)]
+    >>> side_by_side(1, a, b, ["a[=0/2]", "a[=1/2]"], ["b[0/2]", "b[1/2]"])[1].tolist()
+    [[1.0, 0.0], [1.0, 0.0], [0.0, 2.0], [0.0, 2.0]]
+    """
+    n, xp = len(a), _xp(a[0])
+    # A's rows are (expert, rank), and B's columns (rank, expert): either way the rank is in the middle.
+    wide_a = [x.reshape(x.shape[0] // rank, rank, x.shape[1]) for x in a]
+    wide_b = [x.reshape(x.shape[0], rank, x.shape[1] // rank) for x in b]
+    out: list[Array] = []
+    for wide, keys, flat in ((wide_a, keys_a, (-1, a[0].shape[1])), (wide_b, keys_b, (b[0].shape[0], -1))):
+        if _part(keys[0]).axis is None:
+            out.append(xp.concatenate(wide, axis=1).reshape(flat))
+            continue
+        moved = [xp.pad(x, ((0, 0), (i * rank, (n - 1 - i) * rank), (0, 0))).reshape(flat) for i, x in enumerate(wide)]
+        out.append(pieces.together(moved, keys, xp))
+    return out[0], out[1]
 
 
 def _with_ranks(config: Config, bounds: Sequence[Bound], grown: Mapping[str, int]) -> Config:
@@ -129,16 +141,24 @@ def _with_ranks(config: Config, bounds: Sequence[Bound], grown: Mapping[str, int
         * ((math.sqrt(grown[m]) if config.use_rslora else grown[m]) if m in grown else 1)
         for m in names
     }
+    return with_values(config, ranks, alphas)
+
+
+def with_values(config: LoraConfig, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> LoraConfig:
+    """The configuration by which these modules (or parameters) have these ranks and alphas.
+
+    Raises `ConfigError` if no patterns say so.
+    """
     if len(set(ranks.values())) == len(set(alphas.values())) == 1:
         none: dict[str, Any] = {}
         return config.replace(
-            r=ranks.popitem()[1], lora_alpha=alphas.popitem()[1], rank_pattern=none, alpha_pattern=none
+            r=next(iter(ranks.values())), lora_alpha=next(iter(alphas.values())), rank_pattern=none, alpha_pattern=none
         )
     new = config.replace(
         rank_pattern=_patterns(ranks, config.r), alpha_pattern=_patterns(alphas, config.lora_alpha)
     )
-    wrong = [m for m in sorted(names) if targets.pattern_value(new.rank_pattern, m, new.r) != ranks[m]]
-    wrong += [m for m in sorted(names) if targets.pattern_value(new.alpha_pattern, m, new.lora_alpha) != alphas[m]]
+    wrong = [m for m in sorted(ranks) if targets.pattern_value(new.rank_pattern, m, new.r) != ranks[m]]
+    wrong += [m for m in sorted(ranks) if targets.pattern_value(new.alpha_pattern, m, new.lora_alpha) != alphas[m]]
     if wrong:
         raise ConfigError(
             "rank_pattern and alpha_pattern cannot give these modules ranks of their own, since they are called like"

@@ -20,6 +20,9 @@ from jaxadapt.weight import EXPERTS, Weight, fine
 
 PEFT_PREFIX = "base_model.model."
 
+PER_EXPERT = "per-expert"
+"""The spelling with a module for each expert."""
+
 
 Renames = tuple[tuple[str, str], ...]
 
@@ -120,6 +123,9 @@ class KeyMap:
         buffers: keys that a PyTorch file may hold and that are no weights; `{l}` stands for digits.
         spellings: `(name, ((ours, theirs), …))`: other beginnings of the same keys. transformers 5 calls the
             layers of a vision-language model "model.language_model.layers…"; "llama/vl" is the table for that.
+        each: `(parameter, (module, …))`: what the parts of a parameter of all experts are called as modules of single
+            ones (`{e}`), as transformers 4 had them and checkpoints on disk still do; in PyTorch's order.
+        single: adapters are saved, and models exported, with a tensor for each expert: "mixtral/per-expert".
 
     >>> table = KeyMap("tiny", (Weight("{path}.kernel", "{path}.weight", "i o -> o i"),))
     >>> table.site("a.b.kernel").module({})
@@ -137,6 +143,8 @@ class KeyMap:
     tied: tuple[tuple[str, str], ...] = ()
     buffers: tuple[str, ...] = ()
     spellings: tuple[tuple[str, Renames], ...] = ()
+    each: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    single: bool = False
 
     @functools.cached_property
     def _identity(self) -> tuple[Any, ...]:
@@ -199,9 +207,11 @@ class KeyMap:
         >>> table.spelt("vl").site("q.kernel").module({})
         'model.language_model.q'
         """
+        if spelling == PER_EXPERT and self.each:
+            return dataclasses.replace(self, name=f"{self.name}/{spelling}", single=True)
         renames = dict(self.spellings).get(spelling)
         if renames is None:
-            known = ", ".join(name for name, _ in self.spellings) or "none"
+            known = ", ".join((*dict(self.spellings), *([PER_EXPERT] if self.each else []))) or "none"
             raise KeyMapError(f"the table {self.name!r} has no spelling {spelling!r}; it has {known}")
 
         def other(key: str) -> str:
@@ -214,6 +224,7 @@ class KeyMap:
             output=None if self.output is None else other(f"{self.output}.").removesuffix("."),
             tied=tuple((other(a), other(b)) for a, b in self.tied),
             buffers=tuple(map(other, self.buffers)),
+            each=tuple((other(name), tuple(map(other, modules))) for name, modules in self.each),
             spellings=(),
         )
 
@@ -294,5 +305,6 @@ def from_data(data: Mapping[str, Any]) -> KeyMap:
     tied = tuple((str(a), str(b)) for a, b in data["tied"])
     keep = {name: tuple(map(str, data[name])) for name in ("needs", "same", "buffers")}
     spellings = tuple((str(n), tuple((str(a), str(b)) for a, b in renames)) for n, renames in data["spellings"])
-    fields: dict[str, Any] = {**data, **keep, "weights": weights, "tied": tied, "spellings": spellings}
+    each = tuple((str(name), tuple(map(str, modules))) for name, modules in data.get("each", ()))
+    fields: dict[str, Any] = {**data, **keep, "weights": weights, "tied": tied, "spellings": spellings, "each": each}
     return KeyMap(**fields)

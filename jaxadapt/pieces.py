@@ -116,7 +116,9 @@ def _cut(values: Mapping[str, Any], keys: Iterable[str], shape_of: Any, part: An
     out: dict[str, Any] = {}
     for name in values:
         value = values[name]
-        for key in wanted.get(name, [name]):
+        if name not in wanted:  # whole, or a part already
+            out[name] = value
+        for key in wanted.get(name, ()):
             piece = read(key)
             if piece is None or piece.axis is None:
                 out[key] = value

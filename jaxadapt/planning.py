@@ -120,6 +120,14 @@ def on_target(
 ) -> tuple[Recipe, tuple[bind.Bound, ...]]:
     """The recipe and sites on `target`, with the names spelt as in the file's `keys`."""
     methods.of(config)
+    table = table_of(target, keymap, keys)
+    if isinstance(target, nnx.nnx.Module):
+        return on_model(target, config, table, stack_axes, example)
+    return on_tree(target["params"] if "params" in target else target, config, table)  # noqa: SIM401 (a State has no get)
+
+
+def table_of(target: Any, keymap: KeyMap | str | None, keys: Sequence[str]) -> KeyMap:
+    """The table of `target`, spelt as a file's `keys` are (without PEFT's prefix)."""
     if isinstance(target, linen.Adapted | linen.nn.Module):
         raise AttachError(
             "a Linen module holds no parameters; give the variables, {'params': …}, as the target"
@@ -129,17 +137,15 @@ def on_target(
         if known and keymap is None:
             keymap = known[0].get_metadata()["adapter"].recipe.keymap
         shapes = nnx_survey.base_shapes(nnx.base_leaves(target))
-        table = families.resolve(keymap, shapes).spelt_as(keys, shapes)
-        return on_model(target, config, table, stack_axes, example)
+        return families.resolve(keymap, shapes).spelt_as(keys, shapes)
     if not isinstance(target, Mapping | nnx.nnx.State):
         raise AttachError(
             f"expected an NNX model or Linen variables as the target, found {type(target).__name__}"
         )
-    params = target["params"] if "params" in target else target  # noqa: SIM401 (a State has no get)
     if keymap is None:
         keymap = _attached_table(target)
-    shapes = tree_shapes(params)
-    return on_tree(params, config, families.resolve(keymap, shapes).spelt_as(keys, shapes))
+    shapes = tree_shapes(target["params"] if "params" in target else target)  # noqa: SIM401 (a State has no get)
+    return families.resolve(keymap, shapes).spelt_as(keys, shapes)
 
 
 def _attached_table(variables: Any) -> KeyMap | None:

@@ -198,7 +198,8 @@ def load(
         on_mismatch: "skip" takes of tensors for another vocabulary the rows that the model has, with a warning; rows
             that the file lacks stay the base's. By default such a file is refused.
         on_shared: "concat" puts different As side by side where such a target has one for several modules, if its rank
-            has room; by default they are refused.
+            has room, and where a model has gate and up of all experts in one array, and the file a LoRA for each; by
+            default they are refused.
         base: for an adapter whose initialisation took a part out of the base weights (PiSSA, OLoRA, …) and that was not
             converted: "original", the target has the weights as they were, and they are changed here as PEFT changes
             them on loading; "changed", the target has what was left of them. Without it such a file is refused.
@@ -229,7 +230,7 @@ def load(
             guest, tensors.config, tensors.tensors, keymap=keymap, lora_alpha=lora_alpha, on_shared=on_shared,
             dtype=dtype, source=tensors.source,
         )  # fmt: skip
-    _refuse({"lora_alpha": lora_alpha, "on_shared": on_shared}, "for targets with another library's LoRA leaves only")
+    _refuse({"lora_alpha": lora_alpha}, "for targets with another library's LoRA leaves only")
     if isinstance(target, nnx.nnx.State) or (isinstance(target, Mapping) and "params" not in target):
         raise AttachError(
             f"expected an NNX model or Linen variables, {{'params': …}}, as the target, found {type(target).__name__};"
@@ -248,7 +249,7 @@ def load(
         source = os.fspath(checkpoint)
     else:
         with reporting(progress) as report, folder.opened(_holding(below, path)) as tensors:
-            adapter, bounds = exchange.decoded(tensors, target, *options, report)
+            adapter, bounds = exchange.decoded(tensors, target, *options, report, on_shared)
         source = tensors.source
     LOGGER.info("%s: %d weights adapted, by the table %s", source, len(bounds), adapter.keymap.name)
     present = _attached_config(target, name)

@@ -17,7 +17,7 @@ from jaxadapt.families.t5 import T5
 from jaxadapt.families.vit import VIT
 from jaxadapt.families.whisper import WHISPER
 from jaxadapt.generic import GENERIC
-from jaxadapt.keymap import KeyMap
+from jaxadapt.keymap import PER_EXPERT, KeyMap
 from jaxadapt.weight import Weight
 
 _TABLES = (
@@ -48,7 +48,11 @@ def named(name: str) -> KeyMap:
         if change != axis and axis.isdecimal():
             found = [table.scanned(int(axis)) for table in found]
         else:
-            found = [table.spelt(change) for table in found if change in dict(table.spellings)]
+            found = [
+                table.spelt(change)
+                for table in found
+                if change in dict(table.spellings) or (change == PER_EXPERT and table.each)
+            ]
     if not found:
         raise KeyMapError(
             f"no family is called {name!r}; known are {', '.join(sorted(FAMILIES))} (add /scan0, /scan1, … for"

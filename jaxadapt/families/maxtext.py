@@ -34,7 +34,11 @@ SHARED = (
 
 
 def table(
-    name: str, more: Iterable[Weight], needs: tuple[str, ...] = (), shared: Iterable[Weight] = SHARED
+    name: str,
+    more: Iterable[Weight],
+    needs: tuple[str, ...] = (),
+    shared: Iterable[Weight] = SHARED,
+    each: tuple[tuple[str, tuple[str, ...]], ...] = (),
 ) -> KeyMap:
     return KeyMap(
         f"maxtext:{name}",
@@ -44,6 +48,7 @@ def table(
         needs=needs,
         tied=TIED,
         spellings=(*VISION_LANGUAGE, *bare("model.")),
+        each=each,
     )
 
 

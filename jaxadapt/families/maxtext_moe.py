@@ -7,6 +7,7 @@ second layer.
 
 from collections.abc import Iterator
 
+from jaxadapt.families import moe
 from jaxadapt.families.maxtext import NORMS, PLAIN, QUERY_SCALED, SHARED, table
 from jaxadapt.weight import Weight
 
@@ -37,9 +38,11 @@ def _usual(block: str) -> tuple[Weight, ...]:
 
 
 _MIXTRAL, _QWEN3 = _usual("MoeBlock_0"), _usual("moe_block")
-MIXTRAL = table("mixtral", (*QUERY_SCALED, *_MIXTRAL), needs=tuple(w.leaf for w in _MIXTRAL), shared=_COMMON)
+MIXTRAL = table(
+    "mixtral", (*QUERY_SCALED, *_MIXTRAL), tuple(w.leaf for w in _MIXTRAL), shared=_COMMON, each=moe.EACH_MIXTRAL
+)
 _NEEDS = tuple(w.leaf for w in (*NORMS, *_QWEN3))
-QWEN3_MOE = table("qwen3_moe", (*PLAIN, *NORMS, *_QWEN3), needs=_NEEDS, shared=_COMMON)
+QWEN3_MOE = table("qwen3_moe", (*PLAIN, *NORMS, *_QWEN3), _NEEDS, shared=_COMMON, each=moe.EACH_QWEN3)
 
 _ATTENTION = f"{_OURS}GptOssAttention."
 _PROJ = (("query", "q", "n"), ("key", "k", "k"), ("value", "v", "k"))

@@ -15,6 +15,7 @@ from jaxadapt.keymap import KeyMap
 from jaxadapt.weight import Weight
 
 _LAYER = "model.layers.{l}."
+Each = tuple[tuple[str, tuple[str, ...]], ...]
 _MLP = ("gate_proj", "up_proj", "down_proj")
 _QKVO = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 _QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
@@ -45,7 +46,22 @@ def _experts(block: str, pattern: str, turned: bool = False) -> Iterator[Weight]
         yield Weight(at, at, f"e i o -> {pattern}", kind="experts", fan_in_fan_out=turned)
 
 
-def _table(name: str, lines: Iterable[Weight], needs: tuple[str, ...]) -> KeyMap:
+def each(block: str, wide: tuple[str, str], down: str, router: str = "") -> Each:
+    """What single experts were called in transformers 4: gate, up and down of `block`, and the router."""
+    one = f"{_LAYER}{block}.experts.{{e}}."
+    names = (
+        (f"{_LAYER}mlp.experts.gate_up_proj", tuple(one + name for name in wide)),
+        (f"{_LAYER}mlp.experts.down_proj", (one + down,)),
+    )
+    return (*names, (f"{_LAYER}mlp.gate.weight", (f"{_LAYER}{router}",))) if router else names
+
+
+EACH_MIXTRAL = each("block_sparse_moe", ("w1", "w3"), "w2", "block_sparse_moe.gate")
+EACH_QWEN3 = each("mlp", ("gate_proj", "up_proj"), "down_proj", "mlp.gate")
+_EACH_DEEPSEEK = each("mlp", ("gate_proj", "up_proj"), "down_proj")
+
+
+def _table(name: str, lines: Iterable[Weight], needs: tuple[str, ...], each: Each = ()) -> KeyMap:
     shared = (
         Weight("model.embed_tokens.embedding", "model.embed_tokens.weight", "v d -> v d", kind="embedding"),
         *_norms("input_layernorm", "post_attention_layernorm"),
@@ -59,15 +75,17 @@ def _table(name: str, lines: Iterable[Weight], needs: tuple[str, ...]) -> KeyMap
         needs=tuple(_LAYER + leaf for leaf in needs),
         tied=TIED,
         spellings=(*VISION_LANGUAGE, *bare("model.")),
+        each=each,
     )
 
 
 _MIXTRAL = (*_dense(*_QKVO), _router("mlp.gate"), *_experts("mlp", "e o i"))
-MIXTRAL = _table("mixtral", _MIXTRAL, ("mlp.gate.kernel", "mlp.experts.gate_up_proj"))
+MIXTRAL = _table("mixtral", _MIXTRAL, ("mlp.gate.kernel", "mlp.experts.gate_up_proj"), EACH_MIXTRAL)
 QWEN3_MOE = _table(
     "qwen3_moe",
     (*_MIXTRAL, *_norms(*_QK_NORMS), *_dense(*(f"mlp.{p}" for p in _MLP))),
     ("mlp.gate.kernel", "mlp.experts.gate_up_proj", "self_attn.q_norm.weight"),
+    EACH_QWEN3,
 )
 GPT_OSS = _table(
     "gpt_oss",
@@ -104,4 +122,5 @@ DEEPSEEK_V3 = _table(
         *_experts("mlp", "e o i"),
     ),
     ("mlp.gate.kernel", "mlp.experts.gate_up_proj", "self_attn.kv_b_proj.kernel"),
+    _EACH_DEEPSEEK,
 )

@@ -6,6 +6,7 @@ Names as in google-tunix 0.1.7.
 from collections.abc import Iterable
 
 from jaxadapt.families.llama import TIED
+from jaxadapt.families.moe import EACH_QWEN3
 from jaxadapt.families.spellings import VISION_LANGUAGE, bare
 from jaxadapt.keymap import KeyMap
 from jaxadapt.weight import Weight
@@ -36,16 +37,18 @@ _BIASES = tuple(
 _NORMS = tuple(Weight(f"{_OURS}attn.{p}_norm.w", f"{_HF}self_attn.{p}_norm.weight", "h -> h") for p in ("q", "k"))
 
 
-def _table(name: str, more: Iterable[Weight]) -> KeyMap:
+def _table(name: str, more: Iterable[Weight], each: tuple[tuple[str, tuple[str, ...]], ...] = ()) -> KeyMap:
     more = tuple(more)
+    shared = (w for w in _SHARED if not each or not w.leaf.endswith("_proj.kernel"))  # with experts, in every layer
     return KeyMap(
         f"tunix:{name}",
-        (*_SHARED, *more),
+        (*shared, *more),
         output="lm_head",
         whole=True,
         needs=tuple(w.leaf for w in more),
         tied=TIED,
         spellings=(*VISION_LANGUAGE, *bare("model.")),
+        each=each,
     )
 
 
@@ -61,4 +64,4 @@ _EXPERTS = (
     ),
     Weight(f"{_OURS}mlp.down_proj", f"{_HF}mlp.experts.down_proj", "e f d -> e d f", kind="experts"),
 )
-QWEN3_MOE = _table("qwen3_moe", (*_NORMS, *_EXPERTS))
+QWEN3_MOE = _table("qwen3_moe", (*_NORMS, *_EXPERTS), EACH_QWEN3)

@@ -1,0 +1,325 @@
+"""Adapters with a LoRA for each expert, as PEFT wrote them for transformers 4 (`experts.3.up_proj.lora_A.weight`).
+
+transformers 5 holds all experts of a layer in one parameter, and gate and up in the halves of one; PEFT names these in
+`target_parameters`. What the modules of single experts were called is in a table (`KeyMap.each`).
+
+    {"…experts.3.up_proj.lora_A.weight": …} ──fused──► {"…experts.base_layer.lora_A.weight": …}
+                                            ◄─apart───
+
+A's rows are in order of the experts, B's columns in order of the rank. Gate and up share an A there: if theirs are
+equal they stay as they are; else they go side by side, at twice the rank, which computes the same (so PEFT does on
+loading such a file, equal or not: `utils/transformers_weight_conversion.py`). A model with gate and up in two leaves
+needs neither.
+
+Pure: it works on anything with reshape and transpose.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxadapt import joining, paths, pieces, targets
+from jaxadapt.configs import Config, LoraConfig
+from jaxadapt.errors import ConfigError, MismatchError
+from jaxadapt.keymap import KeyMap
+from jaxadapt.peft_tensors import PeftTensors
+
+Array = Any
+_SIDES = ("A", "B")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parameter:
+    """One parameter of a table, what its parts are in modules of single experts, and how it is held in the model.
+
+    `depth`: of parameters of one module PEFT wraps the first innermost. `split`: each part is a leaf of its own.
+    """
+
+    name: str
+    modules: tuple[str, ...]
+    order: int
+    split: bool
+
+    @property
+    def owner(self) -> str:
+        return self.name.rpartition(".")[0]
+
+    def find(self, module: str) -> tuple[str, int, int] | None:
+        """Of a module of one expert: the parameter in full, its part and the expert's number."""
+        for part, template in enumerate(self.modules):
+            found = re.fullmatch(_pattern(template), module)
+            if found:
+                texts = found.groupdict()
+                return self.name.format(**texts), part, int(texts.get("e", 0))
+        return None
+
+    def texts(self, name: str) -> dict[str, str] | None:
+        """What fills the holes of a parameter's name."""
+        found = re.fullmatch(_pattern(self.name), name)
+        return None if found is None else found.groupdict()
+
+
+def _pattern(template: str) -> str:
+    pieces_ = re.split(r"(\{\w+\})", template)
+    return "".join(rf"(?P<{p[1:-1]}>\d+)" if p.startswith("{") else re.escape(p) for p in pieces_)
+
+
+def _parameters(table: KeyMap) -> list[_Parameter]:
+    split = {w.whole_key for w in table.weights if w.piece}
+    return [_Parameter(name, modules, i, name in split) for i, (name, modules) in enumerate(table.each)]
+
+
+_LIKE = re.compile(r"\.experts\.|\.gate\.lora_")
+
+
+def possible(keys: Iterable[str]) -> bool:
+    """Whether a file may have adapters of experts, by a glance."""
+    return any(_LIKE.search(key) for key in keys)
+
+
+# ---------------------------------------------------------------- into parameters of all experts
+
+Parts = dict[int, dict[int, dict[str, Array]]]
+"""`{part: {expert: {"A": …, "B": …}}}` of one parameter."""
+
+
+def fused(tensors: PeftTensors, table: KeyMap, on_shared: str | None, call: str) -> PeftTensors:
+    """A file's adapters of single experts as those of parameters; itself where it has none, or the table no names.
+
+    Raises one `MismatchError` with all experts that are missing, or differ in rank or scale, and one for As that differ
+    where they would have to be one.
+    """
+    config = tensors.config
+    if not table.each or not isinstance(config, LoraConfig):
+        return tensors
+    known = _parameters(table)
+    found: dict[str, tuple[_Parameter, Parts]] = {}
+    rest: list[str] = []
+    for key in tensors.tensors:
+        module, dot, last = key.removeprefix(table.prefix).rpartition(".lora_")
+        hit = next(((p, at) for p in known if (at := p.find(module)) is not None), None) if dot else None
+        if hit is None or last not in ("A.weight", "B.weight") or targets.is_parameter(config, hit[1][0]):
+            rest.append(key)
+            continue
+        one, (name, part, expert) = hit
+        held = found.setdefault(name, (one, {}))[1]
+        held.setdefault(part, {}).setdefault(expert, {})[last[0]] = tensors.tensors[key]
+    if not found:
+        return tensors
+    ranks, alphas = _checked(config, found, tensors.source)
+    out = {key: tensors.tensors[key] for key in rest}
+    for name, (one, parts) in found.items():
+        made, times = _stacked(one, parts, ranks[name], on_shared, f"{tensors.source}: {name}", call)
+        above = (p for p in known if p.owner == one.owner and p.order > one.order)
+        inner = sum(_beside(name, p) in found for p in above)
+        at = f"{table.prefix}{one.owner.format(**(one.texts(name) or {}))}{'.base_layer' * inner}"
+        out |= {f"{at}.lora_{side}.weight{bracket}": x for (side, bracket), x in made.items()}
+        ranks[name], alphas[name] = ranks[name] * times, alphas[name] * (times**0.5 if config.use_rslora else times)
+    modules = dict.fromkeys(key.removeprefix(table.prefix).rpartition(".lora_")[0] for key in rest if ".lora_" in key)
+    return PeftTensors(_with_parameters(config, list(modules), ranks, alphas), out, tensors.source)
+
+
+def _beside(name: str, other: _Parameter) -> str:
+    """The full name of another parameter of the same module."""
+    return f"{name.rpartition('.')[0]}.{other.name.rpartition('.')[2]}"
+
+
+def _checked(
+    config: LoraConfig, found: Mapping[str, tuple[_Parameter, Parts]], source: str
+) -> tuple[dict[str, int], dict[str, float]]:
+    """The rank and alpha of each parameter; one error for all that is missing or differs."""
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    problems: list[str] = []
+    for name, (one, parts) in found.items():
+        count = 1 + max(e for experts in parts.values() for e in experts)
+        texts = one.texts(name) or {}
+        modules = {
+            (part, e): template.format(**texts, e=e) for part, template in enumerate(one.modules) for e in range(count)
+        }
+        whole = {at: pair for at in modules if len(pair := parts.get(at[0], {}).get(at[1], {})) == len(_SIDES)}
+        problems += [f"{module}: missing" for at, module in modules.items() if at not in whole]
+        values = {
+            (
+                targets.pattern_value(config.rank_pattern, module, config.r),
+                targets.pattern_value(config.alpha_pattern, module, config.lora_alpha),
+            )
+            for at, module in modules.items()
+            if at in whole
+        }
+        shapes = {tuple(tuple(pair[side].shape) for side in _SIDES) for pair in whole.values()}
+        if len(values) > 1 or len(shapes) > 1:
+            problems.append(f"{name}: its experts differ in rank, alpha or shape: {sorted(values)}, {sorted(shapes)}")
+        elif values:
+            ranks[name], alphas[name] = values.pop()
+            if (shape := next(iter(shapes)))[0][0] != ranks[name] or shape[1][1] != ranks[name]:
+                problems.append(f"{name}: expected rank {ranks[name]}, found A {shape[0]} and B {shape[1]}")
+    if problems:
+        raise MismatchError(
+            f"{source}: the model holds all experts of a layer in one array, and so needs all of them, alike:\n"
+            + paths.listing(problems)
+        )
+    return ranks, alphas
+
+
+def _stacked(
+    one: _Parameter, parts: Parts, rank: int, on_shared: str | None, what: str, call: str
+) -> tuple[dict[tuple[str, str], Array], int]:
+    """`{(side, part's place in the tensor): array}`, and by how much the rank has grown."""
+    n = len(one.modules)
+    a: list[Array] = []
+    b: list[Array] = []
+    for part in range(n):
+        experts = [parts[part][e] for e in range(len(parts[part]))]
+        xp = _xp(experts[0]["A"])
+        a.append(xp.concatenate([pair["A"] for pair in experts]))
+        # (expert, out, rank) -> (out, rank, expert)
+        wide = xp.stack([pair["B"] for pair in experts], axis=-1)
+        b.append(wide.reshape(wide.shape[0], -1))
+    keys = {s: [pieces.named("", axis, f"{i}/{n}") for i in range(n)] for s, axis in (("A", None), ("B", 0))}
+    if n == 1:
+        return {("A", ""): a[0], ("B", ""): b[0]}, 1
+    if one.split:
+        return {(s, key): x for s, xs in (("A", a), ("B", b)) for key, x in zip(keys[s], xs, strict=True)}, 1
+    xp = _xp(a[0])
+    if joining.equal(a):
+        return {("A", ""): a[0], ("B", ""): pieces.together(b, [f"B{key}" for key in keys["B"]], xp)}, 1
+    if on_shared != "concat":
+        raise MismatchError(
+            f"{what}: the model holds gate and up in one array, with one A for both, and the file's differ. Pass"
+            f' on_shared="concat" to {call}: with their ranks side by side it computes exactly the same, at {n} times'
+            " the rank"
+        )
+    wide_a, wide_b = joining.side_by_side(rank, a, b, [f"A{k}" for k in keys["A"]], [f"B{k}" for k in keys["B"]])
+    return {("A", ""): wide_a, ("B", ""): wide_b}, n
+
+
+def _xp(x: Array) -> Any:
+    return jnp if isinstance(x, jax.Array) else np
+
+
+def _with_parameters(
+    config: LoraConfig, modules: Sequence[str], ranks: Mapping[str, int], alphas: Mapping[str, float]
+) -> LoraConfig:
+    """The configuration that names parameters, and of its modules those that are left."""
+    if config.lora_dropout:
+        warnings.warn(
+            f"lora_dropout={config.lora_dropout} becomes 0: PEFT has none for experts that are one parameter, which a"
+            " dropout of single experts' inputs would have to be (it makes no difference to trained outputs)",
+            stacklevel=6,
+        )
+    all_ranks = {m: targets.pattern_value(config.rank_pattern, m, config.r) for m in modules} | dict(ranks)
+    all_alphas = {m: targets.pattern_value(config.alpha_pattern, m, config.lora_alpha) for m in modules} | dict(alphas)
+    given = config.target_modules
+    if isinstance(given, str):  # it may name the experts' modules as well
+        left: Any = list(modules)
+    else:
+        left = [entry for entry in given or () if any(m == entry or m.endswith(f".{entry}") for m in modules)]
+    named = [*(config.target_parameters or ()), *_short(list(ranks), config)]
+    config = config.replace(target_modules=left, target_parameters=named, lora_dropout=0.0)
+    return joining.with_values(config, all_ranks, all_alphas)
+
+
+def _short(names: Sequence[str], config: LoraConfig) -> list[str]:
+    """The names of parameters by their ends, where no layer was left out."""
+    if config.layers_to_transform is not None or isinstance(config.target_modules, str) or config.exclude_modules:
+        return list(names)
+    return list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in names))
+
+
+# ---------------------------------------------------------------- and apart again
+
+
+def apart(config: Config, tensors: Mapping[str, Array], table: KeyMap) -> tuple[Config, dict[str, Array]]:
+    """Adapters of parameters as those of the single experts' modules, under the names that transformers 4 had.
+
+    Args:
+        tensors: a plan's, by the table's names; parts of a tensor need not be put together.
+
+    Raises `ConfigError` if the configuration is no LoRA's.
+    """
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(f"{table.name}: adapters of single experts are LoRA's, found {config.peft_type}")
+    known = _parameters(table)
+    out: dict[str, Array] = {}
+    held: dict[tuple[_Parameter, str], dict[str, list[Array]]] = {}
+    for key in sorted(tensors):  # parts in order
+        piece = pieces.read(key)
+        module, dot, last = pieces.whole(key).removeprefix(table.prefix).rpartition(".lora_")
+        owner, depth = module, 0
+        while owner.endswith(".base_layer"):
+            owner, depth = owner.removesuffix(".base_layer"), depth + 1
+        mine = [(p, name) for p in known if (name := _of(p, owner)) and targets.is_parameter(config, name)]
+        if not dot or len(mine) <= depth or last not in ("A.weight", "B.weight"):
+            out[key] = tensors[key]
+            continue
+        sides = held.setdefault(mine[len(mine) - 1 - depth], {})
+        n = len(mine[len(mine) - 1 - depth][0].modules)
+        x = tensors[key]
+        if piece is None and n > 1:
+            names = [pieces.named("x", None if last[0] == "A" else 0, f"{i}/{n}") for i in range(n)]
+            sides[last[0]] = list(pieces.cut({"x": x}, names).values())
+        else:
+            sides.setdefault(last[0], []).append(x)
+    if not held:
+        return config, dict(tensors)
+    rest = dict.fromkeys(key.removeprefix(table.prefix).rpartition(".lora_")[0] for key in out if ".lora_" in key)
+    ranks = {m: targets.pattern_value(config.rank_pattern, m, config.r) for m in rest}
+    alphas = {m: targets.pattern_value(config.alpha_pattern, m, config.lora_alpha) for m in rest}
+    experts: dict[str, str] = {}
+    for (one, name), sides in held.items():
+        rank = targets.pattern_value(config.rank_pattern, name, config.r)
+        alpha = targets.pattern_value(config.alpha_pattern, name, config.lora_alpha)
+        for template, a, b in zip(one.modules, sides["A"], sides["B"], strict=True):
+            count = a.shape[0] // rank
+            rows, columns = a.reshape(count, rank, -1), b.reshape(-1, rank, count)
+            for e in range(count):
+                module = template.format(**(one.texts(name) or {}), e=e)
+                out |= {f"{table.prefix}{module}.lora_A.weight": rows[e]}
+                out |= {f"{table.prefix}{module}.lora_B.weight": columns[:, :, e]}
+                ranks[module], alphas[module] = rank, alpha
+                experts[module] = template
+    return joining.with_values(_with_modules(config, table, list(rest), experts), ranks, alphas), out
+
+
+def _of(one: _Parameter, owner: str) -> str | None:
+    """The full name of the parameter of that kind that a module has."""
+    found = re.fullmatch(_pattern(one.owner), owner)
+    return None if found is None else one.name.format(**found.groupdict())
+
+
+def _with_modules(
+    config: LoraConfig, table: KeyMap, rest: Sequence[str], experts: Mapping[str, str]
+) -> LoraConfig:
+    """The configuration that names the modules of single experts instead of parameters."""
+    named = {name for p in _parameters(table) for name in (p.name.rpartition(".")[2], p.name)}
+    left = [entry for entry in config.target_parameters or () if entry.rpartition(".")[2] not in named]
+    templates = list(dict.fromkeys(experts.values()))
+    lasts = list(dict.fromkeys(template.rpartition(".")[2] for template in templates))
+    plain = (w for w in table.weights if w.adaptable and w.kind not in ("parameter", "experts"))
+    others = {name.rpartition(".")[2] for name in (*(w.module for w in plain), *rest)}
+    given = config.target_modules or ()
+    if not isinstance(given, str) and config.layers_to_transform is None and not others.intersection(lasts):
+        return config.replace(target_modules=[*given, *lasts], target_parameters=left or None)
+    # Other modules are called like these, and need not be adapted: only a pattern tells them apart.
+    layers = sorted({re.sub(r"\{e\}", r"\\d+", _filled(t, m)) for m, t in experts.items()})
+    every = "|".join(dict.fromkeys([*map(re.escape, rest), *layers]))
+    return config.replace(
+        target_modules=every, target_parameters=left or None, layers_to_transform=None, layers_pattern=None
+    )
+
+
+def _filled(template: str, module: str) -> str:
+    """A pattern for all experts of one layer."""
+    found = re.fullmatch(_pattern(template), module)
+    assert found is not None
+    texts = {name: text for name, text in found.groupdict().items() if name != "e"}
+    return re.escape(template.format(**texts, e="{e}")).replace(r"\{e\}", "{e}")
