@@ -82,6 +82,8 @@ def joined(
         tensors = dataclasses.replace(tensors, tensors=held)
     if not isinstance(held, Encoded) or not (pieces.has_pieces(held.plan.keys) or per_expert.possible(held.plan.keys)):
         return tensors
+    if not isinstance(tree, Adapter) and attach.guest_in(tree) is not None:
+        return tensors
     adapter = renamed(extracted(tree, name, config, keymap, ""), keymap)
     if not (pieces.has_pieces(held.plan.keys) or adapter.keymap.single):
         return tensors
