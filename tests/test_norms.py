@@ -132,6 +132,15 @@ def test_inspect_draws_and_prints(saved, tmp_path, monkeypatch):
     assert [m["norm"] for m in listed["modules"]] == [n.norm for n in want]
 
 
+def test_a_picture_is_a_png_where_one_can_be_written(saved, tmp_path):
+    wrong = run("inspect", saved, "--plot", tmp_path / "a.pdf")
+    assert wrong.exit_code == 2
+    assert "ends in .png" in wrong.output
+    nowhere = run("inspect", saved, "--plot", tmp_path / "no" / "a.png")
+    assert nowhere.exit_code == 1
+    assert f"{tmp_path / 'no' / 'a.png'}: cannot write" in nowhere.output
+
+
 def test_many_columns_are_put_under_each_other(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     config = jaxadapt.LoraConfig(r=1, lora_alpha=1, target_modules="all-linear")

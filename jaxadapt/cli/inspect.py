@@ -13,12 +13,20 @@ if TYPE_CHECKING:
     from jaxadapt.norms import Norms
 
 
+def _png(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    if value is not None and not value.lower().endswith(".png"):
+        raise click.BadParameter(f"expected a name that ends in .png, found {value!r}")
+    return value
+
+
 @click.command("inspect", short_help="Show what an adapter is.")
 @click.argument("folder", type=click.Path())
 @shown.as_json
 @click.option("--tensors", is_flag=True, help="List every tensor too, with its dtype and shape.")
 @click.option("--norms", is_flag=True, help="Also how much each weight is changed, layer by module.")
-@click.option("--plot", type=click.Path(), metavar="FILE.png", help="The same as a heat map (needs matplotlib).")
+@click.option(
+    "--plot", type=click.Path(), metavar="FILE.png", callback=_png, help="The same as a heat map (needs matplotlib)."
+)
 def command(folder: str, as_json: bool, tensors: bool, norms: bool, plot: str | None) -> None:
     """Show what the adapter in FOLDER is: method, base model, targets, size, and who cannot read it.
 

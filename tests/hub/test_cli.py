@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
+from safetensors.numpy import save_file
 
 import jaxadapt
 from jaxadapt.cli import main
@@ -64,6 +66,22 @@ def test_errors_of_the_hub_are_readable(hub, saved):
     assert "FileError: hf://org/tuned: cannot push to it: the Hub asks who you are" in result.output
     assert "Traceback" not in result.output
     assert run("push", saved, REPO, "--metric", "loss").exit_code == 2
+
+
+def test_addresses_are_taken_wherever_an_adapter_is_read(hub, saved, tmp_path):
+    hub.put(REPO, {name: (saved / name).read_bytes() for name in (CONFIG, WEIGHTS)})
+    weights = {f"{m}.weight": np.ones(shape, "f4") for m, shape in (("q_proj", (8, 6)), ("up_proj", (6, 8)))}
+    save_file(weights, tmp_path / "model.safetensors")
+    for place, out in ((saved, tmp_path / "folder"), (f"hf://{REPO}", tmp_path / "address")):
+        for words in (
+            ("convert", place, out / "convert"),
+            ("combine", place, place, "--weights", "1,1", "--method", "linear", "--out", out / "combine"),
+            ("merge", tmp_path / "model.safetensors", place, "--out", out / "merge"),
+        ):
+            done = run(*words)
+            assert done.exit_code == 0, done.output
+    assert len(small.files(tmp_path / "folder")) == 3 + 3 + 1
+    assert small.files(tmp_path / "folder") == small.files(tmp_path / "address")
 
 
 def test_verbose_says_what_is_done(hub, saved, monkeypatch):
