@@ -23,7 +23,7 @@ class Arrangement:
 
     `left` names the array's axes with `shape`; `right` groups them into PyTorch's axes; `split` are the
     positions of the axes PyTorch lacks: one tensor for each of their entries, row-major. The array is `factor`
-    times what the file holds; `sizes` are those of the parts of axes in parentheses.
+    times what the file holds, plus `shift`; `sizes` are those of the parts of axes in parentheses.
     """
 
     shape: tuple[int, ...]
@@ -32,6 +32,7 @@ class Arrangement:
     split: tuple[int, ...]
     factor: float = 1.0
     sizes: tuple[tuple[str, int], ...] = ()
+    shift: float = 0.0
 
     @functools.cached_property
     def size(self) -> int:
@@ -40,8 +41,8 @@ class Arrangement:
 
     @property
     def exact(self) -> bool:
-        """Whether the two ways round give back every bit: a factor that is no power of two rounds."""
-        return math.frexp(self.factor)[0] == 0.5
+        """Whether the two ways round give back every bit: a sum rounds, and a factor that is no power of two."""
+        return math.frexp(self.factor)[0] == 0.5 and not self.shift
 
     @functools.cached_property
     def _coarse(self) -> tuple[int, ...]:
@@ -92,8 +93,7 @@ class Arrangement:
         (6, 4)
         """
         piece = leaf[self.index(i)] if self.split else leaf
-        if self.factor != 1:
-            piece = times(piece, 1 / self.factor)
+        piece = theirs(piece, self.factor, self.shift)
         if self._merged is not None:  # neighbours only: merge first, and the transpose stays a view
             order, shape = self._merged
             return piece.reshape(shape).transpose(order)
@@ -121,7 +121,7 @@ class Arrangement:
     def decode(self, tensor: Array) -> Array:
         """The part of the array that one tensor makes, a view where its memory allows."""
         part = tensor.reshape(tuple(self._flat.values())).transpose(self._orders[1]).reshape(self._coarse)
-        return part if self.factor == 1 else times(part, self.factor)
+        return ours(part, self.factor, self.shift)
 
     @functools.cached_property
     def count(self) -> int:
@@ -136,16 +136,28 @@ class Arrangement:
         """All the tensors at once, `(count, *file_shape)`."""
         pieces = leaf.transpose(self._front).reshape((self.count, *self._inner.values()))
         out = pieces.transpose((0, *(1 + i for i in self._orders[0]))).reshape((self.count, *self.file_shape))
-        return out if self.factor == 1 else times(out, 1 / self.factor)
+        return theirs(out, self.factor, self.shift)
 
     def from_rows(self, rows: Array) -> Array:
         """The array whose `rows` these are."""
         pieces = rows.reshape((self.count, *self._flat.values())).transpose((0, *(1 + i for i in self._orders[1])))
         leaf = pieces.reshape([self.shape[i] for i in self._front]).transpose(np.argsort(self._front))
-        return leaf if self.factor == 1 else times(leaf, self.factor)
+        return ours(leaf, self.factor, self.shift)
 
 
-def times(x: Array, factor: float) -> Array:
-    """x · factor in x's dtype, rounded once: 16-bit numbers are multiplied in float32."""
+def ours(x: Array, factor: float, shift: float) -> Array:
+    """x · factor + shift in x's dtype, rounded once: 16-bit numbers are computed with in float32."""
+    if factor == 1 and not shift:
+        return x
     wide = x.astype(np.promote_types(x.dtype, np.float32))
-    return (wide * wide.dtype.type(factor)).astype(x.dtype)
+    product = wide if factor == 1 else wide * wide.dtype.type(factor)
+    return (product + wide.dtype.type(shift) if shift else product).astype(x.dtype)
+
+
+def theirs(x: Array, factor: float, shift: float) -> Array:
+    """The inverse, (x - shift) / factor."""
+    if factor == 1 and not shift:
+        return x
+    wide = x.astype(np.promote_types(x.dtype, np.float32))
+    wide = wide - wide.dtype.type(shift) if shift else wide
+    return (wide if factor == 1 else wide * wide.dtype.type(1 / factor)).astype(x.dtype)

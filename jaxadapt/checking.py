@@ -179,7 +179,7 @@ def _gaps(held: Iterable[tuple[Weight, Mapping[str, Mapping[str, str]]]], tensor
     blocks = tuple(w.key.rpartition(".")[0].rpartition(".")[0] + "." for w, _ in held if w.kind == "experts")
     sparse = {texts["l"] for w, mine in held if w.kind == "experts" for texts in mine.values() if "l" in texts}
     for w, mine in held:
-        numbers = [str(n) for n in range(layers.get(_stack(w), 0))]
+        numbers = [n for n in map(str, range(layers.get(_stack(w), 0))) if w.has_layer(n)]
         here = {texts.get("l") for texts in mine.values()}
         # Where one layer has experts and another none, each is like its own kind.
         if w.key.startswith(blocks) and (here <= sparse or not here & sparse):

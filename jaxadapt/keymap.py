@@ -97,7 +97,7 @@ def entries(
         names = weight.names(axis)
         which = (only or {}).get(axis, range(sizes[axis]))
         out = [
-            ((*index, i), {**text, axis.strip("{}"): names[i] if names is not None else str(i)})
+            ((*index, i), {**text, axis.strip("{}"): names[i] if names is not None else weight.torch_number(axis, i)})
             for index, text in out
             for i in which
         ]
@@ -173,7 +173,13 @@ class KeyMap:
                 f"leaf {leaf!r} matches {len(hits)} lines of the table {self.name!r}:\n"
                 + paths.listing(w.leaf for w, _ in hits)
             )
-        return Site(leaf, hits[0][0], tuple(sorted(hits[0][1].groupdict().items()))) if hits else None
+        if not hits:
+            return None
+        weight, match = hits[0]
+        holes = match.groupdict()
+        if weight.layers != (1, 0) and "l" in holes:
+            holes["l"] = weight.torch_number("l", int(holes["l"]))
+        return Site(leaf, weight, tuple(sorted(holes.items())))
 
     @functools.cached_property
     def _literal(self) -> dict[str, Weight]:

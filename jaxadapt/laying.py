@@ -112,7 +112,7 @@ def _sizes(adapted: Adapted, totals: Mapping[tuple[str, ...], int], sizes: Mappi
     weight = adapted.site.weight
     known = {axis: len(weight.names(axis) or ()) for axis in weight.roles["fused"]}
     for axis in weight.roles["stack"]:
-        known[axis] = 1 + max(int(texts[axis.strip("{}")]) for texts in adapted.modules.values())
+        known[axis] = 1 + max(weight.own_number(axis, texts[axis.strip("{}")]) for texts in adapted.modules.values())
     given = hinted(weight, sizes)
     for axes, total in totals.items():
         mine = {n: given[n] for n in axes if n in given}

@@ -253,7 +253,8 @@ def _arranged(
         split = tuple(i for i, n in enumerate(left) if n.startswith("{"))
         texts = [text for _, text in entries(site.weight, [left[i] for i in split], sizes, only)]
         shape, factor = _shape(site, tensor, sizes, left), factor_of(keymap, site, tensor, sizes)
-        form = Arrangement(shape, left, right, split, factor, site.weight.sizes)
+        shift = site.weight.shift if tensor.whole else 0.0
+        form = Arrangement(shape, left, right, split, factor, site.weight.sizes, shift)
         found = known[at] = form, texts
     return found
 
@@ -408,5 +409,5 @@ def base_entry(keymap: KeyMap, leaf: str, shape: Sequence[int]) -> Entry | None:
         part_of(line, line.whole_key.format(**dict(site.holes), **text), line.right)
         for _, text in entries(line, [left[i] for i in split], sizes)
     )
-    form = Arrangement(tuple(shape), left, line.right, split, line.factor(sizes), line.sizes)
+    form = Arrangement(tuple(shape), left, line.right, split, line.factor(sizes), line.sizes, line.shift)
     return Entry(leaf, form, keys)

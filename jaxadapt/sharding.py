@@ -22,7 +22,7 @@ from jax.core import Tracer
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, Sharding
 
 from jaxadapt import paths, weight
-from jaxadapt.arrangement import Arrangement, times
+from jaxadapt.arrangement import Arrangement, ours, theirs
 from jaxadapt.errors import AttachError
 from jaxadapt.keymap import Site
 
@@ -306,17 +306,18 @@ class Piece:
     box: Box
     order: tuple[int, ...]
     factor: float
+    shift: float
 
     def encode(self, part: Any) -> Any:
-        """The box of the tensor from the region of the leaf: a view, unless a factor makes new numbers."""
+        """The box of the tensor from the region of the leaf: a view, unless a factor or a shift makes new numbers."""
         tile = part.reshape(self._fine).transpose(self.order)
-        return tile if self.factor == 1 else times(tile, 1 / self.factor)
+        return theirs(tile, self.factor, self.shift)
 
     def decode(self, tile: Any) -> Any:
         """The region of the leaf from the box of the tensor, likewise."""
         back = [self.order.index(at) for at in range(len(self.order))]
         part = tile.transpose(back).reshape(extent(self.region))
-        return part if self.factor == 1 else times(part, self.factor)
+        return ours(part, self.factor, self.shift)
 
     @functools.cached_property
     def _fine(self) -> Shape:
@@ -352,7 +353,8 @@ def pieces(form: Arrangement, box: Box) -> tuple[Piece, ...]:
             for axis, (start, stop, _) in zip(kept, chosen, strict=True):
                 region[axis] = (start, stop)
             fine = [one for _, _, inside in chosen for one in inside]
-            out.append(Piece(tuple(region), number, shape, tuple(fine[at] for at in order), order, form.factor))
+            where = tuple(fine[at] for at in order)
+            out.append(Piece(tuple(region), number, shape, where, order, form.factor, form.shift))
     return tuple(out)
 
 

@@ -145,8 +145,8 @@ def _make(
         for outer, members in covers.items():
             for piece in sharding.pieces(entry.form, outer):
                 tile = _tile(tensors, entry.keys[piece.number], piece, scratch)
-                if piece.factor != 1 and dtypes[entry.path].itemsize > tile.dtype.itemsize:
-                    tile = tile.astype(dtypes[entry.path])  # so that the product is rounded once
+                if (piece.factor != 1 or piece.shift) and dtypes[entry.path].itemsize > tile.dtype.itemsize:
+                    tile = tile.astype(dtypes[entry.path])  # so that it is rounded once
                 part = piece.decode(tile)
                 for box in members:
                     both = sharding.common(box, piece.region)

@@ -44,6 +44,9 @@ class Weight:
         groups: of a convolution.
         scale: `(axes, power)`: the JAX weight is PyTorch's times their size to that power. `("h", -0.5)` is a
             query that holds its 1/√head_dim already.
+        shift: what is added to PyTorch's weight to give the JAX one: 1 for a norm whose scale is 1 + w there.
+        layers: `(step, first)`: number l of `{l}` here is PyTorch's layer step · l + first. (2, 1) where a layer here
+            is two there, and this the second.
         over: names of a braced axis' entries, `p=("k", "v")` for a leaf that holds both; or, as a number, the size
             of an axis in parentheses on the left. `"d n (c p) -> (n p c) d", p=2` undoes an interleaving: the
             leaf's last axis holds pairs, where PyTorch holds first halves and second halves.
@@ -64,6 +67,8 @@ class Weight:
     over: tuple[tuple[str, tuple[str, ...]], ...]
     sizes: tuple[tuple[str, int], ...]
     scale: tuple[str, float] | None
+    shift: float
+    layers: tuple[int, int]
 
     def __init__(
         self,
@@ -75,6 +80,8 @@ class Weight:
         fan_in_fan_out: bool = False,
         groups: int = 1,
         scale: tuple[str, float] | None = None,
+        shift: float = 0.0,
+        layers: Sequence[int] = (1, 0),
         **over: Sequence[str] | int,
     ) -> None:
         put = functools.partial(object.__setattr__, self)
@@ -87,6 +94,8 @@ class Weight:
         put("over", tuple(sorted(named.items())))
         put("sizes", tuple(sorted((n, v) for n, v in over.items() if isinstance(v, int))))
         put("scale", None if scale is None else (scale[0], float(scale[1])))
+        put("shift", float(shift))
+        put("layers", tuple(layers))
         problems = self._problems()
         if problems:
             raise KeyMapError(
@@ -232,11 +241,28 @@ class Weight:
         {'l': '3', 'p': 'v'}
         """
         match = self._key_regex.fullmatch(key)
-        return None if match is None else match.groupdict()
+        texts = None if match is None else match.groupdict()
+        return texts if texts is None or self.has_layer(texts.get("l", str(self.layers[1]))) else None
+
+    def has_layer(self, text: str) -> bool:
+        """Whether PyTorch's layer of this number is one of the line's."""
+        step, first = self.layers
+        return int(text) >= first and (int(text) - first) % step == 0
+
+    def torch_number(self, axis: str, i: int) -> str:
+        """PyTorch's number of entry i of a numbered axis or hole."""
+        step, first = self.layers if axis.strip("{}") == "l" else (1, 0)
+        return str(step * i + first)
+
+    def own_number(self, axis: str, text: str) -> int:
+        """The inverse: which entry here has PyTorch's number."""
+        step, first = self.layers if axis.strip("{}") == "l" else (1, 0)
+        return (int(text) - first) // step
 
     def leaf_at(self, texts: Mapping[str, str]) -> str:
         """The leaf whose holes hold these texts, in which a braced axis has no place."""
-        return _HOLE.sub(lambda hole: texts[hole[1]], self.leaf)
+        own = {**texts, "l": str(self.own_number("l", texts["l"]))} if "l" in texts else texts
+        return _HOLE.sub(lambda hole: own[hole[1]], self.leaf)
 
     def key_at(self, texts: Mapping[str, str]) -> str:
         """The key whose holes hold these texts."""
@@ -363,6 +389,8 @@ class Weight:
         """What was given besides leaf, key and pattern."""
         given = {"kind": self.kind, "fan_in_fan_out": self.fan_in_fan_out, "scale": self.scale}
         given |= {"groups": self.groups} if self.groups != 1 else {}
+        given |= {"shift": self.shift} if self.shift else {}
+        given |= {"layers": self.layers} if self.layers != (1, 0) else {}
         return {**given, **dict(self.over), **dict(self.sizes)}
 
     def factor(self, sizes: Mapping[str, int]) -> float:

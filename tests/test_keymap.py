@@ -219,8 +219,33 @@ def test_lines_from_a_layers_own_roles():
     assert line_for("ff.linear1", (2, 3), Axes((0,), (1,))).key == "ff.linear1.weight"
 
 
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_a_layer_here_may_be_several_there(axis):
+    """Layer l is PyTorch's 2·l and 2·l + 1; unrolled and stacked, forwards and backwards."""
+    lines = [Weight(f"h_{{l}}.{n}", "h.{l}.weight", "i o -> o i", layers=(2, at)) for at, n in enumerate("ab")]
+    table = KeyMap("two", tuple(lines))
+    shapes = {f"h_{l}.{n}": (2, 3) for l in range(3) for n in "ab"}
+    if axis is not None:
+        table, shapes = table.scanned(axis), {f"h.{n}": (3, 2, 3) if axis == 0 else (2, 3, 3) for n in "ab"}
+    made = plan.base_plan(table, shapes)
+    torch = {f"h.{l}.weight": np.full((3, 2), l) for l in range(6)}
+    assert set(made.keys) == set(torch)
+    leaves = made.decode(torch)
+    for n, first in (("a", 0), ("b", 1)):
+        for l in range(3):
+            found = leaves[f"h_{l}.{n}"] if axis is None else np.take(leaves[f"h.{n}"], l, axis)
+            np.testing.assert_array_equal(found, 2 * l + first)
+    for key, x in made.encode(leaves).items():
+        np.testing.assert_array_equal(x, torch[key])
+    a, b = table.weights
+    assert (a.texts("h.3.weight"), b.texts("h.4.weight")) == (None, None)
+    assert b.leaf_at(b.texts("h.5.weight")) == ("h_2.b" if axis is None else "h.b")
+    assert from_data(json.loads(json.dumps(to_data(table)))) == table
+
+
 def test_a_table_travels_as_text():
     lines = (
+        Weight("n.{l}", "n.{l}.weight", "d -> d", shift=1.0, layers=(6, 2)),
         Weight("q.{l}", "q.{l}.weight", "i n (c p) -> (n p c) i", p=2, scale=("c p", -0.5)),
         Weight("kv", "{p}.weight", "{p} i o -> i o", p=("k", "v"), fan_in_fan_out=True),
         Weight("e", "e.weight", "v d -> v d", kind="embedding"),

@@ -412,6 +412,35 @@ def test_a_factor_is_exact_where_it_is_a_power_of_two_and_one_rounding_elsewhere
         assert made.inexact == {"q": pytest.approx(12**-0.5)}
 
 
+def test_a_shift_is_of_whole_weights_and_of_nothing_else():
+    """A norm that holds 1 + w: its base and a copy of it are moved, LoRA's factors of such a weight are not."""
+    lines = (
+        Weight("n.scale", "n.weight", "d -> d", shift=1.0),
+        Weight("q", "q.weight", "i o -> o i", shift=1.0, scale=("i", 0.5)),
+    )
+    table, shapes = KeyMap("t", lines), {"n.scale": (4,), "q": (4, 6)}
+    torch = {"n.weight": numbered((4,), "float32") / 8, "q.weight": numbered((6, 4), "float32") / 8}
+    made = plan.base_plan(table, shapes)
+    leaves = made.decode(torch)
+    np.testing.assert_array_equal(leaves["n.scale"], 1 + torch["n.weight"])
+    np.testing.assert_array_equal(leaves["q"], 1 + 2 * torch["q.weight"].T)
+    for key, x in made.encode(leaves).items():
+        np.testing.assert_array_equal(x, torch[key])
+    assert set(made.inexact) == {"n.scale", "q"}
+    rows = made.entries[1].form.rows(leaves["q"])
+    np.testing.assert_array_equal(rows[0], torch["q.weight"])
+    np.testing.assert_array_equal(made.entries[1].form.from_rows(rows), leaves["q"])
+    config = LoraConfig(r=2, target_modules=["q"], modules_to_save=["n"])
+    own = bind.file_plan(bind.select(config, table, shapes))
+    file = {key: numbered(shape, "float32") / 8 for key, shape in own.shapes.items()}
+    found = own.decode(file)
+    np.testing.assert_array_equal(found["n.scale.copy"], 1 + file["base_model.model.n.weight"])
+    b = file["base_model.model.q.lora_B.weight"]
+    np.testing.assert_array_equal(np.sort(found["q.lora_B"], axis=None), np.sort(2 * b, axis=None))
+    for key, x in own.encode(found).items():
+        np.testing.assert_array_equal(x, file[key])
+
+
 def test_a_method_that_says_nothing_of_factors_is_refused_there():
     table = KeyMap("t", (Weight("q", "q.weight", "d h -> h d", scale=("h", -0.5)),))
     site = table.site("q")

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from jaxadapt.errors import KeyMapError
-from jaxadapt.families import gemma, keras, maxtext, maxtext_moe, moe, tunix
+from jaxadapt.families import gemma, keras, maxtext, maxtext_gemma, maxtext_moe, moe, tunix
 from jaxadapt.families.bert import BERT, ROBERTA
 from jaxadapt.families.clip import CLIP
 from jaxadapt.families.gpt2 import GPT2
@@ -27,6 +27,7 @@ _TABLES = (
     *(gemma.TUNIX_GEMMA, gemma.TUNIX_GEMMA2, gemma.TUNIX_GEMMA3, gemma.TUNIX_GEMMA4),
     *(gemma.GEMMA2_2B, gemma.GEMMA2, gemma.GEMMA3, gemma.GEMMA4),
     *(maxtext.LLAMA31, maxtext.LLAMA3, maxtext.QWEN2, maxtext.QWEN3),
+    *(maxtext_gemma.GEMMA2, maxtext_gemma.GEMMA3),
     *(maxtext_moe.MIXTRAL, maxtext_moe.QWEN3_MOE, maxtext_moe.GPT_OSS),
     *(keras.LLAMA, keras.QWEN3, keras.GEMMA3),
 )

@@ -249,6 +249,17 @@ def maxtext(specimen: Specimen) -> Side:
     if o["model"] == "gpt_oss":
         more |= {"attention_sink": True, "routed_bias": True, "mlp_bias": True, "mlp_activations_limit": 7.0}
         more |= {"sliding_window_size": 128, "inhomogeneous_layer_cycle_interval": 1}
+    activation, theta = "sigmoid" if o["model"] == "gpt_oss" else "silu", 10_000
+    if "gemma" in o["model"]:
+        more |= {"use_post_attn_norm": True, "use_post_ffw_norm": True, "sliding_window_size": 4}
+        activation = "gelu"
+    if o["model"] == "gemma2":
+        more |= {"attn_logits_soft_cap": 5.0, "final_logits_soft_cap": 8.0}
+    if o["model"] == "gemma3":  # (by its name it knows what to divide queries by)
+        more |= {"model_name": "gemma3-4b", "override_model_config": True, "local_rope_max_timescale": 10_000}
+        more |= {"rope_linear_scaling_factor": 1.0}
+        theta = 1_000_000
+    count = o.get("layers", LAYERS) // (2 if o["model"] == "gemma2" else 1)
     block = {"llama3.1": "llama2", "llama3": "llama2"}.get(o["model"], o["model"])
     config = pyconfig.initialize(
         ["record", str(base)],
@@ -257,12 +268,12 @@ def maxtext(specimen: Specimen) -> Side:
         max_target_length=IDS.shape[1], max_prefill_predict_length=IDS.shape[1], attention="dot_product",
         dtype="float32", weight_dtype="float32", matmul_precision="highest", float32_logits=True,
         base_emb_dim=D, base_num_query_heads=HEADS, base_num_kv_heads=KV, base_mlp_dim=F,
-        base_num_decoder_layers=LAYERS, head_dim=o["head_dim"], vocab_size=V, normalization_layer_epsilon=1e-6,
+        base_num_decoder_layers=count, head_dim=o["head_dim"], vocab_size=V, normalization_layer_epsilon=1e-6,
         decoder_block=block, use_qk_norm=qwen3, attention_bias=block in ("qwen2", "gpt_oss"),
-        logits_via_embedding=o["tied"], normalize_embedding_logits=False, logits_dot_in_fp32=True,
-        rope_max_timescale=10_000, rope_use_scale=False,
+        logits_via_embedding=o["tied"], normalize_embedding_logits="gemma" in o["model"], logits_dot_in_fp32=True,
+        rope_max_timescale=theta, rope_use_scale=False,
         rope_type="llama3.1" if o["model"] == "llama3.1" else "default",
-        mlp_activations=["sigmoid" if block == "gpt_oss" else "silu", "linear"],
+        mlp_activations=[activation, "linear"],
         scan_layers=o["scan"] is not None, param_scan_axis=o["scan"] or 0, enable_dropout=False, **more,
     )  # fmt: skip
     mesh = jax.sharding.Mesh(utils.create_device_mesh(config), config.mesh_axes)

@@ -174,6 +174,20 @@ def _maxtext(model: str, torch: str, scan: int | None, head_dim: int = 6, tied: 
     return Specimen(name, f"maxtext:{table}{suffix}", torch, config, "maxtext", options, PROJ, rivals, unused)
 
 
+def _maxtext_gemma(generation: int, scan: int | None, head_dim: int = 6) -> Specimen:
+    """Layers as its pattern has them: local and global in turns, or the sixth global."""
+    count = {2: 4, 3: 6}[generation]
+    full = [(at % 2 if generation == 2 else at == 5) for at in range(count)]
+    kinds = ["full_attention" if yes else "sliding_attention" for yes in full]
+    config = {**{2: GEMMA2, 3: GEMMA3}[generation], "num_hidden_layers": count, "layer_types": kinds}
+    config |= {"head_dim": head_dim, "query_pre_attn_scalar": head_dim}
+    options = {"model": f"gemma{generation}", "scan": scan, "head_dim": head_dim, "tied": True, "layers": count}
+    suffix, torch = "" if scan is None else f"/scan{scan}", f"Gemma{generation}ForCausalLM"
+    table = f"maxtext:gemma{generation}{suffix}"
+    name = table.replace(":", "-").replace("/", "-") + ("" if head_dim == 6 else f"-h{head_dim}")
+    return Specimen(name, table, torch, config, "maxtext", options, PROJ, unused=(HEAD,))
+
+
 _BERT = ("query", "key", "value", "dense")
 _TIED_BERT = ("cls.predictions.decoder.weight", "cls.predictions.decoder.bias")
 _TIED_ROBERTA = ("lm_head.decoder.weight", "lm_head.decoder.bias")
@@ -349,6 +363,8 @@ SPECIMENS = (
     *(_maxtext("qwen2", "Qwen2ForCausalLM", scan, head_dim=4) for scan in (None, 1)),
     *(_maxtext("qwen3", "Qwen3ForCausalLM", scan) for scan in (None, 0, 1)),
     _maxtext("qwen3", "Qwen3ForCausalLM", None, tied=True),
+    *(_maxtext_gemma(2, scan, h) for scan, h in ((None, 6), (1, 16))),
+    _maxtext_gemma(3, None),
     _moe_of("tunix", "qwen3_moe", "Qwen3MoeForCausalLM"),
     *(_moe_of("maxtext", "mixtral", "MixtralForCausalLM", scan) for scan in (None, 1)),
     *(_moe_of("maxtext", "qwen3_moe", "Qwen3MoeForCausalLM", scan) for scan in (None, 0, 1)),

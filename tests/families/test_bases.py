@@ -280,6 +280,23 @@ def test_dtypes_boxes_and_shardings_are_the_targets(tmp_path):
 # ---- ties, buffers, and what does not fit ------------------------------------------------------------------
 
 
+def test_a_norm_that_holds_one_more_is_rounded_once(tmp_path):
+    """A file of 16 bits into a model of 32: what is added is not lost to the file's dtype; nor on the way out."""
+    table = KeyMap("norms", (Weight("n.{l}.scale", "n.{l}.weight", "d -> d", shift=1.0),))
+    w = (values("n", (64,)) / 100).astype(ml_dtypes.bfloat16)
+    save_file({f"n.{l}.weight": w + l for l in range(2)}, tmp_path / "model.safetensors")
+    mesh = jax.make_mesh((8,), ("x",))
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    for where in (None, split):
+        target = {"n": {str(l): {"scale": jax.device_put(jnp.zeros(64), where)} for l in range(2)}}
+        found = jax.tree.map(np.asarray, jaxadapt.import_base(tmp_path, target, keymap=table))
+        for l in range(2):
+            np.testing.assert_array_equal(found["n"][str(l)]["scale"], 1 + (w + l).astype("float32"))
+    jaxadapt.export_base(found, tmp_path / "out", keymap=table, dtype="bfloat16")
+    again = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(np.array_equal(again[f"n.{l}.weight"], w + l) for l in range(2))
+
+
 def test_a_tied_head_is_filled_from_the_embedding_and_a_copy_of_it_needs_no_place(tmp_path):
     tied = base(head=False)
     jaxadapt.export_base(tied, tmp_path, keymap=TABLE)

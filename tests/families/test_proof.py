@@ -82,12 +82,12 @@ def test_base_weights_go_both_ways_bit_for_bit(specimen):
     back = made.encode(leaves)
     for key, parts in pieces.groups(made.keys).items():
         again = pieces.together([back[part] for part in parts], parts, np)
-        if made.keys[parts[0]][0].path in made.inexact:  # a factor that is no power of two: rounded twice
+        if made.keys[parts[0]][0].path in made.inexact:  # a factor that is no power of two, a sum: rounded twice
             np.testing.assert_allclose(again, weights[key], rtol=2.5e-7)
         else:
             np.testing.assert_array_equal(again, weights[key], err_msg=key)
     rounds = specimen.table.startswith(("maxtext:llama", "maxtext:mixtral")) and specimen.options["head_dim"] == 6
-    assert bool(made.inexact) == rounds
+    assert bool(made.inexact) == (rounds or specimen.table.startswith("maxtext:gemma"))  # whose norms hold 1 + w
 
 
 @pytest.mark.peft
