@@ -291,7 +291,9 @@ def _half(
             " the whole tree, with its base weights"
         ) from error
     shared = math.prod(sizes[n] for n in missing)
-    form = Packed(tuple(shape), tuple(left), tuple(right), split, factor, site.weight.sizes, packed, shared)
+    form = Packed(
+        tuple(shape), tuple(left), tuple(right), split, factor, site.weight.sizes, packed=packed, shared=shared
+    )
     return Half(path, form, keys, modules)
 
 
