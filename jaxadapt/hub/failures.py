@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Generator
 from typing import Any
 
@@ -40,8 +41,8 @@ def told(place: Address, token: Token, action: str = "read") -> Generator[None]:
         why = f"there is no revision {place.revision!r}{_revisions(place, token)}"
         raise _failure(place, action, why, "say a branch, a tag or a commit", error) from error
     except errors.LocalEntryNotFoundError as error:
-        if _offline():
-            why, way = "it is not in the cache, and HF_HUB_OFFLINE=1 forbids to fetch it", "unset it, or pull it before"
+        if (offline := _offline()) is not None:
+            why, way = f"it is not in the cache, and {offline}=1 forbids to fetch it", "unset it, or pull it before"
         else:
             why, way = "the Hub cannot be reached, and it is not in the cache", "check the network, and try again"
         raise _failure(place, action, why, way, error) from error
@@ -52,7 +53,7 @@ def told(place: Address, token: Token, action: str = "read") -> Generator[None]:
     except errors.HFValidationError as error:
         raise _failure(place, action, str(error), EXAMPLE, None) from error
     except errors.OfflineModeIsEnabled as error:
-        raise _failure(place, action, "HF_HUB_OFFLINE=1 forbids to reach it", "unset it", error) from error
+        raise _failure(place, action, f"{_offline()}=1 forbids to reach it", "unset it", error) from error
     except errors.HfHubHTTPError as error:
         raise _refused(place, action, error, token) from error
     except http as error:
@@ -94,10 +95,14 @@ def _login(token: Token) -> str:
     return ": `hf auth login`, HF_TOKEN or token="
 
 
-def _offline() -> bool:
+def _offline() -> str | None:
+    """The variable that keeps the client from the network, if one does: it heeds transformers' too."""
     from huggingface_hub import constants
 
-    return bool(constants.HF_HUB_OFFLINE)
+    if not constants.HF_HUB_OFFLINE:
+        return None
+    names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    return next((name for name in names if os.environ.get(name, "0").upper() not in ("", "0", "NO", "OFF")), names[0])
 
 
 def _revisions(place: Address, token: Token) -> str:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,6 +53,34 @@ def test_push_inspect_and_pull(hub, saved, tmp_path, monkeypatch):
     assert (tmp_path / "copy" / WEIGHTS).read_bytes() == (saved / WEIGHTS).read_bytes()
     assert not any(p.is_symlink() for p in (tmp_path / "copy").iterdir())  # nobody edits the cache by mistake
     assert json.loads(run("pull", REPO, "--json").stdout)["folder"] == str(jaxadapt.pull(REPO))
+
+
+def test_processes_of_their_own_with_nothing_but_the_environment(saved, tmp_path):
+    """HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE, as a person sets them in a shell."""
+
+    def shell(*words, **more):
+        env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+        env |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": str(root), **more}
+        command = [sys.executable, "-m", "jaxadapt", *map(str, words)]
+        return subprocess.run(command, env=env, cwd=tmp_path, text=True, capture_output=True, timeout=120)
+
+    root = Path(jaxadapt.__file__).parents[1]
+    with server.serving() as hub:
+        made = shell("push", saved, REPO, "--private", "--no-picture", HF_ENDPOINT=hub.url, HF_TOKEN=server.WRITE)
+        assert (made.returncode, made.stderr) == (0, "")
+        assert hub.repos[REPO].private
+        closed = shell("pull", REPO, HF_ENDPOINT=hub.url)
+        assert closed.returncode == 1
+        assert "the token does not open it" in closed.stderr
+        pulled = shell("pull", REPO, HF_ENDPOINT=hub.url, HF_TOKEN=server.READ)
+        assert pulled.stderr == ""
+        folder = Path(pulled.stdout.strip())
+        assert folder.is_relative_to(tmp_path / "home")
+        assert (folder / WEIGHTS).read_bytes() == (saved / WEIGHTS).read_bytes()
+    again = shell("inspect", f"hf://{REPO}", "--json", HF_HUB_OFFLINE="1")
+    assert json.loads(again.stdout)["config"]["r"] == 2
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        assert f"not in the cache, and {name}=1 forbids to fetch it" in shell("pull", "org/other", **{name: "1"}).stderr
 
 
 def test_pull_does_not_put_two_adapters_into_one_folder(hub, saved, tmp_path):
