@@ -1,8 +1,8 @@
 """How long work says where it is: `progress=` of everything that moves bytes, and the library's one logger.
 
-None is quiet, and True draws bars on a terminal or in a notebook (nothing elsewhere). A function is called with what
-is being done, how many bytes of it are done, and how many there are; an exception that it raises ends the work as any
-other failure does, with nothing half-done.
+None is quiet, and True draws bars on a terminal or in a notebook (nothing elsewhere, and nothing of what is over before
+it is seen). A function is called with what is being done, how many bytes of it are done, and how many there are; an
+exception that it raises ends the work as any other failure does, with nothing half-done.
 
 What is done is called "save", "load", "read", "merge", "unmerge", "export", "import" or "upload", or by the name of
 the file that is fetched.
@@ -21,6 +21,9 @@ Progress = Report | bool | None
 
 LOGGER = logging.getLogger("jaxadapt")
 """The library's one logger. It has no handlers; `logging.basicConfig(level="INFO")` shows what it says."""
+
+SHORT = 1 << 20
+"""Bytes: for less no bar appears."""
 
 
 def quiet(what: str, done: int, total: int) -> None:
@@ -83,12 +86,19 @@ def _bars() -> Generator[Report]:
     columns: list[Any] = [
         TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
     ]  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        tasks: dict[str, Any] = {}
+    bars = Progress(*columns, console=Console(stderr=True), transient=True)
+    tasks: dict[str, Any] = {}
 
-        def report(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
+    def report(what: str, done: int, total: int) -> None:
+        if total < SHORT:
+            return
+        if not tasks:
+            bars.start()
+        if what not in tasks:
+            tasks[what] = bars.add_task(what, total=total)
+        bars.update(tasks[what], completed=done, total=total)
 
+    try:
         yield report
+    finally:
+        bars.stop()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import logging
+import shutil
 import sys
 
 import jax
@@ -13,7 +14,7 @@ import pytest
 from flax import nnx
 
 import jaxadapt
-from jaxadapt import on_disk
+from jaxadapt import on_disk, progress
 from jaxadapt.converting import convert
 from jaxadapt.progress import LOGGER
 from tests import small
@@ -114,6 +115,10 @@ def test_true_draws_bars_on_a_terminal(work, here, monkeypatch):
     monkeypatch.delenv("NO_COLOR", raising=False)
     call, name, total = WORK[work]
     call(True)
+    assert screen.getvalue() == ""  # it is over before it is seen
+    shutil.rmtree("new", ignore_errors=True)
+    monkeypatch.setattr(progress, "SHORT", 0)
+    call(True)
     text = screen.getvalue()
     assert f"{name} " in text
     assert "━" in text
@@ -158,9 +163,9 @@ def test_a_model_is_untouched_where_the_function_stops_it(here):
 
 
 def test_progress_changes_no_value(here):
-    for progress in (None, False, True, lambda *_: None):
-        assert small.same(nnx.state(merged(progress)), nnx.state(merged(None)))
-        jaxadapt.save(small.adapter(), "new", progress=progress)
+    for way in (None, False, True, lambda *_: None):
+        assert small.same(nnx.state(merged(way)), nnx.state(merged(None)))
+        jaxadapt.save(small.adapter(), "new", progress=way)
         assert (here / "new" / WEIGHTS).read_bytes() == (here / "peft" / WEIGHTS).read_bytes()
 
 

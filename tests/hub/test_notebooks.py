@@ -63,7 +63,7 @@ def test_it_opens_as_it_was_run(path: Path) -> None:
     assert not [
         source
         for _, source, _, outputs in held
-        if re.search(r"^(print|Image|Markdown|!)|plt.show", source, re.M) and not outputs
+        if re.search(r"^(print|Image|Markdown|%%sh)|plt.show", source, re.M) and not outputs
     ]
 
 
@@ -82,7 +82,8 @@ def test_it_runs(path: Path, hub: server.Hub, tmp_path: Path, monkeypatch: pytes
     for number, (kind, source, tags, outputs) in enumerate(cells(path)):
         if kind != "code" or "install" in tags:
             continue
-        code = re.sub(r"^!(.*)$", lambda line: f"shell({line[1]!r})", source, flags=re.M)
+        lines = source.removeprefix("%%sh\n").splitlines() if source.startswith("%%sh\n") else []
+        code = "\n".join(f"shell({line!r})" for line in lines) or source
         code = re.sub(r"^from IPython.display .*$", "", code, flags=re.M)
         exec(compile(code, f"{path.name}, cell {number}", "exec"), space)
         if "parameters" in tags:
