@@ -197,13 +197,7 @@ class KeyMap:
 
     def scanned(self, axis: int = 0) -> KeyMap:
         """The same family with its layers stacked on `axis` of every layer weight."""
-        lines = {w.leaf: w.scanned(axis) for w in self.weights}
-        return dataclasses.replace(
-            self,
-            name=f"{self.name}/scan{axis}",
-            weights=tuple(lines.values()),
-            needs=tuple(lines[leaf].leaf for leaf in self.needs),
-        )
+        return _scanned(self, axis)
 
     def spelt(self, spelling: str) -> KeyMap:
         """The same family under another spelling of its keys; `KeyMapError` if it has none of that name.
@@ -213,26 +207,7 @@ class KeyMap:
         >>> table.spelt("vl").site("q.kernel").module({})
         'model.language_model.q'
         """
-        if spelling == PER_EXPERT and self.each:
-            return dataclasses.replace(self, name=f"{self.name}/{spelling}", single=True)
-        renames = dict(self.spellings).get(spelling)
-        if renames is None:
-            known = ", ".join((*dict(self.spellings), *([PER_EXPERT] if self.each else []))) or "none"
-            raise KeyMapError(f"the table {self.name!r} has no spelling {spelling!r}; it has {known}")
-
-        def other(key: str) -> str:
-            return next((theirs + key[len(ours) :] for ours, theirs in renames if key.startswith(ours)), key)
-
-        return dataclasses.replace(
-            self,
-            name=f"{self.name}/{spelling}",
-            weights=tuple(Weight(w.leaf, other(w.key), w.pattern, **w.options) for w in self.weights),
-            output=None if self.output is None else other(f"{self.output}.").removesuffix("."),
-            tied=tuple((other(a), other(b)) for a, b in self.tied),
-            buffers=tuple(map(other, self.buffers)),
-            each=tuple((other(name), tuple(map(other, modules))) for name, modules in self.each),
-            spellings=(),
-        )
+        return _spelt(self, spelling)
 
     def spelt_as(self, keys: Iterable[str], leaves: Iterable[str]) -> KeyMap:
         """The spelling that most of a file's keys (without PEFT's prefix) follow; this table if none does better.
@@ -291,6 +266,41 @@ class KeyMap:
     @functools.cached_property
     def _known_beginnings(self) -> set[str]:
         return {_beginning(w.leaf) for w in self.weights}
+
+
+@functools.lru_cache(maxsize=512)  # a table is asked for the same ones at every load
+def _scanned(table: KeyMap, axis: int) -> KeyMap:
+    lines = {w.leaf: w.scanned(axis) for w in table.weights}
+    return dataclasses.replace(
+        table,
+        name=f"{table.name}/scan{axis}",
+        weights=tuple(lines.values()),
+        needs=tuple(lines[leaf].leaf for leaf in table.needs),
+    )
+
+
+@functools.lru_cache(maxsize=512)
+def _spelt(table: KeyMap, spelling: str) -> KeyMap:
+    if spelling == PER_EXPERT and table.each:
+        return dataclasses.replace(table, name=f"{table.name}/{spelling}", single=True)
+    renames = dict(table.spellings).get(spelling)
+    if renames is None:
+        known = ", ".join((*dict(table.spellings), *([PER_EXPERT] if table.each else []))) or "none"
+        raise KeyMapError(f"the table {table.name!r} has no spelling {spelling!r}; it has {known}")
+
+    def other(key: str) -> str:
+        return next((theirs + key[len(ours) :] for ours, theirs in renames if key.startswith(ours)), key)
+
+    return dataclasses.replace(
+        table,
+        name=f"{table.name}/{spelling}",
+        weights=tuple(Weight(w.leaf, other(w.key), w.pattern, **w.options) for w in table.weights),
+        output=None if table.output is None else other(f"{table.output}.").removesuffix("."),
+        tied=tuple((other(a), other(b)) for a, b in table.tied),
+        buffers=tuple(map(other, table.buffers)),
+        each=tuple((other(name), tuple(map(other, modules))) for name, modules in table.each),
+        spellings=(),
+    )
 
 
 def _beginning(leaf: str) -> str:

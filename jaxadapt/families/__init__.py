@@ -76,8 +76,13 @@ def resolve(keymap: KeyMap | str | None, shapes: Mapping[str, tuple[int, ...]]) 
         return named(keymap)
     # Layers are alike: one leaf of each kind will do. (A number at the end is part of a weight's name: wi_0, wi_1.)
     kinds = {(re.sub(r"\d+(?=\.)", "0", leaf), shape): leaf for leaf, shape in shapes.items()}
-    few = {leaf: shape for (_, shape), leaf in kinds.items()}
-    counts = {t: t.covers(few) for f in FAMILIES.values() for t in variants(f)}
+    return _recognised(tuple(FAMILIES.values()), tuple((leaf, shape) for (_, shape), leaf in kinds.items()))
+
+
+@functools.lru_cache(maxsize=128)  # adapters are swapped on one model
+def _recognised(tables: tuple[KeyMap, ...], leaves: tuple[tuple[str, tuple[int, ...]], ...]) -> KeyMap:
+    few = dict(leaves)
+    counts = {t: t.covers(few) for f in tables for t in variants(f)}
     best = max(counts.values())
     fitting = [t for t, count in counts.items() if count == best > 0]
     if not fitting:
