@@ -73,10 +73,10 @@ def convert(
     trees = [places.at(path).suffix == ".safetensors" for path in (source, target)]
     if not any(trees) and (like is not None or sizes):
         raise ConfigError("like and sizes are for trees (a file ending in .safetensors)")
-    tensors = _read(source, from_keymap, lora_alpha, None if trees[1] else like, sizes or {}, progress)
+    tensors = _read(source, from_keymap, lora_alpha, None if trees[1] else like, sizes or {}, progress, on_shared)
     if not trees[1]:
-        if dialect is not None or on_shared is not None:
-            raise ConfigError("dialect and on_shared are for trees that are written (a target ending in .safetensors)")
+        if dialect is not None or (on_shared is not None and not trees[0]):
+            raise ConfigError("dialect and on_shared are for trees (a file ending in .safetensors)")
         if from_keymap is not None and to_keymap is not None and places.at(source).suffix != ".safetensors":
             tensors = _respelt(tensors, families.resolve(from_keymap, {}), families.resolve(to_keymap, {}))
         elif to_keymap is not None:
@@ -97,6 +97,7 @@ def _read(
     like: Any,
     sizes: Mapping[str, int],
     progress: Progress,
+    on_shared: str | None = None,
 ) -> PeftTensors:
     path = places.at(source)
     if path.suffix != ".safetensors":
@@ -113,7 +114,7 @@ def _read(
     if found is None:
         raise FileError(f"{path}: {foreign.unknown(leaves).strip()}")
     found = dataclasses.replace(found, base={**found.base, **_shapes(like, found.dialect)}, sizes=sizes)
-    config, _, tensors = foreign.take(found, None, keymap, lora_alpha, "convert(source, target")
+    config, _, tensors = foreign.take(found, None, keymap, lora_alpha, "convert(source, target", None, on_shared)
     return PeftTensors(config, tensors, str(path))
 
 

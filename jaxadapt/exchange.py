@@ -66,7 +66,7 @@ def to_peft(
     >>> {key: x.shape for key, x in to_peft(adapter).tensors.items()}
     {'base_model.model.q.lora_A.weight': (2, 4), 'base_model.model.q.lora_B.weight': (6, 2)}
     """
-    tensors = taken(tree, name, config, keymap, lora_alpha, None, "it is one already", traced=True)
+    tensors = taken(tree, name, config, keymap, lora_alpha, None, "it is one already", True, on_shared)
     return joined(tensors, tree, name, config, keymap, on_shared, "to_peft")
 
 
@@ -109,12 +109,13 @@ def taken(
     dtype: Any,
     instead: str,
     traced: bool,
+    on_shared: str | None = None,
 ) -> PeftTensors:
     guest = None if isinstance(tree, Adapter | PeftTensors) else attach.guest_in(tree)
     if guest is not None:
         with_values(guest.leaves, traced, elsewhere=not traced)
         call = "to_peft(tree" if traced else "save(tree, path"
-        config, _, tensors = foreign.take(guest, config, keymap, lora_alpha, call, dtype)
+        config, _, tensors = foreign.take(guest, config, keymap, lora_alpha, call, dtype, on_shared)
         return PeftTensors(config, tensors, f"this {guest.dialect.name} tree")
     if lora_alpha is not None:
         raise ConfigError("lora_alpha is for the trees of other libraries; an adapter of this one carries its own")

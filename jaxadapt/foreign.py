@@ -25,6 +25,7 @@ from jaxadapt import (
     nnx,
     nnx_survey,
     paths,
+    per_expert,
     products,
     slots,
     targets,
@@ -36,6 +37,7 @@ from jaxadapt.dialect import Dialect, is_like
 from jaxadapt.errors import AttachError, KeyMapError, MismatchError
 from jaxadapt.guests import Guests, Half, Placed
 from jaxadapt.keymap import PEFT_PREFIX, KeyMap
+from jaxadapt.peft_tensors import PeftTensors
 from jaxadapt.plan import Encoded
 from jaxadapt.trees import Leaves, Put
 
@@ -128,12 +130,15 @@ def unknown(tree: Any) -> str:
 def survey(found: Found, keymap: KeyMap | str | None, keys: Collection[str] = ()) -> Guests:
     """The tree's LoRA leaves under a family's table (recognised, without `keymap`), spelt as in a file's `keys`."""
     leaves = found.dialect.claim(found.leaves)
-    table = _table(found, keymap).spelt_as([key.removeprefix(PEFT_PREFIX) for key in keys], leaves)
+    table = real = _table(found, keymap).spelt_as([key.removeprefix(PEFT_PREFIX) for key in keys], leaves)
+    if any(site.weight.kind in ("experts", "parameter") for leaf in leaves if (site := table.site(leaf)) is not None):
+        table = per_expert.singled(table)
     if isinstance(found.tree, nnx.nnx.Module):
         claimed = found.dialect.claim(found.leaves)
         lines = nnx_survey.class_lines(nnx.base_leaves(found.tree), table)
         table = table.with_lines(line for line in lines if line.leaf in claimed)
-    return guests.survey(found.dialect, table, found.arrays, found.base, found.stored, found.sizes)
+    known = guests.survey(found.dialect, table, found.arrays, found.base, found.stored, found.sizes)
+    return known if table is real else dataclasses.replace(known, real=real)
 
 
 def _table(found: Found, keymap: KeyMap | str | None) -> KeyMap:
@@ -155,8 +160,13 @@ def take(
     lora_alpha: float | None,
     call: str,
     dtype: Any = None,
-) -> tuple[LoraConfig, Guests, Encoded]:
-    """The tree's LoRA as PEFT's tensors, each made when it is asked for, with the configuration that goes with them."""
+    on_shared: str | None = None,
+    parts: bool = False,
+) -> tuple[LoraConfig, Guests, Mapping[str, Any]]:
+    """The tree's LoRA as PEFT's tensors, each made when it is asked for, with the configuration that goes with them.
+
+    Those of experts are made at once. `parts`: where gate and up are two leaves they stay apart.
+    """
     found = _of_slot(found)
     known = survey(found, keymap)
     if not known.keymap.proved:
@@ -167,14 +177,25 @@ def take(
         )
     config = guest_config.infer(known, config, lora_alpha, call)
     host = not any(isinstance(leaf, Tracer) for leaf in found.leaves.values())
-    return config, known, known.plan.encode(found.leaves, dtype, host)
+    tensors = known.plan.encode(found.leaves, dtype, host)
+    if known.real is None:
+        return config, known, tensors
+    held = PeftTensors(config, tensors, f"this {found.dialect.name} tree")
+    parts = parts or known.real.single
+    left = {leaf: shape for leaf, shape in known.base.items() if leaf not in known.leaves}
+    others = per_expert.names(known.real, left)
+    held = per_expert.fused(held, known.keymap, on_shared, call, known.real, others if known.base else None, parts)
+    if known.real.single:
+        held = PeftTensors(*per_expert.apart(held.config, held.tensors, known.real), held.source)
+    assert isinstance(held.config, LoraConfig)
+    return held.config, known, held.tensors
 
 
 def extract(
     found: Found, config: Config | None, keymap: KeyMap | str | None, lora_alpha: float | None
 ) -> Adapter:
     """The tree's LoRA as an adapter in our layout: one A for each fused part, every axis apart."""
-    config, known, tensors = take(found, config, keymap, lora_alpha, "extract(tree")
+    config, known, tensors = take(found, config, keymap, lora_alpha, "extract(tree", parts=True)
     shapes = {g.site.leaf: shape for g in known.guests if (shape := g.base_shape) is not None}
     lost = [g.site.leaf for g in known.guests if g.base_shape is None]
     if lost:
@@ -182,9 +203,10 @@ def extract(
             "the shapes of these weights do not follow from their LoRA leaves alone; give the whole tree, or use"
             f" to_peft, which needs less:\n{paths.listing(lost)}"
         )
-    bounds = bind.select(config, known.keymap, shapes)
+    table = known.real or known.keymap
+    bounds = bind.select(config, table, shapes)
     leaves = bind.file_plan(bounds).decode(tensors)
-    return Adapter(config, paths.unflatten(leaves), known.keymap)
+    return Adapter(config, paths.unflatten(leaves), table)
 
 
 # ---------------------------------------------------------------- in
@@ -211,6 +233,9 @@ def put(
     products.need_plain(config, source)
     tree, found = found, _of_slot(found, room=True)
     known = survey(found, keymap, tensors)
+    if known.real is not None:
+        held = per_expert.fused(PeftTensors(config, tensors, source), known.real, on_shared, call)
+        config, tensors = per_expert.apart(held.config, held.tensors, known.keymap, known.real)
     if found.slot is not None and isinstance(config, LoraConfig):  # (`ratios` refuses what is none)
         known = dataclasses.replace(known, stored=_slot_alphas(tree, known, config))
     ratios = guest_config.ratios(known, config, lora_alpha, call)

@@ -105,7 +105,8 @@ class Guest:
 class Guests:
     """All LoRA sites of a tree, the dialect and the table they were read by, and the tree's base weights.
 
-    `stored` is the alpha of each base leaf, where the tree has it.
+    `stored` is the alpha of each base leaf, where the tree has it. `real` is the table in which all experts of a layer
+    have one name, where `keymap` has one for each (`per_expert.singled`).
     """
 
     dialect: Dialect
@@ -113,6 +114,12 @@ class Guests:
     guests: tuple[Guest, ...]
     base: Mapping[str, Shape]
     stored: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float])
+    real: KeyMap | None = None
+
+    @functools.cached_property
+    def leaves(self) -> frozenset[str]:
+        """The base leaves that the tree adapts."""
+        return frozenset(guest.site.leaf for guest in self.guests)
 
     @functools.cached_property
     def plan(self) -> plan.Plan:

@@ -19,18 +19,19 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadapt import joining, paths, pieces, targets
+from jaxadapt import joining, paths, pieces, plan, targets
 from jaxadapt.configs import Config, LoraConfig
 from jaxadapt.errors import ConfigError, MismatchError
 from jaxadapt.keymap import KeyMap
 from jaxadapt.peft_tensors import PeftTensors
+from jaxadapt.weight import Weight
 
 Array = Any
 _SIDES = ("A", "B")
@@ -38,15 +39,21 @@ _SIDES = ("A", "B")
 
 @dataclasses.dataclass(frozen=True)
 class _Parameter:
-    """One parameter of a table, what its parts are in modules of single experts, and how it is held in the model.
+    """One parameter of a table, and what its parts are in modules of single experts.
 
-    `depth`: of parameters of one module PEFT wraps the first innermost. `split`: each part is a leaf of its own.
+    Of the parameters of one module PEFT wraps the first in `order` innermost. `parts` are their places in it; `split`:
+    each is a leaf of its own.
     """
 
     name: str
     modules: tuple[str, ...]
     order: int
+    parts: tuple[str, ...]
     split: bool
+
+    def keys(self, side: str) -> list[str]:
+        """What follows the key of A or B for each part."""
+        return [pieces.named("", None if side == "A" else 0, part) for part in self.parts]
 
     @property
     def owner(self) -> str:
@@ -72,9 +79,59 @@ def _pattern(template: str) -> str:
     return "".join(rf"(?P<{p[1:-1]}>\d+)" if p.startswith("{") else re.escape(p) for p in pieces_)
 
 
-def _parameters(table: KeyMap) -> list[_Parameter]:
-    split = {w.whole_key for w in table.weights if w.piece}
-    return [_Parameter(name, modules, i, name in split) for i, (name, modules) in enumerate(table.each)]
+def _parameters(table: KeyMap, lines: KeyMap | None = None) -> list[_Parameter]:
+    """`lines`: of the table that says in what parts the leaves are, `table` itself by default."""
+    parts: dict[str, list[str]] = {}
+    for w in (lines or table).weights:
+        if w.piece and w.kind == "experts":
+            parts.setdefault(w.whole_key, []).append(w.piece)
+    found: list[_Parameter] = []
+    for i, (name, modules) in enumerate(table.each):
+        usual = [f"{part}/{len(modules)}" for part in range(len(modules))]
+        found.append(_Parameter(name, modules, i, tuple(sorted(parts.get(name, usual))), name in parts))
+    return found
+
+
+def names(table: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """The parameters that these leaves are, of those that PEFT adapts by their names."""
+    found = ((table.site(leaf), shape) for leaf, shape in shapes.items())
+    mine = ((site, shape) for site, shape in found if site is not None and site.weight.kind in ("experts", "parameter"))
+    return [paths.join(*p) for site, shape in mine for p in site.parameters(plan.sizes_of(site, shape)).values()]
+
+
+def singled(table: KeyMap) -> KeyMap:
+    """The same table with a module for each expert, named after the parameter: how other libraries' trees are read.
+
+    Their A and B may be one for all experts. A router is the Linear that it was.
+
+    >>> from jaxadapt.weight import Weight
+    >>> line = Weight("w_up", "experts.gate_up[f 1/2]", "e d f -> e f d", kind="experts")
+    >>> made = singled(KeyMap("tiny", (line,)))
+    >>> made.weights[0].key, made.weights[0].pattern
+    ('experts.gate_up.{e}.1.weight', '{e} d f -> f d')
+    """
+    lines: list[Weight] = []
+    each: dict[str, list[str]] = {}
+    for w in table.weights:
+        if w.kind == "parameter":
+            each[w.whole_key] = [w.module]
+            turned: dict[str, Any] = {**w.options, "kind": "linear"}
+            lines.append(Weight(w.leaf, w.key, w.pattern, **turned))
+        elif w.kind == "experts":
+            (expert,), out, inn = w.torch_roles["experts"], w.torch_roles["out"], w.torch_roles["inn"]
+            if (out, inn) == tuple((n,) for n in w.left[-2:]):
+                continue  # Llama 4's: PEFT's A is on the outputs there, and no other library's is
+            part = w.piece.partition("/")[0].partition(":")[0]
+            module = f"{w.whole_key}.{{e}}" + (f".{part}" if part else "")
+            each.setdefault(w.whole_key, []).append(module)
+            left = " ".join("{e}" if n == expert else n for n in w.left)
+            right = " ".join(group[0] if len(group) == 1 else f"({' '.join(group)})" for group in (out, inn))
+            options: dict[str, Any] = {"kind": "linear", "scale": w.scale, **dict(w.sizes)}
+            lines.append(Weight(w.leaf, f"{module}.weight", f"{left} -> {right}", **options))
+        else:
+            lines.append(w)
+    names = tuple((name, tuple(modules)) for name, modules in each.items())
+    return dataclasses.replace(table, weights=tuple(lines), each=names, single=False)
 
 
 _LIKE = re.compile(r"\.experts\.|\.gate\.lora_")
@@ -91,8 +148,23 @@ Parts = dict[int, dict[int, dict[str, Array]]]
 """`{part: {expert: {"A": …, "B": …}}}` of one parameter."""
 
 
-def fused(tensors: PeftTensors, table: KeyMap, on_shared: str | None, call: str) -> PeftTensors:
+def fused(
+    tensors: PeftTensors,
+    table: KeyMap,
+    on_shared: str | None,
+    call: str,
+    lines: KeyMap | None = None,
+    others: Collection[str] | None = None,
+    parts: bool = True,
+) -> PeftTensors:
     """A file's adapters of single experts as those of parameters; itself where it has none, or the table no names.
+
+    Args:
+        table: says what single experts are called.
+        on_shared: "concat" puts the As of gate and up side by side where the model has one.
+        lines: the table of the model, if it is another one.
+        others: parameters that are not adapted, if that is known.
+        parts: where gate and up are two leaves they are left as two parts.
 
     Raises one `MismatchError` with all experts that are missing, or differ in rank or scale, and one for As that differ
     where they would have to be one.
@@ -100,7 +172,7 @@ def fused(tensors: PeftTensors, table: KeyMap, on_shared: str | None, call: str)
     config = tensors.config
     if not table.each or not isinstance(config, LoraConfig):
         return tensors
-    known = _parameters(table)
+    known = _parameters(table, lines)
     found: dict[str, tuple[_Parameter, Parts]] = {}
     rest: list[str] = []
     for key in tensors.tensors:
@@ -116,15 +188,16 @@ def fused(tensors: PeftTensors, table: KeyMap, on_shared: str | None, call: str)
         return tensors
     ranks, alphas = _checked(config, found, tensors.source)
     out = {key: tensors.tensors[key] for key in rest}
-    for name, (one, parts) in found.items():
-        made, times = _stacked(one, parts, ranks[name], on_shared, f"{tensors.source}: {name}", call)
+    for name, (one, held) in found.items():
+        one = dataclasses.replace(one, split=one.split and parts)
+        made, times = _stacked(one, held, ranks[name], on_shared, f"{tensors.source}: {name}", call)
         above = (p for p in known if p.owner == one.owner and p.order > one.order)
         inner = sum(_beside(name, p) in found for p in above)
         at = f"{table.prefix}{one.owner.format(**(one.texts(name) or {}))}{'.base_layer' * inner}"
         out |= {f"{at}.lora_{side}.weight{bracket}": x for (side, bracket), x in made.items()}
         ranks[name], alphas[name] = ranks[name] * times, alphas[name] * (times**0.5 if config.use_rslora else times)
     modules = dict.fromkeys(key.removeprefix(table.prefix).rpartition(".lora_")[0] for key in rest if ".lora_" in key)
-    return PeftTensors(_with_parameters(config, list(modules), ranks, alphas), out, tensors.source)
+    return PeftTensors(_with_parameters(config, list(modules), ranks, alphas, others), out, tensors.source)
 
 
 def _beside(name: str, other: _Parameter) -> str:
@@ -184,7 +257,7 @@ def _stacked(
         # (expert, out, rank) -> (out, rank, expert)
         wide = xp.stack([pair["B"] for pair in experts], axis=-1)
         b.append(wide.reshape(wide.shape[0], -1))
-    keys = {s: [pieces.named("", axis, f"{i}/{n}") for i in range(n)] for s, axis in (("A", None), ("B", 0))}
+    keys = {side: one.keys(side) for side in _SIDES}
     if n == 1:
         return {("A", ""): a[0], ("B", ""): b[0]}, 1
     if one.split:
@@ -207,7 +280,11 @@ def _xp(x: Array) -> Any:
 
 
 def _with_parameters(
-    config: LoraConfig, modules: Sequence[str], ranks: Mapping[str, int], alphas: Mapping[str, float]
+    config: LoraConfig,
+    modules: Sequence[str],
+    ranks: Mapping[str, int],
+    alphas: Mapping[str, float],
+    others: Collection[str] | None,
 ) -> LoraConfig:
     """The configuration that names parameters, and of its modules those that are left."""
     if config.lora_dropout:
@@ -223,32 +300,37 @@ def _with_parameters(
         left: Any = list(modules)
     else:
         left = [entry for entry in given or () if any(m == entry or m.endswith(f".{entry}") for m in modules)]
-    named = [*(config.target_parameters or ()), *_short(list(ranks), config)]
+    named = [*(config.target_parameters or ()), *_short(list(ranks), config, others)]
     config = config.replace(target_modules=left, target_parameters=named, lora_dropout=0.0)
     return joining.with_values(config, all_ranks, all_alphas)
 
 
-def _short(names: Sequence[str], config: LoraConfig) -> list[str]:
+def _short(names: Sequence[str], config: LoraConfig, others: Collection[str] | None) -> list[str]:
     """The names of parameters by their ends, where no layer was left out."""
-    if config.layers_to_transform is not None or isinstance(config.target_modules, str) or config.exclude_modules:
+    short = tuple(dict.fromkeys(".".join(name.split(".")[-2:]) for name in names))
+    some = config.layers_to_transform is not None or isinstance(config.target_modules, str) or config.exclude_modules
+    if some if others is None else any(name.endswith(short) for name in others):
         return list(names)
-    return list(dict.fromkeys(".".join(name.split(".")[-2:]) for name in names))
+    return list(short)
 
 
 # ---------------------------------------------------------------- and apart again
 
 
-def apart(config: Config, tensors: Mapping[str, Array], table: KeyMap) -> tuple[Config, dict[str, Array]]:
+def apart(
+    config: Config, tensors: Mapping[str, Array], table: KeyMap, lines: KeyMap | None = None
+) -> tuple[Config, dict[str, Array]]:
     """Adapters of parameters as those of the single experts' modules, under the names that transformers 4 had.
 
     Args:
         tensors: a plan's, by the table's names; parts of a tensor need not be put together.
+        table, lines: as in `fused`.
 
     Raises `ConfigError` if the configuration is no LoRA's.
     """
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"{table.name}: adapters of single experts are LoRA's, found {config.peft_type}")
-    known = _parameters(table)
+    known = _parameters(table, lines)
     out: dict[str, Array] = {}
     held: dict[tuple[_Parameter, str], dict[str, list[Array]]] = {}
     for key in sorted(tensors):  # parts in order
@@ -265,8 +347,9 @@ def apart(config: Config, tensors: Mapping[str, Array], table: KeyMap) -> tuple[
         n = len(mine[len(mine) - 1 - depth][0].modules)
         x = tensors[key]
         if piece is None and n > 1:
-            names = [pieces.named("x", None if last[0] == "A" else 0, f"{i}/{n}") for i in range(n)]
-            sides[last[0]] = list(pieces.cut({"x": x}, names).values())
+            names = [f"x{key}" for key in mine[len(mine) - 1 - depth][0].keys(last[0])]
+            parts = pieces.cut({"x": x}, names)
+            sides[last[0]] = [parts[name] for name in names]
         else:
             sides.setdefault(last[0], []).append(x)
     if not held:
@@ -307,7 +390,8 @@ def _with_modules(
     plain = (w for w in table.weights if w.adaptable and w.kind not in ("parameter", "experts"))
     others = {name.rpartition(".")[2] for name in (*(w.module for w in plain), *rest)}
     given = config.target_modules or ()
-    if not isinstance(given, str) and config.layers_to_transform is None and not others.intersection(lasts):
+    spelt = not isinstance(given, str) and not any(name.isdecimal() or "{" in name for name in lasts)
+    if spelt and config.layers_to_transform is None and not others.intersection(lasts):
         return config.replace(target_modules=[*given, *lasts], target_parameters=left or None)
     # Other modules are called like these, and need not be adapted: only a pattern tells them apart.
     layers = sorted({re.sub(r"\{e\}", r"\\d+", _filled(t, m)) for m, t in experts.items()})

@@ -109,7 +109,7 @@ def save(
             _told_at_once(report, "save", adapter)
         LOGGER.info("%s: an Orbax checkpoint of %d arrays written", _below(path, name), len(adapter.flat()))
         return
-    tensors = exchange.taken(tree, name, config, keymap, lora_alpha, dtype, instead, traced=False)
+    tensors = exchange.taken(tree, name, config, keymap, lora_alpha, dtype, instead, False, on_shared)
     tensors = _with_embeddings(tensors, tree, name, config, keymap, save_embedding_layers)
     tensors = exchange.joined(tensors, tree, name, config, keymap, on_shared, "save")
     tensors = dataclasses.replace(tensors, config=tensors.config.replace(**changes))
