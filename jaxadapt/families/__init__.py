@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from jaxadapt.errors import KeyMapError
-from jaxadapt.families import gemma, keras, maxtext, maxtext_gemma, maxtext_moe, moe, tunix
+from jaxadapt.families import easydel, gemma, keras, maxtext, maxtext_gemma, maxtext_moe, moe, tunix
 from jaxadapt.families.bert import BERT, ROBERTA
 from jaxadapt.families.clip import CLIP
 from jaxadapt.families.gpt2 import GPT2
@@ -29,7 +29,7 @@ _TABLES = (
     *(maxtext.LLAMA31, maxtext.LLAMA3, maxtext.QWEN2, maxtext.QWEN3),
     *(maxtext_gemma.GEMMA2, maxtext_gemma.GEMMA3),
     *(maxtext_moe.MIXTRAL, maxtext_moe.QWEN3_MOE, maxtext_moe.GPT_OSS),
-    *(keras.LLAMA, keras.QWEN3, keras.GEMMA3),
+    *(keras.LLAMA, keras.QWEN3, keras.GEMMA3, easydel.LLAMA),
 )
 FAMILIES: dict[str, KeyMap] = {table.name: table for table in _TABLES}
 _SCAN_AXES = range(3)

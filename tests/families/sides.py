@@ -33,6 +33,7 @@ LIBRARY = {
     "maxtext": "maxtext",
     "flax": "transformers",
     "keras": "keras_hub",
+    "easydel": "easydel",
     "moe": "flax",
 }
 PACKAGES = {"tunix": "google-tunix", "keras_hub": "keras-hub"}
@@ -365,6 +366,42 @@ def keras(specimen: Specimen) -> Side:
     return Side(shapes, lambda leaves: {"params": trees.nest(leaves)}, run, merges=True)
 
 
+def easydel(specimen: Specimen) -> Side:
+    importlib.import_module("easydel")
+    name = specimen.options["model"]
+    where = f"easydel.modules.{name}"
+    layers, utils = importlib.import_module("easydel.layers"), importlib.import_module("easydel.infra.utils")
+    fields = {**specimen.config, "rope_theta": specimen.config["rope_parameters"]["rope_theta"]}
+    kind = specimen.torch.removesuffix("ForCausalLM")
+    config = getattr(importlib.import_module(where), f"{kind}Config")(**fields)
+    size = specimen.config.get("head_dim", D // HEADS)
+
+    def frequencies(*_: Any, **__: Any) -> Any:
+        """As EasyDeL 0.3.0 computes them, but not rounded to bfloat16 whatever the dtype is."""
+        most = config.granted_freq_max_position_embedding
+        return utils.ModuleCaches(
+            layers.get_frequencies(head_size=size, rotary_dim=size, max_position=most, base=fields["rope_theta"])
+        )
+
+    object.__setattr__(config, "get_basic_frequencies", frequencies)
+    config.add_basic_configurations(
+        sharding_axis_dims=(1, 1, 1, 1, 1), use_sharding_constraint=False, attn_mechanism="vanilla",
+        attn_dtype=jnp.float32, attn_softmax_dtype=jnp.float32,
+    )  # fmt: skip
+    cls = getattr(importlib.import_module(where), specimen.torch)
+
+    with config.mesh:
+        made = cls(config=config, dtype=jnp.float32, param_dtype=jnp.float32, precision="highest", rngs=nnx.Rngs(0))
+
+    def run(target: Any) -> Any:  # merged: its JAX is older than what our own layers need
+        trees.fill(made, paths.flatten(target["params"]))
+        with config.mesh:
+            return made(input_ids=jnp.asarray(IDS, jnp.int32)).logits
+
+    shapes = {path: tuple(v.shape) for path, v in trees.nnx_leaves(made).items()}
+    return Side(shapes, lambda leaves: {"params": trees.nest(leaves)}, run, merges=True)
+
+
 BUILDERS: dict[str, Callable[[Specimen], Side]] = {
     "tunix": tunix,
     "tunix_gemma": tunix_gemma,
@@ -376,4 +413,5 @@ BUILDERS: dict[str, Callable[[Specimen], Side]] = {
     "maxtext": maxtext,
     "flax": flax,
     "keras": keras,
+    "easydel": easydel,
 }

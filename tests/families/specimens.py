@@ -199,6 +199,11 @@ def _keras(model: str, torch: str, **config: Any) -> Specimen:
     return Specimen(name, f"keras:{model}", torch, {**DECODER, **rope(), **config}, "keras", {}, PROJ, unused=unused)
 
 
+def _easydel(model: str, torch: str, **config: Any) -> Specimen:
+    config = {**DECODER, **rope(), "tie_word_embeddings": False, **config}
+    return Specimen(f"easydel-{model}", "easydel:llama", torch, config, "easydel", {"model": model}, PROJ)
+
+
 _STACKS = ("encoder", "decoder")
 _ENDS = {"bos_token_id": 0, "eos_token_id": 0}
 _GPT2 = {"vocab_size": V, "n_embd": D, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 32, **_ENDS}
@@ -369,6 +374,10 @@ SPECIMENS = (
     *(_moe_of("maxtext", "mixtral", "MixtralForCausalLM", scan) for scan in (None, 1)),
     *(_moe_of("maxtext", "qwen3_moe", "Qwen3MoeForCausalLM", scan) for scan in (None, 0, 1)),
     _moe_of("maxtext", "gpt_oss", "GptOssForCausalLM"),
+    _easydel("llama", "LlamaForCausalLM", head_dim=4),
+    _easydel("mistral", "MistralForCausalLM", head_dim=4, sliding_window=32),
+    _easydel("qwen2", "Qwen2ForCausalLM"),
+    _easydel("qwen3", "Qwen3ForCausalLM", head_dim=6),
     _keras("llama", "LlamaForCausalLM", tie_word_embeddings=False),
     _keras("llama", "MistralForCausalLM", tie_word_embeddings=False),
     _keras("qwen3", "Qwen3ForCausalLM", tie_word_embeddings=True, head_dim=6),
