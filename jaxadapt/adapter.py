@@ -108,12 +108,12 @@ class Adapter:
     Args:
         config: the configuration, with PEFT's field names.
         params: nested dicts; the base model's paths, with each adapted leaf replaced by its tensors
-            (`{"q_proj": {"kernel": {"lora_A": (in, r), "lora_B": (r, out)}}}`).
+            (`{"q_proj": {"kernel": {"lora_A": (r, in), "lora_B": (out, r)}}}`).
         keymap: the table that names these leaves for PyTorch.
 
     >>> import numpy as np, jaxadapt
     >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
-    >>> params = {"q": {"kernel": {"lora_A": np.zeros((3, 2)), "lora_B": np.zeros((2, 4))}}}
+    >>> params = {"q": {"kernel": {"lora_A": np.zeros((2, 3)), "lora_B": np.zeros((4, 2))}}}
     >>> sorted(Adapter(config, params).collection["lora"]["default"])
     ['q', '~config']
     """

@@ -139,7 +139,7 @@ def init(
     >>> base = {"q": {"kernel": jax.ShapeDtypeStruct((4, 6), "float32")}}
     >>> adapter = init(jaxadapt.LoraConfig(r=2, target_modules=["q"]), base, key=jax.random.key(0))
     >>> {path: x.shape for path, x in adapter.flat().items()}
-    {'q.kernel.lora_A': (4, 2), 'q.kernel.lora_B': (2, 6)}
+    {'q.kernel.lora_A': (2, 4), 'q.kernel.lora_B': (6, 2)}
     """
     _need_config(config)
     dtype = _kind(dtype, autocast_adapter_dtype)

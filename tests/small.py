@@ -86,7 +86,7 @@ def host_adapter(r: int = 2, fill: float = 1.0, width: int = 8) -> jaxadapt.Adap
     """An adapter of numpy arrays, all of one value."""
     sites = {
         name: {
-            "kernel": {"lora_A": np.full((width, r), fill, "f4"), "lora_B": np.full((r, width), fill, "f4")}
+            "kernel": {"lora_A": np.full((r, width), fill, "f4"), "lora_B": np.full((width, r), fill, "f4")}
         }
         for name in ("q_proj", "up_proj")
     }

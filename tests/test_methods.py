@@ -302,10 +302,10 @@ def test_lora_is_w_plus_scale_b_a():
         assert hook.static.scale == pytest.approx(scale, abs=0)
         a, b = (np.asarray(hook.params[f"lora_{x}"], "float64") for x in "AB")
         w, x = np.asarray(near_one((4, 6), 1), "float64"), np.asarray(near_one((5, 4), 3), "float64")
-        np.testing.assert_allclose(hook.weight(jnp.asarray(w, "float32")), w + scale * a @ b, rtol=1e-5)
+        np.testing.assert_allclose(hook.weight(jnp.asarray(w, "float32")), w + scale * (b @ a).T, rtol=1e-5)
         use = Use("bd", "di", "bi", hook.axes)
         y = through(hook, use, jnp.asarray(x, "float32"), jnp.asarray(w, "float32"))
-        np.testing.assert_allclose(y, x @ w + scale * x @ a @ b, rtol=1e-5)
+        np.testing.assert_allclose(y, x @ w + scale * x @ a.T @ b.T, rtol=1e-5)
 
 
 def test_loras_initial_values_have_pefts_distribution():

@@ -175,8 +175,8 @@ def test_adapter_tensors_agree_with_the_reference(method, data):
         parts = None
     expected_tensors = (
         {
-            "lora_A": ([*batch, *inn, "RANK"], [("RANK",), inn], ".lora_A.weight"),
-            "lora_B": ([*batch, "RANK", *out], [out, ("RANK",)], ".lora_B.weight"),
+            "lora_A": ([*batch, "RANK", *inn], [("RANK",), inn], ".lora_A.weight"),
+            "lora_B": ([*batch, *out, "RANK"], [out, ("RANK",)], ".lora_B.weight"),
         }
         if method == "LORA"
         else {"ia3_l": ([*batch, *inn], [(), inn], ".ia3_l")}
@@ -214,7 +214,7 @@ def test_a_fused_weight_partly_targeted_keeps_the_parts_order():
         LoraConfig(r=1, target_modules=["q_proj", "k_proj"]), KeyMap("t", (weight,)), {"kv": (3, 2, 2)}
     )
     assert bound.axes == Axes((1,), (2,), (0,), parts=(0, 2))
-    assert bound.shapes == {"lora_A": (2, 2, 1), "lora_B": (2, 1, 2)}
+    assert bound.shapes == {"lora_A": (2, 1, 2), "lora_B": (2, 2, 1)}
     assert bound.modules == ("k_proj", "q_proj")
 
 
@@ -253,19 +253,19 @@ def test_check_lists_missing_unexpected_and_misshaped_together():
 
 def test_an_adapter_that_contradicts_itself_lists_every_tensor():
     config = LoraConfig(r=2, target_modules=["q"])
-    shapes = {"h.0.q.w": {"lora_A": (3, 4), "lora_C": (1,)}}
+    shapes = {"h.0.q.w": {"lora_A": (4, 3), "lora_C": (1,)}}
     with pytest.raises(MismatchError) as caught:
         bind.recover(config, TABLE, shapes)
     text = str(caught.value)
     assert "h.0.q.w.lora_A: axis 'r' has 4 entries, expected 2" in text
     assert "h.0.q.w.lora_B: missing" in text
     assert "h.0.q.w.lora_C: no such tensor" in text
-    with pytest.raises(MismatchError, match=r"expected axes \(i r\), found shape \(3,\)"):
-        bind.recover(config, TABLE, {"h.0.q.w": {"lora_A": (3,), "lora_B": (2, 3)}})
+    with pytest.raises(MismatchError, match=r"expected axes \(r i\), found shape \(3,\)"):
+        bind.recover(config, TABLE, {"h.0.q.w": {"lora_A": (3,), "lora_B": (3, 2)}})
 
 
 def test_unmapped_adapter_leaves_are_all_named():
-    leaves = {name: {"lora_A": (3, 2), "lora_B": (2, 3)} for name in ("x.w", "y.w")}
+    leaves = {name: {"lora_A": (2, 3), "lora_B": (3, 2)} for name in ("x.w", "y.w")}
     with pytest.raises(KeyMapError, match="keymap=") as caught:
         bind.recover(LoraConfig(r=2, target_modules=["x"]), TABLE, leaves)
     assert "x.w" in str(caught.value)
@@ -298,7 +298,7 @@ def stacked_plan():
 
 def test_encoding_is_lazy_and_views_where_it_can_be():
     made = stacked_plan()
-    leaves = {"h.q.w.lora_A": np.zeros((3, 4, 2)), "h.q.w.lora_B": np.zeros((3, 2, 5))}
+    leaves = {"h.q.w.lora_A": np.zeros((3, 2, 4)), "h.q.w.lora_B": np.zeros((3, 5, 2))}
     encoded = made.encode(leaves)
     for key, value in encoded.items():
         assert np.shares_memory(value, leaves["h.q.w.lora_A" if "lora_A" in key else "h.q.w.lora_B"])
@@ -308,7 +308,7 @@ def test_encoding_is_lazy_and_views_where_it_can_be():
 
 def test_encoding_converts_one_tensor_at_a_time():
     encoded = stacked_plan().encode(
-        {"h.q.w.lora_A": np.full((3, 4, 2), 1 / 3), "h.q.w.lora_B": np.zeros((3, 2, 5), "float16")},
+        {"h.q.w.lora_A": np.full((3, 2, 4), 1 / 3), "h.q.w.lora_B": np.zeros((3, 5, 2), "float16")},
         "bfloat16",
     )
     assert {s.dtype for s in encoded.specs.values()} == {np.dtype("bfloat16")}
@@ -322,7 +322,7 @@ def test_layers_of_several_dtypes_join_in_one_that_holds_them():
     tensors[key] = tensors[key].astype(ml_dtypes.bfloat16)
     leaf = made.decode(tensors)["h.q.w.lora_A"]
     assert leaf.dtype == np.float32
-    np.testing.assert_array_equal(leaf[1].T, tensors[key].astype("float32"))
+    np.testing.assert_array_equal(leaf[1], tensors[key].astype("float32"))
     tensors["base_model.model.h.0.q.lora_A.weight"] = np.zeros((2, 4), "float16")
     tensors["base_model.model.h.2.q.lora_A.weight"] = np.zeros((2, 4), ml_dtypes.bfloat16)
     with pytest.raises(MismatchError, match=r"'h\.q\.w\.lora_A' is one array.*bfloat16, float16"):
@@ -377,8 +377,8 @@ def test_a_split_axis_reaches_every_tensor_of_an_adapter():
         leaves = made.decode(lora)
         for l in range(2):
             found = {n: leaves[f"h.{l}.q.{n}"] if axis is None else np.take(leaves[f"h.q.{n}"], l, axis) for n in AB}
-            np.testing.assert_array_equal(found["lora_A"], a.T + l)
-            np.testing.assert_array_equal(found["lora_B"], interleaved((b + l).T.reshape(2, 3, 4)))
+            np.testing.assert_array_equal(found["lora_A"], a + l)
+            np.testing.assert_array_equal(found["lora_B"], np.moveaxis(interleaved((b + l).T.reshape(2, 3, 4)), 0, -1))
         for key, value in made.encode(leaves).items():
             np.testing.assert_array_equal(value, lora[key])
     config = IA3Config(target_modules=["q"], feedforward_modules=[])
@@ -454,6 +454,6 @@ def test_what_does_not_divide_is_named():
     with pytest.raises(KeyMapError, match=r"an axis of size 5 cannot be split as \(c p\)"):
         plan.base_plan(table, {"q": (2, 5)})
     with pytest.raises(MismatchError, match=r"q\.lora_B: an axis of size 5 cannot be split"):
-        bind.recover(LoraConfig(r=2, target_modules=["q"]), table, {"q": {"lora_A": (3, 2), "lora_B": (2, 5)}})
+        bind.recover(LoraConfig(r=2, target_modules=["q"]), table, {"q": {"lora_A": (2, 3), "lora_B": (5, 2)}})
     assert table.covers({"q": (2, 5)}) == 0
     assert table.covers({"q": (2, 6)}) == 1

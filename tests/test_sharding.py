@@ -107,8 +107,8 @@ def test_linen_boxes(logical: bool, tmp_path: Any) -> None:
     abstract = jax.eval_shape(module.init, jax.random.key(0), X)
     boxed = nn.get_partition_spec(abstract)
     up = boxed["lora"]["default"]["up"]["kernel"]
-    assert up == ({"lora_A": PartitionSpec("F" if logical else "fsdp", None),
-                   "lora_B": PartitionSpec(None, "T" if logical else "tp")})  # fmt: skip
+    assert up == ({"lora_A": PartitionSpec(None, "F" if logical else "fsdp"),
+                   "lora_B": PartitionSpec("T" if logical else "tp", None)})  # fmt: skip
     where = nn.logical_to_mesh_sharding(boxed, mesh, rules) if logical else jax.tree.map(
         lambda s: NamedSharding(mesh, s), boxed, is_leaf=lambda s: isinstance(s, PartitionSpec)
     )  # fmt: skip
@@ -185,11 +185,11 @@ def test_axes_that_cannot_be_followed_are_replicated() -> None:
         return {path: tuple(x.sharding.spec) for path, x in found.items()}
 
     assert specs(["k_proj", "v_proj"]) == {
-        "kv.lora_A": ("tp", "fsdp", None),
+        "kv.lora_A": ("tp", None, "fsdp"),
         "kv.lora_B": ("tp", None, None, None),
     }
     # v alone: its axis of parts has one entry, which two devices cannot share
-    assert specs(["v_proj"]) == {"kv.lora_A": (None, "fsdp", None), "kv.lora_B": (None, None, None, None)}
+    assert specs(["v_proj"]) == {"kv.lora_A": (None, None, "fsdp"), "kv.lora_B": (None, None, None, None)}
 
 
 def test_ia3_follows_by_the_roles_of_its_axes() -> None:
@@ -213,7 +213,7 @@ def test_everything_a_method_adds_follows() -> None:
     flat, fsdp = found.flat(), ("data", "fsdp")
     for path, spec in {
         "q.kernel.lora_magnitude_vector": ("tp",), "o.kernel.lora_magnitude_vector": (fsdp,),
-        "up.kernel.copy": (fsdp, "tp"), "up.bias.copy": (), "q.kernel.lora_A": (fsdp,), "q.kernel.lora_B": (None, "tp"),
+        "up.kernel.copy": (fsdp, "tp"), "up.bias.copy": (), "q.kernel.lora_A": (None, fsdp), "q.kernel.lora_B": ("tp",),
     }.items():  # fmt: skip
         leaf = flat[f"blocks.0.{path}"]
         assert same_spec(leaf.sharding, PartitionSpec(*spec), mesh, leaf.ndim), path
@@ -231,7 +231,7 @@ def test_stacked_and_expert_axes_follow() -> None:
     config = jaxadapt.LoraConfig(r=4, target_modules=["up"])
     found = jaxadapt.init(config, params, key=jax.random.key(0), keymap=jaxadapt.KeyMap("moe", (line,))).flat()
     specs = {path.rpartition(".")[2]: tuple(x.sharding.spec) for path, x in found.items()}
-    assert specs == {"lora_A": ("stage", "expert", None, None), "lora_B": ("stage", "expert", None, "tp")}
+    assert specs == {"lora_A": ("stage", "expert", None, None), "lora_B": ("stage", "expert", "tp", None)}
 
 
 class Wide(nnx.Module):
@@ -304,10 +304,10 @@ def by_hand(params: Any, lora: Any, x: jax.Array) -> jax.Array:
         return jnp.einsum(eq, x, layer["kernel"]) + layer["bias"].reshape((1, *layer["bias"].shape)) + delta
 
     p, l = params, lora
-    h = jnp.tanh(dense(p["q"], l["q"], x, "bd,dnh->bnh", "bd,dr->br", "br,rnh->bnh"))
-    x = x + dense(p["o"], l["o"], h, "bnh,nhd->bd", "bnh,nhr->br", "br,rd->bd")
-    h = jnp.tanh(dense(p["up"], l["up"], x, "bd,df->bf", "bd,dr->br", "br,rf->bf"))
-    return x + dense(p["down"], l["down"], h, "bf,fd->bd", "bf,fr->br", "br,rd->bd")
+    h = jnp.tanh(dense(p["q"], l["q"], x, "bd,dnh->bnh", "bd,rd->br", "br,nhr->bnh"))
+    x = x + dense(p["o"], l["o"], h, "bnh,nhd->bd", "bnh,rnh->br", "br,dr->bd")
+    h = jnp.tanh(dense(p["up"], l["up"], x, "bd,df->bf", "bd,rd->br", "br,fr->bf"))
+    return x + dense(p["down"], l["down"], h, "bf,fd->bd", "bf,rf->br", "br,dr->bd")
 
 
 TRAINED = [*((layout, "nnx") for layout in COMPILED), (("2x2x2", "both"), "linen")]

@@ -72,7 +72,7 @@ def test_a_saved_file_is_what_peft_would_have_written(tmp_path):
     assert "base_model: org/base" in (tmp_path / CARD).read_text()
     tensors = jaxadapt.read(tmp_path).tensors
     held = model.q_proj.lora["default"]["kernel"]
-    np.testing.assert_array_equal(tensors[f"{PREFIX}q_proj.lora_A.weight"], np.asarray(held["lora_A"][...]).T)
+    np.testing.assert_array_equal(tensors[f"{PREFIX}q_proj.lora_A.weight"], np.asarray(held["lora_A"][...]))
 
 
 def test_saving_after_jitted_optimiser_steps(tmp_path):

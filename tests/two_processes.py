@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import jaxadapt
 
 CONFIG = jaxadapt.LoraConfig(r=4, target_modules=["q_proj"])
-SHAPES = {"lora_A": (64, 4), "lora_B": (4, 32)}
+SHAPES = {"lora_A": (4, 64), "lora_B": (32, 4)}
 
 
 def spread(mesh: Any, spec: dict[str, PartitionSpec], step: int) -> jaxadapt.Adapter:
@@ -52,8 +52,8 @@ def main() -> None:
         heartbeat_timeout_seconds=10, shutdown_timeout_seconds=10, initialization_timeout=60,
     )  # fmt: skip
     one, two = jax.make_mesh((4,), ("x",)), jax.make_mesh((2, 2), ("x", "y"))
-    rows = {"lora_A": PartitionSpec("x"), "lora_B": PartitionSpec(None, "x")}
-    other = {"lora_A": PartitionSpec("y", "x"), "lora_B": PartitionSpec()}
+    rows = {"lora_A": PartitionSpec(None, "x"), "lora_B": PartitionSpec("x")}
+    other = {"lora_A": PartitionSpec("x", "y"), "lora_B": PartitionSpec()}
     manager = jaxadapt.CheckpointManager(folder / "run", keep=2)
 
     def save(step: int) -> None:

@@ -1,7 +1,7 @@
 """LoRA (Hu et al. 2021, arXiv:2106.09685) with PEFT's conventions: W + s·B·A, s = α/r or α/√r.
 
-In the model, per site: `lora_A` (batch..., in..., r) and `lora_B` (batch..., r, out...); in the file A is
-(r, in) and B (out, r). A lookup's are called `lora_embedding_A` and `lora_embedding_B`; in a convolution the window
+In the model, per site: `lora_A` (batch..., r, in...) and `lora_B` (batch..., out..., r), which are the bytes of the file's
+A (r, in) and B (out, r). A lookup's are called `lora_embedding_A` and `lora_embedding_B`; in a convolution the window
 belongs to the inputs, and in a grouped one A sees all channels. `lora_B_bias` (batch..., out...) is added with
 `lora_bias`. The arithmetic follows PEFT's `tuners/lora/layer.py`: x is cast to A's dtype, the scale sits on the
 rank-r side, and the sum is cast to the base output's dtype once, at the end. Variants are files of their own.
@@ -102,8 +102,8 @@ class Lora(Method):
         torch_a, torch_b = (("experts", "r"), (*several, "inn")), (("out",), ("r", "experts"), *window)
         own_a, own_b = (*own, *(("g", groups) for _ in several)), (("r", r // groups),)
         found = [
-            Tensor(a, f"{wrapped}.{a}{last}", ("batch", *several, "inn", "r"), torch_a, own_a, degree=0),
-            Tensor(b, f"{wrapped}.{b}{last}", ("batch", "r", "out"), torch_b, own_b, degree=1),
+            Tensor(a, f"{wrapped}.{a}{last}", ("batch", "r", *several, "inn"), torch_a, own_a, degree=0),
+            Tensor(b, f"{wrapped}.{b}{last}", ("batch", "out", "r"), torch_b, own_b, degree=1),
         ]
         if config.lora_bias:
             found.append(Tensor("lora_B_bias", ".lora_B.bias", ("batch", "out"), (("out",),), degree=1))

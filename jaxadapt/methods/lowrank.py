@@ -1,6 +1,6 @@
 """A pair of low-rank factors beside one use of a weight, and in the weight: what all kinds of LoRA share.
 
-`lora_A` is (batch..., groups, in..., r), `lora_B` (batch..., r, out...); an axis of groups is there in grouped
+`lora_A` is (batch..., r, groups, in...), `lora_B` (batch..., out..., r); an axis of groups is there in grouped
 convolutions only, whose A sees all channels and whose B those of its group.
 """
 
@@ -28,10 +28,10 @@ def delta(use: Use | Operation, scale: float, groups: int, a: Array, b: Array, x
     h = jnp.moveaxis(h * scale, use.out, -1)
     if groups > 1:
         h = h.reshape(*h.shape[:-1], groups, -1)
-        b = b.reshape(b.shape[0], groups, -1)
-        h = einsum("...gr,rgo->...go", h, b).reshape(*h.shape[:-2], -1)
+        b = b.reshape(groups, -1, b.shape[-1])
+        h = einsum("...gr,gor->...go", h, b).reshape(*h.shape[:-2], -1)
     else:
-        h = h @ b
+        h = h @ b.T
     return jnp.moveaxis(h, -1, use.out)
 
 
@@ -40,7 +40,7 @@ def _product_of(use: Use, scale: float, a: Array, b: Array, x: Array, y: Array) 
     """Jitted so that a model of many equal layers traces (and linearises) it once; inlined, so that what is
     compiled is the same as without."""
     batch = use.letters("batch")
-    pair = (a, batch + use.letters("inn") + RANK), (b, batch + RANK + use.letters("out"))
+    pair = (a, batch + RANK + use.letters("inn")), (b, batch + use.letters("out") + RANK)
     first, last = pair[::-1] if use.transposed else pair
     free = set(use.w) - set(use.x) - set(batch)
     mid = "".join(c for c in use.y if c not in free)
@@ -53,13 +53,13 @@ def _product_of(use: Use, scale: float, a: Array, b: Array, x: Array, y: Array) 
 def _as_weight(axes: Axes, groups: int, a: Array) -> Array:
     """A with its axes where the weight has them, and r in place of the outputs."""
     if groups > 1:
-        a = a.reshape(groups * a.shape[1], *a.shape[2:])
-    return a.transpose([len(axes.inn) if i in axes.out else axes.inn.index(i) for i in range(axes.rank)])
+        a = a.reshape(a.shape[0], groups * a.shape[2], *a.shape[3:])
+    return a.transpose([0 if i in axes.out else 1 + axes.inn.index(i) for i in range(axes.rank)])
 
 
 def _inside(axes: Axes, factor: Array, rank: tuple[int, ...]) -> Array:
     """A or B of experts with its axes where the weight has them, and r in place of the other side's."""
-    own = axes.batch + (axes.inn + rank if rank == axes.out else rank + axes.out)
+    own = axes.batch + (rank + axes.inn if rank == axes.out else axes.out + rank)
     return factor.transpose([own.index(i) for i in range(axes.rank)])
 
 
@@ -71,7 +71,7 @@ def product(axes: Axes, a: Array, b: Array) -> Array:
 
     batch = at(axes.batch)
     return einsum(
-        f"{batch}{at(axes.inn)}{RANK},{batch}{RANK}{at(axes.out)}->{LETTERS[: axes.rank]}", a, b
+        f"{batch}{RANK}{at(axes.inn)},{batch}{at(axes.out)}{RANK}->{LETTERS[: axes.rank]}", a, b
     )
 
 

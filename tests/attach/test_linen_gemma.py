@@ -184,8 +184,8 @@ def test_fused_parts(targets, method):
     kv = adapter.sites["layer_0.attn.kv_einsum.w"]
     parts = sum(p in targets for p in ("k_proj", "v_proj"))
     if method == "LORA":
-        assert kv["lora_A"].shape == (parts, 8, R)
-        assert kv["lora_B"].shape == (parts, R, 2, 2)
+        assert kv["lora_A"].shape == (parts, R, 8)
+        assert kv["lora_B"].shape == (parts, 2, 2, R)
     else:
         assert kv["ia3_l"].shape == (parts, 2, 2)
     merged = jaxadapt.merge(variables["params"], adapter)

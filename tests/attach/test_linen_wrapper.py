@@ -450,8 +450,8 @@ def test_two_names_activate_disable_delete(net):
     variables = model.init(KEY, x)
     assert set(variables["lora"]) == {"a", "b"}
     assert (
-        variables["lora"]["a"]["q"]["kernel"]["lora_A"][:, 0]
-        != variables["lora"]["b"]["q"]["kernel"]["lora_A"][:, 0]
+        variables["lora"]["a"]["q"]["kernel"]["lora_A"][0]
+        != variables["lora"]["b"]["q"]["kernel"]["lora_A"][0]
     ).any()
     variables = trained(variables)
     base = model.module.apply({"params": variables["params"]}, x)

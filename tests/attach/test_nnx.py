@@ -378,6 +378,6 @@ def test_stacked_on_which_axis():
     with pytest.raises(AttachError, match=r"stack_axes=\(0,\)"):
         adapt(Square(), R1.replace(target_modules=["q"]))
     adapter = jaxadapt.extract(adapt(Square(), R1.replace(target_modules=["q"]), stack_axes=[0]))
-    assert adapter.flat()["q.kernel.lora_A"].shape == (3, 3, 2)
+    assert adapter.flat()["q.kernel.lora_A"].shape == (3, 2, 3)
     with pytest.raises(AttachError, match="stack_axes"):
         adapt(layers_nnx.Stack(nnx.Rngs(0)), R1, stack_axes=[1])

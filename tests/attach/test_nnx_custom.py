@@ -48,9 +48,9 @@ def test_a_custom_weight_needs_an_example_or_a_table():
 
 def test_a_trace_tells_inputs_from_outputs():
     model = adapt(CASE["own_einsum"].make(), lora("layer"), example=(layers.x(),))
-    assert shapes(model) == {"layer.w.lora_A": (8, 2), "layer.w.lora_B": (2, 3, 4)}
+    assert shapes(model) == {"layer.w.lora_A": (2, 8), "layer.w.lora_B": (3, 4, 2)}
     model = adapt(CASE["own_transposed"].make(), lora("layer"), example=(layers.x(),))
-    assert shapes(model) == {"layer.w.lora_A": (8, 2), "layer.w.lora_B": (2, 6)}  # w is (out, in)
+    assert shapes(model) == {"layer.w.lora_A": (2, 8), "layer.w.lora_B": (6, 2)}  # w is (out, in)
 
 
 def test_a_users_table_gives_the_same_as_a_trace():
@@ -64,14 +64,14 @@ def test_a_users_table_gives_the_same_as_a_trace():
         ),
     )
     model = adapt(case.make(), lora("q_proj", "k_proj", "v_proj", "o_proj"), keymap=table)
-    assert shapes(model)["attn.kv_einsum.w.lora_A"] == (2, 8, 2)  # one A for k, one for v
+    assert shapes(model)["attn.kv_einsum.w.lora_A"] == (2, 2, 8)  # one A for k, one for v
     y = model(*case.inputs())
     adapter = jaxadapt.extract(model)
     merged = jaxadapt.merge(jaxadapt.detach(model), adapter)
     np.testing.assert_allclose(merged(*case.inputs()), y, atol=1e-5)
 
     only_v = adapt(case.make(), lora("v_proj"), keymap=table)
-    assert shapes(only_v) == {"attn.kv_einsum.w.lora_A": (1, 8, 2), "attn.kv_einsum.w.lora_B": (1, 2, 2, 2)}
+    assert shapes(only_v) == {"attn.kv_einsum.w.lora_A": (1, 2, 8), "attn.kv_einsum.w.lora_B": (1, 2, 2, 2)}
     kv = only_v.attn.kv_einsum(layers.x())
     plain = case.make().attn.kv_einsum(layers.x())
     np.testing.assert_allclose(kv[0], plain[0], atol=1e-6)  # k as it was
@@ -144,7 +144,7 @@ def test_a_custom_layer_inside_a_scan():
             return nnx.scan(lambda m, x: m(x), in_axes=(0, nnx.Carry), out_axes=nnx.Carry)(self.blk, x)
 
     model = adapt(Net(), lora("blk"), example=(layers.x(),))
-    assert shapes(model) == {"blk.w.lora_A": (3, 8, 2), "blk.w.lora_B": (3, 2, 2, 4)}
+    assert shapes(model) == {"blk.w.lora_A": (3, 2, 8), "blk.w.lora_B": (3, 2, 4, 2)}
     y = model(layers.x())
     adapter = jaxadapt.extract(model)
     merged = jaxadapt.merge(jaxadapt.detach(model), adapter)
@@ -303,8 +303,8 @@ def test_tunix(family, foreign_model):
     adapt(model, lora(*targets), example=inputs)
     found = shapes(model)
     assert len(found) == 14
-    assert found["layers.0.attn.q_proj.w.lora_A"] == (32, 2)
-    assert found["layers.0.attn.o_proj.w.lora_A"] == (4, 8, 2)
+    assert found["layers.0.attn.q_proj.w.lora_A"] == (2, 32)
+    assert found["layers.0.attn.o_proj.w.lora_A"] == (2, 4, 8)
     y = call(model, *inputs)
     assert np.abs(y - y0).max() > 1e-3
     adapter = jaxadapt.extract(model)

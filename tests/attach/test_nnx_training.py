@@ -231,7 +231,7 @@ def test_a_pure_dict_has_lost_it_and_says_so():
 
 def test_inject_refuses_what_does_not_fit():
     model, other = llama(), llama(CONFIG.replace(r=2))
-    with pytest.raises(AttachError, match=r"lora_A: expected \(24, 4\), found \(24, 2\)"):
+    with pytest.raises(AttachError, match=r"lora_A: expected \(4, 24\), found \(2, 24\)"):
         jaxadapt.inject(jaxadapt.extract(other), model)
     with pytest.raises(AttachError, match="no adapter 'fr'"):
         jaxadapt.inject(jaxadapt.extract(model), model, "fr")

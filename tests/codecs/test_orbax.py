@@ -109,7 +109,7 @@ def test_names_dtypes_and_shardings(tmp_path: Path):
     assert names(tmp_path / "out2") == ["fr"]
     mesh = jax.make_mesh((8,), ("x",))
     target = small.trained(seed=8, name="fr")
-    spread = {"q_proj.kernel.lora_B": PartitionSpec(None, "x"), "up_proj.kernel.lora_A": PartitionSpec("x")}
+    spread = {"q_proj.kernel.lora_B": PartitionSpec("x"), "up_proj.kernel.lora_A": PartitionSpec(None, "x")}
     flat = {
         path: jax.device_put(leaf, NamedSharding(mesh, spread.get(path, PartitionSpec())))
         for path, leaf in jaxadapt.extract(target, "fr").flat().items()

@@ -81,9 +81,9 @@ def params(cases: Sequence[Case], *, how: str | Sequence[str] | None = None, **h
 def effective(
     weight: jax.Array, a: jax.Array, b: jax.Array, axes: Axes, scale: float, stack: int | None = None
 ) -> jax.Array:
-    """`W + scale · A·B` written out: the reference that every path has to agree with.
+    """`W + scale · B·A` written out: the reference that every path has to agree with.
 
-    `a` is (batch..., inn..., r), `b` (batch..., r, out...); where the leaf is stacked, all three are, on
+    `a` is (batch..., r, inn...), `b` (batch..., out..., r); where the leaf is stacked, all three are, on
     the axis `stack`.
     """
     if stack is not None:
@@ -93,7 +93,7 @@ def effective(
         return mapped(weight, a, b)
     letters = string.ascii_lowercase[: weight.ndim]
     batch, inn, out = ("".join(letters[i] for i in role) for role in (axes.batch, axes.inn, axes.out))
-    return weight + scale * jnp.einsum(f"{batch}{inn}Z,{batch}Z{out}->{letters}", a, b)
+    return weight + scale * jnp.einsum(f"{batch}Z{inn},{batch}{out}Z->{letters}", a, b)
 
 
 def x() -> jax.Array:
