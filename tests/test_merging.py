@@ -65,7 +65,7 @@ def test_the_merged_weight_is_the_formula():
     config = jaxadapt.LoraConfig(r=2, lora_alpha=3, target_modules=["q"], use_rslora=True)
     adapter = made(config, params)
     a, b = (np.asarray(adapter.flat()[f"q.kernel.lora_{x}"], "float64") for x in "AB")
-    expected = params["q"]["kernel"] + 3 / np.sqrt(2) * a @ b
+    expected = params["q"]["kernel"] + 3 / np.sqrt(2) * (b @ a).T
     np.testing.assert_allclose(jaxadapt.merge(params, adapter)["q"]["kernel"], expected, rtol=1e-6)
     # `merge` gives a new tree
     np.testing.assert_array_equal(params["q"]["kernel"], rand(4, 6))
@@ -130,7 +130,7 @@ def test_a_partly_targeted_fused_weight_keeps_its_other_parts(array):
     assert isinstance(merged, np.ndarray) == isinstance(params["kv"], np.ndarray)
     np.testing.assert_array_equal(merged[:, 0], params["kv"][:, 0])
     a, b = (np.asarray(adapter.flat()[f"kv.lora_{x}"]) for x in "AB")
-    np.testing.assert_allclose(merged[:, 1], params["kv"][:, 1] + a[0] @ b[0], rtol=1e-5)
+    np.testing.assert_allclose(merged[:, 1], params["kv"][:, 1] + (b[0] @ a[0]).T, rtol=1e-5)
     np.testing.assert_allclose(jaxadapt.unmerge({"kv": merged}, adapter)["kv"], params["kv"], **CLOSE)
 
 
@@ -150,7 +150,7 @@ def test_sixteen_bit_weights_are_rounded_once():
     for dtype in ("float32", "bfloat16"):
         adapter = made(config, params, dtype=dtype)
         a, b = (np.asarray(adapter.flat()[f"q.kernel.lora_{x}"], "float32") for x in "AB")
-        exact = np.asarray(params["q"]["kernel"], "float32") + a @ b
+        exact = np.asarray(params["q"]["kernel"], "float32") + (b @ a).T
         merged = jaxadapt.merge(params, adapter)["q"]["kernel"]
         assert merged.dtype == ml_dtypes.bfloat16
         # Half a unit in the last place is what one rounding costs; a sum in bfloat16 would cost more.
