@@ -316,7 +316,7 @@ def test_ranks_that_differ_become_a_pattern():
     tensors = jaxadapt.to_peft(tree, keymap=TABLE, lora_alpha=4)
     assert (tensors.config.r, dict(tensors.config.rank_pattern)) == (3, {"up": R})
     adapter = jaxadapt.extract(tree, keymap=TABLE, lora_alpha=4)
-    assert {p: x.shape for p, x in adapter.flat().items()}["up.kernel.lora_A"] == (D, R)
+    assert {p: x.shape for p, x in adapter.flat().items()}["up.kernel.lora_A"] == (R, D)
 
 
 def test_dtypes_are_kept_or_refused(tmp_path):
