@@ -56,7 +56,7 @@ def adapt(
     ...         self.q_proj = fnnx.Linear(4, 6, rngs=rngs)
     >>> net = adapt(Net(fnnx.Rngs(0)), jaxadapt.LoraConfig(r=2, target_modules=["q_proj"]), rngs=fnnx.Rngs(1))
     >>> net.q_proj.lora["default"]["kernel"]["lora_A"].shape
-    (4, 2)
+    (2, 4)
     """
     _need_config(config)
     dtype = _kind(dtype, autocast_adapter_dtype)

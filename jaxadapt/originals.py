@@ -34,8 +34,8 @@ def for_original_base(trained: Any, first: Adapter, name: str = attach.DEFAULT) 
     >>> import numpy as np, jaxadapt
     >>> params = {"q": {"kernel": np.arange(24.0).reshape(4, 6).astype("float32")}}
     >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"], init_lora_weights="olora")
-    >>> residual, first = start(config, params)
-    >>> plain = for_original_base(first, first)
+    >>> residual, first = jaxadapt.start(config, params)
+    >>> plain = jaxadapt.for_original_base(first, first)
     >>> plain.config.r, plain.config.init_lora_weights
     (4, True)
     >>> bool(np.allclose(jaxadapt.merge(params, plain)["q"]["kernel"], params["q"]["kernel"], atol=1e-4))

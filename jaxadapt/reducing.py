@@ -51,7 +51,7 @@ def resize_rank(adapter: Adapter, r: int, *, key: Any = None) -> Reduced:
     >>> adapter = jaxadapt.init(jaxadapt.LoraConfig(r=3, target_modules=["q"]), base, key=jax.random.key(0))
     >>> smaller, error = resize_rank(adapter, 2)
     >>> smaller.config.r, smaller.params["q"]["kernel"]["lora_B"].shape, error
-    (2, (2, 6), {'q': 0.0})
+    (2, (6, 2), {'q': 0.0})
     """
     _need_rank(r)
     held = products.pairs(adapter)

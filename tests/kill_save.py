@@ -27,7 +27,7 @@ def make(version: int) -> jaxadapt.Adapter:
     r = 2 + version % 3
     sites = {
         f"l{i}": {"q_proj": {"kernel": {
-            "lora_A": np.full((200, r), version, "f4"), "lora_B": np.full((r, 300), version, "f4"),
+            "lora_A": np.full((r, 200), version, "f4"), "lora_B": np.full((300, r), version, "f4"),
         }}}
         for i in range(40)
     }  # fmt: skip

@@ -20,7 +20,7 @@ import jaxadapt
 def adapter(fill: float = 1.0, width: int = 400_000, r: int = 8) -> jaxadapt.Adapter:
     """About 50 MB: long enough to be caught."""
     sites = {
-        name: {"kernel": {"lora_A": np.full((width, r), fill, "f4"), "lora_B": np.full((r, width), fill, "f4")}}
+        name: {"kernel": {"lora_A": np.full((r, width), fill, "f4"), "lora_B": np.full((width, r), fill, "f4")}}
         for name in ("q_proj", "up_proj")
     }
     return jaxadapt.Adapter(jaxadapt.LoraConfig(r=r, target_modules=["q_proj", "up_proj"]), sites)

@@ -146,7 +146,7 @@ def test_a_model_without_a_table_says_what_is_needed():
     table = jaxadapt.KeyMap("mine", (line,))
     adapter = jaxadapt.init(jaxadapt.LoraConfig(**fields("experts.up")), params, keymap=table)
     shapes = {key: x.shape for key, x in adapter.flat().items()}
-    assert shapes == {"experts.up.lora_A": (4, 3, 2), "experts.up.lora_B": (4, 2, 5)}
+    assert shapes == {"experts.up.lora_A": (4, 2, 3), "experts.up.lora_B": (4, 5, 2)}
 
 
 # ---- layers ----------------------------------------------------------------------------------------------
