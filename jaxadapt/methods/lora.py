@@ -1,6 +1,6 @@
 """LoRA (Hu et al. 2021, arXiv:2106.09685) with PEFT's conventions: W + s·B·A, s = α/r or α/√r.
 
-In the model, per site: `lora_A` (batch..., r, in...) and `lora_B` (batch..., out..., r), which are the bytes of the file's
+In the model, per site: `lora_A` (batch..., r, in...) and `lora_B` (batch..., out..., r): the bytes of the file's
 A (r, in) and B (out, r). A lookup's are called `lora_embedding_A` and `lora_embedding_B`; in a convolution the window
 belongs to the inputs, and in a grouped one A sees all channels. `lora_B_bias` (batch..., out...) is added with
 `lora_bias`. The arithmetic follows PEFT's `tuners/lora/layer.py`: x is cast to A's dtype, the scale sits on the
