@@ -127,11 +127,17 @@ def test_exit_statuses(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])
-def test_tables_fit_the_terminal(folder, width, monkeypatch):
+def test_tables_fit_the_terminal(folder, run_folder, width, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(width))
-    for command in (("inspect", folder, "--tensors"), ("families",), ("families", "llama")):
+    shapes = folder.parent / "shapes.json"
+    shapes.write_text('{"model.layers.0.self_attn.q_proj.kernel": [8, 6], "model.odd.name.of.some.length": [4, 4]}')
+    for command in (
+        ("inspect", folder, "--tensors", "--norms"), ("families",), ("families", "llama"), ("checkpoints", run_folder),
+        ("check-keymap", "llama", "--model", shapes), ("combine", folder, folder, "--weights", "1,1", "--out", "new"),
+    ):  # fmt: skip
+        monkeypatch.chdir(folder.parent)
         result = run(*command)
-        assert result.exit_code == 0
+        assert result.exit_code == (command[0] == "check-keymap")
         assert max(map(len, result.output.splitlines())) <= width
 
 

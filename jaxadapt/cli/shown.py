@@ -74,8 +74,7 @@ def _folded(text: str, width: int) -> str:
 
 def print_list(title: str, items: Sequence[str], most: int | None = None) -> None:
     """A title with their number, and the first items, each on a line of its own."""
-    click.echo()
-    click.secho(f"{title}: {len(items)}", bold=True)
+    _print_title(f"{title}: {len(items)}")
     for item in items[:most]:
         click.echo(_indented(item))
     if most is not None and len(items) > most:
@@ -84,14 +83,18 @@ def print_list(title: str, items: Sequence[str], most: int | None = None) -> Non
 
 def print_words(title: str, words: Iterable[str]) -> None:
     """A title, and words as running text."""
-    click.echo()
-    click.secho(title, bold=True)
+    _print_title(title)
     click.echo(_indented(", ".join(words)))
 
 
-def _indented(text: str) -> str:
+def _print_title(text: str) -> None:
+    click.echo()
+    click.secho(_indented(text, ""), bold=True)
+
+
+def _indented(text: str, by: str = "  ") -> str:
     width = shutil.get_terminal_size().columns
-    return textwrap.fill(text, width, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+    return textwrap.fill(text, width, initial_indent=by, subsequent_indent=by, break_on_hyphens=False)
 
 
 def print_heat(
