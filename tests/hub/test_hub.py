@@ -245,6 +245,27 @@ def test_a_push_tells_how_much_is_sent(hub, saved):
     assert told[-1][1] < told[-1][2]
 
 
+def test_an_exception_of_the_function_ends_a_push_and_a_pull(hub, saved):
+    """And leaves Hub and cache as they were."""
+
+    class Enough(Exception):
+        pass
+
+    def stop(what, done, total):
+        if done:
+            raise Enough
+
+    hub.put(REPO, {"x": b""})
+    with pytest.raises(Enough):
+        pushed(hub, saved, progress=stop)
+    assert set(hub.files(REPO)) == {"x"}
+    hub.put(REPO, contents(saved))
+    for fetch in (lambda: jaxadapt.pull(REPO, progress=stop), lambda: jaxadapt.read(f"hf://{REPO}", progress=stop)):
+        with pytest.raises(Enough):
+            fetch()
+    assert contents(jaxadapt.pull(REPO)) == contents(saved)
+
+
 def test_loading_an_address_tells_of_what_is_fetched_and_then_of_what_is_loaded(hub, saved):
     hub.put(REPO, contents(saved))
     told: list[tuple[str, int, int]] = []
