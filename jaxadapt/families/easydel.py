@@ -1,4 +1,4 @@
-"""Llama, Mistral, Qwen 2 and Qwen 3 of EasyDeL (easydel 0.3.0, NNX): Hugging Face's names, the scale of a norm a kernel."""
+"""Llama, Mistral, Qwen 2 and 3 of EasyDeL (easydel 0.3.0, NNX): Hugging Face's names, the scale of a norm a kernel."""
 
 from jaxadapt.families.lines import biases, dense, embeddings
 from jaxadapt.families.llama import TIED
