@@ -10,6 +10,7 @@ writing the same bytes in one piece and flushing them. Exits with 1 if a target 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shutil
 import statistics
 import sys
@@ -49,20 +50,27 @@ class Fresh:
 def ways(adapter: jaxadapt.Adapter, folder: Path) -> tuple[dict[str, Way], dict[str, Way], Callable[[], None]]:
     """Those that block, those that return early, and what to call at the end."""
     state = optax.adam(1e-3).init(adapter.params)
-    tree = jax.block_until_ready({"adapter": adapter.params, "opt_state": state})
+    tree = {"adapter": adapter.params, "opt_state": state}
+    bump = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree))
     data = np.random.default_rng(0).bytes(sum(x.nbytes for x in jax.tree.leaves(tree)))
     manager = jaxadapt.CheckpointManager(folder / "ours", keep=1)
     steps = iter(range(10**9))
     fresh, fresh_async, fresh_v0, fresh_v0_async = (Fresh(folder / f"orbax{i}") for i in range(4))
     for one in (fresh, fresh_async, fresh_v0, fresh_v0_async):
         one.folder.mkdir()
-    old, old_async = v0.StandardCheckpointer(), v0.StandardCheckpointer()
-    old_blocking = v0.Checkpointer(v0.StandardCheckpointHandler())
-    del old
+    old_async, old_blocking = v0.StandardCheckpointer(), v0.Checkpointer(v0.StandardCheckpointHandler())
     under_way: list[Any] = []
 
+    def step() -> None:
+        """What a checkpoint saves has just been computed: nothing is known of it on the host yet."""
+        tree.update(jax.block_until_ready(bump(tree)))
+
     def save() -> None:
-        manager.save(next(steps), adapter, opt_state=state)
+        manager.save(next(steps), dataclasses.replace(adapter, params=tree["adapter"]), opt_state=tree["opt_state"])
+
+    def idle() -> None:
+        manager.wait()
+        step()
 
     def save_and_wait(_: Any) -> None:
         save()
@@ -75,18 +83,19 @@ def ways(adapter: jaxadapt.Adapter, folder: Path) -> tuple[dict[str, Way], dict[
             while under_way:
                 under_way.pop().result()
             old_async.wait_until_finished()
+            step()
             return path()
 
         return before
 
     blocking = {
         RAW: Way(lambda _: raw_write(folder / "raw.bin", data), manager.wait),
-        OURS: Way(save_and_wait, manager.wait),
+        OURS: Way(save_and_wait, idle),
         "Orbax v1": Way(lambda path: v1.save(path, tree), settled(fresh)),
-        "Orbax v0": Way(lambda path: old_blocking.save(path, args=v0.args.StandardSave(tree)), fresh_v0),
+        "Orbax v0": Way(lambda path: old_blocking.save(path, args=v0.args.StandardSave(tree)), settled(fresh_v0)),
     }
     stalls = {
-        OURS: Way(lambda _: save(), manager.wait),
+        OURS: Way(lambda _: save(), idle),
         "Orbax v1": Way(lambda path: under_way.append(v1.save_async(path, tree)), settled(fresh_async)),
         "Orbax v0": Way(lambda path: old_async.save(path, tree), settled(fresh_v0_async)),
     }

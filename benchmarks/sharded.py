@@ -12,6 +12,7 @@ Exits with 1 if a target is missed.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import shutil
@@ -136,11 +137,12 @@ def ways(adapter: Any, base: Any, folder: Path) -> tuple[dict[str, dict[str, Way
     from benchmarks import io
 
     state = moments(adapter)
-    tree = jax.block_until_ready({"adapter": adapter.params, "opt_state": state})
+    tree = {"adapter": adapter.params, "opt_state": state}
     sizes = [sum(x.nbytes for x in jax.tree.leaves(one)) for one in (adapter.params, tree)]
     data = [np.random.default_rng(0).bytes(size) if jax.process_index() == 0 else b"" for size in sizes]
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), adapter.params)
     manager = jaxadapt.CheckpointManager(folder / "run", keep=1)
+    bump = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1 if x.ndim else x, tree))
     steps = iter(range(10**9))
     old, old_async = v0.Checkpointer(v0.StandardCheckpointHandler()), v0.StandardCheckpointer()
     under_way: list[Any] = []
@@ -151,8 +153,13 @@ def ways(adapter: Any, base: Any, folder: Path) -> tuple[dict[str, dict[str, Way
     old.save(folder / "there-v0", args=v0.args.StandardSave(adapter.params))
     barrier()
 
+    def step() -> None:
+        """What a checkpoint saves has just been computed: nothing is known of it on the host yet."""
+        with jax.set_mesh(jax.tree.leaves(adapter.params)[0].sharding.mesh):
+            tree.update(jax.block_until_ready(bump(tree)))
+
     def begin() -> None:
-        manager.save(next(steps), adapter, opt_state=state)
+        manager.save(next(steps), dataclasses.replace(adapter, params=tree["adapter"]), opt_state=tree["opt_state"])
 
     def whole(_: Any) -> None:
         begin()
@@ -164,6 +171,7 @@ def ways(adapter: Any, base: Any, folder: Path) -> tuple[dict[str, dict[str, Way
         while under_way:
             under_way.pop().result()
         old_async.wait_until_finished()
+        step()
         barrier()
 
     def settled(name: str) -> Callable[[], Path]:

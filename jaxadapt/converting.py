@@ -12,10 +12,11 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
-from jaxadapt import dialects, families, folder, foreign, guests, laying, paths, targets
-from jaxadapt.adapter import PeftTensors
+from jaxadapt import dialects, families, folder, foreign, guests, laying, orbax_folder, paths, pytorch, targets
+from jaxadapt.adapter import Adapter, PeftTensors
 from jaxadapt.codecs import places, safetensors
 from jaxadapt.codecs.places import Place
 from jaxadapt.configs import Config, LoraConfig
@@ -53,9 +54,12 @@ def convert(
     like: str | os.PathLike[str] | None = None,
     sizes: Mapping[str, int] | None = None,
     on_shared: str | None = None,
+    format: str = "safetensors",  # noqa: A002 (as in `save`)
     progress: Progress = None,
 ) -> Converted:
     """Re-lay an adapter: from a PEFT folder or a tree's file (`*.safetensors`) into a PEFT folder or a tree's file.
+
+    An Orbax checkpoint that `save` wrote is read as a folder is.
 
     Args:
         from_keymap: the family of a tree that is read; by default the one its paths show. Of a folder: the spelling.
@@ -66,6 +70,7 @@ def convert(
             is all that is read).
         sizes: else those of axes that a file does not tell apart, by the letters of the family's lines.
         on_shared: as in `load`; the rank grows as is needed.
+        format: "orbax" for an Orbax checkpoint instead of a folder: under PyTorch's names, which any model loads.
         progress: as in `read` and `write`, of a folder that is read or written.
 
     Raises `AdapterError`, and then nothing is written.
@@ -73,6 +78,8 @@ def convert(
     trees = [places.at(path).suffix == ".safetensors" for path in (source, target)]
     if not any(trees) and (like is not None or sizes):
         raise ConfigError("like and sizes are for trees (a file ending in .safetensors)")
+    if format not in ("safetensors", "orbax") or (trees[1] and format == "orbax"):
+        raise ConfigError(f"format {format!r}: expected 'safetensors', or 'orbax' with a folder as the target")
     tensors = _read(source, from_keymap, lora_alpha, None if trees[1] else like, sizes or {}, progress, on_shared)
     if not trees[1]:
         if dialect is not None or (on_shared is not None and not trees[0]):
@@ -82,12 +89,26 @@ def convert(
         elif to_keymap is not None:
             raise ConfigError("to_keymap is for trees, or with from_keymap for another spelling of the same family")
         config = _lora(tensors.config, "a folder").replace(inference_mode=True)
-        folder.write(dataclasses.replace(tensors, config=config), target, progress=progress)
+        tensors = dataclasses.replace(tensors, config=config)
+        if format == "orbax":
+            orbax_folder.write(_under_pytorchs_names(tensors), target, alone=True)
+        else:
+            folder.write(tensors, target, progress=progress)
         return Converted(str(target), len(tensors.tensors), None, config.r, config.lora_alpha)
     if to_keymap is None:
         raise ConfigError('a tree needs its family: to_keymap="tunix:qwen3", say')
     table = families.resolve(to_keymap, {})
     return _write_tree(tensors, places.at(target), table, dialect, like, sizes or {}, on_shared)
+
+
+def _under_pytorchs_names(tensors: PeftTensors) -> Adapter:
+    """The adapter of a model whose parameters are called and laid out as PyTorch's are."""
+    from jaxadapt import exchange  # which brings Flax, that nothing else here needs
+
+    shapes = {key: tuple(x.shape) for key, x in tensors.tensors.items()}
+    weights = pytorch.weights(shapes)
+    base = paths.unflatten({leaf: jax.ShapeDtypeStruct(shape, "float32") for leaf, shape in weights.items()})
+    return exchange.from_peft(tensors, base, keymap=pytorch.table(weights, shapes, tensors.source))
 
 
 def _read(

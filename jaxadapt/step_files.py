@@ -84,7 +84,9 @@ def _pieces(leaf: jax.Array) -> list[tuple[Any, jax.Array]]:
         return [(None, leaf)]
     if leaf.is_fully_replicated:
         return [(None, leaf.addressable_data(0))]
-    return [(shard.index, shard.data) for shard in leaf.addressable_shards if shard.replica_id == 0]
+    data = {shard.device: shard.data for shard in leaf.addressable_shards}
+    here = sharding.here(leaf.sharding, tuple(leaf.shape))
+    return [(sharding.slices(box), data[device]) for box, device in here.items()]
 
 
 def _join(shape: tuple[int, ...], pieces: list[tuple[Any, np.ndarray]]) -> np.ndarray:

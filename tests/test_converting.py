@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -148,3 +149,28 @@ def test_sources_that_are_none(tmp_path):
     with pytest.raises(jaxadapt.ConfigError, match="stores no alpha"):
         convert(tmp_path / "b.safetensors", tmp_path / "out", from_keymap="maxtext:qwen3/scan0")
     assert not (tmp_path / "out").exists()
+
+
+def test_orbax_to_a_folder_and_back(tmp_path):
+    """From a model's layout, and to one that any model loads."""
+    config = jaxadapt.LoraConfig(r=2, lora_alpha=4, target_modules=["q", "embed"], init_lora_weights=False)
+    base = {"q": {"kernel": np.zeros((4, 6), "f4")}, "embed": {"embedding": np.zeros((5, 4), "f4")}}
+    table = jaxadapt.KeyMap("two", (
+        jaxadapt.Weight("q.kernel", "q.weight", "i o -> o i"),
+        jaxadapt.Weight("embed.embedding", "embed.weight", "v d -> v d", kind="embedding"),
+    ))  # fmt: skip
+    adapter = jaxadapt.init(config, base, key=jax.random.key(0), keymap=table)
+    jaxadapt.save(adapter, tmp_path / "orbax", format="orbax")
+    jaxadapt.save(adapter, tmp_path / "saved")
+    assert run("convert", tmp_path / "orbax", tmp_path / "out").exit_code == 0
+    assert run("convert", tmp_path / "saved", tmp_path / "again", "--format", "orbax").exit_code == 0
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "saved" / name).read_bytes()
+    loaded = jaxadapt.extract(jaxadapt.load(tmp_path / "again", {"params": base}, keymap=table))
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, adapter.params)
+    assert not (tmp_path / "again" / "adapter_config.json").exists()
+    info = json.loads(run("inspect", tmp_path / "again", "--json").output)
+    assert info["parameters"] == 2 * (4 + 6 + 5 + 4)
+    assert "'orbax' with a folder" in run(
+        "convert", tmp_path / "saved", tmp_path / "x.safetensors", "--to", "llama", "--format", "orbax"
+    ).output

@@ -30,6 +30,8 @@ def _sizes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) 
 @click.option("--like", type=click.Path(), help="A .safetensors file with the model's shapes, where they are needed.")
 @click.option("--axis", "sizes", multiple=True, metavar="NAME=SIZE", callback=_sizes, help="Instead: one axis' size.")
 @click.option("--concat", is_flag=True, help="Where TARGET has one A for several modules: a larger one of all.")
+@click.option("--format", "form", type=click.Choice(["safetensors", "orbax"]), default="safetensors",
+              help="Of a folder that is written: orbax for an Orbax checkpoint instead.")  # fmt: skip
 @shown.as_json
 def command(
     source: str,
@@ -41,13 +43,15 @@ def command(
     like: str | None,
     sizes: dict[str, int],
     concat: bool,
+    form: str,
     as_json: bool,
 ) -> None:
     """Re-lay a LoRA adapter between PEFT and JAX libraries, from SOURCE to TARGET, with files alone.
 
     Each of the two is the folder of a PEFT adapter, or (if it ends in .safetensors) a file of another library's tree:
     its leaves under their dotted paths, as `save_file({".".join(path): leaf, …})` writes them. No model is needed. Some
-    layouts depend on sizes that the adapter does not tell, such as that of a head: --like or --axis say them.
+    layouts depend on sizes that the adapter does not tell, such as that of a head: --like or --axis say them. The source
+    may also be an Orbax checkpoint that jaxadapt.save wrote.
 
     \b
     Example:
@@ -55,12 +59,13 @@ def command(
       jaxadapt convert out/ lora.safetensors --to maxtext:qwen3
       jaxadapt convert out/ lora.safetensors --to tunix:qwen3 --axis h=128
       jaxadapt convert out/ lora.safetensors --to gemma:gemma3 --like base.safetensors --concat
+      jaxadapt convert out/ checkpoint/ --format orbax
     """
     from jaxadapt.converting import convert
 
     done = convert(
         source, target, from_keymap=from_keymap, to_keymap=to_keymap, dialect=dialect, lora_alpha=lora_alpha,
-        like=like, sizes=sizes, on_shared="concat" if concat else None, progress=True,
+        like=like, sizes=sizes, on_shared="concat" if concat else None, progress=True, format=form,
     )  # fmt: skip
     if as_json:
         shown.print_json(done.to_dict())
