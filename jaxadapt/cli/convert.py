@@ -50,8 +50,8 @@ def command(
 
     Each of the two is the folder of a PEFT adapter, or (if it ends in .safetensors) a file of another library's tree:
     its leaves under their dotted paths, as `save_file({".".join(path): leaf, …})` writes them. No model is needed. Some
-    layouts depend on sizes that the adapter does not tell, such as that of a head: --like or --axis say them. The source
-    may also be an Orbax checkpoint that jaxadapt.save wrote.
+    layouts depend on sizes that the adapter does not tell, such as that of a head: --like or --axis say them.
+    The source may also be an Orbax checkpoint that jaxadapt.save wrote.
 
     \b
     Example:
