@@ -63,10 +63,11 @@ def _table(name: str, layer: str, norms: _Names, mlp: Iterable[Weight], more: It
     )
 
 
-def _gm(name: str, norms: _Names, gating: str, more: tuple[Weight, ...] = ()) -> KeyMap:
+def _gm(name: str, norms: _Names, gating: str, more: tuple[Weight, ...] = (), mlp_name: str = "mlp") -> KeyMap:
+    at = f"layer_{{l}}.{mlp_name}."
     mlp = (
-        Weight("layer_{l}.mlp.gating_einsum", _MLP, f"{{p}} {gating} -> f d", p=("gate", "up")),
-        Weight("layer_{l}.mlp.linear", f"{_HF}mlp.down_proj.weight", "f d -> d f"),
+        Weight(f"{at}gating_einsum", _MLP, f"{{p}} {gating} -> f d", p=("gate", "up")),
+        Weight(f"{at}linear", f"{_HF}mlp.down_proj.weight", "f d -> d f"),
     )
     return _table(f"gemma:{name}", "layer_{l}.", norms, (*mlp, *more), [w.leaf for w in more if "skip" in w.leaf])
 
@@ -87,11 +88,36 @@ def _newer(layer: str, norm: str, table: str) -> tuple[Weight, ...]:
     )
 
 
+def _experts(at: str, w: str) -> tuple[Weight, ...]:
+    """A layer's experts; `w` ends the names of what are layers of their own."""
+    proj, scale, each = (f"{_HF}router.{name}" for name in ("proj.weight", "scale", "per_expert_scale"))
+    return (
+        Weight(f"{at}router_logits{w}", proj, "d e -> e d"),
+        Weight(f"{at}router_scale", scale, "d -> d"),
+        Weight(f"{at}per_expert_scale", each, "e -> e"),
+        Weight(f"{at}gating_einsum{w}", f"{_HF}experts.gate_up_proj", "e p f d -> e (p f) d", kind="experts"),
+        Weight(f"{at}linear{w}", f"{_HF}experts.down_proj", "e f d -> e d f", kind="experts"),
+    )
+
+
 # Gemma 2 with 2 billion weights holds its gate as (D, F), all others as (F, D).
 GEMMA2_2B = _gm("gemma2-2b", _gemma2("post_attention_norm"), "d f")
 GEMMA2 = _gm("gemma2", _gemma2("post_attention_norm"), "f d")
 GEMMA3 = _gm("gemma3", _GEMMA3, "f d")
-GEMMA4 = _gm("gemma4", _gemma4(""), "f d", _newer("layer_{l}.", "", "per_layer_embeddings"))
+_GM4 = _newer("layer_{l}.", "", "per_layer_embeddings")
+GEMMA4 = _gm("gemma4", _gemma4(""), "f d", _GM4)
+# Where it has experts, they are its "mlp", and the layer that every token takes its "mlp2".
+_MIXED: _Names = (
+    ("pre_attention_norm", "input_layernorm"),
+    ("post_attention_norm", "post_attention_layernorm"),
+    ("pre_ffw2_norm", "pre_feedforward_layernorm"),
+    ("post_ffw2_norm", "post_feedforward_layernorm_1"),
+    ("pre_ffw_norm", "pre_feedforward_layernorm_2"),
+    ("post_ffw1_norm", "post_feedforward_layernorm_2"),
+    ("post_ffw_norm", "post_feedforward_layernorm"),
+    ("attn.query_norm", "self_attn.q_norm"),
+)
+GEMMA4_MOE = _gm("gemma4-moe", _MIXED, "f d", (*_GM4, *_experts("layer_{l}.mlp.", ".w")), "mlp2")
 
 
 def _tunix(name: str, norms: _Names, more: tuple[Weight, ...] = ()) -> KeyMap:
@@ -106,4 +132,13 @@ def _tunix(name: str, norms: _Names, more: tuple[Weight, ...] = ()) -> KeyMap:
 TUNIX_GEMMA = _tunix("gemma", _GEMMA1)
 TUNIX_GEMMA2 = _tunix("gemma2", _gemma2("post_attn_norm"))
 TUNIX_GEMMA3 = _tunix("gemma3", _GEMMA3)
-TUNIX_GEMMA4 = _tunix("gemma4", _gemma4("_"), _newer("layers.{l}.", "_", "per_layer_input_embedding"))
+_TUNIX_MIXED = tuple(
+    Weight(f"layers.{{l}}.{a}.scale", f"{_HF}{b}.weight", "d -> d")
+    for a, b in (
+        ("dense_post_ffw_norm", "post_feedforward_layernorm_1"),
+        ("moe_pre_ffw_norm", "pre_feedforward_layernorm_2"),
+        ("moe_post_ffw_norm", "post_feedforward_layernorm_2"),
+    )
+)
+_TUNIX4 = (*_newer("layers.{l}.", "_", "per_layer_input_embedding"), *_experts("layers.{l}.moe.", ""), *_TUNIX_MIXED)
+TUNIX_GEMMA4 = _tunix("gemma4", _gemma4("_"), _TUNIX4)

@@ -166,7 +166,10 @@ def tunix_gemma4(specimen: Specimen) -> Side:
     config = model.ModelConfig(
         num_layers=LAYERS, num_embed=V, embed_dim=D, hidden_dim=F, num_heads=HEADS, head_dim=6, num_kv_heads=KV,
         global_key_size=8, num_global_kv_heads=1 if large else None, k_eq_v_global=large, final_logit_softcap=8.0,
-        per_layer_input_dim=0 if large else 5, sliding_window_size=4,
+        per_layer_input_dim=0 if large else 5, sliding_window_size=4, **(
+            {"enable_moe": True, "num_experts": 4, "num_experts_per_tok": 2, "expert_dim": 8}
+            if specimen.options["moe"] else {}
+        ),
         attention_pattern=(kinds.LOCAL_SLIDING, kinds.GLOBAL, kinds.GLOBAL),
     )  # fmt: skip
     return _of_nnx(lambda: model.Gemma4(config, rngs=nnx.Rngs(0)), _run_tunix)
@@ -224,6 +227,8 @@ def gemma4(specimen: Specimen) -> Side:
             per_layer_input_dim=0 if large else 5, sliding_window_size=4, use_post_attn_norm=True,
             use_post_ffw_norm=True, attention_types=(kinds.LOCAL_SLIDING, kinds.GLOBAL, kinds.GLOBAL),
             global_rope_proportion=0.25, local_rope_proportion=1.0, global_base_frequency=1_000_000,
+            **({"enable_moe": True, "num_experts": 4, "top_k_experts": 2, "expert_dim": 8, "moe_dense_hidden_dim": F}
+               if specimen.options["moe"] else {}),
         ),
         dtype=jnp.float32,
     )  # fmt: skip

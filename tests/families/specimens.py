@@ -69,7 +69,11 @@ def values(key: str, shape: tuple[int, ...]) -> np.ndarray:
     """The float32 weight (or adapter tensor) of this PyTorch name.
 
     Embeddings are numbers that bfloat16 has: MaxText rounds a tied one to that for its logits, whatever the dtype is.
+    The norm in front of Gemma 4's experts is one number: gemma 4.0.1 and google-tunix 0.1.7 route what it gives, and
+    transformers what it takes; they agree where it changes no direction.
     """
+    if key.endswith("pre_feedforward_layernorm_2.weight"):
+        return np.full(shape, 1.25, "float32")
     x = np.asarray(np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape), "float32")
     norm = key.endswith("weight") and any(word in key.lower() for word in ("norm", "ln_"))
     if norm:
@@ -96,6 +100,7 @@ SIZES = {
 }
 DECODER = {**SIZES, "num_key_value_heads": KV, "rms_norm_eps": 1e-6, "bos_token_id": 0, "eos_token_id": 0}
 HEAD = "lm_head.weight"
+_EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 
 
 def rope(theta: float = 10000.0) -> dict[str, Any]:
@@ -146,17 +151,26 @@ GEMMA4 = {
     "final_logit_softcapping": 8.0,
     "global_head_dim": 8,
 }
-_GEMMA4 = {  # what the small models have, and the large ones
+_GEMMA4: dict[str, dict[str, Any]] = {  # what the small models have, the large ones, and the one with experts
     "e": {"hidden_size_per_layer_input": 5, "vocab_size_per_layer_input": V},
     "large": {"hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
 }
+_GEMMA4["moe"] = {
+    **_GEMMA4["large"], "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 8,
+    "experts_implementation": "eager",
+}  # fmt: skip
 
 
 def _gemma4(table: str, size: str) -> Specimen:
     more = ("per_layer_input_gate", "per_layer_projection", "per_layer_model_projection") if size == "e" else ()
     name, side = f"{table.replace(':', '-')}-{size}", "tunix_gemma4" if table.startswith("tunix") else "gemma4"
-    config, options = {**GEMMA4, **_GEMMA4[size]}, {"large": size == "large"}
-    return Specimen(name, table, "Gemma4ForCausalLM", config, side, options, (*PROJ, *more), unused=(HEAD,))
+    config, options = {**GEMMA4, **_GEMMA4[size]}, {"large": size != "e", "moe": size == "moe"}
+    named = _EXPERTS if size == "moe" else ()
+    table += "-moe" if size == "moe" and side == "gemma4" else ""
+    targets = (*PROJ, *more)
+    return Specimen(
+        name, table, "Gemma4ForCausalLM", config, side, options, targets, unused=(HEAD,), parameters=named
+    )
 
 
 _LLAMAS = ("maxtext:llama3.1", "maxtext:llama3")
@@ -275,7 +289,6 @@ _T5 = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 _T5_1 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 _WHISPER = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
-_EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 _MOE: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4},
     "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 8, "mlp_only_layers": [1], "norm_topk_prob": True},
