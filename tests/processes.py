@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import signal
 import socket
@@ -234,43 +233,6 @@ def faults(folder: Path, argument: str) -> None:
     jaxadapt.save(mine, folder / "after", timeout=60)
 
 
-def killed(folder: Path, argument: str) -> None:
-    """A process is killed as it says (or hears) something, or as it writes; the others must end by themselves."""
-    import jax
-
-    import jaxadapt
-    from jaxadapt.codecs import group, parallel
-
-    victim, _, moment = argument.partition(":")
-    mine = adapter(("4x2", "fsdp"), False, 1)
-    if jax.process_index() == int(victim):
-        say, write = group.Group._say, parallel._Place.write_at
-
-        def dying_say(self: Any, name: str, message: Any) -> None:
-            if name == moment:
-                os.kill(os.getpid(), signal.SIGKILL)
-            say(self, name, message)
-
-        writes = itertools.count()
-
-        def dying_write(self: Any, data: memoryview, offset: int) -> None:
-            if moment == "write" and next(writes) == 5:
-                write(self, data[: len(data) // 2], offset)
-                os.kill(os.getpid(), signal.SIGKILL)
-            write(self, data, offset)
-
-        group.Group._say = dying_say
-        parallel._Place.write_at = dying_write
-    start = time.monotonic()
-    try:
-        jaxadapt.save(mine, folder, timeout=4)
-    except jaxadapt.FileError as error:
-        print(f"{time.monotonic() - start:.1f} s: {error}", flush=True)
-        os._exit(3)  # JAX's own end would wait for the dead
-    print("saved", flush=True)
-    os._exit(0)
-
-
 def in_a_store(folder: Path, argument: str) -> None:
     """An adapter and a run under an address, where no process can write a part of a file."""
     import jax
@@ -304,13 +266,17 @@ def in_a_store(folder: Path, argument: str) -> None:
 
 
 SCENARIOS: dict[str, Callable[[Path, str], None]] = {
-    f.__name__: f for f in (save_and_load, faults, killed, in_a_store)
+    f.__name__: f for f in (save_and_load, faults, in_a_store)
 }
 
 
 def main(arguments: Sequence[str]) -> None:
     scenario, index, count, port, _, folder, argument = arguments
     start(int(index), int(count), int(port))
+    if scenario not in SCENARIOS:
+        from tests import killed
+
+        SCENARIOS.update(killed.SCENARIOS)
     SCENARIOS[scenario](Path(folder), argument)
 
 

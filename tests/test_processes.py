@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import re
-import time
 from pathlib import Path
 
 import jax
 import numpy as np
-import pytest
 
 import jaxadapt
-from tests import meshes
+from tests import killed, meshes
 from tests.hub import server
-from tests.processes import Processes, run
+from tests.processes import run
 from tests.test_sharded_files import numbers, original
 
 WEIGHTS = "adapter_model.safetensors"
@@ -30,14 +28,19 @@ def version_in(folder: Path) -> int:
 
 
 def test_two_processes_write_the_file_of_one(tmp_path: Path) -> None:
+    write_the_file_of_one(tmp_path, count=2)
+
+
+def write_the_file_of_one(tmp_path: Path, count: int) -> None:
     jaxadapt.save(original(False), tmp_path / "alone")
     with server.serving() as hub:
         cache = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_CACHE": str(tmp_path / "cache")}
-        said = run("save_and_load", tmp_path, timeout=200, env={"HF_ENDPOINT": hub.url, **cache})
+        env = {"HF_ENDPOINT": hub.url, **cache}
+        said = run("save_and_load", tmp_path, timeout=200, count=count, devices=8 // count, env=env)
     pushed, repo = hub.files("org/spread"), hub.repos["org/spread"]
     assert repo.messages == ["initial commit", "LORA adapter, saved by jaxadapt"]  # one, and nothing new in the second
     addresses = [re.findall(r"hf://\S+", out) for out in said]  # among what gloo has to say
-    assert addresses == [[f"hf://org/spread@{repo.refs['main']}"] * 2] * 2
+    assert addresses == [[f"hf://org/spread@{repo.refs['main']}"] * 2] * count
     saved = sorted(p.parent.name for p in tmp_path.glob("*/*.safetensors") if p.parent.name != "fresh")
     assert [name for name in saved if name.endswith("-all")] == [*(f"{i}-all" for i in range(8)), "nnx-all"]
     assert [name for name in saved if name.endswith("-one")] == ["0-one", "3-one", "6-one"]
@@ -52,7 +55,7 @@ def test_two_processes_write_the_file_of_one(tmp_path: Path) -> None:
     for name in saved:
         told = [p.read_text().split() for p in sorted(tmp_path.glob(f"{name}-told.*"))]
         if name.endswith(("0-all", "-one")):
-            assert len(told) == 2
+            assert len(told) == count
             assert sum(int(done) for _, done, _ in told) == size, name
         assert all(what == "save" and done == total for what, done, total in told), name
         assert not told or name.endswith("-all") or told[1][1] == "0"  # through process 0
@@ -64,31 +67,25 @@ def test_two_processes_write_the_file_of_one(tmp_path: Path) -> None:
 
 
 def test_what_fails_in_one_fails_in_all(tmp_path: Path) -> None:
-    run("faults", tmp_path, timeout=200)
+    what_fails_in_one_fails_in_all(tmp_path, count=2)
+
+
+def what_fails_in_one_fails_in_all(tmp_path: Path, count: int) -> None:
+    run("faults", tmp_path, timeout=200, count=count, devices=8 // count)
     assert version_in(tmp_path / "new") == 0
     assert version_in(tmp_path / "after") == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["after", "file", "new"]  # nor temporary files:
     assert all(len(list(place.iterdir())) == 3 for place in (tmp_path / "after", tmp_path / "new"))
 
 
-@pytest.mark.parametrize(
-    ("victim", "moment", "left"),
-    [(1, "written", 0), (1, "write", 0), (0, "write", 0), (0, "result", 1)],
-)
-def test_the_survivor_of_a_killed_process_ends_and_the_adapter_is_whole(
-    victim: int, moment: str, left: int, tmp_path: Path
-) -> None:
-    jaxadapt.save(original(False), tmp_path)
-    start = time.monotonic()
-    done = Processes("killed", tmp_path, argument=f"{victim}:{moment}").wait(100)
-    assert done[victim][0] == -9, done[victim]
-    code, out, err = done[1 - victim]
-    assert code != 0, out
-    # our own error, or JAX's: a process that finds the coordinator gone ends itself
-    assert (code == 3 and f"process {victim}" in out) or code == -6, (code, out, err)
-    assert time.monotonic() - start < 90
-    assert version_in(tmp_path) == left
-    # the next run finds nothing in its way, and sweeps up
-    jaxadapt.save(original(False, 1), tmp_path)
-    assert version_in(tmp_path) == 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "adapter_config.json", WEIGHTS]
+# All moments, with two processes and with four, and the next run of as many: tests/full/test_several.py.
+HERE = [
+    *(killed.Case("adapter", *case) for case in [(-1, "written"), (-1, "write"), (0, "write"), (0, "result", (1,))]),
+    *(killed.Case("manager", *case) for case in [(-1, "write"), (0, "commit"), (0, "prune", (1,))]),
+    *(killed.Case("orbax", *case) for case in [(-1, "arrays"), (0, "arrays done")]),
+]
+
+
+def test_the_survivors_of_a_killed_process_end_and_what_was_there_is_whole(tmp_path: Path) -> None:
+    assert set(HERE) <= set(killed.CASES)
+    killed.all_of(HERE, tmp_path, count=2, at_once=3, next_run=1)

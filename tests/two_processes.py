@@ -1,4 +1,4 @@
-"""One of two processes that share their arrays: `python -m tests.two_processes NUMBER PORT FOLDER WHAT`.
+"""One of several processes that share their arrays: `python -m tests.two_processes NUMBER PORT FOLDER WHAT COUNT`.
 
 WHAT is "train" (saves, loads on another topology, leaves without waiting), "die" (process 1 is killed in the middle
 of a save), "resume" or "term" (a SIGTERM to process 1 makes both stop at one step).
@@ -10,7 +10,7 @@ import os
 import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={4 // int(sys.argv[5])}"
 
 import signal
 import time
@@ -47,8 +47,9 @@ def check(found: jaxadapt.Adapter, like: jaxadapt.Adapter) -> None:
 
 def main() -> None:
     number, port, folder, what = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), sys.argv[4]
+    count = int(sys.argv[5])
     jax.distributed.initialize(
-        coordinator_address=f"127.0.0.1:{port}", num_processes=2, process_id=number,
+        coordinator_address=f"127.0.0.1:{port}", num_processes=count, process_id=number,
         heartbeat_timeout_seconds=10, shutdown_timeout_seconds=10, initialization_timeout=60,
     )  # fmt: skip
     one, two = jax.make_mesh((4,), ("x",)), jax.make_mesh((2, 2), ("x", "y"))

@@ -18,9 +18,11 @@ What Orbax leaves to its caller, and is seen to here:
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -181,6 +183,9 @@ def save(path: str | os.PathLike[str], trees: Mapping[str, Tree], documents: Map
     if isinstance(place, Path):
         atomic.make_parents(place)
         atomic.sweep(place.parent, re.escape(place.name), folders=True)
+        if alone:  # of several processes Orbax sees to it itself
+            for stale in place.parent.glob(f"{glob.escape(place.name)}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(stale, ignore_errors=True)
         if place.is_dir() and not any(place.iterdir()):
             place.rmdir()  # an empty folder is as good as none
     if place.exists() or (alone and place.is_symlink()):
