@@ -52,6 +52,12 @@ def test_a_killed_training_resumes_bit_for_bit(api: str, tmp_path: Path):
     again = train_small.APIS[api]()
     again.restore(manager, step=1)  # any kept step
     assert [again.step() for _ in range(3)] == expected[1:4]
+    manager.rollback(2)
+    assert again.restore(manager) == 2
+    assert [again.step() for _ in range(2)] == expected[2:4]
+    again.save(manager, 4)
+    assert resumed.restore(manager) == 4
+    assert resumed.step() == expected[4]
 
 
 @pytest.mark.parametrize("api", ["nnx", "linen"])
@@ -310,6 +316,21 @@ def test_which_steps_stay(policy: dict[str, Any], kept: Any, tmp_path: Path):
     assert again.latest == 8
     assert again.best == min(kept, key=lambda s: (float("inf") if s == 7 else LOSSES[s], -s))
     assert again.metrics(8) == {"loss": 6.0}
+    greatest = jaxadapt.CheckpointManager(tmp_path, maximize="loss").best
+    assert greatest == max(kept, key=lambda s: (-1.0 if s == 7 else LOSSES[s], s))
+
+
+def test_each_kept_step_is_a_peft_folder_in_one_call(tmp_path: Path):
+    """Byte for byte what `save` would have written at that step, which PEFT reads (tests/interchange)."""
+    policy = {"keep": 1, "keep_best": 1, "keep_every": 2, "minimize": "loss"}
+    with jaxadapt.CheckpointManager(tmp_path / "run", **policy) as manager:
+        for step, loss in enumerate([3.0, 1.0, 4.0, 2.0]):
+            manager.save(step, small.adapter(seed=step), opt_state={"mu": jnp.ones(3)}, metrics={"loss": loss})
+    assert manager.steps == [0, 1, 2, 3]
+    for step, name in [*((s, str(s)) for s in manager.steps), (manager.best, "best"), (None, "latest")]:
+        manager.export(step, tmp_path / name)
+        jaxadapt.save(small.adapter(seed=3 if step is None else step), tmp_path / "direct")
+        assert small.files(tmp_path / name) == small.files(tmp_path / "direct")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import pytest
 
 from tests import full_disk
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 SAID = {"disk": "No space left on device; ", "kernel": "No space left on device; ", "permission": "Permission denied; "}
 

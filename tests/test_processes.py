@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 import jaxadapt
 from tests import killed, meshes
@@ -86,6 +87,7 @@ HERE = [
 ]
 
 
+@pytest.mark.slow
 def test_the_survivors_of_a_killed_process_end_and_what_was_there_is_whole(tmp_path: Path) -> None:
     assert set(HERE) <= set(killed.CASES)
     killed.all_of(HERE, tmp_path, count=2, at_once=3, next_run=1)

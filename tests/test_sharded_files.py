@@ -105,6 +105,7 @@ def test_loaded_anywhere_it_is_the_same_adapter(layout: tuple[str, str], scanned
         equal(found, scanned)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(LAYOUTS)), ids=["-".join(layout) for layout in LAYOUTS])
 def test_orbax_from_every_layout_to_every_other(number: int, tmp_path: Path) -> None:
     """Its checkpoints are not the same files, so every pair is tried: NNX to Linen, and the reverse."""
