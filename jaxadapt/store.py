@@ -82,7 +82,7 @@ def save(
         shared, timeout: of arrays of which several processes hold parts; then all of them call `save`, and each writes
             its own bytes into the one file at once. `shared=False`: the processes have no file system in common (None:
             found out), and everything goes through process 0, a leaf at a time. One that fails, dies or stays away
-            ends the save in all, with an error, within `timeout` seconds.
+            ends the save in all, with an error, within twice `timeout` seconds.
         on_shared: "concat" puts different As side by side where PyTorch has one for several of our weights (queries,
             keys and values of an `nn.MultiheadAttention`); by default they are refused.
         progress: None, True (a bar on a terminal or in a notebook) or a function of ("save", bytes done, bytes in all);

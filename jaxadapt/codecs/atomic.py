@@ -228,14 +228,15 @@ def staging(path: str | os.PathLike[str]) -> Generator[Path]:
     """Where another library can make a folder that is to become `path`: a name in a folder of this process alone.
 
     The caller renames it to `path`. On leaving, the directory of `path` is flushed and whatever was not renamed is
-    removed; what a killed process left is removed by the next writer of the same path.
+    removed; what a killed process left is removed by the next writer beside it.
 
     Raises:
         FileError: no permission, the parent is missing, …
     """
     target = Path(path)
     try:
-        sweep(target.parent, re.escape(target.name), folders=True)
+        # Of any target: who was killed between the renaming and the tidying up has no next writer of the same path.
+        sweep(target.parent, ".+", folders=True)
         while True:
             holder = target.parent / f".{target.name}.{os.getpid()}.{secrets.token_hex(8)}.tmp"
             holder.mkdir()

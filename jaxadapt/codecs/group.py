@@ -67,8 +67,11 @@ class Group:
             raise FileError(f"{self._what}: process 0 is gone ({str(error).splitlines()[0][:200]})") from error
 
     def hear(self, name: str) -> Any:
-        """What process 0 says. Raises `FileError` if it failed, or says nothing in time."""
-        value = self._hear(name, 0, time.monotonic() + self._timeout)
+        """What process 0 says. Raises `FileError` if it failed, or says nothing in twice the time.
+
+        (It may have to wait for one that is gone itself, before it can tell the rest which it is.)
+        """
+        value = self._hear(name, 0, 2 * self._timeout)
         if name == self._last:  # who leaves last switches off the light; process 0 has left with this
             with contextlib.suppress(RuntimeError):
                 if self._client.key_value_increment(f"{self._prefix}/heard", 1) == self.count - 1:
@@ -82,7 +85,7 @@ class Group:
         problems: list[str] = []
         for process in range(1, self.count):
             try:
-                heard[process] = self._hear(name, process, deadline)
+                heard[process] = self._hear(name, process, deadline - time.monotonic())
             except FileError as error:
                 problems.append(str(error))
         if problems:
@@ -92,14 +95,17 @@ class Group:
     def _key(self, name: str, process: int) -> str:
         return f"{self._prefix}/{name}/{process}"
 
-    def _hear(self, name: str, process: int, deadline: float) -> Any:
-        wait = max(1, int(1000 * (deadline - time.monotonic())))
+    def _hear(self, name: str, process: int, wait: float) -> Any:
+        began = time.monotonic()
         try:
-            message = json.loads(self._client.blocking_key_value_get(self._key(name, process), wait))
+            message = json.loads(
+                self._client.blocking_key_value_get(self._key(name, process), max(1, int(1000 * wait)))
+            )
         except RuntimeError as error:  # jax.errors.JaxRuntimeError: too late, or the service is gone
+            waited = time.monotonic() - began
             raise FileError(
-                f"{self._what}: process {process} said nothing for {self._timeout:g} s: is it alive, and did every"
-                f" process make this call? ({str(error).splitlines()[0][:200]})"
+                f"{self._what}: process {process} said nothing for {waited:.0f} s: is it alive, and did every process make"
+                f" this call? ({str(error).splitlines()[0][:200]})"
             ) from error
         if "error" in message:
             raise FileError(f"process {process}: {message['error']}")
