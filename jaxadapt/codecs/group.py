@@ -104,8 +104,8 @@ class Group:
         except RuntimeError as error:  # jax.errors.JaxRuntimeError: too late, or the service is gone
             waited = time.monotonic() - began
             raise FileError(
-                f"{self._what}: process {process} said nothing for {waited:.0f} s: is it alive, and did every process make"
-                f" this call? ({str(error).splitlines()[0][:200]})"
+                f"{self._what}: process {process} said nothing for {waited:.0f} s: is it alive, and did every process"
+                f" make this call? ({str(error).splitlines()[0][:200]})"
             ) from error
         if "error" in message:
             raise FileError(f"process {process}: {message['error']}")
