@@ -31,6 +31,8 @@ def text_of(path: Place) -> str:
 def settle(path: Place, header: safetensors.Header | None, weights: Place) -> Config:
     """The configuration that belongs to the tensors, where the JSON and our header may differ.
 
+    `header` is what was read of `weights`, which may have been replaced since.
+
     Equal: fine. The JSON is the one this save was replacing: the save was interrupted between its two
     files, and the header wins. Otherwise a person edited the JSON, and it wins, unless the tensors
     contradict it. Whatever is not plain is said in a warning.
@@ -59,6 +61,9 @@ def settle(path: Place, header: safetensors.Header | None, weights: Place) -> Co
     changed = sorted(key for key in a | b if a.get(key) != b.get(key))
     if not changed:
         return config
+    now = json.loads(safetensors.read_header(weights).metadata.get(META, "null"))
+    if not isinstance(now, dict) or now.get("config") != held["config"]:
+        return own  # both were replaced while the old weights were being read: the JSON is the new ones'
     contradiction = _contradiction(config, own, {k: t.shape for k, t in header.tensors.items()})
     if contradiction:
         warnings.warn(
