@@ -155,7 +155,18 @@ def select(
     Raises `TargetError` if nothing matches, or what matches cannot be adapted; `KeyMapError` if a
     matching weight has no line, so that nothing targeted is ever left out silently.
     """
-    method = methods.of(config)
+    bounds, doubts = _select(config, keymap, tuple(shapes.items()), unsure)
+    for line in doubts:
+        warnings.warn(line, stacklevel=3)
+    return bounds
+
+
+@functools.lru_cache(maxsize=16)  # a server that loads adapters by the hundred has few models, and few configurations
+def _select(
+    config: Config, keymap: KeyMap, leaves: tuple[tuple[str, Shape], ...], unsure: frozenset[str]
+) -> tuple[tuple[Bound, ...], tuple[str, ...]]:
+    """`select`, and what it warns of."""
+    method, shapes = methods.of(config), dict(leaves)
     found, unmapped = _inventory(keymap, shapes, unsure)
     names = _names(found, unmapped)
     replication.check(config, names)
@@ -169,8 +180,6 @@ def select(
         if missed and not own and not chosen:
             raise TargetError("\n".join(missed))
         doubts += missed
-    for line in doubts:
-        warnings.warn(line, stacklevel=3)
     wanted = set(chosen)
 
     bounds: list[Bound] = []
@@ -201,7 +210,7 @@ def select(
     if twice:
         raise TargetError("target_modules and target_parameters both name these weights:\n" + paths.listing(twice))
     bounds += own
-    return (*bounds, *_copies(config, keymap, shapes, bounds))
+    return (*bounds, *_copies(config, keymap, shapes, bounds)), tuple(doubts)
 
 
 def _parameters(config: Config, method: methods.Method, keymap: KeyMap, shapes: Mapping[str, Shape]) -> list[Bound]:
@@ -278,7 +287,14 @@ def recover(config: Config, keymap: KeyMap, leaves: Mapping[str, Mapping[str, Sh
     Raises `KeyMapError` for a leaf without a line, `MismatchError` if shapes contradict each other or
     the configuration.
     """
-    method = methods.of(config)
+    return _recover(config, keymap, tuple((leaf, tuple(shapes.items())) for leaf, shapes in leaves.items()))
+
+
+@functools.lru_cache(maxsize=16)  # every save of a run asks for the same
+def _recover(
+    config: Config, keymap: KeyMap, tensors: tuple[tuple[str, tuple[tuple[str, Shape], ...]], ...]
+) -> tuple[Bound, ...]:
+    method, leaves = methods.of(config), {leaf: dict(shapes) for leaf, shapes in tensors}
     bounds: list[Bound] = []
     copied: list[tuple[Site, Mapping[str, Shape]]] = []
     adapting: list[tuple[Site, Mapping[str, Shape]]] = []

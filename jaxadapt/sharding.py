@@ -308,6 +308,11 @@ class Piece:
     factor: float
     shift: float
 
+    @property
+    def plain(self) -> bool:
+        """Whether the tensor's numbers are the leaf's."""
+        return self.factor == 1 and self.shift == 0
+
     def encode(self, part: Any) -> Any:
         """The box of the tensor from the region of the leaf: a view, unless a factor or a shift makes new numbers."""
         tile = part.reshape(self._fine).transpose(self.order)

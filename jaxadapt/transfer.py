@@ -144,8 +144,11 @@ def _make(
         covers = sharding.merged(places) if len(places) > 1 else {box: [box] for box in places}
         for outer, members in covers.items():
             for piece in sharding.pieces(entry.form, outer):
-                tile = _tile(tensors, entry.keys[piece.number], piece, scratch)
-                if (piece.factor != 1 or piece.shift) and dtypes[entry.path].itemsize > tile.dtype.itemsize:
+                key = entry.keys[piece.number]
+                if outer in places and _read(tensors, key, piece, places[outer][sharding.within(piece.region, outer)]):
+                    continue
+                tile = _tile(tensors, key, piece, scratch)
+                if not piece.plain and dtypes[entry.path].itemsize > tile.dtype.itemsize:
                     tile = tile.astype(dtypes[entry.path])  # so that it is rounded once
                 part = piece.decode(tile)
                 for box in members:
@@ -153,6 +156,20 @@ def _make(
                     if both is not None:
                         _copy(places[box][sharding.within(both, box)], part[sharding.within(both, piece.region)])
     return made
+
+
+def _read(tensors: Mapping[str, Any], key: str, piece: Piece, place: np.ndarray) -> bool:
+    """Reads a tensor to where it is needed; False, and nothing done, if it lies there otherwise than in the file."""
+    if not piece.plain or not isinstance(tensors, TensorFile | Shards) or piece.box != sharding.whole(piece.shape):
+        return False
+    tile = piece.encode(place) if place.flags.c_contiguous else place
+    if place.dtype != tensors.spec(key).dtype or not tile.flags.c_contiguous:
+        return False
+    memory = tile.reshape(-1).view(np.uint8)
+    found = tensors.read_into(key, memory)
+    if not np.may_share_memory(found, memory):  # it was in memory already
+        _copy(tile, found.reshape(tile.shape))
+    return True
 
 
 def _allocated(job: Sequence[Entry], held: Held, dtypes: Mapping[str, np.dtype]) -> dict[str, list[np.ndarray]]:

@@ -189,6 +189,11 @@ class TensorFile(Mapping[str, "np.ndarray"]):
         self._source.read_into([(f"tensor {key!r}", data.data)], self.header.data_start + info.start)
         return data.view(dtype).reshape(info.shape)
 
+    def spec(self, key: str) -> Spec:
+        """Shape and dtype of one tensor."""
+        info, dtype = self._find(key)
+        return Spec(info.shape, dtype)
+
     def nbytes(self, key: str) -> int:
         """The size of one tensor, without reading it."""
         return self.header.tensors[key].nbytes

@@ -59,8 +59,15 @@ class Shards(Mapping[str, "np.ndarray"]):
                     seen[id(part)] = part.specs
                 out[key] = seen[id(part)][name]
             else:
-                out[key] = safetensors.Spec(part[name].shape, part[name].dtype)
+                out[key] = self.spec(key)
         return out
+
+    def spec(self, key: str) -> safetensors.Spec:
+        """Shape and dtype of one tensor."""
+        part, name = self._home[key]
+        if isinstance(part, safetensors.TensorFile):
+            return part.spec(name)
+        return safetensors.Spec(part[name].shape, part[name].dtype)
 
     def nbytes(self, key: str) -> int:
         """The size of one tensor, without reading it."""
