@@ -12,7 +12,7 @@ from flax.core import meta as meta  # re-exported: boxes are opened elsewhere to
 from flax.linen import spmd
 
 from jaxadapt import bind, methods, paths, sharding
-from jaxadapt.adapter import CONFIG_NODE, Adapter, Recipe
+from jaxadapt.adapter import CONFIG_NODE, Adapter, Recipe, is_array
 from jaxadapt.errors import AttachError
 
 
@@ -22,7 +22,11 @@ def opened(tree: Any) -> Any:
     def value(x: Any) -> Any:  # unbox() of a Partitioned would move it to where it is said to belong
         return x.value if isinstance(x, meta.Partitioned) else x.unbox() if isinstance(x, meta.AxisMetadata) else x
 
-    return jax.tree.map(value, tree, is_leaf=lambda x: isinstance(x, meta.AxisMetadata))
+    return value(tree) if is_array(tree) else jax.tree.map(value, tree, is_leaf=_is_box)
+
+
+def _is_box(x: Any) -> bool:
+    return isinstance(x, meta.AxisMetadata)
 
 
 def placement(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -38,7 +38,8 @@ def flatten(tree: Mapping[Any, Any], is_leaf: Callable[[Any], bool] | None = Non
         for key, value in node.items():
             text = str(key)
             path = f"{prefix}{SEPARATOR}{text}" if prefix and text else prefix or text
-            if isinstance(value, Mapping) and not (is_leaf is not None and is_leaf(value)):
+            # (asking for a dict first: Mapping's own answer takes ten times as long)
+            if isinstance(value, dict | Mapping) and not (is_leaf is not None and is_leaf(value)):
                 walk(value, path)  # pyright: ignore[reportUnknownArgumentType]
             elif path in out:
                 clashes.append(path)

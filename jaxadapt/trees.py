@@ -100,10 +100,10 @@ def _opened_tree(tree: Any) -> tuple[Leaves, Put]:
         return {}, lambda new: tree  # the tree of an adapter of ours
     flat, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_box)
     lorax = _lorax(tree)
-    names: list[str] = []
-    for keys, _ in flat:
-        inside = _path(keys[:-1]) in lorax
-        names.append(".".join([_path(keys[:-1]), "LoraWeight", _name(keys[-1])]) if inside else _path(keys))
+    names = [_path(keys) for keys, _ in flat]
+    for number, (keys, _) in enumerate(flat if lorax else ()):
+        if _path(keys[:-1]) in lorax:
+            names[number] = ".".join([_path(keys[:-1]), "LoraWeight", _name(keys[-1])])
     leaves: Leaves = {}
     for name, (_, node) in zip(names, flat, strict=True):
         value = _unboxed(node)

@@ -107,28 +107,32 @@ def _size_problem(dtype: str, shape: tuple[int, ...]) -> str | None:
 
 def _entry(key: str, value: object, data: int) -> TensorInfo | str:
     """One tensor's description, or what is wrong with it."""
-    name = f"tensor {_show(key)}"
+    found = _info(value, data)
+    return f"tensor {_show(key)}: {found}" if isinstance(found, str) else found
+
+
+def _info(value: object, data: int) -> TensorInfo | str:
     if not isinstance(value, dict):
-        return f"{name}: expected an object, found {_show(value)}"
+        return f"expected an object, found {_show(value)}"
     entry = cast("dict[str, object]", value)
     if entry.keys() != {"dtype", "shape", "data_offsets"}:
-        return f"{name}: expected the fields dtype, shape, data_offsets, found {_show(list(entry))}"
+        return f"expected the fields dtype, shape, data_offsets, found {_show(list(entry))}"
     dtype, shape, offsets = entry["dtype"], _naturals(entry["shape"]), _naturals(entry["data_offsets"])
     if not isinstance(dtype, str) or dtype not in BITS:
-        return f"{name}: expected a dtype of the format (F32, BF16, …), found {_show(dtype)}"
+        return f"expected a dtype of the format (F32, BF16, …), found {_show(dtype)}"
     if shape is None:
-        return f"{name}: expected a shape of integers >= 0, found {_show(entry['shape'])}"
+        return f"expected a shape of integers >= 0, found {_show(entry['shape'])}"
     if problem := _size_problem(dtype, shape):
-        return f"{name}: {problem}"
+        return problem
     if offsets is None or len(offsets) != 2 or offsets[0] > offsets[1]:
         found = _show(entry["data_offsets"])
-        return f"{name}: expected data_offsets [start, stop] with 0 <= start <= stop, found {found}"
+        return f"expected data_offsets [start, stop] with 0 <= start <= stop, found {found}"
     if offsets[1] > data:
-        return f"{name}: data_offsets {_show(list(offsets))} end beyond the {data} bytes of data in the file"
+        return f"data_offsets {_show(list(offsets))} end beyond the {data} bytes of data in the file"
     expected = math.prod(shape) * BITS[dtype] // 8
     if offsets[1] - offsets[0] != expected:
         return (
-            f"{name}: expected {expected} bytes for {dtype} {list(shape)}, "
+            f"expected {expected} bytes for {dtype} {list(shape)}, "
             f"found {offsets[1] - offsets[0]} (data_offsets {list(offsets)})"
         )
     return TensorInfo(dtype, shape, *offsets)
