@@ -25,7 +25,7 @@ _TABLES = (
     *(moe.MIXTRAL, moe.QWEN3_MOE, moe.GPT_OSS, moe.LLAMA4, moe.DEEPSEEK_V3),
     *(tunix.LLAMA3, tunix.QWEN2, tunix.QWEN3, tunix.QWEN3_MOE),
     *(gemma.TUNIX_GEMMA, gemma.TUNIX_GEMMA2, gemma.TUNIX_GEMMA3, gemma.TUNIX_GEMMA4),
-    *(gemma.GEMMA2_2B, gemma.GEMMA2, gemma.GEMMA3, gemma.GEMMA4, gemma.GEMMA4_MOE),
+    *(gemma.GEMMA2_2B, gemma.GEMMA2, gemma.GEMMA3, gemma.GEMMA3N, gemma.GEMMA4, gemma.GEMMA4_MOE),
     *(maxtext.LLAMA31, maxtext.LLAMA3, maxtext.QWEN2, maxtext.QWEN3),
     *(maxtext_gemma.GEMMA2, maxtext_gemma.GEMMA3),
     *(maxtext_moe.MIXTRAL, maxtext_moe.QWEN3_MOE, maxtext_moe.GPT_OSS),

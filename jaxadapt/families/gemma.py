@@ -1,4 +1,4 @@
-"""Gemma 1 to 4 as the gemma package (gemma.gm, Linen) and Tunix (NNX) hold them: k and v fused, in gm gate and up too.
+"""Gemma 1 to 4 and 3n as the gemma package (gemma.gm, Linen) and Tunix (NNX) hold them: k and v fused, in gm gate and up too.
 
 Where there are as many key heads as query heads, q, k and v are one leaf. Names as in gemma 4.0.1, google-tunix 0.1.7.
 In Gemma 4 k may serve as v, in layers that see everything. The last layers of its E2B and E4B take k and v of layers
@@ -118,6 +118,40 @@ _MIXED: _Names = (
     ("attn.query_norm", "self_attn.q_norm"),
 )
 GEMMA4_MOE = _gm("gemma4-moe", _MIXED, "f d", (*_GM4, *_experts("layer_{l}.mlp.", ".w")), "mlp2")
+
+
+_TABLE = "embedder.per_layer_input"
+_LAUREL, _ALTUP, _PER_LAYER = "layer_{l}.laurel.", "layer_{l}.altup.", "layer_{l}.per_layer_mapping."
+_3N: _Names = (
+    *_gemma2("post_attention_norm"),
+    ("attn.query_norm", "self_attn.q_norm"),
+    ("attn.key_norm", "self_attn.k_norm"),
+    ("post_laurel_norm", "laurel.post_laurel_norm"),
+    ("altup.router_norm_layer", "altup.router_norm"),
+    ("per_layer_mapping.post_per_layer_input_norm", "post_per_layer_input_norm"),
+)
+GEMMA3N = _gm(
+    "gemma3n",
+    _3N,
+    "f d",
+    (
+        Weight(f"{_TABLE}_embedding", "model.embed_tokens_per_layer.weight", "v n p -> v (n p)", kind="embedding"),
+        Weight(f"{_TABLE}_projection.w", "model.per_layer_model_projection.weight", "d n p -> (n p) d"),
+        Weight("embedder.per_layer_projection_norm.scale", "model.per_layer_projection_norm.weight", "p -> p"),
+        *(
+            Weight(f"altup_{ours}_{{i}}.altup_{ours}_{{i}}", f"model.altup_{ours}s.{{i}}.weight", "c o -> o c")
+            for ours in ("projection", "unembed_projection")
+        ),
+        Weight(f"{_ALTUP}modality_router.w", f"{_HF}altup.modality_router.weight", "d m -> m d"),
+        Weight(f"{_ALTUP}correction_coefs", f"{_HF}altup.correction_coefs.weight", "m i -> i m"),
+        Weight(f"{_ALTUP}prediction_coefs", f"{_HF}altup.prediction_coefs.weight", "m i j -> (i j) m"),
+        Weight(f"{_ALTUP}correct_output_scale", f"{_HF}altup.correct_output_scale", "d -> d"),
+        Weight(f"{_LAUREL}linear_left.w", f"{_HF}laurel.linear_left.weight", "d r -> r d"),
+        Weight(f"{_LAUREL}linear_right.w", f"{_HF}laurel.linear_right.weight", "r d -> d r"),
+        Weight(f"{_PER_LAYER}per_layer_input_gate.w", f"{_HF}per_layer_input_gate.weight", "d p -> p d"),
+        Weight(f"{_PER_LAYER}per_layer_projection.w", f"{_HF}per_layer_projection.weight", "p d -> d p"),
+    ),
+)
 
 
 def _tunix(name: str, norms: _Names, more: tuple[Weight, ...] = ()) -> KeyMap:

@@ -29,7 +29,7 @@ from tests.twins import trees
 Leaves = Mapping[str, np.ndarray]
 LIBRARY = {
     **dict.fromkeys(("tunix", "tunix_gemma", "tunix_gemma3", "tunix_gemma4"), "tunix"),
-    **dict.fromkeys(("gemma", "gemma4"), "gemma"),
+    **dict.fromkeys(("gemma", "gemma3n", "gemma4"), "gemma"),
     "maxtext": "maxtext",
     "flax": "transformers",
     "keras": "keras_hub",
@@ -237,6 +237,27 @@ def gemma4(specimen: Specimen) -> Side:
     return _of_linen(module, params, lambda m, variables: m.apply(variables, ids).logits)
 
 
+def gemma3n(specimen: Specimen) -> Side:
+    config = importlib.import_module("gemma.gm.nn.gemma3n._config")
+    kinds = importlib.import_module("gemma.gm.nn.gemma3n._modules").AttentionType
+    transformer = importlib.import_module("gemma.gm.nn.gemma3n._transformer")
+    module = transformer.Gemma3nTransformer(
+        config=config.TransformerConfig(
+            num_embed=V, embed_dim=D, hidden_dim=F, num_heads=HEADS, head_dim=6, num_kv_heads=KV,
+            final_logit_softcap=8.0, use_post_attn_norm=True, use_post_ffw_norm=True, use_qk_norm=True,
+            use_value_norm=True, attention_types=(kinds.LOCAL_SLIDING, kinds.GLOBAL, kinds.LOCAL_SLIDING),
+            query_pre_attn_norm=config.QueryPreAttentionNormalisation.NONE, sliding_window_size=4,
+            transpose_gating_einsum=True, local_base_frequency=10_000, global_base_frequency=1_000_000,
+            activation_sparsity_pattern=(0.5, 0.0, 0.0), use_altup=True, altup_coef_clip=120.0, per_layer_input_dim=5,
+            use_laurel=True, laurel_rank=3, scale_plus_one=False,
+        ),
+        dtype=jnp.float32,
+    )  # fmt: skip
+    ids = jnp.asarray(IDS, jnp.int32)
+    params = jax.eval_shape(lambda: module.init(jax.random.key(0), ids))["params"]
+    return _of_linen(module, params, lambda m, variables: m.apply(variables, ids).logits)
+
+
 # ---- MaxText -----------------------------------------------------------------------------------------------
 
 
@@ -414,6 +435,7 @@ BUILDERS: dict[str, Callable[[Specimen], Side]] = {
     "tunix_gemma4": tunix_gemma4,
     "moe": moe,
     "gemma": gemma,
+    "gemma3n": gemma3n,
     "gemma4": gemma4,
     "maxtext": maxtext,
     "flax": flax,

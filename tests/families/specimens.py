@@ -173,6 +173,17 @@ def _gemma4(table: str, size: str) -> Specimen:
     )
 
 
+_3N = {
+    **GEMMA3, "final_logit_softcapping": 8.0, "vocab_size_per_layer_input": V, "hidden_size_per_layer_input": 5,
+    "laurel_rank": 3, "altup_num_inputs": 4, "num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.5, 0.0, 0.0],
+}  # fmt: skip
+GEMMA3N = Specimen(
+    "gemma-gemma3n", "gemma:gemma3n", "Gemma3nForCausalLM", {k: v for k, v in _3N.items() if "pre_attn" not in k},
+    "gemma3n", {}, (*PROJ, "per_layer_input_gate", "per_layer_projection", "linear_left", "modality_router"),
+    unused=(HEAD,),
+)  # fmt: skip
+
+
 _LLAMAS = ("maxtext:llama3.1", "maxtext:llama3")
 
 
@@ -368,6 +379,7 @@ SPECIMENS = (
     _gemma(2, "gemma:gemma2", "gemma", KV),
     _gemma(3, "gemma:gemma3", "gemma", KV),
     _gemma(3, "gemma:gemma3", "gemma", HEADS),
+    GEMMA3N,
     *(_gemma4(table, size) for table in ("tunix:gemma4", "gemma:gemma4") for size in _GEMMA4),
     _moe("mixtral", "MixtralForCausalLM"),
     _moe("qwen3_moe", "Qwen3MoeForCausalLM"),
