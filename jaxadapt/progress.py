@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+import sys
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -71,8 +72,9 @@ def watched() -> bool:
     """Whether somebody sees a bar: standard error is a terminal, or this is a notebook that can draw one."""
     from rich.console import Console
 
-    console = Console(stderr=True)
-    return console.is_terminal or (console.is_jupyter and importlib.util.find_spec("ipywidgets") is not None)
+    if sys.stderr.isatty():  # not what rich calls one: FORCE_COLOR makes no terminal of a log
+        return True
+    return Console(stderr=True).is_jupyter and importlib.util.find_spec("ipywidgets") is not None
 
 
 @contextlib.contextmanager

@@ -22,12 +22,13 @@ NAMES = [path.stem for path in sorted(HERE.glob("*.ipynb"))]
 
 # In the new environment, where nbclient is; the notebook, where its outputs go, the working folder, whether it is fast.
 INSIDE = """
-import sys, time
+import copy, sys, time
 import nbformat
 from nbclient import NotebookClient
 
 source, out, folder, fast = sys.argv[1:]
 book = nbformat.read(source, as_version=4)
+metadata = copy.deepcopy(book.metadata)
 for cell in book.cells:
     if fast and "parameters" in cell.metadata.get("tags", []):
         cell.source = cell.source.replace("FAST = False", "FAST = True")
@@ -43,10 +44,17 @@ for cell in book.cells:
     if cell.cell_type == "code":
         cell.execution_count = None
         kept = [] if "install" in cell.metadata.get("tags", []) else cell.outputs
-        cell.outputs = [o for o in kept if o.get("name") != "stderr" and "widget" not in str(o.get("data", {}).keys())]
-        for output in cell.outputs:
+        cell.outputs = []
+        for output in kept:
+            if output.get("name") == "stderr" or "widget" in str(output.get("data", {}).keys()):
+                continue
             if "execution_count" in output:
                 output.execution_count = None
+            if cell.outputs and output.output_type == cell.outputs[-1].output_type == "stream":
+                cell.outputs[-1].text += output.text
+            else:
+                cell.outputs.append(output)
+book.metadata = metadata
 nbformat.write(book, out)
 """
 

@@ -96,7 +96,9 @@ def test_a_function_is_told_of_every_byte(work, here):
 
 
 @pytest.mark.parametrize("work", WORK)
-def test_true_draws_nothing_where_nobody_sees_it(work, here, capfd):
+def test_true_draws_nothing_where_nobody_sees_it(work, here, capfd, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # colours are asked for, as in many a CI; that makes no terminal of a log
+    monkeypatch.setattr(progress, "SHORT", 0)
     WORK[work][0](True)
     assert capfd.readouterr() == ("", "")
 
