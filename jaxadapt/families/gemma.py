@@ -1,4 +1,4 @@
-"""Gemma 1 to 4 and 3n as the gemma package (gemma.gm, Linen) and Tunix (NNX) hold them: k and v fused, in gm gate and up too.
+"""Gemma 1 to 4 and 3n as the gemma package (gm, Linen) and Tunix (NNX) hold them: k and v fused, in gm gate and up too.
 
 Where there are as many key heads as query heads, q, k and v are one leaf. Names as in gemma 4.0.1, google-tunix 0.1.7.
 In Gemma 4 k may serve as v, in layers that see everything. The last layers of its E2B and E4B take k and v of layers
