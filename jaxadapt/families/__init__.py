@@ -28,11 +28,13 @@ _TABLES = (
     *(gemma.GEMMA2_2B, gemma.GEMMA2, gemma.GEMMA3, gemma.GEMMA3N, gemma.GEMMA4, gemma.GEMMA4_MOE),
     *(maxtext.LLAMA31, maxtext.LLAMA3, maxtext.QWEN2, maxtext.QWEN3),
     *(maxtext_gemma.GEMMA2, maxtext_gemma.GEMMA3),
-    *(maxtext_moe.MIXTRAL, maxtext_moe.QWEN3_MOE, maxtext_moe.GPT_OSS),
+    *(maxtext_moe.MIXTRAL, maxtext_moe.QWEN3_MOE, maxtext_moe.GPT_OSS, maxtext_moe.GPT_OSS_BLOCKS),
+    *(maxtext_moe.DEEPSEEK_V3, maxtext_moe.KIMI_K2),
     *(keras.LLAMA, keras.QWEN3, keras.GEMMA3, easydel.LLAMA),
 )
 FAMILIES: dict[str, KeyMap] = {table.name: table for table in _TABLES}
 _SCAN_AXES = range(3)
+_LAYER = re.compile(r"\d+(?=\.)")
 
 
 def named(name: str) -> KeyMap:
@@ -74,8 +76,9 @@ def resolve(keymap: KeyMap | str | None, shapes: Mapping[str, tuple[int, ...]]) 
         return keymap
     if keymap not in (None, "auto"):
         return named(keymap)
-    # Layers are alike: one leaf of each kind will do. (A number at the end is part of a weight's name: wi_0, wi_1.)
-    kinds = {(re.sub(r"\d+(?=\.)", "0", leaf), shape): leaf for leaf, shape in shapes.items()}
+    # Layers are alike: some leaves of each kind will do. (A number at the end is part of a weight's name: wi_0, wi_1;
+    # and where a block is two layers, 0 and 1 are not alike.)
+    kinds = {(_LAYER.sub(lambda n: n[0] if n[0] in ("0", "1") else "2", p), shape): p for p, shape in shapes.items()}
     return _recognised(tuple(FAMILIES.values()), tuple((leaf, shape) for (_, shape), leaf in kinds.items()))
 
 

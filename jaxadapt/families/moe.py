@@ -58,7 +58,7 @@ def each(block: str, wide: tuple[str, str], down: str, router: str = "") -> Each
 
 EACH_MIXTRAL = each("block_sparse_moe", ("w1", "w3"), "w2", "block_sparse_moe.gate")
 EACH_QWEN3 = each("mlp", ("gate_proj", "up_proj"), "down_proj", "mlp.gate")
-_EACH_DEEPSEEK = each("mlp", ("gate_proj", "up_proj"), "down_proj")
+EACH_DEEPSEEK = each("mlp", ("gate_proj", "up_proj"), "down_proj")
 
 
 def _table(name: str, lines: Iterable[Weight], needs: tuple[str, ...], each: Each = ()) -> KeyMap:
@@ -122,5 +122,5 @@ DEEPSEEK_V3 = _table(
         *_experts("mlp", "e o i"),
     ),
     ("mlp.gate.kernel", "mlp.experts.gate_up_proj", "self_attn.kv_b_proj.kernel"),
-    _EACH_DEEPSEEK,
+    EACH_DEEPSEEK,
 )

@@ -275,7 +275,15 @@ def maxtext(specimen: Specimen) -> Side:
         more |= {"sparse_matmul": False, "megablox": False, "capacity_factor": -1.0, "norm_topk_prob": qwen3}
     if o["model"] == "gpt_oss":
         more |= {"attention_sink": True, "routed_bias": True, "mlp_bias": True, "mlp_activations_limit": 7.0}
-        more |= {"sliding_window_size": 128, "inhomogeneous_layer_cycle_interval": 1}
+        more |= {"sliding_window_size": 128, "inhomogeneous_layer_cycle_interval": 1 if o["scan"] is None else 2}
+    if o["model"] == "deepseek_v3":
+        more |= {"attention_type": "mla", "q_lora_rank": 8, "kv_lora_rank": 12, "qk_nope_head_dim": 6}
+        more |= {"qk_rope_head_dim": 4, "v_head_dim": 5, "first_num_dense_layers": o["dense"], "shared_experts": 1}
+        more |= {"routed_bias": True, "n_routing_groups": 2, "topk_routing_group": 1}
+        more |= {"model_name": "deepseek3-671b", "override_model_config": True}  # (it routes by its name)
+        more |= {"routed_score_func": "sigmoid", "routed_scaling_factor": 2.5}
+        # It turns neighbouring pairs, as DeepSeek does, in its yarn alone; which by a factor of 1 changes nothing else.
+        more |= {"rope_interleave": True, "rope_factor": 1.0, "max_position_embeddings": 4096}
     activation, theta = "sigmoid" if o["model"] == "gpt_oss" else "silu", 10_000
     if "gemma" in o["model"]:
         more |= {"use_post_attn_norm": True, "use_post_ffw_norm": True, "sliding_window_size": 4}
@@ -287,19 +295,21 @@ def maxtext(specimen: Specimen) -> Side:
         more |= {"rope_linear_scaling_factor": 1.0}
         theta = 1_000_000
     count = o.get("layers", LAYERS) // (2 if o["model"] == "gemma2" else 1)
-    block = {"llama3.1": "llama2", "llama3": "llama2"}.get(o["model"], o["model"])
+    blocks = {"llama3.1": "llama2", "llama3": "llama2", "deepseek_v3": "deepseek"}
+    block = blocks.get(o["model"], o["model"])
     config = pyconfig.initialize(
         ["record", str(base)],
         run_name="specimen", base_output_directory="unused", enable_checkpointing=False, log_config=False,
         skip_jax_distributed_system=True, dataset_type="synthetic", per_device_batch_size=len(IDS),
         max_target_length=IDS.shape[1], max_prefill_predict_length=IDS.shape[1], attention="dot_product",
         dtype="float32", weight_dtype="float32", matmul_precision="highest", float32_logits=True,
-        base_emb_dim=D, base_num_query_heads=HEADS, base_num_kv_heads=KV, base_mlp_dim=F,
-        base_num_decoder_layers=count, head_dim=o["head_dim"], vocab_size=V, normalization_layer_epsilon=1e-6,
+        base_emb_dim=D, base_num_query_heads=HEADS,
+        base_num_kv_heads=HEADS if block == "deepseek" else KV, base_mlp_dim=F, base_num_decoder_layers=count,
+        head_dim=o["head_dim"], vocab_size=V, normalization_layer_epsilon=1e-6,
         decoder_block=block, use_qk_norm=qwen3, attention_bias=block in ("qwen2", "gpt_oss"),
         logits_via_embedding=o["tied"], normalize_embedding_logits="gemma" in o["model"], logits_dot_in_fp32=True,
         rope_max_timescale=theta, rope_use_scale=False,
-        rope_type="llama3.1" if o["model"] == "llama3.1" else "default",
+        rope_type={"llama3.1": "llama3.1", "deepseek_v3": "yarn"}.get(o["model"], "default"),
         mlp_activations=[activation, "linear"],
         scan_layers=o["scan"] is not None, param_scan_axis=o["scan"] or 0, enable_dropout=False, **more,
     )  # fmt: skip
@@ -314,7 +324,19 @@ def maxtext(specimen: Specimen) -> Side:
             ids = jnp.asarray(IDS, jnp.int32)
             return model(ids, _positions(), decoder_segment_ids=jnp.ones_like(ids), enable_dropout=False)
 
-    return _of_nnx(make, run)
+    if o["model"] != "deepseek_v3":
+        return _of_nnx(make, run)
+    # Its router has a variable of its own kind for the bias, which training changes: such a layer is refused.
+    bias = importlib.import_module("maxtext.layers.moe").MoEBiasVar
+    kind = nnx.Any(nnx.Param, bias)
+    shapes = {p: v.shape for p, v in trees.nnx_leaves(nnx.eval_shape(make), kind).items()}
+
+    def filled(target: Any) -> Any:
+        model = make()
+        trees.fill(model, paths.flatten(target["params"]), kind)
+        return run(model)
+
+    return Side(shapes, lambda leaves: {"params": trees.nest(leaves)}, filled, merges=True)
 
 
 # ---- transformers 4.57 -------------------------------------------------------------------------------------

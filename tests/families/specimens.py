@@ -332,20 +332,33 @@ def _moe(kind: str, torch: str) -> Specimen:
     return Specimen(kind, kind, torch, config, "moe", options, targets, parameters=named)
 
 
-def _moe_of(library: str, kind: str, torch: str, scan: int | None = None) -> Specimen:
-    """The same model of another library, all of whose layers have experts."""
-    one = _moe(kind, torch)
+_DENSE_FIRST = {"maxtext:deepseek_v3": 3, "maxtext:kimi_k2": 1}
+
+
+def _moe_of(
+    library: str, kind: str, torch: str, scan: int | None = None, table: str = "", layers: int = LAYERS
+) -> Specimen:
+    """The same model of another library, all of whose layers have experts (of DeepSeek's, those behind the first)."""
+    one, table = _moe(kind, torch), table or kind
     theta = 1e6 if library == "tunix" else 1e4
-    config = {**one.config, **rope(theta), "mlp_only_layers": []}
+    config = {**one.config, **rope(theta), "mlp_only_layers": [], "num_hidden_layers": layers}
+    first = _DENSE_FIRST.get(f"{library}:{table}", 0)
+    if first:
+        config["first_k_dense_replace"] = first
+    if "layer_types" in config:
+        config["layer_types"] = config["layer_types"][:1] * layers
     size = one.options["expert_size"]
     if library == "tunix":  # whose experts are as wide as the other layers' MLPs would be
         size = config["moe_intermediate_size"] = F
     options = {"model": kind, "scan": scan, "head_dim": 6, "tied": False, "rope_theta": theta, "expert_size": size}
+    options |= {"layers": layers, "dense": first}
     suffix = "" if scan is None else f"/scan{scan}"
-    name = f"{library}-{kind}{suffix.replace('/', '-')}"
+    rivals = tuple(f"{name}{suffix}" for name in _DENSE_FIRST) if first else ()
+    name = f"{library}-{table}{suffix.replace('/', '-')}"
     return Specimen(
-        name, f"{library}:{kind}{suffix}", torch, config, library, options, PROJ[:4], parameters=one.parameters
-    )
+        name, f"{library}:{table}{suffix}", torch, config, library, options, one.targets, rivals,
+        parameters=one.parameters,
+    )  # fmt: skip
 
 
 SPECIMENS = (
@@ -403,6 +416,9 @@ SPECIMENS = (
     _easydel("mistral", "MistralForCausalLM", head_dim=4, sliding_window=32),
     _easydel("qwen2", "Qwen2ForCausalLM"),
     _easydel("qwen3", "Qwen3ForCausalLM", head_dim=6),
+    _moe_of("maxtext", "gpt_oss", "GptOssForCausalLM", 1, "gpt_oss-blocks", 4),
+    _moe_of("maxtext", "deepseek_v3", "DeepseekV3ForCausalLM", None, layers=4),
+    _moe_of("maxtext", "deepseek_v3", "DeepseekV3ForCausalLM", None, "kimi_k2"),
     _keras("llama", "LlamaForCausalLM", tie_word_embeddings=False),
     _keras("llama", "MistralForCausalLM", tie_word_embeddings=False),
     _keras("qwen3", "Qwen3ForCausalLM", tie_word_embeddings=True, head_dim=6),

@@ -40,15 +40,15 @@ def stack(leaves: Leaves, axis: int) -> dict[str, np.ndarray]:
     return out
 
 
-def nnx_leaves(model: nnx.Module) -> dict[str, nnx.Variable[Any]]:
+def nnx_leaves(model: nnx.Module, kind: Any = nnx.Param) -> dict[str, nnx.Variable[Any]]:
     """Every `nnx.Param` of a model at its dotted path."""
-    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    flat = nnx.to_flat_state(nnx.state(model, kind))
     return {".".join(map(str, path)): leaf for path, leaf in flat}
 
 
-def fill(model: nnx.Module, leaves: Leaves) -> None:
+def fill(model: nnx.Module, leaves: Leaves, kind: Any = nnx.Param) -> None:
     """Put `leaves` into an NNX model; paths and shapes have to be exactly the model's."""
-    state = nnx.state(model, nnx.Param)
+    state = nnx.state(model, kind)
     mine = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(state)}
     assert set(mine) == set(leaves), sorted(set(mine) ^ set(leaves))
     for path, variable in mine.items():
