@@ -6,6 +6,7 @@ layers with experts are counted apart from the dense ones before them: three in 
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 from jaxadapt.families import moe as moe_names
 from jaxadapt.families.maxtext import NORMS, PLAIN, QUERY_SCALED, SHARED, table
@@ -55,6 +56,11 @@ QWEN3_MOE = table("qwen3_moe", (*PLAIN, *NORMS, *_QWEN3), _NEEDS, shared=_COMMON
 _PROJ = (("query", "q", "n"), ("key", "k", "k"), ("value", "v", "k"))
 
 
+def _every(layers: tuple[int, int], w: Weight) -> Weight:
+    options: dict[str, Any] = {**w.options, "layers": layers}
+    return Weight(w.leaf, w.key, w.pattern, **options)
+
+
 def _gpt_oss(at: str, every: tuple[int, int] = (1, 0)) -> tuple[Weight, ...]:
     attention = f"{at}GptOssAttention."
     lines = (
@@ -79,7 +85,7 @@ def _gpt_oss(at: str, every: tuple[int, int] = (1, 0)) -> tuple[Weight, ...]:
         ),
         *(Weight(w.leaf.replace(_OURS, at), w.key, w.pattern) for w in _LAYER_NORMS),
     )
-    return tuple(Weight(w.leaf, w.key, w.pattern, **{**w.options, "layers": every}) for w in lines)
+    return tuple(_every(every, w) for w in lines)
 
 
 def _top(name: str, lines: tuple[Weight, ...]) -> KeyMap:
@@ -114,7 +120,7 @@ def _deepseek(name: str, dense: int) -> KeyMap:
         if first:
             found += [_router("MoeBlock_0", "mlp.gate", moe), *_experts("MoeBlock_0", "mlp", *_USUAL, at=moe)]
             found.append(Weight(f"{moe}MoeBlock_0.gate.bias", f"{_HF}mlp.gate.e_score_correction_bias", "e -> e"))
-        lines += [Weight(w.leaf, w.key, w.pattern, **{**w.options, "layers": (1, first)}) for w in found]
+        lines += [_every((1, first), w) for w in found]
     needs = tuple(w.leaf for w in lines if "moe_layers" in w.leaf)
     return table(name, lines, needs, shared=_OUTSIDE, each=moe_names.EACH_DEEPSEEK)
 
