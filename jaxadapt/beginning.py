@@ -175,7 +175,7 @@ class Beginning:
             pairs = paths.unflatten({p: values[p] for p in new})
             taken = Adapter(plain.replace(use_dora=False), pairs, self.recipe.keymap)
             with jax.default_matmul_precision("highest"):
-                changes = merging.changes(self.weights, taken, lambda a, w: a.unweight(w), lambda a, x: x)
+                changes = merging.changes(self.weights, taken, merging.unweight, lambda a, x: x)
                 base = {leaf: changed.value() for leaf, changed in changes.items()}
         for b in (b for b in self.bounds if b.leaf in made):
             derived = [t.name for t in b.tensors if t.from_base]  # the magnitudes of DoRA, of what they start from

@@ -466,13 +466,26 @@ def is_there(leaf: Any, abstract: bool) -> bool:
 
 def over_stack(bound: Bound, change: Any, params: Mapping[str, Any], w: Any) -> Any:
     """`change(Applied, w)` for each layer stacked in one leaf, as its module would see it."""
+    return over_layers(bound.site.stack, bound.method, bound.static, bound.axes, change, params, w)
+
+
+def over_layers(
+    stack: Sequence[int],
+    method: methods.Method,
+    static: Any,
+    axes: Axes,
+    change: Any,
+    params: Mapping[str, Any],
+    w: Any,
+) -> Any:
+    """The same for what a site is, whatever its leaf is called."""
     import jax
 
     def one(params: Mapping[str, Any], w: Any) -> Any:
-        return change(methods.Applied(bound.method, bound.static, params, bound.axes), w)
+        return change(methods.Applied(method, static, params, axes), w)
 
     run: Any = one
-    for axis in bound.site.stack:  # ascending, so the outermost vmap takes the last axis and moves no other
+    for axis in stack:  # ascending, so the outermost vmap takes the last axis and moves no other
         run = jax.vmap(run, in_axes=axis, out_axes=axis)
     return run(dict(params), w)
 

@@ -10,19 +10,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
-from jaxadapt import bind, nnx, nnx_survey, paths, plan, quantized
+from jaxadapt import bind, nnx, nnx_survey, paths, plan, quantized, sharding
 from jaxadapt.adapter import Adapter
+from jaxadapt.axes import Axes
 from jaxadapt.errors import AttachError, MismatchError
 from jaxadapt.linen_tree import meta
-from jaxadapt.methods import Applied
+from jaxadapt.methods import Applied, Method
 from jaxadapt.progress import Progress, counting, quiet, reporting
 
 Change = Callable[[Applied, Any], Any]
 
 
 def merge(
-    params: Any, adapter: Adapter, *, safe: bool = False, dequantize: bool = False, progress: Progress = None
+    params: Any,
+    adapter: Adapter,
+    *,
+    safe: bool = False,
+    donate: bool = False,
+    dequantize: bool = False,
+    progress: Progress = None,
 ) -> Any:
     """The base parameters with the adapter in them: W + s·B·A for LoRA, W·l (and bias·l) for IA3.
 
@@ -31,6 +39,9 @@ def merge(
             arrays stay what they are), a new tree is returned; or an NNX model without active adapters
             (`detach` first), changed in place and returned.
         safe: refuse, before anything is changed, where the result has a NaN or an infinity.
+        donate: give the weights up: each is changed in its own memory (on devices; numpy arrays stay), so that no more
+            than one beside the model is held. The arrays in `params` cannot be used any more then, by nobody who shares
+            them either, and after an interruption neither can the rest.
         dequantize: of a base with quantised weights make all of them dense, as `jaxadapt.dequantize` does; merging
             into them is refused otherwise, since a sum quantised again is another one than was trained.
         progress: None, True (a bar on a terminal or in a notebook) or a function of ("merge", bytes of weights done,
@@ -47,7 +58,7 @@ def merge(
     >>> bool((merge(base, adapter)["q"]["kernel"] == 1).all())
     True
     """
-    return _changed(params, adapter, _weight, _bias, ("merge", progress), safe, dequantize)
+    return _changed(params, adapter, (_weight, _bias), ("merge", progress), safe, donate, dequantize)
 
 
 def _weight(applied: Applied, w: Any) -> Any:
@@ -58,19 +69,27 @@ def _bias(applied: Applied, bias: Any) -> Any:
     return applied.merged_bias(bias, 1)
 
 
-def unmerge(params: Any, adapter: Adapter, *, progress: Progress = None) -> Any:
-    """The inverse of `merge`, within the rounding of the weight's dtype. `progress` as there, of "unmerge"."""
-    said = "unmerge", progress
-    return _changed(params, adapter, lambda a, w: a.unweight(w), lambda a, b: a.merged_bias(b, -1), said)
+def unweight(applied: Applied, w: Any) -> Any:
+    """The change that takes an adapter out of a weight."""
+    return applied.unweight(w)
+
+
+def _unbias(applied: Applied, bias: Any) -> Any:
+    return applied.merged_bias(bias, -1)
+
+
+def unmerge(params: Any, adapter: Adapter, *, donate: bool = False, progress: Progress = None) -> Any:
+    """The inverse of `merge`, within the rounding of the weight's dtype. Options as there."""
+    return _changed(params, adapter, (unweight, _unbias), ("unmerge", progress), donate=donate)
 
 
 def _changed(
     params: Any,
     adapter: Adapter,
-    weight: Change,
-    bias: Change,
+    change: tuple[Change, Change],
     said: tuple[str, Progress],
     safe: bool = False,
+    donate: bool = False,
     dequantize: bool = False,
 ) -> Any:
     what, progress = said
@@ -88,18 +107,27 @@ def _changed(
     new: dict[str, Any] = {}
     if dequantize:
         new = {path: quantized.dense(leaf) for path, leaf in base.items() if quantized.is_quantized(leaf)}
-    made = changes({**base, **new}, adapter, weight, bias)
+    made = changes({**base, **new}, adapter, *change)
+    del base
+    if safe and donate:
+        _need_finite({path: changed.value for path, changed in made.items()})
     with reporting(progress) as report:
         more = counting(report, what, sum(changed.nbytes for changed in made.values()))
-        for path, changed in made.items():
-            new[path] = changed.value()
+        for path in list(made):
+            changed = made.pop(path)
+            new[path] = changed.value(donate=donate)
             if report is not quiet:
                 jax.block_until_ready(new[path])
             more(changed.nbytes)
-    lost = [path for path, value in new.items() if safe and not bool(jnp.isfinite(value).all())]
+    if safe and not donate:
+        _need_finite({path: lambda value=value: value for path, value in new.items()})
+    return replaced(params, new)
+
+
+def _need_finite(values: Mapping[str, Callable[[], Any]]) -> None:
+    lost = [path for path, value in values.items() if not bool(jnp.isfinite(value()).all())]
     if lost:
         raise AttachError("merged, these weights are no longer finite:\n" + paths.listing(lost))
-    return replaced(params, new)
 
 
 def leaves(params: Any) -> dict[str, Any]:
@@ -147,6 +175,29 @@ def _filled(leaf: Any, value: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
+class _How:
+    """What is done to a leaf, whatever it is called: leaves of one kind and shape are compiled once."""
+
+    change: Change
+    method: Method
+    static: Any
+    axes: Axes
+    stack: tuple[int, ...]
+    place: Any
+
+    def __call__(self, w: Any, params: Mapping[str, Any]) -> Any:
+        # The sum is made in float32, also where weight and adapter are both of 16 bits.
+        wide = {name: x.astype(jnp.promote_types(x.dtype, "float32")) for name, x in params.items()}
+        new = bind.over_layers(self.stack, self.method, self.static, self.axes, self.change, wide, w)
+        return new if self.place is None else jax.lax.with_sharding_constraint(new, self.place)
+
+
+# One pass over the weight, in which everything is fused; nothing of its size is made on the way.
+_computed = jax.jit(_How.__call__, static_argnums=0)
+_computed_in_place = jax.jit(_How.__call__, static_argnums=0, donate_argnums=1)
+
+
+@dataclasses.dataclass(frozen=True)
 class Changed:
     """A leaf as an adapter leaves it, computed when it is asked for; its base may be one itself."""
 
@@ -161,22 +212,25 @@ class Changed:
         base = self.base.base if isinstance(self.base, Changed) else self.base
         return math.prod(base.shape) * base.dtype.itemsize
 
-    def value(self, at: Mapping[int, int | slice] | None = None) -> Any:
-        """The leaf; or what is at `{axis: index or slice}` of it: one layer of each stacked axis, some outputs."""
+    def value(self, at: Mapping[int, int | slice] | None = None, donate: bool = False) -> Any:
+        """The leaf; or what is at `{axis: index or slice}` of it: one layer of each stacked axis, some outputs.
+
+        With `donate` in the memory of the base, which is then gone.
+        """
         at = at or {}
         base, bound = self.base, self.bound
-        w = base.value(at) if isinstance(base, Changed) else _cut(base, range(base.ndim), at)
+        w = base.value(at, donate) if isinstance(base, Changed) else _cut(base, range(base.ndim), at)
         names = {bound.site.weight.left[axis]: where for axis, where in at.items()}
-        params: dict[str, Any] = {}
-        for tensor, entry in zip(bound.tensors, bound.entries, strict=True):
-            x = _cut(self.params[tensor.name], entry.form.left, names)
-            # The sum is made in float32, also where weight and adapter are both of 16 bits.
-            params[tensor.name] = x.astype(jnp.promote_types(x.dtype, "float32"))
-        if all(isinstance(at.get(axis), int) for axis in bound.site.stack):
-            new = self.change(Applied(bound.method, bound.static, params, bound.axes), w)
-        else:
-            new = bind.over_stack(bound, self.change, params, w)
-        return np.array(new) if isinstance(w, np.ndarray) else new  # a copy: numpy arrays can be written to
+        params = {
+            tensor.name: _cut(self.params[tensor.name], entry.form.left, names)
+            for tensor, entry in zip(bound.tensors, bound.entries, strict=True)
+        }
+        single = all(isinstance(at.get(axis), int) for axis in bound.site.stack)
+        place = None if isinstance(w, Tracer) else sharding.of(w)
+        how = _How(self.change, bound.method, bound.static, bound.axes, () if single else bound.site.stack, place)
+        host = isinstance(w, np.ndarray)
+        new = (_computed_in_place if donate and not host else _computed)(how, w, params)
+        return np.array(new) if host else new  # a copy: numpy arrays can be written to
 
     @property
     def outputs(self) -> tuple[int, ...]:
