@@ -224,3 +224,37 @@ def test_merging_two_adapters_one_after_the_other():
     jaxadapt.activate(model, "a", "b")
     merged = jaxadapt.merge(jaxadapt.merge(params, first), second)
     np.testing.assert_allclose(small.LinenNet().apply({"params": merged}, X), model(X), rtol=1e-4, atol=1e-5)
+
+
+# ---- in the weights' own memory --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("api", ["nnx", "tree"])
+def test_donated_weights_are_changed_in_place_and_nothing_else_is(api):
+    adapter = jaxadapt.extract(small.trained())
+    expected = jaxadapt.merge(small.base()["params"], adapter)
+    base = small.net() if api == "nnx" else small.base()["params"]
+    given = base.q_proj.kernel.get_value() if api == "nnx" else base["q_proj"]["kernel"]
+    merged = jaxadapt.merge(base, adapter, donate=True)
+    assert given.is_deleted()
+    state = nnx.to_pure_dict(nnx.state(merged)) if api == "nnx" else merged
+    jax.tree.map(np.testing.assert_array_equal, state, expected)
+    back = jaxadapt.unmerge(merged, adapter, donate=True)
+    state = nnx.to_pure_dict(nnx.state(back)) if api == "nnx" else back
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), state, small.base()["params"])
+
+
+def test_donated_weights_are_safe_until_all_sums_are_finite():
+    adapter = jax.tree.map(lambda x: x * jnp.inf, jaxadapt.extract(small.trained()))
+    base = small.base()["params"]
+    with pytest.raises(jaxadapt.AttachError, match="no longer finite"):
+        jaxadapt.merge(base, adapter, safe=True, donate=True)
+    assert not base["q_proj"]["kernel"].is_deleted()
+
+
+def test_numpy_weights_are_never_given_up():
+    base = jax.tree.map(np.array, small.base()["params"])
+    kept = jax.tree.map(np.copy, base)
+    merged = jaxadapt.merge(base, jaxadapt.extract(small.trained()), donate=True)
+    assert isinstance(merged["q_proj"]["kernel"], np.ndarray)
+    jax.tree.map(np.testing.assert_array_equal, base, kept)

@@ -1,0 +1,299 @@
+"""What DoRA and rsLoRA cost a training step, and what a merge costs, beside PEFT in torch and beside memory.
+
+    python -m benchmarks.lora [--layers 3] [--steps 15] [--merge-layers 16] [--dtype bfloat16] [--r 8] [--rounds 7]
+
+Steps: SmolLM2-135M's shape with `--layers` layers, 4 × 64 tokens, r=8 on all seven projections, AdamW, float32; each
+beside plain LoRA in the same library. Merging: the seven projections of a Llama 3.2 1B (973 million weights with 16
+layers), in place, in and out again; beside PEFT's `merge_and_unload` and beside one pass over the same memory, which
+is numpy's copy of each weight into memory that exists. All interleaved. Exits with 1 if a target is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import threading
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import jaxadapt
+from benchmarks.measure import Times, Way, environment, interleave, ratio, table
+from benchmarks.train import ALPHA, BATCH, LENGTH, R, analyse, measure_steps, nnx_way, random_weights, smollm2
+from jaxadapt.demo import llama_nnx
+from jaxadapt.demo.llama import PROJECTIONS, LlamaConfig
+
+VARIANTS: Mapping[str, Mapping[str, Any]] = {"LoRA": {}, "rsLoRA": {"use_rslora": True}, "DoRA": {"use_dora": True}}
+TARGET, EXTRA = 1.2, 1.0  # merging: times one pass over the memory; weights held besides the model
+_PAGE = 4096
+
+# ---------------------------------------------------------------- steps
+
+
+def our_steps(config: LlamaConfig, ids: np.ndarray, rounds: int) -> dict[str, Any]:
+    tokens, weights = jnp.asarray(ids), random_weights(config)
+
+    def way(fields: Mapping[str, Any]) -> Any:
+        made = jaxadapt.LoraConfig(r=R, lora_alpha=ALPHA, target_modules=list(PROJECTIONS), **fields)
+        return nnx_way(
+            lambda: llama_nnx.to_nnx(config, weights),
+            lambda m: jaxadapt.adapt(m, made, rngs=nnx.Rngs(0)),
+            jaxadapt.AdapterParam,
+            tokens,
+        )
+
+    found = {name: way(fields) for name, fields in VARIANTS.items()}
+    for one in found.values():
+        one.analysis = analyse(one.jit().lower(*one.arguments()).compile())
+    measure_steps(found, rounds)
+    return found
+
+
+def peft_steps(config: LlamaConfig, ids: np.ndarray, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each step of PEFT on transformers' Llama, one variant after another in every round."""
+    import peft
+    import torch
+    import transformers
+
+    hf = {k: v for k, v in config.to_hf().items() if k != "architectures"}
+    batch = torch.from_numpy(ids).long()
+
+    def stepper(fields: Mapping[str, Any]) -> Callable[[], None]:
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**hf))
+        made = peft.LoraConfig(
+            r=R, lora_alpha=ALPHA, target_modules=list(PROJECTIONS), task_type="CAUSAL_LM", **fields
+        )
+        adapted = peft.get_peft_model(model, made)
+        optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-4)
+
+        def step() -> None:
+            adapted(input_ids=batch, labels=batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    found = {name: stepper(fields) for name, fields in VARIANTS.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in found}
+    for number in range(rounds + 1):
+        for name, step in list(found.items())[:: 1 if number % 2 else -1]:
+            start = time.perf_counter()
+            step()
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+# ---------------------------------------------------------------- merging
+
+
+def shapes(layers: int) -> dict[str, tuple[int, int]]:
+    """(out, in) of the projections of a Llama 3.2 1B."""
+    of = {"q_proj": (2048, 2048), "k_proj": (512, 2048), "v_proj": (512, 2048), "o_proj": (2048, 2048)}
+    of |= {"gate_proj": (8192, 2048), "up_proj": (8192, 2048), "down_proj": (2048, 8192)}
+    return {f"{layer}.{name}": shape for layer in range(layers) for name, shape in of.items()}
+
+
+class OnJax:
+    """A tree of the weights, and an adapter on it."""
+
+    def __init__(self, layers: int, dtype: str, r: int) -> None:
+        self.tree: Any = {
+            name: {"kernel": jnp.full(shape[::-1], 0.5, dtype)} for name, shape in shapes(layers).items()
+        }
+        config = jaxadapt.LoraConfig(r=r, lora_alpha=r, target_modules=list(PROJECTIONS), init_lora_weights=False)
+        self.adapter = jaxadapt.init(config, self.tree, key=jax.random.key(0))
+        jax.block_until_ready((self.tree, self.adapter))
+        self.inside = False
+
+    def __call__(self, _: Any) -> None:
+        """Into the weights, or out of them again."""
+        change = jaxadapt.unmerge if self.inside else jaxadapt.merge
+        self.tree = jax.block_until_ready(change(self.tree, self.adapter, donate=True))
+        self.inside = not self.inside
+
+
+class OnTorch:
+    """The same as torch modules, wrapped anew for each merge: unloading leaves the base."""
+
+    def __init__(self, layers: int, dtype: str, r: int) -> None:
+        import peft
+        import torch
+
+        class Layers(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                for name, (out, inn) in shapes(layers).items():
+                    layer, _, kind = name.partition(".")
+                    if not hasattr(self, layer):
+                        self.add_module(layer, torch.nn.Module())
+                    linear = torch.nn.Linear(inn, out, bias=False, device="meta", dtype=getattr(torch, dtype))
+                    weight = torch.full((out, inn), 0.5, dtype=getattr(torch, dtype))
+                    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+                    self.get_submodule(layer).add_module(kind, linear)
+
+        self.base: Any = Layers()
+        self.config = peft.LoraConfig(
+            r=r, lora_alpha=r, target_modules=list(PROJECTIONS), init_lora_weights=False
+        )
+        self.wrap: Any = peft.get_peft_model
+
+    def before(self) -> Any:
+        return self.wrap(self.base, self.config)
+
+    def __call__(self, model: Any) -> None:
+        self.base = model.merge_and_unload()
+
+
+class Copied:
+    """One pass over the memory: every weight is read once, and as much is written."""
+
+    def __init__(self, layers: int, dtype: str) -> None:
+        size = jnp.dtype(dtype).itemsize
+        self.source = [np.ones(shape, f"u{size}") for shape in shapes(layers).values()]
+        self.target = {shape: np.ones(shape, f"u{size}") for shape in set(shapes(layers).values())}
+
+    def __call__(self, _: Any) -> None:
+        for source in self.source:
+            np.copyto(self.target[source.shape], source)
+
+
+def peak(run: Callable[[], object]) -> int:
+    """How many bytes more the process held at its most, while `run` ran."""
+    statm, most, done = Path("/proc/self/statm"), [0], threading.Event()
+
+    def now() -> int:
+        return int(statm.read_text().split()[1]) * _PAGE
+
+    def watch() -> None:
+        while not done.is_set():
+            most[0] = max(most[0], now())
+            time.sleep(0.0005)
+
+    gc.collect()
+    before = now()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        run()
+    finally:
+        done.set()
+        watcher.join()
+    return max(most[0] - before, 0)
+
+
+def merges(layers: int, dtype: str, r: int, rounds: int) -> tuple[dict[str, Times], dict[str, float], float]:
+    """Times of each way, how many of the largest weights each held besides the model, and the first merge's seconds.
+
+    PEFT's turn is over before ours begins: both models would not fit where one does.
+    """
+    largest = max(out * inn for out, inn in shapes(layers).values()) * jnp.dtype(dtype).itemsize
+    torch = OnTorch(layers, dtype, r)
+    theirs = interleave({"copy": Way(Copied(layers, dtype)), "PEFT": Way(torch, torch.before)}, rounds)
+    model = torch.before()
+    extra = {"PEFT, merge_and_unload": peak(lambda: torch(model)) / largest}
+    del torch, model
+    gc.collect()
+    ours = OnJax(layers, dtype, r)
+    start = time.perf_counter()
+    ours(None)
+    first = time.perf_counter() - start
+    ours(None)
+    extra["jaxadapt, donate=True"] = peak(lambda: ours(None)) / largest
+    times = interleave({"copy": Way(Copied(layers, dtype)), "ours": Way(ours)}, rounds)
+    found = {
+        "one pass (copy)": times["copy"],
+        "jaxadapt, donate=True": times["ours"],
+        "PEFT, merge_and_unload": theirs["PEFT"],
+        "one pass, beside PEFT": theirs["copy"],
+    }
+    return found, extra, first
+
+
+# ---------------------------------------------------------------- the run
+
+
+def report_steps(found: Mapping[str, Any], theirs: Mapping[str, list[float]]) -> None:
+    plain = found["LoRA"]
+    head = ["", "GFLOP", "x LoRA", "GB accessed", "x LoRA", "step ms", "x LoRA", "PEFT ms", "x LoRA in PEFT"]
+    rows = [
+        [
+            name,
+            f"{way.analysis['flops'] / 1e9:.2f}",
+            f"{way.analysis['flops'] / plain.analysis['flops']:.3f}",
+            f"{way.analysis['bytes'] / 1e9:.3f}",
+            f"{way.analysis['bytes'] / plain.analysis['bytes']:.3f}",
+            f"{statistics.median(way.steps) * 1e3:.0f}",
+            f"{ratio(way.steps, plain.steps):.2f}",
+            f"{statistics.median(theirs[name]) * 1e3:.0f}",
+            f"{ratio(theirs[name], theirs['LoRA']):.2f}",
+        ]
+        for name, way in found.items()
+    ]
+    print(table("**a training step**", head, rows))
+
+
+def report_merges(
+    times: Mapping[str, Times], extra: Mapping[str, float], first: float, layers: int, dtype: str, r: int
+) -> list[str]:
+    total = sum(out * inn for out, inn in shapes(layers).values())
+    size = 2 * total * jnp.dtype(dtype).itemsize
+    base = {name: times["one pass, beside PEFT" if name.startswith("PEFT") else "one pass (copy)"] for name in times}
+    rows = [
+        [
+            name,
+            f"{statistics.median(found.clock) * 1e3:.0f}",
+            f"{min(found.clock) * 1e3:.0f}",
+            f"{statistics.median(found.processor) * 1e3:.0f}",
+            f"{size / min(found.clock) / 1e9:.1f}",
+            f"{ratio(found.clock, base[name].clock):.2f}",
+            f"{extra[name]:.2f}" if name in extra else "",
+        ]
+        for name, found in times.items()
+    ]
+    head = ["", "median ms", "best ms", "processor ms", "GB/s at best", "x one pass", "extra memory, largest weights"]
+    print(table(f"**merging {total / 1e6:.0f} million weights in {dtype}, r={r}**", head, rows))
+    print(f"\nThe first merge, with its four shapes to compile: {first:.2f} s.")
+    ours = "jaxadapt, donate=True"
+    missed = []
+    if (slower := ratio(times[ours].clock, times["one pass (copy)"].clock)) > TARGET:
+        missed.append(f"merge {slower:.2f} x one pass over the memory, target {TARGET}")
+    if extra[ours] > EXTRA:
+        missed.append(f"merge holds {extra[ours]:.2f} weights more, target {EXTRA}")
+    return missed
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description="variants of LoRA beside plain LoRA, and merging beside memory")
+    options.add_argument("--layers", type=int, default=3, help="of the model that takes steps")
+    options.add_argument("--steps", type=int, default=15)
+    options.add_argument("--merge-layers", type=int, default=16, help="of the model that is merged into")
+    options.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    options.add_argument("--r", type=int, default=8, help="of the adapter that is merged")
+    options.add_argument("--rounds", type=int, default=7)
+    given = options.parse_args()
+    warnings.simplefilter("ignore")
+    print(environment("jax", "jaxlib", "flax", "peft", "torch"))
+    if given.layers:
+        config = smollm2(given.layers)
+        ids = np.random.default_rng(1).integers(0, config.vocab_size, (BATCH, LENGTH)).astype(np.int32)
+        found = our_steps(config, ids, given.steps)
+        report_steps(found, peft_steps(config, ids, given.steps))
+        del found
+        gc.collect()
+    measured = merges(given.merge_layers, given.dtype, given.r, given.rounds)
+    missed = report_merges(*measured, given.merge_layers, given.dtype, given.r)
+    if missed:
+        raise SystemExit("\nmissed:\n" + "\n".join(missed))
+
+
+if __name__ == "__main__":
+    main()
