@@ -190,17 +190,21 @@ def peak(run: Callable[[], object]) -> int:
     return max(most[0] - before, 0)
 
 
+def peft_merges(layers: int, dtype: str, r: int, rounds: int) -> tuple[dict[str, Times], int]:
+    torch = OnTorch(layers, dtype, r)
+    times = interleave({"copy": Way(Copied(layers, dtype)), "PEFT": Way(torch, torch.before)}, rounds)
+    model = torch.before()
+    return times, peak(lambda: torch(model))
+
+
 def merges(layers: int, dtype: str, r: int, rounds: int) -> tuple[dict[str, Times], dict[str, float], float]:
     """Times of each way, how many of the largest weights each held besides the model, and the first merge's seconds.
 
     PEFT's turn is over before ours begins: both models would not fit where one does.
     """
     largest = max(out * inn for out, inn in shapes(layers).values()) * jnp.dtype(dtype).itemsize
-    torch = OnTorch(layers, dtype, r)
-    theirs = interleave({"copy": Way(Copied(layers, dtype)), "PEFT": Way(torch, torch.before)}, rounds)
-    model = torch.before()
-    extra = {"PEFT, merge_and_unload": peak(lambda: torch(model)) / largest}
-    del torch, model
+    theirs, held = peft_merges(layers, dtype, r, rounds)
+    extra = {"PEFT, merge_and_unload": held / largest}
     gc.collect()
     ours = OnJax(layers, dtype, r)
     start = time.perf_counter()
