@@ -103,6 +103,10 @@ class Method(abc.ABC):
     def weight(self, static: Any, params: Params, axes: Axes, w: Array) -> Array:
         """The effective weight, in w's dtype; `axes.parts` is already resolved (w holds those parts only)."""
 
+    def merged(self, static: Any, params: Params, axes: Axes, w: Array) -> Array:
+        """The same, to be made once and kept: nothing is differentiated."""
+        return self.weight(static, params, axes, w)
+
     @abc.abstractmethod
     def unweight(self, static: Any, params: Params, axes: Axes, w: Array) -> Array:
         """The base weight from an effective one: the inverse of `weight`, within rounding.
@@ -201,11 +205,11 @@ class Applied:
                 "lora_bias was asked for where the weight is used in a way that only the effective weight can follow,"
                 " which has no place for it; leave this layer out with exclude_modules"
             )
-        return self.merged(w)
+        return self._whole(w, self.method.weight)
 
     def merged(self, w: Array) -> Array:
         """The effective weight for a merge, which puts a bias of the adapter's own elsewhere."""
-        return self._whole(w, self.method.weight)
+        return self._whole(w, self.method.merged)
 
     def unweight(self, w: Array) -> Array:
         return self._whole(w, self.method.unweight)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import MappingProxyType
 
 from jaxadapt import targets
@@ -169,12 +169,18 @@ class Lora(Method):
         return (y + delta).astype(y.dtype)
 
     def weight(self, static: Static, params: Params, axes: Axes, w: Array) -> Array:
+        return self._effective(static, params, axes, w, _changed)
+
+    def merged(self, static: Static, params: Params, axes: Axes, w: Array) -> Array:
+        return self._effective(static, params, axes, w, _added)
+
+    def _effective(self, static: Static, params: Params, axes: Axes, w: Array, change: Callable[..., Array]) -> Array:
         if static.groups > 1:
             raise AttachError(
                 "LoRA's A sees all channels of a grouped convolution, so W + s·B·A would be a weight without groups:"
                 " there is none to merge into, and nothing but the layer's own convolution can follow it"
             )
-        changed = _changed(static, params, axes, w)
+        changed = change(static, params, axes, w)
         return (dora.weight(axes, params[dora.MAGNITUDE], changed) if static.dora else changed).astype(w.dtype)
 
     def unweight(self, static: Static, params: Params, axes: Axes, w: Array) -> Array:
@@ -183,7 +189,7 @@ class Lora(Method):
                 "DoRA scales W + s·B·A to the length m, and its own length, which W would need, is not left in it; keep"
                 " the parameters as they were before merging"
             )
-        return (w - static.scale * lowrank.product(axes, *_factors(params))).astype(w.dtype)
+        return lowrank.added(axes, w, -static.scale, *_factors(params)).astype(w.dtype)
 
     def adds_bias(self, static: Static) -> bool:
         return static.bias
@@ -207,6 +213,11 @@ def _factors(params: Params) -> tuple[Array, Array]:
 def _changed(static: Static, params: Params, axes: Axes, w: Array) -> Array:
     """W + s·B·A, in the dtype of the sum."""
     return w + static.scale * lowrank.product(axes, *_factors(params))
+
+
+def _added(static: Static, params: Params, axes: Axes, w: Array) -> Array:
+    """The same in one pass."""
+    return lowrank.added(axes, w, static.scale, *_factors(params))
 
 
 def _check_site(config: LoraConfig, site: Site, r: int) -> None:

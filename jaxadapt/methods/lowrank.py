@@ -75,6 +75,28 @@ def product(axes: Axes, a: Array, b: Array) -> Array:
     )
 
 
+def added(axes: Axes, w: Array, scale: float, a: Array, b: Array) -> Array:
+    """W + scale·B·A, for a weight that is made once and kept: under jit one pass over it, nothing of its size aside.
+
+    A product would be written out whole before it is added. Summed over r in one expression with the rest it is not,
+    which costs no more arithmetic while r is small, and never rounds to less than float32.
+    """
+    at = len(axes.batch)
+    if a.shape[at] > _FEW:
+        return w + scale * product(axes, a, b)
+    a = jax.lax.optimization_barrier(scale * jnp.moveaxis(a, at, -1))  # r is the last axis of both: it is read so
+    over, batch = LETTERS[: axes.rank] + RANK, _letters(axes.batch)
+    pair = spread(a, batch + _letters(axes.inn) + RANK, over), spread(b, batch + _letters(axes.out) + RANK, over)
+    return w + jnp.sum(pair[0] * pair[1], -1)
+
+
+_FEW = 64  # ranks up to which the sum is as fast as a product
+
+
+def _letters(axes: Sequence[int]) -> str:
+    return "".join(LETTERS[i] for i in axes)
+
+
 def run(use: Use | Operation, x: Array, w: Array) -> Array:
     """The use itself, with any weight of the same shape."""
     if isinstance(use, Operation):

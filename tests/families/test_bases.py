@@ -229,7 +229,7 @@ def test_a_merge_slice_by_slice_is_the_merge(tmp_path, dora, numpy, monkeypatch)
 
 
 def seeing(f, seen):
-    return lambda *args: seen.append(args) or f(*args)
+    return lambda *args, **options: seen.append(args) or f(*args, **options)
 
 
 def test_an_nnx_model_in_place_and_its_adapter(tmp_path):
