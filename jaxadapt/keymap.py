@@ -234,6 +234,11 @@ class KeyMap:
         kept = tuple(w for w in self.weights if w.leaf not in mine)
         return dataclasses.replace(self, weights=lines + kept) if lines else self
 
+    def perhaps(self, leaves: Iterable[str]) -> bool:
+        """False where `covers` would be 0 for this table and for every `scanned` one of it: cheap, and by names alone."""
+        tails = tuple({w.tail for w in self.weights if w.kind == "linear"})
+        return any(leaf.endswith(tails) for leaf in leaves)
+
     def covers(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """How many of a model's leaves the table accounts for; 0 if a leaf of its name has another layout.
 

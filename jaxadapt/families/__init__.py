@@ -85,8 +85,9 @@ def resolve(keymap: KeyMap | str | None, shapes: Mapping[str, tuple[int, ...]]) 
 @functools.lru_cache(maxsize=128)  # adapters are swapped on one model
 def _recognised(tables: tuple[KeyMap, ...], leaves: tuple[tuple[str, tuple[int, ...]], ...]) -> KeyMap:
     few = dict(leaves)
-    counts = {t: t.covers(few) for f in tables for t in variants(f)}
-    best = max(counts.values())
+    # Most tables have no line that ends like any of these leaves, however their layers are stacked.
+    counts = {t: t.covers(few) for f in tables if f.perhaps(few) for t in variants(f)}
+    best = max(counts.values(), default=0)
     fitting = [t for t, count in counts.items() if count == best > 0]
     if not fitting:
         return GENERIC
