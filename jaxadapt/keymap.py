@@ -235,7 +235,7 @@ class KeyMap:
         return dataclasses.replace(self, weights=lines + kept) if lines else self
 
     def perhaps(self, leaves: Iterable[str]) -> bool:
-        """False where `covers` would be 0 for this table and for every `scanned` one of it: cheap, and by names alone."""
+        """False where `covers` would be 0, for this table and every `scanned` one of it: cheap, by names alone."""
         tails = tuple({w.tail for w in self.weights if w.kind == "linear"})
         return any(leaf.endswith(tails) for leaf in leaves)
 
