@@ -175,9 +175,9 @@ def named_leaves(part: str, tree: Any) -> list[tuple[str, Any]]:
 
 def is_key(leaf: Any) -> bool:
     """Whether a leaf is an array of typed random keys."""
-    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) and jnp.issubdtype(
-        leaf.dtype, jax.dtypes.prng_key
-    )
+    if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) or isinstance(leaf.dtype, np.dtype):
+        return False  # NumPy's dtypes, which are nearly all, are no keys: not worth asking JAX thousands of times
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def is_on_device(leaf: Any) -> TypeGuard[Any]:

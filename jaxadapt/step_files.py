@@ -64,11 +64,14 @@ def on_host(arrays: Mapping[str, Any]) -> dict[str, Callable[[], np.ndarray]]:
     On the CPU a view: what a view looks at is never written to, since donating an array of which there is one
     copies it (tests/test_checkpoint.py holds JAX to that). numpy's own arrays are copied: anybody may write to them.
     """
-    pieces = {name: _pieces(leaf) for name, leaf in arrays.items() if isinstance(leaf, jax.Array)}
-    for name, held in pieces.items():  # all transfers begin before the first is waited for
-        if together.on_accelerator(arrays[name]):
-            for _, piece in held:
-                piece.copy_to_host_async()
+    pieces: dict[str, list[tuple[Any, jax.Array]]] = {}
+    for name, leaf in arrays.items():  # all transfers begin before the first is waited for
+        if isinstance(leaf, jax.Array):
+            devices = leaf.sharding.device_set
+            pieces[name] = [(None, leaf)] if len(devices) == 1 else _pieces(leaf)
+            if next(iter(devices)).platform != "cpu":
+                for _, piece in pieces[name]:
+                    piece.copy_to_host_async()
     out: dict[str, Callable[[], np.ndarray]] = {}
     for name, leaf in arrays.items():
         if name in pieces:
@@ -80,8 +83,6 @@ def on_host(arrays: Mapping[str, Any]) -> dict[str, Callable[[], np.ndarray]]:
 
 def _pieces(leaf: jax.Array) -> list[tuple[Any, jax.Array]]:
     """The parts of an array that make the whole, each on one device, with their places; None: all of it."""
-    if len(leaf.sharding.device_set) == 1:
-        return [(None, leaf)]
     if leaf.is_fully_replicated:
         return [(None, leaf.addressable_data(0))]
     data = {shard.device: shard.data for shard in leaf.addressable_shards}

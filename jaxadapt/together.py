@@ -121,15 +121,10 @@ def own(leaves: Mapping[str, Any], process: int) -> dict[str, dict[Box, np.ndarr
         here = sharding.here(leaf.sharding, tuple(leaf.shape))
         held[path] = {box: data[device] for box, device in here.items() if boxes[box] == process}
     for path, boxes in held.items():  # all transfers begin before the first is waited for
-        if isinstance(leaves[path], jax.Array) and on_accelerator(leaves[path]):
+        if isinstance(leaves[path], jax.Array) and next(iter(leaves[path].sharding.device_set)).platform != "cpu":
             for value in boxes.values():
                 value.copy_to_host_async()
     return {path: {box: np.asarray(value) for box, value in boxes.items()} for path, boxes in held.items() if boxes}
-
-
-def on_accelerator(leaf: jax.Array) -> bool:
-    """Whether the host sees an array's values only after a transfer."""
-    return next(iter(leaf.sharding.device_set)).platform != "cpu"
 
 
 def joined(held: Mapping[Box, np.ndarray]) -> Iterator[tuple[Box, np.ndarray]]:
