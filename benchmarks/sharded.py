@@ -31,6 +31,7 @@ SAVE, MEMORY, LOAD, STALL, STATE = 1.2, 1.1, 1.2, 0.1, 2.0  # the targets
 SHAPES = {"8 devices": (1, 8), "2 processes of 4 devices": (2, 4)}
 RAW_SAVE, RAW_LOAD, RAW_STATE = "raw write+fsync, one process", "raw read, one process", "raw write+fsync"
 SAVED, LOADED, MANAGER = "jaxadapt.save", "jaxadapt.load", "CheckpointManager"
+FLOOR_LOAD, FLOOR_STALL = "JAX alone: make_array_from_callback of memory", "JAX alone: np.asarray of each part"
 GATHERED = "process_allgather + safetensors (no fsync)"
 MEASURED = (SAVED, MANAGER, GATHERED, "Orbax v1")
 
@@ -181,6 +182,19 @@ def ways(adapter: Any, base: Any, folder: Path) -> tuple[dict[str, dict[str, Way
 
         return before
 
+    def looked_at(_: Any) -> Any:
+        """What no save can do without: a view of each part that this process has to write."""
+        arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
+        return [np.asarray(shard.data) for x in arrays for shard in x.addressable_shards if shard.replica_id == 0]
+
+    memory = [np.zeros(x.shape, x.dtype) for x in jax.tree.leaves(adapter.params)]
+
+    def made(_: Any) -> Any:
+        """What no load can do without: arrays of memory that is there already."""
+        like = jax.tree.leaves(adapter.params)
+        both = zip(like, memory, strict=True)
+        return [jax.make_array_from_callback(x.shape, x.sharding, whole.__getitem__) for x, whole in both]
+
     def loaded(_: Any) -> Any:
         return jax.block_until_ready(io.arrays(jaxadapt.load(folder / "ours", base, keymap="llama")))
 
@@ -200,6 +214,7 @@ def ways(adapter: Any, base: Any, folder: Path) -> tuple[dict[str, dict[str, Way
         "load": {
             RAW_LOAD: alone(lambda: io.raw_read(folder / "ours" / "adapter_model.safetensors")),
             LOADED: Way(loaded, barrier),
+            FLOOR_LOAD: Way(lambda _: jax.block_until_ready(made(_)), barrier),
             "Orbax v1": Way(lambda _: jax.block_until_ready(v1.load(folder / "there-v1", abstract)), barrier),
             "Orbax v0": Way(
                 lambda _: jax.block_until_ready(
@@ -216,6 +231,7 @@ def ways(adapter: Any, base: Any, folder: Path) -> tuple[dict[str, dict[str, Way
         },
         "stall": {
             MANAGER: Way(lambda _: begin(), settle),
+            FLOOR_STALL: Way(looked_at, settle),
             "Orbax v1": Way(lambda path: under_way.append(v1.save_async(path, tree)), settled("async-v1")),
             "Orbax v0": Way(lambda path: old_async.save(path, tree), settled("async-v0")),
         },
@@ -327,7 +343,7 @@ def run(name: str, megabytes: int, rounds: int, place: str | None) -> list[str]:
                         ("state", f"save and wait, {with_moments}")):  # fmt: skip
         print(table(f"**{title}**", [kind, "median ms", "best ms", "x raw"], rows(found[kind])), flush=True)
     state, stall = found["state"], found["stall"]
-    part = {way: ratio(t, state[way]) for way, t in stall.items()}
+    part = {way: ratio(t, state[MANAGER if way == FLOOR_STALL else way]) for way, t in stall.items()}
     lines = [[way, f"{1e3 * statistics.median(t):.1f}", f"{1e3 * min(t):.1f}", f"{part[way]:.3f}",
               f"{ratio(t, state[MANAGER]):.3f}"] for way, t in stall.items()]  # fmt: skip
     head = ["asynchronous save", "median ms", "best ms", "of its own blocking time", f"of {MANAGER}'s"]
