@@ -172,7 +172,7 @@ def tunix_gemma4(specimen: Specimen) -> Side:
         ),
         attention_pattern=(kinds.LOCAL_SLIDING, kinds.GLOBAL, kinds.GLOBAL),
     )  # fmt: skip
-    return _of_nnx(lambda: model.Gemma4(config, rngs=nnx.Rngs(0)), _run_tunix)
+    return _of_nnx(lambda: model.Gemma4(config, rngs=nnx.Rngs(0)), nnx.jit(_run_tunix))
 
 
 def _alternate(made: Any, model: Any) -> None:
