@@ -9,7 +9,7 @@ from typing import Any
 
 from jax.core import Tracer
 
-from jaxadapt import bind, families, foreign, linen, linen_tree, methods, nnx, nnx_survey, paths, planning
+from jaxadapt import bind, families, foreign, initial, linen, linen_tree, methods, nnx, nnx_survey, paths, planning
 from jaxadapt.adapter import CONFIG_NODE, Adapter, collection_name, is_array
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError, ConfigError
@@ -90,7 +90,7 @@ def adapt(
         raise AttachError('rngs: expected nnx.Rngs with a stream "params" or "default", such as nnx.Rngs(0)')
     key = None if rngs is None else rngs.params()
     base, where = nnx_survey.base_values(owners), nnx.placement(owners)
-    values = bind.fresh(recipe.config, bounds, key, dtype, abstract, base, where)
+    values = initial.fresh(recipe.config, bounds, key, dtype, abstract, base, where)
     nnx.attach(model, recipe, bounds, name, values, rngs, owners)
     return model
 
@@ -100,7 +100,7 @@ def _kind(dtype: Any, autocast: bool) -> Any:
         return dtype
     if dtype is not None:
         raise AttachError(f"dtype={dtype!r} and autocast_adapter_dtype=False contradict each other; give one of them")
-    return bind.BASE
+    return initial.BASE
 
 
 def _need_config(config: Any) -> None:
@@ -151,7 +151,7 @@ def init(
     else:
         recipe, bounds = planning.on_tree(params, config, keymap)
         base = planning.tree_leaves(params)
-    values = bind.fresh(recipe.config, bounds, key, dtype, key is None, base, planning.placement(params))
+    values = initial.fresh(recipe.config, bounds, key, dtype, key is None, base, planning.placement(params))
     return Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxadapt import bind, factors, merging, paths, products, quantized, sharding
+from jaxadapt import bind, factors, initial, merging, paths, products, quantized, sharding
 from jaxadapt.adapter import Adapter, Recipe
 from jaxadapt.configs import LoraConfig
 from jaxadapt.errors import AttachError, ConfigError, MismatchError
@@ -158,7 +158,7 @@ class Beginning:
         config: Any = self.recipe.config
         plain = config.replace(init_lora_weights=True if self.kind else config.init_lora_weights)
         key = jax.random.key(0) if self.key is None else self.key  # (then everything drawn is replaced below)
-        values = bind.fresh(plain, self.bounds, key, dtype, base=self.weights, where=where)
+        values = initial.fresh(plain, self.bounds, key, dtype, base=self.weights, where=where)
         mine = [b for b in self.pairs if b.leaf in made]
         new: dict[str, Array] = {}
         for b in mine:

@@ -19,7 +19,7 @@ import jax
 from flax.core import FrozenDict, meta
 from flax.core.scope import in_filter
 
-from jaxadapt import bind, linen_survey, linen_tree, methods, paths, quantized, targets
+from jaxadapt import bind, initial, linen_survey, linen_tree, methods, paths, quantized, targets
 from jaxadapt.adapter import CONFIG_NODE, Adapter, Recipe, collection_name, is_array
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError
@@ -100,7 +100,7 @@ class Adapted:
         for name, (recipe, bounds) in recipes.items():
             key = _fresh_key(rngs, collection_name(recipe.config), name)
             where = linen_tree.placement(variables.get("params", {}))
-            values = bind.fresh(recipe.config, bounds, key, self.dtype, base=base, where=where)
+            values = initial.fresh(recipe.config, bounds, key, self.dtype, base=base, where=where)
             adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
             for held, tree in linen_tree.collection(adapter, name, variables.get("params", {})).items():
                 out[held] = {**out.get(held, {}), **tree}

@@ -6,7 +6,20 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxadapt import bind, families, linen, linen_tree, methods, nnx, nnx_survey, paths, quantized, replication, targets
+from jaxadapt import (
+    bind,
+    families,
+    linen,
+    linen_tree,
+    methods,
+    nnx,
+    nnx_calls,
+    nnx_survey,
+    paths,
+    quantized,
+    replication,
+    targets,
+)
 from jaxadapt.adapter import Recipe, is_array
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError, TargetError
@@ -34,7 +47,7 @@ def on_model(
         # What a layer computes says more of its axes than the generic map, and less than a family's table.
         known = dataclasses.replace(GENERIC, weights=()) if table == GENERIC else table
         wanted = nnx_survey.custom(owners, bind.uncovered(config, known.with_lines(lines), shapes))
-        traced, others = nnx_survey.traced_axes(model, owners, example, wanted, required=not all_linear)
+        traced, others = nnx_calls.traced_axes(model, owners, example, wanted, required=not all_linear)
         shapes = {leaf: shape for leaf, shape in shapes.items() if leaf not in others}
         lines = nnx_survey.class_lines(owners, table, stack_axes, traced)
     full = table.with_lines(lines)
@@ -57,7 +70,7 @@ def on_model(
     if example is not None:
         dropped = [b.leaf for b in bounds if b.method.dropout(b.static)]
         hooks = {b.leaf: methods.Applied(b.method, b.static, {}, b.axes) for b in bounds}
-        nnx_survey.check_calls(model, hooks, dropped, example)
+        nnx_calls.check_calls(model, hooks, dropped, example)
     return recipe, bounds
 
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxadapt import attach, bind, linen, linen_tree, methods, nnx, nnx_survey, paths, plan
+from jaxadapt import attach, bind, linen, linen_tree, methods, nnx, nnx_calls, nnx_survey, paths, plan
 from jaxadapt.adapter import Adapter, is_array
 from jaxadapt.errors import AttachError
 from jaxadapt.keymap import KeyMap
@@ -177,7 +177,7 @@ def _of_model(model: Any, inputs: Sequence[Any]) -> Summary:
         of = {path: var for by_path in nnx.variables(model).values() for path, var in by_path.items()}
         attached = {path.rpartition(".")[0]: var.get_metadata()["adapter"] for path, var in of.items()}
         hooks = {leaf: methods.Applied(at.method, at.static, {}, at.axes) for leaf, at in attached.items()}
-        how |= nnx_survey.notes(model, {leaf: hook for leaf, hook in hooks.items() if not hook.replaces}, inputs)
+        how |= nnx_calls.notes(model, {leaf: hook for leaf, hook in hooks.items() if not hook.replaces}, inputs)
     adapters = {name: attach.extract(model, name) for name in nnx.names(model)}
     rows = [row for name, adapter in adapters.items() for row in _rows(name, adapter, shapes, how)]
     if not rows:

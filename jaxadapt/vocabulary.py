@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxadapt.bind import Bound, is_there
+from jaxadapt.bind import Bound
 from jaxadapt.copies import LOOKUP
+from jaxadapt.initial import is_there
 from jaxadapt.keymap import KeyMap
 from jaxadapt.tying import NAMES
 

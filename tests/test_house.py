@@ -23,9 +23,9 @@ FLOORS = [
     " quantized".split(),
     "methods families agreeing copies parameters tying replication bind renaming joining embeddings folder".split()
     + "per_expert orbax_folder transfer together vocabulary dialects guests guest_config laying sharding slots".split()
-    + ["pytorch"],
+    + ["pytorch", "initial"],
     "linen linen_call linen_survey linen_tree nnx nnx_survey merging products combining norms trees checking".split()
-    + "observing eva".split(),
+    + "observing eva nnx_calls".split(),
     "foreign planning attach exchange store bases report picture reducing rescaling optim".split()
     + "beginning starting originals quantizing".split(),
     "converting on_disk sharing checkpoint snapshot resuming step_files step_reading".split()
@@ -62,6 +62,7 @@ SAME_FLOOR = {
     ("bind", "tying"): "what of a model's weights are one",
     ("copies", "tying"): "and whose copy counts in the lookup alone",
     ("embeddings", "tying"): "what PEFT takes for an embedding",
+    ("vocabulary", "initial"): "whether a base leaf is there",
     ("vocabulary", "bind"): "whose rows a file is short of",
     ("vocabulary", "copies"): "and of which table",
     ("vocabulary", "tying"): "or head",
@@ -70,7 +71,9 @@ SAME_FLOOR = {
     ("plan", "pieces"): "and a key of it may be a part of a tensor",
     ("embeddings", "copies"): "what a table of tokens is usually called",
     ("transfer", "sharding"): "arrays go where they belong",
-    ("bind", "sharding"): "fresh parameters are made where they belong",
+    ("initial", "bind"): "an adapter's parameters are its sites'",
+    ("initial", "sharding"): "and are made where they belong",
+    ("nnx_calls", "nnx_survey"): "a call is watched by those who own the weights",
     ("orbax_folder", "bind"): "the parameters of a checkpoint get the names of a file",
     ("folder", "orbax_folder"): "whatever lies at a path",
     ("folder", "agreeing"): "which configuration is meant",
@@ -137,7 +140,7 @@ SAME_FLOOR = {
 
 # library -> the rooms that may import it
 DOORS: dict[str, set[str]] = {
-    "flax": {"linen", "linen_call", "linen_survey", "linen_tree", "nnx", "nnx_survey", "demo"},
+    "flax": {"linen", "linen_call", "linen_survey", "linen_tree", "nnx", "nnx_calls", "nnx_survey", "demo"},
     # The library never imports torch. The demo's comparison with PEFT is a process of its own.
     "torch": {"demo.check"},
     "peft": {"demo.check"},

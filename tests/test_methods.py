@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxadapt
-from jaxadapt import ConfigError, KeyMapError, bind, configs, methods, paths
+from jaxadapt import ConfigError, KeyMapError, bind, configs, initial, methods, paths
 from jaxadapt.axes import LETTERS, Axes, Use
 from jaxadapt.configs.text import CLASSES
 from jaxadapt.keymap import KeyMap
@@ -67,7 +67,7 @@ def bound_of(config, line):
 def applied(config, line, seed=None, dtype=None):
     """The adapter of one weight, fresh (no seed) or with values near 1."""
     bound = bound_of(config, line)
-    values = bind.fresh(config, [bound], jax.random.key(0), dtype)
+    values = initial.fresh(config, [bound], jax.random.key(0), dtype)
     if seed is not None:
         values = small.noisy(values, seed)
     params = {p.rpartition(".")[2]: v for p, v in values.items()}
@@ -137,14 +137,14 @@ def test_tensors_have_distinct_names_and_keys_and_the_shapes_they_say(config, li
     keys = [k for e in bound.entries for k in e.keys]
     assert len(set(names)) == len(names)
     assert len(set(keys)) == len(keys)
-    fresh = bind.fresh(config, [bound], jax.random.key(0))
+    fresh = initial.fresh(config, [bound], jax.random.key(0))
     assert {p.rpartition(".")[2]: v.shape for p, v in fresh.items()} == bound.shapes
     assert {v.dtype for v in fresh.values()} == {np.dtype("float32")}
-    abstract = bind.fresh(config, [bound], None, abstract=True)
+    abstract = initial.fresh(config, [bound], None, abstract=True)
     assert {p: (v.shape, v.dtype) for p, v in abstract.items()} == {
         p: (v.shape, v.dtype) for p, v in fresh.items()
     }
-    assert {v.dtype for v in bind.fresh(config, [bound], jax.random.key(0), "bfloat16").values()} == {
+    assert {v.dtype for v in initial.fresh(config, [bound], jax.random.key(0), "bfloat16").values()} == {
         np.dtype("bfloat16")
     }
 
@@ -154,9 +154,9 @@ def test_initial_values_follow_the_key_and_the_place(peft_type):
     for config in variants(peft_type, ["q"]):
         table = KeyMap("t", (Weight("h.{l}", "h.{l}.q.weight", "i o -> o i"),))
         bounds = bind.select(config, table, {f"h.{l}": (4, 6) for l in range(2)})
-        one = bind.fresh(config, bounds, jax.random.key(0))
-        assert small.same(one, bind.fresh(config, bounds, jax.random.key(0)))
-        assert small.same(one, {**bind.fresh(config, bounds[::-1], jax.random.key(0))})
+        one = initial.fresh(config, bounds, jax.random.key(0))
+        assert small.same(one, initial.fresh(config, bounds, jax.random.key(0)))
+        assert small.same(one, {**initial.fresh(config, bounds[::-1], jax.random.key(0))})
         a, b = (paths.unflatten(one)["h"][l] for l in "01")
         constant = all(bool((x == x.ravel()[0]).all()) for x in a.values())
         assert constant or not small.same(a, b)
@@ -201,7 +201,7 @@ def test_dora_is_the_direction_times_the_magnitude(line, transposed):
     w = near_one(line[1], 1)
     config = config_of("LORA", line[2], use_dora=True, lora_alpha=3)
     bound = bound_of(config, line)
-    values = small.noisy(bind.fresh(config, [bound], jax.random.key(0), base={"w": w}), 2)
+    values = small.noisy(initial.fresh(config, [bound], jax.random.key(0), base={"w": w}), 2)
     params = {p.rpartition(".")[2]: v for p, v in values.items()}
     hook = Applied(bound.method, bound.static, params, bound.axes)
     axes = dataclasses.replace(bound.axes, parts=None)
@@ -426,7 +426,7 @@ def test_a_weight_held_times_a_factor_gives_the_same_adapted_weight(peft_type):
                 bound_of(config, scaled)
             continue
         other = bound_of(config, scaled)
-        leaves = {p: np.asarray(x) for p, x in small.noisy(bind.fresh(config, [one], jax.random.key(0)), 1).items()}
+        leaves = {p: np.asarray(x) for p, x in small.noisy(initial.fresh(config, [one], jax.random.key(0)), 1).items()}
         file = dict(bind.file_plan([one]).encode(leaves))
         there = bind.file_plan([other]).decode(file)
         for key, value in dict(bind.file_plan([other]).encode(there)).items():

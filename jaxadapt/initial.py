@@ -1,0 +1,82 @@
+"""The parameters that an adapter begins with: drawn, constant, or made from the base weights, each where it belongs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxadapt import bind, drawing, paths, quantized, sharding
+from jaxadapt.configs import Config
+from jaxadapt.errors import AttachError
+
+BASE = "base"
+"""Instead of a dtype: each parameter has that of the weight it adapts (PEFT's `autocast_adapter_dtype=False`)."""
+
+
+def fresh(
+    config: Config,
+    bounds: Sequence[bind.Bound],
+    key: Any,
+    dtype: Any = None,
+    abstract: bool = False,
+    base: Mapping[str, Any] | None = None,
+    where: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Initial parameters, `{path: array}`, each from its own fold of `key`; specs only if `abstract`.
+
+    float32 unless `dtype` says otherwise, whatever the base's dtype is (PEFT's `autocast_adapter_dtype`), or as the
+    base's with `BASE`; a copy of a leaf has the leaf's own dtype.
+
+    Args:
+        base: `{leaf: array}` of the base parameters, for tensors that follow from them.
+        where: `{leaf: sharding}` of the base parameters that have one; each tensor is made where it belongs.
+    """
+    places = sharding.for_adapter(bounds, where or {})
+    as_base, dtype = dtype == BASE, jnp.dtype(jnp.float32 if dtype in (None, BASE) else dtype)
+    base = base or {}
+    blind = [b.leaf for b in bounds if any(t.from_base for t in b.tensors) and not is_there(base.get(b.leaf), abstract)]
+    if blind:
+        raise AttachError(
+            "these adapters begin from the values of the base weights, which are not at hand:\n" + paths.listing(blind)
+        )
+    wanted = {
+        e.path: (b, t, e.shape) for b in bounds for t, e in zip(b.tensors, b.entries, strict=True) if not t.from_base
+    }
+    if abstract:
+        made = {p: jax.ShapeDtypeStruct(shape, dtype, sharding=places.get(p)) for p, (_, _, shape) in wanted.items()}
+    else:
+        draws = {p: (b.method.fresh(config, t, b.fan_in), shape) for p, (b, t, shape) in wanted.items()}
+        made = sharding.placed(drawing.drawn(key, draws, dtype), places)
+    out: dict[str, Any] = {}
+    for bound in bounds:
+        named = dict(zip((t.name for t in bound.tensors), bound.entries, strict=True))
+        mine: dict[str, Any] = {name: made[e.path] for name, e in named.items() if e.path in made}
+        for tensor in (t for t in bound.tensors if t.from_base):
+            kind = base[bound.leaf].dtype if tensor.whole else dtype
+            place = places.get(named[tensor.name].path)
+            if abstract:
+                mine[tensor.name] = jax.ShapeDtypeStruct(named[tensor.name].shape, kind, sharding=place)
+            else:
+                w = jnp.asarray(quantized.dense(base[bound.leaf]))
+                derived = bind.over_stack(bound, lambda a, w: a.from_base(w), mine, w)
+                # A copy even where nothing changed: the base's own array must not be donated with the adapter's.
+                copy = jnp.array(derived[tensor.name], dtype=kind, copy=True)
+                mine[tensor.name] = copy if place is None else sharding.moved(copy, place)
+        if as_base and jnp.issubdtype(base[bound.leaf].dtype, jnp.floating):
+            mine = {name: _cast(x, base[bound.leaf].dtype) for name, x in mine.items()}
+        out |= {entry.path: mine[name] for name, entry in named.items()}
+    return out
+
+
+def _cast(x: Any, dtype: Any) -> Any:
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+    return x.astype(dtype)
+
+
+def is_there(leaf: Any, abstract: bool) -> bool:
+    """Whether a base leaf has values, or at least a shape where that is all that is asked for."""
+    return leaf is not None and (abstract or not isinstance(leaf, jax.ShapeDtypeStruct))
