@@ -30,7 +30,7 @@ from tests.twins import trees
 pytestmark = pytest.mark.peft
 
 UNIT = 2.0**-8  # the rounding of bfloat16, relative: half its spacing
-# One of each layer and variant here, all cases in tests/full.
+# One of each layer and variant; all cases with JAXADAPT_EVERY_TWIN.
 AGAIN = "rslora save_layers bias_all lora_bias_and_bias dora_rslora tokens_of conv1d_stride conv2d_1x1".split()
 AGAIN.append("conv1d_bias")
 CHOSEN = [case for case in CASES if EVERY or case.name not in AGAIN]
