@@ -101,8 +101,9 @@ def combine(
             svd = method.endswith("svd")
             noise = _noise(leaf, held, table, svd, density or 0, key, masks) if method.startswith("dare") else {}
             new[leaf] = _leaf(leaf, held, weights, how, noise)
-    modules = [m.removeprefix(table.prefix) for pairs in like.values() for p in pairs for m in p.modules]
-    config = _config([a.config for a in adapters], r, list(dict.fromkeys(modules)))
+    by_name = [(m, p.bound.method.depth is not None) for pairs in like.values() for p in pairs for m in p.bound.modules]
+    modules, parameters = ([m for m, named in dict.fromkeys(by_name) if named == of] for of in (False, True))
+    config = _config([a.config for a in adapters], r, modules, parameters)
     dtype = jnp.result_type(*(x.dtype for adapter in adapters for x in adapter.flat().values()))
     return products.built(config, table, {leaf: pairs[0] for leaf, pairs in like.items()}, new, dtype)
 
@@ -187,12 +188,15 @@ def _largest_rank(config: Any) -> int:
     return max(config.r, *config.rank_pattern.values()) if config.rank_pattern else config.r
 
 
-def _config(configs: Sequence[Any], r: int, modules: list[str]) -> LoraConfig:
+def _config(configs: Sequence[Any], r: int, modules: list[str], parameters: list[str]) -> LoraConfig:
     """The first configuration with scale 1 and the union of the targets, said as PEFT says it where that is exact."""
     first: LoraConfig = configs[0].replace(
         r=r, lora_alpha=r, rank_pattern={}, alpha_pattern={}, use_rslora=False, init_lora_weights=True, eva_config=None,
         lora_ga_config=None,
     )  # fmt: skip
+    if parameters:
+        names = sorted({name for c in configs for name in c.target_parameters or ()})
+        first = first.replace(target_parameters=names)
     narrowing = ("exclude_modules", "layers_to_transform", "layers_pattern")
     alike = all(c.get(name) == first.get(name) for c in configs for name in narrowing)
     wanted = [c.target_modules for c in configs]

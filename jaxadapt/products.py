@@ -29,7 +29,7 @@ Array = Any
 # With any of these the change of the weight is not s·B·A alone, or not of one weight.
 _MORE_THAN_A_PRODUCT = (
     "use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "use_qalora", "layer_replication",
-    "target_parameters", "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config", "velora_config",
+    "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config", "velora_config",
     "monteclora_config", "megatron_config", "ensure_weight_tying",
 )  # fmt: skip
 
@@ -180,19 +180,53 @@ def pairs(adapter: Adapter, what: str = "the adapter") -> dict[str, Pair]:
 
 
 def _pair(bound: bind.Bound, tensors: Mapping[str, Array]) -> Pair:
-    entries = _ab(bound)
+    entries = _any_ab(bound)
     a, b = matrices(bound, {name: wide(jnp.asarray(x)) for name, x in tensors.items()})
-    return Pair(bound, tuple(_stems(bound, entries[0])), a, b, bound.static.scale, entries)
+    return Pair(bound, tuple(_rows(bound, entries[0])), a, b, bound.static.scale, entries)
 
 
 def matrices(bound: bind.Bound, tensors: Mapping[str, Array], scaled: bool = True) -> tuple[Array, Array]:
-    """A as (n, r, in) and B as (n, out, r), in one order of modules; `scaled` as in `weight_rows`."""
-    first, last = _ab(bound)
+    """A as (n, r, in) and B as (n, out, r), in one order of modules; `scaled` as in `weight_rows`.
+
+    Of experts in one array each is a module, and a convolution's window is part of "in".
+    """
+    first, last = _any_ab(bound)
     a, b = (
         (e.form if scaled else dataclasses.replace(e.form, factor=1.0)).rows(tensors[_name(e)]) for e in (first, last)
     )
-    mine, others = _stems(bound, first), _stems(bound, last)
-    return a, _picked(b, others, mine)
+    mine, others = _rows(bound, first), _rows(bound, last)
+    return _flat(bound, "A", a), _picked(_flat(bound, "B", b), others, mine)
+
+
+def _experts(bound: bind.Bound) -> int:
+    """How many experts PyTorch has in one tensor of this leaf; 1 of any other."""
+    form = bound.entries[0].form
+    return math.prod(dict(zip(form.left, form.shape, strict=True))[n] for n in bound.site.roles["experts"])
+
+
+def _rows(bound: bind.Bound, entry: Entry) -> list[str]:
+    """A name for each matrix of a leaf."""
+    kind = bound.site.weight.kind
+    if kind not in ("experts", "attention"):
+        return _stems(bound, entry)
+    stems = [key.rpartition(".lora_")[0] for key in entry.keys]
+    return [f"{stem}#{e}" for stem in stems for e in range(_experts(bound))] if kind == "experts" else stems
+
+
+def _flat(bound: bind.Bound, side: str, x: Array) -> Array:
+    """Tensors as in a file, (n, …), as matrices; A's rows are (expert, rank) and B's columns (rank, expert)."""
+    count, rank = _experts(bound), dict(bound.tensors[0].own)["r"]
+    if side == "A":
+        return x.reshape(x.shape[0] * count, rank, -1)
+    return jnp.moveaxis(x.reshape(x.shape[0], x.shape[1], rank, count), 3, 1).reshape(-1, x.shape[1], rank)
+
+
+def _full(bound: bind.Bound, entry: Entry, side: str, x: Array) -> Array:
+    """The inverse of `_flat`."""
+    shape, count = entry.form.file_shape, _experts(bound)
+    if side == "B":
+        x = jnp.moveaxis(x.reshape(-1, count, x.shape[1], x.shape[2]), 1, 3)
+    return x.reshape(-1, *shape)
 
 
 def _name(entry: Entry) -> str:
@@ -210,9 +244,18 @@ def _ab(bound: bind.Bound) -> tuple[Entry, Entry]:
         held = ", ".join(f"{n} {list(e.form.file_shape)}" for n, e in found.items())
         raise ConfigError(
             f"{bound.leaf}: holds {held}, which is no pair of matrices; leave it out of the arithmetic"
-            " (convolutions, experts and nn.MultiheadAttention cannot be combined yet)"
+            " (so it is with LoRA's variants, and convolutions with groups)"
         )
     return a, b
+
+
+def _any_ab(bound: bind.Bound) -> tuple[Entry, Entry]:
+    """The entries of A and B of a leaf whose change is B·A, matrix by matrix; any other is refused."""
+    site = bound.site.weight
+    found = {t.name: e for t, e in zip(bound.tensors, bound.entries, strict=True)}
+    if len(found) == 2 and "lora_A" in found and "lora_B" in found and site.groups == 1:
+        return found["lora_A"], found["lora_B"]
+    return _ab(bound)
 
 
 def _stems(bound: bind.Bound, entry: Entry) -> list[str]:
@@ -246,7 +289,7 @@ def built(config: Config, keymap: KeyMap, like: Mapping[str, Pair], new: Mapping
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for leaf, made in new.items():
         old = like[leaf]
-        layers = math.prod(_sizes(old)[name] for name in old.site.roles["stack"])
+        layers = _experts(old.bound) * math.prod(_sizes(old)[name] for name in old.site.roles["stack"])
         size = {"~r": made.a.shape[1]} | {name: len(made.modules) // layers for name in old.site.roles["fused"]}
         shapes[leaf] = {
             _name(e): tuple(size.get(n, have) for n, have in zip(e.form.left, e.shape, strict=True))
@@ -256,8 +299,11 @@ def built(config: Config, keymap: KeyMap, like: Mapping[str, Pair], new: Mapping
     out: dict[str, Array] = {}
     for bound in bind.recover(config, keymap, shapes):
         made = new[bound.leaf]
-        for entry, matrices in zip(_ab(bound), (made.a, made.b), strict=True):
-            out[entry.path] = entry.form.from_rows(_picked(matrices, made.modules, _stems(bound, entry))).astype(dtype)
+        line = bound.site.weight
+        times = 2 if line.kind == "attention" and not line.piece else 1  # PEFT's out_proj counts twice (methods/lora)
+        for entry, side, matrices in zip(_any_ab(bound), "AB", (made.a / times, made.b), strict=True):
+            rows = _full(bound, entry, side, _picked(matrices, made.modules, _rows(bound, entry)))
+            out[entry.path] = entry.form.from_rows(rows).astype(dtype)
     return Adapter(config, paths.unflatten(out), keymap)
 
 
