@@ -10,6 +10,7 @@ leaves is anything but whole checkpoints, and none that had been there is gone.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import os
 import random
@@ -64,6 +65,7 @@ def sweep(kills: int, once: float, child: Callable[[], None], inspect: Callable[
         pid = os.fork()
         if pid == 0:
             quiet()
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # or it would go on for ever, if this process is killed itself
             child()
             os._exit(0)
         time.sleep(rng.uniform(0, 3 * once))

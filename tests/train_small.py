@@ -1,6 +1,9 @@
-"""A small training in NNX and Linen, resumed from a CheckpointManager: `python -m tests.train_small API FOLDER STOP`.
+"""A small training in NNX and Linen, resumed from a CheckpointManager.
+
+    python -m tests.train_small API FOLDER STOP [LOG]
 
 As a program it trains up to step STOP, saves there, and kills itself: nothing is closed or waited for but that save.
+With LOG it goes on from where it was, for others to kill.
 """
 
 from __future__ import annotations
@@ -138,10 +141,23 @@ _STEPS: dict[Any, Any] = {}
 APIS: dict[str, Any] = {"nnx": NNX, "linen": Linen}
 
 
+def go_on(training: Any, manager: jaxadapt.CheckpointManager, stop: int, log: str) -> None:
+    """From the last checkpoint to step `stop`, a save a step, nothing waited for; each loss a line of a file."""
+    done = training.restore(manager) if manager.latest is not None else 0
+    with open(log, "a", encoding="ascii") as file:  # noqa: PTH123
+        for step in range(done + 1, stop + 1):
+            file.write(f"{step} {training.step().hex()}\n")
+            file.flush()
+            training.save(manager, step)
+
+
 def main() -> None:
     api, folder, stop = sys.argv[1], sys.argv[2], int(sys.argv[3])
     training = APIS[api]()
-    manager = jaxadapt.CheckpointManager(folder)
+    manager = jaxadapt.CheckpointManager(folder, keep=2 if sys.argv[4:] else None)
+    if sys.argv[4:]:
+        go_on(training, manager, stop, sys.argv[4])
+        return
     for step in range(1, stop + 1):
         training.step()
         training.save(manager, step)
