@@ -33,7 +33,7 @@ def test_300_kills_of_checkpoints(kind: str, count: int, tmp_path: Path) -> None
 @pytest.mark.parametrize("api", ["nnx", "linen"])
 def test_a_training_that_is_killed_again_and_again_is_the_same_training(api: str, tmp_path: Path) -> None:
     """Killed at random moments, resumed each time: whatever it computed of any step is what one go computes of it."""
-    stop, rng = 400, random.Random(0)
+    stop, rng = 150, random.Random(0)
     log = tmp_path / "log"
     command = [sys.executable, "-m", "tests.train_small", api, str(tmp_path / "run"), str(stop), str(log)]
     env = {**os.environ, "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
@@ -44,7 +44,7 @@ def test_a_training_that_is_killed_again_and_again_is_the_same_training(api: str
         while child.poll() is None and (log.stat().st_size if log.exists() else 0) == before:
             time.sleep(0.01)
         try:
-            child.wait(rng.uniform(0, 2.0))
+            child.wait(rng.uniform(0, 0.5))
         except subprocess.TimeoutExpired:
             child.send_signal(signal.SIGKILL)
         if child.wait() == 0:
@@ -56,7 +56,7 @@ def test_a_training_that_is_killed_again_and_again_is_the_same_training(api: str
     lines = [line.split(" ") for line in log.read_text().splitlines()]
     assert all(expected[step] == loss for step, loss in lines)
     assert {step for step, _ in lines} == expected.keys()
-    assert kills >= 5, "it was hardly killed: the test tests little"
+    assert kills >= 3, "it was hardly killed: the test tests little"
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
         f"step-{step:09d}.safetensors" for step in (stop - 1, stop)
     ]
