@@ -99,7 +99,8 @@ def manager(folder: Path, kills: int) -> None:
     def inspect() -> bool:
         one = new()
         steps = one.steps
-        if not 3 <= len(steps) <= 5 or steps[-1] < seen["last"]:
+        # Three and the best, and one more of each kill in a row that came between a step and its pruning.
+        if not 3 <= len(steps) <= 8 or steps[-1] < seen["last"]:
             sys.exit(f"steps {steps} after {seen['last']}")
         for step in steps:
             back = one.restore(make(step), step)

