@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import collections
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -147,8 +148,11 @@ def gathered(leaf: Any) -> np.ndarray:
 
 def _own(encoded: Encoded, held: dict[str, dict[Box, np.ndarray]]) -> Iterator[Part]:
     """What this process is to write of a shared file, in the order of the file; `held` is emptied on the way."""
+    left = collections.Counter(e.path for e in encoded.plan.entries)  # a tied leaf is there under two names
     for entry in sorted(encoded.plan.entries, key=lambda e: e.keys[0]):
-        for box, values in joined(held.pop(entry.path, {})):
+        left[entry.path] -= 1
+        mine = held.get(entry.path, {}) if left[entry.path] else held.pop(entry.path, {})
+        for box, values in joined(mine):
             yield from _parts(encoded, entry, box, values)
 
 

@@ -15,7 +15,9 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import jaxadapt
+from jaxadapt import together
 from jaxadapt.codecs import safetensors
+from jaxadapt.plan import Encoded
 from tests import meshes
 from tests.meshes import CONFIG, LAYOUTS
 from tests.test_sharding import check
@@ -209,3 +211,19 @@ def test_only_the_needed_bytes_are_read(folder: Path, tmp_path: Path, monkeypatc
         part = file.read_slice("base_model.model.q.lora_A.weight", (slice(0, r), slice(d // 2, d)))
         np.testing.assert_array_equal(part, np.asarray(adapter.flat()["q.kernel.lora_A"])[:, d // 2 :])
         assert sum(read) == d * r * 2
+
+
+def test_a_tied_leaf_is_written_under_both_its_names() -> None:
+    """PEFT's file holds the factors of a tied table twice; a process that owns them writes both."""
+    line = jaxadapt.Weight("embed.embedding", "embed_tokens.weight", "v d -> v d", kind="embedding")
+    table = jaxadapt.KeyMap("tied", (line,), output="lm_head", tied=(("lm_head.weight", "embed_tokens.weight"),))
+    config = jaxadapt.LoraConfig(r=2, target_modules=["embed_tokens"], ensure_weight_tying=True)
+    base = {"embed": {"embedding": jnp.zeros((6, 4))}}
+    adapter = jaxadapt.init(config, base, key=jax.random.key(0), keymap=table)
+    encoded = jaxadapt.to_peft(adapter).tensors
+    assert isinstance(encoded, Encoded)
+    assert sum("lm_head" in key for key in encoded) == 2
+    parts = {part.key: part for part in together._own(encoded, together.own(encoded.leaves, 0))}
+    assert parts.keys() == set(encoded)
+    for key, part in parts.items():
+        np.testing.assert_array_equal(np.reshape(part.array, encoded[key].shape), encoded[key])
