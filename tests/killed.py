@@ -116,7 +116,7 @@ def kill(case: Case, folder: Path, count: int = 2) -> int:
     kind, victim, moment, left = case
     victim %= count
     argument = f"{kind}:{victim}:{moment}"
-    done = processes.Processes("killed", folder, count, 8 // count, argument).wait(150)  # in which the survivors must end
+    done = processes.Processes("killed", folder, count, 8 // count, argument).wait(150)  # or the survivors hang
     assert done[victim][0] == -signal.SIGKILL, done[victim]
     version = latest(kind, folder)
     assert version in left, (case, version)
