@@ -78,7 +78,7 @@ class Recipe:
     def to_text(self) -> str:
         """The recipe as JSON text, for serialisers that keep strings (flax's msgpack)."""
         data = {"config": self.config.to_dict(), "keymap": to_data(self.keymap), "sites": self.sites}
-        return json.dumps(data, sort_keys=True)
+        return json.dumps(data)
 
     @classmethod
     def from_text(cls, text: str) -> Recipe:

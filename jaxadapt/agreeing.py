@@ -57,8 +57,7 @@ def settle(path: Place, header: safetensors.Header | None, weights: Place) -> Co
         )
         return own
     config = configs.loads(text, str(path))
-    a, b = config.to_dict(), own.to_dict()
-    changed = sorted(key for key in a | b if a.get(key) != b.get(key))
+    changed = config.changed(own)
     if not changed:
         return config
     now = json.loads(safetensors.read_header(weights).metadata.get(META, "null"))

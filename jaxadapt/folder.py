@@ -277,7 +277,7 @@ def _write(tensors: PeftTensors, folder: Place, put: Put | None, report: Report)
     there = config.exists()
     before = agreeing.text_of(config) if there else text
     replaces = _NOTHING if before == text else agreeing.digest(before)
-    own = {"schema": 1, "config": tensors.config.to_dict(), "replaces": replaces}
+    own = {"config": tensors.config.to_dict(), "replaces": replaces, "schema": 1}
     specs = {k: (np.dtype(v.dtype), tuple(v.shape)) for k, v in _specs(tensors.tensors).items()}
     parts = [key for key in specs if key.endswith("]")]
     if parts:
@@ -285,7 +285,7 @@ def _write(tensors: PeftTensors, folder: Place, put: Put | None, report: Report)
             f"{folder}: these are parts of PyTorch's tensors, which only a model puts together: load the checkpoint"
             " into one, and save it from there:\n" + paths.listing(parts)
         )
-    metadata = {"format": "pt", agreeing.META: json.dumps(own, sort_keys=True)}
+    metadata = {"format": "pt", agreeing.META: json.dumps(own)}
     # The new JSON is written before the weights are replaced, and takes its place right after them: a full
     # disk shows before anything has changed, and little time passes between the two replacements.
     # One that says the same already stays, as in all saves of a run but the first.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxadapt import bind, nnx, nnx_survey, paths, plan, quantized, sharding
+from jaxadapt import bind, nnx, nnx_survey, paths, plan, quantized, sharding, tying
 from jaxadapt.adapter import Adapter
 from jaxadapt.axes import Axes
 from jaxadapt.errors import AttachError, MismatchError
@@ -47,10 +47,10 @@ def merge(
         progress: None, True (a bar on a terminal or in a notebook) or a function of ("merge", bytes of weights done,
             bytes in all); each weight is then waited for.
 
-    The sum is made in float32 and rounded once to the weight's dtype. A table of tokens that is the head as well
-    changes in both; as an adapter it acts on the lookup alone, unless `ensure_weight_tying` is set (PEFT's
-    `merge_and_unload` does the same). Raises `MismatchError` if the adapter does not fit, `AttachError` where a
-    weight cannot hold the sum (integers, grouped convolutions).
+    The sum is made in float32 and rounded once to the weight's dtype. Raises `MismatchError` if the adapter does not
+    fit, `AttachError` where a weight cannot hold the sum: integers, grouped convolutions, and a table of tokens that is
+    the head as well where the adapter is for the lookup alone (`ensure_weight_tying` makes it one for both; PEFT's merge
+    changes both in either case).
 
     >>> import numpy as np, jax, jaxadapt
     >>> base = {"q": {"kernel": np.ones((4, 6), "float32")}}
@@ -286,6 +286,14 @@ def changes(base: Mapping[str, Any], adapter: Adapter, weight: Change, bias: Cha
     if odd:
         raise AttachError(
             "a sum with these weights would be rounded to whole numbers; dequantise them first:\n" + paths.listing(odd)
+        )
+    tied = set(tying.heads(adapter.keymap, base).values())
+    alone = [b.leaf for b in bounds if b.site.weight.kind == "embedding" and not tied.isdisjoint(b.modules)]
+    if alone and not adapter.config.get("ensure_weight_tying"):
+        raise AttachError(
+            "these are adapted in the lookup of tokens alone, and this weight is the head as well: there is no sum that is"
+            " right for both. Build the model with a head of its own, or train with ensure_weight_tying:\n"
+            + paths.listing(alone)
         )
     sites = adapter.sites
     out: dict[str, Changed] = {}

@@ -73,8 +73,7 @@ def is_parameter(config: Config, name: str) -> bool:
 def pattern_value(patterns: Mapping[str, _T], name: str, default: _T) -> _T:
     """The value of the first pattern that matches the module `name`; `default` if none does.
 
-    For `rank_pattern` and `alpha_pattern`. A pattern must match the whole name, or its end after a dot. (The
-    configuration's own patterns are in sorted order, as the file's are.)
+    For `rank_pattern` and `alpha_pattern`. A pattern must match the whole name, or its end after a dot.
 
     Raises:
         ConfigError: an invalid regular expression.

@@ -11,7 +11,7 @@ from functools import cache, cached_property
 from typing import Any, ClassVar, Self, cast
 
 from jaxadapt.configs.check import Problems
-from jaxadapt.configs.frozen import FrozenDict, freeze, thaw
+from jaxadapt.configs.frozen import Frozen, FrozenDict, freeze, thaw
 from jaxadapt.errors import ConfigError
 
 # The version of PEFT whose schema is written here; what a new configuration says of itself.
@@ -51,10 +51,9 @@ class Config:
         if type(self) is Config:
             raise ConfigError("Config is the base class; use LoraConfig, IA3Config or GenericConfig")
         problems = Problems()
-        self._check_given(problems)
         for name in _field_names(type(self)):
             try:
-                object.__setattr__(self, name, freeze(getattr(self, name)))
+                object.__setattr__(self, name, self._freeze(name, getattr(self, name)))
             except TypeError as error:
                 problems.note(name, f"{name}: {error}")
             except RecursionError:
@@ -63,8 +62,9 @@ class Config:
         self._check(problems)
         problems.raise_if_any(type(self).__name__)
 
-    def _check_given(self, problems: Problems) -> None:
-        """Check the values as they were given, before they are frozen (and dicts sorted)."""
+    def _freeze(self, name: str, value: object) -> Frozen:
+        """What is kept of the value of a field."""
+        return freeze(value)
 
     def _check(self, problems: Problems) -> None:
         """Check the frozen values; a subclass extends it."""
@@ -140,17 +140,26 @@ class Config:
     def differences(self, other: Config) -> str:
         """The keys whose values differ, with both: of one that is attached, and of one from a file."""
         x, y = self.to_dict(), other.to_dict()
-        keys = [key for key in sorted(x | y) if x.get(key) != y.get(key)]
+        keys = self.changed(other)
         return ", ".join(f"{key} ({x.get(key)!r} attached, {y.get(key)!r} in the file)" for key in keys)
 
+    def changed(self, other: Config) -> list[str]:
+        """The keys whose values differ."""
+        x, y = ({key: _ordered(value) for key, value in config.to_dict().items()} for config in (self, other))
+        return [key for key in sorted(x | y) if x.get(key) != y.get(key)]
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, with the keys of `adapter_config.json`."""
+        """Plain JSON values, with the keys of `adapter_config.json`, in its order."""
         known = {name: thaw(getattr(self, name)) for name in _field_names(type(self)) if name != "extra"}
-        return {**known, **thaw(self.extra)}
+        return dict(sorted({**known, **thaw(self.extra)}.items()))
 
     def to_json(self) -> str:
-        """The text of `adapter_config.json` as PEFT writes it: indent 2, keys sorted, no final newline."""
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True, allow_nan=False)
+        """The text of `adapter_config.json` as PEFT writes it: indent 2, keys sorted, no final newline.
+
+        Patterns that may match one module stay in their order, of which the first counts: sorted, as PEFT has them,
+        the file could mean another rank than its tensors have.
+        """
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "configuration") -> Self:
@@ -212,6 +221,10 @@ class GenericConfig(Config):
 @cache
 def _field_names(cls: type[Config]) -> tuple[str, ...]:
     return tuple(item.name for item in dataclasses.fields(cls))
+
+
+def _ordered(value: Any) -> Any:
+    return list(cast("dict[str, Any]", value).items()) if isinstance(value, dict) else value
 
 
 def _unordered(name: str, value: Any) -> Any:

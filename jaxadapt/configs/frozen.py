@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any, TypeAlias, cast
@@ -12,10 +13,7 @@ Frozen: TypeAlias = "bool | int | float | str | tuple[Frozen, ...] | FrozenDict 
 
 
 class FrozenDict(Mapping[str, Any]):
-    """An immutable, hashable mapping with string keys, always **in sorted order**.
-
-    Sorted, because `adapter_config.json` is: were another order kept in memory, the first pattern to hit in
-    `rank_pattern` could differ before and after a save, and equal configurations would mean different ranks.
+    """An immutable, hashable mapping with string keys, in sorted order as in `adapter_config.json`.
 
     >>> d = FrozenDict({"b": 1, "a": 2})
     >>> d
@@ -75,7 +73,40 @@ class FrozenDict(Mapping[str, Any]):
         return self
 
     def __reduce__(self) -> tuple[type[FrozenDict], tuple[dict[str, Any]]]:
-        return FrozenDict, (dict(self._items),)
+        return type(self), (dict(self._items),)
+
+
+class Patterns(FrozenDict):
+    """Patterns of which the first to match counts: in the order given, where another could mean something else.
+
+    PEFT tries them as they were given and sorts them in its file, which then contradicts its own tensors where two
+    match one module. Names of which none ends in another are sorted, as there, so that equal ones are equal.
+
+    >>> list(Patterns({"v_proj": 1, "q_proj": 2})), list(Patterns({"v_proj": 1, "0.v_proj": 2}))
+    (['q_proj', 'v_proj'], ['v_proj', '0.v_proj'])
+    """
+
+    __slots__ = ()
+
+    def __init__(self, items: Mapping[str, Any] | None = None) -> None:
+        super().__init__(items)
+        given = [str.__str__(key) for key in items or ()]
+        if given != list(self._items) and _overlap(given):
+            object.__setattr__(self, "_items", {key: self._items[key] for key in given})
+
+    def __eq__(self, other: object) -> bool:
+        same = super().__eq__(other)
+        return same and list(self) == list(other) if isinstance(other, Patterns) else same
+
+    __hash__ = FrozenDict.__hash__
+
+
+def _overlap(keys: list[str]) -> bool:
+    """Whether two of the patterns could match one module: of expressions nobody can tell."""
+    if not all(re.fullmatch(r"[\w.]+", key) for key in keys):
+        return True
+    ends = [re.compile(rf"(.*\.)?({key})$") for key in keys]
+    return any(end.match(key) for i, end in enumerate(ends) for j, key in enumerate(keys) if i != j)
 
 
 def freeze(value: object) -> Frozen:

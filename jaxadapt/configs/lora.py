@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
 from jaxadapt.configs.base import Config
-from jaxadapt.configs.check import Problems, compile_pattern, is_ints
-from jaxadapt.configs.frozen import FrozenDict
-from jaxadapt.errors import ConfigError
+from jaxadapt.configs.check import Problems, is_ints
+from jaxadapt.configs.frozen import Frozen, FrozenDict, Patterns
 
 BIASES = ("none", "all", "lora_only")
 
@@ -38,7 +37,7 @@ class LoraConfig(Config):
         lora_alpha: the numerator of the scale; an int or a float, kept as it is.
         lora_dropout: probability with which an input of A is dropped in training.
         rank_pattern, alpha_pattern: another rank or alpha for the modules a pattern matches. Patterns are
-            tried in sorted order, as in the file.
+            tried in the order given; where two match one module, the first counts, and a warning names both.
         modules_to_save: modules trained in full and saved beside the adapter.
         exclude_modules: like `target_modules`; it wins over it.
 
@@ -93,10 +92,10 @@ class LoraConfig(Config):
     kasa_config: Mapping[str, Any] | None = None
     ensure_weight_tying: bool = False
 
-    def _check_given(self, problems: Problems) -> None:
-        super()._check_given(problems)
-        for name in ("rank_pattern", "alpha_pattern"):
-            _check_order(problems, name, getattr(self, name))
+    def _freeze(self, name: str, value: object) -> Frozen:
+        if name in ("rank_pattern", "alpha_pattern") and isinstance(value, Mapping):
+            return Patterns(cast("Mapping[str, Any]", value))
+        return super()._freeze(name, value)
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)
@@ -182,32 +181,3 @@ def _is_pair(value: object) -> bool:
     if not is_ints(value) or len(pair := cast("tuple[int, ...]", value)) != 2:
         return False
     return 0 <= pair[0] < pair[1]
-
-
-def _check_order(problems: Problems, name: str, patterns: object) -> None:
-    """Refuse patterns whose meaning would change when the file is written.
-
-    The first pattern to match a module wins, and the file has its keys sorted: with {"q": 4, "0.q": 8} PEFT
-    gives module 0.q rank 4 in memory, and 8 once the configuration has been saved and read. Only a pattern
-    that matches another one's text is seen here; other overlaps cannot be known without the model.
-    """
-    if not isinstance(patterns, Mapping) or isinstance(patterns, FrozenDict):
-        return
-    given = list(cast("Mapping[Any, Any]", patterns).items())
-    keys = [key for key, _ in given]
-    if not all(isinstance(key, str) for key in keys) or keys == sorted(keys):
-        return  # no strings: reported by their type
-    for i, (first, value) in enumerate(given):
-        try:
-            expression = compile_pattern(name, first)
-        except ConfigError:
-            return  # reported as a pattern
-        for second, other in given[i + 1 :]:
-            if second < first and other != value and expression.match(second):
-                problems.note(
-                    name,
-                    f"{name}: {first!r} stands before {second!r}, which it matches too, but the file has its "
-                    f"keys sorted, where {second!r} comes first and wins; give the patterns in sorted order, "
-                    "or make them exclude each other",
-                )
-                return

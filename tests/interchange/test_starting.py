@@ -27,7 +27,7 @@ from peft.tuners.lora import loraga as peft_loraga
 from safetensors.numpy import load_file
 
 import jaxadapt
-from jaxadapt import families, plan, planning
+from jaxadapt import factors, families, plan, planning
 from tests import peft_harness as harness
 from tests.arithmetic.test_reducing import deltas
 from tests.interchange.record_bitsandbytes import LOFTQ, RANK, RECORDED
@@ -120,17 +120,29 @@ def compare(ours, base, model, tolerance):
         np.testing.assert_allclose(now[module], left[module], rtol=0, atol=atol, err_msg=module)
 
 
-def compare_up_to_signs(ours, model, tolerance):
-    """LoRA-GA's A and B are of different singular triples, so their signs do not cancel in B·A: row by row instead."""
-    held = jaxadapt.to_peft(ours).tensors
+def compare_up_to_signs(ours, base, model, tolerance):
+    """LoRA-GA's A and B are of different singular triples, so their signs do not cancel in B·A: row by row instead.
+
+    And what is left of the base, with our signs put into what PEFT took out of it.
+    """
+    held, now = jaxadapt.to_peft(ours).tensors, our_base(base)
+    taken, residual = peft_products(model)
     for name, module in model.named_modules():
         if isinstance(module, peft.tuners.lora.LoraLayer):
+            signed, stem = {}, name.removeprefix(PRE)
             for side in "AB":
                 theirs = getattr(module, f"lora_{side}")["default"].weight.detach().numpy()
                 mine = np.asarray(held[f"{name}.lora_{side}.weight"])
                 x, y = (m if side == "A" else m.T for m in (mine, theirs))
                 y = y * np.sign((x * y).sum(1, keepdims=True))
                 np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * abs(y).max(), err_msg=f"{name} {side}")
+                signed[side] = y if side == "A" else y.T
+            conv = ours.config.fan_in_fan_out
+            turned = lambda w, conv=conv: w.T if conv else w  # noqa: E731 (a Conv1D's weight is (in, out))
+            change = module.scaling["default"] * signed["B"] @ signed["A"]
+            expected = turned(residual[stem]) + taken[stem] - change
+            atol = tolerance * abs(change).max()
+            np.testing.assert_allclose(turned(now[stem]), expected, rtol=0, atol=atol, err_msg=stem)
 
 
 def gradients(base, forward):
@@ -146,15 +158,17 @@ SIDES = [("llama", "nnx", None), ("llama", "linen", 0), ("gpt2", "nnx", 1)]
 
 
 @pytest.mark.parametrize(("family", "api", "scan"), SIDES)
-@pytest.mark.parametrize("kind", ["pissa", "olora", "corda", "lora_ga"])
+@pytest.mark.parametrize("kind", ["pissa", "pissa_niter_400", "olora", "corda", "corda_kpm", "lora_ga"])
 def test_what_is_taken_out_of_the_base_is_what_peft_takes(kind, family, api, scan, tmp_path):
     base, forward = twin(family, api, scan)
     before = forward(base, {"input_ids": IDS})
+    kind, _, method = kind.partition("_") if kind == "corda_kpm" else (kind, "", "ipm")
     more = {"r": 8} if kind == "lora_ga" else {}  # PEFT's randomised SVD is exact then: 4r vectors of 32
-    extra = {"corda": {"corda_config": peft_corda_config("ipm")}, "lora_ga": {"lora_ga_config": peft.LoraGAConfig()}}
+    extra = {"corda": {"corda_config": peft_corda_config(method)}, "lora_ga": {"lora_ga_config": peft.LoraGAConfig()}}
     theirs = peft.LoraConfig(**fields(family, kind, **more, **extra.get(kind, {})))
-    config = jaxadapt.LoraConfig(**fields(family, kind, **more))
-    given = {}
+    corda = {"corda_config": {"corda_method": method}} if kind == "corda" else {}
+    config = jaxadapt.LoraConfig(**fields(family, kind, **more, **corda))
+    given = {"key": jax.random.key(1)} if kind.startswith("pissa_niter") else {}
     if kind == "corda":
         given = {"forward": forward, "batches": [{"input_ids": IDS[i : i + 1]} for i in range(12)]}
     if kind == "lora_ga":
@@ -164,11 +178,12 @@ def test_what_is_taken_out_of_the_base_is_what_peft_takes(kind, family, api, sca
             jaxadapt.start(config, base)
         return
     left, adapter = jaxadapt.start(config, base, **given)
-    # CorDA inverts a covariance of condition 1e3; LoRA-GA squares that of a gradient
+    # CorDA inverts a covariance of condition 1e3; LoRA-GA squares that of a gradient. With so many rounds the randomised
+    # SVD has found the very triples, wherever it began.
     tolerance = {"corda": 2e-3, "lora_ga": 1e-3}.get(kind, 2e-5)
     model = peft_side(family, theirs, kind)
     if kind == "lora_ga":
-        compare_up_to_signs(adapter, model, tolerance)
+        compare_up_to_signs(adapter, left, model, tolerance)
     else:
         compare(adapter, left, model, tolerance)
     if api == "nnx":
@@ -177,6 +192,60 @@ def test_what_is_taken_out_of_the_base_is_what_peft_takes(kind, family, api, sca
     else:
         after = forward(jaxadapt.merge(left, adapter), {"input_ids": IDS})
     np.testing.assert_allclose(after, before, rtol=0, atol=1e-4 * abs(before).max())
+
+
+class Layer:
+    """One linear layer that PEFT has begun, with what it drew."""
+
+    def __init__(self, kind, monkeypatch):
+        torch.manual_seed(0)
+        self.linear = torch.nn.Linear(12, 10, bias=False)
+        self.weight = self.linear.weight.detach().numpy().copy()
+        self.drawn = []
+        randn = torch.randn
+
+        def recorded(*shape, **options):
+            self.drawn.append(randn(*shape, **options))
+            return self.drawn[-1]
+
+        with monkeypatch.context() as patched:
+            patched.setattr(torch, "randn", recorded)
+            config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["0"], init_lora_weights=kind)
+            model = peft.get_peft_model(torch.nn.Sequential(self.linear), config)
+        layer = model.base_model.model[0]
+        self.a, self.b = (x["default"].weight.detach().numpy() for x in (layer.lora_A, layer.lora_B))
+        self.left = layer.get_base_layer().weight.detach().numpy()
+        self.drawn = [jnp.asarray(x.numpy()) for x in self.drawn]
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4])
+def test_from_the_same_draws_the_randomised_svd_is_pefts(steps, monkeypatch):
+    """Few rounds, where what comes of it still depends on the draws."""
+    theirs = Layer(f"pissa_niter_{steps}", monkeypatch)
+    (omega,) = theirs.drawn
+    found = factors.pissa_fast(jnp.asarray(theirs.weight), 4, 1.5, steps, omega)
+    product = 1.5 * found.b @ found.a
+    np.testing.assert_allclose(product, 1.5 * theirs.b @ theirs.a, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(theirs.weight - product, theirs.left, rtol=0, atol=2e-6)
+    exact = factors.pissa(jnp.asarray(theirs.weight), 4, 1.5)
+    assert steps > 1 or abs(product - 1.5 * exact.b @ exact.a).max() > 1e-3
+
+
+def test_orthogonal_factors_are_pefts_and_take_nothing_out_of_the_base(monkeypatch):
+    theirs = Layer("orthogonal", monkeypatch)
+    np.testing.assert_array_equal(theirs.left, theirs.weight)
+    found = factors.orthogonal(*theirs.drawn)
+    for mine, want in ((found.a, theirs.a), (found.b.T, theirs.b.T)):
+        sign = np.sign((mine * want).sum(1, keepdims=True))
+        np.testing.assert_allclose(mine, sign * want, rtol=0, atol=1e-6)
+    base = {"q": {"kernel": jnp.asarray(theirs.weight.T)}}
+    config = jaxadapt.LoraConfig(r=4, lora_alpha=6, target_modules=["q"], init_lora_weights="orthogonal")
+    left, adapter = jaxadapt.start(config, base, key=jax.random.key(0))
+    assert left is base
+    (change,) = deltas(adapter).values()
+    assert all(abs(x).max() > 0.05 for x in adapter.sites["q.kernel"].values())
+    for product in (1.5 * theirs.b @ theirs.a, change):  # B·A is nothing, to rounding
+        np.testing.assert_allclose(product, 0, rtol=0, atol=1e-6)
 
 
 def peft_corda_config(method):
