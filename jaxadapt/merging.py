@@ -48,9 +48,9 @@ def merge(
             bytes in all); each weight is then waited for.
 
     The sum is made in float32 and rounded once to the weight's dtype. Raises `MismatchError` if the adapter does not
-    fit, `AttachError` where a weight cannot hold the sum: integers, grouped convolutions, and a table of tokens that is
-    the head as well where the adapter is for the lookup alone (`ensure_weight_tying` makes it one for both; PEFT's merge
-    changes both in either case).
+    fit, `AttachError` where a weight cannot hold the sum: integers, grouped convolutions, and a table of tokens that
+    is the head as well where the adapter is for the lookup alone (`ensure_weight_tying` makes it one for both; PEFT's
+    merge changes both in either case).
 
     >>> import numpy as np, jax, jaxadapt
     >>> base = {"q": {"kernel": np.ones((4, 6), "float32")}}
@@ -291,8 +291,8 @@ def changes(base: Mapping[str, Any], adapter: Adapter, weight: Change, bias: Cha
     alone = [b.leaf for b in bounds if b.site.weight.kind == "embedding" and not tied.isdisjoint(b.modules)]
     if alone and not adapter.config.get("ensure_weight_tying"):
         raise AttachError(
-            "these are adapted in the lookup of tokens alone, and this weight is the head as well: there is no sum that is"
-            " right for both. Build the model with a head of its own, or train with ensure_weight_tying:\n"
+            "these are adapted in the lookup of tokens alone, and this weight is the head as well: there is no sum that"
+            " is right for both. Build the model with a head of its own, or train with ensure_weight_tying:\n"
             + paths.listing(alone)
         )
     sites = adapter.sites
