@@ -148,4 +148,8 @@ def _check_tokens(
     if isinstance(given, Mapping):
         problems += [f"{name}: no module is called so" for name in given if not any(m.endswith(name) for m in met)]
     if problems:
-        raise TargetError("trainable_token_indices cannot be had here:\n" + paths.listing(problems))
+        raise TargetError(
+            "trainable_token_indices cannot be had here: it is for rows that the model's table has, each once."
+            " Resize the model's vocabulary if theirs was, or leave such tokens out (and their rows of the file):\n"
+            + paths.listing(problems)
+        )
