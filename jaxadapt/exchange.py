@@ -119,9 +119,7 @@ def taken(
         return PeftTensors(config, tensors, f"this {guest.dialect.name} tree")
     if lora_alpha is not None:
         raise ConfigError("lora_alpha is for the trees of other libraries; an adapter of this one carries its own")
-    adapter = extracted(tree, name, config, keymap, instead)
-    with_values(adapter.flat(), traced, elsewhere=not traced)
-    return _encoded(adapter, keymap, dtype)
+    return _encoded(extracted(tree, name, config, keymap, instead), keymap, dtype, traced)
 
 
 def extracted(tree: Any, name: str, config: Config | None, keymap: Any, instead: str) -> Adapter:
@@ -160,25 +158,31 @@ def warn_unproved(table: KeyMap, level: int) -> None:
         )
 
 
-def _encoded(adapter: Adapter, keymap: KeyMap | str | None, dtype: Any = None) -> PeftTensors:
+def _encoded(adapter: Adapter, keymap: KeyMap | str | None, dtype: Any, traced: bool) -> PeftTensors:
+    sites = adapter.sites
+    leaves = {paths.join(leaf, name): x for leaf, tensors in sites.items() for name, x in tensors.items()}
+    with_values(leaves, traced, elsewhere=not traced)
     adapter = renamed(adapter, keymap)
     config, table = adapter.config, adapter.keymap
     warn_unproved(table, 5)
-    bounds = bind.recover(config, table, shapes_of(adapter))
+    bounds = bind.recover(config, table, _shapes(sites))
     astray = bind.strays(config, bounds)
     if astray:
         raise MismatchError(
             "these modules or parameters carry tensors, but target_modules (or target_parameters) of the configuration"
             " does not name them, so a reader would drop them:\n" + paths.listing(astray)
         )
-    leaves = adapter.flat()
     host = not any(isinstance(leaf, Tracer) for leaf in leaves.values())
     encoded = bind.file_plan(bounds).encode(leaves, dtype, host)
     return PeftTensors(config, encoded, "this adapter")
 
 
 def shapes_of(adapter: Adapter) -> dict[str, dict[str, tuple[int, ...]]]:
-    return {leaf: {t: tuple(a.shape) for t, a in ts.items()} for leaf, ts in adapter.sites.items()}
+    return _shapes(adapter.sites)
+
+
+def _shapes(sites: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, tuple[int, ...]]]:
+    return {leaf: {name: tuple(x.shape) for name, x in tensors.items()} for leaf, tensors in sites.items()}
 
 
 def renamed(adapter: Adapter, keymap: KeyMap | str | None) -> Adapter:
