@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxadapt import (
+    apart,
     checking,
     exchange,
     families,
@@ -85,7 +87,7 @@ def export_base(
     kind = None if dtype is None else np.dtype(dtype)
     target = places.at(path)
     _check_ties(target, table, made, leaves, changed)
-    specs: dict[str, tuple[str, tuple[int, ...]]] = {}
+    specs: Specs = {}
     grouped = pieces.groups(made.keys)
     for key, parts in sorted(grouped.items(), key=lambda item: nnx_survey.natural(item[0])):
         entry, _ = made.keys[parts[0]]
@@ -96,17 +98,43 @@ def export_base(
     folder.make(target)
     get = _reader(made, leaves, changed, kind)
     total = sum(math.prod(shape) * safetensors.numpy_dtype(name).itemsize for name, shape in specs.values())
+    specs, home = _apart(table, specs) if table.single else (specs, {key: (key, ()) for key in specs})
+
+    @functools.lru_cache(maxsize=2 if table.single else 0)  # a folder has gate, up and down of an expert in turns
+    def whole(key: str) -> Any:
+        return pieces.together([get(part) for part in grouped[key]], grouped[key], np)
 
     with reporting(progress) as report:
         more = counting(report, "export", total)
 
-        def whole(key: str) -> Any:
-            value = pieces.together([get(part) for part in grouped[key]], grouped[key], np)
+        def tensor(key: str) -> Any:
+            name, at = home[key]
+            value = whole(name)[at] if at else whole(name)
             more(value.nbytes)
             return value
 
-        shards.write(target, specs, whole, max_shard_size)
+        shards.write(target, specs, tensor, max_shard_size)
     LOGGER.info("%s: %d tensors, %d bytes", target, len(specs), total)
+
+
+Specs = dict[str, tuple[str, tuple[int, ...]]]
+
+
+def _apart(table: KeyMap, specs: Specs) -> tuple[Specs, dict[str, tuple[str, Any]]]:
+    """With a tensor for each expert: their dtypes and shapes, and of which tensor each is what part."""
+    rows, renamed = apart.names(table, {key: shape for key, (_, shape) in specs.items()})
+    out: Specs = {}
+    home: dict[str, tuple[str, Any]] = {}
+    for key, (dtype, shape) in specs.items():
+        for e, line in enumerate(rows.get(key, ())):
+            wide = shape[1] // len(line)
+            for part, name in enumerate(line):
+                out[name] = dtype, (wide, *shape[2:])
+                home[name] = key, (e, slice(part * wide, (part + 1) * wide))
+        if key not in rows:
+            out[renamed.get(key, key)] = dtype, shape
+            home[renamed.get(key, key)] = key, ()
+    return out, home
 
 
 def _leaves(params: Any) -> dict[str, Any]:
@@ -243,6 +271,8 @@ def import_base(
     shapes = _shapes(leaves)
     with shards.opened(places.at(path)) as tensors:
         table = _table(keymap, leaves).spelt_as(tensors, shapes)
+        if table.each:
+            tensors = tensors.stacked(*apart.rows(table, tensors, tensors.source))
         known = shapes if strict else {p: s for p, s in shapes.items() if table.site(p) is not None}
         made = plan.base_plan(table, known)
         several = [name for name, parts in pieces.groups(made.keys).items() if len(parts) > 1 and name in tensors]

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadapt import joining, paths, pieces, plan, targets
+from jaxadapt import apart, joining, paths, pieces, plan, targets
 from jaxadapt.configs import Config, LoraConfig
 from jaxadapt.errors import ConfigError, MismatchError
 from jaxadapt.keymap import KeyMap
@@ -62,7 +62,7 @@ class _Parameter:
     def find(self, module: str) -> tuple[str, int, int] | None:
         """Of a module of one expert: the parameter in full, its part and the expert's number."""
         for part, template in enumerate(self.modules):
-            found = re.fullmatch(_pattern(template), module)
+            found = re.fullmatch(apart.pattern(template), module)
             if found:
                 texts = found.groupdict()
                 return self.name.format(**texts), part, int(texts.get("e", 0))
@@ -70,13 +70,8 @@ class _Parameter:
 
     def texts(self, name: str) -> dict[str, str] | None:
         """What fills the holes of a parameter's name."""
-        found = re.fullmatch(_pattern(self.name), name)
+        found = re.fullmatch(apart.pattern(self.name), name)
         return None if found is None else found.groupdict()
-
-
-def _pattern(template: str) -> str:
-    pieces_ = re.split(r"(\{\w+\})", template)
-    return "".join(rf"(?P<{p[1:-1]}>\d+)" if p.startswith("{") else re.escape(p) for p in pieces_)
 
 
 def _parameters(table: KeyMap, lines: KeyMap | None = None) -> list[_Parameter]:
@@ -375,7 +370,7 @@ def apart(
 
 def _of(one: _Parameter, owner: str) -> str | None:
     """The full name of the parameter of that kind that a module has."""
-    found = re.fullmatch(_pattern(one.owner), owner)
+    found = re.fullmatch(apart.pattern(one.owner), owner)
     return None if found is None else one.name.format(**found.groupdict())
 
 
@@ -403,7 +398,7 @@ def _with_modules(
 
 def _filled(template: str, module: str) -> str:
     """A pattern for all experts of one layer."""
-    found = re.fullmatch(_pattern(template), module)
+    found = re.fullmatch(apart.pattern(template), module)
     assert found is not None
     texts = {name: text for name, text in found.groupdict().items() if name != "e"}
     return re.escape(template.format(**texts, e="{e}")).replace(r"\{e\}", "{e}")

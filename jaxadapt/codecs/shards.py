@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 from jaxadapt.codecs import atomic, files, safetensors, torch_bin
 from jaxadapt.codecs.header import problems_text
 from jaxadapt.codecs.places import Place
-from jaxadapt.errors import FileError, FormatError
+from jaxadapt.errors import FileError, FormatError, MismatchError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,6 +48,14 @@ class Shards(Mapping[str, "np.ndarray"]):
         kept = {key: home for key, home in self._home.items() if key not in gone}
         return Shards(self.source, {**kept, **{key: (arrays, key) for key in arrays}})
 
+    def stacked(self, rows: Mapping[str, Sequence[Sequence[str]]], names: Mapping[str, str]) -> Shards:
+        """Tensors put together as they are read, each row of `rows` one entry of a new first axis, and others renamed."""
+        gone = {key for lines in rows.values() for line in lines for key in line} | set(names.values())
+        kept = {key: home for key, home in self._home.items() if key not in gone}
+        kept |= {name: self._home[key] for name, key in names.items()}
+        held = Stacked(self, rows)
+        return Shards(self.source, {**kept, **{name: (held, name) for name in rows}})
+
     @property
     def specs(self) -> dict[str, safetensors.Spec]:
         """Shapes and dtypes by key, without reading a tensor of a safetensors file."""
@@ -65,14 +73,17 @@ class Shards(Mapping[str, "np.ndarray"]):
     def spec(self, key: str) -> safetensors.Spec:
         """Shape and dtype of one tensor."""
         part, name = self._home[key]
-        if isinstance(part, safetensors.TensorFile):
+        if isinstance(part, safetensors.TensorFile | Stacked):
             return part.spec(name)
         return safetensors.Spec(part[name].shape, part[name].dtype)
 
     def nbytes(self, key: str) -> int:
         """The size of one tensor, without reading it."""
         part, name = self._home[key]
-        return part.header.tensors[name].nbytes if isinstance(part, safetensors.TensorFile) else part[name].nbytes
+        if isinstance(part, safetensors.TensorFile):
+            return part.nbytes(name)
+        shape, dtype = self.spec(key)
+        return math.prod(shape) * dtype.itemsize
 
     def read_into(self, key: str, memory: np.ndarray | None) -> np.ndarray:
         """`self[key]`, in the first bytes of `memory` if that saves an allocation."""
@@ -97,6 +108,40 @@ class Shards(Mapping[str, "np.ndarray"]):
 
     def __contains__(self, key: object) -> bool:
         return key in self._home  # Mapping's own would read the tensor
+
+
+class Stacked(Mapping[str, "np.ndarray"]):
+    """Tensors that are made of several when they are asked for: one row after the other, its parts side by side."""
+
+    def __init__(self, tensors: Shards, rows: Mapping[str, Sequence[Sequence[str]]]) -> None:
+        self._tensors, self._rows = tensors, rows
+
+    def spec(self, key: str) -> safetensors.Spec:
+        """Shape and dtype; `MismatchError` where the rows are not alike."""
+        kinds = {tuple(self._tensors.spec(name) for name in line) for line in self._rows[key]}
+        kind = next(iter(kinds))
+        if len(kinds) > 1 or len({(spec.shape[1:], spec.dtype) for spec in kind}) > 1:
+            found = sorted({f"{spec.dtype.name} {list(spec.shape)}" for line in kinds for spec in line})
+            raise MismatchError(f"{self._tensors.source}: {key} is one tensor here, of these: {problems_text(found)}")
+        wide = sum(spec.shape[0] for spec in kind)
+        return safetensors.Spec((len(self._rows[key]), wide, *kind[0].shape[1:]), kind[0].dtype)
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        shape, dtype = self.spec(key)
+        out = files.aligned(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
+        for row, line in zip(out, self._rows[key], strict=True):
+            at = 0
+            for name in line:
+                part = self._tensors[name]
+                row[at : at + len(part)] = part
+                at += len(part)
+        return out
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
 
 
 def _of(source: str, parts: Iterable[Mapping[str, np.ndarray]]) -> Shards:

@@ -24,6 +24,7 @@ from peft.utils.save_and_load import get_peft_model_state_dict
 
 import jaxadapt
 from jaxadapt import families, paths, pieces, plan
+from jaxadapt.codecs import safetensors
 from tests import peft_harness as harness
 from tests.families import core, sides, torch_side
 from tests.families.specimens import BY_NAME, recorded
@@ -333,3 +334,43 @@ def test_where_the_parts_are_what_a_reads_the_b_is_shared():
     delta = np.einsum("okE,Eki->Eoi", b.reshape(D, 4, E), a.reshape(E, 4, 2 * F)) * held.config.lora_alpha / 4
     merged = jaxadapt.merge(base, adapter)
     np.testing.assert_allclose(delta, np.concatenate([merged["wi_0"], merged["wi_1"]], 2), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_folders_of_models_have_their_experts_apart(kind, tmp_path):
+    """transformers saves a tensor for each expert, under the names of its version 4: we read that, and write it."""
+    torch_side.base(kind).save_pretrained(tmp_path / "theirs")
+    theirs = safetensors.read(tmp_path / "theirs" / "model.safetensors")
+    assert any(".experts.0." in key for key in theirs)
+    want = paths.flatten(base(kind))
+    target = paths.unflatten({path: np.zeros_like(x) for path, x in want.items()})
+    found = paths.flatten(jaxadapt.import_base(tmp_path / "theirs", target, keymap=kind))
+    assert found.keys() == want.keys()
+    for path, x in want.items():
+        np.testing.assert_array_equal(found[path], x, err_msg=path)
+    jaxadapt.export_base(base(kind), tmp_path / "ours", keymap=f"{kind}/per-expert")
+    ours = safetensors.read(tmp_path / "ours" / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for key, x in theirs.items():
+        np.testing.assert_array_equal(ours[key], x, err_msg=key)
+
+
+def test_a_folder_that_lacks_an_expert_says_which(tmp_path):
+    jaxadapt.export_base(base("mixtral"), tmp_path, keymap="mixtral/per-expert")
+    file = tmp_path / "model.safetensors"
+    tensors = safetensors.read(file)
+    del tensors["model.layers.0.block_sparse_moe.experts.1.w3.weight"]
+    safetensors.write(file, {k: (x.dtype, x.shape) for k, x in tensors.items()}, tensors.__getitem__)
+    with pytest.raises(jaxadapt.MismatchError, match=r"layers\.0\.mlp\.experts\.gate_up_proj: part 1 of expert 1"):
+        jaxadapt.import_base(tmp_path, base("mixtral"), keymap="mixtral")
+
+
+def test_experts_apart_into_leaves_apart(tmp_path):
+    """Gate and up are leaves of their own in MaxText, whose scaled queries round once more."""
+    name = next(name for name in APART if "mixtral" in name)
+    table = BY_NAME[name].table
+    jaxadapt.export_base(split_base(name), tmp_path, keymap=f"{table}/per-expert")
+    target = jax.tree.map(np.zeros_like, split_base(name))
+    found = paths.flatten(jaxadapt.import_base(tmp_path, target, keymap=table))
+    for path, x in paths.flatten(split_base(name)).items():
+        np.testing.assert_allclose(found[path], x, rtol=2e-7 if "query" in path else 0, err_msg=path)
