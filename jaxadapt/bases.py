@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxadapt import (
-    apart,
     checking,
     exchange,
     families,
@@ -32,6 +31,7 @@ from jaxadapt import (
     plan,
     planning,
     sharding,
+    single_experts,
     transfer,
 )
 from jaxadapt.adapter import Adapter, is_array
@@ -122,7 +122,7 @@ Specs = dict[str, tuple[str, tuple[int, ...]]]
 
 def _apart(table: KeyMap, specs: Specs) -> tuple[Specs, dict[str, tuple[str, Any]]]:
     """With a tensor for each expert: their dtypes and shapes, and of which tensor each is what part."""
-    rows, renamed = apart.names(table, {key: shape for key, (_, shape) in specs.items()})
+    rows, renamed = single_experts.names(table, {key: shape for key, (_, shape) in specs.items()})
     out: Specs = {}
     home: dict[str, tuple[str, Any]] = {}
     for key, (dtype, shape) in specs.items():
@@ -272,7 +272,7 @@ def import_base(
     with shards.opened(places.at(path)) as tensors:
         table = _table(keymap, leaves).spelt_as(tensors, shapes)
         if table.each:
-            tensors = tensors.stacked(*apart.rows(table, tensors, tensors.source))
+            tensors = tensors.stacked(*single_experts.rows(table, tensors, tensors.source))
         known = shapes if strict else {p: s for p, s in shapes.items() if table.site(p) is not None}
         made = plan.base_plan(table, known)
         several = [name for name, parts in pieces.groups(made.keys).items() if len(parts) > 1 and name in tensors]

@@ -26,11 +26,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadapt import apart, joining, paths, pieces, plan, targets
+from jaxadapt import joining, paths, pieces, plan, targets
 from jaxadapt.configs import Config, LoraConfig
 from jaxadapt.errors import ConfigError, MismatchError
 from jaxadapt.keymap import KeyMap
 from jaxadapt.peft_tensors import PeftTensors
+from jaxadapt.single_experts import pattern
 from jaxadapt.weight import Weight
 
 Array = Any
@@ -62,7 +63,7 @@ class _Parameter:
     def find(self, module: str) -> tuple[str, int, int] | None:
         """Of a module of one expert: the parameter in full, its part and the expert's number."""
         for part, template in enumerate(self.modules):
-            found = re.fullmatch(apart.pattern(template), module)
+            found = re.fullmatch(pattern(template), module)
             if found:
                 texts = found.groupdict()
                 return self.name.format(**texts), part, int(texts.get("e", 0))
@@ -70,7 +71,7 @@ class _Parameter:
 
     def texts(self, name: str) -> dict[str, str] | None:
         """What fills the holes of a parameter's name."""
-        found = re.fullmatch(apart.pattern(self.name), name)
+        found = re.fullmatch(pattern(self.name), name)
         return None if found is None else found.groupdict()
 
 
@@ -370,7 +371,7 @@ def apart(
 
 def _of(one: _Parameter, owner: str) -> str | None:
     """The full name of the parameter of that kind that a module has."""
-    found = re.fullmatch(apart.pattern(one.owner), owner)
+    found = re.fullmatch(pattern(one.owner), owner)
     return None if found is None else one.name.format(**found.groupdict())
 
 
@@ -398,7 +399,7 @@ def _with_modules(
 
 def _filled(template: str, module: str) -> str:
     """A pattern for all experts of one layer."""
-    found = re.fullmatch(apart.pattern(template), module)
+    found = re.fullmatch(pattern(template), module)
     assert found is not None
     texts = {name: text for name, text in found.groupdict().items() if name != "e"}
     return re.escape(template.format(**texts, e="{e}")).replace(r"\{e\}", "{e}")

@@ -23,7 +23,7 @@ FLOORS = [
     " quantized".split(),
     "methods families agreeing copies parameters tying replication bind renaming joining embeddings folder".split()
     + "per_expert orbax_folder transfer together vocabulary dialects guests guest_config laying sharding slots".split()
-    + ["pytorch", "initial", "apart"],
+    + ["pytorch", "initial", "single_experts"],
     "linen linen_call linen_survey linen_tree nnx nnx_survey merging products combining norms trees checking".split()
     + "observing eva nnx_calls".split(),
     "foreign planning attach exchange store bases report picture reducing rescaling optim".split()
@@ -66,7 +66,7 @@ SAME_FLOOR = {
     ("vocabulary", "bind"): "whose rows a file is short of",
     ("vocabulary", "copies"): "and of which table",
     ("vocabulary", "tying"): "or head",
-    ("per_expert", "apart"): "names with holes are matched alike",
+    ("per_expert", "single_experts"): "names with holes are matched alike",
     ("per_expert", "joining"): "gate and up may share an A",
     ("joining", "bind"): "and which of them share an A in PyTorch",
     ("plan", "pieces"): "and a key of it may be a part of a tensor",

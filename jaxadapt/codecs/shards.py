@@ -49,7 +49,7 @@ class Shards(Mapping[str, "np.ndarray"]):
         return Shards(self.source, {**kept, **{key: (arrays, key) for key in arrays}})
 
     def stacked(self, rows: Mapping[str, Sequence[Sequence[str]]], names: Mapping[str, str]) -> Shards:
-        """Tensors put together as they are read, each row of `rows` one entry of a new first axis, and others renamed."""
+        """Tensors put together as they are read, each row of `rows` an entry of a new first axis; others renamed."""
         gone = {key for lines in rows.values() for line in lines for key in line} | set(names.values())
         kept = {key: home for key, home in self._home.items() if key not in gone}
         kept |= {name: self._home[key] for name, key in names.items()}

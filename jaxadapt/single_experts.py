@@ -1,4 +1,4 @@
-"""Base weights with a tensor for each expert, as folders of models hold them, and with one for all, as tables name them.
+"""Base weights with a tensor for each expert, as folders of models hold them, and with one for all, as tables do.
 
     {"…experts.3.w1.weight": (f, d), …} ──rows──► {"…experts.gate_up_proj": names by expert and part}, (e, 2f, d)
 
@@ -24,7 +24,7 @@ _WEIGHT = ".weight"
 def rows(table: KeyMap, keys: Iterable[str], source: str) -> tuple[dict[str, Rows], dict[str, str]]:
     """What of a folder's tensors belongs together, `{tensor: rows}`, and what is only called otherwise, `{name: key}`.
 
-    Nothing, where the folder has the tensors of all experts. Raises `MismatchError` with every expert that lacks a part.
+    Nothing, where the folder has the tensors of all experts. Raises `MismatchError` with every part that is missing.
     """
     have = dict.fromkeys(keys)
     found: dict[str, dict[tuple[int, int], str]] = {}
@@ -80,8 +80,8 @@ def names(table: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[st
 def pattern(template: str) -> str:
     """The expression of a name with holes for numbers.
 
-    >>> pattern("experts.{e}.w1")
-    'experts\\\\.(?P<e>\\\\d+)\\\\.w1'
+    >>> bool(re.fullmatch(pattern("experts.{e}.w1"), "experts.12.w1"))
+    True
     """
     parts = re.split(r"(\{\w+\})", template)
     return "".join(rf"(?P<{p[1:-1]}>\d+)" if p.startswith("{") else re.escape(p) for p in parts)
