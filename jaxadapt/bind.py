@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from jaxadapt import copies, methods, parameters, paths, plan, replication, targets, tying
+from jaxadapt import copies, doubts, methods, parameters, paths, plan, replication, targets, tying
 from jaxadapt.axes import Axes
 from jaxadapt.configs import Config
 from jaxadapt.errors import KeyMapError, MismatchError, TargetError
@@ -155,8 +155,8 @@ def select(
     Raises `TargetError` if nothing matches, or what matches cannot be adapted; `KeyMapError` if a
     matching weight has no line, so that nothing targeted is ever left out silently.
     """
-    bounds, doubts = _select(config, keymap, tuple(shapes.items()), unsure)
-    for line in doubts:
+    bounds, warned = _select(config, keymap, tuple(shapes.items()), unsure)
+    for line in warned:
         warnings.warn(line, stacklevel=3)
     return bounds
 
@@ -172,14 +172,14 @@ def _select(
     replication.check(config, names)
     chosen = targets.select(config, names, linear=_linear(method, found), output=keymap.output)
     own = _parameters(config, method, keymap, shapes)
-    doubts = targets.doubtful(config, names, (*chosen, *(name for b in own for name in b.modules)))
+    warned = doubts.doubtful(config, names, (*chosen, *(name for b in own for name in b.modules)))
     if config.get("target_parameters"):
         sites = (site for leaf in shapes if (site := keymap.site(leaf)) is not None)
         known = [name for site in sites for name in parameters.names(site, _one_each(site)).values()]
-        missed = targets.unmatched_parameters(config, dict.fromkeys((*known, *(n for b in own for n in b.modules))))
+        missed = doubts.unmatched_parameters(config, dict.fromkeys((*known, *(n for b in own for n in b.modules))))
         if missed and not own and not chosen:
             raise TargetError("\n".join(missed))
-        doubts += missed
+        warned += missed
     wanted = set(chosen)
 
     bounds: list[Bound] = []
@@ -210,7 +210,7 @@ def _select(
     if twice:
         raise TargetError("target_modules and target_parameters both name these weights:\n" + paths.listing(twice))
     bounds += own
-    return (*bounds, *_copies(config, keymap, shapes, bounds)), tuple(doubts)
+    return (*bounds, *_copies(config, keymap, shapes, bounds)), tuple(warned)
 
 
 def _parameters(config: Config, method: methods.Method, keymap: KeyMap, shapes: Mapping[str, Shape]) -> list[Bound]:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxadapt import dialects, families, folder, foreign, guests, laying, orbax_folder, paths, pytorch, targets
+from jaxadapt import dialects, families, filling, folder, foreign, laying, orbax_folder, paths, pytorch, targets
 from jaxadapt.adapter import Adapter, PeftTensors
 from jaxadapt.codecs import places, safetensors
 from jaxadapt.codecs.places import Place
@@ -212,7 +212,7 @@ def _write_tree(
     if on_shared is not None:
         trial = blank(rank)
         ratios = dict.fromkeys(pairs, 1.0)
-        rank = guests.needed(foreign.survey(trial, keymap), tensors.tensors, ratios, foreign.same)
+        rank = filling.needed(foreign.survey(trial, keymap), tensors.tensors, ratios, foreign.same)
     scale = config.lora_alpha / config.r
     alpha = None if dialect.unscaled else scale * rank
     tree = foreign.put(

@@ -19,6 +19,7 @@ from jaxadapt import (
     bind,
     dialects,
     families,
+    filling,
     guest_config,
     guests,
     methods,
@@ -35,7 +36,8 @@ from jaxadapt.adapter import Adapter, is_array
 from jaxadapt.configs import Config, LoraConfig
 from jaxadapt.dialect import Dialect, is_like
 from jaxadapt.errors import AttachError, KeyMapError, MismatchError
-from jaxadapt.guests import Guests, Half, Placed
+from jaxadapt.filling import Placed
+from jaxadapt.guests import Guests, Half
 from jaxadapt.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.peft_tensors import PeftTensors
 from jaxadapt.plan import Encoded
@@ -240,7 +242,7 @@ def put(
         known = dataclasses.replace(known, stored=_slot_alphas(tree, known, config))
     ratios = guest_config.ratios(known, config, lora_alpha, call)
     shapes = {key: tuple(spec.shape) for key, spec in _specs(tensors).items()}
-    guests.check(known, ratios, shapes, source)
+    filling.check(known, ratios, shapes, source)
     values = {key: tensors[key] for half in _halves(known) for key in half.keys if key in shapes}
     traced = any(isinstance(x, Tracer) for x in [*values.values(), *found.leaves.values()])
     if traced and on_shared is None and any(half.shared > 1 for half in _halves(known)):
@@ -248,7 +250,7 @@ def put(
             f'inside jit nobody can tell whether two As are equal; pass on_shared="concat", or put them into the'
             f" {found.dialect.name} tree outside"
         )
-    placed = guests.fill(known, values, ratios, on_shared == "concat", _never if traced else same)
+    placed = filling.fill(known, values, ratios, on_shared == "concat", _never if traced else same)
     # Where the file says nothing B is zero, so A may stay as it is, and can be trained; not so beside a shared B.
     # (A slot's rank ends where the file's does, and what is beyond must be zero.)
     kept = {guest.a.path for guest in known.guests if guest.b.shared == 1 and found.slot is None}

@@ -6,12 +6,12 @@ the JAX paths themselves elsewhere. Nothing here looks at a model.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, TypeVar, cast
 
+from jaxadapt import near
 from jaxadapt.configs import Config
 from jaxadapt.configs.check import compile_pattern
 from jaxadapt.errors import TargetError
@@ -23,9 +23,6 @@ ALL_LINEAR = "all-linear"
 
 # From this many names on PEFT stores the shortest suffixes that mean the same modules.
 _COLLAPSE_FROM = 20
-
-# How many names an error lists.
-_LISTED = 30
 
 
 def matches(config: Config, name: str) -> bool:
@@ -54,7 +51,7 @@ def matches(config: Config, name: str) -> bool:
         return compile_pattern("target_modules", targets).fullmatch(name) is not None
     if name in targets:
         return True
-    return _ends_in(name, targets) and _in_layers(config, name)
+    return _ends_in(name, targets) and in_layers(config, name)
 
 
 def is_parameter(config: Config, name: str) -> bool:
@@ -232,7 +229,7 @@ def select(
 ) -> tuple[str, ...]:
     """The names that `config` targets, in their order.
 
-    One entry of `target_modules` that matches nothing is no error as long as another does (see `unmatched`);
+    One entry of `target_modules` that matches nothing is no error as long as another does (see `doubts.unmatched`);
     PEFT does the same. Nothing at all is one, except where `target_parameters` says what to adapt.
 
     Args:
@@ -255,85 +252,9 @@ def select(
     if targets is None:
         raise TargetError(
             "target_modules: expected names or an expression, found null, and this is no model of a family for"
-            f" which PEFT's own choice is known; name them. Available are {_available(names)}"
+            f" which PEFT's own choice is known; name them. Available are {near.available(names)}"
         )
     raise TargetError(_nothing(resolved, names))
-
-
-def unmatched(config: Config, names: Sequence[str]) -> tuple[str, ...]:
-    """The entries of `target_modules` that select none of `names`: misspelt, excluded, or for another model.
-
-    >>> from jaxadapt.configs import LoraConfig
-    >>> unmatched(LoraConfig(target_modules=["q", "qq"]), ["a.q", "a.k"])
-    ('qq',)
-    """
-    targets: str | tuple[str, ...] | None = config.get("target_modules")
-    if targets is None or is_all_linear(config):
-        return ()
-    if isinstance(targets, str):
-        return () if any(matches(config, name) for name in names) else (targets,)
-    hit: set[str] = set()
-    for name in names:
-        if not matches(config, name):
-            continue
-        hit.add(name)  # an entry may be the whole name, …
-        if _in_layers(config, name):
-            hit.update(name[i + 1 :] for i, letter in enumerate(name) if letter == ".")  # … or end it
-    return tuple(entry for entry in targets if entry not in hit)
-
-
-def doubtful(config: Config, names: Sequence[str], chosen: Sequence[str]) -> list[str]:
-    """What of a selection may be a mistake, though PEFT says nothing: for a warning.
-
-    Args:
-        names: the modules that could be adapted.
-        chosen: those that are.
-
-    >>> from jaxadapt.configs import LoraConfig
-    >>> doubtful(LoraConfig(target_modules=["q", "vv"], rank_pattern={"k": 2}), ["a.q", "a.v"], ["a.q"])
-    ["target_modules: 'vv' matches no module; near misses: v", "rank_pattern: 'k' matches none of the targets"]
-    """
-    lines: list[str] = []
-    for entry in unmatched(config, names):
-        near = _near((entry,), names)
-        lines.append(f"target_modules: {entry!r} matches no module" + (f"; near misses: {_list(near)}" if near else ""))
-    for field in ("rank_pattern", "alpha_pattern"):
-        lines += _doubtful_patterns(field, config.get(field) or {}, chosen)
-    return lines
-
-
-def unmatched_parameters(config: Config, names: Iterable[str]) -> list[str]:
-    """The entries of `target_parameters` that name none of the parameters `names`, in a few words each."""
-    names = list(names)
-    entries: tuple[str, ...] = config.get("target_parameters") or ()
-    lost = [entry for entry in entries if not any(n == entry or n.endswith(f".{entry}") for n in names)]
-    near = {entry: _near((entry,), names) for entry in lost}
-    says = {entry: f"; near misses: {_list(those)}" if those else "" for entry, those in near.items()}
-    return [f"target_parameters: {entry!r} matches no parameter{says[entry]}" for entry in lost]
-
-
-def _doubtful_patterns(field: str, patterns: Mapping[str, Any], chosen: Sequence[str]) -> list[str]:
-    hits: dict[str, list[str]] = {key: [] for key in patterns}
-    by_ending: dict[str, list[str]] = {}
-    for name in chosen:
-        for ending in _endings(name):
-            by_ending.setdefault(ending, []).append(name)
-    for key in patterns:
-        if re.fullmatch(r"\w+", key):  # nothing but itself, however it is read
-            hits[key] = by_ending.get(key, [])
-        else:
-            expression = compile_pattern(field, key)
-            hits[key] = [name for name in chosen if name == key or expression.match(name)]
-    lines = [f"{field}: {key!r} matches none of the targets" for key, names in hits.items() if not names]
-    first: dict[str, str] = {}
-    pairs: dict[tuple[str, str], str] = {}
-    for key, names in hits.items():
-        for name in names:
-            other = first.setdefault(name, key)
-            if other != key:
-                pairs.setdefault((other, key), name)
-    both = "both match {name}, where the first wins"
-    return lines + [f"{field}: {a!r} and {b!r} {both.format(name=name)}" for (a, b), name in pairs.items()]
 
 
 def _excluded(config: Config, name: str) -> bool:
@@ -359,7 +280,7 @@ def _dotted(entries: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f".{entry}" for entry in entries)
 
 
-def _in_layers(config: Config, name: str) -> bool:
+def in_layers(config: Config, name: str) -> bool:
     """Whether `layers_to_transform` lets `name` through. The first number after the layer list counts."""
     layers: int | tuple[int, ...] | None = config.get("layers_to_transform")
     if layers is None or layers == ():
@@ -400,17 +321,17 @@ def _replaced(config: _C, key: str, value: Any) -> _C:
 
 def shortest(targets: Sequence[str], others: Iterable[str]) -> list[str]:
     """The shortest suffixes (at dots) that cover `targets` and end none of `others`."""
-    taken = {suffix for other in others for suffix in _endings(other)}
+    taken = {suffix for other in others for suffix in endings(other)}
     chosen: set[str] = set()
-    for target in sorted(targets, key=_endings):
-        endings = _endings(target)
-        if chosen.isdisjoint(endings):
+    for target in sorted(targets, key=endings):
+        mine = endings(target)
+        if chosen.isdisjoint(mine):
             # The full name is always free: it is a target, and so none of the others.
-            chosen.add(next((ending for ending in endings if ending not in taken), target))
+            chosen.add(next((ending for ending in mine if ending not in taken), target))
     return sorted(chosen)
 
 
-def _endings(name: str) -> list[str]:
+def endings(name: str) -> list[str]:
     parts = name.split(".")
     return [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
 
@@ -426,18 +347,18 @@ def _nothing(config: Config, names: Sequence[str]) -> str:
     hidden = [name for name in names if matches(bare, name)]
     if hidden:
         rules = ", ".join(
-            f"{key}={_plain(config.get(key))!r}"
+            f"{key}={near.plain(config.get(key))!r}"
             for key in ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
             if config.get(key)  # what is empty excludes nothing
             or (key == "layers_to_transform" and config.get(key) == 0)
         )
-        lines.append(f"{len(hidden)} modules match but are left out by {rules}: {_list(hidden)}")
-    near = _near((targets,) if isinstance(targets, str) else targets, names)
-    if near:
-        lines.append(f"near misses: {_list(near)}")
+        lines.append(f"{len(hidden)} modules match but are left out by {rules}: {near.listed(hidden)}")
+    close = near.near((targets,) if isinstance(targets, str) else targets, names)
+    if close:
+        lines.append(f"near misses: {near.listed(close)}")
     if isinstance(targets, str) and not hidden:
         lines.append("a string is a regular expression for the whole name: for names, write a list")
-    lines.append(f"available are {_available(names)}")
+    lines.append(f"available are {near.available(names)}")
     return "\n  ".join(lines)
 
 
@@ -448,31 +369,3 @@ def _without(config: Config, key: str) -> Config:
         return config.replace(extra={k: v for k, v in config.extra.items() if k != key})
     # Two fields that may only be set together go together.
     return config.replace(**{key: None, **({"layers_pattern": None} if key == "layers_to_transform" else {})})
-
-
-def _near(targets: Sequence[str], names: Sequence[str]) -> list[str]:
-    """Last segments, longer endings and full names that look like what was asked for."""
-    found: dict[str, None] = {}
-    segments = sorted({name.rpartition(".")[2] for name in names})
-    full = sorted(set(names))[:500]  # difflib is slow; a few hundred comparisons are enough to help
-    for target in targets[:20]:
-        last = target.rpartition(".")[2]
-        by_case = [segment for segment in segments if segment.lower() == last.lower() and segment != target]
-        close = difflib.get_close_matches(last, segments, n=3, cutoff=0.6)
-        whole = difflib.get_close_matches(target, full, n=2, cutoff=0.8) if "." in target else []
-        found.update(dict.fromkeys([*by_case, *(item for item in close if item != target), *whole]))
-    return list(found)
-
-
-def _available(names: Sequence[str]) -> str:
-    segments = sorted({name.rpartition(".")[2] for name in names})
-    return f"the last segments {_list(segments)}" if segments else "no modules at all"
-
-
-def _list(items: Sequence[str]) -> str:
-    more = f" and {len(items) - _LISTED} more" if len(items) > _LISTED else ""
-    return ", ".join(items[:_LISTED]) + more
-
-
-def _plain(value: Any) -> Any:
-    return list(cast("tuple[Any, ...]", value)) if isinstance(value, tuple) else value

@@ -20,10 +20,10 @@ FLOORS = [
     ["errors", "progress", "paths", "axes", "configs"],
     "pieces weight arrangement keymap generic dialect plan adapter peft_tensors"
     " trace operations layout liveness layers filters targets drawing factors codecs consumers card hub"
-    " quantized".split(),
+    " quantized near".split(),
     "methods families agreeing copies parameters tying replication bind renaming joining embeddings folder".split()
     + "per_expert orbax_folder transfer together vocabulary dialects guests guest_config laying sharding slots".split()
-    + ["pytorch", "initial", "single_experts"],
+    + ["pytorch", "initial", "single_experts", "doubts", "filling"],
     "linen linen_call linen_survey linen_tree nnx nnx_survey merging products combining norms trees checking".split()
     + "observing eva nnx_calls".split(),
     "foreign planning attach exchange store bases report picture reducing rescaling optim".split()
@@ -66,6 +66,9 @@ SAME_FLOOR = {
     ("vocabulary", "bind"): "whose rows a file is short of",
     ("vocabulary", "copies"): "and of which table",
     ("vocabulary", "tying"): "or head",
+    ("targets", "near"): "an error says what comes near",
+    ("bind", "doubts"): "what may be a mistake in a selection",
+    ("filling", "guests"): "what goes into the leaves that were bound",
     ("per_expert", "single_experts"): "names with holes are matched alike",
     ("per_expert", "joining"): "gate and up may share an A",
     ("joining", "bind"): "and which of them share an A in PyTorch",

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxadapt.configs import GenericConfig, IA3Config, LoraConfig
+from jaxadapt.doubts import unmatched
 from jaxadapt.errors import ConfigError, TargetError
-from jaxadapt.targets import is_feedforward, matches, pattern_value, resolve, select, unmatched
+from jaxadapt.targets import is_feedforward, matches, pattern_value, resolve, select
 
 LEAVES = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj", "mlp.experts.3.up_proj", "q_proj")
 NAMES = (

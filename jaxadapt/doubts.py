@@ -1,0 +1,89 @@
+"""What of a selection of modules may be a mistake, though PEFT takes it without a word: for warnings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from jaxadapt import near, targets
+from jaxadapt.configs import Config
+from jaxadapt.configs.check import compile_pattern
+
+
+def unmatched(config: Config, names: Sequence[str]) -> tuple[str, ...]:
+    """The entries of `target_modules` that select none of `names`: misspelt, excluded, or for another model.
+
+    >>> from jaxadapt.configs import LoraConfig
+    >>> unmatched(LoraConfig(target_modules=["q", "qq"]), ["a.q", "a.k"])
+    ('qq',)
+    """
+    wanted: str | tuple[str, ...] | None = config.get("target_modules")
+    if wanted is None or targets.is_all_linear(config):
+        return ()
+    if isinstance(wanted, str):
+        return () if any(targets.matches(config, name) for name in names) else (wanted,)
+    hit: set[str] = set()
+    for name in names:
+        if not targets.matches(config, name):
+            continue
+        hit.add(name)  # an entry may be the whole name, …
+        if targets.in_layers(config, name):
+            hit.update(name[i + 1 :] for i, letter in enumerate(name) if letter == ".")  # … or end it
+    return tuple(entry for entry in wanted if entry not in hit)
+
+
+def doubtful(config: Config, names: Sequence[str], chosen: Sequence[str]) -> list[str]:
+    """What of a selection may be a mistake, though PEFT says nothing: for a warning.
+
+    Args:
+        names: the modules that could be adapted.
+        chosen: those that are.
+
+    >>> from jaxadapt.configs import LoraConfig
+    >>> doubtful(LoraConfig(target_modules=["q", "vv"], rank_pattern={"k": 2}), ["a.q", "a.v"], ["a.q"])
+    ["target_modules: 'vv' matches no module; near misses: v", "rank_pattern: 'k' matches none of the targets"]
+    """
+    lines: list[str] = []
+    for entry in unmatched(config, names):
+        lines.append(f"target_modules: {entry!r} matches no module" + _beside(entry, names))
+    for field in ("rank_pattern", "alpha_pattern"):
+        lines += _patterns(field, config.get(field) or {}, chosen)
+    return lines
+
+
+def unmatched_parameters(config: Config, names: Iterable[str]) -> list[str]:
+    """The entries of `target_parameters` that name none of the parameters `names`, in a few words each."""
+    names = list(names)
+    entries: tuple[str, ...] = config.get("target_parameters") or ()
+    lost = [entry for entry in entries if not any(n == entry or n.endswith(f".{entry}") for n in names)]
+    return [f"target_parameters: {entry!r} matches no parameter" + _beside(entry, names) for entry in lost]
+
+
+def _beside(entry: str, names: Sequence[str]) -> str:
+    close = near.near((entry,), names)
+    return f"; near misses: {near.listed(close)}" if close else ""
+
+
+def _patterns(field: str, patterns: Mapping[str, Any], chosen: Sequence[str]) -> list[str]:
+    hits: dict[str, list[str]] = {key: [] for key in patterns}
+    by_ending: dict[str, list[str]] = {}
+    for name in chosen:
+        for ending in targets.endings(name):
+            by_ending.setdefault(ending, []).append(name)
+    for key in patterns:
+        if re.fullmatch(r"\w+", key):  # nothing but itself, however it is read
+            hits[key] = by_ending.get(key, [])
+        else:
+            expression = compile_pattern(field, key)
+            hits[key] = [name for name in chosen if name == key or expression.match(name)]
+    lines = [f"{field}: {key!r} matches none of the targets" for key, names in hits.items() if not names]
+    first: dict[str, str] = {}
+    pairs: dict[tuple[str, str], str] = {}
+    for key, names in hits.items():
+        for name in names:
+            other = first.setdefault(name, key)
+            if other != key:
+                pairs.setdefault((other, key), name)
+    both = "both match {name}, where the first wins"
+    return lines + [f"{field}: {a!r} and {b!r} {both.format(name=name)}" for (a, b), name in pairs.items()]
