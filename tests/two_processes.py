@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import sys
 
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={4 // int(sys.argv[5])}"
+if __name__ == "__main__":  # pytest imports every file that may hold doctests
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={4 // int(sys.argv[5])}"
 
 import signal
 import time
