@@ -287,13 +287,31 @@ def recover(config: Config, keymap: KeyMap, leaves: Mapping[str, Mapping[str, Sh
     Raises `KeyMapError` for a leaf without a line, `MismatchError` if shapes contradict each other or
     the configuration.
     """
-    return _recover(config, keymap, tuple((leaf, tuple(shapes.items())) for leaf, shapes in leaves.items()))
+    return _recovered_once(config, keymap, _as_key(leaves))[0]
+
+
+Tensors = tuple[tuple[str, tuple[tuple[str, Shape], ...]], ...]
+
+
+def _as_key(leaves: Mapping[str, Mapping[str, Shape]]) -> Tensors:
+    return tuple((leaf, tuple(shapes.items())) for leaf, shapes in leaves.items())
 
 
 @functools.lru_cache(maxsize=16)  # every save of a run asks for the same
-def _recover(
-    config: Config, keymap: KeyMap, tensors: tuple[tuple[str, tuple[tuple[str, Shape], ...]], ...]
-) -> tuple[Bound, ...]:
+def _recovered_once(config: Config, keymap: KeyMap, tensors: Tensors) -> tuple[tuple[Bound, ...], tuple[str, ...]]:
+    """`recover`, and `strays`."""
+    bounds = _recover(config, keymap, tensors)
+    astray = tuple(
+        name
+        for b in bounds
+        if not b.method.copies
+        for name in b.modules
+        if not (targets.matches if b.method.depth is None else targets.is_parameter)(config, name)
+    )
+    return bounds, astray
+
+
+def _recover(config: Config, keymap: KeyMap, tensors: Tensors) -> tuple[Bound, ...]:
     method, leaves = methods.of(config), {leaf: dict(shapes) for leaf, shapes in tensors}
     bounds: list[Bound] = []
     copied: list[tuple[Site, Mapping[str, Shape]]] = []
@@ -376,15 +394,9 @@ def _names_of(method: methods.Method) -> Any:
     return Site.modules if method.depth is None else parameters.names
 
 
-def strays(config: Config, bounds: Sequence[Bound]) -> list[str]:
-    """The modules and parameters of an adapter that its own configuration does not name."""
-    return [
-        name
-        for b in bounds
-        if not b.method.copies
-        for name in b.modules
-        if not (targets.matches if b.method.depth is None else targets.is_parameter)(config, name)
-    ]
+def strays(config: Config, keymap: KeyMap, leaves: Mapping[str, Mapping[str, Shape]]) -> tuple[str, ...]:
+    """The modules and parameters of an adapter that its own configuration does not name; arguments as in `recover`."""
+    return _recovered_once(config, keymap, _as_key(leaves))[1]
 
 
 def over_stack(bound: Bound, change: Any, params: Mapping[str, Any], w: Any) -> Any:

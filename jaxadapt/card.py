@@ -64,7 +64,9 @@ class Facts:
 
 def text(config: Config, facts: Facts) -> str:
     """A card in full, with valid front matter."""
-    body = "\n".join([*_title(config), *_use(config, facts), *_what(config, facts), *_readers(config, facts)])
+    refused = consumers.refusals(config, facts.tensors)
+    parts = [*_title(config), *_use(config, facts, bool(refused["vLLM"])), *_what(config, facts)]
+    body = "\n".join([*parts, *_readers(config, refused)])
     return _marked(_front(config, facts), body)
 
 
@@ -208,7 +210,7 @@ def _title(config: Config) -> list[str]:
     ]
 
 
-def _use(config: Config, facts: Facts) -> list[str]:
+def _use(config: Config, facts: Facts, refused: bool) -> list[str]:
     base = _base(config)
     below = f"/{facts.subfolder}" if facts.subfolder else ""
     here = json.dumps(f"hf://{facts.repo}{below}" if facts.repo else "path/to/this/folder")
@@ -243,13 +245,11 @@ def _use(config: Config, facts: Facts) -> list[str]:
         f"model = PeftModel.from_pretrained(base_model, {there})",
         "```",
         "",
-        *_vllm(config, facts, base),
+        *([] if refused else _vllm(config, facts, base)),
     ]
 
 
 def _vllm(config: Config, facts: Facts, base: str | None) -> list[str]:
-    if consumers.refusals(config, facts.tensors)["vLLM"]:
-        return []
     where = facts.repo or "path/to/this/folder"
     called = (facts.subfolder or where).rpartition("/")[2]
     if facts.repo and facts.subfolder:
@@ -293,8 +293,8 @@ def _explained(config: Config) -> list[str]:
     ]
 
 
-def _readers(config: Config, facts: Facts) -> list[str]:
-    found = {reader: why for reader, why in consumers.refusals(config, facts.tensors).items() if why}
+def _readers(config: Config, refused: Mapping[str, list[str]]) -> list[str]:
+    found = {reader: why for reader, why in refused.items() if why}
     if not found:
         return []
     lines = ["## Who cannot read it as it is", ""]

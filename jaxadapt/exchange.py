@@ -165,8 +165,8 @@ def _encoded(adapter: Adapter, keymap: KeyMap | str | None, dtype: Any, traced: 
     adapter = renamed(adapter, keymap)
     config, table = adapter.config, adapter.keymap
     warn_unproved(table, 5)
-    bounds = bind.recover(config, table, _shapes(sites))
-    astray = bind.strays(config, bounds)
+    shapes = _shapes(sites)
+    bounds, astray = bind.recover(config, table, shapes), bind.strays(config, table, shapes)
     if astray:
         raise MismatchError(
             "these modules or parameters carry tensors, but target_modules (or target_parameters) of the configuration"

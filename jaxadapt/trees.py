@@ -98,8 +98,15 @@ def alphas(tree: Any) -> dict[str, float]:
 def _opened_tree(tree: Any) -> tuple[Leaves, Put]:
     if isinstance(tree, Mapping) and CONFIG_NODE in tree:
         return {}, lambda new: tree  # the tree of an adapter of ours
-    flat, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_box)
-    lorax = _lorax(tree)
+    seen: list[Any] = []
+
+    def is_leaf(node: Any) -> bool:
+        if _is_lorax(node):
+            seen.append(node)
+        return _is_box(node)
+
+    flat, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    lorax = _lorax(tree) if seen else {}
     names = [_path(keys) for keys, _ in flat]
     for number, (keys, _) in enumerate(flat if lorax else ()):
         if _path(keys[:-1]) in lorax:
