@@ -82,6 +82,12 @@ def tree(name: str, layers: int = LAYERS) -> Any:
     return paths.unflatten(leaves)
 
 
+def forget() -> None:
+    """As in a new process: plans and recognised families are kept."""
+    for kept in (bind._select, families._recognised):
+        kept.cache_clear()
+
+
 def planned(rounds: int) -> tuple[list[list[object]], list[str]]:
     ways: dict[str, Way] = {}
     counts: dict[str, tuple[int, int]] = {}
@@ -93,7 +99,7 @@ def planned(rounds: int) -> tuple[list[list[object]], list[str]]:
             _, bounds = planning.on_tree(model, CONFIG, keymap)
             return bind.file_plan(bounds).shapes
 
-        ways[name] = Way(plan)
+        ways[name] = Way(plan, forget)
         counts[name] = (len(shapes(name)), len(plan(None)))
     times = interleave(ways, rounds)
     rows = [
