@@ -39,7 +39,10 @@ class Statistic:
 
 
 class _Probe(Method):
-    """Watches; its static value is a `Statistic`'s update."""
+    """Watches; its static value is a `Statistic`'s update.
+
+    No configuration asks for it and nothing is bound to it, so it has no tensors, statics or fresh values of its own.
+    """
 
     peft_type = "LORA"
 

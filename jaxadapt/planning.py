@@ -112,7 +112,12 @@ def base_of(tree: Any) -> dict[str, Any]:
     """`{path: array or spec}` of the base parameters of an NNX model, Linen variables or a tree of them."""
     if isinstance(tree, nnx.nnx.Module):
         return nnx_survey.base_values(nnx.base_leaves(tree))
-    return tree_leaves(tree["params"] if "params" in tree else tree)  # noqa: SIM401 (a State has no get)
+    return tree_leaves(_params(tree))
+
+
+def _params(tree: Any) -> Any:
+    """The base parameters among Linen variables, or the tree itself."""
+    return tree["params"] if "params" in tree else tree  # noqa: SIM401 (a State has no get)
 
 
 def tree_leaves(params: Any) -> dict[str, Any]:
@@ -136,7 +141,7 @@ def on_target(
     table = table_of(target, keymap, keys)
     if isinstance(target, nnx.nnx.Module):
         return on_model(target, config, table, stack_axes, example)
-    return on_tree(target["params"] if "params" in target else target, config, table)  # noqa: SIM401 (a State has no get)
+    return on_tree(_params(target), config, table)
 
 
 def table_of(target: Any, keymap: KeyMap | str | None, keys: Sequence[str]) -> KeyMap:
@@ -157,7 +162,7 @@ def table_of(target: Any, keymap: KeyMap | str | None, keys: Sequence[str]) -> K
         )
     if keymap is None:
         keymap = _attached_table(target)
-    shapes = tree_shapes(target["params"] if "params" in target else target)  # noqa: SIM401 (a State has no get)
+    shapes = tree_shapes(_params(target))
     return families.resolve(keymap, shapes).spelt_as(keys, shapes)
 
 

@@ -12,15 +12,19 @@ Version 0 is saved before, version 1 must be refused, and version 0 be there, wh
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
 import platform
 import struct
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import jaxadapt
 from tests import leave
@@ -46,6 +50,18 @@ def no_space_for_large_writes(limit: int = 4096) -> None:
     held = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(program), ctypes.addressof(code)))
     if libc.prctl(38, 1, 0, 0, 0) or libc.syscall(seccomp, 1, 1, held):
         raise OSError(ctypes.get_errno(), "seccomp")
+
+
+@contextlib.contextmanager
+def small_file_system(folder: Path, size: str, instead: str) -> Iterator[None]:
+    """A file system of that size at a folder; skips the test where none can be mounted, and says what runs instead."""
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip(f"cannot mount a file system here; {instead!r} needs none and runs everywhere")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 def fill(folder: Path) -> Path:
