@@ -22,6 +22,7 @@ from jaxadapt.configs import LoraConfig
 from jaxadapt.errors import ConfigError, KeyMapError, MismatchError
 from jaxadapt.keymap import KeyMap
 from jaxadapt.products import Pair, Rows
+from jaxadapt.wholes import Whole, wholes
 
 Array = Any
 
@@ -68,6 +69,7 @@ def combine(
         masks: DARE's masks instead of `key`, one tree an adapter: shaped as its `params`, or for "dare…_svd" with one
             mask (the base weight's shape) in the place of each adapted leaf.
 
+    What is one matrix in PyTorch is one here (queries, keys and values with one A, as in a file of PEFT's; `wholes`).
     The result has scale 1 (`lora_alpha = r`, no patterns, `use_rslora=False`), float32 arithmetic, the adapters' dtype,
     and targets the union of their modules. Where PEFT is wrong this differs on purpose: PEFT keeps the first adapter's
     `use_rslora`, which scales the result by √r; it takes the first's `exclude_modules` and `layers_to_transform` for
@@ -97,15 +99,18 @@ def combine(
     how = _How(method, r, 1.0 if density is None else float(density), majority_sign_method == "total")
     new: dict[str, Rows] = {}
     with jax.default_matmul_precision("highest"):
-        for leaf in like:
+        first = {leaf: pairs[0] for leaf, pairs in like.items()}
+        apart = method in ("cat", "linear")  # number by number: what is one matrix makes no difference
+        for whole in [Whole((leaf,)) for leaf in like] if apart else wholes(held):
+            mine = {i: whole.of(found) for i, found in enumerate(held) if whole.there(found)}
             svd = method.endswith("svd")
-            noise = _noise(leaf, held, table, svd, density or 0, key, masks) if method.startswith("dare") else {}
-            new[leaf] = _leaf(leaf, held, weights, how, noise)
+            noise = _noise(whole, held, table, svd, density or 0, key, masks) if method.startswith("dare") else {}
+            new |= whole.parted(_rows(mine, weights, how, noise), first)
     by_name = [(m, p.bound.method.depth is not None) for pairs in like.values() for p in pairs for m in p.bound.modules]
     modules, parameters = ([m for m, named in dict.fromkeys(by_name) if named == of] for of in (False, True))
     config = _config([a.config for a in adapters], r, modules, parameters)
     dtype = jnp.result_type(*(x.dtype for adapter in adapters for x in adapter.flat().values()))
-    return products.built(config, table, {leaf: pairs[0] for leaf, pairs in like.items()}, new, dtype)
+    return products.built(config, table, first, new, dtype)
 
 
 # ---------------------------------------------------------------- what goes together
@@ -224,15 +229,17 @@ def _either(expressions: Sequence[str]) -> str | None:
 # ---------------------------------------------------------------- the arithmetic of one leaf
 
 
-def _leaf(leaf: str, held: Sequence[Mapping[str, Pair]], weights: Sequence[Any], how: _How, noise: Any) -> Rows:
-    """The new matrices of one leaf. Modules that the same adapters have are computed together."""
+def _rows(there: Mapping[int, Pair], weights: Sequence[Any], how: _How, noise: Any) -> Rows:
+    """The new matrices of one leaf, from the pairs of the adapters (by number) that have it.
+
+    Modules that the same adapters have are computed together.
+    """
     groups: dict[tuple[int, ...], list[str]] = {}
-    for module in dict.fromkeys(m for found in held if leaf in found for m in found[leaf].modules):
-        who = tuple(i for i, found in enumerate(held) if leaf in found and module in found[leaf].modules)
-        groups.setdefault(who, []).append(module)
+    for module in dict.fromkeys(m for pair in there.values() for m in pair.modules):
+        groups.setdefault(tuple(i for i, pair in there.items() if module in pair.modules), []).append(module)
     made: list[Rows] = []
     for who, modules in groups.items():
-        pairs = [held[i][leaf] for i in who]
+        pairs = [there[i] for i in who]
         a, b = (tuple(p.rows_of(side, modules) for p in pairs) for side in "ab")
         drawn = [noise[i] for i in who] if noise else None
         masks = drawn and [tuple(p.of(m, modules) for m in ms) for ms, p in zip(drawn, pairs, strict=True)]
@@ -295,19 +302,21 @@ def _largest(tensor: Array, k: int) -> Array:
 
 
 def _noise(
-    leaf: str, held: Sequence[Mapping[str, Pair]], table: KeyMap, svd: bool, density: float, key: Any, masks: Any
+    whole: Whole, held: Sequence[Mapping[str, Pair]], table: KeyMap, svd: bool, density: float, key: Any, masks: Any
 ) -> dict[int, tuple[Array, ...]]:
     """DARE's masks of one leaf: for each adapter those of A and B, or that of the weight change."""
     out: dict[int, tuple[Array, ...]] = {}
     for i, found in enumerate(held):
-        pair = found.get(leaf)
-        if pair is None:
+        if not whole.there(found):
             continue
+        pair = whole.of(found)
         if masks is not None:
-            out[i] = _given(leaf, pair, table, svd, i, paths.flatten(masks[i]))
+            flat = paths.flatten(masks[i])
+            parts = [_given(leaf, found[leaf], table, svd, i, flat) for leaf in whole.leaves]
+            out[i] = parts[0] if svd else whole.joined(*zip(*parts, strict=True))
             continue
         shapes = [(len(pair.modules), pair.b.shape[1], pair.a.shape[2])] if svd else [pair.a.shape, pair.b.shape]
-        mine = jax.random.fold_in(jax.random.fold_in(key, i), zlib.crc32(leaf.encode()))
+        mine = jax.random.fold_in(jax.random.fold_in(key, i), zlib.crc32(whole.leaves[0].encode()))
         keys = jax.random.split(mine, len(shapes))
         out[i] = tuple(jax.random.bernoulli(k, density, shape) for k, shape in zip(keys, shapes, strict=True))
     return out

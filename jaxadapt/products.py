@@ -107,7 +107,8 @@ def _in_base(table: KeyMap, bound: bind.Bound, shape: Sequence[int]) -> tuple[En
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pair:
-    """One leaf of a plain LoRA: for module i, ΔW = scale · b[i] @ a[i], in PyTorch's (out, in).
+    """One leaf of a plain LoRA: for module i, ΔW = scale · b[i] @ a[i], in PyTorch's (out, in), by PEFT's own account
+    (its `nn.MultiheadAttention` adds the output projection's twice: see methods/lora).
 
     `modules` are named as in the file, prefix included. `entries` are A's and B's, for their layout.
     """
@@ -182,7 +183,9 @@ def pairs(adapter: Adapter, what: str = "the adapter") -> dict[str, Pair]:
 def _pair(bound: bind.Bound, tensors: Mapping[str, Array]) -> Pair:
     entries = _any_ab(bound)
     a, b = matrices(bound, {name: wide(jnp.asarray(x)) for name, x in tensors.items()})
-    return Pair(bound, tuple(_rows(bound, entries[0])), a, b, bound.static.scale, entries)
+    line = bound.site.weight
+    times = 2 if line.kind == "attention" and not line.piece else 1  # PEFT's out_proj counts twice (methods/lora)
+    return Pair(bound, tuple(_rows(bound, entries[0])), a, b, bound.static.scale / times, entries)
 
 
 def matrices(bound: bind.Bound, tensors: Mapping[str, Array], scaled: bool = True) -> tuple[Array, Array]:
@@ -299,9 +302,7 @@ def built(config: Config, keymap: KeyMap, like: Mapping[str, Pair], new: Mapping
     out: dict[str, Array] = {}
     for bound in bind.recover(config, keymap, shapes):
         made = new[bound.leaf]
-        line = bound.site.weight
-        times = 2 if line.kind == "attention" and not line.piece else 1  # PEFT's out_proj counts twice (methods/lora)
-        for entry, side, matrices in zip(_any_ab(bound), "AB", (made.a / times, made.b), strict=True):
+        for entry, side, matrices in zip(_any_ab(bound), "AB", (made.a, made.b), strict=True):
             rows = _full(bound, entry, side, _picked(matrices, made.modules, _rows(bound, entry)))
             out[entry.path] = entry.form.from_rows(rows).astype(dtype)
     return Adapter(config, paths.unflatten(out), keymap)

@@ -16,6 +16,7 @@ from jaxadapt.configs import Config, LoraConfig
 from jaxadapt.errors import AttachError, ConfigError, MismatchError
 from jaxadapt.keymap import KeyMap
 from jaxadapt.products import Rows
+from jaxadapt.wholes import wholes
 
 Array = Any
 
@@ -58,7 +59,8 @@ def resize_rank(adapter: Adapter, r: int, *, key: Any = None) -> Reduced:
     new: dict[str, Rows] = {}
     error: dict[str, Any] = {}
     with jax.default_matmul_precision("highest"):
-        for n, (leaf, pair) in enumerate(held.items()):
+        for n, whole in enumerate(wholes([held])):
+            pair = whole.of(held)
             b = pair.b * pair.scale
             if pair.rank <= r:
                 a, b = products.padded(pair.a, b, r)
@@ -68,7 +70,7 @@ def resize_rank(adapter: Adapter, r: int, *, key: Any = None) -> Reduced:
             else:
                 u, s, vh = products.product_svd(b, pair.a)
                 (a, b), lost = products.truncated(u, s, vh, r), products.lost(s, r)
-            new[leaf] = Rows(pair.modules, a, b)
+            new |= whole.parted(Rows(pair.modules, a, b), held)
             error |= _by_module(pair.modules, adapter.keymap, lost)
     config: Any = adapter.config.replace(r=r, lora_alpha=r, rank_pattern={}, alpha_pattern={}, use_rslora=False)
     if not products.changes_the_base(config):

@@ -25,7 +25,7 @@ FLOORS = [
     + "per_expert orbax_folder transfer together vocabulary dialects guests guest_config laying sharding slots".split()
     + ["pytorch", "initial", "single_experts", "doubts", "filling"],
     "linen linen_call linen_survey linen_tree nnx nnx_survey merging products combining norms trees checking".split()
-    + "observing eva nnx_calls".split(),
+    + "observing eva nnx_calls wholes".split(),
     "foreign planning attach exchange store bases report picture reducing rescaling optim".split()
     + "beginning starting originals quantizing".split(),
     "converting on_disk sharing checkpoint snapshot resuming step_files step_reading".split()
@@ -126,6 +126,8 @@ SAME_FLOOR = {
     ("rescaling", "attach"): "it extracts",
     ("reducing", "planning"): "a pair of trees is planned as a fresh adapter is",
     ("combining", "products"): "it works on the matrices that products reads",
+    ("combining", "wholes"): "and on those that are one in PyTorch together",
+    ("wholes", "products"): "leaves are put together as pairs of matrices",
     ("merging", "linen_tree"): "boxes are opened as Linen opens them",
     ("checkpoint", "snapshot"): "one module's work in six files: when, what, and where",
     ("checkpoint", "resuming"): "and back",
