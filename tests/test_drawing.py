@@ -52,12 +52,27 @@ def test_the_distributions():
     assert abs(np.corrcoef(halves)[0, 1]) < 0.1  # two chunks are two draws
 
 
-def test_one_program_whatever_the_shapes():
+@pytest.mark.parametrize(
+    "key", [KEY, jax.random.PRNGKey(2**31), jax.random.key(5, impl="rbg")], ids=["key", "raw", "rbg"]
+)
+def test_numpys_bits_are_jaxs(key):
+    words = np.array([[0, 0], [1, 2], [2**32 - 1, 7], *([2**31, i] for i in range(9))], np.uint32)
+    chunks = [jax.random.fold_in(jax.random.fold_in(key, first), second) for first, second in words]
+    found = np.stack([jax.random.bits(k, (4096,)) for k in chunks])
+    np.testing.assert_array_equal(drawing._chunks(key, words), found)
+    np.testing.assert_array_equal(drawing._bits(key, words), found)
+
+
+def test_nothing_is_compiled_for_few_and_one_program_for_many(monkeypatch):
     base = {n: {"kernel": jax.ShapeDtypeStruct((8 + i, 6 + i), "f4")} for i, n in enumerate("abcdef")}
     config = jaxadapt.LoraConfig(r=2, target_modules=list("abcdef"))
     drawing._bits.clear_cache()
-    jaxadapt.init(config, base, key=KEY)
+    few = jaxadapt.init(config, base, key=KEY).params
+    assert drawing._bits._cache_size() == 0
+    monkeypatch.setattr(drawing, "_FEW", 3)
+    many = jaxadapt.init(config, base, key=KEY).params
     assert drawing._bits._cache_size() == 1
+    jax.tree.map(np.testing.assert_array_equal, few, many)
 
 
 def test_kaiming_uniform_as_torchs():
