@@ -61,7 +61,8 @@ def _chunks(key: Any, words: np.ndarray) -> Array:
     if isinstance(key, Tracer) or len(words) > _FEW:
         return _bits(key, words)
     typed = key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
-    if str(jax.random.key_impl(typed)) != "threefry2x32" or not jax.config.read("jax_threefry_partitionable"):
+    by_position: bool = jax.config.jax_threefry_partitionable  # pyright: ignore[reportAttributeAccessIssue]
+    if str(jax.random.key_impl(typed)) != "threefry2x32" or not by_position:
         return _bits(key, words)
     first, second = np.asarray(jax.random.key_data(typed))
     zero, places = np.zeros(1, np.uint32), np.arange(_CHUNK, dtype=np.uint32)
