@@ -33,6 +33,7 @@ from jaxadapt import (
 )
 from jaxadapt import plan as plans
 from jaxadapt.adapter import Adapter, PeftTensors
+from jaxadapt.codecs.safetensors import TensorFile
 from jaxadapt.configs import Config
 from jaxadapt.errors import AdapterError, AttachError, ConfigError, MismatchError
 from jaxadapt.keymap import PEFT_PREFIX, KeyMap
@@ -243,6 +244,10 @@ def decoded(
         )
     try:
         keys = [key.removeprefix(PEFT_PREFIX) for key in tensors.tensors]
+        planning.check_target(target)
+        spread = shardings is not None or any(place is not None for place in planning.placement(target).values())
+        if isinstance(tensors.tensors, TensorFile) and not spread:
+            tensors.tensors.read_ahead()  # it all goes to one device, and reading need not wait for planning
         if per_expert.possible(keys):
             keymap = planning.table_of(target, keymap, keys)
             tensors = per_expert.fused(tensors, keymap, on_shared, "load or from_peft")
@@ -269,10 +274,8 @@ def decoded(
         shapes = {key: shape for key, shape in shapes.items() if key not in of_base}
     plan.check(shapes, tensors.source, odd, recipe.keymap.name)
     if dtype is None and np.dtype("float64") in dtypes.values() and jnp.zeros(0, float).dtype != "float64":
-        warnings.warn(
-            f"{tensors.source}: float64 tensors become float32, since jax_enable_x64 is off", stacklevel=3
-        )
-    where = places(shardings, target, bounds)
+        warnings.warn(f"{tensors.source}: float64 tensors become float32, since jax_enable_x64 is off", stacklevel=3)
+    where = places(shardings, target, bounds) if spread else {}
     copied = {key for b in bounds if b.method.copies for e in b.entries for key in e.keys}
     wide = {key: d if key in copied else kind(d, asked) for key, d in dtypes.items()}
     leaves = transfer.arrays(plan, tensors.tensors, wide, dtype, where, report)
@@ -298,5 +301,4 @@ def places(shardings: Any, target: Any, bounds: Sequence[bind.Bound]) -> dict[st
     """`{path: sharding}`: what was asked for, else what follows from the base."""
     if shardings is not None:
         return sharding.asked(shardings.params if isinstance(shardings, Adapter) else shardings, bounds)
-    base = target["params"] if isinstance(target, Mapping) and "params" in target else target
-    return sharding.for_adapter(bounds, planning.placement(base))
+    return sharding.for_adapter(bounds, planning.placement(target))

@@ -84,9 +84,7 @@ def _refuse_qwix(model: Any, error: TargetError) -> None:
         ) from error
 
 
-def on_tree(
-    params: Any, config: Config, keymap: KeyMap | str | None
-) -> tuple[Recipe, tuple[bind.Bound, ...]]:
+def on_tree(params: Any, config: Config, keymap: KeyMap | str | None) -> tuple[Recipe, tuple[bind.Bound, ...]]:
     """The recipe and sites of a configuration on a tree of base parameters."""
     shapes = tree_shapes(params)
     table = families.resolve(keymap, shapes)
@@ -96,10 +94,11 @@ def on_tree(
     return Recipe(config, bind.tabled(table, bounds), len(bounds)), bounds
 
 
-def placement(base: Any) -> dict[str, Any]:
-    """`{leaf: sharding}` of an NNX model or a tree of base parameters; None where a leaf has none to follow."""
-    if isinstance(base, nnx.nnx.Module):
-        return nnx.placement(nnx.base_leaves(base))
+def placement(tree: Any) -> dict[str, Any]:
+    """`{leaf: sharding}` of the base parameters, as `base_of` has them; None where a leaf has none to follow."""
+    if isinstance(tree, nnx.nnx.Module):
+        return nnx.placement(nnx.base_leaves(tree))
+    base = _params(tree)
     return linen_tree.placement(nnx.nnx.to_pure_dict(base) if isinstance(base, nnx.nnx.State) else base)
 
 
@@ -144,22 +143,23 @@ def on_target(
     return on_tree(_params(target), config, table)
 
 
+def check_target(target: Any) -> None:
+    """Raise `AttachError` for what holds no base parameters."""
+    if isinstance(target, linen.Adapted | linen.nn.Module):
+        raise AttachError("a Linen module holds no parameters; give the variables, {'params': …}, as the target")
+    if not isinstance(target, nnx.nnx.Module | nnx.nnx.State | Mapping):
+        raise AttachError(f"expected an NNX model or Linen variables as the target, found {type(target).__name__}")
+
+
 def table_of(target: Any, keymap: KeyMap | str | None, keys: Sequence[str]) -> KeyMap:
     """The table of `target`, spelt as a file's `keys` are (without PEFT's prefix)."""
-    if isinstance(target, linen.Adapted | linen.nn.Module):
-        raise AttachError(
-            "a Linen module holds no parameters; give the variables, {'params': …}, as the target"
-        )
+    check_target(target)
     if isinstance(target, nnx.nnx.Module):
         known = [v for by_path in nnx.variables(target).values() for v in by_path.values()]
         if known and keymap is None:
             keymap = known[0].get_metadata()["adapter"].recipe.keymap
         shapes = nnx_survey.base_shapes(nnx.base_leaves(target))
         return families.resolve(keymap, shapes).spelt_as(keys, shapes)
-    if not isinstance(target, Mapping | nnx.nnx.State):
-        raise AttachError(
-            f"expected an NNX model or Linen variables as the target, found {type(target).__name__}"
-        )
     if keymap is None:
         keymap = _attached_table(target)
     shapes = tree_shapes(_params(target))

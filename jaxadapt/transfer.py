@@ -74,8 +74,15 @@ def arrays(
     jobs = list(_jobs(plan, tensors, held, wanted))
     sizes = {path: sum(map(sharding.size, boxes)) * wanted[path].itemsize for path, boxes in held.items()}
     more = counting(report, what, sum(sizes.values()))
+    ahead = {e.path for e in plan.entries if _is_ahead(e, tensors, held[e.path], wanted[e.path])}
+
+    def make(job: Sequence[Entry]) -> dict[str, list[np.ndarray]]:
+        ready = {e.path: [tensors[e.keys[0]].reshape(e.shape)] for e in job if e.path in ahead}
+        return ready | _make([e for e in job if e.path not in ahead], tensors, held, wanted)
+
     with ThreadPoolExecutor(max(1, min(_THREADS, len(jobs)))) as pool:
-        for job, made in zip(jobs, pool.map(lambda job: _make(job, tensors, held, wanted), jobs), strict=True):
+        # What is read ahead as it shall lie takes no time worth a thread's start.
+        for job, made in zip(jobs, (map if len(ahead) == len(out) else pool.map)(make, jobs), strict=True):
             out |= _handed_over(job, made, held, where, wanted)
             more(sum(sizes[entry.path] for entry in job))
     return out
@@ -135,6 +142,8 @@ def _make(
     job: Sequence[Entry], tensors: Mapping[str, Any], held: Held, dtypes: Mapping[str, np.dtype]
 ) -> dict[str, list[np.ndarray]]:
     """The parts of each leaf that are needed here, in the order of `held`."""
+    if not job:
+        return {}
     made = _allocated(job, held, dtypes)
     scratch: np.ndarray | None = None
     if isinstance(tensors, TensorFile | Shards):
@@ -156,6 +165,16 @@ def _make(
                     if both is not None:
                         _copy(places[box][sharding.within(both, box)], part[sharding.within(both, piece.region)])
     return made
+
+
+def _is_ahead(entry: Entry, tensors: Mapping[str, Any], held: Sequence[Box], dtype: np.dtype) -> bool:
+    """Whether a leaf is a tensor that is read ahead, as it lies in memory."""
+    key, box = entry.keys[0], sharding.whole(entry.shape)
+    if not isinstance(tensors, TensorFile) or entry.keys[1:] or not tensors.is_ahead(key):
+        return False
+    pieces = sharding.pieces(entry.form, box)
+    as_it_lies = len(pieces) == 1 and pieces[0].plain and list(pieces[0].order) == sorted(pieces[0].order)
+    return as_it_lies and list(held) == [box] and tensors.spec(key).dtype == dtype
 
 
 def _read(tensors: Mapping[str, Any], key: str, piece: Piece, place: np.ndarray) -> bool:

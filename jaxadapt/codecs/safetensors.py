@@ -27,6 +27,8 @@ from jaxadapt.codecs.header import (
 from jaxadapt.errors import FileError, FormatError, MismatchError
 
 if TYPE_CHECKING:
+    from concurrent.futures import Executor, Future
+
     import numpy as np
     import numpy.typing as npt
 
@@ -163,6 +165,8 @@ class TensorFile(Mapping[str, "np.ndarray"]):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Raises what `read_header` raises."""
         self._source = _open(path)
+        self._pool: Executor | None = None
+        self._ahead: dict[str, Future[dict[str, np.ndarray]]] = {}
         self.path = self._source.path
         try:
             self.header = _header_of(self._source)
@@ -183,7 +187,12 @@ class TensorFile(Mapping[str, "np.ndarray"]):
         return self.read_into(key, None)
 
     def read_into(self, key: str, memory: np.ndarray | None) -> np.ndarray:
-        """`self[key]` in the first bytes of `memory` (uint8, aligned for the dtype); in new memory if None."""
+        """`self[key]` in the first bytes of `memory` (uint8, aligned for the dtype); in new memory if None.
+
+        What was read ahead is handed out where it is.
+        """
+        if (ahead := self._ahead.pop(key, None)) is not None:
+            return ahead.result()[key]
         info, dtype = self._find(key)
         data = files.aligned(info.nbytes) if memory is None else memory[: info.nbytes]
         self._source.read_into([(f"tensor {key!r}", data.data)], self.header.data_start + info.start)
@@ -237,24 +246,13 @@ class TensorFile(Mapping[str, "np.ndarray"]):
 
         return runs.read_box(read_at, info.shape if shape is None else shape, dtype, slices)
 
-    def read_many(
-        self, keys: Iterable[str], progress: Callable[[int], None] | None = None
-    ) -> dict[str, np.ndarray]:
+    def read_many(self, keys: Iterable[str], progress: Callable[[int], None] | None = None) -> dict[str, np.ndarray]:
         """The tensors of `keys`, faster than one by one.
 
         Neighbours share one allocation (of about 32 MB at most), which lives as long as one of them. `progress` is
         called with the number of bytes read since its last call.
         """
-        order = sorted(set(keys), key=lambda key: self.header.tensors[key][2:])
-        groups: list[list[str]] = []
-        size, stop = 0, -1
-        for key in order:
-            info = self.header.tensors[key]
-            if info.start != stop or size + info.nbytes > _GROUP:
-                groups.append([])
-                size = 0
-            groups[-1].append(key)
-            size, stop = size + info.nbytes, info.stop
+        groups = self._groups(keys, _GROUP)
         out: dict[str, np.ndarray] = {}
         with contextlib.ExitStack() as stack:
             made: Iterable[dict[str, np.ndarray]] = map(self._read_group, groups)
@@ -270,6 +268,38 @@ class TensorFile(Mapping[str, "np.ndarray"]):
                     progress(sum(map(self.nbytes, group)))
         return out
 
+    def _groups(self, keys: Iterable[str], most: int) -> list[list[str]]:
+        """Neighbours in the file, of about `most` bytes in all."""
+        groups: list[list[str]] = []
+        size, stop = 0, -1
+        for key in sorted(set(keys), key=lambda key: self.header.tensors[key][2:]):
+            info = self.header.tensors[key]
+            if info.start != stop or size + info.nbytes > most:
+                groups.append([])
+                size = 0
+            groups[-1].append(key)
+            size, stop = size + info.nbytes, info.stop
+        return groups
+
+    def read_ahead(self) -> None:
+        """Begin to read every tensor, in the background: `read_into` then hands out what was read.
+
+        Of a large file nothing: reading it takes so long that little is won, and its tensors need not all be in memory.
+        """
+        threads = min(4, os.cpu_count() or 1)
+        total = sum(map(self.nbytes, self))
+        if 0 < total <= threads * _GROUP:
+            from concurrent.futures import ThreadPoolExecutor
+
+            self._pool = ThreadPoolExecutor(threads)
+            for group in self._groups(self, -(-total // threads)):  # few: between two it waits for Python's lock
+                read = self._pool.submit(self._read_group, group)
+                self._ahead |= dict.fromkeys(group, read)
+
+    def is_ahead(self, key: str) -> bool:
+        """Whether a tensor is being read, or was, and nobody asked for it yet: whoever asks first owns its memory."""
+        return key in self._ahead
+
     def _read_group(self, keys: Sequence[str]) -> dict[str, np.ndarray]:
         """Neighbours in the file, in order, with one call and one allocation; each is 64-byte aligned."""
         found = [self._find(key) for key in keys]
@@ -284,6 +314,8 @@ class TensorFile(Mapping[str, "np.ndarray"]):
         }
 
     def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
         self._source.close()
 
     def __enter__(self) -> TensorFile:

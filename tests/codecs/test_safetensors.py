@@ -269,6 +269,40 @@ def test_truncated_while_open(tmp_path: Path) -> None:
                 read()
 
 
+def test_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {f"{key}": filled((3, 5 + key), np.dtype("f2"), key) for key in range(9)} | {
+        "empty": np.zeros((0, 2), "f4")
+    }
+    save(tmp_path / "f", tensors)
+    with codec.open_tensors(tmp_path / "f") as file:
+        assert not file.is_ahead("3")
+        file.read_ahead()
+        assert all(map(file.is_ahead, tensors))
+        memory = np.zeros(64, np.uint8)
+        first = file.read_into("3", memory)
+        assert same(first, tensors["3"])
+        assert not np.shares_memory(first, memory)
+        assert first.ctypes.data % 64 == 0
+        assert not file.is_ahead("3")
+        again = file.read_into("3", memory)  # its owner may have changed it
+        assert same(again, tensors["3"])
+        assert np.shares_memory(again, memory)
+        assert all(same(file[key], value) for key, value in tensors.items())
+    monkeypatch.setattr(codec, "_GROUP", 10)
+    with codec.open_tensors(tmp_path / "f") as file:
+        file.read_ahead()
+        assert not any(map(file.is_ahead, tensors))  # too large
+
+
+def test_truncated_while_reading_ahead(tmp_path: Path) -> None:
+    save(tmp_path / "f", {"a": np.zeros(10, "f4"), "b": np.zeros(10, "f4")})
+    with codec.open_tensors(tmp_path / "f") as file:
+        os.truncate(tmp_path / "f", file.header.size - 1)
+        file.read_ahead()
+        with pytest.raises(FormatError, match="'b': expected .* truncated"):
+            file["b"]
+
+
 SLICED: list[tuple[int, ...]] = [(), (7,), (37, 5), (3, 0), (4, 9, 3000), (5, 33, 2)]
 bound = st.none() | st.integers(-40, 40)
 any_slice = st.builds(slice, bound, bound, st.sampled_from([None, 1, 1, 2, 7, -1, -3]))
