@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from jaxadapt.nnx import AdapterParam, BaseParam
     from jaxadapt.originals import for_original_base
     from jaxadapt.peft_tensors import PeftTensors
+    from jaxadapt.plain import plain_lora
     from jaxadapt.quantizing import dequantize, from_qwix, quantize
     from jaxadapt.reducing import resize_rank, to_lora
     from jaxadapt.report import summary
@@ -77,6 +78,7 @@ _HOME = {
         "merging": "merge unmerge",
         "combining": "combine",
         "reducing": "resize_rank to_lora",
+        "plain": "plain_lora",
         "quantizing": "quantize dequantize from_qwix",
         "rescaling": "rescale",
         "exchange": "to_peft from_peft",
@@ -131,6 +133,7 @@ __all__ = [
     "inspect",
     "load",
     "merge",
+    "plain_lora",
     "pull",
     "push",
     "quantize",

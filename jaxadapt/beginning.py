@@ -16,6 +16,7 @@ from jaxadapt.adapter import Adapter, Recipe
 from jaxadapt.configs import LoraConfig
 from jaxadapt.errors import AttachError, ConfigError, MismatchError
 from jaxadapt.factors import Factors
+from jaxadapt.methods import kasa
 
 Array = Any
 Rows = list[Factors]
@@ -24,17 +25,11 @@ Rows = list[Factors]
 def kind_of(config: LoraConfig) -> str:
     """The initialisation, "" for those that need nothing but random numbers."""
     init = config.init_lora_weights
+    if config.kasa_config is not None:
+        return "kasa"
     if not isinstance(init, str) or init.lower() == "gaussian":
         return ""
-    kind = "pissa_niter" if init.startswith("pissa_niter_") else init.lower()
-    if kind not in ("pissa", "pissa_niter", "olora", "orthogonal", "eva", "corda", "lora_ga", "loftq"):
-        raise ConfigError(f"init_lora_weights={init!r} {_NOT_HERE[kind]}")
-    return kind
-
-
-_NOT_HERE = {
-    "mica": "trains A alone and keeps B from changing, which is not built here",
-}
+    return "pissa_niter" if init.startswith("pissa_niter_") else init.lower()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +45,12 @@ class Beginning:
     def __post_init__(self) -> None:
         problems: list[str] = []
         for b in self.bounds if self.kind else ():
-            if not b.method.replaces and self.kind != "lora_ga" and not _has_matrices(b):
+            if not b.method.replaces and self.kind != "lora_ga" and not self._has_matrices(b):
                 problems.append(f"{b.leaf}: PEFT begins embeddings, convolutions and the like in no such way")
         problems += [f"{b.leaf}: {why}" for b in self.pairs if self.kind for why in self._obstacles(b)]
         if problems:
-            init = getattr(self.recipe.config, "init_lora_weights", None)
-            raise ConfigError(f"init_lora_weights={init!r} is not to be had here:\n" + paths.listing(problems))
+            what = products.beginning_of(self.recipe.config)
+            raise ConfigError(f"{what} is not to be had here:\n" + paths.listing(problems))
 
     def _obstacles(self, b: bind.Bound) -> list[str]:
         r, leaf = _rank(b), self.weights[b.leaf]
@@ -66,7 +61,7 @@ class Beginning:
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             return [f"its values are of dtype {leaf.dtype}"]
         outs, inns = products.sizes(b)
-        most = min(outs, inns) // (2 if self.kind == "lora_ga" else 1)
+        most = min(outs, inns) // (2 if self.kind == "lora_ga" else 1) - (self.kind == "kasa")
         if self.kind == "orthogonal":
             return [f"the rank has to be even, and is {r}"] if r % 2 else []
         if self.kind in ("olora", "loftq") and b.site.weight.fan_in_fan_out:
@@ -76,7 +71,11 @@ class Beginning:
     @property
     def pairs(self) -> list[bind.Bound]:
         """The sites whose A and B are more than random numbers, with these two alone."""
-        return [_pair(b) for b in self.bounds if _has_matrices(b)]
+        return [_pair(b) for b in self.bounds if self._has_matrices(b)]
+
+    def _has_matrices(self, b: bind.Bound) -> bool:
+        kinds = ("linear", "embedding") if self.kind == "mica" else ("linear",)
+        return not b.method.replaces and b.site.weight.kind in kinds and products.is_pair(_pair(b))
 
     def matrices(self, b: bind.Bound) -> Array:
         """The weights of a site, (modules, out, in) in float32."""
@@ -86,8 +85,13 @@ class Beginning:
         return jax.random.split(jax.random.fold_in(self.key, zlib.crc32(b.leaf.encode())), count)
 
     def rows(self, b: bind.Bound) -> Rows:
-        """The factors that need the weights alone."""
+        """The factors that need the weights alone; none where they are but random numbers."""
+        if self.kind == "kasa":
+            return []
         w, r, s = self.matrices(b), _rank(b), b.static.scale
+        if self.kind == "mica":
+            made = (factors.mica(one, r) for one in w)
+            return [Factors(f.a, f.b.astype(self.weights[b.leaf].dtype)) for f in made]
         if self.kind == "pissa":
             return [factors.pissa(one, r, s) for one in w]
         if self.kind == "olora":
@@ -156,10 +160,12 @@ class Beginning:
     ) -> tuple[Adapter, dict[str, Any]]:
         """The adapter with these factors at its sites, and the base weights that it changes."""
         config: Any = self.recipe.config
-        plain = config.replace(init_lora_weights=True if self.kind else config.init_lora_weights)
+        plain = config.replace(
+            init_lora_weights=True if self.kind not in ("", "kasa") else config.init_lora_weights, kasa_config=None
+        )
         key = jax.random.key(0) if self.key is None else self.key  # (then everything drawn is replaced below)
         values = initial.fresh(plain, self.bounds, key, dtype, base=self.weights, where=where)
-        mine = [b for b in self.pairs if b.leaf in made]
+        mine = [b for b in self.pairs if made.get(b.leaf)]
         new: dict[str, Array] = {}
         for b in mine:
             a, bb = (jnp.stack([getattr(f, side) for f in made[b.leaf]]) for side in "ab")
@@ -171,13 +177,18 @@ class Beginning:
             for b in mine:
                 leaf, rows = self.weights[b.leaf], jnp.stack([jnp.asarray(f.left) for f in made[b.leaf]])
                 base[b.leaf] = products.with_rows(self.recipe.keymap, b, leaf, rows).astype(leaf.dtype)
+        elif self.kind == "kasa":
+            for b in self.pairs:
+                rows = jnp.stack([factors.truncated(w, _rank(b)) for w in self.matrices(b)])
+                leaf = self.weights[b.leaf]
+                base[b.leaf] = products.with_rows(self.recipe.keymap, b, leaf, rows).astype(leaf.dtype)
         elif products.changes_the_base(config):
             pairs = paths.unflatten({p: values[p] for p in new})
             taken = Adapter(plain.replace(use_dora=False), pairs, self.recipe.keymap)
             with jax.default_matmul_precision("highest"):
                 changes = merging.changes(self.weights, taken, merging.unweight, lambda a, x: x)
                 base = {leaf: changed.value() for leaf, changed in changes.items()}
-        for b in (b for b in self.bounds if b.leaf in made):
+        for b in (b for b in self.bounds if made.get(b.leaf)):
             derived = [t.name for t in b.tensors if t.from_base]  # the magnitudes of DoRA, of what they start from
             if derived:
                 pair = {t.name: values[paths.join(b.leaf, t.name)] for t in b.tensors if not t.from_base}
@@ -190,14 +201,11 @@ class Beginning:
 
 
 def _pair(b: bind.Bound) -> bind.Bound:
-    """A site without what follows from A, B and the base (DoRA's magnitudes)."""
-    kept = [(t, e) for t, e in zip(b.tensors, b.entries, strict=True) if not t.from_base]
+    """A site's A and B, without what follows from them and the base (DoRA's magnitudes) or is but drawn (KaSA's)."""
+    both = zip(b.tensors, b.entries, strict=True)
+    kept = [(t, e) for t, e in both if not t.from_base and t.name not in (kasa.DIAGONAL, "lora_B_bias")]
     tensors, entries = zip(*kept, strict=True) if kept else ((), ())
     return dataclasses.replace(b, tensors=tensors, entries=entries)
-
-
-def _has_matrices(b: bind.Bound) -> bool:
-    return not b.method.replaces and b.site.weight.kind == "linear" and products.is_pair(_pair(b))
 
 
 def _rank(b: bind.Bound) -> int:

@@ -159,7 +159,7 @@ def _check(
         if isinstance(adapter, Adapter):
             why = products.not_a_product(adapter.config)
             if isinstance(adapter.config, LoraConfig) and products.changes_the_base(adapter.config):
-                why.append(f"init_lora_weights={adapter.config.init_lora_weights!r}: it belongs to a base of its own")
+                why.append(f"{products.beginning_of(adapter.config)}: it belongs to a base of its own")
             problems += [f"adapter {i}: {reason}" for reason in why]
         else:
             what = type(adapter).__name__

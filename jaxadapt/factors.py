@@ -47,6 +47,20 @@ def pissa_fast(w: Array, r: int, s: float, steps: int, omega: Array) -> Factors:
 
 
 @_static("r")
+def mica(w: Array, r: int) -> Factors:
+    """A is zero, and B the left singular vectors of the r smallest singular values of W (arXiv:2604.01694)."""
+    u = jnp.linalg.svd(w, full_matrices=False)[0]
+    return Factors(jnp.zeros((r, w.shape[1])), u[:, -r:])
+
+
+@_static("r")
+def truncated(w: Array, r: int) -> Array:
+    """W without its r smallest singular values: the base of KaSA (arXiv:2412.06071)."""
+    u, sigma, vh = jnp.linalg.svd(w, full_matrices=False)
+    return (u[:, :-r] * sigma[None, :-r]) @ vh[:-r]
+
+
+@_static("r")
 def olora(w: Array, r: int) -> Factors:
     """The first columns of Q and rows of R in W = Q·R (arXiv:2406.01775)."""
     q, upper = jnp.linalg.qr(w)

@@ -103,6 +103,8 @@ def _lora(config: Config, module: str, arrays: Mapping[str, np.ndarray]) -> Norm
         return None
     a, b = arrays[f"{kind}_A"], arrays[f"{kind}_B"]
     a, b = a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1)
+    if "lora_diag" in arrays:
+        a = arrays["lora_diag"][:, None] * a  # KaSA
     r = a.shape[0]
     if b.shape[1] != r:
         return None  # of a grouped convolution, or of experts

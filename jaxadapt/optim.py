@@ -44,7 +44,7 @@ class _Leaf:
     def role(self) -> str:
         if self.bound.method.copies:
             return "bias" if self.bound.leaf.rpartition(".")[2] == "bias" else "copy"
-        return self.bound.method.roles.get(self.tensor, "other")
+        return self.bound.method.role(self.bound.static, self.tensor)
 
     @property
     def decays(self) -> bool:
@@ -113,7 +113,7 @@ def roles(tree: Any) -> Any:
     """What each parameter is, as a tree of labels for `optax.multi_transform`.
 
     "A" and "B" are LoRA's matrices, "embedding" those of an adapted embedding, "bias" a trained bias, "vector" IA3's
-    and DoRA's vectors, "copy" a weight trained in full, "other" the rest.
+    and DoRA's vectors (and KaSA's), "copy" a weight trained in full, "frozen" MiCA's B, "other" the rest.
 
     >>> import jax, jaxadapt
     >>> base = {"q": {"kernel": jax.ShapeDtypeStruct((4, 6), "float32")}}
@@ -159,13 +159,14 @@ def lora_plus(
     """
     if ratio <= 0:
         raise ConfigError(f"ratio: expected a positive number, found {ratio!r}")
-    group = {"A": "A", "copy": "A", "other": "A", "embedding": "embedding"}
+    group = {"A": "A", "copy": "A", "other": "A", "embedding": "embedding", "frozen": "frozen"}
     labels = _map(lambda leaf: group.get(leaf.role, "B") + ("" if leaf.decays else " plain"), tree)
     rates = {"A": learning_rate, "embedding": embedding_learning_rate, "B": _times(learning_rate, ratio)}
     each: dict[Any, optax.GradientTransformation] = {
         name: make(rate, weight_decay=weight_decay) for name, rate in rates.items()
     }
     each |= {f"{name} plain": make(rate, weight_decay=0.0) for name, rate in rates.items()}
+    each["frozen plain"] = optax.set_to_zero()
     return optax.multi_transform(each, labels)
 
 
@@ -205,7 +206,7 @@ def lora_fa(tree: Any, inner: optax.GradientTransformation) -> optax.GradientTra
     state for it. As PEFT's `create_lorafa_optimizer`, with each site's own scale, and in float32 (PEFT's goes through
     bfloat16). Other parameters are `inner`'s as they are.
 
-    Raises `ConfigError` for LoRA on embeddings and convolutions, and for DoRA.
+    Raises `ConfigError` for LoRA on embeddings and convolutions, for DoRA and KaSA, and for MiCA, which freezes B.
     """
     leaves = _leaves(tree)
     flat, structure = jax.tree.flatten(leaves, is_leaf=lambda x: isinstance(x, _Leaf))
@@ -214,6 +215,7 @@ def lora_fa(tree: Any, inner: optax.GradientTransformation) -> optax.GradientTra
         where.setdefault((leaf.adapter, leaf.bound.leaf), {})[leaf.tensor] = i
     sites = {key: at for key, at in where.items() if {flat[i].role for i in at.values()} & {"A", "B", "embedding"}}
     odd = [f"{name}: {leaf} {sorted(at)}" for (name, leaf), at in sites.items() if set(at) != {"lora_A", "lora_B"}]
+    odd += [f"{leaf.adapter}: {leaf.bound.leaf}: its B is frozen" for leaf in flat if leaf.role == "frozen"]
     odd = odd or [
         f"{name}: {leaf}" for (name, leaf), at in sites.items() if not products.is_pair(flat[at["lora_A"]].bound)
     ]

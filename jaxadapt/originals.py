@@ -93,7 +93,7 @@ def residual(recipe: Recipe, bounds: Sequence[bind.Bound], weights: Mapping[str,
     }.get(kind)
     if why is not None:
         raise ConfigError(
-            f"init_lora_weights={config.init_lora_weights!r}: what it took out of the base weights depends on {why}"
+            f"{products.beginning_of(config)}: what it took out of the base weights depends on {why}"
             " (and PEFT's own load does not find them either). Load onto the base that was left, with"
             " base='changed', or convert the adapter where it was trained: for_original_base, in PEFT"
             " path_initial_model_for_weight_conversion"

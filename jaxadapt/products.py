@@ -38,23 +38,31 @@ CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def changes_the_base(config: Config) -> bool:
-    """Whether a configuration's initialisation takes something out of the base weights."""
+    """Whether an adapter of this configuration takes something out of the base weights as it begins."""
     init = config.get("init_lora_weights")
-    return isinstance(init, str) and init.lower().startswith(CHANGES_THE_BASE)
+    begins = isinstance(init, str) and init.lower().startswith(CHANGES_THE_BASE)
+    return begins or config.get("kasa_config") is not None
+
+
+def beginning_of(config: Config) -> str:
+    """The field that says how an adapter begins, for messages."""
+    if config.get("kasa_config") is not None:
+        return "kasa_config"
+    return f"init_lora_weights={config.get('init_lora_weights')!r}"
 
 
 def need_plain(config: Config, source: str, way_out: str = "") -> None:
     """Raise `ConfigError` where an adapter belongs to a base that its initialisation changed."""
     if changes_the_base(config):
         raise ConfigError(
-            f"{source}: init_lora_weights={config.get('init_lora_weights')!r}: this adapter belongs to a base from"
-            f" which its initialisation took a part, and is another one on the original{way_out or '; ' + _CONVERT}"
+            f"{source}: {beginning_of(config)}: this adapter belongs to a base from which its initialisation took a"
+            f" part, and is another one on the original{way_out or '; ' + _CONVERT}"
         )
 
 
 _CONVERT = (
     "convert it where it was trained (jaxadapt.for_original_base; in PEFT save_pretrained with"
-    " path_initial_model_for_weight_conversion)"
+    " path_initial_model_for_weight_conversion), or merge it there, which is KaSA's only way"
 )
 
 

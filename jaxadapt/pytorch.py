@@ -14,7 +14,7 @@ from jaxadapt.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.weight import Weight
 
 _TENSOR = re.compile(
-    r"(?P<module>.+)\.(?P<name>lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|ia3_l)(?:\.weight|\.bias)?"
+    r"(?P<module>.+)\.(?P<name>lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|lora_diag|ia3_l)(?:\.weight|\.bias)?"
 )
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -57,16 +57,18 @@ def start(
 ) -> Started:
     """Begin a LoRA adapter as `init_lora_weights` says, whatever that needs, as PEFT 0.21.2 does.
 
-    Together, adapter and base compute what the base did before (with "loftq" nearly). Which base that is:
+    Together, adapter and base compute what the base did before (with "loftq" and KaSA nearly). Which base that is:
 
     | `init_lora_weights` | the base | needs |
     |---|---|---|
     | true, "gaussian", "orthogonal", "eva" | stays | `key`; "eva": `batches` |
+    | "mica" (B is never trained then) | stays | |
     | "pissa", "olora" | W − s·B·A | |
     | "pissa_niter_4" (any number) | W − s·B·A | `key` |
     | "loftq" | W in 4 or 8 bits, dense (`quantize` then holds it as it is) | |
     | "corda" | W − s·B·A | `batches` |
     | "lora_ga" | W − s·B·A | `gradients`, `key` |
+    | any of the first two, with `kasa_config` | W without its r smallest singular values | `key` |
 
     Args:
         base: nested mappings of base parameters (a new tree is returned), or an NNX model (changed in place; the
@@ -103,11 +105,11 @@ def start(
     given = {"batches": (batches, _FROM_DATA), "gradients": (gradients, ("lora_ga",)), "mask": (mask, ("eva",))}
     idle = [what for what, (value, kinds) in given.items() if value is not None and kind not in kinds]
     lost = [what for what, (value, kinds) in given.items() if value is None and kind in kinds and what != "mask"]
-    if key is None and kind in ("", "pissa_niter", "orthogonal", "lora_ga"):
+    if key is None and kind in ("", "pissa_niter", "orthogonal", "lora_ga", "kasa"):
         lost.append("key")
     if idle or lost:
         problems = [f"{what} has no effect" for what in idle] + [f"{what} is needed" for what in lost]
-        raise AttachError(f"init_lora_weights={config.init_lora_weights!r}: " + ", ".join(problems))
+        raise AttachError(f"{products.beginning_of(config)}: " + ", ".join(problems))
 
     def plan(config: LoraConfig) -> tuple[Recipe, tuple[bind.Bound, ...]]:
         if is_model:

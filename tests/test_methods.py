@@ -345,7 +345,6 @@ ASKED = {
     "alora_invocation_tokens": [1],
     "use_bdlora": {"nblocks": 2},
     "arrow_config": {"arrow_top_k": 2},
-    "kasa_config": {"beta": 1},
     "velora_config": {"num_groups": 2},
     "monteclora_config": {"n": 2},
     "megatron_config": {"tensor_model_parallel_size": 1},
@@ -374,9 +373,9 @@ def test_a_field_of_peft_0_2_is_refused_too():
 def test_all_refused_fields_stand_in_one_error():
     with pytest.raises(ConfigError) as caught:
         methods.of(
-            config_of("LORA", ["q"], kasa_config={"beta": 1}, use_qalora=True)
+            config_of("LORA", ["q"], arrow_config={"top_k": 1}, use_qalora=True)
         )
-    for part in ("kasa_config=", "use_qalora="):
+    for part in ("arrow_config=", "use_qalora="):
         assert part in str(caught.value)
 
 
@@ -386,7 +385,7 @@ def test_every_field_of_lora_is_honoured_refused_or_known_to_be_without_effect()
         "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern",
         "use_rslora", "init_lora_weights", "layers_to_transform", "layers_pattern", "fan_in_fan_out",
         "modules_to_save", "bias", "use_dora", "lora_bias", "trainable_token_indices",
-        "ensure_weight_tying", "layer_replication", "target_parameters",
+        "ensure_weight_tying", "layer_replication", "target_parameters", "kasa_config",
     }  # fmt: skip
     # Of use to PEFT only where init_lora_weights (or use_qalora, megatron_config) asks for them, or bookkeeping.
     idle = {

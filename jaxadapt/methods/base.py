@@ -134,6 +134,10 @@ class Method(abc.ABC):
         """The layer's bias with the adapter's own in it (or out of it again, with sign -1)."""
         return bias
 
+    def role(self, static: Any, tensor: str) -> str:
+        """What one of its tensors is in training (`optim.roles`)."""
+        return self.roles.get(tensor, "other")
+
     def dropout(self, static: Any) -> float:
         """The dropout rate of the site; 0 for methods that have none."""
         return 0.0

@@ -20,13 +20,15 @@ import math
 from collections.abc import Callable, Sequence
 from types import MappingProxyType
 
+import jax
+
 from jaxadapt import targets
 from jaxadapt.axes import Axes, Operation, Use
 from jaxadapt.configs import Config, LoraConfig
 from jaxadapt.drawing import Draw
 from jaxadapt.errors import AttachError, ConfigError
 from jaxadapt.keymap import Site
-from jaxadapt.methods import dora, lowrank
+from jaxadapt.methods import dora, kasa, lowrank
 from jaxadapt.methods.base import Array, Drop, Method, Params, one_value
 from jaxadapt.weight import Tensor
 
@@ -36,7 +38,7 @@ class Static:
     """What the arithmetic of one site needs: the scale s, the dropout rate, and which kind of LoRA it is.
 
     `kind` is the weight's, where it is no plain matrix; `tied` says that a table of tokens is adapted in both its
-    uses, as head too.
+    uses, as head too; `frozen` that B is never trained (MiCA, arXiv:2604.01694).
     """
 
     scale: float
@@ -46,6 +48,7 @@ class Static:
     dora: bool = False
     bias: bool = False
     tied: bool = False
+    frozen: bool = False
 
 
 class Lora(Method):
@@ -60,6 +63,7 @@ class Lora(Method):
             "lora_B": "B",
             "lora_B_bias": "bias",
             "lora_magnitude_vector": "vector",
+            "lora_diag": "vector",
             "lora_embedding_A": "embedding",
             "lora_embedding_B": "embedding",
         }
@@ -107,6 +111,8 @@ class Lora(Method):
         ]
         if config.lora_bias:
             found.append(Tensor("lora_B_bias", ".lora_B.bias", ("batch", "out"), (("out",),), degree=1))
+        if config.kasa_config is not None:
+            found.append(kasa.tensor(r))
         return (*found, dora.tensor(site)) if config.use_dora else tuple(found)
 
     def static(self, config: LoraConfig, site: Site, modules: Sequence[str]) -> Static:
@@ -120,7 +126,11 @@ class Lora(Method):
             config.use_dora,
             config.lora_bias,
             kind == "embedding" and config.ensure_weight_tying,
+            str(config.init_lora_weights).lower() == "mica",
         )
+
+    def role(self, static: Static, tensor: str) -> str:
+        return "frozen" if static.frozen and tensor.endswith("_B") else super().role(static, tensor)
 
     def dropout(self, static: Static) -> float:
         return static.dropout
@@ -135,9 +145,10 @@ class Lora(Method):
 
     def fresh(self, config: LoraConfig, tensor: Tensor, fan_in: int) -> Draw:
         init = config.init_lora_weights
-        if init not in (True, False, "gaussian"):
+        if init not in (True, False, "gaussian") or config.kasa_config is not None:
+            what = f"init_lora_weights={init!r}" if config.kasa_config is None else "kasa_config"
             raise ConfigError(
-                f"init_lora_weights={init!r} begins from more than random numbers (the base weights, data, gradients):"
+                f"{what} begins from more than random numbers (the base weights, data, gradients):"
                 " jaxadapt.start(config, base, …) takes what it needs, and says which base comes of it"
             )
         if init is not False and tensor.name in ("lora_B", "lora_B_bias", "lora_embedding_A"):
@@ -160,7 +171,7 @@ class Lora(Method):
         if static.kind == "embedding" and not static.tied and isinstance(use, Use):
             return y  # the head of a model with tied embeddings: in PEFT another module, and not adapted
         x = x if drop is None else drop(x)
-        delta = lowrank.delta(use, static.scale, static.groups, *_factors(params), x, y)
+        delta = lowrank.delta(use, static.scale, static.groups, *_factors(static, params), x, y)
         if static.dora:
             changed = _changed(static, params, use.axes, w)
             return dora.output(use, params[dora.MAGNITUDE], w, changed, delta, x, y, drop is not None).astype(y.dtype)
@@ -189,7 +200,7 @@ class Lora(Method):
                 "DoRA scales W + s·B·A to the length m, and its own length, which W would need, is not left in it; keep"
                 " the parameters as they were before merging"
             )
-        return lowrank.added(axes, w, -static.scale, *_factors(params)).astype(w.dtype)
+        return lowrank.added(axes, w, -static.scale, *_factors(static, params)).astype(w.dtype)
 
     def adds_bias(self, static: Static) -> bool:
         return static.bias
@@ -205,19 +216,20 @@ def scale_of(config: LoraConfig, module: str) -> float:
     return alpha / math.sqrt(r) if config.use_rslora else alpha / r
 
 
-def _factors(params: Params) -> tuple[Array, Array]:
+def _factors(static: Static, params: Params) -> tuple[Array, Array]:
     kind = "lora_embedding" if "lora_embedding_A" in params else "lora"
-    return params[f"{kind}_A"], params[f"{kind}_B"]
+    a, b = kasa.in_a(params, params[f"{kind}_A"]), params[f"{kind}_B"]
+    return a, jax.lax.stop_gradient(b) if static.frozen else b
 
 
 def _changed(static: Static, params: Params, axes: Axes, w: Array) -> Array:
     """W + s·B·A, in the dtype of the sum."""
-    return w + static.scale * lowrank.product(axes, *_factors(params))
+    return w + static.scale * lowrank.product(axes, *_factors(static, params))
 
 
 def _added(static: Static, params: Params, axes: Axes, w: Array) -> Array:
     """The same in one pass."""
-    return lowrank.added(axes, w, static.scale, *_factors(params))
+    return lowrank.added(axes, w, static.scale, *_factors(static, params))
 
 
 def _check_site(config: LoraConfig, site: Site, r: int) -> None:
@@ -241,6 +253,8 @@ def _check_site(config: LoraConfig, site: Site, r: int) -> None:
             f"{site.leaf}: {', '.join(apart)} with ensure_weight_tying: PEFT treats the lookup and the head differently"
             " there, and they are one weight; leave one of the fields out"
         )
+    if config.kasa_config is not None and (odd := kasa.problems(config, site)):
+        raise ConfigError(f"{site.leaf}: kasa_config with {', '.join(odd)}: PEFT has no such adapter")
     if kind == "embedding" and config.lora_bias:
         raise ConfigError(f"{site.leaf}: lora_bias=True is for layers with an output bias, not for embeddings")
 
@@ -250,6 +264,7 @@ def _check_parameter(config: LoraConfig, site: Site) -> None:
     odd = {
         "lora_dropout": config.lora_dropout, "fan_in_fan_out": config.fan_in_fan_out, "lora_bias": config.lora_bias,
         "use_dora": config.use_dora, "bias": config.bias if config.bias != "none" else None,
+        "kasa_config": config.kasa_config,
     }  # fmt: skip
     found = [f"{name}={value!r}" for name, value in odd.items() if value]
     if found:
@@ -259,19 +274,16 @@ def _check_parameter(config: LoraConfig, site: Site) -> None:
         )
 
 
+_PLAIN = "jaxadapt.plain_lora(jaxadapt.read(…)) makes of such a file the plain LoRA that computes the same"
 _REFUSED: dict[str, str] = {
-    "use_qalora": "PEFT has for bases quantised with GPTQ only, and none of them is a JAX model: train without it",
+    "use_qalora": f"PEFT has for bases quantised with GPTQ only, and none of them is a JAX model: {_PLAIN}"
+    " (one of another base is a plain LoRA already: use_qalora=False)",
     "alora_invocation_tokens": "adapts only the tokens behind an invocation sequence, and a layer does not see tokens:"
     " null makes it a LoRA for every token, which is another function",
-    "use_bdlora": "makes A or B block-diagonal, and PEFT does it only to spread a LoRA over devices: train without it,"
-    " or write the zeros between the blocks into a plain LoRA's file",
+    "use_bdlora": f"makes A or B block-diagonal, and PEFT does it only to spread a LoRA over devices: {_PLAIN}",
     "arrow_config": "routes every token among other adapters: load those by themselves",
-    "kasa_config": "cuts the smallest singular values off the base weights, and an adapter never changes the base here:"
-    " merge it in PEFT, and take the merged model",
-    "velora_config": "compresses activations for the backward pass: what it trained computes what plain LoRA does, so"
-    " null, without the file's lora_velora_embed, gives the same outputs",
-    "monteclora_config": "draws its factors anew in training: what it trained computes what plain LoRA does, so null,"
-    " without the file's lora_monteclora_sampler, gives the same outputs",
+    "velora_config": f"compresses activations for the backward pass, in training alone: {_PLAIN}",
+    "monteclora_config": f"draws its factors anew, in training alone: {_PLAIN}",
     "megatron_config": "is for Megatron's parallel layers: null; the base's shardings say what lies where",
     "enable_lora": "is of PEFT 0.2, for layers that hold several projections: PEFT itself drops it and computes"
     " something else",

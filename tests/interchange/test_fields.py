@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import types
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ pytest.importorskip("peft")
 
 import peft
 import torch
+from peft.tuners.lora.variants import QALoraLinearVariant
 
 import jaxadapt
 from tests import peft_harness as harness
@@ -61,7 +63,7 @@ HONOURED: dict[str, dict[str, Any]] = {
     "ensure_weight_tying": {},  # test_tied
     "layer_replication": {},  # below
 }
-ELSEWHERE = {"target_parameters", "loftq_config", "eva_config", "corda_config", "lora_ga_config"}
+ELSEWHERE = {"target_parameters", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "kasa_config"}
 """Fields that have their own tests: of experts and of initialisations."""
 
 REFUSED: dict[str, Any] = {
@@ -69,7 +71,6 @@ REFUSED: dict[str, Any] = {
     "alora_invocation_tokens": [1, 2],
     "use_bdlora": {"nblocks": 2},
     "arrow_config": {"top_k": 2},
-    "kasa_config": {"beta": 1e-4},
     "velora_config": {"num_groups": 2},
     "monteclora_config": {"num_samples": 2},
     "megatron_config": {"tensor_model_parallel_size": 1},
@@ -158,30 +159,75 @@ def test_it_is_refused_wherever_it_comes_in(field, folder):
 # ---- the ways out that the errors name --------------------------------------------------------------------------
 
 
-WAYS_OUT = {
-    "velora_config": (peft.VeloraConfig(num_groups=2, init_type="random"), "lora_velora_embed"),
-    "monteclora_config": (peft.MontecloraConfig(num_samples=2), "lora_monteclora_sampler"),
+WAYS_OUT: dict[str, list[Any]] = {
+    "velora_config": [peft.VeloraConfig(num_groups=2, init_type="random")],
+    "monteclora_config": [peft.MontecloraConfig(num_samples=2)],
+    "use_bdlora": [
+        peft.tuners.lora.config.BdLoraConfig(**{f"target_modules_bd_{side}": ["lin"]}, nblocks=nblocks)
+        for side, nblocks in (("a", 2), ("b", 4))
+    ],
 }
 
 
-@pytest.mark.parametrize("field", WAYS_OUT)
-def test_what_such_a_training_made_computes_what_plain_lora_does(field, tmp_path):
-    value, extra = WAYS_OUT[field]
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field in WAYS_OUT for value in WAYS_OUT[field]])
+def test_what_such_a_training_made_computes_what_plain_lora_does(field, value, tmp_path):
+    """And what comes of it is a plain LoRA to PEFT too."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = harness.make_peft(torch_net(), peft.LoraConfig(**fields_of({field: value})))
+        model = harness.make_peft(torch_net(), peft.LoraConfig(**fields_of({"r": 4, field: value})))
         harness.save(model, tmp_path)
     ids = EMB.input()
     with torch.no_grad():
         want = model.eval()(torch.from_numpy(ids)).numpy()
     read = jaxadapt.read(tmp_path)
-    tensors = {key: x for key, x in read.tensors.items() if extra not in key}
-    assert len(tensors) < len(read.tensors)
-    plain = jaxadapt.PeftTensors(read.config.replace(**{field: None}), tensors)
+    with pytest.raises(jaxadapt.ConfigError, match=f"{field}=.*plain_lora"):
+        jaxadapt.from_peft(read, params(), keymap=TABLE)
+    plain = jaxadapt.plain_lora(read)
+    assert plain.config == read.config.replace(**{field: None})
     adapter = jaxadapt.from_peft(plain, params(), keymap=TABLE)
     module = jaxadapt.adapt(EMB.linen(), adapter.config, keymap=TABLE)
     output = module.apply({"params": params(), **adapter.collection}, EMB.ours(ids))
     np.testing.assert_allclose(output, want, rtol=0, atol=1e-5 * abs(want).max())
+    jaxadapt.write(plain, tmp_path / "plain")
+    again = harness.load(torch_net(), tmp_path / "plain")
+    assert again.missing == again.unexpected == []
+    with torch.no_grad():
+        found = again.model(torch.from_numpy(ids)).numpy()
+    np.testing.assert_allclose(found, want, rtol=0, atol=1e-5 * abs(want).max())
+
+
+def test_qalora_is_its_formula():
+    """PEFT has it for GPTQ's layers alone, and ignores it elsewhere: its own forward pass beside the plain product."""
+    rng, size = np.random.RandomState(0), 4
+    a, b, x = (rng.standard_normal(shape).astype("float32") for shape in ((2, 2), (6, 2), (3, 5, 8)))
+    weights = {side: {"default": torch.nn.Linear(*w.shape[::-1], bias=False)} for side, w in (("A", a), ("B", b))}
+    for side, w in (("A", a), ("B", b)):
+        weights[side]["default"].weight.data = torch.from_numpy(w)
+    layer = types.SimpleNamespace(
+        lora_A=weights["A"], lora_B=weights["B"], lora_dropout={"default": torch.nn.Identity()}, in_features=8,
+        scaling={"default": 1.5}, qalora_group_size={"default": size}, training=False,
+    )  # fmt: skip
+    with torch.no_grad():
+        want = QALoraLinearVariant.forward(layer, "default", torch.from_numpy(x), torch.zeros(3, 5, 6)).numpy()
+    config = jaxadapt.LoraConfig(r=2, lora_alpha=3, target_modules=["q"], use_qalora=True, qalora_group_size=size)
+    keys = [f"base_model.model.q.lora_{side}.weight" for side in "AB"]
+    plain = jaxadapt.plain_lora(jaxadapt.PeftTensors(config, dict(zip(keys, (a, b), strict=True))))
+    base = {"q": {"kernel": np.zeros((8, 6), "float32")}}
+    merged = jaxadapt.merge(base, jaxadapt.from_peft(plain, base))["q"]["kernel"]
+    np.testing.assert_allclose(x @ merged, want, rtol=0, atol=1e-5 * abs(want).max())
+    ignored = peft.get_peft_model(EMB.torch(), peft.LoraConfig(**fields_of({"use_qalora": True})))
+    assert ignored.base_model.model.layers[0].lin.lora_A["default"].weight.shape == (2, 8)
+    with pytest.raises(jaxadapt.ConfigError, match="use_qalora=True, which .*use_qalora=False"):
+        jaxadapt.init(config, base, key=jax.random.key(0))
+
+
+def test_blocks_that_do_not_fit_are_named():
+    config = jaxadapt.LoraConfig(r=3, target_modules=["q"], use_bdlora={"target_modules_bd_a": ["q"], "nblocks": 2})
+    tensors = jaxadapt.PeftTensors(config, {"base_model.model.q.lora_A.weight": np.ones((3, 4))}, "here")
+    with pytest.raises(jaxadapt.MismatchError, match=r"here: .*q\.lora_A\.weight: expected rows for 2 blocks"):
+        jaxadapt.plain_lora(tensors)
+    with pytest.raises(jaxadapt.ConfigError, match="for LORA, and this is IA3"):
+        jaxadapt.plain_lora(jaxadapt.PeftTensors(jaxadapt.IA3Config(target_modules=["q"]), {}))
 
 
 # ---- layer_replication -----------------------------------------------------------------------------------------
