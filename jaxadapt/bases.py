@@ -35,7 +35,8 @@ from jaxadapt import (
     transfer,
 )
 from jaxadapt.adapter import Adapter, is_array
-from jaxadapt.codecs import places, safetensors, shards
+from jaxadapt.codecs import places, shards
+from jaxadapt.codecs.dtypes import dtype_name, numpy_dtype
 from jaxadapt.codecs.places import Place
 from jaxadapt.errors import AttachError, KeyMapError, MismatchError
 from jaxadapt.generic import GENERIC
@@ -91,13 +92,13 @@ def export_base(
     grouped = pieces.groups(made.keys)
     for key, parts in sorted(grouped.items(), key=lambda item: nnx_survey.natural(item[0])):
         entry, _ = made.keys[parts[0]]
-        dtype_ = safetensors.dtype_name(kind or leaves[entry.path].dtype)
+        dtype_ = dtype_name(kind or leaves[entry.path].dtype)
         specs[key] = dtype_, pieces.shape_of(parts, entry.form.file_shape)
     if not specs:
         raise MismatchError(f"{target}: there is no weight to write")
     folder.make(target)
     get = _reader(made, leaves, changed, kind)
-    total = sum(math.prod(shape) * safetensors.numpy_dtype(name).itemsize for name, shape in specs.values())
+    total = sum(math.prod(shape) * numpy_dtype(name).itemsize for name, shape in specs.values())
     specs, home = _apart(table, specs) if table.single else (specs, {key: (key, ()) for key in specs})
 
     @functools.lru_cache(maxsize=2 if table.single else 0)  # a folder has gate, up and down of an expert in turns

@@ -23,6 +23,7 @@ from typing import Any
 
 from jaxadapt import agreeing, card, configs, hub, paths
 from jaxadapt.codecs import atomic, orbax, places, safetensors, torch_bin
+from jaxadapt.codecs.dtypes import dtype_name, numpy_dtype
 from jaxadapt.codecs.files import file_error
 from jaxadapt.codecs.places import Place
 from jaxadapt.configs import Config
@@ -147,7 +148,7 @@ def inspect(path: str | os.PathLike[str], *, progress: Progress = None) -> Info:
     else:
         header = None
         tensors = torch_bin.keys_and_shapes(weights)
-        nbytes = sum(math.prod(s) * safetensors.numpy_dtype(d).itemsize for d, s in tensors.values())
+        nbytes = sum(math.prod(s) * numpy_dtype(d).itemsize for d, s in tensors.values())
         size = places.size(weights)
     return Info(str(path), agreeing.settle(config, header, weights), tensors, nbytes, size)
 
@@ -209,8 +210,8 @@ def _inspect_orbax(path: str | os.PathLike[str]) -> Info:
 
     config = _orbax_config(path)
     encoded = orbax_folder.tensors(orbax_folder.find(path).adapter, path).tensors
-    tensors = {k: (safetensors.dtype_name(t.dtype), tuple(t.shape)) for k, t in _specs(encoded).items()}
-    nbytes = sum(math.prod(s) * safetensors.numpy_dtype(d).itemsize for d, s in tensors.values())
+    tensors = {k: (dtype_name(t.dtype), tuple(t.shape)) for k, t in _specs(encoded).items()}
+    nbytes = sum(math.prod(s) * numpy_dtype(d).itemsize for d, s in tensors.values())
     return Info(os.fspath(path), config, tensors, nbytes, places.size(places.at(path)))
 
 
@@ -304,7 +305,7 @@ def _write(tensors: PeftTensors, folder: Place, put: Put | None, report: Report)
         warnings.warn(
             f"{stale} is an older adapter beside the one just written; readers take {WEIGHTS}", stacklevel=4
         )
-    dtypes = tuple(sorted({safetensors.dtype_name(dtype) for dtype, _ in specs.values()}))
+    dtypes = tuple(sorted({dtype_name(dtype) for dtype, _ in specs.values()}))
     shapes = {key: shape for key, (_, shape) in specs.items()}
     facts = card.Facts(shapes, dtypes, places.size(weights))
     _write_card(folder / CARD, card.text(tensors.config, facts))

@@ -14,7 +14,8 @@ import numpy as np
 
 from jaxadapt import bases, combining, exchange, folder, merging, paths, pytorch, reducing
 from jaxadapt.adapter import Adapter, PeftTensors
-from jaxadapt.codecs import atomic, places, safetensors, shards
+from jaxadapt.codecs import atomic, places, shards
+from jaxadapt.codecs.dtypes import dtype_name, numpy_dtype
 from jaxadapt.codecs.places import Place
 from jaxadapt.errors import FileError
 from jaxadapt.progress import LOGGER, Progress, Report, counting, reporting
@@ -58,17 +59,17 @@ def merge(
         changed = merging.merged(specs, inside)
         kind = None if dtype is None else np.dtype(dtype)
         written = {
-            key: (safetensors.dtype_name(kind if kind is not None and _floats(spec) else spec.dtype), spec.shape)
+            key: (dtype_name(kind if kind is not None and _floats(spec) else spec.dtype), spec.shape)
             for key, spec in specs.items()
         }
-        total = sum(math.prod(s) * safetensors.numpy_dtype(d).itemsize for d, s in written.values())
+        total = sum(math.prod(s) * numpy_dtype(d).itemsize for d, s in written.values())
         more = counting(report, "merge", total)
 
         def get(key: str) -> Any:
             value = held[key]
             if key in changed:
                 value = np.asarray(dataclasses.replace(changed[key], base=value).value())
-            value = value.astype(safetensors.numpy_dtype(written[key][0]), copy=False)
+            value = value.astype(numpy_dtype(written[key][0]), copy=False)
             more(value.nbytes)
             return value
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from jaxadapt import sharding, together
 from jaxadapt.codecs import atomic, parallel, safetensors
+from jaxadapt.codecs.dtypes import can_hold
 from jaxadapt.codecs.files import file_error
 from jaxadapt.codecs.group import Group
 from jaxadapt.codecs.places import Address, Place
@@ -121,7 +122,7 @@ def _specs(taken: Taken) -> tuple[dict[str, tuple[np.dtype[Any], tuple[int, ...]
     odd: dict[str, str] = {}
     for name, leaf in taken.arrays.items():
         dtype, shape = np.dtype(leaf.dtype), tuple(leaf.shape)
-        if not safetensors.can_hold(dtype):
+        if not can_hold(dtype):
             odd[name] = dtype.name
             dtype, shape = np.dtype("uint8"), (*shape, dtype.itemsize)
         specs[name] = (dtype, shape)

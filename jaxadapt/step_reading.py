@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxadapt import step_files
 from jaxadapt.codecs import safetensors
+from jaxadapt.codecs.dtypes import numpy_dtype
 from jaxadapt.codecs.places import Place
 from jaxadapt.errors import FormatError
 from jaxadapt.snapshot import Taken, is_committed, is_key, is_on_device
@@ -40,7 +41,7 @@ class Stored:
 def stored(path: Place) -> Stored:
     """What a step holds, from its header. Raises `FileError` or `FormatError`."""
     header = safetensors.read_header(path)
-    specs = {k: (t.shape, safetensors.numpy_dtype(t.dtype).name) for k, t in header.tensors.items()}
+    specs = {k: (t.shape, numpy_dtype(t.dtype).name) for k, t in header.tensors.items()}
     try:
         document = json.loads(header.metadata.get(step_files.META, "null"))
     except (ValueError, RecursionError) as error:

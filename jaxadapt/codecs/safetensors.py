@@ -7,7 +7,6 @@ needs the standard library only; numpy (and ml_dtypes, for bfloat16 and float8) 
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
 
 from jaxadapt.codecs import atomic, files, objects, places, runs
+from jaxadapt.codecs.dtypes import NAMES, dtype_name, numpy_dtype
 from jaxadapt.codecs.header import (
     MAX_HEADER,
     Header,
@@ -38,12 +38,9 @@ __all__ = [
     "Spec",
     "TensorFile",
     "TensorInfo",
-    "can_hold",
-    "dtype_name",
     "encode",
     "little_bits",
     "named_specs",
-    "numpy_dtype",
     "open_tensors",
     "read",
     "read_header",
@@ -51,66 +48,10 @@ __all__ = [
     "write_to",
 ]
 
-_NUMPY = {
-    "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "U16": "uint16", "F16": "float16",
-    "I32": "int32", "U32": "uint32", "F32": "float32", "C64": "complex64", "F64": "float64",
-    "I64": "int64", "U64": "uint64",
-}  # fmt: skip
-_ML_DTYPES = {
-    "BF16": "bfloat16", "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
-}  # fmt: skip
-_NAMES = {name: code for table in (_NUMPY, _ML_DTYPES) for code, name in table.items()}
-
 # Small and strided tensors are gathered in a buffer of this size; larger ones leave the processor's cache.
 _STAGE = 1 << 20
 # Tensors read with one call: big enough for huge pages, small enough that several threads get some.
 _GROUP = 32 << 20
-
-
-@functools.cache
-def numpy_dtype(name: str) -> np.dtype:
-    """The numpy dtype of a safetensors dtype name.
-
-    Raises:
-        FormatError: numpy has none (the 4- and 6-bit types, which share bytes).
-
-    >>> numpy_dtype("BF16"), numpy_dtype("F32")
-    (dtype(bfloat16), dtype('float32'))
-    """
-    import numpy as np
-
-    if name in _NUMPY:
-        return np.dtype(_NUMPY[name])
-    if name in _ML_DTYPES:
-        import ml_dtypes
-
-        return np.dtype(getattr(ml_dtypes, _ML_DTYPES[name]))
-    raise FormatError(f"dtype {name}: expected one of {', '.join([*_NUMPY, *_ML_DTYPES])}; no array can hold it")
-
-
-def dtype_name(dtype: npt.DTypeLike) -> str:
-    """The safetensors name of a numpy dtype, in either byte order.
-
-    Raises:
-        FileError: the format has no such type.
-
-    >>> dtype_name("float16")
-    'F16'
-    """
-    import numpy as np
-
-    name = np.dtype(dtype).name
-    if name not in _NAMES:
-        raise FileError(f"dtype {name}: safetensors files cannot hold it; convert to one of {', '.join(_NAMES)}")
-    return _NAMES[name]
-
-
-def can_hold(dtype: npt.DTypeLike) -> bool:
-    """Whether the format has this type."""
-    import numpy as np
-
-    return np.dtype(dtype).name in _NAMES
 
 
 def _open(path: str | os.PathLike[str]) -> files.Source:
@@ -363,7 +304,7 @@ def _checked(path: str, key: str, value: np.ndarray, info: TensorInfo) -> np.nda
     import numpy as np
 
     array = np.asarray(value)
-    name = _NAMES.get(array.dtype.name, array.dtype.name)
+    name = NAMES.get(array.dtype.name, array.dtype.name)
     if name != info.dtype or array.shape != info.shape:
         raise MismatchError(
             f"{path}: cannot write: tensor {key!r}: expected {info.dtype} {list(info.shape)}, "

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from jaxadapt.codecs import atomic, files, safetensors, torch_bin
+from jaxadapt.codecs.dtypes import numpy_dtype
 from jaxadapt.codecs.header import problems_text
 from jaxadapt.codecs.places import Place
 from jaxadapt.errors import FileError, FormatError, MismatchError
@@ -211,7 +212,7 @@ def _portions(specs: Specs, limit: int) -> list[list[str]]:
     out: list[list[str]] = [[]]
     size = 0
     for key, (dtype, shape) in specs.items():
-        nbytes = math.prod(shape) * safetensors.numpy_dtype(dtype).itemsize
+        nbytes = math.prod(shape) * numpy_dtype(dtype).itemsize
         if out[-1] and size + nbytes > limit:
             out.append([])
             size = 0
@@ -251,7 +252,7 @@ def write(folder: Place, specs: Specs, get: Callable[[str], np.ndarray], limit: 
     with contextlib.ExitStack() as stack:  # the index is opened first, so it takes its place last
         if len(portions) > 1:
             where = {key: name for name, keys in zip(names, portions, strict=True) for key in keys}
-            total = sum(math.prod(s) * safetensors.numpy_dtype(d).itemsize for d, s in specs.values())
+            total = sum(math.prod(s) * numpy_dtype(d).itemsize for d, s in specs.values())
             text = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2, sort_keys=True)
             stack.enter_context(atomic.replacing(folder / INDEX)).write(memoryview(f"{text}\n".encode()))
         for name, keys in zip(names, portions, strict=True):

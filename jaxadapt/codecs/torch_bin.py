@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from jaxadapt.codecs import files, objects, pickles, places
+from jaxadapt.codecs.dtypes import numpy_dtype
 from jaxadapt.codecs.header import problems_text
 from jaxadapt.errors import FormatError
 
@@ -360,8 +361,6 @@ def _arrays(reader: _Zip | _Legacy, tensors: Mapping[str, _Tensor], path: str) -
 
 def _array(raw: bytes, tensor: _Tensor, *, big_endian: bool) -> np.ndarray:
     import numpy as np
-
-    from jaxadapt.codecs.safetensors import numpy_dtype
 
     dtype = np.dtype("complex128") if tensor.dtype == "C128" else numpy_dtype(tensor.dtype)
     out = files.aligned(tensor.nbytes).view(dtype).reshape(tensor.shape)

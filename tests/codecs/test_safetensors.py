@@ -17,9 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxadapt.codecs import safetensors as codec
+from jaxadapt.codecs.dtypes import NAMES, numpy_dtype
 from jaxadapt.errors import FileError, FormatError, MismatchError
 
-DTYPES = [codec.numpy_dtype(name) for name in codec._NAMES.values()]  # pyright: ignore[reportPrivateUsage]
+DTYPES = [numpy_dtype(code) for code in NAMES.values()]
 
 
 def names(directory: Path) -> list[str]:
