@@ -105,7 +105,8 @@ def _kind(dtype: Any, autocast: bool) -> Any:
 
 def _need_config(config: Any) -> None:
     if not isinstance(config, Config):
-        raise ConfigError(f"expected a configuration such as jaxadapt.LoraConfig(…), found {type(config).__name__}")
+        kind = f"{type(config).__module__}.{type(config).__name__}".removeprefix("builtins.")
+        raise ConfigError(f"expected a configuration such as jaxadapt.LoraConfig(…), found {kind}")
     methods.of(config)
 
 
@@ -385,7 +386,7 @@ def delete(model: Any, name: str) -> Any:
             raise AttachError(f"no adapter is called {name!r}; this model has {list(dict(model.adapters))}")
         kept = tuple(a for a in model.adapters if a[0] != name)
         return dataclasses.replace(model, adapters=kept, active=tuple(n for n in model.active if n != name))
-    if isinstance(model, Mapping):
+    if isinstance(model, Mapping) and not isinstance(model, nnx.nnx.Module):
         collection = collection_name(extract(model, name).config)
         kept = {k: v for k, v in model[collection].items() if k != name}
         rest = {k: v for k, v in model.items() if k != collection}
@@ -404,7 +405,7 @@ def detach(model: Any) -> Any:
     """
     if isinstance(model, linen.Adapted):
         return model.module
-    if isinstance(model, Mapping):
+    if isinstance(model, Mapping) and not isinstance(model, nnx.nnx.Module):
         ours = {m.peft_type.lower() for m in methods.METHODS.values()}
         return {k: v for k, v in model.items() if k not in ours}
     _need_nnx(model)

@@ -6,10 +6,13 @@ PEFT's rules, on PyTorch names. Nothing here looks at a model.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
 
 from jaxadapt import generic, paths, plan, targets, tying
 from jaxadapt.configs import Config
-from jaxadapt.errors import ConfigError, TargetError
+from jaxadapt.errors import ConfigError, MismatchError, TargetError
 from jaxadapt.keymap import KeyMap, Site
 from jaxadapt.methods import tokens
 from jaxadapt.methods.copied import Copied
@@ -78,6 +81,28 @@ def of_site(
             " differently; use an unrolled model, or treat them alike"
         )
     return found
+
+
+def repeated(tensors: Mapping[str, Any], known: Collection[str], source: str) -> set[str]:
+    """The keys of a file that say nothing new of modules trained in full; `MismatchError` where they do.
+
+    With bias="all" PEFT writes the biases of such a module twice more, under the names that they have inside its
+    wrapper: as they were trained, and the base's own, which nothing computes with.
+    """
+    found = {key: "".join(key.rsplit(part, 1)) for part in WRAPPERS for key in tensors if f"{part}." in key}
+    found = {key: plain for key, plain in found.items() if key not in known and plain in known and plain in tensors}
+    trained = [key for key in found if f"{WRAPPERS[0]}." in key]
+    apart = [key for key in trained if not np.array_equal(np.asarray(tensors[key]), np.asarray(tensors[found[key]]))]
+    if apart:
+        raise MismatchError(
+            f"{source}: these repeat tensors, and differ from them:\n"
+            + paths.listing([f"{key} and {found[key]}" for key in apart])
+        )
+    return set(found)
+
+
+WRAPPERS = (".modules_to_save", ".original_module")
+"""What PEFT's wrapper of a module trained in full calls its parts."""
 
 
 def site_of(keymap: KeyMap, leaf: str, shape: Shape) -> Site:

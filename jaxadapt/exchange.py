@@ -15,6 +15,7 @@ from jax.core import Tracer
 from jaxadapt import (
     attach,
     bind,
+    copies,
     embeddings,
     families,
     foreign,
@@ -271,6 +272,7 @@ def decoded(
     if shapes.keys() - plan.keys.keys():
         base = planning.base_of(target)
         of_base = embeddings.carried(tensors.tensors, shapes, plan.keys, recipe.keymap, base, tensors.source)
+        of_base |= copies.repeated(tensors.tensors, plan.keys, tensors.source)
         shapes = {key: shape for key, shape in shapes.items() if key not in of_base}
     plan.check(shapes, tensors.source, odd, recipe.keymap.name)
     if dtype is None and np.dtype("float64") in dtypes.values() and jnp.zeros(0, float).dtype != "float64":

@@ -89,6 +89,7 @@ class Adapted:
             config = bind.resolve(config, table, found.shapes)
             found.check(config, table)
             bounds = bind.select(config, table, found.shapes)
+            found.check_saved([b.leaf for b in bounds if b.method.copies and b.static.because == "modules_to_save"])
             mine = {b.leaf for b in bounds}
             full = bind.tabled(keymap.with_lines(w for w in lines if w.leaf in mine), bounds)
             out[name] = Recipe(config, full), bounds

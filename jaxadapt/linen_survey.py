@@ -22,6 +22,7 @@ from jaxadapt.linen_call import SEP
 from jaxadapt.liveness import live
 from jaxadapt.weight import Weight
 
+_WITHIN_ONE_CALL = {"cache", "intermediates", "perturbations"}
 _MARK = 10_007  # no real layer count: what else a marker's shape shows, a transform added
 
 # ---------------------------------------------------------------- one abstract init
@@ -40,10 +41,12 @@ class Survey:
         unknown: why there are no roles for a leaf; a table may supply them.
         refused: why no adapter can be exact at a leaf, table or not.
         collections: what `init` makes besides "params".
+        stateful: the paths of the modules that keep a state in these from call to call, as `nn.BatchNorm` does.
     """
 
     shapes: dict[str, tuple[int, ...]]
     collections: frozenset[str]
+    stateful: frozenset[str]
     roles: dict[str, Axes] = dataclasses.field(default_factory=dict[str, Axes])
     kinds: dict[str, tuple[str, int]] = dataclasses.field(default_factory=dict[str, tuple[str, int]])
     stack: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict[str, tuple[int, ...]])
@@ -88,6 +91,15 @@ class Survey:
                 bad.append(f"{leaf}: {why}")
         if bad:
             raise AttachError("these weights cannot carry the adapter:\n" + paths.listing(bad))
+
+    def check_saved(self, leaves: Sequence[str]) -> None:
+        """Raise `AttachError` for leaves of which a copy is not the whole of what their module would be trained in."""
+        bad = [leaf for leaf in leaves if leaf.rpartition(".")[0] in self.stateful]
+        if bad:
+            raise AttachError(
+                "modules_to_save means all of a module, and these keep a state besides their parameters, which the"
+                " adapter's file would lack; leave them out:\n" + paths.listing(bad)
+            )
 
 
 @dataclasses.dataclass
@@ -156,7 +168,9 @@ def survey(module: nn.Module, rngs: Any, args: Any, kwargs: Any) -> Survey:
     """Everything an adapter has to know about a model, from `jax.eval_shape` of its `init`."""
     plain = dict(meta.unbox(jax.eval_shape(lambda: module.init(rngs, *args, **kwargs))))
     base = paths.flatten(plain.pop("params", {}))
-    found = Survey({leaf: tuple(spec.shape) for leaf, spec in base.items()}, frozenset(plain))
+    state = [leaf for name in plain.keys() - _WITHIN_ONE_CALL for leaf in paths.flatten(plain[name])]
+    stateful = frozenset(leaf.rpartition(".")[0] for leaf in state)
+    found = Survey({leaf: tuple(spec.shape) for leaf, spec in base.items()}, frozenset(plain), stateful)
 
     def marked() -> Any:
         with nn.intercept_methods(_Marking(found)):

@@ -188,7 +188,9 @@ class _How:
     def __call__(self, w: Any, params: Mapping[str, Any]) -> Any:
         # The sum is made in float32, also where weight and adapter are both of 16 bits.
         wide = {name: x.astype(jnp.promote_types(x.dtype, "float32")) for name, x in params.items()}
-        new = bind.over_layers(self.stack, self.method, self.static, self.axes, self.change, wide, w)
+        dense = w.astype("float32") if w.dtype.itemsize == 1 else w  # JAX promotes no floats of 8 bits by itself
+        new = bind.over_layers(self.stack, self.method, self.static, self.axes, self.change, wide, dense)
+        new = new.astype(w.dtype)
         return new if self.place is None else jax.lax.with_sharding_constraint(new, self.place)
 
 

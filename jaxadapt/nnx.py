@@ -114,6 +114,11 @@ def _hooks(module: nnx.Module) -> dict[str, Applied | Several]:
                 attached = next(iter(tensors.values())).get_metadata()["adapter"]
                 drop = own[DROPOUT][name] if DROPOUT in own and name in own[DROPOUT] else None
                 drop = None if drop is None or drop.deterministic else drop
+                if drop is not None and drop.rngs is None:
+                    raise AttachError(
+                        f"the adapter {name!r} has dropout, and was loaded without random numbers for it:"
+                        " load(…, rngs=nnx.Rngs(seed)) to train it further, model.eval() to use it"
+                    )
                 hook = Applied(attached.method, attached.static, params, attached.axes, drop)
                 found.setdefault(leaf, []).append(hook)
     return {leaf: hooks[0] if len(hooks) == 1 else Several(tuple(hooks)) for leaf, hooks in found.items()}
@@ -225,7 +230,8 @@ def attach(
     """Hang an adapter's values (`{path: array or spec}`) on a model's layers, and make it active alone."""
     owners = base_leaves(model) if owners is None else owners
     collection = collection_name(recipe.config)
-    problems = [*nnx_survey.obstacles(model, owners, [b.leaf for b in bounds]).values()]
+    biases = {b.leaf for b in bounds if b.method.copies and b.static.because == "bias"}
+    problems = [*nnx_survey.obstacles(model, owners, [b.leaf for b in bounds], biases).values()]
     problems += _misfits(bounds, owners, collection)
     if problems:
         raise AttachError("these layers cannot carry the adapter:\n" + paths.listing(problems))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -196,8 +196,13 @@ def is_abstract(owners: Mapping[str, Owner]) -> bool:
     return any(isinstance(vars(m)[attr].get_value(), jax.ShapeDtypeStruct) for m, attr in owners.values())
 
 
-def obstacles(model: nnx.Module, owners: Mapping[str, Owner], leaves: Sequence[str]) -> dict[str, str]:
-    """`{leaf: problem}` of those of these leaves on which no adapter can be, whatever its method."""
+def obstacles(
+    model: nnx.Module, owners: Mapping[str, Owner], leaves: Sequence[str], biases: Collection[str] = ()
+) -> dict[str, str]:
+    """`{leaf: problem}` of those of these leaves on which no adapter can be, whatever its method.
+
+    `biases` are leaves trained by themselves: their layer is called as it is, so that its state does no harm.
+    """
     problems: dict[str, str] = {}
     holders: dict[int, list[str]] = {}
     for path, node in nnx.iter_graph(model):
@@ -217,7 +222,7 @@ def obstacles(model: nnx.Module, owners: Mapping[str, Owner], leaves: Sequence[s
         also = [path for path in holders.get(id(vars(module)[attr]), []) if path != leaf]
         if also:  # the adapter would be in one module only, a merged weight in all
             problems[leaf] = f"{leaf}: several modules hold this very weight, also as {', '.join(also)}"
-        if attr == "kernel" and known(module) is not None:
+        if leaf in biases or (attr == "kernel" and known(module) is not None):
             continue
         # An adapter's own dropout keeps random state too, and runs outside the layer's call.
         inside = [v for path, v in nnx.iter_graph(module) if DROPOUT not in path]
@@ -225,7 +230,8 @@ def obstacles(model: nnx.Module, owners: Mapping[str, Owner], leaves: Sequence[s
         state = [v for v in inside if isinstance(v, nnx.Variable) and not isinstance(v, nnx.Param | nnx.RngState)]
         if state:
             kinds = ", ".join(sorted({type(v).__name__ for v in state}))
-            problems[leaf] = f"{leaf}: {base_class(module).__name__} keeps state besides its parameters ({kinds})"
+            name = base_class(module).__name__
+            problems[leaf] = f"{leaf}: {name} keeps state besides its parameters ({kinds}); leave it out"
     return problems
 
 

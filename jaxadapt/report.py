@@ -74,7 +74,7 @@ class Summary:
         text = io.StringIO()
         Console(file=text, width=160, force_terminal=False, force_jupyter=False).print(table)
         lines = [line.rstrip() for line in text.getvalue().rstrip().splitlines()]
-        lines += [f"names by the table {_called(table)}" for table in dict.fromkeys(self.families.values())]
+        lines += [f"names by the table {table}" for table in dict.fromkeys(map(_called, self.families.values()))]
         lines += [
             f"{leaf} is PyTorch's times {factor:.6g}, no power of two: saving and loading round once"
             for leaf, factor in self._rounded().items()

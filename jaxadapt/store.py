@@ -231,7 +231,8 @@ def load(
             dtype=dtype, source=tensors.source,
         )  # fmt: skip
     _refuse({"lora_alpha": lora_alpha}, "for targets with another library's LoRA leaves only")
-    if isinstance(target, nnx.nnx.State) or (isinstance(target, Mapping) and "params" not in target):
+    bare = isinstance(target, Mapping) and "params" not in target and not isinstance(target, nnx.nnx.Module)  # nnx.Dict
+    if bare or isinstance(target, nnx.nnx.State):
         raise AttachError(
             f"expected an NNX model or Linen variables, {{'params': …}}, as the target, found {type(target).__name__};"
             " for bare parameters, from_peft(read(path), params) gives the adapter"
@@ -264,7 +265,8 @@ def load(
         bare = target if present is None else attach.delete(target, name)
         bare = {**bare, "params": merging.replaced(bare["params"], new)} if new else bare
         return attach.with_adapter(bare, adapter, name)
-    if present is not None and present == adapter.config and Recipe(present).origin == adapter.recipe.origin:
+    same = present is not None and present == adapter.config and Recipe(present).origin == adapter.recipe.origin
+    if same and rngs is None:
         nnx.inject(adapter, target, name)
         nnx.activate(target, (name,))
         return target

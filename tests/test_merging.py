@@ -144,17 +144,20 @@ def test_ia3_scales_the_bias_of_outputs_only(config):
     assert scaled == (config is IA3)
 
 
-def test_sixteen_bit_weights_are_rounded_once():
-    params = {"q": {"kernel": rand(32, 32, dtype=ml_dtypes.bfloat16)}}
+@pytest.mark.parametrize(("kind", "rtol"), [("bfloat16", 2**-8), ("float8_e4m3fn", 2**-4), ("float8_e5m2", 2**-3)])
+def test_narrow_weights_are_rounded_once(kind, rtol):
+    params = {"q": {"kernel": rand(32, 32, dtype=getattr(ml_dtypes, kind))}}
     config = jaxadapt.LoraConfig(r=4, lora_alpha=4, target_modules=["q"])
     for dtype in ("float32", "bfloat16"):
         adapter = made(config, params, dtype=dtype)
         a, b = (np.asarray(adapter.flat()[f"q.kernel.lora_{x}"], "float32") for x in "AB")
         exact = np.asarray(params["q"]["kernel"], "float32") + (b @ a).T
         merged = jaxadapt.merge(params, adapter)["q"]["kernel"]
-        assert merged.dtype == ml_dtypes.bfloat16
-        # Half a unit in the last place is what one rounding costs; a sum in bfloat16 would cost more.
-        np.testing.assert_allclose(np.asarray(merged, "float32"), exact, rtol=2**-8, atol=1e-5)
+        assert merged.dtype == kind
+        # Half a unit in the last place is what one rounding costs; a sum in so few bits would cost more. (Below the
+        # normal numbers of 8 bits, 2^-6 and 2^-14, the unit is 2^-9 and 2^-16.)
+        atol = 2**-10 if "e4" in kind else 1e-5
+        np.testing.assert_allclose(np.asarray(merged, "float32"), exact, rtol=rtol, atol=atol)
 
 
 def test_trees_keep_their_structure():

@@ -23,7 +23,7 @@ TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS
 _SETS = frozenset({"target_modules", "exclude_modules", "feedforward_modules"})
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Config:
     """What a PEFT configuration of any method holds. Deeply immutable, hashable, picklable.
 
@@ -100,6 +100,16 @@ class Config:
 
     def __hash__(self) -> int:
         return hash((type(self).__name__, self._identity))
+
+    def __repr__(self) -> str:
+        """What differs from the defaults, as it would be written.
+
+        >>> GenericConfig(peft_type="VERA", extra={"r": 256})
+        GenericConfig(peft_type='VERA', extra={'r': 256})
+        """
+        values = [(item.name, getattr(self, item.name), item) for item in dataclasses.fields(self)]
+        given = [f"{name}={thaw(value)!r}" for name, value, item in values if value != _default(item)]
+        return f"{type(self).__name__}({', '.join(given)})"
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _field_names(type(self))}
@@ -195,7 +205,7 @@ class Config:
             raise ConfigError(f"{source}: {error}") from error
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class GenericConfig(Config):
     """The configuration of a method that has no class of its own here: `extra` keeps every key.
 
@@ -216,6 +226,11 @@ class GenericConfig(Config):
             # What `targets` reads; everything else is the method's own affair.
             problems.strings("modules_to_save", self.extra.get("modules_to_save"))
             problems.layers("layers_to_transform", self.extra.get("layers_to_transform"))
+
+
+def _default(item: dataclasses.Field[Any]) -> Any:
+    made = item.default_factory
+    return item.default if made is dataclasses.MISSING else made()
 
 
 @cache

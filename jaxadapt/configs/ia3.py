@@ -10,7 +10,7 @@ from jaxadapt.configs.base import Config
 from jaxadapt.configs.check import Problems
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class IA3Config(Config):
     """(IA)³: one trained vector a module, which scales its outputs (or its inputs, in feedforward modules).
 

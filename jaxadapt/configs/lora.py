@@ -24,7 +24,7 @@ _SUBCONFIGS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class LoraConfig(Config):
     """Low-rank adaptation: y = W x + s · B A x with s = lora_alpha / r (or / √r with `use_rslora`).
 

@@ -643,3 +643,22 @@ def test_nothing_named_is_left_out_silently(module, inputs, target, leaf):
     model = jaxadapt.adapt(Two(), lora("lin", target))
     with pytest.raises(jaxadapt.AdapterError, match=leaf):
         model.init(KEY, *args)
+
+
+class Normed(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.BatchNorm(use_running_average=False, name="norm")(nn.Dense(4, name="q")(x))
+
+
+def test_a_module_with_a_state_is_not_saved_in_part():
+    x = jnp.ones((5, 4))
+    refused(
+        jaxadapt.AttachError,
+        "(?s)modules_to_save means all of a module.*norm.bias.*norm.scale",
+        jaxadapt.adapt(Normed(), lora("q", modules_to_save=["norm"])).init,
+        KEY,
+        x,
+    )
+    variables = jaxadapt.adapt(Normed(), lora("q", bias="all")).init(KEY, x)
+    assert set(jaxadapt.extract(variables).sites) == {"q.kernel", "q.bias", "norm.bias"}

@@ -318,6 +318,19 @@ def test_dropout_scales_what_it_keeps():
 # ---------------------------------------------------------------- refusals
 
 
+def test_dropout_of_a_loaded_adapter_needs_random_numbers(tmp_path):
+    jaxadapt.save(adapt(block(), R1.replace(lora_dropout=0.5)), tmp_path)
+    model = jaxadapt.load(tmp_path, block())
+    want = model(X)  # no dropout, until somebody asks for it
+    model.train()
+    with pytest.raises(AttachError, match="loaded without random numbers"):
+        model(X)
+    jaxadapt.load(tmp_path, model, rngs=nnx.Rngs(0))
+    assert not np.array_equal(model(X), want)
+    model.eval()
+    np.testing.assert_array_equal(model(X), want)
+
+
 def test_rngs_are_needed():
     with pytest.raises(AttachError, match="rngs=nnx.Rngs"):
         jaxadapt.adapt(block(), R1)
@@ -381,3 +394,47 @@ def test_stacked_on_which_axis():
     assert adapter.flat()["q.kernel.lora_A"].shape == (3, 2, 3)
     with pytest.raises(AttachError, match="stack_axes"):
         adapt(layers_nnx.Stack(nnx.Rngs(0)), R1, stack_axes=[1])
+
+
+# ---------------------------------------------------------------- models and layers of other kinds
+
+
+def test_a_dict_of_modules_is_a_model(tmp_path):
+    """`nnx.Dict` is a module and a mapping, which Linen's variables are too."""
+
+    def pair() -> Any:
+        return nnx.Dict(a=nnx.Linear(4, 4, rngs=nnx.Rngs(0)), b=nnx.Linear(4, 4, rngs=nnx.Rngs(1)))
+
+    config = jaxadapt.LoraConfig(r=2, target_modules=["a"], init_lora_weights=False)
+    model, x = adapt(pair(), config), jnp.ones((1, 4))
+    jaxadapt.save(model, tmp_path)
+    again = jaxadapt.load(tmp_path, pair())
+    np.testing.assert_array_equal(again.a(x), model.a(x))
+    for off in (lambda: jaxadapt.delete(model, "default"), lambda: jaxadapt.detach(again)):
+        found = off()
+        assert nnx.graphdef(found) == nnx.graphdef(pair())
+        np.testing.assert_array_equal(found.a(x), pair().a(x))
+
+
+class Normed(nnx.Module):
+    def __init__(self) -> None:
+        self.q = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+        self.norm = nnx.BatchNorm(4, rngs=nnx.Rngs(1))
+
+    def __call__(self, x: Any) -> Any:
+        return self.norm(self.q(x))
+
+
+def test_the_bias_of_a_layer_with_a_state_is_trained_and_the_state_goes_on():
+    config = jaxadapt.LoraConfig(r=2, target_modules=["q"], bias="all")
+    model, plain, x = adapt(Normed(), config), Normed(), jax.random.normal(jax.random.key(0), (5, 4))
+    grads = nnx.grad(lambda m: jnp.sum(m(x)), argnums=nnx.DiffState(0, jaxadapt.AdapterParam))(model)
+    plain(x)
+    np.testing.assert_array_equal(model.norm.mean[...], plain.norm.mean[...])
+    np.testing.assert_array_equal(grads["norm"]["lora"]["default"]["bias"]["copy"].get_value(), np.full(4, 5.0))
+    assert "base_model.model.norm.bias" in jaxadapt.to_peft(model).tensors
+
+
+def test_a_layer_with_a_state_is_not_saved_in_part():
+    with pytest.raises(AttachError, match=r"norm\.scale: BatchNorm keeps state besides .*; leave it out"):
+        adapt(Normed(), jaxadapt.LoraConfig(r=2, target_modules=["q"], modules_to_save=["norm"]))

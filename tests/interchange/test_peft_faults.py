@@ -68,6 +68,10 @@ FAULTS: dict[str, tuple[str, ...]] = {
         f"{HERE}::test_a_dilated_convolution_computes_its_merge",
         f"{HERE}::test_a_padding_mode_is_the_layers_own",
     ),
+    # Read where they repeat the others, and never written.
+    'bias="all" writes the biases of modules_to_save three times, two under names of the wrapper': (
+        f"{HERE}::test_biases_that_peft_writes_thrice_are_read_once",
+    ),
     # Names are no part of keys here.
     "an adapter that is called like a module: saving another one drops tensors": (
         f"{HERE}::test_an_adapter_may_be_called_like_a_module",
@@ -229,6 +233,30 @@ def test_a_tied_tables_own_adapter_merges_only_where_the_model_stays_the_same(na
             jaxadapt.merge(params["params"], adapter)
     else:
         close(module.apply({"params": jaxadapt.merge(params["params"], adapter)}, test_tied.IDS), want)
+
+
+# ---- bias="all" -----------------------------------------------------------------------------------------
+
+
+def test_biases_that_peft_writes_thrice_are_read_once(tmp_path):
+    net = Net()
+    fields = {"r": 2, "lora_alpha": 3, "target_modules": ["lin"], "bias": "all", "modules_to_save": ["head"]}
+    wrapped = harness.make_peft(torch_net(net), peft.LoraConfig(**fields))
+    with torch.no_grad():
+        wrapped.base_model.model.head.modules_to_save["default"].bias += 1
+    harness.save(wrapped, tmp_path)
+    more = {f"base_model.model.head.{inside}.bias" for inside in ("modules_to_save", "original_module")}
+    assert more < set(harness.read_tensors(tmp_path))
+    model = jaxadapt.load(tmp_path, net.nnx(torch_net(net)), keymap=net.table())
+    close(model(net.ours(net.input())), output(wrapped, net.input()))
+    jaxadapt.save(model, tmp_path / "again")
+    assert not more & set(harness.read_tensors(tmp_path / "again"))
+    # one that says something else is no repetition
+    read = jaxadapt.read(tmp_path)
+    key = "base_model.model.head.modules_to_save.bias"
+    odd = jaxadapt.PeftTensors(read.config, {**read.tensors, key: np.asarray(read.tensors[key]) + 1})
+    with pytest.raises(jaxadapt.MismatchError, match="these repeat tensors, and differ from them"):
+        jaxadapt.from_peft(odd, net.nnx(torch_net(net)), keymap=net.table())
 
 
 # ---- names -----------------------------------------------------------------------------------------------
