@@ -10,11 +10,8 @@ leaves is anything but whole checkpoints, and none that had been there is gone.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import os
-import random
-import signal
 import sys
 import time
 import warnings
@@ -25,6 +22,7 @@ import numpy as np
 
 import jaxadapt
 from jaxadapt.codecs import orbax
+from tests.kill_save import Apart, sweep
 
 
 def make(version: int) -> jaxadapt.Adapter:
@@ -57,24 +55,6 @@ def quiet() -> None:
     absl.logging.set_verbosity(absl.logging.ERROR)
 
 
-def sweep(kills: int, once: float, child: Callable[[], None], inspect: Callable[[], bool]) -> int:
-    """How many of `kills` children were killed in the middle of something, as `inspect` says after each."""
-    rng, unfinished = random.Random(0), 0
-    for _ in range(kills):
-        sys.stdout.flush()
-        pid = os.fork()
-        if pid == 0:
-            quiet()
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # or it would go on for ever, if this process is killed itself
-            child()
-            os._exit(0)
-        time.sleep(rng.uniform(0, 3 * once))
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        unfinished += inspect()
-    return unfinished
-
-
 def manager(folder: Path, kills: int) -> None:
     def new() -> jaxadapt.CheckpointManager:
         return jaxadapt.CheckpointManager(folder, keep=3, keep_best=1, minimize="loss")
@@ -83,20 +63,19 @@ def manager(folder: Path, kills: int) -> None:
         moments = {"mu": make(step).params, "count": step}
         one.save(step, make(step), opt_state=moments, data={"step": step}, metrics={"loss": 1.0 + (step % 5 > 0)})
 
-    start = time.perf_counter()
     with new() as first:
         for step in range(4):
             save(first, step)
-    once = (time.perf_counter() - start) / 4
     seen = {"last": 3}
 
-    def child() -> None:
+    def child(begin: Callable[[], object]) -> None:
         one, step = new(), seen["last"]
         while True:
             step += 1
+            begin()
             save(one, step)
 
-    def inspect() -> bool:
+    def inspect(_: int) -> bool:
         one = new()
         steps = one.steps
         # Three and the best, and one more of each kill in a row that came between a step and its pruning.
@@ -113,7 +92,7 @@ def manager(folder: Path, kills: int) -> None:
             sys.exit(f"temporary files were left to pile up: {litter}")
         return bool(litter)
 
-    unfinished = sweep(kills, once, child, inspect)
+    unfinished = sweep(kills, child, inspect)
     with new() as last:
         save(last, seen["last"] + 1)
     left = sorted(p.name for p in folder.iterdir())
@@ -128,57 +107,37 @@ def several(folder: Path, kills: int) -> None:
     folder.mkdir()
     from orbax.checkpoint import v1  # noqa: F401 (once for all children)
 
-    start = time.perf_counter()
-    pid = os.fork()  # a save starts threads and a JAX backend: never in this process
-    if pid == 0:
+    # A save, or a reading, starts threads and a JAX backend: never in this process, which forks.
+    def read(version: int) -> None:
         quiet()
-        for i in range(3):
-            jaxadapt.save(make(0), folder.parent / "warm" / str(i), format="orbax")
-        os._exit(0)
-    os.waitpid(pid, 0)
-    three = time.perf_counter() - start  # the first of them starts JAX as well
+        check(version, jaxadapt.read(folder / str(version)))
 
-    def child() -> None:
+    whole = Apart(read)
+
+    def child(begin: Callable[[], object]) -> None:
+        quiet()
         version = seen["last"]
         while True:
             version += 1
+            begin()
             jaxadapt.save(make(version), folder / str(version), format="orbax")
 
-    def inspect() -> bool:
+    def inspect(_: int) -> bool:
         there = sorted(int(p.name) for p in folder.iterdir() if not p.name.startswith("."))
         if there and there != list(range(there[0], there[-1] + 1)):
             sys.exit(f"checkpoints are missing: {there}")
         if there and there[-1] < seen["last"]:
             sys.exit(f"went back from {seen['last']} to {there}")
-        recheck(folder, [v for v in there if v > seen["last"]])
+        for version in [v for v in there if v > seen["last"]]:
+            whole(version)
         seen["last"] = max([seen["last"], *there])
         litter = [p.name for p in folder.iterdir() if p.name.endswith(".tmp")]
         if len(litter) > 1:
             sys.exit(f"temporary folders were left to pile up: {litter}")
         return bool(litter)
 
-    unfinished = sweep(kills, 0.5 * three, child, inspect)
+    unfinished = sweep(kills, child, inspect)
     close(unfinished, kills, seen["last"])
-
-
-def recheck(folder: Path, versions: list[int]) -> None:
-    """Reads checkpoints in a child, for the same reason."""
-    if not versions:
-        return
-    pid = os.fork()
-    if pid == 0:
-        quiet()
-        status = 0
-        try:
-            for version in versions:
-                check(version, jaxadapt.read(folder / str(version)))
-        except SystemExit as error:
-            print(error)
-            status = 1
-        sys.stdout.flush()
-        os._exit(status)
-    if os.waitpid(pid, 0)[1]:
-        sys.exit(f"one of {versions} is not whole")
 
 
 def race(folder: Path, rounds: int) -> None:

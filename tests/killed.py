@@ -20,10 +20,11 @@ import numpy as np
 
 import jaxadapt
 from jaxadapt.codecs import orbax
+from jaxadapt.codecs.group import Group
 from tests import meshes, processes
 from tests.test_sharded_files import numbers, original
 
-TIMEOUT = 6  # seconds for one answer of another process
+TIMEOUT = 8  # seconds for one answer of another process, where one is killed
 
 
 class Case(NamedTuple):
@@ -70,15 +71,15 @@ _ON_DISK = {
 # ---------------------------------------------------------------- any kind of save
 
 
-def save(kind: str, folder: Path, adapter: jaxadapt.Adapter, version: int) -> None:
+def save(kind: str, folder: Path, adapter: jaxadapt.Adapter, version: int, timeout: float = 300) -> None:
     match kind:
         case "manager":
-            with jaxadapt.CheckpointManager(folder, keep=1, timeout=TIMEOUT) as manager:
+            with jaxadapt.CheckpointManager(folder, keep=1, timeout=timeout) as manager:
                 manager.save(version, adapter, opt_state={"mu": adapter.params}, data={"version": version})
         case "orbax":
             jaxadapt.save(adapter, folder / str(version), format="orbax")
         case _:
-            jaxadapt.save(adapter, folder, shared=False if kind == "gathered" else None, timeout=TIMEOUT)
+            jaxadapt.save(adapter, folder, shared=False if kind == "gathered" else None, timeout=timeout)
 
 
 def latest(kind: str, folder: Path) -> int:
@@ -116,7 +117,12 @@ def kill(case: Case, folder: Path, count: int = 2) -> int:
     kind, victim, moment, left = case
     victim %= count
     argument = f"{kind}:{victim}:{moment}"
-    done = processes.Processes("killed", folder, count, 8 // count, argument).wait(150)  # or the survivors hang
+    env = {processes.HEARTBEAT: "10"}
+    started = processes.Processes("killed", folder, count, 8 // count, argument, env)
+    try:
+        started.all[victim].wait(600)  # a busy machine takes long to come so far
+    finally:
+        done = started.wait(120)  # or the survivors hang
     assert done[victim][0] == -signal.SIGKILL, done[victim]
     version = latest(kind, folder)
     assert version in left, (case, version)
@@ -171,16 +177,28 @@ def killed(folder: Path, argument: str) -> None:
     """A process is killed as it says or does something; the others must end by themselves."""
     kind, victim, moment = argument.split(":")
     mine = processes.adapter(("4x2", "fsdp"), False, 1)
-    if jax.process_index() == int(victim):
-        _die_at(moment, folder)
     start = time.monotonic()
     try:
-        save(kind, folder, mine, 1)
+        _all_here()  # so that none has long to wait for another but the dead
+        start = time.monotonic()
+        if jax.process_index() == int(victim):
+            _die_at(moment, folder)
+        save(kind, folder, mine, 1, TIMEOUT)
     except jaxadapt.FileError as error:
         print(f"{time.monotonic() - start:.1f} s: {error}", flush=True)
         os._exit(3)  # JAX's own end would wait for the dead
     print("saved", flush=True)
     os._exit(0)
+
+
+def _all_here() -> None:
+    here = Group("begin", 300, ("go",))
+    if here.index == 0:
+        here.hear_all("ready")
+        here.tell("go")
+    else:
+        here.tell("ready")
+        here.hear("go")
 
 
 def _die() -> None:

@@ -361,6 +361,14 @@ def test_leaving_without_waiting_lands_the_checkpoint_in_a_store(s3: str):
     assert "there is no such bucket" in failed.stderr
 
 
+@pytest.mark.parametrize(("kind", "what"), [("s3", "folder"), ("gs", "manager")])
+def test_a_killed_save_leaves_the_old_or_the_new(kind: str, what: str, started: Callable[[str], str]):
+    """A few kills; 50 each in tests/full/test_kill.py."""
+    command = [sys.executable, "-m", "tests.kill_store", what, f"{started(kind)}/{next(_number)}", "6"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
 # ---------------------------------------------------------------- what cannot be
 
 

@@ -37,7 +37,7 @@ def write_the_file_of_one(tmp_path: Path, count: int) -> None:
     with server.serving() as hub:
         cache = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_CACHE": str(tmp_path / "cache")}
         env = {"HF_ENDPOINT": hub.url, **cache}
-        said = run("save_and_load", tmp_path, timeout=200, count=count, devices=8 // count, env=env)
+        said = run("save_and_load", tmp_path, count=count, devices=8 // count, env=env)
     pushed, repo = hub.files("org/spread"), hub.repos["org/spread"]
     assert repo.messages == ["initial commit", "LORA adapter, saved by jaxadapt"]  # one, and nothing new in the second
     addresses = [re.findall(r"hf://\S+", out) for out in said]  # among what gloo has to say
@@ -72,7 +72,7 @@ def test_what_fails_in_one_fails_in_all(tmp_path: Path) -> None:
 
 
 def what_fails_in_one_fails_in_all(tmp_path: Path, count: int) -> None:
-    run("faults", tmp_path, timeout=200, count=count, devices=8 // count)
+    run("faults", tmp_path, count=count, devices=8 // count)
     assert version_in(tmp_path / "new") == 0
     assert version_in(tmp_path / "after") == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["after", "file", "new"]  # nor temporary files:

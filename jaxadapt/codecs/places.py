@@ -309,9 +309,10 @@ def staged(address: Address) -> Generator[tuple[int, Path]]:
     import tempfile
 
     try:
-        file = tempfile.NamedTemporaryFile(prefix="jaxadapt-")  # noqa: SIM115 (closed below)
+        file = tempfile.TemporaryFile(prefix="jaxadapt-")  # noqa: SIM115 (closed below)
     except OSError as error:
         raise file_error("write", f"{address}, by way of {tempfile.gettempdir()}", error) from error
-    with file:
-        yield file.fileno(), Path(file.name)
-        address.put(file.name)
+    with file:  # it has no name in any folder, so that nothing stays there if this process is killed
+        yield file.fileno(), Path(tempfile.gettempdir(), "jaxadapt")
+        os.lseek(file.fileno(), 0, os.SEEK_SET)  # which opening this path may share with the descriptor
+        address.put(f"/dev/fd/{file.fileno()}")

@@ -16,7 +16,7 @@ from tests import test_two_processes as managers
 def test_killed_at_every_moment(kind: str, count: int, tmp_path: Path) -> None:
     """What was there is whole, the others end with an error in bounded time, and as many processes go on from there."""
     cases = [case for case in killed.CASES if case.kind == kind]
-    killed.all_of(cases, tmp_path, count, at_once=6 // count, next_run=count)
+    killed.all_of(cases, tmp_path, count, at_once={2: 4, 4: 3}[count], next_run=count)
 
 
 def test_four_processes_write_the_file_of_one(tmp_path: Path) -> None:
