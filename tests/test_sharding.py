@@ -364,7 +364,7 @@ def test_no_collective_that_hand_written_lora_lacks(layout: tuple[str, str], api
 
 @pytest.mark.parametrize("layout", [("8", "fsdp"), ("8", "tp"), ("4x2", "both")], ids="-".join)
 def test_no_collective_that_hand_written_lora_lacks_on_an_explicit_mesh(layout: tuple[str, str]) -> None:
-    """There every sum over axes that are cut says how its result lies; the layers say it, and the adapter takes it over."""
+    """There every sum over axes that are cut says how its result lies: the layers say it, the adapter takes it over."""
     mesh = meshes.mesh_of(layout[0], AxisType.Explicit)
     batch = None if layout[1] == "tp" else mesh.axis_names[0]
     cut = meshes.names("up.kernel", *layout)[1]
@@ -382,8 +382,9 @@ def test_no_collective_that_hand_written_lora_lacks_on_an_explicit_mesh(layout: 
         x = jax.device_put(X, NamedSharding(mesh, PartitionSpec(batch, None)))
 
         def compiled(f: Any, *given: Any) -> tuple[Any, Any]:
-            made = jax.jit(jax.value_and_grad(lambda lora, base, x: (f(lora, base, x) ** 2).sum())).lower(*given, x)
-            return made.compile(), jax.tree.leaves(made.compile()(*given, x))
+            step = jax.jit(jax.value_and_grad(lambda lora, base, x: (f(lora, base, x) ** 2).sum()))
+            made = step.lower(*given, x).compile()
+            return made, jax.tree.leaves(made(*given, x))
 
         mine, found = compiled(lambda lora, base, x: run(nnx.merge(graphdef, lora, base), x), lora, base)
         params = nnx.to_pure_dict(nnx.state(meshes.Block(nnx.Rngs(0), layout)))
