@@ -172,6 +172,37 @@ def test_explicit_meshes(layout: tuple[str, str]) -> None:
     jax.tree.map(close, grads, wants)
 
 
+class LinenTwo(nn.Module):
+    """Linen's layers cannot say how a sum lies: on an explicit mesh its models cut outputs, and gather in between."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        h = jnp.tanh(nn.Dense(meshes.F, name="up")(x))
+        on_a_mesh = not jax.sharding.get_abstract_mesh().empty
+        return nn.Dense(meshes.D, name="down")(jax.sharding.reshard(h, PartitionSpec("fsdp", None)) if on_a_mesh else h)
+
+
+def test_linen_on_an_explicit_mesh() -> None:
+    mesh, module = meshes.mesh_of("4x2", AxisType.Explicit), jaxadapt.adapt(LinenTwo(), BOXED)
+    params = {name: meshes.base(False)["blocks"]["0"][name] for name in ("up", "down")}
+    cut = {"kernel": NamedSharding(mesh, PartitionSpec(None, "tp")), "bias": NamedSharding(mesh, PartitionSpec("tp"))}
+
+    def trained(params: Any, x: jax.Array) -> Any:
+        adapter = jax.tree.map(lambda x: x + 1, jaxadapt.init(BOXED, params, key=jax.random.key(0)))
+        loss = jax.value_and_grad(lambda lora: (module.apply({"params": params, **lora}, x) ** 2).sum())
+        return adapter, jax.jit(loss)(adapter.collection)
+
+    _, want = trained(params, jnp.asarray(X))
+    with jax.set_mesh(mesh):
+        x = jax.device_put(X, NamedSharding(mesh, PartitionSpec("fsdp", None)))
+        adapter, found = trained(jax.device_put(params, {"up": cut, "down": cut}), x)
+    assert {path.rpartition(".")[2]: tuple(leaf.sharding.spec) for path, leaf in adapter.flat().items()} == {
+        "lora_A": (None, None), "lora_B": ("tp", None)
+    }  # fmt: skip
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * float(jnp.abs(b).max()))  # sums in another order
+
+
 def test_axes_that_cannot_be_followed_are_replicated() -> None:
     mesh = meshes.mesh_of("4x2")
     line = jaxadapt.Weight("kv", "{p}_proj.weight", "{p} n d h -> (n h) d", p=("k", "v"))
