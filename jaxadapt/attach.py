@@ -79,9 +79,9 @@ def adapt(
                 raise AttachError(f"{what}={given!r}: all adapters of a wrapper share one, and this has {mine!r}")
         return dataclasses.replace(model, adapters=(*model.adapters, (name, config)), active=(name,))
     _need_nnx(model)
-    if name in nnx.names(model):
-        raise AttachError(f"there is an adapter {name!r} already; choose another name=, or delete it first")
     owners = nnx.base_leaves(model)
+    if name in nnx.names(model, owners):
+        raise AttachError(f"there is an adapter {name!r} already; choose another name=, or delete it first")
     recipe, bounds = planning.on_model(model, config, keymap, stack_axes, example, owners)
     abstract = rngs is None and nnx_survey.is_abstract(owners)
     if rngs is None and not abstract:

@@ -12,7 +12,7 @@ import collections
 import copyreg
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -256,7 +256,7 @@ def attach(
         follow(module)
         if ACTIVE not in vars(module):
             setattr(module, ACTIVE, ())
-    _set_active(model, (name,))
+    _set_active(model, (name,), owners)
 
 
 def _misfits(bounds: Sequence[bind.Bound], owners: Mapping[str, Owner], collection: str) -> list[str]:
@@ -307,17 +307,20 @@ def release(layer: nnx.Module) -> None:
         swap(layer, base_class(layer))
 
 
-def adapted(model: nnx.Module) -> Iterator[tuple[str, Any]]:
-    """`(path, layer)` of every adapted layer."""
-    for path, node in nnx.iter_graph(model):
-        if isinstance(node, nnx.Module) and isinstance(type(node), AdaptedMeta) and ACTIVE in vars(node):
-            yield paths.join(*map(str, path)), node
+def adapted(model: nnx.Module, owners: Mapping[str, Owner] | None = None) -> Iterator[tuple[str, Any]]:
+    """`(path, layer)` of every adapted layer. Each owns a base leaf: where `owners` are at hand no walk is needed."""
+    nodes: Iterable[tuple[str, Any]] = ((paths.join(*map(str, path)), node) for path, node in nnx.iter_graph(model))
+    if owners is not None:
+        nodes = {id(module): (leaf.rpartition(".")[0], module) for leaf, (module, _) in owners.items()}.values()
+    for path, node in nodes:
+        if isinstance(type(node), AdaptedMeta) and ACTIVE in vars(node):
+            yield path, node
 
 
-def names(model: nnx.Module) -> tuple[str, ...]:
+def names(model: nnx.Module, owners: Mapping[str, Owner] | None = None) -> tuple[str, ...]:
     """The names of the adapters a model carries."""
     found: dict[str, None] = {}
-    for _, layer in adapted(model):
+    for _, layer in adapted(model, owners):
         for method in methods.METHODS.values():
             found |= dict.fromkeys(vars(layer).get(method.peft_type.lower(), ()))
     return tuple(found)
@@ -332,14 +335,14 @@ def activate(model: nnx.Module, chosen: Sequence[str]) -> None:
     _set_active(model, tuple(chosen))
 
 
-def _set_active(model: nnx.Module, chosen: tuple[str, ...]) -> None:
+def _set_active(model: nnx.Module, chosen: tuple[str, ...], owners: Mapping[str, Owner] | None = None) -> None:
     if len(chosen) > 1:
         held: dict[str, dict[str, Method]] = {}
         for name in chosen:
             for path, var in variables(model).get(name, {}).items():
                 held.setdefault(path.rpartition(".")[0], {})[name] = var.get_metadata()["adapter"].method
         methods.refuse_rivals(held)
-    for _, layer in adapted(model):
+    for _, layer in adapted(model, owners):
         if getattr(layer, ACTIVE) != chosen:
             setattr(layer, ACTIVE, chosen)
 
