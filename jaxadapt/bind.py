@@ -139,8 +139,9 @@ def resolve(
 
 
 _WAYS = (
-    "\nName the modules in target_modules, name the family with keymap=, give a KeyMap with a line for each, or adapt"
-    " the model with example inputs (example=) so that its own computation tells"
+    "\nName the modules in target_modules, name the family with keymap=, give a KeyMap with a line for each, or let the"
+    " model's own computation tell: example= inputs for an NNX model; load into Linen variables that have the adapter's"
+    " collection (of jax.eval_shape(adapt(module, config).init, …), say)"
 )
 
 
@@ -351,7 +352,8 @@ def _recover(config: Config, keymap: KeyMap, tensors: Tensors) -> tuple[Bound, .
         raise KeyMapError(
             f"the table {keymap.name!r} has no line for these adapted leaves:\n"
             + paths.listing(unmapped)
-            + "\nPass the keymap= that the model was adapted with"
+            + "\nGive the very module that was adapted (not a part of it, nor what it is a part of), or the keymap= with"
+            " which it was"
         )
     return tuple(bounds)
 

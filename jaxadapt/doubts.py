@@ -47,6 +47,10 @@ def doubtful(config: Config, names: Sequence[str], chosen: Sequence[str]) -> lis
     lines: list[str] = []
     for entry in unmatched(config, names):
         lines.append(f"target_modules: {entry!r} matches no module" + _beside(entry, names))
+    if isinstance(config.get("target_modules"), str):
+        holders = {name[:i] for name in names for i, letter in enumerate(name) if letter == "."}.difference(names)
+        if held := [name for name in sorted(holders) if targets.matches(config, name)]:
+            lines.append(f"target_modules selects also what holds modules, which PEFT refuses: {near.listed(held)}")
     for field in ("rank_pattern", "alpha_pattern"):
         lines += _patterns(field, config.get(field) or {}, chosen)
     return lines

@@ -160,6 +160,10 @@ class KeyMap:
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, KeyMap) and self._identity == other._identity)
 
+    def __repr__(self) -> str:
+        # Every adapter parameter carries its table, and whoever prints a model prints them all.
+        return f"<KeyMap {self.name!r}, {len(self.weights)} lines>"
+
     def site(self, leaf: str) -> Site | None:
         """The site of a leaf, None if no line matches; several matching lines raise `KeyMapError`."""
         literal = self._literal.get(leaf)

@@ -25,7 +25,7 @@ def near(targets: Sequence[str], names: Sequence[str]) -> list[str]:
 
 
 def available(names: Sequence[str]) -> str:
-    segments = sorted({name.rpartition(".")[2] for name in names})
+    segments = sorted({name.rpartition(".")[2] for name in names} - {""})  # the model itself has no name
     return f"the last segments {listed(segments)}" if segments else "no modules at all"
 
 

@@ -53,8 +53,8 @@ class Attached:
     """What an `AdapterParam` carries as metadata: its recipe, and what its site's arithmetic needs."""
 
     recipe: Recipe
-    method: Method
-    axes: Axes
+    method: Method = dataclasses.field(repr=False)
+    axes: Axes = dataclasses.field(repr=False)
     static: Any
 
     @functools.cached_property

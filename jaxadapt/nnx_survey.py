@@ -221,7 +221,8 @@ def obstacles(
         module, attr = owners[leaf]
         also = [path for path in holders.get(id(vars(module)[attr]), []) if path != leaf]
         if also:  # the adapter would be in one module only, a merged weight in all
-            problems[leaf] = f"{leaf}: several modules hold this very weight, also as {', '.join(also)}"
+            what = f"{leaf}: several modules hold this very weight, also as {', '.join(also)}"
+            problems[leaf] = f"{what}; share the module instead of the weight, or leave it out"
         if leaf in biases or (attr == "kernel" and known(module) is not None):
             continue
         # An adapter's own dropout keeps random state too, and runs outside the layer's call.

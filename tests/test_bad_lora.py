@@ -109,11 +109,9 @@ class Deep(nnx.Module):
         self.layers = nnx.List([small.Net(rngs) for _ in range(2)])
 
 
-@pytest.mark.peft
-@pytest.mark.parametrize("patterns", OVERLAPS)
-def test_of_two_patterns_for_one_module_the_first_counts_as_in_peft(patterns, tmp_path):
-    """With a warning that names both; and still after a save (PEFT's sorts them, and contradicts its own tensors)."""
-    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+def torch_deep() -> Any:
+    """`Deep` in PyTorch."""
+    torch = pytest.importorskip("torch")
 
     class Torch(torch.nn.Module):
         def __init__(self) -> None:
@@ -123,8 +121,28 @@ def test_of_two_patterns_for_one_module_the_first_counts_as_in_peft(patterns, tm
                 [torch.nn.ModuleDict({n: torch.nn.Linear(*size) for n, size in one.items()}) for _ in range(2)]
             )
 
+    return Torch()
+
+
+@pytest.mark.peft
+def test_an_expression_that_selects_what_holds_modules():
+    """PEFT refuses it; here it means the modules that it selects, and whoever wants a file for PEFT is told."""
+    peft = pytest.importorskip("peft")
+    with pytest.raises(ValueError, match="Target module ModuleDict"):
+        peft.get_peft_model(torch_deep(), peft.LoraConfig(target_modules=r"layers\.0.*"))
+    config = jaxadapt.LoraConfig(target_modules=r"layers\.0.*")
+    with pytest.warns(UserWarning, match="selects also what holds modules, which PEFT refuses: layers.0"):
+        model = jaxadapt.adapt(Deep(nnx.Rngs(0)), config, rngs=nnx.Rngs(0))
+    assert set(jaxadapt.extract(model).sites) == {"layers.0.q_proj.kernel", "layers.0.up_proj.kernel"}
+
+
+@pytest.mark.peft
+@pytest.mark.parametrize("patterns", OVERLAPS)
+def test_of_two_patterns_for_one_module_the_first_counts_as_in_peft(patterns, tmp_path):
+    """With a warning that names both; and still after a save (PEFT's sorts them, and contradicts its own tensors)."""
+    peft = pytest.importorskip("peft")
     fields = {"r": 4, "target_modules": ["q_proj", "up_proj"], "rank_pattern": patterns}
-    theirs = peft.get_peft_model(Torch(), peft.LoraConfig(**fields))
+    theirs = peft.get_peft_model(torch_deep(), peft.LoraConfig(**fields))
     want = {
         name.removeprefix("base_model.model."): module.r["default"]
         for name, module in theirs.named_modules()
@@ -141,7 +159,7 @@ def test_of_two_patterns_for_one_module_the_first_counts_as_in_peft(patterns, tm
         jaxadapt.save(model, tmp_path)
         assert list(json.loads((tmp_path / small.CONFIG).read_text())["rank_pattern"]) == list(patterns)
         assert ranks(jaxadapt.extract(jaxadapt.load(tmp_path, Deep(nnx.Rngs(1))))) == want
-        loaded = peft.PeftModel.from_pretrained(Torch(), str(tmp_path))  # a rank of another size would be an error
+        loaded = peft.PeftModel.from_pretrained(torch_deep(), str(tmp_path))  # a rank of another size would be an error
     assert list(loaded.peft_config["default"].rank_pattern) == list(patterns)
 
 
