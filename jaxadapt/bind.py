@@ -352,8 +352,7 @@ def _recover(config: Config, keymap: KeyMap, tensors: Tensors) -> tuple[Bound, .
         raise KeyMapError(
             f"the table {keymap.name!r} has no line for these adapted leaves:\n"
             + paths.listing(unmapped)
-            + "\nGive the very module that was adapted (not a part of it, nor what it is a part of), or the keymap= with"
-            " which it was"
+            + "\nGive the very module that was adapted (no part of it, nor what it is a part of), or its keymap="
         )
     return tuple(bounds)
 
