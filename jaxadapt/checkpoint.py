@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import operator
 import os
 from collections.abc import Callable, Mapping
@@ -23,17 +22,18 @@ from typing import Any
 
 import jax
 
-from jaxadapt import paths, preemption, resuming, snapshot, step_files, step_reading, store
+from jaxadapt import paths, preemption, resuming, run_folder, snapshot, step_files, step_reading, store
 from jaxadapt.adapter import Adapter, Recipe
 from jaxadapt.background import Background
 from jaxadapt.codecs import places
-from jaxadapt.codecs.places import Place
 from jaxadapt.errors import AdapterError, AttachError, ConfigError, FileError
+from jaxadapt.progress import LOGGER, Progress, reporting
 from jaxadapt.resuming import Restored
+from jaxadapt.run_folder import RunFolder
 from jaxadapt.snapshot import Taken
 
 
-class CheckpointManager:
+class CheckpointManager(RunFolder):
     """The checkpoints of one training run, in one folder.
 
     Args:
@@ -45,6 +45,9 @@ class CheckpointManager:
         asynchronous: `save` returns when the values are off the device, and the next save waits for it.
         timeout: with several processes, how long one waits for the answer of another, in seconds. All must see the
             folder, and all call `save`, `restore`, `rollback` and `export`.
+        progress: None, True (bars on a terminal or in a notebook) or a function of ("save" or "load", bytes done, bytes
+            in all), for all that the manager moves; of `save` it is called behind the training loop, and an exception
+            of it ends that save. Of several processes each counts what it writes itself.
 
     Use it as a context manager: leaving the block waits for the last save and raises what went wrong. Left without
     waiting (the program ends, also by an exception or `sys.exit`) the last save still lands; if it fails then, the
@@ -75,6 +78,7 @@ class CheckpointManager:
         maximize: str | None = None,
         asynchronous: bool = True,
         timeout: float = 300,
+        progress: Progress = None,
     ) -> None:
         """Raises `ConfigError` for arguments that contradict each other."""
         problems: list[str] = []
@@ -82,74 +86,20 @@ class CheckpointManager:
             problems.append(f"keep={keep}: expected at least 1, or None for all")
         if keep_best < 0 or (keep_every is not None and keep_every < 1):
             problems.append(f"keep_best={keep_best}, keep_every={keep_every}: expected positive numbers")
-        if minimize is not None and maximize is not None:
-            problems.append(f"minimize={minimize!r} and maximize={maximize!r}: give one of the two")
         if keep_best and minimize is None and maximize is None:
             problems.append("keep_best= needs minimize= or maximize=, the metric that says which is best")
         if keep is None and (keep_best or keep_every):
             problems.append("keep_best= and keep_every= add to keep=, which is None: everything is kept")
         if problems:
             raise ConfigError("\n".join(problems))
-        self.folder = places.at(folder).absolute()
-        if isinstance(self.folder, places.Address):
-            self.folder.store()  # a package that is missing shows here, not in the background
+        super().__init__(folder, minimize=minimize, maximize=maximize)
         self.keep, self.keep_best, self.keep_every = keep, keep_best, keep_every
-        self.minimize, self.maximize = minimize, maximize
-        self.asynchronous, self.timeout = asynchronous, timeout
+        self.asynchronous, self.timeout, self.progress = asynchronous, timeout, progress
         self._saving = Background()
         self._last: int | None = None  # the last step, as far as this manager knows; None: it has not looked
-        self._metrics: dict[tuple[Place, object], dict[str, float]] = {}
 
     def __repr__(self) -> str:
         return f"CheckpointManager({str(self.folder)!r}, steps {self.steps})"
-
-    # ------------------------------------------------------------ what is there
-
-    @property
-    def steps(self) -> list[int]:
-        """The steps that can be restored, ascending."""
-        return list(step_files.steps(self.folder))
-
-    @property
-    def latest(self) -> int | None:
-        """The last step; None if there is none."""
-        return max(self.steps, default=None)
-
-    @property
-    def best(self) -> int | None:
-        """The step with the best metric (of equals the later one); None if no step has it.
-
-        Raises `ConfigError` if neither `minimize` nor `maximize` was given.
-        """
-        if self.minimize is None and self.maximize is None:
-            raise ConfigError("which step is best? Give minimize= or maximize=, the name of a metric")
-        return next(iter(self._ranked()), None)
-
-    def metrics(self, step: int) -> dict[str, float]:
-        """The metrics saved with a step. Raises `FileError` if there is no such step."""
-        return dict(self._metrics_of(self._path(step)))
-
-    def _metrics_of(self, path: Place) -> dict[str, float]:
-        key = (path, places.version(path))
-        if key not in self._metrics:
-            self._metrics[key] = step_reading.stored(path).metrics
-        return self._metrics[key]
-
-    def _ranked(self) -> list[int]:
-        """The steps that have the metric, best first."""
-        name, sign = (self.minimize, 1) if self.minimize is not None else (self.maximize, -1)
-        values: dict[int, float] = {}
-        for step, path in step_files.steps(self.folder).items():
-            value = self._metrics_of(path).get(str(name), math.nan)
-            if not math.isnan(value):
-                values[step] = sign * value
-        return sorted(values, key=lambda step: (values[step], -step))
-
-    def _path(self, step: int) -> Place:
-        found = step_files.steps(self.folder)
-        if step not in found:
-            raise FileError(f"{self.folder}: there is no step {step}; found {list(found) or 'none'}")
-        return found[step]
 
     # ------------------------------------------------------------ saving
 
@@ -203,14 +153,16 @@ class CheckpointManager:
 
     def _begin(self, step: int, taken: Taken, metrics: dict[str, float], several: bool) -> Callable[[], None]:
         """Takes the values off the device; what is left to do is returned."""
-        path = step_files.place(self.folder, step)
+        path = run_folder.place(self.folder, step)
         if not several:
             write = functools.partial(step_files.write, path, taken, metrics, step_files.on_host(taken.arrays))
         else:
             write = step_files.prepare_together(path, taken, metrics, self.timeout)
 
         def finish() -> None:
-            write()
+            with reporting(self.progress) as report:
+                write(report)
+            LOGGER.info("%s: step %d saved, %d arrays", path, step, len(taken.arrays))
             if not several or _first():
                 self._prune()
 
@@ -219,7 +171,7 @@ class CheckpointManager:
     def _prune(self) -> None:
         if self.keep is None:
             return
-        found = step_files.steps(self.folder)
+        found = run_folder.steps(self.folder)
         kept = set(list(found)[-self.keep :])
         kept |= set(self._ranked()[: self.keep_best]) if self.keep_best else set()
         kept |= {s for s in found if self.keep_every and s % self.keep_every == 0}
@@ -277,9 +229,10 @@ class CheckpointManager:
             raise FileError(f"{self.folder}: there is no checkpoint to restore")
         stored = step_reading.stored(self._path(found))
         parts = {"opt_state": opt_state, "rng": rng, "data": data}
-        filled = resuming.fill(
-            like, parts, stored.taken, stored.specs, lambda wanted: step_reading.read(stored, wanted), str(stored.path)
-        )
+        with reporting(self.progress) as report:
+            read = functools.partial(step_reading.read, stored, report=report)
+            filled = resuming.fill(like, parts, stored.taken, stored.specs, read, str(stored.path))
+        LOGGER.info("%s: step %d restored, %d arrays", stored.path, found, len(stored.specs))
         back = {part: filled.get(part) for part in snapshot.PARTS}
         return Restored(found, filled["model"], **back, metrics=stored.metrics)
 
@@ -310,6 +263,7 @@ class CheckpointManager:
         chosen = self.latest if step is None else step
         if chosen is None:
             raise FileError(f"{self.folder}: there is no checkpoint to export")
+        options.setdefault("progress", self.progress)
         stored = step_reading.stored(self._path(chosen))
         if stored.taken.guest:
             flat = step_reading.read(stored, {n: None for n in stored.specs if n.startswith("guest/")})
@@ -325,7 +279,7 @@ class CheckpointManager:
         """Deletes every step after `step`, the last first, so that training can go on from there."""
         self.wait()
         self._path(step)
-        for later, path in reversed(step_files.steps(self.folder).items()):
+        for later, path in reversed(run_folder.steps(self.folder).items()):
             if later > step and _first():
                 step_files.remove(path)
         _together("rollback")

@@ -1,6 +1,4 @@
-"""One training step on disk or in an object store: a safetensors file, replaced as a whole, durably.
-
-    step-000000100.safetensors     the JSON of everything that is no array is in its header
+"""One training step written to disk or to an object store: a safetensors file, replaced as a whole, durably.
 
 Of arrays that several processes share each writes its own part of the file. In an object store nobody can: there
 process 0 gathers them, and puts the object at once.
@@ -10,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-import re
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -24,32 +22,9 @@ from jaxadapt.codecs.files import file_error
 from jaxadapt.codecs.group import Group
 from jaxadapt.codecs.places import Address, Place
 from jaxadapt.errors import FileError
+from jaxadapt.progress import Report, counting
+from jaxadapt.run_folder import META, NAME, SCHEMA
 from jaxadapt.snapshot import Taken
-
-_NAME = re.compile(r"step-(\d{9,18})\.safetensors")
-META = "jaxadapt_step"
-SCHEMA = 1
-
-
-def place(folder: Place, step: int) -> Place:
-    """Where a step goes. Padded, so that names sort as numbers do."""
-    return folder / f"step-{step:09d}.safetensors"
-
-
-def steps(folder: Place) -> dict[int, Place]:
-    """`{step: path}` of the steps that are there, whole, in ascending order."""
-    try:
-        names = [entry.name for entry in folder.iterdir()]
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise file_error("read", str(folder), error) from error
-    found: dict[int, Place] = {}
-    for name in names:
-        match = _NAME.fullmatch(name)
-        if match:
-            found[int(match[1])] = folder / name
-    return dict(sorted(found.items()))
 
 
 def _document(taken: Taken, metrics: Mapping[str, float], odd: Mapping[str, str]) -> dict[str, Any]:
@@ -104,7 +79,11 @@ def _join(shape: tuple[int, ...], pieces: list[tuple[Any, np.ndarray]]) -> np.nd
 
 
 def write(
-    path: Place, taken: Taken, metrics: Mapping[str, float], values: Mapping[str, Callable[[], np.ndarray]]
+    path: Place,
+    taken: Taken,
+    metrics: Mapping[str, float],
+    values: Mapping[str, Callable[[], np.ndarray]],
+    report: Report,
 ) -> None:
     """Writes a step as one file, durably and atomically; `values` give the arrays one by one."""
     specs, odd = _specs(taken)
@@ -113,7 +92,8 @@ def write(
         value = values[name]()
         return _as_bytes(value) if name in odd else value
 
-    safetensors.write(path, specs, get, {META: json.dumps(_document(taken, metrics, odd))})
+    more = counting(report, "save", sum(dtype.itemsize * math.prod(shape) for dtype, shape in specs.values()))
+    safetensors.write(path, specs, get, {META: json.dumps(_document(taken, metrics, odd))}, progress=more)
 
 
 def _specs(taken: Taken) -> tuple[dict[str, tuple[np.dtype[Any], tuple[int, ...]]], dict[str, str]]:
@@ -135,7 +115,7 @@ def _as_bytes(value: np.ndarray) -> np.ndarray:
 
 def prepare_together(
     path: Place, taken: Taken, metrics: Mapping[str, float], timeout: float
-) -> Callable[[], None]:
+) -> Callable[[Report], None]:
     """What this process is to write of a step, off the device when this returns; the result writes it with all others.
 
     Every process must call this, in the same order as its other saves, and then what it returns, in any thread: what
@@ -151,12 +131,23 @@ def prepare_together(
     held = together.own(spread, jax.process_index()) if shared else _gathered(spread)
     group = Group(str(path), timeout, together.STAGES)
 
-    def finish() -> None:
+    def finish(report: Report) -> None:
         document = _document(taken, metrics, odd)
         alike = {name: parallel.digest(value()) for name, value in alone.items()} | _digests(document)
         if group.index == 0:
             held.update({name: {sharding.whole(value().shape): value()} for name, value in alone.items()})
         layout = safetensors.named_specs(specs)
+
+        def parts(_: bool) -> Iterator[parallel.Part]:
+            more = counting(report, "save", sum(x.nbytes for boxes in held.values() for x in boxes.values()))
+            for name in sorted(held):
+                for box, values in together.joined(held[name]):
+                    if name in odd:
+                        values = _as_bytes(values)
+                        box = (*box, (0, values.shape[-1]))
+                    yield parallel.Part(name, specs[name][1], box, values)
+                    more(values.nbytes)
+
         if group.index > 0:
             parallel.follow(str(path), layout, parts, group, alike | {"step": path.name})
             group.hear("result")
@@ -168,14 +159,6 @@ def prepare_together(
             group.fail(error)
             raise
         group.tell("result")
-
-    def parts(_: bool) -> Iterator[parallel.Part]:
-        for name in sorted(held):
-            for box, values in together.joined(held[name]):
-                if name in odd:
-                    values = _as_bytes(values)
-                    box = (*box, (0, values.shape[-1]))
-                yield parallel.Part(name, specs[name][1], box, values)
 
     return finish
 
@@ -203,7 +186,7 @@ def _digests(document: Mapping[str, Any]) -> dict[str, str]:
 def sweep(folder: Place) -> None:
     """Removes what killed writers left."""
     if not isinstance(folder, Address):  # what is put at once leaves nothing
-        atomic.sweep(folder, _NAME.pattern)
+        atomic.sweep(folder, NAME.pattern)
 
 
 def remove(path: Place) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadapt import step_files
+from jaxadapt import run_folder
 from jaxadapt.codecs import safetensors
 from jaxadapt.codecs.dtypes import numpy_dtype
 from jaxadapt.codecs.places import Place
 from jaxadapt.errors import FormatError
+from jaxadapt.progress import Report, counting, quiet
 from jaxadapt.snapshot import Taken, is_committed, is_key, is_on_device
 
 
@@ -42,33 +42,23 @@ def stored(path: Place) -> Stored:
     """What a step holds, from its header. Raises `FileError` or `FormatError`."""
     header = safetensors.read_header(path)
     specs = {k: (t.shape, numpy_dtype(t.dtype).name) for k, t in header.tensors.items()}
-    try:
-        document = json.loads(header.metadata.get(step_files.META, "null"))
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: the metadata {step_files.META!r} of its header is damaged: {error}") from error
-    if not isinstance(document, dict):
-        raise FormatError(f"{path}: not a training checkpoint of this library: it holds no {step_files.META!r}")
-    if document.get("schema") != step_files.SCHEMA:
-        raise FormatError(
-            f"{path}: expected schema {step_files.SCHEMA}, found {document.get('schema')!r}; a newer version of this"
-            " library wrote it, or it is damaged"
-        )
-    metrics, odd = document.get("metrics"), document.get("odd")
-    if not isinstance(metrics, dict) or not isinstance(odd, dict):
-        raise FormatError(f"{path}: the metadata {step_files.META!r} of its header is damaged")
-    for name, dtype in odd.items():
+    document = run_folder.document(path, header)
+    for name, dtype in document["odd"].items():
         specs[name] = (specs[name][0][:-1], dtype)
-    return Stored(path, metrics, Taken.from_json(document, str(path)), specs, odd)
+    return Stored(path, document["metrics"], Taken.from_json(document, str(path)), specs, document["odd"])
 
 
-def read(step: Stored, wanted: Mapping[str, Any]) -> dict[str, Any]:
+def read(step: Stored, wanted: Mapping[str, Any], report: Report = quiet) -> dict[str, Any]:
     """The arrays of a step: each with the sharding of its example, a numpy array where the example is None.
+
+    `report` is told of ("load", bytes, bytes in all); of an array that is spread over devices when its part is here.
 
     Raises `FileError` or `FormatError`.
     """
     try:
         with safetensors.open_tensors(step.path) as file:
-            return _read_file(file, step, wanted)
+            more = counting(report, "load", sum(map(file.nbytes, wanted)))
+            return _read_file(file, step, wanted, more)
     except KeyError as error:
         raise FormatError(f"{step.path}: it was replaced while it was read ({error} is gone); read it again") from error
 
@@ -77,9 +67,11 @@ def _spread(like: Any) -> bool:
     return is_committed(like) and not is_key(like) and len(like.sharding.device_set) > 1
 
 
-def _read_file(file: safetensors.TensorFile, step: Stored, wanted: Mapping[str, Any]) -> dict[str, Any]:
+def _read_file(
+    file: safetensors.TensorFile, step: Stored, wanted: Mapping[str, Any], more: Callable[[int], None]
+) -> dict[str, Any]:
     spread = [name for name, like in wanted.items() if _spread(like) and name not in step.odd]
-    host: dict[str, Any] = file.read_many(name for name in wanted if name not in spread)
+    host: dict[str, Any] = file.read_many((name for name in wanted if name not in spread), more)
     for name, dtype in step.odd.items():
         if name in host:
             shape = step.specs[name][0]
@@ -90,6 +82,7 @@ def _read_file(file: safetensors.TensorFile, step: Stored, wanted: Mapping[str, 
     out: dict[str, Any] = {**host, **dict(zip(onto, placed, strict=True))}
     for name in spread:
         out[name] = _by_shard(wanted[name], functools.partial(file.read_slice, name))
+        more(file.nbytes(name))
     for name in host.keys() & step.odd.keys():
         if _spread(wanted[name]):
             out[name] = _by_shard(wanted[name], host[name].__getitem__)

@@ -186,6 +186,39 @@ def completed(typed, monkeypatch):
     return {tuple(line.split(",", 1)) for line in lines}
 
 
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_each_shell_is_answered_as_its_script_asks(shell, monkeypatch):
+    """With the variables that the script sets, in the form that it takes apart: a process each."""
+    script = run("completion", shell).output
+    word, last = {  # what follows COMP_WORDS= and COMP_CWORD= there, where "jaxadapt c" is typed
+        "bash": ('"${COMP_WORDS[*]}"', "$COMP_CWORD"),
+        "zsh": ('"${words[*]}"', "$((CURRENT-1))"),
+        "fish": ("(commandline -cp)", "(commandline -t)"),
+    }[shell]
+    assert f"COMP_WORDS={word}" in script
+    assert f"COMP_CWORD={last}" in script
+    assert f"_JAXADAPT_COMPLETE={shell}_complete" in script
+
+    def answer(typed):
+        words = typed.split(" ")
+        monkeypatch.setenv("_JAXADAPT_COMPLETE", f"{shell}_complete")
+        monkeypatch.setenv("COMP_WORDS", typed)
+        monkeypatch.setenv("COMP_CWORD", words[-1] if shell == "fish" else str(len(words) - 1))
+        lines = CliRunner().invoke(main, [], prog_name="jaxadapt").output.splitlines()
+        if shell == "zsh":
+            return list(zip(lines[::3], lines[1::3], lines[2::3], strict=True))
+        pairs = [line.split(",", 1) for line in lines]
+        return [(kind, *rest.partition("\t")[::2]) for kind, rest in pairs]
+
+    short = {name: main.get_command(click.Context(main), name).get_short_help_str(200) for name in COMMANDS}
+    told = {name: "" if shell == "bash" else short[name] for name in COMMANDS if name.startswith("c")}
+    assert sorted(answer("jaxadapt c")) == sorted(("plain", name, text) for name, text in told.items())
+    assert any("," in text for text in told.values()) or shell == "bash"
+    assert ("string split -m 1" in script) is (shell == "fish")  # at the first comma alone
+    assert [kind for kind, *_ in answer("jaxadapt inspect ou")] == ["file"]
+    assert [value for _, value, _ in answer("jaxadapt demo --api l")] == ["linen"]
+
+
 def test_completion_works_in_a_real_shell(tmp_path):
     program = tmp_path / "jaxadapt"
     program.write_text(f"#!{sys.executable}\nfrom jaxadapt.cli import main\nmain()\n")
@@ -209,6 +242,8 @@ LIGHT = {
     "families NAME": (("families", "llama"), set(), 0),
     "check-keymap": (("check-keymap", "auto", "--model", "shapes.json"), {"numpy"}, 0),
     "completion": (("completion", "zsh"), set(), 0),
+    "checkpoints": (("checkpoints", "run"), set(), 0),
+    "checkpoints, best": (("checkpoints", "run", "--minimize", "loss", "--json"), set(), 0),
     "pull": (("pull", "org/name"), {"huggingface_hub"}, 1),
     "push": (("push", "out", "org/name", "--no-picture"), {"huggingface_hub"}, 1),
     "--help": (("--help",), set(), 0),
@@ -217,7 +252,7 @@ LIGHT = {
 
 
 @pytest.mark.parametrize("name", LIGHT)
-def test_commands_that_need_no_jax_start_without_it(name, folder):
+def test_commands_that_need_no_jax_start_without_it(name, folder, run_folder):
     words, needs, status = LIGHT[name]
     (folder.parent / "shapes.json").write_text('{"model.layers.0.self_attn.q_proj.kernel": [8, 6]}')
     code = (
@@ -317,6 +352,9 @@ def test_checkpoints_are_listed(run_folder):
     empty = run("checkpoints", run_folder / "no")
     assert empty.exit_code == 1
     assert "there is no checkpoint" in empty.output
+    misspelt = run("checkpoints", run_folder, "--minimize", "los")
+    assert misspelt.exit_code == 1
+    assert "no step has the metric 'los'; found ['loss', 'seen']" in misspelt.output
 
 
 @pytest.mark.parametrize(("step", "which"), [("best", 1), ("0", 0), ("latest", 2), (None, 2)])

@@ -23,7 +23,7 @@ FLOORS = [
     " quantized near".split(),
     "methods families agreeing copies parameters tying replication bind renaming joining embeddings folder".split()
     + "per_expert orbax_folder transfer together vocabulary dialects guests guest_config laying sharding slots".split()
-    + ["pytorch", "initial", "single_experts", "doubts", "filling", "plain"],
+    + ["run_folder", "pytorch", "initial", "single_experts", "doubts", "filling", "plain"],
     "linen linen_call linen_survey linen_tree nnx nnx_survey merging products combining norms trees checking".split()
     + "observing eva nnx_calls wholes".split(),
     "foreign planning attach exchange store bases report picture reducing rescaling optim".split()

@@ -40,6 +40,8 @@ def here(tmp_path, monkeypatch):
     jaxadapt.save(small.adapter(), "peft")
     jaxadapt.save(small.adapter(), "orbax", format="orbax")
     jaxadapt.export_base(small.net(), "base", keymap=TABLE)
+    with jaxadapt.CheckpointManager("run") as manager:
+        manager.save(1, small.adapter())
     return tmp_path
 
 
@@ -51,6 +53,16 @@ def qwix():
 
 def merged(progress):
     return jaxadapt.merge(small.net(), small.adapter(), progress=progress)
+
+
+def managed(progress):
+    manager = jaxadapt.CheckpointManager("new", progress=progress)
+    manager.save(1, small.adapter())
+    manager.wait()
+
+
+def restored(progress):
+    return jaxadapt.CheckpointManager("run", progress=progress).restore(small.adapter(seed=1))
 
 
 # What is called, under which name it tells, and how many bytes there are.
@@ -78,6 +90,11 @@ WORK = {
     "merge of files": (lambda p: on_disk.merge("base", "peft", "new", progress=p), "merge", BASE),
     "combine of files": (lambda p: on_disk.combine(["peft", "peft"], [1, 1], "new", progress=p), "save", ADAPTER),
     "convert": (lambda p: convert("peft", "new", progress=p), "save", ADAPTER),
+    "manager, save": (managed, "save", ADAPTER),
+    "manager, restore": (restored, "load", ADAPTER),
+    "manager, export": (
+        lambda p: jaxadapt.CheckpointManager("run", progress=p).export(1, "new"), "save", ADAPTER,
+    ),
 }  # fmt: skip
 
 
@@ -108,7 +125,9 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize("work", ["save, NNX", "load, NNX", "merge", "export", "import", "merge of files"])
+@pytest.mark.parametrize(
+    "work", ["save, NNX", "load, NNX", "merge", "export", "import", "merge of files", "manager, save"]
+)
 def test_true_draws_bars_on_a_terminal(work, here, monkeypatch):
     screen = Terminal()
     monkeypatch.setattr(sys, "stderr", screen)
@@ -193,13 +212,16 @@ def test_merge_under_jit_tells_while_it_is_traced(here):
         ("export", "new: 4 tensors, "),
         ("import", "base/model.safetensors: 4 weights read, by the table small"),
         ("merge of files", "new: 2 of 4 tensors changed"),
+        ("manager, save", "step-000000001.safetensors: step 1 saved, 4 arrays"),
+        ("manager, restore", "step-000000001.safetensors: step 1 restored, 4 arrays"),
     ],
 )
 def test_the_logger_says_what_was_done(work, says, here, caplog):
     with caplog.at_level(logging.INFO, logger="jaxadapt"):
         WORK[work][0](None)
     assert {record.name for record in caplog.records if record.name.startswith("jaxadapt")} == {"jaxadapt"}
-    assert any(record.getMessage().startswith(says) for record in caplog.records), caplog.text
+    said = [record.getMessage().removeprefix(f"{here}/new/").removeprefix(f"{here}/run/") for record in caplog.records]
+    assert any(text.startswith(says) for text in said), caplog.text
 
 
 def test_the_logger_is_the_only_one_and_leaves_the_program_its_handlers(root):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from jaxadapt.cli import shown
-from jaxadapt.errors import AdapterError
+from jaxadapt.errors import AdapterError, ConfigError
 
 
 @click.command("checkpoints", short_help="List the checkpoints of a training, or export one.")
@@ -27,45 +27,49 @@ def command(
       jaxadapt checkpoints run/
       jaxadapt checkpoints run/ --minimize loss --step best --export out/
     """
-    from jaxadapt.checkpoint import CheckpointManager
+    from jaxadapt.run_folder import RunFolder
 
-    manager = CheckpointManager(folder, minimize=minimize, maximize=maximize)
-    best = manager.best if minimize or maximize else None
+    run = RunFolder(folder, minimize=minimize, maximize=maximize)
     if step is not None and out is None:
         raise click.UsageError("--step says which step --export writes")
-    if out is not None:
-        chosen = _chosen(manager.latest, best, step)
-        manager.export(chosen, out, progress=True)
-        chosen = manager.latest if chosen is None else chosen
-        shown.print_json({"step": chosen, "folder": out}) if as_json else shown.print_pairs(
-            [("step", str(chosen)), ("folder", out)]
-        )
-        return
-    steps = manager.steps
+    steps = run.steps
     if not steps:
         raise AdapterError(f"{folder}: there is no checkpoint")
+    best = run.best if minimize or maximize else None
+    rows = {s: run.metrics(s) for s in steps}
+    names = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
+    if (minimize or maximize) and best is None:
+        raise ConfigError(f"{folder}: no step has the metric {minimize or maximize!r}; found {names or 'none'}")
+    if out is not None:
+        from jaxadapt.checkpoint import CheckpointManager  # with JAX, which the lists do without
+
+        chosen = _chosen(steps[-1], best, step)
+        CheckpointManager(folder, progress=True).export(chosen, out)
+        if as_json:
+            shown.print_json({"step": chosen, "folder": out})
+        else:
+            shown.print_pairs([("step", str(chosen)), ("folder", out)])
+        return
     if as_json:
-        listed = [{"step": s, "metrics": manager.metrics(s), "best": s == best} for s in steps]
+        listed = [{"step": s, "metrics": metrics, "best": s == best} for s, metrics in rows.items()]
         shown.print_json({"folder": folder, "steps": listed})
         return
-    rows = {s: manager.metrics(s) for s in steps}
-    names = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
     shown.print_table(
         ("step", *names, ""),
         [
-            (str(s), *(f"{m[n]:.6g}" if n in m else "" for n in names), _note(s, best, manager.latest))
+            (str(s), *(f"{m[n]:.6g}" if n in m else "" for n in names), _note(s, best, steps[-1]))
             for s, m in rows.items()
         ],
         numbers=("step", *names),
     )
 
 
-def _chosen(latest: int | None, best: int | None, step: str | None) -> int | None:
+def _chosen(latest: int, best: int | None, step: str | None) -> int:
     if step in (None, "latest"):
         return latest
     if step == "best":
         if best is None:
-            raise click.UsageError("--step best needs --minimize or --maximize, and a step that has the metric")
+            raise click.UsageError("--step best needs --minimize or --maximize")
         return best
     if not step.isdecimal():
         raise click.BadParameter(f"expected a number, latest or best, found {step!r}", param_hint="--step")

@@ -27,6 +27,7 @@ def command(ctx: click.Context, shell: str, as_json: bool) -> None:
     maker = get_completion_class(shell)
     assert maker is not None
     script = maker(ctx.find_root().command, {}, "jaxadapt", "_JAXADAPT_COMPLETE").source()
+    script = script.replace('string split ","', 'string split -m 1 ","')  # fish: else a help ends at its first comma
     if as_json:
         shown.print_json({"shell": shell, "script": script})
     else:
