@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Norm:
-    """One module. `effective_rank`, `rank` and `scale` are None where the method has none.
+    """One module, or one parameter of `target_parameters`, all experts of it together.
+
+    `effective_rank`, `rank` and `scale` are None where the method has none; the first is the mean of the experts'.
 
     Attributes:
         norm: ‖ΔW‖ in the Frobenius norm; for IA3 the root mean square of l − 1, which is the relative change.
@@ -69,6 +71,7 @@ def measure(tensors: PeftTensors) -> Norms:
     known = {key for keys in held.values() for key in keys.values()}
     for module, keys in held.items():
         arrays = {name: _wide(tensors.tensors[key]) for name, key in keys.items()}
+        module = parameter(config, module)
         norm = _ia3(module, arrays) if config.peft_type == "IA3" else _lora(config, module, arrays)
         if norm is None:
             left.append(module)
@@ -76,6 +79,23 @@ def measure(tensors: PeftTensors) -> Norms:
             made.append(norm)
     left += [key.removeprefix(PEFT_PREFIX) for key in tensors.tensors if key not in known]
     return Norms(_what(config), tuple(made), tuple(left))
+
+
+def parameter(config: Config, module: str) -> str:
+    """A module of a file, or the parameter of it that is meant: PEFT wraps once for each of `target_parameters`.
+
+    The module's first parameter is innermost, so with gate_up_proj and down_proj "experts.base_layer" is the first.
+
+    >>> from jaxadapt.configs import LoraConfig
+    >>> parameter(LoraConfig(target_parameters=["experts.down_proj", "experts.gate_up_proj"]), "0.experts.base_layer")
+    '0.experts.gate_up_proj'
+    """
+    inner = len(module.split(".base_layer")) - 1
+    owner = module.removesuffix(".base_layer" * inner)
+    ends = dict.fromkeys(entry.rpartition(".")[2] for entry in config.get("target_parameters") or ())
+    mine = sorted((end for end in ends if targets.is_parameter(config, f"{owner}.{end}")), key=_rank)
+    at = len(mine) - 1 - inner
+    return f"{owner}.{mine[at]}" if 0 <= at < len(mine) else module
 
 
 def _what(config: Config) -> str:
@@ -105,19 +125,25 @@ def _lora(config: Config, module: str, arrays: Mapping[str, np.ndarray]) -> Norm
     a, b = a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1)
     if "lora_diag" in arrays:
         a = arrays["lora_diag"][:, None] * a  # KaSA
-    r = a.shape[0]
-    if b.shape[1] != r:
-        return None  # of a grouped convolution, or of experts
     alpha = targets.pattern_value(config.get("alpha_pattern") or {}, module, config.get("lora_alpha"))
     named = targets.pattern_value(config.get("rank_pattern") or {}, module, config.get("r"))
     scale = alpha / math.sqrt(named) if config.get("use_rslora") else alpha / named
-    small: list[Any] = [np.linalg.qr(x, mode="r") for x in (b, a.T)]
-    core = small[0] @ small[1].T
-    s = np.linalg.svd(core, compute_uv=False)
-    total = float(s.sum())
-    p = s[s > 0] / total if total > 0 else s[:0]
-    effective = float(np.exp(-(p * np.log(p)).sum())) if p.size else 0.0
-    return Norm(module, abs(scale) * float(np.sqrt((s**2).sum())), effective, r, float(scale))
+    experts, rest = divmod(a.shape[0], named) if targets.is_parameter(config, module) else (1, 0)
+    if rest or b.shape[1] != a.shape[0]:
+        return None  # of a grouped convolution
+    # PEFT has the As of all experts below each other, and the Bs' columns in turns.
+    each_a, each_b = a.reshape(experts, -1, a.shape[1]), np.moveaxis(b.reshape(b.shape[0], -1, experts), 2, 0)
+    small: list[Any] = [np.linalg.qr(x, mode="r") for x in (each_b, np.swapaxes(each_a, 1, 2))]
+    s = np.linalg.svd(small[0] @ np.swapaxes(small[1], 1, 2), compute_uv=False)
+    effective = sum(map(_effective_rank, s)) / experts
+    return Norm(module, abs(scale) * float(np.sqrt((s**2).sum())), effective, each_a.shape[1], float(scale))
+
+
+def _effective_rank(s: np.ndarray) -> float:
+    import numpy as np
+
+    p = s[s > 0] / max(s.sum(), np.finfo(s.dtype).tiny)
+    return float(np.exp(-(p * np.log(p)).sum())) if p.size else 0.0
 
 
 # ---------------------------------------------------------------- as a grid

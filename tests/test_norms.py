@@ -62,6 +62,28 @@ def test_lora_is_the_norm_of_the_formed_change():
     assert found.left_out == ("head.weight",)
 
 
+def test_experts_are_changed_each_by_itself():
+    """As PEFT's ParamWrapper takes the two apart: A's rows expert by expert, B's columns rank by rank."""
+    config = jaxadapt.LoraConfig(
+        r=4, lora_alpha=6, target_modules=[], target_parameters=["experts.down_proj", "experts.gate_up_proj"],
+        rank_pattern={"experts.gate_up_proj": 2},
+    )  # fmt: skip
+    held = {
+        "l.0.experts.base_layer.lora_A.weight": array(6, 9), "l.0.experts.base_layer.lora_B.weight": array(7, 6),
+        "l.0.experts.lora_A.weight": array(12, 7), "l.0.experts.lora_B.weight": array(5, 12),
+    }  # fmt: skip
+    found = {norm.module: norm for norm in measure(tensors(config, **held)).modules}
+    for name, module, rank in (("gate_up_proj", "experts.base_layer", 2), ("down_proj", "experts", 4)):
+        a = held[f"l.0.{module}.lora_A.weight"].reshape(3, rank, -1)
+        b = held[f"l.0.{module}.lora_B.weight"]
+        deltas = 6 / rank * np.einsum("ore,eri->eoi", b.reshape(b.shape[0], rank, 3), a)
+        want = [np.linalg.norm(deltas), np.mean([of_matrix(delta)[1] for delta in deltas])]
+        norm = found[f"l.0.experts.{name}"]
+        np.testing.assert_allclose([norm.norm, norm.effective_rank], want, rtol=1e-5)  # as above
+        assert (norm.rank, norm.scale) == (rank, 6 / rank)
+    assert grid(list(found.values())).columns == ("gate_up_proj", "down_proj")
+
+
 def test_the_change_is_never_formed():
     """It would have 160 GB here."""
     config = jaxadapt.LoraConfig(r=1, lora_alpha=1, target_modules=["q"])

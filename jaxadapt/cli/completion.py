@@ -14,7 +14,8 @@ from jaxadapt.cli import shown
 def command(ctx: click.Context, shell: str, as_json: bool) -> None:
     """Print the script that completes commands, options and paths in a SHELL.
 
-    New shells of that kind have it once the script is in the shell's own file, as in the example.
+    New shells of that kind have it once the script is in the shell's own file, as in the example. In zsh a line above
+    it must say `autoload -Uz compinit && compinit`, if none does.
 
     \b
     Example:
