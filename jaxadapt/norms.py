@@ -193,14 +193,14 @@ def grid(norms: Sequence[Norm]) -> Grid:
 
 # How data flows through a layer; names that are not here come after, in the file's order.
 _FLOW = (
-    "qkv_proj", "c_attn", "query_key_value", "q_proj", "query", "q", "k_proj", "key", "k", "v_proj", "value", "v",
-    "o_proj", "out_proj", "o", "dense", "gate_proj", "up_proj", "gate_up_proj", "c_fc", "fc1", "wi_0", "wi_1", "wi",
+    "qkv_proj", "c_attn", "query_key_value", "q_proj", "query", "to_q", "q", "k_proj", "key", "to_k", "k", "v_proj",
+    "value", "to_v", "v", "o_proj", "out_proj", "to_out", "o", "dense", "gate_proj", "up_proj", "gate_up_proj", "c_fc", "fc1", "wi_0", "wi_1", "wi",
     "down_proj", "fc2", "wo",
 )  # fmt: skip
 
 
 def _rank(label: str) -> int:
-    last = label.rpartition(".")[2]
+    last = label.removesuffix(".*").rpartition(".")[2]
     return _FLOW.index(last) if last in _FLOW else len(_FLOW)
 
 
@@ -218,7 +218,7 @@ def _shortened(labels: Sequence[str]) -> dict[str, str]:
     out: dict[str, str] = {}
     for label in labels:
         parts = label.split(".")
-        endings = [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
+        endings = [".".join(parts[-n:]) for n in range(1, len(parts) + 1) if parts[-n] != "*"]
         out[label] = next(
             (e for e in endings if not any(o != label and (o == e or o.endswith("." + e)) for o in labels)), label
         )
@@ -227,10 +227,12 @@ def _shortened(labels: Sequence[str]) -> dict[str, str]:
 
 def number_text(value: float | None, digits: int = 3) -> str:
     """
-    >>> number_text(2.1), number_text(0.00123456), number_text(123.4, 2), number_text(None)
-    ('2.10', '0.00123', '1.2e+02', '')
+    >>> number_text(2.1), number_text(0.00123456), number_text(123.4, 2), number_text(1e7), number_text(None)
+    ('2.10', '0.00123', '123', '1.00e+07', '')
     """
-    return "" if value is None else f"{value:#.{digits}g}".rstrip(".")
+    if value is None:
+        return ""
+    return f"{value:.0f}" if 10**digits <= abs(value) < 1e6 else f"{value:#.{digits}g}".rstrip(".")
 
 
 def _together(norms: Sequence[Norm]) -> Norm:

@@ -124,6 +124,8 @@ def test_the_grid():
     assert experts.values("effective_rank") == [[3.0]]
     twice = grid([Norm("l.0.self.dense", 1.0), Norm("l.0.cross.dense", 2.0)])
     assert twice.columns == ("self.dense", "cross.dense")
+    diffusion = grid([Norm(f"up.1.attn.{name}", 1.0) for name in ("to_k", "to_out.0", "to_q")])
+    assert diffusion.columns == ("to_q", "to_k", "to_out.*")
 
 
 @pytest.fixture
