@@ -50,7 +50,7 @@ def _vllm(config: Config, keys: list[str]) -> list[str]:
         found.append(f"init_lora_weights={init!r}: refused")
     odd = sum(not _VLLM_KEYS.fullmatch(key) for key in keys)
     if odd and not found:
-        found.append(f"{odd} tensors that it does not know: refused")
+        found.append(f"{_count(odd)} unknown to it: refused")
     return found
 
 
@@ -60,7 +60,7 @@ def _llama_cpp(config: Config, keys: list[str]) -> list[str]:
     found += _given(config, {"modules_to_save": "refused"})
     odd = sum(not _PAIR.fullmatch(key) for key in keys)
     if odd and not found:
-        found.append(f"{odd} tensors that are no A or B of a linear layer: refused")
+        found.append(f"{_count(odd)} other than A and B of linear layers: refused")
     return found
 
 
@@ -78,9 +78,13 @@ def _tgi(config: Config, keys: list[str]) -> list[str]:
     found = _given(config, {"use_dora": wrong})
     odd = sum(not _PAIR.fullmatch(key) for key in keys)
     if odd:
-        found.append(f"{odd} tensors that are no A or B of a linear layer: skipped without a word")
+        found.append(f"{_count(odd)} other than A and B of linear layers: skipped without a word")
     return found
 
 
 def _given(config: Config, what: dict[str, str]) -> list[str]:
     return [f"{name}: {effect}" for name, effect in what.items() if config.get(name)]
+
+
+def _count(tensors: int) -> str:
+    return "a tensor" if tensors == 1 else f"{tensors} tensors"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
+from jaxadapt import paths
 from jaxadapt.configs import Config
 from jaxadapt.errors import AdapterError
 from jaxadapt.norms import Grid, Norms, grid, number_text
@@ -25,7 +26,10 @@ def png(norms: Norms, config: Config) -> bytes:
 
     cells = grid(norms.modules)
     if not cells.cells:
-        raise AdapterError("there is nothing to draw: no module of this adapter has a norm")
+        raise AdapterError(
+            "there is nothing to draw: of no module of this adapter the change follows from its tensors alone:\n"
+            + paths.listing(norms.left_out)
+        )
     shown = [n for n in _NAMES if n == "norm" or (cells.constant(n) is None and _has(cells, n))]
     wide = max(0.62 * len(cells.columns) + 1.9, 3.4)
     tall = min(max(0.24 * len(cells.rows), 1.2), 14)

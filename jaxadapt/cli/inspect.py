@@ -108,4 +108,4 @@ def _show_norms(norms: Norms) -> None:
     if scale is not None and rank is not None:
         click.echo(f"\nrank {rank:g} and scale {scale:.4g} everywhere")
     if norms.left_out:
-        click.echo(f"\nleft out: {', '.join(norms.left_out)}")
+        shown.print_list("left out", norms.left_out, 8)
