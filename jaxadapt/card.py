@@ -29,8 +29,9 @@ _CLASSES = {
 FIELDS: dict[str, Any] = {
     "target_parameters": None, "exclude_modules": None, "layers_to_transform": None, "layer_replication": None,
     "r": None, "lora_alpha": None, "use_rslora": False, "lora_dropout": 0.0, "bias": "none", "rank_pattern": {},
-    "alpha_pattern": {}, "use_dora": False, "lora_bias": False, "trainable_token_indices": None, "modules_to_save": None,
-    "feedforward_modules": None, "num_virtual_tokens": None, "init_lora_weights": True, "init_ia3_weights": True, "fan_in_fan_out": False,
+    "alpha_pattern": {}, "use_dora": False, "lora_bias": False, "trainable_token_indices": None,
+    "modules_to_save": None, "feedforward_modules": None, "num_virtual_tokens": None, "init_lora_weights": True,
+    "init_ia3_weights": True, "fan_in_fan_out": False,
 }  # fmt: skip
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _MARK = re.compile(r"\n<!-- jaxadapt card ([0-9a-f]{12}) ([0-9a-f]{12}): [^\n]*-->\n?\Z")

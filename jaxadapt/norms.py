@@ -194,8 +194,8 @@ def grid(norms: Sequence[Norm]) -> Grid:
 # How data flows through a layer; names that are not here come after, in the file's order.
 _FLOW = (
     "qkv_proj", "c_attn", "query_key_value", "q_proj", "query", "to_q", "q", "k_proj", "key", "to_k", "k", "v_proj",
-    "value", "to_v", "v", "o_proj", "out_proj", "to_out", "o", "dense", "gate_proj", "up_proj", "gate_up_proj", "c_fc", "fc1", "wi_0", "wi_1", "wi",
-    "down_proj", "fc2", "wo",
+    "value", "to_v", "v", "o_proj", "out_proj", "to_out", "o", "dense", "gate_proj", "up_proj", "gate_up_proj", "c_fc",
+    "fc1", "wi_0", "wi_1", "wi", "down_proj", "fc2", "wo",
 )  # fmt: skip
 
 
