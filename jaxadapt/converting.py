@@ -96,7 +96,7 @@ def convert(
             folder.write(tensors, target, progress=progress)
         return Converted(str(target), len(tensors.tensors), None, config.r, config.lora_alpha)
     if to_keymap is None:
-        raise ConfigError('a tree needs its family: to_keymap="tunix:qwen3", say')
+        raise ConfigError('a tree needs its family: to_keymap="tunix:qwen3", say (--to tunix:qwen3)')
     table = families.resolve(to_keymap, {})
     return _write_tree(tensors, places.at(target), table, dialect, like, sizes or {}, on_shared)
 

@@ -91,7 +91,8 @@ def _files(path: str | os.PathLike[str], report: Report = quiet) -> tuple[Place,
         present = sorted(p.name for p in folder.iterdir())
     except FileNotFoundError as error:
         why = error.strerror if isinstance(folder, places.Address) else "no such folder"
-        raise FileError(f"{folder}: {why}; expected a folder that holds {CONFIG} and {WEIGHTS}") from None
+        there = f"; one of the Hub is {hub.SCHEME}{path}" if hub.may_name(path) else ""
+        raise FileError(f"{folder}: {why}; expected a folder that holds {CONFIG} and {WEIGHTS}{there}") from None
     except NotADirectoryError:
         raise FileError(
             f"{folder}: expected a folder that holds {CONFIG} and {WEIGHTS}, found a file; give its folder"

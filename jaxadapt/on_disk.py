@@ -17,7 +17,7 @@ from jaxadapt.adapter import Adapter, PeftTensors
 from jaxadapt.codecs import atomic, places, shards
 from jaxadapt.codecs.dtypes import dtype_name, numpy_dtype
 from jaxadapt.codecs.places import Place
-from jaxadapt.errors import FileError
+from jaxadapt.errors import ConfigError, FileError
 from jaxadapt.progress import LOGGER, Progress, Report, counting, reporting
 
 _BESIDE = (".json", ".txt", ".model", ".jinja")
@@ -51,6 +51,7 @@ def merge(
         raise FileError(f"{target}: is the base model itself; choose another folder")
     with reporting(progress) as report, shards.opened(source) as held:
         tensors = folder.read(adapter, progress=report)
+        _need_modules(tensors, "jaxadapt.export_base(model, folder, adapter) writes a model with it merged")
         specs = {key: jax.ShapeDtypeStruct(spec.shape, spec.dtype) for key, spec in held.specs.items()}
         shapes = {key: spec.shape for key, spec in specs.items()}
         turned = bool(tensors.config.get("fan_in_fan_out"))
@@ -110,6 +111,8 @@ def _combined(
     options: dict[str, Any],
     report: Report,
 ) -> PeftTensors:
+    for held in tensors:
+        _need_modules(held, "jaxadapt.combine does it with adapters of a model, or from from_peft(…, base)")
     shapes = {key: shape for held in tensors for key, shape in pytorch.weights(_shapes(held)).items()}
     specs = {key: jax.ShapeDtypeStruct(shape, "float32") for key, shape in shapes.items()}
     # One table for all: what one adapter leaves out is no weight that it lacks.
@@ -126,6 +129,14 @@ def _combined(
     encoded = dataclasses.replace(encoded, config=config)
     folder.write(encoded, out, progress=report)
     return encoded
+
+
+def _need_modules(tensors: PeftTensors, way_out: str) -> None:
+    if tensors.config.get("target_parameters"):
+        raise ConfigError(
+            f"{tensors.source}: adapts parameters by their names (target_parameters), and its file does not say how"
+            f" they lie in the model; {way_out}"
+        )
 
 
 def _shapes(tensors: PeftTensors) -> dict[str, tuple[int, ...]]:

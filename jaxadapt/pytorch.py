@@ -34,12 +34,12 @@ def adapted(tensors: Shapes) -> dict[str, dict[str, tuple[int, ...]]]:
 
 
 def weights(tensors: Shapes) -> dict[str, tuple[int, ...]]:
-    """The shapes of the weights that a LoRA file changes, as far as it tells: linear layers and embeddings."""
+    """The shapes of the weights that a LoRA file changes, as far as it tells: linear, embedding, convolution."""
     out: dict[str, tuple[int, ...]] = {}
     for module, held in adapted(tensors).items():
         for a, b in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
-            if a in held and b in held and len(held[a]) == len(held[b]) == 2:
-                shape = (held[b][0], held[a][1])  # (out, in); of an embedding (dim, vocabulary)
+            if a in held and b in held and len(held[a]) == len(held[b]):
+                shape = (held[b][0], *held[a][1:])  # (out, in, window…); of an embedding (dim, vocabulary)
                 out[f"{module}.weight"] = shape if a == "lora_A" else shape[::-1]
     return out
 

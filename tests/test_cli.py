@@ -73,6 +73,24 @@ def test_errors_are_one_readable_message(tmp_path, what):
     assert "Traceback" not in result.output
 
 
+def test_a_name_of_the_hub_without_its_scheme_is_recognised(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "one of the Hub is hf://org/name@v1/fr" in run("inspect", "org/name@v1/fr").output
+    assert "hf://" not in run("inspect", tmp_path / "out").output
+    assert "hf://" not in run("inspect", "out").output
+
+
+def test_a_warning_is_said_without_the_line_it_comes_from(folder):
+    held = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**held, "lora_alpha": 8}))  # a person's edit
+    code = "from jaxadapt.cli import main; main()"
+    env = {**os.environ, "PYTHONPATH": str(Path(jaxadapt.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code, "inspect", str(folder)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stderr.startswith(f"Warning: {folder}")
+    assert "UserWarning" not in done.stderr
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_teaches_with_an_example(command):
     result = run(command, "--help")

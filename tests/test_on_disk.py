@@ -8,6 +8,7 @@ import warnings
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from safetensors.numpy import save_file
 
 import jaxadapt
 from jaxadapt import on_disk, pytorch
@@ -144,6 +145,36 @@ def test_combine_with_a_smaller_rank(tmp_path):
         deltas = [x[f"{at}.lora_B.weight"] @ x[f"{at}.lora_A.weight"] for x in (a, b)]
         np.testing.assert_allclose(*deltas, atol=1e-5)  # the best of rank 3, found on two ways
     assert jaxadapt.read_config(tmp_path / "four").r == 4
+
+
+def test_convolutions_are_combined_and_experts_refused(tmp_path):
+    rng = np.random.default_rng(0)
+    config = jaxadapt.LoraConfig(r=2, lora_alpha=6, target_modules=["conv"])
+    shapes = {"base_model.model.conv.lora_A.weight": (2, 3, 3, 3), "base_model.model.conv.lora_B.weight": (5, 2, 1, 1)}
+    files = [{key: rng.standard_normal(shape, "f4") for key, shape in shapes.items()} for _ in range(2)]
+    for i, held in enumerate(files):
+        jaxadapt.write(jaxadapt.PeftTensors(config, held, ""), tmp_path / str(i))
+    made = on_disk.combine([tmp_path / "0", tmp_path / "1"], [0.5, -2], tmp_path / "both", method="cat")
+
+    def change(held, scale):
+        a, b = (np.asarray(held[key], "f8") for key in shapes)
+        return scale * np.einsum("orhw,rixy->oixy", b, a)
+
+    want = sum(change(held, 3 * weight) for held, weight in zip(files, (0.5, -2), strict=True))
+    found = change(jaxadapt.read(tmp_path / "both").tensors, made.config.lora_alpha / made.config.r)
+    np.testing.assert_allclose(found, want, rtol=1e-5, atol=1e-5)  # the factors are rounded to float32
+
+    experts = config.replace(target_modules=[], target_parameters=["experts.up"])
+    held = {f"base_model.model.experts.lora_{s}.weight": np.ones(n, "f4") for s, n in (("A", (4, 3)), ("B", (5, 4)))}
+    jaxadapt.write(jaxadapt.PeftTensors(experts, held, ""), tmp_path / "experts")
+    save_file({"experts.up": np.ones((2, 5, 3), "f4")}, tmp_path / "model.safetensors")
+    for call, way in (
+        (lambda: on_disk.merge(tmp_path / "model.safetensors", tmp_path / "experts", tmp_path / "no"), "export_base"),
+        (lambda: on_disk.combine([tmp_path / "experts"], [1], tmp_path / "no"), "jaxadapt.combine"),
+    ):
+        with pytest.raises(jaxadapt.ConfigError, match=rf"target_parameters.*{way}"):
+            call()
+    assert not (tmp_path / "no").exists()
 
 
 def test_commands(tmp_path):

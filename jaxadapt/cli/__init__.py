@@ -8,6 +8,7 @@ import difflib
 import importlib
 import logging
 import sys
+import warnings
 from typing import Any
 
 import click
@@ -55,7 +56,9 @@ class _Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                warnings.showwarning = _warn
+                return super().invoke(ctx)
         except AdapterError as error:
             click.secho(f"{type(error).__name__}: ", fg="red", bold=True, nl=False, err=True)
             click.echo(str(error), err=True)
@@ -63,6 +66,12 @@ class _Commands(click.Group):
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
             sys.exit(INTERRUPTED)
+
+
+def _warn(message: Warning | str, *where: Any) -> None:
+    """A warning as a person reads it: not the line of source that it comes from."""
+    click.secho("Warning: ", fg="yellow", bold=True, nl=False, err=True)
+    click.echo(str(message), err=True)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

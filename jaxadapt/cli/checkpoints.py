@@ -34,7 +34,7 @@ def command(
         raise click.UsageError("--step says which step --export writes")
     steps = run.steps
     if not steps:
-        raise AdapterError(f"{folder}: there is no checkpoint")
+        raise AdapterError(f"{folder}: there is no checkpoint; expected step-….safetensors of a CheckpointManager")
     best = run.best if minimize or maximize else None
     rows = {s: run.metrics(s) for s in steps}
     names = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))

@@ -70,4 +70,4 @@ def command(
     if as_json:
         shown.print_json(made._asdict())
     else:
-        shown.print_pairs([("page", made.url), ("address", made.address)])
+        click.echo(f"page     {made.url}\naddress  {made.address}")  # never folded: they are copied

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from jaxadapt.errors import FileError
 from jaxadapt.hub import watching
-from jaxadapt.hub.address import Address, is_address, parse
+from jaxadapt.hub.address import SCHEME, Address, is_address, may_name, parse
 from jaxadapt.hub.failures import Token, api_of, told
 from jaxadapt.progress import LOGGER, Progress, Report, quiet, reporting, watched
 
@@ -51,8 +51,9 @@ def pull(
             bytes in all).
 
     Returns the folder in the cache, which `load`, `read` and PEFT take; all its files are of one commit. What is in the
-    cache is not fetched again, an interrupted download goes on where it stopped, and without a network (or with
-    `HF_HUB_OFFLINE=1`) the cache alone serves. Copy the folder before you change it.
+    cache is not fetched again, a download that breaks off goes on where it stopped (the client tries a few times;
+    after that the next call begins that file anew), and without a network (or with `HF_HUB_OFFLINE=1`) the cache alone
+    serves. Copy the folder before you change it.
 
     Raises `FileError`: no such repository, revision or adapter, no permission, a broken connection, a full disk.
     """
@@ -221,6 +222,8 @@ def upload(
         branch = place.revision
         if branch is not None and not branch.startswith("refs/") and not create_pr:
             api.create_branch(place.repo, branch=branch, exist_ok=True)
+        if tag is not None and tag in (ref.name for ref in api.list_repo_refs(place.repo).tags):
+            raise FileError(f"{place}: there is a tag {tag!r} already; choose another name, or delete it on the Hub")
         old = [name for name in stale if api.file_exists(place.repo, place.file(name), revision=branch)]
         addition = CommitOperationAdd if report is quiet else watching.counted(report, total)
         operations: list[Any] = [
@@ -254,6 +257,6 @@ def text_of(place: Address, name: str, token: Token = None) -> str | None:
 
 
 __all__ = [
-    "CARD", "CONFIG", "WEIGHTS", "Address", "Commit", "Token", "config_of", "folder_of", "is_address", "parse", "pull",
-    "text_of", "upload",
+    "CARD", "CONFIG", "SCHEME", "WEIGHTS", "Address", "Commit", "Token", "config_of", "folder_of", "is_address",
+    "may_name", "parse", "pull", "text_of", "upload",
 ]  # fmt: skip

@@ -36,7 +36,8 @@ def told(place: Address, token: Token, action: str = "read") -> Generator[None]:
         raise _failure(place, action, "the repository is gated", "accept its conditions on its page", error) from error
     except errors.RepositoryNotFoundError as error:
         why = "there is no such repository, or it is private and the token does not open it"
-        raise _failure(place, action, why, "check the name" + _login(token), error) from error
+        way = "check the name" + ("" if isinstance(token, str) else ", or log in") + _login(token)
+        raise _failure(place, action, why, way, error) from error
     except errors.RevisionNotFoundError as error:
         why = f"there is no revision {place.revision!r}{_revisions(place, token)}"
         raise _failure(place, action, why, "say a branch, a tag or a commit", error) from error
@@ -58,8 +59,7 @@ def told(place: Address, token: Token, action: str = "read") -> Generator[None]:
         raise _refused(place, action, error, token) from error
     except http as error:
         why = f"the connection failed ({type(error).__name__})"
-        way = "try again: what has arrived is kept" if action == "read" else "try again"
-        raise _failure(place, action, why, way, error) from error
+        raise _failure(place, action, why, "try again", error) from error
     except OSError as error:
         if error.errno is not None:
             raise file_error(f"{action} {place}", error.filename or "the cache", error, "the cache is sound") from error

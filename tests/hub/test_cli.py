@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,9 @@ def test_push_inspect_and_pull(hub, saved, tmp_path, monkeypatch):
     assert (tmp_path / "copy" / WEIGHTS).read_bytes() == (saved / WEIGHTS).read_bytes()
     assert not any(p.is_symlink() for p in (tmp_path / "copy").iterdir())  # nobody edits the cache by mistake
     assert json.loads(run("pull", REPO, "--json").stdout)["folder"] == str(jaxadapt.pull(REPO))
+    monkeypatch.setenv("COLUMNS", "40")
+    said = run("push", saved, REPO, "--no-picture").stdout  # whole, to be copied
+    assert re.search(r"^address  hf://org/tuned@[0-9a-f]{40}$", said, re.M)
 
 
 def test_processes_of_their_own_with_nothing_but_the_environment(saved, tmp_path):

@@ -131,6 +131,17 @@ def test_branches_tags_commits_and_pull_requests(hub, saved, tmp_path):
     assert (jaxadapt.pull(REPO, revision="feature/two") / WEIGHTS).read_bytes() == new
 
 
+def test_a_tag_that_is_there_is_refused_before_anything_is_sent(hub, saved, tmp_path):
+    pushed(hub, saved, tag="v1")
+    jaxadapt.save(small.trained(seed=9), tmp_path / "two", base_model="org/base")
+    before = hub.repos[REPO].messages.copy()
+    with pytest.raises(jaxadapt.FileError, match="there is a tag 'v1' already"):
+        pushed(hub, tmp_path / "two", tag="v1")
+    assert hub.repos[REPO].messages == before
+    pushed(hub, tmp_path / "two", tag="v2")
+    assert (jaxadapt.pull(f"{REPO}@v2") / WEIGHTS).read_bytes() == (tmp_path / "two" / WEIGHTS).read_bytes()
+
+
 def test_nothing_is_fetched_when_saving(hub, saved, tmp_path):
     jaxadapt.save(small.trained(), tmp_path / "again", base_model="org/base")
     jaxadapt.write(jaxadapt.read(saved), tmp_path / "more")
@@ -282,7 +293,7 @@ def test_loading_an_address_tells_of_what_is_fetched_and_then_of_what_is_loaded(
 def test_private_repositories_need_the_token(hub, saved, monkeypatch):
     pushed(hub, saved, private=True)
     assert hub.repos[REPO].private
-    with pytest.raises(jaxadapt.FileError, match=r"private and the token does not open it.*hf auth login"):
+    with pytest.raises(jaxadapt.FileError, match=r"does not open it.*check the name, or log in: `hf auth login`"):
         jaxadapt.pull(REPO)
     assert jaxadapt.pull(REPO, token=server.READ).is_dir()
     monkeypatch.setenv("HF_TOKEN", server.READ)

@@ -56,10 +56,10 @@ def run(model: Any, x: Any) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     return y.detach().float().numpy(), found
 
 
-def as_near(found: Any, theirs: Any, truth: Any, what: str) -> None:
-    """No further from float32 than three times PEFT, and one spacing of the largest; sums run in another order."""
+def as_near(found: Any, theirs: Any, truth: Any, what: str, roundings: int = 2) -> None:
+    """No further from float32 than three times PEFT, and some roundings of the largest; sums run in another order."""
     found, theirs = (np.asarray(x, "float32") for x in (found, theirs))
-    allowed = 3 * abs(theirs - truth).max() + 2 * UNIT * abs(truth).max()
+    allowed = 3 * abs(theirs - truth).max() + roundings * UNIT * abs(truth).max()
     np.testing.assert_allclose(found, truth, rtol=0, atol=allowed, err_msg=what)
 
 
@@ -106,7 +106,9 @@ def test_bfloat16_is_as_near_to_float32_as_pefts(case, api, scan, tmp_path):
     found = ours.gradients().tensors
     for key, slope in slopes.items():
         if key in found:
-            as_near(found[key], their_slopes[key], slope, key)
+            # The gradient of the base's own bias is the sum over all rows: XLA rounds each addition, torch the last.
+            rows = y.size // y.shape[-1] if key.endswith("base_layer.bias") else 2
+            as_near(found[key], their_slopes[key], slope, key, rows)
     assert slopes.keys() & found.keys()
     jaxadapt.save(ours.tree, tmp_path / "ours")
     assert harness.specs(jaxadapt_tensors(tmp_path / "ours")) == harness.specs(jaxadapt_tensors(tmp_path / "theirs"))
