@@ -119,7 +119,7 @@ def _lora(config: Config, module: str, arrays: Mapping[str, np.ndarray]) -> Norm
     import numpy as np
 
     kind = "lora" if "lora_A" in arrays else "lora_embedding"
-    if not {f"{kind}_A", f"{kind}_B"} <= arrays.keys():
+    if not {f"{kind}_A", f"{kind}_B"} <= arrays.keys() or config.get("use_qalora") or config.get("use_bdlora"):
         return None
     a, b = arrays[f"{kind}_A"], arrays[f"{kind}_B"]
     a, b = a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1)
