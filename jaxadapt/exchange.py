@@ -264,7 +264,9 @@ def decoded(
     specs = transfer.specs(tensors.tensors)
     dtypes = {key: spec.dtype for key, spec in specs.items()}
     asked, dtype = dtype, None if dtype == AUTOCAST else dtype
-    odd = [f"{k}: {d.name}, expected floats" for k, d in dtypes.items() if not jnp.issubdtype(d, jnp.floating)]
+    kinds = {d: kind(d, asked) for d in set(dtypes.values())}
+    no_floats = {d for d in kinds if not jnp.issubdtype(d, jnp.floating)}
+    odd = [f"{k}: {d.name}, expected floats" for k, d in dtypes.items() if d in no_floats]
     shapes = {key: spec.shape for key, spec in specs.items()}
     if tensors.config.get("ensure_weight_tying"):
         again = tying.once(tensors.tensors, plan.entries, recipe.keymap, tensors.source)
@@ -279,11 +281,12 @@ def decoded(
         warnings.warn(f"{tensors.source}: float64 tensors become float32, since jax_enable_x64 is off", stacklevel=3)
     where = places(shardings, target, bounds) if spread else {}
     copied = {key for b in bounds if b.method.copies for e in b.entries for key in e.keys}
-    wide = {key: d if key in copied else kind(d, asked) for key, d in dtypes.items()}
+    wide = {key: d if key in copied else kinds[d] for key, d in dtypes.items()}
     leaves = transfer.arrays(plan, tensors.tensors, wide, dtype, where, report)
-    for entry in plan.entries:  # arrays in memory come with their own
-        if dtype is None and any(wide[key] != dtypes[key] for key in entry.keys):
-            leaves[entry.path] = leaves[entry.path].astype(entry.dtype(wide))
+    if dtype is None and wide != dtypes:  # arrays in memory come with their own
+        for entry in plan.entries:
+            if any(wide[key] != dtypes[key] for key in entry.keys):
+                leaves[entry.path] = leaves[entry.path].astype(entry.dtype(wide))
     return Adapter(recipe.config, paths.unflatten(leaves), recipe.keymap), bounds
 
 

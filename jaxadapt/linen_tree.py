@@ -45,8 +45,7 @@ def placement(params: Mapping[str, Any]) -> dict[str, Any]:
 
 def collection(adapter: Adapter, name: str, params: Mapping[str, Any]) -> dict[str, Any]:
     """`adapter.named(name)`, each tensor in a box as its base weight is, so that `nn.get_partition_spec` tells."""
-    flat = paths.flatten(params)
-    boxes = {leaf: box for leaf in adapter.sites if isinstance(box := flat.get(leaf), meta.Partitioned)}
+    boxes = {leaf: box for leaf, box in paths.flatten(params).items() if isinstance(box, meta.Partitioned)}
     named = adapter.named(name)
     if not boxes:
         return named
@@ -54,7 +53,7 @@ def collection(adapter: Adapter, name: str, params: Mapping[str, Any]) -> dict[s
     values = adapter.flat()
     for bound in bind.recover(adapter.config, adapter.keymap, shapes):
         if bound.leaf in boxes:
-            box: Any = boxes[bound.leaf]
+            box = boxes[bound.leaf]
             for e in bound.entries:
                 names = sharding.follow(bound.site, e.form, tuple(box.names))
                 values[e.path] = box.replace(value=values[e.path], names=names)

@@ -71,8 +71,8 @@ def arrays(
     wanted = {e.path: e.dtype(dtypes) if asked[e.path] is None else np.dtype(asked[e.path]) for e in plan.entries}
     held = {e.path: _here(where.get(e.path), e.shape) for e in plan.entries}
     out: dict[str, Any] = {e.path: None for e in plan.entries}
-    jobs = list(_jobs(plan, tensors, held, wanted))
     sizes = {path: sum(map(sharding.size, boxes)) * wanted[path].itemsize for path, boxes in held.items()}
+    jobs = list(_jobs(plan, tensors, sizes))
     more = counting(report, what, sum(sizes.values()))
     ahead = {e.path for e in plan.entries if _is_ahead(e, tensors, held[e.path], wanted[e.path])}
 
@@ -122,18 +122,17 @@ def _part(parts: Mapping[Box, np.ndarray], shape: tuple[int, ...], index: Any) -
     return parts[sharding.box_of(index, shape)]
 
 
-def _jobs(plan: Plan, tensors: Mapping[str, Any], held: Held, dtypes: Mapping[str, np.dtype]) -> Iterator[list[Entry]]:
-    """The leaves in the file's order, in portions."""
+def _jobs(plan: Plan, tensors: Mapping[str, Any], sizes: Mapping[str, int]) -> Iterator[list[Entry]]:
+    """The leaves in the file's order, in portions of so many bytes."""
     place = {key: number for number, key in enumerate(tensors)}
     job: list[Entry] = []
     total = 0
     for entry in sorted(plan.entries, key=lambda e: place[e.keys[0]]):
-        nbytes = sum(map(sharding.size, held[entry.path])) * dtypes[entry.path].itemsize
-        if job and total + nbytes > _JOB:
+        if job and total + sizes[entry.path] > _JOB:
             yield job
             job, total = [], 0
         job.append(entry)
-        total += nbytes
+        total += sizes[entry.path]
     if job:
         yield job
 

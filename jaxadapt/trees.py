@@ -101,6 +101,8 @@ def _opened_tree(tree: Any) -> tuple[Leaves, Put]:
     seen: list[Any] = []
 
     def is_leaf(node: Any) -> bool:
+        if type(node) is dict:  # nearly every node that is no leaf
+            return False
         if _is_lorax(node):
             seen.append(node)
         return _is_box(node)

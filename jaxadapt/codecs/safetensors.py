@@ -246,12 +246,19 @@ class TensorFile(Mapping[str, "np.ndarray"]):
         found = [self._find(key) for key in keys]
         places = list(itertools.accumulate((-(-info.nbytes // 64) * 64 for info, _ in found), initial=0))
         memory = files.aligned(places[-1])
-        flat = [memory[at : at + info.nbytes] for at, (info, _) in zip(places, found, strict=False)]
-        parts = [(f"tensor {key!r}", part.data) for key, part in zip(keys, flat, strict=True)]
+        # Those that lie without gaps in memory as in the file are one part: usually all, as sizes are multiples of 64.
+        runs_: list[tuple[int, int, int]] = []  # the first and the last of them, and where the last ends
+        for number, (at, (info, _)) in enumerate(zip(places, found, strict=False)):
+            joins = bool(runs_) and runs_[-1][2] == at
+            runs_[-1 if joins else len(runs_) :] = [(runs_[-1][0] if joins else number, number, at + info.nbytes)]
+        parts = [
+            (f"tensor {keys[first]!r}" + (f" to {keys[last]!r}" if last > first else ""), memory[places[first] : stop].data)
+            for first, last, stop in runs_
+        ]
         self._source.read_into(parts, self.header.data_start + found[0][0].start)
         return {
-            key: part.view(dtype).reshape(info.shape)
-            for key, part, (info, dtype) in zip(keys, flat, found, strict=True)
+            key: memory[at : at + info.nbytes].view(dtype).reshape(info.shape)
+            for key, at, (info, dtype) in zip(keys, places, found, strict=False)
         }
 
     def close(self) -> None:
