@@ -246,15 +246,12 @@ class TensorFile(Mapping[str, "np.ndarray"]):
         found = [self._find(key) for key in keys]
         places = list(itertools.accumulate((-(-info.nbytes // 64) * 64 for info, _ in found), initial=0))
         memory = files.aligned(places[-1])
-        # Those that lie without gaps in memory as in the file are one part: usually all, as sizes are multiples of 64.
-        runs_: list[tuple[int, int, int]] = []  # the first and the last of them, and where the last ends
-        for number, (at, (info, _)) in enumerate(zip(places, found, strict=False)):
-            joins = bool(runs_) and runs_[-1][2] == at
-            runs_[-1 if joins else len(runs_) :] = [(runs_[-1][0] if joins else number, number, at + info.nbytes)]
-        parts = [
-            (f"tensor {keys[first]!r}" + (f" to {keys[last]!r}" if last > first else ""), memory[places[first] : stop].data)
-            for first, last, stop in runs_
-        ]
+        # Without gaps in memory, as in the file, it is one part: usually all, since sizes are multiples of 64.
+        cuts = [n for n, (info, _) in enumerate(found, 1) if info.nbytes % 64 or n == len(found)]
+        parts: list[tuple[str, memoryview]] = []
+        for first, after in itertools.pairwise([0, *cuts]):
+            what = f"tensor {keys[first]!r}" + (f" to {keys[after - 1]!r}" if after - first > 1 else "")
+            parts.append((what, memory[places[first] : places[after - 1] + found[after - 1][0].nbytes].data))
         self._source.read_into(parts, self.header.data_start + found[0][0].start)
         return {
             key: memory[at : at + info.nbytes].view(dtype).reshape(info.shape)
