@@ -20,11 +20,13 @@ import secrets
 import shutil
 import stat
 import sys
+from collections import deque
 from collections.abc import Generator
+from itertools import islice
 from pathlib import Path
 
 from jaxadapt.codecs import places
-from jaxadapt.codecs.files import file_error
+from jaxadapt.codecs.files import MAX_VIEWS, file_error
 from jaxadapt.errors import FileError
 
 __all__ = [
@@ -48,15 +50,20 @@ class Writer:
         self._written = 0
         self._started = 0
 
-    def write(self, data: memoryview) -> None:
-        """Appends all of `data` (contiguous bytes); an `OSError` becomes a `FileError`."""
-        done = 0
+    def write(self, *parts: memoryview) -> None:
+        """Appends contiguous bytes, one part after the other; an `OSError` becomes a `FileError`."""
+        pending = deque(part for part in parts if len(part))
         try:
-            while done < len(data):
-                count = os.write(self.fd, data[done : done + _EARLY])
-                done += count
+            while pending:
+                large = len(pending[0]) > _EARLY
+                count = os.writev(self.fd, [pending[0][:_EARLY]] if large else list(islice(pending, MAX_VIEWS)))
                 self._written += count
                 self._start_writeback()
+                while count:
+                    part = pending.popleft()
+                    if count < len(part):
+                        pending.appendleft(part[count:])
+                    count -= min(count, len(part))
         except OSError as error:
             raise _error(self.path, error) from error
 

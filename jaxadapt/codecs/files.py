@@ -16,7 +16,7 @@ from jaxadapt.errors import FileError, FormatError
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["LocalFile", "Source", "aligned", "file_error", "open_binary", "pread_exact", "read_into"]
+__all__ = ["MAX_VIEWS", "LocalFile", "Source", "aligned", "file_error", "open_binary", "pread_exact", "read_into"]
 
 _WAY_OUT = {
     errno.ENOENT: "check the path",
@@ -35,7 +35,7 @@ _WAY_OUT = {
 
 # Linux moves at most 0x7ffff000 bytes a call, and macOS refuses more than INT_MAX.
 _MAX_CALL = 1 << 30
-_MAX_VIEWS = 512  # the least that a system in use allows is 1024
+MAX_VIEWS = 512  # of one call; the least that a system in use allows is 1024
 
 
 def file_error(action: str, path: str, error: OSError | ValueError, more: str = "") -> FileError:
@@ -87,7 +87,7 @@ def read_into(fd: int, parts: Sequence[tuple[str, memoryview]], offset: int, pat
     """
     pending = deque((what, view) for what, view in parts if len(view))
     while pending:
-        batch = [view for _, view in islice(pending, _MAX_VIEWS)]
+        batch = [view for _, view in islice(pending, MAX_VIEWS)]
         if len(batch[0]) > _MAX_CALL:
             batch = [batch[0][:_MAX_CALL]]
         try:

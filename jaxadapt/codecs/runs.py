@@ -20,8 +20,8 @@ _GAP = 16 << 10
 _STRIP = 4 << 20
 # Runs that are written one by one are made contiguous in portions of this size, or one run if that is longer.
 _STAGED = 1 << 20
-# Contiguous memory of at least this size is written from where it lies.
-_DIRECT = 256 << 10
+# Contiguous memory of at least this size is written from where it lies: copying less costs no more than saying so.
+_DIRECT = 16 << 10
 
 
 def _slice(part: range) -> slice:
@@ -152,32 +152,32 @@ def blocks(array: np.ndarray, limit: int) -> Iterator[np.ndarray]:
 class Stage:
     """Turns arrays of any memory layout into contiguous bytes, in few calls of `write`.
 
-    Small and strided arrays pass through one buffer: so no memory is allocated for a tensor, however large,
-    and none of its pages need to be faulted in. A second thread that writes while this one copies was measured
-    and left out: the disk is busy anyway (see `atomic.Writer`), and on a busy machine it cost more than it gave.
+    What is contiguous is written from where it lies, the rest passes through one buffer: so no memory is allocated
+    for a tensor, however large, and none of its pages need to be faulted in. A second thread that writes while this
+    one copies was measured and left out: the disk is busy anyway (see `atomic.Writer`), and it gave nothing.
     """
 
-    def __init__(self, write: Callable[[memoryview], None], size: int) -> None:
-        """`write` gets contiguous bytes that change after it returns."""
+    def __init__(self, write: Callable[..., None], size: int) -> None:
+        """`write` gets contiguous bytes, in one part or several, about `size` of them unless one array has more."""
         import numpy as np
 
         self._write = write
         self._buffer = np.empty(size, np.uint8)
-        self._used = 0
+        self._used = self._waiting = 0  # bytes, in the buffer and in all
+        self._parts: list[memoryview] = []
 
     def flush(self) -> None:
-        """Writes what is still in the buffer."""
-        if self._used:
-            self._write(self._buffer[: self._used].data)
-            self._used = 0
+        """Writes what still waits."""
+        if self._parts:
+            self._write(*self._parts)
+            self._parts, self._used, self._waiting = [], 0, 0
 
     def add(self, array: np.ndarray) -> None:
-        """Writes the array's elements in C order. Integers, of any strides."""
+        """Writes the array's elements in C order. Integers, of any strides; they must not change before `flush`."""
         import numpy as np
 
         if array.flags.c_contiguous and array.nbytes >= _DIRECT:
-            self.flush()
-            self._write(array.reshape(-1).view(np.uint8).data)
+            self._append(array.reshape(-1).view(np.uint8).data)
             return
         for block in blocks(array, self._buffer.size):
             if self._used + block.nbytes > self._buffer.size:
@@ -186,6 +186,13 @@ class Stage:
             place = self._buffer[self._used : self._used + block.nbytes]
             place.view(block.dtype).reshape(block.shape)[...] = block
             self._used += block.nbytes
+            self._append(place.data)
+
+    def _append(self, part: memoryview) -> None:
+        self._parts.append(part)
+        self._waiting += len(part)
+        if self._waiting >= self._buffer.size:
+            self.flush()
 
     def add_bytes(self, data: bytes) -> None:
         """Writes bytes as they are."""

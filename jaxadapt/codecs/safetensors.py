@@ -342,7 +342,7 @@ def write(
         path: replaced when everything is on the disk; on any exception it is as it was.
         specs: (dtype, shape) by key; a dtype is a safetensors name ("BF16") or anything numpy takes for one.
         get: gives the array of a key: any memory layout or byte order, dtype and shape as in `specs`. Called
-            once a key, in the file's order; what it returns may be reused after the next call.
+            once a key, in the file's order; what it returns must not change before the file is written.
         metadata: strings.
         progress: called with the number of bytes handed on since its last call.
 

@@ -277,7 +277,7 @@ def test_file_size_limit(tmp_path: Path) -> None:
     save(tmp_path / "f", 2)
 
 
-@pytest.mark.parametrize("call", ["fsync", "write", "posix_fadvise"])
+@pytest.mark.parametrize("call", ["fsync", "writev", "posix_fadvise"])
 def test_a_failing_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     save(tmp_path / "f")
 
@@ -290,6 +290,17 @@ def test_a_failing_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: s
         pytest.raises(FileError, match=r"f: cannot write: Input/output error.*untouched"),
     ):
         save(tmp_path / "f", 10)
+
+
+@pytest.mark.parametrize("most", [1, 5, 6, 7, 100])
+def test_a_system_that_writes_little_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    parts = [bytes([n]) * n for n in (3, 0, 5, 1, 6, 2)]
+    real = os.writev
+    monkeypatch.setattr(os, "writev", lambda fd, views: real(fd, [memoryview(b"".join(views))[:most]]))
+    with atomic.replacing(tmp_path / "f") as writer:
+        writer.write(*map(memoryview, parts))
+        writer.write(memoryview(b"end"))
+    assert (tmp_path / "f").read_bytes() == b"".join(parts) + b"end"
 
 
 def test_the_directory_cannot_be_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
