@@ -9,12 +9,14 @@
         trainer.train(batches[checkpoints.resume(trainer) or 0 :])
     manager.export(None, "out/", lora_alpha=16, keymap="tunix:qwen3")  # for PEFT and vLLM
 
-MaxText sets hooks of its own (`maxtext.trainers.post_train.sft.train_sft`), which go on being called:
+MaxText sets hooks of its own (`maxtext.trainers.post_train.sft.train_sft`), which go on being called, and it saves and
+resumes by itself even with `enable_checkpointing=false`:
 
-    trainer, mesh = train_sft.setup_trainer_state(config)  # enable_checkpointing=false: there is one manager
+    trainer, mesh = train_sft.setup_trainer_state(config)
+    trainer.checkpoint_manager = checkpoint_manager.CheckpointManager()  # tunix.sft's, of nothing: there is one
     checkpoints = Checkpoints(manager, every=100, stop=stop, inner=trainer.training_hooks)
     trainer.with_training_hooks(checkpoints)
-    with mesh:
+    with jax.set_mesh(mesh):
         checkpoints.resume(trainer)
     train_sft.train_model(config, trainer, mesh)
     manager.export(None, "out/", lora_alpha=config.lora.lora_alpha, keymap="maxtext:llama3.1/scan1")

@@ -117,7 +117,7 @@ def kill(case: Case, folder: Path, count: int = 2) -> int:
     kind, victim, moment, left = case
     victim %= count
     argument = f"{kind}:{victim}:{moment}"
-    env = {processes.HEARTBEAT: "10"}
+    env = {processes.HEARTBEAT: "20"}  # which dozens of processes on two cores must not miss
     started = processes.Processes("killed", folder, count, 8 // count, argument, env)
     try:
         started.all[victim].wait(600)  # a busy machine takes long to come so far
@@ -216,7 +216,7 @@ def _die_at(moment: str, folder: Path) -> None:
 
         def watch() -> None:
             while not any(folder.glob(pattern)):
-                pass
+                time.sleep(0.0002)  # there are other processes
             _die()
 
         threading.Thread(target=watch, daemon=True).start()
