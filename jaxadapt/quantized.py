@@ -15,6 +15,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxadapt.errors import AttachError
 
@@ -32,7 +34,9 @@ _BLOCK = 64  # numbers that share a scale in nf4, as in bitsandbytes
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["codes", "absmax"], meta_fields=["kind", "inner", "order", "dtype"]
+    jax.tree_util.register_dataclass,
+    data_fields=["codes", "absmax"],
+    meta_fields=["kind", "inner", "order", "dtype", "place"],
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class Quantized:
@@ -46,6 +50,8 @@ class Quantized:
         inner: the weight's shape without its stacked axes.
         order: of these axes, in which its numbers fall into blocks: (batch..., out..., in...) is PyTorch's.
         dtype: of the dense weight.
+        place: the dense weight's sharding, without its stacked axes; None where it had none. Codes and scales lie on
+            the same devices, spread along their blocks.
     """
 
     codes: Array
@@ -54,6 +60,7 @@ class Quantized:
     inner: tuple[int, ...]
     order: tuple[int, ...]
     dtype: Any
+    place: NamedSharding | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -80,7 +87,21 @@ class Quantized:
         flat = (levels * self.absmax[..., None]).reshape(*stack, -1)[..., : math.prod(self.inner)]
         turned = flat.reshape(*stack, *(self.inner[i] for i in self.order))
         back = (*range(len(stack)), *(len(stack) + self.order.index(i) for i in range(len(self.inner))))
-        return turned.transpose(back).astype(self.dtype)
+        w = turned.transpose(back).astype(self.dtype)
+        return w if self.place is None else jax.lax.with_sharding_constraint(w, self._whole_place())
+
+    def _whole_place(self) -> NamedSharding:
+        assert self.place is not None
+        known = self.codes.sharding if not isinstance(self.codes, Tracer) else None
+        stack = len(self.codes.shape) - 2
+        spec = tuple(known.spec) if isinstance(known, NamedSharding) else ()
+        first = (*spec, *(None,) * stack)[:stack] if known is not None else (PartitionSpec.UNCONSTRAINED,) * stack
+        return NamedSharding(self.place.mesh, PartitionSpec(*first, *self.place.spec))
+
+    @property
+    def sharding(self) -> NamedSharding | None:
+        """The dense weight's, where it has one that says what it does axis by axis; inside jit nobody knows."""
+        return None if self.place is None or isinstance(self.codes, Tracer) else self._whole_place()
 
 
 def quantized(w: Array, kind: str, order: Sequence[int] | None = None, stack: int = 0, block: int | None = None) -> Any:
@@ -108,11 +129,14 @@ def quantized(w: Array, kind: str, order: Sequence[int] | None = None, stack: in
     size = block if block is not None else _BLOCK if kind == "nf4" else inner[order[-1]]
     if size < 1 or (kind == "nf4" and size % 2):
         raise AttachError(f"block={size}: expected a positive number{', an even one' if kind == 'nf4' else ''}")
-    return _quantized(w, kind, order, stack, size)
+    at = w.sharding if isinstance(w, jax.Array) and not isinstance(w, Tracer) else None
+    return _quantized(w, kind, order, stack, size, at if isinstance(at, NamedSharding) else None)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _quantized(w: Array, kind: str, order: tuple[int, ...], stack: int, block: int) -> Quantized:
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+def _quantized(
+    w: Array, kind: str, order: tuple[int, ...], stack: int, block: int, at: NamedSharding | None
+) -> Quantized:
     inner = w.shape[stack:]
     turned = jnp.asarray(w, jnp.float32).transpose((*range(stack), *(stack + i for i in order)))
     flat = turned.reshape(*w.shape[:stack], -1)
@@ -128,7 +152,20 @@ def _quantized(w: Array, kind: str, order: tuple[int, ...], stack: int, block: i
         code = (code[..., ::2] << 4) | code[..., 1::2]
     else:
         code = jnp.round(scaled * 127).astype(jnp.int8)
-    return Quantized(code, absmax, kind, inner, order, jnp.dtype(w.dtype))
+    if at is None:
+        return Quantized(code, absmax, kind, inner, order, jnp.dtype(w.dtype))
+    spec = (*at.spec, *(None,) * w.ndim)[: w.ndim]
+    # The blocks in their order, cut over every device that a part of the weight is on, where they come out even.
+    axes = tuple(name for i in order for name in _names(spec[stack + i]))
+    even = code.shape[stack] % math.prod(at.mesh.shape[name] for name in axes) == 0
+    spread = NamedSharding(at.mesh, PartitionSpec(*spec[:stack], axes if axes and even else None))
+    code, absmax = (jax.lax.with_sharding_constraint(x, spread) for x in (code, absmax))
+    place = NamedSharding(at.mesh, PartitionSpec(*spec[stack:]))
+    return Quantized(code, absmax, kind, inner, order, jnp.dtype(w.dtype), place)
+
+
+def _names(axis: Any) -> tuple[str, ...]:
+    return axis if isinstance(axis, tuple) else () if axis is None else (axis,)
 
 
 def is_quantized(x: Any) -> bool:
@@ -149,9 +186,16 @@ def dense(x: Any) -> Any:
     """The weight as an array; what is not quantised stays as it is."""
     if isinstance(x, Quantized):
         return x.dense()
-    if not is_quantized(x):
-        return x
+    return importlib.import_module("qwix").dequantize(_qarray(x)) if is_quantized(x) else x
+
+
+def whole(x: Any) -> Any:
+    """What tells where a weight lies: itself, or Qwix' codes, which are laid out as the weight is."""
+    return _qarray(x).qvalue if is_quantized(x) and not isinstance(x, Quantized) else x
+
+
+def _qarray(x: Any) -> Any:
     inside = x.array if is_qwix_parameter(x) else x
     if not _is_qwix(inside, ("QArray",)):
         raise AttachError(f"expected a QArray in Qwix' parameter, found {type(inside).__name__}")
-    return importlib.import_module("qwix").dequantize(inside)
+    return inside

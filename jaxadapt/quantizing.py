@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.sharding import AxisType
 
-from jaxadapt import linen, merging, nnx, nnx_survey, paths, planning, quantized
+from jaxadapt import linen, merging, nnx, nnx_survey, paths, planning, quantized, sharding
 from jaxadapt.configs import LoraConfig
 from jaxadapt.errors import AttachError
 from jaxadapt.keymap import KeyMap
@@ -28,6 +29,7 @@ def quantize(
 
     A layer's weight is made dense where the layer is called, forwards and again backwards, so that a training step
     never holds them all. Adapters stay in full precision, and what `save` writes opens in PEFT on the dense base.
+    Where weights are sharded over devices, so are codes and scales, and an adapter is sharded as on the dense base.
 
     Args:
         base: nested mappings of base parameters (a new tree is returned; apply it through `adapt`'s wrapper), or an
@@ -62,6 +64,8 @@ def quantize(
             problems.append(f"{b.leaf}: is quantised already")
         elif isinstance(w, jax.ShapeDtypeStruct) or not jnp.issubdtype(w.dtype, jnp.floating):
             problems.append(f"{b.leaf}: expected floating-point values, found {type(w).__name__} of {w.dtype}")
+        elif (place := sharding.of(w)) is not None and AxisType.Explicit in place.mesh.axis_types:
+            problems.append(f"{b.leaf}: lies on a mesh with explicit axes, where no blocks can be cut; use Auto ones")
         elif tuple(stack) != tuple(range(len(stack))):
             problems.append(f"{b.leaf}: stacks its layers on axis {stack}, and only the first axes can be sliced")
     if problems:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, Sharding
 
-from jaxadapt import paths, weight
+from jaxadapt import paths, quantized, weight
 from jaxadapt.arrangement import Arrangement, ours, theirs
 from jaxadapt.errors import AttachError
 from jaxadapt.keymap import Site
@@ -98,11 +98,16 @@ def asked(shardings: Any, bounds: Sequence[Bound]) -> dict[str, Sharding]:
 
 
 def of(leaf: Any) -> NamedSharding | None:
-    """The `NamedSharding` of an array, a spec, or (on meshes with explicit axes) a tracer; None if it has none."""
+    """The `NamedSharding` of an array, a spec, or (on meshes with explicit axes) a tracer; None if it has none.
+
+    Of a quantised weight it is the dense one's.
+    """
+    leaf = quantized.whole(leaf)
     if isinstance(leaf, Tracer):
         found = jax.typeof(leaf).sharding
         return found if not found.mesh.empty and found.mesh.are_all_axes_explicit else None
-    found = leaf.sharding if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) else None
+    known = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | quantized.Quantized)
+    found = leaf.sharding if known else None
     if not isinstance(found, NamedSharding):
         return None
     # eval_shape under an automatic mesh calls everything replicated that it knows nothing of.

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxadapt
-from jaxadapt import quantized
-from tests import small
+from jaxadapt import paths, quantized
+from tests import meshes, small
 
 KINDS = ["nf4", "int8"]
 RNG = np.random.default_rng(0)
@@ -296,3 +297,87 @@ def test_export_asks_for_dense_weights(tmp_path):
     base = jaxadapt.quantize(small.base()["params"], modules=["q_proj"])
     with pytest.raises(jaxadapt.AttachError, match="dequantize"):
         jaxadapt.export_base(base, tmp_path)
+
+
+# ---- over devices ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("api", "kind", "layout", "scanned"), [
+    ("nnx", "nf4", ("8", "tp"), True), ("linen", "nf4", ("4x2", "both"), False),
+    ("linen", "int8", ("2x2x2", "fsdp"), True),
+])  # fmt: skip
+def test_over_devices_adapters_lie_as_on_the_dense_base(api, kind, layout, scanned, tmp_path):
+    """Codes are spread too, where the blocks come out even; what is computed, saved and made dense is the same."""
+    mesh, table = meshes.mesh_of(layout[0]), meshes.table(scanned)
+    dense = meshes.placed(meshes.base(scanned), mesh, *layout)
+    wanted = meshes.like(mesh, layout, scanned)
+    config = meshes.CONFIG.replace(init_lora_weights=False)
+    modules = config.target_modules
+
+    def attached(params: Any, small: bool) -> Any:
+        """The tree with its adapter, its output and its gradients."""
+        tree = meshes.model(params, scanned) if api == "nnx" else params
+        if small:
+            tree = jaxadapt.quantize(tree, kind, modules=modules, block=8, keymap=table)
+        if api == "nnx":
+            tree = jaxadapt.adapt(tree, config, rngs=nnx.Rngs(0), keymap=table)
+            loss = nnx.grad(lambda m: jnp.sum(m(meshes.X) ** 2), argnums=nnx.DiffState(0, jaxadapt.AdapterParam))
+            return tree, tree(meshes.X), jaxadapt.extract(nnx.jit(loss)(tree))
+        adapter = jaxadapt.init(config, tree, key=jax.random.key(0), keymap=table)
+        return {"params": tree, **adapter.collection}, None, adapter
+
+    tree, y, slopes = attached(dense, True)
+    held = [x for x in _values(tree).values() if quantized.is_quantized(x)]
+    assert len(held) == (4 if scanned else 8)
+    assert all(len(x.codes.sharding.device_set) == 8 and not x.codes.is_fully_replicated for x in held)
+    assert all(not x.absmax.is_fully_replicated for x in held)
+    adapter = jaxadapt.extract(tree)
+    for path, x in adapter.flat().items():
+        assert x.sharding.is_equivalent_to(wanted[path], x.ndim), path
+    alone = jaxadapt.quantize(meshes.base(scanned), kind, modules=modules, block=8, keymap=table)
+    alone = paths.flatten(jaxadapt.dequantize(alone))
+    if api == "nnx":
+        _, z, expected = attached(paths.unflatten(alone), False)
+        np.testing.assert_allclose(y, z, rtol=0, atol=1e-5 * abs(z).max())
+        for path, x in expected.flat().items():
+            np.testing.assert_allclose(slopes.flat()[path], x, rtol=0, atol=1e-5 * abs(x).max())
+    jaxadapt.save(tree, tmp_path)
+    fresh = meshes.model(dense, scanned) if api == "nnx" else dense
+    fresh = jaxadapt.quantize(fresh, kind, modules=modules, block=8, keymap=table)
+    loaded = jaxadapt.load(tmp_path, fresh if api == "nnx" else {"params": fresh}, keymap=table)
+    for path, x in jaxadapt.extract(loaded).flat().items():
+        assert x.sharding.is_equivalent_to(wanted[path], x.ndim), path
+        np.testing.assert_array_equal(x, adapter.flat()[path])
+    back = jaxadapt.dequantize(jaxadapt.detach(tree) if api == "nnx" else tree["params"])
+    flat = _values(back) if api == "nnx" else paths.flatten(back)
+    for path, x in paths.flatten(dense).items():
+        assert flat[path].sharding.is_equivalent_to(x.sharding, x.ndim), path
+        np.testing.assert_array_equal(flat[path], alone[path])
+
+
+def test_blocks_that_come_out_uneven_are_on_every_device():
+    mesh, layout = meshes.mesh_of("4x2"), ("4x2", "both")
+    params = meshes.placed(meshes.base(False), mesh, *layout)
+    base = jaxadapt.quantize(params, modules=["q"], keymap=meshes.table(False))
+    q = base["blocks"]["0"]["q"]["kernel"]
+    assert q.codes.shape == (4, 32)
+    assert q.codes.is_fully_replicated
+    assert q.sharding == params["blocks"]["0"]["q"]["kernel"].sharding
+
+
+def test_explicit_axes_are_refused():
+    mesh, layout = meshes.mesh_of("8", AxisType.Explicit), ("8", "tp")
+    params = meshes.placed(meshes.base(False), mesh, *layout)
+    with pytest.raises(jaxadapt.AttachError, match=r"blocks\.0\.q\.kernel: lies on a mesh with explicit axes"):
+        jaxadapt.quantize(params, modules=["q"], keymap=meshes.table(False))
+
+
+def test_qwix_codes_say_where_they_lie():
+    qwix = pytest.importorskip("qwix")
+    mesh = meshes.mesh_of("8")
+    place = NamedSharding(mesh, PartitionSpec(None, "x"))
+    w = jax.device_put(RNG.standard_normal((16, 32)).astype("float32"), place)
+    base = {"q": {"kernel": jax.device_put(qwix.quantize(w, "int8", channelwise_axes=(1,)), place)}}
+    adapter = jaxadapt.init(jaxadapt.LoraConfig(r=2, target_modules=["q"]), base, key=jax.random.key(0))
+    b = adapter.sites["q.kernel"]["lora_B"]
+    assert b.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec("x", None)), 2)
