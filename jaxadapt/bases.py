@@ -38,7 +38,7 @@ from jaxadapt.adapter import Adapter, is_array
 from jaxadapt.codecs import places, shards
 from jaxadapt.codecs.dtypes import dtype_name, numpy_dtype
 from jaxadapt.codecs.places import Place
-from jaxadapt.errors import AttachError, KeyMapError, MismatchError
+from jaxadapt.errors import AttachError, FormatError, KeyMapError, MismatchError
 from jaxadapt.generic import GENERIC
 from jaxadapt.keymap import KeyMap
 from jaxadapt.progress import LOGGER, Progress, Report, counting, reporting
@@ -271,6 +271,7 @@ def import_base(
     leaves = _leaves(target)
     shapes = _shapes(leaves)
     with shards.opened(places.at(path)) as tensors:
+        _refuse_packed(tensors)
         table = _table(keymap, leaves).spelt_as(tensors, shapes)
         if table.each:
             tensors = tensors.stacked(*single_experts.rows(table, tensors, tensors.source))
@@ -295,6 +296,31 @@ def import_base(
     LOGGER.info("%s: %d weights read, by the table %s", tensors.source, len(new), table.name)
     done = merging.replaced(_params(target), new)
     return done if _params(target) is target else {**target, "params": done}
+
+
+# What lies beside a weight that is stored as codes, by the end of its name or a part of it.
+_PACKED = {
+    ".nested_absmax": "bitsandbytes in 4 bits, with double quantisation",
+    ".quant_state.bitsandbytes__nf4": "bitsandbytes in 4 bits",
+    ".quant_state.bitsandbytes__fp4": "bitsandbytes in 4 bits",
+    ".SCB": "bitsandbytes in 8 bits",
+    ".qweight": "GPTQ or AWQ",
+    ".weight_scale_inv": "blocks of 8 bits",
+    ".weight_scale": "a scale for each weight or row",
+}
+
+
+def _refuse_packed(tensors: shards.Shards) -> None:
+    """Codes are no weights, also where somebody takes what fits (`strict=False`)."""
+    held = {mark: [key for key in tensors.specs if key.endswith(mark)] for mark in _PACKED}
+    how = next((mark for mark, keys in held.items() if keys), None)
+    if how is not None:
+        raise FormatError(
+            f"{tensors.source}: its weights are quantised ({_PACKED[how]}), and only dense ones are read:\n"
+            + paths.listing(held[how])
+            + "\nMake them dense where they were quantised (transformers: model.dequantize(), save_pretrained) and read"
+            " that; jaxadapt.quantize holds it in 4 bits again, nf4 to bitsandbytes' very numbers"
+        )
 
 
 def _sources(tensors: shards.Shards, table: KeyMap, made: plan.Plan, strict: bool) -> dict[str, str]:

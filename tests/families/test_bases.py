@@ -360,6 +360,29 @@ def test_not_strict_takes_what_fits_and_says_what_not(tmp_path):
         jaxadapt.import_base(tmp_path, jax.eval_shape(lambda: zeros(base())), keymap=TABLE, strict=False)
 
 
+@pytest.mark.parametrize(
+    ("beside", "says"),
+    [
+        (["weight.absmax", "weight.nested_absmax", "weight.quant_state.bitsandbytes__nf4"], "with double quantisation"),
+        (["weight.absmax", "weight.quant_state.bitsandbytes__nf4"], r"4 bits\)"),
+        (["SCB"], "8 bits"),
+        (["qweight"], "GPTQ or AWQ"),
+        (["weight_scale_inv"], "blocks of 8 bits"),
+    ],
+)
+def test_codes_are_no_weights(tmp_path, beside, says):
+    """Nor where somebody takes what fits: their numbers would stand in the weights' place."""
+    base = {"n": {"kernel": rand(4, 2)}}
+    held = {"n.weight": np.ones((2, 4), "uint8")} | {f"n.{name}": np.ones(3, "uint8") for name in beside}
+    save_file(held, tmp_path / "model.safetensors")
+    for strict in (True, False):
+        with pytest.raises(jaxadapt.FormatError, match=rf"quantised \(.*{says}.*(?s:.)*dequantize\(\)"):
+            jaxadapt.import_base(tmp_path, base, keymap=PACKED, strict=strict)
+
+
+PACKED = jaxadapt.KeyMap("packed", (jaxadapt.Weight("n.kernel", "n.weight", "i o -> o i"),))
+
+
 def test_a_model_no_table_knows_is_refused_with_its_weights(tmp_path):
     for do in (jaxadapt.export_base, lambda tree, path: jaxadapt.import_base(path, tree)):
         save_file({"a": rand(2)}, tmp_path / "model.safetensors")
