@@ -158,23 +158,11 @@ def _create(directory: str, name: str) -> tuple[Path, int]:
 
 
 def _finish(writer: Writer, temporary: Path) -> None:
-    start_writeback(writer.fd, 0, 0)
-    _uncache(writer.path)
     try:
         flush(writer.fd)
         temporary.replace(writer.path)
     except OSError as error:
         raise _error(writer.path, error) from error
-
-
-def _uncache(path: str) -> None:
-    """Drops the cached pages of the file that is to be replaced: renaming would, but now the disk is at work anyway."""
-    with contextlib.suppress(OSError):  # there is none, or it may not be read
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
-        try:
-            start_writeback(fd, 0, 0)
-        finally:
-            os.close(fd)
 
 
 @contextlib.contextmanager
