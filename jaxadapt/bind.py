@@ -19,7 +19,7 @@ from jaxadapt.configs import Config
 from jaxadapt.errors import KeyMapError, MismatchError, TargetError
 from jaxadapt.generic import PLAIN
 from jaxadapt.keymap import KeyMap, Site
-from jaxadapt.weight import Tensor
+from jaxadapt.tensor import Tensor
 
 Shape = tuple[int, ...]
 

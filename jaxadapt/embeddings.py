@@ -22,7 +22,7 @@ from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError, ConfigError, MismatchError
 from jaxadapt.keymap import KeyMap, Site
 from jaxadapt.plan import Encoded, Entry
-from jaxadapt.weight import Tensor
+from jaxadapt.tensor import Tensor
 
 
 def _entries(keymap: KeyMap, shapes: Mapping[str, Sequence[int]], wrapped: bool) -> dict[str, Entry]:

@@ -20,7 +20,8 @@ from jaxadapt.configs import LoraConfig
 from jaxadapt.dialect import RANK, Dialect, Dims, layouts
 from jaxadapt.errors import KeyMapError
 from jaxadapt.keymap import KeyMap, Site, entries
-from jaxadapt.weight import Tensor, Weight, fine
+from jaxadapt.tensor import Tensor
+from jaxadapt.weight import Weight, fine
 
 Shape = tuple[int, ...]
 Array = Any

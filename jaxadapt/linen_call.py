@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax.core import meta, unfreeze
 from flax.core.scope import Scope, subtract_filters
 
-from jaxadapt import layers, methods, quantized, trace
+from jaxadapt import layers, methods, quantized, trace, used
 from jaxadapt.axes import Axes, Use
 from jaxadapt.errors import AttachError
 from jaxadapt.methods import Applied, Several
@@ -315,7 +315,7 @@ class Noting(Interceptor):
             if leaf not in hooks:
                 continue
             name = f"{type(module).__name__}.{method}".removesuffix(".__call__")
-            self.notes[".".join((*module.scope.path, leaf))] = trace.note(name, found, hooks[leaf])
+            self.notes[".".join((*module.scope.path, leaf))] = used.note(name, found, hooks[leaf])
         return super()._rewritten(module, method, hooks, dense, args, kwargs)
 
 

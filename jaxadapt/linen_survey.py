@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from jaxadapt import linen_call as calls
-from jaxadapt import parameters, paths, plan, quantized, targets, trace
+from jaxadapt import parameters, paths, plan, quantized, targets, trace, used
 from jaxadapt.axes import Axes
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError
@@ -149,7 +149,7 @@ class _Marking:
                 call, weights = calls.alone(module, method), {name: value}
                 if not trace.uses(lambda w, *a: call(w, *a, **kwargs)[0], weights, *args)[name]:
                     return  # a method that does something else; another one tells
-                axes = trace.roles(lambda w, *a: call(w, *a, **kwargs)[0], weights, name, *args)
+                axes = used.roles(lambda w, *a: call(w, *a, **kwargs)[0], weights, name, *args)
         except AttachError as error:
             self.survey.unknown[leaf] = str(error)
             return

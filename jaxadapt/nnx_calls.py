@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxadapt import nnx_survey, paths, trace
+from jaxadapt import nnx_survey, paths, trace, used
 from jaxadapt.errors import AttachError
 from jaxadapt.liveness import live
 
@@ -75,7 +75,7 @@ def traced_axes(
 
             weight = vars(self)[attr].get_value()
             try:
-                now = nnx_survey.Traced(trace.roles(call, {attr: weight}, attr, *args), tuple(weight.shape))
+                now = nnx_survey.Traced(used.roles(call, {attr: weight}, attr, *args), tuple(weight.shape))
                 if found.setdefault(leaf, now) != now:
                     problems[leaf] = f"one call shows {found[leaf]}, another {now}"
             except AttachError as error:
@@ -106,7 +106,7 @@ def notes(model: nnx.Module, adapted: Mapping[str, trace.Hook], args: Args) -> d
                 return f(nnx_survey.view(self, base, weights), *args, **kwargs)
 
             uses = trace.uses(call, {attr: vars(self)[attr].get_value()}, *args)[attr]
-            found[leaf] = trace.note(base.__name__, uses, adapted[leaf])
+            found[leaf] = used.note(base.__name__, uses, adapted[leaf])
             return f(nnx_survey.view(self, base, {}), *args, **kwargs)
 
         return __call__
@@ -135,7 +135,7 @@ def check_calls(model: nnx.Module, adapted: Mapping[str, trace.Hook], dropped: S
                 def call(weights: Mapping[str, Any], *args: Any) -> Any:
                     return f(nnx_survey.view(self, base, weights), *args, **kwargs)
 
-                stray = trace.strays(trace.uses(call, {attr: alias}, *args)[attr], adapted[leaf])
+                stray = used.strays(trace.uses(call, {attr: alias}, *args)[attr], adapted[leaf])
                 if stray:
                     uneven[leaf] = ", ".join(stray)
 
@@ -144,8 +144,8 @@ def check_calls(model: nnx.Module, adapted: Mapping[str, trace.Hook], dropped: S
         return __call__
 
     run, inputs = _instrumented(model, list(adapted), recorder, args)
-    used = live(run, inputs)
-    outside = [leaf for leaf in adapted if used[leaf]]
+    read = live(run, inputs)
+    outside = [leaf for leaf in adapted if read[leaf]]
     if outside:
         raise AttachError(
             "these weights are read outside their own module's call, where an adapter cannot follow:\n"

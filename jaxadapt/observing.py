@@ -22,7 +22,7 @@ from jaxadapt.errors import AttachError
 from jaxadapt.linen_call import SEP, Interceptor, Site
 from jaxadapt.methods import Method
 from jaxadapt.methods.base import Array, Drop, Params
-from jaxadapt.weight import Tensor
+from jaxadapt.tensor import Tensor
 
 Update = Callable[[Array, Array, Array], Array]
 """`(state, inputs (tokens, in) in float32, mask (tokens,)) -> state` of one call."""

@@ -86,22 +86,26 @@ def shape_of(parts: Sequence[str], shape: Sequence[int]) -> tuple[int, ...]:
     return (*shape[: one.axis], shape[one.axis] * one.n, *shape[one.axis + 1 :])
 
 
-def cut_shapes(shapes: Mapping[str, tuple[int, ...]], keys: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """The shapes of a file's tensors as a plan's keys name them; what cannot be cut keeps its name."""
-    return _cut(shapes, keys, lambda shape: shape, _cut_shape)
-
-
-def _cut_shape(shape: tuple[int, ...], piece: Piece) -> tuple[int, ...]:
-    assert piece.axis is not None
-    return (*shape[: piece.axis], shape[piece.axis] // piece.n, *shape[piece.axis + 1 :])
-
-
 def cut(tensors: Mapping[str, Array], keys: Iterable[str]) -> dict[str, Array]:
     """The tensors of a file as a plan's keys name them: parts and repetitions, views where it is memory.
 
     What cannot be cut keeps its name, and so is reported as any other tensor that does not fit.
     """
-    return _cut(tensors, keys, lambda tensor: tensor.shape, _part)
+    wanted = groups(key for key in keys if key.endswith("]"))
+    out: dict[str, Any] = {}
+    for name in tensors:
+        value = tensors[name]
+        if name not in wanted:  # whole, or a part already
+            out[name] = value
+        for key in wanted.get(name, ()):
+            piece = read(key)
+            if piece is None or piece.axis is None:
+                out[key] = value
+            elif len(shape := value.shape) <= piece.axis or shape[piece.axis] % piece.n:
+                out[name] = value
+            else:
+                out[key] = _part(value, piece)
+    return out
 
 
 def _part(tensor: Array, piece: Piece) -> Array:
@@ -109,24 +113,6 @@ def _part(tensor: Array, piece: Piece) -> Array:
     size = tensor.shape[piece.axis] // piece.n
     mine = slice(piece.i, None, piece.n) if piece.turns else slice(piece.i * size, (piece.i + 1) * size)
     return tensor[(*(slice(None) for _ in range(piece.axis)), mine)]
-
-
-def _cut(values: Mapping[str, Any], keys: Iterable[str], shape_of: Any, part: Any) -> dict[str, Any]:
-    wanted = groups(key for key in keys if key.endswith("]"))
-    out: dict[str, Any] = {}
-    for name in values:
-        value = values[name]
-        if name not in wanted:  # whole, or a part already
-            out[name] = value
-        for key in wanted.get(name, ()):
-            piece = read(key)
-            if piece is None or piece.axis is None:
-                out[key] = value
-            elif len(shape := shape_of(value)) <= piece.axis or shape[piece.axis] % piece.n:
-                out[name] = value
-            else:
-                out[key] = part(value, piece)
-    return out
 
 
 def together(parts: Sequence[Array], keys: Collection[str], xp: Any) -> Array:

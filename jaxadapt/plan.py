@@ -19,7 +19,7 @@ from jaxadapt import paths, pieces, weight
 from jaxadapt.arrangement import Arrangement
 from jaxadapt.errors import KeyMapError, MismatchError
 from jaxadapt.keymap import KeyMap, Site, entries
-from jaxadapt.weight import Tensor
+from jaxadapt.tensor import Tensor
 
 Array = Any
 

@@ -5,7 +5,7 @@ it (a transpose, a reshape, a cast, a nested `jit` or `checkpoint`). Where the w
 `dot_general` along its own roles, the hook sees that one contraction: LoRA adds a low-rank product
 beside it, at the price a hand-written layer pays. A convolution, a lookup or a ragged product is left to a hook
 that follows it. Any other consumer (a scan, a cond) is given the hook's effective weight: exact, but dearer. `uses`
-tells beforehand which of them it will be, and `roles` reads from it which axes are inputs and which are outputs.
+tells beforehand which of them it will be.
 
 Knows jax through its public names only, and neither Flax nor any method.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import ChainMap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -126,60 +126,6 @@ def uses(f: Function, weights: Mapping[str, Any], *args: Any) -> dict[str, tuple
         if out is not None:
             found[out.name].append(Other("return"))
     return {name: tuple(those) for name, those in found.items()}
-
-
-def strays(found: Iterable[Contraction | Other], hook: Hook) -> list[str]:
-    """The uses that only the effective weight can follow, in a few words each."""
-    axes = hook.axes
-    along = (set(axes.inn), set(axes.out))
-    return [
-        use.primitive if isinstance(use, Other) else f"a sum over axes {list(use.inn)}"
-        for use in found
-        if (isinstance(use, Other) and not hook.follows(use.primitive))
-        or (isinstance(use, Contraction) and (set(use.inn) not in along or not set(use.batch) <= set(axes.batch)))
-    ]
-
-
-def note(what: str, found: Iterable[Contraction | Other], hook: Hook) -> str:
-    """In a few words, whether `what` uses a weight along its roles, or needs the effective weight, and for what."""
-    dear = strays(found, hook)
-    return f"effective weight in {what} ({', '.join(dict.fromkeys(dear))})" if dear else f"traced {what}"
-
-
-def roles(f: Function, weights: Mapping[str, Any], name: str, *args: Any) -> Axes:
-    """The roles of the axes of `weights[name]`, from the one way in which `f` contracts it.
-
-    Inputs and outputs come in the weight's own axis order. A trace cannot tell a fused axis (k and v in
-    one array) from an output axis.
-
-    Raises:
-        AttachError: the weight is not used, used in several ways, or not (only) by a `dot_general`.
-
-    >>> w, x = jax.ShapeDtypeStruct((3, 4, 5), "float32"), jax.ShapeDtypeStruct((2, 3), "float32")
-    >>> roles(lambda weights, x: jnp.einsum("bd,dnh->bnh", x, weights["w"]), {"w": w}, "w", x)
-    Axes(inn=(0,), out=(1, 2), batch=(), parts=None)
-    """
-    distinct = list(dict.fromkeys(uses(f, weights, *args)[name]))
-    match distinct:
-        case [Contraction(inn, out, batch)]:
-            return Axes(inn, out, batch)
-        case []:
-            problem = "is never used"
-        case [Other(primitive)]:
-            problem = f"is used by {primitive}, not by a matrix product, which alone tells inputs from outputs"
-        case _:
-            listed = "; ".join(_spoken(use) for use in distinct)
-            problem = f"is used in several ways ({listed}), which leave open what its inputs and outputs are"
-    raise AttachError(
-        f"the axis roles of {name!r} do not follow from its use: it {problem}; give a KeyMap with a line for it"
-    )
-
-
-def _spoken(use: Contraction | Other) -> str:
-    if isinstance(use, Other):
-        return f"by {use.primitive}"
-    shared = f", with {list(use.batch)} in both" if use.batch else ""
-    return f"summed over axes {list(use.inn)}, leaving {list(use.out)}{shared}"
 
 
 # ---------------------------------------------------------------- tracing

@@ -20,7 +20,7 @@ FLOORS = [
     ["errors", "progress", "paths", "axes", "configs"],
     "pieces weight arrangement keymap generic dialect plan adapter peft_tensors"
     " trace operations layout liveness layers filters targets drawing factors codecs consumers card hub"
-    " quantized near".split(),
+    " quantized near tensor used".split(),
     "methods families agreeing copies parameters tying replication bind renaming joining embeddings folder".split()
     + "per_expert orbax_folder transfer together vocabulary dialects guests guest_config laying sharding slots".split()
     + ["run_folder", "pytorch", "initial", "single_experts", "doubts", "filling", "plain"],
@@ -49,6 +49,8 @@ SAME_FLOOR = {
     ("adapter", "weight"): "and writes its lines out as text",
     ("adapter", "generic"): "which is the generic map, unless it is told",
     ("plan", "weight"): "a tensor's layout follows from its line",
+    ("plan", "tensor"): "and from what the method says of it",
+    ("used", "trace"): "what a trace found is read",
     ("bind", "methods"): "a configuration is bound by its method",
     ("bind", "copies"): "and the leaves it copies are bound too",
     ("bind", "parameters"): "and those that it has by their own names",

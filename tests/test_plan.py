@@ -15,7 +15,8 @@ from jaxadapt import IA3Config, LoraConfig, bind, plan
 from jaxadapt.axes import Axes
 from jaxadapt.errors import KeyMapError, MismatchError
 from jaxadapt.keymap import KeyMap
-from jaxadapt.weight import Tensor, Weight
+from jaxadapt.tensor import Tensor
+from jaxadapt.weight import Weight
 
 FAST = settings(max_examples=150, deadline=None)
 NAMES = ["i", "o", "h", "r", "inn", "out", "batch", "d2", "n_heads", "l", "lora_A"]

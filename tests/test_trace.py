@@ -21,7 +21,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxadapt.axes import LETTERS, RANK, Axes, Use
 from jaxadapt.errors import AttachError
-from jaxadapt.trace import Contraction, Other, rewrite, roles, uses
+from jaxadapt.trace import Contraction, Other, rewrite, uses
+from jaxadapt.used import roles
 
 R = 3
 

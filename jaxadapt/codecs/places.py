@@ -177,12 +177,6 @@ class Address(os.PathLike[str]):
             if not missing_ok:
                 raise
 
-    def remove_tree(self) -> None:
-        """Raises `FileNotFoundError`, `FileError`."""
-        fs, inner = self.store()
-        with told(self._text, "delete"):
-            fs.rm(inner, recursive=True)
-
     def put(self, local: str) -> None:
         """Puts a file of this machine here, as a whole. Raises `FileError`."""
         fs, inner = self.store()

@@ -22,8 +22,6 @@ import numpy as np
 from jaxadapt.demo.smollm2 import SmolLM2
 from jaxadapt.errors import AdapterError
 
-READERS = ("nnx", "linen", "peft")
-
 
 def peft_installed() -> bool:
     """Whether PEFT and what it needs can be imported here."""

@@ -23,7 +23,7 @@ from jaxadapt.configs import Config
 from jaxadapt.drawing import Draw
 from jaxadapt.errors import AttachError, ConfigError
 from jaxadapt.keymap import Site
-from jaxadapt.weight import Tensor
+from jaxadapt.tensor import Tensor
 
 Array = Any
 Params = Mapping[str, Array]

@@ -17,7 +17,7 @@ from jaxadapt.errors import AttachError
 from jaxadapt.keymap import Site
 from jaxadapt.methods import lowrank
 from jaxadapt.methods.base import Array, Drop, Method, Params
-from jaxadapt.weight import Tensor
+from jaxadapt.tensor import Tensor
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from jaxadapt.axes import Axes, Operation, Use
 from jaxadapt.keymap import Site
 from jaxadapt.methods import lowrank
 from jaxadapt.methods.base import Array
-from jaxadapt.weight import Tensor
+from jaxadapt.tensor import Tensor
 
 MAGNITUDE = "lora_magnitude_vector"
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from jaxadapt.configs import LoraConfig
 from jaxadapt.keymap import Site
 from jaxadapt.methods.base import Array, Params
-from jaxadapt.weight import Tensor
+from jaxadapt.tensor import Tensor
 
 DIAGONAL = "lora_diag"
 

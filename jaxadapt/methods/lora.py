@@ -30,7 +30,7 @@ from jaxadapt.errors import AttachError, ConfigError
 from jaxadapt.keymap import Site
 from jaxadapt.methods import dora, kasa, lowrank
 from jaxadapt.methods.base import Array, Drop, Method, Params, one_value
-from jaxadapt.weight import Tensor
+from jaxadapt.tensor import Tensor
 
 
 @dataclasses.dataclass(frozen=True)

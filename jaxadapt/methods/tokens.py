@@ -18,7 +18,7 @@ from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError, ConfigError
 from jaxadapt.keymap import Site
 from jaxadapt.methods.base import Array, Drop, Method, Params
-from jaxadapt.weight import Tensor
+from jaxadapt.tensor import Tensor
 
 NAME = "trainable_tokens_delta"
 
