@@ -159,6 +159,14 @@ def test_tables_fit_the_terminal(folder, run_folder, width, monkeypatch):
         assert max(map(len, result.output.splitlines())) <= width
 
 
+def test_in_a_pipe_no_line_is_folded(folder, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    assert any(line.split()[0] == key for line in run("inspect", folder, "--tensors").output.splitlines() if line)
+    told = next(line for line in run("inspect", folder).output.splitlines() if line.startswith("not for"))
+    assert len(told) > 80
+
+
 def test_families():
     assert "llama" in run("families").output
     listed = json.loads(run("families", "--json").output)

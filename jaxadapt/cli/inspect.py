@@ -77,7 +77,8 @@ def _show(info: Info, tensors: bool) -> None:
         rows.append(("targets", targets if isinstance(targets, str) else ", ".join(targets)))
     values = config.to_dict()
     rows += [(k, str(values[k])) for k, plain in card.FIELDS.items() if k in values and values[k] not in (plain, [])]
-    rows.append(("adapted", ", ".join(info.modules)))
+    if info.modules:
+        rows.append(("adapted", ", ".join(info.modules)))
     dtypes, size = "/".join(info.dtypes), card.size_text(info.file_bytes)
     rows.append(("size", f"{info.parameters:,} parameters in {len(info.tensors)} tensors, {dtypes}, {size}"))
     if config.peft_version:

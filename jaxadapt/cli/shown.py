@@ -3,14 +3,37 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
+import sys
 import textwrap
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+_PIPE = 4096
+"""Columns where no terminal is: a line is a line, for grep and files. COLUMNS says otherwise."""
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    seen = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdecimal()
+    return Console() if seen else Console(width=_PIPE)
+
+
+def _print(console: Console, *what: Any) -> None:
+    """Without the blanks that rich fills lines up with."""
+    with console.capture() as made:
+        for one in what:
+            console.print(one)
+    click.echo("\n".join(line.rstrip() for line in made.get().splitlines()))
 
 
 def print_json(value: Any) -> None:
@@ -19,7 +42,6 @@ def print_json(value: Any) -> None:
 
 def print_pairs(rows: Iterable[tuple[str, str]]) -> None:
     """Names and values, folded to the terminal."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -28,16 +50,15 @@ def print_pairs(rows: Iterable[tuple[str, str]]) -> None:
     table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(name, Text(value))
-    Console().print(table)
+    _print(_console(), table)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[str] = ()) -> None:
     """A table, folded to the terminal, names at their dots; the columns called `numbers` are set to the right."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console()
+    console = _console()
     rows = [tuple(row) for row in rows]
     natural = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
     widths = _widths(natural, console.width - 2 * (len(columns) - 1))
@@ -46,7 +67,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], numbers: 
         table.add_column(column, overflow="fold", width=width, justify="right" if column in numbers else "left")
     for row in rows:
         table.add_row(*(Text(_folded(cell, width)) for cell, width in zip(row, widths, strict=True)))
-    console.print(table)
+    _print(console, table)
 
 
 def _widths(natural: Sequence[int], room: int) -> list[int]:
@@ -93,21 +114,19 @@ def _print_title(text: str) -> None:
 
 
 def _indented(text: str, by: str = "  ") -> str:
-    width = shutil.get_terminal_size().columns
-    return textwrap.fill(text, width, initial_indent=by, subsequent_indent=by, break_on_hyphens=False)
+    return textwrap.fill(text, _console().width, initial_indent=by, subsequent_indent=by, break_on_hyphens=False)
 
 
 def print_heat(
     title: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]]
 ) -> None:
     """Numbers on shades of grey that follow them; as many columns side by side as fit."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     from jaxadapt.norms import number_text
 
-    console = Console()
+    console = _console()
     high = max((v for row in values for v in row if v is not None), default=0.0) or 1.0
     first = max(len("layer"), *map(len, rows)) + 1
     for begin, end in _portions([max(len(c), 6) + 1 for c in columns], console.width - first):
@@ -118,8 +137,7 @@ def print_heat(
         for name, row in zip(rows, values, strict=True):
             cells = [Text(number_text(v), style=_shade(v, high)) for v in row[begin:end]]
             table.add_row(name, *cells)
-        console.print(Text(title if begin == 0 else f"{title}, continued", style="bold"))
-        console.print(table)
+        _print(console, Text(title if begin == 0 else f"{title}, continued", style="bold"), table)
 
 
 def _portions(widths: Sequence[int], room: int) -> Iterable[tuple[int, int]]:
