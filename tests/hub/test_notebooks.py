@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,29 @@ def test_it_opens_as_it_was_run(path: Path) -> None:
         for _, source, _, outputs in held
         if re.search(r"^(print|Image|Markdown|%%sh)|plt.show", source, re.M) and not outputs
     ]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    ("plugin", "wanted"),
+    [
+        ("numpy", "jax"),
+        ("jax-cuda12-plugin", "jax[cuda12]"),
+        ("jax-cuda13-plugin", "jax[cuda13]"),
+        ("libtpu", "jax[tpu]"),
+    ],
+)
+def test_the_first_cell_asks_for_the_accelerator_that_is_there(
+    path: Path, plugin: str, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Colab's GPU and TPU machines have JAX with its plugin, which must not be left behind when JAX is renewed."""
+    source = next(source for kind, source, _, _ in cells(path) if kind == "code")
+    plain = "\n".join(line for line in source.splitlines() if not line.startswith("%"))
+    monkeypatch.setattr("importlib.metadata.distributions", lambda: [types.SimpleNamespace(name=plugin)])
+    space: dict[str, object] = {}
+    exec(plain, space)
+    assert space["jax_here"] == wanted
+    assert '%pip install -q "{jax_here}"' in source
 
 
 @pytest.mark.slow
