@@ -194,10 +194,10 @@ def extract(
         raise AttachError(
             f"expected an NNX model or state, Linen variables or an Adapter, found {type(tree).__name__}"
         )
-    found = _find_collection(tree, name)
+    found = linen_tree.of_name(tree, name)
     if found is not None and config is None:
         return linen_tree.read_collection(found, name)
-    present = names_in(tree)
+    present = linen_tree.names_in(tree)
     if found is None and present:
         raise AttachError(f"there is no adapter {name!r} here; found {present}")
     return _extract_bare(tree, name, config, keymap)
@@ -211,40 +211,9 @@ def guest_in(tree: Any) -> foreign.Found | None:
         return tree
     if isinstance(tree, nnx.nnx.Module | nnx.nnx.State):
         return None if nnx.variables(tree) else foreign.find(tree)
-    if isinstance(tree, Mapping) and names_in(tree):
+    if isinstance(tree, Mapping) and linen_tree.names_in(tree):
         return None
     return foreign.find(tree)
-
-
-def names_in(tree: Mapping[str, Any]) -> list[str]:
-    """The names of the adapters that Linen variables, or a collection of theirs, hold with a configuration."""
-    holders = [tree, *(tree.get(m.peft_type.lower(), {}) for m in methods.METHODS.values())]
-    return sorted(
-        name
-        for held in holders
-        if isinstance(held, Mapping)
-        for name, inner in held.items()
-        if isinstance(inner, Mapping) and CONFIG_NODE in inner
-    )
-
-
-def collections_in(tree: Mapping[str, Any]) -> list[str]:
-    """The names of the adapter collections among Linen variables."""
-    return [name for m in methods.METHODS.values() if (name := m.peft_type.lower()) in tree]
-
-
-def _find_collection(tree: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
-    """The tree of one adapter inside Linen variables, a collection, or itself."""
-    if CONFIG_NODE in tree:
-        return tree
-    inner = tree.get(name)
-    if isinstance(inner, Mapping) and CONFIG_NODE in inner:
-        return inner
-    for method in methods.METHODS.values():
-        held = tree.get(method.peft_type.lower())
-        if isinstance(held, Mapping) and name in held:
-            return held[name]
-    return None
 
 
 def _extract_bare(tree: Mapping[str, Any], name: str, config: Config | None, keymap: Any) -> Adapter:
@@ -406,8 +375,7 @@ def detach(model: Any) -> Any:
     if isinstance(model, linen.Adapted):
         return model.module
     if isinstance(model, Mapping) and not isinstance(model, nnx.nnx.Module):
-        ours = {m.peft_type.lower() for m in methods.METHODS.values()}
-        return {k: v for k, v in model.items() if k not in ours}
+        return {k: v for k, v in model.items() if k not in methods.COLLECTIONS}
     _need_nnx(model)
     for name in nnx.names(model):
         nnx.delete(model, name)

@@ -149,7 +149,7 @@ class Adapted:
     def _overlay(self, variables: Mapping[str, Any]) -> _Overlay:
         wanted = dict(self.adapters)
         names = {collection_name(config) for config in wanted.values()}
-        names |= {c for m in methods.METHODS.values() if _is_ours(variables.get(c := m.peft_type.lower()))}
+        names |= {c for c in methods.COLLECTIONS if _is_ours(variables.get(c))}
         held = {c: variables[c] for c in variables if c in names}
         base = {c: v for c, v in variables.items() if c not in names}
         extra: dict[tuple[str, ...], Any] = {}

@@ -67,8 +67,37 @@ def collections(variables: Any) -> dict[str, Mapping[str, Any]]:
     """The adapter collections among Linen variables. (A parameter tree may hold a module called "lora".)"""
     if not isinstance(variables, Mapping) or "params" not in variables:
         return {}
-    names = [method.peft_type.lower() for method in methods.METHODS.values()]
-    return {name: variables[name] for name in names if name in variables}
+    return {name: variables[name] for name in collections_in(variables)}
+
+
+def names_in(tree: Mapping[str, Any]) -> list[str]:
+    """The names of the adapters that Linen variables, or a collection of theirs, hold with a configuration."""
+    holders = [tree, *(tree.get(name, {}) for name in methods.COLLECTIONS)]
+    return sorted(
+        name
+        for held in holders
+        if isinstance(held, Mapping)
+        for name, inner in held.items()
+        if isinstance(inner, Mapping) and CONFIG_NODE in inner
+    )
+
+
+def collections_in(tree: Mapping[str, Any]) -> list[str]:
+    """The names of the adapter collections among Linen variables."""
+    return [name for name in methods.COLLECTIONS if name in tree]
+
+
+def of_name(tree: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+    """The tree of one adapter inside Linen variables, a collection, or itself."""
+    if CONFIG_NODE in tree:
+        return tree
+    inner = tree.get(name)
+    if isinstance(inner, Mapping) and CONFIG_NODE in inner:
+        return inner
+    for held in (tree.get(collection) for collection in methods.COLLECTIONS):
+        if isinstance(held, Mapping) and name in held:
+            return held[name]
+    return None
 
 
 def read_collection(tree: Mapping[str, Any], name: str) -> Adapter:

@@ -105,8 +105,8 @@ def _hooks(module: nnx.Module) -> dict[str, Applied | Several]:
     found: dict[str, list[Applied]] = {}
     own = vars(module)
     for name in own.get(ACTIVE, ()):
-        for kind in methods.METHODS:
-            held = own.get(kind.lower())
+        for collection in methods.COLLECTIONS:
+            held = own.get(collection)
             if held is None or name not in held:
                 continue
             for leaf, tensors in held[name].items():
@@ -321,8 +321,8 @@ def names(model: nnx.Module, owners: Mapping[str, Owner] | None = None) -> tuple
     """The names of the adapters a model carries."""
     found: dict[str, None] = {}
     for _, layer in adapted(model, owners):
-        for method in methods.METHODS.values():
-            found |= dict.fromkeys(vars(layer).get(method.peft_type.lower(), ()))
+        for collection in methods.COLLECTIONS:
+            found |= dict.fromkeys(vars(layer).get(collection, ()))
     return tuple(found)
 
 
@@ -360,12 +360,12 @@ def delete(model: nnx.Module, name: str) -> None:
     activate(model, [n for n in active(model) if n != name])
     for _, layer in list(adapted(model)):
         own = vars(layer)
-        for attr in [m.peft_type.lower() for m in methods.METHODS.values()] + [DROPOUT]:
+        for attr in (*methods.COLLECTIONS, DROPOUT):
             if attr in own and name in own[attr]:
                 del own[attr][name]
                 if not own[attr]:
                     delattr(layer, attr)
-        if not any(m.peft_type.lower() in vars(layer) for m in methods.METHODS.values()):
+        if vars(layer).keys().isdisjoint(methods.COLLECTIONS):
             delattr(layer, ACTIVE)
             release(layer)
 

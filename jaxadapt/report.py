@@ -191,8 +191,8 @@ def _of_variables(variables: Mapping[str, Any], active: tuple[str, ...] | None, 
     base = {path: tuple(leaf.shape) for path, leaf in flat.items() if is_array(leaf) or is_quantized(leaf)}
     tables: dict[str, KeyMap] = {}
     rows: list[Row] = []
-    for method in methods.METHODS.values():
-        for name, tree in dict(variables.get(method.peft_type.lower(), {})).items():
+    for collection in methods.COLLECTIONS:
+        for name, tree in dict(variables.get(collection, {})).items():
             adapter = linen_tree.read_collection(tree, name)
             tables[name] = adapter.keymap
             rows += _rows(name, adapter, base, how)

@@ -112,7 +112,7 @@ def _scaled_tree(tree: Any, factor: Any, name: str | None) -> Any:
     if not isinstance(tree, Mapping):
         raise AttachError(f"expected an NNX model, Linen variables or an Adapter, found {type(tree).__name__}")
     out, seen = dict(tree), 0
-    for collection in (m.peft_type.lower() for m in methods.METHODS.values()):
+    for collection in methods.COLLECTIONS:
         held = tree.get(collection)
         if not isinstance(held, Mapping):
             continue

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxadapt import attach, foreign, nnx, paths
+from jaxadapt import attach, foreign, linen_tree, nnx, paths
 from jaxadapt.adapter import Adapter
 from jaxadapt.errors import AttachError, FormatError
 
@@ -118,7 +118,7 @@ def adapter_names(model: Any) -> list[str]:
     if isinstance(model, nnx.nnx.Module | nnx.nnx.State):
         return sorted(nnx.variables(model)) or [attach.DEFAULT]
     if isinstance(model, Mapping):
-        return attach.names_in(model) or [attach.DEFAULT]
+        return linen_tree.names_in(model) or [attach.DEFAULT]
     return [attach.DEFAULT]
 
 
@@ -127,7 +127,7 @@ def rest(model: Any) -> Any:
     if isinstance(model, nnx.nnx.Module | nnx.nnx.State):
         state = nnx.nnx.state(model) if isinstance(model, nnx.nnx.Module) else model
         return nnx.nnx.filter_state(state, nnx.nnx.Not(nnx.nnx.Any(*_NOT_STATE)))
-    if isinstance(model, Mapping) and (ours := attach.collections_in(model)):
+    if isinstance(model, Mapping) and (ours := linen_tree.collections_in(model)):
         return {k: v for k, v in model.items() if k not in _NOT_STATE_COLLECTIONS and k not in ours}
     return {}
 

@@ -10,6 +10,9 @@ from jaxadapt.methods.lora import Lora, scale_of
 
 METHODS: dict[str, Method] = {m.peft_type: m for m in (Lora(), IA3())}
 
+COLLECTIONS = tuple(name.lower() for name in METHODS)
+"""Where adapters are kept, by method: Linen's collection, and the attribute of an NNX layer."""
+
 
 def of(config: Config) -> Method:
     """The method of a configuration, checked; `ConfigError` if there is none or it would ignore a field."""
@@ -23,4 +26,4 @@ def of(config: Config) -> Method:
     return method
 
 
-__all__ = ["METHODS", "Applied", "Method", "Several", "check_biases", "of", "refuse_rivals", "scale_of"]
+__all__ = ["COLLECTIONS", "METHODS", "Applied", "Method", "Several", "check_biases", "of", "refuse_rivals", "scale_of"]
