@@ -131,6 +131,21 @@ def test_branches_tags_commits_and_pull_requests(hub, saved, tmp_path):
     assert (jaxadapt.pull(REPO, revision="feature/two") / WEIGHTS).read_bytes() == new
 
 
+def test_the_checkpoints_of_a_run_are_branches_and_its_best_is_a_tag(hub, tmp_path):
+    with jaxadapt.CheckpointManager(tmp_path / "run", minimize="loss") as manager:
+        for step, loss in enumerate((0.5, 0.3, 0.4)):
+            manager.save(step, small.adapter(seed=step), metrics={"loss": loss})
+    for step in manager.steps:
+        manager.export(step, tmp_path / str(step))
+        tag = "best" if step == manager.best else None
+        pushed(hub, tmp_path / str(step), revision=f"step-{step}", tag=tag, metrics=manager.metrics(step))
+    for revision, step in {"step-0": 0, "step-1": 1, "step-2": 2, "best": 1}.items():
+        found = jaxadapt.read(f"hf://{REPO}@{revision}").tensors
+        want = jaxadapt.to_peft(small.adapter(seed=step)).tensors
+        assert {k: v.tobytes() for k, v in found.items()} == {k: np.asarray(v).tobytes() for k, v in want.items()}
+    assert "| loss | 0.3 |" in (jaxadapt.pull(f"{REPO}@best") / CARD).read_text()
+
+
 def test_a_tag_that_is_there_is_refused_before_anything_is_sent(hub, saved, tmp_path):
     pushed(hub, saved, tag="v1")
     jaxadapt.save(small.trained(seed=9), tmp_path / "two", base_model="org/base")
