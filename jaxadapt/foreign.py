@@ -73,15 +73,19 @@ def find(tree: Any) -> Found | None:
     """
     leaves, put = trees.opened(tree)
     like = {path for path in leaves if is_like(path)}
-    if not like or not any(d.claim(leaves) for d in dialects.DIALECTS.values()):
-        return None
+    if not like or not any(d.claim(leaves) and _has_slots(d, leaves) for d in dialects.DIALECTS.values()):
+        return None  # (an adapter of ours that has lost its configuration is named like one slot)
     dialect = dialects.recognise(leaves)
     assert dialect is not None
     mine = dialect.owned(leaves)
-    if dialect.slots and not any(path.endswith(dialect.slots) for path in mine):
-        return None  # an adapter of ours that has lost its configuration is named like one slot
+    if not _has_slots(dialect, mine):
+        return None
     base = {dialect.base(path): tuple(leaf.shape) for path, leaf in leaves.items() if path not in mine}
     return Found(tree, dialect, {p: leaf for p, leaf in leaves.items() if p in mine}, put, base, trees.alphas(tree))
+
+
+def _has_slots(dialect: Dialect, leaves: Collection[str]) -> bool:
+    return not dialect.slots or any(path.endswith(dialect.slots) for path in leaves)
 
 
 def slot(tree: Any, number: int) -> Found:

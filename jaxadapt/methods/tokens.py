@@ -30,6 +30,11 @@ class Static:
     tokens: tuple[int, ...]
     head: bool = False
 
+    @property
+    def because(self) -> str:
+        """Why the leaf is copied, as `Copied` says it."""
+        return "trainable_token_indices"
+
 
 class Tokens(Method):
     """W with other rows for some tokens."""

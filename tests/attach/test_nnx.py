@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 import jaxadapt
 from jaxadapt.errors import AttachError, TargetError
@@ -175,7 +175,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 from pathlib import Path
 here = Path({str(tmp_path)!r})
 model = pickle.loads((here / "model").read_bytes())
-from flax import nnx
+from flax import linen, nnx
 import jaxadapt
 from tests.twins import layers
 x = layers.x()
@@ -438,3 +438,38 @@ def test_the_bias_of_a_layer_with_a_state_is_trained_and_the_state_goes_on():
 def test_a_layer_with_a_state_is_not_saved_in_part():
     with pytest.raises(AttachError, match=r"norm\.scale: BatchNorm keeps state besides .*; leave it out"):
         adapt(Normed(), jaxadapt.LoraConfig(r=2, target_modules=["q"], modules_to_save=["norm"]))
+
+
+@pytest.mark.parametrize("api", ["nnx", "linen"])
+def test_rows_of_tokens_are_trained_in_a_model_without_a_table(api):
+    config = jaxadapt.LoraConfig(r=2, target_modules=["q"], trainable_token_indices={"emb": [1, 3]})
+    if api == "nnx":
+        model = nnx.Dict(emb=nnx.Embed(5, 4, rngs=nnx.Rngs(0)), q=nnx.Linear(4, 4, rngs=nnx.Rngs(1)))
+        tensors = jaxadapt.to_peft(adapt(model, config)).tensors
+    else:
+
+        class Net(linen.Module):
+            @linen.compact
+            def __call__(self, ids: Any) -> Any:
+                return linen.Dense(4, name="q")(linen.Embed(5, 4, name="emb")(ids))
+
+        variables = jaxadapt.adapt(Net(), config).init(jax.random.key(0), jnp.array([1]))
+        tensors = jaxadapt.to_peft(variables).tensors
+    assert tensors["base_model.model.emb.token_adapter.trainable_tokens_delta"].shape == (2, 4)
+
+
+def test_a_state_that_lost_its_configuration_is_not_taken_for_another_librarys():
+    """Its leaves are called as SkyRL-tx calls one of several adapters, beside others that it has no name for."""
+    table = jaxadapt.KeyMap("mine", (
+        jaxadapt.Weight("emb.embedding", "emb.weight", "v d -> v d", kind="embedding"),
+        jaxadapt.Weight("q.kernel", "q.weight", "i o -> o i"),
+    ))  # fmt: skip
+    model = nnx.Dict(emb=nnx.Embed(5, 4, rngs=nnx.Rngs(0)), q=nnx.Linear(4, 4, rngs=nnx.Rngs(1)))
+    config = jaxadapt.LoraConfig(r=2, target_modules=["q", "emb"], init_lora_weights=False)
+    want = jaxadapt.extract(adapt(model, config, keymap=table))
+    plain = nnx.to_pure_dict(nnx.state(model, jaxadapt.AdapterParam))
+    with pytest.raises(AttachError, match="carries no adapter configuration"):
+        jaxadapt.extract(plain)
+    found = jaxadapt.extract(plain, config=config, keymap=table)
+    assert found.flat().keys() == want.flat().keys()
+    assert all(found.flat()[path] is x for path, x in want.flat().items())
