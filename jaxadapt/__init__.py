@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from jaxadapt.folder import inspect, read, read_config, write
     from jaxadapt.foreign import slot
     from jaxadapt.hub import pull
+    from jaxadapt.invoking import invoke
     from jaxadapt.keymap import KeyMap
     from jaxadapt.merging import merge, unmerge
     from jaxadapt.nnx import AdapterParam, BaseParam
@@ -81,6 +82,7 @@ _HOME = {
         "plain": "plain_lora",
         "quantizing": "quantize dequantize from_qwix",
         "rescaling": "rescale",
+        "invoking": "invoke",
         "exchange": "to_peft from_peft",
         "foreign": "slot",
         "originals": "for_original_base",
@@ -131,6 +133,7 @@ __all__ = [
     "init",
     "inject",
     "inspect",
+    "invoke",
     "load",
     "merge",
     "plain_lora",

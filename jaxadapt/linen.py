@@ -26,6 +26,7 @@ from jaxadapt.errors import AttachError
 from jaxadapt.families import resolve
 from jaxadapt.keymap import KeyMap
 from jaxadapt.linen_call import SEP, Interceptor, Noting, Site
+from jaxadapt.methods import alora
 
 _KEPT = 64  # of what is remembered about earlier calls
 
@@ -44,6 +45,7 @@ class Adapted:
         active: the names applied by `apply`, in this order.
         keymap: a family's name, a `KeyMap`, or None to recognise it.
         dtype: of new adapter parameters; float32 by default.
+        tokens: `{name: mask}` of the tokens that aLoRA adapters adapt; `jaxadapt.invoke` sets them.
     """
 
     module: nn.Module
@@ -51,6 +53,7 @@ class Adapted:
     active: tuple[str, ...]
     keymap: KeyMap | str | None = None
     dtype: Any = None
+    tokens: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any], repr=False, compare=False)
     # Signatures of calls known to read no adapted weight behind its module's back.
     _checked: set[Hashable] = dataclasses.field(
         default_factory=set[Hashable], init=False, repr=False, compare=False
@@ -194,6 +197,10 @@ class Adapted:
                 mark = hashlib.sha256(text.encode()).hexdigest()[:12]
                 keys = {tensor: f"{leaf}{SEP}{tensor}{SEP}{mark}" for tensor in values[bound.leaf]}
                 extra |= {(*path, key): values[bound.leaf][tensor] for tensor, key in keys.items()}
+                if name in self.tokens:
+                    keys[alora.MASK] = f"{leaf}{SEP}{alora.MASK}{SEP}{mark}"
+                    shape = meta.unbox(_at(base["params"], known[bound.leaf])).shape
+                    extra[(*path, keys[alora.MASK])] = alora.stacked(self.tokens[name], bound.site.stack, shape)
                 site = Site(bound.method, bound.static, bound.axes, keys)
                 sites.setdefault(tuple(path), {}).setdefault(leaf, []).append(site)
         methods.refuse_rivals(replaced)

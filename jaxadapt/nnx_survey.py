@@ -32,6 +32,10 @@ class AdapterParam(nnx.LoRAParam[Any]):
     """
 
 
+class TokenMask(nnx.Param[Any]):
+    """Which tokens an aLoRA adapts in one call, beside its A and B; a Param, so that scans cut it as they cut those."""
+
+
 class AdaptedMeta(type(nnx.Module)):
     """The class of run-time subclasses that apply adapters; `base` is the layer's own class."""
 

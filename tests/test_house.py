@@ -26,7 +26,7 @@ FLOORS = [
     + ["run_folder", "pytorch", "initial", "single_experts", "doubts", "filling", "plain"],
     "linen linen_call linen_survey linen_tree nnx nnx_survey merging products combining norms trees checking".split()
     + "observing eva nnx_calls wholes".split(),
-    "foreign planning attach exchange store bases report picture reducing rescaling optim".split()
+    "foreign planning attach exchange store bases report picture reducing rescaling invoking optim".split()
     + "beginning starting originals quantizing".split(),
     "converting on_disk sharing checkpoint snapshot resuming step_files step_reading".split()
     + "background preemption serving".split(),

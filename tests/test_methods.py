@@ -342,7 +342,6 @@ def test_ia3_scales_outputs_and_biases_or_inputs():
 
 ASKED = {
     "use_qalora": True,
-    "alora_invocation_tokens": [1],
     "use_bdlora": {"nblocks": 2},
     "arrow_config": {"arrow_top_k": 2},
     "velora_config": {"num_groups": 2},
@@ -386,6 +385,7 @@ def test_every_field_of_lora_is_honoured_refused_or_known_to_be_without_effect()
         "use_rslora", "init_lora_weights", "layers_to_transform", "layers_pattern", "fan_in_fan_out",
         "modules_to_save", "bias", "use_dora", "lora_bias", "trainable_token_indices",
         "ensure_weight_tying", "layer_replication", "target_parameters", "kasa_config",
+        "alora_invocation_tokens",
     }  # fmt: skip
     # Of use to PEFT only where init_lora_weights (or use_qalora, megatron_config) asks for them, or bookkeeping.
     idle = {

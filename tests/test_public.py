@@ -20,7 +20,7 @@ PUBLIC = {
     "Adapter", "PeftTensors", "KeyMap", "Weight",
     # on a model
     "adapt", "init", "start", "for_original_base", "extract", "inject", "slot", "detach",
-    "activate", "disable", "delete", "summary",
+    "activate", "disable", "delete", "summary", "invoke",
     "export_base", "import_base", "merge", "unmerge", "combine", "rescale", "resize_rank",
     "to_lora", "plain_lora", "AdapterParam", "BaseParam",
     # its base in 4 or 8 bits

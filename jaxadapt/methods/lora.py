@@ -28,7 +28,7 @@ from jaxadapt.configs import Config, LoraConfig
 from jaxadapt.drawing import Draw
 from jaxadapt.errors import AttachError, ConfigError
 from jaxadapt.keymap import Site
-from jaxadapt.methods import dora, kasa, lowrank
+from jaxadapt.methods import alora, dora, kasa, lowrank
 from jaxadapt.methods.base import Array, Drop, Method, Params, one_value
 from jaxadapt.tensor import Tensor
 
@@ -38,7 +38,8 @@ class Static:
     """What the arithmetic of one site needs: the scale s, the dropout rate, and which kind of LoRA it is.
 
     `kind` is the weight's, where it is no plain matrix; `tied` says that a table of tokens is adapted in both its
-    uses, as head too; `frozen` that B is never trained (MiCA, arXiv:2604.01694).
+    uses, as head too; `frozen` that B is never trained (MiCA, arXiv:2604.01694);
+    `invoked` that only some tokens are adapted (aLoRA).
     """
 
     scale: float
@@ -49,6 +50,7 @@ class Static:
     bias: bool = False
     tied: bool = False
     frozen: bool = False
+    invoked: bool = False
 
 
 class Lora(Method):
@@ -127,6 +129,7 @@ class Lora(Method):
             config.lora_bias,
             kind == "embedding" and config.ensure_weight_tying,
             str(config.init_lora_weights).lower() == "mica",
+            config.alora_invocation_tokens is not None,
         )
 
     def role(self, static: Static, tensor: str) -> str:
@@ -177,6 +180,8 @@ class Lora(Method):
             return dora.output(use, params[dora.MAGNITUDE], w, changed, delta, x, y, drop is not None).astype(y.dtype)
         if static.bias:
             delta = delta + static.scale * lowrank.over_outputs(use, params["lora_B_bias"], y.ndim)
+        if static.invoked:
+            delta = alora.only(params, delta, y)
         return (y + delta).astype(y.dtype)
 
     def weight(self, static: Static, params: Params, axes: Axes, w: Array) -> Array:
@@ -191,10 +196,12 @@ class Lora(Method):
                 "LoRA's A sees all channels of a grouped convolution, so W + s·B·A would be a weight without groups:"
                 " there is none to merge into, and nothing but the layer's own convolution can follow it"
             )
+        _need_one_weight(static)
         changed = change(static, params, axes, w)
         return (dora.weight(axes, params[dora.MAGNITUDE], changed) if static.dora else changed).astype(w.dtype)
 
     def unweight(self, static: Static, params: Params, axes: Axes, w: Array) -> Array:
+        _need_one_weight(static)
         if static.dora:
             raise AttachError(
                 "DoRA scales W + s·B·A to the length m, and its own length, which W would need, is not left in it; keep"
@@ -232,6 +239,14 @@ def _added(static: Static, params: Params, axes: Axes, w: Array) -> Array:
     return lowrank.added(axes, w, static.scale, *_factors(static, params))
 
 
+def _need_one_weight(static: Static) -> None:
+    if static.invoked:
+        raise AttachError(
+            "an aLoRA leaves some tokens as they are, and adapts others: there is no weight that does both, to merge"
+            " into or to stand in where a weight is used otherwise than in a product"
+        )
+
+
 def _check_site(config: LoraConfig, site: Site, r: int) -> None:
     groups, kind = site.weight.groups, site.weight.kind
     if r % groups:
@@ -255,6 +270,8 @@ def _check_site(config: LoraConfig, site: Site, r: int) -> None:
         )
     if config.kasa_config is not None and (odd := kasa.problems(config, site)):
         raise ConfigError(f"{site.leaf}: kasa_config with {', '.join(odd)}: PEFT has no such adapter")
+    if config.alora_invocation_tokens is not None and (odd := alora.problems(config, site)):
+        raise ConfigError(f"{site.leaf}: alora_invocation_tokens with {', '.join(odd)}: PEFT has no such adapter")
     if kind == "embedding" and config.lora_bias:
         raise ConfigError(f"{site.leaf}: lora_bias=True is for layers with an output bias, not for embeddings")
 
@@ -264,7 +281,7 @@ def _check_parameter(config: LoraConfig, site: Site) -> None:
     odd = {
         "lora_dropout": config.lora_dropout, "fan_in_fan_out": config.fan_in_fan_out, "lora_bias": config.lora_bias,
         "use_dora": config.use_dora, "bias": config.bias if config.bias != "none" else None,
-        "kasa_config": config.kasa_config,
+        "kasa_config": config.kasa_config, "alora_invocation_tokens": config.alora_invocation_tokens,
     }  # fmt: skip
     found = [f"{name}={value!r}" for name, value in odd.items() if value]
     if found:
@@ -278,8 +295,6 @@ _PLAIN = "jaxadapt.plain_lora(jaxadapt.read(…)) makes of such a file the plain
 _REFUSED: dict[str, str] = {
     "use_qalora": f"PEFT has for bases quantised with GPTQ only, and none of them is a JAX model: {_PLAIN}"
     " (one of another base is a plain LoRA already: use_qalora=False)",
-    "alora_invocation_tokens": "adapts only the tokens behind an invocation sequence, and a layer does not see tokens:"
-    " null makes it a LoRA for every token, which is another function",
     "use_bdlora": f"makes A or B block-diagonal, and PEFT does it only to spread a LoRA over devices: {_PLAIN}",
     "arrow_config": "routes every token among other adapters: load those by themselves",
     "velora_config": f"compresses activations for the backward pass, in training alone: {_PLAIN}",

@@ -58,6 +58,7 @@ HONOURED: dict[str, dict[str, Any]] = {
     "megatron_core": {"megatron_core": "megatron.core"},
     "trainable_token_indices": {"trainable_token_indices": {"emb": [3, 1]}},  # test_lora_matrix
     "use_dora": {"use_dora": True},  # test_lora_matrix
+    "alora_invocation_tokens": {"alora_invocation_tokens": [1, 2]},  # test_alora
     "qalora_group_size": {"qalora_group_size": 4},  # speaks of use_qalora only
     "lora_bias": {"lora_bias": True},  # test_lora_matrix
     "ensure_weight_tying": {},  # test_tied
@@ -68,7 +69,6 @@ ELSEWHERE = {"target_parameters", "loftq_config", "eva_config", "corda_config", 
 
 REFUSED: dict[str, Any] = {
     "use_qalora": True,
-    "alora_invocation_tokens": [1, 2],
     "use_bdlora": {"nblocks": 2},
     "arrow_config": {"top_k": 2},
     "velora_config": {"num_groups": 2},
