@@ -1,6 +1,6 @@
 """The tests that are too long for CI, in one command: `python tests/full/run.py [--record] [pytest options]`.
 
-At most 30 minutes on two cores. With `--record` the date, versions and outcome go into README.md beside it.
+At most 30 minutes on two cores. With `--record` date, versions and outcome go into README.md beside it, as a first row.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-ROW = re.compile(r"(?<=\|---\|---\|---\|\n)(\|.*\n)*")  # under the table's head
+ROW = re.compile(r"(?<=\|---\|---\|---\|\n)")  # the first below the table's head
 
 
 def main() -> int:
@@ -37,7 +37,7 @@ def main() -> int:
             [
                 datetime.date.today().isoformat(),
                 ", ".join([f"Python {platform.python_version()}", *found]),
-                closing,
+                f"`{' '.join(arguments)}`: {closing}" if arguments else closing,
             ]
         )
         page = HERE / "README.md"
