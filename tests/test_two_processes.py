@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import jaxadapt
+from jaxadapt.codecs import safetensors
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -50,6 +51,10 @@ def train_die_resume_and_stop(tmp_path: Path, count: int) -> None:
     ends = finish(start(tmp_path, "train", count), 120)
     assert [end[0] for end in ends] == [0] * count, ends
     assert all("leaves" in end[1] for end in ends)
+    wrote = [int(end[1].split("wrote ")[1].split()[0]) for end in ends]  # as each was told
+    step = safetensors.read_header(tmp_path / "run" / "step-000000003.safetensors").tensors.values()
+    assert min(wrote) > 0
+    assert sum(wrote) == sum(tensor.nbytes for tensor in step)
     assert manager.steps == [3, 4]  # two are kept, and the last landed though nobody waited for it
     exported = jaxadapt.read(tmp_path / "peft").tensors  # opened by one process
     assert exported["base_model.model.q_proj.lora_A.weight"][0, :2].tolist() == [3.0, 4.0]

@@ -56,7 +56,8 @@ def main() -> None:
     one, two = jax.make_mesh((4,), ("x",)), jax.make_mesh((2, 2), ("x", "y"))
     rows = {"lora_A": PartitionSpec(None, "x"), "lora_B": PartitionSpec("x")}
     other = {"lora_A": PartitionSpec("x", "y"), "lora_B": PartitionSpec()}
-    manager = jaxadapt.CheckpointManager(folder / "run", keep=2)
+    told: list[tuple[str, int, int]] = []
+    manager = jaxadapt.CheckpointManager(folder / "run", keep=2, progress=lambda *at: told.append(at))
 
     def save(step: int) -> None:
         adapter = spread(one, rows, step)
@@ -79,6 +80,9 @@ def main() -> None:
             save(step)
         restore(2, 2)
         restore(None, 3)
+        last = [at for at in told if at[0] == "save"][-1]  # of step 3, which has landed
+        assert last[1] == last[2]
+        print(f"wrote {last[2]}")
         manager.export(3, folder / "peft")
         save(4)
         print("leaves", flush=True)  # without waiting
