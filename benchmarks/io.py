@@ -78,7 +78,7 @@ def make(megabytes: int) -> jaxadapt.Adapter:
 # ---------------------------------------------------------------- the ways
 
 
-def raw_write(path: Path, data: bytes) -> None:
+def raw_write(path: Path, data: bytes | memoryview) -> None:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     view, done = memoryview(data), 0
     while done < len(view):

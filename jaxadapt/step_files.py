@@ -61,17 +61,15 @@ def _pieces(leaf: jax.Array) -> list[tuple[Any, jax.Array]]:
     """The parts of an array that make the whole, each on one device, with their places; None: all of it."""
     if leaf.is_fully_replicated:
         return [(None, leaf.addressable_data(0))]
-    data = {shard.device: shard.data for shard in leaf.addressable_shards}
-    here = sharding.here(leaf.sharding, tuple(leaf.shape))
-    return [(sharding.slices(box), data[device]) for box, device in here.items()]
+    return [(box, leaf.addressable_data(at)) for box, at in together.addressable(leaf.sharding, leaf.shape).items()]
 
 
 def _join(shape: tuple[int, ...], pieces: list[tuple[Any, np.ndarray]]) -> np.ndarray:
     if pieces[0][0] is None:
         return pieces[0][1]
     out = np.empty(shape, pieces[0][1].dtype)
-    for index, piece in pieces:
-        out[index] = piece
+    for box, piece in pieces:
+        out[sharding.slices(box)] = piece
     return out
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Sharding
 
 from jaxadapt import folder, sharding
 from jaxadapt.adapter import PeftTensors
@@ -118,14 +120,24 @@ def own(leaves: Mapping[str, Any], process: int) -> dict[str, dict[Box, np.ndarr
         if local(leaf):
             held[path] = {box: leaf for box, owner in boxes.items() if owner == process}
             continue
-        data = {shard.device: shard.data for shard in leaf.addressable_shards}
-        here = sharding.here(leaf.sharding, tuple(leaf.shape))
-        held[path] = {box: data[device] for box, device in here.items() if boxes[box] == process}
+        mine = addressable(leaf.sharding, leaf.shape).items()
+        held[path] = {box: leaf.addressable_data(at) for box, at in mine if boxes[box] == process}
     for path, boxes in held.items():  # all transfers begin before the first is waited for
         if isinstance(leaves[path], jax.Array) and next(iter(leaves[path].sharding.device_set)).platform != "cpu":
             for value in boxes.values():
                 value.copy_to_host_async()
     return {path: {box: np.asarray(value) for box, value in boxes.items()} for path, boxes in held.items() if boxes}
+
+
+@functools.lru_cache(maxsize=1024)
+def addressable(placed: Sharding, shape: tuple[int, ...]) -> dict[Box, int]:
+    """What this process holds of such arrays, each part once, as numbers for `jax.Array.addressable_data`.
+
+    Found once, on an array like them: `addressable_shards` of thousands of arrays would take the training loop's time.
+    """
+    like = jax.make_array_from_callback(shape, placed, np.broadcast_to(np.uint8(0), shape).__getitem__)
+    numbers = {shard.device: number for number, shard in enumerate(like.addressable_shards)}
+    return {box: numbers[device] for box, device in sharding.here(placed, shape).items()}
 
 
 def joined(held: Mapping[Box, np.ndarray]) -> Iterator[tuple[Box, np.ndarray]]:

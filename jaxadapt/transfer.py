@@ -111,15 +111,16 @@ def _handed_over(
     )
     for e in job:
         if e.path in where:  # a quarter of what device_put takes for as many arrays of one device each
-            parts = dict(zip(held[e.path], made[e.path], strict=True))
+            starts = (tuple(start for start, _ in box) for box in held[e.path])  # these tell an array's parts apart
+            parts = dict(zip(starts, made[e.path], strict=True))
             dtype = jax.dtypes.canonicalize_dtype(dtypes[e.path])
-            get = functools.partial(_part, parts, e.shape)
+            get = functools.partial(_part, parts)
             out[e.path] = jax.make_array_from_callback(e.shape, where[e.path], get, dtype)
     return out
 
 
-def _part(parts: Mapping[Box, np.ndarray], shape: tuple[int, ...], index: Any) -> np.ndarray:
-    return parts[sharding.box_of(index, shape)]
+def _part(parts: Mapping[tuple[int, ...], np.ndarray], index: Sequence[slice]) -> np.ndarray:
+    return parts[tuple([part.start or 0 for part in index])]
 
 
 def _jobs(plan: Plan, tensors: Mapping[str, Any], sizes: Mapping[str, int]) -> Iterator[list[Entry]]:
