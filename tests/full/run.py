@@ -21,7 +21,9 @@ def main() -> int:
     arguments = sys.argv[1:]
     record = "--record" in arguments
     arguments = [a for a in arguments if a != "--record"]
-    command = [sys.executable, "-m", "pytest", str(HERE), "-n", "2", "--durations=20", *arguments]
+    # Three at a time on two cores: those of several processes mostly wait, for each other and for JAX to miss one.
+    parallel = ["-n", "3", "--dist", "worksteal"]
+    command = [sys.executable, "-m", "pytest", str(HERE), *parallel, "--durations=20", *arguments]
     run = subprocess.Popen(command, cwd=HERE.parent.parent, text=True, stdout=subprocess.PIPE)
     assert run.stdout is not None
     closing = "no closing line"
