@@ -119,7 +119,7 @@ def _handed_over(
     return out
 
 
-def _part(parts: Mapping[tuple[int, ...], np.ndarray], index: Sequence[slice]) -> np.ndarray:
+def _part(parts: Mapping[tuple[int, ...], np.ndarray], index: Any) -> np.ndarray:
     return parts[tuple([part.start or 0 for part in index])]
 
 
