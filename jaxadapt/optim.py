@@ -19,12 +19,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxadapt import bind, linen_tree, nnx, paths, products
+from jaxadapt import attach, bind, linen_tree, nnx, paths, products
 from jaxadapt.adapter import CONFIG_NODE, Adapter
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError, ConfigError
 
-__all__ = ["decay_mask", "lora_fa", "lora_plus", "roles", "scale_by_rank"]
+__all__ = ["decay_mask", "kasa_loss", "lora_fa", "lora_plus", "roles", "scale_by_rank"]
 
 Array = Any
 Make = Callable[..., optax.GradientTransformation]
@@ -131,6 +131,44 @@ def decay_mask(tree: Any) -> Any:
     weight's length) and would be pulled to zero.
     """
     return _map(lambda leaf: leaf.decays, tree)
+
+
+# ---------------------------------------------------------------- a penalty
+
+
+def kasa_loss(tree: Any, name: str = attach.DEFAULT) -> Array:
+    """The penalties of KaSA (arXiv:2412.06071, equations 9 to 11), to be added to the loss: a scalar in float32.
+
+    β·Σd² + γ·(‖BᵀB − I‖ + ‖AAᵀ − I‖), summed over the modules, with `kasa_config`'s beta and gamma; PEFT's
+    `LoraModel._get_kasa_loss`. Raises `ConfigError` for an adapter without `kasa_config`.
+
+    >>> import jax, jaxadapt
+    >>> base = {"q": {"kernel": jnp.eye(6)}}
+    >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"], kasa_config={"beta": 0.0, "gamma": 0.5})
+    >>> adapter = jaxadapt.start(config, base, key=jax.random.key(0)).adapter
+    >>> round(float(kasa_loss(jax.tree.map(jnp.zeros_like, adapter))), 3)  # half of √2 + √2
+    1.414
+    """
+    adapter = attach.extract(tree, name)
+    how = adapter.config.get("kasa_config")
+    if how is None:
+        raise ConfigError(f"the adapter {name!r} has no kasa_config, and so no such penalty")
+    plain = dataclasses.replace(adapter, params=linen_tree.meta.unbox(adapter.params))
+    shapes = {leaf: {t: tuple(x.shape) for t, x in ts.items()} for leaf, ts in plain.sites.items()}
+    total: Any = jnp.zeros((), jnp.float32)
+    for bound in bind.recover(adapter.config, adapter.keymap, shapes):
+        if bound.method.copies:
+            continue
+        held = {t: products.wide(x) for t, x in plain.sites[bound.leaf].items()}
+        pair = [(t, e) for t, e in zip(bound.tensors, bound.entries, strict=True) if t.name in ("lora_A", "lora_B")]
+        tensors, entries = zip(*pair, strict=True)
+        a, b = products.matrices(dataclasses.replace(bound, tensors=tensors, entries=entries), held)
+        eye = jnp.eye(a.shape[1])[None]
+        with jax.default_matmul_precision("highest"):
+            grams = jnp.swapaxes(b, 1, 2) @ b, a @ jnp.swapaxes(a, 1, 2)
+        apart = sum(jnp.sum(jnp.linalg.norm(gram - eye, axis=(1, 2))) for gram in grams)
+        total += how.get("beta", 1e-4) * jnp.sum(held["lora_diag"] ** 2) + how.get("gamma", 1e-3) * apart
+    return total
 
 
 # ---------------------------------------------------------------- optimisers

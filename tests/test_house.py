@@ -127,6 +127,7 @@ SAME_FLOOR = {
     ("linen_survey", "linen_call"): "one module's work in three files",
     ("rescaling", "attach"): "it extracts",
     ("reducing", "planning"): "a pair of trees is planned as a fresh adapter is",
+    ("optim", "attach"): "a penalty is taken of an adapter, wherever it is",
     ("combining", "products"): "it works on the matrices that products reads",
     ("combining", "wholes"): "and on those that are one in PyTorch together",
     ("wholes", "products"): "leaves are put together as pairs of matrices",

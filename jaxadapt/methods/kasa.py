@@ -2,7 +2,7 @@
 
 W₋ is the base weight without its r smallest singular values, which `start` makes of it (`factors.truncated`), and
 `load(…, base="original")` does again. As in PEFT's `tuners/lora/variants.py`, where only linear layers have it; the
-penalties of the paper are the training loop's affair.
+penalties of the paper are `optim.kasa_loss`.
 """
 
 from __future__ import annotations

@@ -161,6 +161,29 @@ def test_kasa_is_of_another_base_than_the_original(tmp_path):
     assert norm.norm == pytest.approx(np.linalg.norm(change), rel=1e-4)
 
 
+@pytest.mark.parametrize(("api", "scan"), [("nnx", None), ("linen", 0)])
+def test_kasas_penalty_and_its_gradients_are_pefts(api, scan, tmp_path):
+    model = theirs(CASES[0], tmp_path)[0]
+    ours = Started(CASES[0], api, scan)
+    ours.load(tmp_path)
+    model.zero_grad()
+    want = model.base_model._get_kasa_loss()
+    want.backward()
+    held = nnx.state(ours.model, jaxadapt.AdapterParam) if api == "nnx" else {"lora": ours.variables["lora"]}
+    value, slopes = jax.value_and_grad(optim.kasa_loss)(held)
+    assert float(value) == pytest.approx(want.item(), rel=1e-5)
+    grads = {n.replace(".default", ""): p.grad for n, p in model.named_parameters() if p.grad is not None}
+    found = jaxadapt.to_peft(slopes).tensors
+    for key, x in found.items():
+        if not key.endswith("lora_B.bias"):  # of which there is no penalty
+            close(x, grads[key], key)
+    with pytest.raises(jaxadapt.ConfigError, match="no kasa_config"):
+        optim.kasa_loss(jaxadapt.Adapter(LORA, {}, ours.table))
+
+
+LORA = jaxadapt.LoraConfig(r=2, target_modules=["lin"])
+
+
 @pytest.mark.parametrize("more", [{"use_dora": True}, {"r": 8}])
 def test_what_peft_has_no_kasa_for(more):
     fields = lora("lin", **KASA) | more
