@@ -91,7 +91,7 @@ def _files(path: str | os.PathLike[str], report: Report = quiet) -> tuple[Place,
         present = sorted(p.name for p in folder.iterdir())
     except FileNotFoundError as error:
         why = error.strerror if isinstance(folder, places.Address) else "no such folder"
-        there = f"; one of the Hub is {hub.SCHEME}{path}" if hub.may_name(path) else ""
+        there = f"; one of the Hub is {hub.SCHEME}{path}" if hub.may_name(str(path)) else ""
         raise FileError(f"{folder}: {why}; expected a folder that holds {CONFIG} and {WEIGHTS}{there}") from None
     except NotADirectoryError:
         raise FileError(

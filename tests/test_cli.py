@@ -76,6 +76,8 @@ def test_errors_are_one_readable_message(tmp_path, what):
 def test_a_name_of_the_hub_without_its_scheme_is_recognised(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "one of the Hub is hf://org/name@v1/fr" in run("inspect", "org/name@v1/fr").output
+    with pytest.raises(jaxadapt.FileError, match="one of the Hub is hf://org/name$"):
+        jaxadapt.load("org/name", small.net())
     assert "hf://" not in run("inspect", tmp_path / "out").output
     assert "hf://" not in run("inspect", "out").output
 

@@ -46,9 +46,9 @@ def is_address(path: object) -> bool:
     return isinstance(path, str) and path.startswith(SCHEME)
 
 
-def may_name(path: object) -> bool:
+def may_name(path: str) -> bool:
     """Whether a path that is not there may have been meant for the Hub: "org/name", as other libraries take it."""
-    return isinstance(path, str) and _ADDRESS.fullmatch(path) is not None and not path.startswith(".")
+    return _ADDRESS.fullmatch(path) is not None and not path.startswith(".")
 
 
 def parse(text: str, revision: str | None = None, subfolder: str | None = None) -> Address:
