@@ -45,12 +45,13 @@ def conv_axes(ndim: int) -> Axes:
 def general_use(x_ndim: int, w_ndim: int, axis: Sequence[int], batch: Sequence[int], axes: Axes) -> Use:
     """The contraction of DenseGeneral: x's axes `axis` with the kernel's inputs, `batch` with its batch axes.
 
-    >>> general_use(4, 3, (-2, -1), (), general_axes(2, 1)).y
-    'abe'
+    Flax takes either in the order in which x has them, whatever the order they are given in.
+
+    >>> general_use(4, 3, (-1, -2), (), general_axes(2, 1))
+    Use(x='abcd', w='cde', y='abe', axes=Axes(inn=(0, 1), out=(2,), batch=(), parts=None))
     """
     x = LETTERS[:x_ndim]
-    contracted = [x[a % x_ndim] for a in axis]
-    lead = [x[a % x_ndim] for a in batch]
+    contracted, lead = ([x[i] for i in sorted(a % x_ndim for a in given)] for given in (axis, batch))
     outs = LETTERS[x_ndim : x_ndim + w_ndim - len(contracted) - len(lead)]
     rest = [c for c in x if c not in contracted and c not in lead]
     return Use(x, "".join(lead) + "".join(contracted) + outs, "".join(lead + rest) + outs, axes)

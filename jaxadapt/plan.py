@@ -356,7 +356,9 @@ def sizes_from_tensors(
                 problems.append(f"{site.leaf}.{tensor.name}: {error}")
     if problems:
         raise MismatchError(
-            "the adapter contradicts itself or its configuration:\n" + paths.listing(problems)
+            "the adapter contradicts itself or its configuration:\n"
+            + paths.listing(problems)
+            + "\nOf several that are stacked (by vmap, say) take one: jax.tree.map(lambda x: x[0], tree)"
         )
     return sizes
 

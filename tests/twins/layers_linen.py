@@ -328,6 +328,7 @@ LINEN: list[Case] = [
     Case("dense_subclass", held(Subclass, 6), one, {KERNEL: IO}),
     Case("general_out", held(nn.DenseGeneral, (2, 4)), one, {KERNEL: SPLIT}),
     Case("general_in_out", held(nn.DenseGeneral, (2, 3), axis=(-2, -1)), one, {KERNEL: Axes((0, 1), (2, 3))}),
+    Case("general_unsorted", held(nn.DenseGeneral, (2, 3), axis=(-1, -2)), one, {KERNEL: Axes((0, 1), (2, 3))}),
     Case("general_first_axis", held(nn.DenseGeneral, 3, axis=1), one, {KERNEL: IO}),
     Case(
         "general_batch",

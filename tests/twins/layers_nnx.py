@@ -225,6 +225,12 @@ NNX: list[Case] = [
         {KERNEL: Axes((0, 1), (2, 3))},
     ),
     Case(
+        "general_unsorted",  # Flax sorts them
+        held(lambda: nnx.LinearGeneral((5, 8), (2, 3), axis=(-1, -2), rngs=r())),
+        one,
+        {KERNEL: Axes((0, 1), (2, 3))},
+    ),
+    Case(
         "general_first_axis",
         held(lambda: nnx.LinearGeneral(5, 3, axis=1, rngs=r())),
         one,
