@@ -25,6 +25,7 @@ from jaxadapt import (
     families,
     folder,
     merging,
+    nnx,
     nnx_survey,
     paths,
     pieces,
@@ -79,9 +80,8 @@ def export_base(
     ...     import_base(folder, {"q": {"kernel": jnp.zeros((2, 3))}}, keymap=table)["q"]["kernel"].sum()
     Array(6., dtype=float32)
     """
-    leaves = _leaves(params)
+    leaves, table = _leaves(params, keymap)
     exchange.with_values(leaves, traced=False)
-    table = _table(keymap, leaves)
     made = plan.base_plan(table, _shapes(leaves))
     changed = {} if adapter is None else merging.merged(leaves, adapter)
     exchange.warn_unproved(table, 3)
@@ -138,8 +138,11 @@ def _apart(table: KeyMap, specs: Specs) -> tuple[Specs, dict[str, tuple[str, Any
     return out, home
 
 
-def _leaves(params: Any) -> dict[str, Any]:
-    """`{path: array}` of the base weights of a model, of variables, or of parameters."""
+def _leaves(params: Any, keymap: KeyMap | str | None) -> tuple[dict[str, Any], KeyMap]:
+    """`{path: array}` of the base weights of a model, of variables, or of parameters, and the table for them.
+
+    Of an NNX model also what is no parameter there, if the table has a line for it (the bias of MaxText's routers).
+    """
     found = merging.leaves(_params(params))
     odd = [f"{p}: {type(x).__name__}" for p, x in found.items() if not is_array(x)]
     if odd:
@@ -147,7 +150,11 @@ def _leaves(params: Any) -> dict[str, Any]:
             "expected arrays as base parameters (jaxadapt.dequantize makes them of quantised ones), found:\n"
             + paths.listing(odd)
         )
-    return found
+    table = _table(keymap, found)
+    if isinstance(params, nnx.nnx.Module):
+        more = {path: var.get_value() for path, var in nnx_survey.state(params).items() if table.site(path)}
+        found = dict(sorted({**found, **more}.items(), key=lambda item: nnx_survey.natural(item[0])))
+    return found, table
 
 
 def _params(tree: Any) -> Any:
@@ -268,18 +275,17 @@ def import_base(
     A head that the file ties to the embedding is filled from there. Raises `MismatchError` with all missing, unexpected
     and wrongly shaped tensors together, `KeyMapError`, `FileError`, `FormatError`; then the target is as it was.
     """
-    leaves = _leaves(target)
+    leaves, table = _leaves(target, keymap)
     shapes = _shapes(leaves)
     with shards.opened(places.at(path)) as tensors:
         _refuse_packed(tensors)
-        table = _table(keymap, leaves).spelt_as(tensors, shapes)
+        table = table.spelt_as(tensors, shapes)
         if table.each:
             tensors = tensors.stacked(*single_experts.rows(table, tensors, tensors.source))
         known = shapes if strict else {p: s for p, s in shapes.items() if table.site(p) is not None}
         made = plan.base_plan(table, known)
-        several = [name for name, parts in pieces.groups(made.keys).items() if len(parts) > 1 and name in tensors]
-        if several:
-            tensors = tensors.replaced(several, pieces.cut({n: tensors[n] for n in several}, made.keys))
+        found = {key: tuple(spec.shape) for key, spec in tensors.specs.items()}
+        tensors = tensors.cut(pieces.places(found, made.keys))
         source = _sources(tensors, table, made, strict)
         entries = [e for e in made.entries if all(key in source for key in e.keys)]
         left = {e.path for e in made.entries} - {e.path for e in entries} | (shapes.keys() - known.keys())

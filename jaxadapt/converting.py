@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxadapt import dialects, families, filling, folder, foreign, laying, orbax_folder, paths, pytorch, targets
+from jaxadapt import dialects, families, folder, foreign, laying, orbax_folder, paths, per_expert, pytorch, targets
 from jaxadapt.adapter import Adapter, PeftTensors
 from jaxadapt.codecs import places, safetensors
 from jaxadapt.codecs.places import Place
@@ -82,10 +82,17 @@ def convert(
         raise ConfigError(f"format {format!r}: expected 'safetensors', or 'orbax' with a folder as the target")
     tensors = _read(source, from_keymap, lora_alpha, None if trees[1] else like, sizes or {}, progress, on_shared)
     if not trees[1]:
-        if dialect is not None or (on_shared is not None and not trees[0]):
+        spelt = from_keymap is not None and to_keymap is not None and not trees[0]
+        tables = [families.resolve(keymap, {}) for keymap in (from_keymap, to_keymap)] if spelt else []
+        apart = spelt and tables[0].single != tables[1].single
+        if dialect is not None or (on_shared is not None and not trees[0] and not apart):
             raise ConfigError("dialect and on_shared are for trees (a file ending in .safetensors)")
-        if from_keymap is not None and to_keymap is not None and places.at(source).suffix != ".safetensors":
-            tensors = _respelt(tensors, families.resolve(from_keymap, {}), families.resolve(to_keymap, {}))
+        if apart and tables[1].single:
+            tensors = PeftTensors(*per_expert.apart(tensors.config, tensors.tensors, tables[1]), tensors.source)
+        elif apart:
+            tensors = per_expert.fused(tensors, tables[0], on_shared, "convert(source, target", parts=False)
+        elif spelt:
+            tensors = _respelt(tensors, *tables)
         elif to_keymap is not None:
             raise ConfigError("to_keymap is for trees, or with from_keymap for another spelling of the same family")
         config = _lora(tensors.config, "a folder").replace(inference_mode=True)
@@ -192,12 +199,17 @@ def _write_tree(
     dialect = dialects.named(name or dialects.USED[library])
     if dialect.slots is not None:
         raise ConfigError(f"{dialect.name} keeps several adapters in one tree; load into its model instead")
-    pairs = _pairs(tensors)
     known = _shapes(like, dialect)
     leaves = known or [w.leaf.replace("{l}", "0") for w in keymap.weights]
-    keymap = keymap.spelt_as([f"{m}.weight" for m in pairs], leaves)
+    keymap = keymap.spelt_as([key.removeprefix(PEFT_PREFIX) for key in tensors.tensors], leaves)
+    single, whole = keymap, tensors
+    if tensors.config.get("target_parameters") or per_expert.possible(tensors.tensors):
+        single = per_expert.singled(keymap)
+        whole = per_expert.fused(tensors, keymap, on_shared, "convert(source, target")
+        whole = PeftTensors(*per_expert.apart(whole.config, whole.tensors, single, keymap), tensors.source)
+    pairs = _pairs(whole)
     shapes = {m: (tuple(a.shape), tuple(b.shape)) for m, (a, b) in pairs.items()}
-    adapted = laying.find(keymap, shapes, known)
+    adapted = laying.find(single, shapes, known)
 
     def blank(rank: int) -> foreign.Found:
         arrays: dict[str, tuple[int, ...]] = {}
@@ -209,10 +221,8 @@ def _write_tree(
         return foreign.Found(leaves, dialect, leaves, lambda new: {**leaves, **new}, known, {}, sizes)
 
     rank = max(a[0] for a, _ in shapes.values())
-    if on_shared is not None:
-        trial = blank(rank)
-        ratios = dict.fromkeys(pairs, 1.0)
-        rank = filling.needed(foreign.survey(trial, keymap), tensors.tensors, ratios, foreign.same)
+    if on_shared is not None or dialect.heads:
+        rank = foreign.needed(blank(rank), keymap, whole.tensors, pairs)
     scale = config.lora_alpha / config.r
     alpha = None if dialect.unscaled else scale * rank
     tree = foreign.put(

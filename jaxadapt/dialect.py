@@ -94,6 +94,7 @@ class Dialect:
         moved: base leaves that lie elsewhere in its trees: `(where, the family's name)`.
         slots: what lies beside `a` where the arrays hold several adapters, on an axis before the weight's own: the
             rank that each slot uses, and its scale.
+        heads: B has the weight's last axis alone, and A the others: what heads have in common is in B (`heads.py`).
         proved: against the library itself, or trees recorded from it.
 
     >>> Dialect("d", (Pair("{leaf}_a", "{leaf}_b", "{leaf}"),)).claim({"q.w_a", "q.w_b", "q.w"})
@@ -107,6 +108,7 @@ class Dialect:
     shares: bool = False
     moved: tuple[tuple[str, str], ...] = ()
     slots: tuple[str, str] | None = None
+    heads: bool = False
     proved: bool = True
 
     def claim(self, paths: Collection[str]) -> dict[str, list[tuple[str, str, int]]]:

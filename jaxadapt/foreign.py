@@ -22,6 +22,7 @@ from jaxadapt import (
     filling,
     guest_config,
     guests,
+    heads,
     methods,
     nnx,
     nnx_survey,
@@ -156,6 +157,11 @@ def _table(found: Found, keymap: KeyMap | str | None) -> KeyMap:
     return families.of_leaves(leaves)  # only the LoRA leaves are at hand
 
 
+def _with_heads(found: Found, keymap: KeyMap | str | None) -> heads.Several:
+    """The leaves whose A has heads that their B has not."""
+    return heads.several(found.dialect, _table(found, keymap), found.leaves) if found.dialect.heads else {}
+
+
 # ---------------------------------------------------------------- out
 
 
@@ -174,6 +180,14 @@ def take(
     Those of experts are made at once. `parts`: where gate and up are two leaves they stay apart.
     """
     found = _of_slot(found)
+    if several := _with_heads(found, keymap):
+        if lora_alpha is None and config is None:
+            raise guest_config.need_alpha(found.dialect, call)
+        given = (config.get("lora_alpha") if config is not None else 0.0) if lora_alpha is None else lora_alpha
+        leaves = heads.widened(found.dialect, several, found.leaves, on_shared)
+        stored = heads.alphas(found.dialect, found.leaves, leaves, given)
+        found, lora_alpha = dataclasses.replace(found, leaves=leaves, stored=stored), None
+        config = None if config is None else config.replace(lora_alpha=LoraConfig().lora_alpha)
     known = survey(found, keymap)
     if not known.keymap.proved:
         warnings.warn(
@@ -238,6 +252,11 @@ def put(
         raise MismatchError(f'on_shared: expected None or "concat", found {on_shared!r}')
     products.need_plain(config, source)
     tree, found = found, _of_slot(found, room=True)
+    several = _with_heads(found, keymap)
+    if several and lora_alpha is not None:
+        leaves = heads.room(several, found.leaves, _specs(tensors))
+        stored = heads.alphas(found.dialect, found.leaves, leaves, lora_alpha)
+        found, lora_alpha = dataclasses.replace(found, leaves=leaves, stored=stored), None
     known = survey(found, keymap, tensors)
     if known.real is not None:
         held = per_expert.fused(PeftTensors(config, tensors, source), known.real, on_shared, call)
@@ -267,12 +286,32 @@ def put(
             stacklevel=4,
         )
     new = {
-        path: _like(found.leaves[path], _build(half, found.leaves[path], where, path in kept, dtypes[path], traced))
+        path: _build(half, where, found.leaves[path], path in kept, dtypes[path], traced)
         for path, (half, where) in placed.items()
     }
+    if several:
+        new |= heads.narrowed(found.dialect, several, tree.leaves, new, on_shared == "concat")
+    new = {path: _like(tree.leaves[path], x) for path, x in new.items()}
     if found.slot is not None:
         new = slots.whole(found.dialect, tree.leaves, found.slot, new, _used(known, placed))
     return found.put(new)
+
+
+def needed(found: Found, keymap: KeyMap | str | None, tensors: Mapping[str, Any], modules: Collection[str]) -> int:
+    """The rank that a tree needs to hold a file's tensors, side by side where they share an array and differ."""
+    several = _with_heads(found, keymap)
+    room = dataclasses.replace(found, leaves=heads.room(several, found.leaves, _specs(tensors)))
+    known, ratios = survey(room, keymap), dict.fromkeys(modules, 1.0)
+    if not several:
+        return filling.needed(known, tensors, ratios, same)
+    placed = filling.fill(known, tensors, ratios, True, same)
+    ranks = {path: max((rows.stop for _, rows, _ in where.values()), default=0) for path, (_, where) in placed.items()}
+    for a, b, w in several.values():
+        whole_a, whole_b = (
+            _build(*placed[path], room.leaves[path], False, room.leaves[path].dtype, False) for path in (a, b)
+        )
+        ranks[a] = ranks[b] = len(heads.narrow(whole_a, whole_b, w)[1])
+    return max(ranks.values())
 
 
 def _slot_alphas(tree: Found, known: Guests, config: LoraConfig) -> dict[str, float]:
@@ -329,7 +368,7 @@ def _dtypes(found: Found, placed: Mapping[str, tuple[Half, Placed]], dtype: Any,
     return out
 
 
-def _build(half: Half, current: Any, where: Placed, keep: bool, dtype: Any, traced: bool) -> Any:
+def _build(half: Half, where: Placed, current: Any, keep: bool, dtype: Any, traced: bool) -> Any:
     """The new array, in the tree's own shape; zero, or what it was, where nothing is placed."""
     keep = keep and is_array(current) and not isinstance(current, jax.ShapeDtypeStruct)
     if traced:
@@ -363,4 +402,4 @@ def _like(leaf: Any, value: Any) -> Any:
     return jax.device_put(value, leaf.sharding if placed else None)
 
 
-__all__ = ["Found", "extract", "find", "put", "same", "slot", "survey", "take", "unknown"]
+__all__ = ["Found", "extract", "find", "needed", "put", "same", "slot", "survey", "take", "unknown"]

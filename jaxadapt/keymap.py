@@ -119,6 +119,8 @@ class KeyMap:
             does not know: a vision tower), because other models of the same library call their layers alike.
         needs: leaves (as in the lines) without which it is not recognised.
         same: axes that have one size in the whole model, else it is not recognised: what tells `"f d"` from `"d f"`.
+        counts: `(leaf, n)` of leaves (as in the lines) that are as many layers where they are stacked, else it is not
+            recognised: the numbers of further layers follow from it.
         tied: `(key, same as key)` of weights that a model with tied embeddings does not hold twice.
         buffers: keys that a PyTorch file may hold and that are no weights; `{l}` stands for digits.
         spellings: `(name, ((ours, theirs), …))`: other beginnings of the same keys. transformers 5 calls the
@@ -140,6 +142,7 @@ class KeyMap:
     whole: bool = False
     needs: tuple[str, ...] = ()
     same: tuple[str, ...] = ()
+    counts: tuple[tuple[str, int], ...] = ()
     tied: tuple[tuple[str, str], ...] = ()
     buffers: tuple[str, ...] = ()
     spellings: tuple[tuple[str, Renames], ...] = ()
@@ -246,9 +249,10 @@ class KeyMap:
     def covers(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """How many of a model's leaves the table accounts for; 0 if a leaf of its name has another layout.
 
-        All stacked axes must agree in size, which tells layers stacked on axis 0 from those on axis 1; so must `same`.
+        Stacked axes of layers that are numbered alike must agree in size, which tells layers stacked on axis 0 from
+        those on axis 1; so must `same`.
         """
-        sizes: dict[str, set[int]] = {}
+        sizes: dict[tuple[str, tuple[int, int]], set[int]] = {}
         linear, found = 0, set[str]()
         for leaf, shape in shapes.items():
             site = self.site(leaf)
@@ -267,10 +271,18 @@ class KeyMap:
                 names = site.weight.names(name)
                 if names is not None and len(names) != size:
                     return 0
-                if (name.startswith("{") and names is None) or name in self.same:
-                    sizes.setdefault(name, set()).add(size)
+                if name.startswith("{") and names is None:
+                    sizes.setdefault((name, site.weight.layers), set()).add(size)
+                    if size != self._counts.get(site.weight.leaf, size):
+                        return 0
+                elif name in self.same:
+                    sizes.setdefault((name, (1, 0)), set()).add(size)
         fits = linear and found.issuperset(self.needs) and all(len(s) == 1 for s in sizes.values())
         return sum(self.site(leaf) is not None for leaf in shapes) if fits else 0
+
+    @functools.cached_property
+    def _counts(self) -> dict[str, int]:
+        return dict(self.counts)
 
     @functools.cached_property
     def _known_beginnings(self) -> set[str]:
@@ -285,6 +297,7 @@ def _scanned(table: KeyMap, axis: int) -> KeyMap:
         name=f"{table.name}/scan{axis}",
         weights=tuple(lines.values()),
         needs=tuple(lines[leaf].leaf for leaf in table.needs),
+        counts=tuple((lines[leaf].leaf, count) for leaf, count in table.counts),
     )
 
 
@@ -328,8 +341,10 @@ def from_data(data: Mapping[str, Any]) -> KeyMap:
     """The table of `to_data`; raises `KeyError`, `TypeError` or `ValueError` if the data are none."""
     weights = tuple(Weight(leaf, key, pattern, **options) for leaf, key, pattern, options in data["weights"])
     tied = tuple((str(a), str(b)) for a, b in data["tied"])
+    counts = tuple((str(leaf), int(n)) for leaf, n in data.get("counts", ()))
     keep = {name: tuple(map(str, data[name])) for name in ("needs", "same", "buffers")}
     spellings = tuple((str(n), tuple((str(a), str(b)) for a, b in renames)) for n, renames in data["spellings"])
     each = tuple((str(name), tuple(map(str, modules))) for name, modules in data.get("each", ()))
-    fields: dict[str, Any] = {**data, **keep, "weights": weights, "tied": tied, "spellings": spellings, "each": each}
+    made: dict[str, Any] = {"weights": weights, "tied": tied, "counts": counts, "spellings": spellings, "each": each}
+    fields: dict[str, Any] = {**data, **keep, **made}
     return KeyMap(**fields)

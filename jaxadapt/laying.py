@@ -9,11 +9,12 @@ import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
 
-from jaxadapt import paths, plan
+from jaxadapt import heads, paths, plan
 from jaxadapt.dialect import RANK, Dialect, layouts
 from jaxadapt.errors import KeyMapError
 from jaxadapt.guests import hinted
 from jaxadapt.keymap import KeyMap, Site
+from jaxadapt.weight import EXPERTS
 
 Shape = tuple[int, ...]
 
@@ -85,8 +86,13 @@ def arrays(
         raise KeyMapError(f"{dialect.name} has no place for the LoRA of {site.leaf!r}")
     path_a, path_b, pair = found
     choices = layouts(pair, weight, dialect.shares)
+    if dialect.heads and heads.of(weight):
+        *rest, last = weight.left
+        choices = [((*((axis,) for axis in rest), (RANK,)), ((RANK,), (last,)))]
     if not choices:
         raise KeyMapError(f"{dialect.name} has no layout for {site.leaf!r} ({weight.pattern!r})")
+    if EXPERTS in weight.left:  # with a pair for each there is room for any file
+        choices = [both for both in choices if all((EXPERTS,) in dims for dims in both)] or choices
     a, b = next(iter(shapes[m] for m in adapted.modules))
     totals = {weight.roles["inn"]: a[1], weight.roles["out"]: b[0]}
     known = dict(plan.sizes_of(site, base)) if base is not None else _sizes(adapted, totals, sizes)
@@ -111,7 +117,7 @@ def arrays(
 def _sizes(adapted: Adapted, totals: Mapping[tuple[str, ...], int], sizes: Mapping[str, int]) -> dict[str, int]:
     weight = adapted.site.weight
     known = {axis: len(weight.names(axis) or ()) for axis in weight.roles["fused"]}
-    for axis in weight.roles["stack"]:
+    for axis in (*weight.roles["stack"], *(axis for axis in weight.left if axis == EXPERTS)):
         known[axis] = 1 + max(weight.own_number(axis, texts[axis.strip("{}")]) for texts in adapted.modules.values())
     given = hinted(weight, sizes)
     for axes, total in totals.items():

@@ -141,8 +141,11 @@ def leaves(params: Any) -> dict[str, Any]:
 def replaced(params: Any, new: Mapping[str, Any]) -> Any:
     """The same with other arrays at some paths: a new tree, or an NNX model changed in place."""
     if isinstance(params, nnx.nnx.Module):
-        owners = nnx.base_leaves(params)
+        owners, others = nnx.base_leaves(params), nnx_survey.state(params)
         for path, value in new.items():
+            if path not in owners:
+                others[path].set_value(value)
+                continue
             module, attr = owners[path]
             vars(module)[attr].set_value(value)
             nnx.release(module)  # of what it had to do for a quantised weight

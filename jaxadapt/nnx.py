@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import errors, nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxadapt import bind, methods, nnx_survey, paths, plan, sharding, trace
@@ -127,15 +127,28 @@ def _hooks(module: nnx.Module) -> dict[str, Applied | Several]:
 def _call(module: Any, base: Any, f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One of a layer's functions, with the active adapters and its weights dequantised."""
     hooks, small = _hooks(module), nnx_survey.compressed(module)
-    if not small:
-        return _applied(module, hooks, base, f, args, kwargs)
-    drawn = {leaf: hook.map(_drawn) for leaf, hook in hooks.items()}
+    by_class = known(module)
+    if not small and by_class is not None and not any(hook.apart or hook.replaces for hook in hooks.values()):
+        return _by_class(module, hooks, by_class, f, args, kwargs)
+    state = nnx_survey.state(module)
+    held = {path: var.get_value() for path, var in state.items()}
+    drawn = {leaf: hook.map(_drawn) for leaf, hook in hooks.items()} if small else hooks
 
-    def dequantised(small: Mapping[str, Any]) -> Any:
-        return _applied(view(module, base, small), drawn, base, f, args, kwargs)
+    def run(small: Mapping[str, Any], held: Mapping[str, Any]) -> Any:
+        return _applied(module, small, held, drawn, base, f, args, kwargs)
 
-    # The backward pass dequantises again: kept from the forward pass, the dense weights would fill the memory.
-    return jax.checkpoint(dequantised)(small)
+    try:
+        # The backward pass dequantises again: kept from the forward pass, the dense weights would fill the memory.
+        y, changed = (jax.checkpoint(run) if small else run)(small, held)
+    except errors.TraceContextError as error:
+        raise AttachError(
+            f"{base.__name__}: an adapted layer may change what it holds itself, a random stream or a count, and this"
+            " one changes a variable of somebody else's; let it hold the object that has it (self.rngs = rngs), or"
+            " leave it out with exclude_modules"
+        ) from error
+    for path, value in changed.items():
+        state[path].set_value(value)
+    return y
 
 
 def _drawn(hook: Applied) -> Applied:
@@ -146,43 +159,60 @@ def _drawn(hook: Applied) -> Applied:
     return dataclasses.replace(hook, drop=functools.partial(hook.drop, rngs=stream()))
 
 
+def _by_class(
+    module: Any,
+    hooks: Mapping[str, Applied | Several],
+    by_class: nnx_survey.Known,
+    f: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    if not hooks:
+        return f(module, *args, **kwargs)
+    if "inputs" in kwargs:
+        args, kwargs = (kwargs["inputs"], *args), {k: v for k, v in kwargs.items() if k != "inputs"}
+    x, *rest = args
+    ((leaf, hook),) = hooks.items()
+    use = by_class.use(module, x, rest or [kwargs.get("einsum_str")], hook.axes)
+    x = hook.input(use, x)
+    return hook.output(use, x, f(module, x, *rest, **kwargs), vars(module)[leaf].get_value())
+
+
 def _applied(
     module: Any,
+    small: Mapping[str, Any],
+    held: Mapping[str, Any],
     hooks: dict[str, Applied | Several],
     base: Any,
     f: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-) -> Any:
+) -> tuple[Any, dict[str, Any]]:
+    """The output, and what of the layer's state (`held`) has changed."""
+    if small:
+        module = view(module, base, small)
     own = vars(module)
     replaced = {leaf: hook.weight(own[leaf].get_value()) for leaf, hook in hooks.items() if hook.replaces}
     if replaced:
         module = view(module, base, replaced)
-        hooks = {leaf: hook for leaf, hook in hooks.items() if not hook.replaces}
+        own, hooks = vars(module), {leaf: hook for leaf, hook in hooks.items() if not hook.replaces}
     if not hooks:
-        return f(module, *args, **kwargs)
+        return nnx_survey.run(module, base, f, {}, held, args, kwargs)
     by_class = known(module)
     if by_class is not None and not any(hook.apart for hook in hooks.values()):
-        if "inputs" in kwargs:
-            args, kwargs = (kwargs["inputs"], *args), {k: v for k, v in kwargs.items() if k != "inputs"}
-        x, *rest = args
-        ((leaf, hook),) = hooks.items()
-        use = by_class.use(module, x, rest or [kwargs.get("einsum_str")], hook.axes)
-        x = hook.input(use, x)
-        return hook.output(use, x, f(module, x, *rest, **kwargs), own[leaf].get_value())
+        return _by_class(module, hooks, by_class, f, args, kwargs), {}
     changed: dict[str, Any] = {}
-    if isinstance(bias := vars(module).get("bias"), nnx.Param):
+    if isinstance(bias := own.get("bias"), nnx.Param):
         changed["bias"] = functools.reduce(lambda b, hook: hook.bias(b), hooks.values(), bias.get_value())
 
-    def call(weights: Mapping[str, Any], *args: Any) -> Any:
-        # (A function that sets attributes is refused by NNX itself: the view belongs to an outer trace.)
-        return f(view(module, base, {**changed, **weights}), *args, **kwargs)
+    def call(weights: Mapping[str, Any], held: Mapping[str, Any], *args: Any) -> Any:
+        return nnx_survey.run(module, base, f, {**changed, **weights}, held, args, kwargs)
 
-    weights = {leaf: vars(module)[leaf].get_value() for leaf in hooks}
-    params = {attr: v.get_value() for attr, v in vars(module).items() if isinstance(v, nnx.Param)}
+    weights = {leaf: own[leaf].get_value() for leaf in hooks}
+    params = {attr: v.get_value() for attr, v in own.items() if isinstance(v, nnx.Param)}
     try:
         methods.check_biases(hooks.values(), {a: v for a, v in params.items() if a not in hooks and a != "bias"})
-        return trace.rewrite(call, weights, hooks, *args)
+        return trace.rewrite(call, weights, hooks, held, *args)
     except AttachError as error:
         raise AttachError(f"{base.__name__}: {error}") from error
 
@@ -211,7 +241,7 @@ def _annotation(bound: bind.Bound, entry: plan.Entry, base: Mapping[str, Any]) -
     if not said or not isinstance(said, tuple | PartitionSpec):
         return {}
     # Not eager: the values are where they belong already, or are to be put there by whoever is tracing.
-    kept = {key: base[key] for key in ("sharding_rules", "mesh") if key in base}
+    kept = {key: base[key] for key in ("sharding_rules", "mesh", nnx.PARTITION_NAME) if key in base}
     return {**kept, "out_sharding": sharding.follow(bound.site, entry.form, tuple(said)), "eager_sharding": False}
 
 
@@ -230,8 +260,8 @@ def attach(
     """Hang an adapter's values (`{path: array or spec}`) on a model's layers, and make it active alone."""
     owners = base_leaves(model) if owners is None else owners
     collection = collection_name(recipe.config)
-    biases = {b.leaf for b in bounds if b.method.copies and b.static.because == "bias"}
-    problems = [*nnx_survey.obstacles(model, owners, [b.leaf for b in bounds], biases).values()]
+    saved = {b.leaf for b in bounds if b.method.copies and b.static.because == "modules_to_save"}
+    problems = [*nnx_survey.obstacles(model, owners, [b.leaf for b in bounds], saved).values()]
     problems += _misfits(bounds, owners, collection)
     if problems:
         raise AttachError("these layers cannot carry the adapter:\n" + paths.listing(problems))

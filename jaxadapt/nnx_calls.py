@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxadapt import nnx_survey, paths, trace, used
+from jaxadapt import nnx_survey, paths, quantized, trace, used
 from jaxadapt.errors import AttachError
 from jaxadapt.liveness import live
 
@@ -51,6 +51,12 @@ def _instrumented(
     return f, inputs | moving
 
 
+def _pure(module: nnx.Module, base: type[nnx.Module], f: Callable[..., Any], kwargs: Mapping[str, Any]) -> Any:
+    """A layer's function of its weights and inputs alone, that leaves the layer as it is."""
+    held = {path: var.get_value() for path, var in nnx_survey.state(module).items()}
+    return lambda weights, *args: nnx_survey.run(module, base, f, weights, held, args, kwargs)[0]
+
+
 def traced_axes(
     model: nnx.Module, owners: Mapping[str, nnx_survey.Owner], args: Args, wanted: Sequence[str], required: bool
 ) -> tuple[dict[str, nnx_survey.Traced], set[str]]:
@@ -70,9 +76,7 @@ def traced_axes(
 
     def recorder(leaf: str, attr: str, base: type[nnx.Module], f: Callable[..., Any]) -> Callable[..., Any]:
         def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-            def call(weights: Mapping[str, Any], *args: Any) -> Any:
-                return f(nnx_survey.view(self, base, weights), *args, **kwargs)
-
+            call = _pure(self, base, f, kwargs)
             weight = vars(self)[attr].get_value()
             try:
                 now = nnx_survey.Traced(used.roles(call, {attr: weight}, attr, *args), tuple(weight.shape))
@@ -102,10 +106,8 @@ def notes(model: nnx.Module, adapted: Mapping[str, trace.Hook], args: Args) -> d
 
     def recorder(leaf: str, attr: str, base: type[nnx.Module], f: Callable[..., Any]) -> Callable[..., Any]:
         def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-            def call(weights: Mapping[str, Any], *args: Any) -> Any:
-                return f(nnx_survey.view(self, base, weights), *args, **kwargs)
-
-            uses = trace.uses(call, {attr: vars(self)[attr].get_value()}, *args)[attr]
+            call = _pure(self, base, f, kwargs)
+            uses = trace.uses(call, {attr: quantized.dense(vars(self)[attr].get_value())}, *args)[attr]
             found[leaf] = used.note(base.__name__, uses, adapted[leaf])
             return f(nnx_survey.view(self, base, {}), *args, **kwargs)
 
@@ -131,11 +133,8 @@ def check_calls(model: nnx.Module, adapted: Mapping[str, trace.Hook], dropped: S
             weight = vars(self)[attr].get_value()
             alias = jnp.zeros(weight.shape, weight.dtype)  # what the module itself reads counts for nothing
             if leaf in dropped and nnx_survey.known(self) is None:
-
-                def call(weights: Mapping[str, Any], *args: Any) -> Any:
-                    return f(nnx_survey.view(self, base, weights), *args, **kwargs)
-
-                stray = used.strays(trace.uses(call, {attr: alias}, *args)[attr], adapted[leaf])
+                found = trace.uses(_pure(self, base, f, kwargs), {attr: alias}, *args)[attr]
+                stray = used.strays(found, adapted[leaf])
                 if stray:
                     uneven[leaf] = ", ".join(stray)
 

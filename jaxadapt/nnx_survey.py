@@ -82,6 +82,48 @@ def view(module: nnx.Module, base: type[nnx.Module], values: Mapping[str, Any]) 
     return out
 
 
+State = dict[str, Any]
+
+
+def state(module: nnx.Module) -> State:
+    """`{path: variable}` of what a layer may change when it is called: all that is no parameter, random streams too."""
+    flat = nnx.to_flat_state(nnx.state(module, nnx.Not(nnx.Param)))
+    held = {paths.join(*map(str, path)): var for path, var in flat if DROPOUT not in map(str, path)}
+    return {path: var for path, var in held.items() if isinstance(var, nnx.Variable)}
+
+
+def run(
+    module: nnx.Module,
+    base: type[nnx.Module],
+    f: Callable[..., Any],
+    values: Mapping[str, Any],
+    held: Mapping[str, Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> tuple[Any, dict[str, Any]]:
+    """`f(module, *args, **kwargs)`, pure: with other values for some parameters, and these for the layer's state.
+
+    Returns the output, and what of the state has changed. A variable belongs to the trace it is made in, so a layer
+    with state is made anew here. Raises `AttachError` where the call adds variables to it.
+    """
+    inner = view(module, base, values)
+    if not held:
+        return f(inner, *args, **kwargs), {}
+    graph, whole = nnx.split(inner)
+    flat = {paths.join(*map(str, path)): (path, var) for path, var in nnx.to_flat_state(whole)}
+    put = [(path, var.copy(held[name]) if name in held else var) for name, (path, var) in flat.items()]
+    made = nnx.merge(graph, nnx.from_flat_state(put))
+    y = f(made, *args, **kwargs)
+    new = state(made)
+    more = [path for path in new if path not in held]
+    if more:
+        raise AttachError(
+            f"{base.__name__} adds variables while it is called ({', '.join(more)}), where an adapter cannot follow;"
+            " make them in its __init__, or leave the layer out with exclude_modules"
+        )
+    return y, {path: x for path, var in new.items() if (x := var.get_value()) is not held[path]}
+
+
 # ---------------------------------------------------------------- layer classes Flax ships
 
 
@@ -201,11 +243,11 @@ def is_abstract(owners: Mapping[str, Owner]) -> bool:
 
 
 def obstacles(
-    model: nnx.Module, owners: Mapping[str, Owner], leaves: Sequence[str], biases: Collection[str] = ()
+    model: nnx.Module, owners: Mapping[str, Owner], leaves: Sequence[str], saved: Collection[str] = ()
 ) -> dict[str, str]:
     """`{leaf: problem}` of those of these leaves on which no adapter can be, whatever its method.
 
-    `biases` are leaves trained by themselves: their layer is called as it is, so that its state does no harm.
+    `saved` are those of modules that are saved whole, which their state would have to be too.
     """
     problems: dict[str, str] = {}
     holders: dict[int, list[str]] = {}
@@ -227,16 +269,11 @@ def obstacles(
         if also:  # the adapter would be in one module only, a merged weight in all
             what = f"{leaf}: several modules hold this very weight, also as {', '.join(also)}"
             problems[leaf] = f"{what}; share the module instead of the weight, or leave it out"
-        if leaf in biases or (attr == "kernel" and known(module) is not None):
-            continue
-        # An adapter's own dropout keeps random state too, and runs outside the layer's call.
-        inside = [v for path, v in nnx.iter_graph(module) if DROPOUT not in path]
-        # Random streams that the call does not draw from (MaxText's layers hold one) do no harm; Flax refuses a draw.
-        state = [v for v in inside if isinstance(v, nnx.Variable) and not isinstance(v, nnx.Param | nnx.RngState)]
-        if state:
-            kinds = ", ".join(sorted({type(v).__name__ for v in state}))
+        kinds = {type(v) for v in state(module).values() if not isinstance(v, nnx.RngState)} if leaf in saved else set()
+        if kinds:
+            listed = ", ".join(sorted(kind.__name__ for kind in kinds))
             name = base_class(module).__name__
-            problems[leaf] = f"{leaf}: {name} keeps state besides its parameters ({kinds}); leave it out"
+            problems[leaf] = f"{leaf}: {name} keeps state besides its parameters ({listed}); leave it out"
     return problems
 
 

@@ -43,7 +43,7 @@ class _Parameter:
     """One parameter of a table, and what its parts are in modules of single experts.
 
     Of the parameters of one module PEFT wraps the first in `order` innermost. `parts` are their places in it; `split`:
-    each is a leaf of its own.
+    each is a leaf of its own; `turned`: PEFT's A is what a single expert has as B (`_is_turned`).
     """
 
     name: str
@@ -51,6 +51,7 @@ class _Parameter:
     order: int
     parts: tuple[str, ...]
     split: bool
+    turned: bool = False
 
     def keys(self, side: str) -> list[str]:
         """What follows the key of A or B for each part."""
@@ -84,8 +85,15 @@ def _parameters(table: KeyMap, lines: KeyMap | None = None) -> list[_Parameter]:
     found: list[_Parameter] = []
     for i, (name, modules) in enumerate(table.each):
         usual = [f"{part}/{len(modules)}" for part in range(len(modules))]
-        found.append(_Parameter(name, modules, i, tuple(sorted(parts.get(name, usual))), name in parts))
+        turned = any(w.whole_key == name and _is_turned(w) for w in (lines or table).weights)
+        found.append(_Parameter(name, modules, i, tuple(sorted(parts.get(name, usual))), name in parts, turned))
     return found
+
+
+def _is_turned(w: Weight) -> bool:
+    """Whether a line of experts says that their A is on the outputs: Llama 4's, as PEFT alone takes it."""
+    roles = w.torch_roles
+    return w.kind == "experts" and (roles["out"], roles["inn"]) == tuple((n,) for n in w.left[-2:])
 
 
 def names(table: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
@@ -115,8 +123,8 @@ def singled(table: KeyMap) -> KeyMap:
             lines.append(Weight(w.leaf, w.key, w.pattern, **turned))
         elif w.kind == "experts":
             (expert,), out, inn = w.torch_roles["experts"], w.torch_roles["out"], w.torch_roles["inn"]
-            if (out, inn) == tuple((n,) for n in w.left[-2:]):
-                continue  # Llama 4's: PEFT's A is on the outputs there, and no other library's is
+            if _is_turned(w):
+                out, inn = inn, out
             part = w.piece.partition("/")[0].partition(":")[0]
             module = f"{w.whole_key}.{{e}}" + (f".{part}" if part else "")
             each.setdefault(w.whole_key, []).append(module)
@@ -179,7 +187,9 @@ def fused(
             continue
         one, (name, part, expert) = hit
         held = found.setdefault(name, (one, {}))[1]
-        held.setdefault(part, {}).setdefault(expert, {})[last[0]] = tensors.tensors[key]
+        side, x = last[0], tensors.tensors[key]
+        side, x = ("B" if side == "A" else "A", x.T) if one.turned else (side, x)
+        held.setdefault(part, {}).setdefault(expert, {})[side] = x
     if not found:
         return tensors
     ranks, alphas = _checked(config, found, tensors.source)
@@ -362,8 +372,8 @@ def apart(
             rows, columns = a.reshape(count, rank, -1), b.reshape(-1, rank, count)
             for e in range(count):
                 module = template.format(**(one.texts(name) or {}), e=e)
-                out |= {f"{table.prefix}{module}.lora_A.weight": rows[e]}
-                out |= {f"{table.prefix}{module}.lora_B.weight": columns[:, :, e]}
+                pair = (columns[:, :, e].T, rows[e].T) if one.turned else (rows[e], columns[:, :, e])
+                out |= {f"{table.prefix}{module}.lora_{side}.weight": x for side, x in zip("AB", pair, strict=True)}
                 ranks[module], alphas[module] = rank, alpha
                 experts[module] = template
     return joining.with_values(_with_modules(config, table, list(rest), experts), ranks, alphas), out

@@ -108,11 +108,31 @@ def cut(tensors: Mapping[str, Array], keys: Iterable[str]) -> dict[str, Array]:
     return out
 
 
-def _part(tensor: Array, piece: Piece) -> Array:
+def places(shapes: Mapping[str, tuple[int, ...]], keys: Iterable[str]) -> dict[str, tuple[str, tuple[slice, ...]]]:
+    """`{a plan's key: (the file's tensor, where in it)}` of parts, as far as tensors of these shapes can be cut.
+
+    >>> places({"w": (4, 6)}, ["w[1:1/2]", "v"])
+    {'w[1:1/2]': ('w', (slice(None, None, None), slice(3, 6, None)))}
+    """
+    out: dict[str, tuple[str, tuple[slice, ...]]] = {}
+    for key in keys:
+        piece = read(key)
+        if piece is not None and piece.axis is not None and piece.key in shapes:
+            shape = shapes[piece.key]
+            if len(shape) > piece.axis and shape[piece.axis] % piece.n == 0:
+                out[key] = piece.key, _where(shape, piece)
+    return out
+
+
+def _where(shape: tuple[int, ...], piece: Piece) -> tuple[slice, ...]:
     assert piece.axis is not None
-    size = tensor.shape[piece.axis] // piece.n
+    size = shape[piece.axis] // piece.n
     mine = slice(piece.i, None, piece.n) if piece.turns else slice(piece.i * size, (piece.i + 1) * size)
-    return tensor[(*(slice(None) for _ in range(piece.axis)), mine)]
+    return (*(slice(None) for _ in range(piece.axis)), mine)
+
+
+def _part(tensor: Array, piece: Piece) -> Array:
+    return tensor[_where(tensor.shape, piece)]
 
 
 def together(parts: Sequence[Array], keys: Collection[str], xp: Any) -> Array:

@@ -47,6 +47,7 @@ class Weight:
         shift: what is added to PyTorch's weight to give the JAX one: 1 for a norm whose scale is 1 + w there.
         layers: `(step, first)`: number l of `{l}` here is PyTorch's layer step · l + first. (2, 1) where a layer here
             is two there, and this the second.
+        scan: the axis on which layers of this leaf are stacked, if they are, whatever that of the others is.
         over: names of a braced axis' entries, `p=("k", "v")` for a leaf that holds both; or, as a number, the size
             of an axis in parentheses on the left. `"d n (c p) -> (n p c) d", p=2` undoes an interleaving: the
             leaf's last axis holds pairs, where PyTorch holds first halves and second halves.
@@ -69,6 +70,7 @@ class Weight:
     scale: tuple[str, float] | None
     shift: float
     layers: tuple[int, int]
+    scan: int | None
 
     def __init__(
         self,
@@ -82,6 +84,7 @@ class Weight:
         scale: tuple[str, float] | None = None,
         shift: float = 0.0,
         layers: Sequence[int] = (1, 0),
+        scan: int | None = None,
         **over: Sequence[str] | int,
     ) -> None:
         put = functools.partial(object.__setattr__, self)
@@ -96,6 +99,7 @@ class Weight:
         put("scale", None if scale is None else (scale[0], float(scale[1])))
         put("shift", float(shift))
         put("layers", tuple(layers))
+        put("scan", scan)
         problems = self._problems()
         if problems:
             raise KeyMapError(
@@ -380,6 +384,7 @@ class Weight:
         if leaf == self.leaf:
             return self
         left = list(self.left)
+        axis = axis if self.scan is None else self.scan
         left.insert(axis if axis >= 0 else max(0, len(left) + 1 + axis), "{l}")
         pattern = " ".join(left) + " ->" + self.pattern.split("->")[1]
         return Weight(leaf, self.key, pattern, **self.options)
@@ -391,6 +396,7 @@ class Weight:
         given |= {"groups": self.groups} if self.groups != 1 else {}
         given |= {"shift": self.shift} if self.shift else {}
         given |= {"layers": self.layers} if self.layers != (1, 0) else {}
+        given |= {"scan": self.scan} if self.scan is not None else {}
         return {**given, **dict(self.over), **dict(self.sizes)}
 
     def factor(self, sizes: Mapping[str, int]) -> float:

@@ -114,6 +114,29 @@ def test_the_target_may_be_told_by_a_file(tmp_path):
     assert load_file(tmp_path / "x.safetensors")["layer_0.attn.qkv_einsum._LoRAEinsum_0.lora.b"].shape == (9, 3, 4, 6)
 
 
+@pytest.mark.parametrize("name", ["keras-llama", "keras-gemma3"])
+def test_heads_that_have_an_a_each(name, tmp_path):
+    """keras → PEFT, each head's rank beside the others' → keras: the same bits, at the rank that they had."""
+    tree, table, sizes = recorded_tree(name), real.specimen(name).table, {"h": 4 if "llama" in name else 6}
+    save_file(tree, tmp_path / "a.safetensors")
+    leaves = specimens.recorded(name)["leaves"]
+    save_file({path: np.zeros(shape, "f4") for path, shape in leaves.items()}, tmp_path / "base.safetensors")
+    like = {"like": tmp_path / "base.safetensors"}
+    with pytest.raises(jaxadapt.MismatchError, match="one A for all heads"):
+        convert(tmp_path / "a.safetensors", tmp_path / "b", from_keymap=table, lora_alpha=6, **like)
+    convert(tmp_path / "a.safetensors", tmp_path / "b", from_keymap=table, lora_alpha=6, on_shared="concat", **like)
+    done = convert(tmp_path / "b", tmp_path / "c.safetensors", to_keymap=table, sizes=sizes)
+    assert (done.dialect, done.rank, done.lora_alpha) == ("keras", 3, 6)
+    back = load_file(tmp_path / "c.safetensors")
+    assert set(back) == set(tree)
+    for path, x in tree.items():
+        np.testing.assert_array_equal(back[path], x, err_msg=path)
+    with pytest.raises(jaxadapt.MismatchError, match="one B for all heads"):
+        convert(peft_folder(name, tmp_path / "d"), tmp_path / "e.safetensors", to_keymap=table, sizes=sizes)
+    done = convert(tmp_path / "d", tmp_path / "e.safetensors", to_keymap=table, sizes=sizes, on_shared="concat")
+    assert (done.rank, load_file(tmp_path / "e.safetensors").keys()) == (12, tree.keys())
+
+
 def test_another_spelling(tmp_path):
     folder = peft_folder("gemma-gemma3", tmp_path / "peft")
     convert(folder, tmp_path / "vl", from_keymap="gemma:gemma3", to_keymap="gemma:gemma3/vl")

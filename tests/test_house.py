@@ -23,7 +23,7 @@ FLOORS = [
     " quantized near tensor used".split(),
     "methods families agreeing copies parameters tying replication bind renaming joining embeddings folder".split()
     + "per_expert orbax_folder transfer together vocabulary dialects guests guest_config laying sharding slots".split()
-    + ["run_folder", "pytorch", "initial", "single_experts", "doubts", "filling", "plain"],
+    + ["run_folder", "pytorch", "initial", "single_experts", "doubts", "filling", "plain", "heads"],
     "linen linen_call linen_survey linen_tree nnx nnx_survey merging products combining norms trees checking".split()
     + "observing eva nnx_calls wholes".split(),
     "foreign planning attach exchange store bases report picture reducing rescaling invoking optim".split()
@@ -97,6 +97,7 @@ SAME_FLOOR = {
     ("attach", "foreign"): "another library's tree is taken out of, and put into, by the same verbs",
     ("store", "foreign"): "another library's tree is saved and loaded by the same verbs",
     ("dialect", "weight"): "its layouts speak of a weight's roles",
+    ("laying", "heads"): "what some dialects have for each head",
     ("laying", "guests"): "a hint is the same for a tree that is made as for one that is read",
     ("guests", "methods"): "a method says how PyTorch lays out its tensors",
     ("guest_config", "methods"): "a method says its scale",

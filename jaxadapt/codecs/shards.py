@@ -43,11 +43,12 @@ class Shards(Mapping[str, "np.ndarray"]):
         """The tensors of `{new name: name here}`; one may serve several."""
         return Shards(self.source, {key: self._home[name] for key, name in names.items()})
 
-    def replaced(self, gone: Iterable[str], arrays: Mapping[str, np.ndarray]) -> Shards:
-        """These tensors with some `gone`, and arrays of memory in their stead."""
-        gone = set(gone)
+    def cut(self, parts: Mapping[str, tuple[str, tuple[slice, ...]]]) -> Shards:
+        """With parts of some tensors in the place of these, `{new name: (name here, where)}`, cut as they are read."""
+        gone = {name for name, _ in parts.values()}
         kept = {key: home for key, home in self._home.items() if key not in gone}
-        return Shards(self.source, {**kept, **{key: (arrays, key) for key in arrays}})
+        held = Cut(self, parts)
+        return Shards(self.source, {**kept, **{key: (held, key) for key in parts}})
 
     def stacked(self, rows: Mapping[str, Sequence[Sequence[str]]], names: Mapping[str, str]) -> Shards:
         """Tensors put together as they are read, each row of `rows` an entry of a new first axis; others renamed."""
@@ -74,7 +75,7 @@ class Shards(Mapping[str, "np.ndarray"]):
     def spec(self, key: str) -> safetensors.Spec:
         """Shape and dtype of one tensor."""
         part, name = self._home[key]
-        if isinstance(part, safetensors.TensorFile | Stacked):
+        if isinstance(part, safetensors.TensorFile | Stacked | Cut):
             return part.spec(name)
         return safetensors.Spec(part[name].shape, part[name].dtype)
 
@@ -96,6 +97,8 @@ class Shards(Mapping[str, "np.ndarray"]):
         part, name = self._home[key]
         if isinstance(part, safetensors.TensorFile):
             return part.read_slice(name, slices, shape)
+        if isinstance(part, Stacked) and shape is None:
+            return part.read_slice(name, slices)
         return part[name].reshape(part[name].shape if shape is None else shape)[tuple(slices)]
 
     def __getitem__(self, key: str) -> np.ndarray:
@@ -128,21 +131,54 @@ class Stacked(Mapping[str, "np.ndarray"]):
         return safetensors.Spec((len(self._rows[key]), wide, *kind[0].shape[1:]), kind[0].dtype)
 
     def __getitem__(self, key: str) -> np.ndarray:
+        return self.read_slice(key, ())
+
+    def read_slice(self, key: str, slices: Sequence[slice]) -> np.ndarray:
+        """`self[key][slices]`, of which nothing but those of the first two axes saves reading."""
         shape, dtype = self.spec(key)
-        out = files.aligned(math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
-        for row, line in zip(out, self._rows[key], strict=True):
+        every = [*slices, *(slice(None) for _ in shape[len(slices) :])]
+        lines = self._rows[key][every[0]]
+        first, last, _ = every[1].indices(shape[1])
+        size = math.prod(shape[2:]) * len(lines) * (last - first)
+        out = files.aligned(size * dtype.itemsize).view(dtype).reshape(len(lines), last - first, *shape[2:])
+        for row, line in zip(out, lines, strict=True):
             at = 0
             for name in line:
-                part = self._tensors[name]
-                row[at : at + len(part)] = part
-                at += len(part)
-        return out
+                length = self._tensors.spec(name).shape[0]
+                mine = slice(max(first - at, 0), min(last - at, length))
+                if mine.start < mine.stop:
+                    row[at + mine.start - first : at + mine.stop - first] = self._tensors.read_slice(name, (mine,))
+                at += length
+        return out[(slice(None), slice(None, None, every[1].step), *every[2:])]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._rows)
 
     def __len__(self) -> int:
         return len(self._rows)
+
+
+class Cut(Mapping[str, "np.ndarray"]):
+    """Parts of tensors, read when they are asked for."""
+
+    def __init__(self, tensors: Shards, parts: Mapping[str, tuple[str, tuple[slice, ...]]]) -> None:
+        self._tensors, self._parts = tensors, parts
+
+    def spec(self, key: str) -> safetensors.Spec:
+        """Shape and dtype."""
+        name, where = self._parts[key]
+        shape, dtype = self._tensors.spec(name)
+        sizes = [len(range(size)[at]) for size, at in zip(shape, where, strict=False)]
+        return safetensors.Spec((*sizes, *shape[len(where) :]), dtype)
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        return self._tensors.read_slice(*self._parts[key])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
 
 
 def _of(source: str, parts: Iterable[Mapping[str, np.ndarray]]) -> Shards:

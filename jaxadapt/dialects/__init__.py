@@ -7,6 +7,7 @@ from collections.abc import Collection
 from jaxadapt.dialect import Dialect, is_like
 from jaxadapt.dialects.flax import NNX_LORA
 from jaxadapt.dialects.gemma import GEMMA
+from jaxadapt.dialects.keras import KERAS
 from jaxadapt.dialects.levanter import LEVANTER
 from jaxadapt.dialects.lorax import LORAX
 from jaxadapt.dialects.maxtext import MAXTEXT
@@ -15,8 +16,8 @@ from jaxadapt.dialects.skyrl import SKYRL
 from jaxadapt.errors import KeyMapError
 from jaxadapt.paths import listing
 
-DIALECTS: dict[str, Dialect] = {d.name: d for d in (QWIX, NNX_LORA, GEMMA, MAXTEXT, LEVANTER, LORAX, SKYRL)}
-USED = {"tunix": QWIX.name, "maxtext": f"{QWIX.name}/flat", "gemma": GEMMA.name}
+DIALECTS: dict[str, Dialect] = {d.name: d for d in (QWIX, NNX_LORA, GEMMA, MAXTEXT, LEVANTER, LORAX, SKYRL, KERAS)}
+USED = {"tunix": QWIX.name, "maxtext": f"{QWIX.name}/flat", "gemma": GEMMA.name, "keras": KERAS.name}
 """What the models of a family's library (the part of its name before the colon) are trained with."""
 
 

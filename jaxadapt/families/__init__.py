@@ -28,6 +28,7 @@ _TABLES = (
     *(gemma.GEMMA2_2B, gemma.GEMMA2, gemma.GEMMA3, gemma.GEMMA3N, gemma.GEMMA4, gemma.GEMMA4_MOE),
     *(maxtext.LLAMA31, maxtext.LLAMA3, maxtext.QWEN2, maxtext.QWEN3),
     *(maxtext_gemma.GEMMA2, maxtext_gemma.GEMMA3),
+    *(maxtext_gemma.GEMMA3_4B, maxtext_gemma.GEMMA3_12B, maxtext_gemma.GEMMA3_27B),
     *(maxtext_moe.MIXTRAL, maxtext_moe.QWEN3_MOE, maxtext_moe.GPT_OSS, maxtext_moe.GPT_OSS_BLOCKS),
     *(maxtext_moe.DEEPSEEK_V3, maxtext_moe.KIMI_K2),
     *(keras.LLAMA, keras.QWEN3, keras.GEMMA3, easydel.LLAMA),
@@ -35,6 +36,7 @@ _TABLES = (
 FAMILIES: dict[str, KeyMap] = {table.name: table for table in _TABLES}
 _SCAN_AXES = range(3)
 _LAYER = re.compile(r"\d+(?=\.)")
+_BLOCK = frozenset("012345")
 
 
 def named(name: str) -> KeyMap:
@@ -77,8 +79,8 @@ def resolve(keymap: KeyMap | str | None, shapes: Mapping[str, tuple[int, ...]]) 
     if keymap not in (None, "auto"):
         return named(keymap)
     # Layers are alike: some leaves of each kind will do. (A number at the end is part of a weight's name: wi_0, wi_1;
-    # and where a block is two layers, 0 and 1 are not alike.)
-    kinds = {(_LAYER.sub(lambda n: n[0] if n[0] in ("0", "1") else "2", p), shape): p for p, shape in shapes.items()}
+    # and where a block is several layers, at most six, they are not alike.)
+    kinds = {(_LAYER.sub(lambda n: n[0] if n[0] in _BLOCK else "6", p), shape): p for p, shape in shapes.items()}
     return _recognised(tuple(FAMILIES.values()), tuple((leaf, shape) for (_, shape), leaf in kinds.items()))
 
 

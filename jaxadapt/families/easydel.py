@@ -1,4 +1,8 @@
-"""Llama, Mistral, Qwen 2 and 3 of EasyDeL (easydel 0.3.0, NNX): Hugging Face's names, the scale of a norm a kernel."""
+"""Models of EasyDeL (easydel 0.3.0, NNX): Hugging Face's names, the scale of a norm a kernel.
+
+"llama" is for its dense decoders that call their layers as Llama does: Mistral, Qwen 2 and 3, Gemma, EXAONE 4, SmolLM
+3, Phi 3.
+"""
 
 from jaxadapt.families.lines import biases, dense, embeddings
 from jaxadapt.families.llama import TIED
@@ -7,21 +11,31 @@ from jaxadapt.keymap import KeyMap
 from jaxadapt.weight import Weight
 
 _LAYER = "model.layers.{l}."
-_NORMS = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
-_QKV = tuple(f"{_LAYER}self_attn.{p}_proj" for p in "qkv")
-_OTHERS = (f"{_LAYER}self_attn.o_proj", *(f"{_LAYER}mlp.{p}_proj" for p in ("gate", "up", "down")))
+_ATTENTION = tuple(f"{_LAYER}self_attn.{p}_proj" for p in ("q", "k", "v", "qkv", "o"))
+_MLP = tuple(f"{_LAYER}mlp.{p}_proj" for p in ("gate", "up", "gate_up", "down"))
+_NORMS = (
+    *("input_layernorm", "post_attention_layernorm", "post_feedforward_layernorm"),
+    *("self_attn.q_norm", "self_attn.k_norm"),
+)
+
+
+def _norms(*modules: str) -> tuple[Weight, ...]:
+    return tuple(Weight(f"{m}.kernel", f"{m}.weight", "d -> d") for m in modules)
+
+
+_LINES = (
+    *embeddings("model.embed_tokens"),
+    *dense(*_ATTENTION, *_MLP, "lm_head", bias=False),
+    *biases(_ATTENTION),
+    *_norms(*(_LAYER + n for n in _NORMS), "model.norm"),
+)
 
 LLAMA = KeyMap(
     "easydel:llama",
-    (
-        *embeddings("model.embed_tokens"),
-        *dense(*_QKV, *_OTHERS, "lm_head", bias=False),
-        *biases(_QKV),
-        *(Weight(f"{m}.kernel", f"{m}.weight", "d -> d") for m in (*(_LAYER + n for n in _NORMS), "model.norm")),
-    ),
+    _LINES,
     output="lm_head",
     whole=True,
-    needs=(f"{_LAYER}input_layernorm.kernel",),
+    needs=("model.norm.kernel",),
     tied=TIED,
     spellings=(*VISION_LANGUAGE, *bare("model.")),
 )

@@ -39,6 +39,7 @@ def table(
     needs: tuple[str, ...] = (),
     shared: Iterable[Weight] = SHARED,
     each: tuple[tuple[str, tuple[str, ...]], ...] = (),
+    counts: tuple[tuple[str, int], ...] = (),
 ) -> KeyMap:
     return KeyMap(
         f"maxtext:{name}",
@@ -49,6 +50,7 @@ def table(
         tied=TIED,
         spellings=(*VISION_LANGUAGE, *bare("model.")),
         each=each,
+        counts=counts,
     )
 
 

@@ -119,10 +119,12 @@ def _deepseek(name: str, dense: int) -> KeyMap:
             found.append(Weight(f"{mlp[0]}{a}.kernel", f"{mlp[1]}{b}_proj.weight", "i o -> o i"))
         if first:
             found += [_router("MoeBlock_0", "mlp.gate", moe), *_experts("MoeBlock_0", "mlp", *_USUAL, at=moe)]
-            found.append(Weight(f"{moe}MoeBlock_0.gate.bias", f"{_HF}mlp.gate.e_score_correction_bias", "e -> e"))
+            bias = f"{_HF}mlp.gate.e_score_correction_bias"  # (no parameter, and so stacked on axis 0 always)
+            found.append(Weight(f"{moe}MoeBlock_0.gate.bias", bias, "e -> e", scan=0))
         lines += [_every((1, first), w) for w in found]
-    needs = tuple(w.leaf for w in lines if "moe_layers" in w.leaf)
-    return table(name, lines, needs, shared=_OUTSIDE, each=moe_names.EACH_DEEPSEEK)
+    needs = tuple(w.leaf for w in lines if "moe_layers" in w.leaf and w.scan is None)
+    counts = ((next(w.leaf for w in lines if "dense_layers" in w.leaf), dense),)
+    return table(name, lines, needs, shared=_OUTSIDE, each=moe_names.EACH_DEEPSEEK, counts=counts)
 
 
 DEEPSEEK_V3 = _deepseek("deepseek_v3", 3)

@@ -187,17 +187,85 @@ def test_dropout_where_only_the_effective_weight_can_follow(case):
     assert np.isfinite(unseen(*case.inputs())).all()
 
 
-def test_a_custom_layer_with_state_is_refused():
-    class Counting(nnx.Module):
+class Noisy(nnx.Module):
+    """Draws, counts, and reads a variable of its own kind, inside a module of its own as well."""
+
+    def __init__(self, rngs: nnx.Rngs | None = None) -> None:
+        self.w, self.seen = layers_nnx.normal(1, 8, 3, 4), nnx.BatchStat(jnp.zeros(()))
+        self.rngs, self.drop = rngs or nnx.Rngs(7), nnx.Dropout(0.5, rngs=nnx.Rngs(3))
+        self.shift = nnx.Variable(jnp.ones((4,)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        self.seen.set_value(self.seen.get_value() + 1)
+        x = self.drop(x) + jax.random.normal(self.rngs(), x.shape)
+        return jnp.einsum("btd,dnh->btnh", x, self.w[...]) + self.shift[...].reshape(1, 1, 1, 4)
+
+
+@pytest.mark.parametrize("way", ["plain", "jit", "grad", "quantised", "dropout"])
+def test_a_custom_layer_that_draws_and_counts(way):
+    """What it draws and counts is what the merged model does, call after call."""
+    x, extra = layers.x(), {"lora_dropout": 0.5} if way == "dropout" else {}
+    model = adapt(layers_nnx.Held(layer=Noisy()), lora("layer", **extra), example=(x,))
+    merged = jaxadapt.merge(layers_nnx.Held(layer=Noisy()), jaxadapt.extract(model))
+    if way == "quantised":
+        table = jaxadapt.KeyMap("mine", (Weight("layer.w", "layer.weight", "d n h -> (n h) d"),))
+        few, dense = (
+            jaxadapt.quantize(layers_nnx.Held(layer=Noisy()), "int8", modules=["layer"], keymap=table) for _ in "ab"
+        )
+        model = adapt(few, lora("layer"), keymap=table)
+        merged = jaxadapt.merge(jaxadapt.dequantize(dense), jaxadapt.extract(model))
+    if way == "dropout":
+        model.eval()
+        merged.eval()
+    run = nnx.jit(lambda model, x: model(x)) if way == "jit" else lambda model, x: model(x)
+    if way == "grad":
+
+        def run(model: Any, x: Any) -> Any:
+            def loss(model: Any) -> Any:
+                y = model(x)
+                return (y**2).sum(), y
+
+            return nnx.grad(loss, argnums=nnx.DiffState(0, jaxadapt.AdapterParam), has_aux=True)(model)[1]
+
+    seen = []
+    for _ in range(2):
+        y = run(model, x)
+        np.testing.assert_allclose(y, merged(x), atol=2e-5)
+        seen.append(y)
+    assert way == "dropout" or np.abs(seen[1] - seen[0]).max() > 0.1
+    assert int(model.layer.seen[...]) == int(merged.layer.seen[...]) == 2
+    assert jaxadapt.summary(model, x)
+
+
+def test_a_variable_of_somebody_elses():
+    shared = nnx.Rngs(0)
+
+    class Outside(nnx.Module):
         def __init__(self) -> None:
-            self.w, self.seen = layers_nnx.normal(1, 8, 3, 4), nnx.BatchStat(jnp.zeros(()))
+            self.w = layers_nnx.normal(1, 8, 6)
 
         def __call__(self, x: jax.Array) -> jax.Array:
-            self.seen.set_value(self.seen.get_value() + 1)
-            return jnp.einsum("btd,dnh->btnh", x, self.w[...])
+            return (x + jax.random.normal(shared(), x.shape)) @ self.w[...]
 
-    with pytest.raises(AttachError, match=r"layer.w: Counting keeps state.*BatchStat"):
-        adapt(layers_nnx.Held(layer=Counting()), lora("layer"), example=(layers.x(),))
+    table = jaxadapt.KeyMap("mine", (Weight("layer.w", "layer.weight", "i o -> o i"),))
+    model = adapt(layers_nnx.Held(layer=Outside()), lora("layer"), keymap=table)
+    with pytest.raises(AttachError, match=r"Outside: .*self.rngs = rngs"):
+        model(layers.x())
+
+
+def test_a_layer_that_makes_variables_while_it_is_called():
+    class Sowing(nnx.Module):
+        def __init__(self) -> None:
+            self.w, self.rngs = layers_nnx.normal(1, 8, 6), nnx.Rngs(0)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            self.mean = nnx.Variable(x.mean())
+            return x @ self.w[...]
+
+    table = jaxadapt.KeyMap("mine", (Weight("layer.w", "layer.weight", "i o -> o i"),))
+    model = adapt(layers_nnx.Held(layer=Sowing()), lora("layer"), keymap=table)
+    with pytest.raises(AttachError, match=r"Sowing adds variables while it is called \(mean\)"):
+        model(layers.x())
 
 
 class Pair(nnx.Module):

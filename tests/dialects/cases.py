@@ -271,4 +271,11 @@ LORAX = [
          one("m.up", lambda w: w), leaf="up.weight"),
 ]  # fmt: skip
 
-CASES: list[Case] = [*QWIX, *GEMMA, *FLAX, *MAXTEXT, *LEVANTER, *LORAX]
+KERAS = [  # (queries, keys and values, whose heads have an A each, are in `test_real.py`)
+    Case("keras", "dense", DENSE, ("up.kernel", (D, F)), ("up.lora_kernel_a", (D, R)), ("up.lora_kernel_b", (R, F)),
+         ein("ir,ro->io"), one("m.up", lambda w: w.T)),
+    Case("keras", "out", O, ("o.kernel", (N, H, D)), ("o.lora_kernel_a", (N, H, R)), ("o.lora_kernel_b", (R, D)),
+         ein("nhr,rd->nhd"), o_torch),
+]  # fmt: skip
+
+CASES: list[Case] = [*QWIX, *GEMMA, *FLAX, *MAXTEXT, *LEVANTER, *LORAX, *KERAS]

@@ -11,6 +11,7 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+import jaxadapt
+from jaxadapt import dialect
 from tests.families import core, sides
-from tests.families.specimens import BY_NAME, IDS, Specimen, values
+from tests.families.specimens import BY_NAME, HEADS, IDS, Specimen, values
+from tests.twins import trees
 
 RECORDED = Path(__file__).parent / "recorded"
 RANK, ALPHA = 3, 6.0
@@ -33,6 +37,8 @@ NAMES = (
     "maxtext-llama3.1",
     "maxtext-llama3.1-scan1",
     "maxtext-qwen3-scan0",
+    "keras-llama",
+    "keras-gemma3",
 )
 """The specimens that are trained with LoRA here; Tunix' others differ in nothing that LoRA meets."""
 
@@ -53,16 +59,20 @@ def specimen(name: str) -> Specimen:
 def here(name: str) -> bool:
     """Whether this environment has the library, and Qwix where it trains with that."""
     library = specimen(name).side
-    return sides.here(specimen(name)) and (library == "gemma" or importlib.util.find_spec("qwix") is not None)
+    own = library in ("gemma", "keras")
+    return sides.here(specimen(name)) and (own or importlib.util.find_spec("qwix") is not None)
 
 
 def told(name: str, rank: int = RANK) -> dict[str, Any]:
     scale = {} if name.startswith("gemma") else {"lora_alpha": ALPHA * rank / RANK}
-    return {**scale, **({"keymap": specimen(name).table} if specimen(name).rivals else {})}
+    apart = {"on_shared": "concat"} if name.startswith("keras") else {}  # each head has an A
+    return {**scale, **apart, **({"keymap": specimen(name).table} if specimen(name).rivals else {})}
 
 
 def make(name: str, rank: int = RANK) -> Real:
     """The model with the specimen's base weights, and LoRA leaves that do something."""
+    if name.startswith("keras"):
+        return Real(*_keras(name, rank), told(name, rank))
     side = sides.side(specimen(name))
     base = core.base_leaves(specimen(name), side.shapes)
     found = _gemma(side, base, rank) if name.startswith("gemma") else _qwix(name, side, base, rank)
@@ -96,6 +106,20 @@ def _qwix(
     return model, side.run if name.startswith("maxtext") else nnx.jit(side.run)
 
 
+def _keras(name: str, rank: int) -> tuple[Any, Callable[[Any], Any]]:
+    """LoRA on all seven, of keras' usual query and value."""
+    backbone = sides.keras_backbone(specimen(name))
+    base = core.base_leaves(specimen(name), {v.path.replace("/", "."): tuple(v.shape) for v in backbone.weights})
+    layers = {v.path.split("/")[-2] for v in backbone.weights if v.path.endswith("/kernel")}
+    backbone.enable_lora(rank, target_layer_names=sorted(layers))
+    for layer in backbone._flatten_layers(include_self=False):  # where its own enable_lora finds them
+        if layer.name in layers:
+            layer.lora_alpha = ALPHA * rank / RANK
+    shapes = {v.path.replace("/", "."): tuple(v.shape) for v in backbone.weights}
+    leaves = {path: base[path] if path in base else values(path, shape) for path, shape in shapes.items()}
+    return {"params": trees.nest(leaves)}, lambda tree: sides.run_keras(backbone, tree)
+
+
 TRAINED = "gemma-gemma3"
 """The model whose LoRA is really trained for a record, since PyTorch is in another environment than gemma."""
 
@@ -127,6 +151,19 @@ def unpacked(leaves: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -
     return {path: np.frombuffer(base64.b64decode(x), "<f4").reshape(shapes[path]) for path, x in leaves.items()}
 
 
+def loaded(name: str, folder: Path) -> tuple[Real, Any]:
+    """A model of keras' whose rank has room for the heads, and its tree with the PEFT file of a folder."""
+    made = make(name, RANK * HEADS)
+    return made, jaxadapt.load(folder, made.tree, **made.told)
+
+
+def crcs(tree: Any) -> dict[str, int]:
+    """Of the LoRA leaves' bytes."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree["params"])
+    named = {".".join(str(key.key) for key in path): np.ascontiguousarray(x) for path, x in leaves}
+    return {path: zlib.crc32(x.tobytes()) for path, x in named.items() if dialect.is_like(path)}
+
+
 def _inputs(name: str) -> tuple[Any, ...]:
     ids, length = jnp.asarray(IDS, jnp.int32), IDS.shape[1]
     positions = jnp.broadcast_to(jnp.arange(length), IDS.shape)
@@ -143,7 +180,7 @@ def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
         return {".".join(map(str, path)): tuple(v.shape) for path, v in flat}
     leaves = jax.tree_util.tree_leaves_with_path(tree["params"])
     named = {".".join(str(key.key) for key in path): tuple(x.shape) for path, x in leaves}
-    return {path: shape for path, shape in named.items() if ".lora." in path}
+    return {path: shape for path, shape in named.items() if dialect.is_like(path)}
 
 
 def recorded(name: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -23,7 +24,7 @@ import numpy as np
 jax.config.update("jax_default_matmul_precision", "highest")
 
 from tests.dialects import real  # noqa: E402
-from tests.families import sides  # noqa: E402
+from tests.families import core, sides  # noqa: E402
 
 
 def main(names: list[str]) -> None:
@@ -39,6 +40,14 @@ def main(names: list[str]) -> None:
             tree = real.train(made)
             after = np.asarray(made.logits(tree), "float32")
             found |= {"trained": real.packed(tree), "after": [float(f"{x:.8g}") for x in after.ravel()]}
+        if name.startswith("keras"):
+            with tempfile.TemporaryDirectory() as folder:
+                core.write_adapter(real.specimen(name), sides.side(real.specimen(name)).shapes, Path(folder))
+                there, tree = real.loaded(name, Path(folder))
+            found |= {
+                "loaded": [float(f"{x:.8g}") for x in np.asarray(there.logits(tree), "float32").ravel()],
+                "crc": real.crcs(tree),
+            }
         path = real.RECORDED / f"{name}.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(found, indent=0) + "\n", encoding="utf-8")

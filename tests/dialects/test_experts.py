@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import jaxadapt
 from jaxadapt import families, paths, pieces, plan
+from jaxadapt.converting import convert
 from tests.families import core
 from tests.families.specimens import BY_NAME, recorded
 
@@ -19,6 +21,7 @@ R, ALPHA, E = 2, 4.0, 4
 # Gate and up in one leaf, in two, in turns, and stacked; {l} is a layer.
 TREES = {
     "mixtral": ("model.layers.{l}.mlp.experts.", ("gate_up_proj",), "down_proj", None),
+    "llama4": ("model.layers.{l}.feed_forward.experts.", ("gate_up_proj",), "down_proj", None),  # (in, out) in PEFT too
     "maxtext-mixtral": ("decoder.layers_{l}.MoeBlock_0.", ("wi_0", "wi_1"), "wo", None),
     "maxtext-gpt_oss": ("decoder.layers_{l}.GptOssMlp.", ("wi_0", "wi_1"), "wo", None),
     "maxtext-qwen3_moe-scan1": ("decoder.layers.moe_block.", ("wi_0", "wi_1"), "wo", 1),
@@ -29,11 +32,13 @@ shared_b = pytest.mark.parametrize("shared", [False, True], ids=["own B", "one B
 
 @functools.cache
 def base(name: str) -> dict[str, np.ndarray]:
-    if name == "mixtral":
+    if name in ("mixtral", "llama4"):
         d, f = 16, 24
         experts = {"gate_up_proj": (E, d, 2 * f), "down_proj": (E, f, d)}
-        shapes = {f"model.layers.{i}.mlp.experts.{p}": s for i in range(3) for p, s in experts.items()}
-        shapes |= {f"model.layers.{i}.mlp.gate.kernel": (d, E) for i in range(3)}
+        at = TREES[name][0]
+        shapes = {at.format(l=i) + p: s for i in range(3) for p, s in experts.items()}
+        router = at.replace("experts", "gate" if name == "mixtral" else "router") + "kernel"
+        shapes |= {router.format(l=i): (d, E) for i in range(3)}
         return core.base_leaves(BY_NAME[name], shapes)
     return core.base_leaves(BY_NAME[name], recorded(name)["leaves"])
 
@@ -86,15 +91,16 @@ def computed(held: jaxadapt.PeftTensors, name: str) -> dict[str, np.ndarray]:
     """`{parameter: s·B·A}` as PEFT computes it from a file: A's rows are expert-major, B's columns rank-major."""
     out: dict[str, np.ndarray] = {}
     config, found = held.config, {key: np.asarray(x) for key, x in held.tensors.items()}
+    block = "feed_forward" if name == "llama4" else "mlp"
     for i in range(3):
         for depth, parameter in ((".base_layer", "gate_up_proj"), ("", "down_proj")):
-            at = f"base_model.model.model.layers.{i}.mlp.experts{depth}.lora_"
+            at = f"base_model.model.model.layers.{i}.{block}.experts{depth}.lora_"
             r = config.get("rank_pattern").get(parameter, config.get("r"))
             alpha = config.get("alpha_pattern").get(parameter, config.get("lora_alpha"))
             a, b = found[f"{at}A.weight"], found[f"{at}B.weight"]
             delta = np.einsum("oke,eki->eoi", b.reshape(len(b), r, E), a.reshape(E, r, -1)) * alpha / r
             turned = "gpt_oss" in name
-            out[f"model.layers.{i}.mlp.experts.{parameter}"] = delta.transpose(0, 2, 1) if turned else delta
+            out[f"model.layers.{i}.{block}.experts.{parameter}"] = delta.transpose(0, 2, 1) if turned else delta
     assert len(found) == 12
     return out
 
@@ -102,7 +108,7 @@ def computed(held: jaxadapt.PeftTensors, name: str) -> dict[str, np.ndarray]:
 @each
 @shared_b
 def test_out(name, shared):
-    concat = "concat" if name != "mixtral" else None
+    concat = None if len(TREES[name][1]) == 1 else "concat"
     table = BY_NAME[name].table
     if concat:
         with pytest.raises(jaxadapt.MismatchError, match=r'(?s)gate_up_proj.*on_shared="concat" to to_peft'):
@@ -146,6 +152,66 @@ def test_with_a_lora_for_each_expert():
     again = jaxadapt.inject(back, tree("maxtext-mixtral", False, seed=1), lora_alpha=ALPHA)
     for path, x in flat.items():
         np.testing.assert_array_equal(paths.flatten(again)[path], x, err_msg=path)
+
+
+def lora_of(tree: Any) -> dict[str, np.ndarray]:
+    return {path: np.ascontiguousarray(x) for path, x in paths.flatten(tree).items() if "_lora_" in path}
+
+
+@pytest.mark.parametrize("name", ["mixtral", "llama4", "maxtext-mixtral", "maxtext-qwen3_moe-scan1"])
+def test_files_alone(name, tmp_path):
+    """`convert`: a tree's file to a folder as `save` writes it, and back; and with a LoRA for each expert."""
+    table, mine = BY_NAME[name].table, tree(name, False, equal=True)
+    save_file(lora_of(mine), tmp_path / "a.safetensors")
+    save_file({path: np.ascontiguousarray(x) for path, x in base(name).items()}, tmp_path / "base.safetensors")
+    like = tmp_path / "base.safetensors"
+    convert(tmp_path / "a.safetensors", tmp_path / "b", from_keymap=table, lora_alpha=ALPHA, like=like)
+    jaxadapt.save(mine, tmp_path / "saved", keymap=table, lora_alpha=ALPHA)
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "b" / file).read_bytes() == (tmp_path / "saved" / file).read_bytes()
+    done = convert(tmp_path / "b", tmp_path / "c.safetensors", to_keymap=table, dialect="qwix", like=like)
+    assert (done.rank, done.lora_alpha) == (R, ALPHA)
+    back = load_file(tmp_path / "c.safetensors")
+    assert set(back) == set(lora_of(mine))
+    for path, x in lora_of(mine).items():
+        np.testing.assert_array_equal(back[path], x, err_msg=path)
+    if name == "llama4":  # whose experts were never modules
+        return
+    single = f"{table}/per-expert"
+    convert(tmp_path / "b", tmp_path / "each", from_keymap=table, to_keymap=single)
+    convert(tmp_path / "a.safetensors", tmp_path / "too", from_keymap=single, lora_alpha=ALPHA, like=like)
+    each, too = jaxadapt.read(tmp_path / "each").tensors, jaxadapt.read(tmp_path / "too").tensors
+    assert any(".experts.3." in key for key in each)
+    assert set(each) == set(too)
+    convert(tmp_path / "each", tmp_path / "again", from_keymap=single, to_keymap=table)
+    convert(tmp_path / "each", tmp_path / "d.safetensors", to_keymap=table, dialect="qwix", like=like)
+    again, first = jaxadapt.read(tmp_path / "again").tensors, jaxadapt.read(tmp_path / "b").tensors
+    assert set(again) == set(first)
+    for key, x in first.items():
+        np.testing.assert_array_equal(again[key], x, err_msg=key)
+    for path, x in load_file(tmp_path / "d.safetensors").items():
+        np.testing.assert_array_equal(x, back[path], err_msg=path)
+
+
+def test_from_one_family_to_another(tmp_path):
+    """MaxText's gate and up apart, Hugging Face's in one array: refused where their As differ, unless "concat"."""
+    source, target = tree("maxtext-mixtral", False), BY_NAME["mixtral"].table
+    save_file(lora_of(source), tmp_path / "a.safetensors")
+    told = {"from_keymap": "maxtext:mixtral", "lora_alpha": ALPHA}
+    with pytest.raises(jaxadapt.MismatchError, match=r'(?s)gate_up_proj.*on_shared="concat"'):
+        convert(tmp_path / "a.safetensors", tmp_path / "b", **told)
+    single = {**told, "from_keymap": "maxtext:mixtral/per-expert"}
+    convert(tmp_path / "a.safetensors", tmp_path / "each", **single)
+    with pytest.raises(jaxadapt.MismatchError, match=r'(?s)one A for both.*on_shared="concat"'):
+        convert(tmp_path / "each", tmp_path / "c.safetensors", to_keymap=target, dialect="qwix")
+    done = convert(tmp_path / "each", tmp_path / "c.safetensors", to_keymap=target, dialect="qwix", on_shared="concat")
+    assert done.rank == 2 * R
+    merged_there = in_torch("maxtext-mixtral", merged("maxtext-mixtral", False))
+    leaves = paths.unflatten({**base("mixtral"), **load_file(tmp_path / "c.safetensors")})
+    held = jaxadapt.to_peft(leaves, keymap=target, lora_alpha=done.lora_alpha)
+    before = in_torch("maxtext-mixtral", base("maxtext-mixtral"))
+    for key, delta in computed(held, "mixtral").items():
+        np.testing.assert_allclose(before[key] + delta, merged_there[key], rtol=0, atol=2e-5, err_msg=key)
 
 
 def test_qwix_itself(foreign_model):

@@ -1,4 +1,4 @@
-"""Tunix, gemma and MaxText with LoRA on, as their users train it, against the real PEFT on the PyTorch model.
+"""Tunix, gemma, MaxText and keras-hub with LoRA on, as their users train it, against the real PEFT on PyTorch's.
 
 Where a library is in another environment, its tree has the recorded shapes and its logits are the recorded ones.
 """
@@ -120,6 +120,75 @@ def test_they_compute_what_peft_computes(name: str, tmp_path):
     with pytest.warns(UserWarning, match="rounded once"):
         tree = jaxadapt.load(tmp_path, made.tree, **made.told, **more)
     np.testing.assert_allclose(np.asarray(made.logits(tree)), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("name", [name for name in real.NAMES if name.startswith("keras")])
+def test_keras_computes_what_peft_computes(name: str, tmp_path):
+    """A PEFT file into heads with an A each: the recorded leaves, and the logits keras had with them."""
+    specimen, found = real.specimen(name), real.recorded(name)
+    shapes = specimens.recorded(name)["leaves"]
+    core.write_adapter(specimen, shapes, tmp_path)
+    if importlib.util.find_spec("peft") is not None:
+        expected = torch_side.logits(name, adapter=True)
+        np.testing.assert_allclose(found["loaded"], expected.ravel(), **CLOSE)
+    tree, _ = theirs(name)
+    wide = {path: wider(path, x) for path, x in flat(tree).items()}
+    as_filed = {"lora_alpha": 5.0}  # of rank 3: the file's own scale
+    differ = r'(?s)one B for all heads.*query.*rank=12, and pass on_shared="concat'
+    with pytest.raises(jaxadapt.MismatchError, match=differ):
+        jaxadapt.load(tmp_path, tree, **as_filed)
+    with pytest.raises(jaxadapt.MismatchError, match=r"(?s)rank is too small.*query.*rank 3, needed 12.*rank=12"):
+        jaxadapt.load(tmp_path, tree, on_shared="concat", **as_filed)
+    with pytest.warns(UserWarning, match="rounded once"):
+        back = jaxadapt.load(tmp_path, nest(wide), lora_alpha=4 * real.ALPHA, on_shared="concat")
+    assert real.crcs({"params": back}) == found["crc"]
+    again = jaxadapt.to_peft(back, lora_alpha=4 * real.ALPHA, on_shared="concat")
+    for key, x in jaxadapt.read(tmp_path).tensors.items():  # at the larger rank, the same product
+        other = key.replace("lora_A", "lora_B")
+        if key != other:
+            delta = again.tensors[other] @ again.tensors[key] * 2
+            np.testing.assert_allclose(delta, jaxadapt.read(tmp_path).tensors[other] @ x * 5 / 3, rtol=0, atol=5e-6)
+
+
+def wider(path: str, x: Any) -> Any:
+    """As a model with four times the rank has it."""
+    if path.endswith("lora_kernel_a"):
+        return values(path, (*x.shape[:-1], 4 * x.shape[-1]))
+    return values(path, (4 * x.shape[0], *x.shape[1:])) if path.endswith("lora_kernel_b") else np.asarray(x)
+
+
+@pytest.mark.parametrize("name", [name for name in real.NAMES if name.startswith("keras")])
+def test_an_a_for_each_head(name: str, tmp_path):
+    """Refused where they differ; side by side, and back bit for bit; at the same rank where they are one."""
+    tree, _ = theirs(name)
+    differ = r'(?s)one A for all heads.*query.lora_kernel_a.*on_shared="concat"'
+    with pytest.raises(jaxadapt.MismatchError, match=differ):
+        jaxadapt.save(tree, tmp_path / "no", lora_alpha=real.ALPHA)
+    with pytest.raises(jaxadapt.ConfigError, match="stores no alpha"):
+        jaxadapt.save(tree, tmp_path / "no", on_shared="concat")
+    assert not (tmp_path / "no").exists()
+    leaves = flat(tree)
+    table = jaxadapt.families.named(real.specimen(name).table)
+    for path, x in leaves.items():
+        if path.endswith("lora_kernel_a"):
+            left = table.site(path.replace("lora_kernel_a", "kernel")).weight.left
+            heads = left.index("n" if "n" in left else "k") if {"n", "k"} & set(left) else 0
+            if "attention_output" not in path and len(left) == 3:
+                leaves[path] = np.repeat(np.take(x, [0], heads), x.shape[heads], heads)
+    for one, mine, more in ((False, flat(tree), {"on_shared": "concat"}), (True, leaves, {})):
+        jaxadapt.save(nest(mine), tmp_path, lora_alpha=real.ALPHA, **more)
+        config = jaxadapt.read_config(tmp_path)
+        assert dict(config.rank_pattern) == ({} if one else dict.fromkeys(("k_proj", "v_proj"), 6) | {"q_proj": 12})
+        zeros = {path: np.zeros_like(x) if "lora_" in path else x for path, x in mine.items()}
+        back = flat(jaxadapt.load(tmp_path, nest(zeros), lora_alpha=real.ALPHA))
+        for path, x in mine.items():
+            np.testing.assert_array_equal(back[path], x, err_msg=path)
+    adapter = jaxadapt.extract(nest(leaves), lora_alpha=real.ALPHA)
+    base = {path: x for path, x in leaves.items() if "lora_" not in path}
+    for path, x in flat(jaxadapt.merge(nest(base), adapter)).items():
+        at = path.removesuffix("kernel") + "lora_kernel_"
+        delta = np.einsum("...r,rh->...h", leaves[f"{at}a"], leaves[f"{at}b"]) if f"{at}a" in leaves else 0
+        np.testing.assert_allclose(x, base[path] + 2 * delta, rtol=0, atol=2e-5, err_msg=path)
 
 
 @live

@@ -84,14 +84,14 @@ def versions(specimen: Specimen) -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in names}
 
 
-def _of_nnx(make: Callable[[], nnx.Module], run: Callable[[Any], Any]) -> Side:
+def _of_nnx(make: Callable[[], nnx.Module], run: Callable[[Any], Any], kind: Any = nnx.Param) -> Side:
     def filled(leaves: Leaves) -> nnx.Module:
         model = make()
-        trees.fill(model, leaves)
+        trees.fill(model, leaves, kind)
         return model
 
     abstract = nnx.eval_shape(make)
-    return Side({p: v.shape for p, v in trees.nnx_leaves(abstract).items()}, filled, run)
+    return Side({p: v.shape for p, v in trees.nnx_leaves(abstract, kind).items()}, filled, run)
 
 
 def _of_linen(module: nn.Module, params: Any, run: Callable[..., Any]) -> Side:
@@ -324,19 +324,9 @@ def maxtext(specimen: Specimen) -> Side:
             ids = jnp.asarray(IDS, jnp.int32)
             return model(ids, _positions(), decoder_segment_ids=jnp.ones_like(ids), enable_dropout=False)
 
-    if o["model"] != "deepseek_v3":
-        return _of_nnx(make, run)
-    # Its router has a variable of its own kind for the bias, which training changes: such a layer is refused.
+    # DeepSeek's routers have a variable of a kind of its own for the bias, which training changes by itself.
     bias = importlib.import_module("maxtext.layers.moe").MoEBiasVar
-    kind = nnx.Any(nnx.Param, bias)
-    shapes = {p: v.shape for p, v in trees.nnx_leaves(nnx.eval_shape(make), kind).items()}
-
-    def filled(target: Any) -> Any:
-        model = make()
-        trees.fill(model, paths.flatten(target["params"]), kind)
-        return run(model)
-
-    return Side(shapes, lambda leaves: {"params": trees.nest(leaves)}, filled, merges=True)
+    return _of_nnx(make, run, nnx.Any(nnx.Param, bias))
 
 
 # ---- transformers 4.57 -------------------------------------------------------------------------------------
@@ -381,6 +371,12 @@ class _EarlierNumpy:
 
 
 def keras(specimen: Specimen) -> Side:
+    made = keras_backbone(specimen)
+    shapes = {v.path.replace("/", "."): tuple(v.shape) for v in made.weights}
+    return Side(shapes, lambda leaves: {"params": trees.nest(leaves)}, lambda tree: run_keras(made, tree), merges=True)
+
+
+def keras_backbone(specimen: Specimen) -> Any:
     os.environ["KERAS_BACKEND"] = "jax"
     models = importlib.import_module("keras_hub.models")
     sizes = {
@@ -399,19 +395,17 @@ def keras(specimen: Specimen) -> Side:
         },
     }  # fmt: skip
     torch = specimen.torch.removesuffix("ForCausalLM")
-    made = getattr(models, f"{torch}Backbone")(**sizes, **more[torch])
-    names = [v.path.replace("/", ".") for v in made.weights]
+    return getattr(models, f"{torch}Backbone")(**sizes, **more[torch])
+
+
+def run_keras(made: Any, tree: Any) -> Any:
+    """The logits with the values of a tree, `{"params": …}`."""
+    flat, held = paths.flatten(tree["params"]), {v.path.replace("/", "."): v for v in made.weights}
+    assert set(flat) == set(held)
+    for path, variable in held.items():
+        variable.assign(flat[path])
     inputs = {"token_ids": jnp.asarray(IDS), "padding_mask": jnp.ones_like(IDS)}
-
-    def run(target: Any) -> Any:
-        flat = paths.flatten(target["params"])
-        assert set(flat) == set(names)
-        for path, variable in zip(names, made.weights, strict=True):
-            variable.assign(flat[path])
-        return made.token_embedding(made(inputs), reverse=True)
-
-    shapes = dict(zip(names, (tuple(v.shape) for v in made.weights), strict=True))
-    return Side(shapes, lambda leaves: {"params": trees.nest(leaves)}, run, merges=True)
+    return made.token_embedding(made(inputs), reverse=True)
 
 
 def easydel(specimen: Specimen) -> Side:
@@ -421,6 +415,7 @@ def easydel(specimen: Specimen) -> Side:
     layers, utils = importlib.import_module("easydel.layers"), importlib.import_module("easydel.infra.utils")
     fields = {**specimen.config, "rope_theta": specimen.config["rope_parameters"]["rope_theta"]}
     kind = specimen.torch.removesuffix("ForCausalLM")
+    fields.pop("experts_implementation", None)
     config = getattr(importlib.import_module(where), f"{kind}Config")(**fields)
     size = specimen.config.get("head_dim", D // HEADS)
 

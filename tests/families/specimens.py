@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,17 +66,23 @@ class Specimen:
         return {"r": 3, "lora_alpha": 5, "target_modules": list(self.targets), **named}
 
 
+_DEEP = re.compile(r"layers\.(\d+)\.post_")
+
+
 def values(key: str, shape: tuple[int, ...]) -> np.ndarray:
     """The float32 weight (or adapter tensor) of this PyTorch name.
 
     Embeddings are numbers that bfloat16 has: MaxText rounds a tied one to that for its logits, whatever the dtype is.
     The norm in front of Gemma 4's experts is one number: gemma 4.0.1 and google-tunix 0.1.7 route what it gives, and
-    transformers what it takes; they agree where it changes no direction.
+    transformers what it takes; they agree where it changes no direction. Layers beyond the sixth of a deep model add
+    little (Gemma's norms multiply by 1 + w): rounding grows with what each adds.
     """
     if key.endswith("pre_feedforward_layernorm_2.weight"):
         return np.full(shape, 1.25, "float32")
     x = np.asarray(np.random.default_rng(zlib.crc32(key.encode())).standard_normal(shape), "float32")
     norm = key.endswith("weight") and any(word in key.lower() for word in ("norm", "ln_"))
+    if norm and (deep := _DEEP.search(key)) and int(deep[1]) >= 6:
+        return 0.02 * x - 0.94
     if norm:
         return 1 + 0.2 * x
     x *= 0.35
@@ -199,16 +206,16 @@ def _maxtext(model: str, torch: str, scan: int | None, head_dim: int = 6, tied: 
     return Specimen(name, f"maxtext:{table}{suffix}", torch, config, "maxtext", options, PROJ, rivals, unused)
 
 
-def _maxtext_gemma(generation: int, scan: int | None, head_dim: int = 6) -> Specimen:
-    """Layers as its pattern has them: local and global in turns, or the sixth global."""
-    count = {2: 4, 3: 6}[generation]
-    full = [(at % 2 if generation == 2 else at == 5) for at in range(count)]
+def _maxtext_gemma(generation: int, scan: int | None, head_dim: int = 6, size: str = "", count: int = 0) -> Specimen:
+    """Layers as its pattern has them: local and global in turns, or every sixth global."""
+    count = count or {2: 4, 3: 6}[generation]
+    full = [at % 2 if generation == 2 else at % 6 == 5 for at in range(count)]
     kinds = ["full_attention" if yes else "sliding_attention" for yes in full]
     config = {**{2: GEMMA2, 3: GEMMA3}[generation], "num_hidden_layers": count, "layer_types": kinds}
     config |= {"head_dim": head_dim, "query_pre_attn_scalar": head_dim}
     options = {"model": f"gemma{generation}", "scan": scan, "head_dim": head_dim, "tied": True, "layers": count}
     suffix, torch = "" if scan is None else f"/scan{scan}", f"Gemma{generation}ForCausalLM"
-    table = f"maxtext:gemma{generation}{suffix}"
+    table = f"maxtext:gemma{generation}{size}{suffix}"
     name = table.replace(":", "-").replace("/", "-") + ("" if head_dim == 6 else f"-h{head_dim}")
     return Specimen(name, table, torch, config, "maxtext", options, PROJ, unused=(HEAD,))
 
@@ -224,9 +231,11 @@ def _keras(model: str, torch: str, **config: Any) -> Specimen:
     return Specimen(name, f"keras:{model}", torch, {**DECODER, **rope(), **config}, "keras", {}, PROJ, unused=unused)
 
 
-def _easydel(model: str, torch: str, **config: Any) -> Specimen:
+def _easydel(model: str, torch: str, targets: tuple[str, ...] = PROJ, **config: Any) -> Specimen:
     config = {**DECODER, **rope(), "tie_word_embeddings": False, **config}
-    return Specimen(f"easydel-{model}", "easydel:llama", torch, config, "easydel", {"model": model}, PROJ)
+    unused = (HEAD,) if config["tie_word_embeddings"] else ()
+    options = {"model": model}
+    return Specimen(f"easydel-{model}", "easydel:llama", torch, config, "easydel", options, targets, unused=unused)
 
 
 _STACKS = ("encoder", "decoder")
@@ -353,7 +362,7 @@ def _moe_of(
     options = {"model": kind, "scan": scan, "head_dim": 6, "tied": False, "rope_theta": theta, "expert_size": size}
     options |= {"layers": layers, "dense": first}
     suffix = "" if scan is None else f"/scan{scan}"
-    rivals = tuple(f"{name}{suffix}" for name in _DENSE_FIRST) if first else ()
+    rivals = tuple(_DENSE_FIRST) if first and scan is None else ()
     name = f"{library}-{table}{suffix.replace('/', '-')}"
     return Specimen(
         name, f"{library}:{table}{suffix}", torch, config, library, options, one.targets, rivals,
@@ -408,6 +417,7 @@ SPECIMENS = (
     _maxtext("qwen3", "Qwen3ForCausalLM", None, tied=True),
     *(_maxtext_gemma(2, scan, h) for scan, h in ((None, 6), (1, 16))),
     _maxtext_gemma(3, None),
+    *(_maxtext_gemma(3, 1, size=size, count=count) for size, count in (("-4b", 34), ("-12b", 48), ("-27b", 62))),
     _moe_of("tunix", "qwen3_moe", "Qwen3MoeForCausalLM"),
     *(_moe_of("maxtext", "mixtral", "MixtralForCausalLM", scan) for scan in (None, 1)),
     *(_moe_of("maxtext", "qwen3_moe", "Qwen3MoeForCausalLM", scan) for scan in (None, 0, 1)),
@@ -416,9 +426,15 @@ SPECIMENS = (
     _easydel("mistral", "MistralForCausalLM", head_dim=4, sliding_window=32),
     _easydel("qwen2", "Qwen2ForCausalLM"),
     _easydel("qwen3", "Qwen3ForCausalLM", head_dim=6),
+    _easydel("gemma", "GemmaForCausalLM", head_dim=6),
+    _easydel("exaone4", "Exaone4ForCausalLM", head_dim=4),
+    _easydel("smollm3", "SmolLM3ForCausalLM", pad_token_id=0),
+    _easydel("phi3", "Phi3ForCausalLM", ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"), pad_token_id=0),
     _moe_of("maxtext", "gpt_oss", "GptOssForCausalLM", 1, "gpt_oss-blocks", 4),
     _moe_of("maxtext", "deepseek_v3", "DeepseekV3ForCausalLM", None, layers=4),
     _moe_of("maxtext", "deepseek_v3", "DeepseekV3ForCausalLM", None, "kimi_k2"),
+    _moe_of("maxtext", "deepseek_v3", "DeepseekV3ForCausalLM", 1, layers=5),
+    _moe_of("maxtext", "deepseek_v3", "DeepseekV3ForCausalLM", 0, "kimi_k2"),
     _keras("llama", "LlamaForCausalLM", tie_word_embeddings=False),
     _keras("llama", "MistralForCausalLM", tie_word_embeddings=False),
     _keras("qwen3", "Qwen3ForCausalLM", tie_word_embeddings=True, head_dim=6),

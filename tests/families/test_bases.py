@@ -259,6 +259,33 @@ def test_an_nnx_model_in_place_and_its_adapter(tmp_path):
     equal(jaxadapt.extract(adapted).flat(), before)
 
 
+def test_a_weight_that_is_no_parameter_there(tmp_path):
+    """As the bias of MaxText's routers, a variable of a kind of its own: the table's line says it is a weight."""
+
+    class Balance(nnx.Variable):
+        pass
+
+    class Router(nnx.Module):
+        def __init__(self, seed: int) -> None:
+            rng = np.random.RandomState(seed)
+            self.kernel = nnx.Param(jnp.asarray(rng.standard_normal((4, 3)), "float32"))
+            self.bias = Balance(jnp.asarray(rng.standard_normal(3), "float32"))
+            self.seen = nnx.BatchStat(jnp.zeros(()))  # no line, no weight
+
+    table = KeyMap(
+        "router", (Weight("kernel", "gate.weight", "d e -> e d"), Weight("bias", "gate.correction", "e -> e"))
+    )
+    model = Router(0)
+    jaxadapt.export_base(model, tmp_path, keymap=table)
+    found = load_file(tmp_path / "model.safetensors")
+    assert set(found) == {"gate.weight", "gate.correction"}
+    np.testing.assert_array_equal(found["gate.correction"], model.bias[...])
+    for other in (Router(1), nnx.eval_shape(lambda: Router(1))):
+        jaxadapt.import_base(tmp_path, other, keymap=table)
+        np.testing.assert_array_equal(other.bias[...], model.bias[...])
+        np.testing.assert_array_equal(other.kernel[...], model.kernel[...])
+
+
 def test_dtypes_boxes_and_shardings_are_the_targets(tmp_path):
     jaxadapt.export_base(base(), tmp_path, keymap=TABLE, dtype="bfloat16")
     assert load_file(tmp_path / "model.safetensors")["emb.weight"].dtype == ml_dtypes.bfloat16

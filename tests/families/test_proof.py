@@ -82,8 +82,8 @@ def test_base_weights_go_both_ways_bit_for_bit(specimen):
     back = made.encode(leaves)
     for key, parts in pieces.groups(made.keys).items():
         again = pieces.together([back[part] for part in parts], parts, np)
-        if made.keys[parts[0]][0].path in made.inexact:  # a factor that is no power of two, a sum: rounded twice
-            np.testing.assert_allclose(again, weights[key], rtol=2.5e-7)
+        if made.keys[parts[0]][0].path in made.inexact:  # a factor that is no power of two, a sum 1 + w: rounded twice
+            np.testing.assert_allclose(again, weights[key], rtol=2.5e-7, atol=6e-8)
         else:
             np.testing.assert_array_equal(again, weights[key], err_msg=key)
     rounds = specimen.table.startswith(("maxtext:llama", "maxtext:mixtral")) and specimen.options["head_dim"] == 6

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import tracemalloc
 import warnings
 from typing import Any
 
@@ -374,3 +375,22 @@ def test_experts_apart_into_leaves_apart(tmp_path):
     found = paths.flatten(jaxadapt.import_base(tmp_path, target, keymap=table))
     for path, x in paths.flatten(split_base(name)).items():
         np.testing.assert_allclose(found[path], x, rtol=2e-7 if "query" in path else 0, err_msg=path)
+
+
+@pytest.mark.parametrize("spelling", ["", "/per-expert"])
+def test_experts_are_not_all_in_memory_at_once(spelling, tmp_path):
+    """Into leaves that are parts of the file's tensors, only what is being read is there besides the model."""
+    layers, e, d, f, at = 10, 4, 128, 256, "decoder.layers_{}.MoeBlock_0."
+    shapes = {"wi_0": (e, d, f), "wi_1": (e, d, f), "wo": (e, f, d), "gate.kernel": (d, e)}
+    leaves = {at.format(i) + name: np.zeros(shape, "float32") for i in range(layers) for name, shape in shapes.items()}
+    jaxadapt.export_base(paths.unflatten(leaves), tmp_path, keymap=f"maxtext:mixtral{spelling}")
+    target = paths.unflatten({path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in leaves.items()})
+    tracemalloc.start()
+    try:
+        found = jaxadapt.import_base(tmp_path, target, keymap="maxtext:mixtral")
+        peak = tracemalloc.get_traced_memory()[1] - sum(x.nbytes for x in jax.tree.leaves(found))
+    finally:
+        tracemalloc.stop()
+    largest = 2 * e * d * f * 4
+    # Each of the reading threads has one tensor; all of the model's experts are fifteen times the largest.
+    assert peak < 7 * largest
