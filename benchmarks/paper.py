@@ -31,7 +31,7 @@ IN_CUT = {"o_proj": (HIDDEN, HIDDEN), "down_proj": (INNER, HIDDEN)}
 # Assumed: a parallel file system as clusters have them, and JAX's coordination service as it answers on this machine.
 HOST, STORE = 1e9, 100e9  # bytes a second that one host, and all together, can write
 CALL, META, FLUSH, ANSWER = 10e-6, 100e-6, 20e-3, 0.13e-3  # seconds a write, an open file, a flush, a message
-LEAF, PART = 75e-6, 20e-6  # seconds of Python a leaf while the loop stands, and a device's small array to the host
+LEAF, PART = 50e-6, 20e-6  # seconds of Python a leaf while the loop stands, and a device's small array to the host
 
 
 @dataclasses.dataclass(frozen=True)
