@@ -67,7 +67,8 @@ def push(
         license, metrics: for the card; metrics are `{name: value}`.
         picture: of how much each weight is changed, on the card; None: where matplotlib is installed.
         progress: None, True (the client's bars, on a terminal or in a notebook) or a function of ("upload", bytes sent,
-            bytes in all); of a model also of "save".
+            bytes in all); of a model also of "save". Where the client sends by hf_xet, which it does wherever that is
+            installed and the Hub takes it, a function is told of the beginning and the end alone.
 
     Of arrays that several processes hold parts of, all of them call this, and process 0 pushes what it has gathered.
 
