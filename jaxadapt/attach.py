@@ -79,7 +79,7 @@ def adapt(
                 raise AttachError(f"{what}={given!r}: all adapters of a wrapper share one, and this has {mine!r}")
         return dataclasses.replace(model, adapters=(*model.adapters, (name, config)), active=(name,))
     _need_nnx(model)
-    owners = nnx.base_leaves(model)
+    owners = nnx_survey.base_leaves(model)
     if name in nnx.names(model, owners):
         raise AttachError(f"there is an adapter {name!r} already; choose another name=, or delete it first")
     recipe, bounds = planning.on_model(model, config, keymap, stack_axes, example, owners)
@@ -148,7 +148,7 @@ def init(
         raise AttachError(f"key: expected a JAX random key such as jax.random.key(0), found {type(key).__name__}")
     if isinstance(params, nnx.nnx.Module):
         recipe, bounds = planning.on_model(params, config, keymap)
-        base = nnx_survey.base_values(nnx.base_leaves(params))
+        base = nnx_survey.base_values(nnx_survey.base_leaves(params))
     else:
         recipe, bounds = planning.on_tree(params, config, keymap)
         base = planning.tree_leaves(params)

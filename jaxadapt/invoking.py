@@ -63,7 +63,7 @@ def invoke(model: Any, tokens: Any) -> Generator[Any]:
         )
     found = {name: nnx.extract(model, name) for name in nnx.active(model)}
     masks = _masks({name: adapter.config for name, adapter in found.items()}, ids)
-    owners = nnx.base_leaves(model)
+    owners = nnx_survey.base_leaves(model)
     held: list[dict[str, Any]] = []
     for name, mask in masks.items():
         shapes = {leaf: {t: tuple(x.shape) for t, x in ts.items()} for leaf, ts in found[name].sites.items()}

@@ -36,7 +36,7 @@ def on_model(
     owners: Mapping[str, nnx_survey.Owner] | None = None,
 ) -> tuple[Recipe, tuple[bind.Bound, ...]]:
     """The recipe and sites of a configuration on an NNX model, whose `owners` may be at hand."""
-    owners = nnx.base_leaves(model) if owners is None else owners
+    owners = nnx_survey.base_leaves(model) if owners is None else owners
     shapes = nnx_survey.base_shapes(owners)
     table = families.resolve(keymap, shapes)
     all_linear = targets.is_all_linear(config)
@@ -97,7 +97,7 @@ def on_tree(params: Any, config: Config, keymap: KeyMap | str | None) -> tuple[R
 def placement(tree: Any) -> dict[str, Any]:
     """`{leaf: sharding}` of the base parameters, as `base_of` has them; None where a leaf has none to follow."""
     if isinstance(tree, nnx.nnx.Module):
-        return nnx.placement(nnx.base_leaves(tree))
+        return nnx.placement(nnx_survey.base_leaves(tree))
     base = _params(tree)
     return linen_tree.placement(nnx.nnx.to_pure_dict(base) if isinstance(base, nnx.nnx.State) else base)
 
@@ -110,7 +110,7 @@ def tree_shapes(params: Any) -> dict[str, tuple[int, ...]]:
 def base_of(tree: Any) -> dict[str, Any]:
     """`{path: array or spec}` of the base parameters of an NNX model, Linen variables or a tree of them."""
     if isinstance(tree, nnx.nnx.Module):
-        return nnx_survey.base_values(nnx.base_leaves(tree))
+        return nnx_survey.base_values(nnx_survey.base_leaves(tree))
     return tree_leaves(_params(tree))
 
 
@@ -158,7 +158,7 @@ def table_of(target: Any, keymap: KeyMap | str | None, keys: Sequence[str]) -> K
         known = [v for by_path in nnx.variables(target).values() for v in by_path.values()]
         if known and keymap is None:
             keymap = known[0].get_metadata()["adapter"].recipe.keymap
-        shapes = nnx_survey.base_shapes(nnx.base_leaves(target))
+        shapes = nnx_survey.base_shapes(nnx_survey.base_leaves(target))
         return families.resolve(keymap, shapes).spelt_as(keys, shapes)
     if keymap is None:
         keymap = _attached_table(target)

@@ -54,7 +54,7 @@ def quantize(
     is_model = isinstance(base, nnx.nnx.Module)
     bounds = (planning.on_model if is_model else planning.on_tree)(base, config, keymap)[1]
     weights = planning.base_of(base)
-    blocked = nnx_survey.obstacles(base, nnx.base_leaves(base), [b.leaf for b in bounds]) if is_model else {}
+    blocked = nnx_survey.obstacles(base, nnx_survey.base_leaves(base), [b.leaf for b in bounds]) if is_model else {}
     problems: list[str] = list(blocked.values())
     for b in bounds:
         w, stack = weights[b.leaf], b.site.stack
@@ -81,7 +81,7 @@ def quantize(
         raise AttachError("these weights have values that are not finite:\n" + paths.listing(odd))
     if not is_model:
         return _replaced(base, new)
-    owners = nnx.base_leaves(base)
+    owners = nnx_survey.base_leaves(base)
     merging.replaced(base, new)
     for leaf in new:
         nnx.follow(owners[leaf][0])

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxadapt import bind, linen_tree, merging, nnx, paths, planning, products, targets
+from jaxadapt import bind, linen_tree, merging, nnx, nnx_survey, paths, planning, products, targets
 from jaxadapt.adapter import Adapter
 from jaxadapt.configs import Config, LoraConfig
 from jaxadapt.errors import AttachError, ConfigError, MismatchError
@@ -165,7 +165,7 @@ def _cast(adapter: Adapter, dtype: Any) -> Adapter:
 def _flat(params: Any) -> dict[str, Any]:
     """Base parameters by path, in float32 at least, whatever holds them."""
     if isinstance(params, nnx.nnx.Module):
-        found = {path: vars(m)[a].get_value() for path, (m, a) in nnx.base_leaves(params).items()}
+        found = nnx_survey.base_values(nnx_survey.base_leaves(params))
     else:
         planning.tree_shapes(params)  # refuses what is no tree of arrays
         tree = nnx.nnx.to_pure_dict(params) if isinstance(params, nnx.nnx.State) else params

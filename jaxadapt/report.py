@@ -170,7 +170,7 @@ def _rows(
 
 
 def _of_model(model: Any, inputs: Sequence[Any]) -> Summary:
-    owners = nnx.base_leaves(model)
+    owners = nnx_survey.base_leaves(model)
     shapes = nnx_survey.base_shapes(owners)
     how = {leaf: nnx_survey.how(module) for leaf, (module, _) in owners.items()}
     if inputs:

@@ -25,7 +25,7 @@ FLOORS = [
     + "per_expert orbax_folder transfer together vocabulary dialects guests guest_config laying sharding slots".split()
     + ["run_folder", "pytorch", "initial", "single_experts", "doubts", "filling", "plain", "heads"],
     "linen linen_call linen_survey linen_tree nnx nnx_survey merging products combining norms trees checking".split()
-    + "observing eva nnx_calls wholes".split(),
+    + "observing eva nnx_calls nnx_layer wholes".split(),
     "foreign planning attach exchange store bases report picture reducing rescaling invoking optim".split()
     + "beginning starting originals quantizing".split(),
     "converting on_disk sharing checkpoint snapshot resuming step_files step_reading".split()
@@ -119,6 +119,8 @@ SAME_FLOOR = {
     ("report", "attach"): "a summary extracts",
     ("trees", "nnx"): "a model is a tree",
     ("trees", "linen_tree"): "boxes are opened as Linen opens them",
+    ("nnx", "nnx_layer"): "a layer that carries an adapter gets a class that applies it",
+    ("nnx_layer", "nnx_survey"): "which knows how its own class uses the weight",
     ("nnx", "nnx_survey"): "attaching asks what a model does with its weights",
     ("merging", "nnx_survey"): "and so reads one",
     ("merging", "nnx"): "it takes a model as well as a tree",
@@ -150,7 +152,7 @@ SAME_FLOOR = {
 
 # library -> the rooms that may import it
 DOORS: dict[str, set[str]] = {
-    "flax": {"linen", "linen_call", "linen_survey", "linen_tree", "nnx", "nnx_calls", "nnx_survey", "demo"},
+    "flax": {*"linen linen_call linen_survey linen_tree nnx nnx_calls nnx_layer nnx_survey".split(), "demo"},
     # The library never imports torch. The demo's comparison with PEFT is a process of its own.
     "torch": {"demo.check"},
     "peft": {"demo.check"},
