@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from jaxadapt import heads, paths, plan
 from jaxadapt.dialect import RANK, Dialect, layouts
 from jaxadapt.errors import KeyMapError
 from jaxadapt.guests import hinted
 from jaxadapt.keymap import KeyMap, Site
-from jaxadapt.weight import EXPERTS
+from jaxadapt.weight import EXPERTS, Weight
 
 Shape = tuple[int, ...]
 
@@ -28,13 +28,14 @@ class Adapted:
 
 
 def find(
-    keymap: KeyMap, modules: Mapping[str, tuple[Shape, Shape]], leaves: Collection[str] = ()
+    keymap: KeyMap, modules: Mapping[str, tuple[Shape, Shape]], leaves: Mapping[str, Shape] | None = None
 ) -> tuple[Adapted, ...]:
     """The base leaves of a family that these PyTorch modules lie in.
 
     Args:
         modules: `{module: (shape of A, shape of B)}` in the file.
-        leaves: the base leaves that there are, where that is known: it settles which of several lines is meant.
+        leaves: the base leaves that there are, `{leaf: shape}`, where that is known: it settles which of several lines
+            is meant.
 
     Raises one `KeyMapError` with every module that no line names, or several do.
     """
@@ -42,7 +43,7 @@ def find(
     for module in modules:
         for w in keymap.weights:
             texts = w.texts(f"{module}.weight") if w.kind == "linear" else None
-            if texts is not None and (not leaves or w.leaf_at(texts) in leaves):
+            if texts is not None and _there(keymap, w, texts, leaves):
                 found.setdefault(w.leaf_at(texts), {})[module] = texts
     # The parts of a fused leaf have one size: so a line for q, k and v in one is not meant where they differ.
     for leaf, mine in list(found.items()):
@@ -61,6 +62,18 @@ def find(
         )
     sites = {leaf: keymap.site(leaf) for leaf in found}
     return tuple(Adapted(site, found[leaf]) for leaf, site in sites.items() if site is not None)
+
+
+def _there(keymap: KeyMap, w: Weight, texts: Mapping[str, str], leaves: Mapping[str, Shape] | None) -> bool:
+    """Whether a line has such a weight: among these leaves, or of as many layers as the table says."""
+    if not leaves:
+        limits = {line.layers: n for leaf, n in keymap.counts for line in keymap.weights if line.leaf == leaf}
+        return "l" not in texts or w.own_number("l", texts["l"]) < limits.get(w.layers, math.inf)
+    shape = leaves.get(w.leaf_at(texts))
+    sizes = dict(zip(w.left, shape or (), strict=False))
+    return shape is not None and all(
+        w.own_number(axis, texts[axis.strip("{}")]) < sizes[axis] for axis in w.roles["stack"] if axis in sizes
+    )
 
 
 def arrays(
@@ -88,7 +101,7 @@ def arrays(
     choices = layouts(pair, weight, dialect.shares)
     if dialect.heads and heads.of(weight):
         *rest, last = weight.left
-        choices = [((*((axis,) for axis in rest), (RANK,)), ((RANK,), (last,)))]
+        choices = [] if weight.stack else [((*((axis,) for axis in rest), (RANK,)), ((RANK,), (last,)))]
     if not choices:
         raise KeyMapError(f"{dialect.name} has no layout for {site.leaf!r} ({weight.pattern!r})")
     if EXPERTS in weight.left:  # with a pair for each there is room for any file

@@ -66,12 +66,13 @@ GEMMA3 = table("gemma3", _ONE, needs=tuple(w.leaf for w in _ONE if w.shift), sha
 def _blocks(size: str, layers: int) -> KeyMap:
     """Stacked: one layer for each place in a block of six, and the rest as they are."""
     count, rest = divmod(layers, 6)
-    lines = [w for place in range(6) for w in _third((6, place), f"{_OURS}layers_{place}.")]
+    blocks = [tuple(_third((6, place), f"{_OURS}layers_{place}.")) for place in range(6)]
+    lines = [w for block in blocks for w in block]
     for place in range(rest):
         to = _HF.replace("{l}", str(6 * count + place))
         lines += _third((1, 0), f"decoder.layers_remainder.layers_{place}.", to)
     needs = tuple(w.leaf for w in lines)
-    return table(f"gemma3-{size}", lines, needs, shared=_TOP, counts=tuple((leaf, count) for leaf in needs[:1]))
+    return table(f"gemma3-{size}", lines, needs, shared=_TOP, counts=tuple((block[0].leaf, count) for block in blocks))
 
 
 GEMMA3_4B, GEMMA3_12B, GEMMA3_27B = _blocks("4b", 34), _blocks("12b", 48), _blocks("27b", 62)
