@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxadapt import bind, linen_tree, merging, nnx, nnx_survey, paths, planning, products, targets
+from jaxadapt import bind, merging, nnx, nnx_survey, paths, planning, products, targets
 from jaxadapt.adapter import Adapter
 from jaxadapt.configs import Config, LoraConfig
 from jaxadapt.errors import AttachError, ConfigError, MismatchError
@@ -164,12 +164,8 @@ def _cast(adapter: Adapter, dtype: Any) -> Adapter:
 
 def _flat(params: Any) -> dict[str, Any]:
     """Base parameters by path, in float32 at least, whatever holds them."""
-    if isinstance(params, nnx.nnx.Module):
-        found = nnx_survey.base_values(nnx_survey.base_leaves(params))
-    else:
-        planning.tree_shapes(params)  # refuses what is no tree of arrays
-        tree = nnx.nnx.to_pure_dict(params) if isinstance(params, nnx.nnx.State) else params
-        found = paths.flatten(linen_tree.meta.unbox(tree))
+    is_model = isinstance(params, nnx.nnx.Module)
+    found = nnx_survey.base_values(nnx_survey.base_leaves(params)) if is_model else planning.tree_leaves(params)
     return {path: products.wide(jnp.asarray(x)) for path, x in found.items()}
 
 
