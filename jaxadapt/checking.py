@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxadapt import pieces, plan
-from jaxadapt.errors import KeyMapError
+from jaxadapt.errors import KeyMapError, MismatchError
 from jaxadapt.keymap import KeyMap
 from jaxadapt.weight import Weight
 
@@ -27,6 +27,7 @@ class Checked:
         twice: keys that several leaves claim, leaves that several lines name.
         misshapen: leaves and keys whose shape contradicts their line, or each other.
         lines: how many leaves (of a checkpoint alone: keys) each line of the table names, those without any included.
+        wrong: the lines of which nothing fits: each leaf's layout, or each tensor's name or shape, is another.
     """
 
     family: str
@@ -36,6 +37,7 @@ class Checked:
     missing: tuple[str, ...] = ()
     twice: tuple[str, ...] = ()
     misshapen: tuple[str, ...] = ()
+    wrong: tuple[Weight, ...] = ()
 
     @property
     def problems(self) -> dict[str, tuple[str, ...]]:
@@ -56,6 +58,7 @@ class Checked:
             "fits": self.fits,
             "claimed": {leaf: list(keys) for leaf, keys in self.claims.items()},
             **{kind: list(getattr(self, kind)) for kind in kinds},
+            "wrong": [{"leaf": w.leaf, "key": w.key, "pattern": w.pattern} for w in self.wrong],
             "unused": [w.leaf for w, count in self.lines.items() if not count],
         }
 
@@ -87,6 +90,7 @@ def _model(table: KeyMap, leaves: Shapes) -> Checked:
     unclaimed: list[str] = []
     misshapen: list[str] = []
     twice: list[str] = []
+    odd = dict.fromkeys(table.weights, 0)
     for leaf, shape in leaves.items():
         hits = [w for w in table.weights if w.regex.fullmatch(leaf)]
         if not hits:
@@ -97,8 +101,9 @@ def _model(table: KeyMap, leaves: Shapes) -> Checked:
             lines[hits[0]] += 1
             try:
                 entry = plan.base_entry(table, leaf, shape)
-            except KeyMapError as error:
+            except (KeyMapError, MismatchError) as error:
                 misshapen.append(str(error))
+                odd[hits[0]] += 1
             else:
                 assert entry is not None
                 claims[leaf] = entry.keys
@@ -109,7 +114,12 @@ def _model(table: KeyMap, leaves: Shapes) -> Checked:
     twice += [f"{key}: {', '.join(who)}" for key, who in owners.items() if len(who) > 1]
     missing = tuple(_needed(table, lines))
     claims = {leaf: tuple(map(pieces.whole, keys)) for leaf, keys in claims.items()}
-    return Checked(table.name, claims, lines, tuple(unclaimed), missing, tuple(twice), tuple(misshapen))
+    wrong = _all_of(lines, odd)
+    return Checked(table.name, claims, lines, tuple(unclaimed), missing, tuple(twice), tuple(misshapen), wrong)
+
+
+def _all_of(lines: Mapping[Weight, int], odd: Mapping[Weight, int]) -> tuple[Weight, ...]:
+    return tuple(w for w, count in lines.items() if count and odd.get(w) == count)
 
 
 def _needed(table: KeyMap, lines: Mapping[Weight, int]) -> Iterable[str]:
@@ -119,12 +129,17 @@ def _needed(table: KeyMap, lines: Mapping[Weight, int]) -> Iterable[str]:
 
 def _both(table: KeyMap, model: Checked, leaves: Shapes, tensors: Shapes) -> Checked:
     wanted: dict[str, tuple[int, ...]] = {}
+    ties = dict(table.tied)
+    known = {leaf: site.weight for leaf in model.claims if (site := table.site(leaf)) is not None}
+    keys, bad = dict.fromkeys(table.weights, 0), dict.fromkeys(table.weights, 0)
     for leaf in model.claims:
         entry = plan.base_entry(table, leaf, leaves[leaf])
         assert entry is not None
         for key in entry.keys:
-            wanted[pieces.whole(key)] = pieces.shape_of([key], entry.form.file_shape)
-    ties = dict(table.tied)
+            wanted[pieces.whole(key)] = shape = pieces.shape_of([key], entry.form.file_shape)
+            line = known[leaf]
+            keys[line] += 1
+            bad[line] += tensors.get(pieces.whole(key), tensors.get(ties.get(key, ""))) != shape
     odd = leaves.keys() - model.claims.keys()  # said already
     spare = ties.keys() | {key for key in tensors if is_buffer(table, key) or odd.intersection(_leaves(table, key))}
     return dataclasses.replace(
@@ -139,6 +154,7 @@ def _both(table: KeyMap, model: Checked, leaves: Shapes, tensors: Shapes) -> Che
                 if key in tensors and tensors[key] != shape
             ),
         ),
+        wrong=(*model.wrong, *_all_of(keys, bad)),
     )
 
 
@@ -147,6 +163,7 @@ def _checkpoint(table: KeyMap, tensors: Shapes) -> Checked:
     claims: dict[str, list[str]] = {}
     held = {w: dict[str, Mapping[str, str]]() for w in table.weights}
     misshapen: list[str] = []
+    odd = dict.fromkeys(table.weights, 0)
     for key, shape in tensors.items():
         for w, mine in held.items():
             texts = w.texts(key)
@@ -155,6 +172,7 @@ def _checkpoint(table: KeyMap, tensors: Shapes) -> Checked:
             mine[key] = texts
             claims.setdefault(w.leaf_at(texts), []).append(key)
             if len(w.right) != len(shape):
+                odd[w] += 1
                 misshapen.append(f"{key}: {_by(shape)}, its line {w.pattern!r} names {len(w.right)} axes on the right")
     named = {key for mine in held.values() for key in mine} | {key for key, _ in table.tied}
     lines = {w: len(mine) for w, mine in held.items()}
@@ -165,6 +183,7 @@ def _checkpoint(table: KeyMap, tensors: Shapes) -> Checked:
         unclaimed=tuple(key for key in tensors if key not in named and not is_buffer(table, key)),
         missing=(*_needed(table, lines), *dict.fromkeys(_gaps(held.items(), tensors))),
         misshapen=tuple(misshapen),
+        wrong=_all_of(lines, odd),
     )
 
 

@@ -154,3 +154,54 @@ def test_as_a_process_it_loads_no_jax(checkpoint):
     command = [sys.executable, "-c", code, str(checkpoint(TENSORS))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+OWN = """
+from jaxadapt import KeyMap, Weight
+
+TABLE = KeyMap("mine", (
+    Weight("embed", "model.embed_tokens.weight", "v d -> v d", kind="embedding"),
+    Weight("blocks.{l}.q", "model.layers.{l}.q_proj.weight", "d n h -> (n h) d"),
+    Weight("blocks.{l}.kv", "model.layers.{l}.{p}_proj.weight", "{p} d k h -> (k h) d", p=("k", "v")),
+    Weight("blocks.{l}.o", "model.layers.{l}.o_proj.weight", "n h d -> d (n h)"),
+    Weight("blocks.{l}.norm", "model.layers.{l}.norm.weight", "d -> d"),
+))
+"""
+MINE = {"embed": (11, 4)}
+THEIRS = {"model.embed_tokens.weight": np.zeros((11, 4), "f4")}
+LAYER = {"q": (4, 3, 2), "kv": (2, 4, 1, 2), "o": (3, 2, 4), "norm": (4,)}
+MODULES = {"q_proj": (6, 4), "k_proj": (2, 4), "v_proj": (2, 4), "o_proj": (4, 6), "norm": (4,)}
+for at in "01":
+    MINE |= {f"blocks.{at}.{name}": shape for name, shape in LAYER.items()}
+    THEIRS |= {f"model.layers.{at}.{name}.weight": np.zeros(shape, "f4") for name, shape in MODULES.items()}
+
+
+@pytest.mark.parametrize(
+    ("right", "slip", "wrong"),
+    [
+        ("", "", None),
+        ("d n h -> (n h) d", "d n h -> d (n h)", "blocks.{l}.q"),  # the sides swapped
+        ("layers.{l}.o_proj", "layers.{l}.out_proj", "blocks.{l}.o"),  # another name
+        ("n h d -> d (n h)", "n h -> n h", "blocks.{l}.o"),  # an axis too few
+        ('p=("k", "v")', 'p=("k", "v", "w")', "blocks.{l}.kv"),  # a part too many
+    ],
+)
+def test_a_table_of_ones_own_and_the_line_that_is_wrong(checkpoint, tmp_path, right, slip, wrong):
+    (tmp_path / "mine.py").write_text(OWN.replace(right, slip) if right else OWN)
+    (tmp_path / "shapes.json").write_text(json.dumps(MINE))
+    where = (f"{tmp_path / 'mine.py'}:TABLE", "--model", tmp_path / "shapes.json", "--checkpoint", checkpoint(THEIRS))
+    data, problems = found(*where, status=0 if wrong is None else 1)
+    assert [line["leaf"] for line in data["wrong"]] == ([] if wrong is None else [wrong])
+    assert bool(problems) == (wrong is not None)
+    if wrong:
+        assert f"wrong lines of the table, of which nothing fits: 1\n  {wrong} -> " in run(*where).output
+
+
+def test_a_python_file_without_that_table_says_so(tmp_path, checkpoint):
+    (tmp_path / "mine.py").write_text("TABLE = 3")
+    folder = checkpoint(THEIRS)
+    for text, says in ((f"{tmp_path / 'mine.py'}:TABLE", "expected a jaxadapt.KeyMap called 'TABLE', found int"),
+                       (f"{tmp_path / 'none.py'}:TABLE", "none.py")):  # fmt: skip
+        result = run(text, "--checkpoint", folder)
+        assert result.exit_code != 0
+        assert says in result.output.replace("\n", " ")

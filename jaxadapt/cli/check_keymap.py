@@ -14,6 +14,7 @@ from jaxadapt.errors import KeyMapError
 
 if TYPE_CHECKING:
     from jaxadapt.checking import Checked
+    from jaxadapt.keymap import KeyMap
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -43,6 +44,9 @@ def command(family: str, model: str | None, checkpoint: str | None, as_json: boo
       shapes = {p: x.shape for p, x in jaxadapt.paths.flatten(params).items()}
       json.dump(shapes, open("shapes.json", "w"))
 
+    A table of your own is FILE.py:NAME, a KeyMap in a Python file (which is run). Lines of which nothing fits are said
+    to be wrong.
+
     The exit status is 1 where a weight has no line, is missing, has several lines, or is of another shape.
 
     \b
@@ -50,6 +54,7 @@ def command(family: str, model: str | None, checkpoint: str | None, as_json: boo
       jaxadapt check-keymap llama --checkpoint SmolLM2-135M/
       jaxadapt check-keymap auto --model shapes.json
       jaxadapt check-keymap tunix:qwen3 --model shapes.json --checkpoint Qwen3-0.6B/
+      jaxadapt check-keymap my_model.py:TABLE --model shapes.json --checkpoint Mine/
     """
     if model is None and checkpoint is None:
         raise click.UsageError("say what is checked: --model, --checkpoint, or both")
@@ -59,7 +64,7 @@ def command(family: str, model: str | None, checkpoint: str | None, as_json: boo
 
     leaves = None if model is None else _leaves(Path(model))
     tensors = None if checkpoint is None else _tensors(Path(checkpoint))
-    table = families.resolve(family, leaves or {})
+    table = _own(family) if ".py:" in family else families.resolve(family, leaves or {})
     if leaves is not None and tensors is not None:
         table = table.spelt_as(tensors, leaves)
     found = checking.check(table, leaves, tensors)
@@ -69,6 +74,23 @@ def command(family: str, model: str | None, checkpoint: str | None, as_json: boo
         _show(found, leaves, tensors)
     if not found.fits:
         sys.exit(1)
+
+
+def _own(text: str) -> KeyMap:
+    """The table that a Python file holds."""
+    import runpy
+
+    from jaxadapt.codecs import files
+    from jaxadapt.keymap import KeyMap
+
+    path, _, name = text.rpartition(":")
+    try:
+        table = runpy.run_path(path).get(name)
+    except OSError as error:
+        raise files.file_error("read", path, error) from error
+    if not isinstance(table, KeyMap):
+        raise KeyMapError(f"{path}: expected a jaxadapt.KeyMap called {name!r}, found {type(table).__name__}")
+    return table
 
 
 def _show(found: Checked, leaves: Shapes | None, tensors: Shapes | None) -> None:
@@ -90,6 +112,9 @@ def _show(found: Checked, leaves: Shapes | None, tensors: Shapes | None) -> None
         shown.print_words("not here (no fault: the models of a family differ)", unused)
     for kind, listed in found.problems.items():
         shown.print_list(_TITLES[kind], listed, _SHOWN)
+    lines = [f"{w.leaf} -> {w.key}, {w.pattern!r}" for w in found.wrong]
+    if lines:
+        shown.print_list("wrong lines of the table, of which nothing fits", lines, _SHOWN)
 
 
 def _leaves(path: Path) -> Shapes:
