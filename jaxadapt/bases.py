@@ -256,6 +256,7 @@ def _check_ties(
 def import_base(
     path: str | os.PathLike[str],
     target: Any,
+    adapter: Adapter | None = None,
     *,
     keymap: KeyMap | str | None = None,
     strict: bool = True,
@@ -267,6 +268,7 @@ def import_base(
         path: a folder with model.safetensors, its index and shards, or pytorch_model.bin; or one such file.
         target: an NNX model, filled in place and returned; Linen variables or parameters, returned anew. Abstract
             ones work too. Each array keeps the target's dtype and sharding.
+        adapter: of this target (`from_peft` makes one of a file's tensors), merged into the weights that were read.
         keymap: the target's family; None recognises it.
         strict: False takes what fits and warns of the rest: weights the file lacks stay as they are (a new head), and
             tensors the model has no place for are left out (an old one).
@@ -277,6 +279,8 @@ def import_base(
     """
     leaves, table = _leaves(target, keymap)
     shapes = _shapes(leaves)
+    if adapter is not None:  # what does not fit shows before anything is read
+        merging.merged(merging.ready(_params(target), adapter), adapter)
     with shards.opened(places.at(path)) as tensors:
         _refuse_packed(tensors)
         table = table.spelt_as(tensors, shapes)
@@ -299,6 +303,10 @@ def import_base(
             warnings.warn(f"{tensors.source}: left as they were: {', '.join(sorted(left))}", stacklevel=2)
         with reporting(progress) as report:
             new = _read(entries, tensors.renamed(source), leaves, planning.placement(_params(target)), report)
+    if adapter is not None:
+        changed = merging.merged({**leaves, **new}, adapter)
+        for leaf in list(changed):
+            new[leaf] = changed.pop(leaf).value(donate=leaf in new)
     LOGGER.info("%s: %d weights read, by the table %s", tensors.source, len(new), table.name)
     done = merging.replaced(_params(target), new)
     return done if _params(target) is target else {**target, "params": done}

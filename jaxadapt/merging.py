@@ -93,17 +93,7 @@ def _changed(
     dequantize: bool = False,
 ) -> Any:
     what, progress = said
-    if not isinstance(adapter, Adapter):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise AttachError(
-            f"expected an Adapter (from extract, init or from_peft), found {type(adapter).__name__};"
-            " jaxadapt.from_peft(tensors, params) makes one of PeftTensors"
-        )
-    if isinstance(params, nnx.nnx.Module) and nnx.active(params):
-        raise AttachError(
-            "this model has active adapters, which would count twice; take the adapter out and detach first:"
-            " adapter = extract(model); detach(model); merge(model, adapter)"
-        )
-    base = leaves(params)
+    base = ready(params, adapter)
     new: dict[str, Any] = {}
     if dequantize:
         new = {path: quantized.dense(leaf) for path, leaf in base.items() if quantized.is_quantized(leaf)}
@@ -122,6 +112,21 @@ def _changed(
     if safe and not donate:
         _need_finite({path: lambda value=value: value for path, value in new.items()})
     return replaced(params, new)
+
+
+def ready(params: Any, adapter: Any) -> dict[str, Any]:
+    """The leaves of base parameters that an adapter may be merged into; `AttachError` for what is no such pair."""
+    if not isinstance(adapter, Adapter):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise AttachError(
+            f"expected an Adapter (from extract, init or from_peft), found {type(adapter).__name__};"
+            " jaxadapt.from_peft(tensors, params) makes one of PeftTensors"
+        )
+    if isinstance(params, nnx.nnx.Module) and nnx.active(params):
+        raise AttachError(
+            "this model has active adapters, which would count twice; take the adapter out and detach first:"
+            " adapter = extract(model); detach(model); merge(model, adapter)"
+        )
+    return leaves(params)
 
 
 def _need_finite(values: Mapping[str, Callable[[], Any]]) -> None:

@@ -253,6 +253,12 @@ def test_an_nnx_model_in_place_and_its_adapter(tmp_path):
     abstract = nnx.eval_shape(small.net)
     jaxadapt.import_base(tmp_path / "base", abstract, keymap=table)
     np.testing.assert_array_equal(abstract(small.X), small.net()(small.X))
+    third = jaxadapt.import_base(tmp_path / "base", nnx.eval_shape(small.net), adapter, keymap=table)
+    np.testing.assert_allclose(third(small.X), out, rtol=1e-5, atol=1e-6)
+    with pytest.raises(jaxadapt.AttachError, match="active adapters, which would count twice"):
+        jaxadapt.import_base(tmp_path / "base", model, adapter, keymap=table)
+    with pytest.raises(jaxadapt.AttachError, match="expected an Adapter"):
+        jaxadapt.import_base(tmp_path / "base", other, jaxadapt.to_peft(adapter), keymap=table)
     adapted = small.trained(seed=4)  # adapters on the target stay
     before = jaxadapt.extract(adapted).flat()
     jaxadapt.import_base(tmp_path / "base", adapted, keymap=table)

@@ -52,6 +52,9 @@ def test_transformers_reads_the_merged_model_and_we_read_its(name, tmp_path):
 
     torch_side.save(specimen, tmp_path / "adapter")
     adapter = jaxadapt.from_peft(jaxadapt.read(tmp_path / "adapter"), flat, keymap=specimen.keymap)
+    together = jaxadapt.import_base(tmp_path / "torch", target, adapter, keymap=specimen.keymap)
+    for x, y in zip(jax_leaves(together), jax_leaves(jaxadapt.merge(flat, adapter)), strict=True):
+        np.testing.assert_array_equal(x, y)
     model.config.save_pretrained(tmp_path / "ours")
     jaxadapt.export_base(flat, tmp_path / "ours", adapter, keymap=specimen.keymap, max_shard_size=2000)
     merged, info = type(model).from_pretrained(tmp_path / "ours", output_loading_info=True, attn_implementation="eager")
