@@ -241,7 +241,8 @@ def test_donated_weights_are_changed_in_place_and_nothing_else_is(api):
     merged = jaxadapt.merge(base, adapter, donate=True)
     assert given.is_deleted()
     state = nnx.to_pure_dict(nnx.state(merged)) if api == "nnx" else merged
-    jax.tree.map(np.testing.assert_array_equal, state, expected)
+    # Two compiled programs, in one of which XLA may round between multiplying and adding: seen with jax 0.12 only.
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), state, expected)
     back = jaxadapt.unmerge(merged, adapter, donate=True)
     state = nnx.to_pure_dict(nnx.state(back)) if api == "nnx" else back
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), state, small.base()["params"])
