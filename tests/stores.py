@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import os
 import socketserver
+import urllib.request
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ def s3() -> Generator[str]:
     server.start()
     endpoint = "http://localhost:{1}".format(*server.get_host_and_port())
     settings = {"AWS_ENDPOINT_URL": endpoint, "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "1"}
+    # What a server of this process held before is there again otherwise.
+    urllib.request.urlopen(urllib.request.Request(f"{endpoint}/moto-api/reset", method="POST")).close()
     with environment(**KEYS, **settings):
         import s3fs
 
