@@ -143,7 +143,7 @@ def _leaves(params: Any, keymap: KeyMap | str | None) -> tuple[dict[str, Any], K
 
     Of an NNX model also what is no parameter there, if the table has a line for it (the bias of MaxText's routers).
     """
-    found = merging.leaves(_params(params))
+    found = merging.leaves(planning.params_of(params))
     odd = [f"{p}: {type(x).__name__}" for p, x in found.items() if not is_array(x)]
     if odd:
         raise AttachError(
@@ -155,10 +155,6 @@ def _leaves(params: Any, keymap: KeyMap | str | None) -> tuple[dict[str, Any], K
         more = {path: var.get_value() for path, var in nnx_survey.state(params).items() if table.site(path)}
         found = dict(sorted({**found, **more}.items(), key=lambda item: nnx_survey.natural(item[0])))
     return found, table
-
-
-def _params(tree: Any) -> Any:
-    return tree["params"] if isinstance(tree, Mapping) and "params" in tree else tree
 
 
 def _shapes(leaves: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -280,7 +276,7 @@ def import_base(
     leaves, table = _leaves(target, keymap)
     shapes = _shapes(leaves)
     if adapter is not None:  # what does not fit shows before anything is read
-        merging.merged(merging.ready(_params(target), adapter), adapter)
+        merging.merged(merging.ready(planning.params_of(target), adapter), adapter)
     with shards.opened(places.at(path)) as tensors:
         _refuse_packed(tensors)
         table = table.spelt_as(tensors, shapes)
@@ -302,14 +298,15 @@ def import_base(
         if left:
             warnings.warn(f"{tensors.source}: left as they were: {', '.join(sorted(left))}", stacklevel=2)
         with reporting(progress) as report:
-            new = _read(entries, tensors.renamed(source), leaves, planning.placement(_params(target)), report)
+            new = _read(entries, tensors.renamed(source), leaves, planning.placement(target), report)
     if adapter is not None:
         changed = merging.merged({**leaves, **new}, adapter)
         for leaf in list(changed):
             new[leaf] = changed.pop(leaf).value(donate=leaf in new)
     LOGGER.info("%s: %d weights read, by the table %s", tensors.source, len(new), table.name)
-    done = merging.replaced(_params(target), new)
-    return done if _params(target) is target else {**target, "params": done}
+    base = planning.params_of(target)
+    done = merging.replaced(base, new)
+    return done if base is target else {**target, "params": done}
 
 
 # What lies beside a weight that is stored as codes, by the end of its name or a part of it.

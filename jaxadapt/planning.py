@@ -98,7 +98,7 @@ def placement(tree: Any) -> dict[str, Any]:
     """`{leaf: sharding}` of the base parameters, as `base_of` has them; None where a leaf has none to follow."""
     if isinstance(tree, nnx.nnx.Module):
         return nnx.placement(nnx_survey.base_leaves(tree))
-    base = _params(tree)
+    base = params_of(tree)
     return linen_tree.placement(nnx.nnx.to_pure_dict(base) if isinstance(base, nnx.nnx.State) else base)
 
 
@@ -111,12 +111,12 @@ def base_of(tree: Any) -> dict[str, Any]:
     """`{path: array or spec}` of the base parameters of an NNX model, Linen variables or a tree of them."""
     if isinstance(tree, nnx.nnx.Module):
         return nnx_survey.base_values(nnx_survey.base_leaves(tree))
-    return tree_leaves(_params(tree))
+    return tree_leaves(params_of(tree))
 
 
-def _params(tree: Any) -> Any:
-    """The base parameters among Linen variables, or the tree itself."""
-    return tree["params"] if "params" in tree else tree  # noqa: SIM401 (a State has no get)
+def params_of(tree: Any) -> Any:
+    """The base parameters among Linen variables, or what was given: parameters, a state, a model."""
+    return tree["params"] if isinstance(tree, Mapping | nnx.nnx.State) and "params" in tree else tree
 
 
 def tree_leaves(params: Any) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def on_target(
     table = table_of(target, keymap, keys)
     if isinstance(target, nnx.nnx.Module):
         return on_model(target, config, table, stack_axes, example)
-    return on_tree(_params(target), config, table)
+    return on_tree(params_of(target), config, table)
 
 
 def check_target(target: Any) -> None:
@@ -162,7 +162,7 @@ def table_of(target: Any, keymap: KeyMap | str | None, keys: Sequence[str]) -> K
         return families.resolve(keymap, shapes).spelt_as(keys, shapes)
     if keymap is None:
         keymap = _attached_table(target)
-    shapes = tree_shapes(_params(target))
+    shapes = tree_shapes(params_of(target))
     return families.resolve(keymap, shapes).spelt_as(keys, shapes)
 
 
