@@ -30,7 +30,7 @@ from jaxadapt.codecs.files import MAX_VIEWS, file_error
 from jaxadapt.errors import FileError
 
 __all__ = [
-    "Writer", "alone_in", "flush", "flush_tree", "make_parents", "replacing", "staging", "start_writeback", "sweep",
+    "Writer", "alone_in", "flush", "flush_tree", "make_parents", "replacing", "staging", "sweep",
     "write_bytes",
 ]  # fmt: skip
 
@@ -72,18 +72,18 @@ class Writer:
 
     def _start_writeback(self) -> None:
         if self._written - self._started >= _EARLY:
-            start_writeback(self.fd, self._started, self._written - self._started)
+            _start_writeback(self.fd, self._started, self._written - self._started)
             self._started = self._written
             if self._written > _CACHED:
-                start_writeback(self.fd, 0, self._written - _CACHED)
+                _start_writeback(self.fd, 0, self._written - _CACHED)
 
 
 def _error(path: str, error: OSError | ValueError) -> FileError:
     return file_error("write", path, error, "what the path held before is untouched")
 
 
-def start_writeback(fd: int, offset: int, size: int) -> None:
-    """Sets the disk to work on a range (0, 0: all of the file); without this it idles until the final fsync."""
+def _start_writeback(fd: int, offset: int, size: int) -> None:
+    """Sets the disk to work on a range; without this it idles until the final fsync."""
     # Linux answers the advice by starting to write the range, and drops from its cache what is on the disk already.
     if sys.platform == "linux":
         os.posix_fadvise(fd, offset, size, os.POSIX_FADV_DONTNEED)

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Part", "Parts", "digest", "follow", "lead"]
 
-_WRITEBACK = 8 << 20  # the disk is set to work each time so many bytes have gathered
-
 
 class Part(NamedTuple):
     """A box of one tensor: `shape` is the tensor's (or another for the same bytes in C order), `array` any layout."""
@@ -170,11 +168,14 @@ def _error(path: str, error: OSError) -> FileError:
 
 
 class _Place:
-    """An open file of known layout."""
+    """An open file of known layout.
+
+    The disk is not set to work before the end: it would find the gaps that other processes have still to fill, and
+    cut the file into thousands of fragments, which took three times as long to write and seconds to delete.
+    """
 
     def __init__(self, fd: int, path: str, start: int, tensors: Mapping[str, TensorInfo]) -> None:
         self._fd, self._path, self._start, self._tensors = fd, path, start, tensors
-        self._fresh = 0
 
     def write(self, parts: Iterator[Part]) -> None:
         """Writes all parts. If that fails the rest is still made, and not written: others may be waiting for it."""
@@ -200,12 +201,8 @@ class _Place:
             while len(data):
                 count = os.pwrite(self._fd, data, offset)
                 data, offset = data[count:], offset + count
-                self._fresh += count
         except OSError as error:
             raise _error(self._path, error) from error
-        if self._fresh >= _WRITEBACK:
-            self._fresh = 0
-            atomic.start_writeback(self._fd, 0, 0)
 
     def flush(self) -> None:
         """Waits until everything is on the disk."""
