@@ -124,7 +124,7 @@ class Adapter:
 
     @property
     def recipe(self) -> Recipe:
-        return Recipe(self.config, self.keymap, len(self.sites))
+        return Recipe(self.config, self.keymap, len({path.rpartition(".")[0] for path in self.flat()}))
 
     @property
     def collection(self) -> dict[str, dict[str, Any]]:

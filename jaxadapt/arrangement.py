@@ -67,6 +67,11 @@ class Arrangement:
         return tuple(math.prod(self._inner[n] for n in group) for group in self.right)
 
     @functools.cached_property
+    def as_it_lies(self) -> bool:
+        """Whether the array is one tensor of the file, byte for byte in its order."""
+        return not self.split and list(self._flat) == list(self._inner) and self.factor == 1 and not self.shift
+
+    @functools.cached_property
     def _orders(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The transposes from the model's axes to PyTorch's, and back."""
         ours, theirs = list(self._inner), list(self._flat)

@@ -79,18 +79,18 @@ def adapt(
                 raise AttachError(f"{what}={given!r}: all adapters of a wrapper share one, and this has {mine!r}")
         return dataclasses.replace(model, adapters=(*model.adapters, (name, config)), active=(name,))
     _need_nnx(model)
-    owners = nnx_survey.base_leaves(model)
+    base = planning.Base.of(model)
+    owners = base.held
     if name in nnx.names(model, owners):
         raise AttachError(f"there is an adapter {name!r} already; choose another name=, or delete it first")
-    recipe, bounds = planning.on_model(model, config, keymap, stack_axes, example, owners)
+    recipe, bounds = planning.plan(base, config, keymap, stack_axes, example)
     abstract = rngs is None and nnx_survey.is_abstract(owners)
     if rngs is None and not abstract:
         raise AttachError("adapt needs rngs=nnx.Rngs(seed) for the adapter's initial values")
     if rngs is not None and not (isinstance(rngs, nnx.nnx.Rngs) and {"params", "default"} & set(rngs)):
         raise AttachError('rngs: expected nnx.Rngs with a stream "params" or "default", such as nnx.Rngs(0)')
     key = None if rngs is None else rngs.params()
-    base, where = nnx_survey.base_values(owners), nnx.placement(owners)
-    values = initial.fresh(recipe.config, bounds, key, dtype, abstract, base, where)
+    values = initial.fresh(recipe.config, bounds, key, dtype, abstract, base.leaves, base.placement)
     nnx.attach(model, recipe, bounds, name, values, rngs, owners)
     return model
 
@@ -146,13 +146,9 @@ def init(
     dtype = _kind(dtype, autocast_adapter_dtype)
     if key is not None and not is_array(key):
         raise AttachError(f"key: expected a JAX random key such as jax.random.key(0), found {type(key).__name__}")
-    if isinstance(params, nnx.nnx.Module):
-        recipe, bounds = planning.on_model(params, config, keymap)
-        base = nnx_survey.base_values(nnx_survey.base_leaves(params))
-    else:
-        recipe, bounds = planning.on_tree(params, config, keymap)
-        base = planning.tree_leaves(params)
-    values = initial.fresh(recipe.config, bounds, key, dtype, key is None, base, planning.placement(params))
+    base = planning.Base.of(params)
+    recipe, bounds = planning.plan(base, config, keymap)
+    values = initial.fresh(recipe.config, bounds, key, dtype, key is None, base.leaves, base.placement)
     return Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
 
 

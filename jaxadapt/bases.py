@@ -298,7 +298,7 @@ def import_base(
         if left:
             warnings.warn(f"{tensors.source}: left as they were: {', '.join(sorted(left))}", stacklevel=2)
         with reporting(progress) as report:
-            new = _read(entries, tensors.renamed(source), leaves, planning.placement(target), report)
+            new = _read(entries, tensors.renamed(source), leaves, planning.of_target(target).placement, report)
     if adapter is not None:
         changed = merging.merged({**leaves, **new}, adapter)
         for leaf in list(changed):

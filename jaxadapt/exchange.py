@@ -20,6 +20,7 @@ from jaxadapt import (
     families,
     foreign,
     joining,
+    methods,
     paths,
     per_expert,
     pieces,
@@ -34,7 +35,6 @@ from jaxadapt import (
 )
 from jaxadapt import plan as plans
 from jaxadapt.adapter import Adapter, PeftTensors
-from jaxadapt.codecs.safetensors import TensorFile
 from jaxadapt.configs import Config
 from jaxadapt.errors import AdapterError, AttachError, ConfigError, MismatchError
 from jaxadapt.keymap import PEFT_PREFIX, KeyMap
@@ -222,12 +222,18 @@ def from_peft(
     if isinstance(tensors, PeftTensors) and base is None:  # pyright: ignore[reportUnnecessaryIsInstance]
         way_out = "; base='changed' says that this target is the changed base"
         products.need_plain(tensors.config, tensors.source, way_out)
-    return decoded(tensors, target, keymap, dtype, stack_axes, example, shardings, on_shared=on_shared)[0]
+    parameters = planning.of_target(target)
+    return decoded(tensors, parameters, keymap, dtype, stack_axes, example, shardings, on_shared=on_shared)[0]
+
+
+def spread(base: planning.Base, shardings: Any) -> bool:
+    """Whether an adapter is to be put anywhere but on the default device."""
+    return shardings is not None or any(place is not None for place in base.placement.values())
 
 
 def decoded(
     tensors: PeftTensors,
-    target: Any,
+    base: planning.Base,
     keymap: Any,
     dtype: Any,
     stack_axes: Any,
@@ -245,21 +251,18 @@ def decoded(
         )
     try:
         keys = [key.removeprefix(PEFT_PREFIX) for key in tensors.tensors]
-        planning.check_target(target)
-        spread = shardings is not None or any(place is not None for place in planning.placement(target).values())
-        if isinstance(tensors.tensors, TensorFile) and not spread:
-            tensors.tensors.read_ahead()  # it all goes to one device, and reading need not wait for planning
+        methods.of(tensors.config)
+        table = planning.table_of(base, keymap, keys)
         if per_expert.possible(keys):
-            keymap = planning.table_of(target, keymap, keys)
-            tensors = per_expert.fused(tensors, keymap, on_shared, "load or from_peft")
-        recipe, bounds = planning.on_target(target, tensors.config, keymap, keys, stack_axes, example)
+            tensors = per_expert.fused(tensors, table, on_shared, "load or from_peft")
+        recipe, bounds = planning.plan(base, tensors.config, table, stack_axes, example)
         plan = bind.file_plan(bounds)
     except AdapterError as error:
         raise type(error)(f"{tensors.source}: {error}") from error
     if pieces.has_pieces(plan.keys):
         tensors = dataclasses.replace(tensors, tensors=pieces.cut(tensors.tensors, plan.keys))
     if on_mismatch == "skip":
-        rows = vocabulary.fitted(tensors.tensors, bounds, recipe.keymap, planning.base_of(target), tensors.source)
+        rows = vocabulary.fitted(tensors.tensors, bounds, recipe.keymap, base.leaves, tensors.source)
         tensors = dataclasses.replace(tensors, tensors=rows)
     specs = transfer.specs(tensors.tensors)
     dtypes = {key: spec.dtype for key, spec in specs.items()}
@@ -272,14 +275,13 @@ def decoded(
         again = tying.once(tensors.tensors, plan.entries, recipe.keymap, tensors.source)
         shapes = {key: shape for key, shape in shapes.items() if key not in again}
     if shapes.keys() - plan.keys.keys():
-        base = planning.base_of(target)
-        of_base = embeddings.carried(tensors.tensors, shapes, plan.keys, recipe.keymap, base, tensors.source)
+        of_base = embeddings.carried(tensors.tensors, shapes, plan.keys, recipe.keymap, base.leaves, tensors.source)
         of_base |= copies.repeated(tensors.tensors, plan.keys, tensors.source)
         shapes = {key: shape for key, shape in shapes.items() if key not in of_base}
     plan.check(shapes, tensors.source, odd, recipe.keymap.name)
     if dtype is None and np.dtype("float64") in dtypes.values() and jnp.zeros(0, float).dtype != "float64":
         warnings.warn(f"{tensors.source}: float64 tensors become float32, since jax_enable_x64 is off", stacklevel=3)
-    where = places(shardings, target, bounds) if spread else {}
+    where = places(shardings, base, bounds) if spread(base, shardings) else {}
     copied = {key for b in bounds if b.method.copies for e in b.entries for key in e.keys}
     wide = {key: d if key in copied else kinds[d] for key, d in dtypes.items()}
     leaves = transfer.arrays(plan, tensors.tensors, wide, dtype, where, report)
@@ -302,8 +304,8 @@ def kind(found: Any, asked: Any) -> np.dtype[Any]:
     return np.dtype("float32" if narrow else found)
 
 
-def places(shardings: Any, target: Any, bounds: Sequence[bind.Bound]) -> dict[str, Any]:
+def places(shardings: Any, base: planning.Base, bounds: Sequence[bind.Bound]) -> dict[str, Any]:
     """`{path: sharding}`: what was asked for, else what follows from the base."""
     if shardings is not None:
         return sharding.asked(shardings.params if isinstance(shardings, Adapter) else shardings, bounds)
-    return sharding.for_adapter(bounds, planning.placement(target))
+    return sharding.for_adapter(bounds, base.placement)

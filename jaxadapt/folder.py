@@ -177,8 +177,13 @@ def read(path: str | os.PathLike[str], *, progress: Progress = None) -> PeftTens
 
 
 @contextlib.contextmanager
-def opened(path: str | os.PathLike[str], report: Report = quiet) -> Generator[PeftTensors]:
-    """As `read`, but the tensors of a `.safetensors` file are read when they are asked for, while it is open."""
+def opened(
+    path: str | os.PathLike[str], report: Report = quiet, *, ahead: bool = False
+) -> Generator[PeftTensors]:
+    """As `read`, but the tensors of a `.safetensors` file are read when they are asked for, while it is open.
+
+    With `ahead` reading a small one begins at once, in the background.
+    """
     if orbax.found(path):
         from jaxadapt import orbax_folder
 
@@ -187,7 +192,7 @@ def opened(path: str | os.PathLike[str], report: Report = quiet) -> Generator[Pe
     config, weights = _files(path, report)
     with contextlib.ExitStack() as stack:
         if weights.name == WEIGHTS:
-            tensors: Mapping[str, Any] = stack.enter_context(safetensors.open_tensors(weights))
+            tensors: Mapping[str, Any] = stack.enter_context(safetensors.open_tensors(weights, ahead))
             settled = agreeing.settle(config, tensors.header, weights)
         else:
             settled = agreeing.settle(config, None, weights)

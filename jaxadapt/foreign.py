@@ -72,6 +72,8 @@ def find(tree: Any) -> Found | None:
 
     Raises `KeyMapError` where a dialect knows some of them and not all.
     """
+    if not trees.perhaps(tree, is_like):
+        return None
     leaves, put = trees.opened(tree)
     like = {path for path in leaves if is_like(path)}
     if not like or not any(d.claim(leaves) and _has_slots(d, leaves) for d in dialects.DIALECTS.values()):

@@ -100,10 +100,11 @@ class Adapted:
 
     def _joined(self, recipes: Mapping[str, Any], rngs: Any, variables: Mapping[str, Any]) -> dict[str, Any]:
         out = dict(variables)
-        base = paths.flatten(linen_tree.opened(variables.get("params", {})))
+        leaves = paths.flatten(variables.get("params", {}))
+        base = {path: linen_tree.opened(leaf) for path, leaf in leaves.items()}
         for name, (recipe, bounds) in recipes.items():
             key = _fresh_key(rngs, collection_name(recipe.config), name)
-            where = linen_tree.placement(variables.get("params", {}))
+            where = linen_tree.placement(leaves)
             values = initial.fresh(recipe.config, bounds, key, self.dtype, base=base, where=where)
             adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
             for held, tree in linen_tree.collection(adapter, name, variables.get("params", {})).items():

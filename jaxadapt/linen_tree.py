@@ -29,10 +29,10 @@ def _is_box(x: Any) -> bool:
     return isinstance(x, meta.AxisMetadata)
 
 
-def placement(params: Mapping[str, Any]) -> dict[str, Any]:
+def placement(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """The sharding of every base leaf: what its array or spec has, else what its box says it will have."""
     out: dict[str, Any] = {}
-    for path, leaf in paths.flatten(params).items():
+    for path, leaf in leaves.items():
         value = opened(leaf)
         out[path] = sharding.of(value)
         if sharding.undecided(value) and isinstance(leaf, meta.Partitioned):

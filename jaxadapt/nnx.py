@@ -218,9 +218,10 @@ def delete(model: nnx.Module, name: str) -> None:
 
 def variables(tree: Tree) -> dict[str, dict[str, Any]]:
     """`{adapter name: {path: AdapterParam}}` of a model or a state."""
-    state = tree if isinstance(tree, nnx.State) else nnx.state(tree, AdapterParam)
+    # (`nnx.state` would leave a cycle that keeps the whole model alive until the gc comes.)
+    held = nnx.to_flat_state(tree) if isinstance(tree, nnx.State) else nnx.iter_graph(tree)
     out: dict[str, dict[str, Any]] = {}
-    for path, var in nnx.to_flat_state(state):
+    for path, var in held:
         if isinstance(var, AdapterParam) and "adapter" in var.get_metadata():
             *module, _, name, leaf, tensor = map(str, path)
             out.setdefault(name, {})[paths.join(*module, leaf, tensor)] = var

@@ -33,23 +33,30 @@ def flatten(tree: Mapping[Any, Any], is_leaf: Callable[[Any], bool] | None = Non
     """
     out: dict[str, Any] = {}
     clashes: list[str] = []
-
-    def walk(node: Mapping[Any, Any], prefix: str) -> None:
-        for key, value in node.items():
-            text = str(key)
-            path = f"{prefix}{SEPARATOR}{text}" if prefix and text else prefix or text
-            # (asking for a dict first: Mapping's own answer takes ten times as long)
-            if isinstance(value, dict | Mapping) and not (is_leaf is not None and is_leaf(value)):
-                walk(value, path)  # pyright: ignore[reportUnknownArgumentType]
-            elif path in out:
-                clashes.append(path)
-            else:
-                out[path] = value
-
-    walk(tree, "")
+    _flatten(tree, "", is_leaf, out, clashes)
     if clashes:
         raise AdapterError(f"two leaves share one dotted path: {sorted(set(clashes))}; rename one of them")
     return out
+
+
+def _flatten(
+    node: Mapping[Any, Any],
+    prefix: str,
+    is_leaf: Callable[[Any], bool] | None,
+    out: dict[str, Any],
+    clashes: list[str],
+) -> None:
+    # (No function inside the other: one that calls itself is a cycle, and what it fills lives until the gc comes.)
+    for key, value in node.items():
+        text = str(key)
+        path = f"{prefix}{SEPARATOR}{text}" if prefix and text else prefix or text
+        # (asking for a dict first: Mapping's own answer takes ten times as long)
+        if isinstance(value, dict | Mapping) and not (is_leaf is not None and is_leaf(value)):
+            _flatten(value, path, is_leaf, out, clashes)  # pyright: ignore[reportUnknownArgumentType]
+        elif path in out:
+            clashes.append(path)
+        else:
+            out[path] = value
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -45,6 +45,8 @@ class Entry:
 
         Raises `MismatchError` if they differ and no dtype holds them all exactly.
         """
+        if len(self.keys) == 1:
+            return np.dtype(dtypes[self.keys[0]])
         found = {np.dtype(dtypes[key]) for key in self.keys}
         if len(found) == 1:
             return found.pop()
@@ -114,6 +116,8 @@ class Plan:
     def problems(self, found: Mapping[str, Sequence[int]], source: str, more: Sequence[str] = ()) -> list[str]:
         """What `check` lists, kind by kind."""
         shapes = self.shapes
+        if found == shapes and not more:
+            return []
         missing = [k for k in shapes if k not in found]
         unexpected = [k for k in found if k not in shapes]
         wrong = [

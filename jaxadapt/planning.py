@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,17 +28,76 @@ from jaxadapt.generic import GENERIC
 from jaxadapt.keymap import KeyMap
 
 
-def on_model(
-    model: Any,
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """The base parameters of an NNX model, or a tree of them, walked once."""
+
+    tree: Any
+    held: Mapping[str, Any]
+    """Who holds each leaf of a model; each leaf of a tree, in its box if it has one (`nn.Partitioned`, …)."""
+    target: Any = None
+    """What the tree is of: variables, with adapters they may carry already."""
+
+    @staticmethod
+    def of(tree: Any, target: Any = None) -> Base:
+        """Raises `AttachError` for variables (see `params_of`), and where a leaf of a tree is no array."""
+        if isinstance(tree, nnx.nnx.Module):
+            return Base(tree, nnx_survey.base_leaves(tree), tree)
+        params = nnx.nnx.to_pure_dict(tree) if isinstance(tree, nnx.nnx.State) else tree
+        if isinstance(params.get("params"), Mapping):
+            raise AttachError("expected base parameters, found variables; give variables['params']")
+        found = Base(tree, paths.flatten(params), target)
+        odd = [
+            f"{path}: {type(leaf).__name__}"
+            for path, leaf in found.leaves.items()
+            if not (is_array(leaf) or quantized.is_quantized(leaf))
+        ]
+        if odd:
+            raise AttachError("expected arrays as base parameters, found:\n" + paths.listing(odd))
+        return found
+
+    @functools.cached_property
+    def leaves(self) -> dict[str, Any]:
+        """`{path: array or spec}`, boxes opened."""
+        if isinstance(self.tree, nnx.nnx.Module):
+            return nnx_survey.base_values(self.held)
+        return {path: linen_tree.opened(leaf) for path, leaf in self.held.items()}
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """`{path: shape}`."""
+        if isinstance(self.tree, nnx.nnx.Module):
+            return nnx_survey.base_shapes(self.held)
+        return {path: tuple(leaf.shape) for path, leaf in self.leaves.items()}
+
+    @functools.cached_property
+    def placement(self) -> dict[str, Any]:
+        """`{path: sharding}`; None where a leaf has none to follow."""
+        model = isinstance(self.tree, nnx.nnx.Module)
+        return nnx.placement(self.held) if model else linen_tree.placement(self.held)
+
+
+def plan(
+    base: Base,
     config: Config,
     keymap: KeyMap | str | None,
     stack_axes: Sequence[int] | None = None,
     example: Sequence[Any] | None = None,
-    owners: Mapping[str, nnx_survey.Owner] | None = None,
 ) -> tuple[Recipe, tuple[bind.Bound, ...]]:
-    """The recipe and sites of a configuration on an NNX model, whose `owners` may be at hand."""
-    owners = nnx_survey.base_leaves(model) if owners is None else owners
-    shapes = nnx_survey.base_shapes(owners)
+    """The recipe and sites of a configuration on a model, or on a tree of base parameters."""
+    if isinstance(base.tree, nnx.nnx.Module):
+        return _on_model(base, config, keymap, stack_axes, example)
+    table = families.resolve(keymap, base.shapes)
+    config = bind.resolve(config, table, base.shapes)
+    bounds = bind.select(config, table, base.shapes)
+    replication.check_values(config, table, lambda: base.leaves)
+    return Recipe(config, bind.tabled(table, bounds), len(bounds)), bounds
+
+
+def _on_model(
+    base: Base, config: Config, keymap: KeyMap | str | None, stack_axes: Sequence[int] | None, example: Any
+) -> tuple[Recipe, tuple[bind.Bound, ...]]:
+    model, owners, shapes = base.tree, base.held, base.shapes
     table = families.resolve(keymap, shapes)
     all_linear = targets.is_all_linear(config)
     if all_linear:
@@ -66,7 +126,7 @@ def on_model(
         raise TargetError("several weights share a module; name those you mean in full:\n" + paths.listing(missed))
     table = bind.tabled(table.with_lines(line for line in lines if line.leaf in mine), bounds)
     recipe = Recipe(config, table, len(bounds))
-    replication.check_values(config, full, lambda: nnx_survey.base_values(owners))
+    replication.check_values(config, full, lambda: base.leaves)
     if example is not None:
         dropped = [b.leaf for b in bounds if b.method.dropout(b.static)]
         hooks = {b.leaf: methods.Applied(b.method, b.static, {}, b.axes) for b in bounds}
@@ -84,34 +144,9 @@ def _refuse_qwix(model: Any, error: TargetError) -> None:
         ) from error
 
 
-def on_tree(params: Any, config: Config, keymap: KeyMap | str | None) -> tuple[Recipe, tuple[bind.Bound, ...]]:
-    """The recipe and sites of a configuration on a tree of base parameters."""
-    shapes = tree_shapes(params)
-    table = families.resolve(keymap, shapes)
-    config = bind.resolve(config, table, shapes)
-    bounds = bind.select(config, table, shapes)
-    replication.check_values(config, table, lambda: tree_leaves(params))
-    return Recipe(config, bind.tabled(table, bounds), len(bounds)), bounds
-
-
-def placement(tree: Any) -> dict[str, Any]:
-    """`{leaf: sharding}` of the base parameters, as `base_of` has them; None where a leaf has none to follow."""
-    if isinstance(tree, nnx.nnx.Module):
-        return nnx.placement(nnx_survey.base_leaves(tree))
-    base = params_of(tree)
-    return linen_tree.placement(nnx.nnx.to_pure_dict(base) if isinstance(base, nnx.nnx.State) else base)
-
-
-def tree_shapes(params: Any) -> dict[str, tuple[int, ...]]:
-    """`{path: shape}` of a tree of base parameters, boxes (`nn.Partitioned`, NNX variables) opened."""
-    return {path: tuple(leaf.shape) for path, leaf in tree_leaves(params).items()}
-
-
 def base_of(tree: Any) -> dict[str, Any]:
     """`{path: array or spec}` of the base parameters of an NNX model, Linen variables or a tree of them."""
-    if isinstance(tree, nnx.nnx.Module):
-        return nnx_survey.base_values(nnx_survey.base_leaves(tree))
-    return tree_leaves(params_of(tree))
+    return Base.of(params_of(tree)).leaves
 
 
 def params_of(tree: Any) -> Any:
@@ -119,55 +154,26 @@ def params_of(tree: Any) -> Any:
     return tree["params"] if isinstance(tree, Mapping | nnx.nnx.State) and "params" in tree else tree
 
 
-def tree_leaves(params: Any) -> dict[str, Any]:
-    """`{path: array or spec}` of a tree of base parameters, boxes opened."""
-    if isinstance(params, nnx.nnx.State):
-        params = nnx.nnx.to_pure_dict(params)
-    if isinstance(params.get("params"), Mapping):
-        raise AttachError("expected base parameters, found variables; give variables['params']")
-    flat = paths.flatten(linen_tree.opened(params))
-    odd = [f"{p}: {type(v).__name__}" for p, v in flat.items() if not (is_array(v) or quantized.is_quantized(v))]
-    if odd:
-        raise AttachError("expected arrays as base parameters, found:\n" + paths.listing(odd))
-    return flat
-
-
-def on_target(
-    target: Any, config: Config, keymap: KeyMap | str | None, keys: Sequence[str], stack_axes: Any, example: Any
-) -> tuple[Recipe, tuple[bind.Bound, ...]]:
-    """The recipe and sites on `target`, with the names spelt as in the file's `keys`."""
-    methods.of(config)
-    table = table_of(target, keymap, keys)
-    if isinstance(target, nnx.nnx.Module):
-        return on_model(target, config, table, stack_axes, example)
-    return on_tree(params_of(target), config, table)
-
-
-def check_target(target: Any) -> None:
-    """Raise `AttachError` for what holds no base parameters."""
+def of_target(target: Any) -> Base:
+    """The base parameters of what a file is to be loaded into; `AttachError` for what holds none."""
     if isinstance(target, linen.Adapted | linen.nn.Module):
         raise AttachError("a Linen module holds no parameters; give the variables, {'params': …}, as the target")
     if not isinstance(target, nnx.nnx.Module | nnx.nnx.State | Mapping):
         raise AttachError(f"expected an NNX model or Linen variables as the target, found {type(target).__name__}")
+    return Base.of(params_of(target), target)
 
 
-def table_of(target: Any, keymap: KeyMap | str | None, keys: Sequence[str]) -> KeyMap:
-    """The table of `target`, spelt as a file's `keys` are (without PEFT's prefix)."""
-    check_target(target)
+def table_of(base: Base, keymap: KeyMap | str | None, keys: Sequence[str]) -> KeyMap:
+    """The table of a target, spelt as a file's `keys` are (without PEFT's prefix)."""
+    keymap = _attached_table(base.target) if keymap is None else keymap
+    return families.resolve(keymap, base.shapes).spelt_as(keys, base.shapes)
+
+
+def _attached_table(target: Any) -> KeyMap | None:
     if isinstance(target, nnx.nnx.Module):
         known = [v for by_path in nnx.variables(target).values() for v in by_path.values()]
-        if known and keymap is None:
-            keymap = known[0].get_metadata()["adapter"].recipe.keymap
-        shapes = nnx_survey.base_shapes(nnx_survey.base_leaves(target))
-        return families.resolve(keymap, shapes).spelt_as(keys, shapes)
-    if keymap is None:
-        keymap = _attached_table(target)
-    shapes = tree_shapes(params_of(target))
-    return families.resolve(keymap, shapes).spelt_as(keys, shapes)
-
-
-def _attached_table(variables: Any) -> KeyMap | None:
-    for collection in linen_tree.collections(variables).values():
+        return known[0].get_metadata()["adapter"].recipe.keymap if known else None
+    for collection in linen_tree.collections(target).values():
         for name, tree in collection.items():
             return linen_tree.read_collection(tree, name).keymap
     return None

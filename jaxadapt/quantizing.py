@@ -52,9 +52,10 @@ def quantize(
     """
     config = LoraConfig(target_modules=modules)
     is_model = isinstance(base, nnx.nnx.Module)
-    bounds = (planning.on_model if is_model else planning.on_tree)(base, config, keymap)[1]
-    weights = planning.base_of(base)
-    blocked = nnx_survey.obstacles(base, nnx_survey.base_leaves(base), [b.leaf for b in bounds]) if is_model else {}
+    walked = planning.Base.of(base)
+    bounds = planning.plan(walked, config, keymap)[1]
+    weights, owners = walked.leaves, walked.held
+    blocked = nnx_survey.obstacles(base, owners, [b.leaf for b in bounds]) if is_model else {}
     problems: list[str] = list(blocked.values())
     for b in bounds:
         w, stack = weights[b.leaf], b.site.stack
@@ -81,7 +82,6 @@ def quantize(
         raise AttachError("these weights have values that are not finite:\n" + paths.listing(odd))
     if not is_model:
         return _replaced(base, new)
-    owners = nnx_survey.base_leaves(base)
     merging.replaced(base, new)
     for leaf in new:
         nnx.follow(owners[leaf][0])

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxadapt import bind, merging, nnx, nnx_survey, paths, planning, products, targets
+from jaxadapt import bind, merging, paths, planning, products, targets
 from jaxadapt.adapter import Adapter
 from jaxadapt.configs import Config, LoraConfig
 from jaxadapt.errors import AttachError, ConfigError, MismatchError
@@ -138,7 +138,7 @@ def to_lora(
     else:
         base, tuned = _pair(source)
         config = LoraConfig(r=r, lora_alpha=r, target_modules=target_modules)
-        recipe, bounds = planning.on_tree(paths.unflatten(base), config, keymap)
+        recipe, bounds = planning.plan(planning.Base.of(paths.unflatten(base)), config, keymap)
         config, table = recipe.config, recipe.keymap
     return _from_change(base, tuned, config, table, bounds, r, jnp.float32 if dtype is None else dtype)
 
@@ -164,9 +164,7 @@ def _cast(adapter: Adapter, dtype: Any) -> Adapter:
 
 def _flat(params: Any) -> dict[str, Any]:
     """Base parameters by path, in float32 at least, whatever holds them."""
-    is_model = isinstance(params, nnx.nnx.Module)
-    found = nnx_survey.base_values(nnx_survey.base_leaves(params)) if is_model else planning.tree_leaves(params)
-    return {path: products.wide(jnp.asarray(x)) for path, x in found.items()}
+    return {path: products.wide(jnp.asarray(x)) for path, x in planning.Base.of(params).leaves.items()}
 
 
 def _shapes(adapter: Adapter) -> dict[str, dict[str, tuple[int, ...]]]:

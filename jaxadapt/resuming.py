@@ -179,24 +179,24 @@ def _filled_model(model: Any, others: Any, stored: Taken, values: Mapping[str, A
 
 def _rebuilt(part: str, plain: Any, values: Mapping[str, Any]) -> Any:
     """A tree from its stored structure and the values by path."""
-
-    def build(node: Any, path: str) -> Any:
-        kind, *inner = node
-        match kind:
-            case "dict":
-                return {k: build(v, f"{path}/{segment(jax.tree_util.DictKey(k))}") for k, v in inner[0]}
-            case "list" | "tuple":
-                items = [build(v, f"{path}/{i}") for i, v in enumerate(inner[0])]
-                return tuple(items) if kind == "tuple" else items
-            case "none":
-                return None
-            case _:
-                return values[path]
-
     try:
-        return build(plain, part)
+        return _built(plain, part, values)
     except (ValueError, KeyError, TypeError) as error:
         raise FormatError(f"{part}: its stored structure is damaged: {error}") from error
+
+
+def _built(node: Any, path: str, values: Mapping[str, Any]) -> Any:
+    kind, *inner = node
+    match kind:
+        case "dict":
+            return {k: _built(v, f"{path}/{segment(jax.tree_util.DictKey(k))}", values) for k, v in inner[0]}
+        case "list" | "tuple":
+            items = [_built(v, f"{path}/{i}", values) for i, v in enumerate(inner[0])]
+            return tuple(items) if kind == "tuple" else items
+        case "none":
+            return None
+        case _:
+            return values[path]
 
 
 _VALUES: dict[str, Callable[[Any], Any]] = {

@@ -111,12 +111,12 @@ def start(
         problems = [f"{what} has no effect" for what in idle] + [f"{what} is needed" for what in lost]
         raise AttachError(f"{products.beginning_of(config)}: " + ", ".join(problems))
 
-    def plan(config: LoraConfig) -> tuple[Recipe, tuple[bind.Bound, ...]]:
-        if is_model:
-            return planning.on_model(base, config, keymap, stack_axes, example)
-        return planning.on_tree(base, config, keymap)
+    walked = planning.Base.of(base)
 
-    weights = planning.base_of(base)
+    def plan(config: LoraConfig) -> tuple[Recipe, tuple[bind.Bound, ...]]:
+        return planning.plan(walked, config, keymap, stack_axes, example)
+
+    weights = walked.leaves
     recipe, bounds = plan(config)
     begin = Beginning(kind, recipe, bounds, weights, key)
     if kind == "eva":
@@ -132,7 +132,7 @@ def start(
         made = {b.leaf: begin.lora_ga(b, slopes) for b in begin.pairs}
     else:
         made = {b.leaf: begin.rows(b) for b in begin.pairs} if kind else {}
-    adapter, new = begin.assembled(made, dtype, planning.placement(base))
+    adapter, new = begin.assembled(made, dtype, walked.placement)
     if is_model:
         merging.replaced(base, new)
         nnx.attach(base, adapter.recipe, begin.bounds, name, adapter.flat(), rngs)

@@ -249,8 +249,10 @@ def load(
             _told_at_once(report, "load", adapter)
         source = os.fspath(checkpoint)
     else:
-        with reporting(progress) as report, folder.opened(_holding(below, path)) as tensors:
-            adapter, bounds = exchange.decoded(tensors, target, *options, report, on_shared)
+        parameters = planning.of_target(target)
+        ahead = not exchange.spread(parameters, shardings)  # it all goes to one device, and need not wait for planning
+        with reporting(progress) as report, folder.opened(_holding(below, path), ahead=ahead) as tensors:
+            adapter, bounds = exchange.decoded(tensors, parameters, *options, report, on_shared)
         source = tensors.source
     LOGGER.info("%s: %d weights adapted, by the table %s", source, len(bounds), adapter.keymap.name)
     present = _attached_config(target, name)
@@ -272,7 +274,8 @@ def load(
         return target
     if present is not None or rngs is not None or new:
         _rehearse(target, adapter, bounds, name, rngs)
-    merging.replaced(target, new)
+    if new:
+        merging.replaced(target, new)
     if present is not None:
         nnx.delete(target, name)
     nnx.attach(target, adapter.recipe, bounds, name, adapter.flat(), rngs)
@@ -322,11 +325,13 @@ def _from_orbax(
     found = orbax_folder.find(path, attached, name)
     ours = bind.recover(found.adapter.config, found.adapter.keymap, exchange.shapes_of(found.adapter))
     keys = [key.removeprefix(PEFT_PREFIX) for b in ours for e in b.entries for key in e.keys]
-    recipe, bounds = planning.on_target(target, found.adapter.config, keymap, keys, stack_axes, example)
+    base = planning.of_target(target)
+    table = planning.table_of(base, keymap, keys)
+    recipe, bounds = planning.plan(base, found.adapter.config, table, stack_axes, example)
     theirs, mine = ({e.path: (e.shape, e.keys) for b in bs for e in b.entries} for bs in (bounds, ours))
     if theirs != mine:  # laid out otherwise (scanned, fused, another table or vocabulary): by way of PEFT's names
-        return exchange.decoded(orbax_folder.tensors(orbax_folder.read(path, found), path), target, *options)
-    where = exchange.places(shardings, target, bounds)
+        return exchange.decoded(orbax_folder.tensors(orbax_folder.read(path, found), path), base, *options)
+    where = exchange.places(shardings, base, bounds)
     like = {p: jax.ShapeDtypeStruct(theirs[p][0], jnp.float32, sharding=place) for p, place in where.items()}
     if attached is not None and shardings is None:
         like |= attached.flat()

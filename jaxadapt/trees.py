@@ -20,6 +20,17 @@ Leaves = dict[str, Any]
 Put = Callable[[Mapping[str, Any]], Any]
 
 
+def perhaps(tree: Any, wanted: Callable[[str], bool]) -> bool:
+    """Whether `opened` may have such a path, by a glance: nearly all trees are plain, and have none."""
+    if isinstance(tree, nnx.nnx.Module):
+        return any(wanted(paths.join(*map(str, path))) for path, _ in nnx.nnx.iter_graph(tree))
+    if not isinstance(tree, Mapping):
+        return True
+    inner = tree.get("params")
+    flat = paths.flatten(inner if isinstance(inner, Mapping) else tree)
+    return any(map(wanted, flat)) or not all(is_array(x) or isinstance(x, nnx.nnx.Variable) for x in flat.values())
+
+
 def opened(tree: Any) -> tuple[Leaves, Put]:
     """`{dotted path: array}` of a tree, boxes opened, and a function that gives the tree with other leaves."""
     if isinstance(tree, nnx.nnx.Module | nnx.nnx.State):

@@ -76,9 +76,12 @@ def _natural(value: object) -> bool:
 
 
 def _naturals(value: object) -> tuple[int, ...] | None:
-    if isinstance(value, list) and all(_natural(item) for item in cast("list[object]", value)):
-        return tuple(cast("list[int]", value))
-    return None
+    if not isinstance(value, list):
+        return None
+    for item in cast("list[object]", value):
+        if type(item) is not int or item < 0:
+            return None
+    return tuple(cast("list[int]", value))
 
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -95,6 +98,9 @@ def _constant(text: str) -> object:
 
 
 def _size_problem(dtype: str, shape: tuple[int, ...]) -> str | None:
+    bits = math.prod(shape) * BITS[dtype]
+    if 0 < bits <= 8 * _MAX_BYTES and not bits % 8 and len(shape) <= _MAX_AXES:
+        return None
     # axes of size 0 must not hide the overflow of the others: numpy multiplies them one by one
     if len(shape) > _MAX_AXES:
         return f"expected at most {_MAX_AXES} axes, found {len(shape)}"
@@ -105,17 +111,15 @@ def _size_problem(dtype: str, shape: tuple[int, ...]) -> str | None:
     return None
 
 
-def _entry(key: str, value: object, data: int) -> TensorInfo | str:
-    """One tensor's description, or what is wrong with it."""
-    found = _info(value, data)
-    return f"tensor {_show(key)}: {found}" if isinstance(found, str) else found
+_FIELDS = frozenset({"dtype", "shape", "data_offsets"})
 
 
 def _info(value: object, data: int) -> TensorInfo | str:
+    """One tensor's description, or what is wrong with it."""
     if not isinstance(value, dict):
         return f"expected an object, found {_show(value)}"
     entry = cast("dict[str, object]", value)
-    if entry.keys() != {"dtype", "shape", "data_offsets"}:
+    if entry.keys() != _FIELDS:
         return f"expected the fields dtype, shape, data_offsets, found {_show(list(entry))}"
     dtype, shape, offsets = entry["dtype"], _naturals(entry["shape"]), _naturals(entry["data_offsets"])
     if not isinstance(dtype, str) or dtype not in BITS:
@@ -191,9 +195,9 @@ def parse(path: str, raw: bytes, size: int) -> Header:
     tensors: dict[str, TensorInfo] = {}
     problems: list[str] = []
     for key, value in items.items():
-        found = _entry(key, value, size - data_start)
+        found = _info(value, size - data_start)
         if isinstance(found, str):
-            problems.append(found)
+            problems.append(f"tensor {_show(key)}: {found}")
         else:
             tensors[key] = found
     if problems:

@@ -7,6 +7,7 @@ needs the standard library only; numpy (and ml_dtypes, for bfloat16 and float8) 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,11 +25,9 @@ from jaxadapt.codecs.header import (
     parse,
     problems_text,
 )
-from jaxadapt.errors import FileError, FormatError, MismatchError
+from jaxadapt.errors import AdapterError, FileError, FormatError, MismatchError
 
 if TYPE_CHECKING:
-    from concurrent.futures import Executor, Future
-
     import numpy as np
     import numpy.typing as npt
 
@@ -50,6 +49,9 @@ __all__ = [
 
 # Small and strided tensors are gathered in a buffer of this size; larger ones leave the processor's cache.
 _STAGE = 1 << 20
+# What is read ahead is in memory at once, and reading more takes so long that little would be won.
+_AHEAD = 64 << 20
+_ALIGNED = 64  # what XLA's CPU client wants, and the beginning of all tensors but those after an odd one
 # Tensors read with one call: big enough for huge pages, small enough that several threads get some.
 _GROUP = 32 << 20
 
@@ -60,10 +62,14 @@ def _open(path: str | os.PathLike[str]) -> files.Source:
 
 
 def _header_of(source: files.Source) -> Header:
+    return parse(source.path, _header_bytes(source), source.size)
+
+
+def _header_bytes(source: files.Source) -> bytes:
     first = _exactly(source, min(source.size, 8), 0, "header length")
     if problem := length_problem(first, source.size):
         raise FormatError(f"{source.path}: not a valid safetensors file: {problem}")
-    return parse(source.path, _exactly(source, int.from_bytes(first, "little"), 8, "header"), source.size)
+    return _exactly(source, int.from_bytes(first, "little"), 8, "header")
 
 
 def _exactly(source: files.Source, size: int, offset: int, what: str) -> bytes:
@@ -95,6 +101,18 @@ class Spec(NamedTuple):
     dtype: np.dtype
 
 
+class _Ahead:
+    """The bytes after a header, which are being read in the background while the caller plans."""
+
+    def __init__(self, source: files.Source, start: int) -> None:
+        from concurrent.futures import ThreadPoolExecutor
+
+        self.memory = files.aligned(source.size - start)
+        self.pool = ThreadPoolExecutor(1)
+        # One call: after each the thread would wait for Python's lock, which whoever plans has.
+        self.read = self.pool.submit(source.read_into, [("its tensors", self.memory.data)], start)
+
+
 class TensorFile(Mapping[str, "np.ndarray"]):
     """An open file: each `[key]` reads that tensor's bytes into a new array (C order, 64-byte aligned).
 
@@ -103,17 +121,22 @@ class TensorFile(Mapping[str, "np.ndarray"]):
     threads at once is safe.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Raises what `read_header` raises."""
+    def __init__(self, path: str | os.PathLike[str], ahead: bool = False) -> None:
+        """Raises what `read_header` raises. `ahead` as in `open_tensors`."""
         self._source = _open(path)
-        self._pool: Executor | None = None
-        self._ahead: dict[str, Future[dict[str, np.ndarray]]] = {}
+        self._ahead: _Ahead | None = None
         self.path = self._source.path
         try:
-            self.header = _header_of(self._source)
+            raw = _header_bytes(self._source)
+            start = 8 + len(raw)
+            if ahead and 0 < self._source.size - start <= _AHEAD:
+                self._ahead = _Ahead(self._source, start)
+            self.header = parse(self.path, raw, self._source.size)
         except BaseException:
-            self._source.close()
+            self.close()
             raise
+        self._waiting = set(self.header.tensors) if self._ahead else set[str]()
+        """Those read ahead that nobody asked for yet."""
 
     def _find(self, key: str) -> tuple[TensorInfo, np.dtype]:
         info = self.header.tensors[key]
@@ -130,14 +153,29 @@ class TensorFile(Mapping[str, "np.ndarray"]):
     def read_into(self, key: str, memory: np.ndarray | None) -> np.ndarray:
         """`self[key]` in the first bytes of `memory` (uint8, aligned for the dtype); in new memory if None.
 
-        What was read ahead is handed out where it is.
+        What was read ahead, and begins at a multiple of 64 bytes, is handed out where it is, once.
         """
-        if (ahead := self._ahead.pop(key, None)) is not None:
-            return ahead.result()[key]
         info, dtype = self._find(key)
+        ready = self._taken(key)
+        if ready is not None and not info.start % _ALIGNED:
+            return ready[info.start : info.stop].view(dtype).reshape(info.shape)
         data = files.aligned(info.nbytes) if memory is None else memory[: info.nbytes]
-        self._source.read_into([(f"tensor {key!r}", data.data)], self.header.data_start + info.start)
+        if ready is None:
+            self._source.read_into([(f"tensor {key!r}", data.data)], self.header.data_start + info.start)
+        else:
+            data[:] = ready[info.start : info.stop]
         return data.view(dtype).reshape(info.shape)
+
+    def _taken(self, key: str) -> np.ndarray | None:
+        """All that was read ahead, if a tensor was and this is the first to ask for it."""
+        if self._ahead is None or key not in self._waiting:
+            return None
+        try:
+            self._waiting.remove(key)
+            self._ahead.read.result()
+        except (KeyError, AdapterError):  # another thread was first; or read by itself, it says which one is cut off
+            return None
+        return self._ahead.memory
 
     def spec(self, key: str) -> Spec:
         """Shape and dtype of one tensor."""
@@ -148,14 +186,14 @@ class TensorFile(Mapping[str, "np.ndarray"]):
         """The size of one tensor, without reading it."""
         return self.header.tensors[key].nbytes
 
-    @property
+    @functools.cached_property
     def specs(self) -> dict[str, Spec]:
         """Shapes and dtypes by key.
 
         Raises:
             FormatError: numpy has no such dtype.
         """
-        return {key: Spec(info.shape, self._find(key)[1]) for key, info in self.header.tensors.items()}
+        return {key: self.spec(key) for key in self.header.tensors}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.header.tensors)
@@ -222,24 +260,9 @@ class TensorFile(Mapping[str, "np.ndarray"]):
             size, stop = size + info.nbytes, info.stop
         return groups
 
-    def read_ahead(self) -> None:
-        """Begin to read every tensor, in the background: `read_into` then hands out what was read.
-
-        Of a large file nothing: reading it takes so long that little is won, and its tensors need not all be in memory.
-        """
-        threads = min(4, os.cpu_count() or 1)
-        total = sum(map(self.nbytes, self))
-        if 0 < total <= threads * _GROUP:
-            from concurrent.futures import ThreadPoolExecutor
-
-            self._pool = ThreadPoolExecutor(threads)
-            for group in self._groups(self, -(-total // threads)):  # few: between two it waits for Python's lock
-                read = self._pool.submit(self._read_group, group)
-                self._ahead |= dict.fromkeys(group, read)
-
     def is_ahead(self, key: str) -> bool:
-        """Whether a tensor is being read, or was, and nobody asked for it yet: whoever asks first owns its memory."""
-        return key in self._ahead
+        """Whether `read_into` will hand out a tensor where it was read: whoever asks first owns that memory."""
+        return key in self._waiting and not self.header.tensors[key].start % _ALIGNED
 
     def _read_group(self, keys: Sequence[str]) -> dict[str, np.ndarray]:
         """Neighbours in the file, in order, with one call and one allocation; each is 64-byte aligned."""
@@ -259,8 +282,8 @@ class TensorFile(Mapping[str, "np.ndarray"]):
         }
 
     def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        if self._ahead is not None:
+            self._ahead.pool.shutdown()
         self._source.close()
 
     def __enter__(self) -> TensorFile:
@@ -276,13 +299,16 @@ class TensorFile(Mapping[str, "np.ndarray"]):
             self.close()
 
 
-def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
+def open_tensors(path: str | os.PathLike[str], ahead: bool = False) -> TensorFile:
     """Opens a file for lazy reading; see `TensorFile`.
+
+    Args:
+        ahead: begin to read all tensors of a small file (64 MB) in the background; `read_into` then hands them out.
 
     Raises:
         FormatError, FileError: see `read_header`.
     """
-    return TensorFile(path)
+    return TensorFile(path, ahead)
 
 
 def read(path: str | os.PathLike[str], keys: Iterable[str] | None = None) -> dict[str, np.ndarray]:
