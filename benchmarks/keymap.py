@@ -96,7 +96,7 @@ def planned(rounds: int) -> tuple[list[list[object]], list[str]]:
         keymap = name if name.startswith("maxtext") else None  # a Llama of MaxText is not known by its names
 
         def plan(_: Any, model: Any = model, keymap: str | None = keymap) -> Any:
-            _, bounds = planning.on_tree(model, CONFIG, keymap)
+            _, bounds = planning.plan(planning.Base.of(model), CONFIG, keymap)
             return bind.file_plan(bounds).shapes
 
         ways[name] = Way(plan, forget)
@@ -116,7 +116,7 @@ def moving(rounds: int, layers: int) -> tuple[list[list[object]], list[str], str
     for name in FAMILIES:
         model = tree(name, layers)
         keymap = name if name.startswith("maxtext") else None
-        recipe, bounds = planning.on_tree(model, CONFIG, keymap)
+        recipe, bounds = planning.plan(planning.Base.of(model), CONFIG, keymap)
         rng = np.random.default_rng(0)
         leaves = {
             e.path: rng.standard_normal(e.shape, "float32").astype(ml_dtypes.bfloat16)

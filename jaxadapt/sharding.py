@@ -196,6 +196,23 @@ def here(sharding: Sharding, shape: Shape) -> dict[Box, Any]:
 
 
 @functools.lru_cache(maxsize=1024)
+def cuts(sharding: Sharding, shape: Shape) -> list[tuple[tuple[slice, ...], int | None]]:
+    """Where each part of `here` lies in an array that is all here: an index, and its first element if it is one run.
+
+    >>> mesh = jax.make_mesh((1,), ("x",))
+    >>> cuts(NamedSharding(mesh, PartitionSpec("x")), (4, 3))
+    [((slice(0, 4, None), slice(0, 3, None)), 0)]
+    """
+    out: list[tuple[tuple[slice, ...], int | None]] = []
+    for box in here(sharding, shape):
+        large = next((axis for axis, (start, stop) in enumerate(box) if stop - start > 1), len(shape))
+        one_run = box[large + 1 :] == whole(shape)[large + 1 :]
+        first = sum(start * math.prod(shape[axis + 1 :]) for axis, (start, _) in enumerate(box))
+        out.append((slices(box), first if one_run else None))
+    return out
+
+
+@functools.lru_cache(maxsize=1024)
 def _holders(sharding: Sharding, shape: Shape) -> list[tuple[tuple[int, ...], list[Box], int]]:
     """Which processes hold the same parts, these parts, and how many elements they have."""
     groups: dict[tuple[int, ...], list[Box]] = {}

@@ -7,7 +7,6 @@ ready. So the data is in memory once, and neither planning nor the device waits 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import math
@@ -31,6 +30,7 @@ from jaxadapt.sharding import Box, Piece
 
 # Leaves made by one job share one allocation: large enough for huge pages, small enough that threads share the work.
 _JOB = 8 << 20
+_ALL = 1 << 62
 _THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -70,25 +70,31 @@ def arrays(
     wanted = {e.path: e.dtype(dtypes) if asked[e.path] is None else np.dtype(asked[e.path]) for e in plan.entries}
     place = {key: number for number, key in enumerate(tensors)}
     order = sorted(plan.entries, key=lambda e: place[e.keys[0]])  # the file's
-    ahead = [] if where or not isinstance(tensors, TensorFile) else _ahead(order, tensors, wanted)
-    ready = {e.path for e in ahead}
-    others = [e for e in order if e.path not in ready]
-    held = {e.path: _here(where.get(e.path), e.shape) for e in others}
-    sizes = {e.path: e.form.size * wanted[e.path].itemsize for e in ahead}
+    file = tensors if isinstance(tensors, TensorFile) else None
+    alike = [] if file is None else _alike(order, file, wanted, where)
+    taken = {e.path for e in alike}
+    others = [e for e in order if e.path not in taken]
+    held = {e.path: _here(where.get(e.path), e.shape) for e in (order if where else others)}
+    sizes = {e.path: e.form.size * wanted[e.path].itemsize for e in order if e.path not in held}
     sizes |= {path: sum(map(sharding.size, boxes)) * wanted[path].itemsize for path, boxes in held.items()}
     more = counting(report, what, sum(sizes.values()))
     out: dict[str, Any] = {e.path: None for e in plan.entries}
 
     def make(job: Sequence[Entry]) -> dict[str, list[np.ndarray]]:
-        return _make(job, tensors, held, wanted)
+        if job[0].path not in taken or file is None:
+            return _make(job, tensors, held, wanted)
+        found = file.read_group([e.keys[0] for e in job])
+        return _cut({e.path: found[e.keys[0]].reshape(e.form.shape) for e in job}, where)
 
-    with contextlib.ExitStack() as stack:
-        jobs = list(_jobs(others, sizes))
-        threads = min(_THREADS, len(jobs))
-        made = stack.enter_context(ThreadPoolExecutor(threads)).map(make, jobs) if jobs else ()
-        out |= _shared([e.path for e in ahead], [tensors[e.keys[0]].reshape(e.form.shape) for e in ahead])
-        more(sum(sizes[e.path] for e in ahead))
-        for job, parts in zip(jobs, made, strict=True):
+    ready = file is not None and file.ahead and not where and not others
+    jobs: list[Sequence[Entry]] = []
+    if file is not None:
+        by_key = {e.keys[0]: e for e in alike}
+        jobs += [[by_key[key] for key in group] for group in file.groups(by_key, 2 * _JOB if not ready else _ALL)]
+    jobs += _jobs(others, sizes)
+    with ThreadPoolExecutor(max(1, min(_THREADS, len(jobs)))) as pool:
+        # What is read ahead as it shall lie takes no time worth a thread's start.
+        for job, parts in zip(jobs, (map if ready else pool.map)(make, jobs), strict=True):
             out |= _handed_over(job, parts, held, where, wanted)
             more(sum(sizes[e.path] for e in job))
     return out
@@ -102,6 +108,40 @@ def _here(place: Sharding | None, shape: tuple[int, ...]) -> Sequence[Box]:
     return (sharding.whole(shape),) if place is None else tuple(sharding.here(place, shape))
 
 
+def _alike(
+    entries: Iterable[Entry], file: TensorFile, dtypes: Mapping[str, np.dtype], where: Mapping[str, Sharding]
+) -> list[Entry]:
+    """Those leaves that are one tensor of the file, byte for byte, of which this process needs all."""
+    found = file.specs
+    return [
+        e
+        for e in entries
+        if len(e.keys) == 1
+        and e.form.as_it_lies
+        and found[e.keys[0]].dtype == dtypes[e.path]
+        and (e.path not in where or sum(map(sharding.size, _here(where[e.path], e.shape))) == e.form.size)
+    ]
+
+
+def _cut(leaves: Mapping[str, np.ndarray], where: Mapping[str, Sharding]) -> dict[str, list[np.ndarray]]:
+    """The parts of whole leaves that devices hold: in their memory where XLA takes them so, else copied into new."""
+    out = {path: [leaf] for path, leaf in leaves.items() if path not in where}
+    copied: list[tuple[str, int]] = []
+    for path in leaves.keys() - out.keys():
+        leaf = leaves[path]
+        cuts = sharding.cuts(where[path], leaf.shape)
+        out[path] = [leaf[index] for index, _ in cuts]
+        lies = (start is not None and start * leaf.itemsize % 64 == 0 for _, start in cuts)
+        copied += [(path, number) for number, fine in enumerate(lies) if not fine]
+    memory = _memory([out[path][number].nbytes for path, number in copied])
+    for (path, number), place in zip(copied, memory, strict=True):
+        part = out[path][number]
+        new = place.view(part.dtype).reshape(part.shape)
+        _copy(new, part)
+        out[path][number] = new
+    return out
+
+
 def _handed_over(
     job: Sequence[Entry],
     made: Mapping[str, Sequence[np.ndarray]],
@@ -110,8 +150,11 @@ def _handed_over(
     dtypes: Mapping[str, np.dtype],
 ) -> dict[str, Any]:
     """The arrays of one job, on their devices."""
+    # The memory is aligned and our own, so it may be shared; a list at once, since each call costs a tenth of a ms.
     plain = [e.path for e in job if e.path not in where]
-    out = _shared(plain, [made[path][0] for path in plain])
+    out: dict[str, Any] = dict(
+        zip(plain, jax.device_put([made[path][0] for path in plain], may_alias=True), strict=True)
+    )
     for e in job:
         if e.path in where:  # a quarter of what device_put takes for as many arrays of one device each
             starts = (tuple(start for start, _ in box) for box in held[e.path])  # these tell an array's parts apart
@@ -120,11 +163,6 @@ def _handed_over(
             get = functools.partial(_part, parts)
             out[e.path] = jax.make_array_from_callback(e.shape, where[e.path], get, dtype)
     return out
-
-
-def _shared(leaves: Sequence[str], values: Sequence[np.ndarray]) -> dict[str, Any]:
-    """Arrays on the default device, of memory that is our own, and may be shared; together, as a call costs 0.1 ms."""
-    return dict(zip(leaves, jax.device_put(values, may_alias=True), strict=True))
 
 
 def _part(parts: Mapping[tuple[int, ...], np.ndarray], index: Any) -> np.ndarray:
@@ -172,19 +210,6 @@ def _make(
     return made
 
 
-def _ahead(entries: Sequence[Entry], tensors: TensorFile, dtypes: Mapping[str, np.dtype]) -> list[Entry]:
-    """Those leaves that are a tensor which is read ahead, as it lies in memory."""
-    found = tensors.specs
-    return [
-        e
-        for e in entries
-        if not e.keys[1:]
-        and tensors.is_ahead(e.keys[0])
-        and e.form.as_it_lies
-        and found[e.keys[0]].dtype == dtypes[e.path]
-    ]
-
-
 def _read(tensors: Mapping[str, Any], key: str, piece: Piece, place: np.ndarray) -> bool:
     """Reads a tensor to where it is needed; False, and nothing done, if it lies there otherwise than in the file."""
     if not piece.plain or not isinstance(tensors, TensorFile | Shards) or piece.box != sharding.whole(piece.shape):
@@ -200,15 +225,20 @@ def _read(tensors: Mapping[str, Any], key: str, piece: Piece, place: np.ndarray)
 
 
 def _allocated(job: Sequence[Entry], held: Held, dtypes: Mapping[str, np.dtype]) -> dict[str, list[np.ndarray]]:
-    """One allocation for all, each part aligned and contiguous: what XLA's CPU client takes as it is."""
+    """New arrays for the parts of each leaf: what XLA's CPU client takes as it is."""
     parts = [(e.path, sharding.extent(box), dtypes[e.path]) for e in job for box in held[e.path]]
-    sizes = [math.prod(shape) * dtype.itemsize for _, shape, dtype in parts]
+    memory = _memory([math.prod(shape) * dtype.itemsize for _, shape, dtype in parts])
+    made: dict[str, list[np.ndarray]] = {e.path: [] for e in job}
+    for (path, shape, dtype), place in zip(parts, memory, strict=True):
+        made[path].append(place.view(dtype).reshape(shape))
+    return made
+
+
+def _memory(sizes: Sequence[int]) -> list[np.ndarray]:
+    """So many bytes each, aligned, from one allocation."""
     starts = list(itertools.accumulate((-(-size // 64) * 64 for size in sizes), initial=0))
     memory = files.aligned(starts[-1])
-    made: dict[str, list[np.ndarray]] = {e.path: [] for e in job}
-    for (path, shape, dtype), size, start in zip(parts, sizes, starts, strict=False):
-        made[path].append(memory[start : start + size].view(dtype).reshape(shape))
-    return made
+    return [memory[start : start + size] for size, start in zip(sizes, starts, strict=False)]
 
 
 def _tile(tensors: Mapping[str, Any], key: str, piece: Piece, scratch: np.ndarray | None) -> np.ndarray:

@@ -231,24 +231,24 @@ class TensorFile(Mapping[str, "np.ndarray"]):
         Neighbours share one allocation (of about 32 MB at most), which lives as long as one of them. `progress` is
         called with the number of bytes read since its last call.
         """
-        groups = self._groups(keys, _GROUP)
+        groups = self.groups(keys, _GROUP)
         out: dict[str, np.ndarray] = {}
         with contextlib.ExitStack() as stack:
-            made: Iterable[dict[str, np.ndarray]] = map(self._read_group, groups)
+            made: Iterable[dict[str, np.ndarray]] = map(self.read_group, groups)
             if len(groups) > 1:
                 from concurrent.futures import ThreadPoolExecutor
 
                 # few large jobs: their time goes into the kernel's copy and page faults, which hold no GIL
                 pool = stack.enter_context(ThreadPoolExecutor(min(4, os.cpu_count() or 1)))
-                made = pool.map(self._read_group, groups)
+                made = pool.map(self.read_group, groups)
             for group in made:
                 out |= group
                 if progress is not None:
                     progress(sum(map(self.nbytes, group)))
         return out
 
-    def _groups(self, keys: Iterable[str], most: int) -> list[list[str]]:
-        """Neighbours in the file, of about `most` bytes in all."""
+    def groups(self, keys: Iterable[str], most: int) -> list[list[str]]:
+        """Neighbours in the file, in its order, of about `most` bytes in all: what `read_group` takes."""
         groups: list[list[str]] = []
         size, stop = 0, -1
         for key in sorted(set(keys), key=lambda key: self.header.tensors[key][2:]):
@@ -260,12 +260,15 @@ class TensorFile(Mapping[str, "np.ndarray"]):
             size, stop = size + info.nbytes, info.stop
         return groups
 
-    def is_ahead(self, key: str) -> bool:
-        """Whether `read_into` will hand out a tensor where it was read: whoever asks first owns that memory."""
-        return key in self._waiting and not self.header.tensors[key].start % _ALIGNED
+    @property
+    def ahead(self) -> bool:
+        """Whether all was, or is being, read ahead."""
+        return self._ahead is not None
 
-    def _read_group(self, keys: Sequence[str]) -> dict[str, np.ndarray]:
+    def read_group(self, keys: Sequence[str]) -> dict[str, np.ndarray]:
         """Neighbours in the file, in order, with one call and one allocation; each is 64-byte aligned."""
+        if self._ahead is not None and self._waiting.issuperset(keys):
+            return {key: self[key] for key in keys}
         found = [self._find(key) for key in keys]
         places = list(itertools.accumulate((-(-info.nbytes // 64) * 64 for info, _ in found), initial=0))
         memory = files.aligned(places[-1])

@@ -41,6 +41,6 @@ def write_adapter(specimen: Specimen, shapes: Shapes, folder: Path) -> None:
     """The adapter as PEFT would have written it, from the names our table gives its tensors."""
     config = jaxadapt.LoraConfig(**specimen.lora)
     tree = paths.unflatten({p: jax.ShapeDtypeStruct(s, "float32") for p, s in shapes.items()})
-    _, bounds = planning.on_tree(tree, config, specimen.table)
+    _, bounds = planning.plan(planning.Base.of(tree), config, specimen.table)
     tensors = {key: adapter_values(key, shape) for key, shape in whole(bind.file_plan(bounds)).items()}
     jaxadapt.write(jaxadapt.PeftTensors(config, tensors), folder)
