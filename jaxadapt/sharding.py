@@ -69,7 +69,13 @@ def followed(site: Site, form: Arrangement, base: Sharding | None) -> NamedShard
     """
     if not isinstance(base, NamedSharding):
         return None
-    return NamedSharding(base.mesh, PartitionSpec(*follow(site, form, tuple(base.spec))))
+    return _named(base.mesh, follow(site, form, tuple(base.spec)))
+
+
+@functools.lru_cache(maxsize=1024)
+def _named(mesh: Any, axes: tuple[Any, ...]) -> NamedSharding:
+    """One object for all layers: JAX, and the caches here, know it again without comparing."""
+    return NamedSharding(mesh, PartitionSpec(*axes))
 
 
 def for_adapter(bounds: Sequence[Bound], base: Mapping[str, Any]) -> dict[str, NamedSharding]:
@@ -193,6 +199,12 @@ def here(sharding: Sharding, shape: Shape) -> dict[Box, Any]:
     mine = sharding.addressable_devices
     held = {box: [d for d in devices if d in mine] for box, devices in boxes(sharding, shape).items()}
     return {box: devices[0] for box, devices in held.items() if devices}
+
+
+@functools.lru_cache(maxsize=1024)
+def size_here(sharding: Sharding, shape: Shape) -> int:
+    """How many elements this process holds, those of replicas once."""
+    return sum(map(size, here(sharding, shape)))
 
 
 @functools.lru_cache(maxsize=1024)

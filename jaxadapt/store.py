@@ -250,7 +250,7 @@ def load(
         source = os.fspath(checkpoint)
     else:
         parameters = planning.of_target(target)
-        ahead = not exchange.spread(parameters, shardings)  # it all goes to one device, and need not wait for planning
+        ahead = jax.process_count() == 1 or not exchange.spread(parameters, shardings)  # all of it is needed here
         with reporting(progress) as report, folder.opened(_holding(below, path), ahead=ahead) as tensors:
             adapter, bounds = exchange.decoded(tensors, parameters, *options, report, on_shared)
         source = tensors.source

@@ -1,14 +1,14 @@
 """From the tensors of a file, or of memory, to device arrays in the model's layout.
 
-The fast road of `load`: threads read one tensor at a time into a buffer that stays in the processor's cache, put
-it transposed into memory that XLA's CPU client takes without a copy, and the caller's thread hands over what is
-ready. So the data is in memory once, and neither planning nor the device waits for the whole file.
+The fast road of `load`: what lies in the file as in the model is read, many tensors with a call, into memory that XLA's
+CPU client takes without a copy; of the rest threads read one tensor at a time into a buffer that stays in the
+processor's cache, and put it transposed into such memory. The caller's thread hands over what is ready. So the data
+is in memory once, and neither planning nor the device waits for the whole file.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,7 +30,6 @@ from jaxadapt.sharding import Box, Piece
 
 # Leaves made by one job share one allocation: large enough for huge pages, small enough that threads share the work.
 _JOB = 8 << 20
-_ALL = 1 << 62
 _THREADS = min(8, os.cpu_count() or 1)
 
 
@@ -75,25 +74,27 @@ def arrays(
     taken = {e.path for e in alike}
     others = [e for e in order if e.path not in taken]
     held = {e.path: _here(where.get(e.path), e.shape) for e in (order if where else others)}
-    sizes = {e.path: e.form.size * wanted[e.path].itemsize for e in order if e.path not in held}
-    sizes |= {path: sum(map(sharding.size, boxes)) * wanted[path].itemsize for path, boxes in held.items()}
+    sizes = {
+        e.path: (sharding.size_here(where[e.path], e.form.shape) if e.path in where else e.form.size)
+        * wanted[e.path].itemsize
+        for e in order
+    }
     more = counting(report, what, sum(sizes.values()))
     out: dict[str, Any] = {e.path: None for e in plan.entries}
 
     def make(job: Sequence[Entry]) -> dict[str, list[np.ndarray]]:
         if job[0].path not in taken or file is None:
             return _make(job, tensors, held, wanted)
-        found = file.read_group([e.keys[0] for e in job])
-        return _cut({e.path: found[e.keys[0]].reshape(e.form.shape) for e in job}, where)
+        return _cut(job, file, where)
 
-    ready = file is not None and file.ahead and not where and not others
-    jobs: list[Sequence[Entry]] = []
+    jobs = list[Sequence[Entry]](_jobs(others, sizes))
+    ready = file is not None and file.ahead and not others
     if file is not None:
         by_key = {e.keys[0]: e for e in alike}
-        jobs += [[by_key[key] for key in group] for group in file.groups(by_key, 2 * _JOB if not ready else _ALL)]
-    jobs += _jobs(others, sizes)
+        groups = file.groups(by_key, sum(sizes.values()) if ready else 2 * _JOB)
+        jobs = [*([by_key[key] for key in group] for group in groups), *jobs]
     with ThreadPoolExecutor(max(1, min(_THREADS, len(jobs)))) as pool:
-        # What is read ahead as it shall lie takes no time worth a thread's start.
+        # Where all is read ahead, threads would only fight for Python's lock: it took 40 ms instead of 27.
         for job, parts in zip(jobs, (map if ready else pool.map)(make, jobs), strict=True):
             out |= _handed_over(job, parts, held, where, wanted)
             more(sum(sizes[e.path] for e in job))
@@ -119,27 +120,41 @@ def _alike(
         if len(e.keys) == 1
         and e.form.as_it_lies
         and found[e.keys[0]].dtype == dtypes[e.path]
-        and (e.path not in where or sum(map(sharding.size, _here(where[e.path], e.shape))) == e.form.size)
+        and (e.path not in where or sharding.size_here(where[e.path], e.form.shape) == e.form.size)
     ]
 
 
-def _cut(leaves: Mapping[str, np.ndarray], where: Mapping[str, Sharding]) -> dict[str, list[np.ndarray]]:
-    """The parts of whole leaves that devices hold: in their memory where XLA takes them so, else copied into new."""
-    out = {path: [leaf] for path, leaf in leaves.items() if path not in where}
+def _cut(job: Sequence[Entry], file: TensorFile, where: Mapping[str, Sharding]) -> dict[str, list[np.ndarray]]:
+    """The parts of tensors that devices hold: where they were read to if XLA takes them so, else copied from there."""
+    cuts = [sharding.cuts(where[e.path], e.form.shape) if e.path in where else _UNCUT for e in job]
+    keys = [e.keys[0] for e in job]
+    widths = [file.specs[key].dtype.itemsize for key in keys]
+    stay = [all(_lies(start, width) for _, start in mine) for mine, width in zip(cuts, widths, strict=True)]
+    memory: list[np.ndarray] | None = None
+    if not all(stay) and not file.ahead:  # what is only copied from is not to live as long as the rest
+        sizes = list(map(file.nbytes, keys))
+        kept = files.allocated([size if fine else 0 for size, fine in zip(sizes, stay, strict=True)])
+        passing = files.allocated([0 if fine else size for size, fine in zip(sizes, stay, strict=True)])
+        memory = [a if fine else b for a, b, fine in zip(kept, passing, stay, strict=True)]
+    out: dict[str, list[np.ndarray]] = {}
     copied: list[tuple[str, int]] = []
-    for path in leaves.keys() - out.keys():
-        leaf = leaves[path]
-        cuts = sharding.cuts(where[path], leaf.shape)
-        out[path] = [leaf[index] for index, _ in cuts]
-        lies = (start is not None and start * leaf.itemsize % 64 == 0 for _, start in cuts)
-        copied += [(path, number) for number, fine in enumerate(lies) if not fine]
-    memory = _memory([out[path][number].nbytes for path, number in copied])
-    for (path, number), place in zip(copied, memory, strict=True):
+    for e, array, mine, width in zip(job, file.read_group(keys, memory), cuts, widths, strict=True):
+        leaf = array.reshape(e.form.shape)
+        out[e.path] = [leaf[index] for index, _ in mine]
+        copied += [(e.path, number) for number, (_, start) in enumerate(mine) if not _lies(start, width)]
+    for (path, number), place in zip(copied, files.allocated([out[p][n].nbytes for p, n in copied]), strict=True):
         part = out[path][number]
-        new = place.view(part.dtype).reshape(part.shape)
-        _copy(new, part)
-        out[path][number] = new
+        out[path][number] = place.view(part.dtype).reshape(part.shape)
+        _copy(out[path][number], part)
     return out
+
+
+_UNCUT: list[tuple[Any, int | None]] = [(..., 0)]
+
+
+def _lies(start: int | None, width: int) -> bool:
+    """Whether a part that begins with this element is memory as XLA's CPU client takes it."""
+    return start is not None and start * width % 64 == 0
 
 
 def _handed_over(
@@ -227,18 +242,11 @@ def _read(tensors: Mapping[str, Any], key: str, piece: Piece, place: np.ndarray)
 def _allocated(job: Sequence[Entry], held: Held, dtypes: Mapping[str, np.dtype]) -> dict[str, list[np.ndarray]]:
     """New arrays for the parts of each leaf: what XLA's CPU client takes as it is."""
     parts = [(e.path, sharding.extent(box), dtypes[e.path]) for e in job for box in held[e.path]]
-    memory = _memory([math.prod(shape) * dtype.itemsize for _, shape, dtype in parts])
+    memory = files.allocated([math.prod(shape) * dtype.itemsize for _, shape, dtype in parts])
     made: dict[str, list[np.ndarray]] = {e.path: [] for e in job}
     for (path, shape, dtype), place in zip(parts, memory, strict=True):
         made[path].append(place.view(dtype).reshape(shape))
     return made
-
-
-def _memory(sizes: Sequence[int]) -> list[np.ndarray]:
-    """So many bytes each, aligned, from one allocation."""
-    starts = list(itertools.accumulate((-(-size // 64) * 64 for size in sizes), initial=0))
-    memory = files.aligned(starts[-1])
-    return [memory[start : start + size] for size, start in zip(sizes, starts, strict=False)]
 
 
 def _tile(tensors: Mapping[str, Any], key: str, piece: Piece, scratch: np.ndarray | None) -> np.ndarray:

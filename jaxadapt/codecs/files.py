@@ -8,7 +8,7 @@ import os
 import stat
 from collections import deque
 from collections.abc import Sequence
-from itertools import islice
+from itertools import accumulate, islice
 from typing import TYPE_CHECKING, Protocol
 
 from jaxadapt.errors import FileError, FormatError
@@ -16,7 +16,17 @@ from jaxadapt.errors import FileError, FormatError
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["MAX_VIEWS", "LocalFile", "Source", "aligned", "file_error", "open_binary", "pread_exact", "read_into"]
+__all__ = [
+    "MAX_VIEWS",
+    "LocalFile",
+    "Source",
+    "aligned",
+    "allocated",
+    "file_error",
+    "open_binary",
+    "pread_exact",
+    "read_into",
+]
 
 _WAY_OUT = {
     errno.ENOENT: "check the path",
@@ -155,3 +165,10 @@ def aligned(nbytes: int) -> np.ndarray:
     raw = np.empty(nbytes + 63, np.uint8)
     skip = -raw.__array_interface__["data"][0] % 64  # ten times cheaper than raw.ctypes.data
     return raw[skip : skip + nbytes]
+
+
+def allocated(sizes: Sequence[int]) -> list[np.ndarray]:
+    """Uninitialised uint8 of so many bytes each, all aligned, from one allocation that lives as long as one of them."""
+    starts = list(accumulate((-(-size // 64) * 64 for size in sizes), initial=0))
+    memory = aligned(starts[-1])
+    return [memory[start : start + size] for size, start in zip(sizes, starts, strict=False)]

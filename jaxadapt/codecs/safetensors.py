@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
@@ -234,15 +233,15 @@ class TensorFile(Mapping[str, "np.ndarray"]):
         groups = self.groups(keys, _GROUP)
         out: dict[str, np.ndarray] = {}
         with contextlib.ExitStack() as stack:
-            made: Iterable[dict[str, np.ndarray]] = map(self.read_group, groups)
+            made: Iterable[list[np.ndarray]] = map(self.read_group, groups)
             if len(groups) > 1:
                 from concurrent.futures import ThreadPoolExecutor
 
                 # few large jobs: their time goes into the kernel's copy and page faults, which hold no GIL
                 pool = stack.enter_context(ThreadPoolExecutor(min(4, os.cpu_count() or 1)))
                 made = pool.map(self.read_group, groups)
-            for group in made:
-                out |= group
+            for group, arrays in zip(groups, made, strict=True):
+                out |= zip(group, arrays, strict=True)
                 if progress is not None:
                     progress(sum(map(self.nbytes, group)))
         return out
@@ -265,24 +264,20 @@ class TensorFile(Mapping[str, "np.ndarray"]):
         """Whether all was, or is being, read ahead."""
         return self._ahead is not None
 
-    def read_group(self, keys: Sequence[str]) -> dict[str, np.ndarray]:
-        """Neighbours in the file, in order, with one call and one allocation; each is 64-byte aligned."""
+    def read_group(self, keys: Sequence[str], memory: Sequence[np.ndarray] | None = None) -> list[np.ndarray]:
+        """Neighbours in the file, in order, with one call.
+
+        Args:
+            memory: for each of them, as in `read_into`; without it they share one allocation.
+        """
         if self._ahead is not None and self._waiting.issuperset(keys):
-            return {key: self[key] for key in keys}
+            return [self[key] for key in keys]
         found = [self._find(key) for key in keys]
-        places = list(itertools.accumulate((-(-info.nbytes // 64) * 64 for info, _ in found), initial=0))
-        memory = files.aligned(places[-1])
-        # Without gaps in memory, as in the file, it is one part: usually all, since sizes are multiples of 64.
-        cuts = [n for n, (info, _) in enumerate(found, 1) if info.nbytes % 64 or n == len(found)]
-        parts: list[tuple[str, memoryview]] = []
-        for first, after in itertools.pairwise([0, *cuts]):
-            what = f"tensor {keys[first]!r}" + (f" to {keys[after - 1]!r}" if after - first > 1 else "")
-            parts.append((what, memory[places[first] : places[after - 1] + found[after - 1][0].nbytes].data))
+        sizes = [info.nbytes for info, _ in found]
+        memory = files.allocated(sizes) if memory is None else [m[:n] for m, n in zip(memory, sizes, strict=True)]
+        parts = [(f"tensor {key!r}", place.data) for key, place in zip(keys, memory, strict=True)]
         self._source.read_into(parts, self.header.data_start + found[0][0].start)
-        return {
-            key: memory[at : at + info.nbytes].view(dtype).reshape(info.shape)
-            for key, at, (info, dtype) in zip(keys, places, found, strict=False)
-        }
+        return [place.view(dtype).reshape(info.shape) for place, (info, dtype) in zip(memory, found, strict=True)]
 
     def close(self) -> None:
         if self._ahead is not None:
