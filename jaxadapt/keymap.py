@@ -221,18 +221,7 @@ class KeyMap:
 
         `leaves` are the model's: a table may have lines for another spelling, of a model that has other leaves.
         """
-        if not self.spellings:
-            return self
-        kinds = {re.sub(r"\d+", "0", leaf): leaf for leaf in leaves}  # layers are alike
-        sites = [site for leaf in kinds.values() if (site := self.site(leaf)) is not None]
-        used = {site.weight.leaf for site in sites}
-        keys = tuple(keys)
-
-        def follow(table: KeyMap) -> int:
-            mine = tuple(w.key.partition("{")[0].rpartition(".")[0] + "." for w in table.weights if w.leaf in used)
-            return sum(key.startswith(mine) for key in keys)
-
-        return max([self, *(self.spelt(name) for name, _ in self.spellings)], key=follow)
+        return _followed(self, tuple(keys), tuple(leaves)) if self.spellings else self
 
     def with_lines(self, lines: Iterable[Weight]) -> KeyMap:
         """The same table with further literal lines, which win over its templates."""
@@ -299,6 +288,19 @@ def _scanned(table: KeyMap, axis: int) -> KeyMap:
         needs=tuple(lines[leaf].leaf for leaf in table.needs),
         counts=tuple((lines[leaf].leaf, count) for leaf, count in table.counts),
     )
+
+
+@functools.lru_cache(maxsize=32)
+def _followed(table: KeyMap, keys: tuple[str, ...], leaves: tuple[str, ...]) -> KeyMap:
+    kinds = {re.sub(r"\d+", "0", leaf): leaf for leaf in leaves}  # layers are alike
+    sites = [site for leaf in kinds.values() if (site := table.site(leaf)) is not None]
+    used = {site.weight.leaf for site in sites}
+
+    def follow(other: KeyMap) -> int:
+        mine = tuple(w.key.partition("{")[0].rpartition(".")[0] + "." for w in other.weights if w.leaf in used)
+        return sum(key.startswith(mine) for key in keys)
+
+    return max([table, *(table.spelt(name) for name, _ in table.spellings)], key=follow)
 
 
 @functools.lru_cache(maxsize=512)

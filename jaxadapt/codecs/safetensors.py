@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
@@ -106,10 +107,28 @@ class _Ahead:
     def __init__(self, source: files.Source, start: int) -> None:
         from concurrent.futures import ThreadPoolExecutor
 
-        self.memory = files.aligned(source.size - start)
-        self.pool = ThreadPoolExecutor(1)
+        self._memory = files.aligned(source.size - start)
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(1)
         # One call: after each the thread would wait for Python's lock, which whoever plans has.
-        self.read = self.pool.submit(source.read_into, [("its tensors", self.memory.data)], start)
+        self._read = self._pool.submit(source.read_into, [("its tensors", self._memory.data)], start)
+        self.waiting: set[str] = set()
+        """The tensors that nobody asked for yet."""
+
+    def take(self, keys: Sequence[str]) -> np.ndarray | None:
+        """All that is read, for those who are the first to ask for these; None if they are not, or reading failed."""
+        with self._lock:
+            if not self.waiting.issuperset(keys):
+                return None
+            self.waiting.difference_update(keys)
+        try:
+            self._read.result()
+        except AdapterError:  # read by itself, a tensor says that it is the one which is cut off
+            return None
+        return self._memory
+
+    def close(self) -> None:
+        self._pool.shutdown()
 
 
 class TensorFile(Mapping[str, "np.ndarray"]):
@@ -134,8 +153,8 @@ class TensorFile(Mapping[str, "np.ndarray"]):
         except BaseException:
             self.close()
             raise
-        self._waiting = set(self.header.tensors) if self._ahead else set[str]()
-        """Those read ahead that nobody asked for yet."""
+        if self._ahead is not None:
+            self._ahead.waiting.update(self.header.tensors)
 
     def _find(self, key: str) -> tuple[TensorInfo, np.dtype]:
         info = self.header.tensors[key]
@@ -154,27 +173,22 @@ class TensorFile(Mapping[str, "np.ndarray"]):
 
         What was read ahead, and begins at a multiple of 64 bytes, is handed out where it is, once.
         """
+        ready = None if self._ahead is None else self._ahead.take([key])
+        if ready is not None:
+            return self._handed_out(key, ready, memory)
         info, dtype = self._find(key)
-        ready = self._taken(key)
-        if ready is not None and not info.start % _ALIGNED:
-            return ready[info.start : info.stop].view(dtype).reshape(info.shape)
         data = files.aligned(info.nbytes) if memory is None else memory[: info.nbytes]
-        if ready is None:
-            self._source.read_into([(f"tensor {key!r}", data.data)], self.header.data_start + info.start)
-        else:
-            data[:] = ready[info.start : info.stop]
+        self._source.read_into([(f"tensor {key!r}", data.data)], self.header.data_start + info.start)
         return data.view(dtype).reshape(info.shape)
 
-    def _taken(self, key: str) -> np.ndarray | None:
-        """All that was read ahead, if a tensor was and this is the first to ask for it."""
-        if self._ahead is None or key not in self._waiting:
-            return None
-        try:
-            self._waiting.remove(key)
-            self._ahead.read.result()
-        except (KeyError, AdapterError):  # another thread was first; or read by itself, it says which one is cut off
-            return None
-        return self._ahead.memory
+    def _handed_out(self, key: str, ready: np.ndarray, memory: np.ndarray | None = None) -> np.ndarray:
+        """A tensor of what was read ahead: where it is, unless it lies askew for XLA."""
+        info, dtype = self._find(key)
+        data = ready[info.start : info.stop]
+        if info.start % _ALIGNED:
+            data = files.aligned(info.nbytes) if memory is None else memory[: info.nbytes]
+            data[:] = ready[info.start : info.stop]
+        return data.view(dtype).reshape(info.shape)
 
     def spec(self, key: str) -> Spec:
         """Shape and dtype of one tensor."""
@@ -192,7 +206,11 @@ class TensorFile(Mapping[str, "np.ndarray"]):
         Raises:
             FormatError: numpy has no such dtype.
         """
-        return {key: self.spec(key) for key in self.header.tensors}
+        try:
+            kinds = {name: numpy_dtype(name) for name in {info.dtype for info in self.header.tensors.values()}}
+            return {key: Spec(info.shape, kinds[info.dtype]) for key, info in self.header.tensors.items()}
+        except FormatError:
+            return {key: self.spec(key) for key in self.header.tensors}  # which says which tensor it is
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.header.tensors)
@@ -270,8 +288,9 @@ class TensorFile(Mapping[str, "np.ndarray"]):
         Args:
             memory: for each of them, as in `read_into`; without it they share one allocation.
         """
-        if self._ahead is not None and self._waiting.issuperset(keys):
-            return [self[key] for key in keys]
+        ready = None if self._ahead is None else self._ahead.take(keys)
+        if ready is not None:
+            return [self._handed_out(key, ready) for key in keys]
         found = [self._find(key) for key in keys]
         sizes = [info.nbytes for info, _ in found]
         memory = files.allocated(sizes) if memory is None else [m[:n] for m, n in zip(memory, sizes, strict=True)]
@@ -281,7 +300,7 @@ class TensorFile(Mapping[str, "np.ndarray"]):
 
     def close(self) -> None:
         if self._ahead is not None:
-            self._ahead.pool.shutdown()
+            self._ahead.close()
         self._source.close()
 
     def __enter__(self) -> TensorFile:
