@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxadapt import weight
+from jaxadapt import pattern
 
 Array = Any
 
@@ -53,7 +53,7 @@ class Arrangement:
     def _inner(self) -> dict[str, int]:
         """The axes of one tensor and their sizes, in the model's order, split ones by their parts."""
         keep = (i for i in range(len(self.left)) if i not in self.split)
-        parts = (weight.split(self.left[i], self.shape[i], dict(self.sizes)) for i in keep)
+        parts = (pattern.split(self.left[i], self.shape[i], dict(self.sizes)) for i in keep)
         return {name: size for part in parts for name, size in part.items()}
 
     @functools.cached_property

@@ -20,8 +20,9 @@ from jaxadapt.configs import LoraConfig
 from jaxadapt.dialect import RANK, Dialect, Dims, layouts
 from jaxadapt.errors import KeyMapError
 from jaxadapt.keymap import KeyMap, Site, entries
+from jaxadapt.pattern import fine
 from jaxadapt.tensor import Tensor
-from jaxadapt.weight import Weight, fine
+from jaxadapt.weight import Weight
 
 Shape = tuple[int, ...]
 Array = Any

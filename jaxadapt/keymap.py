@@ -16,7 +16,8 @@ from typing import Any
 from jaxadapt import paths
 from jaxadapt.axes import Axes
 from jaxadapt.errors import KeyMapError
-from jaxadapt.weight import EXPERTS, Weight, fine
+from jaxadapt.pattern import fine
+from jaxadapt.weight import EXPERTS, Weight
 
 PEFT_PREFIX = "base_model.model."
 

@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxadapt import paths, pieces, weight
+from jaxadapt import paths, pattern, pieces
 from jaxadapt.arrangement import Arrangement
 from jaxadapt.errors import KeyMapError, MismatchError
 from jaxadapt.keymap import KeyMap, Site, entries
 from jaxadapt.tensor import Tensor
+from jaxadapt.weight import Weight
 
 Array = Any
 
@@ -287,7 +288,7 @@ def key_of(keymap: KeyMap, site: Site, tensor: Tensor, text: Mapping[str, str]) 
     return part_of(line, f"{keymap.prefix}{module}".rstrip(".") + suffix, torch_axes(site, tensor))
 
 
-def part_of(line: weight.Weight, key: str, axes: Sequence[tuple[str, ...]]) -> str:
+def part_of(line: Weight, key: str, axes: Sequence[tuple[str, ...]]) -> str:
     """The key of a tensor with these axes, as a part of the file's where the line's leaf is one of several in it."""
     if not line.piece:
         return key
@@ -316,7 +317,7 @@ def sizes_of(site: Site, shape: Sequence[int]) -> dict[str, int]:
         )
     sizes = dict(zip(left, shape, strict=True))
     for axis, size in sizes.items():
-        weight.split(axis, size, dict(site.weight.sizes))
+        pattern.split(axis, size, dict(site.weight.sizes))
     for axis in site.roles["fused"]:
         names = site.weight.names(axis)
         if names is not None and len(names) != sizes[axis]:
@@ -355,7 +356,7 @@ def sizes_from_tensors(
                 what = f"axis {name.strip('~{}')!r} has {size} entries, expected {want}"
                 problems.append(f"{site.leaf}.{tensor.name}: {what}")
             try:
-                weight.split(name, size, dict(site.weight.sizes))
+                pattern.split(name, size, dict(site.weight.sizes))
             except MismatchError as error:
                 problems.append(f"{site.leaf}.{tensor.name}: {error}")
     if problems:

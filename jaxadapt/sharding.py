@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec, Sharding
 
-from jaxadapt import paths, quantized, weight
+from jaxadapt import paths, pattern, quantized
 from jaxadapt.arrangement import Arrangement, ours, theirs
 from jaxadapt.errors import AttachError
 from jaxadapt.keymap import Site
@@ -375,7 +375,7 @@ def pieces(form: Arrangement, box: Box) -> tuple[Piece, ...]:
     [(1, (3, 4), ((0, 3), (0, 2)))]
     """
     kept = [axis for axis in range(len(form.left)) if axis not in form.split]
-    parts = [weight.split(form.left[axis], form.shape[axis], dict(form.sizes)) for axis in kept]
+    parts = [pattern.split(form.left[axis], form.shape[axis], dict(form.sizes)) for axis in kept]
     names = [name for part in parts for name in part]
     sizes = [n for part in parts for n in part.values()]
     order = tuple(names.index(name) for group in form.right for name in group)

@@ -16,9 +16,9 @@ from typing import Any
 
 from jaxadapt import paths
 from jaxadapt.axes import Axes
-from jaxadapt.errors import KeyMapError, MismatchError
+from jaxadapt.errors import KeyMapError
+from jaxadapt.pattern import fine, parsed, split
 
-_TOKEN = re.compile(r"\(([^()]*)\)|(\{?\w+\}?)")
 _HOLE = re.compile(r"\{(\w+)\}")
 _PIECE = re.compile(r"\[(?:(?P<axis>\w+) )?(?P<part>\d+(?:/|::)\d+)\]$")
 
@@ -129,55 +129,34 @@ class Weight:
         return (*lines, Weight(f"{leaf}.out.bias", f"{key}.out_proj.bias", "d -> d"))
 
     def _problems(self) -> list[str]:
-        if self.pattern.count("->") != 1:
-            return ["a pattern has one '->': JAX axes on the left, PyTorch's on the right"]
-        left, flat = [n for axis in self.left for n in fine(axis)], [n for group in self.right for n in group]
-        rest = re.sub(_TOKEN, "", self.pattern.replace("->", " "))
-        problems = [f"{rest.strip()!r} is no axis name"] if rest.strip() else []
+        _, _, plain, braced, found = parsed(self.pattern)
+        problems = list(found)
+        holes, wanted = set(_HOLE.findall(self.leaf)), _HOLE.findall(self.key)
         problems += [
-            f"axis {n!r} is on the {side} twice"
-            for side, names in (("left", left), ("right", flat))
-            for n in sorted({n for n in names if names.count(n) > 1})
+            f"hole {{{h}}} of the key is filled by nothing" for h in wanted if h not in holes and h not in braced
         ]
-        plain = {n for n in left if not n.startswith("{")}
-        problems += [
-            f"axis {n!r} is only on the left (braces mark axes PyTorch lacks)"
-            for n in sorted(plain - set(flat))
-        ]
-        problems += [f"axis {n!r} is only on the right" for n in sorted(set(flat) - plain)]
-        braced = {n.strip("{}") for n in left if n.startswith("{")}
-        holes = set(_HOLE.findall(self.leaf))
-        problems += [
-            f"hole {{{h}}} of the key is filled by nothing"
-            for h in _HOLE.findall(self.key)
-            if h not in holes | braced
-        ]
-        problems += [
-            f"{self.key!r} is a part of an axis {axis!r}, which is none of PyTorch's in the pattern"
-            for axis in (self._bracket.get("axis"),)
-            if axis and (axis,) not in self.right
-        ]
+        axis = self._bracket.get("axis")
+        if axis and (axis,) not in self.right:
+            problems.append(f"{self.key!r} is a part of an axis {axis!r}, which is none of PyTorch's in the pattern")
         problems += [f"{{{n}}} is both a hole of the leaf and an axis" for n in sorted(holes & braced)]
         problems += [
             f"{text!r} has a brace that belongs to no hole"
             for text in (self.leaf, self.key)
-            if set("{}") & set(_HOLE.sub("", text))
+            if not set("{}").isdisjoint(_HOLE.sub("", text))
         ]
         problems += [
             f"{n!r} names no entry, or one twice: {list(names)}"
             for n, names in self.over
             if not names or len(set(names)) < len(names)
         ]
-        problems += [
-            f"{n!r} has names but is no braced axis of the pattern" for n, _ in self.over if n not in braced
-        ]
+        problems += [f"{n!r} has names but is no braced axis of the pattern" for n, _ in self.over if n not in braced]
         problems += [
             f"axis {{{n}}} must appear in the key, else its entries share one name"
-            for n in sorted(braced - set(_HOLE.findall(self.key)))
+            for n in sorted(braced.difference(wanted))
         ]
         return problems + self._problems_of_groups(plain)
 
-    def _problems_of_groups(self, plain: set[str]) -> list[str]:
+    def _problems_of_groups(self, plain: frozenset[str]) -> list[str]:
         sizes, problems = dict(self.sizes), list[str]()
         groups = [(axis, fine(axis)) for axis in self.left if axis.startswith("(")]
         for axis, names in groups:
@@ -186,23 +165,21 @@ class Weight:
             elif len({at for at, group in enumerate(self.right) for n in names if n in group}) != 1:
                 problems.append(f"{axis}: its axes must lie in one of PyTorch's axes")
         inside = {n for _, names in groups for n in names}
-        problems += [f"{n!r} has a size, but is in no parentheses on the left" for n in sorted(set(sizes) - inside)]
+        problems += [f"{n!r} has a size, but is in no parentheses on the left" for n in sorted(sizes.keys() - inside)]
         if self.scale is not None:
             missing = sorted(set(self.scale[0].split()) - plain)
             problems += [f"the scale's axis {n!r} is none of the pattern's" for n in missing]
         return problems
 
-    @functools.cached_property
+    @property
     def left(self) -> tuple[str, ...]:
         """Axis names of the JAX leaf; braced ones keep their braces, and a split one its parentheses."""
-        found = _TOKEN.finditer(self.pattern.split("->")[0])
-        return tuple(m.group(2) or f"({' '.join(m.group(1).split())})" for m in found)
+        return parsed(self.pattern).left
 
-    @functools.cached_property
+    @property
     def right(self) -> tuple[tuple[str, ...], ...]:
         """PyTorch's axes, each a group of axis names flattened together."""
-        found = _TOKEN.finditer(self.pattern.split("->")[1])
-        return tuple(tuple((m.group(1) if m.group(1) is not None else m.group(2)).split()) for m in found)
+        return parsed(self.pattern).right
 
     @functools.cached_property
     def regex(self) -> re.Pattern[str]:
@@ -405,23 +382,3 @@ class Weight:
             return 1.0
         one = {n: size for axis, size in sizes.items() for n, size in split(axis, size, dict(self.sizes)).items()}
         return float(math.prod(one[n] for n in self.scale[0].split()) ** self.scale[1])
-
-
-def fine(axis: str) -> tuple[str, ...]:
-    """The parts of one of a leaf's axes: itself, unless it stands in parentheses."""
-    return tuple(axis[1:-1].split()) if axis.startswith("(") else (axis,)
-
-
-def split(axis: str, size: int, fixed: Mapping[str, int]) -> dict[str, int]:
-    """The sizes of an axis' parts; `MismatchError` where they do not divide it.
-
-    >>> split("(c p)", 8, {"p": 2}), split("h", 8, {})
-    ({'c': 4, 'p': 2}, {'h': 8})
-    """
-    names = fine(axis)
-    if names == (axis,):
-        return {axis: size}
-    known = math.prod(fixed[n] for n in names if n in fixed)
-    if size % known:
-        raise MismatchError(f"an axis of size {size} cannot be split as {axis} with {dict(fixed)}")
-    return {n: fixed.get(n, size // known) for n in names}

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "jaxadapt"
 
 # Packages are listed by their first part: "configs" stands for everything under jaxadapt/configs/.
 FLOORS = [
-    ["errors", "progress", "paths", "axes", "configs"],
+    ["errors", "progress", "paths", "axes", "pattern", "configs"],
     "pieces weight arrangement keymap generic dialect plan adapter peft_tensors"
     " trace operations layout liveness layers filters targets drawing factors codecs consumers card hub"
     " quantized near tensor used".split(),
@@ -38,7 +38,6 @@ TOP = len(FLOORS)  # __init__ and __main__ see everything
 # Imports within one floor, each with its reason. A package's own files may import each other, and everything
 # may raise: `errors` lies below floor 0.
 SAME_FLOOR = {
-    ("arrangement", "weight"): "axes of a line are split as it says",
     ("plan", "arrangement"): "a plan's entries are arranged",
     ("plan", "keymap"): "a plan is a keymap applied to shapes",
     ("keymap", "weight"): "a table is made of lines",
