@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
 
 from jaxadapt.codecs import atomic, files, objects, places, runs
+from jaxadapt.codecs.ahead import Ahead
 from jaxadapt.codecs.dtypes import NAMES, dtype_name, numpy_dtype
 from jaxadapt.codecs.header import (
     MAX_HEADER,
@@ -25,7 +25,7 @@ from jaxadapt.codecs.header import (
     parse,
     problems_text,
 )
-from jaxadapt.errors import AdapterError, FileError, FormatError, MismatchError
+from jaxadapt.errors import FileError, FormatError, MismatchError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -101,36 +101,6 @@ class Spec(NamedTuple):
     dtype: np.dtype
 
 
-class _Ahead:
-    """The bytes after a header, which are being read in the background while the caller plans."""
-
-    def __init__(self, source: files.Source, start: int) -> None:
-        from concurrent.futures import ThreadPoolExecutor
-
-        self._memory = files.aligned(source.size - start)
-        self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(1)
-        # One call: after each the thread would wait for Python's lock, which whoever plans has.
-        self._read = self._pool.submit(source.read_into, [("its tensors", self._memory.data)], start)
-        self.waiting: set[str] = set()
-        """The tensors that nobody asked for yet."""
-
-    def take(self, keys: Sequence[str]) -> np.ndarray | None:
-        """All that is read, for those who are the first to ask for these; None if they are not, or reading failed."""
-        with self._lock:
-            if not self.waiting.issuperset(keys):
-                return None
-            self.waiting.difference_update(keys)
-        try:
-            self._read.result()
-        except AdapterError:  # read by itself, a tensor says that it is the one which is cut off
-            return None
-        return self._memory
-
-    def close(self) -> None:
-        self._pool.shutdown()
-
-
 class TensorFile(Mapping[str, "np.ndarray"]):
     """An open file: each `[key]` reads that tensor's bytes into a new array (C order, 64-byte aligned).
 
@@ -142,13 +112,13 @@ class TensorFile(Mapping[str, "np.ndarray"]):
     def __init__(self, path: str | os.PathLike[str], ahead: bool = False) -> None:
         """Raises what `read_header` raises. `ahead` as in `open_tensors`."""
         self._source = _open(path)
-        self._ahead: _Ahead | None = None
+        self._ahead: Ahead | None = None
         self.path = self._source.path
         try:
             raw = _header_bytes(self._source)
             start = 8 + len(raw)
             if ahead and 0 < self._source.size - start <= _AHEAD:
-                self._ahead = _Ahead(self._source, start)
+                self._ahead = Ahead(self._source, start)
             self.header = parse(self.path, raw, self._source.size)
         except BaseException:
             self.close()

@@ -304,13 +304,13 @@ def test_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_truncated_while_reading_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path / "f", {"a": np.zeros(10, "f4"), "b": np.zeros(10, "f4")})
     size = (tmp_path / "f").stat().st_size
-    started = codec._Ahead
+    started = codec.Ahead
 
     def early(source: Any, start: int) -> Any:
         os.truncate(tmp_path / "f", size - 1)
         return started(source, start)
 
-    monkeypatch.setattr(codec, "_Ahead", early)
+    monkeypatch.setattr(codec, "Ahead", early)
     with (
         codec.open_tensors(tmp_path / "f", ahead=True) as file,
         pytest.raises(FormatError, match="'b': expected .* truncated"),
