@@ -12,6 +12,7 @@ Exits with 1 if a target is missed.
 from __future__ import annotations
 
 import argparse
+import mmap
 import os
 import shutil
 import statistics
@@ -87,12 +88,24 @@ def raw_write(path: Path, data: bytes | memoryview) -> None:
     os.close(fd)
 
 
-def raw_read(path: Path) -> bytes:
+def raw_read(path: Path) -> mmap.mmap:
+    """Into new pages: what `malloc` gives is new, or was just given back by another way, as it happens."""
     fd = os.open(path, os.O_RDONLY)
     try:
-        return os.read(fd, os.fstat(fd).st_size)
+        size = os.fstat(fd).st_size
+        memory = mmap.mmap(-1, size)
+        done = 0
+        while done < size:
+            done += os.preadv(fd, [memoryview(memory)[done:]], done)
+        return memory
     finally:
         os.close(fd)
+
+
+def raw_read_again(path: Path, memory: bytearray) -> None:
+    """Into pages that are in use already: a copy of what the system has, and nothing else."""
+    with path.open("rb", buffering=0) as file:
+        file.readinto(memory)
 
 
 def savers(adapter: jaxadapt.Adapter, folder: Path) -> dict[str, Way]:
@@ -121,8 +134,10 @@ def loaders(adapter: jaxadapt.Adapter, folder: Path) -> dict[str, Way]:
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), adapter.params
     )
     host = list(jaxadapt.read(folder / "ours").tensors.values())
+    used = bytearray(file.stat().st_size)
     return {
         "raw read": Way(lambda _: raw_read(file)),
+        "raw read, into pages in use": Way(lambda _: raw_read_again(file, used)),
         "JAX alone: device_put of what is in memory": Way(
             lambda _: jax.block_until_ready(jax.device_put(host, may_alias=True))
         ),

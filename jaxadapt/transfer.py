@@ -154,7 +154,7 @@ _UNCUT: list[tuple[Any, int | None]] = [(..., 0)]
 
 def _lies(start: int | None, width: int) -> bool:
     """Whether a part that begins with this element is memory as XLA's CPU client takes it."""
-    return start is not None and start * width % 64 == 0
+    return start is not None and start * width % files.ALIGNED == 0
 
 
 def _handed_over(

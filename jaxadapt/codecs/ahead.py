@@ -13,31 +13,50 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+# In blocks that malloc uses again after they were freed: fresh pages cost more than reading into them.
+_BLOCK = 16 << 20
+
+
 class Ahead:
     """The bytes after a header, which are being read in the background while the caller plans."""
 
     def __init__(self, source: files.Source, start: int) -> None:
         from concurrent.futures import ThreadPoolExecutor
 
-        self._memory = files.aligned(source.size - start)
+        size = source.size - start
+        self._blocks = [files.aligned(min(_BLOCK, size - at)) for at in range(0, size, _BLOCK)]
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(1)
         # One call: after each the thread would wait for Python's lock, which whoever plans has.
-        self._read = self._pool.submit(source.read_into, [("its tensors", self._memory.data)], start)
+        self._read = self._pool.submit(source.read_into, [("its tensors", b.data) for b in self._blocks], start)
         self.waiting: set[str] = set()
         """The tensors that nobody asked for yet."""
 
-    def take(self, keys: Sequence[str]) -> np.ndarray | None:
-        """All that is read, for those who are the first to ask for these; None if they are not, or reading failed."""
+    def take(self, keys: Sequence[str]) -> bool:
+        """Whether these are there, and the caller, who is the first to ask for them, may have them."""
         with self._lock:
             if not self.waiting.issuperset(keys):
-                return None
+                return False
             self.waiting.difference_update(keys)
         try:
             self._read.result()
         except AdapterError:  # read by itself, a tensor says that it is the one which is cut off
-            return None
-        return self._memory
+            return False
+        return True
+
+    def at(self, start: int, stop: int, memory: np.ndarray | None) -> np.ndarray:
+        """The bytes of a tensor: where they were read to, if aligned and in one block; else copied, to `memory`."""
+        block, first = divmod(start, _BLOCK)
+        if first % files.ALIGNED == 0 and stop - start <= _BLOCK - first:
+            return self._blocks[block][first : first + stop - start]
+        out = files.aligned(stop - start) if memory is None else memory[: stop - start]
+        done = 0
+        while done < stop - start:
+            block, first = divmod(start + done, _BLOCK)
+            part = self._blocks[block][first : first + stop - start - done]
+            out[done : done + len(part)] = part
+            done += len(part)
+        return out
 
     def close(self) -> None:
         self._pool.shutdown()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 __all__ = [
+    "ALIGNED",
     "MAX_VIEWS",
     "LocalFile",
     "Source",
@@ -158,17 +159,21 @@ def pread_exact(fd: int, size: int, offset: int, path: str, what: str) -> bytes:
     return bytes(buffer)
 
 
+ALIGNED = 64
+"""XLA's CPU client shares memory that begins at a multiple of so many bytes."""
+
+
 def aligned(nbytes: int) -> np.ndarray:
-    """Uninitialised uint8 of `nbytes`, aligned to 64 bytes: XLA's CPU client needs that to share them."""
+    """Uninitialised uint8 of `nbytes`, aligned."""
     import numpy as np
 
-    raw = np.empty(nbytes + 63, np.uint8)
-    skip = -raw.__array_interface__["data"][0] % 64  # ten times cheaper than raw.ctypes.data
+    raw = np.empty(nbytes + ALIGNED - 1, np.uint8)
+    skip = -raw.__array_interface__["data"][0] % ALIGNED  # ten times cheaper than raw.ctypes.data
     return raw[skip : skip + nbytes]
 
 
 def allocated(sizes: Sequence[int]) -> list[np.ndarray]:
     """Uninitialised uint8 of so many bytes each, all aligned, from one allocation that lives as long as one of them."""
-    starts = list(accumulate((-(-size // 64) * 64 for size in sizes), initial=0))
+    starts = list(accumulate((-(-size // ALIGNED) * ALIGNED for size in sizes), initial=0))
     memory = aligned(starts[-1])
     return [memory[start : start + size] for size, start in zip(sizes, starts, strict=False)]

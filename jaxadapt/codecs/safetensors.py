@@ -51,7 +51,6 @@ __all__ = [
 _STAGE = 1 << 20
 # What is read ahead is in memory at once, and reading more takes so long that little would be won.
 _AHEAD = 64 << 20
-_ALIGNED = 64  # what XLA's CPU client wants, and the beginning of all tensors but those after an odd one
 # Tensors read with one call: big enough for huge pages, small enough that several threads get some.
 _GROUP = 32 << 20
 
@@ -141,23 +140,14 @@ class TensorFile(Mapping[str, "np.ndarray"]):
     def read_into(self, key: str, memory: np.ndarray | None) -> np.ndarray:
         """`self[key]` in the first bytes of `memory` (uint8, aligned for the dtype); in new memory if None.
 
-        What was read ahead, and begins at a multiple of 64 bytes, is handed out where it is, once.
+        What was read ahead is handed out where it is, once, if it is aligned there.
         """
-        ready = None if self._ahead is None else self._ahead.take([key])
-        if ready is not None:
-            return self._handed_out(key, ready, memory)
         info, dtype = self._find(key)
-        data = files.aligned(info.nbytes) if memory is None else memory[: info.nbytes]
-        self._source.read_into([(f"tensor {key!r}", data.data)], self.header.data_start + info.start)
-        return data.view(dtype).reshape(info.shape)
-
-    def _handed_out(self, key: str, ready: np.ndarray, memory: np.ndarray | None = None) -> np.ndarray:
-        """A tensor of what was read ahead: where it is, unless it lies askew for XLA."""
-        info, dtype = self._find(key)
-        data = ready[info.start : info.stop]
-        if info.start % _ALIGNED:
+        if self._ahead is not None and self._ahead.take([key]):
+            data = self._ahead.at(info.start, info.stop, memory)
+        else:
             data = files.aligned(info.nbytes) if memory is None else memory[: info.nbytes]
-            data[:] = ready[info.start : info.stop]
+            self._source.read_into([(f"tensor {key!r}", data.data)], self.header.data_start + info.start)
         return data.view(dtype).reshape(info.shape)
 
     def spec(self, key: str) -> Spec:
@@ -258,10 +248,10 @@ class TensorFile(Mapping[str, "np.ndarray"]):
         Args:
             memory: for each of them, as in `read_into`; without it they share one allocation.
         """
-        ready = None if self._ahead is None else self._ahead.take(keys)
-        if ready is not None:
-            return [self._handed_out(key, ready) for key in keys]
         found = [self._find(key) for key in keys]
+        if self._ahead is not None and self._ahead.take(keys):
+            there = self._ahead
+            return [there.at(info.start, info.stop, None).view(dtype).reshape(info.shape) for info, dtype in found]
         sizes = [info.nbytes for info, _ in found]
         memory = files.allocated(sizes) if memory is None else [m[:n] for m, n in zip(memory, sizes, strict=True)]
         parts = [(f"tensor {key!r}", place.data) for key, place in zip(keys, memory, strict=True)]
