@@ -4,20 +4,26 @@
 
 Steps: SmolLM2-135M's shape with `--layers` layers, 4 × 64 tokens, r=8 on all seven projections, AdamW, float32; each
 beside plain LoRA in the same library. Merging: the seven projections of a Llama 3.2 1B (973 million weights with 16
-layers), in place, in and out again; beside PEFT's `merge_and_unload` and beside one pass over the same memory, which
-is numpy's copy of each weight into memory that exists. All interleaved. Exits with 1 if a target is missed. All of the
-1B takes 4 GB in bfloat16, 8 in float32: the model, and as much that is copied; PEFT's turn is over before ours.
+layers), in place, in and out again; beside PEFT's `merge_and_unload` and beside one pass over as much memory. The pass
+is the bandwidth limit: each weight is read once and written once in place, the bits inverted by numpy, which is the
+fastest such pass found (a copy, whose target has to be fetched too, and JAX's own `x + 1` and `-x` take 1 to 3 times as
+long). It is made by one core and by all of them: a merge uses them all, and the target is of the latter. Processor time
+beside one core's pass compares the work itself, and on a busy machine it is the steadier. All interleaved. Exits with 1
+if a target is missed. All of the 1B takes 4 GB in bfloat16, 8 in float32: the model, and as much that is passed over;
+PEFT's turn is over before ours.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import os
 import statistics
 import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +39,10 @@ from jaxadapt.demo import llama_nnx
 from jaxadapt.demo.llama import PROJECTIONS, LlamaConfig
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = {"LoRA": {}, "rsLoRA": {"use_rslora": True}, "DoRA": {"use_dora": True}}
-TARGET, EXTRA = 1.2, 1.0  # merging: times one pass over the memory; weights held besides the model
+TARGET, EXTRA = 1.2, 1.0  # merging: times one pass of all cores over the memory; weights held besides the model
+ONE, ALL = "one pass, one core", "one pass, all cores"
+OURS = "jaxadapt, donate=True"
+Beside = tuple[str, Times, Mapping[str, Times]]  # a way, its times, and those it was measured beside
 _PAGE = 4096
 
 # ---------------------------------------------------------------- steps
@@ -154,17 +163,16 @@ class OnTorch:
         self.base = model.merge_and_unload()
 
 
-class Copied:
-    """One pass over the memory: every weight is read once, and as much is written."""
+def passes(layers: int, dtype: str) -> dict[str, Way]:
+    """One pass over as much memory as the weights take, by one core and by all of them."""
+    memory = [np.zeros(shape, f"u{jnp.dtype(dtype).itemsize}") for shape in shapes(layers).values()]
 
-    def __init__(self, layers: int, dtype: str) -> None:
-        size = jnp.dtype(dtype).itemsize
-        self.source = [np.ones(shape, f"u{size}") for shape in shapes(layers).values()]
-        self.target = {shape: np.ones(shape, f"u{size}") for shape in set(shapes(layers).values())}
+    def way(cores: int) -> Way:
+        pieces = [piece for weight in memory for piece in np.array_split(weight, cores)]
+        pool = ThreadPoolExecutor(cores)
+        return Way(lambda _: list(pool.map(lambda piece: np.invert(piece, out=piece).size, pieces)))
 
-    def __call__(self, _: Any) -> None:
-        for source in self.source:
-            np.copyto(self.target[source.shape], source)
+    return {ONE: way(1), ALL: way(os.cpu_count() or 1)}
 
 
 def peak(run: Callable[[], object]) -> int:
@@ -193,13 +201,14 @@ def peak(run: Callable[[], object]) -> int:
 
 def peft_merges(layers: int, dtype: str, r: int, rounds: int) -> tuple[dict[str, Times], int]:
     torch = OnTorch(layers, dtype, r)
-    times = interleave({"copy": Way(Copied(layers, dtype)), "PEFT": Way(torch, torch.before)}, rounds)
+    times = interleave({**passes(layers, dtype), "PEFT": Way(torch, torch.before)}, rounds)
     model = torch.before()
     return times, peak(lambda: torch(model))
 
 
-def merges(layers: int, dtype: str, r: int, rounds: int) -> tuple[dict[str, Times], dict[str, float], float]:
-    """Times of each way, how many of the largest weights each held besides the model, and the first merge's seconds.
+def merges(layers: int, dtype: str, r: int, rounds: int) -> tuple[list[Beside], dict[str, float], float]:
+    """Each way beside its passes, how many of the largest weights each held besides the model, and the first merge's
+    seconds.
 
     PEFT's turn is over before ours begins: both models would not fit where one does.
     """
@@ -212,14 +221,10 @@ def merges(layers: int, dtype: str, r: int, rounds: int) -> tuple[dict[str, Time
     ours(None)
     first = time.perf_counter() - start
     ours(None)
-    extra["jaxadapt, donate=True"] = peak(lambda: ours(None)) / largest
-    times = interleave({"copy": Way(Copied(layers, dtype)), "ours": Way(ours)}, rounds)
-    found = {
-        "one pass (copy)": times["copy"],
-        "jaxadapt, donate=True": times["ours"],
-        "PEFT, merge_and_unload": theirs["PEFT"],
-        "one pass, beside PEFT": theirs["copy"],
-    }
+    extra[OURS] = peak(lambda: ours(None)) / largest
+    times = interleave({**passes(layers, dtype), OURS: Way(ours)}, rounds)
+    found = [(name, times[name], times) for name in (ONE, ALL, OURS)]
+    found.append(("PEFT, merge_and_unload", theirs["PEFT"], theirs))
     return found, extra, first
 
 
@@ -247,32 +252,34 @@ def report_steps(found: Mapping[str, Any], theirs: Mapping[str, list[float]]) ->
 
 
 def report_merges(
-    times: Mapping[str, Times], extra: Mapping[str, float], first: float, layers: int, dtype: str, r: int
+    found: list[Beside], extra: Mapping[str, float], first: float, layers: int, dtype: str, r: int
 ) -> list[str]:
     total = sum(out * inn for out, inn in shapes(layers).values())
     size = 2 * total * jnp.dtype(dtype).itemsize
-    base = {name: times["one pass, beside PEFT" if name.startswith("PEFT") else "one pass (copy)"] for name in times}
     rows = [
         [
             name,
-            f"{statistics.median(found.clock) * 1e3:.0f}",
-            f"{min(found.clock) * 1e3:.0f}",
-            f"{statistics.median(found.processor) * 1e3:.0f}",
-            f"{size / min(found.clock) / 1e9:.1f}",
-            f"{ratio(found.clock, base[name].clock):.2f}",
+            f"{statistics.median(times.clock) * 1e3:.0f}",
+            f"{min(times.clock) * 1e3:.0f}",
+            f"{size / min(times.clock) / 1e9:.1f}",
+            f"{ratio(times.clock, beside[ONE].clock):.2f}",
+            f"{ratio(times.clock, beside[ALL].clock):.2f}",
+            f"{min(times.processor) / total * 1e9:.3f}",
+            f"{min(times.processor) / min(beside[ONE].processor):.2f}",
             f"{extra[name]:.2f}" if name in extra else "",
         ]
-        for name, found in times.items()
+        for name, times, beside in found
     ]
-    head = ["", "median ms", "best ms", "processor ms", "GB/s at best", "x one pass", "extra memory, largest weights"]
+    head = ["", "median ms", "best ms", "GB/s at best", "x one core's pass", "x all cores' pass"]
+    head += ["processor ns a weight, best", "x one core's pass", "extra memory, largest weights"]
     print(table(f"**merging {total / 1e6:.0f} million weights in {dtype}, r={r}**", head, rows))
     print(f"\nThe first merge, with its four shapes to compile: {first:.2f} s.")
-    ours = "jaxadapt, donate=True"
+    _, times, beside = next(one for one in found if one[0] == OURS)
     missed = []
-    if (slower := ratio(times[ours].clock, times["one pass (copy)"].clock)) > TARGET:
-        missed.append(f"merge {slower:.2f} x one pass over the memory, target {TARGET}")
-    if extra[ours] > EXTRA:
-        missed.append(f"merge holds {extra[ours]:.2f} weights more, target {EXTRA}")
+    if (slower := ratio(times.clock, beside[ALL].clock)) > TARGET:
+        missed.append(f"merge {slower:.2f} x one pass of all cores over the memory, target {TARGET}")
+    if extra[OURS] > EXTRA:
+        missed.append(f"merge holds {extra[OURS]:.2f} weights more, target {EXTRA}")
     return missed
 
 

@@ -79,7 +79,8 @@ def added(axes: Axes, w: Array, scale: float, a: Array, b: Array) -> Array:
     """W + scale·B·A, for a weight that is made once and kept: under jit one pass over it, nothing of its size aside.
 
     A product would be written out whole before it is added. Summed over r in one expression with the rest it is not,
-    which costs no more arithmetic while r is small, and never rounds to less than float32.
+    which costs no more arithmetic while r is small, and never rounds to less than float32. What else was tried on a
+    processor is listed in benchmarks/README.md.
     """
     at = len(axes.batch)
     if a.shape[at] > _FEW:
