@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxadapt import bind, factors, initial, merging, paths, products, quantized, sharding
+from jaxadapt import bind, factors, initial, merging, methods, paths, products, quantized, sharding
 from jaxadapt.adapter import Adapter, Recipe
 from jaxadapt.configs import LoraConfig
 from jaxadapt.errors import AttachError, ConfigError, MismatchError
@@ -60,6 +60,8 @@ class Beginning:
             return ["it is quantised, and this begins from the weights as they were: quantise what is left of them"]
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             return [f"its values are of dtype {leaf.dtype}"]
+        if leaf.dtype.itemsize == 1 and self.kind not in ("eva", "mica"):
+            return [f"its values are of dtype {leaf.dtype}, to which what is left of them would be rounded: widen them"]
         outs, inns = products.sizes(b)
         most = min(outs, inns) // (2 if self.kind == "lora_ga" else 1) - (self.kind == "kasa")
         if self.kind == "orthogonal":
@@ -79,7 +81,7 @@ class Beginning:
 
     def matrices(self, b: bind.Bound) -> Array:
         """The weights of a site, (modules, out, in) in float32."""
-        return products.weight_rows(self.recipe.keymap, b, products.wide(jnp.asarray(self.weights[b.leaf])))
+        return products.weight_rows(self.recipe.keymap, b, methods.wide(jnp.asarray(self.weights[b.leaf])))
 
     def keys(self, b: bind.Bound, count: int) -> Array:
         return jax.random.split(jax.random.fold_in(self.key, zlib.crc32(b.leaf.encode())), count)
@@ -144,7 +146,7 @@ class Beginning:
             raise MismatchError(f"gradients: for {b.leaf} {tuple(leaf.shape)} there is {found}")
         table = self.recipe.keymap
         # The leaf is PyTorch's weight times a factor, so PyTorch's gradient is the leaf's times that factor.
-        rows = products.weight_rows(table, b, products.wide(jnp.asarray(slope)), scaled=False)
+        rows = products.weight_rows(table, b, methods.wide(jnp.asarray(slope)), scaled=False)
         rows = rows * products.factor(table, b, leaf.shape)
         w = self.matrices(b)
         # For a Conv1D PEFT takes the first axis of what it stores, which there is the input's.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from jaxadapt import linen_call as calls
-from jaxadapt import parameters, paths, plan, quantized, targets, trace, used
+from jaxadapt import methods, parameters, paths, plan, quantized, targets, trace, used
 from jaxadapt.axes import Axes
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError
@@ -225,7 +225,7 @@ def check_reads(
             x, rest = calls.call_input(args, kwargs)
             use = layer[1](module, x, rest, layer[0](module, rest))
             w = meta.unbox(module.scope.get_variable("params", "kernel" + SEP))
-            y = jnp.einsum(f"{use.x},{use.w}->{use.y}", x, w)
+            y = jnp.einsum(f"{use.x},{use.w}->{use.y}", x, methods.computable(w))
             return y if module.dtype is None else y.astype(module.dtype)
         call = calls.alone(module, context.method_name)
         copied = {leaf: module.scope.get_variable("params", leaf + SEP) for leaf in leaves}

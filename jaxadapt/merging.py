@@ -17,7 +17,7 @@ from jaxadapt.adapter import Adapter
 from jaxadapt.axes import Axes
 from jaxadapt.errors import AttachError, MismatchError
 from jaxadapt.linen_tree import meta
-from jaxadapt.methods import Applied, Method
+from jaxadapt.methods import Applied, Method, computable, wide
 from jaxadapt.progress import Progress, counting, quiet, reporting
 
 Change = Callable[[Applied, Any], Any]
@@ -195,9 +195,8 @@ class _How:
 
     def __call__(self, w: Any, params: Mapping[str, Any]) -> Any:
         # The sum is made in float32, also where weight and adapter are both of 16 bits.
-        wide = {name: x.astype(jnp.promote_types(x.dtype, "float32")) for name, x in params.items()}
-        dense = w.astype("float32") if w.dtype.itemsize == 1 else w  # JAX promotes no floats of 8 bits by itself
-        new = bind.over_layers(self.stack, self.method, self.static, self.axes, self.change, wide, dense)
+        sums = {name: wide(x) for name, x in params.items()}
+        new = bind.over_layers(self.stack, self.method, self.static, self.axes, self.change, sums, computable(w))
         new = new.astype(w.dtype)
         return new if self.place is None else jax.lax.with_sharding_constraint(new, self.place)
 

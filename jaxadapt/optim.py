@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxadapt import attach, bind, linen_tree, nnx, paths, products
+from jaxadapt import attach, bind, linen_tree, methods, nnx, paths, products
 from jaxadapt.adapter import CONFIG_NODE, Adapter
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError, ConfigError
@@ -159,7 +159,7 @@ def kasa_loss(tree: Any, name: str = attach.DEFAULT) -> Array:
     for bound in bind.recover(adapter.config, adapter.keymap, shapes):
         if bound.method.copies:
             continue
-        held = {t: products.wide(x) for t, x in plain.sites[bound.leaf].items()}
+        held = {t: methods.wide(x) for t, x in plain.sites[bound.leaf].items()}
         pair = [(t, e) for t, e in zip(bound.tensors, bound.entries, strict=True) if t.name in ("lora_A", "lora_B")]
         tensors, entries = zip(*pair, strict=True)
         a, b = products.matrices(dataclasses.replace(bound, tensors=tensors, entries=entries), held)
@@ -285,7 +285,7 @@ def lora_fa(tree: Any, inner: optax.GradientTransformation) -> optax.GradientTra
 def _corrected(bound: bind.Bound, a: Array, grad: Array) -> Array:
     """B's gradient times (A·Aᵀ)⁻¹/s², module by module, in float32."""
     with jax.default_matmul_precision("highest"):
-        tensors = {"lora_A": products.wide(a), "lora_B": products.wide(grad)}
+        tensors = {"lora_A": methods.wide(a), "lora_B": methods.wide(grad)}
         a_rows, rows = products.matrices(bound, tensors, scaled=False)
         gram = a_rows @ jnp.swapaxes(a_rows, 1, 2) + 1e-8 * jnp.eye(a_rows.shape[1])[None]
         new = rows @ jnp.linalg.pinv(gram) / bound.static.scale**2

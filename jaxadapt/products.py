@@ -190,7 +190,7 @@ def pairs(adapter: Adapter, what: str = "the adapter") -> dict[str, Pair]:
 
 def _pair(bound: bind.Bound, tensors: Mapping[str, Array]) -> Pair:
     entries = _any_ab(bound)
-    a, b = matrices(bound, {name: wide(jnp.asarray(x)) for name, x in tensors.items()})
+    a, b = matrices(bound, {name: methods.wide(jnp.asarray(x)) for name, x in tensors.items()})
     line = bound.site.weight
     times = 2 if line.kind == "attention" and not line.piece else 1  # PEFT's out_proj counts twice (methods/lora)
     return Pair(bound, tuple(_rows(bound, entries[0])), a, b, bound.static.scale / times, entries)
@@ -288,11 +288,6 @@ def sizes(bound: bind.Bound) -> tuple[int, int]:
 def factor(table: KeyMap, bound: bind.Bound, shape: Sequence[int]) -> float:
     """What the leaf is of PyTorch's weight."""
     return _in_base(table, bound, shape)[0].form.factor
-
-
-def wide(x: Array) -> Array:
-    """At least float32."""
-    return x.astype(jnp.promote_types(x.dtype, "float32"))
 
 
 def built(config: Config, keymap: KeyMap, like: Mapping[str, Pair], new: Mapping[str, Rows], dtype: Any) -> Adapter:

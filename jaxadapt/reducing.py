@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxadapt import bind, merging, paths, planning, products, targets
+from jaxadapt import bind, merging, methods, paths, planning, products, targets
 from jaxadapt.adapter import Adapter
 from jaxadapt.configs import Config, LoraConfig
 from jaxadapt.errors import AttachError, ConfigError, MismatchError
@@ -164,7 +164,7 @@ def _cast(adapter: Adapter, dtype: Any) -> Adapter:
 
 def _flat(params: Any) -> dict[str, Any]:
     """Base parameters by path, in float32 at least, whatever holds them."""
-    return {path: products.wide(jnp.asarray(x)) for path, x in planning.Base.of(params).leaves.items()}
+    return {path: methods.wide(jnp.asarray(x)) for path, x in planning.Base.of(params).leaves.items()}
 
 
 def _shapes(adapter: Adapter) -> dict[str, dict[str, tuple[int, ...]]]:

@@ -160,6 +160,42 @@ def test_narrow_weights_are_rounded_once(kind, rtol):
         np.testing.assert_allclose(np.asarray(merged, "float32"), exact, rtol=rtol, atol=atol)
 
 
+class Float32Net(nn.Module):
+    """`small.LinenNet`, which computes in float32 whatever its weights are."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(6, name="up_proj", dtype="float32")(jnp.tanh(nn.Dense(8, name="q_proj", dtype="float32")(x)))
+
+
+@pytest.mark.parametrize("config", [LORA, LORA.replace(use_dora=True), IA3], ids=["LORA", "DoRA", "IA3"])
+def test_a_base_of_8_bit_floats_is_adapted_as_its_values_in_float32(config):
+    narrow = jax.tree.map(lambda x: x.astype("float8_e4m3fn"), small.base()["params"])
+    wide = jax.tree.map(lambda x: x.astype("float32"), narrow)
+    fresh = [jaxadapt.init(config, params, key=jax.random.key(0)) for params in (narrow, wide)]
+    assert small.same(*fresh)
+    values = small.noisy(fresh[0]).named("default")
+    linen = jaxadapt.adapt(Float32Net(), config)
+    expected = linen.apply({"params": wide, **values}, X)
+    np.testing.assert_allclose(linen.apply({"params": narrow, **values}, X), expected, **CLOSE)
+    model = small.net()
+    nnx.update(model, narrow)
+    model.q_proj.dtype = model.up_proj.dtype = jnp.dtype("float32")
+    np.testing.assert_allclose(small.trained(config, model=model)(X), expected, **CLOSE)
+    merged = jaxadapt.merge(narrow, small.noisy(fresh[0]))
+    assert {x.dtype.name for x in jax.tree.leaves(merged)} == {"float8_e4m3fn"}
+    for x, y in zip(jax.tree.leaves(merged), jax.tree.leaves(jaxadapt.merge(wide, small.noisy(fresh[0]))), strict=True):
+        np.testing.assert_allclose(np.asarray(x, "float32"), y, rtol=2**-4, atol=2**-10)
+
+
+def test_a_copy_of_8_bit_floats_takes_the_base_s_place():
+    params = {n: {"kernel": jnp.ones((4, 4), "float8_e4m3fn")} for n in ("q", "head")}
+    config = jaxadapt.LoraConfig(r=2, target_modules=["q"], modules_to_save=["head"])
+    adapter = jax.tree.map(lambda x: x + jnp.ones((), x.dtype), jaxadapt.init(config, params, key=jax.random.key(0)))
+    head = jaxadapt.merge(params, adapter)["head"]["kernel"]
+    np.testing.assert_array_equal(head, jnp.full((4, 4), 2, "float8_e4m3fn"))
+
+
 def test_trees_keep_their_structure():
     plain = small.base()["params"]
     adapter = made(LORA, plain)

@@ -88,6 +88,13 @@ def test_what_cannot_be_had_is_refused(made, given, error, says):
         jaxadapt.start(made, small.base()["params"], **given)
 
 
+def test_what_is_left_of_a_weight_is_not_rounded_to_8_bits():
+    base = jax.tree.map(lambda x: x.astype("float8_e4m3fn"), small.base()["params"])
+    with pytest.raises(ConfigError, match="q_proj.kernel: its values are of dtype float8_e4m3fn, .*: widen them"):
+        jaxadapt.start(config("pissa"), base)
+    assert jaxadapt.start(config("mica"), base).base is base
+
+
 def test_adapt_and_init_name_start():
     with pytest.raises(ConfigError, match=r"jaxadapt.start\(config, base"):
         jaxadapt.init(config("pissa"), small.base()["params"], key=jax.random.key(0))

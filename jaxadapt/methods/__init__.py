@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jaxadapt.configs import Config
 from jaxadapt.errors import ConfigError
-from jaxadapt.methods.base import Applied, Method, Several, check_biases, refuse_rivals
+from jaxadapt.methods.base import Applied, Method, Several, check_biases, computable, refuse_rivals, wide
 from jaxadapt.methods.ia3 import IA3
 from jaxadapt.methods.lora import Lora, scale_of
 
@@ -26,4 +26,7 @@ def of(config: Config) -> Method:
     return method
 
 
-__all__ = ["COLLECTIONS", "METHODS", "Applied", "Method", "Several", "check_biases", "of", "refuse_rivals", "scale_of"]
+__all__ = [
+    "COLLECTIONS", "METHODS", "Applied", "Method", "Several", "check_biases", "computable", "of", "refuse_rivals",
+    "scale_of", "wide",
+]  # fmt: skip

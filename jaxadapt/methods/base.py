@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -143,6 +144,18 @@ class Method(abc.ABC):
         return 0.0
 
 
+def computable(x: Array) -> Array:
+    """`x`, or a float of 8 bits in float32: JAX promotes none so narrow by itself."""
+    narrow = x.dtype.itemsize == 1 and jnp.issubdtype(x.dtype, jnp.floating)
+    return x.astype("float32") if narrow else x
+
+
+def wide(x: Array) -> Array:
+    """At least float32."""
+    x = computable(x)
+    return x.astype(jnp.promote_types(x.dtype, "float32"))
+
+
 def one_value(what: str, values: Mapping[str, Any]) -> Any:
     """The value all modules of one leaf share; a stacked or fused leaf cannot hold several."""
     distinct = sorted({repr(v) for v in values.values()})
@@ -220,7 +233,8 @@ class Applied:
 
     def from_base(self, w: Array) -> dict[str, Array]:
         axes = dataclasses.replace(self.axes, parts=None)
-        return self.method.from_base(self.static, self.params, axes, w if self.axes.parts is None else w[self._parts])
+        w = computable(w if self.axes.parts is None else w[self._parts])
+        return self.method.from_base(self.static, self.params, axes, w)
 
     def bias(self, bias: Array) -> Array:
         return self.method.bias(self.static, self.params, bias)
@@ -235,9 +249,9 @@ class Applied:
     def _whole(self, w: Array, change: Callable[..., Array]) -> Array:
         axes = dataclasses.replace(self.axes, parts=None)
         if self.axes.parts is None:
-            return change(self.static, self.params, axes, w)
+            return change(self.static, self.params, axes, computable(w)).astype(w.dtype)
         where = self._parts
-        new = change(self.static, self.params, axes, w[where])
+        new = change(self.static, self.params, axes, computable(w[where])).astype(w.dtype)
         if isinstance(w, np.ndarray):
             w = w.copy()
             w[where] = new

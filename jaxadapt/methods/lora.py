@@ -29,7 +29,7 @@ from jaxadapt.drawing import Draw
 from jaxadapt.errors import AttachError, ConfigError
 from jaxadapt.keymap import Site
 from jaxadapt.methods import alora, dora, kasa, lowrank
-from jaxadapt.methods.base import Array, Drop, Method, Params, one_value
+from jaxadapt.methods.base import Array, Drop, Method, Params, computable, one_value
 from jaxadapt.tensor import Tensor
 
 
@@ -176,6 +176,7 @@ class Lora(Method):
         x = x if drop is None else drop(x)
         delta = lowrank.delta(use, static.scale, static.groups, *_factors(static, params), x, y)
         if static.dora:
+            w = computable(w)
             changed = _changed(static, params, use.axes, w)
             return dora.output(use, params[dora.MAGNITUDE], w, changed, delta, x, y, drop is not None).astype(y.dtype)
         if static.bias:
