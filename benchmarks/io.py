@@ -93,7 +93,7 @@ def raw_read(path: Path) -> mmap.mmap:
     fd = os.open(path, os.O_RDONLY)
     try:
         size = os.fstat(fd).st_size
-        memory = mmap.mmap(-1, size)
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         done = 0
         while done < size:
             done += os.preadv(fd, [memoryview(memory)[done:]], done)

@@ -202,6 +202,12 @@ def here(sharding: Sharding, shape: Shape) -> dict[Box, Any]:
 
 
 @functools.lru_cache(maxsize=1024)
+def corners(sharding: Sharding, shape: Shape) -> list[tuple[int, ...]]:
+    """Where each part of `here` begins, which tells them apart."""
+    return [tuple(start for start, _ in box) for box in here(sharding, shape)]
+
+
+@functools.lru_cache(maxsize=1024)
 def size_here(sharding: Sharding, shape: Shape) -> int:
     """How many elements this process holds, those of replicas once."""
     return sum(map(size, here(sharding, shape)))

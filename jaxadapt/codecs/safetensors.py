@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MAX_HEADER",
+    "SMALL",
     "Header",
     "Spec",
     "TensorFile",
@@ -49,8 +50,8 @@ __all__ = [
 
 # Small and strided tensors are gathered in a buffer of this size; larger ones leave the processor's cache.
 _STAGE = 1 << 20
-# What is read ahead is in memory at once, and reading more takes so long that little would be won.
-_AHEAD = 64 << 20
+SMALL = 64 << 20
+"""What is read ahead is in memory at once, and reading more takes so long that little would be won."""
 # Tensors read with one call: big enough for huge pages, small enough that several threads get some.
 _GROUP = 32 << 20
 
@@ -116,7 +117,7 @@ class TensorFile(Mapping[str, "np.ndarray"]):
         try:
             raw = _header_bytes(self._source)
             start = 8 + len(raw)
-            if ahead and 0 < self._source.size - start <= _AHEAD:
+            if ahead and 0 < self._source.size - start <= SMALL:
                 self._ahead = Ahead(self._source, start)
             self.header = parse(self.path, raw, self._source.size)
         except BaseException:

@@ -296,7 +296,7 @@ def test_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert np.shares_memory(moved, memory)
         assert all(same(file[key], value) for key, value in tensors.items())
         assert all(file[key].ctypes.data % 64 == 0 for key in tensors if key != "empty")
-    monkeypatch.setattr(codec, "_AHEAD", 10)
+    monkeypatch.setattr(codec, "SMALL", 10)
     with codec.open_tensors(tmp_path / "f", ahead=True) as file:
         assert not file.ahead  # too large
 
