@@ -56,7 +56,7 @@ def arrays(
         dtypes: of the tensors, by key.
         dtype: of the arrays, one or `{path: dtype}`; by default each leaf's tensors' own.
         where: the shardings of the arrays, by path; without one they go to the default device. Of a file only the
-            bytes are read that the devices of this process hold, those of replicas once.
+            bytes are read that the devices of this process hold, those of replicas once, and what lies between them.
         report, what: where it is with the bytes of the arrays that are made here.
     """
     where = {path: sharding.concrete(place) for path, place in (where or {}).items()}
