@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from jaxadapt import bind, nnx, nnx_survey, paths, plan, quantized, sharding, ty
 from jaxadapt.adapter import Adapter
 from jaxadapt.axes import Axes
 from jaxadapt.errors import AttachError, MismatchError
+from jaxadapt.generic import GENERIC
 from jaxadapt.linen_tree import meta
 from jaxadapt.methods import Applied, Method, computable, wide
 from jaxadapt.progress import Progress, counting, quiet, reporting
@@ -50,7 +52,7 @@ def merge(
     The sum is made in float32 and rounded once to the weight's dtype. Raises `MismatchError` if the adapter does not
     fit, `AttachError` where a weight cannot hold the sum: integers, grouped convolutions, and a table of tokens that
     is the head as well where the adapter is for the lookup alone (`ensure_weight_tying` makes it one for both; PEFT's
-    merge changes both in either case).
+    merge changes both in either case). It warns where no table of names says what is tied, and that may be so.
 
     >>> import numpy as np, jax, jaxadapt
     >>> base = {"q": {"kernel": np.ones((4, 6), "float32")}}
@@ -304,6 +306,8 @@ def changes(base: Mapping[str, Any], adapter: Adapter, weight: Change, bias: Cha
             " is right for both. Build the model with a head of its own, or train with ensure_weight_tying:\n"
             + paths.listing(alone)
         )
+    if adapter.keymap.name == GENERIC.name:
+        _warn_of_heads(bounds, base)
     sites = adapter.sites
     out: dict[str, Changed] = {}
     lost: list[str] = []
@@ -320,6 +324,25 @@ def changes(base: Mapping[str, Any], adapter: Adapter, weight: Change, bias: Cha
             "lora_bias gives these layers a bias, and they have none to merge it into:\n" + paths.listing(lost)
         )
     return out
+
+
+def _warn_of_heads(bounds: Sequence[bind.Bound], base: Mapping[str, Any]) -> None:
+    """A table of tokens in a model of which no table of names says what is tied: its head may be this very weight."""
+    shapes = {path: np.shape(leaf) for path, leaf in base.items()}
+    alone = [
+        f"{b.leaf} ({b.fan_in} tokens)"
+        for b in bounds
+        if b.site.weight.kind == "embedding"
+        and not any(b.fan_in in shape and len(shape) > 1 for path, shape in shapes.items() if path != b.leaf)
+    ]
+    if alone:
+        warnings.warn(
+            "no other weight here has as many rows or columns as this table of tokens, so the model may compute its"
+            " logits with it too (`attend`). The adapter is for the lookup alone, as in PEFT; merged into the table it"
+            " changes those logits as well. Give the model a head of its own, or keep the adapter beside the model:\n"
+            + paths.listing(alone),
+            stacklevel=5,
+        )
 
 
 def _expected(bound: bind.Bound, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:

@@ -265,6 +265,20 @@ def test_merging_two_adapters_one_after_the_other():
     np.testing.assert_allclose(small.LinenNet().apply({"params": merged}, X), model(X), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("head", [None, (4, 11)], ids=["attend", "head"])
+def test_a_table_of_tokens_that_may_be_the_head_is_said(head):
+    params = {"embed": {"embedding": rand(11, 4)}, "up": {"kernel": rand(4, 8), "bias": rand(11)}}
+    params |= {} if head is None else {"head": {"kernel": rand(*head)}}
+    line = Weight("embed.embedding", "embed.weight", "i o -> i o", kind="embedding")
+    adapter = made(jaxadapt.LoraConfig(r=2, target_modules=["embed"]), params, KeyMap("generic", (line,)))
+    if head is None:
+        with pytest.warns(UserWarning, match=r"logits with it too .*:\n  embed.embedding \(11 tokens\)") as caught:
+            jaxadapt.merge(params, adapter)
+        assert caught[0].filename == __file__
+    else:
+        jaxadapt.merge(params, adapter)
+
+
 # ---- in the weights' own memory --------------------------------------------------------------------------
 
 
