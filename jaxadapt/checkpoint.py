@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 
-from jaxadapt import paths, preemption, resuming, run_folder, snapshot, step_files, step_reading, store
+from jaxadapt import paths, preemption, resuming, run_folder, snapshot, step_files, step_reading, store, together
 from jaxadapt.adapter import Adapter, Recipe
 from jaxadapt.background import Background
 from jaxadapt.codecs import places
@@ -132,7 +132,7 @@ class CheckpointManager(RunFolder):
         taken = snapshot.take(model, {"opt_state": opt_state, "rng": rng, "data": data})
         several = _several(taken)
         if self._last is None or number < self._last:
-            self._look(number, several)
+            self._by_first("save", functools.partial(self._look, number))
         step_files.make(self.folder)
         finish = self._begin(number, taken, measured, several)
         self._last = number
@@ -140,7 +140,7 @@ class CheckpointManager(RunFolder):
         if not self.asynchronous:
             self.wait()
 
-    def _look(self, step: int, several: bool) -> None:
+    def _look(self, step: int) -> None:
         """Before the first save, and one of an earlier step: nothing later is there, and nothing half-done."""
         later = [s for s in self.steps if s > step]
         if later:
@@ -148,8 +148,7 @@ class CheckpointManager(RunFolder):
                 f"{self.folder}: step {step} would lie before {', '.join(map(str, later[:8]))}; go back with"
                 f" rollback({max((s for s in self.steps if s <= step), default='…')}), or use another folder"
             )
-        if not several or _first():
-            step_files.sweep(self.folder)
+        step_files.sweep(self.folder)
 
     def _begin(self, step: int, taken: Taken, metrics: dict[str, float], several: bool) -> Callable[[], None]:
         """Takes the values off the device; what is left to do is returned."""
@@ -219,12 +218,7 @@ class CheckpointManager(RunFolder):
         changed then.
         """
         self.wait()
-        found = self.latest if step is None else step
-        if _several(None):
-            from jax.experimental import multihost_utils
-
-            found = int(multihost_utils.broadcast_one_to_all(-1 if found is None else found))
-            found = None if found < 0 else found
+        found = self._by_first("restore", lambda: self.latest) if step is None else step
         if found is None:
             raise FileError(f"{self.folder}: there is no checkpoint to restore")
         stored = step_reading.stored(self._path(found))
@@ -260,29 +254,35 @@ class CheckpointManager(RunFolder):
         `options` are those of `jaxadapt.save`; of another library's tree `lora_alpha=` or `config=` is needed.
         """
         self.wait()
+        options.setdefault("progress", self.progress)
+        self._by_first("export", lambda: self._export(step, path, options))
+
+    def _export(self, step: int | None, path: str | os.PathLike[str], options: dict[str, Any]) -> None:
         chosen = self.latest if step is None else step
         if chosen is None:
             raise FileError(f"{self.folder}: there is no checkpoint to export")
-        options.setdefault("progress", self.progress)
         stored = step_reading.stored(self._path(chosen))
         if stored.taken.guest:
             flat = step_reading.read(stored, {n: None for n in stored.specs if n.startswith("guest/")})
             leaves = {n.removeprefix("guest/"): value for n, value in flat.items()}
-            if _first():
-                store.save(resuming.guest_of(stored.taken, leaves), path, **options)
+            store.save(resuming.guest_of(stored.taken, leaves), path, **options)
         for name in stored.taken.recipes:
-            if _first():
-                store.save(self.adapter(chosen, name), path, name=name, **options)
-        _together("export")
+            store.save(self.adapter(chosen, name), path, name=name, **options)
 
     def rollback(self, step: int) -> None:
         """Deletes every step after `step`, the last first, so that training can go on from there."""
         self.wait()
+        self._by_first("rollback", functools.partial(self._rollback, step))
+
+    def _rollback(self, step: int) -> None:
         self._path(step)
         for later, path in reversed(run_folder.steps(self.folder).items()):
-            if later > step and _first():
+            if later > step:
                 step_files.remove(path)
-        _together("rollback")
+
+    def _by_first(self, what: str, work: Callable[[], Any]) -> Any:
+        """What process 0 finds or does, in all of them: what others see of a network's folder may be a minute old."""
+        return together.by_first(f"{self.folder}: {what}", work, self.timeout) if _several(None) else work()
 
     # ------------------------------------------------------------ preemption
 
@@ -315,14 +315,6 @@ def _several(taken: Taken | None) -> bool:
 def _first() -> bool:
     """Whether this is the process that does what one has to do."""
     return not _several(None) or jax.process_index() == 0
-
-
-def _together(what: str) -> None:
-    """Waits until all processes are here."""
-    if _several(None):
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(f"jaxadapt {what}")
 
 
 def _step(step: Any) -> int:

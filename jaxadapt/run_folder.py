@@ -84,14 +84,17 @@ class RunFolder:
 
     def _path(self, step: int) -> Place:
         found = steps(self.folder)
-        if step not in found:
-            raise FileError(f"{self.folder}: there is no step {step}; found {list(found) or 'none'}")
-        return found[step]
+        if step in found:
+            return found[step]
+        # On a network's file system the listing may be a minute old, which other processes have filled since.
+        if place(self.folder, step).exists():
+            return place(self.folder, step)
+        raise FileError(f"{self.folder}: there is no step {step}; found {list(found) or 'none'}")
 
 
 def place(folder: Place, step: int) -> Place:
     """Where a step goes. Padded, so that names sort as numbers do."""
-    return folder / f"step-{step:09d}.safetensors"
+    return folder / f"step-{step:0>9}.safetensors"
 
 
 def steps(folder: Place) -> dict[int, Place]:
