@@ -22,7 +22,18 @@ from typing import Any
 
 import jax
 
-from jaxadapt import paths, preemption, resuming, run_folder, snapshot, step_files, step_reading, store, together
+from jaxadapt import (
+    collector,
+    paths,
+    preemption,
+    resuming,
+    run_folder,
+    snapshot,
+    step_files,
+    step_reading,
+    store,
+    together,
+)
 from jaxadapt.adapter import Adapter, Recipe
 from jaxadapt.background import Background
 from jaxadapt.codecs import places
@@ -154,9 +165,12 @@ class CheckpointManager(RunFolder):
         """Takes the values off the device; what is left to do is returned."""
         path = run_folder.place(self.folder, step)
         if not several:
-            write = functools.partial(step_files.write, path, taken, metrics, step_files.on_host(taken.arrays))
+            with collector.waiting():
+                values = step_files.on_host(taken.arrays)
+            write = functools.partial(step_files.write, path, taken, metrics, values)
         else:
-            write = step_files.prepare_together(path, taken, metrics, self.timeout)
+            with collector.waiting():
+                write = step_files.prepare_together(path, taken, metrics, self.timeout)
 
         def finish() -> None:
             with reporting(self.progress) as report:

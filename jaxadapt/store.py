@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxadapt import (
     attach,
     bind,
+    collector,
     embeddings,
     exchange,
     folder,
@@ -251,7 +252,11 @@ def load(
     else:
         parameters = planning.of_target(target)
         ahead = jax.process_count() == 1 or not exchange.spread(parameters, shardings)  # all of it is needed here
-        with reporting(progress) as report, folder.opened(_holding(below, path), ahead=ahead) as tensors:
+        with (
+            reporting(progress) as report,
+            collector.waiting(),
+            folder.opened(_holding(below, path), ahead=ahead) as tensors,
+        ):
             adapter, bounds = exchange.decoded(tensors, parameters, *options, report, on_shared)
         source = tensors.source
     LOGGER.info("%s: %d weights adapted, by the table %s", source, len(bounds), adapter.keymap.name)

@@ -53,7 +53,7 @@ _STAGE = 1 << 20
 SMALL = 64 << 20
 """What is read ahead is in memory at once, and reading more takes so long that little would be won."""
 # Tensors read with one call: big enough for huge pages, small enough that several threads get some.
-_GROUP = 32 << 20
+_GROUP = 16 << 20
 
 
 def _open(path: str | os.PathLike[str]) -> files.Source:
@@ -206,7 +206,7 @@ class TensorFile(Mapping[str, "np.ndarray"]):
     def read_many(self, keys: Iterable[str], progress: Callable[[int], None] | None = None) -> dict[str, np.ndarray]:
         """The tensors of `keys`, faster than one by one.
 
-        Neighbours share one allocation (of about 32 MB at most), which lives as long as one of them. `progress` is
+        Neighbours share one allocation (of about 16 MB at most), which lives as long as one of them. `progress` is
         called with the number of bytes read since its last call.
         """
         groups = self.groups(keys, _GROUP)
