@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Mapping
 
 from jaxadapt import configs, targets
@@ -12,7 +11,7 @@ from jaxadapt.codecs import safetensors
 from jaxadapt.codecs.files import file_error
 from jaxadapt.codecs.places import Place
 from jaxadapt.configs import Config
-from jaxadapt.errors import ConfigError, FormatError
+from jaxadapt.errors import ConfigError, FormatError, warn
 from jaxadapt.keymap import PEFT_PREFIX
 
 META = "jaxadapt"
@@ -50,10 +49,9 @@ def settle(path: Place, header: safetensors.Header | None, weights: Place) -> Co
             f"{weights}: the metadata {META!r} of its header is damaged ({error}); save or fetch it again"
         ) from error
     if replaces == digest(text):
-        warnings.warn(
+        warn(
             f"{path}: a save was interrupted after the weights and before this file; using the configuration"
             " that the weights carry. Save again, or write(read(…)), to mend it.",
-            stacklevel=3,
         )
         return own
     config = configs.loads(text, str(path))
@@ -65,15 +63,13 @@ def settle(path: Place, header: safetensors.Header | None, weights: Place) -> Co
         return own  # both were replaced while the old weights were being read: the JSON is the new ones'
     contradiction = _contradiction(config, own, {k: t.shape for k, t in header.tensors.items()})
     if contradiction:
-        warnings.warn(
+        warn(
             f"{path} was edited after the weights were written ({', '.join(changed)}), and the tensors"
             f" contradict it ({contradiction}); using the configuration that the weights carry",
-            stacklevel=3,
         )
         return own
-    warnings.warn(
+    warn(
         f"{path} was edited after the weights were written ({', '.join(changed)}); using it as it stands now",
-        stacklevel=3,
     )
     return config
 

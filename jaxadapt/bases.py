@@ -11,7 +11,6 @@ import functools
 import json
 import math
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -39,9 +38,9 @@ from jaxadapt.adapter import Adapter, is_array
 from jaxadapt.codecs import places, shards
 from jaxadapt.codecs.dtypes import dtype_name, numpy_dtype
 from jaxadapt.codecs.places import Place
-from jaxadapt.errors import AttachError, FormatError, KeyMapError, MismatchError
+from jaxadapt.errors import AttachError, FormatError, KeyMapError, MismatchError, warn
 from jaxadapt.generic import GENERIC
-from jaxadapt.keymap import KeyMap
+from jaxadapt.keymap import KeyMap, warn_unproved
 from jaxadapt.progress import LOGGER, Progress, Report, counting, reporting
 
 SHARD = 5_000_000_000
@@ -84,7 +83,7 @@ def export_base(
     exchange.with_values(leaves, traced=False)
     made = plan.base_plan(table, _shapes(leaves))
     changed = {} if adapter is None else merging.merged(leaves, adapter)
-    exchange.warn_unproved(table, 3)
+    warn_unproved(table)
     kind = None if dtype is None else np.dtype(dtype)
     target = places.at(path)
     _check_ties(target, table, made, leaves, changed)
@@ -296,7 +295,7 @@ def import_base(
                 + paths.listing(hollow)
             )
         if left:
-            warnings.warn(f"{tensors.source}: left as they were: {', '.join(sorted(left))}", stacklevel=2)
+            warn(f"{tensors.source}: left as they were: {', '.join(sorted(left))}")
         with reporting(progress) as report:
             new = _read(entries, tensors.renamed(source), leaves, planning.of_target(target).placement, report)
     if adapter is not None:
@@ -358,7 +357,7 @@ def _sources(tensors: shards.Shards, table: KeyMap, made: plan.Plan, strict: boo
     if not strict:
         extra = [key for key in have if key not in made.shapes]
         if extra:
-            warnings.warn(f"{tensors.source}: not used: {', '.join(extra)}", stacklevel=3)
+            warn(f"{tensors.source}: not used: {', '.join(extra)}")
         have = {key: have.get(key, shape) for key, shape in made.shapes.items()}
     problems = made.problems(have, tensors.source, odd)
     if problems:

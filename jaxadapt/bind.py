@@ -9,14 +9,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from jaxadapt import copies, doubts, methods, parameters, paths, plan, replication, targets, tying
 from jaxadapt.axes import Axes
 from jaxadapt.configs import Config
-from jaxadapt.errors import KeyMapError, MismatchError, TargetError
+from jaxadapt.errors import KeyMapError, MismatchError, TargetError, warn
 from jaxadapt.generic import PLAIN
 from jaxadapt.keymap import KeyMap, Site
 from jaxadapt.tensor import Tensor
@@ -158,7 +157,7 @@ def select(
     """
     bounds, warned = _select(config, keymap, tuple(shapes.items()), unsure)
     for line in warned:
-        warnings.warn(line, stacklevel=3)
+        warn(line)
     return bounds
 
 

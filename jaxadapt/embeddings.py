@@ -8,7 +8,6 @@ alike; on reading, the base is never changed, so that a file must hold what the 
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ from jax.core import Tracer
 from jaxadapt import copies, paths, plan, targets, tying
 from jaxadapt.bind import Bound
 from jaxadapt.configs import Config
-from jaxadapt.errors import AttachError, ConfigError, MismatchError
+from jaxadapt.errors import AttachError, ConfigError, MismatchError, warn
 from jaxadapt.keymap import KeyMap, Site
 from jaxadapt.plan import Encoded, Entry
 from jaxadapt.tensor import Tensor
@@ -119,7 +118,7 @@ def carried(
         if tuple(shapes[key]) != entry.form.file_shape:
             problems.append(f"{key}: {list(shapes[key])}, in the base {list(entry.form.file_shape)}")
         elif not _has_values(leaf):
-            warnings.warn(f"{source}: {key} is taken for the base's own, which has no values to compare", stacklevel=4)
+            warn(f"{source}: {key} is taken for the base's own, which has no values to compare")
         else:
             own = np.asarray(entry.form.encode(np.asarray(leaf), 0))
             if not np.array_equal(np.asarray(tensors[key]).astype(own.dtype), own):

@@ -10,10 +10,15 @@
     └── AttachError        a layer cannot carry the adapter exactly, or the tree carries no (or another) adapter
 
 Messages name the file, path or tensor, what was expected, what was found, and the way out; all
-problems of one kind stand in one error.
+problems of one kind stand in one error. What a person should know, though nothing is wrong, is a warning: `warn`.
 """
 
 from __future__ import annotations
+
+import inspect
+import warnings
+
+_OURS = __file__.removesuffix("errors.py")
 
 
 class AdapterError(Exception):
@@ -46,3 +51,13 @@ class TargetError(AdapterError):
 
 class AttachError(AdapterError):
     """A layer cannot carry the adapter exactly, or a tree carries no (or another) adapter."""
+
+
+def warn(message: str) -> None:
+    """A `UserWarning` that points at the line from which this library was entered, whatever lies between."""
+    frame, level, entered = inspect.currentframe(), 0, 1
+    while frame is not None:
+        level += 1
+        entered = level + 1 if frame.f_code.co_filename.startswith(_OURS) else entered
+        frame = frame.f_back
+    warnings.warn(message, stacklevel=entered)

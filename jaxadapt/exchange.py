@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,8 +35,8 @@ from jaxadapt import (
 from jaxadapt import plan as plans
 from jaxadapt.adapter import Adapter, PeftTensors
 from jaxadapt.configs import Config
-from jaxadapt.errors import AdapterError, AttachError, ConfigError, MismatchError
-from jaxadapt.keymap import PEFT_PREFIX, KeyMap
+from jaxadapt.errors import AdapterError, AttachError, ConfigError, MismatchError, warn
+from jaxadapt.keymap import PEFT_PREFIX, KeyMap, warn_unproved
 from jaxadapt.plan import Encoded
 from jaxadapt.progress import Report, quiet
 
@@ -150,23 +149,13 @@ def with_values(leaves: Mapping[str, Any], traced: bool, elsewhere: bool = False
         raise AttachError("these parameters have no values to save:\n" + paths.listing(problems))
 
 
-def warn_unproved(table: KeyMap, level: int) -> None:
-    """Say so where a table is used to write that has not been proved; `level` as in `warnings.warn`."""
-    if not table.proved:
-        warnings.warn(
-            f"the table {table.name!r} is not proved against the real models: compare the outputs in PyTorch before you"
-            " rely on what it names",
-            stacklevel=level,
-        )
-
-
 def _encoded(adapter: Adapter, keymap: KeyMap | str | None, dtype: Any, traced: bool) -> PeftTensors:
     sites = adapter.sites
     leaves = {paths.join(leaf, name): x for leaf, tensors in sites.items() for name, x in tensors.items()}
     with_values(leaves, traced, elsewhere=not traced)
     adapter = renamed(adapter, keymap)
     config, table = adapter.config, adapter.keymap
-    warn_unproved(table, 5)
+    warn_unproved(table)
     shapes = _shapes(sites)
     bounds, astray = bind.recover(config, table, shapes), bind.strays(config, table, shapes)
     if astray:
@@ -280,7 +269,7 @@ def decoded(
         shapes = {key: shape for key, shape in shapes.items() if key not in of_base}
     plan.check(shapes, tensors.source, odd, recipe.keymap.name)
     if dtype is None and np.dtype("float64") in dtypes.values() and jnp.zeros(0, float).dtype != "float64":
-        warnings.warn(f"{tensors.source}: float64 tensors become float32, since jax_enable_x64 is off", stacklevel=3)
+        warn(f"{tensors.source}: float64 tensors become float32, since jax_enable_x64 is off")
     where = places(shardings, base, bounds) if spread(base, shardings) else {}
     copied = {key for b in bounds if b.method.copies for e in b.entries for key in e.keys}
     wide = {key: d if key in copied else kinds[d] for key, d in dtypes.items()}

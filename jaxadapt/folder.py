@@ -16,7 +16,6 @@ import dataclasses
 import json
 import math
 import os
-import warnings
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from jaxadapt.codecs.dtypes import dtype_name, numpy_dtype
 from jaxadapt.codecs.files import file_error
 from jaxadapt.codecs.places import Place
 from jaxadapt.configs import Config
-from jaxadapt.errors import AttachError, FileError, MismatchError
+from jaxadapt.errors import AttachError, FileError, MismatchError, warn
 from jaxadapt.peft_tensors import PeftTensors
 from jaxadapt.progress import LOGGER, Progress, Report, counting, quiet, reporting
 
@@ -308,9 +307,7 @@ def _write(tensors: PeftTensors, folder: Place, put: Put | None, report: Report)
         _forget(weights, replaces)
     stale = folder / WEIGHTS_BIN
     if stale.exists():
-        warnings.warn(
-            f"{stale} is an older adapter beside the one just written; readers take {WEIGHTS}", stacklevel=4
-        )
+        warn(f"{stale} is an older adapter beside the one just written; readers take {WEIGHTS}")
     dtypes = tuple(sorted({dtype_name(dtype) for dtype, _ in specs.values()}))
     shapes = {key: shape for key, (_, shape) in specs.items()}
     facts = card.Facts(shapes, dtypes, places.size(weights))

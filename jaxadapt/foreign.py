@@ -6,7 +6,6 @@ What lies where is `dialects/`; what the arrays hold, `guests.py`; the trees the
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -36,10 +35,10 @@ from jaxadapt import (
 from jaxadapt.adapter import Adapter, is_array
 from jaxadapt.configs import Config, LoraConfig
 from jaxadapt.dialect import Dialect, is_like
-from jaxadapt.errors import AttachError, KeyMapError, MismatchError
+from jaxadapt.errors import AttachError, KeyMapError, MismatchError, warn
 from jaxadapt.filling import Placed
 from jaxadapt.guests import Guests, Half
-from jaxadapt.keymap import PEFT_PREFIX, KeyMap
+from jaxadapt.keymap import PEFT_PREFIX, KeyMap, warn_unproved
 from jaxadapt.peft_tensors import PeftTensors
 from jaxadapt.plan import Encoded
 from jaxadapt.trees import Leaves, Put
@@ -191,12 +190,7 @@ def take(
         found, lora_alpha = dataclasses.replace(found, leaves=leaves, stored=stored), None
         config = None if config is None else config.replace(lora_alpha=LoraConfig().lora_alpha)
     known = survey(found, keymap)
-    if not known.keymap.proved:
-        warnings.warn(
-            f"the table {known.keymap.name!r} is not proved against the real models: compare the outputs in PyTorch"
-            " before you rely on what it names",
-            stacklevel=4,
-        )
+    warn_unproved(known.keymap)
     config = guest_config.infer(known, config, lora_alpha, call)
     host = not any(isinstance(leaf, Tracer) for leaf in found.leaves.values())
     tensors = known.plan.encode(found.leaves, dtype, host)
@@ -282,10 +276,9 @@ def put(
     dtypes = _dtypes(found, placed, dtype, source)
     rounded = guest_config.inexact(ratios)
     if rounded is not None:
-        warnings.warn(
+        warn(
             f"{source}: its scale is {rounded:g} times that of the {found.dialect.name} tree, which no power of two is:"
             " B is multiplied by it and rounded once",
-            stacklevel=4,
         )
     new = {
         path: _build(half, where, found.leaves[path], path in kept, dtypes[path], traced)

@@ -15,7 +15,7 @@ from typing import Any
 
 from jaxadapt import paths
 from jaxadapt.axes import Axes
-from jaxadapt.errors import KeyMapError
+from jaxadapt.errors import KeyMapError, warn
 from jaxadapt.pattern import fine
 from jaxadapt.weight import EXPERTS, Weight
 
@@ -331,6 +331,15 @@ def _spelt(table: KeyMap, spelling: str) -> KeyMap:
 def _beginning(leaf: str) -> str:
     """The first name of a path, whatever its number: "layer_3.attn.w" and "layer_{l}.attn.w" begin alike."""
     return re.sub(r"\d+|\{\w+\}", "#", leaf.partition(".")[0])
+
+
+def warn_unproved(table: KeyMap) -> None:
+    """Say so where a table is used to write that has not been proved."""
+    if not table.proved:
+        warn(
+            f"the table {table.name!r} is not proved against the real models: compare the outputs in PyTorch before you"
+            " rely on what it names"
+        )
 
 
 def to_data(table: KeyMap) -> dict[str, Any]:

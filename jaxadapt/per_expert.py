@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -28,7 +27,7 @@ import numpy as np
 
 from jaxadapt import joining, paths, pieces, plan, targets
 from jaxadapt.configs import Config, LoraConfig
-from jaxadapt.errors import ConfigError, MismatchError
+from jaxadapt.errors import ConfigError, MismatchError, warn
 from jaxadapt.keymap import KeyMap
 from jaxadapt.peft_tensors import PeftTensors
 from jaxadapt.single_experts import pattern
@@ -294,10 +293,9 @@ def _with_parameters(
 ) -> LoraConfig:
     """The configuration that names parameters, and of its modules those that are left."""
     if config.lora_dropout:
-        warnings.warn(
+        warn(
             f"lora_dropout={config.lora_dropout} becomes 0: PEFT has none for experts that are one parameter, which a"
             " dropout of single experts' inputs would have to be (it makes no difference to trained outputs)",
-            stacklevel=6,
         )
     all_ranks = {m: targets.pattern_value(config.rank_pattern, m, config.r) for m in modules} | dict(ranks)
     all_alphas = {m: targets.pattern_value(config.alpha_pattern, m, config.lora_alpha) for m in modules} | dict(alphas)

@@ -7,7 +7,6 @@ the base. What is checked: that there are as many layers, and that those which r
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -17,7 +16,7 @@ from jax.core import Tracer
 
 from jaxadapt import paths, plan
 from jaxadapt.configs import Config
-from jaxadapt.errors import ConfigError
+from jaxadapt.errors import ConfigError, warn
 from jaxadapt.keymap import KeyMap
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|encoder\.layer|h)\.(\d+)\.")  # where PEFT's replicate_layers finds them
@@ -78,4 +77,4 @@ def check_values(config: Config, keymap: KeyMap, base: Callable[[], Mapping[str,
             " layer they repeat:\n" + paths.listing(apart)
         )
     if hollow:
-        warnings.warn("layer_replication: the base has no values to compare the repeated layers by", stacklevel=4)
+        warn("layer_replication: the base has no values to compare the repeated layers by")

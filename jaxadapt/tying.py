@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -17,7 +16,7 @@ import numpy as np
 
 from jaxadapt import paths, targets
 from jaxadapt.configs import Config
-from jaxadapt.errors import ConfigError, MismatchError
+from jaxadapt.errors import ConfigError, MismatchError, warn
 from jaxadapt.keymap import KeyMap
 from jaxadapt.plan import Entry
 
@@ -65,10 +64,9 @@ def resolved(config: _C, keymap: KeyMap, leaves: Collection[str]) -> _C:
     if any(name.rpartition(".")[2] in NAMES for name in wanted or ()):
         return config.replace(target_modules=_tied(wanted, tied))
     if config.get("trainable_token_indices") is None:
-        warnings.warn(
+        warn(
             "ensure_weight_tying=True, and neither target_modules nor modules_to_save names the embeddings: it has no"
             " effect",
-            stacklevel=5,
         )
     return config
 

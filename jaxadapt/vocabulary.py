@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from jaxadapt.bind import Bound
 from jaxadapt.copies import LOOKUP
+from jaxadapt.errors import warn
 from jaxadapt.initial import is_there
 from jaxadapt.keymap import KeyMap
 from jaxadapt.tying import NAMES
@@ -46,10 +46,9 @@ def fitted(
             both = (slice(None),) * axis + (slice(min(have[axis], want[axis])),)
             rows[both] = np.asarray(out[key])[both]
             out[key] = rows
-            warnings.warn(
+            warn(
                 f"{source}: {key} is for a vocabulary of {have[axis]}, and the model has {want[axis]}: the first"
                 f" {min(have[axis], want[axis])} rows were taken",
-                stacklevel=5,
             )
     return out
 
