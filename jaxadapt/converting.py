@@ -73,20 +73,20 @@ def convert(
         format: "orbax" for an Orbax checkpoint instead of a folder: under PyTorch's names, which any model loads.
         progress: as in `read` and `write`, of a folder that is read or written.
 
-    Raises `AdapterError`, and then nothing is written.
+    Raises `AdapterError`, and then nothing is written. It speaks of the command's options (`jaxadapt convert`).
     """
     trees = [places.at(path).suffix == ".safetensors" for path in (source, target)]
     if not any(trees) and (like is not None or sizes):
-        raise ConfigError("like and sizes are for trees (a file ending in .safetensors)")
+        raise ConfigError("--like and --axis are for trees (a file ending in .safetensors)")
     if format not in ("safetensors", "orbax") or (trees[1] and format == "orbax"):
-        raise ConfigError(f"format {format!r}: expected 'safetensors', or 'orbax' with a folder as the target")
+        raise ConfigError(f"--format {format}: expected safetensors, or orbax with a folder as the target")
     tensors = _read(source, from_keymap, lora_alpha, None if trees[1] else like, sizes or {}, progress, on_shared)
     if not trees[1]:
         spelt = from_keymap is not None and to_keymap is not None and not trees[0]
         tables = [families.resolve(keymap, {}) for keymap in (from_keymap, to_keymap)] if spelt else []
         apart = spelt and tables[0].single != tables[1].single
         if dialect is not None or (on_shared is not None and not trees[0] and not apart):
-            raise ConfigError("dialect and on_shared are for trees (a file ending in .safetensors)")
+            raise ConfigError("--dialect and --concat are for trees (a file ending in .safetensors)")
         if apart and tables[1].single:
             tensors = PeftTensors(*per_expert.apart(tensors.config, tensors.tensors, tables[1]), tensors.source)
         elif apart:
@@ -94,7 +94,7 @@ def convert(
         elif spelt:
             tensors = _respelt(tensors, *tables)
         elif to_keymap is not None:
-            raise ConfigError("to_keymap is for trees, or with from_keymap for another spelling of the same family")
+            raise ConfigError("--to is for trees, or with --from for another spelling of the same family")
         config = _lora(tensors.config, "a folder").replace(inference_mode=True)
         tensors = dataclasses.replace(tensors, config=config)
         if format == "orbax":
@@ -103,7 +103,7 @@ def convert(
             folder.write(tensors, target, progress=progress)
         return Converted(str(target), len(tensors.tensors), None, config.r, config.lora_alpha)
     if to_keymap is None:
-        raise ConfigError('a tree needs its family: to_keymap="tunix:qwen3", say (--to tunix:qwen3)')
+        raise ConfigError("a tree needs its family: --to tunix:qwen3, say")
     table = families.resolve(to_keymap, {})
     return _write_tree(tensors, places.at(target), table, dialect, like, sizes or {}, on_shared)
 
@@ -130,7 +130,7 @@ def _read(
     path = places.at(source)
     if path.suffix != ".safetensors":
         if lora_alpha is not None:
-            raise ConfigError(f"{path}: lora_alpha is for a tree's file; an adapter's folder has its own")
+            raise ConfigError(f"{path}: --lora-alpha is for a tree's file; an adapter's folder has its own")
         return folder.read(source, progress=progress)
     leaves = _dotted(safetensors.read(path))
     note = _note(path)
@@ -195,7 +195,8 @@ def _write_tree(
     config = _lora(tensors.config, "a tree")
     library = keymap.name.partition(":")[0]
     if name is None and library not in dialects.USED:
-        raise ConfigError(f"say which dialect the tree of {keymap.name!r} has: {', '.join(dialects.DIALECTS)}")
+        known = ", ".join(dialects.DIALECTS)
+        raise ConfigError(f"say which dialect (--dialect) the tree of {keymap.name!r} has: {known}")
     dialect = dialects.named(name or dialects.USED[library])
     if dialect.slots is not None:
         raise ConfigError(f"{dialect.name} keeps several adapters in one tree; load into its model instead")

@@ -310,7 +310,7 @@ def _spelt(table: KeyMap, spelling: str) -> KeyMap:
         return dataclasses.replace(table, name=f"{table.name}/{spelling}", single=True)
     renames = dict(table.spellings).get(spelling)
     if renames is None:
-        known = ", ".join((*dict(table.spellings), *([PER_EXPERT] if table.each else []))) or "none"
+        known = ", ".join((*dict(table.spellings), *([PER_EXPERT] if table.each else []), "scan0, scan1, …"))
         raise KeyMapError(f"the table {table.name!r} has no spelling {spelling!r}; it has {known}")
 
     def other(key: str) -> str:

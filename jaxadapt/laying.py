@@ -58,7 +58,7 @@ def find(
         raise KeyMapError(
             f"the table {keymap.name!r} does not settle where these modules lie:\n"
             + paths.listing(problems)
-            + "\nA file of the target's shapes does (like=, --like), where several leaves are named"
+            + "\nA file of the target's shapes does (--like), where several leaves are named"
         )
     sites = {leaf: keymap.site(leaf) for leaf in found}
     return tuple(Adapted(site, found[leaf]) for leaf, site in sites.items() if site is not None)

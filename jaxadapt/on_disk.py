@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 import jax
 import numpy as np
 
-from jaxadapt import bases, combining, exchange, folder, merging, paths, pytorch, reducing
+from jaxadapt import bases, combining, exchange, folder, merging, paths, products, pytorch, reducing
 from jaxadapt.adapter import Adapter, PeftTensors
 from jaxadapt.codecs import atomic, places, shards
 from jaxadapt.codecs.dtypes import dtype_name, numpy_dtype
@@ -148,6 +148,7 @@ def _floats(spec: Any) -> bool:
 
 
 def _adapter(tensors: PeftTensors, specs: dict[str, Any], table: Any) -> Adapter:
+    products.need_plain(tensors.config, tensors.source)
     return exchange.from_peft(tensors, paths.unflatten(specs), keymap=table)
 
 

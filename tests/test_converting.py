@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 
 import jax
@@ -197,6 +198,43 @@ def test_orbax_to_a_folder_and_back(tmp_path):
     assert not (tmp_path / "again" / "adapter_config.json").exists()
     info = json.loads(run("inspect", tmp_path / "again", "--json").output)
     assert info["parameters"] == 2 * (4 + 6 + 5 + 4)
-    assert "'orbax' with a folder" in run(
+    assert "orbax with a folder" in run(
         "convert", tmp_path / "saved", tmp_path / "x.safetensors", "--to", "llama", "--format", "orbax"
     ).output
+
+
+ODD = {"q.w": np.ones((8, 6)), "q.w_lora_a": np.ones((8, 2)), "q.w_lora_b": np.ones((2, 6))}
+
+
+@pytest.mark.parametrize(
+    ("words", "way_out"),
+    [
+        ("peft x.safetensors", "--to tunix:qwen3"),
+        ("peft new --to llama", "--to is for trees, or with --from"),
+        ("peft new --concat", "--dialect and --concat are for trees"),
+        ("peft new --axis h=2", "--like and --axis are for trees"),
+        ("peft new --lora-alpha 2", "--lora-alpha is for a tree"),
+        ("peft x.safetensors --to tunix:gemma", r"of the target's shapes \(--like\)"),
+        ("peft x.safetensors --to llama", r"say which dialect \(--dialect\)"),
+        ("peft x.safetensors --format orbax", "--format orbax"),
+        ("tree.safetensors new --from maxtext:qwen3/scan0", "jaxadapt convert SOURCE TARGET --lora-alpha 16"),
+        ("odd.safetensors new --lora-alpha 2", "Say which family the model is with --from$"),
+        ("peft x.safetensors --to gemma:gemma3 --like like.safetensors", "pass --concat, which"),
+        ("heads.safetensors new --from keras:gemma3 --lora-alpha 6 --like like.safetensors", "Pass --concat: with"),
+        ("pissa x.safetensors --to maxtext:qwen3", "convert it where it was trained"),
+    ],
+)
+def test_errors_on_the_command_line_name_options(words, way_out, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = peft_folder("gemma-gemma3", tmp_path / "peft")
+    save_file(recorded_tree("maxtext-qwen3-scan0"), "tree.safetensors")
+    save_file(recorded_tree("keras-gemma3"), "heads.safetensors")
+    save_file(ODD, "odd.safetensors")
+    leaves = {**specimens.recorded("gemma-gemma3")["leaves"], **specimens.recorded("keras-gemma3")["leaves"]}
+    save_file({path: np.zeros(shape, "f4") for path, shape in leaves.items()}, "like.safetensors")
+    held = jaxadapt.read(folder)
+    jaxadapt.write(jaxadapt.PeftTensors(held.config.replace(init_lora_weights="pissa"), held.tensors), "pissa")
+    result = CliRunner().invoke(main, ["convert", *words.split()])
+    assert result.exit_code == 1
+    assert re.search(way_out, result.output.strip()), result.output
+    assert not re.search("keymap|on_shared|lora_alpha=", result.output), result.output

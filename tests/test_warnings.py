@@ -21,6 +21,7 @@ NO_K = small.LORA.replace(alpha_pattern={"k_proj": 3})
 TABLE = jaxadapt.KeyMap("mine", (jaxadapt.Weight("q_proj.kernel", "q_proj.weight", "i o -> o i"),))
 UNPROVED = dataclasses.replace(TABLE, proved=False)
 Q = {"q_proj": {"kernel": np.ones((6, 8), "f4")}}
+MORE = {**Q, "k_proj": Q["q_proj"]}
 QWIX = {"q_proj": {**Q["q_proj"], "kernel_lora_a": np.ones((6, 2)), "kernel_lora_b": np.ones((2, 8))}}
 
 
@@ -60,7 +61,7 @@ def base(at: Path) -> None:
         (Path.exists, lambda at: jaxadapt.adapt(small.LinenNet(), NO_K).init(jax.random.key(0), small.X)),
         (Path.exists, lambda at: jaxadapt.export_base(Q, at, keymap=UNPROVED)),
         (Path.exists, lambda at: jaxadapt.save(QWIX, at, keymap=UNPROVED, lora_alpha=2)),
-        (base, lambda at: jaxadapt.import_base(at, {**Q, "k": {"kernel": np.ones((6, 8))}}, keymap=TABLE, strict=False)),
+        (base, lambda at: jaxadapt.import_base(at, MORE, keymap=TABLE, strict=False)),
     ],
 )  # fmt: skip
 def test_a_warning_points_at_the_callers_line(given: Given, call: Given, tmp_path):

@@ -5,6 +5,19 @@ from __future__ import annotations
 import click
 
 from jaxadapt.cli import shown
+from jaxadapt.errors import AdapterError
+
+_AS_OPTIONS = (
+    ("jaxadapt.convert(source, target, lora_alpha=16)", "jaxadapt convert SOURCE TARGET --lora-alpha 16"),
+    ('on_shared="concat" to convert(source, target', "--concat"),
+    ('on_shared="concat" to save or to_peft', "--concat"),
+    ('on_shared="concat"', "--concat"),
+    ("is keymap= another", "is --to another"),
+    (", or give a KeyMap with a line for each base weight", ""),
+    ("keymap=", "--from "),
+    ("lora_alpha=", "--lora-alpha "),
+)
+"""What errors that Python's users see too say of arguments, and the options that these are here."""
 
 
 def _sizes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, int]:
@@ -63,10 +76,16 @@ def command(
     """
     from jaxadapt.converting import convert
 
-    done = convert(
-        source, target, from_keymap=from_keymap, to_keymap=to_keymap, dialect=dialect, lora_alpha=lora_alpha,
-        like=like, sizes=sizes, on_shared="concat" if concat else None, progress=True, format=form,
-    )  # fmt: skip
+    try:
+        done = convert(
+            source, target, from_keymap=from_keymap, to_keymap=to_keymap, dialect=dialect, lora_alpha=lora_alpha,
+            like=like, sizes=sizes, on_shared="concat" if concat else None, progress=True, format=form,
+        )  # fmt: skip
+    except AdapterError as error:
+        text = str(error)
+        for argument, option in _AS_OPTIONS:
+            text = text.replace(argument, option)
+        raise type(error)(text) from error
     if as_json:
         shown.print_json(done.to_dict())
         return

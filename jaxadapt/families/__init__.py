@@ -17,7 +17,7 @@ from jaxadapt.families.t5 import T5
 from jaxadapt.families.vit import VIT
 from jaxadapt.families.whisper import WHISPER
 from jaxadapt.generic import GENERIC
-from jaxadapt.keymap import PER_EXPERT, KeyMap
+from jaxadapt.keymap import KeyMap
 from jaxadapt.weight import Weight
 
 _TABLES = (
@@ -46,24 +46,16 @@ def named(name: str) -> KeyMap:
     'llama/scan1'
     """
     base, *changes = name.split("/")
-    tables = {**FAMILIES, GENERIC.name: GENERIC}
-    found = [tables[base]] if base in tables else []
-    for change in changes:
-        axis = change.removeprefix("scan")
-        if change != axis and axis.isdecimal():
-            found = [table.scanned(int(axis)) for table in found]
-        else:
-            found = [
-                table.spelt(change)
-                for table in found
-                if change in dict(table.spellings) or (change == PER_EXPERT and table.each)
-            ]
-    if not found:
+    table = {**FAMILIES, GENERIC.name: GENERIC}.get(base)
+    if table is None:
         raise KeyMapError(
             f"no family is called {name!r}; known are {', '.join(sorted(FAMILIES))} (add /scan0, /scan1, … for"
             f" layers stacked on that axis) and {GENERIC.name!r}"
         )
-    return found[0]
+    for change in changes:
+        axis = change.removeprefix("scan")
+        table = table.scanned(int(axis)) if change != axis and axis.isdecimal() else table.spelt(change)
+    return table
 
 
 def resolve(keymap: KeyMap | str | None, shapes: Mapping[str, tuple[int, ...]]) -> KeyMap:
