@@ -9,8 +9,8 @@ from typing import Any
 
 from jax.core import Tracer
 
-from jaxadapt import bind, families, foreign, initial, linen, linen_tree, methods, nnx, nnx_survey, paths, planning
-from jaxadapt.adapter import CONFIG_NODE, Adapter, collection_name, is_array
+from jaxadapt import bind, foreign, initial, linen, linen_tree, methods, nnx, nnx_survey, paths, planning
+from jaxadapt.adapter import Adapter, collection_name, is_array
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError, ConfigError
 from jaxadapt.keymap import KeyMap
@@ -174,6 +174,14 @@ def extract(
 
     Raises `AttachError` if there is none of that name, or its configuration was lost and not given; `KeyMapError`
     listing another library's leaves that have no exact place.
+
+    >>> import jax, jaxadapt
+    >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
+    >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
+    >>> adapter = jaxadapt.init(config, base, key=jax.random.key(0))
+    >>> variables = {"params": base, **adapter.collection}
+    >>> extract(variables).config.r
+    2
     """
     if isinstance(tree, Adapter):
         return tree
@@ -196,7 +204,7 @@ def extract(
     present = linen_tree.names_in(tree)
     if found is None and present:
         raise AttachError(f"there is no adapter {name!r} here; found {present}")
-    return _extract_bare(tree, name, config, keymap)
+    return linen_tree.bare(tree, name, config, keymap)
 
 
 def guest_in(tree: Any) -> foreign.Found | None:
@@ -210,39 +218,6 @@ def guest_in(tree: Any) -> foreign.Found | None:
     if isinstance(tree, Mapping) and linen_tree.names_in(tree):
         return None
     return foreign.find(tree)
-
-
-def _extract_bare(tree: Mapping[str, Any], name: str, config: Config | None, keymap: Any) -> Adapter:
-    """An adapter from a tree that kept its arrays and lost everything else."""
-    if config is None:
-        raise AttachError(
-            "this tree carries no adapter configuration (it was never made here, or to_pure_dict or a restore without a"
-            " target lost it); pass config=, and keymap= if the model was adapted with one"
-        )
-    collection = collection_name(config)
-    values: dict[str, Any] = {}
-    tree = linen_tree.opened(tree)
-    for path, leaf in paths.flatten(
-        {k: v for k, v in tree.items() if k != "params"} if collection in tree else tree
-    ).items():
-        parts = [p for p in path.split(".") if p != CONFIG_NODE]
-        if not is_array(leaf):
-            continue
-        for i in range(len(parts) - 1):
-            if parts[i] == collection and parts[i + 1] == name:
-                values[paths.join(*parts[:i], *parts[i + 2 :])] = leaf
-                break
-    if not values:
-        bare = paths.flatten({k: v for k, v in tree.items() if k != CONFIG_NODE})
-        flat = {path: leaf for path, leaf in bare.items() if is_array(leaf)}
-        if any(collection in p.split(".") for p in flat):
-            raise AttachError(f"there is no adapter {name!r} of type {config.peft_type} in this tree; check name=")
-        values = flat  # the bare tree of one adapter
-    if not values:
-        raise AttachError(f"there is no adapter {name!r} of type {config.peft_type} in this tree")
-    bases = {path.rpartition(".")[0] for path in values}
-    table = families.of_leaves(bases) if keymap in (None, "auto") else families.resolve(keymap, {})
-    return Adapter(config, paths.unflatten(values), table)
 
 
 def inject(
@@ -259,6 +234,15 @@ def inject(
     `on_shared` as in `load`.
 
     NNX models are changed in place; anything else is returned anew. Raises `AttachError` otherwise.
+
+    >>> import jax, jaxadapt
+    >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
+    >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
+    >>> adapter = jaxadapt.init(config, base, key=jax.random.key(0))
+    >>> ones = jax.tree.map(jax.numpy.ones_like, adapter)
+    >>> variables = inject(ones, {"params": base, **adapter.collection})
+    >>> variables["lora"]["default"]["q"]["kernel"]["lora_B"].sum()
+    Array(12., dtype=float32)
     """
     guest = guest_in(tree)
     if guest is not None:
@@ -307,7 +291,16 @@ def with_adapter(variables: Mapping[str, Any], adapter: Adapter, name: str) -> d
 def activate(model: Any, *names: Any) -> Any:
     """Make these adapters the active ones; NNX in place, Linen returns a new wrapper.
 
+    Args:
+        names: one or several, whose changes add up; none leaves the base alone.
+
     Raises `AttachError` for a name the model does not carry.
+
+    >>> import flax.linen, jaxadapt
+    >>> config = jaxadapt.LoraConfig(r=2, target_modules=["layers_0"])
+    >>> module = jaxadapt.adapt(flax.linen.Sequential([flax.linen.Dense(2)]), config, name="a")
+    >>> activate(jaxadapt.adapt(module, config, name="b"), "a").active
+    ('a',)
     """
     if any(not isinstance(n, str) for n in names):
         raise AttachError(f"names are given one by one, activate(model, 'a', 'b'); found {names!r}")
@@ -330,7 +323,14 @@ def disable(model: Any) -> Generator[Any]:
     """Within the context the model is its base alone: `with disable(model) as base: base(x)`.
 
     NNX: the model itself, restored at the end, also after an error. Linen: the context's value is the
-    wrapper with nothing active.
+    wrapper with nothing active. Raises `AttachError` for what is neither.
+
+    >>> import flax.linen, jaxadapt
+    >>> config = jaxadapt.LoraConfig(r=2, target_modules=["layers_0"])
+    >>> module = jaxadapt.adapt(flax.linen.Sequential([flax.linen.Dense(2)]), config, name="a")
+    >>> with disable(module) as base:
+    ...     base.active
+    ()
     """
     if isinstance(model, linen.Adapted):
         yield dataclasses.replace(model, active=())
@@ -345,7 +345,16 @@ def disable(model: Any) -> Generator[Any]:
 
 
 def delete(model: Any, name: str) -> Any:
-    """Remove one adapter. NNX in place; Linen: a wrapper without it, or variables without its parameters."""
+    """Remove one adapter. NNX in place; Linen: a wrapper without it, or variables without its parameters.
+
+    Raises `AttachError` if there is none called `name`.
+
+    >>> import flax.linen, jaxadapt
+    >>> config = jaxadapt.LoraConfig(r=2, target_modules=["layers_0"])
+    >>> module = jaxadapt.adapt(flax.linen.Sequential([flax.linen.Dense(2)]), config, name="a")
+    >>> delete(jaxadapt.adapt(module, config, name="b"), "a").active
+    ('b',)
+    """
     if isinstance(model, linen.Adapted):
         if name not in dict(model.adapters):
             raise AttachError(f"no adapter is called {name!r}; this model has {list(dict(model.adapters))}")
@@ -366,7 +375,14 @@ def delete(model: Any, name: str) -> Any:
 def detach(model: Any) -> Any:
     """The very same base model: NNX in place (an equal graphdef, identical arrays), Linen the module inside.
 
-    Of Linen variables, those without the adapters' collections.
+    Of Linen variables, those without the adapters' collections. Raises `AttachError` for what is none of these.
+
+    >>> import jax, jaxadapt
+    >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
+    >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
+    >>> adapter = jaxadapt.init(config, base, key=jax.random.key(0))
+    >>> sorted(detach({"params": base, **adapter.collection}))
+    ['params']
     """
     if isinstance(model, linen.Adapted):
         return model.module

@@ -271,6 +271,14 @@ def import_base(
 
     A head that the file ties to the embedding is filled from there. Raises `MismatchError` with all missing, unexpected
     and wrongly shaped tensors together, `KeyMapError`, `FileError`, `FormatError`; then the target is as it was.
+
+    >>> import tempfile, jax.numpy as jnp
+    >>> from jaxadapt import KeyMap, Weight
+    >>> table = KeyMap("mine", (Weight("q.kernel", "q.weight", "i o -> o i"),))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     export_base({"q": {"kernel": jnp.ones((2, 3))}}, folder, keymap=table)
+    ...     import_base(folder, {"q": {"kernel": jnp.zeros((2, 3))}}, keymap=table)["q"]["kernel"].sum()
+    Array(6., dtype=float32)
     """
     leaves, table = _leaves(target, keymap)
     shapes = _shapes(leaves)

@@ -205,6 +205,14 @@ def from_peft(
             "changed" here.
 
     Raises `MismatchError` listing every missing, unexpected, wrongly shaped or unusable tensor.
+
+    >>> import jax, jaxadapt
+    >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
+    >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
+    >>> adapter = jaxadapt.init(config, base, key=jax.random.key(0))
+    >>> again = from_peft(jaxadapt.to_peft(adapter), base)
+    >>> again.config == config, again.params["q"]["kernel"]["lora_A"].shape
+    (True, (2, 4))
     """
     if base not in (None, "changed"):
         raise AttachError(f"base={base!r}: from_peft changes no base; expected 'changed', for a target that was")

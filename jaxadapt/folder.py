@@ -114,6 +114,15 @@ def read_config(path: str | os.PathLike[str]) -> Config:
     """The configuration of an adapter folder (or of an `adapter_config.json`), tensors untouched.
 
     Raises `FileError` if it cannot be read, `ConfigError` if it is not PEFT's.
+
+    >>> import tempfile, jax, jaxadapt
+    >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
+    >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
+    >>> adapter = jaxadapt.init(config, base, key=jax.random.key(0))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     jaxadapt.save(adapter, folder)
+    ...     read_config(folder)
+    LoraConfig(inference_mode=True, r=2, target_modules=['q'])
     """
     if isinstance(path, str) and hub.is_address(path):
         path = hub.config_of(path)
@@ -135,6 +144,16 @@ def inspect(path: str | os.PathLike[str], *, progress: Progress = None) -> Info:
     Of an Orbax checkpoint too: its tensors under the names that PEFT's file would have. An adapter on the Hub is
     fetched, of which `progress` is told as in `pull`.
     Raises `FileError`, `FormatError` or `ConfigError`, naming the file.
+
+    >>> import tempfile, jax, jaxadapt
+    >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
+    >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
+    >>> adapter = jaxadapt.init(config, base, key=jax.random.key(0))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     jaxadapt.save(adapter, folder, base_model="org/name")
+    ...     info = inspect(folder)
+    >>> info.config.base_model_name_or_path, info.parameters, info.modules, info.dtypes
+    ('org/name', 20, ('q',), ('F32',))
     """
     if orbax.found(path):
         return _inspect_orbax(path)
@@ -162,6 +181,16 @@ def read(path: str | os.PathLike[str], *, progress: Progress = None) -> PeftTens
 
     Reads `.safetensors` first, else a PyTorch `.bin` (nothing in it is executed), or an Orbax checkpoint of ours.
     Raises `FileError`, `FormatError` or `ConfigError`, naming the file.
+
+    >>> import tempfile, jax, jaxadapt
+    >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
+    >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
+    >>> adapter = jaxadapt.init(config, base, key=jax.random.key(0))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     jaxadapt.save(adapter, folder)
+    ...     tensors = read(folder).tensors
+    >>> {key: (x.dtype.name, x.shape) for key, x in tensors.items()}
+    {'base_model.model.q.lora_A.weight': ('float32', (2, 4)), 'base_model.model.q.lora_B.weight': ('float32', (6, 2))}
     """
     with reporting(progress) as report, opened(path, report) as found:
         held = found.tensors
@@ -239,6 +268,15 @@ def write(
     The folder is made if it is missing; nothing else in it is touched, and a README.md that is there stays.
     The same content always gives the same bytes. Of two writers at once one waits for the other. Raises `FileError`
     naming the path; then the adapter that was there is still there.
+
+    >>> import tempfile, jax, jaxadapt
+    >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
+    >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
+    >>> adapter = jaxadapt.init(config, base, key=jax.random.key(0))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write(jaxadapt.to_peft(adapter), folder)
+    ...     jaxadapt.read(folder).config == config
+    True
     """
     if not isinstance(tensors, PeftTensors):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise AttachError(

@@ -11,8 +11,9 @@ from flax import serialization
 from flax.core import meta as meta  # re-exported: boxes are opened elsewhere too
 from flax.linen import spmd
 
-from jaxadapt import bind, methods, paths, sharding
-from jaxadapt.adapter import CONFIG_NODE, Adapter, Recipe, is_array
+from jaxadapt import bind, families, methods, paths, sharding
+from jaxadapt.adapter import CONFIG_NODE, Adapter, Recipe, collection_name, is_array
+from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError
 
 
@@ -113,6 +114,35 @@ def read_collection(tree: Mapping[str, Any], name: str) -> Adapter:
     adapter = Adapter(recipe.config, opened({k: v for k, v in tree.items() if k != CONFIG_NODE}), recipe.keymap)
     recipe.whole(len(adapter.sites), name)
     return adapter
+
+
+def bare(tree: Mapping[str, Any], name: str, config: Config | None, keymap: Any) -> Adapter:
+    """An adapter from a tree that kept its arrays and lost everything else."""
+    if config is None:
+        raise AttachError(
+            "this tree carries no adapter configuration (it was never made here, or to_pure_dict or a restore without a"
+            " target lost it); pass config=, and keymap= if the model was adapted with one"
+        )
+    collection = collection_name(config)
+    values: dict[str, Any] = {}
+    tree = opened(tree)
+    without_base = {k: v for k, v in tree.items() if k != "params"} if collection in tree else tree
+    for path, leaf in paths.flatten(without_base).items():
+        parts = [p for p in path.split(".") if p != CONFIG_NODE]
+        if not is_array(leaf):
+            continue
+        for i in range(len(parts) - 1):
+            if parts[i] == collection and parts[i + 1] == name:
+                values[paths.join(*parts[:i], *parts[i + 2 :])] = leaf
+                break
+    if not values:
+        left = paths.flatten({k: v for k, v in tree.items() if k != CONFIG_NODE})
+        values = {path: leaf for path, leaf in left.items() if is_array(leaf)}  # the bare tree of one adapter
+        if not values or any(collection in p.split(".") for p in values):
+            raise AttachError(f"there is no adapter {name!r} of type {config.peft_type} in this tree; check name=")
+    bases = {path.rpartition(".")[0] for path in values}
+    table = families.of_leaves(bases) if keymap in (None, "auto") else families.resolve(keymap, {})
+    return Adapter(config, paths.unflatten(values), table)
 
 
 def _recipe_from_text(target: Recipe, state: Any) -> Recipe:

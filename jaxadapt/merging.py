@@ -81,7 +81,16 @@ def _unbias(applied: Applied, bias: Any) -> Any:
 
 
 def unmerge(params: Any, adapter: Adapter, *, donate: bool = False, progress: Progress = None) -> Any:
-    """The inverse of `merge`, within the rounding of the weight's dtype. Options as there."""
+    """The inverse of `merge`, within the rounding of the weight's dtype. Options and errors as there.
+
+    >>> import jax, jaxadapt
+    >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
+    >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
+    >>> adapter = jaxadapt.init(config, base, key=jax.random.key(0))
+    >>> back = unmerge(jaxadapt.merge(base, adapter), adapter)
+    >>> bool((back["q"]["kernel"] == 1).all())
+    True
+    """
     return _changed(params, adapter, (unweight, _unbias), ("unmerge", progress), donate=donate)
 
 

@@ -129,6 +129,12 @@ def decay_mask(tree: Any) -> Any:
 
     Not on biases and norms, whose scale means something, nor on IA3's and DoRA's vectors, which begin at one (or at a
     weight's length) and would be pulled to zero.
+
+    >>> import jax, jaxadapt
+    >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
+    >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
+    >>> adapter = jaxadapt.init(config, base, key=jax.random.key(0))
+    >>> tx = optax.adamw(1e-3, mask=decay_mask(adapter.collection))
     """
     return _map(lambda leaf: leaf.decays, tree)
 
@@ -194,6 +200,13 @@ def lora_plus(
         embedding_learning_rate: of adapted embeddings.
 
     The groups are those of PEFT's `create_loraplus_optimizer`, save that DoRA's magnitudes are not decayed.
+
+    >>> import jax, jaxadapt
+    >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
+    >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
+    >>> adapter = jaxadapt.init(config, base, key=jax.random.key(0))
+    >>> tx = lora_plus(adapter.collection, optax.adamw, 1e-4, ratio=16)
+    >>> state = tx.init(adapter.collection)
     """
     if ratio <= 0:
         raise ConfigError(f"ratio: expected a positive number, found {ratio!r}")
@@ -220,6 +233,13 @@ def scale_by_rank(tree: Any, reference: int = 8) -> optax.GradientTransformation
     moves; rsLoRA's α/√r (Kalajdzievski 2023, arXiv:2312.03732) does away with that. These learning rates make the same
     first step as α'/√r with α' = α/√reference, in a file that readers without rsLoRA understand. Sites that have
     rsLoRA already, and parameters that are no LoRA matrices, keep their rate.
+
+    >>> import jax, jaxadapt
+    >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
+    >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
+    >>> adapter = jaxadapt.init(config, base, key=jax.random.key(0))
+    >>> tx = optax.chain(optax.adam(1e-3), scale_by_rank(adapter.collection))
+    >>> state = tx.init(adapter.collection)
     """
 
     def factor(leaf: _Leaf) -> float:
@@ -245,6 +265,13 @@ def lora_fa(tree: Any, inner: optax.GradientTransformation) -> optax.GradientTra
     bfloat16). Other parameters are `inner`'s as they are.
 
     Raises `ConfigError` for LoRA on embeddings and convolutions, for DoRA and KaSA, and for MiCA, which freezes B.
+
+    >>> import jax, jaxadapt
+    >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
+    >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
+    >>> adapter = jaxadapt.init(config, base, key=jax.random.key(0))
+    >>> tx = lora_fa(adapter.collection, optax.adamw(1e-3))
+    >>> state = tx.init(adapter.collection)
     """
     leaves = _leaves(tree)
     flat, structure = jax.tree.flatten(leaves, is_leaf=lambda x: isinstance(x, _Leaf))

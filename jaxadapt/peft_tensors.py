@@ -17,6 +17,11 @@ class PeftTensors:
         config: the configuration of `adapter_config.json`.
         tensors: `{key: array}`; the values may be made on demand.
         source: where it was read from, for messages.
+
+    >>> import numpy as np, jaxadapt
+    >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
+    >>> PeftTensors(config, {"base_model.model.q.lora_A.weight": np.ones((2, 4))})
+    PeftTensors(LORA, 1 tensors, from these tensors)
     """
 
     config: Config

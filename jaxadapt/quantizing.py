@@ -91,7 +91,8 @@ def quantize(
 def dequantize(base: Any) -> Any:
     """The base with every quantised weight dense, of what it has become: the inverse of `quantize` but for rounding.
 
-    Takes an NNX model (changed in place) or nested mappings, with weights of `quantize` or with Qwix' QArrays.
+    Takes an NNX model (changed in place) or nested mappings, with weights of `quantize` or with Qwix' QArrays. Where
+    there are none it raises nothing, and changes nothing.
 
     >>> import numpy as np
     >>> base = {"q": {"kernel": np.eye(64, dtype="float32")}}
@@ -115,6 +116,8 @@ def from_qwix(model: Any) -> Any:
             `qwix.quantize_params` go with it as they are.
 
     Raises `AttachError` where Qwix holds more than weights (static scales of activations).
+
+        model = jaxadapt.from_qwix(qwix.quantize_model(model, qwix.PtqProvider(rules), x))
     """
     if isinstance(model, linen.nn.Module):
         plain: Any = model.copy()

@@ -136,6 +136,14 @@ def summary(tree: Any, *inputs: Any) -> Summary:
             backward pass then makes a gradient of the weight's own size.
 
     Raises `AttachError` if nothing is adapted.
+
+    >>> import jax, jaxadapt
+    >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
+    >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
+    >>> adapter = jaxadapt.init(config, base, key=jax.random.key(0))
+    >>> found = summary({"params": base, **adapter.collection})
+    >>> found.trainable, found.base_parameters
+    (20, 24)
     """
     if isinstance(tree, linen.Adapted):
         if not inputs:

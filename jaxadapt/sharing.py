@@ -76,6 +76,8 @@ def push(
     that a person wrote replaces it. Weights of the other format at the same place are deleted in the same commit.
 
     Raises `FileError` for what the Hub or the connection refuses, and whatever `save` raises.
+
+        jaxadapt.push(model, "org/name", base_model="org/base", metrics={"loss": 3.2}).url
     """
     place = hub.parse(repo, revision, subfolder)
     page = _Page(license, metrics or {}, picture)

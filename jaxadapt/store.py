@@ -91,6 +91,15 @@ def save(
 
     Durable and atomic; raises `AdapterError` (what is wrong, and the way out), and then the old adapter is
     still there, whole.
+
+    >>> import tempfile, jax, jaxadapt
+    >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
+    >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
+    >>> adapter = jaxadapt.init(config, base, key=jax.random.key(0))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save({"params": base, **adapter.collection}, folder)
+    ...     sorted(jaxadapt.inspect(folder).tensors)
+    ['base_model.model.q.lora_A.weight', 'base_model.model.q.lora_B.weight']
     """
     if format not in ("safetensors", "orbax"):
         raise FileError(f"{path}: format {format!r}: expected 'safetensors' or 'orbax'")
@@ -209,6 +218,16 @@ def load(
 
     Otherwise the base is never touched, and nothing is attached unless everything fits. Raises `AdapterError`,
     `MismatchError` with all missing, unexpected and wrongly shaped tensors together.
+
+    >>> import tempfile, jax, jaxadapt
+    >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
+    >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
+    >>> adapter = jaxadapt.init(config, base, key=jax.random.key(0))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     jaxadapt.save(adapter, folder)
+    ...     variables = load(folder, {"params": base})
+    >>> variables["lora"]["default"]["q"]["kernel"]["lora_B"].shape
+    (6, 2)
     """
     if autocast_adapter_dtype:
         _refuse({"dtype": dtype}, "autocast_adapter_dtype=True asks for another; give one of them")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import os
 import subprocess
 import sys
@@ -48,6 +49,18 @@ def test_each_name_is_there(name: str):
     value = getattr(jaxadapt, name)
     assert callable(value)
     assert name == "BaseParam" or value.__doc__, f"{name} has no docstring"  # a filter is a value
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC - {"BaseParam"}))
+def test_each_docstring_has_an_example_and_says_what_is_raised(name: str):
+    """Examples run as doctests, but for those that need the Hub or another library."""
+    value = getattr(jaxadapt, name)
+    if isinstance(value, type) and issubclass(value, Exception):
+        return
+    text = inspect.getdoc(value) or ""
+    assert ">>>" in text or f"jaxadapt.{name}(" in text
+    if inspect.isfunction(value):
+        assert any(word in text for word in ("Raises", "raises", "errors as there", "refused")), "what is raised?"
 
 
 def test_typed_imports_equal_the_table(root: Path):

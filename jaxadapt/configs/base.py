@@ -33,6 +33,11 @@ class Config:
 
     Attributes:
         extra: every key that the class does not know (older, newer or forked versions), written back on top.
+
+    >>> import jaxadapt
+    >>> config = jaxadapt.LoraConfig(r=4, target_modules=["q_proj"])
+    >>> isinstance(config, Config), config.replace(r=2) == config, config.to_dict()["lora_alpha"]
+    (True, False, 8)
     """
 
     task_type: str | None = field(default=None, compare=False)

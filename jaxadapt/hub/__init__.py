@@ -56,6 +56,8 @@ def pull(
     serves. Copy the folder before you change it.
 
     Raises `FileError`: no such repository, revision or adapter, no permission, a broken connection, a full disk.
+
+        folder = jaxadapt.pull("org/name@v1/fr")
     """
     with reporting(progress) as report:
         return _pull(parse(repo, revision, subfolder), (CARD,), token, cache_dir, report)
