@@ -152,6 +152,11 @@ class Adapter:
             out.setdefault(base, {})[tensor] = leaf
         return out
 
+    @property
+    def shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """`{base leaf: {tensor: shape}}`."""
+        return {leaf: {name: tuple(x.shape) for name, x in held.items()} for leaf, held in self.sites.items()}
+
 
 def is_array(leaf: Any) -> bool:
     """Whether a leaf is an array (JAX, numpy, a tracer) or an abstract `ShapeDtypeStruct`."""

@@ -246,7 +246,7 @@ def inject(
     """
     guest = guest_in(tree)
     if guest is not None:
-        bounds = bind.recover(adapter.config, adapter.keymap, _tensor_shapes(adapter))
+        bounds = bind.of(adapter)
         leaves = adapter.flat()
         host = not any(isinstance(leaf, Tracer) for leaf in leaves.values())
         tensors = bind.file_plan(bounds).encode(leaves, host=host)
@@ -271,10 +271,6 @@ def inject(
     if problems:
         raise AttachError(f"the adapter does not fit {name!r}:\n" + paths.listing(problems))
     return with_adapter(tree, adapter, name)
-
-
-def _tensor_shapes(adapter: Adapter) -> dict[str, dict[str, tuple[int, ...]]]:
-    return {leaf: {t: tuple(a.shape) for t, a in tensors.items()} for leaf, tensors in adapter.sites.items()}
 
 
 def with_adapter(variables: Mapping[str, Any], adapter: Adapter, name: str) -> dict[str, Any]:

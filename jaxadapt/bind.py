@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from jaxadapt import copies, doubts, methods, parameters, paths, plan, replication, targets, tying
+from jaxadapt.adapter import Adapter
 from jaxadapt.axes import Axes
 from jaxadapt.configs import Config
 from jaxadapt.errors import KeyMapError, MismatchError, TargetError, warn
@@ -288,6 +289,11 @@ def recover(config: Config, keymap: KeyMap, leaves: Mapping[str, Mapping[str, Sh
     the configuration.
     """
     return _recovered_once(config, keymap, _as_key(leaves))[0]
+
+
+def of(adapter: Adapter) -> tuple[Bound, ...]:
+    """The sites of an adapter: `recover` of its tensors."""
+    return recover(adapter.config, adapter.keymap, adapter.shapes)
 
 
 Tensors = tuple[tuple[str, tuple[tuple[str, Shape], ...]], ...]

@@ -96,7 +96,7 @@ def joined(
         )
     if adapter.keymap.single:
         return PeftTensors(*per_expert.apart(tensors.config, held, adapter.keymap), tensors.source)
-    bounds = bind.recover(adapter.config, adapter.keymap, shapes_of(adapter))
+    bounds = bind.of(adapter)
     new, whole = joining.joined(tensors.config, bounds, held, on_shared, call)
     return PeftTensors(new, whole, tensors.source)
 
@@ -150,13 +150,11 @@ def with_values(leaves: Mapping[str, Any], traced: bool, elsewhere: bool = False
 
 
 def _encoded(adapter: Adapter, keymap: KeyMap | str | None, dtype: Any, traced: bool) -> PeftTensors:
-    sites = adapter.sites
-    leaves = {paths.join(leaf, name): x for leaf, tensors in sites.items() for name, x in tensors.items()}
+    shapes, leaves = adapter.shapes, adapter.flat()
     with_values(leaves, traced, elsewhere=not traced)
     adapter = renamed(adapter, keymap)
     config, table = adapter.config, adapter.keymap
     warn_unproved(table)
-    shapes = _shapes(sites)
     bounds, astray = bind.recover(config, table, shapes), bind.strays(config, table, shapes)
     if astray:
         raise MismatchError(
@@ -168,19 +166,11 @@ def _encoded(adapter: Adapter, keymap: KeyMap | str | None, dtype: Any, traced: 
     return PeftTensors(config, encoded, "this adapter")
 
 
-def shapes_of(adapter: Adapter) -> dict[str, dict[str, tuple[int, ...]]]:
-    return _shapes(adapter.sites)
-
-
-def _shapes(sites: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, tuple[int, ...]]]:
-    return {leaf: {name: tuple(x.shape) for name, x in tensors.items()} for leaf, tensors in sites.items()}
-
-
 def renamed(adapter: Adapter, keymap: KeyMap | str | None) -> Adapter:
     """The adapter as another table names it."""
     if keymap in (None, "auto"):
         return adapter
-    before = bind.recover(adapter.config, adapter.keymap, shapes_of(adapter))
+    before = bind.of(adapter)
     table = families.resolve(keymap, {})
     return dataclasses.replace(adapter, config=renaming.renamed(adapter.config, before, table), keymap=table)
 

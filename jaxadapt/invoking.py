@@ -66,8 +66,7 @@ def invoke(model: Any, tokens: Any) -> Generator[Any]:
     owners = nnx_survey.base_leaves(model)
     held: list[dict[str, Any]] = []
     for name, mask in masks.items():
-        shapes = {leaf: {t: tuple(x.shape) for t, x in ts.items()} for leaf, ts in found[name].sites.items()}
-        for bound in bind.recover(found[name].config, found[name].keymap, shapes):
+        for bound in bind.of(found[name]):
             module, attr = owners[bound.leaf]
             if not bound.method.copies:
                 at = vars(module)[collection_name(found[name].config)][name][attr]

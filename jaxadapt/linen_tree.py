@@ -50,9 +50,8 @@ def collection(adapter: Adapter, name: str, params: Mapping[str, Any]) -> dict[s
     named = adapter.named(name)
     if not boxes:
         return named
-    shapes = {leaf: {t: tuple(x.shape) for t, x in tensors.items()} for leaf, tensors in adapter.sites.items()}
     values = adapter.flat()
-    for bound in bind.recover(adapter.config, adapter.keymap, shapes):
+    for bound in bind.of(adapter):
         if bound.leaf in boxes:
             box = boxes[bound.leaf]
             for e in bound.entries:

@@ -278,8 +278,7 @@ def merged(base: Mapping[str, Any], adapter: Adapter) -> dict[str, Changed]:
 
 def changes(base: Mapping[str, Any], adapter: Adapter, weight: Change, bias: Change) -> dict[str, Changed]:
     """As `merged`, for any change."""
-    shapes = {leaf: {t: tuple(a.shape) for t, a in ts.items()} for leaf, ts in adapter.sites.items()}
-    bounds = bind.recover(adapter.config, adapter.keymap, shapes)
+    bounds = bind.of(adapter)
     missing = [b.leaf for b in bounds if b.leaf not in base]
     if missing:
         raise MismatchError(

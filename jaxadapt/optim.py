@@ -94,11 +94,10 @@ def _of_collections(tree: Mapping[str, Any]) -> dict[str, Any]:
 def _named(adapter: Adapter, name: str) -> dict[str, _Leaf]:
     """`{path: what it is}` of one adapter's parameters."""
     plain = dataclasses.replace(adapter, params=linen_tree.meta.unbox(adapter.params))
-    shapes = {leaf: {t: tuple(x.shape) for t, x in ts.items()} for leaf, ts in plain.sites.items()}
     return {
         paths.join(b.leaf, tensor): _Leaf(name, adapter.config, b, tensor, len(shape) - len(b.site.stack))
-        for b in bind.recover(adapter.config, adapter.keymap, shapes)
-        for tensor, shape in shapes[b.leaf].items()
+        for b in bind.of(plain)
+        for tensor, shape in b.shapes.items()
     }
 
 
@@ -160,9 +159,8 @@ def kasa_loss(tree: Any, name: str = attach.DEFAULT) -> Array:
     if how is None:
         raise ConfigError(f"the adapter {name!r} has no kasa_config, and so no such penalty")
     plain = dataclasses.replace(adapter, params=linen_tree.meta.unbox(adapter.params))
-    shapes = {leaf: {t: tuple(x.shape) for t, x in ts.items()} for leaf, ts in plain.sites.items()}
     total: Any = jnp.zeros((), jnp.float32)
-    for bound in bind.recover(adapter.config, adapter.keymap, shapes):
+    for bound in bind.of(plain):
         if bound.method.copies:
             continue
         held = {t: methods.wide(x) for t, x in plain.sites[bound.leaf].items()}

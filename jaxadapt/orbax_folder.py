@@ -152,7 +152,6 @@ def read(path: Path, found: Found, like: Mapping[str, Any] | None = None) -> Ada
 
 def tensors(adapter: Adapter, source: Path) -> PeftTensors:
     """The adapter, abstract or not, under PEFT's names."""
-    shapes = {leaf: {t: tuple(a.shape) for t, a in ts.items()} for leaf, ts in adapter.sites.items()}
-    bounds = bind.recover(adapter.config, adapter.keymap, shapes)
+    bounds = bind.of(adapter)
     host = all(isinstance(leaf, np.ndarray) for leaf in adapter.flat().values())
     return PeftTensors(adapter.config, bind.file_plan(bounds).encode(adapter.flat(), None, host), str(source))

@@ -63,9 +63,8 @@ def for_original_base(trained: Any, first: Adapter, name: str = attach.DEFAULT) 
             "the adapter at the start is not of the same shapes and configuration"
             + ("; they differ at:\n" + paths.listing(sorted(differ)) if differ else "")
         )
-    shapes = {leaf: {t: tuple(x.shape) for t, x in ts.items()} for leaf, ts in adapter.sites.items()}
     out: dict[str, Array] = {}
-    for bound in bind.recover(config, adapter.keymap, shapes):
+    for bound in bind.of(adapter):
         for tensor, entry in zip(bound.tensors, bound.entries, strict=True):
             old = -then[entry.path] if tensor.name in bound.method.scaled else then[entry.path]
             out[entry.path] = jnp.concatenate([now[entry.path], old], entry.form.left.index("~r"))

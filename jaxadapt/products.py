@@ -184,8 +184,7 @@ def pairs(adapter: Adapter, what: str = "the adapter") -> dict[str, Pair]:
     abstract = [leaf for leaf, ts in sites.items() if any(isinstance(x, jax.ShapeDtypeStruct) for x in ts.values())]
     if abstract:
         raise AttachError(f"{what} has shapes only, no values:\n" + paths.listing(abstract))
-    shapes = {leaf: {t: tuple(x.shape) for t, x in ts.items()} for leaf, ts in sites.items()}
-    return {b.leaf: _pair(b, sites[b.leaf]) for b in bind.recover(adapter.config, adapter.keymap, shapes)}
+    return {b.leaf: _pair(b, sites[b.leaf]) for b in bind.of(adapter)}
 
 
 def _pair(bound: bind.Bound, tensors: Mapping[str, Array]) -> Pair:

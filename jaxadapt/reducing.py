@@ -125,7 +125,7 @@ def to_lora(
         config = _like(source.config, r)
         tuned = _merged(params, base, source)
         table = source.keymap
-        bounds = bind.recover(source.config, table, _shapes(source))
+        bounds = bind.of(source)
         copies = [b.leaf for b in bounds if b.method.copies]
         if copies:
             raise ConfigError(
@@ -165,10 +165,6 @@ def _cast(adapter: Adapter, dtype: Any) -> Adapter:
 def _flat(params: Any) -> dict[str, Any]:
     """Base parameters by path, in float32 at least, whatever holds them."""
     return {path: methods.wide(jnp.asarray(x)) for path, x in planning.Base.of(params).leaves.items()}
-
-
-def _shapes(adapter: Adapter) -> dict[str, dict[str, tuple[int, ...]]]:
-    return {leaf: {t: tuple(x.shape) for t, x in ts.items()} for leaf, ts in adapter.sites.items()}
 
 
 def _like(config: Config, r: int) -> LoraConfig:

@@ -161,7 +161,7 @@ def _rows(
     name: str, adapter: Adapter, base: Mapping[str, tuple[int, ...]], how: Mapping[str, str]
 ) -> list[Row]:
     sites = adapter.sites
-    shapes = {leaf: {t: tuple(a.shape) for t, a in ts.items()} for leaf, ts in sites.items()}
+    shapes = adapter.shapes
     return [
         Row(
             name,
@@ -173,7 +173,7 @@ def _rows(
             bound.static,
             how.get(bound.leaf, ""),
         )
-        for bound in bind.recover(adapter.config, adapter.keymap, shapes)
+        for bound in bind.of(adapter)
     ]
 
 

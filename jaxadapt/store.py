@@ -137,7 +137,7 @@ def _with_embeddings(
     if not embeddings.perhaps(tensors.config, wanted) or not isinstance(held, Encoded) or attach.guest_in(tree):
         return tensors
     adapter = exchange.renamed(exchange.extracted(tree, name, config, keymap, ""), keymap)
-    bounds = bind.recover(adapter.config, adapter.keymap, exchange.shapes_of(adapter))
+    bounds = bind.of(adapter)
     has_base = isinstance(tree, nnx.nnx.Module) or (isinstance(tree, Mapping) and "params" in tree)
     base = planning.base_of(tree) if has_base else None
     return dataclasses.replace(
@@ -347,7 +347,7 @@ def _from_orbax(
     keymap, dtype, stack_axes, example, shardings, _ = options
     attached = attach.extract(target, name) if _attached_config(target, name) is not None else None
     found = orbax_folder.find(path, attached, name)
-    ours = bind.recover(found.adapter.config, found.adapter.keymap, exchange.shapes_of(found.adapter))
+    ours = bind.of(found.adapter)
     keys = [key.removeprefix(PEFT_PREFIX) for b in ours for e in b.entries for key in e.keys]
     base = planning.of_target(target)
     table = planning.table_of(base, keymap, keys)
