@@ -256,13 +256,10 @@ Put = Callable[[Place, Mapping[str, Any], Mapping[str, str]], object]
 """`(path, {key: (dtype, shape)}, metadata)`: another way to write the tensors' file."""
 
 
-def write(
-    tensors: PeftTensors, path: str | os.PathLike[str], put: Put | None = None, *, progress: Progress = None
-) -> None:
+def write(tensors: PeftTensors, path: str | os.PathLike[str], *, progress: Progress = None) -> None:
     """Write an adapter folder, durably and atomically: a crash leaves the old adapter or the new one.
 
     Args:
-        put: another way to write the file of tensors.
         progress: None, True (a bar on a terminal or in a notebook) or a function of ("save", bytes done, bytes in all).
 
     The folder is made if it is missing; nothing else in it is touched, and a README.md that is there stays.
@@ -278,6 +275,11 @@ def write(
     ...     jaxadapt.read(folder).config == config
     True
     """
+    write_with(tensors, path, None, progress)
+
+
+def write_with(tensors: PeftTensors, path: str | os.PathLike[str], put: Put | None, progress: Progress) -> None:
+    """`write`, by another way to write the file of tensors, where one is given."""
     if not isinstance(tensors, PeftTensors):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise AttachError(
             f"write takes PeftTensors (from read or to_peft), found {type(tensors).__name__};"

@@ -65,12 +65,13 @@ def write(
 
     if group.index == 0:
         try:
-            folder.write(
+            folder.write_with(
                 tensors,
                 target,
                 lambda file, specs, metadata: parallel.lead(
                     os.fspath(file), safetensors.named_specs(specs), metadata, parts, group, shared, alike
                 ),
+                None,
             )
         except BaseException as error:
             group.fail(error)

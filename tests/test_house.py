@@ -7,6 +7,7 @@ run and are let through, save that they too may only name modules that exist.
 from __future__ import annotations
 
 import ast
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "jaxadapt"
 FLOORS = [
     ["errors", "progress", "collector", "paths", "axes", "pattern", "configs"],
     "pieces weight arrangement keymap generic dialect plan adapter peft_tensors"
-    " trace operations layout liveness layers filters targets drawing factors codecs consumers card hub"
+    " trace operations layout liveness layers targets drawing factors codecs consumers card hub"
     " quantized near tensor used".split(),
     "methods families agreeing copies parameters tying replication bind renaming joining embeddings folder".split()
     + "per_expert orbax_folder transfer together vocabulary dialects guests guest_config laying sharding slots".split()
@@ -29,7 +30,7 @@ FLOORS = [
     "foreign planning attach exchange store bases report picture reducing rescaling invoking optim".split()
     + "beginning starting originals quantizing".split(),
     "converting on_disk sharing checkpoint snapshot resuming step_files step_reading".split()
-    + "background preemption serving".split(),
+    + "background preemption".split(),
     ["cli", "demo"],
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -249,6 +250,15 @@ def test_every_module_has_a_floor():
     homeless = {module_of(p) for p in files()} - {"", "__main__"}
     homeless = {m for m in homeless if room(m) not in FLOOR}
     assert not homeless, f"give these a floor in tests/test_house.py and CONTRIBUTING.md: {sorted(homeless)}"
+    assert not {room for room in FLOOR if not exists(room)}
+
+
+def test_the_picture_in_contributing_names_every_room(root: Path):
+    text = (root / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    picture = text.partition("\n    jaxadapt/\n")[2].partition("\n\n")[0]
+    named = {name.rstrip("/").removesuffix(".py") for name in re.findall(r"\b\w+(?:\.py|/)", picture)}
+    assert set(FLOOR) <= named, sorted(set(FLOOR) - named)
+    assert named - {"bucket"} <= set(FLOOR), sorted(named - set(FLOOR))
 
 
 def test_imports_go_down():
