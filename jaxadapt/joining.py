@@ -54,7 +54,7 @@ def joined(
         )
     out: dict[str, Array] = {name: tensors[name] for name in tensors if name not in found and pieces.read(name) is None}
     for name, parts in found.items():
-        out[name] = pieces.together([tensors[key] for key in parts], parts, _xp(tensors[parts[0]]))
+        out[name] = pieces.together([tensors[key] for key in parts], parts, xp_of(tensors[parts[0]]))
     grown: dict[str, int] = {}
     sites = _sites(bounds)
     for name in apart:
@@ -70,7 +70,7 @@ def _part(key: str) -> pieces.Piece:
     return piece
 
 
-def _xp(x: Array) -> Any:
+def xp_of(x: Array) -> Any:
     return jnp if isinstance(x, jax.Array) else np
 
 
@@ -103,7 +103,7 @@ def _concatenate(
     if bound.site.weight.kind == "attention":  # its output projection has the same rank
         more = (len(found[name]) - 1) * rank
         a, b = (f"{module}.base_layer.out_proj{dot}{side}{last[1:]}" for side in "AB")
-        out[a], out[b] = _xp(out[a]).pad(out[a], ((0, more), (0, 0))), _xp(out[b]).pad(out[b], ((0, 0), (0, more)))
+        out[a], out[b] = xp_of(out[a]).pad(out[a], ((0, more), (0, 0))), xp_of(out[b]).pad(out[b], ((0, 0), (0, more)))
 
 
 def side_by_side(
@@ -117,7 +117,7 @@ def side_by_side(
     >>> side_by_side(1, a, b, ["a[=0/2]", "a[=1/2]"], ["b[0/2]", "b[1/2]"])[1].tolist()
     [[1.0, 0.0], [1.0, 0.0], [0.0, 2.0], [0.0, 2.0]]
     """
-    n, xp = len(a), _xp(a[0])
+    n, xp = len(a), xp_of(a[0])
     # A's rows are (expert, rank), and B's columns (rank, expert): either way the rank is in the middle.
     wide_a = [x.reshape(x.shape[0] // rank, rank, x.shape[1]) for x in a]
     wide_b = [x.reshape(x.shape[0], rank, x.shape[1] // rank) for x in b]

@@ -21,10 +21,6 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 from jaxadapt import joining, paths, pieces, plan, targets
 from jaxadapt.configs import Config, LoraConfig
 from jaxadapt.errors import ConfigError, MismatchError, warn
@@ -257,7 +253,7 @@ def _stacked(
     b: list[Array] = []
     for part in range(n):
         experts = [parts[part][e] for e in range(len(parts[part]))]
-        xp = _xp(experts[0]["A"])
+        xp = joining.xp_of(experts[0]["A"])
         a.append(xp.concatenate([pair["A"] for pair in experts]))
         # (expert, out, rank) -> (out, rank, expert)
         wide = xp.stack([pair["B"] for pair in experts], axis=-1)
@@ -267,7 +263,7 @@ def _stacked(
         return {("A", ""): a[0], ("B", ""): b[0]}, 1
     if one.split:
         return {(s, key): x for s, xs in (("A", a), ("B", b)) for key, x in zip(keys[s], xs, strict=True)}, 1
-    xp = _xp(a[0])
+    xp = joining.xp_of(a[0])
     if joining.equal(a):
         return {("A", ""): a[0], ("B", ""): pieces.together(b, [f"B{key}" for key in keys["B"]], xp)}, 1
     if on_shared != "concat":
@@ -278,10 +274,6 @@ def _stacked(
         )
     wide_a, wide_b = joining.side_by_side(rank, a, b, [f"A{k}" for k in keys["A"]], [f"B{k}" for k in keys["B"]])
     return {("A", ""): wide_a, ("B", ""): wide_b}, n
-
-
-def _xp(x: Array) -> Any:
-    return jnp if isinstance(x, jax.Array) else np
 
 
 def _with_parameters(

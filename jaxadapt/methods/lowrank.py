@@ -65,14 +65,8 @@ def _inside(axes: Axes, factor: Array, rank: tuple[int, ...]) -> Array:
 
 def product(axes: Axes, a: Array, b: Array) -> Array:
     """B·A in the weight's own axis order."""
-
-    def at(role: Sequence[int]) -> str:
-        return "".join(LETTERS[i] for i in role)
-
-    batch = at(axes.batch)
-    return einsum(
-        f"{batch}{RANK}{at(axes.inn)},{batch}{at(axes.out)}{RANK}->{LETTERS[: axes.rank]}", a, b
-    )
+    batch, inn, out = map(_letters, (axes.batch, axes.inn, axes.out))
+    return einsum(f"{batch}{RANK}{inn},{batch}{out}{RANK}->{LETTERS[: axes.rank]}", a, b)
 
 
 def added(axes: Axes, w: Array, scale: float, a: Array, b: Array) -> Array:
