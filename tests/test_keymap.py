@@ -401,7 +401,7 @@ def test_a_model_as_wide_as_it_is_deep_does_not_tell_the_stacked_axis():
     assert families.resolve("llama/scan1", cube).name == "llama/scan1"
 
 
-@pytest.mark.parametrize("name", ["lama", ""])
+@pytest.mark.parametrize("name", ["mistral", ""])
 def test_an_unknown_family_lists_the_known_ones(name):
     with pytest.raises(KeyMapError) as caught:
         families.resolve(name, {})

@@ -50,7 +50,8 @@ def named(name: str) -> KeyMap:
     if table is None:
         raise KeyMapError(
             f"no family is called {name!r}; known are {', '.join(sorted(FAMILIES))} (add /scan0, /scan1, … for"
-            f" layers stacked on that axis) and {GENERIC.name!r}"
+            f" layers stacked on that axis) and {GENERIC.name!r}. Mistral, Qwen 2 and Qwen 3 under Hugging Face's names"
+            " are 'llama'"
         )
     for change in changes:
         axis = change.removeprefix("scan")
