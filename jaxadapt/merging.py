@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from jax.core import Tracer
 from jaxadapt import bind, nnx, nnx_survey, paths, plan, quantized, sharding, tying
 from jaxadapt.adapter import Adapter
 from jaxadapt.axes import Axes
-from jaxadapt.errors import AttachError, MismatchError
+from jaxadapt.errors import AttachError, MismatchError, warn
 from jaxadapt.generic import GENERIC
 from jaxadapt.linen_tree import meta
 from jaxadapt.methods import Applied, Method, computable, wide
@@ -344,12 +343,11 @@ def _warn_of_heads(bounds: Sequence[bind.Bound], base: Mapping[str, Any]) -> Non
         and not any(b.fan_in in shape and len(shape) > 1 for path, shape in shapes.items() if path != b.leaf)
     ]
     if alone:
-        warnings.warn(
+        warn(
             "no other weight here has as many rows or columns as this table of tokens, so the model may compute its"
             " logits with it too (`attend`). The adapter is for the lookup alone, as in PEFT; merged into the table it"
             " changes those logits as well. Give the model a head of its own, or keep the adapter beside the model:\n"
-            + paths.listing(alone),
-            stacklevel=5,
+            + paths.listing(alone)
         )
 
 
