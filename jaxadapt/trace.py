@@ -147,13 +147,15 @@ def _trace(f: Function, weights: Mapping[str, Any], args: tuple[Any, ...]) -> _T
         filled = leaves.copy()
         for i, array in zip(moving, arrays, strict=True):
             filled[i] = array
-        results[:] = jax.tree.flatten(f(dict(zip(names, weights, strict=True)), *tree.unflatten(filled)))
-        return [out for out in results[0] if isinstance(out, jax.Array)]
+        outs, out_tree = jax.tree.flatten(f(dict(zip(names, weights, strict=True)), *tree.unflatten(filled)))
+        computed = [isinstance(out, jax.Array) for out in outs]
+        # Without the traced ones, which outside this trace would be leaks.
+        results[:] = [None if c else out for c, out in zip(computed, outs, strict=True)], computed, out_tree
+        return [out for c, out in zip(computed, outs, strict=True) if c]
 
     names, arrays = list(weights), [leaves[i] for i in moving]
     closed = jax.make_jaxpr(flat)(list(weights.values()), arrays)
-    outs, out_tree = results
-    computed = [isinstance(out, jax.Array) for out in outs]
+    outs, computed, out_tree = results
 
     def result(values: list[Any]) -> Any:
         rest = iter(values)

@@ -590,9 +590,10 @@ def test_effects_happen_once_and_in_order() -> None:
 
 
 def test_under_jax_own_checks() -> None:
-    with jax.enable_checks(True):
-        check(OPS["jit"][0], w2, W2, x2)
-        check(OPS["checkpoint"][0], w2, W2, x2)
+    for checks in (jax.enable_checks(True), jax.checking_leaks()):
+        with checks:
+            check(OPS["jit"][0], w2, W2, x2)
+            check(OPS["checkpoint"][0], w2, W2, x2)
 
 
 # ---------------------------------------------------------------- what is refused
