@@ -118,11 +118,15 @@ _DEFAULTS: Mapping[str, Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] =
     "LORA": {
         "gpt2": (("c_attn",), ()),
         "bert|roberta": (("query", "value"), ()),
+        "t5": (("q", "v"), ()),
+        "gpt_neo|gptj": (("q_proj", "v_proj"), ()),
         r"llama(?!4)|mi[sx]tral|qwen(?!\d_moe)|gemma": (("q_proj", "v_proj"), ()),
     },
     "IA3": {
         "gpt2": (("c_attn", "mlp.c_proj"), ("mlp.c_proj",)),
         "bert|roberta": (("key", "value", "output.dense"), ("output.dense",)),
+        "gpt_neo": (("q_proj", "v_proj", "c_proj"), ("c_proj",)),
+        "gptj": (("q_proj", "v_proj", "fc_out"), ("fc_out",)),
         # "llama" alone is Qwen2's table as well, for which PEFT chooses otherwise: nothing tells which it is.
         r"llama[123]|mistral": (("k_proj", "v_proj", "down_proj"), ("down_proj",)),
         r"qwen(?!\d_moe)|gemma": (("q_proj", "v_proj", "down_proj"), ("down_proj",)),
@@ -186,11 +190,11 @@ def resolve(
 ) -> _C:
     """The configuration with "all-linear" replaced by names; any other is returned as it is.
 
-    As PEFT stores it: the full names of all linear modules except the output layer, and where those are 20 or
-    more, the shortest suffixes that mean the same among `names`.
+    As PEFT stores it: the full names of all linear modules except the output layer (in a model without one that
+    classifies sequences, its head), and where those are 20 or more, the shortest suffixes that mean the same.
 
     Args:
-        names: all modules of the model.
+        names: the modules of the model; what holds them is known by their names.
         linear: those of them that are linear layers; None where that is not known.
         output: the output layer (`lm_head`), if there is one.
 
@@ -209,13 +213,19 @@ def resolve(
             'target_modules: "all-linear" needs to know which modules are linear, which is unknown here; '
             "name the modules instead"
         )
-    chosen = sorted(set(linear) - {output})
+    holders = {name[:i] for name in names for i, letter in enumerate(name) if letter == "."}
+    every = holders.union(names)
+    left_out = {output}
+    if config.task_type == "SEQ_CLS" and output not in every:
+        left_out = {next((head for head in ("score", "classifier") if head in every), None)}
+    chosen = sorted(set(linear) - left_out)
     if not chosen:
         raise TargetError(
             'target_modules: "all-linear" names nothing: there is no linear layer besides the output layer'
         )
     if len(chosen) >= _COLLAPSE_FROM and config.peft_type != "IA3":
-        shorter = shortest(chosen, set(names) - set(chosen))
+        # A suffix must not mean what holds modules either ("0", a layer of many): PEFT would adapt that, and cannot.
+        shorter = shortest(chosen, every.difference(chosen))
         chosen = shorter if len(shorter) < len(chosen) else chosen
     return _with_targets(config, chosen)
 

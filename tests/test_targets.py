@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jaxadapt.configs import GenericConfig, IA3Config, LoraConfig
 from jaxadapt.doubts import unmatched
 from jaxadapt.errors import ConfigError, TargetError
-from jaxadapt.targets import is_feedforward, matches, pattern_value, resolve, select
+from jaxadapt.targets import is_feedforward, matches, pattern_value, resolve, select, with_defaults
 
 LEAVES = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj", "mlp.experts.3.up_proj", "q_proj")
 NAMES = (
@@ -151,6 +151,22 @@ def test_all_linear_is_resolved_as_peft_stores_it():
         assert set(got or ()) == expected
         chosen = select(config, names, linear={*linear, "lm_head"}, output="lm_head")
         assert chosen == tuple(linear)
+    # "0" would mean the blocks as well, in which PEFT finds no linear layer.
+    linear = [f"model.blocks.{b}.mlp.{i}" for b in range(10) for i in (0, 2)]
+    held = {name[:i] for name in linear for i, c in enumerate(name) if c == "."}
+    got = resolve(config, linear, linear=linear).target_modules
+    assert set(got or ()) == _find_minimal_target_modules(linear, held) == {"mlp.0", "mlp.2"}
+
+
+@pytest.mark.parametrize(
+    ("task", "chosen"), [("SEQ_CLS", ("m.q",)), ("TOKEN_CLS", ("m.q", "score")), (None, ("m.q", "score"))]
+)
+def test_all_linear_leaves_the_head_of_a_classifier_out(task: str | None, chosen: tuple[str, ...]):
+    """What PEFT makes of a transformers model of sequences; one with an output layer keeps its `score`."""
+    config = LoraConfig(target_modules="all-linear", task_type=task)
+    assert resolve(config, ["m.q", "score"], linear=["m.q", "score"], output="lm_head").target_modules == chosen
+    names = ["m.q", "score", "lm_head"]
+    assert resolve(config, names, linear=names, output="lm_head").target_modules == ("m.q", "score")
 
 
 @pytest.mark.peft
@@ -206,6 +222,22 @@ def test_null_targets():
     assert select(LoraConfig(target_parameters=["experts.w"]), ["m.q"]) == ()
     with pytest.raises(TargetError, match="no modules at all"):
         select(LoraConfig(target_modules=["q"]), [])
+
+
+@pytest.mark.peft
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neo", "gptj", "bert", "roberta", "t5", "mistral", "mixtral", "qwen3"])
+def test_null_targets_of_a_family_are_pefts(family: str):
+    pytest.importorskip("peft")
+    from peft.utils import constants
+
+    own = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[family]
+    assert with_defaults(LoraConfig(), family).target_modules == tuple(own)
+    if family.startswith(("gpt", "bert", "roberta")):
+        ia3 = with_defaults(IA3Config(), family)
+        assert ia3.target_modules == tuple(constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING[family])
+        assert ia3.feedforward_modules == tuple(
+            constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING[family]
+        )
 
 
 def test_all_linear_needs_to_know_what_is_linear():

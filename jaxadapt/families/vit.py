@@ -42,6 +42,5 @@ def _renames(at: str) -> tuple[tuple[str, str], ...]:
 VIT = KeyMap(
     "vit",
     (*_encoder("vit."), *_encoder(""), *dense("pooler.dense", "vit.pooler.dense", "classifier")),
-    output="classifier",
     spellings=(("v4", (*_renames("vit."), *_renames(""))),),
 )
