@@ -30,7 +30,7 @@ from jaxadapt.codecs.files import MAX_VIEWS, file_error
 from jaxadapt.errors import FileError
 
 __all__ = [
-    "Writer", "alone_in", "flush", "flush_tree", "make_parents", "replacing", "staging", "sweep",
+    "Writer", "alone_in", "flush", "flush_tree", "make_parents", "replacing", "staging", "start_writeback", "sweep",
     "write_bytes",
 ]  # fmt: skip
 
@@ -39,7 +39,7 @@ __all__ = [
 _EARLY = 4 << 20
 # How much of what was written stays in the page cache at least. Of a large file the rest makes room: it would push out
 # what is read again and again, and pages that were used a moment ago are several times faster than others.
-_CACHED = 32 << 20
+_CACHED = 64 << 20
 
 
 class Writer:
@@ -72,17 +72,17 @@ class Writer:
 
     def _start_writeback(self) -> None:
         if self._written - self._started >= _EARLY:
-            _start_writeback(self.fd, self._started, self._written - self._started)
+            start_writeback(self.fd, self._started, self._written - self._started)
             self._started = self._written
             if self._written > _CACHED:
-                _start_writeback(self.fd, 0, self._written - _CACHED)
+                start_writeback(self.fd, 0, self._written - _CACHED)
 
 
 def _error(path: str, error: OSError | ValueError) -> FileError:
     return file_error("write", path, error, "what the path held before is untouched")
 
 
-def _start_writeback(fd: int, offset: int, size: int) -> None:
+def start_writeback(fd: int, offset: int, size: int) -> None:
     """Sets the disk to work on a range; without this it idles until the final fsync."""
     # Linux answers the advice by starting to write the range, and drops from its cache what is on the disk already.
     if sys.platform == "linux":
