@@ -122,7 +122,6 @@ def prepare_together(
 
     Into an object store, where nobody can write a part of a file, process 0 writes what it gathers here.
     """
-    specs, odd = _specs(taken)
     alone = on_host({name: leaf for name, leaf in taken.arrays.items() if together.local(leaf)})
     spread = {name: leaf for name, leaf in taken.arrays.items() if name not in alone}
     shared = not isinstance(path, Address)
@@ -130,6 +129,7 @@ def prepare_together(
     group = Group(str(path), timeout, together.STAGES)
 
     def finish(report: Report) -> None:
+        specs, odd = _specs(taken)
         document = _document(taken, metrics, odd)
         alike = {name: parallel.digest(value()) for name, value in alone.items()} | _digests(document)
         if group.index == 0:

@@ -292,6 +292,18 @@ def test_a_failing_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: s
         save(tmp_path / "f", 10)
 
 
+def test_a_large_file_leaves_the_cache_but_for_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, at, size, what: calls.append((at, size)))
+    monkeypatch.setattr(atomic, "_EARLY", 10)
+    monkeypatch.setattr(atomic, "_CACHED", 20)
+    with atomic.replacing(tmp_path / "f") as writer:
+        for _ in range(4):
+            writer.write(memoryview(b"x" * 10))
+    # each part as it comes, then all that is further behind; never a size of 0, which means to the end
+    assert calls == [(0, 10), (10, 10), (20, 10), (0, 10), (30, 10), (0, 20)]
+
+
 @pytest.mark.parametrize("most", [1, 5, 6, 7, 100])
 def test_a_system_that_writes_little_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
     parts = [bytes([n]) * n for n in (3, 0, 5, 1, 6, 2)]
