@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Part", "Parts", "digest", "follow", "lead"]
 
-_LOT = 16 << 20  # of a process' own bytes, and how many of these lots it is ahead of the disk
-_LAG = 4
+_LOT = 16 << 20  # the disk is set to work each time so many bytes of this process' own have gathered,
+_LAG = 4  # on what lies so many of these lots behind
 
 
 class Part(NamedTuple):

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxadapt.codecs import atomic, safetensors
+from jaxadapt.codecs import atomic, parallel, safetensors
 from jaxadapt.errors import FileError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -302,6 +302,23 @@ def test_a_large_file_leaves_the_cache_but_for_its_end(tmp_path: Path, monkeypat
             writer.write(memoryview(b"x" * 10))
     # each part as it comes, then all that is further behind; never a size of 0, which means to the end
     assert calls == [(0, 10), (10, 10), (20, 10), (0, 10), (30, 10), (0, 20)]
+
+
+def test_a_file_of_several_processes_goes_to_the_disk_some_way_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, at, size, what: calls.append((at, size)))
+    monkeypatch.setattr(parallel, "_LOT", 10)
+    monkeypatch.setattr(parallel, "_LAG", 2)
+    with (tmp_path / "f").open("wb") as file:
+        place = parallel._Place(file.fileno(), "f", 0, {})
+        for at in (0, 20, 40, 60):  # a lot of two rows, between which lie another process' rows
+            place.write_at(memoryview(b"x" * 5), at)
+            assert len(calls) == max(0, at // 20 - 2) * 2
+            place.write_at(memoryview(b"x" * 5), at + 10)
+    # the lot before the last begins, the one before that leaves the cache
+    assert calls == [(20, 15), (0, 15), (40, 15), (20, 15)]
 
 
 @pytest.mark.parametrize("most", [1, 5, 6, 7, 100])
