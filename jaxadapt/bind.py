@@ -140,8 +140,9 @@ def resolve(
 
 _WAYS = (
     "\nName the modules in target_modules, name the family with keymap=, give a KeyMap with a line for each, or let the"
-    " model's own computation tell: example= inputs for an NNX model; load into Linen variables that have the adapter's"
-    " collection (of jax.eval_shape(adapt(module, config).init, …), say)"
+    " model's own computation tell. NNX: pass example= inputs. Linen: let the adapted module make the collection,\n"
+    '  made = jaxadapt.adapt(module, config).init(key, x)["lora"]  # for load its shapes are enough: jax.eval_shape\n'
+    '  jaxadapt.load(path, {"params": params, "lora": made})'
 )
 
 

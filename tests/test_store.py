@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -18,7 +19,7 @@ import pytest
 from flax import nnx
 
 import jaxadapt
-from jaxadapt import AttachError, ConfigError, FileError, MismatchError, agreeing, configs, folder
+from jaxadapt import AttachError, ConfigError, FileError, KeyMapError, MismatchError, agreeing, configs, folder
 from jaxadapt.codecs import safetensors, torch_bin
 from jaxadapt.codecs.header import parse
 from tests import small
@@ -570,6 +571,20 @@ def test_a_module_called_lora_is_no_collection():
     params = {"lora": {"q_proj": {"kernel": np.zeros((6, 8), "f4")}}}
     adapter = jaxadapt.init(LORA.replace(target_modules=["q_proj"]), params, key=jax.random.key(0))
     assert same(jaxadapt.from_peft(jaxadapt.to_peft(adapter), params), adapter)
+
+
+def test_flaxs_own_attention_loads_where_the_adapted_module_says_how_its_kernels_lie(tmp_path):
+    x, key = np.ones((1, 3, 8), "f4"), jax.random.key(0)
+    plain = nn.MultiHeadDotProductAttention(2)
+    config = jaxadapt.LoraConfig(r=2, target_modules=["query", "out"], init_lora_weights=False)
+    module = jaxadapt.adapt(plain, config)
+    variables = {**module.init(key, x), "params": plain.init(key, x)["params"]}
+    jaxadapt.save(variables, tmp_path)
+    with pytest.raises(KeyMapError, match=r"query.kernel \(8, 2, 4\)(.|\n)*adapt\(module, config\).init\(key, x\)"):
+        jaxadapt.load(tmp_path, {"params": variables["params"]})
+    made = jax.eval_shape(module.init, key, x)["lora"]
+    again = jaxadapt.load(tmp_path, {"params": variables["params"], "lora": made})
+    np.testing.assert_array_equal(module.apply(again, x), module.apply(variables, x))
 
 
 def test_files_of_another_float_type_load_as_they_are(tmp_path):
