@@ -86,12 +86,15 @@ def write(
 def by_first(what: str, work: Callable[[], Any], timeout: float) -> Any:
     """What process 0 makes, a JSON value, in all processes, which all must call this.
 
-    Raises `FileError` in all if it failed there, or said nothing for `timeout` seconds.
+    It begins when all have called: what it deletes, none of them is still reading. Raises `FileError` in all if it
+    failed there, or if one said nothing for `timeout` seconds.
     """
     group = Group(what, timeout, ("made",))
     if group.index > 0:
+        group.tell("here")
         return group.hear("made")
     try:
+        group.hear_all("here")
         value = work()
     except BaseException as error:
         group.fail(error)
