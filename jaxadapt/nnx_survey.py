@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 from flax import nnx
 
-from jaxadapt import layers, paths, quantized
+from jaxadapt import layers, methods, paths, quantized
 from jaxadapt.axes import Axes, Use
 from jaxadapt.errors import AttachError
 from jaxadapt.generic import line_for
@@ -30,6 +31,27 @@ class AdapterParam(nnx.LoRAParam[Any]):
     >>> issubclass(AdapterParam, nnx.LoRAParam)
     True
     """
+
+    @classmethod
+    def named(cls, *names: str) -> nnx.All:
+        """The filter for these adapters alone, where a model has several: for the optimizer, and for `nnx.DiffState`.
+
+        An optimizer of all `AdapterParam`s changes inactive adapters too: weight decay, and momentum from when they
+        were active, ask for no gradient. (PEFT's optimizers pass over them.)
+
+        >>> chosen = nnx.filterlib.to_predicate(AdapterParam.named("fr"))
+        >>> [chosen(("q", "lora", name, "kernel", "lora_A"), AdapterParam(0)) for name in ("fr", "default")]
+        [True, False]
+        """
+        return nnx.All(cls, _Named(frozenset(names)))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Named:
+    names: frozenset[str]
+
+    def __call__(self, path: tuple[Any, ...], _: Any) -> bool:
+        return any(a in methods.COLLECTIONS and b in self.names for a, b in itertools.pairwise(path))
 
 
 class TokenMask(nnx.Param[Any]):

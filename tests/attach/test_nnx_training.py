@@ -17,6 +17,7 @@ import jaxadapt
 from jaxadapt.demo.llama import PROJECTIONS, LlamaConfig
 from jaxadapt.demo.llama_nnx import Llama
 from jaxadapt.errors import AttachError
+from tests import small
 from tests.twins import layers_nnx
 
 CONFIG = jaxadapt.LoraConfig(r=4, lora_alpha=8, target_modules=list(PROJECTIONS))
@@ -44,6 +45,25 @@ def step(model: Any, optimizer: Any, tokens: Any) -> Any:
     value, grads = nnx.value_and_grad(loss, argnums=TRAINED)(model, tokens)
     optimizer.update(model, grads)
     return value
+
+
+def test_training_one_of_several_adapters_leaves_the_others_as_they_are():
+    """With the filter of one name; with that of all, decay and old momentum move the inactive ones too."""
+    model = small.trained(name="a")
+    small.trained(name="b", model=model, seed=3)  # the active one
+    before = {name: jaxadapt.extract(model, name) for name in "ab"}
+    only = jaxadapt.AdapterParam.named("b")
+    optimizer = nnx.Optimizer(model, optax.adamw(1e-2, weight_decay=0.1), wrt=only)
+
+    @nnx.jit
+    def step(model: Any, optimizer: Any) -> None:
+        grads = nnx.grad(lambda model: jnp.mean(model(small.X) ** 2), argnums=nnx.DiffState(0, only))(model)
+        optimizer.update(model, grads)
+
+    step(model, optimizer)
+    after = {name: jaxadapt.extract(model, name) for name in "ab"}
+    assert small.same(before["a"], after["a"])
+    assert not small.same(before["b"], after["b"])
 
 
 def test_only_adapters_get_gradients_and_optimizer_state_and_move():
