@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxadapt import sharding, together
+from jaxadapt import boxes, together
 from jaxadapt.codecs import atomic, parallel, safetensors
 from jaxadapt.codecs.dtypes import can_hold
 from jaxadapt.codecs.files import file_error
@@ -69,7 +69,7 @@ def _join(shape: tuple[int, ...], pieces: list[tuple[Any, np.ndarray]]) -> np.nd
         return pieces[0][1]
     out = np.empty(shape, pieces[0][1].dtype)
     for box, piece in pieces:
-        out[sharding.slices(box)] = piece
+        out[boxes.slices(box)] = piece
     return out
 
 
@@ -133,7 +133,7 @@ def prepare_together(
         document = _document(taken, metrics, odd)
         alike = {name: parallel.digest(value()) for name, value in alone.items()} | _digests(document)
         if group.index == 0:
-            held.update({name: {sharding.whole(value().shape): value()} for name, value in alone.items()})
+            held.update({name: {boxes.whole(value().shape): value()} for name, value in alone.items()})
         layout = safetensors.named_specs(specs)
 
         def parts(_: bool) -> Iterator[parallel.Part]:
@@ -161,13 +161,13 @@ def prepare_together(
     return finish
 
 
-def _gathered(arrays: Mapping[str, Any]) -> dict[str, dict[sharding.Box, np.ndarray]]:
+def _gathered(arrays: Mapping[str, Any]) -> dict[str, dict[boxes.Box, np.ndarray]]:
     """All of each array, in process 0 and nowhere else; one at a time."""
-    held: dict[str, dict[sharding.Box, np.ndarray]] = {}
+    held: dict[str, dict[boxes.Box, np.ndarray]] = {}
     for name in sorted(arrays):
         value = together.gathered(arrays[name])
         if jax.process_index() == 0:
-            held[name] = {sharding.whole(value.shape): value}
+            held[name] = {boxes.whole(value.shape): value}
     return held
 
 

@@ -1,6 +1,6 @@
 """Saving arrays of which every process holds a part: each writes what it owns, into one file.
 
-`sharding.owners` says who owns what, `sharding.pieces` where in the file that lies, `codecs.parallel` writes it.
+`boxes.owners` says who owns what, `boxes.pieces` where in the file that lies, `codecs.parallel` writes it.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
-from jaxadapt import folder, sharding
+from jaxadapt import boxes, folder
 from jaxadapt.adapter import PeftTensors
+from jaxadapt.boxes import Box
 from jaxadapt.codecs import parallel, places, safetensors
 from jaxadapt.codecs.group import Group
 from jaxadapt.codecs.parallel import Part
 from jaxadapt.plan import Encoded, Entry
 from jaxadapt.progress import Report, counting, quiet
-from jaxadapt.sharding import Box
 
 STAGES = ("plan", "mode", "result")
 """What process 0 says in the course of one save."""
@@ -119,18 +119,18 @@ def own(leaves: Mapping[str, Any], process: int) -> dict[str, dict[Box, np.ndarr
     On the CPU views, which hold their arrays: see `step_files.on_host`.
     """
     held: dict[str, dict[Box, Any]] = {}
-    for path, boxes in sharding.owners(leaves).items():
+    for path, owners in boxes.owners(leaves).items():
         leaf = leaves[path]
         if local(leaf):
-            held[path] = {box: leaf for box, owner in boxes.items() if owner == process}
+            held[path] = {box: leaf for box, owner in owners.items() if owner == process}
             continue
         mine = addressable(leaf.sharding, leaf.shape).items()
-        held[path] = {box: leaf.addressable_data(at) for box, at in mine if boxes[box] == process}
-    for path, boxes in held.items():  # all transfers begin before the first is waited for
+        held[path] = {box: leaf.addressable_data(at) for box, at in mine if owners[box] == process}
+    for path, parts in held.items():  # all transfers begin before the first is waited for
         if isinstance(leaves[path], jax.Array) and next(iter(leaves[path].sharding.device_set)).platform != "cpu":
-            for value in boxes.values():
+            for value in parts.values():
                 value.copy_to_host_async()
-    return {path: {box: np.asarray(value) for box, value in boxes.items()} for path, boxes in held.items() if boxes}
+    return {path: {box: np.asarray(value) for box, value in parts.items()} for path, parts in held.items() if parts}
 
 
 @functools.lru_cache(maxsize=1024)
@@ -141,18 +141,18 @@ def addressable(placed: Sharding, shape: tuple[int, ...]) -> dict[Box, int]:
     """
     like = jax.make_array_from_callback(shape, placed, np.broadcast_to(np.uint8(0), shape).__getitem__)
     numbers = {shard.device: number for number, shard in enumerate(like.addressable_shards)}
-    return {box: numbers[device] for box, device in sharding.here(placed, shape).items()}
+    return {box: numbers[device] for box, device in boxes.here(placed, shape).items()}
 
 
 def joined(held: Mapping[Box, np.ndarray]) -> Iterator[tuple[Box, np.ndarray]]:
     """The same values in fewer and larger boxes, where some are neighbours."""
-    for outer, members in sharding.merged(held).items():
+    for outer, members in boxes.merged(held).items():
         if len(members) == 1:
             yield outer, held[outer]
             continue
-        whole = np.empty(sharding.extent(outer), held[members[0]].dtype)
+        whole = np.empty(boxes.extent(outer), held[members[0]].dtype)
         for box in members:
-            whole[sharding.within(box, outer)] = held[box]
+            whole[boxes.within(box, outer)] = held[box]
         yield outer, whole
 
 
@@ -177,12 +177,12 @@ def _gathered(encoded: Encoded, process: int) -> Iterator[Part]:
     for entry in sorted(encoded.plan.entries, key=lambda e: e.keys[0]):
         value = gathered(encoded.leaves[entry.path])
         if process == 0:
-            yield from _parts(encoded, entry, sharding.whole(entry.shape), value)
+            yield from _parts(encoded, entry, boxes.whole(entry.shape), value)
 
 
 def _parts(encoded: Encoded, entry: Entry, box: Box, held: np.ndarray) -> Iterator[Part]:
-    for piece in sharding.pieces(entry.form, box):
-        tile = piece.encode(held[sharding.within(piece.region, box)])
+    for piece in boxes.pieces(entry.form, box):
+        tile = piece.encode(held[boxes.within(piece.region, box)])
         if encoded.dtype is not None:
             tile = tile.astype(encoded.dtype, copy=False)
         yield Part(entry.keys[piece.number], piece.shape, piece.box, tile)

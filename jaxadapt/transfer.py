@@ -20,13 +20,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-from jaxadapt import sharding
+from jaxadapt import boxes, sharding
+from jaxadapt.boxes import Box, Piece
 from jaxadapt.codecs import files
 from jaxadapt.codecs.safetensors import SMALL, TensorFile
 from jaxadapt.codecs.shards import Shards
 from jaxadapt.plan import Encoded, Entry, Plan, Spec
 from jaxadapt.progress import Report, counting, quiet
-from jaxadapt.sharding import Box, Piece
 
 # Leaves made by one job share one allocation: large enough for huge pages, small enough that threads share the work.
 _JOB = 8 << 20
@@ -75,7 +75,7 @@ def arrays(
     others = [e for e in order if e.path not in taken]
     held = {e.path: _here(where.get(e.path), e.shape) for e in others}
     sizes = {
-        e.path: (sharding.size_here(where[e.path], e.form.shape) if e.path in where else e.form.size)
+        e.path: (boxes.size_here(where[e.path], e.form.shape) if e.path in where else e.form.size)
         * wanted[e.path].itemsize
         for e in order
     }
@@ -106,7 +106,7 @@ Held = Mapping[str, Sequence[Box]]
 
 
 def _here(place: Sharding | None, shape: tuple[int, ...]) -> Sequence[Box]:
-    return (sharding.whole(shape),) if place is None else tuple(sharding.here(place, shape))
+    return (boxes.whole(shape),) if place is None else tuple(boxes.here(place, shape))
 
 
 def _alike(
@@ -123,13 +123,13 @@ def _alike(
         if len(e.keys) == 1
         and e.form.as_it_lies
         and found[e.keys[0]].dtype == dtypes[e.path]
-        and (e.path not in where or 2 * sharding.size_here(where[e.path], e.form.shape) >= e.form.size)
+        and (e.path not in where or 2 * boxes.size_here(where[e.path], e.form.shape) >= e.form.size)
     ]
 
 
 def _cut(job: Sequence[Entry], file: TensorFile, where: Mapping[str, Sharding]) -> dict[str, list[np.ndarray]]:
     """The parts of tensors that devices hold: where they were read to if XLA takes them so, else copied from there."""
-    cuts = [sharding.cuts(where[e.path], e.form.shape) if e.path in where else _UNCUT for e in job]
+    cuts = [boxes.cuts(where[e.path], e.form.shape) if e.path in where else _UNCUT for e in job]
     keys = [e.keys[0] for e in job]
     widths = [file.specs[key].dtype.itemsize for key in keys]
     stay = [all(_lies(start, width) for _, start in mine) for mine, width in zip(cuts, widths, strict=True)]
@@ -175,7 +175,7 @@ def _handed_over(
     spread = {e.path: e.form.shape for e in job if e.path in where}
     kinds = {dtype: jax.dtypes.canonicalize_dtype(dtype) for dtype in {dtypes[path] for path in spread}}
     for path, shape in spread.items():  # a quarter of what device_put takes for as many arrays of one device each
-        parts = dict(zip(sharding.corners(where[path], shape), made[path], strict=True))
+        parts = dict(zip(boxes.corners(where[path], shape), made[path], strict=True))
         get = functools.partial(_part, parts)
         out[path] = jax.make_array_from_callback(shape, where[path], get, kinds[dtypes[path]])
     return out
@@ -209,26 +209,26 @@ def _make(
         scratch = files.aligned(max(tensors.nbytes(key) for e in job for key in e.keys))
     for entry in job:
         places = dict(zip(held[entry.path], made[entry.path], strict=True))
-        covers = sharding.merged(places) if len(places) > 1 else {box: [box] for box in places}
+        covers = boxes.merged(places) if len(places) > 1 else {box: [box] for box in places}
         for outer, members in covers.items():
-            for piece in sharding.pieces(entry.form, outer):
+            for piece in boxes.pieces(entry.form, outer):
                 key = entry.keys[piece.number]
-                if outer in places and _read(tensors, key, piece, places[outer][sharding.within(piece.region, outer)]):
+                if outer in places and _read(tensors, key, piece, places[outer][boxes.within(piece.region, outer)]):
                     continue
                 tile = _tile(tensors, key, piece, scratch)
                 if not piece.plain and dtypes[entry.path].itemsize > tile.dtype.itemsize:
                     tile = tile.astype(dtypes[entry.path])  # so that it is rounded once
                 part = piece.decode(tile)
                 for box in members:
-                    both = sharding.common(box, piece.region)
+                    both = boxes.common(box, piece.region)
                     if both is not None:
-                        _copy(places[box][sharding.within(both, box)], part[sharding.within(both, piece.region)])
+                        _copy(places[box][boxes.within(both, box)], part[boxes.within(both, piece.region)])
     return made
 
 
 def _read(tensors: Mapping[str, Any], key: str, piece: Piece, place: np.ndarray) -> bool:
     """Reads a tensor to where it is needed; False, and nothing done, if it lies there otherwise than in the file."""
-    if not piece.plain or not isinstance(tensors, TensorFile | Shards) or piece.box != sharding.whole(piece.shape):
+    if not piece.plain or not isinstance(tensors, TensorFile | Shards) or piece.box != boxes.whole(piece.shape):
         return False
     tile = piece.encode(place) if place.flags.c_contiguous else place
     if place.dtype != tensors.spec(key).dtype or not tile.flags.c_contiguous:
@@ -242,7 +242,7 @@ def _read(tensors: Mapping[str, Any], key: str, piece: Piece, place: np.ndarray)
 
 def _allocated(job: Sequence[Entry], held: Held, dtypes: Mapping[str, np.dtype]) -> dict[str, list[np.ndarray]]:
     """New arrays for the parts of each leaf: what XLA's CPU client takes as it is."""
-    parts = [(e.path, sharding.extent(box), dtypes[e.path]) for e in job for box in held[e.path]]
+    parts = [(e.path, boxes.extent(box), dtypes[e.path]) for e in job for box in held[e.path]]
     memory = files.allocated([math.prod(shape) * dtype.itemsize for _, shape, dtype in parts])
     made: dict[str, list[np.ndarray]] = {e.path: [] for e in job}
     for (path, shape, dtype), place in zip(parts, memory, strict=True):
@@ -253,10 +253,10 @@ def _allocated(job: Sequence[Entry], held: Held, dtypes: Mapping[str, np.dtype])
 def _tile(tensors: Mapping[str, Any], key: str, piece: Piece, scratch: np.ndarray | None) -> np.ndarray:
     """The box of one tensor, in the file's layout."""
     if not isinstance(tensors, TensorFile | Shards):
-        return np.asarray(tensors[key]).reshape(piece.shape)[sharding.slices(piece.box)]
-    if piece.box == sharding.whole(piece.shape):
+        return np.asarray(tensors[key]).reshape(piece.shape)[boxes.slices(piece.box)]
+    if piece.box == boxes.whole(piece.shape):
         return tensors.read_into(key, scratch).reshape(piece.shape)
-    return tensors.read_slice(key, sharding.slices(piece.box), piece.shape)
+    return tensors.read_slice(key, boxes.slices(piece.box), piece.shape)
 
 
 def _copy(place: np.ndarray, part: np.ndarray) -> None:

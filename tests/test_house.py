@@ -21,7 +21,7 @@ FLOORS = [
     ["errors", "progress", "collector", "paths", "axes", "pattern", "configs"],
     "pieces weight arrangement keymap generic dialect plan adapter peft_tensors"
     " trace operations layout liveness layers targets drawing factors codecs consumers card hub"
-    " quantized near tensor used".split(),
+    " quantized near tensor used boxes".split(),
     "methods families agreeing copies parameters tying replication bind renaming joining embeddings folder".split()
     + "per_expert orbax_folder transfer together vocabulary dialects guests guest_config laying sharding slots".split()
     + ["run_folder", "pytorch", "initial", "single_experts", "doubts", "filling", "plain", "heads"],
@@ -57,7 +57,7 @@ SAME_FLOOR = {
     ("copies", "methods"): "a copy is a method of its own",
     ("renaming", "bind"): "it knows an adapter's sites",
     ("renaming", "parameters"): "and by what names they go",
-    ("together", "sharding"): "who owns what",
+    ("boxes", "arrangement"): "boxes of arranged leaves, and of what is in files",
     ("together", "folder"): "it is written as a folder",
     ("embeddings", "bind"): "an adapter's sites tell which embeddings it has",
     ("bind", "replication"): "whether a model has the layers that a configuration makes",

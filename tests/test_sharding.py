@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxadapt
-from jaxadapt import sharding
+from jaxadapt import boxes
 from tests import meshes
 from tests.meshes import CONFIG, LAYOUTS, X
 
@@ -436,20 +436,20 @@ def test_boxes_cover_each_array_once() -> None:
     for name, (shape, axes, _) in meshes.MESHES.items():
         mesh = meshes.mesh_of(name)
         for spec in [(), (axes[0],), (None, axes[-1]), (axes, None), (axes[-1], axes[0] if len(axes) > 1 else None)]:
-            found = sharding.boxes(NamedSharding(mesh, PartitionSpec(*spec)), (16, 24))
+            found = boxes.parts(NamedSharding(mesh, PartitionSpec(*spec)), (16, 24))
             count = np.zeros((16, 24), int)
             for box, devices in found.items():
-                count[sharding.slices(box)] += 1
+                count[boxes.slices(box)] += 1
                 assert devices
             assert (count == 1).all()
             assert sum(len(devices) for devices in found.values()) == np.prod(shape)
             some = [box for box in found if rng.random() < 0.6]
-            joined = sharding.merged(some)
+            joined = boxes.merged(some)
             assert sorted(b for members in joined.values() for b in members) == sorted(some)
             for box, members in joined.items():
-                assert sharding.size(box) == sum(map(sharding.size, members))
-        assert list(sharding.merged(sharding.boxes(NamedSharding(mesh, PartitionSpec(axes, None)), (16, 24)))) == [
-            sharding.whole((16, 24))
+                assert boxes.size(box) == sum(map(boxes.size, members))
+        assert list(boxes.merged(boxes.parts(NamedSharding(mesh, PartitionSpec(axes, None)), (16, 24)))) == [
+            boxes.whole((16, 24))
         ]
 
 
@@ -471,13 +471,13 @@ def test_pieces_of_a_box_are_its_part_of_each_tensor() -> None:
         leaf = rng.standard_normal(entry.shape)
         for _ in range(40):
             box = tuple(tuple(sorted(rng.choice(n + 1, 2, replace=False).tolist())) for n in entry.shape)
-            part = leaf[sharding.slices(box)]
+            part = leaf[boxes.slices(box)]
             back = np.zeros_like(part)
-            for piece in sharding.pieces(entry.form, box):
+            for piece in boxes.pieces(entry.form, box):
                 whole = entry.form.encode(leaf, piece.number).reshape(piece.shape)
-                tile = piece.encode(part[sharding.within(piece.region, box)])
-                np.testing.assert_array_equal(whole[sharding.slices(piece.box)], tile)
-                back[sharding.within(piece.region, box)] += piece.decode(tile)
+                tile = piece.encode(part[boxes.within(piece.region, box)])
+                np.testing.assert_array_equal(whole[boxes.slices(piece.box)], tile)
+                back[boxes.within(piece.region, box)] += piece.decode(tile)
                 seen += 1
             # each number is in one piece, and comes back (times a factor and divided by it: within rounding)
             np.testing.assert_allclose(back, part, rtol=0 if entry.form.exact else 1e-15)
