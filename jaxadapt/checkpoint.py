@@ -23,7 +23,6 @@ from typing import Any
 import jax
 
 from jaxadapt import (
-    collector,
     paths,
     preemption,
     resuming,
@@ -165,12 +164,10 @@ class CheckpointManager(RunFolder):
         """Takes the values off the device; what is left to do is returned."""
         path = run_folder.place(self.folder, step)
         if not several:
-            with collector.waiting():
-                values = step_files.on_host(taken.arrays)
+            values = step_files.on_host(taken.arrays)
             write = functools.partial(step_files.write, path, taken, metrics, values)
         else:
-            with collector.waiting():
-                write = step_files.prepare_together(path, taken, metrics, self.timeout)
+            write = step_files.prepare_together(path, taken, metrics, self.timeout)
 
         def finish() -> None:
             with reporting(self.progress) as report:

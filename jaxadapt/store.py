@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from jaxadapt import (
     attach,
     bind,
-    collector,
     embeddings,
     exchange,
     folder,
@@ -270,12 +269,8 @@ def load(
         source = os.fspath(checkpoint)
     else:
         parameters = planning.of_target(target)
-        ahead = jax.process_count() == 1 or not exchange.spread(parameters, shardings)  # all of it is needed here
-        with (
-            reporting(progress) as report,
-            collector.waiting(),
-            folder.opened(_holding(below, path), ahead=ahead) as tensors,
-        ):
+        ahead = not exchange.spread(parameters, shardings)  # else it would be in memory, and its parts beside it
+        with reporting(progress) as report, folder.opened(_holding(below, path), ahead=ahead) as tensors:
             adapter, bounds = exchange.decoded(tensors, parameters, *options, report, on_shared)
         source = tensors.source
     LOGGER.info("%s: %d weights adapted, by the table %s", source, len(bounds), adapter.keymap.name)

@@ -13,10 +13,6 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-# In blocks that malloc uses again after they were freed: fresh pages cost more than reading into them.
-_BLOCK = 16 << 20
-
-
 class Ahead:
     """The bytes after a header, which are being read in the background while the caller plans."""
 
@@ -24,7 +20,7 @@ class Ahead:
         from concurrent.futures import ThreadPoolExecutor
 
         size = source.size - start
-        self._blocks = [files.aligned(min(_BLOCK, size - at)) for at in range(0, size, _BLOCK)]
+        self._blocks = [files.aligned(min(files.BLOCK, size - at)) for at in range(0, size, files.BLOCK)]
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(1)
         # One call: after each the thread would wait for Python's lock, which whoever plans has.
@@ -46,13 +42,13 @@ class Ahead:
 
     def at(self, start: int, stop: int, memory: np.ndarray | None) -> np.ndarray:
         """The bytes of a tensor: where they were read to, if aligned and in one block; else copied, to `memory`."""
-        block, first = divmod(start, _BLOCK)
-        if first % files.ALIGNED == 0 and stop - start <= _BLOCK - first:
+        block, first = divmod(start, files.BLOCK)
+        if first % files.ALIGNED == 0 and stop - start <= files.BLOCK - first:
             return self._blocks[block][first : first + stop - start]
         out = files.aligned(stop - start) if memory is None else memory[: stop - start]
         done = 0
         while done < stop - start:
-            block, first = divmod(start + done, _BLOCK)
+            block, first = divmod(start + done, files.BLOCK)
             part = self._blocks[block][first : first + stop - start - done]
             out[done : done + len(part)] = part
             done += len(part)

@@ -172,8 +172,27 @@ def aligned(nbytes: int) -> np.ndarray:
     return raw[skip : skip + nbytes]
 
 
+BLOCK = 2 << 20
+"""Bytes of an allocation that malloc uses again when it was freed.
+
+Of more numpy wants new and huge pages, and from 32 MB on malloc gives new ones: reading 50 MB into those took up to
+110 ms on a virtual machine whose host takes back what is free, and 4 into pages in use.
+"""
+
+
 def allocated(sizes: Sequence[int]) -> list[np.ndarray]:
-    """Uninitialised uint8 of so many bytes each, all aligned, from one allocation that lives as long as one of them."""
-    starts = list(accumulate((-(-size // ALIGNED) * ALIGNED for size in sizes), initial=0))
-    memory = aligned(starts[-1])
-    return [memory[start : start + size] for size, start in zip(sizes, starts, strict=False)]
+    """Uninitialised uint8 of so many bytes each, all aligned; small ones share an allocation, which all keep alive."""
+    out: list[np.ndarray] = []
+    batch: list[int] = []
+    total = 0
+    for size in (*sizes, None):
+        space = 0 if size is None else -(-size // ALIGNED) * ALIGNED
+        if batch and (size is None or total + space > BLOCK):
+            memory = aligned(total)
+            starts = accumulate((-(-one // ALIGNED) * ALIGNED for one in batch), initial=0)
+            out += [memory[start : start + one] for one, start in zip(batch, starts, strict=False)]
+            batch, total = [], 0
+        if size is not None:
+            batch.append(size)
+            total += space
+    return out
