@@ -28,7 +28,7 @@ from jaxadapt.codecs.shards import Shards
 from jaxadapt.plan import Encoded, Entry, Plan, Spec
 from jaxadapt.progress import Report, counting, quiet
 
-# Leaves made by one job share one allocation: large enough for huge pages, small enough that threads share the work.
+# Bytes of the leaves that one job makes: small enough that threads share the work.
 _JOB = 8 << 20
 _THREADS = min(8, os.cpu_count() or 1)
 

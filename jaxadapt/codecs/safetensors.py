@@ -52,7 +52,7 @@ __all__ = [
 _STAGE = 1 << 20
 SMALL = 64 << 20
 """What is read ahead is in memory at once, and reading more takes so long that little would be won."""
-# Tensors read with one call: big enough for huge pages, small enough that several threads get some.
+# Bytes of tensors read with one call: small enough that several threads get some.
 _GROUP = 16 << 20
 
 
@@ -206,7 +206,7 @@ class TensorFile(Mapping[str, "np.ndarray"]):
     def read_many(self, keys: Iterable[str], progress: Callable[[int], None] | None = None) -> dict[str, np.ndarray]:
         """The tensors of `keys`, faster than one by one.
 
-        Neighbours share one allocation (of about 16 MB at most), which lives as long as one of them. `progress` is
+        Small neighbours share an allocation (of 2 MB), which lives as long as one of them. `progress` is
         called with the number of bytes read since its last call.
         """
         groups = self.groups(keys, _GROUP)
@@ -247,7 +247,7 @@ class TensorFile(Mapping[str, "np.ndarray"]):
         """Neighbours in the file, in order, with one call.
 
         Args:
-            memory: for each of them, as in `read_into`; without it they share one allocation.
+            memory: for each of them, as in `read_into`; without it new memory, which small ones share.
         """
         found = [self._find(key) for key in keys]
         if self._ahead is not None and self._ahead.take(keys):
