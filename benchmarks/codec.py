@@ -35,9 +35,7 @@ def tensors(megabytes: int) -> dict[str, np.ndarray]:
         if i % 2:
             made[f"layers.{i // 2}.lora_B.weight"] = np.array(values).T
         else:
-            made[f"layers.{i // 2}.lora_A.weight"] = (
-                np.array(values.T).T.copy() if i % 4 else np.array(values)
-            )
+            made[f"layers.{i // 2}.lora_A.weight"] = np.array(values.T).T.copy() if i % 4 else np.array(values)
     return made
 
 

@@ -8,7 +8,6 @@ are interleaved; "x raw" is the median over rounds of the ratio to the raw way o
 Exits with 1 if a target is missed.
 """
 
-
 from __future__ import annotations
 
 import argparse
@@ -130,9 +129,7 @@ def savers(adapter: jaxadapt.Adapter, folder: Path) -> dict[str, Way]:
 
 def loaders(adapter: jaxadapt.Adapter, folder: Path) -> dict[str, Way]:
     file, target = folder / "ours" / "adapter_model.safetensors", base()
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), adapter.params
-    )
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), adapter.params)
     host = list(jaxadapt.read(folder / "ours").tensors.values())
     used = bytearray(file.stat().st_size)
     return {
@@ -141,9 +138,7 @@ def loaders(adapter: jaxadapt.Adapter, folder: Path) -> dict[str, Way]:
         "JAX alone: device_put of what is in memory": Way(
             lambda _: jax.block_until_ready(jax.device_put(host, may_alias=True))
         ),
-        OURS_LOAD: Way(
-            lambda _: jax.block_until_ready(arrays(jaxadapt.load(folder / "ours", target, keymap="llama")))
-        ),
+        OURS_LOAD: Way(lambda _: jax.block_until_ready(arrays(jaxadapt.load(folder / "ours", target, keymap="llama")))),
         "jaxadapt.read (numpy, file's layout)": Way(lambda _: jaxadapt.read(folder / "ours")),
         "safetensors.numpy": Way(lambda _: safetensors.numpy.load_file(file)),
         "safetensors.flax": Way(lambda _: jax.block_until_ready(safetensors.flax.load_file(file))),

@@ -78,9 +78,7 @@ def peft_steps(config: LlamaConfig, ids: np.ndarray, rounds: int) -> dict[str, l
 
     def stepper(fields: Mapping[str, Any]) -> Callable[[], None]:
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**hf))
-        made = peft.LoraConfig(
-            r=R, lora_alpha=ALPHA, target_modules=list(PROJECTIONS), task_type="CAUSAL_LM", **fields
-        )
+        made = peft.LoraConfig(r=R, lora_alpha=ALPHA, target_modules=list(PROJECTIONS), task_type="CAUSAL_LM", **fields)
         adapted = peft.get_peft_model(model, made)
         optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-4)
 
@@ -116,9 +114,7 @@ class OnJax:
     """A tree of the weights, and an adapter on it."""
 
     def __init__(self, layers: int, dtype: str, r: int) -> None:
-        self.tree: Any = {
-            name: {"kernel": jnp.full(shape[::-1], 0.5, dtype)} for name, shape in shapes(layers).items()
-        }
+        self.tree: Any = {name: {"kernel": jnp.full(shape[::-1], 0.5, dtype)} for name, shape in shapes(layers).items()}
         config = jaxadapt.LoraConfig(r=r, lora_alpha=r, target_modules=list(PROJECTIONS), init_lora_weights=False)
         self.adapter = jaxadapt.init(config, self.tree, key=jax.random.key(0))
         jax.block_until_ready((self.tree, self.adapter))
@@ -151,9 +147,7 @@ class OnTorch:
                     self.get_submodule(layer).add_module(kind, linear)
 
         self.base: Any = Layers()
-        self.config = peft.LoraConfig(
-            r=r, lora_alpha=r, target_modules=list(PROJECTIONS), init_lora_weights=False
-        )
+        self.config = peft.LoraConfig(r=r, lora_alpha=r, target_modules=list(PROJECTIONS), init_lora_weights=False)
         self.wrap: Any = peft.get_peft_model
 
     def before(self) -> Any:

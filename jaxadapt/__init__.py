@@ -92,8 +92,7 @@ _HOME = {
         "folder": "read write inspect read_config",
         "hub": "pull",
         "sharing": "push",
-        "errors": "AdapterError ConfigError FileError FormatError KeyMapError MismatchError TargetError "
-        "AttachError",
+        "errors": "AdapterError ConfigError FileError FormatError KeyMapError MismatchError TargetError AttachError",
     }.items()
     for name in names.split()
 }

@@ -145,9 +145,7 @@ class Adapter:
         out: dict[str, dict[str, Any]] = {}
         for path, leaf in self.flat().items():
             if not is_array(leaf):
-                raise AttachError(
-                    f"{path!r} is no array but {type(leaf).__name__}; an adapter holds arrays only"
-                )
+                raise AttachError(f"{path!r} is no array but {type(leaf).__name__}; an adapter holds arrays only")
             base, _, tensor = path.rpartition(".")
             out.setdefault(base, {})[tensor] = leaf
         return out

@@ -71,9 +71,7 @@ def adapt(
         return linen.Adapted(model, ((name, config),), (name,), keymap, dtype)
     if isinstance(model, linen.Adapted):
         if name in dict(model.adapters):
-            raise AttachError(
-                f"there is an adapter {name!r} already; choose another name=, or delete it first"
-            )
+            raise AttachError(f"there is an adapter {name!r} already; choose another name=, or delete it first")
         for what, mine, given in (("keymap", model.keymap, keymap), ("dtype", model.dtype, dtype)):
             if given is not None and given != mine:
                 raise AttachError(f"{what}={given!r}: all adapters of a wrapper share one, and this has {mine!r}")
@@ -195,9 +193,7 @@ def extract(
             raise AttachError(f"there is no adapter {name!r} here{what}")
         return nnx.extract(tree, name)
     if not isinstance(tree, Mapping):
-        raise AttachError(
-            f"expected an NNX model or state, Linen variables or an Adapter, found {type(tree).__name__}"
-        )
+        raise AttachError(f"expected an NNX model or state, Linen variables or an Adapter, found {type(tree).__name__}")
     found = linen_tree.of_name(tree, name)
     if found is not None and config is None:
         return linen_tree.read_collection(found, name)
@@ -305,9 +301,7 @@ def activate(model: Any, *names: Any) -> Any:
         present = dict(model.adapters)
         unknown = [n for n in names if n not in present]
         if unknown:
-            raise AttachError(
-                f"no adapter is called {', '.join(map(repr, unknown))}; this model has {list(present)}"
-            )
+            raise AttachError(f"no adapter is called {', '.join(map(repr, unknown))}; this model has {list(present)}")
         return dataclasses.replace(model, active=tuple(names))
     _need_nnx(model)
     nnx.activate(model, names)

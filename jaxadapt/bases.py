@@ -1,7 +1,7 @@
 """Whole models to and from Hugging Face folders, by the same tables that name their adapters' weights.
 
-    parameters ──base_plan.encode──► {PyTorch's key: tensor} ──shards.write──► model.safetensors (or several files)
-               ◄─────────fill──────                          ◄─shards.opened──
+parameters ──base_plan.encode──► {PyTorch's key: tensor} ──shards.write──► model.safetensors (or several files)
+           ◄─────────fill──────                          ◄─shards.opened──
 """
 
 from __future__ import annotations

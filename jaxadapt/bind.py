@@ -111,9 +111,7 @@ def _linear(method: methods.Method, found: Found) -> frozenset[str]:
     return frozenset(m for s, _, mods in found.values() if s.weight.kind in kinds for m in mods.values())
 
 
-def resolve(
-    config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], unsure: frozenset[str] = NONE
-) -> Config:
+def resolve(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], unsure: frozenset[str] = NONE) -> Config:
     """The configuration with "all-linear" spelled out, and what PEFT sets from the task and the model's own layers.
 
     Raises `KeyMapError` where "all-linear" meets weights that may be linear and nobody can tell.
@@ -228,9 +226,7 @@ def _parameters(config: Config, method: methods.Method, keymap: KeyMap, shapes: 
     return bounds
 
 
-def _copies(
-    config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], adapted: Sequence[Bound]
-) -> list[Bound]:
+def _copies(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], adapted: Sequence[Bound]) -> list[Bound]:
     """The sites of which the adapter holds a full copy."""
     own = {b.leaf for b in adapted}
     bounds: list[Bound] = []

@@ -237,7 +237,7 @@ def _use(config: Config, facts: Facts, refused: bool) -> list[str]:
         "import jaxadapt",
         "",
         f"model = jaxadapt.load({here}, model)  # NNX, in place",
-        f"variables = jaxadapt.load({here}, {{\"params\": params}})  # Linen",
+        f'variables = jaxadapt.load({here}, {{"params": params}})  # Linen',
         "```",
         "",
         "In PyTorch (`pip install peft`):",

@@ -148,9 +148,7 @@ def _inputs(config: Config, sites: Collection[tuple[Site, Mapping[str, int]]]) -
     )
 
 
-def _check_tokens(
-    config: Config, sites: Collection[tuple[Site, Mapping[str, int]]], inputs: str | None
-) -> None:
+def _check_tokens(config: Config, sites: Collection[tuple[Site, Mapping[str, int]]], inputs: str | None) -> None:
     """Refuse tokens beyond a vocabulary or given twice, and names that no module has."""
     given = config.get("trainable_token_indices")
     if given is None:

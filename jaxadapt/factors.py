@@ -121,9 +121,7 @@ class Gradient(NamedTuple):
 
 
 @_static("r", "s", "how", "wide", "dtype")
-def lora_ga(
-    w: Array, gradient: Array, r: int, s: float, how: Gradient, wide: int, dtype: Any, key: Array
-) -> Factors:
+def lora_ga(w: Array, gradient: Array, r: int, s: float, how: Gradient, wide: int, dtype: Any, key: Array) -> Factors:
     """Singular vectors of the gradient (out, in) of W (arXiv:2407.05000).
 
     Args:

@@ -54,11 +54,14 @@ def fill(
         )
     for guest in guests.guests:
         for half, of_b in ((guest.a, False), (guest.b, True)):
-            out[half.path] = half, {
-                i: (tensors[key], rows[m], ratios[m] if of_b else 1.0)
-                for i, (key, m) in enumerate(zip(half.keys, half.modules, strict=True))
-                if m in rows
-            }
+            out[half.path] = (
+                half,
+                {
+                    i: (tensors[key], rows[m], ratios[m] if of_b else 1.0)
+                    for i, (key, m) in enumerate(zip(half.keys, half.modules, strict=True))
+                    if m in rows
+                },
+            )
     return out
 
 

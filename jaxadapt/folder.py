@@ -205,9 +205,7 @@ def read(path: str | os.PathLike[str], *, progress: Progress = None) -> PeftTens
 
 
 @contextlib.contextmanager
-def opened(
-    path: str | os.PathLike[str], report: Report = quiet, *, ahead: bool = False
-) -> Generator[PeftTensors]:
+def opened(path: str | os.PathLike[str], report: Report = quiet, *, ahead: bool = False) -> Generator[PeftTensors]:
     """As `read`, but the tensors of a `.safetensors` file are read when they are asked for, while it is open.
 
     With `ahead` reading a small one begins at once, in the background.

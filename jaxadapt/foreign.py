@@ -207,9 +207,7 @@ def take(
     return held.config, known, held.tensors
 
 
-def extract(
-    found: Found, config: Config | None, keymap: KeyMap | str | None, lora_alpha: float | None
-) -> Adapter:
+def extract(found: Found, config: Config | None, keymap: KeyMap | str | None, lora_alpha: float | None) -> Adapter:
     """The tree's LoRA as an adapter in our layout: one A for each fused part, every axis apart."""
     config, known, tensors = take(found, config, keymap, lora_alpha, "extract(tree", parts=True)
     shapes = {g.site.leaf: shape for g in known.guests if (shape := g.base_shape) is not None}

@@ -58,9 +58,7 @@ def invoke(model: Any, tokens: Any) -> Generator[Any]:
         yield dataclasses.replace(model, tokens=masks)
         return
     if not isinstance(model, nnx.nnx.Module):
-        raise AttachError(
-            f"expected an NNX model, or a Linen module as adapt returns it, found {type(model).__name__}"
-        )
+        raise AttachError(f"expected an NNX model, or a Linen module as adapt returns it, found {type(model).__name__}")
     found = {name: nnx.extract(model, name) for name in nnx.active(model)}
     masks = _masks({name: adapter.config for name, adapter in found.items()}, ids)
     owners = nnx_survey.base_leaves(model)

@@ -154,9 +154,7 @@ def with_values(config: LoraConfig, ranks: Mapping[str, int], alphas: Mapping[st
         return config.replace(
             r=next(iter(ranks.values())), lora_alpha=next(iter(alphas.values())), rank_pattern=none, alpha_pattern=none
         )
-    new = config.replace(
-        rank_pattern=_patterns(ranks, config.r), alpha_pattern=_patterns(alphas, config.lora_alpha)
-    )
+    new = config.replace(rank_pattern=_patterns(ranks, config.r), alpha_pattern=_patterns(alphas, config.lora_alpha))
     wrong = [m for m in sorted(ranks) if targets.pattern_value(new.rank_pattern, m, new.r) != ranks[m]]
     wrong += [m for m in sorted(ranks) if targets.pattern_value(new.alpha_pattern, m, new.lora_alpha) != alphas[m]]
     if wrong:

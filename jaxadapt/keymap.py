@@ -173,9 +173,7 @@ class KeyMap:
         literal = self._literal.get(leaf)
         if literal is not None:
             return Site(leaf, literal)
-        hits = [
-            (w, m) for w in self._templates if leaf.endswith(w.tail) and (m := w.regex.fullmatch(leaf))
-        ]
+        hits = [(w, m) for w in self._templates if leaf.endswith(w.tail) and (m := w.regex.fullmatch(leaf))]
         if len(hits) > 1:
             raise KeyMapError(
                 f"leaf {leaf!r} matches {len(hits)} lines of the table {self.name!r}:\n"

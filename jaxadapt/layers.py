@@ -83,9 +83,7 @@ def einsum_axes(einsum_str: str) -> Axes:
     x, w, y = _einsum_letters(einsum_str, len(einsum_str))
     lonely = [c for c in w if c not in x and c not in y]
     if lonely:
-        raise AttachError(
-            f"the einsum {einsum_str!r} sums an axis of its weight alone; no adapter of W·x covers that"
-        )
+        raise AttachError(f"the einsum {einsum_str!r} sums an axis of its weight alone; no adapter of W·x covers that")
     role = {i: "batch" if c in x and c in y else "inn" if c in x else "out" for i, c in enumerate(w)}
     inn, out, batch = (tuple(i for i, r in role.items() if r == which) for which in ("inn", "out", "batch"))
     return Axes(inn, out, batch)

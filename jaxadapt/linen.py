@@ -55,9 +55,7 @@ class Adapted:
     dtype: Any = None
     tokens: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any], repr=False, compare=False)
     # Signatures of calls known to read no adapted weight behind its module's back.
-    _checked: set[Hashable] = dataclasses.field(
-        default_factory=set[Hashable], init=False, repr=False, compare=False
-    )
+    _checked: set[Hashable] = dataclasses.field(default_factory=set[Hashable], init=False, repr=False, compare=False)
 
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """`{"params": base, …, "lora": {name: tree}}`, the base bit for bit as the module's `init` gives it.
@@ -81,9 +79,7 @@ class Adapted:
         found = linen_survey.survey(self.module, rngs, args, kwargs)
         taken = found.collections & {collection_name(config) for _, config in self.adapters}
         if taken:
-            raise AttachError(
-                f"the module has a collection {sorted(taken)} of its own, where its adapter would go"
-            )
+            raise AttachError(f"the module has a collection {sorted(taken)} of its own, where its adapter would go")
         keymap = resolve(self.keymap, found.shapes)
         lines = found.lines(keymap)
         table = keymap.with_lines(lines)
@@ -178,12 +174,10 @@ class Adapted:
             missing = [leaf for leaf in values if leaf not in known]
             if missing:
                 raise AttachError(
-                    f"the adapter {name!r} adapts weights which the base parameters lack:\n"
-                    + paths.listing(missing)
+                    f"the adapter {name!r} adapts weights which the base parameters lack:\n" + paths.listing(missing)
                 )
             shapes = tuple(
-                (leaf, tuple((t, tuple(a.shape)) for t, a in tensors.items()))
-                for leaf, tensors in values.items()
+                (leaf, tuple((t, tuple(a.shape)) for t, a in tensors.items())) for leaf, tensors in values.items()
             )
             for bound in _recovered(adapter.recipe, shapes):
                 *path, leaf = known[bound.leaf]
@@ -220,9 +214,7 @@ class Adapted:
                 out = self.module.apply({**overlay.base, "params": params}, *args, mutable=mutable, **kwargs)
             return out if mutable is False else out[0]
 
-        linen_survey.check_reads(
-            run, {path: list(leaves) for path, leaves in sites.items()}, overlay.base["params"]
-        )
+        linen_survey.check_reads(run, {path: list(leaves) for path, leaves in sites.items()}, overlay.base["params"])
         if len(self._checked) >= _KEPT:
             self._checked.clear()
         self._checked.add(signature)

@@ -40,9 +40,7 @@ _KNOWN: dict[type[nn.Module], tuple[_Roles, _ToUse]] = {
     nn.Dense: (lambda m, _: layers.DENSE, lambda m, x, _, axes: layers.dense_use(x.ndim, axes)),
     nn.DenseGeneral: (
         _general_axes,
-        lambda m, x, _, axes: layers.general_use(
-            x.ndim, axes.rank, _tuple(m.axis), _tuple(m.batch_dims), axes
-        ),
+        lambda m, x, _, axes: layers.general_use(x.ndim, axes.rank, _tuple(m.axis), _tuple(m.batch_dims), axes),
     ),
     nn.Einsum: (
         lambda m, rest: layers.einsum_axes(_einsum_str(m, rest)),
@@ -81,9 +79,7 @@ def call_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list
     return args[0], [*args[1:]] or [kwargs.get("einsum_str")]
 
 
-def with_input(
-    x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def with_input(x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The same call with another input."""
     return (args, {**kwargs, "inputs": x}) if "inputs" in kwargs else ((x, *args[1:]), kwargs)
 
@@ -156,9 +152,7 @@ def alone(module: nn.Module, method: str) -> Callable[..., Any]:
         mine.rng_counters = scope.rng_counters
         y = getattr(module.copy(parent=mine), method)(*args, **kwargs)
         seen = mine.get_variable("intermediates", method)
-        if (
-            isinstance(seen, tuple) and seen and seen[-1] is y
-        ):  # capture_intermediates; the plain call's does it too
+        if isinstance(seen, tuple) and seen and seen[-1] is y:  # capture_intermediates; the plain call's does it too
             mine.put_variable("intermediates", method, seen[:-1])
         return y, {k: v for k, v in mine.mutable_variables().items() if k != "params"}
 
@@ -182,9 +176,7 @@ def write_back(scope: Scope, changed: Mapping[str, Any]) -> None:
             if isinstance(value, Mapping) and isinstance(inside, dict):
                 update(inside, value)
             else:
-                scope.put_variable(
-                    collection, key, unfreeze(dict(value)) if isinstance(value, Mapping) else value
-                )
+                scope.put_variable(collection, key, unfreeze(dict(value)) if isinstance(value, Mapping) else value)
 
 
 # ---------------------------------------------------------------- one call of a module with adapted leaves
@@ -266,9 +258,7 @@ class Interceptor:
             changed = [new for hook in hooks.values() if (new := hook.bias(bias)) is not bias]
             if changed and len(hooks) > 1:
                 where = ".".join(scope.path)
-                raise AttachError(
-                    f"{where}: which of the weights {list(hooks)} its bias belongs to is unknown"
-                )
+                raise AttachError(f"{where}: which of the weights {list(hooks)} its bias belongs to is unknown")
             fixed |= {"bias": changed[0]} if changed else {}
         others = {k: v for k, v in own.items() if k not in hooks and k != "bias"}
         try:
@@ -282,9 +272,7 @@ class Interceptor:
         for leaf, sites in self.sites.get(scope.path, {}).items():
             if not scope.has_variable("params", next(iter(sites[0].keys.values()))):
                 continue  # this module is being called alone, without what was laid beside its weights
-            hooks = tuple(
-                site.hook(scope, _dropout(site.method.dropout(site.static), scope)) for site in sites
-            )
+            hooks = tuple(site.hook(scope, _dropout(site.method.dropout(site.static), scope)) for site in sites)
             out[leaf] = hooks[0] if len(hooks) == 1 else Several(hooks)
         return out
 
@@ -297,11 +285,7 @@ class Noting(Interceptor):
 
     def __call__(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
-        if (
-            owns(context)
-            and module.scope.path in self.sites
-            and known(module, context.method_name) is not None
-        ):
+        if owns(context) and module.scope.path in self.sites and known(module, context.method_name) is not None:
             for leaf in self.sites[module.scope.path]:
                 self.notes[".".join((*module.scope.path, leaf))] = f"{type(module).__name__}'s own call"
         return super().__call__(next_fun, args, kwargs, context)

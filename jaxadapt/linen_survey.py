@@ -64,9 +64,7 @@ class Survey:
             stack = self.stack.get(leaf)
             if site is not None and fits and not guesses:
                 if stack is not None and site.stack != stack:
-                    self.refused[leaf] = (
-                        f"the table stacks its layers on axes {site.stack}, the model on {stack}"
-                    )
+                    self.refused[leaf] = f"the table stacks its layers on axes {site.stack}, the model on {stack}"
             elif leaf in self.roles and leaf not in self.unknown and stack is not None:
                 kind = self.kinds.get(leaf, ("linear", 1))
                 if site is None or not fits or (site.axes, site.stack) != (self.roles[leaf], stack):
@@ -131,9 +129,7 @@ class _Marking:
                     module.scope.put_variable("params", _marker(name, extra), jnp.zeros(shape, jnp.bool))
         return y
 
-    def _roles(
-        self, module: Any, method: str, leaf: str, name: str, value: Any, args: Any, kwargs: Any
-    ) -> None:
+    def _roles(self, module: Any, method: str, leaf: str, name: str, value: Any, args: Any, kwargs: Any) -> None:
         if (said := calls.said(module, method, name)) is not None:
             self.survey.roles[leaf], kind, groups = said
             self.survey.kinds[leaf] = (kind, groups)
@@ -193,9 +189,7 @@ def survey(module: nn.Module, rngs: Any, args: Any, kwargs: Any) -> Survey:
 # ---------------------------------------------------------------- reads that no adapter can follow
 
 
-def check_reads(
-    run: Callable[..., Any], adapted: Mapping[tuple[str, ...], Sequence[str]], params: Any
-) -> None:
+def check_reads(run: Callable[..., Any], adapted: Mapping[tuple[str, ...], Sequence[str]], params: Any) -> None:
     """Refuse weights that are read outside their own module's call: the adapter would miss that use.
 
     Args:

@@ -280,9 +280,7 @@ def changes(base: Mapping[str, Any], adapter: Adapter, weight: Change, bias: Cha
     bounds = bind.of(adapter)
     missing = [b.leaf for b in bounds if b.leaf not in base]
     if missing:
-        raise MismatchError(
-            "the adapter adapts weights that these parameters lack:\n" + paths.listing(missing)
-        )
+        raise MismatchError("the adapter adapts weights that these parameters lack:\n" + paths.listing(missing))
     wrong = [
         f"{b.leaf}: for a weight of shape {tuple(base[b.leaf].shape)} expected {want}, found {b.shapes}"
         for b in bounds

@@ -362,9 +362,7 @@ def custom(owners: Mapping[str, Owner], leaves: Iterable[str]) -> list[str]:
     """Those of these leaves whose class says nothing of their axes, so that only a trace can."""
     picked = [(leaf, *owners[leaf]) for leaf in leaves]
     return [
-        leaf
-        for leaf, m, attr in picked
-        if attr != "bias" and len(vars(m)[attr].shape) >= 2 and not _speaks(m, attr)
+        leaf for leaf, m, attr in picked if attr != "bias" and len(vars(m)[attr].shape) >= 2 and not _speaks(m, attr)
     ]
 
 

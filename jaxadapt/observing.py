@@ -254,9 +254,7 @@ def _gradient_nnx(forward: Any, graphdef: Any, states: Any, rest: Any, batch: An
     return jax.grad(loss)(states)
 
 
-def _run_linen(
-    params: Any, bounds: Sequence[bind.Bound], statistics: Mapping[str, Statistic], forward: Any
-) -> Any:
+def _run_linen(params: Any, bounds: Sequence[bind.Bound], statistics: Mapping[str, Statistic], forward: Any) -> Any:
     known = linen.key_paths(params)
     sites: dict[tuple[str, ...], dict[str, list[Site]]] = {}
     where: dict[str, tuple[str, ...]] = {}

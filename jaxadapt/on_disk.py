@@ -123,9 +123,7 @@ def _combined(
         made = reducing.resize_rank(made, resize).adapter
     base = {held.config.base_model_name_or_path for held in tensors}
     encoded = exchange.to_peft(made)
-    config = encoded.config.replace(
-        inference_mode=True, base_model_name_or_path=base.pop() if len(base) == 1 else None
-    )
+    config = encoded.config.replace(inference_mode=True, base_model_name_or_path=base.pop() if len(base) == 1 else None)
     encoded = dataclasses.replace(encoded, config=config)
     folder.write(encoded, out, progress=report)
     return encoded

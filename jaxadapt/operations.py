@@ -46,9 +46,7 @@ def _convolution(eqn: core.JaxprEqn, axes: Axes, _: Sequence[Any]) -> Operation 
         options: Any = {name: given[name] for name in kept}
         if options["preferred_element_type"] is not None:
             options["preferred_element_type"] = x.dtype
-        return jax.lax.conv_general_dilated(
-            x, w, dimension_numbers=numbers, feature_group_count=groups, **options
-        )
+        return jax.lax.conv_general_dilated(x, w, dimension_numbers=numbers, feature_group_count=groups, **options)
 
     return Operation(run, numbers.out_spec[1], axes)
 

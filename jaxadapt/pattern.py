@@ -52,9 +52,7 @@ def parsed(text: str) -> Pattern:
         for n in sorted({n for n in found if found.count(n) > 1})
     ]
     plain = frozenset(n for n in names if not n.startswith("{"))
-    problems += [
-        f"axis {n!r} is only on the left (braces mark axes PyTorch lacks)" for n in sorted(plain - set(flat))
-    ]
+    problems += [f"axis {n!r} is only on the left (braces mark axes PyTorch lacks)" for n in sorted(plain - set(flat))]
     problems += [f"axis {n!r} is only on the right" for n in sorted(set(flat) - plain)]
     braced = frozenset(n.strip("{}") for n in names if n.startswith("{"))
     return Pattern(left, right, plain, braced, tuple(problems))

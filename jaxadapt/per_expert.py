@@ -375,9 +375,7 @@ def _of(one: _Parameter, owner: str) -> str | None:
     return None if found is None else one.name.format(**found.groupdict())
 
 
-def _with_modules(
-    config: LoraConfig, table: KeyMap, rest: Sequence[str], experts: Mapping[str, str]
-) -> LoraConfig:
+def _with_modules(config: LoraConfig, table: KeyMap, rest: Sequence[str], experts: Mapping[str, str]) -> LoraConfig:
     """The configuration that names the modules of single experts instead of parameters."""
     named = {name for p in _parameters(table) for name in (p.name.rpartition(".")[2], p.name)}
     left = [entry for entry in config.target_parameters or () if entry.rpartition(".")[2] not in named]

@@ -312,8 +312,7 @@ def sizes_of(site: Site, shape: Sequence[int]) -> dict[str, int]:
     left = site.weight.left
     if len(left) != len(shape):
         raise MismatchError(
-            f"leaf {site.leaf!r} has shape {tuple(shape)}, but its line {site.weight.pattern!r} names"
-            f" {len(left)} axes"
+            f"leaf {site.leaf!r} has shape {tuple(shape)}, but its line {site.weight.pattern!r} names {len(left)} axes"
         )
     sizes = dict(zip(left, shape, strict=True))
     for axis, size in sizes.items():
@@ -322,15 +321,12 @@ def sizes_of(site: Site, shape: Sequence[int]) -> dict[str, int]:
         names = site.weight.names(axis)
         if names is not None and len(names) != sizes[axis]:
             raise MismatchError(
-                f"leaf {site.leaf!r} has {sizes[axis]} entries on its fused axis, but its line names"
-                f" {list(names)}"
+                f"leaf {site.leaf!r} has {sizes[axis]} entries on its fused axis, but its line names {list(names)}"
             )
     return sizes
 
 
-def sizes_from_tensors(
-    site: Site, tensors: Sequence[Tensor], shapes: Mapping[str, Sequence[int]]
-) -> dict[str, int]:
+def sizes_from_tensors(site: Site, tensors: Sequence[Tensor], shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
     """Axis sizes by name from an adapter's own tensors, where the base is not at hand.
 
     Raises `MismatchError` if a tensor is missing, has the wrong rank, or two tensors disagree.

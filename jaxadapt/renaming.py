@@ -34,9 +34,7 @@ def renamed(config: Config, before: Sequence[Bound], table: KeyMap) -> Config:
         else:
             new += site.modules(_braced_sizes(bound, site)).values()
     if unmapped:
-        raise KeyMapError(
-            f"the table {table.name!r} has no line for these adapted leaves:\n" + paths.listing(unmapped)
-        )
+        raise KeyMapError(f"the table {table.name!r} has no line for these adapted leaves:\n" + paths.listing(unmapped))
     old = [m for b in before if not b.method.copies and b.method.depth is None for m in b.modules]
     if moved:
         raise ConfigError(

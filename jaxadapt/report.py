@@ -157,9 +157,7 @@ def summary(tree: Any, *inputs: Any) -> Summary:
     raise AttachError(f"expected an adapted model or variables, found {type(tree).__name__}")
 
 
-def _rows(
-    name: str, adapter: Adapter, base: Mapping[str, tuple[int, ...]], how: Mapping[str, str]
-) -> list[Row]:
+def _rows(name: str, adapter: Adapter, base: Mapping[str, tuple[int, ...]], how: Mapping[str, str]) -> list[Row]:
     sites = adapter.sites
     shapes = adapter.shapes
     return [

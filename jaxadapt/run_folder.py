@@ -1,6 +1,6 @@
 """What lies in the folder of a training run: its steps, their metrics, which is best. Names and headers only, no JAX.
 
-    step-000000100.safetensors     the JSON of everything that is no array is in its header
+step-000000100.safetensors     the JSON of everything that is no array is in its header
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Where arrays are: an adapter's shardings from its base's, and the arrays put there.
 
-    base weight's sharding ──follow──► adapter tensor's sharding ──boxes.py──► what each device holds
+base weight's sharding ──follow──► adapter tensor's sharding ──boxes.py──► what each device holds
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Save and load: the whole path on one page.
 
-    model / variables ──extract──► Adapter ──plan.encode──► PeftTensors ──folder.write──► files
-                      ◄──attach──          ◄─plan.decode──              ◄──folder.read───
+model / variables ──extract──► Adapter ──plan.encode──► PeftTensors ──folder.write──► files
+                  ◄──attach──          ◄─plan.decode──              ◄──folder.read───
 """
 
 from __future__ import annotations

@@ -185,9 +185,7 @@ def is_feedforward(config: Config, name: str) -> bool:
     return name.endswith(inputs)
 
 
-def resolve(
-    config: _C, names: Iterable[str], *, linear: Collection[str] | None, output: str | None = None
-) -> _C:
+def resolve(config: _C, names: Iterable[str], *, linear: Collection[str] | None, output: str | None = None) -> _C:
     """The configuration with "all-linear" replaced by names; any other is returned as it is.
 
     As PEFT stores it: the full names of all linear modules except the output layer (in a model without one that

@@ -186,4 +186,3 @@ def _parts(encoded: Encoded, entry: Entry, box: Box, held: np.ndarray) -> Iterat
         if encoded.dtype is not None:
             tile = tile.astype(encoded.dtype, copy=False)
         yield Part(entry.keys[piece.number], piece.shape, piece.box, tile)
-

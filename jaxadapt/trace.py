@@ -359,9 +359,7 @@ def _contract(eqn: core.JaxprEqn, operands: list[Any], side: int, scope: _Scope)
     return [jnp.reshape(_checked("output", new, whole), jnp.shape(y))]
 
 
-def _operate(
-    eqn: core.JaxprEqn, operands: list[Any], layouts: list[Layout | None], scope: _Scope
-) -> list[Any] | None:
+def _operate(eqn: core.JaxprEqn, operands: list[Any], layouts: list[Layout | None], scope: _Scope) -> list[Any] | None:
     """A convolution, lookup or ragged product with its hook beside it, or None if the hook does not follow it."""
     (name,) = {layout.name for layout in layouts if layout is not None} if sum(map(bool, layouts)) == 1 else ("",)
     if not name or not scope.hooks[name].follows(eqn.primitive.name):

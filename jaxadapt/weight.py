@@ -102,9 +102,7 @@ class Weight:
         put("scan", scan)
         problems = self._problems()
         if problems:
-            raise KeyMapError(
-                f"the line {leaf!r} -> {key!r} ({pattern!r}) is wrong:\n" + paths.listing(problems)
-            )
+            raise KeyMapError(f"the line {leaf!r} -> {key!r} ({pattern!r}) is wrong:\n" + paths.listing(problems))
         put("kind", kind or {1: "vector", 2: "linear"}.get(len(self.right), "other"))
 
     @staticmethod

@@ -7,9 +7,7 @@ import os
 # Before anything imports jax, numpy or torch: they read these once.
 os.environ["JAX_PLATFORMS"] = "cpu"
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    ).strip()
+    os.environ["XLA_FLAGS"] = (os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8").strip()
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads on a busy machine are slower than one
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
@@ -46,11 +44,7 @@ def root() -> Path:
 
 def _real_adapters() -> Path | None:
     named = os.environ.get("JAXADAPT_REAL_ADAPTERS")
-    places = (
-        [Path(named)]
-        if named
-        else [ROOT / "shared" / "real-adapters", ROOT.parent / "shared" / "real-adapters"]
-    )
+    places = [Path(named)] if named else [ROOT / "shared" / "real-adapters", ROOT.parent / "shared" / "real-adapters"]
     return next((p for p in places if (p / "configs").is_dir()), None)
 
 

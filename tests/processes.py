@@ -1,6 +1,6 @@
 """Several real JAX processes on this machine, over loopback: `run` starts them, `main` is what each of them does.
 
-    python -m tests.processes SCENARIO INDEX COUNT PORT DEVICES FOLDER [ARGUMENT]
+python -m tests.processes SCENARIO INDEX COUNT PORT DEVICES FOLDER [ARGUMENT]
 """
 
 from __future__ import annotations
@@ -266,9 +266,7 @@ def in_a_store(folder: Path, argument: str) -> None:
     assert manager.steps == [1]
 
 
-SCENARIOS: dict[str, Callable[[Path, str], None]] = {
-    f.__name__: f for f in (save_and_load, faults, in_a_store)
-}
+SCENARIOS: dict[str, Callable[[Path, str], None]] = {f.__name__: f for f in (save_and_load, faults, in_a_store)}
 
 
 def main(arguments: Sequence[str]) -> None:

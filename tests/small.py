@@ -61,9 +61,7 @@ def noisy(tree: Any, seed: int = 1) -> Any:
     return jax.tree.unflatten(structure, values)
 
 
-def trained(
-    config: Any = LORA, seed: int = 1, name: str = "default", model: Any = None, **options: Any
-) -> Any:
+def trained(config: Any = LORA, seed: int = 1, name: str = "default", model: Any = None, **options: Any) -> Any:
     """An NNX network with an adapter that has done something."""
     model = net() if model is None else model
     jaxadapt.adapt(model, config, rngs=nnx.Rngs(5), name=name, **options)
@@ -85,9 +83,7 @@ def adapter(config: Any = LORA, seed: int = 1) -> jaxadapt.Adapter:
 def host_adapter(r: int = 2, fill: float = 1.0, width: int = 8) -> jaxadapt.Adapter:
     """An adapter of numpy arrays, all of one value."""
     sites = {
-        name: {
-            "kernel": {"lora_A": np.full((r, width), fill, "f4"), "lora_B": np.full((width, r), fill, "f4")}
-        }
+        name: {"kernel": {"lora_A": np.full((r, width), fill, "f4"), "lora_B": np.full((width, r), fill, "f4")}}
         for name in ("q_proj", "up_proj")
     }
     return jaxadapt.Adapter(jaxadapt.LoraConfig(r=r, target_modules=["q_proj", "up_proj"]), sites)

@@ -87,9 +87,7 @@ def test_a_save_under_way_is_not_touched_by_training(api: str, tmp_path: Path, m
 
 def test_the_optimizer_of_optax_with_all_its_nodes(tmp_path: Path):
     adapter = small.adapter()
-    tx = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.masked(optax.adam(1e-3), {"q_proj": True, "up_proj": False})
-    )
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.masked(optax.adam(1e-3), {"q_proj": True, "up_proj": False}))
     state = tx.init(adapter.params)
     grads = jax.tree.map(jnp.ones_like, adapter.params)
     _, state = tx.update(grads, state, adapter.params)

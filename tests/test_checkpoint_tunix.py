@@ -165,5 +165,3 @@ def test_a_preempted_run_and_somebody_elses_hooks(example: ModuleType, tmp_path:
     made.with_training_hooks(counted)
     made.train(Data().batches)
     assert example.Checkpoints(counted.manager, every=1).resume(trainer(1)) == 3
-
-

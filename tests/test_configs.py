@@ -125,9 +125,7 @@ def _same_text(config: Config, folder: Path) -> None:
 
 
 @pytest.mark.peft
-@pytest.mark.parametrize(
-    "config", [LoraConfig(target_modules=["b", "a"], r=4), IA3Config(target_modules=["k"])]
-)
+@pytest.mark.parametrize("config", [LoraConfig(target_modules=["b", "a"], r=4), IA3Config(target_modules=["k"])])
 def test_peft_reads_ours(config: Config, tmp_path: Path):
     peft = pytest.importorskip("peft")
     (tmp_path / "adapter_config.json").write_text(dumps(config))
@@ -397,9 +395,7 @@ def test_lora_refuses(fields: dict[str, Any], says: str):
 
 
 def test_ia3_and_generic_refuse():
-    with pytest.raises(
-        ConfigError, match=r"feedforward_modules: expected a subset of target_modules, found \['b'\]"
-    ):
+    with pytest.raises(ConfigError, match=r"feedforward_modules: expected a subset of target_modules, found \['b'\]"):
         IA3Config(target_modules=["a"], feedforward_modules=["a", "b"])
     IA3Config(target_modules="a", feedforward_modules=["b"])
     for name, extra in (("LORA", {}), ("vera", {}), (None, {}), ("VERA", {"target_modules": 1})):

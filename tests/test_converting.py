@@ -83,7 +83,7 @@ def test_the_same_tree_as_load_fills(tmp_path):
     """gemma's shared As side by side, from a PEFT folder: what `load` puts into a model of that rank."""
     name = "gemma-gemma3"
     folder = peft_folder(name, tmp_path / "peft")
-    with pytest.raises(jaxadapt.MismatchError, match=r'has one array where the file has several.*'):
+    with pytest.raises(jaxadapt.MismatchError, match=r"has one array where the file has several.*"):
         convert(folder, tmp_path / "x.safetensors", to_keymap="gemma:gemma3", sizes={"h": 6})
     assert not (tmp_path / "x.safetensors").exists()
     with pytest.warns(UserWarning, match="rounded once"):
@@ -198,9 +198,10 @@ def test_orbax_to_a_folder_and_back(tmp_path):
     assert not (tmp_path / "again" / "adapter_config.json").exists()
     info = json.loads(run("inspect", tmp_path / "again", "--json").output)
     assert info["parameters"] == 2 * (4 + 6 + 5 + 4)
-    assert "orbax with a folder" in run(
-        "convert", tmp_path / "saved", tmp_path / "x.safetensors", "--to", "llama", "--format", "orbax"
-    ).output
+    assert (
+        "orbax with a folder"
+        in run("convert", tmp_path / "saved", tmp_path / "x.safetensors", "--to", "llama", "--format", "orbax").output
+    )
 
 
 ODD = {"q.w": np.ones((8, 6)), "q.w_lora_a": np.ones((8, 2)), "q.w_lora_b": np.ones((2, 6))}

@@ -63,8 +63,6 @@ def run(folder: Path) -> Any:
     return back
 
 
-
-
 WORK: list[Work] = [load_linen, load_nnx, adapted, by_memory, saved, merged, scaled, run]
 
 

@@ -228,8 +228,7 @@ def imports(path: Path) -> Iterator[tuple[str, bool, int]]:
         elif (
             isinstance(node, ast.Call)
             and isinstance(node.func, ast.Name | ast.Attribute)
-            and (node.func.id if isinstance(node.func, ast.Name) else node.func.attr)
-            in ("import_module", "__import__")
+            and (node.func.id if isinstance(node.func, ast.Name) else node.func.attr) in ("import_module", "__import__")
             and node.args
             and isinstance(node.args[0], ast.Constant)
         ):
@@ -298,9 +297,7 @@ def test_libraries_have_their_doors():
                 continue
             allowed = DOORS[library]
             if me not in allowed and room(me) not in allowed:
-                wrong.append(
-                    f"{path.relative_to(PACKAGE.parent)}:{line} imports {library}; only {sorted(allowed)} may"
-                )
+                wrong.append(f"{path.relative_to(PACKAGE.parent)}:{line} imports {library}; only {sorted(allowed)} may")
     assert not wrong, "\n".join(wrong)
 
 
@@ -319,10 +316,7 @@ def test_nothing_guesses_or_executes():
 
 @pytest.mark.filterwarnings("default")
 def test_files_stay_short():
-    lengths = {
-        path.relative_to(PACKAGE.parent): len(path.read_text(encoding="utf-8").splitlines())
-        for path in files()
-    }
+    lengths = {path.relative_to(PACKAGE.parent): len(path.read_text(encoding="utf-8").splitlines()) for path in files()}
     long = {str(name): lines for name, lines in lengths.items() if lines > LONG}
     if long:
         warnings.warn(f"over {LONG} lines: {long}", stacklevel=1)

@@ -113,9 +113,7 @@ def test_invariant_3_peft_loads_what_we_save_and_we_load_what_it_saves(name, tmp
     jaxadapt.save(model, tmp_path / "ours")
     loaded = harness.load(base, tmp_path / "ours")
     assert loaded.complaints == []
-    np.testing.assert_allclose(
-        harness.logits(loaded.model, IDS), harness.logits(theirs, IDS), rtol=1e-5, atol=1e-5
-    )
+    np.testing.assert_allclose(harness.logits(loaded.model, IDS), harness.logits(theirs, IDS), rtol=1e-5, atol=1e-5)
 
 
 def test_invariant_5_one_file_fits_linen_and_nnx_scanned_and_unrolled(tmp_path):

@@ -77,18 +77,14 @@ def test_stacked_layers(axis):
     table = KeyMap("t", (Weight("h.{l}.q.kernel", "h.{l}.q.weight", "i o -> o i"),))
     config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
     layers = {"h": {str(l): {"q": {"kernel": rand(4, 6, seed=l)}} for l in range(3)}}
-    stacked = {
-        "h": {"q": {"kernel": np.stack([rand(4, 6, seed=l) for l in range(3)], axis), "bias": rand(3, 6)}}
-    }
+    stacked = {"h": {"q": {"kernel": np.stack([rand(4, 6, seed=l) for l in range(3)], axis), "bias": rand(3, 6)}}}
     one = made(config, layers, table)
     tensors = jaxadapt.to_peft(one)
     other = jaxadapt.from_peft(tensors, stacked, keymap=table.scanned(axis))
     expected = jaxadapt.merge(layers, one)["h"]
     found = jaxadapt.merge(stacked, other)["h"]["q"]
     for l in range(3):
-        np.testing.assert_allclose(
-            np.take(found["kernel"], l, axis), expected[str(l)]["q"]["kernel"], rtol=1e-6
-        )
+        np.testing.assert_allclose(np.take(found["kernel"], l, axis), expected[str(l)]["q"]["kernel"], rtol=1e-6)
     assert found["bias"] is stacked["h"]["q"]["bias"]
     back = jaxadapt.unmerge({"h": {"q": found}}, other)["h"]["q"]["kernel"]
     np.testing.assert_allclose(back, stacked["h"]["q"]["kernel"], **CLOSE)

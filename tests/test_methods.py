@@ -141,9 +141,7 @@ def test_tensors_have_distinct_names_and_keys_and_the_shapes_they_say(config, li
     assert {p.rpartition(".")[2]: v.shape for p, v in fresh.items()} == bound.shapes
     assert {v.dtype for v in fresh.values()} == {np.dtype("float32")}
     abstract = initial.fresh(config, [bound], None, abstract=True)
-    assert {p: (v.shape, v.dtype) for p, v in abstract.items()} == {
-        p: (v.shape, v.dtype) for p, v in fresh.items()
-    }
+    assert {p: (v.shape, v.dtype) for p, v in abstract.items()} == {p: (v.shape, v.dtype) for p, v in fresh.items()}
     assert {v.dtype for v in initial.fresh(config, [bound], jax.random.key(0), "bfloat16").values()} == {
         np.dtype("bfloat16")
     }
@@ -371,9 +369,7 @@ def test_a_field_of_peft_0_2_is_refused_too():
 
 def test_all_refused_fields_stand_in_one_error():
     with pytest.raises(ConfigError) as caught:
-        methods.of(
-            config_of("LORA", ["q"], arrow_config={"top_k": 1}, use_qalora=True)
-        )
+        methods.of(config_of("LORA", ["q"], arrow_config={"top_k": 1}, use_qalora=True))
     for part in ("arrow_config=", "use_qalora="):
         assert part in str(caught.value)
 

@@ -60,8 +60,7 @@ def reference(pattern, key, leaf, entries, parts=None):
                 which = i if parts is None or bare not in entries else parts[i]
                 text[bare] = entries[bare][which] if bare in entries else str(i)
         where = tuple(
-            sum(at[n] * math.prod(size[m] for m in group[k + 1 :]) for k, n in enumerate(group))
-            for group in groups
+            sum(at[n] * math.prod(size[m] for m in group[k + 1 :]) for k, n in enumerate(group)) for group in groups
         )
         shape = tuple(math.prod(size[n] for n in group) for group in groups)
         tensor = out.setdefault(key.format(**text), np.zeros(shape, leaf.dtype))
@@ -204,9 +203,7 @@ def test_adapter_tensors_agree_with_the_reference(method, data):
         np.testing.assert_array_equal(back[path], leaf)
     recovered = bind.recover(config, table, {"blk.w": {k: tuple(v) for k, v in bound.shapes.items()}})
     assert [b.entries for b in recovered] == [b.entries for b in bounds]
-    assert [(b.modules, b.static, b.axes) for b in recovered] == [
-        (b.modules, b.static, b.axes) for b in bounds
-    ]
+    assert [(b.modules, b.static, b.axes) for b in recovered] == [(b.modules, b.static, b.axes) for b in bounds]
 
 
 def test_a_fused_weight_partly_targeted_keeps_the_parts_order():
@@ -280,9 +277,7 @@ def test_a_stacked_axis_behind_the_tensors_own_axes_is_refused():
 
 
 def test_two_sites_of_one_module_are_refused():
-    table = KeyMap(
-        "t", (Weight("{path}.w", "{path}.weight", "i o -> o i"), Weight("a.u", "a.weight", "i o -> o i"))
-    )
+    table = KeyMap("t", (Weight("{path}.w", "{path}.weight", "i o -> o i"), Weight("a.u", "a.weight", "i o -> o i")))
     bounds = bind.select(LoraConfig(r=1, target_modules=["a"]), table, {"a.w": (2, 2), "a.u": (2, 2)})
     with pytest.raises(MismatchError, match="claimed by several leaves") as caught:
         bind.file_plan(bounds)

@@ -164,9 +164,7 @@ def test_other_names_go_to_subfolders(tmp_path):
     small.trained(LORA, 3, "de", model)
     for name in ("default", "fr", "de"):
         jaxadapt.save(model, tmp_path, name=name)
-    assert set(files(tmp_path)) == {
-        f"{at}{name}" for at in ("", "fr/", "de/") for name in (CONFIG, WEIGHTS, CARD)
-    }
+    assert set(files(tmp_path)) == {f"{at}{name}" for at in ("", "fr/", "de/") for name in (CONFIG, WEIGHTS, CARD)}
     again = small.net()
     for name in ("default", "fr", "de"):
         jaxadapt.load(tmp_path, again, name=name)
@@ -399,9 +397,7 @@ def test_after_an_interrupted_save_the_header_wins(tmp_path):
     assert same(jaxadapt.extract(model), small.adapter())
 
 
-@pytest.mark.parametrize(
-    "then", [LORA, IA3, LORA.replace(lora_alpha=3)], ids=["the same", "the older", "another"]
-)
+@pytest.mark.parametrize("then", [LORA, IA3, LORA.replace(lora_alpha=3)], ids=["the same", "the older", "another"])
 def test_a_save_after_an_interrupted_one_mends_the_folder(then, tmp_path):
     interrupted(tmp_path / "a", small.adapter(IA3), small.adapter())
     jaxadapt.save(small.adapter(then), tmp_path / "a")

@@ -106,11 +106,7 @@ def test_matches_as_peft_does_on_any_names(names: Any, targets: Any, excluded: A
     chosen = [name for name in names if matches(ours, name)]
     assert chosen == [name for name in names if check_target_module_exists(theirs, name)]
     # An entry is unmatched exactly if it selects nothing on its own.
-    alone = [
-        t
-        for t in dict.fromkeys(targets)
-        if not any(matches(ours.replace(target_modules=[t]), n) for n in names)
-    ]
+    alone = [t for t in dict.fromkeys(targets) if not any(matches(ours.replace(target_modules=[t]), n) for n in names)]
     assert list(dict.fromkeys(unmatched(ours, names))) == alone
 
 
@@ -145,9 +141,7 @@ def test_all_linear_is_resolved_as_peft_stores_it():
         linear = [f"model.layers.{l}.{leaf}" for l in range(layers) for leaf in LEAVES[:3]]
         names = [*linear, *(f"model.layers.{l}" for l in range(layers)), "model.norm", "lm_head", *extra]
         got = resolve(config, names, linear={*linear, "lm_head"}, output="lm_head").target_modules
-        expected = (
-            _find_minimal_target_modules(linear, set(names) - set(linear)) if layers == 30 else set(linear)
-        )
+        expected = _find_minimal_target_modules(linear, set(names) - set(linear)) if layers == 30 else set(linear)
         assert set(got or ()) == expected
         chosen = select(config, names, linear={*linear, "lm_head"}, output="lm_head")
         assert chosen == tuple(linear)
@@ -267,9 +261,7 @@ def test_invalid_expressions_are_named():
     with pytest.raises(ConfigError, match=r"rank_pattern: .*'\('"):
         pattern_value({"(": 1}, "q", 8)
     with pytest.raises(ConfigError, match=r"modules_to_save: .*'\('"):
-        matches(
-            GenericConfig(peft_type="VERA", extra={"target_modules": ["q"], "modules_to_save": ["("]}), "q"
-        )
+        matches(GenericConfig(peft_type="VERA", extra={"target_modules": ["q"], "modules_to_save": ["("]}), "q")
 
 
 def test_null_feedforward_is_refused():

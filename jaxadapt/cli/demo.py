@@ -8,18 +8,12 @@ from jaxadapt.cli import shown
 
 
 @click.command("demo", short_help="Fine-tune a real language model, here and now.")
-@click.option(
-    "--out", default="jaxadapt-demo", show_default=True, help="Folder for the adapter and the loss plot."
-)
-@click.option(
-    "--steps", default=40, show_default=True, type=click.IntRange(1), help="Training steps of 4 × 64 tokens."
-)
+@click.option("--out", default="jaxadapt-demo", show_default=True, help="Folder for the adapter and the loss plot.")
+@click.option("--steps", default=40, show_default=True, type=click.IntRange(1), help="Training steps of 4 × 64 tokens.")
 @click.option(
     "--seed", default=0, show_default=True, help="For the initial values, the order of the text and the sampling."
 )
-@click.option(
-    "--api", default="nnx", show_default=True, type=click.Choice(["nnx", "linen"]), help="Flax API to use."
-)
+@click.option("--api", default="nnx", show_default=True, type=click.Choice(["nnx", "linen"]), help="Flax API to use.")
 @click.option(
     "--method", default="lora", show_default=True, type=click.Choice(["lora", "ia3"]), help="Method to train."
 )

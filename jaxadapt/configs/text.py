@@ -48,9 +48,7 @@ def loads(text: str | bytes, source: str = "adapter_config.json") -> Config:
         try:
             text = text.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise ConfigError(
-                f"{source}: expected JSON in UTF-8, found an invalid byte at {error.start}"
-            ) from error
+            raise ConfigError(f"{source}: expected JSON in UTF-8, found an invalid byte at {error.start}") from error
     if text.startswith("version https://git-lfs"):
         raise ConfigError(
             f"{source}: expected JSON, found a Git LFS pointer; fetch the file itself with `git lfs pull`"
@@ -92,9 +90,7 @@ def _peft_type(values: Mapping[str, Any], source: str) -> str:
         _refuse_untyped(values, source)
     name: object = values["peft_type"]
     if not isinstance(name, str):
-        raise ConfigError(
-            f'{source}: peft_type: expected a string, found {_kind(name)}; write for example "LORA"'
-        )
+        raise ConfigError(f'{source}: peft_type: expected a string, found {_kind(name)}; write for example "LORA"')
     name = str.__str__(name)
     if re.fullmatch("[A-Z][A-Z0-9_]*", name):
         return name

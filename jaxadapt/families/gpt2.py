@@ -16,10 +16,7 @@ GPT2 = KeyMap(
     (
         Weight("transformer.wte.embedding", "transformer.wte.weight", "v d -> v d", kind="embedding"),
         Weight("transformer.wpe.embedding", "transformer.wpe.weight", "p d -> p d", kind="embedding"),
-        *(
-            Weight(f"{_LAYER}{m}.kernel", f"{_LAYER}{m}.weight", "o i -> i o", fan_in_fan_out=True)
-            for m in _CONV
-        ),
+        *(Weight(f"{_LAYER}{m}.kernel", f"{_LAYER}{m}.weight", "o i -> i o", fan_in_fan_out=True) for m in _CONV),
         *(Weight(f"{_LAYER}{m}.bias", f"{_LAYER}{m}.bias", "o -> o") for m in _CONV + _NORMS),
         *(Weight(f"{_LAYER}{m}.scale", f"{_LAYER}{m}.weight", "d -> d") for m in _NORMS),
         Weight("transformer.ln_f.scale", "transformer.ln_f.weight", "d -> d"),

@@ -20,20 +20,12 @@ _SHARED = (
         for p, n in (("q", "n"), ("k", "k"), ("v", "k"))
     ),
     Weight(f"{_OURS}attn.o_proj.w", f"{_HF}self_attn.o_proj.weight", "n h d -> d (n h)"),
-    *(
-        Weight(f"{_OURS}mlp.{p}_proj.kernel", f"{_HF}mlp.{p}_proj.weight", "i o -> o i")
-        for p in ("gate", "up", "down")
-    ),
-    *(
-        Weight(f"{_OURS}{m}.w", f"{_HF}{m}.weight", "d -> d")
-        for m in ("input_layernorm", "post_attention_layernorm")
-    ),
+    *(Weight(f"{_OURS}mlp.{p}_proj.kernel", f"{_HF}mlp.{p}_proj.weight", "i o -> o i") for p in ("gate", "up", "down")),
+    *(Weight(f"{_OURS}{m}.w", f"{_HF}{m}.weight", "d -> d") for m in ("input_layernorm", "post_attention_layernorm")),
     Weight("final_norm.w", "model.norm.weight", "d -> d"),
     Weight("lm_head.w", "lm_head.weight", "d v -> v d"),
 )
-_BIASES = tuple(
-    Weight(f"{_OURS}attn.{p}_bias", f"{_HF}self_attn.{p}_proj.bias", "o -> o") for p in ("q", "k", "v")
-)
+_BIASES = tuple(Weight(f"{_OURS}attn.{p}_bias", f"{_HF}self_attn.{p}_proj.bias", "o -> o") for p in ("q", "k", "v"))
 _NORMS = tuple(Weight(f"{_OURS}attn.{p}_norm.w", f"{_HF}self_attn.{p}_norm.weight", "h -> h") for p in ("q", "k"))
 
 

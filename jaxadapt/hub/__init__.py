@@ -232,9 +232,7 @@ def upload(
             addition(place.file(n), f if isinstance(f, bytes) else str(f)) for n, f in files.items()
         ]
         operations += [CommitOperationDelete(place.file(name)) for name in old]
-        made = api.create_commit(
-            place.repo, operations, commit_message=message, revision=branch, create_pr=create_pr
-        )
+        made = api.create_commit(place.repo, operations, commit_message=message, revision=branch, create_pr=create_pr)
         if tag is not None:
             api.create_tag(place.repo, tag=tag, revision=made.oid)
     report("upload", total, total)

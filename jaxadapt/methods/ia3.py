@@ -111,4 +111,3 @@ class IA3(Method):
         role = axes.inn if static.feedforward else axes.out
         letters = "".join(LETTERS[i] for i in axes.batch + role)
         return lowrank.spread(params["ia3_l"], letters, LETTERS[: axes.rank])
-

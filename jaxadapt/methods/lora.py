@@ -80,9 +80,7 @@ class Lora(Method):
 
     def check(self, config: Config) -> None:
         assert isinstance(config, LoraConfig)
-        problems = [
-            f"{name}={value!r}, which {why}" for name, why in _REFUSED.items() if (value := config.get(name))
-        ]
+        problems = [f"{name}={value!r}, which {why}" for name, why in _REFUSED.items() if (value := config.get(name))]
         if problems:
             raise ConfigError(
                 "this LoRA configuration asks for what jaxadapt cannot honour exactly, and will not ignore: "
@@ -90,9 +88,7 @@ class Lora(Method):
             )
 
     def tensors(self, config: LoraConfig, site: Site, modules: Sequence[str]) -> tuple[Tensor, ...]:
-        r = one_value(
-            "the rank", {m: targets.pattern_value(config.rank_pattern, m, config.r) for m in modules}
-        )
+        r = one_value("the rank", {m: targets.pattern_value(config.rank_pattern, m, config.r) for m in modules})
         own, kind, groups = (("r", r),), site.weight.kind, site.weight.groups
         _check_site(config, site, r)
         if self.depth is not None:

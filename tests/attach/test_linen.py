@@ -49,9 +49,7 @@ def base_shapes(case: layers.Case) -> dict[str, tuple[int, ...]]:
 def table_of(case: layers.Case) -> jaxadapt.KeyMap:
     """The roles of the registry as a table, for weights whose roles nothing else tells."""
     shapes = base_shapes(case)
-    return jaxadapt.KeyMap(
-        "mine", tuple(line_for(leaf, shapes[leaf], axes) for leaf, axes in case.roles.items())
-    )
+    return jaxadapt.KeyMap("mine", tuple(line_for(leaf, shapes[leaf], axes) for leaf, axes in case.roles.items()))
 
 
 def needs_table(case: layers.Case) -> bool:
@@ -95,9 +93,7 @@ def merged_by_hand(case: layers.Case, config: Any, params: Any, adapter: Any) ->
     for leaf, tensors in adapter.items():
         w, stack, axes = nn.meta.unbox(flat[leaf]), case.stack.get(leaf), case.roles[leaf]
         if config.peft_type == "LORA":
-            new = layers.effective(
-                w, tensors["lora_A"], tensors["lora_B"], axes, config.lora_alpha / config.r, stack
-            )
+            new = layers.effective(w, tensors["lora_A"], tensors["lora_B"], axes, config.lora_alpha / config.r, stack)
         else:
             module = leaf.rpartition(".")[0] if leaf.rpartition(".")[2] in layers.PLAIN else leaf
             inputs = module.rpartition(".")[2] in config.feedforward_modules
@@ -113,9 +109,7 @@ def close(a: Any, b: Any, tol: float = 1e-5) -> None:
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
         x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
-        np.testing.assert_allclose(
-            x, y, rtol=tol, atol=tol * max(1.0, float(abs(y).max())), err_msg=str(path)
-        )
+        np.testing.assert_allclose(x, y, rtol=tol, atol=tol * max(1.0, float(abs(y).max())), err_msg=str(path))
 
 
 # Costly to compile, and for IA3 no other than cheaper cases.
@@ -198,9 +192,7 @@ def test_base_is_initialised_by_the_very_same_program(case: layers.Case):
     assert program_of_params(model, case) == program_of_params(model.module, case)
 
 
-@pytest.mark.parametrize(
-    "name", ["dense", "scan1_dropout", "batchnorm", "mha", "partitioned", "gemma_mlp", "vmap"]
-)
+@pytest.mark.parametrize("name", ["dense", "scan1_dropout", "batchnorm", "mha", "partitioned", "gemma_mlp", "vmap"])
 def test_base_of_init_is_bit_identical(name: str):
     case = next(c for c in layers.LINEN if c.name == name)
     model, keys = wrapped(case, "LORA"), {"params": jax.random.key(0), "dropout": jax.random.key(1)}

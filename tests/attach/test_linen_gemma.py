@@ -159,9 +159,7 @@ FUSED = jaxadapt.KeyMap(
 )
 
 
-@pytest.mark.parametrize(
-    "targets", [["v_proj"], ["k_proj", "v_proj"], ["q_proj", "v_proj", "up_proj", "down_proj"]]
-)
+@pytest.mark.parametrize("targets", [["v_proj"], ["k_proj", "v_proj"], ["q_proj", "v_proj", "up_proj", "down_proj"]])
 @pytest.mark.parametrize("method", ["LORA", "IA3"])
 def test_fused_parts(targets, method):
     """k and v in one leaf: a targeted part has matrices of its own, another stays exactly as it was."""
@@ -175,9 +173,7 @@ def test_fused_parts(targets, method):
     model = jaxadapt.adapt(module, config, keymap=FUSED)
     variables = model.init(KEY, layers.x())
     fresh = model.apply(variables, layers.x())
-    np.testing.assert_allclose(
-        fresh, module.apply({"params": variables["params"]}, layers.x()), rtol=1e-6, atol=1e-6
-    )
+    np.testing.assert_allclose(fresh, module.apply({"params": variables["params"]}, layers.x()), rtol=1e-6, atol=1e-6)
     collection = method.lower()
     variables = {**variables, collection: random(variables[collection])}
     adapter = jaxadapt.extract(variables)

@@ -34,9 +34,7 @@ KEYMAP = jaxadapt.KeyMap(
         jaxadapt.Weight("attn.attn_vec_einsum.w", "attn.o_proj.weight", "n h d -> d (n h)"),
     ),
 )
-MODEL = jaxadapt.adapt(
-    layers_linen.Held(lambda name: layers_linen.Attention(name=name), "attn"), CONFIG, keymap=KEYMAP
-)
+MODEL = jaxadapt.adapt(layers_linen.Held(lambda name: layers_linen.Attention(name=name), "attn"), CONFIG, keymap=KEYMAP)
 
 
 @pytest.fixture(scope="module")
@@ -169,9 +167,7 @@ def test_orbax(save: Any, targeted: bool, variables: Any, tmp_path: Path):
             **v,
             "lora": {"default": {k: t for k, t in v["lora"]["default"].items() if k != "~config"}},
         },
-        lambda v: {
-            "lora": unflatten_dict({k: a for k, a in flatten_dict(v["lora"]).items() if k[-1] != "~config"})
-        },
+        lambda v: {"lora": unflatten_dict({k: a for k, a in flatten_dict(v["lora"]).items() if k[-1] != "~config"})},
         lambda v: {k: t for k, t in v["lora"]["default"].items() if k != "~config"},
         lambda v: {"lora": {"default": {**v["lora"]["default"], "~config": None}}},
     ],

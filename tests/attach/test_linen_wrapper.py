@@ -38,9 +38,7 @@ def ia3(*targets: str) -> Any:
 def trained(variables: Any, by: float = 0.3) -> Any:
     """The same variables with adapter values that do something."""
     return {
-        c: jax.tree.map(
-            lambda x: np.asarray(x) + by * np.cos(np.arange(x.size, dtype=x.dtype)).reshape(x.shape), tree
-        )
+        c: jax.tree.map(lambda x: np.asarray(x) + by * np.cos(np.arange(x.size, dtype=x.dtype)).reshape(x.shape), tree)
         if c in ("lora", "ia3")
         else tree
         for c, tree in variables.items()
@@ -126,9 +124,7 @@ def test_init_takes_a_key_or_a_mapping(net):
     jax.tree.map(np.testing.assert_array_equal, one, other)
     mine = model.init({"params": KEY, "lora": jax.random.key(4)}, x)
     jax.tree.map(np.testing.assert_array_equal, one["params"], mine["params"])
-    assert (
-        mine["lora"]["default"]["q"]["kernel"]["lora_A"] != one["lora"]["default"]["q"]["kernel"]["lora_A"]
-    ).any()
+    assert (mine["lora"]["default"]["q"]["kernel"]["lora_A"] != one["lora"]["default"]["q"]["kernel"]["lora_A"]).any()
 
 
 def test_init_options_of_flax_work(net):
@@ -246,9 +242,7 @@ def test_cache_intermediates_and_random_numbers_of_a_custom_layer():
     variables, rngs = model.init(KEY, x), {"dropout": jax.random.key(3)}
     mutable = ["cache", "intermediates"]
     base = {c: t for c, t in variables.items() if c != "lora"}
-    plain, fresh = (
-        m.apply(v, x, rngs=rngs, mutable=mutable) for m, v in ((model.module, base), (model, variables))
-    )
+    plain, fresh = (m.apply(v, x, rngs=rngs, mutable=mutable) for m, v in ((model.module, base), (model, variables)))
     assert jax.tree.structure(plain) == jax.tree.structure(fresh)
     jax.tree.map(np.testing.assert_array_equal, plain, fresh)
     variables = trained(variables)
@@ -393,8 +387,7 @@ def test_no_gradient_of_a_frozen_weight(name: str):
 
     flat = paths.flatten(variables["params"])
     weights = {
-        tuple(sorted(n for i, n in enumerate(flat[leaf].shape) if i != case.stack.get(leaf)))
-        for leaf in case.roles
+        tuple(sorted(n for i, n in enumerate(flat[leaf].shape) if i != case.stack.get(leaf))) for leaf in case.roles
     }
     assert weights & products(trained_base, variables["params"]), "the pattern finds no dW where there is one"
     assert not weights & products(step, variables["lora"])
@@ -450,8 +443,7 @@ def test_two_names_activate_disable_delete(net):
     variables = model.init(KEY, x)
     assert set(variables["lora"]) == {"a", "b"}
     assert (
-        variables["lora"]["a"]["q"]["kernel"]["lora_A"][0]
-        != variables["lora"]["b"]["q"]["kernel"]["lora_A"][0]
+        variables["lora"]["a"]["q"]["kernel"]["lora_A"][0] != variables["lora"]["b"]["q"]["kernel"]["lora_A"][0]
     ).any()
     variables = trained(variables)
     base = model.module.apply({"params": variables["params"]}, x)

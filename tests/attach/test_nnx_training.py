@@ -138,9 +138,7 @@ def test_flops_equal_those_of_a_hand_written_layer():
     up, down = "btd,dnh->btnh", "btnh,nhd->btd"
     kinds = {
         "traced": Two(layers_nnx.OwnEinsum(up, 32, 4, 16), layers_nnx.OwnEinsum(down, 4, 16, 32)),
-        "known": Two(
-            nnx.Einsum(up, (32, 4, 16), rngs=nnx.Rngs(0)), nnx.Einsum(down, (4, 16, 32), rngs=nnx.Rngs(0))
-        ),
+        "known": Two(nnx.Einsum(up, (32, 4, 16), rngs=nnx.Rngs(0)), nnx.Einsum(down, (4, 16, 32), rngs=nnx.Rngs(0))),
     }
     ones = jnp.ones
     hand = Two(

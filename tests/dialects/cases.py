@@ -129,13 +129,9 @@ def layers(torch: Callable[[Array], dict[str, Array]], axis: int) -> Callable[[A
     return f
 
 
-def per_layer(
-    delta: Callable[[Array, Array], Array], axis: int
-) -> Callable[[Array, Array], Array]:
+def per_layer(delta: Callable[[Array, Array], Array], axis: int) -> Callable[[Array, Array], Array]:
     """What each layer computes, stacked where the base weight has its layers."""
-    return lambda a, b: np.stack(
-        [delta(np.take(a, layer, axis), np.take(b, layer, axis)) for layer in range(L)], axis
-    )
+    return lambda a, b: np.stack([delta(np.take(a, layer, axis), np.take(b, layer, axis)) for layer in range(L)], axis)
 
 
 def at(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
@@ -193,9 +189,7 @@ QWIX = [
 def gemma(
     name: str, line: Weight, shape: tuple[int, ...], at: str, a: Any, b: Any, delta: Any, torch: Any, **more: Any
 ) -> Case:
-    return Case(
-        "gemma", name, line, (line.leaf, shape), (f"{at}lora.a", a), (f"{at}lora.b", b), delta, torch, **more
-    )
+    return Case("gemma", name, line, (line.leaf, shape), (f"{at}lora.a", a), (f"{at}lora.b", b), delta, torch, **more)
 
 
 GEMMA_Q = Weight("q.w", "m.q.weight", "n d h -> (n h) d")

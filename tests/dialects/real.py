@@ -92,9 +92,7 @@ def _gemma(side: sides.Side, base: Mapping[str, np.ndarray], rank: int) -> tuple
     return jax.tree_util.tree_map_with_path(value, fresh), lambda tree: side.run(module, tree)
 
 
-def _qwix(
-    name: str, side: sides.Side, base: Mapping[str, np.ndarray], rank: int
-) -> tuple[Any, Callable[[Any], Any]]:
+def _qwix(name: str, side: sides.Side, base: Mapping[str, np.ndarray], rank: int) -> tuple[Any, Callable[[Any], Any]]:
     qwix = importlib.import_module("qwix")
     where = "(attn|mlp).*" if name.startswith("tunix") else "(self_attention/(query|key|value|out)|mlp/w.*)"
     provider = qwix.LoraProvider(module_path=f".*{where}", rank=rank, alpha=ALPHA * rank / RANK)

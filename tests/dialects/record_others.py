@@ -1,8 +1,8 @@
 """Records what SkyRL-tx and EasyDeL compute with their own LoRA, and with a PEFT file that was loaded into it.
 
-    pip install jaxadapt easydel==0.3.0 jax==0.9.2       # one environment
-    pip install jaxadapt skyrl-tx[jax,tinker]==0.3.0     # another
-    python tests/dialects/record_others.py easydel-llama # in each its own
+pip install jaxadapt easydel==0.3.0 jax==0.9.2       # one environment
+pip install jaxadapt skyrl-tx[jax,tinker]==0.3.0     # another
+python tests/dialects/record_others.py easydel-llama # in each its own
 """
 
 from __future__ import annotations

@@ -193,8 +193,9 @@ def test_experts_and_embeddings():
     tree = jaxadapt.slot(nest(leaves), 1)
     tensors = jaxadapt.to_peft(tree, keymap=jaxadapt.KeyMap("mine", (line, embed))).tensors
     for e in range(5):
-        delta = tensors[f"base_model.model.mlp.experts.{e}.up_proj.lora_B.weight"] @ (
-            tensors[f"base_model.model.mlp.experts.{e}.up_proj.lora_A.weight"]
+        delta = (
+            tensors[f"base_model.model.mlp.experts.{e}.up_proj.lora_B.weight"]
+            @ (tensors[f"base_model.model.mlp.experts.{e}.up_proj.lora_A.weight"])
         )
         expected = leaves[f"{at}lora_A"][1, e] @ leaves[f"{at}lora_B"][1, e]
         np.testing.assert_allclose(delta, expected.T, rtol=1e-6, atol=1e-6)  # float32, another order of the sum

@@ -175,9 +175,7 @@ def _gemma4(table: str, size: str) -> Specimen:
     named = _EXPERTS if size == "moe" else ()
     table += "-moe" if size == "moe" and side == "gemma4" else ""
     targets = (*PROJ, *more)
-    return Specimen(
-        name, table, "Gemma4ForCausalLM", config, side, options, targets, unused=(HEAD,), parameters=named
-    )
+    return Specimen(name, table, "Gemma4ForCausalLM", config, side, options, targets, unused=(HEAD,), parameters=named)
 
 
 _3N = {

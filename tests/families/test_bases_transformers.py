@@ -102,5 +102,3 @@ def test_an_old_bin_and_a_bare_model(tmp_path):
     np.testing.assert_array_equal(query.T, bert.encoder.layer[1].attention.self.query.weight.detach().numpy())
     with pytest.raises(jaxadapt.MismatchError, match=r"missing from(.*\n)*.*classifier\.weight"):
         jaxadapt.import_base(tmp_path, target)
-
-

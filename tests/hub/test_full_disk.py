@@ -79,9 +79,7 @@ def large(tmp_path: Path) -> Path:
     """An adapter of two megabytes."""
     held = {"base_model.model.q_proj.lora_A.weight": np.random.default_rng(0).standard_normal((2, 250_000), "f4"),
             "base_model.model.q_proj.lora_B.weight": np.ones((8, 2), "f4")}  # fmt: skip
-    jaxadapt.write(
-        jaxadapt.PeftTensors(small.LORA.replace(target_modules=["q_proj"]), held, ""), tmp_path / "large"
-    )
+    jaxadapt.write(jaxadapt.PeftTensors(small.LORA.replace(target_modules=["q_proj"]), held, ""), tmp_path / "large")
     return tmp_path / "large"
 
 

@@ -195,7 +195,9 @@ def test_the_cache_serves_offline(hub, saved, monkeypatch):
 def test_the_cache_serves_while_the_hub_is_down(hub, saved, monkeypatch):
     pushed(hub, saved)
     jaxadapt.pull(REPO)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
+    )
     assert (jaxadapt.pull(REPO) / WEIGHTS).read_bytes() == (saved / WEIGHTS).read_bytes()
     with pytest.raises(jaxadapt.FileError, match=r"org/other.*the Hub cannot be reached, and it is not in the cache"):
         jaxadapt.pull("org/other")

@@ -130,8 +130,9 @@ def test_a_call_that_does_not_say_which_tokens_is_refused(tmp_path):
     graph = nnx.graphdef(tree)
     with pytest.raises(jaxadapt.AttachError, match=r"within jaxadapt\.invoke"):
         tree(IDS)
-    with pytest.raises(jaxadapt.AttachError, match=r"tokens are \[5, 6\] here \(batch, time\)"), jaxadapt.invoke(
-        tree, IDS[:, :6]
+    with (
+        pytest.raises(jaxadapt.AttachError, match=r"tokens are \[5, 6\] here \(batch, time\)"),
+        jaxadapt.invoke(tree, IDS[:, :6]),
     ):
         tree(IDS)
     assert nnx.graphdef(tree) == graph

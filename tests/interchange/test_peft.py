@@ -37,7 +37,6 @@ def close(found, expected):
     np.testing.assert_allclose(found, expected, rtol=0, atol=CLOSE * abs(np.asarray(expected)).max())
 
 
-
 # ---- the two sides ---------------------------------------------------------------------------------------
 
 

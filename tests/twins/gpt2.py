@@ -275,9 +275,7 @@ def torch_gpt2(shape: Shape, seed: int = 0) -> Any:
     return model
 
 
-def make_gpt2(
-    api: str = "nnx", scan_axis: int | None = None, seed: int = 0, **numbers: Any
-) -> tuple[Any, Any]:
+def make_gpt2(api: str = "nnx", scan_axis: int | None = None, seed: int = 0, **numbers: Any) -> tuple[Any, Any]:
     """A torch GPT-2 and its twin: an NNX model, or for "linen" the pair (module, {"params": …})."""
     shape = Shape(scan_axis=scan_axis, **numbers)
     torch_model = torch_gpt2(shape, seed)

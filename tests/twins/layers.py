@@ -87,9 +87,7 @@ def effective(
     the axis `stack`.
     """
     if stack is not None:
-        mapped = jax.vmap(
-            lambda w, a, b: effective(w, a, b, axes, scale), in_axes=(stack,) * 3, out_axes=stack
-        )
+        mapped = jax.vmap(lambda w, a, b: effective(w, a, b, axes, scale), in_axes=(stack,) * 3, out_axes=stack)
         return mapped(weight, a, b)
     letters = string.ascii_lowercase[: weight.ndim]
     batch, inn, out = ("".join(letters[i] for i in role) for role in (axes.batch, axes.inn, axes.out))

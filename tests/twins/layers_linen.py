@@ -383,9 +383,7 @@ LINEN: list[Case] = [
     Case("dropout", lambda: Block(0.5), one, BLOCK, rngs=("dropout",)),
     Case("batchnorm", Normed, one, {"lin.kernel": IO}, mutable=("batch_stats",)),
     Case("sown", Sown, one, {"lin.kernel": IO}, mutable=("intermediates",)),
-    Case(
-        "rnn", lambda: nn.RNN(nn.LSTMCell(6), name="rnn"), one, {"cell.hi.kernel": IO, "cell.ii.kernel": IO}
-    ),
+    Case("rnn", lambda: nn.RNN(nn.LSTMCell(6), name="rnn"), one, {"cell.hi.kernel": IO, "cell.ii.kernel": IO}),
     Case("embed", held(nn.Embed, 11, 8), layers.tokens, {"layer.embedding": IO}),
     Case("embed_attend", Tied, layers.tokens, {"embed.embedding": IO}, EITHER),
     Case(

@@ -242,9 +242,7 @@ NNX: list[Case] = [
         one,
         {KERNEL: Axes((1,), (2,), (0,))},
     ),
-    Case(
-        "einsum", held(lambda: nnx.Einsum("btd,dnh->btnh", (8, 3, 4), (3, 4), rngs=r())), one, {KERNEL: SPLIT}
-    ),
+    Case("einsum", held(lambda: nnx.Einsum("btd,dnh->btnh", (8, 3, 4), (3, 4), rngs=r())), one, {KERNEL: SPLIT}),
     Case(
         "einsum_ellipsis",
         held(lambda: nnx.Einsum("...d,do->...o", (8, 6), (6,), rngs=r())),

@@ -88,9 +88,7 @@ def twin_of(torch_model: Any, api: str = "nnx", *, scan: bool = False, scan_axis
     return model
 
 
-def make_llama(
-    api: str = "nnx", *, scan: bool = False, scan_axis: int = 0, **numbers: Any
-) -> tuple[Any, Any]:
+def make_llama(api: str = "nnx", *, scan: bool = False, scan_axis: int = 0, **numbers: Any) -> tuple[Any, Any]:
     """A torch Llama and its twin; `numbers` go to `torch_llama` (`tied`, `layers`, `seed` …)."""
     torch_model = torch_llama(**numbers)
     return torch_model, twin_of(torch_model, api, scan=scan, scan_axis=scan_axis)

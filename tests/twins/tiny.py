@@ -78,6 +78,7 @@ class Net:
                 self.head = torch.nn.Linear(WIDTH, VOCAB if net.tied else OUT, bias=not net.tied)
                 if net.tied:
                     self.head.weight = self.emb.weight
+
             def forward(self, x: Any) -> Any:
                 if net.emb:
                     x = self.emb(x)
