@@ -3,8 +3,9 @@
     python -m benchmarks.io [--sizes 50 500] [--repeats 9] [--dir FOLDER] [--with-peft]
 
 The adapter is LoRA on all seven projections of a Llama-2-7B (32 layers, 448 bfloat16 tensors), held as a
-`jaxadapt.Adapter` in the model's layout: every tensor is transposed on the way to the file and back. All ways
-are interleaved; "x raw" is the median over rounds of the ratio to the raw way of the same round.
+`jaxadapt.Adapter` in the model's layout. Each way has a process of its own, which does nothing else; they take turns,
+and "x raw" is the median over rounds of the ratio to the raw way of the same round. "The first" is what it took in a
+process that has JAX and Flax ready, as whoever has a model, and that has saved or loaded nothing yet.
 Exits with 1 if a target is missed.
 """
 
@@ -29,9 +30,10 @@ import ml_dtypes
 import numpy as np
 import safetensors.flax
 import safetensors.numpy
+from flax import linen, nnx  # noqa: F401  (whoever has a model has them)
 
 import jaxadapt
-from benchmarks.measure import Way, environment, interleave, ratio, table
+from benchmarks.measure import Way, apart, environment, ratio, serve, table
 
 LAYERS, HIDDEN, INNER = 32, 4096, 11008
 PROJECTIONS = {
@@ -40,6 +42,7 @@ PROJECTIONS = {
     "mlp.down_proj": (INNER, HIDDEN),
 }  # fmt: skip
 SAVE, LOAD = 1.1, 1.0  # the targets, times raw
+FILE = "adapter_model.safetensors"
 OURS_SAVE, OURS_LOAD = "jaxadapt.save (durable, atomic)", "jaxadapt.load (model's layout)"
 
 
@@ -107,44 +110,83 @@ def raw_read_again(path: Path, memory: bytearray) -> None:
         file.readinto(memory)
 
 
-def savers(adapter: jaxadapt.Adapter, folder: Path) -> dict[str, Way]:
-    ours = folder / "ours"
-    jaxadapt.save(adapter, ours)
-    data = (ours / "adapter_model.safetensors").read_bytes()
-    host = {k: np.ascontiguousarray(v) for k, v in jaxadapt.to_peft(adapter).tensors.items()}
-    device = jax.block_until_ready(jax.device_put(host))
-    return {
-        "raw write+fsync": Way(lambda _: raw_write(folder / "raw.bin", data)),
-        OURS_SAVE: Way(lambda _: jaxadapt.save(adapter, ours)),
-        # its save_file puts numpy arrays into the dict it is given: hand it a copy
-        "safetensors.numpy (no fsync)": Way(
-            lambda given: safetensors.numpy.save_file(given, folder / "np.safetensors"), lambda: dict(host)
-        ),
-        "safetensors.flax (no fsync)": Way(
-            lambda given: safetensors.flax.save_file(given, folder / "flax.safetensors"), lambda: dict(device)
-        ),
-        "Orbax v1, blocking": Way(lambda _: orbax().save(folder / "orbax", adapter.params, overwrite=True)),
-    }
+def raw_write_way(megabytes: int, folder: Path) -> Way:
+    data = (folder / "ours" / FILE).read_bytes()
+    return Way(lambda _: raw_write(folder / "raw.bin", data))
 
 
-def loaders(adapter: jaxadapt.Adapter, folder: Path) -> dict[str, Way]:
-    file, target = folder / "ours" / "adapter_model.safetensors", base()
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), adapter.params)
+def save_way(megabytes: int, folder: Path) -> Way:
+    adapter = make(megabytes)
+    return Way(lambda _: jaxadapt.save(adapter, folder / "ours"))
+
+
+def save_numpy_way(megabytes: int, folder: Path) -> Way:
+    host = dict(jaxadapt.read(folder / "ours").tensors)
+    # its save_file puts arrays of its own into the dict it is given: hand it a copy
+    return Way(lambda given: safetensors.numpy.save_file(given, folder / "np.safetensors"), lambda: dict(host))
+
+
+def save_flax_way(megabytes: int, folder: Path) -> Way:
+    device = jax.block_until_ready(jax.device_put(dict(jaxadapt.read(folder / "ours").tensors)))
+    return Way(lambda given: safetensors.flax.save_file(given, folder / "flax.safetensors"), lambda: dict(device))
+
+
+def save_orbax_way(megabytes: int, folder: Path) -> Way:
+    adapter = make(megabytes)
+    return Way(lambda _: orbax().save(folder / "orbax", adapter.params, overwrite=True))
+
+
+def save_peft_way(megabytes: int, folder: Path) -> Way:
+    model = peft_model(folder, torch_base())
+    return Way(lambda _: model.save_pretrained(str(folder / "peft")))
+
+
+def raw_read_again_way(megabytes: int, folder: Path) -> Way:
+    used = bytearray((folder / "ours" / FILE).stat().st_size)
+    return Way(lambda _: raw_read_again(folder / "ours" / FILE, used))
+
+
+def device_put_way(megabytes: int, folder: Path) -> Way:
     host = list(jaxadapt.read(folder / "ours").tensors.values())
-    used = bytearray(file.stat().st_size)
-    return {
-        "raw read": Way(lambda _: raw_read(file)),
-        "raw read, into pages in use": Way(lambda _: raw_read_again(file, used)),
-        "JAX alone: device_put of what is in memory": Way(
-            lambda _: jax.block_until_ready(jax.device_put(host, may_alias=True))
-        ),
-        OURS_LOAD: Way(lambda _: jax.block_until_ready(arrays(jaxadapt.load(folder / "ours", target, keymap="llama")))),
-        "jaxadapt.read (numpy, file's layout)": Way(lambda _: jaxadapt.read(folder / "ours")),
-        "safetensors.numpy": Way(lambda _: safetensors.numpy.load_file(file)),
-        "safetensors.flax": Way(lambda _: jax.block_until_ready(safetensors.flax.load_file(file))),
-        "safetensors.flax + transpose": Way(lambda _: transposed(safetensors.flax.load_file(file))),
-        "Orbax v1": Way(lambda _: jax.block_until_ready(orbax().load(folder / "orbax", abstract))),
-    }
+    return Way(lambda _: jax.block_until_ready(jax.device_put(host, may_alias=True)))
+
+
+def load_way(megabytes: int, folder: Path) -> Way:
+    target = base()
+    return Way(lambda _: jax.block_until_ready(arrays(jaxadapt.load(folder / "ours", target, keymap="llama"))))
+
+
+def load_orbax_way(megabytes: int, folder: Path) -> Way:
+    target = make(megabytes)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), target.params)
+    del target
+    return Way(lambda _: jax.block_until_ready(orbax().load(folder / "orbax", abstract)))
+
+
+def reading(read: Callable[[Path], object]) -> Callable[[int, Path], Way]:
+    return lambda megabytes, folder: Way(lambda _: read(folder / "ours" / FILE))
+
+
+SAVES: dict[str, Callable[[int, Path], Way]] = {
+    "raw write+fsync": raw_write_way,
+    OURS_SAVE: save_way,
+    "safetensors.numpy (no fsync)": save_numpy_way,
+    "safetensors.flax (no fsync)": save_flax_way,
+    "Orbax v1, blocking": save_orbax_way,
+    "PEFT save_pretrained (no fsync)": save_peft_way,
+}
+LOADS: dict[str, Callable[[int, Path], Way]] = {
+    "raw read": reading(raw_read),
+    "raw read, into pages in use": raw_read_again_way,
+    "JAX alone: device_put of what is in memory": device_put_way,
+    OURS_LOAD: load_way,
+    "jaxadapt.read (numpy, file's layout)": lambda _, folder: Way(lambda _: jaxadapt.read(folder / "ours")),
+    "safetensors.numpy": reading(lambda file: safetensors.numpy.load_file(file)),
+    "safetensors.flax": reading(lambda file: jax.block_until_ready(safetensors.flax.load_file(file))),
+    "safetensors.flax + transpose": reading(lambda file: transposed(safetensors.flax.load_file(file))),
+    "Orbax v1": load_orbax_way,
+    "PEFT from_pretrained": lambda _, folder: Way(lambda given: peft_model(folder, given), torch_base),
+}
 
 
 def arrays(variables: Any) -> list[jax.Array]:
@@ -188,17 +230,10 @@ def torch_base() -> Any:
     return model
 
 
-def peft_ways(folder: Path) -> tuple[dict[str, Way], dict[str, Way]]:
+def peft_model(folder: Path, given: Any) -> Any:
     import peft
 
-    def load(given: Any) -> Any:
-        return peft.PeftModel.from_pretrained(given, str(folder / "ours"), autocast_adapter_dtype=False)
-
-    model = load(torch_base())
-    return (
-        {"PEFT save_pretrained (no fsync)": Way(lambda _: model.save_pretrained(str(folder / "peft")))},
-        {"PEFT from_pretrained": Way(load, torch_base)},
-    )
+    return peft.PeftModel.from_pretrained(given, str(folder / "ours"), autocast_adapter_dtype=False)
 
 
 # ---------------------------------------------------------------- memory
@@ -261,28 +296,28 @@ def run(megabytes: int, rounds: int, folder: Path, with_peft: bool) -> list[str]
     """Print the tables of one size; return the targets missed."""
     adapter = make(megabytes)
     leaves = jax.tree.leaves(adapter)
-    nbytes, largest = sum(x.nbytes for x in leaves), max(x.nbytes for x in leaves)
-    saves, loads = savers(adapter, folder), {}
-    if with_peft:
-        more_saves, loads = peft_ways(folder)
-        saves |= more_saves
-    title = f"{nbytes / 1e6:.0f} MB, {len(leaves)} tensors, median of {rounds} interleaved rounds"
+    nbytes, largest, count = sum(x.nbytes for x in leaves), max(x.nbytes for x in leaves), len(leaves)
+    jaxadapt.save(adapter, folder / "ours")
+    del adapter, leaves
+    title = f"{nbytes / 1e6:.0f} MB, {count} tensors, each way in a process of its own, median of {rounds} rounds"
     results: dict[str, dict[str, float]] = {}
-    for kind, ways in (("save", saves), ("load", loaders(adapter, folder) | loads)):
-        times = interleave(ways, rounds)
+    flax = 0.0
+    for kind, ways in (("save", SAVES), ("load", LOADS)):
+        words = [sys.executable, "-m", "benchmarks.io", "--way"]
+        names = [name for name in ways if with_peft or not name.startswith("PEFT")]
+        times = apart({name: [[*words, kind, name, str(megabytes), str(folder)]] for name in names}, rounds, os.environ)
         raw = next(iter(times.values()))
         results[kind] = {name: ratio(t.clock, raw.clock) for name, t in times.items()}
         rows = [
             [name]
             + [f"{x * 1e3:.0f}" for x in (statistics.median(t.clock), min(t.clock), statistics.median(t.processor))]
-            + [f"{results[kind][name]:.2f}"]
+            + [f"{results[kind][name]:.2f}", f"{t.first * 1e3:.0f}"]
             for name, t in times.items()
         ]
-        head = [kind, "median ms", "best ms", "processor ms", "x raw"]
+        head = [kind, "median ms", "best ms", "processor ms", "x raw", "the first ms"]
         print(table(f"**{kind}, {title}**", head, rows), flush=True)
         if kind == "load":
             flax = ratio(times[OURS_LOAD].clock, times["safetensors.flax"].clock)
-    del adapter, saves, loads, leaves
     extra = memory_rows(megabytes, folder, nbytes, largest)
     head = ["way", "extra MB", "x the adapter", "x its largest tensor"]
     print(table(f"**peak memory above what was resident before, {nbytes / 1e6:.0f} MB**", head, extra))
@@ -301,11 +336,16 @@ def main() -> None:
     options.add_argument("--dir", default=None, help="where to write; the system's temporary folder by default")
     options.add_argument("--with-peft", action="store_true")
     options.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)
+    options.add_argument("--way", nargs=4, help=argparse.SUPPRESS)
     given = options.parse_args()
     warnings.simplefilter("ignore")
     if given.memory:
         way, megabytes, where = given.memory
         return memory(way, int(megabytes), Path(where))
+    if given.way:
+        kind, name, megabytes, where = given.way
+        jax.block_until_ready(jnp.zeros(()))
+        return serve({"save": SAVES, "load": LOADS}[kind][name](int(megabytes), Path(where)))
     print(environment("jax", "flax", "safetensors", "orbax-checkpoint", "peft", "torch", "numpy"))
     missed: list[str] = []
     for megabytes in given.sizes:

@@ -1,13 +1,16 @@
-"""What the benchmarks share: interleaved timings, versions, tables in Markdown."""
+"""What the benchmarks share: interleaved timings, in one process or several, versions, tables in Markdown."""
 
 from __future__ import annotations
 
 import datetime
 import gc
 import importlib.metadata
+import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,10 +27,11 @@ class Way:
 
 @dataclass
 class Times:
-    """Seconds of each round, on the clock and of the processor (all threads)."""
+    """Seconds of each round, on the clock and of the processor (all threads); on the clock, of the first time."""
 
     clock: list[float] = field(default_factory=list[float])
     processor: list[float] = field(default_factory=list[float])
+    first: float = float("nan")
 
 
 def interleave(ways: Mapping[str, Way], rounds: int) -> dict[str, Times]:
@@ -40,15 +44,67 @@ def interleave(ways: Mapping[str, Way], rounds: int) -> dict[str, Times]:
     names = list(ways)
     for number in range(rounds + 1):
         for name in names[:: 1 if number % 2 else -1]:
-            given = ways[name].before()
-            gc.collect()
-            start, busy = time.perf_counter(), time.process_time()
-            result = ways[name].run(given)
-            elapsed, busy = time.perf_counter() - start, time.process_time() - busy
-            del result, given
+            elapsed, busy = _once(ways[name])
             if number:
                 times[name].clock.append(elapsed)
                 times[name].processor.append(busy)
+    return times
+
+
+def _once(way: Way) -> tuple[float, float]:
+    given = way.before()
+    gc.collect()
+    start, busy = time.perf_counter(), time.process_time()
+    result = way.run(given)
+    elapsed, busy = time.perf_counter() - start, time.process_time() - busy
+    del result, given
+    return elapsed, busy
+
+
+def serve(way: Way) -> None:
+    """In a process of its own: says that it is there, then does it once for each line, and says what it took."""
+    print(json.dumps("ready"), flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(_once(way)), flush=True)
+
+
+def apart(commands: Mapping[str, Sequence[Sequence[str]]], rounds: int, env: Mapping[str, str]) -> dict[str, Times]:
+    """`interleave` with each way in processes of its own, which call `serve`: one way works, the others wait.
+
+    So no way lives on memory that another gave back, nor in its modules and threads. The first time counts apart. Of
+    several processes of a way the slowest counts.
+    """
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": dict(env)}
+    times = {name: Times() for name in commands}
+    started: dict[str, list[Any]] = {
+        name: [subprocess.Popen(list(words), **pipes) for words in all_of_it] for name, all_of_it in commands.items()
+    }
+
+    def answers(name: str) -> list[Any]:
+        lines = [process.stdout.readline() for process in started[name]]
+        if not all(lines):
+            raise SystemExit(f"{' '.join(commands[name][0])} failed")
+        return [json.loads(line) for line in lines]
+
+    try:
+        for name in started:
+            answers(name)
+        for number in range(rounds + 1):
+            for name in list(started)[:: 1 if number % 2 else -1]:
+                for process in started[name]:
+                    print(file=process.stdin, flush=True)
+                elapsed, busy = (max(each) for each in zip(*answers(name), strict=True))
+                if number:
+                    times[name].clock.append(elapsed)
+                    times[name].processor.append(busy)
+                else:
+                    times[name].first = elapsed
+    finally:
+        for processes in started.values():
+            for process in processes:
+                process.stdin.close()
+            for process in processes:
+                process.wait()
     return times
 
 

@@ -4,8 +4,9 @@
 
 The adapter is that of `benchmarks.io` (448 bfloat16 tensors on a Llama-2-7B), its base cut over a mesh of 4 (FSDP) by
 2 (tensor parallel). Beside: one process that writes (reads) the same bytes in one piece, Orbax v1 and v0, and every
-tensor gathered by `process_allgather` for `safetensors` to write. All ways are interleaved, a round counts what the
-slowest process took; "x raw" is the median over rounds of the ratio to the raw way of the same round.
+tensor gathered by `process_allgather` for `safetensors` to write. All ways are interleaved, those that load in
+processes of their own, which do nothing else; a round counts what the slowest process took; "x raw" is the median over
+rounds of the ratio to the raw way of the same round.
 Exits with 1 if a target is missed.
 """
 
@@ -25,7 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Way, environment, interleave, ratio, table
+from benchmarks.measure import Way, apart, environment, interleave, ratio, serve, table
 
 SAVE, MEMORY, LOAD, STALL, STATE = 1.2, 1.1, 1.2, 0.1, 2.0  # the targets
 SHAPES = {"8 devices": (1, 8), "2 processes of 4 devices": (2, 4)}
@@ -33,17 +34,16 @@ RAW_SAVE, RAW_LOAD, RAW_STATE = "raw write+fsync, one process", "raw read, one p
 SAVED, LOADED, MANAGER = "jaxadapt.save", "jaxadapt.load", "CheckpointManager"
 FLOOR_LOAD, FLOOR_STALL = "JAX alone: make_array_from_callback of memory", "JAX alone: np.asarray of each part"
 GATHERED = "process_allgather + safetensors (no fsync)"
+LOADS = (RAW_LOAD, LOADED, FLOOR_LOAD, "Orbax v1", "Orbax v0")
 MEASURED = (SAVED, MANAGER, GATHERED, "Orbax v1")
 
 
 # ---------------------------------------------------------------- one of the processes
 
 
-def make(megabytes: int) -> tuple[Any, Any]:
-    """The adapter over all devices, and variables to load it into, of which only shapes and shardings exist."""
+def shapes(megabytes: int) -> tuple[Any, Any]:
+    """The adapter over all devices, and variables to load it into, of both only shapes and shardings."""
     import jax
-    import ml_dtypes
-    import numpy as np
     from jax.sharding import NamedSharding, PartitionSpec
 
     import jaxadapt
@@ -59,14 +59,22 @@ def make(megabytes: int) -> tuple[Any, Any]:
     base = jax.tree_util.tree_map_with_path(spread, io.base())
     modules = [m.split(".")[1] for m in io.PROJECTIONS]
     config = jaxadapt.LoraConfig(r=io.rank_for(megabytes), lora_alpha=16, target_modules=modules)
-    adapter = jaxadapt.init(config, base["params"], keymap="llama", dtype="bfloat16")
+    return jaxadapt.init(config, base["params"], keymap="llama", dtype="bfloat16"), base
+
+
+def make(megabytes: int) -> Any:
+    """The adapter, with random values."""
+    import jax
+    import ml_dtypes
+    import numpy as np
+
     rng = np.random.default_rng(0)
 
     def value(spec: Any) -> Any:
         bits = rng.integers(0x3C00, 0x3F80, spec.shape, np.uint16).view(ml_dtypes.bfloat16)
         return jax.make_array_from_callback(spec.shape, spec.sharding, bits.__getitem__)
 
-    return jax.block_until_ready(jax.tree.map(value, adapter)), base
+    return jax.block_until_ready(jax.tree.map(value, shapes(megabytes)[0]))
 
 
 def moments(adapter: Any) -> Any:
@@ -127,7 +135,7 @@ def gathered(adapter: Any, path: Path) -> None:
     barrier()
 
 
-def ways(adapter: Any, base: Any, folder: Path) -> tuple[dict[str, dict[str, Way]], Callable[[], None]]:
+def ways(adapter: Any, folder: Path) -> tuple[dict[str, dict[str, Way]], Callable[[], None]]:
     """All ways by table, and what to call at the end."""
     import jax
     import numpy as np
@@ -141,7 +149,6 @@ def ways(adapter: Any, base: Any, folder: Path) -> tuple[dict[str, dict[str, Way
     sizes = [sum(x.nbytes for x in jax.tree.leaves(one)) for one in (adapter.params, tree)]
     both = np.random.default_rng(0).bytes(max(sizes)) if jax.process_index() == 0 else b""
     data = [memoryview(both)[:size] for size in sizes]
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), adapter.params)
     manager = jaxadapt.CheckpointManager(folder / "run", keep=1)
     # Donated, as in earnest: eight devices hold what they share eight times, and one of those is enough. (The adapter
     # too: it is saved and loaded before the first step.)
@@ -189,17 +196,6 @@ def ways(adapter: Any, base: Any, folder: Path) -> tuple[dict[str, dict[str, Way
         arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
         return [np.asarray(shard.data) for x in arrays for shard in x.addressable_shards if shard.replica_id == 0]
 
-    memory = [np.zeros(x.shape, x.dtype) for x in jax.tree.leaves(adapter.params)]
-
-    def made(_: Any) -> Any:
-        """What no load can do without: arrays of memory that is there already."""
-        like = jax.tree.leaves(adapter.params)
-        both = zip(like, memory, strict=True)
-        return [jax.make_array_from_callback(x.shape, x.sharding, whole.__getitem__) for x, whole in both]
-
-    def loaded(_: Any) -> Any:
-        return jax.block_until_ready(io.arrays(jaxadapt.load(folder / "ours", base, keymap="llama")))
-
     def finish() -> None:
         settle()
         manager.close()
@@ -212,18 +208,6 @@ def ways(adapter: Any, base: Any, folder: Path) -> tuple[dict[str, dict[str, Way
             GATHERED: Way(lambda _: gathered(adapter, folder / "gathered"), barrier),
             "Orbax v1": Way(lambda path: v1.save(path, adapter.params), fresh["v1"]),
             "Orbax v0": Way(lambda path: old.save(path, args=v0.args.StandardSave(adapter.params)), fresh["v0"]),
-        },
-        "load": {
-            RAW_LOAD: alone(lambda: io.raw_read(folder / "ours" / "adapter_model.safetensors")),
-            LOADED: Way(loaded, barrier),
-            FLOOR_LOAD: Way(lambda _: jax.block_until_ready(made(_)), barrier),
-            "Orbax v1": Way(lambda _: jax.block_until_ready(v1.load(folder / "there-v1", abstract)), barrier),
-            "Orbax v0": Way(
-                lambda _: jax.block_until_ready(
-                    old.restore(folder / "there-v0", args=v0.args.StandardRestore(abstract))
-                ),
-                barrier,
-            ),
         },
         "state": {
             RAW_STATE: alone(lambda: io.raw_write(folder / "raw.bin", data[1])),
@@ -240,14 +224,52 @@ def ways(adapter: Any, base: Any, folder: Path) -> tuple[dict[str, dict[str, Way
     }, finish
 
 
+def load_way(name: str, megabytes: int, folder: Path) -> Way:
+    """What loads the files that `ways` has left in the folder."""
+    import jax
+    import numpy as np
+    import orbax.checkpoint as v0
+    from orbax.checkpoint import v1
+
+    import jaxadapt
+    from benchmarks import io
+
+    adapter, base = shapes(megabytes)
+    like = adapter.params
+    if name == RAW_LOAD:
+        return alone(lambda: io.raw_read(folder / "ours" / io.FILE))
+    if name == LOADED:
+        return Way(
+            lambda _: jax.block_until_ready(io.arrays(jaxadapt.load(folder / "ours", base, keymap="llama"))), barrier
+        )
+    if name == "Orbax v1":
+        return Way(lambda _: jax.block_until_ready(v1.load(folder / "there-v1", like)), barrier)
+    if name == "Orbax v0":
+        old = v0.Checkpointer(v0.StandardCheckpointHandler())
+        return Way(
+            lambda _: jax.block_until_ready(old.restore(folder / "there-v0", args=v0.args.StandardRestore(like))),
+            barrier,
+        )
+    memory = [np.zeros(x.shape, x.dtype) for x in jax.tree.leaves(like)]
+
+    def made(_: Any) -> Any:
+        """What no load can do without: arrays of memory that is there already."""
+        both = zip(jax.tree.leaves(like), memory, strict=True)
+        return jax.block_until_ready(
+            [jax.make_array_from_callback(x.shape, x.sharding, whole.__getitem__) for x, whole in both]
+        )
+
+    return Way(made, barrier)
+
+
 def timed(megabytes: int, rounds: int, folder: Path) -> dict[str, Any]:
     """Seconds of each round by table and way: those of the slowest process."""
     import jax
     import numpy as np
     from jax.experimental import multihost_utils
 
-    adapter, base = make(megabytes)
-    tables, finish = ways(adapter, base, folder)
+    adapter = make(megabytes)
+    tables, finish = ways(adapter, folder)
     out: dict[str, Any] = {"megabytes": sum(x.nbytes for x in jax.tree.leaves(adapter)) / 1e6}
     for name, some in tables.items():
         times = interleave(some, rounds)
@@ -281,7 +303,7 @@ def resident(way: str, megabytes: int, folder: Path) -> dict[str, Any]:
 
     # What is imported or set up on first use is no memory of the data.
     for size, to in ((1, folder / "warm"), (megabytes, folder / "cold")):
-        adapter, _ = make(size)
+        adapter = make(size)
         state = moments(adapter) if way == MANAGER else None
         held = [x for x in jax.tree.leaves((adapter.params, state)) if isinstance(x, jax.Array)]
         jax.block_until_ready(held)
@@ -296,36 +318,63 @@ def resident(way: str, megabytes: int, folder: Path) -> dict[str, Any]:
 
 
 def worker(given: Sequence[str]) -> None:
-    index, count, port, megabytes, rounds, folder, way = given
+    index, count, port, megabytes, rounds, where, what, name = given
     import jax
+    from flax import linen, nnx  # noqa: F401  (whoever has a model has them)
 
     if int(count) > 1:
         jax.distributed.initialize(f"127.0.0.1:{port}", int(count), int(index))
-    found = resident(way, int(megabytes), Path(folder)) if way else timed(int(megabytes), int(rounds), Path(folder))
+    folder, size = Path(where), int(megabytes)
+    if what == "load":
+        barrier()
+        return serve(load_way(name, size, folder))
+    found = resident(name, size, folder) if what == "memory" else timed(size, int(rounds), folder)
     if index == "0":
         print("\n" + json.dumps(found), flush=True)
+    return None
 
 
 # ---------------------------------------------------------------- outside
 
 
-def started(shape: tuple[int, int], megabytes: int, rounds: int, place: str | None, way: str = "") -> dict[str, Any]:
-    """Runs the processes, and gives what the first of them found."""
-    count, devices = shape
+def commands(shape: str, megabytes: int, rounds: int, folder: str, what: str, name: str = "") -> list[list[str]]:
+    """One for each process of a group."""
+    count, _ = SHAPES[shape]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    with tempfile.TemporaryDirectory(dir=place) as folder:
-        rest = [str(count), str(port), str(megabytes), str(rounds), folder, way]
-        words = [sys.executable, "-m", "benchmarks.sharded", "--worker"]
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env}
-        processes = [subprocess.Popen([*words, str(index), *rest], **pipes) for index in range(count)]
-        said = [process.communicate() for process in processes]
+    words = [sys.executable, "-m", "benchmarks.sharded", "--worker"]
+    rest = [str(count), str(port), str(megabytes), str(rounds), folder, what, name]
+    return [[*words, str(index), *rest] for index in range(count)]
+
+
+def environ(shape: str) -> dict[str, str]:
+    flags = f"--xla_force_host_platform_device_count={SHAPES[shape][1]}"
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+
+
+def told(shape: str, words: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Runs the processes, and gives what the first of them found."""
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(list(each), **pipes, env=environ(shape)) for each in words]
+    said = [process.communicate() for process in processes]
     failed = [text[1] for process, text in zip(processes, said, strict=True) if process.returncode]
     if failed:
         raise SystemExit(f"a process failed:\n{failed[0][-3000:]}")
     return json.loads(said[0][0].strip().splitlines()[-1])
+
+
+def measured(name: str, megabytes: int, rounds: int, place: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Seconds by table and way, and the growth of memory by way."""
+    with tempfile.TemporaryDirectory(dir=place) as folder:
+        found = told(name, commands(name, megabytes, rounds, folder, "tables"))
+        loads = {way: commands(name, megabytes, rounds, folder, "load", way) for way in LOADS}
+        found["load"] = {way: times.clock for way, times in apart(loads, rounds, environ(name)).items()}
+    memory: dict[str, Any] = {}
+    for way in MEASURED:
+        with tempfile.TemporaryDirectory(dir=place) as folder:
+            memory[way] = told(name, commands(name, megabytes, rounds, folder, "memory", way))
+    return found, memory
 
 
 def rows(times: Mapping[str, Sequence[float]]) -> list[list[object]]:
@@ -338,7 +387,7 @@ def rows(times: Mapping[str, Sequence[float]]) -> list[list[object]]:
 
 def run(name: str, megabytes: int, rounds: int, place: str | None) -> list[str]:
     """Prints the tables of one size in one shape; the targets missed."""
-    found = started(SHAPES[name], megabytes, rounds, place)
+    found, memory = measured(name, megabytes, rounds, place)
     what = f"{found['megabytes']:.0f} MB, {name}, median of {rounds} interleaved rounds"
     with_moments = f"{found['megabytes']:.0f} MB and Adam's moments, {name}"
     for kind, title in (("save", f"save, {what}"), ("load", f"load onto the mesh, {what}"),
@@ -350,7 +399,6 @@ def run(name: str, megabytes: int, rounds: int, place: str | None) -> list[str]:
               f"{ratio(t, state[MANAGER]):.3f}"] for way, t in stall.items()]  # fmt: skip
     head = ["asynchronous save", "median ms", "best ms", "of its own blocking time", f"of {MANAGER}'s"]
     print(table(f"**how long the loop stands still, {with_moments}**", head, lines), flush=True)
-    memory = {way: started(SHAPES[name], megabytes, rounds, place, way) for way in MEASURED}
     lines = [[way, f"{m['extra']:.1f}", f"{m['local']:.2f}"] for way, m in memory.items()]
     print(table(f"**growth of memory while saving, {what.split(', median')[0]}, the worst process**",
                 ["way", "MB", "x the bytes it holds"], lines), flush=True)  # fmt: skip
@@ -372,7 +420,7 @@ def main() -> None:
     options.add_argument("--repeats", type=int, default=9)
     options.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     options.add_argument("--dir", help="where to write; a temporary folder by default")
-    options.add_argument("--worker", nargs=7, help=argparse.SUPPRESS)
+    options.add_argument("--worker", nargs=8, help=argparse.SUPPRESS)
     given = options.parse_args()
     if given.worker:
         return worker(given.worker)

@@ -269,7 +269,7 @@ def load(
         source = os.fspath(checkpoint)
     else:
         parameters = planning.of_target(target)
-        ahead = not exchange.spread(parameters, shardings)  # else it would be in memory, and its parts beside it
+        ahead = jax.process_count() == 1  # else it would read what only the others need
         with reporting(progress) as report, folder.opened(_holding(below, path), ahead=ahead) as tensors:
             adapter, bounds = exchange.decoded(tensors, parameters, *options, report, on_shared)
         source = tensors.source

@@ -91,7 +91,7 @@ def arrays(
     small = not others and sum(sizes.values()) <= SMALL
     if file is not None:
         by_key = {e.keys[0]: e for e in alike}
-        groups = file.groups(by_key, SMALL if file.ahead else _JOB)
+        groups = file.groups(by_key, _JOB)
         jobs = [*([by_key[key] for key in group] for group in groups), *jobs]
     with ThreadPoolExecutor(max(1, min(_THREADS, len(jobs)))) as pool:
         # Threads would only fight for Python's lock over a small file: 50 MB took 40 ms instead of 27.

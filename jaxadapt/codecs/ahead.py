@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from jaxadapt.codecs import files
 from jaxadapt.errors import AdapterError
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     import numpy as np
+
+
+READ = 8 * files.BLOCK
+"""Bytes of one call: after each the thread waits for Python's lock, which whoever plans has, and who needs the bytes
+waits for a whole call. 50 MB took 18 ms in four calls, 23 in one."""
 
 
 class Ahead:
@@ -23,19 +30,28 @@ class Ahead:
         self._blocks = [files.aligned(min(files.BLOCK, size - at)) for at in range(0, size, files.BLOCK)]
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(1)
-        # One call: after each the thread would wait for Python's lock, which whoever plans has.
-        self._read = self._pool.submit(source.read_into, [("its tensors", b.data) for b in self._blocks], start)
+        self._reads: list[Future[None]] = []
+        for first in range(0, size, READ):
+            blocks = self._blocks[first // files.BLOCK : (first + READ) // files.BLOCK]
+            parts = [("its tensors", block.data) for block in blocks]
+            self._reads.append(self._pool.submit(source.read_into, parts, start + first))
         self.waiting: set[str] = set()
         """The tensors that nobody asked for yet."""
 
-    def take(self, keys: Sequence[str]) -> bool:
-        """Whether these are there, and the caller, who is the first to ask for them, may have them."""
+    def take(self, spans: Mapping[str, tuple[int, int]]) -> bool:
+        """Whether these are there, and the caller, who is the first to ask for them, may have them.
+
+        Args:
+            spans: by tensor, its first byte and the one after its last.
+        """
         with self._lock:
-            if not self.waiting.issuperset(keys):
+            if not self.waiting.issuperset(spans):
                 return False
-            self.waiting.difference_update(keys)
+            self.waiting.difference_update(spans)
         try:
-            self._read.result()
+            for start, stop in spans.values():
+                for read in self._reads[start // READ : -(-stop // READ)]:
+                    read.result()
         except AdapterError:  # read by itself, a tensor says that it is the one which is cut off
             return False
         return True

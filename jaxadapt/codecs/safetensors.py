@@ -144,7 +144,7 @@ class TensorFile(Mapping[str, "np.ndarray"]):
         What was read ahead is handed out where it is, once, if it is aligned there.
         """
         info, dtype = self._find(key)
-        if self._ahead is not None and self._ahead.take([key]):
+        if self._ahead is not None and self._ahead.take({key: (info.start, info.stop)}):
             data = self._ahead.at(info.start, info.stop, memory)
         else:
             data = files.aligned(info.nbytes) if memory is None else memory[: info.nbytes]
@@ -250,7 +250,8 @@ class TensorFile(Mapping[str, "np.ndarray"]):
             memory: for each of them, as in `read_into`; without it new memory, which small ones share.
         """
         found = [self._find(key) for key in keys]
-        if self._ahead is not None and self._ahead.take(keys):
+        spans = {key: (info.start, info.stop) for key, (info, _) in zip(keys, found, strict=True)}
+        if self._ahead is not None and self._ahead.take(spans):
             there = self._ahead
             return [there.at(info.start, info.stop, None).view(dtype).reshape(info.shape) for info, dtype in found]
         sizes = [info.nbytes for info, _ in found]

@@ -17,6 +17,7 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxadapt.codecs import ahead, files
 from jaxadapt.codecs import safetensors as codec
 from jaxadapt.codecs.dtypes import NAMES, numpy_dtype
 from jaxadapt.errors import FileError, FormatError, MismatchError
@@ -299,6 +300,28 @@ def test_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codec, "SMALL", 10)
     with codec.open_tensors(tmp_path / "f", ahead=True) as file:
         assert not file.ahead  # too large
+
+
+def test_read_ahead_in_several_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "BLOCK", 128)
+    monkeypatch.setattr(ahead, "READ", 256)
+    tensors = {f"{key}": filled((3, 17 + 9 * key), np.dtype("f4"), key) for key in range(9)}
+    save(tmp_path / "f", tensors)
+    calls: list[int] = []
+    read = files.LocalFile.read_into
+
+    def counted(self: Any, parts: Any, offset: int) -> None:
+        calls.append(sum(len(view) for _, view in parts))
+        read(self, parts, offset)
+
+    monkeypatch.setattr(files.LocalFile, "read_into", counted)
+    with codec.open_tensors(tmp_path / "f", ahead=True) as file:
+        groups = file.groups(tensors, 2000)
+        found = dict(zip(tensors, [x for group in groups for x in file.read_group(group)], strict=True))
+    assert all(same(found[key], value) for key, value in tensors.items())
+    calls_of_256, rest = divmod(sum(x.nbytes for x in tensors.values()), 256)
+    assert rest
+    assert calls[-calls_of_256 - 1 :] == [*[256] * calls_of_256, rest]
 
 
 def test_truncated_while_reading_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
