@@ -59,20 +59,20 @@ def size_here(sharding: Sharding, shape: Shape) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def cuts(sharding: Sharding, shape: Shape) -> list[tuple[tuple[slice, ...], int | None]]:
-    """Where each part of `here` lies in an array that is all here: an index, and its first element if it is one run.
+def cuts(sharding: Sharding, shape: Shape, step: int) -> tuple[list[tuple[slice, ...]], bool]:
+    """Where the parts of `here` lie in an array that is all here, and whether each is one run that begins at a multiple
+    of `step` elements.
 
     >>> mesh = jax.make_mesh((1,), ("x",))
-    >>> cuts(jax.sharding.NamedSharding(mesh, jax.P("x")), (4, 3))
-    [((slice(0, 4, None), slice(0, 3, None)), 0)]
+    >>> cuts(jax.sharding.NamedSharding(mesh, jax.P("x")), (4, 3), 32)
+    ([(slice(0, 4, None), slice(0, 3, None))], True)
     """
-    out: list[tuple[tuple[slice, ...], int | None]] = []
+    runs = True
     for box in here(sharding, shape):
         large = next((axis for axis, (start, stop) in enumerate(box) if stop - start > 1), len(shape))
-        one_run = box[large + 1 :] == whole(shape)[large + 1 :]
         first = sum(start * math.prod(shape[axis + 1 :]) for axis, (start, _) in enumerate(box))
-        out.append((slices(box), first if one_run else None))
-    return out
+        runs &= box[large + 1 :] == whole(shape)[large + 1 :] and first % step == 0
+    return [slices(box) for box in here(sharding, shape)], runs
 
 
 @functools.lru_cache(maxsize=1024)

@@ -129,35 +129,37 @@ def _alike(
 
 def _cut(job: Sequence[Entry], file: TensorFile, where: Mapping[str, Sharding]) -> dict[str, list[np.ndarray]]:
     """The parts of tensors that devices hold: where they were read to if XLA takes them so, else copied from there."""
-    cuts = [boxes.cuts(where[e.path], e.form.shape) if e.path in where else _UNCUT for e in job]
     keys = [e.keys[0] for e in job]
     widths = [file.specs[key].dtype.itemsize for key in keys]
-    stay = [all(_lies(start, width) for _, start in mine) for mine, width in zip(cuts, widths, strict=True)]
+    cuts = [
+        boxes.cuts(where[e.path], e.form.shape, files.ALIGNED // width) if e.path in where else _UNCUT
+        for e, width in zip(job, widths, strict=True)
+    ]
     memory: list[np.ndarray] | None = None
-    if not all(stay) and not file.ahead:  # what is only copied from is not to live as long as the rest
+    if not file.ahead and not all(stays for _, stays in cuts):  # what is only copied from is not to live on
         sizes = list(map(file.nbytes, keys))
-        kept = files.allocated([size if fine else 0 for size, fine in zip(sizes, stay, strict=True)])
-        passing = files.allocated([0 if fine else size for size, fine in zip(sizes, stay, strict=True)])
-        memory = [a if fine else b for a, b, fine in zip(kept, passing, stay, strict=True)]
+        kept = files.allocated([size if stays else 0 for size, (_, stays) in zip(sizes, cuts, strict=True)])
+        passing = files.allocated([0 if stays else size for size, (_, stays) in zip(sizes, cuts, strict=True)])
+        memory = [a if stays else b for a, b, (_, stays) in zip(kept, passing, cuts, strict=True)]
     out: dict[str, list[np.ndarray]] = {}
-    copied: list[tuple[str, int]] = []
-    for e, array, mine, width in zip(job, file.read_group(keys, memory), cuts, widths, strict=True):
+    copied: list[tuple[str, list[np.ndarray], np.dtype]] = []
+    for e, array, (indexes, stays), width in zip(job, file.read_group(keys, memory), cuts, widths, strict=True):
         leaf = array.reshape(e.form.shape)
-        out[e.path] = [leaf[index] for index, _ in mine]
-        copied += [(e.path, number) for number, (_, start) in enumerate(mine) if not _lies(start, width)]
-    for (path, number), place in zip(copied, files.allocated([out[p][n].nbytes for p, n in copied]), strict=True):
-        part = out[path][number]
-        out[path][number] = place.view(part.dtype).reshape(part.shape)
-        _copy(out[path][number], part)
+        if stays:
+            out[e.path] = [leaf[index] for index in indexes]
+        else:
+            bits = leaf.view(f"u{width}")  # which numpy copies fastest
+            copied.append((e.path, [bits[index] for index in indexes], leaf.dtype))
+    places = files.allocated([sum(part.nbytes for part in parts) for _, parts, _ in copied])
+    for (path, parts, dtype), place in zip(copied, places, strict=True):
+        first, *rest = parts[0].shape  # a leaf's parts are of one shape
+        together = place.view(parts[0].dtype).reshape(len(parts) * first, *rest)
+        np.concatenate(parts, out=together)
+        out[path] = list(together.view(dtype).reshape(len(parts), first, *rest))
     return out
 
 
-_UNCUT: list[tuple[Any, int | None]] = [(..., 0)]
-
-
-def _lies(start: int | None, width: int) -> bool:
-    """Whether a part that begins with this element is memory as XLA's CPU client takes it."""
-    return start is not None and start * width % files.ALIGNED == 0
+_UNCUT: tuple[list[Any], bool] = ([...], True)
 
 
 def _handed_over(
