@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -330,6 +331,29 @@ def test_a_system_that_writes_little_at_once(tmp_path: Path, monkeypatch: pytest
         writer.write(*map(memoryview, parts))
         writer.write(memoryview(b"end"))
     assert (tmp_path / "f").read_bytes() == b"".join(parts) + b"end"
+
+
+@pytest.mark.parametrize("threads", [True, False], ids=["as ever", "no thread starts any more"])
+def test_a_large_file_is_freed_behind_who_replaces_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: bool
+) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(bytes(5 << 20))
+    old = path.stat().st_ino
+
+    def refused(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread at interpreter shutdown")
+
+    if not threads:
+        monkeypatch.setattr(threading.Thread, "start", refused)
+    before = threading.active_count()
+    atomic.write_bytes(path, b"new")
+    monkeypatch.undo()
+    while threading.active_count() > before:
+        time.sleep(0.01)
+    opened = [fd.stat().st_ino for fd in Path("/proc/self/fd").iterdir() if fd.exists()]
+    assert path.read_bytes() == b"new"
+    assert old not in opened
 
 
 def test_the_directory_cannot_be_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
