@@ -87,7 +87,7 @@ def adapt(
         raise AttachError("adapt needs rngs=nnx.Rngs(seed) for the adapter's initial values")
     if rngs is not None and not (isinstance(rngs, nnx.nnx.Rngs) and {"params", "default"} & set(rngs)):
         raise AttachError('rngs: expected nnx.Rngs with a stream "params" or "default", such as nnx.Rngs(0)')
-    key = None if rngs is None else rngs.params()
+    key = None if rngs is None else nnx.next_key(rngs)
     values = initial.fresh(recipe.config, bounds, key, dtype, abstract, base.leaves, base.placement)
     nnx.attach(model, recipe, bounds, name, values, rngs, owners)
     return model

@@ -22,6 +22,8 @@ Array = Any
 
 _CHUNK = 4096
 _FEW = 4096  # chunks: from here on compiling is the shorter way
+_USUAL = "threefry2x32"
+_ZERO = np.zeros(1, np.uint32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,21 +58,38 @@ def drawn(key: Any, wanted: Mapping[str, tuple[Draw, Sequence[int]]], dtype: Any
     return out
 
 
-def _chunks(key: Any, words: np.ndarray) -> Array:
-    """(n, chunk) random bits from n pairs of words; on the host, or traced."""
-    if isinstance(key, Tracer) or len(words) > _FEW:
-        return _bits(key, words)
+def fold_in(key: Any, data: int) -> Any:
+    """`jax.random.fold_in`, the very key; where NumPy can take it, nothing is compiled."""
+    halves = _halves(key)
+    if halves is None:
+        return jax.random.fold_in(key, data)
+    folded = _threefry(halves, _ZERO, np.array([data], np.uint32))
+    return jax.random.wrap_key_data(np.concatenate(folded), impl=_USUAL)
+
+
+def _halves(key: Any) -> tuple[np.uint32, np.uint32] | None:
+    """The two numbers that a key consists of, where NumPy can go on from them."""
+    if isinstance(key, Tracer):
+        return None
     typed = key if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else jax.random.wrap_key_data(key)
     by_position: bool = jax.config.jax_threefry_partitionable  # pyright: ignore[reportAttributeAccessIssue]
-    if str(jax.random.key_impl(typed)) != "threefry2x32" or not by_position:
-        return _bits(key, words)
+    if str(jax.random.key_impl(typed)) != _USUAL or not by_position:
+        return None
     first, second = np.asarray(jax.random.key_data(typed))
-    zero, places = np.zeros(1, np.uint32), np.arange(_CHUNK, dtype=np.uint32)
-    keys = _threefry(_threefry((first, second), zero, words[:, 0]), zero, words[:, 1])
+    return first, second
+
+
+def _chunks(key: Any, words: np.ndarray) -> Array:
+    """(n, chunk) random bits from n pairs of words; on the host, or traced."""
+    halves = None if len(words) > _FEW else _halves(key)
+    if halves is None:
+        return _bits(key, words)
+    places = np.arange(_CHUNK, dtype=np.uint32)
+    keys = _threefry(_threefry(halves, _ZERO, words[:, 0]), _ZERO, words[:, 1])
     out = np.empty((len(words), _CHUNK), np.uint32)
     for start in range(0, len(words), 8):  # what is worked on stays in the processor's cache
         rows = slice(start, start + 8)
-        halves = _threefry((keys[0][rows, None], keys[1][rows, None]), zero, places)
+        halves = _threefry((keys[0][rows, None], keys[1][rows, None]), _ZERO, places)
         np.bitwise_xor(*halves, out=out[rows])
     return out
 

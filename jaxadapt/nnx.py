@@ -14,10 +14,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxadapt import bind, methods, nnx_survey, paths, plan, sharding
+from jaxadapt import bind, drawing, methods, nnx_survey, paths, plan, sharding
 from jaxadapt.adapter import Adapter, Recipe, collection_name
 from jaxadapt.errors import AttachError
 from jaxadapt.methods import Method
@@ -59,6 +61,23 @@ def _annotation(bound: bind.Bound, entry: plan.Entry, base: Mapping[str, Any]) -
 
 
 # ---------------------------------------------------------------- attaching and detaching
+
+
+def next_key(rngs: nnx.Rngs) -> Any:
+    """`rngs.params()`: the same key, and the stream goes on alike.
+
+    Flax compiles two programs for it, in every new process; outside jit, nothing need be.
+    """
+    stream = rngs["params"]
+    if type(stream) is not nnx.RngStream or sharding.tracing():
+        return stream()
+    key, count = stream.key.get_value(), stream.count.get_value()
+    arrays = isinstance(count, jax.Array) and not isinstance(count, Tracer) and not isinstance(key, Tracer)
+    if not arrays or key.shape or count.committed:  # of several keys, or on a device of its own
+        return stream()
+    n = int(count)
+    stream.count[...] = jax.device_put(np.uint32((n + 1) % 2**32))
+    return drawing.fold_in(key, n)
 
 
 def attach(

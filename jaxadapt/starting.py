@@ -100,7 +100,7 @@ def start(
     if is_model and name in nnx.names(base):
         raise AttachError(f"there is an adapter {name!r} already; choose another name=, or delete it first")
     if key is None and rngs is not None:
-        key = rngs.params()
+        key = nnx.next_key(rngs)
     kind = kind_of(config)
     given = {"batches": (batches, _FROM_DATA), "gradients": (gradients, ("lora_ga",)), "mask": (mask, ("eva",))}
     idle = [what for what, (value, kinds) in given.items() if value is not None and kind not in kinds]
