@@ -89,7 +89,7 @@ def adapt(
         raise AttachError('rngs: expected nnx.Rngs with a stream "params" or "default", such as nnx.Rngs(0)')
     key = None if rngs is None else nnx.next_key(rngs)
     values = initial.fresh(recipe.config, bounds, key, dtype, abstract, base.leaves, base.placement)
-    nnx.attach(model, recipe, bounds, name, values, rngs, owners)
+    nnx.attach(model, recipe, bounds, name, values, rngs, base.walked)
     return model
 
 

@@ -39,9 +39,11 @@ def drawn(key: Any, wanted: Mapping[str, tuple[Draw, Sequence[int]]], dtype: Any
 
     Float32 values, then rounded to `dtype`; numpy arrays, or traced ones inside jit.
     """
-    counts = {p: -(-math.prod(shape) // _CHUNK) for p, (draw, shape) in wanted.items() if draw.kind != "constant"}
+    sizes = {path: math.prod(shape) for path, (draw, shape) in wanted.items() if draw.kind != "constant"}
+    counts = {path: -(-size // _CHUNK) for path, size in sizes.items()}
     words = [(zlib.crc32(path.encode()), i) for path, count in counts.items() for i in range(count)]
-    bits = _chunks(key, np.array(words, np.uint32)) if words else np.zeros((0, _CHUNK), np.uint32)
+    used = [min(_CHUNK, size - at) for size in sizes.values() for at in range(0, size, _CHUNK)]
+    bits = _chunks(key, np.array(words, np.uint32), used) if words else np.zeros((0, _CHUNK), np.uint32)
     xp: Any = jnp if isinstance(bits, Tracer) else np
     rows = xp.asarray(bits)
     out: dict[str, Array] = {}
@@ -52,9 +54,10 @@ def drawn(key: Any, wanted: Mapping[str, tuple[Draw, Sequence[int]]], dtype: Any
             continue
         mine = rows[at : at + counts[path]]
         at += counts[path]
-        values = _unit(xp, mine) if draw.kind == "uniform" else xp.asarray(_normal(mine))
-        flat = values.reshape(-1)[: math.prod(shape)] * np.float32(draw.scale)
-        out[path] = flat.reshape(shape).astype(dtype)
+        # (What is compiled has whole chunks, so that there are few shapes.)
+        mine = mine.reshape(-1)[: sizes[path]] if draw.kind == "uniform" else xp.asarray(_normal(mine)).reshape(-1)
+        values = _unit(xp, mine) if draw.kind == "uniform" else mine[: sizes[path]]
+        out[path] = (values * np.float32(draw.scale)).reshape(shape).astype(dtype, copy=False)
     return out
 
 
@@ -79,18 +82,20 @@ def _halves(key: Any) -> tuple[np.uint32, np.uint32] | None:
     return first, second
 
 
-def _chunks(key: Any, words: np.ndarray) -> Array:
-    """(n, chunk) random bits from n pairs of words; on the host, or traced."""
+def _chunks(key: Any, words: np.ndarray, used: Sequence[int]) -> Array:
+    """(n, chunk) random bits from n pairs of words; on the host, or traced. Of each row only `used` need be there."""
     halves = None if len(words) > _FEW else _halves(key)
     if halves is None:
         return _bits(key, words)
     places = np.arange(_CHUNK, dtype=np.uint32)
     keys = _threefry(_threefry(halves, _ZERO, words[:, 0]), _ZERO, words[:, 1])
-    out = np.empty((len(words), _CHUNK), np.uint32)
-    for start in range(0, len(words), 8):  # what is worked on stays in the processor's cache
-        rows = slice(start, start + 8)
-        halves = _threefry((keys[0][rows, None], keys[1][rows, None]), _ZERO, places)
-        np.bitwise_xor(*halves, out=out[rows])
+    out = np.zeros((len(words), _CHUNK), np.uint32)
+    for width in set(used):
+        alike = np.flatnonzero(np.equal(used, width))
+        step = -(-8 * _CHUNK // width)  # what is worked on stays in the processor's cache
+        for rows in (alike[start : start + step] for start in range(0, len(alike), step)):
+            halves = _threefry((keys[0][rows, None], keys[1][rows, None]), _ZERO, places[:width])
+            out[rows, :width] = np.bitwise_xor(*halves)
     return out
 
 

@@ -143,7 +143,7 @@ def survey(found: Found, keymap: KeyMap | str | None, keys: Collection[str] = ()
         table = per_expert.singled(table)
     if isinstance(found.tree, nnx.nnx.Module):
         claimed = found.dialect.claim(found.leaves)
-        lines = nnx_survey.class_lines(nnx.base_leaves(found.tree), table)
+        lines = nnx_survey.class_lines(nnx_survey.base_leaves(found.tree), table)
         table = table.with_lines(line for line in lines if line.leaf in claimed)
     known = guests.survey(found.dialect, table, found.arrays, found.base, found.stored, found.sizes)
     return known if table is real else dataclasses.replace(known, real=real)

@@ -148,7 +148,7 @@ def _need_finite(values: Mapping[str, Callable[[], Any]]) -> None:
 def leaves(params: Any) -> dict[str, Any]:
     """`{path: array}` of an NNX model's base, or of a tree of base parameters, boxes opened."""
     if isinstance(params, nnx.nnx.Module):
-        return nnx_survey.base_values(nnx.base_leaves(params))
+        return nnx_survey.base_values(nnx_survey.base_leaves(params))
     flat = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_box)
     return {path_of(keys): _opened(leaf) for keys, leaf in flat}
 
@@ -156,7 +156,7 @@ def leaves(params: Any) -> dict[str, Any]:
 def replaced(params: Any, new: Mapping[str, Any]) -> Any:
     """The same with other arrays at some paths: a new tree, or an NNX model changed in place."""
     if isinstance(params, nnx.nnx.Module):
-        owners, others = nnx.base_leaves(params), nnx_survey.state(params)
+        owners, others = nnx_survey.base_leaves(params), nnx_survey.state(params)
         for path, value in new.items():
             if path not in owners:
                 others[path].set_value(value)

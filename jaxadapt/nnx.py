@@ -24,7 +24,7 @@ from jaxadapt.adapter import Adapter, Recipe, collection_name
 from jaxadapt.errors import AttachError
 from jaxadapt.methods import Method
 from jaxadapt.nnx_layer import ACTIVE, Attached, adapted_class
-from jaxadapt.nnx_survey import DROPOUT, AdaptedMeta, AdapterParam, Owner, base_class, base_leaves, natural, swap
+from jaxadapt.nnx_survey import DROPOUT, AdaptedMeta, AdapterParam, Owner, base_class, natural, swap
 
 Tree = nnx.Module | nnx.State[Any, Any]
 
@@ -87,13 +87,14 @@ def attach(
     name: str,
     values: Mapping[str, Any],
     rngs: nnx.Rngs | None = None,
-    owners: Mapping[str, Owner] | None = None,
+    walked: nnx_survey.Walk | None = None,
 ) -> None:
     """Hang an adapter's values (`{path: array or spec}`) on a model's layers, and make it active alone."""
-    owners = base_leaves(model) if owners is None else owners
+    walked = nnx_survey.walk(model) if walked is None else walked
+    owners = walked.leaves
     collection = collection_name(recipe.config)
     saved = {b.leaf for b in bounds if b.method.copies and b.static.because == "modules_to_save"}
-    problems = [*nnx_survey.obstacles(model, owners, [b.leaf for b in bounds], saved).values()]
+    problems = [*nnx_survey.obstacles(walked, [b.leaf for b in bounds], saved).values()]
     problems += _misfits(bounds, owners, collection)
     if problems:
         raise AttachError("these layers cannot carry the adapter:\n" + paths.listing(problems))
@@ -117,7 +118,7 @@ def attach(
             vars(module)[DROPOUT][name] = _dropout(rate, rngs, sizes)
         follow(module)
         if ACTIVE not in vars(module):
-            setattr(module, ACTIVE, ())
+            setattr(module, ACTIVE, (name,))
     _set_active(model, (name,), owners)
 
 

@@ -58,14 +58,14 @@ def _pure(module: nnx.Module, base: type[nnx.Module], f: Callable[..., Any], kwa
 
 
 def traced_axes(
-    model: nnx.Module, owners: Mapping[str, nnx_survey.Owner], args: Args, wanted: Sequence[str], required: bool
+    model: nnx.Module, walked: nnx_survey.Walk, args: Args, wanted: Sequence[str], required: bool
 ) -> tuple[dict[str, nnx_survey.Traced], set[str]]:
     """Axis roles of leaves held by custom layers, from one abstract call of the model.
 
     Also the leaves that were used, but not in one product. Raises `AttachError`, listing them, if there are
     any and all are `required`; else those that never were used are in neither result.
     """
-    blocked = nnx_survey.obstacles(model, owners, wanted)
+    blocked = nnx_survey.obstacles(walked, wanted)
     if blocked and required:
         raise AttachError("these layers cannot carry the adapter:\n" + paths.listing(blocked.values()))
     wanted = [leaf for leaf in wanted if leaf not in blocked]

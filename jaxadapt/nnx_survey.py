@@ -236,17 +236,33 @@ def natural(path: str) -> list[tuple[int, str]]:
     return [(int(p), "") if p.isdecimal() else (-1, p) for p in path.split(".")]
 
 
-def base_leaves(model: nnx.Module) -> dict[str, Owner]:
-    """`{dotted path: (owner, attribute)}` of every base parameter held directly by a module, once each."""
-    out: dict[str, Owner] = {}
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """A model walked once: every module with its dotted path, and `{path: (owner, attribute)}` of base leaves."""
+
+    modules: Sequence[tuple[str, nnx.Module]]
+    leaves: Mapping[str, Owner]
+
+
+def walk(model: nnx.Module) -> Walk:
+    """Every module, and every base parameter held directly by one, once each."""
+    modules: list[tuple[str, nnx.Module]] = []
+    leaves: dict[str, Owner] = {}
     seen: set[int] = set()
-    for path, node in nnx.iter_graph(model):
+    for keys, node in nnx.iter_graph(model):
         if isinstance(node, nnx.Module):
+            path = paths.join(*map(str, keys))
+            modules.append((path, node))
             for attr, var in vars(node).items():
                 if isinstance(var, nnx.Param) and not isinstance(var, AdapterParam) and id(var) not in seen:
                     seen.add(id(var))
-                    out[paths.join(*map(str, path), attr)] = (node, attr)
-    return dict(sorted(out.items(), key=lambda item: natural(item[0])))
+                    leaves[paths.join(path, attr)] = (node, attr)
+    return Walk(modules, dict(sorted(leaves.items(), key=lambda item: natural(item[0]))))
+
+
+def base_leaves(model: nnx.Module) -> Mapping[str, Owner]:
+    """`{dotted path: (owner, attribute)}` of every base parameter held directly by a module, once each."""
+    return walk(model).leaves
 
 
 def base_shapes(owners: Mapping[str, Owner]) -> dict[str, tuple[int, ...]]:
@@ -264,29 +280,25 @@ def is_abstract(owners: Mapping[str, Owner]) -> bool:
     return any(isinstance(vars(m)[attr].get_value(), jax.ShapeDtypeStruct) for m, attr in owners.values())
 
 
-def obstacles(
-    model: nnx.Module, owners: Mapping[str, Owner], leaves: Sequence[str], saved: Collection[str] = ()
-) -> dict[str, str]:
+def obstacles(walked: Walk, leaves: Sequence[str], saved: Collection[str] = ()) -> dict[str, str]:
     """`{leaf: problem}` of those of these leaves on which no adapter can be, whatever its method.
 
     `saved` are those of modules that are saved whole, which their state would have to be too.
     """
     problems: dict[str, str] = {}
     holders: dict[int, list[str]] = {}
-    for path, node in nnx.iter_graph(model):
-        if isinstance(node, nnx.Module):
-            for attr, var in vars(node).items():
-                if isinstance(var, nnx.Param):
-                    holders.setdefault(id(var), []).append(paths.join(*map(str, path), attr))
+    for path, node in walked.modules:
+        for attr, var in vars(node).items():
+            if isinstance(var, nnx.Param):
+                holders.setdefault(id(var), []).append(paths.join(path, attr))
         if isinstance(node, _REWRITERS):
-            inside = paths.join(*map(str, path), "")
             problems |= {
                 leaf: f"{leaf}: {type(node).__name__} rewrites the parameters inside it at every call"
                 for leaf in leaves
-                if not inside or leaf.startswith(f"{inside}.")
+                if not path or leaf.startswith(f"{path}.")
             }
     for leaf in leaves:
-        module, attr = owners[leaf]
+        module, attr = walked.leaves[leaf]
         also = [path for path in holders.get(id(vars(module)[attr]), []) if path != leaf]
         if also:  # the adapter would be in one module only, a merged weight in all
             what = f"{leaf}: several modules hold this very weight, also as {', '.join(also)}"

@@ -37,12 +37,15 @@ class Base:
     """Who holds each leaf of a model; each leaf of a tree, in its box if it has one (`nn.Partitioned`, …)."""
     target: Any = None
     """What the tree is of: variables, with adapters they may carry already."""
+    walked: nnx_survey.Walk | None = None
+    """Of a model."""
 
     @staticmethod
     def of(tree: Any, target: Any = None) -> Base:
         """Raises `AttachError` for variables (see `params_of`), and where a leaf of a tree is no array."""
         if isinstance(tree, nnx.nnx.Module):
-            return Base(tree, nnx_survey.base_leaves(tree), tree)
+            walked = nnx_survey.walk(tree)
+            return Base(tree, walked.leaves, tree, walked)
         params = nnx.nnx.to_pure_dict(tree) if isinstance(tree, nnx.nnx.State) else tree
         if isinstance(params.get("params"), Mapping):
             raise AttachError("expected base parameters, found variables; give variables['params']")
@@ -85,8 +88,8 @@ def plan(
     example: Sequence[Any] | None = None,
 ) -> tuple[Recipe, tuple[bind.Bound, ...]]:
     """The recipe and sites of a configuration on a model, or on a tree of base parameters."""
-    if isinstance(base.tree, nnx.nnx.Module):
-        return _on_model(base, config, keymap, stack_axes, example)
+    if base.walked is not None:
+        return _on_model(base, base.walked, config, keymap, stack_axes, example)
     table = families.resolve(keymap, base.shapes)
     config = bind.resolve(config, table, base.shapes)
     bounds = bind.select(config, table, base.shapes)
@@ -95,9 +98,14 @@ def plan(
 
 
 def _on_model(
-    base: Base, config: Config, keymap: KeyMap | str | None, stack_axes: Sequence[int] | None, example: Any
+    base: Base,
+    walked: nnx_survey.Walk,
+    config: Config,
+    keymap: KeyMap | str | None,
+    stack_axes: Sequence[int] | None,
+    example: Sequence[Any] | None,
 ) -> tuple[Recipe, tuple[bind.Bound, ...]]:
-    model, owners, shapes = base.tree, base.held, base.shapes
+    model, owners, shapes = base.tree, walked.leaves, base.shapes
     table = families.resolve(keymap, shapes)
     all_linear = targets.is_all_linear(config)
     if all_linear:
@@ -107,7 +115,7 @@ def _on_model(
         # What a layer computes says more of its axes than the generic map, and less than a family's table.
         known = dataclasses.replace(GENERIC, weights=()) if table == GENERIC else table
         wanted = nnx_survey.custom(owners, bind.uncovered(config, known.with_lines(lines), shapes))
-        traced, others = nnx_calls.traced_axes(model, owners, example, wanted, required=not all_linear)
+        traced, others = nnx_calls.traced_axes(model, walked, example, wanted, required=not all_linear)
         shapes = {leaf: shape for leaf, shape in shapes.items() if leaf not in others}
         lines = nnx_survey.class_lines(owners, table, stack_axes, traced)
     full = table.with_lines(lines)

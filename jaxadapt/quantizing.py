@@ -51,12 +51,11 @@ def quantize(
     >>> adapter = jaxadapt.init(jaxadapt.LoraConfig(r=2, target_modules=["q"]), small, key=jax.random.key(0))
     """
     config = LoraConfig(target_modules=modules)
-    is_model = isinstance(base, nnx.nnx.Module)
-    walked = planning.Base.of(base)
-    bounds = planning.plan(walked, config, keymap)[1]
-    weights, owners = walked.leaves, walked.held
-    blocked = nnx_survey.obstacles(base, owners, [b.leaf for b in bounds]) if is_model else {}
-    problems: list[str] = list(blocked.values())
+    found = planning.Base.of(base)
+    bounds = planning.plan(found, config, keymap)[1]
+    weights, owners = found.leaves, found.held
+    leaves = [b.leaf for b in bounds]
+    problems = [] if found.walked is None else list(nnx_survey.obstacles(found.walked, leaves).values())
     for b in bounds:
         w, stack = weights[b.leaf], b.site.stack
         if b.site.weight.kind != "linear":
@@ -80,7 +79,7 @@ def quantize(
     odd = [leaf for leaf, x in scales.items() if not isinstance(x, Tracer) and not jnp.isfinite(x).all()]
     if odd:
         raise AttachError("these weights have values that are not finite:\n" + paths.listing(odd))
-    if not is_model:
+    if found.walked is None:
         return _replaced(base, new)
     merging.replaced(base, new)
     for leaf in new:
