@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxadapt import paths
@@ -152,14 +152,10 @@ class KeyMap:
 
     @functools.cached_property
     def _identity(self) -> tuple[Any, ...]:
-        return dataclasses.astuple(dataclasses.replace(self, weights=())), self.weights
-
-    @functools.cached_property
-    def _hash(self) -> int:
-        return hash(self._identity)
+        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
     def __hash__(self) -> int:
-        return self._hash  # cached: it is part of jit's cache key, leaf by leaf
+        return hash(self.name)  # short: it is part of jit's cache key, leaf by leaf
 
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, KeyMap) and self._identity == other._identity)
@@ -229,10 +225,12 @@ class KeyMap:
         kept = tuple(w for w in self.weights if w.leaf not in mine)
         return dataclasses.replace(self, weights=lines + kept) if lines else self
 
-    def perhaps(self, leaves: Iterable[str]) -> bool:
-        """False where `covers` would be 0, for this table and every `scanned` one of it: cheap, by names alone."""
-        tails = tuple({w.tail for w in self.weights if w.kind == "linear"})
-        return any(leaf.endswith(tails) for leaf in leaves)
+    def at_most(self, leaves: Collection[str], scanned: bool) -> int:
+        """A number that `covers` does not pass, for this table or all `scanned` ones of it: cheap, by names alone."""
+        tails = [(w.scanned_leaf if scanned else w.leaf).rpartition("}")[2] for w in self.weights]
+        linear = tuple({tail for w, tail in zip(self.weights, tails, strict=True) if w.kind == "linear"})
+        every = tuple(set(tails)) if any(leaf.endswith(linear) for leaf in leaves) else ()
+        return sum(leaf.endswith(every) for leaf in leaves)
 
     def covers(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """How many of a model's leaves the table accounts for; 0 if a leaf of its name has another layout.

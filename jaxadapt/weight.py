@@ -343,6 +343,11 @@ class Weight:
         """The names of a braced axis' entries, or None where they are numbered."""
         return dict(self.over).get(axis.strip("{}"))
 
+    @property
+    def scanned_leaf(self) -> str:
+        """The path where layers are stacked: `{l}` has left it."""
+        return ".".join(p.removesuffix("_{l}") for p in self.leaf.split(".") if p != "{l}")
+
     def scanned(self, axis: int) -> Weight:
         """This line for layers stacked on `axis`: `{l}` leaves the path and becomes an axis.
 
@@ -354,8 +359,7 @@ class Weight:
         >>> Weight("layers_{l}.q.kernel", "layers.{l}.q.weight", "i o -> o i").scanned(0).leaf
         'layers.q.kernel'
         """
-        parts = self.leaf.split(".")
-        leaf = ".".join(p.removesuffix("_{l}") for p in parts if p != "{l}")
+        leaf = self.scanned_leaf
         if leaf == self.leaf:
             return self
         left = list(self.left)

@@ -79,11 +79,15 @@ def resolve(keymap: KeyMap | str | None, shapes: Mapping[str, tuple[int, ...]]) 
 
 @functools.lru_cache(maxsize=128)  # adapters are swapped on one model
 def _recognised(tables: tuple[KeyMap, ...], leaves: tuple[tuple[str, tuple[int, ...]], ...]) -> KeyMap:
-    few = dict(leaves)
-    # Most tables have no line that ends like any of these leaves, however their layers are stacked.
-    counts = {t: t.covers(few) for f in tables if f.perhaps(few) for t in variants(f)}
-    best = max(counts.values(), default=0)
-    fitting = [t for t, count in counts.items() if count == best > 0]
+    few, counts, best = dict(leaves), dict[KeyMap, int](), 1
+    # Most tables have few lines that end like any of these leaves, and need not be tried, nor made.
+    promise = [(f.at_most(few, stacked), f, stacked) for f in tables for stacked in (False, True)]
+    for most, family, stacked in sorted(promise, key=lambda p: -p[0]):
+        if most < best:
+            break
+        counts |= {t: t.covers(few) for t in (map(family.scanned, _SCAN_AXES) if stacked else [family])}
+        best = max(best, *counts.values())
+    fitting = [t for t, count in counts.items() if count == best]
     if not fitting:
         return GENERIC
     spare = {t: len(t.weights) - len(set(_lines(t, few))) for t in fitting}
@@ -99,12 +103,6 @@ def _recognised(tables: tuple[KeyMap, ...], leaves: tuple[tuple[str, tuple[int, 
             f" keymap={GENERIC.name!r} takes none"
         )
     return chosen[0]
-
-
-@functools.cache
-def variants(table: KeyMap) -> tuple[KeyMap, ...]:
-    """A table, and the same with its layers stacked on one of the first axes."""
-    return table, *(table.scanned(axis) for axis in _SCAN_AXES)
 
 
 def of_leaves(leaves: Iterable[str]) -> KeyMap:
@@ -133,4 +131,4 @@ def _called(table: KeyMap) -> str:
     return table.name if table.proved else f"{table.name} (not proved)"
 
 
-__all__ = ["FAMILIES", "named", "of_leaves", "resolve", "variants"]
+__all__ = ["FAMILIES", "named", "of_leaves", "resolve"]
