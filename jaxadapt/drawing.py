@@ -67,7 +67,7 @@ def fold_in(key: Any, data: int) -> Any:
     if halves is None:
         return jax.random.fold_in(key, data)
     folded = _threefry(halves, _ZERO, np.array([data], np.uint32))
-    return jax.random.wrap_key_data(np.concatenate(folded), impl=_USUAL)
+    return jax.random.wrap_key_data(jax.device_put(np.concatenate(folded)), impl=_USUAL)
 
 
 def _halves(key: Any) -> tuple[np.uint32, np.uint32] | None:

@@ -68,12 +68,13 @@ def next_key(rngs: nnx.Rngs) -> Any:
 
     Flax compiles two programs for it, in every new process; outside jit, nothing need be.
     """
-    stream = rngs["params"]
+    stream: Any = rngs["params"]
     if type(stream) is not nnx.RngStream or sharding.tracing():
         return stream()
-    key, count = stream.key.get_value(), stream.count.get_value()
-    arrays = isinstance(count, jax.Array) and not isinstance(count, Tracer) and not isinstance(key, Tracer)
-    if not arrays or key.shape or count.committed:  # of several keys, or on a device of its own
+    key: Any = stream.key.get_value()
+    count: Any = stream.count.get_value()
+    known = isinstance(count, jax.Array) and not isinstance(key, Tracer) and not isinstance(count, Tracer)
+    if not known or key.shape or count.committed:  # traced, of several keys, or on a device of its own
         return stream()
     n = int(count)
     stream.count[...] = jax.device_put(np.uint32((n + 1) % 2**32))

@@ -59,8 +59,19 @@ def test_numpys_bits_are_jaxs(key):
     words = np.array([[0, 0], [1, 2], [2**32 - 1, 7], *([2**31, i] for i in range(9))], np.uint32)
     chunks = [jax.random.fold_in(jax.random.fold_in(key, first), second) for first, second in words]
     found = np.stack([jax.random.bits(k, (4096,)) for k in chunks])
-    np.testing.assert_array_equal(drawing._chunks(key, words), found)
+    used = [4096, 5, 1, *range(4090, 4094), 7, 7, 4096, 4096, 2]
+    for mine, theirs, count in zip(drawing._chunks(key, words, used), found, used, strict=True):
+        np.testing.assert_array_equal(mine[:count], theirs[:count])
     np.testing.assert_array_equal(drawing._bits(key, words), found)
+
+
+@pytest.mark.parametrize("key", [KEY, jax.random.key(2**31), jax.random.key(5, impl="rbg")], ids=["3", "2^31", "rbg"])
+def test_numpys_fold_in_is_jaxs(key):
+    for data in (0, 1, 2**32 - 1):
+        theirs = jax.random.fold_in(key, data)
+        for mine in (drawing.fold_in(key, data), jax.jit(drawing.fold_in, static_argnums=1)(key, data)):
+            assert (mine.dtype, mine.shape) == (theirs.dtype, theirs.shape)
+            np.testing.assert_array_equal(jax.random.key_data(mine), jax.random.key_data(theirs))
 
 
 def test_nothing_is_compiled_for_few_and_one_program_for_many(monkeypatch):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from typing import Any
 
+import flax.errors
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,7 @@ from flax import linen, nnx
 
 import jaxadapt
 from jaxadapt.errors import AttachError, TargetError
+from jaxadapt.nnx import next_key
 from tests.twins import layers, layers_nnx
 
 R1 = jaxadapt.LoraConfig(r=2, lora_alpha=8, target_modules=["q", "o"], init_lora_weights=False)
@@ -237,6 +239,56 @@ def test_a_key_gives_a_leaf_the_same_values_whatever_else_is_adapted():
     again = jax.jit(lambda key: jaxadapt.init(R1, block(), key=key))(nnx.Rngs(1).params()).flat()
     for path, value in again.items():
         np.testing.assert_array_equal(value, both[path])
+
+
+def committed() -> nnx.Rngs:
+    rngs = nnx.Rngs(4)
+    rngs.default.count[...] = jax.device_put(np.uint32(7), jax.devices()[0])
+    return rngs
+
+
+STREAMS = {
+    "default": lambda: nnx.Rngs(0),
+    "params": lambda: nnx.Rngs(default=1, params=2**31),
+    "another kind of key": lambda: nnx.Rngs(jax.random.key(3, impl="rbg")),
+    "on a device of its own": committed,
+}
+
+
+@pytest.mark.parametrize("make", STREAMS.values(), ids=STREAMS)
+def test_the_stream_goes_on_as_flaxs_own_call_lets_it(make):
+    mine, theirs = make(), make()
+    for _ in range(3):
+        key, expected = next_key(mine), theirs.params()
+        assert key.dtype == expected.dtype
+        np.testing.assert_array_equal(jax.random.key_data(key), jax.random.key_data(expected))
+    for (path, a), (_, b) in zip(*(nnx.to_flat_state(nnx.state(r)) for r in (mine, theirs)), strict=True):
+        a, b = a.get_value(), b.get_value()
+        said = [(x.dtype, x.shape, x.weak_type, x.committed, x.sharding) for x in (a, b) if path[-1] == "count"]
+        assert said[:1] == said[1:]
+        assert bool((a == b).all())
+
+
+def test_a_stream_of_several_keys_or_of_another_trace_is_refused_as_by_flax():
+    outer = nnx.Rngs(0)
+    for take in (lambda rngs: rngs.params(), next_key):
+        with pytest.raises(ValueError, match="fold_in accepts a single key"):
+            take(nnx.Rngs(0).split(3))
+        with pytest.raises(flax.errors.TraceContextError):
+            jax.vmap(lambda _, take=take: jax.random.key_data(take(outer)))(np.arange(2))
+    assert outer.default.count[...] == 0
+
+
+def test_attaching_compiles_nothing(caplog):
+    model, rngs = block(), nnx.Rngs(1)
+    jax.clear_caches()
+    with jax.log_compiles():
+        jaxadapt.adapt(model, jaxadapt.LoraConfig(r=2, target_modules=["q", "o"]), rngs=rngs)
+        found = [line for line in caplog.messages if "ompil" in line]
+        caplog.clear()
+        nnx.Rngs(1).params()
+    assert not found
+    assert [line for line in caplog.messages if "ompil" in line]  # so that is how JAX says it
 
 
 @pytest.mark.parametrize("config", [R1, IA3], ids=["lora", "ia3"])

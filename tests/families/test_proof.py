@@ -57,6 +57,15 @@ def recognised(specimen: Specimen, shapes: Any) -> None:
         assert rival in str(caught.value)
 
 
+@pytest.mark.parametrize("specimen", ELSEWHERE, ids=str)
+def test_no_table_covers_more_than_the_ends_of_its_lines_promise(specimen):
+    shapes = recorded(specimen.name)["leaves"]
+    for table in FAMILIES.values():
+        assert table.covers(shapes) <= table.at_most(shapes, scanned=False)
+        most = table.at_most(shapes, scanned=True)
+        assert all(table.scanned(axis).covers(shapes) <= most for axis in range(3))
+
+
 @pytest.mark.parametrize("specimen", [s for s in LIVE if s in ELSEWHERE], ids=str)
 @pytest.mark.usefixtures("foreign_model")
 def test_what_was_recorded_is_what_the_package_does(specimen, tmp_path):
