@@ -15,6 +15,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxadapt import optim as optim
+
     # Type checkers and editors read these; tests/test_public.py holds them equal to `_HOME`.
     from jaxadapt.adapter import Adapter
     from jaxadapt.attach import (
@@ -155,6 +157,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "optim":  # the one module whose functions are called through it, as optax's are
+        return importlib.import_module(f"{__name__}.{name}")
     module = _HOME.get(name)
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -164,4 +168,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__"]
+    return [*__all__, "optim", "__version__"]

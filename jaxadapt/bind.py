@@ -137,8 +137,8 @@ def resolve(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], unsure:
 
 
 _WAYS = (
-    "\nName the modules in target_modules, name the family with keymap=, give a KeyMap with a line for each, or let the"
-    " model's own computation tell. NNX: pass example= inputs. Linen: let the adapted module make the collection,\n"
+    "\nLet the model's own computation tell, name the family with keymap=, give a KeyMap with a line for each, or leave"
+    " them out of target_modules. NNX: pass example=[inputs]. Linen: let the adapted module make the collection,\n"
     '  made = jaxadapt.adapt(module, config).init(key, x)["lora"]  # for load its shapes are enough: jax.eval_shape\n'
     '  jaxadapt.load(path, {"params": params, "lora": made})'
 )
@@ -354,7 +354,8 @@ def _recover(config: Config, keymap: KeyMap, tensors: Tensors) -> tuple[Bound, .
         raise KeyMapError(
             f"the table {keymap.name!r} has no line for these adapted leaves:\n"
             + paths.listing(unmapped)
-            + "\nGive the very module that was adapted (no part of it, nor what it is a part of), or its keymap="
+            + "\nGive the very module that was adapted (no part of it, nor what it is a part of), or its keymap=,"
+            " which extract(model).keymap is"
         )
     return tuple(bounds)
 

@@ -228,18 +228,19 @@ class KeyMap:
     def at_most(self, leaves: Collection[str], scanned: bool) -> int:
         """A number that `covers` does not pass, for this table or all `scanned` ones of it: cheap, by names alone."""
         tails = [(w.scanned_leaf if scanned else w.leaf).rpartition("}")[2] for w in self.weights]
-        linear = tuple({tail for w, tail in zip(self.weights, tails, strict=True) if w.kind == "linear"})
-        every = tuple(set(tails)) if any(leaf.endswith(linear) for leaf in leaves) else ()
+        telling = tuple({tail for w, tail in zip(self.weights, tails, strict=True) if _tells(w)})
+        every = tuple(set(tails)) if any(leaf.endswith(telling) for leaf in leaves) else ()
         return sum(leaf.endswith(every) for leaf in leaves)
 
     def covers(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """How many of a model's leaves the table accounts for; 0 if a leaf of its name has another layout.
 
-        Stacked axes of layers that are numbered alike must agree in size, which tells layers stacked on axis 0 from
-        those on axis 1; so must `same`.
+        At least one must be a layer's matrix: everybody calls a head "lm_head" or "classifier". Stacked axes of layers
+        that are numbered alike must agree in size, which tells layers stacked on axis 0 from those on axis 1; so must
+        `same`.
         """
         sizes: dict[tuple[str, tuple[int, int]], set[int]] = {}
-        linear, found = 0, set[str]()
+        told, found = False, set[str]()
         for leaf, shape in shapes.items():
             site = self.site(leaf)
             if site is None:
@@ -249,7 +250,7 @@ class KeyMap:
             if len(site.weight.left) != len(shape):
                 return 0
             found.add(site.weight.leaf)
-            linear += site.weight.kind == "linear"
+            told = told or _tells(site.weight)
             fixed = dict(site.weight.sizes)
             for name, size in zip(site.weight.left, shape, strict=True):
                 if fixed and size % math.prod(fixed.get(n, 1) for n in fine(name)):
@@ -263,7 +264,7 @@ class KeyMap:
                         return 0
                 elif name in self.same:
                     sizes.setdefault((name, (1, 0)), set()).add(size)
-        fits = linear and found.issuperset(self.needs) and all(len(s) == 1 for s in sizes.values())
+        fits = told and found.issuperset(self.needs) and all(len(s) == 1 for s in sizes.values())
         return sum(self.site(leaf) is not None for leaf in shapes) if fits else 0
 
     @functools.cached_property
@@ -322,6 +323,11 @@ def _spelt(table: KeyMap, spelling: str) -> KeyMap:
         each=tuple((other(name), tuple(map(other, modules))) for name, modules in table.each),
         spellings=(),
     )
+
+
+def _tells(line: Weight) -> bool:
+    """Whether a leaf of this line tells which family a model is of: a matrix of a numbered or stacked layer."""
+    return line.kind == "linear" and ("{l}" in line.leaf or "{l}" in line.left)
 
 
 def _beginning(leaf: str) -> str:

@@ -107,8 +107,9 @@ def read_collection(tree: Mapping[str, Any], name: str) -> Adapter:
         recipe = Recipe.from_text(recipe)
     if not isinstance(recipe, Recipe):
         raise AttachError(
-            f"the adapter {name!r} has lost its configuration (a restore without a target does that);"
-            " pass config= (and keymap=, if it was adapted with one)"
+            f"the adapter {name!r} has lost its configuration (a restore without a target does that); with config="
+            " (and keymap=, if it was adapted with one) save takes it all the same, and extract gives it whole again:"
+            f" variables | extract(variables, {name!r}, config=config).named({name!r})"
         )
     adapter = Adapter(recipe.config, opened({k: v for k, v in tree.items() if k != CONFIG_NODE}), recipe.keymap)
     recipe.whole(len(adapter.sites), name)
@@ -130,6 +131,8 @@ def bare(tree: Mapping[str, Any], name: str, config: Config | None, keymap: Any)
         parts = [p for p in path.split(".") if p != CONFIG_NODE]
         if not is_array(leaf):
             continue
+        if parts[-1] == "value":  # of an nnx.Variable, as Orbax restores a state without a target
+            parts.pop()
         for i in range(len(parts) - 1):
             if parts[i] == collection and parts[i + 1] == name:
                 values[paths.join(*parts[:i], *parts[i + 2 :])] = leaf

@@ -1,7 +1,6 @@
 """Training helpers on optax: what each adapter parameter is, and optimisers that treat A, B and the rest apart.
 
-    from jaxadapt import linen_tree, optim
-    tx = optim.lora_plus(model, optax.adamw, 1e-4, ratio=16)
+    tx = jaxadapt.optim.lora_plus(model, optax.adamw, 1e-4, ratio=16)
     optimizer = nnx.Optimizer(model, tx, wrt=jaxadapt.AdapterParam)      # Linen: tx.init(lora), tx.update(grads, …)
 
 Every function takes the tree that is trained: an NNX model (or its state), or the collection `{"lora": …}`. Roles come

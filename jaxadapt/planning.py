@@ -105,6 +105,11 @@ def _on_model(
     stack_axes: Sequence[int] | None,
     example: Sequence[Any] | None,
 ) -> tuple[Recipe, tuple[bind.Bound, ...]]:
+    given: Any = example
+    if given is not None and not isinstance(given, list | tuple):
+        raise AttachError(
+            f"example: expected the inputs of one call in a list, example=[x], found {type(given).__name__}"
+        )
     model, owners, shapes = base.tree, walked.leaves, base.shapes
     table = families.resolve(keymap, shapes)
     all_linear = targets.is_all_linear(config)

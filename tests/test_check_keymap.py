@@ -104,6 +104,17 @@ def test_a_model_and_a_checkpoint(checkpoint, shapes):
     assert problems == {"unclaimed": ["gate.w"], "missing": ["model.norm.weight"]}  # a tied head may be there
 
 
+def test_the_help_shows_how_shapes_are_written(tmp_path):
+    """The lines of the help, run: what they write is what --model takes."""
+    text = CliRunner().invoke(main, ["check-keymap", "--help"]).output
+    lines = [line.strip() for line in text.splitlines()]
+    at = lines.index("from jaxadapt import paths")
+    code = "\n".join(lines[at : at + 3]).replace("shapes.json", str(tmp_path / "shapes.json"))
+    exec(code, {"json": json, "params": unflatten({leaf: np.zeros(x.shape) for leaf, x in LEAVES.items()})})
+    done = CliRunner().invoke(main, ["check-keymap", "auto", "--model", str(tmp_path / "shapes.json")])
+    assert done.exit_code == 0, done.output
+
+
 def test_what_is_claimed_twice(shapes):
     """A model that holds k and v together and by themselves."""
     layer = {"attn.kv_einsum.w": (2, 1, 8, 4), "attn.q_einsum.w": (2, 8, 4), "attn.qkv_einsum.w": (3, 2, 8, 4)}

@@ -379,9 +379,23 @@ def test_a_table_is_not_recognised_without_what_it_needs(monkeypatch):
 
 def test_axes_that_have_one_size_tell_a_kernel_from_its_transpose():
     norm = Weight("norm.scale", "norm.weight", "d -> d")
-    tables = [KeyMap("x", (norm, Weight("up", "up.weight", f"{axes} -> f d")), same=("d",)) for axes in ("d f", "f d")]
-    assert [t.covers({"norm.scale": (3,), "up": (3, 5)}) for t in tables] == [2, 0]
-    assert [t.covers({"norm.scale": (5,), "up": (3, 5)}) for t in tables] == [0, 2]
+    ups = [Weight("up.{l}", "up.{l}.weight", f"{axes} -> f d") for axes in ("d f", "f d")]
+    tables = [KeyMap("x", (norm, up), same=("d",)) for up in ups]
+    assert [t.covers({"norm.scale": (3,), "up.0": (3, 5)}) for t in tables] == [2, 0]
+    assert [t.covers({"norm.scale": (5,), "up.0": (3, 5)}) for t in tables] == [0, 2]
+
+
+@pytest.mark.parametrize("head", ["lm_head", "classifier", "pooler.dense", "proj_out", "qa_outputs", "text_projection"])
+def test_a_head_alone_makes_no_family(head):
+    """Models of nobody's library call their heads as everybody does; their layers are what they are known by."""
+    assert any(table.site(f"{head}.kernel") for table in FAMILIES.values())
+    mine = {f"{head}.kernel": (8, 32), f"{head}.bias": (32,), "blocks.0.up.kernel": (8, 16), "embed.embedding": (32, 8)}
+    assert families.resolve(None, mine) is GENERIC
+
+
+def test_a_keymap_is_a_table_or_a_name():
+    with pytest.raises(KeyMapError, match="expected a KeyMap or the name of a family, found list"):
+        families.resolve([Weight("a", "a.weight", "i o -> o i")], {})
 
 
 def test_the_leaves_of_an_adapter_alone(monkeypatch):

@@ -41,7 +41,7 @@ PUBLIC = {
 def test_public_names():
     assert set(jaxadapt.__all__) == PUBLIC
     assert sorted(jaxadapt.__all__) == jaxadapt.__all__
-    assert set(dir(jaxadapt)) == PUBLIC | {"__version__"}
+    assert set(dir(jaxadapt)) == PUBLIC | {"__version__", "optim"}
 
 
 @pytest.mark.parametrize("name", sorted(PUBLIC))
@@ -77,6 +77,10 @@ def test_no_public_name_is_also_a_module(root: Path):
     """Importing a submodule binds its name on the package, over a public function of that name."""
     modules = {path.stem for path in (root / "jaxadapt").iterdir()}
     assert not modules & PUBLIC, "rename these modules (merge.py -> merging.py, say)"
+
+
+def test_optim_is_reached_through_the_package(root: Path):
+    fresh(root, "import jaxadapt; jaxadapt.optim.lora_plus")  # in a process that has not imported it
 
 
 def test_unknown_name_is_an_attribute_error():

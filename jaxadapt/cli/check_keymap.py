@@ -41,7 +41,8 @@ def command(family: str, model: str | None, checkpoint: str | None, as_json: boo
     nnx.to_pure_dict(nnx.state(model)):
 
     \b
-      shapes = {p: x.shape for p, x in jaxadapt.paths.flatten(params).items()}
+      from jaxadapt import paths
+      shapes = {p: x.shape for p, x in paths.flatten(params).items()}
       json.dump(shapes, open("shapes.json", "w"))
 
     A table of your own is FILE.py:NAME, a KeyMap in a Python file (which is run). Lines of which nothing fits are said

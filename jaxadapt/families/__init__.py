@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from jaxadapt.errors import KeyMapError
 from jaxadapt.families import easydel, gemma, keras, maxtext, maxtext_gemma, maxtext_moe, moe, tunix
@@ -69,6 +70,9 @@ def resolve(keymap: KeyMap | str | None, shapes: Mapping[str, tuple[int, ...]]) 
     """
     if isinstance(keymap, KeyMap):
         return keymap
+    given: Any = keymap
+    if not isinstance(given, str | None):
+        raise KeyMapError(f"keymap: expected a KeyMap or the name of a family, found {type(given).__name__}")
     if keymap not in (None, "auto"):
         return named(keymap)
     # Layers are alike: some leaves of each kind will do. (A number at the end is part of a weight's name: wi_0, wi_1;

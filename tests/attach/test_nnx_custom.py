@@ -46,6 +46,11 @@ def test_a_custom_weight_needs_an_example_or_a_table():
         adapt(CASE["own_einsum"].make(), lora("layer"))
 
 
+def test_an_example_is_a_list_of_inputs():
+    with pytest.raises(AttachError, match=r"inputs of one call in a list, example=\[x\], found ArrayImpl"):
+        adapt(CASE["own_einsum"].make(), lora("layer"), example=layers.x())
+
+
 def test_a_trace_tells_inputs_from_outputs():
     model = adapt(CASE["own_einsum"].make(), lora("layer"), example=(layers.x(),))
     assert shapes(model) == {"layer.w.lora_A": (2, 8), "layer.w.lora_B": (3, 4, 2)}

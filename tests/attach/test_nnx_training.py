@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
@@ -52,7 +53,7 @@ def test_training_one_of_several_adapters_leaves_the_others_as_they_are():
     model = small.trained(name="a")
     small.trained(name="b", model=model, seed=3)  # the active one
     before = {name: jaxadapt.extract(model, name) for name in "ab"}
-    only = jaxadapt.AdapterParam.named("b")
+    only = jaxadapt.AdapterParam.named(model, "b")
     optimizer = nnx.Optimizer(model, optax.adamw(1e-2, weight_decay=0.1), wrt=only)
 
     @nnx.jit
@@ -64,6 +65,20 @@ def test_training_one_of_several_adapters_leaves_the_others_as_they_are():
     after = {name: jaxadapt.extract(model, name) for name in "ab"}
     assert small.same(before["a"], after["a"])
     assert not small.same(before["b"], after["b"])
+
+
+def test_a_filter_of_names_that_are_not_there_is_refused():
+    """It would match nothing, and an optimizer of nothing says nothing."""
+    model = small.trained(name="a")
+    named = jaxadapt.AdapterParam.named
+    for tree in (model, nnx.state(model), nnx.eval_shape(lambda: small.trained(name="a"))):
+        assert len(jax.tree.leaves(nnx.state(model, named(tree, "a")))) > 0
+        with pytest.raises(AttachError, match=r"no adapter is called 'b'; this model has \['a'\]"):
+            named(tree, "a", "b")
+    with pytest.raises(AttachError, match=r"name at least one adapter; this model has \['a'\]"):
+        named(model)
+    with pytest.raises(AttachError, match=r"named\(model, 'fr'\), found str"):
+        named("a")
 
 
 def test_only_adapters_get_gradients_and_optimizer_state_and_move():
@@ -245,6 +260,19 @@ def test_a_pure_dict_has_lost_it_and_says_so():
         assert found.flat().keys() == want.flat().keys()
         for path, value in found.flat().items():
             np.testing.assert_array_equal(value, want.flat()[path])
+
+
+def test_what_orbax_restores_of_a_state_without_a_target(tmp_path):
+    model = llama()
+    want = jaxadapt.extract(model)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", nnx.state(model, jaxadapt.AdapterParam))
+        checkpointer.wait_until_finished()
+        bare = checkpointer.restore(tmp_path / "state")
+    found = jaxadapt.extract(bare, config=want.config, keymap=want.keymap)
+    assert found.flat().keys() == want.flat().keys()
+    for path, value in found.flat().items():
+        np.testing.assert_array_equal(value, want.flat()[path])
 
 
 def test_inject_refuses_what_does_not_fit():
