@@ -301,9 +301,10 @@ def _readers(config: Config, refused: Mapping[str, list[str]]) -> list[str]:
         return []
     lines = ["## Who cannot read it as it is", ""]
     lines += [f"- {reader}: {'; '.join(map(_reason, why))}" for reader, why in found.items()]
-    if config.peft_type == "LORA" and not config.get("use_dora"):
-        way = "`jaxadapt.resize_rank(adapter, r)` with its largest rank multiplies the scales into B, which all read."
-        lines += ["", way]
+    scales = [f"`{name}`" for name in ("use_rslora", "alpha_pattern", "rank_pattern") if config.get(name)]
+    if config.peft_type == "LORA" and scales and not config.get("use_dora"):
+        way = f"multiplies the scales into B, and {' and '.join(scales)} {'are' if scales[1:] else 'is'} gone."
+        lines += ["", f"`jaxadapt.resize_rank(adapter, r)` with its largest rank {way}"]
     return [*lines, ""]
 
 

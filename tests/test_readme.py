@@ -1,4 +1,4 @@
-"""Every ```python block of README.md runs, in a fresh namespace and a temporary folder.
+"""Every ```python block of README.md and docs/ runs, in a fresh namespace and a temporary folder; no link is dead.
 
 A block after the line `<!-- no-run -->` is left out.
 """
@@ -10,20 +10,43 @@ from pathlib import Path
 
 import pytest
 
-README = Path(__file__).resolve().parent.parent / "README.md"
-TEXT = README.read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = {str(path.relative_to(ROOT)): path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 BLOCK = re.compile(r"(?P<left_out><!-- *no-run *-->\s*\n)?```python\n(?P<code>.*?)^```", re.M | re.S)
-BLOCKS = {TEXT.count("\n", 0, m.start("code")): m["code"] for m in BLOCK.finditer(TEXT) if not m["left_out"]}
+LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)")
+TEXT = {name: path.read_text(encoding="utf-8") for name, path in PAGES.items()}
+BLOCKS = {
+    (name, text.count("\n", 0, m.start("code"))): m["code"]
+    for name, text in TEXT.items()
+    for m in BLOCK.finditer(text)
+    if not m["left_out"]
+}
 
 
-@pytest.mark.parametrize("line", [pytest.param(line, id=f"README.md:{line + 1}") for line in BLOCKS])
-def test_block_runs(line: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(("page", "line"), [pytest.param(*at, id=f"{at[0]}:{at[1] + 1}") for at in BLOCKS])
+def test_block_runs(page: str, line: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    # Blank lines in front, so that a traceback points into README.md.
-    exec(compile("\n" * line + BLOCKS[line], str(README), "exec"), {"__name__": "__main__"})
+    # Blank lines in front, so that a traceback points into the page.
+    exec(compile("\n" * line + BLOCKS[page, line], str(PAGES[page]), "exec"), {"__name__": "__main__"})
 
 
 def test_it_begins_with_nnx_and_linen():
     nnx, linen, *_ = BLOCKS.values()
     assert "from flax import nnx" in nnx
     assert "import flax.linen as nn" in linen
+
+
+def anchors(text: str) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str):
+    found = list(LINK.finditer(TEXT[page]))
+    for m in found:
+        there = (PAGES[page].parent / m[1]).resolve() if m[1] else PAGES[page]
+        assert there.exists(), m[0]
+        assert not m[2] or m[2] in anchors(there.read_text(encoding="utf-8")), m[0]
+    assert found or page != "README.md"

@@ -37,6 +37,26 @@ def body(text: str) -> str:
 # ---- what it says ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("fields", "way"),
+    [
+        ({"modules_to_save": ["head"]}, None),
+        ({"use_rslora": True, "use_dora": True}, None),
+        ({"use_rslora": True}, "`use_rslora` is gone"),
+        (
+            {"alpha_pattern": {"q_proj": 3}, "rank_pattern": {"q_proj": 2}},
+            "`alpha_pattern` and `rank_pattern` are gone",
+        ),
+    ],
+)
+def test_it_shows_a_way_only_where_there_is_one(fields, way):
+    """Scales that a program ignores can be multiplied in; that does nothing for the head that it refuses."""
+    text = written(lora(**fields))
+    assert "Who cannot read it" in text
+    assert ("resize_rank" in text) == (way is not None)
+    assert way is None or way in text
+
+
 @pytest.mark.peft
 @pytest.mark.parametrize("task", ["CAUSAL_LM", "FEATURE_EXTRACTION", None])
 def test_its_front_matter_has_what_peft_writes(task, tmp_path):
