@@ -45,7 +45,9 @@ def doubtful(config: Config, names: Sequence[str], chosen: Sequence[str]) -> lis
     ["target_modules: 'vv' matches no module; near misses: v", "rank_pattern: 'k' matches none of the targets"]
     """
     lines: list[str] = []
-    for entry in unmatched(config, names):
+    # "all-linear" becomes a list with the head in it; that modules_to_save has the head then is no mistake.
+    without = config.replace(modules_to_save=None) if config.get("modules_to_save") else config
+    for entry in unmatched(without, names):
         lines.append(f"target_modules: {entry!r} matches no module" + _beside(entry, names))
     if isinstance(config.get("target_modules"), str):
         holders = {name[:i] for name in names for i, letter in enumerate(name) if letter == "."}.difference(names)

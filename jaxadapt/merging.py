@@ -280,7 +280,12 @@ def changes(base: Mapping[str, Any], adapter: Adapter, weight: Change, bias: Cha
     bounds = bind.of(adapter)
     missing = [b.leaf for b in bounds if b.leaf not in base]
     if missing:
-        raise MismatchError("the adapter adapts weights that these parameters lack:\n" + paths.listing(missing))
+        inside = f"params.{missing[0]}" in base
+        raise MismatchError(
+            "the adapter adapts weights that these parameters lack:\n"
+            + paths.listing(missing)
+            + ('\nThese are Linen variables; the parameters in them are variables["params"]' if inside else "")
+        )
     wrong = [
         f"{b.leaf}: for a weight of shape {tuple(base[b.leaf].shape)} expected {want}, found {b.shapes}"
         for b in bounds

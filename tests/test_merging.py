@@ -44,6 +44,17 @@ def test_merge_equals_apply_and_unmerge_undoes_it(config):
         np.testing.assert_allclose(a, b, **CLOSE)
 
 
+def test_variables_are_no_parameters():
+    variables = small.base()
+    adapter = jaxadapt.init(LORA, variables["params"], key=jax.random.key(0))
+    for given in (variables, {**variables, **adapter.collection}):
+        with pytest.raises(MismatchError, match=r'These are Linen variables; .* variables\["params"\]'):
+            jaxadapt.merge(given, adapter)
+    with pytest.raises(MismatchError) as caught:
+        jaxadapt.merge({"q_proj": variables["params"]["q_proj"]}, adapter)
+    assert "variables" not in str(caught.value)
+
+
 @pytest.mark.parametrize("config", [LORA, IA3], ids=["LORA", "IA3"])
 def test_models_merge_in_place(config):
     model = small.trained(config)

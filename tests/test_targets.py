@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxadapt.configs import GenericConfig, IA3Config, LoraConfig
-from jaxadapt.doubts import unmatched
+from jaxadapt.doubts import doubtful, unmatched
 from jaxadapt.errors import ConfigError, TargetError
 from jaxadapt.targets import is_feedforward, matches, pattern_value, resolve, select, with_defaults
 
@@ -255,6 +255,17 @@ def test_generic_configurations_match_by_the_same_keys():
     linear = config.replace(extra={"target_modules": "all-linear"})
     assert select(linear, names, linear=names[:2]) == ("m.h.0.q", "m.h.1.q")
     assert not matches(GenericConfig(peft_type="PREFIX_TUNING"), "q")
+
+
+def test_all_linear_with_a_head_that_is_saved_whole_is_no_doubt():
+    """The list that "all-linear" becomes has the head in it, here as in PEFT, and modules_to_save wins."""
+    names = ["a.q", "head"]
+    config = LoraConfig(target_modules="all-linear", modules_to_save=["head"])
+    config = resolve(config, names, linear=names)
+    assert config.target_modules == ("a.q", "head")
+    assert select(config, names) == ("a.q",)
+    assert doubtful(config, names, ("a.q",)) == []
+    assert len(doubtful(config.replace(modules_to_save=["other"]), ["a.q"], ("a.q",))) == 1
 
 
 def test_invalid_expressions_are_named():
