@@ -1,7 +1,7 @@
-"""A configuration bound to a model's shapes: which leaves are adapted, and by tensors of what shape.
+"""A configuration bound to shapes: which leaves are adapted, and by tensors of what shape.
 
-`select` starts from a model (attaching, loading), `recover` from an adapter alone (saving). Both give
-the same `Bound` values, from which the specs of the parameters and the plan of the file follow.
+`recover` starts from an adapter alone (saving); `selecting.select` from a model (attaching, loading). Both give the
+same `Bound` values, from which the specs of the parameters and the plan of the file follow.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from jaxadapt import copies, doubts, methods, parameters, paths, plan, replication, targets, tying
+from jaxadapt import copies, methods, parameters, paths, plan, targets
 from jaxadapt.adapter import Adapter
 from jaxadapt.axes import Axes
 from jaxadapt.configs import Config
-from jaxadapt.errors import KeyMapError, MismatchError, TargetError, warn
-from jaxadapt.generic import PLAIN
+from jaxadapt.errors import KeyMapError, MismatchError
 from jaxadapt.keymap import KeyMap, Site
 from jaxadapt.tensor import Tensor
 
@@ -55,7 +54,7 @@ class Bound:
         return {t.name: e.shape for t, e in zip(self.tensors, self.entries, strict=True)}
 
 
-def _bind(
+def at(
     config: Config,
     method: methods.Method,
     keymap: KeyMap,
@@ -63,186 +62,11 @@ def _bind(
     sizes: Mapping[str, int],
     modules: tuple[str, ...],
 ) -> Bound:
+    """One site under a configuration; `sizes` are those of the leaf's axes, by name."""
     tensors = method.tensors(config, site, modules)
     entries = tuple(plan.entry(keymap, site, t, sizes) for t in tensors)
     fan_in = math.prod(sizes.get(n, 1) for n in site.roles["inn"])
     return Bound(site, method, modules, tensors, method.static(config, site, modules), entries, fan_in)
-
-
-Found = dict[str, tuple[Site, dict[str, int], dict[tuple[int, ...], str]]]
-
-
-NONE: frozenset[str] = frozenset()
-
-
-def _inventory(
-    keymap: KeyMap, shapes: Mapping[str, Shape], unsure: frozenset[str]
-) -> tuple[Found, dict[str, tuple[str, ...]]]:
-    """The weights a table covers, with their modules, and `{leaf: what it may be called}` of those it does not.
-
-    `unsure` leaves count as not covered: the generic map would only be guessing at a custom layer's axes.
-    """
-    found: Found = {}
-    unmapped: dict[str, tuple[str, ...]] = {}
-    for leaf, shape in shapes.items():
-        site = keymap.site(leaf)
-        if site is None or leaf in unsure or len(site.weight.left) != len(shape):
-            parent, _, last = leaf.rpartition(".")
-            matrix = len(shape) >= 2 and last not in (*PLAIN, "bias")
-            unmapped[leaf] = (leaf, parent) if matrix else (parent,)
-        elif site.weight.adaptable:
-            sizes = plan.sizes_of(site, shape)
-            found[leaf] = (site, sizes, site.modules(sizes))
-    # A module with a known weight means that one; others in it (a bias) only under a name of their own.
-    covered = {leaf.rpartition(".")[0] for leaf in found}
-    for leaf, (*own, parent) in list(unmapped.items()):
-        if parent in covered:
-            unmapped[leaf] = tuple(own)
-    return found, {leaf: called for leaf, called in unmapped.items() if called}
-
-
-def _names(found: Found, unmapped: Mapping[str, tuple[str, ...]]) -> list[str]:
-    called = [m for _, _, mods in found.values() for m in mods.values()]
-    return list(dict.fromkeys([*called, *(name for names in unmapped.values() for name in names)]))
-
-
-def _linear(method: methods.Method, found: Found) -> frozenset[str]:
-    kinds = method.kinds & {"linear"}
-    return frozenset(m for s, _, mods in found.values() if s.weight.kind in kinds for m in mods.values())
-
-
-def resolve(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], unsure: frozenset[str] = NONE) -> Config:
-    """The configuration with "all-linear" spelled out, and what PEFT sets from the task and the model's own layers.
-
-    Raises `KeyMapError` where "all-linear" meets weights that may be linear and nobody can tell.
-    """
-    config = tying.resolved(config, keymap, shapes)
-    config = targets.with_defaults(targets.with_heads(config), keymap.name)
-    if not targets.is_all_linear(config) and not any(w.fan_in_fan_out for w in keymap.weights):
-        return config
-    found, unmapped = _inventory(keymap, shapes, unsure)
-    linear = _linear(methods.of(config), found)
-    if targets.is_all_linear(config):
-        open_ = [f"{leaf} {shapes[leaf]}" for leaf in unmapped if leaf in unsure or len(shapes[leaf]) > 2]
-        if open_:
-            what = '"all-linear" meets weights that may or may not be linear:\n'
-            raise KeyMapError(what + paths.listing(open_) + _WAYS)
-    config = targets.resolve(config, _names(found, unmapped), linear=linear, output=keymap.output)
-    if config.get("fan_in_fan_out") is False and any(
-        site.weight.fan_in_fan_out and any(targets.matches(config, m) for m in mods.values())
-        for site, _, mods in found.values()
-    ):
-        config = config.replace(fan_in_fan_out=True)  # PEFT does, and warns, for Conv1D
-    return config
-
-
-_WAYS = (
-    "\nLet the model's own computation tell, name the family with keymap=, give a KeyMap with a line for each, or leave"
-    " them out of target_modules. NNX: pass example=[inputs]. Linen: let the adapted module make the collection,\n"
-    '  made = jaxadapt.adapt(module, config).init(key, x)["lora"]  # for load its shapes are enough: jax.eval_shape\n'
-    '  jaxadapt.load(path, {"params": params, "lora": made})'
-)
-
-
-def select(
-    config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], unsure: frozenset[str] = NONE
-) -> tuple[Bound, ...]:
-    """The sites of a model that a configuration names.
-
-    Args:
-        shapes: `{dotted path: shape}` of the base model's leaves.
-
-    Raises `TargetError` if nothing matches, or what matches cannot be adapted; `KeyMapError` if a
-    matching weight has no line, so that nothing targeted is ever left out silently.
-    """
-    bounds, warned = _select(config, keymap, tuple(shapes.items()), unsure)
-    for line in warned:
-        warn(line)
-    return bounds
-
-
-@functools.lru_cache(maxsize=16)  # a server that loads adapters by the hundred has few models, and few configurations
-def _select(
-    config: Config, keymap: KeyMap, leaves: tuple[tuple[str, Shape], ...], unsure: frozenset[str]
-) -> tuple[tuple[Bound, ...], tuple[str, ...]]:
-    """`select`, and what it warns of."""
-    method, shapes = methods.of(config), dict(leaves)
-    found, unmapped = _inventory(keymap, shapes, unsure)
-    names = _names(found, unmapped)
-    replication.check(config, names)
-    chosen = targets.select(config, names, linear=_linear(method, found), output=keymap.output)
-    own = _parameters(config, method, keymap, shapes)
-    warned = doubts.doubtful(config, names, (*chosen, *(name for b in own for name in b.modules)))
-    if config.get("target_parameters"):
-        sites = (site for leaf in shapes if (site := keymap.site(leaf)) is not None)
-        known = [name for site in sites for name in parameters.names(site, _one_each(site)).values()]
-        missed = doubts.unmatched_parameters(config, dict.fromkeys((*known, *(n for b in own for n in b.modules))))
-        if missed and not own and not chosen:
-            raise TargetError("\n".join(missed))
-        warned += missed
-    wanted = set(chosen)
-
-    bounds: list[Bound] = []
-    refused = [
-        f"{leaf}: kind {site.weight.kind!r}, {method.peft_type} here adapts {sorted(method.kinds)}"
-        for leaf, (site, _, mods) in found.items()
-        if site.weight.kind not in method.kinds and wanted & set(mods.values())
-    ]
-    named = {leaf: set(called) for leaf, called in unmapped.items() if wanted & set(called)}
-    matrices = {name for leaf, called in named.items() if len(shapes[leaf]) >= 2 for name in called}
-    refused += [f"{leaf} {shapes[leaf]}: no matrix" for leaf, called in named.items() if not called & matrices]
-    if refused:
-        raise TargetError("target_modules names weights this method cannot adapt:\n" + paths.listing(refused))
-    lost = [f"{leaf} {shapes[leaf]}" for leaf in named if len(shapes[leaf]) >= 2]
-    if lost:
-        raise KeyMapError(
-            f"target_modules names weights whose axis roles the table {keymap.name!r} does not know:\n"
-            + paths.listing(lost)
-            + _WAYS
-        )
-    for site, sizes, mods in found.values():
-        if not wanted & set(mods.values()):
-            continue
-        parts = _targeted(site, mods, wanted)
-        chosen = tuple(m for index, m in mods.items() if parts is None or index[-1] in parts)
-        bounds.append(_bind(config, method, keymap, dataclasses.replace(site, parts=parts), sizes, chosen))
-    twice = {b.leaf for b in bounds} & {b.leaf for b in own}
-    if twice:
-        raise TargetError("target_modules and target_parameters both name these weights:\n" + paths.listing(twice))
-    bounds += own
-    return (*bounds, *_copies(config, keymap, shapes, bounds)), tuple(warned)
-
-
-def _parameters(config: Config, method: methods.Method, keymap: KeyMap, shapes: Mapping[str, Shape]) -> list[Bound]:
-    """The sites that `target_parameters` names."""
-    found = parameters.select(config, keymap, shapes)
-    depths = parameters.depths(keymap, (site for site, _, _ in found))
-    bounds: list[Bound] = []
-    for site, sizes, names in found:
-        parts = _targeted(site, names, {n for n in names.values() if targets.is_parameter(config, n)})
-        chosen = tuple(n for index, n in names.items() if parts is None or index[-1] in parts)
-        site = dataclasses.replace(site, parts=parts)
-        bounds.append(_bind(config, method.on_parameter(depths[site.leaf]), keymap, site, sizes, chosen))
-    return bounds
-
-
-def _copies(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], adapted: Sequence[Bound]) -> list[Bound]:
-    """The sites of which the adapter holds a full copy."""
-    own = {b.leaf for b in adapted}
-    bounds: list[Bound] = []
-    for site, sizes, found in copies.select(config, keymap, shapes, {m for b in adapted for m in b.modules}):
-        names = {index: paths.join(*name) for index, name in site.parameters(sizes).items()}
-        parts = _targeted(site, names, {names[index] for index in found})
-        chosen = tuple(m for index, m in names.items() if parts is None or index[-1] in parts)
-        copied = next(iter(found.values()))
-        bounds.append(_bind(config, copied, keymap, dataclasses.replace(site, parts=parts), sizes, chosen))
-    twice = [b.leaf for b in bounds if b.leaf in own]
-    if twice:
-        raise TargetError(
-            "modules_to_save or trainable_token_indices takes these weights, and target_modules would adapt them as"
-            " well:\n" + paths.listing(twice)
-        )
-    return bounds
 
 
 def tabled(keymap: KeyMap, bounds: Sequence[Bound]) -> KeyMap:
@@ -252,31 +76,6 @@ def tabled(keymap: KeyMap, bounds: Sequence[Bound]) -> KeyMap:
         for b in bounds
         if b.method.copies and (keymap.site(b.leaf) is None or b.site.weight.kind == copies.LOOKUP)
     )
-
-
-def uncovered(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]) -> tuple[str, ...]:
-    """The leaves that the configuration may name and the table has no line for."""
-    _, unmapped = _inventory(keymap, shapes, NONE)
-    matrices = {leaf: called for leaf, called in unmapped.items() if len(shapes[leaf]) >= 2}
-    if targets.is_all_linear(config):
-        return tuple(matrices)
-    return tuple(leaf for leaf, called in matrices.items() if any(targets.matches(config, m) for m in called))
-
-
-def _targeted(site: Site, modules: Mapping[tuple[int, ...], str], wanted: set[str]) -> tuple[int, ...] | None:
-    """The targeted entries of a fused axis, None if all (or none) of the leaf is targeted."""
-    hit = {index for index, module in modules.items() if module in wanted}
-    if not hit or len(hit) == len(modules):
-        return None
-    parts = sorted({index[-1] for index in hit}) if site.roles["fused"] else []
-    whole = {index for index in modules if parts and index[-1] in parts}
-    if hit != whole:
-        some = sorted(modules[i] for i in set(modules) - hit)[:3]
-        raise TargetError(
-            f"leaf {site.leaf!r} stacks several layers in one array, and only some are targeted"
-            f" (not {', '.join(some)}, …); target all of them, or use the unrolled model"
-        )
-    return tuple(parts)
 
 
 def recover(config: Config, keymap: KeyMap, leaves: Mapping[str, Mapping[str, Shape]]) -> tuple[Bound, ...]:
@@ -338,7 +137,7 @@ def _recover(config: Config, keymap: KeyMap, tensors: Tensors) -> tuple[Bound, .
         # A file's list of tokens is of the table that carries their rows.
         inputs = site.module({}) if "copy" not in shapes and not site.braced else None
         which = functools.partial(copies.of_site, config, site, adapted=adapted, inputs=inputs)
-        found = which(_one_each(site))
+        found = which(one_each(site))
         if not found:
             raise MismatchError(
                 f"{site.leaf!r}: the adapter holds {', '.join(shapes)} of it, which none of modules_to_save, bias and"
@@ -349,7 +148,7 @@ def _recover(config: Config, keymap: KeyMap, tensors: Tensors) -> tuple[Bound, .
         one = next(iter(found.values()))
         sizes = plan.sizes_from_tensors(site, one.tensors(config, site, ()), shapes)
         names = [paths.join(*site.parameters(sizes)[index]) for index in which(sizes)]
-        bounds.append(_bind(config, one, keymap, site, sizes, tuple(names)))
+        bounds.append(at(config, one, keymap, site, sizes, tuple(names)))
     if unmapped:
         raise KeyMapError(
             f"the table {keymap.name!r} has no line for these adapted leaves:\n"
@@ -360,14 +159,14 @@ def _recover(config: Config, keymap: KeyMap, tensors: Tensors) -> tuple[Bound, .
     return tuple(bounds)
 
 
-def _one_each(site: Site) -> dict[str, int]:
+def one_each(site: Site) -> dict[str, int]:
     """Sizes of the braced axes that name every fused part, and of the layers the first."""
     fused = {axis: len(site.weight.names(axis) or ()) for axis in site.roles["fused"]}
     return {**dict.fromkeys(site.braced, 1), **fused}
 
 
 def _by_name(config: Config, site: Site) -> bool:
-    return any(targets.is_parameter(config, name) for name in parameters.names(site, _one_each(site)).values())
+    return any(targets.is_parameter(config, name) for name in parameters.names(site, one_each(site)).values())
 
 
 def _some(site: Site, parts: Collection[int]) -> tuple[int, ...] | None:
@@ -380,7 +179,7 @@ def _recovered(
     config: Config, method: methods.Method, keymap: KeyMap, site: Site, shapes: Mapping[str, Shape]
 ) -> Bound:
     # Which parts are targeted decides the tensors' sizes, and sizes decide the modules: names first.
-    sizes = _one_each(site)
+    sizes = one_each(site)
     called, names = _names_of(method), targets.matches if method.depth is None else targets.is_parameter
     mods = called(site, sizes)
     if site.roles["fused"]:
@@ -390,7 +189,7 @@ def _recovered(
     sizes = {**sizes, **plan.sizes_from_tensors(site, method.tensors(config, site, modules), shapes)}
     every = called(site, sizes)
     modules = tuple(m for index, m in every.items() if site.parts is None or index[-1] in site.parts)
-    return _bind(config, method, keymap, site, sizes, modules)
+    return at(config, method, keymap, site, sizes, modules)
 
 
 def _names_of(method: methods.Method) -> Any:

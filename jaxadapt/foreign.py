@@ -28,6 +28,7 @@ from jaxadapt import (
     paths,
     per_expert,
     products,
+    selecting,
     slots,
     targets,
     trees,
@@ -218,7 +219,7 @@ def extract(found: Found, config: Config | None, keymap: KeyMap | str | None, lo
             f" to_peft, which needs less:\n{paths.listing(lost)}"
         )
     table = known.real or known.keymap
-    bounds = bind.select(config, table, shapes)
+    bounds = selecting.select(config, table, shapes)
     leaves = bind.file_plan(bounds).decode(tensors)
     return Adapter(config, paths.unflatten(leaves), table)
 

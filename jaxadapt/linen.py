@@ -19,7 +19,7 @@ import jax
 from flax.core import FrozenDict, meta
 from flax.core.scope import in_filter
 
-from jaxadapt import bind, initial, linen_survey, linen_tree, methods, paths, quantized, targets
+from jaxadapt import bind, initial, linen_survey, linen_tree, methods, paths, quantized, selecting, targets
 from jaxadapt.adapter import CONFIG_NODE, Adapter, Recipe, collection_name, is_array
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError
@@ -85,9 +85,9 @@ class Adapted:
         table = keymap.with_lines(lines)
         out: dict[str, tuple[Recipe, tuple[bind.Bound, ...]]] = {}
         for name, config in self.adapters:
-            config = bind.resolve(config, table, found.shapes)
+            config = selecting.resolve(config, table, found.shapes)
             found.check(config, table)
-            bounds = bind.select(config, table, found.shapes)
+            bounds = selecting.select(config, table, found.shapes)
             found.check_saved([b.leaf for b in bounds if b.method.copies and b.static.because == "modules_to_save"])
             mine = {b.leaf for b in bounds}
             full = bind.tabled(keymap.with_lines(w for w in lines if w.leaf in mine), bounds)

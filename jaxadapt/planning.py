@@ -19,6 +19,7 @@ from jaxadapt import (
     paths,
     quantized,
     replication,
+    selecting,
     targets,
 )
 from jaxadapt.adapter import Recipe, is_array
@@ -91,8 +92,8 @@ def plan(
     if base.walked is not None:
         return _on_model(base, base.walked, config, keymap, stack_axes, example)
     table = families.resolve(keymap, base.shapes)
-    config = bind.resolve(config, table, base.shapes)
-    bounds = bind.select(config, table, base.shapes)
+    config = selecting.resolve(config, table, base.shapes)
+    bounds = selecting.select(config, table, base.shapes)
     replication.check_values(config, table, lambda: base.leaves)
     return Recipe(config, bind.tabled(table, bounds), len(bounds)), bounds
 
@@ -119,17 +120,17 @@ def _on_model(
     if example is not None:
         # What a layer computes says more of its axes than the generic map, and less than a family's table.
         known = dataclasses.replace(GENERIC, weights=()) if table == GENERIC else table
-        wanted = nnx_survey.custom(owners, bind.uncovered(config, known.with_lines(lines), shapes))
+        wanted = nnx_survey.custom(owners, selecting.uncovered(config, known.with_lines(lines), shapes))
         traced, others = nnx_calls.traced_axes(model, walked, example, wanted, required=not all_linear)
         shapes = {leaf: shape for leaf, shape in shapes.items() if leaf not in others}
         lines = nnx_survey.class_lines(owners, table, stack_axes, traced)
     full = table.with_lines(lines)
     said = {line.leaf for line in lines}
     # The generic map speaks of Flax's own layers; a custom one may hold its kernel the other way round.
-    unsure = frozenset(nnx_survey.custom(owners, shapes)) - said if table == GENERIC else bind.NONE
-    config = bind.resolve(config, full, shapes, unsure)
+    unsure = frozenset(nnx_survey.custom(owners, shapes)) - said if table == GENERIC else selecting.NONE
+    config = selecting.resolve(config, full, shapes, unsure)
     try:
-        bounds = bind.select(config, full, shapes, unsure)
+        bounds = selecting.select(config, full, shapes, unsure)
     except TargetError as error:
         _refuse_qwix(model, error)
         raise

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxadapt import bind, merging, methods, paths, planning, products, targets
+from jaxadapt import bind, merging, methods, paths, planning, products, selecting, targets
 from jaxadapt.adapter import Adapter
 from jaxadapt.configs import Config, LoraConfig
 from jaxadapt.errors import AttachError, ConfigError, MismatchError
@@ -134,7 +134,7 @@ def to_lora(
         modules = sorted({m for b in bounds for m in b.modules})
         if not all(targets.matches(config, m) for m in modules):
             config = config.replace(target_modules=modules, exclude_modules=None)
-        bounds = bind.select(config, table, {leaf: tuple(base[leaf].shape) for leaf in source.sites})
+        bounds = selecting.select(config, table, {leaf: tuple(base[leaf].shape) for leaf in source.sites})
     else:
         base, tuned = _pair(source)
         config = LoraConfig(r=r, lora_alpha=r, target_modules=target_modules)

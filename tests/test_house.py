@@ -22,9 +22,9 @@ FLOORS = [
     "pieces weight arrangement keymap generic dialect plan adapter peft_tensors"
     " trace operations layout liveness layers targets drawing factors codecs consumers card hub"
     " quantized near tensor used boxes".split(),
-    "methods families agreeing copies parameters tying replication bind renaming joining embeddings folder".split()
-    + "per_expert orbax_folder transfer together vocabulary dialects guests guest_config laying sharding slots".split()
-    + ["run_folder", "pytorch", "initial", "single_experts", "doubts", "filling", "plain", "heads"],
+    "methods families agreeing copies parameters tying replication bind selecting renaming joining embeddings".split()
+    + "folder per_expert orbax_folder transfer together vocabulary dialects guests guest_config laying sharding".split()
+    + ["slots", "run_folder", "pytorch", "initial", "single_experts", "doubts", "filling", "plain", "heads"],
     "linen linen_call linen_survey linen_tree nnx nnx_survey merging products combining norms trees checking".split()
     + "observing eva nnx_calls nnx_layer wholes".split(),
     "foreign planning attach exchange store bases report picture reducing rescaling invoking optim".split()
@@ -54,14 +54,18 @@ SAME_FLOOR = {
     ("bind", "methods"): "a configuration is bound by its method",
     ("bind", "copies"): "and the leaves it copies are bound too",
     ("bind", "parameters"): "and those that it has by their own names",
+    ("selecting", "bind"): "what is selected is bound",
+    ("selecting", "methods"): "by its method",
+    ("selecting", "copies"): "or as a copy",
+    ("selecting", "parameters"): "or by its own name",
     ("copies", "methods"): "a copy is a method of its own",
     ("renaming", "bind"): "it knows an adapter's sites",
     ("renaming", "parameters"): "and by what names they go",
     ("boxes", "arrangement"): "boxes of arranged leaves, and of what is in files",
     ("together", "folder"): "it is written as a folder",
     ("embeddings", "bind"): "an adapter's sites tell which embeddings it has",
-    ("bind", "replication"): "whether a model has the layers that a configuration makes",
-    ("bind", "tying"): "what of a model's weights are one",
+    ("selecting", "replication"): "whether a model has the layers that a configuration makes",
+    ("selecting", "tying"): "what of a model's weights are one",
     ("copies", "tying"): "and whose copy counts in the lookup alone",
     ("embeddings", "tying"): "what PEFT takes for an embedding",
     ("vocabulary", "initial"): "whether a base leaf is there",
@@ -69,7 +73,7 @@ SAME_FLOOR = {
     ("vocabulary", "copies"): "and of which table",
     ("vocabulary", "tying"): "or head",
     ("targets", "near"): "an error says what comes near",
-    ("bind", "doubts"): "what may be a mistake in a selection",
+    ("selecting", "doubts"): "what may be a mistake in a selection",
     ("filling", "guests"): "what goes into the leaves that were bound",
     ("per_expert", "single_experts"): "names with holes are matched alike",
     ("per_expert", "joining"): "gate and up may share an A",

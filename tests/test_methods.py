@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxadapt
-from jaxadapt import ConfigError, KeyMapError, bind, configs, initial, methods, paths
+from jaxadapt import ConfigError, KeyMapError, bind, configs, initial, methods, paths, selecting
 from jaxadapt.axes import LETTERS, Axes, Use
 from jaxadapt.configs.text import CLASSES
 from jaxadapt.keymap import KeyMap
@@ -60,7 +60,7 @@ def variants(peft_type, targets):
 
 def bound_of(config, line):
     weight, shape, _ = line
-    (bound,) = bind.select(config, KeyMap("t", (weight,)), {"w": shape})
+    (bound,) = selecting.select(config, KeyMap("t", (weight,)), {"w": shape})
     return bound
 
 
@@ -151,7 +151,7 @@ def test_tensors_have_distinct_names_and_keys_and_the_shapes_they_say(config, li
 def test_initial_values_follow_the_key_and_the_place(peft_type):
     for config in variants(peft_type, ["q"]):
         table = KeyMap("t", (Weight("h.{l}", "h.{l}.q.weight", "i o -> o i"),))
-        bounds = bind.select(config, table, {f"h.{l}": (4, 6) for l in range(2)})
+        bounds = selecting.select(config, table, {f"h.{l}": (4, 6) for l in range(2)})
         one = initial.fresh(config, bounds, jax.random.key(0))
         assert small.same(one, initial.fresh(config, bounds, jax.random.key(0)))
         assert small.same(one, {**initial.fresh(config, bounds[::-1], jax.random.key(0))})
