@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
+from jaxadapt import layers, methods, parameters, paths, plan, quantized, targets, trace, used
 from jaxadapt import linen_call as calls
-from jaxadapt import methods, parameters, paths, plan, quantized, targets, trace, used
 from jaxadapt.axes import Axes
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError
@@ -36,6 +36,7 @@ class Survey:
         shapes: of every base leaf.
         roles: a known class's or a trace's, by leaf.
         kinds: kind and groups of the leaves that are no plain matrices.
+        classes: the leaves whose roles their class says; a table that says others is wrong.
         stack: the axes on which each leaf (seen in a call) is stacked.
         vectors: leaves that have fewer than two axes inside their own module.
         unknown: why there are no roles for a leaf; a table may supply them.
@@ -49,6 +50,7 @@ class Survey:
     stateful: frozenset[str]
     roles: dict[str, Axes] = dataclasses.field(default_factory=dict[str, Axes])
     kinds: dict[str, tuple[str, int]] = dataclasses.field(default_factory=dict[str, tuple[str, int]])
+    classes: set[str] = dataclasses.field(default_factory=set[str])
     stack: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict[str, tuple[int, ...]])
     vectors: set[str] = dataclasses.field(default_factory=set[str])
     unknown: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
@@ -65,6 +67,9 @@ class Survey:
             if site is not None and fits and not guesses:
                 if stack is not None and site.stack != stack:
                     self.refused[leaf] = f"the table stacks its layers on axes {site.stack}, the model on {stack}"
+                # A table may order axes otherwise, or know that an output axis is a fused one; never which is an input.
+                elif leaf in self.classes and set(site.axes.inn) != set((said := self.roles[leaf]).inn):
+                    self.refused[leaf] = layers.contradicted(site.axes, said)
             elif leaf in self.roles and leaf not in self.unknown and stack is not None:
                 kind = self.kinds.get(leaf, ("linear", 1))
                 if site is None or not fits or (site.axes, site.stack) != (self.roles[leaf], stack):
@@ -133,6 +138,7 @@ class _Marking:
         if (said := calls.said(module, method, name)) is not None:
             self.survey.roles[leaf], kind, groups = said
             self.survey.kinds[leaf] = (kind, groups)
+            self.survey.classes.add(leaf)
             return
         roles_of = calls.known(module, method)
         if roles_of is not None and name != "kernel":
@@ -141,6 +147,7 @@ class _Marking:
         try:
             if roles_of is not None:
                 axes = roles_of[0](module, calls.call_input(args, kwargs)[1])
+                self.survey.classes.add(leaf)
             else:
                 call, weights = calls.alone(module, method), {name: value}
                 if not trace.uses(lambda w, *a: call(w, *a, **kwargs)[0], weights, *args)[name]:

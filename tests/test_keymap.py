@@ -393,6 +393,20 @@ def test_a_head_alone_makes_no_family(head):
     assert families.resolve(None, mine) is GENERIC
 
 
+def gpt2_shapes(dense):
+    """GPT-2 under Hugging Face's names: the kernels as transformers' Flax classes hold them, or as nn.Dense does."""
+    kernels = {"attn.c_attn": (48, 16), "attn.c_proj": (16, 16), "mlp.c_fc": (64, 16), "mlp.c_proj": (16, 64)}
+    layer = {f"{m}.kernel": shape[::-1] if dense else shape for m, shape in kernels.items()}
+    layer |= {f"{m}.bias": (shape[0],) for m, shape in kernels.items()} | {"ln_1.scale": (16,), "ln_1.bias": (16,)}
+    out = {f"transformer.h.{l}.{leaf}": shape for l in range(2) for leaf, shape in layer.items()}
+    return {**out, "transformer.wte.embedding": (50, 16), "lm_head.kernel": (16, 50)}
+
+
+def test_a_gpt2_of_dense_layers_is_not_taken_for_one_of_transposed_kernels():
+    assert families.resolve(None, gpt2_shapes(dense=False)).name == "gpt2"
+    assert families.resolve(None, gpt2_shapes(dense=True)) is GENERIC
+
+
 def test_a_keymap_is_a_table_or_a_name():
     with pytest.raises(KeyMapError, match="expected a KeyMap or the name of a family, found list"):
         families.resolve([Weight("a", "a.weight", "i o -> o i")], {})

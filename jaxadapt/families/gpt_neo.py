@@ -18,6 +18,7 @@ GPT_NEO = KeyMap(
         *dense("lm_head", bias=False),
     ),
     output="lm_head",
+    needs=(f"{_LAYER}attn.attention.q_proj.kernel",),  # the rest of a layer is called as in a GPT-2 of nn.Dense
     tied=_TIED,
     buffers=("transformer.h.{l}.attn.attention.bias", "transformer.h.{l}.attn.attention.masked_bias"),
     spellings=bare("transformer."),

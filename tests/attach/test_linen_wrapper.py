@@ -434,6 +434,24 @@ def test_a_table_that_contradicts_the_model():
         jax.eval_shape(model.init, KEY, jnp.zeros((1, 3), jnp.int32))
 
 
+@pytest.mark.parametrize("sides", ["o i -> o i", "i o -> o i"])
+def test_a_table_must_not_take_a_layers_outputs_for_its_inputs(sides: str):
+    """Of a square kernel shapes do not tell, and the file would hold the change transposed."""
+
+    class Square(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nn.Dense(4, name="up")(x)
+
+    table = jaxadapt.KeyMap("mine", (jaxadapt.Weight("up.kernel", "up.weight", sides),))
+    model = jaxadapt.adapt(Square(), lora("up"), keymap=table)
+    if sides == "i o -> o i":
+        model.init(KEY, jnp.ones((1, 4)))
+    else:
+        with pytest.raises(jaxadapt.AttachError, match=r"up.kernel: the table .* contradicts .* keymap='generic'"):
+            model.init(KEY, jnp.ones((1, 4)))
+
+
 # ---------------------------------------------------------------- several adapters
 
 
