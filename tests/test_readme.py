@@ -5,10 +5,13 @@ A block after the line `<!-- no-run -->` is left out.
 
 from __future__ import annotations
 
+import operator
 import re
 from pathlib import Path
 
 import pytest
+
+import jaxadapt
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {str(path.relative_to(ROOT)): path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -50,3 +53,15 @@ def test_links_lead_somewhere(page: str):
         assert there.exists(), m[0]
         assert not m[2] or m[2] in anchors(there.read_text(encoding="utf-8")), m[0]
     assert found or page != "README.md"
+
+
+@pytest.mark.peft
+def test_what_pefts_functions_are_called_here():
+    import peft
+
+    table = TEXT["docs/adapters.md"].partition("## Coming from PEFT")[2]
+    rows = re.findall(r"^\| `([\w.]+)` \| (.+) \|$", table, re.M)
+    assert len(rows) > 10
+    for theirs, ours in rows:
+        operator.attrgetter(theirs)(peft)
+        assert set(re.findall(r"`(\w+)`", ours)) <= set(jaxadapt.__all__), ours
