@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxadapt import bind, linen, nnx, nnx_survey
+from jaxadapt import bind, linen, nnx, nnx_params, nnx_survey
 from jaxadapt.adapter import collection_name
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError
@@ -69,7 +69,7 @@ def invoke(model: Any, tokens: Any) -> Generator[Any]:
             if not bound.method.copies:
                 at = vars(module)[collection_name(found[name].config)][name][attr]
                 shape = vars(module)[attr].shape
-                at[alora.MASK] = nnx_survey.TokenMask(alora.stacked(mask, bound.site.stack, shape))
+                at[alora.MASK] = nnx_params.TokenMask(alora.stacked(mask, bound.site.stack, shape))
                 held.append(at)
     try:
         yield model

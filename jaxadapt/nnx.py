@@ -24,12 +24,10 @@ from jaxadapt.adapter import Adapter, Recipe, collection_name
 from jaxadapt.errors import AttachError
 from jaxadapt.methods import Method
 from jaxadapt.nnx_layer import ACTIVE, Attached, adapted_class
-from jaxadapt.nnx_survey import DROPOUT, AdaptedMeta, AdapterParam, Owner, base_class, natural, swap
+from jaxadapt.nnx_params import AdapterParam
+from jaxadapt.nnx_survey import DROPOUT, AdaptedMeta, Owner, base_class, natural, swap
 
 Tree = nnx.Module | nnx.State[Any, Any]
-
-BaseParam = nnx.All(nnx.Param, nnx.Not(AdapterParam))
-"""The filter for the frozen rest. (`nnx.Param` alone catches adapters too, and would train the base.)"""
 
 
 # ---------------------------------------------------------------- where parameters live

@@ -26,7 +26,7 @@ FLOORS = [
     + "folder per_expert orbax_folder transfer together vocabulary dialects guests guest_config laying sharding".split()
     + ["slots", "run_folder", "pytorch", "initial", "single_experts", "doubts", "filling", "plain", "heads"],
     "linen linen_call linen_survey linen_tree nnx nnx_survey merging products combining norms trees checking".split()
-    + "observing eva nnx_calls nnx_layer wholes".split(),
+    + "observing eva nnx_calls nnx_layer nnx_params wholes".split(),
     "foreign planning attach exchange store bases report picture reducing rescaling invoking optim".split()
     + "beginning starting originals quantizing".split(),
     "converting on_disk sharing checkpoint snapshot resuming step_files step_reading".split()
@@ -123,6 +123,8 @@ SAME_FLOOR = {
     ("report", "attach"): "a summary extracts",
     ("trees", "nnx"): "a model is a tree",
     ("trees", "linen_tree"): "boxes are opened as Linen opens them",
+    ("nnx_survey", "nnx_params"): "which parameters are no base's",
+    ("nnx", "nnx_params"): "which are an adapter's",
     ("nnx", "nnx_layer"): "a layer that carries an adapter gets a class that applies it",
     ("nnx_layer", "nnx_survey"): "which knows how its own class uses the weight",
     ("nnx", "nnx_survey"): "attaching asks what a model does with its weights",
@@ -156,7 +158,7 @@ SAME_FLOOR = {
 
 # library -> the rooms that may import it
 DOORS: dict[str, set[str]] = {
-    "flax": {*"linen linen_call linen_survey linen_tree nnx nnx_calls nnx_layer nnx_survey".split(), "demo"},
+    "flax": {*"linen linen_call linen_survey linen_tree nnx nnx_calls nnx_layer nnx_params nnx_survey".split(), "demo"},
     # The library never imports torch. The demo's comparison with PEFT is a process of its own.
     "torch": {"demo.check"},
     "peft": {"demo.check"},
