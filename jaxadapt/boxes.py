@@ -69,10 +69,19 @@ def cuts(sharding: Sharding, shape: Shape, step: int) -> tuple[list[tuple[slice,
     """
     runs = True
     for box in here(sharding, shape):
-        large = next((axis for axis, (start, stop) in enumerate(box) if stop - start > 1), len(shape))
         first = sum(start * math.prod(shape[axis + 1 :]) for axis, (start, _) in enumerate(box))
-        runs &= box[large + 1 :] == whole(shape)[large + 1 :] and first % step == 0
+        runs &= one_run(shape, box) and first % step == 0
     return [slices(box) for box in here(sharding, shape)], runs
+
+
+def one_run(shape: Shape, box: Box) -> bool:
+    """Whether a box's elements lie one after the other in an array of this shape.
+
+    >>> one_run((4, 3), ((1, 3), (0, 3))), one_run((4, 3), ((1, 3), (0, 2))), one_run((4, 3), ((1, 2), (0, 2)))
+    (True, False, True)
+    """
+    large = next((axis for axis, (start, stop) in enumerate(box) if stop - start > 1), len(shape))
+    return box[large + 1 :] == whole(shape)[large + 1 :]
 
 
 @functools.lru_cache(maxsize=1024)

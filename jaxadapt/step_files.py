@@ -139,7 +139,7 @@ def prepare_together(
         def parts(_: bool) -> Iterator[parallel.Part]:
             more = counting(report, "save", sum(x.nbytes for boxes in held.values() for x in boxes.values()))
             for name in sorted(held):
-                for box, values in together.joined(held[name]):
+                for box, values in together.joined(held[name], tuple(taken.arrays[name].shape)):
                     if name in odd:
                         values = _as_bytes(values)
                         box = (*box, (0, values.shape[-1]))
@@ -147,7 +147,7 @@ def prepare_together(
                     more(values.nbytes)
 
         if group.index > 0:
-            parallel.follow(str(path), layout, parts, group, alike | {"step": path.name})
+            parallel.follow(str(path), layout, parts, group, shared, alike | {"step": path.name})
             group.hear("result")
             return
         try:
@@ -190,7 +190,7 @@ def sweep(folder: Place) -> None:
 def remove(path: Place) -> None:
     """Removes a step. Raises `FileError`."""
     try:
-        path.unlink()
+        path.unlink() if isinstance(path, Address) else atomic.remove(path)
     except FileNotFoundError:
         return
     except OSError as error:

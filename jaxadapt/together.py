@@ -18,6 +18,7 @@ from jax.sharding import Sharding
 
 from jaxadapt import boxes, folder
 from jaxadapt.adapter import PeftTensors
+from jaxadapt.arrangement import Arrangement
 from jaxadapt.boxes import Box
 from jaxadapt.codecs import parallel, places, safetensors
 from jaxadapt.codecs.group import Group
@@ -52,13 +53,17 @@ def write(
     group = Group(str(target), timeout, STAGES)
     alike = alone(encoded.leaves) | {"the configuration": parallel.digest(tensors.config.to_json())}
 
+    def size(values: Iterable[Any]) -> int:
+        return sum(x.size * (encoded.dtype or x.dtype).itemsize for x in values)
+
     def parts(common: bool) -> Iterator[Part]:
         if common:
             held = own(encoded.leaves, group.index)
-            made, values = _own(encoded, held), [x for boxes in held.values() for x in boxes.values()]
-        else:
-            made, values = _gathered(encoded, group.index), encoded.leaves.values() if group.index == 0 else ()
-        more = counting(report, "save", sum(x.size * (encoded.dtype or x.dtype).itemsize for x in values))
+            return counted(_own(encoded, held), size(x for boxes in held.values() for x in boxes.values()))
+        return counted(_gathered(encoded, group.index), size(encoded.leaves.values() if group.index == 0 else ()))
+
+    def counted(made: Iterator[Part], total: int) -> Iterator[Part]:
+        more = counting(report, "save", total)
         for part in made:
             yield part
             more(part.array.nbytes)
@@ -79,7 +84,7 @@ def write(
         group.tell("result")
     else:
         specs = {key: (spec.dtype, spec.shape) for key, spec in encoded.specs.items()}
-        parallel.follow(os.fspath(target / folder.WEIGHTS), safetensors.named_specs(specs), parts, group, alike)
+        parallel.follow(os.fspath(target / folder.WEIGHTS), safetensors.named_specs(specs), parts, group, shared, alike)
         group.hear("result")
 
 
@@ -144,16 +149,42 @@ def addressable(placed: Sharding, shape: tuple[int, ...]) -> dict[Box, int]:
     return {box: numbers[device] for box, device in boxes.here(placed, shape).items()}
 
 
-def joined(held: Mapping[Box, np.ndarray]) -> Iterator[tuple[Box, np.ndarray]]:
-    """The same values in fewer and larger boxes, where some are neighbours."""
-    for outer, members in boxes.merged(held).items():
+def joined(held: Mapping[Box, np.ndarray], laid: Arrangement | boxes.Shape) -> Iterator[tuple[Box, np.ndarray]]:
+    """The same values in fewer and larger boxes, where some are neighbours and their runs in the file become longer.
+
+    `laid` is how the array lies in the file: in tensors of it, or as one tensor of its shape.
+    """
+    if all(values.nbytes >= _LARGE for values in held.values()) and _in_one(tuple(held), laid):
+        yield from held.items()
+        return
+    for outer, members in _neighbours(tuple(held)):
         if len(members) == 1:
             yield outer, held[outer]
             continue
-        whole = np.empty(boxes.extent(outer), held[members[0]].dtype)
-        for box in members:
-            whole[boxes.within(box, outer)] = held[box]
+        whole = np.empty(boxes.extent(outer), held[members[0][0]].dtype)
+        for box, where in members:
+            whole[where] = held[box]
         yield outer, whole
+
+
+_LARGE = 16 << 10
+"""Bytes that are not copied to be written with others, as in `codecs.runs`."""
+
+
+@functools.lru_cache(maxsize=1024)
+def _in_one(parts: tuple[Box, ...], laid: Arrangement | boxes.Shape) -> bool:
+    """Whether each of these boxes is one run of bytes in the file."""
+    if not isinstance(laid, Arrangement):
+        return all(boxes.one_run(laid, box) for box in parts)
+    found = [boxes.pieces(laid, box) for box in parts]
+    return all(len(some) == 1 and boxes.one_run(some[0].shape, some[0].box) for some in found)
+
+
+@functools.lru_cache(maxsize=1024)
+def _neighbours(parts: tuple[Box, ...]) -> list[tuple[Box, list[tuple[Box, tuple[slice, ...]]]]]:
+    """`boxes.merged`, with the place of each box in the larger one: the same for the leaves of all layers."""
+    merged = boxes.merged(parts).items()
+    return [(outer, [(box, boxes.within(box, outer)) for box in members]) for outer, members in merged]
 
 
 def gathered(leaf: Any) -> np.ndarray:
@@ -168,7 +199,7 @@ def _own(encoded: Encoded, held: dict[str, dict[Box, np.ndarray]]) -> Iterator[P
     for entry in sorted(encoded.plan.entries, key=lambda e: e.keys[0]):
         left[entry.path] -= 1
         mine = held.get(entry.path, {}) if left[entry.path] else held.pop(entry.path, {})
-        for box, values in joined(mine):
+        for box, values in joined(mine, entry.form):
             yield from _parts(encoded, entry, box, values)
 
 

@@ -20,7 +20,7 @@ import secrets
 import shutil
 import stat
 import sys
-import threading
+from _thread import start_new_thread
 from collections import deque
 from collections.abc import Generator
 from itertools import islice
@@ -31,8 +31,8 @@ from jaxadapt.codecs.files import MAX_VIEWS, file_error
 from jaxadapt.errors import FileError
 
 __all__ = [
-    "Writer", "alone_in", "flush", "flush_tree", "make_parents", "replacing", "staging", "start_writeback", "sweep",
-    "write_bytes",
+    "Writer", "alone_in", "flush", "flush_tree", "make_parents", "remove", "replacing", "staging", "start_writeback",
+    "sweep", "write_bytes",
 ]  # fmt: skip
 
 
@@ -113,7 +113,7 @@ def sweep(directory: str | os.PathLike[str], names: str, *, folders: bool = Fals
 
     `folders`: what `staging` leaves, besides the files.
     """
-    pattern = re.compile(rf"\.(?:{names})\.\d+\.[0-9a-f]{{16}}\.tmp", re.DOTALL)
+    pattern = re.compile(rf"\.(?:{names})\.\d+\.[0-9a-f]{{16}}\.(?:tmp|old)", re.DOTALL)
     with contextlib.suppress(OSError):
         for stale in Path(directory).iterdir():
             if not pattern.fullmatch(stale.name):
@@ -163,34 +163,62 @@ def _create(directory: str, name: str) -> tuple[Path, int]:
         os.close(fd)
 
 
-def _finish(writer: Writer, temporary: Path) -> None:
+def _finish(writer: Writer, temporary: Path) -> int | None:
+    """Flushes and renames; the file that was there before, which `_free` closes."""
     try:
         flush(writer.fd)
-        with _freed_behind(writer.path):
+        old = _kept(writer.path, temporary)
+        try:
             temporary.replace(writer.path)
+        except OSError:
+            _free(old)
+            raise
     except OSError as error:
         raise _error(writer.path, error) from error
+    return old
 
 
-@contextlib.contextmanager
-def _freed_behind(path: str) -> Generator[None]:
-    """Replacing a file in the block does not wait for the system to free the old one, which takes 10 ms for 50 MB."""
-    old = None
-    with contextlib.suppress(OSError):  # there is none, or none that we may read
-        old = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+def _kept(path: str, temporary: Path) -> int | None:
+    """A file that is to be replaced, open, so that the renaming does not wait for the system to free it."""
+    # By another name, gone again: where a file is open by its own, the clients of some network file systems do not
+    # rename over it at one stroke, but put it aside first.
+    beside, fd = temporary.with_suffix(".old"), None
+    with contextlib.suppress(OSError):  # there is none, or the file system has no links
+        os.link(path, beside, follow_symlinks=False)
+        with contextlib.suppress(OSError):  # none that we may read
+            fd = os.open(beside, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        beside.unlink()
+    return fd
+
+
+def _free(fd: int | None) -> None:
+    """Closes a file without a name behind the caller, if it is large: the system takes 10 ms to free 50 MB."""
+    if fd is None:
+        return
     try:
-        yield
+        if os.fstat(fd).st_size >= _EARLY:
+            # (`threading` would wait until the thread runs; it then has the core to itself, in the kernel, for 5 ms.)
+            start_new_thread(_close, (fd,))
+            return
+    except (OSError, RuntimeError):  # the interpreter is going down and starts no threads
+        pass
+    _close(fd)
+
+
+def _close(fd: int) -> None:
+    with contextlib.suppress(OSError):
+        os.close(fd)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, without waiting for the system to free it. Raises `OSError`."""
+    fd = None
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        path.unlink()
     finally:
-        if old is not None:
-            # The last one who has it open frees it.
-            last = threading.Thread(target=os.close, args=(old,))
-            try:
-                if os.fstat(old).st_size < _EARLY:
-                    last.run()
-                else:
-                    last.start()
-            except RuntimeError:  # the interpreter is going down and starts no threads
-                last.run()
+        _free(fd)
 
 
 @contextlib.contextmanager
@@ -229,7 +257,7 @@ def replacing(path: str | os.PathLike[str]) -> Generator[Writer]:
         try:
             writer = Writer(fd, target, temporary)
             yield writer
-            _finish(writer, temporary)
+            old = _finish(writer, temporary)
         except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink()
@@ -241,6 +269,8 @@ def replacing(path: str | os.PathLike[str]) -> Generator[Writer]:
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems flush no directories
                 raise file_error("flush its directory", target, error, "the new file is in place") from error
+        finally:
+            _free(old)
     finally:
         os.close(directory_fd)
 

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Part", "Parts", "digest", "follow", "lead"]
 
-_LOT = 16 << 20  # the disk is set to work each time so many bytes of this process' own have gathered,
-_LAG = 4  # on what lies so many of these lots behind
+# The disk is set to work on what lies so many bytes of this process' own behind, an eighth of all within these bounds.
+_NEAR, _FAR = 4 << 20, 64 << 20
+_LOTS = 4  # each time a part of that has gathered
 
 
 class Part(NamedTuple):
@@ -44,7 +45,8 @@ class Part(NamedTuple):
 Parts = Callable[[bool], Iterator[Part]]
 """What this process is to write: its own parts of a shared file, or (False) process 0 everything, the others nothing.
 
-The iterator is always run to its end in all processes, since gathering for process 0 takes them all."""
+It is called while others are waited for: what takes an array off its device is best done before the iterator begins.
+That is always run to its end in all processes, since gathering for process 0 takes them all."""
 
 Specs = Mapping[str, tuple[str, Sequence[int]]]
 
@@ -77,11 +79,12 @@ def lead(
             os.ftruncate(writer.fd, header.size)
         except OSError as error:
             raise _error(path, error) from error
-        place = _Place(writer.fd, path, header.data_start, header.tensors)
+        place = _Place(writer.fd, path, header.data_start, header.tensors, header.size // group.count)
         place.write_at(memoryview(first), 0)
         name = writer.temporary.name
         plan = {"file": name, "size": header.size, "start": header.data_start}
         group.tell("plan", plan | {"specs": _specs_digest(specs), "alike": dict(alike)})
+        mine = None if shared is False else parts(True)
         blind = [process for process, sees in group.hear_all("sees").items() if not sees]
         if shared and blind:
             raise FileError(
@@ -90,19 +93,28 @@ def lead(
             )
         common = not blind if shared is None else shared
         group.tell("mode", common)
-        place.write(parts(common))
+        if not common:
+            mine = None  # before others are gathered
+        place.write(parts(False) if mine is None else mine)
+        place.flush()  # while the others do
         group.hear_all("written")
 
 
-def follow(path: str, specs: Specs, parts: Parts, group: Group, alike: Mapping[str, str]) -> None:
+def follow(path: str, specs: Specs, parts: Parts, group: Group, shared: bool | None, alike: Mapping[str, str]) -> None:
     """Takes part in the `lead` of process 0; returns when this process' parts are on the disk.
 
     Raises:
         MismatchError: the tensors, or what should be alike, are not those of process 0.
         FileError: as `lead`.
     """
-    plan = group.hear("plan")
     fd = None
+    try:
+        mine = None if shared is False else parts(True)
+        _, header = encode(path, specs, {})
+    except BaseException as error:
+        group.fail(error, "sees")
+        raise
+    plan = group.hear("plan")
     try:
         if plan["specs"] != _specs_digest(specs):
             raise MismatchError(f"{path}: the names, shapes or dtypes of its arrays are not those of process 0's")
@@ -122,9 +134,10 @@ def follow(path: str, specs: Specs, parts: Parts, group: Group, alike: Mapping[s
         group.tell("sees", fd is not None)
         common = group.hear("mode")
         try:
-            _, header = encode(path, specs, {})
-            place = _Place(-1 if fd is None else fd, path, plan["start"], header.tensors)
-            place.write(parts(common))
+            if not common:
+                mine = None  # before others are gathered
+            place = _Place(-1 if fd is None else fd, path, plan["start"], header.tensors, header.size // group.count)
+            place.write(parts(False) if mine is None else mine)
             if common:
                 place.flush()
         except BaseException as error:
@@ -177,11 +190,15 @@ class _Place:
 
     The disk is set to work on what lies some way behind, where the other processes, which go through the file in the
     same order, will have been as well: with gaps that they have still to fill it would get thousands of fragments,
-    which took three times as long to write and seconds to delete.
+    which took three times as long to write and seconds to delete. In a small file there are few, and the processes do
+    not get far from each other. What lies `_FAR` behind leaves the cache, as in `atomic.Writer`.
     """
 
-    def __init__(self, fd: int, path: str, start: int, tensors: Mapping[str, TensorInfo]) -> None:
+    def __init__(self, fd: int, path: str, start: int, tensors: Mapping[str, TensorInfo], share: int) -> None:
+        """`share` is how many bytes this process is to write, or about that."""
         self._fd, self._path, self._start, self._tensors = fd, path, start, tensors
+        lag = min(_FAR, max(_NEAR, share // 8))
+        self._lot, self._cached = lag // _LOTS, max(_LOTS + 1, _FAR * _LOTS // lag)
         self._fresh = 0  # bytes since the last of these
         self._behind: deque[tuple[int, int]] = deque()  # where one lot after the other was written, first and last
         self._low, self._high = sys.maxsize, 0
@@ -202,17 +219,22 @@ class _Place:
     def _write(self, part: Part) -> None:
         begin = self._start + self._tensors[part.key].start
         bits = safetensors.little_bits(part.array)
-        runs.write_box(lambda view, offset: self.write_at(view, begin + offset), part.shape, bits, part.box)
+        runs.write_box(lambda data, at, *cut: self.write_at(data, begin + at, *cut), part.shape, bits, part.box)
 
-    def write_at(self, data: memoryview, offset: int) -> None:
-        """Writes all of `data` at an offset in the file."""
-        self._low, self._high = min(self._low, offset), max(self._high, offset + len(data))
+    def write_at(self, data: memoryview, offset: int, run: int = 0, step: int = 0) -> None:
+        """Writes all of `data` at an offset in the file; in runs of so many bytes, which begin so far apart."""
+        run = run or len(data)
+        self._low = min(self._low, offset)
         self._fresh += len(data)
+        fd, pwrite = self._fd, os.pwrite
         try:
-            while len(data):
-                count = os.pwrite(self._fd, data, offset)
-                data, offset = data[count:], offset + count
-            if self._fresh >= _LOT:
+            for start in range(0, len(data), run):
+                done = pwrite(fd, data[start : start + run], offset)
+                while done < run:
+                    done += pwrite(fd, data[start + done : start + run], offset + done)
+                self._high = max(self._high, offset + run)
+                offset += step
+            if self._fresh >= self._lot:
                 self._set_to_work()
         except OSError as error:
             raise _error(self._path, error) from error
@@ -220,10 +242,14 @@ class _Place:
     def _set_to_work(self) -> None:
         self._behind.append((self._low, self._high))
         self._fresh, self._low, self._high = 0, sys.maxsize, 0
-        if len(self._behind) > _LAG:
-            for low, high in (self._behind[1], self._behind[0]):  # the second begins, the first is done and leaves
-                atomic.start_writeback(self._fd, low, high - low)
-            self._behind.popleft()
+        if len(self._behind) >= _LOTS:
+            self._start_writeback(self._behind[-_LOTS])
+        if len(self._behind) >= self._cached:  # what began long ago is done, and leaves
+            self._start_writeback(self._behind.popleft())
+
+    def _start_writeback(self, lot: tuple[int, int]) -> None:
+        low, high = lot
+        atomic.start_writeback(self._fd, low, high - low)
 
     def flush(self) -> None:
         """Waits until everything is on the disk."""

@@ -92,7 +92,7 @@ def read_box(
 
 
 def write_box(
-    write_at: Callable[[memoryview, int], None],
+    write_at: Callable[[memoryview, int, int, int], None],
     shape: Sequence[int],
     array: np.ndarray,
     box: Sequence[tuple[int, int]],
@@ -100,7 +100,8 @@ def write_box(
     """Writes a box of an array that lies C-contiguous somewhere, in as few runs as there are.
 
     Args:
-        write_at: takes contiguous bytes and their offset within the whole array.
+        write_at: takes contiguous bytes, their offset within the whole array, into runs of how many bytes they are to
+            be cut, and by how much one run begins after the other.
         shape: of the whole array.
         array: the box's elements, integers, of any strides.
         box: `(start, stop)` of each axis.
@@ -119,7 +120,7 @@ def write_box(
     start = sum(low * stride for (low, _), stride in zip(box, strides, strict=True))
     if axis == 0:
         for block in [array] if array.flags.c_contiguous else blocks(array, _STAGED):
-            write_at(flat(block), start)
+            write_at(flat(block), start, block.nbytes, 0)
             start += block.nbytes
         return
     step = strides[axis - 1]
@@ -128,10 +129,8 @@ def write_box(
         run = rows.nbytes // len(rows)
         at = start + sum(i * stride for i, stride in zip(index, strides, strict=False))
         for group in blocks(rows, max(run, _STAGED)):
-            data = flat(group)
-            for place in range(0, len(data), run):
-                write_at(data[place : place + run], at)
-                at += step
+            write_at(flat(group), at, run, step)
+            at += len(group) * step
 
 
 def blocks(array: np.ndarray, limit: int) -> Iterator[np.ndarray]:

@@ -305,21 +305,38 @@ def test_a_large_file_leaves_the_cache_but_for_its_end(tmp_path: Path, monkeypat
     assert calls == [(0, 10), (10, 10), (20, 10), (0, 10), (30, 10), (0, 20)]
 
 
+@pytest.mark.parametrize(
+    ("share", "expected"),
+    [
+        # a lot begins when the next is written; what began first leaves the cache when four are there
+        (50, [(0, 15), (20, 15), (40, 15), (0, 15), (60, 15), (20, 15)]),
+        (320, [(0, 35)]),  # lots of twice the size: an eighth of all is behind
+    ],
+)
 def test_a_file_of_several_processes_goes_to_the_disk_some_way_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: int, expected: list[tuple[int, int]]
 ) -> None:
     calls: list[tuple[int, int]] = []
     monkeypatch.setattr(os, "posix_fadvise", lambda fd, at, size, what: calls.append((at, size)))
-    monkeypatch.setattr(parallel, "_LOT", 10)
-    monkeypatch.setattr(parallel, "_LAG", 2)
+    monkeypatch.setattr(parallel, "_LOTS", 2)
+    monkeypatch.setattr(parallel, "_NEAR", 20)
+    monkeypatch.setattr(parallel, "_FAR", 40)
     with (tmp_path / "f").open("wb") as file:
-        place = parallel._Place(file.fileno(), "f", 0, {})
-        for at in (0, 20, 40, 60):  # a lot of two rows, between which lie another process' rows
+        place = parallel._Place(file.fileno(), "f", 0, {}, share)
+        for at in (0, 20, 40, 60, 80):  # a lot of two rows, between which lie another process' rows
             place.write_at(memoryview(b"x" * 5), at)
-            assert len(calls) == max(0, at // 20 - 2) * 2
             place.write_at(memoryview(b"x" * 5), at + 10)
-    # the lot before the last begins, the one before that leaves the cache
-    assert calls == [(20, 15), (0, 15), (40, 15), (20, 15)]
+    assert calls == expected
+
+
+def test_rows_of_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.pwrite
+    monkeypatch.setattr(
+        os, "pwrite", lambda fd, data, at: real(fd, data[:2], at)
+    )  # a system that writes little at once
+    with (tmp_path / "f").open("wb") as file:
+        parallel._Place(file.fileno(), "f", 0, {}, 0).write_at(memoryview(b"abcdef"), 1, 3, 5)
+    assert (tmp_path / "f").read_bytes() == b"\0abc\0\0def"
 
 
 @pytest.mark.parametrize("most", [1, 5, 6, 7, 100])
@@ -341,19 +358,44 @@ def test_a_large_file_is_freed_behind_who_replaces_it(
     path.write_bytes(bytes(5 << 20))
     old = path.stat().st_ino
 
-    def refused(self: threading.Thread) -> None:
+    def refused(work: object, arguments: object) -> None:
         raise RuntimeError("can't start new thread at interpreter shutdown")
 
     if not threads:
-        monkeypatch.setattr(threading.Thread, "start", refused)
-    before = threading.active_count()
+        monkeypatch.setattr(atomic, "start_new_thread", refused)
+
+    def is_open() -> bool:
+        return old in [fd.stat().st_ino for fd in Path("/proc/self/fd").iterdir() if fd.exists()]
+
     atomic.write_bytes(path, b"new")
-    monkeypatch.undo()
-    while threading.active_count() > before:
+    while threads and is_open():
         time.sleep(0.01)
-    opened = [fd.stat().st_ino for fd in Path("/proc/self/fd").iterdir() if fd.exists()]
+    assert not is_open()
     assert path.read_bytes() == b"new"
-    assert old not in opened
+    path.write_bytes(bytes(5 << 20))
+    old = path.stat().st_ino
+    atomic.remove(path)
+    while threads and is_open():
+        time.sleep(0.01)
+    assert not is_open()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("call", ["link", "open"])
+def test_what_cannot_be_linked_or_read_is_replaced_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    (tmp_path / "f").write_bytes(b"old")
+    real = getattr(os, call)
+
+    def refuse(*args: object, **more: object) -> object:
+        if str(args[0]).endswith("/f" if call == "link" else ".old"):
+            raise OSError(1, "Operation not permitted")
+        return real(*args, **more)
+
+    monkeypatch.setattr(os, call, refuse)
+    atomic.write_bytes(tmp_path / "f", b"new")
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("f", b"new")]
 
 
 def test_the_directory_cannot_be_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,10 +32,13 @@ def test_like_numpy(case: tuple[tuple[int, ...], list[tuple[int, int]], list[int
     flat = whole.reshape(-1).view("u1")
     calls: list[tuple[int, int]] = []
 
-    def write_at(data: memoryview, offset: int) -> None:
-        assert not flat[offset : offset + len(data)].any()
-        flat[offset : offset + len(data)] = data
-        calls.append((offset, offset + len(data)))
+    def write_at(data: memoryview, offset: int, run: int, step: int) -> None:
+        assert len(data) % run == 0
+        for start in range(0, len(data), run):
+            assert not flat[offset : offset + run].any()
+            flat[offset : offset + run] = data[start : start + run]
+            calls.append((offset, offset + run))
+            offset += step
 
     before, runs._STAGED = runs._STAGED, staged
     try:
