@@ -81,7 +81,7 @@ def apart(commands: Mapping[str, Sequence[Sequence[str]]], rounds: int, env: Map
     }
 
     def answers(name: str) -> list[Any]:
-        lines = [process.stdout.readline() for process in started[name]]
+        lines = [next((line for line in process.stdout if "Gloo" not in line), "") for process in started[name]]
         if not all(lines):
             raise SystemExit(f"{' '.join(commands[name][0])} failed")
         return [json.loads(line) for line in lines]
