@@ -15,7 +15,8 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import jaxadapt
-from jaxadapt import together
+from jaxadapt import boxes, together
+from jaxadapt.arrangement import Arrangement
 from jaxadapt.codecs import safetensors
 from jaxadapt.plan import Encoded
 from tests import meshes
@@ -227,3 +228,24 @@ def test_a_tied_leaf_is_written_under_both_its_names() -> None:
     assert parts.keys() == set(encoded)
     for key, part in parts.items():
         np.testing.assert_array_equal(np.reshape(part.array, encoded[key].shape), encoded[key])
+
+
+def test_parts_are_copied_together_only_where_that_saves_writes() -> None:
+    """Rows of several devices become longer ones; what is large and one run in the file is written from where it is."""
+    rng = np.random.default_rng(0)
+    whole = rng.standard_normal((64, 256)).astype("float32")
+    rows, columns = [((0, 32), (0, 256)), ((32, 64), (0, 256))], [((0, 64), (0, 128)), ((0, 64), (128, 256))]
+    turned = Arrangement((64, 256), ("i", "o"), (("o",), ("i",)), ())
+    few = Arrangement((64, 256), ("{l}", "i"), (("i",),), (0,))  # a tensor of each row
+    for laid, parts, expected in [
+        ((64, 256), rows, rows), ((64, 256), columns, [boxes.whole((64, 256))]),
+        (turned, columns, columns), (turned, rows, [boxes.whole((64, 256))]), (few, rows, [boxes.whole((64, 256))]),
+    ]:  # fmt: skip
+        held = {box: whole[boxes.slices(box)] for box in parts}
+        found = dict(together.joined(held, laid))
+        assert list(found) == expected
+        for box, values in found.items():
+            np.testing.assert_array_equal(values, whole[boxes.slices(box)])
+            assert np.may_share_memory(values, whole) == (expected is parts)
+    small = {box: whole[boxes.slices(box)] for box in [((0, 1), (0, 256)), ((1, 2), (0, 256))]}
+    assert list(dict(together.joined(small, (64, 256)))) == [((0, 2), (0, 256))]
