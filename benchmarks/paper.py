@@ -21,7 +21,7 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 import jaxadapt
 from benchmarks.measure import table
-from jaxadapt import boxes
+from jaxadapt import boxes, together
 
 LAYERS, HIDDEN, KEYS, INNER = 80, 8192, 1024, 28672
 OUT_CUT = {"q_proj": (HIDDEN, HIDDEN), "k_proj": (HIDDEN, KEYS), "v_proj": (HIDDEN, KEYS),
@@ -89,7 +89,8 @@ def cost(hosts: int, chips: int, tp: int, rank: int, width: int, copies: int) ->
                 owner = min(holders, key=lambda host: (load[host], host))
                 load[owner] += width * sum(map(boxes.size, parts))
                 arrays[owner] += len(parts)
-                calls[owner] += sum(runs(box, spec.shape) for box in boxes.merged(parts))
+                found = together.covered(tuple(parts), spec.shape, width)
+                calls[owner] += sum(runs(box, spec.shape) for box, _ in found)
     return Cost(sum(load.values()), max(load.values()), max(calls.values()), leaves, max(arrays.values()))
 
 

@@ -150,14 +150,8 @@ def addressable(placed: Sharding, shape: tuple[int, ...]) -> dict[Box, int]:
 
 
 def joined(held: Mapping[Box, np.ndarray], laid: Arrangement | boxes.Shape) -> Iterator[tuple[Box, np.ndarray]]:
-    """The same values in fewer and larger boxes, where some are neighbours and their runs in the file become longer.
-
-    `laid` is how the array lies in the file: in tensors of it, or as one tensor of its shape.
-    """
-    if all(values.nbytes >= _LARGE for values in held.values()) and _in_one(tuple(held), laid):
-        yield from held.items()
-        return
-    for outer, members in _neighbours(tuple(held)):
+    """The same values in fewer and larger boxes, as `covered` says; where `held` has them if they need no copy."""
+    for outer, members in covered(tuple(held), laid, next((x.itemsize for x in held.values()), 1)):
         if len(members) == 1:
             yield outer, held[outer]
             continue
@@ -172,19 +166,24 @@ _LARGE = 16 << 10
 
 
 @functools.lru_cache(maxsize=1024)
-def _in_one(parts: tuple[Box, ...], laid: Arrangement | boxes.Shape) -> bool:
-    """Whether each of these boxes is one run of bytes in the file."""
+def covered(
+    parts: tuple[Box, ...], laid: Arrangement | boxes.Shape, itemsize: int
+) -> list[tuple[Box, list[tuple[Box, tuple[slice, ...]]]]]:
+    """`boxes.merged`, with the place of each part in the larger box; large parts that are one run each stay apart.
+
+    `laid` is how the array lies in the file: in tensors of it, or as one of its shape. The same for all layers.
+    """
+    apart = all(itemsize * boxes.size(box) >= _LARGE and _one_run(box, laid) for box in parts)
+    merged = {box: [box] for box in parts} if apart else boxes.merged(parts)
+    return [(outer, [(box, boxes.within(box, outer)) for box in members]) for outer, members in merged.items()]
+
+
+def _one_run(box: Box, laid: Arrangement | boxes.Shape) -> bool:
+    """Whether a part of an array is one run of bytes in the file."""
     if not isinstance(laid, Arrangement):
-        return all(boxes.one_run(laid, box) for box in parts)
-    found = [boxes.pieces(laid, box) for box in parts]
-    return all(len(some) == 1 and boxes.one_run(some[0].shape, some[0].box) for some in found)
-
-
-@functools.lru_cache(maxsize=1024)
-def _neighbours(parts: tuple[Box, ...]) -> list[tuple[Box, list[tuple[Box, tuple[slice, ...]]]]]:
-    """`boxes.merged`, with the place of each box in the larger one: the same for the leaves of all layers."""
-    merged = boxes.merged(parts).items()
-    return [(outer, [(box, boxes.within(box, outer)) for box in members]) for outer, members in merged]
+        return boxes.one_run(laid, box)
+    found = boxes.pieces(laid, box)
+    return len(found) == 1 and boxes.one_run(found[0].shape, found[0].box)
 
 
 def gathered(leaf: Any) -> np.ndarray:
