@@ -108,15 +108,16 @@ def follow(path: str, specs: Specs, parts: Parts, group: Group, shared: bool | N
         FileError: as `lead`.
     """
     fd = None
-    try:
+    try:  # what can be done before process 0 has spoken
         mine = None if shared is False else parts(True)
         _, header = encode(path, specs, {})
+        ours = _specs_digest(specs)
     except BaseException as error:
         group.fail(error, "sees")
         raise
     plan = group.hear("plan")
     try:
-        if plan["specs"] != _specs_digest(specs):
+        if plan["specs"] != ours:
             raise MismatchError(f"{path}: the names, shapes or dtypes of its arrays are not those of process 0's")
         theirs = plan["alike"]
         differ = sorted(name for name in alike.keys() | theirs.keys() if alike.get(name) != theirs.get(name))
