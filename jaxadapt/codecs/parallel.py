@@ -96,7 +96,6 @@ def lead(
         if not common:
             mine = None  # before others are gathered
         place.write(parts(False) if mine is None else mine)
-        place.flush()  # while the others do
         group.hear_all("written")
 
 
