@@ -179,11 +179,13 @@ def _finish(writer: Writer, temporary: Path) -> int | None:
 
 
 def _kept(path: str, temporary: Path) -> int | None:
-    """A file that is to be replaced, open, so that the renaming does not wait for the system to free it."""
+    """A large file that is to be replaced, open, so that the renaming does not wait for the system to free it."""
     # By another name, gone again: where a file is open by its own, the clients of some network file systems do not
     # rename over it at one stroke, but put it aside first.
     beside, fd = temporary.with_suffix(".old"), None
     with contextlib.suppress(OSError):  # there is none, or the file system has no links
+        if Path(path).lstat().st_size < _EARLY:
+            return None
         os.link(path, beside, follow_symlinks=False)
         with contextlib.suppress(OSError):  # none that we may read
             fd = os.open(beside, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -192,17 +194,14 @@ def _kept(path: str, temporary: Path) -> int | None:
 
 
 def _free(fd: int | None) -> None:
-    """Closes a file without a name behind the caller, if it is large: the system takes 10 ms to free 50 MB."""
+    """Closes a file without a name behind the caller: the system takes 10 ms to free 50 MB."""
     if fd is None:
         return
     try:
-        if os.fstat(fd).st_size >= _EARLY:
-            # (`threading` would wait until the thread runs; it then has the core to itself, in the kernel, for 5 ms.)
-            start_new_thread(_close, (fd,))
-            return
-    except (OSError, RuntimeError):  # the interpreter is going down and starts no threads
-        pass
-    _close(fd)
+        # (`threading` would wait until the thread runs; it then has the core to itself, in the kernel, for 5 ms.)
+        start_new_thread(_close, (fd,))
+    except RuntimeError:  # the interpreter is going down and starts no threads
+        _close(fd)
 
 
 def _close(fd: int) -> None:

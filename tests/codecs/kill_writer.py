@@ -60,7 +60,7 @@ def main() -> None:
         os.waitpid(child, 0)
         stale = [name for name in names(path.parent) if name != path.name]
         interrupted += bool(stale)
-        if len(stale) > 1:
+        if len({name.rpartition(".")[0] for name in stale}) > 1:  # of one save the new file, and a link to the old one
             sys.exit(f"temporary files were left to pile up: {stale}")
         version = check(path)
         if version < last:

@@ -105,7 +105,8 @@ def test_only_stale_temporary_files_of_the_same_target_go(tmp_path: Path) -> Non
         tmp_path / ".f.99999.zzz.tmp",
         tmp_path / "f.tmp",
     ]
-    for path in (ours, *keep):
+    linked = ours.with_suffix(".old")  # to the old file, of who was killed while renaming
+    for path in (ours, linked, *keep):
         path.write_bytes(b"partial")
     directory = tmp_path / f".f.1.{'1' * 16}.tmp"
     directory.mkdir()
@@ -114,6 +115,7 @@ def test_only_stale_temporary_files_of_the_same_target_go(tmp_path: Path) -> Non
     os.mkfifo(tmp_path / f".f.1.{'3' * 16}.tmp")
     atomic.write_bytes(tmp_path / "f", b"x")
     assert not ours.exists()
+    assert not linked.exists()
     assert all(path.exists() for path in [*keep, directory, link])
 
 
@@ -385,16 +387,19 @@ def test_a_large_file_is_freed_behind_who_replaces_it(
 def test_what_cannot_be_linked_or_read_is_replaced_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    (tmp_path / "f").write_bytes(b"old")
+    (tmp_path / "f").write_bytes(bytes(5 << 20))
     real = getattr(os, call)
+    refused: list[object] = []
 
     def refuse(*args: object, **more: object) -> object:
         if str(args[0]).endswith("/f" if call == "link" else ".old"):
+            refused.append(args[0])
             raise OSError(1, "Operation not permitted")
         return real(*args, **more)
 
     monkeypatch.setattr(os, call, refuse)
     atomic.write_bytes(tmp_path / "f", b"new")
+    assert len(refused) == 1
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("f", b"new")]
 
 
