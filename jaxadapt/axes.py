@@ -8,8 +8,8 @@ how one `y = x · w` contracts it. Methods compute with these two alone, so the 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXY"
 RANK = "Z"  # the letter of an axis that only the adapter has; never one of LETTERS
@@ -85,3 +85,38 @@ class Operation:
     out: int
     axes: Axes
     transposed: bool = False
+
+
+def contradicted(table: Axes, own: Axes) -> str:
+    """What is wrong where a table takes a layer's outputs for its inputs."""
+    return (
+        f"the table {table} contradicts the layer's own {own}; keymap='generic' goes by the layers, and a KeyMap of"
+        " your own gives them other names"
+    )
+
+
+class Product(Protocol):
+    """Which axes of a weight a product sums over, leaves, and has in common with what it meets."""
+
+    @property
+    def inn(self) -> tuple[int, ...]: ...
+    @property
+    def out(self) -> tuple[int, ...]: ...
+    @property
+    def batch(self) -> tuple[int, ...]: ...
+
+
+def turned(axes: Axes, products: Sequence[Product], shape: Sequence[int]) -> Axes | None:
+    """What a weight's products say of its axes, where none of them runs over the inputs; else None.
+
+    Axes of size 1 count for nothing. Of a square matrix shapes do not tell, and its change would be saved transposed.
+
+    >>> straight, back = Axes(inn=(0,), out=(1,)), Axes(inn=(1,), out=(0,))
+    >>> turned(straight, [back], (4, 4))
+    Axes(inn=(1,), out=(0,), batch=(), parts=None)
+    >>> turned(straight, [straight, back], (4, 4))
+    """
+    long = {axis for axis, size in enumerate(shape) if size != 1}
+    if not products or any(set(use.inn) & long == set(axes.inn) & long for use in products):
+        return None
+    return Axes(products[0].inn, products[0].out, products[0].batch)

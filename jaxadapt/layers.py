@@ -96,11 +96,3 @@ def einsum_use(einsum_str: str, x_ndim: int, axes: Axes) -> Use:
     'debc'
     """
     return Use(*_einsum_letters(einsum_str, x_ndim), axes)
-
-
-def contradicted(table: Axes, own: Axes) -> str:
-    """What is wrong where a table takes a layer's outputs for its inputs."""
-    return (
-        f"the table {table} contradicts the layer's own {own}; keymap='generic' goes by the layers, and a KeyMap of"
-        " your own gives them other names"
-    )

@@ -13,7 +13,7 @@ from flax.core import meta, unfreeze
 from flax.core.scope import Scope, subtract_filters
 
 from jaxadapt import layers, methods, quantized, trace, used
-from jaxadapt.axes import Axes, Use
+from jaxadapt.axes import Axes, Use, contradicted
 from jaxadapt.errors import AttachError
 from jaxadapt.methods import Applied, Several
 
@@ -219,6 +219,10 @@ class Interceptor:
             hook = hooks["kernel"]
             x, rest = call_input(args, kwargs)
             use = layer[1](module, x, rest, hook.axes)
+            # (A layer that is told its equation by each call may be told the reverse, too.)
+            if hook.forward and use.transposed and not any(rest):
+                own = layer[0](module, rest)
+                raise AttachError(f"{'.'.join(module.scope.path)}: {contradicted(hook.axes, own)}")
             if _along_roles(use):
                 x = hook.input(use, x)
                 args, kwargs = with_input(x, args, kwargs)
@@ -265,7 +269,13 @@ class Interceptor:
             methods.check_biases(hooks.values(), others)
         except AttachError as error:
             raise AttachError(f"{'.'.join(scope.path)}: {error}") from error
-        return trace.rewrite(lambda w, *a: call({**fixed, **w}, *a, **kwargs), weights, hooks, *args)
+        forward = [leaf for leaf, hook in hooks.items() if hook.forward] if method == "__call__" else ()
+        try:
+            return trace.rewrite(
+                lambda w, *a: call({**fixed, **w}, *a, **kwargs), weights, hooks, *args, forward=forward
+            )
+        except AttachError as error:
+            raise AttachError(f"{'.'.join(scope.path)}: {error}") from error
 
     def _hooks(self, scope: Any) -> dict[str, Applied | Several]:
         out: dict[str, Applied | Several] = {}

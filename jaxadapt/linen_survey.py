@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 from flax.core import meta
 
-from jaxadapt import layers, methods, parameters, paths, plan, quantized, targets, trace, used
 from jaxadapt import linen_call as calls
-from jaxadapt.axes import Axes
+from jaxadapt import methods, parameters, paths, plan, quantized, targets, trace, used
+from jaxadapt.axes import Axes, contradicted, turned
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError
 from jaxadapt.generic import GENERIC, line_for
-from jaxadapt.keymap import KeyMap
+from jaxadapt.keymap import KeyMap, Site
 from jaxadapt.linen_call import SEP
 from jaxadapt.liveness import live
 from jaxadapt.weight import Weight
@@ -36,7 +36,7 @@ class Survey:
         shapes: of every base leaf.
         roles: a known class's or a trace's, by leaf.
         kinds: kind and groups of the leaves that are no plain matrices.
-        classes: the leaves whose roles their class says; a table that says others is wrong.
+        told: the leaves whose roles their class says, or all their calls; a table that says others is wrong.
         stack: the axes on which each leaf (seen in a call) is stacked.
         vectors: leaves that have fewer than two axes inside their own module.
         unknown: why there are no roles for a leaf; a table may supply them.
@@ -50,7 +50,7 @@ class Survey:
     stateful: frozenset[str]
     roles: dict[str, Axes] = dataclasses.field(default_factory=dict[str, Axes])
     kinds: dict[str, tuple[str, int]] = dataclasses.field(default_factory=dict[str, tuple[str, int]])
-    classes: set[str] = dataclasses.field(default_factory=set[str])
+    told: set[str] = dataclasses.field(default_factory=set[str])
     stack: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict[str, tuple[int, ...]])
     vectors: set[str] = dataclasses.field(default_factory=set[str])
     unknown: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
@@ -68,8 +68,8 @@ class Survey:
                 if stack is not None and site.stack != stack:
                     self.refused[leaf] = f"the table stacks its layers on axes {site.stack}, the model on {stack}"
                 # A table may order axes otherwise, or know that an output axis is a fused one; never which is an input.
-                elif leaf in self.classes and set(site.axes.inn) != set((said := self.roles[leaf]).inn):
-                    self.refused[leaf] = layers.contradicted(site.axes, said)
+                elif leaf in self.told and (own := self._turned(leaf, site)) is not None:
+                    self.refused[leaf] = contradicted(site.axes, own)
             elif leaf in self.roles and leaf not in self.unknown and stack is not None:
                 kind = self.kinds.get(leaf, ("linear", 1))
                 if site is None or not fits or (site.axes, site.stack) != (self.roles[leaf], stack):
@@ -78,6 +78,13 @@ class Survey:
                 axes = " ".join(f"a{i}" for i in range(len(shape)))
                 out.append(Weight(leaf, leaf, f"{axes} -> {axes}", kind="vector"))
         return out
+
+    def _turned(self, leaf: str, site: Site) -> Axes | None:
+        """The roles that a layer's own calls show, where a table takes its outputs for its inputs."""
+        if site.weight.kind not in ("linear", self.kinds.get(leaf, ("linear", 1))[0]) or leaf in self.unknown:
+            return None
+        shape = [size for axis, size in enumerate(self.shapes[leaf]) if axis not in site.stack]
+        return turned(site.axes, [self.roles[leaf]], shape)
 
     def check(self, config: Config, table: KeyMap) -> None:
         """Raise `AttachError` naming every leaf that the configuration means and that cannot be adapted."""
@@ -138,7 +145,7 @@ class _Marking:
         if (said := calls.said(module, method, name)) is not None:
             self.survey.roles[leaf], kind, groups = said
             self.survey.kinds[leaf] = (kind, groups)
-            self.survey.classes.add(leaf)
+            self.survey.told.add(leaf)
             return
         roles_of = calls.known(module, method)
         if roles_of is not None and name != "kernel":
@@ -147,7 +154,6 @@ class _Marking:
         try:
             if roles_of is not None:
                 axes = roles_of[0](module, calls.call_input(args, kwargs)[1])
-                self.survey.classes.add(leaf)
             else:
                 call, weights = calls.alone(module, method), {name: value}
                 if not trace.uses(lambda w, *a: call(w, *a, **kwargs)[0], weights, *args)[name]:
@@ -158,7 +164,12 @@ class _Marking:
             return
         finally:
             self.tracing = False
-        before = self.survey.roles.setdefault(leaf, axes)
+        before = self.survey.roles.get(leaf)
+        if before is None:
+            self.survey.roles[leaf] = before = axes
+            self.survey.told.add(leaf)
+        elif axes != before:  # a tied weight, which runs both ways
+            self.survey.told.discard(leaf)
         if axes not in (before, dataclasses.replace(before, inn=before.out, out=before.inn)):
             self.survey.unknown[leaf] = f"its calls use it in several ways: {before}, and {axes}"
 

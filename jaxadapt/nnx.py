@@ -19,8 +19,9 @@ from flax import nnx
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxadapt import bind, drawing, layers, methods, nnx_survey, paths, plan, sharding
+from jaxadapt import bind, drawing, methods, nnx_survey, paths, plan, sharding
 from jaxadapt.adapter import Adapter, Recipe, collection_name
+from jaxadapt.axes import contradicted
 from jaxadapt.errors import AttachError
 from jaxadapt.methods import Method
 from jaxadapt.nnx_layer import ACTIVE, Attached, adapted_class
@@ -138,7 +139,7 @@ def _misfits(bounds: Sequence[bind.Bound], owners: Mapping[str, Owner], collecti
             axes, mine = by_class.axes, bound.axes
             # A table may order axes otherwise, or know that an output axis is a fused one; never which is an input.
             if set(axes.inn) != set(mine.inn):
-                problems.append(f"{bound.leaf}: {layers.contradicted(mine, axes)}")
+                problems.append(f"{bound.leaf}: {contradicted(mine, axes)}")
         if collection in vars(module) and ACTIVE not in vars(module):
             problems.append(f"{bound.leaf}: its module has an attribute {collection!r} of its own")
     return problems

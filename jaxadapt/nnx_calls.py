@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxadapt import nnx_survey, paths, quantized, trace, used
+from jaxadapt.axes import contradicted, turned
 from jaxadapt.errors import AttachError
 from jaxadapt.liveness import live
 
@@ -120,22 +121,32 @@ def notes(model: nnx.Module, adapted: Mapping[str, trace.Hook], args: Args) -> d
     return never | found
 
 
-def check_calls(model: nnx.Module, adapted: Mapping[str, trace.Hook], dropped: Sequence[str], args: Args) -> None:
+def check_calls(
+    model: nnx.Module,
+    adapted: Mapping[str, trace.Hook],
+    dropped: Sequence[str],
+    forward: Sequence[str],
+    args: Args,
+) -> None:
     """Refuse what an adapter cannot follow, seeing one abstract call of the model.
 
-    That is a weight read outside its own module's call, and dropout (`dropped`) on a weight that is used
-    otherwise than in a product along its roles.
+    That is a weight read outside its own module's call, dropout (`dropped`) on a weight that is used otherwise than
+    in a product along its roles, and a table that takes a layer's outputs for its inputs.
     """
     uneven: dict[str, str] = {}
+    products: dict[str, list[trace.Contraction]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
 
     def recorder(leaf: str, attr: str, base: type[nnx.Module], f: Callable[..., Any]) -> Callable[..., Any]:
         def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
             weight = vars(self)[attr].get_value()
             alias = jnp.zeros(weight.shape, weight.dtype)  # what the module itself reads counts for nothing
-            if leaf in dropped and nnx_survey.known(self) is None:
+            if nnx_survey.known(self) is None:
                 found = trace.uses(_pure(self, base, f, kwargs), {attr: alias}, *args)[attr]
+                shapes[leaf] = weight.shape
+                products.setdefault(leaf, []).extend(use for use in found if isinstance(use, trace.Contraction))
                 stray = used.strays(found, adapted[leaf])
-                if stray:
+                if leaf in dropped and stray:
                     uneven[leaf] = ", ".join(stray)
 
             return f(nnx_survey.view(self, base, {attr: alias}), *args, **kwargs)
@@ -144,6 +155,13 @@ def check_calls(model: nnx.Module, adapted: Mapping[str, trace.Hook], dropped: S
 
     run, inputs = _instrumented(model, list(adapted), recorder, args)
     read = live(run, inputs)
+    reverse = [
+        f"{leaf}: {contradicted(axes, own)}"
+        for leaf in forward
+        if leaf in products and (own := turned(axes := adapted[leaf].axes, products[leaf], shapes[leaf])) is not None
+    ]
+    if reverse:
+        raise AttachError("these layers cannot carry the adapter:\n" + paths.listing(reverse))
     outside = [leaf for leaf in adapted if read[leaf]]
     if outside:
         raise AttachError(

@@ -185,6 +185,8 @@ def _applied(
     params = {attr: v.get_value() for attr, v in own.items() if isinstance(v, nnx.Param)}
     try:
         methods.check_biases(hooks.values(), {a: v for a, v in params.items() if a not in hooks and a != "bias"})
-        return trace.rewrite(call, weights, hooks, held, *args)
+        # (Another method than the call may use a weight the other way round: a head tied to an embedding, say.)
+        forward = [leaf for leaf, hook in hooks.items() if hook.forward] if f is base.__call__ else ()
+        return trace.rewrite(call, weights, hooks, held, *args, forward=forward)
     except AttachError as error:
         raise AttachError(f"{base.__name__}: {error}") from error

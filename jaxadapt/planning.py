@@ -144,7 +144,8 @@ def _on_model(
     if example is not None:
         dropped = [b.leaf for b in bounds if b.method.dropout(b.static)]
         hooks = {b.leaf: methods.Applied(b.method, b.static, {}, b.axes) for b in bounds}
-        nnx_calls.check_calls(model, hooks, dropped, example)
+        forward = [leaf for leaf, hook in hooks.items() if hook.forward]
+        nnx_calls.check_calls(model, hooks, dropped, forward, example)
     return recipe, bounds
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import ChainMap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.extend.core import primitives
 
-from jaxadapt.axes import Axes, Operation, Use
+from jaxadapt.axes import Axes, Operation, Use, contradicted, turned
 from jaxadapt.errors import AttachError
 from jaxadapt.layout import BARRIER, Layout, moved, spell
 from jaxadapt.operations import operation
@@ -77,15 +77,24 @@ class Other:
     primitive: str
 
 
-def rewrite(f: Function, weights: Mapping[str, jax.Array], hooks: Mapping[str, Hook], *args: Any) -> Any:
+def rewrite(
+    f: Function,
+    weights: Mapping[str, jax.Array],
+    hooks: Mapping[str, Hook],
+    *args: Any,
+    forward: Collection[str] = (),
+) -> Any:
     """`f(weights, *args)`, with every use of a hooked weight as its hook wants it.
 
     `args` are trees; their jax arrays are traced, everything else reaches `f` as it is. `f` may close over
     arrays and tracers. Works inside jit, grad, vmap, scan and remat.
 
+    Args:
+        forward: the weights of which some product, if there is any, must run over the inputs.
+
     Raises:
-        AttachError: a hook's roles do not fit its weight, a hook returns another shape or dtype than it
-            was given, or `Hook.weight` raised it.
+        AttachError: a hook's roles do not fit its weight or what `f` does with it, a hook returns another shape
+            or dtype than it was given, or `Hook.weight` raised it.
 
     >>> class Double:
     ...     axes = Axes(inn=(0,), out=(1,))
@@ -105,8 +114,12 @@ def rewrite(f: Function, weights: Mapping[str, jax.Array], hooks: Mapping[str, H
             raise AttachError(f"{name!r} has shape {shape}, which the roles {axes} do not cover axis by axis")
     traced = _trace(f, weights, args)
     views = [_View(Layout.of(name, jnp.shape(w)), w) if name in hooks else w for name, w in weights.items()]
-    scope = _Scope(hooks, weights, ChainMap())
+    scope = _Scope(hooks, weights, ChainMap(), {})
     outs = _run(traced.closed.jaxpr, traced.closed.consts, [*views, *traced.arrays], scope)
+    for name in forward:
+        axes = hooks[name].axes
+        if (own := turned(axes, scope.products.get(name, ()), jnp.shape(weights[name]))) is not None:
+            raise AttachError(f"{name!r}: {contradicted(axes, own)}")
     return traced.result([scope.plain(out) for out in outs])
 
 
@@ -182,6 +195,13 @@ def side_of(eqn: core.JaxprEqn, layouts: Sequence[Layout | None]) -> int | None:
     return 0 if layouts[1] is None else 1
 
 
+def _contraction(eqn: core.JaxprEqn, side: int, layout: Layout) -> Contraction:
+    summed, shared = (d[side] for d in eqn.params["dimension_numbers"])
+    inn, batch = sorted(layout.among(summed)), sorted(layout.among(shared))
+    out = [a for a in range(len(layout.sizes)) if a not in inn + batch]
+    return Contraction(tuple(inn), tuple(out), tuple(batch))
+
+
 def _follow(
     jaxpr: core.Jaxpr, given: Sequence[Layout | None], found: dict[str, list[Contraction | Other]]
 ) -> list[Layout | None]:
@@ -199,10 +219,7 @@ def _follow(
         if (body := _body(eqn)) is not None:
             outs = _follow(body[0], seen, found)
         elif (side := side_of(eqn, seen)) is not None and (layout := seen[side]) is not None:
-            summed, shared = (d[side] for d in eqn.params["dimension_numbers"])
-            inn, batch = sorted(layout.among(summed)), sorted(layout.among(shared))
-            out = [a for a in range(len(layout.sizes)) if a not in inn + batch]
-            found[layout.name].append(Contraction(tuple(inn), tuple(out), tuple(batch)))
+            found[layout.name].append(_contraction(eqn, side, layout))
         elif (outs := moved(eqn, seen)) is None:
             for layout in filter(None, seen):
                 found[layout.name].append(Other(eqn.primitive.name))
@@ -233,6 +250,8 @@ class _Scope:
     hooks: Mapping[str, Hook]
     weights: Mapping[str, Any]
     effective: ChainMap[str, Any]
+    products: dict[str, list[Contraction]]
+    """What the weights were found in, inside a `checkpoint` too."""
 
     def plain(self, value: Any) -> Any:
         """A value for a consumer that knows no views: of a view, the effective weight."""
@@ -344,6 +363,7 @@ def _checkpoint(eqn: core.JaxprEqn, jaxpr: core.Jaxpr, operands: list[Any], scop
 def _contract(eqn: core.JaxprEqn, operands: list[Any], side: int, scope: _Scope) -> list[Any] | None:
     """The contraction with its hook around it, or None if it does not run along the hook's roles."""
     view, x = operands[side], operands[1 - side]
+    scope.products.setdefault(view.layout.name, []).append(_contraction(eqn, side, view.layout))
     hook = scope.hooks[view.layout.name]
     spelled = spell(eqn, side, view.layout, hook.axes, jnp.shape(x))
     if spelled is None:

@@ -5,25 +5,21 @@ The encoder lies under "bert." or "roberta." in a model with a head, and at the 
 
 from collections.abc import Iterator
 
-from jaxadapt.families.lines import dense, embeddings, norms
+from jaxadapt.families.lines import FROM, INTO, dense, embeddings, norms
 from jaxadapt.families.spellings import bare
 from jaxadapt.keymap import KeyMap
 from jaxadapt.weight import Weight
 
-_DENSE = (
-    "attention.self.query",
-    "attention.self.key",
-    "attention.self.value",
-    "attention.output.dense",
-    "intermediate.dense",
-    "output.dense",
-)
+_FROM = ("attention.self.query", "attention.self.key", "attention.self.value", "intermediate.dense")
+_INTO = ("attention.output.dense", "output.dense")
 
 
 def _encoder(prefix: str) -> Iterator[Weight]:
     yield from embeddings(*(f"{prefix}embeddings.{p}_embeddings" for p in ("word", "position", "token_type")))
     layer = f"{prefix}encoder.layer.{{l}}."
-    yield from dense(*(f"{layer}{m}" for m in _DENSE), f"{prefix}pooler.dense")
+    yield from dense(*(f"{layer}{m}" for m in _FROM), axes=FROM)
+    yield from dense(*(f"{layer}{m}" for m in _INTO), axes=INTO)
+    yield from dense(f"{prefix}pooler.dense")
     outputs = (f"{layer}attention.output", f"{layer}output")
     yield from norms(*(f"{m}.LayerNorm" for m in (f"{prefix}embeddings", *outputs)))
 
@@ -31,7 +27,7 @@ def _encoder(prefix: str) -> Iterator[Weight]:
 def _table(name: str, prefix: str, heads: tuple[Weight, ...], **options: object) -> KeyMap:
     lines = (*_encoder(prefix), *_encoder(""), *heads, *dense("qa_outputs"))
     position_ids = (f"{prefix}embeddings.position_ids", "embeddings.position_ids")
-    rest: dict[str, object] = {"buffers": position_ids, "spellings": bare(prefix), **options}
+    rest: dict[str, object] = {"same": ("m",), "buffers": position_ids, "spellings": bare(prefix), **options}
     return KeyMap(name, lines, **rest)  # pyright: ignore[reportArgumentType]
 
 

@@ -6,12 +6,15 @@ from jaxadapt.families.lines import convs, dense, embeddings, norms
 from jaxadapt.keymap import KeyMap
 from jaxadapt.weight import Weight
 
-_DENSE = (*(f"self_attn.{p}_proj" for p in ("q", "k", "v", "out")), "mlp.fc1", "mlp.fc2")
+_FROM = (*(f"self_attn.{p}_proj" for p in "qkv"), "mlp.fc1")
+_INTO = ("self_attn.out_proj", "mlp.fc2")
 
 
 def _tower(name: str, *rest: str) -> Iterator[Weight]:
     layer = f"{name}.encoder.layers.{{l}}."
-    yield from dense(*(f"{layer}{m}" for m in _DENSE))
+    width = name.partition("_")[0]  # each tower has its own
+    yield from dense(*(f"{layer}{m}" for m in _FROM), axes=f"{width} o")
+    yield from dense(*(f"{layer}{m}" for m in _INTO), axes=f"i {width}")
     yield from norms(f"{layer}layer_norm1", f"{layer}layer_norm2", *(f"{name}.{m}" for m in rest))
 
 
@@ -27,5 +30,6 @@ CLIP = KeyMap(
         Weight("vision_model.embeddings.class_embedding", "vision_model.embeddings.class_embedding", "d -> d"),
         *dense("text_projection", "visual_projection", bias=False),
     ),
+    same=("text", "vision"),
     buffers=tuple(f"{tower}_model.embeddings.position_ids" for tower in ("text", "vision")),
 )

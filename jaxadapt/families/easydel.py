@@ -4,7 +4,7 @@
 3, Phi 3.
 """
 
-from jaxadapt.families.lines import biases, dense, embeddings
+from jaxadapt.families.lines import FROM, INTO, biases, dense, embeddings
 from jaxadapt.families.llama import TIED
 from jaxadapt.families.spellings import VISION_LANGUAGE, bare
 from jaxadapt.keymap import KeyMap
@@ -13,6 +13,7 @@ from jaxadapt.weight import Weight
 _LAYER = "model.layers.{l}."
 _ATTENTION = tuple(f"{_LAYER}self_attn.{p}_proj" for p in ("q", "k", "v", "qkv", "o"))
 _MLP = tuple(f"{_LAYER}mlp.{p}_proj" for p in ("gate", "up", "gate_up", "down"))
+_OUT = (f"{_LAYER}self_attn.o_proj", f"{_LAYER}mlp.down_proj")
 _NORMS = (
     *("input_layernorm", "post_attention_layernorm", "post_feedforward_layernorm"),
     *("self_attn.q_norm", "self_attn.k_norm"),
@@ -25,7 +26,9 @@ def _norms(*modules: str) -> tuple[Weight, ...]:
 
 _LINES = (
     *embeddings("model.embed_tokens"),
-    *dense(*_ATTENTION, *_MLP, "lm_head", bias=False),
+    *dense(*(m for m in (*_ATTENTION, *_MLP) if m not in _OUT), bias=False, axes=FROM),
+    *dense(*_OUT, bias=False, axes=INTO),
+    *dense("lm_head", bias=False),
     *biases(_ATTENTION),
     *_norms(*(_LAYER + n for n in _NORMS), "model.norm"),
 )
@@ -35,6 +38,7 @@ LLAMA = KeyMap(
     _LINES,
     output="lm_head",
     whole=True,
+    same=("m",),
     needs=("model.norm.kernel",),
     tied=TIED,
     spellings=(*VISION_LANGUAGE, *bare("model.")),

@@ -25,6 +25,7 @@ GPT2 = KeyMap(
         Weight("lm_head.kernel", "lm_head.weight", "d v -> v d"),
     ),
     output="lm_head",
+    needs=(f"{_LAYER}attn.c_attn.kernel",),  # the others may be square
     same=("d",),
     tied=(("lm_head.weight", "transformer.wte.weight"),),
     buffers=("transformer.h.{l}.attn.bias", "transformer.h.{l}.attn.masked_bias"),

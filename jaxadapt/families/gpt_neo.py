@@ -1,6 +1,6 @@
 """GPT-Neo and GPT-J under Hugging Face's names: transformers' Flax classes."""
 
-from jaxadapt.families.lines import dense, embeddings, norms
+from jaxadapt.families.lines import FROM, INTO, dense, embeddings, norms
 from jaxadapt.families.spellings import bare
 from jaxadapt.keymap import KeyMap
 
@@ -12,12 +12,14 @@ GPT_NEO = KeyMap(
     "gpt_neo",
     (
         *embeddings("transformer.wte", "transformer.wpe"),
-        *dense(*(f"{_LAYER}attn.attention.{p}" for p in _PROJ), bias=False),
-        *dense(*(f"{_LAYER}{m}" for m in ("attn.attention.out_proj", "mlp.c_fc", "mlp.c_proj"))),
+        *dense(*(f"{_LAYER}attn.attention.{p}" for p in _PROJ), bias=False, axes=FROM),
+        *dense(f"{_LAYER}mlp.c_fc", axes=FROM),
+        *dense(f"{_LAYER}attn.attention.out_proj", f"{_LAYER}mlp.c_proj", axes=INTO),
         *norms(f"{_LAYER}ln_1", f"{_LAYER}ln_2", "transformer.ln_f"),
         *dense("lm_head", bias=False),
     ),
     output="lm_head",
+    same=("m",),
     needs=(f"{_LAYER}attn.attention.q_proj.kernel",),  # the rest of a layer is called as in a GPT-2 of nn.Dense
     tied=_TIED,
     buffers=("transformer.h.{l}.attn.attention.bias", "transformer.h.{l}.attn.attention.masked_bias"),
@@ -28,12 +30,15 @@ GPTJ = KeyMap(
     "gptj",
     (
         *embeddings("transformer.wte"),
-        *dense(*(f"{_LAYER}attn.{p}" for p in (*_PROJ, "out_proj")), bias=False),
-        *dense(f"{_LAYER}mlp.fc_in", f"{_LAYER}mlp.fc_out"),
+        *dense(*(f"{_LAYER}attn.{p}" for p in _PROJ), bias=False, axes=FROM),
+        *dense(f"{_LAYER}attn.out_proj", bias=False, axes=INTO),
+        *dense(f"{_LAYER}mlp.fc_in", axes=FROM),
+        *dense(f"{_LAYER}mlp.fc_out", axes=INTO),
         *norms(f"{_LAYER}ln_1", "transformer.ln_f"),
         *dense("lm_head"),
     ),
     output="lm_head",
+    same=("m",),
     tied=_TIED,
     buffers=("transformer.h.{l}.attn.bias", "transformer.h.{l}.attn.masked_bias"),
     spellings=bare("transformer."),

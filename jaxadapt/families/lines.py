@@ -4,10 +4,14 @@ from collections.abc import Iterable
 
 from jaxadapt.weight import Weight
 
+FROM, INTO = "m o", "i m"
+"""Kernels that read what lies between the layers of a model, and that write to it; `same=("m",)` tells them apart."""
 
-def dense(*modules: str, bias: bool = True) -> tuple[Weight, ...]:
+
+def dense(*modules: str, bias: bool = True, axes: str = "i o") -> tuple[Weight, ...]:
     """`nn.Dense`, with a bias in some models or in none."""
-    kernels = (Weight(f"{m}.kernel", f"{m}.weight", "i o -> o i") for m in modules)
+    inn, out = axes.split()
+    kernels = (Weight(f"{m}.kernel", f"{m}.weight", f"{axes} -> {out} {inn}") for m in modules)
     return (*kernels, *biases(modules)) if bias else tuple(kernels)
 
 

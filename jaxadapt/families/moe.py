@@ -23,7 +23,8 @@ _QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 
 def _dense(*modules: str) -> Iterator[Weight]:
     for m in modules:
-        yield Weight(f"{_LAYER}{m}.kernel", f"{_LAYER}{m}.weight", "i o -> o i")
+        axes = "i m -> m i" if m.endswith((".o_proj", "down_proj")) else "m o -> o m"
+        yield Weight(f"{_LAYER}{m}.kernel", f"{_LAYER}{m}.weight", "r o -> o r" if m.endswith("_b_proj") else axes)
 
 
 def _biases(*modules: str) -> Iterator[Weight]:
@@ -41,9 +42,9 @@ def _router(module: str) -> Weight:
 
 
 def _experts(block: str, pattern: str, turned: bool = False) -> Iterator[Weight]:
-    for p in ("gate_up_proj", "down_proj"):
-        at = f"{_LAYER}{block}.experts.{p}"
-        yield Weight(at, at, f"e i o -> {pattern}", kind="experts", fan_in_fan_out=turned)
+    for p, i, o in (("gate_up_proj", "m", "f"), ("down_proj", "f", "m")):
+        at, torch = f"{_LAYER}{block}.experts.{p}", pattern.translate({ord("i"): i, ord("o"): o})
+        yield Weight(at, at, f"e {i} {o} -> {torch}", kind="experts", fan_in_fan_out=turned)
 
 
 def each(block: str, wide: tuple[str, str], down: str, router: str = "") -> Each:
@@ -72,6 +73,7 @@ def _table(name: str, lines: Iterable[Weight], needs: tuple[str, ...], each: Eac
         name,
         (*shared, *lines),
         output="lm_head",
+        same=("m",),
         needs=tuple(_LAYER + leaf for leaf in needs),
         tied=TIED,
         spellings=(*VISION_LANGUAGE, *bare("model.")),

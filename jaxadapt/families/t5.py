@@ -1,6 +1,6 @@
 """T5, T5 v1.1 and mT5 under Hugging Face's names: transformers' Flax classes."""
 
-from jaxadapt.families.lines import dense, embeddings
+from jaxadapt.families.lines import FROM, INTO, dense, embeddings
 from jaxadapt.keymap import KeyMap
 from jaxadapt.weight import Weight
 
@@ -18,10 +18,16 @@ T5 = KeyMap(
     "t5",
     (
         *embeddings("shared", *_BIASES),
-        *dense(*(f"{at}.{module}.{p}" for at, module, parts in _SUBLAYERS for p in parts), bias=False),
+        *(
+            line
+            for at, module, parts in _SUBLAYERS
+            for p in parts
+            for line in dense(f"{at}.{module}.{p}", bias=False, axes=INTO if p.endswith("o") else FROM)
+        ),
         *(Weight(f"{m}.weight", f"{m}.weight", "d -> d") for m in _NORMS),
         *dense("lm_head", bias=False),
     ),
     output="lm_head",
+    same=("m",),
     tied=tuple((f"{m}.weight", "shared.weight") for m in ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head")),
 )

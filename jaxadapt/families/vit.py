@@ -23,7 +23,7 @@ def _encoder(at: str) -> Iterator[Weight]:
     """With "vit." in front under a head, without in a model that has none."""
     for old, new in _MODULES:
         ours, theirs = f"{at}encoder.layer.{{l}}.{old}", f"{at}layers.{{l}}.{new}"
-        yield Weight(f"{ours}.kernel", f"{theirs}.weight", "i o -> o i")
+        yield Weight(f"{ours}.kernel", f"{theirs}.weight", "i m -> m i" if "output" in old else "m o -> o m")
         yield Weight(f"{ours}.bias", f"{theirs}.bias", "o -> o")
     for name, _ in _NORMS:
         ours, theirs = f"{at}encoder.layer.{{l}}.{name}", f"{at}layers.{{l}}.{name}"
@@ -42,5 +42,7 @@ def _renames(at: str) -> tuple[tuple[str, str], ...]:
 VIT = KeyMap(
     "vit",
     (*_encoder("vit."), *_encoder(""), *dense("pooler.dense", "vit.pooler.dense", "classifier")),
+    whole=True,  # BEiT, DINOv2 and others call their attention alike, and PyTorch calls theirs otherwise
+    same=("m",),
     spellings=(("v4", (*_renames("vit."), *_renames(""))),),
 )

@@ -2,17 +2,18 @@
 
 from collections.abc import Iterator
 
-from jaxadapt.families.lines import convs, dense, embeddings, norms
+from jaxadapt.families.lines import FROM, INTO, convs, dense, embeddings, norms
 from jaxadapt.families.spellings import bare
 from jaxadapt.keymap import KeyMap
 from jaxadapt.weight import Weight
 
-_PROJ = ("q_proj", "k_proj", "v_proj", "out_proj")
+_FROM = ("q_proj", "k_proj", "v_proj")
 
 
 def _stack(name: str, *attentions: str) -> Iterator[Weight]:
     layer = f"model.{name}.layers.{{l}}."
-    yield from dense(*(f"{layer}{a}.{p}" for a in attentions for p in _PROJ), f"{layer}fc1", f"{layer}fc2")
+    yield from dense(*(f"{layer}{a}.{p}" for a in attentions for p in _FROM), f"{layer}fc1", axes=FROM)
+    yield from dense(*(f"{layer}{a}.out_proj" for a in attentions), f"{layer}fc2", axes=INTO)
     yield from norms(*(f"{layer}{a}_layer_norm" for a in (*attentions, "final")), f"model.{name}.layer_norm")
     yield from embeddings(f"model.{name}.embed_positions")
 
@@ -27,6 +28,7 @@ WHISPER = KeyMap(
         *dense("proj_out", bias=False),
     ),
     output="proj_out",
+    same=("m",),
     tied=(("proj_out.weight", "model.decoder.embed_tokens.weight"),),
     spellings=bare("model."),
 )

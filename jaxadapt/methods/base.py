@@ -84,6 +84,13 @@ class Method(abc.ABC):
         """Whether `output` takes part in this operation (no matrix product) of the weight; else `weight` is asked."""
         return False
 
+    def forward(self, static: Any) -> bool:
+        """Whether the module's call must have a product over the weight's inputs, if it has any.
+
+        A table may not take outputs for inputs; but PEFT takes some parameters of experts so.
+        """
+        return self.depth is None
+
     def apart(self, static: Any) -> bool:
         """Whether `output` must see the product alone, before the layer adds its bias."""
         return False
@@ -195,6 +202,10 @@ class Applied:
         return self.method.follows(self.static, primitive)
 
     @property
+    def forward(self) -> bool:
+        return self.method.forward(self.static)
+
+    @property
     def apart(self) -> bool:
         return self.method.apart(self.static)
 
@@ -298,6 +309,10 @@ class Several:
 
     def follows(self, primitive: str) -> bool:
         return all(hook.follows(primitive) for hook in self.hooks)
+
+    @property
+    def forward(self) -> bool:
+        return any(hook.forward for hook in self.hooks)
 
     @property
     def apart(self) -> bool:

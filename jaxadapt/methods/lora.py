@@ -139,6 +139,9 @@ class Lora(Method):
             return not (static.dora or static.bias or static.kind in ("conv", "embedding"))
         return {"conv": "conv_general_dilated", "embedding": "gather"}.get(static.kind) == primitive
 
+    def forward(self, static: Static) -> bool:
+        return not static.kind and super().forward(static)  # (an embedding's product is a tied head's)
+
     def apart(self, static: Static) -> bool:
         return static.dora
 
