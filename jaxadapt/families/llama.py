@@ -8,8 +8,10 @@ _LAYER = "model.layers.{l}."
 _FROM, _INTO = "m o -> o m", "i m -> m i"  # which read what lies between the layers, and which write to it
 _DENSE = {f"self_attn.{p}_proj": _FROM for p in "qkv"} | {"self_attn.o_proj": _INTO}
 _MLP = {"mlp.gate_proj": _FROM, "mlp.up_proj": _FROM, "mlp.down_proj": _INTO}
-_NORMS = dict.fromkeys(("input_layernorm", "post_attention_layernorm"), "d -> d")
-_NORMS |= dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), "h -> h")
+_NORMS = {
+    **dict.fromkeys(("input_layernorm", "post_attention_layernorm"), "d -> d"),
+    **dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), "h -> h"),
+}
 
 TIED = (("lm_head.weight", "model.embed_tokens.weight"),)
 
