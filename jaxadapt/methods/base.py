@@ -87,9 +87,9 @@ class Method(abc.ABC):
     def forward(self, static: Any) -> bool:
         """Whether the module's call must have a product over the weight's inputs, if it has any.
 
-        A table may not take outputs for inputs; but PEFT takes some parameters of experts so.
+        A table may not take outputs for inputs; but PEFT takes some parameters of experts so, and copies have no sides.
         """
-        return self.depth is None
+        return self.depth is None and not self.copies
 
     def apart(self, static: Any) -> bool:
         """Whether `output` must see the product alone, before the layer adds its bias."""

@@ -155,6 +155,43 @@ def test_a_weight_that_runs_both_ways_is_taken():
     np.testing.assert_array_equal(model(X), before)
 
 
+def test_a_copy_of_a_weight_has_no_sides():
+    """A line for a copy alone says how the array lies, and nothing of inputs."""
+
+    class Mixed(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs):
+            self.up = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+            self.mine = Weighted(rngs)
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.mine(self.up(x))
+
+    model = Mixed(nnx.Rngs(0))
+    before = model(X)
+    lora = jaxadapt.LoraConfig(r=2, target_modules=["up"], modules_to_save=["mine"])
+    jaxadapt.adapt(model, lora, rngs=nnx.Rngs(1), example=[X])
+    np.testing.assert_array_equal(model(X), before)
+
+    module = Named({"up": lambda name: nn.Dense(WIDTH, name=name), "mine": LinenWeighted})
+    adapted = jaxadapt.adapt(module, lora)
+    variables = adapted.init(jax.random.key(0), X)
+    np.testing.assert_array_equal(adapted.apply(variables, X), module.apply({"params": variables["params"]}, X))
+
+
+class Weighted(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.w = nnx.Param(jax.random.normal(rngs.params(), (WIDTH, WIDTH)))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x @ self.w
+
+
+class LinenWeighted(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x @ self.param("w", nn.initializers.normal(1), (WIDTH, WIDTH))
+
+
 # ---------------------------------------------------------------- by names and shapes alone
 
 SQUARE = (16, 16)
