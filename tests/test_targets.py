@@ -6,10 +6,13 @@ import itertools
 import re
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxadapt import init
 from jaxadapt.configs import GenericConfig, IA3Config, LoraConfig
 from jaxadapt.doubts import doubtful, unmatched
 from jaxadapt.errors import ConfigError, TargetError
@@ -289,3 +292,20 @@ def test_thousands_of_names_are_quick():
     assert len(select(config, names)) == 1000
     assert unmatched(config, names) == ()
     assert time.perf_counter() - start < 2.0
+
+
+@pytest.mark.parametrize(("entries", "task", "lost"), [
+    (["head"], None, []), (["head", "haed"], None, ["haed"]), (["table"], None, ["table"]), (["model"], None, []),
+    (None, "SEQ_CLS", []), (None, "QUESTION_ANS", ["qa_outputs"]), (["head"], "QUESTION_ANS", ["qa_outputs"]),
+])  # fmt: skip
+@pytest.mark.filterwarnings("default")
+def test_what_modules_to_save_does_not_find_is_said(entries, task, lost, recwarn):
+    """It would stay the base's, untrained and unsaved; PEFT says nothing."""
+    kernel = {"kernel": np.ones((4, 4), "float32")}
+    params = {"model": {"q": kernel, "head": kernel, "score": kernel, "table": np.ones((3, 4), "float32")}}
+    config = LoraConfig(r=2, target_modules=["q"], modules_to_save=entries, task_type=task)
+    if entries == ["model"]:
+        params = {"q": kernel, "model": {"a": kernel}}
+    init(config, params, key=jax.random.key(0))
+    said = [str(w.message) for w in recwarn.list]
+    assert said == [f"modules_to_save: {entry!r} matches no module" for entry in lost]
