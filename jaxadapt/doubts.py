@@ -73,7 +73,7 @@ def unmatched_saved(config: Config, copied: Iterable[str], tied: Mapping[str, st
         copied: the modules that are copied, with their parameters' names.
         tied: `{head: the table of tokens that it is}` of a model without a head of its own.
 
-    Of the heads that PEFT adds by itself for a task (`targets.HEADS`) one is enough.
+    The heads that PEFT adds by itself for a task (`targets.HEADS`) are guesses: any other entry that copies will do.
     """
     entries: tuple[str, ...] = config.get("modules_to_save") or ()
     alone = {entry: config.replace(modules_to_save=(entry,)) for entry in entries}
@@ -81,8 +81,11 @@ def unmatched_saved(config: Config, copied: Iterable[str], tied: Mapping[str, st
     copied += tuple(head for head, table in tied.items() if any(name.startswith(f"{table}.") for name in copied))
     hit = {entry for entry, only in alone.items() if any(targets.is_saved(only, name) for name in copied)}
     heads = targets.HEADS.get(config.task_type or "", ())
-    lost = [entry for entry in entries if entry not in hit and not (entry in heads and hit & set(heads))]
-    return [f"modules_to_save: {entry!r} matches no module" for entry in lost]
+    lines = [f"modules_to_save: {e!r} matches no module" for e in entries if e not in hit and e not in heads]
+    if not hit and not set(heads).isdisjoint(entries):
+        names = " or ".join(heads)
+        lines.append(f"task_type: {config.task_type} has a head trained in full, called {names}, and none is here")
+    return lines
 
 
 def _beside(entry: str, names: Sequence[str]) -> str:
