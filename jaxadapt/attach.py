@@ -263,7 +263,7 @@ def inject(
         if want.get(p) != have.get(p)
     ]
     if present.config != adapter.config:
-        problems.append("the configuration differs from the attached one's")
+        problems.append(f"another configuration: {present.config.differences(adapter.config, 'given')}")
     if problems:
         raise AttachError(f"the adapter does not fit {name!r}:\n" + paths.listing(problems))
     return with_adapter(tree, adapter, name)

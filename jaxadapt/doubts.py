@@ -66,6 +66,28 @@ def unmatched_parameters(config: Config, names: Iterable[str]) -> list[str]:
     return [f"target_parameters: {entry!r} matches no parameter" + _beside(entry, names) for entry in lost]
 
 
+def unmatched_saved(config: Config, copied: Iterable[str], tied: Mapping[str, str]) -> list[str]:
+    """The entries of `modules_to_save` that copy nothing, in a few words each: what they mean is not trained.
+
+    Args:
+        copied: the modules that are copied, with their parameters' names.
+        tied: `{head: the table of tokens that it is}` of a model without a head of its own.
+
+    The heads that PEFT adds by itself for a task (`targets.HEADS`) are guesses: any other entry that copies will do.
+    """
+    entries: tuple[str, ...] = config.get("modules_to_save") or ()
+    alone = {entry: config.replace(modules_to_save=(entry,)) for entry in entries}
+    copied = tuple(copied)
+    copied += tuple(head for head, table in tied.items() if any(name.startswith(f"{table}.") for name in copied))
+    hit = {entry for entry, only in alone.items() if any(targets.is_saved(only, name) for name in copied)}
+    heads = targets.HEADS.get(config.task_type or "", ())
+    lines = [f"modules_to_save: {e!r} matches no module" for e in entries if e not in hit and e not in heads]
+    if not hit and not set(heads).isdisjoint(entries):
+        names = " or ".join(heads)
+        lines.append(f"task_type: {config.task_type} has a head trained in full, called {names}, and none is here")
+    return lines
+
+
 def _beside(entry: str, names: Sequence[str]) -> str:
     close = near.near((entry,), names)
     return f"; near misses: {near.listed(close)}" if close else ""

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import zlib
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -22,7 +22,7 @@ from flax.core.scope import in_filter
 from jaxadapt import bind, initial, linen_survey, linen_tree, methods, paths, quantized, selecting, targets
 from jaxadapt.adapter import CONFIG_NODE, Adapter, Recipe, collection_name, is_array
 from jaxadapt.configs import Config
-from jaxadapt.errors import AttachError
+from jaxadapt.errors import AttachError, warn
 from jaxadapt.families import resolve
 from jaxadapt.keymap import KeyMap
 from jaxadapt.linen_call import SEP, Interceptor, Noting, Site
@@ -214,10 +214,30 @@ class Adapted:
                 out = self.module.apply({**overlay.base, "params": params}, *args, mutable=mutable, **kwargs)
             return out if mutable is False else out[0]
 
-        linen_survey.check_reads(run, {path: list(leaves) for path, leaves in sites.items()}, overlay.base["params"])
+        params = overlay.base["params"]
+        linen_survey.check_reads(run, {path: list(leaves) for path, leaves in sites.items()}, params)
+        self._warn_of_gaps(overlay, lambda: linen_survey.called(run, params))
         if len(self._checked) >= _KEPT:
             self._checked.clear()
         self._checked.add(signature)
+
+    def _warn_of_gaps(self, overlay: _Overlay, called: Callable[[], Collection[tuple[str, ...]]]) -> None:
+        """An `init` whose call did not reach a layer makes no adapter for it; a later call may."""
+        known = key_paths(overlay.base["params"])
+        shapes = {leaf: tuple(meta.unbox(_at(overlay.base["params"], path)).shape) for leaf, path in known.items()}
+        wanted = dict(self.adapters)
+        for name in self.active:
+            tree = overlay.held[collection_name(wanted[name])][name]
+            adapter = linen_tree.read_collection(meta.unbox(tree), name)
+            lacking = selecting.left_out(adapter.config, adapter.keymap, shapes, adapter.sites)
+            reached = called() if lacking else ()
+            used = [leaf for leaf in lacking if known[leaf][:-1] in reached]
+            if used:
+                warn(
+                    f"this call uses weights that target_modules names and the adapter {name!r} lacks, so they stay the"
+                    " base's: the init that made it did not reach them. One that does, or jaxadapt.init(config, params,"
+                    f" key=…), makes it whole:\n{paths.listing(used)}"
+                )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -207,6 +207,19 @@ def survey(module: nn.Module, rngs: Any, args: Any, kwargs: Any) -> Survey:
 # ---------------------------------------------------------------- reads that no adapter can follow
 
 
+def called(run: Callable[..., Any], params: Any) -> set[tuple[str, ...]]:
+    """The scope paths of the modules that a call enters; `run` as in `check_reads`."""
+    seen: set[tuple[str, ...]] = set()
+
+    def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        if context.module.scope is not None:
+            seen.add(context.module.scope.path)
+        return next_fun(*args, **kwargs)
+
+    jax.eval_shape(lambda p: run(p, intercept), params)
+    return seen
+
+
 def check_reads(run: Callable[..., Any], adapted: Mapping[tuple[str, ...], Sequence[str]], params: Any) -> None:
     """Refuse weights that are read outside their own module's call: the adapter would miss that use.
 

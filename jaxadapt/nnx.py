@@ -278,7 +278,7 @@ def inject(adapter: Adapter, tree: Tree, name: str) -> None:
     ]
     recipe = next(iter(present.values())).get_metadata()["adapter"].recipe
     if recipe.config != adapter.config:
-        problems.append("the configuration differs from the attached one's")
+        problems.append(f"another configuration: {recipe.config.differences(adapter.config, 'given')}")
     if problems:
         raise AttachError(f"the adapter does not fit {name!r}:\n" + paths.listing(problems))
     for path, value in new.items():

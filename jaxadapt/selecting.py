@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from jaxadapt import bind, copies, doubts, methods, parameters, paths, plan, replication, targets, tying
 from jaxadapt.bind import Bound, Shape
@@ -157,7 +157,10 @@ def _select(
     if twice:
         raise TargetError("target_modules and target_parameters both name these weights:\n" + paths.listing(twice))
     bounds += own
-    return (*bounds, *_copies(config, keymap, shapes, bounds)), tuple(warned)
+    copied = _copies(config, keymap, shapes, bounds)
+    saved = [name for b in copied for name in b.modules]
+    warned += doubts.unmatched_saved(config, saved, tying.heads(keymap, shapes))
+    return (*bounds, *copied), tuple(warned)
 
 
 def _parameters(config: Config, method: methods.Method, keymap: KeyMap, shapes: Mapping[str, Shape]) -> list[Bound]:
@@ -199,6 +202,14 @@ def uncovered(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]) -> tu
     if targets.is_all_linear(config):
         return tuple(matrices)
     return tuple(leaf for leaf, called in matrices.items() if any(targets.matches(config, m) for m in called))
+
+
+def left_out(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], adapted: Collection[str]) -> tuple[str, ...]:
+    """The matrices that the configuration names and that are not among the adapted leaves."""
+    found, unmapped = _inventory(keymap, shapes, NONE)
+    names = {leaf: tuple(mods.values()) for leaf, (_, _, mods) in found.items()} | unmapped
+    rest = {leaf: called for leaf, called in names.items() if len(shapes[leaf]) >= 2 and leaf not in adapted}
+    return tuple(leaf for leaf, called in rest.items() if any(targets.matches(config, m) for m in called))
 
 
 def _targeted(site: Site, modules: Mapping[tuple[int, ...], str], wanted: set[str]) -> tuple[int, ...] | None:

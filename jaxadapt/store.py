@@ -193,7 +193,8 @@ def load(
             (`{"params": base}` is enough), returned with the collection added. Abstract ones work too.
         name: what the adapter is called on this model; it becomes the active one.
         keymap: the model's family, a `KeyMap`, or None to recognise it.
-        dtype: of the parameters in memory; the file's by default, and float32 for one of 8 bits.
+        dtype: of the parameters in memory; the file's by default, and float32 for one of 8 bits. Into an
+            attached adapter the wider of the two, so that training goes on in float32 from a file of 16 bits.
         autocast_adapter_dtype: as in PEFT, where it is the default: true makes float32 of what a file has in fewer
             bits.
         replace: an attached adapter of that name with another configuration gives way.
@@ -281,6 +282,8 @@ def load(
             f" {present.differences(adapter.config)}; load(…, replace=True) takes the file's, and"
             " load(…, name=…) keeps both"
         )
+    if dtype is None and present is not None and present == adapter.config:
+        adapter = _as_wide(adapter, attach.extract(target, name))
     new = _residual(target, base, present, adapter, bounds, source)
     if not isinstance(target, nnx.nnx.Module):
         bare = target if present is None else attach.delete(target, name)
@@ -299,6 +302,13 @@ def load(
         nnx.delete(target, name)
     nnx.attach(target, adapter.recipe, bounds, name, adapter.flat(), rngs)
     return target
+
+
+def _as_wide(adapter: Adapter, attached: Adapter) -> Adapter:
+    """The values in no fewer bits than those they replace: an optimizer's steps would be lost in 16 of them."""
+    there = attached.flat()
+    flat = {p: x.astype(jnp.promote_types(x.dtype, there[p].dtype)) for p, x in adapter.flat().items()}
+    return Adapter(adapter.config, paths.unflatten(flat), adapter.keymap)
 
 
 def _told_at_once(report: Report, what: str, adapter: Adapter) -> None:

@@ -720,3 +720,43 @@ def test_a_sharded_adapter_is_pushed_as_a_whole():
         np.testing.assert_array_equal(inside[key], tensor)
         np.testing.assert_array_equal(jaxadapt.to_peft(spread).tensors[key], tensor)
     assert any(len(x.sharding.device_set) > 1 for x in inside.values())
+
+
+# ---- dtypes of what is attached already --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("api", ["nnx", "linen"])
+@pytest.mark.parametrize(("file", "attached", "wanted"), [
+    ("bfloat16", "float32", "float32"), ("float16", "float32", "float32"), ("float32", "bfloat16", "float32"),
+    ("bfloat16", "bfloat16", "bfloat16"),
+])  # fmt: skip
+def test_training_goes_on_in_no_fewer_bits_than_it_had(api, file, attached, wanted, tmp_path):
+    """PEFT copies a file's values into the parameters there are; adam's steps of 1e-4 would be lost in bfloat16's."""
+    trained = jaxadapt.extract(small.trained(LORA))
+    jaxadapt.save(jax.tree.map(lambda x: x.astype(file), trained), tmp_path)
+    if api == "nnx":
+        target = small.net()
+        jaxadapt.adapt(target, LORA, rngs=nnx.Rngs(0), dtype=attached)
+    else:
+        target = small.variables(LORA)
+        target["lora"] = jax.tree.map(lambda x: jnp.asarray(x, attached), target["lora"])
+    got = jaxadapt.extract(jaxadapt.load(tmp_path, target)).flat()
+    assert {str(x.dtype) for x in got.values()} == {wanted}
+    for path, value in trained.flat().items():
+        np.testing.assert_array_equal(np.asarray(got[path], np.float32), np.asarray(value.astype(file), np.float32))
+    as_asked = jaxadapt.extract(jaxadapt.load(tmp_path, target, dtype="bfloat16")).flat()
+    assert {str(x.dtype) for x in as_asked.values()} == {"bfloat16"}
+
+
+def test_a_configuration_that_differs_is_named_field_by_field(tmp_path):
+    model = small.trained(LORA)
+    jaxadapt.save(model, tmp_path)  # inference_mode is true in a file, and makes no other configuration of it
+    other = small.net()
+    jaxadapt.adapt(other, LORA.replace(lora_alpha=99), rngs=nnx.Rngs(0))
+    with pytest.raises(ConfigError, match=r"in lora_alpha \(99 attached, \d+ in the file\);"):
+        jaxadapt.load(tmp_path, other)
+    with pytest.raises(AttachError, match=r"another configuration: lora_alpha \(99 attached, \d+ given\)"):
+        jaxadapt.inject(jaxadapt.extract(model), other)
+    variables = small.variables(LORA.replace(lora_alpha=99))
+    with pytest.raises(AttachError, match=r"another configuration: lora_alpha \(99 attached, \d+ given\)"):
+        jaxadapt.inject(jaxadapt.extract(small.variables(LORA)), variables)

@@ -6,10 +6,13 @@ import itertools
 import re
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxadapt import init
 from jaxadapt.configs import GenericConfig, IA3Config, LoraConfig
 from jaxadapt.doubts import doubtful, unmatched
 from jaxadapt.errors import ConfigError, TargetError
@@ -289,3 +292,23 @@ def test_thousands_of_names_are_quick():
     assert len(select(config, names)) == 1000
     assert unmatched(config, names) == ()
     assert time.perf_counter() - start < 2.0
+
+
+HEADLESS = "task_type: QUESTION_ANS has a head trained in full, called qa_outputs, and none is here"
+
+
+@pytest.mark.parametrize(("entries", "task", "said"), [
+    (["head"], None, []), (["head", "haed"], None, ["modules_to_save: 'haed' matches no module"]),
+    (["table"], None, ["modules_to_save: 'table' matches no module"]), (["model"], None, []),
+    (None, "SEQ_CLS", []), (None, "QUESTION_ANS", [HEADLESS]), (["head"], "QUESTION_ANS", []),
+])  # fmt: skip
+@pytest.mark.filterwarnings("default")
+def test_what_modules_to_save_does_not_find_is_said(entries, task, said, recwarn):
+    """It would stay the base's, untrained and unsaved; PEFT says nothing."""
+    kernel = {"kernel": np.ones((4, 4), "float32")}
+    params = {"model": {"q": kernel, "head": kernel, "score": kernel, "table": np.ones((3, 4), "float32")}}
+    config = LoraConfig(r=2, target_modules=["q"], modules_to_save=entries, task_type=task)
+    if entries == ["model"]:
+        params = {"q": kernel, "model": {"a": kernel}}
+    init(config, params, key=jax.random.key(0))
+    assert [str(w.message) for w in recwarn.list] == said

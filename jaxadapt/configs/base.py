@@ -152,11 +152,12 @@ class Config:
             )
         return dataclasses.replace(self, **changes)
 
-    def differences(self, other: Config) -> str:
-        """The keys whose values differ, with both: of one that is attached, and of one from a file."""
+    def differences(self, other: Config, theirs: str = "in the file") -> str:
+        """The keys that make it another configuration, with both values: of the attached one, and of `theirs`."""
         x, y = self.to_dict(), other.to_dict()
-        keys = self.changed(other)
-        return ", ".join(f"{key} ({x.get(key)!r} attached, {y.get(key)!r} in the file)" for key in keys)
+        ignored = {f.name for f in dataclasses.fields(self) if not f.compare}
+        keys = [key for key in self.changed(other) if key not in ignored]
+        return ", ".join(f"{key} ({x.get(key)!r} attached, {y.get(key)!r} {theirs})" for key in keys)
 
     def changed(self, other: Config) -> list[str]:
         """The keys whose values differ."""

@@ -672,3 +672,32 @@ def test_a_module_with_a_state_is_not_saved_in_part():
     )
     variables = jaxadapt.adapt(Normed(), lora("q", bias="all")).init(KEY, x)
     assert set(jaxadapt.extract(variables).sites) == {"q.kernel", "q.bias", "norm.bias"}
+
+
+# ---- layers that one call reaches and another does not ---------------------------------------------------------
+
+
+class Branches(nn.Module):
+    """An encoder-decoder in small: its `init` may see one half only."""
+
+    @nn.compact
+    def __call__(self, x: Any, decode: bool = False) -> Any:
+        x = nn.Dense(8, name="encoder")(x)
+        return nn.Dense(8, name="decoder")(x) if decode else x
+
+
+def test_a_layer_that_the_adapter_lacks_is_named_when_a_call_uses_it(recwarn: pytest.WarningsRecorder):
+    x = jnp.ones((2, 8))
+    config = lora("encoder", "decoder")
+    base = Branches().init(KEY, x, True)["params"]
+    module = jaxadapt.adapt(Branches(), config)
+    with pytest.warns(UserWarning, match="target_modules: 'decoder' matches no module"):
+        half = {"params": base, "lora": module.init(KEY, x)["lora"]}
+    module.apply(half, x)  # reaches what the adapter has
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"the adapter 'default' lacks.*\n  decoder\.kernel"):
+        module.apply(half, x, True)
+    whole = {"params": base, **jaxadapt.init(config, base, key=KEY).collection}
+    module.apply(whole, x, True)
+    module.apply(whole, x)
+    assert not recwarn.list
