@@ -8,11 +8,10 @@ is in memory once, and neither planning nor the device waits for the whole file.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +21,7 @@ from jax.sharding import Sharding
 
 from jaxadapt import boxes, sharding
 from jaxadapt.boxes import Box, Piece
-from jaxadapt.codecs import files
+from jaxadapt.codecs import files, working
 from jaxadapt.codecs.safetensors import SMALL, TensorFile
 from jaxadapt.codecs.shards import Shards
 from jaxadapt.plan import Encoded, Entry, Plan, Spec
@@ -30,7 +29,6 @@ from jaxadapt.progress import Report, counting, quiet
 
 # Bytes of the leaves that one job makes: small enough that threads share the work.
 _JOB = 8 << 20
-_THREADS = min(8, os.cpu_count() or 1)
 
 
 def specs(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -82,20 +80,22 @@ def arrays(
     more = counting(report, what, sum(sizes.values()))
     out: dict[str, Any] = {e.path: None for e in plan.entries}
 
-    def make(job: Sequence[Entry]) -> dict[str, list[np.ndarray]]:
-        if job[0].path not in taken or file is None:
-            return _make(job, tensors, held, wanted)
-        return _cut(job, file, where)
-
     jobs = list[Sequence[Entry]](_jobs(others, sizes))
-    small = not others and sum(sizes.values()) <= SMALL
     if file is not None:
         by_key = {e.keys[0]: e for e in alike}
         groups = file.groups(by_key, _JOB)
         jobs = [*([by_key[key] for key in group] for group in groups), *jobs]
-    with ThreadPoolExecutor(max(1, min(_THREADS, len(jobs)))) as pool:
-        # Threads would only fight for Python's lock over a small file: 50 MB took 40 ms instead of 27.
-        for job, parts in zip(jobs, (map if small else pool.map)(make, jobs), strict=True):
+
+    def made(job: Sequence[Entry]) -> Callable[[], dict[str, list[np.ndarray]]]:
+        if job[0].path in taken and file is not None:
+            return _cut(job, file, where, sizes)
+        return _make(job, tensors, held, wanted)
+
+    # Threads would only fight for Python's lock over a small file: 50 MB took 40 ms instead of 27.
+    small = not others and sum(sizes.values()) <= SMALL
+    ready = working.in_order(map(made, jobs), 1 if small else min(working.THREADS, len(jobs)))
+    with contextlib.closing(ready):
+        for job, parts in zip(jobs, ready, strict=True):
             out |= _handed_over(job, parts, where, wanted)
             more(sum(sizes[e.path] for e in job))
     return out
@@ -127,8 +127,11 @@ def _alike(
     ]
 
 
-def _cut(job: Sequence[Entry], file: TensorFile, where: Mapping[str, Sharding]) -> dict[str, list[np.ndarray]]:
-    """The parts of tensors that devices hold: where they were read to if XLA takes them so, else copied from there."""
+def _cut(
+    job: Sequence[Entry], file: TensorFile, where: Mapping[str, Sharding], sizes: Mapping[str, int]
+) -> Callable[[], dict[str, list[np.ndarray]]]:
+    """To read the parts of tensors that devices hold: they stay where they were read to if XLA takes them so, else they
+    are copied from there."""
     keys = [e.keys[0] for e in job]
     widths = [file.specs[key].dtype.itemsize for key in keys]
     cuts = [
@@ -136,27 +139,29 @@ def _cut(job: Sequence[Entry], file: TensorFile, where: Mapping[str, Sharding]) 
         for e, width in zip(job, widths, strict=True)
     ]
     memory: list[np.ndarray] | None = None
-    if not file.ahead and not all(stays for _, stays in cuts):  # what is only copied from is not to live on
-        sizes = list(map(file.nbytes, keys))
-        kept = files.allocated([size if stays else 0 for size, (_, stays) in zip(sizes, cuts, strict=True)])
-        passing = files.allocated([0 if stays else size for size, (_, stays) in zip(sizes, cuts, strict=True)])
+    if not file.ahead:  # what is only copied from is not to live on, so it is by itself
+        nbytes = list(map(file.nbytes, keys))
+        kept = files.allocated([size if stays else 0 for size, (_, stays) in zip(nbytes, cuts, strict=True)])
+        passing = files.allocated([0 if stays else size for size, (_, stays) in zip(nbytes, cuts, strict=True)])
         memory = [a if stays else b for a, b, (_, stays) in zip(kept, passing, cuts, strict=True)]
-    out: dict[str, list[np.ndarray]] = {}
-    copied: list[tuple[str, list[np.ndarray], np.dtype]] = []
-    for e, array, (indexes, stays), width in zip(job, file.read_group(keys, memory), cuts, widths, strict=True):
-        leaf = array.reshape(e.form.shape)
-        if stays:
-            out[e.path] = [leaf[index] for index in indexes]
-        else:
-            bits = leaf.view(f"u{width}")  # which numpy copies fastest
-            copied.append((e.path, [bits[index] for index in indexes], leaf.dtype))
-    places = files.allocated([sum(part.nbytes for part in parts) for _, parts, _ in copied])
-    for (path, parts, dtype), place in zip(copied, places, strict=True):
-        first, *rest = parts[0].shape  # a leaf's parts are of one shape
-        together = place.view(parts[0].dtype).reshape(len(parts) * first, *rest)
-        np.concatenate(parts, out=together)
-        out[path] = list(together.view(dtype).reshape(len(parts), first, *rest))
-    return out
+    copies = files.allocated([0 if stays else sizes[e.path] for e, (_, stays) in zip(job, cuts, strict=True)])
+
+    def read() -> dict[str, list[np.ndarray]]:
+        out: dict[str, list[np.ndarray]] = {}
+        for e, array, (indexes, stays), copy in zip(job, file.read_group(keys, memory), cuts, copies, strict=True):
+            leaf = array.reshape(e.form.shape)
+            if stays:
+                out[e.path] = [leaf[index] for index in indexes]
+                continue
+            bits = leaf.view(f"u{leaf.dtype.itemsize}")  # which numpy copies fastest
+            parts = [bits[index] for index in indexes]
+            first, *rest = parts[0].shape  # a leaf's parts are of one shape
+            together = copy.view(bits.dtype).reshape(len(parts) * first, *rest)
+            np.concatenate(parts, out=together)
+            out[e.path] = list(together.view(leaf.dtype).reshape(len(parts), first, *rest))
+        return out
+
+    return read
 
 
 _UNCUT: tuple[list[Any], bool] = ([...], True)
@@ -203,29 +208,34 @@ def _jobs(entries: Iterable[Entry], sizes: Mapping[str, int]) -> Iterator[list[E
 
 def _make(
     job: Sequence[Entry], tensors: Mapping[str, Any], held: Held, dtypes: Mapping[str, np.dtype]
-) -> dict[str, list[np.ndarray]]:
-    """The parts of each leaf that are needed here, in the order of `held`."""
+) -> Callable[[], dict[str, list[np.ndarray]]]:
+    """To make the parts of each leaf that are needed here, in the order of `held`."""
     made = _allocated(job, held, dtypes)
     scratch: np.ndarray | None = None
     if isinstance(tensors, TensorFile | Shards):
         scratch = files.aligned(max(tensors.nbytes(key) for e in job for key in e.keys))
-    for entry in job:
-        places = dict(zip(held[entry.path], made[entry.path], strict=True))
-        covers = boxes.merged(places) if len(places) > 1 else {box: [box] for box in places}
-        for outer, members in covers.items():
-            for piece in boxes.pieces(entry.form, outer):
-                key = entry.keys[piece.number]
-                if outer in places and _read(tensors, key, piece, places[outer][boxes.within(piece.region, outer)]):
-                    continue
-                tile = _tile(tensors, key, piece, scratch)
-                if not piece.plain and dtypes[entry.path].itemsize > tile.dtype.itemsize:
-                    tile = tile.astype(dtypes[entry.path])  # so that it is rounded once
-                part = piece.decode(tile)
-                for box in members:
-                    both = boxes.common(box, piece.region)
-                    if both is not None:
-                        _copy(places[box][boxes.within(both, box)], part[boxes.within(both, piece.region)])
-    return made
+
+    def make() -> dict[str, list[np.ndarray]]:
+        for entry in job:
+            places = dict(zip(held[entry.path], made[entry.path], strict=True))
+            covers = boxes.merged(places) if len(places) > 1 else {box: [box] for box in places}
+            for outer, members in covers.items():
+                for piece in boxes.pieces(entry.form, outer):
+                    key = entry.keys[piece.number]
+                    whole = places.get(outer)
+                    if whole is not None and _read(tensors, key, piece, whole[boxes.within(piece.region, outer)]):
+                        continue
+                    tile = _tile(tensors, key, piece, scratch)
+                    if not piece.plain and dtypes[entry.path].itemsize > tile.dtype.itemsize:
+                        tile = tile.astype(dtypes[entry.path])  # so that it is rounded once
+                    part = piece.decode(tile)
+                    for box in members:
+                        both = boxes.common(box, piece.region)
+                        if both is not None:
+                            _copy(places[box][boxes.within(both, box)], part[boxes.within(both, piece.region)])
+        return made
+
+    return make
 
 
 def _read(tensors: Mapping[str, Any], key: str, piece: Piece, place: np.ndarray) -> bool:

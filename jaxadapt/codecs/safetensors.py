@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
 
-from jaxadapt.codecs import atomic, files, objects, places, runs
+from jaxadapt.codecs import atomic, files, objects, places, runs, working
 from jaxadapt.codecs.ahead import Ahead
 from jaxadapt.codecs.dtypes import NAMES, dtype_name, numpy_dtype
 from jaxadapt.codecs.header import (
@@ -211,14 +211,9 @@ class TensorFile(Mapping[str, "np.ndarray"]):
         """
         groups = self.groups(keys, _GROUP)
         out: dict[str, np.ndarray] = {}
-        with contextlib.ExitStack() as stack:
-            made: Iterable[list[np.ndarray]] = map(self.read_group, groups)
-            if len(groups) > 1:
-                from concurrent.futures import ThreadPoolExecutor
-
-                # few large jobs: their time goes into the kernel's copy and page faults, which hold no GIL
-                pool = stack.enter_context(ThreadPoolExecutor(min(4, os.cpu_count() or 1)))
-                made = pool.map(self.read_group, groups)
+        reads = (functools.partial(self.read_group, g, files.allocated(list(map(self.nbytes, g)))) for g in groups)
+        # few large tasks: their time goes into the kernel's copy and page faults, which hold no lock of Python's
+        with contextlib.closing(working.in_order(reads, min(working.THREADS, len(groups)))) as made:
             for group, arrays in zip(groups, made, strict=True):
                 out |= zip(group, arrays, strict=True)
                 if progress is not None:
