@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-READ = 8 * files.BLOCK
+READ = 5 * files.BLOCK  # 15 MB
 """Bytes of one call: after each the thread waits for Python's lock, which whoever plans has, and who needs the bytes
 waits for a whole call. 50 MB took 18 ms in four calls, 23 in one."""
 

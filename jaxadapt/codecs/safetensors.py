@@ -206,7 +206,7 @@ class TensorFile(Mapping[str, "np.ndarray"]):
     def read_many(self, keys: Iterable[str], progress: Callable[[int], None] | None = None) -> dict[str, np.ndarray]:
         """The tensors of `keys`, faster than one by one.
 
-        Small neighbours share an allocation (of 2 MB), which lives as long as one of them. `progress` is
+        Small neighbours share an allocation (of 3 MB), which lives as long as one of them. `progress` is
         called with the number of bytes read since its last call.
         """
         groups = self.groups(keys, _GROUP)
