@@ -229,7 +229,7 @@ class CheckpointManager(RunFolder):
         changed then.
         """
         self.wait()
-        found = self._by_first("restore", lambda: self.latest) if step is None else step
+        found = self._by_first("restore", lambda: self.latest) if step is None else _step(step)
         if found is None:
             raise FileError(f"{self.folder}: there is no checkpoint to restore")
         stored = step_reading.stored(self._path(found))
@@ -244,7 +244,7 @@ class CheckpointManager(RunFolder):
     def adapter(self, step: int | None = None, name: str = "default") -> Adapter:
         """One adapter of a step as a value, in numpy arrays; no model is needed."""
         self.wait()
-        chosen = self.latest if step is None else step
+        chosen = self.latest if step is None else _step(step)
         if chosen is None:
             raise FileError(f"{self.folder}: there is no checkpoint")
         stored = step_reading.stored(self._path(chosen))
@@ -269,7 +269,7 @@ class CheckpointManager(RunFolder):
         self._by_first("export", lambda: self._export(step, path, options))
 
     def _export(self, step: int | None, path: str | os.PathLike[str], options: dict[str, Any]) -> None:
-        chosen = self.latest if step is None else step
+        chosen = self.latest if step is None else _step(step)
         if chosen is None:
             raise FileError(f"{self.folder}: there is no checkpoint to export")
         stored = step_reading.stored(self._path(chosen))
@@ -286,7 +286,7 @@ class CheckpointManager(RunFolder):
         self._by_first("rollback", functools.partial(self._rollback, step))
 
     def _rollback(self, step: int) -> None:
-        self._path(step)
+        self._path(_step(step))
         for later, path in reversed(run_folder.steps(self.folder).items()):
             if later > step:
                 step_files.remove(path)
@@ -332,7 +332,9 @@ def _step(step: Any) -> int:
     try:
         number = operator.index(step)
     except TypeError:
-        raise ConfigError(f"step: expected an integer, found {step!r}") from None
+        raise ConfigError(
+            f"step: expected an integer, found {type(step).__name__}; it is save(step, model) and restore(model, step)"
+        ) from None
     if not 0 <= number < 10**18:
         raise ConfigError(f"step: expected 0 or more, found {number}")
     return number

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -439,6 +440,22 @@ def test_places_that_cannot_be(tmp_path: Path):
     manager.save(1, small.host_adapter())
     with pytest.raises(jaxadapt.FileError, match="step-000000001"):
         manager.wait()
+
+
+def test_a_step_that_is_no_number_is_named(tmp_path: Path):
+    manager, adapter = jaxadapt.CheckpointManager(tmp_path), small.host_adapter()
+    manager.save(1, adapter)
+    swapped: list[Callable[[], Any]] = [
+        lambda: manager.save(adapter, 1),
+        lambda: manager.restore(1, adapter),
+        lambda: manager.adapter("1"),
+        lambda: manager.export(1.0, tmp_path / "out"),
+        lambda: manager.rollback(adapter),
+    ]
+    for call in swapped:
+        with pytest.raises(jaxadapt.ConfigError, match=r"expected an integer, found \w+; it is save\(step, model\)"):
+            call()
+    assert manager.steps == [1]
 
 
 # ---------------------------------------------------------------- leaving

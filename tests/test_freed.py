@@ -105,7 +105,7 @@ print(max(resident) - resident[0])
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/status")
 @pytest.mark.parametrize("way", ["load", "read"])
 def test_adapters_that_come_and_go_leave_no_pages_behind(way: str, tmp_path: Path) -> None:
-    """84 MB: each of malloc's arenas kept its share, and a process grew with every load until it had 5 times as much."""
+    """84 MB: each of malloc's arenas kept a share, and a process grew with every load until it had 5 times as much."""
 
     def run(way: str) -> str:
         command = [sys.executable, "-c", SWAPS, str(tmp_path / "a"), way]
