@@ -67,11 +67,16 @@ def whole(key: str) -> str:
 
 
 def groups(keys: Iterable[str]) -> dict[str, list[str]]:
-    """`{the file's key: a plan's keys that it is made of}`, these in order."""
-    out: dict[str, list[str]] = {}
+    """`{the file's key: a plan's keys that it is made of}`, these in order.
+
+    >>> groups(["w[10/12]", "w[2/12]", "b"])
+    {'w': ['w[2/12]', 'w[10/12]'], 'b': ['b']}
+    """
+    out: dict[str, list[tuple[int, str]]] = {}
     for key in keys:
-        out.setdefault(whole(key), []).append(key)
-    return {name: sorted(parts) for name, parts in out.items()}
+        piece = read(key)
+        out.setdefault(piece.key if piece else key, []).append((piece.i if piece else 0, key))
+    return {name: [key for _, key in sorted(parts)] for name, parts in out.items()}
 
 
 def shape_of(parts: Sequence[str], shape: Sequence[int]) -> tuple[int, ...]:

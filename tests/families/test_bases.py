@@ -90,6 +90,16 @@ def test_one_file_by_the_format_own_reader_and_back(tmp_path, dtype):
     equal(jaxadapt.import_base(tmp_path / "new" / "out", {"params": abstract}, keymap=TABLE)["params"], tree)
 
 
+@pytest.mark.parametrize("how", ["/", "::"])
+def test_a_tensor_of_more_than_ten_parts_has_them_in_order(tmp_path, how):
+    table = KeyMap("parts", tuple(Weight(f"p{i}.kernel", f"big.weight[{i}{how}12]", "i o -> o i") for i in range(12)))
+    tree = {f"p{i}": {"kernel": np.full((3, 2), i, "float32")} for i in range(12)}
+    jaxadapt.export_base(tree, tmp_path, keymap=table)
+    rows = np.repeat(np.arange(12), 2) if how == "/" else np.tile(np.arange(12), 2)
+    np.testing.assert_array_equal(load_file(tmp_path / "model.safetensors")["big.weight"], np.tile(rows[:, None], 3))
+    equal(jaxadapt.import_base(tmp_path, zeros(tree), keymap=table), jax.tree.map(jnp.asarray, tree))
+
+
 def test_shards_and_their_index(tmp_path):
     tree = base()
     (tmp_path / "config.json").write_text("{}")
