@@ -189,7 +189,7 @@ def extract(
     if lora_alpha is not None:
         raise AttachError("lora_alpha is for other libraries' trees, and this is none that is known: pass config=")
     if isinstance(tree, nnx.nnx.Module | nnx.nnx.State):
-        if not nnx.variables(tree) and (what := foreign.unknown(tree)):
+        if not nnx.carries(tree) and (what := foreign.unknown(tree)):
             raise AttachError(f"there is no adapter {name!r} here{what}")
         return nnx.extract(tree, name)
     if not isinstance(tree, Mapping):
@@ -210,7 +210,7 @@ def guest_in(tree: Any) -> foreign.Found | None:
     if isinstance(tree, foreign.Found):
         return tree
     if isinstance(tree, nnx.nnx.Module | nnx.nnx.State):
-        return None if nnx.variables(tree) else foreign.find(tree)
+        return None if nnx.carries(tree) else foreign.find(tree)
     if isinstance(tree, Mapping) and linen_tree.names_in(tree):
         return None
     return foreign.find(tree)
@@ -356,8 +356,9 @@ def delete(model: Any, name: str) -> Any:
         rest = {k: v for k, v in model.items() if k != collection}
         return {**rest, collection: kept} if kept else rest
     _need_nnx(model)
-    if name not in nnx.names(model):
-        raise AttachError(f"no adapter is called {name!r}; this model has {list(nnx.names(model))}")
+    present = nnx.names(model)
+    if name not in present:
+        raise AttachError(f"no adapter is called {name!r}; this model has {list(present)}")
     nnx.delete(model, name)
     return model
 
@@ -379,6 +380,5 @@ def detach(model: Any) -> Any:
     if isinstance(model, Mapping) and not isinstance(model, nnx.nnx.Module):
         return {k: v for k, v in model.items() if k not in methods.COLLECTIONS}
     _need_nnx(model)
-    for name in nnx.names(model):
-        nnx.delete(model, name)
+    nnx.delete(model, *nnx.names(model))
     return model

@@ -9,6 +9,7 @@ variables hang on the layer. Base paths, sharing and values stay as they are; `d
 from __future__ import annotations
 
 import collections
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ from jaxadapt.nnx_params import AdapterParam
 from jaxadapt.nnx_survey import DROPOUT, AdaptedMeta, Owner, base_class, natural, swap
 
 Tree = nnx.Module | nnx.State[Any, Any]
+Layers = Sequence[tuple[str, Any]]
 
 
 # ---------------------------------------------------------------- where parameters live
@@ -119,7 +121,7 @@ def attach(
         follow(module)
         if ACTIVE not in vars(module):
             setattr(module, ACTIVE, (name,))
-    _set_active(model, (name,), owners)
+    _set_active(adapted(model, owners), (name,))
 
 
 def _misfits(bounds: Sequence[bind.Bound], owners: Mapping[str, Owner], collection: str) -> list[str]:
@@ -170,20 +172,22 @@ def release(layer: nnx.Module) -> None:
         swap(layer, base_class(layer))
 
 
-def adapted(model: nnx.Module, owners: Mapping[str, Owner] | None = None) -> Iterator[tuple[str, Any]]:
+def adapted(model: nnx.Module, owners: Mapping[str, Owner] | None = None) -> list[tuple[str, Any]]:
     """`(path, layer)` of every adapted layer. Each owns a base leaf: where `owners` are at hand no walk is needed."""
     nodes: Iterable[tuple[str, Any]] = ((paths.join(*map(str, path)), node) for path, node in nnx.iter_graph(model))
     if owners is not None:
         nodes = {id(module): (leaf.rpartition(".")[0], module) for leaf, (module, _) in owners.items()}.values()
-    for path, node in nodes:
-        if isinstance(type(node), AdaptedMeta) and ACTIVE in vars(node):
-            yield path, node
+    return [(path, node) for path, node in nodes if isinstance(type(node), AdaptedMeta) and ACTIVE in vars(node)]
 
 
 def names(model: nnx.Module, owners: Mapping[str, Owner] | None = None) -> tuple[str, ...]:
     """The names of the adapters a model carries."""
+    return _names(adapted(model, owners))
+
+
+def _names(layers: Layers) -> tuple[str, ...]:
     found: dict[str, None] = {}
-    for _, layer in adapted(model, owners):
+    for _, layer in layers:
         for collection in methods.COLLECTIONS:
             found |= dict.fromkeys(vars(layer).get(collection, ()))
     return tuple(found)
@@ -191,44 +195,48 @@ def names(model: nnx.Module, owners: Mapping[str, Owner] | None = None) -> tuple
 
 def activate(model: nnx.Module, chosen: Sequence[str]) -> None:
     """Make exactly these adapters active, wherever they sit."""
-    present = names(model)
+    layers = adapted(model)
+    present = _names(layers)
     unknown = [n for n in chosen if n not in present]
     if unknown:
         raise AttachError(f"no adapter is called {', '.join(map(repr, unknown))}; this model has {list(present)}")
-    _set_active(model, tuple(chosen))
+    _set_active(layers, tuple(chosen))
 
 
-def _set_active(model: nnx.Module, chosen: tuple[str, ...], owners: Mapping[str, Owner] | None = None) -> None:
-    if len(chosen) > 1:
-        held: dict[str, dict[str, Method]] = {}
-        for name in chosen:
-            for path, var in variables(model).get(name, {}).items():
-                held.setdefault(path.rpartition(".")[0], {})[name] = var.get_metadata()["adapter"].method
-        methods.refuse_rivals(held)
-    for _, layer in adapted(model, owners):
+def _set_active(layers: Layers, chosen: tuple[str, ...]) -> None:
+    held: dict[str, dict[str, Method]] = {}
+    for path, layer in layers if len(chosen) > 1 else ():
+        for name, collection in itertools.product(chosen, methods.COLLECTIONS):
+            for leaf, tensors in vars(layer).get(collection, {}).get(name, {}).items():
+                attached = next(iter(tensors.values())).get_metadata()["adapter"]
+                held.setdefault(paths.join(path, leaf), {})[name] = attached.method
+    methods.refuse_rivals(held)
+    for _, layer in layers:
         if getattr(layer, ACTIVE) != chosen:
             setattr(layer, ACTIVE, chosen)
 
 
 def active(model: nnx.Module) -> tuple[str, ...]:
     """The names of the active adapters."""
-    found: dict[str, None] = {}
-    for _, layer in adapted(model):
-        found |= dict.fromkeys(getattr(layer, ACTIVE))
-    return tuple(found)
+    return _active(adapted(model))
 
 
-def delete(model: nnx.Module, name: str) -> None:
-    """Remove one adapter; a layer that carries no other gets its own class back."""
-    activate(model, [n for n in active(model) if n != name])
-    for _, layer in list(adapted(model)):
+def _active(layers: Layers) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for _, layer in layers for name in getattr(layer, ACTIVE)))
+
+
+def delete(model: nnx.Module, *gone: str) -> None:
+    """Remove these adapters; a layer that carries no other gets its own class back."""
+    layers = adapted(model)
+    _set_active(layers, tuple(n for n in _active(layers) if n not in gone))
+    for _, layer in layers:
         own = vars(layer)
-        for attr in (*methods.COLLECTIONS, DROPOUT):
-            if attr in own and name in own[attr]:
+        for name, attr in itertools.product(gone, (*methods.COLLECTIONS, DROPOUT)):
+            if name in own.get(attr, ()):
                 del own[attr][name]
                 if not own[attr]:
                     delattr(layer, attr)
-        if vars(layer).keys().isdisjoint(methods.COLLECTIONS):
+        if own.keys().isdisjoint(methods.COLLECTIONS):
             delattr(layer, ACTIVE)
             release(layer)
 
@@ -236,15 +244,23 @@ def delete(model: nnx.Module, name: str) -> None:
 # ---------------------------------------------------------------- values out and in
 
 
-def variables(tree: Tree) -> dict[str, dict[str, Any]]:
-    """`{adapter name: {path: AdapterParam}}` of a model or a state."""
+def _parameters(tree: Tree) -> Iterator[tuple[Any, AdapterParam]]:
     # (`nnx.state` would leave a cycle that keeps the whole model alive until the gc comes.)
     held = nnx.to_flat_state(tree) if isinstance(tree, nnx.State) else nnx.iter_graph(tree)
+    return ((path, v) for path, v in held if isinstance(v, AdapterParam) and "adapter" in v.get_metadata())
+
+
+def carries(tree: Tree) -> bool:
+    """Whether there is any adapter in a model or a state."""
+    return any(True for _ in _parameters(tree))
+
+
+def variables(tree: Tree) -> dict[str, dict[str, Any]]:
+    """`{adapter name: {path: AdapterParam}}` of a model or a state."""
     out: dict[str, dict[str, Any]] = {}
-    for path, var in held:
-        if isinstance(var, AdapterParam) and "adapter" in var.get_metadata():
-            *module, _, name, leaf, tensor = map(str, path)
-            out.setdefault(name, {})[paths.join(*module, leaf, tensor)] = var
+    for path, var in _parameters(tree):
+        *module, _, name, leaf, tensor = map(str, path)
+        out.setdefault(name, {})[paths.join(*module, leaf, tensor)] = var
     return out
 
 
