@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxadapt import near, targets
 from jaxadapt.configs import Config
-from jaxadapt.configs.check import compile_pattern
+
+_SAID = 8
+"""Entries of one field that are said one by one."""
 
 
 def unmatched(config: Config, names: Sequence[str]) -> tuple[str, ...]:
@@ -47,8 +48,10 @@ def doubtful(config: Config, names: Sequence[str], chosen: Sequence[str]) -> lis
     lines: list[str] = []
     # "all-linear" becomes a list with the head in it; that modules_to_save has the head then is no mistake.
     without = config.replace(modules_to_save=None) if config.get("modules_to_save") else config
-    for entry in unmatched(without, names):
-        lines.append(f"target_modules: {entry!r} matches no module" + _beside(entry, names))
+    lost = unmatched(without, names)
+    lines += [f"target_modules: {entry!r} matches no module" + _beside(entry, names) for entry in lost[:_SAID]]
+    if len(lost) > _SAID:  # a whole tower that this model lacks, named layer by layer
+        lines.append(f"target_modules: {len(lost) - _SAID} more entries match no module")
     if isinstance(config.get("target_modules"), str):
         holders = {name[:i] for name in names for i, letter in enumerate(name) if letter == "."}.difference(names)
         if held := [name for name in sorted(holders) if targets.matches(config, name)]:
@@ -94,17 +97,10 @@ def _beside(entry: str, names: Sequence[str]) -> str:
 
 
 def _patterns(field: str, patterns: Mapping[str, Any], chosen: Sequence[str]) -> list[str]:
-    hits: dict[str, list[str]] = {key: [] for key in patterns}
-    by_ending: dict[str, list[str]] = {}
-    for name in chosen:
-        for ending in targets.endings(name):
-            by_ending.setdefault(ending, []).append(name)
+    hits: dict[str, list[str]] = {}
     for key in patterns:
-        if re.fullmatch(r"\w+", key):  # nothing but itself, however it is read
-            hits[key] = by_ending.get(key, [])
-        else:
-            expression = compile_pattern(field, key)
-            hits[key] = [name for name in chosen if name == key or expression.match(name)]
+        ending, expression = targets.compiled(key)
+        hits[key] = [name for name in chosen if name == key or (name.endswith(ending) and expression.match(name))]
     lines = [f"{field}: {key!r} matches none of the targets" for key, names in hits.items() if not names]
     first: dict[str, str] = {}
     pairs: dict[tuple[str, str], str] = {}

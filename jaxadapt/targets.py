@@ -78,17 +78,22 @@ def pattern_value(patterns: Mapping[str, _T], name: str, default: _T) -> _T:
     >>> pattern_value({"q_proj": 4, r"layers\\.\\d+\\.v_proj": 2}, "model.layers.7.v_proj", 8)
     2
     """
-    if not patterns:
-        return default
     for key, value in patterns.items():
-        # EVA writes one full name a module: compiling hundreds of them costs more than matching, so plain
-        # names (in which only "." is special) are sorted out by their last part first.
-        if re.fullmatch(r"[\w.]+", key) and not name.endswith(key.rpartition(".")[2]):
-            continue
-        if compile_pattern("rank_pattern", key).match(name):
+        ending, expression = compiled(key)
+        if name.endswith(ending) and expression.match(name):
             return value
     # A key that is no expression for itself ("a+b") still holds for the module of exactly that name.
     return patterns.get(name, default)
+
+
+@lru_cache(maxsize=4096)  # EVA writes one full name a module, and each is asked about every other
+def compiled(key: str) -> tuple[str, re.Pattern[str]]:
+    """A key of `rank_pattern` or `alpha_pattern`: what all that it matches ends in (told faster), and its expression.
+
+    Of a plain name, in which only "." is special, that is the last part.
+    """
+    plain = re.fullmatch(r"[\w.]+", key)
+    return key.rpartition(".")[2] if plain else "", compile_pattern("rank_pattern", key)
 
 
 HEADS: Mapping[str, tuple[str, ...]] = {

@@ -271,6 +271,16 @@ def test_all_linear_with_a_head_that_is_saved_whole_is_no_doubt():
     assert len(doubtful(config.replace(modules_to_save=["other"]), ["a.q"], ("a.q",))) == 1
 
 
+def test_many_names_that_are_not_here_are_counted():
+    config = LoraConfig(target_modules=["q", *(f"vision.{i}.q" for i in range(20))])
+    *some, last = doubtful(config, ["a.q"], ["a.q"])
+    assert [line.partition(";")[0] for line in some[:2]] == [
+        "target_modules: 'vision.0.q' matches no module",
+        "target_modules: 'vision.1.q' matches no module",
+    ]
+    assert last == f"target_modules: {20 - len(some)} more entries match no module"
+
+
 def test_invalid_expressions_are_named():
     with pytest.raises(ConfigError, match=r"rank_pattern: .*'\('"):
         pattern_value({"(": 1}, "q", 8)
