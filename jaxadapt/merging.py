@@ -226,10 +226,23 @@ class Changed:
     change: Change
 
     @property
+    def spec(self) -> jax.ShapeDtypeStruct:
+        """The leaf's shape and dtype."""
+        return self.base.spec if isinstance(self.base, Changed) else _spec(self.base)
+
+    @property
     def nbytes(self) -> int:
         """The size of the leaf."""
-        base = self.base.base if isinstance(self.base, Changed) else self.base
-        return math.prod(base.shape) * base.dtype.itemsize
+        return math.prod(self.spec.shape) * self.spec.dtype.itemsize
+
+    def on(self, base: Any) -> Changed:
+        """The same change of another base, all that comes before it included."""
+        return dataclasses.replace(self, base=self.base.on(base) if isinstance(self.base, Changed) else base)
+
+    def how(self, place: Any = None, single: bool = False) -> _How:
+        """What is done to it; to a `single` layer of each stacked axis."""
+        bound = self.bound
+        return _How(self.change, bound.method, bound.static, bound.axes, () if single else bound.site.stack, place)
 
     def value(self, at: Mapping[int, int | slice] | None = None, donate: bool = False) -> Any:
         """The leaf; or what is at `{axis: index or slice}` of it: one layer of each stacked axis, some outputs.
@@ -245,8 +258,7 @@ class Changed:
             for tensor, entry in zip(bound.tensors, bound.entries, strict=True)
         }
         single = all(isinstance(at.get(axis), int) for axis in bound.site.stack)
-        place = None if isinstance(w, Tracer) else sharding.of(w)
-        how = _How(self.change, bound.method, bound.static, bound.axes, () if single else bound.site.stack, place)
+        how = self.how(None if isinstance(w, Tracer) else sharding.of(w), single)
         host = isinstance(w, np.ndarray)
         new = (_computed_in_place if donate and not host else _computed)(how, w, params)
         return np.array(new) if host else new  # a copy: numpy arrays can be written to
@@ -256,6 +268,10 @@ class Changed:
         """The axes of which slices can be made one by one: each output has a sum of its own."""
         line = self.bound.site.weight
         return () if line.groups > 1 else tuple(line.left.index(name) for name in line.roles["out"])
+
+
+def _spec(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 def _cut(x: Any, axes: Sequence[Any], at: Mapping[Any, int | slice]) -> Any:
@@ -333,6 +349,11 @@ def changes(base: Mapping[str, Any], adapter: Adapter, weight: Change, bias: Cha
         raise AttachError(
             "lora_bias gives these layers a bias, and they have none to merge it into:\n" + paths.listing(lost)
         )
+    for how, changed in {changed.how(): changed for changed in out.values()}.items():
+        try:  # what a method refuses shows while everything is still as it was
+            jax.eval_shape(how, changed.spec, {name: _spec(x) for name, x in changed.params.items()})
+        except AttachError as error:
+            raise AttachError(f"{changed.bound.leaf}: {error}") from error
     return out
 
 

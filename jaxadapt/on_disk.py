@@ -69,7 +69,7 @@ def merge(
         def get(key: str) -> Any:
             value = held[key]
             if key in changed:
-                value = np.asarray(dataclasses.replace(changed[key], base=value).value())
+                value = np.asarray(changed[key].on(value).value())
             value = value.astype(numpy_dtype(written[key][0]), copy=False)
             more(value.nbytes)
             return value

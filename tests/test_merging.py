@@ -313,6 +313,21 @@ def test_donated_weights_are_safe_until_all_sums_are_finite():
     assert not base["q_proj"]["kernel"].is_deleted()
 
 
+def test_donated_weights_are_safe_where_another_cannot_be_merged():
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.a = nnx.Linear(4, 4, rngs=rngs)
+            self.b = nnx.Conv(4, 4, (3,), feature_group_count=2, rngs=rngs)
+
+    config = jaxadapt.LoraConfig(r=2, target_modules=["a", "b"])
+    model = jaxadapt.adapt(Net(nnx.Rngs(0)), config, rngs=nnx.Rngs(1))
+    adapter = jaxadapt.extract(model)
+    jaxadapt.detach(model)
+    with pytest.raises(AttachError, match=r"b\.kernel: .*grouped convolution"):
+        jaxadapt.merge(model, adapter, donate=True)
+    np.testing.assert_array_equal(model.a.kernel, Net(nnx.Rngs(0)).a.kernel)
+
+
 def test_numpy_weights_are_never_given_up():
     base = jax.tree.map(np.array, small.base()["params"])
     kept = jax.tree.map(np.copy, base)

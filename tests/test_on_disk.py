@@ -98,6 +98,24 @@ def test_merge_finds_a_base_saved_without_its_head(tmp_path):
     assert all(np.allclose(v, want[k].numpy(), rtol=1e-6, atol=1e-6) for k, v in got.items())
 
 
+@pytest.mark.filterwarnings("ignore:.*invalid shape:UserWarning")  # PEFT's own, of the bias of its B
+def test_merge_puts_a_bias_of_b_onto_one_that_was_trained(tmp_path):
+    wrapped = saved(gpt2, tmp_path, r=2, init_lora_weights=False, bias="all", lora_bias=True)
+    on_disk.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    got = safetensors.read(tmp_path / "out" / "model.safetensors")
+    want = wrapped.merge_and_unload().state_dict()
+    for key, value in got.items():
+        np.testing.assert_allclose(value, want[key].numpy(), rtol=1e-6, atol=1e-6, err_msg=key)
+
+
+def test_merge_writes_nothing_for_what_cannot_be_merged(tmp_path):
+    saved(llama, tmp_path, r=2, task_type="CAUSAL_LM", alora_invocation_tokens=[3])
+    (tmp_path / "base" / "tokenizer.json").write_text("{}")
+    with pytest.raises(jaxadapt.AttachError, match=r"down_proj\.weight: an aLoRA"):
+        on_disk.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_merge_refuses_another_model_and_the_base_itself(tmp_path):
     saved(llama, tmp_path / "a", r=2)
     saved(gpt2, tmp_path / "b", r=2)
