@@ -227,12 +227,20 @@ def total(out: Any) -> Array:
 
 
 def _run_nnx(model: Any, recipe: Recipe, forward: Any) -> Any:
+    def gradient(graphdef: Any, states: Any, rest: Any, batch: Any) -> Any:
+        def loss(states: Any) -> Array:
+            mine = jax.tree.map(lambda x: x, rest)  # variables belong to the trace they are made in
+            return total(forward(nnx.nnx.merge(graphdef, states, mine), batch))
+
+        return jax.grad(loss)(states)
+
+    jitted = jax.jit(gradient, static_argnums=0)  # one of this run: it keeps what `forward` holds
+
     def run(probes: Sequence[bind.Bound], values: Mapping[str, Array], batch: Any) -> dict[str, Array]:
         before = nnx.active(model)
         nnx.attach(model, recipe, probes, _NAME, values)
         try:
-            graphdef, states, rest = nnx.nnx.split(model, _is_state, ...)
-            grads = _gradient_nnx(forward, graphdef, states, rest, batch)
+            grads = jitted(*nnx.nnx.split(model, _is_state, ...), batch)
             return {path: var.get_value() for path, var in nnx.variables(grads)[_NAME].items()}
         finally:
             nnx.delete(model, _NAME)
@@ -243,15 +251,6 @@ def _run_nnx(model: Any, recipe: Recipe, forward: Any) -> Any:
 
 def _is_state(path: Sequence[Any], value: Any) -> bool:
     return isinstance(value, nnx.AdapterParam) and path[-1] == "state" and _NAME in path
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _gradient_nnx(forward: Any, graphdef: Any, states: Any, rest: Any, batch: Any) -> Any:
-    def loss(states: Any) -> Array:
-        mine = jax.tree.map(lambda x: x, rest)  # variables belong to the trace they are made in
-        return total(forward(nnx.nnx.merge(graphdef, states, mine), batch))
-
-    return jax.grad(loss)(states)
 
 
 def _run_linen(params: Any, bounds: Sequence[bind.Bound], statistics: Mapping[str, Statistic], forward: Any) -> Any:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 import pytest
 from flax import nnx
@@ -113,3 +115,13 @@ def test_adapters_that_come_and_go_leave_no_pages_behind(way: str, tmp_path: Pat
 
     run("save")
     assert int(run(way)) < 150
+
+
+def test_what_a_forward_holds_is_not_kept() -> None:
+    held = jnp.full(3, 2.0)
+    gone = weakref.ref(held)
+    config = small.LORA.replace(init_lora_weights="corda")
+    jaxadapt.start(config, small.net(), batches=[small.X], forward=lambda model, x, held=held: model(x) * held[0])
+    del held
+    gc.collect()
+    assert gone() is None
