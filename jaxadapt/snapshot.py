@@ -127,8 +127,10 @@ def rest(model: Any) -> Any:
     if isinstance(model, nnx.nnx.Module | nnx.nnx.State):
         state = nnx.nnx.state(model) if isinstance(model, nnx.nnx.Module) else model
         return nnx.nnx.filter_state(state, nnx.nnx.Not(nnx.nnx.Any(*_NOT_STATE)))
-    if isinstance(model, Mapping) and (ours := linen_tree.collections_in(model)):
-        return {k: v for k, v in model.items() if k not in _NOT_STATE_COLLECTIONS and k not in ours}
+    if isinstance(model, Mapping):
+        ours = linen_tree.collections_in(model)
+        if ours or isinstance(model.get("params"), Mapping):  # variables, and no bare tree of parameters
+            return {k: v for k, v in model.items() if k not in _NOT_STATE_COLLECTIONS and k not in ours}
     return {}
 
 

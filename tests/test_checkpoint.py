@@ -188,6 +188,17 @@ def test_several_adapters_and_none_is_left_out(tmp_path: Path):
         manager.restore(small.trained())
 
 
+def test_what_else_changes_beside_another_library_s_lora(tmp_path: Path):
+    q = {"kernel": jnp.ones((4, 6)), "kernel_lora_a": jnp.ones((4, 2)), "kernel_lora_b": jnp.ones((2, 6))}
+    saved = {"params": {"q": q}, "batch_stats": {"bn": {"mean": jnp.arange(3.0)}}, "cache": {"k": jnp.ones(2)}}
+    manager = jaxadapt.CheckpointManager(tmp_path)
+    manager.save(0, saved)
+    back = manager.restore(jax.tree.map(jnp.zeros_like, saved)).model
+    np.testing.assert_array_equal(back["batch_stats"]["bn"]["mean"], [0, 1, 2])
+    np.testing.assert_array_equal(back["params"]["q"]["kernel_lora_b"], np.ones((2, 6)))
+    assert not back["params"]["q"]["kernel"].any() and not back["cache"]["k"].any()  # the base; of one call
+
+
 def test_linen_and_nnx_read_each_others_adapters(tmp_path: Path):
     manager = jaxadapt.CheckpointManager(tmp_path)
     manager.save(1, small.trained(seed=3))
