@@ -129,7 +129,12 @@ class _Page(NamedTuple):
 
 def _push(source: Place, place: hub.Address, page: _Page, commit: dict[str, Any], progress: Progress) -> Pushed:
     info = folder.inspect(source)  # what cannot be read is not uploaded
-    weights = next(name for name in hub.WEIGHTS if (source / name).exists())
+    weights = next((name for name in hub.WEIGHTS if (source / name).exists()), None)
+    if weights is None:
+        raise FileError(
+            f"{source}: an Orbax checkpoint, which nobody would find on the Hub; jaxadapt.write(read(checkpoint), folder)"
+            " makes a folder of it, as PEFT reads it"
+        )
     stale = [name for name in hub.WEIGHTS if name != weights]
     files: dict[str, Path | bytes] = {}
     for path in (source / hub.CONFIG, source / weights):

@@ -384,6 +384,16 @@ def test_a_broken_adapter_is_not_uploaded(hub, saved):
     assert hub.requests == []
 
 
+def test_an_orbax_checkpoint_is_not_uploaded(hub, saved, tmp_path):
+    jaxadapt.save(small.adapter(), tmp_path / "run", format="orbax")
+    with pytest.raises(jaxadapt.FileError, match="an Orbax checkpoint"):
+        pushed(hub, tmp_path / "run")
+    assert hub.requests == []
+    jaxadapt.write(jaxadapt.read(tmp_path / "run"), tmp_path / "folder")  # as the message says
+    pushed(hub, tmp_path / "folder")
+    assert WEIGHTS in hub.files(REPO)
+
+
 @pytest.mark.parametrize(
     "text", ["name", "a/b/../c", "hf://datasets/org/name", "org/na me", "hf://", "org/name@/x", "/a/b"]
 )
