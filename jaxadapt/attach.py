@@ -240,6 +240,11 @@ def inject(
     >>> variables["lora"]["default"]["q"]["kernel"]["lora_B"].sum()
     Array(12., dtype=float32)
     """
+    if not isinstance(adapter, Adapter):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise AttachError(
+            f"expected an Adapter (from extract, init or from_peft), found {type(adapter).__name__};"
+            " jaxadapt.from_peft(tensors, tree) makes one of PeftTensors"
+        )
     guest = guest_in(tree)
     if guest is not None:
         bounds = bind.of(adapter)

@@ -48,6 +48,8 @@ class Base:
             walked = nnx_survey.walk(tree)
             return Base(tree, walked.leaves, tree, walked)
         params = nnx.nnx.to_pure_dict(tree) if isinstance(tree, nnx.nnx.State) else tree
+        if not isinstance(params, Mapping):
+            raise AttachError(f"expected base parameters (nested mappings) or an NNX model, found {type(tree).__name__}")
         if isinstance(params.get("params"), Mapping):
             raise AttachError("expected base parameters, found variables; give variables['params']")
         found = Base(tree, paths.flatten(params), target)

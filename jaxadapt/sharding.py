@@ -78,6 +78,8 @@ def for_adapter(bounds: Sequence[Bound], base: Mapping[str, Any]) -> dict[str, N
 def asked(shardings: Any, bounds: Sequence[Bound]) -> dict[str, Sharding]:
     """`{path: sharding}` from one sharding for all, or a tree of them; `AttachError` if one lacks or misfits."""
     shapes = {e.path: e.shape for b in bounds for e in b.entries}
+    if not isinstance(shardings, Sharding | Mapping):
+        raise AttachError(f"shardings: expected one, or a tree like the adapter's, found {type(shardings).__name__}")
     found = dict.fromkeys(shapes, shardings) if isinstance(shardings, Sharding) else paths.flatten(shardings)
     problems = [f"{path}: no such parameter" for path in found if path not in shapes]
     for path, shape in shapes.items():

@@ -425,3 +425,20 @@ def test_a_dtype_that_no_file_can_hold(tmp_path):
     with pytest.raises(TypeError):
         jaxadapt.save(small.adapter(), tmp_path / "out", dtype="no such")
     assert not (tmp_path / "out").exists()
+
+
+# ---- arguments ---------------------------------------------------------------------------------------------
+
+
+def test_what_is_no_base_no_adapter_and_no_sharding_is_said(good):
+    module = nnx.Dict(q_proj=nnx.Linear(6, 8, rngs=nnx.Rngs(0)))
+    for odd in (None, [1], lambda x: x):
+        what = f"found {type(odd).__name__}"
+        with pytest.raises(jaxadapt.AttachError, match=rf"expected base parameters .*{what}"):
+            jaxadapt.init(LORA, odd)
+        with pytest.raises(jaxadapt.AttachError, match=rf"expected an Adapter .*{what}"):
+            jaxadapt.inject(odd, module)
+    with pytest.raises(jaxadapt.AttachError, match="from_peft"):
+        jaxadapt.inject(jaxadapt.read(good), small.trained())
+    with pytest.raises(jaxadapt.AttachError, match="shardings: expected one, or a tree .*found list"):
+        jaxadapt.load(good, small.base(), shardings=[None])
