@@ -49,7 +49,8 @@ class Base:
             return Base(tree, walked.leaves, tree, walked)
         params = nnx.nnx.to_pure_dict(tree) if isinstance(tree, nnx.nnx.State) else tree
         if not isinstance(params, Mapping):
-            raise AttachError(f"expected base parameters (nested mappings) or an NNX model, found {type(tree).__name__}")
+            found = type(tree).__name__
+            raise AttachError(f"expected base parameters, as nested mappings, or an NNX model, found {found}")
         if isinstance(params.get("params"), Mapping):
             raise AttachError("expected base parameters, found variables; give variables['params']")
         found = Base(tree, paths.flatten(params), target)

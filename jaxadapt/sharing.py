@@ -132,8 +132,8 @@ def _push(source: Place, place: hub.Address, page: _Page, commit: dict[str, Any]
     weights = next((name for name in hub.WEIGHTS if (source / name).exists()), None)
     if weights is None:
         raise FileError(
-            f"{source}: an Orbax checkpoint, which nobody would find on the Hub; jaxadapt.write(read(checkpoint), folder)"
-            " makes a folder of it, as PEFT reads it"
+            f"{source}: an Orbax checkpoint, which the Hub's readers do not know; a folder as PEFT reads it is made by"
+            " jaxadapt.write(jaxadapt.read(checkpoint), folder)"
         )
     stale = [name for name in hub.WEIGHTS if name != weights]
     files: dict[str, Path | bytes] = {}
