@@ -49,8 +49,8 @@ class Base:
             return Base(tree, walked.leaves, tree, walked)
         params = nnx.nnx.to_pure_dict(tree) if isinstance(tree, nnx.nnx.State) else tree
         if not isinstance(params, Mapping):
-            found = type(tree).__name__
-            raise AttachError(f"expected base parameters, as nested mappings, or an NNX model, found {found}")
+            what = type(tree).__name__
+            raise AttachError(f"expected base parameters, as nested mappings, or an NNX model, found {what}")
         if isinstance(params.get("params"), Mapping):
             raise AttachError("expected base parameters, found variables; give variables['params']")
         found = Base(tree, paths.flatten(params), target)

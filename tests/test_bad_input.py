@@ -434,7 +434,7 @@ def test_what_is_no_base_no_adapter_and_no_sharding_is_said(good):
     module = nnx.Dict(q_proj=nnx.Linear(6, 8, rngs=nnx.Rngs(0)))
     for odd in (None, [1], lambda x: x):
         what = f"found {type(odd).__name__}"
-        with pytest.raises(jaxadapt.AttachError, match=rf"expected base parameters .*{what}"):
+        with pytest.raises(jaxadapt.AttachError, match=rf"expected base parameters, .*{what}"):
             jaxadapt.init(LORA, odd)
         with pytest.raises(jaxadapt.AttachError, match=rf"expected an Adapter .*{what}"):
             jaxadapt.inject(odd, module)

@@ -199,7 +199,7 @@ class Applied:
         return self._on_parts(use.x, x, lambda x: self.method.input(self.static, self.params, use, x), use)
 
     def follows(self, primitive: str) -> bool:
-        return self.method.follows(self.static, primitive)
+        return self.axes.parts is None and self.method.follows(self.static, primitive)
 
     @property
     def forward(self) -> bool:

@@ -461,3 +461,25 @@ def test_a_weight_of_two_modules_is_refused() -> None:
     with pytest.raises(AttachError, match=r"a\.kernel: several modules hold .*b\.kernel"):
         adapt(model, lora("a"))
     assert nnx.graphdef(model) == before
+
+
+class Experts(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.w = nnx.Param(jax.random.normal(rngs.params(), (3, 4, 5)))
+
+    def __call__(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
+        return jax.lax.ragged_dot(x, self.w.get_value(), sizes)
+
+
+@pytest.mark.parametrize("named", [("0", "2"), ("0", "1", "2")])
+def test_some_of_the_experts_in_a_ragged_product(named: tuple[str, ...]) -> None:
+    line = Weight("moe.w", "moe.{x}.weight", "{x} i o -> o i", x=("0", "1", "2"))
+    model = layers_nnx.Held(moe=Experts(nnx.Rngs(0)))
+    w, x = np.asarray(model.moe.w), np.random.default_rng(0).standard_normal((6, 4)).astype("float32")
+    adapt(model, lora(*named), keymap=jaxadapt.KeyMap("mine", (line,)))
+    tensors = jaxadapt.to_peft(model).tensors
+    rows = []
+    for row, e in zip(x, (0, 0, 1, 1, 1, 2), strict=True):
+        a, b = (tensors.get(f"base_model.model.moe.{e}.lora_{side}.weight", np.zeros((1, 1))) for side in "AB")
+        rows.append(row @ (w[e] + 3 * (b @ a).T))
+    np.testing.assert_allclose(model.moe(x, jnp.array([2, 3, 1])), rows, rtol=1e-5, atol=1e-5)
