@@ -103,6 +103,9 @@ def select(
     matching weight has no line, so that nothing targeted is ever left out silently.
     """
     bounds, warned = _select(config, keymap, tuple(shapes.items()), unsure)
+    if config.get("modules_to_save"):  # not kept: it depends on the task, by which configurations are not told apart
+        saved = [name for b in bounds if b.method.copies for name in b.modules]
+        warned += tuple(doubts.unmatched_saved(config, saved, tying.heads(keymap, shapes)))
     for line in warned:
         warn(line)
     return bounds
@@ -112,7 +115,7 @@ def select(
 def _select(
     config: Config, keymap: KeyMap, leaves: tuple[tuple[str, Shape], ...], unsure: frozenset[str]
 ) -> tuple[tuple[Bound, ...], tuple[str, ...]]:
-    """`select`, and what it warns of."""
+    """`select`, and what it warns of. Of the configuration only what takes part in its equality may matter."""
     method, shapes = methods.of(config), dict(leaves)
     found, unmapped = _inventory(keymap, shapes, unsure)
     names = _names(found, unmapped)
@@ -157,10 +160,7 @@ def _select(
     if twice:
         raise TargetError("target_modules and target_parameters both name these weights:\n" + paths.listing(twice))
     bounds += own
-    copied = _copies(config, keymap, shapes, bounds)
-    saved = [name for b in copied for name in b.modules]
-    warned += doubts.unmatched_saved(config, saved, tying.heads(keymap, shapes))
-    return (*bounds, *copied), tuple(warned)
+    return (*bounds, *_copies(config, keymap, shapes, bounds)), tuple(warned)
 
 
 def _parameters(config: Config, method: methods.Method, keymap: KeyMap, shapes: Mapping[str, Shape]) -> list[Bound]:
