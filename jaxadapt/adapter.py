@@ -98,7 +98,7 @@ def collection_name(config: Config) -> str:
     return config.peft_type.lower()
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config", "keymap"])
+@jax.tree_util.register_pytree_with_keys_class
 @dataclasses.dataclass(frozen=True, eq=False)  # arrays have no truth value to compare by
 class Adapter:
     """One method's trained parameters in the model's layout, with what gives them meaning.
@@ -121,6 +121,20 @@ class Adapter:
     config: Config
     params: Mapping[str, Any]
     keymap: KeyMap = GENERIC
+
+    @functools.cached_property
+    def _static(self) -> Recipe:
+        # (Jit would take an equal configuration for this one, and give back the first that it saw.)
+        return Recipe(self.config, self.keymap)
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any]], Recipe]:
+        """For JAX, as is `tree_unflatten`."""
+        return ((jax.tree_util.GetAttrKey("params"), self.params),), self._static
+
+    @classmethod
+    def tree_unflatten(cls, recipe: Recipe, children: tuple[Any]) -> Adapter:
+        """The inverse of `tree_flatten_with_keys`."""
+        return cls(recipe.config, children[0], recipe.keymap)
 
     @property
     def recipe(self) -> Recipe:

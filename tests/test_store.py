@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import stat
@@ -675,6 +676,16 @@ def test_loading_takes_the_files_origin_too(tmp_path):
         jaxadapt.save(jaxadapt.adapt(net(), config, rngs=nnx.Rngs(1)), tmp_path / name, base_model=f"org/{name}")
     model = jaxadapt.load(tmp_path / "b", jaxadapt.load(tmp_path / "a", net()))
     assert jaxadapt.extract(model).config.base_model_name_or_path == "org/b"
+
+
+def test_jit_hands_back_where_each_adapter_comes_from():
+    """Equal configurations are one to jit, and it gives its output the first that it saw."""
+    step = jax.jit(lambda adapter: jax.tree.map(lambda x: 2 * x, adapter))
+    config = small.LORA.replace(task_type="CAUSAL_LM")
+    for one in (config.replace(base_model_name_or_path=f"org/{name}", revision=name) for name in "ab"):
+        after = step(dataclasses.replace(small.adapter(), config=one)).config
+        assert after.to_dict() == one.to_dict()
+    assert step(dataclasses.replace(small.adapter(), config=config.replace(task_type=None))).config.task_type is None
 
 
 # ---- reinforcement learning: an adapter pushed to a server at every step ------------------------------------
