@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxadapt.axes import Axes, Operation, Use
 from jaxadapt.keymap import Site
 from jaxadapt.methods import lowrank
-from jaxadapt.methods.base import Array
+from jaxadapt.methods.base import Array, wide
 from jaxadapt.tensor import Tensor
 
 MAGNITUDE = "lora_magnitude_vector"
@@ -28,9 +28,9 @@ def tensor(site: Site) -> Tensor:
 
 
 def norm(axes: Axes, w: Array) -> Array:
-    """The length of each output's weights, (batch..., out...)."""
+    """The length of each output's weights, (batch..., out...), in w's dtype; in 16 bits their squares would vanish."""
     kept = axes.batch + axes.out
-    lengths = jnp.sqrt(jnp.sum(w * w, axis=axes.inn))
+    lengths = jnp.sqrt(jnp.sum(jnp.square(wide(w)), axis=axes.inn)).astype(w.dtype)
     left = [i for i in range(axes.rank) if i not in axes.inn]
     return lengths.transpose([left.index(i) for i in kept])
 
