@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from jaxadapt import attach, linen, linen_tree, methods, nnx, paths
@@ -47,6 +48,8 @@ def rescale(tree: Any, factor: Any, name: str | None = None) -> Generator[Any]:
     >>> bool(jnp.allclose(2 * half, net.q_proj(x) - base(x), atol=1e-6))
     True
     """
+    if np.ndim(factor):
+        raise AttachError(f"factor: expected a number, found an array of shape {np.shape(factor)}")
     if isinstance(tree, linen.Adapted | linen.nn.Module):
         raise AttachError(
             "a Linen module holds no parameters; rescale its variables: with rescale(variables, 0.5) as v"
@@ -56,12 +59,11 @@ def rescale(tree: Any, factor: Any, name: str | None = None) -> Generator[Any]:
         return
     held = _of_model(tree, name)
     before = {path: var.get_value() for path, var in held.items()}
-    inside = dict(before)
-    for path, var in held.items():
-        if path.rpartition(".")[2] in var.get_metadata()["adapter"].method.scaled:
-            inside[path] = _times(before[path], factor)
-            var.set_value(inside[path])
+    scaled = [p for p, v in held.items() if p.rpartition(".")[2] in v.get_metadata()["adapter"].method.scaled]
+    inside = {**before, **{path: _times(before[path], factor) for path in scaled}}
     try:
+        for path in scaled:
+            held[path].set_value(inside[path])
         yield tree
         changed = [path for path, var in held.items() if _differs(var.get_value(), inside[path])]
     finally:

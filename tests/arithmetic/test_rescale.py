@@ -160,6 +160,15 @@ def test_sixteen_bits_and_what_cannot_be_rescaled():
 
 
 @pytest.mark.peft
+@pytest.mark.parametrize("make", [small.trained, small.variables, small.adapter])
+def test_a_factor_is_one_number_and_nothing_changes_before_that_is_known(make):
+    tree = make()
+    before = jaxadapt.extract(tree).flat()
+    with pytest.raises(AttachError, match=r"a number, found .*\(2,\)"), jaxadapt.rescale(tree, jnp.full(2, 5.0)):
+        pass
+    assert small.same(jaxadapt.extract(tree).flat(), before)
+
+
 def test_as_in_peft():
     import torch
     from peft.helpers import rescale_adapter_scale
