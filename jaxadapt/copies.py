@@ -5,6 +5,7 @@ PEFT's rules, on PyTorch names. Nothing here looks at a model.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -165,7 +166,7 @@ def _check_tokens(config: Config, sites: Collection[tuple[Site, Mapping[str, int
             size = sizes[site.roles[role][0]] if site.roles[role] else 0
             if targets.is_saved(config, module):
                 problems.append(f"{module}: modules_to_save trains all its rows already")
-            twice = sorted({i for i in indices if indices.count(i) > 1})
+            twice = sorted(i for i, count in Counter(indices).items() if count > 1)
             problems += [f"{module}: token {i} is given twice" for i in twice]
             problems += [f"{module}: token {i}, of a vocabulary of {size}" for i in indices if not 0 <= i < size]
     if isinstance(given, Mapping):

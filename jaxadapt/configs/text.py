@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NoReturn, cast
 
@@ -120,8 +121,7 @@ def _refuse_untyped(values: Mapping[str, Any], source: str) -> NoReturn:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = sorted({key for key in keys if keys.count(key) > 1})
+        twice = sorted(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise ConfigError(f"expected every key once, found twice: {', '.join(twice)}; keep one")
     return values
 
