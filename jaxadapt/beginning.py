@@ -112,7 +112,7 @@ class Beginning:
             steps = int(str(self.recipe.config.get("init_lora_weights")).rpartition("_")[2])
             shape = (min(w.shape[1:]), r)
             omegas = [jax.random.normal(k, shape) for k in keys]
-            return [factors.pissa_fast(x, r, s, steps, omega) for x, omega in zip(w, omegas, strict=True)]
+            return [factors.pissa_fast(x, s, steps, omega) for x, omega in zip(w, omegas, strict=True)]
         _, out, inn = w.shape
         dtype = self.weights[b.leaf].dtype
         shapes = ((r, r), (inn, r // 2), (r // 2, out))

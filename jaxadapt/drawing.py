@@ -56,7 +56,7 @@ def drawn(key: Any, wanted: Mapping[str, tuple[Draw, Sequence[int]]], dtype: Any
         at += counts[path]
         # (What is compiled has whole chunks, so that there are few shapes.)
         mine = mine.reshape(-1)[: sizes[path]] if draw.kind == "uniform" else xp.asarray(_normal(mine)).reshape(-1)
-        values = _unit(xp, mine) if draw.kind == "uniform" else mine[: sizes[path]]
+        values = _unit(mine) if draw.kind == "uniform" else mine[: sizes[path]]
         out[path] = (values * np.float32(draw.scale)).reshape(shape).astype(dtype, copy=False)
     return out
 
@@ -127,7 +127,7 @@ def _bits(key: Any, words: Array) -> Array:
     return jax.lax.map(chunk, words)
 
 
-def _unit(xp: Any, bits: Array) -> Array:
+def _unit(bits: Array) -> Array:
     """Uniform in [-1, 1), multiples of 2⁻²³: every step is exact."""
     return (bits >> np.uint32(8)).astype(np.float32) * np.float32(2**-23) - np.float32(1)
 
@@ -135,4 +135,4 @@ def _unit(xp: Any, bits: Array) -> Array:
 @jax.jit
 def _normal(bits: Array) -> Array:
     """Standard normal, by the inverse of its distribution at the middles of 2²⁴ intervals (so never at ±1)."""
-    return np.float32(math.sqrt(2)) * jax.lax.erf_inv(_unit(jnp, bits) + np.float32(2**-24))
+    return np.float32(math.sqrt(2)) * jax.lax.erf_inv(_unit(bits) + np.float32(2**-24))

@@ -39,8 +39,8 @@ def pissa(w: Array, r: int, s: float) -> Factors:
     return _balanced(u[:, :r], sigma[:r] / s, vh[:r])
 
 
-@_static("r", "s", "steps")
-def pissa_fast(w: Array, r: int, s: float, steps: int, omega: Array) -> Factors:
+@_static("s", "steps")
+def pissa_fast(w: Array, s: float, steps: int, omega: Array) -> Factors:
     """The same by a randomised SVD with `steps` rounds of subspace iteration from `omega` (min(out, in), r)."""
     u, sigma, vh = svd_lowrank(w, steps, omega)
     return _balanced(u, sigma / s, vh)

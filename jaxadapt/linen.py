@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import zlib
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -183,7 +183,7 @@ class Adapted:
                 *path, leaf = known[bound.leaf]
                 if bound.method.replaces:
                     replaced.setdefault(bound.leaf, {})[name] = bound.method
-                    before = quantized.dense(_at(base["params"], known[bound.leaf]))
+                    before = quantized.dense(linen_survey.at(base["params"], known[bound.leaf]))
                     new = bind.over_stack(bound, lambda a, w: a.weight(w), values[bound.leaf], meta.unbox(before))
                     extra[known[bound.leaf]] = meta.replace_boxed(before, new)
                     continue
@@ -194,7 +194,7 @@ class Adapted:
                 extra |= {(*path, key): values[bound.leaf][tensor] for tensor, key in keys.items()}
                 if name in self.tokens:
                     keys[alora.MASK] = f"{leaf}{SEP}{alora.MASK}{SEP}{mark}"
-                    shape = meta.unbox(_at(base["params"], known[bound.leaf])).shape
+                    shape = meta.unbox(linen_survey.at(base["params"], known[bound.leaf])).shape
                     extra[(*path, keys[alora.MASK])] = alora.stacked(self.tokens[name], bound.site.stack, shape)
                 site = Site(bound.method, bound.static, bound.axes, keys)
                 sites.setdefault(tuple(path), {}).setdefault(leaf, []).append(site)
@@ -223,8 +223,9 @@ class Adapted:
 
     def _warn_of_gaps(self, overlay: _Overlay, called: Callable[[], Collection[tuple[str, ...]]]) -> None:
         """An `init` whose call did not reach a layer makes no adapter for it; a later call may."""
-        known = key_paths(overlay.base["params"])
-        shapes = {leaf: tuple(meta.unbox(_at(overlay.base["params"], path)).shape) for leaf, path in known.items()}
+        params = overlay.base["params"]
+        known = key_paths(params)
+        shapes = {leaf: tuple(meta.unbox(linen_survey.at(params, path)).shape) for leaf, path in known.items()}
         wanted = dict(self.adapters)
         for name in self.active:
             tree = overlay.held[collection_name(wanted[name])][name]
@@ -258,7 +259,7 @@ class _Overlay:
         """Collections that a call returned, as the caller knows them."""
         out = dict(changed)
         if "params" in out and self.extra:
-            own = {path: _at(self.base["params"], path) for path in self.extra if SEP not in path[-1]}
+            own = {path: linen_survey.at(self.base["params"], path) for path in self.extra if SEP not in path[-1]}
             out["params"] = linen_survey.overlaid(_pruned(out["params"]), own)
         out |= {c: tree for c, tree in self.held.items() if in_filter(mutable, c)}
         return FrozenDict(out) if isinstance(changed, FrozenDict) else out
@@ -267,10 +268,6 @@ class _Overlay:
 def _pruned(tree: Mapping[str, Any]) -> dict[str, Any]:
     kept = {k: v for k, v in tree.items() if isinstance(v, Mapping) or SEP not in k}
     return {k: _pruned(v) if isinstance(v, Mapping) else v for k, v in kept.items()}
-
-
-def _at(tree: Any, path: Sequence[str]) -> Any:
-    return functools.reduce(lambda node, key: node[key], path, tree)
 
 
 def _is_ours(collection: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -232,7 +233,7 @@ def check_reads(run: Callable[..., Any], adapted: Mapping[tuple[str, ...], Seque
     from the weight itself was read elsewhere.
     """
     names = {(*path, leaf): ".".join((*path, leaf)) for path, leaves in adapted.items() for leaf in leaves}
-    held = {name: _at(params, keys) for keys, name in names.items()}
+    held = {name: at(params, keys) for keys, name in names.items()}
     # (A quantised weight is made dense within the trace, where that costs nothing.)
     values = {name: jax.eval_shape(quantized.dense, x) if quantized.is_quantized(x) else x for name, x in held.items()}
 
@@ -272,10 +273,9 @@ def check_reads(run: Callable[..., Any], adapted: Mapping[tuple[str, ...], Seque
         )
 
 
-def _at(tree: Any, keys: Sequence[str]) -> Any:
-    for key in keys:
-        tree = tree[key]
-    return tree
+def at(tree: Any, keys: Sequence[str]) -> Any:
+    """What lies at these keys of nested mappings."""
+    return functools.reduce(lambda node, key: node[key], keys, tree)
 
 
 def overlaid(tree: Mapping[str, Any], extra: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from jaxadapt.adapter import Adapter
 from jaxadapt.axes import Axes
 from jaxadapt.errors import AttachError, MismatchError, warn
 from jaxadapt.generic import GENERIC
-from jaxadapt.linen_tree import meta
 from jaxadapt.methods import Applied, Method, computable, wide
 from jaxadapt.progress import Progress, counting, quiet, reporting
+from jaxadapt.trees import is_box, reboxed, unboxed
 
 Change = Callable[[Applied, Any], Any]
 
@@ -150,7 +150,7 @@ def leaves(params: Any) -> dict[str, Any]:
     if isinstance(params, nnx.nnx.Module):
         return nnx_survey.base_values(nnx_survey.base_leaves(params))
     flat = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_box)
-    return {path_of(keys): _opened(leaf) for keys, leaf in flat}
+    return {path_of(keys): unboxed(leaf) for keys, leaf in flat}
 
 
 def replaced(params: Any, new: Mapping[str, Any]) -> Any:
@@ -168,28 +168,13 @@ def replaced(params: Any, new: Mapping[str, Any]) -> Any:
 
     def put(keys: Any, leaf: Any) -> Any:
         path = path_of(keys)
-        return _filled(leaf, new[path]) if path in new else leaf
+        return reboxed(leaf, new[path]) if path in new else leaf
 
     return jax.tree_util.tree_map_with_path(put, params, is_leaf=is_box)
 
 
 def path_of(keys: Sequence[Any]) -> str:
     return paths.join(*(jax.tree_util.keystr((key,), simple=True) for key in keys))
-
-
-def is_box(leaf: Any) -> bool:
-    """Whether a node wraps one array with what belongs to it (`nn.Partitioned`, an NNX variable), or stands for one."""
-    return isinstance(leaf, meta.AxisMetadata | nnx.nnx.Variable) or quantized.is_quantized(leaf)
-
-
-def _opened(leaf: Any) -> Any:
-    return leaf.get_value() if isinstance(leaf, nnx.nnx.Variable) else meta.unbox(leaf)
-
-
-def _filled(leaf: Any, value: Any) -> Any:
-    if isinstance(leaf, nnx.nnx.Variable):
-        return leaf.replace(value)
-    return leaf.replace_boxed(value) if isinstance(leaf, meta.AxisMetadata) else value
 
 
 @dataclasses.dataclass(frozen=True)

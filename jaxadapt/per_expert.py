@@ -339,15 +339,14 @@ def apart(
         if not dot or len(mine) <= depth or last not in ("A.weight", "B.weight"):
             out[key] = tensors[key]
             continue
-        sides = held.setdefault(mine[len(mine) - 1 - depth], {})
-        n = len(mine[len(mine) - 1 - depth][0].modules)
-        x = tensors[key]
-        if piece is None and n > 1:
-            names = [f"x{key}" for key in mine[len(mine) - 1 - depth][0].keys(last[0])]
-            parts = pieces.cut({"x": x}, names)
-            sides[last[0]] = [parts[name] for name in names]
+        one = mine[len(mine) - 1 - depth]
+        sides, side = held.setdefault(one, {}), last[0]
+        if piece is None and len(one[0].modules) > 1:
+            names = [f"x{part}" for part in one[0].keys(side)]
+            parts = pieces.cut({"x": tensors[key]}, names)
+            sides[side] = [parts[name] for name in names]
         else:
-            sides.setdefault(last[0], []).append(x)
+            sides.setdefault(side, []).append(tensors[key])
     if not held:
         return config, dict(tensors)
     rest = dict.fromkeys(key.removeprefix(table.prefix).rpartition(".lora_")[0] for key in out if ".lora_" in key)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import AxisType
 
-from jaxadapt import linen, merging, nnx, nnx_survey, paths, planning, quantized, sharding
+from jaxadapt import linen, merging, nnx, nnx_survey, paths, planning, quantized, sharding, trees
 from jaxadapt.configs import LoraConfig
 from jaxadapt.errors import AttachError
 from jaxadapt.keymap import KeyMap
@@ -161,4 +161,4 @@ def _replaced(tree: Any, new: Mapping[str, Any]) -> Any:
     def put(keys: Any, leaf: Any) -> Any:
         return new.get(merging.path_of(keys), leaf)
 
-    return jax.tree_util.tree_map_with_path(put, tree, is_leaf=merging.is_box)
+    return jax.tree_util.tree_map_with_path(put, tree, is_leaf=trees.is_box)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -59,13 +60,14 @@ def resize_rank(adapter: Adapter, r: int, *, key: Any = None) -> Reduced:
     new: dict[str, Rows] = {}
     error: dict[str, Any] = {}
     with jax.default_matmul_precision("highest"):
-        for n, whole in enumerate(wholes([held])):
+        for whole in wholes([held]):
             pair = whole.of(held)
             b = pair.b * pair.scale
             if pair.rank <= r:
                 a, b = products.padded(pair.a, b, r)
                 if key is not None:
-                    a = a.at[:, pair.rank :].set(_drawn(jax.random.fold_in(key, n), a[:, pair.rank :].shape))
+                    mine = jax.random.fold_in(key, zlib.crc32(min(whole.leaves).encode()))  # whatever their order
+                    a = a.at[:, pair.rank :].set(_drawn(mine, a[:, pair.rank :].shape))
                 lost = jnp.zeros(len(pair.modules))
             else:
                 u, s, vh = products.product_svd(b, pair.a)
@@ -123,7 +125,7 @@ def to_lora(
             )
         base = _flat(params)
         config = _like(source.config, r)
-        tuned = _merged(params, base, source)
+        tuned = _merged(base, source)
         table = source.keymap
         bounds = bind.of(source)
         copies = [b.leaf for b in bounds if b.method.copies]
@@ -175,7 +177,7 @@ def _like(config: Config, r: int) -> LoraConfig:
     return LoraConfig(r=r, lora_alpha=r, **given)
 
 
-def _merged(params: Any, base: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
+def _merged(base: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
     tuned = paths.flatten(merging.merge(paths.unflatten(base), adapter))
     other = [p for p, x in tuned.items() if p not in adapter.sites and x is not base[p] and not _equal(x, base[p])]
     if other:

@@ -70,7 +70,8 @@ def _is_mark(path: Sequence[Any], _: Any) -> bool:
     return any(str(path[-1]) in (d.slots or ()) for d in dialects.DIALECTS.values())
 
 
-def _is_box(node: Any) -> bool:
+def is_box(node: Any) -> bool:
+    """Whether a node wraps one array with what belongs to it (`nn.Partitioned`, an NNX variable), or stands for one."""
     return isinstance(node, linen_tree.meta.AxisMetadata | nnx.nnx.Variable) or is_quantized(node)
 
 
@@ -116,7 +117,7 @@ def _opened_tree(tree: Any) -> tuple[Leaves, Put]:
             return False
         if _is_lorax(node):
             seen.append(node)
-        return _is_box(node)
+        return is_box(node)
 
     flat, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     lorax = _lorax(tree) if seen else {}
@@ -126,26 +127,28 @@ def _opened_tree(tree: Any) -> tuple[Leaves, Put]:
             names[number] = ".".join([_path(keys[:-1]), "LoraWeight", _name(keys[-1])])
     leaves: Leaves = {}
     for name, (_, node) in zip(names, flat, strict=True):
-        value = _unboxed(node)
+        value = unboxed(node)
         if is_array(value) or is_quantized(value):
             leaves[name] = value
 
     def put(new: Mapping[str, Any]) -> Any:
         nodes: Sequence[Any] = [
-            _reboxed(node, new[name]) if name in new else node for name, (_, node) in zip(names, flat, strict=True)
+            reboxed(node, new[name]) if name in new else node for name, (_, node) in zip(names, flat, strict=True)
         ]
         return jax.tree_util.tree_unflatten(structure, nodes)
 
     return leaves, put
 
 
-def _unboxed(node: Any) -> Any:
+def unboxed(node: Any) -> Any:
+    """What a box holds; any other node itself."""
     if isinstance(node, linen_tree.meta.AxisMetadata):
         return node.unbox()
     return node.get_value() if isinstance(node, nnx.nnx.Variable) else node
 
 
-def _reboxed(node: Any, value: Any) -> Any:
+def reboxed(node: Any, value: Any) -> Any:
+    """The box with another value; the value, where there is none."""
     if isinstance(node, linen_tree.meta.AxisMetadata):
         return node.replace_boxed(value)
     return node.replace(value) if isinstance(node, nnx.nnx.Variable) else value

@@ -140,7 +140,7 @@ SAME_FLOOR = {
     ("combining", "products"): "it works on the matrices that products reads",
     ("combining", "wholes"): "and on those that are one in PyTorch together",
     ("wholes", "products"): "leaves are put together as pairs of matrices",
-    ("merging", "linen_tree"): "boxes are opened as Linen opens them",
+    ("merging", "trees"): "boxes are opened and closed alike",
     ("checkpoint", "snapshot"): "one module's work in six files: when, what, and where",
     ("checkpoint", "resuming"): "and back",
     ("checkpoint", "step_files"): "one module's work in six files",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,6 +91,10 @@ def test_padding_with_a_key_can_be_trained():
     assert new_columns(drawn) > 1e-3
     a = np.asarray(drawn.params["q_proj"]["kernel"]["lora_A"][2:])
     assert 0.2 / np.sqrt(6) < abs(a).max() <= 1 / np.sqrt(6)
+    # What is drawn belongs to a weight, in whatever order a tree has them.
+    turned = dataclasses.replace(adapter, params=dict(reversed(adapter.params.items())))
+    other, _ = jaxadapt.resize_rank(turned, 4, key=jax.random.key(0))
+    assert small.same(other.params, drawn.params)
 
 
 def test_no_weight_sized_array_is_made():
