@@ -98,14 +98,11 @@ def fill(model: Any, parts: Mapping[str, Any], stored: Taken, specs: Specs, read
     values = {n: jnp.asarray(v) if wanted[n] is None and n in arrays and n not in stored.hosts else v
               for n, v in values.items()}  # fmt: skip
     values |= {n: _wrapped(values[n], stored.keys[n], wanted[n]) for n in values.keys() & stored.keys.keys()}
-    out: dict[str, Any] = {"model": _filled_model(model, others, stored, values)}
-    for part in PARTS:
-        example = parts.get(part)
-        if example is not None:
-            out[part] = _filled(part, example, values)
-        elif part in stored.parts:
-            out[part] = _rebuilt(part, stored.plain[part], values)
-    return out
+    given = {part: example for part in PARTS if (example := parts.get(part)) is not None}
+    # First what may turn out to be damaged: models and optimizers are filled in place.
+    out = {part: _rebuilt(part, stored.plain[part], values) for part in PARTS if part in stored.parts - given.keys()}
+    out["model"] = _filled_model(model, others, stored, values)
+    return out | {part: _filled(part, example, values) for part, example in given.items()}
 
 
 def _misfits(wanted: Mapping[str, Any], stored: Taken, specs: Specs) -> Iterable[str]:

@@ -20,9 +20,11 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 import jaxadapt
-from jaxadapt import snapshot, step_files
+from jaxadapt import run_folder, snapshot, step_files
 from tests import leave, small, train_small
 from tests.small import same
 
@@ -402,6 +404,23 @@ def test_damaged_steps_name_the_file(content: bytes, message: str, tmp_path: Pat
     with pytest.raises(jaxadapt.FormatError, match=message) as caught:
         jaxadapt.CheckpointManager(tmp_path).restore(small.adapter())
     assert "step-000000004" in str(caught.value)
+
+
+def test_a_damaged_structure_changes_nothing(tmp_path: Path):
+    manager = jaxadapt.CheckpointManager(tmp_path)
+    manager.save(4, small.trained(seed=3), data={"seen": np.arange(3)})
+    manager.wait()
+    (file,) = tmp_path.iterdir()
+    with safe_open(file, "numpy") as held:
+        metadata = held.metadata()
+    text = metadata[run_folder.META]
+    metadata[run_folder.META] = text.replace('["seen", ["leaf"]]', '["seen"]')
+    assert metadata[run_folder.META] != text
+    save_file(load_file(file), file, metadata)
+    model = small.trained(seed=5)
+    with pytest.raises(jaxadapt.FormatError, match="data: its stored structure is damaged"):
+        manager.restore(model)
+    assert same(jaxadapt.extract(model).params, small.adapter(seed=5).params)
 
 
 # ---------------------------------------------------------------- errors in the background
