@@ -336,7 +336,8 @@ def disable(model: Any) -> Generator[Any]:
     try:
         yield model
     finally:
-        nnx.activate(model, before)
+        present = nnx.names(model)  # of those that were active some may have been deleted
+        nnx.activate(model, [name for name in before if name in present])
 
 
 def delete(model: Any, name: str) -> Any:

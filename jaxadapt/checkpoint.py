@@ -253,7 +253,7 @@ class CheckpointManager(RunFolder):
             raise AttachError(f"{stored.path}: holds {what} LoRA leaves; export writes them, restore puts them back")
         if name not in stored.taken.recipes:
             raise AttachError(f"{stored.path}: no adapter is called {name!r}; found {sorted(stored.taken.recipes)}")
-        begin = f"adapter/{name}/"
+        begin = snapshot.beginning(name)
         flat = step_reading.read(stored, {n: None for n in stored.specs if n.startswith(begin)})
         recipe = Recipe.from_text(stored.taken.recipes[name])
         tree = paths.unflatten({n.removeprefix(begin): value for n, value in flat.items()})

@@ -19,6 +19,7 @@ from jaxadapt.snapshot import (
     Specs,
     Taken,
     adapter_names,
+    beginning,
     flatten,
     guest_in,
     is_committed,
@@ -77,7 +78,7 @@ def fill(model: Any, parts: Mapping[str, Any], stored: Taken, specs: Specs, read
         mine = attach.extract(model, name)
         if mine.config != recipe.config:
             problems.append(f"the adapter {name!r} has another configuration; adapt with that of the checkpoint")
-        wanted |= {f"adapter/{name}/{path}": leaf for path, leaf in mine.flat().items()}
+        wanted |= {beginning(name) + path: leaf for path, leaf in mine.flat().items()}
     others = rest(model)
     wanted |= dict(named_leaves("model", others))
     for part in PARTS:
@@ -151,7 +152,7 @@ def _filled(part: str, example: Any, values: Mapping[str, Any]) -> Any:
 
 def _filled_model(model: Any, others: Any, stored: Taken, values: Mapping[str, Any]) -> Any:
     for name, text in stored.recipes.items():
-        begin = f"adapter/{name}/"
+        begin = beginning(name)
         flat = {n.removeprefix(begin): v for n, v in values.items() if n.startswith(begin)}
         recipe = Recipe.from_text(text)
         adapter = Adapter(recipe.config, paths.unflatten(flat), recipe.keymap)

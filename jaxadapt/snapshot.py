@@ -96,7 +96,7 @@ def take(model: Any, parts: Mapping[str, Any]) -> Taken:
         adapter = attach.extract(model, name)
         taken.recipes[name] = adapter.recipe.to_text()
         for path, leaf in adapter.flat().items():
-            _add(taken, f"adapter/{name}/{path}", leaf, problems)
+            _add(taken, beginning(name) + path, leaf, problems)
     for name, leaf in named_leaves("model", rest(model)):
         _add(taken, name, leaf, problems)
     for part, tree in parts.items():
@@ -166,6 +166,11 @@ def segment(entry: Any) -> str:
 @functools.lru_cache(4096)  # an adapter has thousands of leaves, and few names; the loop stands still meanwhile
 def _quoted(text: str) -> str:
     return urllib.parse.quote(text, safe=" ()[]',:")
+
+
+def beginning(name: str) -> str:
+    """What the names of one adapter's arrays begin with, and no other's."""
+    return f"adapter/{_quoted(name)}/"
 
 
 def named_leaves(part: str, tree: Any) -> list[tuple[str, Any]]:

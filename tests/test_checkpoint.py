@@ -190,6 +190,18 @@ def test_several_adapters_and_none_is_left_out(tmp_path: Path):
         manager.restore(small.trained())
 
 
+def test_names_that_begin_alike(tmp_path: Path):
+    saved = small.trained(seed=3, name="a")
+    small.trained(seed=4, name="a/b", model=saved)
+    with jaxadapt.CheckpointManager(tmp_path) as manager:
+        manager.save(0, saved)
+        target = small.trained(seed=5, name="a")
+        manager.restore(small.trained(seed=6, name="a/b", model=target))
+        for name in ("a", "a/b"):
+            assert same(jaxadapt.extract(target, name).params, jaxadapt.extract(saved, name).params)
+            assert same(manager.adapter(name=name).params, jaxadapt.extract(saved, name).params)
+
+
 def test_what_else_changes_beside_another_library_s_lora(tmp_path: Path):
     q = {"kernel": jnp.ones((4, 6)), "kernel_lora_a": jnp.ones((4, 2)), "kernel_lora_b": jnp.ones((2, 6))}
     saved = {"params": {"q": q}, "batch_stats": {"bn": {"mean": jnp.arange(3.0)}}, "cache": {"k": jnp.ones(2)}}

@@ -66,6 +66,14 @@ def test_two_names_on_one_base():
     np.testing.assert_array_equal(model(X), block()(X))
 
 
+def test_what_is_deleted_while_disabled_is_not_missed():
+    model = adapt(adapt(block(), R1), R3, 2, name="fr")
+    jaxadapt.activate(model, "default", "fr")
+    with jaxadapt.disable(model):
+        jaxadapt.delete(model, "default")
+    close(model(X), effective(jaxadapt.extract(model, "fr")))
+
+
 def test_disable_restores_also_after_an_exception():
     model, plain = adapt(block(), R1), block()(X)
     before = model(X)
