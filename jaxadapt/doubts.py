@@ -50,8 +50,7 @@ def doubtful(config: Config, names: Sequence[str], chosen: Sequence[str]) -> lis
     without = config.replace(modules_to_save=None) if config.get("modules_to_save") else config
     lost = unmatched(without, names)
     lines += [f"target_modules: {entry!r} matches no module" + _beside(entry, names) for entry in lost[:_SAID]]
-    if len(lost) > _SAID:  # a whole tower that this model lacks, named layer by layer
-        lines.append(f"target_modules: {len(lost) - _SAID} more entries match no module")
+    lines += _more(lost, "target_modules: {} more entries match no module")
     if isinstance(config.get("target_modules"), str):
         holders = {name[:i] for name in names for i, letter in enumerate(name) if letter == "."}.difference(names)
         if held := [name for name in sorted(holders) if targets.matches(config, name)]:
@@ -101,7 +100,7 @@ def _patterns(field: str, patterns: Mapping[str, Any], chosen: Sequence[str]) ->
     for key in patterns:
         ending, expression = targets.compiled(key)
         hits[key] = [name for name in chosen if name == key or (name.endswith(ending) and expression.match(name))]
-    lines = [f"{field}: {key!r} matches none of the targets" for key, names in hits.items() if not names]
+    lost = [f"{field}: {key!r} matches none of the targets" for key, names in hits.items() if not names]
     first: dict[str, str] = {}
     pairs: dict[tuple[str, str], str] = {}
     for key, names in hits.items():
@@ -109,5 +108,13 @@ def _patterns(field: str, patterns: Mapping[str, Any], chosen: Sequence[str]) ->
             other = first.setdefault(name, key)
             if other != key:
                 pairs.setdefault((other, key), name)
-    both = "both match {name}, where the first wins"
-    return lines + [f"{field}: {a!r} and {b!r} {both.format(name=name)}" for (a, b), name in pairs.items()]
+    both = [f"{field}: {a!r} and {b!r} both match {name}, where the first wins" for (a, b), name in pairs.items()]
+    return [
+        *(*lost[:_SAID], *_more(lost, field + ": {} more match none of the targets")),
+        *(*both[:_SAID], *_more(both, field + ": {} more pairs match one module")),
+    ]
+
+
+def _more(found: Sequence[str], what: str) -> list[str]:
+    """Of a whole tower, named layer by layer, that a model lacks."""
+    return [what.format(len(found) - _SAID)] if len(found) > _SAID else []

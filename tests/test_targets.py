@@ -279,6 +279,10 @@ def test_many_names_that_are_not_here_are_counted():
         "target_modules: 'vision.1.q' matches no module",
     ]
     assert last == f"target_modules: {20 - len(some)} more entries match no module"
+    config = LoraConfig(target_modules=["q"], rank_pattern={f"vision.{i}.q": 2 for i in range(20)})
+    *some, last = doubtful(config, ["a.q"], ["a.q"])
+    assert some[1] == "rank_pattern: 'vision.1.q' matches none of the targets"
+    assert last == f"rank_pattern: {20 - len(some)} more match none of the targets"
 
 
 def test_invalid_expressions_are_named():
