@@ -285,7 +285,7 @@ def import_base(
     if adapter is not None:  # what does not fit shows before anything is read
         merging.merged(merging.ready(planning.params_of(target), adapter), adapter)
     with shards.opened(places.at(path)) as tensors:
-        _refuse_packed(tensors)
+        refuse_packed(tensors)
         table = table.spelt_as(tensors, shapes)
         if table.each:
             tensors = tensors.stacked(*single_experts.rows(table, tensors, tensors.source))
@@ -328,8 +328,8 @@ _PACKED = {
 }
 
 
-def _refuse_packed(tensors: shards.Shards) -> None:
-    """Codes are no weights, also where somebody takes what fits (`strict=False`)."""
+def refuse_packed(tensors: shards.Shards) -> None:
+    """Raise `FormatError` where a folder holds codes: they are no weights, also to whoever takes what fits."""
     held = {mark: [key for key in tensors.specs if key.endswith(mark)] for mark in _PACKED}
     how = next((mark for mark, keys in held.items() if keys), None)
     if how is not None:

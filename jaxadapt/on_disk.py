@@ -50,6 +50,7 @@ def merge(
     if source == target or (_local(source) and _local(target) and target.samefile(source)):
         raise FileError(f"{target}: is the base model itself; choose another folder")
     with reporting(progress) as report, shards.opened(source) as held:
+        bases.refuse_packed(held)
         tensors = folder.read(adapter, progress=report)
         _need_modules(tensors, "jaxadapt.export_base(model, folder, adapter) writes a model with it merged")
         specs = {key: jax.ShapeDtypeStruct(spec.shape, spec.dtype) for key, spec in held.specs.items()}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import warnings
 
+import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -112,6 +114,21 @@ def test_merge_writes_nothing_for_what_cannot_be_merged(tmp_path):
     saved(llama, tmp_path, r=2, task_type="CAUSAL_LM", alora_invocation_tokens=[3])
     (tmp_path / "base" / "tokenizer.json").write_text("{}")
     with pytest.raises(jaxadapt.AttachError, match=r"down_proj\.weight: an aLoRA"):
+        on_disk.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_merge_refuses_codes_beside_scales(tmp_path):
+    """As a model of 8-bit floats in blocks has them: a sum with the codes would be scaled as they are."""
+    codes = np.ones((6, 4), ml_dtypes.float8_e4m3fn)
+    tensors = {"q.weight": codes, "q.weight_scale_inv": np.full((1, 1), 1e-3, "float32")}
+    specs = {key: (x.dtype, x.shape) for key, x in tensors.items()}
+    (tmp_path / "base").mkdir()
+    safetensors.write(tmp_path / "base" / "model.safetensors", specs, tensors.__getitem__, {})
+    config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
+    base = {"q": {"kernel": jax.ShapeDtypeStruct((4, 6), "float32")}}
+    jaxadapt.save(jaxadapt.init(config, base, key=jax.random.key(0)), tmp_path / "adapter")
+    with pytest.raises(jaxadapt.FormatError, match=r"quantised \(blocks of 8 bits\).*\n.*q\.weight_scale_inv"):
         on_disk.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
