@@ -195,8 +195,9 @@ def extract(
     if not isinstance(tree, Mapping):
         raise AttachError(f"expected an NNX model or state, Linen variables or an Adapter, found {type(tree).__name__}")
     found = linen_tree.of_name(tree, name)
-    if found is not None and config is None:
-        return linen_tree.read_collection(found, name)
+    if found is not None and (config is None or (keymap is None and linen_tree.is_told(found))):
+        adapter = linen_tree.read_collection(found, name)
+        return adapter if config is None else dataclasses.replace(adapter, config=config)  # the table is still its own
     present = linen_tree.names_in(tree)
     if found is None and present:
         raise AttachError(f"there is no adapter {name!r} here; found {present}")

@@ -100,6 +100,11 @@ def of_name(tree: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
     return None
 
 
+def is_told(tree: Mapping[str, Any]) -> bool:
+    """Whether the tree of one adapter still says what it is."""
+    return isinstance(tree.get(CONFIG_NODE), Recipe | str)
+
+
 def read_collection(tree: Mapping[str, Any], name: str) -> Adapter:
     """The adapter under one name of a collection; `AttachError` if its configuration was lost on the way."""
     recipe = tree.get(CONFIG_NODE)

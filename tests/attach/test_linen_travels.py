@@ -187,6 +187,13 @@ def test_lost_and_given_again(lose: Any, variables: Any):
     same(jaxadapt.extract(after, config=CONFIG, keymap=KEYMAP), jaxadapt.extract(variables))
 
 
+def test_another_configuration_leaves_the_table(variables: Any):
+    more = CONFIG.replace(task_type="CAUSAL_LM")
+    assert jaxadapt.extract(variables, config=more).config.task_type == "CAUSAL_LM"
+    tensors = jaxadapt.to_peft(variables, config=more).tensors
+    assert sorted(tensors) == [f"base_model.model.attn.v_proj.lora_{side}.weight" for side in "AB"]
+
+
 def test_export(variables: Any):
     """An exported step takes and returns trees with the configuration in them."""
 
