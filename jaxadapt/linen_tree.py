@@ -134,7 +134,7 @@ def bare(tree: Mapping[str, Any], name: str, config: Config | None, keymap: Any)
     without_base = {k: v for k, v in tree.items() if k != "params"} if collection in tree else tree
     for path, leaf in paths.flatten(without_base).items():
         parts = [p for p in path.split(".") if p != CONFIG_NODE]
-        if not is_array(leaf):
+        if not is_array(leaf) or "opt_state" in parts:  # an optimizer's moments lie in trees of the same names
             continue
         if parts[-1] == "value":  # of an nnx.Variable, as Orbax restores a state without a target
             parts.pop()

@@ -187,6 +187,14 @@ def test_lost_and_given_again(lose: Any, variables: Any):
     same(jaxadapt.extract(after, config=CONFIG, keymap=KEYMAP), jaxadapt.extract(variables))
 
 
+def test_moments_are_no_adapter(variables: Any):
+    """Of a whole training's tree that has lost what it is."""
+    held = {"default": {k: t for k, t in variables["lora"]["default"].items() if k != "~config"}}
+    moments = serialization.to_state_dict(optax.adam(1e-3).init({"lora": held}))
+    tree = {"params": variables["params"], "lora": held, "opt_state": moments}
+    same(jaxadapt.extract(tree, config=CONFIG, keymap=KEYMAP), jaxadapt.extract(variables))
+
+
 def test_another_configuration_leaves_the_table(variables: Any):
     more = CONFIG.replace(task_type="CAUSAL_LM")
     assert jaxadapt.extract(variables, config=more).config.task_type == "CAUSAL_LM"
