@@ -75,6 +75,7 @@ def find(tree: Any) -> Found | None:
     if not trees.perhaps(tree, is_like):
         return None
     leaves, put = trees.opened(tree)
+    leaves = {p: x for p, x in leaves.items() if "opt_state" not in p.split(".")}  # no moments
     like = {path for path in leaves if is_like(path)}
     if not like or not any(d.claim(leaves) and _has_slots(d, leaves) for d in dialects.DIALECTS.values()):
         return None  # (an adapter of ours that has lost its configuration is named like one slot)

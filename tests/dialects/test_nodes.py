@@ -13,7 +13,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+import optax
 import pytest
+from flax import serialization
 from jax.tree_util import GetAttrKey
 
 import jaxadapt
@@ -161,3 +163,20 @@ def test_arrays_stay_on_their_devices(tmp_path):
     assert abstract["up"]["kernel_lora_a"].sharding == sharding
     np.testing.assert_array_equal(abstract["up"]["kernel_lora_a"], flat(case.tree())[case.a[0]])
     assert isinstance(abstract["up"]["kernel"], jax.ShapeDtypeStruct)
+
+
+def test_an_optimizers_moments_are_no_adapter(tmp_path):
+    up = {
+        "kernel": np.ones((D, F), "f4"),
+        "kernel_lora_a": np.ones((D, R), "f4"),
+        "kernel_lora_b": np.ones((R, F), "f4"),
+    }
+    moments = serialization.to_state_dict(optax.adam(1e-3).init({"up": up}))
+    tree = {"model": {"up": up}, "opt_state": moments}
+    found = jaxadapt.to_peft(tree, keymap=TABLE, lora_alpha=4.0)
+    assert sorted(found.tensors) == [f"base_model.model.m.model.up.lora_{side}.weight" for side in "AB"]
+    doubled = dataclasses.replace(found, tensors={key: 2 * x for key, x in found.tensors.items()})
+    jaxadapt.write(doubled, tmp_path)
+    back = jaxadapt.load(tmp_path, tree, keymap=TABLE, lora_alpha=4.0)
+    np.testing.assert_array_equal(back["model"]["up"]["kernel_lora_b"], 2 * up["kernel_lora_b"])
+    jax.tree.map(np.testing.assert_array_equal, back["opt_state"], moments)
