@@ -94,10 +94,13 @@ def of_name(tree: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
     inner = tree.get(name)
     if isinstance(inner, Mapping) and CONFIG_NODE in inner:
         return inner
-    for held in (tree.get(collection) for collection in methods.COLLECTIONS):
-        if isinstance(held, Mapping) and name in held:
-            return held[name]
-    return None
+    held = {c: tree[c] for c in collections_in(tree) if isinstance(tree[c], Mapping) and name in tree[c]}
+    if len(held) > 1:
+        raise AttachError(
+            f"several adapters are called {name!r} here, in {' and '.join(held)}; give one of them a name of its own,"
+            " as adapter.named('other') does"
+        )
+    return next((collection[name] for collection in held.values()), None)
 
 
 def is_told(tree: Mapping[str, Any]) -> bool:

@@ -195,6 +195,15 @@ def test_moments_are_no_adapter(variables: Any):
     same(jaxadapt.extract(tree, config=CONFIG, keymap=KEYMAP), jaxadapt.extract(variables))
 
 
+def test_two_methods_under_one_name_are_told(variables: Any):
+    ia3 = jaxadapt.IA3Config(target_modules=["q_proj"], feedforward_modules=[])
+    other = jaxadapt.init(ia3, variables["params"], key=KEY, keymap=KEYMAP)
+    with pytest.raises(jaxadapt.AttachError, match="several adapters are called 'default' here, in lora and ia3"):
+        jaxadapt.extract({**variables, **other.collection})
+    both = {**variables, **other.named("other")}
+    assert [jaxadapt.extract(both, n).config.peft_type for n in ("default", "other")] == ["LORA", "IA3"]
+
+
 def test_another_configuration_leaves_the_table(variables: Any):
     more = CONFIG.replace(task_type="CAUSAL_LM")
     assert jaxadapt.extract(variables, config=more).config.task_type == "CAUSAL_LM"
