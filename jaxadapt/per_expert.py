@@ -370,8 +370,7 @@ def apart(
 
 def _of(one: _Parameter, owner: str) -> str | None:
     """The full name of the parameter of that kind that a module has."""
-    found = re.fullmatch(pattern(one.owner), owner)
-    return None if found is None else one.name.format(**found.groupdict())
+    return one.name.format(**found.groupdict()) if (found := re.fullmatch(pattern(one.owner), owner)) else None
 
 
 def _with_modules(config: LoraConfig, table: KeyMap, rest: Sequence[str], experts: Mapping[str, str]) -> LoraConfig:
@@ -398,5 +397,4 @@ def _filled(template: str, module: str) -> str:
     """A pattern for all experts of one layer."""
     found = re.fullmatch(pattern(template), module)
     assert found is not None
-    texts = {name: text for name, text in found.groupdict().items() if name != "e"}
-    return re.escape(template.format(**texts, e="{e}")).replace(r"\{e\}", "{e}")
+    return re.escape(template.format(**(found.groupdict() | {"e": "{e}"}))).replace(r"\{e\}", "{e}")
