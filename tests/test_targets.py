@@ -297,15 +297,11 @@ def test_null_feedforward_is_refused():
         is_feedforward(IA3Config(target_modules=["q"]), "q")
 
 
-def test_thousands_of_names_are_quick():
-    import time
-
+def test_thousands_of_names():
     names = [f"model.layers.{l}.self_attn.{p}_proj" for l in range(500) for p in "qkvo"]
     config = LoraConfig(target_modules=names[::2], rank_pattern={re.escape(name): 4 for name in names[:400]})
-    start = time.perf_counter()
-    assert len(select(config, names)) == 1000
+    assert list(select(config, names)) == names[::2]
     assert unmatched(config, names) == ()
-    assert time.perf_counter() - start < 2.0
 
 
 HEADLESS = "task_type: QUESTION_ANS has a head trained in full, called qa_outputs, and none is here"
