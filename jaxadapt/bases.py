@@ -164,9 +164,9 @@ def _table(keymap: KeyMap | str | None, leaves: Mapping[str, Any]) -> KeyMap:
     table = families.resolve(keymap, _shapes(leaves))
     if table is GENERIC:
         raise KeyMapError(
-            "what these weights are called in PyTorch is not known: no table of a model family fits them; say which"
-            " with keymap=, or give a KeyMap with a line for each. They are\n"
-            + paths.listing(f"{path} {tuple(x.shape)}" for path, x in leaves.items())
+            "what these weights are called in PyTorch is not known: no table of a model family fits them, and the"
+            " generic map has no names but their own paths; say the family with keymap=, or give a KeyMap with a line"
+            " for each. They are\n" + paths.listing(f"{path} {tuple(x.shape)}" for path, x in leaves.items())
         )
     return table
 

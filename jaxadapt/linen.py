@@ -57,6 +57,12 @@ class Adapted:
     # Signatures of calls known to read no adapted weight behind its module's back.
     _checked: set[Hashable] = dataclasses.field(default_factory=set[Hashable], init=False, repr=False, compare=False)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise AttachError(
+            "an adapted Linen module is called with apply(variables, …), and is no part of another module: adapt the"
+            " outermost one, where target_modules may name this one's layers alone"
+        )
+
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """`{"params": base, …, "lora": {name: tree}}`, the base bit for bit as the module's `init` gives it.
 

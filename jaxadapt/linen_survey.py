@@ -99,7 +99,9 @@ class Survey:
             else:
                 names, own = [leaf.rpartition(".")[0]], [leaf]
             if any(targets.matches(config, m) for m in names) or any(targets.is_parameter(config, p) for p in own):
-                bad.append(f"{leaf}: {why}")
+                plain = leaf in self.unknown and len(self.shapes[leaf]) == 2
+                way = "; or, if it is (in, out), take the adapter from jaxadapt.init(config, params)" if plain else ""
+                bad.append(f"{leaf}: {why}{way}")
         if bad:
             raise AttachError("these weights cannot carry the adapter:\n" + paths.listing(bad))
 

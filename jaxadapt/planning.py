@@ -60,7 +60,10 @@ class Base:
             if not (is_array(leaf) or quantized.is_quantized(leaf))
         ]
         if odd:
-            raise AttachError("expected arrays as base parameters, found:\n" + paths.listing(odd))
+            raise AttachError(
+                'expected base parameters as nested mappings of arrays (a list as {"0": …, "1": …}), found:\n'
+                + paths.listing(odd)
+            )
         return found
 
     @functools.cached_property
