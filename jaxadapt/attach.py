@@ -41,7 +41,8 @@ def adapt(
         name: of the adapter; a second `adapt` under another name adds one and makes it the active one.
         keymap: the model's family ("llama"), a `KeyMap`, or None to recognise it.
         rngs: NNX: `nnx.Rngs`, for the initial values and dropout. (Linen takes them in `init`.) A model of shapes
-            (`nnx.eval_shape`) gets an adapter of shapes without it, and one of values with it.
+            (`nnx.eval_shape`) gets an adapter of shapes without it, and one of values with it. Dropout begins in
+            training mode, as in Flax's own new layers, also on a model after its `eval()`.
         dtype: of the adapter parameters; float32 by default, whatever the base's is.
         autocast_adapter_dtype: as in PEFT; false gives each parameter the dtype of the weight that it adapts.
         stack_axes: NNX: the axes on which scanned layers are stacked, where shapes alone do not tell.

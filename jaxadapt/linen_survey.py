@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from jaxadapt import linen_call as calls
-from jaxadapt import methods, parameters, paths, plan, quantized, targets, trace, used
+from jaxadapt import linen_tree, methods, parameters, paths, plan, quantized, targets, trace, used
 from jaxadapt.axes import Axes, contradicted, turned
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError
@@ -183,7 +183,7 @@ def _marker(name: str, extra: int) -> str:
 
 def survey(module: nn.Module, rngs: Any, args: Any, kwargs: Any) -> Survey:
     """Everything an adapter has to know about a model, from `jax.eval_shape` of its `init`."""
-    plain = dict(meta.unbox(jax.eval_shape(lambda: module.init(rngs, *args, **kwargs))))
+    plain = dict(linen_tree.opened(jax.eval_shape(lambda: module.init(rngs, *args, **kwargs))))
     base = paths.flatten(plain.pop("params", {}))
     state = [leaf for name in plain.keys() - _WITHIN_ONE_CALL for leaf in paths.flatten(plain[name])]
     stateful = frozenset(leaf.rpartition(".")[0] for leaf in state)
@@ -193,7 +193,7 @@ def survey(module: nn.Module, rngs: Any, args: Any, kwargs: Any) -> Survey:
         with nn.intercept_methods(_Marking(found)):
             return module.init(rngs, *args, **kwargs)
 
-    shapes = paths.flatten(meta.unbox(jax.eval_shape(marked)).get("params", {}))
+    shapes = paths.flatten(linen_tree.opened(jax.eval_shape(marked)).get("params", {}))
     for leaf in found.shapes:
         marks = [shapes[m].shape for extra in (0, 1) if (m := _marker(leaf, extra)) in shapes]
         if len(marks) != 2:

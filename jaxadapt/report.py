@@ -193,7 +193,7 @@ def _of_model(model: Any, inputs: Sequence[Any]) -> Summary:
 
 
 def _of_variables(variables: Mapping[str, Any], active: tuple[str, ...] | None, how: Mapping[str, str]) -> Summary:
-    flat = paths.flatten(linen_tree.meta.unbox(variables.get("params", {})))
+    flat = paths.flatten(linen_tree.opened(variables.get("params", {})))
     base = {path: tuple(leaf.shape) for path, leaf in flat.items() if is_array(leaf) or is_quantized(leaf)}
     tables: dict[str, KeyMap] = {}
     rows: list[Row] = []
