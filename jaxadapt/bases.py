@@ -143,6 +143,12 @@ def _leaves(params: Any, keymap: KeyMap | str | None) -> tuple[dict[str, Any], K
     Of an NNX model also what is no parameter there, if the table has a line for it (the bias of MaxText's routers).
     """
     found = merging.leaves(planning.params_of(params))
+    loose = nnx_survey.walk(params).loose if isinstance(params, nnx.nnx.Module) else {}
+    if loose:
+        raise AttachError(
+            "these weights are held by no nnx.Module itself, and would be left out; hold them in one, or give the"
+            " parameters as a tree of arrays:\n" + paths.listing(loose)
+        )
     odd = [f"{p}: {type(x).__name__}" for p, x in found.items() if not is_array(x)]
     if odd:
         raise AttachError(

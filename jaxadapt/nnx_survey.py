@@ -208,22 +208,28 @@ class Walk:
 
     modules: Sequence[tuple[str, nnx.Module]]
     leaves: Mapping[str, Owner]
+    loose: Mapping[str, tuple[int, ...]]
+    """`{path: shape}` of base parameters that no module holds itself: in a dict, or Linen's tree (`bridge.ToNNX`)."""
 
 
 def walk(model: nnx.Module) -> Walk:
     """Every module, and every base parameter held directly by one, once each."""
     modules: list[tuple[str, nnx.Module]] = []
     leaves: dict[str, Owner] = {}
+    others: dict[str, nnx.Param[Any]] = {}
     seen: set[int] = set()
     for keys, node in nnx.iter_graph(model):
+        path = paths.join(*map(str, keys))
+        if isinstance(node, nnx.Param) and not isinstance(node, AdapterParam):
+            others[path] = node
         if isinstance(node, nnx.Module):
-            path = paths.join(*map(str, keys))
             modules.append((path, node))
             for attr, var in vars(node).items():
                 if isinstance(var, nnx.Param) and not isinstance(var, AdapterParam) and id(var) not in seen:
                     seen.add(id(var))
                     leaves[paths.join(path, attr)] = (node, attr)
-    return Walk(modules, dict(sorted(leaves.items(), key=lambda item: natural(item[0]))))
+    loose = {path: tuple(var.shape) for path, var in others.items() if id(var) not in seen}
+    return Walk(modules, dict(sorted(leaves.items(), key=lambda item: natural(item[0]))), loose)
 
 
 def base_leaves(model: nnx.Module) -> Mapping[str, Owner]:
