@@ -216,19 +216,19 @@ def walk(model: nnx.Module) -> Walk:
     """Every module, and every base parameter held directly by one, once each."""
     modules: list[tuple[str, nnx.Module]] = []
     leaves: dict[str, Owner] = {}
-    others: dict[str, nnx.Param[Any]] = {}
+    params: list[tuple[Sequence[Any], nnx.Param[Any]]] = []
     seen: set[int] = set()
     for keys, node in nnx.iter_graph(model):
-        path = paths.join(*map(str, keys))
         if isinstance(node, nnx.Param) and not isinstance(node, AdapterParam):
-            others[path] = node
+            params.append((keys, node))
         if isinstance(node, nnx.Module):
+            path = paths.join(*map(str, keys))
             modules.append((path, node))
             for attr, var in vars(node).items():
                 if isinstance(var, nnx.Param) and not isinstance(var, AdapterParam) and id(var) not in seen:
                     seen.add(id(var))
                     leaves[paths.join(path, attr)] = (node, attr)
-    loose = {path: tuple(var.shape) for path, var in others.items() if id(var) not in seen}
+    loose = {paths.join(*map(str, keys)): tuple(var.shape) for keys, var in params if id(var) not in seen}
     return Walk(modules, dict(sorted(leaves.items(), key=lambda item: natural(item[0]))), loose)
 
 
