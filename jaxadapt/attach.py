@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
+import jax
 from jax.core import Tracer
 
 from jaxadapt import bind, foreign, initial, linen, linen_tree, methods, nnx, nnx_survey, paths, planning
@@ -40,7 +41,8 @@ def adapt(
         name: of the adapter; a second `adapt` under another name adds one and makes it the active one.
         keymap: the model's family ("llama"), a `KeyMap`, or None to recognise it.
         rngs: NNX: `nnx.Rngs`, for the initial values and dropout. (Linen takes them in `init`.) A model of shapes
-            (`nnx.eval_shape`) gets an adapter of shapes without it, and one of values with it.
+            (`nnx.eval_shape`) gets an adapter of shapes without it, and one of values with it. Dropout begins in
+            training mode, as in Flax's own new layers, also on a model after its `eval()`.
         dtype: of the adapter parameters; float32 by default, whatever the base's is.
         autocast_adapter_dtype: as in PEFT; false gives each parameter the dtype of the weight that it adapts.
         stack_axes: NNX: the axes on which scanned layers are stacked, where shapes alone do not tell.
@@ -85,8 +87,8 @@ def adapt(
     abstract = rngs is None and nnx_survey.is_abstract(owners)
     if rngs is None and not abstract:
         raise AttachError("adapt needs rngs=nnx.Rngs(seed) for the adapter's initial values")
-    if rngs is not None and not (isinstance(rngs, nnx.nnx.Rngs) and {"params", "default"} & set(rngs)):
-        raise AttachError('rngs: expected nnx.Rngs with a stream "params" or "default", such as nnx.Rngs(0)')
+    if rngs is not None:
+        nnx.need_stream(rngs, "params")
     key = None if rngs is None else nnx.next_key(rngs)
     values = initial.fresh(recipe.config, bounds, key, dtype, abstract, base.leaves, base.placement)
     nnx.attach(model, recipe, bounds, name, values, rngs, base.walked)
@@ -246,10 +248,16 @@ def inject(
             f"expected an Adapter (from extract, init or from_peft), found {type(adapter).__name__};"
             " jaxadapt.from_peft(tensors, tree) makes one of PeftTensors"
         )
-    guest = guest_in(tree)
+    guest, leaves = guest_in(tree), adapter.flat()
+    kept = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)}
+    gone = [path for path, leaf in kept.items() if leaf.is_deleted()]
+    if gone:  # else the model's next call would say so, and not of what
+        raise AttachError(
+            "these arrays of the adapter were donated to a jitted function, and are deleted; keep a copy,"
+            " jax.tree.map(jnp.copy, adapter):\n" + paths.listing(gone)
+        )
     if guest is not None:
         bounds = bind.of(adapter)
-        leaves = adapter.flat()
         host = not any(isinstance(leaf, Tracer) for leaf in leaves.values())
         tensors = bind.file_plan(bounds).encode(leaves, host=host)
         same = all(adapter.keymap.site(leaf) for leaf in guest.dialect.claim(guest.leaves))

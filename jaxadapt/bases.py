@@ -143,6 +143,12 @@ def _leaves(params: Any, keymap: KeyMap | str | None) -> tuple[dict[str, Any], K
     Of an NNX model also what is no parameter there, if the table has a line for it (the bias of MaxText's routers).
     """
     found = merging.leaves(planning.params_of(params))
+    loose = nnx_survey.walk(params).loose if isinstance(params, nnx.nnx.Module) else {}
+    if loose:
+        raise AttachError(
+            "these weights are held by no nnx.Module itself, and would be left out; hold them in one, or give the"
+            " parameters as a tree of arrays:\n" + paths.listing(loose)
+        )
     odd = [f"{p}: {type(x).__name__}" for p, x in found.items() if not is_array(x)]
     if odd:
         raise AttachError(
@@ -164,9 +170,9 @@ def _table(keymap: KeyMap | str | None, leaves: Mapping[str, Any]) -> KeyMap:
     table = families.resolve(keymap, _shapes(leaves))
     if table is GENERIC:
         raise KeyMapError(
-            "what these weights are called in PyTorch is not known: no table of a model family fits them; say which"
-            " with keymap=, or give a KeyMap with a line for each. They are\n"
-            + paths.listing(f"{path} {tuple(x.shape)}" for path, x in leaves.items())
+            "what these weights are called in PyTorch is not known: no table of a model family fits them, and the"
+            " generic map has no names but their own paths; say the family with keymap=, or give a KeyMap with a line"
+            " for each. They are\n" + paths.listing(f"{path} {tuple(x.shape)}" for path, x in leaves.items())
         )
     return table
 

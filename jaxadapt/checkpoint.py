@@ -262,7 +262,8 @@ class CheckpointManager(RunFolder):
     def export(self, step: int | None, path: str | os.PathLike[str], **options: Any) -> None:
         """Writes a step's adapters (None: the latest's) as a folder that PEFT reads; no model is needed.
 
-        `options` are those of `jaxadapt.save`; of another library's tree `lora_alpha=` or `config=` is needed.
+        `options` are those of `jaxadapt.save`, `name=` for one of several adapters; of another library's tree
+        `lora_alpha=` or `config=` is needed.
         """
         self.wait()
         options.setdefault("progress", self.progress)
@@ -277,7 +278,7 @@ class CheckpointManager(RunFolder):
             flat = step_reading.read(stored, {n: None for n in stored.specs if n.startswith("guest/")})
             leaves = {n.removeprefix("guest/"): value for n, value in flat.items()}
             store.save(resuming.guest_of(stored.taken, leaves), path, **options)
-        for name in stored.taken.recipes:
+        for name in [options.pop("name")] if "name" in options else stored.taken.recipes:
             store.save(self.adapter(chosen, name), path, name=name, **options)
 
     def rollback(self, step: int) -> None:

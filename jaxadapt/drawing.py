@@ -78,7 +78,10 @@ def _halves(key: Any) -> tuple[np.uint32, np.uint32] | None:
     by_position: bool = jax.config.jax_threefry_partitionable  # pyright: ignore[reportAttributeAccessIssue]
     if str(jax.random.key_impl(typed)) != _USUAL or not by_position:
         return None
-    first, second = np.asarray(jax.random.key_data(typed))
+    data = jax.random.key_data(typed)
+    if isinstance(data, Tracer):  # inside jit or eval_shape, of a key made outside
+        return None
+    first, second = np.asarray(data)
     return first, second
 
 

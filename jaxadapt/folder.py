@@ -45,7 +45,7 @@ class Info:
 
     path: str
     config: Config
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]] = dataclasses.field(repr=False)
     nbytes: int
     file_bytes: int
 

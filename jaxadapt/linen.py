@@ -57,6 +57,12 @@ class Adapted:
     # Signatures of calls known to read no adapted weight behind its module's back.
     _checked: set[Hashable] = dataclasses.field(default_factory=set[Hashable], init=False, repr=False, compare=False)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise AttachError(
+            "an adapted Linen module is called with apply(variables, …), and is no part of another module: adapt the"
+            " outermost one, where target_modules may name this one's layers alone"
+        )
+
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """`{"params": base, …, "lora": {name: tree}}`, the base bit for bit as the module's `init` gives it.
 
@@ -194,7 +200,7 @@ class Adapted:
                 extra |= {(*path, key): values[bound.leaf][tensor] for tensor, key in keys.items()}
                 if name in self.tokens:
                     keys[alora.MASK] = f"{leaf}{SEP}{alora.MASK}{SEP}{mark}"
-                    shape = meta.unbox(linen_survey.at(base["params"], known[bound.leaf])).shape
+                    shape = linen_tree.opened(linen_survey.at(base["params"], known[bound.leaf])).shape
                     extra[(*path, keys[alora.MASK])] = alora.stacked(self.tokens[name], bound.site.stack, shape)
                 site = Site(bound.method, bound.static, bound.axes, keys)
                 sites.setdefault(tuple(path), {}).setdefault(leaf, []).append(site)
@@ -223,9 +229,9 @@ class Adapted:
 
     def _warn_of_gaps(self, overlay: _Overlay, called: Callable[[], Collection[tuple[str, ...]]]) -> None:
         """An `init` whose call did not reach a layer makes no adapter for it; a later call may."""
-        params = overlay.base["params"]
-        known = key_paths(params)
-        shapes = {leaf: tuple(meta.unbox(linen_survey.at(params, path)).shape) for leaf, path in known.items()}
+        known = key_paths(overlay.base["params"])
+        base = linen_tree.opened(overlay.base["params"])
+        shapes = {leaf: tuple(linen_survey.at(base, path).shape) for leaf, path in known.items()}
         wanted = dict(self.adapters)
         for name in self.active:
             tree = overlay.held[collection_name(wanted[name])][name]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from jaxadapt import linen_call as calls
-from jaxadapt import methods, parameters, paths, plan, quantized, targets, trace, used
+from jaxadapt import linen_tree, methods, parameters, paths, plan, quantized, targets, trace, used
 from jaxadapt.axes import Axes, contradicted, turned
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError
@@ -99,7 +99,9 @@ class Survey:
             else:
                 names, own = [leaf.rpartition(".")[0]], [leaf]
             if any(targets.matches(config, m) for m in names) or any(targets.is_parameter(config, p) for p in own):
-                bad.append(f"{leaf}: {why}")
+                plain = leaf in self.unknown and len(self.shapes[leaf]) == 2
+                way = "; or, if it is (in, out), take the adapter from jaxadapt.init(config, params)" if plain else ""
+                bad.append(f"{leaf}: {why}{way}")
         if bad:
             raise AttachError("these weights cannot carry the adapter:\n" + paths.listing(bad))
 
@@ -181,7 +183,7 @@ def _marker(name: str, extra: int) -> str:
 
 def survey(module: nn.Module, rngs: Any, args: Any, kwargs: Any) -> Survey:
     """Everything an adapter has to know about a model, from `jax.eval_shape` of its `init`."""
-    plain = dict(meta.unbox(jax.eval_shape(lambda: module.init(rngs, *args, **kwargs))))
+    plain = dict(linen_tree.opened(jax.eval_shape(lambda: module.init(rngs, *args, **kwargs))))
     base = paths.flatten(plain.pop("params", {}))
     state = [leaf for name in plain.keys() - _WITHIN_ONE_CALL for leaf in paths.flatten(plain[name])]
     stateful = frozenset(leaf.rpartition(".")[0] for leaf in state)
@@ -191,7 +193,7 @@ def survey(module: nn.Module, rngs: Any, args: Any, kwargs: Any) -> Survey:
         with nn.intercept_methods(_Marking(found)):
             return module.init(rngs, *args, **kwargs)
 
-    shapes = paths.flatten(meta.unbox(jax.eval_shape(marked)).get("params", {}))
+    shapes = paths.flatten(linen_tree.opened(jax.eval_shape(marked)).get("params", {}))
     for leaf in found.shapes:
         marks = [shapes[m].shape for extra in (0, 1) if (m := _marker(leaf, extra)) in shapes]
         if len(marks) != 2:

@@ -64,6 +64,12 @@ def _annotation(bound: bind.Bound, entry: plan.Entry, base: Mapping[str, Any]) -
 # ---------------------------------------------------------------- attaching and detaching
 
 
+def need_stream(rngs: Any, name: str) -> None:
+    """Raises `AttachError` for what cannot give the random numbers called so."""
+    if not (isinstance(rngs, nnx.Rngs) and {name, "default"} & set(rngs)):
+        raise AttachError(f'rngs: expected nnx.Rngs with a stream "{name}" or "default", such as nnx.Rngs(0)')
+
+
 def next_key(rngs: nnx.Rngs) -> Any:
     """`rngs.params()`: the same key, and the stream goes on alike.
 
@@ -100,6 +106,8 @@ def attach(
     problems += _misfits(bounds, owners, collection)
     if problems:
         raise AttachError("these layers cannot carry the adapter:\n" + paths.listing(problems))
+    if rngs is not None and any(b.method.dropout(b.static) for b in bounds):
+        need_stream(rngs, "dropout")
     for bound in bounds:
         module, attr = owners[bound.leaf]
         attached = Attached(recipe, bound.method, bound.axes, bound.static)

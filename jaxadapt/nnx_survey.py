@@ -208,14 +208,19 @@ class Walk:
 
     modules: Sequence[tuple[str, nnx.Module]]
     leaves: Mapping[str, Owner]
+    loose: Mapping[str, tuple[int, ...]]
+    """`{path: shape}` of base parameters that no module holds itself: in a dict, or Linen's tree (`bridge.ToNNX`)."""
 
 
 def walk(model: nnx.Module) -> Walk:
     """Every module, and every base parameter held directly by one, once each."""
     modules: list[tuple[str, nnx.Module]] = []
     leaves: dict[str, Owner] = {}
+    params: list[tuple[Sequence[Any], nnx.Param[Any]]] = []
     seen: set[int] = set()
     for keys, node in nnx.iter_graph(model):
+        if isinstance(node, nnx.Param) and not isinstance(node, AdapterParam):
+            params.append((keys, node))
         if isinstance(node, nnx.Module):
             path = paths.join(*map(str, keys))
             modules.append((path, node))
@@ -223,7 +228,8 @@ def walk(model: nnx.Module) -> Walk:
                 if isinstance(var, nnx.Param) and not isinstance(var, AdapterParam) and id(var) not in seen:
                     seen.add(id(var))
                     leaves[paths.join(path, attr)] = (node, attr)
-    return Walk(modules, dict(sorted(leaves.items(), key=lambda item: natural(item[0]))))
+    loose = {paths.join(*map(str, keys)): tuple(var.shape) for keys, var in params if id(var) not in seen}
+    return Walk(modules, dict(sorted(leaves.items(), key=lambda item: natural(item[0]))), loose)
 
 
 def base_leaves(model: nnx.Module) -> Mapping[str, Owner]:

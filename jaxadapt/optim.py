@@ -92,7 +92,7 @@ def _of_collections(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def _named(adapter: Adapter, name: str) -> dict[str, _Leaf]:
     """`{path: what it is}` of one adapter's parameters."""
-    plain = dataclasses.replace(adapter, params=linen_tree.meta.unbox(adapter.params))
+    plain = dataclasses.replace(adapter, params=linen_tree.opened(adapter.params))
     return {
         paths.join(b.leaf, tensor): _Leaf(name, adapter.config, b, tensor, len(shape) - len(b.site.stack))
         for b in bind.of(plain)
@@ -157,7 +157,7 @@ def kasa_loss(tree: Any, name: str = attach.DEFAULT) -> Array:
     how = adapter.config.get("kasa_config")
     if how is None:
         raise ConfigError(f"the adapter {name!r} has no kasa_config, and so no such penalty")
-    plain = dataclasses.replace(adapter, params=linen_tree.meta.unbox(adapter.params))
+    plain = dataclasses.replace(adapter, params=linen_tree.opened(adapter.params))
     total: Any = jnp.zeros((), jnp.float32)
     for bound in bind.of(plain):
         if bound.method.copies:

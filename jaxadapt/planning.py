@@ -60,7 +60,10 @@ class Base:
             if not (is_array(leaf) or quantized.is_quantized(leaf))
         ]
         if odd:
-            raise AttachError("expected arrays as base parameters, found:\n" + paths.listing(odd))
+            raise AttachError(
+                'expected base parameters as nested mappings of arrays (a list as {"0": …, "1": …}), found:\n'
+                + paths.listing(odd)
+            )
         return found
 
     @functools.cached_property
@@ -132,6 +135,7 @@ def _on_model(
     # The generic map speaks of Flax's own layers; a custom one may hold its kernel the other way round.
     unsure = frozenset(nnx_survey.custom(owners, shapes)) - said if table == GENERIC else selecting.NONE
     config = selecting.resolve(config, full, shapes, unsure)
+    _refuse_loose(walked, dataclasses.replace(config, target_modules=".*") if all_linear else config)
     try:
         bounds = selecting.select(config, full, shapes, unsure)
     except TargetError as error:
@@ -150,6 +154,16 @@ def _on_model(
         forward = [leaf for leaf, hook in hooks.items() if hook.forward]
         nnx_calls.check_calls(model, hooks, dropped, forward, example)
     return recipe, bounds
+
+
+def _refuse_loose(walked: nnx_survey.Walk, config: Any) -> None:
+    matrices = [leaf for leaf, shape in walked.loose.items() if len(shape) > 1]
+    meant = [leaf for leaf in matrices if targets.matches(config, leaf.rpartition(".")[0])]
+    if meant:
+        raise AttachError(
+            "these weights are meant, and no nnx.Module holds them itself, so that nothing can follow their use; hold"
+            " them in one, or leave them out by the names you give, or with exclude_modules:\n" + paths.listing(meant)
+        )
 
 
 def _refuse_qwix(model: Any, error: TargetError) -> None:

@@ -176,8 +176,9 @@ def _rows(name: str, adapter: Adapter, base: Mapping[str, tuple[int, ...]], how:
 
 
 def _of_model(model: Any, inputs: Sequence[Any]) -> Summary:
-    owners = nnx_survey.base_leaves(model)
-    shapes = nnx_survey.base_shapes(owners)
+    walked = nnx_survey.walk(model)
+    owners = walked.leaves
+    shapes = {**nnx_survey.base_shapes(owners), **walked.loose}
     how = {leaf: nnx_survey.how(module) for leaf, (module, _) in owners.items()}
     if inputs:
         of = {path: var for by_path in nnx.variables(model).values() for path, var in by_path.items()}
@@ -193,7 +194,7 @@ def _of_model(model: Any, inputs: Sequence[Any]) -> Summary:
 
 
 def _of_variables(variables: Mapping[str, Any], active: tuple[str, ...] | None, how: Mapping[str, str]) -> Summary:
-    flat = paths.flatten(linen_tree.meta.unbox(variables.get("params", {})))
+    flat = paths.flatten(linen_tree.opened(variables.get("params", {})))
     base = {path: tuple(leaf.shape) for path, leaf in flat.items() if is_array(leaf) or is_quantized(leaf)}
     tables: dict[str, KeyMap] = {}
     rows: list[Row] = []

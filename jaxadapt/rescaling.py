@@ -25,7 +25,7 @@ def rescale(tree: Any, factor: Any, name: str | None = None) -> Generator[Any]:
     NNX: the model itself, restored at the end, also after an error. Linen: the context's value is the variables to use.
     The factor may be a traced array: a function jitted over the model or the variables is not traced again for another
     one, and a plain call costs what it cost. For inference (PEFT's `rescale_adapter_scale`): what is trained inside is
-    refused at the end, and undone.
+    refused at the end, and undone; what is saved or extracted inside has the change as it is there.
 
     Args:
         tree: an NNX model, Linen variables, or an `Adapter`.

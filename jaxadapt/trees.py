@@ -143,7 +143,7 @@ def _opened_tree(tree: Any) -> tuple[Leaves, Put]:
 def unboxed(node: Any) -> Any:
     """What a box holds; any other node itself."""
     if isinstance(node, linen_tree.meta.AxisMetadata):
-        return node.unbox()
+        return linen_tree.opened(node)
     return node.get_value() if isinstance(node, nnx.nnx.Variable) else node
 
 

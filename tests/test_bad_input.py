@@ -3,6 +3,7 @@ found, and a way out; and nothing is half-done, neither in the model nor on the 
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -11,6 +12,7 @@ import struct
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -288,6 +290,36 @@ def test_a_target_that_is_no_model(good):
             jaxadapt.load(good, target)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Layer:
+    kernel: jax.Array
+
+
+@pytest.mark.parametrize(
+    ("base", "says"),
+    [
+        (Layer(jnp.ones((4, 6))), "as nested mappings, .*found Layer"),
+        ({"layers": [{"q_proj": {"kernel": jnp.ones((4, 6))}}]}, r'a list as \{"0": …, "1": …\}[^\n]*\n  layers: list'),
+    ],
+    ids=["a dataclass", "a list"],
+)
+def test_parameters_that_are_no_nested_mappings(base, says):
+    for verb in (lambda: jaxadapt.init(LORA, base), lambda: jaxadapt.quantize(base, "int8")):
+        with pytest.raises(jaxadapt.AttachError, match=says):
+            verb()
+
+
+def test_an_adapter_that_was_donated_is_not_injected():
+    adapter, model = small.adapter(), small.trained()
+    jax.jit(lambda adapter: jax.tree.map(jnp.sin, adapter), donate_argnums=0)(adapter)
+    y = model(small.X)
+    for tree in (model, {**small.base(), **small.adapter().collection}):
+        with pytest.raises(jaxadapt.AttachError, match=r"(?s)donated.*tree\.map\(jnp\.copy.*q_proj\.kernel\.lora_A"):
+            jaxadapt.inject(adapter, tree)
+    np.testing.assert_array_equal(model(small.X), y)
+
+
 def test_an_adapted_model_keeps_its_adapter_when_loading_fails(good):
     for changes in ({"r": 4}, {"use_dora": True}, {"lora_alpha": 5}):
         edit(good, r=2, use_dora=False, lora_alpha=6)
@@ -308,12 +340,14 @@ def refuses_model(here, model, **options) -> None:
 
 @pytest.mark.parametrize("attached", [False, True])
 def test_a_failure_while_attaching_attaches_nothing(attached, good):
-    """Rngs without a stream for dropout are noticed when the first layer asks for one."""
+    """Rngs without a stream for dropout."""
     edit(good, lora_dropout=0.1)
     model = small.trained() if attached else small.net()
     graph, state = nnx.graphdef(model), nnx.to_pure_dict(nnx.state(model))
-    with pytest.raises(Exception, match="dropout"):
+    with pytest.raises(jaxadapt.AttachError, match='stream "dropout" or "default"'):
         jaxadapt.load(good, model, rngs=nnx.Rngs(params=0), replace=True)
+    with pytest.raises(jaxadapt.AttachError, match='stream "dropout" or "default"'):
+        jaxadapt.adapt(model, LORA.replace(lora_dropout=0.1), name="other", rngs=nnx.Rngs(params=0))
     assert nnx.graphdef(model) == graph
     assert same(nnx.to_pure_dict(nnx.state(model)), state)
     jaxadapt.load(good, model, rngs=nnx.Rngs(0), replace=True)

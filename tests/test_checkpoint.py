@@ -186,6 +186,11 @@ def test_several_adapters_and_none_is_left_out(tmp_path: Path):
     jaxadapt.save(saved, tmp_path / "direct")
     jaxadapt.save(saved, tmp_path / "direct", name="other")
     assert small.files(tmp_path / "peft") == small.files(tmp_path / "direct")  # byte for byte
+    manager.export(0, tmp_path / "one", name="other")
+    jaxadapt.save(saved, tmp_path / "direct one", name="other")
+    assert small.files(tmp_path / "one") == small.files(tmp_path / "direct one")
+    with pytest.raises(jaxadapt.AttachError, match="called 'third'; found"):
+        manager.export(0, tmp_path / "one", name="third")
     with pytest.raises(jaxadapt.MismatchError, match="the adapter 'other' is saved"):
         manager.restore(small.trained())
 

@@ -23,9 +23,11 @@ WANTED = {
 def test_the_same_in_and_outside_jit_bit_for_bit(dtype):
     found = drawing.drawn(KEY, WANTED, dtype)
     traced = jax.jit(lambda key: drawing.drawn(key, WANTED, dtype))(KEY)
+    outside = jax.jit(lambda: drawing.drawn(KEY, WANTED, dtype))()  # the key a constant of what is traced
     assert {p: (x.shape, x.dtype.name) for p, x in found.items()} == {p: (s, dtype) for p, (_, s) in WANTED.items()}
     for path, x in found.items():
         np.testing.assert_array_equal(x, traced[path])
+        np.testing.assert_array_equal(x, outside[path])
 
 
 def test_each_array_depends_on_its_own_path_and_shape_only():
@@ -69,7 +71,8 @@ def test_numpys_bits_are_jaxs(key):
 def test_numpys_fold_in_is_jaxs(key):
     for data in (0, 1, 2**32 - 1):
         theirs = jax.random.fold_in(key, data)
-        for mine in (drawing.fold_in(key, data), jax.jit(drawing.fold_in, static_argnums=1)(key, data)):
+        traced = jax.jit(drawing.fold_in, static_argnums=1)(key, data)
+        for mine in (drawing.fold_in(key, data), traced, jax.jit(lambda k=key, d=data: drawing.fold_in(k, d))()):
             assert (mine.dtype, mine.shape) == (theirs.dtype, theirs.shape)
             np.testing.assert_array_equal(jax.random.key_data(mine), jax.random.key_data(theirs))
 

@@ -134,6 +134,7 @@ SAME_FLOOR = {
     ("linen", "linen_call"): "one module's work in three files",
     ("linen", "linen_tree"): "and what it reads and makes is such trees",
     ("linen_survey", "linen_call"): "one module's work in three files",
+    ("linen_survey", "linen_tree"): "and opens boxes as it does",
     ("rescaling", "attach"): "it extracts",
     ("reducing", "planning"): "a pair of trees is planned as a fresh adapter is",
     ("optim", "attach"): "a penalty is taken of an adapter, wherever it is",

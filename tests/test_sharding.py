@@ -120,8 +120,11 @@ def test_linen_boxes(logical: bool, tmp_path: Any) -> None:
         np.testing.assert_allclose(a, b, rtol=5e-7)  # Flax's own draws, fused or not: the last bit
     with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
         y = jax.jit(module.apply)(variables, X)
+        here = module.init(jax.random.key(0), X)  # outside jit, as Flax's own can
+        assert str(jaxadapt.summary(abstract)) == str(jaxadapt.summary(variables))
         key = jax.random.key(3)
         check(jaxadapt.init(BOXED, abstract["params"], key=key), mesh, layout)
+    jax.tree.map(np.testing.assert_array_equal, jaxadapt.extract(here), jaxadapt.extract(plain))
     # float32 sums in another order
     np.testing.assert_allclose(y, module.apply(plain, X), rtol=2e-6, atol=2e-6)
     jaxadapt.save(variables, tmp_path)

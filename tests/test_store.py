@@ -344,6 +344,8 @@ def test_inspect_reads_headers_only(tmp_path):
     assert info.config.base_model_name_or_path == "org/base"
     assert info.parameters == 2 * (6 + 8 + 8 + 6)
     assert info.nbytes == 2 * info.parameters
+    assert "org/base" in repr(info)
+    assert "lora_A" not in repr(info)  # of a large model that would be pages
     assert info.file_bytes == (tmp_path / WEIGHTS).stat().st_size
     assert info.dtypes == ("BF16",)
     assert info.modules == ("q_proj", "up_proj")

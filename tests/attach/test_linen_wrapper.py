@@ -655,6 +655,34 @@ def test_nothing_named_is_left_out_silently(module, inputs, target, leaf):
         model.init(KEY, *args)
 
 
+def test_a_cell_that_shows_no_roles_takes_the_adapter_of_init():
+    """What the refusal of the wrapper's own `init` says: against kernels changed by hand."""
+    net, x = nn.RNN(nn.OptimizedLSTMCell(6)), jax.random.normal(KEY, (2, 3, 4))
+    params = net.init(KEY, x)["params"]
+    config = lora("ii", "hf", init_lora_weights=False)
+    wrapper = jaxadapt.adapt(net, config)
+    refused(jaxadapt.AttachError, r"if it is \(in, out\), take the adapter from jaxadapt\.init", wrapper.init, KEY, x)
+    adapter = jaxadapt.init(config, params, key=KEY)
+    (cell,) = params
+    by_hand = jax.tree.map(jnp.asarray, params)
+    for name in ("ii", "hf"):
+        a, b = (adapter.flat()[f"{cell}.{name}.kernel.lora_{part}"] for part in "AB")
+        by_hand[cell][name]["kernel"] += 3 * (b @ a).T
+    close(wrapper.apply({"params": params, **adapter.collection}, x), net.apply({"params": by_hand}, x))
+
+
+def test_a_wrapper_is_no_part_of_a_module():
+    class Outer(nn.Module):
+        net: Any
+
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nn.Dense(3, name="head")(self.net(x))
+
+    outer = Outer(jaxadapt.adapt(Net(), lora("q")))
+    refused(jaxadapt.AttachError, "adapt the outermost one", outer.init, KEY, jnp.ones((2, 8)))
+
+
 class Normed(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

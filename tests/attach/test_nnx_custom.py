@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 import jaxadapt
 from jaxadapt.errors import AttachError, KeyMapError, TargetError
@@ -483,3 +483,45 @@ def test_some_of_the_experts_in_a_ragged_product(named: tuple[str, ...]) -> None
         a, b = (tensors.get(f"base_model.model.moe.{e}.lora_{side}.weight", np.zeros((1, 1))) for side in "AB")
         rows.append(row @ (w[e] + 3 * (b @ a).T))
     np.testing.assert_allclose(model.moe(x, jnp.array([2, 3, 1])), rows, rtol=1e-5, atol=1e-5)
+
+
+class InDict(nnx.Module):
+    """A weight that is no attribute of a module."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.held = nnx.data({"inner": nnx.Param(rngs.params.normal((8, 8)))})
+        self.out = nnx.Linear(8, 8, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.out(x @ self.held["inner"][...])
+
+
+class InLinen(nnx.Module):
+    """Linen's layers, whose weights the wrapper holds in a tree."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        inner = nnx.bridge.ToNNX(linen.Sequential([linen.Dense(8, use_bias=False)]), rngs=rngs)
+        self.held = nnx.bridge.lazy_init(inner, jnp.ones((1, 8)))
+        self.out = nnx.Linear(8, 8, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.out(self.held(x))
+
+
+@pytest.mark.parametrize("make", [InDict, InLinen])
+def test_weights_that_no_module_holds_are_not_left_out_in_silence(make, tmp_path):
+    model, x = make(nnx.Rngs(0)), jnp.ones((2, 8))
+    every = jaxadapt.LoraConfig(r=2, target_modules="all-linear")
+    for config in (every, every.replace(target_modules=".*")):
+        for example in (None, [x]):
+            with pytest.raises(AttachError, match=r"no nnx\.Module holds them itself(?s:.)*\n  held\."):
+                adapt(model, config, example=example)
+    table = jaxadapt.KeyMap(
+        "mine", (Weight("out.kernel", "out.weight", "i o -> o i"), Weight("out.bias", "out.bias", "o -> o"))
+    )
+    for do in (jaxadapt.export_base, lambda model, path, **options: jaxadapt.import_base(path, model, **options)):
+        with pytest.raises(AttachError, match=r"would be left out(?s:.)*\n  held\."):
+            do(model, tmp_path, keymap=table)
+    adapt(model, every.replace(exclude_modules=["held", "layers_0"]))
+    assert set(jaxadapt.extract(model).sites) == {"out.kernel"}
+    assert jaxadapt.summary(model).base_parameters == 8 * 8 + 8 * 8 + 8  # what is held, too

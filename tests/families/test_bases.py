@@ -431,6 +431,8 @@ def test_a_model_no_table_knows_is_refused_with_its_weights(tmp_path):
         save_file({"a": rand(2)}, tmp_path / "model.safetensors")
         with pytest.raises(KeyMapError, match=r"no table of a model family fits.*\n(.*\n)*.*q\.kernel \(2, 2\)"):
             do({"q": {"kernel": jnp.ones((2, 2))}}, tmp_path)
+    with pytest.raises(KeyMapError, match="generic map has no names.*a KeyMap with a line for each"):
+        jaxadapt.export_base({"q": {"kernel": jnp.ones((2, 2))}}, tmp_path, keymap="generic")
     with pytest.raises(KeyMapError, match=r"head2\.kernel \(3, 7\): no line"):
         jaxadapt.export_base({**base(), "head2": {"kernel": rand(3, 7)}}, tmp_path / "x", keymap=TABLE)
     assert not (tmp_path / "x").exists()
