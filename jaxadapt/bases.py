@@ -80,6 +80,7 @@ def export_base(
     Array(6., dtype=float32)
     """
     leaves, table = _leaves(params, keymap)
+    _refuse_statistics(params, leaves)
     exchange.with_values(leaves, traced=False)
     made = plan.base_plan(table, _shapes(leaves))
     changed = {} if adapter is None else merging.merged(leaves, adapter)
@@ -160,6 +161,19 @@ def _leaves(params: Any, keymap: KeyMap | str | None) -> tuple[dict[str, Any], K
         more = {path: var.get_value() for path, var in nnx_survey.state(params).items() if table.site(path)}
         found = dict(sorted({**found, **more}.items(), key=lambda item: nnx_survey.natural(item[0])))
     return found, table
+
+
+def _refuse_statistics(params: Any, leaves: Mapping[str, Any]) -> None:
+    if isinstance(params, nnx.nnx.Module):
+        left = [p for p, v in nnx_survey.state(params).items() if isinstance(v, nnx.nnx.BatchStat) and p not in leaves]
+    else:
+        held = params.get("batch_stats", {}) if isinstance(params, Mapping) and "params" in params else {}
+        left = [f"batch_stats.{path}" for path in paths.flatten(held)]
+    if left:
+        raise KeyMapError(
+            "statistics of batch normalisation would be left out: no line of the table has them (of an NNX model it"
+            " may; of Linen variables give variables['params'], and write them beside)\n" + paths.listing(left)
+        )
 
 
 def _shapes(leaves: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

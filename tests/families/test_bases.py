@@ -479,3 +479,30 @@ def test_an_export_says_how_far_it_is(tmp_path):
     params = {n: {"kernel": np.ones((2, 3), "float32")} for n in "ab"}
     jaxadapt.export_base(params, tmp_path, keymap=table, progress=lambda *at: seen.append(at))
     assert seen == [("export", 0, 48), ("export", 24, 48), ("export", 48, 48)]
+
+
+class Normed(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.q = nnx.Linear(3, 4, use_bias=False, rngs=rngs)
+        self.bn = nnx.BatchNorm(4, rngs=rngs)
+
+
+def test_statistics_are_written_by_a_line_or_refused(tmp_path):
+    model = Normed(nnx.Rngs(0))
+    model.bn.mean.set_value(jnp.arange(4.0))
+    lines = (
+        Weight("q.kernel", "q.weight", "i o -> o i"),
+        Weight("bn.scale", "bn.weight", "c -> c"),
+        Weight("bn.bias", "bn.bias", "c -> c"),
+    )
+    with pytest.raises(KeyMapError, match=r"(?s)statistics of batch normalisation.*bn\.mean\n.*bn\.var"):
+        jaxadapt.export_base(model, tmp_path, keymap=KeyMap("mine", lines))
+    assert not any(tmp_path.iterdir())
+    params = {"q": {"kernel": model.q.kernel.get_value()}}
+    variables = {"params": params, "batch_stats": {"bn": {"mean": jnp.arange(4.0)}}}
+    with pytest.raises(KeyMapError, match=r"batch_stats\.bn\.mean"):
+        jaxadapt.export_base(variables, tmp_path, keymap=KeyMap("mine", lines[:1]))
+    more = Weight("bn.mean", "bn.running_mean", "c -> c"), Weight("bn.var", "bn.running_var", "c -> c")
+    jaxadapt.export_base(model, tmp_path, keymap=KeyMap("mine", (*lines, *more)))
+    written = load_file(tmp_path / "model.safetensors")
+    assert np.array_equal(written["bn.running_mean"], np.arange(4.0)) and len(written) == 5
