@@ -50,11 +50,11 @@ def infer(
     config = config or LoraConfig()
     if config.use_rslora:
         problems.append(f"use_rslora=True, but {dialect.name} divides by r, not by its square root")
-    problems += [
-        f"{name}={config.get(name)!r}, which {dialect.name} has no tensors for"
-        for name in ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias")
-        if config.get(name)
-    ]
+    if config.alora_invocation_tokens:
+        problems.append(f"alora_invocation_tokens, but {dialect.name} adapts every token")
+    asked = [n for n in ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias") if config.get(n)]
+    asked += [n for n, unset in (("bias", "none"), ("kasa_config", None)) if config.get(n) != unset]
+    problems += [f"{name}={config.get(name)!r}, which {dialect.name} has no tensors for" for name in asked]
     if config.rank_pattern or config.r != _DEFAULT.r:
         problems += _contradictions("rank", guests.ranks, config.rank_pattern, config.r)
     else:
@@ -135,6 +135,11 @@ def ratios(guests: Guests, config: Config, lora_alpha: float | None, call: str) 
     more += [] if config.bias == "none" else ["bias"]
     if more:
         raise ConfigError(f"{dialect.name} leaves hold A and B alone, and this adapter has {', '.join(more)} too")
+    if config.alora_invocation_tokens:
+        raise ConfigError(
+            f"alora_invocation_tokens: this adapter leaves the tokens before them as they are, and {dialect.name} adapts"
+            " every token"
+        )
     stored = guests.alphas
     off = sorted({alpha for alpha in stored.values() if lora_alpha not in (None, alpha)})
     if off:
