@@ -90,6 +90,10 @@ def fill(model: Any, parts: Mapping[str, Any], stored: Taken, specs: Specs, read
                 problems.append(f"{part}: saved as more than dicts, lists and tuples; give {part}= an example to fill")
             wanted |= {name: None for name in [*specs, *stored.values] if name.partition("/")[0] == part}
     problems += _misfits(wanted, stored, specs)
+    for name, leaf in wanted.items():
+        onto = name in specs and (name not in stored.hosts if leaf is None else is_on_device(leaf))
+        if onto and jax.dtypes.canonicalize_dtype(dtype := jnp.dtype(specs[name][1])) != dtype:
+            problems.append(f"{name}: {dtype.name} saved, which JAX has with jax_enable_x64 alone")
     if problems:
         raise MismatchError(f"{source} does not fit:\n" + paths.listing(problems, 16))
 
