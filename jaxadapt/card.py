@@ -281,7 +281,8 @@ def _what(config: Config, facts: Facts) -> list[str]:
     rows.append(("size", f"{size}, {size_text(facts.nbytes)}"))
     lines = ["## What it is", "", *_table(("setting", "value"), rows)]
     if facts.metrics:
-        lines += ["## Results", "", *_table(("metric", "value"), [(k, _value(_plain_number(k, v))) for k, v in facts.metrics.items()])]
+        results = [(name, _value(_plain_number(name, value))) for name, value in facts.metrics.items()]
+        lines += ["## Results", "", *_table(("metric", "value"), results)]
     if facts.image:
         alt = "How much the adapter changes each weight, layer by module"
         lines += ["## How much it changes", "", f"![{alt}]({facts.image})", "", *_explained(config), ""]

@@ -137,8 +137,8 @@ def ratios(guests: Guests, config: Config, lora_alpha: float | None, call: str) 
         raise ConfigError(f"{dialect.name} leaves hold A and B alone, and this adapter has {', '.join(more)} too")
     if config.alora_invocation_tokens:
         raise ConfigError(
-            f"alora_invocation_tokens: this adapter leaves the tokens before them as they are, and {dialect.name} adapts"
-            " every token"
+            "alora_invocation_tokens: this adapter leaves the tokens before them as they are, and"
+            f" {dialect.name} adapts every token"
         )
     stored = guests.alphas
     off = sorted({alpha for alpha in stored.values() if lora_alpha not in (None, alpha)})
