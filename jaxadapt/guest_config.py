@@ -148,6 +148,8 @@ def ratios(guests: Guests, config: Config, lora_alpha: float | None, call: str) 
     if not stored and lora_alpha is None:
         r, alpha = config.r, config.lora_alpha
         raise ConfigError(f"{need_alpha(dialect, call)}\n(The file says lora_alpha={alpha:g}, r={r}.)")
+    if not all(stored.values()) or lora_alpha == 0:
+        raise ConfigError(f"lora_alpha=0: {dialect.name} leaves that count for nothing can hold no adapter")
     out: dict[str, float] = {}
     for module, rank in guests.ranks.items():
         if targets.matches(config, module):

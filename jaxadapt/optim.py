@@ -246,6 +246,9 @@ def scale_by_rank(tree: Any, reference: int = 8) -> optax.GradientTransformation
     >>> state = tx.init(adapter.collection)
     """
 
+    if reference <= 0:
+        raise ConfigError(f"reference: expected a positive rank, found {reference!r}")
+
     def factor(leaf: _Leaf) -> float:
         own = {name: size for t in leaf.bound.tensors for name, size in t.own}
         if leaf.role not in ("A", "B", "embedding") or "r" not in own or leaf.config.get("use_rslora"):

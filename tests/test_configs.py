@@ -461,6 +461,23 @@ def test_the_class_follows_from_the_type():
         IA3Config.from_dict({"peft_type": "LORA"})
 
 
+def test_numbers_of_numpy_are_pythons_in_the_file():
+    import numpy as np
+
+    made = LoraConfig(
+        r=np.int64(4), lora_alpha=np.float32(0.5), layers_to_transform=list(np.arange(2)), target_modules=["q"],
+        rank_pattern={"q": np.uint8(2)},
+    )  # fmt: skip
+    plain = LoraConfig(
+        r=4, lora_alpha=0.5, layers_to_transform=[0, 1], target_modules=["q"], rank_pattern={"q": 2}
+    )  # fmt: skip
+    assert made == plain
+    assert made.to_json() == plain.to_json()
+    for wrong in (np.bool_(True), np.float64("nan"), np.int64(0), np.ones(1)):
+        with pytest.raises(ConfigError, match="LoraConfig: r: "):
+            LoraConfig(r=wrong)
+
+
 def test_the_package_imports_no_numpy_and_is_quick():
     code = (
         "import time; t = time.perf_counter(); import jaxadapt.configs, jaxadapt.targets; "

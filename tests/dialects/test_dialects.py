@@ -357,6 +357,9 @@ def test_an_adapter_that_begins_at_a_token_does_not_fit_where_every_token_is_ada
     jaxadapt.save(adapter, tmp_path)
     with pytest.raises(jaxadapt.ConfigError, match="qwix adapts every token"):
         jaxadapt.load(tmp_path, tree, keymap=TABLE, lora_alpha=ALPHA)
+    jaxadapt.save(tree, tmp_path / "plain", keymap=TABLE, lora_alpha=ALPHA)
+    with pytest.raises(jaxadapt.ConfigError, match="lora_alpha=0: qwix leaves that count for nothing"):
+        jaxadapt.load(tmp_path / "plain", tree, keymap=TABLE, lora_alpha=0)
 
 
 def test_arguments_for_other_trees_are_refused(tmp_path):
