@@ -336,6 +336,6 @@ def _measured(metrics: Mapping[str, Any] | None) -> dict[str, float]:
     for name, value in (metrics or {}).items():
         try:
             out[str(name)] = float(value)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ConfigError(f"metrics: {name}: expected a number, found {value!r}") from error
     return out

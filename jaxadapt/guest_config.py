@@ -24,6 +24,15 @@ def need_alpha(dialect: Dialect, call: str) -> ConfigError:
     )
 
 
+def given_alpha(config: Config | None, lora_alpha: float | None) -> float | None:
+    """The alpha that somebody says, beside a configuration or in it; `ConfigError` where the two differ."""
+    held = None if config is None else config.get("lora_alpha")
+    held = None if held == _DEFAULT.lora_alpha else held
+    if lora_alpha is not None and held not in (None, lora_alpha):
+        raise ConfigError(f"lora_alpha={lora_alpha} is passed, and the configuration says {held}; say one of them")
+    return held if lora_alpha is None else lora_alpha
+
+
 def infer(
     guests: Guests, config: Config | None = None, lora_alpha: float | None = None, call: str = "save(tree, path"
 ) -> LoraConfig:
@@ -40,11 +49,7 @@ def infer(
         raise ConfigError(f"{guests.dialect.name} trains LoRA; expected a LoraConfig, found {type(config).__name__}")
     dialect, stored = guests.dialect, guests.alphas
     problems: list[str] = []
-    given = None if config is None or config.lora_alpha == _DEFAULT.lora_alpha else config.lora_alpha
-    if lora_alpha is not None:
-        if given not in (None, lora_alpha):
-            problems.append(f"lora_alpha={lora_alpha} is passed, and the configuration says {given}")
-        given = lora_alpha
+    given = given_alpha(config, lora_alpha)
     if not stored and config is None and lora_alpha is None:
         raise need_alpha(dialect, call)
     config = config or LoraConfig()

@@ -300,6 +300,8 @@ def test_what_cannot_be_saved_says_so_before_anything_is_written(tmp_path: Path)
         jax.jit(lambda x: manager.save(1, small.adapter(), data=x))(1.0)
     with pytest.raises(jaxadapt.ConfigError, match="metrics: loss"):
         manager.save(1, small.adapter(), metrics={"loss": "low"})
+    with pytest.raises(jaxadapt.ConfigError, match="metrics: loss"):
+        manager.save(1, small.adapter(), metrics={"loss": 10**400})
     for step in (-1, 1.5, "x"):
         with pytest.raises(jaxadapt.ConfigError, match="step"):
             manager.save(step, small.adapter())  # type: ignore[arg-type]

@@ -144,6 +144,8 @@ def test_the_scale(case: Case):
         config = jaxadapt.LoraConfig(lora_alpha=5, task_type="CAUSAL_LM")
         found = jaxadapt.to_peft(tree, keymap=case.table, config=config).config
         assert (found.r, found.lora_alpha, found.task_type) == (R, 5, "CAUSAL_LM")
+        with pytest.raises(jaxadapt.ConfigError, match="lora_alpha=16 is passed, and the configuration says 5"):
+            jaxadapt.to_peft(tree, keymap=case.table, config=config, lora_alpha=16)
 
 
 @each
