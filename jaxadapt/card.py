@@ -11,10 +11,11 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from jaxadapt import consumers
 from jaxadapt.configs import Config
+from jaxadapt.errors import ConfigError
 
 _PIPELINES = {
     "CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification",
@@ -280,7 +281,8 @@ def _what(config: Config, facts: Facts) -> list[str]:
     rows.append(("size", f"{size}, {size_text(facts.nbytes)}"))
     lines = ["## What it is", "", *_table(("setting", "value"), rows)]
     if facts.metrics:
-        lines += ["## Results", "", *_table(("metric", "value"), [(k, _value(v)) for k, v in facts.metrics.items()])]
+        results = [(name, _value(_plain_number(name, value))) for name, value in facts.metrics.items()]
+        lines += ["## Results", "", *_table(("metric", "value"), results)]
     if facts.image:
         alt = "How much the adapter changes each weight, layer by module"
         lines += ["## How much it changes", "", f"![{alt}]({facts.image})", "", *_explained(config), ""]
@@ -311,6 +313,16 @@ def _readers(config: Config, refused: Mapping[str, list[str]]) -> list[str]:
 def _reason(why: str) -> str:
     name, _, effect = why.partition(": ")
     return f"`{name}` ({effect})" if effect else why
+
+
+def _plain_number(name: str, value: Any) -> Any:
+    """A metric as JSON has it: of arrays, numpy's or JAX's, the one number that they hold."""
+    if value is None or isinstance(value, str | int | float | list | tuple | dict):
+        return cast("Any", value)
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"metrics: {name}: expected a number or text, found {type(value).__name__}") from error
 
 
 def _value(value: Any) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import operator
+import numbers
 import os
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -92,6 +92,9 @@ class CheckpointManager(RunFolder):
     ) -> None:
         """Raises `ConfigError` for arguments that contradict each other."""
         problems: list[str] = []
+        for name, count in (("keep", keep), ("keep_best", keep_best), ("keep_every", keep_every)):
+            if count is not None and not isinstance(count, numbers.Integral):
+                raise ConfigError(f"{name}={count!r}: expected an integer")
         if keep is not None and keep < 1:
             problems.append(f"keep={keep}: expected at least 1, or None for all")
         if keep_best < 0 or (keep_every is not None and keep_every < 1):
@@ -138,7 +141,7 @@ class CheckpointManager(RunFolder):
         met, `AttachError` for what cannot be saved, `FileError` if later steps are there (see `rollback`).
         """
         self.wait()
-        number, measured = _step(step), _measured(metrics)
+        number, measured = run_folder.step_number(step), _measured(metrics)
         taken = snapshot.take(model, {"opt_state": opt_state, "rng": rng, "data": data})
         several = _several(taken)
         if self._last is None or number < self._last:
@@ -229,7 +232,7 @@ class CheckpointManager(RunFolder):
         changed then.
         """
         self.wait()
-        found = self._by_first("restore", lambda: self.latest) if step is None else _step(step)
+        found = self._by_first("restore", lambda: self.latest) if step is None else run_folder.step_number(step)
         if found is None:
             raise FileError(f"{self.folder}: there is no checkpoint to restore")
         stored = step_reading.stored(self._path(found))
@@ -244,7 +247,7 @@ class CheckpointManager(RunFolder):
     def adapter(self, step: int | None = None, name: str = "default") -> Adapter:
         """One adapter of a step as a value, in numpy arrays; no model is needed."""
         self.wait()
-        chosen = self.latest if step is None else _step(step)
+        chosen = self.latest if step is None else run_folder.step_number(step)
         if chosen is None:
             raise FileError(f"{self.folder}: there is no checkpoint")
         stored = step_reading.stored(self._path(chosen))
@@ -270,7 +273,7 @@ class CheckpointManager(RunFolder):
         self._by_first("export", lambda: self._export(step, path, options))
 
     def _export(self, step: int | None, path: str | os.PathLike[str], options: dict[str, Any]) -> None:
-        chosen = self.latest if step is None else _step(step)
+        chosen = self.latest if step is None else run_folder.step_number(step)
         if chosen is None:
             raise FileError(f"{self.folder}: there is no checkpoint to export")
         stored = step_reading.stored(self._path(chosen))
@@ -287,7 +290,7 @@ class CheckpointManager(RunFolder):
         self._by_first("rollback", functools.partial(self._rollback, step))
 
     def _rollback(self, step: int) -> None:
-        self._path(_step(step))
+        self._path(run_folder.step_number(step))
         for later, path in reversed(run_folder.steps(self.folder).items()):
             if later > step:
                 step_files.remove(path)
@@ -329,23 +332,11 @@ def _first() -> bool:
     return not _several(None) or jax.process_index() == 0
 
 
-def _step(step: Any) -> int:
-    try:
-        number = operator.index(step)
-    except TypeError:
-        raise ConfigError(
-            f"step: expected an integer, found {type(step).__name__}; it is save(step, model) and restore(model, step)"
-        ) from None
-    if not 0 <= number < 10**18:
-        raise ConfigError(f"step: expected 0 or more, found {number}")
-    return number
-
-
 def _measured(metrics: Mapping[str, Any] | None) -> dict[str, float]:
     out: dict[str, float] = {}
     for name, value in (metrics or {}).items():
         try:
             out[str(name)] = float(value)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise ConfigError(f"metrics: {name}: expected a number, found {value!r}") from error
     return out

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import numbers
 import re
 import zlib
 from collections.abc import Mapping, Sequence
@@ -94,7 +96,7 @@ def combine(
     like = {leaf: [found[leaf] for found in held if leaf in found] for found in held for leaf in found}
     _fit(like, held, method)
     ranks = [_largest_rank(adapter.config) for adapter in adapters]
-    r = sum(ranks) if method == "cat" else svd_rank if svd_rank and method.endswith("svd") else max(ranks)
+    r = sum(ranks) if method == "cat" else int(svd_rank) if svd_rank and method.endswith("svd") else max(ranks)
 
     how = _How(method, r, 1.0 if density is None else float(density), majority_sign_method == "total")
     new: dict[str, Rows] = {}
@@ -104,7 +106,9 @@ def combine(
         for whole in [Whole((leaf,)) for leaf in like] if apart else wholes(held):
             mine = {i: whole.of(found) for i, found in enumerate(held) if whole.there(found)}
             svd = method.endswith("svd")
-            noise = _noise(whole, held, table, svd, density or 0, key, masks) if method.startswith("dare") else {}
+            noise = (
+                _noise(whole, held, table, svd, float(density or 0), key, masks) if method.startswith("dare") else {}
+            )
             new |= whole.parted(_rows(mine, weights, how, noise), first)
     by_name = [(m, p.bound.method.depth is not None) for pairs in like.values() for p in pairs for m in p.bound.modules]
     modules, parameters = ([m for m, named in dict.fromkeys(by_name) if named == of] for of in (False, True))
@@ -131,14 +135,16 @@ def _check(
         problems.append("adapters: expected at least one")
     if len(weights) != len(adapters):
         problems.append(f"weights: expected one for each of the {len(adapters)} adapters, found {len(weights)}")
+    odd = [w for w in weights if isinstance(w, str) or (isinstance(w, numbers.Real) and not math.isfinite(w))]
+    problems += [f"weights: expected finite numbers, found {w!r}" for w in odd]
     if method not in METHODS:
         problems.append(f"method: expected one of {', '.join(METHODS)}, found {method!r}")
     prunes = method.startswith(("ties", "dare", "magnitude"))
     if svd_rank is not None and not method.endswith("svd"):
         problems.append(f"svd_rank={svd_rank!r}: has no effect with method {method!r}")
-    elif svd_rank is not None and not (isinstance(svd_rank, int) and svd_rank > 0):
+    elif svd_rank is not None and not (isinstance(svd_rank, numbers.Integral) and int(svd_rank) > 0):
         problems.append(f"svd_rank: expected a positive integer, found {svd_rank!r}")
-    if prunes and not (isinstance(density, int | float) and 0 <= density <= 1):
+    if prunes and not (isinstance(density, numbers.Real) and 0 <= float(density) <= 1):
         problems.append(f"density: method {method!r} needs a number from 0 to 1, found {density!r}")
     elif not prunes and density is not None:
         problems.append(f"density={density!r}: has no effect with method {method!r}")

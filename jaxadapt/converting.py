@@ -21,7 +21,7 @@ from jaxadapt.codecs import places, safetensors
 from jaxadapt.codecs.places import Place
 from jaxadapt.configs import Config, LoraConfig
 from jaxadapt.dialect import Dialect, is_like
-from jaxadapt.errors import ConfigError, FileError, KeyMapError
+from jaxadapt.errors import ConfigError, FileError, FormatError, KeyMapError
 from jaxadapt.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.progress import Progress
 
@@ -132,7 +132,7 @@ def _read(
         if lora_alpha is not None:
             raise ConfigError(f"{path}: --lora-alpha is for a tree's file; an adapter's folder has its own")
         return folder.read(source, progress=progress)
-    leaves = _dotted(safetensors.read(path))
+    leaves = _dotted(safetensors.read(path), path)
     note = _note(path)
     if lora_alpha is None and note:
         lora_alpha = note["lora_alpha"]
@@ -156,8 +156,17 @@ def _note(path: Place) -> dict[str, Any]:
     return found if isinstance(alpha, int | float) and not isinstance(alpha, bool) else {}
 
 
-def _dotted(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    return {path.replace("/", "."): leaf for path, leaf in leaves.items()}
+def _dotted(leaves: Mapping[str, Any], source: Any) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    twice: list[str] = []
+    for path, leaf in leaves.items():
+        dotted = path.replace("/", ".")
+        if dotted in out:
+            twice.append(path)
+        out[dotted] = leaf
+    if twice:
+        raise FormatError(f"{source}: two leaves have one path, with dots or slashes in it:\n" + paths.listing(twice))
+    return out
 
 
 def _lora(config: Config, what: str) -> LoraConfig:
@@ -259,5 +268,5 @@ def _shapes(like: Any, dialect: Dialect) -> dict[str, tuple[int, ...]]:
     if like is None:
         return {}
     header = safetensors.read_header(like).tensors
-    leaves = _dotted({path: info.shape for path, info in header.items()})
+    leaves = _dotted({path: info.shape for path, info in header.items()}, like)
     return {dialect.base(p): tuple(shape) for p, shape in leaves.items() if not is_like(p)}

@@ -186,7 +186,8 @@ def take(
     if several := _with_heads(found, keymap):
         if lora_alpha is None and config is None:
             raise guest_config.need_alpha(found.dialect, call)
-        given = (config.get("lora_alpha") if config is not None else 0.0) if lora_alpha is None else lora_alpha
+        said = guest_config.given_alpha(config, lora_alpha)
+        given = LoraConfig().lora_alpha if said is None else said  # which a configuration then says
         leaves = heads.widened(found.dialect, several, found.leaves, on_shared)
         stored = heads.alphas(found.dialect, found.leaves, leaves, given)
         found, lora_alpha = dataclasses.replace(found, leaves=leaves, stored=stored), None

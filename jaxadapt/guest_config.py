@@ -24,6 +24,15 @@ def need_alpha(dialect: Dialect, call: str) -> ConfigError:
     )
 
 
+def given_alpha(config: Config | None, lora_alpha: float | None) -> float | None:
+    """The alpha that somebody says, beside a configuration or in it; `ConfigError` where the two differ."""
+    held = None if config is None else config.get("lora_alpha")
+    held = None if held == _DEFAULT.lora_alpha else held
+    if lora_alpha is not None and held not in (None, lora_alpha):
+        raise ConfigError(f"lora_alpha={lora_alpha} is passed, and the configuration says {held}; say one of them")
+    return held if lora_alpha is None else lora_alpha
+
+
 def infer(
     guests: Guests, config: Config | None = None, lora_alpha: float | None = None, call: str = "save(tree, path"
 ) -> LoraConfig:
@@ -40,21 +49,17 @@ def infer(
         raise ConfigError(f"{guests.dialect.name} trains LoRA; expected a LoraConfig, found {type(config).__name__}")
     dialect, stored = guests.dialect, guests.alphas
     problems: list[str] = []
-    given = None if config is None or config.lora_alpha == _DEFAULT.lora_alpha else config.lora_alpha
-    if lora_alpha is not None:
-        if given not in (None, lora_alpha):
-            problems.append(f"lora_alpha={lora_alpha} is passed, and the configuration says {given}")
-        given = lora_alpha
+    given = given_alpha(config, lora_alpha)
     if not stored and config is None and lora_alpha is None:
         raise need_alpha(dialect, call)
     config = config or LoraConfig()
     if config.use_rslora:
         problems.append(f"use_rslora=True, but {dialect.name} divides by r, not by its square root")
-    problems += [
-        f"{name}={config.get(name)!r}, which {dialect.name} has no tensors for"
-        for name in ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias")
-        if config.get(name)
-    ]
+    if config.alora_invocation_tokens:
+        problems.append(f"alora_invocation_tokens, but {dialect.name} adapts every token")
+    asked = [n for n in ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias") if config.get(n)]
+    asked += [n for n, unset in (("bias", "none"), ("kasa_config", None)) if config.get(n) != unset]
+    problems += [f"{name}={config.get(name)!r}, which {dialect.name} has no tensors for" for name in asked]
     if config.rank_pattern or config.r != _DEFAULT.r:
         problems += _contradictions("rank", guests.ranks, config.rank_pattern, config.r)
     else:
@@ -135,6 +140,11 @@ def ratios(guests: Guests, config: Config, lora_alpha: float | None, call: str) 
     more += [] if config.bias == "none" else ["bias"]
     if more:
         raise ConfigError(f"{dialect.name} leaves hold A and B alone, and this adapter has {', '.join(more)} too")
+    if config.alora_invocation_tokens:
+        raise ConfigError(
+            "alora_invocation_tokens: this adapter leaves the tokens before them as they are, and"
+            f" {dialect.name} adapts every token"
+        )
     stored = guests.alphas
     off = sorted({alpha for alpha in stored.values() if lora_alpha not in (None, alpha)})
     if off:
@@ -143,6 +153,8 @@ def ratios(guests: Guests, config: Config, lora_alpha: float | None, call: str) 
     if not stored and lora_alpha is None:
         r, alpha = config.r, config.lora_alpha
         raise ConfigError(f"{need_alpha(dialect, call)}\n(The file says lora_alpha={alpha:g}, r={r}.)")
+    if not all(stored.values()) or lora_alpha == 0:
+        raise ConfigError(f"lora_alpha=0: {dialect.name} leaves that count for nothing can hold no adapter")
     out: dict[str, float] = {}
     for module, rank in guests.ranks.items():
         if targets.matches(config, module):

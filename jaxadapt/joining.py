@@ -167,10 +167,12 @@ def with_values(config: LoraConfig, ranks: Mapping[str, int], alphas: Mapping[st
 
 def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
     """A pattern for each name whose value is another than the default; for all of one last name where they agree."""
+    held: dict[str, set[Any]] = {}
+    for name, value in values.items():
+        held.setdefault(name.rpartition(".")[2], set()).add(value)
     out: dict[str, Any] = {}
     for name, value in sorted(values.items()):
         last = name.rpartition(".")[2]
-        alike = {v for m, v in values.items() if m.rpartition(".")[2] == last}
         if value != default:
-            out[last if len(alike) == 1 else name] = value
+            out[last if len(held[last]) == 1 else name] = value
     return out

@@ -131,6 +131,8 @@ def _lora(config: Config, module: str, arrays: Mapping[str, np.ndarray]) -> Norm
     experts, rest = divmod(a.shape[0], named) if targets.is_parameter(config, module) else (1, 0)
     if rest or b.shape[1] != a.shape[0]:
         return None  # of a grouped convolution
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):  # a run that went astray: no decomposition ends
+        return Norm(module, math.nan, None, a.shape[0] // experts, float(scale))
     # PEFT has the As of all experts below each other, and the Bs' columns in turns.
     each_a, each_b = a.reshape(experts, -1, a.shape[1]), np.moveaxis(b.reshape(b.shape[0], -1, experts), 2, 0)
     small: list[Any] = [np.linalg.qr(x, mode="r") for x in (each_b, np.swapaxes(each_a, 1, 2))]

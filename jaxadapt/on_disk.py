@@ -47,7 +47,8 @@ def merge(
     is written, unless everything fits.
     """
     source, target = places.at(base), places.at(out)
-    if source == target or (_local(source) and _local(target) and target.samefile(source)):
+    home = source.parent if source.is_file() else source
+    if home == target or (_local(home) and _local(target) and target.samefile(home)):
         raise FileError(f"{target}: is the base model itself; choose another folder")
     with reporting(progress) as report, shards.opened(source) as held:
         bases.refuse_packed(held)

@@ -76,6 +76,13 @@ def _of_state(state: Any) -> Any:
     for name, by_path in held.items():
         known = _named(nnx.extract(state, name), name)
         made |= {id(var): known[path] for path, var in by_path.items()}
+    flat = nnx.nnx.to_flat_state(state)
+    others = [f"{paths.join(*map(str, path))}: {type(var).__name__}" for path, var in flat if id(var) not in made]
+    if others:
+        raise AttachError(
+            "of a state, what is trained alone: nnx.state(model, jaxadapt.AdapterParam); this one also holds\n"
+            + paths.listing(others)
+        )
     return jax.tree.map(lambda var: made[id(var)], state, is_leaf=lambda x: isinstance(x, nnx.nnx.Variable))
 
 
@@ -238,6 +245,9 @@ def scale_by_rank(tree: Any, reference: int = 8) -> optax.GradientTransformation
     >>> tx = optax.chain(optax.adam(1e-3), scale_by_rank(adapter.collection))
     >>> state = tx.init(adapter.collection)
     """
+
+    if reference <= 0:
+        raise ConfigError(f"reference: expected a positive rank, found {reference!r}")
 
     def factor(leaf: _Leaf) -> float:
         own = {name: size for t in leaf.bound.tensors for name, size in t.own}

@@ -21,7 +21,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from jaxadapt import joining, paths, pieces, plan, targets
+from jaxadapt import joining, paths, pieces, plan, single_experts, targets
 from jaxadapt.configs import Config, LoraConfig
 from jaxadapt.errors import ConfigError, MismatchError, warn
 from jaxadapt.keymap import KeyMap
@@ -214,10 +214,10 @@ def _checked(
     alphas: dict[str, float] = {}
     problems: list[str] = []
     for name, (one, parts) in found.items():
-        count = 1 + max(e for experts in parts.values() for e in experts)
+        numbers = single_experts.counted([e for experts in parts.values() for e in experts])
         texts = one.texts(name) or {}
         modules = {
-            (part, e): template.format(**texts, e=e) for part, template in enumerate(one.modules) for e in range(count)
+            (part, e): template.format(**texts, e=e) for part, template in enumerate(one.modules) for e in numbers
         }
         whole = {at: pair for at in modules if len(pair := parts.get(at[0], {}).get(at[1], {})) == len(_SIDES)}
         problems += [f"{module}: missing" for at, module in modules.items() if at not in whole]

@@ -67,7 +67,7 @@ def _panel(figure: Any, axis: Any, cells: Grid, name: str, title: str, wide: flo
     values = np.array([[np.nan if v is None else v for v in row] for row in cells.values(name)], float)
     axis.set_facecolor(_FAINT)
     rank = cells.constant("rank") if name == "effective_rank" else None  # what it could be at most
-    high = float(np.nanmax(values) if rank is None else rank) or 1.0
+    high = float(rank or values.max(initial=0.0, where=np.isfinite(values))) or 1.0
     image = axis.imshow(values, aspect="auto", cmap="viridis", vmin=0.0, vmax=high, interpolation="nearest")
     axis.set_title(title, fontsize=9, color=_INK)
     turned: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}

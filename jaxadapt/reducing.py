@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -146,7 +147,7 @@ def to_lora(
 
 
 def _need_rank(r: Any) -> None:
-    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+    if isinstance(r, bool) or not isinstance(r, numbers.Integral) or r < 1:
         raise ConfigError(f"r: expected a positive integer, found {r!r}")
 
 

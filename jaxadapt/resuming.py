@@ -91,12 +91,17 @@ def fill(model: Any, parts: Mapping[str, Any], stored: Taken, specs: Specs, read
                 problems.append(f"{part}: saved as more than dicts, lists and tuples; give {part}= an example to fill")
             wanted |= {name: None for name in [*specs, *stored.values] if name.partition("/")[0] == part}
     problems += _misfits(wanted, stored, specs)
+    hosts = set(stored.hosts)
+    for name, leaf in wanted.items():
+        onto = name in specs and (name not in hosts if leaf is None else is_on_device(leaf))
+        if onto and jax.dtypes.canonicalize_dtype(dtype := jnp.dtype(specs[name][1])) != dtype:
+            problems.append(f"{name}: {dtype.name} saved, which JAX has with jax_enable_x64 alone")
     if problems:
         raise MismatchError(f"{source} does not fit:\n" + paths.listing(problems, 16))
 
     arrays = read({name: leaf for name, leaf in wanted.items() if name in specs})
     values = {name: arrays[name] if name in arrays else _value(name, stored.values[name]) for name in wanted}
-    values = {n: jnp.asarray(v) if wanted[n] is None and n in arrays and n not in stored.hosts else v
+    values = {n: jnp.asarray(v) if wanted[n] is None and n in arrays and n not in hosts else v
               for n, v in values.items()}  # fmt: skip
     values |= {n: _wrapped(values[n], stored.keys[n], wanted[n]) for n in values.keys() & stored.keys.keys()}
     given = {part: example for part in PARTS if (example := parts.get(part)) is not None}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
 import re
 from typing import Any
@@ -64,7 +65,7 @@ class RunFolder:
 
     def metrics(self, step: int) -> dict[str, float]:
         """The metrics saved with a step. Raises `FileError` if there is no such step."""
-        return dict(self._metrics_of(self._path(step)))
+        return dict(self._metrics_of(self._path(step_number(step))))
 
     def _metrics_of(self, path: Place) -> dict[str, float]:
         key = (path, places.version(path))
@@ -90,6 +91,19 @@ class RunFolder:
         if place(self.folder, step).exists():
             return place(self.folder, step)
         raise FileError(f"{self.folder}: there is no step {step}; found {list(found) or 'none'}")
+
+
+def step_number(step: Any) -> int:
+    """A step as an int, whatever integer it is. Raises `ConfigError` if it is none."""
+    try:
+        number = operator.index(step)
+    except TypeError:
+        raise ConfigError(
+            f"step: expected an integer, found {type(step).__name__}; it is save(step, model) and restore(model, step)"
+        ) from None
+    if not 0 <= number < 10**18:
+        raise ConfigError(f"step: expected 0 or more, found {number}")
+    return number
 
 
 def place(folder: Place, step: int) -> Place:

@@ -8,8 +8,9 @@ transformers 5 puts a folder's tensors together when it loads it, and apart agai
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from jaxadapt import paths
 from jaxadapt.errors import MismatchError
@@ -49,13 +50,23 @@ def rows(table: KeyMap, keys: Iterable[str], source: str) -> tuple[dict[str, Row
     whole: dict[str, Rows] = {}
     missing: list[str] = []
     for name, mine in found.items():
-        experts = 1 + max(e for e, _ in mine)
-        wanted = [[(e, part) for part in range(width[name])] for e in range(experts)]
+        wanted = [[(e, part) for part in range(width[name])] for e in counted([e for e, _ in mine])]
         missing += [f"{name}: part {p} of expert {e}" for line in wanted for e, p in line if (e, p) not in mine]
         whole[name] = tuple(tuple(mine.get(at, "") for at in line) for line in wanted)
     if missing:
         raise MismatchError(f"{source}: experts without all of their tensors:\n" + paths.listing(missing))
     return whole, renamed
+
+
+def counted(experts: Collection[int]) -> list[int]:
+    """The numbers of experts from 0 to the last of these; of a gap its beginning, as a file may say any number.
+
+    >>> counted([1, 0, 3]), len(counted([10**12]))
+    ([0, 1, 2, 3], 17)
+    """
+    held = set(experts)
+    gap = itertools.islice((e for e in range(max(held)) if e not in held), 16)
+    return sorted(held.union(gap))
 
 
 def names(table: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Rows], dict[str, str]]:
@@ -78,10 +89,10 @@ def names(table: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[st
 
 
 def pattern(template: str) -> str:
-    """The expression of a name with holes for numbers.
+    """The expression of a name with holes for numbers, each written in one way (no two names are of one expert).
 
-    >>> bool(re.fullmatch(pattern("experts.{e}.w1"), "experts.12.w1"))
-    True
+    >>> [bool(re.fullmatch(pattern("experts.{e}.w1"), f"experts.{e}.w1")) for e in ("0", "12", "012")]
+    [True, True, False]
     """
     parts = re.split(r"(\{\w+\})", template)
-    return "".join(rf"(?P<{p[1:-1]}>\d+)" if p.startswith("{") else re.escape(p) for p in parts)
+    return "".join(rf"(?P<{p[1:-1]}>0|[1-9][0-9]*)" if p.startswith("{") else re.escape(p) for p in parts)

@@ -5,6 +5,7 @@ Beside each A lie, slot by slot, the rank in use (what is beyond it is zero) and
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,7 +42,7 @@ def view(dialect: Dialect, leaves: Leaves, slot: int, room: bool = False) -> tup
             continue
         ranks, scales = (np.asarray(leaves[path]) for path in marks)
         axis, count = ranks.ndim - 1, ranks.shape[-1]
-        if not 0 <= slot < count:
+        if not isinstance(slot, numbers.Integral) or not 0 <= slot < count:
             problems.append(f"{marks[0]}: there are slots 0 to {count - 1}, and none is {slot}")
             continue
         used, scale = set(ranks[..., slot].flat), set(scales[..., slot].flat)

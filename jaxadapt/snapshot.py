@@ -209,7 +209,7 @@ def _add(taken: Taken, name: str, leaf: Any, problems: list[str]) -> None:
         taken.arrays[name] = jax.random.key_data(leaf)
     elif isinstance(leaf, jax.Array):
         taken.arrays[name] = leaf
-    elif isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind not in "OSUMm":
+    elif isinstance(leaf, np.ndarray | np.generic) and _is_plain(leaf.dtype):
         taken.arrays[name] = leaf
         taken.hosts.append(name)
     elif isinstance(leaf, bytes):
@@ -220,6 +220,11 @@ def _add(taken: Taken, name: str, leaf: Any, problems: list[str]) -> None:
         taken.values[name] = [type(leaf).__name__, leaf]
     else:
         problems.append(f"{name}: {type(leaf).__name__}; expected arrays, numbers, strings or bytes")
+
+
+def _is_plain(dtype: np.dtype[Any]) -> bool:
+    """Whether an array of it can be told by the dtype's name: no objects, texts, dates, nor records of fields."""
+    return dtype.kind not in "OSUMm" and not issubclass(dtype.type, np.void)
 
 
 def _plain(tree: Any) -> Any:

@@ -108,6 +108,7 @@ def _specs(taken: Taken) -> tuple[dict[str, tuple[np.dtype[Any], tuple[int, ...]
 
 
 def _as_bytes(value: np.ndarray) -> np.ndarray:
+    value = value.astype(value.dtype.newbyteorder("="), copy=False)
     return np.frombuffer(value.tobytes(), np.uint8).reshape(*value.shape, value.dtype.itemsize)
 
 

@@ -70,7 +70,7 @@ def _spread(like: Any) -> bool:
 def _read_file(
     file: safetensors.TensorFile, step: Stored, wanted: Mapping[str, Any], more: Callable[[int], None]
 ) -> dict[str, Any]:
-    spread = [name for name, like in wanted.items() if _spread(like) and name not in step.odd]
+    spread = dict.fromkeys(name for name, like in wanted.items() if _spread(like) and name not in step.odd)
     host: dict[str, Any] = file.read_many((name for name in wanted if name not in spread), more)
     for name, dtype in step.odd.items():
         if name in host:

@@ -150,7 +150,7 @@ def _below(path: str | os.PathLike[str], name: str) -> Place:
         raise FileError(f"{path}: expected a folder; jaxadapt.push(model, 'org/name') sends it to the Hub")
     if name == attach.DEFAULT:
         return places.at(path)
-    if name in ("", ".", "..") or set(name) & set("/\\\0"):
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise FileError(f"{path}: {name!r} cannot name a subfolder; choose a name without slashes")
     return places.at(path) / name
 

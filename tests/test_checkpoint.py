@@ -283,6 +283,16 @@ def test_everything_that_does_not_fit_is_named_and_nothing_changes(tmp_path: Pat
     assert same(jaxadapt.extract(model).params, before)
 
 
+def test_numbers_of_64_bits_are_not_cut_where_jax_has_32(tmp_path: Path):
+    manager, adapter = jaxadapt.CheckpointManager(tmp_path), small.adapter()
+    with jax.enable_x64(True):
+        manager.save(1, adapter, data={"seen": jnp.asarray([2**40 + 3])})
+        assert manager.restore(adapter).data["seen"].tolist() == [2**40 + 3]
+    for example in (None, {"seen": jax.ShapeDtypeStruct((1,), np.dtype("int64"))}):
+        with pytest.raises(jaxadapt.MismatchError, match="data/seen: int64 saved, .* jax_enable_x64"):
+            manager.restore(adapter, data=example)
+
+
 def test_what_cannot_be_filled_without_an_example_says_so(tmp_path: Path):
     manager = jaxadapt.CheckpointManager(tmp_path)
     adapter = small.adapter()
@@ -294,18 +304,23 @@ def test_what_cannot_be_filled_without_an_example_says_so(tmp_path: Path):
         manager.restore(other, opt_state=optax.adam(1e-3).init(adapter.params))
 
 
+RECORD = np.zeros(3, [("epoch", "i4"), ("seen", "f8")])
+
+
 def test_what_cannot_be_saved_says_so_before_anything_is_written(tmp_path: Path):
     manager = jaxadapt.CheckpointManager(tmp_path / "run")
     gone = jnp.ones(3)
     gone.delete()
     with pytest.raises(jaxadapt.AttachError) as caught:
-        manager.save(1, small.adapter(), data={"it": iter([]), "gone": gone, "o": np.array([object()])})
-    for part in ("data/it: list_iterator", "data/gone: deleted", "data/o: ndarray"):
+        manager.save(1, small.adapter(), data={"it": iter([]), "gone": gone, "o": np.array([object()]), "r": RECORD})
+    for part in ("data/it: list_iterator", "data/gone: deleted", "data/o: ndarray", "data/r: ndarray"):
         assert part in str(caught.value)
     with pytest.raises(jaxadapt.AttachError, match="traced"):
         jax.jit(lambda x: manager.save(1, small.adapter(), data=x))(1.0)
     with pytest.raises(jaxadapt.ConfigError, match="metrics: loss"):
         manager.save(1, small.adapter(), metrics={"loss": "low"})
+    with pytest.raises(jaxadapt.ConfigError, match="metrics: loss"):
+        manager.save(1, small.adapter(), metrics={"loss": 10**400})
     for step in (-1, 1.5, "x"):
         with pytest.raises(jaxadapt.ConfigError, match="step"):
             manager.save(step, small.adapter())  # type: ignore[arg-type]
@@ -368,6 +383,7 @@ def test_each_kept_step_is_a_peft_folder_in_one_call(tmp_path: Path):
     [
         {"keep": 0}, {"keep": 1, "keep_best": 1}, {"keep_best": 1, "minimize": "x"}, {"keep_every": 3},
         {"minimize": "a", "maximize": "b"}, {"keep": 1, "keep_every": 0}, {"keep": 1, "keep_best": -1, "minimize": "x"},
+        {"keep": 2.0}, {"keep": "2"}, {"keep": 1, "keep_every": 1.5},
     ],
 )  # fmt: skip
 def test_contradictory_policies_are_refused(policy: dict[str, Any], tmp_path: Path):
@@ -499,11 +515,16 @@ def test_a_step_that_is_no_number_is_named(tmp_path: Path):
         lambda: manager.adapter("1"),
         lambda: manager.export(1.0, tmp_path / "out"),
         lambda: manager.rollback(adapter),
+        lambda: manager.metrics("1"),
+        lambda: manager.metrics(None),  # type: ignore[arg-type]
     ]
     for call in swapped:
         with pytest.raises(jaxadapt.ConfigError, match=r"expected an integer, found \w+; it is save\(step, model\)"):
             call()
     assert manager.steps == [1]
+    manager.save(2, adapter, metrics={"loss": 0.5})
+    manager.wait()
+    assert [manager.metrics(step) for step in (2, np.int64(2), np.uint8(2), jnp.asarray(2))] == [{"loss": 0.5}] * 4
 
 
 # ---------------------------------------------------------------- leaving

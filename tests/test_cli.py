@@ -377,6 +377,11 @@ def test_checkpoints_are_listed(run_folder):
     ]  # fmt: skip
     listed = json.loads(run("checkpoints", run_folder, "--maximize", "seen", "--json").output)
     assert [(s["step"], s["best"]) for s in listed["steps"]] == [(0, False), (1, False), (2, True)]
+    with jaxadapt.CheckpointManager(run_folder) as manager:
+        manager.save(3, small.adapter(), metrics={"loss": float("nan")})
+    output = run("checkpoints", run_folder, "--json").output
+    strict = json.loads(output, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert strict["steps"][3]["metrics"] == {"loss": None}
     empty = run("checkpoints", run_folder / "no")
     assert empty.exit_code == 1
     assert "there is no checkpoint" in empty.output

@@ -372,6 +372,7 @@ def test_unknown_keys_are_kept_on_top():
             {"layers_to_transform": 1.0},
             "layers_to_transform: expected an integer, a list of integers, or null",
         ),
+        ({"lora_alpha": 10**400}, "lora_alpha: expected a finite number"),
         ({"layer_replication": [[1, 2, 3]]}, "layer_replication: expected a list of [start, end] pairs"),
         ({"trainable_token_indices": {"a": 1}}, "trainable_token_indices: expected"),
         ({"use_dora": True, "megatron_config": {"a": 1}}, "use_dora: expected false with a megatron_config"),
@@ -459,6 +460,23 @@ def test_the_class_follows_from_the_type():
     assert type(from_dict({"peft_type": "FINEGATES", "a": 1})) is GenericConfig
     with pytest.raises(ConfigError, match='expected "IA3"'):
         IA3Config.from_dict({"peft_type": "LORA"})
+
+
+def test_numbers_of_numpy_are_pythons_in_the_file():
+    import numpy as np
+
+    made = LoraConfig(
+        r=np.int64(4), lora_alpha=np.float32(0.5), layers_to_transform=list(np.arange(2)), target_modules=["q"],
+        rank_pattern={"q": np.uint8(2)},
+    )  # fmt: skip
+    plain = LoraConfig(
+        r=4, lora_alpha=0.5, layers_to_transform=[0, 1], target_modules=["q"], rank_pattern={"q": 2}
+    )  # fmt: skip
+    assert made == plain
+    assert made.to_json() == plain.to_json()
+    for wrong in (np.bool_(True), np.float64("nan"), np.int64(0), np.ones(1)):
+        with pytest.raises(ConfigError, match="LoraConfig: r: "):
+            LoraConfig(r=wrong)
 
 
 def test_the_package_imports_no_numpy_and_is_quick():

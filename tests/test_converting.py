@@ -239,3 +239,16 @@ def test_errors_on_the_command_line_name_options(words, way_out, tmp_path, monke
     assert result.exit_code == 1
     assert re.search(way_out, result.output.strip()), result.output
     assert not re.search("keymap|on_shared|lora_alpha=", result.output), result.output
+
+
+def test_two_leaves_of_one_path_are_refused(tmp_path):
+    """Where one would have taken the other's place."""
+    tree = recorded_tree("maxtext-qwen3-scan0")
+    path = next(iter(tree))
+    last = path.rpartition(".")[2]
+    twice = tree | {f"{path.removesuffix('.' + last)}/{last}": np.zeros_like(tree[path])}
+    save_file(twice, tmp_path / "lora.safetensors")
+    result = run("convert", tmp_path / "lora.safetensors", tmp_path / "out", "--lora-alpha", "6")
+    assert result.exit_code == 1
+    assert "two leaves have one path" in result.output
+    assert not (tmp_path / "out").exists()

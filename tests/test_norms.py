@@ -112,6 +112,21 @@ def test_ia3_and_methods_that_need_the_base():
         measure(tensors(other, **{"q.hada_w1_a": l}))
 
 
+def test_a_run_that_went_astray_is_shown_not_decomposed(tmp_path):
+    """(numpy's decompositions raise LinAlgError for what is no number.)"""
+    config = jaxadapt.LoraConfig(r=4, target_modules=["q"])
+    for bad in ({"l.1.q"}, {"l.0.q", "l.1.q"}):
+        a = {m: np.full((4, 9), np.nan if m in bad else 1, np.float32) for m in ("l.0.q", "l.1.q")}
+        parts = {f"{m}.lora_A.weight": x for m, x in a.items()} | {f"{m}.lora_B.weight": array(7, 4) for m in a}
+        jaxadapt.write(tensors(config, **parts), tmp_path / str(len(bad)))
+        result = CliRunner().invoke(main, ["inspect", str(tmp_path / str(len(bad))), "--norms", "--json",
+                                           "--plot", str(tmp_path / "norms.png")])  # fmt: skip
+        assert result.exit_code == 0, result.output
+        found = {one["module"]: one["norm"] for one in json.loads(result.output)["norms"]["modules"]}
+        assert {module for module, norm in found.items() if norm is None} == bad
+        assert CliRunner().invoke(main, ["inspect", str(tmp_path / str(len(bad))), "--norms"]).output.count("nan") >= 1
+
+
 def test_the_grid():
     names = ["lm_head", "enc.block.0.mlp.down_proj", "enc.block.0.q_proj", "dec.block.10.q_proj", "dec.block.2.q_proj"]
     made = grid([Norm(name, float(i)) for i, name in enumerate(names)])

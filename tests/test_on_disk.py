@@ -139,6 +139,12 @@ def test_merge_refuses_another_model_and_the_base_itself(tmp_path):
     with pytest.raises(jaxadapt.MismatchError, match="no weight for these modules"):
         on_disk.merge(tmp_path / "b" / "base", tmp_path / "a" / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    one = tmp_path / "c" / "model.safetensors"
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "base").save_pretrained(one.parent)
+    before = one.read_bytes()
+    with pytest.raises(jaxadapt.FileError, match="is the base model itself"):
+        on_disk.merge(one, tmp_path / "a" / "adapter", one.parent)
+    assert one.read_bytes() == before
     with pytest.raises(jaxadapt.FileError, match="is the base model itself"):
         on_disk.merge(tmp_path / "a" / "base", tmp_path / "a" / "adapter", tmp_path / "a" / "base")
 

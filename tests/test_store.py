@@ -177,7 +177,7 @@ def test_other_names_go_to_subfolders(tmp_path):
     assert jaxadapt.read_config(tmp_path / "fr") == jaxadapt.extract(model, "fr").config
 
 
-@pytest.mark.parametrize("name", ["..", "a/b", "", "."])
+@pytest.mark.parametrize("name", ["..", "a/b", "", ".", None, np.int64(3)])
 def test_names_that_are_no_subfolder_are_refused(name, tmp_path):
     with pytest.raises(jaxadapt.AdapterError):
         jaxadapt.save(small.adapter(), tmp_path / "out", name=name)

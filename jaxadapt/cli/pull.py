@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import click
@@ -52,7 +53,9 @@ def _copied(source: Path, target: str) -> Place:
     if other:
         raise FileError(f"{out}: holds {other[0]}, which readers could take for what is pulled; choose another folder")
     folder.make(out)
-    for name in (CONFIG, weights, CARD):
-        if (source / name).exists():
-            atomic.write_bytes(out / name, (source / name).read_bytes())
+    # All are written before the first takes its place, the configuration's after the weights', as in `folder.write`.
+    with atomic.alone_in(out), contextlib.ExitStack() as stack:
+        for name in (CONFIG, weights, CARD):
+            if (source / name).exists():
+                stack.enter_context(atomic.replacing(out / name)).write(memoryview((source / name).read_bytes()))
     return out

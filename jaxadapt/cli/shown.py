@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
@@ -37,7 +38,16 @@ def _print(console: Console, *what: Any) -> None:
 
 
 def print_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    click.echo(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """The value with null for numbers that JSON does not have: the loss of a run that went astray, say."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in cast("dict[str, Any]", value).items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in cast("list[Any]", value)]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_pairs(rows: Iterable[tuple[str, str]]) -> None:
@@ -127,7 +137,7 @@ def print_heat(
     from jaxadapt.norms import number_text
 
     console = _console()
-    high = max((v for row in values for v in row if v is not None), default=0.0) or 1.0
+    high = max((v for row in values for v in row if v is not None and math.isfinite(v)), default=0.0) or 1.0
     first = max(len("layer"), *map(len, rows)) + 1
     for begin, end in _portions([max(len(c), 6) + 1 for c in columns], console.width - first):
         table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
@@ -153,7 +163,7 @@ def _portions(widths: Sequence[int], room: int) -> Iterable[tuple[int, int]]:
 
 def _shade(value: float | None, high: float) -> str:
     """From nearly white to dark blue, with ink that is read on it (a terminal's own "white" is grey)."""
-    if value is None:
+    if value is None or not math.isfinite(value):
         return ""
     share = max(0.0, min(1.0, value / high))
     red, green, blue = (round(a + share * (b - a)) for a, b in ((235, 8), (242, 48), (250, 107)))

@@ -17,6 +17,7 @@ What Orbax leaves to its caller, and is seen to here:
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import glob
 import json
@@ -186,7 +187,7 @@ def save(path: str | os.PathLike[str], trees: Mapping[str, Tree], documents: Map
         if alone:  # of several processes Orbax sees to it itself
             for stale in place.parent.glob(f"{glob.escape(place.name)}.orbax-checkpoint-tmp*"):
                 shutil.rmtree(stale, ignore_errors=True)
-        if place.is_dir() and not any(place.iterdir()):
+        with contextlib.suppress(OSError):  # there is something in it, or another process was faster
             place.rmdir()  # an empty folder is as good as none
     if place.exists() or (alone and place.is_symlink()):
         raise FileError(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from collections.abc import Collection, Mapping
 from typing import Any, NoReturn, cast
 
@@ -46,8 +46,9 @@ def is_int(value: object) -> bool:
 
 
 def is_number(value: object) -> bool:
-    """A finite int or float."""
-    return is_int(value) or (isinstance(value, float) and math.isfinite(value))
+    """A finite int or float (and no int that is too large for one)."""
+    most = sys.float_info.max
+    return (is_int(value) or isinstance(value, float)) and -most <= cast("float", value) <= most
 
 
 def is_strings(value: object) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import re
 from collections.abc import ItemsView, Iterator, Mapping
 from collections.abc import Set as AbstractSet
@@ -125,9 +126,9 @@ def freeze(value: object) -> Frozen:
         return value
     if isinstance(value, str):
         return str.__str__(value)  # a member of a str enum becomes the plain string it stands for
-    if isinstance(value, int):
+    if isinstance(value, numbers.Integral):  # numpy's too
         return int(value)
-    if isinstance(value, float):
+    if isinstance(value, numbers.Real):
         if not math.isfinite(value):
             raise TypeError(f"numbers must be finite, found {value!r}")
         return float(value)

@@ -300,6 +300,20 @@ def test_dtypes_and_host_arrays():
 # ---- bad input -------------------------------------------------------------------------------------------
 
 
+def test_numbers_may_be_numpys_and_must_be_numbers():
+    one = small.adapter(small.LORA.replace(init_lora_weights=False))
+    told = {"method": "svd", "svd_rank": np.int64(1)}
+    found = jaxadapt.combine([one], [np.float32(1)], **told)
+    equal = jaxadapt.combine([one], [1.0], method="svd", svd_rank=1)
+    assert found.config == equal.config
+    assert type(found.config.get("r")) is int
+    for path, x in equal.flat().items():
+        np.testing.assert_array_equal(found.flat()[path], x)
+    for weight in (float("nan"), float("inf"), "1", np.float32("nan")):
+        with pytest.raises(ConfigError, match="weights: expected finite numbers"):
+            jaxadapt.combine([one], [weight], method="cat")
+
+
 def test_arguments_that_do_not_go_together_are_listed_together():
     one = small.adapter()
     with pytest.raises(ConfigError) as caught:

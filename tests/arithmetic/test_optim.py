@@ -245,3 +245,16 @@ def test_bad_input():
     tx = optim.lora_fa(adapter, optax.sgd(1.0))
     with pytest.raises(ConfigError, match="needs the parameters"):
         tx.update(adapter, tx.init(adapter))
+
+
+def test_a_rank_of_nothing_is_no_reference():
+    with pytest.raises(ConfigError, match="reference: expected a positive rank, found 0"):
+        optim.scale_by_rank({}, reference=0)
+
+
+def test_a_state_that_holds_the_base_too_is_refused():
+    model = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+    jaxadapt.adapt(model := nnx.Sequential(model), jaxadapt.LoraConfig(r=2, target_modules=["0"]), rngs=nnx.Rngs(0))
+    assert jax.tree.leaves(optim.roles(nnx.state(model, jaxadapt.AdapterParam))) == ["A", "B"]
+    with pytest.raises(AttachError, match=r"(?s)nnx\.state\(model, jaxadapt\.AdapterParam\).*kernel: Param"):
+        optim.roles(nnx.state(model))

@@ -144,6 +144,8 @@ def test_the_scale(case: Case):
         config = jaxadapt.LoraConfig(lora_alpha=5, task_type="CAUSAL_LM")
         found = jaxadapt.to_peft(tree, keymap=case.table, config=config).config
         assert (found.r, found.lora_alpha, found.task_type) == (R, 5, "CAUSAL_LM")
+        with pytest.raises(jaxadapt.ConfigError, match="lora_alpha=16 is passed, and the configuration says 5"):
+            jaxadapt.to_peft(tree, keymap=case.table, config=config, lora_alpha=16)
 
 
 @each
@@ -283,6 +285,9 @@ def test_a_configuration_that_contradicts_the_tree():
         (jaxadapt.LoraConfig(target_modules=["up", "down"]), "m.down: named by target_modules, without LoRA leaves"),
         (jaxadapt.LoraConfig(use_rslora=True), "use_rslora"),
         (jaxadapt.LoraConfig(use_dora=True), "use_dora"),
+        (jaxadapt.LoraConfig(bias="all"), "bias='all'"),
+        (jaxadapt.LoraConfig(kasa_config={}), "kasa_config"),
+        (jaxadapt.LoraConfig(alora_invocation_tokens=[1]), "adapts every token"),
     ):
         with pytest.raises(jaxadapt.ConfigError, match=what):
             jaxadapt.to_peft(tree, keymap=TABLE, config=config)
@@ -345,6 +350,18 @@ def test_a_file_of_another_model_changes_nothing(tmp_path):
     renamed = jaxadapt.KeyMap("other", (jaxadapt.Weight("up.kernel", "n.up.weight", "i o -> o i"),))
     with pytest.raises(jaxadapt.MismatchError, match=r"(?s)missing.*n.up.lora_A.*unexpected.*m.up.lora_A"):
         jaxadapt.load(tmp_path, case.tree(1), keymap=renamed, lora_alpha=ALPHA)
+
+
+def test_an_adapter_that_begins_at_a_token_does_not_fit_where_every_token_is_adapted(tmp_path):
+    tree = dense()
+    config = jaxadapt.LoraConfig(r=R, target_modules=["up"], alora_invocation_tokens=[1])
+    adapter = jaxadapt.init(config, {"up": tree["up"]}, key=jax.random.key(0), keymap=TABLE)
+    jaxadapt.save(adapter, tmp_path)
+    with pytest.raises(jaxadapt.ConfigError, match="qwix adapts every token"):
+        jaxadapt.load(tmp_path, tree, keymap=TABLE, lora_alpha=ALPHA)
+    jaxadapt.save(tree, tmp_path / "plain", keymap=TABLE, lora_alpha=ALPHA)
+    with pytest.raises(jaxadapt.ConfigError, match="lora_alpha=0: qwix leaves that count for nothing"):
+        jaxadapt.load(tmp_path / "plain", tree, keymap=TABLE, lora_alpha=0)
 
 
 def test_arguments_for_other_trees_are_refused(tmp_path):

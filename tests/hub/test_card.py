@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
@@ -35,6 +36,13 @@ def body(text: str) -> str:
 
 
 # ---- what it says ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [float, np.float32, np.asarray, jnp.asarray])
+def test_metrics_are_what_a_training_loop_has(kind):
+    assert "| loss | 3.25 |\n| steps | 40 |" in written(lora(), metrics={"loss": kind(3.25), "steps": np.int64(40)})
+    with pytest.raises(jaxadapt.ConfigError, match="metrics: loss: expected a number or text, found ndarray"):
+        written(lora(), metrics={"loss": np.zeros(2)})
 
 
 @pytest.mark.parametrize(

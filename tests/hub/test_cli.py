@@ -96,6 +96,17 @@ def test_pull_does_not_put_two_adapters_into_one_folder(hub, saved, tmp_path):
     assert "adapter_model.bin" in result.output
 
 
+def test_a_pull_whose_weights_cannot_be_written_leaves_the_configuration_that_was_there(hub, saved, tmp_path):
+    hub.put(REPO, {name: (saved / name).read_bytes() for name in (CONFIG, WEIGHTS)})
+    (tmp_path / "copy" / "adapter_model.safetensors").mkdir(parents=True)  # as a full disk would: no file comes of it
+    (tmp_path / "copy" / "adapter_config.json").write_text("{}")
+    result = run("pull", REPO, "--out", tmp_path / "copy")
+    assert result.exit_code == 1
+    assert "adapter_model.safetensors: cannot write" in result.output
+    assert (tmp_path / "copy" / "adapter_config.json").read_text() == "{}"
+    assert len(list((tmp_path / "copy").iterdir())) == 2
+
+
 def test_errors_of_the_hub_are_readable(hub, saved):
     result = run("push", saved, REPO, "--no-picture")
     assert result.exit_code == 1

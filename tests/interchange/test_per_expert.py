@@ -13,7 +13,7 @@ pytest.importorskip("torch")
 pytest.importorskip("peft")
 
 import jaxadapt
-from jaxadapt import paths, pieces, plan
+from jaxadapt import paths, pieces, plan, single_experts
 from jaxadapt.families import named
 from tests import peft_harness as harness
 from tests.families import core, sides, torch_side
@@ -174,6 +174,27 @@ def test_what_is_missing_or_differs_is_listed():
     config = held.config.replace(alpha_pattern={r"experts\.1\.w2": 5})
     with pytest.raises(jaxadapt.MismatchError, match=r"experts\.down_proj: its experts differ in rank, alpha"):
         jaxadapt.from_peft(jaxadapt.PeftTensors(config, held.tensors), base("mixtral"))
+
+
+def test_a_number_that_no_model_has_is_no_reason_to_count_so_far():
+    held, last = file_of("mixtral", True), f"experts.{10**12}."
+    keys = {k: k.replace("experts.3.", last) for k in held.tensors}
+    far = jaxadapt.PeftTensors(held.config, {keys[k]: x for k, x in held.tensors.items()})
+    with pytest.raises(jaxadapt.MismatchError, match=r"experts\.3\.w1: missing"):
+        jaxadapt.from_peft(far, base("mixtral"))
+    names = [f"model.layers.0.block_sparse_moe.experts.{e}.w{n}.weight" for e in (0, 10**12) for n in (1, 2, 3)]
+    with pytest.raises(jaxadapt.MismatchError, match=r"gate_up_proj: part 0 of expert 1\b"):
+        single_experts.rows(named("mixtral"), names, "a folder")
+
+
+def test_two_spellings_of_one_expert_are_not_one_and_the_other_is_not_lost():
+    held = file_of("mixtral", True)
+    twice = {k.replace("experts.3.", "experts.03."): x for k, x in held.tensors.items()} | dict(held.tensors)
+    both = jaxadapt.PeftTensors(held.config, twice)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that "w1" of the configuration matches no module
+        with pytest.raises(jaxadapt.MismatchError, match=r"unexpected(.|\n)*experts\.03\.w1\.lora_A"):
+            jaxadapt.from_peft(both, base("mixtral"))
 
 
 def test_patterns_and_dropout():
