@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import jaxadapt
 from jaxadapt import on_disk, pytorch
@@ -141,6 +141,83 @@ def test_merge_refuses_another_model_and_the_base_itself(tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(jaxadapt.FileError, match="is the base model itself"):
         on_disk.merge(tmp_path / "a" / "base", tmp_path / "a" / "adapter", tmp_path / "a" / "base")
+
+
+@pytest.mark.parametrize("asked", ["float32", "float16"])
+def test_another_dtype_is_rounded_once_and_said(tmp_path, asked):
+    """transformers opens a model in the dtype of its config.json; a base of bfloat16 rounds no sum in float32."""
+    saved(llama, tmp_path, r=2, init_lora_weights=False)
+    half = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")
+    on_disk.merge(tmp_path / "half", tmp_path / "adapter", tmp_path / "out", dtype=asked)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.float32)
+    want = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload().state_dict()
+    got = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert got.dtype == getattr(torch, asked)
+    for key, value in got.state_dict().items():
+        # In float16 the two may lie on both sides of a border.
+        step = 0 if asked == "float32" else 2**-10
+        torch.testing.assert_close(value.float(), want[key], rtol=1e-6 + step, atol=1e-6 + step / 16, msg=key)
+
+
+TOKENS = {"trainable_token_indices": [1, 5]}
+
+
+@pytest.mark.parametrize(
+    "options", [TOKENS, {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True}],
+    ids=["tokens", "tied adapter"],
+)  # fmt: skip
+def test_merge_into_a_table_that_is_the_head_as_well(options, tmp_path):
+    torch.manual_seed(0)
+    model = llama()[0].eval()
+    model.save_pretrained(tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, that its own merge counts the tied adapter twice: so no merge here
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(**{"target_modules": ["q_proj"], "r": 2} | options))
+        for name, p in wrapped.named_parameters():
+            if p.requires_grad and "lm_head" not in name:
+                torch.nn.init.normal_(p, std=0.3)
+        if options is not TOKENS:
+            inner = wrapped.base_model.model
+            head, table = inner.lm_head, inner.model.embed_tokens
+            head.lora_A["default"].weight.data = table.lora_embedding_B["default"].data.T.contiguous()
+            head.lora_B["default"].weight.data = table.lora_embedding_A["default"].data.T.contiguous()
+        wrapped.save_pretrained(tmp_path / "adapter")
+    on_disk.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    x = torch.arange(6)[None]
+    with torch.no_grad():
+        want = wrapped(x).logits
+        torch.testing.assert_close(merged(x).logits, want, rtol=0, atol=1e-5 * want.abs().max().item())
+
+
+def test_an_adapter_of_the_lookup_alone_warns_where_the_folder_has_no_head(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, about merging such a thing
+        saved(lambda: (llama()[0], ["embed_tokens"]), tmp_path, r=2, init_lora_weights=False)
+    with pytest.warns(UserWarning, match=r"changes those logits as well(.|\n)*model.embed_tokens.weight"):
+        on_disk.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    # The file holds the base's table beside the adapter (base_layer): another one is another base.
+    (shard,) = (p for p in (tmp_path / "base").glob("*.safetensors") if "model.embed_tokens.weight" in load_file(p))
+    held = load_file(shard)
+    save_file(held | {"model.embed_tokens.weight": held["model.embed_tokens.weight"] + 1}, shard)
+    with pytest.raises(jaxadapt.MismatchError, match="embed_tokens.base_layer.weight: other values"):
+        on_disk.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
+def test_merge_refuses_an_adapters_folder_and_repeated_layers(tmp_path):
+    saved(llama, tmp_path, r=2)
+    with pytest.raises(jaxadapt.FileError, match="adapter: holds an adapter"):
+        on_disk.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    (tmp_path / "base/adapter_config.json").write_text("{}")  # of an adapter that lies beside the model
+    on_disk.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out/adapter_config.json").exists()
+    config["layer_replication"] = [[0, 2], [1, 2]]
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(jaxadapt.ConfigError, match=r"repeats layers of its base.*export_base"):
+        on_disk.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "no")
 
 
 @pytest.mark.parametrize("make", [gpt2, llama])
