@@ -229,9 +229,7 @@ class Changed:
         bound = self.bound
         return _How(self.change, bound.method, bound.static, bound.axes, () if single else bound.site.stack, place)
 
-    def value(
-        self, at: Mapping[int, int | slice] | None = None, donate: bool = False, unrounded: bool = False
-    ) -> Any:
+    def value(self, at: Mapping[int, int | slice] | None = None, donate: bool = False, unrounded: bool = False) -> Any:
         """The leaf; or what is at `{axis: index or slice}` of it: one layer of each stacked axis, some outputs.
 
         With `donate` in the memory of the base, which is then gone. Unrounded it is float32 where the base is narrower.

@@ -18,7 +18,7 @@ from jaxadapt.adapter import Adapter, PeftTensors
 from jaxadapt.codecs import atomic, places, shards
 from jaxadapt.codecs.dtypes import dtype_name, numpy_dtype
 from jaxadapt.codecs.places import Place
-from jaxadapt.errors import ConfigError, FileError
+from jaxadapt.errors import ConfigError, FileError, warn
 from jaxadapt.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.progress import LOGGER, Progress, Report, counting, reporting
 
@@ -125,6 +125,9 @@ def _combined(
 ) -> PeftTensors:
     for held in tensors:
         _need_modules(held, "jaxadapt.combine does it with adapters of a model, or from from_peft(…, base)")
+    more = [f"{held.source}: {why}" for held in tensors for why in products.not_a_product(held.config)]
+    if more:
+        raise ConfigError("only plain LoRA is combined, and these are not or more:\n" + paths.listing(more))
     shapes = {key: shape for held in tensors for key, shape in pytorch.weights(_shapes(held)).items()}
     specs = {key: jax.ShapeDtypeStruct(shape, "float32") for key, shape in shapes.items()}
     # One table for all: what one adapter leaves out is no weight that it lacks.
@@ -134,6 +137,9 @@ def _combined(
     if resize is not None:
         made = reducing.resize_rank(made, resize).adapter
     base = {held.config.base_model_name_or_path for held in tensors}
+    if len(base - {None}) > 1:
+        named = [f"{held.source}: {held.config.base_model_name_or_path}" for held in tensors]
+        warn("these adapters name different base models, and are combined as if it were one:\n" + paths.listing(named))
     encoded = exchange.to_peft(made)
     config = encoded.config.replace(inference_mode=True, base_model_name_or_path=base.pop() if len(base) == 1 else None)
     encoded = dataclasses.replace(encoded, config=config)

@@ -259,6 +259,21 @@ def test_combine_with_a_smaller_rank(tmp_path):
     assert jaxadapt.read_config(tmp_path / "four").r == 4
 
 
+def test_combine_says_which_file_does_not_belong(tmp_path):
+    rng = np.random.default_rng(0)
+    held = {
+        f"base_model.model.q.lora_{s}.weight": rng.standard_normal(n, "f4") for s, n in (("A", (2, 3)), ("B", (4, 2)))
+    }
+    for name, options in (("one", {}), ("two", {}), ("dora", {"use_dora": True})):
+        config = jaxadapt.LoraConfig(r=2, target_modules=["q"], base_model_name_or_path=f"org/{name}", **options)
+        jaxadapt.write(jaxadapt.PeftTensors(config, held, ""), tmp_path / name)
+    with pytest.warns(UserWarning, match=r"different base models(.|\n)*one: org/one(.|\n)*two: org/two"):
+        made = on_disk.combine([tmp_path / "one", tmp_path / "two"], [1, 1], tmp_path / "both")
+    assert made.config.base_model_name_or_path is None
+    with pytest.raises(jaxadapt.ConfigError, match=r"dora: use_dora=True"):
+        on_disk.combine([tmp_path / "one", tmp_path / "dora"], [1, 1], tmp_path / "no")
+
+
 def test_convolutions_are_combined_and_experts_refused(tmp_path):
     rng = np.random.default_rng(0)
     config = jaxadapt.LoraConfig(r=2, lora_alpha=6, target_modules=["conv"])
@@ -303,6 +318,9 @@ def test_commands(tmp_path):
     assert run("combine", tmp_path / "adapter", "--weights", "one", "--out", tmp_path / "c").exit_code == 2
     assert run("combine", tmp_path / "adapter", "--weights", "-1", "--out", tmp_path / "c", "--rank", 1).exit_code == 0
     assert jaxadapt.read_config(tmp_path / "c").r == 1
+    assert run("combine", tmp_path / "adapter", "--weights", "nan", "--out", tmp_path / "d").exit_code == 2
+    wrong = run("merge", "org/name", tmp_path / "adapter", "--out", tmp_path / "d")
+    assert "org/name: no such folder or file; a model of the Hub comes with `hf download" in wrong.output
     wrong = run("combine", tmp_path / "adapter", "--weights", "1,2", "--out", tmp_path / "d")
     assert wrong.exit_code == 1
     assert "expected one for each of the 1 adapters" in wrong.output
