@@ -46,8 +46,8 @@ def merge(
         progress: None, True (bars on a terminal or in a notebook) or a function of ("merge", bytes done, bytes in all);
             also of the adapter that is read.
 
-    One tensor is held at a time. Returns how many weights the adapter changed. Raises `AdapterError`, and then nothing
-    is written, unless everything fits.
+    One tensor is held at a time, beside what the adapter repeats of the base. Returns how many weights it changed.
+    Raises `AdapterError`, and then nothing is written, unless everything fits.
     """
     source, target = places.at(base), places.at(out)
     if source == target or (_local(source) and _local(target) and target.samefile(source)):
