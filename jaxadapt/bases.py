@@ -199,7 +199,7 @@ def _reader(
     def get(key: str) -> Any:
         entry, number = made.keys[key]
         if entry.path in changed:
-            return _merged(entry, number, changed[entry.path], dtype or leaves[entry.path].dtype)
+            return _merged(entry, number, changed[entry.path], leaves[entry.path].dtype, dtype)
         tensor = entry.form.alone.encode(np.asarray(leaves[entry.path][entry.form.index(number)]), 0)
         return tensor if dtype is None else tensor.astype(dtype, copy=False)
 
@@ -210,20 +210,21 @@ SLICE = 1 << 22
 """Bytes of float32 that are merged at once; of a very large tensor more, so that there are not too many."""
 
 
-def _merged(entry: plan.Entry, number: int, changed: merging.Changed, dtype: Any) -> Any:
+def _merged(entry: plan.Entry, number: int, changed: merging.Changed, own: Any, dtype: Any) -> Any:
     """One tensor of a leaf that an adapter changes: its outputs slice by slice, each put where the file has it.
 
     A sum takes several arrays of float32 beside the weight: of slices they are small.
     """
     form, where = entry.form, entry.form.index(number)
+    unrounded = dtype is not None and dtype != own  # else the sum would be rounded to the leaf's dtype first
     stack = changed.bound.site.stack
     layer = {axis: where[axis] for axis in stack} if set(stack) <= set(form.split) else {}
     rest = tuple(i for axis, i in enumerate(where) if axis not in layer)
-    out = np.empty(form.file_shape, dtype)
+    out = np.empty(form.file_shape, dtype or own)
     firsts = {group[0]: at for at, group in enumerate(form.right) if group}
     axes = [a for a in changed.outputs if form.left[a] in firsts] if changed.bound.leaf == entry.path else []
     if not axes:
-        out[...] = form.alone.encode(np.asarray(changed.value(layer)[rest]), 0)
+        out[...] = form.alone.encode(np.asarray(changed.value(layer, unrounded=unrounded)[rest]), 0)
         return out
     axis = axes[0]
     size, row, at = form.shape[axis], math.prod(form.file_shape) // form.shape[axis], firsts[form.left[axis]]
@@ -231,7 +232,7 @@ def _merged(entry: plan.Entry, number: int, changed: merging.Changed, dtype: Any
     inner = form.file_shape[at] // max(size, 1)  # PyTorch's rows for one entry of the axis
     for first in range(0, size, step):
         last = min(first + step, size)
-        piece = np.asarray(changed.value({**layer, axis: slice(first, last)})[rest])
+        piece = np.asarray(changed.value({**layer, axis: slice(first, last)}, unrounded=unrounded)[rest])
         shape = tuple(last - first if a == axis else n for a, n in enumerate(form.shape))
         tensor = dataclasses.replace(form, shape=shape).alone.encode(piece, 0)
         out[(*[slice(None)] * at, slice(first * inner, last * inner))] = tensor

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxadapt import bind, nnx, nnx_survey, paths, plan, quantized, sharding, tying
+from jaxadapt import bind, nnx, nnx_survey, paths, plan, pytorch, quantized, sharding, tying
 from jaxadapt.adapter import Adapter
 from jaxadapt.axes import Axes
 from jaxadapt.errors import AttachError, MismatchError, warn
@@ -229,14 +229,15 @@ class Changed:
         bound = self.bound
         return _How(self.change, bound.method, bound.static, bound.axes, () if single else bound.site.stack, place)
 
-    def value(self, at: Mapping[int, int | slice] | None = None, donate: bool = False) -> Any:
+    def value(self, at: Mapping[int, int | slice] | None = None, donate: bool = False, unrounded: bool = False) -> Any:
         """The leaf; or what is at `{axis: index or slice}` of it: one layer of each stacked axis, some outputs.
 
-        With `donate` in the memory of the base, which is then gone.
+        With `donate` in the memory of the base, which is then gone. Unrounded it is float32 where the base is narrower.
         """
         at = at or {}
         base, bound = self.base, self.bound
-        w = base.value(at, donate) if isinstance(base, Changed) else _cut(base, range(base.ndim), at)
+        w = base.value(at, donate, unrounded) if isinstance(base, Changed) else _cut(base, range(base.ndim), at)
+        w = w.astype("float32") if unrounded and w.dtype.itemsize < 4 else w
         names = {bound.site.weight.left[axis]: where for axis, where in at.items()}
         params = {
             tensor.name: _cut(self.params[tensor.name], entry.form.left, names)
@@ -317,7 +318,7 @@ def changes(base: Mapping[str, Any], adapter: Adapter, weight: Change, bias: Cha
             " is right for both. Build the model with a head of its own, or train with ensure_weight_tying:\n"
             + paths.listing(alone)
         )
-    if adapter.keymap.name == GENERIC.name:
+    if adapter.keymap.name in (GENERIC.name, pytorch.NAME) and not adapter.config.get("ensure_weight_tying"):
         _warn_of_heads(bounds, base)
     sites = adapter.sites
     out: dict[str, Changed] = {}
@@ -349,6 +350,7 @@ def _warn_of_heads(bounds: Sequence[bind.Bound], base: Mapping[str, Any]) -> Non
         f"{b.leaf} ({b.fan_in} tokens)"
         for b in bounds
         if b.site.weight.kind == "embedding"
+        and not b.method.copies
         and not any(b.fan_in in shape and len(shape) > 1 for path, shape in shapes.items() if path != b.leaf)
     ]
     if alone:

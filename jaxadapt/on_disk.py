@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 from collections.abc import Sequence
@@ -17,7 +18,8 @@ from jaxadapt.adapter import Adapter, PeftTensors
 from jaxadapt.codecs import atomic, places, shards
 from jaxadapt.codecs.dtypes import dtype_name, numpy_dtype
 from jaxadapt.codecs.places import Place
-from jaxadapt.errors import ConfigError, FileError
+from jaxadapt.errors import ConfigError, FileError, warn
+from jaxadapt.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.progress import LOGGER, Progress, Report, counting, reporting
 
 _BESIDE = (".json", ".txt", ".model", ".jinja")
@@ -39,26 +41,35 @@ def merge(
         base: the model's folder.
         adapter: its folder, or an address of the Hub.
         out: another folder; configuration and tokenizer are copied into it.
-        dtype: of the tensors; those of the base by default. The sum is made in float32 and rounded once.
+        dtype: of the tensors, and said in config.json; those of the base by default. The sum is made in float32 and
+            rounded once.
         progress: None, True (bars on a terminal or in a notebook) or a function of ("merge", bytes done, bytes in all);
             also of the adapter that is read.
 
-    One tensor is held at a time. Returns how many weights the adapter changed. Raises `AdapterError`, and then nothing
-    is written, unless everything fits.
+    One tensor is held at a time, beside what the adapter repeats of the base. Returns how many weights it changed.
+    Raises `AdapterError`, and then nothing is written, unless everything fits.
     """
     source, target = places.at(base), places.at(out)
     home = source.parent if source.is_file() else source
     if home == target or (_local(home) and _local(target) and target.samefile(home)):
         raise FileError(f"{target}: is the base model itself; choose another folder")
+    if (target / folder.CONFIG).exists():
+        raise FileError(f"{target}: holds an adapter, which transformers would open instead; choose another folder")
     with reporting(progress) as report, shards.opened(source) as held:
         bases.refuse_packed(held)
         tensors = folder.read(adapter, progress=report)
-        _need_modules(tensors, "jaxadapt.export_base(model, folder, adapter) writes a model with it merged")
+        way_out = "jaxadapt.export_base(model, folder, adapter) writes a model with it merged"
+        _need_modules(tensors, way_out)
+        if tensors.config.get("layer_replication"):
+            raise ConfigError(
+                f"{tensors.source}: is for a model that repeats layers of its base (layer_replication), and the folder"
+                f" of the base holds each once; {way_out}"
+            )
         specs = {key: jax.ShapeDtypeStruct(spec.shape, spec.dtype) for key, spec in held.specs.items()}
         shapes = {key: spec.shape for key, spec in specs.items()}
-        turned = bool(tensors.config.get("fan_in_fan_out"))
-        table = pytorch.table(shapes, _shapes(tensors), tensors.source, turned)
-        inside = _adapter(tensors, specs, table)
+        said = [bool(tensors.config.get(field)) for field in ("fan_in_fan_out", "ensure_weight_tying")]
+        table = pytorch.table(shapes, _shapes(tensors), tensors.source, *said)
+        inside = _adapter(tensors, specs | _repeated(tensors, held, table), table)
         changed = merging.merged(specs, inside)
         kind = None if dtype is None else np.dtype(dtype)
         written = {
@@ -71,13 +82,13 @@ def merge(
         def get(key: str) -> Any:
             value = held[key]
             if key in changed:
-                value = np.asarray(changed[key].on(value).value())
+                value = np.asarray(changed[key].on(value).value(unrounded=kind is not None))
             value = value.astype(numpy_dtype(written[key][0]), copy=False)
             more(value.nbytes)
             return value
 
         folder.make(target)
-        _copy_beside(source, target)
+        _copy_beside(source, target, None if kind is None else kind.name)
         shards.write(target, written, get, max_shard_size)
     LOGGER.info("%s: %d of %d tensors changed, %d bytes", target, len(inside.sites), len(written), total)
     return len(inside.sites)
@@ -115,6 +126,9 @@ def _combined(
 ) -> PeftTensors:
     for held in tensors:
         _need_modules(held, "jaxadapt.combine does it with adapters of a model, or from from_peft(…, base)")
+    more = [f"{held.source}: {why}" for held in tensors for why in products.not_a_product(held.config)]
+    if more:
+        raise ConfigError("only plain LoRA is combined, and these are not or more:\n" + paths.listing(more))
     shapes = {key: shape for held in tensors for key, shape in pytorch.weights(_shapes(held)).items()}
     specs = {key: jax.ShapeDtypeStruct(shape, "float32") for key, shape in shapes.items()}
     # One table for all: what one adapter leaves out is no weight that it lacks.
@@ -124,6 +138,9 @@ def _combined(
     if resize is not None:
         made = reducing.resize_rank(made, resize).adapter
     base = {held.config.base_model_name_or_path for held in tensors}
+    if len(base - {None}) > 1:
+        named = [f"{held.source}: {held.config.base_model_name_or_path}" for held in tensors]
+        warn("these adapters name different base models, and are combined as if it were one:\n" + paths.listing(named))
     encoded = exchange.to_peft(made)
     config = encoded.config.replace(inference_mode=True, base_model_name_or_path=base.pop() if len(base) == 1 else None)
     encoded = dataclasses.replace(encoded, config=config)
@@ -147,6 +164,12 @@ def _floats(spec: Any) -> bool:
     return jax.numpy.issubdtype(spec.dtype, jax.numpy.floating)
 
 
+def _repeated(tensors: PeftTensors, held: shards.Shards, table: KeyMap) -> dict[str, Any]:
+    """The values of what the adapter's file holds of the base as well: its table of tokens, its head."""
+    names = {key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".") for key in tensors.tensors}
+    return {key: held[key] for key in held if (site := table.site(key)) and ".".join(site.parameter({})) in names}
+
+
 def _adapter(tensors: PeftTensors, specs: dict[str, Any], table: Any) -> Adapter:
     products.need_plain(tensors.config, tensors.source)
     return exchange.from_peft(tensors, paths.unflatten(specs), keymap=table)
@@ -157,9 +180,25 @@ def _local(place: Place) -> TypeGuard[Path]:
     return isinstance(place, Path) and place.exists()
 
 
-def _copy_beside(source: Place, target: Place) -> None:
+def _copy_beside(source: Place, target: Place, dtype: str | None) -> None:
+    """What else lies in the model's folder; with a `dtype`, that in its configuration."""
     if not source.is_dir():
         return
     for path in sorted(source.iterdir(), key=str):
-        if path.is_file() and path.suffix in _BESIDE and not path.name.endswith(".index.json"):
-            atomic.write_bytes(target / path.name, path.read_bytes())
+        name = path.name
+        if path.suffix not in _BESIDE or name.endswith(".index.json") or name == folder.CONFIG or not path.is_file():
+            continue
+        data = path.read_bytes()
+        atomic.write_bytes(target / name, data if dtype is None or name != "config.json" else _saying(data, dtype))
+
+
+def _saying(config: bytes, dtype: str) -> bytes:
+    """config.json with this dtype: transformers opens a model in the one that it finds there."""
+
+    def said(fields: dict[str, Any]) -> dict[str, Any]:
+        return {k: dtype if k in ("dtype", "torch_dtype") and isinstance(v, str) else v for k, v in fields.items()}
+
+    try:
+        return json.dumps(json.loads(config, object_hook=said), indent=2).encode() + b"\n"
+    except ValueError:
+        return config

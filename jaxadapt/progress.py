@@ -103,4 +103,5 @@ def _bars() -> Generator[Report]:
     try:
         yield report
     finally:
-        bars.stop()
+        if tasks:  # rich ends what it never began with an empty line, where the terminal is a dumb one
+            bars.stop()

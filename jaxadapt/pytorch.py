@@ -16,7 +16,11 @@ from jaxadapt.weight import Weight
 _TENSOR = re.compile(
     r"(?P<module>.+)\.(?P<name>lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|lora_diag|ia3_l)(?:\.weight|\.bias)?"
 )
+_ROWS = ".token_adapter.trainable_tokens_delta"
 Shapes = Mapping[str, tuple[int, ...]]
+
+NAME = "pytorch"
+"""What such a table is called."""
 
 
 def adapted(tensors: Shapes) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -44,7 +48,7 @@ def weights(tensors: Shapes) -> dict[str, tuple[int, ...]]:
     return out
 
 
-def table(shapes: Shapes, tensors: Shapes, source: str, fan_in_fan_out: bool = False) -> KeyMap:
+def table(shapes: Shapes, tensors: Shapes, source: str, fan_in_fan_out: bool = False, tied: bool = False) -> KeyMap:
     """One line for each parameter of a model, named as the adapter names it.
 
     Args:
@@ -52,19 +56,25 @@ def table(shapes: Shapes, tensors: Shapes, source: str, fan_in_fan_out: bool = F
         tensors: of the adapter. A file may lack the name's first part ("model."), or have one more: GPT-2's do.
         source: the adapter, for the message.
         fan_in_fan_out: what its configuration says, for weights whose sizes do not tell.
+        tied: whether it says of a head that the model lacks that its table of tokens is one (`ensure_weight_tying`).
 
     Raises `MismatchError` listing what the adapter changes and the model lacks.
     """
     held = adapted(tensors)
     renamed = _renamed(shapes, held)
     missing = [module for module in held if f"{module}.weight" not in renamed.values()]
-    if missing:
+    lookups = [module for module, own in held.items() if "lora_embedding_A" in own]
+    ties = [(f"{head}.weight", f"{lookups[0]}.weight") for head in missing] if tied and len(lookups) == 1 else []
+    if missing and not ties:
         raise MismatchError(f"{source}: the model has no weight for these modules:\n" + paths.listing(missing))
-    lines = [
-        _line(leaf, key, shapes[leaf], held.get(key.removesuffix(".weight"), {}), fan_in_fan_out)
-        for leaf, key in renamed.items()
-    ]
-    return KeyMap("pytorch", tuple(lines))
+    rows = {key.removeprefix(PEFT_PREFIX).removesuffix(_ROWS) for key in tensors if key.endswith(_ROWS)}
+    lines: list[Weight] = []
+    for leaf, key in renamed.items():
+        module = key.removesuffix(".weight")
+        own = held.get(module, {})
+        lookup = "lora_embedding_A" in own or (module in rows and not own)
+        lines.append(_line(leaf, key, shapes[leaf], own, fan_in_fan_out, lookup))
+    return KeyMap(NAME, tuple(lines), tied=tuple(ties))
 
 
 def _renamed(shapes: Shapes, modules: Iterable[str]) -> dict[str, str]:
@@ -78,10 +88,10 @@ def _renamed(shapes: Shapes, modules: Iterable[str]) -> dict[str, str]:
     return fits[0] if fits else found[0]
 
 
-def _line(leaf: str, key: str, shape: tuple[int, ...], own: Shapes, turned: bool) -> Weight:
+def _line(leaf: str, key: str, shape: tuple[int, ...], own: Shapes, turned: bool, lookup: bool) -> Weight:
     axes = " ".join(f"a{i}" for i in range(len(shape)))
     pattern = f"{axes} -> {axes}"
-    if "lora_embedding_A" in own:
+    if lookup:
         return Weight(leaf, key, pattern, kind="embedding")
     if len(shape) == 2 and own:
         return Weight(leaf, key, pattern, fan_in_fan_out=_is_turned(shape, own, turned))

@@ -149,6 +149,9 @@ def summary(tree: Any, *inputs: Any) -> Summary:
         if not inputs:
             raise AttachError("a Linen module holds no parameters: summary(module, variables, *inputs)")
         variables, *rest = inputs
+        if not isinstance(variables, Mapping):
+            found = type(variables).__name__
+            raise AttachError(f"summary(module, variables, *inputs): expected variables, found {found}")
         return _of_variables(variables, tree.active, tree.notes(variables, *rest) if rest else {})
     if isinstance(tree, nnx.nnx.Module):
         return _of_model(tree, inputs)

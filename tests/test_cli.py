@@ -133,6 +133,13 @@ def test_a_command_misspelt_is_guessed():
     assert "No such command 'x'" in run("x").output
 
 
+def test_no_color_is_heard(folder):
+    for words in (("inspect", folder, "--norms"), ("inspect", folder / "no")):
+        said = [CliRunner(env=env).invoke(main, [str(w) for w in words], color=True) for env in ({}, {"NO_COLOR": "1"})]
+        assert ("\x1b" in said[0].output) is (words[1] != folder)  # rich asks for a terminal, and click was told of one
+        assert "\x1b" not in said[1].output
+
+
 def test_exit_statuses(folder, monkeypatch):
     assert run("inspect", folder).exit_code == 0
     assert run("inspect", folder / "no").exit_code == 1
@@ -175,7 +182,8 @@ def test_families():
     assert ("gpt2", True) in [(entry["name"], entry["proved"]) for entry in listed]
     lines = json.loads(run("families", "llama/scan0", "--json").output)
     assert any(line["pattern"].startswith("{l}") for line in lines)
-    assert run("families", "lama").exit_code == 1
+    assert "'llama' or 'llama4' comes near" in run("families", "lama").output
+    assert run("families", "nosuch").exit_code == 1
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

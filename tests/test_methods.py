@@ -441,3 +441,28 @@ def test_a_weight_held_times_a_factor_gives_the_same_adapted_weight(peft_type):
             return Applied(methods.of(config), bound.static, params, bound.axes).weight(w)
 
         np.testing.assert_allclose(effective(other, there, w * f), effective(one, leaves, w) * f, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (192, 256), (768, 128), (128, 512)])
+@pytest.mark.parametrize("outs_first", [True, False])
+def test_a_merge_of_large_weights_in_either_layout(shape, outs_first):
+    """Against numpy: XLA on CPU (jaxlib 0.10.2) summed other rows than it was asked for, in sizes like these."""
+    rng = np.random.default_rng(0)
+    out, inn = shape if outs_first else shape[::-1]
+    a, b = rng.standard_normal((8, inn), "f4"), rng.standard_normal((out, 8), "f4")
+    axes = Axes(inn=(1,), out=(0,)) if outs_first else Axes(inn=(0,), out=(1,))
+    made = jax.jit(lambda w: lowrank.added(axes, w, 2.0, a, b))(np.zeros(shape, "f4"))
+    want = 2 * b @ a
+    np.testing.assert_allclose(made, want if outs_first else want.T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("inn", "out"), [((1,), (0, 2)), ((0, 2), (1,))])
+def test_a_merge_where_inputs_lie_between_outputs(inn, out):
+    rng = np.random.default_rng(0)
+    for shape in ((12, 256, 256), (4, 256, 256)):
+        a = rng.standard_normal((8, *(shape[i] for i in inn)), "f4")
+        b = rng.standard_normal((*(shape[i] for i in out), 8), "f4")
+        made = jax.jit(lambda w, a=a, b=b: lowrank.added(Axes(inn=inn, out=out), w, 2.0, a, b))(np.zeros(shape, "f4"))
+        letters = ["".join("xyz"[i] for i in axes) for axes in (inn, out)]
+        want = 2 * np.einsum(f"r{letters[0]},{letters[1]}r->xyz", a, b)
+        np.testing.assert_allclose(made, want, rtol=1e-5, atol=1e-5)

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import jaxadapt
 from jaxadapt import on_disk, pytorch
@@ -149,6 +149,83 @@ def test_merge_refuses_another_model_and_the_base_itself(tmp_path):
         on_disk.merge(tmp_path / "a" / "base", tmp_path / "a" / "adapter", tmp_path / "a" / "base")
 
 
+@pytest.mark.parametrize("asked", ["float32", "float16"])
+def test_another_dtype_is_rounded_once_and_said(tmp_path, asked):
+    """transformers opens a model in the dtype of its config.json; a base of bfloat16 rounds no sum in float32."""
+    saved(llama, tmp_path, r=2, init_lora_weights=False)
+    half = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")
+    on_disk.merge(tmp_path / "half", tmp_path / "adapter", tmp_path / "out", dtype=asked)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.float32)
+    want = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload().state_dict()
+    got = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert got.dtype == getattr(torch, asked)
+    for key, value in got.state_dict().items():
+        # In float16 the two may lie on both sides of a border.
+        step = 0 if asked == "float32" else 2**-10
+        torch.testing.assert_close(value.float(), want[key], rtol=1e-6 + step, atol=1e-6 + step / 16, msg=key)
+
+
+TOKENS = {"trainable_token_indices": [1, 5]}
+
+
+@pytest.mark.parametrize(
+    "options", [TOKENS, {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True}],
+    ids=["tokens", "tied adapter"],
+)  # fmt: skip
+def test_merge_into_a_table_that_is_the_head_as_well(options, tmp_path):
+    torch.manual_seed(0)
+    model = llama()[0].eval()
+    model.save_pretrained(tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, that its own merge counts the tied adapter twice: so no merge here
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(**{"target_modules": ["q_proj"], "r": 2} | options))
+        for name, p in wrapped.named_parameters():
+            if p.requires_grad and "lm_head" not in name:
+                torch.nn.init.normal_(p, std=0.3)
+        if options is not TOKENS:
+            inner = wrapped.base_model.model
+            head, table = inner.lm_head, inner.model.embed_tokens
+            head.lora_A["default"].weight.data = table.lora_embedding_B["default"].data.T.contiguous()
+            head.lora_B["default"].weight.data = table.lora_embedding_A["default"].data.T.contiguous()
+        wrapped.save_pretrained(tmp_path / "adapter")
+    on_disk.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    x = torch.arange(6)[None]
+    with torch.no_grad():
+        want = wrapped(x).logits
+        torch.testing.assert_close(merged(x).logits, want, rtol=0, atol=1e-5 * want.abs().max().item())
+
+
+def test_an_adapter_of_the_lookup_alone_warns_where_the_folder_has_no_head(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, about merging such a thing
+        saved(lambda: (llama()[0], ["embed_tokens"]), tmp_path, r=2, init_lora_weights=False)
+    with pytest.warns(UserWarning, match=r"changes those logits as well(.|\n)*model.embed_tokens.weight"):
+        on_disk.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    # The file holds the base's table beside the adapter (base_layer): another one is another base.
+    (shard,) = (p for p in (tmp_path / "base").glob("*.safetensors") if "model.embed_tokens.weight" in load_file(p))
+    held = load_file(shard)
+    save_file(held | {"model.embed_tokens.weight": held["model.embed_tokens.weight"] + 1}, shard)
+    with pytest.raises(jaxadapt.MismatchError, match="embed_tokens.base_layer.weight: other values"):
+        on_disk.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+
+
+def test_merge_refuses_an_adapters_folder_and_repeated_layers(tmp_path):
+    saved(llama, tmp_path, r=2)
+    with pytest.raises(jaxadapt.FileError, match="adapter: holds an adapter"):
+        on_disk.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    (tmp_path / "base/adapter_config.json").write_text("{}")  # of an adapter that lies beside the model
+    on_disk.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out/adapter_config.json").exists()
+    config["layer_replication"] = [[0, 2], [1, 2]]
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(jaxadapt.ConfigError, match=r"repeats layers of its base.*export_base"):
+        on_disk.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "no")
+
+
 @pytest.mark.parametrize("make", [gpt2, llama])
 def test_combine_is_pefts(make, tmp_path):
     first = saved(make, tmp_path, "one", 0, r=2, lora_alpha=6, init_lora_weights=False)
@@ -186,6 +263,21 @@ def test_combine_with_a_smaller_rank(tmp_path):
         deltas = [x[f"{at}.lora_B.weight"] @ x[f"{at}.lora_A.weight"] for x in (a, b)]
         np.testing.assert_allclose(*deltas, atol=1e-5)  # the best of rank 3, found on two ways
     assert jaxadapt.read_config(tmp_path / "four").r == 4
+
+
+def test_combine_says_which_file_does_not_belong(tmp_path):
+    rng = np.random.default_rng(0)
+    held = {
+        f"base_model.model.q.lora_{s}.weight": rng.standard_normal(n, "f4") for s, n in (("A", (2, 3)), ("B", (4, 2)))
+    }
+    for name, options in (("one", {}), ("two", {}), ("dora", {"use_dora": True})):
+        config = jaxadapt.LoraConfig(r=2, target_modules=["q"], base_model_name_or_path=f"org/{name}", **options)
+        jaxadapt.write(jaxadapt.PeftTensors(config, held, ""), tmp_path / name)
+    with pytest.warns(UserWarning, match=r"different base models(.|\n)*one: org/one(.|\n)*two: org/two"):
+        made = on_disk.combine([tmp_path / "one", tmp_path / "two"], [1, 1], tmp_path / "both")
+    assert made.config.base_model_name_or_path is None
+    with pytest.raises(jaxadapt.ConfigError, match=r"dora: use_dora=True"):
+        on_disk.combine([tmp_path / "one", tmp_path / "dora"], [1, 1], tmp_path / "no")
 
 
 def test_convolutions_are_combined_and_experts_refused(tmp_path):
@@ -232,6 +324,9 @@ def test_commands(tmp_path):
     assert run("combine", tmp_path / "adapter", "--weights", "one", "--out", tmp_path / "c").exit_code == 2
     assert run("combine", tmp_path / "adapter", "--weights", "-1", "--out", tmp_path / "c", "--rank", 1).exit_code == 0
     assert jaxadapt.read_config(tmp_path / "c").r == 1
+    assert run("combine", tmp_path / "adapter", "--weights", "nan", "--out", tmp_path / "d").exit_code == 2
+    wrong = run("merge", "org/name", tmp_path / "adapter", "--out", tmp_path / "d")
+    assert "org/name: no such folder or file; a model of the Hub comes with `hf download" in wrong.output
     wrong = run("combine", tmp_path / "adapter", "--weights", "1,2", "--out", tmp_path / "d")
     assert wrong.exit_code == 1
     assert "expected one for each of the 1 adapters" in wrong.output

@@ -234,3 +234,10 @@ def test_the_logger_is_the_only_one_and_leaves_the_program_its_handlers(root):
         if isinstance(node, ast.Attribute) and node.attr == "getLogger"
     ]
     assert set(made) <= {"jaxadapt/progress.py", "jaxadapt/cli/__init__.py"}  # the second turns its level
+
+
+def test_bars_that_never_began_leave_no_line(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "watched", lambda: True)  # a dumb terminal is one that rich draws nothing on
+    with progress.reporting(True) as report:
+        report("read", 3, 12)
+    assert capsys.readouterr().err == ""

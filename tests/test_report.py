@@ -102,3 +102,9 @@ def test_linen_with_inputs():
     variables = module.init(jax.random.key(0), x)
     how = {row.leaf: row.how for row in jaxadapt.summary(module, variables, x).rows}
     assert how == {"own.w": "traced Product", "up.kernel": "Dense's own call"}
+
+
+def test_a_linen_module_without_its_variables_is_told_so():
+    module = jaxadapt.adapt(nn.Dense(4, name="up"), jaxadapt.LoraConfig(r=2, target_modules="all-linear"))
+    with pytest.raises(jaxadapt.AttachError, match="expected variables, found ArrayImpl"):
+        jaxadapt.summary(module, jnp.ones((1, 3)))

@@ -7,6 +7,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import logging
+import os
 import sys
 import warnings
 from typing import Any
@@ -55,6 +56,8 @@ class _Commands(click.Group):
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
+        if os.environ.get("NO_COLOR"):
+            ctx.color = False
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = _warn

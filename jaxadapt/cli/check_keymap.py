@@ -80,18 +80,27 @@ def command(family: str, model: str | None, checkpoint: str | None, as_json: boo
 def _own(text: str) -> KeyMap:
     """The table that a Python file holds."""
     import runpy
+    import traceback
 
     from jaxadapt.codecs import files
     from jaxadapt.keymap import KeyMap
 
     path, _, name = text.rpartition(":")
     try:
-        table = runpy.run_path(path).get(name)
+        Path(path).read_bytes()
     except OSError as error:
         raise files.file_error("read", path, error) from error
-    if not isinstance(table, KeyMap):
-        raise KeyMapError(f"{path}: expected a jaxadapt.KeyMap called {name!r}, found {type(table).__name__}")
-    return table
+    try:
+        held = runpy.run_path(path)
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        at = f"{where.filename}, line {where.lineno}: " if not isinstance(error, SyntaxError) else ""
+        raise KeyMapError(f"{path}: cannot be run: {at}{type(error).__name__}: {error}") from error
+    if not isinstance(held.get(name), KeyMap):
+        tables = [key for key, value in held.items() if isinstance(value, KeyMap)]
+        found = type(held[name]).__name__ if name in held else ", ".join(tables) or "none"
+        raise KeyMapError(f"{path}: expected a jaxadapt.KeyMap called {name!r}, found {found}")
+    return held[name]
 
 
 def _show(found: Checked, leaves: Shapes | None, tensors: Shapes | None) -> None:

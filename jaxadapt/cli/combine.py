@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import click
@@ -40,7 +41,9 @@ def command(
     try:
         numbers = [float(w) for w in weights.split(",")]
     except ValueError:
-        raise click.BadParameter(f"expected numbers and commas, found {weights!r}", param_hint="--weights") from None
+        numbers = []
+    if not numbers or not all(map(math.isfinite, numbers)):
+        raise click.BadParameter(f"expected numbers and commas, found {weights!r}", param_hint="--weights")
     import jax
 
     from jaxadapt import on_disk

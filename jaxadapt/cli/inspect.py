@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -74,9 +74,9 @@ def _show(info: Info, tensors: bool) -> None:
     rows.append(("base model", config.base_model_name_or_path or "not said"))
     targets = config.get("target_modules")
     if targets is not None:
-        rows.append(("targets", targets if isinstance(targets, str) else ", ".join(targets)))
+        rows.append(("targets", _text(targets)))
     values = config.to_dict()
-    rows += [(k, str(values[k])) for k, plain in card.FIELDS.items() if k in values and values[k] not in (plain, [])]
+    rows += [(k, _text(values[k])) for k, plain in card.FIELDS.items() if k in values and values[k] not in (plain, [])]
     if info.modules:
         rows.append(("adapted", ", ".join(info.modules)))
     dtypes, size = "/".join(info.dtypes), card.size_text(info.file_bytes)
@@ -93,6 +93,10 @@ def _show(info: Info, tensors: bool) -> None:
         click.echo()
         listed = [(k, d, " × ".join(map(str, s)) or "scalar") for k, (d, s) in info.tensors.items()]
         shown.print_table(("tensor", "dtype", "shape"), listed)
+
+
+def _text(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _show_norms(norms: Norms) -> None:

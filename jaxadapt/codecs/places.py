@@ -203,7 +203,10 @@ Place = Path | Address
 def _store(text: str) -> tuple[Any, str]:
     scheme = text.partition("://")[0]
     if scheme == "hf":
-        raise FileError(f"{text}: adapters come from the Hub with load, read and pull, and go there with push")
+        raise FileError(
+            f"{text}: adapters come from the Hub with load, read and pull, and go there with push;"
+            " a base model comes with `hf download ORG/NAME --local-dir FOLDER`"
+        )
     try:
         import fsspec
 

@@ -220,6 +220,11 @@ def opened(path: Place) -> Generator[Shards]:
                 return torch_bin.read(file)
             return stack.enter_context(safetensors.open_tensors(file))
 
+        if isinstance(path, Path) and not path.exists():
+            raise FileError(
+                f"{path}: no such folder or file; a model of the Hub comes with `hf download ORG/NAME --local-dir"
+                " FOLDER`"
+            )
         if not path.is_dir():
             yield _of(str(path), [part(path)])
             return

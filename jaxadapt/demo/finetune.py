@@ -121,9 +121,10 @@ def run(
         peft_difference = float(np.abs(check.in_new_process(out, probe, "peft") - expected).max())
         console.print(f"loaded by PEFT (torch) on the same base: largest logit difference {peft_difference:.1e}")
     else:
-        console.print("PEFT is not installed here: with `pip install peft` the demo opens these files in it too")
+        console.print("PEFT is not installed here: with `pip install peft` it opens these files too", soft_wrap=True)
     seconds = time.monotonic() - started
-    console.print(f"{out}: the adapter, ready for jaxadapt.load and PeftModel.from_pretrained ({seconds:.0f} s)")
+    last = f"{out}: the adapter, ready for jaxadapt.load and PeftModel.from_pretrained ({seconds:.0f} s)"
+    console.print(last, markup=False, soft_wrap=True)
     return Report(
         out=out,
         losses=tuple(losses),
@@ -161,7 +162,7 @@ def _check_arguments(steps: int, api: str, method: str) -> None:
 def _open_model(console: Console) -> tuple[SmolLM2, Any]:
     model = SmolLM2.open()
     tokenizer = model.tokenizer()
-    console.print(f"base model: {MODEL_NAME}, from {model.path.name}")
+    console.print(f"base model: {MODEL_NAME}, from {model.path.name}", soft_wrap=True)
     return model, tokenizer
 
 
@@ -235,7 +236,7 @@ def _sizes(model: SmolLM2, base: int, adapter: int, file: Path) -> Table:
 
 def _plot(path: Path, losses: Sequence[float], held_out: tuple[float, float], console: Console) -> Path | None:
     if importlib.util.find_spec("matplotlib") is None:
-        console.print(f"no loss plot: matplotlib is not installed; run: {INSTALL}")
+        console.print(f"no loss plot: matplotlib is not installed; run: {INSTALL}", markup=False, soft_wrap=True)
         return None
     figure_module: Any = importlib.import_module("matplotlib.figure")
     figure = figure_module.Figure(figsize=(6.4, 4), layout="constrained")

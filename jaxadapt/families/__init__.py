@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import re
 from collections.abc import Iterable, Mapping
@@ -49,8 +50,10 @@ def named(name: str) -> KeyMap:
     base, *changes = name.split("/")
     table = {**FAMILIES, GENERIC.name: GENERIC}.get(base)
     if table is None:
+        near = difflib.get_close_matches(base, FAMILIES, n=3)
+        guess = f"; {' or '.join(map(repr, near))} comes near" if near else ""
         raise KeyMapError(
-            f"no family is called {name!r}; known are {', '.join(sorted(FAMILIES))} (add /scan0, /scan1, … for"
+            f"no family is called {name!r}{guess}. Known are {', '.join(sorted(FAMILIES))} (add /scan0, /scan1, … for"
             f" layers stacked on that axis) and {GENERIC.name!r}. Mistral, Qwen 2 and Qwen 3 under Hugging Face's names"
             " are 'llama'"
         )

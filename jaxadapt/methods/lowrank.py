@@ -72,20 +72,26 @@ def product(axes: Axes, a: Array, b: Array) -> Array:
 def added(axes: Axes, w: Array, scale: float, a: Array, b: Array) -> Array:
     """W + scale·B·A, for a weight that is made once and kept: under jit one pass over it, nothing of its size aside.
 
-    A product would be written out whole before it is added. Summed over r in one expression with the rest it is not,
-    which costs no more arithmetic while r is small, and never rounds to less than float32. What else was tried on a
-    processor is listed in benchmarks/README.md.
+    A product would be written out whole before it is added, and is not where r terms are added up in one expression
+    with the rest, which never rounds to less than float32. (As a sum over an axis r, XLA on CPU gives it to YNNPACK,
+    which in jaxlib 0.10.2 takes the wrong rows of a factor for many shapes: 256 × 256 in PyTorch's layout, say.) What
+    else was tried on a processor is listed in benchmarks/README.md.
     """
     at = len(axes.batch)
     if a.shape[at] > _FEW:
         return w + scale * product(axes, a, b)
-    a = jax.lax.optimization_barrier(scale * jnp.moveaxis(a, at, -1))  # r is the last axis of both: it is read so
-    over, batch = LETTERS[: axes.rank] + RANK, _letters(axes.batch)
-    pair = spread(a, batch + _letters(axes.inn) + RANK, over), spread(b, batch + _letters(axes.out) + RANK, over)
-    return w + jnp.sum(pair[0] * pair[1], -1)
+    # Each term is read as it lies, so r goes before what is adapted: laid out so before the sum, not within it.
+    a, b = jax.lax.optimization_barrier((scale * a, jnp.moveaxis(b, -1, at)))
+    over, batch = LETTERS[: axes.rank], _letters(axes.batch)
+    terms = [
+        spread(jax.lax.index_in_dim(a, k, at, keepdims=False), batch + _letters(axes.inn), over)
+        * spread(jax.lax.index_in_dim(b, k, at, keepdims=False), batch + _letters(axes.out), over)
+        for k in range(a.shape[at])
+    ]
+    return w + functools.reduce(jnp.add, terms)
 
 
-_FEW = 64  # ranks up to which the sum is as fast as a product
+_FEW = 16  # ranks up to which the terms are faster than a product
 
 
 def _letters(axes: Sequence[int]) -> str:

@@ -87,8 +87,8 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
         packed({"a": {**entry(0, 4, [1]), "data_offsets": [0]}}, b"1234"),
         "'a': expected data_offsets",
     ),
-    "beyond end": (packed({"a": entry(0, 8, [2])}, b"1234"), "end beyond the 4 bytes"),
-    "100 GB": (packed({"a": entry(0, 10**11, [25 * 10**9])}, b"1234"), "end beyond the 4 bytes"),
+    "beyond end": (packed({"a": entry(0, 8, [2])}, b"1234"), "found [0-9]+ bytes; it is truncated"),
+    "100 GB": (packed({"a": entry(0, 10**11, [25 * 10**9])}, b"1234"), "found [0-9]+ bytes; it is truncated"),
     "overlap": (
         packed({"a": entry(0, 8, [2]), "b": entry(4, 12, [2])}, b"x" * 12),
         "'b' overlaps tensor 'a'",
@@ -122,6 +122,15 @@ def test_attack(tmp_path: Path, name: str) -> None:
             read(path)
         assert str(path) in str(caught.value)
         assert len(str(caught.value)) < 1500
+
+
+def test_a_truncated_file_is_one_problem_however_many_tensors_it_lacks(tmp_path: Path) -> None:
+    path = tmp_path / "f"
+    whole = packed({f"t{i}": entry(4 * i, 4 * i + 4, [1]) for i in range(40)}, b"x" * 160)
+    path.write_bytes(whole[:-100])
+    with pytest.raises(FormatError, match=f"at {len(whole)} bytes, found {len(whole) - 100} bytes; it is tr") as caught:
+        codec.read_header(path)
+    assert ";" not in str(caught.value).partition("; it is truncated")[0]
 
 
 def test_all_problems_stand_in_one_error(tmp_path: Path) -> None:

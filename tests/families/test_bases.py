@@ -238,6 +238,17 @@ def test_a_merge_slice_by_slice_is_the_merge(tmp_path, dora, numpy, monkeypatch)
         np.testing.assert_allclose(found[key], value, rtol=1e-6, atol=1e-6, err_msg=key)  # sums in another order
 
 
+def test_a_merge_into_another_dtype_is_rounded_once(tmp_path):
+    table = KeyMap("shapes", SHAPES)
+    tree = {"k": {"kernel": jnp.asarray(rand(6, 11)).astype("bfloat16")}}
+    config = jaxadapt.LoraConfig(r=2, target_modules=["k"])
+    adapter = small.noisy(jaxadapt.init(config, tree, key=jax.random.key(0), keymap=table))
+    jaxadapt.export_base(tree, tmp_path, adapter, keymap=table, dtype="float32")
+    want = jaxadapt.merge(jax.tree.map(lambda x: x.astype("float32"), tree), adapter)["k"]["kernel"]
+    found = load_file(tmp_path / "model.safetensors")["k.weight"].T
+    np.testing.assert_allclose(found, want, rtol=1e-6, atol=1e-6)  # rounded to bfloat16 it would be 4e-3 away
+
+
 def seeing(f, seen):
     return lambda *args, **options: seen.append(args) or f(*args, **options)
 
