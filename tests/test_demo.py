@@ -164,11 +164,11 @@ def test_a_short_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finetune, "PASSAGE", 4)
     monkeypatch.setattr(finetune, "HELD_OUT", 8)
     monkeypatch.setenv("COLUMNS", "100")
-    done = CliRunner().invoke(main, ["demo", "--out", str(tmp_path / "new" / "out"), "--steps", "6", "--json"])
+    done = CliRunner().invoke(main, ["demo", "--out", str(tmp_path / "new" / "out"), "--steps", "4", "--json"])
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
     assert report.keys() == {field.name for field in dataclasses.fields(finetune.Report)}
-    assert len(report["losses"]) == 6
+    assert len(report["losses"]) == 4
     before, after = report["held_out"]
     assert after < before - 0.05
     assert report["reload_difference"] == 0
