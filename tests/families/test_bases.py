@@ -516,4 +516,5 @@ def test_statistics_are_written_by_a_line_or_refused(tmp_path):
     more = Weight("bn.mean", "bn.running_mean", "c -> c"), Weight("bn.var", "bn.running_var", "c -> c")
     jaxadapt.export_base(model, tmp_path, keymap=KeyMap("mine", (*lines, *more)))
     written = load_file(tmp_path / "model.safetensors")
-    assert np.array_equal(written["bn.running_mean"], np.arange(4.0)) and len(written) == 5
+    assert np.array_equal(written["bn.running_mean"], np.arange(4.0))
+    assert len(written) == 5
