@@ -38,7 +38,7 @@ from jaxadapt.adapter import Adapter, is_array
 from jaxadapt.codecs import places, shards
 from jaxadapt.codecs.dtypes import dtype_name, numpy_dtype
 from jaxadapt.codecs.places import Place
-from jaxadapt.errors import AttachError, FormatError, KeyMapError, MismatchError, warn
+from jaxadapt.errors import AttachError, KeyMapError, MismatchError, warn
 from jaxadapt.generic import GENERIC
 from jaxadapt.keymap import KeyMap, warn_unproved
 from jaxadapt.progress import LOGGER, Progress, Report, counting, reporting
@@ -306,7 +306,7 @@ def import_base(
     if adapter is not None:  # what does not fit shows before anything is read
         merging.merged(merging.ready(planning.params_of(target), adapter), adapter)
     with shards.opened(places.at(path)) as tensors:
-        refuse_packed(tensors)
+        shards.refuse_packed(tensors)
         table = table.spelt_as(tensors, shapes)
         if table.each:
             tensors = tensors.stacked(*single_experts.rows(table, tensors, tensors.source))
@@ -335,31 +335,6 @@ def import_base(
     base = planning.params_of(target)
     done = merging.replaced(base, new)
     return done if base is target else {**target, "params": done}
-
-
-# What lies beside a weight that is stored as codes, by the end of its name or a part of it.
-_PACKED = {
-    ".nested_absmax": "bitsandbytes in 4 bits, with double quantisation",
-    ".quant_state.bitsandbytes__nf4": "bitsandbytes in 4 bits",
-    ".quant_state.bitsandbytes__fp4": "bitsandbytes in 4 bits",
-    ".SCB": "bitsandbytes in 8 bits",
-    ".qweight": "GPTQ or AWQ",
-    ".weight_scale_inv": "blocks of 8 bits",
-    ".weight_scale": "a scale for each weight or row",
-}
-
-
-def refuse_packed(tensors: shards.Shards) -> None:
-    """Raise `FormatError` where a folder holds codes: they are no weights, also to whoever takes what fits."""
-    held = {mark: [key for key in tensors.specs if key.endswith(mark)] for mark in _PACKED}
-    how = next((mark for mark, keys in held.items() if keys), None)
-    if how is not None:
-        raise FormatError(
-            f"{tensors.source}: its weights are quantised ({_PACKED[how]}), and only dense ones are read:\n"
-            + paths.listing(held[how])
-            + "\nMake them dense where they were quantised (transformers: model.dequantize(), save_pretrained) and read"
-            " that; jaxadapt.quantize holds it in 4 bits again, nf4 to bitsandbytes' very numbers"
-        )
 
 
 def _sources(tensors: shards.Shards, table: KeyMap, made: plan.Plan, strict: bool) -> dict[str, str]:

@@ -56,7 +56,7 @@ def merge(
     if (target / folder.CONFIG).exists():
         raise FileError(f"{target}: holds an adapter, which transformers would open instead; choose another folder")
     with reporting(progress) as report, shards.opened(source) as held:
-        bases.refuse_packed(held)
+        shards.refuse_packed(held)
         tensors = folder.read(adapter, progress=report)
         way_out = "jaxadapt.export_base(model, folder, adapter) writes a model with it merged"
         _need_modules(tensors, way_out)

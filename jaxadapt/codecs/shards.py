@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from jaxadapt import paths
 from jaxadapt.codecs import atomic, files, safetensors, torch_bin
 from jaxadapt.codecs.dtypes import numpy_dtype
 from jaxadapt.codecs.header import problems_text
@@ -246,6 +247,31 @@ def opened(path: Place) -> Generator[Shards]:
         if wrong or twice:
             raise FormatError(f"{path / found}: {problems_text([*wrong, *twice])}")
         yield _of(str(path), parts.values())
+
+
+# What lies beside a weight that is stored as codes, by the end of its name or a part of it.
+_PACKED = {
+    ".nested_absmax": "bitsandbytes in 4 bits, with double quantisation",
+    ".quant_state.bitsandbytes__nf4": "bitsandbytes in 4 bits",
+    ".quant_state.bitsandbytes__fp4": "bitsandbytes in 4 bits",
+    ".SCB": "bitsandbytes in 8 bits",
+    ".qweight": "GPTQ or AWQ",
+    ".weight_scale_inv": "blocks of 8 bits",
+    ".weight_scale": "a scale for each weight or row",
+}
+
+
+def refuse_packed(tensors: Shards) -> None:
+    """Raise `FormatError` where a folder holds codes: they are no weights, also to whoever takes what fits."""
+    held = {mark: [key for key in tensors.specs if key.endswith(mark)] for mark in _PACKED}
+    how = next((mark for mark, keys in held.items() if keys), None)
+    if how is not None:
+        raise FormatError(
+            f"{tensors.source}: its weights are quantised ({_PACKED[how]}), and only dense ones are read:\n"
+            + paths.listing(held[how])
+            + "\nMake them dense where they were quantised (transformers: model.dequantize(), save_pretrained) and read"
+            " that; jaxadapt.quantize holds it in 4 bits again, nf4 to bitsandbytes' very numbers"
+        )
 
 
 def _portions(specs: Specs, limit: int) -> list[list[str]]:
