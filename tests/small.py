@@ -95,7 +95,10 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two trees hold the same arrays, bit for bit, with the same dtypes."""
+    """Whether two trees hold the same arrays, bit for bit, with the same dtypes; of adapters also what gives them
+    meaning, but for the name of the base model."""
+    if isinstance(a, jaxadapt.Adapter) and isinstance(b, jaxadapt.Adapter):
+        return a.config == b.config and a.keymap == b.keymap and same(a.params, b.params)
     x, y = jax.tree.leaves(a), jax.tree.leaves(b)
     return jax.tree.structure(a) == jax.tree.structure(b) and all(
         p.dtype == q.dtype and np.array_equal(np.asarray(p), np.asarray(q)) for p, q in zip(x, y, strict=True)

@@ -159,7 +159,6 @@ def test_sixteen_bits_and_what_cannot_be_rescaled():
             pass
 
 
-@pytest.mark.peft
 @pytest.mark.parametrize("make", [small.trained, small.variables, small.adapter])
 def test_a_factor_is_one_number_and_nothing_changes_before_that_is_known(make):
     tree = make()
@@ -169,6 +168,7 @@ def test_a_factor_is_one_number_and_nothing_changes_before_that_is_known(make):
     assert small.same(jaxadapt.extract(tree).flat(), before)
 
 
+@pytest.mark.peft
 def test_as_in_peft():
     import torch
     from peft.helpers import rescale_adapter_scale

@@ -297,7 +297,7 @@ def test_a_weight_that_is_no_parameter_there(tmp_path):
             rng = np.random.RandomState(seed)
             self.kernel = nnx.Param(jnp.asarray(rng.standard_normal((4, 3)), "float32"))
             self.bias = Balance(jnp.asarray(rng.standard_normal(3), "float32"))
-            self.seen = nnx.BatchStat(jnp.zeros(()))  # no line, no weight
+            self.seen = nnx.Cache(jnp.zeros(()))  # no line, no weight
 
     table = KeyMap(
         "router", (Weight("kernel", "gate.weight", "d e -> e d"), Weight("bias", "gate.correction", "e -> e"))
