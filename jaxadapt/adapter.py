@@ -32,8 +32,9 @@ class Recipe:
     """What gives adapter parameters their meaning: the configuration, and the table of names.
 
     A pytree node without leaves: it survives jit, grad, optax, freeze and `flatten_dict` inside a tree.
-    Equal recipes compute the same function: bookkeeping fields (`base_model_name_or_path`, …) take no
-    part in equality, else jit would retrace. The hash is computed once, since jit asks leaf by leaf.
+    Equal recipes compute the same function, and a saved file says the same of where they come from; other
+    bookkeeping (`inference_mode`, …) takes no part, else jit would retrace. The hash is computed once, since
+    jit asks leaf by leaf.
 
     `sites` counts the adapted leaves, so that a part of an adapter is not taken for the whole; 0: not known.
     """
