@@ -196,7 +196,7 @@ class _How:
         return new if self.place is None else jax.lax.with_sharding_constraint(new, self.place)
 
 
-# One pass over the weight, in which everything is fused; nothing of its size is made on the way.
+# One program for all of it, so that nothing of the weight's size is made on the way but where a method says so.
 _computed = jax.jit(_How.__call__, static_argnums=0)
 _computed_in_place = jax.jit(_How.__call__, static_argnums=0, donate_argnums=1)
 

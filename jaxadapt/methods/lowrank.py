@@ -70,12 +70,12 @@ def product(axes: Axes, a: Array, b: Array) -> Array:
 
 
 def added(axes: Axes, w: Array, scale: float, a: Array, b: Array) -> Array:
-    """W + scale·B·A, for a weight that is made once and kept: under jit one pass over it, nothing of its size aside.
+    """W + scale·B·A, for a weight that is made once and kept.
 
-    A product would be written out whole before it is added, and is not where r terms are added up in one expression
-    with the rest, which never rounds to less than float32. (As a sum over an axis r, XLA on CPU gives it to YNNPACK,
-    which in jaxlib 0.10.2 takes the wrong rows of a factor for many shapes: 256 × 256 in PyTorch's layout, say.) What
-    else was tried on a processor is listed in benchmarks/README.md.
+    Up to `_FEW` terms are added up in one expression with the rest: under jit one pass over the weight, nothing of its
+    size aside. Above, the product is faster, and is written out whole, in float32, before it is added. (As a sum over
+    an axis r, XLA on CPU gives it to YNNPACK, which in jaxlib 0.10.2 takes the wrong rows of a factor for many shapes:
+    256 × 256 in PyTorch's layout, say.) What else was tried is listed in benchmarks/README.md.
     """
     at = len(axes.batch)
     if a.shape[at] > _FEW:
