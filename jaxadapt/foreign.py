@@ -22,6 +22,7 @@ from jaxadapt import (
     guest_config,
     guests,
     heads,
+    linen_tree,
     methods,
     nnx,
     nnx_survey,
@@ -75,9 +76,10 @@ def find(tree: Any) -> Found | None:
     if not trees.perhaps(tree, is_like):
         return None
     leaves, put = trees.opened(tree)
-    leaves = {p: x for p, x in leaves.items() if "opt_state" not in p.split(".")}  # no moments
-    like = {path for path in leaves if is_like(path)}
-    if not like or not any(d.claim(leaves) and _has_slots(d, leaves) for d in dialects.DIALECTS.values()):
+    leaves = {path: leaf for path, leaf in leaves.items() if not linen_tree.is_moment(path)}
+    if not any(map(is_like, leaves)) or not any(
+        d.claim(leaves) and _has_slots(d, leaves) for d in dialects.DIALECTS.values()
+    ):
         return None  # (an adapter of ours that has lost its configuration is named like one slot)
     dialect = dialects.recognise(leaves)
     assert dialect is not None

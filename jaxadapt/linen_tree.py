@@ -103,6 +103,11 @@ def of_name(tree: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
     return next((collection[name] for collection in held.values()), None)
 
 
+def is_moment(path: str) -> bool:
+    """Whether a leaf is an optimizer's, whose moments lie in trees of the same names, and no weight."""
+    return "opt_state" in path.split(".")
+
+
 def is_told(tree: Mapping[str, Any]) -> bool:
     """Whether the tree of one adapter still says what it is."""
     return isinstance(tree.get(CONFIG_NODE), Recipe | str)
@@ -137,7 +142,7 @@ def bare(tree: Mapping[str, Any], name: str, config: Config | None, keymap: Any)
     without_base = {k: v for k, v in tree.items() if k != "params"} if collection in tree else tree
     for path, leaf in paths.flatten(without_base).items():
         parts = [p for p in path.split(".") if p != CONFIG_NODE]
-        if not is_array(leaf) or "opt_state" in parts:  # an optimizer's moments lie in trees of the same names
+        if not is_array(leaf) or is_moment(path):
             continue
         if parts[-1] == "value":  # of an nnx.Variable, as Orbax restores a state without a target
             parts.pop()
