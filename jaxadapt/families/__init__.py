@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from jaxadapt import near
 from jaxadapt.errors import KeyMapError
 from jaxadapt.families import easydel, gemma, keras, maxtext, maxtext_gemma, maxtext_moe, moe, tunix
 from jaxadapt.families.bert import BERT, ROBERTA
@@ -50,8 +50,8 @@ def named(name: str) -> KeyMap:
     base, *changes = name.split("/")
     table = {**FAMILIES, GENERIC.name: GENERIC}.get(base)
     if table is None:
-        near = difflib.get_close_matches(base, FAMILIES, n=3)
-        guess = f"; {' or '.join(map(repr, near))} comes near" if near else ""
+        close = near.near((base,), tuple(FAMILIES))
+        guess = f"; {' or '.join(map(repr, close))} comes near" if close else ""
         raise KeyMapError(
             f"no family is called {name!r}{guess}. Known are {', '.join(sorted(FAMILIES))} (add /scan0, /scan1, … for"
             f" layers stacked on that axis) and {GENERIC.name!r}. Mistral, Qwen 2 and Qwen 3 under Hugging Face's names"
