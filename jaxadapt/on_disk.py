@@ -18,7 +18,7 @@ from jaxadapt.adapter import Adapter, PeftTensors
 from jaxadapt.codecs import atomic, places, shards
 from jaxadapt.codecs.dtypes import dtype_name, numpy_dtype
 from jaxadapt.codecs.places import Place
-from jaxadapt.errors import ConfigError, FileError, warn
+from jaxadapt.errors import ConfigError, FileError, FormatError, warn
 from jaxadapt.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.progress import LOGGER, Progress, Report, counting, reporting
 
@@ -87,9 +87,11 @@ def merge(
             more(value.nbytes)
             return value
 
+        beside = _beside(source, None if kind is None else kind.name)
         folder.make(target)
-        _copy_beside(source, target, None if kind is None else kind.name)
         shards.write(target, written, get, max_shard_size)
+        for name, data in beside.items():
+            atomic.write_bytes(target / name, data)
     LOGGER.info("%s: %d of %d tensors changed, %d bytes", target, len(inside.sites), len(written), total)
     return len(inside.sites)
 
@@ -180,19 +182,20 @@ def _local(place: Place) -> TypeGuard[Path]:
     return isinstance(place, Path) and place.exists()
 
 
-def _copy_beside(source: Place, target: Place, dtype: str | None) -> None:
+def _beside(source: Place, dtype: str | None) -> dict[str, bytes]:
     """What else lies in the model's folder; with a `dtype`, that in its configuration."""
     if not source.is_dir():
-        return
+        return {}
+    out: dict[str, bytes] = {}
     for path in sorted(source.iterdir(), key=str):
         name = path.name
-        if path.suffix not in _BESIDE or name.endswith(".index.json") or name == folder.CONFIG or not path.is_file():
-            continue
-        data = path.read_bytes()
-        atomic.write_bytes(target / name, data if dtype is None or name != "config.json" else _saying(data, dtype))
+        if path.suffix in _BESIDE and not name.endswith(".index.json") and name != folder.CONFIG and path.is_file():
+            data = path.read_bytes()
+            out[name] = data if dtype is None or name != "config.json" else _saying(path, data, dtype)
+    return out
 
 
-def _saying(config: bytes, dtype: str) -> bytes:
+def _saying(path: Place, config: bytes, dtype: str) -> bytes:
     """config.json with this dtype: transformers opens a model in the one that it finds there."""
 
     def said(fields: dict[str, Any]) -> dict[str, Any]:
@@ -200,5 +203,5 @@ def _saying(config: bytes, dtype: str) -> bytes:
 
     try:
         return json.dumps(json.loads(config, object_hook=said), indent=2).encode() + b"\n"
-    except ValueError:
-        return config
+    except ValueError as error:
+        raise FormatError(f"{path}: expected JSON, in which to say the dtype {dtype}; found none ({error})") from error

@@ -166,6 +166,14 @@ def test_another_dtype_is_rounded_once_and_said(tmp_path, asked):
         torch.testing.assert_close(value.float(), want[key], rtol=1e-6 + step, atol=1e-6 + step / 16, msg=key)
 
 
+def test_a_configuration_in_which_no_dtype_can_be_said_is_refused(tmp_path):
+    saved(llama, tmp_path, r=2)
+    (tmp_path / "base" / "config.json").write_text("{")
+    with pytest.raises(jaxadapt.FormatError, match=r"config\.json: expected JSON, in which to say the dtype float16"):
+        on_disk.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()
+
+
 TOKENS = {"trainable_token_indices": [1, 5]}
 
 
