@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +32,7 @@ from jaxadapt import (
     sharding,
     single_experts,
     transfer,
+    untying,
 )
 from jaxadapt.adapter import Adapter, is_array
 from jaxadapt.codecs import places, shards
@@ -247,11 +247,9 @@ def _check_ties(
     changed: Mapping[str, merging.Changed],
 ) -> None:
     """Refuse a head of its own in a folder whose config.json ties it to the embedding: transformers would drop it."""
-    try:
-        config: Any = json.loads((target / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return  # none, or none that says anything
-    if not isinstance(config, dict) or config.get("tie_word_embeddings") is not True:  # pyright: ignore[reportUnknownMemberType]
+    path = target / "config.json"
+    config = untying.configuration(path)
+    if config is None or True not in (config.get(untying.FIELD), untying.is_tied(config)):
         return
     get = _reader(made, leaves, changed, None)
     apart = [
@@ -261,8 +259,8 @@ def _check_ties(
     ]
     if apart:
         raise MismatchError(
-            f"{target / 'config.json'}: tie_word_embeddings is true, so transformers would ignore weights of this"
-            " model; set it to false, or export to another folder:\n" + paths.listing(apart)
+            f"{path}: tie_word_embeddings is true (or missing, which means true here), so transformers would ignore"
+            " weights of this model; set it to false, or export to another folder:\n" + paths.listing(apart)
         )
 
 
@@ -349,7 +347,10 @@ def _sources(tensors: shards.Shards, table: KeyMap, made: plan.Plan, strict: boo
         key
         for key in found
         if key not in made.shapes
-        and (checking.is_buffer(table, key) or (key in ties and ties[key] in found and _same(tensors, key, ties[key])))
+        and (
+            checking.is_buffer(table, key)
+            or (key in ties and ties[key] in found and untying.same(tensors, key, ties[key]))
+        )
     }
     odd = [
         f"{key}: {spec.dtype.name}, expected floats"
@@ -371,12 +372,6 @@ def _sources(tensors: shards.Shards, table: KeyMap, made: plan.Plan, strict: boo
             + "\nIs it another model, or one of another size? strict=False takes what fits."
         )
     return source
-
-
-def _same(tensors: shards.Shards, a: str, b: str) -> bool:
-    """Whether a tensor the model does not hold is the copy of one it holds, bit for bit."""
-    x, y = tensors[a], tensors[b]
-    return x.dtype == y.dtype and x.shape == y.shape and bool((x.view("uint8") == y.view("uint8")).all())
 
 
 def _read(

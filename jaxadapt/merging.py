@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxadapt import bind, nnx, nnx_survey, paths, plan, pytorch, quantized, sharding, tying
+from jaxadapt import bind, nnx, nnx_survey, paths, plan, quantized, sharding, tying
 from jaxadapt.adapter import Adapter
 from jaxadapt.axes import Axes
 from jaxadapt.errors import AttachError, MismatchError, warn
@@ -318,7 +318,7 @@ def changes(base: Mapping[str, Any], adapter: Adapter, weight: Change, bias: Cha
             " is right for both. Build the model with a head of its own, or train with ensure_weight_tying:\n"
             + paths.listing(alone)
         )
-    if adapter.keymap.name in (GENERIC.name, pytorch.NAME) and not adapter.config.get("ensure_weight_tying"):
+    if adapter.keymap.name == GENERIC.name and not adapter.config.get("ensure_weight_tying"):
         _warn_of_heads(bounds, base)
     sites = adapter.sites
     out: dict[str, Changed] = {}

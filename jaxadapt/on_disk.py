@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 import jax
 import numpy as np
 
-from jaxadapt import bases, combining, exchange, folder, merging, paths, products, pytorch, reducing
+from jaxadapt import bases, combining, exchange, folder, merging, paths, products, pytorch, reducing, untying
 from jaxadapt.adapter import Adapter, PeftTensors
 from jaxadapt.codecs import atomic, places, shards
 from jaxadapt.codecs.dtypes import dtype_name, numpy_dtype
@@ -65,10 +65,14 @@ def merge(
                 f"{tensors.source}: is for a model that repeats layers of its base (layer_replication), and the folder"
                 f" of the base holds each once; {way_out}"
             )
+        ready = untying.prepared(held, home / "config.json", tensors)
+        held = ready.tensors
+        if ready.apart and tensors.config.get("ensure_weight_tying"):
+            tensors = dataclasses.replace(tensors, config=tensors.config.replace(ensure_weight_tying=False))
         specs = {key: jax.ShapeDtypeStruct(spec.shape, spec.dtype) for key, spec in held.specs.items()}
         shapes = {key: spec.shape for key, spec in specs.items()}
-        said = [bool(tensors.config.get(field)) for field in ("fan_in_fan_out", "ensure_weight_tying")]
-        table = pytorch.table(shapes, _shapes(tensors), tensors.source, *said)
+        turned = bool(tensors.config.get("fan_in_fan_out"))
+        table = pytorch.table(shapes, _shapes(tensors), tensors.source, turned, ready.tied)
         inside = _adapter(tensors, specs | _repeated(tensors, held, table), table)
         changed = merging.merged(specs, inside)
         kind = None if dtype is None else np.dtype(dtype)
@@ -87,7 +91,7 @@ def merge(
             more(value.nbytes)
             return value
 
-        beside = _beside(source, None if kind is None else kind.name)
+        beside = _beside(source, None if kind is None else kind.name, ready.apart)
         folder.make(target)
         shards.write(target, written, get, max_shard_size)
         for name, data in beside.items():
@@ -182,16 +186,20 @@ def _local(place: Place) -> TypeGuard[Path]:
     return isinstance(place, Path) and place.exists()
 
 
-def _beside(source: Place, dtype: str | None) -> dict[str, bytes]:
-    """What else lies in the model's folder; with a `dtype`, that in its configuration."""
-    if not source.is_dir():
-        return {}
+def _beside(source: Place, dtype: str | None, apart: bool) -> dict[str, bytes]:
+    """What else lies in the model's folder; its configuration with a `dtype`, and with a head that is `apart`."""
     out: dict[str, bytes] = {}
-    for path in sorted(source.iterdir(), key=str):
+    for path in sorted(source.iterdir(), key=str) if source.is_dir() else ():
         name = path.name
         if path.suffix in _BESIDE and not name.endswith(".index.json") and name != folder.CONFIG and path.is_file():
-            data = path.read_bytes()
-            out[name] = data if dtype is None or name != "config.json" else _saying(path, data, dtype)
+            out[name] = path.read_bytes()
+    path = (source if source.is_dir() else source.parent) / "config.json"
+    if path.name in out and dtype is not None:
+        out[path.name] = _saying(path, out[path.name], dtype)
+    if apart and (fields := untying.configuration(path)) is not None:
+        if path.name in out:
+            fields = json.loads(out[path.name])
+        out[path.name] = json.dumps(untying.untied(fields), indent=2).encode() + b"\n"
     return out
 
 

@@ -48,7 +48,18 @@ def weights(tensors: Shapes) -> dict[str, tuple[int, ...]]:
     return out
 
 
-def table(shapes: Shapes, tensors: Shapes, source: str, fan_in_fan_out: bool = False, tied: bool = False) -> KeyMap:
+def rows(tensors: Shapes) -> set[str]:
+    """The modules of which an adapter file holds single rows: `trainable_token_indices`."""
+    return {key.removeprefix(PEFT_PREFIX).removesuffix(_ROWS) for key in tensors if key.endswith(_ROWS)}
+
+
+def table(
+    shapes: Shapes,
+    tensors: Shapes,
+    source: str,
+    fan_in_fan_out: bool = False,
+    tied: tuple[tuple[str, str], ...] = (),
+) -> KeyMap:
     """One line for each parameter of a model, named as the adapter names it.
 
     Args:
@@ -56,28 +67,27 @@ def table(shapes: Shapes, tensors: Shapes, source: str, fan_in_fan_out: bool = F
         tensors: of the adapter. A file may lack the name's first part ("model."), or have one more: GPT-2's do.
         source: the adapter, for the message.
         fan_in_fan_out: what its configuration says, for weights whose sizes do not tell.
-        tied: whether it says of a head that the model lacks that its table of tokens is one (`ensure_weight_tying`).
+        tied: `(head, table of tokens)` of weights that are one in this model, which lacks the heads.
 
     Raises `MismatchError` listing what the adapter changes and the model lacks.
     """
     held = adapted(tensors)
-    renamed = _renamed(shapes, held)
-    missing = [module for module in held if f"{module}.weight" not in renamed.values()]
-    lookups = [module for module, own in held.items() if "lora_embedding_A" in own]
-    ties = [(f"{head}.weight", f"{lookups[0]}.weight") for head in missing] if tied and len(lookups) == 1 else []
-    if missing and not ties:
+    heads = {head for head, _ in tied}
+    keys = renamed(shapes, [module for module in held if f"{module}.weight" not in heads])
+    missing = [m for m in held if f"{m}.weight" not in {*keys.values(), *heads}]
+    if missing:
         raise MismatchError(f"{source}: the model has no weight for these modules:\n" + paths.listing(missing))
-    rows = {key.removeprefix(PEFT_PREFIX).removesuffix(_ROWS) for key in tensors if key.endswith(_ROWS)}
     lines: list[Weight] = []
-    for leaf, key in renamed.items():
+    some = rows(tensors)
+    for leaf, key in keys.items():
         module = key.removesuffix(".weight")
         own = held.get(module, {})
-        lookup = "lora_embedding_A" in own or (module in rows and not own)
+        lookup = "lora_embedding_A" in own or (module in some and not own)
         lines.append(_line(leaf, key, shapes[leaf], own, fan_in_fan_out, lookup))
-    return KeyMap(NAME, tuple(lines), tied=tuple(ties))
+    return KeyMap(NAME, tuple(lines), tied=tied)
 
 
-def _renamed(shapes: Shapes, modules: Iterable[str]) -> dict[str, str]:
+def renamed(shapes: Shapes, modules: Iterable[str]) -> dict[str, str]:
     """`{key in the files: key as the adapter says it}`."""
     wanted = [f"{module}.weight" for module in modules]
     starts = {key.split(".")[0] + "." for key in (*wanted, *shapes)}

@@ -26,7 +26,7 @@ FLOORS = [
     + "folder per_expert orbax_folder transfer together vocabulary dialects guests guest_config laying sharding".split()
     + ["slots", "run_folder", "pytorch", "initial", "single_experts", "doubts", "filling", "plain", "heads"],
     "linen linen_call linen_survey linen_tree nnx nnx_survey merging products combining norms trees checking".split()
-    + "observing eva nnx_calls nnx_layer nnx_params wholes".split(),
+    + "observing eva nnx_calls nnx_layer nnx_params wholes untying".split(),
     "foreign planning attach exchange store bases report picture reducing rescaling invoking optim".split()
     + "beginning starting originals quantizing".split(),
     "converting on_disk sharing checkpoint snapshot resuming step_files step_reading".split()
