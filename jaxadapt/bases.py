@@ -21,6 +21,7 @@ from jaxadapt import (
     checking,
     exchange,
     families,
+    finite,
     folder,
     merging,
     nnx,
@@ -54,6 +55,7 @@ def export_base(
     keymap: KeyMap | str | None = None,
     dtype: Any = None,
     max_shard_size: int = SHARD,
+    allow_nan: bool = False,
     progress: Progress = None,
 ) -> None:
     """Write a whole model under PyTorch's names, as the weights of a Hugging Face folder.
@@ -66,6 +68,7 @@ def export_base(
         adapter: merged into the weights on the way: W + s·B·A, in float32, rounded once.
         keymap: the model's family; None recognises it.
         dtype: of the file's tensors; as in memory by default.
+        allow_nan: merge an adapter also where a tensor of it, or of the result, holds a NaN or an infinity.
         progress: None, True (a bar on a terminal or in a notebook) or a function of ("export", bytes done, in all).
 
     One tensor is held at a time, and a merge is made of a few outputs at a time. Tied embeddings are written once, as
@@ -84,6 +87,9 @@ def export_base(
     exchange.with_values(leaves, traced=False)
     made = plan.base_plan(table, _shapes(leaves))
     changed = {} if adapter is None else merging.merged(leaves, adapter)
+    strict = adapter is not None and not allow_nan
+    if adapter is not None and strict:
+        merging.refuse_nan(leaves, adapter, changed)
     warn_unproved(table)
     kind = None if dtype is None else np.dtype(dtype)
     target = places.at(path)
@@ -114,7 +120,11 @@ def export_base(
             more(value.nbytes)
             return value
 
-        shards.write(target, specs, tensor, max_shard_size)
+        def lost(keys: list[str]) -> MismatchError:
+            return MismatchError(f"{target}: {finite.problem(keys, 'allow_nan=True writes them all the same')}")
+
+        look = finite.checked(tensor, len(specs), lost) if strict else tensor
+        shards.write(target, specs, look, max_shard_size)
     LOGGER.info("%s: %d tensors, %d bytes", target, len(specs), total)
 
 
@@ -274,6 +284,7 @@ def import_base(
     *,
     keymap: KeyMap | str | None = None,
     strict: bool = True,
+    allow_nan: bool = False,
     progress: Progress = None,
 ) -> Any:
     """Read the weights of a Hugging Face model into a model of any family here.
@@ -286,6 +297,7 @@ def import_base(
         keymap: the target's family; None recognises it.
         strict: False takes what fits and warns of the rest: weights the file lacks stay as they are (a new head), and
             tensors the model has no place for are left out (an old one).
+        allow_nan: merge the adapter also where it, or a weight that it changes, holds a NaN or an infinity.
         progress: None, True (a bar on a terminal or in a notebook) or a function of ("import", bytes done, in all).
 
     A head that the file ties to the embedding is filled from there. Raises `MismatchError` with all missing, unexpected
@@ -327,6 +339,8 @@ def import_base(
             new = _read(entries, tensors.renamed(source), leaves, planning.of_target(target).placement, report)
     if adapter is not None:
         changed = merging.merged({**leaves, **new}, adapter)
+        if not allow_nan:
+            merging.refuse_nan({**leaves, **new}, adapter, changed)
         for leaf in list(changed):
             new[leaf] = changed.pop(leaf).value(donate=leaf in new)
     LOGGER.info("%s: %d weights read, by the table %s", tensors.source, len(new), table.name)

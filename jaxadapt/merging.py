@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxadapt import bind, nnx, nnx_survey, paths, plan, quantized, sharding, tying
+from jaxadapt import bind, finite, nnx, nnx_survey, paths, plan, quantized, sharding, tying
 from jaxadapt.adapter import Adapter
 from jaxadapt.axes import Axes
 from jaxadapt.errors import AttachError, MismatchError, warn
@@ -31,6 +31,7 @@ def merge(
     safe: bool = False,
     donate: bool = False,
     dequantize: bool = False,
+    allow_nan: bool = False,
     progress: Progress = None,
 ) -> Any:
     """The base parameters with the adapter in them: W + s·B·A for LoRA, W·l (and bias·l) for IA3.
@@ -39,19 +40,23 @@ def merge(
         params: nested mappings of base parameters (FrozenDicts, boxes such as `nn.Partitioned` and numpy
             arrays stay what they are), a new tree is returned; or an NNX model without active adapters
             (`detach` first), changed in place and returned.
-        safe: refuse, before anything is changed, where the result has a NaN or an infinity.
+        safe: refuse, before anything is changed, where the result has a NaN or an infinity: a sum that is too large for
+            the weight's dtype.
         donate: give the weights up: each is changed in its own memory (on devices; numpy arrays stay), so that no more
             than one beside the model is held. The arrays in `params` cannot be used any more then, by nobody who shares
             them either, and after an interruption neither can the rest.
         dequantize: of a base with quantised weights make all of them dense, as `jaxadapt.dequantize` does; merging
             into them is refused otherwise, since a sum quantised again is another one than was trained.
+        allow_nan: merge also where the adapter, or a weight that it changes, holds a NaN or an infinity. It is refused
+            otherwise. Under `jax.jit` the arrays have no values, and nothing is looked at.
         progress: None, True (a bar on a terminal or in a notebook) or a function of ("merge", bytes of weights done,
             bytes in all); each weight is then waited for.
 
     The sum is made in float32 and rounded once to the weight's dtype. Raises `MismatchError` if the adapter does not
-    fit, `AttachError` where a weight cannot hold the sum: integers, grouped convolutions, and a table of tokens that
-    is the head as well where the adapter is for the lookup alone (`ensure_weight_tying` makes it one for both; PEFT's
-    merge changes both in either case). It warns where no table of names says what is tied, and that may be so.
+    fit or holds a NaN, `AttachError` where a weight cannot hold the sum: integers, grouped convolutions, and a table of
+    tokens that is the head as well where the adapter is for the lookup alone (`ensure_weight_tying` makes it one for
+    both; PEFT's merge changes both in either case; `jaxadapt merge` of files gives the head a tensor of its own). It
+    warns where no table of names says what is tied, and that may be so.
 
     >>> import numpy as np, jax, jaxadapt
     >>> base = {"q": {"kernel": np.ones((4, 6), "float32")}}
@@ -59,7 +64,7 @@ def merge(
     >>> bool((merge(base, adapter)["q"]["kernel"] == 1).all())
     True
     """
-    return _changed(params, adapter, (_weight, _bias), ("merge", progress), safe, donate, dequantize)
+    return _changed(params, adapter, (_weight, _bias), ("merge", progress), safe, donate, dequantize, allow_nan)
 
 
 def _weight(applied: Applied, w: Any) -> Any:
@@ -79,7 +84,9 @@ def _unbias(applied: Applied, bias: Any) -> Any:
     return applied.merged_bias(bias, -1)
 
 
-def unmerge(params: Any, adapter: Adapter, *, donate: bool = False, progress: Progress = None) -> Any:
+def unmerge(
+    params: Any, adapter: Adapter, *, donate: bool = False, allow_nan: bool = False, progress: Progress = None
+) -> Any:
     """The inverse of `merge`, within the rounding of the weight's dtype. Options and errors as there.
 
     >>> import jax, jaxadapt
@@ -90,7 +97,7 @@ def unmerge(params: Any, adapter: Adapter, *, donate: bool = False, progress: Pr
     >>> bool((back["q"]["kernel"] == 1).all())
     True
     """
-    return _changed(params, adapter, (unweight, _unbias), ("unmerge", progress), donate=donate)
+    return _changed(params, adapter, (unweight, _unbias), ("unmerge", progress), donate=donate, allow_nan=allow_nan)
 
 
 def _changed(
@@ -101,6 +108,7 @@ def _changed(
     safe: bool = False,
     donate: bool = False,
     dequantize: bool = False,
+    allow_nan: bool = False,
 ) -> Any:
     what, progress = said
     base = ready(params, adapter)
@@ -108,6 +116,8 @@ def _changed(
     if dequantize:
         new = {path: quantized.dense(leaf) for path, leaf in base.items() if quantized.is_quantized(leaf)}
     made = changes({**base, **new}, adapter, *change)
+    if not allow_nan:
+        refuse_nan({**base, **new}, adapter, made)
     del base
     if safe and donate:
         _need_finite({path: changed.value for path, changed in made.items()})
@@ -137,6 +147,16 @@ def ready(params: Any, adapter: Any) -> dict[str, Any]:
             " adapter = extract(model); detach(model); merge(model, adapter)"
         )
     return leaves(params)
+
+
+def refuse_nan(base: Mapping[str, Any], adapter: Adapter, changed: Iterable[str]) -> None:
+    """Raise `MismatchError` where an adapter, or a base weight that it changes, holds a NaN or an infinity."""
+    arrays = {
+        f"adapter: {paths.join(leaf, name)}": x for leaf, site in adapter.sites.items() for name, x in site.items()
+    }
+    arrays |= {f"base: {leaf}": base[leaf] for leaf in changed}
+    if lost := finite.not_finite(arrays):
+        raise MismatchError(finite.problem(lost, "allow_nan=True merges them all the same"))
 
 
 def _need_finite(values: Mapping[str, Callable[[], Any]]) -> None:

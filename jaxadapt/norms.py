@@ -42,11 +42,12 @@ class Norm:
 
 @dataclasses.dataclass(frozen=True)
 class Norms:
-    """All modules of an adapter, what the numbers are, and what was left out."""
+    """All modules of an adapter, what the numbers are, what was left out, and which modules hold a NaN or infinity."""
 
     what: str
     modules: tuple[Norm, ...]
     left_out: tuple[str, ...] = ()
+    not_finite: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -54,6 +55,7 @@ class Norms:
             "what": self.what,
             "modules": [dataclasses.asdict(norm) for norm in self.modules],
             "left_out": list(self.left_out),
+            "not_finite": list(self.not_finite),
         }
 
 
@@ -78,7 +80,15 @@ def measure(tensors: PeftTensors) -> Norms:
         else:
             made.append(norm)
     left += [key.removeprefix(PEFT_PREFIX) for key in tensors.tensors if key not in known]
-    return Norms(_what(config), tuple(made), tuple(left))
+    home = {key: parameter(config, module) for module, keys in held.items() for key in keys.values()}
+    lost = [home.get(key, key.removeprefix(PEFT_PREFIX)) for key, x in tensors.tensors.items() if not _is_finite(x)]
+    return Norms(_what(config), tuple(made), tuple(left), tuple(dict.fromkeys(lost)))
+
+
+def _is_finite(x: Any) -> bool:
+    import numpy as np
+
+    return bool(np.isfinite(_wide(x)).all())
 
 
 def parameter(config: Config, module: str) -> str:

@@ -13,17 +13,19 @@ from typing import Any, TypeGuard
 import jax
 import numpy as np
 
-from jaxadapt import bases, combining, exchange, folder, merging, paths, products, pytorch, reducing, untying
+from jaxadapt import bases, combining, exchange, finite, folder, merging, paths, products, pytorch, reducing, untying
 from jaxadapt.adapter import Adapter, PeftTensors
 from jaxadapt.codecs import atomic, places, shards
 from jaxadapt.codecs.dtypes import dtype_name, numpy_dtype
 from jaxadapt.codecs.places import Place
-from jaxadapt.errors import ConfigError, FileError, FormatError, warn
+from jaxadapt.errors import ConfigError, FileError, FormatError, MismatchError, warn
 from jaxadapt.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.progress import LOGGER, Progress, Report, counting, reporting
 
 _BESIDE = (".json", ".txt", ".model", ".jinja")
 """What belongs to a model besides its weights: configuration, tokenizer, chat template."""
+
+_ALLOW = "allow_nan=True (jaxadapt {} --allow-nan) takes them all the same"
 
 
 def merge(
@@ -33,6 +35,7 @@ def merge(
     *,
     dtype: Any = None,
     max_shard_size: int = bases.SHARD,
+    allow_nan: bool = False,
     progress: Progress = None,
 ) -> int:
     """Write the model of a Hugging Face folder with an adapter merged into its weights.
@@ -43,8 +46,12 @@ def merge(
         out: another folder; configuration and tokenizer are copied into it.
         dtype: of the tensors, and said in config.json; those of the base by default. The sum is made in float32 and
             rounded once.
+        allow_nan: merge also where a tensor of the adapter, the base or the result holds a NaN or an infinity.
         progress: None, True (bars on a terminal or in a notebook) or a function of ("merge", bytes done, bytes in all);
             also of the adapter that is read.
+
+    Where the head is the table of tokens itself (`tie_word_embeddings`), and the adapter changes one of them alone, the
+    head gets a tensor of its own, and config.json says so.
 
     One tensor is held at a time, beside what the adapter repeats of the base. Returns how many weights it changed.
     Raises `AdapterError`, and then nothing is written, unless everything fits.
@@ -58,6 +65,8 @@ def merge(
     with reporting(progress) as report, shards.opened(source) as held:
         shards.refuse_packed(held)
         tensors = folder.read(adapter, progress=report)
+        if not allow_nan:
+            _refuse_nan([tensors], "merge")
         way_out = "jaxadapt.export_base(model, folder, adapter) writes a model with it merged"
         _need_modules(tensors, way_out)
         if tensors.config.get("layer_replication"):
@@ -87,13 +96,19 @@ def merge(
             value = held[key]
             if key in changed:
                 value = np.asarray(changed[key].on(value).value(unrounded=kind is not None))
-            value = value.astype(numpy_dtype(written[key][0]), copy=False)
+            with np.errstate(over="ignore"):  # what becomes an infinity is refused by name
+                value = value.astype(numpy_dtype(written[key][0]), copy=False)
             more(value.nbytes)
             return value
 
+        def lost(keys: list[str]) -> MismatchError:
+            named = [f"{key}{'' if finite.is_finite(held[key]) else ', of the base'}" for key in keys]
+            return MismatchError(f"{target}: of the merged model {finite.problem(named, _ALLOW.format('merge'))}")
+
+        look = get if allow_nan else finite.checked(get, len(written), lost)
         beside = _beside(source, None if kind is None else kind.name, ready.apart)
         folder.make(target)
-        shards.write(target, written, get, max_shard_size)
+        shards.write(target, written, look, max_shard_size)
         for name, data in beside.items():
             atomic.write_bytes(target / name, data)
     LOGGER.info("%s: %d of %d tensors changed, %d bytes", target, len(inside.sites), len(written), total)
@@ -106,6 +121,7 @@ def combine(
     out: str | os.PathLike[str],
     *,
     resize: int | None = None,
+    allow_nan: bool = False,
     progress: Progress = None,
     **options: Any,
 ) -> PeftTensors:
@@ -115,10 +131,13 @@ def combine(
         adapters: folders, or addresses of the Hub.
         options: as in `jaxadapt.combine`: method, svd_rank, density, majority_sign_method, key.
         resize: a rank for the result.
+        allow_nan: combine also adapters of which a tensor holds a NaN or an infinity.
         progress: as in `merge`, of what is read and written.
     """
     with reporting(progress) as report:
         tensors = [folder.read(path, progress=report) for path in adapters]
+        if not allow_nan:
+            _refuse_nan(tensors, "combine")
         return _combined(tensors, weights, out, resize, options, report)
 
 
@@ -152,6 +171,12 @@ def _combined(
     encoded = dataclasses.replace(encoded, config=config)
     folder.write(encoded, out, progress=report)
     return encoded
+
+
+def _refuse_nan(adapters: Sequence[PeftTensors], command: str) -> None:
+    lost = [f"{held.source}: {key}" for held in adapters for key in finite.not_finite(held.tensors)]
+    if lost:
+        raise MismatchError(finite.problem(lost, _ALLOW.format(command)))
 
 
 def _need_modules(tensors: PeftTensors, way_out: str) -> None:

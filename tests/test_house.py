@@ -21,7 +21,7 @@ FLOORS = [
     ["errors", "progress", "paths", "axes", "pattern", "configs"],
     "pieces weight arrangement keymap generic dialect plan adapter peft_tensors"
     " trace operations layout liveness layers targets drawing factors codecs consumers card hub"
-    " quantized near tensor used boxes".split(),
+    " quantized near tensor used boxes finite".split(),
     "methods families agreeing copies parameters tying replication bind selecting renaming joining embeddings".split()
     + "folder per_expert orbax_folder transfer together vocabulary dialects guests guest_config laying sharding".split()
     + ["slots", "run_folder", "pytorch", "initial", "single_experts", "doubts", "filling", "plain", "heads"],

@@ -23,10 +23,11 @@ _METHODS = (
 @click.option("--rank", type=click.IntRange(1), help="Rank of the result; by default what the method gives.")
 @click.option("--density", type=click.FloatRange(0, 1), help="Share of the values that survives, of the last four.")
 @click.option("--seed", default=0, show_default=True, help="For the random choice of dare_….")
+@click.option("--allow-nan", is_flag=True, help="Combine also tensors that hold a NaN or an infinity.")
 @shown.as_json
 def command(
     adapters: tuple[str, ...], weights: str, out: str, method: str, rank: int | None, density: float | None, seed: int,
-    as_json: bool,
+    allow_nan: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Make one LoRA adapter out of several of the same base model.
 
@@ -48,7 +49,7 @@ def command(
 
     from jaxadapt import on_disk
 
-    options: dict[str, Any] = {"method": method}
+    options: dict[str, Any] = {"method": method, "allow_nan": allow_nan}
     if density is not None:
         options["density"] = density
     if method.startswith("dare"):

@@ -112,5 +112,7 @@ def _show_norms(norms: Norms) -> None:
         shown.print_heat(title, cells.rows, cells.columns, values)
     if scale is not None and rank is not None:
         click.echo(f"\nrank {rank:g} and scale {scale:.4g} everywhere")
+    if norms.not_finite:
+        shown.print_list("these modules hold a NaN or an infinity", norms.not_finite, 8)
     if norms.left_out:
         shown.print_list("left out", norms.left_out, 8)

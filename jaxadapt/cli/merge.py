@@ -14,13 +14,15 @@ from jaxadapt.cli import shown
 @click.option(
     "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the result; by default as the base."
 )
+@click.option("--allow-nan", is_flag=True, help="Merge also where a tensor holds a NaN or an infinity.")
 @shown.as_json
-def command(base: str, adapter: str, out: str, dtype: str | None, as_json: bool) -> None:
+def command(base: str, adapter: str, out: str, dtype: str | None, allow_nan: bool, as_json: bool) -> None:
     """Write a model with an ADAPTER merged into its weights.
 
     BASE is the folder of a Hugging Face model (config.json, model.safetensors, …), ADAPTER the folder of an adapter for
     it, or its address. The result is a folder like BASE, tokenizer included, for programs that know no adapters. One
-    tensor is held in memory at a time.
+    tensor is held in memory at a time. A head that is the table of tokens itself gets a tensor of its own where ADAPTER
+    changes one of them alone.
 
     \b
     Example:
@@ -29,7 +31,7 @@ def command(base: str, adapter: str, out: str, dtype: str | None, as_json: bool)
     """
     from jaxadapt import on_disk
 
-    count = on_disk.merge(base, adapter, out, dtype=dtype, progress=True)
+    count = on_disk.merge(base, adapter, out, dtype=dtype, allow_nan=allow_nan, progress=True)
     if as_json:
         shown.print_json({"folder": out, "changed": count})
     else:
