@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,7 +35,7 @@ from jaxadapt import (
 from jaxadapt import plan as plans
 from jaxadapt.adapter import Adapter, PeftTensors
 from jaxadapt.configs import Config
-from jaxadapt.errors import AdapterError, AttachError, ConfigError, MismatchError, warn
+from jaxadapt.errors import AdapterError, AttachError, ConfigError, MismatchError, TargetError, warn
 from jaxadapt.keymap import PEFT_PREFIX, KeyMap, warn_unproved
 from jaxadapt.plan import Encoded
 from jaxadapt.progress import Report, quiet
@@ -245,7 +245,8 @@ def decoded(
         recipe, bounds = planning.plan(base, tensors.config, table, stack_axes, example)
         plan = bind.file_plan(bounds)
     except AdapterError as error:
-        raise type(error)(f"{tensors.source}: {error}") from error
+        way_out = _of_attention(tensors.tensors) if isinstance(error, TargetError) else ""
+        raise type(error)(f"{tensors.source}: {error}{way_out}") from error
     if pieces.has_pieces(plan.keys):
         tensors = dataclasses.replace(tensors, tensors=pieces.cut(tensors.tensors, plan.keys))
     if on_mismatch == "skip":
@@ -265,7 +266,10 @@ def decoded(
         of_base = embeddings.carried(tensors.tensors, shapes, plan.keys, recipe.keymap, base.leaves, tensors.source)
         of_base |= copies.repeated(tensors.tensors, plan.keys, tensors.source)
         shapes = {key: shape for key, shape in shapes.items() if key not in of_base}
-    plan.check(shapes, tensors.source, odd, recipe.keymap.name)
+    try:
+        plan.check(shapes, tensors.source, odd, recipe.keymap.name)
+    except MismatchError as error:
+        raise MismatchError(f"{error}{_of_attention(shapes.keys() - plan.keys.keys())}") from error
     if dtype is None and np.dtype("float64") in dtypes.values() and jnp.zeros(0, float).dtype != "float64":
         warn(f"{tensors.source}: float64 tensors become float32, since jax_enable_x64 is off")
     where = places(shardings, base, bounds) if spread(base, shardings) else {}
@@ -277,6 +281,18 @@ def decoded(
             if any(wide[key] != dtypes[key] for key in entry.keys):
                 leaves[entry.path] = leaves[entry.path].astype(entry.dtype(wide))
     return Adapter(recipe.config, paths.unflatten(leaves), recipe.keymap), bounds
+
+
+def _of_attention(keys: Iterable[str]) -> str:
+    """The way out where a table lacks the lines of an `nn.MultiheadAttention`; PEFT alone has such names."""
+    marks = (key.removeprefix(PEFT_PREFIX).partition(".base_layer.out_proj.lora_") for key in keys)
+    modules = sorted({module for module, found, _ in marks if found})
+    if not modules:
+        return ""
+    return (
+        "\nThese are each an nn.MultiheadAttention in PyTorch, which holds queries, keys and values in one tensor. Give"
+        " a KeyMap with their lines, which Weight.attention(path here, name there) makes:\n" + paths.listing(modules)
+    )
 
 
 AUTOCAST = "autocast"

@@ -243,3 +243,51 @@ def test_config_json_is_read_as_transformers_reads_it():
     assert untying.is_tied({"model_type": "mine"}) is None
     assert untying.is_tied({"model_type": "gemma3", "text_config": {"tie_word_embeddings": False}}) is None
     assert untying.untied(both) == {"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": False}}
+
+
+def tree(own_head: bool) -> dict[str, Any]:
+    """The Llama's parameters in JAX, not read yet, with a leaf for the head or without."""
+    out: dict[str, Any] = {}
+    for key, value in llama().state_dict().items():
+        *parts, _ = key.split(".")
+        kind = "embedding" if parts[-1] == E else "kernel" if value.ndim == 2 else "weight"
+        node = out
+        for part in parts:
+            node = node.setdefault(part, {})
+        node[kind] = np.zeros(value.shape if kind == "embedding" else value.shape[::-1], "float32")
+    return out if own_head else {"model": out["model"]}
+
+
+@pytest.mark.parametrize("case", ["saved table", "table", "head", "both", "tokens of both", "DoRA of both"])
+def test_in_memory_a_model_with_a_head_of_its_own_computes_the_same(case, tmp_path):
+    want = saved(tmp_path, **CASES[case][0])
+    base = jaxadapt.import_base(tmp_path / "base", tree(own_head=True))
+    adapter = jaxadapt.from_peft(jaxadapt.read(tmp_path / "adapter"), base)
+    out = tmp_path / "out"
+    jaxadapt.export_base(jaxadapt.merge(base, adapter), out)
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    (out / "config.json").write_text(json.dumps(untying.untied(config)))
+    with torch.no_grad():
+        close(transformers.AutoModelForCausalLM.from_pretrained(out)(IDS).logits, want)
+
+
+@pytest.mark.parametrize("case", ["saved table", "table"])
+def test_in_memory_a_model_without_one_is_refused(case, tmp_path):
+    saved(tmp_path, **CASES[case][0])
+    base = jaxadapt.import_base(tmp_path / "base", tree(own_head=False))
+    adapter = jaxadapt.from_peft(jaxadapt.read(tmp_path / "adapter"), base)
+    with pytest.raises(jaxadapt.AttachError, match=r"model with a head of its own"):
+        jaxadapt.merge(base, adapter)
+    with pytest.raises(jaxadapt.AttachError, match=r"model with a head of its own"):
+        jaxadapt.export_base(base, tmp_path / "out", adapter)
+
+
+def test_export_minds_what_a_model_type_means_without_the_field(tmp_path):
+    saved(tmp_path, **CASES["tokens"][0])
+    base = jaxadapt.import_base(tmp_path / "base", tree(own_head=True))
+    base["lm_head"]["kernel"] = base["lm_head"]["kernel"] + 1
+    (tmp_path / "config.json").write_text('{"model_type": "gemma"}')
+    with pytest.raises(jaxadapt.MismatchError, match=r"tie_word_embeddings is true \(or missing"):
+        jaxadapt.export_base(base, tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    jaxadapt.export_base(base, tmp_path)
