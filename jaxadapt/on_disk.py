@@ -76,8 +76,7 @@ def merge(
             )
         ready = untying.prepared(held, home / "config.json", tensors)
         held = ready.tensors
-        if ready.apart and tensors.config.get("ensure_weight_tying"):
-            tensors = dataclasses.replace(tensors, config=tensors.config.replace(ensure_weight_tying=False))
+        tensors = dataclasses.replace(tensors, config=untying.resolved(tensors.config, ready))
         specs = {key: jax.ShapeDtypeStruct(spec.shape, spec.dtype) for key, spec in held.specs.items()}
         shapes = {key: spec.shape for key, spec in specs.items()}
         turned = bool(tensors.config.get("fan_in_fan_out"))
@@ -219,12 +218,12 @@ def _beside(source: Place, dtype: str | None, apart: bool) -> dict[str, bytes]:
         if path.suffix in _BESIDE and not name.endswith(".index.json") and name != folder.CONFIG and path.is_file():
             out[name] = path.read_bytes()
     path = (source if source.is_dir() else source.parent) / "config.json"
+    if apart and untying.configuration(path) is not None:
+        out[path.name] = path.read_bytes()  # also where the base is a file alone
     if path.name in out and dtype is not None:
         out[path.name] = _saying(path, out[path.name], dtype)
-    if apart and (fields := untying.configuration(path)) is not None:
-        if path.name in out:
-            fields = json.loads(out[path.name])
-        out[path.name] = json.dumps(untying.untied(fields), indent=2).encode() + b"\n"
+    if path.name in out and apart:
+        out[path.name] = json.dumps(untying.untied(json.loads(out[path.name])), indent=2).encode() + b"\n"
     return out
 
 

@@ -16,6 +16,7 @@ from jaxadapt import copies, families, paths, pytorch, targets
 from jaxadapt.adapter import PeftTensors
 from jaxadapt.codecs import files, shards
 from jaxadapt.codecs.places import Place
+from jaxadapt.configs import Config
 from jaxadapt.errors import FormatError, MismatchError
 from jaxadapt.keymap import PEFT_PREFIX
 
@@ -181,6 +182,18 @@ def prepared(held: shards.Shards, path: Place, adapter: PeftTensors) -> Base:
         return Base(held)
     full = {name: leaf for leaf, name in names.items()} | {first: home[second] for first, second in lacking}
     return Base(held.renamed(full), apart=True)
+
+
+def resolved(config: Config, base: Base) -> Config:
+    """The configuration of an adapter for these tensors: a head apart is not tied, and a tied one has no rows."""
+    if base.apart and config.get("ensure_weight_tying"):
+        config = config.replace(ensure_weight_tying=False)
+    rows: Any = config.get("trainable_token_indices")
+    if isinstance(rows, Mapping):
+        heads = tuple(head.removesuffix(".weight") for head, _ in base.tied)
+        own = {name: indices for name, indices in rows.items() if not any(head.endswith(name) for head in heads)}
+        config = config.replace(trainable_token_indices=own)
+    return config
 
 
 @functools.cache

@@ -105,6 +105,7 @@ CASES = {
     "tokens": ({"target_modules": [Q], "trainable_token_indices": [1, 5]}, True),
     "tokens of the head": ({"target_modules": [Q], "trainable_token_indices": {"lm_head": [1, 5]}}, False),
     "tokens of both": ({"target_modules": [Q], "trainable_token_indices": {E: [1, 5], "lm_head": [1, 2]}}, False),
+    "the same tokens": ({"target_modules": [Q], "trainable_token_indices": {E: [1, 5], "lm_head": [1, 5]}}, True),
     "tokens as one": ({"target_modules": [Q], "trainable_token_indices": [1, 5], **TIES}, True),
     "saved table, head": ({"target_modules": [Q, "lm_head"], "modules_to_save": [E]}, False),
     "table, saved head": ({"target_modules": [Q, E], "modules_to_save": ["lm_head"]}, False),
@@ -291,3 +292,13 @@ def test_export_minds_what_a_model_type_means_without_the_field(tmp_path):
         jaxadapt.export_base(base, tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     jaxadapt.export_base(base, tmp_path)
+
+
+def test_the_weights_alone_as_base_bring_the_config_json_that_unties(tmp_path):
+    saved(tmp_path, **CASES["table"][0])
+    one = tmp_path / "one"
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").save_pretrained(one)
+    on_disk.merge(one / "model.safetensors", tmp_path / "adapter", tmp_path / "out", dtype="bfloat16")
+    assert tie(tmp_path) is False
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
