@@ -153,6 +153,12 @@ def prepared(held: shards.Shards, path: Place, adapter: PeftTensors) -> Base:
     shared = len(pairs) > 1 and any(key in alone for pair in lacking for key in pair)
     if state is False and (together or not shared):
         return Base(held)
+    apart = [pair for pair in pairs if pair not in lacking and pair not in twice]
+    if state is True and apart:
+        raise MismatchError(
+            f"{what}, and the base's folder contradicts itself: {path} ties the head to the table ({FIELD}), and"
+            f" {' and '.join(apart[0])} differ. Set {FIELD} to false if {apart[0][0]} counts, or take that tensor out"
+        )
     if together or not alone:
         if state is None and twice:
             raise untold
@@ -168,11 +174,6 @@ def prepared(held: shards.Shards, path: Place, adapter: PeftTensors) -> Base:
         raise MismatchError(
             f"{what}, and trainable_token_indices changes rows of {table}, which are the head's as well: there is no"
             " tensor that is right for both. Keep the adapter beside the model"
-        )
-    if head in home and state is True and not twice:
-        raise MismatchError(
-            f"{what}, and the base's folder contradicts itself: {path} ties the head to the table ({FIELD}), and they"
-            f" differ. Set {FIELD} to false if {head} counts, or take that tensor out"
         )
     if head in home:
         return Base(held, apart=True)
