@@ -30,6 +30,7 @@ def adapt(
     stack_axes: Sequence[int] | None = None,
     example: Sequence[Any] | None = None,
     autocast_adapter_dtype: bool = True,
+    deterministic: bool | None = None,
 ) -> Any:
     """Attach a fresh adapter to a model; its output stays what it was.
 
@@ -40,13 +41,18 @@ def adapt(
     Args:
         name: of the adapter; a second `adapt` under another name adds one and makes it the active one.
         keymap: the model's family ("llama"), a `KeyMap`, or None to recognise it.
-        rngs: NNX: `nnx.Rngs`, for the initial values and dropout. (Linen takes them in `init`.) A model of shapes
-            (`nnx.eval_shape`) gets an adapter of shapes without it, and one of values with it. Dropout begins in
-            training mode, as in Flax's own new layers, also on a model after its `eval()`.
+        rngs: NNX: `nnx.Rngs`, for the initial values and dropout. A model of shapes (`nnx.eval_shape`) gets an adapter
+            of shapes without it, and one of values with it. Dropout begins in training mode, as in Flax's own new
+            layers, also on a model after its `eval()`. (Linen: `init` takes the keys of the initial values, and each
+            `apply` in training takes `rngs={"dropout": key}`.)
         dtype: of the adapter parameters; float32 by default, whatever the base's is.
         autocast_adapter_dtype: as in PEFT; false gives each parameter the dtype of the weight that it adapts.
         stack_axes: NNX: the axes on which scanned layers are stacked, where shapes alone do not tell.
         example: NNX: inputs of one call, from which the roles of custom layers' weights are traced.
+        deterministic: Linen: whether the adapters' dropout is off. None: it is on in calls whose `rngs` have a stream
+            "dropout", with one warning if no call has it. False: it is on, and a call without the stream is an error.
+            True: it is off. `model.clone(deterministic=True)` switches it, for evaluation say; the module's own
+            `deterministic` argument is another one, which `apply` hands on. (NNX: `model.train()`, `model.eval()`.)
 
     Raises `TargetError` if `target_modules` names nothing adaptable, `ConfigError` for a field that would
     not be honoured, `AttachError` for a layer that cannot carry the adapter.
@@ -70,15 +76,19 @@ def adapt(
                 f"{', '.join(unused)}: for NNX models only; a Linen wrapper takes keys and inputs in its init"
             )
     if isinstance(model, linen.nn.Module):
-        return linen.Adapted(model, ((name, config),), (name,), keymap, dtype)
+        return linen.Adapted(model, ((name, config),), (name,), keymap, dtype, deterministic=deterministic)
     if isinstance(model, linen.Adapted):
         if name in dict(model.adapters):
             raise AttachError(f"there is an adapter {name!r} already; choose another name=, or delete it first")
-        for what, mine, given in (("keymap", model.keymap, keymap), ("dtype", model.dtype, dtype)):
+        shared = {"keymap": keymap, "dtype": dtype, "deterministic": deterministic}
+        for what, given in shared.items():
+            mine = getattr(model, what)
             if given is not None and given != mine:
                 raise AttachError(f"{what}={given!r}: all adapters of a wrapper share one, and this has {mine!r}")
         return dataclasses.replace(model, adapters=(*model.adapters, (name, config)), active=(name,))
     _need_nnx(model)
+    if deterministic is not None:
+        raise AttachError("deterministic: for Linen modules only; an NNX model has train() and eval()")
     base = planning.Base.of(model)
     owners = base.held
     if name in nnx.names(model, owners):
