@@ -140,7 +140,8 @@ def init(
     """A fresh adapter for a tree of base parameters, with the specs `adapt` would give.
 
     Args:
-        params: nested mappings of arrays or `ShapeDtypeStruct`s (Linen's `variables["params"]`), or an NNX model.
+        params: nested mappings of arrays or `ShapeDtypeStruct`s (Linen's `variables["params"]`), or an NNX model. For
+            weights in Linen's boxes (`nn.Partitioned`, …) the adapter's tensors are in boxes too, as in `adapt`.
         key: a JAX random key; None gives an abstract adapter, specs only.
         keymap: the family's name, a `KeyMap`, or None to recognise it. Without a table, 2-D kernels are
             (in, out); what has more axes is refused if it is targeted.
@@ -159,7 +160,7 @@ def init(
     base = planning.Base.of(params)
     recipe, bounds = planning.plan(base, config, keymap)
     values = initial.fresh(recipe.config, bounds, key, dtype, key is None, base.leaves, base.placement)
-    return Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
+    return linen_tree.boxed(Adapter(recipe.config, paths.unflatten(values), recipe.keymap), base.held)
 
 
 # ---------------------------------------------------------------- values out and in
@@ -242,7 +243,8 @@ def inject(
     Into a tree with another library's LoRA leaves they go under the names its family has for them; `lora_alpha` and
     `on_shared` as in `load`.
 
-    NNX models are changed in place; anything else is returned anew. Raises `AttachError` otherwise.
+    NNX models are changed in place; anything else is returned anew, with the structure that it had (as
+    `jax.tree.structure` has it: the same boxes, recipe and types of mappings). Raises `AttachError` otherwise.
 
     >>> import jax, jaxadapt
     >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
@@ -290,15 +292,18 @@ def inject(
         problems.append(f"another configuration: {present.config.differences(adapter.config, 'given')}")
     if problems:
         raise AttachError(f"the adapter does not fit {name!r}:\n" + paths.listing(problems))
-    return with_adapter(tree, adapter, name)
+    if isinstance(tree, Adapter):
+        return dataclasses.replace(tree, params=linen_tree.refilled(tree.params, leaves))
+    return linen_tree.with_values(tree, name, leaves)
 
 
-def with_adapter(variables: Mapping[str, Any], adapter: Adapter, name: str) -> dict[str, Any]:
+def with_adapter(variables: Mapping[str, Any], adapter: Adapter, name: str) -> Any:
     """Linen variables with this adapter under `name`, whatever was there."""
-    out = dict(variables)
-    for collection, tree in linen_tree.collection(adapter, name, variables.get("params", {})).items():
-        out[collection] = {**dict(out.get(collection, {})), **tree}
-    return out
+    held = linen_tree.boxed(adapter, variables.get("params", {})).named(name)
+    for collection, tree in held.items():
+        present: Any = variables.get(collection, {})
+        variables = linen_tree.with_entry(variables, collection, linen_tree.with_entry(present, name, tree[name]))
+    return variables
 
 
 # ---------------------------------------------------------------- several on one base

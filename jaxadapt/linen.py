@@ -129,7 +129,7 @@ class Adapted:
             where = linen_tree.placement(leaves)
             values = initial.fresh(recipe.config, bounds, key, self.dtype, base=base, where=where)
             adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
-            for held, tree in linen_tree.collection(adapter, name, variables.get("params", {})).items():
+            for held, tree in linen_tree.boxed(adapter, leaves).named(name).items():
                 out[held] = {**out.get(held, {}), **tree}
         return out
 
