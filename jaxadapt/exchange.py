@@ -245,6 +245,7 @@ def decoded(
         if per_expert.possible(keys):
             tensors = per_expert.fused(tensors, table, on_shared, "load or from_peft")
         recipe, bounds = planning.plan(base, tensors.config, table, stack_axes, example)
+        planning.check_kernels(base, bounds)
         plan = bind.file_plan(bounds)
     except AdapterError as error:
         raise type(error)(f"{tensors.source}: {error}") from error

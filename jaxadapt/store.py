@@ -360,6 +360,7 @@ def _from_orbax(
     base = planning.of_target(target)
     table = planning.table_of(base, keymap, keys)
     recipe, bounds = planning.plan(base, found.adapter.config, table, stack_axes, example)
+    planning.check_kernels(base, bounds)
     theirs, mine = ({e.path: (e.shape, e.keys) for b in bs for e in b.entries} for bs in (bounds, ours))
     if theirs != mine:  # laid out otherwise (scanned, fused, another table or vocabulary): by way of PEFT's names
         return exchange.decoded(orbax_folder.tensors(orbax_folder.read(path, found), path), base, *options)
