@@ -109,7 +109,8 @@ class Adapter:
     Args:
         config: the configuration, with PEFT's field names.
         params: nested dicts; the base model's paths, with each adapted leaf replaced by its tensors
-            (`{"q_proj": {"kernel": {"lora_A": (r, in), "lora_B": (out, r)}}}`).
+            (`{"q_proj": {"kernel": {"lora_A": (r, in), "lora_B": (out, r)}}}`). Beside a Linen base in boxes
+            (`nn.Partitioned`), each tensor is in a box as well; `flat` and `sites` give the arrays inside.
         keymap: the table that names these leaves for PyTorch.
 
     >>> import numpy as np, jaxadapt
@@ -152,7 +153,7 @@ class Adapter:
 
     def flat(self) -> dict[str, Any]:
         """`{"model.layers.0.q_proj.kernel.lora_A": array}`."""
-        return paths.flatten(self.params)
+        return {path: _array_in(leaf) for path, leaf in paths.flatten(self.params).items()}
 
     @property
     def sites(self) -> dict[str, dict[str, Any]]:
@@ -169,6 +170,12 @@ class Adapter:
     def shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
         """`{base leaf: {tensor: shape}}`."""
         return {leaf: {name: tuple(x.shape) for name, x in held.items()} for leaf, held in self.sites.items()}
+
+
+def _array_in(leaf: Any) -> Any:
+    """The array in a box, which JAX sees as a node with one leaf; anything else unchanged."""
+    held = [leaf] if is_array(leaf) else jax.tree.leaves(leaf)
+    return held[0] if len(held) == 1 else leaf
 
 
 def is_array(leaf: Any) -> bool:

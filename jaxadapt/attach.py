@@ -30,6 +30,7 @@ def adapt(
     stack_axes: Sequence[int] | None = None,
     example: Sequence[Any] | None = None,
     autocast_adapter_dtype: bool = True,
+    deterministic: bool | None = None,
 ) -> Any:
     """Attach a fresh adapter to a model; its output stays what it was.
 
@@ -40,13 +41,18 @@ def adapt(
     Args:
         name: of the adapter; a second `adapt` under another name adds one and makes it the active one.
         keymap: the model's family ("llama"), a `KeyMap`, or None to recognise it.
-        rngs: NNX: `nnx.Rngs`, for the initial values and dropout. (Linen takes them in `init`.) A model of shapes
-            (`nnx.eval_shape`) gets an adapter of shapes without it, and one of values with it. Dropout begins in
-            training mode, as in Flax's own new layers, also on a model after its `eval()`.
+        rngs: NNX: `nnx.Rngs`, for the initial values and dropout. A model of shapes (`nnx.eval_shape`) gets an adapter
+            of shapes without it, and one of values with it. Dropout begins in training mode, as in Flax's own new
+            layers, also on a model after its `eval()`. (Linen: `init` takes the keys of the initial values, and each
+            `apply` in training takes `rngs={"dropout": key}`.)
         dtype: of the adapter parameters; float32 by default, whatever the base's is.
         autocast_adapter_dtype: as in PEFT; false gives each parameter the dtype of the weight that it adapts.
         stack_axes: NNX: the axes on which scanned layers are stacked, where shapes alone do not tell.
         example: NNX: inputs of one call, from which the roles of custom layers' weights are traced.
+        deterministic: Linen: whether the adapters' dropout is off. None: it is on in calls whose `rngs` have a stream
+            "dropout", with one warning if no call has it. False: it is on, and a call without the stream is an error.
+            True: it is off. `model.clone(deterministic=True)` switches it, for evaluation say; the module's own
+            `deterministic` argument is another one, which `apply` hands on. (NNX: `model.train()`, `model.eval()`.)
 
     Raises `TargetError` if `target_modules` names nothing adaptable, `ConfigError` for a field that would
     not be honoured, `AttachError` for a layer that cannot carry the adapter.
@@ -70,15 +76,19 @@ def adapt(
                 f"{', '.join(unused)}: for NNX models only; a Linen wrapper takes keys and inputs in its init"
             )
     if isinstance(model, linen.nn.Module):
-        return linen.Adapted(model, ((name, config),), (name,), keymap, dtype)
+        return linen.Adapted(model, ((name, config),), (name,), keymap, dtype, deterministic=deterministic)
     if isinstance(model, linen.Adapted):
         if name in dict(model.adapters):
             raise AttachError(f"there is an adapter {name!r} already; choose another name=, or delete it first")
-        for what, mine, given in (("keymap", model.keymap, keymap), ("dtype", model.dtype, dtype)):
+        shared = {"keymap": keymap, "dtype": dtype, "deterministic": deterministic}
+        for what, given in shared.items():
+            mine = getattr(model, what)
             if given is not None and given != mine:
                 raise AttachError(f"{what}={given!r}: all adapters of a wrapper share one, and this has {mine!r}")
         return dataclasses.replace(model, adapters=(*model.adapters, (name, config)), active=(name,))
     _need_nnx(model)
+    if deterministic is not None:
+        raise AttachError("deterministic: for Linen modules only; an NNX model has train() and eval()")
     base = planning.Base.of(model)
     owners = base.held
     if name in nnx.names(model, owners):
@@ -130,7 +140,8 @@ def init(
     """A fresh adapter for a tree of base parameters, with the specs `adapt` would give.
 
     Args:
-        params: nested mappings of arrays or `ShapeDtypeStruct`s (Linen's `variables["params"]`), or an NNX model.
+        params: nested mappings of arrays or `ShapeDtypeStruct`s (Linen's `variables["params"]`), or an NNX model. For
+            weights in Linen's boxes (`nn.Partitioned`, …) the adapter's tensors are in boxes too, as in `adapt`.
         key: a JAX random key; None gives an abstract adapter, specs only.
         keymap: the family's name, a `KeyMap`, or None to recognise it. Without a table, 2-D kernels are
             (in, out); what has more axes is refused if it is targeted.
@@ -149,7 +160,7 @@ def init(
     base = planning.Base.of(params)
     recipe, bounds = planning.plan(base, config, keymap)
     values = initial.fresh(recipe.config, bounds, key, dtype, key is None, base.leaves, base.placement)
-    return Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
+    return linen_tree.boxed(Adapter(recipe.config, paths.unflatten(values), recipe.keymap), base.held)
 
 
 # ---------------------------------------------------------------- values out and in
@@ -232,7 +243,8 @@ def inject(
     Into a tree with another library's LoRA leaves they go under the names its family has for them; `lora_alpha` and
     `on_shared` as in `load`.
 
-    NNX models are changed in place; anything else is returned anew. Raises `AttachError` otherwise.
+    NNX models are changed in place; anything else is returned anew, with the structure that it had (as
+    `jax.tree.structure` has it: the same boxes, recipe and types of mappings). Raises `AttachError` otherwise.
 
     >>> import jax, jaxadapt
     >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
@@ -280,15 +292,18 @@ def inject(
         problems.append(f"another configuration: {present.config.differences(adapter.config, 'given')}")
     if problems:
         raise AttachError(f"the adapter does not fit {name!r}:\n" + paths.listing(problems))
-    return with_adapter(tree, adapter, name)
+    if isinstance(tree, Adapter):
+        return dataclasses.replace(tree, params=linen_tree.refilled(tree.params, leaves))
+    return linen_tree.with_values(tree, name, leaves)
 
 
-def with_adapter(variables: Mapping[str, Any], adapter: Adapter, name: str) -> dict[str, Any]:
+def with_adapter(variables: Mapping[str, Any], adapter: Adapter, name: str) -> Any:
     """Linen variables with this adapter under `name`, whatever was there."""
-    out = dict(variables)
-    for collection, tree in linen_tree.collection(adapter, name, variables.get("params", {})).items():
-        out[collection] = {**dict(out.get(collection, {})), **tree}
-    return out
+    held = linen_tree.boxed(adapter, variables.get("params", {})).named(name)
+    for collection, tree in held.items():
+        present: Any = variables.get(collection, {})
+        variables = linen_tree.with_entry(variables, collection, linen_tree.with_entry(present, name, tree[name]))
+    return variables
 
 
 # ---------------------------------------------------------------- several on one base

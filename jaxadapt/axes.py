@@ -91,7 +91,8 @@ def contradicted(table: Axes, own: Axes) -> str:
     """What is wrong where a table takes a layer's outputs for its inputs."""
     return (
         f"the table {table} contradicts the layer's own {own}; keymap='generic' goes by the layers, and a KeyMap of"
-        " your own gives them other names"
+        " your own gives them other names. (For a PyTorch parameter stored (in, out), as a Conv1D's is, give the line"
+        " fan_in_fan_out=True)"
     )
 
 

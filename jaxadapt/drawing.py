@@ -11,12 +11,16 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
+from jax.core import ShapedArray, Tracer
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+
+from jaxadapt.errors import ConfigError
 
 Array = Any
 
@@ -32,6 +36,25 @@ class Draw:
 
     kind: Literal["constant", "uniform", "normal"]
     scale: float
+
+
+def missing(shape: Sequence[int], dtype: Any, why: str) -> Array:
+    """An array inside jit of which only the shape is known. Compiling what needs its values raises `ConfigError(why)`.
+
+    A trace cannot tell whether its values will be computed: `jax.eval_shape` and `jax.jit` even share one trace.
+    """
+    return jnp.full(tuple(shape), _MISSING.bind(why=why), dtype)
+
+
+_MISSING = Primitive("missing")
+_MISSING.def_abstract_eval(lambda *, why: ShapedArray((), np.dtype("float32")))
+
+
+def _refuse(_: Any, *, why: str) -> NoReturn:
+    raise ConfigError(why)
+
+
+mlir.register_lowering(_MISSING, _refuse)
 
 
 def drawn(key: Any, wanted: Mapping[str, tuple[Draw, Sequence[int]]], dtype: Any) -> dict[str, Array]:

@@ -19,6 +19,7 @@ from jaxadapt import (
     families,
     foreign,
     joining,
+    linen_tree,
     methods,
     paths,
     per_expert,
@@ -210,7 +211,8 @@ def from_peft(
         way_out = "; base='changed' says that this target is the changed base"
         products.need_plain(tensors.config, tensors.source, way_out)
     parameters = planning.of_target(target)
-    return decoded(tensors, parameters, keymap, dtype, stack_axes, example, shardings, on_shared=on_shared)[0]
+    adapter, _ = decoded(tensors, parameters, keymap, dtype, stack_axes, example, shardings, on_shared=on_shared)
+    return linen_tree.boxed(adapter, parameters.held)
 
 
 def spread(base: planning.Base, shardings: Any) -> bool:
@@ -243,6 +245,7 @@ def decoded(
         if per_expert.possible(keys):
             tensors = per_expert.fused(tensors, table, on_shared, "load or from_peft")
         recipe, bounds = planning.plan(base, tensors.config, table, stack_axes, example)
+        planning.check_kernels(base, bounds)
         plan = bind.file_plan(bounds)
     except AdapterError as error:
         way_out = _of_attention(tensors.tensors) if isinstance(error, TargetError) else ""
@@ -310,5 +313,5 @@ def kind(found: Any, asked: Any) -> np.dtype[Any]:
 def places(shardings: Any, base: planning.Base, bounds: Sequence[bind.Bound]) -> dict[str, Any]:
     """`{path: sharding}`: what was asked for, else what follows from the base."""
     if shardings is not None:
-        return sharding.asked(shardings.params if isinstance(shardings, Adapter) else shardings, bounds)
+        return sharding.asked(shardings.flat() if isinstance(shardings, Adapter) else shardings, bounds)
     return sharding.for_adapter(bounds, base.placement)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxadapt import bind, drawing, paths, quantized, sharding
 from jaxadapt.configs import Config
-from jaxadapt.errors import AttachError
+from jaxadapt.errors import AttachError, ConfigError
 
 BASE = "base"
 """Instead of a dtype: each parameter has that of the weight it adapts (PEFT's `autocast_adapter_dtype=False`)."""
@@ -48,8 +48,7 @@ def fresh(
     if abstract:
         made = {p: jax.ShapeDtypeStruct(shape, dtype, sharding=places.get(p)) for p, (_, _, shape) in wanted.items()}
     else:
-        draws = {p: (b.method.fresh(config, t, b.fan_in), shape) for p, (b, t, shape) in wanted.items()}
-        made = sharding.placed(drawing.drawn(key, draws, dtype), places)
+        made = sharding.placed(_drawn(config, wanted, key, dtype), places)
     out: dict[str, Any] = {}
     for bound in bounds:
         named = dict(zip((t.name for t in bound.tensors), bound.entries, strict=True))
@@ -69,6 +68,16 @@ def fresh(
             mine = {name: _cast(x, base[bound.leaf].dtype) for name, x in mine.items()}
         out |= {entry.path: mine[name] for name, entry in named.items()}
     return out
+
+
+def _drawn(config: Config, wanted: Mapping[str, Any], key: Any, dtype: Any) -> dict[str, Any]:
+    try:
+        draws = {p: (b.method.fresh(config, t, b.fan_in), shape) for p, (b, t, shape) in wanted.items()}
+    except ConfigError as error:  # random numbers do not do, which only matters if values are asked for
+        if not sharding.tracing():
+            raise
+        return {p: drawing.missing(shape, dtype, str(error)) for p, (_, _, shape) in wanted.items()}
+    return drawing.drawn(key, draws, dtype)
 
 
 def _cast(x: Any, dtype: Any) -> Any:

@@ -25,7 +25,7 @@ from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError, warn
 from jaxadapt.families import resolve
 from jaxadapt.keymap import KeyMap
-from jaxadapt.linen_call import SEP, Interceptor, Noting, Site
+from jaxadapt.linen_call import DROPOUT, SEP, Interceptor, Noting, Site
 from jaxadapt.methods import alora
 
 _KEPT = 64  # of what is remembered about earlier calls
@@ -46,6 +46,12 @@ class Adapted:
         keymap: a family's name, a `KeyMap`, or None to recognise it.
         dtype: of new adapter parameters; float32 by default.
         tokens: `{name: mask}` of the tokens that aLoRA adapters adapt; `jaxadapt.invoke` sets them.
+        deterministic: whether the adapters' dropout (`lora_dropout`) is off. None: it is on in calls whose `rngs` have
+            a stream "dropout". False: it is on, and a call without the stream is an error. True: it is off.
+
+    `deterministic` is a field of the wrapper, and `clone` switches it. It is no argument of `apply`, because every
+    argument of `apply` goes to the module, which may have a `deterministic` of its own:
+    `model.clone(deterministic=True).apply(variables, x, deterministic=False)` turns off the adapters' dropout alone.
     """
 
     module: nn.Module
@@ -54,8 +60,22 @@ class Adapted:
     keymap: KeyMap | str | None = None
     dtype: Any = None
     tokens: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any], repr=False, compare=False)
+    deterministic: bool | None = None
     # Signatures of calls known to read no adapted weight behind its module's back.
     _checked: set[Hashable] = dataclasses.field(default_factory=set[Hashable], init=False, repr=False, compare=False)
+    # Holds "dropout" once a call has brought that stream or has warned of its absence. Clones share the set.
+    _settled: set[str] = dataclasses.field(default_factory=set[str], repr=False, compare=False, kw_only=True)
+
+    def clone(self, **changes: Any) -> Adapted:
+        """Copy the wrapper with other values for some fields, as `nn.Module.clone` does.
+
+        >>> import jaxadapt
+        >>> config = jaxadapt.LoraConfig(r=2, target_modules=["layers_0"], lora_dropout=0.1)
+        >>> model = jaxadapt.adapt(nn.Sequential([nn.Dense(2)]), config)
+        >>> model.clone(deterministic=True).deterministic
+        True
+        """
+        return dataclasses.replace(self, **changes)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise AttachError(
@@ -109,7 +129,7 @@ class Adapted:
             where = linen_tree.placement(leaves)
             values = initial.fresh(recipe.config, bounds, key, self.dtype, base=base, where=where)
             adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
-            for held, tree in linen_tree.collection(adapter, name, variables.get("params", {})).items():
+            for held, tree in linen_tree.boxed(adapter, leaves).named(name).items():
                 out[held] = {**out.get(held, {}), **tree}
         return out
 
@@ -117,12 +137,14 @@ class Adapted:
         """The module's `apply` with the active adapters; `rngs`, `method`, `mutable` and the rest as there.
 
         With `mutable` the adapters' collections are returned, unchanged, if it includes them. `lora_dropout`
-        is in effect when `rngs` has a "dropout".
+        is on if `rngs` has a "dropout"; the field `deterministic` changes that. Of its absence a wrapper with
+        `deterministic=None` warns once, if no earlier call has brought the stream.
 
         Raises `AttachError` if the variables lack an active adapter, have lost its configuration, or
-        carry another than the wrapper's, or if this call uses an adapted weight where no adapter can follow.
+        carry another than the wrapper's, if this call uses an adapted weight where no adapter can follow, or if
+        `rngs` has a "dropout" that an adapted layer with dropout does not see (`split_rngs` of `nn.scan` says which).
         """
-        overlay = self._overlay(variables)
+        overlay = self._overlay(variables, kwargs.get("rngs"))
         self._check(overlay, args, kwargs, mutable)
         with nn.intercept_methods(overlay.interceptor):
             out = self.module.apply(overlay.inner(), *args, mutable=mutable, **kwargs)
@@ -133,7 +155,7 @@ class Adapted:
 
     def bind(self, variables: Mapping[str, Any], *args: Any, **options: Any) -> Bound:
         """The module bound to these variables, for interactive use; `rngs` and `mutable` as there."""
-        overlay = self._overlay(variables)
+        overlay = self._overlay(variables, options.get("rngs"))
 
         def check(method: str, args: Any, kwargs: Any) -> None:
             self._check(overlay, args, {**kwargs, "method": method, "rngs": options.get("rngs")}, True)
@@ -142,7 +164,7 @@ class Adapted:
 
     def notes(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> dict[str, str]:
         """How each adapted weight is followed, `{leaf: note}`, seeing one abstract `apply`."""
-        overlay = self._overlay(variables)
+        overlay = self.clone(deterministic=True)._overlay(variables, None)
         noting = Noting(overlay.interceptor.sites, overlay.interceptor.small)
         with nn.intercept_methods(noting):
             jax.eval_shape(lambda: self.module.apply(overlay.inner(), *args, **kwargs))
@@ -152,7 +174,21 @@ class Adapted:
         """The base module's own table; `jaxadapt.summary` shows the adapter's."""
         return self.module.tabulate(rngs, *args, **kwargs)
 
-    def _overlay(self, variables: Mapping[str, Any]) -> _Overlay:
+    def _check_dropout(self, names: Collection[str], drops: bool) -> None:
+        """Refuse, or warn once of, a call that trains without the dropout that these adapters have."""
+        if drops:
+            self._settled.add(DROPOUT)
+        elif names and not self.deterministic:
+            off = f'{", ".join(names)}: lora_dropout is off, since this call has no rngs={{"{DROPOUT}": key}}'
+            if self.deterministic is False:
+                raise AttachError(f"{off}, and deterministic=False asks for it; give the call that stream")
+            if DROPOUT not in self._settled:
+                self._settled.add(DROPOUT)
+                warn(f"{off}; give it in training, and evaluate with model.clone(deterministic=True)")
+
+    def _overlay(self, variables: Mapping[str, Any], rngs: Any) -> _Overlay:
+        drops = not self.deterministic and isinstance(rngs, Mapping) and DROPOUT in rngs
+        dropping: list[str] = []
         wanted = dict(self.adapters)
         names = {collection_name(config) for config in wanted.values()}
         names |= {c for c in methods.COLLECTIONS if _is_ours(variables.get(c))}
@@ -193,8 +229,9 @@ class Adapted:
                     new = bind.over_stack(bound, lambda a, w: a.weight(w), values[bound.leaf], meta.unbox(before))
                     extra[known[bound.leaf]] = meta.replace_boxed(before, new)
                     continue
+                dropping += [name] if bound.method.dropout(bound.static) and name not in dropping else []
                 # The arithmetic is part of the name: a jit inside the model (nn.jit) traces anew for another.
-                text = repr((order, bound.method.peft_type, bound.static, bound.axes))
+                text = repr((order, bound.method.peft_type, bound.static, bound.axes, drops and name in dropping))
                 mark = hashlib.sha256(text.encode()).hexdigest()[:12]
                 keys = {tensor: f"{leaf}{SEP}{tensor}{SEP}{mark}" for tensor in values[bound.leaf]}
                 extra |= {(*path, key): values[bound.leaf][tensor] for tensor, key in keys.items()}
@@ -205,7 +242,8 @@ class Adapted:
                 site = Site(bound.method, bound.static, bound.axes, keys)
                 sites.setdefault(tuple(path), {}).setdefault(leaf, []).append(site)
         methods.refuse_rivals(replaced)
-        return _Overlay(base, held, extra, Interceptor(sites, _compressed(base.get("params", {}))))
+        self._check_dropout(dropping, drops)
+        return _Overlay(base, held, extra, Interceptor(sites, _compressed(base.get("params", {})), drops))
 
     def _check(self, overlay: _Overlay, args: Any, kwargs: Any, mutable: Any) -> None:
         """Once for each kind of call: that it reads no adapted weight outside that weight's own module."""

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 from flax.core import meta, unfreeze
 from flax.core.scope import Scope, subtract_filters
 
-from jaxadapt import layers, methods, quantized, trace, used
+from jaxadapt import layers, methods, paths, quantized, trace, used
 from jaxadapt.axes import Axes, Use, contradicted
 from jaxadapt.errors import AttachError
 from jaxadapt.methods import Applied, Several
 
 SEP = "~"  # in the name of a leaf laid into `params` for one call; never stored
+DROPOUT = "dropout"  # the stream of random numbers, as `flax.linen.Dropout` names it
 
 # ---------------------------------------------------------------- layer classes Flax ships
 
@@ -191,6 +192,10 @@ class Site:
     axes: Axes
     keys: Mapping[str, str]
 
+    @property
+    def rate(self) -> float:
+        return self.method.dropout(self.static)
+
     def hook(self, scope: Any, drop: Callable[[Any], Any] | None) -> Applied:
         tensors = {tensor: scope.get_variable("params", key) for tensor, key in self.keys.items()}
         return Applied(self.method, self.static, tensors, self.axes, drop)
@@ -198,10 +203,14 @@ class Site:
 
 @dataclasses.dataclass(frozen=True)
 class Interceptor:
-    """Applies the overlaid adapters, `{scope path: {leaf: one site per adapter}}`, and dequantises in `small` paths."""
+    """Applies the overlaid adapters, `{scope path: {leaf: one site per adapter}}`, and dequantises in `small` paths.
+
+    With `drops` the call brings a stream "dropout", and every site with a dropout rate draws from it.
+    """
 
     sites: Mapping[tuple[str, ...], Mapping[str, Sequence[Site]]]
     small: frozenset[tuple[str, ...]] = frozenset()
+    drops: bool = False
     inside: list[tuple[str, ...]] = dataclasses.field(default_factory=list[tuple[str, ...]])
 
     def __call__(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -282,9 +291,32 @@ class Interceptor:
         for leaf, sites in self.sites.get(scope.path, {}).items():
             if not scope.has_variable("params", next(iter(sites[0].keys.values()))):
                 continue  # this module is being called alone, without what was laid beside its weights
-            hooks = tuple(site.hook(scope, _dropout(site.method.dropout(site.static), scope)) for site in sites)
+            hooks = tuple(site.hook(scope, self._dropout(site.rate, scope)) for site in sites)
             out[leaf] = hooks[0] if len(hooks) == 1 else Several(hooks)
         return out
+
+    def _dropout(self, rate: float, scope: Scope) -> Callable[[Any], Any] | None:
+        if not rate or not self.drops:
+            return None
+        if not scope.has_rng(DROPOUT):
+            raise AttachError(
+                f'the call brings rngs={{"{DROPOUT}": …}}, and these layers, which have lora_dropout, do not see it:\n'
+                + paths.listing(self._blind(scope))
+                + f'\nGive the nn.scan (or nn.vmap, …) around them split_rngs={{"params": True, "{DROPOUT}": True}}; or'
+                " turn the adapters' dropout off, model.clone(deterministic=True)"
+            )
+        key = scope.make_rng(DROPOUT)
+
+        def drop(x: Any) -> Any:
+            return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
+
+        return drop
+
+    def _blind(self, scope: Scope) -> list[str]:
+        """The layers with dropout in the same lifted transform, which all have the random numbers of its scope."""
+        begin = scope.root.path
+        inside = {path: leaves.values() for path, leaves in self.sites.items() if path[: len(begin)] == begin}
+        return [".".join(path) for path, held in inside.items() if any(site.rate for sites in held for site in sites)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,14 +349,3 @@ def _along_roles(use: Use) -> bool:
     """Whether a contraction runs over the inputs or over the outputs, and over nothing else."""
     inn, out = set(use.letters("inn")) & set(use.x), set(use.letters("out")) & set(use.x)
     return (inn == set(use.letters("inn")) and not out) or (out == set(use.letters("out")) and not inn)
-
-
-def _dropout(rate: float, scope: Any) -> Callable[[Any], Any] | None:
-    if not rate or not scope.has_rng("dropout"):
-        return None
-    key = scope.make_rng("dropout")
-
-    def drop(x: Any) -> Any:
-        return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
-
-    return drop

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,12 +45,15 @@ def placement(leaves: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def collection(adapter: Adapter, name: str, params: Mapping[str, Any]) -> dict[str, Any]:
-    """`adapter.named(name)`, each tensor in a box as its base weight is, so that `nn.get_partition_spec` tells."""
-    boxes = {leaf: box for leaf, box in paths.flatten(params).items() if isinstance(box, meta.Partitioned)}
-    named = adapter.named(name)
+def boxed(adapter: Adapter, base: Mapping[str, Any]) -> Adapter:
+    """The adapter with each tensor in a box as its base weight is, so that `nn.get_partition_spec` tells.
+
+    Args:
+        base: the base parameters in their boxes, nested or by dotted path.
+    """
+    boxes = {leaf: box for leaf, box in paths.flatten(base).items() if isinstance(box, meta.Partitioned)}
     if not boxes:
-        return named
+        return adapter
     values = adapter.flat()
     for bound in bind.of(adapter):
         if bound.leaf in boxes:
@@ -57,7 +61,45 @@ def collection(adapter: Adapter, name: str, params: Mapping[str, Any]) -> dict[s
             for e in bound.entries:
                 names = sharding.follow(bound.site, e.form, tuple(box.names))
                 values[e.path] = box.replace(value=values[e.path], names=names)
-    return {c: {name: {**paths.unflatten(values), CONFIG_NODE: adapter.recipe}} for c in named}
+    return dataclasses.replace(adapter, params=paths.unflatten(values))
+
+
+def with_values(tree: Mapping[str, Any], name: str, values: Mapping[str, Any], recipe: Recipe | None = None) -> Any:
+    """Put other values into an adapter that is attached, and keep the structure of everything: boxes, frozen dicts.
+
+    Args:
+        tree: what `of_name` takes: Linen variables, a collection, or the tree of one adapter.
+        values: `{path: array}` of all its parameters.
+        recipe: to be there instead of the recipe that is there.
+    """
+    if CONFIG_NODE in tree:
+        return refilled(tree, values, recipe)
+    inner = tree.get(name)
+    if isinstance(inner, Mapping) and CONFIG_NODE in inner:
+        return with_entry(tree, name, refilled(inner, values, recipe))
+    at = next(c for c in collections_in(tree) if isinstance(tree[c], Mapping) and name in tree[c])
+    return with_entry(tree, at, with_entry(tree[at], name, refilled(tree[at][name], values, recipe)))
+
+
+def with_entry(tree: Mapping[str, Any], key: str, value: Any) -> Any:
+    """A mapping of the same type with one more (or another) entry."""
+    made: Any = type(tree)
+    return made({**tree, key: value})
+
+
+def refilled(tree: Mapping[str, Any], values: Mapping[str, Any], recipe: Recipe | None = None, within: str = "") -> Any:
+    """The tree of one adapter, or of its parameters alone, with other values."""
+    out: dict[str, Any] = {}
+    for key, leaf in tree.items():
+        path = paths.join(within, str(key))
+        if key == CONFIG_NODE:
+            out[key] = recipe or leaf
+        elif isinstance(leaf, Mapping):
+            out[key] = refilled(leaf, values, recipe, path)
+        else:
+            out[key] = leaf.replace_boxed(values[path]) if isinstance(leaf, meta.AxisMetadata) else values[path]
+    made: Any = type(tree)
+    return made(out)
 
 
 # ---------------------------------------------------------------- collections in and out
@@ -124,7 +166,7 @@ def read_collection(tree: Mapping[str, Any], name: str) -> Adapter:
             " (and keymap=, if it was adapted with one) save takes it all the same, and extract gives it whole again:"
             f" variables | extract(variables, {name!r}, config=config).named({name!r})"
         )
-    adapter = Adapter(recipe.config, opened({k: v for k, v in tree.items() if k != CONFIG_NODE}), recipe.keymap)
+    adapter = Adapter(recipe.config, {k: v for k, v in tree.items() if k != CONFIG_NODE}, recipe.keymap)
     recipe.whole(len(adapter.sites), name)
     return adapter
 
@@ -138,11 +180,10 @@ def bare(tree: Mapping[str, Any], name: str, config: Config | None, keymap: Any)
         )
     collection = collection_name(config)
     values: dict[str, Any] = {}
-    tree = opened(tree)
     without_base = {k: v for k, v in tree.items() if k != "params"} if collection in tree else tree
     for path, leaf in paths.flatten(without_base).items():
         parts = [p for p in path.split(".") if p != CONFIG_NODE]
-        if not is_array(leaf) or is_moment(path):
+        if not is_array(opened(leaf)) or is_moment(path):
             continue
         if parts[-1] == "value":  # of an nnx.Variable, as Orbax restores a state without a target
             parts.pop()
@@ -152,7 +193,7 @@ def bare(tree: Mapping[str, Any], name: str, config: Config | None, keymap: Any)
                 break
     if not values:
         left = paths.flatten({k: v for k, v in tree.items() if k != CONFIG_NODE})
-        values = {path: leaf for path, leaf in left.items() if is_array(leaf)}  # the bare tree of one adapter
+        values = {path: leaf for path, leaf in left.items() if is_array(opened(leaf))}  # the bare tree of one adapter
         if not values or any(collection in p.split(".") for p in values):
             raise AttachError(f"there is no adapter {name!r} of type {config.peft_type} in this tree; check name=")
     bases = {path.rpartition(".")[0] for path in values}

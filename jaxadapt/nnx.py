@@ -138,6 +138,16 @@ def _misfits(bounds: Sequence[bind.Bound], owners: Mapping[str, Owner], collecti
     count = collections.Counter(id(owners[leaf][0]) for leaf in scaled)
     several = [leaf for leaf in scaled if count[id(m := owners[leaf][0])] > 1 and "bias" in vars(m)]
     problems += [f"{leaf}: its module has one bias for several adapted weights" for leaf in several]
+    problems += contradictions(bounds, owners)
+    for bound in bounds:
+        if collection in (held := vars(owners[bound.leaf][0])) and ACTIVE not in held:
+            problems.append(f"{bound.leaf}: its module has an attribute {collection!r} of its own")
+    return problems
+
+
+def contradictions(bounds: Sequence[bind.Bound], owners: Mapping[str, Owner]) -> list[str]:
+    """The sites of which a table says something else than their layer's class."""
+    problems: list[str] = []
     for bound in bounds:
         module, attr = owners[bound.leaf]
         try:
@@ -150,8 +160,6 @@ def _misfits(bounds: Sequence[bind.Bound], owners: Mapping[str, Owner], collecti
             # A table may order axes otherwise, or know that an output axis is a fused one; never which is an input.
             if set(axes.inn) != set(mine.inn):
                 problems.append(f"{bound.leaf}: {contradicted(mine, axes)}")
-        if collection in vars(module) and ACTIVE not in vars(module):
-            problems.append(f"{bound.leaf}: its module has an attribute {collection!r} of its own")
     return problems
 
 

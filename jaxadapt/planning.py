@@ -10,6 +10,7 @@ from typing import Any
 from jaxadapt import (
     bind,
     families,
+    layers,
     linen,
     linen_tree,
     methods,
@@ -23,6 +24,7 @@ from jaxadapt import (
     targets,
 )
 from jaxadapt.adapter import Recipe, is_array
+from jaxadapt.axes import contradicted, turned
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError, TargetError
 from jaxadapt.generic import GENERIC
@@ -102,6 +104,35 @@ def plan(
     bounds = selecting.select(config, table, base.shapes)
     replication.check_values(config, table, lambda: base.leaves)
     return Recipe(config, bind.tabled(table, bounds), len(bounds)), bounds
+
+
+def check_kernels(base: Base, bounds: Sequence[bind.Bound]) -> None:
+    """Raise `AttachError` where a table takes the outputs of a kernel for its inputs, before a file is held to it.
+
+    Among bare parameters no layer is at hand to tell, so the kernel is taken for one of Flax's, which are (in, out), as
+    everywhere without a table. A layer of another layout tells its own in the collection that `adapt` makes.
+    """
+    if base.walked is not None:
+        if problems := nnx.contradictions(bounds, base.walked.leaves):
+            raise AttachError("these layers cannot carry the adapter:\n" + paths.listing(problems))
+        return
+    told = _attached_table(base.target)
+    reverse: list[str] = []
+    for b in bounds:
+        weight, known = b.site.weight, None if told is None else told.site(b.leaf)
+        named = b.leaf.rpartition(".")[2] == "kernel" and weight.kind == "linear" and not weight.fan_in_fan_out
+        if not named or b.method.copies or b.axes.rank != 2 or (known is not None and known.axes == b.axes):
+            continue
+        shape = [size for axis, size in enumerate(base.shapes[b.leaf]) if axis not in b.site.stack]
+        if (own := turned(b.axes, [layers.DENSE], shape)) is not None:
+            reverse.append(f"{b.leaf}: {contradicted(b.axes, own)}")
+    if reverse:
+        raise AttachError(
+            "these weights cannot carry the adapter, if they are Flax's own layers':\n"
+            + paths.listing(reverse)
+            + "\nLayers of your own tell how they use theirs, where the adapted module makes the collection:"
+            + selecting.MADE
+        )
 
 
 def _on_model(

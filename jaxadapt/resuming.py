@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadapt import attach, dialects, foreign, nnx, paths
+from jaxadapt import attach, dialects, foreign, linen_tree, nnx, paths
 from jaxadapt.adapter import Adapter, Recipe
 from jaxadapt.errors import FormatError, MismatchError
 from jaxadapt.snapshot import (
@@ -162,7 +162,8 @@ def _filled_model(model: Any, others: Any, stored: Taken, values: Mapping[str, A
         recipe = Recipe.from_text(text)
         adapter = Adapter(recipe.config, paths.unflatten(flat), recipe.keymap)
         if isinstance(model, Adapter):
-            model = dataclasses.replace(adapter, keymap=model.keymap)
+            params = linen_tree.refilled(model.params, flat)
+            model = dataclasses.replace(adapter, params=params, keymap=model.keymap)
         else:
             model = attach.inject(adapter, model, name)
     if stored.guest:
@@ -176,7 +177,8 @@ def _filled_model(model: Any, others: Any, stored: Taken, values: Mapping[str, A
     elif isinstance(model, nnx.nnx.State):
         nnx.nnx.replace_by_pure_dict(model, nnx.nnx.to_pure_dict(others))
     elif isinstance(model, Mapping):
-        model = {**model, **others}
+        made: Any = type(model)
+        model = made({**model, **others})
     return model
 
 

@@ -83,11 +83,13 @@ def resolve(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], unsure:
     return config
 
 
+MADE = (
+    '\n  made = jaxadapt.adapt(module, config).init(key, x)["lora"]  # for load its shapes are enough: jax.eval_shape\n'
+    '  jaxadapt.load(path, {"params": params, "lora": made})'
+)
 _WAYS = (
     "\nLet the model's own computation tell, name the family with keymap=, give a KeyMap with a line for each, or leave"
-    " them out of target_modules. NNX: pass example=[inputs]. Linen: let the adapted module make the collection,\n"
-    '  made = jaxadapt.adapt(module, config).init(key, x)["lora"]  # for load its shapes are enough: jax.eval_shape\n'
-    '  jaxadapt.load(path, {"params": params, "lora": made})'
+    f" them out. NNX: pass example=[inputs]. Linen: let the adapted module make the collection,{MADE}"
 )
 
 
@@ -186,6 +188,18 @@ def _copies(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], adapted
         chosen = tuple(m for index, m in names.items() if parts is None or index[-1] in parts)
         copied = next(iter(found.values()))
         bounds.append(bind.at(config, copied, keymap, dataclasses.replace(site, parts=parts), sizes, chosen))
+    unknown = [
+        f"{b.leaf} {shapes[b.leaf]}"
+        for b in bounds
+        if (line := keymap.site(b.leaf)) is not None and len(line.weight.left) != len(shapes[b.leaf])
+    ]
+    if unknown:
+        raise KeyMapError(
+            f"modules_to_save names weights whose layout in PyTorch the table {keymap.name!r} does not know (its line"
+            " is for another number of axes; a convolution's kernel has more than a Linear's):\n"
+            + paths.listing(unknown)
+            + _WAYS
+        )
     twice = [b.leaf for b in bounds if b.leaf in own]
     if twice:
         raise TargetError(

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxadapt import attach, bind, eva, merging, nnx, observing, planning, products
+from jaxadapt import attach, bind, eva, linen_tree, merging, nnx, observing, planning, products
 from jaxadapt.adapter import Adapter, Recipe
 from jaxadapt.beginning import Beginning, Rows, kind_of, settings
 from jaxadapt.configs import LoraConfig
@@ -137,7 +137,7 @@ def start(
         merging.replaced(base, new)
         nnx.attach(base, adapter.recipe, begin.bounds, name, adapter.flat(), rngs)
         return Started(base, jax.tree.map(lambda x: jnp.array(x, copy=True), adapter))
-    return Started(merging.replaced(base, new) if new else base, adapter)
+    return Started(merging.replaced(base, new) if new else base, linen_tree.boxed(adapter, walked.held))
 
 
 def _leaves(tree: Any) -> dict[str, Any]:

@@ -285,11 +285,14 @@ def load(
     if dtype is None and present is not None and present == adapter.config:
         adapter = _as_wide(adapter, attach.extract(target, name))
     new = _residual(target, base, present, adapter, bounds, source)
-    if not isinstance(target, nnx.nnx.Module):
-        bare = target if present is None else attach.delete(target, name)
-        bare = {**bare, "params": merging.replaced(bare["params"], new)} if new else bare
-        return attach.with_adapter(bare, adapter, name)
     same = present is not None and present == adapter.config and Recipe(present).origin == adapter.recipe.origin
+    if not isinstance(target, nnx.nnx.Module):
+        into: Any = target
+        if new:
+            into = linen_tree.with_entry(into, "params", merging.replaced(into["params"], new))
+        if present == adapter.config and attach.extract(into, name).shapes == adapter.shapes:
+            return linen_tree.with_values(into, name, adapter.flat(), None if same else adapter.recipe)
+        return attach.with_adapter(into if present is None else attach.delete(into, name), adapter, name)
     if same and rngs is None:
         nnx.inject(adapter, target, name)
         nnx.activate(target, (name,))
@@ -357,6 +360,7 @@ def _from_orbax(
     base = planning.of_target(target)
     table = planning.table_of(base, keymap, keys)
     recipe, bounds = planning.plan(base, found.adapter.config, table, stack_axes, example)
+    planning.check_kernels(base, bounds)
     theirs, mine = ({e.path: (e.shape, e.keys) for b in bs for e in b.entries} for bs in (bounds, ours))
     if theirs != mine:  # laid out otherwise (scanned, fused, another table or vocabulary): by way of PEFT's names
         return exchange.decoded(orbax_folder.tensors(orbax_folder.read(path, found), path), base, *options)

@@ -151,7 +151,8 @@ class Lora(Method):
             what = f"init_lora_weights={init!r}" if config.kasa_config is None else "kasa_config"
             raise ConfigError(
                 f"{what} begins from more than random numbers (the base weights, data, gradients):"
-                " jaxadapt.start(config, base, …) takes what it needs, and says which base comes of it"
+                " jaxadapt.start(config, base, …) takes what it needs, and says which base comes of it. jax.eval_shape"
+                " gives the shapes, and jaxadapt.load needs no more"
             )
         if init is not False and tensor.name in ("lora_B", "lora_B_bias", "lora_embedding_A"):
             return Draw("constant", 0.0)
