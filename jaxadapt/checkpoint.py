@@ -18,7 +18,7 @@ import numbers
 import os
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -36,6 +36,7 @@ from jaxadapt import (
 from jaxadapt.adapter import Adapter, Recipe
 from jaxadapt.background import Background
 from jaxadapt.codecs import places
+from jaxadapt.codecs.places import Place
 from jaxadapt.errors import AdapterError, AttachError, ConfigError, FileError
 from jaxadapt.progress import LOGGER, Progress, reporting
 from jaxadapt.resuming import Restored
@@ -43,8 +44,18 @@ from jaxadapt.run_folder import RunFolder
 from jaxadapt.snapshot import Taken
 
 
+class _Handed(NamedTuple):
+    """What `save` was given last."""
+
+    step: int
+    metrics: dict[str, float]
+
+
 class CheckpointManager(RunFolder):
     """The checkpoints of one training run, in one folder.
+
+    A step counts in `steps`, `latest`, `best` and `metrics` as soon as `save` has returned, and those that `keep=`
+    deletes no longer do. If the write fails, the step is gone again, and the next call raises the error.
 
     Args:
         folder: made at the first save. One job at a time writes to it.
@@ -149,7 +160,8 @@ class CheckpointManager(RunFolder):
         step_files.make(self.folder)
         finish = self._begin(number, taken, measured, several)
         self._last = number
-        self._saving.start(f"save step {number}", finish, early=isinstance(self.folder, places.Address))
+        address = isinstance(self.folder, places.Address)
+        self._saving.start(f"save step {number}", finish, early=address, what=_Handed(number, measured))
         if not self.asynchronous:
             self.wait()
 
@@ -185,12 +197,42 @@ class CheckpointManager(RunFolder):
         if self.keep is None:
             return
         found = run_folder.steps(self.folder)
-        kept = set(list(found)[-self.keep :])
-        kept |= set(self._ranked()[: self.keep_best]) if self.keep_best else set()
-        kept |= {s for s in found if self.keep_every and s % self.keep_every == 0}
+        kept = self._kept(found)
         for step, path in found.items():
             if step not in kept:
                 step_files.remove(path)
+
+    def _kept(self, found: Mapping[int, Place]) -> dict[int, Place]:
+        """Those of these steps that stay when the save is over."""
+        if self.keep is None:
+            return dict(found)
+        kept = set(list(found)[-self.keep :])
+        kept |= set(self._ranked(found)[: self.keep_best]) if self.keep_best else set()
+        kept |= {s for s in found if self.keep_every and s % self.keep_every == 0}
+        return {step: path for step, path in found.items() if step in kept}
+
+    # ------------------------------------------------------------ which steps there are
+
+    def _found(self) -> dict[int, Place]:
+        """The steps on the disk; while a save is under way, as they are when it is over.
+
+        With several processes also after it: what a network's file system shows the others may be a minute old.
+        """
+        handed: _Handed | None = self._saving.what  # before the listing: a save that ends in between is in that
+        under_way = self._saving.running
+        found = run_folder.steps(self.folder)
+        if handed is None or not (under_way or _several(None)):
+            return found
+        path = run_folder.place(self.folder, handed.step)
+        if handed.step not in found and not under_way and not path.exists():
+            return found
+        return self._kept(dict(sorted({**found, handed.step: path}.items())))
+
+    def _metrics_of(self, step: int, path: Place) -> dict[str, float]:
+        handed: _Handed | None = self._saving.what
+        if handed is not None and handed.step == step and self._saving.running:
+            return handed.metrics
+        return super()._metrics_of(step, path)
 
     # ------------------------------------------------------------ waiting and leaving
 
@@ -288,6 +330,7 @@ class CheckpointManager(RunFolder):
         """Deletes every step after `step`, the last first, so that training can go on from there."""
         self.wait()
         self._by_first("rollback", functools.partial(self._rollback, step))
+        self._saving.what = None
 
     def _rollback(self, step: int) -> None:
         self._path(run_folder.step_number(step))

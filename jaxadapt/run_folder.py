@@ -10,6 +10,7 @@ import math
 import operator
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from jaxadapt.codecs import places, safetensors
@@ -46,7 +47,7 @@ class RunFolder:
     @property
     def steps(self) -> list[int]:
         """The steps that can be restored, ascending."""
-        return list(steps(self.folder))
+        return list(self._found())
 
     @property
     def latest(self) -> int | None:
@@ -61,30 +62,43 @@ class RunFolder:
         """
         if self.minimize is None and self.maximize is None:
             raise ConfigError("which step is best? Give minimize= or maximize=, the name of a metric")
-        return next(iter(self._ranked()), None)
+        return next(iter(self._ranked(self._found())), None)
 
     def metrics(self, step: int) -> dict[str, float]:
         """The metrics saved with a step. Raises `FileError` if there is no such step."""
-        return dict(self._metrics_of(self._path(step_number(step))))
+        number = step_number(step)
+        return dict(self._metrics_of(number, self._path(number)))
 
-    def _metrics_of(self, path: Place) -> dict[str, float]:
-        key = (path, places.version(path))
+    def _found(self) -> dict[int, Place]:
+        """The steps that count, ascending."""
+        return steps(self.folder)
+
+    def _metrics_of(self, step: int, path: Place) -> dict[str, float]:
+        try:
+            key = (path, places.version(path))
+        except OSError as error:
+            raise file_error("read", str(path), error) from error
         if key not in self._metrics:
             self._metrics[key] = document(path, safetensors.read_header(path))["metrics"]
         return self._metrics[key]
 
-    def _ranked(self) -> list[int]:
-        """The steps that have the metric, best first."""
+    def _ranked(self, found: Mapping[int, Place]) -> list[int]:
+        """Those of these steps that have the metric, best first."""
         name, sign = (self.minimize, 1) if self.minimize is not None else (self.maximize, -1)
         values: dict[int, float] = {}
-        for step, path in steps(self.folder).items():
-            value = self._metrics_of(path).get(str(name), math.nan)
+        for step, path in found.items():
+            try:
+                value = self._metrics_of(step, path).get(str(name), math.nan)
+            except FileError:
+                if path.exists():
+                    raise
+                continue  # deleted since it was listed: a save prunes in another thread
             if not math.isnan(value):
                 values[step] = sign * value
         return sorted(values, key=lambda step: (values[step], -step))
 
     def _path(self, step: int) -> Place:
-        found = steps(self.folder)
+        found = self._found()
         if step in found:
             return found[step]
         # On a network's file system the listing may be a minute old, which other processes have filled since.
