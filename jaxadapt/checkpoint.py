@@ -40,7 +40,7 @@ from jaxadapt.codecs.places import Place
 from jaxadapt.errors import AdapterError, AttachError, ConfigError, FileError
 from jaxadapt.progress import LOGGER, Progress, reporting
 from jaxadapt.resuming import Restored
-from jaxadapt.run_folder import RunFolder
+from jaxadapt.run_folder import RunFolder, Said
 from jaxadapt.snapshot import Taken
 
 
@@ -48,7 +48,7 @@ class _Handed(NamedTuple):
     """What `save` was given last."""
 
     step: int
-    metrics: dict[str, float]
+    said: Said
 
 
 class CheckpointManager(RunFolder):
@@ -62,7 +62,7 @@ class CheckpointManager(RunFolder):
         keep: how many of the last steps stay; None: all.
         keep_best: how many of the best stay besides.
         keep_every: steps that are a multiple of it stay besides.
-        minimize, maximize: the metric that says which is best; one of the two.
+        minimize, maximize: the metric that says which is best; one of the two. The steps say it for later readers.
         asynchronous: `save` returns when the values are off the device, and the next save waits for it.
         timeout: with several processes, how long one waits for the answer of another, in seconds. All must see the
             folder, and all call `save`, `restore`, `rollback` and `export`.
@@ -152,16 +152,16 @@ class CheckpointManager(RunFolder):
         met, `AttachError` for what cannot be saved, `FileError` if later steps are there (see `rollback`).
         """
         self.wait()
-        number, measured = run_folder.step_number(step), _measured(metrics)
+        number, said = run_folder.step_number(step), Said(_measured(metrics), self._own_objective)
         taken = snapshot.take(model, {"opt_state": opt_state, "rng": rng, "data": data})
         several = _several(taken)
         if self._last is None or number < self._last:
             self._by_first("save", functools.partial(self._look, number))
         step_files.make(self.folder)
-        finish = self._begin(number, taken, measured, several)
+        finish = self._begin(number, taken, said, several)
         self._last = number
         address = isinstance(self.folder, places.Address)
-        self._saving.start(f"save step {number}", finish, early=address, what=_Handed(number, measured))
+        self._saving.start(f"save step {number}", finish, early=address, what=_Handed(number, said))
         if not self.asynchronous:
             self.wait()
 
@@ -175,14 +175,14 @@ class CheckpointManager(RunFolder):
             )
         step_files.sweep(self.folder)
 
-    def _begin(self, step: int, taken: Taken, metrics: dict[str, float], several: bool) -> Callable[[], None]:
+    def _begin(self, step: int, taken: Taken, said: Said, several: bool) -> Callable[[], None]:
         """Takes the values off the device; what is left to do is returned."""
         path = run_folder.place(self.folder, step)
         if not several:
             values = step_files.on_host(taken.arrays)
-            write = functools.partial(step_files.write, path, taken, metrics, values)
+            write = functools.partial(step_files.write, path, taken, said, values)
         else:
-            write = step_files.prepare_together(path, taken, metrics, self.timeout)
+            write = step_files.prepare_together(path, taken, said, self.timeout)
 
         def finish() -> None:
             with reporting(self.progress) as report:
@@ -228,11 +228,11 @@ class CheckpointManager(RunFolder):
             return found
         return self._kept(dict(sorted({**found, handed.step: path}.items())))
 
-    def _metrics_of(self, step: int, path: Place) -> dict[str, float]:
+    def _said_of(self, step: int, path: Place) -> Said:
         handed: _Handed | None = self._saving.what
         if handed is not None and handed.step == step and self._saving.running:
-            return handed.metrics
-        return super()._metrics_of(step, path)
+            return handed.said
+        return super()._said_of(step, path)
 
     # ------------------------------------------------------------ waiting and leaving
 
@@ -260,7 +260,14 @@ class CheckpointManager(RunFolder):
     # ------------------------------------------------------------ back
 
     def restore(
-        self, like: Any, step: int | None = None, *, opt_state: Any = None, rng: Any = None, data: Any = None
+        self,
+        like: Any,
+        step: int | None = None,
+        *,
+        model_only: bool = False,
+        opt_state: Any = None,
+        rng: Any = None,
+        data: Any = None,
     ) -> Restored:
         """Puts a step back: training goes on as if it had never stopped, bit for bit.
 
@@ -268,17 +275,23 @@ class CheckpointManager(RunFolder):
             like: what was given to `save`, freshly made: NNX models are filled in place, Linen variables and
                 `Adapter`s returned anew. Its arrays say on which devices the values go; abstract ones do.
             step: the latest by default.
+            model_only: read nothing else, to evaluate a step, say. `opt_state`, `rng` and `data` stay as they are.
             opt_state, rng, data: examples to fill, likewise; not needed where dicts, lists and tuples were saved.
 
-        Raises `FileError` if there is no such step, `MismatchError` naming everything that does not fit; nothing is
-        changed then.
+        Raises `FileError` if there is no such step, `MismatchError` naming everything that does not fit, `ConfigError`
+        for a part that is to be filled with `model_only=True`; nothing is changed then.
         """
+        parts = {"opt_state": opt_state, "rng": rng, "data": data}
+        given = [f"{part}=" for part, example in parts.items() if example is not None]
+        if model_only and given:
+            raise ConfigError(f"model_only=True reads nothing into {', '.join(given)}: leave one of the two out")
         self.wait()
         found = self._by_first("restore", lambda: self.latest) if step is None else run_folder.step_number(step)
         if found is None:
             raise FileError(f"{self.folder}: there is no checkpoint to restore")
         stored = step_reading.stored(self._path(found))
-        parts = {"opt_state": opt_state, "rng": rng, "data": data}
+        if model_only:
+            stored = step_reading.model_alone(stored)
         with reporting(self.progress) as report:
             read = functools.partial(step_reading.read, stored, report=report)
             filled = resuming.fill(like, parts, stored.taken, stored.specs, read, str(stored.path))

@@ -1,19 +1,26 @@
-"""Which steps a CheckpointManager has while a save is under way, when it fails, and after a rollback."""
+"""Which steps a CheckpointManager has while a save is under way, when it fails, and later; a model without the rest."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+import ml_dtypes
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 import jaxadapt
-from jaxadapt import step_files
+from jaxadapt import run_folder, step_files
 from tests import small
+from tests.small import same
 
 LOSSES = {1: 3.0, 2: 2.0, 3: 1.0}
 
@@ -193,3 +200,92 @@ def test_what_the_checkpoint_holds_and_the_target_lacks_is_named(tmp_path: Path)
     for name in ("opt_state/nu", "opt_state/count"):
         assert f"{name}: in the checkpoint, not in the target" in str(caught.value)
     assert "opt_state/mu" not in str(caught.value)
+
+
+# ---------------------------------------------------------------- a model without its optimizer
+
+
+PARTS: dict[str, Any] = {
+    "opt_state": {"mu": np.ones(1000, "f4"), "key": jax.random.key(3), "fp8": np.ones(3, ml_dtypes.float8_e4m3b11fnuz)},
+    "rng": jax.random.key(1),
+    "data": {"position": np.arange(3), "seen": 7},
+}
+
+
+def test_a_model_is_restored_without_its_optimizer(tmp_path: Path) -> None:
+    told: list[tuple[str, int, int]] = []
+    manager = jaxadapt.CheckpointManager(tmp_path, progress=lambda *at: told.append(at))
+    optimizer = optax.adam(1e-3).init(small.adapter().params)
+    manager.save(1, small.trained(seed=3), opt_state=optimizer, rng=PARTS["rng"], data=PARTS["data"])
+    manager.save(2, small.trained(seed=4), **PARTS, metrics={"loss": 2.0})
+    model = small.trained(seed=5)
+    for step, seed in ((1, 3), (2, 4)):
+        with pytest.raises(jaxadapt.MismatchError, match="model_only=True") if step == 1 else contextlib.nullcontext():
+            manager.restore(small.trained(seed=9), step)  # what is no plain tree needs an example
+        told.clear()
+        back = manager.restore(model, step, model_only=True)
+        want = small.adapter(seed=seed).params
+        assert same(jaxadapt.extract(model).params, want)
+        assert (back.model, back.opt_state, back.rng, back.data) == (model, None, None, None)
+        assert told[-1] == ("load", *[sum(x.nbytes for x in jax.tree.leaves(want))] * 2)  # nothing else is read
+    assert back.metrics == {"loss": 2.0}
+    # What else a model has is still checked, and still put back.
+    with pytest.raises(jaxadapt.MismatchError, match="the adapter 'default' has another configuration"):
+        manager.restore(small.trained(small.IA3), 1, model_only=True)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_to_be_filled_with_the_model_only_is_a_contradiction(part: str, tmp_path: Path) -> None:
+    manager = jaxadapt.CheckpointManager(tmp_path)
+    manager.save(1, small.host_adapter(), **PARTS)
+    with pytest.raises(jaxadapt.ConfigError, match=rf"model_only=True reads nothing into {part}=: leave one"):
+        manager.restore(small.host_adapter(), model_only=True, **{part: PARTS[part]})
+
+
+def test_the_model_s_other_state_comes_back_alone_too(tmp_path: Path) -> None:
+    variables = small.variables(seed=3) | {"batch_stats": {"bn": {"mean": np.arange(3.0)}}}
+    with jaxadapt.CheckpointManager(tmp_path) as manager:
+        manager.save(0, variables, **PARTS)
+        empty = small.variables(seed=5) | {"batch_stats": {"bn": {"mean": np.zeros(3)}}}
+        back = manager.restore(empty, model_only=True).model
+    assert back["batch_stats"]["bn"]["mean"].tolist() == [0, 1, 2]
+    assert same(jaxadapt.extract(back).params, small.adapter(seed=3).params)
+
+
+# ---------------------------------------------------------------- which step a run calls the best
+
+
+@pytest.mark.parametrize("mode", ["minimize", "maximize"])
+def test_a_run_knows_later_which_step_is_its_best(mode: str, tmp_path: Path) -> None:
+    with jaxadapt.CheckpointManager(tmp_path, **{mode: "loss"}) as manager:
+        for step, loss in LOSSES.items():
+            manager.save(step, small.host_adapter(), metrics={"loss": loss, "seen": -loss})
+    again, best = jaxadapt.CheckpointManager(tmp_path), {"minimize": 3, "maximize": 1}[mode]
+    assert (again.objective, again.best) == ({mode: "loss"}, best)
+    again.save(4, small.host_adapter(), metrics={"loss": 2.5})  # of a manager that says nothing of it
+    assert (again.objective, again.best) == ({mode: "loss"}, best)
+    again.wait()
+    assert (again.objective, again.best) == ({mode: "loss"}, best)
+    other = jaxadapt.CheckpointManager(tmp_path, **{mode: "seen"})  # what is given counts
+    assert (other.objective, other.best) == ({mode: "seen"}, {"minimize": 1, "maximize": 3}[mode])
+
+
+def test_a_run_that_never_said_it_has_no_best(tmp_path: Path) -> None:
+    with jaxadapt.CheckpointManager(tmp_path) as manager:
+        manager.save(1, small.host_adapter(), metrics={"loss": 1.0})
+        assert manager.objective == {}
+        with pytest.raises(jaxadapt.ConfigError, match="minimize= or maximize="):
+            _ = manager.best
+
+
+@pytest.mark.parametrize("objective", ['"loss"', "[]", '{"minimise": "loss"}', '{"minimize": "a", "maximize": "b"}'])
+def test_a_damaged_objective_names_the_file(objective: str, tmp_path: Path) -> None:
+    with jaxadapt.CheckpointManager(tmp_path, minimize="loss") as manager:
+        manager.save(1, small.host_adapter())
+    (file,) = tmp_path.iterdir()
+    with safe_open(file, "numpy") as held:
+        metadata = held.metadata()
+    metadata[run_folder.META] = metadata[run_folder.META].replace('{"minimize": "loss"}', objective)
+    save_file(load_file(file), file, metadata)
+    with pytest.raises(jaxadapt.FormatError, match="step-000000001.*damaged"):
+        _ = jaxadapt.CheckpointManager(tmp_path).best
