@@ -1,6 +1,6 @@
 """Durable save and load of adapter-like tensors, against raw writes and reads of the same bytes.
 
-    python benchmarks/codec.py [MB ...]
+    python -m benchmarks.codec [MB ...]
 
 450 bfloat16 tensors; every second one is a transposed view, as a Flax kernel is in PyTorch's layout. All ways
 are interleaved and medians are printed, with the ratio to the raw way: (x).
@@ -8,9 +8,9 @@ are interleaved and medians are printed, with the ratio to the raw way: (x).
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 import safetensors.flax
 
+from benchmarks.measure import parsed
 from jaxadapt.codecs import safetensors as codec
 
 COUNT = 450
@@ -105,8 +106,11 @@ def run(megabytes: int, rounds: int, folder: Path) -> None:
 
 
 def main() -> None:
+    options = argparse.ArgumentParser(description="the safetensors codec beside raw IO")
+    options.add_argument("sizes", type=int, nargs="*", default=[50, 500], help="megabytes")
+    given = parsed(options, sizes=[1])
     with tempfile.TemporaryDirectory(dir=os.environ.get("JAXADAPT_BENCH_DIR")) as folder:
-        for megabytes in [int(word) for word in sys.argv[1:]] or [50, 500]:
+        for megabytes in given.sizes:
             run(megabytes, 15 if megabytes <= 100 else 7, Path(folder))
 
 

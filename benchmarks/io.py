@@ -33,7 +33,7 @@ import safetensors.numpy
 from flax import linen, nnx  # noqa: F401  (whoever has a model has them)
 
 import jaxadapt
-from benchmarks.measure import Way, apart, environment, ratio, serve, table
+from benchmarks.measure import Way, apart, environment, installed, judge, parsed, ratio, serve, table
 
 LAYERS, HIDDEN, INNER = 32, 4096, 11008
 PROJECTIONS = {
@@ -337,7 +337,7 @@ def main() -> None:
     options.add_argument("--with-peft", action="store_true")
     options.add_argument("--memory", nargs=3, help=argparse.SUPPRESS)
     options.add_argument("--way", nargs=4, help=argparse.SUPPRESS)
-    given = options.parse_args()
+    given = parsed(options, sizes=[1], repeats=1, with_peft=installed("peft"))
     warnings.simplefilter("ignore")
     if given.memory:
         way, megabytes, where = given.memory
@@ -351,9 +351,7 @@ def main() -> None:
     for megabytes in given.sizes:
         with tempfile.TemporaryDirectory(dir=given.dir) as folder:
             missed += run(megabytes, given.repeats, Path(folder), given.with_peft)
-    if missed:
-        raise SystemExit("\nmissed: " + "; ".join(missed))
-    return None
+    return judge(missed, given)
 
 
 if __name__ == "__main__":

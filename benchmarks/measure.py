@@ -1,10 +1,12 @@
-"""What the benchmarks share: interleaved timings, in one process or several, versions, tables in Markdown."""
+"""What the benchmarks share: arguments, interleaved timings, in one process or several, versions, Markdown tables."""
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import gc
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -15,6 +17,25 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+
+def parsed(options: argparse.ArgumentParser, **smallest: Any) -> argparse.Namespace:
+    """The arguments of a benchmark; with `--smoke` these instead of what was given."""
+    options.add_argument("--smoke", action="store_true", help="only see that it runs: smallest sizes, no target judged")
+    given = options.parse_args()
+    if given.smoke:
+        vars(given).update(smallest)
+    return given
+
+
+def judge(missed: Sequence[str], given: argparse.Namespace) -> None:
+    """Leave with exit status 1 if a target is missed."""
+    if missed and not given.smoke:
+        raise SystemExit("\nmissed:\n" + "\n".join(missed))
+
+
+def installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 import jaxadapt
-from benchmarks.measure import table
+from benchmarks.measure import parsed, table
 from jaxadapt import boxes, together
 
 LAYERS, HIDDEN, KEYS, INNER = 80, 8192, 1024, 28672
@@ -106,7 +106,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     for name, default in (("hosts", 1024), ("chips", 4), ("tp", 8), ("rank", 16)):
         options.add_argument(f"--{name}", type=int, default=default)
-    given = options.parse_args()
+    given = parsed(options, hosts=4)
     rows: list[list[object]] = []
     for what, width, copies in (("the adapter, bfloat16", 2, 1), ("the adapter and Adam's moments, float32", 4, 3)):
         one = cost(given.hosts, given.chips, given.tp, given.rank, width, copies)

@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import Way, apart, environment, interleave, ratio, serve, table
+from benchmarks.measure import Way, apart, environment, interleave, judge, parsed, ratio, serve, table
 
 SAVE, MEMORY, LOAD, STALL, STATE = 1.2, 1.1, 1.2, 0.1, 2.0  # the targets
 SHAPES = {"8 devices": (1, 8), "2 processes of 4 devices": (2, 4)}
@@ -421,14 +421,12 @@ def main() -> None:
     options.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     options.add_argument("--dir", help="where to write; a temporary folder by default")
     options.add_argument("--worker", nargs=8, help=argparse.SUPPRESS)
-    given = options.parse_args()
+    given = parsed(options, sizes=[1], repeats=1, shapes=["8 devices"])
     if given.worker:
         return worker(given.worker)
     print(environment("jax", "flax", "optax", "orbax-checkpoint", "safetensors", "numpy"))
     missed = [m for size in given.sizes for name in given.shapes for m in run(name, size, given.repeats, given.dir)]
-    if missed:
-        raise SystemExit("\nmissed: " + "; ".join(missed))
-    return None
+    return judge(missed, given)
 
 
 if __name__ == "__main__":

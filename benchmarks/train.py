@@ -27,7 +27,7 @@ from flax import nnx
 
 import jaxadapt
 from benchmarks import byhand
-from benchmarks.measure import environment, ratio, table
+from benchmarks.measure import environment, installed, judge, parsed, ratio, table
 from jaxadapt.demo import llama_linen, llama_nnx
 from jaxadapt.demo.llama import PROJECTIONS, LlamaConfig, hf_shapes
 from jaxadapt.demo.training import next_token_loss
@@ -36,9 +36,9 @@ BATCH, LENGTH, R, ALPHA = 4, 64, byhand.R, byhand.ALPHA
 Weights = Mapping[str, np.ndarray]
 
 
-def smollm2(layers: int) -> LlamaConfig:
+def smollm2(layers: int, vocab: int) -> LlamaConfig:
     return LlamaConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_layers=layers, num_heads=9, num_kv_heads=3,
+        vocab_size=vocab, hidden_size=576, intermediate_size=1536, num_layers=layers, num_heads=9, num_kv_heads=3,
         head_dim=64, rope_theta=100000.0,
     )  # fmt: skip
 
@@ -352,14 +352,16 @@ def misses(way: Way, hand: Way, least: float) -> list[str]:
 def main() -> None:
     options = argparse.ArgumentParser(description="one training step beside LoRA written by hand")
     options.add_argument("--layers", type=int, default=30)
+    options.add_argument("--vocab", type=int, default=49152)
     options.add_argument("--steps", type=int, default=30)
     options.add_argument("--repeats", type=int, default=3, help="of tracing and compiling")
     options.add_argument("--with-qwix", action="store_true")
     options.add_argument("--with-torch", action="store_true")
-    given = options.parse_args()
+    more = {"with_qwix": installed("qwix"), "with_torch": installed("peft")}
+    given = parsed(options, layers=1, vocab=64, steps=1, repeats=1, **more)
     warnings.simplefilter("ignore")
     print(environment("jax", "jaxlib", "flax", "optax", "qwix", "peft", "torch"))
-    config = smollm2(given.layers)
+    config = smollm2(given.layers, given.vocab)
     ids = np.random.default_rng(1).integers(0, config.vocab_size, (BATCH, LENGTH)).astype(np.int32)
     found = ways(config, jnp.asarray(ids), given.with_qwix)
     measure_compiling(found, given.repeats)
@@ -370,8 +372,7 @@ def main() -> None:
         row = ["PEFT", f"{flops / 1e9:.2f}", f"{statistics.median(seconds) * 1e3:.0f}", f"{attached:.2f}"]
         head = ["", "GFLOP (products)", "step ms", "attach s"]
         print(table("**PEFT in torch, eager, not interleaved**", head, [row]))
-    if missed:
-        raise SystemExit("\nmissed:\n" + "\n".join(missed))
+    judge(missed, given)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 
 class Background:
@@ -20,10 +21,15 @@ class Background:
 
     def __init__(self) -> None:
         self.thread: threading.Thread | None = None
+        self.what: Any = None  # what the last work was about; None if it failed
         self._error: BaseException | None = None
         self._early = False
 
-    def start(self, name: str, work: Callable[[], None], early: bool) -> None:
+    @property
+    def running(self) -> bool:
+        return self.thread is not None and self.thread.is_alive()
+
+    def start(self, name: str, work: Callable[[], None], early: bool, what: Any = None) -> None:
         """Begins, when what was begun before is over.
 
         `early`: it needs executors, which take no more work once the main thread has ended. (Orbax's saves run on some,
@@ -43,7 +49,7 @@ class Background:
         thread = threading.Thread(target=self._run, args=(begin, work), name=name, daemon=False)
         try:
             thread.start()
-            self.thread = thread
+            self.thread, self.what = thread, what
         finally:
             begin.set()  # not before: the two would share the interpreter, and the loop stand still for longer
 
@@ -52,7 +58,7 @@ class Background:
         try:
             work()
         except BaseException as error:  # whatever it is: it is raised at the next call
-            self._error = error
+            self.what, self._error = None, error
 
     def wait(self) -> None:
         """Waits until the work is done. Raises what went wrong, once."""

@@ -18,7 +18,7 @@ import numbers
 import os
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -36,22 +36,33 @@ from jaxadapt import (
 from jaxadapt.adapter import Adapter, Recipe
 from jaxadapt.background import Background
 from jaxadapt.codecs import places
+from jaxadapt.codecs.places import Place
 from jaxadapt.errors import AdapterError, AttachError, ConfigError, FileError
 from jaxadapt.progress import LOGGER, Progress, reporting
 from jaxadapt.resuming import Restored
-from jaxadapt.run_folder import RunFolder
+from jaxadapt.run_folder import RunFolder, Said
 from jaxadapt.snapshot import Taken
+
+
+class _Handed(NamedTuple):
+    """What `save` was given last."""
+
+    step: int
+    said: Said
 
 
 class CheckpointManager(RunFolder):
     """The checkpoints of one training run, in one folder.
+
+    A step counts in `steps`, `latest`, `best` and `metrics` as soon as `save` has returned, and those that `keep=`
+    deletes no longer do. If the write fails, the step is gone again, and the next call raises the error.
 
     Args:
         folder: made at the first save. One job at a time writes to it.
         keep: how many of the last steps stay; None: all.
         keep_best: how many of the best stay besides.
         keep_every: steps that are a multiple of it stay besides.
-        minimize, maximize: the metric that says which is best; one of the two.
+        minimize, maximize: the metric that says which is best; one of the two. The steps say it for later readers.
         asynchronous: `save` returns when the values are off the device, and the next save waits for it.
         timeout: with several processes, how long one waits for the answer of another, in seconds. All must see the
             folder, and all call `save`, `restore`, `rollback` and `export`.
@@ -141,15 +152,16 @@ class CheckpointManager(RunFolder):
         met, `AttachError` for what cannot be saved, `FileError` if later steps are there (see `rollback`).
         """
         self.wait()
-        number, measured = run_folder.step_number(step), _measured(metrics)
+        number, said = run_folder.step_number(step), Said(_measured(metrics), self._own_objective)
         taken = snapshot.take(model, {"opt_state": opt_state, "rng": rng, "data": data})
         several = _several(taken)
         if self._last is None or number < self._last:
             self._by_first("save", functools.partial(self._look, number))
         step_files.make(self.folder)
-        finish = self._begin(number, taken, measured, several)
+        finish = self._begin(number, taken, said, several)
         self._last = number
-        self._saving.start(f"save step {number}", finish, early=isinstance(self.folder, places.Address))
+        address = isinstance(self.folder, places.Address)
+        self._saving.start(f"save step {number}", finish, early=address, what=_Handed(number, said))
         if not self.asynchronous:
             self.wait()
 
@@ -163,14 +175,14 @@ class CheckpointManager(RunFolder):
             )
         step_files.sweep(self.folder)
 
-    def _begin(self, step: int, taken: Taken, metrics: dict[str, float], several: bool) -> Callable[[], None]:
+    def _begin(self, step: int, taken: Taken, said: Said, several: bool) -> Callable[[], None]:
         """Takes the values off the device; what is left to do is returned."""
         path = run_folder.place(self.folder, step)
         if not several:
             values = step_files.on_host(taken.arrays)
-            write = functools.partial(step_files.write, path, taken, metrics, values)
+            write = functools.partial(step_files.write, path, taken, said, values)
         else:
-            write = step_files.prepare_together(path, taken, metrics, self.timeout)
+            write = step_files.prepare_together(path, taken, said, self.timeout)
 
         def finish() -> None:
             with reporting(self.progress) as report:
@@ -185,12 +197,42 @@ class CheckpointManager(RunFolder):
         if self.keep is None:
             return
         found = run_folder.steps(self.folder)
-        kept = set(list(found)[-self.keep :])
-        kept |= set(self._ranked()[: self.keep_best]) if self.keep_best else set()
-        kept |= {s for s in found if self.keep_every and s % self.keep_every == 0}
+        kept = self._kept(found)
         for step, path in found.items():
             if step not in kept:
                 step_files.remove(path)
+
+    def _kept(self, found: Mapping[int, Place]) -> dict[int, Place]:
+        """Those of these steps that stay when the save is over."""
+        if self.keep is None:
+            return dict(found)
+        kept = set(list(found)[-self.keep :])
+        kept |= set(self._ranked(found)[: self.keep_best]) if self.keep_best else set()
+        kept |= {s for s in found if self.keep_every and s % self.keep_every == 0}
+        return {step: path for step, path in found.items() if step in kept}
+
+    # ------------------------------------------------------------ which steps there are
+
+    def _found(self) -> dict[int, Place]:
+        """The steps on the disk; while a save is under way, as they are when it is over.
+
+        With several processes also after it: what a network's file system shows the others may be a minute old.
+        """
+        handed: _Handed | None = self._saving.what  # before the listing: a save that ends in between is in that
+        under_way = self._saving.running
+        found = run_folder.steps(self.folder)
+        if handed is None or not (under_way or _several(None)):
+            return found
+        path = run_folder.place(self.folder, handed.step)
+        if handed.step not in found and not under_way and not path.exists():
+            return found
+        return self._kept(dict(sorted({**found, handed.step: path}.items())))
+
+    def _said_of(self, step: int, path: Place) -> Said:
+        handed: _Handed | None = self._saving.what
+        if handed is not None and handed.step == step and self._saving.running:
+            return handed.said
+        return super()._said_of(step, path)
 
     # ------------------------------------------------------------ waiting and leaving
 
@@ -218,7 +260,14 @@ class CheckpointManager(RunFolder):
     # ------------------------------------------------------------ back
 
     def restore(
-        self, like: Any, step: int | None = None, *, opt_state: Any = None, rng: Any = None, data: Any = None
+        self,
+        like: Any,
+        step: int | None = None,
+        *,
+        model_only: bool = False,
+        opt_state: Any = None,
+        rng: Any = None,
+        data: Any = None,
     ) -> Restored:
         """Puts a step back: training goes on as if it had never stopped, bit for bit.
 
@@ -226,17 +275,23 @@ class CheckpointManager(RunFolder):
             like: what was given to `save`, freshly made: NNX models are filled in place, Linen variables and
                 `Adapter`s returned anew. Its arrays say on which devices the values go; abstract ones do.
             step: the latest by default.
+            model_only: read nothing else, to evaluate a step, say. `opt_state`, `rng` and `data` stay as they are.
             opt_state, rng, data: examples to fill, likewise; not needed where dicts, lists and tuples were saved.
 
-        Raises `FileError` if there is no such step, `MismatchError` naming everything that does not fit; nothing is
-        changed then.
+        Raises `FileError` if there is no such step, `MismatchError` naming everything that does not fit, `ConfigError`
+        for a part that is to be filled with `model_only=True`; nothing is changed then.
         """
+        parts = {"opt_state": opt_state, "rng": rng, "data": data}
+        given = [f"{part}=" for part, example in parts.items() if example is not None]
+        if model_only and given:
+            raise ConfigError(f"model_only=True reads nothing into {', '.join(given)}: leave one of the two out")
         self.wait()
         found = self._by_first("restore", lambda: self.latest) if step is None else run_folder.step_number(step)
         if found is None:
             raise FileError(f"{self.folder}: there is no checkpoint to restore")
         stored = step_reading.stored(self._path(found))
-        parts = {"opt_state": opt_state, "rng": rng, "data": data}
+        if model_only:
+            stored = step_reading.model_alone(stored)
         with reporting(self.progress) as report:
             read = functools.partial(step_reading.read, stored, report=report)
             filled = resuming.fill(like, parts, stored.taken, stored.specs, read, str(stored.path))
@@ -288,6 +343,7 @@ class CheckpointManager(RunFolder):
         """Deletes every step after `step`, the last first, so that training can go on from there."""
         self.wait()
         self._by_first("rollback", functools.partial(self._rollback, step))
+        self._saving.what = None
 
     def _rollback(self, step: int) -> None:
         self._path(run_folder.step_number(step))

@@ -20,7 +20,7 @@ from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxadapt import agreeing, card, configs, hub, paths
+from jaxadapt import agreeing, card, configs, hub, paths, run_folder
 from jaxadapt.codecs import atomic, orbax, places, safetensors, torch_bin
 from jaxadapt.codecs.dtypes import dtype_name, numpy_dtype
 from jaxadapt.codecs.files import file_error
@@ -105,6 +105,8 @@ def _files(path: str | os.PathLike[str], report: Report = quiet) -> tuple[Place,
         with contextlib.suppress(OSError):
             below = [name for name in present[:64] if (folder / name / CONFIG).exists()]
         way = f"; these folders below hold adapters: {', '.join(below)}" if below else ""
+        if any(map(run_folder.NAME.fullmatch, present)):
+            way = f"; it holds checkpoints of a training: `jaxadapt checkpoints {folder}` lists and exports them{way}"
         held = ", ".join(present[:8]) + (", …" if len(present) > 8 else "")
         raise FileError(f"{folder}: no {' and no '.join(missing)}; found {held or 'an empty folder'}{way}")
     return folder / CONFIG, folder / weights

@@ -268,9 +268,9 @@ def _stacked(
         return {("A", ""): a[0], ("B", ""): pieces.together(b, [f"B{key}" for key in keys["B"]], xp)}, 1
     if on_shared != "concat":
         raise MismatchError(
-            f"{what}: the model holds gate and up in one array, with one A for both, and the file's differ. Pass"
-            f' on_shared="concat" to {call}: with their ranks side by side it computes exactly the same, at {n} times'
-            " the rank"
+            f"{what}: the model holds gate and up in one array, with one A for both, and the file's differ (or nobody"
+            f' can tell, inside jit). Pass on_shared="concat" to {call}: with their ranks side by side it computes'
+            f" exactly the same, at {n} times the rank"
         )
     wide_a, wide_b = joining.side_by_side(rank, a, b, [f"A{k}" for k in keys["A"]], [f"B{k}" for k in keys["B"]])
     return {("A", ""): wide_a, ("B", ""): wide_b}, n

@@ -88,7 +88,10 @@ def fill(model: Any, parts: Mapping[str, Any], stored: Taken, specs: Specs, read
             wanted |= dict(named_leaves(part, parts[part]))
         elif part in stored.parts:
             if stored.plain[part] is None:
-                problems.append(f"{part}: saved as more than dicts, lists and tuples; give {part}= an example to fill")
+                problems.append(
+                    f"{part}: saved as more than dicts, lists and tuples; give {part}= an example to fill, or"
+                    " model_only=True to read the model alone"
+                )
             wanted |= {name: None for name in [*specs, *stored.values] if name.partition("/")[0] == part}
     problems += _misfits(wanted, stored, specs)
     hosts = set(stored.hosts)

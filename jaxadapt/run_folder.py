@@ -10,7 +10,8 @@ import math
 import operator
 import os
 import re
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from jaxadapt.codecs import places, safetensors
 from jaxadapt.codecs.files import file_error
@@ -20,6 +21,18 @@ from jaxadapt.errors import ConfigError, FileError, FormatError
 NAME = re.compile(r"step-(\d{9,18})\.safetensors")
 META = "jaxadapt_step"
 SCHEMA = 1
+
+
+class Said(NamedTuple):
+    """What a step says for itself.
+
+    Args:
+        metrics: as given to `save`.
+        objective: `{"minimize": metric}` or `{"maximize": metric}`, as its manager was told; empty if it was not.
+    """
+
+    metrics: dict[str, float]
+    objective: dict[str, str]
 
 
 class RunFolder:
@@ -41,12 +54,12 @@ class RunFolder:
         if isinstance(self.folder, places.Address):
             self.folder.store()  # a package that is missing shows here, not in the background
         self.minimize, self.maximize = minimize, maximize
-        self._metrics: dict[tuple[Place, object], dict[str, float]] = {}
+        self._said: dict[tuple[Place, object], Said] = {}
 
     @property
     def steps(self) -> list[int]:
         """The steps that can be restored, ascending."""
-        return list(steps(self.folder))
+        return list(self._found())
 
     @property
     def latest(self) -> int | None:
@@ -54,37 +67,78 @@ class RunFolder:
         return max(self.steps, default=None)
 
     @property
-    def best(self) -> int | None:
-        """The step with the best metric (of equals the later one); None if no step has it.
+    def objective(self) -> dict[str, str]:
+        """Which step is best: `{"minimize": metric}` or `{"maximize": metric}`; empty if nobody has said it.
 
-        Raises `ConfigError` if neither `minimize` nor `maximize` was given.
+        As given, or else as it was given to the `CheckpointManager` that saved the steps: the newest that says it.
         """
-        if self.minimize is None and self.maximize is None:
+        return self._objective(self._found())
+
+    @property
+    def best(self) -> int | None:
+        """The step with the best metric (of equals the later one), by `objective`; None if no step has it.
+
+        Raises `ConfigError` if neither `minimize` nor `maximize` was given, now or when the steps were saved.
+        """
+        found = self._found()
+        if not self._objective(found):
             raise ConfigError("which step is best? Give minimize= or maximize=, the name of a metric")
-        return next(iter(self._ranked()), None)
+        return next(iter(self._ranked(found)), None)
 
     def metrics(self, step: int) -> dict[str, float]:
         """The metrics saved with a step. Raises `FileError` if there is no such step."""
-        return dict(self._metrics_of(self._path(step_number(step))))
+        number = step_number(step)
+        return dict(self._said_of(number, self._path(number)).metrics)
 
-    def _metrics_of(self, path: Place) -> dict[str, float]:
-        key = (path, places.version(path))
-        if key not in self._metrics:
-            self._metrics[key] = document(path, safetensors.read_header(path))["metrics"]
-        return self._metrics[key]
+    def _found(self) -> dict[int, Place]:
+        """The steps that count, ascending."""
+        return steps(self.folder)
 
-    def _ranked(self) -> list[int]:
-        """The steps that have the metric, best first."""
-        name, sign = (self.minimize, 1) if self.minimize is not None else (self.maximize, -1)
+    @property
+    def _own_objective(self) -> dict[str, str]:
+        """What this object was told is best."""
+        given = {"minimize": self.minimize, "maximize": self.maximize}
+        return {mode: metric for mode, metric in given.items() if metric is not None}
+
+    def _objective(self, found: Mapping[int, Place]) -> dict[str, str]:
+        if self._own_objective:
+            return self._own_objective
+        said = (self._said_if_there(step, path) for step, path in sorted(found.items(), reverse=True))
+        return next((one.objective for one in said if one is not None and one.objective), {})
+
+    def _said_of(self, step: int, path: Place) -> Said:
+        try:
+            key = (path, places.version(path))
+        except OSError as error:
+            raise file_error("read", str(path), error) from error
+        if key not in self._said:
+            held = document(path, safetensors.read_header(path))
+            self._said[key] = Said(held["metrics"], held.get("objective", {}))
+        return self._said[key]
+
+    def _said_if_there(self, step: int, path: Place) -> Said | None:
+        """None if the step was deleted since it was listed: a save does so in another thread."""
+        try:
+            return self._said_of(step, path)
+        except FileError:
+            if path.exists():
+                raise
+            return None
+
+    def _ranked(self, found: Mapping[int, Place]) -> list[int]:
+        """Those of these steps that have the metric, best first."""
+        ((mode, name),) = self._objective(found).items()
+        sign = 1 if mode == "minimize" else -1
         values: dict[int, float] = {}
-        for step, path in steps(self.folder).items():
-            value = self._metrics_of(path).get(str(name), math.nan)
+        for step, path in found.items():
+            said = self._said_if_there(step, path)
+            value = math.nan if said is None else said.metrics.get(name, math.nan)
             if not math.isnan(value):
                 values[step] = sign * value
         return sorted(values, key=lambda step: (values[step], -step))
 
     def _path(self, step: int) -> Place:
-        found = steps(self.folder)
+        found = self._found()
         if step in found:
             return found[step]
         # On a network's file system the listing may be a minute old, which other processes have filled since.
@@ -140,6 +194,8 @@ def document(path: Place, header: safetensors.Header) -> dict[str, Any]:
             f"{path}: expected schema {SCHEMA}, found {held.get('schema')!r}; a newer version of this"
             " library wrote it, or it is damaged"
         )
-    if not isinstance(held.get("metrics"), dict) or not isinstance(held.get("odd"), dict):
+    objective = held.get("objective", {})  # which steps of older versions do not say
+    known = objective == {} or (isinstance(objective, dict) and list(objective) in (["minimize"], ["maximize"]))
+    if not isinstance(held.get("metrics"), dict) or not isinstance(held.get("odd"), dict) or not known:
         raise FormatError(f"{path}: the metadata {META!r} of its header is damaged")
     return held

@@ -23,12 +23,12 @@ from jaxadapt.codecs.group import Group
 from jaxadapt.codecs.places import Address, Place
 from jaxadapt.errors import FileError
 from jaxadapt.progress import Report, counting
-from jaxadapt.run_folder import META, NAME, SCHEMA
+from jaxadapt.run_folder import META, NAME, SCHEMA, Said
 from jaxadapt.snapshot import Taken
 
 
-def _document(taken: Taken, metrics: Mapping[str, float], odd: Mapping[str, str]) -> dict[str, Any]:
-    return {"schema": SCHEMA, "metrics": dict(metrics), "odd": dict(odd), **taken.to_json()}
+def _document(taken: Taken, said: Said, odd: Mapping[str, str]) -> dict[str, Any]:
+    return {"schema": SCHEMA, **said._asdict(), "odd": dict(odd), **taken.to_json()}
 
 
 # ---------------------------------------------------------------- onto the host
@@ -79,7 +79,7 @@ def _join(shape: tuple[int, ...], pieces: list[tuple[Any, np.ndarray]]) -> np.nd
 def write(
     path: Place,
     taken: Taken,
-    metrics: Mapping[str, float],
+    said: Said,
     values: Mapping[str, Callable[[], np.ndarray]],
     report: Report,
 ) -> None:
@@ -91,7 +91,7 @@ def write(
         return _as_bytes(value) if name in odd else value
 
     more = counting(report, "save", sum(dtype.itemsize * math.prod(shape) for dtype, shape in specs.values()))
-    safetensors.write(path, specs, get, {META: json.dumps(_document(taken, metrics, odd))}, progress=more)
+    safetensors.write(path, specs, get, {META: json.dumps(_document(taken, said, odd))}, progress=more)
 
 
 def _specs(taken: Taken) -> tuple[dict[str, tuple[np.dtype[Any], tuple[int, ...]]], dict[str, str]]:
@@ -112,9 +112,7 @@ def _as_bytes(value: np.ndarray) -> np.ndarray:
     return np.frombuffer(value.tobytes(), np.uint8).reshape(*value.shape, value.dtype.itemsize)
 
 
-def prepare_together(
-    path: Place, taken: Taken, metrics: Mapping[str, float], timeout: float
-) -> Callable[[Report], None]:
+def prepare_together(path: Place, taken: Taken, said: Said, timeout: float) -> Callable[[Report], None]:
     """What this process is to write of a step, off the device when this returns; the result writes it with all others.
 
     Every process must call this, in the same order as its other saves, and then what it returns, in any thread: what
@@ -131,7 +129,7 @@ def prepare_together(
 
     def finish(report: Report) -> None:
         specs, odd = _specs(taken)
-        document = _document(taken, metrics, odd)
+        document = _document(taken, said, odd)
         alike = {name: parallel.digest(value()) for name, value in alone.items()} | _digests(document)
         if group.index == 0:
             held.update({name: {boxes.whole(value().shape): value()} for name, value in alone.items()})

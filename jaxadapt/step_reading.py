@@ -17,7 +17,7 @@ from jaxadapt.codecs.dtypes import numpy_dtype
 from jaxadapt.codecs.places import Place
 from jaxadapt.errors import FormatError
 from jaxadapt.progress import Report, counting, quiet
-from jaxadapt.snapshot import Taken, is_committed, is_key, is_on_device
+from jaxadapt.snapshot import PARTS, Taken, is_committed, is_key, is_on_device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +46,23 @@ def stored(path: Place) -> Stored:
     for name, dtype in document["odd"].items():
         specs[name] = (specs[name][0][:-1], dtype)
     return Stored(path, document["metrics"], Taken.from_json(document, str(path)), specs, document["odd"])
+
+
+def model_alone(step: Stored) -> Stored:
+    """The same step as if nothing but the model had been saved."""
+
+    def held(name: str) -> bool:
+        return name.partition("/")[0] not in PARTS
+
+    taken = dataclasses.replace(
+        step.taken,
+        values={name: value for name, value in step.taken.values.items() if held(name)},
+        keys={name: kind for name, kind in step.taken.keys.items() if held(name)},
+        hosts=[name for name in step.taken.hosts if held(name)],
+        plain={},
+    )
+    specs = {name: spec for name, spec in step.specs.items() if held(name)}
+    return dataclasses.replace(step, taken=taken, specs=specs)
 
 
 def read(step: Stored, wanted: Mapping[str, Any], report: Report = quiet) -> dict[str, Any]:

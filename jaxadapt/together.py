@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
@@ -110,7 +111,8 @@ def by_first(what: str, work: Callable[[], Any], timeout: float) -> Any:
 
 def local(leaf: Any) -> bool:
     """Whether this process holds all of an array: the others have one of their own, or none."""
-    return not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+    # A traced array lies nowhere yet, and JAX cannot say whether it is addressable.
+    return not isinstance(leaf, jax.Array) or isinstance(leaf, Tracer) or leaf.is_fully_addressable
 
 
 def alone(leaves: Mapping[str, Any]) -> dict[str, str]:

@@ -398,6 +398,35 @@ def test_checkpoints_are_listed(run_folder):
     assert "no step has the metric 'los'; found ['loss', 'seen']" in misspelt.output
 
 
+def test_the_best_checkpoint_is_the_one_by_the_metric_that_the_run_optimised(tmp_path):
+    runs = {"loss": {"minimize": "loss"}, "seen": {"maximize": "seen"}, "other": {"minimize": "other"}}
+    for name, objective in runs.items():
+        with jaxadapt.CheckpointManager(tmp_path / name, **objective) as manager:
+            for step, loss in enumerate((0.5, 0.3, 0.4)):
+                manager.save(step, small.adapter(seed=step), metrics={"loss": loss, "seen": 10**step})
+    rows = {name: run("checkpoints", tmp_path / name).output.splitlines()[1:] for name in runs}
+    assert [" ".join(row.split()) for row in rows["loss"]] == [
+        "0 0.5 1",
+        "1 0.3 10 best (smallest loss)",
+        "2 0.4 100 latest",
+    ]
+    assert rows["seen"][2].endswith("best (largest seen), latest")
+    assert not any("best" in row for row in rows["other"])  # which no step has
+    listed = {name: json.loads(run("checkpoints", tmp_path / name, "--json").output) for name in runs}
+    assert {name: found["objective"] for name, found in listed.items()} == runs
+    assert [s["step"] for s in listed["loss"]["steps"] if s["best"]] == [1]
+    asked = json.loads(run("checkpoints", tmp_path / "seen", "--minimize", "loss", "--json").output)
+    assert (asked["objective"], [s["step"] for s in asked["steps"] if s["best"]]) == ({"minimize": "loss"}, [1])
+    exported = run("checkpoints", tmp_path / "loss", "--step", "best", "--export", tmp_path / "out", "--json")
+    assert json.loads(exported.output)["step"] == 1
+
+
+def test_the_folder_of_a_run_is_told_from_that_of_an_adapter(run_folder):
+    result = run("inspect", run_folder)
+    assert result.exit_code == 1
+    assert f"holds checkpoints of a training: `jaxadapt checkpoints {run_folder}` lists and" in result.output
+
+
 @pytest.mark.parametrize(("step", "which"), [("best", 1), ("0", 0), ("latest", 2), (None, 2)])
 def test_a_checkpoint_is_exported(run_folder, tmp_path, step, which):
     chosen = () if step is None else ("--step", step)

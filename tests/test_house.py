@@ -87,6 +87,7 @@ SAME_FLOOR = {
     ("orbax_folder", "bind"): "the parameters of a checkpoint get the names of a file",
     ("folder", "orbax_folder"): "whatever lies at a path",
     ("folder", "agreeing"): "which configuration is meant",
+    ("folder", "run_folder"): "an error says that a folder holds checkpoints",
     ("quantizing", "planning"): "what it quantises is found where an adapter would be attached",
     ("trace", "layout"): "a trace follows layouts",
     ("trace", "operations"): "and convolutions and lookups",

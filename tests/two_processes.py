@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxadapt
@@ -79,6 +80,7 @@ def main() -> None:
         check(jaxadapt.extract(jaxadapt.load(folder / "adapter", variables)), spread(two, other, 7))
         for step in (1, 2, 3):
             save(step)
+        assert (manager.steps, manager.latest) == ([2, 3], 3)  # in all processes, and at once
         restore(2, 2)
         restore(None, 3)
         last = [at for at in told if at[0] == "save"][-1]  # of step 3, which has landed
@@ -86,11 +88,18 @@ def main() -> None:
         print(f"wrote {last[2]}")
         if number > 0:  # whose listing of the folder is an old one, as on a network's file system
             run_folder.steps = lambda _: {}
+        assert manager.latest == 3
         restore(None, 3)
         manager.export(None, folder / "peft")
         manager.rollback(2)
         save(3)
         restore(3, 3)
+        odd = jaxadapt.CheckpointManager(folder / "odd")
+        for step, data, differs in ((1, {"position": number}, "values data/position"), (1 + number, {}, "step")):
+            odd.save(step, spread(one, rows, 1), data=data)
+            with pytest.raises(jaxadapt.AdapterError, match=rf"(?s)these differ between the processes.*\n *{differs}$"):
+                odd.wait()
+            assert not list((folder / "odd").glob("step-*"))  # besides what process 0 still clears away
         save(4)
         print("leaves", flush=True)  # without waiting
     elif what == "die":

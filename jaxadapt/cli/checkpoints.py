@@ -7,6 +7,8 @@ import click
 from jaxadapt.cli import shown
 from jaxadapt.errors import AdapterError, ConfigError
 
+_MODES = {"minimize": "smallest", "maximize": "largest"}
+
 
 @click.command("checkpoints", short_help="List the checkpoints of a training, or export one.")
 @click.argument("folder", type=click.Path())
@@ -21,11 +23,13 @@ def command(
     """List the checkpoints in the FOLDER of a training run, with their metrics, or export one.
 
     FOLDER is what the run gave to jaxadapt.CheckpointManager. An exported step is an adapter's folder as PEFT reads it.
+    The best step is the one by the metric that the run gave as minimize= or maximize=, unless the options name another.
 
     \b
     Example:
       jaxadapt checkpoints run/
-      jaxadapt checkpoints run/ --minimize loss --step best --export out/
+      jaxadapt checkpoints run/ --step best --export out/
+      jaxadapt checkpoints run/ --maximize accuracy --step best --export out/
     """
     from jaxadapt.run_folder import RunFolder
 
@@ -35,7 +39,8 @@ def command(
     steps = run.steps
     if not steps:
         raise AdapterError(f"{folder}: there is no checkpoint; expected step-….safetensors of a CheckpointManager")
-    best = run.best if minimize or maximize else None
+    objective = run.objective
+    best = run.best if objective else None
     rows = {s: run.metrics(s) for s in steps}
     names = list(dict.fromkeys(name for metrics in rows.values() for name in metrics))
     if (minimize or maximize) and best is None:
@@ -52,12 +57,14 @@ def command(
         return
     if as_json:
         listed = [{"step": s, "metrics": metrics, "best": s == best} for s, metrics in rows.items()]
-        shown.print_json({"folder": folder, "steps": listed})
+        shown.print_json({"folder": folder, "objective": objective or None, "steps": listed})
         return
+    told = minimize or maximize
+    why = "" if told else "".join(f" ({_MODES[mode]} {metric})" for mode, metric in objective.items())
     shown.print_table(
         ("step", *names, ""),
         [
-            (str(s), *(f"{m[n]:.6g}" if n in m else "" for n in names), _note(s, best, steps[-1]))
+            (str(s), *(f"{m[n]:.6g}" if n in m else "" for n in names), _note(s, best, steps[-1], why))
             for s, m in rows.items()
         ],
         numbers=("step", *names),
@@ -69,12 +76,12 @@ def _chosen(latest: int, best: int | None, step: str | None) -> int:
         return latest
     if step == "best":
         if best is None:
-            raise click.UsageError("--step best needs --minimize or --maximize")
+            raise click.UsageError("--step best needs --minimize or --maximize: no step says which metric is meant")
         return best
     if not step.isdecimal():
         raise click.BadParameter(f"expected a number, latest or best, found {step!r}", param_hint="--step")
     return int(step)
 
 
-def _note(step: int, best: int | None, latest: int | None) -> str:
-    return ", ".join(name for name, which in (("best", best), ("latest", latest)) if which == step)
+def _note(step: int, best: int | None, latest: int, why: str) -> str:
+    return ", ".join(name for name, which in ((f"best{why}", best), ("latest", latest)) if which == step)
