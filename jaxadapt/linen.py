@@ -172,9 +172,10 @@ class Adapted:
             # unbox puts the constraints of their boxes on them, as on the base's
             adapter = linen_tree.read_collection(meta.unbox(tree), name)
             if adapter.config != _resolved_like(wanted[name], adapter.config):
+                said = "" if name == "default" else f", name={name!r}"
                 raise AttachError(
                     f"the adapter {name!r} carries another configuration than this wrapper's; wrap the module"
-                    " with its own: jaxadapt.adapt(module, jaxadapt.extract(variables).config)"
+                    f" with its own: jaxadapt.adapt(module, jaxadapt.extract(variables{said}).config{said})"
                 )
             values = adapter.sites
             missing = [leaf for leaf in values if leaf not in known]
