@@ -57,6 +57,12 @@ class Adapted:
     # Signatures of calls known to read no adapted weight behind its module's back.
     _checked: set[Hashable] = dataclasses.field(default_factory=set[Hashable], init=False, repr=False, compare=False)
 
+    def __getattr__(self, name: str) -> Any:
+        """Whatever the wrapper has not itself: the module's fields and methods, `apply(…, method=module.encode)`."""
+        if name == "module" or name.startswith("__"):  # before a copy has its fields, and what Python asks for
+            raise AttributeError(name)
+        return getattr(self.module, name)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise AttachError(
             "an adapted Linen module is called with apply(variables, …), and is no part of another module: adapt the"

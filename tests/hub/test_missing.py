@@ -13,7 +13,10 @@ REPO = "org/missing"
 @pytest.mark.parametrize(
     ("address", "says"),
     [
-        (f"hf://{REPO}", r"there is no repository 'org/missing', or no file 'adapter_config\.json' in it: .* answered 404"),
+        (
+            f"hf://{REPO}",
+            r"there is no repository 'org/missing', or no file 'adapter_config\.json' in it: .* answered 404",
+        ),
         (f"hf://{REPO}@v1/fr", r"'org/missing', no revision 'v1' of it, or no file 'fr/adapter_config\.json' in it"),
     ],
 )
