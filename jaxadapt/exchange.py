@@ -250,8 +250,8 @@ def decoded(
     if lora.doubtful_twice(tensors.config, (b.site for b in bounds if not b.method.copies)):
         warn(
             f"{tensors.source}: PEFT {tensors.config.peft_version} wrote it. PEFT up to {PEFT_VERSION} adds the product"
-            " of an nn.MultiheadAttention's output projection twice, and so does this library. Whether this version does"
-            " is not known. If it adds it once, halve that projection's lora_B"
+            " of an nn.MultiheadAttention's output projection twice, and so does this library. Whether this version"
+            " does is not known. If it adds it once, halve that projection's lora_B"
         )
     if pieces.has_pieces(plan.keys):
         tensors = dataclasses.replace(tensors, tensors=pieces.cut(tensors.tensors, plan.keys))
