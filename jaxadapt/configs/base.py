@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import re
 from collections.abc import Mapping
@@ -68,6 +67,8 @@ class Config:
 
     @classmethod
     def _unknown(cls, name: str) -> str:
+        import difflib  # only a mistake needs it
+
         meant = cls._spellings.get(name) or " or ".join(difflib.get_close_matches(name, _field_names(cls), 2))
         return f"{cls.__name__} has no field {name!r}; " + (
             f"it is called {meant}"

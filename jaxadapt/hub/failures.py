@@ -45,7 +45,7 @@ def told(place: Address, token: Token, action: str = "read") -> Generator[None]:
         raise _failure(place, action, why, "say a branch, a tag or a commit", error) from error
     except errors.LocalEntryNotFoundError as error:
         cause = error.__cause__
-        if isinstance(cause, errors.HfHubHTTPError) and cause.response is not None and cause.response.status_code < 500:
+        if isinstance(cause, errors.HfHubHTTPError) and cause.response.status_code < 500:
             raise _refused(place, action, cause, token) from error  # it was reached, and said something
         if (offline := _offline()) is not None:
             why, way = f"it is not in the cache, and {offline}=1 forbids to fetch it", "unset it, or pull it before"
