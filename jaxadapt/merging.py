@@ -75,10 +75,10 @@ def merge(
             return _merged_off(params, held, options)
     elif isinstance(params, Mapping) and isinstance(params.get("params"), Mapping):
         own, rest = _from_variables(params, adapter)
-        return {**rest, "params": _changed(params["params"], own, *options)}
+        return {**rest, "params": _changed(params["params"], (own,), *options)}
     if adapter is None:
         raise AttachError("there is no adapter in these parameters: merge(params, adapter)")
-    return _changed(params, adapter, *options)
+    return _changed(params, (adapter,), *options)
 
 
 def _from_variables(variables: Mapping[str, Any], adapter: Adapter | None) -> tuple[Adapter, dict[str, Any]]:
@@ -119,10 +119,7 @@ def _merged_off(model: Any, held: Mapping[str, Adapter], options: Any) -> Any:
     nnx.need_own(layer for _, layer in nnx.adapted(model))
     nnx.activate(model, ())
     try:
-        for adapter in held.values():
-            changes(leaves(model), adapter, _weight, _bias)  # what does not fit shows before anything is changed
-        for adapter in held.values():
-            _changed(model, adapter, *options)
+        _changed(model, tuple(held.values()), *options)
     except BaseException:
         nnx.activate(model, tuple(held))
         raise
@@ -158,12 +155,12 @@ def unmerge(params: Any, adapter: Adapter, *, donate: bool = False, progress: Pr
     >>> bool((back["q"]["kernel"] == 1).all())
     True
     """
-    return _changed(params, adapter, (unweight, _unbias), ("unmerge", progress), donate=donate)
+    return _changed(params, (adapter,), (unweight, _unbias), ("unmerge", progress), donate=donate)
 
 
 def _changed(
     params: Any,
-    adapter: Adapter,
+    adapters: Sequence[Adapter],
     change: tuple[Change, Change],
     said: tuple[str, Progress],
     safe: bool = False,
@@ -171,11 +168,17 @@ def _changed(
     dequantize: bool = False,
 ) -> Any:
     what, progress = said
-    base = ready(params, adapter)
+    base: dict[str, Any] = {}
+    for adapter in adapters:
+        base = ready(params, adapter)
     new: dict[str, Any] = {}
     if dequantize:
         new = {path: quantized.dense(leaf) for path, leaf in base.items() if quantized.is_quantized(leaf)}
-    made = changes({**base, **new}, adapter, *change)
+    made: dict[str, Changed] = {}
+    for adapter in adapters:
+        for path, one in changes({**base, **new}, adapter, *change).items():
+            first, then = (one, made.get(path)) if one.bound.method.copies else (made.get(path), one)
+            made[path] = then.on(first) if then and first else one  # what replaces a weight comes before what is added
     del base
     if safe and donate:
         _need_finite({path: changed.value for path, changed in made.items()})

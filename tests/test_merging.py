@@ -99,6 +99,38 @@ def test_what_carries_no_adapter_says_so():
             jaxadapt.merge(given)
 
 
+def test_a_copy_and_a_sum_of_one_weight():
+    """What modules_to_save replaces comes first, whichever adapter has it; and a merge that fails changes nothing."""
+    for order in (["a", "b"], ["b", "a"]):
+        model = small.trained(jaxadapt.LoraConfig(r=2, target_modules=["q_proj"]), 1, "a")
+        copied = jaxadapt.LoraConfig(r=2, target_modules=["up_proj"], modules_to_save=["q_proj"])
+        small.trained(copied, 2, "b", model)
+        jaxadapt.activate(model, order)
+        flat = {**jaxadapt.extract(model, "a").flat(), **jaxadapt.extract(model, "b").flat()}
+        want = flat["q_proj.kernel.copy"] + 4 * (flat["q_proj.kernel.lora_B"] @ flat["q_proj.kernel.lora_A"]).T
+        np.testing.assert_allclose(jaxadapt.merge(model).q_proj.kernel[...], want, rtol=1e-6)
+    model = small.trained(LORA, 1, "a")
+    b = small.adapter(LORA, 2)
+    small.trained(LORA, 2, "b", model)
+    jaxadapt.inject(jax.tree.map(lambda x: x * np.float32(1e30), b), model, "b")
+    jaxadapt.activate(model, ["a", "b"])
+    before = np.asarray(model.q_proj.kernel[...])
+    with pytest.raises(AttachError, match="no longer finite"):
+        jaxadapt.merge(model, safe=True)
+    np.testing.assert_array_equal(model.q_proj.kernel[...], before)
+    assert model.q_proj.active_adapters == ("a", "b")
+
+
+def test_a_quantised_model_merges_what_it_carries():
+    model = jaxadapt.quantize(small.net(), "int8")
+    small.trained(LORA, 1, model=model)
+    out = model(X)
+    with pytest.raises(AttachError, match="dequantize=True"):
+        jaxadapt.merge(model)
+    np.testing.assert_array_equal(model(X), out)
+    np.testing.assert_allclose(jaxadapt.merge(model, dequantize=True)(X), out, rtol=1e-4, atol=1e-5)
+
+
 def test_a_merge_that_fails_leaves_the_model_adapted():
     model = small.trained()
     model.q_proj.kernel[...] = jnp.full((6, 8), jnp.inf)
