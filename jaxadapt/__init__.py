@@ -12,6 +12,7 @@ Everything public is named here and loaded when it is first used (PEP 562), so `
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -156,12 +157,63 @@ __all__ = [
 ]
 
 
+_ADAPT, _LOAD = "jaxadapt.adapt(model, config, rngs=nnx.Rngs(0))", "jaxadapt.load(path, model)"
+_ELSEWHERE = {
+    name: meant
+    for names, meant in {
+        "get_peft_model inject_adapter_in_model add_adapter apply_lora_to_model": _ADAPT,
+        "PeftModel PeftModelForCausalLM PeftMixedModel PeftAdapterMixin": f"{_LOAD}, or {_ADAPT}",
+        "AutoPeftModelForCausalLM AutoPeftModel": f"jaxadapt.import_base(path, model), then {_LOAD}",
+        "from_pretrained load_adapter load_pretrained load_peft_weights": _LOAD,
+        "save_pretrained save_adapter save_lora save_lora_weights save_peft_weights": "jaxadapt.save(model, path)",
+        "push_to_hub": "jaxadapt.push(model, 'org/name')",
+        "set_adapter set_adapters enable_adapters": "jaxadapt.activate(model, name)",
+        "disable_adapter disable_adapters disable_adapter_layers": "with jaxadapt.disable(model)",
+        "delete_adapter delete_adapters": "jaxadapt.delete(model, name)",
+        "merge_and_unload merge_adapter": "jaxadapt.merge(model)",
+        "unmerge_adapter": "jaxadapt.unmerge(model, adapter)",
+        "unload": "jaxadapt.detach(model)",
+        "add_weighted_adapter": "jaxadapt.combine(adapters, weights, method=…)",
+        "print_trainable_parameters get_nb_trainable_parameters get_model_status get_layer_status": "print(jaxadapt"
+        ".summary(model))",
+        "get_peft_model_state_dict": "jaxadapt.to_peft(model).tensors",
+        "set_peft_model_state_dict": "jaxadapt.inject(jaxadapt.from_peft(tensors, model), model)",
+        "rescale_adapter_scale": "with jaxadapt.rescale(model, factor)",
+        "convert_to_lora": "jaxadapt.to_lora",
+        "prepare_model_for_kbit_training": "jaxadapt.quantize(model, 'nf4')",
+        "replace_lora_weights_loftq initialize_lora_eva_weights": "jaxadapt.start",
+        "LoRAConfig LoRaConfig LoraProvider DoraConfig RsLoraConfig QLoraConfig": "jaxadapt.LoraConfig(r=8, "
+        "target_modules=[…])",
+        "Ia3Config": "jaxadapt.IA3Config",
+        "PeftConfig": "jaxadapt.Config; jaxadapt.read_config(path) reads one",
+        "TaskType PeftType": "a string, such as task_type='CAUSAL_LM'",
+        "LoRAParam LoraParam LoRA Lora": "jaxadapt.AdapterParam, the type of the parameters that are trained",
+        "TrainerCallback PeftSavingCallback": "jaxadapt.CheckpointManager",
+    }.items()
+    for name in names.split()
+}
+"""What PEFT, Tunix and Qwix call what is here."""
+
+
+def _unknown(name: str) -> str:
+    said = f"module {__name__!r} has no attribute {name!r}"
+    if name in _ELSEWHERE:
+        return f"{said}; here it is {_ELSEWHERE[name]}"
+    meant = next((own for own in __all__ if own.lower() == name.lower()), None)
+    return f"{said}; did you mean {meant!r}?" if meant else said
+
+
 def __getattr__(name: str) -> Any:
     if name == "optim":  # the one module whose functions are called through it, as optax's are
         return importlib.import_module(f"{__name__}.{name}")
     module = _HOME.get(name)
     if module is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        text = _unknown(name)
+        # `from jaxadapt import name` asks here first, and would drop the text of an AttributeError.
+        asks = sys._getframe(1).f_globals.get("__name__")  # pyright: ignore[reportPrivateUsage]
+        if name in _ELSEWHERE and asks in ("importlib._bootstrap", "_frozen_importlib"):
+            raise ImportError(text, name=__name__)
+        raise AttributeError(text, name=name)
     value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
     globals()[name] = value  # the next access does not come here
     return value

@@ -313,7 +313,7 @@ def activate(model: Any, *names: Any) -> Any:
     """Make these adapters the active ones; NNX in place, Linen returns a new wrapper.
 
     Args:
-        names: one or several, whose changes add up; none leaves the base alone.
+        names: one or several, whose changes add up; none leaves the base alone. A list of names does as well.
 
     Raises `AttachError` for a name the model does not carry.
 
@@ -323,8 +323,10 @@ def activate(model: Any, *names: Any) -> Any:
     >>> activate(jaxadapt.adapt(module, config, name="b"), "a").active
     ('a',)
     """
+    if len(names) == 1 and isinstance(names[0], list | tuple):
+        names = tuple(names[0])
     if any(not isinstance(n, str) for n in names):
-        raise AttachError(f"names are given one by one, activate(model, 'a', 'b'); found {names!r}")
+        raise AttachError(f"expected names, activate(model, 'a', 'b') or activate(model, ['a', 'b']); found {names!r}")
     names = tuple(dict.fromkeys(names))
     if isinstance(model, linen.Adapted):
         present = dict(model.adapters)

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,7 +40,7 @@ from jaxadapt.codecs import places, shards
 from jaxadapt.codecs.dtypes import dtype_name, numpy_dtype
 from jaxadapt.codecs.places import Place
 from jaxadapt.errors import AttachError, KeyMapError, MismatchError, warn
-from jaxadapt.generic import GENERIC
+from jaxadapt.generic import GENERIC, own_names
 from jaxadapt.keymap import KeyMap, warn_unproved
 from jaxadapt.progress import LOGGER, Progress, Report, counting, reporting
 
@@ -148,9 +148,10 @@ def _apart(table: KeyMap, specs: Specs) -> tuple[Specs, dict[str, tuple[str, Any
     return out, home
 
 
-def _leaves(params: Any, keymap: KeyMap | str | None) -> tuple[dict[str, Any], KeyMap]:
+def _leaves(params: Any, keymap: KeyMap | str | None, own: bool = False) -> tuple[dict[str, Any], KeyMap]:
     """`{path: array}` of the base weights of a model, of variables, or of parameters, and the table for them.
 
+    That no table fits is an error, unless the model's `own` paths may be PyTorch's names.
     Of an NNX model also what is no parameter there, if the table has a line for it (the bias of MaxText's routers).
     """
     found = merging.leaves(planning.params_of(params))
@@ -166,7 +167,9 @@ def _leaves(params: Any, keymap: KeyMap | str | None) -> tuple[dict[str, Any], K
             "expected arrays as base parameters (jaxadapt.dequantize makes them of quantised ones), found:\n"
             + paths.listing(odd)
         )
-    table = _table(keymap, found)
+    table = families.resolve(keymap, _shapes(found))
+    if table is GENERIC and not own:
+        raise _unknown(_shapes(found))
     if isinstance(params, nnx.nnx.Module):
         more = {path: var.get_value() for path, var in nnx_survey.state(params).items() if table.site(path)}
         found = dict(sorted({**found, **more}.items(), key=lambda item: nnx_survey.natural(item[0])))
@@ -190,15 +193,40 @@ def _shapes(leaves: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {path: tuple(x.shape) for path, x in leaves.items()}
 
 
-def _table(keymap: KeyMap | str | None, leaves: Mapping[str, Any]) -> KeyMap:
-    table = families.resolve(keymap, _shapes(leaves))
+def _unknown(shapes: Mapping[str, tuple[int, ...]]) -> KeyMapError:
+    return KeyMapError(
+        "what these weights are called in PyTorch is not known: no table of a model family fits them, and the"
+        " generic map has no names but their own paths; say the family with keymap=, or give a KeyMap with a line"
+        " for each. They are\n"
+        + paths.listing(f"{path} {shape}" for path, shape in shapes.items())
+        + families.nearest(shapes)
+    )
+
+
+def _with_own_names(
+    table: KeyMap, target: Any, shapes: Mapping[str, tuple[int, ...]], found: Collection[str], source: str
+) -> KeyMap:
+    """The table, with lines for the leaves that it has none for and whose own paths are names of the file."""
+    known = {} if table is GENERIC else {path: shape for path, shape in shapes.items() if table.site(path) is not None}
+    rest = {path: shape for path, shape in shapes.items() if path not in known}
+    owners = nnx_survey.base_leaves(target) if isinstance(target, nnx.nnx.Module) else {}
+    owners = {path: owner for path, owner in owners.items() if path in rest}
+    lines = nnx_survey.class_lines(owners, KeyMap(GENERIC.name, ()))
+    own, unsure = own_names(rest, lines, nnx_survey.custom(owners, owners))
+    named = [line for line in own.weights if line.key in found]
     if table is GENERIC:
+        if not named:
+            raise _unknown(shapes)
+        table, named = own, []
+    unsure = [leaf for leaf in unsure if (site := own.site(leaf)) is not None and site.weight.key in found]
+    if unsure:
         raise KeyMapError(
-            "what these weights are called in PyTorch is not known: no table of a model family fits them, and the"
-            " generic map has no names but their own paths; say the family with keymap=, or give a KeyMap with a line"
-            " for each. They are\n" + paths.listing(f"{path} {tuple(x.shape)}" for path, x in leaves.items())
+            f"{source}: nothing tells which axis of these square matrices PyTorch has first, since no table of a model"
+            " family has a line for them; give a KeyMap with a line for each weight, as keymap=:\n"
+            + paths.listing(unsure)
+            + families.nearest(shapes)
         )
-    return table
+    return table.with_lines(named)
 
 
 def _reader(
@@ -294,7 +322,8 @@ def import_base(
         target: an NNX model, filled in place and returned; Linen variables or parameters, returned anew. Abstract
             ones work too. Each array keeps the target's dtype and sharding.
         adapter: of this target (`from_peft` makes one of a file's tensors), merged into the weights that were read.
-        keymap: the target's family; None recognises it.
+        keymap: the target's family; None recognises it. A target of no family is read by its own paths, where those are
+            the file's names ("fc1.kernel" from "fc1.weight").
         strict: False takes what fits and warns of the rest: weights the file lacks stay as they are (a new head), and
             tensors the model has no place for are left out (an old one).
         allow_nan: merge the adapter also where it, or a weight that it changes, holds a NaN or an infinity.
@@ -311,20 +340,22 @@ def import_base(
     ...     import_base(folder, {"q": {"kernel": jnp.zeros((2, 3))}}, keymap=table)["q"]["kernel"].sum()
     Array(6., dtype=float32)
     """
-    leaves, table = _leaves(target, keymap)
+    leaves, table = _leaves(target, keymap, own=True)
     shapes = _shapes(leaves)
     if adapter is not None:  # what does not fit shows before anything is read
         merging.merged(merging.ready(planning.params_of(target), adapter), adapter)
     with shards.opened(places.at(path)) as tensors:
         shards.refuse_packed(tensors)
         table = table.spelt_as(tensors, shapes)
+        if keymap in (None, "auto", GENERIC.name):
+            table = _with_own_names(table, target, shapes, tensors, tensors.source)
         if table.each:
             tensors = tensors.stacked(*single_experts.rows(table, tensors, tensors.source))
         known = shapes if strict else {p: s for p, s in shapes.items() if table.site(p) is not None}
         made = plan.base_plan(table, known)
         found = {key: tuple(spec.shape) for key, spec in tensors.specs.items()}
         tensors = tensors.cut(pieces.places(found, made.keys))
-        source = _sources(tensors, table, made, strict)
+        source = _sources(tensors, table, made, strict, lambda: _near(table, shapes))
         entries = [e for e in made.entries if all(key in source for key in e.keys)]
         left = {e.path for e in made.entries} - {e.path for e in entries} | (shapes.keys() - known.keys())
         hollow = [p for p in left if isinstance(leaves[p], jax.ShapeDtypeStruct)]
@@ -349,7 +380,13 @@ def import_base(
     return done if base is target else {**target, "params": done}
 
 
-def _sources(tensors: shards.Shards, table: KeyMap, made: plan.Plan, strict: bool) -> dict[str, str]:
+def _near(table: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return families.nearest(shapes) if table.name == GENERIC.name else ""
+
+
+def _sources(
+    tensors: shards.Shards, table: KeyMap, made: plan.Plan, strict: bool, near: Callable[[], str]
+) -> dict[str, str]:
     """`{key: the tensor it is filled from}`, itself or one it is tied to; all problems in one error."""
     found = {key: tuple(spec.shape) for key, spec in tensors.specs.items()}
     source = {key: key for key in made.shapes if key in found}
@@ -383,7 +420,13 @@ def _sources(tensors: shards.Shards, table: KeyMap, made: plan.Plan, strict: boo
         raise MismatchError(
             f"{tensors.source} does not fit the model by the table {table.name!r}: of {len(made.shapes)} tensors,\n"
             + "\n".join(problems)
-            + "\nIs it another model, or one of another size? strict=False takes what fits."
+            + "\nIs it another model, or one of another size?"
+            + (
+                " strict=False takes what fits."
+                if strict
+                else " strict=False does not leave out tensors of another shape."
+            )
+            + near()
         )
     return source
 

@@ -46,9 +46,9 @@ def doubtful(config: Config, names: Sequence[str], chosen: Sequence[str]) -> lis
     ["target_modules: 'vv' matches no module; near misses: v", "rank_pattern: 'k' matches none of the targets"]
     """
     lines: list[str] = []
-    # "all-linear" becomes a list with the head in it; that modules_to_save has the head then is no mistake.
-    without = config.replace(modules_to_save=None) if config.get("modules_to_save") else config
-    lost = unmatched(without, names)
+    # "all-linear" becomes a list of all. That modules_to_save or exclude_modules has some of them is no mistake.
+    rules = {field: None for field in ("modules_to_save", "exclude_modules") if config.get(field)}
+    lost = unmatched(config.replace(**rules) if rules else config, names)
     lines += [f"target_modules: {entry!r} matches no module" + _beside(entry, names) for entry in lost[:_SAID]]
     lines += _more(lost, "target_modules: {} more entries match no module")
     if isinstance(config.get("target_modules"), str):
@@ -91,7 +91,7 @@ def unmatched_saved(config: Config, copied: Iterable[str], tied: Mapping[str, st
 
 
 def _beside(entry: str, names: Sequence[str]) -> str:
-    close = near.near((entry,), names)
+    close = [name for name in near.near((entry,), names) if name != entry and not name.endswith(f".{entry}")]
     return f"; near misses: {near.listed(close)}" if close else ""
 
 

@@ -35,9 +35,10 @@ from jaxadapt import (
 )
 from jaxadapt import plan as plans
 from jaxadapt.adapter import Adapter, PeftTensors
-from jaxadapt.configs import Config
+from jaxadapt.configs import PEFT_VERSION, Config
 from jaxadapt.errors import AdapterError, AttachError, ConfigError, MismatchError, TargetError, warn
 from jaxadapt.keymap import PEFT_PREFIX, KeyMap, warn_unproved
+from jaxadapt.methods import lora
 from jaxadapt.plan import Encoded
 from jaxadapt.progress import Report, quiet
 
@@ -250,6 +251,12 @@ def decoded(
     except AdapterError as error:
         way_out = _of_attention(tensors.tensors) if isinstance(error, TargetError) else ""
         raise type(error)(f"{tensors.source}: {error}{way_out}") from error
+    if lora.doubtful_twice(tensors.config, (b.site for b in bounds if not b.method.copies)):
+        warn(
+            f"{tensors.source}: PEFT {tensors.config.peft_version} wrote it. PEFT up to {PEFT_VERSION} adds the product"
+            " of an nn.MultiheadAttention's output projection twice, and so does this library. Whether this version"
+            " does is not known. If it adds it once, halve that projection's lora_B"
+        )
     if pieces.has_pieces(plan.keys):
         tensors = dataclasses.replace(tensors, tensors=pieces.cut(tensors.tensors, plan.keys))
     if on_mismatch == "skip":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxadapt.axes import Axes
@@ -49,6 +49,41 @@ def line_for(
     elif kind == "conv":
         right = f"({out}) {inn}"
     return Weight(leaf, key, f"{left} -> {right}", kind=kind, groups=groups, **over)
+
+
+def own_names(
+    shapes: Mapping[str, Sequence[int]], lines: Iterable[Weight], custom: Collection[str] = ()
+) -> tuple[KeyMap, list[str]]:
+    """The table of a model whose paths are PyTorch's names already, and the matrices that may lie either way round.
+
+    Args:
+        shapes: of the model's weights.
+        lines: of the weights whose roles their layers tell.
+        custom: leaves of layers that tell nothing. Flax's own kernels are (in, out).
+
+    A matrix that is not square is given away by its shape in the file. A kernel of more than two axes has no line.
+
+    >>> table, unsure = own_names({"fc.kernel": (2, 3), "fc.bias": (3,), "out.weight": (3, 3)}, ())
+    >>> table.site("fc.kernel").weight.pattern, unsure
+    ('i o -> o i', ['out.weight'])
+    """
+    made = {line.leaf: line for line in lines}
+    unsure: list[str] = []
+    for leaf, shape in shapes.items():
+        module, _, last = leaf.rpartition(".")
+        if leaf in made or (last in ("kernel", "w") and len(shape) > 2):
+            continue
+        made[leaf] = as_it_is(leaf, shape)
+        if (
+            len(shape) == 2
+            and shape[0] == shape[1]
+            and (last in ("w", "weight") or (last == "kernel" and leaf in custom))
+        ):
+            unsure.append(leaf)
+        if last == "bias" and len(shape) > 1:  # of heads and their entries: one axis in PyTorch
+            axes = " ".join(f"a{i}" for i in range(len(shape)))
+            made[leaf] = Weight(leaf, f"{module}.bias".lstrip("."), f"{axes} -> ({axes})")
+    return KeyMap(GENERIC.name, tuple(made.values())), unsure
 
 
 _RENAMED = {"kernel": "weight", "scale": "weight", "embedding": "weight"}

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxadapt import paths
@@ -239,33 +239,49 @@ class KeyMap:
         that are numbered alike must agree in size, which tells layers stacked on axis 0 from those on axis 1; so must
         `same`.
         """
-        sizes: dict[tuple[str, tuple[int, int]], set[int]] = {}
+        if next(self.misfits(shapes), None) is not None:
+            return 0
+        return sum(self.site(leaf) is not None for leaf in shapes)
+
+    def tells(self, leaves: Iterable[str]) -> bool:
+        """Whether there is a matrix of a layer among these leaves, by the table's names."""
+        return any((site := self.site(leaf)) is not None and _tells(site.weight) for leaf in leaves)
+
+    def misfits(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+        """Why a model with these leaves is none of the family: each leaf, and what the table expects there."""
+        sizes: dict[tuple[str, tuple[int, int]], dict[int, str]] = {}
         told, found = False, set[str]()
         for leaf, shape in shapes.items():
             site = self.site(leaf)
             if site is None:
                 if self.whole and _beginning(leaf) in self._known_beginnings:
-                    return 0
+                    yield f"{leaf} {shape}: no line names it"
                 continue
-            if len(site.weight.left) != len(shape):
-                return 0
             found.add(site.weight.leaf)
             told = told or _tells(site.weight)
+            said = f"{leaf} {shape}: its line says {site.weight.pattern!r}"
+            if len(site.weight.left) != len(shape):
+                yield said
+                continue
             fixed = dict(site.weight.sizes)
             for name, size in zip(site.weight.left, shape, strict=True):
-                if fixed and size % math.prod(fixed.get(n, 1) for n in fine(name)):
-                    return 0
+                if fixed and size % (parts := math.prod(fixed.get(n, 1) for n in fine(name))):
+                    yield f"{said}, and {size} is no multiple of {parts}"
                 names = site.weight.names(name)
                 if names is not None and len(names) != size:
-                    return 0
+                    yield f"{said}, and {name} has the entries {', '.join(names)}"
                 if name.startswith("{") and names is None:
-                    sizes.setdefault((name, site.weight.layers), set()).add(size)
-                    if size != self._counts.get(site.weight.leaf, size):
-                        return 0
+                    sizes.setdefault((name, site.weight.layers), {}).setdefault(size, said)
+                    if size != (count := self._counts.get(site.weight.leaf, size)):
+                        yield f"{said}, where {name} is {count}"
                 elif name in self.same:
-                    sizes.setdefault((name, (1, 0)), set()).add(size)
-        fits = told and found.issuperset(self.needs) and all(len(s) == 1 for s in sizes.values())
-        return sum(self.site(leaf) is not None for leaf in shapes) if fits else 0
+                    sizes.setdefault((name, (1, 0)), {}).setdefault(size, said)
+        for (name, _), different in sizes.items():
+            first, *others = different.items()
+            yield from (f"{said}, where {name} is {size}; it is {first[0]} in {first[1]}" for size, said in others)
+        yield from (f"{leaf}: missing" for leaf in self.needs if leaf not in found)
+        if not told:
+            yield "no matrix of a layer"
 
     @functools.cached_property
     def _counts(self) -> dict[str, int]:

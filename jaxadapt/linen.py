@@ -77,6 +77,12 @@ class Adapted:
         """
         return dataclasses.replace(self, **changes)
 
+    def __getattr__(self, name: str) -> Any:
+        """Whatever the wrapper has not itself: the module's fields and methods, `apply(…, method=module.encode)`."""
+        if name == "module" or name.startswith("__"):  # before a copy has its fields, and what Python asks for
+            raise AttributeError(name)
+        return getattr(self.module, name)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise AttachError(
             "an adapted Linen module is called with apply(variables, …), and is no part of another module: adapt the"
@@ -208,9 +214,10 @@ class Adapted:
             # unbox puts the constraints of their boxes on them, as on the base's
             adapter = linen_tree.read_collection(meta.unbox(tree), name)
             if adapter.config != _resolved_like(wanted[name], adapter.config):
+                said = "" if name == "default" else f", name={name!r}"
                 raise AttachError(
                     f"the adapter {name!r} carries another configuration than this wrapper's; wrap the module"
-                    " with its own: jaxadapt.adapt(module, jaxadapt.extract(variables).config)"
+                    f" with its own: jaxadapt.adapt(module, jaxadapt.extract(variables{said}).config{said})"
                 )
             values = adapter.sites
             missing = [leaf for leaf in values if leaf not in known]

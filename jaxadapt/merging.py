@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxadapt import bind, finite, nnx, nnx_survey, paths, plan, quantized, sharding, tying
+from jaxadapt import bind, finite, linen, linen_tree, methods, nnx, nnx_survey, paths, plan, quantized, sharding, tying
 from jaxadapt.adapter import Adapter
 from jaxadapt.axes import Axes
 from jaxadapt.errors import AttachError, MismatchError, warn
@@ -26,7 +26,7 @@ Change = Callable[[Applied, Any], Any]
 
 def merge(
     params: Any,
-    adapter: Adapter,
+    adapter: Adapter | None = None,
     *,
     safe: bool = False,
     donate: bool = False,
@@ -38,8 +38,9 @@ def merge(
 
     Args:
         params: nested mappings of base parameters (FrozenDicts, boxes such as `nn.Partitioned` and numpy
-            arrays stay what they are), a new tree is returned; or an NNX model without active adapters
-            (`detach` first), changed in place and returned.
+            arrays stay what they are), a new tree is returned; Linen variables, likewise, which then lack the adapter;
+            or an NNX model, changed in place and returned. An adapter that it carries is taken off it.
+        adapter: by default the model's active ones, or the only one in the variables.
         safe: refuse, before anything is changed, where the result has a NaN or an infinity: a sum that is too large for
             the weight's dtype.
         donate: give the weights up: each is changed in its own memory (on devices; numpy arrays stay), so that no more
@@ -64,7 +65,71 @@ def merge(
     >>> bool((merge(base, adapter)["q"]["kernel"] == 1).all())
     True
     """
-    return _changed(params, adapter, (_weight, _bias), ("merge", progress), safe, donate, dequantize, allow_nan)
+    options = (_weight, _bias), ("merge", progress), safe, donate, dequantize, allow_nan
+    if isinstance(params, linen.nn.Module | linen.Adapted):
+        raise AttachError("a Linen module holds no parameters; merge its variables: merge(variables)")
+    if isinstance(params, nnx.nnx.Module):
+        active = nnx.active(params)
+        held = {name: nnx.extract(params, name) for name in active}
+        mine = held if adapter is None else {name: x for name, x in held.items() if _same(x, adapter)}
+        if not active and adapter is None:
+            raise AttachError(
+                f"this model has no active adapter to merge; it carries {list(nnx.names(params)) or 'none'}"
+            )
+        if active and mine == held:
+            return _merged_off(params, held, options)
+    elif isinstance(params, Mapping) and isinstance(params.get("params"), Mapping):
+        own, rest = _from_variables(params, adapter)
+        return {**rest, "params": _changed(params["params"], (own,), *options)}
+    if adapter is None:
+        raise AttachError("there is no adapter in these parameters: merge(params, adapter)")
+    return _changed(params, (adapter,), *options)
+
+
+def _from_variables(variables: Mapping[str, Any], adapter: Adapter | None) -> tuple[Adapter, dict[str, Any]]:
+    """The adapter that is meant, and Linen variables without it."""
+    names = linen_tree.names_in(variables)
+    trees = {name: tree for name in names if (tree := linen_tree.of_name(variables, name)) is not None}
+    held = {name: linen_tree.read_collection(tree, name) for name, tree in trees.items()}
+    mine = [name for name, own in held.items() if adapter is None or _same(own, adapter)]
+    if len(mine) != 1 and (held or adapter is None):
+        raise AttachError(
+            f"these variables carry the adapters {names or 'none'}; say which of them is merged,"
+            " merge(variables, jaxadapt.extract(variables, name)), or give variables['params'] and an adapter"
+        )
+    out: dict[str, Any] = {}
+    for collection, tree in variables.items():
+        ours = collection in methods.COLLECTIONS and isinstance(tree, Mapping) and not tree.keys().isdisjoint(mine)
+        kept = {name: own for name, own in tree.items() if name not in mine} if ours else tree
+        out |= {} if ours and not kept else {collection: kept}
+    return adapter or held[mine[0]], out
+
+
+def _same(one: Adapter, other: Any) -> bool:
+    """Whether two adapters are the same arrays: the one is what `extract` gave of the other's model."""
+    if not isinstance(other, Adapter):
+        return False
+    mine, theirs = one.flat(), other.flat()
+    return mine.keys() == theirs.keys() and all(theirs[path] is x for path, x in mine.items())
+
+
+def _merged_off(model: Any, held: Mapping[str, Adapter], options: Any) -> Any:
+    """A model with its active adapters merged, and taken off it; as it was where that fails."""
+    odd = [name for name, x in held.items() if x.config.peft_type != "LORA" or x.config.get("use_dora")]
+    if len(held) > 1 and odd:
+        raise AttachError(
+            f"several adapters are active, {', '.join(map(repr, held))}, and what {odd[0]!r} makes of a weight depends"
+            " on the others; activate one of them, and merge that"
+        )
+    nnx.need_own(layer for _, layer in nnx.adapted(model))
+    nnx.activate(model, ())
+    try:
+        _changed(model, tuple(held.values()), *options)
+    except BaseException:
+        nnx.activate(model, tuple(held))
+        raise
+    nnx.delete(model, *held)
+    return model
 
 
 def _weight(applied: Applied, w: Any) -> Any:
@@ -97,12 +162,12 @@ def unmerge(
     >>> bool((back["q"]["kernel"] == 1).all())
     True
     """
-    return _changed(params, adapter, (unweight, _unbias), ("unmerge", progress), donate=donate, allow_nan=allow_nan)
+    return _changed(params, (adapter,), (unweight, _unbias), ("unmerge", progress), donate=donate, allow_nan=allow_nan)
 
 
 def _changed(
     params: Any,
-    adapter: Adapter,
+    adapters: Sequence[Adapter],
     change: tuple[Change, Change],
     said: tuple[str, Progress],
     safe: bool = False,
@@ -111,13 +176,20 @@ def _changed(
     allow_nan: bool = False,
 ) -> Any:
     what, progress = said
-    base = ready(params, adapter)
+    base: dict[str, Any] = {}
+    for adapter in adapters:
+        base = ready(params, adapter)
     new: dict[str, Any] = {}
     if dequantize:
         new = {path: quantized.dense(leaf) for path, leaf in base.items() if quantized.is_quantized(leaf)}
-    made = changes({**base, **new}, adapter, *change)
+    made: dict[str, Changed] = {}
+    for adapter in adapters:
+        for path, one in changes({**base, **new}, adapter, *change).items():
+            first, then = (one, made.get(path)) if one.bound.method.copies else (made.get(path), one)
+            made[path] = then.on(first) if then and first else one  # what replaces a weight comes before what is added
     if not allow_nan:
-        refuse_nan({**base, **new}, adapter, made)
+        for adapter in adapters:
+            refuse_nan({**base, **new}, adapter, made)
     del base
     if safe and donate:
         _need_finite({path: changed.value for path, changed in made.items()})
@@ -143,8 +215,8 @@ def ready(params: Any, adapter: Any) -> dict[str, Any]:
         )
     if isinstance(params, nnx.nnx.Module) and nnx.active(params):
         raise AttachError(
-            "this model has active adapters, which would count twice; take the adapter out and detach first:"
-            " adapter = extract(model); detach(model); merge(model, adapter)"
+            "this model has active adapters, which would count twice: merge(model) merges these; activate(model) with"
+            " no name, or detach(model), leaves its base alone, into which another adapter can be merged"
         )
     return leaves(params)
 

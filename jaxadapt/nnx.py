@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.nnx import graphlib
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -88,6 +89,26 @@ def next_key(rngs: nnx.Rngs) -> Any:
     return drawing.fold_in(key, n)
 
 
+def need_own(modules: Iterable[Any]) -> None:
+    """Raises `AttachError` for a model that is not this trace's own: its layers could not get another class.
+
+    A transform of Flax gives a function a copy of the model that it was called with, and lays the changes of the copy
+    into the model afterwards. Of its layers' classes it cannot.
+    """
+    way = (
+        ": attach, load, delete and detach outside, where the model was made; or make the model inside,"
+        " nnx.jit(lambda: jaxadapt.adapt(Net(nnx.Rngs(0)), config, rngs=nnx.Rngs(1)))(); or return an adapted copy,"
+        " jaxadapt.adapt(nnx.clone(model), …)"
+    )
+    stacks = graphlib.GRAPH_CONTEXT.update_context_stacks.values()
+    given = [context.inner_ref_outer_index for stack in stacks for context in stack]
+    for module in modules:
+        if any(held is not None and module in held for held in given):
+            raise AttachError("this model was given to nnx.jit, nnx.grad or another of Flax's transforms" + way)
+        if not vars(module)["_pytree__state"].trace_state.is_valid():
+            raise AttachError("this model was made outside of the function that JAX traces now" + way)
+
+
 def attach(
     model: nnx.Module,
     recipe: Recipe,
@@ -100,6 +121,7 @@ def attach(
     """Hang an adapter's values (`{path: array or spec}`) on a model's layers, and make it active alone."""
     walked = nnx_survey.walk(model) if walked is None else walked
     owners = walked.leaves
+    need_own(module for module, _ in owners.values())
     collection = collection_name(recipe.config)
     saved = {b.leaf for b in bounds if b.method.copies and b.static.because == "modules_to_save"}
     problems = [*nnx_survey.obstacles(walked, [b.leaf for b in bounds], saved).values()]
@@ -244,6 +266,7 @@ def _active(layers: Layers) -> tuple[str, ...]:
 def delete(model: nnx.Module, *gone: str) -> None:
     """Remove these adapters; a layer that carries no other gets its own class back."""
     layers = adapted(model)
+    need_own(layer for _, layer in layers)
     _set_active(layers, tuple(n for n in _active(layers) if n not in gone))
     for _, layer in layers:
         own = vars(layer)

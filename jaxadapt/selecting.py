@@ -70,10 +70,15 @@ def resolve(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], unsure:
     found, unmapped = _inventory(keymap, shapes, unsure)
     linear = _linear(methods.of(config), found)
     if targets.is_all_linear(config):
-        open_ = [f"{leaf} {shapes[leaf]}" for leaf in unmapped if leaf in unsure or len(shapes[leaf]) > 2]
+        every = config.replace(target_modules=".*")  # of which exclude_modules and modules_to_save leave out some
+        open_ = [
+            f"{leaf} {shapes[leaf]}"
+            for leaf, called in unmapped.items()
+            if (leaf in unsure or len(shapes[leaf]) > 2) and all(targets.matches(every, name) for name in called)
+        ]
         if open_:
             what = '"all-linear" meets weights that may or may not be linear:\n'
-            raise KeyMapError(what + paths.listing(open_) + _WAYS)
+            raise KeyMapError(what + paths.listing(open_) + _ways("name them in exclude_modules"))
     config = targets.resolve(config, _names(found, unmapped), linear=linear, output=keymap.output)
     if config.get("fan_in_fan_out") is False and any(
         site.weight.fan_in_fan_out and any(targets.matches(config, m) for m in mods.values())
@@ -87,10 +92,13 @@ MADE = (
     '\n  made = jaxadapt.adapt(module, config).init(key, x)["lora"]  # for load its shapes are enough: jax.eval_shape\n'
     '  jaxadapt.load(path, {"params": params, "lora": made})'
 )
-_WAYS = (
-    "\nLet the model's own computation tell, name the family with keymap=, give a KeyMap with a line for each, or leave"
-    f" them out. NNX: pass example=[inputs]. Linen: let the adapted module make the collection,{MADE}"
-)
+
+
+def _ways(leave_out: str) -> str:
+    return (
+        "\nLet the model's own computation tell, name the family with keymap=, give a KeyMap with a line for each, or"
+        f" {leave_out}. NNX: pass example=[inputs]. Linen: let the adapted module make the collection,{MADE}"
+    )
 
 
 def select(
@@ -150,7 +158,7 @@ def _select(
         raise KeyMapError(
             f"target_modules names weights whose axis roles the table {keymap.name!r} does not know:\n"
             + paths.listing(lost)
-            + _WAYS
+            + _ways("leave them out of target_modules")
         )
     for site, sizes, mods in found.values():
         if not wanted & set(mods.values()):
@@ -198,7 +206,7 @@ def _copies(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], adapted
             f"modules_to_save names weights whose layout in PyTorch the table {keymap.name!r} does not know (its line"
             " is for another number of axes; a convolution's kernel has more than a Linear's):\n"
             + paths.listing(unknown)
-            + _WAYS
+            + _ways("leave them out")
         )
     twice = [b.leaf for b in bounds if b.leaf in own]
     if twice:

@@ -6,6 +6,7 @@ That it has nothing to say against the real models is in tests/families/test_pro
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -206,6 +207,24 @@ def test_a_table_of_ones_own_and_the_line_that_is_wrong(checkpoint, tmp_path, ri
     assert bool(problems) == (wrong is not None)
     if wrong:
         assert f"wrong lines of the table, of which nothing fits: 1\n  {wrong} -> " in run(*where).output
+
+
+@pytest.mark.parametrize(
+    ("right", "slip", "near"),
+    [
+        ('"blocks.{l}.norm"', '"blocks.{l}.nrom"', "blocks.{l}.norm"),
+        ("layers.{l}.norm", "layers.{l}.nrom", "model.layers.{l}.norm.weight"),
+    ],
+)
+def test_a_mistyped_line_of_ones_own_is_no_choice_of_the_family(checkpoint, tmp_path, right, slip, near):
+    (tmp_path / "mine.py").write_text(OWN.replace(right, slip))
+    (tmp_path / "shapes.json").write_text(json.dumps(MINE))
+    where = ("--model", tmp_path / "shapes.json") if "blocks" in right else ("--checkpoint", checkpoint(THEIRS))
+    result = run(f"{tmp_path / 'mine.py'}:TABLE", *where)
+    assert result.exit_code == 1
+    assert "no fault" not in result.output
+    assert re.search(r"lines of the table that name nothing here.*: 1\n.*nrom.*near: " + re.escape(near), result.output)
+    assert "no fault" in run("llama", "--checkpoint", checkpoint(TENSORS, "llama")).output
 
 
 def test_a_python_file_without_that_table_says_so(tmp_path, checkpoint):

@@ -47,6 +47,17 @@ def lora(model: Any) -> Any:
     return nnx.state(model, nnx.LoRAParam)
 
 
+def model_input(batch: Any) -> dict[str, Any]:
+    length = batch.input_tokens.shape[1]
+    mask = jnp.tril(jnp.ones((length, length), bool))
+    return {
+        "input_tokens": batch.input_tokens,
+        "input_mask": batch.input_mask,
+        "positions": jnp.broadcast_to(jnp.arange(length), batch.input_tokens.shape),
+        "attention_mask": jnp.broadcast_to(mask, (len(batch.input_tokens), length, length)),
+    }
+
+
 def trainer(steps: int, accumulate: int | None = None) -> Any:
     from tunix.sft import peft_trainer
 
@@ -54,17 +65,6 @@ def trainer(steps: int, accumulate: int | None = None) -> Any:
         eval_every_n_steps=10_000, max_steps=steps, gradient_accumulation_steps=accumulate
     )
     made = peft_trainer.PeftTrainer(real.make(NAME).tree, optax.adam(1e-2), config)
-
-    def model_input(batch: Any) -> dict[str, Any]:
-        length = batch.input_tokens.shape[1]
-        mask = jnp.tril(jnp.ones((length, length), bool))
-        return {
-            "input_tokens": batch.input_tokens,
-            "input_mask": batch.input_mask,
-            "positions": jnp.broadcast_to(jnp.arange(length), batch.input_tokens.shape),
-            "attention_mask": jnp.broadcast_to(mask, (len(batch.input_tokens), length, length)),
-        }
-
     return made.with_gen_model_input_fn(model_input)
 
 

@@ -293,7 +293,7 @@ def test_enums_that_are_strings_become_strings():
 
 
 def test_replace_checks_and_names_unknown_fields():
-    with pytest.raises(ConfigError, match="no field rank; it has: task_type"):
+    with pytest.raises(ConfigError, match="no field 'rank'; it is called r"):
         LoraConfig().replace(rank=3)
     with pytest.raises(ConfigError, match="r: expected a positive integer, found 0"):
         LoraConfig().replace(r=0)

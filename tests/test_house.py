@@ -131,6 +131,8 @@ SAME_FLOOR = {
     ("nnx", "nnx_survey"): "attaching asks what a model does with its weights",
     ("merging", "nnx_survey"): "and so reads one",
     ("merging", "nnx"): "it takes a model as well as a tree",
+    ("merging", "linen_tree"): "and the variables that an adapter lies in",
+    ("merging", "linen"): "and tells a module from its variables",
     ("linen", "linen_survey"): "one module's work in three files",
     ("linen", "linen_call"): "one module's work in three files",
     ("linen", "linen_tree"): "and what it reads and makes is such trees",

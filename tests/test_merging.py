@@ -44,12 +44,110 @@ def test_merge_equals_apply_and_unmerge_undoes_it(config):
         np.testing.assert_allclose(a, b, **CLOSE)
 
 
+@pytest.mark.parametrize("config", [LORA, IA3], ids=["LORA", "IA3"])
+@pytest.mark.parametrize("said", [False, True])
+def test_a_model_merges_what_it_carries(config, said):
+    """As PEFT's merge_and_unload does."""
+    model = small.trained(config)
+    out = model(X)
+    assert jaxadapt.merge(*([model, jaxadapt.extract(model)] if said else [model])) is model
+    np.testing.assert_allclose(model(X), out, **CLOSE)
+    assert nnx.graphdef(model) == nnx.graphdef(small.net())
+    with pytest.raises(AttachError, match="no active adapter to merge; it carries none"):
+        jaxadapt.merge(model)
+
+    variables = small.variables(config)
+    given = [variables, jaxadapt.extract(variables)] if said else [variables]
+    merged = jaxadapt.merge(*given)
+    assert merged.keys() == {"params"}
+    np.testing.assert_allclose(small.LinenNet().apply(merged, X), out, **CLOSE)
+
+
+def test_several_adapters_of_a_model():
+    model = small.trained(LORA, 1, "a")
+    small.trained(LORA, 2, "b", model)
+    small.trained(LORA, 3, "c", model)
+    jaxadapt.activate(model, ["a", "b"])
+    out, rest = model(X), jaxadapt.extract(model, "c")
+    jaxadapt.merge(model)
+    np.testing.assert_allclose(model(X), out, **CLOSE)
+    assert small.same(jaxadapt.extract(model, "c"), rest)  # it was not active, and is as it was
+    np.testing.assert_allclose(jaxadapt.activate(model)(X), out, **CLOSE)
+
+    model = small.trained(IA3, 1, "a")
+    small.trained(LORA, 2, "b", model)
+    jaxadapt.activate(model, "a", "b")
+    out = model(X)
+    with pytest.raises(AttachError, match="several adapters are active, 'a', 'b', and what 'a' makes of a weight"):
+        jaxadapt.merge(model)
+    np.testing.assert_array_equal(model(X), out)
+
+    both = small.variables()
+    both["lora"] = {**small.variables()["lora"], **small.variables(name="other")["lora"]}
+    with pytest.raises(AttachError, match=r"carry the adapters \['default', 'other'\]"):
+        jaxadapt.merge(both)
+    assert list(jaxadapt.merge(both, jaxadapt.extract(both, "other"))["lora"]) == ["default"]
+
+
+def test_what_carries_no_adapter_says_so():
+    for given, says in (
+        (small.LinenNet(), "a Linen module holds no parameters"),
+        (small.base(), "carry the adapters none"),
+        (small.base()["params"], r"no adapter in these parameters: merge\(params, adapter\)"),
+    ):
+        with pytest.raises(AttachError, match=says):
+            jaxadapt.merge(given)
+
+
+def test_a_copy_and_a_sum_of_one_weight():
+    """What modules_to_save replaces comes first, whichever adapter has it; and a merge that fails changes nothing."""
+    for order in (["a", "b"], ["b", "a"]):
+        model = small.trained(jaxadapt.LoraConfig(r=2, target_modules=["q_proj"]), 1, "a")
+        copied = jaxadapt.LoraConfig(r=2, target_modules=["up_proj"], modules_to_save=["q_proj"])
+        small.trained(copied, 2, "b", model)
+        jaxadapt.activate(model, order)
+        flat = {**jaxadapt.extract(model, "a").flat(), **jaxadapt.extract(model, "b").flat()}
+        want = flat["q_proj.kernel.copy"] + 4 * (flat["q_proj.kernel.lora_B"] @ flat["q_proj.kernel.lora_A"]).T
+        np.testing.assert_allclose(jaxadapt.merge(model).q_proj.kernel[...], want, rtol=1e-6)
+    model = small.trained(LORA, 1, "a")
+    b = small.adapter(LORA, 2)
+    small.trained(LORA, 2, "b", model)
+    jaxadapt.inject(jax.tree.map(lambda x: x * np.float32(1e30), b), model, "b")
+    jaxadapt.activate(model, ["a", "b"])
+    before = np.asarray(model.q_proj.kernel[...])
+    with pytest.raises(AttachError, match="no longer finite"):
+        jaxadapt.merge(model, safe=True)
+    np.testing.assert_array_equal(model.q_proj.kernel[...], before)
+    assert model.q_proj.active_adapters == ("a", "b")
+
+
+def test_a_quantised_model_merges_what_it_carries():
+    model = jaxadapt.quantize(small.net(), "int8")
+    small.trained(LORA, 1, model=model)
+    out = model(X)
+    with pytest.raises(AttachError, match="dequantize=True"):
+        jaxadapt.merge(model)
+    np.testing.assert_array_equal(model(X), out)
+    np.testing.assert_allclose(jaxadapt.merge(model, dequantize=True)(X), out, rtol=1e-4, atol=1e-5)
+
+
+def test_a_merge_that_fails_leaves_the_model_adapted():
+    model = small.trained()
+    model.q_proj.kernel[...] = jnp.full((6, 8), jnp.inf)
+    out = model(X)
+    with pytest.raises(AttachError, match="no longer finite"):
+        jaxadapt.merge(model, safe=True, allow_nan=True)
+    np.testing.assert_array_equal(model(X), out)
+
+
 def test_variables_are_no_parameters():
     variables = small.base()
     adapter = jaxadapt.init(LORA, variables["params"], key=jax.random.key(0))
-    for given in (variables, {**variables, **adapter.collection}):
-        with pytest.raises(MismatchError, match=r'These are Linen variables; .* variables\["params"\]'):
-            jaxadapt.merge(given, adapter)
+    other = adapter.named("other")
+    with pytest.raises(AttachError, match=r"carry the adapters \['other'\]; say which of them is merged"):
+        jaxadapt.merge({**variables, **other}, jax.tree.map(jnp.copy, adapter))
+    with pytest.raises(MismatchError, match=r'These are Linen variables; .* variables\["params"\]'):
+        jaxadapt.unmerge(variables, adapter)
     with pytest.raises(MismatchError) as caught:
         jaxadapt.merge({"q_proj": variables["params"]["q_proj"]}, adapter)
     assert "variables" not in str(caught.value)
@@ -60,7 +158,7 @@ def test_models_merge_in_place(config):
     model = small.trained(config)
     out, adapter = model(X), jaxadapt.extract(model)
     with pytest.raises(AttachError, match="active adapters, which would count twice"):
-        jaxadapt.merge(model, adapter)
+        jaxadapt.merge(model, jax.tree.map(jnp.copy, adapter))
     jaxadapt.detach(model)
     kernel = model.q_proj.kernel
     assert jaxadapt.merge(model, adapter) is model

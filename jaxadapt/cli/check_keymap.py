@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,7 +73,7 @@ def command(family: str, model: str | None, checkpoint: str | None, as_json: boo
     if as_json:
         shown.print_json(found.to_dict())
     else:
-        _show(found, leaves, tensors)
+        _show(found, leaves, tensors, own=".py:" in family)
     if not found.fits:
         sys.exit(1)
 
@@ -103,7 +104,7 @@ def _own(text: str) -> KeyMap:
     return held[name]
 
 
-def _show(found: Checked, leaves: Shapes | None, tensors: Shapes | None) -> None:
+def _show(found: Checked, leaves: Shapes | None, tensors: Shapes | None, own: bool) -> None:
     rows = [("family", found.family)]
     if leaves is not None:
         rows.append(("model", f"{len(leaves)} leaves, {len(found.claims)} claimed"))
@@ -118,13 +119,29 @@ def _show(found: Checked, leaves: Shapes | None, tensors: Shapes | None) -> None
         raise KeyMapError(f"no line of the table {found.family!r} names any of it: it is of another family")
     click.echo()
     shown.print_table(("leaf", "PyTorch's key", "found"), used, numbers=("found",))
-    if unused:
+    if unused and own:
+        shown.print_list(
+            "lines of the table that name nothing here; is their spelling right?", _mistyped(found), _SHOWN
+        )
+    elif unused:
         shown.print_words("not here (no fault: the models of a family differ)", unused)
     for kind, listed in found.problems.items():
         shown.print_list(_TITLES[kind], listed, _SHOWN)
     lines = [f"{w.leaf} -> {w.key}, {w.pattern!r}" for w in found.wrong]
     if lines:
         shown.print_list("wrong lines of the table, of which nothing fits", lines, _SHOWN)
+
+
+def _mistyped(found: Checked) -> list[str]:
+    """The lines that name nothing, each with what comes near of that which no line names."""
+    from jaxadapt import near
+
+    lines: list[str] = []
+    for line in (w for w, count in found.lines.items() if not count):
+        free = {re.sub(r"\b\d+\b", "{l}", name): name for name in found.unclaimed}
+        close = [name for name in near.near((line.leaf, line.key), list(free)) if name in free]
+        lines.append(f"{line.leaf} -> {line.key}" + (f"; near: {near.listed(close)}" if close else ""))
+    return lines
 
 
 def _leaves(path: Path) -> Shapes:

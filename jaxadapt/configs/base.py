@@ -52,6 +52,30 @@ class Config:
     # The one type a class is for; None: the class is for every type that has none of its own.
     _type: ClassVar[str | None] = None
 
+    # Other libraries' words for fields, and the fields that they mean.
+    _spellings: ClassVar[Mapping[str, str]] = {}
+
+    def __new__(cls, *args: object, **values: object) -> Self:
+        """Say what is meant by a keyword that is no field: `__init__` would raise a TypeError without it."""
+        names = _field_names(cls)
+        if args:
+            first = "target_modules" if "target_modules" in names else "peft_type"
+            raise ConfigError(f"{cls.__name__}: expected keywords only, such as {cls.__name__}({first}=…)")
+        if unknown := sorted(set(values) - set(names)):
+            raise ConfigError("\n".join(cls._unknown(name) for name in unknown))
+        return super().__new__(cls)
+
+    @classmethod
+    def _unknown(cls, name: str) -> str:
+        import difflib  # only a mistake needs it
+
+        meant = cls._spellings.get(name) or " or ".join(difflib.get_close_matches(name, _field_names(cls), 2))
+        return f"{cls.__name__} has no field {name!r}; " + (
+            f"it is called {meant}"
+            if meant
+            else f"it has: {', '.join(_field_names(cls))}; a key of another version goes into extra={{…}}"
+        )
+
     def __post_init__(self) -> None:
         if type(self) is Config:
             raise ConfigError("Config is the base class; use LoraConfig, IA3Config or GenericConfig")
@@ -146,10 +170,7 @@ class Config:
         """
         unknown = sorted(set(changes) - set(_field_names(type(self))))
         if unknown:
-            raise ConfigError(
-                f"{type(self).__name__} has no field {', '.join(unknown)}; it has: "
-                f"{', '.join(_field_names(type(self)))}"
-            )
+            raise ConfigError("\n".join(self._unknown(name) for name in unknown))
         return dataclasses.replace(self, **changes)
 
     def differences(self, other: Config, theirs: str = "in the file") -> str:

@@ -17,6 +17,17 @@ BIASES = ("none", "all", "lora_only")
 INITS = ("gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal", "mica", "lora_ga")
 _CASELESS = ("gaussian", "olora", "mica")
 
+_SPELLINGS = {
+    **dict.fromkeys(("rank", "lora_rank", "lora_r"), "r"),
+    **dict.fromkeys(("alpha", "loraalpha"), "lora_alpha"),
+    **dict.fromkeys(("dropout", "dropout_rate", "lora_drop"), "lora_dropout"),
+    **dict.fromkeys(("module_path", "modules", "targets", "lora_target_modules"), "target_modules"),
+    **dict.fromkeys(("rslora", "use_rs_lora", "rank_stabilized"), "use_rslora"),
+    **dict.fromkeys(("dora", "use_weight_decomposition"), "use_dora"),
+    "init_weights": "init_lora_weights",
+}
+"""Words that other libraries and papers have for these fields."""
+
 # Settings of variants; each is an object (PEFT: a dataclass of its own) or null.
 _SUBCONFIGS = (
     "megatron_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "monteclora_config",
@@ -55,6 +66,7 @@ class LoraConfig(Config):
     """
 
     _type: ClassVar[str | None] = "LORA"
+    _spellings: ClassVar[Mapping[str, str]] = _SPELLINGS
 
     peft_type: str = "LORA"
     r: int = 8

@@ -7,12 +7,12 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jaxadapt import near
+from jaxadapt import near, paths
 from jaxadapt.errors import KeyMapError
 from jaxadapt.families import easydel, gemma, keras, maxtext, maxtext_gemma, maxtext_moe, moe, tunix
 from jaxadapt.families.bert import BERT, ROBERTA
 from jaxadapt.families.clip import CLIP
-from jaxadapt.families.gpt2 import GPT2
+from jaxadapt.families.gpt2 import GPT2, GPT2_DENSE
 from jaxadapt.families.gpt_neo import GPT_NEO, GPTJ
 from jaxadapt.families.llama import LLAMA
 from jaxadapt.families.t5 import T5
@@ -23,7 +23,7 @@ from jaxadapt.keymap import KeyMap
 from jaxadapt.weight import Weight
 
 _TABLES = (
-    *(LLAMA, GPT2, GPT_NEO, GPTJ, BERT, ROBERTA, T5, VIT, CLIP, WHISPER),
+    *(LLAMA, GPT2, GPT2_DENSE, GPT_NEO, GPTJ, BERT, ROBERTA, T5, VIT, CLIP, WHISPER),
     *(moe.MIXTRAL, moe.QWEN3_MOE, moe.GPT_OSS, moe.LLAMA4, moe.DEEPSEEK_V3),
     *(tunix.LLAMA3, tunix.QWEN2, tunix.QWEN3, tunix.QWEN3_MOE),
     *(gemma.TUNIX_GEMMA, gemma.TUNIX_GEMMA2, gemma.TUNIX_GEMMA3, gemma.TUNIX_GEMMA4),
@@ -129,6 +129,23 @@ def of_leaves(leaves: Iterable[str]) -> KeyMap:
     return min(known, key=lambda t: len(t.needs))  # of tables that agree, the one that asks for least
 
 
+def nearest(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """Which family comes nearest to a model that none fits, and which leaves keep it from fitting; "" if none does."""
+    stacked = [table.scanned(axis) for table in FAMILIES.values() for axis in _SCAN_AXES]
+    known = {
+        t: sum(t.site(leaf) is not None for leaf in shapes) for t in (*FAMILIES.values(), *stacked) if t.tells(shapes)
+    }
+    most = max(known.values(), default=0)
+    found = [(table, list(table.misfits(shapes))) for table, count in known.items() if count == most]
+    if not found:
+        return ""
+    table, misfits = min(found, key=lambda item: len(item[1]))
+    return (
+        f"\nThe table {table.name!r} comes nearest, with lines for {most} of {len(shapes)} weights. It does not fit"
+        f" because of\n" + paths.listing(misfits)
+    )
+
+
 def _lines(table: KeyMap, leaves: Iterable[str]) -> list[Weight | None]:
     sites = [table.site(leaf) for leaf in leaves]
     return [None if site is None else site.weight for site in sites]
@@ -138,4 +155,4 @@ def _called(table: KeyMap) -> str:
     return table.name if table.proved else f"{table.name} (not proved)"
 
 
-__all__ = ["FAMILIES", "named", "of_leaves", "resolve"]
+__all__ = ["FAMILIES", "named", "nearest", "of_leaves", "resolve"]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Generator
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from jaxadapt.codecs.files import file_error
 from jaxadapt.errors import FileError
@@ -42,13 +44,16 @@ def told(place: Address, token: Token, action: str = "read") -> Generator[None]:
         why = f"there is no revision {place.revision!r}{_revisions(place, token)}"
         raise _failure(place, action, why, "say a branch, a tag or a commit", error) from error
     except errors.LocalEntryNotFoundError as error:
+        cause = error.__cause__
+        if isinstance(cause, errors.HfHubHTTPError) and cause.response.status_code < 500:
+            raise _refused(place, action, cause, token) from error  # it was reached, and said something
         if (offline := _offline()) is not None:
             why, way = f"it is not in the cache, and {offline}=1 forbids to fetch it", "unset it, or pull it before"
         else:
             why, way = "the Hub cannot be reached, and it is not in the cache", "check the network, and try again"
         raise _failure(place, action, why, way, error) from error
     except errors.EntryNotFoundError as error:
-        raise _failure(place, action, "a file is not there", "check the address", error) from error
+        raise _failure(place, action, f"{_asked(error, place)} is not there", "check the address", error) from error
     except errors.LocalTokenNotFoundError as error:
         raise _failure(place, action, "token=True, but no token is stored", "log in: `hf auth login`", error) from error
     except errors.HFValidationError as error:
@@ -79,8 +84,29 @@ def _refused(place: Address, action: str, error: Any, token: Token) -> FileError
     if status == 403:
         why = "the token has no right to do this"
         return _failure(place, action, why, "use one with the right" + _login(token), error)
+    if status == 404:
+        of = f", no revision {place.revision!r} of it" if place.revision else ""
+        why = f"there is no repository {place.repo!r}{of}, or no {_asked(error, place)} in it: {_host(error)} answered"
+        why += " 404"
+        return _failure(place, action, why, "check the name" + (", and HF_ENDPOINT" if _endpoint() else ""), error)
     why = f"the Hub answered {status}" if status else "the Hub cannot be reached"
     return _failure(place, action, why, "try again" if status >= 500 or not status else "see what it says", error)
+
+
+def _asked(error: Any, place: Address) -> str:
+    """The file that a refused request asked for, as far as its address tells."""
+    url = "" if error.response is None else str(error.response.url)
+    found = re.search(r"/resolve/[^/]+/([^?#]+)", url)
+    return f"file {unquote(found[1])!r}" if found else f"folder {place.subfolder!r}" if place.subfolder else "such page"
+
+
+def _host(error: Any) -> str:
+    return urlsplit(str(error.response.url)).netloc
+
+
+def _endpoint() -> bool:
+    """Whether requests go to another place than the Hub's own."""
+    return bool(os.environ.get("HF_ENDPOINT"))
 
 
 def _failure(place: Address, action: str, why: str, way: str, error: BaseException | None) -> FileError:

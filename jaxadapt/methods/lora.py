@@ -9,22 +9,24 @@ rank-r side, and the sum is cast to the base output's dtype once, at the end. Va
 PEFT's faults, as decided here: its convolutions ignore the base's dilation (its own A then crashes) and padding
 mode, ours follow the base layer; its merge of a grouped convolution fails, ours says why there can be none; the
 norm of a grouped DoRA mixes channels of several groups, so that is refused. The output projection of an
-`nn.MultiheadAttention` gets its product twice there (huggingface/peft#3774): files were trained so, so it is twice
-here as well; that its dropout does nothing there is followed too.
+`nn.MultiheadAttention` gets its product twice there, from 0.15.0, the first version that adapts it, to 0.21.2, the
+newest: files were trained so, so it is twice here as well (`doubtful_twice`: of a file of a later version that is not
+known). That its dropout does nothing there is followed too.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from types import MappingProxyType
 
 import jax
 
 from jaxadapt import targets
 from jaxadapt.axes import Axes, Operation, Use
-from jaxadapt.configs import Config, LoraConfig
+from jaxadapt.configs import PEFT_VERSION, Config, LoraConfig
 from jaxadapt.drawing import Draw
 from jaxadapt.errors import AttachError, ConfigError
 from jaxadapt.keymap import Site
@@ -215,6 +217,15 @@ class Lora(Method):
 
     def merged_bias(self, static: Static, params: Params, bias: Array, sign: int) -> Array:
         return (bias + sign * static.scale * params["lora_B_bias"].reshape(bias.shape)).astype(bias.dtype)
+
+
+def doubtful_twice(config: Config, sites: Iterable[Site]) -> bool:
+    """Whether a file with an output projection of attention is of a later PEFT, which may add its product once."""
+    known, said = (
+        [int(n) for n in re.findall(r"\d+", version)[:3]] for version in (PEFT_VERSION, config.peft_version or "")
+    )
+    projections = (site.weight.kind == "attention" and not site.weight.piece for site in sites)
+    return config.peft_type == "LORA" and said > known and any(projections)
 
 
 def scale_of(config: LoraConfig, module: str) -> float:

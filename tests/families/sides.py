@@ -23,8 +23,8 @@ from flax import nnx
 import jaxadapt
 from jaxadapt import paths
 from tests.families.specimens import HEADS, IDS, INPUTS, KV, LAYERS, D, F, Specimen, V
+from tests.twins import gpt2, trees
 from tests.twins import moe as twins
-from tests.twins import trees
 
 Leaves = Mapping[str, np.ndarray]
 LIBRARY = {
@@ -35,6 +35,7 @@ LIBRARY = {
     "keras": "keras_hub",
     "easydel": "easydel",
     "moe": "flax",
+    "gpt2_dense": "flax",
 }
 PACKAGES = {"tunix": "google-tunix", "keras_hub": "keras-hub"}
 
@@ -189,6 +190,24 @@ def _alternate(made: Any, model: Any) -> None:
 def moe(specimen: Specimen) -> Side:
     run = nnx.jit(lambda model: model(jnp.asarray(IDS)))
     return _of_nnx(lambda: twins.CausalLM(specimen.options, nnx.Rngs(0)), run)
+
+
+def gpt2_dense(specimen: Specimen) -> Side:
+    def make() -> Any:
+        rngs = nnx.Rngs(0)
+        model = gpt2.GPT2(gpt2.Shape(V, 32, D, LAYERS, HEADS), rngs=rngs)
+        for block in model.transformer.h:
+            for part, name in (
+                (block.attn, "c_attn"),
+                (block.attn, "c_proj"),
+                (block.mlp, "c_fc"),
+                (block.mlp, "c_proj"),
+            ):
+                out, inn = getattr(part, name).kernel.shape
+                setattr(part, name, nnx.Linear(inn, out, rngs=rngs))
+        return model
+
+    return _of_nnx(make, lambda model: model(jnp.asarray(IDS)))
 
 
 # ---- gemma -------------------------------------------------------------------------------------------------
@@ -451,6 +470,7 @@ BUILDERS: dict[str, Callable[[Specimen], Side]] = {
     "tunix_gemma3": tunix_gemma3,
     "tunix_gemma4": tunix_gemma4,
     "moe": moe,
+    "gpt2_dense": gpt2_dense,
     "gemma": gemma,
     "gemma3n": gemma3n,
     "gemma4": gemma4,

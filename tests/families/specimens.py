@@ -303,6 +303,10 @@ def _flax(
     return Specimen(f"flax-{name}", table, torch, config, "flax", options, targets, unused=unused, inputs=inputs)
 
 
+GPT2_DENSE = Specimen(
+    "gpt2-dense", "gpt2-dense", "GPT2LMHeadModel", _GPT2, "gpt2_dense", {}, ("c_attn", "c_proj", "c_fc"), unused=(HEAD,)
+)
+
 _T5 = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 _T5_1 = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
 _WHISPER = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
@@ -373,6 +377,7 @@ SPECIMENS = (
     # Without a sliding window FlaxMistral (transformers 4.57) lets every token see itself alone.
     _flax("mistral", "llama", "MistralForCausalLM", PROJ, tie_word_embeddings=False, sliding_window=32),
     _flax("gpt2", "gpt2", "GPT2LMHeadModel", ("c_attn", "c_proj", "c_fc"), (HEAD,)),
+    GPT2_DENSE,
     _flax("bert", "bert", "BertForMaskedLM", _BERT, _TIED_BERT),
     _flax("bert-classifier", "bert", "BertForSequenceClassification", _BERT),
     _flax("bert-bare", "bert", "BertModel", _BERT),

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.peft
 NAMES = [
     "flax-llama",
     "flax-gpt2",
+    "gpt2-dense",
     "flax-bert",
     "flax-bert-bare",
     "flax-roberta-classifier",
