@@ -73,8 +73,8 @@ def write(
             folder.write_with(
                 tensors,
                 target,
-                lambda file, specs, metadata: parallel.lead(
-                    os.fspath(file), safetensors.named_specs(specs), metadata, parts, group, shared, alike
+                lambda writer, specs, metadata: parallel.lead(
+                    writer, safetensors.named_specs(specs), metadata, parts, group, shared, alike
                 ),
                 None,
             )

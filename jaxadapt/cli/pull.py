@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 
 import click
@@ -53,9 +52,9 @@ def _copied(source: Path, target: str) -> Place:
     if other:
         raise FileError(f"{out}: holds {other[0]}, which readers could take for what is pulled; choose another folder")
     folder.make(out)
-    # All are written before the first takes its place, the configuration's after the weights', as in `folder.write`.
-    with atomic.alone_in(out), contextlib.ExitStack() as stack:
-        for name in (CONFIG, weights, CARD):
-            if (source / name).exists():
-                stack.enter_context(atomic.replacing(out / name)).write(memoryview((source / name).read_bytes()))
+    # The configuration takes its place right after the weights, as in `folder.write`.
+    names = [name for name in (weights, CONFIG, CARD) if (source / name).exists()]
+    with atomic.alone_in(out), atomic.replacing_all([out / name for name in names]) as writers:
+        for name, writer in zip(names, writers, strict=True):
+            writer.write(memoryview((source / name).read_bytes()))
     return out

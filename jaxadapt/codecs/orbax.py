@@ -182,7 +182,7 @@ def save(path: str | os.PathLike[str], trees: Mapping[str, Tree], documents: Map
     place = _place(path)
     _check_names(place, trees)
     if isinstance(place, Path):
-        atomic.make_parents(place)
+        atomic.make_folder(place.parent)
         atomic.sweep(place.parent, re.escape(place.name), folders=True)
         if alone:  # of several processes Orbax sees to it itself
             for stale in place.parent.glob(f"{glob.escape(place.name)}.orbax-checkpoint-tmp*"):
@@ -199,7 +199,7 @@ def save(path: str | os.PathLike[str], trees: Mapping[str, Tree], documents: Map
         return
     with atomic.staging(place) as inside:
         start(inside, trees, documents, named=place).result()
-        atomic.flush_tree(inside)
+        atomic.flush_tree(inside, place)
         try:
             inside.rename(place)
         except OSError as error:

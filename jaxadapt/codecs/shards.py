@@ -316,15 +316,15 @@ def write(folder: Place, specs: Specs, get: Callable[[str], np.ndarray], limit: 
     names = _names(folder, len(portions))
     replaced = _set(folder)
     metadata = {"format": "pt"}
-    with contextlib.ExitStack() as stack:  # the index is opened first, so it takes its place last
-        if len(portions) > 1:
+    index = [folder / INDEX] if len(portions) > 1 else []
+    with atomic.replacing_all([*(folder / name for name in names), *index]) as writers:  # the index last
+        for writer, keys in zip(writers, portions, strict=False):
+            safetensors.write_to(writer, {key: specs[key] for key in keys}, get, metadata)
+        if index:
             where = {key: name for name, keys in zip(names, portions, strict=True) for key in keys}
             total = sum(math.prod(s) * numpy_dtype(d).itemsize for d, s in specs.values())
             text = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2, sort_keys=True)
-            stack.enter_context(atomic.replacing(folder / INDEX)).write(memoryview(f"{text}\n".encode()))
-        for name, keys in zip(names, portions, strict=True):
-            writer = stack.enter_context(atomic.replacing(folder / name))
-            safetensors.write_to(writer, {key: specs[key] for key in keys}, get, metadata)
+            writers[-1].write(memoryview(f"{text}\n".encode()))
     # transformers takes the single file before the index, other readers every file they see
     new = {*names, INDEX} if len(names) > 1 else set(names)
     for name in replaced - new:
