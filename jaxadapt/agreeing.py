@@ -55,7 +55,7 @@ def settle(path: Place, header: safetensors.Header | None, weights: Place) -> Co
             break  # no save leaves the two files like this, so that none is waited for
         time.sleep(wait)
         now = safetensors.read_header(weights).metadata.get(META)
-        if now is None or _copy(now, weights)[0].changed(own) or (again := text_of(path)) != text:
+        if now is None or _copy(now, weights)[0].changed(own) or text_of(path) != text:
             return own  # a save has ended meanwhile
     if config is None:
         warn(

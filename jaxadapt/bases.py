@@ -37,6 +37,7 @@ from jaxadapt import (
 from jaxadapt.adapter import Adapter, is_array
 from jaxadapt.codecs import places, shards
 from jaxadapt.codecs.dtypes import dtype_name, numpy_dtype
+from jaxadapt.codecs.files import file_error
 from jaxadapt.codecs.places import Place
 from jaxadapt.errors import AttachError, KeyMapError, MismatchError, warn
 from jaxadapt.generic import GENERIC
@@ -249,8 +250,10 @@ def _check_ties(
     """Refuse a head of its own in a folder whose config.json ties it to the embedding: transformers would drop it."""
     try:
         config: Any = json.loads((target / "config.json").read_bytes())
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return  # none, or none that says anything
+    except OSError as error:
+        raise file_error("read", str(target / "config.json"), error) from error
     if not isinstance(config, dict) or config.get("tie_word_embeddings") is not True:  # pyright: ignore[reportUnknownMemberType]
         return
     get = _reader(made, leaves, changed, None)

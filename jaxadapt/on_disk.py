@@ -17,6 +17,7 @@ from jaxadapt import bases, combining, exchange, folder, merging, paths, product
 from jaxadapt.adapter import Adapter, PeftTensors
 from jaxadapt.codecs import atomic, places, shards
 from jaxadapt.codecs.dtypes import dtype_name, numpy_dtype
+from jaxadapt.codecs.files import file_error
 from jaxadapt.codecs.places import Place
 from jaxadapt.errors import ConfigError, FileError, FormatError, warn
 from jaxadapt.keymap import PEFT_PREFIX, KeyMap
@@ -50,10 +51,10 @@ def merge(
     Raises `AdapterError`, and then nothing is written, unless everything fits.
     """
     source, target = places.at(base), places.at(out)
-    home = source.parent if source.is_file() else source
-    if home == target or (_local(home) and _local(target) and target.samefile(home)):
+    home = source.parent if places.is_file(source) else source
+    if home == target or (_local(home) and _local(target) and _same(home, target)):
         raise FileError(f"{target}: is the base model itself; choose another folder")
-    if (target / folder.CONFIG).exists():
+    if places.exists(target / folder.CONFIG):
         raise FileError(f"{target}: holds an adapter, which transformers would open instead; choose another folder")
     with reporting(progress) as report, shards.opened(source) as held:
         shards.refuse_packed(held)
@@ -179,18 +180,34 @@ def _adapter(tensors: PeftTensors, specs: dict[str, Any], table: Any) -> Adapter
 
 def _local(place: Place) -> TypeGuard[Path]:
     """Whether it is on this machine, and there."""
-    return isinstance(place, Path) and place.exists()
+    return isinstance(place, Path) and places.exists(place)
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError as error:
+        raise file_error("read", str(other), error) from error
 
 
 def _beside(source: Place, dtype: str | None) -> dict[str, bytes]:
     """What else lies in the model's folder; with a `dtype`, that in its configuration."""
-    if not source.is_dir():
+    if not places.is_dir(source):
         return {}
     out: dict[str, bytes] = {}
-    for path in sorted(source.iterdir(), key=str):
+    try:
+        present = sorted(source.iterdir(), key=str)
+    except OSError as error:
+        raise file_error("read", str(source), error) from error
+    for path in present:
         name = path.name
-        if path.suffix in _BESIDE and not name.endswith(".index.json") and name != folder.CONFIG and path.is_file():
-            data = path.read_bytes()
+        if path.suffix not in _BESIDE or name.endswith(".index.json") or name == folder.CONFIG:
+            continue
+        if places.is_file(path):
+            try:
+                data = path.read_bytes()
+            except OSError as error:
+                raise file_error("read", str(path), error) from error
             out[name] = data if dtype is None or name != "config.json" else _saying(path, data, dtype)
     return out
 

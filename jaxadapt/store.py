@@ -158,7 +158,7 @@ def _below(path: str | os.PathLike[str], name: str) -> Place:
 def _holding(below: Place, path: str | os.PathLike[str]) -> Place:
     """The subfolder, if an adapter is in it; else the folder."""
     above = places.at(path)
-    return below if below == above or (below / folder.CONFIG).exists() else above
+    return below if below == above or places.exists(below / folder.CONFIG) else above
 
 
 def load(

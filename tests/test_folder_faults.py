@@ -1,4 +1,4 @@
-"""A folder in which every flush and every renaming fails in its turn: it is wholly old or wholly new, or the error says."""
+"""A folder in which every flush and every renaming fails in turn: wholly old, wholly new, or the error says which."""
 
 from __future__ import annotations
 
@@ -153,7 +153,9 @@ def test_without_hard_links_the_error_says_what_is_where(tmp_path: Path, monkeyp
             jaxadapt.save(NEW, tmp_path)
 
 
-def test_an_interrupt_between_the_two_files_puts_back_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_between_the_two_files_puts_back_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     old = expected(tmp_path, OLD)
     real, calls = Path.replace, list[Path]()
 
@@ -179,7 +181,7 @@ def test_both_files_are_flushed_then_renamed_then_their_folder_is_flushed(
     fsync, replace = os.fsync, Path.replace
 
     def spy_fsync(fd: int) -> None:
-        path = Path(os.readlink(f"/proc/self/fd/{fd}"))
+        path = Path(f"/proc/self/fd/{fd}").readlink()
         events.append("file" if path.is_file() else path.name)
         fsync(fd)
 
@@ -332,4 +334,4 @@ def test_a_card_that_is_a_link_is_a_persons(tmp_path: Path) -> None:
     (tmp_path / CARD).unlink()
     (tmp_path / CARD).symlink_to("nowhere")
     jaxadapt.save(NEW, tmp_path)
-    assert os.readlink(tmp_path / CARD) == "nowhere"
+    assert (tmp_path / CARD).readlink() == Path("nowhere")

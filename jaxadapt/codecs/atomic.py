@@ -172,8 +172,8 @@ def _create(directory: str, name: str) -> tuple[Path, int]:
 def _flush(writer: Writer) -> None:
     try:
         flush(writer.fd)
-        # Some file systems (FUSE, NFS) report a failed write on closing only. A duplicate is closed, since the lock must
-        # last until the file has its name.
+        # Some file systems (FUSE, NFS) report a failed write on closing only. A duplicate is closed, since the lock
+        # must last until the file has its name.
         os.close(os.dup(writer.fd))
     except OSError as error:
         raise _error(writer.path, error) from error

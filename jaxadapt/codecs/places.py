@@ -24,8 +24,8 @@ from jaxadapt.codecs.files import closing, file_error
 from jaxadapt.errors import FileError
 
 __all__ = [
-    "Address", "Place", "at", "exists", "is_address", "is_dir", "is_file", "put", "size", "staged", "stamp", "told",
-    "version",
+    "Address", "Place", "absolute", "at", "exists", "is_address", "is_dir", "is_file", "put", "size", "staged", "stamp",
+    "told", "version",
 ]  # fmt: skip
 
 _ADDRESS = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://", re.IGNORECASE)
@@ -287,26 +287,35 @@ def stamp(info: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def version(place: Place) -> object:
-    """What is equal only while a file is the same. Raises `OSError`, `FileError`."""
-    if isinstance(place, Address):
-        return stamp(place.info())
-    status = place.stat()
+    """What is equal only while a file is the same. Raises `FileError`."""
+    try:
+        if isinstance(place, Address):
+            return stamp(place.info())
+        status = place.stat()
+    except (OSError, ValueError) as error:
+        raise file_error("read", str(place), error) from error
     return status.st_mtime_ns, status.st_ino
 
 
 def size(place: Place) -> int:
-    """In bytes, of a file or of all files in a folder. Raises `FileNotFoundError`, `FileError`."""
-    if isinstance(place, Address):
-        return place.size()
+    """In bytes, of a file or of all files in a folder. Raises `FileError`."""
     try:
+        if isinstance(place, Address):
+            return place.size()
         return sum(p.stat().st_size for p in (place.rglob("*") if place.is_dir() else [place]) if p.is_file())
-    except FileNotFoundError:
-        raise
     except (OSError, ValueError) as error:
         raise file_error("read", str(place), error) from error
 
 
 # ---------------------------------------------------------------- what lies there
+
+
+def absolute(place: Place) -> Place:
+    """As `Path.absolute`. Raises `FileError` where the working directory was deleted."""
+    try:
+        return place.absolute()
+    except OSError as error:
+        raise file_error("find", str(place), error, "the working directory is gone: give an absolute path") from error
 
 
 def exists(place: Place, shown: Place | None = None) -> bool:
