@@ -34,7 +34,7 @@ from jaxadapt import (
     single_experts,
     transfer,
 )
-from jaxadapt.adapter import Adapter, is_array
+from jaxadapt.adapter import Adapter, is_array, reading
 from jaxadapt.codecs import places, shards
 from jaxadapt.codecs.dtypes import dtype_name, numpy_dtype
 from jaxadapt.codecs.files import file_error
@@ -115,7 +115,8 @@ def export_base(
             more(value.nbytes)
             return value
 
-        shards.write(target, specs, tensor, max_shard_size)
+        with reading(leaves):
+            shards.write(target, specs, tensor, max_shard_size)
     LOGGER.info("%s: %d tensors, %d bytes", target, len(specs), total)
 
 

@@ -32,7 +32,7 @@ from jaxadapt import (
     products,
     together,
 )
-from jaxadapt.adapter import Adapter, PeftTensors, Recipe
+from jaxadapt.adapter import Adapter, PeftTensors, Recipe, reading
 from jaxadapt.codecs import orbax, places
 from jaxadapt.codecs.places import Place
 from jaxadapt.configs import Config
@@ -112,7 +112,8 @@ def save(
         exchange.with_values(adapter.flat(), traced=False, elsewhere=True)
         adapter = dataclasses.replace(adapter, config=adapter.config.replace(**changes))
         if dtype is not None:
-            adapter = jax.tree.map(lambda x: x.astype(dtype), adapter)
+            with reading(adapter.flat()):
+                adapter = jax.tree.map(lambda x: x.astype(dtype), adapter)
         with reporting(progress) as report:
             orbax_folder.write(adapter, _below(path, name), alone=jax.process_count() == 1)
             _told_at_once(report, "save", adapter)
