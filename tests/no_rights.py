@@ -16,7 +16,7 @@ from typing import Any
 import jaxadapt
 from jaxadapt import on_disk
 from tests import small
-from tests.small import CONFIG, WEIGHTS
+from tests.small import CONFIG
 
 NOBODY = 65534
 BASE = small.base()["params"]

@@ -35,9 +35,8 @@ def test_an_adapter(tmp_path: Path) -> None:
     jaxadapt.save(small.adapter(), tmp_path)
     before = files(tmp_path)
     new = small.adapter(seed=5)
-    with pytest.raises(
-        AttachError, match=r"(?s)lora_[AB]\.weight: its array was deleted while it was saved: .*donated"
-    ):
+    said = r"(?s)lora_[AB]\.weight: its array was deleted while it was saved: .*donated"
+    with pytest.raises(AttachError, match=said):
         jaxadapt.save(new, tmp_path, progress=once(new))
     assert files(tmp_path) == before
 
