@@ -76,7 +76,8 @@ def push(
     A card on the Hub that a person wrote or edited stays, and only lacks filled in its front matter; one in the folder
     that a person wrote replaces it. Weights of the other format at the same place are deleted in the same commit.
 
-    Raises `FileError` for what the Hub or the connection refuses, and whatever `save` raises.
+    Raises `FileError` for what the Hub or the connection refuses, and, before anything is sent, for a card in the
+    folder that cannot be read; and whatever `save` raises.
 
         jaxadapt.push(model, "org/name", base_model="org/base", metrics={"loss": 3.2}).url
     """

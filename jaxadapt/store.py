@@ -89,7 +89,8 @@ def save(
             of several processes each counts what it writes itself. An Orbax checkpoint is told of when it is there.
 
     Durable and atomic; raises `AdapterError` (what is wrong, and the way out), and then the old adapter is
-    still there, whole.
+    still there, whole, unless the error says that the new one is in place. A model card that cannot be written is a
+    warning.
 
     >>> import tempfile, jax, jaxadapt
     >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}

@@ -354,10 +354,13 @@ def _target(path: str | os.PathLike[str]) -> str:
     if "://" in target:
         target = str(places.at(path))
     name = os.path.split(target)[1]
+    folder = not name or name in (".", "..")
     try:
-        folder = not name or name in (".", "..") or places.is_dir(Path(target))
-    except FileError as error:
-        raise FileError(str(error).replace("cannot read", "cannot write", 1)) from error
+        folder = folder or stat.S_ISDIR(os.stat(target).st_mode)  # noqa: PTH116 (a Path would lose the slash)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        # A link that leads nowhere, or round in a loop, is replaced.
+        if not isinstance(error, OSError) or error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise _error(target, error) from error
     if folder:
         raise FileError(f"{target}: cannot write: expected the path of a file, found a directory")
     return target
