@@ -6,10 +6,11 @@ in PyTorch's layout. They never pass for each other: only a plan turns one into 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ import numpy as np
 
 from jaxadapt import paths
 from jaxadapt.configs import Config
-from jaxadapt.errors import AttachError
+from jaxadapt.errors import AttachError, FileError
 from jaxadapt.generic import GENERIC
 from jaxadapt.keymap import KeyMap, from_data, to_data
 from jaxadapt.peft_tensors import PeftTensors as PeftTensors  # apart, since it needs no JAX
@@ -176,6 +177,21 @@ def _array_in(leaf: Any) -> Any:
     """The array in a box, which JAX sees as a node with one leaf; anything else unchanged."""
     held = [leaf] if is_array(leaf) else jax.tree.leaves(leaf)
     return held[0] if len(held) == 1 else leaf
+
+
+@contextlib.contextmanager
+def reading(arrays: Mapping[str, Any]) -> Generator[None]:
+    """Raise `AttachError` naming the arrays that were donated while the block read them, where JAX raises for one."""
+    try:
+        yield
+    except (RuntimeError, FileError) as error:  # JAX has no class of its own for it, and Orbax passes it on
+        gone = [path for path, leaf in arrays.items() if isinstance(leaf, jax.Array) and leaf.is_deleted()]
+        if not gone or not isinstance(error.__cause__ if isinstance(error, FileError) else error, RuntimeError):
+            raise
+        raise AttachError(
+            "these arrays were deleted while they were saved: they were donated to a jitted function; save before the"
+            " step that donates them, or save a copy (jax.tree.map(jnp.copy, adapter)):\n" + paths.listing(gone)
+        ) from error
 
 
 def is_array(leaf: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping
 
 from jaxadapt import configs, targets
@@ -27,6 +28,10 @@ def text_of(path: Place) -> str:
         raise file_error("read", str(path), error) from error
 
 
+_WAITS = (0.0, 0.0, 0.001, 0.01, 0.05, 0.2)
+"""Seconds before each new look at two files that differ: a save that is under way renames one right after the other."""
+
+
 def settle(path: Place, header: safetensors.Header | None, weights: Place) -> Config:
     """The configuration that belongs to the tensors, where the JSON and our header may differ.
 
@@ -34,33 +39,31 @@ def settle(path: Place, header: safetensors.Header | None, weights: Place) -> Co
 
     Equal: fine. The JSON is the one this save was replacing: the save was interrupted between its two
     files, and the header wins. Otherwise a person edited the JSON, and it wins, unless the tensors
-    contradict it. Whatever is not plain is said in a warning.
+    contradict it. Whatever is not plain is said in a warning. Before that both files are read again: another
+    process may be saving, and then the header wins, silently.
     """
     text = text_of(path)
     raw = None if header is None else header.metadata.get(META)
     if header is None or raw is None:
         return configs.loads(text, str(path))
-    try:
-        held = json.loads(raw)
-        own = Config.from_dict(held["config"], "its configuration")
-        replaces = held.get("replaces")
-    except (ValueError, KeyError, TypeError, AttributeError, ConfigError, RecursionError) as error:
-        raise FormatError(
-            f"{weights}: the metadata {META!r} of its header is damaged ({error}); save or fetch it again"
-        ) from error
-    if replaces == digest(text):
+    own, replaces = _copy(raw, weights)
+    config = None if replaces == digest(text) else configs.loads(text, str(path))
+    if config is not None and not config.changed(own):
+        return config
+    for wait in _WAITS:
+        if config is not None and wait:
+            break  # no save leaves the two files like this, so that none is waited for
+        time.sleep(wait)
+        now = safetensors.read_header(weights).metadata.get(META)
+        if now is None or _copy(now, weights)[0].changed(own) or text_of(path) != text:
+            return own  # a save has ended meanwhile
+    if config is None:
         warn(
             f"{path}: a save was interrupted after the weights and before this file; using the configuration"
             " that the weights carry. Save again, or write(read(…)), to mend it.",
         )
         return own
-    config = configs.loads(text, str(path))
     changed = config.changed(own)
-    if not changed:
-        return config
-    now = json.loads(safetensors.read_header(weights).metadata.get(META, "null"))
-    if not isinstance(now, dict) or now.get("config") != held["config"]:
-        return own  # both were replaced while the old weights were being read: the JSON is the new ones'
     contradiction = _contradiction(config, own, {k: t.shape for k, t in header.tensors.items()})
     if contradiction:
         warn(
@@ -72,6 +75,17 @@ def settle(path: Place, header: safetensors.Header | None, weights: Place) -> Co
         f"{path} was edited after the weights were written ({', '.join(changed)}); using it as it stands now",
     )
     return config
+
+
+def _copy(raw: str, weights: Place) -> tuple[Config, object]:
+    """The configuration in a header, and the digest of the JSON that its save replaces."""
+    try:
+        held = json.loads(raw)
+        return Config.from_dict(held["config"], "its configuration"), held.get("replaces")
+    except (ValueError, KeyError, TypeError, AttributeError, ConfigError, RecursionError) as error:
+        raise FormatError(
+            f"{weights}: the metadata {META!r} of its header is damaged ({error}); save or fetch it again"
+        ) from error
 
 
 def _contradiction(edited: Config, own: Config, shapes: Mapping[str, tuple[int, ...]]) -> str | None:

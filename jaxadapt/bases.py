@@ -35,7 +35,7 @@ from jaxadapt import (
     transfer,
     untying,
 )
-from jaxadapt.adapter import Adapter, is_array
+from jaxadapt.adapter import Adapter, is_array, reading
 from jaxadapt.codecs import places, shards
 from jaxadapt.codecs.dtypes import dtype_name, numpy_dtype
 from jaxadapt.codecs.places import Place
@@ -124,7 +124,8 @@ def export_base(
             return MismatchError(f"{target}: {finite.problem(keys, 'allow_nan=True writes them all the same')}")
 
         look = finite.checked(tensor, len(specs), lost) if strict else tensor
-        shards.write(target, specs, look, max_shard_size)
+        with reading(leaves):
+            shards.write(target, specs, look, max_shard_size)
     LOGGER.info("%s: %d tensors, %d bytes", target, len(specs), total)
 
 

@@ -33,7 +33,7 @@ from jaxadapt import (
     store,
     together,
 )
-from jaxadapt.adapter import Adapter, Recipe
+from jaxadapt.adapter import Adapter, Recipe, reading
 from jaxadapt.background import Background
 from jaxadapt.codecs import places
 from jaxadapt.codecs.places import Place
@@ -179,7 +179,8 @@ class CheckpointManager(RunFolder):
         """Takes the values off the device; what is left to do is returned."""
         path = run_folder.place(self.folder, step)
         if not several:
-            values = step_files.on_host(taken.arrays)
+            with reading(taken.arrays):
+                values = step_files.on_host(taken.arrays)
             write = functools.partial(step_files.write, path, taken, said, values)
         else:
             write = step_files.prepare_together(path, taken, said, self.timeout)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -102,8 +103,8 @@ def _files(path: str | os.PathLike[str], report: Report = quiet) -> tuple[Place,
     missing = [name for name, found in ((CONFIG, CONFIG in present), (WEIGHTS, weights)) if not found]
     if missing or weights is None:
         below: list[str] = []
-        with contextlib.suppress(OSError):
-            below = [name for name in present[:64] if (folder / name / CONFIG).exists()]
+        with contextlib.suppress(FileError):
+            below = [name for name in present[:64] if places.exists(folder / name / CONFIG)]
         way = f"; these folders below hold adapters: {', '.join(below)}" if below else ""
         if any(map(run_folder.NAME.fullmatch, present)):
             way = f"; it holds checkpoints of a training: `jaxadapt checkpoints {folder}` lists and exports them{way}"
@@ -131,9 +132,9 @@ def read_config(path: str | os.PathLike[str]) -> Config:
     if orbax.found(path):
         return _orbax_config(path)
     target = places.at(path)
-    if target.is_file():
+    if places.is_file(target):
         return configs.loads(agreeing.text_of(target), str(target))
-    if (target / CONFIG).exists() and not any((target / w).exists() for w in (WEIGHTS, WEIGHTS_BIN)):
+    if places.exists(target / CONFIG) and not any(places.exists(target / w) for w in (WEIGHTS, WEIGHTS_BIN)):
         return configs.loads(agreeing.text_of(target / CONFIG), str(target / CONFIG))
     config, weights = _files(path)
     header = safetensors.read_header(weights) if weights.name == WEIGHTS else None
@@ -252,8 +253,8 @@ def _inspect_orbax(path: str | os.PathLike[str]) -> Info:
 # ---------------------------------------------------------------- writing
 
 
-Put = Callable[[Place, Mapping[str, Any], Mapping[str, str]], object]
-"""`(path, {key: (dtype, shape)}, metadata)`: another way to write the tensors' file."""
+Put = Callable[[atomic.Writer, Mapping[str, Any], Mapping[str, str]], safetensors.Header]
+"""`(writer, {key: (dtype, shape)}, metadata)`: another way to write the tensors' file."""
 
 
 def write(tensors: PeftTensors, path: str | os.PathLike[str], *, progress: Progress = None) -> None:
@@ -264,7 +265,8 @@ def write(tensors: PeftTensors, path: str | os.PathLike[str], *, progress: Progr
 
     The folder is made if it is missing; nothing else in it is touched, and a README.md that is there stays.
     The same content always gives the same bytes. Of two writers at once one waits for the other. Raises `FileError`
-    naming the path; then the adapter that was there is still there.
+    naming the path; then the adapter that was there is still there, unless the error says that the new one is in place.
+    A model card that cannot be written is a warning.
 
     >>> import tempfile, jax, jaxadapt
     >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
@@ -305,22 +307,17 @@ def make(folder: Place) -> list[Path]:
     """Make a folder and its parents; those that are new, innermost first. Object stores have none to make."""
     if isinstance(folder, places.Address):
         return []
-    new = [p for p in (folder, *folder.parents) if not os.path.lexists(p)]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        raise file_error("make the folder", str(folder), error, "choose another path") from error
-    return new
+    return atomic.make_folder(folder)
 
 
 def _write(tensors: PeftTensors, folder: Place, put: Put | None, report: Report) -> None:
     import numpy as np
 
     config, weights = folder / CONFIG, folder / WEIGHTS
-    if config.is_dir():
+    if places.is_dir(config):
         raise FileError(f"{config}: expected a file, found a folder; choose another path")
     text = tensors.config.to_json()
-    there = config.exists()
+    there = places.exists(config)
     before = agreeing.text_of(config) if there else text
     replaces = _NOTHING if before == text else agreeing.digest(before)
     own = {"config": tensors.config.to_dict(), "replaces": replaces, "schema": 1}
@@ -332,40 +329,57 @@ def _write(tensors: PeftTensors, folder: Place, put: Put | None, report: Report)
             " into one, and save it from there:\n" + paths.listing(parts)
         )
     metadata = {"format": "pt", agreeing.META: json.dumps(own)}
-    # The new JSON is written before the weights are replaced, and takes its place right after them: a full
-    # disk shows before anything has changed, and little time passes between the two replacements.
-    # One that says the same already stays, as in all saves of a run but the first.
-    with contextlib.ExitStack() as stack:
-        if not there or before != text:
-            stack.enter_context(atomic.replacing(config)).write(memoryview(text.encode()))
+    # Both files are on the disk before the weights take their place, and the JSON right after them: a full disk shows
+    # before anything has changed. A JSON that says the same already stays, as in all saves of a run but the first.
+    paired = [weights] if there and before == text else [weights, config]
+    with atomic.replacing_all(paired) as (writer, *others):
+        for other in others:
+            other.write(memoryview(text.encode()))
         if put is None:
             more = counting(report, "save", sum(d.itemsize * math.prod(shape) for d, shape in specs.values()))
-            safetensors.write(weights, specs, lambda key: np.asarray(tensors.tensors[key]), metadata, progress=more)
+            get = functools.partial(_value, tensors.tensors)
+            header = safetensors.write_to(writer, specs, get, metadata, progress=more)
         else:
-            put(weights, specs, metadata)
+            header = put(writer, specs, metadata)
     if replaces != _NOTHING:
         _forget(weights, replaces)
     stale = folder / WEIGHTS_BIN
-    if stale.exists():
-        warn(f"{stale} is an older adapter beside the one just written; readers take {WEIGHTS}")
+    with contextlib.suppress(FileError):  # the adapter is in place, and readers do not come to this file
+        if places.exists(stale):
+            warn(f"{stale} is an older adapter beside the one just written; readers take {WEIGHTS}")
     dtypes = tuple(sorted({dtype_name(dtype) for dtype, _ in specs.values()}))
     shapes = {key: shape for key, (_, shape) in specs.items()}
-    facts = card.Facts(shapes, dtypes, places.size(weights))
-    _write_card(folder / CARD, card.text(tensors.config, facts))
-    LOGGER.info("%s: %d tensors written, %s", folder, len(specs), card.size_text(facts.nbytes))
+    _write_card(folder / CARD, tensors.config, card.Facts(shapes, dtypes, header.size))
+    LOGGER.info("%s: %d tensors written, %s", folder, len(specs), card.size_text(header.size))
 
 
-def _write_card(path: Place, new: str) -> None:
-    """The card, unless a person's is there, or what is no file of text."""
+def _write_card(path: Place, config: Config, facts: card.Facts) -> None:
+    """The card, unless a person's is there; a warning if that fails, since the adapter is in place."""
     try:
-        if not (path.exists() or path.is_symlink()):
-            atomic.write_bytes(path, new.encode())
-            return
-        old = path.read_bytes().decode() if path.is_file() and not path.is_symlink() else None
-    except (OSError, UnicodeDecodeError):
-        old = None  # a person's, whatever it is
-    if old is not None and (text := card.refreshed(old, new)) != old:
-        atomic.write_bytes(path, text.encode())
+        new = card.text(config, facts)
+        if isinstance(path, Path) and path.is_symlink():
+            return  # a person's
+        old = agreeing.text_of(path) if places.exists(path) else None
+        text = new if old is None else card.refreshed(old, new)
+        if text != old:
+            atomic.write_bytes(path, text.encode())
+    except Exception as error:  # whatever it is, nothing that was asked for is missing
+        warn(f"the adapter in {path.parent} is saved, but not its model card: {str(error) or repr(error)}")
+
+
+def _value(tensors: Mapping[str, Any], key: str) -> Any:
+    """One tensor on the host. Raises `AttachError` where it has been donated since the save began."""
+    import numpy as np
+
+    try:
+        return np.asarray(tensors[key])
+    except RuntimeError as error:  # JAX has no class of its own for it
+        if "deleted" not in str(error):
+            raise
+        raise AttachError(
+            f"{key}: its array was deleted while it was saved: it was donated to a jitted function; save before the"
+            " step that donates it, or save a copy (jax.tree.map(jnp.copy, adapter))"
+        ) from error
 
 
 def _forget(weights: Place, replaces: str) -> None:

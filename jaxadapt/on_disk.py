@@ -17,6 +17,7 @@ from jaxadapt import bases, combining, exchange, finite, folder, merging, paths,
 from jaxadapt.adapter import Adapter, PeftTensors
 from jaxadapt.codecs import atomic, places, shards
 from jaxadapt.codecs.dtypes import dtype_name, numpy_dtype
+from jaxadapt.codecs.files import file_error
 from jaxadapt.codecs.places import Place
 from jaxadapt.errors import ConfigError, FileError, FormatError, MismatchError, warn
 from jaxadapt.keymap import PEFT_PREFIX, KeyMap
@@ -57,10 +58,10 @@ def merge(
     Raises `AdapterError`, and then nothing is written, unless everything fits.
     """
     source, target = places.at(base), places.at(out)
-    home = source.parent if source.is_file() else source
-    if home == target or (_local(home) and _local(target) and target.samefile(home)):
+    home = source.parent if places.is_file(source) else source
+    if home == target or (_local(home) and _local(target) and _same(home, target)):
         raise FileError(f"{target}: is the base model itself; choose another folder")
-    if (target / folder.CONFIG).exists():
+    if places.exists(target / folder.CONFIG):
         raise FileError(f"{target}: holds an adapter, which transformers would open instead; choose another folder")
     with reporting(progress) as report, shards.opened(source) as held:
         shards.refuse_packed(held)
@@ -207,19 +208,39 @@ def _adapter(tensors: PeftTensors, specs: dict[str, Any], table: Any) -> Adapter
 
 def _local(place: Place) -> TypeGuard[Path]:
     """Whether it is on this machine, and there."""
-    return isinstance(place, Path) and place.exists()
+    return isinstance(place, Path) and places.exists(place)
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError as error:
+        raise file_error("read", str(other), error) from error
+
+
+def _content(path: Place) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise file_error("read", str(path), error) from error
 
 
 def _beside(source: Place, dtype: str | None, apart: bool) -> dict[str, bytes]:
     """What else lies in the model's folder; its configuration with a `dtype`, and with a head that is `apart`."""
     out: dict[str, bytes] = {}
-    for path in sorted(source.iterdir(), key=str) if source.is_dir() else ():
+    inside = places.is_dir(source)
+    try:
+        present = sorted(source.iterdir(), key=str) if inside else []
+    except OSError as error:
+        raise file_error("read", str(source), error) from error
+    for path in present:
         name = path.name
-        if path.suffix in _BESIDE and not name.endswith(".index.json") and name != folder.CONFIG and path.is_file():
-            out[name] = path.read_bytes()
-    path = (source if source.is_dir() else source.parent) / "config.json"
+        wanted = path.suffix in _BESIDE and not name.endswith(".index.json") and name != folder.CONFIG
+        if wanted and places.is_file(path):
+            out[name] = _content(path)
+    path = (source if inside else source.parent) / "config.json"
     if apart and untying.configuration(path) is not None:
-        out[path.name] = path.read_bytes()  # also where the base is a file alone
+        out[path.name] = _content(path)  # also where the base is a file alone
     if path.name in out and dtype is not None:
         out[path.name] = _saying(path, out[path.name], dtype)
     if path.name in out and apart:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from jaxadapt import bind, paths
-from jaxadapt.adapter import Adapter, PeftTensors, Recipe, collection_name
+from jaxadapt.adapter import Adapter, PeftTensors, Recipe, collection_name, reading
 from jaxadapt.codecs import orbax
 from jaxadapt.errors import AttachError, FileError, FormatError, MismatchError
 
@@ -44,9 +44,10 @@ class Found:
 
 def write(adapter: Adapter, path: Path, alone: bool) -> None:
     """Writes an adapter; see `orbax.save`."""
-    tree = paths.unflatten(adapter.flat())
+    flat = adapter.flat()
     document = {"schema": _SCHEMA, "recipe": adapter.recipe.to_text()}
-    orbax.save(path, {_ADAPTER: tree}, {_RECIPE: document}, alone)
+    with reading(flat):
+        orbax.save(path, {_ADAPTER: paths.unflatten(flat)}, {_RECIPE: document}, alone)
 
 
 def recipe(path: Path) -> Recipe | None:

@@ -50,7 +50,7 @@ class RunFolder:
     ) -> None:
         if minimize is not None and maximize is not None:
             raise ConfigError(f"minimize={minimize!r} and maximize={maximize!r}: give one of the two")
-        self.folder = places.at(folder).absolute()
+        self.folder = places.absolute(places.at(folder))
         if isinstance(self.folder, places.Address):
             self.folder.store()  # a package that is missing shows here, not in the background
         self.minimize, self.maximize = minimize, maximize
@@ -142,7 +142,7 @@ class RunFolder:
         if step in found:
             return found[step]
         # On a network's file system the listing may be a minute old, which other processes have filled since.
-        if place(self.folder, step).exists():
+        if places.exists(place(self.folder, step)):
             return place(self.folder, step)
         raise FileError(f"{self.folder}: there is no step {step}; found {list(found) or 'none'}")
 

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 from jaxadapt import card, folder, hub
 from jaxadapt.codecs import places
+from jaxadapt.codecs.files import file_error
 from jaxadapt.codecs.places import Place
-from jaxadapt.errors import AdapterError, AttachError, FileError
+from jaxadapt.errors import AdapterError, AttachError, FileError, FormatError
 from jaxadapt.peft_tensors import PeftTensors
 from jaxadapt.progress import LOGGER, Progress
 
@@ -75,7 +76,8 @@ def push(
     A card on the Hub that a person wrote or edited stays, and only lacks filled in its front matter; one in the folder
     that a person wrote replaces it. Weights of the other format at the same place are deleted in the same commit.
 
-    Raises `FileError` for what the Hub or the connection refuses, and whatever `save` raises.
+    Raises `FileError` for what the Hub or the connection refuses, and, before anything is sent, for a card in the
+    folder that cannot be read; and whatever `save` raises.
 
         jaxadapt.push(model, "org/name", base_model="org/base", metrics={"loss": 3.2}).url
     """
@@ -129,7 +131,7 @@ class _Page(NamedTuple):
 
 def _push(source: Place, place: hub.Address, page: _Page, commit: dict[str, Any], progress: Progress) -> Pushed:
     info = folder.inspect(source)  # what cannot be read is not uploaded
-    weights = next((name for name in hub.WEIGHTS if (source / name).exists()), None)
+    weights = next((name for name in hub.WEIGHTS if places.exists(source / name)), None)
     if weights is None:
         raise FileError(
             f"{source}: an Orbax checkpoint, which the Hub's readers do not know; a folder as PEFT reads it is made by"
@@ -155,14 +157,27 @@ def _push(source: Place, place: hub.Address, page: _Page, commit: dict[str, Any]
 def _card(source: Place, new: str, place: hub.Address, token: hub.Token) -> str:
     """A person's card in the folder goes as it is; else the Hub's stays, if a person wrote it."""
     path = source / hub.CARD
-    if path.is_file():
-        mine = path.read_bytes().decode("utf-8", "replace")
+    if places.exists(path):
+        # An error here, and no warning as in `write`: nothing was sent yet, and another card would go in its place.
+        mine = _text_of(path)
         if card.is_edited(mine):
             return card.merged(mine, new)
     theirs = hub.text_of(place, hub.CARD, token)
     if theirs is not None and card.is_edited(theirs):
         LOGGER.info("%s: the card on the Hub was written by a person and stays", place)
     return card.merged(theirs, new)
+
+
+def _text_of(path: Place) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(
+            f"{path}: expected text in UTF-8, found byte 0x{error.object[error.start]:02x} at {error.start}; save it as"
+            " UTF-8, or delete it for one that is made anew"
+        ) from error
+    except OSError as error:
+        raise file_error("read", str(path), error, "delete it for a card that is made anew") from error
 
 
 def _picture(source: Place, info: folder.Info, wanted: bool | None) -> bytes | None:

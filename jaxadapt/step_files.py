@@ -21,7 +21,6 @@ from jaxadapt.codecs.dtypes import can_hold
 from jaxadapt.codecs.files import file_error
 from jaxadapt.codecs.group import Group
 from jaxadapt.codecs.places import Address, Place
-from jaxadapt.errors import FileError
 from jaxadapt.progress import Report, counting
 from jaxadapt.run_folder import META, NAME, SCHEMA, Said
 from jaxadapt.snapshot import Taken
@@ -151,7 +150,8 @@ def prepare_together(path: Place, taken: Taken, said: Said, timeout: float) -> C
             return
         try:
             metadata = {META: json.dumps(document)}
-            parallel.lead(str(path), layout, metadata, parts, group, shared, alike | {"step": path.name})
+            with atomic.replacing(path) as writer:
+                parallel.lead(writer, layout, metadata, parts, group, shared, alike | {"step": path.name})
         except BaseException as error:
             group.fail(error)
             raise
@@ -200,9 +200,4 @@ def make(folder: Place) -> None:
     """Makes the folder of a run. Raises `FileError`."""
     if isinstance(folder, Address):
         return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:
-        raise file_error("make the folder", str(folder), error, "choose another path") from error
-    if not folder.is_dir():
-        raise FileError(f"{folder}: expected a folder, found a file")
+    atomic.make_folder(folder)

@@ -32,7 +32,7 @@ from jaxadapt import (
     products,
     together,
 )
-from jaxadapt.adapter import Adapter, PeftTensors, Recipe
+from jaxadapt.adapter import Adapter, PeftTensors, Recipe, reading
 from jaxadapt.codecs import orbax, places
 from jaxadapt.codecs.places import Place
 from jaxadapt.configs import Config
@@ -89,7 +89,8 @@ def save(
             of several processes each counts what it writes itself. An Orbax checkpoint is told of when it is there.
 
     Durable and atomic; raises `AdapterError` (what is wrong, and the way out), and then the old adapter is
-    still there, whole.
+    still there, whole, unless the error says that the new one is in place. A model card that cannot be written is a
+    warning.
 
     >>> import tempfile, jax, jaxadapt
     >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
@@ -112,7 +113,8 @@ def save(
         exchange.with_values(adapter.flat(), traced=False, elsewhere=True)
         adapter = dataclasses.replace(adapter, config=adapter.config.replace(**changes))
         if dtype is not None:
-            adapter = jax.tree.map(lambda x: x.astype(dtype), adapter)
+            with reading(adapter.flat()):
+                adapter = jax.tree.map(lambda x: x.astype(dtype), adapter)
         with reporting(progress) as report:
             orbax_folder.write(adapter, _below(path, name), alone=jax.process_count() == 1)
             _told_at_once(report, "save", adapter)
@@ -158,7 +160,7 @@ def _below(path: str | os.PathLike[str], name: str) -> Place:
 def _holding(below: Place, path: str | os.PathLike[str]) -> Place:
     """The subfolder, if an adapter is in it; else the folder."""
     above = places.at(path)
-    return below if below == above or (below / folder.CONFIG).exists() else above
+    return below if below == above or places.exists(below / folder.CONFIG) else above
 
 
 def load(

@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
 from jaxadapt import boxes, folder
-from jaxadapt.adapter import PeftTensors
+from jaxadapt.adapter import PeftTensors, reading
 from jaxadapt.arrangement import Arrangement
 from jaxadapt.boxes import Box
 from jaxadapt.codecs import parallel, places, safetensors
@@ -74,8 +74,8 @@ def write(
             folder.write_with(
                 tensors,
                 target,
-                lambda file, specs, metadata: parallel.lead(
-                    os.fspath(file), safetensors.named_specs(specs), metadata, parts, group, shared, alike
+                lambda writer, specs, metadata: parallel.lead(
+                    writer, safetensors.named_specs(specs), metadata, parts, group, shared, alike
                 ),
                 None,
             )
@@ -117,7 +117,8 @@ def local(leaf: Any) -> bool:
 
 def alone(leaves: Mapping[str, Any]) -> dict[str, str]:
     """What each process has of its own, of which process 0 writes its: `alike` in `parallel.lead`."""
-    return {path: parallel.digest(np.asarray(leaf)) for path, leaf in leaves.items() if local(leaf)}
+    with reading(leaves):
+        return {path: parallel.digest(np.asarray(leaf)) for path, leaf in leaves.items() if local(leaf)}
 
 
 def own(leaves: Mapping[str, Any], process: int) -> dict[str, dict[Box, np.ndarray]]:
@@ -125,19 +126,20 @@ def own(leaves: Mapping[str, Any], process: int) -> dict[str, dict[Box, np.ndarr
 
     On the CPU views, which hold their arrays: see `step_files.on_host`.
     """
-    held: dict[str, dict[Box, Any]] = {}
-    for path, owners in boxes.owners(leaves).items():
-        leaf = leaves[path]
-        if local(leaf):
-            held[path] = {box: leaf for box, owner in owners.items() if owner == process}
-            continue
-        mine = addressable(leaf.sharding, leaf.shape).items()
-        held[path] = {box: leaf.addressable_data(at) for box, at in mine if owners[box] == process}
-    for path, parts in held.items():  # all transfers begin before the first is waited for
-        if isinstance(leaves[path], jax.Array) and next(iter(leaves[path].sharding.device_set)).platform != "cpu":
-            for value in parts.values():
-                value.copy_to_host_async()
-    return {path: {box: np.asarray(value) for box, value in parts.items()} for path, parts in held.items() if parts}
+    with reading(leaves):
+        held: dict[str, dict[Box, Any]] = {}
+        for path, owners in boxes.owners(leaves).items():
+            leaf = leaves[path]
+            if local(leaf):
+                held[path] = {box: leaf for box, owner in owners.items() if owner == process}
+                continue
+            mine = addressable(leaf.sharding, leaf.shape).items()
+            held[path] = {box: leaf.addressable_data(at) for box, at in mine if owners[box] == process}
+        for path, parts in held.items():  # all transfers begin before the first is waited for
+            if isinstance(leaves[path], jax.Array) and next(iter(leaves[path].sharding.device_set)).platform != "cpu":
+                for value in parts.values():
+                    value.copy_to_host_async()
+        return {path: {box: np.asarray(value) for box, value in parts.items()} for path, parts in held.items() if parts}
 
 
 @functools.lru_cache(maxsize=1024)
@@ -207,7 +209,8 @@ def _own(encoded: Encoded, held: dict[str, dict[Box, np.ndarray]]) -> Iterator[P
 def _gathered(encoded: Encoded, process: int) -> Iterator[Part]:
     """Everything, one leaf after the other, for process 0; the others only send."""
     for entry in sorted(encoded.plan.entries, key=lambda e: e.keys[0]):
-        value = gathered(encoded.leaves[entry.path])
+        with reading(encoded.leaves):
+            value = gathered(encoded.leaves[entry.path])
         if process == 0:
             yield from _parts(encoded, entry, boxes.whole(entry.shape), value)
 

@@ -148,10 +148,10 @@ def _leaves(path: Path) -> Shapes:
     import json
 
     from jaxadapt import paths
-    from jaxadapt.codecs import files, safetensors
+    from jaxadapt.codecs import files, places, safetensors
     from jaxadapt.errors import FormatError
 
-    if path.is_dir():
+    if places.is_dir(path):
         return _of_orbax(path)
     if path.suffix == ".safetensors":
         header = safetensors.read_header(path).tensors

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 
 import click
@@ -48,14 +47,14 @@ def _copied(source: Path, target: str) -> Place:
     from jaxadapt.hub import CARD, CONFIG, WEIGHTS
 
     out = places.at(target)
-    weights = next(name for name in WEIGHTS if (source / name).exists())
-    other = [name for name in WEIGHTS if name != weights and (out / name).exists()]
+    weights = next(name for name in WEIGHTS if places.exists(source / name))
+    other = [name for name in WEIGHTS if name != weights and places.exists(out / name)]
     if other:
         raise FileError(f"{out}: holds {other[0]}, which readers could take for what is pulled; choose another folder")
     folder.make(out)
-    # All are written before the first takes its place, the configuration's after the weights', as in `folder.write`.
-    with atomic.alone_in(out), contextlib.ExitStack() as stack:
-        for name in (CONFIG, weights, CARD):
-            if (source / name).exists():
-                stack.enter_context(atomic.replacing(out / name)).write(memoryview((source / name).read_bytes()))
+    # The configuration takes its place right after the weights, as in `folder.write`.
+    names = [name for name in (weights, CONFIG, CARD) if places.exists(source / name)]
+    with atomic.alone_in(out), atomic.replacing_all([out / name for name in names]) as writers:
+        for name, writer in zip(names, writers, strict=True):
+            writer.write(memoryview((source / name).read_bytes()))
     return out

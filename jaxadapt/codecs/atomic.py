@@ -1,7 +1,8 @@
 """Replacing a file durably and atomically: whatever happens, a reader finds the old bytes or the new ones.
 
 The new bytes go to a temporary file in the same directory, which is flushed to the disk, renamed over the
-target, and the directory flushed. A writer holds a lock on its temporary file: what a killed process left
+target, and the directory flushed. Files that belong together (`replacing_all`) are all flushed before the first of
+them is renamed. A writer holds a lock on its temporary file: what a killed process left
 behind is therefore known for certain, also on a disk that several machines share, and the next write of the
 same target removes it. A target that is a symbolic link is replaced, not followed: it may point into
 somebody's cache.
@@ -22,7 +23,7 @@ import stat
 import sys
 from _thread import start_new_thread
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -31,8 +32,8 @@ from jaxadapt.codecs.files import MAX_VIEWS, file_error
 from jaxadapt.errors import FileError
 
 __all__ = [
-    "Writer", "alone_in", "flush", "flush_tree", "make_parents", "remove", "replacing", "staging", "start_writeback",
-    "sweep", "write_bytes",
+    "Writer", "alone_in", "flush", "flush_tree", "make_folder", "remove", "replacing", "replacing_all", "staging",
+    "start_writeback", "sweep", "write_bytes",
 ]  # fmt: skip
 
 
@@ -148,7 +149,7 @@ def alone_in(directory: str | os.PathLike[str]) -> Generator[None]:
         if fd is not None:
             with contextlib.suppress(OSError):
                 fcntl.flock(fd, fcntl.LOCK_UN)  # not by closing alone: a process forked meanwhile has it open as well
-            os.close(fd)
+            _close(fd)
 
 
 def _create(directory: str, name: str) -> tuple[Path, int]:
@@ -156,40 +157,96 @@ def _create(directory: str, name: str) -> tuple[Path, int]:
         temporary = Path(directory) / f".{name}.{os.getpid()}.{secrets.token_hex(8)}.tmp"
         # mode 0666: the kernel takes the umask off, which Python can only read by changing it for all threads
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        # Between our open and our lock another writer may have taken the lock, to sweep the file away.
-        _lock(fd, wait=True)
-        if os.fstat(fd).st_nlink:
-            return temporary, fd
-        os.close(fd)
+        try:
+            # Between our open and our lock another writer may have taken the lock, to sweep the file away.
+            _lock(fd, wait=True)
+            if os.fstat(fd).st_nlink:
+                return temporary, fd
+        except OSError:
+            _close(fd)
+            temporary.unlink()
+            raise
+        _close(fd)
 
 
-def _finish(writer: Writer, temporary: Path) -> int | None:
-    """Flushes and renames; the file that was there before, which `_free` closes."""
+def _flush(writer: Writer) -> None:
     try:
         flush(writer.fd)
-        old = _kept(writer.path, temporary)
-        try:
-            temporary.replace(writer.path)
-        except OSError:
-            _free(old)
-            raise
+        # Some file systems (FUSE, NFS) report a failed write on closing only. A duplicate is closed, since the lock
+        # must last until the file has its name.
+        os.close(os.dup(writer.fd))
     except OSError as error:
         raise _error(writer.path, error) from error
-    return old
 
 
-def _kept(path: str, temporary: Path) -> int | None:
-    """A large file that is to be replaced, open, so that the renaming does not wait for the system to free it."""
-    # By another name, gone again: where a file is open by its own, the clients of some network file systems do not
-    # rename over it at one stroke, but put it aside first.
-    beside, fd = temporary.with_suffix(".old"), None
-    with contextlib.suppress(OSError):  # there is none, or the file system has no links
-        if Path(path).lstat().st_size < _EARLY:
+def _rename(writers: Sequence[Writer]) -> list[int]:
+    """Renames all or none; the large files that were there before, which `_free` closes."""
+    there = [os.path.lexists(writer.path) for writer in writers]
+    # The last needs no way back: when it has its place, all have theirs.
+    linked = [_linked(writer, needed=writer is not writers[-1]) for writer in writers]
+    writer = writers[0]
+    try:
+        for writer in writers:
+            writer.temporary.replace(writer.path)
+    except BaseException as error:
+        new = _put_back(writers, there, linked)
+        if not isinstance(error, OSError):
+            raise
+        if not new:
+            raise _error(writer.path, error) from error
+        old = ", ".join(one.path for one in writers if one.path not in new)
+        state = f"the new content is already in {', '.join(new)}, and not in {old}; write all of them again"
+        raise file_error("write", writer.path, error, state) from error
+    finally:
+        freed = [_opened(link) for link in linked if link is not None]
+    return [fd for fd in freed if fd is not None]
+
+
+def _put_back(writers: Sequence[Writer], there: Sequence[bool], linked: Sequence[Path | None]) -> list[str]:
+    """Undoes the renaming of some of the files; the paths where that fails. Where all were renamed all of them stay."""
+    renamed = [not os.path.lexists(writer.temporary) for writer in writers]
+    if all(renamed):
+        return []
+    new: list[str] = []
+    for writer, done, was_there, link in zip(writers, renamed, there, linked, strict=True):
+        if not done:
+            continue
+        try:
+            if link is not None:
+                link.replace(writer.path)
+            elif was_there:  # the file system has no links
+                new.append(writer.path)
+            else:
+                Path(writer.path).unlink()
+        except OSError:
+            new.append(writer.path)
+    return new
+
+
+def _linked(writer: Writer, *, needed: bool) -> Path | None:
+    """A second name of the file that is to be replaced: to put it back, or so that the renaming does not wait for the
+    system to free a large one. None: there is no file, it is small and not `needed`, or it cannot have two names.
+    """
+    beside = writer.temporary.with_suffix(".old")
+    try:
+        if not needed and Path(writer.path).lstat().st_size < _EARLY:
             return None
-        os.link(path, beside, follow_symlinks=False)
-        with contextlib.suppress(OSError):  # none that we may read
-            fd = os.open(beside, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        beside.unlink()
+        os.link(writer.path, beside, follow_symlinks=False)
+    except OSError:
+        return None
+    return beside
+
+
+def _opened(link: Path) -> int | None:
+    """A file that was replaced, open if it is large; the second name goes."""
+    # By that name: where a file is open by its own, the clients of some network file systems do not rename over it at
+    # one stroke, but put it aside first.
+    fd = None
+    with contextlib.suppress(OSError):  # it was put back, or we may not read it
+        if link.lstat().st_size >= _EARLY:
+            fd = os.open(link, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with contextlib.suppress(OSError):
+        link.unlink()
     return fd
 
 
@@ -205,6 +262,7 @@ def _free(fd: int | None) -> None:
 
 
 def _close(fd: int) -> None:
+    """Closes a descriptor that nothing was written to since it was flushed: an error would say nothing of the data."""
     with contextlib.suppress(OSError):
         os.close(fd)
 
@@ -229,49 +287,104 @@ def replacing(path: str | os.PathLike[str]) -> Generator[Writer]:
     Raises:
         FileError: no space, no permission, the path is a directory, its parent is missing, …
     """
-    place = places.at(path)
-    if isinstance(place, places.Address):
-        with places.staged(place) as (fd, temporary):
-            yield Writer(fd, f"{place} (by way of {temporary.parent})", temporary)
+    with replacing_all([path]) as (writer,):
+        yield writer
+
+
+@contextlib.contextmanager
+def replacing_all(paths: Sequence[str | os.PathLike[str]]) -> Generator[list[Writer]]:
+    """A `Writer` for each of several files of one folder that belong together; as `replacing`.
+
+    On leaving the block all are flushed, then renamed in the order given, then the folder is flushed. If a renaming
+    fails, the files before it are put back; an error says so where they cannot be, as in an object store.
+    """
+    addresses = [place for path in paths if isinstance(place := places.at(path), places.Address)]
+    if addresses:
+        with _putting(addresses) as writers:
+            yield writers
         return
-    target = os.fspath(path)  # a Path would lose the slash at its end
-    if "://" in target:
-        target = str(place)
-    directory, name = os.path.split(target)
-    directory = directory or "."
-    if not name or name in (".", "..") or Path(target).is_dir():
-        raise FileError(f"{target}: cannot write: expected the path of a file, found a directory")
+    targets = [_target(path) for path in paths]
+    directory = os.path.split(targets[0])[0] or "."
     try:
         directory_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     except FileNotFoundError as error:
-        raise FileError(f"{target}: cannot write: the directory {directory} does not exist; create it first") from error
+        raise FileError(
+            f"{targets[0]}: cannot write: the directory {directory} does not exist; create it first"
+        ) from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise _error(target, error) from error
+        raise _error(targets[0], error) from error
     try:
-        sweep(directory, re.escape(name))
+        writers: list[Writer] = []
         try:
-            temporary, fd = _create(directory, name)
-        except (OSError, ValueError) as error:
-            raise _error(target, error) from error
-        try:
-            writer = Writer(fd, target, temporary)
-            yield writer
-            old = _finish(writer, temporary)
+            for target in targets:
+                name = os.path.split(target)[1]
+                sweep(directory, re.escape(name))
+                try:
+                    temporary, fd = _create(directory, name)
+                except (OSError, ValueError) as error:
+                    raise _error(target, error) from error
+                writers.append(Writer(fd, target, temporary))
+            yield writers
+            for writer in writers:
+                _flush(writer)
+            old = _rename(writers)
         except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+            for writer in writers:
+                with contextlib.suppress(OSError):
+                    writer.temporary.unlink()
             raise
         finally:
-            os.close(fd)
+            for writer in writers:
+                _close(writer.fd)
         try:
-            os.fsync(directory_fd)
+            _flush_folder(directory_fd)
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems flush no directories
-                raise file_error("flush its directory", target, error, "the new file is in place") from error
+            state = "the new file is in place" if len(targets) == 1 else "the new files are in place"
+            raise file_error("flush its directory", targets[0], error, state) from error
         finally:
-            _free(old)
+            for fd in old:
+                _free(fd)
     finally:
-        os.close(directory_fd)
+        _close(directory_fd)
+
+
+def _target(path: str | os.PathLike[str]) -> str:
+    """The path of a file that may be written, as text."""
+    target = os.fspath(path)  # a Path would lose the slash at its end
+    if "://" in target:
+        target = str(places.at(path))
+    name = os.path.split(target)[1]
+    folder = not name or name in (".", "..")
+    try:
+        folder = folder or stat.S_ISDIR(os.stat(target).st_mode)  # noqa: PTH116 (a Path would lose the slash)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        # A link that leads nowhere, or round in a loop, is replaced.
+        if not isinstance(error, OSError) or error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise _error(target, error) from error
+    if folder:
+        raise FileError(f"{target}: cannot write: expected the path of a file, found a directory")
+    return target
+
+
+@contextlib.contextmanager
+def _putting(addresses: Sequence[places.Address]) -> Generator[list[Writer]]:
+    """As `replacing_all`, where each is put as a whole, one after the other."""
+    with contextlib.ExitStack() as stack:
+        staged = [stack.enter_context(places.staged(place)) for place in addresses]
+        yield [
+            Writer(fd, f"{place} (by way of {temporary.parent})", temporary)
+            for place, (fd, temporary) in zip(addresses, staged, strict=True)
+        ]
+        for number, (place, (fd, _)) in enumerate(zip(addresses, staged, strict=True)):
+            try:
+                places.put(place, fd)
+            except FileError as error:
+                if not number:
+                    raise
+                new, old = (", ".join(map(str, part)) for part in (addresses[:number], addresses[number:]))
+                raise FileError(
+                    f"{error}; the new content is already in {new}, and not in {old}; write all of them again"
+                ) from error
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
@@ -308,54 +421,80 @@ def staging(path: str | os.PathLike[str]) -> Generator[Path]:
             _lock(fd, wait=True)
             if os.path.lexists(holder):  # not swept between our mkdir and our lock
                 break
-            os.close(fd)
+            _close(fd)
     except (OSError, ValueError) as error:
         raise _error(str(target), error) from error
     try:
         yield holder / target.name
-        _flush_directory(target.parent)
+        try:
+            _flush_directory(target.parent)
+        except OSError as error:
+            raise file_error("flush its directory", str(target), error, "the new folder is in place") from error
     finally:
         shutil.rmtree(holder, ignore_errors=True)
-        os.close(fd)
+        _close(fd)
 
 
-def make_parents(path: Path) -> None:
-    """Makes the folders above a path where they are missing.
+def make_folder(folder: Path) -> list[Path]:
+    """Makes a folder and those above it where they are missing; those that are new, innermost first.
+
+    They are on the disk when this returns.
 
     Raises:
-        FileError: no permission, a part of the path is a file, …
+        FileError: no permission, a part of the path is a file, …; then none of them is there.
     """
+    new = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in new:
+            # A folder that may be written to need not be readable, and one that cannot be opened cannot be flushed.
+            with contextlib.suppress(PermissionError):
+                _flush_directory(path.parent)
     except (OSError, ValueError) as error:
-        raise file_error("make the folder", str(path.parent), error, "choose another path") from error
+        for path in new:
+            with contextlib.suppress(OSError, ValueError):
+                path.rmdir()
+        raise file_error("make the folder", str(folder), error, "choose another path") from error
+    return new
 
 
-def flush_tree(folder: Path) -> None:
+def flush_tree(folder: Path, named: Path) -> None:
     """Flushes every file and directory under a folder to the disk.
+
+    Args:
+        named: what errors call the folder.
 
     Raises:
         FileError: the disk refused.
     """
+
+    def fail(error: OSError) -> None:
+        raise error
+
     try:
-        for directory, _, names in os.walk(folder):
+        for directory, _, names in os.walk(folder, onerror=fail):
             for name in names:
                 fd = os.open(Path(directory, name), os.O_RDONLY)
                 try:
                     flush(fd)
                 finally:
-                    os.close(fd)
+                    _close(fd)
             _flush_directory(Path(directory))
     except OSError as error:
-        raise _error(str(folder), error) from error
+        raise _error(str(named), error) from error
 
 
 def _flush_directory(directory: Path) -> None:
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
+        _flush_folder(fd)
+    finally:
+        _close(fd)
+
+
+def _flush_folder(fd: int) -> None:
+    try:
         os.fsync(fd)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems flush no directories
-            raise file_error("flush its directory", str(directory), error) from error
-    finally:
-        os.close(fd)
+            raise

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
 import stat
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from itertools import accumulate, islice
-from typing import TYPE_CHECKING, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from jaxadapt.errors import FileError, FormatError
 
@@ -23,6 +24,7 @@ __all__ = [
     "Source",
     "aligned",
     "allocated",
+    "closing",
     "file_error",
     "open_binary",
     "pread_exact",
@@ -76,11 +78,32 @@ def open_binary(path: str) -> tuple[io.FileIO, int]:
         file = io.FileIO(path, "rb", opener=_opener)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise file_error("read", path, error) from error
-    status = os.fstat(file.fileno())
-    if not stat.S_ISREG(status.st_mode):
-        file.close()
+    try:
+        status = os.fstat(file.fileno())
+        if stat.S_ISREG(status.st_mode):
+            return file, status.st_size
         raise FileError(f"{path}: cannot read: expected a regular file, found a device, pipe or socket")
-    return file, status.st_size
+    except OSError as error:
+        close(file)
+        raise file_error("read", path, error) from error
+    except FileError:
+        close(file)
+        raise
+
+
+def close(file: IO[Any]) -> None:
+    """Closes a file that was read, or that nothing was written to since it was flushed: an error would say nothing."""
+    with contextlib.suppress(OSError):
+        file.close()
+
+
+@contextlib.contextmanager
+def closing(file: IO[Any]) -> Generator[None]:
+    """Closes a file as `close` does."""
+    try:
+        yield
+    finally:
+        close(file)
 
 
 def read_into(fd: int, parts: Sequence[tuple[str, memoryview]], offset: int, path: str) -> None:
@@ -149,7 +172,7 @@ class LocalFile:
 
     def close(self) -> None:
         self.closed = True
-        self._file.close()
+        close(self._file)
 
 
 def pread_exact(fd: int, size: int, offset: int, path: str, what: str) -> bytes:

@@ -97,6 +97,12 @@ def _constant(text: str) -> object:
     raise ValueError(f"{text} is not JSON")
 
 
+def _integer(text: str) -> int:
+    if text == "-0":  # an int to Python, and no natural number to the format's own reader
+        raise ValueError("expected integers >= 0, found -0")
+    return int(text)
+
+
 def _size_problem(dtype: str, shape: tuple[int, ...]) -> str | None:
     bits = math.prod(shape) * BITS[dtype]
     if 0 < bits <= 8 * _MAX_BYTES and not bits % 8 and len(shape) <= _MAX_AXES:
@@ -175,7 +181,11 @@ def parse(path: str, raw: bytes, size: int) -> Header:
     if not raw.startswith(b"{"):
         raise fail(f"header: expected a JSON object, found bytes that begin with {_show(raw[:16])}")
     try:
-        parsed: object = json.loads(raw.decode("utf-8"), object_pairs_hook=_object, parse_constant=_constant)
+        # Only where there may be a -0: a function of Python's for each number takes time.
+        integer = _integer if b"-0" in raw else None
+        parsed: object = json.loads(
+            raw.decode("utf-8"), object_pairs_hook=_object, parse_constant=_constant, parse_int=integer
+        )
     except UnicodeDecodeError as error:
         raise fail(f"header: expected UTF-8, found byte 0x{raw[error.start]:02x} at {error.start}") from error
     except RecursionError as error:

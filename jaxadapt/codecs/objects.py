@@ -113,8 +113,11 @@ def fetched(address: places.Address) -> tuple[io.FileIO, int]:
     import tempfile
 
     held = Object(address)
-    with tempfile.NamedTemporaryFile(prefix="jaxadapt-") as copy:
-        fs, inner = address.store()
-        with places.told(str(address), "read"):
-            fs.get_file(inner, copy.name)
-        return io.FileIO(copy.name, "rb"), held.size
+    fs, inner = address.store()
+    try:
+        with tempfile.NamedTemporaryFile(prefix="jaxadapt-") as copy:
+            with places.told(str(address), "read"):
+                fs.get_file(inner, copy.name)
+            return io.FileIO(copy.name, "rb"), held.size
+    except OSError as error:
+        raise file_error("read", f"{address}, by way of {tempfile.gettempdir()}", error) from error

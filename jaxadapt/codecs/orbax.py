@@ -53,7 +53,7 @@ Spec = tuple[tuple[int, ...], str]
 
 def _place(path: str | os.PathLike[str]) -> Place:
     """An absolute path, or an address that Orbax can use. Raises `FileError` for one that it cannot."""
-    place = places.at(path).absolute()
+    place = places.absolute(places.at(path))
     if isinstance(place, Address) and place.scheme != "gs":
         raise FileError(
             f"{place}: Orbax cannot use {place.scheme}:// (it fails half-way, or makes a local folder of that name);"
@@ -66,7 +66,7 @@ def found(path: str | os.PathLike[str]) -> bool:
     """Whether a path holds an Orbax checkpoint, whole."""
     place = places.at(path)
     if isinstance(place, Path):
-        return any((place / marker).exists() for marker in _MARKERS)
+        return any(places.exists(place / marker, shown=place) for marker in _MARKERS)
     if place.scheme == "hf":  # the Hub's adapters are looked at in its cache
         return False
     try:
@@ -182,14 +182,14 @@ def save(path: str | os.PathLike[str], trees: Mapping[str, Tree], documents: Map
     place = _place(path)
     _check_names(place, trees)
     if isinstance(place, Path):
-        atomic.make_parents(place)
+        atomic.make_folder(place.parent)
         atomic.sweep(place.parent, re.escape(place.name), folders=True)
         if alone:  # of several processes Orbax sees to it itself
             for stale in place.parent.glob(f"{glob.escape(place.name)}.orbax-checkpoint-tmp*"):
                 shutil.rmtree(stale, ignore_errors=True)
         with contextlib.suppress(OSError):  # there is something in it, or another process was faster
             place.rmdir()  # an empty folder is as good as none
-    if place.exists() or (alone and place.is_symlink()):
+    if places.exists(place) or (alone and os.path.lexists(place)):
         raise FileError(
             f"{place}: there is something already, and an Orbax checkpoint is not overwritten, since the old one would"
             " be gone before the new one is there; choose another path, or delete it"
@@ -199,7 +199,7 @@ def save(path: str | os.PathLike[str], trees: Mapping[str, Tree], documents: Map
         return
     with atomic.staging(place) as inside:
         start(inside, trees, documents, named=place).result()
-        atomic.flush_tree(inside)
+        atomic.flush_tree(inside, place)
         try:
             inside.rename(place)
         except OSError as error:
@@ -219,10 +219,10 @@ def leaves(path: str | os.PathLike[str]) -> dict[str, dict[tuple[str, ...], Spec
     place = _place(path)
     if not found(place):
         raise FileError(f"{place}: no Orbax checkpoint; expected a folder that holds one of {', '.join(_MARKERS)}")
-    named = [item for item in _items(place) if not (place / item / _JSON).exists()]
+    named = [item for item in _items(place) if not places.exists(place / item / _JSON)]
     try:
         with _context():
-            if (place / "_METADATA").exists():
+            if places.exists(place / "_METADATA"):
                 return {_FLAT: _flat(ocp.metadata(str(place), checkpointable_name=None).metadata)}
             return {item: _flat(ocp.metadata(str(place), checkpointable_name=item).metadata) for item in named}
     except Exception as error:
@@ -230,7 +230,10 @@ def leaves(path: str | os.PathLike[str]) -> dict[str, dict[tuple[str, ...], Spec
 
 
 def _items(place: Place) -> list[str]:
-    return sorted(p.name for p in place.iterdir() if (p / "_METADATA").exists())
+    try:
+        return sorted(p.name for p in place.iterdir() if places.exists(p / "_METADATA"))
+    except OSError as error:
+        raise file_error("read", str(place), error) from error
 
 
 def _flat(tree: Any) -> dict[tuple[str, ...], Spec]:

@@ -8,6 +8,7 @@ and all end with an error. Without a common file system process 0 writes everyth
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from jaxadapt import paths
 from jaxadapt.codecs import atomic, files, runs, safetensors
 from jaxadapt.codecs.group import Group
-from jaxadapt.codecs.header import TensorInfo, encode
+from jaxadapt.codecs.header import Header, TensorInfo, encode
 from jaxadapt.errors import FileError, MismatchError
 
 if TYPE_CHECKING:
@@ -52,18 +53,18 @@ Specs = Mapping[str, tuple[str, Sequence[int]]]
 
 
 def lead(
-    path: str,
+    writer: atomic.Writer,
     specs: Specs,
     metadata: Mapping[str, str],
     parts: Parts,
     group: Group,
     shared: bool | None,
     alike: Mapping[str, str],
-) -> None:
-    """Writes and commits a file together with the `follow` of every other process. For process 0.
+) -> Header:
+    """Writes a file together with the `follow` of every other process. For process 0, which then commits it.
 
     Args:
-        path: replaced when everything is on the disk; on any exception it is as it was.
+        writer: of the file, in which everything that the others write is on the disk when this returns.
         specs: (safetensors dtype, shape) by key, equal in all processes.
         parts: see `Parts`.
         shared: whether all processes see one file; None: find out.
@@ -73,30 +74,31 @@ def lead(
     Raises:
         FileError: this process, or another, could not write, or did not answer in time.
     """
+    path = writer.path
     first, header = encode(path, specs, metadata)
-    with atomic.replacing(path) as writer:
-        try:
-            os.ftruncate(writer.fd, header.size)
-        except OSError as error:
-            raise _error(path, error) from error
-        place = _Place(writer.fd, path, header.data_start, header.tensors, header.size // group.count)
-        place.write_at(memoryview(first), 0)
-        name = writer.temporary.name
-        plan = {"file": name, "size": header.size, "start": header.data_start}
-        group.tell("plan", plan | {"specs": _specs_digest(specs), "alike": dict(alike)})
-        mine = None if shared is False else parts(True)
-        blind = [process for process, sees in group.hear_all("sees").items() if not sees]
-        if shared and blind:
-            raise FileError(
-                f"{path}: processes {blind} do not see the file that process 0 has made there; give a path on a file"
-                " system that all processes have in common"
-            )
-        common = not blind if shared is None else shared
-        group.tell("mode", common)
-        if not common:
-            mine = None  # before others are gathered
-        place.write(parts(False) if mine is None else mine)
-        group.hear_all("written")
+    try:
+        os.ftruncate(writer.fd, header.size)
+    except OSError as error:
+        raise _error(path, error) from error
+    place = _Place(writer.fd, path, header.data_start, header.tensors, header.size // group.count)
+    place.write_at(memoryview(first), 0)
+    name = writer.temporary.name
+    plan = {"file": name, "size": header.size, "start": header.data_start}
+    group.tell("plan", plan | {"specs": _specs_digest(specs), "alike": dict(alike)})
+    mine = None if shared is False else parts(True)
+    blind = [process for process, sees in group.hear_all("sees").items() if not sees]
+    if shared and blind:
+        raise FileError(
+            f"{path}: processes {blind} do not see the file that process 0 has made there; give a path on a file"
+            " system that all processes have in common"
+        )
+    common = not blind if shared is None else shared
+    group.tell("mode", common)
+    if not common:
+        mine = None  # before others are gathered
+    place.write(parts(False) if mine is None else mine)
+    group.hear_all("written")
+    return header
 
 
 def follow(path: str, specs: Specs, parts: Parts, group: Group, shared: bool | None, alike: Mapping[str, str]) -> None:
@@ -146,7 +148,8 @@ def follow(path: str, specs: Specs, parts: Parts, group: Group, shared: bool | N
         group.tell("written")
     finally:
         if fd is not None:
-            os.close(fd)
+            with contextlib.suppress(OSError):  # what was written was flushed
+                os.close(fd)
 
 
 def _open(temporary: Path, size: int) -> int | None:
@@ -157,10 +160,12 @@ def _open(temporary: Path, size: int) -> int | None:
         fd = os.open(temporary, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:  # not there, or not for this process to write: process 0 can
         return None
-    if os.fstat(fd).st_size != size:
+    with contextlib.suppress(OSError):
+        if os.fstat(fd).st_size == size:
+            return fd
+    with contextlib.suppress(OSError):  # nothing was written to it
         os.close(fd)
-        return None
-    return fd
+    return None
 
 
 def digest(*values: str | np.ndarray) -> str:
@@ -255,5 +260,6 @@ class _Place:
         """Waits until everything is on the disk."""
         try:
             atomic.flush(self._fd)
+            os.close(os.dup(self._fd))  # as in `atomic`: some file systems report a failed write on closing only
         except OSError as error:
             raise _error(self._path, error) from error

@@ -14,15 +14,19 @@ import contextlib
 import errno
 import os
 import re
+import stat
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxadapt.codecs.files import file_error
+from jaxadapt.codecs.files import closing, file_error
 from jaxadapt.errors import FileError
 
-__all__ = ["Address", "Place", "at", "is_address", "size", "staged", "stamp", "told", "version"]
+__all__ = [
+    "Address", "Place", "absolute", "at", "exists", "is_address", "is_dir", "is_file", "put", "size", "staged", "stamp",
+    "told", "version",
+]  # fmt: skip
 
 _ADDRESS = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
@@ -283,18 +287,60 @@ def stamp(info: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def version(place: Place) -> object:
-    """What is equal only while a file is the same. Raises `OSError`, `FileError`."""
-    if isinstance(place, Address):
-        return stamp(place.info())
-    status = place.stat()
+    """What is equal only while a file is the same. Raises `FileError`."""
+    try:
+        if isinstance(place, Address):
+            return stamp(place.info())
+        status = place.stat()
+    except (OSError, ValueError) as error:
+        raise file_error("read", str(place), error) from error
     return status.st_mtime_ns, status.st_ino
 
 
 def size(place: Place) -> int:
-    """In bytes, of a file or of all files in a folder. Raises `OSError`, `FileError`."""
-    if isinstance(place, Address):
-        return place.size()
-    return sum(p.stat().st_size for p in (place.rglob("*") if place.is_dir() else [place]) if p.is_file())
+    """In bytes, of a file or of all files in a folder. Raises `FileError`."""
+    try:
+        if isinstance(place, Address):
+            return place.size()
+        return sum(p.stat().st_size for p in (place.rglob("*") if place.is_dir() else [place]) if p.is_file())
+    except (OSError, ValueError) as error:
+        raise file_error("read", str(place), error) from error
+
+
+# ---------------------------------------------------------------- what lies there
+
+
+def absolute(place: Place) -> Place:
+    """As `Path.absolute`. Raises `FileError` where the working directory was deleted."""
+    try:
+        return place.absolute()
+    except OSError as error:
+        raise file_error("find", str(place), error, "the working directory is gone: give an absolute path") from error
+
+
+def exists(place: Place, shown: Place | None = None) -> bool:
+    """Whether something is there, links followed. Raises `FileError` where the system does not say, of `shown`."""
+    return place.exists() if isinstance(place, Address) else _mode(place, shown) is not None
+
+
+def is_dir(place: Place) -> bool:
+    """Whether a folder is there. Raises `FileError` where the system does not say."""
+    return place.is_dir() if isinstance(place, Address) else stat.S_ISDIR(_mode(place) or 0)
+
+
+def is_file(place: Place) -> bool:
+    """Whether a regular file is there. Raises `FileError` where the system does not say."""
+    return place.is_file() if isinstance(place, Address) else stat.S_ISREG(_mode(place) or 0)
+
+
+def _mode(place: Path, shown: Place | None = None) -> int | None:
+    """What `stat` says; None where nothing is. (`Path.exists` raises, or says no, as the version of Python has it.)"""
+    try:
+        return place.stat().st_mode
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        if isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return None
+        raise file_error("read", str(place if shown is None else shown), error) from error
 
 
 # ---------------------------------------------------------------- writing
@@ -302,14 +348,19 @@ def size(place: Place) -> int:
 
 @contextlib.contextmanager
 def staged(address: Address) -> Generator[tuple[int, Path]]:
-    """A temporary file's descriptor and path; on leaving the block without an exception it is put to the address."""
+    """A temporary file's descriptor and path, for what `put` is to put to the address."""
     import tempfile
 
     try:
         file = tempfile.TemporaryFile(prefix="jaxadapt-")  # noqa: SIM115 (closed below)
     except OSError as error:
         raise file_error("write", f"{address}, by way of {tempfile.gettempdir()}", error) from error
-    with file:  # it has no name in any folder, so that nothing stays there if this process is killed
+    # It has no name in any folder, so that nothing stays there if this process is killed.
+    with closing(file):
         yield file.fileno(), Path(tempfile.gettempdir(), "jaxadapt")
-        os.lseek(file.fileno(), 0, os.SEEK_SET)  # which opening this path may share with the descriptor
-        address.put(f"/dev/fd/{file.fileno()}")
+
+
+def put(address: Address, fd: int) -> None:
+    """Puts an open file of this machine to the address, as a whole. Raises `FileError`."""
+    os.lseek(fd, 0, os.SEEK_SET)  # which opening this path may share with the descriptor
+    address.put(f"/dev/fd/{fd}")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from jaxadapt import paths
-from jaxadapt.codecs import atomic, files, safetensors, torch_bin
+from jaxadapt.codecs import atomic, files, places, safetensors, torch_bin
 from jaxadapt.codecs.dtypes import numpy_dtype
 from jaxadapt.codecs.header import problems_text
 from jaxadapt.codecs.places import Place
@@ -221,15 +221,15 @@ def opened(path: Place) -> Generator[Shards]:
                 return torch_bin.read(file)
             return stack.enter_context(safetensors.open_tensors(file))
 
-        if isinstance(path, Path) and not path.exists():
+        if isinstance(path, Path) and not places.exists(path):
             raise FileError(
                 f"{path}: no such folder or file; a model of the Hub comes with `hf download ORG/NAME --local-dir"
                 " FOLDER`"
             )
-        if not path.is_dir():
+        if not places.is_dir(path):
             yield _of(str(path), [part(path)])
             return
-        found = next((name for name in (WHOLE, INDEX, BIN, BIN_INDEX) if (path / name).exists()), None)
+        found = next((name for name in (WHOLE, INDEX, BIN, BIN_INDEX) if places.exists(path / name)), None)
         if found is None:
             raise FileError(f"{path}: expected {WHOLE}, {INDEX} or {BIN}, found none of them; check the path")
         if found in (WHOLE, BIN):
@@ -237,7 +237,7 @@ def opened(path: Place) -> Generator[Shards]:
             return
         index = _index(path / found)
         names = dict.fromkeys(index.values())
-        missing = [name for name in names if not (path / name).exists()]
+        missing = [name for name in names if not places.exists(path / name)]
         if missing:
             raise FileError(f"{path}: {found} names files that are not there: {problems_text(missing)}")
         parts = {name: part(path / name) for name in names}
@@ -295,7 +295,7 @@ def _names(folder: Place, count: int) -> list[str]:
     for generation in itertools.count(1):
         stem = "model" if generation == 1 else f"model-{generation}"
         names = [f"{stem}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-        if not any((folder / name).exists() for name in names):
+        if not any(places.exists(folder / name) for name in names):
             return names
     raise AssertionError
 
@@ -316,22 +316,31 @@ def write(folder: Place, specs: Specs, get: Callable[[str], np.ndarray], limit: 
     names = _names(folder, len(portions))
     replaced = _set(folder)
     metadata = {"format": "pt"}
-    with contextlib.ExitStack() as stack:  # the index is opened first, so it takes its place last
-        if len(portions) > 1:
+    index = [folder / INDEX] if len(portions) > 1 else []
+    with atomic.replacing_all([*(folder / name for name in names), *index]) as writers:  # the index last
+        for writer, keys in zip(writers, portions, strict=False):
+            safetensors.write_to(writer, {key: specs[key] for key in keys}, get, metadata)
+        if index:
             where = {key: name for name, keys in zip(names, portions, strict=True) for key in keys}
             total = sum(math.prod(s) * numpy_dtype(d).itemsize for d, s in specs.values())
             text = json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=2, sort_keys=True)
-            stack.enter_context(atomic.replacing(folder / INDEX)).write(memoryview(f"{text}\n".encode()))
-        for name, keys in zip(names, portions, strict=True):
-            writer = stack.enter_context(atomic.replacing(folder / name))
-            safetensors.write_to(writer, {key: specs[key] for key in keys}, get, metadata)
+            writers[-1].write(memoryview(f"{text}\n".encode()))
     # transformers takes the single file before the index, other readers every file they see
     new = {*names, INDEX} if len(names) > 1 else set(names)
-    for name in replaced - new:
-        (folder / name).unlink(missing_ok=True)
+    left: list[str] = []
+    for name in sorted(replaced - new):
+        try:
+            (folder / name).unlink(missing_ok=True)
+        except (OSError, FileError) as error:
+            left.append(f"{name} ({error})")
+    if left:
+        raise FileError(
+            f"{folder}: the new weights are in place, but these files of the old ones could not be deleted, and readers"
+            f" may take them instead; delete them: {problems_text(left)}"
+        )
 
 
 def _set(folder: Place) -> set[str]:
     """The files of the set of weights a folder holds, which the new set will replace."""
-    found = {name for name in (WHOLE, INDEX) if (folder / name).is_file()}
+    found = {name for name in (WHOLE, INDEX) if places.is_file(folder / name)}
     return found | set(_index(folder / INDEX).values()) if INDEX in found else found

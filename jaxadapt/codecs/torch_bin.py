@@ -297,7 +297,7 @@ def _load(path: str | os.PathLike[str], use: Callable[[_Zip | _Legacy, dict[str,
     name = os.fspath(path)
     place = places.at(path)
     file, size = objects.fetched(place) if isinstance(place, places.Address) else files.open_binary(name)
-    with file:
+    with files.closing(file):
         first = files.pread_exact(file.fileno(), min(size, 16), 0, name, "file")
         if first.startswith(b"version "):
             raise FormatError(f"{name}: a Git LFS pointer, not the weights: fetch them with `git lfs pull`")

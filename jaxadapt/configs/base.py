@@ -109,6 +109,8 @@ class Config:
             return
         for key in sorted(set(self.extra) & set(_field_names(type(self))) - {"extra"}):
             problems.add(f"extra[{key!r}]", f"no key that {type(self).__name__} has itself", self.extra[key])
+        for key, value in self.extra.items():
+            problems.common(key, value)
 
     @cached_property
     def _identity(self) -> tuple[Any, ...]:
@@ -247,12 +249,6 @@ class GenericConfig(Config):
             problems.add("peft_type", 'a type in capitals, such as "VERA"', name)
         elif any(name == cls.__dataclass_fields__["peft_type"].default for cls in Config.__subclasses__()):
             problems.add("peft_type", "a type without a class of its own", name, "use its class")
-        if isinstance(self.extra, FrozenDict):
-            for name in sorted(_SETS & set(self.extra)):
-                problems.selection(name, self.extra[name])
-            # What `targets` reads; everything else is the method's own affair.
-            problems.strings("modules_to_save", self.extra.get("modules_to_save"))
-            problems.layers("layers_to_transform", self.extra.get("layers_to_transform"))
 
 
 def _default(item: dataclasses.Field[Any]) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NoReturn, cast
 
 from jaxadapt.errors import ConfigError
@@ -94,6 +94,11 @@ class Problems:
 
     # One method for each kind of value; all take the frozen value.
 
+    def common(self, field: str, value: object) -> None:
+        """A field that is read of any configuration, whether its class has the field or not."""
+        if field in COMMON:
+            COMMON[field](self, field, value)
+
     def flag(self, field: str, value: object, *, optional: bool = False) -> None:
         """true or false."""
         if not (isinstance(value, bool) or (optional and value is None)):
@@ -181,6 +186,54 @@ class Problems:
                 self.rank(f"{field}[{key!r}]", item)
             else:
                 self.number(f"{field}[{key!r}]", item)
+
+    def expressions(self, field: str, value: object) -> None:
+        """A list of regular expressions or null."""
+        self.strings(field, value)
+        for item in cast("tuple[str, ...]", value or ()) if field not in self else ():
+            self.pattern(field, item)
+
+    def expression_or_list(self, field: str, value: object) -> None:
+        """A regular expression, a list of them, or null."""
+        self.pattern(field, value) if isinstance(value, str) else self.expressions(field, value)
+
+    def pairs(self, field: str, value: object) -> None:
+        """A list of [start, end] pairs or null."""
+        if value is not None and not (
+            isinstance(value, tuple) and all(_is_pair(pair) for pair in cast("tuple[object, ...]", value))
+        ):
+            self.add(field, "a list of [start, end] pairs, or null", value)
+
+    def tokens(self, field: str, value: object) -> None:
+        """A list of ints, an object of them by the name of a module, or null."""
+        if value is None or is_ints(value):
+            return
+        if not (isinstance(value, Mapping) and all(map(is_ints, cast("Mapping[str, object]", value).values()))):
+            self.add(field, "a list of integers, an object of module name -> list of integers, or null", value)
+
+
+COMMON: Mapping[str, Callable[[Problems, str, object], None]] = {
+    "target_modules": Problems.selection,
+    "exclude_modules": Problems.selection,
+    "feedforward_modules": Problems.selection,
+    "modules_to_save": Problems.expressions,
+    "target_parameters": Problems.strings,
+    "layers_to_transform": Problems.layers,
+    "layers_pattern": Problems.expression_or_list,
+    "layer_replication": Problems.pairs,
+    "trainable_token_indices": Problems.tokens,
+    "alora_invocation_tokens": Problems.integers,
+    "rank_pattern": Problems.mapping,  # AdaLoRA's values are lists
+    "alpha_pattern": Problems.mapping,
+    "bias": Problems.text,
+}
+"""What a value of each field may be, where the class of the configuration has no rule of its own."""
+
+
+def _is_pair(value: object) -> bool:
+    if not is_ints(value) or len(pair := cast("tuple[int, ...]", value)) != 2:
+        return False
+    return 0 <= pair[0] < pair[1]
 
 
 def _show(value: object) -> str:

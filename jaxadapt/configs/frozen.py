@@ -36,7 +36,13 @@ class FrozenDict(Mapping[str, Any]):
         for key in source:
             if not isinstance(key, str):
                 raise TypeError(f"keys must be strings, found the key {key!r} ({type(key).__name__})")
-        plain = {str.__str__(key): freeze(value) for key, value in source.items()}
+            _check_text(key)
+        plain: dict[str, Frozen] = {}
+        for key, value in source.items():
+            try:
+                plain[str.__str__(key)] = freeze(value)
+            except TypeError as error:
+                raise TypeError(f"{key}: {error}") from error
         object.__setattr__(self, "_items", dict(sorted(plain.items())))
 
     def __getitem__(self, key: str) -> Any:
@@ -113,6 +119,15 @@ def _overlap(keys: list[str]) -> bool:
     return any(end.match(key) for i, end in enumerate(ends) for j, key in enumerate(keys) if i != j)
 
 
+def _check_text(text: str) -> None:
+    """Raise `TypeError` for what JSON can spell and no file of text can hold: half of a pair of surrogates."""
+    if not text.isascii() and (found := re.search("[\ud800-\udfff]", text)):
+        raise TypeError(
+            f"expected text, found {text!a}, in which {found[0]!a} is half of a character (a lone surrogate); write the"
+            " whole character"
+        )
+
+
 def freeze(value: object) -> Frozen:
     """A JSON-like value as an immutable one: lists become tuples, sets sorted tuples, dicts FrozenDicts.
 
@@ -125,6 +140,7 @@ def freeze(value: object) -> Frozen:
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
+        _check_text(value)
         return str.__str__(value)  # a member of a str enum becomes the plain string it stands for
     if isinstance(value, numbers.Integral):  # numpy's too
         return int(value)

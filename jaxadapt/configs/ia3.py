@@ -43,10 +43,7 @@ class IA3Config(Config):
             problems.selection(name, getattr(self, name))
         problems.flag("fan_in_fan_out", self.fan_in_fan_out, optional=True)
         problems.flag("init_ia3_weights", self.init_ia3_weights)
-        problems.strings("modules_to_save", self.modules_to_save)
-        if "modules_to_save" not in problems:
-            for pattern in self.modules_to_save or ():
-                problems.pattern("modules_to_save", pattern)
+        problems.expressions("modules_to_save", self.modules_to_save)
         targets, inputs = self.target_modules, self.feedforward_modules
         if isinstance(targets, tuple) and isinstance(inputs, tuple):
             beyond = sorted(set(inputs) - set(targets), key=str)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
 from jaxadapt.configs.base import Config
-from jaxadapt.configs.check import Problems, is_ints
+from jaxadapt.configs.check import Problems
 from jaxadapt.configs.frozen import Frozen, FrozenDict, Patterns
 
 BIASES = ("none", "all", "lora_only")
@@ -117,7 +117,7 @@ class LoraConfig(Config):
         problems.one_of("bias", self.bias, BIASES)
         problems.selection("target_modules", self.target_modules)
         problems.selection("exclude_modules", self.exclude_modules)
-        problems.strings("modules_to_save", self.modules_to_save)
+        problems.expressions("modules_to_save", self.modules_to_save)
         problems.strings("target_parameters", self.target_parameters)
         problems.integers("alora_invocation_tokens", self.alora_invocation_tokens)
         problems.patterns("rank_pattern", self.rank_pattern)
@@ -129,12 +129,9 @@ class LoraConfig(Config):
             problems.flag(name, getattr(self, name))
         for name in (*_SUBCONFIGS, "loftq_config"):
             problems.mapping(name, getattr(self, name))
-        if "modules_to_save" not in problems:
-            for pattern in self.modules_to_save or ():
-                problems.pattern("modules_to_save", pattern)
         self._check_init(problems)
         self._check_layers(problems)
-        self._check_tokens(problems)
+        problems.tokens("trainable_token_indices", self.trainable_token_indices)
         if self.use_dora and self.megatron_config:
             problems.add("use_dora", "false with a megatron_config", True, "unset one of them")
         if self.lora_bias and not isinstance(self.init_lora_weights, bool):
@@ -160,12 +157,7 @@ class LoraConfig(Config):
         layers = self.layers_to_transform
         problems.layers("layers_to_transform", layers)
         pattern: object = self.layers_pattern
-        if isinstance(pattern, str):
-            problems.pattern("layers_pattern", pattern)
-        else:
-            problems.strings("layers_pattern", pattern)
-            for item in cast("tuple[str, ...]", pattern or ()) if "layers_pattern" not in problems else ():
-                problems.pattern("layers_pattern", item)
+        problems.expression_or_list("layers_pattern", pattern)
         if pattern and layers is None:
             way_out = "say which layers in layers_to_transform, or leave the pattern out"
             problems.add("layers_pattern", "null where layers_to_transform is null", pattern, way_out)
@@ -174,22 +166,4 @@ class LoraConfig(Config):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
                     problems.add(name, "null where target_modules is a string", getattr(self, name), way_out)
-        pairs: object = self.layer_replication
-        if pairs is not None and not (
-            isinstance(pairs, tuple) and all(_is_pair(pair) for pair in cast("tuple[object, ...]", pairs))
-        ):
-            problems.add("layer_replication", "a list of [start, end] pairs, or null", pairs)
-
-    def _check_tokens(self, problems: Problems) -> None:
-        tokens: object = self.trainable_token_indices
-        if tokens is None or is_ints(tokens):
-            return
-        if not (isinstance(tokens, FrozenDict) and all(is_ints(item) for item in tokens.values())):
-            expected = "a list of integers, an object of module name -> list of integers, or null"
-            problems.add("trainable_token_indices", expected, tokens)
-
-
-def _is_pair(value: object) -> bool:
-    if not is_ints(value) or len(pair := cast("tuple[int, ...]", value)) != 2:
-        return False
-    return 0 <= pair[0] < pair[1]
+        problems.pairs("layer_replication", self.layer_replication)
