@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import numbers
-import re
 from collections.abc import ItemsView, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any, TypeAlias, cast
+
+from jaxadapt.configs.patterns import PLAIN, Index
 
 # What `freeze` returns. (FrozenDict is named as a string: the alias is recursive.)
 Frozen: TypeAlias = "bool | int | float | str | tuple[Frozen, ...] | FrozenDict | None"
@@ -23,8 +24,9 @@ class FrozenDict(Mapping[str, Any]):
     (True, True)
     """
 
-    __slots__ = ("_items",)
+    __slots__ = ("_index", "_items")
     _items: dict[str, Any]
+    _index: Index | None
 
     def __init__(self, items: Mapping[str, Any] | None = None) -> None:
         """Freeze every value of `items`.
@@ -38,6 +40,14 @@ class FrozenDict(Mapping[str, Any]):
                 raise TypeError(f"keys must be strings, found the key {key!r} ({type(key).__name__})")
         plain = {str.__str__(key): freeze(value) for key, value in source.items()}
         object.__setattr__(self, "_items", dict(sorted(plain.items())))
+        object.__setattr__(self, "_index", None)
+
+    @property
+    def index(self) -> Index:
+        """Its keys as patterns of modules' names, in their order. Raises `ConfigError`: an invalid expression."""
+        if self._index is None:
+            object.__setattr__(self, "_index", Index("rank_pattern", self))
+        return cast("Index", self._index)
 
     def __getitem__(self, key: str) -> Any:
         return self._items[key]
@@ -107,10 +117,10 @@ class Patterns(FrozenDict):
 
 def _overlap(keys: list[str]) -> bool:
     """Whether two of the patterns could match one module: of expressions nobody can tell."""
-    if not all(re.fullmatch(r"[\w.]+", key) for key in keys):
+    if not all(PLAIN.fullmatch(key) for key in keys):
         return True
-    ends = [re.compile(rf"(.*\.)?({key})$") for key in keys]
-    return any(end.match(key) for i, end in enumerate(ends) for j, key in enumerate(keys) if i != j)
+    index = Index("rank_pattern", keys)
+    return any(index.matching(key) != [order] for order, key in enumerate(keys))
 
 
 def freeze(value: object) -> Frozen:
