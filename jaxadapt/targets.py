@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 
 from jaxadapt import near
 from jaxadapt.configs import Config, FrozenDict
-from jaxadapt.configs.check import compile_pattern
+from jaxadapt.configs.check import match
 from jaxadapt.configs.patterns import Index
 from jaxadapt.errors import TargetError
 
@@ -50,7 +50,7 @@ def matches(config: Config, name: str) -> bool:
     if targets is None:
         return False
     if isinstance(targets, str):
-        return compile_pattern("target_modules", targets).fullmatch(name) is not None
+        return match("target_modules", targets, name) is not None
     names = config.names("target_modules")
     if name in names:
         return True
@@ -197,7 +197,7 @@ def is_feedforward(config: Config, name: str) -> bool:
             "name the modules whose inputs are scaled (a part of target_modules), or write [] for none"
         )
     if isinstance(inputs, str):
-        return compile_pattern("feedforward_modules", inputs).fullmatch(name) is not None
+        return match("feedforward_modules", inputs, name) is not None
     return name.endswith(inputs)
 
 
@@ -284,7 +284,7 @@ def select(
 def _excluded(config: Config, name: str) -> bool:
     excluded: str | tuple[str, ...] | None = config.get("exclude_modules")
     if isinstance(excluded, str):
-        if excluded and compile_pattern("exclude_modules", excluded).fullmatch(name):
+        if excluded and match("exclude_modules", excluded, name):
             return True
     elif excluded and (name in (names := config.names("exclude_modules")) or _ends_in(name, names)):
         return True
@@ -310,7 +310,7 @@ def in_layers(config: Config, name: str) -> bool:
         hit = re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", name)
     else:
         entries = (patterns,) if isinstance(patterns, str) else patterns
-        hits = (compile_pattern("layers_pattern", entry).match(name) for entry in entries)
+        hits = (match("layers_pattern", entry, name) for entry in entries)
         hit = next((found for found in hits if found), None)
     # An alternation ("layers|h") can match without reaching the number; then no layer is known.
     number = None if hit is None else hit["idx"]

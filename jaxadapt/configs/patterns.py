@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from jaxadapt.configs.check import compile_pattern
+from jaxadapt.configs.check import compile_pattern, match
 
 PLAIN = re.compile(r"[\w.]+")
 """A pattern that is a name: only its dots are special to `re`."""
@@ -35,7 +35,7 @@ class Index:
         self.keys = tuple(keys)
         self._anywhere = field == "modules_to_save"  # which may match any part of a path; the others match its end
         self._order: dict[str, int] = {}
-        self._expressions: dict[int, re.Pattern[str]] = {}
+        self._expressions: dict[int, str] = {}
         # A dot of a plain name matches any letter. So a name is looked up with dots where the patterns have them.
         self._dots: dict[int, set[tuple[int, ...]]] = {}
         for order, key in enumerate(self.keys):
@@ -43,27 +43,27 @@ class Index:
                 self._order.setdefault(key, order)
                 self._dots.setdefault(len(key), set()).add(tuple(i for i, letter in enumerate(key) if letter == "."))
             else:
-                self._expressions[order] = compile_pattern(field, key)
+                compile_pattern(field, key)
+                self._expressions[order] = key
 
     def matching(self, name: str) -> list[int]:
         """The numbers of all patterns that match a name, in their order."""
-        found = {order for order, expression in self._expressions.items() if expression.match(name)}
+        found = {order for order, key in self._expressions.items() if match(self._field, key, name)}
         return sorted(found | self._plain(name))
 
     def first(self, name: str) -> int | None:
         """The number of the first pattern that matches a name; None if none does."""
         best = min(self._plain(name), default=None)
-        for order, expression in self._expressions.items():
+        for order, key in self._expressions.items():
             if best is not None and order > best:
                 break
-            if expression.match(name):
+            if match(self._field, key, name):
                 return order
         return best
 
     def _plain(self, name: str) -> set[int]:
         if "\n" in name:  # to which "." and "$" mean something else
-            every = ((order, compile_pattern(self._field, key)) for key, order in self._order.items())
-            return {order for order, expression in every if expression.match(name)}
+            return {order for key, order in self._order.items() if match(self._field, key, name)}
         ends = [i for i, letter in enumerate(name) if letter == "."]
         starts = [0, *(i + 1 for i in ends)]
         stops = [*ends, len(name)] if self._anywhere else [len(name)]

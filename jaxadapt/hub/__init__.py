@@ -26,7 +26,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 """As readers look for them: the second only where the first is not there."""
 CARD = "README.md"
-_MOST = dict.fromkeys((CONFIG, CARD), local.MAX_TEXT)
+_MOST: Mapping[str, int] = dict.fromkeys((CONFIG, CARD), local.MAX_TEXT)
 
 
 # ---------------------------------------------------------------- from the Hub

@@ -30,17 +30,18 @@ def commit_of(place: Address, name: str, token: Any, most: int | None) -> str | 
         FileError: the answer would make the client write outside its cache or send the token elsewhere, or the file is
             too large.
     """
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+    from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_url
 
+    http: Any = errors.HTTPError  # pyright: ignore[reportPrivateImportUsage] (httpx's or httpx2's, as the client has it)
     url = hf_hub_url(place.repo, place.file(name), revision=place.revision)
     try:
         found = get_hf_file_metadata(url, token=token, library_name="jaxadapt")
-    except HfHubHTTPError as error:  # even of a file that is missing, the client writes down the commit
-        headers: Any = {} if error.response is None else error.response.headers
-        _raise_for(place, name, _problems(headers.get("X-Repo-Commit"), None))
+    except errors.HfHubHTTPError as error:
+        response: Any = error.response
+        if response is not None:  # of a file that is missing the client notes the commit, in a folder called like it
+            _raise_for(place, name, _problems(response.headers.get("X-Repo-Commit"), None))
         return None
-    except (HTTPError, OfflineModeIsEnabled):  # pyright: ignore[reportPrivateImportUsage]
+    except (http, errors.OfflineModeIsEnabled):
         return None
     problems = _problems(found.commit_hash, found.etag)
     if found.xet_file_data is not None and not constants.HF_HUB_DISABLE_XET:
