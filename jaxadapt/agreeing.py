@@ -7,8 +7,7 @@ import json
 from collections.abc import Mapping
 
 from jaxadapt import configs, targets
-from jaxadapt.codecs import safetensors
-from jaxadapt.codecs.files import file_error
+from jaxadapt.codecs import places, safetensors
 from jaxadapt.codecs.places import Place
 from jaxadapt.configs import Config
 from jaxadapt.errors import ConfigError, FormatError, warn
@@ -20,11 +19,9 @@ META = "jaxadapt"
 
 def text_of(path: Place) -> str:
     try:
-        return path.read_bytes().decode("utf-8")
+        return places.read_text_bytes(path).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    except (OSError, ValueError) as error:
-        raise file_error("read", str(path), error) from error
 
 
 def settle(path: Place, header: safetensors.Header | None, weights: Place) -> Config:

@@ -359,8 +359,8 @@ def _write_card(path: Place, new: str) -> None:
         if not (path.exists() or path.is_symlink()):
             atomic.write_bytes(path, new.encode())
             return
-        old = path.read_bytes().decode() if path.is_file() and not path.is_symlink() else None
-    except (OSError, UnicodeDecodeError):
+        old = places.read_text_bytes(path).decode() if path.is_file() and not path.is_symlink() else None
+    except (OSError, FileError, UnicodeDecodeError):
         old = None  # a person's, whatever it is
     if old is not None and (text := card.refreshed(old, new)) != old:
         atomic.write_bytes(path, text.encode())

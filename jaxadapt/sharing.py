@@ -156,7 +156,7 @@ def _card(source: Place, new: str, place: hub.Address, token: hub.Token) -> str:
     """A person's card in the folder goes as it is; else the Hub's stays, if a person wrote it."""
     path = source / hub.CARD
     if path.is_file():
-        mine = path.read_bytes().decode("utf-8", "replace")
+        mine = places.read_text_bytes(path).decode("utf-8", "replace")
         if card.is_edited(mine):
             return card.merged(mine, new)
     theirs = hub.text_of(place, hub.CARD, token)

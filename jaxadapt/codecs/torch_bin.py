@@ -94,19 +94,20 @@ class _Tensor:
 
 def _naturals(value: object, name: str) -> tuple[int, ...]:
     """A short tuple of integers that 63 bits hold: one of a file may be recalled, and gone through, again and again."""
-    if type(value) is tuple and len(found := cast("tuple[object, ...]", value)) <= _MAX_AXES:
-        if all(type(item) is int and 0 <= item < _MOST for item in found):
-            return cast("tuple[int, ...]", value)
-        if all(type(item) is int and item >= 0 for item in found):
-            raise pickles.UnsupportedPickle(f"{name}: expected integers below 2^63, found one that overflows 63 bits")
-    elif type(value) is tuple:
+    found = cast("tuple[object, ...]", value) if type(value) is tuple else (None,)
+    if len(found) > _MAX_AXES:
         raise pickles.UnsupportedPickle(f"{name}: expected at most {_MAX_AXES} integers, found {len(found)}")
-    raise pickles.UnsupportedPickle(f"expected {name} of integers >= 0, found something else")
+    if not all(type(item) is int and item >= 0 for item in found):
+        raise pickles.UnsupportedPickle(f"expected {name} of integers >= 0, found something else")
+    whole = cast("tuple[int, ...]", found)
+    if any(item >= _MOST for item in whole):
+        raise pickles.UnsupportedPickle(f"{name}: expected integers below 2^63, found one that overflows 63 bits")
+    return whole
 
 
 def _persistent(identity: object) -> _Storage:
     """PyTorch's ("storage", type, key, location, count), in old files a view (key, offset, count)."""
-    parts = cast("tuple[object, ...]", identity) if type(identity) is tuple else ()
+    parts: tuple[object, ...] = cast("tuple[object, ...]", identity) if type(identity) is tuple else ()
     if len(parts) not in (5, 6) or parts[0] != "storage":
         raise pickles.UnsupportedPickle("expected the description of a storage, found something else (a module?)")
     kind, key = parts[1], parts[2]
@@ -117,7 +118,7 @@ def _persistent(identity: object) -> _Storage:
     view = parts[5] if len(parts) == 6 else None
     if view is None:
         return _Storage(key, dtype, total, 0, total)
-    described = cast("tuple[object, ...]", view) if type(view) is tuple else ()
+    described: tuple[object, ...] = cast("tuple[object, ...]", view) if type(view) is tuple else ()
     offset, count = _naturals(described[1:] if len(described) == 3 else None, "a view")
     if offset + count > total:
         raise pickles.UnsupportedPickle(f"storage {key!r}: a view ends beyond its {total} elements")
