@@ -107,7 +107,8 @@ def _naturals(value: object, name: str) -> tuple[int, ...]:
 
 def _persistent(identity: object) -> _Storage:
     """PyTorch's ("storage", type, key, location, count), in old files a view (key, offset, count)."""
-    parts: tuple[object, ...] = cast("tuple[object, ...]", identity) if type(identity) is tuple else ()
+    whole = cast("tuple[object, ...]", identity) if type(identity) is tuple else (None,)
+    parts = list(whole[:7])
     if len(parts) not in (5, 6) or parts[0] != "storage":
         raise pickles.UnsupportedPickle("expected the description of a storage, found something else (a module?)")
     kind, key = parts[1], parts[2]
