@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -124,8 +126,53 @@ def test_a_cache_that_a_person_moved_serves_on(hub, held, tmp_path):
     assert (jaxadapt.pull(REPO) / CONFIG).read_bytes() == held[CONFIG]
 
 
+def test_a_server_that_answers_twice_in_two_ways_is_found_out(hub, held, tmp_path, monkeypatch):
+    """What remains of the client's fault (see SECURITY.md): the file is written, and is not taken for the cache's."""
+    tag = f'"{tmp_path}/stolen"'
+
+    def lie(self: server.Handler) -> dict[str, str]:
+        second = self.path.endswith(WEIGHTS) and len(hub.asked("HEAD", WEIGHTS)) > 1
+        return {"ETag": tag, "X-Linked-Etag": tag} if second else {}
+
+    monkeypatch.setattr(server.Handler, "lie", lie)
+    with pytest.raises(FileError, match=r"expected a file of the cache .*stolen; remove it"):
+        jaxadapt.pull(REPO)
+
+
 def test_what_is_cached_costs_one_question_a_file(hub, held):
     folder = jaxadapt.pull(REPO)
     hub.requests.clear()
     assert jaxadapt.pull(REPO) == folder
     assert len(hub.requests) == 1  # whether the branch moved; the other files are of the commit it names
+
+
+def test_a_servers_words_are_shown_as_text(hub, held, tmp_path, monkeypatch):
+    """In an error, in a warning that the client logs, and in what a push prints."""
+    evil = "\x9b2J\x1b]0;owned\x07"
+
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+    env |= {
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_TOKEN": server.WRITE,
+    }
+
+    def shown(*args: str) -> str:
+        command = [sys.executable, "-m", "jaxadapt", *args]
+        done = subprocess.run(command, env=env, capture_output=True, check=False, timeout=120)
+        text = (done.stdout + done.stderr).decode()
+        assert "owned" in text
+        assert all(c.isprintable() or c == "\n" for c in text), ascii(text)
+        return text
+
+    hub.lies[CONFIG] = {"X-HF-Warning": f"topic; {evil}"}
+    shown("pull", REPO)
+    hub.lies.clear()
+    hub.answers["/api/repos/create"] = 418
+    hub.lies["/api/repos/create"] = {"X-Error-Message": evil}
+    assert "418" in shown("push", str(tmp_path / "out"), REPO, "--no-picture")
+    hub.answers.clear()
+    hub.lies.clear()
+    monkeypatch.setattr(server.Handler, "commit_id", lambda self, oid: evil)
+    shown("push", str(tmp_path / "out"), REPO, "--no-picture")
