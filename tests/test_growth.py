@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from jaxadapt import doubts, targets
+import pytest
+
+from jaxadapt import ConfigError, doubts, pattern, targets
 from jaxadapt.configs import LoraConfig
 
 
@@ -123,3 +126,39 @@ def test_a_number_of_more_digits_than_python_converts_is_no_layer():
     config = LoraConfig(target_modules=["q"], layers_to_transform=[1])
     assert targets.matches(config, "model.layers.1.q")
     assert not targets.matches(config, f"model.layers.{'1' * 5000}.q")
+
+
+def test_the_axes_of_a_pattern():
+    """Counted, not sought for one by one (in C, where nothing here counts)."""
+    asked = 0
+
+    class Axis(str):
+        __slots__ = ()
+
+        def __eq__(self, other: object) -> bool:
+            nonlocal asked
+            asked += 1
+            return str.__eq__(self, other)
+
+        __hash__ = str.__hash__
+
+    assert pattern.repeated([Axis(f"a{n}") for n in range(1000)]) == []
+    assert asked < 10_000
+    assert pattern.parsed("a b -> a b a").problems == ("axis 'a' is on the right twice",)
+
+
+def test_layers_by_the_billion_are_refused():
+    """They would be listed one by one."""
+    with pytest.raises(ConfigError, match="layer_replication: expected pairs that make at most 100000 layers"):
+        LoraConfig(layer_replication=[[0, 10**12]])
+    assert LoraConfig(layer_replication=[[0, 50_000], [0, 50_000]]).layer_replication is not None
+
+
+def test_a_card_of_blanks():
+    """Its front matter once took a square of them in time: hours for these."""
+    code = (
+        "from jaxadapt import card\n"
+        "card.merged('---\\ntags:' + ' ' * 3_000_000 + 'x\\n---\\nmine', '---\\ntags:\\n- a\\n---\\n')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -24,6 +24,9 @@ _SUBCONFIGS = (
 )  # fmt: skip
 
 
+_MOST_LAYERS = 100_000  # they are listed, one by one
+
+
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class LoraConfig(Config):
     """Low-rank adaptation: y = W x + s · B A x with s = lora_alpha / r (or / √r with `use_rslora`).
@@ -167,6 +170,10 @@ class LoraConfig(Config):
             isinstance(pairs, tuple) and all(_is_pair(pair) for pair in cast("tuple[object, ...]", pairs))
         ):
             problems.add("layer_replication", "a list of [start, end] pairs, or null", pairs)
+        elif pairs is not None:
+            count = sum(end - start for start, end in cast("tuple[tuple[int, int], ...]", pairs))
+            if count > _MOST_LAYERS:
+                problems.add("layer_replication", f"pairs that make at most {_MOST_LAYERS} layers", count)
 
     def _check_tokens(self, problems: Problems) -> None:
         tokens: object = self.trainable_token_indices
