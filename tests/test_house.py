@@ -45,6 +45,7 @@ SAME_FLOOR = {
     ("generic", "weight"): "the lines where no family has one",
     ("generic", "keymap"): "the table where no family has one",
     ("adapter", "peft_tensors"): "the two values are known by one name",
+    ("progress", "terminal"): "a bar shows somebody else's names",
     ("adapter", "keymap"): "an adapter carries the table it was made with",
     ("adapter", "weight"): "and writes its lines out as text",
     ("adapter", "generic"): "which is the generic map, unless it is told",
