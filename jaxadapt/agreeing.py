@@ -8,8 +8,7 @@ import time
 from collections.abc import Mapping
 
 from jaxadapt import configs, targets
-from jaxadapt.codecs import safetensors
-from jaxadapt.codecs.files import file_error
+from jaxadapt.codecs import places, safetensors
 from jaxadapt.codecs.places import Place
 from jaxadapt.configs import Config
 from jaxadapt.errors import ConfigError, FormatError, warn
@@ -21,11 +20,9 @@ META = "jaxadapt"
 
 def text_of(path: Place) -> str:
     try:
-        return path.read_bytes().decode("utf-8")
+        return places.read_text_bytes(path).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    except (OSError, ValueError) as error:
-        raise file_error("read", str(path), error) from error
 
 
 _WAITS = (0.0, 0.0, 0.001, 0.01, 0.05, 0.2)

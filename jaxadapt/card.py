@@ -158,7 +158,7 @@ def _with_missing(front: str, wanted: str) -> str:
 
 
 def _with_tags(front: str, tags: list[str]) -> str:
-    found = re.search(r"^tags[ \t]*:[ \t]*(\[(?P<row>[^\]\n]*)\])?[ \t]*\n(?P<list>([ \t]*- .*\n)*)", front, re.M)
+    found = re.search(r"^tags[ \t]*:[ \t]*+(\[(?P<row>[^\]\n]*)\])?[ \t]*\n(?P<list>([ \t]*- .*\n)*)", front, re.M)
     if found is None:
         return front  # a form of its own: a person's
     if found["row"] is not None:

@@ -64,7 +64,8 @@ def unmatched_parameters(config: Config, names: Iterable[str]) -> list[str]:
     """The entries of `target_parameters` that name none of the parameters `names`, in a few words each."""
     names = list(names)
     entries: tuple[str, ...] = config.get("target_parameters") or ()
-    lost = [entry for entry in entries if not any(n == entry or n.endswith(f".{entry}") for n in names)]
+    ends = {*names, *(name[i + 1 :] for name in names for i, letter in enumerate(name) if letter == ".")}
+    lost = [entry for entry in entries if entry not in ends]
     return [f"target_parameters: {entry!r} matches no parameter" + _beside(entry, names) for entry in lost]
 
 
@@ -78,10 +79,9 @@ def unmatched_saved(config: Config, copied: Iterable[str], tied: Mapping[str, st
     The heads that PEFT adds by itself for a task (`targets.HEADS`) are guesses: any other entry that copies will do.
     """
     entries: tuple[str, ...] = config.get("modules_to_save") or ()
-    alone = {entry: config.replace(modules_to_save=(entry,)) for entry in entries}
     copied = tuple(copied)
     copied += tuple(head for head, table in tied.items() if any(name.startswith(f"{table}.") for name in copied))
-    hit = {entry for entry, only in alone.items() if any(targets.is_saved(only, name) for name in copied)}
+    hit = set[str]().union(*(targets.saving(config, name) for name in copied))
     heads = targets.HEADS.get(config.task_type or "", ())
     lines = [f"modules_to_save: {e!r} matches no module" for e in entries if e not in hit and e not in heads]
     if not hit and not set(heads).isdisjoint(entries):
@@ -96,10 +96,10 @@ def _beside(entry: str, names: Sequence[str]) -> str:
 
 
 def _patterns(field: str, patterns: Mapping[str, Any], chosen: Sequence[str]) -> list[str]:
-    hits: dict[str, list[str]] = {}
-    for key in patterns:
-        ending, expression = targets.compiled(key)
-        hits[key] = [name for name in chosen if name == key or (name.endswith(ending) and expression.match(name))]
+    hits: dict[str, list[str]] = {key: [] for key in patterns}
+    for name in chosen:
+        for key in targets.matching(patterns, name):
+            hits[key].append(name)
     lost = [f"{field}: {key!r} matches none of the targets" for key, names in hits.items() if not names]
     first: dict[str, str] = {}
     pairs: dict[tuple[str, str], str] = {}

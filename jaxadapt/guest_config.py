@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxadapt import methods, paths, targets
-from jaxadapt.configs import Config, LoraConfig
+from jaxadapt.configs import Config, FrozenDict, LoraConfig
 from jaxadapt.dialect import Dialect
 from jaxadapt.errors import ConfigError
 from jaxadapt.guests import Guests
@@ -100,6 +100,8 @@ def _patterned(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def _contradictions(what: str, values: Mapping[str, Any], patterns: Mapping[str, Any], default: Any) -> list[str]:
+    if not isinstance(patterns, FrozenDict):
+        patterns = FrozenDict(patterns)  # names are looked up in it, not tried one by one
     return [
         f"{module}: {what} {found:g} in the tree, {want:g} in the configuration"
         for module, found in values.items()

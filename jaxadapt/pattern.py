@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from jaxadapt.errors import MismatchError
@@ -49,13 +50,22 @@ def parsed(text: str) -> Pattern:
     problems += [
         f"axis {n!r} is on the {side} twice"
         for side, found in (("left", names), ("right", flat))
-        for n in sorted({n for n in found if found.count(n) > 1})
+        for n in repeated(found)
     ]
     plain = frozenset(n for n in names if not n.startswith("{"))
     problems += [f"axis {n!r} is only on the left (braces mark axes PyTorch lacks)" for n in sorted(plain - set(flat))]
     problems += [f"axis {n!r} is only on the right" for n in sorted(set(flat) - plain)]
     braced = frozenset(n.strip("{}") for n in names if n.startswith("{"))
     return Pattern(left, right, plain, braced, tuple(problems))
+
+
+def repeated(names: Sequence[str]) -> list[str]:
+    """The names that are there more than once.
+
+    >>> repeated(["n", "h", "n"])
+    ['n']
+    """
+    return sorted(name for name, count in Counter(names).items() if count > 1)
 
 
 def fine(axis: str) -> tuple[str, ...]:

@@ -17,6 +17,8 @@ import sys
 from collections.abc import Callable, Generator
 from typing import Any
 
+from jaxadapt.terminal import escaped
+
 Report = Callable[[str, int, int], None]
 Progress = Report | bool | None
 
@@ -86,7 +88,8 @@ def _bars() -> Generator[Report]:
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns: list[Any] = [
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+        TimeRemainingColumn(),
     ]  # fmt: skip
     bars = Progress(*columns, console=Console(stderr=True), transient=True)
     tasks: dict[str, Any] = {}
@@ -97,7 +100,7 @@ def _bars() -> Generator[Report]:
         if not tasks:
             bars.start()
         if what not in tasks:
-            tasks[what] = bars.add_task(what, total=total)
+            tasks[what] = bars.add_task(escaped(what), total=total)
         bars.update(tasks[what], completed=done, total=total)
 
     try:

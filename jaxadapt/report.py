@@ -13,6 +13,7 @@ from jaxadapt.adapter import Adapter, is_array
 from jaxadapt.errors import AttachError
 from jaxadapt.keymap import KeyMap
 from jaxadapt.quantized import is_quantized
+from jaxadapt.terminal import escaped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +54,14 @@ class Summary:
     def __str__(self) -> str:
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(box=None, padding=(0, 2, 0, 0))
         for column in ("adapter", "weight", "count", "shape", "tensors", "dtype", "scale", "how"):
             table.add_column(column, overflow="fold")
         for pattern, rows in self._alike().items():
             first = rows[0]
-            table.add_row(
+            cells = (
                 first.adapter + ("" if first.adapter in self.active else " (inactive)"),
                 pattern,
                 str(len(rows)),
@@ -69,6 +71,7 @@ class Summary:
                 _static(first.static),
                 first.how,
             )
+            table.add_row(*(Text(escaped(cell)) for cell in cells))  # no markup: "[b]" may be a part of a name
         total = self.base_parameters + self.trainable
         share = 100 * self.trainable / total if total else 0.0
         text = io.StringIO()

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 from jaxadapt import card, folder, hub
 from jaxadapt.codecs import places
-from jaxadapt.codecs.files import file_error
 from jaxadapt.codecs.places import Place
 from jaxadapt.errors import AdapterError, AttachError, FileError, FormatError
 from jaxadapt.peft_tensors import PeftTensors
@@ -170,14 +169,14 @@ def _card(source: Place, new: str, place: hub.Address, token: hub.Token) -> str:
 
 def _text_of(path: Place) -> str:
     try:
-        return path.read_bytes().decode("utf-8")
+        return places.read_text_bytes(path).decode("utf-8")
     except UnicodeDecodeError as error:
         raise FormatError(
             f"{path}: expected text in UTF-8, found byte 0x{error.object[error.start]:02x} at {error.start}; save it as"
             " UTF-8, or delete it for one that is made anew"
         ) from error
-    except OSError as error:
-        raise file_error("read", str(path), error, "delete it for a card that is made anew") from error
+    except FileError as error:
+        raise FileError(f"{error}; delete it for a card that is made anew") from error
 
 
 def _picture(source: Place, info: folder.Info, wanted: bool | None) -> bytes | None:

@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from functools import lru_cache
 from typing import Any, TypeVar, cast
 
 from jaxadapt import near
-from jaxadapt.configs import Config
-from jaxadapt.configs.check import compile_pattern
+from jaxadapt.configs import Config, FrozenDict
+from jaxadapt.configs.check import match
+from jaxadapt.configs.patterns import Index
 from jaxadapt.errors import TargetError
 
 _C = TypeVar("_C", bound=Config)
 _T = TypeVar("_T")
 
 ALL_LINEAR = "all-linear"
+
+_DIGITS = 640  # the least that Python's limit on the digits of an integer can be set to
 
 # From this many names on PEFT stores the shortest suffixes that mean the same modules.
 _COLLAPSE_FROM = 20
@@ -48,10 +50,11 @@ def matches(config: Config, name: str) -> bool:
     if targets is None:
         return False
     if isinstance(targets, str):
-        return compile_pattern("target_modules", targets).fullmatch(name) is not None
-    if name in targets:
+        return match("target_modules", targets, name) is not None
+    names = config.names("target_modules")
+    if name in names:
         return True
-    return _ends_in(name, targets) and in_layers(config, name)
+    return _ends_in(name, names) and in_layers(config, name)
 
 
 def is_parameter(config: Config, name: str) -> bool:
@@ -63,7 +66,7 @@ def is_parameter(config: Config, name: str) -> bool:
     >>> is_parameter(LoraConfig(target_parameters=["experts.gate_up_proj"]), "layers.0.mlp.experts.gate_up_proj")
     True
     """
-    entries: tuple[str, ...] = config.get("target_parameters") or ()
+    entries = config.names("target_parameters")
     return bool(entries) and (name in entries or _ends_in(name, entries))
 
 
@@ -78,22 +81,23 @@ def pattern_value(patterns: Mapping[str, _T], name: str, default: _T) -> _T:
     >>> pattern_value({"q_proj": 4, r"layers\\.\\d+\\.v_proj": 2}, "model.layers.7.v_proj", 8)
     2
     """
-    for key, value in patterns.items():
-        ending, expression = compiled(key)
-        if name.endswith(ending) and expression.match(name):
-            return value
+    if not patterns:
+        return default
+    index = _index(patterns)
+    order = index.first(name)
     # A key that is no expression for itself ("a+b") still holds for the module of exactly that name.
-    return patterns.get(name, default)
+    return patterns.get(name, default) if order is None else patterns[index.keys[order]]
 
 
-@lru_cache(maxsize=4096)  # EVA writes one full name a module, and each is asked about every other
-def compiled(key: str) -> tuple[str, re.Pattern[str]]:
-    """A key of `rank_pattern` or `alpha_pattern`: what all that it matches ends in (told faster), and its expression.
+def matching(patterns: Mapping[str, Any], name: str) -> list[str]:
+    """All patterns that hold for the module `name`, of which the first counts."""
+    index = _index(patterns)
+    found = [index.keys[order] for order in index.matching(name)]
+    return [*found, name] if name in patterns and name not in found else found
 
-    Of a plain name, in which only "." is special, that is the last part.
-    """
-    plain = re.fullmatch(r"[\w.]+", key)
-    return key.rpartition(".")[2] if plain else "", compile_pattern("rank_pattern", key)
+
+def _index(patterns: Mapping[str, Any]) -> Index:
+    return patterns.index if isinstance(patterns, FrozenDict) else Index("rank_pattern", patterns)
 
 
 HEADS: Mapping[str, tuple[str, ...]] = {
@@ -163,11 +167,18 @@ def with_defaults(config: _C, family: str) -> _C:
 
 def is_saved(config: Config, module: str) -> bool:
     """Whether `modules_to_save` names this module or one that it is in: by how their paths end (no dot needed)."""
-    entries: tuple[str, ...] = config.get("modules_to_save") or ()
+    return bool(saving(config, module))
+
+
+def saving(config: Config, module: str) -> set[str]:
+    """The entries of `modules_to_save` that name this module or one that it is in."""
+    entries = config.names("modules_to_save")
     if not entries:
-        return False
-    parts = module.split(".")
-    return any(".".join(parts[: i + 1]).endswith(entries) for i in range(len(parts)))
+        return set()
+    sizes = config.sizes("modules_to_save")
+    ends = [*(i for i, letter in enumerate(module) if letter == "."), len(module)]
+    tails = {module[end - size : end] for end in ends for size in sizes if size <= end}
+    return tails & entries
 
 
 def is_feedforward(config: Config, name: str) -> bool:
@@ -186,7 +197,7 @@ def is_feedforward(config: Config, name: str) -> bool:
             "name the modules whose inputs are scaled (a part of target_modules), or write [] for none"
         )
     if isinstance(inputs, str):
-        return compile_pattern("feedforward_modules", inputs).fullmatch(name) is not None
+        return match("feedforward_modules", inputs, name) is not None
     return name.endswith(inputs)
 
 
@@ -273,24 +284,18 @@ def select(
 def _excluded(config: Config, name: str) -> bool:
     excluded: str | tuple[str, ...] | None = config.get("exclude_modules")
     if isinstance(excluded, str):
-        if excluded and compile_pattern("exclude_modules", excluded).fullmatch(name):
+        if excluded and match("exclude_modules", excluded, name):
             return True
-    elif excluded and (name in excluded or _ends_in(name, excluded)):
+    elif excluded and (name in (names := config.names("exclude_modules")) or _ends_in(name, names)):
         return True
     # A module trained in full cannot carry an adapter as well. PEFT reads these entries as expressions, and a
     # hit anywhere on the path counts.
-    kept: tuple[str, ...] = config.get("modules_to_save") or ()
-    return any(compile_pattern("modules_to_save", entry).match(name) for entry in kept)
+    return bool(config.get("modules_to_save")) and config.index("modules_to_save").first(name) is not None
 
 
-def _ends_in(name: str, entries: tuple[str, ...]) -> bool:
-    return name.endswith(_dotted(entries))
-
-
-@lru_cache(maxsize=32)
-def _dotted(entries: tuple[str, ...]) -> tuple[str, ...]:
-    """What a name may end in. Kept, as lists of hundreds of names meet thousands of modules."""
-    return tuple(f".{entry}" for entry in entries)
+def _ends_in(name: str, entries: Collection[str]) -> bool:
+    """Whether a name ends in one of the entries after a dot."""
+    return any(name[i + 1 :] in entries for i, letter in enumerate(name) if letter == ".")
 
 
 def in_layers(config: Config, name: str) -> bool:
@@ -298,17 +303,19 @@ def in_layers(config: Config, name: str) -> bool:
     layers: int | tuple[int, ...] | None = config.get("layers_to_transform")
     if layers is None or layers == ():
         return True
-    wanted = (layers,) if isinstance(layers, int) else layers
+    wanted: Collection[int] = (layers,) if isinstance(layers, int) else config.names("layers_to_transform")
     patterns: str | tuple[str, ...] | None = config.get("layers_pattern")
     if not patterns:
         # Any list of layers: a segment, a number, and more. Needs something before the segment, as PEFT does.
         hit = re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", name)
     else:
         entries = (patterns,) if isinstance(patterns, str) else patterns
-        hits = (compile_pattern("layers_pattern", entry).match(name) for entry in entries)
+        hits = (match("layers_pattern", entry, name) for entry in entries)
         hit = next((found for found in hits if found), None)
     # An alternation ("layers|h") can match without reaching the number; then no layer is known.
-    return hit is not None and hit["idx"] is not None and int(hit["idx"]) in wanted
+    number = None if hit is None else hit["idx"]
+    # Of more digits than Python converts it is no layer's number.
+    return number is not None and len(number) <= _DIGITS and int(number) in wanted
 
 
 def is_all_linear(config: Config) -> bool:

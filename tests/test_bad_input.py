@@ -20,6 +20,7 @@ from flax import nnx
 import jaxadapt
 from jaxadapt import AdapterError, ConfigError, FileError, FormatError, MismatchError, folder
 from jaxadapt.codecs import atomic, safetensors
+from jaxadapt.codecs import files as codec_files
 from tests import small
 from tests.small import CONFIG, IA3, LORA, WEIGHTS, files, same
 
@@ -438,10 +439,14 @@ def test_a_system_that_says_no(number, good, monkeypatch):
 
 
 def test_unreadable_files(good, monkeypatch):
-    def refusing(self, *args):
-        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+    opened = codec_files._opener
 
-    monkeypatch.setattr(Path, "read_bytes", refusing)
+    def refusing(path, flags):
+        if path.endswith(CONFIG):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return opened(path, flags)
+
+    monkeypatch.setattr(codec_files, "_opener", refusing)
     with pytest.raises(FileError, match=f"{CONFIG}: cannot read: Permission denied"):
         folder.read(good)
 

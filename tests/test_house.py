@@ -18,7 +18,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "jaxadapt"
 
 # Packages are listed by their first part: "configs" stands for everything under jaxadapt/configs/.
 FLOORS = [
-    ["errors", "progress", "paths", "axes", "pattern", "configs"],
+    ["errors", "terminal", "progress", "paths", "axes", "pattern", "configs"],
     "pieces weight arrangement keymap generic dialect plan adapter peft_tensors"
     " trace operations layout liveness layers targets drawing factors codecs consumers card hub"
     " quantized near tensor used boxes finite".split(),
@@ -45,6 +45,7 @@ SAME_FLOOR = {
     ("generic", "weight"): "the lines where no family has one",
     ("generic", "keymap"): "the table where no family has one",
     ("adapter", "peft_tensors"): "the two values are known by one name",
+    ("progress", "terminal"): "a bar shows somebody else's names",
     ("adapter", "keymap"): "an adapter carries the table it was made with",
     ("adapter", "weight"): "and writes its lines out as text",
     ("adapter", "generic"): "which is the generic map, unless it is told",

@@ -4,18 +4,21 @@ runs, so that those which need no JAX start without it.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Generator
 from typing import Any
 
 import click
 
 from jaxadapt import __version__
 from jaxadapt.errors import AdapterError
+from jaxadapt.terminal import escaped
 
 COMMANDS = (
     "demo",
@@ -59,12 +62,12 @@ class _Commands(click.Group):
         if os.environ.get("NO_COLOR"):
             ctx.color = False
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _escaped_logs():
                 warnings.showwarning = _warn
                 return super().invoke(ctx)
         except AdapterError as error:
             click.secho(f"{type(error).__name__}: ", fg="red", bold=True, nl=False, err=True)
-            click.echo(str(error), err=True)
+            click.echo(escaped(str(error), keep="\n"), err=True)
             sys.exit(1)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
@@ -74,7 +77,24 @@ class _Commands(click.Group):
 def _warn(message: Warning | str, *where: Any) -> None:
     """A warning as a person reads it: not the line of source that it comes from."""
     click.secho("Warning: ", fg="yellow", bold=True, nl=False, err=True)
-    click.echo(str(message), err=True)
+    click.echo(escaped(str(message), keep="\n"), err=True)
+
+
+class _Record(logging.LogRecord):
+    """What is logged, as a terminal may show it, whoever logs it: huggingface_hub logs what a server says."""
+
+    def getMessage(self) -> str:
+        return escaped(super().getMessage(), keep="\n")
+
+
+@contextlib.contextmanager
+def _escaped_logs() -> Generator[None]:
+    before = logging.getLogRecordFactory()
+    logging.setLogRecordFactory(_Record)
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(before)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

@@ -83,14 +83,11 @@ def _own(text: str) -> KeyMap:
     import runpy
     import traceback
 
-    from jaxadapt.codecs import files
+    from jaxadapt.codecs import places
     from jaxadapt.keymap import KeyMap
 
     path, _, name = text.rpartition(":")
-    try:
-        Path(path).read_bytes()
-    except OSError as error:
-        raise files.file_error("read", path, error) from error
+    places.read_text_bytes(Path(path))
     try:
         held = runpy.run_path(path)
     except Exception as error:
@@ -148,7 +145,8 @@ def _leaves(path: Path) -> Shapes:
     import json
 
     from jaxadapt import paths
-    from jaxadapt.codecs import files, places, safetensors
+    from jaxadapt.codecs import places, safetensors
+    from jaxadapt.codecs.header import MAX_HEADER
     from jaxadapt.errors import FormatError
 
     if places.is_dir(path):
@@ -157,10 +155,8 @@ def _leaves(path: Path) -> Shapes:
         header = safetensors.read_header(path).tensors
         return {key.replace("/", "."): tuple(info.shape) for key, info in header.items()}
     try:
-        held: Any = json.loads(path.read_text(encoding="utf-8"))
+        held: Any = json.loads(places.read_text_bytes(path, MAX_HEADER).decode("utf-8"))
         flat: Mapping[str, Any] = paths.flatten(held)
-    except OSError as error:
-        raise files.file_error("read", str(path), error) from error
     except (ValueError, AttributeError, RecursionError) as error:
         raise FormatError(f"{path}: expected a JSON object of shapes, {{leaf: [2, 3]}}, found: {error}") from error
     odd = [key for key, shape in flat.items() if not _is_shape(shape)]

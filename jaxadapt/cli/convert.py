@@ -89,6 +89,6 @@ def command(
     if as_json:
         shown.print_json(done.to_dict())
         return
-    click.echo(f"{done.path}: {done.tensors} tensors, rank {done.rank}, alpha {done.lora_alpha:g}")
+    shown.print_line(f"{done.path}: {done.tensors} tensors, rank {done.rank}, alpha {done.lora_alpha:g}")
     if done.dialect is not None:
-        click.echo(f"a tree of {done.dialect}; build its model with that rank and alpha")
+        shown.print_line(f"a tree of {done.dialect}; build its model with that rank and alpha")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import click
@@ -10,6 +11,7 @@ from jaxadapt.cli import shown
 from jaxadapt.codecs import places
 from jaxadapt.codecs.places import Place
 from jaxadapt.errors import FileError
+from jaxadapt.terminal import escaped
 
 
 @click.command("pull", short_help="Fetch an adapter from the Hugging Face Hub.")
@@ -38,7 +40,8 @@ def command(repo: str, revision: str | None, subfolder: str | None, out: str | N
     if as_json:
         shown.print_json({"folder": str(folder)})
     else:
-        click.echo(folder)
+        # A program that asks for the folder gets its exact name.
+        click.echo(escaped(str(folder)) if sys.stdout.isatty() else folder)
 
 
 def _copied(source: Path, target: str) -> Place:

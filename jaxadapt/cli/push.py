@@ -70,4 +70,5 @@ def command(
     if as_json:
         shown.print_json(made._asdict())
     else:
-        click.echo(f"page     {made.url}\naddress  {made.address}")  # never folded: they are copied
+        shown.print_line(f"page     {made.url}")
+        shown.print_line(f"address  {made.address}")

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
+from jaxadapt.terminal import escaped
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -38,7 +40,15 @@ def _print(console: Console, *what: Any) -> None:
 
 
 def print_json(value: Any) -> None:
-    click.echo(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False))
+    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+    if not text.isprintable():  # what JSON lets stand and a terminal obeys is written as JSON escapes
+        text = "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
+    click.echo(text)
+
+
+def print_line(text: str) -> None:
+    """A line, never folded: it is copied."""
+    click.echo(escaped(text))
 
 
 def _finite(value: Any) -> Any:
@@ -59,7 +69,7 @@ def print_pairs(rows: Iterable[tuple[str, str]]) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(name, Text(value))
+        table.add_row(Text(escaped(name)), Text(escaped(value)))
     _print(_console(), table)
 
 
@@ -69,12 +79,13 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], numbers: 
     from rich.text import Text
 
     console = _console()
-    rows = [tuple(row) for row in rows]
+    numbers = [escaped(name) for name in numbers]
+    columns, *rows = [tuple(map(escaped, row)) for row in (columns, *rows)]
     natural = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
     widths = _widths(natural, console.width - 2 * (len(columns) - 1))
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     for column, width in zip(columns, widths, strict=True):
-        table.add_column(column, overflow="fold", width=width, justify="right" if column in numbers else "left")
+        table.add_column(Text(column), overflow="fold", width=width, justify="right" if column in numbers else "left")
     for row in rows:
         table.add_row(*(Text(_folded(cell, width)) for cell, width in zip(row, widths, strict=True)))
     _print(console, table)
@@ -124,7 +135,9 @@ def _print_title(text: str) -> None:
 
 
 def _indented(text: str, by: str = "  ") -> str:
-    return textwrap.fill(text, _console().width, initial_indent=by, subsequent_indent=by, break_on_hyphens=False)
+    return textwrap.fill(
+        escaped(text), _console().width, initial_indent=by, subsequent_indent=by, break_on_hyphens=False
+    )
 
 
 def print_heat(
@@ -137,16 +150,17 @@ def print_heat(
     from jaxadapt.norms import number_text
 
     console = _console()
+    title, rows, columns = escaped(title), [*map(escaped, rows)], [*map(escaped, columns)]
     high = max((v for row in values for v in row if v is not None and math.isfinite(v)), default=0.0) or 1.0
     first = max(len("layer"), *map(len, rows)) + 1
     for begin, end in _portions([max(len(c), 6) + 1 for c in columns], console.width - first):
         table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
         table.add_column("layer", justify="right", no_wrap=True)
         for column in columns[begin:end]:
-            table.add_column(column, justify="right", overflow="fold")
+            table.add_column(Text(column), justify="right", overflow="fold")
         for name, row in zip(rows, values, strict=True):
             cells = [Text(number_text(v), style=_shade(v, high)) for v in row[begin:end]]
-            table.add_row(name, *cells)
+            table.add_row(Text(name), *cells)
         _print(console, Text(title if begin == 0 else f"{title}, continued", style="bold"), table)
 
 

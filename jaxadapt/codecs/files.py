@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ALIGNED",
+    "MAX_TEXT",
     "MAX_VIEWS",
     "LocalFile",
     "Source",
@@ -49,6 +50,10 @@ _WAY_OUT = {
 # Linux moves at most 0x7ffff000 bytes a call, and macOS refuses more than INT_MAX.
 _MAX_CALL = 1 << 30
 MAX_VIEWS = 512  # of one call; the least that a system in use allows is 1024
+
+
+MAX_TEXT = 16 << 20
+"""Bytes that a configuration or a model card may have. The largest known has 1 MB."""
 
 
 def file_error(action: str, path: str, error: OSError | ValueError, more: str = "") -> FileError:

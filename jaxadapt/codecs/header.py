@@ -67,6 +67,8 @@ def _show(value: object, limit: int = 80) -> str:
         text = repr(value)
     except ValueError:  # an integer with more digits than Python prints
         text = "a very large number"
+    except RecursionError:
+        text = "a value nested too deeply"
     return text if len(text) <= limit else text[:limit] + "…"
 
 
@@ -76,7 +78,7 @@ def _natural(value: object) -> bool:
 
 
 def _naturals(value: object) -> tuple[int, ...] | None:
-    if not isinstance(value, list):
+    if type(value) is not list:
         return None
     for item in cast("list[object]", value):
         if type(item) is not int or item < 0:
@@ -84,8 +86,17 @@ def _naturals(value: object) -> tuple[int, ...] | None:
     return tuple(cast("list[int]", value))
 
 
-def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+class _Wrong(NamedTuple):
+    """What is wrong with a tensor's description."""
+
+    why: str
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object] | TensorInfo | _Wrong:
+    """An object of the header. A tensor's description is checked at once: of 10^5 the parts would keep the gc busy."""
     result = dict(pairs)
+    if len(pairs) == len(_FIELDS) and result.keys() == _FIELDS and type(result["data_offsets"]) is list:
+        return _info(result)  # (tensors of these three names are no lists)
     if len(result) < len(pairs):
         seen: set[str] = set()
         twice = sorted({key for key, _ in pairs if key in seen or seen.add(key)})
@@ -104,12 +115,12 @@ def _integer(text: str) -> int:
 
 
 def _size_problem(dtype: str, shape: tuple[int, ...]) -> str | None:
+    if len(shape) > _MAX_AXES:  # first: the product of many takes long
+        return f"expected at most {_MAX_AXES} axes, found {len(shape)}"
     bits = math.prod(shape) * BITS[dtype]
-    if 0 < bits <= 8 * _MAX_BYTES and not bits % 8 and len(shape) <= _MAX_AXES:
+    if 0 < bits <= 8 * _MAX_BYTES and not bits % 8:
         return None
     # axes of size 0 must not hide the overflow of the others: numpy multiplies them one by one
-    if len(shape) > _MAX_AXES:
-        return f"expected at most {_MAX_AXES} axes, found {len(shape)}"
     if math.prod(max(dim, 1) for dim in shape) * BITS[dtype] // 8 > _MAX_BYTES:
         return f"shape {_show(list(shape))} overflows 63 bits"
     if math.prod(shape) * BITS[dtype] % 8:
@@ -120,14 +131,22 @@ def _size_problem(dtype: str, shape: tuple[int, ...]) -> str | None:
 _FIELDS = frozenset({"dtype", "shape", "data_offsets"})
 
 
-def _info(value: object) -> TensorInfo | str:
+def _info(entry: dict[str, object]) -> TensorInfo | _Wrong:
     """One tensor's description, or what is wrong with it."""
-    if not isinstance(value, dict):
-        return f"expected an object, found {_show(value)}"
-    entry = cast("dict[str, object]", value)
-    if entry.keys() != _FIELDS:
-        return f"expected the fields dtype, shape, data_offsets, found {_show(list(entry))}"
     dtype, shape, offsets = entry["dtype"], _naturals(entry["shape"]), _naturals(entry["data_offsets"])
+    if type(dtype) is str and dtype in BITS and shape and offsets and len(shape) <= _MAX_AXES and len(offsets) == 2:
+        start, stop = offsets
+        if 0 < math.prod(shape) * BITS[dtype] == 8 * (stop - start) and stop <= _MAX_BYTES:
+            return TensorInfo(dtype, shape, start, stop)
+    problem = _problem(entry, dtype, shape, offsets)
+    if problem is None and isinstance(dtype, str) and shape is not None and offsets is not None:
+        return TensorInfo(dtype, shape, *offsets)
+    return _Wrong(problem or "")
+
+
+def _problem(
+    entry: dict[str, object], dtype: object, shape: tuple[int, ...] | None, offsets: tuple[int, ...] | None
+) -> str | None:
     if not isinstance(dtype, str) or dtype not in BITS:
         return f"expected a dtype of the format (F32, BF16, …), found {_show(dtype)}"
     if shape is None:
@@ -137,13 +156,15 @@ def _info(value: object) -> TensorInfo | str:
     if offsets is None or len(offsets) != 2 or offsets[0] > offsets[1]:
         found = _show(entry["data_offsets"])
         return f"expected data_offsets [start, stop] with 0 <= start <= stop, found {found}"
+    if offsets[1] > _MAX_BYTES:
+        return f"data_offsets {_show(list(offsets))} overflow 63 bits"
     expected = math.prod(shape) * BITS[dtype] // 8
     if offsets[1] - offsets[0] != expected:
         return (
             f"expected {expected} bytes for {dtype} {list(shape)}, "
             f"found {offsets[1] - offsets[0]} (data_offsets {list(offsets)})"
         )
-    return TensorInfo(dtype, shape, *offsets)
+    return None
 
 
 def length_problem(first: bytes, size: int) -> str | None:
@@ -161,6 +182,10 @@ def length_problem(first: bytes, size: int) -> str | None:
     if length > MAX_HEADER:
         return f"header length: expected at most {MAX_HEADER} bytes, found {length}"
     return f"header length: expected at most the {size - 8} bytes left, found {length}; it is damaged"
+
+
+def _called(key: str | None) -> str:
+    return "the header" if key is None else f"tensor {_show(key)}"
 
 
 def parse(path: str, raw: bytes, size: int) -> Header:
@@ -192,7 +217,9 @@ def parse(path: str, raw: bytes, size: int) -> Header:
         raise fail("header: JSON nested too deeply") from error
     except ValueError as error:
         raise fail(f"header: expected JSON, found: {error}") from error
-    items = cast("dict[str, object]", parsed)  # it begins with "{"
+    if not isinstance(parsed, dict):  # though it begins with "{"
+        raise fail("header: expected an object of tensors, found the description of one")
+    items = cast("dict[str, object]", parsed)
     metadata = items.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(
         isinstance(v, str) for v in cast("dict[str, object]", metadata).values()
@@ -203,22 +230,30 @@ def parse(path: str, raw: bytes, size: int) -> Header:
     tensors: dict[str, TensorInfo] = {}
     problems: list[str] = []
     for key, value in items.items():
-        found = _info(value)
-        if isinstance(found, str):
-            problems.append(f"tensor {_show(key)}: {found}")
+        if isinstance(value, dict) and cast("dict[str, object]", value).keys() == _FIELDS:
+            value = _info(cast("dict[str, object]", value))
+        if type(value) is TensorInfo:
+            tensors[key] = value
+        elif isinstance(value, _Wrong):
+            problems.append(f"tensor {_show(key)}: {value.why}")
+        elif isinstance(value, dict):
+            fields = _show(list(cast("dict[str, object]", value)))
+            problems.append(f"tensor {_show(key)}: expected the fields dtype, shape, data_offsets, found {fields}")
         else:
-            tensors[key] = found
+            problems.append(f"tensor {_show(key)}: expected an object, found {_show(value)}")
     if problems:
         raise fail(problems_text(problems))
 
     tensors = dict(sorted(tensors.items(), key=lambda item: item[1][2:]))
-    position, before = 0, "the header"
-    for key, info in tensors.items():
-        if info.start != position:
-            kind = "overlaps" if info.start < position else "leaves a gap after"
-            problems.append(f"tensor {_show(key)} {kind} {before}: expected start {position}, found {info.start}")
-        position, before = info.stop, f"tensor {_show(key)}"
+    position, last = 0, None
+    for key, (_, _, start, stop) in tensors.items():
+        if start != position:
+            kind = "overlaps" if start < position else "leaves a gap after"
+            before = _called(last)
+            problems.append(f"tensor {_show(key)} {kind} {before}: expected start {position}, found {start}")
+        position, last = stop, key
     if position != size - data_start:
+        before = _called(last)
         short = "; it is truncated: fetch or save it again" if position > size - data_start else ""
         end = data_start + position
         problems.append(f"expected the file to end with {before} at {end} bytes, found {size} bytes{short}")

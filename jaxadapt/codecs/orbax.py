@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 from jaxadapt import paths
 from jaxadapt.codecs import atomic, places
 from jaxadapt.codecs.files import file_error
+from jaxadapt.codecs.header import MAX_HEADER
 from jaxadapt.codecs.places import Address, Place
 from jaxadapt.errors import FileError, FormatError, MismatchError
 
@@ -80,10 +81,8 @@ def read_json(path: str | os.PathLike[str], item: str) -> Any:
     """A JSON document of a checkpoint; None if it has none of that name. Raises `FileError` or `FormatError`."""
     file = _place(path) / item / _JSON
     try:
-        return json.loads(file.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
+        return json.loads(places.read_text_bytes(file, MAX_HEADER)) if file.exists() else None
+    except OSError as error:  # of `exists`
         raise file_error("read", str(file), error) from error
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{file}: expected JSON: {error}") from error

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import re
 import stat
@@ -20,12 +21,13 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxadapt.codecs import files
 from jaxadapt.codecs.files import closing, file_error
 from jaxadapt.errors import FileError
 
 __all__ = [
-    "Address", "Place", "absolute", "at", "exists", "is_address", "is_dir", "is_file", "put", "size", "staged", "stamp",
-    "told", "version",
+    "Address", "Place", "absolute", "at", "exists", "is_address", "is_dir", "is_file", "put", "read_text_bytes", "size",
+    "staged", "stamp", "told", "version",
 ]  # fmt: skip
 
 _ADDRESS = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://", re.IGNORECASE)
@@ -341,6 +343,31 @@ def _mode(place: Path, shown: Place | None = None) -> int | None:
         if isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
             return None
         raise file_error("read", str(place if shown is None else shown), error) from error
+
+
+def read_text_bytes(place: Place, most: int = files.MAX_TEXT) -> bytes:
+    """A file of text that is read whole: a regular one (a pipe or a device may never end), of so many bytes at most.
+
+    Raises:
+        FileError: missing, not permitted, of another kind, too large.
+    """
+    if isinstance(place, Address):
+        try:
+            size = int(place.info().get("size") or 0)
+            data = place.read_bytes() if size <= most else b""
+        except FileNotFoundError as error:
+            raise file_error("read", str(place), error) from error
+    else:
+        file, size = files.open_binary(os.fspath(place))
+        with file:
+            try:
+                data = io.BufferedReader(file).read(most + 1) if size <= most else b""
+            except OSError as error:
+                raise file_error("read", str(place), error) from error
+    if max(size, len(data)) > most:
+        found = size if size > most else "more"
+        raise FileError(f"{place}: cannot read: expected text of at most {most} bytes, found {found}")
+    return data
 
 
 # ---------------------------------------------------------------- writing

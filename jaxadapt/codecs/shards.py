@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 from jaxadapt import paths
 from jaxadapt.codecs import atomic, files, places, safetensors, torch_bin
 from jaxadapt.codecs.dtypes import numpy_dtype
-from jaxadapt.codecs.header import problems_text
+from jaxadapt.codecs.header import MAX_HEADER, problems_text
 from jaxadapt.codecs.places import Place
 from jaxadapt.errors import FileError, FormatError, MismatchError
 
@@ -189,9 +189,7 @@ def _of(source: str, parts: Iterable[Mapping[str, np.ndarray]]) -> Shards:
 def _index(path: Place) -> dict[str, str]:
     """`{key: file name}` of an index."""
     try:
-        data: Any = json.loads(path.read_bytes())
-    except OSError as error:
-        raise files.file_error("read", str(path), error) from error
+        data: Any = json.loads(places.read_text_bytes(path, MAX_HEADER))
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: expected JSON, found: {error}") from error
     found: Any = cast("dict[str, Any]", data).get("weight_map") if isinstance(data, dict) else None

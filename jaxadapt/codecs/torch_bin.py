@@ -64,7 +64,10 @@ _MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of the format before PyTorch
 _PROTOCOL = 1001
 # An expanded or shared tensor is larger than its storage; more than this is an attack on our memory.
 _MAX_GROWTH = 16
-_FREE_GROWTH = 256 << 20
+_FREE_GROWTH = 1 << 20
+_MOST = 2**63  # of anything that is counted in a file
+_MAX_AXES = 64
+_MAX_PARTS = 16  # of what PyTorch's functions are called with; 8 are known
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +93,22 @@ class _Tensor:
 
 
 def _naturals(value: object, name: str) -> tuple[int, ...]:
-    if type(value) is tuple and all(type(item) is int and item >= 0 for item in cast("tuple[object, ...]", value)):
-        return cast("tuple[int, ...]", value)
-    raise pickles.UnsupportedPickle(f"expected {name} of integers >= 0, found something else")
+    """A short tuple of integers that 63 bits hold: one of a file may be recalled, and gone through, again and again."""
+    found = cast("tuple[object, ...]", value) if type(value) is tuple else (None,)
+    if len(found) > _MAX_AXES:
+        raise pickles.UnsupportedPickle(f"{name}: expected at most {_MAX_AXES} integers, found {len(found)}")
+    if not all(type(item) is int and item >= 0 for item in found):
+        raise pickles.UnsupportedPickle(f"expected {name} of integers >= 0, found something else")
+    whole = cast("tuple[int, ...]", found)
+    if any(item >= _MOST for item in whole):
+        raise pickles.UnsupportedPickle(f"{name}: expected integers below 2^63, found one that overflows 63 bits")
+    return whole
 
 
 def _persistent(identity: object) -> _Storage:
     """PyTorch's ("storage", type, key, location, count), in old files a view (key, offset, count)."""
-    parts = list(cast("tuple[object, ...]", identity)) if type(identity) is tuple else []
+    whole = cast("tuple[object, ...]", identity) if type(identity) is tuple else (None,)
+    parts = list(whole[:7])
     if len(parts) not in (5, 6) or parts[0] != "storage":
         raise pickles.UnsupportedPickle("expected the description of a storage, found something else (a module?)")
     kind, key = parts[1], parts[2]
@@ -108,7 +119,8 @@ def _persistent(identity: object) -> _Storage:
     view = parts[5] if len(parts) == 6 else None
     if view is None:
         return _Storage(key, dtype, total, 0, total)
-    offset, count = _naturals(cast("tuple[object, ...]", view)[1:] if type(view) is tuple else None, "a view")
+    described: tuple[object, ...] = cast("tuple[object, ...]", view) if type(view) is tuple else ()
+    offset, count = _naturals(described[1:] if len(described) == 3 else None, "a view")
     if offset + count > total:
         raise pickles.UnsupportedPickle(f"storage {key!r}: a view ends beyond its {total} elements")
     return _Storage(key, dtype, total, offset, count)
@@ -116,6 +128,8 @@ def _persistent(identity: object) -> _Storage:
 
 def _rebuild(name: str, arguments: tuple[object, ...]) -> object:
     """What PyTorch's functions of these names would build, as data."""
+    if len(arguments) > _MAX_PARTS:
+        raise pickles.UnsupportedPickle(f"it calls {name!r} with {len(arguments)} arguments")
     if name == "collections.OrderedDict" and not arguments:
         return {}
     if name.startswith("torch._utils._rebuild_parameter") and arguments and type(arguments[0]) is _Tensor:
@@ -136,12 +150,10 @@ def _tensor(storage: _Storage, arguments: tuple[object, ...], *, has_dtype: bool
         dtype = _DTYPES.get(kind.name.removeprefix("torch.")) if type(kind) is pickles.Global else None
     if dtype is None:
         raise pickles.UnsupportedPickle(f"storage {storage.key!r}: expected a dtype, found none")
-    if any(rest) and (type(rest[0]) is not dict or any(cast("dict[object, object]", rest[0]).values())):
+    if any(rest) and not _is_plain(rest[0]):
         raise pickles.UnsupportedPickle(f"storage {storage.key!r}: a lazily conjugated or negated tensor")
-    if len(shape) != len(strides) or len(shape) > 64:
-        raise pickles.UnsupportedPickle(
-            f"expected as many strides as axes, at most 64, found {len(strides)} and {len(shape)}"
-        )
+    if len(shape) != len(strides):
+        raise pickles.UnsupportedPickle(f"expected as many strides as axes, found {len(strides)} and {len(shape)}")
     size = _SIZES[dtype]
     limit = storage.count if storage.dtype is not None else storage.count // size
     if math.prod(max(dim, 1) for dim in shape) * size >= 2**63:
@@ -153,6 +165,12 @@ def _tensor(storage: _Storage, arguments: tuple[object, ...], *, has_dtype: bool
             f"ends beyond its {limit} elements"
         )
     return _Tensor(storage, dtype, offset, shape, strides)
+
+
+def _is_plain(notes: object) -> bool:
+    """Whether what a file notes of a tensor leaves its numbers as they are stored."""
+    found = cast("dict[object, object]", notes) if type(notes) is dict else {None: True}
+    return len(found) <= _MAX_PARTS and not any(found.values())
 
 
 def _state_dict(value: object, path: str, size: int) -> dict[str, _Tensor]:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self, cast
 
 from jaxadapt.configs.check import Problems
 from jaxadapt.configs.frozen import Frozen, FrozenDict, freeze, thaw
+from jaxadapt.configs.patterns import Index
 from jaxadapt.errors import ConfigError
 
 # The version of PEFT whose schema is written here; what a new configuration says of itself.
@@ -111,6 +112,30 @@ class Config:
             problems.add(f"extra[{key!r}]", f"no key that {type(self).__name__} has itself", self.extra[key])
         for key, value in self.extra.items():
             problems.common(key, value)
+
+    @cached_property
+    def _looked_up(self) -> dict[str, Any]:
+        return {}
+
+    def names(self, key: str) -> frozenset[Any]:
+        """The entries of a list, to look up in; made once, as lists of thousands meet thousands of modules."""
+        if key not in self._looked_up:
+            self._looked_up[key] = frozenset(cast("tuple[Any, ...]", self.get(key) or ()))
+        return self._looked_up[key]
+
+    def sizes(self, key: str) -> frozenset[int]:
+        """The lengths of a list's names."""
+        at = f"sizes of {key}"
+        if at not in self._looked_up:
+            self._looked_up[at] = frozenset(map(len, self.names(key)))
+        return self._looked_up[at]
+
+    def index(self, key: str) -> Index:
+        """The entries of a list as patterns, to look up in. Raises `ConfigError`: an invalid expression."""
+        at = f"index of {key}"
+        if at not in self._looked_up:
+            self._looked_up[at] = Index(key, self.get(key) or ())
+        return self._looked_up[at]
 
     @cached_property
     def _identity(self) -> tuple[Any, ...]:

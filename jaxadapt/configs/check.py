@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NoReturn, cast
 
+from jaxadapt.configs import expressions
 from jaxadapt.errors import ConfigError
 
 # How PEFT embeds a pattern of each field into the expression it matches module names with. A key such as
@@ -20,24 +22,59 @@ TEMPLATES: Mapping[str, str] = {
     "rank_pattern": r"(.*\.)?({})$",
     "alpha_pattern": r"(.*\.)?({})$",
 }
+_WHOLE = ("target_modules", "exclude_modules", "feedforward_modules")  # which must match the whole name
 
 
+LONGEST = 512
+"""Letters that a name may have where an expression is tried on it. The names of PyTorch's modules have up to 150."""
+
+
+def match(field: str, pattern: str, name: str) -> re.Match[str] | None:
+    """What PEFT's use of `pattern`, an entry of `field`, finds in the name of a module; None where it does not match.
+
+    Raises:
+        ConfigError: the pattern is no valid regular expression, or a slow one, or the name is too long for any.
+    """
+    expression = compile_pattern(field, pattern)
+    if len(name) > LONGEST and expressions.REPEAT.search(pattern):
+        raise ConfigError(
+            f"{field}: the expression {_show(pattern)} is tried on names of at most {LONGEST} letters, found one of"
+            f" {len(name)} that begins with {name[:80]!r}; names in a list may be longer"
+        )
+    return expression.fullmatch(name) if field in _WHOLE else expression.match(name)
+
+
+@functools.lru_cache(maxsize=4096)
 def compile_pattern(field: str, pattern: str) -> re.Pattern[str]:
     """The compiled expression in which PEFT uses `pattern`, an entry of `field` (a key of `TEMPLATES`).
 
-    Python's `re` backtracks: an expression such as "(a+)+b" can take exponential time on a long name. Nothing
-    guards against it; a configuration is no more to be trusted in this than the model it comes with.
+    Python's `re` backtracks: an expression such as "(a+)+b" takes exponential time on a long name. A file that somebody
+    else wrote must not stop the program that reads it, so such an expression is an error (see `expressions`).
 
     Raises:
-        ConfigError: the pattern is no valid regular expression.
+        ConfigError: the pattern is no valid regular expression, or a slow one.
     """
     try:
-        return re.compile(TEMPLATES[field].replace("{}", pattern))
+        expression = re.compile(TEMPLATES[field].replace("{}", pattern))
+        if expressions.is_slow(_alone(pattern, expression)):
+            raise ConfigError(
+                f"{field}: expected a regular expression that is matched in a few steps, found {_show(pattern)}, which"
+                " can take very many: repeats in it match the same letters; write a list of names, or [^.]+ for .*"
+            )
+        return expression
     except (re.error, OverflowError, RecursionError) as error:
         raise ConfigError(
             f"{field}: expected a regular expression of Python's `re`, found {pattern!r} ({error}); "
             "escape what is meant literally, for example with re.escape"
         ) from error
+
+
+def _alone(pattern: str, whole: re.Pattern[str]) -> str:
+    """The pattern by itself; the whole expression where only that is a valid one."""
+    try:
+        return re.compile(pattern).pattern
+    except re.error:
+        return whole.pattern
 
 
 def is_int(value: object) -> bool:
@@ -61,6 +98,9 @@ def is_strings(value: object) -> bool:
 def is_ints(value: object) -> bool:
     """A (frozen) list of ints."""
     return isinstance(value, tuple) and all(is_int(item) for item in cast("tuple[object, ...]", value))
+
+
+_MOST_LAYERS = 100_000  # layer_replication lists them, one by one
 
 
 class Problems:
@@ -203,6 +243,10 @@ class Problems:
             isinstance(value, tuple) and all(_is_pair(pair) for pair in cast("tuple[object, ...]", value))
         ):
             self.add(field, "a list of [start, end] pairs, or null", value)
+        elif value is not None:
+            count = sum(end - start for start, end in cast("tuple[tuple[int, int], ...]", value))
+            if count > _MOST_LAYERS:
+                self.add(field, f"pairs that make at most {_MOST_LAYERS} layers", count)
 
     def tokens(self, field: str, value: object) -> None:
         """A list of ints, an object of them by the name of a module, or null."""

@@ -9,6 +9,8 @@ from collections.abc import ItemsView, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any, TypeAlias, cast
 
+from jaxadapt.configs.patterns import PLAIN, Index
+
 # What `freeze` returns. (FrozenDict is named as a string: the alias is recursive.)
 Frozen: TypeAlias = "bool | int | float | str | tuple[Frozen, ...] | FrozenDict | None"
 
@@ -23,8 +25,9 @@ class FrozenDict(Mapping[str, Any]):
     (True, True)
     """
 
-    __slots__ = ("_items",)
+    __slots__ = ("_index", "_items")
     _items: dict[str, Any]
+    _index: Index | None
 
     def __init__(self, items: Mapping[str, Any] | None = None) -> None:
         """Freeze every value of `items`.
@@ -44,6 +47,14 @@ class FrozenDict(Mapping[str, Any]):
             except TypeError as error:
                 raise TypeError(f"{key}: {error}") from error
         object.__setattr__(self, "_items", dict(sorted(plain.items())))
+        object.__setattr__(self, "_index", None)
+
+    @property
+    def index(self) -> Index:
+        """Its keys as patterns of modules' names, in their order. Raises `ConfigError`: an invalid expression."""
+        if self._index is None:
+            object.__setattr__(self, "_index", Index("rank_pattern", self))
+        return cast("Index", self._index)
 
     def __getitem__(self, key: str) -> Any:
         return self._items[key]
@@ -113,10 +124,10 @@ class Patterns(FrozenDict):
 
 def _overlap(keys: list[str]) -> bool:
     """Whether two of the patterns could match one module: of expressions nobody can tell."""
-    if not all(re.fullmatch(r"[\w.]+", key) for key in keys):
+    if not all(PLAIN.fullmatch(key) for key in keys):
         return True
-    ends = [re.compile(rf"(.*\.)?({key})$") for key in keys]
-    return any(end.match(key) for i, end in enumerate(ends) for j, key in enumerate(keys) if i != j)
+    index = Index("rank_pattern", keys)
+    return any(index.matching(key) != [order] for order, key in enumerate(keys))
 
 
 def _check_text(text: str) -> None:

@@ -15,8 +15,9 @@ from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxadapt.codecs import files as local
 from jaxadapt.errors import FileError
-from jaxadapt.hub import watching
+from jaxadapt.hub import answers, watching
 from jaxadapt.hub.address import SCHEME, Address, is_address, may_name, parse
 from jaxadapt.hub.failures import Token, api_of, told
 from jaxadapt.progress import LOGGER, Progress, Report, quiet, reporting, watched
@@ -25,6 +26,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 """As readers look for them: the second only where the first is not there."""
 CARD = "README.md"
+_MOST: Mapping[str, int] = dict.fromkeys((CONFIG, CARD), local.MAX_TEXT)
 
 
 # ---------------------------------------------------------------- from the Hub
@@ -108,7 +110,7 @@ def _pull(
     with told(place, token), _listed(place, token):
         config = _file(place, CONFIG, token, cache_dir, report)
         # Pinned to the commit the first file came from: two files of two commits are no adapter.
-        here = place._replace(revision=config.parents[len(place.file(CONFIG).split("/")) - 1].name)
+        here = place._replace(revision=answers.commit_in(config, place.file(CONFIG)))
         _weights(here, token, cache_dir, report)
         for name in more:
             with contextlib.suppress(*_absent()):
@@ -130,19 +132,27 @@ def _weights(here: Address, token: Token, cache_dir: Any, report: Report) -> Non
 
 
 def _file(place: Address, name: str, token: Token, cache_dir: Any, report: Report) -> Path:
-    from huggingface_hub import hf_hub_download
+    """A file in the cache. The client asks the server once more, after its answer was checked."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-    return Path(
-        hf_hub_download(
-            place.repo,
-            place.file(name),
-            revision=place.revision,
-            token=token,
-            cache_dir=cache_dir,
-            library_name="jaxadapt",
-            tqdm_class=watching.meter(name, report),
-        )
+    file = place.file(name)
+    held = try_to_load_from_cache(place.repo, file, cache_dir=cache_dir, revision=place.revision)
+    if isinstance(held, str):
+        at = answers.commit_in(held, file)
+        if at == place.revision or at == answers.commit_of(place, name, token, _MOST.get(name)):
+            return answers.inside(held, place, name, cache_dir)
+    else:
+        answers.commit_of(place, name, token, _MOST.get(name))
+    found = hf_hub_download(
+        place.repo,
+        file,
+        revision=place.revision,
+        token=token,
+        cache_dir=cache_dir,
+        library_name="jaxadapt",
+        tqdm_class=watching.meter(name, report),
     )
+    return answers.inside(found, place, name, cache_dir)
 
 
 def _missing() -> type[Exception]:
@@ -170,7 +180,9 @@ def _listed(place: Address, token: Token) -> Generator[None]:
             raise
         held = ""
         with contextlib.suppress(Exception):  # it only helps the message
-            names = api_of(token).list_repo_files(place.repo, revision=place.revision)
+            # (The client's list of files follows a `Link` to any server, and sends the token there.)
+            info = api_of(token).model_info(place.repo, revision=place.revision)
+            names = [file.rfilename for file in info.siblings or ()]
             folders = sorted(n.removesuffix(CONFIG).strip("/") or "its root" for n in names if n.endswith(CONFIG))
             held = f"; found adapters in: {', '.join(folders[:8])}" if folders else f"; found {', '.join(names[:8])}"
         raise FileError(

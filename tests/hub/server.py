@@ -1,6 +1,7 @@
 """A small Hub on loopback that answers the client's own protocol: repositories, branches, tags, commits, LFS, resolve.
 
-Everything is in memory. `Hub.requests` is what was asked, and `cut`, `hangs_up` and `answers` make it misbehave.
+Everything is in memory. `Hub.requests` is what was asked, and `cut`, `hangs_up`, `answers` and `lies` make it
+misbehave.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class Hub:
     cut: dict[str, list[int]] = field(default_factory=dict)  # file: after how many bytes each answer breaks off
     answers: dict[str, int] = field(default_factory=dict)  # a piece of a path: the status it is answered with
     hangs_up: set[str] = field(default_factory=set)  # pieces of paths at which the line goes dead
+    lies: dict[str, dict[str, str]] = field(default_factory=dict)  # the end of a path: headers it is answered with
     prs: int = 0
 
     def files(self, repo: str, revision: str = "main") -> dict[str, bytes]:
@@ -89,12 +91,17 @@ class Handler(BaseHTTPRequestHandler):
     def say(self, status: int, value: Any = None, headers: dict[str, str] | None = None) -> None:
         body = b"" if value is None else json.dumps(value).encode()
         self.send_response(status)
-        for name, text in {"Content-Type": "application/json", **(headers or {})}.items():
+        headers = {"Content-Type": "application/json", **(headers or {}), **self.lie()}
+        for name, text in headers.items():
             self.send_header(name, text)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+    def lie(self) -> dict[str, str]:
+        path = unquote(urlsplit(self.path).path)
+        return next((said for end, said in self.hub.lies.items() if path.endswith(end)), {})
 
     def fail(self, status: int, code: str | None = None, message: str = "no") -> None:
         headers = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
@@ -246,7 +253,12 @@ class Handler(BaseHTTPRequestHandler):
             revision = f"refs/pr/{self.hub.prs}"
             answer["pullRequestUrl"] = f"{self.hub.url}/{name}/discussions/{self.hub.prs}"
         oid = repo.commit(revision, files, message)
+        oid = self.commit_id(oid)
         self.say(200, {"commitUrl": f"{self.hub.url}/{name}/commit/{oid}", "commitOid": oid, **answer})
+
+    def commit_id(self, oid: str) -> str:
+        """What an answer calls a commit; a test may have it say another."""
+        return oid
 
     def resolve(self, name: str, revision: str, path: str) -> None:
         repo = self.seen(name)
@@ -266,7 +278,8 @@ class Handler(BaseHTTPRequestHandler):
         start = int((re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")) or [0, "0"])[1])
         part = data[start:]
         self.send_response(206 if start else 200)
-        for key, text in {**headers, **linked, "ETag": f'"{etag}"', "Content-Length": str(len(part))}.items():
+        headers |= linked | {"ETag": f'"{etag}"', "Content-Length": str(len(part))} | self.lie()
+        for key, text in headers.items():
             self.send_header(key, text)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")

@@ -1,0 +1,102 @@
+"""Regular expressions of a configuration: those that hang are refused, and all others match as PEFT's do."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import subprocess
+import sys
+
+import pytest
+
+from jaxadapt import ConfigError, LoraConfig, configs, targets
+from jaxadapt.configs.check import compile_pattern
+from jaxadapt.configs.patterns import Index
+
+USUAL = [
+    r"(.*(language_model).*(down_proj|gate_proj|up_proj|k_proj|q_proj|v_proj|o_proj).*$|.*(custom_text_proj).*$)",
+    r"(?:.*?(?:language|text).*?(?:attn|mlp|ffn).*?(?:k_proj|fc1).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:attn|mlp)\.(?:fc1))",
+    r"^(language_model|model)(?=\.).*\.(q_proj|k_proj)$",
+    r"^(?!.*(lm_head|vision)).*\.(q_proj|v_proj)",
+    r".*decoder.*(SelfAttention|EncDecAttention).*(q|v)$",
+    r"(?:\.\w+)*\.q_proj",
+    r"((?!lm_head).)*",
+    r"^(?:(?!visual|merger).)*\.(?:qkv|proj)$",
+    r".*\.(\d+)\..*\.(\d+)\..*proj",
+    r"(.*\.){2}q",
+    r"(down_blocks|mid_block|up_blocks).*(attn1|attn2).*(to_q|to_k|to_v|to_out\.0)",
+    r"(?i:.*Q_PROJ)",
+    "|".join(f"model.layers.{n}.q_proj" for n in range(3000)),
+]
+SLOW = [
+    r"(a+)+$", r"(a*)*b", r"(a|a)*b", r"(a|ab)*c", r"(a?)*b", r"(?:a|aa)+$", r"(\w+\w+)+b", r"([a-z]+)*!",
+    r"(?=(a+)+$)a", r"(?i:(A+)+b)", r"(a?){40}a{40}", r"((a{1,10}){1,10}){1,10}b", r"(.*a){9}b",
+    r".*a.*a.*a.*a.*b", r"a*a*a*a*a*a*a*b", r"(.|\w)*b", "(" * 90 + "a" + ")*" * 90,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", USUAL)
+def test_usual_expressions_are_taken(pattern):
+    LoraConfig(target_modules=pattern, exclude_modules=pattern, rank_pattern={pattern: 2}, modules_to_save=[pattern])
+
+
+@pytest.mark.parametrize("pattern", SLOW)
+@pytest.mark.parametrize(
+    "field", ["target_modules", "exclude_modules", "rank_pattern", "modules_to_save", "layers_pattern"]
+)
+def test_slow_expressions_are_refused(field, pattern):
+    value = {pattern: 2} if field == "rank_pattern" else [pattern] if field.endswith(("save", "rn")) else pattern
+    held = {"peft_type": "LORA", "target_modules": ["q"], "layers_to_transform": [1], field: value}
+    if field == "target_modules":
+        del held["layers_to_transform"]
+    with pytest.raises(ConfigError, match=rf"x\.json: .*{field}: .*matched in a few steps, found .*; write"):
+        configs.loads(json.dumps(held), "x.json")
+
+
+def test_a_slow_expression_of_a_method_without_a_class_of_its_own_is_refused():
+    text = json.dumps({"peft_type": "LOHA", "target_modules": "(a+)+$", "r": 2})
+    with pytest.raises(ConfigError, match="matched in a few steps"):
+        configs.loads(text)
+    ranks = configs.loads(json.dumps({"peft_type": "LOHA", "target_modules": ["q"], "rank_pattern": {"(a+)+$": 2}}))
+    with pytest.raises(ConfigError, match="matched in a few steps"):
+        targets.pattern_value(ranks.get("rank_pattern"), "a" * 60 + "b", 8)
+
+
+def test_nothing_hangs():
+    """Each of these, tried by `re` as it is, would run for years."""
+    code = "\n".join(
+        [
+            "import jaxadapt",
+            f"for pattern in {SLOW!r}:",
+            "    try: jaxadapt.LoraConfig(target_modules=pattern)",
+            "    except jaxadapt.ConfigError: continue",
+            "    raise SystemExit(pattern)",
+            r"for pattern in (r'\d+a' * 5000, r'(?:\d+a)' * 5000 + 'x*', '^' * 5000 + r'\d*' + '(?=a)' * 5000):",
+            "    jaxadapt.LoraConfig(target_modules=pattern)",
+        ]
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_name_too_long_for_an_expression_is_refused():
+    config = LoraConfig(target_modules=r".*\.q")
+    assert targets.matches(config, "a" * 500 + ".q")
+    with pytest.raises(ConfigError, match="at most 512 letters, found one of 1002 that begins with 'aaa"):
+        targets.matches(config, "a" * 1000 + ".q")
+    assert targets.matches(LoraConfig(target_modules=["q"]), "a" * 1000 + ".q")
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "modules_to_save"])
+def test_names_are_looked_up_as_re_matches_them(field):
+    """A dot matches any letter, also in a name that is looked up; checked against the expressions of PEFT."""
+    rng = random.Random(0)
+    for _ in range(2000):
+        keys = ["".join(rng.choices("ab..", k=rng.randint(1, 5))) for _ in range(5)] + ["a+", "b.*a", "a|b"]
+        keys = list(dict.fromkeys(keys))
+        name = "".join(rng.choices("ab..", k=rng.randint(1, 9))) + rng.choice(["", "", "\n"])
+        wanted = [n for n, key in enumerate(keys) if re.match(compile_pattern(field, key).pattern, name)]
+        index = Index(field, keys)
+        assert index.matching(name) == wanted
+        assert index.first(name) == (wanted[0] if wanted else None)
