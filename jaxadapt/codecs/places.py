@@ -359,11 +359,14 @@ def read_text_bytes(place: Place, most: int = files.MAX_TEXT) -> bytes:
             raise file_error("read", str(place), error) from error
     else:
         file, size = files.open_binary(os.fspath(place))
-        with file:
+        with closing(file):
+            reader = io.BufferedReader(file)
             try:
-                data = io.BufferedReader(file).read(most + 1) if size <= most else b""
+                data = reader.read(most + 1) if size <= most else b""
             except OSError as error:
                 raise file_error("read", str(place), error) from error
+            finally:
+                reader.detach()
     if max(size, len(data)) > most:
         found = size if size > most else "more"
         raise FileError(f"{place}: cannot read: expected text of at most {most} bytes, found {found}")
