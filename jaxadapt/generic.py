@@ -51,6 +51,15 @@ def line_for(
     return Weight(leaf, key, f"{left} -> {right}", kind=kind, groups=groups, **over)
 
 
+def is_guess(keymap: KeyMap, leaf: str, shape: Sequence[int]) -> bool:
+    """Whether no table says how PyTorch lays a leaf out: the line follows from Flax's own layout alone."""
+    site = keymap.site(leaf)
+    if site is None or len(site.weight.left) != len(shape):
+        return True
+    line = site.weight
+    return line in GENERIC.weights or line == line_for(leaf, shape, line.axes, line.stack, line.kind, line.groups)
+
+
 _RENAMED = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
 

@@ -1,0 +1,141 @@
+"""Weights that fit PyTorch's transposed as well: whole copies of them, and parameters named by themselves."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import jaxadapt
+from jaxadapt import KeyMap, Weight
+from tests.interchange.test_dense_gpt2 import GPT, WIDTH
+
+SQUARE = "transformer.h.{}.attn.c_proj"
+TURNED = tuple(
+    Weight(f"{SQUARE.format(i)}.kernel", f"{SQUARE.format(i)}.weight", "i o -> i o", fan_in_fan_out=True) for i in (0, 1)
+)
+DENSE = KeyMap("dense-gpt2", (*TURNED, Weight("{path}.kernel", "{path}.weight", "i o -> o i")))
+
+
+@pytest.fixture(scope="module")
+def theirs() -> Any:
+    pytest.importorskip("peft")
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    shape = GPT2Config(
+        vocab_size=50, n_positions=8, n_embd=WIDTH, n_layer=2, n_head=1, bos_token_id=None, eos_token_id=None
+    )
+    return GPT2LMHeadModel(shape)
+
+
+def params() -> Any:
+    return GPT().init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+
+
+def square_of(tree: Any, layer: int) -> Any:
+    return tree["transformer"]["h"][str(layer)]["attn"]["c_proj"]["kernel"]
+
+
+@pytest.mark.peft
+def test_a_full_copy_of_a_square_conv1d_lies_as_pefts_or_is_refused(theirs: Any, tmp_path: Path):
+    import peft
+    import torch
+
+    config = peft.LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=["attn.c_proj"], fan_in_fan_out=True)
+    model = peft.get_peft_model(copy.deepcopy(theirs), config)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "modules_to_save" in name:
+                p.copy_(torch.randn(p.shape))
+    model.save_pretrained(tmp_path / "peft")
+
+    base = params()
+    for call in (
+        lambda: jaxadapt.load(tmp_path / "peft", {"params": base}),
+        lambda: jaxadapt.load(tmp_path / "peft", {"params": base}, keymap="generic"),
+        lambda: jaxadapt.init(jaxadapt.read_config(tmp_path / "peft"), base, key=jax.random.key(0)),
+        lambda: jaxadapt.adapt(GPT(), jaxadapt.read_config(tmp_path / "peft")).init(
+            jax.random.key(0), jnp.zeros((1, 4), jnp.int32)
+        ),
+    ):
+        with pytest.raises(jaxadapt.KeyMapError, match=r"(?s)c_proj\.kernel \(16, 16\): square.*fan_in_fan_out=True"):
+            call()
+
+    variables = jaxadapt.load(tmp_path / "peft", {"params": base}, keymap=DENSE)
+    merged = jaxadapt.merge(base, jaxadapt.extract(variables))
+    for layer, block in enumerate(model.base_model.model.transformer.h):
+        want = block.attn.c_proj.modules_to_save["default"].weight.detach().numpy()  # (in, out), as nn.Dense has it
+        np.testing.assert_array_equal(square_of(merged, layer), want)
+    jaxadapt.save(variables, tmp_path / "back")
+    ours, before = (jaxadapt.read(tmp_path / folder).tensors for folder in ("back", "peft"))
+    assert ours.keys() == before.keys()
+    for key, tensor in before.items():
+        np.testing.assert_array_equal(ours[key], tensor)
+
+
+@pytest.mark.peft
+def test_a_square_parameter_named_by_itself_is_refused_where_its_layout_is_not_known(theirs: Any, tmp_path: Path):
+    """PEFT makes A and B of a Conv1D's (in, out) as of any (out, in), and no field of the file tells."""
+    import peft
+
+    config = peft.LoraConfig(r=2, target_modules=[], target_parameters=["attn.c_proj.weight"], init_lora_weights=False)
+    peft.get_peft_model(copy.deepcopy(theirs), config).save_pretrained(tmp_path)
+    assert not jaxadapt.read_config(tmp_path).get("fan_in_fan_out")
+    with pytest.raises(jaxadapt.KeyMapError, match=r"(?s)target_parameters.*Conv1D.*c_proj\.kernel \(16, 16\)"):
+        jaxadapt.load(tmp_path, {"params": params()})
+    with pytest.raises(jaxadapt.TargetError, match=r"stores it \(in, out\)"):
+        jaxadapt.load(tmp_path, {"params": params()}, keymap=DENSE)
+
+
+def test_a_copy_that_is_not_square_needs_no_line():
+    config = jaxadapt.LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=["c_fc"], fan_in_fan_out=True)
+    adapter = jaxadapt.init(config, params(), key=jax.random.key(0))
+    assert jaxadapt.to_peft(adapter).tensors["base_model.model.transformer.h.0.mlp.c_fc.weight"].shape == (64, 16)
+
+
+class Turned(nnx.Module):
+    """A transposed convolution, all of whose axes have one size."""
+
+    def __init__(self, rngs: nnx.Rngs, size: int = 3) -> None:
+        self.up = nnx.ConvTranspose(3, 3, (size, size), rngs=rngs)
+        self.head = nnx.Linear(3, 2, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.head(self.up(x).mean((1, 2)))
+
+
+class TurnedLinen(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.Dense(2, name="head")(nn.ConvTranspose(3, (3, 3), name="up")(x).mean((1, 2)))
+
+
+@pytest.mark.parametrize("size", [3, 2])
+def test_a_copy_of_a_transposed_convolution_is_refused_whatever_its_sizes(size: int, tmp_path: Path):
+    config = jaxadapt.LoraConfig(r=2, target_modules=["head"], modules_to_save=["up"])
+    a, b = np.ones((2, 3), "float32"), np.ones((2, 2), "float32")
+    prefix = "base_model.model."
+    tensors = {
+        f"{prefix}head.lora_A.weight": a,
+        f"{prefix}head.lora_B.weight": b,
+        f"{prefix}up.weight": np.ones((3, 3, size, size), "float32"),
+        f"{prefix}up.bias": np.ones(3, "float32"),
+    }
+    jaxadapt.write(jaxadapt.PeftTensors(config, tensors), tmp_path)
+    refused = pytest.raises(jaxadapt.KeyMapError, match=r"(?s)full copies.*up\.kernel.*ConvTranspose")
+    with refused:
+        jaxadapt.load(tmp_path, Turned(nnx.Rngs(0), size))
+    with refused:
+        jaxadapt.adapt(Turned(nnx.Rngs(0), size), config)
+    x = jnp.ones((1, 4, 4, 3))
+    with refused:
+        jaxadapt.load(tmp_path, TurnedLinen().init(jax.random.key(0), x))
+    with refused:
+        jaxadapt.adapt(TurnedLinen(), config).init(jax.random.key(0), x)
