@@ -5,7 +5,6 @@ PEFT's rules, on PyTorch names. Nothing here looks at a model.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -151,20 +150,13 @@ def _check_layouts(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]) 
             " transformers does, not which; give Weight(leaf, key, 'i o -> i o', fan_in_fan_out=True) for a Conv1D,"
             " 'i o -> o i' for an nn.Linear"
             for leaf, shape in kernels.items()
-            if generic.is_guess(keymap, leaf, shape) and is_square(site_of(keymap, leaf, shape), shape)
+            if generic.is_guess(keymap, leaf, shape) and generic.is_square(site_of(keymap, leaf, shape), shape)
         ]
     if problems:
         raise KeyMapError(
             "the adapter would hold full copies of these weights, and how PyTorch lays them out is not known; give a"
             " KeyMap with a line for each, or leave them out of modules_to_save:\n" + paths.listing(problems)
         )
-
-
-def is_square(site: Site, shape: Shape) -> bool:
-    """Whether a linear weight has as many inputs as outputs, so that it fits PyTorch's transposed as well."""
-    sizes = dict(zip(site.weight.left, shape, strict=True))
-    inn, out = (math.prod(sizes[axis] for axis in site.roles[role]) for role in ("inn", "out"))
-    return site.weight.kind == "linear" and inn == out
 
 
 def _inputs(config: Config, sites: Collection[tuple[Site, Mapping[str, int]]]) -> str | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
 
 from jaxadapt.axes import Axes
-from jaxadapt.keymap import KeyMap
+from jaxadapt.configs import Config
+from jaxadapt.keymap import KeyMap, Site
 from jaxadapt.weight import Weight
 
 GENERIC = KeyMap(
@@ -56,8 +58,38 @@ def is_guess(keymap: KeyMap, leaf: str, shape: Sequence[int]) -> bool:
     site = keymap.site(leaf)
     if site is None or len(site.weight.left) != len(shape):
         return True
-    line = site.weight
-    return line in GENERIC.weights or line == line_for(leaf, shape, line.axes, line.stack, line.kind, line.groups)
+    return site.weight in GENERIC.weights or _is_made(site.weight)
+
+
+def _is_made(line: Weight) -> bool:
+    """Whether `line_for` made it, of roles alone."""
+    axes = line.axes
+    return not axes.batch and line == line_for(
+        line.leaf, range(len(line.left)), axes, line.stack, line.kind, line.groups
+    )
+
+
+def is_square(site: Site, shape: Sequence[int]) -> bool:
+    """Whether a linear weight has as many inputs as outputs, so that it fits PyTorch's transposed as well."""
+    sizes = dict(zip(site.weight.left, shape, strict=True))
+    inn, out = (math.prod(sizes[axis] for axis in site.roles[role]) for role in ("inn", "out"))
+    return site.weight.kind == "linear" and inn == out
+
+
+_C = TypeVar("_C", bound=Config)
+
+
+def with_layout(config: _C, keymap: KeyMap, sites: Iterable[Site]) -> _C:
+    """The configuration with `fan_in_fan_out` as PEFT sets it: by the last Conv1D or nn.Linear that it adapts.
+
+    Modules are in the order of the table's lines; those that no table knows (a head of one's own) come last.
+    """
+    linear = [site.weight for site in sites if site.weight.kind == "linear"]
+    if "fan_in_fan_out" not in config.to_dict() or not any(w.fan_in_fan_out for w in keymap.weights) or not linear:
+        return config
+    order = {line.leaf: i for i, line in enumerate(keymap.weights)}
+    said = max(linear, key=lambda line: (_is_made(line), order[line.leaf])).fan_in_fan_out
+    return config if bool(config.get("fan_in_fan_out")) == said else config.replace(fan_in_fan_out=said)
 
 
 _RENAMED = {"kernel": "weight", "scale": "weight", "embedding": "weight"}

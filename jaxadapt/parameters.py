@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from jaxadapt import copies, paths, plan, targets
+from jaxadapt import generic, paths, plan, targets
 from jaxadapt.configs import Config
 from jaxadapt.errors import KeyMapError, TargetError
-from jaxadapt.generic import is_guess
 from jaxadapt.keymap import KeyMap, Site
 
 Shape = tuple[int, ...]
@@ -53,7 +52,7 @@ def select(
             refused.append(f"{leaf} {shape}: kind {kind!r}")
         elif kind == "linear" and site.weight.fan_in_fan_out:
             refused.append(f"{leaf} {shape}: PyTorch stores it (in, out), which PEFT would take for (out, in)")
-        elif is_guess(keymap, leaf, shape) and copies.is_square(site, shape):
+        elif generic.is_guess(keymap, leaf, shape) and generic.is_square(site, shape):
             unknown.append(f"{leaf} {shape}")
         found.append((site, sizes, mine))
     if lost:

@@ -13,7 +13,7 @@ from jaxadapt import bind, copies, doubts, methods, parameters, paths, plan, rep
 from jaxadapt.bind import Bound, Shape
 from jaxadapt.configs import Config
 from jaxadapt.errors import KeyMapError, TargetError, warn
-from jaxadapt.generic import PLAIN
+from jaxadapt.generic import PLAIN, with_layout
 from jaxadapt.keymap import KeyMap, Site
 
 Found = dict[str, tuple[Site, dict[str, int], dict[tuple[int, ...], str]]]
@@ -75,12 +75,8 @@ def resolve(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], unsure:
             what = '"all-linear" meets weights that may or may not be linear:\n'
             raise KeyMapError(what + paths.listing(open_) + _WAYS)
     config = targets.resolve(config, _names(found, unmapped), linear=linear, output=keymap.output)
-    if config.get("fan_in_fan_out") is False and any(
-        site.weight.fan_in_fan_out and any(targets.matches(config, m) for m in mods.values())
-        for site, _, mods in found.values()
-    ):
-        config = config.replace(fan_in_fan_out=True)  # PEFT does, and warns, for Conv1D
-    return config
+    chosen = [s for s, _, mods in found.values() if any(targets.matches(config, m) for m in mods.values())]
+    return with_layout(config, keymap, chosen)
 
 
 _WAYS = (

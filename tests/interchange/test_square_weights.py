@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from tests.interchange.test_dense_gpt2 import GPT, WIDTH
 
 SQUARE = "transformer.h.{}.attn.c_proj"
 TURNED = tuple(
-    Weight(f"{SQUARE.format(i)}.kernel", f"{SQUARE.format(i)}.weight", "i o -> i o", fan_in_fan_out=True) for i in (0, 1)
+    Weight(f"{SQUARE.format(i)}.kernel", f"{SQUARE.format(i)}.weight", "i o -> i o", fan_in_fan_out=True)
+    for i in (0, 1)
 )
 DENSE = KeyMap("dense-gpt2", (*TURNED, Weight("{path}.kernel", "{path}.weight", "i o -> o i")))
 
@@ -30,7 +32,14 @@ def theirs() -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     shape = GPT2Config(
-        vocab_size=50, n_positions=8, n_embd=WIDTH, n_layer=2, n_head=1, bos_token_id=None, eos_token_id=None
+        vocab_size=50,
+        n_positions=8,
+        n_embd=WIDTH,
+        n_layer=2,
+        n_head=1,
+        bos_token_id=None,
+        eos_token_id=None,
+        tie_word_embeddings=False,
     )
     return GPT2LMHeadModel(shape)
 
@@ -139,3 +148,56 @@ def test_a_copy_of_a_transposed_convolution_is_refused_whatever_its_sizes(size: 
         jaxadapt.load(tmp_path, TurnedLinen().init(jax.random.key(0), x))
     with refused:
         jaxadapt.adapt(TurnedLinen(), config).init(jax.random.key(0), x)
+
+
+@pytest.mark.peft
+@pytest.mark.parametrize("targets", [["c_attn"], ["c_fc", "lm_head"], ["lm_head"]])
+@pytest.mark.parametrize("said", [False, True])
+@pytest.mark.parametrize("kind", ["LoraConfig", "IA3Config"])
+def test_fan_in_fan_out_is_written_as_peft_writes_it(theirs, targets, said, kind, tmp_path):
+    """Of several kinds of modules the last one counts."""
+    import peft
+
+    from tests.twins import gpt2
+
+    fields = {"target_modules": targets, "fan_in_fan_out": said} | (
+        {"feedforward_modules": []} if kind == "IA3Config" else {"r": 2}
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT says that it changes the field
+        model = peft.get_peft_model(copy.deepcopy(theirs), getattr(peft, kind)(**fields))
+        model.save_pretrained(tmp_path / "peft")
+    width = {"vocab": 50, "width": WIDTH, "positions": 8, "heads": 1}
+    tree: Any = gpt2.make_gpt2("linen", **width)[1][1]["params"]
+    tree["lm_head"] = {"kernel": jnp.ones((WIDTH, 50))}
+    adapter = jaxadapt.init(getattr(jaxadapt, kind)(**fields), tree, key=jax.random.key(0))
+    assert adapter.keymap.name == "gpt2"
+    jaxadapt.save(adapter, tmp_path / "ours")
+    want = jaxadapt.read_config(tmp_path / "peft").get("fan_in_fan_out")
+    assert jaxadapt.read_config(tmp_path / "ours").get("fan_in_fan_out") is want
+
+
+@pytest.mark.peft
+@pytest.mark.parametrize("targets", [["c_attn", "attn.c_proj", "lm_head"], ["c_attn", "attn.c_proj"]])
+def test_a_merge_of_files_does_not_guess_how_a_square_weight_lies(theirs, targets, tmp_path):
+    import peft
+
+    from jaxadapt import on_disk
+    from jaxadapt.codecs import safetensors
+
+    theirs.save_pretrained(tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(
+            copy.deepcopy(theirs), peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+        )
+        model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    if "lm_head" in targets:
+        with pytest.raises(jaxadapt.MismatchError, match=r"(?s)square.*h\.0\.attn\.c_proj"):
+            on_disk.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        return
+    on_disk.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    got = safetensors.read(tmp_path / "out" / "model.safetensors")["transformer.h.0.attn.c_proj.weight"]
+    want = model.merge_and_unload().transformer.h[0].attn.c_proj.weight.detach().numpy()
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)  # sums in another order
