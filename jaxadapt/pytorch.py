@@ -100,7 +100,7 @@ def _line(leaf: str, key: str, shape: tuple[int, ...], own: Shapes, turned: bool
     if len(shape) == 2 and own:
         return Weight(leaf, key, pattern, fan_in_fan_out=turned)
     if len(shape) > 2:
-        return Weight(leaf, key, pattern, kind="conv" if own else "other")
+        return Weight(leaf, key, pattern, kind="conv" if own else "other", groups=_groups(shape, own))
     return Weight(leaf, key, pattern)
 
 
@@ -142,3 +142,10 @@ def _is_turned(shape: tuple[int, ...], own: Shapes) -> bool | None:
     straight = all(size in (None, have) for size, have in zip((out, inn), shape, strict=True))
     crossed = all(size in (None, have) for size, have in zip((inn, out), shape, strict=True))
     return None if straight and crossed else crossed
+
+
+def _groups(shape: tuple[int, ...], own: Shapes) -> int:
+    """Of a convolution whose input channels an IA3 vector scales, one number each; 1 where nothing depends on it."""
+    vector = own.get("ia3_l", ())
+    channels = vector[1] if len(vector) > 2 else shape[1]
+    return channels // shape[1] if channels % shape[1] == 0 else 1
