@@ -13,6 +13,7 @@ from jax.core import Tracer
 
 from jaxadapt import (
     attach,
+    base_weights,
     bind,
     copies,
     embeddings,
@@ -27,6 +28,7 @@ from jaxadapt import (
     products,
     renaming,
     sharding,
+    state_dicts,
     together,
     transfer,
     tying,
@@ -236,6 +238,7 @@ def decoded(
             f"expected PeftTensors (from read or to_peft), found {type(tensors).__name__};"
             " jaxadapt.inject puts an Adapter into a model"
         )
+    tensors = state_dicts.without_names(tensors)
     try:
         keys = [key.removeprefix(PEFT_PREFIX) for key in tensors.tensors]
         methods.of(tensors.config)
@@ -264,6 +267,9 @@ def decoded(
     if shapes.keys() - plan.keys.keys():
         of_base = embeddings.carried(tensors.tensors, shapes, plan.keys, recipe.keymap, base.leaves, tensors.source)
         of_base |= copies.repeated(tensors.tensors, plan.keys, tensors.source)
+        shapes = {key: shape for key, shape in shapes.items() if key not in of_base}
+        more = {key: shape for key, shape in shapes.items() if key not in plan.keys}
+        of_base = base_weights.carried(tensors.tensors, more, recipe.keymap, base.leaves, tensors.source)
         shapes = {key: shape for key, shape in shapes.items() if key not in of_base}
     plan.check(shapes, tensors.source, odd, recipe.keymap.name)
     if dtype is None and np.dtype("float64") in dtypes.values() and jnp.zeros(0, float).dtype != "float64":
