@@ -20,12 +20,14 @@ def carried(
     keymap: KeyMap,
     base: Mapping[str, Any],
     source: str,
+    strict: bool = True,
 ) -> set[str]:
     """The keys of a file that hold weights (or buffers) of the base, which must be those that the base has.
 
     Args:
         shapes: `{key: shape}` of what the adapter itself does not take.
         base: `{leaf: array or spec}` of the base parameters.
+        strict: False leaves those with other values out of the result.
 
     Raises `MismatchError` where the file brings other values.
     """
@@ -36,7 +38,7 @@ def carried(
     entries = [entry for leaf, shape in mine.items() if (entry := plan.base_entry(table, leaf, shape)) is not None]
     known = {key: (entry, i) for entry in entries for i, key in enumerate(entry.keys)}
     ties = dict(keymap.tied)
-    found, blind, problems = set[str](), list[str](), list[str]()
+    found, blind, problems = set[str](), list[str](), dict[str, str]()
     for key, shape in shapes.items():
         name = state_dicts.plain(key.removeprefix(keymap.prefix))
         if checking.is_buffer(keymap, name) or _is_repeated(tensors, key, ties):
@@ -50,7 +52,7 @@ def carried(
         found.add(key)
         turned = len(shape) == 2 and generic.is_guess(keymap, entry.path, mine[entry.path])  # a Conv1D's, perhaps
         if tuple(shape) != entry.form.file_shape and not (turned and tuple(shape)[::-1] == entry.form.file_shape):
-            problems.append(f"{key}: {list(shape)}, in the base {list(entry.form.file_shape)}")
+            problems[key] = f"{key}: {list(shape)}, in the base {list(entry.form.file_shape)}"
         elif not isinstance(leaf, np.ndarray | jax.Array) or isinstance(leaf, Tracer):
             blind.append(key)
         else:
@@ -58,12 +60,12 @@ def carried(
             value = np.asarray(tensors[key])
             ways = [value, value.T] if turned else [value]
             if not any(way.shape == own.shape and _same(way, own, entry.form.exact) for way in ways):
-                problems.append(f"{key}: other values")
-    if problems:
+                problems[key] = f"{key}: other values"
+    if problems and strict:
         raise MismatchError(
             f"{source} brings weights of the base that differ from the model's, and a base is never changed by an"
             " adapter:\n"
-            + paths.listing(problems)
+            + paths.listing(problems.values())
             + "\nPut them into the base parameters yourself (jaxadapt.read(path).tensors has them), then load it again"
         )
     if blind:
@@ -71,7 +73,7 @@ def carried(
             f"{source}: these are taken for the base's own, which has no values to compare:\n"
             + paths.listing(blind, len(blind))
         )
-    return found
+    return found - problems.keys()
 
 
 def _is_repeated(tensors: Mapping[str, Any], key: str, ties: Mapping[str, str]) -> bool:

@@ -14,7 +14,8 @@ from jaxadapt.errors import MismatchError, warn
 from jaxadapt.peft_tensors import PeftTensors
 
 _TENSORS = frozenset(
-    "lora_A lora_B lora_embedding_A lora_embedding_B lora_magnitude_vector lora_diag ia3_l trainable_tokens_delta".split()
+    "lora_A lora_B lora_embedding_A lora_embedding_B lora_magnitude_vector lora_diag"
+    " ia3_l trainable_tokens_delta".split()
 )
 _SAVED = ".modules_to_save."
 _ORIGINAL = ".token_adapter.trainable_tokens_original."
