@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxadapt import generic, paths, plan, targets, tying
 from jaxadapt.configs import Config
-from jaxadapt.errors import ConfigError, MismatchError, TargetError
+from jaxadapt.errors import ConfigError, KeyMapError, MismatchError, TargetError
 from jaxadapt.keymap import KeyMap, Site
 from jaxadapt.methods import tokens
 from jaxadapt.methods.copied import Copied
@@ -131,7 +131,34 @@ def select(
     inputs = _inputs(config, sites)
     found = [(site, sizes, of_site(config, site, sizes, adapted, inputs)) for site, sizes in sites]
     _check_tokens(config, sites, inputs)
+    _check_layouts(config, keymap, {site.leaf: shapes[site.leaf] for site, _, copied in found if copied})
     return [(site, sizes, copied) for site, sizes, copied in found if copied]
+
+
+def _check_layouts(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]) -> None:
+    """Refuse kernels whose layout in PyTorch is not known, where a copy might fit the file transposed."""
+    kernels = {leaf: shape for leaf, shape in shapes.items() if leaf.rpartition(".")[2] == "kernel"}
+    problems = [
+        f"{leaf} {shape}: no line, and more than two axes (PyTorch turns the window of a ConvTranspose round, which no"
+        " pattern says)"
+        for leaf, shape in kernels.items()
+        if len(shape) > 2 and ((site := keymap.site(leaf)) is None or len(site.weight.left) != len(shape))
+    ]
+    if config.get("fan_in_fan_out"):
+        problems += [
+            f"{leaf} {shape}: square, and fan_in_fan_out says that some modules store (in, out), as Conv1D of"
+            " transformers does, not which; give Weight(leaf, key, 'i o -> i o', fan_in_fan_out=True) for a Conv1D,"
+            " 'i o -> o i' for an nn.Linear"
+            for leaf, shape in kernels.items()
+            if generic.is_guess(keymap, leaf, shape) and generic.is_square(site_of(keymap, leaf, shape), shape)
+        ]
+    if problems:
+        raise KeyMapError(
+            f"the adapter would hold full copies of these weights, and the table {keymap.name!r} does not know how"
+            " PyTorch lays them out:\n"
+            + paths.listing(problems)
+            + generic.ways_out("leave them out of modules_to_save")
+        )
 
 
 def _inputs(config: Config, sites: Collection[tuple[Site, Mapping[str, int]]]) -> str | None:

@@ -13,11 +13,13 @@ from jax.core import Tracer
 
 from jaxadapt import (
     attach,
+    base_weights,
     bind,
     copies,
     embeddings,
     families,
     foreign,
+    initial,
     joining,
     linen_tree,
     methods,
@@ -28,6 +30,7 @@ from jaxadapt import (
     products,
     renaming,
     sharding,
+    state_dicts,
     together,
     transfer,
     tying,
@@ -188,12 +191,13 @@ def from_peft(
     shardings: Any = None,
     base: str | None = None,
     on_shared: str | None = None,
+    strict: bool = True,
 ) -> Adapter:
     """PEFT's tensors as an adapter in the layout of `target`.
 
     Args:
         target: an NNX model, Linen variables, base parameters, or the shapes of any of them.
-        keymap, dtype, stack_axes, example, shardings, on_shared: as in `load`; so is `base`, which can only be
+        keymap, dtype, stack_axes, example, shardings, on_shared, strict: as in `load`; so is `base`, which can only be
             "changed" here.
 
     Raises `MismatchError` listing every missing, unexpected, wrongly shaped or unusable tensor.
@@ -212,7 +216,9 @@ def from_peft(
         way_out = "; base='changed' says that this target is the changed base"
         products.need_plain(tensors.config, tensors.source, way_out)
     parameters = planning.of_target(target)
-    adapter, _ = decoded(tensors, parameters, keymap, dtype, stack_axes, example, shardings, on_shared=on_shared)
+    adapter, _ = decoded(
+        tensors, parameters, keymap, dtype, stack_axes, example, shardings, on_shared=on_shared, strict=strict
+    )
     return linen_tree.boxed(adapter, parameters.held)
 
 
@@ -232,6 +238,7 @@ def decoded(
     on_mismatch: str | None = None,
     report: Report = quiet,
     on_shared: str | None = None,
+    strict: bool = True,
 ) -> tuple[Adapter, tuple[bind.Bound, ...]]:
     """The adapter, and its sites."""
     if not isinstance(tensors, PeftTensors):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -239,6 +246,7 @@ def decoded(
             f"expected PeftTensors (from read or to_peft), found {type(tensors).__name__};"
             " jaxadapt.inject puts an Adapter into a model"
         )
+    tensors = state_dicts.without_names(tensors)
     try:
         keys = [key.removeprefix(PEFT_PREFIX) for key in tensors.tensors]
         methods.of(tensors.config)
@@ -267,7 +275,7 @@ def decoded(
     asked, dtype = dtype, None if dtype == AUTOCAST else dtype
     kinds = {d: kind(d, asked) for d in set(dtypes.values())}
     no_floats = {d for d in kinds if not jnp.issubdtype(d, jnp.floating)}
-    odd = [f"{k}: {d.name}, expected floats" for k, d in dtypes.items() if d in no_floats]
+    odd = [f"{k}: {d.name}, expected floats" for k, d in dtypes.items() if d in no_floats and k in plan.keys]
     shapes = {key: spec.shape for key, spec in specs.items()}
     if tensors.config.get("ensure_weight_tying"):
         again = tying.once(tensors.tensors, plan.entries, recipe.keymap, tensors.source)
@@ -276,10 +284,20 @@ def decoded(
         of_base = embeddings.carried(tensors.tensors, shapes, plan.keys, recipe.keymap, base.leaves, tensors.source)
         of_base |= copies.repeated(tensors.tensors, plan.keys, tensors.source)
         shapes = {key: shape for key, shape in shapes.items() if key not in of_base}
-    try:
-        plan.check(shapes, tensors.source, odd, recipe.keymap.name)
-    except MismatchError as error:
-        raise MismatchError(f"{error}{_of_attention(shapes.keys() - plan.keys.keys())}") from error
+        more = {key: shape for key, shape in shapes.items() if key not in plan.keys}
+        of_base = base_weights.carried(tensors.tensors, more, recipe.keymap, base.leaves, tensors.source, strict)
+        shapes = {key: shape for key, shape in shapes.items() if key not in of_base}
+    if strict or not plan.keys.keys() & shapes.keys():
+        try:
+            plan.check(shapes, tensors.source, odd, recipe.keymap.name if strict else "")
+        except MismatchError as error:
+            raise MismatchError(f"{error}{_of_attention(shapes.keys() - plan.keys.keys())}") from error
+    else:
+        plan.check({**plan.shapes, **{k: s for k, s in shapes.items() if k in plan.keys}}, tensors.source, odd)
+        more = _made_up(tensors, plan, shapes, recipe.config, bounds, base)
+        tensors = dataclasses.replace(tensors, tensors={**_of(tensors.tensors, plan), **more}) if more else tensors
+        dtypes |= {key: np.dtype(x.dtype) for key, x in more.items()}
+        kinds |= {d: kind(d, asked) for d in set(dtypes.values())}
     if dtype is None and np.dtype("float64") in dtypes.values() and jnp.zeros(0, float).dtype != "float64":
         warn(f"{tensors.source}: float64 tensors become float32, since jax_enable_x64 is off")
     where = places(shardings, base, bounds) if spread(base, shardings) else {}
@@ -303,6 +321,46 @@ def _of_attention(keys: Iterable[str]) -> str:
         "\nThese are each an nn.MultiheadAttention in PyTorch, which holds queries, keys and values in one tensor. Give"
         " a KeyMap with their lines, which Weight.attention(path here, name there) makes:\n" + paths.listing(modules)
     )
+
+
+def _of(tensors: Mapping[str, Any], plan: plans.Plan) -> dict[str, Any]:
+    return {key: tensors[key] for key in plan.keys if key in tensors}
+
+
+def _made_up(
+    tensors: PeftTensors,
+    plan: plans.Plan,
+    found: Mapping[str, Sequence[int]],
+    config: Config,
+    bounds: Sequence[bind.Bound],
+    base: planning.Base,
+) -> dict[str, Any]:
+    """What a file lacks, as a fresh adapter has it; warns of that, and of what nothing takes."""
+    missing, unexpected = [k for k in plan.keys if k not in found], [k for k in found if k not in plan.keys]
+    said = [
+        f"{len(keys)} {what}:\n{paths.listing(keys, len(keys))}"
+        for what, keys in (
+            ("are missing, and begin as in a fresh adapter", missing),
+            ("have no place in the model, and are left out", unexpected),
+        )
+        if keys
+    ]
+    if said:
+        warn(f"{tensors.source}: strict=False takes what fits. Of its tensors\n" + "\n".join(said))
+    if not missing:
+        return {}
+    lacking = set(missing)
+    some = [b for b in bounds if any(key in lacking for e in b.entries for key in e.keys)]
+    try:
+        leaves = initial.fresh(config, some, jax.random.key(0), base=base.leaves)
+    except AdapterError as error:
+        raise type(error)(f"{tensors.source}: what it lacks cannot be made up: {error}") from error
+    traced = any(isinstance(x, jax.Array) for x in _of(tensors.tensors, plan).values())
+    made = bind.file_plan(some).encode(leaves, host=not traced)
+    kinds = {np.dtype(spec.dtype) for key, spec in transfer.specs(tensors.tensors).items() if key in plan.keys}
+    copied = {key for b in some if b.method.copies for e in b.entries for key in e.keys}
+    like = kinds.pop() if len(kinds) == 1 else None
+    return {key: made[key] if like is None or key in copied else made[key].astype(like) for key in missing}
 
 
 AUTOCAST = "autocast"

@@ -21,7 +21,7 @@ from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxadapt import agreeing, card, configs, hub, paths, run_folder
+from jaxadapt import agreeing, card, configs, hub, paths, run_folder, state_dicts
 from jaxadapt.codecs import atomic, orbax, places, safetensors, torch_bin
 from jaxadapt.codecs.dtypes import dtype_name, numpy_dtype
 from jaxadapt.codecs.files import file_error
@@ -172,6 +172,8 @@ def inspect(path: str | os.PathLike[str], *, progress: Progress = None) -> Info:
         tensors = torch_bin.keys_and_shapes(weights)
         nbytes = sum(math.prod(s) * numpy_dtype(d).itemsize for d, s in tensors.values())
         size = places.size(weights)
+    new = state_dicts.renames(tensors, str(path))
+    tensors = {name: tensors[key] for key, name in new.items() if name is not None} or tensors
     return Info(str(path), agreeing.settle(config, header, weights), tensors, nbytes, size)
 
 
@@ -228,7 +230,7 @@ def opened(path: str | os.PathLike[str], report: Report = quiet, *, ahead: bool 
             tensors = torch_bin.read(weights)
         if not tensors:
             raise MismatchError(f"{weights}: expected an adapter's tensors, found a file without any")
-        yield PeftTensors(settled, tensors, str(path))
+        yield state_dicts.without_names(PeftTensors(settled, tensors, str(path)))
 
 
 def _orbax_config(path: str | os.PathLike[str]) -> Config:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxadapt.axes import Axes
-from jaxadapt.keymap import KeyMap
+from jaxadapt.configs import Config
+from jaxadapt.keymap import KeyMap, Site
 from jaxadapt.weight import Weight
 
 GENERIC = KeyMap(
@@ -86,6 +88,45 @@ def own_names(
     return KeyMap(GENERIC.name, tuple(made.values())), unsure
 
 
+def is_guess(keymap: KeyMap, leaf: str, shape: Sequence[int]) -> bool:
+    """Whether no table says how PyTorch lays a leaf out: the line follows from Flax's own layout alone."""
+    site = keymap.site(leaf)
+    if site is None or len(site.weight.left) != len(shape):
+        return True
+    return site.weight in GENERIC.weights or _is_made(site.weight)
+
+
+def _is_made(line: Weight) -> bool:
+    """Whether `line_for` made it, of roles alone."""
+    axes = line.axes
+    return not axes.batch and line == line_for(
+        line.leaf, range(len(line.left)), axes, line.stack, line.kind, line.groups
+    )
+
+
+def is_square(site: Site, shape: Sequence[int]) -> bool:
+    """Whether a linear weight has as many inputs as outputs, so that it fits PyTorch's transposed as well."""
+    sizes = dict(zip(site.weight.left, shape, strict=True))
+    inn, out = (math.prod(sizes[axis] for axis in site.roles[role]) for role in ("inn", "out"))
+    return site.weight.kind == "linear" and inn == out
+
+
+_C = TypeVar("_C", bound=Config)
+
+
+def with_layout(config: _C, keymap: KeyMap, sites: Iterable[Site]) -> _C:
+    """The configuration with `fan_in_fan_out` as PEFT sets it: by the last Conv1D or nn.Linear that it adapts.
+
+    Modules are in the order of the table's lines; those that no table knows (a head of one's own) come last.
+    """
+    linear = [site.weight for site in sites if site.weight.kind == "linear"]
+    if "fan_in_fan_out" not in config.to_dict() or not any(w.fan_in_fan_out for w in keymap.weights) or not linear:
+        return config
+    order = {line.leaf: i for i, line in enumerate(keymap.weights)}
+    said = max(linear, key=lambda line: (_is_made(line), order[line.leaf])).fan_in_fan_out
+    return config if bool(config.get("fan_in_fan_out")) == said else config.replace(fan_in_fan_out=said)
+
+
 _RENAMED = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
 
@@ -101,3 +142,17 @@ def as_it_is(leaf: str, shape: Sequence[int]) -> Weight:
         return Weight(leaf, key, "i o -> o i")
     axes = " ".join(f"a{i}" for i in range(len(shape)))
     return Weight(leaf, key, f"{axes} -> {axes}", kind="vector" if len(shape) == 1 else "other")
+
+
+MADE = (
+    '\n  made = jaxadapt.adapt(module, config).init(key, x)["lora"]  # for load its shapes are enough: jax.eval_shape\n'
+    '  jaxadapt.load(path, {"params": params, "lora": made})'
+)
+
+
+def ways_out(leave_out: str) -> str:
+    """Say how a layout becomes known, where no table tells."""
+    return (
+        "\nLet the model's own computation tell, name the family with keymap=, give a KeyMap with a line for each, or"
+        f" {leave_out}. NNX: pass example=[inputs]. Linen: let the adapted module make the collection,{MADE}"
+    )

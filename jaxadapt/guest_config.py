@@ -11,6 +11,7 @@ from jaxadapt import methods, paths, targets
 from jaxadapt.configs import Config, FrozenDict, LoraConfig
 from jaxadapt.dialect import Dialect
 from jaxadapt.errors import ConfigError
+from jaxadapt.generic import with_layout
 from jaxadapt.guests import Guests
 
 _DEFAULT = LoraConfig()
@@ -112,8 +113,7 @@ def _contradictions(what: str, values: Mapping[str, Any], patterns: Mapping[str,
 def _targeted(guests: Guests, config: LoraConfig) -> tuple[LoraConfig, list[str]]:
     """The configuration with its target_modules, and what is wrong with those it has."""
     mine = list(guests.ranks)
-    if any(guest.site.weight.fan_in_fan_out for guest in guests.guests):
-        config = config.replace(fan_in_fan_out=True)  # PEFT does, for Conv1D
+    config = with_layout(config, guests.keymap, [guest.site for guest in guests.guests])
     if config.target_modules is None or targets.is_all_linear(config):
         others = guests.modules - set(mine)
         # Without the base nobody knows which other modules a short name would mean as well.

@@ -373,7 +373,7 @@ def _resolved_like(mine: Config, theirs: Config) -> Config:
     for name in ("target_modules", "feedforward_modules"):
         if mine.get(name) is None and name in mine.to_dict():
             changes[name] = theirs.get(name)
-    if mine.get("fan_in_fan_out") is False:
+    if mine.get("fan_in_fan_out") is not None:
         changes["fan_in_fan_out"] = theirs.get("fan_in_fan_out")
     if str(mine.get("target_modules")).lower() == targets.ALL_LINEAR:
         names = changes["target_modules"] = theirs.get("target_modules")

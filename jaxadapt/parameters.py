@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from jaxadapt import paths, plan, targets
+from jaxadapt import generic, paths, plan, targets
 from jaxadapt.configs import Config
 from jaxadapt.errors import KeyMapError, TargetError
 from jaxadapt.keymap import KeyMap, Site
@@ -37,6 +37,7 @@ def select(
     found: list[tuple[Site, dict[str, int], dict[Index, str]]] = []
     lost: list[str] = []
     refused: list[str] = []
+    unknown: list[str] = []
     for leaf, shape in shapes.items():
         site = keymap.site(leaf)
         if site is None or len(site.weight.left) != len(shape):
@@ -51,12 +52,21 @@ def select(
             refused.append(f"{leaf} {shape}: kind {kind!r}")
         elif kind == "linear" and site.weight.fan_in_fan_out:
             refused.append(f"{leaf} {shape}: PyTorch stores it (in, out), which PEFT would take for (out, in)")
+        elif generic.is_guess(keymap, leaf, shape) and generic.is_square(site, shape):
+            unknown.append(f"{leaf} {shape}")
         found.append((site, sizes, mine))
     if lost:
         raise KeyMapError(
             f"target_parameters names weights that the table {keymap.name!r} has no line for; name the family with"
             " keymap=, or give a KeyMap with a line for each, such as Weight(leaf, key, 'e i o -> e o i',"
             " kind='experts'):\n" + paths.listing(lost)
+        )
+    if unknown:
+        raise KeyMapError(
+            "target_parameters names square weights of which no table says whether PyTorch stores them (out, in), as"
+            " nn.Linear does, or (in, out), as Conv1D of transformers does: A and B would fit either way. Name the"
+            " modules in target_modules, or give a KeyMap with a line for each, such as Weight(leaf, key, 'i o -> o"
+            " i'):\n" + paths.listing(unknown)
         )
     if refused:
         raise TargetError(

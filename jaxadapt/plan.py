@@ -111,7 +111,7 @@ class Plan:
                 f"{source} does not fit the model: of {len(self.shapes)} tensors,\n"
                 + "\n".join(parts)
                 + "\nIs it an adapter for another base model, or are target_modules, r or keymap= others?"
-                + (f" (The names are those of the table {table!r}.)" if table else "")
+                + (f" (The names are those of the table {table!r}; strict=False takes what fits.)" if table else "")
             )
 
     def problems(self, found: Mapping[str, Sequence[int]], source: str, more: Sequence[str] = ()) -> list[str]:

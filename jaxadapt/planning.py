@@ -10,6 +10,7 @@ from typing import Any
 from jaxadapt import (
     bind,
     families,
+    generic,
     layers,
     linen,
     linen_tree,
@@ -131,7 +132,7 @@ def check_kernels(base: Base, bounds: Sequence[bind.Bound]) -> None:
             "these weights cannot carry the adapter, if they are Flax's own layers':\n"
             + paths.listing(reverse)
             + "\nLayers of your own tell how they use theirs, where the adapted module makes the collection:"
-            + selecting.MADE
+            + generic.MADE
         )
 
 

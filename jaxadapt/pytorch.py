@@ -77,13 +77,17 @@ def table(
     missing = [m for m in held if f"{m}.weight" not in {*keys.values(), *heads}]
     if missing:
         raise MismatchError(f"{source}: the model has no weight for these modules:\n" + paths.listing(missing))
+    some, lookups = rows(tensors), {module for module, own in held.items() if "lora_embedding_A" in own}
+    linear = {key.removesuffix(".weight"): shapes[leaf] for leaf, key in keys.items() if len(shapes[leaf]) == 2}
+    turned = _turned(
+        {m: (linear[m], held[m]) for m in held if m in linear and m not in lookups}, fan_in_fan_out, source
+    )
     lines: list[Weight] = []
-    some = rows(tensors)
     for leaf, key in keys.items():
         module = key.removesuffix(".weight")
         own = held.get(module, {})
-        lookup = "lora_embedding_A" in own or (module in some and not own)
-        lines.append(_line(leaf, key, shapes[leaf], own, fan_in_fan_out, lookup))
+        lookup = module in lookups or (module in some and not own)
+        lines.append(_line(leaf, key, shapes[leaf], own, turned.get(module, False), lookup))
     return KeyMap(NAME, tuple(lines), tied=tied)
 
 
@@ -104,14 +108,42 @@ def _line(leaf: str, key: str, shape: tuple[int, ...], own: Shapes, turned: bool
     if lookup:
         return Weight(leaf, key, pattern, kind="embedding")
     if len(shape) == 2 and own:
-        return Weight(leaf, key, pattern, fan_in_fan_out=_is_turned(shape, own, turned))
+        return Weight(leaf, key, pattern, fan_in_fan_out=turned)
     if len(shape) > 2:
-        return Weight(leaf, key, pattern, kind="conv" if own else "other")
+        return Weight(leaf, key, pattern, kind="conv" if own else "other", groups=_groups(shape, own))
     return Weight(leaf, key, pattern)
 
 
-def _is_turned(shape: tuple[int, ...], own: Shapes, said: bool) -> bool:
-    """Whether a weight is stored (in, out), as GPT-2's Conv1D does: what the tensors' sizes say, else the file."""
+def _turned(modules: Mapping[str, tuple[tuple[int, ...], Shapes]], said: bool, source: str) -> dict[str, bool]:
+    """Which weights are stored (in, out), as GPT-2's Conv1D does.
+
+    The tensors' sizes say it, and of a square weight others of its name, or the file. PEFT's file says what the last
+    module was that it met, so it counts only where all modules agree with it.
+    """
+    seen = {module: _is_turned(shape, own) for module, (shape, own) in modules.items()}
+    told = {module: turned for module, turned in seen.items() if turned is not None}
+    found, unknown = dict(told), list[str]()
+    for module in seen.keys() - told.keys():
+        last = module.rpartition(".")[2]
+        alike = {turned for other, turned in told.items() if other.rpartition(".")[2] == last}
+        if len(alike) == 1:
+            found[module] = alike.pop()
+        elif set(told.values()) <= {said}:
+            found[module] = said
+        else:
+            unknown.append(module)
+    if unknown:
+        raise MismatchError(
+            f"{source}: these modules are square, and whether the model stores them (out, in), as nn.Linear, or (in,"
+            f" out), as Conv1D, does not show: fan_in_fan_out is {said}, and by their sizes not all other modules are"
+            " stored so. jaxadapt.export_base(model, folder, adapter) writes a model with the adapter merged:\n"
+            + paths.listing(sorted(unknown))
+        )
+    return found
+
+
+def _is_turned(shape: tuple[int, ...], own: Shapes) -> bool | None:
+    """Whether a weight is stored (in, out) by the sizes of its tensors; None where it fits both ways."""
     out, inn = None, None
     if "lora_A" in own and "lora_B" in own:
         out, inn = own["lora_B"][0], own["lora_A"][-1]
@@ -119,4 +151,11 @@ def _is_turned(shape: tuple[int, ...], own: Shapes, said: bool) -> bool:
         out, inn = (own["ia3_l"][0], None) if own["ia3_l"][1] == 1 else (None, own["ia3_l"][1])
     straight = all(size in (None, have) for size, have in zip((out, inn), shape, strict=True))
     crossed = all(size in (None, have) for size, have in zip((inn, out), shape, strict=True))
-    return said if straight == crossed else crossed
+    return None if straight and crossed else crossed
+
+
+def _groups(shape: tuple[int, ...], own: Shapes) -> int:
+    """Of a convolution whose input channels an IA3 vector scales, one number each; 1 where nothing depends on it."""
+    vector = own.get("ia3_l", ())
+    channels = vector[1] if len(vector) > 2 else shape[1]
+    return channels // shape[1] if channels % shape[1] == 0 else 1

@@ -9,11 +9,11 @@ import dataclasses
 import functools
 from collections.abc import Collection, Mapping, Sequence
 
-from jaxadapt import bind, copies, doubts, methods, parameters, paths, plan, replication, targets, tying
+from jaxadapt import bind, copies, doubts, generic, methods, parameters, paths, plan, replication, targets, tying
 from jaxadapt.bind import Bound, Shape
 from jaxadapt.configs import Config
 from jaxadapt.errors import KeyMapError, TargetError, warn
-from jaxadapt.generic import PLAIN
+from jaxadapt.generic import PLAIN, with_layout
 from jaxadapt.keymap import KeyMap, Site
 
 Found = dict[str, tuple[Site, dict[str, int], dict[tuple[int, ...], str]]]
@@ -78,27 +78,10 @@ def resolve(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], unsure:
         ]
         if open_:
             what = '"all-linear" meets weights that may or may not be linear:\n'
-            raise KeyMapError(what + paths.listing(open_) + _ways("name them in exclude_modules"))
+            raise KeyMapError(what + paths.listing(open_) + generic.ways_out("name them in exclude_modules"))
     config = targets.resolve(config, _names(found, unmapped), linear=linear, output=keymap.output)
-    if config.get("fan_in_fan_out") is False and any(
-        site.weight.fan_in_fan_out and any(targets.matches(config, m) for m in mods.values())
-        for site, _, mods in found.values()
-    ):
-        config = config.replace(fan_in_fan_out=True)  # PEFT does, and warns, for Conv1D
-    return config
-
-
-MADE = (
-    '\n  made = jaxadapt.adapt(module, config).init(key, x)["lora"]  # for load its shapes are enough: jax.eval_shape\n'
-    '  jaxadapt.load(path, {"params": params, "lora": made})'
-)
-
-
-def _ways(leave_out: str) -> str:
-    return (
-        "\nLet the model's own computation tell, name the family with keymap=, give a KeyMap with a line for each, or"
-        f" {leave_out}. NNX: pass example=[inputs]. Linen: let the adapted module make the collection,{MADE}"
-    )
+    chosen = [s for s, _, mods in found.values() if any(targets.matches(config, m) for m in mods.values())]
+    return with_layout(config, keymap, chosen)
 
 
 def select(
@@ -158,7 +141,7 @@ def _select(
         raise KeyMapError(
             f"target_modules names weights whose axis roles the table {keymap.name!r} does not know:\n"
             + paths.listing(lost)
-            + _ways("leave them out of target_modules")
+            + generic.ways_out("leave them out of target_modules")
         )
     for site, sizes, mods in found.values():
         if not wanted & set(mods.values()):
@@ -206,7 +189,7 @@ def _copies(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], adapted
             f"modules_to_save names weights whose layout in PyTorch the table {keymap.name!r} does not know (its line"
             " is for another number of axes; a convolution's kernel has more than a Linear's):\n"
             + paths.listing(unknown)
-            + _ways("leave them out")
+            + generic.ways_out("leave them out")
         )
     twice = [b.leaf for b in bounds if b.leaf in own]
     if twice:

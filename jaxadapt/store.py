@@ -180,6 +180,7 @@ def load(
     autocast_adapter_dtype: bool = False,
     on_mismatch: str | None = None,
     base: str | None = None,
+    strict: bool = True,
     progress: Progress = None,
 ) -> Any:
     """Read an adapter folder (ours or PEFT's) into a model.
@@ -215,6 +216,10 @@ def load(
         base: for an adapter whose initialisation took a part out of the base weights (PiSSA, OLoRA, …) and that was not
             converted: "original", the target has the weights as they were, and they are changed here as PEFT changes
             them on loading; "changed", the target has what was left of them. Without it such a file is refused.
+        strict: False takes what fits and warns of the rest, as in `import_base`: tensors that the file lacks begin as
+            in a fresh adapter (LoRA's A is drawn, from one seed, and B is 0; a copy of `modules_to_save` is the
+            base's), and tensors that the model has no place for are left out. Wrong shapes are refused all the same,
+            and so is a file of which nothing fits.
         progress: None, True (bars on a terminal or in a notebook) or a function of ("load", bytes done, bytes in all);
             of an address of the Hub also of each file that is fetched, by its name.
 
@@ -243,7 +248,7 @@ def load(
         unused = {
             "replace": replace or None, "rngs": rngs, "stack_axes": stack_axes, "example": example,
             "shardings": shardings, "on_mismatch": on_mismatch,
-            "autocast_adapter_dtype": autocast_adapter_dtype or None,
+            "autocast_adapter_dtype": autocast_adapter_dtype or None, "strict": None if strict else False,
         }  # fmt: skip
         _refuse(unused, f"the target has {guest.dialect.name} leaves already, where the values go")
         with reporting(progress) as report:
@@ -267,14 +272,14 @@ def load(
     checkpoint = next((p for p in dict.fromkeys((below, places.at(path))) if orbax.found(p)), None)
     if checkpoint is not None:
         with reporting(progress) as report:
-            adapter, bounds = _from_orbax(checkpoint, target, name, options)
+            adapter, bounds = _from_orbax(checkpoint, target, name, options, strict)
             _told_at_once(report, "load", adapter)
         source = os.fspath(checkpoint)
     else:
         parameters = planning.of_target(target)
         ahead = jax.process_count() == 1  # else it would read what only the others need
         with reporting(progress) as report, folder.opened(_holding(below, path), ahead=ahead) as tensors:
-            adapter, bounds = exchange.decoded(tensors, parameters, *options, report, on_shared)
+            adapter, bounds = exchange.decoded(tensors, parameters, *options, report, on_shared, strict)
         source = tensors.source
     LOGGER.info("%s: %d weights adapted, by the table %s", source, len(bounds), adapter.keymap.name)
     present = _attached_config(target, name)
@@ -351,7 +356,7 @@ def _refuse(given: Mapping[str, Any], why: str) -> None:
 
 
 def _from_orbax(
-    path: str | os.PathLike[str], target: Any, name: str, options: tuple[Any, Any, Any, Any, Any, Any]
+    path: str | os.PathLike[str], target: Any, name: str, options: tuple[Any, Any, Any, Any, Any, Any], strict: bool
 ) -> tuple[Adapter, tuple[bind.Bound, ...]]:
     """The adapter of an Orbax checkpoint in the layout of the target, and its sites."""
     keymap, dtype, stack_axes, example, shardings, _ = options
@@ -365,7 +370,9 @@ def _from_orbax(
     planning.check_kernels(base, bounds)
     theirs, mine = ({e.path: (e.shape, e.keys) for b in bs for e in b.entries} for bs in (bounds, ours))
     if theirs != mine:  # laid out otherwise (scanned, fused, another table or vocabulary): by way of PEFT's names
-        return exchange.decoded(orbax_folder.tensors(orbax_folder.read(path, found), path), base, *options)
+        return exchange.decoded(
+            orbax_folder.tensors(orbax_folder.read(path, found), path), base, *options, strict=strict
+        )
     where = exchange.places(shardings, base, bounds)
     like = {p: jax.ShapeDtypeStruct(theirs[p][0], jnp.float32, sharding=place) for p, place in where.items()}
     if attached is not None and shardings is None:

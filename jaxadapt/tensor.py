@@ -10,8 +10,9 @@ class Tensor:
     """What a method stores for one site: its name, its PEFT key suffix and its two layouts.
 
     `axes` (in the model) and `torch` (in the file) name roles of the base weight's axes, "batch", "inn",
-    "out", or axes of the method's own with their sizes in `own`. An empty torch group is a size-1 axis; "inn"
-    of a convolution is one PyTorch axis for the channels and one for each of the window's.
+    "out", "channels" (of a convolution's inputs), or axes of the method's own with their sizes in `own`. An empty
+    torch group is a size-1 axis; "inn" of a convolution is one PyTorch axis for the channels and one for each of the
+    window's.
 
     `whole`: the tensor is a copy of the base weight itself, in both its layouts; `suffix` then goes between the
     module's name and the parameter's. `from_base`: its initial value follows from the base weight's.

@@ -303,7 +303,8 @@ class Weight:
     def roles(self) -> dict[str, tuple[str, ...]]:
         """The leaf's axes by role: "stack", "fused", "experts", "batch" (fused parts and all experts), "inn", "out".
 
-        The last two are in PyTorch's flattening order; a convolution's window is part of what it sums over.
+        The last two are in PyTorch's flattening order; a convolution's window is part of what it sums over, and
+        "channels" are its inputs without it.
         "experts" are those that PyTorch too holds in one array.
         """
         of = {n: axis for axis in self.left for n in fine(axis)}
@@ -314,6 +315,7 @@ class Weight:
             "experts": torch["experts"],
             "batch": torch["batch"],
             "inn": tuple(dict.fromkeys(of[n] for n in torch["inn"])),
+            "channels": tuple(dict.fromkeys(of[n] for n in torch["channels"])),
             "out": tuple(dict.fromkeys(of[n] for n in torch["out"])),
         }
 
@@ -326,11 +328,13 @@ class Weight:
         experts = groups[0] if self.kind == "experts" and len(groups) == 3 else ()
         groups = groups[1:] if experts else groups
         out, inn = (groups[0], groups[1]) if len(groups) == 2 else (groups[0] if groups else (), ())
+        channels = inn
         if self.kind == "conv":
+            channels = groups[1] if len(groups) > 1 else ()
             inn = tuple(n for group in groups[1:] for n in group)
         if self.fan_in_fan_out or self.kind == "embedding":
             out, inn = inn, out
-        return {"batch": batch + experts, "experts": experts, "inn": inn, "out": out}
+        return {"batch": batch + experts, "experts": experts, "inn": inn, "out": out, "channels": channels}
 
     @functools.cached_property
     def axes(self) -> Axes:

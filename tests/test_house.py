@@ -21,12 +21,12 @@ FLOORS = [
     ["errors", "terminal", "progress", "paths", "axes", "pattern", "configs"],
     "pieces weight arrangement keymap generic dialect plan adapter peft_tensors"
     " trace operations layout liveness layers targets drawing factors codecs consumers card hub"
-    " quantized near tensor used boxes finite".split(),
+    " quantized near tensor used boxes finite state_dicts".split(),
     "methods families agreeing copies parameters tying replication bind selecting renaming joining embeddings".split()
     + "folder per_expert orbax_folder transfer together vocabulary dialects guests guest_config laying sharding".split()
     + ["slots", "run_folder", "pytorch", "initial", "single_experts", "doubts", "filling", "plain", "heads"],
     "linen linen_call linen_survey linen_tree nnx nnx_survey merging products combining norms trees checking".split()
-    + "observing eva nnx_calls nnx_layer nnx_params wholes untying".split(),
+    + "observing eva nnx_calls nnx_layer nnx_params wholes untying base_weights".split(),
     "foreign planning attach exchange store bases report picture reducing rescaling invoking optim".split()
     + "beginning starting originals quantizing".split(),
     "converting on_disk sharing checkpoint snapshot resuming step_files step_reading".split()
@@ -46,6 +46,7 @@ SAME_FLOOR = {
     ("generic", "keymap"): "the table where no family has one",
     ("adapter", "peft_tensors"): "the two values are known by one name",
     ("progress", "terminal"): "a bar shows somebody else's names",
+    ("state_dicts", "peft_tensors"): "a file's tensors under other names",
     ("adapter", "keymap"): "an adapter carries the table it was made with",
     ("adapter", "weight"): "and writes its lines out as text",
     ("adapter", "generic"): "which is the generic map, unless it is told",
@@ -96,6 +97,7 @@ SAME_FLOOR = {
     ("attach", "planning"): "what is attached is planned",
     ("exchange", "planning"): "and what a file holds",
     ("store", "planning"): "of either format",
+    ("base_weights", "checking"): "a base's file holds buffers as well",
     ("exchange", "attach"): "what is attached is taken out",
     ("exchange", "foreign"): "of another library's tree too",
     ("store", "attach"): "load attaches before it injects",

@@ -91,7 +91,8 @@ def test_what_a_line_says_of_its_axes():
     site = Site("a.kv.w", w, (("path", "a"),))
     assert site.stack == (1,)
     assert site.roles == {
-        "stack": ("{l}",), "fused": ("{p}",), "experts": (), "batch": ("{p}",), "inn": ("d",), "out": ("n", "h")
+        "stack": ("{l}",), "fused": ("{p}",), "experts": (), "batch": ("{p}",), "inn": ("d",), "out": ("n", "h"),
+        "channels": ("d",),
     }  # fmt: skip
     assert site.axes == Axes(inn=(0,), out=(2, 3), batch=(1,))
     assert Site("a.kv.w", w, (), parts=(1,)).axes == Axes((0,), (2, 3), (1,), parts=(1,))

@@ -140,7 +140,7 @@ def test_a_convolution_in_modules_to_save_needs_the_model(tmp_path: Path):
     model = jaxadapt.adapt(Convolved(), config)
     variables = model.init(KEY, x)
     params = variables["params"]
-    need = r"modules_to_save .* 'generic' does not know.*\n  conv\.kernel \(4, 4, 4\)\n.*KeyMap(.|\n)*jaxadapt\.adapt"
+    need = r"full copies .* 'generic' does not know.*\n  conv\.kernel \(4, 4, 4\).*\n.*KeyMap(.|\n)*jaxadapt\.adapt"
     with pytest.raises(jaxadapt.KeyMapError, match=need):
         jaxadapt.init(config, params, key=KEY)
     jaxadapt.save(variables, tmp_path)

@@ -1,8 +1,9 @@
 """(IA)³ (Liu et al. 2022, arXiv:2205.05638) with PEFT's conventions.
 
 In the model, per site: `ia3_l` (batch..., out...) multiplies the layer's output, bias included, or for a
-feedforward module (batch..., in...) its input; in the file it is (out, 1) or (1, in). The arithmetic
-follows PEFT's `tuners/ia3/layer.py`.
+feedforward module (batch..., in...) its input; in the file it is (out, 1) or (1, in). A convolution's vector has
+one number a channel, (1, channels, 1, 1) in the file; over the inputs of one with groups it is (groups, in...) in the
+model. The arithmetic follows PEFT's `tuners/ia3/layer.py`.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import dataclasses
 from collections.abc import Sequence
 from types import MappingProxyType
 
+import jax.numpy as jnp
+
 from jaxadapt import targets
 from jaxadapt.axes import LETTERS, Axes, Operation, Use
 from jaxadapt.configs import Config, IA3Config
 from jaxadapt.drawing import Draw
-from jaxadapt.errors import AttachError
+from jaxadapt.errors import AttachError, ConfigError
 from jaxadapt.keymap import Site
 from jaxadapt.methods import lowrank
 from jaxadapt.methods.base import Array, Drop, Method, Params, one_value
@@ -24,30 +27,40 @@ from jaxadapt.tensor import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Static:
-    """Whether the site scales its input (feedforward) instead of its output."""
+    """Whether the site scales its input (feedforward) instead of its output, and what convolution it is, if any."""
 
     feedforward: bool
+    conv: bool = False
+    groups: int = 1
 
 
 class IA3(Method):
     """W·l, over the outputs or (feedforward) the inputs."""
 
     peft_type = "IA3"
+    kinds = frozenset({"linear", "conv"})
     roles = MappingProxyType({"ia3_l": "vector"})
 
     def check(self, config: Config) -> None:
         assert isinstance(config, IA3Config)
 
     def tensors(self, config: IA3Config, site: Site, modules: Sequence[str]) -> tuple[Tensor, ...]:
-        if self.static(config, site, modules).feedforward:
+        static = self.static(config, site, modules)
+        if static.conv:
+            return (_of_convolution(static, site),)
+        if static.feedforward:
             return (Tensor("ia3_l", ".ia3_l", ("batch", "inn"), ((), ("inn",)), degree=0),)
         return (Tensor("ia3_l", ".ia3_l", ("batch", "out"), (("out",), ()), degree=0),)
 
     def static(self, config: IA3Config, site: Site, modules: Sequence[str]) -> Static:
-        return Static(one_value("feedforward", {m: targets.is_feedforward(config, m) for m in modules}))
+        feedforward = one_value("feedforward", {m: targets.is_feedforward(config, m) for m in modules})
+        return Static(feedforward, site.weight.kind == "conv", site.weight.groups)
 
     def fresh(self, config: IA3Config, tensor: Tensor, fan_in: int) -> Draw:
         return Draw("constant", 1.0) if config.init_ia3_weights else Draw("normal", 1.0)
+
+    def follows(self, static: Static, primitive: str) -> bool:
+        return static.conv and not static.feedforward and primitive == "conv_general_dilated"
 
     def input(self, static: Static, params: Params, use: Use, x: Array) -> Array:
         letters, scale = self._letters(static, use), params["ia3_l"]
@@ -63,17 +76,18 @@ class IA3(Method):
     def output(
         self, static: Static, params: Params, use: Use | Operation, x: Array, y: Array, drop: Drop | None, w: Array
     ) -> Array:
-        assert isinstance(use, Use)
+        if isinstance(use, Operation):
+            return (y * lowrank.over_outputs(use, params["ia3_l"], y.ndim)).astype(y.dtype)
         if self._over_input(static, use):
             return y
         scale = params["ia3_l"]
         return (y * lowrank.spread(scale, self._letters(static, use), use.y)).astype(y.dtype)
 
     def weight(self, static: Static, params: Params, axes: Axes, w: Array) -> Array:
-        return (w * self._over_weight(static, params, axes)).astype(w.dtype)
+        return (w * self._over_weight(static, params, axes, w)).astype(w.dtype)
 
     def unweight(self, static: Static, params: Params, axes: Axes, w: Array) -> Array:
-        return (w / self._over_weight(static, params, axes)).astype(w.dtype)
+        return (w / self._over_weight(static, params, axes, w)).astype(w.dtype)
 
     def scales_bias(self, static: Static) -> bool:
         return not static.feedforward
@@ -100,14 +114,40 @@ class IA3(Method):
 
     @staticmethod
     def _letters(static: Static, use: Use) -> str:
-        return use.letters("batch") + use.letters("inn" if static.feedforward else "out")
+        letters = use.letters("inn" if static.feedforward else "out")
+        return use.letters("batch") + (letters[:1] if static.conv and static.feedforward else letters)
 
     @staticmethod
     def _over_input(static: Static, use: Use) -> bool:
         return static.feedforward != use.transposed
 
     @staticmethod
-    def _over_weight(static: Static, params: Params, axes: Axes) -> Array:
-        role = axes.inn if static.feedforward else axes.out
+    def _over_weight(static: Static, params: Params, axes: Axes, w: Array) -> Array:
+        scale, role = params["ia3_l"], axes.inn if static.feedforward else axes.out
+        if static.conv and static.feedforward:
+            role = axes.inn[:1]  # the channels, without the window
+            if static.groups > 1:  # each output channel sees those of its group
+                (out,) = axes.out
+                scale, role = jnp.repeat(scale, w.shape[out] // static.groups, axis=0), (out, *role)
         letters = "".join(LETTERS[i] for i in axes.batch + role)
-        return lowrank.spread(params["ia3_l"], letters, LETTERS[: axes.rank])
+        return lowrank.spread(scale, letters, LETTERS[: axes.rank])
+
+
+def _of_convolution(static: Static, site: Site) -> Tensor:
+    window = ((),) * (len(site.weight.right) - 2)
+    if len(window) < 2:
+        raise ConfigError(
+            f"{site.leaf}: PEFT has IA3 for convolutions over two and three dimensions, and none over one; leave the"
+            " module out of target_modules"
+        )
+    if not static.feedforward:
+        return Tensor("ia3_l", ".ia3_l", ("batch", "out"), ((), ("out",), *window), degree=0)
+    channels = site.roles["channels"]
+    if len(channels) != 1 or channels != site.weight.torch_roles["channels"]:
+        raise ConfigError(
+            f"{site.leaf}: a feedforward IA3 vector has one number for each input channel, and this leaf has no axis of"
+            f" its own for them ({site.weight.pattern!r}); leave the module out of feedforward_modules"
+        )
+    several, own = ((("g",), (("g", static.groups),))) if static.groups > 1 else ((), ())
+    scaled = (*several, "channels")
+    return Tensor("ia3_l", ".ia3_l", ("batch", *scaled), ((), scaled, *window), own, degree=0)
