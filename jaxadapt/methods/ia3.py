@@ -8,7 +8,6 @@ follows PEFT's `tuners/ia3/layer.py`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from types import MappingProxyType
 
 from jaxadapt import targets
@@ -19,14 +18,16 @@ from jaxadapt.errors import AttachError
 from jaxadapt.keymap import Site
 from jaxadapt.methods import lowrank
 from jaxadapt.methods.base import Array, Drop, Method, Params, one_value
-from jaxadapt.tensor import Tensor
+from jaxadapt.methods.entries import PerEntry, adapted_entries, only_adapted
+from jaxadapt.tensor import Modules, Tensor
 
 
 @dataclasses.dataclass(frozen=True)
 class Static:
-    """Whether the site scales its input (feedforward) instead of its output."""
+    """Whether the site scales its input (feedforward) instead of its output; which entries it has, if not all."""
 
     feedforward: bool
+    used: PerEntry | None = None
 
 
 class IA3(Method):
@@ -38,19 +39,21 @@ class IA3(Method):
     def check(self, config: Config) -> None:
         assert isinstance(config, IA3Config)
 
-    def tensors(self, config: IA3Config, site: Site, modules: Sequence[str]) -> tuple[Tensor, ...]:
+    def tensors(self, config: IA3Config, site: Site, modules: Modules) -> tuple[Tensor, ...]:
+        used = None if modules.all else modules.each(lambda _: 1, 0)
         if self.static(config, site, modules).feedforward:
-            return (Tensor("ia3_l", ".ia3_l", ("batch", "inn"), ((), ("inn",)), degree=0),)
-        return (Tensor("ia3_l", ".ia3_l", ("batch", "out"), (("out",), ()), degree=0),)
+            return (Tensor("ia3_l", ".ia3_l", ("batch", "inn"), ((), ("inn",)), degree=0, used=used),)
+        return (Tensor("ia3_l", ".ia3_l", ("batch", "out"), (("out",), ()), degree=0, used=used),)
 
-    def static(self, config: IA3Config, site: Site, modules: Sequence[str]) -> Static:
-        return Static(one_value("feedforward", {m: targets.is_feedforward(config, m) for m in modules}))
+    def static(self, config: IA3Config, site: Site, modules: Modules) -> Static:
+        one = one_value("feedforward", {m: targets.is_feedforward(config, m) for m in modules})
+        return Static(one, adapted_entries(modules))
 
     def fresh(self, config: IA3Config, tensor: Tensor, fan_in: int) -> Draw:
         return Draw("constant", 1.0) if config.init_ia3_weights else Draw("normal", 1.0)
 
     def input(self, static: Static, params: Params, use: Use, x: Array) -> Array:
-        letters, scale = self._letters(static, use), params["ia3_l"]
+        letters, scale = self._letters(static, use), _vector(static, params)
         if not self._over_input(static, use):
             return x
         if not set(letters) <= set(use.x):
@@ -66,7 +69,7 @@ class IA3(Method):
         assert isinstance(use, Use)
         if self._over_input(static, use):
             return y
-        scale = params["ia3_l"]
+        scale = _vector(static, params)
         return (y * lowrank.spread(scale, self._letters(static, use), use.y)).astype(y.dtype)
 
     def weight(self, static: Static, params: Params, axes: Axes, w: Array) -> Array:
@@ -90,7 +93,7 @@ class IA3(Method):
     def _over_bias(static: Static, params: Params, bias: Array) -> Array | None:
         if static.feedforward:
             return None
-        scale = params["ia3_l"]
+        scale = _vector(static, params)
         if scale.size != bias.size:
             raise AttachError(
                 f"IA3 scales a layer's bias, and this one has shape {bias.shape} where the vector has {scale.shape};"
@@ -110,4 +113,9 @@ class IA3(Method):
     def _over_weight(static: Static, params: Params, axes: Axes) -> Array:
         role = axes.inn if static.feedforward else axes.out
         letters = "".join(LETTERS[i] for i in axes.batch + role)
-        return lowrank.spread(params["ia3_l"], letters, LETTERS[: axes.rank])
+        return lowrank.spread(_vector(static, params), letters, LETTERS[: axes.rank])
+
+
+def _vector(static: Static, params: Params) -> Array:
+    """l, and ones in entries that are not adapted."""
+    return only_adapted(static.used, params, params["ia3_l"], 1.0)
