@@ -243,19 +243,23 @@ def _either(expressions: Sequence[str]) -> str | None:
 def _rows(there: Mapping[int, Pair], weights: Sequence[Any], how: _How, noise: Any) -> Rows:
     """The new matrices of one leaf, from the pairs of the adapters (by number) that have it.
 
-    Modules that the same adapters have, at the same scales, are computed together.
+    Modules that the same adapters have, at the same ranks and scales, are computed together.
     """
-    groups: dict[tuple[tuple[int, float], ...], list[str]] = {}
+    groups: dict[tuple[tuple[int, int, float], ...], list[str]] = {}
     for module in dict.fromkeys(m for pair in there.values() for m in pair.modules):
         mine = {i: pair for i, pair in there.items() if module in pair.modules}
-        groups.setdefault(tuple((i, pair.scales_of([module])[0]) for i, pair in mine.items()), []).append(module)
+        alike = tuple((i, pair.rank_of(module), pair.scales_of([module])[0]) for i, pair in mine.items())
+        groups.setdefault(alike, []).append(module)
     made: list[Rows] = []
     for alike, modules in groups.items():
-        who, scales = zip(*alike, strict=True)
+        who, ranks, scales = zip(*alike, strict=True)
         pairs = [there[i] for i in who]
-        a, b = (tuple(p.rows_of(side, modules) for p in pairs) for side in "ab")
+        a = tuple(p.rows_of("a", modules)[:, :r] for p, r in zip(pairs, ranks, strict=True))
+        b = tuple(p.rows_of("b", modules)[:, :, :r] for p, r in zip(pairs, ranks, strict=True))
         drawn = [noise[i] for i in who] if noise else None
         masks = drawn and [tuple(p.of(m, modules) for m in ms) for ms, p in zip(drawn, pairs, strict=True)]
+        if masks and not how.method.endswith("svd"):
+            masks = [(of_a[:, :r], of_b[:, :, :r]) for (of_a, of_b), r in zip(masks, ranks, strict=True)]
         by = jnp.stack([jnp.asarray(weights[i], jnp.float32) for i in who])
         made.append(Rows(tuple(modules), *_mixed(how, scales, a, b, by, masks)))
     return Rows.joined(made)

@@ -144,6 +144,10 @@ class Pair:
         """A or B of some modules."""
         return self.of(self.a if side == "a" else self.b, modules)
 
+    def rank_of(self, module: str) -> int:
+        """The rank of one module."""
+        return self.ranks[self.modules.index(module)]
+
     def scales_of(self, modules: Sequence[str]) -> tuple[float, ...]:
         """The scales of some modules."""
         if isinstance(self.scale, float):

@@ -128,10 +128,10 @@ class Lora(Method):
         kind, attention = site.weight.kind, site.weight.kind == "attention"
         times = 2 if attention and not site.weight.piece else 1  # the output projection: see above
         scales = {times * scale_of(config, m) for m in modules}
-        one = scales.pop() if len(scales) == 1 else None
+        one = min(scales)
         more = config.use_dora or config.lora_bias  # whose gradients are not zero where A and B are
         return Static(
-            per_entry(modules, lambda m: times * scale_of(config, m), 0.0) if one is None else one,
+            one if len(scales) == 1 else per_entry(modules, lambda m: times * scale_of(config, m), one),
             0.0 if kind in ("attention", "embedding") else config.lora_dropout,  # PEFT drops no tokens
             "" if kind in ("attention", "linear") else kind,
             site.weight.groups,
