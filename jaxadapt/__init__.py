@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from jaxadapt.invoking import invoke
     from jaxadapt.keymap import KeyMap
     from jaxadapt.merging import merge, unmerge
-    from jaxadapt.nnx_params import AdapterParam, BaseParam
+    from jaxadapt.nnx_params import AdapterParam, BaseParam, LayerNumber
     from jaxadapt.originals import for_original_base
     from jaxadapt.peft_tensors import PeftTensors
     from jaxadapt.plain import plain_lora
@@ -75,7 +75,7 @@ _HOME = {
         "peft_tensors": "PeftTensors",
         "keymap": "KeyMap",
         "weight": "Weight",
-        "nnx_params": "AdapterParam BaseParam",
+        "nnx_params": "AdapterParam BaseParam LayerNumber",
         "attach": "adapt init extract inject activate disable delete detach",
         "report": "summary",
         "bases": "export_base import_base",
@@ -114,6 +114,7 @@ __all__ = [
     "IA3Config",
     "KeyMap",
     "KeyMapError",
+    "LayerNumber",
     "LoraConfig",
     "MismatchError",
     "PeftTensors",

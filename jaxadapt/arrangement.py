@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,9 @@ import numpy as np
 from jaxadapt import pattern
 
 Array = Any
+
+RANK = "~r"
+"""The axis of a method's own whose size may differ between the tensors of one array."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +28,13 @@ class Arrangement:
     `left` names the array's axes with `shape`; `right` groups them into PyTorch's axes; `split` are the
     positions of the axes PyTorch lacks: one tensor for each of their entries, row-major. The array is `factor`
     times what the file holds, plus `shift`; `sizes` are those of the parts of axes in parentheses.
+
+    `held` are the numbers of those entries that have a tensor in the file, None if all have one; the array is zero at
+    the others. `ranks` are the sizes of the axis "~r" in these tensors where they differ: the array is zero behind.
+
+    >>> some = Arrangement((3, 4, 2), ("{l}", "~r", "i"), (("~r",), ("i",)), (0,), held=(0, 2), ranks=(4, 3))
+    >>> [some.shape_of(i) for i in range(some.count)], some.encode(np.zeros((3, 4, 2)), 1).shape
+    ([(4, 2), (3, 2)], (3, 2))
     """
 
     shape: tuple[int, ...]
@@ -33,6 +44,8 @@ class Arrangement:
     factor: float = 1.0
     sizes: tuple[tuple[str, int], ...] = ()
     shift: float = 0.0
+    held: tuple[int, ...] | None = None
+    ranks: tuple[int, ...] | None = None
 
     @functools.cached_property
     def size(self) -> int:
@@ -63,8 +76,49 @@ class Arrangement:
 
     @functools.cached_property
     def file_shape(self) -> tuple[int, ...]:
-        """The shape of each file tensor, in PyTorch's layout."""
+        """The shape of each file tensor, in PyTorch's layout; where `ranks` differ, of the largest."""
         return tuple(math.prod(self._inner[n] for n in group) for group in self.right)
+
+    def shape_of(self, i: int) -> tuple[int, ...]:
+        """The shape of the tensor number `i`."""
+        return self.part(i).file_shape if self.ranks else self.file_shape
+
+    @property
+    def partial(self) -> bool:
+        """Whether some of the array is in no tensor of the file, and zero."""
+        return self.held is not None or self.ranks is not None
+
+    @functools.cached_property
+    def rank_axis(self) -> int:
+        """The position of the axis whose size differs between tensors."""
+        return self.left.index(RANK)
+
+    @functools.cached_property
+    def _by_rank(self) -> dict[int, Arrangement]:
+        return {}
+
+    def part(self, i: int) -> Arrangement:
+        """How tensor number `i` lies in its own part of the array, taken out by `index`."""
+        if self.ranks is None:
+            return self.alone
+        rank = self.ranks[i]
+        found = self._by_rank.get(rank)
+        if found is None:
+            shape = tuple(rank if axis == self.rank_axis else n for axis, n in enumerate(self.shape))
+            found = self._by_rank[rank] = dataclasses.replace(self, shape=shape, held=None, ranks=None).alone
+        return found
+
+    def by_tensor(self, values: Sequence[float]) -> np.ndarray:
+        """One number of each tensor where it lies, 0 where none does: to multiply the array by."""
+        own = {*self.split, *([self.rank_axis] if self.ranks else [])}
+        out = np.zeros([n if axis in own else 1 for axis, n in enumerate(self.shape)], np.float32)
+        for i, value in enumerate(values):
+            out[self.index(i)] = value
+        return out
+
+    def cleared(self, leaf: Array) -> Array:
+        """The array with zeros where no tensor of the file lies."""
+        return leaf * self.by_tensor([1] * self.count).astype(leaf.dtype) if self.partial else leaf
 
     @functools.cached_property
     def as_it_lies(self) -> bool:
@@ -80,6 +134,9 @@ class Arrangement:
     def index(self, i: int) -> tuple[Any, ...]:
         """Where in the array the tensor number `i` lies."""
         where: list[Any] = [slice(None)] * len(self.left)
+        if self.ranks is not None:
+            where[self.rank_axis] = slice(self.ranks[i])
+        i = i if self.held is None else self.held[i]
         for axis in reversed(self.split):
             i, where[axis] = divmod(i, self.shape[axis])
         return tuple(where)
@@ -88,7 +145,7 @@ class Arrangement:
     def alone(self) -> Arrangement:
         """The same for one tensor's part of the array, taken out by `index`."""
         left = tuple(name for i, name in enumerate(self.left) if i not in self.split)
-        return dataclasses.replace(self, shape=self._coarse, left=left, split=())
+        return dataclasses.replace(self, shape=self._coarse, left=left, split=(), held=None)
 
     def encode(self, leaf: Array, i: int) -> Array:
         """The tensor number `i`, a view of `leaf` wherever its memory allows.
@@ -97,6 +154,8 @@ class Arrangement:
         >>> form.encode(np.zeros((4, 2, 3)), 0).shape
         (6, 4)
         """
+        if self.ranks is not None:
+            return self.part(i).encode(leaf[self.index(i)], 0)
         piece = leaf[self.index(i)] if self.split else leaf
         piece = theirs(piece, self.factor, self.shift)
         if self._merged is not None:  # neighbours only: merge first, and the transpose stays a view
@@ -131,6 +190,10 @@ class Arrangement:
     @functools.cached_property
     def count(self) -> int:
         """How many tensors the array holds."""
+        return self._entries if self.held is None else len(self.held)
+
+    @functools.cached_property
+    def _entries(self) -> int:
         return math.prod(self.shape[axis] for axis in self.split)
 
     @functools.cached_property
@@ -138,16 +201,22 @@ class Arrangement:
         return (*self.split, *(i for i in range(len(self.shape)) if i not in self.split))
 
     def rows(self, leaf: Array) -> Array:
-        """All the tensors at once, `(count, *file_shape)`."""
-        pieces = leaf.transpose(self._front).reshape((self.count, *self._inner.values()))
+        """All the tensors at once, `(count, *file_shape)`; smaller ones end in zeros."""
+        pieces = leaf.transpose(self._front).reshape((self._entries, *self._inner.values()))
+        pieces = pieces if self.held is None else pieces[np.array(self.held)]
         out = pieces.transpose((0, *(1 + i for i in self._orders[0]))).reshape((self.count, *self.file_shape))
         return theirs(out, self.factor, self.shift)
 
     def from_rows(self, rows: Array) -> Array:
         """The array whose `rows` these are."""
         pieces = rows.reshape((self.count, *self._flat.values())).transpose((0, *(1 + i for i in self._orders[1])))
+        if self.held is not None:  # (each entry's row, or the zeros behind them)
+            at = dict(zip(self.held, range(self.count), strict=True))
+            xp = rows.__array_namespace__()
+            pieces = xp.concat([pieces, xp.zeros_like(pieces[:1])])
+            pieces = pieces[np.array([at.get(i, self.count) for i in range(self._entries)])]
         leaf = pieces.reshape([self.shape[i] for i in self._front]).transpose(np.argsort(self._front))
-        return ours(leaf, self.factor, self.shift)
+        return self.cleared(ours(leaf, self.factor, self.shift))
 
 
 def ours(x: Array, factor: float, shift: float) -> Array:

@@ -62,6 +62,8 @@ class Beginning:
             return [f"its values are of dtype {leaf.dtype}"]
         if leaf.dtype.itemsize == 1 and self.kind not in ("eva", "mica"):
             return [f"its values are of dtype {leaf.dtype}, to which what is left of them would be rounded: widen them"]
+        if self.kind != "eva" and isinstance(b.static.scale, methods.PerEntry):
+            return ["its layers or parts differ in rank or scale, and it begins in one way: use an unrolled model"]
         outs, inns = products.sizes(b)
         most = min(outs, inns) // (2 if self.kind == "lora_ga" else 1) - (self.kind == "kasa")
         if self.kind == "orthogonal":
@@ -170,7 +172,9 @@ class Beginning:
         mine = [b for b in self.pairs if made.get(b.leaf)]
         new: dict[str, Array] = {}
         for b in mine:
-            a, bb = (jnp.stack([getattr(f, side) for f in made[b.leaf]]) for side in "ab")
+            rank = _rank(b)
+            each = [products.padded(jnp.asarray(f.a), jnp.asarray(f.b), rank) for f in made[b.leaf]]
+            a, bb = (jnp.stack(side) for side in zip(*each, strict=True))
             new |= products.placed(b, a, bb)[1]
         kind = jnp.dtype(jnp.float32 if dtype is None else dtype)
         values |= sharding.placed({p: x.astype(kind) for p, x in new.items()}, sharding.for_adapter(mine, dict(where)))

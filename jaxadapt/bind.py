@@ -12,29 +12,32 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from jaxadapt import copies, methods, parameters, paths, plan, targets
 from jaxadapt.adapter import Adapter
 from jaxadapt.axes import Axes
 from jaxadapt.configs import Config
 from jaxadapt.errors import KeyMapError, MismatchError
 from jaxadapt.keymap import KeyMap, Site
-from jaxadapt.tensor import Tensor
+from jaxadapt.tensor import Modules, Tensor
 
 Shape = tuple[int, ...]
+Index = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
     """One site under one configuration: its tensors, and what the arithmetic needs besides arrays.
 
-    `method` is the configuration's own, or `Copied` where the adapter holds the whole leaf; `modules` are the
-    PyTorch modules it adapts, or the parameters that it has by their own names; `static` is the method's own (a scale,
-    a flag).
+    `method` is the configuration's own, or `Copied` where the adapter holds the whole leaf; `named` are the
+    PyTorch modules of the leaf's entries, or the parameters that it has by their own names; `static` is the method's
+    own (a scale, a flag).
     """
 
     site: Site
     method: methods.Method
-    modules: tuple[str, ...]
+    named: Modules
     tensors: tuple[Tensor, ...]
     static: Any
     entries: tuple[plan.Entry, ...]
@@ -49,6 +52,31 @@ class Bound:
         return self.site.axes
 
     @functools.cached_property
+    def modules(self) -> tuple[str, ...]:
+        """The modules (or parameters) that it adapts."""
+        return tuple(self.named)
+
+    @functools.cached_property
+    def layers(self) -> dict[str, int]:
+        """`{module: the number of its layer among those that the leaf stacks}`."""
+        each = self.named.per_layer
+        return {name: i // each for i, name in enumerate(self.named.names) if name is not None}
+
+    @functools.cached_property
+    def stack_sizes(self) -> tuple[int, ...]:
+        """How many layers each stacked axis has."""
+        form = self.entries[0].form
+        sizes = dict(zip(form.left, form.shape, strict=True))
+        return tuple(sizes[name] for name in self.site.roles["stack"])
+
+    @functools.cached_property
+    def data(self) -> dict[str, np.ndarray]:
+        """`{name: array}` that the arithmetic needs besides the parameters: the layers' numbers, where they differ."""
+        if not methods.needs_layer(self.static):
+            return {}
+        return {methods.LAYER: np.arange(math.prod(self.stack_sizes), dtype=np.int32).reshape(self.stack_sizes)}
+
+    @functools.cached_property
     def shapes(self) -> dict[str, Shape]:
         """`{tensor name: shape in the model}`, stacked axes included."""
         return {t.name: e.shape for t, e in zip(self.tensors, self.entries, strict=True)}
@@ -60,13 +88,33 @@ def at(
     keymap: KeyMap,
     site: Site,
     sizes: Mapping[str, int],
-    modules: tuple[str, ...],
+    modules: Modules,
 ) -> Bound:
     """One site under a configuration; `sizes` are those of the leaf's axes, by name."""
     tensors = method.tensors(config, site, modules)
     entries = tuple(plan.entry(keymap, site, t, sizes) for t in tensors)
     fan_in = math.prod(sizes.get(n, 1) for n in site.roles["inn"])
     return Bound(site, method, modules, tensors, method.static(config, site, modules), entries, fan_in)
+
+
+def targeted(
+    site: Site, sizes: Mapping[str, int], names: Mapping[Index, str], hit: Collection[Index]
+) -> tuple[Site, Modules]:
+    """A leaf with those of its fused parts that are adapted in any layer, and the modules of its entries.
+
+    Args:
+        names: of all entries, by index over the braced axes.
+        hit: the entries that are adapted; without any, all are.
+    """
+    hit = set(hit) or set(names)
+    fused = site.roles["fused"]
+    if fused:
+        site = dataclasses.replace(site, parts=_some(site, {index[-1] for index in hit}))
+    kept = {i: n for i, n in names.items() if site.parts is None or i[-1] in site.parts}
+    inner = site.braced[len(site.stack) :]
+    counts = tuple(len(site.parts) if axis in fused and site.parts else sizes[axis] for axis in inner)
+    order = tuple(inner.index(axis) if axis in inner else -1 for axis in site.roles["batch"])
+    return site, Modules(tuple(n if i in hit else None for i, n in kept.items()), counts, order)
 
 
 def tabled(keymap: KeyMap, bounds: Sequence[Bound]) -> KeyMap:
@@ -127,7 +175,7 @@ def _recover(config: Config, keymap: KeyMap, tensors: Tensors) -> tuple[Bound, .
             copied.append((site, shapes))
         else:
             adapting.append((site, shapes))
-    depths = parameters.depths(keymap, (site for site, _ in adapting if _by_name(config, site)))
+    depths = parameters.depths(keymap, (site for site, ts in adapting if _by_name(config, method, site, ts)))
     for site, shapes in adapting:
         depth = depths.get(site.leaf)
         of = method if depth is None else method.on_parameter(depth)
@@ -137,18 +185,21 @@ def _recover(config: Config, keymap: KeyMap, tensors: Tensors) -> tuple[Bound, .
         # A file's list of tokens is of the table that carries their rows.
         inputs = site.module({}) if "copy" not in shapes and not site.braced else None
         which = functools.partial(copies.of_site, config, site, adapted=adapted, inputs=inputs)
-        found = which(one_each(site))
+        sizes = one_each(site)
+        if "copy" in shapes and len(shapes["copy"]) == len(site.weight.left):
+            held = dict(zip(site.weight.left, shapes["copy"], strict=True))
+            sizes |= {axis: held[axis] for axis in site.braced if site.weight.names(axis) is None}
+        found = which(sizes)
         if not found:
             raise MismatchError(
                 f"{site.leaf!r}: the adapter holds {', '.join(shapes)} of it, which none of modules_to_save, bias and"
                 " trainable_token_indices asks for"
             )
-        parts = {index[-1] for index in found} if site.roles["fused"] else ()
-        site = dataclasses.replace(site, parts=_some(site, parts))
         one = next(iter(found.values()))
-        sizes = plan.sizes_from_tensors(site, one.tensors(config, site, ()), shapes)
-        names = [paths.join(*site.parameters(sizes)[index]) for index in which(sizes)]
-        bounds.append(at(config, one, keymap, site, sizes, tuple(names)))
+        names = {index: paths.join(*name) for index, name in site.parameters(sizes).items()}
+        site, modules = targeted(site, sizes, names, found)
+        sizes |= plan.sizes_from_tensors(site, one.tensors(config, site, modules), shapes)
+        bounds.append(at(config, one, keymap, site, sizes, modules))
     if unmapped:
         raise KeyMapError(
             f"the table {keymap.name!r} has no line for these adapted leaves:\n"
@@ -165,8 +216,21 @@ def one_each(site: Site) -> dict[str, int]:
     return {**dict.fromkeys(site.braced, 1), **fused}
 
 
-def _by_name(config: Config, site: Site) -> bool:
-    return any(targets.is_parameter(config, name) for name in parameters.names(site, one_each(site)).values())
+def _stacked(config: Config, method: methods.Method, site: Site, shapes: Mapping[str, Shape]) -> dict[str, int]:
+    """Sizes of all braced axes, as the tensors' shapes have the numbered ones."""
+    sizes = one_each(site)
+    # Whatever a module makes of the other axes, the stacked ones are at the same place.
+    names = list(site.modules(sizes).values())
+    probed = [name for name in names if targets.matches(config, name)] or names
+    probe = [t for name in probed for t in method.tensors(config, site, Modules((name,)))]
+    return sizes | plan.stack_sizes(site, probe, shapes)
+
+
+def _by_name(config: Config, method: methods.Method, site: Site, shapes: Mapping[str, Shape]) -> bool:
+    if not config.get("target_parameters"):
+        return False
+    names = parameters.names(site, _stacked(config, method, site, shapes))
+    return any(targets.is_parameter(config, name) for name in names.values())
 
 
 def _some(site: Site, parts: Collection[int]) -> tuple[int, ...] | None:
@@ -178,17 +242,12 @@ def _some(site: Site, parts: Collection[int]) -> tuple[int, ...] | None:
 def _recovered(
     config: Config, method: methods.Method, keymap: KeyMap, site: Site, shapes: Mapping[str, Shape]
 ) -> Bound:
-    # Which parts are targeted decides the tensors' sizes, and sizes decide the modules: names first.
-    sizes = one_each(site)
-    called, names = _names_of(method), targets.matches if method.depth is None else targets.is_parameter
-    mods = called(site, sizes)
-    if site.roles["fused"]:
-        parts = {index[-1] for index, m in mods.items() if names(config, m)}
-        site = dataclasses.replace(site, parts=_some(site, parts))
-    modules = tuple(m for index, m in mods.items() if site.parts is None or index[-1] in site.parts)
-    sizes = {**sizes, **plan.sizes_from_tensors(site, method.tensors(config, site, modules), shapes)}
-    every = called(site, sizes)
-    modules = tuple(m for index, m in every.items() if site.parts is None or index[-1] in site.parts)
+    # Which entries are targeted decides the tensors' sizes, and sizes decide the entries: names first.
+    called, matches = _names_of(method), targets.matches if method.depth is None else targets.is_parameter
+    sizes = _stacked(config, method, site, shapes)
+    names = called(site, sizes)
+    site, modules = targeted(site, sizes, names, [index for index, m in names.items() if matches(config, m)])
+    sizes |= plan.sizes_from_tensors(site, method.tensors(config, site, modules), shapes)
     return at(config, method, keymap, site, sizes, modules)
 
 
@@ -204,6 +263,7 @@ def strays(config: Config, keymap: KeyMap, leaves: Mapping[str, Mapping[str, Sha
 
 def over_stack(bound: Bound, change: Any, params: Mapping[str, Any], w: Any) -> Any:
     """`change(Applied, w)` for each layer stacked in one leaf, as its module would see it."""
+    params = {**params, **bound.data}
     return over_layers(bound.site.stack, bound.method, bound.static, bound.axes, change, params, w)
 
 
@@ -216,15 +276,16 @@ def over_layers(
     params: Mapping[str, Any],
     w: Any,
 ) -> Any:
-    """The same for what a site is, whatever its leaf is called."""
+    """The same for what a site is, whatever its leaf is called; `params` are with its `Bound.data`."""
     import jax
 
     def one(params: Mapping[str, Any], w: Any) -> Any:
         return change(methods.Applied(method, static, params, axes), w)
 
     run: Any = one
-    for axis in stack:  # ascending, so the outermost vmap takes the last axis and moves no other
-        run = jax.vmap(run, in_axes=axis, out_axes=axis)
+    for i, axis in enumerate(stack):  # ascending, so the outermost vmap takes the last axis and moves no other
+        cut = {name: i if name == methods.LAYER else axis for name in params}
+        run = jax.vmap(run, in_axes=(cut, axis), out_axes=axis)
     return run(dict(params), w)
 
 

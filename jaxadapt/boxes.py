@@ -190,8 +190,8 @@ def owners(leaves: Mapping[str, Any]) -> dict[str, dict[Box, int]]:
 class Piece:
     """A box of a leaf that is a box of one file tensor.
 
-    `region` is the leaf's; `number` is the tensor's in its arrangement, `shape` the tensor's with its merged axes apart
-    (the same bytes in C order), and `box` the part of it.
+    `region` is the leaf's; `number` is the tensor's among those of its arrangement, `shape` the tensor's with its
+    merged axes apart (the same bytes in C order), and `box` the part of it.
     """
 
     region: Box
@@ -234,6 +234,9 @@ def pieces(form: Arrangement, box: Box) -> tuple[Piece, ...]:
     >>> [(piece.number, piece.shape, piece.box) for piece in pieces(form, ((1, 2), (0, 2), (0, 3)))]
     [(1, (3, 4), ((0, 3), (0, 2)))]
     """
+    if form.ranks is not None:
+        return tuple(_ragged(form, box))
+    place = None if form.held is None else dict(zip(form.held, range(form.count), strict=True))
     kept = [axis for axis in range(len(form.left)) if axis not in form.split]
     parts = [pattern.split(form.left[axis], form.shape[axis], dict(form.sizes)) for axis in kept]
     names = [name for part in parts for name in part]
@@ -248,6 +251,10 @@ def pieces(form: Arrangement, box: Box) -> tuple[Piece, ...]:
         for axis, at in zip(form.split, index, strict=True):
             region[axis] = (at, at + 1)
             number = number * form.shape[axis] + at
+        if place is not None:
+            if number not in place:
+                continue
+            number = place[number]
         for chosen in itertools.product(*cuts):
             for axis, (start, stop, _) in zip(kept, chosen, strict=True):
                 region[axis] = (start, stop)
@@ -255,6 +262,24 @@ def pieces(form: Arrangement, box: Box) -> tuple[Piece, ...]:
             where = tuple(fine[at] for at in order)
             out.append(Piece(tuple(region), number, shape, where, order, form.factor, form.shift))
     return tuple(out)
+
+
+def _ragged(form: Arrangement, box: Box) -> Iterator[Piece]:
+    """The pieces where tensors have ranks of their own: those of each tensor, as if it were the only one."""
+    for i in range(form.count):
+        index = form.index(i)
+        whole_part = tuple(
+            (at, at + 1) if isinstance(at, int) else (0, n if at.stop is None else at.stop)
+            for at, n in zip(index, form.shape, strict=True)
+        )
+        mine = common(box, whole_part)
+        if mine is None:
+            continue
+        inner = tuple(span for span, at in zip(mine, index, strict=True) if not isinstance(at, int))
+        for piece in pieces(form.part(i), inner):
+            spans = iter(piece.region)
+            region = tuple(outer if isinstance(at, int) else next(spans) for outer, at in zip(mine, index, strict=True))
+            yield dataclasses.replace(piece, region=region, number=i)
 
 
 def _cut(start: int, stop: int, sizes: Shape) -> Iterator[tuple[int, int, Box]]:

@@ -182,9 +182,14 @@ def _fit(like: Mapping[str, Sequence[Pair]], held: Sequence[Mapping[str, Pair]],
         sizes = {(p.a.shape[2], p.b.shape[1]) for p in pairs}
         if len(sizes) > 1:
             problems.append(f"{leaf}: (in, out) is " + " and ".join(str(list(s)) for s in sorted(sizes)))
-        if method != "cat" and not method.endswith("svd") and len({p.rank for p in pairs}) > 1:
-            mine = [(i, found[leaf].rank) for i, found in enumerate(held) if leaf in found]
-            ranks.append(f"{leaf}: " + ", ".join(f"{rank} in adapter {i}" for i, rank in mine))
+        if method == "cat" or method.endswith("svd"):
+            continue
+        of: dict[str, set[int]] = {}
+        for module, rank in ((m, rank) for p in pairs for m, rank in zip(p.modules, p.ranks, strict=True)):
+            of.setdefault(module, set()).add(rank)
+        if any(len(several) > 1 for several in of.values()):
+            mine = [(i, sorted(set(found[leaf].ranks))) for i, found in enumerate(held) if leaf in found]
+            ranks.append(f"{leaf}: " + ", ".join(f"{' or '.join(map(str, some))} in adapter {i}" for i, some in mine))
     if problems:
         raise MismatchError("the adapters are of models of different sizes:\n" + paths.listing(problems))
     if ranks:
@@ -238,19 +243,25 @@ def _either(expressions: Sequence[str]) -> str | None:
 def _rows(there: Mapping[int, Pair], weights: Sequence[Any], how: _How, noise: Any) -> Rows:
     """The new matrices of one leaf, from the pairs of the adapters (by number) that have it.
 
-    Modules that the same adapters have are computed together.
+    Modules that the same adapters have, at the same ranks and scales, are computed together.
     """
-    groups: dict[tuple[int, ...], list[str]] = {}
+    groups: dict[tuple[tuple[int, int, float], ...], list[str]] = {}
     for module in dict.fromkeys(m for pair in there.values() for m in pair.modules):
-        groups.setdefault(tuple(i for i, pair in there.items() if module in pair.modules), []).append(module)
+        mine = {i: pair for i, pair in there.items() if module in pair.modules}
+        alike = tuple((i, pair.rank_of(module), pair.scales_of([module])[0]) for i, pair in mine.items())
+        groups.setdefault(alike, []).append(module)
     made: list[Rows] = []
-    for who, modules in groups.items():
+    for alike, modules in groups.items():
+        who, ranks, scales = zip(*alike, strict=True)
         pairs = [there[i] for i in who]
-        a, b = (tuple(p.rows_of(side, modules) for p in pairs) for side in "ab")
+        a = tuple(p.rows_of("a", modules)[:, :r] for p, r in zip(pairs, ranks, strict=True))
+        b = tuple(p.rows_of("b", modules)[:, :, :r] for p, r in zip(pairs, ranks, strict=True))
         drawn = [noise[i] for i in who] if noise else None
         masks = drawn and [tuple(p.of(m, modules) for m in ms) for ms, p in zip(drawn, pairs, strict=True)]
+        if masks and not how.method.endswith("svd"):
+            masks = [(of_a[:, :r], of_b[:, :, :r]) for (of_a, of_b), r in zip(masks, ranks, strict=True)]
         by = jnp.stack([jnp.asarray(weights[i], jnp.float32) for i in who])
-        made.append(Rows(tuple(modules), *_mixed(how, tuple(p.scale for p in pairs), a, b, by, masks)))
+        made.append(Rows(tuple(modules), *_mixed(how, scales, a, b, by, masks)))
     return Rows.joined(made)
 
 

@@ -79,7 +79,8 @@ def of_site(
     if len(set(found.values())) > 1:
         raise ConfigError(
             f"leaf {site.leaf!r} holds several parameters in one array, which modules_to_save and bias treat"
-            " differently; use an unrolled model, or treat them alike"
+            " differently (bias='all' names the biases of adapted modules otherwise than the others); use an unrolled"
+            " model, or treat them alike"
         )
     return found
 

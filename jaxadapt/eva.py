@@ -62,7 +62,7 @@ def components(
     most = {m: round(wanted[m] * settings.rho) for m in wanted}
     for group in groups.values():
         most |= dict.fromkeys(group, max(most[m] for m in group))
-    where = {m: (b, i // (len(b.modules) // _count(b))) for b in bounds for i, m in enumerate(b.modules)}
+    where = {m: (b, layer) for b in bounds for m, layer in b.layers.items()}
     mine = [b for b in bounds if not groups.keys().isdisjoint(b.modules)]
     k = {b.leaf: max(most[m] for m in b.modules) for b in mine}
     wide = [f"{b.leaf}: {k[b.leaf]} components of {b.fan_in} inputs" for b in mine if k[b.leaf] > b.fan_in]
@@ -109,9 +109,8 @@ def _alike(bounds: Sequence[bind.Bound], seen: Mapping[str, Any]) -> dict[str, l
     known: list[tuple[np.ndarray, str]] = []
     for bound in bounds:
         rows = np.asarray(layers(bound, seen[bound.leaf]))[:, :, :]
-        per = len(bound.modules) // len(rows)
-        for i, module in enumerate(bound.modules):
-            row = rows[i // per]
+        for module, layer in bound.layers.items():
+            row = rows[layer]
             head = next((m for other, m in known if _same(row, other)), None)
             if head is None:
                 known.append((row, module))

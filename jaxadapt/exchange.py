@@ -167,8 +167,27 @@ def _encoded(adapter: Adapter, keymap: KeyMap | str | None, dtype: Any, traced: 
             " does not name them, so a reader would drop them:\n" + paths.listing(astray)
         )
     host = not any(isinstance(leaf, Tracer) for leaf in leaves.values())
+    if host:
+        _need_zeros(bounds, leaves)
     encoded = bind.file_plan(bounds).encode(leaves, dtype, host)
     return PeftTensors(config, encoded, "this adapter")
+
+
+def _need_zeros(bounds: Sequence[bind.Bound], leaves: Mapping[str, Any]) -> None:
+    """Raise `MismatchError` for numbers in layers or ranks that the configuration leaves out, which no file holds."""
+    odd: list[str] = []
+    for entry in (e for b in bounds for e in b.entries if e.form.partial):
+        leaf, used = leaves[entry.path], entry.form.by_tensor([1] * entry.form.count) > 0
+        xp: Any = np if together.local(leaf) else jnp
+        if bool(xp.any(xp.where(used, 0, leaf) != 0)):
+            odd.append(f"{entry.path} {tuple(leaf.shape)}")
+    if odd:
+        raise MismatchError(
+            "these arrays hold numbers in layers, parts or ranks that the configuration (target_modules,"
+            " layers_to_transform, exclude_modules, rank_pattern) leaves out, and a file would lose them. Training"
+            " keeps them at zero, so something else wrote to them, or another configuration was meant:\n"
+            + paths.listing(odd)
+        )
 
 
 def renamed(adapter: Adapter, keymap: KeyMap | str | None) -> Adapter:

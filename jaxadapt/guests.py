@@ -21,7 +21,7 @@ from jaxadapt.dialect import RANK, Dialect, Dims, layouts
 from jaxadapt.errors import KeyMapError
 from jaxadapt.keymap import KeyMap, Site, entries
 from jaxadapt.pattern import fine
-from jaxadapt.tensor import Tensor
+from jaxadapt.tensor import Modules, Tensor
 from jaxadapt.weight import Weight
 
 Shape = tuple[int, ...]
@@ -264,7 +264,7 @@ def _solve(pairs: Sequence[tuple[Dims, Shape]], sizes: Mapping[str, int]) -> dic
 def _tensors(site: Site) -> tuple[Tensor, Tensor]:
     """PEFT's two tensors of a site; the rank is an axis like another here, so any will do."""
     config = LoraConfig(r=1)
-    a, b = methods.of(config).tensors(config, site, ("",))
+    a, b = methods.of(config).tensors(config, site, Modules())
     return a, b
 
 

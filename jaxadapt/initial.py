@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from jaxadapt import bind, drawing, paths, quantized, sharding
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError, ConfigError
+from jaxadapt.tensor import Tensor
 
 BASE = "base"
 """Instead of a dtype: each parameter has that of the weight it adapts (PEFT's `autocast_adapter_dtype=False`)."""
@@ -48,7 +50,7 @@ def fresh(
     if abstract:
         made = {p: jax.ShapeDtypeStruct(shape, dtype, sharding=places.get(p)) for p, (_, _, shape) in wanted.items()}
     else:
-        made = sharding.placed(_drawn(config, wanted, key, dtype), places)
+        made = sharding.placed(_drawn(config, bounds, wanted, key, dtype), places)
     out: dict[str, Any] = {}
     for bound in bounds:
         named = dict(zip((t.name for t in bound.tensors), bound.entries, strict=True))
@@ -61,8 +63,9 @@ def fresh(
             else:
                 w = jnp.asarray(quantized.dense(base[bound.leaf]))
                 derived = bind.over_stack(bound, lambda a, w: a.from_base(w), mine, w)
+                derived = named[tensor.name].form.cleared(derived[tensor.name])
                 # A copy even where nothing changed: the base's own array must not be donated with the adapter's.
-                copy = jnp.array(derived[tensor.name], dtype=kind, copy=True)
+                copy = jnp.array(derived, dtype=kind, copy=True)
                 mine[tensor.name] = copy if place is None else sharding.moved(copy, place)
         if as_base and jnp.issubdtype(base[bound.leaf].dtype, jnp.floating):
             mine = {name: _cast(x, base[bound.leaf].dtype) for name, x in mine.items()}
@@ -70,14 +73,36 @@ def fresh(
     return out
 
 
-def _drawn(config: Config, wanted: Mapping[str, Any], key: Any, dtype: Any) -> dict[str, Any]:
+def _drawn(
+    config: Config, bounds: Sequence[bind.Bound], wanted: Mapping[str, Any], key: Any, dtype: Any
+) -> dict[str, Any]:
     try:
         draws = {p: (b.method.fresh(config, t, b.fan_in), shape) for p, (b, t, shape) in wanted.items()}
+        apart = {p: s for p, (b, t, _) in wanted.items() if (s := _by_tensor(config, b, t)) is not None}
     except ConfigError as error:  # random numbers do not do, which only matters if values are asked for
         if not sharding.tracing():
             raise
         return {p: drawing.missing(shape, dtype, str(error)) for p, (_, _, shape) in wanted.items()}
-    return drawing.drawn(key, draws, dtype)
+    made = drawing.drawn(key, draws, dtype)
+    forms = {e.path: e.form for b in bounds for e in b.entries}
+    unit = {p: (dataclasses.replace(draws[p][0], scale=1.0), draws[p][1]) for p in apart}
+    plain = drawing.drawn(key, unit, jnp.float32)
+    made |= {p: (x * forms[p].by_tensor(apart[p])).astype(dtype) for p, x in plain.items()}
+    return {p: forms[p].cleared(x) for p, x in made.items()}
+
+
+def _by_tensor(config: Config, bound: bind.Bound, tensor: Tensor) -> list[float] | None:
+    """How wide the values of each tensor are drawn where their ranks differ; None if all are drawn alike."""
+    sizes = [size for size in tensor.used or () if size]
+    if len(set(sizes)) < 2:
+        return None
+    own = [tuple((name, size if name == "r" else n) for name, n in tensor.own) for size in sizes]
+    draws = [bound.method.fresh(config, dataclasses.replace(tensor, own=o), bound.fan_in) for o in own]
+    if draws[0].kind == "constant" or len(set(draws)) == 1:
+        return None
+    ((entry,),) = ([e for t, e in zip(bound.tensors, bound.entries, strict=True) if t == tensor],)
+    scales = dict(zip(sizes, (draw.scale for draw in draws), strict=True))
+    return [scales[rank] for rank in entry.form.ranks or ()]
 
 
 def _cast(x: Any, dtype: Any) -> Any:

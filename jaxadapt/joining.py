@@ -95,7 +95,9 @@ def _concatenate(
     bound: Bound, name: str, found: Mapping[str, list[str]], tensors: Mapping[str, Array], out: dict[str, Array]
 ) -> None:
     """Put the ranks of one module's parts side by side, in A and in B."""
-    rank = dict(bound.tensors[0].own)["r"]
+    first = next(e for e in bound.entries if found[name][0] in e.keys)
+    ranks = first.form.ranks
+    rank = dict(bound.tensors[0].own)["r"] if ranks is None else ranks[first.keys.index(found[name][0])]
     module, dot, last = name.rpartition(".lora_")
     a, b = (f"{module}{dot}{side}{last[1:]}" for side in "AB")
     of_a, of_b = ([tensors[key] for key in found[whole]] for whole in (a, b))

@@ -11,11 +11,12 @@ import dataclasses
 import functools
 import hashlib
 import zlib
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax.core import FrozenDict, meta
 from flax.core.scope import in_filter
 
@@ -242,6 +243,9 @@ class Adapted:
                 mark = hashlib.sha256(text.encode()).hexdigest()[:12]
                 keys = {tensor: f"{leaf}{SEP}{tensor}{SEP}{mark}" for tensor in values[bound.leaf]}
                 extra |= {(*path, key): values[bound.leaf][tensor] for tensor, key in keys.items()}
+                for what, number in bound.data.items():
+                    keys[what] = f"{leaf}{SEP}{what}{SEP}{mark}"
+                    extra[(*path, keys[what])] = _stacked(number, bound.site.stack)
                 if name in self.tokens:
                     keys[alora.MASK] = f"{leaf}{SEP}{alora.MASK}{SEP}{mark}"
                     shape = linen_tree.opened(linen_survey.at(base["params"], known[bound.leaf])).shape
@@ -358,6 +362,14 @@ def _signature(call: Any) -> Hashable:
     return tree, tuple(
         None if is_array(leaf) else leaf if isinstance(leaf, Hashable) else repr(leaf) for leaf in leaves
     )
+
+
+def _stacked(x: Any, stack: Sequence[int]) -> Any:
+    """An array of the stacked axes alone, with these where the weights have them: a scan cuts it alike."""
+    shape = [1] * (max(stack) + 1)
+    for axis, size in zip(stack, x.shape, strict=True):
+        shape[axis] = size
+    return jnp.asarray(x.reshape(shape))
 
 
 def _fresh_key(rngs: Any, collection: str, name: str) -> Any:

@@ -17,7 +17,7 @@ from jaxadapt.adapter import Adapter
 from jaxadapt.axes import Axes
 from jaxadapt.errors import AttachError, MismatchError, warn
 from jaxadapt.generic import GENERIC
-from jaxadapt.methods import Applied, Method, computable, wide
+from jaxadapt.methods import LAYER, Applied, Method, computable, wide
 from jaxadapt.progress import Progress, counting, quiet, reporting
 from jaxadapt.trees import is_box, reboxed, unboxed
 
@@ -282,7 +282,7 @@ class _How:
 
     def __call__(self, w: Any, params: Mapping[str, Any]) -> Any:
         # The sum is made in float32, also where weight and adapter are both of 16 bits.
-        sums = {name: wide(x) for name, x in params.items()}
+        sums = {name: x if name == LAYER else wide(x) for name, x in params.items()}
         new = bind.over_layers(self.stack, self.method, self.static, self.axes, self.change, sums, computable(w))
         new = new.astype(w.dtype)
         return new if self.place is None else jax.lax.with_sharding_constraint(new, self.place)
@@ -334,7 +334,7 @@ class Changed:
         params = {
             tensor.name: _cut(self.params[tensor.name], entry.form.left, names)
             for tensor, entry in zip(bound.tensors, bound.entries, strict=True)
-        }
+        } | {name: _cut(x, bound.site.stack, at) for name, x in bound.data.items()}
         single = all(isinstance(at.get(axis), int) for axis in bound.site.stack)
         how = self.how(None if isinstance(w, Tracer) else sharding.of(w), single)
         host = isinstance(w, np.ndarray)
@@ -429,7 +429,8 @@ def changes(base: Mapping[str, Any], adapter: Adapter, weight: Change, bias: Cha
         )
     for how, changed in {changed.how(): changed for changed in out.values()}.items():
         try:  # what a method refuses shows while everything is still as it was
-            jax.eval_shape(how, changed.spec, {name: _spec(x) for name, x in changed.params.items()})
+            given = {**changed.params, **changed.bound.data}
+            jax.eval_shape(how, changed.spec, {name: _spec(x) for name, x in given.items()})
         except AttachError as error:
             raise AttachError(f"{changed.bound.leaf}: {error}") from error
     return out

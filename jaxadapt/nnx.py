@@ -26,8 +26,8 @@ from jaxadapt.adapter import Adapter, Recipe, collection_name
 from jaxadapt.axes import contradicted
 from jaxadapt.errors import AttachError
 from jaxadapt.methods import Method
-from jaxadapt.nnx_layer import ACTIVE, Attached, adapted_class
-from jaxadapt.nnx_params import AdapterParam
+from jaxadapt.nnx_layer import ACTIVE, Attached, adapted_class, attached_to
+from jaxadapt.nnx_params import AdapterParam, LayerNumber
 from jaxadapt.nnx_survey import DROPOUT, AdaptedMeta, Owner, base_class, natural, swap
 
 Tree = nnx.Module | nnx.State[Any, Any]
@@ -137,7 +137,7 @@ def attach(
         tensors = {
             t.name: AdapterParam(values[e.path], adapter=attached, **_annotation(bound, e, said))
             for t, e in zip(bound.tensors, bound.entries, strict=True)
-        }
+        } | _numbers(bound, sharding.of(vars(module)[attr].get_value()))
         # Plain dicts, marked as data: nnx.jit walks the model at every call, and nnx.Dicts take twice the time.
         if collection not in vars(module):
             setattr(module, collection, nnx.data({}))
@@ -152,6 +152,14 @@ def attach(
         if ACTIVE not in vars(module):
             setattr(module, ACTIVE, (name,))
     _set_active(adapted(model, owners), (name,))
+
+
+def _numbers(bound: bind.Bound, base: NamedSharding | None) -> dict[str, Any]:
+    """The numbers of a leaf's layers, where they are needed: on all devices that the base weight is on."""
+    if not bound.data:
+        return {}
+    where = {} if base is None else dict.fromkeys(bound.data, NamedSharding(base.mesh, PartitionSpec()))
+    return {name: LayerNumber(x) for name, x in sharding.placed(bound.data, where).items()}
 
 
 def _misfits(bounds: Sequence[bind.Bound], owners: Mapping[str, Owner], collection: str) -> list[str]:
@@ -246,7 +254,7 @@ def _set_active(layers: Layers, chosen: tuple[str, ...]) -> None:
     for path, layer in layers if len(chosen) > 1 else ():
         for name, collection in itertools.product(chosen, methods.COLLECTIONS):
             for leaf, tensors in vars(layer).get(collection, {}).get(name, {}).items():
-                attached = next(iter(tensors.values())).get_metadata()["adapter"]
+                attached = attached_to(tensors)
                 held.setdefault(paths.join(path, leaf), {})[name] = attached.method
     methods.refuse_rivals(held)
     for _, layer in layers:

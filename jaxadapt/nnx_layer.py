@@ -16,6 +16,7 @@ from jaxadapt.adapter import Recipe
 from jaxadapt.axes import Axes
 from jaxadapt.errors import AttachError
 from jaxadapt.methods import Applied, Method, Several
+from jaxadapt.nnx_params import AdapterParam
 from jaxadapt.nnx_survey import DROPOUT, AdaptedMeta, entry_points, known, view
 
 ACTIVE = "active_adapters"
@@ -45,6 +46,12 @@ class Attached:
             and self.axes == other.axes
             and self.static == other.static
         )
+
+
+def attached_to(tensors: Mapping[str, nnx.Variable[Any]]) -> Attached:
+    """What the parameters of one adapter at one leaf carry; other variables beside them do not."""
+    found: Attached = next(var for var in tensors.values() if isinstance(var, AdapterParam)).get_metadata()["adapter"]
+    return found
 
 
 # ---------------------------------------------------------------- the run-time subclass
@@ -84,7 +91,7 @@ def _hooks(module: nnx.Module) -> dict[str, Applied | Several]:
                 continue
             for leaf, tensors in held[name].items():
                 params = {t: var.get_value() for t, var in tensors.items()}
-                attached = next(iter(tensors.values())).get_metadata()["adapter"]
+                attached = attached_to(tensors)
                 drop = own[DROPOUT][name] if DROPOUT in own and name in own[DROPOUT] else None
                 drop = None if drop is None or drop.deterministic else drop
                 if drop is not None and drop.rngs is None:

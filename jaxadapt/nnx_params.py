@@ -68,5 +68,18 @@ BaseParam = nnx.All(nnx.Param, nnx.Not(AdapterParam))
 """The filter for the frozen rest. (`nnx.Param` alone catches adapters too, and would train the base.)"""
 
 
+class LayerNumber(nnx.Variable[Any]):
+    """The number of each layer in a stack whose adapters differ from layer to layer, beside their parameters.
+
+    No parameter, so nothing trains it. The scan that runs the layers must cut it on axis 0, whatever the axis of the
+    parameters is: `nnx.StateAxes({nnx.Param: 1, ...: 0})` does. A layer whose number is not cut raises
+    `AttachError` in its call.
+
+    >>> from flax import nnx
+    >>> issubclass(LayerNumber, nnx.Param)
+    False
+    """
+
+
 class TokenMask(nnx.Param[Any]):
     """Which tokens an aLoRA adapts in one call, beside its A and B; a Param, so that scans cut it as they cut those."""

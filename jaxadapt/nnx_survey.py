@@ -15,7 +15,7 @@ from jaxadapt.axes import Axes, Use
 from jaxadapt.errors import AttachError
 from jaxadapt.generic import line_for
 from jaxadapt.keymap import KeyMap
-from jaxadapt.nnx_params import AdapterParam
+from jaxadapt.nnx_params import AdapterParam, LayerNumber
 from jaxadapt.weight import Weight
 
 DROPOUT = "adapter_dropout"  # the attribute that holds an adapted layer's dropouts
@@ -77,7 +77,7 @@ def state(module: nnx.Module) -> State:
     """`{path: variable}` of what a layer may change when it is called: all that is no parameter, random streams too."""
     flat = nnx.to_flat_state(nnx.state(module, nnx.Not(nnx.Param)))
     held = {paths.join(*map(str, path)): var for path, var in flat if DROPOUT not in map(str, path)}
-    return {path: var for path, var in held.items() if isinstance(var, nnx.Variable)}
+    return {path: v for path, v in held.items() if isinstance(v, nnx.Variable) and not isinstance(v, LayerNumber)}
 
 
 def run(

@@ -322,6 +322,6 @@ def _corrected(bound: bind.Bound, a: Array, grad: Array) -> Array:
         tensors = {"lora_A": methods.wide(a), "lora_B": methods.wide(grad)}
         a_rows, rows = products.matrices(bound, tensors, scaled=False)
         gram = a_rows @ jnp.swapaxes(a_rows, 1, 2) + 1e-8 * jnp.eye(a_rows.shape[1])[None]
-        new = rows @ jnp.linalg.pinv(gram) / bound.static.scale**2
+        new = rows @ jnp.linalg.pinv(gram) / products.scale(bound) ** 2
         _, leaves = products.placed(bound, a_rows, new, scaled=False)
     return leaves[paths.join(bound.leaf, "lora_B")].astype(grad.dtype)

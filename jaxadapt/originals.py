@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxadapt import attach, bind, paths, products
 from jaxadapt.adapter import Adapter, Recipe
+from jaxadapt.arrangement import RANK, Arrangement
 from jaxadapt.beginning import Beginning, kind_of
 from jaxadapt.configs import LoraConfig
 from jaxadapt.errors import ConfigError, MismatchError
@@ -67,7 +68,7 @@ def for_original_base(trained: Any, first: Adapter, name: str = attach.DEFAULT) 
     for bound in bind.of(adapter):
         for tensor, entry in zip(bound.tensors, bound.entries, strict=True):
             old = -then[entry.path] if tensor.name in bound.method.scaled else then[entry.path]
-            out[entry.path] = jnp.concatenate([now[entry.path], old], entry.form.left.index("~r"))
+            out[entry.path] = _side_by_side(entry.form, now[entry.path], old)
     doubled = config.replace(
         r=2 * config.r,
         lora_alpha=config.lora_alpha * math.sqrt(2) if config.use_rslora else 2 * config.lora_alpha,
@@ -76,6 +77,19 @@ def for_original_base(trained: Any, first: Adapter, name: str = attach.DEFAULT) 
         init_lora_weights=True, eva_config=None, corda_config=None, lora_ga_config=None, loftq_config={},
     )  # fmt: skip
     return Adapter(doubled, paths.unflatten(out), adapter.keymap)
+
+
+def _side_by_side(form: Arrangement, now: Any, old: Any) -> Any:
+    """Two arrays of one arrangement along the rank, tensor by tensor where these have ranks of their own."""
+    axis = form.left.index(RANK)
+    if form.ranks is None:
+        return jnp.concatenate([now, old], axis)
+    out = jnp.zeros([2 * n if at == axis else n for at, n in enumerate(form.shape)], now.dtype)
+    for i, rank in enumerate(form.ranks):
+        first = form.index(i)
+        second = tuple(slice(rank, 2 * rank) if at == axis else where for at, where in enumerate(first))
+        out = out.at[first].set(now[first]).at[second].set(old[first])
+    return out
 
 
 def residual(recipe: Recipe, bounds: Sequence[bind.Bound], weights: Mapping[str, Array]) -> dict[str, Array]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxadapt import paths, pattern, pieces
-from jaxadapt.arrangement import Arrangement
+from jaxadapt.arrangement import RANK, Arrangement
 from jaxadapt.errors import KeyMapError, MismatchError
 from jaxadapt.keymap import KeyMap, Site, entries
 from jaxadapt.tensor import Tensor
@@ -67,6 +67,15 @@ class Entry:
             return form.decode(mine[0])
         dtype = self.dtype({key: t.dtype for key, t in zip(self.keys, mine, strict=True)})
         xp = mine[0].__array_namespace__()
+        if form.partial:
+            out = xp.zeros(form.shape, dtype)
+            for i, t in enumerate(mine):
+                part = form.part(i).decode(t.astype(dtype))
+                if isinstance(out, np.ndarray):
+                    out[form.index(i)] = part
+                else:
+                    out = out.at[form.index(i)].set(part)
+            return out
         parts = xp.stack([form.decode(t.astype(dtype)) for t in mine])
         counts = tuple(form.shape[axis] for axis in form.split)
         parts = parts.reshape(counts + parts.shape[1:])
@@ -87,7 +96,7 @@ class Plan:
     @functools.cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """`{key: shape}` of the file."""
-        return {key: e.form.file_shape for e in self.entries for key in e.keys}
+        return {key: e.form.shape_of(i) for e in self.entries for i, key in enumerate(e.keys)}
 
     @functools.cached_property
     def inexact(self) -> dict[str, float]:
@@ -171,10 +180,10 @@ class Encoded(Mapping[str, Any]):
     def specs(self) -> dict[str, Spec]:
         """Shapes and dtypes by key, without making a tensor."""
         return {
-            key: spec
+            key: Spec(e.form.shape_of(i), dtype)
             for e in self.plan.entries
-            for spec in (Spec(e.form.file_shape, self.dtype or np.dtype(self.leaves[e.path].dtype)),)
-            for key in e.keys
+            for dtype in (self.dtype or np.dtype(self.leaves[e.path].dtype),)
+            for i, key in enumerate(e.keys)
         }
 
     def __getitem__(self, key: str) -> Array:
@@ -251,17 +260,29 @@ def _arranged(
     """The arrangement of a tensor at a line, and what fills the key's holes for each of its file tensors."""
     known = site.weight.memo
     at = (tensor, site.parts, *sizes.items())
-    found = known.get(at)
-    if found is None:
+    if at not in known:
         left, right = _layout(site, tensor)
         only = {site.roles["fused"][0]: site.parts} if site.parts is not None else {}
         split = tuple(i for i, n in enumerate(left) if n.startswith("{"))
-        texts = [text for _, text in entries(site.weight, [left[i] for i in split], sizes, only)]
+        axes = [left[i] for i in split]
+        found = entries(site.weight, axes, sizes, only)
+        texts = [text for _, text in found]
+        held, ranks = None, None
+        if tensor.used is not None:
+            order = [site.braced.index(axis) for axis in axes]
+            each = zip(entries(site.weight, site.braced, sizes, only), tensor.used, strict=True)
+            used = {tuple(index[i] for i in order): size for (index, _), size in each}
+            mine = [used[index] for index, _ in found]
+            some = tuple(i for i, size in enumerate(mine) if size)
+            held = None if len(some) == len(mine) else some
+            texts = [texts[i] for i in some]
+            sized = tuple(mine[i] for i in some)
+            ranks = sized if RANK in left and set(sized) != {dict(tensor.own)["r"]} else None
         shape, factor = _shape(site, tensor, sizes, left), factor_of(keymap, site, tensor, sizes)
         shift = site.weight.shift if tensor.whole else 0.0
-        form = Arrangement(shape, left, right, split, factor, site.weight.sizes, shift)
-        found = known[at] = form, texts
-    return found
+        form = Arrangement(shape, left, right, split, factor, site.weight.sizes, shift, held, ranks)
+        known[at] = form, texts
+    return known[at]
 
 
 def factor_of(keymap: KeyMap, site: Site, tensor: Tensor, sizes: Mapping[str, int]) -> float:
@@ -362,6 +383,14 @@ def sizes_from_tensors(site: Site, tensors: Sequence[Tensor], shapes: Mapping[st
             + "\nOf several that are stacked (by vmap, say) take one: jax.tree.map(lambda x: x[0], tree)"
         )
     return sizes
+
+
+def stack_sizes(site: Site, tensors: Sequence[Tensor], shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """The sizes of the numbered axes alone, from what tensors of theirs have the right number of axes."""
+    numbered = [axis for axis in site.braced if site.weight.names(axis) is None]
+    layouts = [(_layout(site, t)[0], shapes[t.name]) for t in tensors if t.name in shapes]
+    found = [dict(zip(left, shape, strict=True)) for left, shape in layouts if len(left) == len(shape)]
+    return {axis: sizes[axis] for sizes in reversed(found) for axis in numbered if axis in sizes}
 
 
 def plan(entries: Sequence[Entry]) -> Plan:

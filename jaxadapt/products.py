@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadapt import bind, methods, paths, plan
+from jaxadapt import bind, methods, parameters, paths, plan
 from jaxadapt.adapter import Adapter
 from jaxadapt.configs import Config, LoraConfig
 from jaxadapt.errors import AttachError, ConfigError, KeyMapError
@@ -93,8 +93,10 @@ def with_rows(table: KeyMap, bound: bind.Bound, leaf: Array, rows: Array) -> Arr
     """The base weight with these rows; parts that are not targeted stay as they are."""
     entry, at = _in_base(table, bound, leaf.shape)
     rows = jnp.swapaxes(rows, 1, 2) if _turned(bound) else rows
-    if bound.site.parts is None:
+    if bound.site.parts is None and len(at) == entry.form.count:
         return entry.form.from_rows(rows[np.argsort(at)])
+    if bound.site.parts is None:
+        return entry.form.from_rows(entry.form.rows(jnp.asarray(leaf)).astype(rows.dtype).at[at].set(rows))
     axis = bound.site.weight.left.index(bound.site.roles["fused"][0])
     where = (slice(None),) * axis + (np.array(bound.site.parts),)
     whole = entry.form.from_rows(jnp.zeros((len(entry.keys), *entry.form.file_shape), rows.dtype).at[at].set(rows))
@@ -118,15 +120,17 @@ class Pair:
     """One leaf of a plain LoRA: for module i, ΔW = scale · b[i] @ a[i], in PyTorch's (out, in), by PEFT's own account
     (its `nn.MultiheadAttention` adds the output projection's twice: see methods/lora).
 
-    `modules` are named as in the file, prefix included. `entries` are A's and B's, for their layout.
+    `modules` are named as in the file, prefix included. `entries` are A's and B's, for their layout. Where modules
+    differ, `scale` is (n, 1, 1), and `ranks` says how much of A and B is not padding.
     """
 
     bound: bind.Bound
     modules: tuple[str, ...]
     a: Array
     b: Array
-    scale: float
+    scale: float | np.ndarray
     entries: tuple[Entry, Entry]
+    ranks: tuple[int, ...]
 
     @property
     def site(self) -> Site:
@@ -139,6 +143,16 @@ class Pair:
     def rows_of(self, side: str, modules: Sequence[str]) -> Array:
         """A or B of some modules."""
         return self.of(self.a if side == "a" else self.b, modules)
+
+    def rank_of(self, module: str) -> int:
+        """The rank of one module."""
+        return self.ranks[self.modules.index(module)]
+
+    def scales_of(self, modules: Sequence[str]) -> tuple[float, ...]:
+        """The scales of some modules."""
+        if isinstance(self.scale, float):
+            return (self.scale,) * len(modules)
+        return tuple(self.of(self.scale, modules)[:, 0, 0].tolist())
 
     def of(self, rows: Array, modules: Sequence[str]) -> Array:
         """These modules' rows of an array with one row for each of `self.modules`."""
@@ -192,7 +206,24 @@ def _pair(bound: bind.Bound, tensors: Mapping[str, Array]) -> Pair:
     a, b = matrices(bound, {name: methods.wide(jnp.asarray(x)) for name, x in tensors.items()})
     line = bound.site.weight
     times = 2 if line.kind == "attention" and not line.piece else 1  # PEFT's out_proj counts twice (methods/lora)
-    return Pair(bound, tuple(_rows(bound, entries[0])), a, b, bound.static.scale / times, entries)
+    ranks = tuple(rank for rank in entries[0].form.ranks or [a.shape[1]] * entries[0].form.count)
+    each = tuple(rank for rank in ranks for _ in range(_experts(bound)))
+    return Pair(bound, tuple(_rows(bound, entries[0])), a, b, scale(bound) / times, entries, each)
+
+
+def scale(bound: bind.Bound) -> float | np.ndarray:
+    """The scale of a site's matrices: a number, or (n, 1, 1) in the order of `matrices` where they differ."""
+    found = bound.static.scale
+    if not isinstance(found, methods.PerEntry):
+        return found
+    entry, inner = _any_ab(bound)[0], [n for n in bound.site.roles["batch"] if n.startswith("{")]
+    axes, form = (*bound.site.roles["stack"], *inner), entry.form
+    sizes = dict(zip(form.left, form.shape, strict=True))
+    split = [form.left[at] for at in form.split]
+    table = np.array(found.values).reshape([sizes[name] for name in axes])
+    flat = table.transpose([axes.index(name) for name in split]).reshape(-1)
+    flat = flat if form.held is None else flat[np.array(form.held)]
+    return np.repeat(flat, _experts(bound)).reshape(-1, 1, 1)
 
 
 def matrices(bound: bind.Bound, tensors: Mapping[str, Array], scaled: bool = True) -> tuple[Array, Array]:
@@ -294,8 +325,7 @@ def built(config: Config, keymap: KeyMap, like: Mapping[str, Pair], new: Mapping
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for leaf, made in new.items():
         old = like[leaf]
-        layers = _experts(old.bound) * math.prod(_sizes(old)[name] for name in old.site.roles["stack"])
-        size = {"~r": made.a.shape[1]} | {name: len(made.modules) // layers for name in old.site.roles["fused"]}
+        size = {"~r": made.a.shape[1]} | {name: _parts(keymap, old, made) for name in old.site.roles["fused"]}
         shapes[leaf] = {
             _name(e): tuple(size.get(n, have) for n, have in zip(e.form.left, e.shape, strict=True))
             for e in old.entries
@@ -308,6 +338,17 @@ def built(config: Config, keymap: KeyMap, like: Mapping[str, Pair], new: Mapping
             rows = _full(bound, entry, side, _picked(matrices, made.modules, _rows(bound, entry)))
             out[entry.path] = entry.form.from_rows(rows).astype(dtype)
     return Adapter(config, paths.unflatten(out), keymap)
+
+
+def _parts(keymap: KeyMap, old: Pair, made: Rows) -> int:
+    """How many fused parts of a leaf these modules are of, in whatever layers."""
+    site = dataclasses.replace(old.site, parts=None)
+    sizes = bind.one_each(site) | {name: n for name, n in _sizes(old).items() if name not in site.roles["fused"]}
+    called = (parameters.names if old.bound.method.depth is not None else Site.modules)(site, sizes)
+    mine = {module.partition("#")[0].removeprefix(keymap.prefix) for module in made.modules}
+    return len({index[-1] for index, name in called.items() if name in mine}) or len(
+        site.weight.names(site.roles["fused"][0]) or ()
+    )
 
 
 def is_pair(bound: bind.Bound) -> bool:

@@ -32,7 +32,11 @@ def renamed(config: Config, before: Sequence[Bound], table: KeyMap) -> Config:
             names = [paths.join(*name) for name in site.parameters(_braced_sizes(bound, site)).values()]
             moved += [name for name in bound.modules if name not in names]
         else:
-            new += site.modules(_braced_sizes(bound, site)).values()
+            names = tuple(site.modules(_braced_sizes(bound, site)).values())
+            mine = bound.named.names
+            new += (
+                [n for n, old in zip(names, mine, strict=True) if old is not None] if len(names) == len(mine) else names
+            )
     if unmapped:
         raise KeyMapError(f"the table {table.name!r} has no line for these adapted leaves:\n" + paths.listing(unmapped))
     old = [m for b in before if not b.method.copies and b.method.depth is None for m in b.modules]

@@ -18,7 +18,11 @@ from jaxadapt.terminal import escaped
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One adapted leaf. `how` says whether its layer's own class or a trace follows the weight."""
+    """One adapted leaf. `how` says whether its layer's own class or a trace follows the weight.
+
+    `parameters` are those that are trained; `entries` says how many of the leaf's layers and parts are adapted, if not
+    all.
+    """
 
     adapter: str
     leaf: str
@@ -28,10 +32,8 @@ class Row:
     dtype: str
     static: Any
     how: str
-
-    @property
-    def parameters(self) -> int:
-        return sum(math.prod(shape) for shape in self.tensors.values())
+    parameters: int
+    entries: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Summary:
                 _by(first.shape),
                 ", ".join(f"{name} {_by(shape)}" for name, shape in first.tensors.items()),
                 first.dtype,
-                _static(first.static),
+                ", ".join(filter(None, (_static(first.static), first.entries))),
                 first.how,
             )
             table.add_row(*(Text(escaped(cell)) for cell in cells))  # no markup: "[b]" may be a part of a name
@@ -99,7 +101,16 @@ class Summary:
         groups: dict[tuple[Any, ...], list[Row]] = {}
         for row in self.rows:
             stem = ".".join("*" if p.isdecimal() else p for p in row.leaf.split("."))
-            same = (row.adapter, stem, row.shape, tuple(row.tensors.items()), row.dtype, row.static, row.how)
+            same = (
+                row.adapter,
+                stem,
+                row.shape,
+                tuple(row.tensors.items()),
+                row.dtype,
+                row.static,
+                row.how,
+                row.entries,
+            )
             groups.setdefault(same, []).append(row)
         out: dict[str, list[Row]] = {}
         for same, rows in groups.items():
@@ -123,10 +134,14 @@ def _static(static: Any) -> str:
     shown: list[str] = []
     for field in dataclasses.fields(static):
         value = getattr(static, field.name)
-        if value and value != field.default:
-            said = f"{value:g}" if field.name == "scale" else f"{field.name} {value}"
-            shown.append(said)
+        if value and value != field.default and field.name != "used":  # which layers, `entries` says
+            shown.append(value_text(value) if field.name == "scale" else f"{field.name} {value}")
     return ", ".join(shown)
+
+
+def value_text(scale: float | methods.PerEntry) -> str:
+    """A scale; where it differs between layers, from the smallest to the largest."""
+    return f"{scale:g}" if isinstance(scale, float) else str(scale)
 
 
 def summary(tree: Any, *inputs: Any) -> Summary:
@@ -176,6 +191,8 @@ def _rows(name: str, adapter: Adapter, base: Mapping[str, tuple[int, ...]], how:
             str(next(iter(sites[bound.leaf].values())).dtype),
             bound.static,
             how.get(bound.leaf, ""),
+            sum(math.prod(e.form.shape_of(i)) for e in bound.entries for i in range(e.form.count)),
+            "" if bound.named.all else f"{len(bound.modules)} of {len(bound.named.names)} modules",
         )
         for bound in bind.of(adapter)
     ]

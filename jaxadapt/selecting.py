@@ -5,7 +5,6 @@ From a model's shapes, for attaching and loading; `bind.recover` finds the same 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Collection, Mapping, Sequence
 
@@ -146,9 +145,9 @@ def _select(
     for site, sizes, mods in found.values():
         if not wanted & set(mods.values()):
             continue
-        parts = _targeted(site, mods, wanted)
-        chosen = tuple(m for index, m in mods.items() if parts is None or index[-1] in parts)
-        bounds.append(bind.at(config, method, keymap, dataclasses.replace(site, parts=parts), sizes, chosen))
+        hit = [index for index, m in mods.items() if m in wanted]
+        site, modules = bind.targeted(site, sizes, mods, hit)
+        bounds.append(bind.at(config, method, keymap, site, sizes, modules))
     twice = {b.leaf for b in bounds} & {b.leaf for b in own}
     if twice:
         raise TargetError("target_modules and target_parameters both name these weights:\n" + paths.listing(twice))
@@ -162,10 +161,9 @@ def _parameters(config: Config, method: methods.Method, keymap: KeyMap, shapes: 
     depths = parameters.depths(keymap, (site for site, _, _ in found))
     bounds: list[Bound] = []
     for site, sizes, names in found:
-        parts = _targeted(site, names, {n for n in names.values() if targets.is_parameter(config, n)})
-        chosen = tuple(n for index, n in names.items() if parts is None or index[-1] in parts)
-        site = dataclasses.replace(site, parts=parts)
-        bounds.append(bind.at(config, method.on_parameter(depths[site.leaf]), keymap, site, sizes, chosen))
+        hit = [index for index, n in names.items() if targets.is_parameter(config, n)]
+        site, modules = bind.targeted(site, sizes, names, hit)
+        bounds.append(bind.at(config, method.on_parameter(depths[site.leaf]), keymap, site, sizes, modules))
     return bounds
 
 
@@ -175,10 +173,9 @@ def _copies(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], adapted
     bounds: list[Bound] = []
     for site, sizes, found in copies.select(config, keymap, shapes, {m for b in adapted for m in b.modules}):
         names = {index: paths.join(*name) for index, name in site.parameters(sizes).items()}
-        parts = _targeted(site, names, {names[index] for index in found})
-        chosen = tuple(m for index, m in names.items() if parts is None or index[-1] in parts)
+        site, modules = bind.targeted(site, sizes, names, found)
         copied = next(iter(found.values()))
-        bounds.append(bind.at(config, copied, keymap, dataclasses.replace(site, parts=parts), sizes, chosen))
+        bounds.append(bind.at(config, copied, keymap, site, sizes, modules))
     unknown = [
         f"{b.leaf} {shapes[b.leaf]}"
         for b in bounds
@@ -215,19 +212,3 @@ def left_out(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], adapte
     names = {leaf: tuple(mods.values()) for leaf, (_, _, mods) in found.items()} | unmapped
     rest = {leaf: called for leaf, called in names.items() if len(shapes[leaf]) >= 2 and leaf not in adapted}
     return tuple(leaf for leaf, called in rest.items() if any(targets.matches(config, m) for m in called))
-
-
-def _targeted(site: Site, modules: Mapping[tuple[int, ...], str], wanted: set[str]) -> tuple[int, ...] | None:
-    """The targeted entries of a fused axis, None if all (or none) of the leaf is targeted."""
-    hit = {index for index, module in modules.items() if module in wanted}
-    if not hit or len(hit) == len(modules):
-        return None
-    parts = sorted({index[-1] for index in hit}) if site.roles["fused"] else []
-    whole = {index for index in modules if parts and index[-1] in parts}
-    if hit != whole:
-        some = sorted(modules[i] for i in set(modules) - hit)[:3]
-        raise TargetError(
-            f"leaf {site.leaf!r} stacks several layers in one array, and only some are targeted"
-            f" (not {', '.join(some)}, …); target all of them, or use the unrolled model"
-        )
-    return tuple(parts)

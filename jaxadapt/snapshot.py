@@ -29,9 +29,9 @@ Specs = Mapping[str, tuple[tuple[int, ...], str]]
 """`{name: (shape, dtype name)}` of stored arrays."""
 
 PARTS = ("opt_state", "rng", "data")
-# Not of a model's changing state: parameters (the base stays, adapters are saved apart), and what lives within
-# one call, in which a step leaves nothing that the next one reads.
-_NOT_STATE = (nnx.nnx.Param, nnx.nnx.Intermediate, nnx.nnx.Cache, nnx.nnx.Perturbation)
+# Not of a model's changing state: parameters (the base stays, adapters are saved apart), what follows from an adapter's
+# configuration, and what lives within one call, in which a step leaves nothing that the next one reads.
+_NOT_STATE = (nnx.nnx.Param, nnx.LayerNumber, nnx.nnx.Intermediate, nnx.nnx.Cache, nnx.nnx.Perturbation)
 _NOT_STATE_COLLECTIONS = {"params", "intermediates", "cache", "perturbations"}
 
 

@@ -180,8 +180,7 @@ def _covariances(begin: Beginning, base: Any, batches: Any, forward: Any) -> dic
     out: dict[str, dict[str, Array]] = {}
     for b in begin.pairs:
         rows = observing.layers(b, sums[b.leaf])
-        per = len(b.modules) // len(rows)
-        out[b.leaf] = {m: rows[i // per, :-1] / rows[i // per, -1, 0] for i, m in enumerate(b.modules)}
+        out[b.leaf] = {m: rows[layer, :-1] / rows[layer, -1, 0] for m, layer in b.layers.items()}
     return out
 
 

@@ -259,6 +259,10 @@ def _allocated(job: Sequence[Entry], held: Held, dtypes: Mapping[str, np.dtype])
     made: dict[str, list[np.ndarray]] = {e.path: [] for e in job}
     for (path, shape, dtype), place in zip(parts, memory, strict=True):
         made[path].append(place.view(dtype).reshape(shape))
+    for entry in job:
+        if entry.form.partial:  # (not all of it is in the file)
+            for part in made[entry.path]:
+                part[...] = 0
     return made
 
 

@@ -129,6 +129,7 @@ SAME_FLOOR = {
     ("trees", "linen_tree"): "boxes are opened as Linen opens them",
     ("nnx_survey", "nnx_params"): "which parameters are no base's",
     ("nnx", "nnx_params"): "which are an adapter's",
+    ("nnx_layer", "nnx_params"): "and which a layer computes with",
     ("nnx", "nnx_layer"): "a layer that carries an adapter gets a class that applies it",
     ("nnx_layer", "nnx_survey"): "which knows how its own class uses the weight",
     ("nnx", "nnx_survey"): "attaching asks what a model does with its weights",

@@ -407,11 +407,7 @@ def test_methods_without_a_class_are_refused_by_name():
         methods.of(configs.GenericConfig(peft_type="VERA"))
 
 
-def test_one_array_cannot_hold_two_ranks_or_scales():
-    for field in ("rank_pattern", "alpha_pattern"):
-        config = config_of("LORA", ["q"], **{field: {r"h\.1\.q": 5}})
-        with pytest.raises(ConfigError, match=r"h\.1\.q: "):
-            bound_of(config, STACKED)
+def test_one_array_cannot_scale_both_inputs_and_outputs():
     config = config_of("IA3", ["k", "v"], feedforward_modules=["v"])
     with pytest.raises(ConfigError, match="feedforward differs"):
         bound_of(config, LINES["fused"])

@@ -23,7 +23,7 @@ PUBLIC = {
     "adapt", "init", "start", "for_original_base", "extract", "inject", "slot", "detach",
     "activate", "disable", "delete", "summary", "invoke",
     "export_base", "import_base", "merge", "unmerge", "combine", "rescale", "resize_rank",
-    "to_lora", "plain_lora", "AdapterParam", "BaseParam",
+    "to_lora", "plain_lora", "AdapterParam", "BaseParam", "LayerNumber",
     # its base in 4 or 8 bits
     "quantize", "dequantize", "from_qwix",
     # files

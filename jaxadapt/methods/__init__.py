@@ -5,6 +5,7 @@ from __future__ import annotations
 from jaxadapt.configs import Config
 from jaxadapt.errors import ConfigError
 from jaxadapt.methods.base import Applied, Method, Several, check_biases, computable, refuse_rivals, wide
+from jaxadapt.methods.entries import LAYER, PerEntry, needs_layer
 from jaxadapt.methods.ia3 import IA3
 from jaxadapt.methods.lora import Lora, scale_of
 
@@ -27,6 +28,6 @@ def of(config: Config) -> Method:
 
 
 __all__ = [
-    "COLLECTIONS", "METHODS", "Applied", "Method", "Several", "check_biases", "computable", "of", "refuse_rivals",
-    "scale_of", "wide",
+    "COLLECTIONS", "LAYER", "METHODS", "Applied", "Method", "PerEntry", "Several", "check_biases", "computable",
+    "needs_layer", "of", "refuse_rivals", "scale_of", "wide",
 ]  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -24,7 +24,7 @@ from jaxadapt.configs import Config
 from jaxadapt.drawing import Draw
 from jaxadapt.errors import AttachError, ConfigError
 from jaxadapt.keymap import Site
-from jaxadapt.tensor import Tensor
+from jaxadapt.tensor import Modules, Tensor
 
 Array = Any
 Params = Mapping[str, Array]
@@ -61,12 +61,12 @@ class Method(abc.ABC):
         raise ConfigError(f"target_parameters: {self.peft_type} adapts modules only")
 
     @abc.abstractmethod
-    def tensors(self, config: Any, site: Site, modules: Sequence[str]) -> tuple[Tensor, ...]:
+    def tensors(self, config: Any, site: Site, modules: Modules) -> tuple[Tensor, ...]:
         """The tensors kept at a site that stands for these PyTorch modules."""
 
     @abc.abstractmethod
-    def static(self, config: Any, site: Site, modules: Sequence[str]) -> Hashable:
-        """What the arithmetic at the site needs besides arrays."""
+    def static(self, config: Any, site: Site, modules: Modules) -> Hashable:
+        """What the arithmetic at the site needs besides arrays; what differs between entries as `PerEntry`."""
 
     @abc.abstractmethod
     def fresh(self, config: Any, tensor: Tensor, fan_in: int) -> Draw:
@@ -164,12 +164,12 @@ def wide(x: Array) -> Array:
 
 
 def one_value(what: str, values: Mapping[str, Any]) -> Any:
-    """The value all modules of one leaf share; a stacked or fused leaf cannot hold several."""
+    """The value that all modules of one leaf share, where its arithmetic can have only one."""
     distinct = sorted({repr(v) for v in values.values()})
     if len(distinct) > 1:
         listed = ", ".join(f"{m}: {v}" for m, v in list(values.items())[:4])
         raise ConfigError(
-            f"{what} differs inside one stacked or fused leaf ({listed}, …), which one array cannot hold;"
+            f"{what} differs inside one stacked or fused leaf ({listed}, …), which has one computation for all;"
             " use an unrolled model, or one value for these modules"
         )
     return next(iter(values.values()))

@@ -8,23 +8,26 @@ table of tokens and a head that is tied to it are two modules, so one's copy lea
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import NoReturn
 
-from jaxadapt.axes import Axes, Operation, Use
+import jax.numpy as jnp
+
+from jaxadapt.axes import LETTERS, Axes, Operation, Use
 from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError
 from jaxadapt.keymap import Site
 from jaxadapt.methods import lowrank
 from jaxadapt.methods.base import Array, Drop, Method, Params
-from jaxadapt.tensor import Tensor
+from jaxadapt.methods.entries import PerEntry, adapted_entries
+from jaxadapt.tensor import Modules, Tensor
 
 
 @dataclasses.dataclass(frozen=True)
 class Static:
-    """Why the leaf is copied."""
+    """Why the leaf is copied, and which of its entries are, if not all."""
 
     because: str
+    used: PerEntry | None = None
 
 
 class Copied(Method):
@@ -41,12 +44,13 @@ class Copied(Method):
     def check(self, config: Config) -> None:
         pass
 
-    def tensors(self, config: Config, site: Site, modules: Sequence[str]) -> tuple[Tensor, ...]:
+    def tensors(self, config: Config, site: Site, modules: Modules) -> tuple[Tensor, ...]:
         wrapped = ".base_layer" if self._wrapped else ""
-        return (Tensor("copy", wrapped, (), (), whole=True, from_base=True, degree=1),)
+        used = None if modules.all else modules.each(lambda _: 1, 0)
+        return (Tensor("copy", wrapped, (), (), whole=True, from_base=True, degree=1, used=used),)
 
-    def static(self, config: Config, site: Site, modules: Sequence[str]) -> Static:
-        return Static(self._because)
+    def static(self, config: Config, site: Site, modules: Modules) -> Static:
+        return Static(self._because, adapted_entries(modules))
 
     def fresh(self, config: Config, tensor: Tensor, fan_in: int) -> NoReturn:
         raise AssertionError("a copy begins as the base's leaf")
@@ -72,7 +76,12 @@ class Copied(Method):
                 " there is none that is both. Build the model with a head of its own (PEFT's merge does), or train with"
                 " ensure_weight_tying"
             )
-        return params["copy"].astype(w.dtype)
+        copy = params["copy"].astype(w.dtype)
+        if static.used is None:
+            return copy
+        batch = "".join(LETTERS[i] for i in axes.batch)
+        used = lowrank.spread(static.used.here(params), batch, LETTERS[: axes.rank])
+        return jnp.where(used > 0, copy, w)
 
     def unweight(self, static: Static, params: Params, axes: Axes, w: Array) -> NoReturn:
         raise AttachError(

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jaxadapt.axes import Axes, Operation, Use
 from jaxadapt.keymap import Site
 from jaxadapt.methods import lowrank
-from jaxadapt.methods.base import Array, wide
+from jaxadapt.methods.base import Array, Params, wide
+from jaxadapt.methods.entries import PerEntry, only_adapted
 from jaxadapt.tensor import Tensor
 
 MAGNITUDE = "lora_magnitude_vector"
@@ -35,21 +36,24 @@ def norm(axes: Axes, w: Array) -> Array:
     return lengths.transpose([left.index(i) for i in kept])
 
 
-def factor(axes: Axes, magnitude: Array, changed: Array) -> Array:
-    """m/‖W + s·B·A‖, (batch..., out...)."""
-    return magnitude / jax.lax.stop_gradient(norm(axes, changed))
+def factor(axes: Axes, params: Params, used: PerEntry | None, changed: Array) -> Array:
+    """m/‖W + s·B·A‖, (batch..., out...); 1 in entries that are not adapted."""
+    length = only_adapted(used, params, jax.lax.stop_gradient(norm(axes, changed)), 1.0)
+    return only_adapted(used, params, params[MAGNITUDE] / length, 1.0)
 
 
-def weight(axes: Axes, magnitude: Array, changed: Array) -> Array:
-    return lowrank.over_weight(axes, factor(axes, magnitude, changed)) * changed
+def weight(axes: Axes, along: Array, changed: Array) -> Array:
+    """The effective weight; `along` is `factor`."""
+    return lowrank.over_weight(axes, along) * changed
 
 
 def output(
-    use: Use | Operation, magnitude: Array, w: Array, changed: Array, delta: Array, x: Array, y: Array, dropped: bool
+    use: Use | Operation, along: Array, w: Array, changed: Array, delta: Array, x: Array, y: Array, dropped: bool
 ) -> Array:
-    """The layer's output without its bias; `delta` is s·B·A of `x`, of which something may have been `dropped`."""
+    """The layer's output without its bias; `along` is `factor`, and `delta` s·B·A of `x`, of which something may have
+    been `dropped`."""
     if isinstance(use, Use) and use.transposed:
-        return lowrank.run(use, x, weight(use.axes, magnitude, changed))
-    scale = lowrank.over_outputs(use, factor(use.axes, magnitude, changed), y.ndim)
+        return lowrank.run(use, x, weight(use.axes, along, changed))
+    scale = lowrank.over_outputs(use, along, y.ndim)
     base = lowrank.run(use, x.astype(w.dtype), w) if dropped else y
     return y + (scale - 1) * base + scale * delta

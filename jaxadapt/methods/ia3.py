@@ -9,7 +9,6 @@ model. The arithmetic follows PEFT's `tuners/ia3/layer.py`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from types import MappingProxyType
 
 import jax.numpy as jnp
@@ -22,16 +21,19 @@ from jaxadapt.errors import AttachError, ConfigError
 from jaxadapt.keymap import Site
 from jaxadapt.methods import lowrank
 from jaxadapt.methods.base import Array, Drop, Method, Params, one_value
-from jaxadapt.tensor import Tensor
+from jaxadapt.methods.entries import PerEntry, adapted_entries, only_adapted
+from jaxadapt.tensor import Modules, Tensor
 
 
 @dataclasses.dataclass(frozen=True)
 class Static:
-    """Whether the site scales its input (feedforward) instead of its output, and what convolution it is, if any."""
+    """Whether the site scales its input (feedforward) instead of its output; what convolution it is, if any; which
+    entries it has, if not all."""
 
     feedforward: bool
     conv: bool = False
     groups: int = 1
+    used: PerEntry | None = None
 
 
 class IA3(Method):
@@ -44,17 +46,17 @@ class IA3(Method):
     def check(self, config: Config) -> None:
         assert isinstance(config, IA3Config)
 
-    def tensors(self, config: IA3Config, site: Site, modules: Sequence[str]) -> tuple[Tensor, ...]:
-        static = self.static(config, site, modules)
+    def tensors(self, config: IA3Config, site: Site, modules: Modules) -> tuple[Tensor, ...]:
+        static, used = self.static(config, site, modules), None if modules.all else modules.each(lambda _: 1, 0)
         if static.conv:
-            return (_of_convolution(static, site),)
+            return (dataclasses.replace(_of_convolution(static, site), used=used),)
         if static.feedforward:
-            return (Tensor("ia3_l", ".ia3_l", ("batch", "inn"), ((), ("inn",)), degree=0),)
-        return (Tensor("ia3_l", ".ia3_l", ("batch", "out"), (("out",), ()), degree=0),)
+            return (Tensor("ia3_l", ".ia3_l", ("batch", "inn"), ((), ("inn",)), degree=0, used=used),)
+        return (Tensor("ia3_l", ".ia3_l", ("batch", "out"), (("out",), ()), degree=0, used=used),)
 
-    def static(self, config: IA3Config, site: Site, modules: Sequence[str]) -> Static:
-        feedforward = one_value("feedforward", {m: targets.is_feedforward(config, m) for m in modules})
-        return Static(feedforward, site.weight.kind == "conv", site.weight.groups)
+    def static(self, config: IA3Config, site: Site, modules: Modules) -> Static:
+        one = one_value("feedforward", {m: targets.is_feedforward(config, m) for m in modules})
+        return Static(one, site.weight.kind == "conv", site.weight.groups, adapted_entries(modules))
 
     def fresh(self, config: IA3Config, tensor: Tensor, fan_in: int) -> Draw:
         return Draw("constant", 1.0) if config.init_ia3_weights else Draw("normal", 1.0)
@@ -63,7 +65,7 @@ class IA3(Method):
         return static.conv and not static.feedforward and primitive == "conv_general_dilated"
 
     def input(self, static: Static, params: Params, use: Use, x: Array) -> Array:
-        letters, scale = self._letters(static, use), params["ia3_l"]
+        letters, scale = self._letters(static, use), _vector(static, params)
         if not self._over_input(static, use):
             return x
         if not set(letters) <= set(use.x):
@@ -77,10 +79,10 @@ class IA3(Method):
         self, static: Static, params: Params, use: Use | Operation, x: Array, y: Array, drop: Drop | None, w: Array
     ) -> Array:
         if isinstance(use, Operation):
-            return (y * lowrank.over_outputs(use, params["ia3_l"], y.ndim)).astype(y.dtype)
+            return (y * lowrank.over_outputs(use, _vector(static, params), y.ndim)).astype(y.dtype)
         if self._over_input(static, use):
             return y
-        scale = params["ia3_l"]
+        scale = _vector(static, params)
         return (y * lowrank.spread(scale, self._letters(static, use), use.y)).astype(y.dtype)
 
     def weight(self, static: Static, params: Params, axes: Axes, w: Array) -> Array:
@@ -104,7 +106,7 @@ class IA3(Method):
     def _over_bias(static: Static, params: Params, bias: Array) -> Array | None:
         if static.feedforward:
             return None
-        scale = params["ia3_l"]
+        scale = _vector(static, params)
         if scale.size != bias.size:
             raise AttachError(
                 f"IA3 scales a layer's bias, and this one has shape {bias.shape} where the vector has {scale.shape};"
@@ -123,7 +125,7 @@ class IA3(Method):
 
     @staticmethod
     def _over_weight(static: Static, params: Params, axes: Axes, w: Array) -> Array:
-        scale, role = params["ia3_l"], axes.inn if static.feedforward else axes.out
+        scale, role = _vector(static, params), axes.inn if static.feedforward else axes.out
         if static.conv and static.feedforward:
             role = axes.inn[:1]  # the channels, without the window
             if static.groups > 1:  # each output channel sees those of its group
@@ -151,3 +153,8 @@ def _of_convolution(static: Static, site: Site) -> Tensor:
     several, own = ((("g",), (("g", static.groups),))) if static.groups > 1 else ((), ())
     scaled = (*several, "channels")
     return Tensor("ia3_l", ".ia3_l", ("batch", *scaled), ((), scaled, *window), own, degree=0)
+
+
+def _vector(static: Static, params: Params) -> Array:
+    """l, and ones in entries that are not adapted."""
+    return only_adapted(static.used, params, params["ia3_l"], 1.0)

@@ -21,6 +21,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from types import MappingProxyType
+from typing import Any
 
 import jax
 
@@ -31,20 +32,23 @@ from jaxadapt.drawing import Draw
 from jaxadapt.errors import AttachError, ConfigError
 from jaxadapt.keymap import Site
 from jaxadapt.methods import alora, dora, kasa, lowrank
-from jaxadapt.methods.base import Array, Drop, Method, Params, computable, one_value
-from jaxadapt.tensor import Tensor
+from jaxadapt.methods.base import Array, Drop, Method, Params, computable
+from jaxadapt.methods.entries import PerEntry, adapted_entries, only_adapted, per_entry
+from jaxadapt.tensor import Modules, Tensor
 
 
 @dataclasses.dataclass(frozen=True)
 class Static:
     """What the arithmetic of one site needs: the scale s, the dropout rate, and which kind of LoRA it is.
 
-    `kind` is the weight's, where it is no plain matrix; `tied` says that a table of tokens is adapted in both its
-    uses, as head too; `frozen` that B is never trained (MiCA, arXiv:2604.01694);
+    `scale` and `used` (1 or 0) are of each entry where the leaf's layers or parts differ, `used` only where it takes
+    more than zeros in A and B to leave a layer as it is. `kind` is the weight's, where it is no plain matrix; `tied`
+    says that a table of tokens is adapted in both its uses, as head too; `frozen` that B is never trained (MiCA,
+    arXiv:2604.01694);
     `invoked` that only some tokens are adapted (aLoRA).
     """
 
-    scale: float
+    scale: float | PerEntry
     dropout: float = 0.0
     kind: str = ""
     groups: int = 1
@@ -53,6 +57,7 @@ class Static:
     tied: bool = False
     frozen: bool = False
     invoked: bool = False
+    used: PerEntry | None = None
 
 
 class Lora(Method):
@@ -89,10 +94,12 @@ class Lora(Method):
                 + "; ".join(problems)
             )
 
-    def tensors(self, config: LoraConfig, site: Site, modules: Sequence[str]) -> tuple[Tensor, ...]:
-        r = one_value("the rank", {m: targets.pattern_value(config.rank_pattern, m, config.r) for m in modules})
+    def tensors(self, config: LoraConfig, site: Site, modules: Modules) -> tuple[Tensor, ...]:
+        ranks = modules.each(lambda m: targets.pattern_value(config.rank_pattern, m, config.r), 0)
+        r, alike = max(ranks), len(set(ranks)) == 1
         own, kind, groups = (("r", r),), site.weight.kind, site.weight.groups
-        _check_site(config, site, r)
+        for rank in set(ranks) - {0}:
+            _check_site(config, site, rank)
         if self.depth is not None:
             _check_parameter(config, site)
         if kind == "embedding":
@@ -113,13 +120,20 @@ class Lora(Method):
             found.append(Tensor("lora_B_bias", ".lora_B.bias", ("batch", "out"), (("out",),), degree=1))
         if config.kasa_config is not None:
             found.append(kasa.tensor(r))
-        return (*found, dora.tensor(site)) if config.use_dora else tuple(found)
+        if config.use_dora:
+            found.append(dora.tensor(site))
+        if alike:
+            return tuple(found)
+        return tuple(dataclasses.replace(t, used=_used(t, ranks, r)) for t in found)
 
-    def static(self, config: LoraConfig, site: Site, modules: Sequence[str]) -> Static:
+    def static(self, config: LoraConfig, site: Site, modules: Modules) -> Static:
         kind, attention = site.weight.kind, site.weight.kind == "attention"
         times = 2 if attention and not site.weight.piece else 1  # the output projection: see above
+        scales = {times * scale_of(config, m) for m in modules}
+        one = min(scales)
+        more = config.use_dora or config.lora_bias  # whose gradients are not zero where A and B are
         return Static(
-            times * one_value("the scale", {m: scale_of(config, m) for m in modules}),
+            one if len(scales) == 1 else per_entry(modules, lambda m: times * scale_of(config, m), one),
             0.0 if kind in ("attention", "embedding") else config.lora_dropout,  # PEFT drops no tokens
             "" if kind in ("attention", "linear") else kind,
             site.weight.groups,
@@ -128,6 +142,7 @@ class Lora(Method):
             kind == "embedding" and config.ensure_weight_tying,
             str(config.init_lora_weights).lower() == "mica",
             config.alora_invocation_tokens is not None,
+            adapted_entries(modules) if more else None,
         )
 
     def role(self, static: Static, tensor: str) -> str:
@@ -176,13 +191,15 @@ class Lora(Method):
         if static.kind == "embedding" and not static.tied and isinstance(use, Use):
             return y  # the head of a model with tied embeddings: in PEFT another module, and not adapted
         x = x if drop is None else drop(x)
-        delta = lowrank.delta(use, static.scale, static.groups, *_factors(static, params), x, y)
+        scale = _scale(static, params)
+        delta = lowrank.delta(use, scale, static.groups, *_factors(static, params), x, y)
         if static.dora:
             w = computable(w)
             changed = _changed(static, params, use.axes, w)
-            return dora.output(use, params[dora.MAGNITUDE], w, changed, delta, x, y, drop is not None).astype(y.dtype)
+            along = dora.factor(use.axes, params, static.used, changed)
+            return dora.output(use, along, w, changed, delta, x, y, drop is not None).astype(y.dtype)
         if static.bias:
-            delta = delta + static.scale * lowrank.over_outputs(use, params["lora_B_bias"], y.ndim)
+            delta = delta + lowrank.over_outputs(use, _bias(static, params), y.ndim)
         if static.invoked:
             delta = alora.only(params, delta, y)
         return (y + delta).astype(y.dtype)
@@ -201,7 +218,9 @@ class Lora(Method):
             )
         _need_one_weight(static)
         changed = change(static, params, axes, w)
-        return (dora.weight(axes, params[dora.MAGNITUDE], changed) if static.dora else changed).astype(w.dtype)
+        if static.dora:
+            changed = dora.weight(axes, dora.factor(axes, params, static.used, changed), changed)
+        return changed.astype(w.dtype)
 
     def unweight(self, static: Static, params: Params, axes: Axes, w: Array) -> Array:
         _need_one_weight(static)
@@ -210,13 +229,13 @@ class Lora(Method):
                 "DoRA scales W + s·B·A to the length m, and its own length, which W would need, is not left in it; keep"
                 " the parameters as they were before merging"
             )
-        return lowrank.added(axes, w, -static.scale, *_factors(static, params)).astype(w.dtype)
+        return lowrank.added(axes, w, -_scale(static, params), *_factors(static, params)).astype(w.dtype)
 
     def adds_bias(self, static: Static) -> bool:
         return static.bias
 
     def merged_bias(self, static: Static, params: Params, bias: Array, sign: int) -> Array:
-        return (bias + sign * static.scale * params["lora_B_bias"].reshape(bias.shape)).astype(bias.dtype)
+        return (bias + sign * _bias(static, params).reshape(bias.shape)).astype(bias.dtype)
 
 
 def doubtful_twice(config: Config, sites: Iterable[Site]) -> bool:
@@ -241,14 +260,33 @@ def _factors(static: Static, params: Params) -> tuple[Array, Array]:
     return a, jax.lax.stop_gradient(b) if static.frozen else b
 
 
+def _scale(static: Static, params: Params) -> Any:
+    """s: one number, or the layer's own as an array (batch...)."""
+    return static.scale.here(params) if isinstance(static.scale, PerEntry) else static.scale
+
+
+def _bias(static: Static, params: Params) -> Array:
+    """s times the adapter's own bias."""
+    return lowrank.scaled(_scale(static, params), only_adapted(static.used, params, params["lora_B_bias"], 0.0))
+
+
+def _used(tensor: Tensor, ranks: Sequence[int], r: int) -> tuple[int, ...]:
+    """What the file has of each entry: the rank (of a grouped convolution's B a part of it), or just the tensor."""
+    own = dict(tensor.own).get("r")
+    return tuple(min(rank, 1) if own is None else rank * own // r for rank in ranks)
+
+
 def _changed(static: Static, params: Params, axes: Axes, w: Array) -> Array:
     """W + s·B·A, in the dtype of the sum."""
-    return w + static.scale * lowrank.product(axes, *_factors(static, params))
+    a, b = _factors(static, params)
+    if isinstance(static.scale, PerEntry):
+        return w + lowrank.product(axes, lowrank.scaled(_scale(static, params), a), b)
+    return w + static.scale * lowrank.product(axes, a, b)
 
 
 def _added(static: Static, params: Params, axes: Axes, w: Array) -> Array:
     """The same in one pass."""
-    return lowrank.added(axes, w, static.scale, *_factors(static, params))
+    return lowrank.added(axes, w, _scale(static, params), *_factors(static, params))
 
 
 def _need_one_weight(static: Static) -> None:

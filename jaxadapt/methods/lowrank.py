@@ -14,12 +14,19 @@ import jax.numpy as jnp
 
 from jaxadapt.axes import LETTERS, RANK, Axes, Operation, Use
 from jaxadapt.methods.base import Array, einsum, explicit
+from jaxadapt.methods.entries import leading
 
 
-def delta(use: Use | Operation, scale: float, groups: int, a: Array, b: Array, x: Array, y: Array) -> Array:
-    """s·B·A·x, in the dtype that follows from x and the factors; laid out over devices as `y` is."""
+def delta(use: Use | Operation, scale: float | Array, groups: int, a: Array, b: Array, x: Array, y: Array) -> Array:
+    """s·B·A·x, in the dtype that follows from x and the factors; laid out over devices as `y` is.
+
+    `scale` is one number, or an array (batch...).
+    """
     if isinstance(use, Use):
-        return _product_of(use, scale, a, b, x, y)
+        one = isinstance(scale, float)
+        return _product_of(use, scale if one else 1.0, None if one else scale, a, b, x, y)
+    if not isinstance(scale, float):
+        a, scale = scaled(scale, a), 1.0
     if use.axes.batch:
         pair = _inside(use.axes, a, use.axes.out), _inside(use.axes, b, use.axes.inn)
         first, last = pair[::-1] if use.transposed else pair
@@ -36,7 +43,7 @@ def delta(use: Use | Operation, scale: float, groups: int, a: Array, b: Array, x
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
-def _product_of(use: Use, scale: float, a: Array, b: Array, x: Array, y: Array) -> Array:
+def _product_of(use: Use, scale: float, by: Array | None, a: Array, b: Array, x: Array, y: Array) -> Array:
     """Jitted so that a model of many equal layers traces (and linearises) it once; inlined, so that what is
     compiled is the same as without."""
     batch = use.letters("batch")
@@ -47,7 +54,13 @@ def _product_of(use: Use, scale: float, a: Array, b: Array, x: Array, y: Array) 
     mid += "".join(c for c in batch if c not in mid) + RANK
     x = x.astype(first[0].dtype)
     h = einsum(f"{use.x},{first[1]}->{mid}", x, first[0], on=explicit(mid, (x, use.x), first))
-    return einsum(f"{mid},{last[1]}->{use.y}", h * scale, last[0], on=explicit(use.y, (y, use.y)))
+    h = h * scale if by is None else h * spread(by, batch, mid).astype(h.dtype)
+    return einsum(f"{mid},{last[1]}->{use.y}", h, last[0], on=explicit(use.y, (y, use.y)))
+
+
+def scaled(scale: float | Array, factor: Array) -> Array:
+    """A factor (batch..., …) times the scale, one number or (batch...)."""
+    return scale * factor if isinstance(scale, float) else leading(scale, factor) * factor
 
 
 def _as_weight(axes: Axes, groups: int, a: Array) -> Array:
@@ -69,7 +82,7 @@ def product(axes: Axes, a: Array, b: Array) -> Array:
     return einsum(f"{batch}{RANK}{inn},{batch}{out}{RANK}->{LETTERS[: axes.rank]}", a, b)
 
 
-def added(axes: Axes, w: Array, scale: float, a: Array, b: Array) -> Array:
+def added(axes: Axes, w: Array, scale: float | Array, a: Array, b: Array) -> Array:
     """W + scale·B·A, for a weight that is made once and kept.
 
     Up to `_FEW` terms are added up in one expression with the rest: under jit one pass over the weight, nothing of its
@@ -78,6 +91,8 @@ def added(axes: Axes, w: Array, scale: float, a: Array, b: Array) -> Array:
     256 × 256 in PyTorch's layout, say.) What else was tried is listed in benchmarks/README.md.
     """
     at = len(axes.batch)
+    if not isinstance(scale, float):
+        a, scale = scaled(scale, a), 1.0
     if a.shape[at] > _FEW:
         return w + scale * product(axes, a, b)
     # Each term is read as it lies, so r goes before what is adapted: laid out so before the sum, not within it.

@@ -8,7 +8,6 @@ active adapter's rows stand in for the table's, in every use of it, the head of 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import NoReturn
 
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from jaxadapt.configs import Config
 from jaxadapt.errors import AttachError, ConfigError
 from jaxadapt.keymap import Site
 from jaxadapt.methods.base import Array, Drop, Method, Params
-from jaxadapt.tensor import Tensor
+from jaxadapt.tensor import Modules, Tensor
 
 NAME = "trainable_tokens_delta"
 
@@ -48,7 +47,7 @@ class Tokens(Method):
     def check(self, config: Config) -> None:
         pass
 
-    def tensors(self, config: Config, site: Site, modules: Sequence[str]) -> tuple[Tensor, ...]:
+    def tensors(self, config: Config, site: Site, modules: Modules) -> tuple[Tensor, ...]:
         if site.weight.kind not in ("embedding", "linear") or site.roles["batch"] or site.stack:
             raise ConfigError(f"{site.leaf}: trainable_token_indices is for a table of tokens or a head")
         dim = "out" if site.weight.kind == "embedding" else "inn"
@@ -56,7 +55,7 @@ class Tokens(Method):
         suffix = f".token_adapter.{NAME}"
         return (Tensor(NAME, suffix, ("n", dim), (("n",), (dim,)), own, from_base=True, degree=1),)
 
-    def static(self, config: Config, site: Site, modules: Sequence[str]) -> Static:
+    def static(self, config: Config, site: Site, modules: Modules) -> Static:
         return Static(self._tokens, site.weight.kind != "embedding")
 
     def fresh(self, config: Config, tensor: Tensor, fan_in: int) -> NoReturn:
