@@ -22,7 +22,7 @@ import numpy as np
 import safetensors.flax
 
 from benchmarks.measure import parsed
-from jaxadapt.codecs import safetensors as codec
+from jaxadapt.storage import safetensors as codec
 
 COUNT = 450
 

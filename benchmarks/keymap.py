@@ -32,7 +32,10 @@ import numpy as np
 import jaxadapt
 from benchmarks.io import status
 from benchmarks.measure import Way, environment, interleave, judge, parsed, ratio, table
-from jaxadapt import bind, families, paths, planning
+from jaxadapt.adapters import sites
+from jaxadapt.core import paths
+from jaxadapt.keymaps import families
+from jaxadapt.models import planning
 
 LAYERS, HIDDEN, INNER, HEADS, KV, HEAD, VOCAB, RANK = 80, 8192, 28672, 64, 8, 128, 128256, 64
 PLAN, SPEED, EXTRA = 0.3, 0.5, 1.5  # seconds; parts of memcpy; times the largest tensor
@@ -95,7 +98,7 @@ def planned(rounds: int) -> tuple[list[list[object]], list[str]]:
 
         def plan(model: Any, keymap: str | None = keymap) -> Any:
             _, bounds = planning.plan(planning.Base.of(model), CONFIG, keymap)
-            return bind.file_plan(bounds).shapes
+            return sites.file_plan(bounds).shapes
 
         ways[name] = Way(plan, new)
         counts[name] = (len(shapes(name)), len(plan(new())))
@@ -118,7 +121,7 @@ def moving(rounds: int, layers: int) -> tuple[list[list[object]], list[str], str
         rng = np.random.default_rng(0)
         leaves = {
             e.path: rng.standard_normal(e.shape, "float32").astype(ml_dtypes.bfloat16)
-            for e in bind.file_plan(bounds).entries
+            for e in sites.file_plan(bounds).entries
         }
         adapter = jaxadapt.Adapter(recipe.config, paths.unflatten(leaves), recipe.keymap)
         nbytes = sum(x.nbytes for x in leaves.values())

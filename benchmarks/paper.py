@@ -21,7 +21,8 @@ from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 import jaxadapt
 from benchmarks.measure import parsed, table
-from jaxadapt import boxes, together
+from jaxadapt.arrays import regions
+from jaxadapt.persistence import multihost
 
 LAYERS, HIDDEN, KEYS, INNER = 80, 8192, 1024, 28672
 OUT_CUT = {"q_proj": (HIDDEN, HIDDEN), "k_proj": (HIDDEN, KEYS), "v_proj": (HIDDEN, KEYS),
@@ -57,11 +58,11 @@ def adapter(fsdp: int, tp: int, rank: int) -> dict[str, Any]:
     return jaxadapt.init(config, base).flat()
 
 
-def cut_up(spec: Any, fsdp: int, tp: int) -> dict[boxes.Box, list[int]]:
+def cut_up(spec: Any, fsdp: int, tp: int) -> dict[regions.Box, list[int]]:
     """`{part: numbers of the devices that hold it}`, the mesh laid out row by row over the hosts."""
     cut = {"fsdp": fsdp, "tp": tp}
     axes = [*spec.sharding.spec, *[None] * (spec.ndim - len(spec.sharding.spec))]
-    found: dict[boxes.Box, list[int]] = {}
+    found: dict[regions.Box, list[int]] = {}
     for device in range(fsdp * tp):
         at = {"fsdp": device // tp, "tp": device % tp}
         box = tuple(
@@ -81,25 +82,25 @@ def cost(hosts: int, chips: int, tp: int, rank: int, width: int, copies: int) ->
     leaves = 0
     for spec in adapter(fsdp, tp, rank).values():
         leaves += LAYERS * copies
-        groups: dict[tuple[int, ...], list[boxes.Box]] = {}
+        groups: dict[tuple[int, ...], list[regions.Box]] = {}
         for box, devices in cut_up(spec, fsdp, tp).items():
             groups.setdefault(tuple(sorted({d // chips for d in devices})), []).append(box)
         for _ in range(LAYERS * copies):
             for holders, parts in groups.items():  # as `boxes.owners` does
                 owner = min(holders, key=lambda host: (load[host], host))
-                load[owner] += width * sum(map(boxes.size, parts))
+                load[owner] += width * sum(map(regions.size, parts))
                 arrays[owner] += len(parts)
-                found = together.covered(tuple(parts), spec.shape, width)
+                found = multihost.covered(tuple(parts), spec.shape, width)
                 calls[owner] += sum(runs(box, spec.shape) for box, _ in found)
     return Cost(sum(load.values()), max(load.values()), max(calls.values()), leaves, max(arrays.values()))
 
 
-def runs(box: boxes.Box, shape: tuple[int, ...]) -> int:
+def runs(box: regions.Box, shape: tuple[int, ...]) -> int:
     """In how many pieces a part lies in its tensor."""
     inner = len(shape) - 1
     while inner and box[inner] == (0, shape[inner]):
         inner -= 1
-    return math.prod(boxes.extent(box)[:inner])
+    return math.prod(regions.extent(box)[:inner])
 
 
 def main() -> None:

@@ -16,25 +16,11 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxadapt import optim as optim
-
     # Type checkers and editors read these; tests/test_public.py holds them equal to `_HOME`.
-    from jaxadapt.adapter import Adapter
-    from jaxadapt.attach import (
-        activate,
-        adapt,
-        delete,
-        detach,
-        disable,
-        extract,
-        init,
-        inject,
-    )
-    from jaxadapt.bases import export_base, import_base
-    from jaxadapt.checkpoint import CheckpointManager
-    from jaxadapt.combining import combine
+    from jaxadapt.adapters.adapter import Adapter
+    from jaxadapt.adapters.peft_tensors import PeftTensors
     from jaxadapt.configs import Config, IA3Config, LoraConfig
-    from jaxadapt.errors import (
+    from jaxadapt.core.errors import (
         AdapterError,
         AttachError,
         ConfigError,
@@ -44,25 +30,29 @@ if TYPE_CHECKING:
         MismatchError,
         TargetError,
     )
-    from jaxadapt.exchange import from_peft, to_peft
-    from jaxadapt.folder import inspect, read, read_config, write
-    from jaxadapt.foreign import slot
-    from jaxadapt.hub import pull
-    from jaxadapt.invoking import invoke
-    from jaxadapt.keymap import KeyMap
-    from jaxadapt.merging import merge, unmerge
-    from jaxadapt.nnx_params import AdapterParam, BaseParam, LayerNumber
-    from jaxadapt.originals import for_original_base
-    from jaxadapt.peft_tensors import PeftTensors
-    from jaxadapt.plain import plain_lora
-    from jaxadapt.quantizing import dequantize, from_qwix, quantize
-    from jaxadapt.reducing import resize_rank, to_lora
-    from jaxadapt.report import summary
-    from jaxadapt.rescaling import rescale
-    from jaxadapt.sharing import push
-    from jaxadapt.starting import start
-    from jaxadapt.store import load, save
-    from jaxadapt.weight import Weight
+    from jaxadapt.export.base_weights import export_base, import_base
+    from jaxadapt.initializers.original_base import for_original_base
+    from jaxadapt.initializers.start_adapter import start
+    from jaxadapt.keymaps.keymap import KeyMap
+    from jaxadapt.keymaps.weight import Weight
+    from jaxadapt.merging.base_merge import merge, unmerge
+    from jaxadapt.merging.combination import combine
+    from jaxadapt.merging.plain import plain_lora
+    from jaxadapt.merging.rank_reduction import resize_rank, to_lora
+    from jaxadapt.models.adapter_scale import rescale
+    from jaxadapt.models.attachment import activate, adapt, delete, detach, disable, extract, init, inject
+    from jaxadapt.models.foreign.tree import slot
+    from jaxadapt.models.invocation import invoke
+    from jaxadapt.models.nnx.params import AdapterParam, BaseParam, LayerNumber
+    from jaxadapt.models.quantization import dequantize, from_qwix, quantize
+    from jaxadapt.models.summary_table import summary
+    from jaxadapt.persistence.folder import inspect, read, read_config, write
+    from jaxadapt.persistence.peft import from_peft, to_peft
+    from jaxadapt.persistence.store import load, save
+    from jaxadapt.persistence.upload import push
+    from jaxadapt.storage.hub import pull
+    from jaxadapt.training import optim as optim
+    from jaxadapt.training.checkpoint.manager import CheckpointManager
 
 __version__ = "0.1.0"
 
@@ -71,31 +61,31 @@ _HOME = {
     name: module
     for module, names in {
         "configs": "Config LoraConfig IA3Config",
-        "adapter": "Adapter",
-        "peft_tensors": "PeftTensors",
-        "keymap": "KeyMap",
-        "weight": "Weight",
-        "nnx_params": "AdapterParam BaseParam LayerNumber",
-        "attach": "adapt init extract inject activate disable delete detach",
-        "report": "summary",
-        "bases": "export_base import_base",
-        "merging": "merge unmerge",
-        "combining": "combine",
-        "reducing": "resize_rank to_lora",
-        "plain": "plain_lora",
-        "quantizing": "quantize dequantize from_qwix",
-        "rescaling": "rescale",
-        "invoking": "invoke",
-        "exchange": "to_peft from_peft",
-        "foreign": "slot",
-        "originals": "for_original_base",
-        "starting": "start",
-        "store": "save load",
-        "checkpoint": "CheckpointManager",
-        "folder": "read write inspect read_config",
-        "hub": "pull",
-        "sharing": "push",
-        "errors": "AdapterError ConfigError FileError FormatError KeyMapError MismatchError TargetError AttachError",
+        "adapters.adapter": "Adapter",
+        "adapters.peft_tensors": "PeftTensors",
+        "keymaps.keymap": "KeyMap",
+        "keymaps.weight": "Weight",
+        "models.nnx.params": "AdapterParam BaseParam LayerNumber",
+        "models.attachment": "adapt init extract inject activate disable delete detach",
+        "models.summary_table": "summary",
+        "export.base_weights": "export_base import_base",
+        "merging.base_merge": "merge unmerge",
+        "merging.combination": "combine",
+        "merging.rank_reduction": "resize_rank to_lora",
+        "merging.plain": "plain_lora",
+        "models.quantization": "quantize dequantize from_qwix",
+        "models.adapter_scale": "rescale",
+        "models.invocation": "invoke",
+        "persistence.peft": "to_peft from_peft",
+        "models.foreign.tree": "slot",
+        "initializers.original_base": "for_original_base",
+        "initializers.start_adapter": "start",
+        "persistence.store": "save load",
+        "training.checkpoint.manager": "CheckpointManager",
+        "persistence.folder": "read write inspect read_config",
+        "storage.hub": "pull",
+        "persistence.upload": "push",
+        "core.errors": "AdapterError ConfigError FileError FormatError KeyMapError MismatchError TargetError AttachError",
     }.items()
     for name in names.split()
 }
@@ -206,7 +196,7 @@ def _unknown(name: str) -> str:
 
 def __getattr__(name: str) -> Any:
     if name == "optim":  # the one module whose functions are called through it, as optax's are
-        return importlib.import_module(f"{__name__}.{name}")
+        return importlib.import_module(f"{__name__}.training.{name}")
     module = _HOME.get(name)
     if module is None:
         text = _unknown(name)

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 import jaxadapt
-from jaxadapt.codecs import orbax
+from jaxadapt.storage import orbax
 from tests.kill_save import Apart, sweep
 
 

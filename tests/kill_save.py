@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 import jaxadapt
-from jaxadapt import folder
+from jaxadapt.persistence import folder
 from tests.small import CONFIG, WEIGHTS
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jaxadapt
-from jaxadapt import paths
+from jaxadapt.core import paths
 from tests.kill_save import Apart, check, make, sweep
 
 

@@ -19,8 +19,8 @@ import jax
 import numpy as np
 
 import jaxadapt
-from jaxadapt.codecs import orbax
-from jaxadapt.codecs.group import Group
+from jaxadapt.storage import orbax
+from jaxadapt.storage.coordination import Group
 from tests import meshes, processes
 from tests.test_sharded_files import numbers, original
 
@@ -206,8 +206,8 @@ def _die() -> None:
 
 
 def _die_at(moment: str, folder: Path) -> None:
-    from jaxadapt import together
-    from jaxadapt.codecs import atomic, group, parallel
+    from jaxadapt.persistence import multihost
+    from jaxadapt.storage import atomic, coordination, parallel_write
 
     if moment == "begin":
         _die()
@@ -221,15 +221,15 @@ def _die_at(moment: str, folder: Path) -> None:
 
         threading.Thread(target=watch, daemon=True).start()
         return
-    say, write, manager = group.Group._say, parallel._Place.write_at, jaxadapt.CheckpointManager
-    gather = together.multihost_utils.process_allgather
+    say, write, manager = coordination.Group._say, parallel_write._Place.write_at, jaxadapt.CheckpointManager
+    gather = multihost.multihost_utils.process_allgather
 
     def dying_say(self: Any, name: str, message: Any) -> None:
         if name == moment:
             _die()
         say(self, name, message)
 
-    group.Group._say = dying_say
+    coordination.Group._say = dying_say
     if moment == "write":
         writes = itertools.count()
 
@@ -239,7 +239,7 @@ def _die_at(moment: str, folder: Path) -> None:
                 _die()
             write(self, data, offset, *cut)
 
-        parallel._Place.write_at = dying_write
+        parallel_write._Place.write_at = dying_write
     elif moment == "gather":
         gathered = itertools.count()
 
@@ -248,7 +248,7 @@ def _die_at(moment: str, folder: Path) -> None:
                 _die()
             return gather(*args, **more)
 
-        together.multihost_utils.process_allgather = dying_gather
+        multihost.multihost_utils.process_allgather = dying_gather
     elif moment == "commit":
         atomic._finish = lambda *_: _die()
     elif moment == "prune":

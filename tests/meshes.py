@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import jaxadapt
-from jaxadapt import paths
+from jaxadapt.core import paths
 
 D, HEADS, HEAD, F, LAYERS = 16, 8, 2, 32, 2
 CONFIG = jaxadapt.LoraConfig(r=3, lora_alpha=6, target_modules=["q", "o", "up", "down"])

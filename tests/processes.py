@@ -123,7 +123,7 @@ def base(layout: tuple[str, str], scanned: bool) -> Any:
     import jax
     from jax.sharding import NamedSharding
 
-    from jaxadapt import paths
+    from jaxadapt.core import paths
     from tests import meshes
 
     mesh = meshes.mesh_of(layout[0])
@@ -145,7 +145,7 @@ def watching(stem: Path) -> Any:
 def save_and_load(folder: Path, argument: str) -> None:
     """Saved on each layout, by all and through process 0, loaded on another."""
     import jaxadapt
-    from jaxadapt import together
+    from jaxadapt.persistence import multihost
     from tests import meshes
 
     def never(*_: Any, **__: Any) -> Any:
@@ -154,7 +154,7 @@ def save_and_load(folder: Path, argument: str) -> None:
     for number, layout in enumerate(meshes.LAYOUTS):
         scanned = bool(number % 2)
         mine = adapter(layout, scanned)
-        with mock.patch.object(together.multihost_utils, "process_allgather", never):
+        with mock.patch.object(multihost.multihost_utils, "process_allgather", never):
             jaxadapt.save(mine, folder / f"{number}-all", timeout=60, progress=watching(folder / f"{number}-all-told"))
         if number % 3 == 0:
             told = watching(folder / f"{number}-one-told")

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = """
 import asyncio, time
 {before}
-from jaxadapt.background import Background
+from jaxadapt.training.checkpoint.background import Background
 
 def work():
     time.sleep(0.5)  # in which the interpreter gets as far as it will

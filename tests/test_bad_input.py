@@ -18,9 +18,10 @@ import pytest
 from flax import nnx
 
 import jaxadapt
-from jaxadapt import AdapterError, ConfigError, FileError, FormatError, MismatchError, folder
-from jaxadapt.codecs import atomic, safetensors
-from jaxadapt.codecs import files as codec_files
+from jaxadapt import AdapterError, ConfigError, FileError, FormatError, MismatchError
+from jaxadapt.persistence import folder
+from jaxadapt.storage import atomic, safetensors
+from jaxadapt.storage import local_files as codec_files
 from tests import small
 from tests.small import CONFIG, IA3, LORA, WEIGHTS, files, same
 

@@ -17,8 +17,8 @@ from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import save_file
 
 from jaxadapt.cli import main
+from jaxadapt.core.paths import unflatten
 from jaxadapt.demo import llama
-from jaxadapt.paths import unflatten
 
 SIZES = llama.LlamaConfig(32, 16, 24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4)
 TENSORS = {key: np.zeros(shape, "f4") for key, shape in llama.hf_shapes(SIZES).items()}

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import jaxadapt
-from jaxadapt import run_folder, snapshot, step_files
+from jaxadapt.training.checkpoint import run_folder, snapshot, step_files
 from tests import leave, small, train_small
 from tests.small import same
 

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxadapt
 from jaxadapt.cli import main
-from jaxadapt.converting import convert
+from jaxadapt.export.conversion import convert
 from tests.dialects import real
 from tests.dialects.cases import flat
 from tests.families import core, specimens

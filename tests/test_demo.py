@@ -18,8 +18,8 @@ from rich.console import Console
 
 import jaxadapt
 from jaxadapt.cli import main
+from jaxadapt.core.errors import AdapterError, ConfigError, FileError
 from jaxadapt.demo import check, finetune, llama, smollm2, text, training
-from jaxadapt.errors import AdapterError, ConfigError, FileError
 
 TINY = llama.LlamaConfig(
     vocab_size=64,

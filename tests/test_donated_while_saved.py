@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 import jaxadapt
-from jaxadapt import orbax_folder, step_files
-from jaxadapt.errors import AttachError, FileError
+from jaxadapt.core.errors import AttachError, FileError
+from jaxadapt.persistence import orbax_folder
+from jaxadapt.training.checkpoint import step_files
 from tests import small
 
 

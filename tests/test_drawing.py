@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import jaxadapt
-from jaxadapt import drawing
-from jaxadapt.drawing import Draw
+from jaxadapt.arrays import random_draws
+from jaxadapt.arrays.random_draws import Draw
 
 KEY = jax.random.key(3)
 WANTED = {
@@ -21,9 +21,9 @@ WANTED = {
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_same_in_and_outside_jit_bit_for_bit(dtype):
-    found = drawing.drawn(KEY, WANTED, dtype)
-    traced = jax.jit(lambda key: drawing.drawn(key, WANTED, dtype))(KEY)
-    outside = jax.jit(lambda: drawing.drawn(KEY, WANTED, dtype))()  # the key a constant of what is traced
+    found = random_draws.drawn(KEY, WANTED, dtype)
+    traced = jax.jit(lambda key: random_draws.drawn(key, WANTED, dtype))(KEY)
+    outside = jax.jit(lambda: random_draws.drawn(KEY, WANTED, dtype))()  # the key a constant of what is traced
     assert {p: (x.shape, x.dtype.name) for p, x in found.items()} == {p: (s, dtype) for p, (_, s) in WANTED.items()}
     for path, x in found.items():
         np.testing.assert_array_equal(x, traced[path])
@@ -31,17 +31,17 @@ def test_the_same_in_and_outside_jit_bit_for_bit(dtype):
 
 
 def test_each_array_depends_on_its_own_path_and_shape_only():
-    found = drawing.drawn(KEY, WANTED, "float32")
-    for path, x in drawing.drawn(KEY, {p: WANTED[p] for p in reversed(WANTED)}, "float32").items():
+    found = random_draws.drawn(KEY, WANTED, "float32")
+    for path, x in random_draws.drawn(KEY, {p: WANTED[p] for p in reversed(WANTED)}, "float32").items():
         np.testing.assert_array_equal(x, found[path])
-    other = drawing.drawn(KEY, {"z": WANTED["a"]}, "float32")["z"]
+    other = random_draws.drawn(KEY, {"z": WANTED["a"]}, "float32")["z"]
     assert (other == found["a"]).mean() < 0.01
-    assert (drawing.drawn(jax.random.key(4), WANTED, "float32")["a"] == found["a"]).mean() < 0.01
+    assert (random_draws.drawn(jax.random.key(4), WANTED, "float32")["a"] == found["a"]).mean() < 0.01
 
 
 def test_the_distributions():
     """Kolmogorov and Smirnov's distance of 6000 and 9000 draws; the bound is passed by one key in 10⁵."""
-    found = drawing.drawn(KEY, WANTED, "float32")
+    found = random_draws.drawn(KEY, WANTED, "float32")
     uniform, normal = np.sort(found["a"].ravel()), np.sort(found["c"].ravel())
     assert -0.25 <= uniform[0] < -0.2499
     assert 0.2499 < uniform[-1] < 0.25
@@ -62,17 +62,21 @@ def test_numpys_bits_are_jaxs(key):
     chunks = [jax.random.fold_in(jax.random.fold_in(key, first), second) for first, second in words]
     found = np.stack([jax.random.bits(k, (4096,)) for k in chunks])
     used = [4096, 5, 1, *range(4090, 4094), 7, 7, 4096, 4096, 2]
-    for mine, theirs, count in zip(drawing._chunks(key, words, used), found, used, strict=True):
+    for mine, theirs, count in zip(random_draws._chunks(key, words, used), found, used, strict=True):
         np.testing.assert_array_equal(mine[:count], theirs[:count])
-    np.testing.assert_array_equal(drawing._bits(key, words), found)
+    np.testing.assert_array_equal(random_draws._bits(key, words), found)
 
 
 @pytest.mark.parametrize("key", [KEY, jax.random.key(2**31), jax.random.key(5, impl="rbg")], ids=["3", "2^31", "rbg"])
 def test_numpys_fold_in_is_jaxs(key):
     for data in (0, 1, 2**32 - 1):
         theirs = jax.random.fold_in(key, data)
-        traced = jax.jit(drawing.fold_in, static_argnums=1)(key, data)
-        for mine in (drawing.fold_in(key, data), traced, jax.jit(lambda k=key, d=data: drawing.fold_in(k, d))()):
+        traced = jax.jit(random_draws.fold_in, static_argnums=1)(key, data)
+        for mine in (
+            random_draws.fold_in(key, data),
+            traced,
+            jax.jit(lambda k=key, d=data: random_draws.fold_in(k, d))(),
+        ):
             assert (mine.dtype, mine.shape) == (theirs.dtype, theirs.shape)
             np.testing.assert_array_equal(jax.random.key_data(mine), jax.random.key_data(theirs))
 
@@ -80,12 +84,12 @@ def test_numpys_fold_in_is_jaxs(key):
 def test_nothing_is_compiled_for_few_and_one_program_for_many(monkeypatch):
     base = {n: {"kernel": jax.ShapeDtypeStruct((8 + i, 6 + i), "f4")} for i, n in enumerate("abcdef")}
     config = jaxadapt.LoraConfig(r=2, target_modules=list("abcdef"))
-    drawing._bits.clear_cache()
+    random_draws._bits.clear_cache()
     few = jaxadapt.init(config, base, key=KEY).params
-    assert drawing._bits._cache_size() == 0
-    monkeypatch.setattr(drawing, "_FEW", 3)
+    assert random_draws._bits._cache_size() == 0
+    monkeypatch.setattr(random_draws, "_FEW", 3)
     many = jaxadapt.init(config, base, key=KEY).params
-    assert drawing._bits._cache_size() == 1
+    assert random_draws._bits._cache_size() == 1
     jax.tree.map(np.testing.assert_array_equal, few, many)
 
 

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 import jaxadapt
 from jaxadapt import ConfigError, FileError
 from jaxadapt.cli import main
-from jaxadapt.codecs import shards
+from jaxadapt.storage import hf_model
 from tests import small
 from tests.small import CARD, CONFIG, WEIGHTS
 
@@ -73,7 +73,7 @@ def test_a_card_stays_as_it_is(held, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_index_of_a_model(tmp_path, kind):
     replaced(tmp_path / "model.safetensors.index.json", kind)
-    with pytest.raises(FileError, match=KINDS[kind]), shards.opened(tmp_path):
+    with pytest.raises(FileError, match=KINDS[kind]), hf_model.opened(tmp_path):
         pass
 
 

@@ -10,9 +10,10 @@ import sys
 
 import pytest
 
-from jaxadapt import ConfigError, LoraConfig, configs, targets
-from jaxadapt.configs.check import compile_pattern
-from jaxadapt.configs.patterns import Index
+from jaxadapt import ConfigError, LoraConfig, configs
+from jaxadapt.configs import matching
+from jaxadapt.configs.name_patterns import Index
+from jaxadapt.configs.validation import compile_pattern
 
 USUAL = [
     r"(.*(language_model).*(down_proj|gate_proj|up_proj|k_proj|q_proj|v_proj|o_proj).*$|.*(custom_text_proj).*$)",
@@ -60,7 +61,7 @@ def test_a_slow_expression_of_a_method_without_a_class_of_its_own_is_refused():
         configs.loads(text)
     ranks = configs.loads(json.dumps({"peft_type": "LOHA", "target_modules": ["q"], "rank_pattern": {"(a+)+$": 2}}))
     with pytest.raises(ConfigError, match="matched in a few steps"):
-        targets.pattern_value(ranks.get("rank_pattern"), "a" * 60 + "b", 8)
+        matching.pattern_value(ranks.get("rank_pattern"), "a" * 60 + "b", 8)
 
 
 def test_nothing_hangs():
@@ -82,10 +83,10 @@ def test_nothing_hangs():
 
 def test_a_name_too_long_for_an_expression_is_refused():
     config = LoraConfig(target_modules=r".*\.q")
-    assert targets.matches(config, "a" * 500 + ".q")
+    assert matching.matches(config, "a" * 500 + ".q")
     with pytest.raises(ConfigError, match="at most 512 letters, found one of 1002 that begins with 'aaa"):
-        targets.matches(config, "a" * 1000 + ".q")
-    assert targets.matches(LoraConfig(target_modules=["q"]), "a" * 1000 + ".q")
+        matching.matches(config, "a" * 1000 + ".q")
+    assert matching.matches(LoraConfig(target_modules=["q"]), "a" * 1000 + ".q")
 
 
 @pytest.mark.parametrize("field", ["rank_pattern", "modules_to_save"])

@@ -21,7 +21,7 @@ from flax import linen as nn
 from flax import nnx
 
 import jaxadapt
-from jaxadapt import families
+from jaxadapt.keymaps import families
 from tests.dialects.cases import nest
 from tests.families.specimens import values
 

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 import jaxadapt
-from jaxadapt import folder
-from jaxadapt.codecs import atomic, places, safetensors
-from jaxadapt.errors import FileError
+from jaxadapt.core.errors import FileError
+from jaxadapt.persistence import folder
+from jaxadapt.storage import atomic, location, safetensors
 from tests import small
 from tests.small import CARD, CONFIG, LORA, WEIGHTS
 
@@ -220,18 +220,18 @@ TABLE = jaxadapt.KeyMap("plain", (jaxadapt.Weight("{path}.kernel", "{path}.weigh
 
 def test_in_a_store_the_error_says_what_is_where(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is put back there, and each file is put as a whole."""
-    place = places.at("memory://faults/adapter")
+    place = location.at("memory://faults/adapter")
     jaxadapt.save(OLD, str(place))
-    real, calls = places.Address.put, list[str]()
+    real, calls = location.Address.put, list[str]()
 
-    def refuse(self: places.Address, local: str) -> None:
+    def refuse(self: location.Address, local: str) -> None:
         calls.append(self.name)
         if len(calls) == 2:
             raise FileError(f"{self}: cannot write: the connection failed")
         real(self, local)
 
     with monkeypatch.context() as patch:
-        patch.setattr(places.Address, "put", refuse)
+        patch.setattr(location.Address, "put", refuse)
         with pytest.raises(FileError, match=rf"connection failed; .* already in {place}/{WEIGHTS}, and not in {place}"):
             jaxadapt.save(NEW, str(place))
     assert calls == [WEIGHTS, CONFIG]
@@ -281,7 +281,7 @@ def test_a_save_that_ends_while_the_reader_looks_again_is_no_interrupted_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The JSON takes its place between two looks of the reader, which no save between two processes can time."""
-    from jaxadapt import agreeing
+    from jaxadapt.persistence import reconcile
 
     jaxadapt.save(OLD, tmp_path)
     before = (tmp_path / CONFIG).read_bytes()
@@ -297,10 +297,10 @@ def test_a_save_that_ends_while_the_reader_looks_again_is_no_interrupted_one(
         if len(waited) == 3:
             (tmp_path / CONFIG).write_bytes(after)
 
-    monkeypatch.setattr(agreeing.time, "sleep", sleep)
+    monkeypatch.setattr(reconcile.time, "sleep", sleep)
     assert jaxadapt.read(tmp_path).config.lora_alpha == 1
     assert len(waited) == 3
-    assert sum(agreeing._WAITS) < 1
+    assert sum(reconcile._WAITS) < 1
 
 
 # ---- the model card ----------------------------------------------------------------------------------------

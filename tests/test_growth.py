@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
-from jaxadapt import ConfigError, doubts, pattern, targets
-from jaxadapt.configs import LoraConfig
+from jaxadapt import ConfigError
+from jaxadapt.adapters import selection_warnings
+from jaxadapt.arrays import pattern
+from jaxadapt.configs import LoraConfig, matching
 
 
 def lines(work: Callable[[], Any]) -> int:
@@ -69,8 +71,8 @@ def test_rank_patterns_of_a_name_for_each_module():
         def work() -> None:
             config = LoraConfig(rank_pattern=known, target_modules=["gate_proj"])
             for name, rank in known.items():
-                assert targets.pattern_value(config.rank_pattern, name, 8) == rank
-            assert not doubts.doubtful(config, list(known), list(known))
+                assert matching.pattern_value(config.rank_pattern, name, 8) == rank
+            assert not selection_warnings.doubtful(config, list(known), list(known))
 
         return work
 
@@ -82,13 +84,13 @@ def test_thousands_of_targets():
     every = names(500)
     config = LoraConfig(target_modules=every, exclude_modules=["x." + n for n in every], modules_to_save=["y", "z"])
     Counted.asked = 0
-    assert all(targets.matches(config, Counted("base." + name)) for name in every)
+    assert all(matching.matches(config, Counted("base." + name)) for name in every)
     assert Counted.asked == 0
 
     def made(count: int) -> Callable[[], Any]:
         held = names(count)
         config = LoraConfig(target_modules=held)
-        return lambda: [targets.matches(config, name) for name in held]
+        return lambda: [matching.matches(config, name) for name in held]
 
     grows_with(made)
 
@@ -99,9 +101,9 @@ def test_thousands_of_modules_to_save():
         config = LoraConfig(modules_to_save=every, target_modules=["q"])
 
         def work() -> None:
-            assert not any(targets.matches(config, f"model.{name}.q") for name in every)
-            assert all(targets.is_saved(config, f"model.{name}.weight") for name in every)
-            assert not doubts.unmatched_saved(config, [f"model.{name}" for name in every], {})
+            assert not any(matching.matches(config, f"model.{name}.q") for name in every)
+            assert all(matching.is_saved(config, f"model.{name}.weight") for name in every)
+            assert not selection_warnings.unmatched_saved(config, [f"model.{name}" for name in every], {})
 
         return work
 
@@ -114,8 +116,8 @@ def test_thousands_of_target_parameters():
         config = LoraConfig(target_parameters=every)
 
         def work() -> None:
-            assert all(targets.is_parameter(config, f"model.{name}") for name in every)
-            assert not doubts.unmatched_parameters(config, every)
+            assert all(matching.is_parameter(config, f"model.{name}") for name in every)
+            assert not selection_warnings.unmatched_parameters(config, every)
 
         return work
 
@@ -124,8 +126,8 @@ def test_thousands_of_target_parameters():
 
 def test_a_number_of_more_digits_than_python_converts_is_no_layer():
     config = LoraConfig(target_modules=["q"], layers_to_transform=[1])
-    assert targets.matches(config, "model.layers.1.q")
-    assert not targets.matches(config, f"model.layers.{'1' * 5000}.q")
+    assert matching.matches(config, "model.layers.1.q")
+    assert not matching.matches(config, f"model.layers.{'1' * 5000}.q")
 
 
 def test_the_axes_of_a_pattern():

@@ -193,7 +193,7 @@ def files() -> list[Path]:
 
 
 def module_of(path: Path) -> str:
-    """`jaxadapt/codecs/orbax.py` -> "codecs.orbax"; the package's own `__init__` -> ""."""
+    """`jaxadapt/storage/orbax.py` -> "codecs.orbax"; the package's own `__init__` -> ""."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -233,7 +233,7 @@ def imports(path: Path) -> Iterator[tuple[str, bool, int]]:
             inside = source.removeprefix("jaxadapt").lstrip(".")
             ours = source.split(".")[0] == "jaxadapt"
             names = {f"{inside}.{alias.name}".lstrip(".") for alias in node.names}
-            # `from jaxadapt import keymap` and `from jaxadapt.codecs import orbax` import modules
+            # `from jaxadapt import keymap` and `from jaxadapt.storage import orbax` import modules
             modules = {name for name in names if ours and exists(name)}
             for name in sorted(modules):
                 yield f"jaxadapt.{name}", typing_only, node.lineno

@@ -18,8 +18,8 @@ import pytest
 from flax import nnx
 
 import jaxadapt
-from jaxadapt import families, plan
-from jaxadapt.codecs import safetensors
+from jaxadapt.keymaps import families, plan
+from jaxadapt.storage import safetensors
 from tests import small
 from tests.small import CONFIG, IA3, LORA, WEIGHTS, X, files, same
 

@@ -9,13 +9,13 @@ import re
 import numpy as np
 import pytest
 
-from jaxadapt import families, plan
-from jaxadapt.axes import Axes
-from jaxadapt.errors import KeyMapError, MismatchError
-from jaxadapt.families import FAMILIES
-from jaxadapt.generic import GENERIC, line_for
-from jaxadapt.keymap import KeyMap, Site, from_data, to_data
-from jaxadapt.weight import Weight
+from jaxadapt.arrays.axes import Axes
+from jaxadapt.core.errors import KeyMapError, MismatchError
+from jaxadapt.keymaps import families, plan
+from jaxadapt.keymaps.families import FAMILIES
+from jaxadapt.keymaps.generic import GENERIC, line_for
+from jaxadapt.keymaps.keymap import KeyMap, Site, from_data, to_data
+from jaxadapt.keymaps.weight import Weight
 
 
 def llama_shapes(layers=3, d=8, inner=12, vocab=16, tied=True, scan=None):

@@ -15,8 +15,9 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 
 import jaxadapt
-from jaxadapt import finite, on_disk
+from jaxadapt.arrays import finite
 from jaxadapt.cli import main
+from jaxadapt.export import merge_files
 from tests import small
 
 RNG = np.random.default_rng(0)
@@ -64,9 +65,9 @@ def test_a_base_that_is_not_finite_says_all_its_tensors(tmp_path):
     for key in ("q.weight", "v.weight"):  # one that the adapter changes, and one that is copied
         spoil(base / "model.safetensors", key, np.nan)
     with pytest.raises(jaxadapt.MismatchError, match=r"q\.weight, of the base\n.*v\.weight, of the base"):
-        on_disk.merge(base, adapter, tmp_path / "out", max_shard_size=100)
+        merge_files.merge(base, adapter, tmp_path / "out", max_shard_size=100)
     assert not list((tmp_path / "out").iterdir())
-    on_disk.merge(base, adapter, tmp_path / "out", allow_nan=True)
+    merge_files.merge(base, adapter, tmp_path / "out", allow_nan=True)
     assert np.isnan(load_file(tmp_path / "out/model.safetensors")["v.weight"]).sum() == 1
 
 
@@ -74,14 +75,14 @@ def test_a_sum_that_the_dtype_cannot_hold(tmp_path):
     base, adapter = folders(tmp_path)
     spoil(base / "model.safetensors", "v.weight", 1e5)
     with pytest.raises(jaxadapt.MismatchError, match=r"allow-nan(.|\n)*v\.weight$"):
-        on_disk.merge(base, adapter, tmp_path / "out", dtype="float16")
+        merge_files.merge(base, adapter, tmp_path / "out", dtype="float16")
 
 
 def test_each_tensor_is_looked_at_once(tmp_path, monkeypatch):
     base, adapter = folders(tmp_path)
     looked: list[Any] = []
     monkeypatch.setattr(finite, "is_finite", lambda x: looked.append(x.size) or True)
-    on_disk.merge(base, adapter, tmp_path / "out")
+    merge_files.merge(base, adapter, tmp_path / "out")
     assert sorted(looked) == [8, 12, 24, 24]  # A, B, q and v
 
 

@@ -12,9 +12,10 @@ from flax import nnx
 from flax.core import FrozenDict, freeze
 
 import jaxadapt
-from jaxadapt import AttachError, MismatchError, attach
-from jaxadapt.keymap import KeyMap
-from jaxadapt.weight import Weight
+from jaxadapt import AttachError, MismatchError
+from jaxadapt.keymaps.keymap import KeyMap
+from jaxadapt.keymaps.weight import Weight
+from jaxadapt.models import attachment
 from tests import small
 from tests.small import IA3, LORA, X
 
@@ -364,7 +365,7 @@ def test_merging_two_adapters_one_after_the_other():
     model = small.net()
     for name, adapter in (("a", first), ("b", second)):
         jaxadapt.adapt(model, adapter.config, name=name, rngs=nnx.Rngs(0))
-        attach.inject(adapter, model, name)
+        attachment.inject(adapter, model, name)
     jaxadapt.activate(model, "a", "b")
     merged = jaxadapt.merge(jaxadapt.merge(params, first), second)
     np.testing.assert_allclose(small.LinenNet().apply({"params": merged}, X), model(X), rtol=1e-4, atol=1e-5)

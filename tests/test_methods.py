@@ -10,12 +10,16 @@ import numpy as np
 import pytest
 
 import jaxadapt
-from jaxadapt import ConfigError, KeyMapError, bind, configs, initial, methods, paths, selecting
-from jaxadapt.axes import LETTERS, Axes, Use
-from jaxadapt.configs.text import CLASSES
-from jaxadapt.keymap import KeyMap
-from jaxadapt.methods import METHODS, Applied, Method, lora, lowrank
-from jaxadapt.weight import Weight
+from jaxadapt import ConfigError, KeyMapError, configs, methods
+from jaxadapt.adapters import initial_values, selection, sites
+from jaxadapt.arrays import low_rank
+from jaxadapt.arrays.axes import LETTERS, Axes, Use
+from jaxadapt.configs.serialization import CLASSES
+from jaxadapt.core import paths
+from jaxadapt.keymaps.keymap import KeyMap
+from jaxadapt.keymaps.weight import Weight
+from jaxadapt.methods import METHODS, Applied, Method
+from jaxadapt.methods.lora import method as lora
 from tests import small
 
 TYPES = sorted(METHODS)
@@ -60,14 +64,14 @@ def variants(peft_type, targets):
 
 def bound_of(config, line):
     weight, shape, _ = line
-    (bound,) = selecting.select(config, KeyMap("t", (weight,)), {"w": shape})
+    (bound,) = selection.select(config, KeyMap("t", (weight,)), {"w": shape})
     return bound
 
 
 def applied(config, line, seed=None, dtype=None):
     """The adapter of one weight, fresh (no seed) or with values near 1."""
     bound = bound_of(config, line)
-    values = initial.fresh(config, [bound], jax.random.key(0), dtype)
+    values = initial_values.fresh(config, [bound], jax.random.key(0), dtype)
     if seed is not None:
         values = small.noisy(values, seed)
     params = {p.rpartition(".")[2]: v for p, v in values.items()}
@@ -137,12 +141,12 @@ def test_tensors_have_distinct_names_and_keys_and_the_shapes_they_say(config, li
     keys = [k for e in bound.entries for k in e.keys]
     assert len(set(names)) == len(names)
     assert len(set(keys)) == len(keys)
-    fresh = initial.fresh(config, [bound], jax.random.key(0))
+    fresh = initial_values.fresh(config, [bound], jax.random.key(0))
     assert {p.rpartition(".")[2]: v.shape for p, v in fresh.items()} == bound.shapes
     assert {v.dtype for v in fresh.values()} == {np.dtype("float32")}
-    abstract = initial.fresh(config, [bound], None, abstract=True)
+    abstract = initial_values.fresh(config, [bound], None, abstract=True)
     assert {p: (v.shape, v.dtype) for p, v in abstract.items()} == {p: (v.shape, v.dtype) for p, v in fresh.items()}
-    assert {v.dtype for v in initial.fresh(config, [bound], jax.random.key(0), "bfloat16").values()} == {
+    assert {v.dtype for v in initial_values.fresh(config, [bound], jax.random.key(0), "bfloat16").values()} == {
         np.dtype("bfloat16")
     }
 
@@ -151,10 +155,10 @@ def test_tensors_have_distinct_names_and_keys_and_the_shapes_they_say(config, li
 def test_initial_values_follow_the_key_and_the_place(peft_type):
     for config in variants(peft_type, ["q"]):
         table = KeyMap("t", (Weight("h.{l}", "h.{l}.q.weight", "i o -> o i"),))
-        bounds = selecting.select(config, table, {f"h.{l}": (4, 6) for l in range(2)})
-        one = initial.fresh(config, bounds, jax.random.key(0))
-        assert small.same(one, initial.fresh(config, bounds, jax.random.key(0)))
-        assert small.same(one, {**initial.fresh(config, bounds[::-1], jax.random.key(0))})
+        bounds = selection.select(config, table, {f"h.{l}": (4, 6) for l in range(2)})
+        one = initial_values.fresh(config, bounds, jax.random.key(0))
+        assert small.same(one, initial_values.fresh(config, bounds, jax.random.key(0)))
+        assert small.same(one, {**initial_values.fresh(config, bounds[::-1], jax.random.key(0))})
         a, b = (paths.unflatten(one)["h"][l] for l in "01")
         constant = all(bool((x == x.ravel()[0]).all()) for x in a.values())
         assert constant or not small.same(a, b)
@@ -208,16 +212,16 @@ def test_dora_is_the_direction_times_the_magnitude(line, transposed):
     w = near_one(line[1], 1)
     config = config_of("LORA", line[2], use_dora=True, lora_alpha=3)
     bound = bound_of(config, line)
-    values = small.noisy(initial.fresh(config, [bound], jax.random.key(0), base={"w": w}), 2)
+    values = small.noisy(initial_values.fresh(config, [bound], jax.random.key(0), base={"w": w}), 2)
     params = {p.rpartition(".")[2]: v for p, v in values.items()}
     hook = Applied(bound.method, bound.static, params, bound.axes)
     axes = dataclasses.replace(bound.axes, parts=None)
     part = w if hook.axes.parts is None else jnp.take(w, np.array(hook.axes.parts), axes.batch[0])
-    changed = part + 1.5 * lowrank.product(axes, params["lora_A"], params["lora_B"])
+    changed = part + 1.5 * low_rank.product(axes, params["lora_A"], params["lora_B"])
     direction = changed / jnp.linalg.norm(jnp.moveaxis(changed, axes.inn, range(len(axes.inn))).reshape(
         -1, *(part.shape[i] for i in range(axes.rank) if i not in axes.inn)), axis=0).reshape(
         [1 if i in axes.inn else n for i, n in enumerate(part.shape)])  # fmt: skip
-    expected = direction * lowrank.over_weight(axes, params["lora_magnitude_vector"])
+    expected = direction * low_rank.over_weight(axes, params["lora_magnitude_vector"])
     found = hook.merged(w)
     if hook.axes.parts is not None:
         found = jnp.take(found, np.array(hook.axes.parts), axes.batch[0])
@@ -426,10 +430,12 @@ def test_a_weight_held_times_a_factor_gives_the_same_adapted_weight(peft_type):
                 bound_of(config, scaled)
             continue
         other = bound_of(config, scaled)
-        leaves = {p: np.asarray(x) for p, x in small.noisy(initial.fresh(config, [one], jax.random.key(0)), 1).items()}
-        file = dict(bind.file_plan([one]).encode(leaves))
-        there = bind.file_plan([other]).decode(file)
-        for key, value in dict(bind.file_plan([other]).encode(there)).items():
+        leaves = {
+            p: np.asarray(x) for p, x in small.noisy(initial_values.fresh(config, [one], jax.random.key(0)), 1).items()
+        }
+        file = dict(sites.file_plan([one]).encode(leaves))
+        there = sites.file_plan([other]).decode(file)
+        for key, value in dict(sites.file_plan([other]).encode(there)).items():
             np.testing.assert_allclose(value, file[key], rtol=3e-7)  # twice rounded
 
         def effective(bound, leaves, w, config=config):
@@ -447,7 +453,7 @@ def test_a_merge_of_large_weights_in_either_layout(shape, outs_first):
     out, inn = shape if outs_first else shape[::-1]
     a, b = rng.standard_normal((8, inn), "f4"), rng.standard_normal((out, 8), "f4")
     axes = Axes(inn=(1,), out=(0,)) if outs_first else Axes(inn=(0,), out=(1,))
-    made = jax.jit(lambda w: lowrank.added(axes, w, 2.0, a, b))(np.zeros(shape, "f4"))
+    made = jax.jit(lambda w: low_rank.added(axes, w, 2.0, a, b))(np.zeros(shape, "f4"))
     want = 2 * b @ a
     np.testing.assert_allclose(made, want if outs_first else want.T, rtol=1e-5, atol=1e-5)
 
@@ -458,7 +464,7 @@ def test_a_merge_where_inputs_lie_between_outputs(inn, out):
     for shape in ((12, 256, 256), (4, 256, 256)):
         a = rng.standard_normal((8, *(shape[i] for i in inn)), "f4")
         b = rng.standard_normal((*(shape[i] for i in out), 8), "f4")
-        made = jax.jit(lambda w, a=a, b=b: lowrank.added(Axes(inn=inn, out=out), w, 2.0, a, b))(np.zeros(shape, "f4"))
+        made = jax.jit(lambda w, a=a, b=b: low_rank.added(Axes(inn=inn, out=out), w, 2.0, a, b))(np.zeros(shape, "f4"))
         letters = ["".join("xyz"[i] for i in axes) for axes in (inn, out)]
         want = 2 * np.einsum(f"r{letters[0]},{letters[1]}r->xyz", a, b)
         np.testing.assert_allclose(made, want, rtol=1e-5, atol=1e-5)

@@ -11,12 +11,14 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from jaxadapt import IA3Config, LoraConfig, bind, plan, selecting
-from jaxadapt.axes import Axes
-from jaxadapt.errors import KeyMapError, MismatchError
-from jaxadapt.keymap import KeyMap
-from jaxadapt.tensor import Tensor
-from jaxadapt.weight import Weight
+from jaxadapt import IA3Config, LoraConfig
+from jaxadapt.adapters import selection, sites
+from jaxadapt.arrays.axes import Axes
+from jaxadapt.core.errors import KeyMapError, MismatchError
+from jaxadapt.keymaps import plan
+from jaxadapt.keymaps.keymap import KeyMap
+from jaxadapt.keymaps.tensor_spec import Tensor
+from jaxadapt.keymaps.weight import Weight
 
 FAST = settings(max_examples=150, deadline=None)
 NAMES = ["i", "o", "h", "r", "inn", "out", "batch", "d2", "n_heads", "l", "lora_A"]
@@ -160,7 +162,7 @@ def test_adapter_tensors_agree_with_the_reference(method, data):
     else:
         config = IA3Config(target_modules=targets, feedforward_modules=targets if feedforward else [])
     try:
-        bounds = selecting.select(config, table, {"blk.w": shape})
+        bounds = selection.select(config, table, {"blk.w": shape})
     except KeyMapError as error:
         assume("stacks its layers on axis" not in str(error))
         raise
@@ -192,7 +194,7 @@ def test_adapter_tensors_agree_with_the_reference(method, data):
         key = "base_model.model." + weight.key.removesuffix(".weight") + suffix
         expected |= reference(pattern, key, leaf, over, parts)
     assert bound.shapes == {p.rpartition(".")[2]: x.shape for p, x in leaves.items()}
-    made = bind.file_plan(bounds)
+    made = sites.file_plan(bounds)
     encoded = made.encode(leaves)
     assert set(encoded) == set(expected)
     for key, value in expected.items():
@@ -201,14 +203,14 @@ def test_adapter_tensors_agree_with_the_reference(method, data):
     back = made.decode(dict(encoded))
     for path, leaf in leaves.items():
         np.testing.assert_array_equal(back[path], leaf)
-    recovered = bind.recover(config, table, {"blk.w": {k: tuple(v) for k, v in bound.shapes.items()}})
+    recovered = sites.recover(config, table, {"blk.w": {k: tuple(v) for k, v in bound.shapes.items()}})
     assert [b.entries for b in recovered] == [b.entries for b in bounds]
     assert [(b.modules, b.static, b.axes) for b in recovered] == [(b.modules, b.static, b.axes) for b in bounds]
 
 
 def test_a_fused_weight_partly_targeted_keeps_the_parts_order():
     weight = Weight("kv", "{p}_proj.weight", "{p} i o -> o i", p=("k", "v", "q"))
-    (bound,) = selecting.select(
+    (bound,) = selection.select(
         LoraConfig(r=1, target_modules=["q_proj", "k_proj"]), KeyMap("t", (weight,)), {"kv": (3, 2, 2)}
     )
     assert bound.axes == Axes((1,), (2,), (0,), parts=(0, 2))
@@ -229,7 +231,7 @@ TABLE = KeyMap(
 
 def test_check_lists_missing_unexpected_and_misshaped_together():
     config = LoraConfig(r=2, target_modules=["q"])
-    made = bind.file_plan(selecting.select(config, TABLE, {f"h.{l}.q.w": (3, 4) for l in range(3)}))
+    made = sites.file_plan(selection.select(config, TABLE, {f"h.{l}.q.w": (3, 4) for l in range(3)}))
     found = dict(made.shapes)
     found.pop("base_model.model.h.0.q.lora_A.weight")
     found["base_model.model.h.1.q.lora_B.weight"] = (4, 8)
@@ -253,19 +255,19 @@ def test_an_adapter_that_contradicts_itself_lists_every_tensor():
     config = LoraConfig(r=2, target_modules=["q"])
     shapes = {"h.0.q.w": {"lora_A": (4, 3), "lora_C": (1,)}}
     with pytest.raises(MismatchError) as caught:
-        bind.recover(config, TABLE, shapes)
+        sites.recover(config, TABLE, shapes)
     text = str(caught.value)
     assert "h.0.q.w.lora_A: axis 'r' has 4 entries, expected 2" in text
     assert "h.0.q.w.lora_B: missing" in text
     assert "h.0.q.w.lora_C: no such tensor" in text
     with pytest.raises(MismatchError, match=r"expected axes \(r i\), found shape \(3,\)"):
-        bind.recover(config, TABLE, {"h.0.q.w": {"lora_A": (3,), "lora_B": (3, 2)}})
+        sites.recover(config, TABLE, {"h.0.q.w": {"lora_A": (3,), "lora_B": (3, 2)}})
 
 
 def test_unmapped_adapter_leaves_are_all_named():
     leaves = {name: {"lora_A": (2, 3), "lora_B": (3, 2)} for name in ("x.w", "y.w")}
     with pytest.raises(KeyMapError, match="keymap=") as caught:
-        bind.recover(LoraConfig(r=2, target_modules=["x"]), TABLE, leaves)
+        sites.recover(LoraConfig(r=2, target_modules=["x"]), TABLE, leaves)
     assert "x.w" in str(caught.value)
     assert "y.w" in str(caught.value)
 
@@ -273,14 +275,14 @@ def test_unmapped_adapter_leaves_are_all_named():
 def test_a_stacked_axis_behind_the_tensors_own_axes_is_refused():
     table = KeyMap("t", (Weight("w", "h.{l}.q.weight", "i o {l} -> o i"),))
     with pytest.raises(KeyMapError, match=r"'w' stacks its layers on axis 2, but its ia3_l has only 1 axes"):
-        selecting.select(IA3Config(target_modules=["q"], feedforward_modules=[]), table, {"w": (2, 3, 4)})
+        selection.select(IA3Config(target_modules=["q"], feedforward_modules=[]), table, {"w": (2, 3, 4)})
 
 
 def test_two_sites_of_one_module_are_refused():
     table = KeyMap("t", (Weight("{path}.w", "{path}.weight", "i o -> o i"), Weight("a.u", "a.weight", "i o -> o i")))
-    bounds = selecting.select(LoraConfig(r=1, target_modules=["a"]), table, {"a.w": (2, 2), "a.u": (2, 2)})
+    bounds = selection.select(LoraConfig(r=1, target_modules=["a"]), table, {"a.w": (2, 2), "a.u": (2, 2)})
     with pytest.raises(MismatchError, match="claimed by several leaves") as caught:
-        bind.file_plan(bounds)
+        sites.file_plan(bounds)
     assert "a.u.lora_A, a.w.lora_A" in str(caught.value)
 
 
@@ -289,7 +291,7 @@ def test_two_sites_of_one_module_are_refused():
 
 def stacked_plan():
     table = KeyMap("t", (Weight("h.{l}.q.w", "h.{l}.q.weight", "i o -> o i"),)).scanned(0)
-    return bind.file_plan(selecting.select(LoraConfig(r=2, target_modules=["q"]), table, {"h.q.w": (3, 4, 5)}))
+    return sites.file_plan(selection.select(LoraConfig(r=2, target_modules=["q"]), table, {"h.q.w": (3, 4, 5)}))
 
 
 def test_encoding_is_lazy_and_views_where_it_can_be():
@@ -369,7 +371,7 @@ def test_a_split_axis_reaches_every_tensor_of_an_adapter():
     for axis in (None, 0, 1):
         table = KeyMap("t", (line,)) if axis is None else KeyMap("t", (line,)).scanned(axis)
         leaf = shapes if axis is None else {"h.q": (2, 5, 3, 4) if axis == 0 else (5, 2, 3, 4)}
-        made = bind.file_plan(selecting.select(LoraConfig(r=2, target_modules=["q"]), table, leaf))
+        made = sites.file_plan(selection.select(LoraConfig(r=2, target_modules=["q"]), table, leaf))
         leaves = made.decode(lora)
         for l in range(2):
             found = {n: leaves[f"h.{l}.q.{n}"] if axis is None else np.take(leaves[f"h.q.{n}"], l, axis) for n in AB}
@@ -378,8 +380,8 @@ def test_a_split_axis_reaches_every_tensor_of_an_adapter():
         for key, value in made.encode(leaves).items():
             np.testing.assert_array_equal(value, lora[key])
     config = IA3Config(target_modules=["q"], feedforward_modules=[])
-    (bound,) = selecting.select(config, KeyMap("t", (line,)), {"h.0.q": (5, 3, 4)})
-    (leaf,) = bind.file_plan([bound]).decode({"base_model.model.h.0.q.ia3_l": v}).values()
+    (bound,) = selection.select(config, KeyMap("t", (line,)), {"h.0.q": (5, 3, 4)})
+    (leaf,) = sites.file_plan([bound]).decode({"base_model.model.h.0.q.ia3_l": v}).values()
     np.testing.assert_array_equal(leaf, interleaved(v.reshape(3, 4)))
 
 
@@ -427,7 +429,7 @@ def test_a_shift_is_of_whole_weights_and_of_nothing_else():
     np.testing.assert_array_equal(rows[0], torch["q.weight"])
     np.testing.assert_array_equal(made.entries[1].form.from_rows(rows), leaves["q"])
     config = LoraConfig(r=2, target_modules=["q"], modules_to_save=["n"])
-    own = bind.file_plan(selecting.select(config, table, shapes))
+    own = sites.file_plan(selection.select(config, table, shapes))
     file = {key: numbered(shape, "float32") / 8 for key, shape in own.shapes.items()}
     found = own.decode(file)
     np.testing.assert_array_equal(found["n.scale.copy"], 1 + file["base_model.model.n.weight"])
@@ -450,7 +452,7 @@ def test_what_does_not_divide_is_named():
     with pytest.raises(KeyMapError, match=r"an axis of size 5 cannot be split as \(c p\)"):
         plan.base_plan(table, {"q": (2, 5)})
     with pytest.raises(MismatchError, match=r"q\.lora_B: an axis of size 5 cannot be split"):
-        bind.recover(LoraConfig(r=2, target_modules=["q"]), table, {"q": {"lora_A": (2, 3), "lora_B": (5, 2)}})
+        sites.recover(LoraConfig(r=2, target_modules=["q"]), table, {"q": {"lora_A": (2, 3), "lora_B": (5, 2)}})
     table = KeyMap("t", (Weight("h.{l}.q", "h.{l}.q.weight", "d (c p) -> (p c) d", p=2),))
     assert table.covers({"h.0.q": (2, 5)}) == 0
     assert table.covers({"h.0.q": (2, 6)}) == 1

@@ -14,9 +14,10 @@ import pytest
 from flax import nnx
 
 import jaxadapt
-from jaxadapt import on_disk, progress
-from jaxadapt.converting import convert
-from jaxadapt.progress import LOGGER
+from jaxadapt.core import progress
+from jaxadapt.core.progress import LOGGER
+from jaxadapt.export import merge_files
+from jaxadapt.export.conversion import convert
 from tests import small
 from tests.small import WEIGHTS
 
@@ -87,8 +88,8 @@ WORK = {
         lambda p: jaxadapt.export_base(small.net(), "new", small.adapter(), keymap=TABLE, progress=p), "export", BASE,
     ),
     "import": (lambda p: jaxadapt.import_base("base", small.net(3), keymap=TABLE, progress=p), "import", BASE),
-    "merge of files": (lambda p: on_disk.merge("base", "peft", "new", progress=p), "merge", BASE),
-    "combine of files": (lambda p: on_disk.combine(["peft", "peft"], [1, 1], "new", progress=p), "save", ADAPTER),
+    "merge of files": (lambda p: merge_files.merge("base", "peft", "new", progress=p), "merge", BASE),
+    "combine of files": (lambda p: merge_files.combine(["peft", "peft"], [1, 1], "new", progress=p), "save", ADAPTER),
     "convert": (lambda p: convert("peft", "new", progress=p), "save", ADAPTER),
     "manager, save": (managed, "save", ADAPTER),
     "manager, restore": (restored, "load", ADAPTER),
@@ -233,7 +234,7 @@ def test_the_logger_is_the_only_one_and_leaves_the_program_its_handlers(root):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Attribute) and node.attr == "getLogger"
     ]
-    assert set(made) <= {"jaxadapt/progress.py", "jaxadapt/cli/__init__.py"}  # the second turns its level
+    assert set(made) <= {"jaxadapt/core/progress.py", "jaxadapt/cli/__init__.py"}  # the second turns its level
 
 
 def test_bars_that_never_began_leave_no_line(monkeypatch, capsys):

@@ -18,7 +18,8 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxadapt
-from jaxadapt import paths, quantized
+from jaxadapt.arrays import quantized
+from jaxadapt.core import paths
 from tests import meshes, small
 
 KINDS = ["nf4", "int8"]
@@ -260,7 +261,7 @@ def test_all_linear_leaves_out_the_output_layer_and_what_is_no_matrix():
 
 
 def _values(model: Any) -> dict[str, Any]:
-    from jaxadapt import planning
+    from jaxadapt.models import planning
 
     return planning.base_of(model)
 

@@ -15,10 +15,11 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import jaxadapt
-from jaxadapt import boxes, together
-from jaxadapt.arrangement import Arrangement
-from jaxadapt.codecs import safetensors
-from jaxadapt.plan import Encoded
+from jaxadapt.arrays import regions
+from jaxadapt.arrays.layout import Arrangement
+from jaxadapt.keymaps.plan import Encoded
+from jaxadapt.persistence import multihost
+from jaxadapt.storage import safetensors
 from tests import meshes
 from tests.meshes import CONFIG, LAYOUTS
 from tests.test_sharding import check
@@ -224,7 +225,7 @@ def test_a_tied_leaf_is_written_under_both_its_names() -> None:
     encoded = jaxadapt.to_peft(adapter).tensors
     assert isinstance(encoded, Encoded)
     assert sum("lm_head" in key for key in encoded) == 2
-    parts = {part.key: part for part in together._own(encoded, together.own(encoded.leaves, 0))}
+    parts = {part.key: part for part in multihost._own(encoded, multihost.own(encoded.leaves, 0))}
     assert parts.keys() == set(encoded)
     for key, part in parts.items():
         np.testing.assert_array_equal(np.reshape(part.array, encoded[key].shape), encoded[key])
@@ -238,14 +239,14 @@ def test_parts_are_copied_together_only_where_that_saves_writes() -> None:
     turned = Arrangement((64, 256), ("i", "o"), (("o",), ("i",)), ())
     few = Arrangement((64, 256), ("{l}", "i"), (("i",),), (0,))  # a tensor of each row
     for laid, parts, expected in [
-        ((64, 256), rows, rows), ((64, 256), columns, [boxes.whole((64, 256))]),
-        (turned, columns, columns), (turned, rows, [boxes.whole((64, 256))]), (few, rows, [boxes.whole((64, 256))]),
+        ((64, 256), rows, rows), ((64, 256), columns, [regions.whole((64, 256))]),
+        (turned, columns, columns), (turned, rows, [regions.whole((64, 256))]), (few, rows, [regions.whole((64, 256))]),
     ]:  # fmt: skip
-        held = {box: whole[boxes.slices(box)] for box in parts}
-        found = dict(together.joined(held, laid))
+        held = {box: whole[regions.slices(box)] for box in parts}
+        found = dict(multihost.joined(held, laid))
         assert list(found) == expected
         for box, values in found.items():
-            np.testing.assert_array_equal(values, whole[boxes.slices(box)])
+            np.testing.assert_array_equal(values, whole[regions.slices(box)])
             assert np.may_share_memory(values, whole) == (expected is parts)
-    small = {box: whole[boxes.slices(box)] for box in [((0, 1), (0, 256)), ((1, 2), (0, 256))]}
-    assert list(dict(together.joined(small, (64, 256)))) == [((0, 2), (0, 256))]
+    small = {box: whole[regions.slices(box)] for box in [((0, 1), (0, 256)), ((1, 2), (0, 256))]}
+    assert list(dict(multihost.joined(small, (64, 256)))) == [((0, 2), (0, 256))]

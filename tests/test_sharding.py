@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxadapt
-from jaxadapt import boxes
+from jaxadapt.arrays import regions
 from tests import meshes
 from tests.meshes import CONFIG, LAYOUTS, X
 
@@ -439,20 +439,20 @@ def test_boxes_cover_each_array_once() -> None:
     for name, (shape, axes, _) in meshes.MESHES.items():
         mesh = meshes.mesh_of(name)
         for spec in [(), (axes[0],), (None, axes[-1]), (axes, None), (axes[-1], axes[0] if len(axes) > 1 else None)]:
-            found = boxes.parts(NamedSharding(mesh, PartitionSpec(*spec)), (16, 24))
+            found = regions.parts(NamedSharding(mesh, PartitionSpec(*spec)), (16, 24))
             count = np.zeros((16, 24), int)
             for box, devices in found.items():
-                count[boxes.slices(box)] += 1
+                count[regions.slices(box)] += 1
                 assert devices
             assert (count == 1).all()
             assert sum(len(devices) for devices in found.values()) == np.prod(shape)
             some = [box for box in found if rng.random() < 0.6]
-            joined = boxes.merged(some)
+            joined = regions.merged(some)
             assert sorted(b for members in joined.values() for b in members) == sorted(some)
             for box, members in joined.items():
-                assert boxes.size(box) == sum(map(boxes.size, members))
-        assert list(boxes.merged(boxes.parts(NamedSharding(mesh, PartitionSpec(axes, None)), (16, 24)))) == [
-            boxes.whole((16, 24))
+                assert regions.size(box) == sum(map(regions.size, members))
+        assert list(regions.merged(regions.parts(NamedSharding(mesh, PartitionSpec(axes, None)), (16, 24)))) == [
+            regions.whole((16, 24))
         ]
 
 
@@ -474,13 +474,13 @@ def test_pieces_of_a_box_are_its_part_of_each_tensor() -> None:
         leaf = rng.standard_normal(entry.shape)
         for _ in range(40):
             box = tuple(tuple(sorted(rng.choice(n + 1, 2, replace=False).tolist())) for n in entry.shape)
-            part = leaf[boxes.slices(box)]
+            part = leaf[regions.slices(box)]
             back = np.zeros_like(part)
-            for piece in boxes.pieces(entry.form, box):
+            for piece in regions.pieces(entry.form, box):
                 whole = entry.form.encode(leaf, piece.number).reshape(piece.shape)
-                tile = piece.encode(part[boxes.within(piece.region, box)])
-                np.testing.assert_array_equal(whole[boxes.slices(piece.box)], tile)
-                back[boxes.within(piece.region, box)] += piece.decode(tile)
+                tile = piece.encode(part[regions.within(piece.region, box)])
+                np.testing.assert_array_equal(whole[regions.slices(piece.box)], tile)
+                back[regions.within(piece.region, box)] += piece.decode(tile)
                 seen += 1
             # each number is in one piece, and comes back (times a factor and divided by it: within rounding)
             np.testing.assert_allclose(back, part, rtol=0 if entry.form.exact else 1e-15)

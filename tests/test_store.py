@@ -20,9 +20,10 @@ import pytest
 from flax import nnx
 
 import jaxadapt
-from jaxadapt import AttachError, ConfigError, FileError, KeyMapError, MismatchError, agreeing, configs, folder
-from jaxadapt.codecs import safetensors, torch_bin
-from jaxadapt.codecs.header import parse
+from jaxadapt import AttachError, ConfigError, FileError, KeyMapError, MismatchError, configs
+from jaxadapt.persistence import folder, reconcile
+from jaxadapt.storage import safetensors, torch_bin
+from jaxadapt.storage.safetensors_header import parse
 from tests import small
 from tests.small import CARD, CONFIG, IA3, LORA, WEIGHTS, X, files, same
 
@@ -357,7 +358,7 @@ def test_inspect_reads_headers_only(tmp_path):
 
 def test_modules_are_those_the_configuration_targets():
     config = jaxadapt.LoraConfig(target_modules=r".*\.layer\.\d+\.q", modules_to_save=None)
-    find = agreeing.module_of
+    find = reconcile.module_of
     assert find(config, f"{PREFIX}m.layer.3.q.lora_A.weight") == "m.layer.3.q"
     assert find(config, f"{PREFIX}m.layer.3.k.lora_A.weight") is None
     assert find(config, f"{PREFIX}classifier.weight") is None

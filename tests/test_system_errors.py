@@ -19,10 +19,11 @@ import numpy as np
 import pytest
 
 import jaxadapt
-from jaxadapt import norms, on_disk
-from jaxadapt.codecs import safetensors, shards
-from jaxadapt.configs import check
-from jaxadapt.errors import FileError
+from jaxadapt.analysis import norms
+from jaxadapt.configs import validation
+from jaxadapt.core.errors import FileError
+from jaxadapt.export import merge_files
+from jaxadapt.storage import hf_model, safetensors
 from tests import no_rights, small
 from tests.small import CONFIG, WEIGHTS
 
@@ -96,7 +97,7 @@ def test_an_error_of_closing_what_was_read_is_none(tmp_path: Path, monkeypatch: 
         old_and_bin(tmp_path)
     else:
         jaxadapt.save(small.adapter(), tmp_path)
-    monkeypatch.setattr("jaxadapt.codecs.files.io.FileIO", BadClose)
+    monkeypatch.setattr("jaxadapt.storage.local_files.io.FileIO", BadClose)
     assert len(jaxadapt.read(tmp_path).tensors) == 4
     assert jaxadapt.inspect(tmp_path).parameters == sum(x.size for x in small.adapter().flat().values())
 
@@ -125,7 +126,7 @@ def test_an_error_of_stat_names_a_path(tmp_path: Path, monkeypatch: pytest.Monke
         lambda: jaxadapt.read_config(tmp_path / "adapter"),
         lambda: jaxadapt.save(small.adapter(seed=4), tmp_path / "adapter"),
         lambda: jaxadapt.import_base(tmp_path / "base", no_rights.BASE, keymap=no_rights.TABLE),
-        lambda: on_disk.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged"),
+        lambda: merge_files.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged"),
         lambda: jaxadapt.CheckpointManager(tmp_path / "run").save(1, small.adapter()),
     ]
     for operation in operations:
@@ -154,7 +155,7 @@ def test_old_weights_that_cannot_be_deleted_are_named(tmp_path: Path, monkeypatc
     monkeypatch.setattr(Path, "unlink", broken)
     with pytest.raises(FileError, match=r"the new weights are in place, but .* delete them: model\.safetensors"):
         jaxadapt.export_base(no_rights.BASE, tmp_path, keymap=no_rights.TABLE, max_shard_size=100)
-    assert (tmp_path / shards.INDEX).exists()
+    assert (tmp_path / hf_model.INDEX).exists()
 
 
 def test_a_working_directory_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,9 +218,9 @@ ODD: list[Any] = [
 # Of other types than LORA the fields that are read of any type, and one that nobody knows.
 FIELDS = {
     "LORA": sorted(jaxadapt.LoraConfig().to_dict().keys() - {"peft_type"}),
-    "IA3": sorted({*jaxadapt.IA3Config().to_dict(), *check.COMMON, "mine"} - {"peft_type"}),
-    "VERA": sorted({*check.COMMON, "r", "mine"}),
-    "ADALORA": sorted({*check.COMMON, "r"}),
+    "IA3": sorted({*jaxadapt.IA3Config().to_dict(), *validation.COMMON, "mine"} - {"peft_type"}),
+    "VERA": sorted({*validation.COMMON, "r", "mine"}),
+    "ADALORA": sorted({*validation.COMMON, "r"}),
 }
 
 

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxadapt import init
+from jaxadapt.adapters.selection_warnings import doubtful, unmatched
 from jaxadapt.configs import GenericConfig, IA3Config, LoraConfig
-from jaxadapt.doubts import doubtful, unmatched
-from jaxadapt.errors import ConfigError, TargetError
-from jaxadapt.targets import is_feedforward, matches, pattern_value, resolve, select, with_defaults
+from jaxadapt.configs.matching import is_feedforward, matches, pattern_value, resolve, select, with_defaults
+from jaxadapt.core.errors import ConfigError, TargetError
 
 LEAVES = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj", "mlp.experts.3.up_proj", "q_proj")
 NAMES = (

@@ -19,8 +19,8 @@ from click.testing import CliRunner
 from safetensors.numpy import save_file
 
 import jaxadapt
-from jaxadapt.cli import main, shown
-from jaxadapt.terminal import escaped
+from jaxadapt.cli import main, output
+from jaxadapt.core.terminal import escaped
 from tests import small
 from tests.small import CONFIG, WEIGHTS
 
@@ -105,7 +105,7 @@ def test_merge_and_combine(evil, tmp_path):
 
 def test_metrics_of_a_run(tmp_path, monkeypatch):
     """Their names are the heads of a table, in which rich would take them for markup."""
-    from jaxadapt import run_folder
+    from jaxadapt.training.checkpoint import run_folder
 
     monkeypatch.setattr(run_folder.RunFolder, "steps", property(lambda self: [3]))
     monkeypatch.setattr(run_folder.RunFolder, "metrics", lambda self, step: {EVIL: 1.5})
@@ -116,7 +116,7 @@ def test_metrics_of_a_run(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("default")
 def test_warnings_and_logs(evil, monkeypatch):
-    from jaxadapt import folder
+    from jaxadapt.persistence import folder
 
     def inspect(*args: object, **options: object) -> None:
         warnings.warn(EVIL, stacklevel=1)
@@ -141,12 +141,12 @@ def test_warnings_and_logs(evil, monkeypatch):
 
 
 def test_titles_lists_and_heat(capsys):
-    shown.print_list(EVIL, [EVIL], 8)
-    shown.print_words(EVIL, [EVIL])
-    shown.print_heat(EVIL, [EVIL], [EVIL], [[1.0]])
-    shown.print_table((EVIL,), [(EVIL,)], numbers=(EVIL,))
-    shown.print_pairs([(EVIL, EVIL)])
-    shown.print_line(EVIL)
+    output.print_list(EVIL, [EVIL], 8)
+    output.print_words(EVIL, [EVIL])
+    output.print_heat(EVIL, [EVIL], [EVIL], [[1.0]])
+    output.print_table((EVIL,), [(EVIL,)], numbers=(EVIL,))
+    output.print_pairs([(EVIL, EVIL)])
+    output.print_line(EVIL)
     out = capsys.readouterr().out
     is_safe(out)
     assert out.count("[bold]b[/bold]") >= 7

@@ -19,10 +19,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import primitives
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxadapt.axes import LETTERS, RANK, Axes, Use
-from jaxadapt.errors import AttachError
-from jaxadapt.trace import Contraction, Other, rewrite, uses
-from jaxadapt.used import roles
+from jaxadapt.arrays.axes import LETTERS, RANK, Axes, Use
+from jaxadapt.core.errors import AttachError
+from jaxadapt.models.tracing.rewrite import Contraction, Other, rewrite, uses
+from jaxadapt.models.tracing.uses import roles
 
 R = 3
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import jaxadapt
-from jaxadapt.codecs import safetensors
+from jaxadapt.storage import safetensors
 
 ROOT = Path(__file__).resolve().parent.parent
 

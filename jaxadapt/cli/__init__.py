@@ -17,8 +17,8 @@ from typing import Any
 import click
 
 from jaxadapt import __version__
-from jaxadapt.errors import AdapterError
-from jaxadapt.terminal import escaped
+from jaxadapt.core.errors import AdapterError
+from jaxadapt.core.terminal import escaped
 
 COMMANDS = (
     "demo",

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from jaxadapt.cli import shown
-from jaxadapt.errors import KeyMapError
+from jaxadapt.cli import output
+from jaxadapt.core.errors import KeyMapError
 
 if TYPE_CHECKING:
-    from jaxadapt.checking import Checked
-    from jaxadapt.keymap import KeyMap
+    from jaxadapt.keymaps.check import Checked
+    from jaxadapt.keymaps.keymap import KeyMap
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -32,7 +32,7 @@ _SHOWN = 12
 @click.argument("family")
 @click.option("--model", type=click.Path(), help="The JAX model's shapes: .json, .safetensors or an Orbax folder.")
 @click.option("--checkpoint", type=click.Path(), help="A Hugging Face model: its folder, or one file of weights.")
-@shown.as_json
+@output.as_json
 def command(family: str, model: str | None, checkpoint: str | None, as_json: bool) -> None:
     """Say whether a FAMILY's table fits a JAX model, a PyTorch checkpoint, or the two together.
 
@@ -62,16 +62,16 @@ def command(family: str, model: str | None, checkpoint: str | None, as_json: boo
         raise click.UsageError("say what is checked: --model, --checkpoint, or both")
     if family == "auto" and model is None:
         raise click.UsageError("a family is recognised by its model: give --model, or say the family")
-    from jaxadapt import checking, families
+    from jaxadapt.keymaps import check, families
 
     leaves = None if model is None else _leaves(Path(model))
     tensors = None if checkpoint is None else _tensors(Path(checkpoint))
     table = _own(family) if ".py:" in family else families.resolve(family, leaves or {})
     if leaves is not None and tensors is not None:
         table = table.spelt_as(tensors, leaves)
-    found = checking.check(table, leaves, tensors)
+    found = check.check(table, leaves, tensors)
     if as_json:
-        shown.print_json(found.to_dict())
+        output.print_json(found.to_dict())
     else:
         _show(found, leaves, tensors, own=".py:" in family)
     if not found.fits:
@@ -83,11 +83,11 @@ def _own(text: str) -> KeyMap:
     import runpy
     import traceback
 
-    from jaxadapt.codecs import places
-    from jaxadapt.keymap import KeyMap
+    from jaxadapt.keymaps.keymap import KeyMap
+    from jaxadapt.storage import location
 
     path, _, name = text.rpartition(":")
-    places.read_text_bytes(Path(path))
+    location.read_text_bytes(Path(path))
     try:
         held = runpy.run_path(path)
     except Exception as error:
@@ -109,53 +109,53 @@ def _show(found: Checked, leaves: Shapes | None, tensors: Shapes | None, own: bo
         named = {key for keys in found.claims.values() for key in keys}
         rows.append(("checkpoint", f"{len(tensors)} tensors, {len(named & tensors.keys())} claimed"))
     rows.append(("result", "fits" if found.fits else "does not fit"))
-    shown.print_pairs(rows)
+    output.print_pairs(rows)
     used = [(w.leaf, w.key, str(count)) for w, count in found.lines.items() if count]
     unused = [w.leaf for w, count in found.lines.items() if not count]
     if not used:
         raise KeyMapError(f"no line of the table {found.family!r} names any of it: it is of another family")
     click.echo()
-    shown.print_table(("leaf", "PyTorch's key", "found"), used, numbers=("found",))
+    output.print_table(("leaf", "PyTorch's key", "found"), used, numbers=("found",))
     if unused and own:
-        shown.print_list(
+        output.print_list(
             "lines of the table that name nothing here; is their spelling right?", _mistyped(found), _SHOWN
         )
     elif unused:
-        shown.print_words("not here (no fault: the models of a family differ)", unused)
+        output.print_words("not here (no fault: the models of a family differ)", unused)
     for kind, listed in found.problems.items():
-        shown.print_list(_TITLES[kind], listed, _SHOWN)
+        output.print_list(_TITLES[kind], listed, _SHOWN)
     lines = [f"{w.leaf} -> {w.key}, {w.pattern!r}" for w in found.wrong]
     if lines:
-        shown.print_list("wrong lines of the table, of which nothing fits", lines, _SHOWN)
+        output.print_list("wrong lines of the table, of which nothing fits", lines, _SHOWN)
 
 
 def _mistyped(found: Checked) -> list[str]:
     """The lines that name nothing, each with what comes near of that which no line names."""
-    from jaxadapt import near
+    from jaxadapt.core import suggest
 
     lines: list[str] = []
     for line in (w for w, count in found.lines.items() if not count):
         free = {re.sub(r"\b\d+\b", "{l}", name): name for name in found.unclaimed}
-        close = [name for name in near.near((line.leaf, line.key), list(free)) if name in free]
-        lines.append(f"{line.leaf} -> {line.key}" + (f"; near: {near.listed(close)}" if close else ""))
+        close = [name for name in suggest.near((line.leaf, line.key), list(free)) if name in free]
+        lines.append(f"{line.leaf} -> {line.key}" + (f"; near: {suggest.listed(close)}" if close else ""))
     return lines
 
 
 def _leaves(path: Path) -> Shapes:
     import json
 
-    from jaxadapt import paths
-    from jaxadapt.codecs import places, safetensors
-    from jaxadapt.codecs.header import MAX_HEADER
-    from jaxadapt.errors import FormatError
+    from jaxadapt.core import paths
+    from jaxadapt.core.errors import FormatError
+    from jaxadapt.storage import location, safetensors
+    from jaxadapt.storage.safetensors_header import MAX_HEADER
 
-    if places.is_dir(path):
+    if location.is_dir(path):
         return _of_orbax(path)
     if path.suffix == ".safetensors":
         header = safetensors.read_header(path).tensors
         return {key.replace("/", "."): tuple(info.shape) for key, info in header.items()}
     try:
-        held: Any = json.loads(places.read_text_bytes(path, MAX_HEADER).decode("utf-8"))
+        held: Any = json.loads(location.read_text_bytes(path, MAX_HEADER).decode("utf-8"))
         flat: Mapping[str, Any] = paths.flatten(held)
     except (ValueError, AttributeError, RecursionError) as error:
         raise FormatError(f"{path}: expected a JSON object of shapes, {{leaf: [2, 3]}}, found: {error}") from error
@@ -172,7 +172,7 @@ def _is_shape(value: Any) -> bool:
 
 def _of_orbax(path: Path) -> Shapes:
     """The base weights of a training's checkpoint: what lies below "params", where anything does."""
-    from jaxadapt.codecs import orbax
+    from jaxadapt.storage import orbax
 
     out: Shapes = {}
     for leaves in orbax.leaves(path).values():
@@ -186,7 +186,7 @@ def _of_orbax(path: Path) -> Shapes:
 
 
 def _tensors(path: Path) -> Shapes:
-    from jaxadapt.codecs import shards
+    from jaxadapt.storage import hf_model
 
-    with shards.opened(path) as held:
+    with hf_model.opened(path) as held:
         return {key: tuple(spec.shape) for key, spec in held.specs.items()}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
-from jaxadapt.cli import shown
-from jaxadapt.errors import AdapterError, ConfigError
+from jaxadapt.cli import output
+from jaxadapt.core.errors import AdapterError, ConfigError
 
 _MODES = {"minimize": "smallest", "maximize": "largest"}
 
@@ -16,7 +16,7 @@ _MODES = {"minimize": "smallest", "maximize": "largest"}
 @click.option("--maximize", metavar="METRIC", help="Mark the step where it is largest as the best.")
 @click.option("--export", "out", type=click.Path(), help="Folder to write a step's adapters into.")
 @click.option("--step", help="Step to export: a number, latest (the default) or best.")
-@shown.as_json
+@output.as_json
 def command(
     folder: str, minimize: str | None, maximize: str | None, out: str | None, step: str | None, as_json: bool
 ) -> None:
@@ -31,7 +31,7 @@ def command(
       jaxadapt checkpoints run/ --step best --export out/
       jaxadapt checkpoints run/ --maximize accuracy --step best --export out/
     """
-    from jaxadapt.run_folder import RunFolder
+    from jaxadapt.training.checkpoint.run_folder import RunFolder
 
     run = RunFolder(folder, minimize=minimize, maximize=maximize)
     if step is not None and out is None:
@@ -46,22 +46,22 @@ def command(
     if (minimize or maximize) and best is None:
         raise ConfigError(f"{folder}: no step has the metric {minimize or maximize!r}; found {names or 'none'}")
     if out is not None:
-        from jaxadapt.checkpoint import CheckpointManager  # with JAX, which the lists do without
+        from jaxadapt.training.checkpoint.manager import CheckpointManager  # with JAX, which the lists do without
 
         chosen = _chosen(steps[-1], best, step)
         CheckpointManager(folder, progress=True).export(chosen, out)
         if as_json:
-            shown.print_json({"step": chosen, "folder": out})
+            output.print_json({"step": chosen, "folder": out})
         else:
-            shown.print_pairs([("step", str(chosen)), ("folder", out)])
+            output.print_pairs([("step", str(chosen)), ("folder", out)])
         return
     if as_json:
         listed = [{"step": s, "metrics": metrics, "best": s == best} for s, metrics in rows.items()]
-        shown.print_json({"folder": folder, "objective": objective or None, "steps": listed})
+        output.print_json({"folder": folder, "objective": objective or None, "steps": listed})
         return
     told = minimize or maximize
     why = "" if told else "".join(f" ({_MODES[mode]} {metric})" for mode, metric in objective.items())
-    shown.print_table(
+    output.print_table(
         ("step", *names, ""),
         [
             (str(s), *(f"{m[n]:.6g}" if n in m else "" for n in names), _note(s, best, steps[-1], why))

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from jaxadapt.cli import shown
+from jaxadapt.cli import output
 
 _METHODS = (
     "svd, cat, linear, ties, dare_linear, dare_ties, magnitude_prune; the last four also with _svd at the end, for"
@@ -24,7 +24,7 @@ _METHODS = (
 @click.option("--density", type=click.FloatRange(0, 1), help="Share of the values that survives, of the last four.")
 @click.option("--seed", default=0, show_default=True, help="For the random choice of dare_….")
 @click.option("--allow-nan", is_flag=True, help="Combine also tensors that hold a NaN or an infinity.")
-@shown.as_json
+@output.as_json
 def command(
     adapters: tuple[str, ...], weights: str, out: str, method: str, rank: int | None, density: float | None, seed: int,
     allow_nan: bool, as_json: bool,
@@ -47,7 +47,7 @@ def command(
         raise click.BadParameter(f"expected numbers and commas, found {weights!r}", param_hint="--weights")
     import jax
 
-    from jaxadapt import on_disk
+    from jaxadapt.export import merge_files
 
     options: dict[str, Any] = {"method": method, "allow_nan": allow_nan}
     if density is not None:
@@ -57,9 +57,9 @@ def command(
     svd = method.endswith("svd")
     if svd and rank is not None:
         options["svd_rank"] = rank
-    made = on_disk.combine(adapters, numbers, out, resize=None if svd else rank, progress=True, **options)
+    made = merge_files.combine(adapters, numbers, out, resize=None if svd else rank, progress=True, **options)
     config = made.config
     if as_json:
-        shown.print_json({"folder": out, "r": config.get("r"), "lora_alpha": config.get("lora_alpha")})
+        output.print_json({"folder": out, "r": config.get("r"), "lora_alpha": config.get("lora_alpha")})
     else:
-        shown.print_pairs([("folder", out), ("rank", str(config.get("r"))), ("tensors", str(len(made.tensors)))])
+        output.print_pairs([("folder", out), ("rank", str(config.get("r"))), ("tensors", str(len(made.tensors)))])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import click
 
-from jaxadapt.cli import shown
+from jaxadapt.cli import output
 
 
 @click.command("completion", short_help="Print what makes a shell complete these commands.")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
-@shown.as_json
+@output.as_json
 @click.pass_context
 def command(ctx: click.Context, shell: str, as_json: bool) -> None:
     """Print the script that completes commands, options and paths in a SHELL.
@@ -30,6 +30,6 @@ def command(ctx: click.Context, shell: str, as_json: bool) -> None:
     script = maker(ctx.find_root().command, {}, "jaxadapt", "_JAXADAPT_COMPLETE").source()
     script = script.replace('string split ","', 'string split -m 1 ","')  # fish: else a help ends at its first comma
     if as_json:
-        shown.print_json({"shell": shell, "script": script})
+        output.print_json({"shell": shell, "script": script})
     else:
         click.echo(script)

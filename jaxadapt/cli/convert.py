@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
-from jaxadapt.cli import shown
-from jaxadapt.errors import AdapterError
+from jaxadapt.cli import output
+from jaxadapt.core.errors import AdapterError
 
 _AS_OPTIONS = (
     ("jaxadapt.convert(source, target, lora_alpha=16)", "jaxadapt convert SOURCE TARGET --lora-alpha 16"),
@@ -45,7 +45,7 @@ def _sizes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) 
 @click.option("--concat", is_flag=True, help="Where TARGET has one A for several modules: a larger one of all.")
 @click.option("--format", "form", type=click.Choice(["safetensors", "orbax"]), default="safetensors",
               help="Of a folder that is written: orbax for an Orbax checkpoint instead.")  # fmt: skip
-@shown.as_json
+@output.as_json
 def command(
     source: str,
     target: str,
@@ -74,7 +74,7 @@ def command(
       jaxadapt convert out/ lora.safetensors --to gemma:gemma3 --like base.safetensors --concat
       jaxadapt convert out/ checkpoint/ --format orbax
     """
-    from jaxadapt.converting import convert
+    from jaxadapt.export.conversion import convert
 
     try:
         done = convert(
@@ -87,8 +87,8 @@ def command(
             text = text.replace(argument, option)
         raise type(error)(text) from error
     if as_json:
-        shown.print_json(done.to_dict())
+        output.print_json(done.to_dict())
         return
-    shown.print_line(f"{done.path}: {done.tensors} tensors, rank {done.rank}, alpha {done.lora_alpha:g}")
+    output.print_line(f"{done.path}: {done.tensors} tensors, rank {done.rank}, alpha {done.lora_alpha:g}")
     if done.dialect is not None:
-        shown.print_line(f"a tree of {done.dialect}; build its model with that rank and alpha")
+        output.print_line(f"a tree of {done.dialect}; build its model with that rank and alpha")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from jaxadapt.cli import shown
+from jaxadapt.cli import output
 
 
 @click.command("demo", short_help="Fine-tune a real language model, here and now.")
@@ -17,7 +17,7 @@ from jaxadapt.cli import shown
 @click.option(
     "--method", default="lora", show_default=True, type=click.Choice(["lora", "ia3"]), help="Method to train."
 )
-@shown.as_json
+@output.as_json
 def command(out: str, steps: int, seed: int, api: str, method: str, as_json: bool) -> None:
     """Fine-tune SmolLM2-135M on Python's own documentation.
 
@@ -37,4 +37,4 @@ def command(out: str, steps: int, seed: int, api: str, method: str, as_json: boo
     console = Console(stderr=True) if as_json else None
     report = finetune.run(out, steps=steps, seed=seed, api=api, method=method, console=console)
     if as_json:
-        shown.print_json(report.to_dict())
+        output.print_json(report.to_dict())

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from jaxadapt.cli import shown
+from jaxadapt.cli import output
 
 if TYPE_CHECKING:
-    from jaxadapt.folder import Info
-    from jaxadapt.norms import Norms
+    from jaxadapt.analysis.norms import Norms
+    from jaxadapt.persistence.folder import Info
 
 
 def _png(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
@@ -21,7 +21,7 @@ def _png(ctx: click.Context, param: click.Parameter, value: str | None) -> str |
 
 @click.command("inspect", short_help="Show what an adapter is.")
 @click.argument("folder", type=click.Path())
-@shown.as_json
+@output.as_json
 @click.option("--tensors", is_flag=True, help="List every tensor too, with its dtype and shape.")
 @click.option("--norms", is_flag=True, help="Also how much each weight is changed, layer by module.")
 @click.option(
@@ -42,24 +42,24 @@ def command(folder: str, as_json: bool, tensors: bool, norms: bool, plot: str | 
       jaxadapt inspect out/ --json | jq .config.r
       jaxadapt inspect out/ --plot norms.png
     """
-    from jaxadapt.folder import inspect, read
+    from jaxadapt.persistence.folder import inspect, read
 
     info = inspect(folder, progress=True)
     measured = None
     if norms or plot is not None:
-        from jaxadapt.norms import measure
+        from jaxadapt.analysis.norms import measure
 
         measured = measure(read(folder, progress=True))
     if plot is not None and measured is not None:
-        from jaxadapt import picture
-        from jaxadapt.codecs import atomic
+        from jaxadapt.analysis import norms_plot
+        from jaxadapt.storage import atomic
 
-        atomic.write_bytes(plot, picture.png(measured, info.config))
+        atomic.write_bytes(plot, norms_plot.png(measured, info.config))
     if as_json:
-        from jaxadapt import consumers
+        from jaxadapt.persistence import consumers
 
         more = {} if measured is None else {"norms": measured.to_dict()}
-        shown.print_json(info.to_dict() | {"refused_by": consumers.refusals(info.config, info.tensors)} | more)
+        output.print_json(info.to_dict() | {"refused_by": consumers.refusals(info.config, info.tensors)} | more)
         return
     _show(info, tensors)
     if measured is not None:
@@ -67,7 +67,7 @@ def command(folder: str, as_json: bool, tensors: bool, norms: bool, plot: str | 
 
 
 def _show(info: Info, tensors: bool) -> None:
-    from jaxadapt import card, consumers
+    from jaxadapt.persistence import card, consumers
 
     config = info.config
     rows = [("method", config.peft_type + (f", {config.task_type}" if config.task_type else ""))]
@@ -88,11 +88,11 @@ def _show(info: Info, tensors: bool) -> None:
         if why:
             reasons.setdefault("; ".join(why), []).append(reader)
     rows += [("" if n else "not for", f"{', '.join(r)}: {why}") for n, (why, r) in enumerate(reasons.items())]
-    shown.print_pairs(rows)
+    output.print_pairs(rows)
     if tensors:
         click.echo()
         listed = [(k, d, " × ".join(map(str, s)) or "scalar") for k, (d, s) in info.tensors.items()]
-        shown.print_table(("tensor", "dtype", "shape"), listed)
+        output.print_table(("tensor", "dtype", "shape"), listed)
 
 
 def _text(value: Any) -> str:
@@ -100,7 +100,7 @@ def _text(value: Any) -> str:
 
 
 def _show_norms(norms: Norms) -> None:
-    from jaxadapt.norms import grid
+    from jaxadapt.analysis.norms import grid
 
     cells = grid(norms.modules)
     scale, rank = cells.constant("scale"), cells.constant("rank")
@@ -109,10 +109,10 @@ def _show_norms(norms: Norms) -> None:
         if all(v is None for row in values for v in row) or (name == "scale" and scale is not None):
             continue
         click.echo()
-        shown.print_heat(title, cells.rows, cells.columns, values)
+        output.print_heat(title, cells.rows, cells.columns, values)
     if scale is not None and rank is not None:
         click.echo(f"\nrank {rank:g} and scale {scale:.4g} everywhere")
     if norms.not_finite:
-        shown.print_list("these modules hold a NaN or an infinity", norms.not_finite, 8)
+        output.print_list("these modules hold a NaN or an infinity", norms.not_finite, 8)
     if norms.left_out:
-        shown.print_list("left out", norms.left_out, 8)
+        output.print_list("left out", norms.left_out, 8)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from jaxadapt.cli import shown
+from jaxadapt.cli import output
 
 
 @click.command("merge", short_help="Write a model with an adapter merged into it.")
@@ -15,7 +15,7 @@ from jaxadapt.cli import shown
     "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the result; by default as the base."
 )
 @click.option("--allow-nan", is_flag=True, help="Merge also where a tensor holds a NaN or an infinity.")
-@shown.as_json
+@output.as_json
 def command(base: str, adapter: str, out: str, dtype: str | None, allow_nan: bool, as_json: bool) -> None:
     """Write a model with an ADAPTER merged into its weights.
 
@@ -29,10 +29,10 @@ def command(base: str, adapter: str, out: str, dtype: str | None, allow_nan: boo
       jaxadapt merge SmolLM2-135M/ out/ --out merged/
       jaxadapt merge SmolLM2-135M/ hf://org/name --out merged/ --dtype bfloat16
     """
-    from jaxadapt import on_disk
+    from jaxadapt.export import merge_files
 
-    count = on_disk.merge(base, adapter, out, dtype=dtype, allow_nan=allow_nan, progress=True)
+    count = merge_files.merge(base, adapter, out, dtype=dtype, allow_nan=allow_nan, progress=True)
     if as_json:
-        shown.print_json({"folder": out, "changed": count})
+        output.print_json({"folder": out, "changed": count})
     else:
-        shown.print_pairs([("folder", out), ("changed", f"{count} weights")])
+        output.print_pairs([("folder", out), ("changed", f"{count} weights")])

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import click
 
-from jaxadapt.cli import shown
-from jaxadapt.codecs import places
-from jaxadapt.codecs.places import Place
-from jaxadapt.errors import FileError
-from jaxadapt.terminal import escaped
+from jaxadapt.cli import output
+from jaxadapt.core.errors import FileError
+from jaxadapt.core.terminal import escaped
+from jaxadapt.storage import location
+from jaxadapt.storage.location import Place
 
 
 @click.command("pull", short_help="Fetch an adapter from the Hugging Face Hub.")
@@ -19,7 +19,7 @@ from jaxadapt.terminal import escaped
 @click.option("--revision", help="Branch, tag or commit; by default main.")
 @click.option("--subfolder", help="Folder in the repository, where several adapters share one.")
 @click.option("--out", type=click.Path(), help="Folder to copy the adapter into.")
-@shown.as_json
+@output.as_json
 def command(repo: str, revision: str | None, subfolder: str | None, out: str | None, as_json: bool) -> None:
     """Fetch the adapter REPO (org/name) from the Hugging Face Hub, and nothing else of its repository.
 
@@ -32,31 +32,31 @@ def command(repo: str, revision: str | None, subfolder: str | None, out: str | N
       jaxadapt pull org/name@v1/fr --out fr/
       vllm serve BASE --enable-lora --lora-modules fr=$(jaxadapt pull org/name/fr)
     """
-    from jaxadapt.hub import pull
+    from jaxadapt.storage.hub import pull
 
     folder: Place = pull(repo, revision=revision, subfolder=subfolder, progress=True)
     if out is not None:
         folder = _copied(folder, out)
     if as_json:
-        shown.print_json({"folder": str(folder)})
+        output.print_json({"folder": str(folder)})
     else:
         # A program that asks for the folder gets its exact name.
         click.echo(escaped(str(folder)) if sys.stdout.isatty() else folder)
 
 
 def _copied(source: Path, target: str) -> Place:
-    from jaxadapt import folder
-    from jaxadapt.codecs import atomic
-    from jaxadapt.hub import CARD, CONFIG, WEIGHTS
+    from jaxadapt.persistence import folder
+    from jaxadapt.storage import atomic
+    from jaxadapt.storage.hub import CARD, CONFIG, WEIGHTS
 
-    out = places.at(target)
-    weights = next(name for name in WEIGHTS if places.exists(source / name))
-    other = [name for name in WEIGHTS if name != weights and places.exists(out / name)]
+    out = location.at(target)
+    weights = next(name for name in WEIGHTS if location.exists(source / name))
+    other = [name for name in WEIGHTS if name != weights and location.exists(out / name)]
     if other:
         raise FileError(f"{out}: holds {other[0]}, which readers could take for what is pulled; choose another folder")
     folder.make(out)
     # The configuration takes its place right after the weights, as in `folder.write`.
-    names = [name for name in (weights, CONFIG, CARD) if places.exists(source / name)]
+    names = [name for name in (weights, CONFIG, CARD) if location.exists(source / name)]
     with atomic.alone_in(out), atomic.replacing_all([out / name for name in names]) as writers:
         for name, writer in zip(names, writers, strict=True):
             writer.write(memoryview((source / name).read_bytes()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from jaxadapt.cli import shown
+from jaxadapt.cli import output
 
 
 def _metric(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, float | str]:
@@ -36,7 +36,7 @@ def _metric(ctx: click.Context, param: click.Parameter, values: tuple[str, ...])
     default=None,
     help="Whether the card shows a heat map of the changes; by default if matplotlib is there.",
 )
-@shown.as_json
+@output.as_json
 def command(
     folder: str,
     repo: str,
@@ -61,14 +61,14 @@ def command(
       jaxadapt push out/ org/name --private --metric loss=3.187
       jaxadapt push out/ org/name --revision step-400 --tag best
     """
-    from jaxadapt.sharing import push
+    from jaxadapt.persistence.upload import push
 
     made = push(
         folder, repo, private=private or None, revision=revision, subfolder=subfolder, commit_message=message,
         create_pr=create_pr, tag=tag, license=license_, metrics=metrics, picture=picture, progress=True,
     )  # fmt: skip
     if as_json:
-        shown.print_json(made._asdict())
+        output.print_json(made._asdict())
     else:
-        shown.print_line(f"page     {made.url}")
-        shown.print_line(f"address  {made.address}")
+        output.print_line(f"page     {made.url}")
+        output.print_line(f"address  {made.address}")

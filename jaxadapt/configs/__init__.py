@@ -4,7 +4,7 @@ from jaxadapt.configs.base import PEFT_VERSION, TASK_TYPES, Config, GenericConfi
 from jaxadapt.configs.frozen import FrozenDict, freeze, thaw
 from jaxadapt.configs.ia3 import IA3Config
 from jaxadapt.configs.lora import LoraConfig
-from jaxadapt.configs.text import dumps, from_dict, loads
+from jaxadapt.configs.serialization import dumps, from_dict, loads
 
 __all__ = [
     "PEFT_VERSION",

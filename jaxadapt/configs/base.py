@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any, ClassVar, Self, cast
 
-from jaxadapt.configs.check import Problems
 from jaxadapt.configs.frozen import Frozen, FrozenDict, freeze, thaw
-from jaxadapt.configs.patterns import Index
-from jaxadapt.errors import ConfigError
+from jaxadapt.configs.name_patterns import Index
+from jaxadapt.configs.validation import Problems
+from jaxadapt.core.errors import ConfigError
 
 # The version of PEFT whose schema is written here; what a new configuration says of itself.
 PEFT_VERSION = "0.21.2"
@@ -244,7 +244,7 @@ class Config:
         """
         if cls is Config:
             # Only here does the base know of its subclasses; the import would be circular at the top.
-            from jaxadapt.configs.text import from_dict
+            from jaxadapt.configs.serialization import from_dict
 
             return cast("Self", from_dict(values, source))
         names = set(_field_names(cls)) - {"extra"}

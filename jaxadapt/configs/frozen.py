@@ -9,7 +9,7 @@ from collections.abc import ItemsView, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any, TypeAlias, cast
 
-from jaxadapt.configs.patterns import PLAIN, Index
+from jaxadapt.configs.name_patterns import PLAIN, Index
 
 # What `freeze` returns. (FrozenDict is named as a string: the alias is recursive.)
 Frozen: TypeAlias = "bool | int | float | str | tuple[Frozen, ...] | FrozenDict | None"

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
 from jaxadapt.configs.base import Config
-from jaxadapt.configs.check import Problems
 from jaxadapt.configs.frozen import Frozen, FrozenDict, Patterns
+from jaxadapt.configs.validation import Problems
 
 BIASES = ("none", "all", "lora_only")
 
@@ -62,7 +62,7 @@ class LoraConfig(Config):
     >>> LoraConfig(r=4.0)
     Traceback (most recent call last):
     ...
-    jaxadapt.errors.ConfigError: LoraConfig: r: expected a positive integer, found 4.0; write 4
+    jaxadapt.core.errors.ConfigError: LoraConfig: r: expected a positive integer, found 4.0; write 4
     """
 
     _type: ClassVar[str | None] = "LORA"

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxadapt.core.errors import AdapterError
 from jaxadapt.demo.smollm2 import SmolLM2
-from jaxadapt.errors import AdapterError
 
 
 def peft_installed() -> bool:

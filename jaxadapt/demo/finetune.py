@@ -20,11 +20,11 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from jaxadapt.core.errors import ConfigError, FileError
 from jaxadapt.demo import check
 from jaxadapt.demo.smollm2 import INSTALL, MODEL_NAME, SmolLM2
 from jaxadapt.demo.text import batches, chunks, python_topics, spread
 from jaxadapt.demo.training import APIS, METHODS, Trainer, trainer
-from jaxadapt.errors import ConfigError, FileError
 
 LENGTH = 64  # tokens of one chunk
 BATCH = 4

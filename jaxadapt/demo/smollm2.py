@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxadapt.core.errors import FileError, FormatError
 from jaxadapt.demo.llama import LlamaConfig
-from jaxadapt.errors import FileError, FormatError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

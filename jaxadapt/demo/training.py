@@ -13,9 +13,9 @@ import optax
 from flax import nnx
 
 import jaxadapt
+from jaxadapt.core.errors import ConfigError
 from jaxadapt.demo import llama_linen, llama_nnx
 from jaxadapt.demo.llama import PROJECTIONS, LlamaConfig, Tensor
-from jaxadapt.errors import ConfigError
 
 Weights = Mapping[str, Tensor]
 APIS = ("nnx", "linen")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from jaxadapt.configs import Config
-from jaxadapt.errors import ConfigError
+from jaxadapt.core.errors import ConfigError
 from jaxadapt.methods.base import Applied, Method, Several, check_biases, computable, refuse_rivals, wide
-from jaxadapt.methods.entries import LAYER, PerEntry, needs_layer
 from jaxadapt.methods.ia3 import IA3
-from jaxadapt.methods.lora import Lora, scale_of
+from jaxadapt.methods.lora.method import Lora, scale_of
+from jaxadapt.methods.per_entry import LAYER, PerEntry, needs_layer
 
 METHODS: dict[str, Method] = {m.peft_type: m for m in (Lora(), IA3())}
 

@@ -18,13 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxadapt import paths
-from jaxadapt.axes import Axes, Operation, Use
+from jaxadapt.arrays.axes import Axes, Operation, Use
+from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs import Config
-from jaxadapt.drawing import Draw
-from jaxadapt.errors import AttachError, ConfigError
-from jaxadapt.keymap import Site
-from jaxadapt.tensor import Modules, Tensor
+from jaxadapt.core import paths
+from jaxadapt.core.errors import AttachError, ConfigError
+from jaxadapt.keymaps.keymap import Site
+from jaxadapt.keymaps.tensor_spec import Modules, Tensor
 
 Array = Any
 Params = Mapping[str, Array]

@@ -13,16 +13,15 @@ from types import MappingProxyType
 
 import jax.numpy as jnp
 
-from jaxadapt import targets
-from jaxadapt.axes import LETTERS, Axes, Operation, Use
-from jaxadapt.configs import Config, IA3Config
-from jaxadapt.drawing import Draw
-from jaxadapt.errors import AttachError, ConfigError
-from jaxadapt.keymap import Site
-from jaxadapt.methods import lowrank
+from jaxadapt.arrays import low_rank
+from jaxadapt.arrays.axes import LETTERS, Axes, Operation, Use
+from jaxadapt.arrays.random_draws import Draw
+from jaxadapt.configs import Config, IA3Config, matching
+from jaxadapt.core.errors import AttachError, ConfigError
+from jaxadapt.keymaps.keymap import Site
+from jaxadapt.keymaps.tensor_spec import Modules, Tensor
 from jaxadapt.methods.base import Array, Drop, Method, Params, one_value
-from jaxadapt.methods.entries import PerEntry, adapted_entries, only_adapted
-from jaxadapt.tensor import Modules, Tensor
+from jaxadapt.methods.per_entry import PerEntry, adapted_entries, only_adapted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +54,7 @@ class IA3(Method):
         return (Tensor("ia3_l", ".ia3_l", ("batch", "out"), (("out",), ()), degree=0, used=used),)
 
     def static(self, config: IA3Config, site: Site, modules: Modules) -> Static:
-        one = one_value("feedforward", {m: targets.is_feedforward(config, m) for m in modules})
+        one = one_value("feedforward", {m: matching.is_feedforward(config, m) for m in modules})
         return Static(one, site.weight.kind == "conv", site.weight.groups, adapted_entries(modules))
 
     def fresh(self, config: IA3Config, tensor: Tensor, fan_in: int) -> Draw:
@@ -73,17 +72,17 @@ class IA3(Method):
                 "a feedforward IA3 vector differs between the parts of a fused weight that share one input;"
                 " leave the module out of feedforward_modules"
             )
-        return (x.astype(scale.dtype) * lowrank.spread(scale, letters, use.x)).astype(x.dtype)
+        return (x.astype(scale.dtype) * low_rank.spread(scale, letters, use.x)).astype(x.dtype)
 
     def output(
         self, static: Static, params: Params, use: Use | Operation, x: Array, y: Array, drop: Drop | None, w: Array
     ) -> Array:
         if isinstance(use, Operation):
-            return (y * lowrank.over_outputs(use, _vector(static, params), y.ndim)).astype(y.dtype)
+            return (y * low_rank.over_outputs(use, _vector(static, params), y.ndim)).astype(y.dtype)
         if self._over_input(static, use):
             return y
         scale = _vector(static, params)
-        return (y * lowrank.spread(scale, self._letters(static, use), use.y)).astype(y.dtype)
+        return (y * low_rank.spread(scale, self._letters(static, use), use.y)).astype(y.dtype)
 
     def weight(self, static: Static, params: Params, axes: Axes, w: Array) -> Array:
         return (w * self._over_weight(static, params, axes, w)).astype(w.dtype)
@@ -132,7 +131,7 @@ class IA3(Method):
                 (out,) = axes.out
                 scale, role = jnp.repeat(scale, w.shape[out] // static.groups, axis=0), (out, *role)
         letters = "".join(LETTERS[i] for i in axes.batch + role)
-        return lowrank.spread(scale, letters, LETTERS[: axes.rank])
+        return low_rank.spread(scale, letters, LETTERS[: axes.rank])
 
 
 def _of_convolution(static: Static, site: Site) -> Tensor:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import jaxadapt
-from jaxadapt import ConfigError, KeyMapError, MismatchError, combining
-from jaxadapt.keymap import KeyMap, Weight
+from jaxadapt import ConfigError, KeyMapError, MismatchError
+from jaxadapt.keymaps.keymap import KeyMap, Weight
+from jaxadapt.merging import combination
 from tests import small
 
 pytestmark = pytest.mark.filterwarnings("ignore:The density 1.0 is greater")
@@ -29,7 +30,7 @@ UNEQUAL = {
 WEIGHTS = [0.7, -0.4, 1.2]
 # float32 sums of a few dozen terms in another order
 CLOSE = {"rtol": 2e-5, "atol": 2e-6}
-SEPARATE = [m for m in combining.METHODS if m not in ("cat", "svd") and not m.endswith("_svd")]
+SEPARATE = [m for m in combination.METHODS if m not in ("cat", "svd") and not m.endswith("_svd")]
 
 
 def options(method, density=0.5):
@@ -73,7 +74,7 @@ def dare_masks(model, drawn, svd, scan):
 @pytest.mark.peft
 @pytest.mark.parametrize(
     ("method", "signs"),
-    [(m, "total") for m in combining.METHODS] + [(m, "frequency") for m in combining.METHODS if "ties" in m],
+    [(m, "total") for m in combination.METHODS] + [(m, "frequency") for m in combination.METHODS if "ties" in m],
 )
 def test_equal_to_peft(method, signs):
     from tests.arithmetic import peft_pairs

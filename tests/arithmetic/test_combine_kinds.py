@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxadapt
-from jaxadapt import paths
+from jaxadapt.core import paths
 
 Weight = jaxadapt.Weight
 STACKED = Weight("layers_{l}.up", "l.{l}.experts.up", "e i o -> e i o", kind="experts", fan_in_fan_out=True)

@@ -13,9 +13,9 @@ import pytest
 from jax.interpreters.partial_eval import dce_jaxpr
 
 import jaxadapt
-from jaxadapt import paths
-from jaxadapt.axes import Axes
-from jaxadapt.generic import line_for
+from jaxadapt.arrays.axes import Axes
+from jaxadapt.core import paths
+from jaxadapt.keymaps.generic import line_for
 from tests.twins import layers
 
 KINDS = ("LORA", "IA3")

@@ -16,7 +16,7 @@ from flax.core import freeze
 from flax.training.train_state import TrainState
 
 import jaxadapt
-from jaxadapt import paths
+from jaxadapt.core import paths
 from jaxadapt.demo import llama_linen
 from jaxadapt.demo.llama import LlamaConfig
 from tests.twins import layers

@@ -16,8 +16,8 @@ import pytest
 from flax import linen, nnx
 
 import jaxadapt
-from jaxadapt.errors import AttachError, TargetError
-from jaxadapt.nnx import next_key
+from jaxadapt.core.errors import AttachError, TargetError
+from jaxadapt.models.nnx.attach import next_key
 from tests.twins import layers, layers_nnx
 
 R1 = jaxadapt.LoraConfig(r=2, lora_alpha=8, target_modules=["q", "o"], init_lora_weights=False)

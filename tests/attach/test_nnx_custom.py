@@ -13,9 +13,9 @@ import pytest
 from flax import linen, nnx
 
 import jaxadapt
-from jaxadapt.errors import AttachError, KeyMapError, TargetError
-from jaxadapt.generic import GENERIC, line_for
-from jaxadapt.weight import Weight
+from jaxadapt.core.errors import AttachError, KeyMapError, TargetError
+from jaxadapt.keymaps.generic import GENERIC, line_for
+from jaxadapt.keymaps.weight import Weight
 from tests.twins import layers, layers_nnx
 
 CASE = {case.name: case for case in layers.NNX}

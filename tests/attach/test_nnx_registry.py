@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import jaxadapt
-from jaxadapt.generic import GENERIC, line_for
+from jaxadapt.keymaps.generic import GENERIC, line_for
 from tests.twins import layers, trees
 
 ALPHA, R = 6, 3

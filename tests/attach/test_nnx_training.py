@@ -15,9 +15,9 @@ import pytest
 from flax import nnx
 
 import jaxadapt
+from jaxadapt.core.errors import AttachError
 from jaxadapt.demo.llama import PROJECTIONS, LlamaConfig
 from jaxadapt.demo.llama_nnx import Llama
-from jaxadapt.errors import AttachError
 from tests import small
 from tests.twins import layers_nnx
 

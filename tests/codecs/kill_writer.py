@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxadapt.codecs import safetensors
+from jaxadapt.storage import safetensors
 
 SPECS = {f"t{i:02}": ("U16", (256, 500)) for i in range(12)}  # 3 MB
 

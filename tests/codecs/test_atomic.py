@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxadapt.codecs import atomic, parallel, safetensors
-from jaxadapt.errors import FileError
+from jaxadapt.core.errors import FileError
+from jaxadapt.storage import atomic, parallel_write, safetensors
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -320,11 +320,11 @@ def test_a_file_of_several_processes_goes_to_the_disk_some_way_behind(
 ) -> None:
     calls: list[tuple[int, int]] = []
     monkeypatch.setattr(os, "posix_fadvise", lambda fd, at, size, what: calls.append((at, size)))
-    monkeypatch.setattr(parallel, "_LOTS", 2)
-    monkeypatch.setattr(parallel, "_NEAR", 20)
-    monkeypatch.setattr(parallel, "_FAR", 40)
+    monkeypatch.setattr(parallel_write, "_LOTS", 2)
+    monkeypatch.setattr(parallel_write, "_NEAR", 20)
+    monkeypatch.setattr(parallel_write, "_FAR", 40)
     with (tmp_path / "f").open("wb") as file:
-        place = parallel._Place(file.fileno(), "f", 0, {}, share)
+        place = parallel_write._Place(file.fileno(), "f", 0, {}, share)
         for at in (0, 20, 40, 60, 80):  # a lot of two rows, between which lie another process' rows
             place.write_at(memoryview(b"x" * 5), at)
             place.write_at(memoryview(b"x" * 5), at + 10)
@@ -337,7 +337,7 @@ def test_rows_of_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         os, "pwrite", lambda fd, data, at: real(fd, data[:2], at)
     )  # a system that writes little at once
     with (tmp_path / "f").open("wb") as file:
-        parallel._Place(file.fileno(), "f", 0, {}, 0).write_at(memoryview(b"abcdef"), 1, 3, 5)
+        parallel_write._Place(file.fileno(), "f", 0, {}, 0).write_at(memoryview(b"abcdef"), 1, 3, 5)
     assert (tmp_path / "f").read_bytes() == b"\0abc\0\0def"
 
 

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxadapt.codecs import safetensors
+from jaxadapt.storage import safetensors
 
 CODE = """
 import sys
 from jaxadapt import FormatError
-from jaxadapt.codecs import safetensors, torch_bin
+from jaxadapt.storage import safetensors, torch_bin
 try:
     (safetensors.read_header if sys.argv[1].endswith(".safetensors") else torch_bin.read)(sys.argv[1])
 except FormatError as error:

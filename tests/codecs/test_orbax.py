@@ -19,9 +19,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1
 
 import jaxadapt
-from jaxadapt import orbax_folder, paths
-from jaxadapt.codecs import atomic, orbax
+from jaxadapt.core import paths
 from jaxadapt.demo import llama, llama_nnx
+from jaxadapt.persistence import orbax_folder
+from jaxadapt.storage import atomic, orbax
 from tests import small
 from tests.small import same
 

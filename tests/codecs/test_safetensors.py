@@ -17,10 +17,10 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxadapt.codecs import ahead, files
-from jaxadapt.codecs import safetensors as codec
-from jaxadapt.codecs.dtypes import NAMES, numpy_dtype
-from jaxadapt.errors import FileError, FormatError, MismatchError
+from jaxadapt.core.errors import FileError, FormatError, MismatchError
+from jaxadapt.storage import local_files, prefetch
+from jaxadapt.storage import safetensors as codec
+from jaxadapt.storage.dtypes import NAMES, numpy_dtype
 
 DTYPES = [numpy_dtype(code) for code in NAMES.values()]
 
@@ -303,18 +303,18 @@ def test_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_read_ahead_in_several_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "BLOCK", 128)
-    monkeypatch.setattr(ahead, "READ", 256)
+    monkeypatch.setattr(local_files, "BLOCK", 128)
+    monkeypatch.setattr(prefetch, "READ", 256)
     tensors = {f"{key}": filled((3, 17 + 9 * key), np.dtype("f4"), key) for key in range(9)}
     save(tmp_path / "f", tensors)
     calls: list[int] = []
-    read = files.LocalFile.read_into
+    read = local_files.LocalFile.read_into
 
     def counted(self: Any, parts: Any, offset: int) -> None:
         calls.append(sum(len(view) for _, view in parts))
         read(self, parts, offset)
 
-    monkeypatch.setattr(files.LocalFile, "read_into", counted)
+    monkeypatch.setattr(local_files.LocalFile, "read_into", counted)
     with codec.open_tensors(tmp_path / "f", ahead=True) as file:
         groups = file.groups(tensors, 2000)
         found = dict(zip(tensors, [x for group in groups for x in file.read_group(group)], strict=True))
@@ -389,7 +389,7 @@ def test_jax_takes_the_memory(tmp_path: Path) -> None:
 def test_header_needs_the_standard_library_only(tmp_path: Path) -> None:
     save(tmp_path / "f", {"x": np.ones(3, "f4")})
     code = (
-        "import sys\nfrom jaxadapt.codecs import atomic, safetensors, torch_bin\n"
+        "import sys\nfrom jaxadapt.storage import atomic, safetensors, torch_bin\n"
         f"safetensors.read_header({str(tmp_path / 'f')!r})\n"
         "bad = {'jax', 'numpy', 'ml_dtypes', 'torch', 'safetensors'} & set(sys.modules)\n"
         "sys.exit(repr(bad) if bad else 0)"

@@ -14,8 +14,8 @@ import safetensors.numpy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxadapt.codecs import safetensors as codec
-from jaxadapt.errors import FileError, FormatError
+from jaxadapt.core.errors import FileError, FormatError
+from jaxadapt.storage import safetensors as codec
 
 
 def same(a: np.ndarray, b: np.ndarray) -> bool:

@@ -20,8 +20,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxadapt.codecs import torch_bin
-from jaxadapt.errors import FileError, FormatError
+from jaxadapt.core.errors import FileError, FormatError
+from jaxadapt.storage import torch_bin
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 REAL = Path(os.environ.get("JAXADAPT_REAL_ADAPTERS", ROOT.parent / "shared" / "real-adapters")) / "weights"
@@ -152,7 +152,7 @@ def test_real_adapters() -> None:
 def test_neither_torch_nor_numpy_is_needed_to_look(tmp_path: Path) -> None:
     save({"a": torch.ones(3)}, tmp_path / "f")
     code = (
-        "import sys\nfrom jaxadapt.codecs import torch_bin\n"
+        "import sys\nfrom jaxadapt.storage import torch_bin\n"
         f"assert torch_bin.keys_and_shapes({str(tmp_path / 'f')!r}) == {{'a': ('F32', (3,))}}\n"
         f"assert 'numpy' not in sys.modules\ntorch_bin.read({str(tmp_path / 'f')!r})\n"
         "assert not {'torch', 'jax'} & set(sys.modules), 'imported'"

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxadapt.codecs import runs
+from jaxadapt.storage import strided
 
 
 @st.composite
@@ -40,11 +40,11 @@ def test_like_numpy(case: tuple[tuple[int, ...], list[tuple[int, int]], list[int
             calls.append((offset, offset + run))
             offset += step
 
-    before, runs._STAGED = runs._STAGED, staged
+    before, strided._STAGED = strided._STAGED, staged
     try:
-        runs.write_box(write_at, shape, array, box)
+        strided.write_box(write_at, shape, array, box)
     finally:
-        runs._STAGED = before
+        strided._STAGED = before
     want = np.zeros(shape, kind)
     want[where] = array
     np.testing.assert_array_equal(whole, want)

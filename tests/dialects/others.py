@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 import jaxadapt
-from jaxadapt import families, plan
+from jaxadapt.keymaps import families, plan
 from tests.families import core
 from tests.families.specimens import BY_NAME, IDS, PROJ, values
 

@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 
 import jaxadapt
-from jaxadapt import dialect
+from jaxadapt.models.foreign import dialect
 from tests.families import core, sides
 from tests.families.specimens import BY_NAME, HEADS, IDS, Specimen, values
 from tests.twins import trees

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxadapt
-from jaxadapt.dialects import DIALECTS
+from jaxadapt.models.foreign.dialects import DIALECTS
 from tests.dialects.cases import CASES, Case, D, E, F, R, flat, nest
 
 ALPHA = 2.0 * R  # a scale of 2, exact in every format

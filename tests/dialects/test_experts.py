@@ -12,8 +12,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jaxadapt
-from jaxadapt import families, paths, pieces, plan
-from jaxadapt.converting import convert
+from jaxadapt.core import paths
+from jaxadapt.export.conversion import convert
+from jaxadapt.keymaps import families, plan
+from jaxadapt.keymaps import parts as pieces
 from tests.families import core
 from tests.families.specimens import BY_NAME, recorded
 

@@ -15,10 +15,10 @@ import pytest
 from safetensors.numpy import save_file
 
 import jaxadapt
-from jaxadapt import targets
-from jaxadapt.converting import convert
-from jaxadapt.dialects import DIALECTS
-from jaxadapt.families import FAMILIES
+from jaxadapt.configs import matching
+from jaxadapt.export.conversion import convert
+from jaxadapt.keymaps.families import FAMILIES
+from jaxadapt.models.foreign.dialects import DIALECTS
 from tests.families import core
 from tests.families.specimens import BY_NAME, RECORDED, SPECIMENS, recorded
 
@@ -34,8 +34,8 @@ def products(folder: Path) -> dict[str, np.ndarray]:
     for key, a in held.tensors.items():
         if key.endswith("lora_A.weight"):
             module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-            r = targets.pattern_value(config.get("rank_pattern"), module, config.get("r"))
-            alpha = targets.pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha"))
+            r = matching.pattern_value(config.get("rank_pattern"), module, config.get("r"))
+            alpha = matching.pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha"))
             out[module] = alpha / r * held.tensors[key.replace("lora_A", "lora_B")] @ a
     return out
 

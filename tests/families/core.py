@@ -9,7 +9,11 @@ import jax
 import numpy as np
 
 import jaxadapt
-from jaxadapt import bind, families, paths, pieces, plan, planning
+from jaxadapt.adapters import sites
+from jaxadapt.core import paths
+from jaxadapt.keymaps import families, plan
+from jaxadapt.keymaps import parts as pieces
+from jaxadapt.models import planning
 from tests.families.specimens import PEFT_PREFIX, Specimen, values
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -42,5 +46,5 @@ def write_adapter(specimen: Specimen, shapes: Shapes, folder: Path) -> None:
     config = jaxadapt.LoraConfig(**specimen.lora)
     tree = paths.unflatten({p: jax.ShapeDtypeStruct(s, "float32") for p, s in shapes.items()})
     _, bounds = planning.plan(planning.Base.of(tree), config, specimen.table)
-    tensors = {key: adapter_values(key, shape) for key, shape in whole(bind.file_plan(bounds)).items()}
+    tensors = {key: adapter_values(key, shape) for key, shape in whole(sites.file_plan(bounds)).items()}
     jaxadapt.write(jaxadapt.PeftTensors(config, tensors), folder)

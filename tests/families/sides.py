@@ -21,7 +21,7 @@ from flax import linen as nn
 from flax import nnx
 
 import jaxadapt
-from jaxadapt import paths
+from jaxadapt.core import paths
 from tests.families.specimens import HEADS, IDS, INPUTS, KV, LAYERS, D, F, Specimen, V
 from tests.twins import gpt2, trees
 from tests.twins import moe as twins

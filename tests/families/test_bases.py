@@ -16,8 +16,10 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import jaxadapt
-from jaxadapt import FileError, FormatError, KeyMap, KeyMapError, MismatchError, Weight, bases, families
-from jaxadapt.codecs import shards
+from jaxadapt import FileError, FormatError, KeyMap, KeyMapError, MismatchError, Weight
+from jaxadapt.export import base_weights
+from jaxadapt.keymaps import families
+from jaxadapt.storage import hf_model
 from tests import small
 from tests.families import core
 from tests.families.specimens import BY_NAME, recorded, values
@@ -139,7 +141,7 @@ def test_what_fails_on_the_way_leaves_the_old_set(tmp_path, limit, monkeypatch):
     """Whichever tensor it is at, and at the very end."""
     jaxadapt.export_base(base(), tmp_path, keymap=TABLE, max_shard_size=300)
     before = names(tmp_path)
-    made = shards.safetensors.write_to
+    made = hf_model.safetensors.write_to
     for broken in range(1, 4):
         calls = []
 
@@ -149,7 +151,7 @@ def test_what_fails_on_the_way_leaves_the_old_set(tmp_path, limit, monkeypatch):
                 raise OSError(28, "No space left on device")
             return made(*args, **more)
 
-        monkeypatch.setattr(shards.safetensors, "write_to", failing)
+        monkeypatch.setattr(hf_model.safetensors, "write_to", failing)
         with pytest.raises(OSError, match="No space"):
             jaxadapt.export_base(jax.tree.map(lambda x: x * 2, base()), tmp_path, keymap=TABLE, max_shard_size=limit)
         assert names(tmp_path) == before
@@ -181,7 +183,7 @@ def test_the_index_takes_its_place_last(tmp_path, monkeypatch):
 @pytest.mark.parametrize("method", ["LORA", "IA3"])
 def test_an_adapter_is_merged_on_the_way(tmp_path, scan, method, monkeypatch):
     """Exactly what `merge` and then exporting gives: stacked layers, fused parts, biases, output by output."""
-    monkeypatch.setattr(bases, "SLICE", 16)
+    monkeypatch.setattr(base_weights, "SLICE", 16)
     table, tree = TABLE, base()
     if scan is not None:
         table, stack = TABLE.scanned(scan), lambda *xs: np.stack(xs, min(scan, xs[0].ndim))
@@ -218,7 +220,7 @@ SHAPES = (
 @pytest.mark.parametrize("dora", [True, False])
 def test_a_merge_slice_by_slice_is_the_merge(tmp_path, dora, numpy, monkeypatch):
     """Outputs of every kind of weight, whose rows lie here and there in PyTorch's tensor; norms of whole columns."""
-    monkeypatch.setattr(bases, "SLICE", 16)
+    monkeypatch.setattr(base_weights, "SLICE", 16)
     table = KeyMap("shapes", SHAPES)
     config = jaxadapt.LoraConfig(r=2, use_dora=dora, target_modules=["c", "r", "e", "k"])
     tree = {"c": {"conv": rand(2, 2, 3, 5)}, "r": {"rope": rand(3, 5, 16)}, "e": {"emb": rand(9, 7)}}
@@ -229,7 +231,7 @@ def test_a_merge_slice_by_slice_is_the_merge(tmp_path, dora, numpy, monkeypatch)
     tree = tree if numpy else jax.tree.map(jnp.asarray, tree)
     adapter = small.noisy(jaxadapt.init(config, tree, key=jax.random.key(0), keymap=table))
     seen = []
-    monkeypatch.setattr(bases.merging.Changed, "value", seeing(bases.merging.Changed.value, seen))
+    monkeypatch.setattr(base_weights.merging.Changed, "value", seeing(base_weights.merging.Changed.value, seen))
     jaxadapt.export_base(tree, tmp_path / "a", adapter, keymap=table, dtype="float32")
     assert len(seen) > 4 * len(tree)
     jaxadapt.export_base(jaxadapt.merge(tree, adapter), tmp_path / "b", keymap=table, dtype="float32")

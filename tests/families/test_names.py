@@ -14,7 +14,8 @@ import transformers as tf
 from peft import LoraConfig, get_peft_model
 
 import jaxadapt
-from jaxadapt import families, paths, plan
+from jaxadapt.core import paths
+from jaxadapt.keymaps import families, plan
 from tests.families import core, sides, torch_side
 from tests.families.specimens import BY_NAME, DECODER, SIZES, recorded, rope, values
 from tests.twins import trees

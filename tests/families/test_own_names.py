@@ -14,8 +14,10 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 import jaxadapt
-from jaxadapt import KeyMapError, MismatchError, families, paths
-from jaxadapt.generic import GENERIC
+from jaxadapt import KeyMapError, MismatchError
+from jaxadapt.core import paths
+from jaxadapt.keymaps import families
+from jaxadapt.keymaps.generic import GENERIC
 from tests.test_keymap import gpt2_shapes, llama_shapes
 
 WIDTH, HEADS, VOCAB = 16, 4, 32

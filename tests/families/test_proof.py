@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 
 import jaxadapt
-from jaxadapt import KeyMapError, checking, families, pieces, plan
-from jaxadapt.families import FAMILIES
+from jaxadapt import KeyMapError
+from jaxadapt.keymaps import check, families, plan
+from jaxadapt.keymaps import parts as pieces
+from jaxadapt.keymaps.families import FAMILIES
 from tests.families import core, sides
 from tests.families.specimens import RECORDED, SPECIMENS, Specimen, recorded
 
@@ -106,13 +108,13 @@ def test_the_check_says_so(specimen):
     tensors = {key: tuple(x.shape) for key, x in torch_side.state(specimen).items()}
     shapes, table = shapes_of(specimen), families.named(specimen.table)
     for leaves, keys in ((shapes, None), (shapes, tensors), (None, tensors)):
-        assert checking.check(table, leaves, keys).problems == {}
-    claimed = checking.check(table, shapes, tensors).claims
+        assert check.check(table, leaves, keys).problems == {}
+    claimed = check.check(table, shapes, tensors).claims
     assert {key for keys in claimed.values() for key in keys} == tensors.keys() - set(specimen.unused)
     layer = next(k for k in tensors if ".1." in k and k.endswith(".weight"))
     less = {key: shape for key, shape in tensors.items() if key != layer}
     for leaves in (shapes, None):
-        assert checking.check(table, leaves, less).problems == {"missing": (layer,)}
+        assert check.check(table, leaves, less).problems == {"missing": (layer,)}
 
 
 @pytest.mark.peft

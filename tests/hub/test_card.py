@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 import jaxadapt
-from jaxadapt import card
 from jaxadapt.configs import Config
+from jaxadapt.persistence import card
 from tests import small
 from tests.small import CARD
 

@@ -11,8 +11,8 @@ import yaml
 from huggingface_hub import constants
 
 import jaxadapt
-from jaxadapt import card
-from jaxadapt import hub as door
+from jaxadapt.persistence import card
+from jaxadapt.storage import hub as door
 from tests import small
 from tests.hub import server
 from tests.small import CARD, CONFIG, WEIGHTS

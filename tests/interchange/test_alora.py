@@ -20,7 +20,7 @@ import torch
 from peft.tuners.lora.variants import calculate_alora_offsets
 
 import jaxadapt
-from jaxadapt.methods import alora
+from jaxadapt.methods.lora import alora
 from tests import peft_harness as harness
 from tests.twins import llama
 

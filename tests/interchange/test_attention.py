@@ -20,7 +20,8 @@ pytest.importorskip("peft")
 import torch
 
 import jaxadapt
-from jaxadapt import Weight, paths
+from jaxadapt import Weight
+from jaxadapt.core import paths
 from tests import peft_harness as harness
 from tests.twins import trees
 

@@ -24,8 +24,10 @@ pytest.importorskip("peft")
 from peft.utils.save_and_load import get_peft_model_state_dict
 
 import jaxadapt
-from jaxadapt import families, paths, pieces, plan
-from jaxadapt.codecs import safetensors
+from jaxadapt.core import paths
+from jaxadapt.keymaps import families, plan
+from jaxadapt.keymaps import parts as pieces
+from jaxadapt.storage import safetensors
 from tests import peft_harness as harness
 from tests.families import core, sides, torch_side
 from tests.families.specimens import BY_NAME, recorded

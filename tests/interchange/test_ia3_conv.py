@@ -27,8 +27,9 @@ import peft
 import torch
 
 import jaxadapt
-from jaxadapt import KeyMap, Weight, on_disk
-from jaxadapt.codecs import safetensors
+from jaxadapt import KeyMap, Weight
+from jaxadapt.export import merge_files
+from jaxadapt.storage import safetensors
 from tests import peft_harness as harness
 from tests.interchange.test_lora_matrix import close, flat, in_torch
 from tests.twins import trees
@@ -212,7 +213,7 @@ def test_files_are_merged_as_peft_merges(case, theirs, tmp_path):
 
     save_file(base_of(case.net).state_dict(), str(safetensors_file), metadata={"format": "pt"})
     (tmp_path / "base" / "config.json").write_text("{}")
-    on_disk.merge(tmp_path / "base", want.folder, tmp_path / "out")
+    merge_files.merge(tmp_path / "base", want.folder, tmp_path / "out")
     got = safetensors.read(tmp_path / "out" / "model.safetensors")
     assert got.keys() == want.merged.keys()
     for key, value in want.merged.items():

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import jaxadapt
-from jaxadapt import families
+from jaxadapt.keymaps import families
 
 WIDTH = 8
 X = jax.random.normal(jax.random.key(3), (3, WIDTH))

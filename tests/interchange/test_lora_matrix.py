@@ -26,7 +26,8 @@ pytest.importorskip("peft")
 import torch
 
 import jaxadapt
-from jaxadapt import paths, plan
+from jaxadapt.core import paths
+from jaxadapt.keymaps import plan
 from tests import peft_harness as harness
 from tests.twins import trees
 from tests.twins.tiny import Net

@@ -14,7 +14,8 @@ pytest.importorskip("torch")
 pytest.importorskip("peft")
 
 import jaxadapt
-from jaxadapt import families, paths
+from jaxadapt.core import paths
+from jaxadapt.keymaps import families
 from tests import peft_harness as harness
 from tests.interchange import test_attention as attention
 from tests.interchange import test_per_expert as experts

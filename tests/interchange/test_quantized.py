@@ -23,7 +23,9 @@ import qwix
 import torch
 
 import jaxadapt
-from jaxadapt import families, plan, planning, quantized
+from jaxadapt.arrays import quantized
+from jaxadapt.keymaps import families, plan
+from jaxadapt.models import planning
 from tests import peft_harness as harness
 from tests.interchange.record_bitsandbytes import RECORDED
 from tests.twins import llama

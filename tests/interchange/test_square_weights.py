@@ -186,8 +186,8 @@ def test_fan_in_fan_out_is_written_as_peft_writes_it(theirs, targets, said, kind
 def test_a_merge_of_files_does_not_guess_how_a_square_weight_lies(theirs, targets, tmp_path):
     import peft
 
-    from jaxadapt import on_disk
-    from jaxadapt.codecs import safetensors
+    from jaxadapt.export import merge_files
+    from jaxadapt.storage import safetensors
 
     theirs.save_pretrained(tmp_path / "base")
     with warnings.catch_warnings():
@@ -198,10 +198,10 @@ def test_a_merge_of_files_does_not_guess_how_a_square_weight_lies(theirs, target
         model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     if "lm_head" in targets:
         with pytest.raises(jaxadapt.MismatchError, match=r"(?s)square.*h\.0\.attn\.c_proj"):
-            on_disk.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+            merge_files.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
         assert not (tmp_path / "out").exists()
         return
-    on_disk.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    merge_files.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     got = safetensors.read(tmp_path / "out" / "model.safetensors")["transformer.h.0.attn.c_proj.weight"]
     want = model.merge_and_unload().transformer.h[0].attn.c_proj.weight.detach().numpy()
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)  # sums in another order

@@ -21,8 +21,9 @@ import peft
 import torch
 
 import jaxadapt
-from jaxadapt import optim, paths
-from jaxadapt.norms import measure
+from jaxadapt.analysis.norms import measure
+from jaxadapt.core import paths
+from jaxadapt.training import optim
 from tests import peft_harness as harness
 from tests.interchange import test_lora_matrix as matrix
 from tests.interchange.test_lora_matrix import EMB, LINEAR, Case, Ours, close, lora

@@ -27,8 +27,9 @@ import torch
 import transformers
 
 import jaxadapt
-from jaxadapt import Weight, paths
+from jaxadapt import Weight
 from jaxadapt.configs import Config
+from jaxadapt.core import paths
 from tests import peft_harness as harness
 
 pytestmark = pytest.mark.peft

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxadapt.axes import Axes
+from jaxadapt.arrays.axes import Axes
 from tests.twins import layers
 from tests.twins.layers import CONV, EFFECTIVE, EITHER, IO, JOIN, MHA, REFUSED, SPLIT, Case, one
 

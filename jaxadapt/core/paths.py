@@ -1,0 +1,98 @@
+"""Any tree (nested dicts, FrozenDicts, NNX states, lists) as `{"a.b.c": leaf}`, and back.
+
+Segments are strings: an integer key (a list index of an NNX model) is its decimal text, so Linen and NNX
+spell the same leaf alike. A mapping that would make two leaves share one path is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from jaxadapt.core.errors import AdapterError
+
+SEPARATOR = "."
+
+
+def join(*parts: str) -> str:
+    """Join path segments, leaving out empty ones.
+
+    >>> join("", "layers", "0")
+    'layers.0'
+    """
+    return SEPARATOR.join(p for p in parts if p)
+
+
+def flatten(tree: Mapping[Any, Any], is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
+    """`{"a.b.c": leaf}` of nested mappings, in the tree's order; empty mappings vanish.
+
+    Raises `AdapterError` if two leaves would share a path (`{"a.b": x, "a": {"b": y}}`).
+
+    >>> flatten({"a": {0: 1, "b": 2}})
+    {'a.0': 1, 'a.b': 2}
+    """
+    out: dict[str, Any] = {}
+    clashes: list[str] = []
+    _flatten(tree, "", is_leaf, out, clashes)
+    if clashes:
+        raise AdapterError(f"two leaves share one dotted path: {sorted(set(clashes))}; rename one of them")
+    return out
+
+
+def _flatten(
+    node: Mapping[Any, Any],
+    prefix: str,
+    is_leaf: Callable[[Any], bool] | None,
+    out: dict[str, Any],
+    clashes: list[str],
+) -> None:
+    # (No function inside the other: one that calls itself is a cycle, and what it fills lives until the gc comes.)
+    for key, value in node.items():
+        text = str(key)
+        path = f"{prefix}{SEPARATOR}{text}" if prefix and text else prefix or text
+        # (asking for a dict first: Mapping's own answer takes ten times as long)
+        if isinstance(value, dict | Mapping) and not (is_leaf is not None and is_leaf(value)):
+            _flatten(value, path, is_leaf, out, clashes)  # pyright: ignore[reportUnknownArgumentType]
+        elif path in out:
+            clashes.append(path)
+        else:
+            out[path] = value
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts from `{"a.b.c": leaf}`; the inverse of `flatten` on string keys.
+
+    Raises `AdapterError` if one path runs through another's leaf.
+
+    >>> unflatten({"a.0": 1, "a.b": 2})
+    {'a': {'0': 1, 'b': 2}}
+    """
+    out: dict[str, Any] = {}
+    leaves: set[int] = set()
+    for path, leaf in flat.items():
+        *parents, last = path.split(SEPARATOR)
+        node = out
+        for part in parents:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict) or id(node) in leaves:  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise AdapterError(f"path {path!r} runs through the leaf {part!r} of another path")
+        if last in node:
+            raise AdapterError(f"path {path!r} is there twice, once as a leaf and once as a branch")
+        node[last] = leaf
+        if isinstance(leaf, dict):
+            leaves.add(id(leaf))  # pyright: ignore[reportUnknownArgumentType]
+    return out
+
+
+def listing(items: Iterable[str], limit: int = 8) -> str:
+    """A readable, bounded list for error messages, one item a line.
+
+    >>> print(listing(["a", "b"], limit=1))
+      a
+      … and 1 more
+    """
+    lines = list(items)
+    text = [f"  {line}" for line in lines[:limit]]
+    if len(lines) > limit:
+        text.append(f"  … and {len(lines) - limit} more")
+    return "\n".join(text)

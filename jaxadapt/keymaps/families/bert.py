@@ -1,0 +1,69 @@
+"""BERT and RoBERTa under Hugging Face's names, with their heads: transformers' Flax classes.
+
+The encoder lies under "bert." or "roberta." in a model with a head, and at the top in one without.
+"""
+
+from collections.abc import Iterator
+
+from jaxadapt.keymaps.families.lines import FROM, INTO, dense, embeddings, norms
+from jaxadapt.keymaps.families.spellings import bare
+from jaxadapt.keymaps.keymap import KeyMap
+from jaxadapt.keymaps.weight import Weight
+
+_FROM = ("attention.self.query", "attention.self.key", "attention.self.value", "intermediate.dense")
+_INTO = ("attention.output.dense", "output.dense")
+
+
+def _encoder(prefix: str) -> Iterator[Weight]:
+    yield from embeddings(*(f"{prefix}embeddings.{p}_embeddings" for p in ("word", "position", "token_type")))
+    layer = f"{prefix}encoder.layer.{{l}}."
+    yield from dense(*(f"{layer}{m}" for m in _FROM), axes=FROM)
+    yield from dense(*(f"{layer}{m}" for m in _INTO), axes=INTO)
+    yield from dense(f"{prefix}pooler.dense")
+    outputs = (f"{layer}attention.output", f"{layer}output")
+    yield from norms(*(f"{m}.LayerNorm" for m in (f"{prefix}embeddings", *outputs)))
+
+
+def _table(name: str, prefix: str, heads: tuple[Weight, ...], **options: object) -> KeyMap:
+    lines = (*_encoder(prefix), *_encoder(""), *heads, *dense("qa_outputs"))
+    position_ids = (f"{prefix}embeddings.position_ids", "embeddings.position_ids")
+    rest: dict[str, object] = {"same": ("m",), "buffers": position_ids, "spellings": bare(prefix), **options}
+    return KeyMap(name, lines, **rest)  # pyright: ignore[reportArgumentType]
+
+
+BERT = _table(
+    "bert",
+    "bert.",
+    (
+        *dense("cls.predictions.transform.dense"),
+        *norms("cls.predictions.transform.LayerNorm"),
+        Weight("cls.predictions.bias", "cls.predictions.bias", "v -> v"),
+        Weight("cls.predictions.decoder.kernel", "cls.predictions.decoder.weight", "d v -> v d"),
+        *dense("cls.seq_relationship"),
+        *dense("classifier"),
+    ),
+    output="cls.predictions.decoder",
+    tied=(
+        ("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
+        ("cls.predictions.decoder.bias", "cls.predictions.bias"),
+    ),
+)
+
+ROBERTA = _table(
+    "roberta",
+    "roberta.",
+    (
+        *dense("lm_head.dense"),
+        *norms("lm_head.layer_norm"),
+        Weight("lm_head.bias", "lm_head.bias", "v -> v"),
+        Weight("lm_head.decoder.kernel", "lm_head.decoder.weight", "d v -> v d"),
+        *dense("classifier.dense"),
+        *dense("classifier.out_proj"),
+        *dense("classifier"),
+    ),
+    output="lm_head.decoder",
+    tied=(
+        ("lm_head.decoder.weight", "roberta.embeddings.word_embeddings.weight"),
+        ("lm_head.decoder.bias", "lm_head.bias"),
+    ),
+)

@@ -1,0 +1,128 @@
+"""Mixtures of experts under Hugging Face's own names, as transformers 5 holds them: all experts of a layer in one
+array. Mixtral, Qwen 3 MoE, GPT-OSS, Llama 4, DeepSeek V3.
+
+A leaf of experts is (expert, in, out), gate and up side by side (GPT-OSS: in turns). PyTorch has (expert, out, in), but
+GPT-OSS and Llama 4 as here. PEFT asks a module whether that is so, and GPT-OSS alone answers: so an adapter of Llama 4
+has its A on what are really the outputs, and the lines say it as PEFT does. Routers are parameters of classes of their
+own, no Linear.
+"""
+
+from collections.abc import Iterable, Iterator
+
+from jaxadapt.keymaps.families.llama import TIED
+from jaxadapt.keymaps.families.spellings import VISION_LANGUAGE, bare
+from jaxadapt.keymaps.keymap import KeyMap
+from jaxadapt.keymaps.weight import Weight
+
+_LAYER = "model.layers.{l}."
+Each = tuple[tuple[str, tuple[str, ...]], ...]
+_MLP = ("gate_proj", "up_proj", "down_proj")
+_QKVO = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+_QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+
+
+def _dense(*modules: str) -> Iterator[Weight]:
+    for m in modules:
+        axes = "i m -> m i" if m.endswith((".o_proj", "down_proj")) else "m o -> o m"
+        yield Weight(f"{_LAYER}{m}.kernel", f"{_LAYER}{m}.weight", "r o -> o r" if m.endswith("_b_proj") else axes)
+
+
+def _biases(*modules: str) -> Iterator[Weight]:
+    for m in modules:
+        yield Weight(f"{_LAYER}{m}.bias", f"{_LAYER}{m}.bias", "o -> o")
+
+
+def _norms(*modules: str) -> Iterator[Weight]:
+    for m in modules:
+        yield Weight(f"{_LAYER}{m}.weight", f"{_LAYER}{m}.weight", "d -> d")
+
+
+def _router(module: str) -> Weight:
+    return Weight(f"{_LAYER}{module}.kernel", f"{_LAYER}{module}.weight", "d e -> e d", kind="parameter")
+
+
+def _experts(block: str, pattern: str, turned: bool = False) -> Iterator[Weight]:
+    for p, i, o in (("gate_up_proj", "m", "f"), ("down_proj", "f", "m")):
+        at, torch = f"{_LAYER}{block}.experts.{p}", pattern.translate({ord("i"): i, ord("o"): o})
+        yield Weight(at, at, f"e {i} {o} -> {torch}", kind="experts", fan_in_fan_out=turned)
+
+
+def each(block: str, wide: tuple[str, str], down: str, router: str = "") -> Each:
+    """What single experts were called in transformers 4: gate, up and down of `block`, and the router."""
+    one = f"{_LAYER}{block}.experts.{{e}}."
+    names = (
+        (f"{_LAYER}mlp.experts.gate_up_proj", tuple(one + name for name in wide)),
+        (f"{_LAYER}mlp.experts.down_proj", (one + down,)),
+    )
+    return (*names, (f"{_LAYER}mlp.gate.weight", (f"{_LAYER}{router}",))) if router else names
+
+
+EACH_MIXTRAL = each("block_sparse_moe", ("w1", "w3"), "w2", "block_sparse_moe.gate")
+EACH_QWEN3 = each("mlp", ("gate_proj", "up_proj"), "down_proj", "mlp.gate")
+EACH_DEEPSEEK = each("mlp", ("gate_proj", "up_proj"), "down_proj")
+
+
+def _table(name: str, lines: Iterable[Weight], needs: tuple[str, ...], each: Each = ()) -> KeyMap:
+    shared = (
+        Weight("model.embed_tokens.embedding", "model.embed_tokens.weight", "v d -> v d", kind="embedding"),
+        *_norms("input_layernorm", "post_attention_layernorm"),
+        Weight("model.norm.weight", "model.norm.weight", "d -> d"),
+        Weight("lm_head.kernel", "lm_head.weight", "d v -> v d"),
+    )
+    return KeyMap(
+        name,
+        (*shared, *lines),
+        output="lm_head",
+        same=("m",),
+        needs=tuple(_LAYER + leaf for leaf in needs),
+        tied=TIED,
+        spellings=(*VISION_LANGUAGE, *bare("model.")),
+        each=each,
+    )
+
+
+_MIXTRAL = (*_dense(*_QKVO), _router("mlp.gate"), *_experts("mlp", "e o i"))
+MIXTRAL = _table("mixtral", _MIXTRAL, ("mlp.gate.kernel", "mlp.experts.gate_up_proj"), EACH_MIXTRAL)
+QWEN3_MOE = _table(
+    "qwen3_moe",
+    (*_MIXTRAL, *_norms(*_QK_NORMS), *_dense(*(f"mlp.{p}" for p in _MLP))),
+    ("mlp.gate.kernel", "mlp.experts.gate_up_proj", "self_attn.q_norm.weight"),
+    EACH_QWEN3,
+)
+GPT_OSS = _table(
+    "gpt_oss",
+    (
+        *_dense(*_QKVO),
+        *_biases(*_QKVO, "mlp.router"),
+        Weight(f"{_LAYER}self_attn.sinks", f"{_LAYER}self_attn.sinks", "n -> n"),
+        _router("mlp.router"),
+        *_experts("mlp", "e i o", turned=True),
+        *(
+            Weight(f"{_LAYER}mlp.experts.{p}_bias", f"{_LAYER}mlp.experts.{p}_bias", "e o -> e o", kind="other")
+            for p in ("gate_up_proj", "down_proj")
+        ),
+    ),
+    ("mlp.router.kernel", "mlp.experts.gate_up_proj", "self_attn.sinks"),
+)
+LLAMA4 = _table(
+    "llama4",
+    (
+        *_dense(*_QKVO, *(f"feed_forward.{at}{p}" for at in ("", "shared_expert.") for p in _MLP)),
+        _router("feed_forward.router"),
+        *_experts("feed_forward", "e i o"),
+    ),
+    ("feed_forward.router.kernel", "feed_forward.experts.gate_up_proj"),
+)
+DEEPSEEK_V3 = _table(
+    "deepseek_v3",
+    (
+        *_dense(*(f"self_attn.{p}_proj" for p in ("q", "q_a", "q_b", "kv_b", "o")), "self_attn.kv_a_proj_with_mqa"),
+        *_norms("self_attn.q_a_layernorm", "self_attn.kv_a_layernorm"),
+        *_dense(*(f"mlp.{at}{p}" for at in ("", "shared_experts.") for p in _MLP)),
+        _router("mlp.gate"),
+        Weight(f"{_LAYER}mlp.gate.e_score_correction_bias", f"{_LAYER}mlp.gate.e_score_correction_bias", "e -> e"),
+        *_experts("mlp", "e o i"),
+    ),
+    ("mlp.gate.kernel", "mlp.experts.gate_up_proj", "self_attn.kv_b_proj.kernel"),
+    EACH_DEEPSEEK,
+)

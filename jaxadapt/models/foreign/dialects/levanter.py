@@ -1,0 +1,17 @@
+"""Levanter 1.1: `LoraLinear(wrapped, lora)`, both of `lora`'s weights as PyTorch has them, output axes first."""
+
+from jaxadapt.models.foreign.dialect import Dialect, Pair
+
+LEVANTER = Dialect(
+    "levanter",
+    (
+        Pair(
+            "{module}.lora.lora_A.weight",
+            "{module}.lora.lora_B.weight",
+            "{module}.weight",
+            (("r inn", "out r"),),
+        ),
+    ),
+    scale="the alpha of its LoraConfig",
+    moved=(("{module}.wrapped.{leaf}", "{module}.{leaf}"),),
+)

@@ -1,0 +1,22 @@
+"""SkyRL-tx 0.3: several adapters in each array, chosen token by token, with a rank and a scale for each.
+
+It names its modules as Hugging Face does (the table "llama"). Later ones fuse q, k and v, and gate and up, in one leaf,
+for which a table would be needed.
+"""
+
+from jaxadapt.models.foreign.dialect import Dialect, Pair
+
+SKYRL = Dialect(
+    "SkyRL-tx",
+    (
+        Pair("{module}.embed_tokens.lora_A", "{module}.embed_tokens.lora_B", "{module}.embed_tokens.embedding"),
+        Pair(
+            "{module}.experts.{name}.lora_A",
+            "{module}.experts.{name}.lora_B",
+            "{module}.experts.{name}.weight",
+            (("batch inn r", "batch r out"),),
+        ),
+        Pair("{module}.lora_A", "{module}.lora_B", "{module}.kernel"),
+    ),
+    slots=("lora_ranks", "lora_scaling"),
+)

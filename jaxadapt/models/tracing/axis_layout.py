@@ -1,0 +1,117 @@
+"""Where a weight's axes are in a rearranged view of it, and how one `dot_general` contracts them.
+
+What `trace` knows of an equation before evaluating anything: shapes and axis numbers only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax.extend import core
+from jax.extend.core import primitives
+
+from jaxadapt.arrays.axes import LETTERS, Axes, Use
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a view of a weight lies: for each of its axes, the weight's axes that are merged in it.
+
+    Weight axes of size 1 come and go in reshapes; they are listed only where they can be followed.
+    """
+
+    name: str
+    sizes: tuple[int, ...]  # the weight's own shape
+    groups: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, name: str, shape: tuple[int, ...]) -> Layout:
+        return cls(name, shape, tuple((i,) for i in range(len(shape))))
+
+    def among(self, axes: Iterable[int]) -> tuple[int, ...]:
+        """The weight's axes found in these axes of the view."""
+        return tuple(a for i in axes for a in self.groups[i])
+
+    def reshaped(self, shape: Sequence[int]) -> Layout | None:
+        """The same elements in row-major order under another shape, if that keeps the weight's axes whole."""
+        rest = list(self.among(range(len(self.groups))))
+        groups: list[tuple[int, ...]] = []
+        for size in shape:
+            group: list[int] = []
+            if size == 1 and rest and self.sizes[rest[0]] == 1:
+                group.append(rest.pop(0))
+            while rest and math.prod(self.sizes[a] for a in group) < size:
+                axis = rest.pop(0)
+                if self.sizes[axis] != 1:
+                    group.append(axis)
+            if math.prod(self.sizes[a] for a in group) != size:
+                return None
+            groups.append(tuple(group))
+        return dataclasses.replace(self, groups=tuple(groups))
+
+
+_RESHAPES = {primitives.reshape_p, primitives.squeeze_p, primitives.broadcast_in_dim_p}
+_SAME = {primitives.copy_p, primitives.sharding_constraint_p, primitives.name_p}
+BARRIER = "optimization_barrier"  # which alone has several operands, one result for each
+
+
+def moved(eqn: core.JaxprEqn, before: list[Layout | None]) -> list[Layout | None] | None:
+    """The layouts of an equation's results if it only moves, casts or passes on what it gets, else None."""
+    kind, params = eqn.primitive, eqn.params
+    if kind.name == BARRIER:
+        return before
+    if len(before) != 1 or (layout := before[0]) is None:
+        return None
+    old: Any = eqn.invars[0].aval
+    new: Any = eqn.outvars[0].aval
+    if kind in _SAME:
+        return [layout]
+    if kind is primitives.convert_element_type_p:
+        floats = jnp.issubdtype(old.dtype, jnp.floating) and jnp.issubdtype(new.dtype, jnp.floating)
+        return [layout] if floats else None
+    if kind is primitives.transpose_p:
+        return [dataclasses.replace(layout, groups=tuple(layout.groups[i] for i in params["permutation"]))]
+    if kind in _RESHAPES and math.prod(old.shape) == math.prod(new.shape):
+        permutes = kind is primitives.reshape_p and params["dimensions"] is not None
+        after = None if permutes else layout.reshaped(new.shape)
+        return None if after is None else [after]
+    return None
+
+
+def spell(
+    eqn: core.JaxprEqn, side: int, layout: Layout, axes: Axes, x_shape: tuple[int, ...]
+) -> tuple[Use, list[int], list[int]] | None:
+    """The contraction letter by letter, and the split shapes of x and y; None if the roles do not fit it.
+
+    Weight axes of size 1 are put where their role says, as an extra axis of x or y: they may have been
+    squeezed out of the view, and no result depends on where they stand.
+    """
+    (summed_w, summed_x), (shared_w, shared_x) = ((d[side], d[1 - side]) for d in eqn.params["dimension_numbers"])
+    unit = {a for a, size in enumerate(layout.sizes) if size == 1}
+    summed, shared = set(layout.among(summed_w)) - unit, set(layout.among(shared_w)) - unit
+    ways = [way for way in ((axes.inn, axes.out), (axes.out, axes.inn)) if summed == set(way[0]) - unit]
+    if not ways or not shared <= set(axes.batch):
+        return None
+    reads, writes = ways[0]
+
+    def letters(view_axis: int) -> list[tuple[str, int]]:
+        return [(LETTERS[a], layout.sizes[a]) for a in layout.groups[view_axis] if a not in unit]
+
+    def units(role: Iterable[int]) -> list[tuple[str, int]]:
+        return [(LETTERS[a], 1) for a in role if a in unit]
+
+    met = dict(zip([*summed_x, *shared_x], [*summed_w, *shared_w], strict=True))
+    fresh = iter(LETTERS[len(layout.sizes) :])
+    own = {i: [(next(fresh), size)] for i, size in enumerate(x_shape) if i not in met}
+    x = [pair for i in range(len(x_shape)) for pair in (own[i] if i in own else letters(met[i]))]
+    free_w = [p for i in range(len(layout.groups)) if i not in (*summed_w, *shared_w) for p in letters(i)]
+    free_x = [pair for pairs in own.values() for pair in pairs]
+    # dot_general's result: what both share, then what is free in its left operand, then in its right one
+    y = [p for i in shared_w for p in letters(i)] + (free_w + free_x if side == 0 else free_x + free_w)
+    x, y = x + units((*reads, *axes.batch)), y + units((*writes, *axes.batch))
+    spelled = Use("".join(c for c, _ in x), LETTERS[: len(layout.sizes)], "".join(c for c, _ in y), axes)
+    return spelled, [n for _, n in x], [n for _, n in y]

@@ -1,0 +1,100 @@
+"""Operations other than a matrix product that are linear in a weight and keep its output axis apart: a
+convolution, a lookup, a product of tokens with their experts' matrices. What `trace` knows of such an equation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.extend import core
+from jax.extend.core import primitives
+
+from jaxadapt.arrays.axes import Axes, Operation
+from jaxadapt.models.tracing.axis_layout import Layout
+
+Make = Callable[[core.JaxprEqn, Axes, Sequence[Any]], Operation | None]
+
+
+def operation(
+    eqn: core.JaxprEqn, layouts: Sequence[Layout | None], axes: Axes, operands: Sequence[Any]
+) -> tuple[int, Operation] | None:
+    """Which operand is the weight, and the equation as a function of another weight; None if it is no such thing."""
+    side, make = _SIDES.get(eqn.primitive.name, (0, None))
+    others = [layout for i, layout in enumerate(layouts) if i != side]
+    layout = layouts[side] if side < len(layouts) else None
+    if make is None or layout is None or any(others) or len(axes.out) != 1:
+        return None
+    if layout.groups != tuple((i,) for i in range(len(layout.sizes))):
+        return None  # seen through a transpose or reshape: an adapter's factors lie otherwise
+    found = make(eqn, axes, operands)
+    return None if found is None else (side, found)
+
+
+def _convolution(eqn: core.JaxprEqn, axes: Axes, _: Sequence[Any]) -> Operation | None:
+    given = dict(eqn.params)
+    numbers = given["dimension_numbers"]
+    (out,) = axes.out
+    if numbers.rhs_spec[0] != out or given["batch_group_count"] != 1 or axes.batch:
+        return None
+    kept = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "precision", "preferred_element_type")
+
+    def run(x: Any, w: Any) -> Any:
+        # A's channels are never grouped, as PEFT has it; B's are, by whoever applies it.
+        groups = x.shape[numbers.lhs_spec[1]] // w.shape[numbers.rhs_spec[1]]
+        options: Any = {name: given[name] for name in kept}
+        if options["preferred_element_type"] is not None:
+            options["preferred_element_type"] = x.dtype
+        return jax.lax.conv_general_dilated(x, w, dimension_numbers=numbers, feature_group_count=groups, **options)
+
+    return Operation(run, numbers.out_spec[1], axes)
+
+
+def _lookup(eqn: core.JaxprEqn, axes: Axes, _: Sequence[Any]) -> Operation | None:
+    given = dict(eqn.params)
+    numbers, sizes = given["dimension_numbers"], list(given["slice_sizes"])
+    (out,) = axes.out
+    weight: Any = eqn.invars[0].aval
+    inside = [i for i in range(len(sizes)) if i not in (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)]
+    if axes.batch or out not in inside or out in numbers.start_index_map or sizes[out] != weight.shape[out]:
+        return None
+    kept = ("mode", "fill_value", "indices_are_sorted", "unique_indices")
+
+    def run(x: Any, w: Any) -> Any:
+        options: Any = {name: given[name] for name in kept}
+        window = [w.shape[i] if i == out else size for i, size in enumerate(sizes)]
+        return jax.lax.gather(w, x, dimension_numbers=numbers, slice_sizes=tuple(window), **options)
+
+    return Operation(run, numbers.offset_dims[inside.index(out)], axes)
+
+
+def _ragged(eqn: core.JaxprEqn, axes: Axes, operands: Sequence[Any]) -> Operation | None:
+    """Rows sorted by their expert, each run of them times that expert's matrix."""
+    given = dict(eqn.params)
+    numbers = given["ragged_dot_dimension_numbers"]
+    (summed_x, summed_w), shared = numbers.dot_dimension_numbers
+    along = [axes.inn, axes.out]
+    if tuple(summed_w) not in along or len(summed_w) != 1 or any(shared):
+        return None
+    if tuple(numbers.rhs_group_dimensions) != axes.batch:
+        return None
+    if set(numbers.lhs_ragged_dimensions) & set(summed_x) or len(operands) != 3 or given["group_offset"] is not None:
+        return None
+    x: Any = eqn.invars[0].aval
+
+    def run(x: Any, w: Any) -> Any:
+        kind = None if given["preferred_element_type"] is None else x.dtype
+        return jax.lax.ragged_dot_general(
+            x, w, operands[2], numbers, precision=given["precision"], preferred_element_type=kind
+        )
+
+    return Operation(run, x.ndim - 1, axes, transposed=tuple(summed_w) == axes.out)
+
+
+RAGGED = "ragged_dot_general"  # which jax does not export
+_SIDES: dict[str, tuple[int, Make]] = {
+    primitives.conv_general_dilated_p.name: (1, _convolution),
+    primitives.gather_p.name: (0, _lookup),
+    RAGGED: (1, _ragged),
+}

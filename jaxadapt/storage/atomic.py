@@ -1,0 +1,500 @@
+"""Replacing a file durably and atomically: whatever happens, a reader finds the old bytes or the new ones.
+
+The new bytes go to a temporary file in the same directory, which is flushed to the disk, renamed over the
+target, and the directory flushed. Files that belong together (`replacing_all`) are all flushed before the first of
+them is renamed. A writer holds a lock on its temporary file: what a killed process left
+behind is therefore known for certain, also on a disk that several machines share, and the next write of the
+same target removes it. A target that is a symbolic link is replaced, not followed: it may point into
+somebody's cache.
+
+An address (see `places`) is replaced by one PUT of the store, which is as atomic; nothing is swept there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+import stat
+import sys
+from _thread import start_new_thread
+from collections import deque
+from collections.abc import Generator, Sequence
+from itertools import islice
+from pathlib import Path
+
+from jaxadapt.core.errors import FileError
+from jaxadapt.storage import location
+from jaxadapt.storage.local_files import MAX_VIEWS, file_error
+
+__all__ = [
+    "Writer", "alone_in", "flush", "flush_tree", "make_folder", "remove", "replacing", "replacing_all", "staging",
+    "start_writeback", "sweep", "write_bytes",
+]  # fmt: skip
+
+
+# The disk is set to work each time this many bytes have gathered in the page cache.
+_EARLY = 4 << 20
+# How much of what was written stays in the page cache at least. Of a large file the rest makes room: it would push out
+# what is read again and again, and pages that were used a moment ago are several times faster than others.
+_CACHED = 64 << 20
+
+
+class Writer:
+    """The open temporary file of a replacement."""
+
+    def __init__(self, fd: int, path: str, temporary: Path) -> None:
+        """`path` is the target, for messages; `temporary` the file that is open."""
+        self.fd = fd
+        self.path = path
+        self.temporary = temporary
+        self._written = 0
+        self._started = 0
+
+    def write(self, *parts: memoryview) -> None:
+        """Appends contiguous bytes, one part after the other; an `OSError` becomes a `FileError`."""
+        pending = deque(part for part in parts if len(part))
+        try:
+            while pending:
+                large = len(pending[0]) > _EARLY
+                count = os.writev(self.fd, [pending[0][:_EARLY]] if large else list(islice(pending, MAX_VIEWS)))
+                self._written += count
+                self._start_writeback()
+                while count:
+                    part = pending.popleft()
+                    if count < len(part):
+                        pending.appendleft(part[count:])
+                    count -= min(count, len(part))
+        except OSError as error:
+            raise _error(self.path, error) from error
+
+    def _start_writeback(self) -> None:
+        if self._written - self._started >= _EARLY:
+            start_writeback(self.fd, self._started, self._written - self._started)
+            self._started = self._written
+            if self._written > _CACHED:
+                start_writeback(self.fd, 0, self._written - _CACHED)
+
+
+def _error(path: str, error: OSError | ValueError) -> FileError:
+    return file_error("write", path, error, "what the path held before is untouched")
+
+
+def start_writeback(fd: int, offset: int, size: int) -> None:
+    """Sets the disk to work on a range; without this it idles until the final fsync."""
+    # Linux answers the advice by starting to write the range, and drops from its cache what is on the disk already.
+    if sys.platform == "linux":
+        os.posix_fadvise(fd, offset, size, os.POSIX_FADV_DONTNEED)
+
+
+def flush(fd: int) -> None:
+    """Waits until the bytes of a file are on the disk; raises `OSError`."""
+    if sys.platform == "darwin":
+        # there fsync() only reaches the drive's own cache
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+            return
+    os.fsync(fd)
+
+
+def _lock(fd: int, *, wait: bool) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # held by its writer, or a file system without locks: then nothing is ever swept
+        return False
+    return True
+
+
+def sweep(directory: str | os.PathLike[str], names: str, *, folders: bool = False) -> None:
+    """Removes what killed writers left of targets whose names match `names`, a regular expression. Best effort.
+
+    `folders`: what `staging` leaves, besides the files.
+    """
+    pattern = re.compile(rf"\.(?:{names})\.\d+\.[0-9a-f]{{16}}\.(?:tmp|old)", re.DOTALL)
+    with contextlib.suppress(OSError):
+        for stale in Path(directory).iterdir():
+            if not pattern.fullmatch(stale.name):
+                continue
+            with contextlib.suppress(OSError):
+                folder = stat.S_ISDIR(stale.lstat().st_mode)
+                if folder and not folders:
+                    continue
+                # a folder opens for reading only, and is locked all the same
+                fd = os.open(stale, (os.O_RDONLY if folder else os.O_RDWR) | os.O_NOFOLLOW | os.O_NONBLOCK)
+                try:
+                    if (folder or stat.S_ISREG(os.fstat(fd).st_mode)) and _lock(fd, wait=False):
+                        shutil.rmtree(stale) if folder else stale.unlink()
+                finally:
+                    os.close(fd)
+
+
+@contextlib.contextmanager
+def alone_in(directory: str | os.PathLike[str]) -> Generator[None]:
+    """Waits until no other writer is in this block for the same directory: for what replaces several files that belong
+    together. Where a file system locks no directories (an object store, some networks') nothing is waited for.
+    """
+    fd = None
+    if not isinstance(directory, location.Address):
+        with contextlib.suppress(OSError, ValueError):  # whoever writes there says what is wrong
+            fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        if fd is not None:
+            _lock(fd, wait=True)
+        yield
+    finally:
+        if fd is not None:
+            with contextlib.suppress(OSError):
+                fcntl.flock(fd, fcntl.LOCK_UN)  # not by closing alone: a process forked meanwhile has it open as well
+            _close(fd)
+
+
+def _create(directory: str, name: str) -> tuple[Path, int]:
+    while True:
+        temporary = Path(directory) / f".{name}.{os.getpid()}.{secrets.token_hex(8)}.tmp"
+        # mode 0666: the kernel takes the umask off, which Python can only read by changing it for all threads
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            # Between our open and our lock another writer may have taken the lock, to sweep the file away.
+            _lock(fd, wait=True)
+            if os.fstat(fd).st_nlink:
+                return temporary, fd
+        except OSError:
+            _close(fd)
+            temporary.unlink()
+            raise
+        _close(fd)
+
+
+def _flush(writer: Writer) -> None:
+    try:
+        flush(writer.fd)
+        # Some file systems (FUSE, NFS) report a failed write on closing only. A duplicate is closed, since the lock
+        # must last until the file has its name.
+        os.close(os.dup(writer.fd))
+    except OSError as error:
+        raise _error(writer.path, error) from error
+
+
+def _rename(writers: Sequence[Writer]) -> list[int]:
+    """Renames all or none; the large files that were there before, which `_free` closes."""
+    there = [os.path.lexists(writer.path) for writer in writers]
+    # The last needs no way back: when it has its place, all have theirs.
+    linked = [_linked(writer, needed=writer is not writers[-1]) for writer in writers]
+    writer = writers[0]
+    try:
+        for writer in writers:
+            writer.temporary.replace(writer.path)
+    except BaseException as error:
+        new = _put_back(writers, there, linked)
+        if not isinstance(error, OSError):
+            raise
+        if not new:
+            raise _error(writer.path, error) from error
+        old = ", ".join(one.path for one in writers if one.path not in new)
+        state = f"the new content is already in {', '.join(new)}, and not in {old}; write all of them again"
+        raise file_error("write", writer.path, error, state) from error
+    finally:
+        freed = [_opened(link) for link in linked if link is not None]
+    return [fd for fd in freed if fd is not None]
+
+
+def _put_back(writers: Sequence[Writer], there: Sequence[bool], linked: Sequence[Path | None]) -> list[str]:
+    """Undoes the renaming of some of the files; the paths where that fails. Where all were renamed all of them stay."""
+    renamed = [not os.path.lexists(writer.temporary) for writer in writers]
+    if all(renamed):
+        return []
+    new: list[str] = []
+    for writer, done, was_there, link in zip(writers, renamed, there, linked, strict=True):
+        if not done:
+            continue
+        try:
+            if link is not None:
+                link.replace(writer.path)
+            elif was_there:  # the file system has no links
+                new.append(writer.path)
+            else:
+                Path(writer.path).unlink()
+        except OSError:
+            new.append(writer.path)
+    return new
+
+
+def _linked(writer: Writer, *, needed: bool) -> Path | None:
+    """A second name of the file that is to be replaced: to put it back, or so that the renaming does not wait for the
+    system to free a large one. None: there is no file, it is small and not `needed`, or it cannot have two names.
+    """
+    beside = writer.temporary.with_suffix(".old")
+    try:
+        if not needed and Path(writer.path).lstat().st_size < _EARLY:
+            return None
+        os.link(writer.path, beside, follow_symlinks=False)
+    except OSError:
+        return None
+    return beside
+
+
+def _opened(link: Path) -> int | None:
+    """A file that was replaced, open if it is large; the second name goes."""
+    # By that name: where a file is open by its own, the clients of some network file systems do not rename over it at
+    # one stroke, but put it aside first.
+    fd = None
+    with contextlib.suppress(OSError):  # it was put back, or we may not read it
+        if link.lstat().st_size >= _EARLY:
+            fd = os.open(link, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with contextlib.suppress(OSError):
+        link.unlink()
+    return fd
+
+
+def _free(fd: int | None) -> None:
+    """Closes a file without a name behind the caller: the system takes 10 ms to free 50 MB."""
+    if fd is None:
+        return
+    try:
+        # (`threading` would wait until the thread runs; it then has the core to itself, in the kernel, for 5 ms.)
+        start_new_thread(_close, (fd,))
+    except RuntimeError:  # the interpreter is going down and starts no threads
+        _close(fd)
+
+
+def _close(fd: int) -> None:
+    """Closes a descriptor that nothing was written to since it was flushed: an error would say nothing of the data."""
+    with contextlib.suppress(OSError):
+        os.close(fd)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, without waiting for the system to free it. Raises `OSError`."""
+    fd = None
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        path.unlink()
+    finally:
+        _free(fd)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Generator[Writer]:
+    """A `Writer` for the new content; on leaving the block without an exception it becomes `path`.
+
+    On any exception the temporary file is removed and `path` is as it was.
+
+    Raises:
+        FileError: no space, no permission, the path is a directory, its parent is missing, …
+    """
+    with replacing_all([path]) as (writer,):
+        yield writer
+
+
+@contextlib.contextmanager
+def replacing_all(paths: Sequence[str | os.PathLike[str]]) -> Generator[list[Writer]]:
+    """A `Writer` for each of several files of one folder that belong together; as `replacing`.
+
+    On leaving the block all are flushed, then renamed in the order given, then the folder is flushed. If a renaming
+    fails, the files before it are put back; an error says so where they cannot be, as in an object store.
+    """
+    addresses = [place for path in paths if isinstance(place := location.at(path), location.Address)]
+    if addresses:
+        with _putting(addresses) as writers:
+            yield writers
+        return
+    targets = [_target(path) for path in paths]
+    directory = os.path.split(targets[0])[0] or "."
+    try:
+        directory_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError as error:
+        raise FileError(
+            f"{targets[0]}: cannot write: the directory {directory} does not exist; create it first"
+        ) from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise _error(targets[0], error) from error
+    try:
+        writers: list[Writer] = []
+        try:
+            for target in targets:
+                name = os.path.split(target)[1]
+                sweep(directory, re.escape(name))
+                try:
+                    temporary, fd = _create(directory, name)
+                except (OSError, ValueError) as error:
+                    raise _error(target, error) from error
+                writers.append(Writer(fd, target, temporary))
+            yield writers
+            for writer in writers:
+                _flush(writer)
+            old = _rename(writers)
+        except BaseException:
+            for writer in writers:
+                with contextlib.suppress(OSError):
+                    writer.temporary.unlink()
+            raise
+        finally:
+            for writer in writers:
+                _close(writer.fd)
+        try:
+            _flush_folder(directory_fd)
+        except OSError as error:
+            state = "the new file is in place" if len(targets) == 1 else "the new files are in place"
+            raise file_error("flush its directory", targets[0], error, state) from error
+        finally:
+            for fd in old:
+                _free(fd)
+    finally:
+        _close(directory_fd)
+
+
+def _target(path: str | os.PathLike[str]) -> str:
+    """The path of a file that may be written, as text."""
+    target = os.fspath(path)  # a Path would lose the slash at its end
+    if "://" in target:
+        target = str(location.at(path))
+    name = os.path.split(target)[1]
+    folder = not name or name in (".", "..")
+    try:
+        folder = folder or stat.S_ISDIR(os.stat(target).st_mode)  # noqa: PTH116 (a Path would lose the slash)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        # A link that leads nowhere, or round in a loop, is replaced.
+        if not isinstance(error, OSError) or error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise _error(target, error) from error
+    if folder:
+        raise FileError(f"{target}: cannot write: expected the path of a file, found a directory")
+    return target
+
+
+@contextlib.contextmanager
+def _putting(addresses: Sequence[location.Address]) -> Generator[list[Writer]]:
+    """As `replacing_all`, where each is put as a whole, one after the other."""
+    with contextlib.ExitStack() as stack:
+        staged = [stack.enter_context(location.staged(place)) for place in addresses]
+        yield [
+            Writer(fd, f"{place} (by way of {temporary.parent})", temporary)
+            for place, (fd, temporary) in zip(addresses, staged, strict=True)
+        ]
+        for number, (place, (fd, _)) in enumerate(zip(addresses, staged, strict=True)):
+            try:
+                location.put(place, fd)
+            except FileError as error:
+                if not number:
+                    raise
+                new, old = (", ".join(map(str, part)) for part in (addresses[:number], addresses[number:]))
+                raise FileError(
+                    f"{error}; the new content is already in {new}, and not in {old}; write all of them again"
+                ) from error
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Replaces the content of `path` by `data`, durably and atomically.
+
+    Raises:
+        FileError: see `replacing`.
+    """
+    with replacing(path) as writer:
+        writer.write(memoryview(data))
+
+
+# ---------------------------------------------------------------- folders
+
+
+@contextlib.contextmanager
+def staging(path: str | os.PathLike[str]) -> Generator[Path]:
+    """Where another library can make a folder that is to become `path`: a name in a folder of this process alone.
+
+    The caller renames it to `path`. On leaving, the directory of `path` is flushed and whatever was not renamed is
+    removed; what a killed process left is removed by the next writer beside it.
+
+    Raises:
+        FileError: no permission, the parent is missing, …
+    """
+    target = Path(path)
+    try:
+        # Of any target: who was killed between the renaming and the tidying up has no next writer of the same path.
+        sweep(target.parent, ".+", folders=True)
+        while True:
+            holder = target.parent / f".{target.name}.{os.getpid()}.{secrets.token_hex(8)}.tmp"
+            holder.mkdir()
+            fd = os.open(holder, os.O_RDONLY | os.O_DIRECTORY)
+            _lock(fd, wait=True)
+            if os.path.lexists(holder):  # not swept between our mkdir and our lock
+                break
+            _close(fd)
+    except (OSError, ValueError) as error:
+        raise _error(str(target), error) from error
+    try:
+        yield holder / target.name
+        try:
+            _flush_directory(target.parent)
+        except OSError as error:
+            raise file_error("flush its directory", str(target), error, "the new folder is in place") from error
+    finally:
+        shutil.rmtree(holder, ignore_errors=True)
+        _close(fd)
+
+
+def make_folder(folder: Path) -> list[Path]:
+    """Makes a folder and those above it where they are missing; those that are new, innermost first.
+
+    They are on the disk when this returns.
+
+    Raises:
+        FileError: no permission, a part of the path is a file, …; then none of them is there.
+    """
+    new = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in new:
+            # A folder that may be written to need not be readable, and one that cannot be opened cannot be flushed.
+            with contextlib.suppress(PermissionError):
+                _flush_directory(path.parent)
+    except (OSError, ValueError) as error:
+        for path in new:
+            with contextlib.suppress(OSError, ValueError):
+                path.rmdir()
+        raise file_error("make the folder", str(folder), error, "choose another path") from error
+    return new
+
+
+def flush_tree(folder: Path, named: Path) -> None:
+    """Flushes every file and directory under a folder to the disk.
+
+    Args:
+        named: what errors call the folder.
+
+    Raises:
+        FileError: the disk refused.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    try:
+        for directory, _, names in os.walk(folder, onerror=fail):
+            for name in names:
+                fd = os.open(Path(directory, name), os.O_RDONLY)
+                try:
+                    flush(fd)
+                finally:
+                    _close(fd)
+            _flush_directory(Path(directory))
+    except OSError as error:
+        raise _error(str(named), error) from error
+
+
+def _flush_directory(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        _flush_folder(fd)
+    finally:
+        _close(fd)
+
+
+def _flush_folder(fd: int) -> None:
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems flush no directories
+            raise

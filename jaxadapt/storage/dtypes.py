@@ -1,0 +1,68 @@
+"""The types of tensors: safetensors' names for them, and numpy's. numpy comes in when it is asked for."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+from jaxadapt.core.errors import FileError, FormatError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+_NUMPY = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "I16": "int16", "U16": "uint16", "F16": "float16",
+    "I32": "int32", "U32": "uint32", "F32": "float32", "C64": "complex64", "F64": "float64",
+    "I64": "int64", "U64": "uint64",
+}  # fmt: skip
+_ML_DTYPES = {
+    "BF16": "bfloat16", "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}  # fmt: skip
+NAMES = {name: code for table in (_NUMPY, _ML_DTYPES) for code, name in table.items()}
+
+
+@functools.cache
+def numpy_dtype(name: str) -> np.dtype:
+    """The numpy dtype of a safetensors dtype name.
+
+    Raises:
+        FormatError: numpy has none (the 4- and 6-bit types, which share bytes).
+
+    >>> numpy_dtype("BF16"), numpy_dtype("F32")
+    (dtype(bfloat16), dtype('float32'))
+    """
+    import numpy as np
+
+    if name in _NUMPY:
+        return np.dtype(_NUMPY[name])
+    if name in _ML_DTYPES:
+        import ml_dtypes
+
+        return np.dtype(getattr(ml_dtypes, _ML_DTYPES[name]))
+    raise FormatError(f"dtype {name}: expected one of {', '.join([*_NUMPY, *_ML_DTYPES])}; no array can hold it")
+
+
+def dtype_name(dtype: npt.DTypeLike) -> str:
+    """The safetensors name of a numpy dtype, in either byte order.
+
+    Raises:
+        FileError: the format has no such type.
+
+    >>> dtype_name("float16")
+    'F16'
+    """
+    import numpy as np
+
+    name = np.dtype(dtype).name
+    if name not in NAMES:
+        raise FileError(f"dtype {name}: safetensors files cannot hold it; convert to one of {', '.join(NAMES)}")
+    return NAMES[name]
+
+
+def can_hold(dtype: npt.DTypeLike) -> bool:
+    """Whether the format has this type."""
+    import numpy as np
+
+    return np.dtype(dtype).name in NAMES

@@ -1,0 +1,123 @@
+"""Objects of a store read in ranges, as `files` reads a file of this machine."""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from jaxadapt.core.errors import FileError, FormatError
+from jaxadapt.storage import location
+from jaxadapt.storage.local_files import file_error
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future
+
+__all__ = ["Object", "fetched"]
+
+_HEAD = 512 << 10  # read at once when an object is opened: most headers, and all of a small adapter
+_BLOCK = 4 << 20  # as long to fetch as to wait for a store's answer
+_KEPT = 16  # blocks; tensors are read in the order of the file
+
+
+class Object:
+    """An object open for reading, in ranges; reading from several threads at once is safe.
+
+    Small reads share blocks, each of which is fetched once; large ones are a request each.
+    """
+
+    def __init__(self, address: location.Address) -> None:
+        """Raises `FileError`."""
+        self.path = str(address)
+        self.closed = False
+        self._address = address
+        try:
+            info = address.info()
+        except FileNotFoundError as error:
+            raise file_error("read", self.path, error) from error
+        if info["type"] != "file" or info.get("size") is None:
+            raise FileError(f"{self.path}: cannot read: expected a file, found a folder, or what tells no size")
+        self.size = int(info["size"])
+        self._stamp = location.stamp(info)
+        self._fetched = False
+        self._blocks: dict[int, Future[bytes]] = {}
+        self._lock = threading.Lock()
+        self._head = self._get(0, min(self.size, _HEAD)) if self.size else b""
+
+    def read_into(self, parts: Sequence[tuple[str, memoryview]], offset: int) -> None:
+        """As `files.read_into`."""
+        total = sum(len(view) for _, view in parts)
+        if offset + total > self.size:
+            raise FormatError(f"{self.path}: {parts[-1][0]}: expected {offset + total} bytes, found {self.size}")
+        if total >= _BLOCK:
+            data = memoryview(self._get(offset, offset + total))
+            for _, view in parts:
+                view[:], data = data[: len(view)], data[len(view) :]
+            return
+        for _, view in parts:
+            self._fill(view, offset)
+            offset += len(view)
+
+    def _fill(self, view: memoryview, offset: int) -> None:
+        if offset + len(view) <= len(self._head):
+            view[:] = self._head[offset : offset + len(view)]
+            return
+        while len(view):
+            number, within = divmod(offset, _BLOCK)
+            piece = self._block(number)[within : within + len(view)]
+            view[: len(piece)] = piece
+            view, offset = view[len(piece) :], offset + len(piece)
+
+    def _block(self, number: int) -> bytes:
+        from concurrent.futures import Future
+
+        with self._lock:
+            block = self._blocks.get(number)
+            mine = block is None
+            if block is None:
+                block = self._blocks[number] = Future[bytes]()
+                while len(self._blocks) > _KEPT:
+                    self._blocks.pop(next(iter(self._blocks)))
+        if mine:
+            try:
+                block.set_result(self._get(number * _BLOCK, min((number + 1) * _BLOCK, self.size)))
+            except BaseException as error:
+                block.set_exception(error)
+        return block.result()
+
+    def _get(self, start: int, stop: int) -> bytes:
+        fs, inner = self._address.store()
+        self._fetched = self._fetched or start > 0 or stop < self.size
+        try:
+            with location.told(self.path, "read"):
+                data = fs.cat_file(inner, start=start, end=stop)
+        except FileNotFoundError as error:
+            raise FileError(f"{self.path}: it was deleted while it was read") from error
+        if len(data) != stop - start:
+            raise FormatError(f"{self.path}: expected {stop - start} bytes at offset {start}, found {len(data)}")
+        return data
+
+    def check(self) -> None:
+        """Raises `FormatError` if it was replaced while it was read: its parts may be of two files then."""
+        if self._fetched and location.stamp(self._address.info()) != self._stamp:
+            raise FormatError(f"{self.path}: it was replaced while it was read; read it again")
+
+    def close(self) -> None:
+        self.closed = True
+        self._blocks.clear()
+
+
+def fetched(address: location.Address) -> tuple[io.FileIO, int]:
+    """All of an object in a temporary file that is open, and its size in bytes. Raises `FileError`."""
+    import tempfile
+
+    held = Object(address)
+    fs, inner = address.store()
+    try:
+        with tempfile.NamedTemporaryFile(prefix="jaxadapt-") as copy:
+            with location.told(str(address), "read"):
+                fs.get_file(inner, copy.name)
+            return io.FileIO(copy.name, "rb"), held.size
+    except OSError as error:
+        raise file_error("read", f"{address}, by way of {tempfile.gettempdir()}", error) from error

@@ -1,0 +1,337 @@
+"""The header of a safetensors file: parsing with full validation, and encoding. Standard library only.
+
+A file is 8 bytes (the header's length, little endian), the header (JSON, padded with spaces to a multiple
+of 8), and the tensors' bytes without gaps. Format: https://huggingface.co/docs/safetensors
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, cast
+
+from jaxadapt.core.errors import FileError, FormatError
+
+__all__ = ["BITS", "MAX_HEADER", "Header", "TensorInfo", "encode", "parse", "problems_text"]
+
+MAX_HEADER = 100_000_000
+"""No reader accepts a longer header (in bytes)."""
+
+# In the order in which files are laid out, last first; the value is the size of an element in bits.
+BITS: dict[str, int] = {
+    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8,
+    "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "C64": 64, "F64": 64, "I64": 64, "U64": 64,
+}  # fmt: skip
+_RANK = {name: rank for rank, name in enumerate(BITS)}
+_MAX_AXES = 64  # numpy's limit
+_MAX_BYTES = 2**63 - 1
+
+
+class TensorInfo(NamedTuple):
+    """One tensor of a file: type, shape, and byte range `[start, stop)` from `Header.data_start` on."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
+
+class Header(NamedTuple):
+    """What a safetensors file says about itself.
+
+    `tensors` is in the order of the bytes; `data_start` is the offset of the first tensor's bytes and `size`
+    the size of the whole file.
+    """
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    data_start: int
+    size: int
+
+
+def problems_text(problems: Sequence[str], shown: int = 10) -> str:
+    """All problems of one kind as one text; long lists are cut, with a count."""
+    text = "; ".join(problems[:shown])
+    return text if len(problems) <= shown else f"{text}; and {len(problems) - shown} more"
+
+
+def _show(value: object, limit: int = 80) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # an integer with more digits than Python prints
+        text = "a very large number"
+    except RecursionError:
+        text = "a value nested too deeply"
+    return text if len(text) <= limit else text[:limit] + "…"
+
+
+def _natural(value: object) -> bool:
+    # bool is an int in Python, `true` is no number in JSON
+    return type(value) is int and value >= 0
+
+
+def _naturals(value: object) -> tuple[int, ...] | None:
+    if type(value) is not list:
+        return None
+    for item in cast("list[object]", value):
+        if type(item) is not int or item < 0:
+            return None
+    return tuple(cast("list[int]", value))
+
+
+class _Wrong(NamedTuple):
+    """What is wrong with a tensor's description."""
+
+    why: str
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object] | TensorInfo | _Wrong:
+    """An object of the header. A tensor's description is checked at once: of 10^5 the parts would keep the gc busy."""
+    result = dict(pairs)
+    if len(pairs) == len(_FIELDS) and result.keys() == _FIELDS and type(result["data_offsets"]) is list:
+        return _info(result)  # (tensors of these three names are no lists)
+    if len(result) < len(pairs):
+        seen: set[str] = set()
+        twice = sorted({key for key, _ in pairs if key in seen or seen.add(key)})
+        raise ValueError(f"duplicate keys {_show(twice)}")
+    return result
+
+
+def _constant(text: str) -> object:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _integer(text: str) -> int:
+    if text == "-0":  # an int to Python, and no natural number to the format's own reader
+        raise ValueError("expected integers >= 0, found -0")
+    return int(text)
+
+
+def _size_problem(dtype: str, shape: tuple[int, ...]) -> str | None:
+    if len(shape) > _MAX_AXES:  # first: the product of many takes long
+        return f"expected at most {_MAX_AXES} axes, found {len(shape)}"
+    bits = math.prod(shape) * BITS[dtype]
+    if 0 < bits <= 8 * _MAX_BYTES and not bits % 8:
+        return None
+    # axes of size 0 must not hide the overflow of the others: numpy multiplies them one by one
+    if math.prod(max(dim, 1) for dim in shape) * BITS[dtype] // 8 > _MAX_BYTES:
+        return f"shape {_show(list(shape))} overflows 63 bits"
+    if math.prod(shape) * BITS[dtype] % 8:
+        return f"shape {_show(list(shape))} of {dtype} does not fill whole bytes"
+    return None
+
+
+_FIELDS = frozenset({"dtype", "shape", "data_offsets"})
+
+
+def _info(entry: dict[str, object]) -> TensorInfo | _Wrong:
+    """One tensor's description, or what is wrong with it."""
+    dtype, shape, offsets = entry["dtype"], _naturals(entry["shape"]), _naturals(entry["data_offsets"])
+    if type(dtype) is str and dtype in BITS and shape and offsets and len(shape) <= _MAX_AXES and len(offsets) == 2:
+        start, stop = offsets
+        if 0 < math.prod(shape) * BITS[dtype] == 8 * (stop - start) and stop <= _MAX_BYTES:
+            return TensorInfo(dtype, shape, start, stop)
+    problem = _problem(entry, dtype, shape, offsets)
+    if problem is None and isinstance(dtype, str) and shape is not None and offsets is not None:
+        return TensorInfo(dtype, shape, *offsets)
+    return _Wrong(problem or "")
+
+
+def _problem(
+    entry: dict[str, object], dtype: object, shape: tuple[int, ...] | None, offsets: tuple[int, ...] | None
+) -> str | None:
+    if not isinstance(dtype, str) or dtype not in BITS:
+        return f"expected a dtype of the format (F32, BF16, …), found {_show(dtype)}"
+    if shape is None:
+        return f"expected a shape of integers >= 0, found {_show(entry['shape'])}"
+    if problem := _size_problem(dtype, shape):
+        return problem
+    if offsets is None or len(offsets) != 2 or offsets[0] > offsets[1]:
+        found = _show(entry["data_offsets"])
+        return f"expected data_offsets [start, stop] with 0 <= start <= stop, found {found}"
+    if offsets[1] > _MAX_BYTES:
+        return f"data_offsets {_show(list(offsets))} overflow 63 bits"
+    expected = math.prod(shape) * BITS[dtype] // 8
+    if offsets[1] - offsets[0] != expected:
+        return (
+            f"expected {expected} bytes for {dtype} {list(shape)}, "
+            f"found {offsets[1] - offsets[0]} (data_offsets {list(offsets)})"
+        )
+    return None
+
+
+def length_problem(first: bytes, size: int) -> str | None:
+    """What is wrong with a file of `size` bytes beginning with `first` (8 bytes, or all), if anything."""
+    length = int.from_bytes(first, "little")
+    # Only where the length is impossible: 640 bytes of header begin with the bytes a pickle begins with.
+    if len(first) == 8 and length <= min(MAX_HEADER, size - 8):
+        return None
+    if first.startswith(b"version "):
+        return "this is a Git LFS pointer, not the weights: fetch them with `git lfs pull`"
+    if first.startswith((b"PK\x03\x04", b"\x80\x02")):
+        return "this is a PyTorch file: read it as a .bin"
+    if size < 8:
+        return f"expected at least 8 bytes, found {size}; the file is truncated"
+    if length > MAX_HEADER:
+        return f"header length: expected at most {MAX_HEADER} bytes, found {length}"
+    return f"header length: expected at most the {size - 8} bytes left, found {length}; it is damaged"
+
+
+def _called(key: str | None) -> str:
+    return "the header" if key is None else f"tensor {_show(key)}"
+
+
+def parse(path: str, raw: bytes, size: int) -> Header:
+    """Parses and validates the JSON of a header (without the 8 bytes before it).
+
+    Args:
+        path: for messages.
+        raw: the header's bytes.
+        size: the size of the whole file in bytes.
+
+    Raises:
+        FormatError: naming every tensor that is described wrongly.
+    """
+
+    def fail(what: str) -> FormatError:
+        return FormatError(f"{path}: not a valid safetensors file: {what}")
+
+    if not raw.startswith(b"{"):
+        raise fail(f"header: expected a JSON object, found bytes that begin with {_show(raw[:16])}")
+    try:
+        # Only where there may be a -0: a function of Python's for each number takes time.
+        integer = _integer if b"-0" in raw else None
+        parsed: object = json.loads(
+            raw.decode("utf-8"), object_pairs_hook=_object, parse_constant=_constant, parse_int=integer
+        )
+    except UnicodeDecodeError as error:
+        raise fail(f"header: expected UTF-8, found byte 0x{raw[error.start]:02x} at {error.start}") from error
+    except RecursionError as error:
+        raise fail("header: JSON nested too deeply") from error
+    except ValueError as error:
+        raise fail(f"header: expected JSON, found: {error}") from error
+    if not isinstance(parsed, dict):  # though it begins with "{"
+        raise fail("header: expected an object of tensors, found the description of one")
+    items = cast("dict[str, object]", parsed)
+    metadata = items.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(
+        isinstance(v, str) for v in cast("dict[str, object]", metadata).values()
+    ):
+        raise fail(f"__metadata__: expected an object of strings, found {_show(metadata)}")
+
+    data_start = 8 + len(raw)
+    tensors: dict[str, TensorInfo] = {}
+    problems: list[str] = []
+    for key, value in items.items():
+        if isinstance(value, dict) and cast("dict[str, object]", value).keys() == _FIELDS:
+            value = _info(cast("dict[str, object]", value))
+        if type(value) is TensorInfo:
+            tensors[key] = value
+        elif isinstance(value, _Wrong):
+            problems.append(f"tensor {_show(key)}: {value.why}")
+        elif isinstance(value, dict):
+            fields = _show(list(cast("dict[str, object]", value)))
+            problems.append(f"tensor {_show(key)}: expected the fields dtype, shape, data_offsets, found {fields}")
+        else:
+            problems.append(f"tensor {_show(key)}: expected an object, found {_show(value)}")
+    if problems:
+        raise fail(problems_text(problems))
+
+    tensors = dict(sorted(tensors.items(), key=lambda item: item[1][2:]))
+    position, last = 0, None
+    for key, (_, _, start, stop) in tensors.items():
+        if start != position:
+            kind = "overlaps" if start < position else "leaves a gap after"
+            before = _called(last)
+            problems.append(f"tensor {_show(key)} {kind} {before}: expected start {position}, found {start}")
+        position, last = stop, key
+    if position != size - data_start:
+        before = _called(last)
+        short = "; it is truncated: fetch or save it again" if position > size - data_start else ""
+        end = data_start + position
+        problems.append(f"expected the file to end with {before} at {end} bytes, found {size} bytes{short}")
+    if problems:
+        raise fail(problems_text(problems))
+    try:
+        # "\ud800" is legal JSON, but no text: it could never be printed or written again
+        "".join([*tensors, *cast("dict[str, str]", metadata), *cast("dict[str, str]", metadata).values()]).encode()
+    except UnicodeEncodeError as error:
+        raise fail(f"header: a name holds a lone surrogate, {_show(error.object[error.start])}") from error
+    return Header(tensors, cast("dict[str, str]", metadata), data_start, size)
+
+
+def _json(value: str | dict[str, str]) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def encode(
+    path: str, specs: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str]
+) -> tuple[bytes, Header]:
+    """The first bytes of a file (length and header) for these tensors, and the layout they describe.
+
+    Byte for byte what the safetensors library writes: wide types first, then by name; `metadata` comes first,
+    sorted by key. Several processes that call it with equal arguments get equal offsets.
+
+    Args:
+        path: for messages.
+        specs: `(dtype, shape)` by key, dtype as in `BITS`.
+        metadata: strings only.
+
+    Raises:
+        FileError: a spec the format cannot hold (all of them are named), or a header over `MAX_HEADER`.
+
+    >>> raw, header = encode("x", {"a": ("F32", (2,)), "b": ("F64", ())}, {"format": "pt"})
+    >>> header.tensors
+    {'b': TensorInfo(dtype='F64', shape=(), start=0, stop=8),
+     'a': TensorInfo(dtype='F32', shape=(2,), start=8, stop=16)}
+    >>> len(raw) % 8
+    0
+    """
+    problems: list[str] = []
+    if not all(type(k) is str and type(v) is str for k, v in metadata.items()):
+        problems.append(f"metadata: expected strings, found {_show(dict(metadata))}")
+    for key, (dtype, shape) in specs.items():
+        if key == "__metadata__":
+            problems.append("tensor '__metadata__': the name is reserved")
+        elif dtype not in BITS:
+            problems.append(f"tensor {_show(key)}: expected a dtype of the format (F32, BF16, …), found {_show(dtype)}")
+        elif not all(_natural(dim) for dim in shape):
+            problems.append(f"tensor {_show(key)}: expected a shape of integers >= 0, found {_show(shape)}")
+        elif problem := _size_problem(dtype, tuple(shape)):
+            problems.append(f"tensor {_show(key)}: {problem}")
+    if problems:
+        raise FileError(f"{path}: cannot write: {problems_text(problems)}")
+
+    tensors: dict[str, TensorInfo] = {}
+    sorted_metadata = dict(sorted(metadata.items()))
+    # Text at once: an object a tensor, for json to walk, costs more than all the rest (much of it in the gc).
+    entries = [f'"__metadata__":{_json(sorted_metadata)}'] if metadata else []
+    position = 0
+    for key in sorted(specs, key=lambda key: (-_RANK[specs[key][0]], key)):
+        dtype, shape = specs[key][0], tuple(specs[key][1])
+        stop = position + math.prod(shape) * BITS[dtype] // 8
+        tensors[key] = TensorInfo(dtype, shape, position, stop)
+        sizes = ",".join(map(str, shape))
+        entries.append(f'{_json(key)}:{{"dtype":"{dtype}","shape":[{sizes}],"data_offsets":[{position},{stop}]}}')
+        position = stop
+    try:
+        text = ("{" + ",".join(entries) + "}").encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise FileError(
+            f"{path}: cannot write: a name is no text: {_show(error.object[error.start : error.end])}"
+        ) from error
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER:
+        raise FileError(
+            f"{path}: cannot write: header: expected at most {MAX_HEADER} bytes, found {len(text)}; "
+            "no reader would open the file: shorten the metadata or the names"
+        )
+    raw = len(text).to_bytes(8, "little") + text
+    return raw, Header(tensors, sorted_metadata, len(raw), len(raw) + position)

@@ -1,0 +1,398 @@
+"""PyTorch `.bin`/`.pt` state dicts, read without torch; both the zip format and the one before PyTorch 1.6.
+
+Read-only: new files are safetensors. Nothing in a file is executed (see `pickles`), storages are checked for
+their bounds, and a file cannot make us allocate much more memory than its own size.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import math
+import os
+import struct
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar, cast
+
+from jaxadapt.core.errors import FormatError
+from jaxadapt.storage import local_files, pickle_ops, ranged_reads
+from jaxadapt.storage import location as places
+from jaxadapt.storage.dtypes import numpy_dtype
+from jaxadapt.storage.safetensors_header import problems_text
+
+if TYPE_CHECKING:
+    import numpy as np
+
+T = TypeVar("T")
+
+__all__ = ["keys_and_shapes", "read"]
+
+# safetensors' names of types, and C128 for the one it lacks
+_SIZES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4,
+    "I64": 8, "U64": 8, "F64": 8, "C64": 8, "C128": 16,
+    "F8_E5M2": 1, "F8_E4M3": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
+}  # fmt: skip
+_STORAGES = {
+    "BoolStorage": "BOOL", "ByteStorage": "U8", "CharStorage": "I8", "ShortStorage": "I16",
+    "IntStorage": "I32", "LongStorage": "I64", "HalfStorage": "F16", "BFloat16Storage": "BF16",
+    "FloatStorage": "F32", "DoubleStorage": "F64",
+    "ComplexFloatStorage": "C64", "ComplexDoubleStorage": "C128",
+}  # fmt: skip
+_DTYPES = {
+    "bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "uint16": "U16",
+    "int32": "I32", "uint32": "U32", "int64": "I64", "uint64": "U64",
+    "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64",
+    "complex64": "C64", "complex128": "C128", "float8_e5m2": "F8_E5M2", "float8_e4m3fn": "F8_E4M3",
+    "float8_e8m0fnu": "F8_E8M0", "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ",
+}  # fmt: skip
+_UNTYPED = "torch.storage.UntypedStorage"
+_ALLOWED = frozenset(
+    {
+        "collections.OrderedDict",
+        "torch._utils._rebuild_tensor",
+        "torch._utils._rebuild_tensor_v2",
+        "torch._utils._rebuild_tensor_v3",
+        "torch._utils._rebuild_parameter",
+        "torch._utils._rebuild_parameter_with_state",
+        _UNTYPED,
+        *(f"torch.{name}" for name in (*_STORAGES, *_DTYPES)),
+    }
+)
+_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of the format before PyTorch 1.6
+_PROTOCOL = 1001
+# An expanded or shared tensor is larger than its storage; more than this is an attack on our memory.
+_MAX_GROWTH = 16
+_FREE_GROWTH = 1 << 20
+_MOST = 2**63  # of anything that is counted in a file
+_MAX_AXES = 64
+_MAX_PARTS = 16  # of what PyTorch's functions are called with; 8 are known
+
+
+@dataclass(frozen=True, slots=True)
+class _Storage:
+    key: str
+    dtype: str | None  # None: untyped, counted in bytes
+    total: int  # elements in the file
+    offset: int = 0  # a view of the elements [offset, offset + count)
+    count: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    storage: _Storage
+    dtype: str
+    offset: int  # in elements, as are the strides
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * _SIZES[self.dtype]
+
+
+def _naturals(value: object, name: str) -> tuple[int, ...]:
+    """A short tuple of integers that 63 bits hold: one of a file may be recalled, and gone through, again and again."""
+    found = cast("tuple[object, ...]", value) if type(value) is tuple else (None,)
+    if len(found) > _MAX_AXES:
+        raise pickle_ops.UnsupportedPickle(f"{name}: expected at most {_MAX_AXES} integers, found {len(found)}")
+    if not all(type(item) is int and item >= 0 for item in found):
+        raise pickle_ops.UnsupportedPickle(f"expected {name} of integers >= 0, found something else")
+    whole = cast("tuple[int, ...]", found)
+    if any(item >= _MOST for item in whole):
+        raise pickle_ops.UnsupportedPickle(f"{name}: expected integers below 2^63, found one that overflows 63 bits")
+    return whole
+
+
+def _persistent(identity: object) -> _Storage:
+    """PyTorch's ("storage", type, key, location, count), in old files a view (key, offset, count)."""
+    whole = cast("tuple[object, ...]", identity) if type(identity) is tuple else (None,)
+    parts = list(whole[:7])
+    if len(parts) not in (5, 6) or parts[0] != "storage":
+        raise pickle_ops.UnsupportedPickle("expected the description of a storage, found something else (a module?)")
+    kind, key = parts[1], parts[2]
+    (total,) = _naturals((parts[4],), "a storage's size")
+    dtype = _STORAGES.get(kind.name.removeprefix("torch.")) if type(kind) is pickle_ops.Global else None
+    if type(key) is not str or type(kind) is not pickle_ops.Global or (dtype is None and kind.name != _UNTYPED):
+        raise pickle_ops.UnsupportedPickle("expected a storage's type and key, found something else")
+    view = parts[5] if len(parts) == 6 else None
+    if view is None:
+        return _Storage(key, dtype, total, 0, total)
+    described: tuple[object, ...] = cast("tuple[object, ...]", view) if type(view) is tuple else ()
+    offset, count = _naturals(described[1:] if len(described) == 3 else None, "a view")
+    if offset + count > total:
+        raise pickle_ops.UnsupportedPickle(f"storage {key!r}: a view ends beyond its {total} elements")
+    return _Storage(key, dtype, total, offset, count)
+
+
+def _rebuild(name: str, arguments: tuple[object, ...]) -> object:
+    """What PyTorch's functions of these names would build, as data."""
+    if len(arguments) > _MAX_PARTS:
+        raise pickle_ops.UnsupportedPickle(f"it calls {name!r} with {len(arguments)} arguments")
+    if name == "collections.OrderedDict" and not arguments:
+        return {}
+    if name.startswith("torch._utils._rebuild_parameter") and arguments and type(arguments[0]) is _Tensor:
+        return arguments[0]
+    if name.startswith("torch._utils._rebuild_tensor") and len(arguments) >= 4 and type(arguments[0]) is _Storage:
+        return _tensor(arguments[0], arguments[1:], has_dtype=name.endswith("_v3"))
+    raise pickle_ops.UnsupportedPickle(f"it calls {name!r} with arguments that PyTorch never uses")
+
+
+def _tensor(storage: _Storage, arguments: tuple[object, ...], *, has_dtype: bool) -> _Tensor:
+    # (offset, shape, strides, requires_grad, hooks[, dtype][, metadata])
+    (offset,) = _naturals(arguments[:1], "an offset")
+    shape, strides = _naturals(arguments[1], "a shape"), _naturals(arguments[2], "strides")
+    rest = arguments[5:]
+    dtype = storage.dtype
+    if has_dtype:
+        kind, rest = (rest[0] if rest else None), rest[1:]
+        dtype = _DTYPES.get(kind.name.removeprefix("torch.")) if type(kind) is pickle_ops.Global else None
+    if dtype is None:
+        raise pickle_ops.UnsupportedPickle(f"storage {storage.key!r}: expected a dtype, found none")
+    if any(rest) and not _is_plain(rest[0]):
+        raise pickle_ops.UnsupportedPickle(f"storage {storage.key!r}: a lazily conjugated or negated tensor")
+    if len(shape) != len(strides):
+        raise pickle_ops.UnsupportedPickle(f"expected as many strides as axes, found {len(strides)} and {len(shape)}")
+    size = _SIZES[dtype]
+    limit = storage.count if storage.dtype is not None else storage.count // size
+    if math.prod(max(dim, 1) for dim in shape) * size >= 2**63:
+        raise pickle_ops.UnsupportedPickle(f"storage {storage.key!r}: the shape {shape} overflows 63 bits")
+    last = offset + sum((dim - 1) * stride for dim, stride in zip(shape, strides, strict=True))
+    if math.prod(shape) and last >= limit:
+        raise pickle_ops.UnsupportedPickle(
+            f"storage {storage.key!r}: a tensor of shape {shape}, strides {strides}, offset {offset} "
+            f"ends beyond its {limit} elements"
+        )
+    return _Tensor(storage, dtype, offset, shape, strides)
+
+
+def _is_plain(notes: object) -> bool:
+    """Whether what a file notes of a tensor leaves its numbers as they are stored."""
+    found = cast("dict[object, object]", notes) if type(notes) is dict else {None: True}
+    return len(found) <= _MAX_PARTS and not any(found.values())
+
+
+def _state_dict(value: object, path: str, size: int) -> dict[str, _Tensor]:
+    if type(value) is not dict:
+        raise FormatError(f"{path}: expected a state dict, found {_kind(value)}")
+    problems: list[str] = []
+    tensors: dict[str, _Tensor] = {}
+    for key, item in cast("dict[object, object]", value).items():
+        if type(key) is not str or any("\ud800" <= char <= "\udfff" for char in key):
+            problems.append(f"{key!a}: expected a key that is text")
+        elif type(item) is not _Tensor:
+            problems.append(f"{key!r}: expected a tensor, found {_kind(item)}")
+        else:
+            tensors[key] = item
+    if problems:
+        raise FormatError(
+            f"{path}: expected a state dict of tensors only: {problems_text(problems)}; of a training "
+            "checkpoint, save the state dict alone"
+        )
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    if total > _MAX_GROWTH * size + _FREE_GROWTH:
+        raise FormatError(f"{path}: the tensors claim {total} bytes, out of a file of {size}")
+    return tensors
+
+
+def _kind(value: object) -> str:
+    if type(value) is dict:
+        return "a dict"
+    return "a tensor" if type(value) is _Tensor else f"a value of type {type(value).__name__}"
+
+
+class _Zip:
+    """The format since PyTorch 1.6: a zip file of uncompressed records under one folder."""
+
+    def __init__(self, file: io.FileIO, path: str, size: int) -> None:
+        self._zip = zipfile.ZipFile(file)
+        self._size = size
+        names = self._zip.namelist()
+        roots = [name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl")]
+        if len(roots) != 1 or len(set(names)) < len(names):
+            raise FormatError(f"{path}: expected a PyTorch file with one record data.pkl, found {len(roots)}")
+        self._root = roots[0]
+        order = self._record("byteorder") if self._root + "byteorder" in names else b"little"
+        if order not in (b"little", b"big"):
+            raise FormatError(f"{path}: record byteorder: expected little or big, found {order[:20]!r}")
+        self.big_endian = order == b"big"
+        self.state = pickle_ops.load(io.BytesIO(self._record("data.pkl")), _ALLOWED, _rebuild, _persistent)
+
+    def _record(self, name: str) -> bytes:
+        try:
+            info = self._zip.getinfo(self._root + name)
+        except KeyError:
+            raise zipfile.BadZipFile(f"record {name!r} is missing") from None
+        # torch stores records as they are; anything else could unpack to any size
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size > self._size:
+            raise zipfile.BadZipFile(f"record {name!r} is compressed, or claims more bytes than the file has")
+        return self._zip.read(info)  # checks the CRC
+
+    def storage(self, storage: _Storage) -> bytes:
+        return self._record(f"data/{storage.key}")
+
+
+class _Stream:
+    """A file's bytes; `read` allocates no more than there are, which `BufferedReader` would."""
+
+    def __init__(self, file: io.FileIO, size: int) -> None:
+        self.buffered = io.BufferedReader(file)
+        self._size = size
+        self.readline = self.buffered.readline
+
+    def read(self, size: int, /) -> bytes:
+        return self.buffered.read(min(size, self._size) if size >= 0 else self._size)
+
+
+class _Legacy:
+    """The format before PyTorch 1.6: five pickles, then the storages, each after its element count."""
+
+    big_endian = False  # whatever machine wrote it
+
+    def __init__(self, file: io.FileIO, path: str, size: int) -> None:
+        self._file, self._path, self._size = file, path, size
+        self._storages: dict[str, _Storage] = {}
+        stream = _Stream(file, size)
+        try:
+            values = [self._unpickle(stream)]
+            if values != [_MAGIC]:
+                raise FormatError(f"{path}: expected a PyTorch file, found another kind of pickle")
+            # the version, the writer's type sizes (which no reader uses), the content, the storages' keys
+            values += [self._unpickle(stream) for _ in range(4)]
+            self._start = stream.buffered.tell()
+        finally:
+            stream.buffered.detach()  # or it would close the file
+        if values[1] != _PROTOCOL:
+            raise FormatError(f"{path}: expected version {_PROTOCOL} of the format, found another")
+        self.state = values[3]
+        self._keys = values[4]
+        self._places: dict[str, int] | None = None
+
+    def _unpickle(self, stream: _Stream) -> object:
+        return pickle_ops.load(stream, _ALLOWED, _rebuild, self._persistent)
+
+    def _persistent(self, identity: object) -> _Storage:
+        storage = _persistent(identity)
+        known = self._storages.setdefault(storage.key, storage)
+        if (known.dtype, known.total) != (storage.dtype, storage.total):
+            raise pickle_ops.UnsupportedPickle(f"storage {storage.key!r} is described in two ways")
+        return storage
+
+    def _find(self) -> dict[str, int]:
+        places: dict[str, int] = {}
+        at = self._start
+        for key in cast("list[object]", self._keys) if type(self._keys) is list else [None]:
+            storage = self._storages.get(key) if type(key) is str else None
+            if storage is None:
+                raise FormatError(f"{self._path}: expected the keys of its storages, found another list")
+            raw = local_files.pread_exact(self._file.fileno(), 8, at, self._path, f"storage {key!r}")
+            count = int.from_bytes(raw, "little", signed=True)
+            if count != storage.total:
+                raise FormatError(f"{self._path}: storage {key!r}: expected {storage.total} elements, found {count}")
+            places[storage.key] = at + 8
+            at += 8 + _nbytes(storage)
+        return places
+
+    def storage(self, storage: _Storage) -> bytes:
+        if self._places is None:
+            self._places = self._find()
+        at, size = self._places.get(storage.key, self._size), _nbytes(storage)
+        if at + size > self._size:
+            raise FormatError(
+                f"{self._path}: storage {storage.key!r}: expected {size} bytes at offset {at}, "
+                f"found a file of {self._size}; it is truncated"
+            )
+        return local_files.pread_exact(self._file.fileno(), size, at, self._path, f"storage {storage.key!r}")
+
+
+def _nbytes(storage: _Storage) -> int:
+    return storage.total * (_SIZES[storage.dtype] if storage.dtype else 1)
+
+
+def _load(path: str | os.PathLike[str], use: Callable[[_Zip | _Legacy, dict[str, _Tensor]], T]) -> T:
+    """Opens a file of either format and hands its reader and tensors to `use`."""
+    name = os.fspath(path)
+    place = places.at(path)
+    file, size = ranged_reads.fetched(place) if isinstance(place, places.Address) else local_files.open_binary(name)
+    with local_files.closing(file):
+        first = local_files.pread_exact(file.fileno(), min(size, 16), 0, name, "file")
+        if first.startswith(b"version "):
+            raise FormatError(f"{name}: a Git LFS pointer, not the weights: fetch them with `git lfs pull`")
+        if not first.startswith((b"PK\x03\x04", b"\x80")):
+            raise FormatError(
+                f"{name}: expected a PyTorch file (a zip file or a pickle), "
+                f"found {size} bytes that begin with {first!r}"
+            )
+        try:
+            reader = (_Zip if first.startswith(b"PK") else _Legacy)(file, name, size)
+            return use(reader, _state_dict(reader.state, name, size))
+        except pickle_ops.UnsupportedPickle as error:
+            raise FormatError(f"{name}: not a state dict: {error}") from error
+        # what zipfile raises for damaged, encrypted and exotic files
+        except (zipfile.BadZipFile, struct.error, EOFError, ValueError, RuntimeError, OverflowError) as error:
+            raise FormatError(f"{name}: not a valid PyTorch file: {error or type(error).__name__}") from error
+        except OSError as error:
+            if error.errno == errno.EINVAL:  # a damaged offset, too large to seek to
+                raise FormatError(f"{name}: not a valid PyTorch file: a record lies beyond its end") from error
+            raise local_files.file_error("read", name, error) from error
+
+
+def keys_and_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """(dtype, shape) of every tensor, under safetensors' dtype names; reads no tensor and imports no numpy.
+
+    Raises:
+        FormatError, FileError: see `read`.
+    """
+    return _load(path, lambda _, tensors: {key: (item.dtype, item.shape) for key, item in tensors.items()})
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """All tensors of a PyTorch state dict: new C-contiguous arrays, in the order of the dict.
+
+    Raises:
+        FormatError: no PyTorch file, damaged, truncated, or with more in it than tensors, such as a
+            reference to code (its name is given; nothing is executed).
+        FileError: missing, a directory, not permitted.
+    """
+    name = os.fspath(path)
+    return _load(path, lambda reader, tensors: _arrays(reader, tensors, name))
+
+
+def _arrays(reader: _Zip | _Legacy, tensors: Mapping[str, _Tensor], path: str) -> dict[str, np.ndarray]:
+    users: dict[str, list[str]] = {}
+    for key, tensor in tensors.items():
+        users.setdefault(tensor.storage.key, []).append(key)
+    arrays: dict[str, np.ndarray] = {}
+    for shared in users.values():  # each storage is read once and dropped before the next
+        raw = reader.storage(tensors[shared[0]].storage)
+        for key in shared:
+            storage = tensors[key].storage
+            if len(raw) != _nbytes(storage):
+                raise FormatError(
+                    f"{path}: tensor {key!r}: storage {storage.key!r}: expected {_nbytes(storage)} bytes, "
+                    f"found {len(raw)}"
+                )
+            arrays[key] = _array(raw, tensors[key], big_endian=reader.big_endian)
+    return {key: arrays[key] for key in tensors}
+
+
+def _array(raw: bytes, tensor: _Tensor, *, big_endian: bool) -> np.ndarray:
+    import numpy as np
+
+    dtype = np.dtype("complex128") if tensor.dtype == "C128" else numpy_dtype(tensor.dtype)
+    out = local_files.aligned(tensor.nbytes).view(dtype).reshape(tensor.shape)
+    if not out.size:
+        return out
+    storage = tensor.storage
+    begin = storage.offset * (_SIZES[storage.dtype] if storage.dtype else 1) + tensor.offset * dtype.itemsize
+    # bounds were checked when the tensor was described; axes of length 1 may carry any stride
+    strides = [
+        stride * dtype.itemsize if dim > 1 else 0 for dim, stride in zip(tensor.shape, tensor.strides, strict=True)
+    ]
+    out[...] = np.ndarray(tensor.shape, dtype, raw, begin, strides)
+    if big_endian:
+        part = dtype.itemsize // 2 if dtype.kind == "c" else dtype.itemsize
+        out.reshape(-1).view(f"u{part}").byteswap(inplace=True)
+    return out
