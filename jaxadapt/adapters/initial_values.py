@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxadapt.adapters import sharding, sites
-from jaxadapt.arrays import quantized, random_draws
+from jaxadapt.arrays import placement, quantized, random_draws
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError
@@ -52,7 +52,7 @@ def fresh(
     if abstract:
         made = {p: jax.ShapeDtypeStruct(shape, dtype, sharding=places.get(p)) for p, (_, _, shape) in wanted.items()}
     else:
-        made = sharding.placed(_drawn(config, bounds, wanted, key, dtype), places)
+        made = placement.placed(_drawn(config, bounds, wanted, key, dtype), places)
     out: dict[str, Any] = {}
     for bound in bounds:
         named = dict(zip((t.name for t in bound.tensors), bound.entries, strict=True))
@@ -68,7 +68,7 @@ def fresh(
                 derived = named[tensor.name].form.cleared(derived[tensor.name])
                 # A copy even where nothing changed: the base's own array must not be donated with the adapter's.
                 copy = jnp.array(derived, dtype=kind, copy=True)
-                mine[tensor.name] = copy if place is None else sharding.moved(copy, place)
+                mine[tensor.name] = copy if place is None else placement.moved(copy, place)
         if as_base and jnp.issubdtype(base[bound.leaf].dtype, jnp.floating):
             mine = {name: _cast(x, base[bound.leaf].dtype) for name, x in mine.items()}
         out |= {entry.path: mine[name] for name, entry in named.items()}
@@ -82,7 +82,7 @@ def _drawn(
         draws = {p: (b.method.fresh(config, t, b.fan_in), shape) for p, (b, t, shape) in wanted.items()}
         apart = {p: s for p, (b, t, _) in wanted.items() if (s := _by_tensor(config, b, t)) is not None}
     except ConfigError as error:  # random numbers do not do, which only matters if values are asked for
-        if not sharding.tracing():
+        if not placement.tracing():
             raise
         return {p: random_draws.missing(shape, dtype, str(error)) for p, (_, _, shape) in wanted.items()}
     made = random_draws.drawn(key, draws, dtype)

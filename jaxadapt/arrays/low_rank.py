@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxadapt.arrays.axes import LETTERS, RANK, Axes, Operation, Use
-from jaxadapt.methods.base import Array, einsum, explicit
 from jaxadapt.methods.per_entry import leading
+
+Array = Any
 
 
 def delta(use: Use | Operation, scale: float | Array, groups: int, a: Array, b: Array, x: Array, y: Array) -> Array:
@@ -137,3 +140,22 @@ def over_outputs(use: Use | Operation, vector: Array, y_ndim: int) -> Array:
 def over_weight(axes: Axes, vector: Array) -> Array:
     """`vector` (batch..., out...), shaped to broadcast against the weight."""
     return spread(vector, "".join(LETTERS[i] for i in axes.batch + axes.out), LETTERS[: axes.rank])
+
+
+def einsum(subscripts: str, *operands: Array, on: NamedSharding | None = None) -> Array:
+    return jax.numpy.einsum(subscripts, *operands, out_sharding=on)
+
+
+def explicit(letters: str, *operands: tuple[Array, str]) -> NamedSharding | None:
+    """The sharding of a product with these axes, each sharded as in the first operand that has it.
+
+    Only on meshes with explicit axes, where a sum over axes that are sharded on both sides must be told what its
+    result is to be; None elsewhere: there the compiler decides.
+    """
+    mesh = jax.typeof(operands[0][0]).sharding.mesh
+    if mesh.empty or not mesh.are_all_axes_explicit:
+        return None
+    said: dict[str, Any] = {}
+    for array, axes in reversed(operands):
+        said |= dict(zip(axes, jax.typeof(array).sharding.spec, strict=True))
+    return NamedSharding(mesh, PartitionSpec(*(said.get(letter) for letter in letters)))

@@ -17,9 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadapt.adapters import sharding
 from jaxadapt.adapters.adapter import Adapter, is_array, reading
-from jaxadapt.arrays import finite
+from jaxadapt.arrays import finite, placement
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, KeyMapError, MismatchError, warn
 from jaxadapt.core.progress import LOGGER, Progress, Report, counting, reporting
@@ -29,7 +28,7 @@ from jaxadapt.keymaps import parts as pieces
 from jaxadapt.keymaps.generic import GENERIC, own_names
 from jaxadapt.keymaps.keymap import KeyMap, warn_unproved
 from jaxadapt.merging import base_merge
-from jaxadapt.models import planning
+from jaxadapt.models import base_params, planning
 from jaxadapt.models.nnx import attach, survey
 from jaxadapt.persistence import device_arrays, folder, peft
 from jaxadapt.storage import hf_model
@@ -148,7 +147,7 @@ def _leaves(params: Any, keymap: KeyMap | str | None, own: bool = False) -> tupl
     That no table fits is an error, unless the model's `own` paths may be PyTorch's names.
     Of an NNX model also what is no parameter there, if the table has a line for it (the bias of MaxText's routers).
     """
-    found = base_merge.leaves(planning.params_of(params))
+    found = base_params.leaves(planning.params_of(params))
     loose = survey.walk(params).loose if isinstance(params, attach.nnx.Module) else {}
     if loose:
         raise AttachError(
@@ -370,7 +369,7 @@ def import_base(
             new[leaf] = changed.pop(leaf).value(donate=leaf in new)
     LOGGER.info("%s: %d weights read, by the table %s", tensors.source, len(new), table.name)
     base = planning.params_of(target)
-    done = base_merge.replaced(base, new)
+    done = base_params.replaced(base, new)
     return done if base is target else {**target, "params": done}
 
 
@@ -434,7 +433,7 @@ def _read(
 ) -> dict[str, Any]:
     """New arrays in the place of the target's: its dtypes and shardings, numpy where it is numpy."""
     where = {path: leaf.sharding for path, leaf in leaves.items() if isinstance(leaf, jax.Array)}
-    where |= {path: sharding.concrete(place) for path, place in places.items() if place is not None}
+    where |= {path: placement.concrete(place) for path, place in places.items() if place is not None}
     dtypes = {key: spec.dtype for key, spec in tensors.specs.items()}
     wanted = {e.path: leaves[e.path].dtype for e in entries}
     out = device_arrays.arrays(plan.Plan(tuple(entries)), tensors, dtypes, wanted, where, report, "import")

@@ -15,13 +15,14 @@ import numpy as np
 
 from jaxadapt.adapters.adapter import Adapter, PeftTensors
 from jaxadapt.arrays import finite
+from jaxadapt.configs import lora_variants
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, FileError, FormatError, MismatchError, warn
 from jaxadapt.core.progress import LOGGER, Progress, Report, counting, reporting
 from jaxadapt.export import base_weights, untying
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
-from jaxadapt.merging import base_merge, combination, factors, rank_reduction
+from jaxadapt.merging import base_merge, combination, rank_reduction
 from jaxadapt.persistence import folder, peft
 from jaxadapt.storage import atomic, hf_model, location
 from jaxadapt.storage.dtypes import dtype_name, numpy_dtype
@@ -156,7 +157,7 @@ def _combined(
 ) -> PeftTensors:
     for held in tensors:
         _need_modules(held, "jaxadapt.combine does it with adapters of a model, or from from_peft(…, base)")
-    more = [f"{held.source}: {why}" for held in tensors for why in factors.not_a_product(held.config)]
+    more = [f"{held.source}: {why}" for held in tensors for why in lora_variants.not_a_product(held.config)]
     if more:
         raise ConfigError("only plain LoRA is combined, and these are not or more:\n" + paths.listing(more))
     shapes = {key: shape for held in tensors for key, shape in pytorch.weights(_shapes(held)).items()}
@@ -207,7 +208,7 @@ def _repeated(tensors: PeftTensors, held: hf_model.Shards, table: KeyMap) -> dic
 
 
 def _adapter(tensors: PeftTensors, specs: dict[str, Any], table: Any) -> Adapter:
-    factors.need_plain(tensors.config, tensors.source)
+    lora_variants.need_plain(tensors.config, tensors.source)
     return peft.from_peft(tensors, paths.unflatten(specs), keymap=table)
 
 

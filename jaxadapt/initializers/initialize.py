@@ -14,8 +14,8 @@ from jax.core import Tracer
 from jaxadapt import methods
 from jaxadapt.adapters import initial_values, sharding, sites
 from jaxadapt.adapters.adapter import Adapter, Recipe
-from jaxadapt.arrays import quantized
-from jaxadapt.configs import LoraConfig
+from jaxadapt.arrays import placement, quantized
+from jaxadapt.configs import LoraConfig, lora_variants
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, MismatchError
 from jaxadapt.initializers import decompositions
@@ -55,7 +55,7 @@ class Beginning:
                 problems.append(f"{b.leaf}: PEFT begins embeddings, convolutions and the like in no such way")
         problems += [f"{b.leaf}: {why}" for b in self.pairs if self.kind for why in self._obstacles(b)]
         if problems:
-            what = products.beginning_of(self.recipe.config)
+            what = lora_variants.beginning_of(self.recipe.config)
             raise ConfigError(f"{what} is not to be had here:\n" + paths.listing(problems))
 
     def _obstacles(self, b: sites.Bound) -> list[str]:
@@ -183,7 +183,7 @@ class Beginning:
             a, bb = (jnp.stack(side) for side in zip(*each, strict=True))
             new |= products.placed(b, a, bb)[1]
         kind = jnp.dtype(jnp.float32 if dtype is None else dtype)
-        values |= sharding.placed({p: x.astype(kind) for p, x in new.items()}, sharding.for_adapter(mine, dict(where)))
+        values |= placement.placed({p: x.astype(kind) for p, x in new.items()}, sharding.for_adapter(mine, dict(where)))
         base: dict[str, Any] = {}
         if self.kind == "loftq":
             for b in mine:
@@ -194,7 +194,7 @@ class Beginning:
                 rows = jnp.stack([decompositions.truncated(w, _rank(b)) for w in self.matrices(b)])
                 leaf = self.weights[b.leaf]
                 base[b.leaf] = products.with_rows(self.recipe.keymap, b, leaf, rows).astype(leaf.dtype)
-        elif products.changes_the_base(config):
+        elif lora_variants.changes_the_base(config):
             pairs = paths.unflatten({p: values[p] for p in new})
             taken = Adapter(plain.replace(use_dora=False), pairs, self.recipe.keymap)
             with jax.default_matmul_precision("highest"):

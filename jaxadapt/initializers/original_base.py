@@ -11,11 +11,10 @@ import jax.numpy as jnp
 from jaxadapt.adapters import sites
 from jaxadapt.adapters.adapter import Adapter, Recipe
 from jaxadapt.arrays.layout import RANK, Arrangement
-from jaxadapt.configs import LoraConfig
+from jaxadapt.configs import LoraConfig, lora_variants
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, MismatchError
 from jaxadapt.initializers.initialize import Beginning, kind_of
-from jaxadapt.merging import factors
 from jaxadapt.models import attachment
 
 Array = Any
@@ -52,7 +51,7 @@ def for_original_base(trained: Any, first: Adapter, name: str = attachment.DEFAU
             "LoftQ quantised the base, and what that lost is in no adapter: keep the base that was left (export_base),"
             " or load the file with base='original', which quantises it in the same way again"
         )
-    why = factors.not_a_product(config)
+    why = lora_variants.not_a_product(config)
     if why or not isinstance(config, LoraConfig):
         raise ConfigError("the change since the start is no product of two matrices: " + "; ".join(why))
     if config.use_rslora and (config.rank_pattern or config.alpha_pattern):
@@ -109,7 +108,7 @@ def residual(recipe: Recipe, bounds: Sequence[sites.Bound], weights: Mapping[str
     }.get(kind)
     if why is not None:
         raise ConfigError(
-            f"{factors.beginning_of(config)}: what it took out of the base weights depends on {why}"
+            f"{lora_variants.beginning_of(config)}: what it took out of the base weights depends on {why}"
             " (and PEFT's own load does not find them either). Load onto the base that was left, with"
             " base='changed', or convert the adapter where it was trained: for_original_base, in PEFT"
             " path_initial_model_for_weight_conversion"

@@ -15,15 +15,15 @@ import jax.numpy as jnp
 
 from jaxadapt.adapters import sites
 from jaxadapt.adapters.adapter import Adapter, Recipe
-from jaxadapt.configs import LoraConfig
+from jaxadapt.configs import LoraConfig, lora_variants
 from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.initializers import eva
 from jaxadapt.initializers import statistics as observing
 from jaxadapt.initializers.decompositions import Factors
 from jaxadapt.initializers.initialize import Beginning, Rows, kind_of, settings
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.merging import base_merge, factors
-from jaxadapt.models import attachment, planning
+from jaxadapt.merging import factors
+from jaxadapt.models import attachment, base_params, planning
 from jaxadapt.models.linen import collections
 from jaxadapt.models.nnx import attach as nnx
 
@@ -115,7 +115,7 @@ def start(
         lost.append("key")
     if idle or lost:
         problems = [f"{what} has no effect" for what in idle] + [f"{what} is needed" for what in lost]
-        raise AttachError(f"{factors.beginning_of(config)}: " + ", ".join(problems))
+        raise AttachError(f"{lora_variants.beginning_of(config)}: " + ", ".join(problems))
 
     walked = planning.Base.of(base)
 
@@ -140,17 +140,17 @@ def start(
         made = {b.leaf: begin.rows(b) for b in begin.pairs} if kind else {}
     adapter, new = begin.assembled(made, dtype, walked.placement)
     if is_model:
-        base_merge.replaced(base, new)
+        base_params.replaced(base, new)
         nnx.attach(base, adapter.recipe, begin.bounds, name, adapter.flat(), rngs)
         return Started(base, jax.tree.map(lambda x: jnp.array(x, copy=True), adapter))
-    return Started(base_merge.replaced(base, new) if new else base, collections.boxed(adapter, walked.held))
+    return Started(base_params.replaced(base, new) if new else base, collections.boxed(adapter, walked.held))
 
 
 def _leaves(tree: Any) -> dict[str, Any]:
     """`{path: array}` of gradients, however they are held."""
     if isinstance(tree, nnx.nnx.Module):
         return planning.base_of(tree)
-    return {p: x for p, x in base_merge.leaves(tree).items() if x is not None}
+    return {p: x for p, x in base_params.leaves(tree).items() if x is not None}
 
 
 # ---------------------------------------------------------------- from data

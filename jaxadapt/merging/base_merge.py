@@ -13,11 +13,10 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxadapt import methods
-from jaxadapt.adapters import sharding
 from jaxadapt.adapters import sites as bind
 from jaxadapt.adapters import tied as tying
 from jaxadapt.adapters.adapter import Adapter
-from jaxadapt.arrays import finite, quantized
+from jaxadapt.arrays import finite, placement, quantized
 from jaxadapt.arrays.axes import Axes
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, MismatchError, warn
@@ -25,9 +24,9 @@ from jaxadapt.core.progress import Progress, counting, quiet, reporting
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.generic import GENERIC
 from jaxadapt.methods import LAYER, Applied, Method, computable, wide
+from jaxadapt.models.base_params import leaves, replaced
 from jaxadapt.models.linen import collections, wrapper
-from jaxadapt.models.nnx import attach, survey
-from jaxadapt.models.trees import is_box, reboxed, unboxed
+from jaxadapt.models.nnx import attach
 
 Change = Callable[[Applied, Any], Any]
 
@@ -245,38 +244,6 @@ def _need_finite(values: Mapping[str, Callable[[], Any]]) -> None:
         raise AttachError("merged, these weights are no longer finite:\n" + paths.listing(lost))
 
 
-def leaves(params: Any) -> dict[str, Any]:
-    """`{path: array}` of an NNX model's base, or of a tree of base parameters, boxes opened."""
-    if isinstance(params, attach.nnx.Module):
-        return survey.base_values(survey.base_leaves(params))
-    flat = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_box)
-    return {path_of(keys): unboxed(leaf) for keys, leaf in flat}
-
-
-def replaced(params: Any, new: Mapping[str, Any]) -> Any:
-    """The same with other arrays at some paths: a new tree, or an NNX model changed in place."""
-    if isinstance(params, attach.nnx.Module):
-        owners, others = survey.base_leaves(params), survey.state(params)
-        for path, value in new.items():
-            if path not in owners:
-                others[path].set_value(value)
-                continue
-            module, attr = owners[path]
-            vars(module)[attr].set_value(value)
-            attach.release(module)  # of what it had to do for a quantised weight
-        return params
-
-    def put(keys: Any, leaf: Any) -> Any:
-        path = path_of(keys)
-        return reboxed(leaf, new[path]) if path in new else leaf
-
-    return jax.tree_util.tree_map_with_path(put, params, is_leaf=is_box)
-
-
-def path_of(keys: Sequence[Any]) -> str:
-    return paths.join(*(jax.tree_util.keystr((key,), simple=True) for key in keys))
-
-
 @dataclasses.dataclass(frozen=True)
 class _How:
     """What is done to a leaf, whatever it is called: leaves of one kind and shape are compiled once."""
@@ -344,7 +311,7 @@ class Changed:
             for tensor, entry in zip(bound.tensors, bound.entries, strict=True)
         } | {name: _cut(x, bound.site.stack, at) for name, x in bound.data.items()}
         single = all(isinstance(at.get(axis), int) for axis in bound.site.stack)
-        how = self.how(None if isinstance(w, Tracer) else sharding.of(w), single)
+        how = self.how(None if isinstance(w, Tracer) else placement.of(w), single)
         host = isinstance(w, np.ndarray)
         new = (_computed_in_place if donate and not host else _computed)(how, w, params)
         return np.array(new) if host else new  # a copy: numpy arrays can be written to

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxadapt.adapters.adapter import Adapter
-from jaxadapt.configs import LoraConfig, matching
+from jaxadapt.configs import LoraConfig, lora_variants, matching
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, KeyMapError, MismatchError
 from jaxadapt.keymaps.keymap import KeyMap
@@ -164,9 +164,9 @@ def _check(
         problems.append(f"majority_sign_method={signs!r}: has no effect with method {method!r}")
     for i, adapter in enumerate(adapters):
         if isinstance(adapter, Adapter):
-            why = factors.not_a_product(adapter.config)
-            if isinstance(adapter.config, LoraConfig) and factors.changes_the_base(adapter.config):
-                why.append(f"{factors.beginning_of(adapter.config)}: it belongs to a base of its own")
+            why = lora_variants.not_a_product(adapter.config)
+            if isinstance(adapter.config, LoraConfig) and lora_variants.changes_the_base(adapter.config):
+                why.append(f"{lora_variants.beginning_of(adapter.config)}: it belongs to a base of its own")
             problems += [f"adapter {i}: {reason}" for reason in why]
         else:
             what = type(adapter).__name__

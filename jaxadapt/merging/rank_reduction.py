@@ -15,7 +15,7 @@ from jax.core import Tracer
 from jaxadapt import methods
 from jaxadapt.adapters import selection, sites
 from jaxadapt.adapters.adapter import Adapter
-from jaxadapt.configs import Config, LoraConfig, matching
+from jaxadapt.configs import Config, LoraConfig, lora_variants, matching
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, MismatchError
 from jaxadapt.keymaps.keymap import KeyMap
@@ -80,7 +80,7 @@ def resize_rank(adapter: Adapter, r: int, *, key: Any = None) -> Reduced:
             new |= whole.parted(Rows(pair.modules, a, b), held)
             error |= _by_module(pair.modules, adapter.keymap, lost)
     config: Any = adapter.config.replace(r=r, lora_alpha=r, rank_pattern={}, alpha_pattern={}, use_rslora=False)
-    if not factors.changes_the_base(config):
+    if not lora_variants.changes_the_base(config):
         config = config.replace(init_lora_weights=True, eva_config=None)  # it says how an adapter began: no more so
     dtype = jnp.result_type(*(x.dtype for x in adapter.flat().values()))
     return Reduced(factors.built(config, adapter.keymap, held, new, dtype), error)
@@ -116,7 +116,7 @@ def to_lora(
     >>> bool(error["q"] < 1e-6), jaxadapt.merge(base, adapter)["q"]["kernel"][2].round(3).tolist()
     (True, [2.0, 2.0, 2.0, 2.0, 2.0, 2.0])
     """
-    if isinstance(source, Adapter) and not factors.not_a_product(source.config):
+    if isinstance(source, Adapter) and not lora_variants.not_a_product(source.config):
         held = factors.pairs(source)
         reduced = resize_rank(source, max(p.rank for p in held.values()) if r is None else r)
         return reduced if dtype is None else Reduced(_cast(reduced.adapter, dtype), reduced.error)

@@ -13,10 +13,8 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxadapt.arrays.axes import Axes, Operation, Use
 from jaxadapt.arrays.random_draws import Draw
@@ -348,25 +346,6 @@ def refuse_rivals(leaves: Mapping[str, Mapping[str, Method]]) -> None:
             + paths.listing(lines)
             + "\nActivate one of them"
         )
-
-
-def einsum(subscripts: str, *operands: Array, on: NamedSharding | None = None) -> Array:
-    return jax.numpy.einsum(subscripts, *operands, out_sharding=on)
-
-
-def explicit(letters: str, *operands: tuple[Array, str]) -> NamedSharding | None:
-    """The sharding of a product with these axes, each sharded as in the first operand that has it.
-
-    Only on meshes with explicit axes, where a sum over axes that are sharded on both sides must be told what its
-    result is to be; None elsewhere: there the compiler decides.
-    """
-    mesh = jax.typeof(operands[0][0]).sharding.mesh
-    if mesh.empty or not mesh.are_all_axes_explicit:
-        return None
-    said: dict[str, Any] = {}
-    for array, axes in reversed(operands):
-        said |= dict(zip(axes, jax.typeof(array).sharding.spec, strict=True))
-    return NamedSharding(mesh, PartitionSpec(*(said.get(letter) for letter in letters)))
 
 
 def check_biases(hooks: Iterable[Applied | Several], others: Mapping[str, Array]) -> None:

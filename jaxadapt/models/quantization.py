@@ -10,15 +10,13 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.sharding import AxisType
 
-from jaxadapt.adapters import sharding
-from jaxadapt.arrays import quantized
+from jaxadapt.arrays import placement, quantized
 from jaxadapt.configs import LoraConfig
 from jaxadapt.configs.matching import ALL_LINEAR
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.merging import base_merge
-from jaxadapt.models import planning, trees
+from jaxadapt.models import base_params, planning, trees
 from jaxadapt.models.linen import wrapper
 from jaxadapt.models.nnx import attach, survey
 
@@ -70,7 +68,7 @@ def quantize(
             problems.append(f"{b.leaf}: is quantised already")
         elif isinstance(w, jax.ShapeDtypeStruct) or not jnp.issubdtype(w.dtype, jnp.floating):
             problems.append(f"{b.leaf}: expected floating-point values, found {type(w).__name__} of {w.dtype}")
-        elif (place := sharding.of(w)) is not None and AxisType.Explicit in place.mesh.axis_types:
+        elif (place := placement.of(w)) is not None and AxisType.Explicit in place.mesh.axis_types:
             problems.append(f"{b.leaf}: lies on a mesh with explicit axes, where no blocks can be cut; use Auto ones")
         elif tuple(stack) != tuple(range(len(stack))):
             problems.append(f"{b.leaf}: stacks its layers on axis {stack}, and only the first axes can be sliced")
@@ -87,7 +85,7 @@ def quantize(
         raise AttachError("these weights have values that are not finite:\n" + paths.listing(odd))
     if found.walked is None:
         return _replaced(base, new)
-    base_merge.replaced(base, new)
+    base_params.replaced(base, new)
     for leaf in new:
         attach.follow(owners[leaf][0])
     return base
@@ -107,7 +105,7 @@ def dequantize(base: Any) -> Any:
     if not isinstance(base, attach.nnx.Module):
         return jax.tree.map(quantized.dense, base, is_leaf=quantized.is_quantized)
     weights = planning.base_of(base)
-    return base_merge.replaced(base, {p: quantized.dense(w) for p, w in weights.items() if quantized.is_quantized(w)})
+    return base_params.replaced(base, {p: quantized.dense(w) for p, w in weights.items() if quantized.is_quantized(w)})
 
 
 def from_qwix(model: Any) -> Any:
@@ -165,6 +163,6 @@ def _replaced(tree: Any, new: Mapping[str, Any]) -> Any:
     """As `merging.replaced`, without the boxes of these leaves: their axes are not those of codes and scales."""
 
     def put(keys: Any, leaf: Any) -> Any:
-        return new.get(base_merge.path_of(keys), leaf)
+        return new.get(base_params.path_of(keys), leaf)
 
     return jax.tree_util.tree_map_with_path(put, tree, is_leaf=trees.is_box)

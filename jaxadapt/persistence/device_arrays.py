@@ -19,8 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding
 
-from jaxadapt.adapters import sharding
-from jaxadapt.arrays import regions
+from jaxadapt.arrays import placement, regions
 from jaxadapt.arrays.regions import Box, Piece
 from jaxadapt.core.progress import Report, counting, quiet
 from jaxadapt.keymaps.plan import Encoded, Entry, Plan, Spec
@@ -58,13 +57,13 @@ def arrays(
             bytes are read that the devices of this process hold, those of replicas once, and what lies between them.
         report, what: where it is with the bytes of the arrays that are made here.
     """
-    where = {path: sharding.concrete(place) for path, place in (where or {}).items()}
+    where = {path: placement.concrete(place) for path, place in (where or {}).items()}
     asked = dtype if isinstance(dtype, Mapping) else dict.fromkeys((e.path for e in plan.entries), dtype)
     in_files = isinstance(tensors, TensorFile | Shards | Encoded)
     if not in_files and any(isinstance(x, jax.Array) for x in tensors.values()):
         leaves = plan.decode({key: x if isinstance(x, jax.Array) else jnp.array(x) for key, x in tensors.items()})
         leaves = {path: leaf if asked[path] is None else leaf.astype(asked[path]) for path, leaf in leaves.items()}
-        return {path: sharding.moved(x, where[path]) if path in where else x for path, x in leaves.items()}
+        return {path: placement.moved(x, where[path]) if path in where else x for path, x in leaves.items()}
     wanted = {e.path: e.dtype(dtypes) if asked[e.path] is None else np.dtype(asked[e.path]) for e in plan.entries}
     place = {key: number for number, key in enumerate(tensors)}
     order = sorted(plan.entries, key=lambda e: place[e.keys[0]])  # the file's

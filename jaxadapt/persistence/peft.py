@@ -27,7 +27,7 @@ from jaxadapt.adapters import (
     vocabulary,
 )
 from jaxadapt.adapters.adapter import Adapter, PeftTensors
-from jaxadapt.configs import PEFT_VERSION, Config
+from jaxadapt.configs import PEFT_VERSION, Config, lora_variants
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, AttachError, ConfigError, MismatchError, TargetError, warn
 from jaxadapt.core.progress import Report, quiet
@@ -35,7 +35,6 @@ from jaxadapt.keymaps import families, parts
 from jaxadapt.keymaps import plan as plans
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap, warn_unproved
 from jaxadapt.keymaps.plan import Encoded
-from jaxadapt.merging import factors
 from jaxadapt.methods.lora import method
 from jaxadapt.models import attachment, planning
 from jaxadapt.models.foreign import tree as foreign
@@ -230,7 +229,7 @@ def from_peft(
         raise AttachError(f"base={base!r}: from_peft changes no base; expected 'changed', for a target that was")
     if isinstance(tensors, PeftTensors) and base is None:  # pyright: ignore[reportUnnecessaryIsInstance]
         way_out = "; base='changed' says that this target is the changed base"
-        factors.need_plain(tensors.config, tensors.source, way_out)
+        lora_variants.need_plain(tensors.config, tensors.source, way_out)
     parameters = planning.of_target(target)
     adapter, _ = decoded(
         tensors, parameters, keymap, dtype, stack_axes, example, shardings, on_shared=on_shared, strict=strict

@@ -16,15 +16,14 @@ import jax.numpy as jnp
 
 from jaxadapt.adapters import embeddings, sites
 from jaxadapt.adapters.adapter import Adapter, PeftTensors, Recipe, reading
-from jaxadapt.configs import Config
+from jaxadapt.configs import Config, lora_variants
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, FileError, MismatchError
 from jaxadapt.core.progress import LOGGER, Progress, Report, reporting
 from jaxadapt.initializers import original_base
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.keymaps.plan import Encoded
-from jaxadapt.merging import base_merge, factors
-from jaxadapt.models import attachment, planning
+from jaxadapt.models import attachment, base_params, planning
 from jaxadapt.models.foreign import tree as foreign
 from jaxadapt.models.linen import collections
 from jaxadapt.models.nnx import attach as nnx
@@ -287,7 +286,7 @@ def load(
     if not isinstance(target, nnx.nnx.Module):
         into: Any = target
         if new:
-            into = collections.with_entry(into, "params", base_merge.replaced(into["params"], new))
+            into = collections.with_entry(into, "params", base_params.replaced(into["params"], new))
         if present == adapter.config and attachment.extract(into, name).shapes == adapter.shapes:
             return collections.with_values(into, name, adapter.flat(), None if same else adapter.recipe)
         return attachment.with_adapter(into if present is None else attachment.delete(into, name), adapter, name)
@@ -298,7 +297,7 @@ def load(
     if present is not None or rngs is not None or new:
         _rehearse(target, adapter, bounds, name, rngs)
     if new:
-        base_merge.replaced(target, new)
+        base_params.replaced(target, new)
     if present is not None:
         nnx.delete(target, name)
     nnx.attach(target, adapter.recipe, bounds, name, adapter.flat(), rngs)
@@ -323,12 +322,12 @@ def _residual(
 ) -> dict[str, Any]:
     """The base weights that are to change, where the adapter belongs to a changed base."""
     if which is None:
-        factors.need_plain(adapter.config, source, _WHICH_BASE)
+        lora_variants.need_plain(adapter.config, source, _WHICH_BASE)
     if which != "original":
         return {}
-    if not factors.changes_the_base(adapter.config):
+    if not lora_variants.changes_the_base(adapter.config):
         raise AttachError(f"{source}: base='original': this adapter belongs to the original base as it is")
-    if present is not None and factors.changes_the_base(present):
+    if present is not None and lora_variants.changes_the_base(present):
         raise AttachError(f"{source}: base='original', but the attached adapter has changed this base already")
     return original_base.residual(adapter.recipe, bounds, planning.base_of(target))
 

@@ -18,13 +18,12 @@ from jaxadapt import methods
 from jaxadapt.adapters import experts, selection, sites
 from jaxadapt.adapters.adapter import Adapter, is_array
 from jaxadapt.adapters.peft_tensors import PeftTensors
-from jaxadapt.configs import Config, LoraConfig, matching
+from jaxadapt.configs import Config, LoraConfig, lora_variants, matching
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, KeyMapError, MismatchError, warn
 from jaxadapt.keymaps import families
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap, warn_unproved
 from jaxadapt.keymaps.plan import Encoded
-from jaxadapt.merging import factors
 from jaxadapt.models import trees
 from jaxadapt.models.foreign import config as guest_config
 from jaxadapt.models.foreign import dialects, fill, per_head, slots
@@ -241,7 +240,7 @@ def put(
     """
     if on_shared not in (None, "concat"):
         raise MismatchError(f'on_shared: expected None or "concat", found {on_shared!r}')
-    factors.need_plain(config, source)
+    lora_variants.need_plain(config, source)
     tree, found = found, _of_slot(found, room=True)
     several = _with_heads(found, keymap)
     if several and lora_alpha is not None:

@@ -15,6 +15,7 @@ from flax.linen import spmd
 from jaxadapt import methods
 from jaxadapt.adapters import sharding, sites
 from jaxadapt.adapters.adapter import CONFIG_NODE, Adapter, Recipe, collection_name, is_array
+from jaxadapt.arrays import placement as placement_module
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
@@ -39,12 +40,12 @@ def placement(leaves: Mapping[str, Any]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for path, leaf in leaves.items():
         value = opened(leaf)
-        out[path] = sharding.of(value)
-        if sharding.undecided(value) and isinstance(leaf, meta.Partitioned):
+        out[path] = placement_module.of(value)
+        if placement_module.undecided(value) and isinstance(leaf, meta.Partitioned):
             spec: Any = leaf.get_partition_spec()
             if isinstance(leaf, nn.LogicallyPartitioned):
                 spec = spmd.logical_to_mesh_axes(tuple(spec), leaf.rules)
-            out[path] = sharding.on_mesh(tuple(spec), leaf.mesh)
+            out[path] = placement_module.on_mesh(tuple(spec), leaf.mesh)
     return out
 
 

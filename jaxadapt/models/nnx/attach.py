@@ -24,6 +24,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxadapt import methods
 from jaxadapt.adapters import sharding, sites
 from jaxadapt.adapters.adapter import Adapter, Recipe, collection_name
+from jaxadapt.arrays import placement as placement_module
 from jaxadapt.arrays import random_draws
 from jaxadapt.arrays.axes import contradicted
 from jaxadapt.core import paths
@@ -48,10 +49,10 @@ def placement(owners: Mapping[str, Owner]) -> dict[str, NamedSharding | None]:
     for leaf, (module, attr) in owners.items():
         var: nnx.Variable[Any] = vars(module)[attr]
         value, metadata = var.get_value(), var.get_metadata()
-        out[leaf] = sharding.of(value)
-        if sharding.undecided(value) and metadata.get("out_sharding"):
+        out[leaf] = placement_module.of(value)
+        if placement_module.undecided(value) and metadata.get("out_sharding"):
             spec = nnx.get_partition_spec({"": var})[""].get_value()
-            out[leaf] = sharding.on_mesh(spec, metadata.get("mesh"))
+            out[leaf] = placement_module.on_mesh(spec, metadata.get("mesh"))
     return out
 
 
@@ -82,7 +83,7 @@ def next_key(rngs: nnx.Rngs) -> Any:
     Flax compiles two programs for it, in every new process; outside jit, nothing need be.
     """
     stream: Any = rngs["params"]
-    if type(stream) is not nnx.RngStream or sharding.tracing():
+    if type(stream) is not nnx.RngStream or placement_module.tracing():
         return stream()
     key: Any = stream.key.get_value()
     count: Any = stream.count.get_value()
@@ -142,7 +143,7 @@ def attach(
         tensors = {
             t.name: AdapterParam(values[e.path], adapter=attached, **_annotation(bound, e, said))
             for t, e in zip(bound.tensors, bound.entries, strict=True)
-        } | _numbers(bound, sharding.of(vars(module)[attr].get_value()))
+        } | _numbers(bound, placement_module.of(vars(module)[attr].get_value()))
         # Plain dicts, marked as data: nnx.jit walks the model at every call, and nnx.Dicts take twice the time.
         if collection not in vars(module):
             setattr(module, collection, nnx.data({}))
@@ -164,7 +165,7 @@ def _numbers(bound: sites.Bound, base: NamedSharding | None) -> dict[str, Any]:
     if not bound.data:
         return {}
     where = {} if base is None else dict.fromkeys(bound.data, NamedSharding(base.mesh, PartitionSpec()))
-    return {name: LayerNumber(x) for name, x in sharding.placed(bound.data, where).items()}
+    return {name: LayerNumber(x) for name, x in placement_module.placed(bound.data, where).items()}
 
 
 def _misfits(bounds: Sequence[sites.Bound], owners: Mapping[str, Owner], collection: str) -> list[str]:
