@@ -60,14 +60,14 @@ def shapes(name: str, layers: int = LAYERS, vocab: int = VOCAB) -> dict[str, tup
         "lm_head": (HIDDEN, vocab),
     }
     out: dict[str, tuple[int, ...]] = {}
-    for line in families.named(name).weights:
+    for line in families.get_family(name).weights:
         module = line.key.removesuffix(".weight").rpartition(".")[2]
         if line.key.endswith("bias") or module in ("q_norm", "k_norm"):
             continue
         known = {"{l}": layers}
-        inn, out_ = size.get(module, (HIDDEN, HIDDEN))
+        inputs, out_ = size.get(module, (HIDDEN, HIDDEN))
         heads = {"q_proj": HEADS, "o_proj": HEADS}.get(module, KV)
-        for role, total in (("inn", inn), ("out", out_)):
+        for role, total in (("in", inputs), ("out", out_)):
             axes = line.roles[role]
             if len(axes) == 2:
                 known |= {axes[0]: heads, axes[1]: HEAD}
@@ -97,8 +97,8 @@ def planned(rounds: int) -> tuple[list[list[object]], list[str]]:
             return tree(name, vocab=next(vocabularies))
 
         def plan(model: Any, keymap: str | None = keymap) -> Any:
-            _, bounds = planning.plan(planning.Base.of(model), CONFIG, keymap)
-            return sites.file_plan(bounds).shapes
+            _, bounds = planning.plan_adapter(planning.BaseParams.from_tree(model), CONFIG, keymap)
+            return sites.make_file_plan(bounds).shapes
 
         ways[name] = Way(plan, new)
         counts[name] = (len(shapes(name)), len(plan(new())))
@@ -117,11 +117,11 @@ def moving(rounds: int, layers: int) -> tuple[list[list[object]], list[str], str
     for name in FAMILIES:
         model = tree(name, layers)
         keymap = name if name.startswith("maxtext") else None
-        recipe, bounds = planning.plan(planning.Base.of(model), CONFIG, keymap)
+        recipe, bounds = planning.plan_adapter(planning.BaseParams.from_tree(model), CONFIG, keymap)
         rng = np.random.default_rng(0)
         leaves = {
             e.path: rng.standard_normal(e.shape, "float32").astype(ml_dtypes.bfloat16)
-            for e in sites.file_plan(bounds).entries
+            for e in sites.make_file_plan(bounds).entries
         }
         adapter = jaxadapt.Adapter(recipe.config, paths.unflatten(leaves), recipe.keymap)
         nbytes = sum(x.nbytes for x in leaves.values())

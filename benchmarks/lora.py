@@ -137,12 +137,12 @@ class OnTorch:
         class Layers(torch.nn.Module):
             def __init__(self) -> None:
                 super().__init__()
-                for name, (out, inn) in shapes(layers).items():
+                for name, (out, inputs) in shapes(layers).items():
                     layer, _, kind = name.partition(".")
                     if not hasattr(self, layer):
                         self.add_module(layer, torch.nn.Module())
-                    linear = torch.nn.Linear(inn, out, bias=False, device="meta", dtype=getattr(torch, dtype))
-                    weight = torch.full((out, inn), 0.5, dtype=getattr(torch, dtype))
+                    linear = torch.nn.Linear(inputs, out, bias=False, device="meta", dtype=getattr(torch, dtype))
+                    weight = torch.full((out, inputs), 0.5, dtype=getattr(torch, dtype))
                     linear.weight = torch.nn.Parameter(weight, requires_grad=False)
                     self.get_submodule(layer).add_module(kind, linear)
 
@@ -206,7 +206,7 @@ def merges(layers: int, dtype: str, r: int, rounds: int) -> tuple[list[Beside], 
 
     PEFT's turn is over before ours begins: both models would not fit where one does.
     """
-    largest = max(out * inn for out, inn in shapes(layers).values()) * jnp.dtype(dtype).itemsize
+    largest = max(out * inputs for out, inputs in shapes(layers).values()) * jnp.dtype(dtype).itemsize
     theirs, held = peft_merges(layers, dtype, r, rounds)
     extra = {"PEFT, merge_and_unload": held / largest}
     gc.collect()
@@ -248,7 +248,7 @@ def report_steps(found: Mapping[str, Any], theirs: Mapping[str, list[float]]) ->
 def report_merges(
     found: list[Beside], extra: Mapping[str, float], first: float, layers: int, dtype: str, r: int
 ) -> list[str]:
-    total = sum(out * inn for out, inn in shapes(layers).values())
+    total = sum(out * inputs for out, inputs in shapes(layers).values())
     size = 2 * total * jnp.dtype(dtype).itemsize
     rows = [
         [

@@ -86,11 +86,11 @@ def cost(hosts: int, chips: int, tp: int, rank: int, width: int, copies: int) ->
         for box, devices in cut_up(spec, fsdp, tp).items():
             groups.setdefault(tuple(sorted({d // chips for d in devices})), []).append(box)
         for _ in range(LAYERS * copies):
-            for holders, parts in groups.items():  # as `boxes.owners` does
+            for holders, parts in groups.items():  # as `regions.assign_owners` does
                 owner = min(holders, key=lambda host: (load[host], host))
-                load[owner] += width * sum(map(regions.size, parts))
+                load[owner] += width * sum(map(regions.region_size, parts))
                 arrays[owner] += len(parts)
-                found = multihost.covered(tuple(parts), spec.shape, width)
+                found = multihost.cover_regions(tuple(parts), spec.shape, width)
                 calls[owner] += sum(runs(box, spec.shape) for box, _ in found)
     return Cost(sum(load.values()), max(load.values()), max(calls.values()), leaves, max(arrays.values()))
 
@@ -100,7 +100,7 @@ def runs(box: regions.Box, shape: tuple[int, ...]) -> int:
     inner = len(shape) - 1
     while inner and box[inner] == (0, shape[inner]):
         inner -= 1
-    return math.prod(regions.extent(box)[:inner])
+    return math.prod(regions.region_shape(box)[:inner])
 
 
 def main() -> None:

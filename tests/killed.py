@@ -91,7 +91,7 @@ def latest(kind: str, folder: Path) -> int:
             assert version is not None
             found = manager.adapter()
         case "orbax":
-            version = max(int(p.name) for p in folder.iterdir() if p.name.isdigit() and orbax.found(p))
+            version = max(int(p.name) for p in folder.iterdir() if p.name.isdigit() and orbax.is_checkpoint(p))
             found = _read(folder / str(version))
         case _:
             found = _read(folder)
@@ -194,11 +194,11 @@ def killed(folder: Path, argument: str) -> None:
 def _all_here() -> None:
     here = Group("begin", 300, ("go",))
     if here.index == 0:
-        here.hear_all("ready")
-        here.tell("go")
+        here.receive_all("ready")
+        here.send("go")
     else:
-        here.tell("ready")
-        here.hear("go")
+        here.send("ready")
+        here.receive("go")
 
 
 def _die() -> None:
@@ -221,7 +221,7 @@ def _die_at(moment: str, folder: Path) -> None:
 
         threading.Thread(target=watch, daemon=True).start()
         return
-    say, write, manager = coordination.Group._say, parallel_write._Place.write_at, jaxadapt.CheckpointManager
+    say, write, manager = coordination.Group._say, parallel_write._SharedFile.write_at, jaxadapt.CheckpointManager
     gather = multihost.multihost_utils.process_allgather
 
     def dying_say(self: Any, name: str, message: Any) -> None:
@@ -239,7 +239,7 @@ def _die_at(moment: str, folder: Path) -> None:
                 _die()
             write(self, data, offset, *cut)
 
-        parallel_write._Place.write_at = dying_write
+        parallel_write._SharedFile.write_at = dying_write
     elif moment == "gather":
         gathered = itertools.count()
 

@@ -64,8 +64,8 @@ def spec(leaf: str, mesh: str, cut: str, ndim: int) -> PartitionSpec:
 def wanted(leaf: str, tensor: str, mesh: str, cut: str, stacked: bool = False) -> PartitionSpec:
     """By hand: lora_A has the inputs' cut, lora_B the outputs'."""
     q, (*front, last) = leaf.split(".")[-2] == "q", names(leaf, mesh, cut)
-    inn, out = ([front[0]], [*front[1:], last]) if q else (front, [last])
-    own = [None, *inn] if tensor == "lora_A" else [*out, None]
+    inputs, out = ([front[0]], [*front[1:], last]) if q else (front, [last])
+    own = [None, *inputs] if tensor == "lora_A" else [*out, None]
     return PartitionSpec(*[None] * stacked, *own)
 
 

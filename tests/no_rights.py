@@ -42,9 +42,9 @@ def readers(good: Path) -> dict[str, Operation]:
         "restore": lambda path: jaxadapt.CheckpointManager(path).restore(small.trained()),
         "adapter of a step": lambda path: jaxadapt.CheckpointManager(path).adapter(1),
         "import_base": lambda path: jaxadapt.import_base(path, BASE, keymap=TABLE),
-        "merge, base": lambda path: merge_files.merge(path, good / "adapter", good / "merged"),
-        "merge, adapter": lambda path: merge_files.merge(good / "base", path, good / "merged"),
-        "combine": lambda path: merge_files.combine([path, good / "adapter"], [1.0, 1.0], good / "combined"),
+        "merge, base": lambda path: merge_files.merge_folder(path, good / "adapter", good / "merged"),
+        "merge, adapter": lambda path: merge_files.merge_folder(good / "base", path, good / "merged"),
+        "combine": lambda path: merge_files.combine_folders([path, good / "adapter"], [1.0, 1.0], good / "combined"),
         "push": lambda path: jaxadapt.push(path, "org/name"),
     }
 
@@ -58,8 +58,8 @@ def writers(good: Path) -> dict[str, Operation]:
         "step": lambda path: _step(path),
         "export_base": lambda path: jaxadapt.export_base(BASE, path, keymap=TABLE),
         "export_base, shards": lambda path: jaxadapt.export_base(BASE, path, keymap=TABLE, max_shard_size=100),
-        "merge, out": lambda path: merge_files.merge(good / "base", good / "adapter", path),
-        "combine, out": lambda path: merge_files.combine([good / "adapter"] * 2, [1.0, 1.0], path),
+        "merge, out": lambda path: merge_files.merge_folder(good / "base", good / "adapter", path),
+        "combine, out": lambda path: merge_files.combine_folders([good / "adapter"] * 2, [1.0, 1.0], path),
     }
 
 

@@ -392,7 +392,7 @@ def test_a_disk_that_fills_leaves_no_new_folder(tmp_path, small_files):
 def test_an_error_of_the_disk_at_either_file(number, nth, good, monkeypatch):
     """The old adapter is there afterwards, whole: both files are flushed before either takes its place."""
     jaxadapt.save(small.adapter(), good)
-    calls, flush = [], atomic.flush
+    calls, flush = [], atomic.flush_fd
 
     def failing(fd):
         calls.append(fd)

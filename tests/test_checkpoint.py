@@ -66,7 +66,7 @@ def test_a_killed_training_resumes_bit_for_bit(api: str, tmp_path: Path):
 @pytest.mark.parametrize("api", ["nnx", "linen"])
 def test_a_save_under_way_is_not_touched_by_training(api: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The next steps run, and donate the arrays, before the writer has begun to write."""
-    go, write = threading.Event(), step_files.write
+    go, write = threading.Event(), step_files.write_step
 
     def late(*args: Any) -> None:
         assert go.wait(60)
@@ -483,11 +483,13 @@ def test_an_error_in_the_background_is_raised_at_the_next_call(call: str, tmp_pa
 def test_an_error_in_the_background_is_raised_at_the_end_of_the_block(tmp_path: Path):
     with pytest.raises(jaxadapt.FileError, match="full"), jaxadapt.CheckpointManager(tmp_path) as manager:
         manager.save(1, small.host_adapter())
-    with pytest.raises(RuntimeError, match="mine") as caught, jaxadapt.CheckpointManager(tmp_path) as manager:  # noqa: PT012
+    # noqa: PT012
+    with pytest.raises(RuntimeError, match="mine") as caught, jaxadapt.CheckpointManager(tmp_path) as manager:
         manager.save(1, small.host_adapter())
         raise RuntimeError("mine")
     assert "the last checkpoint was not saved: the disk is full" in str(caught.value.__notes__)
-    with pytest.raises(jaxadapt.FileError, match="full"), jaxadapt.CheckpointManager(tmp_path) as manager:  # noqa: PT012
+    # noqa: PT012
+    with pytest.raises(jaxadapt.FileError, match="full"), jaxadapt.CheckpointManager(tmp_path) as manager:
         manager.save(1, small.host_adapter())
         sys.exit(0)  # must not read as success
     with pytest.raises(jaxadapt.FileError, match="full"):

@@ -37,7 +37,7 @@ class Gate:
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    made, write = Gate(), step_files.write
+    made, write = Gate(), step_files.write_step
 
     def held(*args: Any) -> None:
         assert made.go.wait(60)

@@ -143,7 +143,7 @@ def test_patterns_stay_in_order_where_it_may_matter(tmp_path: Path):
     ours, theirs = (LoraConfig(rank_pattern=x) for x in (patterns, sorted_))
     assert list(ours.rank_pattern) == list(patterns) != list(theirs.rank_pattern) == list(sorted_)
     assert ours != theirs
-    assert ours.changed(theirs) == ["rank_pattern"]
+    assert ours.changed_keys(theirs) == ["rank_pattern"]
     for again in (loads(dumps(ours)), ours.replace(r=8), pickle.loads(pickle.dumps(ours))):
         assert again == ours
         assert list(again.rank_pattern) == list(patterns)

@@ -69,7 +69,7 @@ def test_an_orbax_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_step_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapter = small.adapter()
-    real = step_files.on_host
+    real = step_files.copy_to_host
 
     def on_host(arrays: Any) -> Any:
         donate(adapter)

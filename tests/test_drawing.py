@@ -21,9 +21,9 @@ WANTED = {
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_same_in_and_outside_jit_bit_for_bit(dtype):
-    found = random_draws.drawn(KEY, WANTED, dtype)
-    traced = jax.jit(lambda key: random_draws.drawn(key, WANTED, dtype))(KEY)
-    outside = jax.jit(lambda: random_draws.drawn(KEY, WANTED, dtype))()  # the key a constant of what is traced
+    found = random_draws.draw_arrays(KEY, WANTED, dtype)
+    traced = jax.jit(lambda key: random_draws.draw_arrays(key, WANTED, dtype))(KEY)
+    outside = jax.jit(lambda: random_draws.draw_arrays(KEY, WANTED, dtype))()  # the key a constant of what is traced
     assert {p: (x.shape, x.dtype.name) for p, x in found.items()} == {p: (s, dtype) for p, (_, s) in WANTED.items()}
     for path, x in found.items():
         np.testing.assert_array_equal(x, traced[path])
@@ -31,17 +31,17 @@ def test_the_same_in_and_outside_jit_bit_for_bit(dtype):
 
 
 def test_each_array_depends_on_its_own_path_and_shape_only():
-    found = random_draws.drawn(KEY, WANTED, "float32")
-    for path, x in random_draws.drawn(KEY, {p: WANTED[p] for p in reversed(WANTED)}, "float32").items():
+    found = random_draws.draw_arrays(KEY, WANTED, "float32")
+    for path, x in random_draws.draw_arrays(KEY, {p: WANTED[p] for p in reversed(WANTED)}, "float32").items():
         np.testing.assert_array_equal(x, found[path])
-    other = random_draws.drawn(KEY, {"z": WANTED["a"]}, "float32")["z"]
+    other = random_draws.draw_arrays(KEY, {"z": WANTED["a"]}, "float32")["z"]
     assert (other == found["a"]).mean() < 0.01
-    assert (random_draws.drawn(jax.random.key(4), WANTED, "float32")["a"] == found["a"]).mean() < 0.01
+    assert (random_draws.draw_arrays(jax.random.key(4), WANTED, "float32")["a"] == found["a"]).mean() < 0.01
 
 
 def test_the_distributions():
     """Kolmogorov and Smirnov's distance of 6000 and 9000 draws; the bound is passed by one key in 10⁵."""
-    found = random_draws.drawn(KEY, WANTED, "float32")
+    found = random_draws.draw_arrays(KEY, WANTED, "float32")
     uniform, normal = np.sort(found["a"].ravel()), np.sort(found["c"].ravel())
     assert -0.25 <= uniform[0] < -0.2499
     assert 0.2499 < uniform[-1] < 0.25

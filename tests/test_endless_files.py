@@ -73,7 +73,7 @@ def test_a_card_stays_as_it_is(held, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_index_of_a_model(tmp_path, kind):
     replaced(tmp_path / "model.safetensors.index.json", kind)
-    with pytest.raises(FileError, match=KINDS[kind]), hf_model.opened(tmp_path):
+    with pytest.raises(FileError, match=KINDS[kind]), hf_model.open_model(tmp_path):
         pass
 
 

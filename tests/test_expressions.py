@@ -12,7 +12,7 @@ import pytest
 
 from jaxadapt import ConfigError, LoraConfig, configs
 from jaxadapt.configs import matching
-from jaxadapt.configs.name_patterns import Index
+from jaxadapt.configs.name_patterns import PatternIndex
 from jaxadapt.configs.validation import compile_pattern
 
 USUAL = [
@@ -98,6 +98,6 @@ def test_names_are_looked_up_as_re_matches_them(field):
         keys = list(dict.fromkeys(keys))
         name = "".join(rng.choices("ab..", k=rng.randint(1, 9))) + rng.choice(["", "", "\n"])
         wanted = [n for n, key in enumerate(keys) if re.match(compile_pattern(field, key).pattern, name)]
-        index = Index(field, keys)
+        index = PatternIndex(field, keys)
         assert index.matching(name) == wanted
         assert index.first(name) == (wanted[0] if wanted else None)

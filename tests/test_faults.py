@@ -200,7 +200,7 @@ def test_as_many_layers_as_dimensions(tmp_path: Path):
     size, config = 5, jaxadapt.LoraConfig(r=2, target_modules=["up_proj"])
     files = []
     for axis in (0, 1):
-        table = families.named(f"maxtext:qwen3/scan{axis}")
+        table = families.get_family(f"maxtext:qwen3/scan{axis}")
         base = {"decoder": {"layers": {"mlp": {"wi_1": {"kernel": np.zeros((size,) * 3, "float32")}}}}}
         keys = [f"base_model.model.model.layers.{l}.mlp.up_proj.lora_{x}.weight" for l in range(size) for x in "AB"]
         tensors = {key: values(key, (2, size) if "_A" in key else (size, 2)) for key in keys}

@@ -220,7 +220,7 @@ TABLE = jaxadapt.KeyMap("plain", (jaxadapt.Weight("{path}.kernel", "{path}.weigh
 
 def test_in_a_store_the_error_says_what_is_where(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is put back there, and each file is put as a whole."""
-    place = location.at("memory://faults/adapter")
+    place = location.to_location("memory://faults/adapter")
     jaxadapt.save(OLD, str(place))
     real, calls = location.Address.put, list[str]()
 

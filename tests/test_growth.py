@@ -72,7 +72,7 @@ def test_rank_patterns_of_a_name_for_each_module():
             config = LoraConfig(rank_pattern=known, target_modules=["gate_proj"])
             for name, rank in known.items():
                 assert matching.pattern_value(config.rank_pattern, name, 8) == rank
-            assert not selection_warnings.doubtful(config, list(known), list(known))
+            assert not selection_warnings.doubtful_selection(config, list(known), list(known))
 
         return work
 
@@ -103,7 +103,7 @@ def test_thousands_of_modules_to_save():
         def work() -> None:
             assert not any(matching.matches(config, f"model.{name}.q") for name in every)
             assert all(matching.is_saved(config, f"model.{name}.weight") for name in every)
-            assert not selection_warnings.unmatched_saved(config, [f"model.{name}" for name in every], {})
+            assert not selection_warnings.unmatched_modules_to_save(config, [f"model.{name}" for name in every], {})
 
         return work
 
@@ -146,7 +146,7 @@ def test_the_axes_of_a_pattern():
 
     assert pattern.repeated([Axis(f"a{n}") for n in range(1000)]) == []
     assert asked < 10_000
-    assert pattern.parsed("a b -> a b a").problems == ("axis 'a' is on the right twice",)
+    assert pattern.parse_pattern("a b -> a b a").problems == ("axis 'a' is on the right twice",)
 
 
 def test_layers_by_the_billion_are_refused():

@@ -169,7 +169,7 @@ def test_family_tables_map_the_real_base_weights_both_ways(family, tied, scan):
         base = gpt2.torch_gpt2(gpt2.Shape())
         leaves = gpt2.leaves_from_torch(base.state_dict(), scan)
     weights = {name: x.detach().numpy() for name, x in base.state_dict().items()}
-    table = families.resolve("auto", {k: v.shape for k, v in leaves.items()})
+    table = families.resolve_keymap("auto", {k: v.shape for k, v in leaves.items()})
     assert table.name == family + ("" if scan is None else f"/scan{scan}")
     made = plan.base_plan(table, {k: v.shape for k, v in leaves.items()})
     encoded = dict(made.encode(leaves))

@@ -13,8 +13,8 @@ from jaxadapt.arrays.axes import Axes
 from jaxadapt.core.errors import KeyMapError, MismatchError
 from jaxadapt.keymaps import families, plan
 from jaxadapt.keymaps.families import FAMILIES
-from jaxadapt.keymaps.generic import GENERIC, line_for
-from jaxadapt.keymaps.keymap import KeyMap, Site, from_data, to_data
+from jaxadapt.keymaps.generic import GENERIC, entry_from_axes
+from jaxadapt.keymaps.keymap import KeyMap, Match, from_data, to_data
 from jaxadapt.keymaps.weight import Weight
 
 
@@ -88,14 +88,14 @@ def test_all_problems_of_a_line_stand_in_one_error():
 
 def test_what_a_line_says_of_its_axes():
     w = Weight("{path}.kv.w", "{path}.{l}.{p}.weight", "d {l} {p} n h -> (n h) d", p=("k", "v"))
-    site = Site("a.kv.w", w, (("path", "a"),))
+    site = Match("a.kv.w", w, (("path", "a"),))
     assert site.stack == (1,)
     assert site.roles == {
-        "stack": ("{l}",), "fused": ("{p}",), "experts": (), "batch": ("{p}",), "inn": ("d",), "out": ("n", "h"),
+        "stack": ("{l}",), "fused": ("{p}",), "experts": (), "batch": ("{p}",), "in": ("d",), "out": ("n", "h"),
         "channels": ("d",),
     }  # fmt: skip
-    assert site.axes == Axes(inn=(0,), out=(2, 3), batch=(1,))
-    assert Site("a.kv.w", w, (), parts=(1,)).axes == Axes((0,), (2, 3), (1,), parts=(1,))
+    assert site.axes == Axes(in_axes=(0,), out_axes=(2, 3), batch_axes=(1,))
+    assert Match("a.kv.w", w, (), parts=(1,)).axes == Axes((0,), (2, 3), (1,), parts=(1,))
     modules = site.modules({"d": 4, "{l}": 2, "{p}": 2, "n": 1, "h": 3})
     assert modules == {(0, 0): "a.0.k", (0, 1): "a.0.v", (1, 0): "a.1.k", (1, 1): "a.1.v"}
 
@@ -115,24 +115,24 @@ def test_kinds_follow_from_the_axes_unless_given():
     assert Weight("a", "a.bias", "o -> o").kind == "vector"
     assert Weight("a", "a.weight", "t i o -> o i t").kind == "other"
     table = Weight("a", "a.weight", "v d -> v d", kind="embedding")
-    assert Site("a", table).roles["inn"] == ("v",)  # PEFT: a lookup maps vocabulary to features
-    assert Site("a", Weight("a", "a.weight", "o i -> i o", fan_in_fan_out=True)).roles["out"] == ("o",)
+    assert Match("a", table).roles["in"] == ("v",)  # PEFT: a lookup maps vocabulary to features
+    assert Match("a", Weight("a", "a.weight", "o i -> i o", fan_in_fan_out=True)).roles["out"] == ("o",)
 
 
 def test_a_hole_used_twice_holds_the_same_text():
     table = KeyMap("t", (Weight("h.{l}.at{l}.w", "h.{l}.weight", "i o -> o i"),))
-    assert table.site("h.3.at3.w") is not None
-    assert table.site("h.3.at4.w") is None
+    assert table.match("h.3.at3.w") is not None
+    assert table.match("h.3.at4.w") is None
 
 
 def test_holes_hold_digits_and_paths():
     table = KeyMap("t", (Weight("h.{l}.w", "h.{l}.weight", "i o -> o i"),))
-    assert table.site("h.x.w") is None
-    site = table.site("h.12.w")
+    assert table.match("h.x.w") is None
+    site = table.match("h.12.w")
     assert site is not None
     assert site.modules({}) == {(): "h.12"}
-    assert GENERIC.site("a.b.c.kernel").modules({}) == {(): "a.b.c"}  # type: ignore[union-attr]
-    assert GENERIC.site("kernel").modules({}) == {(): ""}  # type: ignore[union-attr]
+    assert GENERIC.match("a.b.c.kernel").modules({}) == {(): "a.b.c"}  # type: ignore[union-attr]
+    assert GENERIC.match("kernel").modules({}) == {(): ""}  # type: ignore[union-attr]
 
 
 # ---- tables ------------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def test_two_matching_lines_name_the_leaf_and_both_lines():
         Weight("a.{path}.w", "a.{path}.weight", "i o -> o i"),
     )
     with pytest.raises(KeyMapError) as caught:
-        KeyMap("mine", lines).site("a.q.w")
+        KeyMap("mine", lines).match("a.q.w")
     for part in ("'a.q.w'", "'mine'", "{path}.q.w", "a.{path}.w"):
         assert part in str(caught.value)
 
@@ -152,12 +152,12 @@ def test_two_matching_lines_name_the_leaf_and_both_lines():
 def test_a_literal_line_wins_over_a_template_and_is_there_once():
     template = Weight("{path}.w", "{path}.weight", "i o -> o i")
     literal = Weight("a.w", "special.weight", "i o -> o i")
-    table = KeyMap("t", (template,)).with_lines([literal])
-    assert table.site("a.w").weight == literal  # type: ignore[union-attr]
-    assert table.site("b.w").weight == template  # type: ignore[union-attr]
-    assert table.with_lines([literal]) == table
+    table = KeyMap("t", (template,)).with_entries([literal])
+    assert table.match("a.w").weight == literal  # type: ignore[union-attr]
+    assert table.match("b.w").weight == template  # type: ignore[union-attr]
+    assert table.with_entries([literal]) == table
     with pytest.raises(KeyMapError, match=r"two lines for the leaf 'a\.w'"):
-        KeyMap("t", (literal, literal)).site("a.w")
+        KeyMap("t", (literal, literal)).match("a.w")
 
 
 def test_tables_are_equal_and_hashable_by_content():
@@ -212,13 +212,13 @@ def test_keys_claimed_twice_name_both_leaves():
 
 
 def test_lines_from_a_layers_own_roles():
-    line = line_for("blk.attn.kernel", (3, 2, 8, 2, 4), Axes((1,), (2, 3), (0,)), stack=(0,))
+    line = entry_from_axes("blk.attn.kernel", (3, 2, 8, 2, 4), Axes((1,), (2, 3), (0,)), stack=(0,))
     assert line.pattern == "{s0} {b0} i0 o0 o1 -> (o0 o1) (i0)"
     assert line.key == "blk.{s0}.{b0}.attn.weight"
-    site = Site("blk.attn.kernel", line)
+    site = Match("blk.attn.kernel", line)
     assert site.axes == Axes((1,), (2, 3), (0,))
     # A leaf with a name of its own is part of the module's name.
-    assert line_for("ff.linear1", (2, 3), Axes((0,), (1,))).key == "ff.linear1.weight"
+    assert entry_from_axes("ff.linear1", (2, 3), Axes((0,), (1,))).key == "ff.linear1.weight"
 
 
 @pytest.mark.parametrize("axis", [None, 0, 1])
@@ -240,8 +240,8 @@ def test_a_layer_here_may_be_several_there(axis):
     for key, x in made.encode(leaves).items():
         np.testing.assert_array_equal(x, torch[key])
     a, b = table.weights
-    assert (a.texts("h.3.weight"), b.texts("h.4.weight")) == (None, None)
-    assert b.leaf_at(b.texts("h.5.weight")) == ("h_2.b" if axis is None else "h.b")
+    assert (a.match_key("h.3.weight"), b.match_key("h.4.weight")) == (None, None)
+    assert b.fill_leaf(b.match_key("h.5.weight")) == ("h_2.b" if axis is None else "h.b")
     assert from_data(json.loads(json.dumps(to_data(table)))) == table
 
 
@@ -278,7 +278,7 @@ def test_a_spelling_renames_keys_and_the_output_layer():
     )
     renames = (("model.", "language_model.model."), ("lm_head.", "language_model.lm_head."))
     table = KeyMap("t", lines, "lm_head", tied=(("lm_head.weight", "model.e.weight"),), spellings=(("vl", renames),))
-    other = table.spelt("vl")
+    other = table.with_spelling("vl")
     assert other.name == "t/vl"
     assert [w.key for w in other.weights] == [
         "language_model.model.layers.{l}.q.weight",
@@ -287,15 +287,15 @@ def test_a_spelling_renames_keys_and_the_output_layer():
     assert other.output == "language_model.lm_head"
     assert other.tied == (("language_model.lm_head.weight", "language_model.model.e.weight"),)
     with pytest.raises(KeyMapError, match="no spelling 'x'; it has vl"):
-        table.spelt("x")
+        table.with_spelling("x")
     leaves = ["q.0.kernel", "q.1.kernel"]
-    assert table.spelt_as(["language_model.model.layers.3.q.weight"], leaves) == other
-    assert table.spelt_as(["model.layers.3.q.weight"], leaves) is table
-    assert table.spelt_as(["whatever"], leaves) is table
+    assert table.spelling_for(["language_model.model.layers.3.q.weight"], leaves) == other
+    assert table.spelling_for(["model.layers.3.q.weight"], leaves) is table
+    assert table.spelling_for(["whatever"], leaves) is table
     # A line that speaks of the other spelling counts only in a model that has its leaf.
     other_line = Weight("o", "language_model.model.layers.o.weight", "i o -> o i")
     both = dataclasses.replace(table, weights=(*lines, other_line))
-    assert both.spelt_as(["language_model.model.layers.3.q.weight"], leaves).name == "t/vl"
+    assert both.spelling_for(["language_model.model.layers.3.q.weight"], leaves).name == "t/vl"
 
 
 # ---- families ----------------------------------------------------------------------------------------------
@@ -305,28 +305,28 @@ def test_a_spelling_renames_keys_and_the_output_layer():
 @pytest.mark.parametrize(("scan", "name"), [(None, "llama"), (0, "llama/scan0"), (1, "llama/scan1")])
 def test_llama_is_recognised(scan, name, tied):
     shapes = llama_shapes(scan=scan, tied=tied)
-    assert families.resolve("auto", shapes).name == name
-    assert families.resolve(None, shapes) == families.named(name)
+    assert families.resolve_keymap("auto", shapes).name == name
+    assert families.resolve_keymap(None, shapes) == families.get_family(name)
 
 
 def test_what_no_table_accounts_for_gets_the_generic_map():
-    assert families.resolve("auto", {}) is GENERIC
-    assert families.resolve("auto", {"kernel": (2, 2)}) is GENERIC
+    assert families.resolve_keymap("auto", {}) is GENERIC
+    assert families.resolve_keymap("auto", {"kernel": (2, 2)}) is GENERIC
     # A leaf of the family's name in another layout: another model.
-    assert families.resolve("auto", {**llama_shapes(), "model.norm.weight": (2, 2)}) is GENERIC
+    assert families.resolve_keymap("auto", {**llama_shapes(), "model.norm.weight": (2, 2)}) is GENERIC
 
 
 def test_stacked_axes_must_agree_in_size():
     shapes = llama_shapes(scan=0)
-    assert families.resolve("auto", shapes).name == "llama/scan0"
-    assert families.resolve("auto", {**shapes, "model.layers.mlp.up_proj.kernel": (4, 8, 12)}) is GENERIC
+    assert families.resolve_keymap("auto", shapes).name == "llama/scan0"
+    assert families.resolve_keymap("auto", {**shapes, "model.layers.mlp.up_proj.kernel": (4, 8, 12)}) is GENERIC
 
 
 def test_an_ambiguous_model_names_both_tables(monkeypatch):
     twin = KeyMap("llama-twin", FAMILIES["llama"].weights)
     monkeypatch.setitem(FAMILIES, "llama-twin", twin)
     with pytest.raises(KeyMapError) as caught:
-        families.resolve("auto", llama_shapes())
+        families.resolve_keymap("auto", llama_shapes())
     assert "llama, llama-twin" in str(caught.value)
     assert "keymap=" in str(caught.value)
 
@@ -334,8 +334,8 @@ def test_an_ambiguous_model_names_both_tables(monkeypatch):
 def test_a_table_with_fewer_lines_to_spare_is_the_better_one(monkeypatch):
     more = (*FAMILIES["llama"].weights, Weight("model.layers.{l}.extra", "model.layers.{l}.extra.weight", "d -> d"))
     monkeypatch.setitem(FAMILIES, "llama-more", KeyMap("llama-more", more))
-    assert families.resolve("auto", llama_shapes()).name == "llama"
-    assert families.resolve("auto", {**llama_shapes(), "model.layers.0.extra": (8,)}).name == "llama-more"
+    assert families.resolve_keymap("auto", llama_shapes()).name == "llama"
+    assert families.resolve_keymap("auto", {**llama_shapes(), "model.layers.0.extra": (8,)}).name == "llama-more"
 
 
 def other_llama(name, **options):
@@ -349,49 +349,49 @@ def test_tables_that_disagree_are_rivals_even_where_one_has_lines_to_spare(monke
     spare = (*other_llama("x").weights, Weight("more.{l}", "more.{l}.weight", "d -> d"))
     monkeypatch.setitem(FAMILIES, "other", KeyMap("other", spare, proved=False))
     with pytest.raises(KeyMapError, match=r"several tables: llama, other \(not proved\); say which with keymap="):
-        families.resolve("auto", llama_shapes())
+        families.resolve_keymap("auto", llama_shapes())
 
 
 def test_a_table_that_is_not_proved_is_never_recognised(monkeypatch):
     monkeypatch.setitem(FAMILIES, "other", other_llama("other", proved=False))
     monkeypatch.delitem(FAMILIES, "llama")
     with pytest.raises(KeyMapError, match="looks like 'other', whose table is not proved; keymap='other' takes it"):
-        families.resolve("auto", llama_shapes())
-    assert families.resolve("other", llama_shapes()).name == "other"
+        families.resolve_keymap("auto", llama_shapes())
+    assert families.resolve_keymap("other", llama_shapes()).name == "other"
 
 
 def test_a_table_for_whole_models_takes_no_part_of_one(monkeypatch):
     monkeypatch.setitem(FAMILIES, "other", other_llama("other", whole=True))
     monkeypatch.delitem(FAMILIES, "llama")
-    assert families.resolve("auto", llama_shapes()).name == "other"
-    assert families.resolve("auto", {**llama_shapes(), "model.layers.0.self_attn.extra": (3,)}) is GENERIC
-    assert families.resolve("auto", {**llama_shapes(), "tower.0.extra": (3,)}).name == "other"
+    assert families.resolve_keymap("auto", llama_shapes()).name == "other"
+    assert families.resolve_keymap("auto", {**llama_shapes(), "model.layers.0.self_attn.extra": (3,)}) is GENERIC
+    assert families.resolve_keymap("auto", {**llama_shapes(), "tower.0.extra": (3,)}).name == "other"
 
 
 def test_a_table_is_not_recognised_without_what_it_needs(monkeypatch):
     extra = Weight("model.layers.{l}.extra", "model.layers.{l}.extra.weight", "d -> d")
     lines = (*other_llama("x").weights, extra)
     monkeypatch.setitem(FAMILIES, "other", KeyMap("other", lines, needs=(extra.leaf,)))
-    assert families.resolve("auto", llama_shapes()).name == "llama"
+    assert families.resolve_keymap("auto", llama_shapes()).name == "llama"
     scanned = FAMILIES["other"].scanned(1)
     assert scanned.needs == ("model.layers.extra",)
-    assert scanned.covers({**llama_shapes(scan=1), "model.layers.extra": (8, 3)}) == 12
+    assert scanned.coverage({**llama_shapes(scan=1), "model.layers.extra": (8, 3)}) == 12
 
 
 def test_axes_that_have_one_size_tell_a_kernel_from_its_transpose():
     norm = Weight("norm.scale", "norm.weight", "d -> d")
     ups = [Weight("up.{l}", "up.{l}.weight", f"{axes} -> f d") for axes in ("d f", "f d")]
     tables = [KeyMap("x", (norm, up), same=("d",)) for up in ups]
-    assert [t.covers({"norm.scale": (3,), "up.0": (3, 5)}) for t in tables] == [2, 0]
-    assert [t.covers({"norm.scale": (5,), "up.0": (3, 5)}) for t in tables] == [0, 2]
+    assert [t.coverage({"norm.scale": (3,), "up.0": (3, 5)}) for t in tables] == [2, 0]
+    assert [t.coverage({"norm.scale": (5,), "up.0": (3, 5)}) for t in tables] == [0, 2]
 
 
 @pytest.mark.parametrize("head", ["lm_head", "classifier", "pooler.dense", "proj_out", "qa_outputs", "text_projection"])
 def test_a_head_alone_makes_no_family(head):
     """Models of nobody's library call their heads as everybody does; their layers are what they are known by."""
-    assert any(table.site(f"{head}.kernel") for table in FAMILIES.values())
+    assert any(table.match(f"{head}.kernel") for table in FAMILIES.values())
     mine = {f"{head}.kernel": (8, 32), f"{head}.bias": (32,), "blocks.0.up.kernel": (8, 16), "embed.embedding": (32, 8)}
-    assert families.resolve(None, mine) is GENERIC
+    assert families.resolve_keymap(None, mine) is GENERIC
 
 
 def gpt2_shapes(dense):
@@ -404,36 +404,36 @@ def gpt2_shapes(dense):
 
 
 def test_a_gpt2_of_dense_layers_is_not_taken_for_one_of_transposed_kernels():
-    assert families.resolve(None, gpt2_shapes(dense=False)).name == "gpt2"
-    assert families.resolve(None, gpt2_shapes(dense=True)).name == "gpt2-dense"
+    assert families.resolve_keymap(None, gpt2_shapes(dense=False)).name == "gpt2"
+    assert families.resolve_keymap(None, gpt2_shapes(dense=True)).name == "gpt2-dense"
 
 
 def test_a_keymap_is_a_table_or_a_name():
     with pytest.raises(KeyMapError, match="expected a KeyMap or the name of a family, found list"):
-        families.resolve([Weight("a", "a.weight", "i o -> o i")], {})
+        families.resolve_keymap([Weight("a", "a.weight", "i o -> o i")], {})
 
 
 def test_the_leaves_of_an_adapter_alone(monkeypatch):
     leaf = "model.layers.3.self_attn.q_proj.kernel"
-    assert families.of_leaves([leaf]).name == "llama"
-    assert families.of_leaves(["a.kernel"]) is GENERIC
+    assert families.family_of_leaves([leaf]).name == "llama"
+    assert families.family_of_leaves(["a.kernel"]) is GENERIC
     monkeypatch.setitem(FAMILIES, "other", other_llama("other"))
     with pytest.raises(KeyMapError, match=r"fit several tables: .*\bllama\b.*other"):
-        families.of_leaves([leaf])
+        families.family_of_leaves([leaf])
 
 
 def test_a_model_as_wide_as_it_is_deep_does_not_tell_the_stacked_axis():
     cube = llama_shapes(layers=8, d=8, inner=8, scan=0)
     cube |= {k: (8, 8, 8) for k in cube if "proj" in k}
     with pytest.raises(KeyMapError, match="llama/scan0, llama/scan1"):
-        families.resolve("auto", cube)
-    assert families.resolve("llama/scan1", cube).name == "llama/scan1"
+        families.resolve_keymap("auto", cube)
+    assert families.resolve_keymap("llama/scan1", cube).name == "llama/scan1"
 
 
 @pytest.mark.parametrize("name", ["mistral", ""])
 def test_an_unknown_family_lists_the_known_ones(name):
     with pytest.raises(KeyMapError) as caught:
-        families.resolve(name, {})
+        families.resolve_keymap(name, {})
     assert "gpt2, gpt2-dense, gpt_neo, gpt_oss, gptj, keras:gemma3" in str(caught.value)
     assert repr(name) in str(caught.value)
 
@@ -441,11 +441,11 @@ def test_an_unknown_family_lists_the_known_ones(name):
 @pytest.mark.parametrize("change", ["scan", "scanx", "1", "per-expert"])
 def test_an_unknown_change_of_a_table_lists_the_known_ones(change):
     with pytest.raises(KeyMapError, match=rf"'llama' has no spelling '{change}'; it has vl, vl4, bare, scan0"):
-        families.resolve(f"llama/{change}", {})
+        families.resolve_keymap(f"llama/{change}", {})
 
 
 def test_every_family_has_lines_that_never_meet():
     for table in FAMILIES.values():
         for line in table.weights:
             leaf = re.sub(r"\{\w+\}", "7", line.leaf.replace("{path}", "x.y"))
-            assert table.site(leaf).weight == line  # type: ignore[union-attr]
+            assert table.match(leaf).weight == line  # type: ignore[union-attr]

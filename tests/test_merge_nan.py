@@ -65,9 +65,9 @@ def test_a_base_that_is_not_finite_says_all_its_tensors(tmp_path):
     for key in ("q.weight", "v.weight"):  # one that the adapter changes, and one that is copied
         spoil(base / "model.safetensors", key, np.nan)
     with pytest.raises(jaxadapt.MismatchError, match=r"q\.weight, of the base\n.*v\.weight, of the base"):
-        merge_files.merge(base, adapter, tmp_path / "out", max_shard_size=100)
+        merge_files.merge_folder(base, adapter, tmp_path / "out", max_shard_size=100)
     assert not list((tmp_path / "out").iterdir())
-    merge_files.merge(base, adapter, tmp_path / "out", allow_nan=True)
+    merge_files.merge_folder(base, adapter, tmp_path / "out", allow_nan=True)
     assert np.isnan(load_file(tmp_path / "out/model.safetensors")["v.weight"]).sum() == 1
 
 
@@ -75,14 +75,14 @@ def test_a_sum_that_the_dtype_cannot_hold(tmp_path):
     base, adapter = folders(tmp_path)
     spoil(base / "model.safetensors", "v.weight", 1e5)
     with pytest.raises(jaxadapt.MismatchError, match=r"allow-nan(.|\n)*v\.weight$"):
-        merge_files.merge(base, adapter, tmp_path / "out", dtype="float16")
+        merge_files.merge_folder(base, adapter, tmp_path / "out", dtype="float16")
 
 
 def test_each_tensor_is_looked_at_once(tmp_path, monkeypatch):
     base, adapter = folders(tmp_path)
     looked: list[Any] = []
     monkeypatch.setattr(finite, "is_finite", lambda x: looked.append(x.size) or True)
-    merge_files.merge(base, adapter, tmp_path / "out")
+    merge_files.merge_folder(base, adapter, tmp_path / "out")
     assert sorted(looked) == [8, 12, 24, 24]  # A, B, q and v
 
 
@@ -161,7 +161,7 @@ def test_arrays_of_several_devices_are_looked_at_where_they_are():
     x = jnp.ones((16, 4)).at[13, 2].set(jnp.nan)
     for spec in (jax.P("x"), jax.P()):
         put = jax.device_put(x, jax.NamedSharding(mesh, spec))
-        assert finite.not_finite({"a": put, "b": jnp.ones(3), "c": np.ones(3), "d": jnp.arange(2)}) == ["a"]
+        assert finite.names_not_finite({"a": put, "b": jnp.ones(3), "c": np.ones(3), "d": jnp.arange(2)}) == ["a"]
 
 
 def test_inspect_names_the_modules(tmp_path):

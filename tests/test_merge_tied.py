@@ -74,7 +74,7 @@ def unmerged(tmp_path: Any) -> Any:
 
 
 def merged(tmp_path: Any) -> Any:
-    merge_files.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", max_shard_size=1000)
+    merge_files.merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", max_shard_size=1000)
     model, said = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not said["missing_keys"]
     assert not said["unexpected_keys"]
@@ -148,7 +148,7 @@ def test_a_base_saved_without_its_head_gets_the_whole_models_names(tmp_path):
     whole = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "base")
     whole.transformer.save_pretrained(tmp_path / "bare")
     (tmp_path / "bare/config.json").write_text((tmp_path / "base/config.json").read_text())
-    merge_files.merge(tmp_path / "bare", tmp_path / "adapter", tmp_path / "out")
+    merge_files.merge_folder(tmp_path / "bare", tmp_path / "adapter", tmp_path / "out")
     assert {"lm_head.weight", "transformer.wte.weight"} <= set(load_file(tmp_path / "out/model.safetensors"))
     with torch.no_grad():
         close(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")(IDS).logits, want)
@@ -178,7 +178,7 @@ def test_what_cannot_be_known_is_refused_before_anything_is_written(tmp_path):
     def refused(pattern: str, **fields: Any) -> None:
         (base / "config.json").write_text(json.dumps({k: v for k, v in (config | fields).items() if v is not None}))
         with pytest.raises(jaxadapt.MismatchError, match=pattern):
-            merge_files.merge(base, tmp_path / "adapter", out)
+            merge_files.merge_folder(base, tmp_path / "adapter", out)
         assert not out.exists()
 
     refused(
@@ -206,7 +206,7 @@ def test_what_cannot_be_known_is_refused_before_anything_is_written(tmp_path):
 def test_the_head_cannot_be_apart_where_rows_of_both_are_trained(tmp_path):
     saved(tmp_path, target_modules=[Q, "lm_head"], trainable_token_indices={E: [1, 5]})
     with pytest.raises(jaxadapt.MismatchError, match="changes rows of model.embed_tokens.weight"):
-        merge_files.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+        merge_files.merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
 
 
 def test_a_head_that_shares_with_more_than_the_table_is_refused(tmp_path):
@@ -218,7 +218,7 @@ def test_a_head_that_shares_with_more_than_the_table_is_refused(tmp_path):
         tmp_path / "adapter"
     )
     with pytest.raises(jaxadapt.MismatchError, match=r"shared\.weight apart from the modules that share its weight"):
-        merge_files.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+        merge_files.merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -227,7 +227,7 @@ def test_a_classifier_has_no_head_to_untie(tmp_path):
     model.save_pretrained(tmp_path / "base")
     wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=[Q, E], init_lora_weights=False))
     wrapped.save_pretrained(tmp_path / "adapter")
-    merge_files.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    merge_files.merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     got = load_file(tmp_path / "out/model.safetensors")
     was = load_file(tmp_path / "base/model.safetensors")
     assert "lm_head.weight" not in got
@@ -243,7 +243,7 @@ def test_config_json_is_read_as_transformers_reads_it():
     assert untying.is_tied(both) is True
     assert untying.is_tied({"model_type": "mine"}) is None
     assert untying.is_tied({"model_type": "gemma3", "text_config": {"tie_word_embeddings": False}}) is None
-    assert untying.untied(both) == {"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": False}}
+    assert untying.untie_config(both) == {"tie_word_embeddings": False, "text_config": {"tie_word_embeddings": False}}
 
 
 def tree(own_head: bool) -> dict[str, Any]:
@@ -267,7 +267,7 @@ def test_in_memory_a_model_with_a_head_of_its_own_computes_the_same(case, tmp_pa
     out = tmp_path / "out"
     jaxadapt.export_base(jaxadapt.merge(base, adapter), out)
     config = json.loads((tmp_path / "base/config.json").read_text())
-    (out / "config.json").write_text(json.dumps(untying.untied(config)))
+    (out / "config.json").write_text(json.dumps(untying.untie_config(config)))
     with torch.no_grad():
         close(transformers.AutoModelForCausalLM.from_pretrained(out)(IDS).logits, want)
 
@@ -298,7 +298,7 @@ def test_the_weights_alone_as_base_bring_the_config_json_that_unties(tmp_path):
     saved(tmp_path, **CASES["table"][0])
     one = tmp_path / "one"
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").save_pretrained(one)
-    merge_files.merge(one / "model.safetensors", tmp_path / "adapter", tmp_path / "out", dtype="bfloat16")
+    merge_files.merge_folder(one / "model.safetensors", tmp_path / "adapter", tmp_path / "out", dtype="bfloat16")
     assert tie(tmp_path) is False
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"

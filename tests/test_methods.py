@@ -18,7 +18,7 @@ from jaxadapt.configs.serialization import CLASSES
 from jaxadapt.core import paths
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
-from jaxadapt.methods import METHODS, Applied, Method
+from jaxadapt.methods import METHODS, AppliedMethod, Method
 from jaxadapt.methods.lora import method as lora
 from tests import small
 
@@ -64,26 +64,26 @@ def variants(peft_type, targets):
 
 def bound_of(config, line):
     weight, shape, _ = line
-    (bound,) = selection.select(config, KeyMap("t", (weight,)), {"w": shape})
+    (bound,) = selection.select_sites(config, KeyMap("t", (weight,)), {"w": shape})
     return bound
 
 
 def applied(config, line, seed=None, dtype=None):
     """The adapter of one weight, fresh (no seed) or with values near 1."""
     bound = bound_of(config, line)
-    values = initial_values.fresh(config, [bound], jax.random.key(0), dtype)
+    values = initial_values.init_values(config, [bound], jax.random.key(0), dtype)
     if seed is not None:
         values = small.noisy(values, seed)
     params = {p.rpartition(".")[2]: v for p, v in values.items()}
-    return Applied(methods.of(config), bound.static, params, bound.axes)
+    return AppliedMethod(methods.get_method(config), bound.hparams, params, bound.axes)
 
 
 def use_of(axes: Axes, transposed=False):
     """x over (batch-free) two leading axes, contracted with the inputs (or outputs) of a weight."""
     w = LETTERS[: axes.rank]
-    x_role, y_role = (axes.out, axes.inn) if transposed else (axes.inn, axes.out)
+    x_role, y_role = (axes.out_axes, axes.in_axes) if transposed else (axes.in_axes, axes.out_axes)
     x = "YX" + "".join(w[i] for i in x_role)
-    y = "YX" + "".join(w[i] for i in axes.batch) + "".join(w[i] for i in y_role)
+    y = "YX" + "".join(w[i] for i in axes.batch_axes) + "".join(w[i] for i in y_role)
     return Use(x, w, y, axes)
 
 
@@ -130,8 +130,8 @@ def test_a_method_is_stateless_and_named(peft_type):
 @pytest.mark.parametrize(("config", "line"), CASES)
 def test_statics_are_hashable_and_equal_for_equal_configurations(config, line):
     one, other = bound_of(config, line), bound_of(config.replace(), line)
-    assert hash(one.static) == hash(other.static)
-    assert one.static == other.static
+    assert hash(one.hparams) == hash(other.hparams)
+    assert one.hparams == other.hparams
 
 
 @pytest.mark.parametrize(("config", "line"), CASES)
@@ -141,12 +141,12 @@ def test_tensors_have_distinct_names_and_keys_and_the_shapes_they_say(config, li
     keys = [k for e in bound.entries for k in e.keys]
     assert len(set(names)) == len(names)
     assert len(set(keys)) == len(keys)
-    fresh = initial_values.fresh(config, [bound], jax.random.key(0))
+    fresh = initial_values.init_values(config, [bound], jax.random.key(0))
     assert {p.rpartition(".")[2]: v.shape for p, v in fresh.items()} == bound.shapes
     assert {v.dtype for v in fresh.values()} == {np.dtype("float32")}
-    abstract = initial_values.fresh(config, [bound], None, abstract=True)
+    abstract = initial_values.init_values(config, [bound], None, abstract=True)
     assert {p: (v.shape, v.dtype) for p, v in abstract.items()} == {p: (v.shape, v.dtype) for p, v in fresh.items()}
-    assert {v.dtype for v in initial_values.fresh(config, [bound], jax.random.key(0), "bfloat16").values()} == {
+    assert {v.dtype for v in initial_values.init_values(config, [bound], jax.random.key(0), "bfloat16").values()} == {
         np.dtype("bfloat16")
     }
 
@@ -155,10 +155,10 @@ def test_tensors_have_distinct_names_and_keys_and_the_shapes_they_say(config, li
 def test_initial_values_follow_the_key_and_the_place(peft_type):
     for config in variants(peft_type, ["q"]):
         table = KeyMap("t", (Weight("h.{l}", "h.{l}.q.weight", "i o -> o i"),))
-        bounds = selection.select(config, table, {f"h.{l}": (4, 6) for l in range(2)})
-        one = initial_values.fresh(config, bounds, jax.random.key(0))
-        assert small.same(one, initial_values.fresh(config, bounds, jax.random.key(0)))
-        assert small.same(one, {**initial_values.fresh(config, bounds[::-1], jax.random.key(0))})
+        bounds = selection.select_sites(config, table, {f"h.{l}": (4, 6) for l in range(2)})
+        one = initial_values.init_values(config, bounds, jax.random.key(0))
+        assert small.same(one, initial_values.init_values(config, bounds, jax.random.key(0)))
+        assert small.same(one, {**initial_values.init_values(config, bounds[::-1], jax.random.key(0))})
         a, b = (paths.unflatten(one)["h"][l] for l in "01")
         constant = all(bool((x == x.ravel()[0]).all()) for x in a.values())
         assert constant or not small.same(a, b)
@@ -212,19 +212,19 @@ def test_dora_is_the_direction_times_the_magnitude(line, transposed):
     w = near_one(line[1], 1)
     config = config_of("LORA", line[2], use_dora=True, lora_alpha=3)
     bound = bound_of(config, line)
-    values = small.noisy(initial_values.fresh(config, [bound], jax.random.key(0), base={"w": w}), 2)
+    values = small.noisy(initial_values.init_values(config, [bound], jax.random.key(0), base={"w": w}), 2)
     params = {p.rpartition(".")[2]: v for p, v in values.items()}
-    hook = Applied(bound.method, bound.static, params, bound.axes)
+    hook = AppliedMethod(bound.method, bound.hparams, params, bound.axes)
     axes = dataclasses.replace(bound.axes, parts=None)
-    part = w if hook.axes.parts is None else jnp.take(w, np.array(hook.axes.parts), axes.batch[0])
+    part = w if hook.axes.parts is None else jnp.take(w, np.array(hook.axes.parts), axes.batch_axes[0])
     changed = part + 1.5 * low_rank.product(axes, params["lora_A"], params["lora_B"])
-    direction = changed / jnp.linalg.norm(jnp.moveaxis(changed, axes.inn, range(len(axes.inn))).reshape(
-        -1, *(part.shape[i] for i in range(axes.rank) if i not in axes.inn)), axis=0).reshape(
-        [1 if i in axes.inn else n for i, n in enumerate(part.shape)])  # fmt: skip
-    expected = direction * low_rank.over_weight(axes, params["lora_magnitude_vector"])
+    direction = changed / jnp.linalg.norm(jnp.moveaxis(changed, axes.in_axes, range(len(axes.in_axes))).reshape(
+        -1, *(part.shape[i] for i in range(axes.rank) if i not in axes.in_axes)), axis=0).reshape(
+        [1 if i in axes.in_axes else n for i, n in enumerate(part.shape)])  # fmt: skip
+    expected = direction * low_rank.expand_over_weight(axes, params["lora_magnitude_vector"])
     found = hook.merged(w)
     if hook.axes.parts is not None:
-        found = jnp.take(found, np.array(hook.axes.parts), axes.batch[0])
+        found = jnp.take(found, np.array(hook.axes.parts), axes.batch_axes[0])
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     use = use_of(hook.axes, transposed)
     x = x_of(use, w)
@@ -257,7 +257,7 @@ def test_untargeted_parts_stay_bit_for_bit(config, line):
     w = near_one(line[1], 1)
     names = line[0].names("{p}")
     rest = [i for i in range(len(names)) if i not in hook.axes.parts]
-    axis = hook.axes.batch[0]
+    axis = hook.axes.batch_axes[0]
     np.testing.assert_array_equal(np.take(hook.weight(w), rest, axis), np.take(w, rest, axis))
     if shares_an_input(config, line):
         return
@@ -287,10 +287,10 @@ def test_stacked_layers_are_the_layers_one_by_one(peft_type):
         bound = bound_of(config, STACKED)
         params = small.noisy({t: jnp.zeros(s) for t, s in bound.shapes.items()}, 2)
         w = near_one((3, 4, 6), 1)
-        method = methods.of(config)
+        method = methods.get_method(config)
 
         def weight(params, w, bound=bound, method=method):
-            return Applied(method, bound.static, params, bound.axes).weight(w)
+            return AppliedMethod(method, bound.hparams, params, bound.axes).weight(w)
 
         whole = jax.vmap(weight)(params, w)
         for l in range(3):
@@ -310,7 +310,7 @@ def test_lora_is_w_plus_scale_b_a():
     ):
         config = config_of("LORA", ["q"], **fields)
         hook = applied(config, LINES["plain"], seed=2)
-        assert hook.static.scale == pytest.approx(scale, abs=0)
+        assert hook.hparams.scale == pytest.approx(scale, abs=0)
         a, b = (np.asarray(hook.params[f"lora_{x}"], "float64") for x in "AB")
         w, x = np.asarray(near_one((4, 6), 1), "float64"), np.asarray(near_one((5, 4), 3), "float64")
         np.testing.assert_allclose(hook.weight(jnp.asarray(w, "float32")), w + scale * (b @ a).T, rtol=1e-5)
@@ -369,20 +369,20 @@ def test_every_refused_field_is_tried():
 def test_lora_fields_that_would_be_ignored_are_refused(field):
     config = config_of("LORA", ["q"], **{field: ASKED[field]})
     with pytest.raises(ConfigError, match=f"{field}=") as caught:
-        methods.of(config)
+        methods.get_method(config)
     assert "will not ignore" in str(caught.value)
 
 
 def test_a_field_of_peft_0_2_is_refused_too():
     config = config_of("LORA", ["q"], extra={"enable_lora": [True, False], "merge_weights": False})
     with pytest.raises(ConfigError, match=r"enable_lora=\(True, False\), which is of PEFT 0.2"):
-        methods.of(config)
-    methods.of(config_of("LORA", ["q"], extra={"enable_lora": None}))
+        methods.get_method(config)
+    methods.get_method(config_of("LORA", ["q"], extra={"enable_lora": None}))
 
 
 def test_all_refused_fields_stand_in_one_error():
     with pytest.raises(ConfigError) as caught:
-        methods.of(config_of("LORA", ["q"], arrow_config={"top_k": 1}, use_qalora=True))
+        methods.get_method(config_of("LORA", ["q"], arrow_config={"top_k": 1}, use_qalora=True))
     for part in ("arrow_config=", "use_qalora="):
         assert part in str(caught.value)
 
@@ -408,7 +408,7 @@ def test_every_field_of_lora_is_honoured_refused_or_known_to_be_without_effect()
 
 def test_methods_without_a_class_are_refused_by_name():
     with pytest.raises(ConfigError, match=r"'VERA' can be read and written, but not applied yet.*IA3, LORA"):
-        methods.of(configs.GenericConfig(peft_type="VERA"))
+        methods.get_method(configs.GenericConfig(peft_type="VERA"))
 
 
 def test_one_array_cannot_scale_both_inputs_and_outputs():
@@ -425,22 +425,23 @@ def test_a_weight_held_times_a_factor_gives_the_same_adapted_weight(peft_type):
     w, f = np.random.default_rng(0).standard_normal((4, 2, 3)).astype("float32"), 3**-0.5
     for config in variants(peft_type, ["q"]):
         one = bound_of(config, line)
-        if any(t.degree is None for t in one.tensors):
+        if any(t.scale_power is None for t in one.tensors):
             with pytest.raises(KeyMapError, match="a factor"):
                 bound_of(config, scaled)
             continue
         other = bound_of(config, scaled)
         leaves = {
-            p: np.asarray(x) for p, x in small.noisy(initial_values.fresh(config, [one], jax.random.key(0)), 1).items()
+            p: np.asarray(x)
+            for p, x in small.noisy(initial_values.init_values(config, [one], jax.random.key(0)), 1).items()
         }
-        file = dict(sites.file_plan([one]).encode(leaves))
-        there = sites.file_plan([other]).decode(file)
-        for key, value in dict(sites.file_plan([other]).encode(there)).items():
+        file = dict(sites.make_file_plan([one]).encode(leaves))
+        there = sites.make_file_plan([other]).decode(file)
+        for key, value in dict(sites.make_file_plan([other]).encode(there)).items():
             np.testing.assert_allclose(value, file[key], rtol=3e-7)  # twice rounded
 
         def effective(bound, leaves, w, config=config):
             params = {p.rpartition(".")[2]: v for p, v in leaves.items()}
-            return Applied(methods.of(config), bound.static, params, bound.axes).weight(w)
+            return AppliedMethod(methods.get_method(config), bound.static, params, bound.axes).weight(w)
 
         np.testing.assert_allclose(effective(other, there, w * f), effective(one, leaves, w) * f, rtol=1e-5, atol=1e-6)
 
@@ -450,21 +451,23 @@ def test_a_weight_held_times_a_factor_gives_the_same_adapted_weight(peft_type):
 def test_a_merge_of_large_weights_in_either_layout(shape, outs_first):
     """Against numpy: XLA on CPU (jaxlib 0.10.2) summed other rows than it was asked for, in sizes like these."""
     rng = np.random.default_rng(0)
-    out, inn = shape if outs_first else shape[::-1]
-    a, b = rng.standard_normal((8, inn), "f4"), rng.standard_normal((out, 8), "f4")
-    axes = Axes(inn=(1,), out=(0,)) if outs_first else Axes(inn=(0,), out=(1,))
-    made = jax.jit(lambda w: low_rank.added(axes, w, 2.0, a, b))(np.zeros(shape, "f4"))
+    out, inputs = shape if outs_first else shape[::-1]
+    a, b = rng.standard_normal((8, inputs), "f4"), rng.standard_normal((out, 8), "f4")
+    axes = Axes(in_axes=(1,), out_axes=(0,)) if outs_first else Axes(in_axes=(0,), out_axes=(1,))
+    made = jax.jit(lambda w: low_rank.add_product(axes, w, 2.0, a, b))(np.zeros(shape, "f4"))
     want = 2 * b @ a
     np.testing.assert_allclose(made, want if outs_first else want.T, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("inn", "out"), [((1,), (0, 2)), ((0, 2), (1,))])
-def test_a_merge_where_inputs_lie_between_outputs(inn, out):
+@pytest.mark.parametrize(("in", "out"), [((1,), (0, 2)), ((0, 2), (1,))])
+def test_a_merge_where_inputs_lie_between_outputs(inputs, out):
     rng = np.random.default_rng(0)
     for shape in ((12, 256, 256), (4, 256, 256)):
-        a = rng.standard_normal((8, *(shape[i] for i in inn)), "f4")
+        a = rng.standard_normal((8, *(shape[i] for i in inputs)), "f4")
         b = rng.standard_normal((*(shape[i] for i in out), 8), "f4")
-        made = jax.jit(lambda w, a=a, b=b: low_rank.added(Axes(inn=inn, out=out), w, 2.0, a, b))(np.zeros(shape, "f4"))
-        letters = ["".join("xyz"[i] for i in axes) for axes in (inn, out)]
+        made = jax.jit(lambda w, a=a, b=b: low_rank.add_product(Axes(in_axes=inputs, out_axes=out), w, 2.0, a, b))(
+            np.zeros(shape, "f4")
+        )
+        letters = ["".join("xyz"[i] for i in axes) for axes in (inputs, out)]
         want = 2 * np.einsum(f"r{letters[0]},{letters[1]}r->xyz", a, b)
         np.testing.assert_allclose(made, want, rtol=1e-5, atol=1e-5)

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 import jaxadapt
 from jaxadapt.analysis import norms_plot
-from jaxadapt.analysis.norms import Norm, grid, measure
+from jaxadapt.analysis.norms import Norm, measure_norms, norms_grid
 from jaxadapt.cli import main
 from tests import small
 
@@ -47,7 +47,7 @@ def test_lora_is_the_norm_of_the_formed_change():
            "e.lora_embedding_A": ea, "e.lora_embedding_B": eb, "c.lora_A.weight": ca, "c.lora_B.weight": cb,
            "head.weight": array(3, 3)},
     )  # fmt: skip
-    found = measure(held)
+    found = measure_norms(held)
     want = {
         "l.0.q": (3.0, b @ a, 4), "l.0.v": (3 / 2**0.5, b2 @ a2, 2), "e": (3.0, eb @ ea, 4),
         "c": (3.0, cb[:, :, 0, 0] @ ca.reshape(4, -1), 4),
@@ -72,7 +72,7 @@ def test_experts_are_changed_each_by_itself():
         "l.0.experts.base_layer.lora_A.weight": array(6, 9), "l.0.experts.base_layer.lora_B.weight": array(7, 6),
         "l.0.experts.lora_A.weight": array(12, 7), "l.0.experts.lora_B.weight": array(5, 12),
     }  # fmt: skip
-    found = {norm.module: norm for norm in measure(tensors(config, **held)).modules}
+    found = {norm.module: norm for norm in measure_norms(tensors(config, **held)).modules}
     for name, module, rank in (("gate_up_proj", "experts.base_layer", 2), ("down_proj", "experts", 4)):
         a = held[f"l.0.{module}.lora_A.weight"].reshape(3, rank, -1)
         b = held[f"l.0.{module}.lora_B.weight"]
@@ -81,35 +81,37 @@ def test_experts_are_changed_each_by_itself():
         norm = found[f"l.0.experts.{name}"]
         np.testing.assert_allclose([norm.norm, norm.effective_rank], want, rtol=1e-5)  # as above
         assert (norm.rank, norm.scale) == (rank, 6 / rank)
-    assert grid(list(found.values())).columns == ("gate_up_proj", "down_proj")
+    assert norms_grid(list(found.values())).columns == ("gate_up_proj", "down_proj")
 
 
 def test_the_change_is_never_formed():
     """It would have 160 GB here."""
     config = jaxadapt.LoraConfig(r=1, lora_alpha=1, target_modules=["q"])
     wide = np.ones((1, 200_000), "f4")
-    (norm,) = measure(tensors(config, **{"q.lora_A.weight": wide, "q.lora_B.weight": wide.T})).modules
+    (norm,) = measure_norms(tensors(config, **{"q.lora_A.weight": wide, "q.lora_B.weight": wide.T})).modules
     assert norm.norm == pytest.approx(200_000)
 
 
 def test_a_fresh_adapter_and_one_direction():
     config = jaxadapt.LoraConfig(r=3, lora_alpha=3, target_modules=["q"])
-    fresh = measure(tensors(config, **{"q.lora_A.weight": array(3, 5), "q.lora_B.weight": np.zeros((4, 3), "f4")}))
+    fresh = measure_norms(
+        tensors(config, **{"q.lora_A.weight": array(3, 5), "q.lora_B.weight": np.zeros((4, 3), "f4")})
+    )
     assert (fresh.modules[0].norm, fresh.modules[0].effective_rank) == (0, 0)
     b = np.outer(array(4), [1, 2, 3]).astype("f4")
-    one = measure(tensors(config, **{"q.lora_A.weight": array(3, 5), "q.lora_B.weight": b})).modules[0]
+    one = measure_norms(tensors(config, **{"q.lora_A.weight": array(3, 5), "q.lora_B.weight": b})).modules[0]
     assert one.effective_rank == pytest.approx(1, abs=1e-4)
 
 
 def test_ia3_and_methods_that_need_the_base():
     l = array(6, 1)
     config = jaxadapt.IA3Config(target_modules=["q"], feedforward_modules=[])
-    (norm,) = measure(tensors(config, **{"q.ia3_l": l})).modules
+    (norm,) = measure_norms(tensors(config, **{"q.ia3_l": l})).modules
     assert norm.norm == pytest.approx(np.sqrt(np.mean((l - 1) ** 2)))
     assert norm.rank is norm.scale is norm.effective_rank is None
     other = jaxadapt.Config.from_dict({"peft_type": "LOHA", "target_modules": ["q"], "r": 2})
     with pytest.raises(jaxadapt.ConfigError, match="not for LOHA"):
-        measure(tensors(other, **{"q.hada_w1_a": l}))
+        measure_norms(tensors(other, **{"q.hada_w1_a": l}))
 
 
 def test_a_run_that_went_astray_is_shown_not_decomposed(tmp_path):
@@ -129,17 +131,17 @@ def test_a_run_that_went_astray_is_shown_not_decomposed(tmp_path):
 
 def test_the_grid():
     names = ["lm_head", "enc.block.0.mlp.down_proj", "enc.block.0.q_proj", "dec.block.10.q_proj", "dec.block.2.q_proj"]
-    made = grid([Norm(name, float(i)) for i, name in enumerate(names)])
+    made = norms_grid([Norm(name, float(i)) for i, name in enumerate(names)])
     assert made.rows == ("enc.block.0", "dec.block.2", "dec.block.10", "–")
     assert made.columns == ("q_proj", "down_proj", "lm_head")
     assert made.values("norm")[0] == [2.0, 1.0, None]
-    experts = grid([Norm("l.0.experts.0.up", 3.0, 2.0, 4, 1.0), Norm("l.0.experts.1.up", 4.0, 4.0, 4, 1.0)])
+    experts = norms_grid([Norm("l.0.experts.0.up", 3.0, 2.0, 4, 1.0), Norm("l.0.experts.1.up", 4.0, 4.0, 4, 1.0)])
     assert (experts.rows, experts.columns) == (("0",), ("up",))
     assert experts.values("norm") == [[5.0]]  # of the two together
     assert experts.values("effective_rank") == [[3.0]]
-    twice = grid([Norm("l.0.self.dense", 1.0), Norm("l.0.cross.dense", 2.0)])
+    twice = norms_grid([Norm("l.0.self.dense", 1.0), Norm("l.0.cross.dense", 2.0)])
     assert twice.columns == ("self.dense", "cross.dense")
-    diffusion = grid([Norm(f"up.1.attn.{name}", 1.0) for name in ("to_k", "to_out.0", "to_q")])
+    diffusion = norms_grid([Norm(f"up.1.attn.{name}", 1.0) for name in ("to_k", "to_out.0", "to_q")])
     assert diffusion.columns == ("to_q", "to_k", "to_out.*")
 
 
@@ -157,7 +159,7 @@ def test_inspect_draws_and_prints(saved, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "70")
     result = run("inspect", saved, "--plot", tmp_path / "a.png")
     assert result.exit_code == 0, result.output
-    want = measure(jaxadapt.read(saved)).modules
+    want = measure_norms(jaxadapt.read(saved)).modules
     for norm in want:
         assert f"{norm.norm:#.3g}" in result.output
         assert f"{norm.effective_rank:#.3g}" in result.output
@@ -201,9 +203,9 @@ def test_without_matplotlib(saved, tmp_path, monkeypatch):
 def test_a_picture_of_one_cell():
     config = jaxadapt.LoraConfig(r=1, lora_alpha=1, target_modules=["q"])
     held = tensors(config, **{"q.lora_A.weight": array(1, 3), "q.lora_B.weight": array(2, 1)})
-    assert norms_plot.png(measure(held), config).startswith(b"\x89PNG")
+    assert norms_plot.norms_png(measure_norms(held), config).startswith(b"\x89PNG")
     with pytest.raises(jaxadapt.AdapterError, match="nothing to draw"):
-        norms_plot.png(measure(tensors(config, **{"head.weight": array(2, 2)})), config)
+        norms_plot.norms_png(measure_norms(tensors(config, **{"head.weight": array(2, 2)})), config)
 
 
 SHAPES = {
@@ -222,7 +224,7 @@ def test_a_picture_of_any_shape_is_whole(shape, of):
     names = [f"model.layers.{i}.block.module_{k}" for i in range(layers) for k in range(modules)]
     b = np.zeros((5, 2), "f4") if of == "fresh" else array(5, 2)
     held = {f"{m}.lora_{s}.weight": x for m in names for s, x in (("A", array(2, 4)), ("B", b))}
-    drawn = image.imread(io.BytesIO(norms_plot.png(measure(tensors(config, **held)), config)))[:, :, :3]
+    drawn = image.imread(io.BytesIO(norms_plot.norms_png(measure_norms(tensors(config, **held)), config)))[:, :, :3]
     edge = np.concatenate([drawn[0], drawn[-1], drawn[:, 0], drawn[:, -1]])
     assert (edge == 1).all()
     assert drawn.shape[1] <= 15 * 130

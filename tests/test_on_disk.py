@@ -69,7 +69,7 @@ def test_merge_is_pefts(make, options, tmp_path):
     wrapped = saved(make, tmp_path, **options)
     seen = []
     (tmp_path / "base" / "tokenizer.json").write_text("{}")
-    count = merge_files.merge(
+    count = merge_files.merge_folder(
         tmp_path / "base", tmp_path / "adapter", tmp_path / "out", progress=lambda *at: seen.append(at)
     )
     want = wrapped.merge_and_unload().eval()
@@ -95,7 +95,7 @@ def test_merge_finds_a_base_saved_without_its_head(tmp_path):
     wrapped = saved(gpt2, tmp_path, r=2, init_lora_weights=False)
     whole = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "base")
     whole.transformer.save_pretrained(tmp_path / "bare")
-    merge_files.merge(tmp_path / "bare", tmp_path / "adapter", tmp_path / "out")
+    merge_files.merge_folder(tmp_path / "bare", tmp_path / "adapter", tmp_path / "out")
     got = safetensors.read(tmp_path / "out" / "model.safetensors")
     want = wrapped.merge_and_unload().transformer.state_dict()
     assert all(np.allclose(v, want[k].numpy(), rtol=1e-6, atol=1e-6) for k, v in got.items())
@@ -104,7 +104,7 @@ def test_merge_finds_a_base_saved_without_its_head(tmp_path):
 @pytest.mark.filterwarnings("ignore:.*invalid shape:UserWarning")  # PEFT's own, of the bias of its B
 def test_merge_puts_a_bias_of_b_onto_one_that_was_trained(tmp_path):
     wrapped = saved(gpt2, tmp_path, r=2, init_lora_weights=False, bias="all", lora_bias=True)
-    merge_files.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    merge_files.merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     got = safetensors.read(tmp_path / "out" / "model.safetensors")
     want = wrapped.merge_and_unload().state_dict()
     for key, value in got.items():
@@ -115,7 +115,7 @@ def test_merge_writes_nothing_for_what_cannot_be_merged(tmp_path):
     saved(llama, tmp_path, r=2, task_type="CAUSAL_LM", alora_invocation_tokens=[3])
     (tmp_path / "base" / "tokenizer.json").write_text("{}")
     with pytest.raises(jaxadapt.AttachError, match=r"down_proj\.weight: an aLoRA"):
-        merge_files.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+        merge_files.merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -130,7 +130,7 @@ def test_merge_refuses_codes_beside_scales(tmp_path):
     base = {"q": {"kernel": jax.ShapeDtypeStruct((4, 6), "float32")}}
     jaxadapt.save(jaxadapt.init(config, base, key=jax.random.key(0)), tmp_path / "adapter")
     with pytest.raises(jaxadapt.FormatError, match=r"quantised \(blocks of 8 bits\).*\n.*q\.weight_scale_inv"):
-        merge_files.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+        merge_files.merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -138,16 +138,16 @@ def test_merge_refuses_another_model_and_the_base_itself(tmp_path):
     saved(llama, tmp_path / "a", r=2)
     saved(gpt2, tmp_path / "b", r=2)
     with pytest.raises(jaxadapt.MismatchError, match="no weight for these modules"):
-        merge_files.merge(tmp_path / "b" / "base", tmp_path / "a" / "adapter", tmp_path / "out")
+        merge_files.merge_folder(tmp_path / "b" / "base", tmp_path / "a" / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     one = tmp_path / "c" / "model.safetensors"
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "base").save_pretrained(one.parent)
     before = one.read_bytes()
     with pytest.raises(jaxadapt.FileError, match="is the base model itself"):
-        merge_files.merge(one, tmp_path / "a" / "adapter", one.parent)
+        merge_files.merge_folder(one, tmp_path / "a" / "adapter", one.parent)
     assert one.read_bytes() == before
     with pytest.raises(jaxadapt.FileError, match="is the base model itself"):
-        merge_files.merge(tmp_path / "a" / "base", tmp_path / "a" / "adapter", tmp_path / "a" / "base")
+        merge_files.merge_folder(tmp_path / "a" / "base", tmp_path / "a" / "adapter", tmp_path / "a" / "base")
 
 
 @pytest.mark.parametrize("asked", ["float32", "float16"])
@@ -156,7 +156,7 @@ def test_another_dtype_is_rounded_once_and_said(tmp_path, asked):
     saved(llama, tmp_path, r=2, init_lora_weights=False)
     half = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
     half.save_pretrained(tmp_path / "half")
-    merge_files.merge(tmp_path / "half", tmp_path / "adapter", tmp_path / "out", dtype=asked)
+    merge_files.merge_folder(tmp_path / "half", tmp_path / "adapter", tmp_path / "out", dtype=asked)
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.float32)
     want = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload().state_dict()
     got = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -171,7 +171,7 @@ def test_a_configuration_in_which_no_dtype_can_be_said_is_refused(tmp_path):
     saved(llama, tmp_path, r=2)
     (tmp_path / "base" / "config.json").write_text("{")
     with pytest.raises(jaxadapt.FormatError, match=r"config\.json: expected JSON, in which to say the dtype float16"):
-        merge_files.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", dtype="float16")
+        merge_files.merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", dtype="float16")
     assert not (tmp_path / "out").exists()
 
 
@@ -198,7 +198,7 @@ def test_merge_into_a_table_that_is_the_head_as_well(options, tmp_path):
             head.lora_A["default"].weight.data = table.lora_embedding_B["default"].data.T.contiguous()
             head.lora_B["default"].weight.data = table.lora_embedding_A["default"].data.T.contiguous()
         wrapped.save_pretrained(tmp_path / "adapter")
-    merge_files.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    merge_files.merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     x = torch.arange(6)[None]
     with torch.no_grad():
@@ -215,22 +215,22 @@ def test_a_table_that_is_not_the_adapters_is_another_base(tmp_path):
     held = load_file(shard)
     save_file(held | {"model.embed_tokens.weight": held["model.embed_tokens.weight"] + 1}, shard)
     with pytest.raises(jaxadapt.MismatchError, match="embed_tokens.base_layer.weight: other values"):
-        merge_files.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "no")
+        merge_files.merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "no")
     assert not (tmp_path / "no").exists()
 
 
 def test_merge_refuses_an_adapters_folder_and_repeated_layers(tmp_path):
     saved(llama, tmp_path, r=2)
     with pytest.raises(jaxadapt.FileError, match="adapter: holds an adapter"):
-        merge_files.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "adapter")
+        merge_files.merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     (tmp_path / "base/adapter_config.json").write_text("{}")  # of an adapter that lies beside the model
-    merge_files.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    merge_files.merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out/adapter_config.json").exists()
     config["layer_replication"] = [[0, 2], [1, 2]]
     (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(jaxadapt.ConfigError, match=r"repeats layers of its base.*export_base"):
-        merge_files.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "no")
+        merge_files.merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "no")
 
 
 @pytest.mark.parametrize("make", [gpt2, llama])
@@ -261,11 +261,11 @@ def test_combine_with_a_smaller_rank(tmp_path):
     for name, seed in (("one", 0), ("two", 5)):
         saved(llama, tmp_path, name, seed, r=2, init_lora_weights=False)
     folders = [tmp_path / "one", tmp_path / "two"]
-    merge_files.combine(folders, [1, 1], tmp_path / "four", method="cat")
-    merge_files.combine(folders, [1, 1], tmp_path / "three", method="svd", svd_rank=3)
-    merge_files.combine(folders, [1, 1], tmp_path / "resized", method="cat", resize=3)
+    merge_files.combine_folders(folders, [1, 1], tmp_path / "four", method="cat")
+    merge_files.combine_folders(folders, [1, 1], tmp_path / "three", method="svd", svd_rank=3)
+    merge_files.combine_folders(folders, [1, 1], tmp_path / "resized", method="cat", resize=3)
     a, b = jaxadapt.read(tmp_path / "three").tensors, jaxadapt.read(tmp_path / "resized").tensors
-    for module in pytorch.adapted({k: v.shape for k, v in a.items()}):
+    for module in pytorch.adapted_shapes({k: v.shape for k, v in a.items()}):
         at = f"base_model.model.{module}"
         deltas = [x[f"{at}.lora_B.weight"] @ x[f"{at}.lora_A.weight"] for x in (a, b)]
         np.testing.assert_allclose(*deltas, atol=1e-5)  # the best of rank 3, found on two ways
@@ -281,10 +281,10 @@ def test_combine_says_which_file_does_not_belong(tmp_path):
         config = jaxadapt.LoraConfig(r=2, target_modules=["q"], base_model_name_or_path=f"org/{name}", **options)
         jaxadapt.write(jaxadapt.PeftTensors(config, held, ""), tmp_path / name)
     with pytest.warns(UserWarning, match=r"different base models(.|\n)*one: org/one(.|\n)*two: org/two"):
-        made = merge_files.combine([tmp_path / "one", tmp_path / "two"], [1, 1], tmp_path / "both")
+        made = merge_files.combine_folders([tmp_path / "one", tmp_path / "two"], [1, 1], tmp_path / "both")
     assert made.config.base_model_name_or_path is None
     with pytest.raises(jaxadapt.ConfigError, match=r"dora: use_dora=True"):
-        merge_files.combine([tmp_path / "one", tmp_path / "dora"], [1, 1], tmp_path / "no")
+        merge_files.combine_folders([tmp_path / "one", tmp_path / "dora"], [1, 1], tmp_path / "no")
 
 
 def test_convolutions_are_combined_and_experts_refused(tmp_path):
@@ -294,7 +294,7 @@ def test_convolutions_are_combined_and_experts_refused(tmp_path):
     files = [{key: rng.standard_normal(shape, "f4") for key, shape in shapes.items()} for _ in range(2)]
     for i, held in enumerate(files):
         jaxadapt.write(jaxadapt.PeftTensors(config, held, ""), tmp_path / str(i))
-    made = merge_files.combine([tmp_path / "0", tmp_path / "1"], [0.5, -2], tmp_path / "both", method="cat")
+    made = merge_files.combine_folders([tmp_path / "0", tmp_path / "1"], [0.5, -2], tmp_path / "both", method="cat")
 
     def change(held, scale):
         a, b = (np.asarray(held[key], "f8") for key in shapes)
@@ -310,10 +310,10 @@ def test_convolutions_are_combined_and_experts_refused(tmp_path):
     save_file({"experts.up": np.ones((2, 5, 3), "f4")}, tmp_path / "model.safetensors")
     for call, way in (
         (
-            lambda: merge_files.merge(tmp_path / "model.safetensors", tmp_path / "experts", tmp_path / "no"),
+            lambda: merge_files.merge_folder(tmp_path / "model.safetensors", tmp_path / "experts", tmp_path / "no"),
             "export_base",
         ),
-        (lambda: merge_files.combine([tmp_path / "experts"], [1], tmp_path / "no"), "jaxadapt.combine"),
+        (lambda: merge_files.combine_folders([tmp_path / "experts"], [1], tmp_path / "no"), "jaxadapt.combine"),
     ):
         with pytest.raises(jaxadapt.ConfigError, match=rf"target_parameters.*{way}"):
             call()

@@ -101,7 +101,7 @@ def test_the_same_files_as_on_a_disk(place: str, tmp_path: Path):
 def test_what_was_there_is_replaced(place: str, tmp_path: Path):
     """Another configuration over the first: the files are those of a save to a new place, and a person's card stays."""
     jaxadapt.save(small.trained(), place)
-    location.at(f"{place}/{CARD}").put(str(_written(tmp_path / "card", b"# Mine\n")))
+    location.to_location(f"{place}/{CARD}").put(str(_written(tmp_path / "card", b"# Mine\n")))
     jaxadapt.save(small.trained(small.IA3), place)
     jaxadapt.save(small.trained(small.IA3), tmp_path / "new")
     assert stores.files(place) == {**small.files(tmp_path / "new"), CARD: b"# Mine\n"}
@@ -132,10 +132,10 @@ def test_a_save_that_fails_between_its_files(torn: str, place: str, monkeypatch:
 
 
 def test_a_put_that_fails_leaves_nothing(place: str, monkeypatch: pytest.MonkeyPatch):
-    fs = location.at(place).store()[0]
+    fs = location.to_location(place).store()[0]
 
     def failing(local: str, remote: str, **_: Any) -> None:
-        fs.pipe_file(remote, b"half") if location.at(place).scheme == "memory" else None
+        fs.pipe_file(remote, b"half") if location.to_location(place).scheme == "memory" else None
         raise OSError("broken pipe")
 
     monkeypatch.setattr(fs, "put_file", failing)
@@ -155,7 +155,7 @@ def test_large_files_go_and_come_in_parts(place: str, monkeypatch: pytest.Monkey
         for rows in (slice(0, 1), slice(1500, 1600), slice(2500, None)):
             assert np.array_equal(held.read_slice("x", [rows]), value[rows])
         assert np.array_equal(held.read_slice("x", [slice(None), slice(3, 5)]), value[:, 3:5])
-    location.at(f"{place}/big").unlink()
+    location.to_location(f"{place}/big").unlink()
 
 
 def test_whole_models_and_the_command_line(place: str, tmp_path: Path):
@@ -165,7 +165,7 @@ def test_whole_models_and_the_command_line(place: str, tmp_path: Path):
     params = {name: {"kernel": leaves["kernel"]} for name, leaves in small.base()["params"].items()}
     for folder in (f"{place}/base", tmp_path / "base"):
         jaxadapt.export_base(params, folder, keymap=table, max_shard_size=100)
-    location.at(f"{place}/base/config.json").put(str(_written(tmp_path / "base" / "config.json", b"{}")))
+    location.to_location(f"{place}/base/config.json").put(str(_written(tmp_path / "base" / "config.json", b"{}")))
     assert stores.files(f"{place}/base") == small.files(tmp_path / "base")
     assert "model-00002-of-00002.safetensors" in stores.files(f"{place}/base")
     assert same(jaxadapt.import_base(f"{place}/base", params, keymap=table), params)
@@ -236,7 +236,9 @@ def test_each_device_gets_its_part_and_no_byte_is_read_twice(requests: list[tupl
     assert same(found.params, adapter.params)
     assert len({str(s.index) for s in found.flat()["q_proj.kernel.lora_A"].addressable_shards}) == 8
     asked = sum(end - start for start, end in requests)
-    assert asked < location.size(location.at(f"memory://parts/{WEIGHTS}")) + 4000  # what begins in the head comes again
+    assert (
+        asked < location.total_size(location.to_location(f"memory://parts/{WEIGHTS}")) + 4000
+    )  # what begins in the head comes again
 
 
 def test_many_threads_share_a_block(requests: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch):
@@ -466,7 +468,7 @@ def test_orbax_on_gs(gs: str):
     assert same(jaxadapt.extract(jaxadapt.load(address, small.base())).params, adapter.params)
     with pytest.raises(jaxadapt.FileError, match="there is something already"):
         jaxadapt.save(adapter, address, format="orbax")
-    location.at(f"{address}/commit_success.txt").unlink()  # as a writer that was killed leaves it
+    location.to_location(f"{address}/commit_success.txt").unlink()  # as a writer that was killed leaves it
     with pytest.raises(jaxadapt.FileError, match=f"no {CONFIG}"):
         jaxadapt.read(address)
 

@@ -17,11 +17,11 @@ from jaxadapt.arrays.axes import Axes
 from jaxadapt.core.errors import KeyMapError, MismatchError
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.keymaps.tensor_spec import Tensor
+from jaxadapt.keymaps.tensor_spec import MethodTensor
 from jaxadapt.keymaps.weight import Weight
 
 FAST = settings(max_examples=150, deadline=None)
-NAMES = ["i", "o", "h", "r", "inn", "out", "batch", "d2", "n_heads", "l", "lora_A"]
+NAMES = ["i", "o", "h", "r", "in", "out", "batch", "d2", "n_heads", "l", "lora_A"]
 
 
 # ---- an independent reference ------------------------------------------------------------------------------
@@ -162,12 +162,12 @@ def test_adapter_tensors_agree_with_the_reference(method, data):
     else:
         config = IA3Config(target_modules=targets, feedforward_modules=targets if feedforward else [])
     try:
-        bounds = selection.select(config, table, {"blk.w": shape})
+        bounds = selection.select_sites(config, table, {"blk.w": shape})
     except KeyMapError as error:
         assume("stacks its layers on axis" not in str(error))
         raise
     (bound,) = bounds
-    out, inn = weight.right
+    out, inputs = weight.right
     batch = ["{p}"] if fused else []
     size = dict(zip(weight.left, shape, strict=True))
     if fused:
@@ -177,11 +177,11 @@ def test_adapter_tensors_agree_with_the_reference(method, data):
         parts = None
     expected_tensors = (
         {
-            "lora_A": ([*batch, "RANK", *inn], [("RANK",), inn], ".lora_A.weight"),
+            "lora_A": ([*batch, "RANK", *inputs], [("RANK",), inputs], ".lora_A.weight"),
             "lora_B": ([*batch, *out, "RANK"], [out, ("RANK",)], ".lora_B.weight"),
         }
         if method == "LORA"
-        else {"ia3_l": ([*batch, *inn], [(), inn], ".ia3_l")}
+        else {"ia3_l": ([*batch, *inputs], [(), inputs], ".ia3_l")}
         if feedforward
         else {"ia3_l": ([*batch, *out], [out, ()], ".ia3_l")}
     )
@@ -194,7 +194,7 @@ def test_adapter_tensors_agree_with_the_reference(method, data):
         key = "base_model.model." + weight.key.removesuffix(".weight") + suffix
         expected |= reference(pattern, key, leaf, over, parts)
     assert bound.shapes == {p.rpartition(".")[2]: x.shape for p, x in leaves.items()}
-    made = sites.file_plan(bounds)
+    made = sites.make_file_plan(bounds)
     encoded = made.encode(leaves)
     assert set(encoded) == set(expected)
     for key, value in expected.items():
@@ -203,14 +203,14 @@ def test_adapter_tensors_agree_with_the_reference(method, data):
     back = made.decode(dict(encoded))
     for path, leaf in leaves.items():
         np.testing.assert_array_equal(back[path], leaf)
-    recovered = sites.recover(config, table, {"blk.w": {k: tuple(v) for k, v in bound.shapes.items()}})
+    recovered = sites.sites_from_shapes(config, table, {"blk.w": {k: tuple(v) for k, v in bound.shapes.items()}})
     assert [b.entries for b in recovered] == [b.entries for b in bounds]
-    assert [(b.modules, b.static, b.axes) for b in recovered] == [(b.modules, b.static, b.axes) for b in bounds]
+    assert [(b.modules, b.hparams, b.axes) for b in recovered] == [(b.modules, b.hparams, b.axes) for b in bounds]
 
 
 def test_a_fused_weight_partly_targeted_keeps_the_parts_order():
     weight = Weight("kv", "{p}_proj.weight", "{p} i o -> o i", p=("k", "v", "q"))
-    (bound,) = selection.select(
+    (bound,) = selection.select_sites(
         LoraConfig(r=1, target_modules=["q_proj", "k_proj"]), KeyMap("t", (weight,)), {"kv": (3, 2, 2)}
     )
     assert bound.axes == Axes((1,), (2,), (0,), parts=(0, 2))
@@ -231,7 +231,7 @@ TABLE = KeyMap(
 
 def test_check_lists_missing_unexpected_and_misshaped_together():
     config = LoraConfig(r=2, target_modules=["q"])
-    made = sites.file_plan(selection.select(config, TABLE, {f"h.{l}.q.w": (3, 4) for l in range(3)}))
+    made = sites.make_file_plan(selection.select_sites(config, TABLE, {f"h.{l}.q.w": (3, 4) for l in range(3)}))
     found = dict(made.shapes)
     found.pop("base_model.model.h.0.q.lora_A.weight")
     found["base_model.model.h.1.q.lora_B.weight"] = (4, 8)
@@ -255,19 +255,19 @@ def test_an_adapter_that_contradicts_itself_lists_every_tensor():
     config = LoraConfig(r=2, target_modules=["q"])
     shapes = {"h.0.q.w": {"lora_A": (4, 3), "lora_C": (1,)}}
     with pytest.raises(MismatchError) as caught:
-        sites.recover(config, TABLE, shapes)
+        sites.sites_from_shapes(config, TABLE, shapes)
     text = str(caught.value)
     assert "h.0.q.w.lora_A: axis 'r' has 4 entries, expected 2" in text
     assert "h.0.q.w.lora_B: missing" in text
     assert "h.0.q.w.lora_C: no such tensor" in text
     with pytest.raises(MismatchError, match=r"expected axes \(r i\), found shape \(3,\)"):
-        sites.recover(config, TABLE, {"h.0.q.w": {"lora_A": (3,), "lora_B": (3, 2)}})
+        sites.sites_from_shapes(config, TABLE, {"h.0.q.w": {"lora_A": (3,), "lora_B": (3, 2)}})
 
 
 def test_unmapped_adapter_leaves_are_all_named():
     leaves = {name: {"lora_A": (2, 3), "lora_B": (3, 2)} for name in ("x.w", "y.w")}
     with pytest.raises(KeyMapError, match="keymap=") as caught:
-        sites.recover(LoraConfig(r=2, target_modules=["x"]), TABLE, leaves)
+        sites.sites_from_shapes(LoraConfig(r=2, target_modules=["x"]), TABLE, leaves)
     assert "x.w" in str(caught.value)
     assert "y.w" in str(caught.value)
 
@@ -275,14 +275,14 @@ def test_unmapped_adapter_leaves_are_all_named():
 def test_a_stacked_axis_behind_the_tensors_own_axes_is_refused():
     table = KeyMap("t", (Weight("w", "h.{l}.q.weight", "i o {l} -> o i"),))
     with pytest.raises(KeyMapError, match=r"'w' stacks its layers on axis 2, but its ia3_l has only 1 axes"):
-        selection.select(IA3Config(target_modules=["q"], feedforward_modules=[]), table, {"w": (2, 3, 4)})
+        selection.select_sites(IA3Config(target_modules=["q"], feedforward_modules=[]), table, {"w": (2, 3, 4)})
 
 
 def test_two_sites_of_one_module_are_refused():
     table = KeyMap("t", (Weight("{path}.w", "{path}.weight", "i o -> o i"), Weight("a.u", "a.weight", "i o -> o i")))
-    bounds = selection.select(LoraConfig(r=1, target_modules=["a"]), table, {"a.w": (2, 2), "a.u": (2, 2)})
+    bounds = selection.select_sites(LoraConfig(r=1, target_modules=["a"]), table, {"a.w": (2, 2), "a.u": (2, 2)})
     with pytest.raises(MismatchError, match="claimed by several leaves") as caught:
-        sites.file_plan(bounds)
+        sites.make_file_plan(bounds)
     assert "a.u.lora_A, a.w.lora_A" in str(caught.value)
 
 
@@ -291,7 +291,9 @@ def test_two_sites_of_one_module_are_refused():
 
 def stacked_plan():
     table = KeyMap("t", (Weight("h.{l}.q.w", "h.{l}.q.weight", "i o -> o i"),)).scanned(0)
-    return sites.file_plan(selection.select(LoraConfig(r=2, target_modules=["q"]), table, {"h.q.w": (3, 4, 5)}))
+    return sites.make_file_plan(
+        selection.select_sites(LoraConfig(r=2, target_modules=["q"]), table, {"h.q.w": (3, 4, 5)})
+    )
 
 
 def test_encoding_is_lazy_and_views_where_it_can_be():
@@ -328,10 +330,10 @@ def test_layers_of_several_dtypes_join_in_one_that_holds_them():
 
 
 def test_size_one_axes_that_only_pytorch_has():
-    tensor = Tensor("v", ".v", ("out",), ((), ("out",), ()))
+    tensor = MethodTensor("v", ".v", ("out",), ((), ("out",), ()))
     weight = Weight("a", "a.weight", "i n h -> (n h) i")
     table = KeyMap("t", (weight,))
-    e = plan.entry(table, table.site("a"), tensor, {"i": 2, "n": 3, "h": 4})
+    e = plan.plan_entry(table, table.match("a"), tensor, {"i": 2, "n": 3, "h": 4})
     assert e.form.file_shape == (1, 12, 1)
     x = numbered((3, 4))
     assert e.form.encode(x, 0).shape == (1, 12, 1)
@@ -371,7 +373,7 @@ def test_a_split_axis_reaches_every_tensor_of_an_adapter():
     for axis in (None, 0, 1):
         table = KeyMap("t", (line,)) if axis is None else KeyMap("t", (line,)).scanned(axis)
         leaf = shapes if axis is None else {"h.q": (2, 5, 3, 4) if axis == 0 else (5, 2, 3, 4)}
-        made = sites.file_plan(selection.select(LoraConfig(r=2, target_modules=["q"]), table, leaf))
+        made = sites.make_file_plan(selection.select_sites(LoraConfig(r=2, target_modules=["q"]), table, leaf))
         leaves = made.decode(lora)
         for l in range(2):
             found = {n: leaves[f"h.{l}.q.{n}"] if axis is None else np.take(leaves[f"h.q.{n}"], l, axis) for n in AB}
@@ -380,8 +382,8 @@ def test_a_split_axis_reaches_every_tensor_of_an_adapter():
         for key, value in made.encode(leaves).items():
             np.testing.assert_array_equal(value, lora[key])
     config = IA3Config(target_modules=["q"], feedforward_modules=[])
-    (bound,) = selection.select(config, KeyMap("t", (line,)), {"h.0.q": (5, 3, 4)})
-    (leaf,) = sites.file_plan([bound]).decode({"base_model.model.h.0.q.ia3_l": v}).values()
+    (bound,) = selection.select_sites(config, KeyMap("t", (line,)), {"h.0.q": (5, 3, 4)})
+    (leaf,) = sites.make_file_plan([bound]).decode({"base_model.model.h.0.q.ia3_l": v}).values()
     np.testing.assert_array_equal(leaf, interleaved(v.reshape(3, 4)))
 
 
@@ -425,11 +427,11 @@ def test_a_shift_is_of_whole_weights_and_of_nothing_else():
     for key, x in made.encode(leaves).items():
         np.testing.assert_array_equal(x, torch[key])
     assert set(made.inexact) == {"n.scale", "q"}
-    rows = made.entries[1].form.rows(leaves["q"])
+    rows = made.entries[1].form.to_rows(leaves["q"])
     np.testing.assert_array_equal(rows[0], torch["q.weight"])
     np.testing.assert_array_equal(made.entries[1].form.from_rows(rows), leaves["q"])
     config = LoraConfig(r=2, target_modules=["q"], modules_to_save=["n"])
-    own = sites.file_plan(selection.select(config, table, shapes))
+    own = sites.make_file_plan(selection.select_sites(config, table, shapes))
     file = {key: numbered(shape, "float32") / 8 for key, shape in own.shapes.items()}
     found = own.decode(file)
     np.testing.assert_array_equal(found["n.scale.copy"], 1 + file["base_model.model.n.weight"])
@@ -441,10 +443,10 @@ def test_a_shift_is_of_whole_weights_and_of_nothing_else():
 
 def test_a_method_that_says_nothing_of_factors_is_refused_there():
     table = KeyMap("t", (Weight("q", "q.weight", "d h -> h d", scale=("h", -0.5)),))
-    site = table.site("q")
-    tensor = Tensor("x", ".x", ("inn", "out"), (("inn",), ("out",)))
+    site = table.match("q")
+    tensor = MethodTensor("x", ".x", ("in", "out"), (("in",), ("out",)))
     with pytest.raises(KeyMapError, match=r"'q' holds PyTorch's weight times a factor, says the table 't'"):
-        plan.entry(table, site, tensor, {"d": 2, "h": 4})
+        plan.plan_entry(table, site, tensor, {"d": 2, "h": 4})
 
 
 def test_what_does_not_divide_is_named():
@@ -452,7 +454,9 @@ def test_what_does_not_divide_is_named():
     with pytest.raises(KeyMapError, match=r"an axis of size 5 cannot be split as \(c p\)"):
         plan.base_plan(table, {"q": (2, 5)})
     with pytest.raises(MismatchError, match=r"q\.lora_B: an axis of size 5 cannot be split"):
-        sites.recover(LoraConfig(r=2, target_modules=["q"]), table, {"q": {"lora_A": (2, 3), "lora_B": (5, 2)}})
+        sites.sites_from_shapes(
+            LoraConfig(r=2, target_modules=["q"]), table, {"q": {"lora_A": (2, 3), "lora_B": (5, 2)}}
+        )
     table = KeyMap("t", (Weight("h.{l}.q", "h.{l}.q.weight", "d (c p) -> (p c) d", p=2),))
-    assert table.covers({"h.0.q": (2, 5)}) == 0
-    assert table.covers({"h.0.q": (2, 6)}) == 1
+    assert table.coverage({"h.0.q": (2, 5)}) == 0
+    assert table.coverage({"h.0.q": (2, 6)}) == 1

@@ -88,8 +88,8 @@ WORK = {
         lambda p: jaxadapt.export_base(small.net(), "new", small.adapter(), keymap=TABLE, progress=p), "export", BASE,
     ),
     "import": (lambda p: jaxadapt.import_base("base", small.net(3), keymap=TABLE, progress=p), "import", BASE),
-    "merge of files": (lambda p: merge_files.merge("base", "peft", "new", progress=p), "merge", BASE),
-    "combine of files": (lambda p: merge_files.combine(["peft", "peft"], [1, 1], "new", progress=p), "save", ADAPTER),
+    "merge of files": (lambda p: merge_files.merge_folder("base", "peft", "new", progress=p), "merge", BASE),
+    "combine of files": (lambda p: merge_files.combine_folders(["peft", "peft"], [1, 1], "new", progress=p), "save", ADAPTER),
     "convert": (lambda p: convert("peft", "new", progress=p), "save", ADAPTER),
     "manager, save": (managed, "save", ADAPTER),
     "manager, restore": (restored, "load", ADAPTER),
@@ -239,6 +239,6 @@ def test_the_logger_is_the_only_one_and_leaves_the_program_its_handlers(root):
 
 def test_bars_that_never_began_leave_no_line(monkeypatch, capsys):
     monkeypatch.setattr(progress, "watched", lambda: True)  # a dumb terminal is one that rich draws nothing on
-    with progress.reporting(True) as report:
+    with progress.reporter(True) as report:
         report("read", 3, 12)
     assert capsys.readouterr().err == ""

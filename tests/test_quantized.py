@@ -49,7 +49,7 @@ def by_formula(w: np.ndarray, kind: str, block: int) -> np.ndarray:
 @pytest.mark.parametrize("shape", [(4, 64), (6, 10), (3, 4, 5)], ids=str)
 def test_numbers_follow_the_formula(kind, shape):
     w = RNG.standard_normal(shape).astype("float32")
-    q = quantized.quantized(w, kind, block=64)
+    q = quantized.quantize_weight(w, kind, block=64)
     expected = by_formula(w.ravel(), kind, 64).reshape(shape)
     assert q.shape == shape
     assert q.codes.dtype == (jnp.uint8 if kind == "nf4" else jnp.int8)
@@ -59,7 +59,7 @@ def test_numbers_follow_the_formula(kind, shape):
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks_run_in_the_order_that_is_asked_for_and_within_each_layer(kind):
     w = RNG.standard_normal((2, 6, 5, 16)).astype("float32")  # (layers, in, heads, width): an output's inputs together
-    q = quantized.quantized(w, kind, order=(1, 2, 0), stack=1, block=6 if kind == "int8" else 64)
+    q = quantized.quantize_weight(w, kind, order=(1, 2, 0), stack=1, block=6 if kind == "int8" else 64)
     for layer, found in zip(w, q.dense(), strict=True):
         turned = layer.transpose(1, 2, 0)
         expected = by_formula(turned.ravel(), kind, 6 if kind == "int8" else 64).reshape(turned.shape)
@@ -72,17 +72,17 @@ def test_blocks_run_in_the_order_that_is_asked_for_and_within_each_layer(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_quantised_again_stays_as_it_is(kind):
     w = jnp.asarray(RNG.standard_normal((24, 40)), "float32").at[0].set(0.0)
-    once = quantized.quantized(w, kind).dense()
-    np.testing.assert_array_equal(quantized.quantized(once, kind).dense(), once)
+    once = quantized.quantize_weight(w, kind).dense()
+    np.testing.assert_array_equal(quantized.quantize_weight(once, kind).dense(), once)
     assert not once[0].any()
 
 
 def test_dtype_and_size():
     w = jnp.ones((64, 64), "bfloat16")
-    q = quantized.quantized(w, "nf4")
+    q = quantized.quantize_weight(w, "nf4")
     assert q.dense().dtype == "bfloat16"
     assert q.nbytes == 64 * 64 / 2 + 64 * 4
-    assert quantized.quantized(w, "int8").nbytes == 64 * 64 + 64 * 4
+    assert quantized.quantize_weight(w, "int8").nbytes == 64 * 64 + 64 * 4
 
 
 # ---- adapters on them ------------------------------------------------------------------------------------
@@ -263,7 +263,7 @@ def test_all_linear_leaves_out_the_output_layer_and_what_is_no_matrix():
 def _values(model: Any) -> dict[str, Any]:
     from jaxadapt.models import planning
 
-    return planning.base_of(model)
+    return planning.base_arrays(model)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import jaxadapt
 from jaxadapt.arrays import regions
-from jaxadapt.arrays.layout import Arrangement
+from jaxadapt.arrays.layout import FileLayout
 from jaxadapt.keymaps.plan import Encoded
 from jaxadapt.persistence import multihost
 from jaxadapt.storage import safetensors
@@ -225,7 +225,7 @@ def test_a_tied_leaf_is_written_under_both_its_names() -> None:
     encoded = jaxadapt.to_peft(adapter).tensors
     assert isinstance(encoded, Encoded)
     assert sum("lm_head" in key for key in encoded) == 2
-    parts = {part.key: part for part in multihost._own(encoded, multihost.own(encoded.leaves, 0))}
+    parts = {part.key: part for part in multihost._own(encoded, multihost.owned_regions(encoded.leaves, 0))}
     assert parts.keys() == set(encoded)
     for key, part in parts.items():
         np.testing.assert_array_equal(np.reshape(part.array, encoded[key].shape), encoded[key])
@@ -236,17 +236,17 @@ def test_parts_are_copied_together_only_where_that_saves_writes() -> None:
     rng = np.random.default_rng(0)
     whole = rng.standard_normal((64, 256)).astype("float32")
     rows, columns = [((0, 32), (0, 256)), ((32, 64), (0, 256))], [((0, 64), (0, 128)), ((0, 64), (128, 256))]
-    turned = Arrangement((64, 256), ("i", "o"), (("o",), ("i",)), ())
-    few = Arrangement((64, 256), ("{l}", "i"), (("i",),), (0,))  # a tensor of each row
+    turned = FileLayout((64, 256), ("i", "o"), (("o",), ("i",)), ())
+    few = FileLayout((64, 256), ("{l}", "i"), (("i",),), (0,))  # a tensor of each row
     for laid, parts, expected in [
-        ((64, 256), rows, rows), ((64, 256), columns, [regions.whole((64, 256))]),
-        (turned, columns, columns), (turned, rows, [regions.whole((64, 256))]), (few, rows, [regions.whole((64, 256))]),
+        ((64, 256), rows, rows), ((64, 256), columns, [regions.full_region((64, 256))]),
+        (turned, columns, columns), (turned, rows, [regions.full_region((64, 256))]), (few, rows, [regions.full_region((64, 256))]),
     ]:  # fmt: skip
-        held = {box: whole[regions.slices(box)] for box in parts}
-        found = dict(multihost.joined(held, laid))
+        held = {box: whole[regions.to_slices(box)] for box in parts}
+        found = dict(multihost.join_regions(held, laid))
         assert list(found) == expected
         for box, values in found.items():
-            np.testing.assert_array_equal(values, whole[regions.slices(box)])
+            np.testing.assert_array_equal(values, whole[regions.to_slices(box)])
             assert np.may_share_memory(values, whole) == (expected is parts)
-    small = {box: whole[regions.slices(box)] for box in [((0, 1), (0, 256)), ((1, 2), (0, 256))]}
-    assert list(dict(multihost.joined(small, (64, 256)))) == [((0, 2), (0, 256))]
+    small = {box: whole[regions.to_slices(box)] for box in [((0, 1), (0, 256)), ((1, 2), (0, 256))]}
+    assert list(dict(multihost.join_regions(small, (64, 256)))) == [((0, 2), (0, 256))]

@@ -439,21 +439,21 @@ def test_boxes_cover_each_array_once() -> None:
     for name, (shape, axes, _) in meshes.MESHES.items():
         mesh = meshes.mesh_of(name)
         for spec in [(), (axes[0],), (None, axes[-1]), (axes, None), (axes[-1], axes[0] if len(axes) > 1 else None)]:
-            found = regions.parts(NamedSharding(mesh, PartitionSpec(*spec)), (16, 24))
+            found = regions.device_regions(NamedSharding(mesh, PartitionSpec(*spec)), (16, 24))
             count = np.zeros((16, 24), int)
             for box, devices in found.items():
-                count[regions.slices(box)] += 1
+                count[regions.to_slices(box)] += 1
                 assert devices
             assert (count == 1).all()
             assert sum(len(devices) for devices in found.values()) == np.prod(shape)
             some = [box for box in found if rng.random() < 0.6]
-            joined = regions.merged(some)
+            joined = regions.merge_neighbours(some)
             assert sorted(b for members in joined.values() for b in members) == sorted(some)
             for box, members in joined.items():
-                assert regions.size(box) == sum(map(regions.size, members))
-        assert list(regions.merged(regions.parts(NamedSharding(mesh, PartitionSpec(axes, None)), (16, 24)))) == [
-            regions.whole((16, 24))
-        ]
+                assert regions.region_size(box) == sum(map(regions.region_size, members))
+        assert list(
+            regions.merge_neighbours(regions.device_regions(NamedSharding(mesh, PartitionSpec(axes, None)), (16, 24)))
+        ) == [regions.full_region((16, 24))]
 
 
 def test_pieces_of_a_box_are_its_part_of_each_tensor() -> None:
@@ -474,13 +474,13 @@ def test_pieces_of_a_box_are_its_part_of_each_tensor() -> None:
         leaf = rng.standard_normal(entry.shape)
         for _ in range(40):
             box = tuple(tuple(sorted(rng.choice(n + 1, 2, replace=False).tolist())) for n in entry.shape)
-            part = leaf[regions.slices(box)]
+            part = leaf[regions.to_slices(box)]
             back = np.zeros_like(part)
-            for piece in regions.pieces(entry.form, box):
+            for piece in regions.file_regions(entry.form, box):
                 whole = entry.form.encode(leaf, piece.number).reshape(piece.shape)
-                tile = piece.encode(part[regions.within(piece.region, box)])
-                np.testing.assert_array_equal(whole[regions.slices(piece.box)], tile)
-                back[regions.within(piece.region, box)] += piece.decode(tile)
+                tile = piece.encode(part[regions.relative_slices(piece.region, box)])
+                np.testing.assert_array_equal(whole[regions.to_slices(piece.box)], tile)
+                back[regions.relative_slices(piece.region, box)] += piece.decode(tile)
                 seen += 1
             # each number is in one piece, and comes back (times a factor and divided by it: within rounding)
             np.testing.assert_allclose(back, part, rtol=0 if entry.form.exact else 1e-15)

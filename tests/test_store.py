@@ -358,7 +358,7 @@ def test_inspect_reads_headers_only(tmp_path):
 
 def test_modules_are_those_the_configuration_targets():
     config = jaxadapt.LoraConfig(target_modules=r".*\.layer\.\d+\.q", modules_to_save=None)
-    find = reconcile.module_of
+    find = reconcile.tensor_module
     assert find(config, f"{PREFIX}m.layer.3.q.lora_A.weight") == "m.layer.3.q"
     assert find(config, f"{PREFIX}m.layer.3.k.lora_A.weight") is None
     assert find(config, f"{PREFIX}classifier.weight") is None

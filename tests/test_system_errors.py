@@ -126,7 +126,7 @@ def test_an_error_of_stat_names_a_path(tmp_path: Path, monkeypatch: pytest.Monke
         lambda: jaxadapt.read_config(tmp_path / "adapter"),
         lambda: jaxadapt.save(small.adapter(seed=4), tmp_path / "adapter"),
         lambda: jaxadapt.import_base(tmp_path / "base", no_rights.BASE, keymap=no_rights.TABLE),
-        lambda: merge_files.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged"),
+        lambda: merge_files.merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged"),
         lambda: jaxadapt.CheckpointManager(tmp_path / "run").save(1, small.adapter()),
     ]
     for operation in operations:
@@ -237,7 +237,7 @@ def test_any_value_of_any_field_is_read_or_refused(tmp_path: Path, kind: str, fi
         lambda: json.dumps(jaxadapt.inspect(tmp_path).to_dict(), ensure_ascii=False).encode(),
         lambda: str(jaxadapt.inspect(tmp_path)).encode(),
         lambda: jaxadapt.load(tmp_path, {"params": no_rights.BASE}),
-        lambda: norms.measure(jaxadapt.read(tmp_path)),
+        lambda: norms.measure_norms(jaxadapt.read(tmp_path)),
     ]
     for value in ODD:
         (tmp_path / CONFIG).write_text(json.dumps(plain | {field: value}))

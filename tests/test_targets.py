@@ -13,9 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxadapt import init
-from jaxadapt.adapters.selection_warnings import doubtful, unmatched
+from jaxadapt.adapters.selection_warnings import doubtful_selection, unmatched_targets
 from jaxadapt.configs import GenericConfig, IA3Config, LoraConfig
-from jaxadapt.configs.matching import is_feedforward, matches, pattern_value, resolve, select, with_defaults
+from jaxadapt.configs.matching import (
+    is_feedforward,
+    matches,
+    pattern_value,
+    resolve_targets,
+    select_names,
+    with_default_targets,
+)
 from jaxadapt.core.errors import ConfigError, TargetError
 
 LEAVES = ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj", "mlp.experts.3.up_proj", "q_proj")
@@ -110,7 +117,7 @@ def test_matches_as_peft_does_on_any_names(names: Any, targets: Any, excluded: A
     assert chosen == [name for name in names if check_target_module_exists(theirs, name)]
     # An entry is unmatched exactly if it selects nothing on its own.
     alone = [t for t in dict.fromkeys(targets) if not any(matches(ours.replace(target_modules=[t]), n) for n in names)]
-    assert list(dict.fromkeys(unmatched(ours, names))) == alone
+    assert list(dict.fromkeys(unmatched_targets(ours, names))) == alone
 
 
 @pytest.mark.peft
@@ -143,15 +150,15 @@ def test_all_linear_is_resolved_as_peft_stores_it():
     for layers, extra in ((2, []), (30, []), (30, ["vision.q_proj"]), (30, ["a.norm", "b.self_attn.q_proj"])):
         linear = [f"model.layers.{l}.{leaf}" for l in range(layers) for leaf in LEAVES[:3]]
         names = [*linear, *(f"model.layers.{l}" for l in range(layers)), "model.norm", "lm_head", *extra]
-        got = resolve(config, names, linear={*linear, "lm_head"}, output="lm_head").target_modules
+        got = resolve_targets(config, names, linear={*linear, "lm_head"}, output="lm_head").target_modules
         expected = _find_minimal_target_modules(linear, set(names) - set(linear)) if layers == 30 else set(linear)
         assert set(got or ()) == expected
-        chosen = select(config, names, linear={*linear, "lm_head"}, output="lm_head")
+        chosen = select_names(config, names, linear={*linear, "lm_head"}, output="lm_head")
         assert chosen == tuple(linear)
     # "0" would mean the blocks as well, in which PEFT finds no linear layer.
     linear = [f"model.blocks.{b}.mlp.{i}" for b in range(10) for i in (0, 2)]
     held = {name[:i] for name in linear for i, c in enumerate(name) if c == "."}
-    got = resolve(config, linear, linear=linear).target_modules
+    got = resolve_targets(config, linear, linear=linear).target_modules
     assert set(got or ()) == _find_minimal_target_modules(linear, held) == {"mlp.0", "mlp.2"}
 
 
@@ -161,9 +168,9 @@ def test_all_linear_is_resolved_as_peft_stores_it():
 def test_all_linear_leaves_the_head_of_a_classifier_out(task: str | None, chosen: tuple[str, ...]):
     """What PEFT makes of a transformers model of sequences; one with an output layer keeps its `score`."""
     config = LoraConfig(target_modules="all-linear", task_type=task)
-    assert resolve(config, ["m.q", "score"], linear=["m.q", "score"], output="lm_head").target_modules == chosen
+    assert resolve_targets(config, ["m.q", "score"], linear=["m.q", "score"], output="lm_head").target_modules == chosen
     names = ["m.q", "score", "lm_head"]
-    assert resolve(config, names, linear=names, output="lm_head").target_modules == ("m.q", "score")
+    assert resolve_targets(config, names, linear=names, output="lm_head").target_modules == ("m.q", "score")
 
 
 @pytest.mark.peft
@@ -180,13 +187,13 @@ def test_feedforward_as_peft_does():
 def test_select_keeps_the_order_of_names():
     config = LoraConfig(target_modules=["v_proj", "q_proj"], exclude_modules=["layers.1.q_proj"])
     names = ["m.layers.1.q_proj", "m.layers.0.v_proj", "m.layers.0.q_proj", "m.norm"]
-    assert select(config, names) == ("m.layers.0.v_proj", "m.layers.0.q_proj")
+    assert select_names(config, names) == ("m.layers.0.v_proj", "m.layers.0.q_proj")
 
 
 def test_nothing_matched_lists_near_misses_and_what_there_is():
     names = [f"model.layers.{l}.self_attn.{p}_proj" for l in range(40) for p in "qkvo"] + ["model.norm"]
     with pytest.raises(TargetError) as caught:
-        select(LoraConfig(target_modules=["q_porj", "Norm"]), names)
+        select_names(LoraConfig(target_modules=["q_porj", "Norm"]), names)
     text = str(caught.value)
     assert "'q_porj', 'Norm'" in text
     assert re.search(r"near misses: .*norm.*q_proj|near misses: .*q_proj.*norm", text)
@@ -195,7 +202,7 @@ def test_nothing_matched_lists_near_misses_and_what_there_is():
 
 def test_a_name_written_as_a_string_is_explained():
     with pytest.raises(TargetError, match="for names, write a list"):
-        select(LoraConfig(target_modules="q_proj"), ["m.q_proj"])
+        select_names(LoraConfig(target_modules="q_proj"), ["m.q_proj"])
 
 
 @pytest.mark.parametrize(
@@ -209,16 +216,16 @@ def test_a_name_written_as_a_string_is_explained():
 )
 def test_what_leaves_everything_out_is_named(rule: dict[str, Any], says: str):
     with pytest.raises(TargetError, match=re.escape(f"1 modules match but are left out by {says}: m.h.1.q")):
-        select(LoraConfig(target_modules=["q"], **rule), ["m.h.1.q", "m.h.1.k"])
+        select_names(LoraConfig(target_modules=["q"], **rule), ["m.h.1.q", "m.h.1.k"])
 
 
 def test_null_targets():
     assert not matches(LoraConfig(), "q")
     with pytest.raises(TargetError, match=r"found null.*last segments k, q"):
-        select(LoraConfig(), ["m.q", "m.k"])
-    assert select(LoraConfig(target_parameters=["experts.w"]), ["m.q"]) == ()
+        select_names(LoraConfig(), ["m.q", "m.k"])
+    assert select_names(LoraConfig(target_parameters=["experts.w"]), ["m.q"]) == ()
     with pytest.raises(TargetError, match="no modules at all"):
-        select(LoraConfig(target_modules=["q"]), [])
+        select_names(LoraConfig(target_modules=["q"]), [])
 
 
 @pytest.mark.peft
@@ -228,9 +235,9 @@ def test_null_targets_of_a_family_are_pefts(family: str):
     from peft.utils import constants
 
     own = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[family]
-    assert with_defaults(LoraConfig(), family).target_modules == tuple(own)
+    assert with_default_targets(LoraConfig(), family).target_modules == tuple(own)
     if family.startswith(("gpt", "bert", "roberta")):
-        ia3 = with_defaults(IA3Config(), family)
+        ia3 = with_default_targets(IA3Config(), family)
         assert ia3.target_modules == tuple(constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING[family])
         assert ia3.feedforward_modules == tuple(
             constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING[family]
@@ -240,23 +247,23 @@ def test_null_targets_of_a_family_are_pefts(family: str):
 def test_all_linear_needs_to_know_what_is_linear():
     config = LoraConfig(target_modules="All-Linear", exclude_modules=["k"])
     names = ["m.q", "m.k", "m.norm", "lm_head"]
-    assert select(config, names, linear={"m.q", "m.k", "lm_head"}, output="lm_head") == ("m.q",)
-    assert select(config, names, linear=["m.q", "lm_head"]) == ("m.q", "lm_head")
+    assert select_names(config, names, linear={"m.q", "m.k", "lm_head"}, output="lm_head") == ("m.q",)
+    assert select_names(config, names, linear=["m.q", "lm_head"]) == ("m.q", "lm_head")
     with pytest.raises(TargetError, match="all-linear"):
-        select(config, names)
+        select_names(config, names)
     with pytest.raises(TargetError, match="no linear layer"):
-        select(config, names, linear={"lm_head"}, output="lm_head")
+        select_names(config, names, linear={"lm_head"}, output="lm_head")
     # IA3's feedforward modules must stay a subset of the targets.
     ia3 = IA3Config(target_modules="all-linear", feedforward_modules=["k"])
-    assert resolve(ia3, names, linear=["m.q", "m.k"]).feedforward_modules == ("m.k",)
+    assert resolve_targets(ia3, names, linear=["m.q", "m.k"]).feedforward_modules == ("m.k",)
 
 
 def test_generic_configurations_match_by_the_same_keys():
     config = GenericConfig(peft_type="VERA", extra={"target_modules": ["q"], "layers_to_transform": [1]})
     names = ["m.h.0.q", "m.h.1.q", "m.h.1.k"]
-    assert select(config, names) == ("m.h.1.q",)
+    assert select_names(config, names) == ("m.h.1.q",)
     linear = config.replace(extra={"target_modules": "all-linear"})
-    assert select(linear, names, linear=names[:2]) == ("m.h.0.q", "m.h.1.q")
+    assert select_names(linear, names, linear=names[:2]) == ("m.h.0.q", "m.h.1.q")
     assert not matches(GenericConfig(peft_type="PREFIX_TUNING"), "q")
 
 
@@ -264,23 +271,23 @@ def test_all_linear_with_a_head_that_is_saved_whole_is_no_doubt():
     """The list that "all-linear" becomes has the head in it, here as in PEFT, and modules_to_save wins."""
     names = ["a.q", "head"]
     config = LoraConfig(target_modules="all-linear", modules_to_save=["head"])
-    config = resolve(config, names, linear=names)
+    config = resolve_targets(config, names, linear=names)
     assert config.target_modules == ("a.q", "head")
-    assert select(config, names) == ("a.q",)
-    assert doubtful(config, names, ("a.q",)) == []
-    assert len(doubtful(config.replace(modules_to_save=["other"]), ["a.q"], ("a.q",))) == 1
+    assert select_names(config, names) == ("a.q",)
+    assert doubtful_selection(config, names, ("a.q",)) == []
+    assert len(doubtful_selection(config.replace(modules_to_save=["other"]), ["a.q"], ("a.q",))) == 1
 
 
 def test_many_names_that_are_not_here_are_counted():
     config = LoraConfig(target_modules=["q", *(f"vision.{i}.q" for i in range(20))])
-    *some, last = doubtful(config, ["a.q"], ["a.q"])
+    *some, last = doubtful_selection(config, ["a.q"], ["a.q"])
     assert [line.partition(";")[0] for line in some[:2]] == [
         "target_modules: 'vision.0.q' matches no module",
         "target_modules: 'vision.1.q' matches no module",
     ]
     assert last == f"target_modules: {20 - len(some)} more entries match no module"
     config = LoraConfig(target_modules=["q"], rank_pattern={f"vision.{i}.q": 2 for i in range(20)})
-    *some, last = doubtful(config, ["a.q"], ["a.q"])
+    *some, last = doubtful_selection(config, ["a.q"], ["a.q"])
     assert some[1] == "rank_pattern: 'vision.1.q' matches none of the targets"
     assert last == f"rank_pattern: {20 - len(some)} more match none of the targets"
 
@@ -300,8 +307,8 @@ def test_null_feedforward_is_refused():
 def test_thousands_of_names():
     names = [f"model.layers.{l}.self_attn.{p}_proj" for l in range(500) for p in "qkvo"]
     config = LoraConfig(target_modules=names[::2], rank_pattern={re.escape(name): 4 for name in names[:400]})
-    assert list(select(config, names)) == names[::2]
-    assert unmatched(config, names) == ()
+    assert list(select_names(config, names)) == names[::2]
+    assert unmatched_targets(config, names) == ()
 
 
 HEADLESS = "task_type: QUESTION_ANS has a head trained in full, called qa_outputs, and none is here"

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 
 import jaxadapt
 from jaxadapt.cli import main, output
-from jaxadapt.core.terminal import escaped
+from jaxadapt.core.terminal import escape_text
 from tests import small
 from tests.small import CONFIG, WEIGHTS
 
@@ -182,6 +182,6 @@ def test_on_a_terminal(evil):
 
 def test_usual_text_is_as_it_was():
     text = "Gewicht ü × 重み — “q” ⌘ é"
-    assert escaped(text) == text
-    assert escaped("a\nb", keep="\n") == "a\nb"
-    assert escaped("\ud800") == "\\ud800"
+    assert escape_text(text) == text
+    assert escape_text("a\nb", keep="\n") == "a\nb"
+    assert escape_text("\ud800") == "\\ud800"

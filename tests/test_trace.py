@@ -21,8 +21,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxadapt.arrays.axes import LETTERS, RANK, Axes, Use
 from jaxadapt.core.errors import AttachError
-from jaxadapt.models.tracing.rewrite import Contraction, Other, rewrite, uses
-from jaxadapt.models.tracing.uses import roles
+from jaxadapt.models.tracing.rewrite import Contraction, OtherUse, rewrite, uses
+from jaxadapt.models.tracing.uses import infer_axes
 
 R = 3
 
@@ -51,7 +51,7 @@ class Lora:
     def output(self, use: Use, x: Any, y: Any, w: Any) -> Any:
         assert len(use.y) == y.ndim
         batch = use.letters("batch")
-        first = self.a, batch + use.letters("inn") + RANK
+        first = self.a, batch + use.letters("in") + RANK
         last = self.b, batch + RANK + use.letters("out")
         if use.transposed:
             first, last = last, first
@@ -73,7 +73,7 @@ class IA3:
     feedforward: bool = False
 
     def spread(self, use: Use, letters: str) -> Any:
-        own = use.letters("inn" if self.feedforward else "out")
+        own = use.letters("in" if self.feedforward else "out")
         return jnp.einsum(f"{own}->{''.join(c for c in letters if c in own)}", self.l).reshape(
             [self.l.shape[own.index(c)] if c in own else 1 for c in letters]
         )
@@ -88,13 +88,13 @@ class IA3:
         return y if self.feedforward else y * self.spread(use, use.y)
 
     def weight(self, w: Any) -> Any:
-        role = self.axes.inn if self.feedforward else self.axes.out
+        role = self.axes.in_axes if self.feedforward else self.axes.out_axes
         return w * self.l.reshape([w.shape[i] if i in role else 1 for i in range(w.ndim)])
 
 
 def product(axes: Axes, a: Any, b: Any, einsum: Callable[..., Any] = np.einsum) -> Any:
-    inn, out, batch = ("".join(LETTERS[i] for i in role) for role in (axes.inn, axes.out, axes.batch))
-    return einsum(f"{batch}{inn}Z,{batch}Z{out}->{LETTERS[: axes.rank]}", a, b)
+    inputs, out, batch = ("".join(LETTERS[i] for i in role) for role in (axes.in_axes, axes.out_axes, axes.batch_axes))
+    return einsum(f"{batch}{inputs}Z,{batch}Z{out}->{LETTERS[: axes.rank]}", a, b)
 
 
 def array(seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
@@ -102,10 +102,10 @@ def array(seed: int, *shape: int, dtype: Any = jnp.float32) -> jax.Array:
 
 
 def lora(w: Any, axes: Axes) -> Lora:
-    sizes = {role: axes.of(role, w.shape) for role in ("batch", "inn", "out")}
+    sizes = {role: axes.sizes(role, w.shape) for role in ("batch", "in", "out")}
     return Lora(
         axes,
-        array(1, *sizes["batch"], *sizes["inn"], R),
+        array(1, *sizes["batch"], *sizes["in"], R),
         array(2, *sizes["batch"], R, *sizes["out"]),
     )
 
@@ -151,13 +151,13 @@ def check(f: Callable[..., Any], w: Any, axes: Axes, *args: Any, op_level: bool 
     close(ours(ab), want)
     assert op_level is None or ("weight" not in hook.met) == op_level, hook.met
     assert ("weight" in hook.met) == any(
-        isinstance(use, Other) or not _fits(use, axes) for use in uses(call, {"w": w}, *args)["w"]
+        isinstance(use, OtherUse) or not _fits(use, axes) for use in uses(call, {"w": w}, *args)["w"]
     )
     return hook
 
 
 def _fits(use: Contraction, axes: Axes) -> bool:
-    return set(use.inn) in (set(axes.inn), set(axes.out)) and set(use.batch) <= set(axes.batch)
+    return set(use.in_axes) in (set(axes.in_axes), set(axes.out_axes)) and set(use.batch_axes) <= set(axes.batch_axes)
 
 
 # ---------------------------------------------------------------- einsums and other single uses
@@ -205,10 +205,10 @@ def test_einsum(string: str, x: tuple[int, ...], w: tuple[int, ...], axes: Axes,
 @st.composite
 def contractions(draw: Any) -> tuple[Any, ...]:
     """An einsum of x and w with any number of axes of each kind, and how w is stored and reshaped before."""
-    free, inn, out, batch = (draw(st.lists(st.sampled_from([1, 2, 3]), max_size=2)) for _ in range(4))
-    inn, out = inn or [draw(st.sampled_from([2, 3]))], out or [draw(st.sampled_from([2, 4]))]
+    free, inputs, out, batch = (draw(st.lists(st.sampled_from([1, 2, 3]), max_size=2)) for _ in range(4))
+    inputs, out = inputs or [draw(st.sampled_from([2, 3]))], out or [draw(st.sampled_from([2, 4]))]
     names = iter("mnopqrstuvw")
-    f, i, o, b = ([(next(names), size) for size in sizes] for sizes in (free, inn, out, batch))
+    f, i, o, b = ([(next(names), size) for size in sizes] for sizes in (free, inputs, out, batch))
     x, w = draw(st.permutations(f + i)), draw(st.permutations(i + o + b))
     both = [pair for pair in b if draw(st.booleans())]  # experts; the others are fused parts
     x = draw(st.permutations(x + both))
@@ -221,7 +221,7 @@ def contractions(draw: Any) -> tuple[Any, ...]:
 @settings(max_examples=15, deadline=None)
 @given(contractions(), st.booleans())
 def test_any_einsum(case: Any, swapped: bool) -> None:
-    x, w, y, stored, merge, inn, out, batch = case
+    x, w, y, stored, merge, inputs, out, batch = case
     spell = lambda pairs: "".join(c for c, _ in pairs)  # noqa: E731
     order = [stored.index(pair) for pair in w]
     string = f"{spell(w)},{spell(x)}->{spell(y)}" if swapped else f"{spell(x)},{spell(w)}->{spell(y)}"
@@ -233,7 +233,7 @@ def test_any_einsum(case: Any, swapped: bool) -> None:
         return jnp.einsum(string, v, x) if swapped else jnp.einsum(string, x, v)
 
     at = {c: k for k, (c, _) in enumerate(stored)}
-    axes = Axes(*(tuple(at[c] for c in role) for role in (inn, out, batch)))
+    axes = Axes(*(tuple(at[c] for c in role) for role in (inputs, out, batch)))
     base, xs = array(3, *(n for _, n in stored)), array(4, *(n for _, n in x))
     hook = lora(base, axes)
     ours = jax.jit(lambda weights, x: rewrite(f, weights, {"w": hook}, x))  # one program, not one a step
@@ -244,8 +244,8 @@ def test_any_einsum(case: Any, swapped: bool) -> None:
     (found,) = uses(f, {"w": base}, xs)["w"]
     assert isinstance(found, Contraction)
     if 1 not in shape:  # axes of size 1 may be lost on the way
-        assert set(found.inn) == set(axes.inn)
-        assert set(found.batch) == {at[c] for c, _ in x if c in batch}
+        assert set(found.in_axes) == set(axes.in_axes)
+        assert set(found.batch_axes) == {at[c] for c, _ in x if c in batch}
 
 
 # ---------------------------------------------------------------- what else a function may do
@@ -401,10 +401,10 @@ def test_bf16_weights_and_float32_adapters() -> None:
 )
 def test_ia3(string: str, x: Any, w: Any, axes: Axes, feedforward: bool) -> None:
     base, xs = array(3, *w), array(4, *x)
-    sizes = axes.of("inn" if feedforward else "out", w)
+    sizes = axes.sizes("in" if feedforward else "out", w)
     # `l` in the order of the role's axes in the weight, whatever order the role lists them in
-    ordered = Axes(tuple(sorted(axes.inn)), tuple(sorted(axes.out)))
-    hook = IA3(ordered, array(6, *ordered.of("inn" if feedforward else "out", w)), feedforward)
+    ordered = Axes(tuple(sorted(axes.in_axes)), tuple(sorted(axes.out_axes)))
+    hook = IA3(ordered, array(6, *ordered.sizes("in" if feedforward else "out", w)), feedforward)
     assert hook.l.size == np.prod(sizes)
     f = lambda ws, x: jnp.einsum(string, x, ws["w"])  # noqa: E731
     close(rewrite(f, {"w": base}, {"w": hook}, xs), f({"w": hook.weight(base)}, xs))
@@ -653,7 +653,7 @@ def test_roles(string: str, x: Any, w: Any, want: Axes) -> None:
     def f(ws: Any, eqn: str, x: Any, flag: Any = None) -> Any:
         return jnp.einsum(eqn, x, ws["w"].astype(jnp.bfloat16)), None
 
-    assert roles(f, {"w": spec(*w)}, "w", string, spec(*x, dtype=jnp.bfloat16), None) == want
+    assert infer_axes(f, {"w": spec(*w)}, "w", string, spec(*x, dtype=jnp.bfloat16), None) == want
 
 
 def test_roles_that_cannot_be_told() -> None:
@@ -668,7 +668,7 @@ def test_roles_that_cannot_be_told() -> None:
         (lambda ws, x: (x @ ws["w"], ws["w"]), "by return"),
     ):
         with pytest.raises(AttachError, match=message):
-            roles(f, ws, "w", x)
+            infer_axes(f, ws, "w", x)
 
 
 def test_uses_are_listed_in_order_for_every_weight() -> None:
@@ -679,6 +679,6 @@ def test_uses_are_listed_in_order_for_every_weight() -> None:
     ws = {"table": spec(7, 4), "idle": spec(2)}
     found = uses(f, ws, spec(3, dtype=jnp.int32))
     assert found == {
-        "table": (Other("gather"), Contraction((1,), (0,)), Other("reduce_sum")),
+        "table": (OtherUse("gather"), Contraction((1,), (0,)), OtherUse("reduce_sum")),
         "idle": (),
     }

@@ -87,7 +87,7 @@ def main() -> None:
         assert last[1] == last[2]
         print(f"wrote {last[2]}")
         if number > 0:  # whose listing of the folder is an old one, as on a network's file system
-            run_folder.steps = lambda _: {}
+            run_folder.list_steps = lambda _: {}
         assert manager.latest == 3
         restore(None, 3)
         manager.export(None, folder / "peft")

@@ -69,7 +69,7 @@ class Recipe:
         """
         return tuple(self.config.get(name) for name in ("task_type", "base_model_name_or_path", "revision"))
 
-    def whole(self, found: int, name: str) -> None:
+    def check_complete(self, found: int, name: str) -> None:
         """Raise `AttachError` if `found` leaves are not all the adapter has."""
         if self.sites and found != self.sites:
             raise AttachError(
@@ -180,7 +180,7 @@ def _array_in(leaf: Any) -> Any:
 
 
 @contextlib.contextmanager
-def reading(arrays: Mapping[str, Any]) -> Generator[None]:
+def name_donated_arrays(arrays: Mapping[str, Any]) -> Generator[None]:
     """Raise `AttachError` naming the arrays that were donated while the block read them, where JAX raises for one."""
     try:
         yield
@@ -190,7 +190,7 @@ def reading(arrays: Mapping[str, Any]) -> Generator[None]:
             raise
         raise AttachError(
             "these arrays were deleted while they were saved: they were donated to a jitted function; save before the"
-            " step that donates them, or save a copy (jax.tree.map(jnp.copy, adapter)):\n" + paths.listing(gone)
+            " step that donates them, or save a copy (jax.tree.map(jnp.copy, adapter)):\n" + paths.bullets(gone)
         ) from error
 
 

@@ -16,7 +16,7 @@ from jaxadapt.keymaps import check, generic, plan
 from jaxadapt.keymaps.keymap import KeyMap
 
 
-def carried(
+def base_weight_keys(
     tensors: Mapping[str, Any],
     shapes: Mapping[str, Sequence[int]],
     keymap: KeyMap,
@@ -34,15 +34,15 @@ def carried(
     Raises `MismatchError` where the file brings other values.
     """
     mine = {leaf: tuple(array.shape) for leaf, array in base.items()}
-    sites = {leaf: keymap.site(leaf) for leaf in mine}
+    sites = {leaf: keymap.match(leaf) for leaf in mine}
     bare = [leaf for leaf, site in sites.items() if site is None or len(site.weight.left) != len(mine[leaf])]
-    table = keymap.with_lines(generic.as_it_is(leaf, mine[leaf]) for leaf in bare)
-    entries = [entry for leaf, shape in mine.items() if (entry := plan.base_entry(table, leaf, shape)) is not None]
+    table = keymap.with_entries(generic.entry_for_copy(leaf, mine[leaf]) for leaf in bare)
+    entries = [entry for leaf, shape in mine.items() if (entry := plan.base_plan_entry(table, leaf, shape)) is not None]
     known = {key: (entry, i) for entry in entries for i, key in enumerate(entry.keys)}
     ties = dict(keymap.tied)
     found, blind, problems = set[str](), list[str](), dict[str, str]()
     for key, shape in shapes.items():
-        name = state_dict_keys.plain(key.removeprefix(keymap.prefix))
+        name = state_dict_keys.unwrapped_key(key.removeprefix(keymap.prefix))
         if check.is_buffer(keymap, name) or _is_repeated(tensors, key, ties):
             found.add(key)
             continue
@@ -67,13 +67,13 @@ def carried(
         raise MismatchError(
             f"{source} brings weights of the base that differ from the model's, and a base is never changed by an"
             " adapter:\n"
-            + paths.listing(problems.values())
+            + paths.bullets(problems.values())
             + "\nPut them into the base parameters yourself (jaxadapt.read(path).tensors has them), then load it again"
         )
     if blind:
         warn(
             f"{source}: these are taken for the base's own, which has no values to compare:\n"
-            + paths.listing(blind, len(blind))
+            + paths.bullets(blind, len(blind))
         )
     return found - problems.keys()
 

@@ -16,29 +16,29 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxadapt.adapters import full_copies, tied
-from jaxadapt.adapters.sites import Bound
+from jaxadapt.adapters.sites import Site
 from jaxadapt.configs import Config, matching
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, MismatchError, warn
 from jaxadapt.keymaps import plan
-from jaxadapt.keymaps.keymap import KeyMap, Site
-from jaxadapt.keymaps.plan import Encoded, Entry
-from jaxadapt.keymaps.tensor_spec import Tensor
+from jaxadapt.keymaps.keymap import KeyMap, Match
+from jaxadapt.keymaps.plan import Encoded, PlanEntry
+from jaxadapt.keymaps.tensor_spec import MethodTensor
 
 
-def _entries(keymap: KeyMap, shapes: Mapping[str, Sequence[int]], wrapped: bool) -> dict[str, Entry]:
+def _entries(keymap: KeyMap, shapes: Mapping[str, Sequence[int]], wrapped: bool) -> dict[str, PlanEntry]:
     """`{module: entry}` of the table of tokens and the head, as they are called inside an adapter or outside."""
-    out: dict[str, Entry] = {}
+    out: dict[str, PlanEntry] = {}
     for leaf, shape in shapes.items():
-        site = keymap.site(leaf)
+        site = keymap.match(leaf)
         if site is None or site.braced or len(site.weight.left) != len(shape) or not _is_one(keymap, site):
             continue
-        tensor = Tensor("base", ".base_layer" if wrapped else "", (), (), whole=True, degree=1)
-        out[site.module({})] = plan.entry(keymap, site, tensor, plan.sizes_of(site, shape))
+        tensor = MethodTensor("base", ".base_layer" if wrapped else "", (), (), is_copy=True, scale_power=1)
+        out[site.module({})] = plan.plan_entry(keymap, site, tensor, plan.axis_sizes(site, shape))
     return out
 
 
-def _is_one(keymap: KeyMap, site: Site) -> bool:
+def _is_one(keymap: KeyMap, site: Match) -> bool:
     module, parameter = site.parameter({})
     if parameter != "weight":
         return False
@@ -54,7 +54,7 @@ def _targeted(config: Config, modules: Sequence[str]) -> bool:
     return any(name in (names or ()) for name in tied.NAMES)
 
 
-def perhaps(config: Config, wanted: bool | str) -> bool:
+def may_need_embeddings(config: Config, wanted: bool | str) -> bool:
     """Whether any embedding may have to go into the file: a first look, at the configuration alone."""
     if wanted not in (True, False, "auto"):
         raise ConfigError(f"save_embedding_layers: expected true, false or 'auto', found {wanted!r}")
@@ -62,11 +62,11 @@ def perhaps(config: Config, wanted: bool | str) -> bool:
     return wanted is True or (wanted == "auto" and (isinstance(names, str) or _targeted(config, ())))
 
 
-def added(
+def add_embeddings(
     tensors: Encoded,
     config: Config,
     keymap: KeyMap,
-    bounds: Sequence[Bound],
+    bounds: Sequence[Site],
     base: Mapping[str, Any] | None,
     wanted: bool | str,
 ) -> Encoded:
@@ -89,11 +89,11 @@ def added(
     chosen = [inside[m] if m in adapted else outside[m] for m in inside if m in adapted or not targeted]
     chosen = [e for e in chosen if not any(key in tensors.plan.keys for key in e.keys)]
     values = {e.path: base[e.path.rpartition(".")[0]] for e in chosen}
-    both = plan.plan([*tensors.plan.entries, *chosen])
+    both = plan.make_plan([*tensors.plan.entries, *chosen])
     return dataclasses.replace(tensors, plan=both, leaves={**tensors.leaves, **values})
 
 
-def carried(
+def embedding_keys(
     tensors: Mapping[str, Any],
     shapes: Mapping[str, Sequence[int]],
     known: Mapping[str, Any],
@@ -112,7 +112,7 @@ def carried(
     """
     mine = {leaf: tuple(array.shape) for leaf, array in base.items()}
     entries = [e for wrapped in (True, False) for e in _entries(keymap, mine, wrapped).values()]
-    entries = [*tied.repeated(entries, keymap), *entries]
+    entries = [*tied.repeat_for_heads(entries, keymap), *entries]
     found = {key: e for e in entries for key in e.keys if key in shapes and key not in known}
     problems: list[str] = []
     for key, entry in found.items():
@@ -128,7 +128,7 @@ def carried(
     if problems:
         raise MismatchError(
             f"{source} brings embeddings of its own, and the base is never changed by an adapter:\n"
-            + paths.listing(problems)
+            + paths.bullets(problems)
             + "\nPut them into the base parameters yourself (jaxadapt.read(path).tensors has them), then load it again"
         )
     return set(found)

@@ -28,7 +28,7 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, MismatchError, warn
 from jaxadapt.keymaps import expert_names, plan
 from jaxadapt.keymaps import parts as pieces
-from jaxadapt.keymaps.expert_names import pattern
+from jaxadapt.keymaps.expert_names import name_regex
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
 
@@ -53,7 +53,7 @@ class _Parameter:
 
     def keys(self, side: str) -> list[str]:
         """What follows the key of A or B for each part."""
-        return [pieces.named("", None if side == "A" else 0, part) for part in self.parts]
+        return [pieces.part_key("", None if side == "A" else 0, part) for part in self.parts]
 
     @property
     def owner(self) -> str:
@@ -62,7 +62,7 @@ class _Parameter:
     def find(self, module: str) -> tuple[str, int, int] | None:
         """Of a module of one expert: the parameter in full, its part and the expert's number."""
         for part, template in enumerate(self.modules):
-            found = re.fullmatch(pattern(template), module)
+            found = re.fullmatch(name_regex(template), module)
             if found:
                 texts = found.groupdict()
                 return self.name.format(**texts), part, int(texts.get("e", 0))
@@ -70,7 +70,7 @@ class _Parameter:
 
     def texts(self, name: str) -> dict[str, str] | None:
         """What fills the holes of a parameter's name."""
-        found = re.fullmatch(pattern(self.name), name)
+        found = re.fullmatch(name_regex(self.name), name)
         return None if found is None else found.groupdict()
 
 
@@ -78,12 +78,12 @@ def _parameters(table: KeyMap, lines: KeyMap | None = None) -> list[_Parameter]:
     """`lines`: of the table that says in what parts the leaves are, `table` itself by default."""
     parts: dict[str, list[str]] = {}
     for w in (lines or table).weights:
-        if w.piece and w.kind == "experts":
-            parts.setdefault(w.whole_key, []).append(w.piece)
+        if w.part and w.kind == "experts":
+            parts.setdefault(w.file_key, []).append(w.part)
     found: list[_Parameter] = []
     for i, (name, modules) in enumerate(table.each):
         usual = [f"{part}/{len(modules)}" for part in range(len(modules))]
-        turned = any(w.whole_key == name and _is_turned(w) for w in (lines or table).weights)
+        turned = any(w.file_key == name and _is_turned(w) for w in (lines or table).weights)
         found.append(_Parameter(name, modules, i, tuple(sorted(parts.get(name, usual))), name in parts, turned))
     return found
 
@@ -91,24 +91,24 @@ def _parameters(table: KeyMap, lines: KeyMap | None = None) -> list[_Parameter]:
 def _is_turned(w: Weight) -> bool:
     """Whether a line of experts says that their A is on the outputs: Llama 4's, as PEFT alone takes it."""
     roles = w.torch_roles
-    return w.kind == "experts" and (roles["out"], roles["inn"]) == tuple((n,) for n in w.left[-2:])
+    return w.kind == "experts" and (roles["out"], roles["in"]) == tuple((n,) for n in w.left[-2:])
 
 
-def names(table: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+def expert_parameters(table: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     """The parameters that these leaves are, of those that PEFT adapts by their names."""
-    found = ((table.site(leaf), shape) for leaf, shape in shapes.items())
+    found = ((table.match(leaf), shape) for leaf, shape in shapes.items())
     mine = ((site, shape) for site, shape in found if site is not None and site.weight.kind in ("experts", "parameter"))
-    return [paths.join(*p) for site, shape in mine for p in site.parameters(plan.sizes_of(site, shape)).values()]
+    return [paths.join(*p) for site, shape in mine for p in site.parameters(plan.axis_sizes(site, shape)).values()]
 
 
-def singled(table: KeyMap) -> KeyMap:
+def per_expert_keymap(table: KeyMap) -> KeyMap:
     """The same table with a module for each expert, named after the parameter: how other libraries' trees are read.
 
     Their A and B may be one for all experts. A router is the Linear that it was.
 
     >>> from jaxadapt.keymaps.weight import Weight
     >>> line = Weight("w_up", "experts.gate_up[f 1/2]", "e d f -> e f d", kind="experts")
-    >>> made = singled(KeyMap("tiny", (line,)))
+    >>> made = per_expert_keymap(KeyMap("tiny", (line,)))
     >>> made.weights[0].key, made.weights[0].pattern
     ('experts.gate_up.{e}.1.weight', '{e} d f -> f d')
     """
@@ -116,18 +116,18 @@ def singled(table: KeyMap) -> KeyMap:
     each: dict[str, list[str]] = {}
     for w in table.weights:
         if w.kind == "parameter":
-            each[w.whole_key] = [w.module]
+            each[w.file_key] = [w.module]
             turned: dict[str, Any] = {**w.options, "kind": "linear"}
             lines.append(Weight(w.leaf, w.key, w.pattern, **turned))
         elif w.kind == "experts":
-            (expert,), out, inn = w.torch_roles["experts"], w.torch_roles["out"], w.torch_roles["inn"]
+            (expert,), out, inputs = w.torch_roles["experts"], w.torch_roles["out"], w.torch_roles["in"]
             if _is_turned(w):
-                out, inn = inn, out
-            part = w.piece.partition("/")[0].partition(":")[0]
-            module = f"{w.whole_key}.{{e}}" + (f".{part}" if part else "")
-            each.setdefault(w.whole_key, []).append(module)
+                out, inputs = inputs, out
+            part = w.part.partition("/")[0].partition(":")[0]
+            module = f"{w.file_key}.{{e}}" + (f".{part}" if part else "")
+            each.setdefault(w.file_key, []).append(module)
             left = " ".join("{e}" if n == expert else n for n in w.left)
-            right = " ".join(group[0] if len(group) == 1 else f"({' '.join(group)})" for group in (out, inn))
+            right = " ".join(group[0] if len(group) == 1 else f"({' '.join(group)})" for group in (out, inputs))
             options: dict[str, Any] = {"kind": "linear", "scale": w.scale, **dict(w.sizes)}
             lines.append(Weight(w.leaf, f"{module}.weight", f"{left} -> {right}", **options))
         else:
@@ -139,7 +139,7 @@ def singled(table: KeyMap) -> KeyMap:
 _LIKE = re.compile(r"\.experts\.|\.gate\.lora_")
 
 
-def possible(keys: Iterable[str]) -> bool:
+def may_have_experts(keys: Iterable[str]) -> bool:
     """Whether a file may have adapters of experts, by a glance."""
     return any(_LIKE.search(key) for key in keys)
 
@@ -150,7 +150,7 @@ Parts = dict[int, dict[int, dict[str, Array]]]
 """`{part: {expert: {"A": …, "B": …}}}` of one parameter."""
 
 
-def fused(
+def fuse_experts(
     tensors: PeftTensors,
     table: KeyMap,
     on_shared: str | None,
@@ -217,7 +217,7 @@ def _checked(
     alphas: dict[str, float] = {}
     problems: list[str] = []
     for name, (one, parts) in found.items():
-        numbers = expert_names.counted([e for experts in parts.values() for e in experts])
+        numbers = expert_names.expert_numbers([e for experts in parts.values() for e in experts])
         texts = one.texts(name) or {}
         modules = {
             (part, e): template.format(**texts, e=e) for part, template in enumerate(one.modules) for e in numbers
@@ -242,7 +242,7 @@ def _checked(
     if problems:
         raise MismatchError(
             f"{source}: the model holds all experts of a layer in one array, and so needs all of them, alike:\n"
-            + paths.listing(problems)
+            + paths.bullets(problems)
         )
     return ranks, alphas
 
@@ -256,7 +256,7 @@ def _stacked(
     b: list[Array] = []
     for part in range(n):
         experts = [parts[part][e] for e in range(len(parts[part]))]
-        xp = joint_tensors.xp_of(experts[0]["A"])
+        xp = joint_tensors.array_namespace(experts[0]["A"])
         a.append(xp.concatenate([pair["A"] for pair in experts]))
         # (expert, out, rank) -> (out, rank, expert)
         wide = xp.stack([pair["B"] for pair in experts], axis=-1)
@@ -266,16 +266,18 @@ def _stacked(
         return {("A", ""): a[0], ("B", ""): b[0]}, 1
     if one.split:
         return {(s, key): x for s, xs in (("A", a), ("B", b)) for key, x in zip(keys[s], xs, strict=True)}, 1
-    xp = joint_tensors.xp_of(a[0])
-    if joint_tensors.equal(a):
-        return {("A", ""): a[0], ("B", ""): pieces.together(b, [f"B{key}" for key in keys["B"]], xp)}, 1
+    xp = joint_tensors.array_namespace(a[0])
+    if joint_tensors.bitwise_equal(a):
+        return {("A", ""): a[0], ("B", ""): pieces.join_parts(b, [f"B{key}" for key in keys["B"]], xp)}, 1
     if on_shared != "concat":
         raise MismatchError(
             f"{what}: the model holds gate and up in one array, with one A for both, and the file's differ (or nobody"
             f' can tell, inside jit). Pass on_shared="concat" to {call}: with their ranks side by side it computes'
             f" exactly the same, at {n} times the rank"
         )
-    wide_a, wide_b = joint_tensors.side_by_side(rank, a, b, [f"A{k}" for k in keys["A"]], [f"B{k}" for k in keys["B"]])
+    wide_a, wide_b = joint_tensors.concatenate_ranks(
+        rank, a, b, [f"A{k}" for k in keys["A"]], [f"B{k}" for k in keys["B"]]
+    )
     return {("A", ""): wide_a, ("B", ""): wide_b}, n
 
 
@@ -301,7 +303,7 @@ def _with_parameters(
         left = [entry for entry in given or () if any(m == entry or m.endswith(f".{entry}") for m in modules)]
     named = [*(config.target_parameters or ()), *_short(list(ranks), config, others)]
     config = config.replace(target_modules=left, target_parameters=named, lora_dropout=0.0)
-    return joint_tensors.with_values(config, all_ranks, all_alphas)
+    return joint_tensors.with_ranks_and_alphas(config, all_ranks, all_alphas)
 
 
 def _short(names: Sequence[str], config: LoraConfig, others: Collection[str] | None) -> list[str]:
@@ -316,14 +318,14 @@ def _short(names: Sequence[str], config: LoraConfig, others: Collection[str] | N
 # ---------------------------------------------------------------- and apart again
 
 
-def apart(
+def split_experts(
     config: Config, tensors: Mapping[str, Array], table: KeyMap, lines: KeyMap | None = None
 ) -> tuple[Config, dict[str, Array]]:
     """Adapters of parameters as those of the single experts' modules, under the names that transformers 4 had.
 
     Args:
         tensors: a plan's, by the table's names; parts of a tensor need not be put together.
-        table, lines: as in `fused`.
+        table, lines: as in `fuse_experts`.
 
     Raises `ConfigError` if the configuration is no LoRA's.
     """
@@ -333,8 +335,8 @@ def apart(
     out: dict[str, Array] = {}
     held: dict[tuple[_Parameter, str], dict[str, list[Array]]] = {}
     for key in sorted(tensors):  # parts in order
-        piece = pieces.read(key)
-        module, dot, last = pieces.whole(key).removeprefix(table.prefix).rpartition(".lora_")
+        piece = pieces.parse_part_key(key)
+        module, dot, last = pieces.file_key(key).removeprefix(table.prefix).rpartition(".lora_")
         owner, depth = module, 0
         while owner.endswith(".base_layer"):
             owner, depth = owner.removesuffix(".base_layer"), depth + 1
@@ -346,7 +348,7 @@ def apart(
         sides, side = held.setdefault(one, {}), last[0]
         if piece is None and len(one[0].modules) > 1:
             names = [f"x{part}" for part in one[0].keys(side)]
-            parts = pieces.cut({"x": tensors[key]}, names)
+            parts = pieces.cut_parts({"x": tensors[key]}, names)
             sides[side] = [parts[name] for name in names]
         else:
             sides.setdefault(side, []).append(tensors[key])
@@ -368,12 +370,12 @@ def apart(
                 out |= {f"{table.prefix}{module}.lora_{side}.weight": x for side, x in zip("AB", pair, strict=True)}
                 ranks[module], alphas[module] = rank, alpha
                 experts[module] = template
-    return joint_tensors.with_values(_with_modules(config, table, list(rest), experts), ranks, alphas), out
+    return joint_tensors.with_ranks_and_alphas(_with_modules(config, table, list(rest), experts), ranks, alphas), out
 
 
 def _of(one: _Parameter, owner: str) -> str | None:
     """The full name of the parameter of that kind that a module has."""
-    return one.name.format(**found.groupdict()) if (found := re.fullmatch(pattern(one.owner), owner)) else None
+    return one.name.format(**found.groupdict()) if (found := re.fullmatch(name_regex(one.owner), owner)) else None
 
 
 def _with_modules(config: LoraConfig, table: KeyMap, rest: Sequence[str], experts: Mapping[str, str]) -> LoraConfig:
@@ -398,6 +400,6 @@ def _with_modules(config: LoraConfig, table: KeyMap, rest: Sequence[str], expert
 
 def _filled(template: str, module: str) -> str:
     """A pattern for all experts of one layer."""
-    found = re.fullmatch(pattern(template), module)
+    found = re.fullmatch(name_regex(template), module)
     assert found is not None
     return re.escape(template.format(**(found.groupdict() | {"e": "{e}"}))).replace(r"\{e\}", "{e}")

@@ -16,16 +16,16 @@ from jaxadapt.configs import Config, matching
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, KeyMapError, MismatchError, TargetError
 from jaxadapt.keymaps import generic, plan
-from jaxadapt.keymaps.keymap import KeyMap, Site
+from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.weight import Weight
 from jaxadapt.methods import trainable_tokens
-from jaxadapt.methods.full_copy import Copied
-from jaxadapt.methods.trainable_tokens import Tokens
+from jaxadapt.methods.full_copy import FullCopy
+from jaxadapt.methods.trainable_tokens import TrainableTokens
 
 Shape = tuple[int, ...]
 Index = tuple[int, ...]
 
-Replaced = Copied | Tokens
+Replaced = FullCopy | TrainableTokens
 
 TENSORS = frozenset({"copy", trainable_tokens.NAME})
 """What such tensors are called in an adapter."""
@@ -37,13 +37,13 @@ INPUTS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "shared", 
 """What a language model calls its table of tokens, where it has further tables (of positions, of types)."""
 
 
-def asked(config: Config) -> bool:
+def has_copies(config: Config) -> bool:
     """Whether the configuration asks for any copies at all."""
     more = config.get("modules_to_save") or config.get("trainable_token_indices") is not None
     return bool(more) or config.get("bias", "none") != "none"
 
 
-def rows(config: Config, module: str, inputs: str | None = None) -> tuple[int, ...] | None:
+def trained_rows(config: Config, module: str, inputs: str | None = None) -> tuple[int, ...] | None:
     """The tokens whose rows are trained in a module, None if it is not the table of tokens (`inputs`) or named."""
     given = config.get("trainable_token_indices")
     if isinstance(given, Mapping):
@@ -51,7 +51,7 @@ def rows(config: Config, module: str, inputs: str | None = None) -> tuple[int, .
     return given if module == inputs else None
 
 
-def wanted(
+def copy_method(
     config: Config, module: str, parameter: str, adapted: Collection[str], inputs: str | None = None, kind: str = ""
 ) -> Replaced | None:
     """How one parameter is copied, None if it is not; `adapted` are the modules with an adapter of their own.
@@ -59,24 +59,24 @@ def wanted(
     PEFT wraps an adapted module, so the name of its bias has "base_layer" in it.
     """
     if matching.is_saved(config, module):
-        return Copied("modules_to_save", lookup=kind == LOOKUP)
-    if parameter == "weight" and (indices := rows(config, module, inputs)) is not None:
-        return Tokens(indices)
+        return FullCopy("modules_to_save", lookup=kind == LOOKUP)
+    if parameter == "weight" and (indices := trained_rows(config, module, inputs)) is not None:
+        return TrainableTokens(indices)
     mode = config.get("bias", "none")
     if parameter != "bias" or mode == "none":
         return None
     wrapped = module in adapted
-    return Copied("bias", wrapped) if wrapped or mode == "all" else None
+    return FullCopy("bias", wrapped) if wrapped or mode == "all" else None
 
 
-def of_site(
-    config: Config, site: Site, sizes: Mapping[str, int], adapted: Collection[str], inputs: str | None = None
+def copied_entries(
+    config: Config, site: Match, sizes: Mapping[str, int], adapted: Collection[str], inputs: str | None = None
 ) -> dict[Index, Replaced]:
     """The copied entries of one leaf, by index over its stacked axes and fused axis."""
     found = {
         index: copied
         for index, (module, parameter) in site.parameters(sizes).items()
-        if (copied := wanted(config, module, parameter, adapted, inputs, site.weight.kind)) is not None
+        if (copied := copy_method(config, module, parameter, adapted, inputs, site.weight.kind)) is not None
     }
     if len(set(found.values())) > 1:
         raise ConfigError(
@@ -87,7 +87,7 @@ def of_site(
     return found
 
 
-def repeated(tensors: Mapping[str, Any], known: Collection[str], source: str) -> set[str]:
+def redundant_keys(tensors: Mapping[str, Any], known: Collection[str], source: str) -> set[str]:
     """The keys of a file that say nothing new of modules trained in full; `MismatchError` where they do.
 
     With bias="all" PEFT writes the biases of such a module twice more, under the names that they have inside its
@@ -100,7 +100,7 @@ def repeated(tensors: Mapping[str, Any], known: Collection[str], source: str) ->
     if apart:
         raise MismatchError(
             f"{source}: these repeat tensors, and differ from them:\n"
-            + paths.listing([f"{key} and {found[key]}" for key in apart])
+            + paths.bullets([f"{key} and {found[key]}" for key in apart])
         )
     return set(found)
 
@@ -109,30 +109,32 @@ WRAPPERS = (".modules_to_save", ".original_module")
 """What PEFT's wrapper of a module trained in full calls its parts."""
 
 
-def site_of(keymap: KeyMap, leaf: str, shape: Shape) -> Site:
+def match_for_copy(keymap: KeyMap, leaf: str, shape: Shape) -> Match:
     """The leaf's site, by its table or else under its JAX path; a copy needs no roles."""
-    site = keymap.site(leaf)
+    site = keymap.match(leaf)
     fits = site is not None and len(site.weight.left) == len(shape)
-    return site if site is not None and fits else Site(leaf, generic.as_it_is(leaf, shape))
+    return site if site is not None and fits else Match(leaf, generic.entry_for_copy(leaf, shape))
 
 
-def _of_lookup(site: Site) -> Site:
+def _of_lookup(site: Match) -> Match:
     line = site.weight
     key = ".".join(site.parameter({}))
-    return Site(site.leaf, Weight(site.leaf, key, line.pattern, kind=LOOKUP, fan_in_fan_out=True, scale=line.scale))
+    return Match(site.leaf, Weight(site.leaf, key, line.pattern, kind=LOOKUP, fan_in_fan_out=True, scale=line.scale))
 
 
-def select(
+def select_copies(
     config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], adapted: Collection[str]
-) -> list[tuple[Site, dict[str, int], dict[Index, Replaced]]]:
+) -> list[tuple[Match, dict[str, int], dict[Index, Replaced]]]:
     """`(site, sizes, copied entries)` of every leaf that is copied, in the order of `shapes`."""
-    if not asked(config):
+    if not has_copies(config):
         return []
-    sites = [(s, plan.sizes_of(s, shape)) for leaf, shape in shapes.items() for s in [site_of(keymap, leaf, shape)]]
-    alone = tied.only_lookups(config, keymap, shapes)
+    sites = [
+        (s, plan.axis_sizes(s, shape)) for leaf, shape in shapes.items() for s in [match_for_copy(keymap, leaf, shape)]
+    ]
+    alone = tied.lookup_only_tables(config, keymap, shapes)
     sites = [(_of_lookup(s) if not s.braced and s.parameter({})[0] in alone else s, sizes) for s, sizes in sites]
     inputs = _inputs(config, sites)
-    found = [(site, sizes, of_site(config, site, sizes, adapted, inputs)) for site, sizes in sites]
+    found = [(site, sizes, copied_entries(config, site, sizes, adapted, inputs)) for site, sizes in sites]
     _check_tokens(config, sites, inputs)
     _check_layouts(config, keymap, {site.leaf: shapes[site.leaf] for site, _, copied in found if copied})
     return [(site, sizes, copied) for site, sizes, copied in found if copied]
@@ -145,7 +147,7 @@ def _check_layouts(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]) 
         f"{leaf} {shape}: no line, and more than two axes (PyTorch turns the window of a ConvTranspose round, which no"
         " pattern says)"
         for leaf, shape in kernels.items()
-        if len(shape) > 2 and ((site := keymap.site(leaf)) is None or len(site.weight.left) != len(shape))
+        if len(shape) > 2 and ((site := keymap.match(leaf)) is None or len(site.weight.left) != len(shape))
     ]
     if config.get("fan_in_fan_out"):
         problems += [
@@ -153,18 +155,18 @@ def _check_layouts(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]) 
             " transformers does, not which; give Weight(leaf, key, 'i o -> i o', fan_in_fan_out=True) for a Conv1D,"
             " 'i o -> o i' for an nn.Linear"
             for leaf, shape in kernels.items()
-            if generic.is_guess(keymap, leaf, shape) and generic.is_square(site_of(keymap, leaf, shape), shape)
+            if generic.is_guess(keymap, leaf, shape) and generic.is_square(match_for_copy(keymap, leaf, shape), shape)
         ]
     if problems:
         raise KeyMapError(
             f"the adapter would hold full copies of these weights, and the table {keymap.name!r} does not know how"
             " PyTorch lays them out:\n"
-            + paths.listing(problems)
+            + paths.bullets(problems)
             + generic.ways_out("leave them out of modules_to_save")
         )
 
 
-def _inputs(config: Config, sites: Collection[tuple[Site, Mapping[str, int]]]) -> str | None:
+def _inputs(config: Config, sites: Collection[tuple[Match, Mapping[str, int]]]) -> str | None:
     """The name of the table of tokens, where a list of indices means it without saying so."""
     if not isinstance(config.get("trainable_token_indices"), tuple):
         return None
@@ -179,7 +181,7 @@ def _inputs(config: Config, sites: Collection[tuple[Site, Mapping[str, int]]]) -
     )
 
 
-def _check_tokens(config: Config, sites: Collection[tuple[Site, Mapping[str, int]]], inputs: str | None) -> None:
+def _check_tokens(config: Config, sites: Collection[tuple[Match, Mapping[str, int]]], inputs: str | None) -> None:
     """Refuse tokens beyond a vocabulary or given twice, and names that no module has."""
     given = config.get("trainable_token_indices")
     if given is None:
@@ -188,11 +190,11 @@ def _check_tokens(config: Config, sites: Collection[tuple[Site, Mapping[str, int
     met: set[str] = set()
     for site, sizes in sites:
         for module, parameter in site.parameters(sizes).values():
-            indices = rows(config, module, inputs) if parameter == "weight" else None
+            indices = trained_rows(config, module, inputs) if parameter == "weight" else None
             if indices is None:
                 continue
             met.add(module)
-            role = "inn" if site.weight.kind == "embedding" else "out"
+            role = "in" if site.weight.kind == "embedding" else "out"
             size = sizes[site.roles[role][0]] if site.roles[role] else 0
             if matching.is_saved(config, module):
                 problems.append(f"{module}: modules_to_save trains all its rows already")
@@ -205,5 +207,5 @@ def _check_tokens(config: Config, sites: Collection[tuple[Site, Mapping[str, int
         raise TargetError(
             "trainable_token_indices cannot be had here: it is for rows that the model's table has, each once."
             " Resize the model's vocabulary if theirs was, or leave such tokens out (and their rows of the file):\n"
-            + paths.listing(problems)
+            + paths.bullets(problems)
         )

@@ -23,14 +23,14 @@ from jaxadapt.keymaps.keymap import KeyMap
 _LAYER = re.compile(r"(?:^|\.)(?:layers|encoder\.layer|h)\.(\d+)\.")  # where PEFT's replicate_layers finds them
 
 
-def origins(config: Config) -> list[int]:
+def base_layers(config: Config) -> list[int]:
     """For each layer of the model the layer of the base that it repeats; empty where nothing is repeated."""
     return [layer for start, end in config.get("layer_replication") or () for layer in range(start, end)]
 
 
-def check(config: Config, modules: Iterable[str]) -> None:
+def check_layers(config: Config, modules: Iterable[str]) -> None:
     """Raise `ConfigError` unless a model of these modules has the layers that the configuration makes."""
-    order = origins(config)
+    order = base_layers(config)
     if not order:
         return
     found = {int(match[1]) for name in modules if (match := _LAYER.search(name))}
@@ -48,19 +48,19 @@ def check_values(config: Config, keymap: KeyMap, base: Callable[[], Mapping[str,
     Args:
         base: gives `{leaf: array or spec}` of the base parameters.
     """
-    order = origins(config)
+    order = base_layers(config)
     if not order:
         return
     first: dict[str, Any] = {}
     apart: list[str] = []
     hollow = False
     for leaf, array in base().items():
-        site = keymap.site(leaf)
+        site = keymap.match(leaf)
         if site is None or len(site.weight.left) != len(array.shape):
             continue
         values = isinstance(array, np.ndarray | jax.Array) and not isinstance(array, Tracer)
         hollow |= not values
-        for index, parameter in site.parameters(plan.sizes_of(site, array.shape)).items():
+        for index, parameter in site.parameters(plan.axis_sizes(site, array.shape)).items():
             name = paths.join(*parameter)
             match = _LAYER.search(name)
             if match is None or not values or int(match[1]) >= len(order):
@@ -75,7 +75,7 @@ def check_values(config: Config, keymap: KeyMap, base: Callable[[], Mapping[str,
     if apart:
         raise ConfigError(
             f"layer_replication repeats layers of the base ({order}), and these parameters differ from those of the"
-            " layer they repeat:\n" + paths.listing(apart)
+            " layer they repeat:\n" + paths.bullets(apart)
         )
     if hollow:
         warn("layer_replication: the base has no values to compare the repeated layers by")

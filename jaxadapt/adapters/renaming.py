@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jaxadapt.adapters import target_parameters
-from jaxadapt.adapters.sites import Bound
+from jaxadapt.adapters.sites import Site
 from jaxadapt.configs import Config, matching
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, KeyMapError
-from jaxadapt.keymaps.keymap import KeyMap, Site
+from jaxadapt.keymaps.keymap import KeyMap, Match
 
 
-def renamed(config: Config, before: Sequence[Bound], table: KeyMap) -> Config:
+def rename_targets(config: Config, before: Sequence[Site], table: KeyMap) -> Config:
     """The configuration for the same sites under another table's module names.
 
     A model adapted under its JAX names and saved under PyTorch's would otherwise give a file whose
@@ -23,11 +23,11 @@ def renamed(config: Config, before: Sequence[Bound], table: KeyMap) -> Config:
     moved: list[str] = []
     unmapped: list[str] = []
     for bound in before:
-        site = table.site(bound.leaf)
+        site = table.match(bound.leaf)
         if site is None:
             unmapped.append(bound.leaf)
-        elif bound.method.depth is not None:
-            names = target_parameters.names(site, _braced_sizes(bound, site)).values()
+        elif bound.method.wrapper_depth is not None:
+            names = target_parameters.parameter_names(site, _braced_sizes(bound, site)).values()
             moved += [name for name in names if not matching.is_parameter(config, name)]
         elif bound.method.copies:
             names = [paths.join(*name) for name in site.parameters(_braced_sizes(bound, site)).values()]
@@ -39,12 +39,12 @@ def renamed(config: Config, before: Sequence[Bound], table: KeyMap) -> Config:
                 [n for n, old in zip(names, mine, strict=True) if old is not None] if len(names) == len(mine) else names
             )
     if unmapped:
-        raise KeyMapError(f"the table {table.name!r} has no line for these adapted leaves:\n" + paths.listing(unmapped))
-    old = [m for b in before if not b.method.copies and b.method.depth is None for m in b.modules]
+        raise KeyMapError(f"the table {table.name!r} has no line for these adapted leaves:\n" + paths.bullets(unmapped))
+    old = [m for b in before if not b.method.copies and b.method.wrapper_depth is None for m in b.modules]
     if moved:
         raise ConfigError(
             f"under the table {table.name!r} these parameters have other names, and modules_to_save, target_parameters"
-            " or bias speak of the old ones; pass config= that speaks of the new names:\n" + paths.listing(moved)
+            " or bias speak of the old ones; pass config= that speaks of the new names:\n" + paths.bullets(moved)
         )
     if set(old) == set(new):
         return config
@@ -64,8 +64,8 @@ def renamed(config: Config, before: Sequence[Bound], table: KeyMap) -> Config:
     return config.replace(target_modules=sorted(set(new)))  # in full: a suffix might mean further modules there
 
 
-def _braced_sizes(bound: Bound, site: Site) -> dict[str, int]:
+def _braced_sizes(bound: Site, site: Match) -> dict[str, int]:
     """Sizes of the braced axes of another table's line for the same leaf, axis by axis."""
     known = {name: n for e in bound.entries for name, n in zip(e.form.left, e.form.shape, strict=True)}
-    sizes = {new: known.get(old, 0) for old, new in zip(bound.site.weight.left, site.weight.left, strict=True)}
+    sizes = {new: known.get(old, 0) for old, new in zip(bound.match.weight.left, site.weight.left, strict=True)}
     return {axis: len(site.weight.names(axis) or ()) or sizes[axis] for axis in site.braced}

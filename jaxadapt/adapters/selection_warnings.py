@@ -12,11 +12,11 @@ _SAID = 8
 """Entries of one field that are said one by one."""
 
 
-def unmatched(config: Config, names: Sequence[str]) -> tuple[str, ...]:
+def unmatched_targets(config: Config, names: Sequence[str]) -> tuple[str, ...]:
     """The entries of `target_modules` that select none of `names`: misspelt, excluded, or for another model.
 
     >>> from jaxadapt.configs import LoraConfig
-    >>> unmatched(LoraConfig(target_modules=["q", "qq"]), ["a.q", "a.k"])
+    >>> unmatched_targets(LoraConfig(target_modules=["q", "qq"]), ["a.q", "a.k"])
     ('qq',)
     """
     wanted: str | tuple[str, ...] | None = config.get("target_modules")
@@ -34,7 +34,7 @@ def unmatched(config: Config, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(entry for entry in wanted if entry not in hit)
 
 
-def doubtful(config: Config, names: Sequence[str], chosen: Sequence[str]) -> list[str]:
+def doubtful_selection(config: Config, names: Sequence[str], chosen: Sequence[str]) -> list[str]:
     """What of a selection may be a mistake, though PEFT says nothing: for a warning.
 
     Args:
@@ -42,19 +42,21 @@ def doubtful(config: Config, names: Sequence[str], chosen: Sequence[str]) -> lis
         chosen: those that are.
 
     >>> from jaxadapt.configs import LoraConfig
-    >>> doubtful(LoraConfig(target_modules=["q", "vv"], rank_pattern={"k": 2}), ["a.q", "a.v"], ["a.q"])
+    >>> doubtful_selection(LoraConfig(target_modules=["q", "vv"], rank_pattern={"k": 2}), ["a.q", "a.v"], ["a.q"])
     ["target_modules: 'vv' matches no module; near misses: v", "rank_pattern: 'k' matches none of the targets"]
     """
     lines: list[str] = []
     # "all-linear" becomes a list of all. That modules_to_save or exclude_modules has some of them is no mistake.
     rules = {field: None for field in ("modules_to_save", "exclude_modules") if config.get(field)}
-    lost = unmatched(config.replace(**rules) if rules else config, names)
+    lost = unmatched_targets(config.replace(**rules) if rules else config, names)
     lines += [f"target_modules: {entry!r} matches no module" + _beside(entry, names) for entry in lost[:_SAID]]
     lines += _more(lost, "target_modules: {} more entries match no module")
     if isinstance(config.get("target_modules"), str):
         holders = {name[:i] for name in names for i, letter in enumerate(name) if letter == "."}.difference(names)
         if held := [name for name in sorted(holders) if matching.matches(config, name)]:
-            lines.append(f"target_modules selects also what holds modules, which PEFT refuses: {suggest.listed(held)}")
+            lines.append(
+                f"target_modules selects also what holds modules, which PEFT refuses: {suggest.quote_list(held)}"
+            )
     for field in ("rank_pattern", "alpha_pattern"):
         lines += _patterns(field, config.get(field) or {}, chosen)
     return lines
@@ -69,7 +71,7 @@ def unmatched_parameters(config: Config, names: Iterable[str]) -> list[str]:
     return [f"target_parameters: {entry!r} matches no parameter" + _beside(entry, names) for entry in lost]
 
 
-def unmatched_saved(config: Config, copied: Iterable[str], tied: Mapping[str, str]) -> list[str]:
+def unmatched_modules_to_save(config: Config, copied: Iterable[str], tied: Mapping[str, str]) -> list[str]:
     """The entries of `modules_to_save` that copy nothing, in a few words each: what they mean is not trained.
 
     Args:
@@ -91,8 +93,10 @@ def unmatched_saved(config: Config, copied: Iterable[str], tied: Mapping[str, st
 
 
 def _beside(entry: str, names: Sequence[str]) -> str:
-    close = [name for name in suggest.near((entry,), names) if name != entry and not name.endswith(f".{entry}")]
-    return f"; near misses: {suggest.listed(close)}" if close else ""
+    close = [
+        name for name in suggest.close_matches((entry,), names) if name != entry and not name.endswith(f".{entry}")
+    ]
+    return f"; near misses: {suggest.quote_list(close)}" if close else ""
 
 
 def _patterns(field: str, patterns: Mapping[str, Any], chosen: Sequence[str]) -> list[str]:

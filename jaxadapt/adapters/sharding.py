@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from jaxadapt.arrays.layout import Arrangement
+from jaxadapt.arrays.layout import FileLayout
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
-from jaxadapt.keymaps.keymap import Site
+from jaxadapt.keymaps.keymap import Match
 
 if TYPE_CHECKING:
-    from jaxadapt.adapters.sites import Bound
+    from jaxadapt.adapters.sites import Site
 
 
 # ---------------------------------------------------------------- from the base weight to the adapter
 
 
-def follow(site: Site, form: Arrangement, axes: Sequence[Any]) -> tuple[Any, ...]:
+def propagate_axes(site: Match, form: FileLayout, axes: Sequence[Any]) -> tuple[Any, ...]:
     """What is said of a base weight's axes, said of one adapter tensor's.
 
     Args:
@@ -39,7 +39,7 @@ def follow(site: Site, form: Arrangement, axes: Sequence[Any]) -> tuple[Any, ...
     >>> from jaxadapt.keymaps.weight import Weight
     >>> site = Site("q.kernel", Weight("q.kernel", "q.weight", "d n h -> (n h) d"))
     >>> b = Arrangement((2, 4, 8), ("~r", "n", "h"), (("n", "h"), ("~r",)), ())
-    >>> follow(site, b, ("fsdp", "tp"))
+    >>> propagate_axes(site, b, ("fsdp", "tp"))
     (None, 'tp', None)
     """
     said = dict(itertools.zip_longest(site.weight.left, axes))
@@ -48,7 +48,7 @@ def follow(site: Site, form: Arrangement, axes: Sequence[Any]) -> tuple[Any, ...
     return tuple(said.get(name) for name in form.left)
 
 
-def followed(site: Site, form: Arrangement, base: Sharding | None) -> NamedSharding | None:
+def tensor_sharding(site: Match, form: FileLayout, base: Sharding | None) -> NamedSharding | None:
     """The sharding of one adapter tensor, on the mesh of the base weight's; None where the base has none.
 
     Only a `NamedSharding` says what it does axis by axis. Any other (one device, or one that the compiler chose)
@@ -56,7 +56,7 @@ def followed(site: Site, form: Arrangement, base: Sharding | None) -> NamedShard
     """
     if not isinstance(base, NamedSharding):
         return None
-    return _named(base.mesh, follow(site, form, tuple(base.spec)))
+    return _named(base.mesh, propagate_axes(site, form, tuple(base.spec)))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -65,13 +65,13 @@ def _named(mesh: Any, axes: tuple[Any, ...]) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*axes))
 
 
-def for_adapter(bounds: Sequence[Bound], base: Mapping[str, Any]) -> dict[str, NamedSharding]:
+def adapter_shardings(bounds: Sequence[Site], base: Mapping[str, Any]) -> dict[str, NamedSharding]:
     """`{path: sharding}` of an adapter's tensors from `{leaf: sharding}` of the base; none where it has none."""
-    found = {e.path: followed(b.site, e.form, base.get(b.leaf)) for b in bounds for e in b.entries}
+    found = {e.path: tensor_sharding(b.match, e.form, base.get(b.leaf)) for b in bounds for e in b.entries}
     return {path: sharding for path, sharding in found.items() if sharding is not None}
 
 
-def asked(shardings: Any, bounds: Sequence[Bound]) -> dict[str, Sharding]:
+def requested_shardings(shardings: Any, bounds: Sequence[Site]) -> dict[str, Sharding]:
     """`{path: sharding}` from one sharding for all, or a tree of them; `AttachError` if one lacks or misfits."""
     shapes = {e.path: e.shape for b in bounds for e in b.entries}
     if not isinstance(shardings, Sharding | Mapping):
@@ -88,5 +88,5 @@ def asked(shardings: Any, bounds: Sequence[Bound]) -> dict[str, Sharding]:
         except ValueError as error:
             problems.append(f"{path} {shape}: {error}")
     if problems:
-        raise AttachError("shardings: expected one, or one for each parameter, that fits:\n" + paths.listing(problems))
+        raise AttachError("shardings: expected one, or one for each parameter, that fits:\n" + paths.bullets(problems))
     return found

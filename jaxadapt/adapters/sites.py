@@ -1,7 +1,8 @@
 """A configuration bound to shapes: which leaves are adapted, and by tensors of what shape.
 
-`recover` starts from an adapter alone (saving); `selecting.select` from a model (attaching, loading). Both give the
-same `Bound` values, from which the specs of the parameters and the plan of the file follow.
+`sites_from_shapes` starts from an adapter alone (saving); `selection.select_sites` from a model (attaching, loading).
+Both give the
+same `Site` values, from which the specs of the parameters and the plan of the file follow.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from jaxadapt.configs import Config, matching
 from jaxadapt.core import paths
 from jaxadapt.core.errors import KeyMapError, MismatchError
 from jaxadapt.keymaps import plan
-from jaxadapt.keymaps.keymap import KeyMap, Site
-from jaxadapt.keymaps.tensor_spec import Modules, Tensor
+from jaxadapt.keymaps.keymap import KeyMap, Match
+from jaxadapt.keymaps.tensor_spec import MethodTensor, Modules
 
 Shape = tuple[int, ...]
 Index = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Bound:
+class Site:
     """One site under one configuration: its tensors, and what the arithmetic needs besides arrays.
 
     `method` is the configuration's own, or `Copied` where the adapter holds the whole leaf; `named` are the
@@ -38,21 +39,21 @@ class Bound:
     own (a scale, a flag).
     """
 
-    site: Site
+    match: Match
     method: methods.Method
     named: Modules
-    tensors: tuple[Tensor, ...]
-    static: Any
-    entries: tuple[plan.Entry, ...]
+    tensors: tuple[MethodTensor, ...]
+    hparams: Any
+    entries: tuple[plan.PlanEntry, ...]
     fan_in: int
 
     @property
     def leaf(self) -> str:
-        return self.site.leaf
+        return self.match.leaf
 
     @property
     def axes(self) -> Axes:
-        return self.site.axes
+        return self.match.axes
 
     @functools.cached_property
     def modules(self) -> tuple[str, ...]:
@@ -70,12 +71,12 @@ class Bound:
         """How many layers each stacked axis has."""
         form = self.entries[0].form
         sizes = dict(zip(form.left, form.shape, strict=True))
-        return tuple(sizes[name] for name in self.site.roles["stack"])
+        return tuple(sizes[name] for name in self.match.roles["stack"])
 
     @functools.cached_property
     def data(self) -> dict[str, np.ndarray]:
         """`{name: array}` that the arithmetic needs besides the parameters: the layers' numbers, where they differ."""
-        if not methods.needs_layer(self.static):
+        if not methods.needs_layer(self.hparams):
             return {}
         return {methods.LAYER: np.arange(math.prod(self.stack_sizes), dtype=np.int32).reshape(self.stack_sizes)}
 
@@ -85,24 +86,24 @@ class Bound:
         return {t.name: e.shape for t, e in zip(self.tensors, self.entries, strict=True)}
 
 
-def at(
+def bind_site(
     config: Config,
     method: methods.Method,
     keymap: KeyMap,
-    site: Site,
+    site: Match,
     sizes: Mapping[str, int],
     modules: Modules,
-) -> Bound:
+) -> Site:
     """One site under a configuration; `sizes` are those of the leaf's axes, by name."""
     tensors = method.tensors(config, site, modules)
-    entries = tuple(plan.entry(keymap, site, t, sizes) for t in tensors)
-    fan_in = math.prod(sizes.get(n, 1) for n in site.roles["inn"])
-    return Bound(site, method, modules, tensors, method.static(config, site, modules), entries, fan_in)
+    entries = tuple(plan.plan_entry(keymap, site, t, sizes) for t in tensors)
+    fan_in = math.prod(sizes.get(n, 1) for n in site.roles["in"])
+    return Site(site, method, modules, tensors, method.hparams(config, site, modules), entries, fan_in)
 
 
-def targeted(
-    site: Site, sizes: Mapping[str, int], names: Mapping[Index, str], hit: Collection[Index]
-) -> tuple[Site, Modules]:
+def targeted_entries(
+    site: Match, sizes: Mapping[str, int], names: Mapping[Index, str], hit: Collection[Index]
+) -> tuple[Match, Modules]:
     """A leaf with those of its fused parts that are adapted in any layer, and the modules of its entries.
 
     Args:
@@ -120,27 +121,27 @@ def targeted(
     return site, Modules(tuple(n if i in hit else None for i, n in kept.items()), counts, order)
 
 
-def tabled(keymap: KeyMap, bounds: Sequence[Bound]) -> KeyMap:
+def with_copy_entries(keymap: KeyMap, bounds: Sequence[Site]) -> KeyMap:
     """The table with the lines of copies it had none for, so that an adapter alone can be saved."""
-    return keymap.with_lines(
-        b.site.weight
+    return keymap.with_entries(
+        b.match.weight
         for b in bounds
-        if b.method.copies and (keymap.site(b.leaf) is None or b.site.weight.kind == full_copies.LOOKUP)
+        if b.method.copies and (keymap.match(b.leaf) is None or b.match.weight.kind == full_copies.LOOKUP)
     )
 
 
-def recover(config: Config, keymap: KeyMap, leaves: Mapping[str, Mapping[str, Shape]]) -> tuple[Bound, ...]:
+def sites_from_shapes(config: Config, keymap: KeyMap, leaves: Mapping[str, Mapping[str, Shape]]) -> tuple[Site, ...]:
     """The sites of an adapter, from its own tensors: `{base leaf: {tensor: shape}}`.
 
     Raises `KeyMapError` for a leaf without a line, `MismatchError` if shapes contradict each other or
     the configuration.
     """
-    return _recovered_once(config, keymap, _as_key(leaves))[0]
+    return _sites_and_untargeted(config, keymap, _as_key(leaves))[0]
 
 
-def of(adapter: Adapter) -> tuple[Bound, ...]:
-    """The sites of an adapter: `recover` of its tensors."""
-    return recover(adapter.config, adapter.keymap, adapter.shapes)
+def sites_of(adapter: Adapter) -> tuple[Site, ...]:
+    """The sites of an adapter: `sites_from_shapes` of its tensors."""
+    return sites_from_shapes(adapter.config, adapter.keymap, adapter.shapes)
 
 
 Tensors = tuple[tuple[str, tuple[tuple[str, Shape], ...]], ...]
@@ -151,34 +152,36 @@ def _as_key(leaves: Mapping[str, Mapping[str, Shape]]) -> Tensors:
 
 
 @functools.lru_cache(maxsize=16)  # every save of a run asks for the same
-def _recovered_once(config: Config, keymap: KeyMap, tensors: Tensors) -> tuple[tuple[Bound, ...], tuple[str, ...]]:
-    """`recover`, and `strays`."""
+def _sites_and_untargeted(config: Config, keymap: KeyMap, tensors: Tensors) -> tuple[tuple[Site, ...], tuple[str, ...]]:
+    """`sites_from_shapes`, and `untargeted`."""
     bounds = _recover(config, keymap, tensors)
     astray = tuple(
         name
         for b in bounds
         if not b.method.copies
         for name in b.modules
-        if not (matching.matches if b.method.depth is None else matching.is_parameter)(config, name)
+        if not (matching.matches if b.method.wrapper_depth is None else matching.is_parameter)(config, name)
     )
     return bounds, astray
 
 
-def _recover(config: Config, keymap: KeyMap, tensors: Tensors) -> tuple[Bound, ...]:
-    method, leaves = methods.of(config), {leaf: dict(shapes) for leaf, shapes in tensors}
-    bounds: list[Bound] = []
-    copied: list[tuple[Site, Mapping[str, Shape]]] = []
-    adapting: list[tuple[Site, Mapping[str, Shape]]] = []
+def _recover(config: Config, keymap: KeyMap, tensors: Tensors) -> tuple[Site, ...]:
+    method, leaves = methods.get_method(config), {leaf: dict(shapes) for leaf, shapes in tensors}
+    bounds: list[Site] = []
+    copied: list[tuple[Match, Mapping[str, Shape]]] = []
+    adapting: list[tuple[Match, Mapping[str, Shape]]] = []
     unmapped: list[str] = []
     for leaf, shapes in leaves.items():
-        site = keymap.site(leaf)
+        site = keymap.match(leaf)
         if site is None:
             unmapped.append(leaf)
         elif not full_copies.TENSORS.isdisjoint(shapes):
             copied.append((site, shapes))
         else:
             adapting.append((site, shapes))
-    depths = target_parameters.depths(keymap, (site for site, ts in adapting if _by_name(config, method, site, ts)))
+    depths = target_parameters.wrapper_depths(
+        keymap, (site for site, ts in adapting if _by_name(config, method, site, ts))
+    )
     for site, shapes in adapting:
         depth = depths.get(site.leaf)
         of = method if depth is None else method.on_parameter(depth)
@@ -187,8 +190,8 @@ def _recover(config: Config, keymap: KeyMap, tensors: Tensors) -> tuple[Bound, .
     for site, shapes in copied:
         # A file's list of tokens is of the table that carries their rows.
         inputs = site.module({}) if "copy" not in shapes and not site.braced else None
-        which = functools.partial(full_copies.of_site, config, site, adapted=adapted, inputs=inputs)
-        sizes = one_each(site)
+        which = functools.partial(full_copies.copied_entries, config, site, adapted=adapted, inputs=inputs)
+        sizes = single_entry_sizes(site)
         if "copy" in shapes and len(shapes["copy"]) == len(site.weight.left):
             held = dict(zip(site.weight.left, shapes["copy"], strict=True))
             sizes |= {axis: held[axis] for axis in site.braced if site.weight.names(axis) is None}
@@ -200,28 +203,28 @@ def _recover(config: Config, keymap: KeyMap, tensors: Tensors) -> tuple[Bound, .
             )
         one = next(iter(found.values()))
         names = {index: paths.join(*name) for index, name in site.parameters(sizes).items()}
-        site, modules = targeted(site, sizes, names, found)
-        sizes |= plan.sizes_from_tensors(site, one.tensors(config, site, modules), shapes)
-        bounds.append(at(config, one, keymap, site, sizes, modules))
+        site, modules = targeted_entries(site, sizes, names, found)
+        sizes |= plan.axis_sizes_from_tensors(site, one.tensors(config, site, modules), shapes)
+        bounds.append(bind_site(config, one, keymap, site, sizes, modules))
     if unmapped:
         raise KeyMapError(
             f"the table {keymap.name!r} has no line for these adapted leaves:\n"
-            + paths.listing(unmapped)
+            + paths.bullets(unmapped)
             + "\nGive the very module that was adapted (no part of it, nor what it is a part of), or its keymap=,"
             " which extract(model).keymap is"
         )
     return tuple(bounds)
 
 
-def one_each(site: Site) -> dict[str, int]:
+def single_entry_sizes(site: Match) -> dict[str, int]:
     """Sizes of the braced axes that name every fused part, and of the layers the first."""
     fused = {axis: len(site.weight.names(axis) or ()) for axis in site.roles["fused"]}
     return {**dict.fromkeys(site.braced, 1), **fused}
 
 
-def _stacked(config: Config, method: methods.Method, site: Site, shapes: Mapping[str, Shape]) -> dict[str, int]:
+def _stacked(config: Config, method: methods.Method, site: Match, shapes: Mapping[str, Shape]) -> dict[str, int]:
     """Sizes of all braced axes, as the tensors' shapes have the numbered ones."""
-    sizes = one_each(site)
+    sizes = single_entry_sizes(site)
     # Whatever a module makes of the other axes, the stacked ones are at the same place.
     names = list(site.modules(sizes).values())
     probed = [name for name in names if matching.matches(config, name)] or names
@@ -229,48 +232,50 @@ def _stacked(config: Config, method: methods.Method, site: Site, shapes: Mapping
     return sizes | plan.stack_sizes(site, probe, shapes)
 
 
-def _by_name(config: Config, method: methods.Method, site: Site, shapes: Mapping[str, Shape]) -> bool:
+def _by_name(config: Config, method: methods.Method, site: Match, shapes: Mapping[str, Shape]) -> bool:
     if not config.get("target_parameters"):
         return False
-    names = target_parameters.names(site, _stacked(config, method, site, shapes))
+    names = target_parameters.parameter_names(site, _stacked(config, method, site, shapes))
     return any(matching.is_parameter(config, name) for name in names.values())
 
 
-def _some(site: Site, parts: Collection[int]) -> tuple[int, ...] | None:
+def _some(site: Match, parts: Collection[int]) -> tuple[int, ...] | None:
     """These entries of a fused axis, None if there is none or they are all."""
     count = math.prod(len(site.weight.names(axis) or ()) for axis in site.roles["fused"])
     return tuple(sorted(parts)) if site.roles["fused"] and 0 < len(parts) < count else None
 
 
 def _recovered(
-    config: Config, method: methods.Method, keymap: KeyMap, site: Site, shapes: Mapping[str, Shape]
-) -> Bound:
+    config: Config, method: methods.Method, keymap: KeyMap, site: Match, shapes: Mapping[str, Shape]
+) -> Site:
     # Which entries are targeted decides the tensors' sizes, and sizes decide the entries: names first.
-    called, matches = _names_of(method), matching.matches if method.depth is None else matching.is_parameter
+    called, matches = _names_of(method), matching.matches if method.wrapper_depth is None else matching.is_parameter
     sizes = _stacked(config, method, site, shapes)
     names = called(site, sizes)
-    site, modules = targeted(site, sizes, names, [index for index, m in names.items() if matches(config, m)])
-    sizes |= plan.sizes_from_tensors(site, method.tensors(config, site, modules), shapes)
-    return at(config, method, keymap, site, sizes, modules)
+    site, modules = targeted_entries(site, sizes, names, [index for index, m in names.items() if matches(config, m)])
+    sizes |= plan.axis_sizes_from_tensors(site, method.tensors(config, site, modules), shapes)
+    return bind_site(config, method, keymap, site, sizes, modules)
 
 
 def _names_of(method: methods.Method) -> Any:
     """`f(site, sizes)`: what PyTorch calls the entries of a leaf that this method adapts."""
-    return Site.modules if method.depth is None else target_parameters.names
+    return Match.modules if method.wrapper_depth is None else target_parameters.parameter_names
 
 
-def strays(config: Config, keymap: KeyMap, leaves: Mapping[str, Mapping[str, Shape]]) -> tuple[str, ...]:
-    """The modules and parameters of an adapter that its own configuration does not name; arguments as in `recover`."""
-    return _recovered_once(config, keymap, _as_key(leaves))[1]
+def untargeted(config: Config, keymap: KeyMap, leaves: Mapping[str, Mapping[str, Shape]]) -> tuple[str, ...]:
+    """The modules and parameters of an adapter that its own configuration does not name; arguments as in
+    `sites_from_shapes`.
+    """
+    return _sites_and_untargeted(config, keymap, _as_key(leaves))[1]
 
 
-def over_stack(bound: Bound, change: Any, params: Mapping[str, Any], w: Any) -> Any:
+def map_stack(bound: Site, change: Any, params: Mapping[str, Any], w: Any) -> Any:
     """`change(Applied, w)` for each layer stacked in one leaf, as its module would see it."""
     params = {**params, **bound.data}
-    return over_layers(bound.site.stack, bound.method, bound.static, bound.axes, change, params, w)
+    return map_layers(bound.match.stack, bound.method, bound.hparams, bound.axes, change, params, w)
 
 
-def over_layers(
+def map_layers(
     stack: Sequence[int],
     method: methods.Method,
     static: Any,
@@ -283,7 +288,7 @@ def over_layers(
     import jax
 
     def one(params: Mapping[str, Any], w: Any) -> Any:
-        return change(methods.Applied(method, static, params, axes), w)
+        return change(methods.AppliedMethod(method, static, params, axes), w)
 
     run: Any = one
     for i, axis in enumerate(stack):  # ascending, so the outermost vmap takes the last axis and moves no other
@@ -292,6 +297,6 @@ def over_layers(
     return run(dict(params), w)
 
 
-def file_plan(bounds: Sequence[Bound]) -> plan.Plan:
+def make_file_plan(bounds: Sequence[Site]) -> plan.Plan:
     """The plan of the file that holds these sites' tensors."""
-    return plan.plan([e for b in bounds for e in b.entries])
+    return plan.make_plan([e for b in bounds for e in b.entries])

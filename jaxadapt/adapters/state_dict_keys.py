@@ -22,12 +22,12 @@ _ORIGINAL = ".token_adapter.trainable_tokens_original."
 _PLAIN = ("weight", "bias")
 
 
-def renames(keys: Iterable[str], source: str) -> dict[str, str | None]:
+def keys_without_names(keys: Iterable[str], source: str) -> dict[str, str | None]:
     """`{key: as PEFT's file has it}` of all keys, None for rows of the base; empty where no adapter's name is in them.
 
     Warns where there is one, and raises `MismatchError` where there are several.
 
-    >>> renames(["base_model.model.q.lora_A.weight"], "a file")
+    >>> keys_without_names(["base_model.model.q.lora_A.weight"], "a file")
     {}
     """
     keys = list(keys)
@@ -49,13 +49,13 @@ def renames(keys: Iterable[str], source: str) -> dict[str, str | None]:
     out |= {key: new for key, (_, new) in found.items()}
     twice = [new for new, count in Counter(out.values()).items() if new is not None and count > 1]
     if twice:
-        raise MismatchError(f"{source} holds these tensors twice, with an adapter's name:\n" + paths.listing(twice))
+        raise MismatchError(f"{source} holds these tensors twice, with an adapter's name:\n" + paths.bullets(twice))
     return out
 
 
 def without_names(tensors: PeftTensors) -> PeftTensors:
     """The same, with an adapter's name taken out of the keys where it stands in them."""
-    new = renames(tensors.tensors, tensors.source)
+    new = keys_without_names(tensors.tensors, tensors.source)
     if not new:
         return tensors
     held = tensors.tensors
@@ -77,10 +77,10 @@ def _without_name(key: str) -> tuple[str, str] | None:
     return (name, f"{module}.{parameter}") if found and dot else None
 
 
-def plain(key: str) -> str:
+def unwrapped_key(key: str) -> str:
     """What a base weight is called without PEFT's wrappers around its module.
 
-    >>> plain("q.base_layer.weight"), plain("wte.token_adapter.base_layer.weight")
+    >>> unwrapped_key("q.base_layer.weight"), unwrapped_key("wte.token_adapter.base_layer.weight")
     ('q.weight', 'wte.weight')
     """
     for part in (".token_adapter.base_layer.", ".original_module.", ".base_layer."):

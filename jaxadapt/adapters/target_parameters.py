@@ -13,21 +13,21 @@ from jaxadapt.configs import Config, matching
 from jaxadapt.core import paths
 from jaxadapt.core.errors import KeyMapError, TargetError
 from jaxadapt.keymaps import generic, plan
-from jaxadapt.keymaps.keymap import KeyMap, Site
+from jaxadapt.keymaps.keymap import KeyMap, Match
 
 Shape = tuple[int, ...]
 Index = tuple[int, ...]
 KINDS = ("linear", "parameter", "experts")
 
 
-def names(site: Site, sizes: Mapping[str, int]) -> dict[Index, str]:
+def parameter_names(site: Match, sizes: Mapping[str, int]) -> dict[Index, str]:
     """The PyTorch parameters of a leaf in full, by index over its braced axes."""
     return {index: paths.join(*name) for index, name in site.parameters(sizes).items()}
 
 
-def select(
+def select_parameters(
     config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]
-) -> list[tuple[Site, dict[str, int], dict[Index, str]]]:
+) -> list[tuple[Match, dict[str, int], dict[Index, str]]]:
     """`(site, sizes, all its parameters' names)` of every leaf of which the configuration names some.
 
     Raises `KeyMapError` for a named leaf that the table has no line for, `TargetError` for one that PEFT itself
@@ -35,17 +35,17 @@ def select(
     """
     if not config.get("target_parameters"):
         return []
-    found: list[tuple[Site, dict[str, int], dict[Index, str]]] = []
+    found: list[tuple[Match, dict[str, int], dict[Index, str]]] = []
     lost: list[str] = []
     refused: list[str] = []
     unknown: list[str] = []
     for leaf, shape in shapes.items():
-        site = keymap.site(leaf)
+        site = keymap.match(leaf)
         if site is None or len(site.weight.left) != len(shape):
             lost += [f"{leaf} {shape}"] if matching.is_parameter(config, leaf) else []
             continue
-        sizes = plan.sizes_of(site, shape)
-        mine = names(site, sizes)
+        sizes = plan.axis_sizes(site, shape)
+        mine = parameter_names(site, sizes)
         if not any(matching.is_parameter(config, name) for name in mine.values()):
             continue
         kind = site.weight.kind
@@ -60,24 +60,24 @@ def select(
         raise KeyMapError(
             f"target_parameters names weights that the table {keymap.name!r} has no line for; name the family with"
             " keymap=, or give a KeyMap with a line for each, such as Weight(leaf, key, 'e i o -> e o i',"
-            " kind='experts'):\n" + paths.listing(lost)
+            " kind='experts'):\n" + paths.bullets(lost)
         )
     if unknown:
         raise KeyMapError(
             "target_parameters names square weights of which no table says whether PyTorch stores them (out, in), as"
             " nn.Linear does, or (in, out), as Conv1D of transformers does: A and B would fit either way. Name the"
             " modules in target_modules, or give a KeyMap with a line for each, such as Weight(leaf, key, 'i o -> o"
-            " i'):\n" + paths.listing(unknown)
+            " i'):\n" + paths.bullets(unknown)
         )
     if refused:
         raise TargetError(
             "target_parameters names what can only be adapted as a module (target_modules), or not at all:\n"
-            + paths.listing(refused)
+            + paths.bullets(refused)
         )
     return found
 
 
-def depths(keymap: KeyMap, sites: Iterable[Site]) -> dict[str, int]:
+def wrapper_depths(keymap: KeyMap, sites: Iterable[Match]) -> dict[str, int]:
     """`{leaf: how many wrappers lie around its own}` of all leaves that one adapter has by their names."""
     order = {weight.leaf: i for i, weight in enumerate(keymap.weights)}
     held: dict[str, dict[str, int]] = {}  # the parameters of a module, in the table's order; several leaves may be one

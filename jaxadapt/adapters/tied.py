@@ -18,7 +18,7 @@ from jaxadapt.configs import Config, matching
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, MismatchError, warn
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.keymaps.plan import Entry
+from jaxadapt.keymaps.plan import PlanEntry
 
 _C = TypeVar("_C", bound=Config)
 
@@ -26,11 +26,11 @@ NAMES = ("embed_tokens", "lm_head")
 """What PEFT takes for an embedding when it decides by itself."""
 
 
-def heads(keymap: KeyMap, leaves: Iterable[str]) -> dict[str, str]:
+def tied_heads(keymap: KeyMap, leaves: Iterable[str]) -> dict[str, str]:
     """`{head: the table of tokens whose weight it uses}` of a model with these leaves, as PyTorch's modules."""
     if not keymap.tied:
         return {}
-    keys = {site.weight.key for leaf in leaves if (site := keymap.site(leaf)) is not None}
+    keys = {site.weight.key for leaf in leaves if (site := keymap.match(leaf)) is not None}
     return {
         head.removesuffix(".weight"): same.removesuffix(".weight")
         for head, same in keymap.tied
@@ -38,14 +38,14 @@ def heads(keymap: KeyMap, leaves: Iterable[str]) -> dict[str, str]:
     }
 
 
-def resolved(config: _C, keymap: KeyMap, leaves: Collection[str]) -> _C:
+def resolve_tying(config: _C, keymap: KeyMap, leaves: Collection[str]) -> _C:
     """The configuration as PEFT rewrites it for `ensure_weight_tying`: the table stands for the head as well.
 
     Raises `ConfigError` where the model ties nothing, as far as its table of names tells.
     """
     if not config.get("ensure_weight_tying"):
         return config
-    tied = heads(keymap, leaves)
+    tied = tied_heads(keymap, leaves)
     if not tied:
         raise ConfigError(
             f"ensure_weight_tying=True: the table {keymap.name!r} knows of no tied weights in this model (a head that"
@@ -81,9 +81,9 @@ def _tied(names: Sequence[str], tied: Mapping[str, str]) -> list[str]:
     return found
 
 
-def repeated(entries: Iterable[Entry], keymap: KeyMap) -> list[Entry]:
+def repeat_for_heads(entries: Iterable[PlanEntry], keymap: KeyMap) -> list[PlanEntry]:
     """What a file holds once more, under the head's name: of LoRA's factors A is there B, turned, and B is A."""
-    out: list[Entry] = []
+    out: list[PlanEntry] = []
     for head, same in keymap.tied:
         at, to = (f"{keymap.prefix}{key.removesuffix('weight')}" for key in (same, head))
         for entry in entries:
@@ -93,7 +93,7 @@ def repeated(entries: Iterable[Entry], keymap: KeyMap) -> list[Entry]:
             form = entry.form
             if suffix != _AS_HEAD[suffix]:
                 form = dataclasses.replace(form, right=form.right[::-1])
-            out.append(Entry(entry.path, form, (f"{to}{_AS_HEAD[suffix]}",)))
+            out.append(PlanEntry(entry.path, form, (f"{to}{_AS_HEAD[suffix]}",)))
     return out
 
 
@@ -105,11 +105,13 @@ _AS_HEAD = {
 }
 
 
-def once(tensors: Mapping[str, Any], entries: Iterable[Entry], keymap: KeyMap, source: str) -> set[str]:
+def redundant_head_keys(
+    tensors: Mapping[str, Any], entries: Iterable[PlanEntry], keymap: KeyMap, source: str
+) -> set[str]:
     """The keys of a file that repeat others for the head; `MismatchError` where they say something else."""
     entries = list(entries)
     first = {e.path: e for e in entries}
-    again = {e.keys[0]: e for e in repeated(entries, keymap) if e.keys[0] in tensors}
+    again = {e.keys[0]: e for e in repeat_for_heads(entries, keymap) if e.keys[0] in tensors}
     apart: list[str] = []
     for key, entry in again.items():
         same = first[entry.path].keys[0]
@@ -120,13 +122,13 @@ def once(tensors: Mapping[str, Any], entries: Iterable[Entry], keymap: KeyMap, s
             apart.append(f"{key} and {same}")
     if apart:
         raise MismatchError(
-            f"{source}: ensure_weight_tying says that these are one, and they differ:\n" + paths.listing(apart)
+            f"{source}: ensure_weight_tying says that these are one, and they differ:\n" + paths.bullets(apart)
         )
     return set(again)
 
 
-def only_lookups(config: Config, keymap: KeyMap, leaves: Iterable[str]) -> frozenset[str]:
+def lookup_only_tables(config: Config, keymap: KeyMap, leaves: Iterable[str]) -> frozenset[str]:
     """The tables of tokens of which a copy counts in the lookup alone, as PEFT has it: the head is another module."""
     if config.get("ensure_weight_tying") or not config.get("modules_to_save"):
         return frozenset()
-    return frozenset(t for t in heads(keymap, leaves).values() if matching.is_saved(config, t))
+    return frozenset(t for t in tied_heads(keymap, leaves).values() if matching.is_saved(config, t))

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from jaxadapt.adapters.full_copies import LOOKUP
-from jaxadapt.adapters.initial_values import is_there
-from jaxadapt.adapters.sites import Bound
+from jaxadapt.adapters.initial_values import has_value
+from jaxadapt.adapters.sites import Site
 from jaxadapt.adapters.tied import NAMES
 from jaxadapt.core.errors import warn
 from jaxadapt.keymaps.keymap import KeyMap
@@ -17,8 +17,8 @@ from jaxadapt.keymaps.keymap import KeyMap
 _ZEROS = ("lora_embedding_A", "lora_B", "lora_B_bias")  # of which a row of zeros changes nothing
 
 
-def fitted(
-    tensors: Mapping[str, Any], bounds: Sequence[Bound], keymap: KeyMap, base: Mapping[str, Any], source: str
+def fit_vocabulary(
+    tensors: Mapping[str, Any], bounds: Sequence[Site], keymap: KeyMap, base: Mapping[str, Any], source: str
 ) -> dict[str, Any]:
     """A file's tensors with as many rows of the vocabulary as the model has, and a warning that says which.
 
@@ -39,7 +39,7 @@ def fitted(
                 continue
             if tensor.name in _ZEROS:
                 rows = np.zeros(want, out[key].dtype)
-            elif tensor.whole and is_there(base.get(bound.leaf), abstract=False):
+            elif tensor.is_copy and has_value(base.get(bound.leaf), abstract=False):
                 rows = np.array(entry.form.encode(np.asarray(base[bound.leaf]), 0)).astype(out[key].dtype)
             else:
                 continue
@@ -53,10 +53,10 @@ def fitted(
     return out
 
 
-def _vocabulary(bound: Bound, keymap: KeyMap) -> tuple[str, ...]:
+def _vocabulary(bound: Site, keymap: KeyMap) -> tuple[str, ...]:
     """The names of the axis that counts tokens: of a table of tokens, or of the head."""
-    roles = bound.site.weight.torch_roles
-    if bound.site.weight.kind in ("embedding", LOOKUP):
-        return roles["inn"]
-    module = bound.site.module({}) if not bound.site.braced else ""
+    roles = bound.match.weight.torch_roles
+    if bound.match.weight.kind in ("embedding", LOOKUP):
+        return roles["in"]
+    module = bound.match.module({}) if not bound.match.braced else ""
     return roles["out"] if module and (module == keymap.output or module.rpartition(".")[2] in NAMES) else ()

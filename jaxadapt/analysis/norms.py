@@ -59,28 +59,28 @@ class Norms:
         }
 
 
-def measure(tensors: PeftTensors) -> Norms:
+def measure_norms(tensors: PeftTensors) -> Norms:
     """The norms of an adapter's modules. Raises `ConfigError` for methods whose change depends on the base."""
     config = tensors.config
     if config.peft_type not in ("LORA", "IA3"):
         raise ConfigError(f"norms are known for LORA and IA3 without the base model, not for {config.peft_type}")
     held: dict[str, dict[str, Any]] = {}
     for key in tensors.tensors:
-        for module, names in pytorch.adapted({key: ()}).items():
+        for module, names in pytorch.adapted_shapes({key: ()}).items():
             held.setdefault(module, {}).update(dict.fromkeys(names, key))
     made: list[Norm] = []
     left: list[str] = []
     known = {key for keys in held.values() for key in keys.values()}
     for module, keys in held.items():
         arrays = {name: _wide(tensors.tensors[key]) for name, key in keys.items()}
-        module = parameter(config, module)
+        module = named_parameter(config, module)
         norm = _ia3(module, arrays) if config.peft_type == "IA3" else _lora(config, module, arrays)
         if norm is None:
             left.append(module)
         else:
             made.append(norm)
     left += [key.removeprefix(PEFT_PREFIX) for key in tensors.tensors if key not in known]
-    home = {key: parameter(config, module) for module, keys in held.items() for key in keys.values()}
+    home = {key: named_parameter(config, module) for module, keys in held.items() for key in keys.values()}
     lost = [home.get(key, key.removeprefix(PEFT_PREFIX)) for key, x in tensors.tensors.items() if not _is_finite(x)]
     return Norms(_what(config), tuple(made), tuple(left), tuple(dict.fromkeys(lost)))
 
@@ -91,13 +91,13 @@ def _is_finite(x: Any) -> bool:
     return bool(np.isfinite(_wide(x)).all())
 
 
-def parameter(config: Config, module: str) -> str:
+def named_parameter(config: Config, module: str) -> str:
     """A module of a file, or the parameter of it that is meant: PEFT wraps once for each of `target_parameters`.
 
     The module's first parameter is innermost, so with gate_up_proj and down_proj "experts.base_layer" is the first.
 
     >>> from jaxadapt.configs import LoraConfig
-    >>> parameter(LoraConfig(target_parameters=["experts.down_proj", "experts.gate_up_proj"]), "0.experts.base_layer")
+    >>> named_parameter(LoraConfig(target_parameters=["experts.down_proj", "experts.gate_up_proj"]), "0.experts.base_layer")
     '0.experts.gate_up_proj'
     """
     inner = len(module.split(".base_layer")) - 1
@@ -181,10 +181,10 @@ class Grid:
         return next(iter(found)) if len(found) == 1 else None
 
 
-def grid(norms: Sequence[Norm]) -> Grid:
+def norms_grid(norms: Sequence[Norm]) -> Grid:
     """The grid of an adapter. The modules of several experts share a cell: norms add up in squares, ranks are averaged.
 
-    >>> made = grid([Norm("model.layers.0.q_proj", 3.0), Norm("model.layers.1.q_proj", 4.0)])
+    >>> made = norms_grid([Norm("model.layers.0.q_proj", 3.0), Norm("model.layers.1.q_proj", 4.0)])
     >>> made.rows, made.columns, made.values("norm")
     (('0', '1'), ('q_proj',), [[3.0], [4.0]])
     """

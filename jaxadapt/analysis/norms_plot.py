@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from jaxadapt.analysis.norms import Grid, Norms, grid, number_text
+from jaxadapt.analysis.norms import Grid, Norms, norms_grid, number_text
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError
@@ -16,7 +16,7 @@ _PAGE = 14.0  # inches: panels that are wider together go below each other
 _LETTER = 0.085  # inches of a title, each
 
 
-def png(norms: Norms, config: Config) -> bytes:
+def norms_png(norms: Norms, config: Config) -> bytes:
     """A PNG; the same adapter gives the same bytes. Raises `AdapterError` where matplotlib is missing."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -24,11 +24,11 @@ def png(norms: Norms, config: Config) -> bytes:
     except ImportError as error:
         raise AdapterError("a picture needs matplotlib: pip install 'jaxadapt[plot]'") from error
 
-    cells = grid(norms.modules)
+    cells = norms_grid(norms.modules)
     if not cells.cells:
         raise AdapterError(
             "there is nothing to draw: of no module of this adapter the change follows from its tensors alone:\n"
-            + paths.listing(norms.left_out)
+            + paths.bullets(norms.left_out)
         )
     shown = [n for n in _NAMES if n == "norm" or (cells.constant(n) is None and _has(cells, n))]
     wide = max(0.62 * len(cells.columns) + 1.9, 3.4)

@@ -19,26 +19,26 @@ RANK = "Z"  # the letter of an axis that only the adapter has; never one of LETT
 class Axes:
     """Which axes of one weight, as its own module sees it, play which role.
 
-    `inn` and `out` are in PyTorch's flattening order. `batch` axes index independent matrices (fused
+    `in` and `out_axes` are in PyTorch's flattening order. `batch_axes` axes index independent matrices (fused
     parts, experts); each batch entry has its own adapter matrices. `parts`, if not None, lists the
     entries of the first batch axis that are adapted at all (k and v fused, only v targeted: `(1,)`).
 
-    >>> Axes(inn=(0,), out=(1, 2)).of("inn", (16, 4, 8))
+    >>> Axes(in_axes=(0,), out=(1, 2)).sizes("in", (16, 4, 8))
     (16,)
     """
 
-    inn: tuple[int, ...]
-    out: tuple[int, ...]
-    batch: tuple[int, ...] = ()
+    in_axes: tuple[int, ...]
+    out_axes: tuple[int, ...]
+    batch_axes: tuple[int, ...] = ()
     parts: tuple[int, ...] | None = None
 
     @property
     def rank(self) -> int:
-        return len(self.inn) + len(self.out) + len(self.batch)
+        return len(self.in_axes) + len(self.out_axes) + len(self.batch_axes)
 
-    def of(self, role: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The sizes of the axes of `role` ("inn", "out" or "batch") in a weight of `shape`."""
-        sizes = tuple(shape[i] for i in getattr(self, role))
+    def sizes(self, role: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The sizes of the axes of `role` ("in", "out" or "batch") in a weight of `shape`."""
+        sizes = tuple(shape[i] for i in getattr(self, f"{role}_axes"))
         if role == "batch" and self.parts is not None:
             return (len(self.parts), *sizes[1:])
         return sizes
@@ -49,11 +49,11 @@ class Use:
     """One contraction `y = einsum("x,w->y", x, w)`: a letter for each axis of `x`, `w` and `y`.
 
     `x` and `y` here are split so that each of their axes meets at most one axis of `w`. In a plain
-    layer the letters of `axes.inn` are the contracted ones; a tied weight may be used the other way
+    layer the letters of `axes.in` are the contracted ones; a tied weight may be used the other way
     round (`transposed`).
 
     >>> use = Use("bd", "dnh", "bnh", Axes((0,), (1, 2)))
-    >>> use.letters("inn"), use.letters("out"), use.transposed
+    >>> use.letters("in"), use.letters("out"), use.transposed
     ('d', 'nh', False)
     """
 
@@ -63,13 +63,13 @@ class Use:
     axes: Axes
 
     def letters(self, role: str) -> str:
-        """The letters of the weight axes of `role` ("inn", "out" or "batch")."""
-        return "".join(self.w[i] for i in getattr(self.axes, role))
+        """The letters of the weight axes of `role` ("in", "out" or "batch")."""
+        return "".join(self.w[i] for i in getattr(self.axes, f"{role}_axes"))
 
     @property
     def transposed(self) -> bool:
         """Whether the contraction runs over the output axes (as a tied embedding's `attend` does)."""
-        return not set(self.letters("inn")) <= set(self.x)
+        return not set(self.letters("in")) <= set(self.x)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,7 +77,8 @@ class Operation:
     """One use of a weight in a convolution, a lookup or a ragged product, as a function of the weight.
 
     `run(x, w)` computes it with any weight of the same axes, whatever the size of its output axis (in a grouped
-    convolution also of the input channels, in a ragged product of the inputs); `out` is where the output axis is in
+    convolution also of the input channels, in a ragged product of the inputs); `out_axes` is where the output axis is
+    in
     the result. A ragged product may run over the output axis instead (`transposed`).
     """
 
@@ -87,7 +88,7 @@ class Operation:
     transposed: bool = False
 
 
-def contradicted(table: Axes, own: Axes) -> str:
+def find_contradiction(table: Axes, own: Axes) -> str:
     """What is wrong where a table takes a layer's outputs for its inputs."""
     return (
         f"the table {table} contradicts the layer's own {own}; keymap='generic' goes by the layers, and a KeyMap of"
@@ -100,24 +101,24 @@ class Product(Protocol):
     """Which axes of a weight a product sums over, leaves, and has in common with what it meets."""
 
     @property
-    def inn(self) -> tuple[int, ...]: ...
+    def in_axes(self) -> tuple[int, ...]: ...
     @property
-    def out(self) -> tuple[int, ...]: ...
+    def out_axes(self) -> tuple[int, ...]: ...
     @property
-    def batch(self) -> tuple[int, ...]: ...
+    def batch_axes(self) -> tuple[int, ...]: ...
 
 
-def turned(axes: Axes, products: Sequence[Product], shape: Sequence[int]) -> Axes | None:
+def transposed_axes(axes: Axes, products: Sequence[Product], shape: Sequence[int]) -> Axes | None:
     """What a weight's products say of its axes, where none of them runs over the inputs; else None.
 
     Axes of size 1 count for nothing. Of a square matrix shapes do not tell, and its change would be saved transposed.
 
-    >>> straight, back = Axes(inn=(0,), out=(1,)), Axes(inn=(1,), out=(0,))
-    >>> turned(straight, [back], (4, 4))
-    Axes(inn=(1,), out=(0,), batch=(), parts=None)
-    >>> turned(straight, [straight, back], (4, 4))
+    >>> straight, back = Axes(in_axes=(0,), out=(1,)), Axes(in_axes=(1,), out=(0,))
+    >>> transposed_axes(straight, [back], (4, 4))
+    Axes(in_axes=(1,), out=(0,), batch=(), parts=None)
+    >>> transposed_axes(straight, [straight, back], (4, 4))
     """
     long = {axis for axis, size in enumerate(shape) if size != 1}
-    if not products or any(set(use.inn) & long == set(axes.inn) & long for use in products):
+    if not products or any(set(use.in_axes) & long == set(axes.in_axes) & long for use in products):
         return None
-    return Axes(products[0].inn, products[0].out, products[0].batch)
+    return Axes(products[0].in_axes, products[0].out_axes, products[0].batch_axes)

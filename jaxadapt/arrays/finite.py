@@ -21,7 +21,7 @@ _EXPONENT = {"float16": 0x7C00, "bfloat16": 0x7F80}
 _all_finite = jax.jit(lambda x: jnp.isfinite(x).all())
 
 
-def not_finite(arrays: Mapping[str, Any]) -> list[str]:
+def names_not_finite(arrays: Mapping[str, Any]) -> list[str]:
     """The names of arrays that hold a NaN or an infinity.
 
     An array on an accelerator is reduced there, and all results are fetched together. Where any array is traced nothing
@@ -58,7 +58,7 @@ def is_finite(x: np.ndarray) -> bool:
     return True
 
 
-def checked(
+def check_while_reading(
     get: Callable[[str], np.ndarray], count: int, why: Callable[[list[str]], Exception]
 ) -> Callable[[str], np.ndarray]:
     """`get`, which looks at each of `count` arrays and raises `why(keys)` with the last, if any is not finite."""
@@ -74,6 +74,6 @@ def checked(
     return looked
 
 
-def problem(names: Iterable[str], way_out: str) -> str:
+def not_finite_message(names: Iterable[str], way_out: str) -> str:
     """The message of an error about arrays that are not finite."""
-    return f"these hold a NaN or an infinity; {way_out}:\n" + paths.listing(names)
+    return f"these hold a NaN or an infinity; {way_out}:\n" + paths.bullets(names)

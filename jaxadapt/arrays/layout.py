@@ -22,7 +22,7 @@ RANK = "~r"
 
 
 @dataclasses.dataclass(frozen=True)
-class Arrangement:
+class FileLayout:
     """How one array of the model holds tensors of the file: the same for every layer of a line.
 
     `left` names the array's axes with `shape`; `right` groups them into PyTorch's axes; `split` are the
@@ -32,7 +32,7 @@ class Arrangement:
     `held` are the numbers of those entries that have a tensor in the file, None if all have one; the array is zero at
     the others. `ranks` are the sizes of the axis "~r" in these tensors where they differ: the array is zero behind.
 
-    >>> some = Arrangement((3, 4, 2), ("{l}", "~r", "i"), (("~r",), ("i",)), (0,), held=(0, 2), ranks=(4, 3))
+    >>> some = FileLayout((3, 4, 2), ("{l}", "~r", "i"), (("~r",), ("i",)), (0,), held=(0, 2), ranks=(4, 3))
     >>> [some.shape_of(i) for i in range(some.count)], some.encode(np.zeros((3, 4, 2)), 1).shape
     ([(4, 2), (3, 2)], (3, 2))
     """
@@ -66,7 +66,7 @@ class Arrangement:
     def _inner(self) -> dict[str, int]:
         """The axes of one tensor and their sizes, in the model's order, split ones by their parts."""
         keep = (i for i in range(len(self.left)) if i not in self.split)
-        parts = (pattern.split(self.left[i], self.shape[i], dict(self.sizes)) for i in keep)
+        parts = (pattern.part_sizes(self.left[i], self.shape[i], dict(self.sizes)) for i in keep)
         return {name: size for part in parts for name, size in part.items()}
 
     @functools.cached_property
@@ -94,18 +94,18 @@ class Arrangement:
         return self.left.index(RANK)
 
     @functools.cached_property
-    def _by_rank(self) -> dict[int, Arrangement]:
+    def _by_rank(self) -> dict[int, FileLayout]:
         return {}
 
-    def part(self, i: int) -> Arrangement:
+    def part(self, i: int) -> FileLayout:
         """How tensor number `i` lies in its own part of the array, taken out by `index`."""
         if self.ranks is None:
-            return self.alone
+            return self.single
         rank = self.ranks[i]
         found = self._by_rank.get(rank)
         if found is None:
             shape = tuple(rank if axis == self.rank_axis else n for axis, n in enumerate(self.shape))
-            found = self._by_rank[rank] = dataclasses.replace(self, shape=shape, held=None, ranks=None).alone
+            found = self._by_rank[rank] = dataclasses.replace(self, shape=shape, held=None, ranks=None).single
         return found
 
     def by_tensor(self, values: Sequence[float]) -> np.ndarray:
@@ -121,7 +121,7 @@ class Arrangement:
         return leaf * self.by_tensor([1] * self.count).astype(leaf.dtype) if self.partial else leaf
 
     @functools.cached_property
-    def as_it_lies(self) -> bool:
+    def is_verbatim(self) -> bool:
         """Whether the array is one tensor of the file, byte for byte in its order."""
         return not self.split and list(self._flat) == list(self._inner) and self.factor == 1 and not self.shift
 
@@ -142,7 +142,7 @@ class Arrangement:
         return tuple(where)
 
     @functools.cached_property
-    def alone(self) -> Arrangement:
+    def single(self) -> FileLayout:
         """The same for one tensor's part of the array, taken out by `index`."""
         left = tuple(name for i, name in enumerate(self.left) if i not in self.split)
         return dataclasses.replace(self, shape=self._coarse, left=left, split=(), held=None)
@@ -150,14 +150,14 @@ class Arrangement:
     def encode(self, leaf: Array, i: int) -> Array:
         """The tensor number `i`, a view of `leaf` wherever its memory allows.
 
-        >>> form = Arrangement((4, 2, 3), ("r", "n", "h"), (("n", "h"), ("r",)), ())
+        >>> form = FileLayout((4, 2, 3), ("r", "n", "h"), (("n", "h"), ("r",)), ())
         >>> form.encode(np.zeros((4, 2, 3)), 0).shape
         (6, 4)
         """
         if self.ranks is not None:
             return self.part(i).encode(leaf[self.index(i)], 0)
         piece = leaf[self.index(i)] if self.split else leaf
-        piece = theirs(piece, self.factor, self.shift)
+        piece = to_file_scale(piece, self.factor, self.shift)
         if self._merged is not None:  # neighbours only: merge first, and the transpose stays a view
             order, shape = self._merged
             return piece.reshape(shape).transpose(order)
@@ -185,7 +185,7 @@ class Arrangement:
     def decode(self, tensor: Array) -> Array:
         """The part of the array that one tensor makes, a view where its memory allows."""
         part = tensor.reshape(tuple(self._flat.values())).transpose(self._orders[1]).reshape(self._coarse)
-        return ours(part, self.factor, self.shift)
+        return to_model_scale(part, self.factor, self.shift)
 
     @functools.cached_property
     def count(self) -> int:
@@ -200,12 +200,12 @@ class Arrangement:
     def _front(self) -> tuple[int, ...]:
         return (*self.split, *(i for i in range(len(self.shape)) if i not in self.split))
 
-    def rows(self, leaf: Array) -> Array:
+    def to_rows(self, leaf: Array) -> Array:
         """All the tensors at once, `(count, *file_shape)`; smaller ones end in zeros."""
         pieces = leaf.transpose(self._front).reshape((self._entries, *self._inner.values()))
         pieces = pieces if self.held is None else pieces[np.array(self.held)]
         out = pieces.transpose((0, *(1 + i for i in self._orders[0]))).reshape((self.count, *self.file_shape))
-        return theirs(out, self.factor, self.shift)
+        return to_file_scale(out, self.factor, self.shift)
 
     def from_rows(self, rows: Array) -> Array:
         """The array whose `rows` these are."""
@@ -216,10 +216,10 @@ class Arrangement:
             pieces = xp.concat([pieces, xp.zeros_like(pieces[:1])])
             pieces = pieces[np.array([at.get(i, self.count) for i in range(self._entries)])]
         leaf = pieces.reshape([self.shape[i] for i in self._front]).transpose(np.argsort(self._front))
-        return self.cleared(ours(leaf, self.factor, self.shift))
+        return self.cleared(to_model_scale(leaf, self.factor, self.shift))
 
 
-def ours(x: Array, factor: float, shift: float) -> Array:
+def to_model_scale(x: Array, factor: float, shift: float) -> Array:
     """x · factor + shift in x's dtype, rounded once: 16-bit numbers are computed with in float32."""
     if factor == 1 and not shift:
         return x
@@ -228,7 +228,7 @@ def ours(x: Array, factor: float, shift: float) -> Array:
     return (product + wide.dtype.type(shift) if shift else product).astype(x.dtype)
 
 
-def theirs(x: Array, factor: float, shift: float) -> Array:
+def to_file_scale(x: Array, factor: float, shift: float) -> Array:
     """The inverse, (x - shift) / factor."""
     if factor == 1 and not shift:
         return x

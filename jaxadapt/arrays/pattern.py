@@ -29,10 +29,10 @@ class Pattern(NamedTuple):
 
 
 @functools.lru_cache(maxsize=4096)  # the lines of all families have some hundred
-def parsed(text: str) -> Pattern:
+def parse_pattern(text: str) -> Pattern:
     """A pattern read, with what is wrong with it by itself.
 
-    >>> parsed("{p} n d h -> (n h) d")[:2]
+    >>> parse_pattern("{p} n d h -> (n h) d")[:2]
     (('{p}', 'n', 'd', 'h'), (('n', 'h'), ('d',)))
     """
     if text.count("->") != 1:
@@ -44,7 +44,7 @@ def parsed(text: str) -> Pattern:
     right = tuple(
         tuple((m.group(1) if m.group(1) is not None else m.group(2)).split()) for m in _TOKEN.finditer(theirs)
     )
-    names, flat = [n for axis in left for n in fine(axis)], [n for group in right for n in group]
+    names, flat = [n for axis in left for n in axis_parts(axis)], [n for group in right for n in group]
     rest = re.sub(_TOKEN, "", text.replace("->", " ")).strip()
     problems = [f"{rest!r} is no axis name"] if rest else []
     problems += [
@@ -68,18 +68,18 @@ def repeated(names: Sequence[str]) -> list[str]:
     return sorted(name for name, count in Counter(names).items() if count > 1)
 
 
-def fine(axis: str) -> tuple[str, ...]:
+def axis_parts(axis: str) -> tuple[str, ...]:
     """The parts of one of a leaf's axes: itself, unless it stands in parentheses."""
     return tuple(axis[1:-1].split()) if axis.startswith("(") else (axis,)
 
 
-def split(axis: str, size: int, fixed: Mapping[str, int]) -> dict[str, int]:
+def part_sizes(axis: str, size: int, fixed: Mapping[str, int]) -> dict[str, int]:
     """The sizes of an axis' parts; `MismatchError` where they do not divide it.
 
-    >>> split("(c p)", 8, {"p": 2}), split("h", 8, {})
+    >>> part_sizes("(c p)", 8, {"p": 2}), part_sizes("h", 8, {})
     ({'c': 4, 'p': 2}, {'h': 8})
     """
-    names = fine(axis)
+    names = axis_parts(axis)
     if names == (axis,):
         return {axis: size}
     known = math.prod(fixed[n] for n in names if n in fixed)

@@ -104,7 +104,9 @@ class Quantized:
         return None if self.place is None or isinstance(self.codes, Tracer) else self._whole_place()
 
 
-def quantized(w: Array, kind: str, order: Sequence[int] | None = None, stack: int = 0, block: int | None = None) -> Any:
+def quantize_weight(
+    w: Array, kind: str, order: Sequence[int] | None = None, stack: int = 0, block: int | None = None
+) -> Any:
     """A weight in blocks with one scale each, as bitsandbytes does it.
 
     nf4: x/absmax to the nearest of 16 levels; int8: round(127 · x/absmax).
@@ -118,7 +120,7 @@ def quantized(w: Array, kind: str, order: Sequence[int] | None = None, stack: in
 
     >>> import numpy as np
     >>> w = np.linspace(-1, 1, 128, dtype="float32").reshape(2, 64)
-    >>> q = quantized(w, "nf4")
+    >>> q = quantize_weight(w, "nf4")
     >>> q.shape, q.codes.shape, q.nbytes, bool(abs(q.dense() - w).max() < 0.16)
     ((2, 64), (2, 32), 72, True)
     """
@@ -130,11 +132,11 @@ def quantized(w: Array, kind: str, order: Sequence[int] | None = None, stack: in
     if size < 1 or (kind == "nf4" and size % 2):
         raise AttachError(f"block={size}: expected a positive number{', an even one' if kind == 'nf4' else ''}")
     at = w.sharding if isinstance(w, jax.Array) and not isinstance(w, Tracer) else None
-    return _quantized(w, kind, order, stack, size, at if isinstance(at, NamedSharding) else None)
+    return _quantize_weight(w, kind, order, stack, size, at if isinstance(at, NamedSharding) else None)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
-def _quantized(
+def _quantize_weight(
     w: Array, kind: str, order: tuple[int, ...], stack: int, block: int, at: NamedSharding | None
 ) -> Quantized:
     inner = w.shape[stack:]
@@ -182,14 +184,14 @@ def _is_qwix(x: Any, names: tuple[str, ...]) -> bool:
     return type(x).__name__ in names and type(x).__module__.partition(".")[0] == "qwix"
 
 
-def dense(x: Any) -> Any:
+def to_dense(x: Any) -> Any:
     """The weight as an array; what is not quantised stays as it is."""
     if isinstance(x, Quantized):
         return x.dense()
     return importlib.import_module("qwix").dequantize(_qarray(x)) if is_quantized(x) else x
 
 
-def whole(x: Any) -> Any:
+def storage_array(x: Any) -> Any:
     """What tells where a weight lies: itself, or Qwix' codes, which are laid out as the weight is."""
     return _qarray(x).qvalue if is_quantized(x) and not isinstance(x, Quantized) else x
 

@@ -57,7 +57,7 @@ def _refuse(_: Any, *, why: str) -> NoReturn:
 mlir.register_lowering(_MISSING, _refuse)
 
 
-def drawn(key: Any, wanted: Mapping[str, tuple[Draw, Sequence[int]]], dtype: Any) -> dict[str, Array]:
+def draw_arrays(key: Any, wanted: Mapping[str, tuple[Draw, Sequence[int]]], dtype: Any) -> dict[str, Array]:
     """`{path: array}` for `{path: (how, shape)}`, each a function of the key and its own path and shape alone.
 
     Float32 values, then rounded to `dtype`; numpy arrays, or traced ones inside jit.

@@ -18,7 +18,7 @@ import click
 
 from jaxadapt import __version__
 from jaxadapt.core.errors import AdapterError
-from jaxadapt.core.terminal import escaped
+from jaxadapt.core.terminal import escape_text
 
 COMMANDS = (
     "demo",
@@ -67,7 +67,7 @@ class _Commands(click.Group):
                 return super().invoke(ctx)
         except AdapterError as error:
             click.secho(f"{type(error).__name__}: ", fg="red", bold=True, nl=False, err=True)
-            click.echo(escaped(str(error), keep="\n"), err=True)
+            click.echo(escape_text(str(error), keep="\n"), err=True)
             sys.exit(1)
         except KeyboardInterrupt:
             click.echo("interrupted", err=True)
@@ -77,14 +77,14 @@ class _Commands(click.Group):
 def _warn(message: Warning | str, *where: Any) -> None:
     """A warning as a person reads it: not the line of source that it comes from."""
     click.secho("Warning: ", fg="yellow", bold=True, nl=False, err=True)
-    click.echo(escaped(str(message), keep="\n"), err=True)
+    click.echo(escape_text(str(message), keep="\n"), err=True)
 
 
 class _Record(logging.LogRecord):
     """What is logged, as a terminal may show it, whoever logs it: huggingface_hub logs what a server says."""
 
     def getMessage(self) -> str:
-        return escaped(super().getMessage(), keep="\n")
+        return escape_text(super().getMessage(), keep="\n")
 
 
 @contextlib.contextmanager

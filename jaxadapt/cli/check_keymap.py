@@ -14,7 +14,7 @@ from jaxadapt.cli import output
 from jaxadapt.core.errors import KeyMapError
 
 if TYPE_CHECKING:
-    from jaxadapt.keymaps.check import Checked
+    from jaxadapt.keymaps.check import KeyMapReport
     from jaxadapt.keymaps.keymap import KeyMap
 
 Shapes = dict[str, tuple[int, ...]]
@@ -66,10 +66,10 @@ def command(family: str, model: str | None, checkpoint: str | None, as_json: boo
 
     leaves = None if model is None else _leaves(Path(model))
     tensors = None if checkpoint is None else _tensors(Path(checkpoint))
-    table = _own(family) if ".py:" in family else families.resolve(family, leaves or {})
+    table = _own(family) if ".py:" in family else families.resolve_keymap(family, leaves or {})
     if leaves is not None and tensors is not None:
-        table = table.spelt_as(tensors, leaves)
-    found = check.check(table, leaves, tensors)
+        table = table.spelling_for(tensors, leaves)
+    found = check.check_keymap(table, leaves, tensors)
     if as_json:
         output.print_json(found.to_dict())
     else:
@@ -101,7 +101,7 @@ def _own(text: str) -> KeyMap:
     return held[name]
 
 
-def _show(found: Checked, leaves: Shapes | None, tensors: Shapes | None, own: bool) -> None:
+def _show(found: KeyMapReport, leaves: Shapes | None, tensors: Shapes | None, own: bool) -> None:
     rows = [("family", found.family)]
     if leaves is not None:
         rows.append(("model", f"{len(leaves)} leaves, {len(found.claims)} claimed"))
@@ -129,15 +129,15 @@ def _show(found: Checked, leaves: Shapes | None, tensors: Shapes | None, own: bo
         output.print_list("wrong lines of the table, of which nothing fits", lines, _SHOWN)
 
 
-def _mistyped(found: Checked) -> list[str]:
+def _mistyped(found: KeyMapReport) -> list[str]:
     """The lines that name nothing, each with what comes near of that which no line names."""
     from jaxadapt.core import suggest
 
     lines: list[str] = []
     for line in (w for w, count in found.lines.items() if not count):
         free = {re.sub(r"\b\d+\b", "{l}", name): name for name in found.unclaimed}
-        close = [name for name in suggest.near((line.leaf, line.key), list(free)) if name in free]
-        lines.append(f"{line.leaf} -> {line.key}" + (f"; near: {suggest.listed(close)}" if close else ""))
+        close = [name for name in suggest.close_matches((line.leaf, line.key), list(free)) if name in free]
+        lines.append(f"{line.leaf} -> {line.key}" + (f"; near: {suggest.quote_list(close)}" if close else ""))
     return lines
 
 
@@ -175,7 +175,7 @@ def _of_orbax(path: Path) -> Shapes:
     from jaxadapt.storage import orbax
 
     out: Shapes = {}
-    for leaves in orbax.leaves(path).values():
+    for leaves in orbax.leaf_specs(path).values():
         below = any("params" in names for names in leaves)
         for names, (shape, _) in leaves.items():
             if below and "params" not in names:
@@ -188,5 +188,5 @@ def _of_orbax(path: Path) -> Shapes:
 def _tensors(path: Path) -> Shapes:
     from jaxadapt.storage import hf_model
 
-    with hf_model.opened(path) as held:
+    with hf_model.open_model(path) as held:
         return {key: tuple(spec.shape) for key, spec in held.specs.items()}

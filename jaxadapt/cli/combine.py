@@ -57,7 +57,7 @@ def command(
     svd = method.endswith("svd")
     if svd and rank is not None:
         options["svd_rank"] = rank
-    made = merge_files.combine(adapters, numbers, out, resize=None if svd else rank, progress=True, **options)
+    made = merge_files.combine_folders(adapters, numbers, out, resize=None if svd else rank, progress=True, **options)
     config = made.config
     if as_json:
         output.print_json({"folder": out, "r": config.get("r"), "lora_alpha": config.get("lora_alpha")})

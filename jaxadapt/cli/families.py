@@ -22,7 +22,7 @@ def command(name: str | None, as_json: bool) -> None:
       jaxadapt families
       jaxadapt families llama
     """
-    from jaxadapt.keymaps.families import FAMILIES, named
+    from jaxadapt.keymaps.families import FAMILIES, get_family
 
     if name is None:
         tables = list(FAMILIES.values())
@@ -32,7 +32,7 @@ def command(name: str | None, as_json: bool) -> None:
             rows = [(t.name, str(len(t.weights)), "yes" if t.proved else "no") for t in tables]
             output.print_table(("family", "lines", "proved"), rows, numbers=("lines",))
         return
-    table = named(name)
+    table = get_family(name)
     if as_json:
         output.print_json([{"leaf": w.leaf, "key": w.key, "pattern": w.pattern} for w in table.weights])
     else:

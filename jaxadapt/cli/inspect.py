@@ -47,14 +47,14 @@ def command(folder: str, as_json: bool, tensors: bool, norms: bool, plot: str | 
     info = inspect(folder, progress=True)
     measured = None
     if norms or plot is not None:
-        from jaxadapt.analysis.norms import measure
+        from jaxadapt.analysis.norms import measure_norms
 
-        measured = measure(read(folder, progress=True))
+        measured = measure_norms(read(folder, progress=True))
     if plot is not None and measured is not None:
         from jaxadapt.analysis import norms_plot
         from jaxadapt.storage import atomic
 
-        atomic.write_bytes(plot, norms_plot.png(measured, info.config))
+        atomic.write_bytes(plot, norms_plot.norms_png(measured, info.config))
     if as_json:
         from jaxadapt.persistence import consumers
 
@@ -100,9 +100,9 @@ def _text(value: Any) -> str:
 
 
 def _show_norms(norms: Norms) -> None:
-    from jaxadapt.analysis.norms import grid
+    from jaxadapt.analysis.norms import norms_grid
 
-    cells = grid(norms.modules)
+    cells = norms_grid(norms.modules)
     scale, rank = cells.constant("scale"), cells.constant("rank")
     for name, title in (("norm", norms.what), ("effective_rank", "effective rank"), ("scale", "scale s")):
         values = cells.values(name)

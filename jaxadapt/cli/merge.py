@@ -31,7 +31,7 @@ def command(base: str, adapter: str, out: str, dtype: str | None, allow_nan: boo
     """
     from jaxadapt.export import merge_files
 
-    count = merge_files.merge(base, adapter, out, dtype=dtype, allow_nan=allow_nan, progress=True)
+    count = merge_files.merge_folder(base, adapter, out, dtype=dtype, allow_nan=allow_nan, progress=True)
     if as_json:
         output.print_json({"folder": out, "changed": count})
     else:

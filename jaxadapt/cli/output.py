@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from jaxadapt.core.terminal import escaped
+from jaxadapt.core.terminal import escape_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -48,7 +48,7 @@ def print_json(value: Any) -> None:
 
 def print_line(text: str) -> None:
     """A line, never folded: it is copied."""
-    click.echo(escaped(text))
+    click.echo(escape_text(text))
 
 
 def _finite(value: Any) -> Any:
@@ -69,7 +69,7 @@ def print_pairs(rows: Iterable[tuple[str, str]]) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(Text(escaped(name)), Text(escaped(value)))
+        table.add_row(Text(escape_text(name)), Text(escape_text(value)))
     _print(_console(), table)
 
 
@@ -79,8 +79,8 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], numbers: 
     from rich.text import Text
 
     console = _console()
-    numbers = [escaped(name) for name in numbers]
-    columns, *rows = [tuple(map(escaped, row)) for row in (columns, *rows)]
+    numbers = [escape_text(name) for name in numbers]
+    columns, *rows = [tuple(map(escape_text, row)) for row in (columns, *rows)]
     natural = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
     widths = _widths(natural, console.width - 2 * (len(columns) - 1))
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
@@ -136,7 +136,7 @@ def _print_title(text: str) -> None:
 
 def _indented(text: str, by: str = "  ") -> str:
     return textwrap.fill(
-        escaped(text), _console().width, initial_indent=by, subsequent_indent=by, break_on_hyphens=False
+        escape_text(text), _console().width, initial_indent=by, subsequent_indent=by, break_on_hyphens=False
     )
 
 
@@ -150,7 +150,7 @@ def print_heat(
     from jaxadapt.analysis.norms import number_text
 
     console = _console()
-    title, rows, columns = escaped(title), [*map(escaped, rows)], [*map(escaped, columns)]
+    title, rows, columns = escape_text(title), [*map(escape_text, rows)], [*map(escape_text, columns)]
     high = max((v for row in values for v in row if v is not None and math.isfinite(v)), default=0.0) or 1.0
     first = max(len("layer"), *map(len, rows)) + 1
     for begin, end in _portions([max(len(c), 6) + 1 for c in columns], console.width - first):

@@ -9,7 +9,7 @@ import click
 
 from jaxadapt.cli import output
 from jaxadapt.core.errors import FileError
-from jaxadapt.core.terminal import escaped
+from jaxadapt.core.terminal import escape_text
 from jaxadapt.storage import location
 from jaxadapt.storage.location import Place
 
@@ -41,7 +41,7 @@ def command(repo: str, revision: str | None, subfolder: str | None, out: str | N
         output.print_json({"folder": str(folder)})
     else:
         # A program that asks for the folder gets its exact name.
-        click.echo(escaped(str(folder)) if sys.stdout.isatty() else folder)
+        click.echo(escape_text(str(folder)) if sys.stdout.isatty() else folder)
 
 
 def _copied(source: Path, target: str) -> Place:
@@ -49,15 +49,15 @@ def _copied(source: Path, target: str) -> Place:
     from jaxadapt.storage import atomic
     from jaxadapt.storage.hub import CARD, CONFIG, WEIGHTS
 
-    out = location.at(target)
+    out = location.to_location(target)
     weights = next(name for name in WEIGHTS if location.exists(source / name))
     other = [name for name in WEIGHTS if name != weights and location.exists(out / name)]
     if other:
         raise FileError(f"{out}: holds {other[0]}, which readers could take for what is pulled; choose another folder")
-    folder.make(out)
+    folder.make_folder(out)
     # The configuration takes its place right after the weights, as in `folder.write`.
     names = [name for name in (weights, CONFIG, CARD) if location.exists(source / name)]
-    with atomic.alone_in(out), atomic.replacing_all([out / name for name in names]) as writers:
+    with atomic.lock_directory(out), atomic.replacing_all([out / name for name in names]) as writers:
         for name, writer in zip(names, writers, strict=True):
             writer.write(memoryview((source / name).read_bytes()))
     return out

@@ -11,7 +11,7 @@ from functools import cache, cached_property
 from typing import Any, ClassVar, Self, cast
 
 from jaxadapt.configs.frozen import Frozen, FrozenDict, freeze, thaw
-from jaxadapt.configs.name_patterns import Index
+from jaxadapt.configs.name_patterns import PatternIndex
 from jaxadapt.configs.validation import Problems
 from jaxadapt.core.errors import ConfigError
 
@@ -130,11 +130,11 @@ class Config:
             self._looked_up[at] = frozenset(map(len, self.names(key)))
         return self._looked_up[at]
 
-    def index(self, key: str) -> Index:
+    def index(self, key: str) -> PatternIndex:
         """The entries of a list as patterns, to look up in. Raises `ConfigError`: an invalid expression."""
         at = f"index of {key}"
         if at not in self._looked_up:
-            self._looked_up[at] = Index(key, self.get(key) or ())
+            self._looked_up[at] = PatternIndex(key, self.get(key) or ())
         return self._looked_up[at]
 
     @cached_property
@@ -204,10 +204,10 @@ class Config:
         """The keys that make it another configuration, with both values: of the attached one, and of `theirs`."""
         x, y = self.to_dict(), other.to_dict()
         ignored = {f.name for f in dataclasses.fields(self) if not f.compare}
-        keys = [key for key in self.changed(other) if key not in ignored]
+        keys = [key for key in self.changed_keys(other) if key not in ignored]
         return ", ".join(f"{key} ({x.get(key)!r} attached, {y.get(key)!r} {theirs})" for key in keys)
 
-    def changed(self, other: Config) -> list[str]:
+    def changed_keys(self, other: Config) -> list[str]:
         """The keys whose values differ."""
         x, y = ({key: _ordered(value) for key, value in config.to_dict().items()} for config in (self, other))
         return [key for key in sorted(x | y) if x.get(key) != y.get(key)]

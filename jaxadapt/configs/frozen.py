@@ -9,7 +9,7 @@ from collections.abc import ItemsView, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any, TypeAlias, cast
 
-from jaxadapt.configs.name_patterns import PLAIN, Index
+from jaxadapt.configs.name_patterns import PLAIN, PatternIndex
 
 # What `freeze` returns. (FrozenDict is named as a string: the alias is recursive.)
 Frozen: TypeAlias = "bool | int | float | str | tuple[Frozen, ...] | FrozenDict | None"
@@ -27,7 +27,7 @@ class FrozenDict(Mapping[str, Any]):
 
     __slots__ = ("_index", "_items")
     _items: dict[str, Any]
-    _index: Index | None
+    _index: PatternIndex | None
 
     def __init__(self, items: Mapping[str, Any] | None = None) -> None:
         """Freeze every value of `items`.
@@ -50,10 +50,10 @@ class FrozenDict(Mapping[str, Any]):
         object.__setattr__(self, "_index", None)
 
     @property
-    def index(self) -> Index:
+    def index(self) -> PatternIndex:
         """Its keys as patterns of modules' names, in their order. Raises `ConfigError`: an invalid expression."""
         if self._index is None:
-            object.__setattr__(self, "_index", Index("rank_pattern", self))
+            object.__setattr__(self, "_index", PatternIndex("rank_pattern", self))
         return cast("Index", self._index)
 
     def __getitem__(self, key: str) -> Any:
@@ -126,7 +126,7 @@ def _overlap(keys: list[str]) -> bool:
     """Whether two of the patterns could match one module: of expressions nobody can tell."""
     if not all(PLAIN.fullmatch(key) for key in keys):
         return True
-    index = Index("rank_pattern", keys)
+    index = PatternIndex("rank_pattern", keys)
     return any(index.matching(key) != [order] for order, key in enumerate(keys))
 
 

@@ -17,25 +17,25 @@ _MORE_THAN_A_PRODUCT = (
 CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def changes_the_base(config: Config) -> bool:
+def changes_base(config: Config) -> bool:
     """Whether an adapter of this configuration takes something out of the base weights as it begins."""
     init = config.get("init_lora_weights")
     begins = isinstance(init, str) and init.lower().startswith(CHANGES_THE_BASE)
     return begins or config.get("kasa_config") is not None
 
 
-def beginning_of(config: Config) -> str:
+def init_field(config: Config) -> str:
     """The field that says how an adapter begins, for messages."""
     if config.get("kasa_config") is not None:
         return "kasa_config"
     return f"init_lora_weights={config.get('init_lora_weights')!r}"
 
 
-def need_plain(config: Config, source: str, way_out: str = "") -> None:
+def require_original_base(config: Config, source: str, way_out: str = "") -> None:
     """Raise `ConfigError` where an adapter belongs to a base that its initialisation changed."""
-    if changes_the_base(config):
+    if changes_base(config):
         raise ConfigError(
-            f"{source}: {beginning_of(config)}: this adapter belongs to a base from which its initialisation took a"
+            f"{source}: {init_field(config)}: this adapter belongs to a base from which its initialisation took a"
             f" part, and is another one on the original{way_out or '; ' + _CONVERT}"
         )
 
@@ -46,7 +46,7 @@ _CONVERT = (
 )
 
 
-def not_a_product(config: Config) -> list[str]:
+def reasons_not_a_product(config: Config) -> list[str]:
     """Why an adapter of this configuration is not W + s·B·A on its weights and nothing else."""
     if not isinstance(config, LoraConfig):
         return [f"peft_type is {config.peft_type}"]

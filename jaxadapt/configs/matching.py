@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 from jaxadapt.configs import Config, FrozenDict
-from jaxadapt.configs.name_patterns import Index
+from jaxadapt.configs.name_patterns import PatternIndex
 from jaxadapt.configs.validation import match
 from jaxadapt.core import suggest
 from jaxadapt.core.errors import TargetError
@@ -34,7 +34,7 @@ def matches(config: Config, name: str) -> bool:
     equal the name or be its end after a dot. `exclude_modules` and `modules_to_save` win.
     `layers_to_transform` keeps only modules of those layers, but does not bear on a module that the list
     names in full. Without `target_modules` nothing matches. "all-linear" must have been resolved (see
-    `resolve`).
+    `resolve_targets`).
 
     Raises:
         ConfigError: an invalid regular expression (where the configuration's class did not check it).
@@ -96,8 +96,8 @@ def matching(patterns: Mapping[str, Any], name: str) -> list[str]:
     return [*found, name] if name in patterns and name not in found else found
 
 
-def _index(patterns: Mapping[str, Any]) -> Index:
-    return patterns.index if isinstance(patterns, FrozenDict) else Index("rank_pattern", patterns)
+def _index(patterns: Mapping[str, Any]) -> PatternIndex:
+    return patterns.index if isinstance(patterns, FrozenDict) else PatternIndex("rank_pattern", patterns)
 
 
 HEADS: Mapping[str, tuple[str, ...]] = {
@@ -108,11 +108,11 @@ HEADS: Mapping[str, tuple[str, ...]] = {
 """The heads that PEFT trains in full for a task, where the model has them: a base model's are not trained yet."""
 
 
-def with_heads(config: _C) -> _C:
+def with_task_heads(config: _C) -> _C:
     """The configuration with the heads of its task among `modules_to_save`, as PEFT adds them to a new adapter.
 
     >>> from jaxadapt.configs import LoraConfig
-    >>> with_heads(LoraConfig(task_type="SEQ_CLS")).modules_to_save
+    >>> with_task_heads(LoraConfig(task_type="SEQ_CLS")).modules_to_save
     ('classifier', 'score')
     """
     heads = HEADS.get(config.task_type or "", ())
@@ -147,11 +147,11 @@ _DEFAULTS: Mapping[str, Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] =
 """
 
 
-def with_defaults(config: _C, family: str) -> _C:
+def with_default_targets(config: _C, family: str) -> _C:
     """The configuration with PEFT's own choice for a model family where it names no targets.
 
     >>> from jaxadapt.configs import LoraConfig
-    >>> with_defaults(LoraConfig(), "llama/scan0").target_modules
+    >>> with_default_targets(LoraConfig(), "llama/scan0").target_modules
     ('q_proj', 'v_proj')
     """
     if config.get("target_modules") is not None:
@@ -201,7 +201,9 @@ def is_feedforward(config: Config, name: str) -> bool:
     return name.endswith(inputs)
 
 
-def resolve(config: _C, names: Iterable[str], *, linear: Collection[str] | None, output: str | None = None) -> _C:
+def resolve_targets(
+    config: _C, names: Iterable[str], *, linear: Collection[str] | None, output: str | None = None
+) -> _C:
     """The configuration with "all-linear" replaced by names; any other is returned as it is.
 
     As PEFT stores it: the full names of all linear modules except the output layer (in a model without one that
@@ -217,7 +219,7 @@ def resolve(config: _C, names: Iterable[str], *, linear: Collection[str] | None,
 
     >>> from jaxadapt.configs import LoraConfig
     >>> config = LoraConfig(target_modules="all-linear")
-    >>> resolve(config, ["q", "norm", "lm_head"], linear={"q", "lm_head"}, output="lm_head").target_modules
+    >>> resolve_targets(config, ["q", "norm", "lm_head"], linear={"q", "lm_head"}, output="lm_head").target_modules
     ('q',)
     """
     if not is_all_linear(config):
@@ -239,12 +241,12 @@ def resolve(config: _C, names: Iterable[str], *, linear: Collection[str] | None,
         )
     if len(chosen) >= _COLLAPSE_FROM and config.peft_type != "IA3":
         # A suffix must not mean what holds modules either ("0", a layer of many): PEFT would adapt that, and cannot.
-        shorter = shortest(chosen, every.difference(chosen))
+        shorter = shortest_suffixes(chosen, every.difference(chosen))
         chosen = shorter if len(shorter) < len(chosen) else chosen
     return _with_targets(config, chosen)
 
 
-def select(
+def select_names(
     config: Config,
     names: Sequence[str],
     *,
@@ -253,22 +255,23 @@ def select(
 ) -> tuple[str, ...]:
     """The names that `config` targets, in their order.
 
-    One entry of `target_modules` that matches nothing is no error as long as another does (see `doubts.unmatched`);
+    One entry of `target_modules` that matches nothing is no error as long as another does (see
+    `selection_warnings.unmatched_targets`);
     PEFT does the same. Nothing at all is one, except where `target_parameters` says what to adapt.
 
     Args:
         names: the modules that could be adapted.
-        linear, output: as in `resolve`; needed for "all-linear" only.
+        linear, output: as in `resolve_targets`; needed for "all-linear" only.
 
     Raises:
         TargetError: nothing matches, or `target_modules` is null.
         ConfigError: an invalid regular expression.
 
     >>> from jaxadapt.configs import LoraConfig
-    >>> select(LoraConfig(target_modules=["q", "v"]), ["a.q", "a.k", "a.v", "b.q"])
+    >>> select_names(LoraConfig(target_modules=["q", "v"]), ["a.q", "a.k", "a.v", "b.q"])
     ('a.q', 'a.v', 'b.q')
     """
-    resolved = resolve(config, names, linear=linear, output=output)
+    resolved = resolve_targets(config, names, linear=linear, output=output)
     chosen = tuple(name for name in names if matches(resolved, name))
     if chosen or config.get("target_parameters"):
         return chosen
@@ -276,7 +279,7 @@ def select(
     if targets is None:
         raise TargetError(
             "target_modules: expected names or an expression, found null, and this is no model of a family for"
-            f" which PEFT's own choice is known; name them. Available are {suggest.available(names)}"
+            f" which PEFT's own choice is known; name them. Available are {suggest.describe_available(names)}"
         )
     raise TargetError(_nothing(resolved, names))
 
@@ -339,19 +342,19 @@ def _replaced(config: _C, key: str, value: Any) -> _C:
     return config.replace(**{key: value})
 
 
-def shortest(targets: Sequence[str], others: Iterable[str]) -> list[str]:
+def shortest_suffixes(targets: Sequence[str], others: Iterable[str]) -> list[str]:
     """The shortest suffixes (at dots) that cover `targets` and end none of `others`."""
-    taken = {suffix for other in others for suffix in endings(other)}
+    taken = {suffix for other in others for suffix in suffixes(other)}
     chosen: set[str] = set()
-    for target in sorted(targets, key=endings):
-        mine = endings(target)
+    for target in sorted(targets, key=suffixes):
+        mine = suffixes(target)
         if chosen.isdisjoint(mine):
             # The full name is always free: it is a target, and so none of the others.
             chosen.add(next((ending for ending in mine if ending not in taken), target))
     return sorted(chosen)
 
 
-def endings(name: str) -> list[str]:
+def suffixes(name: str) -> list[str]:
     parts = name.split(".")
     return [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
 
@@ -367,18 +370,18 @@ def _nothing(config: Config, names: Sequence[str]) -> str:
     hidden = [name for name in names if matches(bare, name)]
     if hidden:
         rules = ", ".join(
-            f"{key}={suggest.plain(config.get(key))!r}"
+            f"{key}={suggest.tuple_to_list(config.get(key))!r}"
             for key in ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
             if config.get(key)  # what is empty excludes nothing
             or (key == "layers_to_transform" and config.get(key) == 0)
         )
-        lines.append(f"{len(hidden)} modules match but are left out by {rules}: {suggest.listed(hidden)}")
-    close = suggest.near((targets,) if isinstance(targets, str) else targets, names)
+        lines.append(f"{len(hidden)} modules match but are left out by {rules}: {suggest.quote_list(hidden)}")
+    close = suggest.close_matches((targets,) if isinstance(targets, str) else targets, names)
     if close:
-        lines.append(f"near misses: {suggest.listed(close)}")
+        lines.append(f"near misses: {suggest.quote_list(close)}")
     if isinstance(targets, str) and not hidden:
         lines.append("a string is a regular expression for the whole name: for names, write a list")
-    lines.append(f"available are {suggest.available(names)}")
+    lines.append(f"available are {suggest.describe_available(names)}")
     return "\n  ".join(lines)
 
 

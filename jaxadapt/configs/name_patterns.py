@@ -15,7 +15,7 @@ PLAIN = re.compile(r"[\w.]+")
 """A pattern that is a name: only its dots are special to `re`."""
 
 
-class Index:
+class PatternIndex:
     """Patterns of one field, looked up by what they match.
 
     Args:
@@ -25,7 +25,7 @@ class Index:
     Raises:
         ConfigError: an invalid regular expression.
 
-    >>> index = Index("rank_pattern", ["q_proj", r"h\\.\\d+", "3.q_proj"])
+    >>> index = PatternIndex("rank_pattern", ["q_proj", r"h\\.\\d+", "3.q_proj"])
     >>> index.matching("model.h.3.q_proj"), index.matching("h.12"), index.matching("proj")
     ([0, 2], [1], [])
     """

@@ -84,10 +84,10 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def listing(items: Iterable[str], limit: int = 8) -> str:
+def bullets(items: Iterable[str], limit: int = 8) -> str:
     """A readable, bounded list for error messages, one item a line.
 
-    >>> print(listing(["a", "b"], limit=1))
+    >>> print(bullets(["a", "b"], limit=1))
       a
       … and 1 more
     """

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Generator
 from typing import Any
 
-from jaxadapt.core.terminal import escaped
+from jaxadapt.core.terminal import escape_text
 
 Report = Callable[[str, int, int], None]
 Progress = Report | bool | None
@@ -29,14 +29,14 @@ SHORT = 1 << 20
 """Bytes: for less no bar appears."""
 
 
-def quiet(what: str, done: int, total: int) -> None:
+def no_report(what: str, done: int, total: int) -> None:
     """The report of work that nobody watches."""
 
 
-def counting(report: Report, what: str, total: int) -> Callable[[int], None]:
+def byte_counter(report: Report, what: str, total: int) -> Callable[[int], None]:
     """A function that is told how many bytes more are done.
 
-    >>> more = counting(print, "save", 12)
+    >>> more = byte_counter(print, "save", 12)
     save 0 12
     >>> more(5); more(7)
     save 5 12
@@ -54,15 +54,15 @@ def counting(report: Report, what: str, total: int) -> Callable[[int], None]:
 
 
 @contextlib.contextmanager
-def reporting(progress: Progress) -> Generator[Report]:
+def reporter(progress: Progress) -> Generator[Report]:
     """The function to call while the work is done.
 
-    >>> with reporting(print) as report:
+    >>> with reporter(print) as report:
     ...     report("save", 3, 12)
     save 3 12
     """
     if progress is None or progress is False:
-        yield quiet
+        yield no_report
     elif progress is True:
         with _bars() as report:
             yield report
@@ -70,7 +70,7 @@ def reporting(progress: Progress) -> Generator[Report]:
         yield progress
 
 
-def watched() -> bool:
+def is_watched() -> bool:
     """Whether somebody sees a bar: standard error is a terminal, or this is a notebook that can draw one."""
     from rich.console import Console
 
@@ -81,8 +81,8 @@ def watched() -> bool:
 
 @contextlib.contextmanager
 def _bars() -> Generator[Report]:
-    if not watched():
-        yield quiet
+    if not is_watched():
+        yield no_report
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -100,7 +100,7 @@ def _bars() -> Generator[Report]:
         if not tasks:
             bars.start()
         if what not in tasks:
-            tasks[what] = bars.add_task(escaped(what), total=total)
+            tasks[what] = bars.add_task(escape_text(what), total=total)
         bars.update(tasks[what], completed=done, total=total)
 
     try:

@@ -10,7 +10,7 @@ from typing import Any, cast
 _LISTED = 30
 
 
-def near(targets: Sequence[str], names: Sequence[str]) -> list[str]:
+def close_matches(targets: Sequence[str], names: Sequence[str]) -> list[str]:
     """Last segments, longer endings and full names that look like what was asked for."""
     found: dict[str, None] = {}
     segments = sorted({name.rpartition(".")[2] for name in names})
@@ -24,15 +24,15 @@ def near(targets: Sequence[str], names: Sequence[str]) -> list[str]:
     return list(found)
 
 
-def available(names: Sequence[str]) -> str:
+def describe_available(names: Sequence[str]) -> str:
     segments = sorted({name.rpartition(".")[2] for name in names} - {""})  # the model itself has no name
-    return f"the last segments {listed(segments)}" if segments else "no modules at all"
+    return f"the last segments {quote_list(segments)}" if segments else "no modules at all"
 
 
-def listed(items: Sequence[str]) -> str:
+def quote_list(items: Sequence[str]) -> str:
     more = f" and {len(items) - _LISTED} more" if len(items) > _LISTED else ""
     return ", ".join(items[:_LISTED]) + more
 
 
-def plain(value: Any) -> Any:
+def tuple_to_list(value: Any) -> Any:
     return list(cast("tuple[Any, ...]", value)) if isinstance(value, tuple) else value

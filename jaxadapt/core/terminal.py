@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-def escaped(text: str, keep: str = "") -> str:
+def escape_text(text: str, keep: str = "") -> str:
     r"""The text with everything that is no letter, sign or blank written out.
 
     A terminal obeys control characters: they move the cursor, colour, rename the window. Marks of direction show a
@@ -12,7 +12,7 @@ def escaped(text: str, keep: str = "") -> str:
     Args:
         keep: characters that stay as they are: "\n" in a text of several lines.
 
-    >>> print(escaped("q\x1b[2J\u202e.weight\n"), escaped("Gewicht ü × 重み"))
+    >>> print(escape_text("q\x1b[2J\u202e.weight\n"), escape_text("Gewicht ü × 重み"))
     q\x1b[2J\u202e.weight\n Gewicht ü × 重み
     """
     if text.isprintable():

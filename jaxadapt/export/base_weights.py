@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxadapt.adapters.adapter import Adapter, is_array, reading
+from jaxadapt.adapters.adapter import Adapter, is_array, name_donated_arrays
 from jaxadapt.arrays import finite, placement
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, KeyMapError, MismatchError, warn
-from jaxadapt.core.progress import LOGGER, Progress, Report, counting, reporting
+from jaxadapt.core.progress import LOGGER, Progress, Report, byte_counter, reporter
 from jaxadapt.export import untying
 from jaxadapt.keymaps import check, expert_names, families, plan
 from jaxadapt.keymaps import parts as pieces
@@ -76,35 +76,35 @@ def export_base(
     """
     leaves, table = _leaves(params, keymap)
     _refuse_statistics(params, leaves)
-    peft.with_values(leaves, traced=False)
+    peft.require_values(leaves, traced=False)
     made = plan.base_plan(table, _shapes(leaves))
-    changed = {} if adapter is None else base_merge.merged(leaves, adapter)
+    changed = {} if adapter is None else base_merge.plan_merge(leaves, adapter)
     strict = adapter is not None and not allow_nan
     if adapter is not None and strict:
         base_merge.refuse_nan(leaves, adapter, changed)
     warn_unproved(table)
     kind = None if dtype is None else np.dtype(dtype)
-    target = places.at(path)
+    target = places.to_location(path)
     _check_ties(target, table, made, leaves, changed)
     specs: Specs = {}
-    grouped = pieces.groups(made.keys)
-    for key, parts in sorted(grouped.items(), key=lambda item: survey.natural(item[0])):
+    grouped = pieces.group_by_file_key(made.keys)
+    for key, parts in sorted(grouped.items(), key=lambda item: survey.natural_key(item[0])):
         entry, _ = made.keys[parts[0]]
         dtype_ = dtype_name(kind or leaves[entry.path].dtype)
-        specs[key] = dtype_, pieces.shape_of(parts, entry.form.file_shape)
+        specs[key] = dtype_, pieces.joined_shape(parts, entry.form.file_shape)
     if not specs:
         raise MismatchError(f"{target}: there is no weight to write")
-    folder.make(target)
+    folder.make_folder(target)
     get = _reader(made, leaves, changed, kind)
     total = sum(math.prod(shape) * numpy_dtype(name).itemsize for name, shape in specs.values())
     specs, home = _apart(table, specs) if table.single else (specs, {key: (key, ()) for key in specs})
 
     @functools.lru_cache(maxsize=2 if table.single else 0)  # a folder has gate, up and down of an expert in turns
     def whole(key: str) -> Any:
-        return pieces.together([get(part) for part in grouped[key]], grouped[key], np)
+        return pieces.join_parts([get(part) for part in grouped[key]], grouped[key], np)
 
-    with reporting(progress) as report:
-        more = counting(report, "export", total)
+    with reporter(progress) as report:
+        more = byte_counter(report, "export", total)
 
         def tensor(key: str) -> Any:
             name, at = home[key]
@@ -113,11 +113,13 @@ def export_base(
             return value
 
         def lost(keys: list[str]) -> MismatchError:
-            return MismatchError(f"{target}: {finite.problem(keys, 'allow_nan=True writes them all the same')}")
+            return MismatchError(
+                f"{target}: {finite.not_finite_message(keys, 'allow_nan=True writes them all the same')}"
+            )
 
-        look = finite.checked(tensor, len(specs), lost) if strict else tensor
-        with reading(leaves):
-            hf_model.write(target, specs, look, max_shard_size)
+        look = finite.check_while_reading(tensor, len(specs), lost) if strict else tensor
+        with name_donated_arrays(leaves):
+            hf_model.write_model(target, specs, look, max_shard_size)
     LOGGER.info("%s: %d tensors, %d bytes", target, len(specs), total)
 
 
@@ -126,7 +128,7 @@ Specs = dict[str, tuple[str, tuple[int, ...]]]
 
 def _apart(table: KeyMap, specs: Specs) -> tuple[Specs, dict[str, tuple[str, Any]]]:
     """With a tensor for each expert: their dtypes and shapes, and of which tensor each is what part."""
-    rows, renamed = expert_names.names(table, {key: shape for key, (_, shape) in specs.items()})
+    rows, renamed = expert_names.folder_names(table, {key: shape for key, (_, shape) in specs.items()})
     out: Specs = {}
     home: dict[str, tuple[str, Any]] = {}
     for key, (dtype, shape) in specs.items():
@@ -147,38 +149,40 @@ def _leaves(params: Any, keymap: KeyMap | str | None, own: bool = False) -> tupl
     That no table fits is an error, unless the model's `own` paths may be PyTorch's names.
     Of an NNX model also what is no parameter there, if the table has a line for it (the bias of MaxText's routers).
     """
-    found = base_params.leaves(planning.params_of(params))
-    loose = survey.walk(params).loose if isinstance(params, attach.nnx.Module) else {}
+    found = base_params.base_leaves(planning.base_params(params))
+    loose = survey.walk_model(params).loose if isinstance(params, attach.nnx.Module) else {}
     if loose:
         raise AttachError(
             "these weights are held by no nnx.Module itself, and would be left out; hold them in one, or give the"
-            " parameters as a tree of arrays:\n" + paths.listing(loose)
+            " parameters as a tree of arrays:\n" + paths.bullets(loose)
         )
     odd = [f"{p}: {type(x).__name__}" for p, x in found.items() if not is_array(x)]
     if odd:
         raise AttachError(
             "expected arrays as base parameters (jaxadapt.dequantize makes them of quantised ones), found:\n"
-            + paths.listing(odd)
+            + paths.bullets(odd)
         )
-    table = families.resolve(keymap, _shapes(found))
+    table = families.resolve_keymap(keymap, _shapes(found))
     if table is GENERIC and not own:
         raise _unknown(_shapes(found))
     if isinstance(params, attach.nnx.Module):
-        more = {path: var.get_value() for path, var in survey.state(params).items() if table.site(path)}
-        found = dict(sorted({**found, **more}.items(), key=lambda item: survey.natural(item[0])))
+        more = {path: var.get_value() for path, var in survey.layer_state(params).items() if table.match(path)}
+        found = dict(sorted({**found, **more}.items(), key=lambda item: survey.natural_key(item[0])))
     return found, table
 
 
 def _refuse_statistics(params: Any, leaves: Mapping[str, Any]) -> None:
     if isinstance(params, attach.nnx.Module):
-        left = [p for p, v in survey.state(params).items() if isinstance(v, attach.nnx.BatchStat) and p not in leaves]
+        left = [
+            p for p, v in survey.layer_state(params).items() if isinstance(v, attach.nnx.BatchStat) and p not in leaves
+        ]
     else:
         held = params.get("batch_stats", {}) if isinstance(params, Mapping) and "params" in params else {}
         left = [f"batch_stats.{path}" for path in paths.flatten(held)]
     if left:
         raise KeyMapError(
             "statistics of batch normalisation would be left out: no line of the table has them (of an NNX model it"
-            " may; of Linen variables give variables['params'], and write them beside)\n" + paths.listing(left)
+            " may; of Linen variables give variables['params'], and write them beside)\n" + paths.bullets(left)
         )
 
 
@@ -191,7 +195,7 @@ def _unknown(shapes: Mapping[str, tuple[int, ...]]) -> KeyMapError:
         "what these weights are called in PyTorch is not known: no table of a model family fits them, and the"
         " generic map has no names but their own paths; say the family with keymap=, or give a KeyMap with a line"
         " for each. They are\n"
-        + paths.listing(f"{path} {shape}" for path, shape in shapes.items())
+        + paths.bullets(f"{path} {shape}" for path, shape in shapes.items())
         + families.nearest(shapes)
     )
 
@@ -200,30 +204,30 @@ def _with_own_names(
     table: KeyMap, target: Any, shapes: Mapping[str, tuple[int, ...]], found: Collection[str], source: str
 ) -> KeyMap:
     """The table, with lines for the leaves that it has none for and whose own paths are names of the file."""
-    known = {} if table is GENERIC else {path: shape for path, shape in shapes.items() if table.site(path) is not None}
+    known = {} if table is GENERIC else {path: shape for path, shape in shapes.items() if table.match(path) is not None}
     rest = {path: shape for path, shape in shapes.items() if path not in known}
     owners = survey.base_leaves(target) if isinstance(target, attach.nnx.Module) else {}
     owners = {path: owner for path, owner in owners.items() if path in rest}
-    lines = survey.class_lines(owners, KeyMap(GENERIC.name, ()))
-    own, unsure = own_names(rest, lines, survey.custom(owners, owners))
+    lines = survey.class_entries(owners, KeyMap(GENERIC.name, ()))
+    own, unsure = own_names(rest, lines, survey.custom_leaves(owners, owners))
     named = [line for line in own.weights if line.key in found]
     if table is GENERIC:
         if not named:
             raise _unknown(shapes)
         table, named = own, []
-    unsure = [leaf for leaf in unsure if (site := own.site(leaf)) is not None and site.weight.key in found]
+    unsure = [leaf for leaf in unsure if (site := own.match(leaf)) is not None and site.weight.key in found]
     if unsure:
         raise KeyMapError(
             f"{source}: nothing tells which axis of these square matrices PyTorch has first, since no table of a model"
             " family has a line for them; give a KeyMap with a line for each weight, as keymap=:\n"
-            + paths.listing(unsure)
+            + paths.bullets(unsure)
             + families.nearest(shapes)
         )
-    return table.with_lines(named)
+    return table.with_entries(named)
 
 
 def _reader(
-    made: plan.Plan, leaves: Mapping[str, Any], changed: Mapping[str, base_merge.Changed], dtype: Any
+    made: plan.Plan, leaves: Mapping[str, Any], changed: Mapping[str, base_merge.ChangedLeaf], dtype: Any
 ) -> Callable[[str], Any]:
     """What gives the tensor of a key: cut out where the leaf is, and turned on the host."""
 
@@ -231,7 +235,7 @@ def _reader(
         entry, number = made.keys[key]
         if entry.path in changed:
             return _merged(entry, number, changed[entry.path], leaves[entry.path].dtype, dtype)
-        tensor = entry.form.alone.encode(np.asarray(leaves[entry.path][entry.form.index(number)]), 0)
+        tensor = entry.form.single.encode(np.asarray(leaves[entry.path][entry.form.index(number)]), 0)
         return tensor if dtype is None else tensor.astype(dtype, copy=False)
 
     return get
@@ -241,21 +245,21 @@ SLICE = 1 << 22
 """Bytes of float32 that are merged at once; of a very large tensor more, so that there are not too many."""
 
 
-def _merged(entry: plan.Entry, number: int, changed: base_merge.Changed, own: Any, dtype: Any) -> Any:
+def _merged(entry: plan.PlanEntry, number: int, changed: base_merge.ChangedLeaf, own: Any, dtype: Any) -> Any:
     """One tensor of a leaf that an adapter changes: its outputs slice by slice, each put where the file has it.
 
     A sum takes several arrays of float32 beside the weight: of slices they are small.
     """
     form, where = entry.form, entry.form.index(number)
     unrounded = dtype is not None and dtype != own  # else the sum would be rounded to the leaf's dtype first
-    stack = changed.bound.site.stack
+    stack = changed.site.match.stack
     layer = {axis: where[axis] for axis in stack} if set(stack) <= set(form.split) else {}
     rest = tuple(i for axis, i in enumerate(where) if axis not in layer)
     out = np.empty(form.file_shape, dtype or own)
     firsts = {group[0]: at for at, group in enumerate(form.right) if group}
-    axes = [a for a in changed.outputs if form.left[a] in firsts] if changed.bound.leaf == entry.path else []
+    axes = [a for a in changed.outputs if form.left[a] in firsts] if changed.site.leaf == entry.path else []
     if not axes:
-        out[...] = form.alone.encode(np.asarray(changed.value(layer, unrounded=unrounded)[rest]), 0)
+        out[...] = form.single.encode(np.asarray(changed.value(layer, unrounded=unrounded)[rest]), 0)
         return out
     axis = axes[0]
     size, row, at = form.shape[axis], math.prod(form.file_shape) // form.shape[axis], firsts[form.left[axis]]
@@ -265,7 +269,7 @@ def _merged(entry: plan.Entry, number: int, changed: base_merge.Changed, own: An
         last = min(first + step, size)
         piece = np.asarray(changed.value({**layer, axis: slice(first, last)}, unrounded=unrounded)[rest])
         shape = tuple(last - first if a == axis else n for a, n in enumerate(form.shape))
-        tensor = dataclasses.replace(form, shape=shape).alone.encode(piece, 0)
+        tensor = dataclasses.replace(form, shape=shape).single.encode(piece, 0)
         out[(*[slice(None)] * at, slice(first * inner, last * inner))] = tensor
     return out
 
@@ -275,11 +279,11 @@ def _check_ties(
     table: KeyMap,
     made: plan.Plan,
     leaves: Mapping[str, Any],
-    changed: Mapping[str, base_merge.Changed],
+    changed: Mapping[str, base_merge.ChangedLeaf],
 ) -> None:
     """Refuse a head of its own in a folder whose config.json ties it to the embedding: transformers would drop it."""
     path = target / "config.json"
-    config = untying.configuration(path)
+    config = untying.read_model_config(path)
     if config is None or True not in (config.get(untying.FIELD), untying.is_tied(config)):
         return
     get = _reader(made, leaves, changed, None)
@@ -291,7 +295,7 @@ def _check_ties(
     if apart:
         raise MismatchError(
             f"{path}: tie_word_embeddings is true (or missing, which means true here), so transformers would ignore"
-            " weights of this model; set it to false, or export to another folder:\n" + paths.listing(apart)
+            " weights of this model; set it to false, or export to another folder:\n" + paths.bullets(apart)
         )
 
 
@@ -336,18 +340,18 @@ def import_base(
     leaves, table = _leaves(target, keymap, own=True)
     shapes = _shapes(leaves)
     if adapter is not None:  # what does not fit shows before anything is read
-        base_merge.merged(base_merge.ready(planning.params_of(target), adapter), adapter)
-    with hf_model.opened(places.at(path)) as tensors:
+        base_merge.plan_merge(base_merge.mergeable_leaves(planning.base_params(target), adapter), adapter)
+    with hf_model.open_model(places.to_location(path)) as tensors:
         hf_model.refuse_packed(tensors)
-        table = table.spelt_as(tensors, shapes)
+        table = table.spelling_for(tensors, shapes)
         if keymap in (None, "auto", GENERIC.name):
             table = _with_own_names(table, target, shapes, tensors, tensors.source)
         if table.each:
-            tensors = tensors.stacked(*expert_names.rows(table, tensors, tensors.source))
-        known = shapes if strict else {p: s for p, s in shapes.items() if table.site(p) is not None}
+            tensors = tensors.with_stacks(*expert_names.expert_rows(table, tensors, tensors.source))
+        known = shapes if strict else {p: s for p, s in shapes.items() if table.match(p) is not None}
         made = plan.base_plan(table, known)
         found = {key: tuple(spec.shape) for key, spec in tensors.specs.items()}
-        tensors = tensors.cut(pieces.places(found, made.keys))
+        tensors = tensors.with_parts(pieces.locate_parts(found, made.keys))
         source = _sources(tensors, table, made, strict, lambda: _near(table, shapes))
         entries = [e for e in made.entries if all(key in source for key in e.keys)]
         left = {e.path for e in made.entries} - {e.path for e in entries} | (shapes.keys() - known.keys())
@@ -355,21 +359,21 @@ def import_base(
         if hollow:
             raise MismatchError(
                 f"{tensors.source}: holds nothing for weights that have no values in the target either:\n"
-                + paths.listing(hollow)
+                + paths.bullets(hollow)
             )
         if left:
             warn(f"{tensors.source}: left as they were: {', '.join(sorted(left))}")
-        with reporting(progress) as report:
-            new = _read(entries, tensors.renamed(source), leaves, planning.of_target(target).placement, report)
+        with reporter(progress) as report:
+            new = _read(entries, tensors.with_names(source), leaves, planning.target_base(target).shardings, report)
     if adapter is not None:
-        changed = base_merge.merged({**leaves, **new}, adapter)
+        changed = base_merge.plan_merge({**leaves, **new}, adapter)
         if not allow_nan:
             base_merge.refuse_nan({**leaves, **new}, adapter, changed)
         for leaf in list(changed):
             new[leaf] = changed.pop(leaf).value(donate=leaf in new)
     LOGGER.info("%s: %d weights read, by the table %s", tensors.source, len(new), table.name)
-    base = planning.params_of(target)
-    done = base_params.replaced(base, new)
+    base = planning.base_params(target)
+    done = base_params.replace_leaves(base, new)
     return done if base is target else {**target, "params": done}
 
 
@@ -378,7 +382,7 @@ def _near(table: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 
 def _sources(
-    tensors: hf_model.Shards, table: KeyMap, made: plan.Plan, strict: bool, near: Callable[[], str]
+    tensors: hf_model.ModelTensors, table: KeyMap, made: plan.Plan, strict: bool, near: Callable[[], str]
 ) -> dict[str, str]:
     """`{key: the tensor it is filled from}`, itself or one it is tied to; all problems in one error."""
     found = {key: tuple(spec.shape) for key, spec in tensors.specs.items()}
@@ -393,7 +397,7 @@ def _sources(
         if key not in made.shapes
         and (
             check.is_buffer(table, key)
-            or (key in ties and ties[key] in found and untying.same(tensors, key, ties[key]))
+            or (key in ties and ties[key] in found and untying.bitwise_same(tensors, key, ties[key]))
         )
     }
     odd = [
@@ -425,16 +429,16 @@ def _sources(
 
 
 def _read(
-    entries: Sequence[plan.Entry],
-    tensors: hf_model.Shards,
+    entries: Sequence[plan.PlanEntry],
+    tensors: hf_model.ModelTensors,
     leaves: Mapping[str, Any],
     places: Mapping[str, Any],
     report: Report,
 ) -> dict[str, Any]:
     """New arrays in the place of the target's: its dtypes and shardings, numpy where it is numpy."""
     where = {path: leaf.sharding for path, leaf in leaves.items() if isinstance(leaf, jax.Array)}
-    where |= {path: placement.concrete(place) for path, place in places.items() if place is not None}
+    where |= {path: placement.concrete_sharding(place) for path, place in places.items() if place is not None}
     dtypes = {key: spec.dtype for key, spec in tensors.specs.items()}
     wanted = {e.path: leaves[e.path].dtype for e in entries}
-    out = device_arrays.arrays(plan.Plan(tuple(entries)), tensors, dtypes, wanted, where, report, "import")
+    out = device_arrays.load_arrays(plan.Plan(tuple(entries)), tensors, dtypes, wanted, where, report, "import")
     return {path: np.array(x) if isinstance(leaves[path], np.ndarray) else x for path, x in out.items()}

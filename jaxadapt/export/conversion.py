@@ -36,7 +36,7 @@ NOTE = "jaxadapt_tree"
 
 
 @dataclasses.dataclass(frozen=True)
-class Converted:
+class ConvertedFile:
     """What was written: for a tree, what its model must be built with."""
 
     path: str
@@ -62,7 +62,7 @@ def convert(
     on_shared: str | None = None,
     format: str = "safetensors",  # noqa: A002 (as in `save`)
     progress: Progress = None,
-) -> Converted:
+) -> ConvertedFile:
     """Re-lay an adapter: from a PEFT folder or a tree's file (`*.safetensors`) into a PEFT folder or a tree's file.
 
     An Orbax checkpoint that `save` wrote is read as a folder is.
@@ -81,7 +81,7 @@ def convert(
 
     Raises `AdapterError`, and then nothing is written. It speaks of the command's options (`jaxadapt convert`).
     """
-    trees = [location.at(path).suffix == ".safetensors" for path in (source, target)]
+    trees = [location.to_location(path).suffix == ".safetensors" for path in (source, target)]
     if not any(trees) and (like is not None or sizes):
         raise ConfigError("--like and --axis are for trees (a file ending in .safetensors)")
     if format not in ("safetensors", "orbax") or (trees[1] and format == "orbax"):
@@ -89,14 +89,14 @@ def convert(
     tensors = _read(source, from_keymap, lora_alpha, None if trees[1] else like, sizes or {}, progress, on_shared)
     if not trees[1]:
         spelt = from_keymap is not None and to_keymap is not None and not trees[0]
-        tables = [families.resolve(keymap, {}) for keymap in (from_keymap, to_keymap)] if spelt else []
+        tables = [families.resolve_keymap(keymap, {}) for keymap in (from_keymap, to_keymap)] if spelt else []
         apart = spelt and tables[0].single != tables[1].single
         if dialect is not None or (on_shared is not None and not trees[0] and not apart):
             raise ConfigError("--dialect and --concat are for trees (a file ending in .safetensors)")
         if apart and tables[1].single:
-            tensors = PeftTensors(*experts.apart(tensors.config, tensors.tensors, tables[1]), tensors.source)
+            tensors = PeftTensors(*experts.split_experts(tensors.config, tensors.tensors, tables[1]), tensors.source)
         elif apart:
-            tensors = experts.fused(tensors, tables[0], on_shared, "convert(source, target", parts=False)
+            tensors = experts.fuse_experts(tensors, tables[0], on_shared, "convert(source, target", parts=False)
         elif spelt:
             tensors = _respelt(tensors, *tables)
         elif to_keymap is not None:
@@ -107,11 +107,11 @@ def convert(
             orbax_folder.write(_under_pytorchs_names(tensors), target, alone=True)
         else:
             folder.write(tensors, target, progress=progress)
-        return Converted(str(target), len(tensors.tensors), None, config.r, config.lora_alpha)
+        return ConvertedFile(str(target), len(tensors.tensors), None, config.r, config.lora_alpha)
     if to_keymap is None:
         raise ConfigError("a tree needs its family: --to tunix:qwen3, say")
-    table = families.resolve(to_keymap, {})
-    return _write_tree(tensors, location.at(target), table, dialect, like, sizes or {}, on_shared)
+    table = families.resolve_keymap(to_keymap, {})
+    return _write_tree(tensors, location.to_location(target), table, dialect, like, sizes or {}, on_shared)
 
 
 def _under_pytorchs_names(tensors: PeftTensors) -> Adapter:
@@ -119,9 +119,9 @@ def _under_pytorchs_names(tensors: PeftTensors) -> Adapter:
     from jaxadapt.persistence import peft  # which brings Flax, that nothing else here needs
 
     shapes = {key: tuple(x.shape) for key, x in tensors.tensors.items()}
-    weights = pytorch.weights(shapes)
+    weights = pytorch.weight_shapes(shapes)
     base = paths.unflatten({leaf: jax.ShapeDtypeStruct(shape, "float32") for leaf, shape in weights.items()})
-    return peft.from_peft(tensors, base, keymap=pytorch.table(weights, shapes, tensors.source))
+    return peft.from_peft(tensors, base, keymap=pytorch.state_dict_keymap(weights, shapes, tensors.source))
 
 
 def _read(
@@ -133,7 +133,7 @@ def _read(
     progress: Progress,
     on_shared: str | None = None,
 ) -> PeftTensors:
-    path = location.at(source)
+    path = location.to_location(source)
     if path.suffix != ".safetensors":
         if lora_alpha is not None:
             raise ConfigError(f"{path}: --lora-alpha is for a tree's file; an adapter's folder has its own")
@@ -144,11 +144,13 @@ def _read(
         lora_alpha = note["lora_alpha"]
     if not any(map(is_like, leaves)):
         raise FileError(f"{path}: expected the leaves of a tree with LoRA in it, found none that looks like one")
-    found = foreign.find(leaves)
+    found = foreign.find_lora(leaves)
     if found is None:
-        raise FileError(f"{path}: {foreign.unknown(leaves).strip()}")
+        raise FileError(f"{path}: {foreign.describe_unknown(leaves).strip()}")
     found = dataclasses.replace(found, base={**found.base, **_shapes(like, found.dialect)}, sizes=sizes)
-    config, _, tensors = foreign.take(found, None, keymap, lora_alpha, "convert(source, target", None, on_shared)
+    config, _, tensors = foreign.tree_to_peft(
+        found, None, keymap, lora_alpha, "convert(source, target", None, on_shared
+    )
     return PeftTensors(config, tensors, str(path))
 
 
@@ -171,7 +173,7 @@ def _dotted(leaves: Mapping[str, Any], source: Any) -> dict[str, Any]:
             twice.append(path)
         out[dotted] = leaf
     if twice:
-        raise FormatError(f"{source}: two leaves have one path, with dots or slashes in it:\n" + paths.listing(twice))
+        raise FormatError(f"{source}: two leaves have one path, with dots or slashes in it:\n" + paths.bullets(twice))
     return out
 
 
@@ -184,7 +186,7 @@ def _lora(config: Config, what: str) -> LoraConfig:
 def _respelt(tensors: PeftTensors, source: KeyMap, target: KeyMap) -> PeftTensors:
     config = tensors.config
     pairs = _pairs(tensors)
-    names = laying.respelt(source, target, list(pairs))
+    names = laying.respell_modules(source, target, list(pairs))
     stale = [f for f in ("rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform") if config.get(f)]
     if stale and set(names) != set(names.values()):
         raise ConfigError(f"{tensors.source}: {', '.join(stale)} speak of the old names; write them anew")
@@ -206,42 +208,42 @@ def _write_tree(
     like: Any,
     sizes: Mapping[str, int],
     on_shared: str | None,
-) -> Converted:
+) -> ConvertedFile:
     config = _lora(tensors.config, "a tree")
     library = keymap.name.partition(":")[0]
     if name is None and library not in dialects.USED:
         known = ", ".join(dialects.DIALECTS)
         raise ConfigError(f"say which dialect (--dialect) the tree of {keymap.name!r} has: {known}")
-    dialect = dialects.named(name or dialects.USED[library])
+    dialect = dialects.get_dialect(name or dialects.USED[library])
     if dialect.slots is not None:
         raise ConfigError(f"{dialect.name} keeps several adapters in one tree; load into its model instead")
     known = _shapes(like, dialect)
     leaves = known or [w.leaf.replace("{l}", "0") for w in keymap.weights]
-    keymap = keymap.spelt_as([key.removeprefix(PEFT_PREFIX) for key in tensors.tensors], leaves)
+    keymap = keymap.spelling_for([key.removeprefix(PEFT_PREFIX) for key in tensors.tensors], leaves)
     single, whole = keymap, tensors
-    if tensors.config.get("target_parameters") or experts.possible(tensors.tensors):
-        single = experts.singled(keymap)
-        whole = experts.fused(tensors, keymap, on_shared, "convert(source, target")
-        whole = PeftTensors(*experts.apart(whole.config, whole.tensors, single, keymap), tensors.source)
+    if tensors.config.get("target_parameters") or experts.may_have_experts(tensors.tensors):
+        single = experts.per_expert_keymap(keymap)
+        whole = experts.fuse_experts(tensors, keymap, on_shared, "convert(source, target")
+        whole = PeftTensors(*experts.split_experts(whole.config, whole.tensors, single, keymap), tensors.source)
     pairs = _pairs(whole)
     shapes = {m: (tuple(a.shape), tuple(b.shape)) for m, (a, b) in pairs.items()}
-    adapted = laying.find(single, shapes, known)
+    adapted = laying.find_adapted_leaves(single, shapes, known)
 
-    def blank(rank: int) -> foreign.Found:
+    def blank(rank: int) -> foreign.ForeignTree:
         arrays: dict[str, tuple[int, ...]] = {}
         for one in adapted:
-            arrays |= laying.arrays(dialect, one, shapes, rank, known.get(one.site.leaf), sizes)
+            arrays |= laying.blank_arrays(dialect, one, shapes, rank, known.get(one.site.leaf), sizes)
         # (What is never written is never read, so that only the shapes cost anything.)
         dtype = np.result_type(*(a.dtype for a, _ in pairs.values()))
         leaves = {p: np.broadcast_to(np.zeros((), dtype), shape) for p, shape in arrays.items()}
-        return foreign.Found(leaves, dialect, leaves, lambda new: {**leaves, **new}, known, {}, sizes)
+        return foreign.ForeignTree(leaves, dialect, leaves, lambda new: {**leaves, **new}, known, {}, sizes)
 
     rank = max(a[0] for a, _ in shapes.values())
-    if on_shared is not None or dialect.heads:
-        rank = foreign.needed(blank(rank), keymap, whole.tensors, pairs)
+    if on_shared is not None or dialect.per_head:
+        rank = foreign.needed_rank(blank(rank), keymap, whole.tensors, pairs)
     scale = config.lora_alpha / config.r
     alpha = None if dialect.unscaled else scale * rank
-    tree = foreign.put(
+    tree = foreign.fill_tree(
         blank(rank), config, tensors.tensors, keymap=keymap, lora_alpha=alpha, on_shared=on_shared,
         source=tensors.source, call="convert(source, target",
     )  # fmt: skip
@@ -249,7 +251,7 @@ def _write_tree(
     note = {NOTE: json.dumps({"dialect": dialect.name, "keymap": keymap.name, "lora_alpha": alpha})}
     specs = {p: (x.dtype, x.shape) for p, x in written.items()}
     safetensors.write(path, specs, written.__getitem__, {} if alpha is None else note)
-    return Converted(str(path), len(written), dialect.name, rank, float(rank if alpha is None else alpha))
+    return ConvertedFile(str(path), len(written), dialect.name, rank, float(rank if alpha is None else alpha))
 
 
 def _pairs(tensors: PeftTensors) -> dict[str, tuple[Any, Any]]:
@@ -265,7 +267,7 @@ def _pairs(tensors: PeftTensors) -> dict[str, tuple[Any, Any]]:
     half = [m for m, pair in found.items() if len(pair) != 2]
     if odd or half:
         listed = [*odd, *(f"{m}: A or B is missing" for m in half)]
-        raise KeyMapError(f"{tensors.source}: no place in a tree for\n" + paths.listing(listed))
+        raise KeyMapError(f"{tensors.source}: no place in a tree for\n" + paths.bullets(listed))
     return {m: (pair["A"], pair["B"]) for m, pair in found.items()}
 
 

@@ -18,7 +18,7 @@ from jaxadapt.arrays import finite
 from jaxadapt.configs import lora_variants
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, FileError, FormatError, MismatchError, warn
-from jaxadapt.core.progress import LOGGER, Progress, Report, counting, reporting
+from jaxadapt.core.progress import LOGGER, Progress, Report, byte_counter, reporter
 from jaxadapt.export import base_weights, untying
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
@@ -35,7 +35,7 @@ _BESIDE = (".json", ".txt", ".model", ".jinja")
 _ALLOW = "allow_nan=True (jaxadapt {} --allow-nan) takes them all the same"
 
 
-def merge(
+def merge_folder(
     base: str | os.PathLike[str],
     adapter: str | os.PathLike[str],
     out: str | os.PathLike[str],
@@ -63,13 +63,13 @@ def merge(
     One tensor is held at a time, beside what the adapter repeats of the base. Returns how many weights it changed.
     Raises `AdapterError`, and then nothing is written, unless everything fits.
     """
-    source, target = location.at(base), location.at(out)
+    source, target = location.to_location(base), location.to_location(out)
     home = source.parent if location.is_file(source) else source
     if home == target or (_local(home) and _local(target) and _same(home, target)):
         raise FileError(f"{target}: is the base model itself; choose another folder")
     if location.exists(target / folder.CONFIG):
         raise FileError(f"{target}: holds an adapter, which transformers would open instead; choose another folder")
-    with reporting(progress) as report, hf_model.opened(source) as held:
+    with reporter(progress) as report, hf_model.open_model(source) as held:
         hf_model.refuse_packed(held)
         tensors = folder.read(adapter, progress=report)
         if not allow_nan:
@@ -81,27 +81,27 @@ def merge(
                 f"{tensors.source}: is for a model that repeats layers of its base (layer_replication), and the folder"
                 f" of the base holds each once; {way_out}"
             )
-        ready = untying.prepared(held, home / "config.json", tensors)
+        ready = untying.untie_base(held, home / "config.json", tensors)
         held = ready.tensors
-        tensors = dataclasses.replace(tensors, config=untying.resolved(tensors.config, ready))
+        tensors = dataclasses.replace(tensors, config=untying.resolve_untied_config(tensors.config, ready))
         specs = {key: jax.ShapeDtypeStruct(spec.shape, spec.dtype) for key, spec in held.specs.items()}
         shapes = {key: spec.shape for key, spec in specs.items()}
         turned = bool(tensors.config.get("fan_in_fan_out"))
-        table = pytorch.table(shapes, _shapes(tensors), tensors.source, turned, ready.tied)
+        table = pytorch.state_dict_keymap(shapes, _shapes(tensors), tensors.source, turned, ready.tied)
         inside = _adapter(tensors, specs | _repeated(tensors, held, table), table)
-        changed = base_merge.merged(specs, inside)
+        changed = base_merge.plan_merge(specs, inside)
         kind = None if dtype is None else np.dtype(dtype)
         written = {
             key: (dtype_name(kind if kind is not None and _floats(spec) else spec.dtype), spec.shape)
             for key, spec in specs.items()
         }
         total = sum(math.prod(s) * numpy_dtype(d).itemsize for d, s in written.values())
-        more = counting(report, "merge", total)
+        more = byte_counter(report, "merge", total)
 
         def get(key: str) -> Any:
             value = held[key]
             if key in changed:
-                value = np.asarray(changed[key].on(value).value(unrounded=kind is not None))
+                value = np.asarray(changed[key].with_base(value).value(unrounded=kind is not None))
             with np.errstate(over="ignore"):  # what becomes an infinity is refused by name
                 value = value.astype(numpy_dtype(written[key][0]), copy=False)
             more(value.nbytes)
@@ -109,19 +109,21 @@ def merge(
 
         def lost(keys: list[str]) -> MismatchError:
             named = [f"{key}{'' if finite.is_finite(held[key]) else ', of the base'}" for key in keys]
-            return MismatchError(f"{target}: of the merged model {finite.problem(named, _ALLOW.format('merge'))}")
+            return MismatchError(
+                f"{target}: of the merged model {finite.not_finite_message(named, _ALLOW.format('merge'))}"
+            )
 
-        look = get if allow_nan else finite.checked(get, len(written), lost)
+        look = get if allow_nan else finite.check_while_reading(get, len(written), lost)
         beside = _beside(source, None if kind is None else kind.name, ready.apart)
-        folder.make(target)
-        hf_model.write(target, written, look, max_shard_size)
+        folder.make_folder(target)
+        hf_model.write_model(target, written, look, max_shard_size)
         for name, data in beside.items():
             atomic.write_bytes(target / name, data)
     LOGGER.info("%s: %d of %d tensors changed, %d bytes", target, len(inside.sites), len(written), total)
     return len(inside.sites)
 
 
-def combine(
+def combine_folders(
     adapters: Sequence[str | os.PathLike[str]],
     weights: Sequence[float],
     out: str | os.PathLike[str],
@@ -138,9 +140,9 @@ def combine(
         options: as in `jaxadapt.combine`: method, svd_rank, density, majority_sign_method, key.
         resize: a rank for the result.
         allow_nan: combine also adapters of which a tensor holds a NaN or an infinity.
-        progress: as in `merge`, of what is read and written.
+        progress: as in `merge_folder`, of what is read and written.
     """
-    with reporting(progress) as report:
+    with reporter(progress) as report:
         tensors = [folder.read(path, progress=report) for path in adapters]
         if not allow_nan:
             _refuse_nan(tensors, "combine")
@@ -157,21 +159,21 @@ def _combined(
 ) -> PeftTensors:
     for held in tensors:
         _need_modules(held, "jaxadapt.combine does it with adapters of a model, or from from_peft(…, base)")
-    more = [f"{held.source}: {why}" for held in tensors for why in lora_variants.not_a_product(held.config)]
+    more = [f"{held.source}: {why}" for held in tensors for why in lora_variants.reasons_not_a_product(held.config)]
     if more:
-        raise ConfigError("only plain LoRA is combined, and these are not or more:\n" + paths.listing(more))
-    shapes = {key: shape for held in tensors for key, shape in pytorch.weights(_shapes(held)).items()}
+        raise ConfigError("only plain LoRA is combined, and these are not or more:\n" + paths.bullets(more))
+    shapes = {key: shape for held in tensors for key, shape in pytorch.weight_shapes(_shapes(held)).items()}
     specs = {key: jax.ShapeDtypeStruct(shape, "float32") for key, shape in shapes.items()}
     # One table for all: what one adapter leaves out is no weight that it lacks.
     together = {key: shape for held in tensors for key, shape in _shapes(held).items()}
-    table = pytorch.table(shapes, together, " and ".join(held.source for held in tensors))
+    table = pytorch.state_dict_keymap(shapes, together, " and ".join(held.source for held in tensors))
     made = combination.combine([_adapter(held, specs, table) for held in tensors], weights, **options)
     if resize is not None:
         made = rank_reduction.resize_rank(made, resize).adapter
     base = {held.config.base_model_name_or_path for held in tensors}
     if len(base - {None}) > 1:
         named = [f"{held.source}: {held.config.base_model_name_or_path}" for held in tensors]
-        warn("these adapters name different base models, and are combined as if it were one:\n" + paths.listing(named))
+        warn("these adapters name different base models, and are combined as if it were one:\n" + paths.bullets(named))
     encoded = peft.to_peft(made)
     config = encoded.config.replace(inference_mode=True, base_model_name_or_path=base.pop() if len(base) == 1 else None)
     encoded = dataclasses.replace(encoded, config=config)
@@ -180,9 +182,9 @@ def _combined(
 
 
 def _refuse_nan(adapters: Sequence[PeftTensors], command: str) -> None:
-    lost = [f"{held.source}: {key}" for held in adapters for key in finite.not_finite(held.tensors)]
+    lost = [f"{held.source}: {key}" for held in adapters for key in finite.names_not_finite(held.tensors)]
     if lost:
-        raise MismatchError(finite.problem(lost, _ALLOW.format(command)))
+        raise MismatchError(finite.not_finite_message(lost, _ALLOW.format(command)))
 
 
 def _need_modules(tensors: PeftTensors, way_out: str) -> None:
@@ -201,14 +203,14 @@ def _floats(spec: Any) -> bool:
     return jax.numpy.issubdtype(spec.dtype, jax.numpy.floating)
 
 
-def _repeated(tensors: PeftTensors, held: hf_model.Shards, table: KeyMap) -> dict[str, Any]:
+def _repeated(tensors: PeftTensors, held: hf_model.ModelTensors, table: KeyMap) -> dict[str, Any]:
     """The values of what the adapter's file holds of the base as well: its table of tokens, its head."""
     names = {key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".") for key in tensors.tensors}
-    return {key: held[key] for key in held if (site := table.site(key)) and ".".join(site.parameter({})) in names}
+    return {key: held[key] for key in held if (site := table.match(key)) and ".".join(site.parameter({})) in names}
 
 
 def _adapter(tensors: PeftTensors, specs: dict[str, Any], table: Any) -> Adapter:
-    lora_variants.need_plain(tensors.config, tensors.source)
+    lora_variants.require_original_base(tensors.config, tensors.source)
     return peft.from_peft(tensors, paths.unflatten(specs), keymap=table)
 
 
@@ -245,12 +247,12 @@ def _beside(source: Place, dtype: str | None, apart: bool) -> dict[str, bytes]:
         if wanted and location.is_file(path):
             out[name] = _content(path)
     path = (source if inside else source.parent) / "config.json"
-    if apart and untying.configuration(path) is not None:
+    if apart and untying.read_model_config(path) is not None:
         out[path.name] = _content(path)  # also where the base is a file alone
     if path.name in out and dtype is not None:
         out[path.name] = _saying(path, out[path.name], dtype)
     if path.name in out and apart:
-        out[path.name] = json.dumps(untying.untied(json.loads(out[path.name])), indent=2).encode() + b"\n"
+        out[path.name] = json.dumps(untying.untie_config(json.loads(out[path.name])), indent=2).encode() + b"\n"
     return out
 
 

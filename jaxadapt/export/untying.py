@@ -46,7 +46,7 @@ _HEADLESS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestion
 Pairs = tuple[tuple[str, str], ...]
 
 
-def configuration(path: Place) -> dict[str, Any] | None:
+def read_model_config(path: Place) -> dict[str, Any] | None:
     """The fields of a config.json; None where there is no such file."""
     try:
         found: Any = json.loads(path.read_bytes())
@@ -82,7 +82,7 @@ def _said(config: Mapping[str, Any]) -> bool | None:
     return value if isinstance(value, bool) else None
 
 
-def untied(config: Mapping[str, Any]) -> dict[str, Any]:
+def untie_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a config.json for a model whose head has a tensor of its own."""
     text: Any = config.get("text_config")
     inner = {"text_config": {**text, FIELD: False}} if isinstance(text, Mapping) else {}
@@ -90,7 +90,7 @@ def untied(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Base:
+class UntiedBase:
     """A folder's tensors as an adapter needs them.
 
     Attributes:
@@ -99,12 +99,12 @@ class Base:
         apart: whether the head has a tensor of its own that config.json must not tie.
     """
 
-    tensors: hf_model.Shards
+    tensors: hf_model.ModelTensors
     tied: Pairs = ()
     apart: bool = False
 
 
-def prepared(held: hf_model.Shards, path: Place, adapter: PeftTensors) -> Base:
+def untie_base(held: hf_model.ModelTensors, path: Place, adapter: PeftTensors) -> UntiedBase:
     """The tensors of a model's folder, with a head of its own where the adapter is for the table or the head alone.
 
     Args:
@@ -115,7 +115,7 @@ def prepared(held: hf_model.Shards, path: Place, adapter: PeftTensors) -> Base:
     """
     shapes = {key: tuple(spec.shape) for key, spec in held.specs.items()}
     tensors = {key: tuple(x.shape) for key, x in adapter.tensors.items()}
-    adapted, asked = pytorch.adapted(tensors), bool(adapter.config.get("ensure_weight_tying"))
+    adapted, asked = pytorch.adapted_shapes(tensors), bool(adapter.config.get("ensure_weight_tying"))
     heads = {head for group, _ in _groups() for head, _ in group}
     named = pytorch.renamed(shapes, [module for module in adapted if f"{module}.weight" not in heads])
     known = _group(named)
@@ -123,9 +123,11 @@ def prepared(held: hf_model.Shards, path: Place, adapter: PeftTensors) -> Base:
         lookups = [module for module, own in adapted.items() if "lora_embedding_A" in own]
         missing = [f"{module}.weight" for module in adapted if f"{module}.weight" not in named.values()]
         if asked:
-            return Base(held, tuple((head, f"{lookups[0]}.weight") for head in missing) if len(lookups) == 1 else ())
+            return UntiedBase(
+                held, tuple((head, f"{lookups[0]}.weight") for head in missing) if len(lookups) == 1 else ()
+            )
         _refuse_unknown(adapter, path, {named[key]: shape for key, shape in shapes.items()}, lookups)
-        return Base(held)
+        return UntiedBase(held)
 
     group, names = known
     rows = {f"{module}.weight" for module in pytorch.rows(tensors)}
@@ -141,12 +143,12 @@ def prepared(held: hf_model.Shards, path: Place, adapter: PeftTensors) -> Base:
     home = {key: leaf for leaf, key in named.items()}
     lacking = tuple(pair for pair in group if pair[0] not in home)
     if not alone and not any(table in rows for _, table in pairs):
-        return Base(held, lacking)
+        return UntiedBase(held, lacking)
 
     # PEFT knows embeddings by two names alone; those that it ties it writes under both.
     together = asked and any(head in alone and table in alone for head, table in pairs)
     state = _state(path)
-    twice = [pair for pair in pairs if pair not in lacking and same(held, home[pair[0]], home[pair[1]])]
+    twice = [pair for pair in pairs if pair not in lacking and bitwise_same(held, home[pair[0]], home[pair[1]])]
     what = f"{adapter.source}: changes {' and '.join(alone or sorted(rows))}"
     untold = MismatchError(
         f"{what}, and {path} does not tell whether {' and '.join(dict.fromkeys(key for pair in pairs for key in pair))}"
@@ -154,7 +156,7 @@ def prepared(held: hf_model.Shards, path: Place, adapter: PeftTensors) -> Base:
     )
     shared = len(pairs) > 1 and any(key in alone for pair in lacking for key in pair)
     if state is False and (together or not shared):
-        return Base(held)
+        return UntiedBase(held)
     apart = [pair for pair in pairs if pair not in lacking and pair not in twice]
     if state is True and apart:
         raise MismatchError(
@@ -165,7 +167,7 @@ def prepared(held: hf_model.Shards, path: Place, adapter: PeftTensors) -> Base:
         if state is None and twice:
             raise untold
         one = {home[head] for head, _ in twice}
-        return Base(held.renamed({key: key for key in held if key not in one}), (*lacking, *twice))
+        return UntiedBase(held.with_names({key: key for key in held if key not in one}), (*lacking, *twice))
     if len(pairs) > 1:
         raise MismatchError(
             f"{what} apart from the modules that share its weight, and no config.json unties all of them in such a"
@@ -178,16 +180,16 @@ def prepared(held: hf_model.Shards, path: Place, adapter: PeftTensors) -> Base:
             " tensor that is right for both. Keep the adapter beside the model"
         )
     if head in home:
-        return Base(held, apart=True)
+        return UntiedBase(held, apart=True)
     if state is None:
         raise untold
     if head not in alone and _headless(path):
-        return Base(held)
+        return UntiedBase(held)
     full = {name: leaf for leaf, name in names.items()} | {first: home[second] for first, second in lacking}
-    return Base(held.renamed(full), apart=True)
+    return UntiedBase(held.with_names(full), apart=True)
 
 
-def resolved(config: Config, base: Base) -> Config:
+def resolve_untied_config(config: Config, base: UntiedBase) -> Config:
     """The configuration of an adapter for these tensors: a head apart is not tied, and a tied one has no rows."""
     if base.apart and config.get("ensure_weight_tying"):
         config = config.replace(ensure_weight_tying=False)
@@ -204,7 +206,7 @@ def _groups() -> tuple[tuple[Pairs, bool], ...]:
     """The tied keys of each family, and whether the names are those of a model without its head."""
     found: dict[Pairs, bool] = {}
     for family in families.FAMILIES.values():
-        for name, table in ((name, family.spelt(name)) for name, _ in family.spellings):
+        for name, table in ((name, family.with_spelling(name)) for name, _ in family.spellings):
             found.setdefault(table.tied, name == "bare")
         found[family.tied] = False
     return tuple((pairs, is_bare) for pairs, is_bare in found.items() if pairs)
@@ -226,19 +228,19 @@ def _group(named: Mapping[str, str]) -> tuple[Pairs, Mapping[str, str]] | None:
 
 
 def _state(path: Place) -> bool | None:
-    config = configuration(path)
+    config = read_model_config(path)
     return None if config is None else is_tied(config)
 
 
 def _headless(path: Place) -> bool:
     """Whether the folder is of a class without a head over the tokens."""
-    made: Any = (configuration(path) or {}).get("architectures")
+    made: Any = (read_model_config(path) or {}).get("architectures")
     return (
         isinstance(made, list) and bool(made) and all(str(name).endswith(_HEADLESS) for name in cast("list[Any]", made))
     )
 
 
-def same(held: hf_model.Shards, a: str, b: str) -> bool:
+def bitwise_same(held: hf_model.ModelTensors, a: str, b: str) -> bool:
     """Whether two tensors are one, bit for bit."""
     x, y = held[a], held[b]
     return x.dtype == y.dtype and x.shape == y.shape and bool((x.view("uint8") == y.view("uint8")).all())
@@ -270,6 +272,6 @@ def _refuse_unknown(
         raise MismatchError(
             f"{adapter.source}: changes a table of tokens. It may be the head's weight as well ({FIELD} in {path}), and"
             " what this model calls its head is not known:\n"
-            + paths.listing(found)
+            + paths.bullets(found)
             + f"\nGive the base a tensor for its head (a copy of the table) and {FIELD}: false, and merge into that"
         )

@@ -161,7 +161,7 @@ def loftq(w: Array, r: int, s: float, bits: int, steps: int) -> Factors:
     for _ in range(steps):
         if bits == 8:
             rest = rest.astype(jnp.float16).astype(jnp.float32)  # as bitsandbytes does
-        q = quantized.quantized(rest, "nf4" if bits == 4 else "int8").dense()
+        q = quantized.quantize_weight(rest, "nf4" if bits == 4 else "int8").dense()
         u, sigma, vh = jnp.linalg.svd(w - q, full_matrices=False)
         product = _balanced(u[:, :r], sigma[:r], vh[:r])
         rest = w - product.b @ product.a

@@ -19,7 +19,7 @@ from jaxadapt.adapters import sites
 from jaxadapt.configs import LoraConfig, matching
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError
-from jaxadapt.initializers.statistics import Components, Observer, Statistic, layers, moments, unlayered
+from jaxadapt.initializers.statistics import Components, Observer, Statistic, moments, split_layers, stack_layers
 
 _LIMIT = 1000  # batches; PEFT goes on for ever
 
@@ -38,9 +38,9 @@ class Settings:
 
 def components(
     config: LoraConfig,
-    bounds: Sequence[sites.Bound],
+    bounds: Sequence[sites.Site],
     batches: Iterable[Any],
-    watch: Callable[[Sequence[sites.Bound], Mapping[str, Statistic]], Observer],
+    watch: Callable[[Sequence[sites.Site], Mapping[str, Statistic]], Observer],
     settings: Settings,
     mask: Callable[[Any], Any] | None = None,
 ) -> dict[str, np.ndarray]:
@@ -68,7 +68,7 @@ def components(
     k = {b.leaf: max(most[m] for m in b.modules) for b in mine}
     wide = [f"{b.leaf}: {k[b.leaf]} components of {b.fan_in} inputs" for b in mine if k[b.leaf] > b.fan_in]
     if wide:
-        raise ConfigError("r * rho exceeds the inputs of some layers; lower r or rho:\n" + paths.listing(wide))
+        raise ConfigError("r * rho exceeds the inputs of some layers; lower r or rho:\n" + paths.bullets(wide))
     observe = watch(mine, {b.leaf: Statistic(Components(k[b.leaf]), k[b.leaf] + 4) for b in mine})
     states = {b.leaf: np.zeros((_count(b), k[b.leaf] + 4, b.fan_in), "float32") for b in mine}
     settled = {m: np.zeros(most[m], bool) for m in groups}
@@ -82,14 +82,14 @@ def components(
         done = {m: bool(settled[m][: ranks[m]].all()) for m in groups}
         if all(done.values()):
             return {m: _chosen(of(head), ranks[m], settings) for head, group in groups.items() for m in group}
-        new = observe({b.leaf: unlayered(b, states[b.leaf]) for b in mine}, batch, tokens(batch))
+        new = observe({b.leaf: stack_layers(b, states[b.leaf]) for b in mine}, batch, tokens(batch))
         for bound in mine:
-            if float(np.max(layers(bound, new[bound.leaf])[:, -1, 0])) > 1:
+            if float(np.max(split_layers(bound, new[bound.leaf])[:, -1, 0])) > 1:
                 raise AttachError(f"{bound.leaf}: is called several times in one pass, which EVA cannot follow here")
         for module in groups:
             if not done[module]:
                 bound, layer = where[module]
-                before, after = of(module), np.asarray(layers(bound, new[bound.leaf])[layer])
+                before, after = of(module), np.asarray(split_layers(bound, new[bound.leaf])[layer])
                 if 0 < before[-1, 1] < after[-1, 1]:
                     settled[module] = _cosines(before, after, most[module]) >= settings.tau
                 states[bound.leaf][layer] = after
@@ -98,18 +98,18 @@ def components(
     raise AttachError(f"EVA: after {_LIMIT} batches the components still turn; use larger batches, or a lower tau")
 
 
-def _count(bound: sites.Bound) -> int:
+def _count(bound: sites.Site) -> int:
     """How many layers a leaf stacks."""
     sizes = {name: n for e in bound.entries for name, n in zip(e.form.left, e.form.shape, strict=True)}
-    return math.prod(sizes[name] for name in bound.site.roles["stack"])
+    return math.prod(sizes[name] for name in bound.match.roles["stack"])
 
 
-def _alike(bounds: Sequence[sites.Bound], seen: Mapping[str, Any]) -> dict[str, list[str]]:
+def _alike(bounds: Sequence[sites.Site], seen: Mapping[str, Any]) -> dict[str, list[str]]:
     """`{module: the modules with the very inputs that it has, itself first}`."""
     groups: dict[str, list[str]] = {}
     known: list[tuple[np.ndarray, str]] = []
     for bound in bounds:
-        rows = np.asarray(layers(bound, seen[bound.leaf]))[:, :, :]
+        rows = np.asarray(split_layers(bound, seen[bound.leaf]))[:, :, :]
         for module, layer in bound.layers.items():
             row = rows[layer]
             head = next((m for other, m in known if _same(row, other)), None)
@@ -170,7 +170,7 @@ def _mask(batch: Any, settings: Settings) -> Any:
     return np.logical_and.reduce(given) if given else None
 
 
-def redistributed(config: LoraConfig, found: Mapping[str, np.ndarray], settings: Settings) -> LoraConfig:
+def redistribute_ranks(config: LoraConfig, found: Mapping[str, np.ndarray], settings: Settings) -> LoraConfig:
     """The configuration with the ranks that EVA found, as PEFT writes it: modules in full, alphas as floats."""
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}

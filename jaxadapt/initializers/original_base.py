@@ -10,11 +10,11 @@ import jax.numpy as jnp
 
 from jaxadapt.adapters import sites
 from jaxadapt.adapters.adapter import Adapter, Recipe
-from jaxadapt.arrays.layout import RANK, Arrangement
+from jaxadapt.arrays.layout import RANK, FileLayout
 from jaxadapt.configs import LoraConfig, lora_variants
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, MismatchError
-from jaxadapt.initializers.initialize import Beginning, kind_of
+from jaxadapt.initializers.initialize import Initialization, init_kind
 from jaxadapt.models import attachment
 
 Array = Any
@@ -51,7 +51,7 @@ def for_original_base(trained: Any, first: Adapter, name: str = attachment.DEFAU
             "LoftQ quantised the base, and what that lost is in no adapter: keep the base that was left (export_base),"
             " or load the file with base='original', which quantises it in the same way again"
         )
-    why = lora_variants.not_a_product(config)
+    why = lora_variants.reasons_not_a_product(config)
     if why or not isinstance(config, LoraConfig):
         raise ConfigError("the change since the start is no product of two matrices: " + "; ".join(why))
     if config.use_rslora and (config.rank_pattern or config.alpha_pattern):
@@ -64,10 +64,10 @@ def for_original_base(trained: Any, first: Adapter, name: str = attachment.DEFAU
     if differ or config != first.config:
         raise MismatchError(
             "the adapter at the start is not of the same shapes and configuration"
-            + ("; they differ at:\n" + paths.listing(sorted(differ)) if differ else "")
+            + ("; they differ at:\n" + paths.bullets(sorted(differ)) if differ else "")
         )
     out: dict[str, Array] = {}
-    for bound in sites.of(adapter):
+    for bound in sites.sites_of(adapter):
         for tensor, entry in zip(bound.tensors, bound.entries, strict=True):
             old = -then[entry.path] if tensor.name in bound.method.scaled else then[entry.path]
             out[entry.path] = _side_by_side(entry.form, now[entry.path], old)
@@ -81,7 +81,7 @@ def for_original_base(trained: Any, first: Adapter, name: str = attachment.DEFAU
     return Adapter(doubled, paths.unflatten(out), adapter.keymap)
 
 
-def _side_by_side(form: Arrangement, now: Any, old: Any) -> Any:
+def _side_by_side(form: FileLayout, now: Any, old: Any) -> Any:
     """Two arrays of one arrangement along the rank, tensor by tensor where these have ranks of their own."""
     axis = form.left.index(RANK)
     if form.ranks is None:
@@ -94,13 +94,13 @@ def _side_by_side(form: Arrangement, now: Any, old: Any) -> Any:
     return out
 
 
-def residual(recipe: Recipe, bounds: Sequence[sites.Bound], weights: Mapping[str, Array]) -> dict[str, Array]:
+def residual_base(recipe: Recipe, bounds: Sequence[sites.Site], weights: Mapping[str, Array]) -> dict[str, Array]:
     """`{leaf: array}`: the base weights as PEFT leaves them when it loads an adapter with such a configuration.
 
     Raises `ConfigError` where PEFT does not get them back either.
     """
     config: Any = recipe.config
-    kind = kind_of(config)
+    kind = init_kind(config)
     why = {
         "pissa_niter": "a randomised SVD, which is another one in each run",
         "corda": "the data it was made with",
@@ -108,10 +108,10 @@ def residual(recipe: Recipe, bounds: Sequence[sites.Bound], weights: Mapping[str
     }.get(kind)
     if why is not None:
         raise ConfigError(
-            f"{lora_variants.beginning_of(config)}: what it took out of the base weights depends on {why}"
+            f"{lora_variants.init_field(config)}: what it took out of the base weights depends on {why}"
             " (and PEFT's own load does not find them either). Load onto the base that was left, with"
             " base='changed', or convert the adapter where it was trained: for_original_base, in PEFT"
             " path_initial_model_for_weight_conversion"
         )
-    begin = Beginning(kind, recipe, bounds, weights, None)
+    begin = Initialization(kind, recipe, bounds, weights, None)
     return begin.assembled({b.leaf: begin.rows(b) for b in begin.pairs}, None, {})[1]

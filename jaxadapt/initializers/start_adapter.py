@@ -20,7 +20,7 @@ from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.initializers import eva
 from jaxadapt.initializers import statistics as observing
 from jaxadapt.initializers.decompositions import Factors
-from jaxadapt.initializers.initialize import Beginning, Rows, kind_of, settings
+from jaxadapt.initializers.initialize import Initialization, Rows, init_kind, init_settings
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.merging import factors
 from jaxadapt.models import attachment, base_params, planning
@@ -103,11 +103,11 @@ def start(
     if not isinstance(config, LoraConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ConfigError(f"start: expected a LoraConfig, found {type(config).__name__}; jaxadapt.adapt begins others")
     is_model = isinstance(base, nnx.nnx.Module)
-    if is_model and name in nnx.names(base):
+    if is_model and name in nnx.adapter_names(base):
         raise AttachError(f"there is an adapter {name!r} already; choose another name=, or delete it first")
     if key is None and rngs is not None:
         key = nnx.next_key(rngs)
-    kind = kind_of(config)
+    kind = init_kind(config)
     given = {"batches": (batches, _FROM_DATA), "gradients": (gradients, ("lora_ga",)), "mask": (mask, ("eva",))}
     idle = [what for what, (value, kinds) in given.items() if value is not None and kind not in kinds]
     lost = [what for what, (value, kinds) in given.items() if value is None and kind in kinds and what != "mask"]
@@ -115,16 +115,16 @@ def start(
         lost.append("key")
     if idle or lost:
         problems = [f"{what} has no effect" for what in idle] + [f"{what} is needed" for what in lost]
-        raise AttachError(f"{lora_variants.beginning_of(config)}: " + ", ".join(problems))
+        raise AttachError(f"{lora_variants.init_field(config)}: " + ", ".join(problems))
 
-    walked = planning.Base.of(base)
+    walked = planning.BaseParams.from_tree(base)
 
-    def plan(config: LoraConfig) -> tuple[Recipe, tuple[sites.Bound, ...]]:
-        return planning.plan(walked, config, keymap, stack_axes, example)
+    def plan(config: LoraConfig) -> tuple[Recipe, tuple[sites.Site, ...]]:
+        return planning.plan_adapter(walked, config, keymap, stack_axes, example)
 
     weights = walked.leaves
     recipe, bounds = plan(config)
-    begin = Beginning(kind, recipe, bounds, weights, key)
+    begin = Initialization(kind, recipe, bounds, weights, key)
     if kind == "eva":
         run = _forward(base, forward)
         recipe, bounds, found = _eva(plan, begin, base, batches, run, mask)
@@ -138,19 +138,19 @@ def start(
         made = {b.leaf: begin.lora_ga(b, slopes) for b in begin.pairs}
     else:
         made = {b.leaf: begin.rows(b) for b in begin.pairs} if kind else {}
-    adapter, new = begin.assembled(made, dtype, walked.placement)
+    adapter, new = begin.assembled(made, dtype, walked.shardings)
     if is_model:
-        base_params.replaced(base, new)
+        base_params.replace_leaves(base, new)
         nnx.attach(base, adapter.recipe, begin.bounds, name, adapter.flat(), rngs)
         return Started(base, jax.tree.map(lambda x: jnp.array(x, copy=True), adapter))
-    return Started(base_params.replaced(base, new) if new else base, collections.boxed(adapter, walked.held))
+    return Started(base_params.replace_leaves(base, new) if new else base, collections.boxed(adapter, walked.held))
 
 
 def _leaves(tree: Any) -> dict[str, Any]:
     """`{path: array}` of gradients, however they are held."""
     if isinstance(tree, nnx.nnx.Module):
-        return planning.base_of(tree)
-    return {p: x for p, x in base_params.leaves(tree).items() if x is not None}
+        return planning.base_arrays(tree)
+    return {p: x for p, x in base_params.base_leaves(tree).items() if x is not None}
 
 
 # ---------------------------------------------------------------- from data
@@ -173,10 +173,10 @@ def _called(model: Any, batch: Any) -> Any:
     return model(*batch) if isinstance(batch, tuple) else model(batch)
 
 
-def _covariances(begin: Beginning, base: Any, batches: Any, forward: Any) -> dict[str, dict[str, Array]]:
+def _covariances(begin: Initialization, base: Any, batches: Any, forward: Any) -> dict[str, dict[str, Array]]:
     """`{leaf: {module: (in, in)}}`, averaged over the calls."""
     statistics = {b.leaf: observing.Statistic(observing.gram, b.fan_in + 1) for b in begin.pairs}
-    observe = observing.observer(base, begin.recipe, begin.pairs, statistics, forward)
+    observe = observing.make_observer(base, begin.recipe, begin.pairs, statistics, forward)
     sums: dict[str, Array] = {}
     for batch in batches:
         found = observe({}, batch)
@@ -185,27 +185,27 @@ def _covariances(begin: Beginning, base: Any, batches: Any, forward: Any) -> dic
         raise AttachError("CorDA needs batches=, and there is none")
     out: dict[str, dict[str, Array]] = {}
     for b in begin.pairs:
-        rows = observing.layers(b, sums[b.leaf])
+        rows = observing.split_layers(b, sums[b.leaf])
         out[b.leaf] = {m: rows[layer, :-1] / rows[layer, -1, 0] for m, layer in b.layers.items()}
     return out
 
 
 def _eva(
-    plan: Any, begin: Beginning, base: Any, batches: Any, forward: Any, mask: Any
-) -> tuple[Recipe, tuple[sites.Bound, ...], dict[str, Array]]:
+    plan: Any, begin: Initialization, base: Any, batches: Any, forward: Any, mask: Any
+) -> tuple[Recipe, tuple[sites.Site, ...], dict[str, Array]]:
     """The configuration with the ranks that the data ask for, bound anew, and A for each module."""
     config: Any = begin.recipe.config
     fields = [f.name for f in dataclasses.fields(eva.Settings)]
-    chosen = eva.Settings(**settings(config, "eva_config", fields))
+    chosen = eva.Settings(**init_settings(config, "eva_config", fields))
 
-    def watch(bounds: Sequence[sites.Bound], statistics: Any) -> observing.Observer:
-        return observing.observer(base, begin.recipe, bounds, statistics, forward)
+    def watch(bounds: Sequence[sites.Site], statistics: Any) -> observing.Observer:
+        return observing.make_observer(base, begin.recipe, bounds, statistics, forward)
 
     found = eva.components(config, begin.pairs, batches, watch, chosen, mask)
-    recipe, bounds = plan(eva.redistributed(config, found, chosen))
+    recipe, bounds = plan(eva.redistribute_ranks(config, found, chosen))
     return recipe, bounds, {m: jnp.asarray(x) for m, x in found.items()}
 
 
-def _eva_rows(b: sites.Bound, table: KeyMap, found: Mapping[str, Array]) -> Rows:
-    out = factors.sizes(b)[0]
-    return [Factors(found[m], jnp.zeros((out, len(found[m])))) for m in factors.modules(b, table)]
+def _eva_rows(b: sites.Site, table: KeyMap, found: Mapping[str, Array]) -> Rows:
+    out = factors.matrix_sizes(b)[0]
+    return [Factors(found[m], jnp.zeros((out, len(found[m])))) for m in factors.site_modules(b, table)]

@@ -22,11 +22,11 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.initializers import decompositions
 from jaxadapt.keymaps import plan
-from jaxadapt.keymaps.tensor_spec import Tensor
+from jaxadapt.keymaps.tensor_spec import MethodTensor
 from jaxadapt.methods import Method
 from jaxadapt.methods.base import Array, Drop, Params
 from jaxadapt.models.linen import survey, wrapper
-from jaxadapt.models.linen.interceptor import SEP, Interceptor, Site
+from jaxadapt.models.linen.interceptor import SEP, Interceptor, LeafAdapter
 from jaxadapt.models.nnx import attach
 
 Update = Callable[[Array, Array, Array], Array]
@@ -56,7 +56,7 @@ class _Probe(Method):
     def tensors(self, config: Any, site: Any, modules: Any) -> Any:
         raise NotImplementedError
 
-    def static(self, config: Any, site: Any, modules: Any) -> Any:
+    def hparams(self, config: Any, site: Any, modules: Any) -> Any:
         raise NotImplementedError
 
     def fresh(self, config: Any, tensor: Any, fan_in: int) -> Any:
@@ -69,10 +69,10 @@ class _Probe(Method):
             return y  # a tied head: in PEFT another module
         if set(use.letters("batch")) & set(use.x):
             raise AttachError("its inputs differ from matrix to matrix (experts): no one covariance is theirs")
-        inn = use.letters("inn")
-        others = [i for i, letter in enumerate(use.x) if letter not in inn]
+        inputs = use.letters("in")
+        others = [i for i, letter in enumerate(use.x) if letter not in inputs]
         lead = tuple(x.shape[i] for i in others)
-        flat = x.transpose([*others, *map(use.x.index, inn)]).reshape(-1, params["state"].shape[-1])
+        flat = x.transpose([*others, *map(use.x.index, inputs)]).reshape(-1, params["state"].shape[-1])
         mask = params["mask"]
         if mask.shape[-1] not in (1, len(flat)):
             raise AttachError(f"its inputs {lead} are not of the mask's size, {mask.shape[-1]}")
@@ -155,10 +155,10 @@ class Components:
 Observer = Callable[..., dict[str, Array]]
 
 
-def observer(
+def make_observer(
     base: Any,
     recipe: Recipe,
-    bounds: Sequence[bind.Bound],
+    bounds: Sequence[bind.Site],
     statistics: Mapping[str, Statistic],
     forward: Callable[[Any, Any], Any],
 ) -> Observer:
@@ -182,7 +182,7 @@ def observer(
         for bound, probe in zip(bounds, probes, strict=True):
             state, over = probe.entries
             values[state.path] = states.get(bound.leaf, jnp.zeros(state.shape))
-            values[over.path] = jnp.broadcast_to(jnp.expand_dims(flat, bound.site.stack), over.shape)
+            values[over.path] = jnp.broadcast_to(jnp.expand_dims(flat, bound.match.stack), over.shape)
         found = run(probes, values, batch)
         new = {b.leaf: found[paths.join(b.leaf, "state")] for b in bounds}
         _check_calls(bounds, new)
@@ -191,41 +191,41 @@ def observer(
     return observe
 
 
-def _check_calls(bounds: Sequence[bind.Bound], new: Mapping[str, Array]) -> None:
+def _check_calls(bounds: Sequence[bind.Site], new: Mapping[str, Array]) -> None:
     """Raise where a layer did not take part, and so has learnt nothing."""
-    idle = [b.leaf for b in bounds if not bool(jnp.all(layers(b, new[b.leaf])[:, -1, 0] > 0))]
+    idle = [b.leaf for b in bounds if not bool(jnp.all(split_layers(b, new[b.leaf])[:, -1, 0] > 0))]
     if idle:
         raise AttachError(
             "what forward returns does not depend on these layers, so their inputs were not seen; let it return all the"
-            " model's outputs, or leave them out with exclude_modules:\n" + paths.listing(idle)
+            " model's outputs, or leave them out with exclude_modules:\n" + paths.bullets(idle)
         )
 
 
-def layers(bound: bind.Bound, state: Array) -> Array:
+def split_layers(bound: bind.Site, state: Array) -> Array:
     """A leaf's statistic as (layers, rows, in)."""
-    stack = bound.site.stack
+    stack = bound.match.stack
     first = jnp.moveaxis(state, stack, range(len(stack)))
     return first.reshape(-1, *first.shape[-2:])
 
 
-def unlayered(bound: bind.Bound, rows: Array) -> Array:
-    """The inverse of `layers`, for leaves that stack on one axis or none."""
-    stack = bound.site.stack
+def stack_layers(bound: bind.Site, rows: Array) -> Array:
+    """The inverse of `split_layers`, for leaves that stack on one axis or none."""
+    stack = bound.match.stack
     return jnp.asarray(rows[0]) if not stack else jnp.moveaxis(jnp.asarray(rows), 0, stack[0])
 
 
-def _probe(recipe: Recipe, bound: bind.Bound, statistic: Statistic, tokens: int) -> bind.Bound:
+def _probe(recipe: Recipe, bound: bind.Site, statistic: Statistic, tokens: int) -> bind.Site:
     sizes = {name: n for e in bound.entries for name, n in zip(e.form.left, e.form.shape, strict=True)}
     own = {"state": (statistic.rows, bound.fan_in), "mask": (1, tokens)}
     tensors = tuple(
-        Tensor(name, f".{name}", ("k", "n"), (("k",), ("n",)), (("k", k), ("n", n)), degree=0)
+        MethodTensor(name, f".{name}", ("k", "n"), (("k",), ("n",)), (("k", k), ("n", n)), scale_power=0)
         for name, (k, n) in own.items()
     )
-    entries = tuple(plan.entry(recipe.keymap, bound.site, t, sizes) for t in tensors)
+    entries = tuple(plan.plan_entry(recipe.keymap, bound.match, t, sizes) for t in tensors)
     return dataclasses.replace(bound, method=_Probe(), static=statistic.update, tensors=tensors, entries=entries)
 
 
-def total(out: Any) -> Array:
+def sum_outputs(out: Any) -> Array:
     """Something that depends on everything a model returned."""
     leaves = [x for x in jax.tree.leaves(out) if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.inexact)]
     return sum((jnp.sum(x.astype(jnp.float32)) for x in leaves), start=jnp.zeros(()))
@@ -235,18 +235,18 @@ def _run_nnx(model: Any, recipe: Recipe, forward: Any) -> Any:
     def gradient(graphdef: Any, states: Any, rest: Any, batch: Any) -> Any:
         def loss(states: Any) -> Array:
             mine = jax.tree.map(lambda x: x, rest)  # variables belong to the trace they are made in
-            return total(forward(attach.nnx.merge(graphdef, states, mine), batch))
+            return sum_outputs(forward(attach.nnx.merge(graphdef, states, mine), batch))
 
         return jax.grad(loss)(states)
 
     jitted = jax.jit(gradient, static_argnums=0)  # one of this run: it keeps what `forward` holds
 
-    def run(probes: Sequence[bind.Bound], values: Mapping[str, Array], batch: Any) -> dict[str, Array]:
-        before = attach.active(model)
+    def run(probes: Sequence[bind.Site], values: Mapping[str, Array], batch: Any) -> dict[str, Array]:
+        before = attach.active_names(model)
         attach.attach(model, recipe, probes, _NAME, values)
         try:
             grads = jitted(*attach.nnx.split(model, _is_state, ...), batch)
-            return {path: var.get_value() for path, var in attach.variables(grads)[_NAME].items()}
+            return {path: var.get_value() for path, var in attach.adapter_variables(grads)[_NAME].items()}
         finally:
             attach.delete(model, _NAME)
             attach.activate(model, before)
@@ -258,25 +258,25 @@ def _is_state(path: Sequence[Any], value: Any) -> bool:
     return isinstance(value, attach.AdapterParam) and path[-1] == "state" and _NAME in path
 
 
-def _run_linen(params: Any, bounds: Sequence[bind.Bound], statistics: Mapping[str, Statistic], forward: Any) -> Any:
+def _run_linen(params: Any, bounds: Sequence[bind.Site], statistics: Mapping[str, Statistic], forward: Any) -> Any:
     known = wrapper.key_paths(params)
-    sites: dict[tuple[str, ...], dict[str, list[Site]]] = {}
+    sites: dict[tuple[str, ...], dict[str, list[LeafAdapter]]] = {}
     where: dict[str, tuple[str, ...]] = {}
     for bound in bounds:
         *path, leaf = known[bound.leaf]
         keys = {name: f"{leaf}{SEP}{name}{SEP}observed" for name in ("state", "mask")}
-        site = Site(_Probe(), statistics[bound.leaf].update, bound.axes, keys)
+        site = LeafAdapter(_Probe(), statistics[bound.leaf].update, bound.axes, keys)
         sites.setdefault(tuple(path), {})[leaf] = [site]
         where |= {paths.join(bound.leaf, name): (*path, key) for name, key in keys.items()}
 
     def loss(states: Mapping[str, Array], masks: Mapping[str, Array], params: Any, batch: Any) -> Array:
-        inner = survey.overlaid(params, {where[path]: x for path, x in {**masks, **states}.items()})
+        inner = survey.overlay(params, {where[path]: x for path, x in {**masks, **states}.items()})
         with wrapper.nn.intercept_methods(Interceptor(sites)):
-            return total(forward(inner, batch))
+            return sum_outputs(forward(inner, batch))
 
     gradient = jax.jit(jax.grad(loss))
 
-    def run(probes: Sequence[bind.Bound], values: Mapping[str, Array], batch: Any) -> dict[str, Array]:
+    def run(probes: Sequence[bind.Site], values: Mapping[str, Array], batch: Any) -> dict[str, Array]:
         states = {path: x for path, x in values.items() if path.endswith(".state")}
         masks = {path: x for path, x in values.items() if path not in states}
         return gradient(states, masks, params, batch)

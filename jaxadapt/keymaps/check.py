@@ -18,7 +18,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Checked:
+class KeyMapReport:
     """What a table makes of a model or a checkpoint.
 
     Attributes:
@@ -64,7 +64,7 @@ class Checked:
         }
 
 
-def check(table: KeyMap, leaves: Shapes | None = None, tensors: Shapes | None = None) -> Checked:
+def check_keymap(table: KeyMap, leaves: Shapes | None = None, tensors: Shapes | None = None) -> KeyMapReport:
     """What a table claims of a model's base weights, of a PyTorch checkpoint, or of both.
 
     Args:
@@ -73,10 +73,10 @@ def check(table: KeyMap, leaves: Shapes | None = None, tensors: Shapes | None = 
     Nothing is raised for what does not fit: it is in the result. A tied head may be in a checkpoint or not.
 
     >>> line = Weight("layers.{l}.q.kernel", "layers.{l}.q.weight", "i o -> o i")
-    >>> found = check(KeyMap("tiny", (line,)), {"layers.0.q.kernel": (2, 3)}, {"layers.0.q.weight": (3, 2)})
+    >>> found = check_keymap(KeyMap("tiny", (line,)), {"layers.0.q.kernel": (2, 3)}, {"layers.0.q.weight": (3, 2)})
     >>> found.fits, found.claims
     (True, {'layers.0.q.kernel': ('layers.0.q.weight',)})
-    >>> check(KeyMap("tiny", (line,)), tensors={"layers.1.q.weight": (3, 2), "head.weight": (9, 2)}).problems
+    >>> check_keymap(KeyMap("tiny", (line,)), tensors={"layers.1.q.weight": (3, 2), "head.weight": (9, 2)}).problems
     {'unclaimed': ('head.weight',), 'missing': ('layers.0.q.weight',)}
     """
     if leaves is None:
@@ -85,7 +85,7 @@ def check(table: KeyMap, leaves: Shapes | None = None, tensors: Shapes | None = 
     return found if tensors is None else _both(table, found, leaves, tensors)
 
 
-def _model(table: KeyMap, leaves: Shapes) -> Checked:
+def _model(table: KeyMap, leaves: Shapes) -> KeyMapReport:
     claims: dict[str, tuple[str, ...]] = {}
     lines = dict.fromkeys(table.weights, 0)
     unclaimed: list[str] = []
@@ -101,7 +101,7 @@ def _model(table: KeyMap, leaves: Shapes) -> Checked:
         else:
             lines[hits[0]] += 1
             try:
-                entry = plan.base_entry(table, leaf, shape)
+                entry = plan.base_plan_entry(table, leaf, shape)
             except (KeyMapError, MismatchError) as error:
                 misshapen.append(str(error))
                 odd[hits[0]] += 1
@@ -114,9 +114,9 @@ def _model(table: KeyMap, leaves: Shapes) -> Checked:
             owners.setdefault(key, []).append(leaf)
     twice += [f"{key}: {', '.join(who)}" for key, who in owners.items() if len(who) > 1]
     missing = tuple(_needed(table, lines))
-    claims = {leaf: tuple(map(pieces.whole, keys)) for leaf, keys in claims.items()}
+    claims = {leaf: tuple(map(pieces.file_key, keys)) for leaf, keys in claims.items()}
     wrong = _all_of(lines, odd)
-    return Checked(table.name, claims, lines, tuple(unclaimed), missing, tuple(twice), tuple(misshapen), wrong)
+    return KeyMapReport(table.name, claims, lines, tuple(unclaimed), missing, tuple(twice), tuple(misshapen), wrong)
 
 
 def _all_of(lines: Mapping[Weight, int], odd: Mapping[Weight, int]) -> tuple[Weight, ...]:
@@ -128,19 +128,19 @@ def _needed(table: KeyMap, lines: Mapping[Weight, int]) -> Iterable[str]:
     return (f"{w.key}, which {table.name} always has" for w, n in lines.items() if not n and w.leaf in table.needs)
 
 
-def _both(table: KeyMap, model: Checked, leaves: Shapes, tensors: Shapes) -> Checked:
+def _both(table: KeyMap, model: KeyMapReport, leaves: Shapes, tensors: Shapes) -> KeyMapReport:
     wanted: dict[str, tuple[int, ...]] = {}
     ties = dict(table.tied)
-    known = {leaf: site.weight for leaf in model.claims if (site := table.site(leaf)) is not None}
+    known = {leaf: site.weight for leaf in model.claims if (site := table.match(leaf)) is not None}
     keys, bad = dict.fromkeys(table.weights, 0), dict.fromkeys(table.weights, 0)
     for leaf in model.claims:
-        entry = plan.base_entry(table, leaf, leaves[leaf])
+        entry = plan.base_plan_entry(table, leaf, leaves[leaf])
         assert entry is not None
         for key in entry.keys:
-            wanted[pieces.whole(key)] = shape = pieces.shape_of([key], entry.form.file_shape)
+            wanted[pieces.file_key(key)] = shape = pieces.joined_shape([key], entry.form.file_shape)
             line = known[leaf]
             keys[line] += 1
-            bad[line] += tensors.get(pieces.whole(key), tensors.get(ties.get(key, ""))) != shape
+            bad[line] += tensors.get(pieces.file_key(key), tensors.get(ties.get(key, ""))) != shape
     odd = leaves.keys() - model.claims.keys()  # said already
     spare = ties.keys() | {key for key in tensors if is_buffer(table, key) or odd.intersection(_leaves(table, key))}
     return dataclasses.replace(
@@ -159,25 +159,25 @@ def _both(table: KeyMap, model: Checked, leaves: Shapes, tensors: Shapes) -> Che
     )
 
 
-def _checkpoint(table: KeyMap, tensors: Shapes) -> Checked:
-    table = table.spelt_as(tensors, [w.leaf.replace("{l}", "0") for w in table.weights])
+def _checkpoint(table: KeyMap, tensors: Shapes) -> KeyMapReport:
+    table = table.spelling_for(tensors, [w.leaf.replace("{l}", "0") for w in table.weights])
     claims: dict[str, list[str]] = {}
     held = {w: dict[str, Mapping[str, str]]() for w in table.weights}
     misshapen: list[str] = []
     odd = dict.fromkeys(table.weights, 0)
     for key, shape in tensors.items():
         for w, mine in held.items():
-            texts = w.texts(key)
+            texts = w.match_key(key)
             if texts is None:
                 continue
             mine[key] = texts
-            claims.setdefault(w.leaf_at(texts), []).append(key)
+            claims.setdefault(w.fill_leaf(texts), []).append(key)
             if len(w.right) != len(shape):
                 odd[w] += 1
                 misshapen.append(f"{key}: {_by(shape)}, its line {w.pattern!r} names {len(w.right)} axes on the right")
     named = {key for mine in held.values() for key in mine} | {key for key, _ in table.tied}
     lines = {w: len(mine) for w, mine in held.items()}
-    return Checked(
+    return KeyMapReport(
         table.name,
         {leaf: tuple(keys) for leaf, keys in claims.items()},
         lines,
@@ -210,8 +210,8 @@ def _gaps(held: Iterable[tuple[Weight, Mapping[str, Mapping[str, str]]]], tensor
             others = dict.fromkeys(tuple(sorted((k, v) for k, v in t.items() if k != axis)) for t in mine.values())
             for other in others if any(axis in t for t in mine.values()) else ():
                 at = ({**dict(other), axis: text} for text in choices)
-                lost = (texts for texts in at if w.key_at(texts) not in tensors)
-                yield from (w.key_at(texts) for texts in lost if not _elsewhere(w, texts, lines, tensors))
+                lost = (texts for texts in at if w.fill_key(texts) not in tensors)
+                yield from (w.fill_key(texts) for texts in lost if not _elsewhere(w, texts, lines, tensors))
 
 
 def _elsewhere(weight: Weight, texts: Mapping[str, str], lines: Iterable[Weight], tensors: Shapes) -> bool:
@@ -219,10 +219,10 @@ def _elsewhere(weight: Weight, texts: Mapping[str, str], lines: Iterable[Weight]
 
     def parts(line: Weight, texts: Mapping[str, str]) -> set[str]:
         names, choices = [axis for axis, _ in line.over], itertools.product(*(names for _, names in line.over))
-        return {line.key_at({**texts, **dict(zip(names, choice, strict=True))}) for choice in choices}
+        return {line.fill_key({**texts, **dict(zip(names, choice, strict=True))}) for choice in choices}
 
     def whole(line: Weight, key: str) -> bool:
-        found = line.texts(key)
+        found = line.match_key(key)
         return found is not None and parts(line, found) <= tensors.keys()
 
     here = parts(weight, texts) & tensors.keys()
@@ -235,8 +235,8 @@ def _stack(weight: Weight) -> str:
 
 def _leaves(table: KeyMap, key: str) -> set[str]:
     """The leaves that a key may lie in."""
-    found = ((w, w.texts(key)) for w in table.weights)
-    return {w.leaf_at(texts) for w, texts in found if texts is not None}
+    found = ((w, w.match_key(key)) for w in table.weights)
+    return {w.fill_leaf(texts) for w, texts in found if texts is not None}
 
 
 def is_buffer(table: KeyMap, key: str) -> bool:

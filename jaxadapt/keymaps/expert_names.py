@@ -22,7 +22,7 @@ Rows = tuple[tuple[str, ...], ...]
 _WEIGHT = ".weight"
 
 
-def rows(table: KeyMap, keys: Iterable[str], source: str) -> tuple[dict[str, Rows], dict[str, str]]:
+def expert_rows(table: KeyMap, keys: Iterable[str], source: str) -> tuple[dict[str, Rows], dict[str, str]]:
     """What of a folder's tensors belongs together, `{tensor: rows}`, and what is only called otherwise, `{name: key}`.
 
     Nothing, where the folder has the tensors of all experts. Raises `MismatchError` with every part that is missing.
@@ -32,7 +32,7 @@ def rows(table: KeyMap, keys: Iterable[str], source: str) -> tuple[dict[str, Row
     renamed: dict[str, str] = {}
     width: dict[str, int] = {}
     for parameter, modules in table.each:
-        patterns = [re.compile(pattern(module) + re.escape(_WEIGHT)) for module in modules]
+        patterns = [re.compile(name_regex(module) + re.escape(_WEIGHT)) for module in modules]
         for key in have:
             for part, single in enumerate(patterns):
                 texts = single.fullmatch(key)
@@ -50,18 +50,18 @@ def rows(table: KeyMap, keys: Iterable[str], source: str) -> tuple[dict[str, Row
     whole: dict[str, Rows] = {}
     missing: list[str] = []
     for name, mine in found.items():
-        wanted = [[(e, part) for part in range(width[name])] for e in counted([e for e, _ in mine])]
+        wanted = [[(e, part) for part in range(width[name])] for e in expert_numbers([e for e, _ in mine])]
         missing += [f"{name}: part {p} of expert {e}" for line in wanted for e, p in line if (e, p) not in mine]
         whole[name] = tuple(tuple(mine.get(at, "") for at in line) for line in wanted)
     if missing:
-        raise MismatchError(f"{source}: experts without all of their tensors:\n" + paths.listing(missing))
+        raise MismatchError(f"{source}: experts without all of their tensors:\n" + paths.bullets(missing))
     return whole, renamed
 
 
-def counted(experts: Collection[int]) -> list[int]:
+def expert_numbers(experts: Collection[int]) -> list[int]:
     """The numbers of experts from 0 to the last of these; of a gap its beginning, as a file may say any number.
 
-    >>> counted([1, 0, 3]), len(counted([10**12]))
+    >>> expert_numbers([1, 0, 3]), len(expert_numbers([10**12]))
     ([0, 1, 2, 3], 17)
     """
     held = set(experts)
@@ -69,12 +69,12 @@ def counted(experts: Collection[int]) -> list[int]:
     return sorted(held.union(gap))
 
 
-def names(table: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Rows], dict[str, str]]:
+def folder_names(table: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Rows], dict[str, str]]:
     """The inverse, for a model's tensors: what each is called in a folder, `{tensor: rows}` and `{tensor: name}`."""
     whole: dict[str, Rows] = {}
     renamed: dict[str, str] = {}
     for parameter, modules in table.each:
-        whole_name = re.compile(pattern(parameter))
+        whole_name = re.compile(name_regex(parameter))
         for name, shape in shapes.items():
             texts = whole_name.fullmatch(name)
             if texts is None:
@@ -88,10 +88,10 @@ def names(table: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[st
     return whole, renamed
 
 
-def pattern(template: str) -> str:
+def name_regex(template: str) -> str:
     """The expression of a name with holes for numbers, each written in one way (no two names are of one expert).
 
-    >>> [bool(re.fullmatch(pattern("experts.{e}.w1"), f"experts.{e}.w1")) for e in ("0", "12", "012")]
+    >>> [bool(re.fullmatch(name_regex("experts.{e}.w1"), f"experts.{e}.w1")) for e in ("0", "12", "012")]
     [True, True, False]
     """
     parts = re.split(r"(\{\w+\})", template)

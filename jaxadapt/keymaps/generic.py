@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from jaxadapt.arrays.axes import Axes
 from jaxadapt.configs import Config
-from jaxadapt.keymaps.keymap import KeyMap, Site
+from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.weight import Weight
 
 GENERIC = KeyMap(
@@ -21,7 +21,7 @@ PLAIN = ("kernel", "w", "weight", "embedding")
 """What a module's only weight is usually called: it goes by its module's name, any other by its own."""
 
 
-def line_for(
+def entry_from_axes(
     leaf: str, shape: Sequence[int], axes: Axes, stack: Sequence[int] = (), kind: str = "linear", groups: int = 1
 ) -> Weight:
     """A literal line for a leaf whose roles come from its class or a trace, not from a table.
@@ -29,27 +29,27 @@ def line_for(
     The PyTorch name is the JAX path; numbered axes (stacked layers, batch) put their index before the
     last module name, so that suffix matching still sees it.
 
-    >>> line_for("blk.q.kernel", (3, 8, 2, 4), Axes((0,), (1, 2)), stack=(0,)).pattern
+    >>> entry_from_axes("blk.q.kernel", (3, 8, 2, 4), Axes((0,), (1, 2)), stack=(0,)).pattern
     '{s0} i0 o0 o1 -> (o0 o1) (i0)'
     """
     ndim = len(shape)
     own = [i for i in range(ndim) if i not in stack]
     names: dict[int, str] = {axis: f"{{s{n}}}" for n, axis in enumerate(stack)}
-    for role, letter in (("inn", "i"), ("out", "o")):
-        names |= {own[a]: f"{letter}{n}" for n, a in enumerate(getattr(axes, role))}
-    names |= {own[a]: f"{{b{n}}}" for n, a in enumerate(axes.batch)}
+    for role, letter in (("in", "i"), ("out", "o")):
+        names |= {own[a]: f"{letter}{n}" for n, a in enumerate(getattr(axes, f"{role}_axes"))}
+    names |= {own[a]: f"{{b{n}}}" for n, a in enumerate(axes.batch_axes)}
     *head, last = leaf.split(".")
     module = [*head] if last in PLAIN else [*head, last]
     numbered = [names[i] for i in sorted(names) if names[i].startswith("{")]
     key = ".".join([*module[:-1], *numbered, *module[-1:], "weight"])
     left = " ".join(names[i] for i in range(ndim))
-    out, inn = (" ".join(names[own[a]] for a in role) for role in (axes.out, axes.inn))
-    over: Any = {f"b{n}": [str(i) for i in range(shape[own[a]])] for n, a in enumerate(axes.batch)}
-    right = f"({out}) ({inn})"
+    out, inputs = (" ".join(names[own[a]] for a in role) for role in (axes.out_axes, axes.in_axes))
+    over: Any = {f"b{n}": [str(i) for i in range(shape[own[a]])] for n, a in enumerate(axes.batch_axes)}
+    right = f"({out}) ({inputs})"
     if kind == "embedding":
-        right = f"({inn}) ({out})"
+        right = f"({inputs}) ({out})"
     elif kind == "conv":
-        right = f"({out}) {inn}"
+        right = f"({out}) {inputs}"
     return Weight(leaf, key, f"{left} -> {right}", kind=kind, groups=groups, **over)
 
 
@@ -75,7 +75,7 @@ def own_names(
         module, _, last = leaf.rpartition(".")
         if leaf in made or (last in ("kernel", "w") and len(shape) > 2):
             continue
-        made[leaf] = as_it_is(leaf, shape)
+        made[leaf] = entry_for_copy(leaf, shape)
         if (
             len(shape) == 2
             and shape[0] == shape[1]
@@ -90,31 +90,31 @@ def own_names(
 
 def is_guess(keymap: KeyMap, leaf: str, shape: Sequence[int]) -> bool:
     """Whether no table says how PyTorch lays a leaf out: the line follows from Flax's own layout alone."""
-    site = keymap.site(leaf)
+    site = keymap.match(leaf)
     if site is None or len(site.weight.left) != len(shape):
         return True
     return site.weight in GENERIC.weights or _is_made(site.weight)
 
 
 def _is_made(line: Weight) -> bool:
-    """Whether `line_for` made it, of roles alone."""
+    """Whether `entry_from_axes` made it, of roles alone."""
     axes = line.axes
-    return not axes.batch and line == line_for(
+    return not axes.batch_axes and line == entry_from_axes(
         line.leaf, range(len(line.left)), axes, line.stack, line.kind, line.groups
     )
 
 
-def is_square(site: Site, shape: Sequence[int]) -> bool:
+def is_square(site: Match, shape: Sequence[int]) -> bool:
     """Whether a linear weight has as many inputs as outputs, so that it fits PyTorch's transposed as well."""
     sizes = dict(zip(site.weight.left, shape, strict=True))
-    inn, out = (math.prod(sizes[axis] for axis in site.roles[role]) for role in ("inn", "out"))
-    return site.weight.kind == "linear" and inn == out
+    inputs, out = (math.prod(sizes[axis] for axis in site.roles[role]) for role in ("in", "out"))
+    return site.weight.kind == "linear" and inputs == out
 
 
 _C = TypeVar("_C", bound=Config)
 
 
-def with_layout(config: _C, keymap: KeyMap, sites: Iterable[Site]) -> _C:
+def with_layout(config: _C, keymap: KeyMap, sites: Iterable[Match]) -> _C:
     """The configuration with `fan_in_fan_out` as PEFT sets it: by the last Conv1D or nn.Linear that it adapts.
 
     Modules are in the order of the table's lines; those that no table knows (a head of one's own) come last.
@@ -130,10 +130,10 @@ def with_layout(config: _C, keymap: KeyMap, sites: Iterable[Site]) -> _C:
 _RENAMED = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
 
-def as_it_is(leaf: str, shape: Sequence[int]) -> Weight:
+def entry_for_copy(leaf: str, shape: Sequence[int]) -> Weight:
     """A literal line for a leaf of which only a copy is kept: Flax's kernels are turned, all else lies as it does here.
 
-    >>> as_it_is("score.kernel", (4, 2)).key, as_it_is("norm.scale", (4,)).pattern
+    >>> entry_for_copy("score.kernel", (4, 2)).key, entry_for_copy("norm.scale", (4,)).pattern
     ('score.weight', 'a0 -> a0')
     """
     module, dot, last = leaf.rpartition(".")

@@ -1,6 +1,6 @@
 """The table that ties the leaves of a JAX model to PyTorch's names: a `KeyMap` of `Weight` lines for one family.
 
-A `Site` is one leaf found by one line. `plan.py` applies a table to shapes. Pure: strings and shapes only; no
+A `Match` is one leaf found by one line. `plan.py` applies a table to shapes. Pure: strings and shapes only; no
 arrays, no files, no devices.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxadapt.arrays.axes import Axes
-from jaxadapt.arrays.pattern import fine
+from jaxadapt.arrays.pattern import axis_parts
 from jaxadapt.core import paths
 from jaxadapt.core.errors import KeyMapError, warn
 from jaxadapt.keymaps.weight import EXPERTS, Weight
@@ -29,7 +29,7 @@ Renames = tuple[tuple[str, str], ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Site:
+class Match:
     """One base leaf, found by one line: the axis roles and the PyTorch modules it stands for.
 
     `parts` lists the targeted entries of the leaf's fused axis, None where there is none (or all are).
@@ -47,7 +47,7 @@ class Site:
 
     @property
     def roles(self) -> dict[str, tuple[str, ...]]:
-        """Axis names by role: "stack", "fused", "experts", "batch", "inn", "out"."""
+        """Axis names by role: "stack", "fused", "experts", "batch", "in", "out"."""
         return self.weight.roles
 
     @property
@@ -69,16 +69,16 @@ class Site:
 
     def parameter(self, index: Mapping[str, str]) -> tuple[str, str]:
         """PyTorch's name of the weight itself, as its module's and its own."""
-        module, _, name = self.weight.whole_key.format(**dict(self.holes), **index).rpartition(".")
+        module, _, name = self.weight.file_key.format(**dict(self.holes), **index).rpartition(".")
         return module, name
 
     def parameters(self, sizes: Mapping[str, int]) -> dict[tuple[int, ...], tuple[str, str]]:
         """As `modules`, with the parameter's own name."""
-        return {index: self.parameter(text) for index, text in entries(self.weight, self.braced, sizes)}
+        return {index: self.parameter(text) for index, text in index_entries(self.weight, self.braced, sizes)}
 
     def modules(self, sizes: Mapping[str, int]) -> dict[tuple[int, ...], str]:
         """PyTorch module names by index over (stacked axes..., fused axis)."""
-        return {index: self.module(text) for index, text in entries(self.weight, self.braced, sizes)}
+        return {index: self.module(text) for index, text in index_entries(self.weight, self.braced, sizes)}
 
     @property
     def braced(self) -> tuple[str, ...]:
@@ -86,7 +86,7 @@ class Site:
         return self.roles["stack"] + tuple(n for n in self.weight.left if n == EXPERTS) + self.roles["fused"]
 
 
-def entries(
+def index_entries(
     weight: Weight,
     braced: Sequence[str],
     sizes: Mapping[str, int],
@@ -131,7 +131,7 @@ class KeyMap:
         single: adapters are saved, and models exported, with a tensor for each expert: "mixtral/per-expert".
 
     >>> table = KeyMap("tiny", (Weight("{path}.kernel", "{path}.weight", "i o -> o i"),))
-    >>> table.site("a.b.kernel").module({})
+    >>> table.match("a.b.kernel").module({})
     'a.b'
     """
 
@@ -164,16 +164,16 @@ class KeyMap:
         # Every adapter parameter carries its table, and whoever prints a model prints them all.
         return f"<KeyMap {self.name!r}, {len(self.weights)} lines>"
 
-    def site(self, leaf: str) -> Site | None:
+    def match(self, leaf: str) -> Match | None:
         """The site of a leaf, None if no line matches; several matching lines raise `KeyMapError`."""
         literal = self._literal.get(leaf)
         if literal is not None:
-            return Site(leaf, literal)
-        hits = [(w, m) for w in self._templates if leaf.endswith(w.tail) and (m := w.regex.fullmatch(leaf))]
+            return Match(leaf, literal)
+        hits = [(w, m) for w in self._templates if leaf.endswith(w.suffix) and (m := w.regex.fullmatch(leaf))]
         if len(hits) > 1:
             raise KeyMapError(
                 f"leaf {leaf!r} matches {len(hits)} lines of the table {self.name!r}:\n"
-                + paths.listing(w.leaf for w, _ in hits)
+                + paths.bullets(w.leaf for w, _ in hits)
             )
         if not hits:
             return None
@@ -181,7 +181,7 @@ class KeyMap:
         holes = match.groupdict()
         if weight.layers != (1, 0) and "l" in holes:
             holes["l"] = weight.torch_number("l", int(holes["l"]))
-        return Site(leaf, weight, tuple(sorted(holes.items())))
+        return Match(leaf, weight, tuple(sorted(holes.items())))
 
     @functools.cached_property
     def _literal(self) -> dict[str, Weight]:
@@ -201,38 +201,38 @@ class KeyMap:
         """The same family with its layers stacked on `axis` of every layer weight."""
         return _scanned(self, axis)
 
-    def spelt(self, spelling: str) -> KeyMap:
+    def with_spelling(self, spelling: str) -> KeyMap:
         """The same family under another spelling of its keys; `KeyMapError` if it has none of that name.
 
         >>> lines = (Weight("q.kernel", "model.q.weight", "i o -> o i"),)
         >>> table = KeyMap("tiny", lines, spellings=(("vl", (("model.", "model.language_model."),)),))
-        >>> table.spelt("vl").site("q.kernel").module({})
+        >>> table.with_spelling("vl").match("q.kernel").module({})
         'model.language_model.q'
         """
         return _spelt(self, spelling)
 
-    def spelt_as(self, keys: Iterable[str], leaves: Iterable[str]) -> KeyMap:
+    def spelling_for(self, keys: Iterable[str], leaves: Iterable[str]) -> KeyMap:
         """The spelling that most of a file's keys (without PEFT's prefix) follow; this table if none does better.
 
         `leaves` are the model's: a table may have lines for another spelling, of a model that has other leaves.
         """
         return _followed(self, tuple(keys), tuple(leaves)) if self.spellings else self
 
-    def with_lines(self, lines: Iterable[Weight]) -> KeyMap:
+    def with_entries(self, lines: Iterable[Weight]) -> KeyMap:
         """The same table with further literal lines, which win over its templates."""
         lines = tuple(lines)
         mine = {w.leaf for w in lines}
         kept = tuple(w for w in self.weights if w.leaf not in mine)
         return dataclasses.replace(self, weights=lines + kept) if lines else self
 
-    def at_most(self, leaves: Collection[str], scanned: bool) -> int:
-        """A number that `covers` does not pass, for this table or all `scanned` ones of it: cheap, by names alone."""
+    def max_coverage(self, leaves: Collection[str], scanned: bool) -> int:
+        """A number that `coverage` does not pass, for this table or all `scanned` ones of it: cheap, by names alone."""
         tails = [(w.scanned_leaf if scanned else w.leaf).rpartition("}")[2] for w in self.weights]
         telling = tuple({tail for w, tail in zip(self.weights, tails, strict=True) if _tells(w)})
         every = tuple(set(tails)) if any(leaf.endswith(telling) for leaf in leaves) else ()
         return sum(leaf.endswith(every) for leaf in leaves)
 
-    def covers(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    def coverage(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """How many of a model's leaves the table accounts for; 0 if a leaf of its name has another layout.
 
         At least one must be a layer's matrix: everybody calls a head "lm_head" or "classifier". Stacked axes of layers
@@ -241,18 +241,18 @@ class KeyMap:
         """
         if next(self.misfits(shapes), None) is not None:
             return 0
-        return sum(self.site(leaf) is not None for leaf in shapes)
+        return sum(self.match(leaf) is not None for leaf in shapes)
 
     def tells(self, leaves: Iterable[str]) -> bool:
         """Whether there is a matrix of a layer among these leaves, by the table's names."""
-        return any((site := self.site(leaf)) is not None and _tells(site.weight) for leaf in leaves)
+        return any((site := self.match(leaf)) is not None and _tells(site.weight) for leaf in leaves)
 
     def misfits(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
         """Why a model with these leaves is none of the family: each leaf, and what the table expects there."""
         sizes: dict[tuple[str, tuple[int, int]], dict[int, str]] = {}
         told, found = False, set[str]()
         for leaf, shape in shapes.items():
-            site = self.site(leaf)
+            site = self.match(leaf)
             if site is None:
                 if self.whole and _beginning(leaf) in self._known_beginnings:
                     yield f"{leaf} {shape}: no line names it"
@@ -265,7 +265,7 @@ class KeyMap:
                 continue
             fixed = dict(site.weight.sizes)
             for name, size in zip(site.weight.left, shape, strict=True):
-                if fixed and size % (parts := math.prod(fixed.get(n, 1) for n in fine(name))):
+                if fixed and size % (parts := math.prod(fixed.get(n, 1) for n in axis_parts(name))):
                     yield f"{said}, and {size} is no multiple of {parts}"
                 names = site.weight.names(name)
                 if names is not None and len(names) != size:
@@ -307,14 +307,14 @@ def _scanned(table: KeyMap, axis: int) -> KeyMap:
 @functools.lru_cache(maxsize=32)
 def _followed(table: KeyMap, keys: tuple[str, ...], leaves: tuple[str, ...]) -> KeyMap:
     kinds = {re.sub(r"\d+", "0", leaf): leaf for leaf in leaves}  # layers are alike
-    sites = [site for leaf in kinds.values() if (site := table.site(leaf)) is not None]
+    sites = [site for leaf in kinds.values() if (site := table.match(leaf)) is not None]
     used = {site.weight.leaf for site in sites}
 
     def follow(other: KeyMap) -> int:
         mine = tuple(w.key.partition("{")[0].rpartition(".")[0] + "." for w in other.weights if w.leaf in used)
         return sum(key.startswith(mine) for key in keys)
 
-    return max([table, *(table.spelt(name) for name, _ in table.spellings)], key=follow)
+    return max([table, *(table.with_spelling(name) for name, _ in table.spellings)], key=follow)
 
 
 @functools.lru_cache(maxsize=512)

@@ -22,7 +22,7 @@ Array = Any
 _PIECE = re.compile(r"(?P<key>.+)\[(?P<same>=?)(?:(?P<axis>\d+):)?(?P<i>\d+)(?P<how>/|::)(?P<n>\d+)\]")
 
 
-class Piece(NamedTuple):
+class Part(NamedTuple):
     """Part `i` of `n` of the tensor `key`, along `axis` (None: it is the same for all parts)."""
 
     key: str
@@ -32,78 +32,78 @@ class Piece(NamedTuple):
     turns: bool
 
 
-def named(key: str, axis: int | None, part: str) -> str:
+def part_key(key: str, axis: int | None, part: str) -> str:
     """A plan's key: of `part` "0/3" or "0::2", along an axis, or of what is one for all parts.
 
-    >>> named("b.weight", 0, "1/3"), named("w", 2, "0::2"), named("a.weight", None, "1/3")
+    >>> part_key("b.weight", 0, "1/3"), part_key("w", 2, "0::2"), part_key("a.weight", None, "1/3")
     ('b.weight[1/3]', 'w[2:0::2]', 'a.weight[=1/3]')
     """
     where = "=" if axis is None else f"{axis}:" if axis else ""
     return f"{key}[{where}{part}]"
 
 
-def read(key: str) -> Piece | None:
+def parse_part_key(key: str) -> Part | None:
     """What a plan's key is a part of; None if it is a tensor of its own."""
     found = _PIECE.fullmatch(key) if key.endswith("]") else None
     if found is None:
         return None
     axis = None if found["same"] else int(found["axis"] or 0)
-    return Piece(found["key"], axis, int(found["i"]), int(found["n"]), found["how"] == "::")
+    return Part(found["key"], axis, int(found["i"]), int(found["n"]), found["how"] == "::")
 
 
-def has_pieces(keys: Iterable[str]) -> bool:
+def has_parts(keys: Iterable[str]) -> bool:
     """Whether some of a plan's keys are parts of a file's tensors."""
     return any(key.endswith("]") for key in keys)
 
 
-def whole(key: str) -> str:
+def file_key(key: str) -> str:
     """The file's name of what a plan's key is a part of.
 
-    >>> whole("attn.in_proj_weight[0/3]"), whole("head.weight")
+    >>> file_key("attn.in_proj_weight[0/3]"), file_key("head.weight")
     ('attn.in_proj_weight', 'head.weight')
     """
-    found = read(key)
+    found = parse_part_key(key)
     return found.key if found else key
 
 
-def groups(keys: Iterable[str]) -> dict[str, list[str]]:
+def group_by_file_key(keys: Iterable[str]) -> dict[str, list[str]]:
     """`{the file's key: a plan's keys that it is made of}`, these in order.
 
-    >>> groups(["w[10/12]", "w[2/12]", "b"])
+    >>> group_by_file_key(["w[10/12]", "w[2/12]", "b"])
     {'w': ['w[2/12]', 'w[10/12]'], 'b': ['b']}
     """
     out: dict[str, list[tuple[int, str]]] = {}
     for key in keys:
-        piece = read(key)
+        piece = parse_part_key(key)
         out.setdefault(piece.key if piece else key, []).append((piece.i if piece else 0, key))
     return {name: [key for _, key in sorted(parts)] for name, parts in out.items()}
 
 
-def shape_of(parts: Sequence[str], shape: Sequence[int]) -> tuple[int, ...]:
+def joined_shape(parts: Sequence[str], shape: Sequence[int]) -> tuple[int, ...]:
     """The shape of a file's tensor whose parts have this one.
 
-    >>> shape_of(["w[1:0/2]", "w[1:1/2]"], (4, 3))
+    >>> joined_shape(["w[1:0/2]", "w[1:1/2]"], (4, 3))
     (4, 6)
     """
-    one = read(parts[0])
+    one = parse_part_key(parts[0])
     if one is None or one.axis is None:
         return tuple(shape)
     return (*shape[: one.axis], shape[one.axis] * one.n, *shape[one.axis + 1 :])
 
 
-def cut(tensors: Mapping[str, Array], keys: Iterable[str]) -> dict[str, Array]:
+def cut_parts(tensors: Mapping[str, Array], keys: Iterable[str]) -> dict[str, Array]:
     """The tensors of a file as a plan's keys name them: parts and repetitions, views where it is memory.
 
     What cannot be cut keeps its name, and so is reported as any other tensor that does not fit.
     """
-    wanted = groups(key for key in keys if key.endswith("]"))
+    wanted = group_by_file_key(key for key in keys if key.endswith("]"))
     out: dict[str, Any] = {}
     for name in tensors:
         value = tensors[name]
         if name not in wanted:  # whole, or a part already
             out[name] = value
         for key in wanted.get(name, ()):
-            piece = read(key)
+            piece = parse_part_key(key)
             if piece is None or piece.axis is None:
                 out[key] = value
             elif len(shape := value.shape) <= piece.axis or shape[piece.axis] % piece.n:
@@ -113,15 +113,17 @@ def cut(tensors: Mapping[str, Array], keys: Iterable[str]) -> dict[str, Array]:
     return out
 
 
-def places(shapes: Mapping[str, tuple[int, ...]], keys: Iterable[str]) -> dict[str, tuple[str, tuple[slice, ...]]]:
+def locate_parts(
+    shapes: Mapping[str, tuple[int, ...]], keys: Iterable[str]
+) -> dict[str, tuple[str, tuple[slice, ...]]]:
     """`{a plan's key: (the file's tensor, where in it)}` of parts, as far as tensors of these shapes can be cut.
 
-    >>> places({"w": (4, 6)}, ["w[1:1/2]", "v"])
+    >>> locate_parts({"w": (4, 6)}, ["w[1:1/2]", "v"])
     {'w[1:1/2]': ('w', (slice(None, None, None), slice(3, 6, None)))}
     """
     out: dict[str, tuple[str, tuple[slice, ...]]] = {}
     for key in keys:
-        piece = read(key)
+        piece = parse_part_key(key)
         if piece is not None and piece.axis is not None and piece.key in shapes:
             shape = shapes[piece.key]
             if len(shape) > piece.axis and shape[piece.axis] % piece.n == 0:
@@ -129,22 +131,22 @@ def places(shapes: Mapping[str, tuple[int, ...]], keys: Iterable[str]) -> dict[s
     return out
 
 
-def _where(shape: tuple[int, ...], piece: Piece) -> tuple[slice, ...]:
+def _where(shape: tuple[int, ...], piece: Part) -> tuple[slice, ...]:
     assert piece.axis is not None
     size = shape[piece.axis] // piece.n
     mine = slice(piece.i, None, piece.n) if piece.turns else slice(piece.i * size, (piece.i + 1) * size)
     return (*(slice(None) for _ in range(piece.axis)), mine)
 
 
-def _part(tensor: Array, piece: Piece) -> Array:
+def _part(tensor: Array, piece: Part) -> Array:
     return tensor[_where(tensor.shape, piece)]
 
 
-def together(parts: Sequence[Array], keys: Collection[str], xp: Any) -> Array:
+def join_parts(parts: Sequence[Array], keys: Collection[str], xp: Any) -> Array:
     """The tensor of a file, from its parts in order; `xp` is numpy or `jax.numpy`."""
-    piece = read(next(iter(keys)))
+    piece = parse_part_key(next(iter(keys)))
     if piece is None or piece.axis is None:
         return parts[0]
     if not piece.turns:
         return xp.concatenate(parts, axis=piece.axis)
-    return xp.stack(parts, axis=piece.axis + 1).reshape(shape_of(tuple(keys), parts[0].shape))
+    return xp.stack(parts, axis=piece.axis + 1).reshape(joined_shape(tuple(keys), parts[0].shape))

@@ -16,26 +16,26 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxadapt.arrays import pattern
-from jaxadapt.arrays.layout import RANK, Arrangement
+from jaxadapt.arrays.layout import RANK, FileLayout
 from jaxadapt.core import paths
 from jaxadapt.core.errors import KeyMapError, MismatchError
 from jaxadapt.keymaps import parts as pieces
-from jaxadapt.keymaps.keymap import KeyMap, Site, entries
-from jaxadapt.keymaps.tensor_spec import Tensor
+from jaxadapt.keymaps.keymap import KeyMap, Match, index_entries
+from jaxadapt.keymaps.tensor_spec import MethodTensor
 from jaxadapt.keymaps.weight import Weight
 
 Array = Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class PlanEntry:
     """One JAX leaf and the file tensors that hold it: one, or one per stacked layer and fused part.
 
     `keys` are the tensors of `form`, in its order.
     """
 
     path: str
-    form: Arrangement
+    form: FileLayout
     keys: tuple[str, ...]
 
     @property
@@ -88,10 +88,10 @@ class Entry:
 class Plan:
     """The checked bijection between the leaves of one adapter and the keys of one file."""
 
-    entries: tuple[Entry, ...]
+    entries: tuple[PlanEntry, ...]
 
     @functools.cached_property
-    def keys(self) -> dict[str, tuple[Entry, int]]:
+    def keys(self) -> dict[str, tuple[PlanEntry, int]]:
         """Every file key, with the entry and index that make it."""
         return {key: (entry, i) for entry in self.entries for i, key in enumerate(entry.keys)}
 
@@ -138,7 +138,7 @@ class Plan:
             if k in found and tuple(found[k]) != shape
         ]
         return [
-            f"{len(items)} {what}:\n{paths.listing(items)}"
+            f"{len(items)} {what}:\n{paths.bullets(items)}"
             for what, items in (
                 (f"missing from {source} (the model expects them)", missing),
                 ("unexpected (nothing in the model takes them)", unexpected),
@@ -162,7 +162,7 @@ class Plan:
         return {e.path: e.decode(tensors) for e in self.entries}
 
 
-class Spec(NamedTuple):
+class TensorSpec(NamedTuple):
     """What a tensor will be."""
 
     shape: tuple[int, ...]
@@ -179,10 +179,10 @@ class Encoded(Mapping[str, Any]):
     host: bool = False
 
     @property
-    def specs(self) -> dict[str, Spec]:
+    def specs(self) -> dict[str, TensorSpec]:
         """Shapes and dtypes by key, without making a tensor."""
         return {
-            key: Spec(e.form.shape_of(i), dtype)
+            key: TensorSpec(e.form.shape_of(i), dtype)
             for e in self.plan.entries
             for dtype in (self.dtype or np.dtype(self.leaves[e.path].dtype),)
             for i, key in enumerate(e.keys)
@@ -208,18 +208,18 @@ class Encoded(Mapping[str, Any]):
 Layout = tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]
 
 
-def _layout(site: Site, tensor: Tensor) -> Layout:
+def _layout(site: Match, tensor: MethodTensor) -> Layout:
     """A tensor's axis names in the model (stacked axes where the base has them) and in the file."""
-    known = site.weight.memo  # one line serves every layer, and this is asked for each of its tensors
+    known = site.weight.layout_cache  # one line serves every layer, and this is asked for each of its tensors
     found = known.get(tensor)
     if found is None:
         found = known[tensor] = _make_layout(site, tensor)
     return found
 
 
-def _make_layout(site: Site, tensor: Tensor) -> Layout:
+def _make_layout(site: Match, tensor: MethodTensor) -> Layout:
     """As `_layout`. The method's own axes are marked "~": a base weight may have an axis called "r" as well."""
-    if tensor.whole:
+    if tensor.is_copy:
         return site.weight.left, site.weight.right
 
     def expand(names: Iterable[str], roles: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
@@ -236,43 +236,43 @@ def _make_layout(site: Site, tensor: Tensor) -> Layout:
     torch = site.weight.torch_roles
     right: list[tuple[str, ...]] = []
     for group in tensor.torch:
-        if site.weight.kind == "conv" and "inn" in group:
+        if site.weight.kind == "conv" and "in" in group:
             channels, *window = site.weight.right[1:]
-            right += [expand((name for name in group if name != "inn"), torch) + channels, *window]
+            right += [expand((name for name in group if name != "in"), torch) + channels, *window]
         else:
             right.append(expand(group, torch))
     return tuple(left), tuple(right)
 
 
-def torch_axes(site: Site, tensor: Tensor) -> tuple[tuple[str, ...], ...]:
+def torch_axes(site: Match, tensor: MethodTensor) -> tuple[tuple[str, ...], ...]:
     """The axes of a tensor in the file, each a group of the base weight's, or "~" and the method's own."""
     return _layout(site, tensor)[1]
 
 
-def entry(keymap: KeyMap, site: Site, tensor: Tensor, sizes: Mapping[str, int]) -> Entry:
+def plan_entry(keymap: KeyMap, site: Match, tensor: MethodTensor, sizes: Mapping[str, int]) -> PlanEntry:
     """The entry of one tensor at one site; `sizes` are those of the base leaf's axes, by name."""
     form, texts = _arranged(keymap, site, tensor, sizes)
-    keys = tuple(key_of(keymap, site, tensor, text) for text in texts)
-    return Entry(paths.join(site.leaf, tensor.name), form, keys)
+    keys = tuple(tensor_key(keymap, site, tensor, text) for text in texts)
+    return PlanEntry(paths.join(site.leaf, tensor.name), form, keys)
 
 
 def _arranged(
-    keymap: KeyMap, site: Site, tensor: Tensor, sizes: Mapping[str, int]
-) -> tuple[Arrangement, list[dict[str, str]]]:
+    keymap: KeyMap, site: Match, tensor: MethodTensor, sizes: Mapping[str, int]
+) -> tuple[FileLayout, list[dict[str, str]]]:
     """The arrangement of a tensor at a line, and what fills the key's holes for each of its file tensors."""
-    known = site.weight.memo
+    known = site.weight.layout_cache
     at = (tensor, site.parts, *sizes.items())
     if at not in known:
         left, right = _layout(site, tensor)
         only = {site.roles["fused"][0]: site.parts} if site.parts is not None else {}
         split = tuple(i for i, n in enumerate(left) if n.startswith("{"))
         axes = [left[i] for i in split]
-        found = entries(site.weight, axes, sizes, only)
+        found = index_entries(site.weight, axes, sizes, only)
         texts = [text for _, text in found]
         held, ranks = None, None
         if tensor.used is not None:
             order = [site.braced.index(axis) for axis in axes]
-            each = zip(entries(site.weight, site.braced, sizes, only), tensor.used, strict=True)
+            each = zip(index_entries(site.weight, site.braced, sizes, only), tensor.used, strict=True)
             used = {tuple(index[i] for i in order): size for (index, _), size in each}
             mine = [used[index] for index, _ in found]
             some = tuple(i for i, size in enumerate(mine) if size)
@@ -280,57 +280,59 @@ def _arranged(
             texts = [texts[i] for i in some]
             sized = tuple(mine[i] for i in some)
             ranks = sized if RANK in left and set(sized) != {dict(tensor.own)["r"]} else None
-        shape, factor = _shape(site, tensor, sizes, left), factor_of(keymap, site, tensor, sizes)
-        shift = site.weight.shift if tensor.whole else 0.0
-        form = Arrangement(shape, left, right, split, factor, site.weight.sizes, shift, held, ranks)
+        shape, factor = _shape(site, tensor, sizes, left), scale_factor(keymap, site, tensor, sizes)
+        shift = site.weight.shift if tensor.is_copy else 0.0
+        form = FileLayout(shape, left, right, split, factor, site.weight.sizes, shift, held, ranks)
         known[at] = form, texts
     return known[at]
 
 
-def factor_of(keymap: KeyMap, site: Site, tensor: Tensor, sizes: Mapping[str, int]) -> float:
+def scale_factor(keymap: KeyMap, site: Match, tensor: MethodTensor, sizes: Mapping[str, int]) -> float:
     """What the file's tensor is multiplied by to give the model's."""
     factor = 1.0
-    if site.weight.scale is not None and tensor.degree != 0:
-        if tensor.degree is None:
+    if site.weight.scale is not None and tensor.scale_power != 0:
+        if tensor.scale_power is None:
             raise KeyMapError(
                 f"leaf {site.leaf!r} holds PyTorch's weight times a factor, says the table {keymap.name!r}; what that"
                 f" makes of {tensor.name} is not known: leave the module out, or use a method such as LORA"
             )
-        factor = site.weight.factor(sizes) ** tensor.degree
+        factor = site.weight.factor(sizes) ** tensor.scale_power
     return factor
 
 
-def key_of(keymap: KeyMap, site: Site, tensor: Tensor, text: Mapping[str, str]) -> str:
+def tensor_key(keymap: KeyMap, site: Match, tensor: MethodTensor, text: Mapping[str, str]) -> str:
     """The name of one tensor in the file; the root module has no name of its own."""
     line = site.weight
-    if tensor.whole:
+    if tensor.is_copy:
         module, parameter = site.parameter(text)
-        return part_of(line, paths.join(f"{keymap.prefix}{module}".rstrip(".") + tensor.suffix, parameter), line.right)
-    suffix = f".base_layer.out_proj{tensor.suffix}" if line.kind == "attention" and not line.piece else tensor.suffix
+        return tensor_part_key(
+            line, paths.join(f"{keymap.prefix}{module}".rstrip(".") + tensor.suffix, parameter), line.right
+        )
+    suffix = f".base_layer.out_proj{tensor.suffix}" if line.kind == "attention" and not line.part else tensor.suffix
     module = site.parameter(text)[0] if line.kind == "experts" else site.module(text)
-    return part_of(line, f"{keymap.prefix}{module}".rstrip(".") + suffix, torch_axes(site, tensor))
+    return tensor_part_key(line, f"{keymap.prefix}{module}".rstrip(".") + suffix, torch_axes(site, tensor))
 
 
-def part_of(line: Weight, key: str, axes: Sequence[tuple[str, ...]]) -> str:
+def tensor_part_key(line: Weight, key: str, axes: Sequence[tuple[str, ...]]) -> str:
     """The key of a tensor with these axes, as a part of the file's where the line's leaf is one of several in it."""
-    if not line.piece:
+    if not line.part:
         return key
-    return pieces.named(key, next((i for i, axis in enumerate(axes) if axis == line.piece_axis), None), line.piece)
+    return pieces.part_key(key, next((i for i, axis in enumerate(axes) if axis == line.part_axis), None), line.part)
 
 
-def entry_shape(site: Site, tensor: Tensor, sizes: Mapping[str, int]) -> tuple[int, ...]:
+def model_shape(site: Match, tensor: MethodTensor, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """The shape of one tensor in the model."""
     return _shape(site, tensor, sizes, _layout(site, tensor)[0])
 
 
-def _shape(site: Site, tensor: Tensor, sizes: Mapping[str, int], left: Sequence[str]) -> tuple[int, ...]:
+def _shape(site: Match, tensor: MethodTensor, sizes: Mapping[str, int], left: Sequence[str]) -> tuple[int, ...]:
     size = {**sizes, **{f"~{name}": size for name, size in tensor.own}}
     if site.parts is not None:
         size[site.roles["fused"][0]] = len(site.parts)
     return tuple(size[n] for n in left)
 
 
-def sizes_of(site: Site, shape: Sequence[int]) -> dict[str, int]:
+def axis_sizes(site: Match, shape: Sequence[int]) -> dict[str, int]:
     """Axis sizes by name from the base leaf's shape; `MismatchError` if the line wants another rank."""
     left = site.weight.left
     if len(left) != len(shape):
@@ -339,7 +341,7 @@ def sizes_of(site: Site, shape: Sequence[int]) -> dict[str, int]:
         )
     sizes = dict(zip(left, shape, strict=True))
     for axis, size in sizes.items():
-        pattern.split(axis, size, dict(site.weight.sizes))
+        pattern.part_sizes(axis, size, dict(site.weight.sizes))
     for axis in site.roles["fused"]:
         names = site.weight.names(axis)
         if names is not None and len(names) != sizes[axis]:
@@ -349,7 +351,9 @@ def sizes_of(site: Site, shape: Sequence[int]) -> dict[str, int]:
     return sizes
 
 
-def sizes_from_tensors(site: Site, tensors: Sequence[Tensor], shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+def axis_sizes_from_tensors(
+    site: Match, tensors: Sequence[MethodTensor], shapes: Mapping[str, Sequence[int]]
+) -> dict[str, int]:
     """Axis sizes by name from an adapter's own tensors, where the base is not at hand.
 
     Raises `MismatchError` if a tensor is missing, has the wrong rank, or two tensors disagree.
@@ -375,19 +379,19 @@ def sizes_from_tensors(site: Site, tensors: Sequence[Tensor], shapes: Mapping[st
                 what = f"axis {name.strip('~{}')!r} has {size} entries, expected {want}"
                 problems.append(f"{site.leaf}.{tensor.name}: {what}")
             try:
-                pattern.split(name, size, dict(site.weight.sizes))
+                pattern.part_sizes(name, size, dict(site.weight.sizes))
             except MismatchError as error:
                 problems.append(f"{site.leaf}.{tensor.name}: {error}")
     if problems:
         raise MismatchError(
             "the adapter contradicts itself or its configuration:\n"
-            + paths.listing(problems)
+            + paths.bullets(problems)
             + "\nOf several that are stacked (by vmap, say) take one: jax.tree.map(lambda x: x[0], tree)"
         )
     return sizes
 
 
-def stack_sizes(site: Site, tensors: Sequence[Tensor], shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+def stack_sizes(site: Match, tensors: Sequence[MethodTensor], shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
     """The sizes of the numbered axes alone, from what tensors of theirs have the right number of axes."""
     numbered = [axis for axis in site.braced if site.weight.names(axis) is None]
     layouts = [(_layout(site, t)[0], shapes[t.name]) for t in tensors if t.name in shapes]
@@ -395,7 +399,7 @@ def stack_sizes(site: Site, tensors: Sequence[Tensor], shapes: Mapping[str, Sequ
     return {axis: sizes[axis] for sizes in reversed(found) for axis in numbered if axis in sizes}
 
 
-def plan(entries: Sequence[Entry]) -> Plan:
+def make_plan(entries: Sequence[PlanEntry]) -> Plan:
     """The plan of these entries; keys claimed twice raise `MismatchError`."""
     owners: dict[str, list[str]] = {}
     for e in entries:
@@ -403,7 +407,7 @@ def plan(entries: Sequence[Entry]) -> Plan:
             owners.setdefault(key, []).append(e.path)
     twice = [f"{key}: {', '.join(sorted(who))}" for key, who in owners.items() if len(who) > 1]
     if twice:
-        raise MismatchError("tensors are claimed by several leaves:\n" + paths.listing(twice))
+        raise MismatchError("tensors are claimed by several leaves:\n" + paths.bullets(twice))
     return Plan(tuple(entries))
 
 
@@ -413,11 +417,11 @@ def base_plan(keymap: KeyMap, shapes: Mapping[str, Sequence[int]]) -> Plan:
     Raises `KeyMapError` with every leaf that has no line, several, or one that contradicts its shape;
     `MismatchError` where two leaves claim one key.
     """
-    out: list[Entry] = []
+    out: list[PlanEntry] = []
     problems: list[str] = []
     for leaf, shape in shapes.items():
         try:
-            made = base_entry(keymap, leaf, shape)
+            made = base_plan_entry(keymap, leaf, shape)
         except KeyMapError as error:
             problems.append(str(error))
             continue
@@ -426,22 +430,22 @@ def base_plan(keymap: KeyMap, shapes: Mapping[str, Sequence[int]]) -> Plan:
         else:
             out.append(made)
     if problems:
-        raise KeyMapError(f"the table {keymap.name!r} does not fit these leaves:\n" + paths.listing(problems))
-    return plan(out)
+        raise KeyMapError(f"the table {keymap.name!r} does not fit these leaves:\n" + paths.bullets(problems))
+    return make_plan(out)
 
 
-def base_entry(keymap: KeyMap, leaf: str, shape: Sequence[int]) -> Entry | None:
+def base_plan_entry(keymap: KeyMap, leaf: str, shape: Sequence[int]) -> PlanEntry | None:
     """One base weight itself; None without a line, and `KeyMapError` or `MismatchError` where it does not fit."""
-    site = keymap.site(leaf)
+    site = keymap.match(leaf)
     if site is None:
         return None
-    sizes = sizes_of(site, shape)
+    sizes = axis_sizes(site, shape)
     left = site.weight.left
     split = tuple(i for i, n in enumerate(left) if n.startswith("{"))
     line = site.weight
     keys = tuple(
-        part_of(line, line.whole_key.format(**dict(site.holes), **text), line.right)
-        for _, text in entries(line, [left[i] for i in split], sizes)
+        tensor_part_key(line, line.file_key.format(**dict(site.holes), **text), line.right)
+        for _, text in index_entries(line, [left[i] for i in split], sizes)
     )
-    form = Arrangement(tuple(shape), left, line.right, split, line.factor(sizes), line.sizes, line.shift)
-    return Entry(leaf, form, keys)
+    form = FileLayout(tuple(shape), left, line.right, split, line.factor(sizes), line.sizes, line.shift)
+    return PlanEntry(leaf, form, keys)

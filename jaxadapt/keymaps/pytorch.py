@@ -23,10 +23,10 @@ NAME = "pytorch"
 """What such a table is called."""
 
 
-def adapted(tensors: Shapes) -> dict[str, dict[str, tuple[int, ...]]]:
+def adapted_shapes(tensors: Shapes) -> dict[str, dict[str, tuple[int, ...]]]:
     """`{module: {tensor: shape}}` of an adapter file's keys; copies of whole parameters are left out.
 
-    >>> adapted({"base_model.model.q.lora_A.weight": (2, 4), "base_model.model.q.lora_B.weight": (6, 2)})
+    >>> adapted_shapes({"base_model.model.q.lora_A.weight": (2, 4), "base_model.model.q.lora_B.weight": (6, 2)})
     {'q': {'lora_A': (2, 4), 'lora_B': (6, 2)}}
     """
     found: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -37,10 +37,10 @@ def adapted(tensors: Shapes) -> dict[str, dict[str, tuple[int, ...]]]:
     return found
 
 
-def weights(tensors: Shapes) -> dict[str, tuple[int, ...]]:
+def weight_shapes(tensors: Shapes) -> dict[str, tuple[int, ...]]:
     """The shapes of the weights that a LoRA file changes, as far as it tells: linear, embedding, convolution."""
     out: dict[str, tuple[int, ...]] = {}
-    for module, held in adapted(tensors).items():
+    for module, held in adapted_shapes(tensors).items():
         for a, b in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
             if a in held and b in held and len(held[a]) == len(held[b]):
                 shape = (held[b][0], *held[a][1:])  # (out, in, window…); of an embedding (dim, vocabulary)
@@ -53,7 +53,7 @@ def rows(tensors: Shapes) -> set[str]:
     return {key.removeprefix(PEFT_PREFIX).removesuffix(_ROWS) for key in tensors if key.endswith(_ROWS)}
 
 
-def table(
+def state_dict_keymap(
     shapes: Shapes,
     tensors: Shapes,
     source: str,
@@ -71,12 +71,12 @@ def table(
 
     Raises `MismatchError` listing what the adapter changes and the model lacks.
     """
-    held = adapted(tensors)
+    held = adapted_shapes(tensors)
     heads = {head for head, _ in tied}
     keys = renamed(shapes, [module for module in held if f"{module}.weight" not in heads])
     missing = [m for m in held if f"{m}.weight" not in {*keys.values(), *heads}]
     if missing:
-        raise MismatchError(f"{source}: the model has no weight for these modules:\n" + paths.listing(missing))
+        raise MismatchError(f"{source}: the model has no weight for these modules:\n" + paths.bullets(missing))
     some, lookups = rows(tensors), {module for module, own in held.items() if "lora_embedding_A" in own}
     linear = {key.removesuffix(".weight"): shapes[leaf] for leaf, key in keys.items() if len(shapes[leaf]) == 2}
     turned = _turned(
@@ -137,20 +137,20 @@ def _turned(modules: Mapping[str, tuple[tuple[int, ...], Shapes]], said: bool, s
             f"{source}: these modules are square, and whether the model stores them (out, in), as nn.Linear, or (in,"
             f" out), as Conv1D, does not show: fan_in_fan_out is {said}, and by their sizes not all other modules are"
             " stored so. jaxadapt.export_base(model, folder, adapter) writes a model with the adapter merged:\n"
-            + paths.listing(sorted(unknown))
+            + paths.bullets(sorted(unknown))
         )
     return found
 
 
 def _is_turned(shape: tuple[int, ...], own: Shapes) -> bool | None:
     """Whether a weight is stored (in, out) by the sizes of its tensors; None where it fits both ways."""
-    out, inn = None, None
+    out, inputs = None, None
     if "lora_A" in own and "lora_B" in own:
-        out, inn = own["lora_B"][0], own["lora_A"][-1]
+        out, inputs = own["lora_B"][0], own["lora_A"][-1]
     elif len(own.get("ia3_l", ())) == 2:
-        out, inn = (own["ia3_l"][0], None) if own["ia3_l"][1] == 1 else (None, own["ia3_l"][1])
-    straight = all(size in (None, have) for size, have in zip((out, inn), shape, strict=True))
-    crossed = all(size in (None, have) for size, have in zip((inn, out), shape, strict=True))
+        out, inputs = (own["ia3_l"][0], None) if own["ia3_l"][1] == 1 else (None, own["ia3_l"][1])
+    straight = all(size in (None, have) for size, have in zip((out, inputs), shape, strict=True))
+    crossed = all(size in (None, have) for size, have in zip((inputs, out), shape, strict=True))
     return None if straight and crossed else crossed
 
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxadapt.arrays.axes import Axes
-from jaxadapt.arrays.pattern import fine, parsed, split
+from jaxadapt.arrays.pattern import axis_parts, parse_pattern, part_sizes
 from jaxadapt.core import paths
 from jaxadapt.core.errors import KeyMapError
 
@@ -102,7 +102,7 @@ class Weight:
         put("scan", scan)
         problems = self._problems()
         if problems:
-            raise KeyMapError(f"the line {leaf!r} -> {key!r} ({pattern!r}) is wrong:\n" + paths.listing(problems))
+            raise KeyMapError(f"the line {leaf!r} -> {key!r} ({pattern!r}) is wrong:\n" + paths.bullets(problems))
         put("kind", kind or {1: "vector", 2: "linear"}.get(len(self.right), "other"))
 
     @staticmethod
@@ -127,7 +127,7 @@ class Weight:
         return (*lines, Weight(f"{leaf}.out.bias", f"{key}.out_proj.bias", "d -> d"))
 
     def _problems(self) -> list[str]:
-        _, _, plain, braced, found = parsed(self.pattern)
+        _, _, plain, braced, found = parse_pattern(self.pattern)
         problems = list(found)
         holes, wanted = set(_HOLE.findall(self.leaf)), _HOLE.findall(self.key)
         problems += [
@@ -156,7 +156,7 @@ class Weight:
 
     def _problems_of_groups(self, plain: frozenset[str]) -> list[str]:
         sizes, problems = dict(self.sizes), list[str]()
-        groups = [(axis, fine(axis)) for axis in self.left if axis.startswith("(")]
+        groups = [(axis, axis_parts(axis)) for axis in self.left if axis.startswith("(")]
         for axis, names in groups:
             if len([n for n in names if n not in sizes]) != 1 or any(n.startswith("{") for n in names):
                 problems.append(f"{axis}: all its axes but one need a size (as in p=2), and none has braces")
@@ -172,12 +172,12 @@ class Weight:
     @property
     def left(self) -> tuple[str, ...]:
         """Axis names of the JAX leaf; braced ones keep their braces, and a split one its parentheses."""
-        return parsed(self.pattern).left
+        return parse_pattern(self.pattern).left
 
     @property
     def right(self) -> tuple[tuple[str, ...], ...]:
         """PyTorch's axes, each a group of axis names flattened together."""
-        return parsed(self.pattern).right
+        return parse_pattern(self.pattern).right
 
     @functools.cached_property
     def regex(self) -> re.Pattern[str]:
@@ -211,12 +211,12 @@ class Weight:
                 return f"(?P<{name}>{'|'.join(map(re.escape, names[name]))})"
             return f"(?P<{name}>.+)" if name == "path" else rf"(?P<{name}>\d+)"
 
-        return re.compile("".join(map(piece, re.split(r"(\{\w+\})", self.whole_key))))
+        return re.compile("".join(map(piece, re.split(r"(\{\w+\})", self.file_key))))
 
-    def texts(self, key: str) -> dict[str, str] | None:
+    def match_key(self, key: str) -> dict[str, str] | None:
         """What fills the holes of this line's key to give that one; None where nothing does.
 
-        >>> Weight("l_{l}.kv", "l.{l}.{p}.weight", "{p} i o -> o i", p=("k", "v")).texts("l.3.v.weight")
+        >>> Weight("l_{l}.kv", "l.{l}.{p}.weight", "{p} i o -> o i", p=("k", "v")).match_key("l.3.v.weight")
         {'l': '3', 'p': 'v'}
         """
         match = self._key_regex.fullmatch(key)
@@ -233,22 +233,22 @@ class Weight:
         step, first = self.layers if axis.strip("{}") == "l" else (1, 0)
         return str(step * i + first)
 
-    def own_number(self, axis: str, text: str) -> int:
+    def model_number(self, axis: str, text: str) -> int:
         """The inverse: which entry here has PyTorch's number."""
         step, first = self.layers if axis.strip("{}") == "l" else (1, 0)
         return (int(text) - first) // step
 
-    def leaf_at(self, texts: Mapping[str, str]) -> str:
+    def fill_leaf(self, texts: Mapping[str, str]) -> str:
         """The leaf whose holes hold these texts, in which a braced axis has no place."""
-        own = {**texts, "l": str(self.own_number("l", texts["l"]))} if "l" in texts else texts
+        own = {**texts, "l": str(self.model_number("l", texts["l"]))} if "l" in texts else texts
         return _HOLE.sub(lambda hole: own[hole[1]], self.leaf)
 
-    def key_at(self, texts: Mapping[str, str]) -> str:
+    def fill_key(self, texts: Mapping[str, str]) -> str:
         """The key whose holes hold these texts."""
-        return _HOLE.sub(lambda hole: texts[hole[1]], self.whole_key)
+        return _HOLE.sub(lambda hole: texts[hole[1]], self.file_key)
 
     @functools.cached_property
-    def tail(self) -> str:
+    def suffix(self) -> str:
         """What every path of this line ends in: the text behind the last hole."""
         return self.leaf.rpartition("}")[2]
 
@@ -258,18 +258,18 @@ class Weight:
         return {} if found is None else {name: text or "" for name, text in found.groupdict().items()}
 
     @property
-    def piece(self) -> str:
+    def part(self) -> str:
         """Of a key such as "in_proj_weight[0/3]" the part in brackets: which part of PyTorch's tensor the leaf is."""
         return self._bracket.get("part", "")
 
     @functools.cached_property
-    def piece_axis(self) -> tuple[str, ...]:
+    def part_axis(self) -> tuple[str, ...]:
         """PyTorch's axis, by its names, of which the leaf is a part: the first, if none is named."""
         axis = self._bracket.get("axis")
         return (axis,) if axis else self.right[0] if self.right else ()
 
     @functools.cached_property
-    def whole_key(self) -> str:
+    def file_key(self) -> str:
         """PyTorch's name of the tensor, with its holes."""
         return _PIECE.sub("", self.key)
 
@@ -289,7 +289,7 @@ class Weight:
         return self.key.removesuffix("weight").removesuffix(".")
 
     @functools.cached_property
-    def memo(self) -> dict[Any, Any]:
+    def layout_cache(self) -> dict[Any, Any]:
         """For `plan`: how a method's tensors lie in arrays of this line."""
         return {}
 
@@ -301,20 +301,20 @@ class Weight:
 
     @functools.cached_property
     def roles(self) -> dict[str, tuple[str, ...]]:
-        """The leaf's axes by role: "stack", "fused", "experts", "batch" (fused parts and all experts), "inn", "out".
+        """The leaf's axes by role: "stack", "fused", "experts", "batch" (fused parts and all experts), "in", "out".
 
         The last two are in PyTorch's flattening order; a convolution's window is part of what it sums over, and
         "channels" are its inputs without it.
         "experts" are those that PyTorch too holds in one array.
         """
-        of = {n: axis for axis in self.left for n in fine(axis)}
+        of = {n: axis for axis in self.left for n in axis_parts(axis)}
         torch = self.torch_roles
         return {
             "stack": tuple(self.left[i] for i in self.stack),
             "fused": tuple(n for n in self.left if n.startswith("{") and self.names(n) is not None),
             "experts": torch["experts"],
             "batch": torch["batch"],
-            "inn": tuple(dict.fromkeys(of[n] for n in torch["inn"])),
+            "in": tuple(dict.fromkeys(of[n] for n in torch["in"])),
             "channels": tuple(dict.fromkeys(of[n] for n in torch["channels"])),
             "out": tuple(dict.fromkeys(of[n] for n in torch["out"])),
         }
@@ -327,21 +327,21 @@ class Weight:
         batch += tuple(n for n in self.left if n == EXPERTS)
         experts = groups[0] if self.kind == "experts" and len(groups) == 3 else ()
         groups = groups[1:] if experts else groups
-        out, inn = (groups[0], groups[1]) if len(groups) == 2 else (groups[0] if groups else (), ())
-        channels = inn
+        out, inputs = (groups[0], groups[1]) if len(groups) == 2 else (groups[0] if groups else (), ())
+        channels = inputs
         if self.kind == "conv":
             channels = groups[1] if len(groups) > 1 else ()
-            inn = tuple(n for group in groups[1:] for n in group)
+            inputs = tuple(n for group in groups[1:] for n in group)
         if self.fan_in_fan_out or self.kind == "embedding":
-            out, inn = inn, out
-        return {"batch": batch + experts, "experts": experts, "inn": inn, "out": out, "channels": channels}
+            out, inputs = inputs, out
+        return {"batch": batch + experts, "experts": experts, "in": inputs, "out": out, "channels": channels}
 
     @functools.cached_property
     def axes(self) -> Axes:
         """The roles as the module itself sees its weight: without the stacked axes."""
         own = [n for i, n in enumerate(self.left) if i not in self.stack]
-        at = {role: tuple(own.index(n) for n in self.roles[role]) for role in ("inn", "out", "batch")}
-        return Axes(inn=at["inn"], out=at["out"], batch=at["batch"])
+        at = {role: tuple(own.index(n) for n in self.roles[role]) for role in ("in", "out", "batch")}
+        return Axes(in_axes=at["in"], out_axes=at["out"], batch_axes=at["batch"])
 
     def names(self, axis: str) -> tuple[str, ...] | None:
         """The names of a braced axis' entries, or None where they are numbered."""
@@ -386,5 +386,5 @@ class Weight:
         """What PyTorch's weight is multiplied by to give the leaf, whose axes have these `sizes`; 1 mostly."""
         if self.scale is None:
             return 1.0
-        one = {n: size for axis, size in sizes.items() for n, size in split(axis, size, dict(self.sizes)).items()}
+        one = {n: size for axis, size in sizes.items() for n, size in part_sizes(axis, size, dict(self.sizes)).items()}
         return float(math.prod(one[n] for n in self.scale[0].split()) ** self.scale[1])

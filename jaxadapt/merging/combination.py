@@ -24,8 +24,8 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, KeyMapError, MismatchError
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.merging import factors
-from jaxadapt.merging.factors import Pair, Rows
-from jaxadapt.merging.joint import Whole, wholes
+from jaxadapt.merging.factors import FactorRows, Factors
+from jaxadapt.merging.joint import JointMatrix, joint_matrices
 
 Array = Any
 
@@ -37,7 +37,7 @@ _SIGNS = ("total", "frequency")
 
 
 @dataclasses.dataclass(frozen=True)
-class _How:
+class _Combination:
     """What is static in a combination: `total` is TIES' vote by value, not by count."""
 
     method: str
@@ -92,30 +92,32 @@ def combine(
     """
     adapters, weights = list(adapters), list(weights)
     _check(adapters, weights, method, svd_rank, density, majority_sign_method, key, masks)
-    held = [factors.pairs(adapter, f"adapter {i}") for i, adapter in enumerate(adapters)]
-    table = factors.one_table((a.keymap for a in adapters), (leaf for found in held for leaf in found))
+    held = [factors.lora_factors(adapter, f"adapter {i}") for i, adapter in enumerate(adapters)]
+    table = factors.common_keymap((a.keymap for a in adapters), (leaf for found in held for leaf in found))
     like = {leaf: [found[leaf] for found in held if leaf in found] for found in held for leaf in found}
     _fit(like, held, method)
     ranks = [_largest_rank(adapter.config) for adapter in adapters]
     r = sum(ranks) if method == "cat" else int(svd_rank) if svd_rank and method.endswith("svd") else max(ranks)
 
-    how = _How(method, r, 1.0 if density is None else float(density), majority_sign_method == "total")
-    new: dict[str, Rows] = {}
+    how = _Combination(method, r, 1.0 if density is None else float(density), majority_sign_method == "total")
+    new: dict[str, FactorRows] = {}
     with jax.default_matmul_precision("highest"):
         first = {leaf: pairs[0] for leaf, pairs in like.items()}
         apart = method in ("cat", "linear")  # number by number: what is one matrix makes no difference
-        for whole in [Whole((leaf,)) for leaf in like] if apart else wholes(held):
-            mine = {i: whole.of(found) for i, found in enumerate(held) if whole.there(found)}
+        for whole in [JointMatrix((leaf,)) for leaf in like] if apart else joint_matrices(held):
+            mine = {i: whole.factors(found) for i, found in enumerate(held) if whole.is_present(found)}
             svd = method.endswith("svd")
             noise = (
                 _noise(whole, held, table, svd, float(density or 0), key, masks) if method.startswith("dare") else {}
             )
-            new |= whole.parted(_rows(mine, weights, how, noise), first)
-    by_name = [(m, p.bound.method.depth is not None) for pairs in like.values() for p in pairs for m in p.bound.modules]
+            new |= whole.split(_rows(mine, weights, how, noise), first)
+    by_name = [
+        (m, p.site.method.wrapper_depth is not None) for pairs in like.values() for p in pairs for m in p.site.modules
+    ]
     modules, parameters = ([m for m, named in dict.fromkeys(by_name) if named == of] for of in (False, True))
     config = _config([a.config for a in adapters], r, modules, parameters)
     dtype = jnp.result_type(*(x.dtype for adapter in adapters for x in adapter.flat().values()))
-    return factors.built(config, table, first, new, dtype)
+    return factors.build_adapter(config, table, first, new, dtype)
 
 
 # ---------------------------------------------------------------- what goes together
@@ -164,18 +166,18 @@ def _check(
         problems.append(f"majority_sign_method={signs!r}: has no effect with method {method!r}")
     for i, adapter in enumerate(adapters):
         if isinstance(adapter, Adapter):
-            why = lora_variants.not_a_product(adapter.config)
-            if isinstance(adapter.config, LoraConfig) and lora_variants.changes_the_base(adapter.config):
-                why.append(f"{lora_variants.beginning_of(adapter.config)}: it belongs to a base of its own")
+            why = lora_variants.reasons_not_a_product(adapter.config)
+            if isinstance(adapter.config, LoraConfig) and lora_variants.changes_base(adapter.config):
+                why.append(f"{lora_variants.init_field(adapter.config)}: it belongs to a base of its own")
             problems += [f"adapter {i}: {reason}" for reason in why]
         else:
             what = type(adapter).__name__
             problems.append(f"adapter {i}: expected an Adapter (jaxadapt.extract takes one out), found {what}")
     if problems:
-        raise ConfigError("these adapters cannot be combined so:\n" + paths.listing(problems, 16))
+        raise ConfigError("these adapters cannot be combined so:\n" + paths.bullets(problems, 16))
 
 
-def _fit(like: Mapping[str, Sequence[Pair]], held: Sequence[Mapping[str, Pair]], method: str) -> None:
+def _fit(like: Mapping[str, Sequence[Factors]], held: Sequence[Mapping[str, Factors]], method: str) -> None:
     """Adapters of one model agree in the sizes of its weights; methods on A and B alone need equal ranks too."""
     problems: list[str] = []
     ranks: list[str] = []
@@ -192,11 +194,11 @@ def _fit(like: Mapping[str, Sequence[Pair]], held: Sequence[Mapping[str, Pair]],
             mine = [(i, sorted(set(found[leaf].ranks))) for i, found in enumerate(held) if leaf in found]
             ranks.append(f"{leaf}: " + ", ".join(f"{' or '.join(map(str, some))} in adapter {i}" for i, some in mine))
     if problems:
-        raise MismatchError("the adapters are of models of different sizes:\n" + paths.listing(problems))
+        raise MismatchError("the adapters are of models of different sizes:\n" + paths.bullets(problems))
     if ranks:
         raise ConfigError(
             f"method {method!r} works on A and B by themselves, so a weight must have one rank in all adapters:\n"
-            + paths.listing(ranks)
+            + paths.bullets(ranks)
             + '\nUse "cat", "svd" or an "…_svd" method, or bring them to one rank with jaxadapt.resize_rank'
         )
 
@@ -241,7 +243,7 @@ def _either(expressions: Sequence[str]) -> str | None:
 # ---------------------------------------------------------------- the arithmetic of one leaf
 
 
-def _rows(there: Mapping[int, Pair], weights: Sequence[Any], how: _How, noise: Any) -> Rows:
+def _rows(there: Mapping[int, Factors], weights: Sequence[Any], how: _Combination, noise: Any) -> FactorRows:
     """The new matrices of one leaf, from the pairs of the adapters (by number) that have it.
 
     Modules that the same adapters have, at the same ranks and scales, are computed together.
@@ -251,33 +253,35 @@ def _rows(there: Mapping[int, Pair], weights: Sequence[Any], how: _How, noise: A
         mine = {i: pair for i, pair in there.items() if module in pair.modules}
         alike = tuple((i, pair.rank_of(module), pair.scales_of([module])[0]) for i, pair in mine.items())
         groups.setdefault(alike, []).append(module)
-    made: list[Rows] = []
+    made: list[FactorRows] = []
     for alike, modules in groups.items():
         who, ranks, scales = zip(*alike, strict=True)
         pairs = [there[i] for i in who]
         a = tuple(p.rows_of("a", modules)[:, :r] for p, r in zip(pairs, ranks, strict=True))
         b = tuple(p.rows_of("b", modules)[:, :, :r] for p, r in zip(pairs, ranks, strict=True))
         drawn = [noise[i] for i in who] if noise else None
-        masks = drawn and [tuple(p.of(m, modules) for m in ms) for ms, p in zip(drawn, pairs, strict=True)]
+        masks = drawn and [tuple(p.rows_at(m, modules) for m in ms) for ms, p in zip(drawn, pairs, strict=True)]
         if masks and not how.method.endswith("svd"):
             masks = [(of_a[:, :r], of_b[:, :, :r]) for (of_a, of_b), r in zip(masks, ranks, strict=True)]
         by = jnp.stack([jnp.asarray(weights[i], jnp.float32) for i in who])
-        made.append(Rows(tuple(modules), *_mixed(how, scales, a, b, by, masks)))
-    return Rows.joined(made)
+        made.append(FactorRows(tuple(modules), *_mixed(how, scales, a, b, by, masks)))
+    return FactorRows.concatenate(made)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _mixed(how: _How, scales: tuple[float, ...], a: Any, b: Any, weights: Array, masks: Any) -> tuple[Array, Array]:
+def _mixed(
+    how: _Combination, scales: tuple[float, ...], a: Any, b: Any, weights: Array, masks: Any
+) -> tuple[Array, Array]:
     """A (n, r, in) and B (n, out, r) of n modules, from each adapter's."""
     each = [w * s for w, s in zip(weights, scales, strict=True)]
     if how.method == "cat":
         # PEFT puts the weight and the scale on A.
         scaled = [x * s for x, s in zip(a, each, strict=True)]
-        return factors.padded(jnp.concatenate(scaled, 1), jnp.concatenate(b, 2), how.r)
+        return factors.pad_rank(jnp.concatenate(scaled, 1), jnp.concatenate(b, 2), how.r)
     if how.method == "svd":
         stacked = jnp.concatenate([x * s for x, s in zip(b, each, strict=True)], 2), jnp.concatenate(a, 1)
         u, s, vh = factors.product_svd(*stacked)
-        return factors.truncated(u, s, vh, how.r)
+        return factors.truncate_svd(u, s, vh, how.r)
     if how.method.endswith("_svd"):
 
         def one(row: Any) -> tuple[Array, Array]:
@@ -285,7 +289,7 @@ def _mixed(how: _How, scales: tuple[float, ...], a: Any, b: Any, weights: Array,
             deltas = jnp.stack([s * (y @ x) for s, x, y in zip(scales, a, b, strict=True)])
             mixed = _operate(how, deltas, weights, None if masks is None else jnp.stack([m for (m,) in masks]))
             u, s, vh = jnp.linalg.svd(mixed, full_matrices=False)
-            return factors.truncated(u, s, vh, how.r)
+            return factors.truncate_svd(u, s, vh, how.r)
 
         return jax.lax.map(one, (a, b, masks))  # one after the other: a change is as large as its weight
     root = [jnp.sqrt(jnp.abs(s)) for s in each]
@@ -294,10 +298,10 @@ def _mixed(how: _How, scales: tuple[float, ...], a: Any, b: Any, weights: Array,
     for side, tensors, by in ((0, a, sign), (1, b, jnp.stack(root))):
         mine = None if masks is None else jnp.stack([m[side] for m in masks], 1)
         made.append(jax.vmap(functools.partial(_operate, how), (0, None, 0))(jnp.stack(tensors, 1), by, mine))
-    return factors.padded(made[0], made[1], how.r)
+    return factors.pad_rank(made[0], made[1], how.r)
 
 
-def _operate(how: _How, tensors: Array, weights: Array, masks: Array | None) -> Array:
+def _operate(how: _Combination, tensors: Array, weights: Array, masks: Array | None) -> Array:
     """The adapters' tensors (k, …) of one module into one."""
     by = weights.reshape((-1,) + (1,) * (tensors.ndim - 1))
     if masks is not None:  # DARE: what is kept stands in for what is dropped
@@ -320,18 +324,24 @@ def _largest(tensor: Array, k: int) -> Array:
 
 
 def _noise(
-    whole: Whole, held: Sequence[Mapping[str, Pair]], table: KeyMap, svd: bool, density: float, key: Any, masks: Any
+    whole: JointMatrix,
+    held: Sequence[Mapping[str, Factors]],
+    table: KeyMap,
+    svd: bool,
+    density: float,
+    key: Any,
+    masks: Any,
 ) -> dict[int, tuple[Array, ...]]:
     """DARE's masks of one leaf: for each adapter those of A and B, or that of the weight change."""
     out: dict[int, tuple[Array, ...]] = {}
     for i, found in enumerate(held):
-        if not whole.there(found):
+        if not whole.is_present(found):
             continue
-        pair = whole.of(found)
+        pair = whole.factors(found)
         if masks is not None:
             flat = paths.flatten(masks[i])
             parts = [_given(leaf, found[leaf], table, svd, i, flat) for leaf in whole.leaves]
-            out[i] = parts[0] if svd else whole.joined(*zip(*parts, strict=True))
+            out[i] = parts[0] if svd else whole.join(*zip(*parts, strict=True))
             continue
         shapes = [(len(pair.modules), pair.b.shape[1], pair.a.shape[2])] if svd else [pair.a.shape, pair.b.shape]
         mine = jax.random.fold_in(jax.random.fold_in(key, i), zlib.crc32(whole.leaves[0].encode()))
@@ -340,18 +350,18 @@ def _noise(
     return out
 
 
-def _given(leaf: str, pair: Pair, table: KeyMap, svd: bool, i: int, flat: Mapping[str, Any]) -> tuple[Array, ...]:
+def _given(leaf: str, pair: Factors, table: KeyMap, svd: bool, i: int, flat: Mapping[str, Any]) -> tuple[Array, ...]:
     want = [leaf] if svd else [e.path for e in pair.entries]
     missing = [path for path in want if path not in flat]
     if missing:
-        raise MismatchError(f"masks[{i}]: expected a mask at {', '.join(missing)}, found {paths.listing(flat)}")
+        raise MismatchError(f"masks[{i}]: expected a mask at {', '.join(missing)}, found {paths.bullets(flat)}")
     try:
         if svd:
-            mask = factors.weight_rows(table, pair.bound, jnp.asarray(flat[leaf]), scaled=False)
+            mask = factors.weight_matrices(table, pair.site, jnp.asarray(flat[leaf]), scaled=False)
             found, shapes = (mask,), [(len(pair.modules), pair.b.shape[1], pair.a.shape[2])]
         else:
-            found = factors.matrices(
-                pair.bound, {path.rpartition(".")[2]: jnp.asarray(flat[path]) for path in want}, False
+            found = factors.site_matrices(
+                pair.site, {path.rpartition(".")[2]: jnp.asarray(flat[path]) for path in want}, False
             )
             shapes = [pair.a.shape, pair.b.shape]
     except (ValueError, TypeError, KeyMapError) as error:

@@ -19,34 +19,34 @@ from jaxadapt.adapters import joint_tensors
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps import parts as pieces
-from jaxadapt.merging.factors import Pair, Rows
+from jaxadapt.merging.factors import FactorRows, Factors
 
 Array = Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Whole:
+class JointMatrix:
     """The leaves of one matrix: most often a single one, else several that have the factor `shared` in common."""
 
     leaves: tuple[str, ...]
     shared: str = ""
 
-    def there(self, held: Mapping[str, Pair]) -> bool:
+    def is_present(self, held: Mapping[str, Factors]) -> bool:
         return self.leaves[0] in held
 
-    def of(self, held: Mapping[str, Pair]) -> Pair:
+    def factors(self, held: Mapping[str, Factors]) -> Factors:
         """The pair of the whole, where it is there."""
         pairs = [held[leaf] for leaf in self.leaves]
-        a, b = self.joined([p.a for p in pairs], [p.b for p in pairs])
+        a, b = self.join([p.a for p in pairs], [p.b for p in pairs])
         return dataclasses.replace(pairs[0], a=a, b=b)
 
-    def joined(self, a: Sequence[Array], b: Sequence[Array]) -> tuple[Array, Array]:
+    def join(self, a: Sequence[Array], b: Sequence[Array]) -> tuple[Array, Array]:
         """A (n, r, in) and B (n, out, r), or what is shaped like them, of the whole."""
         if not self.shared:
             return a[0], b[0]
         return (a[0], jnp.concatenate(b, 1)) if self.shared == "a" else (jnp.concatenate(a, 2), b[0])
 
-    def parted(self, made: Rows, like: Mapping[str, Pair]) -> dict[str, Rows]:
+    def split(self, made: FactorRows, like: Mapping[str, Factors]) -> dict[str, FactorRows]:
         """New matrices of the whole as those of each leaf."""
         if not self.shared:
             return {self.leaves[0]: made}
@@ -56,30 +56,30 @@ class Whole:
         return {leaf: dataclasses.replace(made, **{own: x}) for leaf, x in zip(self.leaves, parts, strict=True)}
 
 
-def wholes(held: Sequence[Mapping[str, Pair]]) -> list[Whole]:
+def joint_matrices(held: Sequence[Mapping[str, Factors]]) -> list[JointMatrix]:
     """The matrices of several adapters. Raises `AttachError` inside jit where nobody can tell what is one."""
     like = {leaf: pair for pairs in held for leaf, pair in pairs.items()}
     found: dict[Hashable, list[str]] = {}
     for leaf, pair in like.items():
-        found.setdefault(pair.modules if pair.site.weight.piece else leaf, []).append(leaf)
-    out: list[Whole] = []
+        found.setdefault(pair.modules if pair.match.weight.part else leaf, []).append(leaf)
+    out: list[JointMatrix] = []
     for leaves in found.values():
         side = _shared(like[leaves[0]])
         several = [[getattr(p[leaf], side) for leaf in leaves if leaf in p] for p in held] if side else []
         if any(isinstance(x, Tracer) for xs in several for x in xs):
             raise AttachError(
                 "inside jit nobody can tell whether these share a factor, and are one matrix as in PEFT:\n"
-                + paths.listing(leaves)
+                + paths.bullets(leaves)
                 + "\nCall it outside"
             )
-        if side and all(not xs or (len(xs) == len(leaves) and joint_tensors.equal(xs)) for xs in several):
-            out.append(Whole(tuple(leaves), side))
+        if side and all(not xs or (len(xs) == len(leaves) and joint_tensors.bitwise_equal(xs)) for xs in several):
+            out.append(JointMatrix(tuple(leaves), side))
         else:
-            out += [Whole((leaf,)) for leaf in leaves]
+            out += [JointMatrix((leaf,)) for leaf in leaves]
     return out
 
 
-def _shared(pair: Pair) -> str:
+def _shared(pair: Factors) -> str:
     """The factor that a part has in common with the others: "a", "b", or "" of a whole matrix."""
-    of = [pieces.read(entry.keys[0]) for entry in pair.entries]
+    of = [pieces.parse_part_key(entry.keys[0]) for entry in pair.entries]
     return next((side for side, piece in zip("ab", of, strict=True) if piece is not None and piece.axis is None), "")

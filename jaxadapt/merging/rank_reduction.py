@@ -20,8 +20,8 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, MismatchError
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.merging import base_merge, factors
-from jaxadapt.merging.factors import Rows
-from jaxadapt.merging.joint import wholes
+from jaxadapt.merging.factors import FactorRows
+from jaxadapt.merging.joint import joint_matrices
 from jaxadapt.models import planning
 
 Array = Any
@@ -61,29 +61,29 @@ def resize_rank(adapter: Adapter, r: int, *, key: Any = None) -> Reduced:
     (2, (6, 2), {'q': 0.0})
     """
     _need_rank(r)
-    held = factors.pairs(adapter)
-    new: dict[str, Rows] = {}
+    held = factors.lora_factors(adapter)
+    new: dict[str, FactorRows] = {}
     error: dict[str, Any] = {}
     with jax.default_matmul_precision("highest"):
-        for whole in wholes([held]):
-            pair = whole.of(held)
+        for whole in joint_matrices([held]):
+            pair = whole.factors(held)
             b = pair.b * pair.scale
             if pair.rank <= r:
-                a, b = factors.padded(pair.a, b, r)
+                a, b = factors.pad_rank(pair.a, b, r)
                 if key is not None:
                     mine = jax.random.fold_in(key, zlib.crc32(min(whole.leaves).encode()))  # whatever their order
                     a = a.at[:, pair.rank :].set(_drawn(mine, a[:, pair.rank :].shape))
                 lost = jnp.zeros(len(pair.modules))
             else:
                 u, s, vh = factors.product_svd(b, pair.a)
-                (a, b), lost = factors.truncated(u, s, vh, r), factors.lost(s, r)
-            new |= whole.parted(Rows(pair.modules, a, b), held)
+                (a, b), lost = factors.truncate_svd(u, s, vh, r), factors.truncation_error(s, r)
+            new |= whole.split(FactorRows(pair.modules, a, b), held)
             error |= _by_module(pair.modules, adapter.keymap, lost)
     config: Any = adapter.config.replace(r=r, lora_alpha=r, rank_pattern={}, alpha_pattern={}, use_rslora=False)
-    if not lora_variants.changes_the_base(config):
+    if not lora_variants.changes_base(config):
         config = config.replace(init_lora_weights=True, eva_config=None)  # it says how an adapter began: no more so
     dtype = jnp.result_type(*(x.dtype for x in adapter.flat().values()))
-    return Reduced(factors.built(config, adapter.keymap, held, new, dtype), error)
+    return Reduced(factors.build_adapter(config, adapter.keymap, held, new, dtype), error)
 
 
 def to_lora(
@@ -116,8 +116,8 @@ def to_lora(
     >>> bool(error["q"] < 1e-6), jaxadapt.merge(base, adapter)["q"]["kernel"][2].round(3).tolist()
     (True, [2.0, 2.0, 2.0, 2.0, 2.0, 2.0])
     """
-    if isinstance(source, Adapter) and not lora_variants.not_a_product(source.config):
-        held = factors.pairs(source)
+    if isinstance(source, Adapter) and not lora_variants.reasons_not_a_product(source.config):
+        held = factors.lora_factors(source)
         reduced = resize_rank(source, max(p.rank for p in held.values()) if r is None else r)
         return reduced if dtype is None else Reduced(_cast(reduced.adapter, dtype), reduced.error)
     if r is None:
@@ -132,20 +132,20 @@ def to_lora(
         config = _like(source.config, r)
         tuned = _merged(base, source)
         table = source.keymap
-        bounds = sites.of(source)
+        bounds = sites.sites_of(source)
         copies = [b.leaf for b in bounds if b.method.copies]
         if copies:
             raise ConfigError(
-                "the adapter holds full copies of these, which no LoRA can say:\n" + paths.listing(copies)
+                "the adapter holds full copies of these, which no LoRA can say:\n" + paths.bullets(copies)
             )
         modules = sorted({m for b in bounds for m in b.modules})
         if not all(matching.matches(config, m) for m in modules):
             config = config.replace(target_modules=modules, exclude_modules=None)
-        bounds = selection.select(config, table, {leaf: tuple(base[leaf].shape) for leaf in source.sites})
+        bounds = selection.select_sites(config, table, {leaf: tuple(base[leaf].shape) for leaf in source.sites})
     else:
         base, tuned = _pair(source)
         config = LoraConfig(r=r, lora_alpha=r, target_modules=target_modules)
-        recipe, bounds = planning.plan(planning.Base.of(paths.unflatten(base)), config, keymap)
+        recipe, bounds = planning.plan_adapter(planning.BaseParams.from_tree(paths.unflatten(base)), config, keymap)
         config, table = recipe.config, recipe.keymap
     return _from_change(base, tuned, config, table, bounds, r, jnp.float32 if dtype is None else dtype)
 
@@ -171,7 +171,10 @@ def _cast(adapter: Adapter, dtype: Any) -> Adapter:
 
 def _flat(params: Any) -> dict[str, Any]:
     """Base parameters by path, in float32 at least, whatever holds them."""
-    return {path: methods.wide(jnp.asarray(x)) for path, x in planning.Base.of(params).leaves.items()}
+    return {
+        path: methods.at_least_float32(jnp.asarray(x))
+        for path, x in planning.BaseParams.from_tree(params).leaves.items()
+    }
 
 
 def _like(config: Config, r: int) -> LoraConfig:
@@ -188,7 +191,7 @@ def _merged(base: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
     if other:
         raise ConfigError(
             f"{adapter.config.peft_type} here changes more than weights, which a plain LoRA cannot say:\n"
-            + paths.listing(other)
+            + paths.bullets(other)
         )
     return tuned
 
@@ -204,7 +207,7 @@ def _pair(source: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     shapes = [{path: x.shape for path, x in tree.items()} for tree in (base, tuned)]
     differ = [p for p in base.keys() | tuned.keys() if shapes[0].get(p) != shapes[1].get(p)]
     if differ:
-        raise MismatchError("the two trees are not of one model; they differ at:\n" + paths.listing(sorted(differ)))
+        raise MismatchError("the two trees are not of one model; they differ at:\n" + paths.bullets(sorted(differ)))
     return base, tuned
 
 
@@ -221,9 +224,9 @@ def _from_change(
     error: dict[str, Any] = {}
     with jax.default_matmul_precision("highest"):
         for bound in bounds:
-            change = factors.weight_rows(table, bound, tuned[bound.leaf] - base[bound.leaf])
+            change = factors.weight_matrices(table, bound, tuned[bound.leaf] - base[bound.leaf])
             a, b, lost = _best(change, r)
-            modules, leaves = factors.placed(bound, a, b)
+            modules, leaves = factors.matrices_to_leaves(bound, a, b)
             out |= {path: x.astype(dtype) for path, x in leaves.items()}
             error |= _by_module(modules, table, lost)
     covered = {bound.leaf for bound in bounds}
@@ -234,6 +237,6 @@ def _from_change(
 def _best(change: Array, r: int) -> tuple[Array, Array, Array]:
     def one(w: Array) -> tuple[Array, Array, Array]:
         u, s, vh = jnp.linalg.svd(w, full_matrices=False)
-        return *factors.truncated(u, s, vh, r), factors.lost(s, r)
+        return *factors.truncate_svd(u, s, vh, r), factors.truncation_error(s, r)
 
     return jax.lax.map(one, change)  # one layer after the other: an SVD needs a few weights' worth of memory

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from jaxadapt.configs import Config
 from jaxadapt.core.errors import ConfigError
-from jaxadapt.methods.base import Applied, Method, Several, check_biases, computable, refuse_rivals, wide
+from jaxadapt.methods.base import (
+    AppliedMethod,
+    AppliedMethods,
+    Method,
+    as_computable,
+    at_least_float32,
+    check_biases,
+    refuse_rivals,
+)
 from jaxadapt.methods.ia3 import IA3
-from jaxadapt.methods.lora.method import Lora, scale_of
+from jaxadapt.methods.lora.method import Lora, lora_scale
 from jaxadapt.methods.per_entry import LAYER, PerEntry, needs_layer
 
 METHODS: dict[str, Method] = {m.peft_type: m for m in (Lora(), IA3())}
@@ -15,7 +23,7 @@ COLLECTIONS = tuple(name.lower() for name in METHODS)
 """Where adapters are kept, by method: Linen's collection, and the attribute of an NNX layer."""
 
 
-def of(config: Config) -> Method:
+def get_method(config: Config) -> Method:
     """The method of a configuration, checked; `ConfigError` if there is none or it would ignore a field."""
     method = METHODS.get(config.peft_type)
     if method is None:
@@ -28,6 +36,18 @@ def of(config: Config) -> Method:
 
 
 __all__ = [
-    "COLLECTIONS", "LAYER", "METHODS", "Applied", "Method", "PerEntry", "Several", "check_biases", "computable",
-    "needs_layer", "of", "refuse_rivals", "scale_of", "wide",
+    "COLLECTIONS",
+    "LAYER",
+    "METHODS",
+    "AppliedMethod",
+    "AppliedMethods",
+    "Method",
+    "PerEntry",
+    "as_computable",
+    "at_least_float32",
+    "check_biases",
+    "get_method",
+    "lora_scale",
+    "needs_layer",
+    "refuse_rivals",
 ]  # fmt: skip

@@ -21,8 +21,8 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError
-from jaxadapt.keymaps.keymap import Site
-from jaxadapt.keymaps.tensor_spec import Modules, Tensor
+from jaxadapt.keymaps.keymap import Match
+from jaxadapt.keymaps.tensor_spec import MethodTensor, Modules
 
 Array = Any
 Params = Mapping[str, Array]
@@ -42,7 +42,9 @@ class Method(abc.ABC):
     scaled: frozenset[str] = frozenset()  # the tensors to multiply where the change of the weight shall be multiplied
     copies: bool = False  # (parts of) the leaf, so that it is no adapter of the module
     replaces: bool = False  # the leaf altogether, whatever the model does with it: `weight` alone is asked
-    depth: int | None = None  # of a parameter adapted by its own name: how many of PEFT's wrappers lie around its own
+    wrapper_depth: int | None = (
+        None  # of a parameter adapted by its own name: how many of PEFT's wrappers lie around its own
+    )
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)
@@ -59,15 +61,15 @@ class Method(abc.ABC):
         raise ConfigError(f"target_parameters: {self.peft_type} adapts modules only")
 
     @abc.abstractmethod
-    def tensors(self, config: Any, site: Site, modules: Modules) -> tuple[Tensor, ...]:
+    def tensors(self, config: Any, site: Match, modules: Modules) -> tuple[MethodTensor, ...]:
         """The tensors kept at a site that stands for these PyTorch modules."""
 
     @abc.abstractmethod
-    def static(self, config: Any, site: Site, modules: Modules) -> Hashable:
+    def hparams(self, config: Any, site: Match, modules: Modules) -> Hashable:
         """What the arithmetic at the site needs besides arrays; what differs between entries as `PerEntry`."""
 
     @abc.abstractmethod
-    def fresh(self, config: Any, tensor: Tensor, fan_in: int) -> Draw:
+    def fresh(self, config: Any, tensor: MethodTensor, fan_in: int) -> Draw:
         """How one tensor begins; a fresh adapter leaves the model's output unchanged."""
 
     def from_base(self, static: Any, params: Params, axes: Axes, w: Array) -> dict[str, Array]:
@@ -87,7 +89,7 @@ class Method(abc.ABC):
 
         A table may not take outputs for inputs; but PEFT takes some parameters of experts so, and copies have no sides.
         """
-        return self.depth is None and not self.copies
+        return self.wrapper_depth is None and not self.copies
 
     def apart(self, static: Any) -> bool:
         """Whether `output` must see the product alone, before the layer adds its bias."""
@@ -149,19 +151,19 @@ class Method(abc.ABC):
         return 0.0
 
 
-def computable(x: Array) -> Array:
+def as_computable(x: Array) -> Array:
     """`x`, or a float of 8 bits in float32: JAX promotes none so narrow by itself."""
     narrow = x.dtype.itemsize == 1 and jnp.issubdtype(x.dtype, jnp.floating)
     return x.astype("float32") if narrow else x
 
 
-def wide(x: Array) -> Array:
+def at_least_float32(x: Array) -> Array:
     """At least float32."""
-    x = computable(x)
+    x = as_computable(x)
     return x.astype(jnp.promote_types(x.dtype, "float32"))
 
 
-def one_value(what: str, values: Mapping[str, Any]) -> Any:
+def shared_value(what: str, values: Mapping[str, Any]) -> Any:
     """The value that all modules of one leaf share, where its arithmetic can have only one."""
     distinct = sorted({repr(v) for v in values.values()})
     if len(distinct) > 1:
@@ -174,14 +176,14 @@ def one_value(what: str, values: Mapping[str, Any]) -> Any:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Applied:
+class AppliedMethod:
     """One adapter on one weight, ready to run: what `trace.rewrite` and the layers call.
 
     Handles partly targeted fused weights, so methods only ever see whole ones.
     """
 
     method: Method
-    static: Any
+    hparams: Any
     params: Params
     axes: Axes
     drop: Drop | None = None
@@ -190,33 +192,33 @@ class Applied:
     def replaces(self) -> bool:
         return self.method.replaces
 
-    def map(self, change: Callable[[Applied], Applied]) -> Applied:
+    def map(self, change: Callable[[AppliedMethod], AppliedMethod]) -> AppliedMethod:
         return change(self)
 
     def input(self, use: Use, x: Array) -> Array:
-        return self._on_parts(use.x, x, lambda x: self.method.input(self.static, self.params, use, x), use)
+        return self._on_parts(use.x, x, lambda x: self.method.input(self.hparams, self.params, use, x), use)
 
     def follows(self, primitive: str) -> bool:
-        return self.axes.parts is None and self.method.follows(self.static, primitive)
+        return self.axes.parts is None and self.method.follows(self.hparams, primitive)
 
     @property
     def forward(self) -> bool:
-        return self.method.forward(self.static)
+        return self.method.forward(self.hparams)
 
     @property
     def apart(self) -> bool:
-        return self.method.apart(self.static)
+        return self.method.apart(self.hparams)
 
     def output(self, use: Use | Operation, x: Array, y: Array, w: Array) -> Array:
         if isinstance(use, Operation):
-            return self.method.output(self.static, self.params, use, x, y, self.drop, w)
+            return self.method.output(self.hparams, self.params, use, x, y, self.drop, w)
         if self.axes.parts is not None:
             where = self._where(use.x, use)
             x = x if where is None else x[where]
             w = w[self._parts]
 
         def changed(y: Array) -> Array:
-            return self.method.output(self.static, self.params, use, x, y, self.drop, w)
+            return self.method.output(self.hparams, self.params, use, x, y, self.drop, w)
 
         return self._on_parts(use.y, y, changed, use)
 
@@ -226,7 +228,7 @@ class Applied:
                 "dropout was asked for where the weight is used in a way that only the effective weight can follow;"
                 " set lora_dropout=0.0, or leave this layer out with exclude_modules"
             )
-        if self.method.adds_bias(self.static):
+        if self.method.adds_bias(self.hparams):
             raise AttachError(
                 "lora_bias was asked for where the weight is used in a way that only the effective weight can follow,"
                 " which has no place for it; leave this layer out with exclude_modules"
@@ -242,25 +244,25 @@ class Applied:
 
     def from_base(self, w: Array) -> dict[str, Array]:
         axes = dataclasses.replace(self.axes, parts=None)
-        w = computable(w if self.axes.parts is None else w[self._parts])
-        return self.method.from_base(self.static, self.params, axes, w)
+        w = as_computable(w if self.axes.parts is None else w[self._parts])
+        return self.method.from_base(self.hparams, self.params, axes, w)
 
     def bias(self, bias: Array) -> Array:
-        return self.method.bias(self.static, self.params, bias)
+        return self.method.bias(self.hparams, self.params, bias)
 
     def merged_bias(self, bias: Array, sign: int) -> Array:
         """The bias for a merge (1) or out of one (-1)."""
-        if self.method.adds_bias(self.static):
-            return self.method.merged_bias(self.static, self.params, bias, sign)
+        if self.method.adds_bias(self.hparams):
+            return self.method.merged_bias(self.hparams, self.params, bias, sign)
         change = self.method.bias if sign > 0 else self.method.unbias
-        return change(self.static, self.params, bias)
+        return change(self.hparams, self.params, bias)
 
     def _whole(self, w: Array, change: Callable[..., Array]) -> Array:
         axes = dataclasses.replace(self.axes, parts=None)
         if self.axes.parts is None:
-            return change(self.static, self.params, axes, computable(w)).astype(w.dtype)
+            return change(self.hparams, self.params, axes, as_computable(w)).astype(w.dtype)
         where = self._parts
-        new = change(self.static, self.params, axes, computable(w[where])).astype(w.dtype)
+        new = change(self.hparams, self.params, axes, as_computable(w[where])).astype(w.dtype)
         if isinstance(w, np.ndarray):
             w = w.copy()
             w[where] = new
@@ -270,10 +272,10 @@ class Applied:
     @property
     def _parts(self) -> tuple[Any, ...]:
         """The adapted parts as an index into the weight."""
-        return (slice(None),) * self.axes.batch[0] + (np.array(self.axes.parts),)
+        return (slice(None),) * self.axes.batch_axes[0] + (np.array(self.axes.parts),)
 
     def _where(self, letters: str, use: Use) -> tuple[Any, ...] | None:
-        letter = use.w[self.axes.batch[0]]
+        letter = use.w[self.axes.batch_axes[0]]
         if letter not in letters:
             return None
         return (slice(None),) * letters.index(letter) + (np.array(self.axes.parts),)
@@ -284,17 +286,17 @@ class Applied:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Several:
+class AppliedMethods:
     """Several adapters active on one weight: inputs in order, then outputs in order."""
 
-    hooks: tuple[Applied, ...]
+    hooks: tuple[AppliedMethod, ...]
 
     @property
     def axes(self) -> Axes:
         return self.hooks[0].axes
 
-    def map(self, change: Callable[[Applied], Applied]) -> Several:
-        return Several(tuple(change(hook) for hook in self.hooks))
+    def map(self, change: Callable[[AppliedMethod], AppliedMethod]) -> AppliedMethods:
+        return AppliedMethods(tuple(change(hook) for hook in self.hooks))
 
     @property
     def replaces(self) -> bool:
@@ -343,12 +345,12 @@ def refuse_rivals(leaves: Mapping[str, Mapping[str, Method]]) -> None:
     if lines:
         raise AttachError(
             "several of these adapters hold a full copy of one weight, and only one can stand in its place:\n"
-            + paths.listing(lines)
+            + paths.bullets(lines)
             + "\nActivate one of them"
         )
 
 
-def check_biases(hooks: Iterable[Applied | Several], others: Mapping[str, Array]) -> None:
+def check_biases(hooks: Iterable[AppliedMethod | AppliedMethods], others: Mapping[str, Array]) -> None:
     """Refuse a custom layer whose bias has another name than "bias", where a method scales biases (IA3).
 
     `others` are the layer's further parameters. One of the vector's size may be added to the output, and

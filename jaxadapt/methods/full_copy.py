@@ -16,21 +16,21 @@ from jaxadapt.arrays import low_rank
 from jaxadapt.arrays.axes import LETTERS, Axes, Operation, Use
 from jaxadapt.configs import Config
 from jaxadapt.core.errors import AttachError
-from jaxadapt.keymaps.keymap import Site
-from jaxadapt.keymaps.tensor_spec import Modules, Tensor
+from jaxadapt.keymaps.keymap import Match
+from jaxadapt.keymaps.tensor_spec import MethodTensor, Modules
 from jaxadapt.methods.base import Array, Drop, Method, Params
 from jaxadapt.methods.per_entry import PerEntry, adapted_entries
 
 
 @dataclasses.dataclass(frozen=True)
-class Static:
+class CopyHparams:
     """Why the leaf is copied, and which of its entries are, if not all."""
 
     because: str
     used: PerEntry | None = None
 
 
-class Copied(Method):
+class FullCopy(Method):
     """W' instead of W."""
 
     peft_type = ""  # of no method of PEFT's: it goes with any
@@ -44,32 +44,32 @@ class Copied(Method):
     def check(self, config: Config) -> None:
         pass
 
-    def tensors(self, config: Config, site: Site, modules: Modules) -> tuple[Tensor, ...]:
+    def tensors(self, config: Config, site: Match, modules: Modules) -> tuple[MethodTensor, ...]:
         wrapped = ".base_layer" if self._wrapped else ""
         used = None if modules.all else modules.each(lambda _: 1, 0)
-        return (Tensor("copy", wrapped, (), (), whole=True, from_base=True, degree=1, used=used),)
+        return (MethodTensor("copy", wrapped, (), (), is_copy=True, from_base=True, scale_power=1, used=used),)
 
-    def static(self, config: Config, site: Site, modules: Modules) -> Static:
-        return Static(self._because, adapted_entries(modules))
+    def hparams(self, config: Config, site: Match, modules: Modules) -> CopyHparams:
+        return CopyHparams(self._because, adapted_entries(modules))
 
-    def fresh(self, config: Config, tensor: Tensor, fan_in: int) -> NoReturn:
+    def fresh(self, config: Config, tensor: MethodTensor, fan_in: int) -> NoReturn:
         raise AssertionError("a copy begins as the base's leaf")
 
-    def from_base(self, static: Static, params: Params, axes: Axes, w: Array) -> dict[str, Array]:
+    def from_base(self, static: CopyHparams, params: Params, axes: Axes, w: Array) -> dict[str, Array]:
         return {"copy": w}
 
-    def follows(self, static: Static, primitive: str) -> bool:
+    def follows(self, static: CopyHparams, primitive: str) -> bool:
         return primitive == "gather"
 
     def output(
-        self, static: Static, params: Params, use: Use | Operation, x: Array, y: Array, drop: Drop | None, w: Array
+        self, static: CopyHparams, params: Params, use: Use | Operation, x: Array, y: Array, drop: Drop | None, w: Array
     ) -> Array:
         assert not self.replaces, "a copy takes the leaf's place, and no part in a product"
         if isinstance(use, Use) and use.transposed:
             return y
-        return low_rank.run(use, x, params["copy"].astype(w.dtype))
+        return low_rank.run_use(use, x, params["copy"].astype(w.dtype))
 
-    def weight(self, static: Static, params: Params, axes: Axes, w: Array) -> Array:
+    def weight(self, static: CopyHparams, params: Params, axes: Axes, w: Array) -> Array:
         if not self.replaces:
             raise AttachError(
                 f"{static.because} holds a copy for the lookup of tokens alone, and this weight is the head as well:"
@@ -79,11 +79,11 @@ class Copied(Method):
         copy = params["copy"].astype(w.dtype)
         if static.used is None:
             return copy
-        batch = "".join(LETTERS[i] for i in axes.batch)
-        used = low_rank.spread(static.used.here(params), batch, LETTERS[: axes.rank])
+        batch = "".join(LETTERS[i] for i in axes.batch_axes)
+        used = low_rank.expand_to_letters(static.used.layer_values(params), batch, LETTERS[: axes.rank])
         return jnp.where(used > 0, copy, w)
 
-    def unweight(self, static: Static, params: Params, axes: Axes, w: Array) -> NoReturn:
+    def unweight(self, static: CopyHparams, params: Params, axes: Axes, w: Array) -> NoReturn:
         raise AttachError(
             f"{static.because} puts a copy into the leaf's place, and nothing of the original is left in it; keep the"
             " parameters as they were before merging"

@@ -18,14 +18,14 @@ from jaxadapt.arrays.axes import LETTERS, Axes, Operation, Use
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs import Config, IA3Config, matching
 from jaxadapt.core.errors import AttachError, ConfigError
-from jaxadapt.keymaps.keymap import Site
-from jaxadapt.keymaps.tensor_spec import Modules, Tensor
-from jaxadapt.methods.base import Array, Drop, Method, Params, one_value
+from jaxadapt.keymaps.keymap import Match
+from jaxadapt.keymaps.tensor_spec import MethodTensor, Modules
+from jaxadapt.methods.base import Array, Drop, Method, Params, shared_value
 from jaxadapt.methods.per_entry import PerEntry, adapted_entries, only_adapted
 
 
 @dataclasses.dataclass(frozen=True)
-class Static:
+class IA3Hparams:
     """Whether the site scales its input (feedforward) instead of its output; what convolution it is, if any; which
     entries it has, if not all."""
 
@@ -45,25 +45,25 @@ class IA3(Method):
     def check(self, config: Config) -> None:
         assert isinstance(config, IA3Config)
 
-    def tensors(self, config: IA3Config, site: Site, modules: Modules) -> tuple[Tensor, ...]:
-        static, used = self.static(config, site, modules), None if modules.all else modules.each(lambda _: 1, 0)
+    def tensors(self, config: IA3Config, site: Match, modules: Modules) -> tuple[MethodTensor, ...]:
+        static, used = self.hparams(config, site, modules), None if modules.all else modules.each(lambda _: 1, 0)
         if static.conv:
             return (dataclasses.replace(_of_convolution(static, site), used=used),)
         if static.feedforward:
-            return (Tensor("ia3_l", ".ia3_l", ("batch", "inn"), ((), ("inn",)), degree=0, used=used),)
-        return (Tensor("ia3_l", ".ia3_l", ("batch", "out"), (("out",), ()), degree=0, used=used),)
+            return (MethodTensor("ia3_l", ".ia3_l", ("batch", "in"), ((), ("in",)), scale_power=0, used=used),)
+        return (MethodTensor("ia3_l", ".ia3_l", ("batch", "out"), (("out",), ()), scale_power=0, used=used),)
 
-    def static(self, config: IA3Config, site: Site, modules: Modules) -> Static:
-        one = one_value("feedforward", {m: matching.is_feedforward(config, m) for m in modules})
-        return Static(one, site.weight.kind == "conv", site.weight.groups, adapted_entries(modules))
+    def hparams(self, config: IA3Config, site: Match, modules: Modules) -> IA3Hparams:
+        one = shared_value("feedforward", {m: matching.is_feedforward(config, m) for m in modules})
+        return IA3Hparams(one, site.weight.kind == "conv", site.weight.groups, adapted_entries(modules))
 
-    def fresh(self, config: IA3Config, tensor: Tensor, fan_in: int) -> Draw:
+    def fresh(self, config: IA3Config, tensor: MethodTensor, fan_in: int) -> Draw:
         return Draw("constant", 1.0) if config.init_ia3_weights else Draw("normal", 1.0)
 
-    def follows(self, static: Static, primitive: str) -> bool:
+    def follows(self, static: IA3Hparams, primitive: str) -> bool:
         return static.conv and not static.feedforward and primitive == "conv_general_dilated"
 
-    def input(self, static: Static, params: Params, use: Use, x: Array) -> Array:
+    def input(self, static: IA3Hparams, params: Params, use: Use, x: Array) -> Array:
         letters, scale = self._letters(static, use), _vector(static, params)
         if not self._over_input(static, use):
             return x
@@ -72,37 +72,37 @@ class IA3(Method):
                 "a feedforward IA3 vector differs between the parts of a fused weight that share one input;"
                 " leave the module out of feedforward_modules"
             )
-        return (x.astype(scale.dtype) * low_rank.spread(scale, letters, use.x)).astype(x.dtype)
+        return (x.astype(scale.dtype) * low_rank.expand_to_letters(scale, letters, use.x)).astype(x.dtype)
 
     def output(
-        self, static: Static, params: Params, use: Use | Operation, x: Array, y: Array, drop: Drop | None, w: Array
+        self, static: IA3Hparams, params: Params, use: Use | Operation, x: Array, y: Array, drop: Drop | None, w: Array
     ) -> Array:
         if isinstance(use, Operation):
-            return (y * low_rank.over_outputs(use, _vector(static, params), y.ndim)).astype(y.dtype)
+            return (y * low_rank.expand_over_outputs(use, _vector(static, params), y.ndim)).astype(y.dtype)
         if self._over_input(static, use):
             return y
         scale = _vector(static, params)
-        return (y * low_rank.spread(scale, self._letters(static, use), use.y)).astype(y.dtype)
+        return (y * low_rank.expand_to_letters(scale, self._letters(static, use), use.y)).astype(y.dtype)
 
-    def weight(self, static: Static, params: Params, axes: Axes, w: Array) -> Array:
+    def weight(self, static: IA3Hparams, params: Params, axes: Axes, w: Array) -> Array:
         return (w * self._over_weight(static, params, axes, w)).astype(w.dtype)
 
-    def unweight(self, static: Static, params: Params, axes: Axes, w: Array) -> Array:
+    def unweight(self, static: IA3Hparams, params: Params, axes: Axes, w: Array) -> Array:
         return (w / self._over_weight(static, params, axes, w)).astype(w.dtype)
 
-    def scales_bias(self, static: Static) -> bool:
+    def scales_bias(self, static: IA3Hparams) -> bool:
         return not static.feedforward
 
-    def bias(self, static: Static, params: Params, bias: Array) -> Array:
+    def bias(self, static: IA3Hparams, params: Params, bias: Array) -> Array:
         scale = self._over_bias(static, params, bias)
         return bias if scale is None else (bias * scale).astype(bias.dtype)
 
-    def unbias(self, static: Static, params: Params, bias: Array) -> Array:
+    def unbias(self, static: IA3Hparams, params: Params, bias: Array) -> Array:
         scale = self._over_bias(static, params, bias)
         return bias if scale is None else (bias / scale).astype(bias.dtype)
 
     @staticmethod
-    def _over_bias(static: Static, params: Params, bias: Array) -> Array | None:
+    def _over_bias(static: IA3Hparams, params: Params, bias: Array) -> Array | None:
         if static.feedforward:
             return None
         scale = _vector(static, params)
@@ -114,27 +114,27 @@ class IA3(Method):
         return scale.reshape(bias.shape)
 
     @staticmethod
-    def _letters(static: Static, use: Use) -> str:
-        letters = use.letters("inn" if static.feedforward else "out")
+    def _letters(static: IA3Hparams, use: Use) -> str:
+        letters = use.letters("in" if static.feedforward else "out")
         return use.letters("batch") + (letters[:1] if static.conv and static.feedforward else letters)
 
     @staticmethod
-    def _over_input(static: Static, use: Use) -> bool:
+    def _over_input(static: IA3Hparams, use: Use) -> bool:
         return static.feedforward != use.transposed
 
     @staticmethod
-    def _over_weight(static: Static, params: Params, axes: Axes, w: Array) -> Array:
-        scale, role = _vector(static, params), axes.inn if static.feedforward else axes.out
+    def _over_weight(static: IA3Hparams, params: Params, axes: Axes, w: Array) -> Array:
+        scale, role = _vector(static, params), axes.in_axes if static.feedforward else axes.out_axes
         if static.conv and static.feedforward:
-            role = axes.inn[:1]  # the channels, without the window
+            role = axes.in_axes[:1]  # the channels, without the window
             if static.groups > 1:  # each output channel sees those of its group
-                (out,) = axes.out
+                (out,) = axes.out_axes
                 scale, role = jnp.repeat(scale, w.shape[out] // static.groups, axis=0), (out, *role)
-        letters = "".join(LETTERS[i] for i in axes.batch + role)
-        return low_rank.spread(scale, letters, LETTERS[: axes.rank])
+        letters = "".join(LETTERS[i] for i in axes.batch_axes + role)
+        return low_rank.expand_to_letters(scale, letters, LETTERS[: axes.rank])
 
 
-def _of_convolution(static: Static, site: Site) -> Tensor:
+def _of_convolution(static: IA3Hparams, site: Match) -> MethodTensor:
     window = ((),) * (len(site.weight.right) - 2)
     if len(window) < 2:
         raise ConfigError(
@@ -142,7 +142,7 @@ def _of_convolution(static: Static, site: Site) -> Tensor:
             " module out of target_modules"
         )
     if not static.feedforward:
-        return Tensor("ia3_l", ".ia3_l", ("batch", "out"), ((), ("out",), *window), degree=0)
+        return MethodTensor("ia3_l", ".ia3_l", ("batch", "out"), ((), ("out",), *window), scale_power=0)
     channels = site.roles["channels"]
     if len(channels) != 1 or channels != site.weight.torch_roles["channels"]:
         raise ConfigError(
@@ -151,9 +151,9 @@ def _of_convolution(static: Static, site: Site) -> Tensor:
         )
     several, own = ((("g",), (("g", static.groups),))) if static.groups > 1 else ((), ())
     scaled = (*several, "channels")
-    return Tensor("ia3_l", ".ia3_l", ("batch", *scaled), ((), scaled, *window), own, degree=0)
+    return MethodTensor("ia3_l", ".ia3_l", ("batch", *scaled), ((), scaled, *window), own, scale_power=0)
 
 
-def _vector(static: Static, params: Params) -> Array:
+def _vector(static: IA3Hparams, params: Params) -> Array:
     """l, and ones in entries that are not adapted."""
     return only_adapted(static.used, params, params["ia3_l"], 1.0)

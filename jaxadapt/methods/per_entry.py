@@ -39,7 +39,7 @@ class PerEntry:
         """How many layers they are for."""
         return len(self.values) // math.prod(self.batch)
 
-    def here(self, params: Params) -> Array:
+    def layer_values(self, params: Params) -> Array:
         """The layer's own values, float32 (batch...). Raises `AttachError` where it does not know which it is."""
         table = np.array(self.values, np.float32).reshape(self.layers, *self.batch)
         if self.layers == 1:
@@ -79,11 +79,15 @@ def needs_layer(static: Any) -> bool:
     return any(isinstance(value, PerEntry) and value.layers > 1 for value in values)
 
 
-def leading(values: Array, x: Array) -> Array:
+def expand_leading(values: Array, x: Array) -> Array:
     """Values (batch...), shaped to broadcast against an array (batch..., …), in its dtype."""
     return values.reshape(values.shape + (1,) * (x.ndim - values.ndim)).astype(x.dtype)
 
 
 def only_adapted(used: PerEntry | None, params: Params, x: Array, otherwise: float) -> Array:
     """`x` (batch..., …) in entries that are adapted, and a constant in the others, which gives no gradient."""
-    return x if used is None else jnp.where(leading(used.here(params), x) > 0, x, jnp.array(otherwise, x.dtype))
+    return (
+        x
+        if used is None
+        else jnp.where(expand_leading(used.layer_values(params), x) > 0, x, jnp.array(otherwise, x.dtype))
+    )

@@ -15,15 +15,15 @@ import jax.numpy as jnp
 from jaxadapt.arrays.axes import Axes, Operation, Use
 from jaxadapt.configs import Config
 from jaxadapt.core.errors import AttachError, ConfigError
-from jaxadapt.keymaps.keymap import Site
-from jaxadapt.keymaps.tensor_spec import Modules, Tensor
+from jaxadapt.keymaps.keymap import Match
+from jaxadapt.keymaps.tensor_spec import MethodTensor, Modules
 from jaxadapt.methods.base import Array, Drop, Method, Params
 
 NAME = "trainable_tokens_delta"
 
 
 @dataclasses.dataclass(frozen=True)
-class Static:
+class TokensHparams:
     """Which rows, and whether the tokens are the weight's inputs (a lookup) or its outputs (a head)."""
 
     tokens: tuple[int, ...]
@@ -35,7 +35,7 @@ class Static:
         return "trainable_token_indices"
 
 
-class Tokens(Method):
+class TrainableTokens(Method):
     """W with other rows for some tokens."""
 
     peft_type = ""  # of LORA's configuration, where it goes with any other field
@@ -47,42 +47,49 @@ class Tokens(Method):
     def check(self, config: Config) -> None:
         pass
 
-    def tensors(self, config: Config, site: Site, modules: Modules) -> tuple[Tensor, ...]:
+    def tensors(self, config: Config, site: Match, modules: Modules) -> tuple[MethodTensor, ...]:
         if site.weight.kind not in ("embedding", "linear") or site.roles["batch"] or site.stack:
             raise ConfigError(f"{site.leaf}: trainable_token_indices is for a table of tokens or a head")
-        dim = "out" if site.weight.kind == "embedding" else "inn"
+        dim = "out" if site.weight.kind == "embedding" else "in"
         own = (("n", len(self._tokens)),)
         suffix = f".token_adapter.{NAME}"
-        return (Tensor(NAME, suffix, ("n", dim), (("n",), (dim,)), own, from_base=True, degree=1),)
+        return (MethodTensor(NAME, suffix, ("n", dim), (("n",), (dim,)), own, from_base=True, scale_power=1),)
 
-    def static(self, config: Config, site: Site, modules: Modules) -> Static:
-        return Static(self._tokens, site.weight.kind != "embedding")
+    def hparams(self, config: Config, site: Match, modules: Modules) -> TokensHparams:
+        return TokensHparams(self._tokens, site.weight.kind != "embedding")
 
-    def fresh(self, config: Config, tensor: Tensor, fan_in: int) -> NoReturn:
+    def fresh(self, config: Config, tensor: MethodTensor, fan_in: int) -> NoReturn:
         raise AssertionError("the rows begin as the table's")
 
-    def from_base(self, static: Static, params: Params, axes: Axes, w: Array) -> dict[str, Array]:
+    def from_base(self, static: TokensHparams, params: Params, axes: Axes, w: Array) -> dict[str, Array]:
         return {NAME: jnp.take(self._by_token(static, axes, w), jnp.array(static.tokens), axis=0)}
 
     def output(
-        self, static: Static, params: Params, use: Use | Operation, x: Array, y: Array, drop: Drop | None, w: Array
+        self,
+        static: TokensHparams,
+        params: Params,
+        use: Use | Operation,
+        x: Array,
+        y: Array,
+        drop: Drop | None,
+        w: Array,
     ) -> NoReturn:
         raise AssertionError("the rows take the table's place, and no part in a product")
 
-    def weight(self, static: Static, params: Params, axes: Axes, w: Array) -> Array:
+    def weight(self, static: TokensHparams, params: Params, axes: Axes, w: Array) -> Array:
         rows = self._by_token(static, axes, w).at[jnp.array(static.tokens)].set(params[NAME].astype(w.dtype))
         return rows.transpose([self._order(static, axes).index(i) for i in range(axes.rank)])
 
-    def unweight(self, static: Static, params: Params, axes: Axes, w: Array) -> NoReturn:
+    def unweight(self, static: TokensHparams, params: Params, axes: Axes, w: Array) -> NoReturn:
         raise AttachError(
             "trainable_token_indices puts other rows into the table, and nothing of the original ones is left in it;"
             " keep the parameters as they were before merging"
         )
 
     @staticmethod
-    def _order(static: Static, axes: Axes) -> tuple[int, ...]:
-        return (*axes.out, *axes.inn) if static.head else (*axes.inn, *axes.out)
+    def _order(static: TokensHparams, axes: Axes) -> tuple[int, ...]:
+        return (*axes.out_axes, *axes.in_axes) if static.head else (*axes.in_axes, *axes.out_axes)
 
-    def _by_token(self, static: Static, axes: Axes, w: Array) -> Array:
+    def _by_token(self, static: TokensHparams, axes: Axes, w: Array) -> Array:
         """The weight as (token, dim...)."""
         return jnp.asarray(w).transpose(self._order(static, axes))

@@ -76,7 +76,7 @@ def rescale(tree: Any, factor: Any, name: str | None = None) -> Generator[Any]:
     if changed:
         raise AttachError(
             "these values were changed within rescale, where they are not the adapter's own, and are now as they were"
-            " before; train outside the context:\n" + paths.listing(changed)
+            " before; train outside the context:\n" + paths.bullets(changed)
         )
 
 
@@ -93,8 +93,8 @@ def _differs(now: Array, then: Array) -> bool:
 
 def _of_model(model: Any, name: str | None) -> dict[str, Any]:
     """The variables of these adapters, by adapter and path."""
-    present = nnx.variables(model)
-    chosen = nnx.active(model) if name is None else (name,)
+    present = nnx.adapter_variables(model)
+    chosen = nnx.active_names(model) if name is None else (name,)
     missing = [n for n in chosen if n not in present]
     if missing or not chosen:
         raise AttachError(f"no active adapter of that name to rescale; this model has {sorted(present) or 'none'}")
@@ -135,7 +135,7 @@ def _scaled_tree(tree: Any, factor: Any, name: str | None) -> Any:
 
 
 def _scaled(tree: Mapping[str, Any], adapter: Adapter, factor: Any, name: str) -> dict[str, Any]:
-    scaled = methods.of(adapter.config).scaled
+    scaled = methods.get_method(adapter.config).scaled
     _need_scale(scaled & {t for tensors in adapter.sites.values() for t in tensors}, name, adapter.config)
 
     def walk(node: Mapping[str, Any]) -> dict[str, Any]:

@@ -95,18 +95,18 @@ def adapt(
     _need_nnx(model)
     if deterministic is not None:
         raise AttachError("deterministic: for Linen modules only; an NNX model has train() and eval()")
-    base = planning.Base.of(model)
+    base = planning.BaseParams.from_tree(model)
     owners = base.held
-    if name in attach.names(model, owners):
+    if name in attach.adapter_names(model, owners):
         raise AttachError(f"there is an adapter {name!r} already; choose another name=, or delete it first")
-    recipe, bounds = planning.plan(base, config, keymap, stack_axes, example)
+    recipe, bounds = planning.plan_adapter(base, config, keymap, stack_axes, example)
     abstract = rngs is None and survey.is_abstract(owners)
     if rngs is None and not abstract:
         raise AttachError("adapt needs rngs=nnx.Rngs(seed) for the adapter's initial values")
     if rngs is not None:
-        attach.need_stream(rngs, "params")
+        attach.require_stream(rngs, "params")
     key = None if rngs is None else attach.next_key(rngs)
-    values = initial_values.fresh(recipe.config, bounds, key, dtype, abstract, base.leaves, base.placement)
+    values = initial_values.init_values(recipe.config, bounds, key, dtype, abstract, base.leaves, base.shardings)
     attach.attach(model, recipe, bounds, name, values, rngs, base.walked)
     return model
 
@@ -123,7 +123,7 @@ def _need_config(config: Any) -> None:
     if not isinstance(config, Config):
         kind = f"{type(config).__module__}.{type(config).__name__}".removeprefix("builtins.")
         raise ConfigError(f"expected a configuration such as jaxadapt.LoraConfig(…), found {kind}")
-    methods.of(config)
+    methods.get_method(config)
 
 
 def _need_nnx(model: Any) -> None:
@@ -163,9 +163,9 @@ def init(
     dtype = _kind(dtype, autocast_adapter_dtype)
     if key is not None and not is_array(key):
         raise AttachError(f"key: expected a JAX random key such as jax.random.key(0), found {type(key).__name__}")
-    base = planning.Base.of(params)
-    recipe, bounds = planning.plan(base, config, keymap)
-    values = initial_values.fresh(recipe.config, bounds, key, dtype, key is None, base.leaves, base.placement)
+    base = planning.BaseParams.from_tree(params)
+    recipe, bounds = planning.plan_adapter(base, config, keymap)
+    values = initial_values.init_values(recipe.config, bounds, key, dtype, key is None, base.leaves, base.shardings)
     return collections.boxed(Adapter(recipe.config, paths.unflatten(values), recipe.keymap), base.held)
 
 
@@ -202,38 +202,38 @@ def extract(
     """
     if isinstance(tree, Adapter):
         return tree
-    guest = guest_in(tree)
+    guest = find_foreign(tree)
     if guest is not None:
-        return foreign.extract(guest, config, keymap, lora_alpha)
+        return foreign.extract_adapter(guest, config, keymap, lora_alpha)
     if lora_alpha is not None:
         raise AttachError("lora_alpha is for other libraries' trees, and this is none that is known: pass config=")
     if isinstance(tree, attach.nnx.Module | attach.nnx.State):
-        if not attach.carries(tree) and (what := foreign.unknown(tree)):
+        if not attach.has_adapters(tree) and (what := foreign.describe_unknown(tree)):
             raise AttachError(f"there is no adapter {name!r} here{what}")
         return attach.extract(tree, name)
     if not isinstance(tree, Mapping):
         raise AttachError(f"expected an NNX model or state, Linen variables or an Adapter, found {type(tree).__name__}")
-    found = collections.of_name(tree, name)
-    if found is not None and (config is None or (keymap is None and collections.is_told(found))):
+    found = collections.adapter_tree(tree, name)
+    if found is not None and (config is None or (keymap is None and collections.has_config(found))):
         adapter = collections.read_collection(found, name)
         return adapter if config is None else dataclasses.replace(adapter, config=config)  # the table is still its own
-    present = collections.names_in(tree)
+    present = collections.adapter_names(tree)
     if found is None and present:
         raise AttachError(f"there is no adapter {name!r} here; found {present}")
-    return collections.bare(tree, name, config, keymap)
+    return collections.adapter_from_arrays(tree, name, config, keymap)
 
 
-def guest_in(tree: Any) -> foreign.Found | None:
+def find_foreign(tree: Any) -> foreign.ForeignTree | None:
     """Another library's LoRA leaves in a tree that carries no adapter of ours; None if there are none."""
     if isinstance(tree, Adapter):
         return None
-    if isinstance(tree, foreign.Found):
+    if isinstance(tree, foreign.ForeignTree):
         return tree
     if isinstance(tree, attach.nnx.Module | attach.nnx.State):
-        return None if attach.carries(tree) else foreign.find(tree)
-    if isinstance(tree, Mapping) and collections.names_in(tree):
+        return None if attach.has_adapters(tree) else foreign.find_lora(tree)
+    if isinstance(tree, Mapping) and collections.adapter_names(tree):
         return None
-    return foreign.find(tree)
+    return foreign.find_lora(tree)
 
 
 def inject(
@@ -266,20 +266,20 @@ def inject(
             f"expected an Adapter (from extract, init or from_peft), found {type(adapter).__name__};"
             " jaxadapt.from_peft(tensors, tree) makes one of PeftTensors"
         )
-    guest, leaves = guest_in(tree), adapter.flat()
+    guest, leaves = find_foreign(tree), adapter.flat()
     kept = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)}
     gone = [path for path, leaf in kept.items() if leaf.is_deleted()]
     if gone:  # else the model's next call would say so, and not of what
         raise AttachError(
             "these arrays of the adapter were donated to a jitted function, and are deleted; keep a copy,"
-            " jax.tree.map(jnp.copy, adapter):\n" + paths.listing(gone)
+            " jax.tree.map(jnp.copy, adapter):\n" + paths.bullets(gone)
         )
     if guest is not None:
-        bounds = sites.of(adapter)
+        bounds = sites.sites_of(adapter)
         host = not any(isinstance(leaf, Tracer) for leaf in leaves.values())
-        tensors = sites.file_plan(bounds).encode(leaves, host=host)
-        same = all(adapter.keymap.site(leaf) for leaf in guest.dialect.claim(guest.leaves))
-        return foreign.put(
+        tensors = sites.make_file_plan(bounds).encode(leaves, host=host)
+        same = all(adapter.keymap.match(leaf) for leaf in guest.dialect.claim(guest.leaves))
+        return foreign.fill_tree(
             guest, adapter.config, tensors, keymap=adapter.keymap if same else None, lora_alpha=lora_alpha,
             on_shared=on_shared, source="this adapter", call="inject(adapter, tree",
         )  # fmt: skip
@@ -297,7 +297,7 @@ def inject(
     if present.config != adapter.config:
         problems.append(f"another configuration: {present.config.differences(adapter.config, 'given')}")
     if problems:
-        raise AttachError(f"the adapter does not fit {name!r}:\n" + paths.listing(problems))
+        raise AttachError(f"the adapter does not fit {name!r}:\n" + paths.bullets(problems))
     if isinstance(tree, Adapter):
         return dataclasses.replace(tree, params=collections.refilled(tree.params, leaves))
     return collections.with_values(tree, name, leaves)
@@ -363,12 +363,12 @@ def disable(model: Any) -> Generator[Any]:
         yield dataclasses.replace(model, active=())
         return
     _need_nnx(model)
-    before = attach.active(model)
+    before = attach.active_names(model)
     attach.activate(model, ())
     try:
         yield model
     finally:
-        present = attach.names(model)  # of those that were active some may have been deleted
+        present = attach.adapter_names(model)  # of those that were active some may have been deleted
         attach.activate(model, [name for name in before if name in present])
 
 
@@ -394,7 +394,7 @@ def delete(model: Any, name: str) -> Any:
         rest = {k: v for k, v in model.items() if k != collection}
         return {**rest, collection: kept} if kept else rest
     _need_nnx(model)
-    present = attach.names(model)
+    present = attach.adapter_names(model)
     if name not in present:
         raise AttachError(f"no adapter is called {name!r}; this model has {list(present)}")
     attach.delete(model, name)
@@ -418,5 +418,5 @@ def detach(model: Any) -> Any:
     if isinstance(model, Mapping) and not isinstance(model, attach.nnx.Module):
         return {k: v for k, v in model.items() if k not in methods.COLLECTIONS}
     _need_nnx(model)
-    attach.delete(model, *attach.names(model))
+    attach.delete(model, *attach.adapter_names(model))
     return model

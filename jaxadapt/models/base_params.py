@@ -9,36 +9,36 @@ import jax
 
 from jaxadapt.core import paths
 from jaxadapt.models.nnx import attach, survey
-from jaxadapt.models.trees import is_box, reboxed, unboxed
+from jaxadapt.models.trees import is_box, rebox, unbox
 
 
-def leaves(params: Any) -> dict[str, Any]:
+def base_leaves(params: Any) -> dict[str, Any]:
     """`{path: array}` of an NNX model's base, or of a tree of base parameters, boxes opened."""
     if isinstance(params, attach.nnx.Module):
         return survey.base_values(survey.base_leaves(params))
     flat = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_box)
-    return {path_of(keys): unboxed(leaf) for keys, leaf in flat}
+    return {dotted_path(keys): unbox(leaf) for keys, leaf in flat}
 
 
-def replaced(params: Any, new: Mapping[str, Any]) -> Any:
+def replace_leaves(params: Any, new: Mapping[str, Any]) -> Any:
     """The same with other arrays at some paths: a new tree, or an NNX model changed in place."""
     if isinstance(params, attach.nnx.Module):
-        owners, others = survey.base_leaves(params), survey.state(params)
+        owners, others = survey.base_leaves(params), survey.layer_state(params)
         for path, value in new.items():
             if path not in owners:
                 others[path].set_value(value)
                 continue
             module, attr = owners[path]
             vars(module)[attr].set_value(value)
-            attach.release(module)  # of what it had to do for a quantised weight
+            attach.uninstall_adapters(module)  # of what it had to do for a quantised weight
         return params
 
     def put(keys: Any, leaf: Any) -> Any:
-        path = path_of(keys)
-        return reboxed(leaf, new[path]) if path in new else leaf
+        path = dotted_path(keys)
+        return rebox(leaf, new[path]) if path in new else leaf
 
     return jax.tree_util.tree_map_with_path(put, params, is_leaf=is_box)
 
 
-def path_of(keys: Sequence[Any]) -> str:
+def dotted_path(keys: Sequence[Any]) -> str:
     return paths.join(*(jax.tree_util.keystr((key,), simple=True) for key in keys))

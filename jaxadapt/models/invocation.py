@@ -61,17 +61,17 @@ def invoke(model: Any, tokens: Any) -> Generator[Any]:
         return
     if not isinstance(model, attach.nnx.Module):
         raise AttachError(f"expected an NNX model, or a Linen module as adapt returns it, found {type(model).__name__}")
-    found = {name: attach.extract(model, name) for name in attach.active(model)}
+    found = {name: attach.extract(model, name) for name in attach.active_names(model)}
     masks = _masks({name: adapter.config for name, adapter in found.items()}, ids)
     owners = survey.base_leaves(model)
     held: list[dict[str, Any]] = []
     for name, mask in masks.items():
-        for bound in sites.of(found[name]):
+        for bound in sites.sites_of(found[name]):
             module, attr = owners[bound.leaf]
             if not bound.method.copies:
                 at = vars(module)[collection_name(found[name].config)][name][attr]
                 shape = vars(module)[attr].shape
-                at[alora.MASK] = params.TokenMask(alora.stacked(mask, bound.site.stack, shape))
+                at[alora.MASK] = params.TokenMask(alora.stacked(mask, bound.match.stack, shape))
                 held.append(at)
     try:
         yield model

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from jaxadapt.arrays.axes import LETTERS, Axes, Use
 from jaxadapt.core.errors import AttachError
 
-DENSE = Axes(inn=(0,), out=(1,))
+DENSE = Axes(in_axes=(0,), out_axes=(1,))
 
 
 def dense_use(x_ndim: int, axes: Axes) -> Use:
     """`y[..., o] = x[..., i] w[i, o]`.
 
     >>> dense_use(3, DENSE)
-    Use(x='abc', w='cd', y='abd', axes=Axes(inn=(0,), out=(1,), batch=(), parts=None))
+    Use(x='abc', w='cd', y='abd', axes=Axes(in_axes=(0,), out=(1,), batch=(), parts=None))
     """
     lead = LETTERS[: x_ndim - 1]
     i, o = LETTERS[x_ndim - 1], LETTERS[x_ndim]
@@ -30,14 +30,14 @@ def general_axes(inputs: int, outputs: int, batch: int = 0) -> Axes:
     return Axes(tuple(range(batch, first)), tuple(range(first, first + outputs)), tuple(range(batch)))
 
 
-EMBEDDING = Axes(inn=(0,), out=(1,))
+EMBEDDING = Axes(in_axes=(0,), out_axes=(1,))
 
 
 def conv_axes(ndim: int) -> Axes:
     """Roles in a (window..., in, out) kernel; the channels come first among the inputs, as in PyTorch.
 
     >>> conv_axes(4)
-    Axes(inn=(2, 0, 1), out=(3,), batch=(), parts=None)
+    Axes(in_axes=(2, 0, 1), out=(3,), batch=(), parts=None)
     """
     return Axes((ndim - 2, *range(ndim - 2)), (ndim - 1,))
 
@@ -48,7 +48,7 @@ def general_use(x_ndim: int, w_ndim: int, axis: Sequence[int], batch: Sequence[i
     Flax takes either in the order in which x has them, whatever the order they are given in.
 
     >>> general_use(4, 3, (-1, -2), (), general_axes(2, 1))
-    Use(x='abcd', w='cde', y='abe', axes=Axes(inn=(0, 1), out=(2,), batch=(), parts=None))
+    Use(x='abcd', w='cde', y='abe', axes=Axes(in_axes=(0, 1), out=(2,), batch=(), parts=None))
     """
     x = LETTERS[:x_ndim]
     contracted, lead = ([x[i] for i in sorted(a % x_ndim for a in given)] for given in (axis, batch))
@@ -78,15 +78,15 @@ def einsum_axes(einsum_str: str) -> Axes:
     """Roles of an einsum's second operand: contracted axes are inputs, axes in both x and y batch.
 
     >>> einsum_axes("BTNH,NHD->BTD")
-    Axes(inn=(0, 1), out=(2,), batch=(), parts=None)
+    Axes(in_axes=(0, 1), out=(2,), batch=(), parts=None)
     """
     x, w, y = _einsum_letters(einsum_str, len(einsum_str))
     lonely = [c for c in w if c not in x and c not in y]
     if lonely:
         raise AttachError(f"the einsum {einsum_str!r} sums an axis of its weight alone; no adapter of W·x covers that")
-    role = {i: "batch" if c in x and c in y else "inn" if c in x else "out" for i, c in enumerate(w)}
-    inn, out, batch = (tuple(i for i, r in role.items() if r == which) for which in ("inn", "out", "batch"))
-    return Axes(inn, out, batch)
+    role = {i: "batch" if c in x and c in y else "in" if c in x else "out" for i, c in enumerate(w)}
+    ins, out, batch = (tuple(i for i, r in role.items() if r == which) for which in ("in", "out", "batch"))
+    return Axes(ins, out, batch)
 
 
 def einsum_use(einsum_str: str, x_ndim: int, axes: Axes) -> Use:

@@ -55,39 +55,43 @@ def quantize(
     >>> adapter = jaxadapt.init(jaxadapt.LoraConfig(r=2, target_modules=["q"]), small, key=jax.random.key(0))
     """
     config = LoraConfig(target_modules=modules)
-    found = planning.Base.of(base)
-    bounds = planning.plan(found, config, keymap)[1]
+    found = planning.BaseParams.from_tree(base)
+    bounds = planning.plan_adapter(found, config, keymap)[1]
     weights, owners = found.leaves, found.held
     leaves = [b.leaf for b in bounds]
     problems = [] if found.walked is None else list(survey.obstacles(found.walked, leaves).values())
     for b in bounds:
-        w, stack = weights[b.leaf], b.site.stack
-        if b.site.weight.kind != "linear":
+        w, stack = weights[b.leaf], b.match.stack
+        if b.match.weight.kind != "linear":
             problems.append(f"{b.leaf}: belongs to no linear layer")
         elif quantized.is_quantized(w):
             problems.append(f"{b.leaf}: is quantised already")
         elif isinstance(w, jax.ShapeDtypeStruct) or not jnp.issubdtype(w.dtype, jnp.floating):
             problems.append(f"{b.leaf}: expected floating-point values, found {type(w).__name__} of {w.dtype}")
-        elif (place := placement.of(w)) is not None and AxisType.Explicit in place.mesh.axis_types:
+        elif (place := placement.sharding_of(w)) is not None and AxisType.Explicit in place.mesh.axis_types:
             problems.append(f"{b.leaf}: lies on a mesh with explicit axes, where no blocks can be cut; use Auto ones")
         elif tuple(stack) != tuple(range(len(stack))):
             problems.append(f"{b.leaf}: stacks its layers on axis {stack}, and only the first axes can be sliced")
     if problems:
-        raise AttachError("these weights cannot be quantised:\n" + paths.listing(problems))
+        raise AttachError("these weights cannot be quantised:\n" + paths.bullets(problems))
     new: dict[str, Any] = {}
     for b in bounds:
-        order = (*b.axes.batch, *b.axes.out, *b.axes.inn)  # PyTorch's: an output's inputs lie side by side
+        order = (
+            *b.axes.batch_axes,
+            *b.axes.out_axes,
+            *b.axes.in_axes,
+        )  # PyTorch's: an output's inputs lie side by side
         size = b.fan_in if kind == "int8" and block is None else block
-        new[b.leaf] = quantized.quantized(weights[b.leaf], kind, order, len(b.site.stack), size)
+        new[b.leaf] = quantized.quantize_weight(weights[b.leaf], kind, order, len(b.match.stack), size)
     scales = {leaf: q.absmax for leaf, q in new.items()}
     odd = [leaf for leaf, x in scales.items() if not isinstance(x, Tracer) and not jnp.isfinite(x).all()]
     if odd:
-        raise AttachError("these weights have values that are not finite:\n" + paths.listing(odd))
+        raise AttachError("these weights have values that are not finite:\n" + paths.bullets(odd))
     if found.walked is None:
         return _replaced(base, new)
-    base_params.replaced(base, new)
+    base_params.replace_leaves(base, new)
     for leaf in new:
-        attach.follow(owners[leaf][0])
+        attach.install_adapters(owners[leaf][0])
     return base
 
 
@@ -103,9 +107,11 @@ def dequantize(base: Any) -> Any:
     True
     """
     if not isinstance(base, attach.nnx.Module):
-        return jax.tree.map(quantized.dense, base, is_leaf=quantized.is_quantized)
-    weights = planning.base_of(base)
-    return base_params.replaced(base, {p: quantized.dense(w) for p, w in weights.items() if quantized.is_quantized(w)})
+        return jax.tree.map(quantized.to_dense, base, is_leaf=quantized.is_quantized)
+    weights = planning.base_arrays(base)
+    return base_params.replace_leaves(
+        base, {p: quantized.to_dense(w) for p, w in weights.items() if quantized.is_quantized(w)}
+    )
 
 
 def from_qwix(model: Any) -> Any:
@@ -138,11 +144,11 @@ def from_qwix(model: Any) -> Any:
     new = {at: jax.tree.map(_opened, value, is_leaf=_is_variable) for at, (_, value) in held.items()}
     odd = [paths.join(*at) for at, value in new.items() if not quantized.is_quantized(value.array)]
     if odd:
-        raise AttachError("Qwix quantises activations here, too, with scales of its own:\n" + paths.listing(odd))
+        raise AttachError("Qwix quantises activations here, too, with scales of its own:\n" + paths.bullets(odd))
     for at, (node, _) in held.items():
         delattr(node, at[1])
         setattr(node, at[1], attach.nnx.Param(new[at].array))
-        attach.follow(node)
+        attach.install_adapters(node)
     survey.swap(model, _without_qwix(type(model)))
     return model
 
@@ -163,6 +169,6 @@ def _replaced(tree: Any, new: Mapping[str, Any]) -> Any:
     """As `merging.replaced`, without the boxes of these leaves: their axes are not those of codes and scales."""
 
     def put(keys: Any, leaf: Any) -> Any:
-        return new.get(base_params.path_of(keys), leaf)
+        return new.get(base_params.dotted_path(keys), leaf)
 
     return jax.tree_util.tree_map_with_path(put, tree, is_leaf=trees.is_box)

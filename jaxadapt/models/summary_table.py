@@ -14,7 +14,7 @@ from jaxadapt.adapters.adapter import Adapter, is_array
 from jaxadapt.arrays.quantized import is_quantized
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
-from jaxadapt.core.terminal import escaped
+from jaxadapt.core.terminal import escape_text
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.models import attachment
@@ -37,7 +37,7 @@ class Row:
     modules: tuple[str, ...]
     tensors: Mapping[str, tuple[int, ...]]
     dtype: str
-    static: Any
+    hparams: Any
     how: str
     parameters: int
     entries: str = ""
@@ -77,10 +77,10 @@ class Summary:
                 _by(first.shape),
                 ", ".join(f"{name} {_by(shape)}" for name, shape in first.tensors.items()),
                 first.dtype,
-                ", ".join(filter(None, (_static(first.static), first.entries))),
+                ", ".join(filter(None, (_static(first.hparams), first.entries))),
                 first.how,
             )
-            table.add_row(*(Text(escaped(cell)) for cell in cells))  # no markup: "[b]" may be a part of a name
+            table.add_row(*(Text(escape_text(cell)) for cell in cells))  # no markup: "[b]" may be a part of a name
         total = self.base_parameters + self.trainable
         share = 100 * self.trainable / total if total else 0.0
         text = io.StringIO()
@@ -97,9 +97,9 @@ class Summary:
         """The lines whose factor is no power of two, so that the way to PyTorch and back does not keep every bit."""
         found: dict[str, float] = {}
         for row in self.rows:
-            site = self.families[row.adapter].site(row.leaf) if row.adapter in self.families else None
+            site = self.families[row.adapter].match(row.leaf) if row.adapter in self.families else None
             if site is not None and len(row.shape) == len(site.weight.left):
-                factor = site.weight.factor(plan.sizes_of(site, row.shape))
+                factor = site.weight.factor(plan.axis_sizes(site, row.shape))
                 if math.frexp(factor)[0] != 0.5:
                     found[site.weight.leaf] = factor
         return found
@@ -114,7 +114,7 @@ class Summary:
                 row.shape,
                 tuple(row.tensors.items()),
                 row.dtype,
-                row.static,
+                row.hparams,
                 row.how,
                 row.entries,
             )
@@ -196,35 +196,37 @@ def _rows(name: str, adapter: Adapter, base: Mapping[str, tuple[int, ...]], how:
             bound.modules,
             shapes[bound.leaf],
             str(next(iter(sites[bound.leaf].values())).dtype),
-            bound.static,
+            bound.hparams,
             how.get(bound.leaf, ""),
             sum(math.prod(e.form.shape_of(i)) for e in bound.entries for i in range(e.form.count)),
             "" if bound.named.all else f"{len(bound.modules)} of {len(bound.named.names)} modules",
         )
-        for bound in bind.of(adapter)
+        for bound in bind.sites_of(adapter)
     ]
 
 
 def _of_model(model: Any, inputs: Sequence[Any]) -> Summary:
-    walked = survey.walk(model)
+    walked = survey.walk_model(model)
     owners = walked.leaves
     shapes = {**survey.base_shapes(owners), **walked.loose}
-    how = {leaf: survey.how(module) for leaf, (module, _) in owners.items()}
+    how = {leaf: survey.describe_use(module) for leaf, (module, _) in owners.items()}
     if inputs:
-        of = {path: var for by_path in nnx.variables(model).values() for path, var in by_path.items()}
+        of = {path: var for by_path in nnx.adapter_variables(model).values() for path, var in by_path.items()}
         attached = {path.rpartition(".")[0]: var.get_metadata()["adapter"] for path, var in of.items()}
-        hooks = {leaf: methods.Applied(at.method, at.static, {}, at.axes) for leaf, at in attached.items()}
-        how |= abstract_call.notes(model, {leaf: hook for leaf, hook in hooks.items() if not hook.replaces}, inputs)
-    adapters = {name: attachment.extract(model, name) for name in nnx.names(model)}
+        hooks = {leaf: methods.AppliedMethod(at.method, at.static, {}, at.axes) for leaf, at in attached.items()}
+        how |= abstract_call.record_uses(
+            model, {leaf: hook for leaf, hook in hooks.items() if not hook.replaces}, inputs
+        )
+    adapters = {name: attachment.extract(model, name) for name in nnx.adapter_names(model)}
     rows = [row for name, adapter in adapters.items() for row in _rows(name, adapter, shapes, how)]
     if not rows:
         raise AttachError("this model carries no adapter")
     tables = {name: adapter.keymap for name, adapter in adapters.items()}
-    return Summary(tuple(rows), sum(math.prod(s) for s in shapes.values()), nnx.active(model), tables)
+    return Summary(tuple(rows), sum(math.prod(s) for s in shapes.values()), nnx.active_names(model), tables)
 
 
 def _of_variables(variables: Mapping[str, Any], active: tuple[str, ...] | None, how: Mapping[str, str]) -> Summary:
-    flat = paths.flatten(collections.opened(variables.get("params", {})))
+    flat = paths.flatten(collections.unbox_tree(variables.get("params", {})))
     base = {path: tuple(leaf.shape) for path, leaf in flat.items() if is_array(leaf) or is_quantized(leaf)}
     tables: dict[str, KeyMap] = {}
     rows: list[Row] = []

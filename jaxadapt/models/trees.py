@@ -23,8 +23,8 @@ Leaves = dict[str, Any]
 Put = Callable[[Mapping[str, Any]], Any]
 
 
-def perhaps(tree: Any, wanted: Callable[[str], bool]) -> bool:
-    """Whether `opened` may have such a path, by a glance: nearly all trees are plain, and have none."""
+def may_have_path(tree: Any, wanted: Callable[[str], bool]) -> bool:
+    """Whether `open_tree` may have such a path, by a glance: nearly all trees are plain, and have none."""
     if isinstance(tree, attach.nnx.Module):
         return any(wanted(paths.join(*map(str, path))) for path, _ in attach.nnx.iter_graph(tree))
     if not isinstance(tree, Mapping):
@@ -34,7 +34,7 @@ def perhaps(tree: Any, wanted: Callable[[str], bool]) -> bool:
     return any(map(wanted, flat)) or not all(is_array(x) or isinstance(x, attach.nnx.Variable) for x in flat.values())
 
 
-def opened(tree: Any) -> tuple[Leaves, Put]:
+def open_tree(tree: Any) -> tuple[Leaves, Put]:
     """`{dotted path: array}` of a tree, boxes opened, and a function that gives the tree with other leaves."""
     if isinstance(tree, attach.nnx.Module | attach.nnx.State):
         return _opened_nnx(tree)
@@ -59,7 +59,7 @@ def _opened_nnx(tree: Any) -> tuple[Leaves, Put]:
         if plain:
             raise MismatchError(
                 "a pure state holds its arrays by value; put them into the model, or into nnx.state(model):\n"
-                + paths.listing(plain)
+                + paths.bullets(plain)
             )
         for path, value in new.items():
             flat[path].set_value(value)
@@ -102,7 +102,7 @@ def _is_lorax(node: Any) -> bool:
     return type(node).__name__ == "LoraWeight" and type(node).__module__.partition(".")[0] == "lorax"
 
 
-def alphas(tree: Any) -> dict[str, float]:
+def lorax_alphas(tree: Any) -> dict[str, float]:
     """`{base leaf: alpha}` of the weights that carry theirs."""
     if isinstance(tree, attach.nnx.Module | attach.nnx.State):
         return {}
@@ -130,27 +130,27 @@ def _opened_tree(tree: Any) -> tuple[Leaves, Put]:
             names[number] = ".".join([_path(keys[:-1]), "LoraWeight", _name(keys[-1])])
     leaves: Leaves = {}
     for name, (_, node) in zip(names, flat, strict=True):
-        value = unboxed(node)
+        value = unbox(node)
         if is_array(value) or is_quantized(value):
             leaves[name] = value
 
     def put(new: Mapping[str, Any]) -> Any:
         nodes: Sequence[Any] = [
-            reboxed(node, new[name]) if name in new else node for name, (_, node) in zip(names, flat, strict=True)
+            rebox(node, new[name]) if name in new else node for name, (_, node) in zip(names, flat, strict=True)
         ]
         return jax.tree_util.tree_unflatten(structure, nodes)
 
     return leaves, put
 
 
-def unboxed(node: Any) -> Any:
+def unbox(node: Any) -> Any:
     """What a box holds; any other node itself."""
     if isinstance(node, collections.meta.AxisMetadata):
-        return collections.opened(node)
+        return collections.unbox_tree(node)
     return node.get_value() if isinstance(node, attach.nnx.Variable) else node
 
 
-def reboxed(node: Any, value: Any) -> Any:
+def rebox(node: Any, value: Any) -> Any:
     """The box with another value; the value, where there is none."""
     if isinstance(node, collections.meta.AxisMetadata):
         return node.replace_boxed(value)

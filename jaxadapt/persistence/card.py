@@ -65,7 +65,7 @@ class Facts:
         return total
 
 
-def text(config: Config, facts: Facts) -> str:
+def card_text(config: Config, facts: Facts) -> str:
     """A card in full, with valid front matter."""
     refused = consumers.refusals(config, facts.tensors)
     parts = [*_title(config), *_use(config, facts, bool(refused["vLLM"])), *_what(config, facts)]
@@ -73,7 +73,7 @@ def text(config: Config, facts: Facts) -> str:
     return _marked(_front(config, facts), body)
 
 
-def refreshed(old: str | None, new: str) -> str:
+def refresh_card(old: str | None, new: str) -> str:
     """What a folder's card becomes when the adapter is saved again: the new one, unless a person wrote in the old."""
     if old is None:
         return new
@@ -81,13 +81,13 @@ def refreshed(old: str | None, new: str) -> str:
     return old if not mine else new if plain or front is None else _with_front(front, new)
 
 
-def merged(old: str | None, new: str) -> str:
-    """What the Hub's card becomes: as `refreshed`, but a person's card gets the front matter that it lacks."""
+def merge_card(old: str | None, new: str) -> str:
+    """What the Hub's card becomes: as `refresh_card`, but a person's card gets the front matter that it lacks."""
     if old is None:
         return new
     front, _, body, mine = _parts(old)
     if mine:
-        return refreshed(old, new)
+        return refresh_card(old, new)
     wanted, _, _, _ = _parts(new)
     if front is None:
         return f"---\n{wanted or ''}---\n\n{old.lstrip()}"

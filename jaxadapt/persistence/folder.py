@@ -27,7 +27,7 @@ from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, FileError, MismatchError, warn
-from jaxadapt.core.progress import LOGGER, Progress, Report, counting, quiet, reporting
+from jaxadapt.core.progress import LOGGER, Progress, Report, byte_counter, no_report, reporter
 from jaxadapt.persistence import card, reconcile
 from jaxadapt.storage import atomic, hub, location, orbax, safetensors, torch_bin
 from jaxadapt.storage.dtypes import dtype_name, numpy_dtype
@@ -67,7 +67,7 @@ class Info:
     @property
     def modules(self) -> tuple[str, ...]:
         """The last segments of the names of the adapted modules; none for methods that adapt no module."""
-        found = {reconcile.module_of(self.config, key) for key in self.tensors}
+        found = {reconcile.tensor_module(self.config, key) for key in self.tensors}
         return tuple(sorted({name.rpartition(".")[2] for name in found if name is not None}))
 
     def to_dict(self) -> dict[str, Any]:
@@ -87,10 +87,10 @@ class Info:
 # ---------------------------------------------------------------- reading
 
 
-def _files(path: str | os.PathLike[str], report: Report = quiet) -> tuple[Place, Place]:
+def _files(path: str | os.PathLike[str], report: Report = no_report) -> tuple[Place, Place]:
     """The configuration and the weights of a folder; `FileError` says which is missing."""
     remote = isinstance(path, str) and hub.is_address(path)
-    folder: Place = hub.folder_of(str(path), report=report) if remote else location.at(path)
+    folder: Place = hub.fetch_folder(str(path), report=report) if remote else location.to_location(path)
     try:
         present = sorted(p.name for p in folder.iterdir())
     except FileNotFoundError as error:
@@ -132,17 +132,17 @@ def read_config(path: str | os.PathLike[str]) -> Config:
     LoraConfig(inference_mode=True, r=2, target_modules=['q'])
     """
     if isinstance(path, str) and hub.is_address(path):
-        path = hub.config_of(path)
-    if orbax.found(path):
+        path = hub.fetch_config(path)
+    if orbax.is_checkpoint(path):
         return _orbax_config(path)
-    target = location.at(path)
+    target = location.to_location(path)
     if location.is_file(target):
-        return configs.loads(reconcile.text_of(target), str(target))
+        return configs.loads(reconcile.read_text(target), str(target))
     if location.exists(target / CONFIG) and not any(location.exists(target / w) for w in (WEIGHTS, WEIGHTS_BIN)):
-        return configs.loads(reconcile.text_of(target / CONFIG), str(target / CONFIG))
+        return configs.loads(reconcile.read_text(target / CONFIG), str(target / CONFIG))
     config, weights = _files(path)
     header = safetensors.read_header(weights) if weights.name == WEIGHTS else None
-    return reconcile.settle(config, header, weights)
+    return reconcile.resolve_config(config, header, weights)
 
 
 def inspect(path: str | os.PathLike[str], *, progress: Progress = None) -> Info:
@@ -162,9 +162,9 @@ def inspect(path: str | os.PathLike[str], *, progress: Progress = None) -> Info:
     >>> info.config.base_model_name_or_path, info.parameters, info.modules, info.dtypes
     ('org/name', 20, ('q',), ('F32',))
     """
-    if orbax.found(path):
+    if orbax.is_checkpoint(path):
         return _inspect_orbax(path)
-    with reporting(progress) as report:
+    with reporter(progress) as report:
         config, weights = _files(path, report)
     if weights.name == WEIGHTS:
         header = safetensors.read_header(weights)
@@ -175,10 +175,10 @@ def inspect(path: str | os.PathLike[str], *, progress: Progress = None) -> Info:
         header = None
         tensors = torch_bin.keys_and_shapes(weights)
         nbytes = sum(math.prod(s) * numpy_dtype(d).itemsize for d, s in tensors.values())
-        size = location.size(weights)
-    new = state_dict_keys.renames(tensors, str(path))
+        size = location.total_size(weights)
+    new = state_dict_keys.keys_without_names(tensors, str(path))
     tensors = {name: tensors[key] for key, name in new.items() if name is not None} or tensors
-    return Info(str(path), reconcile.settle(config, header, weights), tensors, nbytes, size)
+    return Info(str(path), reconcile.resolve_config(config, header, weights), tensors, nbytes, size)
 
 
 def read(path: str | os.PathLike[str], *, progress: Progress = None) -> PeftTensors:
@@ -201,10 +201,10 @@ def read(path: str | os.PathLike[str], *, progress: Progress = None) -> PeftTens
     >>> {key: (x.dtype.name, x.shape) for key, x in tensors.items()}
     {'base_model.model.q.lora_A.weight': ('float32', (2, 4)), 'base_model.model.q.lora_B.weight': ('float32', (6, 2))}
     """
-    with reporting(progress) as report, opened(path, report) as found:
+    with reporter(progress) as report, open_adapter(path, report) as found:
         held = found.tensors
         if isinstance(held, safetensors.TensorFile):
-            more = counting(report, "read", sum(map(held.nbytes, held)))
+            more = byte_counter(report, "read", sum(map(held.nbytes, held)))
             tensors = held.read_many(held, more)
         else:  # which is in memory by now
             tensors = dict(held)
@@ -214,23 +214,25 @@ def read(path: str | os.PathLike[str], *, progress: Progress = None) -> PeftTens
 
 
 @contextlib.contextmanager
-def opened(path: str | os.PathLike[str], report: Report = quiet, *, ahead: bool = False) -> Generator[PeftTensors]:
+def open_adapter(
+    path: str | os.PathLike[str], report: Report = no_report, *, ahead: bool = False
+) -> Generator[PeftTensors]:
     """As `read`, but the tensors of a `.safetensors` file are read when they are asked for, while it is open.
 
     With `ahead` reading a small one begins at once, in the background.
     """
-    if orbax.found(path):
+    if orbax.is_checkpoint(path):
         from jaxadapt.persistence import orbax_folder
 
-        yield orbax_folder.tensors(orbax_folder.read(path, orbax_folder.find(path)), path)
+        yield orbax_folder.adapter_tensors(orbax_folder.read(path, orbax_folder.find_adapter(path)), path)
         return
     config, weights = _files(path, report)
     with contextlib.ExitStack() as stack:
         if weights.name == WEIGHTS:
             tensors: Mapping[str, Any] = stack.enter_context(safetensors.open_tensors(weights, ahead))
-            settled = reconcile.settle(config, tensors.header, weights)
+            settled = reconcile.resolve_config(config, tensors.header, weights)
         else:
-            settled = reconcile.settle(config, None, weights)
+            settled = reconcile.resolve_config(config, None, weights)
             tensors = torch_bin.read(weights)
         if not tensors:
             raise MismatchError(f"{weights}: expected an adapter's tensors, found a file without any")
@@ -240,7 +242,7 @@ def opened(path: str | os.PathLike[str], report: Report = quiet, *, ahead: bool 
 def _orbax_config(path: str | os.PathLike[str]) -> Config:
     from jaxadapt.persistence import orbax_folder
 
-    recipe = orbax_folder.recipe(path)
+    recipe = orbax_folder.read_recipe(path)
     if recipe is None:
         raise FileError(f"{os.fspath(path)}: an Orbax checkpoint that says nothing of an adapter's configuration")
     return recipe.config
@@ -250,10 +252,10 @@ def _inspect_orbax(path: str | os.PathLike[str]) -> Info:
     from jaxadapt.persistence import orbax_folder
 
     config = _orbax_config(path)
-    encoded = orbax_folder.tensors(orbax_folder.find(path).adapter, path).tensors
+    encoded = orbax_folder.adapter_tensors(orbax_folder.find_adapter(path).adapter, path).tensors
     tensors = {k: (dtype_name(t.dtype), tuple(t.shape)) for k, t in _specs(encoded).items()}
     nbytes = sum(math.prod(s) * numpy_dtype(d).itemsize for d, s in tensors.values())
-    return Info(os.fspath(path), config, tensors, nbytes, location.size(location.at(path)))
+    return Info(os.fspath(path), config, tensors, nbytes, location.total_size(location.to_location(path)))
 
 
 # ---------------------------------------------------------------- writing
@@ -295,12 +297,12 @@ def write_with(tensors: PeftTensors, path: str | os.PathLike[str], put: Put | No
         )
     if hub.is_address(path):
         raise FileError(f"{path}: expected a folder; jaxadapt.push(tensors, 'org/name') sends them to the Hub")
-    folder = location.at(path)
+    folder = location.to_location(path)
     if not tensors.tensors:
         raise MismatchError(f"{folder}: there is no tensor to write")
-    made = make(folder)
+    made = make_folder(folder)
     try:
-        with reporting(progress) as report, atomic.alone_in(folder):
+        with reporter(progress) as report, atomic.lock_directory(folder):
             _write(tensors, folder, put, report)
     except BaseException:
         for new in made:  # nothing half-done: an empty folder of ours goes again
@@ -309,7 +311,7 @@ def write_with(tensors: PeftTensors, path: str | os.PathLike[str], put: Put | No
         raise
 
 
-def make(folder: Place) -> list[Path]:
+def make_folder(folder: Place) -> list[Path]:
     """Make a folder and its parents; those that are new, innermost first. Object stores have none to make."""
     if isinstance(folder, location.Address):
         return []
@@ -324,15 +326,15 @@ def _write(tensors: PeftTensors, folder: Place, put: Put | None, report: Report)
         raise FileError(f"{config}: expected a file, found a folder; choose another path")
     text = tensors.config.to_json()
     there = location.exists(config)
-    before = reconcile.text_of(config) if there else text
-    replaces = _NOTHING if before == text else reconcile.digest(before)
+    before = reconcile.read_text(config) if there else text
+    replaces = _NOTHING if before == text else reconcile.text_digest(before)
     own = {"config": tensors.config.to_dict(), "replaces": replaces, "schema": 1}
     specs = {k: (np.dtype(v.dtype), tuple(v.shape)) for k, v in _specs(tensors.tensors).items()}
     parts = [key for key in specs if key.endswith("]")]
     if parts:
         raise MismatchError(
             f"{folder}: these are parts of PyTorch's tensors, which only a model puts together: load the checkpoint"
-            " into one, and save it from there:\n" + paths.listing(parts)
+            " into one, and save it from there:\n" + paths.bullets(parts)
         )
     metadata = {"format": "pt", reconcile.META: json.dumps(own)}
     # Both files are on the disk before the weights take their place, and the JSON right after them: a full disk shows
@@ -342,7 +344,7 @@ def _write(tensors: PeftTensors, folder: Place, put: Put | None, report: Report)
         for other in others:
             other.write(memoryview(text.encode()))
         if put is None:
-            more = counting(report, "save", sum(d.itemsize * math.prod(shape) for d, shape in specs.values()))
+            more = byte_counter(report, "save", sum(d.itemsize * math.prod(shape) for d, shape in specs.values()))
             get = functools.partial(_value, tensors.tensors)
             header = safetensors.write_to(writer, specs, get, metadata, progress=more)
         else:
@@ -362,11 +364,11 @@ def _write(tensors: PeftTensors, folder: Place, put: Put | None, report: Report)
 def _write_card(path: Place, config: Config, facts: card.Facts) -> None:
     """The card, unless a person's is there; a warning if that fails, since the adapter is in place."""
     try:
-        new = card.text(config, facts)
+        new = card.card_text(config, facts)
         if isinstance(path, Path) and path.is_symlink():
             return  # a person's
-        old = reconcile.text_of(path) if location.exists(path) else None
-        text = new if old is None else card.refreshed(old, new)
+        old = reconcile.read_text(path) if location.exists(path) else None
+        text = new if old is None else card.refresh_card(old, new)
         if text != old:
             atomic.write_bytes(path, text.encode())
     except Exception as error:  # whatever it is, nothing that was asked for is missing
@@ -418,5 +420,5 @@ def _specs(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
         return tensors.specs
     odd = [f"{k}: {type(v).__name__}" for k, v in tensors.items() if not is_array(v)]
     if odd:
-        raise MismatchError("expected arrays as tensors, found:\n" + paths.listing(odd))
+        raise MismatchError("expected arrays as tensors, found:\n" + paths.bullets(odd))
     return tensors

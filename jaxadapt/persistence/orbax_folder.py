@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from jaxadapt.adapters import sites
-from jaxadapt.adapters.adapter import Adapter, PeftTensors, Recipe, collection_name, reading
+from jaxadapt.adapters.adapter import Adapter, PeftTensors, Recipe, collection_name, name_donated_arrays
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, FileError, FormatError, MismatchError
 from jaxadapt.storage import orbax
@@ -29,7 +29,7 @@ Path = str | os.PathLike[str]
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class StoredAdapter:
     """An adapter in a checkpoint, before it is read.
 
     Args:
@@ -47,11 +47,11 @@ def write(adapter: Adapter, path: Path, alone: bool) -> None:
     """Writes an adapter; see `orbax.save`."""
     flat = adapter.flat()
     document = {"schema": _SCHEMA, "recipe": adapter.recipe.to_text()}
-    with reading(flat):
+    with name_donated_arrays(flat):
         orbax.save(path, {_ADAPTER: paths.unflatten(flat)}, {_RECIPE: document}, alone)
 
 
-def recipe(path: Path) -> Recipe | None:
+def read_recipe(path: Path) -> Recipe | None:
     """The recipe of a checkpoint that `write` wrote; None of another's. Loads neither jax nor Orbax itself."""
     document = orbax.read_json(path, _RECIPE)
     if document is None:
@@ -64,7 +64,7 @@ def recipe(path: Path) -> Recipe | None:
         raise FormatError(f"{os.fspath(path)}: its {_RECIPE}/ is damaged: {error}") from error
 
 
-def find(path: Path, like: Adapter | None = None, name: str = "default") -> Found:
+def find_adapter(path: Path, like: Adapter | None = None, name: str = "default") -> StoredAdapter:
     """The adapter of a checkpoint.
 
     Args:
@@ -73,16 +73,16 @@ def find(path: Path, like: Adapter | None = None, name: str = "default") -> Foun
 
     Raises `FileError` where it is needed and not given, `MismatchError` naming leaves that are missing.
     """
-    own = recipe(path)
-    items = orbax.leaves(path)
+    own = read_recipe(path)
+    items = orbax.leaf_specs(path)
     if own is not None:
         where = {".".join(key): key for key in items.get(_ADAPTER, {})}
         flat = {dotted: _spec(items[_ADAPTER][key]) for dotted, key in where.items()}
         if not flat:
             raise FormatError(f"{os.fspath(path)}: expected an adapter's parameters, found none")
         adapter = Adapter(own.config, paths.unflatten(flat), own.keymap)
-        own.whole(len(adapter.sites), name)
-        return Found(adapter, _ADAPTER, where)
+        own.check_complete(len(adapter.sites), name)
+        return StoredAdapter(adapter, _ADAPTER, where)
     if like is None:
         raise FileError(
             f"{os.fspath(path)}: an Orbax checkpoint without an adapter's configuration; adapt the model with it first,"
@@ -90,7 +90,7 @@ def find(path: Path, like: Adapter | None = None, name: str = "default") -> Foun
         )
     item, where = _within(path, items, like, name)
     flat = {dotted: _spec(items[item][key]) for dotted, key in where.items()}
-    return Found(dataclasses.replace(like, params=paths.unflatten(flat)), item, where)
+    return StoredAdapter(dataclasses.replace(like, params=paths.unflatten(flat)), item, where)
 
 
 def _spec(spec: orbax.Spec) -> jax.ShapeDtypeStruct:
@@ -123,7 +123,7 @@ def _within(
         missing = sorted(wanted - set(best))
         raise MismatchError(
             f"{os.fspath(path)}: the adapter {name!r} ({collection}) is not in this checkpoint; not found:\n"
-            + paths.listing(missing)
+            + paths.bullets(missing)
         )
     least = min(len(prefix) for _, prefix in full)
     nearest = [p for p in full if len(p[1]) == least]
@@ -131,12 +131,12 @@ def _within(
         shown = sorted("/".join([item, *prefix]) for item, prefix in nearest)
         raise MismatchError(
             f"{os.fspath(path)}: the adapter {name!r} may be any of these; restore the one you mean with Orbax and pass"
-            " it to jaxadapt.extract(tree, config=…):\n" + paths.listing(shown)
+            " it to jaxadapt.extract(tree, config=…):\n" + paths.bullets(shown)
         )
     return nearest[0][0], places[nearest[0]]
 
 
-def read(path: Path, found: Found, like: Mapping[str, Any] | None = None) -> Adapter:
+def read(path: Path, found: StoredAdapter, like: Mapping[str, Any] | None = None) -> Adapter:
     """The adapter with its values: each with the sharding of the array of that path in `like`, else numpy arrays."""
     flat = found.adapter.flat()
 
@@ -152,8 +152,8 @@ def read(path: Path, found: Found, like: Mapping[str, Any] | None = None) -> Ada
     return dataclasses.replace(found.adapter, params=paths.unflatten(values))
 
 
-def tensors(adapter: Adapter, source: Path) -> PeftTensors:
+def adapter_tensors(adapter: Adapter, source: Path) -> PeftTensors:
     """The adapter, abstract or not, under PEFT's names."""
-    bounds = sites.of(adapter)
+    bounds = sites.sites_of(adapter)
     host = all(isinstance(leaf, np.ndarray) for leaf in adapter.flat().values())
-    return PeftTensors(adapter.config, sites.file_plan(bounds).encode(adapter.flat(), None, host), str(source))
+    return PeftTensors(adapter.config, sites.make_file_plan(bounds).encode(adapter.flat(), None, host), str(source))

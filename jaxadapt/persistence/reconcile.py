@@ -18,7 +18,7 @@ META = "jaxadapt"
 """What the header calls its copy of the configuration."""
 
 
-def text_of(path: Place) -> str:
+def read_text(path: Place) -> str:
     try:
         return location.read_text_bytes(path).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -29,7 +29,7 @@ _WAITS = (0.0, 0.0, 0.001, 0.01, 0.05, 0.2)
 """Seconds before each new look at two files that differ: a save that is under way renames one right after the other."""
 
 
-def settle(path: Place, header: safetensors.Header | None, weights: Place) -> Config:
+def resolve_config(path: Place, header: safetensors.Header | None, weights: Place) -> Config:
     """The configuration that belongs to the tensors, where the JSON and our header may differ.
 
     `header` is what was read of `weights`, which may have been replaced since.
@@ -39,20 +39,20 @@ def settle(path: Place, header: safetensors.Header | None, weights: Place) -> Co
     contradict it. Whatever is not plain is said in a warning. Before that both files are read again: another
     process may be saving, and then the header wins, silently.
     """
-    text = text_of(path)
+    text = read_text(path)
     raw = None if header is None else header.metadata.get(META)
     if header is None or raw is None:
         return configs.loads(text, str(path))
     own, replaces = _copy(raw, weights)
-    config = None if replaces == digest(text) else configs.loads(text, str(path))
-    if config is not None and not config.changed(own):
+    config = None if replaces == text_digest(text) else configs.loads(text, str(path))
+    if config is not None and not config.changed_keys(own):
         return config
     for wait in _WAITS:
         if config is not None and wait:
             break  # no save leaves the two files like this, so that none is waited for
         time.sleep(wait)
         now = safetensors.read_header(weights).metadata.get(META)
-        if now is None or _copy(now, weights)[0].changed(own) or text_of(path) != text:
+        if now is None or _copy(now, weights)[0].changed_keys(own) or read_text(path) != text:
             return own  # a save has ended meanwhile
     if config is None:
         warn(
@@ -60,7 +60,7 @@ def settle(path: Place, header: safetensors.Header | None, weights: Place) -> Co
             " that the weights carry. Save again, or write(read(…)), to mend it.",
         )
         return own
-    changed = config.changed(own)
+    changed = config.changed_keys(own)
     contradiction = _contradiction(config, own, {k: t.shape for k, t in header.tensors.items()})
     if contradiction:
         warn(
@@ -90,7 +90,7 @@ def _contradiction(edited: Config, own: Config, shapes: Mapping[str, tuple[int, 
     if edited.peft_type != own.peft_type:
         return f"they are of type {own.peft_type}"
     for key, shape in shapes.items():
-        module = module_of(own, key)
+        module = tensor_module(own, key)
         if module is None:
             continue
         if not matching.matches(edited, module):
@@ -102,14 +102,14 @@ def _contradiction(edited: Config, own: Config, shapes: Mapping[str, tuple[int, 
     return None
 
 
-def digest(text: str) -> str:
+def text_digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def module_of(config: Config, key: str) -> str | None:
+def tensor_module(config: Config, key: str) -> str | None:
     """The module a tensor belongs to: the longest beginning of its key that the configuration targets.
 
-    >>> module_of(configs.LoraConfig(target_modules=["q"]), "base_model.model.h.0.q.lora_A.weight")
+    >>> tensor_module(configs.LoraConfig(target_modules=["q"]), "base_model.model.h.0.q.lora_A.weight")
     'h.0.q'
     """
     parts = key.removeprefix(PEFT_PREFIX).split(".")

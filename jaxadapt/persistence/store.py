@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxadapt.adapters import embeddings, sites
-from jaxadapt.adapters.adapter import Adapter, PeftTensors, Recipe, reading
+from jaxadapt.adapters.adapter import Adapter, PeftTensors, Recipe, name_donated_arrays
 from jaxadapt.configs import Config, lora_variants
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, FileError, MismatchError
-from jaxadapt.core.progress import LOGGER, Progress, Report, reporting
+from jaxadapt.core.progress import LOGGER, Progress, Report, reporter
 from jaxadapt.initializers import original_base
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.keymaps.plan import Encoded
@@ -99,24 +99,24 @@ def save(
         changes["base_model_name_or_path"] = base_model
     if format == "orbax":
         _refuse({"lora_alpha": lora_alpha}, "format='orbax' takes this library's adapters, which carry their own")
-        adapter = peft.renamed(peft.extracted(tree, name, config, keymap, instead), keymap)
-        peft.with_values(adapter.flat(), traced=False, elsewhere=True)
+        adapter = peft.rename_adapter(peft.extract_adapter(tree, name, config, keymap, instead), keymap)
+        peft.require_values(adapter.flat(), traced=False, elsewhere=True)
         adapter = dataclasses.replace(adapter, config=adapter.config.replace(**changes))
         if dtype is not None:
-            with reading(adapter.flat()):
+            with name_donated_arrays(adapter.flat()):
                 adapter = jax.tree.map(lambda x: x.astype(dtype), adapter)
-        with reporting(progress) as report:
+        with reporter(progress) as report:
             orbax_folder.write(adapter, _below(path, name), alone=jax.process_count() == 1)
             _told_at_once(report, "save", adapter)
         LOGGER.info("%s: an Orbax checkpoint of %d arrays written", _below(path, name), len(adapter.flat()))
         return
-    tensors = peft.taken(tree, name, config, keymap, lora_alpha, dtype, instead, False, on_shared)
+    tensors = peft.collect_tensors(tree, name, config, keymap, lora_alpha, dtype, instead, False, on_shared)
     tensors = _with_embeddings(tensors, tree, name, config, keymap, save_embedding_layers)
-    tensors = peft.joined(tensors, tree, name, config, keymap, on_shared, "save")
+    tensors = peft.merge_joint_tensors(tensors, tree, name, config, keymap, on_shared, "save")
     tensors = dataclasses.replace(tensors, config=tensors.config.replace(**changes))
-    if isinstance(tensors.tensors, Encoded) and multihost.spread(tensors.tensors.leaves.values()):
-        with reporting(progress) as report:
-            multihost.write(tensors, _below(path, name), shared, timeout, report)
+    if isinstance(tensors.tensors, Encoded) and multihost.is_distributed(tensors.tensors.leaves.values()):
+        with reporter(progress) as report:
+            multihost.write_shared(tensors, _below(path, name), shared, timeout, report)
     else:
         folder.write(tensors, _below(path, name), progress=progress)
 
@@ -125,14 +125,18 @@ def _with_embeddings(
     tensors: PeftTensors, tree: Any, name: str, config: Config | None, keymap: Any, wanted: bool | str
 ) -> PeftTensors:
     held = tensors.tensors
-    if not embeddings.perhaps(tensors.config, wanted) or not isinstance(held, Encoded) or attachment.guest_in(tree):
+    if (
+        not embeddings.may_need_embeddings(tensors.config, wanted)
+        or not isinstance(held, Encoded)
+        or attachment.find_foreign(tree)
+    ):
         return tensors
-    adapter = peft.renamed(peft.extracted(tree, name, config, keymap, ""), keymap)
-    bounds = sites.of(adapter)
+    adapter = peft.rename_adapter(peft.extract_adapter(tree, name, config, keymap, ""), keymap)
+    bounds = sites.sites_of(adapter)
     has_base = isinstance(tree, nnx.nnx.Module) or (isinstance(tree, Mapping) and "params" in tree)
-    base = planning.base_of(tree) if has_base else None
+    base = planning.base_arrays(tree) if has_base else None
     return dataclasses.replace(
-        tensors, tensors=embeddings.added(held, adapter.config, adapter.keymap, bounds, base, wanted)
+        tensors, tensors=embeddings.add_embeddings(held, adapter.config, adapter.keymap, bounds, base, wanted)
     )
 
 
@@ -141,15 +145,15 @@ def _below(path: str | os.PathLike[str], name: str) -> Place:
     if hub.is_address(path):
         raise FileError(f"{path}: expected a folder; jaxadapt.push(model, 'org/name') sends it to the Hub")
     if name == attachment.DEFAULT:
-        return location.at(path)
+        return location.to_location(path)
     if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise FileError(f"{path}: {name!r} cannot name a subfolder; choose a name without slashes")
-    return location.at(path) / name
+    return location.to_location(path) / name
 
 
 def _holding(below: Place, path: str | os.PathLike[str]) -> Place:
     """The subfolder, if an adapter is in it; else the folder."""
-    above = location.at(path)
+    above = location.to_location(path)
     return below if below == above or location.exists(below / folder.CONFIG) else above
 
 
@@ -230,10 +234,10 @@ def load(
         _refuse({"dtype": dtype}, "autocast_adapter_dtype=True asks for another; give one of them")
         dtype = peft.AUTOCAST
     if isinstance(path, str) and hub.is_address(path):
-        with reporting(progress) as report:
-            path = hub.folder_of(path, None if name == attachment.DEFAULT else name, report)
+        with reporter(progress) as report:
+            path = hub.fetch_folder(path, None if name == attachment.DEFAULT else name, report)
     below = _below(path, name)
-    guest = attachment.guest_in(target)
+    guest = attachment.find_foreign(target)
     if guest is not None:
         unused = {
             "replace": replace or None, "rngs": rngs, "stack_axes": stack_axes, "example": example,
@@ -241,9 +245,9 @@ def load(
             "autocast_adapter_dtype": autocast_adapter_dtype or None, "strict": None if strict else False,
         }  # fmt: skip
         _refuse(unused, f"the target has {guest.dialect.name} leaves already, where the values go")
-        with reporting(progress) as report:
+        with reporter(progress) as report:
             tensors = folder.read(_holding(below, path), progress=lambda _, done, total: report("load", done, total))
-        return foreign.put(
+        return foreign.fill_tree(
             guest, tensors.config, tensors.tensors, keymap=keymap, lora_alpha=lora_alpha, on_shared=on_shared,
             dtype=dtype, source=tensors.source,
         )  # fmt: skip
@@ -259,17 +263,17 @@ def load(
     if on_mismatch not in (None, "skip"):
         raise MismatchError(f'on_mismatch: expected None or "skip", found {on_mismatch!r}')
     options = keymap, dtype, stack_axes, example, shardings, on_mismatch
-    checkpoint = next((p for p in dict.fromkeys((below, location.at(path))) if orbax.found(p)), None)
+    checkpoint = next((p for p in dict.fromkeys((below, location.to_location(path))) if orbax.is_checkpoint(p)), None)
     if checkpoint is not None:
-        with reporting(progress) as report:
+        with reporter(progress) as report:
             adapter, bounds = _from_orbax(checkpoint, target, name, options, strict)
             _told_at_once(report, "load", adapter)
         source = os.fspath(checkpoint)
     else:
-        parameters = planning.of_target(target)
+        parameters = planning.target_base(target)
         ahead = jax.process_count() == 1  # else it would read what only the others need
-        with reporting(progress) as report, folder.opened(_holding(below, path), ahead=ahead) as tensors:
-            adapter, bounds = peft.decoded(tensors, parameters, *options, report, on_shared, strict)
+        with reporter(progress) as report, folder.open_adapter(_holding(below, path), ahead=ahead) as tensors:
+            adapter, bounds = peft.adapter_from_tensors(tensors, parameters, *options, report, on_shared, strict)
         source = tensors.source
     LOGGER.info("%s: %d weights adapted, by the table %s", source, len(bounds), adapter.keymap.name)
     present = _attached_config(target, name)
@@ -286,7 +290,7 @@ def load(
     if not isinstance(target, nnx.nnx.Module):
         into: Any = target
         if new:
-            into = collections.with_entry(into, "params", base_params.replaced(into["params"], new))
+            into = collections.with_entry(into, "params", base_params.replace_leaves(into["params"], new))
         if present == adapter.config and attachment.extract(into, name).shapes == adapter.shapes:
             return collections.with_values(into, name, adapter.flat(), None if same else adapter.recipe)
         return attachment.with_adapter(into if present is None else attachment.delete(into, name), adapter, name)
@@ -297,7 +301,7 @@ def load(
     if present is not None or rngs is not None or new:
         _rehearse(target, adapter, bounds, name, rngs)
     if new:
-        base_params.replaced(target, new)
+        base_params.replace_leaves(target, new)
     if present is not None:
         nnx.delete(target, name)
     nnx.attach(target, adapter.recipe, bounds, name, adapter.flat(), rngs)
@@ -318,18 +322,18 @@ def _told_at_once(report: Report, what: str, adapter: Adapter) -> None:
 
 
 def _residual(
-    target: Any, which: str | None, present: Config | None, adapter: Adapter, bounds: Sequence[sites.Bound], source: str
+    target: Any, which: str | None, present: Config | None, adapter: Adapter, bounds: Sequence[sites.Site], source: str
 ) -> dict[str, Any]:
     """The base weights that are to change, where the adapter belongs to a changed base."""
     if which is None:
-        lora_variants.need_plain(adapter.config, source, _WHICH_BASE)
+        lora_variants.require_original_base(adapter.config, source, _WHICH_BASE)
     if which != "original":
         return {}
-    if not lora_variants.changes_the_base(adapter.config):
+    if not lora_variants.changes_base(adapter.config):
         raise AttachError(f"{source}: base='original': this adapter belongs to the original base as it is")
-    if present is not None and lora_variants.changes_the_base(present):
+    if present is not None and lora_variants.changes_base(present):
         raise AttachError(f"{source}: base='original', but the attached adapter has changed this base already")
-    return original_base.residual(adapter.recipe, bounds, planning.base_of(target))
+    return original_base.residual_base(adapter.recipe, bounds, planning.base_arrays(target))
 
 
 _WHICH_BASE = (
@@ -347,35 +351,37 @@ def _refuse(given: Mapping[str, Any], why: str) -> None:
 
 def _from_orbax(
     path: str | os.PathLike[str], target: Any, name: str, options: tuple[Any, Any, Any, Any, Any, Any], strict: bool
-) -> tuple[Adapter, tuple[sites.Bound, ...]]:
+) -> tuple[Adapter, tuple[sites.Site, ...]]:
     """The adapter of an Orbax checkpoint in the layout of the target, and its sites."""
     keymap, dtype, stack_axes, example, shardings, _ = options
     attached = attachment.extract(target, name) if _attached_config(target, name) is not None else None
-    found = orbax_folder.find(path, attached, name)
-    ours = sites.of(found.adapter)
+    found = orbax_folder.find_adapter(path, attached, name)
+    ours = sites.sites_of(found.adapter)
     keys = [key.removeprefix(PEFT_PREFIX) for b in ours for e in b.entries for key in e.keys]
-    base = planning.of_target(target)
-    table = planning.table_of(base, keymap, keys)
-    recipe, bounds = planning.plan(base, found.adapter.config, table, stack_axes, example)
+    base = planning.target_base(target)
+    table = planning.target_keymap(base, keymap, keys)
+    recipe, bounds = planning.plan_adapter(base, found.adapter.config, table, stack_axes, example)
     planning.check_kernels(base, bounds)
     theirs, mine = ({e.path: (e.shape, e.keys) for b in bs for e in b.entries} for bs in (bounds, ours))
     if theirs != mine:  # laid out otherwise (scanned, fused, another table or vocabulary): by way of PEFT's names
-        return peft.decoded(orbax_folder.tensors(orbax_folder.read(path, found), path), base, *options, strict=strict)
-    where = peft.places(shardings, base, bounds)
+        return peft.adapter_from_tensors(
+            orbax_folder.adapter_tensors(orbax_folder.read(path, found), path), base, *options, strict=strict
+        )
+    where = peft.adapter_placement(shardings, base, bounds)
     like = {p: jax.ShapeDtypeStruct(theirs[p][0], jnp.float32, sharding=place) for p, place in where.items()}
     if attached is not None and shardings is None:
         like |= attached.flat()
     adapter = orbax_folder.read(path, found, like)
     flat = adapter.flat()
-    flat = {p: x if p.endswith(".copy") else x.astype(peft.kind(x.dtype, dtype)) for p, x in flat.items()}
+    flat = {p: x if p.endswith(".copy") else x.astype(peft.memory_dtype(x.dtype, dtype)) for p, x in flat.items()}
     return Adapter(recipe.config, paths.unflatten(jax.tree.map(jnp.asarray, flat)), recipe.keymap), bounds
 
 
-def _rehearse(model: Any, adapter: Adapter, bounds: Sequence[sites.Bound], name: str, rngs: Any) -> None:
+def _rehearse(model: Any, adapter: Adapter, bounds: Sequence[sites.Site], name: str, rngs: Any) -> None:
     """Attach to an abstract copy first: what fails there must not cost the model the adapter it has."""
     graphdef, state = nnx.nnx.split(model)
     copy = nnx.nnx.merge(graphdef, jax.eval_shape(lambda: state))
-    if name in nnx.names(copy):
+    if name in nnx.adapter_names(copy):
         nnx.delete(copy, name)
     rngs = None if rngs is None else nnx.nnx.clone(rngs)
     nnx.attach(copy, adapter.recipe, bounds, name, adapter.flat(), rngs)
@@ -383,8 +389,8 @@ def _rehearse(model: Any, adapter: Adapter, bounds: Sequence[sites.Bound], name:
 
 def _attached_config(target: Any, name: str) -> Config | None:
     if isinstance(target, nnx.nnx.Module):
-        return nnx.extract(target, name).config if name in nnx.names(target) else None
-    for collection in collections.collections(target).values():
+        return nnx.extract(target, name).config if name in nnx.adapter_names(target) else None
+    for collection in collections.adapter_collections(target).values():
         if name in collection:
             return collections.read_collection(collection[name], name).config
     return None

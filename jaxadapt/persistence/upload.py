@@ -89,7 +89,7 @@ def push(
             raise AttachError(f"{given}: for models; {os.fspath(source)} is a folder, which goes as it is")
         if hub.is_address(source):
             raise FileError(f"{source}: is on the Hub already; pull it, and push the folder")
-        return _push(location.at(source), place, page, commit, progress)
+        return _push(location.to_location(source), place, page, commit, progress)
     if name != "default" and not place.subfolder:
         place = place._replace(subfolder=name)
     with tempfile.TemporaryDirectory(prefix="jaxadapt-push-") as made:
@@ -115,10 +115,10 @@ def _from_one(source: Any, what: str, send: Callable[[], Pushed]) -> Pushed:
     from jaxadapt.persistence import multihost
 
     tree = attach.nnx.state(source) if isinstance(source, attach.nnx.Module) else source
-    if not multihost.spread(jax.tree.leaves(tree)):
+    if not multihost.is_distributed(jax.tree.leaves(tree)):
         return send()
     # It may take its time: if it dies, the connection to it ends all the others.
-    return Pushed(*multihost.by_first(what, send, _LONG))
+    return Pushed(*multihost.run_on_leader(what, send, _LONG))
 
 
 class _Page(NamedTuple):
@@ -148,7 +148,7 @@ def _push(source: Place, place: hub.Address, page: _Page, commit: dict[str, Any]
         {key: shape for key, (_, shape) in info.tensors.items()}, info.dtypes, info.file_bytes, place.repo,
         place.subfolder, page.license, page.metrics, PICTURE if drawn else None,
     )  # fmt: skip
-    files[hub.CARD] = _card(source, card.text(info.config, facts), place, commit["token"]).encode()
+    files[hub.CARD] = _card(source, card.card_text(info.config, facts), place, commit["token"]).encode()
     commit["message"] = commit["message"] or f"{info.config.peft_type} adapter, saved by jaxadapt"
     made = hub.upload(place, files, **commit, stale=stale, progress=progress)
     return Pushed(str(place._replace(revision=made.reference or made.oid)), made.url)
@@ -161,11 +161,11 @@ def _card(source: Place, new: str, place: hub.Address, token: hub.Token) -> str:
         # An error here, and no warning as in `write`: nothing was sent yet, and another card would go in its place.
         mine = _text_of(path)
         if card.is_edited(mine):
-            return card.merged(mine, new)
-    theirs = hub.text_of(place, hub.CARD, token)
+            return card.merge_card(mine, new)
+    theirs = hub.fetch_text(place, hub.CARD, token)
     if theirs is not None and card.is_edited(theirs):
         LOGGER.info("%s: the card on the Hub was written by a person and stays", place)
-    return card.merged(theirs, new)
+    return card.merge_card(theirs, new)
 
 
 def _text_of(path: Place) -> str:
@@ -187,7 +187,7 @@ def _picture(source: Place, info: folder.Info, wanted: bool | None) -> bytes | N
     from jaxadapt.analysis import norms_plot as picture
 
     try:
-        return picture.png(norms.measure(folder.read(source)), info.config)
+        return picture.norms_png(norms.measure_norms(folder.read(source)), info.config)
     except AdapterError:
         if wanted:
             raise

@@ -32,8 +32,18 @@ from jaxadapt.storage import location
 from jaxadapt.storage.local_files import MAX_VIEWS, file_error
 
 __all__ = [
-    "Writer", "alone_in", "flush", "flush_tree", "make_folder", "remove", "replacing", "replacing_all", "staging",
-    "start_writeback", "sweep", "write_bytes",
+    "Writer",
+    "flush_fd",
+    "flush_tree",
+    "lock_directory",
+    "make_folder",
+    "open_replacement",
+    "remove_file",
+    "remove_leftovers",
+    "replacing_all",
+    "staging_folder",
+    "start_writeback",
+    "write_bytes",
 ]  # fmt: skip
 
 
@@ -91,7 +101,7 @@ def start_writeback(fd: int, offset: int, size: int) -> None:
         os.posix_fadvise(fd, offset, size, os.POSIX_FADV_DONTNEED)
 
 
-def flush(fd: int) -> None:
+def flush_fd(fd: int) -> None:
     """Waits until the bytes of a file are on the disk; raises `OSError`."""
     if sys.platform == "darwin":
         # there fsync() only reaches the drive's own cache
@@ -109,10 +119,10 @@ def _lock(fd: int, *, wait: bool) -> bool:
     return True
 
 
-def sweep(directory: str | os.PathLike[str], names: str, *, folders: bool = False) -> None:
+def remove_leftovers(directory: str | os.PathLike[str], names: str, *, folders: bool = False) -> None:
     """Removes what killed writers left of targets whose names match `names`, a regular expression. Best effort.
 
-    `folders`: what `staging` leaves, besides the files.
+    `folders`: what `staging_folder` leaves, besides the files.
     """
     pattern = re.compile(rf"\.(?:{names})\.\d+\.[0-9a-f]{{16}}\.(?:tmp|old)", re.DOTALL)
     with contextlib.suppress(OSError):
@@ -133,7 +143,7 @@ def sweep(directory: str | os.PathLike[str], names: str, *, folders: bool = Fals
 
 
 @contextlib.contextmanager
-def alone_in(directory: str | os.PathLike[str]) -> Generator[None]:
+def lock_directory(directory: str | os.PathLike[str]) -> Generator[None]:
     """Waits until no other writer is in this block for the same directory: for what replaces several files that belong
     together. Where a file system locks no directories (an object store, some networks') nothing is waited for.
     """
@@ -171,7 +181,7 @@ def _create(directory: str, name: str) -> tuple[Path, int]:
 
 def _flush(writer: Writer) -> None:
     try:
-        flush(writer.fd)
+        flush_fd(writer.fd)
         # Some file systems (FUSE, NFS) report a failed write on closing only. A duplicate is closed, since the lock
         # must last until the file has its name.
         os.close(os.dup(writer.fd))
@@ -267,7 +277,7 @@ def _close(fd: int) -> None:
         os.close(fd)
 
 
-def remove(path: Path) -> None:
+def remove_file(path: Path) -> None:
     """Removes a file, without waiting for the system to free it. Raises `OSError`."""
     fd = None
     with contextlib.suppress(OSError):
@@ -279,7 +289,7 @@ def remove(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Generator[Writer]:
+def open_replacement(path: str | os.PathLike[str]) -> Generator[Writer]:
     """A `Writer` for the new content; on leaving the block without an exception it becomes `path`.
 
     On any exception the temporary file is removed and `path` is as it was.
@@ -293,12 +303,12 @@ def replacing(path: str | os.PathLike[str]) -> Generator[Writer]:
 
 @contextlib.contextmanager
 def replacing_all(paths: Sequence[str | os.PathLike[str]]) -> Generator[list[Writer]]:
-    """A `Writer` for each of several files of one folder that belong together; as `replacing`.
+    """A `Writer` for each of several files of one folder that belong together; as `open_replacement`.
 
     On leaving the block all are flushed, then renamed in the order given, then the folder is flushed. If a renaming
     fails, the files before it are put back; an error says so where they cannot be, as in an object store.
     """
-    addresses = [place for path in paths if isinstance(place := location.at(path), location.Address)]
+    addresses = [place for path in paths if isinstance(place := location.to_location(path), location.Address)]
     if addresses:
         with _putting(addresses) as writers:
             yield writers
@@ -318,7 +328,7 @@ def replacing_all(paths: Sequence[str | os.PathLike[str]]) -> Generator[list[Wri
         try:
             for target in targets:
                 name = os.path.split(target)[1]
-                sweep(directory, re.escape(name))
+                remove_leftovers(directory, re.escape(name))
                 try:
                     temporary, fd = _create(directory, name)
                 except (OSError, ValueError) as error:
@@ -352,7 +362,7 @@ def _target(path: str | os.PathLike[str]) -> str:
     """The path of a file that may be written, as text."""
     target = os.fspath(path)  # a Path would lose the slash at its end
     if "://" in target:
-        target = str(location.at(path))
+        target = str(location.to_location(path))
     name = os.path.split(target)[1]
     folder = not name or name in (".", "..")
     try:
@@ -370,7 +380,7 @@ def _target(path: str | os.PathLike[str]) -> str:
 def _putting(addresses: Sequence[location.Address]) -> Generator[list[Writer]]:
     """As `replacing_all`, where each is put as a whole, one after the other."""
     with contextlib.ExitStack() as stack:
-        staged = [stack.enter_context(location.staged(place)) for place in addresses]
+        staged = [stack.enter_context(location.staged_upload(place)) for place in addresses]
         yield [
             Writer(fd, f"{place} (by way of {temporary.parent})", temporary)
             for place, (fd, temporary) in zip(addresses, staged, strict=True)
@@ -391,9 +401,9 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
     """Replaces the content of `path` by `data`, durably and atomically.
 
     Raises:
-        FileError: see `replacing`.
+        FileError: see `open_replacement`.
     """
-    with replacing(path) as writer:
+    with open_replacement(path) as writer:
         writer.write(memoryview(data))
 
 
@@ -401,7 +411,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def staging(path: str | os.PathLike[str]) -> Generator[Path]:
+def staging_folder(path: str | os.PathLike[str]) -> Generator[Path]:
     """Where another library can make a folder that is to become `path`: a name in a folder of this process alone.
 
     The caller renames it to `path`. On leaving, the directory of `path` is flushed and whatever was not renamed is
@@ -413,7 +423,7 @@ def staging(path: str | os.PathLike[str]) -> Generator[Path]:
     target = Path(path)
     try:
         # Of any target: who was killed between the renaming and the tidying up has no next writer of the same path.
-        sweep(target.parent, ".+", folders=True)
+        remove_leftovers(target.parent, ".+", folders=True)
         while True:
             holder = target.parent / f".{target.name}.{os.getpid()}.{secrets.token_hex(8)}.tmp"
             holder.mkdir()
@@ -476,7 +486,7 @@ def flush_tree(folder: Path, named: Path) -> None:
             for name in names:
                 fd = os.open(Path(directory, name), os.O_RDONLY)
                 try:
-                    flush(fd)
+                    flush_fd(fd)
                 finally:
                     _close(fd)
             _flush_directory(Path(directory))

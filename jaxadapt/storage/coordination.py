@@ -46,13 +46,13 @@ class Group:
         number = client.key_value_increment(f"jaxadapt/conversations/{self.index}", 1)
         self._prefix = f"jaxadapt/conversation/{number}"
 
-    def tell(self, name: str, value: Any = None) -> None:
+    def send(self, name: str, value: Any = None) -> None:
         """Says something (any JSON value): to all from process 0, to process 0 from any other."""
         if self.index == 0:
             self._due.remove(name)
         self._say(name, {"value": value})
 
-    def fail(self, error: BaseException, name: str | None = None) -> None:
+    def send_failure(self, error: BaseException, name: str | None = None) -> None:
         """Says that it failed, in the place of `name`, or of what process 0 would have said next."""
         if name is None and not self._due:
             return
@@ -66,7 +66,7 @@ class Group:
         except RuntimeError as error:  # jax.errors.JaxRuntimeError
             raise FileError(f"{self._what}: process 0 is gone ({str(error).splitlines()[0][:200]})") from error
 
-    def hear(self, name: str) -> Any:
+    def receive(self, name: str) -> Any:
         """What process 0 says. Raises `FileError` if it failed, or says nothing in twice the time.
 
         (It may have to wait for one that is gone itself, before it can tell the rest which it is.)
@@ -78,7 +78,7 @@ class Group:
                     self._client.key_value_delete(self._prefix)
         return value
 
-    def hear_all(self, name: str) -> dict[int, Any]:
+    def receive_all(self, name: str) -> dict[int, Any]:
         """What each of the others says. Raises one `FileError` naming all that failed or say nothing in time."""
         deadline = time.monotonic() + self._timeout
         heard: dict[int, Any] = {}

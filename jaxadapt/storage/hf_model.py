@@ -24,7 +24,7 @@ from jaxadapt.storage.safetensors_header import MAX_HEADER, problems_text
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Shards", "opened", "write"]
+__all__ = ["ModelTensors", "open_model", "write_model"]
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -32,7 +32,7 @@ BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 Specs = Mapping[str, "tuple[Any, Sequence[int]]"]
 
 
-class Shards(Mapping[str, "np.ndarray"]):
+class ModelTensors(Mapping[str, "np.ndarray"]):
     """The tensors of all files of a model; each `[key]` reads one. Several threads may read at once."""
 
     def __init__(self, source: str, home: Mapping[str, tuple[Mapping[str, np.ndarray], str]]) -> None:
@@ -40,30 +40,30 @@ class Shards(Mapping[str, "np.ndarray"]):
         self.source = source
         self._home = home
 
-    def renamed(self, names: Mapping[str, str]) -> Shards:
+    def with_names(self, names: Mapping[str, str]) -> ModelTensors:
         """The tensors of `{new name: name here}`; one may serve several."""
-        return Shards(self.source, {key: self._home[name] for key, name in names.items()})
+        return ModelTensors(self.source, {key: self._home[name] for key, name in names.items()})
 
-    def cut(self, parts: Mapping[str, tuple[str, tuple[slice, ...]]]) -> Shards:
+    def with_parts(self, parts: Mapping[str, tuple[str, tuple[slice, ...]]]) -> ModelTensors:
         """With parts of some tensors in the place of these, `{new name: (name here, where)}`, cut as they are read."""
         gone = {name for name, _ in parts.values()}
         kept = {key: home for key, home in self._home.items() if key not in gone}
-        held = Cut(self, parts)
-        return Shards(self.source, {**kept, **{key: (held, key) for key in parts}})
+        held = TensorParts(self, parts)
+        return ModelTensors(self.source, {**kept, **{key: (held, key) for key in parts}})
 
-    def stacked(self, rows: Mapping[str, Sequence[Sequence[str]]], names: Mapping[str, str]) -> Shards:
+    def with_stacks(self, rows: Mapping[str, Sequence[Sequence[str]]], names: Mapping[str, str]) -> ModelTensors:
         """Tensors put together as they are read, each row of `rows` an entry of a new first axis; others renamed."""
         gone = {key for lines in rows.values() for line in lines for key in line} | set(names.values())
         kept = {key: home for key, home in self._home.items() if key not in gone}
         kept |= {name: self._home[key] for name, key in names.items()}
-        held = Stacked(self, rows)
-        return Shards(self.source, {**kept, **{name: (held, name) for name in rows}})
+        held = StackedTensors(self, rows)
+        return ModelTensors(self.source, {**kept, **{name: (held, name) for name in rows}})
 
     @property
-    def specs(self) -> dict[str, safetensors.Spec]:
+    def specs(self) -> dict[str, safetensors.FileTensorSpec]:
         """Shapes and dtypes by key, without reading a tensor of a safetensors file."""
-        seen: dict[int, Mapping[str, safetensors.Spec]] = {}
-        out: dict[str, safetensors.Spec] = {}
+        seen: dict[int, Mapping[str, safetensors.FileTensorSpec]] = {}
+        out: dict[str, safetensors.FileTensorSpec] = {}
         for key, (part, name) in self._home.items():
             if isinstance(part, safetensors.TensorFile):
                 if id(part) not in seen:
@@ -73,12 +73,12 @@ class Shards(Mapping[str, "np.ndarray"]):
                 out[key] = self.spec(key)
         return out
 
-    def spec(self, key: str) -> safetensors.Spec:
+    def spec(self, key: str) -> safetensors.FileTensorSpec:
         """Shape and dtype of one tensor."""
         part, name = self._home[key]
-        if isinstance(part, safetensors.TensorFile | Stacked | Cut):
+        if isinstance(part, safetensors.TensorFile | StackedTensors | TensorParts):
             return part.spec(name)
-        return safetensors.Spec(part[name].shape, part[name].dtype)
+        return safetensors.FileTensorSpec(part[name].shape, part[name].dtype)
 
     def nbytes(self, key: str) -> int:
         """The size of one tensor, without reading it."""
@@ -98,7 +98,7 @@ class Shards(Mapping[str, "np.ndarray"]):
         part, name = self._home[key]
         if isinstance(part, safetensors.TensorFile):
             return part.read_slice(name, slices, shape)
-        if isinstance(part, Stacked) and shape is None:
+        if isinstance(part, StackedTensors) and shape is None:
             return part.read_slice(name, slices)
         return part[name].reshape(part[name].shape if shape is None else shape)[tuple(slices)]
 
@@ -115,13 +115,13 @@ class Shards(Mapping[str, "np.ndarray"]):
         return key in self._home  # Mapping's own would read the tensor
 
 
-class Stacked(Mapping[str, "np.ndarray"]):
+class StackedTensors(Mapping[str, "np.ndarray"]):
     """Tensors that are made of several when they are asked for: one row after the other, its parts side by side."""
 
-    def __init__(self, tensors: Shards, rows: Mapping[str, Sequence[Sequence[str]]]) -> None:
+    def __init__(self, tensors: ModelTensors, rows: Mapping[str, Sequence[Sequence[str]]]) -> None:
         self._tensors, self._rows = tensors, rows
 
-    def spec(self, key: str) -> safetensors.Spec:
+    def spec(self, key: str) -> safetensors.FileTensorSpec:
         """Shape and dtype; `MismatchError` where the rows are not alike."""
         kinds = {tuple(self._tensors.spec(name) for name in line) for line in self._rows[key]}
         kind = next(iter(kinds))
@@ -129,7 +129,7 @@ class Stacked(Mapping[str, "np.ndarray"]):
             found = sorted({f"{spec.dtype.name} {list(spec.shape)}" for line in kinds for spec in line})
             raise MismatchError(f"{self._tensors.source}: {key} is one tensor here, of these: {problems_text(found)}")
         wide = sum(spec.shape[0] for spec in kind)
-        return safetensors.Spec((len(self._rows[key]), wide, *kind[0].shape[1:]), kind[0].dtype)
+        return safetensors.FileTensorSpec((len(self._rows[key]), wide, *kind[0].shape[1:]), kind[0].dtype)
 
     def __getitem__(self, key: str) -> np.ndarray:
         return self.read_slice(key, ())
@@ -141,7 +141,7 @@ class Stacked(Mapping[str, "np.ndarray"]):
         lines = self._rows[key][every[0]]
         first, last, _ = every[1].indices(shape[1])
         size = math.prod(shape[2:]) * len(lines) * (last - first)
-        out = local_files.aligned(size * dtype.itemsize).view(dtype).reshape(len(lines), last - first, *shape[2:])
+        out = local_files.aligned_empty(size * dtype.itemsize).view(dtype).reshape(len(lines), last - first, *shape[2:])
         for row, line in zip(out, lines, strict=True):
             at = 0
             for name in line:
@@ -159,18 +159,18 @@ class Stacked(Mapping[str, "np.ndarray"]):
         return len(self._rows)
 
 
-class Cut(Mapping[str, "np.ndarray"]):
+class TensorParts(Mapping[str, "np.ndarray"]):
     """Parts of tensors, read when they are asked for."""
 
-    def __init__(self, tensors: Shards, parts: Mapping[str, tuple[str, tuple[slice, ...]]]) -> None:
+    def __init__(self, tensors: ModelTensors, parts: Mapping[str, tuple[str, tuple[slice, ...]]]) -> None:
         self._tensors, self._parts = tensors, parts
 
-    def spec(self, key: str) -> safetensors.Spec:
+    def spec(self, key: str) -> safetensors.FileTensorSpec:
         """Shape and dtype."""
         name, where = self._parts[key]
         shape, dtype = self._tensors.spec(name)
         sizes = [len(range(size)[at]) for size, at in zip(shape, where, strict=False)]
-        return safetensors.Spec((*sizes, *shape[len(where) :]), dtype)
+        return safetensors.FileTensorSpec((*sizes, *shape[len(where) :]), dtype)
 
     def __getitem__(self, key: str) -> np.ndarray:
         return self._tensors.read_slice(*self._parts[key])
@@ -182,8 +182,8 @@ class Cut(Mapping[str, "np.ndarray"]):
         return len(self._parts)
 
 
-def _of(source: str, parts: Iterable[Mapping[str, np.ndarray]]) -> Shards:
-    return Shards(source, {key: (part, key) for part in parts for key in part})
+def _of(source: str, parts: Iterable[Mapping[str, np.ndarray]]) -> ModelTensors:
+    return ModelTensors(source, {key: (part, key) for part in parts for key in part})
 
 
 def _index(path: Place) -> dict[str, str]:
@@ -203,7 +203,7 @@ def _index(path: Place) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def opened(path: Place) -> Generator[Shards]:
+def open_model(path: Place) -> Generator[ModelTensors]:
     """The weights of a model's folder, or of one file, open for reading.
 
     Looked for in transformers' order: model.safetensors, its index, pytorch_model.bin, its index.
@@ -259,14 +259,14 @@ _PACKED = {
 }
 
 
-def refuse_packed(tensors: Shards) -> None:
+def refuse_packed(tensors: ModelTensors) -> None:
     """Raise `FormatError` where a folder holds codes: they are no weights, also to whoever takes what fits."""
     held = {mark: [key for key in tensors.specs if key.endswith(mark)] for mark in _PACKED}
     how = next((mark for mark, keys in held.items() if keys), None)
     if how is not None:
         raise FormatError(
             f"{tensors.source}: its weights are quantised ({_PACKED[how]}), and only dense ones are read:\n"
-            + paths.listing(held[how])
+            + paths.bullets(held[how])
             + "\nMake them dense where they were quantised (transformers: model.dequantize(), save_pretrained) and read"
             " that; jaxadapt.quantize holds it in 4 bits again, nf4 to bitsandbytes' very numbers"
         )
@@ -298,7 +298,7 @@ def _names(folder: Place, count: int) -> list[str]:
     raise AssertionError
 
 
-def write(folder: Place, specs: Specs, get: Callable[[str], np.ndarray], limit: int) -> None:
+def write_model(folder: Place, specs: Specs, get: Callable[[str], np.ndarray], limit: int) -> None:
     """Write a model's weights, durably and atomically, holding one tensor at a time.
 
     Args:

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxadapt.core.errors import FileError
-from jaxadapt.core.progress import LOGGER, Progress, Report, quiet, reporting, watched
+from jaxadapt.core.progress import LOGGER, Progress, Report, is_watched, no_report, reporter
 from jaxadapt.storage import hub_answers, hub_progress
 from jaxadapt.storage import local_files as local
 from jaxadapt.storage.hub_address import SCHEME, Address, is_address, may_name, parse
-from jaxadapt.storage.hub_errors import Token, api_of, told
+from jaxadapt.storage.hub_errors import Token, hub_api, translate_errors
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -61,11 +61,11 @@ def pull(
 
         folder = jaxadapt.pull("org/name@v1/fr")
     """
-    with reporting(progress) as report:
+    with reporter(progress) as report:
         return _pull(parse(repo, revision, subfolder), (CARD,), token, cache_dir, report)
 
 
-def folder_of(address: str, name: str | None = None, report: Report = quiet) -> Path:
+def fetch_folder(address: str, name: str | None = None, report: Report = no_report) -> Path:
     """What `load`, `read` and `inspect` do with an address: the configuration and the weights, in the cache.
 
     `name` is a subfolder that is taken instead, if it holds an adapter.
@@ -81,9 +81,9 @@ def _holds(place: Address) -> bool:
     from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache  # pyright: ignore[reportPrivateUsage]
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    with told(place, None):
+    with translate_errors(place, None):
         try:
-            _file(place, CONFIG, None, None, quiet)
+            _file(place, CONFIG, None, None, no_report)
         except LocalEntryNotFoundError:
             if try_to_load_from_cache(place.repo, place.file(CONFIG), revision=place.revision) is _CACHED_NO_EXIST:
                 return False
@@ -93,11 +93,11 @@ def _holds(place: Address) -> bool:
     return True
 
 
-def config_of(address: str) -> Path:
+def fetch_config(address: str) -> Path:
     """The configuration of an adapter alone, in the cache."""
     place = parse(address)
-    with told(place, None), _listed(place, None):
-        return _file(place, CONFIG, None, None, quiet)
+    with translate_errors(place, None), _listed(place, None):
+        return _file(place, CONFIG, None, None, no_report)
 
 
 def _pull(
@@ -107,10 +107,10 @@ def _pull(
     cache_dir: str | os.PathLike[str] | None,
     report: Report,
 ) -> Path:
-    with told(place, token), _listed(place, token):
+    with translate_errors(place, token), _listed(place, token):
         config = _file(place, CONFIG, token, cache_dir, report)
         # Pinned to the commit the first file came from: two files of two commits are no adapter.
-        here = place._replace(revision=hub_answers.commit_in(config, place.file(CONFIG)))
+        here = place._replace(revision=hub_answers.cached_commit(config, place.file(CONFIG)))
         _weights(here, token, cache_dir, report)
         for name in more:
             with contextlib.suppress(*_absent()):
@@ -138,11 +138,11 @@ def _file(place: Address, name: str, token: Token, cache_dir: Any, report: Repor
     file = place.file(name)
     held = try_to_load_from_cache(place.repo, file, cache_dir=cache_dir, revision=place.revision)
     if isinstance(held, str):
-        at = hub_answers.commit_in(held, file)
-        if at == place.revision or at == hub_answers.commit_of(place, name, token, _MOST.get(name)):
-            return hub_answers.inside(held, place, name, cache_dir)
+        at = hub_answers.cached_commit(held, file)
+        if at == place.revision or at == hub_answers.fetch_commit(place, name, token, _MOST.get(name)):
+            return hub_answers.check_in_cache(held, place, name, cache_dir)
     else:
-        hub_answers.commit_of(place, name, token, _MOST.get(name))
+        hub_answers.fetch_commit(place, name, token, _MOST.get(name))
     found = hf_hub_download(
         place.repo,
         file,
@@ -150,9 +150,9 @@ def _file(place: Address, name: str, token: Token, cache_dir: Any, report: Repor
         token=token,
         cache_dir=cache_dir,
         library_name="jaxadapt",
-        tqdm_class=hub_progress.meter(name, report),
+        tqdm_class=hub_progress.progress_bar_class(name, report),
     )
-    return hub_answers.inside(found, place, name, cache_dir)
+    return hub_answers.check_in_cache(found, place, name, cache_dir)
 
 
 def _missing() -> type[Exception]:
@@ -181,7 +181,7 @@ def _listed(place: Address, token: Token) -> Generator[None]:
         held = ""
         with contextlib.suppress(Exception):  # it only helps the message
             # (The client's list of files follows a `Link` to any server, and sends the token there.)
-            info = api_of(token).model_info(place.repo, revision=place.revision)
+            info = hub_api(token).model_info(place.repo, revision=place.revision)
             names = [file.rfilename for file in info.siblings or ()]
             folders = sorted(n.removesuffix(CONFIG).strip("/") or "its root" for n in names if n.endswith(CONFIG))
             held = f"; found adapters in: {', '.join(folders[:8])}" if folders else f"; found {', '.join(names[:8])}"
@@ -220,11 +220,11 @@ def upload(
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    api = api_of(token)
+    api = hub_api(token)
     total = sum(len(f) if isinstance(f, bytes) else f.stat().st_size for f in files.values())
-    report = quiet if progress is None or isinstance(progress, bool) else progress
+    report = no_report if progress is None or isinstance(progress, bool) else progress
     report("upload", 0, total)
-    with told(place, token, "push to"), hub_progress.client_bars(progress is True and watched()):
+    with translate_errors(place, token, "push to"), hub_progress.client_bars(progress is True and is_watched()):
         # A pull request to somebody else's repository: it is there, and we may not create it.
         if not (create_pr and api.repo_exists(place.repo)):
             api.create_repo(place.repo, private=private, exist_ok=True)
@@ -239,7 +239,7 @@ def upload(
         if tag is not None and tag in (ref.name for ref in api.list_repo_refs(place.repo).tags):
             raise FileError(f"{place}: there is a tag {tag!r} already; choose another name, or delete it on the Hub")
         old = [name for name in stale if api.file_exists(place.repo, place.file(name), revision=branch)]
-        addition = CommitOperationAdd if report is quiet else hub_progress.counted(report, total)
+        addition = CommitOperationAdd if report is no_report else hub_progress.counted_operation(report, total)
         operations: list[Any] = [
             addition(place.file(n), f if isinstance(f, bytes) else str(f)) for n, f in files.items()
         ]
@@ -252,14 +252,14 @@ def upload(
     return Commit(made.oid, made.pr_url or made.commit_url, made.pr_revision)
 
 
-def text_of(place: Address, name: str, token: Token = None) -> str | None:
+def fetch_text(place: Address, name: str, token: Token = None) -> str | None:
     """A text file of an adapter as it is on the Hub now; None if it, its repository or its branch is not there."""
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     absent = (_missing(), RepositoryNotFoundError, RevisionNotFoundError)
-    with told(place, token, "push to"):
+    with translate_errors(place, token, "push to"):
         try:
-            return _file(place, name, token, None, quiet).read_bytes().decode("utf-8", "replace")
+            return _file(place, name, token, None, no_report).read_bytes().decode("utf-8", "replace")
         except absent as error:
             from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -269,6 +269,19 @@ def text_of(place: Address, name: str, token: Token = None) -> str | None:
 
 
 __all__ = [
-    "CARD", "CONFIG", "SCHEME", "WEIGHTS", "Address", "Commit", "Token", "config_of", "folder_of", "is_address",
-    "may_name", "parse", "pull", "text_of", "upload",
+    "CARD",
+    "CONFIG",
+    "SCHEME",
+    "WEIGHTS",
+    "Address",
+    "Commit",
+    "Token",
+    "fetch_config",
+    "fetch_folder",
+    "fetch_text",
+    "is_address",
+    "may_name",
+    "parse",
+    "pull",
+    "upload",
 ]  # fmt: skip

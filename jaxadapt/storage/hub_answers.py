@@ -20,7 +20,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _HUB = "https://huggingface.co"
 
 
-def commit_of(place: Address, name: str, token: Any, most: int | None) -> str | None:
+def fetch_commit(place: Address, name: str, token: Any, most: int | None) -> str | None:
     """The commit that a server would answer a file of; None where it has no answer, which the client then tells.
 
     Args:
@@ -32,7 +32,8 @@ def commit_of(place: Address, name: str, token: Any, most: int | None) -> str | 
     """
     from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_url
 
-    http: Any = errors.HTTPError  # pyright: ignore[reportPrivateImportUsage] (httpx's or httpx2's, as the client has it)
+    # pyright: ignore[reportPrivateImportUsage] (httpx's or httpx2's, as the client has it)
+    http: Any = errors.HTTPError
     url = hf_hub_url(place.repo, place.file(name), revision=place.revision)
     try:
         found = get_hf_file_metadata(url, token=token, library_name="jaxadapt")
@@ -78,12 +79,12 @@ def _raise_for(place: Address, name: str, problems: list[str]) -> None:
         )
 
 
-def commit_in(path: str | os.PathLike[str], file: str) -> str:
+def cached_commit(path: str | os.PathLike[str], file: str) -> str:
     """The commit that a file of the cache is of: it lies at <repository>/snapshots/<commit>/<file>."""
     return Path(path).parents[len(file.split("/")) - 1].name
 
 
-def inside(path: str, place: Address, name: str, cache_dir: str | os.PathLike[str] | None) -> Path:
+def check_in_cache(path: str, place: Address, name: str, cache_dir: str | os.PathLike[str] | None) -> Path:
     """The file of the cache that the client gave. Raises `FileError` if it lies outside (by way of a link, say)."""
     from huggingface_hub import constants
 

@@ -17,7 +17,7 @@ Token = str | bool | None
 """A token; None: the stored one, if there is one; True: the stored one, which must be there; False: none."""
 
 
-def api_of(token: Token) -> Any:
+def hub_api(token: Token) -> Any:
     """The client's methods."""
     from huggingface_hub import HfApi
 
@@ -25,11 +25,12 @@ def api_of(token: Token) -> Any:
 
 
 @contextlib.contextmanager
-def told(place: Address, token: Token, action: str = "read") -> Generator[None]:
+def translate_errors(place: Address, token: Token, action: str = "read") -> Generator[None]:
     """Whatever the client raises, as a `FileError` that names the repository, the reason and the way out."""
     from huggingface_hub import errors
 
-    http: Any = errors.HTTPError  # pyright: ignore[reportPrivateImportUsage] (httpx's or httpx2's, as the client has it)
+    # pyright: ignore[reportPrivateImportUsage] (httpx's or httpx2's, as the client has it)
+    http: Any = errors.HTTPError
     try:
         yield
     except FileError:
@@ -71,7 +72,7 @@ def told(place: Address, token: Token, action: str = "read") -> Generator[None]:
         raise _failure(place, action, str(error).split("\n")[0], "try again", None) from error
     except (RuntimeError, ValueError) as error:  # hf_xet's own, and what the client makes of odd answers
         if error.__cause__ is not None:  # "Error while uploading …": why, says its cause
-            with told(place, token, action):
+            with translate_errors(place, token, action):
                 raise error.__cause__  # noqa: B904 (it is the one that is told)
         raise _failure(place, action, f"{type(error).__name__}: {error}", "try again", None) from error
 
@@ -133,7 +134,7 @@ def _offline() -> str | None:
 
 def _revisions(place: Address, token: Token) -> str:
     with contextlib.suppress(Exception):  # it only helps the message
-        refs = api_of(token).list_repo_refs(place.repo)
+        refs = hub_api(token).list_repo_refs(place.repo)
         names = [ref.name for ref in [*refs.branches, *refs.tags]]
         return f"; found {', '.join(names[:8])}"
     return ""

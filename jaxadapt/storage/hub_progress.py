@@ -11,7 +11,7 @@ from typing import Any
 from jaxadapt.core.progress import Report
 
 
-def meter(name: str, report: Report) -> Any:
+def progress_bar_class(name: str, report: Report) -> Any:
     """The client's progress bar, drawing nothing and telling `report`."""
     from huggingface_hub.utils import tqdm
 
@@ -30,7 +30,7 @@ def meter(name: str, report: Report) -> Any:
     return Meter
 
 
-def counted(report: Report, total: int) -> type[Any]:
+def counted_operation(report: Report, total: int) -> type[Any]:
     """The client's operation that adds a file to a commit, telling `report` how much is sent.
 
     Of what goes by hf_xet nothing is told, since that reads the file itself.
@@ -53,12 +53,12 @@ def counted(report: Report, total: int) -> type[Any]:
                         sent[self.path_in_repo] = max(place, sent.get(self.path_in_repo, 0))
                         report("upload", sum(sent.values()), total)
 
-                yield _Told(file, told)
+                yield _CountedFile(file, told)
 
     return Counted
 
 
-class _Told(io.BufferedReader):
+class _CountedFile(io.BufferedReader):
     """A file that says how far it was read. A part that is sent again counts once."""
 
     def __init__(self, file: Any, told: Callable[[int], None]) -> None:

@@ -23,9 +23,9 @@ __all__ = [
     "MAX_VIEWS",
     "LocalFile",
     "Source",
-    "aligned",
-    "allocated",
-    "closing",
+    "aligned_empties",
+    "aligned_empty",
+    "close_after",
     "file_error",
     "open_binary",
     "pread_exact",
@@ -103,7 +103,7 @@ def close(file: IO[Any]) -> None:
 
 
 @contextlib.contextmanager
-def closing(file: IO[Any]) -> Generator[None]:
+def close_after(file: IO[Any]) -> Generator[None]:
     """Closes a file as `close` does."""
     try:
         yield
@@ -191,7 +191,7 @@ ALIGNED = 64
 """XLA's CPU client shares memory that begins at a multiple of so many bytes."""
 
 
-def aligned(nbytes: int) -> np.ndarray:
+def aligned_empty(nbytes: int) -> np.ndarray:
     """Uninitialised uint8 of `nbytes`, aligned."""
     import numpy as np
 
@@ -209,7 +209,7 @@ more often gave all of it back: 500 MB, read again and again, took 70 ms into bl
 """
 
 
-def allocated(sizes: Sequence[int]) -> list[np.ndarray]:
+def aligned_empties(sizes: Sequence[int]) -> list[np.ndarray]:
     """Uninitialised uint8 of so many bytes each, all aligned; small ones share an allocation, which all keep alive."""
     out: list[np.ndarray] = []
     batch: list[int] = []
@@ -217,7 +217,7 @@ def allocated(sizes: Sequence[int]) -> list[np.ndarray]:
     for size in (*sizes, None):
         space = 0 if size is None else -(-size // ALIGNED) * ALIGNED
         if batch and (size is None or total + space > BLOCK):
-            memory = aligned(total)
+            memory = aligned_empty(total)
             starts = accumulate((-(-one // ALIGNED) * ALIGNED for one in batch), initial=0)
             out += [memory[start : start + one] for one, start in zip(batch, starts, strict=False)]
             batch, total = [], 0

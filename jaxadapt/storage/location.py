@@ -23,11 +23,24 @@ from typing import Any
 
 from jaxadapt.core.errors import FileError
 from jaxadapt.storage import local_files
-from jaxadapt.storage.local_files import closing, file_error
+from jaxadapt.storage.local_files import close_after, file_error
 
 __all__ = [
-    "Address", "Place", "absolute", "at", "exists", "is_address", "is_dir", "is_file", "put", "read_text_bytes", "size",
-    "staged", "stamp", "told", "version",
+    "Address",
+    "Place",
+    "absolute",
+    "content_version",
+    "exists",
+    "is_address",
+    "is_dir",
+    "is_file",
+    "object_stamp",
+    "put",
+    "read_text_bytes",
+    "staged_upload",
+    "to_location",
+    "total_size",
+    "translate_errors",
 ]  # fmt: skip
 
 _ADDRESS = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://", re.IGNORECASE)
@@ -48,10 +61,10 @@ def is_address(path: object) -> bool:
     return found is not None and found["scheme"].lower() not in ("file", "local")
 
 
-def at(path: str | os.PathLike[str]) -> Place:
+def to_location(path: str | os.PathLike[str]) -> Place:
     """A `Path`, or the `Address` that a text is.
 
-    >>> at("s3://bucket/run") / "step", at("run") / "step", at("file:///tmp/run")
+    >>> to_location("s3://bucket/run") / "step", to_location("run") / "step", to_location("file:///tmp/run")
     (Address('s3://bucket/run/step'), PosixPath('run/step'), PosixPath('/tmp/run'))
     """
     if isinstance(path, Address):
@@ -125,7 +138,7 @@ class Address(os.PathLike[str]):
     def info(self) -> dict[str, Any]:
         """What the store says of it. Raises `FileNotFoundError`, `FileError`."""
         fs, inner = self.store()
-        with told(self._text, "read"):
+        with translate_errors(self._text, "read"):
             return dict(fs.info(inner))
 
     def exists(self) -> bool:
@@ -153,13 +166,13 @@ class Address(os.PathLike[str]):
     def size(self) -> int:
         """In bytes, of a file or of all files in a folder. Raises `FileNotFoundError`, `FileError`."""
         fs, inner = self.store()
-        with told(self._text, "read"):
+        with translate_errors(self._text, "read"):
             return int(fs.du(inner))
 
     def iterdir(self) -> Iterator[Address]:
         """What lies in a folder. Raises `FileNotFoundError`, `NotADirectoryError`, `FileError`."""
         fs, inner = self.store()
-        with told(self._text, "read"):
+        with translate_errors(self._text, "read"):
             found = fs.ls(inner, detail=True)
         own = inner.strip("/")
         if [(entry["name"].strip("/"), entry["type"]) for entry in found] == [(own, "file")]:
@@ -170,14 +183,14 @@ class Address(os.PathLike[str]):
     def read_bytes(self) -> bytes:
         """Raises `FileNotFoundError`, `FileError`."""
         fs, inner = self.store()
-        with told(self._text, "read"):
+        with translate_errors(self._text, "read"):
             return fs.cat_file(inner)
 
     def unlink(self, missing_ok: bool = False) -> None:
         """Raises `FileNotFoundError`, `FileError`."""
         fs, inner = self.store()
         try:
-            with told(self._text, "delete"):
+            with translate_errors(self._text, "delete"):
                 fs.rm_file(inner)
         except FileNotFoundError:
             if not missing_ok:
@@ -187,7 +200,7 @@ class Address(os.PathLike[str]):
         """Puts a file of this machine here, as a whole. Raises `FileError`."""
         fs, inner = self.store()
         try:
-            with told(self._text, "write"):
+            with translate_errors(self._text, "write"):
                 if self.scheme in _WHOLE:
                     fs.put_file(local, inner)
                     return
@@ -231,7 +244,7 @@ def _store(text: str) -> tuple[Any, str]:
 
 
 @contextlib.contextmanager
-def told(text: str, action: str) -> Generator[None]:
+def translate_errors(text: str, action: str) -> Generator[None]:
     """Whatever a store's package raises, as a `FileError`; what is not there as a `FileNotFoundError`."""
     try:
         yield
@@ -283,23 +296,23 @@ def _failure(text: str, action: str, error: Exception) -> FileError:
 # ---------------------------------------------------------------- what a file is
 
 
-def stamp(info: Mapping[str, Any]) -> tuple[Any, ...]:
+def object_stamp(info: Mapping[str, Any]) -> tuple[Any, ...]:
     """What tells one content of an object from another."""
     return tuple(info.get(name) for name in ("size", "ETag", "etag", "generation", "created", "mtime", "LastModified"))
 
 
-def version(place: Place) -> object:
+def content_version(place: Place) -> object:
     """What is equal only while a file is the same. Raises `FileError`."""
     try:
         if isinstance(place, Address):
-            return stamp(place.info())
+            return object_stamp(place.info())
         status = place.stat()
     except (OSError, ValueError) as error:
         raise file_error("read", str(place), error) from error
     return status.st_mtime_ns, status.st_ino
 
 
-def size(place: Place) -> int:
+def total_size(place: Place) -> int:
     """In bytes, of a file or of all files in a folder. Raises `FileError`."""
     try:
         if isinstance(place, Address):
@@ -359,7 +372,7 @@ def read_text_bytes(place: Place, most: int = local_files.MAX_TEXT) -> bytes:
             raise file_error("read", str(place), error) from error
     else:
         file, size = local_files.open_binary(os.fspath(place))
-        with closing(file):
+        with close_after(file):
             reader = io.BufferedReader(file)
             try:
                 data = reader.read(most + 1) if size <= most else b""
@@ -377,7 +390,7 @@ def read_text_bytes(place: Place, most: int = local_files.MAX_TEXT) -> bytes:
 
 
 @contextlib.contextmanager
-def staged(address: Address) -> Generator[tuple[int, Path]]:
+def staged_upload(address: Address) -> Generator[tuple[int, Path]]:
     """A temporary file's descriptor and path, for what `put` is to put to the address."""
     import tempfile
 
@@ -386,7 +399,7 @@ def staged(address: Address) -> Generator[tuple[int, Path]]:
     except OSError as error:
         raise file_error("write", f"{address}, by way of {tempfile.gettempdir()}", error) from error
     # It has no name in any folder, so that nothing stays there if this process is killed.
-    with closing(file):
+    with close_after(file):
         yield file.fileno(), Path(tempfile.gettempdir(), "jaxadapt")
 
 

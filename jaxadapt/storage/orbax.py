@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     import jax
     import numpy as np
 
-__all__ = ["Pending", "found", "leaves", "load", "read_json", "save", "start"]
+__all__ = ["Pending", "is_checkpoint", "leaf_specs", "load", "read_json", "save", "start_save"]
 
 # What Orbax takes a folder for a checkpoint by, in its v1 and v0 layouts.
 _MARKERS = ("orbax.checkpoint", "_CHECKPOINT_METADATA", "_METADATA")
@@ -54,7 +54,7 @@ Spec = tuple[tuple[int, ...], str]
 
 def _place(path: str | os.PathLike[str]) -> Place:
     """An absolute path, or an address that Orbax can use. Raises `FileError` for one that it cannot."""
-    place = location.absolute(location.at(path))
+    place = location.absolute(location.to_location(path))
     if isinstance(place, Address) and place.scheme != "gs":
         raise FileError(
             f"{place}: Orbax cannot use {place.scheme}:// (it fails half-way, or makes a local folder of that name);"
@@ -63,9 +63,9 @@ def _place(path: str | os.PathLike[str]) -> Place:
     return place
 
 
-def found(path: str | os.PathLike[str]) -> bool:
+def is_checkpoint(path: str | os.PathLike[str]) -> bool:
     """Whether a path holds an Orbax checkpoint, whole."""
-    place = location.at(path)
+    place = location.to_location(path)
     if isinstance(place, Path):
         return any(location.exists(place / marker, shown=place) for marker in _MARKERS)
     if place.scheme == "hf":  # the Hub's adapters are looked at in its cache
@@ -126,7 +126,7 @@ def _check_names(place: Place, trees: Mapping[str, Tree]) -> None:
     for item, tree in trees.items():
         walk(tree, item)
     if bad:
-        raise FileError(f"{place}: Orbax joins names by dots; expected names without any:\n" + paths.listing(bad))
+        raise FileError(f"{place}: Orbax joins names by dots; expected names without any:\n" + paths.bullets(bad))
 
 
 class Pending:
@@ -144,7 +144,7 @@ class Pending:
             raise _orbax_error("write", self.place, error) from error
 
 
-def start(
+def start_save(
     path: str | os.PathLike[str], trees: Mapping[str, Tree], documents: Mapping[str, Any], named: Place | None = None
 ) -> Pending:
     """Begins a save, and returns when the values are off the device. Every process must call it, with the same path.
@@ -171,7 +171,7 @@ def start(
 
 
 def save(path: str | os.PathLike[str], trees: Mapping[str, Tree], documents: Mapping[str, Any], alone: bool) -> None:
-    """Writes a checkpoint durably and atomically; when it returns, it is there. Arguments as in `start`.
+    """Writes a checkpoint durably and atomically; when it returns, it is there. Arguments as in `start_save`.
 
     Args:
         alone: this process is the only one; else every process must call it, with the same path.
@@ -182,7 +182,7 @@ def save(path: str | os.PathLike[str], trees: Mapping[str, Tree], documents: Map
     _check_names(place, trees)
     if isinstance(place, Path):
         atomic.make_folder(place.parent)
-        atomic.sweep(place.parent, re.escape(place.name), folders=True)
+        atomic.remove_leftovers(place.parent, re.escape(place.name), folders=True)
         if alone:  # of several processes Orbax sees to it itself
             for stale in place.parent.glob(f"{glob.escape(place.name)}.orbax-checkpoint-tmp*"):
                 shutil.rmtree(stale, ignore_errors=True)
@@ -194,10 +194,10 @@ def save(path: str | os.PathLike[str], trees: Mapping[str, Tree], documents: Map
             " be gone before the new one is there; choose another path, or delete it"
         )
     if not alone or isinstance(place, Address):
-        start(place, trees, documents).result()
+        start_save(place, trees, documents).result()
         return
-    with atomic.staging(place) as inside:
-        start(inside, trees, documents, named=place).result()
+    with atomic.staging_folder(place) as inside:
+        start_save(inside, trees, documents, named=place).result()
         atomic.flush_tree(inside, place)
         try:
             inside.rename(place)
@@ -208,7 +208,7 @@ def save(path: str | os.PathLike[str], trees: Mapping[str, Tree], documents: Map
 # ---------------------------------------------------------------- reading
 
 
-def leaves(path: str | os.PathLike[str]) -> dict[str, dict[tuple[str, ...], Spec]]:
+def leaf_specs(path: str | os.PathLike[str]) -> dict[str, dict[tuple[str, ...], Spec]]:
     """`{item: {key path: (shape, dtype name)}}` of all arrays of a checkpoint, without reading one.
 
     The item of a checkpoint that is one bare tree (as v0 writes it) is "". Raises `FileError`, `FormatError`.
@@ -216,7 +216,7 @@ def leaves(path: str | os.PathLike[str]) -> dict[str, dict[tuple[str, ...], Spec
     from orbax.checkpoint import v1 as ocp
 
     place = _place(path)
-    if not found(place):
+    if not is_checkpoint(place):
         raise FileError(f"{place}: no Orbax checkpoint; expected a folder that holds one of {', '.join(_MARKERS)}")
     named = [item for item in _items(place) if not location.exists(place / item / _JSON)]
     try:
@@ -274,7 +274,7 @@ def load(
     from orbax.checkpoint import v1 as ocp
 
     place = _place(path)
-    have = leaves(place).get(item, {})
+    have = leaf_specs(place).get(item, {})
     problems: list[str] = []
     for key, spec in wanted.items():
         name = "/".join(key)
@@ -283,7 +283,7 @@ def load(
         elif spec is not None and have[key] != (tuple(spec.shape), np.dtype(spec.dtype).name):
             problems.append(f"{name}: {have[key][1]} {have[key][0]} saved, {spec.dtype} {tuple(spec.shape)} expected")
     if problems:
-        raise MismatchError(f"{place} does not fit:\n" + paths.listing(problems, 16))
+        raise MismatchError(f"{place} does not fit:\n" + paths.bullets(problems, 16))
     if not wanted:
         return {}
     tree: dict[str, Any] = {}
@@ -306,7 +306,7 @@ def load(
             problems.append(f"{'/'.join(key)}: Orbax gave {type(leaf).__name__}")
         out[key] = leaf
     if problems:
-        raise FormatError(f"{place}: leaves are missing:\n" + paths.listing(problems, 16))
+        raise FormatError(f"{place}: leaves are missing:\n" + paths.bullets(problems, 16))
     return out
 
 

@@ -27,14 +27,14 @@ from jaxadapt.storage.safetensors_header import Header, TensorInfo, encode
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Part", "Parts", "digest", "follow", "lead"]
+__all__ = ["Parts", "TensorPart", "digest", "write_as_follower", "write_as_leader"]
 
 # The disk is set to work on what lies so many bytes of this process' own behind, an eighth of all within these bounds.
 _NEAR, _FAR = 4 << 20, 64 << 20
 _LOTS = 4  # each time a part of that has gathered
 
 
-class Part(NamedTuple):
+class TensorPart(NamedTuple):
     """A box of one tensor: `shape` is the tensor's (or another for the same bytes in C order), `array` any layout."""
 
     key: str
@@ -43,7 +43,7 @@ class Part(NamedTuple):
     array: np.ndarray
 
 
-Parts = Callable[[bool], Iterator[Part]]
+Parts = Callable[[bool], Iterator[TensorPart]]
 """What this process is to write: its own parts of a shared file, or (False) process 0 everything, the others nothing.
 
 It is called while others are waited for: what takes an array off its device is best done before the iterator begins.
@@ -52,7 +52,7 @@ That is always run to its end in all processes, since gathering for process 0 ta
 Specs = Mapping[str, tuple[str, Sequence[int]]]
 
 
-def lead(
+def write_as_leader(
     writer: atomic.Writer,
     specs: Specs,
     metadata: Mapping[str, str],
@@ -61,7 +61,7 @@ def lead(
     shared: bool | None,
     alike: Mapping[str, str],
 ) -> Header:
-    """Writes a file together with the `follow` of every other process. For process 0, which then commits it.
+    """Writes a file together with the `write_as_follower` of every other process. For process 0, which then commits it.
 
     Args:
         writer: of the file, in which everything that the others write is on the disk when this returns.
@@ -80,33 +80,35 @@ def lead(
         os.ftruncate(writer.fd, header.size)
     except OSError as error:
         raise _error(path, error) from error
-    place = _Place(writer.fd, path, header.data_start, header.tensors, header.size // group.count)
+    place = _SharedFile(writer.fd, path, header.data_start, header.tensors, header.size // group.count)
     place.write_at(memoryview(first), 0)
     name = writer.temporary.name
     plan = {"file": name, "size": header.size, "start": header.data_start}
-    group.tell("plan", plan | {"specs": _specs_digest(specs), "alike": dict(alike)})
+    group.send("plan", plan | {"specs": _specs_digest(specs), "alike": dict(alike)})
     mine = None if shared is False else parts(True)
-    blind = [process for process, sees in group.hear_all("sees").items() if not sees]
+    blind = [process for process, sees in group.receive_all("sees").items() if not sees]
     if shared and blind:
         raise FileError(
             f"{path}: processes {blind} do not see the file that process 0 has made there; give a path on a file"
             " system that all processes have in common"
         )
     common = not blind if shared is None else shared
-    group.tell("mode", common)
+    group.send("mode", common)
     if not common:
         mine = None  # before others are gathered
     place.write(parts(False) if mine is None else mine)
-    group.hear_all("written")
+    group.receive_all("written")
     return header
 
 
-def follow(path: str, specs: Specs, parts: Parts, group: Group, shared: bool | None, alike: Mapping[str, str]) -> None:
-    """Takes part in the `lead` of process 0; returns when this process' parts are on the disk.
+def write_as_follower(
+    path: str, specs: Specs, parts: Parts, group: Group, shared: bool | None, alike: Mapping[str, str]
+) -> None:
+    """Takes part in the `write_as_leader` of process 0; returns when this process' parts are on the disk.
 
     Raises:
         MismatchError: the tensors, or what should be alike, are not those of process 0.
-        FileError: as `lead`.
+        FileError: as `write_as_leader`.
     """
     fd = None
     try:  # what can be done before process 0 has spoken
@@ -114,9 +116,9 @@ def follow(path: str, specs: Specs, parts: Parts, group: Group, shared: bool | N
         _, header = encode(path, specs, {})
         ours = _specs_digest(specs)
     except BaseException as error:
-        group.fail(error, "sees")
+        group.send_failure(error, "sees")
         raise
-    plan = group.hear("plan")
+    plan = group.receive("plan")
     try:
         if plan["specs"] != ours:
             raise MismatchError(f"{path}: the names, shapes or dtypes of its arrays are not those of process 0's")
@@ -126,26 +128,28 @@ def follow(path: str, specs: Specs, parts: Parts, group: Group, shared: bool | N
             raise MismatchError(
                 f"{path}: these differ between the processes, and only one could be saved; give arrays over all"
                 " processes, or gather what each has (jax.experimental.multihost_utils.process_allgather):\n"
-                + paths.listing(differ)
+                + paths.bullets(differ)
             )
         fd = _open(Path(path).parent / plan["file"], plan["size"])
     except BaseException as error:
-        group.fail(error, "sees")
+        group.send_failure(error, "sees")
         raise
     try:
-        group.tell("sees", fd is not None)
-        common = group.hear("mode")
+        group.send("sees", fd is not None)
+        common = group.receive("mode")
         try:
             if not common:
                 mine = None  # before others are gathered
-            place = _Place(-1 if fd is None else fd, path, plan["start"], header.tensors, header.size // group.count)
+            place = _SharedFile(
+                -1 if fd is None else fd, path, plan["start"], header.tensors, header.size // group.count
+            )
             place.write(parts(False) if mine is None else mine)
             if common:
                 place.flush()
         except BaseException as error:
-            group.fail(error, "written")
+            group.send_failure(error, "written")
             raise
-        group.tell("written")
+        group.send("written")
     finally:
         if fd is not None:
             with contextlib.suppress(OSError):  # what was written was flushed
@@ -190,7 +194,7 @@ def _error(path: str, error: OSError) -> FileError:
     return local_files.file_error("write", path, error, "what the path held before is untouched")
 
 
-class _Place:
+class _SharedFile:
     """An open file of known layout.
 
     The disk is set to work on what lies some way behind, where the other processes, which go through the file in the
@@ -208,7 +212,7 @@ class _Place:
         self._behind: deque[tuple[int, int]] = deque()  # where one lot after the other was written, first and last
         self._low, self._high = sys.maxsize, 0
 
-    def write(self, parts: Iterator[Part]) -> None:
+    def write(self, parts: Iterator[TensorPart]) -> None:
         """Writes all parts. If that fails the rest is still made, and not written: others may be waiting for it."""
         failed: BaseException | None = None
         for part in parts:
@@ -221,7 +225,7 @@ class _Place:
         if failed is not None:
             raise failed
 
-    def _write(self, part: Part) -> None:
+    def _write(self, part: TensorPart) -> None:
         begin = self._start + self._tensors[part.key].start
         bits = safetensors.little_bits(part.array)
         strided.write_box(lambda data, at, *cut: self.write_at(data, begin + at, *cut), part.shape, bits, part.box)
@@ -259,7 +263,7 @@ class _Place:
     def flush(self) -> None:
         """Waits until everything is on the disk."""
         try:
-            atomic.flush(self._fd)
+            atomic.flush_fd(self._fd)
             os.close(os.dup(self._fd))  # as in `atomic`: some file systems report a failed write on closing only
         except OSError as error:
             raise _error(self._path, error) from error

@@ -20,7 +20,7 @@ READ = 5 * local_files.BLOCK  # 15 MB
 waits for a whole call. 50 MB took 18 ms in four calls, 23 in one."""
 
 
-class Ahead:
+class Prefetch:
     """The bytes after a header, which are being read in the background while the caller plans."""
 
     def __init__(self, source: local_files.Source, start: int) -> None:
@@ -28,7 +28,7 @@ class Ahead:
 
         size = source.size - start
         self._blocks = [
-            local_files.aligned(min(local_files.BLOCK, size - at)) for at in range(0, size, local_files.BLOCK)
+            local_files.aligned_empty(min(local_files.BLOCK, size - at)) for at in range(0, size, local_files.BLOCK)
         ]
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(1)
@@ -63,7 +63,7 @@ class Ahead:
         block, first = divmod(start, local_files.BLOCK)
         if first % local_files.ALIGNED == 0 and stop - start <= local_files.BLOCK - first:
             return self._blocks[block][first : first + stop - start]
-        out = local_files.aligned(stop - start) if memory is None else memory[: stop - start]
+        out = local_files.aligned_empty(stop - start) if memory is None else memory[: stop - start]
         done = 0
         while done < stop - start:
             block, first = divmod(start + done, local_files.BLOCK)

@@ -14,14 +14,14 @@ from jaxadapt.storage.local_files import file_error
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-__all__ = ["Object", "fetched"]
+__all__ = ["RemoteObject", "fetch_object"]
 
 _HEAD = 512 << 10  # read at once when an object is opened: most headers, and all of a small adapter
 _BLOCK = 4 << 20  # as long to fetch as to wait for a store's answer
 _KEPT = 16  # blocks; tensors are read in the order of the file
 
 
-class Object:
+class RemoteObject:
     """An object open for reading, in ranges; reading from several threads at once is safe.
 
     Small reads share blocks, each of which is fetched once; large ones are a request each.
@@ -39,7 +39,7 @@ class Object:
         if info["type"] != "file" or info.get("size") is None:
             raise FileError(f"{self.path}: cannot read: expected a file, found a folder, or what tells no size")
         self.size = int(info["size"])
-        self._stamp = location.stamp(info)
+        self._stamp = location.object_stamp(info)
         self._fetched = False
         self._blocks: dict[int, Future[bytes]] = {}
         self._lock = threading.Lock()
@@ -90,7 +90,7 @@ class Object:
         fs, inner = self._address.store()
         self._fetched = self._fetched or start > 0 or stop < self.size
         try:
-            with location.told(self.path, "read"):
+            with location.translate_errors(self.path, "read"):
                 data = fs.cat_file(inner, start=start, end=stop)
         except FileNotFoundError as error:
             raise FileError(f"{self.path}: it was deleted while it was read") from error
@@ -100,7 +100,7 @@ class Object:
 
     def check(self) -> None:
         """Raises `FormatError` if it was replaced while it was read: its parts may be of two files then."""
-        if self._fetched and location.stamp(self._address.info()) != self._stamp:
+        if self._fetched and location.object_stamp(self._address.info()) != self._stamp:
             raise FormatError(f"{self.path}: it was replaced while it was read; read it again")
 
     def close(self) -> None:
@@ -108,15 +108,15 @@ class Object:
         self._blocks.clear()
 
 
-def fetched(address: location.Address) -> tuple[io.FileIO, int]:
+def fetch_object(address: location.Address) -> tuple[io.FileIO, int]:
     """All of an object in a temporary file that is open, and its size in bytes. Raises `FileError`."""
     import tempfile
 
-    held = Object(address)
+    held = RemoteObject(address)
     fs, inner = address.store()
     try:
         with tempfile.NamedTemporaryFile(prefix="jaxadapt-") as copy:
-            with location.told(str(address), "read"):
+            with location.translate_errors(str(address), "read"):
                 fs.get_file(inner, copy.name)
             return io.FileIO(copy.name, "rb"), held.size
     except OSError as error:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from jaxadapt.core.errors import FileError, FormatError, MismatchError
 from jaxadapt.storage import atomic, local_files, location, ranged_reads, strided, threads
 from jaxadapt.storage.dtypes import NAMES, dtype_name, numpy_dtype
-from jaxadapt.storage.prefetch import Ahead
+from jaxadapt.storage.prefetch import Prefetch
 from jaxadapt.storage.safetensors_header import (
     MAX_HEADER,
     Header,
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 __all__ = [
     "MAX_HEADER",
     "SMALL",
+    "FileTensorSpec",
     "Header",
-    "Spec",
     "TensorFile",
     "TensorInfo",
     "encode",
@@ -57,8 +57,12 @@ _GROUP = 16 << 20
 
 
 def _open(path: str | os.PathLike[str]) -> local_files.Source:
-    place = location.at(path)
-    return ranged_reads.Object(place) if isinstance(place, location.Address) else local_files.LocalFile(os.fspath(path))
+    place = location.to_location(path)
+    return (
+        ranged_reads.RemoteObject(place)
+        if isinstance(place, location.Address)
+        else local_files.LocalFile(os.fspath(path))
+    )
 
 
 def _header_of(source: local_files.Source) -> Header:
@@ -94,7 +98,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         source.close()
 
 
-class Spec(NamedTuple):
+class FileTensorSpec(NamedTuple):
     """What a tensor is, without its values."""
 
     shape: tuple[int, ...]
@@ -110,15 +114,15 @@ class TensorFile(Mapping[str, "np.ndarray"]):
     """
 
     def __init__(self, path: str | os.PathLike[str], ahead: bool = False) -> None:
-        """Raises what `read_header` raises. `ahead` as in `open_tensors`."""
+        """Raises what `read_header` raises. `is_prefetched` as in `open_tensors`."""
         self._source = _open(path)
-        self._ahead: Ahead | None = None
+        self._ahead: Prefetch | None = None
         self.path = self._source.path
         try:
             raw = _header_bytes(self._source)
             start = 8 + len(raw)
             if ahead and 0 < self._source.size - start <= SMALL:
-                self._ahead = Ahead(self._source, start)
+                self._ahead = Prefetch(self._source, start)
             self.header = parse(self.path, raw, self._source.size)
         except BaseException:
             self.close()
@@ -147,21 +151,21 @@ class TensorFile(Mapping[str, "np.ndarray"]):
         if self._ahead is not None and self._ahead.take({key: (info.start, info.stop)}):
             data = self._ahead.at(info.start, info.stop, memory)
         else:
-            data = local_files.aligned(info.nbytes) if memory is None else memory[: info.nbytes]
+            data = local_files.aligned_empty(info.nbytes) if memory is None else memory[: info.nbytes]
             self._source.read_into([(f"tensor {key!r}", data.data)], self.header.data_start + info.start)
         return data.view(dtype).reshape(info.shape)
 
-    def spec(self, key: str) -> Spec:
+    def spec(self, key: str) -> FileTensorSpec:
         """Shape and dtype of one tensor."""
         info, dtype = self._find(key)
-        return Spec(info.shape, dtype)
+        return FileTensorSpec(info.shape, dtype)
 
     def nbytes(self, key: str) -> int:
         """The size of one tensor, without reading it."""
         return self.header.tensors[key].nbytes
 
     @functools.cached_property
-    def specs(self) -> dict[str, Spec]:
+    def specs(self) -> dict[str, FileTensorSpec]:
         """Shapes and dtypes by key.
 
         Raises:
@@ -169,7 +173,7 @@ class TensorFile(Mapping[str, "np.ndarray"]):
         """
         try:
             kinds = {name: numpy_dtype(name) for name in {info.dtype for info in self.header.tensors.values()}}
-            return {key: Spec(info.shape, kinds[info.dtype]) for key, info in self.header.tensors.items()}
+            return {key: FileTensorSpec(info.shape, kinds[info.dtype]) for key, info in self.header.tensors.items()}
         except FormatError:
             return {key: self.spec(key) for key in self.header.tensors}  # which says which tensor it is
 
@@ -212,10 +216,11 @@ class TensorFile(Mapping[str, "np.ndarray"]):
         groups = self.groups(keys, _GROUP)
         out: dict[str, np.ndarray] = {}
         reads = (
-            functools.partial(self.read_group, g, local_files.allocated(list(map(self.nbytes, g)))) for g in groups
+            functools.partial(self.read_group, g, local_files.aligned_empties(list(map(self.nbytes, g))))
+            for g in groups
         )
         # few large tasks: their time goes into the kernel's copy and page faults, which hold no lock of Python's
-        with contextlib.closing(threads.in_order(reads, min(threads.THREADS, len(groups)))) as made:
+        with contextlib.closing(threads.run_in_order(reads, min(threads.THREADS, len(groups)))) as made:
             for group, arrays in zip(groups, made, strict=True):
                 out |= zip(group, arrays, strict=True)
                 if progress is not None:
@@ -236,7 +241,7 @@ class TensorFile(Mapping[str, "np.ndarray"]):
         return groups
 
     @property
-    def ahead(self) -> bool:
+    def is_prefetched(self) -> bool:
         """Whether all was, or is being, read ahead."""
         return self._ahead is not None
 
@@ -252,7 +257,11 @@ class TensorFile(Mapping[str, "np.ndarray"]):
             there = self._ahead
             return [there.at(info.start, info.stop, None).view(dtype).reshape(info.shape) for info, dtype in found]
         sizes = [info.nbytes for info, _ in found]
-        memory = local_files.allocated(sizes) if memory is None else [m[:n] for m, n in zip(memory, sizes, strict=True)]
+        memory = (
+            local_files.aligned_empties(sizes)
+            if memory is None
+            else [m[:n] for m, n in zip(memory, sizes, strict=True)]
+        )
         parts = [(f"tensor {key!r}", place.data) for key, place in zip(keys, memory, strict=True)]
         self._source.read_into(parts, self.header.data_start + found[0][0].start)
         return [place.view(dtype).reshape(info.shape) for place, (info, dtype) in zip(memory, found, strict=True)]
@@ -355,7 +364,7 @@ def write(
         FileError: disk full, no permission, …; a spec the format cannot hold; a header over 100 MB.
         MismatchError: `get` returned another dtype or shape than its spec.
     """
-    with atomic.replacing(path) as writer:
+    with atomic.open_replacement(path) as writer:
         return write_to(writer, specs, get, metadata, progress=progress)
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from jaxadapt.storage.local_files import aligned
+from jaxadapt.storage.local_files import aligned_empty
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,7 +55,7 @@ def read_box(
     padded = [*slices, *[slice(None)] * (len(shape) - len(slices))]
     ranges = [range(*part.indices(size)) for part, size in zip(padded, shape, strict=True)]
     lengths = tuple(len(part) for part in ranges)
-    flat = aligned(math.prod(lengths) * dtype.itemsize)
+    flat = aligned_empty(math.prod(lengths) * dtype.itemsize)
     out = flat.view(dtype).reshape(lengths)
     if out.size == 0 or not shape:
         if out.size:
@@ -84,7 +84,7 @@ def read_box(
         for at in range(0, len(inner), count):
             group = inner[at : at + count]
             low, high = min(group), max(group) + 1
-            strip = aligned((high - low) * strides[axis])
+            strip = aligned_empty((high - low) * strides[axis])
             read_at(strip.data, start + low * strides[axis])
             box = strip.view(dtype).reshape(high - low, *shape[axis + 1 :])
             rows[number, at : at + count] = box[(_slice(_shifted(group, low)), *rest)]

@@ -15,14 +15,14 @@ THREADS = min(8, os.cpu_count() or 1)
 _T = TypeVar("_T")
 
 
-def in_order(tasks: Iterable[Callable[[], _T]], threads: int = THREADS) -> Generator[_T]:
+def run_in_order(tasks: Iterable[Callable[[], _T]], threads: int = THREADS) -> Generator[_T]:
     """What each task returns, in order; with one thread they run in the caller's.
 
     The caller's thread takes the tasks from the iterable, a few before they run. What is allocated in making a task
     should be all that is to outlive it: malloc gives each new thread the next of up to eight arenas a core, each keeps
     pages that were freed, and loading 500 MB again and again left 3 GB in those of two cores.
 
-    >>> list(in_order([lambda: 1, lambda: 2]))
+    >>> list(run_in_order([lambda: 1, lambda: 2]))
     [1, 2]
     """
     if threads <= 1:

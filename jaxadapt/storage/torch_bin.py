@@ -314,9 +314,11 @@ def _nbytes(storage: _Storage) -> int:
 def _load(path: str | os.PathLike[str], use: Callable[[_Zip | _Legacy, dict[str, _Tensor]], T]) -> T:
     """Opens a file of either format and hands its reader and tensors to `use`."""
     name = os.fspath(path)
-    place = places.at(path)
-    file, size = ranged_reads.fetched(place) if isinstance(place, places.Address) else local_files.open_binary(name)
-    with local_files.closing(file):
+    place = places.to_location(path)
+    file, size = (
+        ranged_reads.fetch_object(place) if isinstance(place, places.Address) else local_files.open_binary(name)
+    )
+    with local_files.close_after(file):
         first = local_files.pread_exact(file.fileno(), min(size, 16), 0, name, "file")
         if first.startswith(b"version "):
             raise FormatError(f"{name}: a Git LFS pointer, not the weights: fetch them with `git lfs pull`")
@@ -382,7 +384,7 @@ def _array(raw: bytes, tensor: _Tensor, *, big_endian: bool) -> np.ndarray:
     import numpy as np
 
     dtype = np.dtype("complex128") if tensor.dtype == "C128" else numpy_dtype(tensor.dtype)
-    out = local_files.aligned(tensor.nbytes).view(dtype).reshape(tensor.shape)
+    out = local_files.aligned_empty(tensor.nbytes).view(dtype).reshape(tensor.shape)
     if not out.size:
         return out
     storage = tensor.storage

@@ -41,15 +41,15 @@ class _Leaf:
 
     adapter: str
     config: Config
-    bound: bind.Bound
+    site: bind.Site
     tensor: str
     ndim: int  # stacked layers not counted
 
     @property
     def role(self) -> str:
-        if self.bound.method.copies:
-            return "bias" if self.bound.leaf.rpartition(".")[2] == "bias" else "copy"
-        return self.bound.method.role(self.bound.static, self.tensor)
+        if self.site.method.copies:
+            return "bias" if self.site.leaf.rpartition(".")[2] == "bias" else "copy"
+        return self.site.method.role(self.site.hparams, self.tensor)
 
     @property
     def decays(self) -> bool:
@@ -75,7 +75,7 @@ def _leaves(tree: Any) -> Any:
 
 
 def _of_state(state: Any) -> Any:
-    held = nnx.variables(state)
+    held = nnx.adapter_variables(state)
     if not held:
         raise AttachError("this model carries no adapter to train")
     made: dict[int, _Leaf] = {}
@@ -87,7 +87,7 @@ def _of_state(state: Any) -> Any:
     if others:
         raise AttachError(
             "of a state, what is trained alone: nnx.state(model, jaxadapt.AdapterParam); this one also holds\n"
-            + paths.listing(others)
+            + paths.bullets(others)
         )
     return jax.tree.map(lambda var: made[id(var)], state, is_leaf=lambda x: isinstance(x, nnx.nnx.Variable))
 
@@ -105,10 +105,10 @@ def _of_collections(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def _named(adapter: Adapter, name: str) -> dict[str, _Leaf]:
     """`{path: what it is}` of one adapter's parameters."""
-    plain = dataclasses.replace(adapter, params=collections.opened(adapter.params))
+    plain = dataclasses.replace(adapter, params=collections.unbox_tree(adapter.params))
     return {
-        paths.join(b.leaf, tensor): _Leaf(name, adapter.config, b, tensor, len(shape) - len(b.site.stack))
-        for b in bind.of(plain)
+        paths.join(b.leaf, tensor): _Leaf(name, adapter.config, b, tensor, len(shape) - len(b.match.stack))
+        for b in bind.sites_of(plain)
         for tensor, shape in b.shapes.items()
     }
 
@@ -170,15 +170,15 @@ def kasa_loss(tree: Any, name: str = attachment.DEFAULT) -> Array:
     how = adapter.config.get("kasa_config")
     if how is None:
         raise ConfigError(f"the adapter {name!r} has no kasa_config, and so no such penalty")
-    plain = dataclasses.replace(adapter, params=collections.opened(adapter.params))
+    plain = dataclasses.replace(adapter, params=collections.unbox_tree(adapter.params))
     total: Any = jnp.zeros((), jnp.float32)
-    for bound in bind.of(plain):
+    for bound in bind.sites_of(plain):
         if bound.method.copies:
             continue
-        held = {t: methods.wide(x) for t, x in plain.sites[bound.leaf].items()}
+        held = {t: methods.at_least_float32(x) for t, x in plain.sites[bound.leaf].items()}
         pair = [(t, e) for t, e in zip(bound.tensors, bound.entries, strict=True) if t.name in ("lora_A", "lora_B")]
         tensors, entries = zip(*pair, strict=True)
-        a, b = products.matrices(dataclasses.replace(bound, tensors=tensors, entries=entries), held)
+        a, b = products.site_matrices(dataclasses.replace(bound, tensors=tensors, entries=entries), held)
         eye = jnp.eye(a.shape[1])[None]
         with jax.default_matmul_precision("highest"):
             grams = jnp.swapaxes(b, 1, 2) @ b, a @ jnp.swapaxes(a, 1, 2)
@@ -233,7 +233,8 @@ def lora_plus(
 
 def _times(rate: Any, ratio: float) -> Any:
     schedule: Any = rate
-    return (lambda step: schedule(step) * ratio) if callable(rate) else rate * ratio  # pyright: ignore[reportUnknownLambdaType]
+    # pyright: ignore[reportUnknownLambdaType]
+    return (lambda step: schedule(step) * ratio) if callable(rate) else rate * ratio
 
 
 def scale_by_rank(tree: Any, reference: int = 8) -> optax.GradientTransformation:
@@ -256,7 +257,7 @@ def scale_by_rank(tree: Any, reference: int = 8) -> optax.GradientTransformation
         raise ConfigError(f"reference: expected a positive rank, found {reference!r}")
 
     def factor(leaf: _Leaf) -> float:
-        own = {name: size for t in leaf.bound.tensors for name, size in t.own}
+        own = {name: size for t in leaf.site.tensors for name, size in t.own}
         if leaf.role not in ("A", "B", "embedding") or "r" not in own or leaf.config.get("use_rslora"):
             return 1.0
         return math.sqrt(own["r"] / reference)
@@ -295,10 +296,10 @@ def lora_fa(tree: Any, inner: optax.GradientTransformation) -> optax.GradientTra
     odd = [f"{name}: {leaf} {sorted(at)}" for (name, leaf), at in sites.items() if set(at) != {"lora_A", "lora_B"}]
     odd += [f"{leaf.adapter}: {leaf.bound.leaf}: its B is frozen" for leaf in flat if leaf.role == "frozen"]
     odd = odd or [
-        f"{name}: {leaf}" for (name, leaf), at in sites.items() if not products.is_pair(flat[at["lora_A"]].bound)
+        f"{name}: {leaf}" for (name, leaf), at in sites.items() if not products.has_one_pair(flat[at["lora_A"]].bound)
     ]
     if odd:
-        raise ConfigError("LoRA-FA is for plain pairs of matrices, which these are not:\n" + paths.listing(odd))
+        raise ConfigError("LoRA-FA is for plain pairs of matrices, which these are not:\n" + paths.bullets(odd))
 
     def corrected(updates: Any, params: Any) -> Any:
         grads = structure.flatten_up_to(updates)
@@ -322,12 +323,12 @@ def lora_fa(tree: Any, inner: optax.GradientTransformation) -> optax.GradientTra
     return optax.GradientTransformation(apart.init, update)
 
 
-def _corrected(bound: bind.Bound, a: Array, grad: Array) -> Array:
+def _corrected(bound: bind.Site, a: Array, grad: Array) -> Array:
     """B's gradient times (A·Aᵀ)⁻¹/s², module by module, in float32."""
     with jax.default_matmul_precision("highest"):
-        tensors = {"lora_A": methods.wide(a), "lora_B": methods.wide(grad)}
-        a_rows, rows = products.matrices(bound, tensors, scaled=False)
+        tensors = {"lora_A": methods.at_least_float32(a), "lora_B": methods.at_least_float32(grad)}
+        a_rows, rows = products.site_matrices(bound, tensors, scaled=False)
         gram = a_rows @ jnp.swapaxes(a_rows, 1, 2) + 1e-8 * jnp.eye(a_rows.shape[1])[None]
         new = rows @ jnp.linalg.pinv(gram) / products.scale(bound) ** 2
-        _, leaves = products.placed(bound, a_rows, new, scaled=False)
+        _, leaves = products.matrices_to_leaves(bound, a_rows, new, scaled=False)
     return leaves[paths.join(bound.leaf, "lora_B")].astype(grad.dtype)

@@ -15,7 +15,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 import jaxadapt
 from jaxadapt.arrays.axes import Axes
 from jaxadapt.core import paths
-from jaxadapt.keymaps.generic import line_for
+from jaxadapt.keymaps.generic import entry_from_axes
 from tests.twins import layers
 
 KINDS = ("LORA", "IA3")
@@ -49,7 +49,9 @@ def base_shapes(case: layers.Case) -> dict[str, tuple[int, ...]]:
 def table_of(case: layers.Case) -> jaxadapt.KeyMap:
     """The roles of the registry as a table, for weights whose roles nothing else tells."""
     shapes = base_shapes(case)
-    return jaxadapt.KeyMap("mine", tuple(line_for(leaf, shapes[leaf], axes) for leaf, axes in case.roles.items()))
+    return jaxadapt.KeyMap(
+        "mine", tuple(entry_from_axes(leaf, shapes[leaf], axes) for leaf, axes in case.roles.items())
+    )
 
 
 def needs_table(case: layers.Case) -> bool:
@@ -83,7 +85,7 @@ def scaled(weight: Any, l: Any, axes: Axes, feedforward: bool, stack: int | None
     if stack is not None:
         return jax.vmap(lambda w, l: scaled(w, l, axes, feedforward, None), (stack, stack), stack)(weight, l)
     letters = string.ascii_lowercase[: weight.ndim]
-    of = "".join(letters[i] for i in (*axes.batch, *(axes.inn if feedforward else axes.out)))
+    of = "".join(letters[i] for i in (*axes.batch_axes, *(axes.in_axes if feedforward else axes.out_axes)))
     return jnp.einsum(f"{letters},{of}->{letters}", weight, l)
 
 

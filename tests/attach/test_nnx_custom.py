@@ -14,7 +14,7 @@ from flax import linen, nnx
 
 import jaxadapt
 from jaxadapt.core.errors import AttachError, KeyMapError, TargetError
-from jaxadapt.keymaps.generic import GENERIC, line_for
+from jaxadapt.keymaps.generic import GENERIC, entry_from_axes
 from jaxadapt.keymaps.weight import Weight
 from tests.twins import layers, layers_nnx
 
@@ -181,7 +181,7 @@ def test_dropout_where_only_the_effective_weight_can_follow(case):
     model = case.make()
     ((leaf, axes),) = case.roles.items()
     shape = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))[tuple(leaf.split("."))].shape
-    table = GENERIC.with_lines([line_for(leaf, shape, axes)])
+    table = GENERIC.with_entries([entry_from_axes(leaf, shape, axes)])
     config = lora("layer", lora_dropout=0.1)
     with pytest.raises(AttachError, match=f"(?s)dropout.*{leaf}.*lora_dropout=0.0"):
         adapt(case.make(), config, keymap=table, example=case.inputs())

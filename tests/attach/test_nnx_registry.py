@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 import jaxadapt
-from jaxadapt.keymaps.generic import GENERIC, line_for
+from jaxadapt.keymaps.generic import GENERIC, entry_from_axes
 from tests.twins import layers, trees
 
 ALPHA, R = 6, 3
@@ -35,7 +35,7 @@ def adapted(method: str, case: layers.Case, model: Any = None, *, rngs: Any = 1,
     table = None
     if case.how in (layers.EFFECTIVE, layers.EITHER):  # no product shows the roles: a person has to say them
         shapes = {path: v.shape for path, v in trees.nnx_leaves(model).items()}
-        table = GENERIC.with_lines(line_for(leaf, shapes[leaf], axes) for leaf, axes in case.roles.items())
+        table = GENERIC.with_entries(entry_from_axes(leaf, shapes[leaf], axes) for leaf, axes in case.roles.items())
     return jaxadapt.adapt(
         model,
         config_of(method, case, **fields),

@@ -121,7 +121,7 @@ def test_only_stale_temporary_files_of_the_same_target_go(tmp_path: Path) -> Non
 
 def test_two_writers_at_once(tmp_path: Path) -> None:
     """The second sees the first one's temporary file and leaves it alone; the last to finish wins."""
-    with atomic.replacing(tmp_path / "f") as first:
+    with atomic.open_replacement(tmp_path / "f") as first:
         first.write(memoryview(b"first"))
         atomic.write_bytes(tmp_path / "f", b"second")
         assert len(names(tmp_path)) == 2
@@ -300,7 +300,7 @@ def test_a_large_file_leaves_the_cache_but_for_its_end(tmp_path: Path, monkeypat
     monkeypatch.setattr(os, "posix_fadvise", lambda fd, at, size, what: calls.append((at, size)))
     monkeypatch.setattr(atomic, "_EARLY", 10)
     monkeypatch.setattr(atomic, "_CACHED", 20)
-    with atomic.replacing(tmp_path / "f") as writer:
+    with atomic.open_replacement(tmp_path / "f") as writer:
         for _ in range(4):
             writer.write(memoryview(b"x" * 10))
     # each part as it comes, then all that is further behind; never a size of 0, which means to the end
@@ -324,7 +324,7 @@ def test_a_file_of_several_processes_goes_to_the_disk_some_way_behind(
     monkeypatch.setattr(parallel_write, "_NEAR", 20)
     monkeypatch.setattr(parallel_write, "_FAR", 40)
     with (tmp_path / "f").open("wb") as file:
-        place = parallel_write._Place(file.fileno(), "f", 0, {}, share)
+        place = parallel_write._SharedFile(file.fileno(), "f", 0, {}, share)
         for at in (0, 20, 40, 60, 80):  # a lot of two rows, between which lie another process' rows
             place.write_at(memoryview(b"x" * 5), at)
             place.write_at(memoryview(b"x" * 5), at + 10)
@@ -337,7 +337,7 @@ def test_rows_of_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         os, "pwrite", lambda fd, data, at: real(fd, data[:2], at)
     )  # a system that writes little at once
     with (tmp_path / "f").open("wb") as file:
-        parallel_write._Place(file.fileno(), "f", 0, {}, 0).write_at(memoryview(b"abcdef"), 1, 3, 5)
+        parallel_write._SharedFile(file.fileno(), "f", 0, {}, 0).write_at(memoryview(b"abcdef"), 1, 3, 5)
     assert (tmp_path / "f").read_bytes() == b"\0abc\0\0def"
 
 
@@ -346,7 +346,7 @@ def test_a_system_that_writes_little_at_once(tmp_path: Path, monkeypatch: pytest
     parts = [bytes([n]) * n for n in (3, 0, 5, 1, 6, 2)]
     real = os.writev
     monkeypatch.setattr(os, "writev", lambda fd, views: real(fd, [memoryview(b"".join(views))[:most]]))
-    with atomic.replacing(tmp_path / "f") as writer:
+    with atomic.open_replacement(tmp_path / "f") as writer:
         writer.write(*map(memoryview, parts))
         writer.write(memoryview(b"end"))
     assert (tmp_path / "f").read_bytes() == b"".join(parts) + b"end"
@@ -376,7 +376,7 @@ def test_a_large_file_is_freed_behind_who_replaces_it(
     assert path.read_bytes() == b"new"
     path.write_bytes(bytes(5 << 20))
     old = path.stat().st_ino
-    atomic.remove(path)
+    atomic.remove_file(path)
     while threads and is_open():
         time.sleep(0.01)
     assert not is_open()

@@ -307,4 +307,4 @@ def test_no_sites_are_lost(tmp_path: Path):
         tmp_path / "part", {"adapter": part}, {"recipe": orbax.read_json(tmp_path / "out", "recipe")}, alone=True
     )
     with pytest.raises(jaxadapt.AttachError, match="1 of the 2 adapted leaves"):
-        orbax_folder.find(tmp_path / "part")
+        orbax_folder.find_adapter(tmp_path / "part")

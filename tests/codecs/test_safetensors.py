@@ -278,11 +278,11 @@ def test_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     }
     save(tmp_path / "f", tensors)
     with codec.open_tensors(tmp_path / "f") as file:
-        assert not file.ahead
+        assert not file.is_prefetched
     with codec.open_tensors(tmp_path / "f", ahead=True) as file:
         askew = {key for key in tensors if file.header.tensors[key].start % 64}
         whole = "0"
-        assert file.ahead
+        assert file.is_prefetched
         assert len(askew) > 5
         assert whole not in askew
         memory = np.zeros(64, np.uint8)
@@ -299,7 +299,7 @@ def test_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(file[key].ctypes.data % 64 == 0 for key in tensors if key != "empty")
     monkeypatch.setattr(codec, "SMALL", 10)
     with codec.open_tensors(tmp_path / "f", ahead=True) as file:
-        assert not file.ahead  # too large
+        assert not file.is_prefetched  # too large
 
 
 def test_read_ahead_in_several_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,7 +327,7 @@ def test_read_ahead_in_several_calls(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_truncated_while_reading_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path / "f", {"a": np.zeros(10, "f4"), "b": np.zeros(10, "f4")})
     size = (tmp_path / "f").stat().st_size
-    started = codec.Ahead
+    started = codec.Prefetch
 
     def early(source: Any, start: int) -> Any:
         os.truncate(tmp_path / "f", size - 1)

@@ -51,8 +51,8 @@ def value(path: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def base(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     """The values of a Llama's or Qwen's base leaves."""
-    known = {path: shape for path, shape in shapes.items() if families.named("llama").site(path)}
-    made = plan.base_plan(families.named("llama"), known)
+    known = {path: shape for path, shape in shapes.items() if families.get_family("llama").match(path)}
+    made = plan.base_plan(families.get_family("llama"), known)
     leaves = made.decode({key: values(key, shape) for key, shape in made.shapes.items()})
     # (EasyDeL calls the scale of a norm "kernel", which the table has no line for.)
     norms = {p: values(p.replace(".kernel", ".weight"), s) for p, s in shapes.items() if p not in known}
@@ -61,7 +61,7 @@ def base(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
 
 def write_peft(name: str, shapes: dict[str, tuple[int, ...]], folder: Any) -> None:
     """The adapter of its specimen, as PEFT would have written it."""
-    known = {path: shape for path, shape in shapes.items() if families.named("llama").site(path)}
+    known = {path: shape for path, shape in shapes.items() if families.get_family("llama").match(path)}
     core.write_adapter(dataclasses.replace(BY_NAME[TORCH[name]], table="llama"), known, Path(folder))
 
 

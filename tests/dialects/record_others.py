@@ -40,7 +40,7 @@ def crcs(leaves: dict[str, Any]) -> dict[str, int]:
 def main(name: str) -> None:
     library = name.partition("-")[0]
     made = getattr(others, library)()
-    found = tree.find(made.model)
+    found = tree.find_lora(made.model)
     assert found is not None
     flat = {".".join(map(str, path)): v for path, v in nnx.to_flat_state(nnx.state(made.model))}
     base = {p: tuple(v.shape) for p, v in flat.items() if isinstance(v, nnx.Param) and p not in found.leaves}
@@ -55,7 +55,7 @@ def main(name: str) -> None:
         others.write_peft(name, unwrapped, folder)
         target = jaxadapt.slot(made.model, others.INTO) if library == "skyrl" else made.model
         jaxadapt.load(folder, target, keymap="llama")
-    after = tree.find(made.model)
+    after = tree.find_lora(made.model)
     assert after is not None
     done = {
         "versions": {package: importlib.metadata.version(package) for package in ("jax", "flax", PACKAGES[library])},

@@ -84,9 +84,9 @@ def merged(name: str, shared: bool, **how: Any) -> dict[str, np.ndarray]:
 
 
 def in_torch(name: str, leaves: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    made = plan.base_plan(families.named(BY_NAME[name].table), {path: x.shape for path, x in leaves.items()})
-    back, groups = made.encode(leaves), pieces.groups(made.keys).items()
-    return {key: pieces.together([back[part] for part in parts], parts, np) for key, parts in groups}
+    made = plan.base_plan(families.get_family(BY_NAME[name].table), {path: x.shape for path, x in leaves.items()})
+    back, groups = made.encode(leaves), pieces.group_by_file_key(made.keys).items()
+    return {key: pieces.join_parts([back[part] for part in parts], parts, np) for key, parts in groups}
 
 
 def computed(held: jaxadapt.PeftTensors, name: str) -> dict[str, np.ndarray]:

@@ -86,12 +86,12 @@ def skyrl(slots: int = 3, room: int = 8, rank: int = 3, seed: int = 0, **more: A
     """A tree of two modules, of which slot 1 has a rank, and slot 2 nothing."""
     rng = np.random.RandomState(seed)
     leaves: dict[str, Any] = {}
-    for name, (inn, out) in {"q_proj": (4, 6), "o_proj": (6, 4)}.items():
-        a, b = rng.standard_normal((slots, inn, room)), rng.standard_normal((slots, room, out))
+    for name, (inputs, out) in {"q_proj": (4, 6), "o_proj": (6, 4)}.items():
+        a, b = rng.standard_normal((slots, inputs, room)), rng.standard_normal((slots, room, out))
         for slot, used in ((1, rank), (2, 0)):
             a[slot, :, used:], b[slot, used:] = 0, 0
         leaves |= {
-            f"{name}.kernel": np.ones((inn, out), "f4"), f"{name}.lora_A": a.astype("f4"),
+            f"{name}.kernel": np.ones((inputs, out), "f4"), f"{name}.lora_A": a.astype("f4"),
             f"{name}.lora_B": b.astype("f4"), f"{name}.lora_ranks": np.array([room, rank, 0], np.int32),
             f"{name}.lora_scaling": np.array([1, 5 / rank, 0], "f4"),
         }  # fmt: skip

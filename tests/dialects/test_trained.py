@@ -101,11 +101,11 @@ def flax_lora(kind: str) -> Theirs:
         for name in NAMES:
             if isinstance(module, nnx.Module) and name in vars(module):
                 linear = vars(module)[name]
-                inn, out = linear.kernel.shape
+                inputs, out = linear.kernel.shape
                 if kind == "wrapper":
-                    new: Any = nnx.LoRA(inn, RANK, out, base_module=linear, rngs=nnx.Rngs(len(path)))
+                    new: Any = nnx.LoRA(inputs, RANK, out, base_module=linear, rngs=nnx.Rngs(len(path)))
                 else:
-                    new = nnx.LoRALinear(inn, out, lora_rank=RANK, use_bias=False, rngs=nnx.Rngs(len(path)))
+                    new = nnx.LoRALinear(inputs, out, lora_rank=RANK, use_bias=False, rngs=nnx.Rngs(len(path)))
                     new.kernel.set_value(linear.kernel.get_value())
                 setattr(module, name, new)
     return Theirs(model, run_nnx, {})

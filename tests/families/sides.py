@@ -203,8 +203,8 @@ def gpt2_dense(specimen: Specimen) -> Side:
                 (block.mlp, "c_fc"),
                 (block.mlp, "c_proj"),
             ):
-                out, inn = getattr(part, name).kernel.shape
-                setattr(part, name, nnx.Linear(inn, out, rngs=rngs))
+                out, ins = getattr(part, name).kernel.shape
+                setattr(part, name, nnx.Linear(ins, out, rngs=rngs))
         return model
 
     return _of_nnx(make, lambda model: model(jnp.asarray(IDS)))

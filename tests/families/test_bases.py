@@ -483,7 +483,7 @@ def test_a_proved_family_by_itself(tmp_path):
     target = trees.nest({path: np.zeros(shape, "float32") for path, shape in other.items()})
     found = jaxadapt.import_base(tmp_path, target)
     equal(found, trees.nest(core.base_leaves(BY_NAME["maxtext-qwen3-scan1"], other)))
-    assert families.resolve(None, other).name == "maxtext:qwen3/scan1"
+    assert families.resolve_keymap(None, other).name == "maxtext:qwen3/scan1"
 
 
 def test_an_export_says_how_far_it_is(tmp_path):

@@ -37,7 +37,7 @@ def test_the_llama_table_holds_qwens_biases_and_norms(name):
             leaves[key if x.ndim == 1 else f"{stem}.kernel"] = x.T
     shapes = {path: x.shape for path, x in leaves.items()}
     assert any("q_norm" in path or "q_proj.bias" in path for path in leaves)
-    table = families.resolve("auto", shapes)
+    table = families.resolve_keymap("auto", shapes)
     assert table.name == "llama"
     made = plan.base_plan(table, shapes)
     assert set(made.keys) == set(weights)
@@ -80,7 +80,7 @@ def test_the_base_weights_of_a_vision_language_model_are_the_spellings_own():
     """Each weight of the language model inside is a key of the table, and nothing else begins so."""
     names = [key for key in vision_language().state_dict() if "language_model" in key]
     shapes = recorded("gemma-gemma3")["leaves"]
-    assert set(plan.base_plan(families.named("gemma:gemma3/vl"), shapes).keys) == set(names)
+    assert set(plan.base_plan(families.get_family("gemma:gemma3/vl"), shapes).keys) == set(names)
 
 
 def test_a_vit_in_files_of_either_naming(tmp_path):
@@ -93,7 +93,7 @@ def test_a_vit_in_files_of_either_naming(tmp_path):
     found = jaxadapt.import_base(tmp_path / "base", target)
     for path, x in paths.flatten(found).items():
         np.testing.assert_array_equal(x, leaves[path])
-    keys = {k for table in ("vit", "vit/v4") for k in plan.base_plan(families.named(table), shapes).keys}
+    keys = {k for table in ("vit", "vit/v4") for k in plan.base_plan(families.get_family(table), shapes).keys}
     assert {"vit.layers.1.attention.q_proj.weight", "vit.encoder.layer.1.attention.attention.query.weight"} <= keys
     files = []
     for table, targets in (("vit", ["q_proj"]), ("vit/v4", ["query"])):

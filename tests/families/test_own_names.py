@@ -93,7 +93,7 @@ def test_a_model_of_no_family_has_transformers_weights_and_logits(tmp_path: Path
     theirs.save_pretrained(tmp_path)
     ids, model = np.random.RandomState(0).randint(4, VOCAB, (2, 6)), Bloom(nnx.Rngs(0))
     shapes = {path: x.shape for path, x in paths.flatten(arrays(model)).items()}
-    assert families.resolve(None, shapes) is GENERIC
+    assert families.resolve_keymap(None, shapes) is GENERIC
     assert jaxadapt.import_base(tmp_path, model) is model
     with torch.no_grad():
         want = theirs(torch.from_numpy(ids)).logits.numpy()
@@ -118,7 +118,7 @@ def test_what_a_family_has_no_line_for_goes_by_its_own_path(tmp_path: Path):
         leaf = key.removesuffix("weight") + last if key.endswith(".weight") else key
         want[leaf] = x.numpy().T if last == "kernel" and x.ndim == 2 else x.numpy()
     target = zeros({leaf: x.shape for leaf, x in want.items()})
-    assert families.resolve(None, {leaf: x.shape for leaf, x in want.items()}).name == "llama"
+    assert families.resolve_keymap(None, {leaf: x.shape for leaf, x in want.items()}).name == "llama"
     found = paths.flatten(jaxadapt.import_base(tmp_path, target))
     assert found.keys() == want.keys()
     for leaf, x in want.items():

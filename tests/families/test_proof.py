@@ -51,10 +51,10 @@ def test_it_is_recognised_by_names_and_shapes(specimen):
 
 def recognised(specimen: Specimen, shapes: Any) -> None:
     if not specimen.rivals:
-        assert families.resolve("auto", shapes).name == specimen.table
+        assert families.resolve_keymap("auto", shapes).name == specimen.table
         return
     with pytest.raises(KeyMapError, match="fit several tables") as caught:
-        families.resolve("auto", shapes)
+        families.resolve_keymap("auto", shapes)
     for rival in specimen.rivals:
         assert rival in str(caught.value)
 
@@ -63,9 +63,9 @@ def recognised(specimen: Specimen, shapes: Any) -> None:
 def test_no_table_covers_more_than_the_ends_of_its_lines_promise(specimen):
     shapes = recorded(specimen.name)["leaves"]
     for table in FAMILIES.values():
-        assert table.covers(shapes) <= table.at_most(shapes, scanned=False)
-        most = table.at_most(shapes, scanned=True)
-        assert all(table.scanned(axis).covers(shapes) <= most for axis in range(3))
+        assert table.coverage(shapes) <= table.max_coverage(shapes, scanned=False)
+        most = table.max_coverage(shapes, scanned=True)
+        assert all(table.scanned(axis).coverage(shapes) <= most for axis in range(3))
 
 
 @pytest.mark.parametrize("specimen", [s for s in LIVE if s in ELSEWHERE], ids=str)
@@ -82,17 +82,17 @@ def test_what_was_recorded_is_what_the_package_does(specimen, tmp_path):
 @EVERY
 def test_base_weights_go_both_ways_bit_for_bit(specimen):
     weights, shapes = torch_side.state(specimen), shapes_of(specimen)
-    made = plan.base_plan(families.named(specimen.table), shapes)
+    made = plan.base_plan(families.get_family(specimen.table), shapes)
     whole = core.whole(made)
     assert whole == {key: x.shape for key, x in weights.items() if key not in specimen.unused}
-    tied = dict(families.named(specimen.table).tied)
+    tied = dict(families.get_family(specimen.table).tied)
     for key in specimen.unused:
         np.testing.assert_array_equal(weights[key], weights[tied[key]])
-    leaves = made.decode(pieces.cut({key: weights[key] for key in whole}, made.keys))
+    leaves = made.decode(pieces.cut_parts({key: weights[key] for key in whole}, made.keys))
     assert {path: x.shape for path, x in leaves.items()} == shapes
     back = made.encode(leaves)
-    for key, parts in pieces.groups(made.keys).items():
-        again = pieces.together([back[part] for part in parts], parts, np)
+    for key, parts in pieces.group_by_file_key(made.keys).items():
+        again = pieces.join_parts([back[part] for part in parts], parts, np)
         if made.keys[parts[0]][0].path in made.inexact:  # a factor that is no power of two, a sum 1 + w: rounded twice
             np.testing.assert_allclose(again, weights[key], rtol=2.5e-7, atol=6e-8)
         else:
@@ -106,15 +106,15 @@ def test_base_weights_go_both_ways_bit_for_bit(specimen):
 def test_the_check_says_so(specimen):
     """`jaxadapt check-keymap` finds nothing to complain of, and what is taken away it misses."""
     tensors = {key: tuple(x.shape) for key, x in torch_side.state(specimen).items()}
-    shapes, table = shapes_of(specimen), families.named(specimen.table)
+    shapes, table = shapes_of(specimen), families.get_family(specimen.table)
     for leaves, keys in ((shapes, None), (shapes, tensors), (None, tensors)):
-        assert check.check(table, leaves, keys).problems == {}
-    claimed = check.check(table, shapes, tensors).claims
+        assert check.check_keymap(table, leaves, keys).problems == {}
+    claimed = check.check_keymap(table, shapes, tensors).claims
     assert {key for keys in claimed.values() for key in keys} == tensors.keys() - set(specimen.unused)
     layer = next(k for k in tensors if ".1." in k and k.endswith(".weight"))
     less = {key: shape for key, shape in tensors.items() if key != layer}
     for leaves in (shapes, None):
-        assert check.check(table, leaves, less).problems == {"missing": (layer,)}
+        assert check.check_keymap(table, leaves, less).problems == {"missing": (layer,)}
 
 
 @pytest.mark.peft

@@ -45,11 +45,11 @@ def test_summary_names_the_table_and_what_it_rounds(h, rounds):
 
 def test_a_file_in_another_spelling_is_read_and_written_in_it(tmp_path):
     table = KeyMap("mine", LINES, spellings=VL)
-    jaxadapt.save(adapter(table.spelt("vl")), tmp_path / "a")
+    jaxadapt.save(adapter(table.with_spelling("vl")), tmp_path / "a")
     file = jaxadapt.read(tmp_path / "a")
     assert all(key.startswith("base_model.model.model.language_model.layers.") for key in file.tensors)
     again = jaxadapt.from_peft(file, base(), keymap=table)
-    assert again.keymap == table.spelt("vl")
+    assert again.keymap == table.with_spelling("vl")
     jaxadapt.save(again, tmp_path / "b")
     for key, x in jaxadapt.read(tmp_path / "b").tensors.items():
         np.testing.assert_allclose(x, file.tensors[key], rtol=1e-6)  # q's B is rounded twice

@@ -19,7 +19,7 @@ KEYS = {f"base_model.model.model.layers.0.q_proj.lora_{side}.weight": (2, 8) for
 
 
 def written(config: Config, **facts) -> str:
-    return card.text(config, card.Facts(KEYS, ("F32",), 160, **facts))
+    return card.card_text(config, card.Facts(KEYS, ("F32",), 160, **facts))
 
 
 def lora(**fields) -> Config:
@@ -198,7 +198,7 @@ MINE = {
 def test_a_persons_card_keeps_every_word_and_gets_the_front_matter_it_lacks(name):
     mine = MINE[name]
     new = written(lora(r=16), license="apache-2.0")
-    once = card.merged(mine, new)
+    once = card.merge_card(mine, new)
     found, before = front(once), front(mine.replace("\r\n", "\n")) if mine.startswith("---") else {}
     assert found["library_name"] == "peft"
     for key, value in before.items():
@@ -211,13 +211,13 @@ def test_a_persons_card_keeps_every_word_and_gets_the_front_matter_it_lacks(name
     assert body(once).strip("\n") == words.strip("\n")
     if "# kept" in mine:
         assert "# kept: yes\nlicense: mit # so\n" in once
-    assert card.merged(once, new) == once  # and no more the next time
-    assert card.refreshed(mine, new) == mine  # saving touches nothing of it
+    assert card.merge_card(once, new) == once  # and no more the next time
+    assert card.refresh_card(mine, new) == mine  # saving touches nothing of it
 
 
 def test_a_card_that_nobody_touched_is_written_anew():
     old, new = written(lora(r=4)), written(lora(r=8))
-    assert card.refreshed(old, new) == card.merged(old, new) == new
-    assert card.refreshed(None, new) == card.merged(None, new) == new
+    assert card.refresh_card(old, new) == card.merge_card(old, new) == new
+    assert card.refresh_card(None, new) == card.merge_card(None, new) == new
     assert card.is_edited(old.replace("r | 4", "r | 5"))
     assert not card.is_edited(old.replace("\n", "\r\n"))  # what git does on some machines

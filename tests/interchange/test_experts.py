@@ -91,7 +91,7 @@ def test_pefts_file_merges_to_pefts_weights_and_is_saved_as_it_was(kind, setting
     harness.save(model, tmp_path / "peft")
     adapter = quietly(jaxadapt.from_peft, jaxadapt.read(tmp_path / "peft"), base(kind))
     merged = jaxadapt.merge(base(kind), adapter)
-    table = families.named(kind)
+    table = families.get_family(kind)
     flat = {path: np.asarray(x) for path, x in paths.flatten(merged).items()}
     found = plan.base_plan(table, {path: x.shape for path, x in flat.items()}).encode(flat)
     before = torch_side.base(kind).state_dict()
@@ -285,10 +285,10 @@ def split_base(name: str) -> dict[str, Any]:
 def torch_weights(name: str, leaves: Any) -> dict[str, np.ndarray]:
     """A model's weights under PyTorch's names, as a merged export writes them."""
     flat = {path: np.asarray(x) for path, x in paths.flatten(leaves).items()}
-    made = plan.base_plan(families.named(BY_NAME[name].table), {path: x.shape for path, x in flat.items()})
+    made = plan.base_plan(families.get_family(BY_NAME[name].table), {path: x.shape for path, x in flat.items()})
     back = made.encode(flat)
-    groups = pieces.groups(made.keys)
-    return {key: pieces.together([back[part] for part in parts], parts, np) for key, parts in groups.items()}
+    groups = pieces.group_by_file_key(made.keys)
+    return {key: pieces.join_parts([back[part] for part in parts], parts, np) for key, parts in groups.items()}
 
 
 @pytest.mark.parametrize("more", [{}, {"use_rslora": True, "rank_pattern": {"down_proj": 3}}], ids=["plain", "ranks"])

@@ -213,7 +213,7 @@ def test_files_are_merged_as_peft_merges(case, theirs, tmp_path):
 
     save_file(base_of(case.net).state_dict(), str(safetensors_file), metadata={"format": "pt"})
     (tmp_path / "base" / "config.json").write_text("{}")
-    merge_files.merge(tmp_path / "base", want.folder, tmp_path / "out")
+    merge_files.merge_folder(tmp_path / "base", want.folder, tmp_path / "out")
     got = safetensors.read(tmp_path / "out" / "model.safetensors")
     assert got.keys() == want.merged.keys()
     for key, value in want.merged.items():

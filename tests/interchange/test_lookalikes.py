@@ -234,9 +234,9 @@ HUGGING_FACE = {
 @pytest.mark.parametrize("name", HUGGING_FACE)
 def test_kernels_the_other_way_round_are_of_no_family(name: str):
     at, square, wide = HUGGING_FACE[name]
-    assert families.resolve(None, in_layers(at, square | wide)).name == name
+    assert families.resolve_keymap(None, in_layers(at, square | wide)).name == name
     turned = {leaf: shape[::-1] for leaf, shape in wide.items()}
-    assert families.resolve(None, in_layers(at, square | turned)).name == "generic"
+    assert families.resolve_keymap(None, in_layers(at, square | turned)).name == "generic"
 
 
 HEADS = {f"attn.{p}_proj.w": (16, n, 8) for p, n in (("q", 4), ("k", 2), ("v", 2))} | {"attn.o_proj.w": (4, 8, 16)}
@@ -244,12 +244,13 @@ TUNIX = HEADS | mlp("mlp.gate_proj mlp.up_proj", "mlp.down_proj")
 
 
 def test_heads_on_another_axis_are_not_tunix():
-    assert families.resolve(None, in_layers("layers", TUNIX)).name == "tunix:llama3"
+    assert families.resolve_keymap(None, in_layers("layers", TUNIX)).name == "tunix:llama3"
     for order in ((1, 0, 2), (0, 2, 1)):
         other = TUNIX | {leaf: tuple(HEADS[leaf][i] for i in order) for leaf in HEADS if "o_proj" not in leaf}
-        assert families.resolve(None, in_layers("layers", other)).name == "generic"
+        assert families.resolve_keymap(None, in_layers("layers", other)).name == "generic"
     assert (
-        families.resolve(None, in_layers("layers", mlp("mlp.gate_proj mlp.up_proj", "mlp.down_proj"))).name == "generic"
+        families.resolve_keymap(None, in_layers("layers", mlp("mlp.gate_proj mlp.up_proj", "mlp.down_proj"))).name
+        == "generic"
     )
 
 
@@ -257,8 +258,8 @@ def test_heads_on_another_axis_are_not_tunix():
 def test_beit_and_dinov2_are_no_vit(more: str):
     """Of a ViT's layers PyTorch has other names than transformers' Flax classes, of theirs the same."""
     _, square, wide = HUGGING_FACE["vit"]
-    assert families.resolve(None, in_layers("encoder.layer", square | wide)).name == "vit"
-    other = families.resolve(None, in_layers("encoder.layer", square | wide | {more: (16,)}))
-    sites = {leaf: other.site(f"encoder.layer.0.{leaf}") for leaf in (*square, *wide)}
+    assert families.resolve_keymap(None, in_layers("encoder.layer", square | wide)).name == "vit"
+    other = families.resolve_keymap(None, in_layers("encoder.layer", square | wide | {more: (16,)}))
+    sites = {leaf: other.match(f"encoder.layer.0.{leaf}") for leaf in (*square, *wide)}
     for leaf, site in sites.items():
         assert site is None or site.module({}) == f"encoder.layer.0.{leaf}".removesuffix(".kernel")

@@ -16,7 +16,7 @@ import jaxadapt
 from jaxadapt.core import paths
 from jaxadapt.keymaps import expert_names, plan
 from jaxadapt.keymaps import parts as pieces
-from jaxadapt.keymaps.families import named
+from jaxadapt.keymaps.families import get_family
 from tests import peft_harness as harness
 from tests.families import core, sides, torch_side
 from tests.families.specimens import BY_NAME, recorded
@@ -111,10 +111,10 @@ def expected(name: str, equal: bool) -> dict[str, np.ndarray]:
 
 def merged(name: str, adapter: jaxadapt.Adapter) -> dict[str, np.ndarray]:
     flat = {path: np.asarray(x) for path, x in paths.flatten(jaxadapt.merge(base(name), adapter)).items()}
-    made = plan.base_plan(named(BY_NAME[name].table), {path: x.shape for path, x in flat.items()})
+    made = plan.base_plan(get_family(BY_NAME[name].table), {path: x.shape for path, x in flat.items()})
     back = made.encode(flat)
-    groups = pieces.groups(made.keys).items()
-    return {key: pieces.together([back[part] for part in parts], parts, np) for key, parts in groups}
+    groups = pieces.group_by_file_key(made.keys).items()
+    return {key: pieces.join_parts([back[part] for part in parts], parts, np) for key, parts in groups}
 
 
 def close(found: Any, wanted: Any) -> None:
@@ -186,7 +186,7 @@ def test_a_number_that_no_model_has_is_no_reason_to_count_so_far():
         jaxadapt.from_peft(far, base("mixtral"))
     names = [f"model.layers.0.block_sparse_moe.experts.{e}.w{n}.weight" for e in (0, 10**12) for n in (1, 2, 3)]
     with pytest.raises(jaxadapt.MismatchError, match=r"gate_up_proj: part 0 of expert 1\b"):
-        expert_names.rows(named("mixtral"), names, "a folder")
+        expert_names.expert_rows(get_family("mixtral"), names, "a folder")
 
 
 def test_two_spellings_of_one_expert_are_not_one_and_the_other_is_not_lost():

@@ -102,9 +102,9 @@ class Ours:
 
     def torch(self) -> Any:
         """PEFT's base: torch's model with the very weights that are left."""
-        leaves = planning.base_of(self.dense)
+        leaves = planning.base_arrays(self.dense)
         shapes = {path: tuple(x.shape) for path, x in leaves.items()}
-        held = plan.base_plan(families.resolve(None, shapes), shapes).encode(leaves)
+        held = plan.base_plan(families.resolve_keymap(None, shapes), shapes).encode(leaves)
         model = llama.torch_llama(layers=1)
         lost = model.load_state_dict({k: torch.from_numpy(np.array(x)) for k, x in held.items()}, strict=False)
         assert not lost.unexpected_keys
@@ -177,7 +177,7 @@ def recorded() -> dict[str, np.ndarray]:
 
 
 def test_nf4_is_bitsandbytes_to_the_bit():
-    found, q = recorded(), quantized.quantized(recorded()["weight"], "nf4")
+    found, q = recorded(), quantized.quantize_weight(recorded()["weight"], "nf4")
     np.testing.assert_array_equal(np.ravel(q.codes), found["nf4.codes"].ravel())
     np.testing.assert_array_equal(np.ravel(q.absmax), found["nf4.absmax"])
     np.testing.assert_array_equal(q.dense(), found["nf4.dense"])
@@ -185,7 +185,7 @@ def test_nf4_is_bitsandbytes_to_the_bit():
 
 def test_int8_is_bitsandbytes():
     """Its last product is taken in another order: one rounding in float32."""
-    found, q = recorded(), quantized.quantized(recorded()["weight"], "int8")
+    found, q = recorded(), quantized.quantize_weight(recorded()["weight"], "int8")
     np.testing.assert_array_equal(q.codes, found["int8.codes"])
     np.testing.assert_array_equal(np.ravel(q.absmax), found["int8.absmax"])
     np.testing.assert_allclose(q.dense(), found["int8.dense"], rtol=2e-7)
@@ -197,5 +197,5 @@ def test_nf4_in_torch():
     most = w.abs().amax(1, keepdim=True)
     levels = torch.tensor(quantized.NF4)
     expected = levels[((w / most)[..., None] - levels).abs().argmin(-1)] * most
-    q = quantized.quantized(recorded()["weight"], "nf4")
+    q = quantized.quantize_weight(recorded()["weight"], "nf4")
     np.testing.assert_allclose(np.ravel(q.dense()), expected.ravel(), rtol=1e-6)

@@ -198,10 +198,10 @@ def test_a_merge_of_files_does_not_guess_how_a_square_weight_lies(theirs, target
         model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     if "lm_head" in targets:
         with pytest.raises(jaxadapt.MismatchError, match=r"(?s)square.*h\.0\.attn\.c_proj"):
-            merge_files.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+            merge_files.merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
         assert not (tmp_path / "out").exists()
         return
-    merge_files.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    merge_files.merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     got = safetensors.read(tmp_path / "out" / "model.safetensors")["transformer.h.0.attn.c_proj.weight"]
     want = model.merge_and_unload().transformer.h[0].attn.c_proj.weight.detach().numpy()
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)  # sums in another order

@@ -21,7 +21,7 @@ import peft
 import torch
 
 import jaxadapt
-from jaxadapt.analysis.norms import measure
+from jaxadapt.analysis.norms import measure_norms
 from jaxadapt.core import paths
 from jaxadapt.training import optim
 from tests import peft_harness as harness
@@ -158,7 +158,7 @@ def test_kasa_is_of_another_base_than_the_original(tmp_path):
     adapter = tree.unflatten([x + jnp.asarray(rng.standard_normal(x.shape), x.dtype) for x in values])
     after, before = (paths.flatten(tree)["layers.0.lin.kernel"] for tree in (jaxadapt.merge(left, adapter), left))
     change = np.asarray(after) - np.asarray(before)
-    (norm,) = (n for n in measure(jaxadapt.to_peft(adapter)).modules if n.module == "layers.0.lin")
+    (norm,) = (n for n in measure_norms(jaxadapt.to_peft(adapter)).modules if n.module == "layers.0.lin")
     assert norm.norm == pytest.approx(np.linalg.norm(change), rel=1e-4)
 
 

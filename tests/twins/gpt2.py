@@ -56,8 +56,8 @@ def positions_of(ids: jax.Array) -> jax.Array:
 
 
 class Conv1D(nnx.Module):
-    def __init__(self, inn: int, out: int, *, rngs: nnx.Rngs) -> None:
-        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (out, inn)) * 0.02)
+    def __init__(self, inputs: int, out: int, *, rngs: nnx.Rngs) -> None:
+        self.kernel = nnx.Param(jax.random.normal(rngs.params(), (out, inputs)) * 0.02)
         self.bias = nnx.Param(jnp.zeros((out,)))
 
     def __call__(self, x: jax.Array) -> jax.Array:

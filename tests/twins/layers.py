@@ -83,15 +83,15 @@ def effective(
 ) -> jax.Array:
     """`W + scale · B·A` written out: the reference that every path has to agree with.
 
-    `a` is (batch..., r, inn...), `b` (batch..., out..., r); where the leaf is stacked, all three are, on
+    `a` is (batch..., r, in...), `b` (batch..., out..., r); where the leaf is stacked, all three are, on
     the axis `stack`.
     """
     if stack is not None:
         mapped = jax.vmap(lambda w, a, b: effective(w, a, b, axes, scale), in_axes=(stack,) * 3, out_axes=stack)
         return mapped(weight, a, b)
     letters = string.ascii_lowercase[: weight.ndim]
-    batch, inn, out = ("".join(letters[i] for i in role) for role in (axes.batch, axes.inn, axes.out))
-    return weight + scale * jnp.einsum(f"{batch}Z{inn},{batch}{out}Z->{letters}", a, b)
+    batch, ins, out = ("".join(letters[i] for i in role) for role in (axes.batch_axes, axes.in_axes, axes.out_axes))
+    return weight + scale * jnp.einsum(f"{batch}Z{ins},{batch}{out}Z->{letters}", a, b)
 
 
 def x() -> jax.Array:
@@ -113,10 +113,10 @@ def tokens() -> tuple[Any, ...]:
 
 
 # Roles that many cases share.
-IO = Axes(inn=(0,), out=(1,))  # i o
-SPLIT = Axes(inn=(0,), out=(1, 2))  # d -> n h
-JOIN = Axes(inn=(0, 1), out=(2,))  # n h -> d
-CONV = Axes(inn=(1, 0), out=(2,))  # window, in, out
+IO = Axes(in_axes=(0,), out_axes=(1,))  # i o
+SPLIT = Axes(in_axes=(0,), out_axes=(1, 2))  # d -> n h
+JOIN = Axes(in_axes=(0, 1), out_axes=(2,))  # n h -> d
+CONV = Axes(in_axes=(1, 0), out_axes=(2,))  # window, in, out
 
 MHA = {f"attn.{p}.kernel": SPLIT for p in ("query", "key", "value")} | {"attn.out.kernel": JOIN}
 

@@ -16,8 +16,8 @@ Array = jax.Array
 ZERO = nnx.initializers.zeros_init()
 
 
-def linear(inn: int, out: int, rngs: nnx.Rngs, bias: bool = False) -> nnx.Linear:
-    return nnx.Linear(inn, out, use_bias=bias, rngs=rngs)
+def linear(inputs: int, out: int, rngs: nnx.Rngs, bias: bool = False) -> nnx.Linear:
+    return nnx.Linear(inputs, out, use_bias=bias, rngs=rngs)
 
 
 class Norm(nnx.Module):

@@ -14,7 +14,7 @@ def check(case: layers.Case, shapes: dict[str, tuple[int, ...]]) -> None:
     for leaf, axes in case.roles.items():
         assert leaf in shapes, (leaf, sorted(shapes))
         own = len(shapes[leaf]) - (leaf in case.stack)
-        assert sorted(axes.inn + axes.out + axes.batch) == list(range(own)), leaf
+        assert sorted(axes.in_axes + axes.out_axes + axes.batch_axes) == list(range(own)), leaf
     if case.stack:  # three layers, but for the gemma stack and the vmap: two
         assert {shapes[leaf][axis] for leaf, axis in case.stack.items()} <= {2, 3}
 

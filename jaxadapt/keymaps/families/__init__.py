@@ -41,16 +41,16 @@ _LAYER = re.compile(r"\d+(?=\.)")
 _BLOCK = frozenset("012345")
 
 
-def named(name: str) -> KeyMap:
+def get_family(name: str) -> KeyMap:
     """A table by name: "llama", "llama/scan1" for layers stacked on axis 1, "llama/vl" for another spelling.
 
-    >>> named("llama/scan1").name
+    >>> get_family("llama/scan1").name
     'llama/scan1'
     """
     base, *changes = name.split("/")
     table = {**FAMILIES, GENERIC.name: GENERIC}.get(base)
     if table is None:
-        close = suggest.near((base,), tuple(FAMILIES))
+        close = suggest.close_matches((base,), tuple(FAMILIES))
         guess = f"; {' or '.join(map(repr, close))} comes near" if close else ""
         raise KeyMapError(
             f"no family is called {name!r}{guess}. Known are {', '.join(sorted(FAMILIES))} (add /scan0, /scan1, … for"
@@ -59,11 +59,11 @@ def named(name: str) -> KeyMap:
         )
     for change in changes:
         axis = change.removeprefix("scan")
-        table = table.scanned(int(axis)) if change != axis and axis.isdecimal() else table.spelt(change)
+        table = table.scanned(int(axis)) if change != axis and axis.isdecimal() else table.with_spelling(change)
     return table
 
 
-def resolve(keymap: KeyMap | str | None, shapes: Mapping[str, tuple[int, ...]]) -> KeyMap:
+def resolve_keymap(keymap: KeyMap | str | None, shapes: Mapping[str, tuple[int, ...]]) -> KeyMap:
     """The table `keymap=` asks for; None and "auto" recognise it from the model's paths and shapes.
 
     "auto" takes the family that accounts for most leaves, and of those the one with fewest lines to spare: a
@@ -77,7 +77,7 @@ def resolve(keymap: KeyMap | str | None, shapes: Mapping[str, tuple[int, ...]]) 
     if not isinstance(given, str | None):
         raise KeyMapError(f"keymap: expected a KeyMap or the name of a family, found {type(given).__name__}")
     if keymap not in (None, "auto"):
-        return named(keymap)
+        return get_family(keymap)
     # Layers are alike: some leaves of each kind will do. (A number at the end is part of a weight's name: wi_0, wi_1;
     # and where a block is several layers, at most six, they are not alike.)
     kinds = {(_LAYER.sub(lambda n: n[0] if n[0] in _BLOCK else "6", p), shape): p for p, shape in shapes.items()}
@@ -88,11 +88,11 @@ def resolve(keymap: KeyMap | str | None, shapes: Mapping[str, tuple[int, ...]]) 
 def _recognised(tables: tuple[KeyMap, ...], leaves: tuple[tuple[str, tuple[int, ...]], ...]) -> KeyMap:
     few, counts, best = dict(leaves), dict[KeyMap, int](), 1
     # Most tables have few lines that end like any of these leaves, and need not be tried, nor made.
-    promise = [(f.at_most(few, stacked), f, stacked) for f in tables for stacked in (False, True)]
+    promise = [(f.max_coverage(few, stacked), f, stacked) for f in tables for stacked in (False, True)]
     for most, family, stacked in sorted(promise, key=lambda p: -p[0]):
         if most < best:
             break
-        counts |= {t: t.covers(few) for t in (map(family.scanned, _SCAN_AXES) if stacked else [family])}
+        counts |= {t: t.coverage(few) for t in (map(family.scanned, _SCAN_AXES) if stacked else [family])}
         best = max(best, *counts.values())
     fitting = [t for t, count in counts.items() if count == best]
     if not fitting:
@@ -112,13 +112,13 @@ def _recognised(tables: tuple[KeyMap, ...], leaves: tuple[tuple[str, tuple[int, 
     return chosen[0]
 
 
-def of_leaves(leaves: Iterable[str]) -> KeyMap:
+def family_of_leaves(leaves: Iterable[str]) -> KeyMap:
     """The family all of these leaves belong to, where nothing but their names is known; else the generic map.
 
     Raises `KeyMapError` where families disagree about them.
     """
     leaves = tuple(leaves)
-    known = [t for t in FAMILIES.values() if all(t.site(leaf) is not None for leaf in leaves)]
+    known = [t for t in FAMILIES.values() if all(t.match(leaf) is not None for leaf in leaves)]
     if not known:
         return GENERIC
     named_ = dict.fromkeys(leaves, ())
@@ -133,7 +133,7 @@ def nearest(shapes: Mapping[str, tuple[int, ...]]) -> str:
     """Which family comes nearest to a model that none fits, and which leaves keep it from fitting; "" if none does."""
     stacked = [table.scanned(axis) for table in FAMILIES.values() for axis in _SCAN_AXES]
     known = {
-        t: sum(t.site(leaf) is not None for leaf in shapes) for t in (*FAMILIES.values(), *stacked) if t.tells(shapes)
+        t: sum(t.match(leaf) is not None for leaf in shapes) for t in (*FAMILIES.values(), *stacked) if t.tells(shapes)
     }
     most = max(known.values(), default=0)
     found = [(table, list(table.misfits(shapes))) for table, count in known.items() if count == most]
@@ -142,12 +142,12 @@ def nearest(shapes: Mapping[str, tuple[int, ...]]) -> str:
     table, misfits = min(found, key=lambda item: len(item[1]))
     return (
         f"\nThe table {table.name!r} comes nearest, with lines for {most} of {len(shapes)} weights. It does not fit"
-        f" because of\n" + paths.listing(misfits)
+        f" because of\n" + paths.bullets(misfits)
     )
 
 
 def _lines(table: KeyMap, leaves: Iterable[str]) -> list[Weight | None]:
-    sites = [table.site(leaf) for leaf in leaves]
+    sites = [table.match(leaf) for leaf in leaves]
     return [None if site is None else site.weight for site in sites]
 
 
@@ -155,4 +155,4 @@ def _called(table: KeyMap) -> str:
     return table.name if table.proved else f"{table.name} (not proved)"
 
 
-__all__ = ["FAMILIES", "named", "nearest", "of_leaves", "resolve"]
+__all__ = ["FAMILIES", "family_of_leaves", "get_family", "nearest", "resolve_keymap"]

@@ -10,8 +10,8 @@ FROM, INTO = "m o", "i m"
 
 def dense(*modules: str, bias: bool = True, axes: str = "i o") -> tuple[Weight, ...]:
     """`nn.Dense`, with a bias in some models or in none."""
-    inn, out = axes.split()
-    kernels = (Weight(f"{m}.kernel", f"{m}.weight", f"{axes} -> {out} {inn}") for m in modules)
+    inputs, out = axes.split()
+    kernels = (Weight(f"{m}.kernel", f"{m}.weight", f"{axes} -> {out} {inputs}") for m in modules)
     return (*kernels, *biases(modules)) if bias else tuple(kernels)
 
 

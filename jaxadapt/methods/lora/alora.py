@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxadapt.configs import LoraConfig
 from jaxadapt.core.errors import AttachError
-from jaxadapt.keymaps.keymap import Site
+from jaxadapt.keymaps.keymap import Match
 from jaxadapt.methods.base import Array, Params
 
 MASK = "tokens"
@@ -55,7 +55,7 @@ def only(params: Params, delta: Array, y: Array) -> Array:
     return jnp.where(mask.reshape(mask.shape + (1,) * (y.ndim - mask.ndim)), delta, 0)
 
 
-def problems(config: LoraConfig, site: Site) -> list[str]:
+def problems(config: LoraConfig, site: Match) -> list[str]:
     """What PEFT has no aLoRA for."""
     found = [name for name in ("use_dora", "kasa_config") if config.get(name)]
     if str(config.init_lora_weights).lower() == "mica":

@@ -12,27 +12,27 @@ import jax.numpy as jnp
 
 from jaxadapt.arrays import low_rank
 from jaxadapt.arrays.axes import Axes, Operation, Use
-from jaxadapt.keymaps.keymap import Site
-from jaxadapt.keymaps.tensor_spec import Tensor
-from jaxadapt.methods.base import Array, Params, wide
+from jaxadapt.keymaps.keymap import Match
+from jaxadapt.keymaps.tensor_spec import MethodTensor
+from jaxadapt.methods.base import Array, Params, at_least_float32
 from jaxadapt.methods.per_entry import PerEntry, only_adapted
 
 MAGNITUDE = "lora_magnitude_vector"
 
 
-def tensor(site: Site) -> Tensor:
+def tensor(site: Match) -> MethodTensor:
     """The magnitude's tensor: (out), or of a convolution (1, out, 1...)."""
     torch = (("out",),)
     if site.weight.kind == "conv":
         torch = ((), ("out",), *((),) * (len(site.weight.right) - 2))
-    return Tensor(MAGNITUDE, f".{MAGNITUDE}", ("batch", "out"), torch, from_base=True, degree=1)
+    return MethodTensor(MAGNITUDE, f".{MAGNITUDE}", ("batch", "out"), torch, from_base=True, scale_power=1)
 
 
 def norm(axes: Axes, w: Array) -> Array:
     """The length of each output's weights, (batch..., out...), in w's dtype; in 16 bits their squares would vanish."""
-    kept = axes.batch + axes.out
-    lengths = jnp.sqrt(jnp.sum(jnp.square(wide(w)), axis=axes.inn)).astype(w.dtype)
-    left = [i for i in range(axes.rank) if i not in axes.inn]
+    kept = axes.batch_axes + axes.out_axes
+    lengths = jnp.sqrt(jnp.sum(jnp.square(at_least_float32(w)), axis=axes.in_axes)).astype(w.dtype)
+    left = [i for i in range(axes.rank) if i not in axes.in_axes]
     return lengths.transpose([left.index(i) for i in kept])
 
 
@@ -44,7 +44,7 @@ def factor(axes: Axes, params: Params, used: PerEntry | None, changed: Array) ->
 
 def weight(axes: Axes, along: Array, changed: Array) -> Array:
     """The effective weight; `along` is `factor`."""
-    return low_rank.over_weight(axes, along) * changed
+    return low_rank.expand_over_weight(axes, along) * changed
 
 
 def output(
@@ -53,7 +53,7 @@ def output(
     """The layer's output without its bias; `along` is `factor`, and `delta` s·B·A of `x`, of which something may have
     been `dropped`."""
     if isinstance(use, Use) and use.transposed:
-        return low_rank.run(use, x, weight(use.axes, along, changed))
-    scale = low_rank.over_outputs(use, along, y.ndim)
-    base = low_rank.run(use, x.astype(w.dtype), w) if dropped else y
+        return low_rank.run_use(use, x, weight(use.axes, along, changed))
+    scale = low_rank.expand_over_outputs(use, along, y.ndim)
+    base = low_rank.run_use(use, x.astype(w.dtype), w) if dropped else y
     return y + (scale - 1) * base + scale * delta

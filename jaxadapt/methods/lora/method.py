@@ -30,15 +30,15 @@ from jaxadapt.arrays.axes import Axes, Operation, Use
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs import PEFT_VERSION, Config, LoraConfig, matching
 from jaxadapt.core.errors import AttachError, ConfigError
-from jaxadapt.keymaps.keymap import Site
-from jaxadapt.keymaps.tensor_spec import Modules, Tensor
-from jaxadapt.methods.base import Array, Drop, Method, Params, computable
+from jaxadapt.keymaps.keymap import Match
+from jaxadapt.keymaps.tensor_spec import MethodTensor, Modules
+from jaxadapt.methods.base import Array, Drop, Method, Params, as_computable
 from jaxadapt.methods.lora import alora, dora, kasa
 from jaxadapt.methods.per_entry import PerEntry, adapted_entries, only_adapted, per_entry
 
 
 @dataclasses.dataclass(frozen=True)
-class Static:
+class LoraHparams:
     """What the arithmetic of one site needs: the scale s, the dropout rate, and which kind of LoRA it is.
 
     `scale` and `used` (1 or 0) are of each entry where the leaf's layers or parts differ, `used` only where it takes
@@ -80,7 +80,7 @@ class Lora(Method):
 
     def __init__(self, depth: int | None = None) -> None:
         if depth is not None:
-            self.depth = depth
+            self.wrapper_depth = depth
 
     def on_parameter(self, depth: int) -> Lora:
         return Lora(depth)
@@ -94,30 +94,30 @@ class Lora(Method):
                 + "; ".join(problems)
             )
 
-    def tensors(self, config: LoraConfig, site: Site, modules: Modules) -> tuple[Tensor, ...]:
+    def tensors(self, config: LoraConfig, site: Match, modules: Modules) -> tuple[MethodTensor, ...]:
         ranks = modules.each(lambda m: matching.pattern_value(config.rank_pattern, m, config.r), 0)
         r, alike = max(ranks), len(set(ranks)) == 1
         own, kind, groups = (("r", r),), site.weight.kind, site.weight.groups
         for rank in set(ranks) - {0}:
             _check_site(config, site, rank)
-        if self.depth is not None:
+        if self.wrapper_depth is not None:
             _check_parameter(config, site)
         if kind == "embedding":
             a, b, last = "lora_embedding_A", "lora_embedding_B", ""
         else:
             a, b, last = "lora_A", "lora_B", ".weight"
-        wrapped = ".base_layer" * (self.depth or 0)
+        wrapped = ".base_layer" * (self.wrapper_depth or 0)
         window = ((),) * (len(site.weight.right) - 2) if kind == "conv" else ()
         several = ("g",) if groups > 1 else ()
         # Of experts in one array A's rows are in order of the experts, and B's columns in order of the rank.
-        torch_a, torch_b = (("experts", "r"), (*several, "inn")), (("out",), ("r", "experts"), *window)
+        torch_a, torch_b = (("experts", "r"), (*several, "in")), (("out",), ("r", "experts"), *window)
         own_a, own_b = (*own, *(("g", groups) for _ in several)), (("r", r // groups),)
         found = [
-            Tensor(a, f"{wrapped}.{a}{last}", ("batch", "r", *several, "inn"), torch_a, own_a, degree=0),
-            Tensor(b, f"{wrapped}.{b}{last}", ("batch", "out", "r"), torch_b, own_b, degree=1),
+            MethodTensor(a, f"{wrapped}.{a}{last}", ("batch", "r", *several, "in"), torch_a, own_a, scale_power=0),
+            MethodTensor(b, f"{wrapped}.{b}{last}", ("batch", "out", "r"), torch_b, own_b, scale_power=1),
         ]
         if config.lora_bias:
-            found.append(Tensor("lora_B_bias", ".lora_B.bias", ("batch", "out"), (("out",),), degree=1))
+            found.append(MethodTensor("lora_B_bias", ".lora_B.bias", ("batch", "out"), (("out",),), scale_power=1))
         if config.kasa_config is not None:
             found.append(kasa.tensor(r))
         if config.use_dora:
@@ -126,14 +126,14 @@ class Lora(Method):
             return tuple(found)
         return tuple(dataclasses.replace(t, used=_used(t, ranks, r)) for t in found)
 
-    def static(self, config: LoraConfig, site: Site, modules: Modules) -> Static:
+    def hparams(self, config: LoraConfig, site: Match, modules: Modules) -> LoraHparams:
         kind, attention = site.weight.kind, site.weight.kind == "attention"
-        times = 2 if attention and not site.weight.piece else 1  # the output projection: see above
-        scales = {times * scale_of(config, m) for m in modules}
+        times = 2 if attention and not site.weight.part else 1  # the output projection: see above
+        scales = {times * lora_scale(config, m) for m in modules}
         one = min(scales)
         more = config.use_dora or config.lora_bias  # whose gradients are not zero where A and B are
-        return Static(
-            one if len(scales) == 1 else per_entry(modules, lambda m: times * scale_of(config, m), one),
+        return LoraHparams(
+            one if len(scales) == 1 else per_entry(modules, lambda m: times * lora_scale(config, m), one),
             0.0 if kind in ("attention", "embedding") else config.lora_dropout,  # PEFT drops no tokens
             "" if kind in ("attention", "linear") else kind,
             site.weight.groups,
@@ -145,24 +145,24 @@ class Lora(Method):
             adapted_entries(modules) if more else None,
         )
 
-    def role(self, static: Static, tensor: str) -> str:
+    def role(self, static: LoraHparams, tensor: str) -> str:
         return "frozen" if static.frozen and tensor.endswith("_B") else super().role(static, tensor)
 
-    def dropout(self, static: Static) -> float:
+    def dropout(self, static: LoraHparams) -> float:
         return static.dropout
 
-    def follows(self, static: Static, primitive: str) -> bool:
+    def follows(self, static: LoraHparams, primitive: str) -> bool:
         if primitive == "ragged_dot_general":
             return not (static.dora or static.bias or static.kind in ("conv", "embedding"))
         return {"conv": "conv_general_dilated", "embedding": "gather"}.get(static.kind) == primitive
 
-    def forward(self, static: Static) -> bool:
+    def forward(self, static: LoraHparams) -> bool:
         return not static.kind and super().forward(static)  # (an embedding's product is a tied head's)
 
-    def apart(self, static: Static) -> bool:
+    def apart(self, static: LoraHparams) -> bool:
         return static.dora
 
-    def fresh(self, config: LoraConfig, tensor: Tensor, fan_in: int) -> Draw:
+    def fresh(self, config: LoraConfig, tensor: MethodTensor, fan_in: int) -> Draw:
         init = config.init_lora_weights
         if init not in (True, False, "gaussian") or config.kasa_config is not None:
             what = f"init_lora_weights={init!r}" if config.kasa_config is None else "kasa_config"
@@ -182,35 +182,37 @@ class Lora(Method):
         # torch's Kaiming-uniform with a = sqrt(5) is U(-1/sqrt(fan_in), 1/sqrt(fan_in))
         return Draw("uniform", 1 / math.sqrt(fan_in * own.get("g", 1) if tensor.name == "lora_A" else r))
 
-    def from_base(self, static: Static, params: Params, axes: Axes, w: Array) -> dict[str, Array]:
+    def from_base(self, static: LoraHparams, params: Params, axes: Axes, w: Array) -> dict[str, Array]:
         return {dora.MAGNITUDE: dora.norm(axes, _changed(static, params, axes, w))} if static.dora else {}
 
     def output(
-        self, static: Static, params: Params, use: Use | Operation, x: Array, y: Array, drop: Drop | None, w: Array
+        self, static: LoraHparams, params: Params, use: Use | Operation, x: Array, y: Array, drop: Drop | None, w: Array
     ) -> Array:
         if static.kind == "embedding" and not static.tied and isinstance(use, Use):
             return y  # the head of a model with tied embeddings: in PEFT another module, and not adapted
         x = x if drop is None else drop(x)
         scale = _scale(static, params)
-        delta = low_rank.delta(use, scale, static.groups, *_factors(static, params), x, y)
+        delta = low_rank.low_rank_delta(use, scale, static.groups, *_factors(static, params), x, y)
         if static.dora:
-            w = computable(w)
+            w = as_computable(w)
             changed = _changed(static, params, use.axes, w)
             along = dora.factor(use.axes, params, static.used, changed)
             return dora.output(use, along, w, changed, delta, x, y, drop is not None).astype(y.dtype)
         if static.bias:
-            delta = delta + low_rank.over_outputs(use, _bias(static, params), y.ndim)
+            delta = delta + low_rank.expand_over_outputs(use, _bias(static, params), y.ndim)
         if static.invoked:
             delta = alora.only(params, delta, y)
         return (y + delta).astype(y.dtype)
 
-    def weight(self, static: Static, params: Params, axes: Axes, w: Array) -> Array:
+    def weight(self, static: LoraHparams, params: Params, axes: Axes, w: Array) -> Array:
         return self._effective(static, params, axes, w, _changed)
 
-    def merged(self, static: Static, params: Params, axes: Axes, w: Array) -> Array:
+    def merged(self, static: LoraHparams, params: Params, axes: Axes, w: Array) -> Array:
         return self._effective(static, params, axes, w, _added)
 
-    def _effective(self, static: Static, params: Params, axes: Axes, w: Array, change: Callable[..., Array]) -> Array:
+    def _effective(
+        self, static: LoraHparams, params: Params, axes: Axes, w: Array, change: Callable[..., Array]
+    ) -> Array:
         if static.groups > 1:
             raise AttachError(
                 "LoRA's A sees all channels of a grouped convolution, so W + s·B·A would be a weight without groups:"
@@ -222,61 +224,61 @@ class Lora(Method):
             changed = dora.weight(axes, dora.factor(axes, params, static.used, changed), changed)
         return changed.astype(w.dtype)
 
-    def unweight(self, static: Static, params: Params, axes: Axes, w: Array) -> Array:
+    def unweight(self, static: LoraHparams, params: Params, axes: Axes, w: Array) -> Array:
         _need_one_weight(static)
         if static.dora:
             raise AttachError(
                 "DoRA scales W + s·B·A to the length m, and its own length, which W would need, is not left in it; keep"
                 " the parameters as they were before merging"
             )
-        return low_rank.added(axes, w, -_scale(static, params), *_factors(static, params)).astype(w.dtype)
+        return low_rank.add_product(axes, w, -_scale(static, params), *_factors(static, params)).astype(w.dtype)
 
-    def adds_bias(self, static: Static) -> bool:
+    def adds_bias(self, static: LoraHparams) -> bool:
         return static.bias
 
-    def merged_bias(self, static: Static, params: Params, bias: Array, sign: int) -> Array:
+    def merged_bias(self, static: LoraHparams, params: Params, bias: Array, sign: int) -> Array:
         return (bias + sign * _bias(static, params).reshape(bias.shape)).astype(bias.dtype)
 
 
-def doubtful_twice(config: Config, sites: Iterable[Site]) -> bool:
+def doubtful_twice(config: Config, sites: Iterable[Match]) -> bool:
     """Whether a file with an output projection of attention is of a later PEFT, which may add its product once."""
     known, said = (
         [int(n) for n in re.findall(r"\d+", version)[:3]] for version in (PEFT_VERSION, config.peft_version or "")
     )
-    projections = (site.weight.kind == "attention" and not site.weight.piece for site in sites)
+    projections = (site.weight.kind == "attention" and not site.weight.part for site in sites)
     return config.peft_type == "LORA" and said > known and any(projections)
 
 
-def scale_of(config: LoraConfig, module: str) -> float:
+def lora_scale(config: LoraConfig, module: str) -> float:
     """s = α/r or α/√r of one PyTorch module."""
     r = matching.pattern_value(config.rank_pattern, module, config.r)
     alpha = matching.pattern_value(config.alpha_pattern, module, config.lora_alpha)
     return alpha / math.sqrt(r) if config.use_rslora else alpha / r
 
 
-def _factors(static: Static, params: Params) -> tuple[Array, Array]:
+def _factors(static: LoraHparams, params: Params) -> tuple[Array, Array]:
     kind = "lora_embedding" if "lora_embedding_A" in params else "lora"
     a, b = kasa.in_a(params, params[f"{kind}_A"]), params[f"{kind}_B"]
     return a, jax.lax.stop_gradient(b) if static.frozen else b
 
 
-def _scale(static: Static, params: Params) -> Any:
+def _scale(static: LoraHparams, params: Params) -> Any:
     """s: one number, or the layer's own as an array (batch...)."""
-    return static.scale.here(params) if isinstance(static.scale, PerEntry) else static.scale
+    return static.scale.layer_values(params) if isinstance(static.scale, PerEntry) else static.scale
 
 
-def _bias(static: Static, params: Params) -> Array:
+def _bias(static: LoraHparams, params: Params) -> Array:
     """s times the adapter's own bias."""
     return low_rank.scaled(_scale(static, params), only_adapted(static.used, params, params["lora_B_bias"], 0.0))
 
 
-def _used(tensor: Tensor, ranks: Sequence[int], r: int) -> tuple[int, ...]:
+def _used(tensor: MethodTensor, ranks: Sequence[int], r: int) -> tuple[int, ...]:
     """What the file has of each entry: the rank (of a grouped convolution's B a part of it), or just the tensor."""
     own = dict(tensor.own).get("r")
     return tuple(min(rank, 1) if own is None else rank * own // r for rank in ranks)
 
 
-def _changed(static: Static, params: Params, axes: Axes, w: Array) -> Array:
+def _changed(static: LoraHparams, params: Params, axes: Axes, w: Array) -> Array:
     """W + s·B·A, in the dtype of the sum."""
     a, b = _factors(static, params)
     if isinstance(static.scale, PerEntry):
@@ -284,12 +286,12 @@ def _changed(static: Static, params: Params, axes: Axes, w: Array) -> Array:
     return w + static.scale * low_rank.product(axes, a, b)
 
 
-def _added(static: Static, params: Params, axes: Axes, w: Array) -> Array:
+def _added(static: LoraHparams, params: Params, axes: Axes, w: Array) -> Array:
     """The same in one pass."""
-    return low_rank.added(axes, w, _scale(static, params), *_factors(static, params))
+    return low_rank.add_product(axes, w, _scale(static, params), *_factors(static, params))
 
 
-def _need_one_weight(static: Static) -> None:
+def _need_one_weight(static: LoraHparams) -> None:
     if static.invoked:
         raise AttachError(
             "an aLoRA leaves some tokens as they are, and adapts others: there is no weight that does both, to merge"
@@ -297,7 +299,7 @@ def _need_one_weight(static: Static) -> None:
         )
 
 
-def _check_site(config: LoraConfig, site: Site, r: int) -> None:
+def _check_site(config: LoraConfig, site: Match, r: int) -> None:
     groups, kind = site.weight.groups, site.weight.kind
     if r % groups:
         raise ConfigError(f"{site.leaf}: a rank of {r} cannot be shared among the {groups} groups of the convolution")
@@ -326,7 +328,7 @@ def _check_site(config: LoraConfig, site: Site, r: int) -> None:
         raise ConfigError(f"{site.leaf}: lora_bias=True is for layers with an output bias, not for embeddings")
 
 
-def _check_parameter(config: LoraConfig, site: Site) -> None:
+def _check_parameter(config: LoraConfig, site: Match) -> None:
     """As PEFT's ParamWrapper: the sum W + s·B·A is all it has, with no place for an input or a bias."""
     odd = {
         "lora_dropout": config.lora_dropout, "fan_in_fan_out": config.fan_in_fan_out, "lora_bias": config.lora_bias,

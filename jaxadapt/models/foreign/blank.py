@@ -12,26 +12,26 @@ from collections.abc import Mapping, Sequence
 from jaxadapt.core import paths
 from jaxadapt.core.errors import KeyMapError
 from jaxadapt.keymaps import plan
-from jaxadapt.keymaps.keymap import KeyMap, Site
+from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.weight import EXPERTS, Weight
 from jaxadapt.models.foreign import per_head
 from jaxadapt.models.foreign.dialect import RANK, Dialect, layouts
-from jaxadapt.models.foreign.survey import hinted
+from jaxadapt.models.foreign.survey import hinted_sizes
 
 Shape = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Adapted:
+class AdaptedLeaf:
     """One base leaf that a file adapts: its site, and the entries of its braced axes, `{module: {axis: text}}`."""
 
-    site: Site
+    site: Match
     modules: Mapping[str, Mapping[str, str]]
 
 
-def find(
+def find_adapted_leaves(
     keymap: KeyMap, modules: Mapping[str, tuple[Shape, Shape]], leaves: Mapping[str, Shape] | None = None
-) -> tuple[Adapted, ...]:
+) -> tuple[AdaptedLeaf, ...]:
     """The base leaves of a family that these PyTorch modules lie in.
 
     Args:
@@ -44,9 +44,9 @@ def find(
     found: dict[str, dict[str, Mapping[str, str]]] = {}
     for module in modules:
         for w in keymap.weights:
-            texts = w.texts(f"{module}.weight") if w.kind == "linear" else None
+            texts = w.match_key(f"{module}.weight") if w.kind == "linear" else None
             if texts is not None and _there(keymap, w, texts, leaves):
-                found.setdefault(w.leaf_at(texts), {})[module] = texts
+                found.setdefault(w.fill_leaf(texts), {})[module] = texts
     # The parts of a fused leaf have one size: so a line for q, k and v in one is not meant where they differ.
     for leaf, mine in list(found.items()):
         if len({(modules[m][0][1], modules[m][1][0]) for m in mine}) > 1:
@@ -59,28 +59,28 @@ def find(
     if problems:
         raise KeyMapError(
             f"the table {keymap.name!r} does not settle where these modules lie:\n"
-            + paths.listing(problems)
+            + paths.bullets(problems)
             + "\nA file of the target's shapes does (--like), where several leaves are named"
         )
-    sites = {leaf: keymap.site(leaf) for leaf in found}
-    return tuple(Adapted(site, found[leaf]) for leaf, site in sites.items() if site is not None)
+    sites = {leaf: keymap.match(leaf) for leaf in found}
+    return tuple(AdaptedLeaf(site, found[leaf]) for leaf, site in sites.items() if site is not None)
 
 
 def _there(keymap: KeyMap, w: Weight, texts: Mapping[str, str], leaves: Mapping[str, Shape] | None) -> bool:
     """Whether a line has such a weight: among these leaves, or of as many layers as the table says."""
     if not leaves:
         limits = {line.layers: n for leaf, n in keymap.counts for line in keymap.weights if line.leaf == leaf}
-        return "l" not in texts or w.own_number("l", texts["l"]) < limits.get(w.layers, math.inf)
-    shape = leaves.get(w.leaf_at(texts))
+        return "l" not in texts or w.model_number("l", texts["l"]) < limits.get(w.layers, math.inf)
+    shape = leaves.get(w.fill_leaf(texts))
     sizes = dict(zip(w.left, shape or (), strict=False))
     return shape is not None and all(
-        w.own_number(axis, texts[axis.strip("{}")]) < sizes[axis] for axis in w.roles["stack"] if axis in sizes
+        w.model_number(axis, texts[axis.strip("{}")]) < sizes[axis] for axis in w.roles["stack"] if axis in sizes
     )
 
 
-def arrays(
+def blank_arrays(
     dialect: Dialect,
-    adapted: Adapted,
+    adapted: AdaptedLeaf,
     shapes: Mapping[str, tuple[Shape, Shape]],
     rank: int,
     base: Shape | None,
@@ -101,7 +101,7 @@ def arrays(
         raise KeyMapError(f"{dialect.name} has no place for the LoRA of {site.leaf!r}")
     path_a, path_b, pair = found
     choices = layouts(pair, weight, dialect.shares)
-    if dialect.heads and per_head.of(weight):
+    if dialect.per_head and per_head.head_axes(weight):
         *rest, last = weight.left
         choices = [] if weight.stack else [((*((axis,) for axis in rest), (RANK,)), ((RANK,), (last,)))]
     if not choices:
@@ -109,8 +109,8 @@ def arrays(
     if EXPERTS in weight.left:  # with a pair for each there is room for any file
         choices = [both for both in choices if all((EXPERTS,) in dims for dims in both)] or choices
     a, b = next(iter(shapes[m] for m in adapted.modules))
-    totals = {weight.roles["inn"]: a[1], weight.roles["out"]: b[0]}
-    known = dict(plan.sizes_of(site, base)) if base is not None else _sizes(adapted, totals, sizes)
+    totals = {weight.roles["in"]: a[1], weight.roles["out"]: b[0]}
+    known = dict(plan.axis_sizes(site, base)) if base is not None else _sizes(adapted, totals, sizes)
     known[RANK] = rank
     # (Flattened in another order than PyTorch's, single sizes are needed; that is found out when the tree is filled.)
     whole = {frozenset(axes): size for axes, size in totals.items()}
@@ -129,12 +129,12 @@ def arrays(
     return out
 
 
-def _sizes(adapted: Adapted, totals: Mapping[tuple[str, ...], int], sizes: Mapping[str, int]) -> dict[str, int]:
+def _sizes(adapted: AdaptedLeaf, totals: Mapping[tuple[str, ...], int], sizes: Mapping[str, int]) -> dict[str, int]:
     weight = adapted.site.weight
     known = {axis: len(weight.names(axis) or ()) for axis in weight.roles["fused"]}
     for axis in (*weight.roles["stack"], *(axis for axis in weight.left if axis == EXPERTS)):
-        known[axis] = 1 + max(weight.own_number(axis, texts[axis.strip("{}")]) for texts in adapted.modules.values())
-    given = hinted(weight, sizes)
+        known[axis] = 1 + max(weight.model_number(axis, texts[axis.strip("{}")]) for texts in adapted.modules.values())
+    given = hinted_sizes(weight, sizes)
     for axes, total in totals.items():
         mine = {n: given[n] for n in axes if n in given}
         open_ = [n for n in axes if n not in mine]
@@ -149,14 +149,14 @@ def _sizes(adapted: Adapted, totals: Mapping[tuple[str, ...], int], sizes: Mappi
     return known
 
 
-def respelt(source: KeyMap, target: KeyMap, modules: Sequence[str]) -> dict[str, str]:
+def respell_modules(source: KeyMap, target: KeyMap, modules: Sequence[str]) -> dict[str, str]:
     """`{module: what it is called by another spelling of the same table}`."""
     names: dict[str, str] = {}
     for module in modules:
         for ours, theirs in zip(source.weights, target.weights, strict=False):
-            texts = ours.texts(f"{module}.weight") if ours.leaf == theirs.leaf else None
+            texts = ours.match_key(f"{module}.weight") if ours.leaf == theirs.leaf else None
             if texts is not None:
-                names[module] = theirs.key_at(texts).removesuffix(".weight")
+                names[module] = theirs.fill_key(texts).removesuffix(".weight")
                 break
         else:
             raise KeyMapError(f"{module}: no line of {source.name!r} names it, or {target.name!r} is another family")

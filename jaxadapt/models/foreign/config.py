@@ -13,12 +13,12 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.generic import with_layout
 from jaxadapt.models.foreign.dialect import Dialect
-from jaxadapt.models.foreign.survey import Guests
+from jaxadapt.models.foreign.survey import ForeignSites
 
 _DEFAULT = LoraConfig()
 
 
-def need_alpha(dialect: Dialect, call: str) -> ConfigError:
+def missing_alpha(dialect: Dialect, call: str) -> ConfigError:
     """The error for a missing scale, with a line to copy. `call` is the user's own: "save(tree, path"."""
     return ConfigError(
         f"{dialect.name} scales by alpha/r and stores no alpha in its tree: pass {dialect.scale}, as in\n"
@@ -26,7 +26,7 @@ def need_alpha(dialect: Dialect, call: str) -> ConfigError:
     )
 
 
-def given_alpha(config: Config | None, lora_alpha: float | None) -> float | None:
+def resolve_alpha(config: Config | None, lora_alpha: float | None) -> float | None:
     """The alpha that somebody says, beside a configuration or in it; `ConfigError` where the two differ."""
     held = None if config is None else config.get("lora_alpha")
     held = None if held == _DEFAULT.lora_alpha else held
@@ -35,8 +35,8 @@ def given_alpha(config: Config | None, lora_alpha: float | None) -> float | None
     return held if lora_alpha is None else lora_alpha
 
 
-def infer(
-    guests: Guests, config: Config | None = None, lora_alpha: float | None = None, call: str = "save(tree, path"
+def infer_config(
+    guests: ForeignSites, config: Config | None = None, lora_alpha: float | None = None, call: str = "save(tree, path"
 ) -> LoraConfig:
     """The configuration that a tree's LoRA leaves have, completed by what the caller says.
 
@@ -51,9 +51,9 @@ def infer(
         raise ConfigError(f"{guests.dialect.name} trains LoRA; expected a LoraConfig, found {type(config).__name__}")
     dialect, stored = guests.dialect, guests.alphas
     problems: list[str] = []
-    given = given_alpha(config, lora_alpha)
+    given = resolve_alpha(config, lora_alpha)
     if not stored and config is None and lora_alpha is None:
-        raise need_alpha(dialect, call)
+        raise missing_alpha(dialect, call)
     config = config or LoraConfig()
     if config.use_rslora:
         problems.append(f"use_rslora=True, but {dialect.name} divides by r, not by its square root")
@@ -82,9 +82,9 @@ def infer(
     config, more = _targeted(guests, config)
     if problems or more:
         raise ConfigError(
-            f"the configuration and the {dialect.name} tree contradict each other:\n" + paths.listing(problems + more)
+            f"the configuration and the {dialect.name} tree contradict each other:\n" + paths.bullets(problems + more)
         )
-    methods.of(config)
+    methods.get_method(config)
     return config
 
 
@@ -97,7 +97,7 @@ def _patterned(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         if value != most:
             mine = sorted(m for m, v in values.items() if v == value)
             others = [m for m, v in values.items() if v != value]
-            patterns |= dict.fromkeys(matching.shortest(mine, others), value)
+            patterns |= dict.fromkeys(matching.shortest_suffixes(mine, others), value)
     return most, dict(sorted(patterns.items()))
 
 
@@ -111,14 +111,14 @@ def _contradictions(what: str, values: Mapping[str, Any], patterns: Mapping[str,
     ]
 
 
-def _targeted(guests: Guests, config: LoraConfig) -> tuple[LoraConfig, list[str]]:
+def _targeted(guests: ForeignSites, config: LoraConfig) -> tuple[LoraConfig, list[str]]:
     """The configuration with its target_modules, and what is wrong with those it has."""
     mine = list(guests.ranks)
-    config = with_layout(config, guests.keymap, [guest.site for guest in guests.guests])
+    config = with_layout(config, guests.keymap, [guest.match for guest in guests.sites])
     if config.target_modules is None or matching.is_all_linear(config):
         others = guests.modules - set(mine)
         # Without the base nobody knows which other modules a short name would mean as well.
-        names = matching.shortest(sorted(mine), others) if guests.modules else sorted(mine)
+        names = matching.shortest_suffixes(sorted(mine), others) if guests.modules else sorted(mine)
         return config.replace(target_modules=names), []
     unnamed = [m for m in mine if not matching.matches(config, m)]
     left_out = [f"{m}: adapted in the tree, not named by target_modules" for m in unnamed]
@@ -130,7 +130,7 @@ def _targeted(guests: Guests, config: LoraConfig) -> tuple[LoraConfig, list[str]
     return config, left_out + empty
 
 
-def ratios(guests: Guests, config: Config, lora_alpha: float | None, call: str) -> dict[str, float]:
+def scale_ratios(guests: ForeignSites, config: Config, lora_alpha: float | None, call: str) -> dict[str, float]:
     """`{module: a file's scale over the tree's own}`, of the tree's modules that the file's configuration targets.
 
     Raises `ConfigError` where the tree's scale is not known.
@@ -138,7 +138,7 @@ def ratios(guests: Guests, config: Config, lora_alpha: float | None, call: str) 
     dialect = guests.dialect
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"a {config.peft_type} adapter cannot go into {dialect.name} leaves, which are LoRA")
-    methods.of(config)
+    methods.get_method(config)
     more = [name for name in ("use_dora", "lora_bias", "modules_to_save") if config.get(name)]
     more += [] if config.bias == "none" else ["bias"]
     if more:
@@ -155,17 +155,17 @@ def ratios(guests: Guests, config: Config, lora_alpha: float | None, call: str) 
         raise ConfigError(f"lora_alpha={lora_alpha}: {dialect.name} {why}, {off}; leave it out")
     if not stored and lora_alpha is None:
         r, alpha = config.r, config.lora_alpha
-        raise ConfigError(f"{need_alpha(dialect, call)}\n(The file says lora_alpha={alpha:g}, r={r}.)")
+        raise ConfigError(f"{missing_alpha(dialect, call)}\n(The file says lora_alpha={alpha:g}, r={r}.)")
     if not all(stored.values()) or lora_alpha == 0:
         raise ConfigError(f"lora_alpha=0: {dialect.name} leaves that count for nothing can hold no adapter")
     out: dict[str, float] = {}
     for module, rank in guests.ranks.items():
         if matching.matches(config, module):
-            ratio = methods.scale_of(config, module) / (stored.get(module, lora_alpha or 0.0) / rank)
+            ratio = methods.lora_scale(config, module) / (stored.get(module, lora_alpha or 0.0) / rank)
             out[module] = 1.0 if abs(ratio - 1) < 2**-23 else ratio  # no float32 tells them apart
     return out
 
 
-def inexact(ratios: Mapping[str, float]) -> float | None:
+def first_inexact(ratios: Mapping[str, float]) -> float | None:
     """The first factor that is no power of two, so that multiplying by it rounds; None if all are exact."""
     return next((f for f in ratios.values() if math.frexp(f)[0] != 0.5), None)

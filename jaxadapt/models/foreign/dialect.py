@@ -55,27 +55,27 @@ class Pair:
     Args:
         a, b: paths of the input side (…, r) and the output side (r, …).
         leaf: the base leaf, as a family's table calls it.
-        layouts: what the two may look like, told apart by their shapes. A layout is words with spaces: "r"; "inn",
+        layouts: what the two may look like, told apart by their shapes. A layout is words with spaces: "r"; "in",
             "out", "batch" (the base weight's axes of that role, in the leaf's own order), "ins" and "outs" (the same
             with the batch axes among them), "first" and "last" (its last two axes, whatever their role). A word in
             parentheses stands for its axes flattened into one. Stacked layers keep the position they have in the
             base weight.
 
-    >>> Pair("{leaf}_lora_a", "{leaf}_lora_b", "{leaf}").at("q.kernel_lora_a")
+    >>> Pair("{leaf}_lora_a", "{leaf}_lora_b", "{leaf}").match("q.kernel_lora_a")
     ('q.kernel_lora_b', 'q.kernel')
     """
 
     a: str
     b: str
     leaf: str
-    layouts: tuple[tuple[str, str], ...] = (("inn r", "r out"),)
+    layouts: tuple[tuple[str, str], ...] = (("in r", "r out"),)
 
-    def at(self, path: str) -> tuple[str, str] | None:
+    def match(self, path: str) -> tuple[str, str] | None:
         """Of a path that is this line's `a`: the path of its `b`, and the base leaf."""
         found = _regex(self.a).fullmatch(path)
         return found and (_fill(self.b, found.groupdict()), _fill(self.leaf, found.groupdict()))
 
-    def of(self, leaf: str) -> tuple[str, str] | None:
+    def paths(self, leaf: str) -> tuple[str, str] | None:
         """The paths of `a` and `b` at a base leaf, None if this line is not for it."""
         found = _regex(self.leaf).fullmatch(leaf)
         return found and (_fill(self.a, found.groupdict()), _fill(self.b, found.groupdict()))
@@ -108,7 +108,7 @@ class Dialect:
     shares: bool = False
     moved: tuple[tuple[str, str], ...] = ()
     slots: tuple[str, str] | None = None
-    heads: bool = False
+    per_head: bool = False
     proved: bool = True
 
     def claim(self, paths: Collection[str]) -> dict[str, list[tuple[str, str, int]]]:
@@ -116,7 +116,7 @@ class Dialect:
         out: dict[str, list[tuple[str, str, int]]] = {}
         for path in paths:
             for number, pair in enumerate(self.pairs):
-                found = pair.at(path)
+                found = pair.match(path)
                 if found and found[0] in paths:
                     out.setdefault(found[1], []).append((path, found[0], number))
                     break
@@ -125,9 +125,9 @@ class Dialect:
     def owned(self, paths: Collection[str]) -> set[str]:
         """The paths of all arrays that are this dialect's."""
         pairs = [pair for pairs in self.claim(paths).values() for pair in pairs]
-        return {path for a, b, _ in pairs for path in (a, b, *(p for p in self.beside(a) if p in paths))}
+        return {path for a, b, _ in pairs for path in (a, b, *(p for p in self.slot_paths(a) if p in paths))}
 
-    def beside(self, a: str) -> tuple[str, ...]:
+    def slot_paths(self, a: str) -> tuple[str, ...]:
         """Where the ranks and scales of the slots of an A lie; nowhere, without slots."""
         return tuple(a.rpartition(".")[0] + "." + name for name in self.slots or ())
 
@@ -151,7 +151,7 @@ class Dialect:
     def paths(self, leaf: str) -> tuple[str, str, Pair] | None:
         """Where the arrays of a base leaf would lie, by the line that says most of it."""
         for pair in sorted(self.pairs, key=lambda pair: pair.leaf.count("{")):
-            found = pair.of(leaf)
+            found = pair.paths(leaf)
             if found:
                 return (*found, pair)
         return None
@@ -161,17 +161,17 @@ def layouts(pair: Pair, weight: Weight, shares: bool) -> list[tuple[Dims, Dims]]
     """What the two arrays of a site may look like beside a base weight.
 
     >>> w = Weight("{l}.o", "{l}.o.weight", "n h d -> d (n h)")
-    >>> pair = Pair("{leaf}_a", "{leaf}_b", "{leaf}", (("inn r", "r out"), ("(inn) r", "r (out)")))
+    >>> pair = Pair("{leaf}_a", "{leaf}_b", "{leaf}", (("in r", "r out"), ("(in) r", "r (out)")))
     >>> [a for a, _ in layouts(pair, w, False)]
     [(('n',), ('h',), ('~r',)), (('n', 'h'), ('~r',))]
     """
-    roles = {role: set(weight.roles[role]) for role in ("inn", "out", "batch")}
+    roles = {role: set(weight.roles[role]) for role in ("in", "out", "batch")}
     stack = list(weight.stack)
     own = [n for i, n in enumerate(weight.left) if i not in stack]
     out: list[tuple[Dims, Dims]] = []
     for texts in pair.layouts:
         halves: list[Dims] = []
-        for text, role in zip(texts, ("inn", "out"), strict=True):
+        for text, role in zip(texts, ("in", "out"), strict=True):
             dims = _dims(text, own, roles)
             named = {n for dim in dims for n in dim} - {RANK}
             batch = named & roles["batch"]
@@ -187,11 +187,11 @@ def layouts(pair: Pair, weight: Weight, shares: bool) -> list[tuple[Dims, Dims]]
 
 
 def _dims(text: str, own: Sequence[str], roles: Mapping[str, set[str]]) -> list[tuple[str, ...]]:
-    inn, out, batch = roles["inn"], roles["out"], roles["batch"]
+    inputs, out, batch = roles["in"], roles["out"], roles["batch"]
     words = {
         "r": [RANK],
-        "inn": [n for n in own if n in inn],
-        "ins": [n for n in own if n in inn | batch],
+        "in": [n for n in own if n in inputs],
+        "ins": [n for n in own if n in inputs | batch],
         "out": [n for n in own if n in out],
         "outs": [n for n in own if n in out | batch],
         "batch": [n for n in own if n in batch],

@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxadapt.core import paths
 from jaxadapt.core.errors import MismatchError
-from jaxadapt.models.foreign.survey import Guests, Half
+from jaxadapt.models.foreign.survey import FactorArray, ForeignSites
 
 Shape = tuple[int, ...]
 Array = Any
@@ -19,13 +19,13 @@ Placed = dict[int, tuple[Array, slice, float]]
 """What goes into an array: by key, the tensor, its rows on the rank's axis, and a factor."""
 
 
-def fill(
-    guests: Guests,
+def place_tensors(
+    guests: ForeignSites,
     tensors: Mapping[str, Array],
     ratios: Mapping[str, float],
     concat: bool,
     same: Any,
-) -> dict[str, tuple[Half, Placed]]:
+) -> dict[str, tuple[FactorArray, Placed]]:
     """Where every tensor of a file goes, `{path of an array: (its axes, {key's number: …})}`.
 
     Args:
@@ -36,23 +36,23 @@ def fill(
 
     Raises one `MismatchError` with every array that cannot hold what the file says exactly.
     """
-    out: dict[str, tuple[Half, Placed]] = {}
+    out: dict[str, tuple[FactorArray, Placed]] = {}
     rows, differ, need = _rows(guests, tensors, ratios, same)
     if differ and not concat:
         raise MismatchError(
             f"{guests.dialect.name} has one array where the file has several, and they differ:\n"
-            + paths.listing(dict.fromkeys(differ))
+            + paths.bullets(dict.fromkeys(differ))
             + '\nTrain them with one A, or build the target with a larger rank and pass on_shared="concat", which'
             " puts them side by side"
         )
-    small = {half.path: half for g in guests.guests for half in (g.a, g.b) if need[half.path] > half.rank}
+    small = {half.path: half for g in guests.sites for half in (g.a, g.b) if need[half.path] > half.rank}
     if small:
         listed = [f"{path}: rank {half.rank}, needed {need[path]}" for path, half in small.items()]
         raise MismatchError(
-            f"the target's rank is too small:\n{paths.listing(listed)}\nBuild it with"
+            f"the target's rank is too small:\n{paths.bullets(listed)}\nBuild it with"
             f" rank={max(need.values())}: what the file does not fill is zero"
         )
-    for guest in guests.guests:
+    for guest in guests.sites:
         for half, of_b in ((guest.a, False), (guest.b, True)):
             out[half.path] = (
                 half,
@@ -65,19 +65,19 @@ def fill(
     return out
 
 
-def needed(guests: Guests, tensors: Mapping[str, Array], ratios: Mapping[str, float], same: Any) -> int:
+def needed_rank(guests: ForeignSites, tensors: Mapping[str, Array], ratios: Mapping[str, float], same: Any) -> int:
     """The rank that a tree needs to hold a file's tensors, those that share an array side by side where they differ."""
     return max(_rows(guests, tensors, ratios, same)[2].values())
 
 
 def _rows(
-    guests: Guests, tensors: Mapping[str, Array], ratios: Mapping[str, float], same: Any
+    guests: ForeignSites, tensors: Mapping[str, Array], ratios: Mapping[str, float], same: Any
 ) -> tuple[dict[str, slice], list[str], dict[str, int]]:
     """Each module's rows on the rank's axis, the arrays whose tensors differ, and each array's needed rank."""
     rows: dict[str, slice] = {}
     differ: list[str] = []
     need: dict[str, int] = {}
-    for guest in guests.guests:
+    for guest in guests.sites:
         for half in sorted((guest.a, guest.b), key=lambda half: -half.shared):
             need[half.path] = 0
             for first in range(0, len(half.keys), half.shared):
@@ -118,7 +118,9 @@ def _groups(tensors: Sequence[Array], same: Any) -> list[int]:
     return out
 
 
-def check(guests: Guests, modules: Collection[str], found: Mapping[str, Sequence[int]], source: str) -> None:
+def check_tensors(
+    guests: ForeignSites, modules: Collection[str], found: Mapping[str, Sequence[int]], source: str
+) -> None:
     """Raise one `MismatchError` unless a file's tensors are those of `modules`, of the right shapes but for the rank.
 
     Modules that the file does not adapt may be missing: their B is zero.
@@ -126,7 +128,7 @@ def check(guests: Guests, modules: Collection[str], found: Mapping[str, Sequence
     missing: list[str] = []
     wrong: list[str] = []
     known: set[str] = set()
-    for guest in guests.guests:
+    for guest in guests.sites:
         for half in (guest.a, guest.b):
             at = half.form.file_rank
             for key, module in zip(half.keys, half.modules, strict=True):
@@ -140,7 +142,7 @@ def check(guests: Guests, modules: Collection[str], found: Mapping[str, Sequence
                     wrong.append(f"{key}: expected {_with_rank(want, at)}, found {list(shape)}")
     unexpected = [key for key in found if key not in known]
     parts = [
-        f"{len(items)} {what}:\n{paths.listing(items)}"
+        f"{len(items)} {what}:\n{paths.bullets(items)}"
         for what, items in (
             (f"missing from {source} (its configuration names their modules)", missing),
             (f"unexpected (no {guests.dialect.name} leaf takes them)", unexpected),

@@ -31,53 +31,53 @@ Several = dict[str, tuple[str, str, Weight]]
 """`{base leaf: (path of a, path of b, its line)}` of the leaves whose a has heads that b has not."""
 
 
-def several(dialect: Dialect, table: KeyMap, leaves: Leaves) -> Several:
+def per_head_leaves(dialect: Dialect, table: KeyMap, leaves: Leaves) -> Several:
     """Which of a tree's LoRA leaves are so."""
     out: Several = {}
     for leaf, ((a, b, _), *_) in dialect.claim(leaves).items():
-        site = table.site(leaf)
-        if site is not None and of(site.weight) and len(leaves[a].shape) == len(site.weight.left):
+        site = table.match(leaf)
+        if site is not None and head_axes(site.weight) and len(leaves[a].shape) == len(site.weight.left):
             out[leaf] = a, b, site.weight
     return out
 
 
-def alphas(dialect: Dialect, old: Leaves, new: Leaves, alpha: float) -> dict[str, float]:
+def rescaled_alphas(dialect: Dialect, old: Leaves, new: Leaves, alpha: float) -> dict[str, float]:
     """`{base leaf: alpha}` that keeps alpha/r where the rank of some leaves has become another."""
     claimed = dialect.claim(old)
     return {leaf: alpha * new[b].shape[0] / old[b].shape[0] for leaf, ((_, b, _), *_) in claimed.items()}
 
 
-def widened(dialect: Dialect, found: Several, leaves: Leaves, on_shared: str | None) -> dict[str, Array]:
+def widen_leaves(dialect: Dialect, found: Several, leaves: Leaves, on_shared: str | None) -> dict[str, Array]:
     """The leaves with one A for all heads of a weight; `MismatchError` where theirs differ, unless "concat"."""
-    one = {leaf: agree(leaves[a], w) for leaf, (a, _, w) in found.items()}
+    one = {leaf: heads_agree(leaves[a], w) for leaf, (a, _, w) in found.items()}
     apart = [a for leaf, (a, _, _) in found.items() if not one[leaf]]
     if apart and on_shared != "concat":
         raise MismatchError(
             f"PyTorch has one A for all heads of a weight, and {dialect.name} one for each; these differ (or nobody can"
-            f' tell, inside jit):\n{paths.listing(apart)}\nPass on_shared="concat" to save or to_peft: with their'
+            f' tell, inside jit):\n{paths.bullets(apart)}\nPass on_shared="concat" to save or to_peft: with their'
             " ranks side by side the file computes exactly the same, at as many times the rank"
         )
     out = dict(leaves)
     for leaf, (a, b, w) in found.items():
-        out[a], out[b] = wide(leaves[a], leaves[b], w, one[leaf])
+        out[a], out[b] = widen(leaves[a], leaves[b], w, one[leaf])
     return out
 
 
-def room(found: Several, leaves: Leaves, tensors: Mapping[str, Any]) -> dict[str, Array]:
+def reserve_rank(found: Several, leaves: Leaves, tensors: Mapping[str, Any]) -> dict[str, Array]:
     """The leaves with, where they have heads, specs of one A for all of them, of a file's largest rank."""
     rank = max((x.shape[0] for key, x in tensors.items() if key.endswith("lora_A.weight")), default=1)
     out = dict(leaves)
     for a, b, w in found.values():
         sizes = dict(zip(w.left, (*leaves[a].shape[:-1], leaves[b].shape[-1]), strict=True))
-        inn = [sizes[axis] for axis in w.left if axis not in w.roles["out"]]
+        inputs = [sizes[axis] for axis in w.left if axis not in w.roles["out"]]
         outs = [sizes[axis] for axis in w.left if axis in w.roles["out"]]
-        out[a] = jax.ShapeDtypeStruct((*inn, rank), leaves[a].dtype)
+        out[a] = jax.ShapeDtypeStruct((*inputs, rank), leaves[a].dtype)
         out[b] = jax.ShapeDtypeStruct((rank, *outs), leaves[b].dtype)
     return out
 
 
-def narrowed(dialect: Dialect, found: Several, leaves: Leaves, new: Leaves, concat: bool) -> dict[str, Array]:
-    """What was filled where there was `room`, as the tree's own `leaves` are; unchanged A where B is zero.
+def narrow_leaves(dialect: Dialect, found: Several, leaves: Leaves, new: Leaves, concat: bool) -> dict[str, Array]:
+    """What was filled where there was `reserve_rank`, as the tree's own `leaves` are; unchanged A where B is zero.
 
     Raises one `MismatchError` with every leaf whose heads share less than a tree without "concat" says, or else with
     every one whose rank is too small.
@@ -92,14 +92,14 @@ def narrowed(dialect: Dialect, found: Several, leaves: Leaves, new: Leaves, conc
     if differ and not concat:
         raise MismatchError(
             f"{dialect.name} has one B for all heads of a weight where the file has one for each:\n"
-            + paths.listing(differ)
+            + paths.bullets(differ)
             + f'\nBuild the target with rank={need}, and pass on_shared="concat", which puts them side by side'
         )
     ranks = {b: leaves[b].shape[0] for b in made}
     small = [f"{b}: rank {ranks[b]}, needed {len(rows)}" for b, (_, _, rows, _) in made.items() if len(rows) > ranks[b]]
     if small:
         raise MismatchError(
-            f"the target's rank is too small:\n{paths.listing(small)}\nBuild it with rank={need}: what the file does"
+            f"the target's rank is too small:\n{paths.bullets(small)}\nBuild it with rank={need}: what the file does"
             " not fill is zero"
         )
     out: dict[str, Array] = {}
@@ -112,10 +112,10 @@ def narrowed(dialect: Dialect, found: Several, leaves: Leaves, new: Leaves, conc
     return out
 
 
-def of(weight: Weight) -> tuple[str, ...]:
+def head_axes(weight: Weight) -> tuple[str, ...]:
     """The axes of a weight that B has not: its outputs but the last axis. None of them: A and B are as everywhere.
 
-    >>> of(Weight("q.kernel", "q.weight", "d n h -> (n h) d")), of(Weight("o.kernel", "o.weight", "n h d -> d (n h)"))
+    >>> head_axes(Weight("q.kernel", "q.weight", "d n h -> (n h) d")), head_axes(Weight("o.kernel", "o.weight", "n h d -> d (n h)"))
     (('n',), ())
     """
     out = weight.roles["out"]
@@ -123,7 +123,7 @@ def of(weight: Weight) -> tuple[str, ...]:
     return tuple(own[:-1]) if own and own[-1] == weight.left[-1] else ()
 
 
-def agree(a: Array, weight: Weight) -> bool:
+def heads_agree(a: Array, weight: Weight) -> bool:
     """Whether all heads have one A, bit for bit; of traced arrays nobody can tell."""
     if isinstance(a, Tracer):
         return False
@@ -131,7 +131,7 @@ def agree(a: Array, weight: Weight) -> bool:
     return all(np.array_equal(apart[0], other) for other in apart[1:])
 
 
-def wide(a: Array, b: Array, weight: Weight, one: bool) -> tuple[Array, Array]:
+def widen(a: Array, b: Array, weight: Weight, one: bool) -> tuple[Array, Array]:
     """One A (inputs…, R) and one B (R, heads…, last); `one`: the first head's A is that of all."""
     xp = jnp if isinstance(a, jax.Array) else np
     apart = _heads_first(a, weight)
@@ -178,12 +178,12 @@ def narrow(a: np.ndarray, b: np.ndarray, weight: Weight) -> tuple[np.ndarray, np
 
 def _order(weight: Weight) -> list[int]:
     """Positions of the axes of A without the rank: heads, then inputs."""
-    heads, left = of(weight), weight.left[:-1]
+    heads, left = head_axes(weight), weight.left[:-1]
     return [i for i, axis in enumerate(left) if axis in heads] + [i for i, axis in enumerate(left) if axis not in heads]
 
 
 def _sizes(a: Array, weight: Weight) -> Sequence[int]:
-    heads = of(weight)
+    heads = head_axes(weight)
     return [size for axis, size in zip(weight.left, a.shape, strict=False) if axis in heads]
 
 

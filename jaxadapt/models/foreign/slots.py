@@ -20,7 +20,9 @@ from jaxadapt.models.foreign.dialect import Dialect
 Leaves = Mapping[str, Any]
 
 
-def view(dialect: Dialect, leaves: Leaves, slot: int, room: bool = False) -> tuple[dict[str, Any], dict[str, float]]:
+def slot_arrays(
+    dialect: Dialect, leaves: Leaves, slot: int, room: bool = False
+) -> tuple[dict[str, Any], dict[str, float]]:
     """The arrays of one slot, `{path: array}`, and `{base leaf: alpha}`.
 
     Args:
@@ -58,13 +60,13 @@ def view(dialect: Dialect, leaves: Leaves, slot: int, room: bool = False) -> tup
             out[a], out[b] = whole_a[..., :rank], whole_b[..., :rank, :]
             alphas[leaf] = _alpha(scale.pop(), rank)
     if problems:
-        raise MismatchError(f"slot {slot} of this {dialect.name} tree cannot be used:\n" + paths.listing(problems))
+        raise MismatchError(f"slot {slot} of this {dialect.name} tree cannot be used:\n" + paths.bullets(problems))
     if not out:
         raise MismatchError(f"slot {slot} of this {dialect.name} tree is empty: its ranks are all 0")
     return out, alphas
 
 
-def whole(
+def with_slot(
     dialect: Dialect, leaves: Leaves, slot: int, new: Mapping[str, Any], used: Mapping[str, tuple[int, float]]
 ) -> dict[str, Any]:
     """The whole arrays with one slot replaced, ranks and scales too.
@@ -89,7 +91,7 @@ def _nonzero(x: Any) -> bool:
 
 
 def _marks(dialect: Dialect, a: str) -> tuple[str, str]:
-    ranks, scales = dialect.beside(a)
+    ranks, scales = dialect.slot_paths(a)
     return ranks, scales
 
 

@@ -15,14 +15,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxadapt import methods
-from jaxadapt.arrays.layout import Arrangement
-from jaxadapt.arrays.pattern import fine
+from jaxadapt.arrays.layout import FileLayout
+from jaxadapt.arrays.pattern import axis_parts
 from jaxadapt.configs import LoraConfig
 from jaxadapt.core import paths
 from jaxadapt.core.errors import KeyMapError
 from jaxadapt.keymaps import plan
-from jaxadapt.keymaps.keymap import KeyMap, Site, entries
-from jaxadapt.keymaps.tensor_spec import Modules, Tensor
+from jaxadapt.keymaps.keymap import KeyMap, Match, index_entries
+from jaxadapt.keymaps.tensor_spec import MethodTensor, Modules
 from jaxadapt.keymaps.weight import Weight
 from jaxadapt.models.foreign.dialect import RANK, Dialect, Dims, layouts
 
@@ -31,7 +31,7 @@ Array = Any
 
 
 @dataclasses.dataclass(frozen=True)
-class Packed(Arrangement):
+class PackedLayout(FileLayout):
     """An arrangement in an array that may lie flattened in its tree, or serve several keys.
 
     `packed` is the array's shape there, `shape` with every axis apart. Each of its pieces (over `split`) holds
@@ -58,25 +58,25 @@ class Packed(Arrangement):
         return self.right.index((RANK,))
 
     @functools.cached_property
-    def _units(self) -> dict[int, Arrangement]:
+    def _units(self) -> dict[int, FileLayout]:
         return {}
 
-    def unit(self, rank: int) -> Arrangement:
+    def unit(self, rank: int) -> FileLayout:
         """What turns one key's tensor, of this rank, into its piece of the array."""
         found = self._units.get(rank)
         if found is None:
             keep = [axis for axis in range(len(self.left)) if axis not in self.split]
             shape = tuple(rank if axis == self.rank else self.shape[axis] for axis in keep)
             left = tuple(self.left[axis] for axis in keep)
-            found = self._units[rank] = Arrangement(shape, left, self.right, (), self.factor, self.sizes)
+            found = self._units[rank] = FileLayout(shape, left, self.right, (), self.factor, self.sizes)
         return found
 
 
 @dataclasses.dataclass(frozen=True)
-class Half(plan.Entry):
+class FactorArray(plan.PlanEntry):
     """One array of a site, A or B, its keys, and the PyTorch modules of these."""
 
-    form: Packed
+    form: PackedLayout
     modules: tuple[str, ...] = ()
 
     @property
@@ -89,33 +89,33 @@ class Half(plan.Entry):
 
 
 @dataclasses.dataclass(frozen=True)
-class Guest:
+class ForeignSite:
     """One site of another library: its base leaf, its two arrays, and what is known of the base's sizes."""
 
-    site: Site
-    a: Half
-    b: Half
+    match: Match
+    a: FactorArray
+    b: FactorArray
     sizes: tuple[tuple[str, int], ...]
 
     @property
     def base_shape(self) -> Shape | None:
         """The shape of the base leaf, None where the arrays do not tell it."""
         sizes = dict(self.sizes)
-        left = self.site.weight.left
+        left = self.match.weight.left
         return tuple(sizes[n] for n in left) if all(n in sizes for n in left) else None
 
 
 @dataclasses.dataclass(frozen=True)
-class Guests:
+class ForeignSites:
     """All LoRA sites of a tree, the dialect and the table they were read by, and the tree's base weights.
 
     `stored` is the alpha of each base leaf, where the tree has it. `real` is the table in which all experts of a layer
-    have one name, where `keymap` has one for each (`per_expert.singled`).
+    have one name, where `keymap` has one for each (`experts.per_expert_keymap`).
     """
 
     dialect: Dialect
     keymap: KeyMap
-    guests: tuple[Guest, ...]
+    sites: tuple[ForeignSite, ...]
     base: Mapping[str, Shape]
     stored: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float])
     real: KeyMap | None = None
@@ -123,24 +123,24 @@ class Guests:
     @functools.cached_property
     def leaves(self) -> frozenset[str]:
         """The base leaves that the tree adapts."""
-        return frozenset(guest.site.leaf for guest in self.guests)
+        return frozenset(guest.match.leaf for guest in self.sites)
 
     @functools.cached_property
     def plan(self) -> plan.Plan:
         """The bijection of the arrays and the keys of a file (a shared array is in the file once for each sharer)."""
-        return plan.plan([half for guest in self.guests for half in (guest.a, guest.b)])
+        return plan.make_plan([half for guest in self.sites for half in (guest.a, guest.b)])
 
     @functools.cached_property
     def ranks(self) -> dict[str, int]:
         """`{module: rank}` of every PyTorch module that the tree adapts."""
-        return {m: guest.a.rank for guest in self.guests for m in guest.a.modules}
+        return {m: guest.a.rank for guest in self.sites for m in guest.a.modules}
 
     @functools.cached_property
     def alphas(self) -> dict[str, float]:
         """`{module: alpha}` where the dialect or the tree tells it, else nothing."""
         if self.dialect.unscaled:
             return dict(self.ranks)
-        held = [(guest, self.stored[leaf]) for guest in self.guests if (leaf := guest.site.leaf) in self.stored]
+        held = [(guest, self.stored[leaf]) for guest in self.sites if (leaf := guest.match.leaf) in self.stored]
         return {m: alpha for guest, alpha in held for m in guest.a.modules}
 
     @functools.cached_property
@@ -148,20 +148,20 @@ class Guests:
         """All modules of the base that the table knows, adapted or not; without a base, none."""
         out: set[str] = set()
         for leaf, shape in self.base.items():
-            site = self.keymap.site(leaf)
+            site = self.keymap.match(leaf)
             if site and len(site.weight.left) == len(shape) and site.weight.key.rpartition(".")[2] == "weight":
-                out |= set(site.modules(plan.sizes_of(site, shape)).values())
+                out |= set(site.modules(plan.axis_sizes(site, shape)).values())
         return frozenset(out)
 
 
-def survey(
+def survey_sites(
     dialect: Dialect,
     keymap: KeyMap,
     arrays: Mapping[str, Shape],
     base: Mapping[str, Shape],
     stored: Mapping[str, float] | None = None,
     sizes: Mapping[str, int] | None = None,
-) -> Guests:
+) -> ForeignSites:
     """Bind the LoRA arrays of a tree, `{path: shape}`, to a family's table.
 
     Args:
@@ -172,48 +172,52 @@ def survey(
     Raises one `KeyMapError` with every leaf that the table has no line for, or whose shape no layout of the
     dialect explains.
     """
-    out: list[Guest] = []
+    out: list[ForeignSite] = []
     problems: list[str] = []
     for leaf, candidates in dialect.claim(arrays).items():
-        site = keymap.site(leaf)
+        site = keymap.match(leaf)
         names = sorted({path for a, b, _ in candidates for path in (a, b)})
         if site is None:
             problems.append(f"{', '.join(names)}: the table {keymap.name!r} has no line for {leaf!r}")
             continue
         try:
-            hints = hinted(site.weight, sizes or {})
+            hints = hinted_sizes(site.weight, sizes or {})
             out.append(_guest(dialect, keymap, site, candidates, arrays, base.get(leaf), hints))
         except KeyMapError as error:
             problems.append(str(error))
     if problems:
         raise KeyMapError(
             f"these {dialect.name} LoRA leaves have no exact place in a PEFT file:\n"
-            + paths.listing(problems)
+            + paths.bullets(problems)
             + "\nSay which family the model is with keymap=, or give a KeyMap with a line for each base weight"
         )
-    return Guests(dialect, keymap, tuple(out), dict(base), stored or {})
+    return ForeignSites(dialect, keymap, tuple(out), dict(base), stored or {})
 
 
-def hinted(weight: Weight, sizes: Mapping[str, int]) -> dict[str, int]:
+def hinted_sizes(weight: Weight, sizes: Mapping[str, int]) -> dict[str, int]:
     """The sizes of a line's axes, of those whose letters have one; "(c p)" where c and p do."""
     known = {**sizes, **dict(weight.sizes)}
-    return {axis: math.prod(known[n] for n in fine(axis)) for axis in weight.left if set(fine(axis)) <= set(known)}
+    return {
+        axis: math.prod(known[n] for n in axis_parts(axis))
+        for axis in weight.left
+        if set(axis_parts(axis)) <= set(known)
+    }
 
 
 def _guest(
     dialect: Dialect,
     keymap: KeyMap,
-    site: Site,
+    site: Match,
     candidates: Sequence[tuple[str, str, int]],
     arrays: Mapping[str, Shape],
     base: Shape | None,
     hints: Mapping[str, int],
-) -> Guest:
+) -> ForeignSite:
     sizes = {**hints, **{axis: len(site.weight.names(axis) or ()) for axis in site.roles["fused"]}}
     if base is not None:
-        sizes = plan.sizes_of(site, base)
+        sizes = plan.axis_sizes(site, base)
     tried: list[str] = []
-    fits: list[Guest] = []
+    fits: list[ForeignSite] = []
     for path_a, path_b, number in candidates:
         pair = dialect.pairs[number]
         for dims_a, dims_b in layouts(pair, site.weight, dialect.shares):
@@ -224,7 +228,7 @@ def _guest(
                     _half(keymap, site, tensor, path, arrays[path], dims, known)
                     for tensor, path, dims in zip(_tensors(site), (path_a, path_b), (dims_a, dims_b), strict=True)
                 )
-                fits.append(Guest(site, a, b, tuple(sorted(known.items()))))
+                fits.append(ForeignSite(site, a, b, tuple(sorted(known.items()))))
     if not fits:
         path_a, path_b, _ = candidates[0]
         shape = "" if base is None else f" beside {site.leaf} {base}"
@@ -263,16 +267,16 @@ def _solve(pairs: Sequence[tuple[Dims, Shape]], sizes: Mapping[str, int]) -> dic
     return known
 
 
-def _tensors(site: Site) -> tuple[Tensor, Tensor]:
+def _tensors(site: Match) -> tuple[MethodTensor, MethodTensor]:
     """PEFT's two tensors of a site; the rank is an axis like another here, so any will do."""
     config = LoraConfig(r=1)
-    a, b = methods.of(config).tensors(config, site, Modules())
+    a, b = methods.get_method(config).tensors(config, site, Modules())
     return a, b
 
 
 def _half(
-    keymap: KeyMap, site: Site, tensor: Tensor, path: str, packed: Shape, dims: Dims, sizes: Mapping[str, int]
-) -> Half:
+    keymap: KeyMap, site: Match, tensor: MethodTensor, path: str, packed: Shape, dims: Dims, sizes: Mapping[str, int]
+) -> FactorArray:
     right = list(plan.torch_axes(site, tensor))
     left: list[str] = []
     shape: list[int] = []
@@ -291,18 +295,18 @@ def _half(
             )
     split = tuple(i for i, n in enumerate(left) if n.startswith("{"))
     missing = [n for n in site.braced if n not in left]
-    texts = entries(site.weight, [left[i] for i in split] + missing, sizes)
+    texts = index_entries(site.weight, [left[i] for i in split] + missing, sizes)
     modules = tuple(site.module(text) for _, text in texts)
-    keys = tuple(plan.key_of(keymap, site, tensor, text) for _, text in texts)
+    keys = tuple(plan.tensor_key(keymap, site, tensor, text) for _, text in texts)
     try:
-        factor = plan.factor_of(keymap, site, tensor, sizes)
+        factor = plan.scale_factor(keymap, site, tensor, sizes)
     except KeyError as error:
         raise KeyMapError(
             f"{path}: PyTorch's {site.leaf!r} is scaled by the size of an axis that its LoRA leaves do not tell; give"
             " the whole tree, with its base weights"
         ) from error
     shared = math.prod(sizes[n] for n in missing)
-    form = Packed(
+    form = PackedLayout(
         tuple(shape), tuple(left), tuple(right), split, factor, site.weight.sizes, packed=packed, shared=shared
     )
-    return Half(path, form, keys, modules)
+    return FactorArray(path, form, keys, modules)

@@ -22,7 +22,7 @@ from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps import families
 
 
-def opened(tree: Any) -> Any:
+def unbox_tree(tree: Any) -> Any:
     """A tree with its boxes (`nn.Partitioned` …) opened, the values as they are."""
 
     def value(x: Any) -> Any:  # unbox() of a Partitioned would move it to where it is said to belong
@@ -35,17 +35,17 @@ def _is_box(x: Any) -> bool:
     return isinstance(x, meta.AxisMetadata)
 
 
-def placement(leaves: Mapping[str, Any]) -> dict[str, Any]:
+def base_shardings(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """The sharding of every base leaf: what its array or spec has, else what its box says it will have."""
     out: dict[str, Any] = {}
     for path, leaf in leaves.items():
-        value = opened(leaf)
-        out[path] = placement_module.of(value)
-        if placement_module.undecided(value) and isinstance(leaf, meta.Partitioned):
+        value = unbox_tree(leaf)
+        out[path] = placement_module.sharding_of(value)
+        if placement_module.is_unplaced(value) and isinstance(leaf, meta.Partitioned):
             spec: Any = leaf.get_partition_spec()
             if isinstance(leaf, nn.LogicallyPartitioned):
                 spec = spmd.logical_to_mesh_axes(tuple(spec), leaf.rules)
-            out[path] = placement_module.on_mesh(tuple(spec), leaf.mesh)
+            out[path] = placement_module.sharding_from_spec(tuple(spec), leaf.mesh)
     return out
 
 
@@ -59,11 +59,11 @@ def boxed(adapter: Adapter, base: Mapping[str, Any]) -> Adapter:
     if not boxes:
         return adapter
     values = adapter.flat()
-    for bound in sites.of(adapter):
+    for bound in sites.sites_of(adapter):
         if bound.leaf in boxes:
             box = boxes[bound.leaf]
             for e in bound.entries:
-                names = sharding.follow(bound.site, e.form, tuple(box.names))
+                names = sharding.propagate_axes(bound.match, e.form, tuple(box.names))
                 values[e.path] = box.replace(value=values[e.path], names=names)
     return dataclasses.replace(adapter, params=paths.unflatten(values))
 
@@ -72,7 +72,7 @@ def with_values(tree: Mapping[str, Any], name: str, values: Mapping[str, Any], r
     """Put other values into an adapter that is attached, and keep the structure of everything: boxes, frozen dicts.
 
     Args:
-        tree: what `of_name` takes: Linen variables, a collection, or the tree of one adapter.
+        tree: what `adapter_tree` takes: Linen variables, a collection, or the tree of one adapter.
         values: `{path: array}` of all its parameters.
         recipe: to be there instead of the recipe that is there.
     """
@@ -81,7 +81,7 @@ def with_values(tree: Mapping[str, Any], name: str, values: Mapping[str, Any], r
     inner = tree.get(name)
     if isinstance(inner, Mapping) and CONFIG_NODE in inner:
         return with_entry(tree, name, refilled(inner, values, recipe))
-    at = next(c for c in collections_in(tree) if isinstance(tree[c], Mapping) and name in tree[c])
+    at = next(c for c in collection_names(tree) if isinstance(tree[c], Mapping) and name in tree[c])
     return with_entry(tree, at, with_entry(tree[at], name, refilled(tree[at][name], values, recipe)))
 
 
@@ -109,14 +109,14 @@ def refilled(tree: Mapping[str, Any], values: Mapping[str, Any], recipe: Recipe 
 # ---------------------------------------------------------------- collections in and out
 
 
-def collections(variables: Any) -> dict[str, Mapping[str, Any]]:
+def adapter_collections(variables: Any) -> dict[str, Mapping[str, Any]]:
     """The adapter collections among Linen variables. (A parameter tree may hold a module called "lora".)"""
     if not isinstance(variables, Mapping) or "params" not in variables:
         return {}
-    return {name: variables[name] for name in collections_in(variables)}
+    return {name: variables[name] for name in collection_names(variables)}
 
 
-def names_in(tree: Mapping[str, Any]) -> list[str]:
+def adapter_names(tree: Mapping[str, Any]) -> list[str]:
     """The names of the adapters that Linen variables, or a collection of theirs, hold with a configuration."""
     holders = [tree, *(tree.get(name, {}) for name in methods.COLLECTIONS)]
     return sorted(
@@ -128,19 +128,19 @@ def names_in(tree: Mapping[str, Any]) -> list[str]:
     )
 
 
-def collections_in(tree: Mapping[str, Any]) -> list[str]:
+def collection_names(tree: Mapping[str, Any]) -> list[str]:
     """The names of the adapter collections among Linen variables."""
     return [name for name in methods.COLLECTIONS if name in tree]
 
 
-def of_name(tree: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+def adapter_tree(tree: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
     """The tree of one adapter inside Linen variables, a collection, or itself."""
     if CONFIG_NODE in tree:
         return tree
     inner = tree.get(name)
     if isinstance(inner, Mapping) and CONFIG_NODE in inner:
         return inner
-    held = {c: tree[c] for c in collections_in(tree) if isinstance(tree[c], Mapping) and name in tree[c]}
+    held = {c: tree[c] for c in collection_names(tree) if isinstance(tree[c], Mapping) and name in tree[c]}
     if len(held) > 1:
         raise AttachError(
             f"several adapters are called {name!r} here, in {' and '.join(held)}; give one of them a name of its own,"
@@ -154,7 +154,7 @@ def is_moment(path: str) -> bool:
     return "opt_state" in path.split(".")
 
 
-def is_told(tree: Mapping[str, Any]) -> bool:
+def has_config(tree: Mapping[str, Any]) -> bool:
     """Whether the tree of one adapter still says what it is."""
     return isinstance(tree.get(CONFIG_NODE), Recipe | str)
 
@@ -171,11 +171,11 @@ def read_collection(tree: Mapping[str, Any], name: str) -> Adapter:
             f" variables | extract(variables, {name!r}, config=config).named({name!r})"
         )
     adapter = Adapter(recipe.config, {k: v for k, v in tree.items() if k != CONFIG_NODE}, recipe.keymap)
-    recipe.whole(len(adapter.sites), name)
+    recipe.check_complete(len(adapter.sites), name)
     return adapter
 
 
-def bare(tree: Mapping[str, Any], name: str, config: Config | None, keymap: Any) -> Adapter:
+def adapter_from_arrays(tree: Mapping[str, Any], name: str, config: Config | None, keymap: Any) -> Adapter:
     """An adapter from a tree that kept its arrays and lost everything else."""
     if config is None:
         raise AttachError(
@@ -187,7 +187,7 @@ def bare(tree: Mapping[str, Any], name: str, config: Config | None, keymap: Any)
     without_base = {k: v for k, v in tree.items() if k != "params"} if collection in tree else tree
     for path, leaf in paths.flatten(without_base).items():
         parts = [p for p in path.split(".") if p != CONFIG_NODE]
-        if not is_array(opened(leaf)) or is_moment(path):
+        if not is_array(unbox_tree(leaf)) or is_moment(path):
             continue
         if parts[-1] == "value":  # of an nnx.Variable, as Orbax restores a state without a target
             parts.pop()
@@ -197,11 +197,13 @@ def bare(tree: Mapping[str, Any], name: str, config: Config | None, keymap: Any)
                 break
     if not values:
         left = paths.flatten({k: v for k, v in tree.items() if k != CONFIG_NODE})
-        values = {path: leaf for path, leaf in left.items() if is_array(opened(leaf))}  # the bare tree of one adapter
+        values = {
+            path: leaf for path, leaf in left.items() if is_array(unbox_tree(leaf))
+        }  # the bare tree of one adapter
         if not values or any(collection in p.split(".") for p in values):
             raise AttachError(f"there is no adapter {name!r} of type {config.peft_type} in this tree; check name=")
     bases = {path.rpartition(".")[0] for path in values}
-    table = families.of_leaves(bases) if keymap in (None, "auto") else families.resolve(keymap, {})
+    table = families.family_of_leaves(bases) if keymap in (None, "auto") else families.resolve_keymap(keymap, {})
     return Adapter(config, paths.unflatten(values), table)
 
 

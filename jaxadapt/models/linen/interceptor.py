@@ -14,10 +14,10 @@ from flax.core.scope import Scope, subtract_filters
 
 from jaxadapt import methods
 from jaxadapt.arrays import quantized
-from jaxadapt.arrays.axes import Axes, Use, contradicted
+from jaxadapt.arrays.axes import Axes, Use, find_contradiction
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
-from jaxadapt.methods import Applied, Several
+from jaxadapt.methods import AppliedMethod, AppliedMethods
 from jaxadapt.models import layers
 from jaxadapt.models.tracing import rewrite, uses
 
@@ -54,7 +54,7 @@ _KNOWN: dict[type[nn.Module], tuple[_Roles, _ToUse]] = {
 }
 
 
-def known(module: nn.Module, method: str) -> tuple[_Roles, _ToUse] | None:
+def known_use(module: nn.Module, method: str) -> tuple[_Roles, _ToUse] | None:
     """How a layer uses its kernel, if its class says so; a subclass with its own `__call__` is traced."""
     if method != "__call__":
         return None
@@ -62,7 +62,7 @@ def known(module: nn.Module, method: str) -> tuple[_Roles, _ToUse] | None:
     return _KNOWN.get(owner) if owner is not None else None
 
 
-def said(module: nn.Module, method: str, leaf: str) -> tuple[Axes, str, int] | None:
+def known_roles(module: nn.Module, method: str, leaf: str) -> tuple[Axes, str, int] | None:
     """Roles, kind and groups of a weight that is used in no product, if the layer's class says so."""
     owner = next((c for c in type(module).__mro__ if method in vars(c)), None)
     m: Any = module
@@ -89,7 +89,7 @@ def with_input(x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
     return (args, {**kwargs, "inputs": x}) if "inputs" in kwargs else ((x, *args[1:]), kwargs)
 
 
-def owns(context: Any) -> bool:
+def is_own_method(context: Any) -> bool:
     """Whether this is a method of the module's class, called on a bound module.
 
     Not `setup`, and not a function that `nn.scan`, `nn.cond` … run on the module's scope: what such a
@@ -108,7 +108,7 @@ def refuse_mapped(context: Any, adapted: Mapping[tuple[str, ...], Iterable[str]]
         within = inner.path if inner is not None else None
         hit = [path for path in adapted if within is not None and path[: len(within)] == within]
     else:
-        hit = [module.scope.path] if mapped(module.scope) and module.scope.path in adapted else []
+        hit = [module.scope.path] if is_mapped(module.scope) and module.scope.path in adapted else []
     leaves = [".".join((*path, leaf)) for path in hit for leaf in adapted[path]]
     if leaves:
         raise AttachError(f"{', '.join(leaves)}: {MAPPED}; leave the layer out with exclude_modules")
@@ -120,24 +120,24 @@ MAPPED = (
 )
 
 
-def mapped(scope: Scope) -> bool:
+def is_mapped(scope: Scope) -> bool:
     """Whether a scope shows other variables than the stored ones; flax notes transforms in `debug_path`."""
     return any("map_variables(" in part for part in scope.debug_path)
 
 
-def direct(module: nn.Module) -> dict[str, Any]:
+def direct_params(module: nn.Module) -> dict[str, Any]:
     """The leaves of "params" that a module's scope holds directly."""
     assert module.scope is not None
     params = module.scope.variables().get("params", {})
     return {k: v for k, v in params.items() if not isinstance(v, Mapping)}
 
 
-def compressed(module: nn.Module) -> dict[str, Any]:
+def quantized_params(module: nn.Module) -> dict[str, Any]:
     """The leaves of "params" that a module's scope holds directly, and that are quantised."""
-    return {k: meta.unbox(v) for k, v in direct(module).items() if quantized.is_quantized(v)}
+    return {k: meta.unbox(v) for k, v in direct_params(module).items() if quantized.is_quantized(v)}
 
 
-def alone(module: nn.Module, method: str) -> Callable[..., Any]:
+def isolate_method(module: nn.Module, method: str) -> Callable[..., Any]:
     """`f(weights, *args, **kwargs)`: this module's method on its scope, with these values for some leaves.
 
     Returns the output and the collections it may have changed (never "params"), so that a cache or batch
@@ -165,7 +165,7 @@ def alone(module: nn.Module, method: str) -> Callable[..., Any]:
 
 
 def write_back(scope: Scope, changed: Mapping[str, Any]) -> None:
-    """What `alone` returned, into the real scope; inner mappings in place, as other scopes hold them."""
+    """What `isolate_method` returned, into the real scope; inner mappings in place, as other scopes hold them."""
 
     def update(old: dict[str, Any], new: Mapping[str, Any]) -> None:
         for key, value in new.items():
@@ -188,21 +188,21 @@ def write_back(scope: Scope, changed: Mapping[str, Any]) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Site:
+class LeafAdapter:
     """One adapter at one leaf: `keys` are the names its tensors have in `params` for the call."""
 
     method: methods.Method
-    static: Any
+    hparams: Any
     axes: Axes
     keys: Mapping[str, str]
 
     @property
     def rate(self) -> float:
-        return self.method.dropout(self.static)
+        return self.method.dropout(self.hparams)
 
-    def hook(self, scope: Any, drop: Callable[[Any], Any] | None) -> Applied:
+    def hook(self, scope: Any, drop: Callable[[Any], Any] | None) -> AppliedMethod:
         tensors = {tensor: scope.get_variable("params", key) for tensor, key in self.keys.items()}
-        return Applied(self.method, self.static, tensors, self.axes, drop)
+        return AppliedMethod(self.method, self.hparams, tensors, self.axes, drop)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,22 +212,22 @@ class Interceptor:
     With `drops` the call brings a stream "dropout", and every site with a dropout rate draws from it.
     """
 
-    sites: Mapping[tuple[str, ...], Mapping[str, Sequence[Site]]]
+    sites: Mapping[tuple[str, ...], Mapping[str, Sequence[LeafAdapter]]]
     small: frozenset[tuple[str, ...]] = frozenset()
     drops: bool = False
     inside: list[tuple[str, ...]] = dataclasses.field(default_factory=list[tuple[str, ...]])
 
     def __call__(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module, method = context.module, context.method_name
-        if not owns(context) or module.scope.path in self.inside:
+        if not is_own_method(context) or module.scope.path in self.inside:
             return next_fun(*args, **kwargs)
         refuse_mapped(context, self.sites)
         hooks = self._hooks(module.scope)
-        if module.scope.path in self.small and (small := compressed(module)):
+        if module.scope.path in self.small and (small := quantized_params(module)):
             return self._dequantised(module, method, hooks, small, args, kwargs)
         if not hooks:
             return next_fun(*args, **kwargs)
-        layer = known(module, method)
+        layer = known_use(module, method)
         if layer is not None and list(hooks) == ["kernel"] and not hooks["kernel"].apart:
             hook = hooks["kernel"]
             x, rest = call_input(args, kwargs)
@@ -235,7 +235,7 @@ class Interceptor:
             # (A layer that is told its equation by each call may be told the reverse, too.)
             if hook.forward and use.transposed and not any(rest):
                 own = layer[0](module, rest)
-                raise AttachError(f"{'.'.join(module.scope.path)}: {contradicted(hook.axes, own)}")
+                raise AttachError(f"{'.'.join(module.scope.path)}: {find_contradiction(hook.axes, own)}")
             if _along_roles(use):
                 x = hook.input(use, x)
                 args, kwargs = with_input(x, args, kwargs)
@@ -253,7 +253,7 @@ class Interceptor:
         self, module: Any, method: str, hooks: dict[str, Any], small: dict[str, Any], args: Any, kwargs: Any
     ) -> Any:
         def run(small: Mapping[str, Any]) -> Any:
-            dense = {leaf: quantized.dense(x) for leaf, x in small.items()}
+            dense = {leaf: quantized.to_dense(x) for leaf, x in small.items()}
             return self._rewritten(module, method, hooks, dense, args, kwargs)
 
         # The backward pass dequantises again: kept from the forward pass, the dense weights would fill the memory.
@@ -264,8 +264,8 @@ class Interceptor:
     def _rewritten(
         self, module: Any, method: str, hooks: dict[str, Any], dense: Mapping[str, Any], args: Any, kwargs: Any
     ) -> Any:
-        scope, call = module.scope, alone(module, method)
-        own = {k: dense.get(k, meta.unbox(v)) for k, v in direct(module).items() if SEP not in k}
+        scope, call = module.scope, isolate_method(module, method)
+        own = {k: dense.get(k, meta.unbox(v)) for k, v in direct_params(module).items() if SEP not in k}
         weights = {leaf: own[leaf] for leaf in hooks}
         fixed = {leaf: x for leaf, x in dense.items() if leaf not in hooks}
         if not hooks:
@@ -290,13 +290,13 @@ class Interceptor:
         except AttachError as error:
             raise AttachError(f"{'.'.join(scope.path)}: {error}") from error
 
-    def _hooks(self, scope: Any) -> dict[str, Applied | Several]:
-        out: dict[str, Applied | Several] = {}
+    def _hooks(self, scope: Any) -> dict[str, AppliedMethod | AppliedMethods]:
+        out: dict[str, AppliedMethod | AppliedMethods] = {}
         for leaf, sites in self.sites.get(scope.path, {}).items():
             if not scope.has_variable("params", next(iter(sites[0].keys.values()))):
                 continue  # this module is being called alone, without what was laid beside its weights
             hooks = tuple(site.hook(scope, self._dropout(site.rate, scope)) for site in sites)
-            out[leaf] = hooks[0] if len(hooks) == 1 else Several(hooks)
+            out[leaf] = hooks[0] if len(hooks) == 1 else AppliedMethods(hooks)
         return out
 
     def _dropout(self, rate: float, scope: Scope) -> Callable[[Any], Any] | None:
@@ -305,7 +305,7 @@ class Interceptor:
         if not scope.has_rng(DROPOUT):
             raise AttachError(
                 f'the call brings rngs={{"{DROPOUT}": …}}, and these layers, which have lora_dropout, do not see it:\n'
-                + paths.listing(self._blind(scope))
+                + paths.bullets(self._blind(scope))
                 + f'\nGive the nn.scan (or nn.vmap, …) around them split_rngs={{"params": True, "{DROPOUT}": True}}; or'
                 " turn the adapters' dropout off, model.clone(deterministic=True)"
             )
@@ -324,14 +324,18 @@ class Interceptor:
 
 
 @dataclasses.dataclass(frozen=True)
-class Noting(Interceptor):
+class UseRecorder(Interceptor):
     """Notes how each adapted weight is followed, `{dotted leaf: note}`, for `summary`."""
 
     notes: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
 
     def __call__(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
-        if owns(context) and module.scope.path in self.sites and known(module, context.method_name) is not None:
+        if (
+            is_own_method(context)
+            and module.scope.path in self.sites
+            and known_use(module, context.method_name) is not None
+        ):
             for leaf in self.sites[module.scope.path]:
                 self.notes[".".join((*module.scope.path, leaf))] = f"{type(module).__name__}'s own call"
         return super().__call__(next_fun, args, kwargs, context)
@@ -339,17 +343,17 @@ class Noting(Interceptor):
     def _rewritten(
         self, module: Any, method: str, hooks: dict[str, Any], dense: Mapping[str, Any], args: Any, kwargs: Any
     ) -> Any:
-        call = alone(module, method)
+        call = isolate_method(module, method)
         weights = {leaf: meta.unbox(module.scope.get_variable("params", leaf)) for leaf in hooks} | dict(dense)
         for leaf, found in rewrite.uses(lambda w, *a: call(w, *a, **kwargs)[0], weights, *args).items():
             if leaf not in hooks:
                 continue
             name = f"{type(module).__name__}.{method}".removesuffix(".__call__")
-            self.notes[".".join((*module.scope.path, leaf))] = uses.note(name, found, hooks[leaf])
+            self.notes[".".join((*module.scope.path, leaf))] = uses.describe_uses(name, found, hooks[leaf])
         return super()._rewritten(module, method, hooks, dense, args, kwargs)
 
 
 def _along_roles(use: Use) -> bool:
     """Whether a contraction runs over the inputs or over the outputs, and over nothing else."""
-    inn, out = set(use.letters("inn")) & set(use.x), set(use.letters("out")) & set(use.x)
-    return (inn == set(use.letters("inn")) and not out) or (out == set(use.letters("out")) and not inn)
+    inputs, out = set(use.letters("in")) & set(use.x), set(use.letters("out")) & set(use.x)
+    return (inputs == set(use.letters("in")) and not out) or (out == set(use.letters("out")) and not inputs)

@@ -28,11 +28,11 @@ from jaxadapt.arrays import quantized
 from jaxadapt.configs import Config, matching
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, warn
-from jaxadapt.keymaps.families import resolve
+from jaxadapt.keymaps.families import resolve_keymap
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.methods.lora import alora
 from jaxadapt.models.linen import collections, survey
-from jaxadapt.models.linen.interceptor import DROPOUT, SEP, Interceptor, Noting, Site
+from jaxadapt.models.linen.interceptor import DROPOUT, SEP, Interceptor, LeafAdapter, UseRecorder
 
 _KEPT = 64  # of what is remembered about earlier calls
 
@@ -112,34 +112,34 @@ class Adapted:
         y, variables = self.module.init_with_output(rngs, *args, **kwargs)
         return y, self._joined(recipes, rngs, variables)
 
-    def _recipes(self, rngs: Any, args: Any, kwargs: Any) -> dict[str, tuple[Recipe, tuple[bind.Bound, ...]]]:
+    def _recipes(self, rngs: Any, args: Any, kwargs: Any) -> dict[str, tuple[Recipe, tuple[bind.Site, ...]]]:
         """What each adapter will be, from shapes alone: nothing is computed before everything fits."""
-        found = survey.survey(self.module, rngs, args, kwargs)
+        found = survey.survey_module(self.module, rngs, args, kwargs)
         taken = found.collections & {collection_name(config) for _, config in self.adapters}
         if taken:
             raise AttachError(f"the module has a collection {sorted(taken)} of its own, where its adapter would go")
-        keymap = resolve(self.keymap, found.shapes)
+        keymap = resolve_keymap(self.keymap, found.shapes)
         lines = found.lines(keymap)
-        table = keymap.with_lines(lines)
-        out: dict[str, tuple[Recipe, tuple[bind.Bound, ...]]] = {}
+        table = keymap.with_entries(lines)
+        out: dict[str, tuple[Recipe, tuple[bind.Site, ...]]] = {}
         for name, config in self.adapters:
-            config = selection.resolve(config, table, found.shapes)
+            config = selection.resolve_config(config, table, found.shapes)
             found.check(config, table)
-            bounds = selection.select(config, table, found.shapes)
-            found.check_saved([b.leaf for b in bounds if b.method.copies and b.static.because == "modules_to_save"])
+            bounds = selection.select_sites(config, table, found.shapes)
+            found.check_saved([b.leaf for b in bounds if b.method.copies and b.hparams.because == "modules_to_save"])
             mine = {b.leaf for b in bounds}
-            full = bind.tabled(keymap.with_lines(w for w in lines if w.leaf in mine), bounds)
+            full = bind.with_copy_entries(keymap.with_entries(w for w in lines if w.leaf in mine), bounds)
             out[name] = Recipe(config, full), bounds
         return out
 
     def _joined(self, recipes: Mapping[str, Any], rngs: Any, variables: Mapping[str, Any]) -> dict[str, Any]:
         out = dict(variables)
         leaves = paths.flatten(variables.get("params", {}))
-        base = {path: collections.opened(leaf) for path, leaf in leaves.items()}
+        base = {path: collections.unbox_tree(leaf) for path, leaf in leaves.items()}
         for name, (recipe, bounds) in recipes.items():
             key = _fresh_key(rngs, collection_name(recipe.config), name)
-            where = collections.placement(leaves)
-            values = initial_values.fresh(recipe.config, bounds, key, self.dtype, base=base, where=where)
+            where = collections.base_shardings(leaves)
+            values = initial_values.init_values(recipe.config, bounds, key, self.dtype, base=base, where=where)
             adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
             for held, tree in collections.boxed(adapter, leaves).named(name).items():
                 out[held] = {**out.get(held, {}), **tree}
@@ -165,19 +165,19 @@ class Adapted:
         y, changed = out
         return y, overlay.without(changed, mutable)
 
-    def bind(self, variables: Mapping[str, Any], *args: Any, **options: Any) -> Bound:
+    def bind(self, variables: Mapping[str, Any], *args: Any, **options: Any) -> BoundModule:
         """The module bound to these variables, for interactive use; `rngs` and `mutable` as there."""
         overlay = self._overlay(variables, options.get("rngs"))
 
         def check(method: str, args: Any, kwargs: Any) -> None:
             self._check(overlay, args, {**kwargs, "method": method, "rngs": options.get("rngs")}, True)
 
-        return Bound(self.module.bind(overlay.inner(), *args, **options), overlay, check)
+        return BoundModule(self.module.bind(overlay.inner(), *args, **options), overlay, check)
 
     def notes(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> dict[str, str]:
         """How each adapted weight is followed, `{leaf: note}`, seeing one abstract `apply`."""
         overlay = self.clone(deterministic=True)._overlay(variables, None)
-        noting = Noting(overlay.interceptor.sites, overlay.interceptor.small)
+        noting = UseRecorder(overlay.interceptor.sites, overlay.interceptor.small)
         with nn.intercept_methods(noting):
             jax.eval_shape(lambda: self.module.apply(overlay.inner(), *args, **kwargs))
         return noting.notes
@@ -207,7 +207,7 @@ class Adapted:
         held = {c: variables[c] for c in variables if c in names}
         base = {c: v for c, v in variables.items() if c not in names}
         extra: dict[tuple[str, ...], Any] = {}
-        sites: dict[tuple[str, ...], dict[str, list[Site]]] = {}
+        sites: dict[tuple[str, ...], dict[str, list[LeafAdapter]]] = {}
         replaced: dict[str, dict[str, methods.Method]] = {}
         known = key_paths(base.get("params", {})) if self.active else {}
         for order, name in enumerate(self.active):
@@ -229,7 +229,7 @@ class Adapted:
             missing = [leaf for leaf in values if leaf not in known]
             if missing:
                 raise AttachError(
-                    f"the adapter {name!r} adapts weights which the base parameters lack:\n" + paths.listing(missing)
+                    f"the adapter {name!r} adapts weights which the base parameters lack:\n" + paths.bullets(missing)
                 )
             shapes = tuple(
                 (leaf, tuple((t, tuple(a.shape)) for t, a in tensors.items())) for leaf, tensors in values.items()
@@ -238,24 +238,24 @@ class Adapted:
                 *path, leaf = known[bound.leaf]
                 if bound.method.replaces:
                     replaced.setdefault(bound.leaf, {})[name] = bound.method
-                    before = quantized.dense(survey.at(base["params"], known[bound.leaf]))
-                    new = bind.over_stack(bound, lambda a, w: a.weight(w), values[bound.leaf], meta.unbox(before))
+                    before = quantized.to_dense(survey.lookup(base["params"], known[bound.leaf]))
+                    new = bind.map_stack(bound, lambda a, w: a.weight(w), values[bound.leaf], meta.unbox(before))
                     extra[known[bound.leaf]] = meta.replace_boxed(before, new)
                     continue
-                dropping += [name] if bound.method.dropout(bound.static) and name not in dropping else []
+                dropping += [name] if bound.method.dropout(bound.hparams) and name not in dropping else []
                 # The arithmetic is part of the name: a jit inside the model (nn.jit) traces anew for another.
-                text = repr((order, bound.method.peft_type, bound.static, bound.axes, drops and name in dropping))
+                text = repr((order, bound.method.peft_type, bound.hparams, bound.axes, drops and name in dropping))
                 mark = hashlib.sha256(text.encode()).hexdigest()[:12]
                 keys = {tensor: f"{leaf}{SEP}{tensor}{SEP}{mark}" for tensor in values[bound.leaf]}
                 extra |= {(*path, key): values[bound.leaf][tensor] for tensor, key in keys.items()}
                 for what, number in bound.data.items():
                     keys[what] = f"{leaf}{SEP}{what}{SEP}{mark}"
-                    extra[(*path, keys[what])] = _stacked(number, bound.site.stack)
+                    extra[(*path, keys[what])] = _stacked(number, bound.match.stack)
                 if name in self.tokens:
                     keys[alora.MASK] = f"{leaf}{SEP}{alora.MASK}{SEP}{mark}"
-                    shape = collections.opened(survey.at(base["params"], known[bound.leaf])).shape
-                    extra[(*path, keys[alora.MASK])] = alora.stacked(self.tokens[name], bound.site.stack, shape)
-                site = Site(bound.method, bound.static, bound.axes, keys)
+                    shape = collections.unbox_tree(survey.lookup(base["params"], known[bound.leaf])).shape
+                    extra[(*path, keys[alora.MASK])] = alora.stacked(self.tokens[name], bound.match.stack, shape)
+                site = LeafAdapter(bound.method, bound.hparams, bound.axes, keys)
                 sites.setdefault(tuple(path), {}).setdefault(leaf, []).append(site)
         methods.refuse_rivals(replaced)
         self._check_dropout(dropping, drops)
@@ -276,7 +276,7 @@ class Adapted:
 
         params = overlay.base["params"]
         survey.check_reads(run, {path: list(leaves) for path, leaves in sites.items()}, params)
-        self._warn_of_gaps(overlay, lambda: survey.called(run, params))
+        self._warn_of_gaps(overlay, lambda: survey.called_scopes(run, params))
         if len(self._checked) >= _KEPT:
             self._checked.clear()
         self._checked.add(signature)
@@ -284,20 +284,20 @@ class Adapted:
     def _warn_of_gaps(self, overlay: _Overlay, called: Callable[[], Collection[tuple[str, ...]]]) -> None:
         """An `init` whose call did not reach a layer makes no adapter for it; a later call may."""
         known = key_paths(overlay.base["params"])
-        base = collections.opened(overlay.base["params"])
-        shapes = {leaf: tuple(survey.at(base, path).shape) for leaf, path in known.items()}
+        base = collections.unbox_tree(overlay.base["params"])
+        shapes = {leaf: tuple(survey.lookup(base, path).shape) for leaf, path in known.items()}
         wanted = dict(self.adapters)
         for name in self.active:
             tree = overlay.held[collection_name(wanted[name])][name]
             adapter = collections.read_collection(meta.unbox(tree), name)
-            lacking = selection.left_out(adapter.config, adapter.keymap, shapes, adapter.sites)
+            lacking = selection.unselected_matrices(adapter.config, adapter.keymap, shapes, adapter.sites)
             reached = called() if lacking else ()
             used = [leaf for leaf in lacking if known[leaf][:-1] in reached]
             if used:
                 warn(
                     f"this call uses weights that target_modules names and the adapter {name!r} lacks, so they stay the"
                     " base's: the init that made it did not reach them. One that does, or jaxadapt.init(config, params,"
-                    f" key=…), makes it whole:\n{paths.listing(used)}"
+                    f" key=…), makes it whole:\n{paths.bullets(used)}"
                 )
 
 
@@ -313,14 +313,14 @@ class _Overlay:
     def inner(self) -> dict[str, Any]:
         if not self.extra:
             return dict(self.base)
-        return {**self.base, "params": survey.overlaid(self.base["params"], self.extra)}
+        return {**self.base, "params": survey.overlay(self.base["params"], self.extra)}
 
     def without(self, changed: Mapping[str, Any], mutable: Any) -> Any:
         """Collections that a call returned, as the caller knows them."""
         out = dict(changed)
         if "params" in out and self.extra:
-            own = {path: survey.at(self.base["params"], path) for path in self.extra if SEP not in path[-1]}
-            out["params"] = survey.overlaid(_pruned(out["params"]), own)
+            own = {path: survey.lookup(self.base["params"], path) for path in self.extra if SEP not in path[-1]}
+            out["params"] = survey.overlay(_pruned(out["params"]), own)
         out |= {c: tree for c, tree in self.held.items() if in_filter(mutable, c)}
         return FrozenDict(out) if isinstance(changed, FrozenDict) else out
 
@@ -356,9 +356,9 @@ _Shapes = tuple[tuple[str, tuple[tuple[str, tuple[int, ...]], ...]], ...]
 
 
 @functools.lru_cache(maxsize=_KEPT)
-def _recovered(recipe: Recipe, shapes: _Shapes) -> tuple[bind.Bound, ...]:
+def _recovered(recipe: Recipe, shapes: _Shapes) -> tuple[bind.Site, ...]:
     """The sites of an adapter; kept, since a model called outside jit asks at every call."""
-    return bind.recover(recipe.config, recipe.keymap, {leaf: dict(tensors) for leaf, tensors in shapes})
+    return bind.sites_from_shapes(recipe.config, recipe.keymap, {leaf: dict(tensors) for leaf, tensors in shapes})
 
 
 def _signature(call: Any) -> Hashable:
@@ -386,7 +386,7 @@ def _fresh_key(rngs: Any, collection: str, name: str) -> Any:
 def _resolved_like(mine: Config, theirs: Config) -> Config:
     """The wrapper's configuration as `init` would have resolved it ("all-linear", fan_in_fan_out)."""
     changes: dict[str, Any] = {}
-    mine = matching.with_heads(mine)
+    mine = matching.with_task_heads(mine)
     for name in ("target_modules", "feedforward_modules"):
         if mine.get(name) is None and name in mine.to_dict():
             changes[name] = theirs.get(name)
@@ -400,7 +400,7 @@ def _resolved_like(mine: Config, theirs: Config) -> Config:
 
 
 @dataclasses.dataclass(frozen=True)
-class Bound:
+class BoundModule:
     """A bound module whose calls, and whose submodules' calls, apply the adapters."""
 
     module: Any
@@ -425,7 +425,7 @@ class Bound:
 
     def _wrapped(self, value: Any, name: str = "") -> Any:
         if isinstance(value, nn.Module):
-            return Bound(value, self.overlay)
+            return BoundModule(value, self.overlay)
         if type(value) in (list, tuple):
             return type(value)(self._wrapped(v) for v in value)
         if isinstance(value, Mapping):

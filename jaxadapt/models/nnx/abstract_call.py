@@ -10,13 +10,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxadapt.arrays import quantized
-from jaxadapt.arrays.axes import contradicted, turned
+from jaxadapt.arrays.axes import find_contradiction, transposed_axes
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.models.nnx import survey
 from jaxadapt.models.tracing import rewrite
 from jaxadapt.models.tracing import uses as used
-from jaxadapt.models.tracing.liveness import live
+from jaxadapt.models.tracing.liveness import live_weights
 
 Args = Sequence[Any]
 Recorder = Callable[[str, str, type[nnx.Module], Callable[..., Any]], Callable[..., Any]]
@@ -58,13 +58,13 @@ def _instrumented(
 
 def _pure(module: nnx.Module, base: type[nnx.Module], f: Callable[..., Any], kwargs: Mapping[str, Any]) -> Any:
     """A layer's function of its weights and inputs alone, that leaves the layer as it is."""
-    held = {path: var.get_value() for path, var in survey.state(module).items()}
-    return lambda weights, *args: survey.run(module, base, f, weights, held, args, kwargs)[0]
+    held = {path: var.get_value() for path, var in survey.layer_state(module).items()}
+    return lambda weights, *args: survey.run_pure(module, base, f, weights, held, args, kwargs)[0]
 
 
-def traced_axes(
-    model: nnx.Module, walked: survey.Walk, args: Args, wanted: Sequence[str], required: bool
-) -> tuple[dict[str, survey.Traced], set[str]]:
+def trace_axes(
+    model: nnx.Module, walked: survey.ModelWalk, args: Args, wanted: Sequence[str], required: bool
+) -> tuple[dict[str, survey.TracedAxes], set[str]]:
     """Axis roles of leaves held by custom layers, from one abstract call of the model.
 
     Also the leaves that were used, but not in one product. Raises `AttachError`, listing them, if there are
@@ -72,11 +72,11 @@ def traced_axes(
     """
     blocked = survey.obstacles(walked, wanted)
     if blocked and required:
-        raise AttachError("these layers cannot carry the adapter:\n" + paths.listing(blocked.values()))
+        raise AttachError("these layers cannot carry the adapter:\n" + paths.bullets(blocked.values()))
     wanted = [leaf for leaf in wanted if leaf not in blocked]
     if not wanted:
         return {}, set()
-    found: dict[str, survey.Traced] = {}
+    found: dict[str, survey.TracedAxes] = {}
     problems: dict[str, str] = {}
 
     def recorder(leaf: str, attr: str, base: type[nnx.Module], f: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,12 +84,12 @@ def traced_axes(
             call = _pure(self, base, f, kwargs)
             weight = vars(self)[attr].get_value()
             try:
-                now = survey.Traced(used.roles(call, {attr: weight}, attr, *args), tuple(weight.shape))
+                now = survey.TracedAxes(used.infer_axes(call, {attr: weight}, attr, *args), tuple(weight.shape))
                 if found.setdefault(leaf, now) != now:
                     problems[leaf] = f"one call shows {found[leaf]}, another {now}"
             except AttachError as error:
                 problems[leaf] = str(error)
-            return f(survey.view(self, base, {}), *args, **kwargs)
+            return f(survey.plain_view(self, base, {}), *args, **kwargs)
 
         return __call__
 
@@ -99,22 +99,22 @@ def traced_axes(
     unclear = {leaf: problems.get(leaf, never) for leaf in wanted if leaf in problems or leaf not in found}
     if unclear and required:
         listed = [f"{leaf}: {why}" for leaf, why in unclear.items()]
-        raise AttachError("the axis roles of these weights could not be traced:\n" + paths.listing(listed))
+        raise AttachError("the axis roles of these weights could not be traced:\n" + paths.bullets(listed))
     return {leaf: traced for leaf, traced in found.items() if leaf not in unclear}, set(problems)
 
 
-def notes(model: nnx.Module, adapted: Mapping[str, rewrite.Hook], args: Args) -> dict[str, str]:
+def record_uses(model: nnx.Module, adapted: Mapping[str, rewrite.Hook], args: Args) -> dict[str, str]:
     """How the weight of each custom layer is followed, `{leaf: note}`, seeing one abstract call of the model."""
     found: dict[str, str] = {}
     owners = survey.base_leaves(model)
-    traced = survey.custom(owners, adapted)
+    traced = survey.custom_leaves(owners, adapted)
 
     def recorder(leaf: str, attr: str, base: type[nnx.Module], f: Callable[..., Any]) -> Callable[..., Any]:
         def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
             call = _pure(self, base, f, kwargs)
-            uses = rewrite.uses(call, {attr: quantized.dense(vars(self)[attr].get_value())}, *args)[attr]
-            found[leaf] = used.note(base.__name__, uses, adapted[leaf])
-            return f(survey.view(self, base, {}), *args, **kwargs)
+            uses = rewrite.uses(call, {attr: quantized.to_dense(vars(self)[attr].get_value())}, *args)[attr]
+            found[leaf] = used.describe_uses(base.__name__, uses, adapted[leaf])
+            return f(survey.plain_view(self, base, {}), *args, **kwargs)
 
         return __call__
 
@@ -145,37 +145,38 @@ def check_calls(
         def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
             weight = vars(self)[attr].get_value()
             alias = jnp.zeros(weight.shape, weight.dtype)  # what the module itself reads counts for nothing
-            if survey.known(self) is None:
+            if survey.kernel_use(self) is None:
                 found = rewrite.uses(_pure(self, base, f, kwargs), {attr: alias}, *args)[attr]
                 shapes[leaf] = weight.shape
                 products.setdefault(leaf, []).extend(use for use in found if isinstance(use, rewrite.Contraction))
-                stray = used.strays(found, adapted[leaf])
+                stray = used.unfollowed_uses(found, adapted[leaf])
                 if leaf in dropped and stray:
                     uneven[leaf] = ", ".join(stray)
 
-            return f(survey.view(self, base, {attr: alias}), *args, **kwargs)
+            return f(survey.plain_view(self, base, {attr: alias}), *args, **kwargs)
 
         return __call__
 
     run, inputs = _instrumented(model, list(adapted), recorder, args)
-    read = live(run, inputs)
+    read = live_weights(run, inputs)
     reverse = [
-        f"{leaf}: {contradicted(axes, own)}"
+        f"{leaf}: {find_contradiction(axes, own)}"
         for leaf in forward
-        if leaf in products and (own := turned(axes := adapted[leaf].axes, products[leaf], shapes[leaf])) is not None
+        if leaf in products
+        and (own := transposed_axes(axes := adapted[leaf].axes, products[leaf], shapes[leaf])) is not None
     ]
     if reverse:
-        raise AttachError("these layers cannot carry the adapter:\n" + paths.listing(reverse))
+        raise AttachError("these layers cannot carry the adapter:\n" + paths.bullets(reverse))
     outside = [leaf for leaf in adapted if read[leaf]]
     if outside:
         raise AttachError(
             "these weights are read outside their own module's call, where an adapter cannot follow:\n"
-            + paths.listing(outside)
+            + paths.bullets(outside)
             + "\nLeave them out with exclude_modules, or let the reader call the module"
         )
     if uneven:
         raise AttachError(
             "dropout was asked for where the weight is used in a way that only the effective weight can follow:\n"
-            + paths.listing(f"{leaf}: {why}" for leaf, why in uneven.items())
+            + paths.bullets(f"{leaf}: {why}" for leaf, why in uneven.items())
             + "\nSet lora_dropout=0.0, or leave these out with exclude_modules"
         )

@@ -15,10 +15,10 @@ from jaxadapt import methods
 from jaxadapt.adapters.adapter import Recipe
 from jaxadapt.arrays.axes import Axes
 from jaxadapt.core.errors import AttachError
-from jaxadapt.methods import Applied, Method, Several
+from jaxadapt.methods import AppliedMethod, AppliedMethods, Method
 from jaxadapt.models.nnx import survey
 from jaxadapt.models.nnx.params import AdapterParam
-from jaxadapt.models.nnx.survey import DROPOUT, AdaptedMeta, entry_points, known, view
+from jaxadapt.models.nnx.survey import DROPOUT, AdaptedMeta, entry_points, kernel_use, plain_view
 from jaxadapt.models.tracing import rewrite
 
 ACTIVE = "active_adapters"
@@ -31,11 +31,11 @@ class Attached:
     recipe: Recipe
     method: Method = dataclasses.field(repr=False)
     axes: Axes = dataclasses.field(repr=False)
-    static: Any
+    hparams: Any
 
     @functools.cached_property
     def _hash(self) -> int:
-        return hash((self.recipe, self.method, self.axes, self.static))
+        return hash((self.recipe, self.method, self.axes, self.hparams))
 
     def __hash__(self) -> int:
         return self._hash
@@ -46,7 +46,7 @@ class Attached:
             and self.recipe == other.recipe
             and self.method == other.method
             and self.axes == other.axes
-            and self.static == other.static
+            and self.hparams == other.hparams
         )
 
 
@@ -82,9 +82,9 @@ copyreg.pickle(AdaptedMeta, lambda cls: (adapted_class, (cls.base,)))  # pyright
 # ---------------------------------------------------------------- calling
 
 
-def _hooks(module: nnx.Module) -> dict[str, Applied | Several]:
+def _hooks(module: nnx.Module) -> dict[str, AppliedMethod | AppliedMethods]:
     """`{leaf: hook}` of the active adapters of one layer."""
-    found: dict[str, list[Applied]] = {}
+    found: dict[str, list[AppliedMethod]] = {}
     own = vars(module)
     for name in own.get(ACTIVE, ()):
         for collection in methods.COLLECTIONS:
@@ -101,18 +101,18 @@ def _hooks(module: nnx.Module) -> dict[str, Applied | Several]:
                         f"the adapter {name!r} has dropout, and was loaded without random numbers for it:"
                         " load(…, rngs=nnx.Rngs(seed)) to train it further, model.eval() to use it"
                     )
-                hook = Applied(attached.method, attached.static, params, attached.axes, drop)
+                hook = AppliedMethod(attached.method, attached.hparams, params, attached.axes, drop)
                 found.setdefault(leaf, []).append(hook)
-    return {leaf: hooks[0] if len(hooks) == 1 else Several(tuple(hooks)) for leaf, hooks in found.items()}
+    return {leaf: hooks[0] if len(hooks) == 1 else AppliedMethods(tuple(hooks)) for leaf, hooks in found.items()}
 
 
 def _call(module: Any, base: Any, f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """One of a layer's functions, with the active adapters and its weights dequantised."""
-    hooks, small = _hooks(module), survey.compressed(module)
-    by_class = known(module)
+    hooks, small = _hooks(module), survey.quantized_params(module)
+    by_class = kernel_use(module)
     if not small and by_class is not None and not any(hook.apart or hook.replaces for hook in hooks.values()):
         return _by_class(module, hooks, by_class, f, args, kwargs)
-    state = survey.state(module)
+    state = survey.layer_state(module)
     held = {path: var.get_value() for path, var in state.items()}
     drawn = {leaf: hook.map(_drawn) for leaf, hook in hooks.items()} if small else hooks
 
@@ -133,7 +133,7 @@ def _call(module: Any, base: Any, f: Callable[..., Any], args: tuple[Any, ...], 
     return y
 
 
-def _drawn(hook: Applied) -> Applied:
+def _drawn(hook: AppliedMethod) -> AppliedMethod:
     """With its random numbers for one call at hand: nothing may draw them while JAX traces a part of the call."""
     if not isinstance(hook.drop, nnx.Dropout):
         return hook
@@ -143,8 +143,8 @@ def _drawn(hook: Applied) -> Applied:
 
 def _by_class(
     module: Any,
-    hooks: Mapping[str, Applied | Several],
-    by_class: survey.Known,
+    hooks: Mapping[str, AppliedMethod | AppliedMethods],
+    by_class: survey.KernelUse,
     f: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -164,7 +164,7 @@ def _applied(
     module: Any,
     small: Mapping[str, Any],
     held: Mapping[str, Any],
-    hooks: dict[str, Applied | Several],
+    hooks: dict[str, AppliedMethod | AppliedMethods],
     base: Any,
     f: Callable[..., Any],
     args: tuple[Any, ...],
@@ -172,15 +172,15 @@ def _applied(
 ) -> tuple[Any, dict[str, Any]]:
     """The output, and what of the layer's state (`held`) has changed."""
     if small:
-        module = view(module, base, small)
+        module = plain_view(module, base, small)
     own = vars(module)
     replaced = {leaf: hook.weight(own[leaf].get_value()) for leaf, hook in hooks.items() if hook.replaces}
     if replaced:
-        module = view(module, base, replaced)
+        module = plain_view(module, base, replaced)
         own, hooks = vars(module), {leaf: hook for leaf, hook in hooks.items() if not hook.replaces}
     if not hooks:
-        return survey.run(module, base, f, {}, held, args, kwargs)
-    by_class = known(module)
+        return survey.run_pure(module, base, f, {}, held, args, kwargs)
+    by_class = kernel_use(module)
     if by_class is not None and not any(hook.apart for hook in hooks.values()):
         return _by_class(module, hooks, by_class, f, args, kwargs), {}
     changed: dict[str, Any] = {}
@@ -188,7 +188,7 @@ def _applied(
         changed["bias"] = functools.reduce(lambda b, hook: hook.bias(b), hooks.values(), bias.get_value())
 
     def call(weights: Mapping[str, Any], held: Mapping[str, Any], *args: Any) -> Any:
-        return survey.run(module, base, f, {**changed, **weights}, held, args, kwargs)
+        return survey.run_pure(module, base, f, {**changed, **weights}, held, args, kwargs)
 
     weights = {leaf: own[leaf].get_value() for leaf in hooks}
     params = {attr: v.get_value() for attr, v in own.items() if isinstance(v, nnx.Param)}

@@ -14,7 +14,7 @@ from jaxadapt.arrays import quantized
 from jaxadapt.arrays.axes import Axes, Use
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
-from jaxadapt.keymaps.generic import line_for
+from jaxadapt.keymaps.generic import entry_from_axes
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
 from jaxadapt.models import layers
@@ -55,19 +55,19 @@ def entry_points(base: type[nnx.Module]) -> dict[str, Callable[..., Any]]:
     return {name: f for name, f in found.items() if name == "__call__" or not name.startswith("_")}
 
 
-def compressed(module: nnx.Module) -> dict[str, Any]:
+def quantized_params(module: nnx.Module) -> dict[str, Any]:
     """`{attribute: value}` of the layer's parameters that are quantised."""
     held = {attr: var.get_value() for attr, var in vars(module).items() if isinstance(var, nnx.Param)}
     return {attr: value for attr, value in held.items() if quantized.is_quantized(value)}
 
 
-def view(module: nnx.Module, base: type[nnx.Module], values: Mapping[str, Any]) -> Any:
+def plain_view(module: nnx.Module, base: type[nnx.Module], values: Mapping[str, Any]) -> Any:
     """The layer as `base` alone, with other values for some of its parameters, and none of them quantised."""
     out = object.__new__(base)
     own = vars(out)
     own.update(vars(module))
-    for leaf, value in {**compressed(module), **values}.items():
-        value = quantized.dense(value)
+    for leaf, value in {**quantized_params(module), **values}.items():
+        value = quantized.to_dense(value)
         own[leaf] = own[leaf].copy(value)  # keeps the variable's type and metadata
     return out
 
@@ -75,14 +75,14 @@ def view(module: nnx.Module, base: type[nnx.Module], values: Mapping[str, Any]) 
 State = dict[str, Any]
 
 
-def state(module: nnx.Module) -> State:
+def layer_state(module: nnx.Module) -> State:
     """`{path: variable}` of what a layer may change when it is called: all that is no parameter, random streams too."""
     flat = nnx.to_flat_state(nnx.state(module, nnx.Not(nnx.Param)))
     held = {paths.join(*map(str, path)): var for path, var in flat if DROPOUT not in map(str, path)}
     return {path: v for path, v in held.items() if isinstance(v, nnx.Variable) and not isinstance(v, LayerNumber)}
 
 
-def run(
+def run_pure(
     module: nnx.Module,
     base: type[nnx.Module],
     f: Callable[..., Any],
@@ -96,7 +96,7 @@ def run(
     Returns the output, and what of the state has changed. A variable belongs to the trace it is made in, so a layer
     with state is made anew here. Raises `AttachError` where the call adds variables to it.
     """
-    inner = view(module, base, values)
+    inner = plain_view(module, base, values)
     if not held:
         return f(inner, *args, **kwargs), {}
     graph, whole = nnx.split(inner)
@@ -104,7 +104,7 @@ def run(
     put = [(path, var.copy(held[name]) if name in held else var) for name, (path, var) in flat.items()]
     made = nnx.merge(graph, nnx.from_flat_state(put))
     y = f(made, *args, **kwargs)
-    new = state(made)
+    new = layer_state(made)
     more = [path for path in new if path not in held]
     if more:
         raise AttachError(
@@ -118,7 +118,7 @@ def run(
 
 
 @dataclasses.dataclass(frozen=True)
-class Known:
+class KernelUse:
     """What a layer class says of its kernel: its axes, its own shape (not stacked), and one call as a `Use`."""
 
     axes: Callable[[Any], Axes]
@@ -134,24 +134,24 @@ def _einsum_use(m: Any, x: Any, rest: Sequence[Any], axes: Axes) -> Use:
     equation = m.einsum_str
     if rest and rest[0] is not None and rest[0] != equation:
         said, adapted = layers.einsum_axes(rest[0]), layers.einsum_axes(equation)
-        if set(said.inn) != set(adapted.inn) or set(said.batch) != set(adapted.batch):
+        if set(said.in_axes) != set(adapted.in_axes) or set(said.batch_axes) != set(adapted.batch_axes):
             raise AttachError(f"an Einsum was adapted as {equation!r}, and is called as {rest[0]!r}")
         equation = rest[0]
     return layers.einsum_use(equation, x.ndim, axes)
 
 
-_KNOWN: dict[type[nnx.Module], Known] = {
-    nnx.Linear: Known(
+_KNOWN: dict[type[nnx.Module], KernelUse] = {
+    nnx.Linear: KernelUse(
         lambda m: layers.DENSE,
         lambda m: (m.in_features, m.out_features),
         lambda m, x, _, axes: layers.dense_use(x.ndim, axes),
     ),
-    nnx.LinearGeneral: Known(
+    nnx.LinearGeneral: KernelUse(
         _general,
         lambda m: (*m.batch_axis.values(), *m.in_features, *m.out_features),
         lambda m, x, _, axes: layers.general_use(x.ndim, axes.rank, m.axis, tuple(m.batch_axis), axes),
     ),
-    nnx.Einsum: Known(
+    nnx.Einsum: KernelUse(
         lambda m: layers.einsum_axes(m.einsum_str),
         lambda m: tuple(m.kernel_shape),
         _einsum_use,
@@ -160,7 +160,7 @@ _KNOWN: dict[type[nnx.Module], Known] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Said:
+class KernelRoles:
     """What a layer class says of one of its weights: axes, own shape (not stacked), kind and groups of a line."""
 
     axes: Axes
@@ -169,29 +169,29 @@ class Said:
     groups: int = 1
 
 
-def said(module: nnx.Module, attr: str) -> Said | None:
+def kernel_roles(module: nnx.Module, attr: str) -> KernelRoles | None:
     """What a class that Flax ships says of a weight; `AttachError` for an equation that no adapter fits."""
     call = base_class(module).__call__
     m: Any = module
     if attr == "kernel" and call is nnx.Conv.__call__ and m.mask is None:
         shape = tuple(m.kernel_shape)
-        return Said(layers.conv_axes(len(shape)), shape, "conv", m.feature_group_count)
+        return KernelRoles(layers.conv_axes(len(shape)), shape, "conv", m.feature_group_count)
     if attr == "embedding" and call is nnx.Embed.__call__:
-        return Said(layers.EMBEDDING, (m.num_embeddings, m.features), "embedding")
-    by_class = known(module) if attr == "kernel" else None
-    return None if by_class is None else Said(by_class.axes(module), by_class.shape(module))
+        return KernelRoles(layers.EMBEDDING, (m.num_embeddings, m.features), "embedding")
+    by_class = kernel_use(module) if attr == "kernel" else None
+    return None if by_class is None else KernelRoles(by_class.axes(module), by_class.shape(module))
 
 
-def known(module: nnx.Module) -> Known | None:
+def kernel_use(module: nnx.Module) -> KernelUse | None:
     """How a layer uses its kernel, if its class says so; a subclass with a call of its own is traced instead."""
     call = base_class(module).__call__
     return next((known for cls, known in _KNOWN.items() if call is cls.__call__), None)
 
 
-def how(module: nnx.Module) -> str:
+def describe_use(module: nnx.Module) -> str:
     """How a layer's weight is followed, for `summary`: by its class, or by tracing its call."""
     base = base_class(module).__name__
-    return f"{base}'s own call" if known(module) is not None else f"traced {base}"
+    return f"{base}'s own call" if kernel_use(module) is not None else f"traced {base}"
 
 
 # ---------------------------------------------------------------- the model's leaves
@@ -199,13 +199,13 @@ def how(module: nnx.Module) -> str:
 Owner = tuple[nnx.Module, str]
 
 
-def natural(path: str) -> list[tuple[int, str]]:
+def natural_key(path: str) -> list[tuple[int, str]]:
     """Sorts "layers.2" before "layers.10"."""
     return [(int(p), "") if p.isdecimal() else (-1, p) for p in path.split(".")]
 
 
 @dataclasses.dataclass(frozen=True)
-class Walk:
+class ModelWalk:
     """A model walked once: every module with its dotted path, and `{path: (owner, attribute)}` of base leaves."""
 
     modules: Sequence[tuple[str, nnx.Module]]
@@ -214,7 +214,7 @@ class Walk:
     """`{path: shape}` of base parameters that no module holds itself: in a dict, or Linen's tree (`bridge.ToNNX`)."""
 
 
-def walk(model: nnx.Module) -> Walk:
+def walk_model(model: nnx.Module) -> ModelWalk:
     """Every module, and every base parameter held directly by one, once each."""
     modules: list[tuple[str, nnx.Module]] = []
     leaves: dict[str, Owner] = {}
@@ -231,12 +231,12 @@ def walk(model: nnx.Module) -> Walk:
                     seen.add(id(var))
                     leaves[paths.join(path, attr)] = (node, attr)
     loose = {paths.join(*map(str, keys)): tuple(var.shape) for keys, var in params if id(var) not in seen}
-    return Walk(modules, dict(sorted(leaves.items(), key=lambda item: natural(item[0]))), loose)
+    return ModelWalk(modules, dict(sorted(leaves.items(), key=lambda item: natural_key(item[0]))), loose)
 
 
 def base_leaves(model: nnx.Module) -> Mapping[str, Owner]:
     """`{dotted path: (owner, attribute)}` of every base parameter held directly by a module, once each."""
-    return walk(model).leaves
+    return walk_model(model).leaves
 
 
 def base_shapes(owners: Mapping[str, Owner]) -> dict[str, tuple[int, ...]]:
@@ -254,7 +254,7 @@ def is_abstract(owners: Mapping[str, Owner]) -> bool:
     return any(isinstance(vars(m)[attr].get_value(), jax.ShapeDtypeStruct) for m, attr in owners.values())
 
 
-def obstacles(walked: Walk, leaves: Sequence[str], saved: Collection[str] = ()) -> dict[str, str]:
+def obstacles(walked: ModelWalk, leaves: Sequence[str], saved: Collection[str] = ()) -> dict[str, str]:
     """`{leaf: problem}` of those of these leaves on which no adapter can be, whatever its method.
 
     `saved` are those of modules that are saved whole, which their state would have to be too.
@@ -277,7 +277,11 @@ def obstacles(walked: Walk, leaves: Sequence[str], saved: Collection[str] = ()) 
         if also:  # the adapter would be in one module only, a merged weight in all
             what = f"{leaf}: several modules hold this very weight, also as {', '.join(also)}"
             problems[leaf] = f"{what}; share the module instead of the weight, or leave it out"
-        kinds = {type(v) for v in state(module).values() if not isinstance(v, nnx.RngState)} if leaf in saved else set()
+        kinds = (
+            {type(v) for v in layer_state(module).values() if not isinstance(v, nnx.RngState)}
+            if leaf in saved
+            else set()
+        )
         if kinds:
             listed = ", ".join(sorted(kind.__name__ for kind in kinds))
             name = base_class(module).__name__
@@ -289,7 +293,7 @@ def obstacles(walked: Walk, leaves: Sequence[str], saved: Collection[str] = ()) 
 
 
 @dataclasses.dataclass(frozen=True)
-class Traced:
+class TracedAxes:
     """What one call showed of a custom layer's weight: its axes, and the shape that the layer itself sees."""
 
     axes: Axes
@@ -317,11 +321,11 @@ def _find_stack(
     )
 
 
-def class_lines(
+def class_entries(
     owners: Mapping[str, Owner],
     keymap: KeyMap,
     stack_axes: Sequence[int] | None = None,
-    traced: Mapping[str, Traced] | None = None,
+    traced: Mapping[str, TracedAxes] | None = None,
 ) -> list[Weight]:
     """Lines for the leaves a table does not cover, from what their class or a trace says."""
     lines: list[Weight] = []
@@ -329,22 +333,22 @@ def class_lines(
         shape = tuple(vars(module)[attr].shape)
         if traced is not None and leaf in traced:
             found = traced[leaf]
-            lines.append(line_for(leaf, shape, found.axes, _find_stack(leaf, shape, found.shape, stack_axes)))
+            lines.append(entry_from_axes(leaf, shape, found.axes, _find_stack(leaf, shape, found.shape, stack_axes)))
             continue
-        site = keymap.site(leaf)
+        site = keymap.match(leaf)
         if site is not None and len(site.weight.left) == len(shape):
             continue
         try:
-            found = said(module, attr)
+            found = kernel_roles(module, attr)
         except AttachError:
             continue  # an equation no adapter fits; an error only if it is targeted
         if found is not None:
             stack = _find_stack(leaf, shape, found.shape, stack_axes)
-            lines.append(line_for(leaf, shape, found.axes, stack, found.kind, found.groups))
+            lines.append(entry_from_axes(leaf, shape, found.axes, stack, found.kind, found.groups))
     return lines
 
 
-def custom(owners: Mapping[str, Owner], leaves: Iterable[str]) -> list[str]:
+def custom_leaves(owners: Mapping[str, Owner], leaves: Iterable[str]) -> list[str]:
     """Those of these leaves whose class says nothing of their axes, so that only a trace can."""
     picked = [(leaf, *owners[leaf]) for leaf in leaves]
     return [
@@ -354,7 +358,7 @@ def custom(owners: Mapping[str, Owner], leaves: Iterable[str]) -> list[str]:
 
 def _speaks(module: nnx.Module, attr: str) -> bool:
     try:
-        return said(module, attr) is not None
+        return kernel_roles(module, attr) is not None
     except AttachError:
         return True  # of an equation that no adapter fits
 

@@ -18,7 +18,7 @@ from jaxadapt.arrays.axes import LETTERS, Axes, Use
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class AxisLayout:
     """How a view of a weight lies: for each of its axes, the weight's axes that are merged in it.
 
     Weight axes of size 1 come and go in reshapes; they are listed only where they can be followed.
@@ -29,16 +29,16 @@ class Layout:
     groups: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def of(cls, name: str, shape: tuple[int, ...]) -> Layout:
+    def identity(cls, name: str, shape: tuple[int, ...]) -> AxisLayout:
         return cls(name, shape, tuple((i,) for i in range(len(shape))))
 
-    def among(self, axes: Iterable[int]) -> tuple[int, ...]:
+    def weight_axes(self, axes: Iterable[int]) -> tuple[int, ...]:
         """The weight's axes found in these axes of the view."""
         return tuple(a for i in axes for a in self.groups[i])
 
-    def reshaped(self, shape: Sequence[int]) -> Layout | None:
+    def reshaped(self, shape: Sequence[int]) -> AxisLayout | None:
         """The same elements in row-major order under another shape, if that keeps the weight's axes whole."""
-        rest = list(self.among(range(len(self.groups))))
+        rest = list(self.weight_axes(range(len(self.groups))))
         groups: list[tuple[int, ...]] = []
         for size in shape:
             group: list[int] = []
@@ -59,7 +59,7 @@ _SAME = {primitives.copy_p, primitives.sharding_constraint_p, primitives.name_p}
 BARRIER = "optimization_barrier"  # which alone has several operands, one result for each
 
 
-def moved(eqn: core.JaxprEqn, before: list[Layout | None]) -> list[Layout | None] | None:
+def move_layouts(eqn: core.JaxprEqn, before: list[AxisLayout | None]) -> list[AxisLayout | None] | None:
     """The layouts of an equation's results if it only moves, casts or passes on what it gets, else None."""
     kind, params = eqn.primitive, eqn.params
     if kind.name == BARRIER:
@@ -82,8 +82,8 @@ def moved(eqn: core.JaxprEqn, before: list[Layout | None]) -> list[Layout | None
     return None
 
 
-def spell(
-    eqn: core.JaxprEqn, side: int, layout: Layout, axes: Axes, x_shape: tuple[int, ...]
+def spell_contraction(
+    eqn: core.JaxprEqn, side: int, layout: AxisLayout, axes: Axes, x_shape: tuple[int, ...]
 ) -> tuple[Use, list[int], list[int]] | None:
     """The contraction letter by letter, and the split shapes of x and y; None if the roles do not fit it.
 
@@ -92,9 +92,11 @@ def spell(
     """
     (summed_w, summed_x), (shared_w, shared_x) = ((d[side], d[1 - side]) for d in eqn.params["dimension_numbers"])
     unit = {a for a, size in enumerate(layout.sizes) if size == 1}
-    summed, shared = set(layout.among(summed_w)) - unit, set(layout.among(shared_w)) - unit
-    ways = [way for way in ((axes.inn, axes.out), (axes.out, axes.inn)) if summed == set(way[0]) - unit]
-    if not ways or not shared <= set(axes.batch):
+    summed, shared = set(layout.weight_axes(summed_w)) - unit, set(layout.weight_axes(shared_w)) - unit
+    ways = [
+        way for way in ((axes.in_axes, axes.out_axes), (axes.out_axes, axes.in_axes)) if summed == set(way[0]) - unit
+    ]
+    if not ways or not shared <= set(axes.batch_axes):
         return None
     reads, writes = ways[0]
 
@@ -112,6 +114,6 @@ def spell(
     free_x = [pair for pairs in own.values() for pair in pairs]
     # dot_general's result: what both share, then what is free in its left operand, then in its right one
     y = [p for i in shared_w for p in letters(i)] + (free_w + free_x if side == 0 else free_x + free_w)
-    x, y = x + units((*reads, *axes.batch)), y + units((*writes, *axes.batch))
+    x, y = x + units((*reads, *axes.batch_axes)), y + units((*writes, *axes.batch_axes))
     spelled = Use("".join(c for c, _ in x), LETTERS[: len(layout.sizes)], "".join(c for c, _ in y), axes)
     return spelled, [n for _, n in x], [n for _, n in y]

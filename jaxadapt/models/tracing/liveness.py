@@ -9,11 +9,11 @@ import jax
 from jax.interpreters.partial_eval import dce_jaxpr
 
 
-def live(f: Callable[[Any], Any], weights: Mapping[str, Any]) -> dict[str, bool]:
+def live_weights(f: Callable[[Any], Any], weights: Mapping[str, Any]) -> dict[str, bool]:
     """Whether the outputs of `f(weights)` depend on each weight; weights may be `ShapeDtypeStruct`s.
 
     >>> import jax.numpy as jnp
-    >>> live(lambda w: w["a"] * 2, {"a": jnp.ones(3), "b": jnp.ones(3)})
+    >>> live_weights(lambda w: w["a"] * 2, {"a": jnp.ones(3), "b": jnp.ones(3)})
     {'a': True, 'b': False}
     """
     names = list(weights)

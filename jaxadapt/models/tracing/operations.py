@@ -12,19 +12,19 @@ from jax.extend import core
 from jax.extend.core import primitives
 
 from jaxadapt.arrays.axes import Axes, Operation
-from jaxadapt.models.tracing.axis_layout import Layout
+from jaxadapt.models.tracing.axis_layout import AxisLayout
 
 Make = Callable[[core.JaxprEqn, Axes, Sequence[Any]], Operation | None]
 
 
-def operation(
-    eqn: core.JaxprEqn, layouts: Sequence[Layout | None], axes: Axes, operands: Sequence[Any]
+def find_operation(
+    eqn: core.JaxprEqn, layouts: Sequence[AxisLayout | None], axes: Axes, operands: Sequence[Any]
 ) -> tuple[int, Operation] | None:
     """Which operand is the weight, and the equation as a function of another weight; None if it is no such thing."""
     side, make = _SIDES.get(eqn.primitive.name, (0, None))
     others = [layout for i, layout in enumerate(layouts) if i != side]
     layout = layouts[side] if side < len(layouts) else None
-    if make is None or layout is None or any(others) or len(axes.out) != 1:
+    if make is None or layout is None or any(others) or len(axes.out_axes) != 1:
         return None
     if layout.groups != tuple((i,) for i in range(len(layout.sizes))):
         return None  # seen through a transpose or reshape: an adapter's factors lie otherwise
@@ -35,8 +35,8 @@ def operation(
 def _convolution(eqn: core.JaxprEqn, axes: Axes, _: Sequence[Any]) -> Operation | None:
     given = dict(eqn.params)
     numbers = given["dimension_numbers"]
-    (out,) = axes.out
-    if numbers.rhs_spec[0] != out or given["batch_group_count"] != 1 or axes.batch:
+    (out,) = axes.out_axes
+    if numbers.rhs_spec[0] != out or given["batch_group_count"] != 1 or axes.batch_axes:
         return None
     kept = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "precision", "preferred_element_type")
 
@@ -54,10 +54,10 @@ def _convolution(eqn: core.JaxprEqn, axes: Axes, _: Sequence[Any]) -> Operation 
 def _lookup(eqn: core.JaxprEqn, axes: Axes, _: Sequence[Any]) -> Operation | None:
     given = dict(eqn.params)
     numbers, sizes = given["dimension_numbers"], list(given["slice_sizes"])
-    (out,) = axes.out
+    (out,) = axes.out_axes
     weight: Any = eqn.invars[0].aval
     inside = [i for i in range(len(sizes)) if i not in (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)]
-    if axes.batch or out not in inside or out in numbers.start_index_map or sizes[out] != weight.shape[out]:
+    if axes.batch_axes or out not in inside or out in numbers.start_index_map or sizes[out] != weight.shape[out]:
         return None
     kept = ("mode", "fill_value", "indices_are_sorted", "unique_indices")
 
@@ -74,10 +74,10 @@ def _ragged(eqn: core.JaxprEqn, axes: Axes, operands: Sequence[Any]) -> Operatio
     given = dict(eqn.params)
     numbers = given["ragged_dot_dimension_numbers"]
     (summed_x, summed_w), shared = numbers.dot_dimension_numbers
-    along = [axes.inn, axes.out]
+    along = [axes.in_axes, axes.out_axes]
     if tuple(summed_w) not in along or len(summed_w) != 1 or any(shared):
         return None
-    if tuple(numbers.rhs_group_dimensions) != axes.batch:
+    if tuple(numbers.rhs_group_dimensions) != axes.batch_axes:
         return None
     if set(numbers.lhs_ragged_dimensions) & set(summed_x) or len(operands) != 3 or given["group_offset"] is not None:
         return None
@@ -89,7 +89,7 @@ def _ragged(eqn: core.JaxprEqn, axes: Axes, operands: Sequence[Any]) -> Operatio
             x, w, operands[2], numbers, precision=given["precision"], preferred_element_type=kind
         )
 
-    return Operation(run, x.ndim - 1, axes, transposed=tuple(summed_w) == axes.out)
+    return Operation(run, x.ndim - 1, axes, transposed=tuple(summed_w) == axes.out_axes)
 
 
 RAGGED = "ragged_dot_general"  # which jax does not export

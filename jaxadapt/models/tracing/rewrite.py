@@ -22,10 +22,10 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.extend.core import primitives
 
-from jaxadapt.arrays.axes import Axes, Operation, Use, contradicted, turned
+from jaxadapt.arrays.axes import Axes, Operation, Use, find_contradiction, transposed_axes
 from jaxadapt.core.errors import AttachError
-from jaxadapt.models.tracing.axis_layout import BARRIER, Layout, moved, spell
-from jaxadapt.models.tracing.operations import operation
+from jaxadapt.models.tracing.axis_layout import BARRIER, AxisLayout, move_layouts, spell_contraction
+from jaxadapt.models.tracing.operations import find_operation
 
 Function = Callable[..., Any]
 
@@ -65,13 +65,13 @@ class Contraction:
     Each is in the weight's own axis order.
     """
 
-    inn: tuple[int, ...]
-    out: tuple[int, ...]
-    batch: tuple[int, ...] = ()
+    in_axes: tuple[int, ...]
+    out_axes: tuple[int, ...]
+    batch_axes: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
-class Other:
+class OtherUse:
     """Any other use, named after the primitive that consumes the weight (`"return"`: the function itself)."""
 
     primitive: str
@@ -97,7 +97,7 @@ def rewrite(
             or dtype than it was given, or `Hook.weight` raised it.
 
     >>> class Double:
-    ...     axes = Axes(inn=(0,), out=(1,))
+    ...     axes = Axes(in_axes=(0,), out=(1,))
     ...     def input(self, use, x): return x
     ...     def follows(self, primitive): return False
     ...     def output(self, use, x, y, w): return 2 * y
@@ -110,34 +110,34 @@ def rewrite(
         if name not in weights:
             raise AttachError(f"a hook is for the weight {name!r}, and the function has only {sorted(weights)}")
         shape, axes = jnp.shape(weights[name]), hook.axes
-        if sorted(axes.inn + axes.out + axes.batch) != list(range(len(shape))):
+        if sorted(axes.in_axes + axes.out_axes + axes.batch_axes) != list(range(len(shape))):
             raise AttachError(f"{name!r} has shape {shape}, which the roles {axes} do not cover axis by axis")
     traced = _trace(f, weights, args)
-    views = [_View(Layout.of(name, jnp.shape(w)), w) if name in hooks else w for name, w in weights.items()]
+    views = [_View(AxisLayout.identity(name, jnp.shape(w)), w) if name in hooks else w for name, w in weights.items()]
     scope = _Scope(hooks, weights, ChainMap(), {})
     outs = _run(traced.closed.jaxpr, traced.closed.consts, [*views, *traced.arrays], scope)
     for name in forward:
         axes = hooks[name].axes
-        if (own := turned(axes, scope.products.get(name, ()), jnp.shape(weights[name]))) is not None:
-            raise AttachError(f"{name!r}: {contradicted(axes, own)}")
+        if (own := transposed_axes(axes, scope.products.get(name, ()), jnp.shape(weights[name]))) is not None:
+            raise AttachError(f"{name!r}: {find_contradiction(axes, own)}")
     return traced.result([scope.plain(out) for out in outs])
 
 
-def uses(f: Function, weights: Mapping[str, Any], *args: Any) -> dict[str, tuple[Contraction | Other, ...]]:
+def uses(f: Function, weights: Mapping[str, Any], *args: Any) -> dict[str, tuple[Contraction | OtherUse, ...]]:
     """How `f(weights, *args)` uses each weight, in the order of the uses; nothing is computed.
 
     Weights and the arrays in `args` may be `jax.ShapeDtypeStruct`s.
 
     >>> w, x = jax.ShapeDtypeStruct((3, 4), "float32"), jax.ShapeDtypeStruct((2, 3), "float32")
     >>> uses(lambda weights, x: x @ weights["w"], {"w": w}, x)
-    {'w': (Contraction(inn=(0,), out=(1,), batch=()),)}
+    {'w': (Contraction(in_axes=(0,), out=(1,), batch=()),)}
     """
     traced = _trace(f, weights, args)
-    found: dict[str, list[Contraction | Other]] = {name: [] for name in weights}
-    layouts = [Layout.of(name, tuple(w.shape)) for name, w in weights.items()]
+    found: dict[str, list[Contraction | OtherUse]] = {name: [] for name in weights}
+    layouts = [AxisLayout.identity(name, tuple(w.shape)) for name, w in weights.items()]
     for out in _follow(traced.closed.jaxpr, [*layouts, *(None for _ in traced.arrays)], found):
         if out is not None:
-            found[out.name].append(Other("return"))
+            found[out.name].append(OtherUse("return"))
     return {name: tuple(those) for name, those in found.items()}
 
 
@@ -188,41 +188,41 @@ def _body(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence[Any]] | None:
     return None
 
 
-def side_of(eqn: core.JaxprEqn, layouts: Sequence[Layout | None]) -> int | None:
+def side_of(eqn: core.JaxprEqn, layouts: Sequence[AxisLayout | None]) -> int | None:
     """Which operand of a `dot_general` is the weight, if exactly one is."""
     if eqn.primitive is not primitives.dot_general_p or (layouts[0] is None) == (layouts[1] is None):
         return None
     return 0 if layouts[1] is None else 1
 
 
-def _contraction(eqn: core.JaxprEqn, side: int, layout: Layout) -> Contraction:
+def _contraction(eqn: core.JaxprEqn, side: int, layout: AxisLayout) -> Contraction:
     summed, shared = (d[side] for d in eqn.params["dimension_numbers"])
-    inn, batch = sorted(layout.among(summed)), sorted(layout.among(shared))
-    out = [a for a in range(len(layout.sizes)) if a not in inn + batch]
-    return Contraction(tuple(inn), tuple(out), tuple(batch))
+    inputs, batch = sorted(layout.weight_axes(summed)), sorted(layout.weight_axes(shared))
+    out = [a for a in range(len(layout.sizes)) if a not in inputs + batch]
+    return Contraction(tuple(inputs), tuple(out), tuple(batch))
 
 
 def _follow(
-    jaxpr: core.Jaxpr, given: Sequence[Layout | None], found: dict[str, list[Contraction | Other]]
-) -> list[Layout | None]:
+    jaxpr: core.Jaxpr, given: Sequence[AxisLayout | None], found: dict[str, list[Contraction | OtherUse]]
+) -> list[AxisLayout | None]:
     """Collects the uses of the given views in `found`; returns the layouts of the jaxpr's results."""
     env = dict(zip(jaxpr.invars, given, strict=True))
 
-    def read(atom: Any) -> Layout | None:
+    def read(atom: Any) -> AxisLayout | None:
         return None if isinstance(atom, core.Literal) else env.get(atom)
 
     for eqn in jaxpr.eqns:
         seen = [read(a) for a in eqn.invars]
         if not any(seen):
             continue
-        outs: list[Layout | None] | None = None
+        outs: list[AxisLayout | None] | None = None
         if (body := _body(eqn)) is not None:
             outs = _follow(body[0], seen, found)
         elif (side := side_of(eqn, seen)) is not None and (layout := seen[side]) is not None:
             found[layout.name].append(_contraction(eqn, side, layout))
-        elif (outs := moved(eqn, seen)) is None:
+        elif (outs := move_layouts(eqn, seen)) is None:
             for layout in filter(None, seen):
-                found[layout.name].append(Other(eqn.primitive.name))
+                found[layout.name].append(OtherUse(eqn.primitive.name))
         env.update(zip(eqn.outvars, outs or (), strict=outs is not None))
     return [read(a) for a in jaxpr.outvars]
 
@@ -234,7 +234,7 @@ def _follow(
 class _View:
     """A moved or cast base weight, and how to move and cast the effective one the same way."""
 
-    layout: Layout
+    layout: AxisLayout
     array: Any
     replay: tuple[Callable[[Any], Any], ...] = ()
 
@@ -312,7 +312,7 @@ def _equation(eqn: core.JaxprEqn, operands: list[Any], scope: _Scope) -> list[An
             return outs
     elif (outs := _operate(eqn, operands, layouts, scope)) is not None:
         return outs
-    elif (after := moved(eqn, layouts)) is not None:
+    elif (after := move_layouts(eqn, layouts)) is not None:
         arrays = _bind(eqn, [v.array if isinstance(v, _View) else v for v in operands])
 
         def step(whole: Any) -> Any:
@@ -365,7 +365,7 @@ def _contract(eqn: core.JaxprEqn, operands: list[Any], side: int, scope: _Scope)
     view, x = operands[side], operands[1 - side]
     scope.products.setdefault(view.layout.name, []).append(_contraction(eqn, side, view.layout))
     hook = scope.hooks[view.layout.name]
-    spelled = spell(eqn, side, view.layout, hook.axes, jnp.shape(x))
+    spelled = spell_contraction(eqn, side, view.layout, hook.axes, jnp.shape(x))
     if spelled is None:
         return None
     use, x_sizes, y_sizes = spelled
@@ -379,12 +379,14 @@ def _contract(eqn: core.JaxprEqn, operands: list[Any], side: int, scope: _Scope)
     return [jnp.reshape(_checked("output", new, whole), jnp.shape(y))]
 
 
-def _operate(eqn: core.JaxprEqn, operands: list[Any], layouts: list[Layout | None], scope: _Scope) -> list[Any] | None:
+def _operate(
+    eqn: core.JaxprEqn, operands: list[Any], layouts: list[AxisLayout | None], scope: _Scope
+) -> list[Any] | None:
     """A convolution, lookup or ragged product with its hook beside it, or None if the hook does not follow it."""
     (name,) = {layout.name for layout in layouts if layout is not None} if sum(map(bool, layouts)) == 1 else ("",)
     if not name or not scope.hooks[name].follows(eqn.primitive.name):
         return None
-    found = operation(eqn, layouts, scope.hooks[name].axes, operands)
+    found = find_operation(eqn, layouts, scope.hooks[name].axes, operands)
     if found is None:
         return None
     side, use = found

@@ -7,28 +7,31 @@ from typing import Any
 
 from jaxadapt.arrays.axes import Axes
 from jaxadapt.core.errors import AttachError
-from jaxadapt.models.tracing.rewrite import Contraction, Function, Hook, Other, uses
+from jaxadapt.models.tracing.rewrite import Contraction, Function, Hook, OtherUse, uses
 
 
-def strays(found: Iterable[Contraction | Other], hook: Hook) -> list[str]:
+def unfollowed_uses(found: Iterable[Contraction | OtherUse], hook: Hook) -> list[str]:
     """The uses that only the effective weight can follow, in a few words each."""
     axes = hook.axes
-    along = (set(axes.inn), set(axes.out))
+    along = (set(axes.in_axes), set(axes.out_axes))
     return [
-        use.primitive if isinstance(use, Other) else f"a sum over axes {list(use.inn)}"
+        use.primitive if isinstance(use, OtherUse) else f"a sum over axes {list(use.in_axes)}"
         for use in found
-        if (isinstance(use, Other) and not hook.follows(use.primitive))
-        or (isinstance(use, Contraction) and (set(use.inn) not in along or not set(use.batch) <= set(axes.batch)))
+        if (isinstance(use, OtherUse) and not hook.follows(use.primitive))
+        or (
+            isinstance(use, Contraction)
+            and (set(use.in_axes) not in along or not set(use.batch_axes) <= set(axes.batch_axes))
+        )
     ]
 
 
-def note(what: str, found: Iterable[Contraction | Other], hook: Hook) -> str:
+def describe_uses(what: str, found: Iterable[Contraction | OtherUse], hook: Hook) -> str:
     """In a few words, whether `what` uses a weight along its roles, or needs the effective weight, and for what."""
-    dear = strays(found, hook)
+    dear = unfollowed_uses(found, hook)
     return f"effective weight in {what} ({', '.join(dict.fromkeys(dear))})" if dear else f"traced {what}"
 
 
-def roles(f: Function, weights: Mapping[str, Any], name: str, *args: Any) -> Axes:
+def infer_axes(f: Function, weights: Mapping[str, Any], name: str, *args: Any) -> Axes:
     """The roles of the axes of `weights[name]`, from the one way in which `f` contracts it.
 
     Inputs and outputs come in the weight's own axis order. A trace cannot tell a fused axis (k and v in
@@ -39,16 +42,16 @@ def roles(f: Function, weights: Mapping[str, Any], name: str, *args: Any) -> Axe
 
     >>> import jax, jax.numpy as jnp
     >>> w, x = jax.ShapeDtypeStruct((3, 4, 5), "float32"), jax.ShapeDtypeStruct((2, 3), "float32")
-    >>> roles(lambda weights, x: jnp.einsum("bd,dnh->bnh", x, weights["w"]), {"w": w}, "w", x)
-    Axes(inn=(0,), out=(1, 2), batch=(), parts=None)
+    >>> infer_axes(lambda weights, x: jnp.einsum("bd,dnh->bnh", x, weights["w"]), {"w": w}, "w", x)
+    Axes(in_axes=(0,), out=(1, 2), batch=(), parts=None)
     """
     distinct = list(dict.fromkeys(uses(f, weights, *args)[name]))
     match distinct:
-        case [Contraction(inn, out, batch)]:
-            return Axes(inn, out, batch)
+        case [Contraction(inputs, out, batch)]:
+            return Axes(inputs, out, batch)
         case []:
             problem = "is never used"
-        case [Other(primitive)]:
+        case [OtherUse(primitive)]:
             problem = f"is used by {primitive}, not by a matrix product, which alone tells inputs from outputs"
         case _:
             listed = "; ".join(_spoken(use) for use in distinct)
@@ -58,8 +61,8 @@ def roles(f: Function, weights: Mapping[str, Any], name: str, *args: Any) -> Axe
     )
 
 
-def _spoken(use: Contraction | Other) -> str:
-    if isinstance(use, Other):
+def _spoken(use: Contraction | OtherUse) -> str:
+    if isinstance(use, OtherUse):
         return f"by {use.primitive}"
-    shared = f", with {list(use.batch)} in both" if use.batch else ""
-    return f"summed over axes {list(use.inn)}, leaving {list(use.out)}{shared}"
+    shared = f", with {list(use.batch_axes)} in both" if use.batch_axes else ""
+    return f"summed over axes {list(use.in_axes)}, leaving {list(use.out_axes)}{shared}"

@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxadapt.adapters.adapter import Adapter, Recipe, reading
+from jaxadapt.adapters.adapter import Adapter, Recipe, name_donated_arrays
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, AttachError, ConfigError, FileError
-from jaxadapt.core.progress import LOGGER, Progress, reporting
+from jaxadapt.core.progress import LOGGER, Progress, reporter
 from jaxadapt.persistence import multihost, store
 from jaxadapt.storage import location
 from jaxadapt.storage.location import Place
@@ -34,7 +34,7 @@ from jaxadapt.training.checkpoint import restore as resuming
 from jaxadapt.training.checkpoint.background import Background
 from jaxadapt.training.checkpoint.restore import Restored
 from jaxadapt.training.checkpoint.run_folder import RunFolder, Said
-from jaxadapt.training.checkpoint.snapshot import Taken
+from jaxadapt.training.checkpoint.snapshot import Snapshot
 
 
 class _Handed(NamedTuple):
@@ -146,11 +146,11 @@ class CheckpointManager(RunFolder):
         """
         self.wait()
         number, said = run_folder.step_number(step), Said(_measured(metrics), self._own_objective)
-        taken = snapshot.take(model, {"opt_state": opt_state, "rng": rng, "data": data})
+        taken = snapshot.take_snapshot(model, {"opt_state": opt_state, "rng": rng, "data": data})
         several = _several(taken)
         if self._last is None or number < self._last:
             self._by_first("save", functools.partial(self._look, number))
-        step_files.make(self.folder)
+        step_files.make_run_folder(self.folder)
         finish = self._begin(number, taken, said, several)
         self._last = number
         address = isinstance(self.folder, location.Address)
@@ -166,20 +166,20 @@ class CheckpointManager(RunFolder):
                 f"{self.folder}: step {step} would lie before {', '.join(map(str, later[:8]))}; go back with"
                 f" rollback({max((s for s in self.steps if s <= step), default='…')}), or use another folder"
             )
-        step_files.sweep(self.folder)
+        step_files.remove_leftovers(self.folder)
 
-    def _begin(self, step: int, taken: Taken, said: Said, several: bool) -> Callable[[], None]:
+    def _begin(self, step: int, taken: Snapshot, said: Said, several: bool) -> Callable[[], None]:
         """Takes the values off the device; what is left to do is returned."""
-        path = run_folder.place(self.folder, step)
+        path = run_folder.step_path(self.folder, step)
         if not several:
-            with reading(taken.arrays):
-                values = step_files.on_host(taken.arrays)
-            write = functools.partial(step_files.write, path, taken, said, values)
+            with name_donated_arrays(taken.arrays):
+                values = step_files.copy_to_host(taken.arrays)
+            write = functools.partial(step_files.write_step, path, taken, said, values)
         else:
-            write = step_files.prepare_together(path, taken, said, self.timeout)
+            write = step_files.prepare_shared_write(path, taken, said, self.timeout)
 
         def finish() -> None:
-            with reporting(self.progress) as report:
+            with reporter(self.progress) as report:
                 write(report)
             LOGGER.info("%s: step %d saved, %d arrays", path, step, len(taken.arrays))
             if not several or _first():
@@ -190,11 +190,11 @@ class CheckpointManager(RunFolder):
     def _prune(self) -> None:
         if self.keep is None:
             return
-        found = run_folder.steps(self.folder)
+        found = run_folder.list_steps(self.folder)
         kept = self._kept(found)
         for step, path in found.items():
             if step not in kept:
-                step_files.remove(path)
+                step_files.remove_step(path)
 
     def _kept(self, found: Mapping[int, Place]) -> dict[int, Place]:
         """Those of these steps that stay when the save is over."""
@@ -214,10 +214,10 @@ class CheckpointManager(RunFolder):
         """
         handed: _Handed | None = self._saving.what  # before the listing: a save that ends in between is in that
         under_way = self._saving.running
-        found = run_folder.steps(self.folder)
+        found = run_folder.list_steps(self.folder)
         if handed is None or not (under_way or _several(None)):
             return found
-        path = run_folder.place(self.folder, handed.step)
+        path = run_folder.step_path(self.folder, handed.step)
         if handed.step not in found and not under_way and not path.exists():
             return found
         return self._kept(dict(sorted({**found, handed.step: path}.items())))
@@ -283,12 +283,12 @@ class CheckpointManager(RunFolder):
         found = self._by_first("restore", lambda: self.latest) if step is None else run_folder.step_number(step)
         if found is None:
             raise FileError(f"{self.folder}: there is no checkpoint to restore")
-        stored = step_reading.stored(self._path(found))
+        stored = step_reading.read_stored_step(self._path(found))
         if model_only:
             stored = step_reading.model_alone(stored)
-        with reporting(self.progress) as report:
-            read = functools.partial(step_reading.read, stored, report=report)
-            filled = resuming.fill(like, parts, stored.taken, stored.specs, read, str(stored.path))
+        with reporter(self.progress) as report:
+            read = functools.partial(step_reading.read_step_arrays, stored, report=report)
+            filled = resuming.fill_parts(like, parts, stored.taken, stored.specs, read, str(stored.path))
         LOGGER.info("%s: step %d restored, %d arrays", stored.path, found, len(stored.specs))
         back = {part: filled.get(part) for part in snapshot.PARTS}
         return Restored(found, filled["model"], **back, metrics=stored.metrics)
@@ -299,14 +299,14 @@ class CheckpointManager(RunFolder):
         chosen = self.latest if step is None else run_folder.step_number(step)
         if chosen is None:
             raise FileError(f"{self.folder}: there is no checkpoint")
-        stored = step_reading.stored(self._path(chosen))
-        if stored.taken.guest:
-            what = stored.taken.guest.get("dialect")
+        stored = step_reading.read_stored_step(self._path(chosen))
+        if stored.taken.foreign:
+            what = stored.taken.foreign.get("dialect")
             raise AttachError(f"{stored.path}: holds {what} LoRA leaves; export writes them, restore puts them back")
         if name not in stored.taken.recipes:
             raise AttachError(f"{stored.path}: no adapter is called {name!r}; found {sorted(stored.taken.recipes)}")
-        begin = snapshot.beginning(name)
-        flat = step_reading.read(stored, {n: None for n in stored.specs if n.startswith(begin)})
+        begin = snapshot.name_prefix(name)
+        flat = step_reading.read_step_arrays(stored, {n: None for n in stored.specs if n.startswith(begin)})
         recipe = Recipe.from_text(stored.taken.recipes[name])
         tree = paths.unflatten({n.removeprefix(begin): value for n, value in flat.items()})
         return Adapter(recipe.config, tree, recipe.keymap)
@@ -325,11 +325,11 @@ class CheckpointManager(RunFolder):
         chosen = self.latest if step is None else run_folder.step_number(step)
         if chosen is None:
             raise FileError(f"{self.folder}: there is no checkpoint to export")
-        stored = step_reading.stored(self._path(chosen))
-        if stored.taken.guest:
-            flat = step_reading.read(stored, {n: None for n in stored.specs if n.startswith("guest/")})
+        stored = step_reading.read_stored_step(self._path(chosen))
+        if stored.taken.foreign:
+            flat = step_reading.read_step_arrays(stored, {n: None for n in stored.specs if n.startswith("guest/")})
             leaves = {n.removeprefix("guest/"): value for n, value in flat.items()}
-            store.save(resuming.guest_of(stored.taken, leaves), path, **options)
+            store.save(resuming.stored_foreign_tree(stored.taken, leaves), path, **options)
         for name in [options.pop("name")] if "name" in options else stored.taken.recipes:
             store.save(self.adapter(chosen, name), path, name=name, **options)
 
@@ -341,13 +341,13 @@ class CheckpointManager(RunFolder):
 
     def _rollback(self, step: int) -> None:
         self._path(run_folder.step_number(step))
-        for later, path in reversed(run_folder.steps(self.folder).items()):
+        for later, path in reversed(run_folder.list_steps(self.folder).items()):
             if later > step:
-                step_files.remove(path)
+                step_files.remove_step(path)
 
     def _by_first(self, what: str, work: Callable[[], Any]) -> Any:
         """What process 0 finds or does, in all of them: what others see of a network's folder may be a minute old."""
-        return multihost.by_first(f"{self.folder}: {what}", work, self.timeout) if _several(None) else work()
+        return multihost.run_on_leader(f"{self.folder}: {what}", work, self.timeout) if _several(None) else work()
 
     # ------------------------------------------------------------ preemption
 
@@ -368,10 +368,10 @@ class CheckpointManager(RunFolder):
 
         Raises `ConfigError` outside the main thread, where Python has no signals.
         """
-        return preemption.noticed(self.wait)
+        return preemption.catch_sigterm(self.wait)
 
 
-def _several(taken: Taken | None) -> bool:
+def _several(taken: Snapshot | None) -> bool:
     """Whether several processes hold the arrays. Starts no JAX backend where no array has."""
     arrays = taken is not None and any(isinstance(x, jax.Array) for x in taken.arrays.values())
     return (arrays or jax.distributed.is_initialized()) and jax.process_count() > 1

@@ -12,7 +12,7 @@ from jaxadapt.core.errors import ConfigError
 
 
 @contextlib.contextmanager
-def noticed(wait: Callable[[], None]) -> Generator[Callable[[int], bool]]:
+def catch_sigterm(wait: Callable[[], None]) -> Generator[Callable[[int], bool]]:
     """`stop(step)` within the block; after it `wait` is called, and the program leaves if the signal came.
 
     See `CheckpointManager.preemption`.

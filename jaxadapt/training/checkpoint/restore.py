@@ -1,4 +1,4 @@
-"""A checkpoint back in place: what `snapshot.take` took, into what training goes on with."""
+"""A checkpoint back in place: what `snapshot.take_snapshot` took, into what training goes on with."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from jaxadapt.models.linen import collections
 from jaxadapt.models.nnx import attach as nnx
 from jaxadapt.training.checkpoint.snapshot import (
     PARTS,
+    Snapshot,
     Specs,
-    Taken,
     adapter_names,
-    beginning,
+    find_foreign,
     flatten,
-    guest_in,
     is_committed,
     is_key,
     is_object,
     is_on_device,
+    name_prefix,
     named_leaves,
-    rest,
+    other_state,
     segment,
 )
 
@@ -60,7 +60,9 @@ Read = Callable[[Mapping[str, Any]], dict[str, Any]]
 """`{name: example leaf}` -> `{name: value}`, each with the example's sharding; None as an example: a numpy array."""
 
 
-def fill(model: Any, parts: Mapping[str, Any], stored: Taken, specs: Specs, read: Read, source: str) -> dict[str, Any]:
+def fill_parts(
+    model: Any, parts: Mapping[str, Any], stored: Snapshot, specs: Specs, read: Read, source: str
+) -> dict[str, Any]:
     """`{"model": …, part: …}` with the stored values; nothing is changed unless everything fits.
 
     Raises `MismatchError` naming all that is missing, unexpected, or of another shape or dtype, and `AttachError`
@@ -68,10 +70,10 @@ def fill(model: Any, parts: Mapping[str, Any], stored: Taken, specs: Specs, read
     """
     wanted: dict[str, Any] = {}
     problems: list[str] = []
-    guest = guest_in(model)
-    if (guest.dialect.name if guest else None) != stored.guest.get("dialect"):
+    guest = find_foreign(model)
+    if (guest.dialect.name if guest else None) != stored.foreign.get("dialect"):
         held, saved = (f"{what} LoRA leaves" if what else "an adapter of this library" for what in (
-            guest.dialect.name if guest else None, stored.guest.get("dialect")))  # fmt: skip
+            guest.dialect.name if guest else None, stored.foreign.get("dialect")))  # fmt: skip
         problems.append(f"{saved} saved, the target has {held}")
     elif guest is not None:
         wanted |= {f"guest/{path}": leaf for path, leaf in guest.leaves.items()}
@@ -83,8 +85,8 @@ def fill(model: Any, parts: Mapping[str, Any], stored: Taken, specs: Specs, read
         mine = attachment.extract(model, name)
         if mine.config != recipe.config:
             problems.append(f"the adapter {name!r} has another configuration; adapt with that of the checkpoint")
-        wanted |= {beginning(name) + path: leaf for path, leaf in mine.flat().items()}
-    others = rest(model)
+        wanted |= {name_prefix(name) + path: leaf for path, leaf in mine.flat().items()}
+    others = other_state(model)
     wanted |= dict(named_leaves("model", others))
     for part in PARTS:
         if parts.get(part) is not None:
@@ -105,7 +107,7 @@ def fill(model: Any, parts: Mapping[str, Any], stored: Taken, specs: Specs, read
         if onto and jax.dtypes.canonicalize_dtype(dtype := jnp.dtype(specs[name][1])) != dtype:
             problems.append(f"{name}: {dtype.name} saved, which JAX has with jax_enable_x64 alone")
     if problems:
-        raise MismatchError(f"{source} does not fit:\n" + paths.listing(problems, 16))
+        raise MismatchError(f"{source} does not fit:\n" + paths.bullets(problems, 16))
 
     arrays = read({name: leaf for name, leaf in wanted.items() if name in specs})
     values = {name: arrays[name] if name in arrays else _value(name, stored.values[name]) for name in wanted}
@@ -119,7 +121,7 @@ def fill(model: Any, parts: Mapping[str, Any], stored: Taken, specs: Specs, read
     return out | {part: _filled(part, example, values) for part, example in given.items()}
 
 
-def _misfits(wanted: Mapping[str, Any], stored: Taken, specs: Specs) -> Iterable[str]:
+def _misfits(wanted: Mapping[str, Any], stored: Snapshot, specs: Specs) -> Iterable[str]:
     have = {**specs, **stored.values}
     yield from (f"{name}: not in the checkpoint" for name in wanted if name not in have)
     yield from (f"{name}: in the checkpoint, not in the target" for name in have if name not in wanted)
@@ -145,7 +147,7 @@ def _wrapped(data: Any, implementation: str, like: Any) -> jax.Array:
     return keys if like is None or not is_committed(like) else jax.device_put(keys, like.sharding)
 
 
-def weak(value: Any, like: Any) -> Any:
+def with_weak_type(value: Any, like: Any) -> Any:
     """The value with the example's weak type, which decides what dtype further arithmetic has."""
     if is_on_device(like) and like.weak_type and isinstance(value, jax.Array):
         scalar = {"f": 0.0, "i": 0, "c": 0j}[value.dtype.kind]
@@ -155,7 +157,7 @@ def weak(value: Any, like: Any) -> Any:
 
 def _filled(part: str, example: Any, values: Mapping[str, Any]) -> Any:
     held, structure = flatten(example)
-    leaves = [weak(values[f"{part}/{path}" if path else part], leaf) for path, leaf in held]
+    leaves = [with_weak_type(values[f"{part}/{path}" if path else part], leaf) for path, leaf in held]
     tree = jax.tree.unflatten(structure, leaves)
     if not is_object(example):
         return tree
@@ -163,9 +165,9 @@ def _filled(part: str, example: Any, values: Mapping[str, Any]) -> Any:
     return example
 
 
-def _filled_model(model: Any, others: Any, stored: Taken, values: Mapping[str, Any]) -> Any:
+def _filled_model(model: Any, others: Any, stored: Snapshot, values: Mapping[str, Any]) -> Any:
     for name, text in stored.recipes.items():
-        begin = beginning(name)
+        begin = name_prefix(name)
         flat = {n.removeprefix(begin): v for n, v in values.items() if n.startswith(begin)}
         recipe = Recipe.from_text(text)
         adapter = Adapter(recipe.config, paths.unflatten(flat), recipe.keymap)
@@ -174,8 +176,8 @@ def _filled_model(model: Any, others: Any, stored: Taken, values: Mapping[str, A
             model = dataclasses.replace(adapter, params=params, keymap=model.keymap)
         else:
             model = attachment.inject(adapter, model, name)
-    if stored.guest:
-        guest = guest_in(model)
+    if stored.foreign:
+        guest = find_foreign(model)
         assert guest is not None
         flat = {n.removeprefix("guest/"): v for n, v in values.items() if n.startswith("guest/")}
         model = guest.put(flat)
@@ -230,11 +232,11 @@ def _value(name: str, stored: Any) -> Any:
         raise FormatError(f"{name}: this is no saved value: {stored!r}") from error
 
 
-def guest_of(stored: Taken, leaves: Mapping[str, Any]) -> foreign.Found:
+def stored_foreign_tree(stored: Snapshot, leaves: Mapping[str, Any]) -> foreign.ForeignTree:
     """The tree of another library that was saved, without the tree: enough to name its tensors for PEFT."""
     try:
-        dialect = dialects.named(stored.guest["dialect"])
-        base = {path: tuple(shape) for path, shape in stored.guest["base"].items()}
-        return foreign.Found(None, dialect, dict(leaves), lambda new: new, base, dict(stored.guest["stored"]))
+        dialect = dialects.get_dialect(stored.foreign["dialect"])
+        base = {path: tuple(shape) for path, shape in stored.foreign["base"].items()}
+        return foreign.ForeignTree(None, dialect, dict(leaves), lambda new: new, base, dict(stored.foreign["stored"]))
     except (KeyError, TypeError, AttributeError) as error:
         raise FormatError(f"what the checkpoint says of its tree is damaged: {error}") from error

@@ -50,7 +50,7 @@ class RunFolder:
     ) -> None:
         if minimize is not None and maximize is not None:
             raise ConfigError(f"minimize={minimize!r} and maximize={maximize!r}: give one of the two")
-        self.folder = location.absolute(location.at(folder))
+        self.folder = location.absolute(location.to_location(folder))
         if isinstance(self.folder, location.Address):
             self.folder.store()  # a package that is missing shows here, not in the background
         self.minimize, self.maximize = minimize, maximize
@@ -92,7 +92,7 @@ class RunFolder:
 
     def _found(self) -> dict[int, Place]:
         """The steps that count, ascending."""
-        return steps(self.folder)
+        return list_steps(self.folder)
 
     @property
     def _own_objective(self) -> dict[str, str]:
@@ -108,11 +108,11 @@ class RunFolder:
 
     def _said_of(self, step: int, path: Place) -> Said:
         try:
-            key = (path, location.version(path))
+            key = (path, location.content_version(path))
         except OSError as error:
             raise file_error("read", str(path), error) from error
         if key not in self._said:
-            held = document(path, safetensors.read_header(path))
+            held = read_document(path, safetensors.read_header(path))
             self._said[key] = Said(held["metrics"], held.get("objective", {}))
         return self._said[key]
 
@@ -142,8 +142,8 @@ class RunFolder:
         if step in found:
             return found[step]
         # On a network's file system the listing may be a minute old, which other processes have filled since.
-        if location.exists(place(self.folder, step)):
-            return place(self.folder, step)
+        if location.exists(step_path(self.folder, step)):
+            return step_path(self.folder, step)
         raise FileError(f"{self.folder}: there is no step {step}; found {list(found) or 'none'}")
 
 
@@ -160,12 +160,12 @@ def step_number(step: Any) -> int:
     return number
 
 
-def place(folder: Place, step: int) -> Place:
+def step_path(folder: Place, step: int) -> Place:
     """Where a step goes. Padded, so that names sort as numbers do."""
     return folder / f"step-{step:0>9}.safetensors"
 
 
-def steps(folder: Place) -> dict[int, Place]:
+def list_steps(folder: Place) -> dict[int, Place]:
     """`{step: path}` of the steps that are there, whole, in ascending order."""
     try:
         names = [entry.name for entry in folder.iterdir()]
@@ -181,7 +181,7 @@ def steps(folder: Place) -> dict[int, Place]:
     return dict(sorted(found.items()))
 
 
-def document(path: Place, header: safetensors.Header) -> dict[str, Any]:
+def read_document(path: Place, header: safetensors.Header) -> dict[str, Any]:
     """What the header of a step says besides its arrays. Raises `FormatError`."""
     try:
         held = json.loads(header.metadata.get(META, "null"))

@@ -40,7 +40,7 @@ _NOT_STATE_COLLECTIONS = {"params", "intermediates", "cache", "perturbations"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Taken:
+class Snapshot:
     """The content of one checkpoint: arrays by name, and everything else as JSON.
 
     Args:
@@ -55,7 +55,7 @@ class Taken:
 
     arrays: dict[str, Any]
     recipes: dict[str, str]
-    guest: dict[str, Any]
+    foreign: dict[str, Any]
     values: dict[str, Any]
     keys: dict[str, str]
     hosts: list[str]
@@ -66,7 +66,7 @@ class Taken:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "arrays"}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any], source: str) -> Taken:
+    def from_json(cls, data: Mapping[str, Any], source: str) -> Snapshot:
         """The inverse of `to_json`, without arrays. Raises `FormatError` if it is none."""
         kinds = {f.name: list if f.name == "hosts" else dict for f in dataclasses.fields(cls) if f.name != "arrays"}
         wrong = [name for name, kind in kinds.items() if not isinstance(data.get(name), kind)]
@@ -83,25 +83,25 @@ class Taken:
 # ---------------------------------------------------------------- out
 
 
-def take(model: Any, parts: Mapping[str, Any]) -> Taken:
+def take_snapshot(model: Any, parts: Mapping[str, Any]) -> Snapshot:
     """What there is to save of a model (what `extract` takes) and of `parts`, each a pytree, an NNX object or None.
 
     Raises `AttachError` for leaves that cannot be saved, all of them together.
     """
-    taken = Taken({}, {}, {}, {}, {}, [], {})
+    taken = Snapshot({}, {}, {}, {}, {}, [], {})
     problems: list[str] = []
-    guest = guest_in(model)
+    guest = find_foreign(model)
     if guest is not None:
         base = {path: list(shape) for path, shape in guest.base.items()}
-        taken.guest.update(dialect=guest.dialect.name, base=base, stored=guest.stored)
+        taken.foreign.update(dialect=guest.dialect.name, base=base, stored=guest.stored)
         for path, leaf in guest.leaves.items():
             _add(taken, f"guest/{path}", leaf, problems)
     for name in [] if guest is not None else adapter_names(model):
         adapter = attachment.extract(model, name)
         taken.recipes[name] = adapter.recipe.to_text()
         for path, leaf in adapter.flat().items():
-            _add(taken, beginning(name) + path, leaf, problems)
-    for name, leaf in named_leaves("model", rest(model)):
+            _add(taken, name_prefix(name) + path, leaf, problems)
+    for name, leaf in named_leaves("model", other_state(model)):
         _add(taken, name, leaf, problems)
     for part, tree in parts.items():
         if tree is not None:
@@ -109,30 +109,30 @@ def take(model: Any, parts: Mapping[str, Any]) -> Taken:
             for name, leaf in named_leaves(part, tree):
                 _add(taken, name, leaf, problems)
     if problems:
-        raise AttachError("these cannot be saved:\n" + paths.listing(problems))
+        raise AttachError("these cannot be saved:\n" + paths.bullets(problems))
     return taken
 
 
-def guest_in(model: Any) -> foreign.Found | None:
-    return None if isinstance(model, Adapter) else attachment.guest_in(model)
+def find_foreign(model: Any) -> foreign.ForeignTree | None:
+    return None if isinstance(model, Adapter) else attachment.find_foreign(model)
 
 
 def adapter_names(model: Any) -> list[str]:
     """The names of all adapters a model, state, variables or `Adapter` carries; ["default"] if it cannot tell."""
     if isinstance(model, nnx.nnx.Module | nnx.nnx.State):
-        return sorted(nnx.variables(model)) or [attachment.DEFAULT]
+        return sorted(nnx.adapter_variables(model)) or [attachment.DEFAULT]
     if isinstance(model, Mapping):
-        return collections.names_in(model) or [attachment.DEFAULT]
+        return collections.adapter_names(model) or [attachment.DEFAULT]
     return [attachment.DEFAULT]
 
 
-def rest(model: Any) -> Any:
+def other_state(model: Any) -> Any:
     """What training changes in a model besides its adapters: random streams, batch statistics, …; never the base."""
     if isinstance(model, nnx.nnx.Module | nnx.nnx.State):
         state = nnx.nnx.state(model) if isinstance(model, nnx.nnx.Module) else model
         return nnx.nnx.filter_state(state, nnx.nnx.Not(nnx.nnx.Any(*_NOT_STATE)))
     if isinstance(model, Mapping):
-        ours = collections.collections_in(model)
+        ours = collections.collection_names(model)
         if ours or isinstance(model.get("params"), Mapping):  # variables, and no bare tree of parameters
             return {k: v for k, v in model.items() if k not in _NOT_STATE_COLLECTIONS and k not in ours}
     return {}
@@ -172,7 +172,7 @@ def _quoted(text: str) -> str:
     return urllib.parse.quote(text, safe=" ()[]',:")
 
 
-def beginning(name: str) -> str:
+def name_prefix(name: str) -> str:
     """What the names of one adapter's arrays begin with, and no other's."""
     return f"adapter/{_quoted(name)}/"
 
@@ -203,7 +203,7 @@ def is_committed(like: Any) -> bool:
     return isinstance(like, jax.Array) and bool(like.committed)
 
 
-def _add(taken: Taken, name: str, leaf: Any, problems: list[str]) -> None:
+def _add(taken: Snapshot, name: str, leaf: Any, problems: list[str]) -> None:
     if isinstance(leaf, Tracer):
         problems.append(f"{name}: traced; save outside jit, grad and vmap")
     elif isinstance(leaf, jax.Array) and leaf.is_deleted():

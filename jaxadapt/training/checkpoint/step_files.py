@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from jaxadapt.arrays import regions as boxes
-from jaxadapt.core.progress import Report, counting
+from jaxadapt.core.progress import Report, byte_counter
 from jaxadapt.persistence import multihost
 from jaxadapt.storage import atomic, parallel_write, safetensors
 from jaxadapt.storage.coordination import Group
@@ -24,17 +24,17 @@ from jaxadapt.storage.dtypes import can_hold
 from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Address, Place
 from jaxadapt.training.checkpoint.run_folder import META, NAME, SCHEMA, Said
-from jaxadapt.training.checkpoint.snapshot import Taken
+from jaxadapt.training.checkpoint.snapshot import Snapshot
 
 
-def _document(taken: Taken, said: Said, odd: Mapping[str, str]) -> dict[str, Any]:
+def _document(taken: Snapshot, said: Said, odd: Mapping[str, str]) -> dict[str, Any]:
     return {"schema": SCHEMA, **said._asdict(), "odd": dict(odd), **taken.to_json()}
 
 
 # ---------------------------------------------------------------- onto the host
 
 
-def on_host(arrays: Mapping[str, Any]) -> dict[str, Callable[[], np.ndarray]]:
+def copy_to_host(arrays: Mapping[str, Any]) -> dict[str, Callable[[], np.ndarray]]:
     """The values as they are now, off the device when this returns; each is put together when it is asked for.
 
     On the CPU a view: what a view looks at is never written to, since donating an array of which there is one
@@ -61,7 +61,9 @@ def _pieces(leaf: jax.Array) -> list[tuple[Any, jax.Array]]:
     """The parts of an array that make the whole, each on one device, with their places; None: all of it."""
     if leaf.is_fully_replicated:
         return [(None, leaf.addressable_data(0))]
-    return [(box, leaf.addressable_data(at)) for box, at in multihost.addressable(leaf.sharding, leaf.shape).items()]
+    return [
+        (box, leaf.addressable_data(at)) for box, at in multihost.addressable_indices(leaf.sharding, leaf.shape).items()
+    ]
 
 
 def _join(shape: tuple[int, ...], pieces: list[tuple[Any, np.ndarray]]) -> np.ndarray:
@@ -69,16 +71,16 @@ def _join(shape: tuple[int, ...], pieces: list[tuple[Any, np.ndarray]]) -> np.nd
         return pieces[0][1]
     out = np.empty(shape, pieces[0][1].dtype)
     for box, piece in pieces:
-        out[boxes.slices(box)] = piece
+        out[boxes.to_slices(box)] = piece
     return out
 
 
 # ---------------------------------------------------------------- writing
 
 
-def write(
+def write_step(
     path: Place,
-    taken: Taken,
+    taken: Snapshot,
     said: Said,
     values: Mapping[str, Callable[[], np.ndarray]],
     report: Report,
@@ -90,11 +92,11 @@ def write(
         value = values[name]()
         return _as_bytes(value) if name in odd else value
 
-    more = counting(report, "save", sum(dtype.itemsize * math.prod(shape) for dtype, shape in specs.values()))
+    more = byte_counter(report, "save", sum(dtype.itemsize * math.prod(shape) for dtype, shape in specs.values()))
     safetensors.write(path, specs, get, {META: json.dumps(_document(taken, said, odd))}, progress=more)
 
 
-def _specs(taken: Taken) -> tuple[dict[str, tuple[np.dtype[Any], tuple[int, ...]]], dict[str, str]]:
+def _specs(taken: Snapshot) -> tuple[dict[str, tuple[np.dtype[Any], tuple[int, ...]]], dict[str, str]]:
     """The layout of the file, and the dtypes of arrays that safetensors has no type for."""
     specs: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
     odd: dict[str, str] = {}
@@ -112,7 +114,7 @@ def _as_bytes(value: np.ndarray) -> np.ndarray:
     return np.frombuffer(value.tobytes(), np.uint8).reshape(*value.shape, value.dtype.itemsize)
 
 
-def prepare_together(path: Place, taken: Taken, said: Said, timeout: float) -> Callable[[Report], None]:
+def prepare_shared_write(path: Place, taken: Snapshot, said: Said, timeout: float) -> Callable[[Report], None]:
     """What this process is to write of a step, off the device when this returns; the result writes it with all others.
 
     Every process must call this, in the same order as its other saves, and then what it returns, in any thread: what
@@ -121,10 +123,10 @@ def prepare_together(path: Place, taken: Taken, said: Said, timeout: float) -> C
 
     Into an object store, where nobody can write a part of a file, process 0 writes what it gathers here.
     """
-    alone = on_host({name: leaf for name, leaf in taken.arrays.items() if multihost.local(leaf)})
+    alone = copy_to_host({name: leaf for name, leaf in taken.arrays.items() if multihost.is_local(leaf)})
     spread = {name: leaf for name, leaf in taken.arrays.items() if name not in alone}
     shared = not isinstance(path, Address)
-    held = multihost.own(spread, jax.process_index()) if shared else _gathered(spread)
+    held = multihost.owned_regions(spread, jax.process_index()) if shared else _gathered(spread)
     group = Group(str(path), timeout, multihost.STAGES)
 
     def finish(report: Report) -> None:
@@ -132,31 +134,33 @@ def prepare_together(path: Place, taken: Taken, said: Said, timeout: float) -> C
         document = _document(taken, said, odd)
         alike = {name: parallel_write.digest(value()) for name, value in alone.items()} | _digests(document)
         if group.index == 0:
-            held.update({name: {boxes.whole(value().shape): value()} for name, value in alone.items()})
+            held.update({name: {boxes.full_region(value().shape): value()} for name, value in alone.items()})
         layout = safetensors.named_specs(specs)
 
-        def parts(_: bool) -> Iterator[parallel_write.Part]:
-            more = counting(report, "save", sum(x.nbytes for boxes in held.values() for x in boxes.values()))
+        def parts(_: bool) -> Iterator[parallel_write.TensorPart]:
+            more = byte_counter(report, "save", sum(x.nbytes for boxes in held.values() for x in boxes.values()))
             for name in sorted(held):
-                for box, values in multihost.joined(held[name], tuple(taken.arrays[name].shape)):
+                for box, values in multihost.join_regions(held[name], tuple(taken.arrays[name].shape)):
                     if name in odd:
                         values = _as_bytes(values)
                         box = (*box, (0, values.shape[-1]))
-                    yield parallel_write.Part(name, specs[name][1], box, values)
+                    yield parallel_write.TensorPart(name, specs[name][1], box, values)
                     more(values.nbytes)
 
         if group.index > 0:
-            parallel_write.follow(str(path), layout, parts, group, shared, alike | {"step": path.name})
-            group.hear("result")
+            parallel_write.write_as_follower(str(path), layout, parts, group, shared, alike | {"step": path.name})
+            group.receive("result")
             return
         try:
             metadata = {META: json.dumps(document)}
-            with atomic.replacing(path) as writer:
-                parallel_write.lead(writer, layout, metadata, parts, group, shared, alike | {"step": path.name})
+            with atomic.open_replacement(path) as writer:
+                parallel_write.write_as_leader(
+                    writer, layout, metadata, parts, group, shared, alike | {"step": path.name}
+                )
         except BaseException as error:
-            group.fail(error)
+            group.send_failure(error)
             raise
-        group.tell("result")
+        group.send("result")
 
     return finish
 
@@ -165,9 +169,9 @@ def _gathered(arrays: Mapping[str, Any]) -> dict[str, dict[boxes.Box, np.ndarray
     """All of each array, in process 0 and nowhere else; one at a time."""
     held: dict[str, dict[boxes.Box, np.ndarray]] = {}
     for name in sorted(arrays):
-        value = multihost.gathered(arrays[name])
+        value = multihost.gather_array(arrays[name])
         if jax.process_index() == 0:
-            held[name] = {boxes.whole(value.shape): value}
+            held[name] = {boxes.full_region(value.shape): value}
     return held
 
 
@@ -181,23 +185,23 @@ def _digests(document: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def sweep(folder: Place) -> None:
+def remove_leftovers(folder: Place) -> None:
     """Removes what killed writers left."""
     if not isinstance(folder, Address):  # what is put at once leaves nothing
-        atomic.sweep(folder, NAME.pattern)
+        atomic.remove_leftovers(folder, NAME.pattern)
 
 
-def remove(path: Place) -> None:
+def remove_step(path: Place) -> None:
     """Removes a step. Raises `FileError`."""
     try:
-        path.unlink() if isinstance(path, Address) else atomic.remove(path)
+        path.unlink() if isinstance(path, Address) else atomic.remove_file(path)
     except FileNotFoundError:
         return
     except OSError as error:
         raise file_error("delete", str(path), error) from error
 
 
-def make(folder: Place) -> None:
+def make_run_folder(folder: Place) -> None:
     """Makes the folder of a run. Raises `FileError`."""
     if isinstance(folder, Address):
         return

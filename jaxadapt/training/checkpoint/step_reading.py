@@ -12,16 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxadapt.core.errors import FormatError
-from jaxadapt.core.progress import Report, counting, quiet
+from jaxadapt.core.progress import Report, byte_counter, no_report
 from jaxadapt.storage import safetensors
 from jaxadapt.storage.dtypes import numpy_dtype
 from jaxadapt.storage.location import Place
 from jaxadapt.training.checkpoint import run_folder
-from jaxadapt.training.checkpoint.snapshot import PARTS, Taken, is_committed, is_key, is_on_device
+from jaxadapt.training.checkpoint.snapshot import PARTS, Snapshot, is_committed, is_key, is_on_device
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class StoredStep:
     """A step as it lies on disk, without its arrays.
 
     Args:
@@ -33,22 +33,22 @@ class Stored:
 
     path: Place
     metrics: dict[str, float]
-    taken: Taken
+    taken: Snapshot
     specs: dict[str, tuple[tuple[int, ...], str]]
     odd: dict[str, str]
 
 
-def stored(path: Place) -> Stored:
+def read_stored_step(path: Place) -> StoredStep:
     """What a step holds, from its header. Raises `FileError` or `FormatError`."""
     header = safetensors.read_header(path)
     specs = {k: (t.shape, numpy_dtype(t.dtype).name) for k, t in header.tensors.items()}
-    document = run_folder.document(path, header)
+    document = run_folder.read_document(path, header)
     for name, dtype in document["odd"].items():
         specs[name] = (specs[name][0][:-1], dtype)
-    return Stored(path, document["metrics"], Taken.from_json(document, str(path)), specs, document["odd"])
+    return StoredStep(path, document["metrics"], Snapshot.from_json(document, str(path)), specs, document["odd"])
 
 
-def model_alone(step: Stored) -> Stored:
+def model_alone(step: StoredStep) -> StoredStep:
     """The same step as if nothing but the model had been saved."""
 
     def held(name: str) -> bool:
@@ -65,7 +65,7 @@ def model_alone(step: Stored) -> Stored:
     return dataclasses.replace(step, taken=taken, specs=specs)
 
 
-def read(step: Stored, wanted: Mapping[str, Any], report: Report = quiet) -> dict[str, Any]:
+def read_step_arrays(step: StoredStep, wanted: Mapping[str, Any], report: Report = no_report) -> dict[str, Any]:
     """The arrays of a step: each with the sharding of its example, a numpy array where the example is None.
 
     `report` is told of ("load", bytes, bytes in all); of an array that is spread over devices when its part is here.
@@ -74,7 +74,7 @@ def read(step: Stored, wanted: Mapping[str, Any], report: Report = quiet) -> dic
     """
     try:
         with safetensors.open_tensors(step.path) as file:
-            more = counting(report, "load", sum(map(file.nbytes, wanted)))
+            more = byte_counter(report, "load", sum(map(file.nbytes, wanted)))
             return _read_file(file, step, wanted, more)
     except KeyError as error:
         raise FormatError(f"{step.path}: it was replaced while it was read ({error} is gone); read it again") from error
@@ -85,7 +85,7 @@ def _spread(like: Any) -> bool:
 
 
 def _read_file(
-    file: safetensors.TensorFile, step: Stored, wanted: Mapping[str, Any], more: Callable[[int], None]
+    file: safetensors.TensorFile, step: StoredStep, wanted: Mapping[str, Any], more: Callable[[int], None]
 ) -> dict[str, Any]:
     spread = dict.fromkeys(name for name, like in wanted.items() if _spread(like) and name not in step.odd)
     host: dict[str, Any] = file.read_many((name for name in wanted if name not in spread), more)

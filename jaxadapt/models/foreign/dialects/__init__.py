@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from jaxadapt.core.errors import KeyMapError
-from jaxadapt.core.paths import listing
+from jaxadapt.core.paths import bullets
 from jaxadapt.models.foreign.dialect import Dialect, is_like
 from jaxadapt.models.foreign.dialects.flax import NNX_LORA
 from jaxadapt.models.foreign.dialects.gemma import GEMMA
@@ -21,7 +21,7 @@ USED = {"tunix": QWIX.name, "maxtext": f"{QWIX.name}/flat", "gemma": GEMMA.name,
 """What the models of a family's library (the part of its name before the colon) are trained with."""
 
 
-def named(name: str) -> Dialect:
+def get_dialect(name: str) -> Dialect:
     """A dialect by its name; "qwix/flat" is Qwix on layers that call dot_general, where plain Qwix means einsums."""
     base, _, change = name.partition("/")
     if base not in DIALECTS or change not in ("", "flat"):
@@ -32,12 +32,12 @@ def named(name: str) -> Dialect:
     return DIALECTS[base].flattened() if change else DIALECTS[base]
 
 
-def recognise(paths: Collection[str]) -> Dialect | None:
+def recognize_dialect(paths: Collection[str]) -> Dialect | None:
     """The dialect whose lines claim every LoRA-like path among a tree's; None if there is no such path.
 
     Raises `KeyMapError` listing what no dialect claims, or where two claim the same.
 
-    >>> recognise(["q.kernel", "q.kernel_lora_a", "q.kernel_lora_b"]).name
+    >>> recognize_dialect(["q.kernel", "q.kernel_lora_a", "q.kernel_lora_b"]).name
     'qwix'
     """
     paths = frozenset(paths)
@@ -56,10 +56,10 @@ def recognise(paths: Collection[str]) -> Dialect | None:
     left = sorted(like - claimed[best])
     raise KeyMapError(
         f"{len(like)} leaves of this tree look like a LoRA's; {known}no dialect knows these:\n"
-        + listing(left)
+        + bullets(left)
         + f"\nKnown dialects are {', '.join(DIALECTS)}. Nothing is left out silently: take those leaves out of the tree"
         " if they are no part of the adapter"
     )
 
 
-__all__ = ["DIALECTS", "named", "recognise"]
+__all__ = ["DIALECTS", "get_dialect", "recognize_dialect"]

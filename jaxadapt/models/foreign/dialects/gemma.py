@@ -6,7 +6,7 @@ or, for a weight called `w`, a number. Fused parts (k and v, gate and up) share 
 
 from jaxadapt.models.foreign.dialect import Dialect, Pair
 
-_AXES = (("inn r", "r outs"), ("ins r", "r out"), ("batch inn r", "batch r out"))
+_AXES = (("in r", "r outs"), ("ins r", "r out"), ("batch in r", "batch r out"))
 
 GEMMA = Dialect(
     "gemma",

@@ -9,7 +9,7 @@ LEVANTER = Dialect(
             "{module}.lora.lora_A.weight",
             "{module}.lora.lora_B.weight",
             "{module}.weight",
-            (("r inn", "out r"),),
+            (("r in", "out r"),),
         ),
     ),
     scale="the alpha of its LoraConfig",

@@ -14,10 +14,10 @@ QWIX = Dialect(
             "{leaf}_lora_b",
             "{leaf}",
             (
-                ("inn r", "r outs"),
+                ("in r", "r outs"),
                 ("ins r", "r out"),
-                ("batch (inn) r", "batch r (out)"),
-                ("(inn) r", "r (outs)"),
+                ("batch (in) r", "batch r (out)"),
+                ("(in) r", "r (outs)"),
             ),
         ),
     ),

@@ -14,7 +14,7 @@ SKYRL = Dialect(
             "{module}.experts.{name}.lora_A",
             "{module}.experts.{name}.lora_B",
             "{module}.experts.{name}.weight",
-            (("batch inn r", "batch r out"),),
+            (("batch in r", "batch r out"),),
         ),
         Pair("{module}.lora_A", "{module}.lora_B", "{module}.kernel"),
     ),
