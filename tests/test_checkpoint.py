@@ -24,7 +24,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import jaxadapt
-from jaxadapt.training.checkpoint import run_folder, snapshot, step_files
+from jaxadapt.persistence import run_folder
+from jaxadapt.training.checkpoint import snapshot, step_files
 from tests import leave, small, train_small
 from tests.small import same
 
@@ -483,13 +484,11 @@ def test_an_error_in_the_background_is_raised_at_the_next_call(call: str, tmp_pa
 def test_an_error_in_the_background_is_raised_at_the_end_of_the_block(tmp_path: Path):
     with pytest.raises(jaxadapt.FileError, match="full"), jaxadapt.CheckpointManager(tmp_path) as manager:
         manager.save(1, small.host_adapter())
-    # noqa: PT012
-    with pytest.raises(RuntimeError, match="mine") as caught, jaxadapt.CheckpointManager(tmp_path) as manager:
+    with pytest.raises(RuntimeError, match="mine") as caught, jaxadapt.CheckpointManager(tmp_path) as manager:  # noqa: PT012
         manager.save(1, small.host_adapter())
         raise RuntimeError("mine")
     assert "the last checkpoint was not saved: the disk is full" in str(caught.value.__notes__)
-    # noqa: PT012
-    with pytest.raises(jaxadapt.FileError, match="full"), jaxadapt.CheckpointManager(tmp_path) as manager:
+    with pytest.raises(jaxadapt.FileError, match="full"), jaxadapt.CheckpointManager(tmp_path) as manager:  # noqa: PT012
         manager.save(1, small.host_adapter())
         sys.exit(0)  # must not read as success
     with pytest.raises(jaxadapt.FileError, match="full"):

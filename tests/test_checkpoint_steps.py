@@ -18,7 +18,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import jaxadapt
-from jaxadapt.training.checkpoint import run_folder, step_files
+from jaxadapt.persistence import run_folder
+from jaxadapt.training.checkpoint import step_files
 from tests import small
 from tests.small import same
 

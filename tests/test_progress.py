@@ -89,7 +89,9 @@ WORK = {
     ),
     "import": (lambda p: jaxadapt.import_base("base", small.net(3), keymap=TABLE, progress=p), "import", BASE),
     "merge of files": (lambda p: merge_files.merge_folder("base", "peft", "new", progress=p), "merge", BASE),
-    "combine of files": (lambda p: merge_files.combine_folders(["peft", "peft"], [1, 1], "new", progress=p), "save", ADAPTER),
+    "combine of files": (
+        lambda p: merge_files.combine_folders(["peft", "peft"], [1, 1], "new", progress=p), "save", ADAPTER
+    ),
     "convert": (lambda p: convert("peft", "new", progress=p), "save", ADAPTER),
     "manager, save": (managed, "save", ADAPTER),
     "manager, restore": (restored, "load", ADAPTER),

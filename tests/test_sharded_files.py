@@ -240,7 +240,8 @@ def test_parts_are_copied_together_only_where_that_saves_writes() -> None:
     few = FileLayout((64, 256), ("{l}", "i"), (("i",),), (0,))  # a tensor of each row
     for laid, parts, expected in [
         ((64, 256), rows, rows), ((64, 256), columns, [regions.full_region((64, 256))]),
-        (turned, columns, columns), (turned, rows, [regions.full_region((64, 256))]), (few, rows, [regions.full_region((64, 256))]),
+        (turned, columns, columns), (turned, rows, [regions.full_region((64, 256))]),
+        (few, rows, [regions.full_region((64, 256))]),
     ]:  # fmt: skip
         held = {box: whole[regions.to_slices(box)] for box in parts}
         found = dict(multihost.join_regions(held, laid))

@@ -105,7 +105,7 @@ def test_merge_and_combine(evil, tmp_path):
 
 def test_metrics_of_a_run(tmp_path, monkeypatch):
     """Their names are the heads of a table, in which rich would take them for markup."""
-    from jaxadapt.training.checkpoint import run_folder
+    from jaxadapt.persistence import run_folder
 
     monkeypatch.setattr(run_folder.RunFolder, "steps", property(lambda self: [3]))
     monkeypatch.setattr(run_folder.RunFolder, "metrics", lambda self, step: {EVIL: 1.5})

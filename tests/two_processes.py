@@ -24,7 +24,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxadapt
-from jaxadapt.training.checkpoint import run_folder
+from jaxadapt.persistence import run_folder
 
 CONFIG = jaxadapt.LoraConfig(r=4, target_modules=["q_proj"])
 SHAPES = {"lora_A": (4, 64), "lora_B": (32, 4)}

@@ -97,7 +97,8 @@ def named_parameter(config: Config, module: str) -> str:
     The module's first parameter is innermost, so with gate_up_proj and down_proj "experts.base_layer" is the first.
 
     >>> from jaxadapt.configs import LoraConfig
-    >>> named_parameter(LoraConfig(target_parameters=["experts.down_proj", "experts.gate_up_proj"]), "0.experts.base_layer")
+    >>> config = LoraConfig(target_parameters=["experts.down_proj", "experts.gate_up_proj"])
+    >>> named_parameter(config, "0.experts.base_layer")
     '0.experts.gate_up_proj'
     """
     inner = len(module.split(".base_layer")) - 1

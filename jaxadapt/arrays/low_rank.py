@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxadapt.arrays.axes import LETTERS, RANK, Axes, Operation, Use
-from jaxadapt.methods.per_entry import expand_leading
+from jaxadapt.arrays.per_entry import expand_leading
 
 Array = Any
 

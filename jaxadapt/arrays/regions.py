@@ -78,8 +78,8 @@ def addressable_slices(sharding: Sharding, shape: Shape, step: int) -> tuple[lis
 def is_contiguous(shape: Shape, box: Box) -> bool:
     """Whether a box's elements lie one after the other in an array of this shape.
 
-    >>> is_contiguous((4, 3), ((1, 3), (0, 3))), is_contiguous((4, 3), ((1, 3), (0, 2))), is_contiguous((4, 3), ((1, 2), (0, 2)))
-    (True, False, True)
+    >>> [is_contiguous((4, 3), region) for region in (((1, 3), (0, 3)), ((1, 3), (0, 2)), ((1, 2), (0, 2)))]
+    [True, False, True]
     """
     large = next((axis for axis, (start, stop) in enumerate(box) if stop - start > 1), len(shape))
     return box[large + 1 :] == full_region(shape)[large + 1 :]

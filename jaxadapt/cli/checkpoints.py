@@ -31,7 +31,7 @@ def command(
       jaxadapt checkpoints run/ --step best --export out/
       jaxadapt checkpoints run/ --maximize accuracy --step best --export out/
     """
-    from jaxadapt.training.checkpoint.run_folder import RunFolder
+    from jaxadapt.persistence.run_folder import RunFolder
 
     run = RunFolder(folder, minimize=minimize, maximize=maximize)
     if step is not None and out is None:

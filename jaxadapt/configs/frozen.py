@@ -54,7 +54,7 @@ class FrozenDict(Mapping[str, Any]):
         """Its keys as patterns of modules' names, in their order. Raises `ConfigError`: an invalid expression."""
         if self._index is None:
             object.__setattr__(self, "_index", PatternIndex("rank_pattern", self))
-        return cast("Index", self._index)
+        return cast("PatternIndex", self._index)
 
     def __getitem__(self, key: str) -> Any:
         return self._items[key]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jaxadapt.arrays.per_entry import LAYER, PerEntry
 from jaxadapt.configs import Config
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.methods.base import (
@@ -15,7 +16,7 @@ from jaxadapt.methods.base import (
 )
 from jaxadapt.methods.ia3 import IA3
 from jaxadapt.methods.lora.method import Lora, lora_scale
-from jaxadapt.methods.per_entry import LAYER, PerEntry, needs_layer
+from jaxadapt.methods.per_entry import needs_layer
 
 METHODS: dict[str, Method] = {m.peft_type: m for m in (Lora(), IA3())}
 

@@ -14,12 +14,13 @@ import jax.numpy as jnp
 
 from jaxadapt.arrays import low_rank
 from jaxadapt.arrays.axes import LETTERS, Axes, Operation, Use
+from jaxadapt.arrays.per_entry import PerEntry
 from jaxadapt.configs import Config
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.keymap import Match
 from jaxadapt.keymaps.tensor_spec import MethodTensor, Modules
 from jaxadapt.methods.base import Array, Drop, Method, Params
-from jaxadapt.methods.per_entry import PerEntry, adapted_entries
+from jaxadapt.methods.per_entry import adapted_entries
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,13 +15,14 @@ import jax.numpy as jnp
 
 from jaxadapt.arrays import low_rank
 from jaxadapt.arrays.axes import LETTERS, Axes, Operation, Use
+from jaxadapt.arrays.per_entry import PerEntry, only_adapted
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs import Config, IA3Config, matching
 from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.keymaps.keymap import Match
 from jaxadapt.keymaps.tensor_spec import MethodTensor, Modules
 from jaxadapt.methods.base import Array, Drop, Method, Params, shared_value
-from jaxadapt.methods.per_entry import PerEntry, adapted_entries, only_adapted
+from jaxadapt.methods.per_entry import adapted_entries
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,12 +28,11 @@ from jaxadapt.configs import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, FileError, MismatchError, warn
 from jaxadapt.core.progress import LOGGER, Progress, Report, byte_counter, no_report, reporter
-from jaxadapt.persistence import card, reconcile
+from jaxadapt.persistence import card, reconcile, run_folder
 from jaxadapt.storage import atomic, hub, location, orbax, safetensors, torch_bin
 from jaxadapt.storage.dtypes import dtype_name, numpy_dtype
 from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Place
-from jaxadapt.training.checkpoint import run_folder
 
 CONFIG = hub.CONFIG
 WEIGHTS, WEIGHTS_BIN = hub.WEIGHTS

@@ -32,8 +32,7 @@ def fetch_commit(place: Address, name: str, token: Any, most: int | None) -> str
     """
     from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_url
 
-    # pyright: ignore[reportPrivateImportUsage] (httpx's or httpx2's, as the client has it)
-    http: Any = errors.HTTPError
+    http: Any = errors.HTTPError  # pyright: ignore[reportPrivateImportUsage] (httpx's or httpx2's, as the client has it)
     url = hf_hub_url(place.repo, place.file(name), revision=place.revision)
     try:
         found = get_hf_file_metadata(url, token=token, library_name="jaxadapt")

@@ -29,8 +29,7 @@ def translate_errors(place: Address, token: Token, action: str = "read") -> Gene
     """Whatever the client raises, as a `FileError` that names the repository, the reason and the way out."""
     from huggingface_hub import errors
 
-    # pyright: ignore[reportPrivateImportUsage] (httpx's or httpx2's, as the client has it)
-    http: Any = errors.HTTPError
+    http: Any = errors.HTTPError  # pyright: ignore[reportPrivateImportUsage] (httpx's or httpx2's, as the client has it)
     try:
         yield
     except FileError:

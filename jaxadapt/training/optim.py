@@ -233,8 +233,7 @@ def lora_plus(
 
 def _times(rate: Any, ratio: float) -> Any:
     schedule: Any = rate
-    # pyright: ignore[reportUnknownLambdaType]
-    return (lambda step: schedule(step) * ratio) if callable(rate) else rate * ratio
+    return (lambda step: schedule(step) * ratio) if callable(rate) else rate * ratio  # pyright: ignore[reportUnknownLambdaType]
 
 
 def scale_by_rank(tree: Any, reference: int = 8) -> optax.GradientTransformation:

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 
 from jaxadapt.arrays import low_rank
 from jaxadapt.arrays.axes import Axes, Operation, Use
+from jaxadapt.arrays.per_entry import PerEntry, only_adapted
 from jaxadapt.keymaps.keymap import Match
 from jaxadapt.keymaps.tensor_spec import MethodTensor
 from jaxadapt.methods.base import Array, Params, at_least_float32
-from jaxadapt.methods.per_entry import PerEntry, only_adapted
 
 MAGNITUDE = "lora_magnitude_vector"
 

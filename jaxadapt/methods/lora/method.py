@@ -27,6 +27,7 @@ import jax
 
 from jaxadapt.arrays import low_rank
 from jaxadapt.arrays.axes import Axes, Operation, Use
+from jaxadapt.arrays.per_entry import PerEntry, only_adapted
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs import PEFT_VERSION, Config, LoraConfig, matching
 from jaxadapt.core.errors import AttachError, ConfigError
@@ -34,7 +35,7 @@ from jaxadapt.keymaps.keymap import Match
 from jaxadapt.keymaps.tensor_spec import MethodTensor, Modules
 from jaxadapt.methods.base import Array, Drop, Method, Params, as_computable
 from jaxadapt.methods.lora import alora, dora, kasa
-from jaxadapt.methods.per_entry import PerEntry, adapted_entries, only_adapted, per_entry
+from jaxadapt.methods.per_entry import adapted_entries, per_entry
 
 
 @dataclasses.dataclass(frozen=True)

@@ -115,7 +115,8 @@ def narrow_leaves(dialect: Dialect, found: Several, leaves: Leaves, new: Leaves,
 def head_axes(weight: Weight) -> tuple[str, ...]:
     """The axes of a weight that B has not: its outputs but the last axis. None of them: A and B are as everywhere.
 
-    >>> head_axes(Weight("q.kernel", "q.weight", "d n h -> (n h) d")), head_axes(Weight("o.kernel", "o.weight", "n h d -> d (n h)"))
+    >>> q, o = Weight("q.kernel", "q.weight", "d n h -> (n h) d"), Weight("o.kernel", "o.weight", "n h d -> d (n h)")
+    >>> head_axes(q), head_axes(o)
     (('n',), ())
     """
     out = weight.roles["out"]

@@ -26,14 +26,14 @@ from jaxadapt.adapters.adapter import Adapter, Recipe, name_donated_arrays
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, AttachError, ConfigError, FileError
 from jaxadapt.core.progress import LOGGER, Progress, reporter
-from jaxadapt.persistence import multihost, store
+from jaxadapt.persistence import multihost, run_folder, store
+from jaxadapt.persistence.run_folder import RunFolder, Said
 from jaxadapt.storage import location
 from jaxadapt.storage.location import Place
-from jaxadapt.training.checkpoint import preemption, run_folder, snapshot, step_files, step_reading
+from jaxadapt.training.checkpoint import preemption, snapshot, step_files, step_reading
 from jaxadapt.training.checkpoint import restore as resuming
 from jaxadapt.training.checkpoint.background import Background
 from jaxadapt.training.checkpoint.restore import Restored
-from jaxadapt.training.checkpoint.run_folder import RunFolder, Said
 from jaxadapt.training.checkpoint.snapshot import Snapshot
 
 

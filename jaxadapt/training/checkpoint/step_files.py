@@ -18,12 +18,12 @@ import numpy as np
 from jaxadapt.arrays import regions as boxes
 from jaxadapt.core.progress import Report, byte_counter
 from jaxadapt.persistence import multihost
+from jaxadapt.persistence.run_folder import META, NAME, SCHEMA, Said
 from jaxadapt.storage import atomic, parallel_write, safetensors
 from jaxadapt.storage.coordination import Group
 from jaxadapt.storage.dtypes import can_hold
 from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Address, Place
-from jaxadapt.training.checkpoint.run_folder import META, NAME, SCHEMA, Said
 from jaxadapt.training.checkpoint.snapshot import Snapshot
 
 

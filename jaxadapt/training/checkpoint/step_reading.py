@@ -13,10 +13,10 @@ import numpy as np
 
 from jaxadapt.core.errors import FormatError
 from jaxadapt.core.progress import Report, byte_counter, no_report
+from jaxadapt.persistence import run_folder
 from jaxadapt.storage import safetensors
 from jaxadapt.storage.dtypes import numpy_dtype
 from jaxadapt.storage.location import Place
-from jaxadapt.training.checkpoint import run_folder
 from jaxadapt.training.checkpoint.snapshot import PARTS, Snapshot, is_committed, is_key, is_on_device
 
 
