@@ -16,7 +16,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    # Type checkers and editors read these; tests/test_public.py holds them equal to `_HOME`.
+    # Type checkers and editors read these; tests/system/test_public.py holds them equal to `_HOME`.
     from jaxadapt.adapters.adapter import Adapter
     from jaxadapt.adapters.peft_tensors import PeftTensors
     from jaxadapt.configs import Config, IA3Config, LoraConfig

@@ -37,9 +37,9 @@ def propagate_axes(site: Match, form: FileLayout, axes: Sequence[Any]) -> tuple[
     its size is another. Shared axes have the weight's own size, so what divides the weight divides the tensor.
 
     >>> from jaxadapt.keymaps.weight import Weight
-    >>> site = Site("q.kernel", Weight("q.kernel", "q.weight", "d n h -> (n h) d"))
-    >>> b = Arrangement((2, 4, 8), ("~r", "n", "h"), (("n", "h"), ("~r",)), ())
-    >>> propagate_axes(site, b, ("fsdp", "tp"))
+    >>> match = Match("q.kernel", Weight("q.kernel", "q.weight", "d n h -> (n h) d"))
+    >>> b = FileLayout((2, 4, 8), ("~r", "n", "h"), (("n", "h"), ("~r",)), ())
+    >>> propagate_axes(match, b, ("fsdp", "tp"))
     (None, 'tp', None)
     """
     said = dict(itertools.zip_longest(site.weight.left, axes))

@@ -23,7 +23,7 @@ class Axes:
     parts, experts); each batch entry has its own adapter matrices. `parts`, if not None, lists the
     entries of the first batch axis that are adapted at all (k and v fused, only v targeted: `(1,)`).
 
-    >>> Axes(in_axes=(0,), out=(1, 2)).sizes("in", (16, 4, 8))
+    >>> Axes(in_axes=(0,), out_axes=(1, 2)).sizes("in", (16, 4, 8))
     (16,)
     """
 
@@ -113,9 +113,9 @@ def transposed_axes(axes: Axes, products: Sequence[Product], shape: Sequence[int
 
     Axes of size 1 count for nothing. Of a square matrix shapes do not tell, and its change would be saved transposed.
 
-    >>> straight, back = Axes(in_axes=(0,), out=(1,)), Axes(in_axes=(1,), out=(0,))
+    >>> straight, back = Axes(in_axes=(0,), out_axes=(1,)), Axes(in_axes=(1,), out_axes=(0,))
     >>> transposed_axes(straight, [back], (4, 4))
-    Axes(in_axes=(1,), out=(0,), batch=(), parts=None)
+    Axes(in_axes=(1,), out_axes=(0,), batch_axes=(), parts=None)
     >>> transposed_axes(straight, [straight, back], (4, 4))
     """
     long = {axis for axis, size in enumerate(shape) if size != 1}

@@ -231,7 +231,7 @@ def file_regions(form: FileLayout, box: Box) -> tuple[FileRegion, ...]:
 
     (Several, where a leaf's axis is PyTorch's axes in another order, and is cut across them.)
 
-    >>> form = Arrangement((2, 4, 3), ("{l}", "i", "~r"), (("~r",), ("i",)), (0,))
+    >>> form = FileLayout((2, 4, 3), ("{l}", "i", "~r"), (("~r",), ("i",)), (0,))
     >>> [(piece.number, piece.shape, piece.box) for piece in file_regions(form, ((1, 2), (0, 2), (0, 3)))]
     [(1, (3, 4), ((0, 3), (0, 2)))]
     """

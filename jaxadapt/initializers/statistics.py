@@ -222,7 +222,7 @@ def _probe(recipe: Recipe, bound: bind.Site, statistic: Statistic, tokens: int) 
         for name, (k, n) in own.items()
     )
     entries = tuple(plan.plan_entry(recipe.keymap, bound.match, t, sizes) for t in tensors)
-    return dataclasses.replace(bound, method=_Probe(), static=statistic.update, tensors=tensors, entries=entries)
+    return dataclasses.replace(bound, method=_Probe(), hparams=statistic.update, tensors=tensors, entries=entries)
 
 
 def sum_outputs(out: Any) -> Array:

@@ -66,7 +66,7 @@ def own_names(
     A matrix that is not square is given away by its shape in the file. A kernel of more than two axes has no line.
 
     >>> table, unsure = own_names({"fc.kernel": (2, 3), "fc.bias": (3,), "out.weight": (3, 3)}, ())
-    >>> table.site("fc.kernel").weight.pattern, unsure
+    >>> table.match("fc.kernel").weight.pattern, unsure
     ('i o -> o i', ['out.weight'])
     """
     made = {line.leaf: line for line in lines}

@@ -17,7 +17,7 @@ def dense_use(x_ndim: int, axes: Axes) -> Use:
     """`y[..., o] = x[..., i] w[i, o]`.
 
     >>> dense_use(3, DENSE)
-    Use(x='abc', w='cd', y='abd', axes=Axes(in_axes=(0,), out=(1,), batch=(), parts=None))
+    Use(x='abc', w='cd', y='abd', axes=Axes(in_axes=(0,), out_axes=(1,), batch_axes=(), parts=None))
     """
     lead = LETTERS[: x_ndim - 1]
     i, o = LETTERS[x_ndim - 1], LETTERS[x_ndim]
@@ -37,7 +37,7 @@ def conv_axes(ndim: int) -> Axes:
     """Roles in a (window..., in, out) kernel; the channels come first among the inputs, as in PyTorch.
 
     >>> conv_axes(4)
-    Axes(in_axes=(2, 0, 1), out=(3,), batch=(), parts=None)
+    Axes(in_axes=(2, 0, 1), out_axes=(3,), batch_axes=(), parts=None)
     """
     return Axes((ndim - 2, *range(ndim - 2)), (ndim - 1,))
 
@@ -48,7 +48,7 @@ def general_use(x_ndim: int, w_ndim: int, axis: Sequence[int], batch: Sequence[i
     Flax takes either in the order in which x has them, whatever the order they are given in.
 
     >>> general_use(4, 3, (-1, -2), (), general_axes(2, 1))
-    Use(x='abcd', w='cde', y='abe', axes=Axes(in_axes=(0, 1), out=(2,), batch=(), parts=None))
+    Use(x='abcd', w='cde', y='abe', axes=Axes(in_axes=(0, 1), out_axes=(2,), batch_axes=(), parts=None))
     """
     x = LETTERS[:x_ndim]
     contracted, lead = ([x[i] for i in sorted(a % x_ndim for a in given)] for given in (axis, batch))
@@ -78,7 +78,7 @@ def einsum_axes(einsum_str: str) -> Axes:
     """Roles of an einsum's second operand: contracted axes are inputs, axes in both x and y batch.
 
     >>> einsum_axes("BTNH,NHD->BTD")
-    Axes(in_axes=(0, 1), out=(2,), batch=(), parts=None)
+    Axes(in_axes=(0, 1), out_axes=(2,), batch_axes=(), parts=None)
     """
     x, w, y = _einsum_letters(einsum_str, len(einsum_str))
     lonely = [c for c in w if c not in x and c not in y]

@@ -213,7 +213,7 @@ def _of_model(model: Any, inputs: Sequence[Any]) -> Summary:
     if inputs:
         of = {path: var for by_path in nnx.adapter_variables(model).values() for path, var in by_path.items()}
         attached = {path.rpartition(".")[0]: var.get_metadata()["adapter"] for path, var in of.items()}
-        hooks = {leaf: methods.AppliedMethod(at.method, at.static, {}, at.axes) for leaf, at in attached.items()}
+        hooks = {leaf: methods.AppliedMethod(at.method, at.hparams, {}, at.axes) for leaf, at in attached.items()}
         how |= abstract_call.record_uses(
             model, {leaf: hook for leaf, hook in hooks.items() if not hook.replaces}, inputs
         )

@@ -290,12 +290,12 @@ def lora_fa(tree: Any, inner: optax.GradientTransformation) -> optax.GradientTra
     flat, structure = jax.tree.flatten(leaves, is_leaf=lambda x: isinstance(x, _Leaf))
     where: dict[tuple[str, str], dict[str, int]] = {}
     for i, leaf in enumerate(flat):
-        where.setdefault((leaf.adapter, leaf.bound.leaf), {})[leaf.tensor] = i
+        where.setdefault((leaf.adapter, leaf.site.leaf), {})[leaf.tensor] = i
     sites = {key: at for key, at in where.items() if {flat[i].role for i in at.values()} & {"A", "B", "embedding"}}
     odd = [f"{name}: {leaf} {sorted(at)}" for (name, leaf), at in sites.items() if set(at) != {"lora_A", "lora_B"}]
-    odd += [f"{leaf.adapter}: {leaf.bound.leaf}: its B is frozen" for leaf in flat if leaf.role == "frozen"]
+    odd += [f"{leaf.adapter}: {leaf.site.leaf}: its B is frozen" for leaf in flat if leaf.role == "frozen"]
     odd = odd or [
-        f"{name}: {leaf}" for (name, leaf), at in sites.items() if not products.has_one_pair(flat[at["lora_A"]].bound)
+        f"{name}: {leaf}" for (name, leaf), at in sites.items() if not products.has_one_pair(flat[at["lora_A"]].site)
     ]
     if odd:
         raise ConfigError("LoRA-FA is for plain pairs of matrices, which these are not:\n" + paths.bullets(odd))
@@ -305,7 +305,7 @@ def lora_fa(tree: Any, inner: optax.GradientTransformation) -> optax.GradientTra
         values = structure.flatten_up_to(params)
         for at in sites.values():
             a, b = at["lora_A"], at["lora_B"]
-            bound = flat[a].bound
+            bound = flat[a].site
             (a_value,), (grad,) = jax.tree.leaves(values[a]), jax.tree.leaves(grads[b])
             grads[b] = jax.tree.unflatten(jax.tree.structure(grads[b]), [_corrected(bound, a_value, grad)])
         return structure.unflatten(grads)

@@ -38,7 +38,7 @@ import torch
 import transformers
 from tunix.models.gemma3 import model as gemma3
 
-from tests import peft_harness as harness
+from tests.support import peft_harness as harness
 
 pytestmark = [pytest.mark.slow, pytest.mark.peft, pytest.mark.usefixtures("foreign_model")]
 

@@ -16,20 +16,20 @@ from pathlib import Path
 
 import pytest
 
-from tests import stores, train_small
+from tests.support import stores, train_small
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def test_300_kills_leave_the_old_adapter_or_the_new(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.kill_save", str(tmp_path / "out"), "300"]
+    command = [sys.executable, "-m", "tests.support.kill_save", str(tmp_path / "out"), "300"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=2400, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
 
 
 @pytest.mark.parametrize(("kind", "count"), [("manager", 300), ("orbax", 300), ("race", 50), ("pair", 200)])
 def test_300_kills_of_checkpoints(kind: str, count: int, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.kill_checkpoints", kind, str(tmp_path / "out"), str(count)]
+    command = [sys.executable, "-m", "tests.support.kill_checkpoints", kind, str(tmp_path / "out"), str(count)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=2400, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
 
@@ -38,7 +38,7 @@ def test_300_kills_of_checkpoints(kind: str, count: int, tmp_path: Path) -> None
 @pytest.mark.parametrize("kind", ["s3", "gs"])
 def test_kills_of_saves_into_stores(kind: str, what: str) -> None:
     with stores.start(kind) as bucket:
-        command = [sys.executable, "-m", "tests.kill_store", what, f"{bucket}/{what}", "50"]
+        command = [sys.executable, "-m", "tests.support.kill_store", what, f"{bucket}/{what}", "50"]
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=2400, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
 
@@ -48,7 +48,7 @@ def test_a_training_that_is_killed_again_and_again_is_the_same_training(api: str
     """Killed at random moments, resumed each time: whatever it computed of any step is what one go computes of it."""
     kills, rng = 8, random.Random(0)
     log = tmp_path / "log"
-    command = [sys.executable, "-m", "tests.train_small", api, str(tmp_path / "run")]
+    command = [sys.executable, "-m", "tests.support.train_small", api, str(tmp_path / "run")]
     env = {**os.environ, "JAX_DEFAULT_MATMUL_PRECISION": "highest"}
     took = 0.01  # seconds a step, as it was just seen: a slow machine is given time for as many
     for number in range(kills):

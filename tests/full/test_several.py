@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests import killed
-from tests import test_processes as files
-from tests import test_two_processes as managers
+from tests.persistence import test_processes as files
+from tests.support import killed
+from tests.training import test_two_processes as managers
 
 
 @pytest.mark.parametrize("count", [2, 4])

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.peft
 def test_every_case_in_every_twin() -> None:
-    files = ["tests/interchange/test_lora_matrix.py", "tests/interchange/test_lora_bf16.py"]
+    files = ["tests/reference/test_lora_matrix.py", "tests/reference/test_lora_bf16.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "peft", *files]
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "JAXADAPT_EVERY_TWIN": "1"}, text=True, capture_output=True

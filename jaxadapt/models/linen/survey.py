@@ -180,7 +180,7 @@ class _Marking:
             self.survey.told.add(leaf)
         elif axes != before:  # a tied weight, which runs both ways
             self.survey.told.discard(leaf)
-        if axes not in (before, dataclasses.replace(before, inputs=before.out_axes, out=before.in_axes)):
+        if axes not in (before, dataclasses.replace(before, in_axes=before.out_axes, out_axes=before.in_axes)):
             self.survey.unknown[leaf] = f"its calls use it in several ways: {before}, and {axes}"
 
 

@@ -332,7 +332,7 @@ def extract(tree: Tree, name: str) -> Adapter:
     recipe = recipes.pop()
     values = {path: found[name][path].get_value() for path in sorted(found[name], key=natural_key)}
     adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
-    recipe.whole(len(adapter.sites), name)
+    recipe.check_complete(len(adapter.sites), name)
     return adapter
 
 

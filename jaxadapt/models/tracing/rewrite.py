@@ -97,7 +97,7 @@ def rewrite(
             or dtype than it was given, or `Hook.weight` raised it.
 
     >>> class Double:
-    ...     axes = Axes(in_axes=(0,), out=(1,))
+    ...     axes = Axes(in_axes=(0,), out_axes=(1,))
     ...     def input(self, use, x): return x
     ...     def follows(self, primitive): return False
     ...     def output(self, use, x, y, w): return 2 * y
@@ -130,7 +130,7 @@ def uses(f: Function, weights: Mapping[str, Any], *args: Any) -> dict[str, tuple
 
     >>> w, x = jax.ShapeDtypeStruct((3, 4), "float32"), jax.ShapeDtypeStruct((2, 3), "float32")
     >>> uses(lambda weights, x: x @ weights["w"], {"w": w}, x)
-    {'w': (Contraction(in_axes=(0,), out=(1,), batch=()),)}
+    {'w': (Contraction(in_axes=(0,), out_axes=(1,), batch_axes=()),)}
     """
     traced = _trace(f, weights, args)
     found: dict[str, list[Contraction | OtherUse]] = {name: [] for name in weights}

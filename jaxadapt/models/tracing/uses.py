@@ -43,7 +43,7 @@ def infer_axes(f: Function, weights: Mapping[str, Any], name: str, *args: Any) -
     >>> import jax, jax.numpy as jnp
     >>> w, x = jax.ShapeDtypeStruct((3, 4, 5), "float32"), jax.ShapeDtypeStruct((2, 3), "float32")
     >>> infer_axes(lambda weights, x: jnp.einsum("bd,dnh->bnh", x, weights["w"]), {"w": w}, "w", x)
-    Axes(in_axes=(0,), out=(1, 2), batch=(), parts=None)
+    Axes(in_axes=(0,), out_axes=(1, 2), batch_axes=(), parts=None)
     """
     distinct = list(dict.fromkeys(uses(f, weights, *args)[name]))
     match distinct:

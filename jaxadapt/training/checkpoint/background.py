@@ -39,7 +39,8 @@ class Background:
         if early and not self._early:
             self._early = True
             # `atexit` and a thread that is joined are both too late: the interpreter's own hook, by which executors are
-            # closed, is the only place (tests/test_background.py). The last to be registered is called first: so theirs
+            # closed, is the only place (tests/training/test_background.py). The last to be registered is called first:
+            # so theirs
             # must be there already, which importing them does.
             importlib.import_module("concurrent.futures.thread")
             threading._register_atexit(self._join)  # pyright: ignore  # noqa: PGH003 (neither public nor in the stubs)

@@ -38,7 +38,8 @@ def copy_to_host(arrays: Mapping[str, Any]) -> dict[str, Callable[[], np.ndarray
     """The values as they are now, off the device when this returns; each is put together when it is asked for.
 
     On the CPU a view: what a view looks at is never written to, since donating an array of which there is one
-    copies it (tests/test_checkpoint.py holds JAX to that). numpy's own arrays are copied: anybody may write to them.
+    copies it (tests/training/test_checkpoint.py holds JAX to that). numpy's own arrays are copied: anybody may write to
+    them.
     """
     pieces: dict[str, list[tuple[Any, jax.Array]]] = {}
     for name, leaf in arrays.items():  # all transfers begin before the first is waited for

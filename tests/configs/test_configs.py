@@ -1,0 +1,492 @@
+"""Configuration classes: PEFT's fields, defaults and text; 229 real files; what is refused and how."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pickle
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from jaxadapt.configs import (
+    Config,
+    FrozenDict,
+    GenericConfig,
+    IA3Config,
+    LoraConfig,
+    dumps,
+    freeze,
+    from_dict,
+    loads,
+    thaw,
+)
+from jaxadapt.core.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+REAL = Path(os.environ.get("JAXADAPT_REAL_ADAPTERS") or ROOT.parent / "shared" / "real-adapters") / "configs"
+
+
+# ---- beside PEFT
+
+
+@pytest.mark.peft
+def test_fields_and_defaults_are_pefts():
+    peft = pytest.importorskip("peft")
+    for ours, theirs in ((LoraConfig(), peft.LoraConfig()), (IA3Config(), peft.IA3Config())):
+        expected = theirs.to_dict()
+        got = ours.to_dict()
+        assert {**got, "peft_version": None} == {**expected, "peft_version": None}
+        assert {key: type(value) for key, value in got.items() if key != "peft_type"} == {
+            key: type(value) for key, value in expected.items() if key != "peft_type"
+        }
+
+
+LORA_CASES: tuple[dict[str, Any], ...] = (
+    {},
+    {"r": 16, "lora_alpha": 32, "target_modules": ["q_proj"], "lora_dropout": 0.05, "task_type": "CAUSAL_LM"},
+    {"lora_alpha": 8.0, "target_modules": r".*\.(q|v)_proj$", "bias": "lora_only", "use_rslora": True},
+    {"target_modules": "all-linear", "exclude_modules": ["lm_head"], "use_dora": True, "revision": "main"},
+    {
+        "rank_pattern": {r"^model\.layers\.1\.": 2, "q_proj": 4},
+        "alpha_pattern": {"v": 1.5},
+        "lora_dropout": 0,
+    },
+    {
+        "target_modules": ["a"],
+        "layers_to_transform": [1, 2],
+        "layers_pattern": ["h"],
+        "modules_to_save": ["z", "y"],
+    },
+    {
+        "target_modules": ["a"],
+        "layers_to_transform": 3,
+        "layers_pattern": "h",
+        "init_lora_weights": "pissa_niter_4",
+    },
+    {"trainable_token_indices": {"embed": [5, 1]}, "layer_replication": [(0, 4), (2, 5)], "lora_bias": True},
+    {"target_parameters": ["experts.down"], "trainable_token_indices": [3, 1], "ensure_weight_tying": True},
+    {"auto_mapping": {"base_model_class": "Ünit", "parent_library": "x"}, "base_model_name_or_path": "a/b"},
+    {
+        "kasa_config": {"beta": 0.5, "gamma": 0.25},
+        "init_lora_weights": "gaussian",
+        "alora_invocation_tokens": [1],
+    },
+)
+
+
+@pytest.mark.peft
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("fields", LORA_CASES)
+def test_lora_text_is_pefts(fields: dict[str, Any], tmp_path: Path):
+    peft = pytest.importorskip("peft")
+    peft.LoraConfig(**fields, peft_version="0.21.2").save_pretrained(tmp_path)
+    _same_text(LoraConfig(**fields), tmp_path)
+
+
+@pytest.mark.peft
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"target_modules": ["k", "v", "down"], "feedforward_modules": ["down"], "modules_to_save": ["head"]},
+        {
+            "target_modules": ".*k",
+            "feedforward_modules": ".*down",
+            "fan_in_fan_out": True,
+            "init_ia3_weights": False,
+        },
+    ],
+)
+def test_ia3_text_is_pefts(fields: dict[str, Any], tmp_path: Path):
+    peft = pytest.importorskip("peft")
+    peft.IA3Config(**fields, peft_version="0.21.2").save_pretrained(tmp_path)
+    _same_text(IA3Config(**fields), tmp_path)
+
+
+def _same_text(config: Config, folder: Path) -> None:
+    text = (folder / "adapter_config.json").read_text()
+    read = loads(text)
+    # PEFT writes sets in random order, so ours is compared through what was read: it keeps that order.
+    assert read == config
+    assert dumps(read) == text
+    written = json.loads(dumps(config))
+    for key, value in json.loads(text).items():
+        if key in ("target_modules", "exclude_modules", "feedforward_modules") and isinstance(value, list):
+            assert set(written.pop(key)) == set(value)
+        else:
+            assert written.pop(key) == value
+    assert not written
+
+
+@pytest.mark.peft
+@pytest.mark.parametrize("config", [LoraConfig(target_modules=["b", "a"], r=4), IA3Config(target_modules=["k"])])
+def test_peft_reads_ours(config: Config, tmp_path: Path):
+    peft = pytest.importorskip("peft")
+    (tmp_path / "adapter_config.json").write_text(dumps(config))
+    theirs = peft.PeftConfig.from_pretrained(str(tmp_path)).to_dict()
+    assert from_dict({k: list(v) if isinstance(v, set) else v for k, v in theirs.items()}) == config
+
+
+@pytest.mark.peft
+def test_patterns_stay_in_order_where_it_may_matter(tmp_path: Path):
+    """PEFT tries them as they are given, and sorts them in its file: after that they mean something else."""
+    peft = pytest.importorskip("peft")
+    patterns = {"z.*": 2, "a.*|z": 4}
+    peft.LoraConfig(rank_pattern=patterns).save_pretrained(tmp_path)
+    sorted_ = peft.PeftConfig.from_pretrained(str(tmp_path)).rank_pattern
+    ours, theirs = (LoraConfig(rank_pattern=x) for x in (patterns, sorted_))
+    assert list(ours.rank_pattern) == list(patterns) != list(theirs.rank_pattern) == list(sorted_)
+    assert ours != theirs
+    assert ours.changed_keys(theirs) == ["rank_pattern"]
+    for again in (loads(dumps(ours)), ours.replace(r=8), pickle.loads(pickle.dumps(ours))):
+        assert again == ours
+        assert list(again.rank_pattern) == list(patterns)
+    (tmp_path / "adapter_config.json").write_text(dumps(ours))
+    assert list(peft.PeftConfig.from_pretrained(str(tmp_path)).rank_pattern) == list(patterns)
+
+
+# ---- real files
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the collection of real files is not here")
+def test_every_real_file_is_read_or_refused():
+    outcomes: Counter[str] = Counter()
+    for path in sorted(REAL.glob("*.json")):
+        text = path.read_bytes()
+        try:
+            config = loads(text, path.name)
+        except ConfigError as error:
+            message = str(error)
+            assert message.startswith(f"{path.name}: expected")
+            kinds = {"Git LFS": "LFS pointer", "mlx-lm": "mlx-lm", "peft_type, found none": "no peft_type"}
+            outcomes[next(kind for part, kind in kinds.items() if part in message)] += 1
+            continue
+        outcomes[type(config).__name__] += 1
+        once = dumps(config)
+        assert loads(once) == config
+        assert dumps(loads(once)) == once
+        written = json.loads(once)
+        for key, value in json.loads(text).items():
+            if key == "target_modules" and isinstance(value, list):
+                assert set(written[key]) == set(value)
+            assert json.dumps(written[key], sort_keys=True) == json.dumps(value, sort_keys=True), (
+                path.name,
+                key,
+            )
+    print(dict(outcomes))
+    assert sum(outcomes.values()) >= 229
+    if sum(outcomes.values()) == 229:
+        assert outcomes == {
+            "LoraConfig": 125, "IA3Config": 3, "GenericConfig": 89,
+            "mlx-lm": 8, "no peft_type": 3, "LFS pointer": 1,
+        }  # fmt: skip
+
+
+# ---- frozen, hashable, equal where the mathematics is
+
+
+def test_a_configuration_is_frozen_through_and_through():
+    config = LoraConfig(
+        target_modules={"v", "q"},
+        modules_to_save=["b", "a"],
+        rank_pattern={"q": 2},
+        extra={"x": [{"y": [1]}]},
+    )
+    assert config.target_modules == ("q", "v")
+    assert config.modules_to_save == ("b", "a")
+    assert isinstance(config.rank_pattern, FrozenDict)
+    assert config.extra["x"][0]["y"] == (1,)
+    with pytest.raises(AttributeError):
+        setattr(config, "r", 4)  # noqa: B010 (a type checker refuses the plain form)
+    with pytest.raises(AttributeError):
+        setattr(config.rank_pattern, "z", 4)  # noqa: B010
+    with pytest.raises(TypeError):
+        cast("Any", config.rank_pattern)["z"] = 4
+
+
+def test_what_is_given_is_not_shared():
+    patterns, names = {"q": 2}, ["a"]
+    config = LoraConfig(rank_pattern=patterns, target_modules=names)
+    patterns["z"] = 9
+    names.append("b")
+    assert config.rank_pattern == {"q": 2}
+    assert config.target_modules == ("a",)
+    config.to_dict()["rank_pattern"]["z"] = 9
+    assert config.rank_pattern == {"q": 2}
+
+
+def test_equality_is_of_the_mathematics():
+    config = LoraConfig(r=4, target_modules=["a", "b"], rank_pattern={"a": 1, "b": 2})
+    same = config.replace(
+        base_model_name_or_path="x", revision="y", inference_mode=True, task_type="CAUSAL_LM",
+        peft_version=None, auto_mapping={"a": 1}, target_modules=["b", "a"], rank_pattern={"b": 2, "a": 1},
+        lora_alpha=8.0,
+    )  # fmt: skip
+    assert config == same
+    assert hash(config) == hash(same)
+    for change in (
+        {"r": 5},
+        {"lora_alpha": 9},
+        {"rank_pattern": {"a": 2}},
+        {"extra": {"new": 1}},
+        {"bias": "all"},
+    ):
+        assert config != config.replace(**change)
+    assert LoraConfig() != IA3Config()
+    assert LoraConfig() != "LORA"
+    generic = GenericConfig(peft_type="VERA", extra={"target_modules": ["a", "b"]})
+    assert generic == generic.replace(extra={"target_modules": ["b", "a"]})
+    assert generic != generic.replace(peft_type="HRA")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(target_modules=["b", "a"], rank_pattern={"q": 2}, extra={"k": [1, {"z": None}]}),
+        IA3Config(target_modules="x"),
+        GenericConfig(peft_type="VERA", extra={"r": 2}),
+    ],
+)
+def test_copies_and_pickles(config: Config):
+    hash(config)  # fills the cache, which must not travel
+    for other in (
+        pickle.loads(pickle.dumps(config)),
+        copy.copy(config),
+        copy.deepcopy(config),
+        config.replace(),
+    ):
+        assert other == config
+        assert hash(other) == hash(config)
+        assert dumps(other) == dumps(config)
+    assert b"_identity" not in pickle.dumps(config)
+
+
+def test_a_frozen_dict_is_a_mapping():
+    d = FrozenDict({"b": [1], "a": {"c": {2, 1}}})
+    assert list(d) == ["a", "b"]
+    assert d == {"a": {"c": (1, 2)}, "b": (1,)}
+    assert d != {"a": 1}
+    assert d != 3
+    assert thaw(d) == {"a": {"c": [1, 2]}, "b": [1]}
+    assert pickle.loads(pickle.dumps(d)) == d
+    assert copy.deepcopy(d) is d
+    with pytest.raises(AttributeError):
+        delattr(d, "_items")
+    for bad in ({1: 2}, {"a": float("nan")}, {"a": object()}):
+        with pytest.raises(TypeError):
+            freeze(bad)
+
+
+def test_enums_that_are_strings_become_strings():
+    import enum
+
+    class Task(str, enum.Enum):
+        CAUSAL_LM = "CAUSAL_LM"
+
+    assert type(LoraConfig(task_type=Task.CAUSAL_LM).task_type) is str
+
+
+def test_replace_checks_and_names_unknown_fields():
+    with pytest.raises(ConfigError, match="no field 'rank'; it is called r"):
+        LoraConfig().replace(rank=3)
+    with pytest.raises(ConfigError, match="r: expected a positive integer, found 0"):
+        LoraConfig().replace(r=0)
+
+
+def test_numbers_keep_their_kind():
+    config = loads('{"peft_type": "LORA", "lora_alpha": 8.0, "lora_dropout": 0, "new": 1.0}')
+    assert '"lora_alpha": 8.0' in dumps(config)
+    assert '"lora_dropout": 0,' in dumps(config)
+    assert '"new": 1.0' in dumps(config)
+
+
+def test_unknown_keys_are_kept_on_top():
+    text = '{"peft_type": "LORA", "enable_lora": [true, false], "extra": 1, "get": {"b": null}}'
+    config = loads(text)
+    assert config.get("enable_lora") == (True, False)
+    assert config.get("extra") == 1
+    assert config.get("r") == 8
+    assert config.get("nothing", 5) == 5
+    assert config.peft_version is None
+    assert {**config.to_dict(), **json.loads(text)} == config.to_dict()
+    with pytest.raises(ConfigError, match=r"extra\['r'\]: expected no key that LoraConfig has itself"):
+        LoraConfig(extra={"r": 3})
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"r": 4.0}, "r: expected a positive integer, found 4.0; write 4"),
+        ({"r": True}, "r: expected a positive integer, found true"),
+        ({"r": -1}, "r: expected a positive integer, found -1"),
+        ({"lora_alpha": None}, "lora_alpha: expected a finite number, found null"),
+        ({"lora_alpha": float("inf")}, "lora_alpha: numbers must be finite, found inf"),
+        ({"lora_dropout": 1.0}, "lora_dropout: expected a number in [0, 1), found 1.0"),
+        ({"bias": "some"}, 'bias: expected one of "none", "all", "lora_only", found \'some\''),
+        ({"bias": None}, "bias: expected one of"),
+        ({"task_type": "CHAT"}, 'task_type: expected one of "SEQ_CLS"'),
+        ({"rank_pattern": None}, "rank_pattern: expected an object (of patterns), found null; write {}"),
+        ({"rank_pattern": {"q": 2.0}}, "rank_pattern['q']: expected a positive integer, found 2.0; write 2"),
+        ({"alpha_pattern": {"q": "2"}}, "alpha_pattern['q']: expected a finite number, found '2'"),
+        (
+            {"rank_pattern": {"(q": 2}},
+            "rank_pattern: expected a regular expression of Python's `re`, found '(q'",
+        ),
+        ({"rank_pattern": {3: 2}}, "rank_pattern: keys must be strings, found the key 3 (int)"),
+        ({"init_lora_weights": "best"}, "init_lora_weights: expected true, false,"),
+        ({"init_lora_weights": "pissa_niter_x"}, "init_lora_weights: expected"),
+        ({"init_lora_weights": "loftq"}, 'loftq_config: expected an object with init_lora_weights "loftq"'),
+        (
+            {"target_modules": 3},
+            "target_modules: expected a regular expression (string), a list of names, or null",
+        ),
+        ({"target_modules": ["a", 1]}, "target_modules: expected"),
+        (
+            {"target_modules": "*.q"},
+            "target_modules: expected a regular expression of Python's `re`, found '*.q'",
+        ),
+        (
+            {"modules_to_save": "head"},
+            "modules_to_save: expected a list of strings or null, found 'head'; write [",
+        ),
+        ({"modules_to_save": ["("]}, "modules_to_save: expected a regular expression"),
+        ({"layers_pattern": "h"}, "layers_pattern: expected null where layers_to_transform is null"),
+        (
+            {"layers_pattern": ["("], "layers_to_transform": 1},
+            "layers_pattern: expected a regular expression",
+        ),
+        (
+            {"target_modules": "q", "layers_to_transform": 1},
+            "layers_to_transform: expected null where target_modules",
+        ),
+        (
+            {"layers_to_transform": 1.0},
+            "layers_to_transform: expected an integer, a list of integers, or null",
+        ),
+        ({"lora_alpha": 10**400}, "lora_alpha: expected a finite number"),
+        ({"layer_replication": [[1, 2, 3]]}, "layer_replication: expected a list of [start, end] pairs"),
+        ({"trainable_token_indices": {"a": 1}}, "trainable_token_indices: expected"),
+        ({"use_dora": True, "megatron_config": {"a": 1}}, "use_dora: expected false with a megatron_config"),
+        ({"lora_bias": True, "use_dora": True}, "lora_bias: expected false with use_dora"),
+        (
+            {"lora_bias": True, "init_lora_weights": "eva"},
+            "lora_bias: expected false unless init_lora_weights",
+        ),
+        ({"eva_config": []}, "eva_config: expected an object or null"),
+        ({"use_rslora": None}, "use_rslora: expected true or false, found null"),
+        ({"peft_type": "IA3"}, "peft_type: expected \"LORA\", found 'IA3'"),
+        ({"extra": 3}, "extra: expected an object of unknown keys"),
+        ({"extra": {"a": object()}}, "which JSON cannot hold"),
+    ],
+)
+def test_lora_refuses(fields: dict[str, Any], says: str):
+    with pytest.raises(ConfigError) as caught:
+        LoraConfig(**fields)
+    assert says in str(caught.value)
+    assert str(caught.value).startswith("LoraConfig: ")
+
+
+def test_ia3_and_generic_refuse():
+    with pytest.raises(ConfigError, match=r"feedforward_modules: expected a subset of target_modules, found \['b'\]"):
+        IA3Config(target_modules=["a"], feedforward_modules=["a", "b"])
+    IA3Config(target_modules="a", feedforward_modules=["b"])
+    for name, extra in (("LORA", {}), ("vera", {}), (None, {}), ("VERA", {"target_modules": 1})):
+        with pytest.raises(ConfigError, match="peft_type|target_modules"):
+            GenericConfig(peft_type=cast("str", name), extra=extra)
+    with pytest.raises(ConfigError, match="base class"):
+        Config()
+
+
+def test_all_problems_stand_in_one_error():
+    with pytest.raises(ConfigError) as caught:
+        loads('{"peft_type": "LORA", "r": 4.0, "bias": "x", "rank_pattern": null}', "dir/adapter_config.json")
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "dir/adapter_config.json: LoraConfig: 3 problems"
+    assert [line.split(":")[0] for line in lines[1:]] == ["  r", "  bias", "  rank_pattern"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "f: expected JSON, found invalid text: Expecting value at line 1, column 1"),
+        ('{\n "a" 1\n}', "line 2, column 6"),
+        ("[1]", "f: expected a JSON object, found a list"),
+        ("null", "f: expected a JSON object, found null"),
+        (b"\xff{}", "f: expected JSON in UTF-8, found an invalid byte at 0"),
+        ("\ufeff{}", "f: expected JSON, found invalid text"),
+        ("{}", "f: expected a peft_type, found none (keys: no key at all)"),
+        ('{"r": 8, "lora_alpha": 8}', 'add "peft_type": "LORA"'),
+        ('{"feedforward_modules": []}', 'add "peft_type": "IA3"'),
+        (
+            '{"num_layers": 4, "lora_parameters": {}}',
+            "found an mlx-lm file (no peft_type, but lora_parameters",
+        ),
+        ('{"peft_type": null}', "f: peft_type: expected a string, found null"),
+        ('{"peft_type": "lora"}', "f: peft_type: expected a type in capitals, found 'lora'; write \"LORA\""),
+        ('{"peft_type": "PeftType.LORA"}', 'write "LORA"'),
+        ('{"peft_type": "prefix-tuning"}', 'write "PREFIX_TUNING"'),
+        ('{"peft_type": "?"}', 'write for example "LORA"'),
+        ('{"peft_type": "LORA", "r": 1, "r": 2}', "f: expected every key once, found twice: r"),
+        ('{"peft_type": "LORA", "rank_pattern": {"a": 1, "a": 1}}', "found twice: a"),
+        ('{"peft_type": "LORA", "lora_alpha": NaN}', "f: expected finite numbers, found NaN"),
+        ('{"peft_type": "LORA", "lora_alpha": 1e999}', "lora_alpha: numbers must be finite, found inf"),
+        ('{"peft_type": "LORA", "r": ' + "1" * 5000 + "}", "f: expected a configuration, found invalid JSON"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0", "found a Git LFS pointer"),
+    ],
+)
+def test_loads_refuses(text: str | bytes, says: str):
+    with pytest.raises(ConfigError) as caught:
+        loads(text, "f")
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("depth", [600, 200_000])
+def test_json_nested_too_deeply_is_refused(depth: int):
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        loads('{"peft_type": "LORA", "x": ' + "[" * depth + "]" * depth + "}")
+
+
+def test_the_class_follows_from_the_type():
+    assert type(Config.from_dict({"peft_type": "IA3"})) is IA3Config
+    assert type(from_dict({"peft_type": "FINEGATES", "a": 1})) is GenericConfig
+    with pytest.raises(ConfigError, match='expected "IA3"'):
+        IA3Config.from_dict({"peft_type": "LORA"})
+
+
+def test_numbers_of_numpy_are_pythons_in_the_file():
+    import numpy as np
+
+    made = LoraConfig(
+        r=np.int64(4), lora_alpha=np.float32(0.5), layers_to_transform=list(np.arange(2)), target_modules=["q"],
+        rank_pattern={"q": np.uint8(2)},
+    )  # fmt: skip
+    plain = LoraConfig(
+        r=4, lora_alpha=0.5, layers_to_transform=[0, 1], target_modules=["q"], rank_pattern={"q": 2}
+    )  # fmt: skip
+    assert made == plain
+    assert made.to_json() == plain.to_json()
+    for wrong in (np.bool_(True), np.float64("nan"), np.int64(0), np.ones(1)):
+        with pytest.raises(ConfigError, match="LoraConfig: r: "):
+            LoraConfig(r=wrong)
+
+
+def test_the_package_imports_no_numpy_and_is_quick():
+    code = (
+        "import time; t = time.perf_counter(); import jaxadapt.configs, jaxadapt.configs.matching; "
+        "t = time.perf_counter() - t; import sys; "
+        "print(sorted(m for m in ('jax', 'numpy', 'flax', 'torch') if m in sys.modules), t)"
+    )
+    # The least of a few runs: a busy machine slows some of them.
+    command = [sys.executable, "-c", code]
+    outs = [subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout for _ in range(4)]
+    assert all(out.startswith("[] ") for out in outs)
+    assert min(float(out.split()[-1]) for out in outs) < 0.1

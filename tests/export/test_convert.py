@@ -1,0 +1,254 @@
+"""Adapters re-laid between families and libraries, files alone."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+
+import jax
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from safetensors.numpy import load_file, save_file
+
+import jaxadapt
+from jaxadapt.cli import main
+from jaxadapt.export.conversion import convert
+from tests.keymaps.families import specimen_arrays, specimens
+from tests.keymaps.families.specimens import values
+from tests.models.foreign import real
+from tests.models.foreign.cases import flat
+
+
+def recorded_tree(name: str) -> dict[str, np.ndarray]:
+    """The LoRA leaves of a recorded model, as its users would save them."""
+    return {path: values(path, shape) for path, shape in real.recorded(name)["lora"].items()}
+
+
+def peft_folder(name: str, folder):
+    """A PEFT adapter of the specimen whose As all differ."""
+    specimen_arrays.write_adapter(real.specimen(name), specimens.recorded(name)["leaves"], folder)
+    return folder
+
+
+def run(*args):
+    return CliRunner().invoke(main, [str(a) for a in args])
+
+
+def test_a_tree_becomes_a_folder_as_save_writes_it(tmp_path):
+    tree = recorded_tree("maxtext-qwen3-scan0")
+    save_file(tree, tmp_path / "lora.safetensors")
+    found = run("convert", tmp_path / "lora.safetensors", tmp_path / "out", "--from", "maxtext:qwen3/scan0",
+                "--lora-alpha", "6", "--json")  # fmt: skip
+    assert found.exit_code == 0, found.output
+    assert json.loads(found.output) == {
+        "path": str(tmp_path / "out"), "tensors": 2 * 7 * 3, "dialect": None, "rank": 3, "lora_alpha": 6.0
+    }  # fmt: skip
+    jaxadapt.save(tree, tmp_path / "saved", keymap="maxtext:qwen3/scan0", lora_alpha=6.0)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "saved" / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["maxtext-qwen3-scan0", "maxtext-llama3.1-scan1", "maxtext-llama3.1"])
+def test_there_and_back_between_families(name, tmp_path):
+    """MaxText → PEFT → Tunix → PEFT → MaxText: the same bits, but for the factor of MaxText's queries."""
+    tree, table = recorded_tree(name), real.specimen(name).table
+    save_file(tree, tmp_path / "a.safetensors")
+    size = real.specimen(name).options["head_dim"]
+    sizes = {"h": size, "c": size // 2}
+    if "llama3.1" in name:  # its heads are interleaved, so their size must be known
+        with pytest.raises(jaxadapt.KeyMapError, match="their sizes are not known"):
+            convert(tmp_path / "a.safetensors", tmp_path / "b", from_keymap=table, lora_alpha=6)
+    convert(tmp_path / "a.safetensors", tmp_path / "b", from_keymap=table, lora_alpha=6, sizes=sizes)
+    tunix = "tunix:qwen3" if "qwen3" in name else "tunix:llama3"
+    done = convert(tmp_path / "b", tmp_path / "c.safetensors", to_keymap=tunix, sizes={"h": size})
+    assert (done.dialect, done.rank, done.lora_alpha) == ("qwix", 3, 6)
+    there = load_file(tmp_path / "c.safetensors")
+    assert there["layers.0.attn.o_proj.w_lora_a"].shape == (4, size, 3)
+    assert there["layers.2.attn.k_proj.w_lora_b"].shape == (3, 2, size)
+    convert(tmp_path / "c.safetensors", tmp_path / "d", from_keymap=tunix)  # the file says its alpha
+    done = convert(tmp_path / "d", tmp_path / "e.safetensors", to_keymap=table, sizes=sizes)
+    assert done.dialect == "qwix"
+    back = load_file(tmp_path / "e.safetensors")
+    assert set(back) == set(tree)
+    for path, x in tree.items():
+        if "llama" in name and "query.kernel_lora_b" in path:
+            np.testing.assert_allclose(back[path], x, rtol=3e-7)
+        else:
+            np.testing.assert_array_equal(back[path], x)
+
+
+def test_the_same_tree_as_load_fills(tmp_path):
+    """gemma's shared As side by side, from a PEFT folder: what `load` puts into a model of that rank."""
+    name = "gemma-gemma3"
+    folder = peft_folder(name, tmp_path / "peft")
+    with pytest.raises(jaxadapt.MismatchError, match=r"has one array where the file has several.*"):
+        convert(folder, tmp_path / "x.safetensors", to_keymap="gemma:gemma3", sizes={"h": 6})
+    assert not (tmp_path / "x.safetensors").exists()
+    with pytest.warns(UserWarning, match="rounded once"):
+        done = convert(folder, tmp_path / "x.safetensors", to_keymap="gemma:gemma3", sizes={"h": 6}, on_shared="concat")
+    assert (done.rank, done.lora_alpha) == (6, 6)
+    target = {
+        path: np.zeros([6 if size == 3 and i in (0, len(shape) - 1) else size for i, size in enumerate(shape)], "f4")
+        for path, shape in real.recorded(name)["lora"].items()
+    }
+    with pytest.warns(UserWarning, match="rounded once"):
+        expected = jaxadapt.load(folder, target, keymap="gemma:gemma3", on_shared="concat")
+    found = load_file(tmp_path / "x.safetensors")
+    assert set(found) == set(expected)
+    for path, x in flat(expected).items():
+        np.testing.assert_array_equal(found[path], x)
+
+
+def test_the_target_may_be_told_by_a_file(tmp_path):
+    """Queries, keys and values in one leaf, or not: only the target's own shapes tell."""
+    folder = peft_folder("gemma-gemma3-mha", tmp_path / "peft")
+    with pytest.raises(jaxadapt.KeyMapError, match=r"fits layer_0.attn.kv_einsum.w, layer_0.attn.qkv_einsum.w"):
+        convert(folder, tmp_path / "x.safetensors", to_keymap="gemma:gemma3", sizes={"h": 6}, on_shared="concat")
+    leaves = specimens.recorded("gemma-gemma3-mha")["leaves"]
+    like = tmp_path / "base.safetensors"
+    save_file({path.replace(".", "/"): np.zeros(shape, "f4") for path, shape in leaves.items()}, like)
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")  # a command says them
+        found = run("convert", folder, tmp_path / "x.safetensors", "--to", "gemma:gemma3", "--like", like, "--concat")
+    assert found.exit_code == 0, found.output
+    assert "rank 9" in found.output
+    assert "rounded once" in found.output
+    assert load_file(tmp_path / "x.safetensors")["layer_0.attn.qkv_einsum._LoRAEinsum_0.lora.b"].shape == (9, 3, 4, 6)
+
+
+@pytest.mark.parametrize("name", ["keras-llama", "keras-gemma3"])
+def test_heads_that_have_an_a_each(name, tmp_path):
+    """keras → PEFT, each head's rank beside the others' → keras: the same bits, at the rank that they had."""
+    tree, table, sizes = recorded_tree(name), real.specimen(name).table, {"h": 4 if "llama" in name else 6}
+    save_file(tree, tmp_path / "a.safetensors")
+    leaves = specimens.recorded(name)["leaves"]
+    save_file({path: np.zeros(shape, "f4") for path, shape in leaves.items()}, tmp_path / "base.safetensors")
+    like = {"like": tmp_path / "base.safetensors"}
+    with pytest.raises(jaxadapt.MismatchError, match="one A for all heads"):
+        convert(tmp_path / "a.safetensors", tmp_path / "b", from_keymap=table, lora_alpha=6, **like)
+    convert(tmp_path / "a.safetensors", tmp_path / "b", from_keymap=table, lora_alpha=6, on_shared="concat", **like)
+    done = convert(tmp_path / "b", tmp_path / "c.safetensors", to_keymap=table, sizes=sizes)
+    assert (done.dialect, done.rank, done.lora_alpha) == ("keras", 3, 6)
+    back = load_file(tmp_path / "c.safetensors")
+    assert set(back) == set(tree)
+    for path, x in tree.items():
+        np.testing.assert_array_equal(back[path], x, err_msg=path)
+    with pytest.raises(jaxadapt.MismatchError, match="one B for all heads"):
+        convert(peft_folder(name, tmp_path / "d"), tmp_path / "e.safetensors", to_keymap=table, sizes=sizes)
+    done = convert(tmp_path / "d", tmp_path / "e.safetensors", to_keymap=table, sizes=sizes, on_shared="concat")
+    assert (done.rank, load_file(tmp_path / "e.safetensors").keys()) == (12, tree.keys())
+
+
+def test_another_spelling(tmp_path):
+    folder = peft_folder("gemma-gemma3", tmp_path / "peft")
+    convert(folder, tmp_path / "vl", from_keymap="gemma:gemma3", to_keymap="gemma:gemma3/vl")
+    old, new = jaxadapt.read(folder).tensors, jaxadapt.read(tmp_path / "vl").tensors
+    assert {key.replace("model.language_model.", "model.") for key in new} == set(old)
+    assert all("language_model" in key for key in new)
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({}, "a tree needs its family"),
+        ({"to_keymap": "llama"}, "say which dialect"),
+        ({"to_keymap": "tunix:qwen3"}, "the size of axis '.'.*--axis .="),
+        ({"to_keymap": "tunix:qwen3", "sizes": {"h": 5}}, "cannot lie on the axes"),
+        ({"to_keymap": "tunix:qwen3", "dialect": "quix"}, "no dialect is called 'quix'"),
+        ({"to_keymap": "bert"}, "say which dialect"),
+        ({"to_keymap": "bert", "dialect": "qwix"}, "no line names it"),
+    ],
+)
+def test_what_cannot_be_is_refused(options, what, tmp_path):
+    folder = peft_folder("gemma-gemma3", tmp_path / "peft")
+    with pytest.raises(jaxadapt.AdapterError, match=what):
+        convert(folder, tmp_path / "x.safetensors", **options)
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_sources_that_are_none(tmp_path):
+    save_file({"a": np.zeros(3)}, tmp_path / "a.safetensors")
+    with pytest.raises(jaxadapt.FileError, match="none that looks like one"):
+        convert(tmp_path / "a.safetensors", tmp_path / "out")
+    save_file(recorded_tree("maxtext-qwen3-scan0"), tmp_path / "b.safetensors")
+    with pytest.raises(jaxadapt.ConfigError, match="stores no alpha"):
+        convert(tmp_path / "b.safetensors", tmp_path / "out", from_keymap="maxtext:qwen3/scan0")
+    assert not (tmp_path / "out").exists()
+
+
+def test_orbax_to_a_folder_and_back(tmp_path):
+    """From a model's layout, and to one that any model loads."""
+    config = jaxadapt.LoraConfig(r=2, lora_alpha=4, target_modules=["q", "embed"], init_lora_weights=False)
+    base = {"q": {"kernel": np.zeros((4, 6), "f4")}, "embed": {"embedding": np.zeros((5, 4), "f4")}}
+    table = jaxadapt.KeyMap("two", (
+        jaxadapt.Weight("q.kernel", "q.weight", "i o -> o i"),
+        jaxadapt.Weight("embed.embedding", "embed.weight", "v d -> v d", kind="embedding"),
+    ))  # fmt: skip
+    adapter = jaxadapt.init(config, base, key=jax.random.key(0), keymap=table)
+    jaxadapt.save(adapter, tmp_path / "orbax", format="orbax")
+    jaxadapt.save(adapter, tmp_path / "saved")
+    assert run("convert", tmp_path / "orbax", tmp_path / "out").exit_code == 0
+    assert run("convert", tmp_path / "saved", tmp_path / "again", "--format", "orbax").exit_code == 0
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "saved" / name).read_bytes()
+    loaded = jaxadapt.extract(jaxadapt.load(tmp_path / "again", {"params": base}, keymap=table))
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, adapter.params)
+    assert not (tmp_path / "again" / "adapter_config.json").exists()
+    info = json.loads(run("inspect", tmp_path / "again", "--json").output)
+    assert info["parameters"] == 2 * (4 + 6 + 5 + 4)
+    assert (
+        "orbax with a folder"
+        in run("convert", tmp_path / "saved", tmp_path / "x.safetensors", "--to", "llama", "--format", "orbax").output
+    )
+
+
+ODD = {"q.w": np.ones((8, 6)), "q.w_lora_a": np.ones((8, 2)), "q.w_lora_b": np.ones((2, 6))}
+
+
+@pytest.mark.parametrize(
+    ("words", "way_out"),
+    [
+        ("peft x.safetensors", "--to tunix:qwen3"),
+        ("peft new --to llama", "--to is for trees, or with --from"),
+        ("peft new --concat", "--dialect and --concat are for trees"),
+        ("peft new --axis h=2", "--like and --axis are for trees"),
+        ("peft new --lora-alpha 2", "--lora-alpha is for a tree"),
+        ("peft x.safetensors --to tunix:gemma", r"of the target's shapes \(--like\)"),
+        ("peft x.safetensors --to llama", r"say which dialect \(--dialect\)"),
+        ("peft x.safetensors --format orbax", "--format orbax"),
+        ("tree.safetensors new --from maxtext:qwen3/scan0", "jaxadapt convert SOURCE TARGET --lora-alpha 16"),
+        ("odd.safetensors new --lora-alpha 2", "Say which family the model is with --from$"),
+        ("peft x.safetensors --to gemma:gemma3 --like like.safetensors", "pass --concat, which"),
+        ("heads.safetensors new --from keras:gemma3 --lora-alpha 6 --like like.safetensors", "Pass --concat: with"),
+        ("pissa x.safetensors --to maxtext:qwen3", "convert it where it was trained"),
+    ],
+)
+def test_errors_on_the_command_line_name_options(words, way_out, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = peft_folder("gemma-gemma3", tmp_path / "peft")
+    save_file(recorded_tree("maxtext-qwen3-scan0"), "tree.safetensors")
+    save_file(recorded_tree("keras-gemma3"), "heads.safetensors")
+    save_file(ODD, "odd.safetensors")
+    leaves = {**specimens.recorded("gemma-gemma3")["leaves"], **specimens.recorded("keras-gemma3")["leaves"]}
+    save_file({path: np.zeros(shape, "f4") for path, shape in leaves.items()}, "like.safetensors")
+    held = jaxadapt.read(folder)
+    jaxadapt.write(jaxadapt.PeftTensors(held.config.replace(init_lora_weights="pissa"), held.tensors), "pissa")
+    result = CliRunner().invoke(main, ["convert", *words.split()])
+    assert result.exit_code == 1
+    assert re.search(way_out, result.output.strip()), result.output
+    assert not re.search("keymap|on_shared|lora_alpha=", result.output), result.output
+
+
+def test_two_leaves_of_one_path_are_refused(tmp_path):
+    """Where one would have taken the other's place."""
+    tree = recorded_tree("maxtext-qwen3-scan0")
+    path = next(iter(tree))
+    last = path.rpartition(".")[2]
+    twice = tree | {f"{path.removesuffix('.' + last)}/{last}": np.zeros_like(tree[path])}
+    save_file(twice, tmp_path / "lora.safetensors")
+    result = run("convert", tmp_path / "lora.safetensors", tmp_path / "out", "--lora-alpha", "6")
+    assert result.exit_code == 1
+    assert "two leaves have one path" in result.output
+    assert not (tmp_path / "out").exists()

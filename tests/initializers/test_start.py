@@ -1,0 +1,115 @@
+"""`start` without PEFT: what must hold of every beginning, and what is refused."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxadapt
+from jaxadapt import AttachError, ConfigError, MismatchError
+from jaxadapt.initializers import decompositions
+from tests.support import small
+
+
+def config(kind, **more):
+    return small.LORA.replace(init_lora_weights=kind, **more)
+
+
+def linen_output(started, config):
+    variables = {"params": started.base, **started.adapter.collection}
+    return jaxadapt.adapt(small.LinenNet(), config).apply(variables, small.X)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("kind", [True, "gaussian", "pissa", "pissa_niter_4", "olora", "orthogonal"])
+def test_base_and_adapter_together_are_what_the_base_was(kind, use_dora):
+    base = small.base()["params"]
+    expected = small.LinenNet().apply({"params": base}, small.X)
+    made = config(kind, use_dora=use_dora)
+    started = jaxadapt.start(made, base, key=jax.random.key(0))
+    np.testing.assert_allclose(linen_output(started, made), expected, rtol=1e-5, atol=1e-5)
+    model = small.net()
+    assert jaxadapt.start(made, model, key=jax.random.key(0)).base is model
+    np.testing.assert_allclose(model(small.X), expected, rtol=1e-5, atol=1e-5)
+    changes = kind in ("pissa", "pissa_niter_4", "olora")
+    same = all(x is y for x, y in zip(jax.tree.leaves(started.base), jax.tree.leaves(base), strict=True))
+    assert same is not changes
+    assert small.same(base, small.base()["params"])  # the caller's own tree is never changed
+
+
+def test_a_16_bit_base_is_rounded_once():
+    base = jax.tree.map(lambda x: x.astype("bfloat16"), small.base()["params"])
+    left, adapter = jaxadapt.start(config("pissa"), base)
+    w = np.asarray(base["q_proj"]["kernel"], "float32")
+    a, b = (np.asarray(adapter.flat()[f"q_proj.kernel.lora_{x}"]) for x in "AB")
+    np.testing.assert_array_equal(left["q_proj"]["kernel"], jnp.asarray(w - 3 * (b @ a).T).astype("bfloat16"))
+    assert a.dtype == "float32"
+
+
+def test_orthogonal_factors_are_not_zero_and_their_product_is():
+    _, adapter = jaxadapt.start(config("orthogonal"), small.base()["params"], key=jax.random.key(0))
+    a, b = (np.asarray(adapter.flat()[f"q_proj.kernel.lora_{x}"]) for x in "AB")
+    assert abs(a).min() > 0
+    assert abs(b).min() > 0
+    np.testing.assert_allclose(b @ a, 0, atol=1e-8)
+
+
+@pytest.mark.parametrize("shape", [(9, 6), (6, 9)])
+def test_the_randomised_svd_is_exact_with_as_many_vectors_as_the_matrix_has(shape):
+    w = np.random.default_rng(0).standard_normal(shape).astype("float32")
+    u, s, vh = decompositions.svd_lowrank(w, 2, jax.random.normal(jax.random.key(0), (6, 6)))
+    np.testing.assert_allclose((u * s[None]) @ vh, w, atol=1e-5)
+    np.testing.assert_allclose(s, np.linalg.svd(w)[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("made", "given", "error", "says"),
+    [
+        (config("pissa", r=7), {}, ConfigError, r"q_proj.kernel: of 8 x 6 numbers, rank 7 \(at most 6"),
+        (config("orthogonal", r=3), {"key": 0}, ConfigError, "rank has to be even, and is 3"),
+        (config("pissa_niter_4"), {}, AttachError, "key is needed"),
+        (config("corda"), {}, AttachError, "batches is needed"),
+        (config("lora_ga"), {"key": 0}, AttachError, "gradients is needed"),
+        (config("pissa"), {"gradients": {}}, AttachError, "gradients has no effect"),
+        (config("eva"), {"batches": [1]}, AttachError, "forward is needed for bare parameters"),
+        (config("mica", r=7), {}, ConfigError, r"rank 7 \(at most 6"),
+        (config(True, kasa_config={}), {}, AttachError, "kasa_config: key is needed"),
+        (config("loftq", loftq_config={"loftq_bits": 3}), {}, ConfigError, "expected 4 or 8 bits"),
+        (config("loftq", loftq_config={"loftq_bits": 4, "iter": 2}), {}, ConfigError, "unknown iter"),
+        (config("lora_ga"), {"key": 0, "gradients": {"q_proj": {}}}, MismatchError, "q_proj.kernel .* there is none"),
+        (small.IA3, {}, ConfigError, "expected a LoraConfig"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_had_is_refused(made, given, error, says):
+    given = {k: jax.random.key(v) if k == "key" else v for k, v in given.items()}
+    with pytest.raises(error, match=says):
+        jaxadapt.start(made, small.base()["params"], **given)
+
+
+def test_what_is_left_of_a_weight_is_not_rounded_to_8_bits():
+    base = jax.tree.map(lambda x: x.astype("float8_e4m3fn"), small.base()["params"])
+    with pytest.raises(ConfigError, match="q_proj.kernel: its values are of dtype float8_e4m3fn, .*: widen them"):
+        jaxadapt.start(config("pissa"), base)
+    assert jaxadapt.start(config("mica"), base).base is base
+
+
+def test_adapt_and_init_name_start():
+    with pytest.raises(ConfigError, match=r"jaxadapt.start\(config, base"):
+        jaxadapt.init(config("pissa"), small.base()["params"], key=jax.random.key(0))
+
+
+def test_conversion_refuses_what_is_no_product():
+    base = small.base()["params"]
+    _, first = jaxadapt.start(config("pissa", use_dora=True), base)
+    with pytest.raises(ConfigError, match="use_dora"):
+        jaxadapt.for_original_base(first, first)
+    _, first = jaxadapt.start(config("pissa", use_rslora=True, rank_pattern={"q_proj": 1}), base)
+    with pytest.raises(ConfigError, match="use_rslora with rank_pattern"):
+        jaxadapt.for_original_base(first, first)
+    _, first = jaxadapt.start(config("pissa"), base)
+    _, other = jaxadapt.start(config("olora"), base)
+    with pytest.raises(MismatchError, match="configuration"):
+        jaxadapt.for_original_base(first, other)

@@ -1,0 +1,53 @@
+"""A specimen's weights and adapter in the layout of its JAX model, without PyTorch: what `record.py` starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import jaxadapt
+from jaxadapt.adapters import sites
+from jaxadapt.core import paths
+from jaxadapt.keymaps import families, plan
+from jaxadapt.keymaps import parts as pieces
+from jaxadapt.models import planning
+from tests.keymaps.families.specimens import PEFT_PREFIX, Specimen, values
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def source(specimen: Specimen, key: str) -> str:
+    """The key whose values a tied weight has."""
+    return dict(families.get_family(specimen.table).tied).get(key, key) if key in specimen.unused else key
+
+
+def base_leaves(specimen: Specimen, shapes: Shapes) -> dict[str, np.ndarray]:
+    made = plan.base_plan(families.get_family(specimen.table), shapes)
+    tensors = {key: values(source(specimen, key), shape) for key, shape in whole(made).items()}
+    return made.decode(pieces.cut_parts(tensors, made.keys))
+
+
+def whole(made: plan.Plan) -> Shapes:
+    """The tensors of a file, put together where a plan has parts of them."""
+    return {
+        key: pieces.joined_shape(parts, made.shapes[parts[0]])
+        for key, parts in pieces.group_by_file_key(made.keys).items()
+    }
+
+
+def adapter_values(key: str, shape: tuple[int, ...]) -> np.ndarray:
+    """The tensor of this name in an adapter's file."""
+    assert key.startswith(PEFT_PREFIX), key
+    return values(key, shape)
+
+
+def write_adapter(specimen: Specimen, shapes: Shapes, folder: Path) -> None:
+    """The adapter as PEFT would have written it, from the names our table gives its tensors."""
+    config = jaxadapt.LoraConfig(**specimen.lora)
+    tree = paths.unflatten({p: jax.ShapeDtypeStruct(s, "float32") for p, s in shapes.items()})
+    _, bounds = planning.plan_adapter(planning.BaseParams.from_tree(tree), config, specimen.table)
+    tensors = {key: adapter_values(key, shape) for key, shape in whole(sites.make_file_plan(bounds)).items()}
+    jaxadapt.write(jaxadapt.PeftTensors(config, tensors), folder)

@@ -1,0 +1,377 @@
+"""Every dialect, both ways: what it computes written out by hand (`cases.py`) is what a PEFT file of it computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxadapt
+from jaxadapt.models.foreign.dialects import DIALECTS
+from tests.models.foreign.cases import CASES, Case, D, E, F, R, flat, nest
+
+ALPHA = 2.0 * R  # a scale of 2, exact in every format
+PREFIX = "base_model.model."
+each = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def alpha(case: Case) -> dict[str, Any]:
+    """What the verbs need to be told of the scale."""
+    return {} if DIALECTS[case.dialect].unscaled else {"lora_alpha": ALPHA}
+
+
+def scale(case: Case) -> float:
+    return 1.0 if DIALECTS[case.dialect].unscaled else 2.0
+
+
+def wanted(case: Case, tree: dict[str, Any]) -> dict[str, Any]:
+    """`{module: delta of PyTorch's weight}`, by hand."""
+    leaves = flat(tree)
+    return {k: scale(case) * x for k, x in case.torch(case.delta(leaves[case.a[0]], leaves[case.b[0]])).items()}
+
+
+def computed(tensors: jaxadapt.PeftTensors) -> dict[str, Any]:
+    """`{module: s·B·A}` of a file's tensors, as PEFT computes it."""
+    found = {key: np.asarray(x) for key, x in tensors.tensors.items()}
+    modules = {key.removeprefix(PREFIX).rpartition(".lora_")[0] for key in found}
+    config = tensors.config
+    pairs = {m: (found[f"{PREFIX}{m}.lora_B.weight"], found[f"{PREFIX}{m}.lora_A.weight"]) for m in modules}
+    return {m: config.get("lora_alpha") / config.get("r") * b @ a for m, (b, a) in pairs.items()}
+
+
+def close(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert set(found) == set(expected)
+    for key, x in expected.items():
+        # float32 sums over the rank in another order
+        np.testing.assert_allclose(found[key], x, rtol=0, atol=2e-6 * abs(x).max(), err_msg=key)
+
+
+def equal(found: Any, expected: Any) -> None:
+    a, b = flat(found), flat(expected)
+    assert set(a) == set(b)
+    for path, x in b.items():
+        np.testing.assert_array_equal(np.asarray(a[path]), np.asarray(x), err_msg=path)
+
+
+def test_every_dialect_has_cases():
+    """(Those with slots have their own, in `test_others.py`.)"""
+    assert {case.dialect for case in CASES} == {name for name, dialect in DIALECTS.items() if not dialect.slots}
+
+
+@each
+def test_out(case: Case):
+    tree = case.tree()
+    tensors = jaxadapt.to_peft(tree, keymap=case.table, **alpha(case))
+    assert tensors.config.r == R
+    close(computed(tensors), wanted(case, tree))
+
+
+@each
+def test_file_and_back(case: Case, tmp_path):
+    """Into a tree of other values: exact, and the base untouched."""
+    tree, other = case.tree(0), case.tree(1)
+    jaxadapt.save(tree, tmp_path, keymap=case.table, **alpha(case))
+    back = jaxadapt.load(tmp_path, other, keymap=case.table, **alpha(case))
+    expected = flat(tree) | {case.base[0]: flat(other)[case.base[0]]}
+    equal(back, nest(expected))
+    assert set(jaxadapt.read(tmp_path).tensors) == set(jaxadapt.to_peft(tree, keymap=case.table, **alpha(case)).tensors)
+
+
+@each
+def test_as_an_adapter_of_ours(case: Case):
+    """`extract` gives our layout (`merge` computes the same delta), and `inject` the very tree again."""
+    tree = case.tree()
+    adapter = jaxadapt.extract(tree, keymap=case.table, **alpha(case))
+    leaf = case.leaf or case.base[0]
+    zero = nest({leaf: np.zeros(case.base[1], np.float32)})
+    merged = flat(jaxadapt.merge(zero, adapter))[leaf]
+    leaves = flat(tree)
+    expected = scale(case) * case.delta(leaves[case.a[0]], leaves[case.b[0]])
+    np.testing.assert_allclose(merged, expected, rtol=0, atol=2e-6 * abs(expected).max())
+    other = case.tree(1)
+    back = jaxadapt.inject(adapter, other, **alpha(case))
+    equal(back, nest(leaves | {case.base[0]: flat(other)[case.base[0]]}))
+
+
+@each
+def test_without_the_base(case: Case):
+    """LoRA leaves alone do too, where PyTorch flattens as the dialect does."""
+    tree = case.tree(base=False)
+    tensors = jaxadapt.to_peft(tree, keymap=case.table, **alpha(case))
+    close(computed(tensors), wanted(case, tree))
+
+
+@each
+def test_inside_jit(case: Case):
+    """A plan is static: `to_peft` traces, without a copy to the host."""
+    tree = jax.tree.map(jnp.asarray, case.tree())
+    other = jax.tree.map(jnp.asarray, case.tree(1))
+
+    @jax.jit
+    def out(tree: Any) -> Any:
+        return dict(jaxadapt.to_peft(tree, keymap=case.table, **alpha(case)).tensors)
+
+    outside = jaxadapt.to_peft(tree, keymap=case.table, **alpha(case))
+    equal(out(tree), dict(outside.tensors))
+
+    @jax.jit
+    def through(adapter: Any, other: Any) -> Any:
+        return jaxadapt.inject(adapter, other, **alpha(case))
+
+    adapter = jaxadapt.extract(tree, keymap=case.table, **alpha(case))
+    if case.shared:
+        with pytest.raises(jaxadapt.MismatchError, match="inside jit nobody can tell"):
+            through(adapter, other)
+    else:
+        back = through(adapter, other)
+        equal(back, nest(flat(tree) | {case.base[0]: flat(other)[case.base[0]]}))
+
+
+@each
+def test_the_scale(case: Case):
+    """A dialect that scales must be told its alpha; one that does not refuses another than its rank."""
+    tree = case.tree()
+    if DIALECTS[case.dialect].unscaled:
+        assert jaxadapt.to_peft(tree, keymap=case.table).config.lora_alpha == R
+        with pytest.raises(jaxadapt.ConfigError, match="does not scale"):
+            jaxadapt.to_peft(tree, keymap=case.table, lora_alpha=3)
+    else:
+        with pytest.raises(jaxadapt.ConfigError, match=r"pass .*\n.*jaxadapt.to_peft\(tree, lora_alpha=16\)"):
+            jaxadapt.to_peft(tree, keymap=case.table)
+        config = jaxadapt.LoraConfig(lora_alpha=5, task_type="CAUSAL_LM")
+        found = jaxadapt.to_peft(tree, keymap=case.table, config=config).config
+        assert (found.r, found.lora_alpha, found.task_type) == (R, 5, "CAUSAL_LM")
+        with pytest.raises(jaxadapt.ConfigError, match="lora_alpha=16 is passed, and the configuration says 5"):
+            jaxadapt.to_peft(tree, keymap=case.table, config=config, lora_alpha=16)
+
+
+@each
+def test_another_scale_in_the_file(case: Case, tmp_path):
+    """The file's scale over the tree's own goes into B: exactly for a power of two, else with a warning."""
+    tree = case.tree()
+    jaxadapt.save(tree, tmp_path, keymap=case.table, **alpha(case))
+    tensors = jaxadapt.read(tmp_path)
+    for factor, told in ((4, False), (3, True)):
+        changed = tensors.config.replace(lora_alpha=factor * tensors.config.lora_alpha)
+        jaxadapt.write(jaxadapt.PeftTensors(changed, tensors.tensors), tmp_path / str(factor))
+
+        def load(path=tmp_path / str(factor)) -> Any:
+            return jaxadapt.load(path, case.tree(1), keymap=case.table, **alpha(case))
+
+        if told:
+            with pytest.warns(UserWarning, match="rounded once"):
+                back = load()
+        else:
+            back = load()
+        np.testing.assert_array_equal(flat(back)[case.b[0]], flat(tree)[case.b[0]] * np.float32(factor))
+        np.testing.assert_array_equal(flat(back)[case.a[0]], flat(tree)[case.a[0]])
+
+
+@each
+def test_a_tree_of_larger_rank_takes_a_smaller_file(case: Case, tmp_path):
+    tree = case.tree()
+    jaxadapt.save(tree, tmp_path, keymap=case.table, **alpha(case))
+    large = case.tree(1, rank=11)
+    told = {} if not alpha(case) else {"lora_alpha": 22.0}
+    back = jaxadapt.load(tmp_path, large, keymap=case.table, **told)
+    leaves = {path: np.asarray(x) for path, x in flat(back).items()}
+    delta = case.delta(leaves[case.a[0]], leaves[case.b[0]])
+    expected = case.delta(flat(tree)[case.a[0]], flat(tree)[case.b[0]])
+    np.testing.assert_allclose(delta, expected, rtol=0, atol=2e-6 * abs(expected).max())
+    with pytest.raises(jaxadapt.MismatchError, match=f"rank 2, needed {R}\nBuild it with rank={R}"):
+        jaxadapt.load(tmp_path, case.tree(1, rank=2), keymap=case.table, **told and {"lora_alpha": 4})
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.shared], ids=str)
+class TestShared:
+    """One array for several modules: exact where the file agrees, else refused or put side by side."""
+
+    def differing(self, case: Case, path) -> jaxadapt.PeftTensors:
+        jaxadapt.save(case.tree(), path / "same", keymap=case.table, **alpha(case))
+        tensors = jaxadapt.read(path / "same")
+        changed = {key: np.array(x) for key, x in tensors.tensors.items()}
+        rng = np.random.RandomState(3)
+        changed = {key: rng.standard_normal(x.shape).astype(x.dtype) for key, x in changed.items()}
+        jaxadapt.write(jaxadapt.PeftTensors(tensors.config, changed), path / "other")
+        return jaxadapt.read(path / "other")
+
+    def test_refused(self, case: Case, tmp_path):
+        self.differing(case, tmp_path)
+        with pytest.raises(jaxadapt.MismatchError, match='(?s)has one array where.*on_shared="concat"'):
+            jaxadapt.load(tmp_path / "other", case.tree(1), keymap=case.table, **alpha(case))
+        with pytest.raises(jaxadapt.MismatchError, match="on_shared: expected"):
+            jaxadapt.load(tmp_path / "other", case.tree(1), keymap=case.table, on_shared="x", **alpha(case))
+
+    def test_concat(self, case: Case, tmp_path):
+        tensors = self.differing(case, tmp_path)
+        count = len(tensors.tensors) // 2
+        with pytest.raises(jaxadapt.MismatchError, match=f"Build it with rank={count * R}"):
+            jaxadapt.load(tmp_path / "other", case.tree(1), keymap=case.table, on_shared="concat", **alpha(case))
+        told = {} if not alpha(case) else {"lora_alpha": 2.0 * count * R}
+        large = case.tree(1, rank=count * R)
+        back = jaxadapt.load(tmp_path / "other", large, keymap=case.table, on_shared="concat", **told)
+        leaves = flat(back)
+        found = case.torch(scale(case) * case.delta(leaves[case.a[0]], leaves[case.b[0]]))
+        close(found, computed(tensors))
+
+
+def test_one_part_of_a_fused_weight(tmp_path):
+    """A file for k alone: v keeps its A, and its B is zero."""
+    (case,) = (c for c in CASES if str(c) == "qwix-einsum-kv")
+    tree = case.tree()
+    jaxadapt.save(tree, tmp_path / "both", keymap=case.table, lora_alpha=ALPHA)
+    tensors = jaxadapt.read(tmp_path / "both")
+    mine = {key: x for key, x in tensors.tensors.items() if ".k." in key}
+    config = tensors.config.replace(target_modules=["k"])
+    jaxadapt.write(jaxadapt.PeftTensors(config, mine), tmp_path / "k")
+    back = flat(jaxadapt.load(tmp_path / "k", case.tree(1), keymap=case.table, lora_alpha=ALPHA))
+    expected = flat(tree)[case.b[0]].copy()
+    expected[:, 1] = 0
+    np.testing.assert_array_equal(back[case.b[0]], expected)
+    np.testing.assert_array_equal(back[case.a[0]], flat(tree)[case.a[0]])
+
+
+# ---- nothing is dropped, nothing is guessed --------------------------------------------------------------
+
+
+def dense(**more: Any) -> dict[str, Any]:
+    (case,) = (c for c in CASES if str(c) == "qwix-dense")
+    return nest(flat(case.tree()) | more)
+
+
+TABLE = jaxadapt.KeyMap("case", (jaxadapt.Weight("{path}.kernel", "m.{path}.weight", "i o -> o i"),))
+
+
+def test_a_leaf_nobody_claims_is_listed():
+    tree = dense(**{"up.kernel_lora_magnitude": np.zeros(F), "x.lora_B": np.zeros((R, F))})
+    with pytest.raises(jaxadapt.KeyMapError, match=r"(?s)no dialect knows these.*up.kernel_lora_magnitude.*x.lora_B"):
+        jaxadapt.to_peft(tree, keymap=TABLE, lora_alpha=ALPHA)
+
+
+def test_half_a_pair_is_listed():
+    tree = dense(**{"down.kernel_lora_a": np.zeros((D, R))})
+    with pytest.raises(jaxadapt.KeyMapError, match=r"down.kernel_lora_a"):
+        jaxadapt.to_peft(tree, keymap=TABLE, lora_alpha=ALPHA)
+
+
+def test_two_dialects_in_one_tree():
+    tree = dense(**{"x.kernel": np.zeros((D, F)), "x.lora.a": np.zeros((D, R)), "x.lora.b": np.zeros((R, F))})
+    with pytest.raises(jaxadapt.KeyMapError, match=r"(?s)x.lora.a.*x.lora.b"):
+        jaxadapt.to_peft(tree, keymap=TABLE, lora_alpha=ALPHA)
+
+
+def test_a_leaf_without_a_line_is_listed():
+    tree = dense(**{"x.w": np.zeros((D, F)), "x.w_lora_a": np.zeros((D, R)), "x.w_lora_b": np.zeros((R, F))})
+    with pytest.raises(jaxadapt.KeyMapError, match=r"x.w_lora_a, x.w_lora_b: the table 'case' has no line for 'x.w'"):
+        jaxadapt.to_peft(tree, keymap=TABLE, lora_alpha=ALPHA)
+
+
+def test_ragged_dot_is_refused():
+    """Qwix's ragged_dot makes an A of (E·D, r), of which nothing can be made."""
+    line = jaxadapt.Weight("e.w", "m.experts.{e}.up.weight", "{e} d f -> f d")
+    tree = nest({"e.w": np.zeros((E, D, F)), "e.w_lora_a": np.zeros((E * D, R)), "e.w_lora_b": np.zeros((R, F))})
+    with pytest.raises(jaxadapt.KeyMapError, match=r"e.w_lora_a \(60, 7\).*expected .*A \(\{e\} d r\), B \(r f\)"):
+        jaxadapt.to_peft(tree, keymap=jaxadapt.KeyMap("case", (line,)), lora_alpha=ALPHA)
+
+
+def test_a_configuration_that_contradicts_the_tree():
+    tree = dense(**{"down.kernel": np.zeros((F, D), np.float32)})
+    for config, what in (
+        (jaxadapt.LoraConfig(r=3), "m.up: rank 7 in the tree, 3 in the configuration"),
+        (jaxadapt.LoraConfig(target_modules=["down"]), "m.up: adapted in the tree, not named"),
+        (jaxadapt.LoraConfig(target_modules=["up", "down"]), "m.down: named by target_modules, without LoRA leaves"),
+        (jaxadapt.LoraConfig(use_rslora=True), "use_rslora"),
+        (jaxadapt.LoraConfig(use_dora=True), "use_dora"),
+        (jaxadapt.LoraConfig(bias="all"), "bias='all'"),
+        (jaxadapt.LoraConfig(kasa_config={}), "kasa_config"),
+        (jaxadapt.LoraConfig(alora_invocation_tokens=[1]), "adapts every token"),
+    ):
+        with pytest.raises(jaxadapt.ConfigError, match=what):
+            jaxadapt.to_peft(tree, keymap=TABLE, config=config)
+    with pytest.raises(jaxadapt.ConfigError, match="expected a LoraConfig"):
+        jaxadapt.to_peft(tree, keymap=TABLE, config=jaxadapt.IA3Config(target_modules=["up"], feedforward_modules=[]))
+
+
+def test_target_modules_name_what_is_adapted_and_nothing_else():
+    """In short where a short name means the same, else in full; in full where the base is not at hand."""
+    flat_tree = {
+        f"{layer}.{name}.kernel": np.zeros((D, F), np.float32) for layer in range(2) for name in ("up", "gate", "q")
+    }
+    for leaf in ("0.up", "1.up", "1.gate"):
+        flat_tree |= {
+            f"{leaf}.kernel_lora_a": np.zeros((D, R), np.float32), f"{leaf}.kernel_lora_b": np.zeros((R, F), np.float32)
+        }  # fmt: skip
+    found = jaxadapt.to_peft(nest(flat_tree), keymap=TABLE, lora_alpha=1).config
+    assert set(found.target_modules) == {"up", "1.gate"}
+    bare = {path: x for path, x in flat_tree.items() if not path.endswith("kernel")}
+    found = jaxadapt.to_peft(nest(bare), keymap=TABLE, lora_alpha=1).config
+    assert set(found.target_modules) == {"m.0.up", "m.1.up", "m.1.gate"}
+
+
+def test_ranks_that_differ_become_a_pattern():
+    tree = dense(**{
+        "down.kernel": np.zeros((F, D), np.float32),
+        "down.kernel_lora_a": np.ones((F, 3), np.float32), "down.kernel_lora_b": np.ones((3, D), np.float32),
+        "x.kernel": np.zeros((F, D), np.float32),
+        "x.kernel_lora_a": np.ones((F, 3), np.float32), "x.kernel_lora_b": np.ones((3, D), np.float32),
+    })  # fmt: skip
+    tensors = jaxadapt.to_peft(tree, keymap=TABLE, lora_alpha=4)
+    assert (tensors.config.r, dict(tensors.config.rank_pattern)) == (3, {"up": R})
+    adapter = jaxadapt.extract(tree, keymap=TABLE, lora_alpha=4)
+    assert {p: x.shape for p, x in adapter.flat().items()}["up.kernel.lora_A"] == (R, D)
+
+
+def test_dtypes_are_kept_or_refused(tmp_path):
+    """bfloat16 into float32 leaves is exact; the other way is rounding, which must be asked for."""
+    (case,) = (c for c in CASES if str(c) == "qwix-dense")
+    told = {"keymap": case.table, "lora_alpha": ALPHA}
+    jaxadapt.save(case.tree(dtype="bfloat16"), tmp_path / "16", **told)
+    jaxadapt.save(case.tree(), tmp_path / "32", **told)
+    up = flat(jaxadapt.load(tmp_path / "16", case.tree(1), **told))[case.a[0]]
+    assert up.dtype == "float32"
+    np.testing.assert_array_equal(up, np.asarray(flat(case.tree(dtype="bfloat16"))[case.a[0]], np.float32))
+    with pytest.raises(jaxadapt.MismatchError, match="(?s)cannot hold these numbers exactly; pass dtype=.*bfloat16"):
+        jaxadapt.load(tmp_path / "32", case.tree(1, dtype="bfloat16"), **told)
+    down = jaxadapt.load(tmp_path / "32", case.tree(1, dtype="bfloat16"), dtype="bfloat16", **told)
+    assert flat(down)[case.a[0]].dtype == "bfloat16"
+
+
+def test_a_file_of_another_model_changes_nothing(tmp_path):
+    (case,) = (c for c in CASES if str(c) == "qwix-dense")
+    jaxadapt.save(case.tree(), tmp_path, keymap=case.table, lora_alpha=ALPHA)
+    wide = {"up.kernel": (D, F + 1), "up.kernel_lora_a": (D, R), "up.kernel_lora_b": (R, F + 1)}
+    other = nest({path: np.zeros(shape) for path, shape in wide.items()})
+    wrong = r"(?s)wrongly shaped.*m.up.lora_B.weight: expected \[15, r\], found \[14, 7\]"
+    with pytest.raises(jaxadapt.MismatchError, match=wrong):
+        jaxadapt.load(tmp_path, other, keymap=case.table, lora_alpha=ALPHA)
+    renamed = jaxadapt.KeyMap("other", (jaxadapt.Weight("up.kernel", "n.up.weight", "i o -> o i"),))
+    with pytest.raises(jaxadapt.MismatchError, match=r"(?s)missing.*n.up.lora_A.*unexpected.*m.up.lora_A"):
+        jaxadapt.load(tmp_path, case.tree(1), keymap=renamed, lora_alpha=ALPHA)
+
+
+def test_an_adapter_that_begins_at_a_token_does_not_fit_where_every_token_is_adapted(tmp_path):
+    tree = dense()
+    config = jaxadapt.LoraConfig(r=R, target_modules=["up"], alora_invocation_tokens=[1])
+    adapter = jaxadapt.init(config, {"up": tree["up"]}, key=jax.random.key(0), keymap=TABLE)
+    jaxadapt.save(adapter, tmp_path)
+    with pytest.raises(jaxadapt.ConfigError, match="qwix adapts every token"):
+        jaxadapt.load(tmp_path, tree, keymap=TABLE, lora_alpha=ALPHA)
+    jaxadapt.save(tree, tmp_path / "plain", keymap=TABLE, lora_alpha=ALPHA)
+    with pytest.raises(jaxadapt.ConfigError, match="lora_alpha=0: qwix leaves that count for nothing"):
+        jaxadapt.load(tmp_path / "plain", tree, keymap=TABLE, lora_alpha=0)
+
+
+def test_arguments_for_other_trees_are_refused(tmp_path):
+    tree = dense()
+    jaxadapt.save(tree, tmp_path, keymap=TABLE, lora_alpha=ALPHA)
+    with pytest.raises(jaxadapt.AttachError, match="rngs"):
+        jaxadapt.load(tmp_path, tree, keymap=TABLE, lora_alpha=ALPHA, rngs=1)
+    plain = {"params": {"up": {"kernel": jnp.zeros((D, F))}}}
+    with pytest.raises(jaxadapt.AttachError, match="lora_alpha: for targets with another library's"):
+        jaxadapt.load(tmp_path, plain, keymap=TABLE, lora_alpha=ALPHA)
+    adapter = jaxadapt.extract(tree, keymap=TABLE, lora_alpha=ALPHA)
+    with pytest.raises(jaxadapt.ConfigError, match="carries its own"):
+        jaxadapt.to_peft(adapter, lora_alpha=3)

@@ -1,0 +1,732 @@
+"""The Linen wrapper as users meet it: init, apply and bind with their options, names, training, refusals."""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.core import freeze
+from flax.training.train_state import TrainState
+
+import jaxadapt
+from jaxadapt.core import paths
+from jaxadapt.demo import llama_linen
+from jaxadapt.demo.llama import LlamaConfig
+from tests.support.twins import layers
+
+KEY = jax.random.key(0)
+LLAMA = LlamaConfig(
+    vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4
+)
+
+
+def lora(*targets: str, **changes: Any) -> Any:
+    return jaxadapt.LoraConfig(**{"r": 2, "lora_alpha": 6, "target_modules": list(targets), **changes})
+
+
+def ia3(*targets: str) -> Any:
+    return jaxadapt.IA3Config(target_modules=list(targets), feedforward_modules=[])
+
+
+def trained(variables: Any, by: float = 0.3) -> Any:
+    """The same variables with adapter values that do something."""
+    return {
+        c: jax.tree.map(lambda x: np.asarray(x) + by * np.cos(np.arange(x.size, dtype=x.dtype)).reshape(x.shape), tree)
+        if c in ("lora", "ia3")
+        else tree
+        for c, tree in variables.items()
+    }
+
+
+def merged(variables: Any, *names: str) -> Any:
+    params = variables["params"]
+    for name in names or ("default",):
+        params = jaxadapt.merge(params, jaxadapt.extract(variables, name))
+    return {**{c: t for c, t in variables.items() if c not in ("lora", "ia3")}, "params": params}
+
+
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def quick(model: Any, variables: Any, *inputs: Any) -> Any:
+    return jax.jit(model.apply, compiler_options=QUICK)(variables, *inputs)
+
+
+def close(a: Any, b: Any, tol: float = 1e-5) -> None:
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=tol, atol=tol), a, b)
+
+
+class Net(nn.Module):
+    """Layers from `setup`, also in a list and a dict, and a second method."""
+
+    dropout: float = 0.0
+
+    def setup(self) -> None:
+        self.q = nn.Dense(8)
+        self.layers = [nn.Dense(8), nn.Dense(8)]
+        self.heads = {"a": nn.Dense(4)}
+        self.drop = nn.Dropout(self.dropout)
+
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        x = jnp.tanh(self.encode(x))
+        for layer in self.layers:
+            x = self.drop(layer(x), deterministic=not train)
+        return self.heads["a"](x)
+
+    def encode(self, x: jax.Array) -> jax.Array:
+        return self.q(x)
+
+
+class Cached(nn.Module):
+    """A custom leaf module that counts its calls, sums into a cache and has dropout of its own."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        w = self.param("w", nn.initializers.normal(0.3), (8, 8))
+        total = self.variable("cache", "total", jnp.zeros, (8,))
+        if not self.is_initializing():
+            total.value = total.value + x.sum((0, 1))
+        y = nn.Dropout(0.5, name="drop")(jnp.einsum("bti,io->bto", x, w), deterministic=not train)
+        self.sow("intermediates", "y", y)
+        return y + total.value[None, None]
+
+
+class Cell(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for i in range(2):
+            x = Cached(name=f"c{i}")(x, train=self.has_rng("dropout"))
+        return x
+
+
+ALL = ("q", "layers_0", "layers_1", "heads_a")
+
+
+@pytest.fixture(scope="module")
+def net() -> tuple[Any, Any, Any]:
+    model, x = jaxadapt.adapt(Net(), lora(*ALL)), layers.x()
+    return model, trained(model.init(KEY, x)), x
+
+
+# ---------------------------------------------------------------- init
+
+
+def test_init_takes_a_key_or_a_mapping(net):
+    model, _, x = net
+    one, other = model.init(KEY, x), model.init({"params": KEY}, x)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    mine = model.init({"params": KEY, "lora": jax.random.key(4)}, x)
+    jax.tree.map(np.testing.assert_array_equal, one["params"], mine["params"])
+    assert (mine["lora"]["default"]["q"]["kernel"]["lora_A"] != one["lora"]["default"]["q"]["kernel"]["lora_A"]).any()
+
+
+def test_init_options_of_flax_work(net):
+    model, _, x = net
+    y, variables = model.init_with_output(KEY, x)
+    np.testing.assert_array_equal(y, model.module.init_with_output(KEY, x)[0])
+    assert set(variables) == {"params", "lora"}
+    encoder = jaxadapt.adapt(Net(), lora("q"))
+    assert set(encoder.init(KEY, x, method="encode")["params"]) == {"q"}
+    assert set(encoder.init(KEY, x, method=Net.encode, mutable=True)["params"]) == {"q"}
+    assert "intermediates" in model.init(KEY, x, capture_intermediates=True, mutable=True)
+
+
+def test_abstract_init(net):
+    model, variables, x = net
+    specs = jax.eval_shape(model.init, KEY, x)
+    assert jax.tree.structure(specs) == jax.tree.structure(variables)
+    assert [s.shape for s in jax.tree.leaves(specs)] == [v.shape for v in jax.tree.leaves(variables)]
+    assert jaxadapt.extract(specs).config == jaxadapt.extract(variables).config
+    out = jax.eval_shape(model.apply, specs, x)
+    assert out.shape == (2, 5, 4)
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+def test_bf16_base(dtype):
+    module = nn.Dense(6, param_dtype=jnp.bfloat16, dtype=jnp.bfloat16)
+    model = jaxadapt.adapt(module, lora(""), dtype=dtype)
+    variables = model.init(KEY, layers.x())
+    leaves = jax.tree.leaves(variables["lora"])
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype(dtype or jnp.float32)}
+    out = model.apply(trained(variables), layers.x())
+    assert out.dtype == jnp.bfloat16
+    close(
+        out.astype(jnp.float32),
+        module.apply(merged(trained(variables)), layers.x()).astype(jnp.float32),
+        5e-2,
+    )
+
+
+def test_collection_of_the_modules_own(net):
+    class Taken(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nn.Dense(3, name="q")(x) + self.variable("lora", "mine", jnp.zeros, (3,)).value[None, None]
+
+    with pytest.raises(jaxadapt.AttachError, match="'lora'.*of its own"):
+        jaxadapt.adapt(Taken(), lora("q")).init(KEY, layers.x())
+
+
+# ---------------------------------------------------------------- apply
+
+
+def test_methods_by_name_and_by_function(net):
+    model, variables, x = net
+    want = model.module.apply(merged(variables), x, method="encode")
+    close(model.apply(variables, x, method="encode"), want)
+    close(model.apply(variables, x, method=Net.encode), want)
+    close(model.apply(variables, x, method=lambda m, x: m.encode(x) * 2), want * 2)
+
+
+def test_frozen_variables(net):
+    model, variables, x = net
+    close(model.apply(freeze(variables), x), model.apply(variables, x))
+    _, changed = model.apply(freeze(variables), x, mutable=["lora"])
+    assert jax.tree.structure(changed["lora"]) == jax.tree.structure(freeze(variables)["lora"])
+
+
+def test_transforms(net):
+    model, variables, x = net
+    y = model.apply(variables, x)
+    close(jax.jit(model.apply)(variables, x), y)
+    close(jax.vmap(model.apply, (None, 0))(variables, x), y)
+    stacked = jax.tree.map(lambda a: jnp.stack([a, a * 2]), variables["lora"])
+    many = jax.vmap(lambda lora: model.apply({**variables, "lora": lora}, x))(stacked)
+    close(many[0], y)
+    assert abs(many[1] - y).max() > 1e-3
+    grads = jax.grad(lambda x: jax.checkpoint(model.apply)(variables, x).sum())(x)
+    close(grads, jax.grad(lambda x: model.module.apply(merged(variables), x).sum())(x))
+
+
+def test_mutable_keeps_adapters_and_hides_the_overlay():
+    case = next(c for c in layers.LINEN if c.name == "batchnorm")
+    model = jaxadapt.adapt(case.make(), lora("lin"))
+    variables = trained(model.init(KEY, *case.inputs()))
+    y, changed = model.apply(variables, *case.inputs(), mutable=["batch_stats"])
+    want, reference = model.module.apply(merged(variables), *case.inputs(), mutable=["batch_stats"])
+    close((y, changed), (want, reference))
+    assert set(changed) == {"batch_stats"}
+    _, everything = model.apply(variables, *case.inputs(), mutable=True)
+    assert jax.tree.structure(everything) == jax.tree.structure(variables)
+    assert jaxadapt.extract(everything).config == jaxadapt.extract(variables).config
+    jax.tree.map(np.testing.assert_array_equal, everything["lora"], variables["lora"])
+
+
+def test_mutable_filters(net):
+    model, variables, x = net
+    _, changed = model.apply(variables, x, mutable="params")
+    assert jax.tree.structure(changed) == jax.tree.structure({"params": variables["params"]})
+    assert set(model.apply(variables, x, mutable=nn.module.DenyList("params"))[1]) == {"lora"}
+    assert model.apply(variables, x, mutable=nn.module.DenyList(True))[1] == {}
+
+
+def test_boxes_stay():
+    case = next(c for c in layers.LINEN if c.name == "partitioned")
+    model = jaxadapt.adapt(case.make(), lora("layer"))
+    variables = trained(model.init(KEY, *case.inputs()))
+    y, changed = model.apply(variables, *case.inputs(), mutable=True)
+    assert isinstance(changed["params"]["layer"]["kernel"], nn.Partitioned)
+    close(y, model.module.apply(merged(nn.meta.unbox(variables)), *case.inputs()))
+
+
+def test_cache_intermediates_and_random_numbers_of_a_custom_layer():
+    """A layer that is traced alone still writes its collections and draws the numbers it would have drawn."""
+    model, x = jaxadapt.adapt(Cell(), lora("c0", "c1")), layers.x()
+    variables, rngs = model.init(KEY, x), {"dropout": jax.random.key(3)}
+    mutable = ["cache", "intermediates"]
+    base = {c: t for c, t in variables.items() if c != "lora"}
+    plain, fresh = (m.apply(v, x, rngs=rngs, mutable=mutable) for m, v in ((model.module, base), (model, variables)))
+    assert jax.tree.structure(plain) == jax.tree.structure(fresh)
+    jax.tree.map(np.testing.assert_array_equal, plain, fresh)
+    variables = trained(variables)
+    for _ in range(2):
+        y, changed = model.apply(variables, x, rngs=rngs, mutable=mutable)
+        close((y, changed), model.module.apply(merged(variables), x, rngs=rngs, mutable=mutable))
+        variables = {**variables, "cache": changed["cache"]}
+    assert abs(changed["cache"]["c1"]["total"]).max() > 0
+
+
+def test_capture_intermediates(net):
+    model, variables, x = net
+    y, seen = model.apply(variables, x, capture_intermediates=True, mutable=["intermediates"])
+    want = model.module.apply(merged(variables), x, capture_intermediates=True, mutable=["intermediates"])
+    close((y, seen), want)
+    cell = jaxadapt.adapt(Cell(), lora("c0", "c1"))
+    values = trained(cell.init(KEY, x))
+    out = cell.apply(values, x, capture_intermediates=True, mutable=["intermediates", "cache"])
+    close(
+        out,
+        cell.module.apply(merged(values), x, capture_intermediates=True, mutable=["intermediates", "cache"]),
+    )
+
+
+def test_decoding_with_attention_cache():
+    module = nn.MultiHeadDotProductAttention(2, decode=True)
+    model, x = jaxadapt.adapt(module, lora("query", "value")), layers.x()
+    variables = trained(model.init(KEY, x))
+    reference = merged(variables)
+    for t in range(3):
+        y, changed = model.apply(variables, x[:, t : t + 1], mutable=["cache"])
+        want, theirs = module.apply(reference, x[:, t : t + 1], mutable=["cache"])
+        close((y, changed), (want, theirs))
+        variables, reference = {**variables, **changed}, {**reference, **theirs}
+    assert changed["cache"]["cache_index"] == 3
+
+
+def test_dropout_only_with_its_key(net):
+    model, x = jaxadapt.adapt(Net(), lora(*ALL, lora_dropout=0.5)), layers.x()
+    variables = trained(model.init(KEY, x))
+    silent = model.clone(deterministic=True)
+    plain = silent.apply(variables, x)
+    close(plain, model.module.apply(merged(variables), x))
+    runs = [model.apply(variables, x, rngs={"dropout": jax.random.key(i)}) for i in (1, 1, 2)]
+    np.testing.assert_array_equal(runs[0], runs[1])
+    assert abs(runs[0] - runs[2]).max() > 1e-3
+    assert abs(runs[0] - plain).max() > 1e-3
+    many = jax.vmap(lambda k: model.apply(variables, x, method="encode", rngs={"dropout": k}))(
+        jax.random.split(KEY, 4000)
+    )
+    close(many.mean(0), silent.apply(variables, x, method="encode"), 0.2)  # it scales what it keeps
+
+
+def test_jit_inside_the_model_does_not_keep_an_older_scale():
+    inner = nn.jit(nn.Dense)  # one class for all instances, so one cache
+
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return inner(8, name="q")(x)
+
+    x = layers.x()
+    for alpha in (2, 20):
+        model = jaxadapt.adapt(Outer(), lora("q", lora_alpha=alpha))
+        variables = trained(model.init(KEY, x))
+        close(model.apply(variables, x), model.module.apply(merged(variables), x))
+    close(
+        jaxadapt.detach(model).apply({"params": variables["params"]}, x),
+        Outer().apply({"params": variables["params"]}, x),
+    )
+
+
+def test_bind(net):
+    model, variables, x = net
+    bound, reference = model.bind(variables), model.module.bind(merged(variables))
+    close(bound(x), reference(x))
+    close(bound.encode(x), reference.encode(x))
+    close(bound.q(x), reference.q(x))
+    close(bound.layers[1](x), reference.layers[1](x))
+    close(bound.heads["a"](x), reference.heads["a"](x))
+    assert bound.dropout == 0.0
+    assert jax.tree.structure(bound.variables) == jax.tree.structure(variables)
+    module, values = bound.unbind()
+    assert isinstance(module, Net)
+    assert jax.tree.structure(values) == jax.tree.structure(variables)
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_train_state_end_to_end(net):
+    """Only the adapter trains; one trace serves all updates; the state can be saved and read back."""
+    model, _, x = net
+    variables = model.init(KEY, x)
+    base, traces = variables["params"], []
+    state = TrainState.create(apply_fn=model.apply, params=variables["lora"], tx=optax.adam(1e-2))
+    target = jnp.ones((2, 5, 4))
+
+    @jax.jit
+    def step(state: TrainState, base: Any) -> tuple[TrainState, jax.Array]:
+        traces.append(1)
+
+        def loss(lora: Any) -> jax.Array:
+            return ((state.apply_fn({"params": base, "lora": lora}, x) - target) ** 2).mean()
+
+        value, grads = jax.value_and_grad(loss)(state.params)
+        return state.apply_gradients(grads=grads), value
+
+    losses = []
+    for _ in range(20):
+        state, value = step(state, base)
+        losses.append(float(value))
+    assert losses[-1] < 0.6 * losses[0]
+    assert len(traces) == 1
+    moments = jax.tree.leaves(state.opt_state[0].mu)
+    assert len(moments) == 2 * len(ALL)
+    adapter = jaxadapt.extract({"params": base, "lora": state.params})
+    assert adapter.config == model.adapters[0][1]
+    close(
+        model.apply({"params": base, "lora": state.params}, x),
+        Net().apply({"params": jaxadapt.merge(base, adapter)}, x),
+    )
+
+
+@pytest.mark.parametrize("name", ["dense", "gemma_mlp", "scan0_remat", "mha"])
+def test_no_gradient_of_a_frozen_weight(name: str):
+    """No product in the compiled step has the shape of a base weight: dW is never formed."""
+    case = next(c for c in layers.LINEN if c.name == name)
+    module = case.make()
+    model = jaxadapt.adapt(module, lora(*(t.rpartition(".")[2] for t in case.targets), r=3))
+    variables = jax.jit(model.init, compiler_options=QUICK)(KEY, *case.inputs())
+
+    def step(values: Any, *inputs: Any) -> Any:
+        return jax.grad(lambda lora: model.apply({**variables, "lora": lora}, *inputs).sum())(values)
+
+    def trained_base(params: Any, *inputs: Any) -> Any:
+        return jax.grad(lambda params: module.apply({"params": params}, *inputs).sum())(params)
+
+    def products(f: Any, values: Any) -> set[tuple[int, ...]]:
+        text = jax.jit(f).lower(values, *case.inputs()).as_text()
+        found = re.findall(r"stablehlo\.dot_general.*-> tensor<([\dx]+)xf32>", text)
+        return {tuple(sorted(map(int, shape.split("x")))) for shape in found}
+
+    flat = paths.flatten(variables["params"])
+    weights = {
+        tuple(sorted(n for i, n in enumerate(flat[leaf].shape) if i != case.stack.get(leaf))) for leaf in case.roles
+    }
+    assert weights & products(trained_base, variables["params"]), "the pattern finds no dW where there is one"
+    assert not weights & products(step, variables["lora"])
+
+
+# ---------------------------------------------------------------- a pretrained base
+
+
+@pytest.mark.parametrize("scan", [None, 0, 1])
+def test_init_on_parameters_gives_the_specs_of_the_wrapper(scan: int | None):
+    changes = {} if scan is None else {"scan": True, "scan_axis": scan}
+    module = llama_linen.Llama(LlamaConfig(**{**vars_of(LLAMA), **changes}))
+    tokens = jnp.zeros((1, 3), jnp.int32)
+    model = jaxadapt.adapt(module, lora("q_proj", "down_proj"))
+    mine = jax.eval_shape(model.init, KEY, tokens)
+    base = jax.jit(module.init, compiler_options=QUICK)(KEY, tokens)
+    adapter = jaxadapt.init(model.adapters[0][1], base["params"], key=KEY)
+    assert jax.tree.structure({**base, **adapter.collection}) == jax.tree.structure(mine)
+    assert {p: x.shape for p, x in adapter.flat().items()} == {
+        p: x.shape for p, x in jaxadapt.extract(mine).flat().items()
+    }
+    assert adapter.keymap.name == ("llama" if scan is None else f"llama/scan{scan}")
+    variables = trained({**base, **adapter.collection})
+    close(quick(model, variables, tokens), quick(module, merged(variables), tokens), 1e-4)
+    named = jaxadapt.adapt(module, lora("q_proj"), keymap=adapter.keymap.name)
+    named = jax.eval_shape(named.init, KEY, tokens)
+    assert jaxadapt.extract(named).keymap.name == adapter.keymap.name
+
+
+def vars_of(config: Any) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in config.__dataclass_fields__}
+
+
+def test_known_classes_without_a_table(net):
+    model, variables, _ = net
+    adapter = jaxadapt.init(model.adapters[0][1], variables["params"], key=KEY)
+    assert jax.tree.structure(adapter.collection["lora"]) == jax.tree.structure(variables["lora"])
+
+
+def test_a_table_that_contradicts_the_model():
+    module = llama_linen.Llama(LlamaConfig(**{**vars_of(LLAMA), "scan": True, "scan_axis": 1}))
+    model = jaxadapt.adapt(module, lora("q_proj"), keymap="llama/scan0")
+    with pytest.raises(jaxadapt.AttachError, match=r"stacks its layers on axes \(0,\), the model on \(1,\)"):
+        jax.eval_shape(model.init, KEY, jnp.zeros((1, 3), jnp.int32))
+
+
+@pytest.mark.parametrize("sides", ["o i -> o i", "i o -> o i"])
+def test_a_table_must_not_take_a_layers_outputs_for_its_inputs(sides: str):
+    """Of a square kernel shapes do not tell, and the file would hold the change transposed."""
+
+    class Square(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nn.Dense(4, name="up")(x)
+
+    table = jaxadapt.KeyMap("mine", (jaxadapt.Weight("up.kernel", "up.weight", sides),))
+    model = jaxadapt.adapt(Square(), lora("up"), keymap=table)
+    if sides == "i o -> o i":
+        model.init(KEY, jnp.ones((1, 4)))
+    else:
+        with pytest.raises(jaxadapt.AttachError, match=r"up.kernel: the table .* contradicts .* keymap='generic'"):
+            model.init(KEY, jnp.ones((1, 4)))
+
+
+# ---------------------------------------------------------------- several adapters
+
+
+def test_two_names_activate_disable_delete(net):
+    _, _, x = net
+    model = jaxadapt.adapt(jaxadapt.adapt(Net(), lora("q"), name="a"), lora("q", "layers_0", r=3), name="b")
+    variables = model.init(KEY, x)
+    assert set(variables["lora"]) == {"a", "b"}
+    assert (
+        variables["lora"]["a"]["q"]["kernel"]["lora_A"][0] != variables["lora"]["b"]["q"]["kernel"]["lora_A"][0]
+    ).any()
+    variables = trained(variables)
+    base = model.module.apply({"params": variables["params"]}, x)
+    close(model.apply(variables, x), model.module.apply(merged(variables, "b"), x))
+    close(jaxadapt.activate(model, "a").apply(variables, x), model.module.apply(merged(variables, "a"), x))
+    both = jaxadapt.activate(model, "a", "b")
+    close(both.apply(variables, x), model.module.apply(merged(variables, "a", "b"), x))
+    with jaxadapt.disable(both) as plain:
+        np.testing.assert_array_equal(plain.apply(variables, x), base)
+    only_a = jaxadapt.delete(both, "b")
+    close(only_a.apply(variables, x), model.module.apply(merged(variables, "a"), x))
+    left = jaxadapt.delete(variables, "b")
+    assert set(left["lora"]) == {"a"}
+    close(only_a.apply(left, x), only_a.apply(variables, x))
+    none = jaxadapt.delete(only_a, "a")
+    np.testing.assert_array_equal(none.apply(variables, x), base)
+    np.testing.assert_array_equal(none.apply(jaxadapt.delete(left, "a"), x), base)
+    assert jaxadapt.detach(model) is model.module
+    with pytest.raises(jaxadapt.AttachError, match="'c'.*\\['a', 'b'\\]"):
+        jaxadapt.activate(model, "c")
+    with pytest.raises(jaxadapt.AttachError, match="already"):
+        jaxadapt.adapt(model, lora("q"), name="a")
+    with pytest.raises(jaxadapt.AttachError, match="holds? no adapter 'b'"):
+        both.apply(left, x)
+
+
+def test_lora_and_ia3_together(net):
+    _, _, x = net
+    model = jaxadapt.adapt(jaxadapt.adapt(Net(), lora("q", "heads_a")), ia3("q", "layers_1"), name="scales")
+    model = jaxadapt.activate(model, "default", "scales")
+    variables = trained(model.init(KEY, x))
+    assert set(variables) == {"params", "lora", "ia3"}
+    close(model.apply(variables, x), model.module.apply(merged(variables, "default", "scales"), x))
+    _, changed = model.apply(variables, x, mutable=["ia3"])
+    assert set(changed) == {"ia3"}
+
+
+# ---------------------------------------------------------------- refusals, by name
+
+
+def refused(kind: type[Exception], says: str, f: Any, *args: Any, **kwargs: Any) -> None:
+    with pytest.raises(kind, match=says):
+        f(*args, **kwargs)
+
+
+def test_negative_scan_axis():
+    from tests.support.twins.layers_linen import Stack
+
+    refused(
+        jaxadapt.AttachError,
+        "(?s)blk.q.kernel.*negative axis",
+        jaxadapt.adapt(Stack(-1), lora("q")).init,
+        KEY,
+        layers.x(),
+    )
+
+
+class Decoder(nn.Module):
+    """The kernel is read outside its module's call, but only in one of two methods."""
+
+    def setup(self) -> None:
+        self.enc = nn.Dense(6)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.enc(x)
+
+    def decode(self, x: jax.Array) -> jax.Array:
+        return self.enc(x) @ self.enc.variables["params"]["kernel"].T
+
+
+def test_reads_outside_are_found_at_each_kind_of_call():
+    model, x = jaxadapt.adapt(Decoder(), lora("enc")), layers.x()
+    variables = model.init(KEY, x)
+    model.apply(variables, x)
+    refused(jaxadapt.AttachError, "(?s)read outside.*enc.kernel", model.apply, variables, x, method="decode")
+    jitted = jax.jit(lambda v, x: model.apply(v, x, method="decode"))
+    refused(jaxadapt.AttachError, "(?s)read outside.*enc.kernel", jitted, variables, x)
+    bound = model.bind(variables)
+    bound(x)
+    refused(jaxadapt.AttachError, "(?s)read outside.*enc.kernel", bound.decode, x)
+    none = jaxadapt.adapt(Decoder(), lora("enc"))
+    with jaxadapt.disable(none) as plain:
+        plain.apply(variables, x, method="decode")
+
+
+def test_dropout_where_only_the_effective_weight_can_follow():
+    from tests.support.twins.layers_linen import own
+
+    module = own(lambda x, w: x @ w**2, 8, 6)()
+    table = jaxadapt.KeyMap("t", (jaxadapt.Weight("layer.w", "layer.weight", "i o -> o i"),))
+    model = jaxadapt.adapt(module, lora("layer", lora_dropout=0.1), keymap=table)
+    variables = model.init(KEY, layers.x())
+    model.clone(deterministic=True).apply(variables, layers.x())
+    refused(jaxadapt.AttachError, "dropout", model.apply, variables, layers.x(), rngs={"dropout": KEY})
+
+
+def test_variables_that_do_not_fit(net):
+    model, variables, x = net
+    refused(
+        jaxadapt.AttachError,
+        "no adapter 'default' in 'lora'",
+        model.apply,
+        {"params": variables["params"]},
+        x,
+    )
+    other = jaxadapt.adapt(Net(), lora(*ALL, lora_alpha=7))
+    refused(jaxadapt.AttachError, "another configuration", other.apply, variables, x)
+    params = {k: v for k, v in variables["params"].items() if k not in ("q", "layers_1")}
+    refused(
+        jaxadapt.AttachError,
+        "(?s)lack.*layers_1.kernel.*q.kernel",
+        model.apply,
+        {**variables, "params": params},
+        x,
+    )
+    lost = {k: v for k, v in variables["lora"]["default"].items() if k != "~config"}
+    refused(jaxadapt.AttachError, "config=", model.apply, {**variables, "lora": {"default": lost}}, x)
+
+
+def test_bookkeeping_fields_are_no_other_configuration(net):
+    _, variables, x = net
+    jaxadapt.adapt(Net(), lora(*ALL, base_model_name_or_path="org/base")).apply(variables, x)
+
+
+def test_all_linear_and_what_init_resolved_it_to():
+    module, tokens = llama_linen.Llama(LLAMA), jnp.zeros((1, 3), jnp.int32)
+    for config in (
+        lora(target_modules="all-linear"),
+        jaxadapt.IA3Config(target_modules="all-linear", feedforward_modules=["down_proj"]),
+    ):
+        model = jaxadapt.adapt(module, config)
+        variables = trained(jax.jit(model.init, compiler_options=QUICK)(KEY, tokens))
+        sites = jaxadapt.extract(variables).sites
+        assert len(sites) == 14
+        assert not any("embed" in leaf or "norm" in leaf for leaf in sites)
+        close(quick(model, variables, tokens), quick(module, merged(variables), tokens), 1e-4)
+
+
+def test_all_linear_without_a_table_leaves_stacked_vectors_alone():
+    """A norm's scale stacked over layers is 2-D, and no matrix."""
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+            weight = self.param("weight", nn.initializers.ones, (8,))
+            return nn.Dense(8, name="lin")(x * weight[None, None]), None
+
+    class Deep(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            stack = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+            return stack(name="blk")(x, None)[0]
+
+    model = jaxadapt.adapt(Deep(), lora(target_modules="all-linear"))
+    variables = trained(jax.jit(model.init, compiler_options=QUICK)(KEY, layers.x()))
+    assert set(jaxadapt.extract(variables).sites) == {"blk.lin.kernel"}
+    close(quick(model, variables, layers.x()), quick(Deep(), merged(variables), layers.x()))
+
+
+def test_targets_that_match_nothing_list_near_misses(net):
+    _, _, x = net
+    refused(
+        jaxadapt.TargetError,
+        "(?s)qq.*near misses: q",
+        jaxadapt.adapt(Net(), lora("qq", "layer_0")).init,
+        KEY,
+        x,
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "inputs", "target", "leaf"),
+    [
+        (lambda: nn.ConvTranspose(4, (3,), name="odd"), layers.one, "odd", "odd.kernel"),
+        (lambda: nn.OptimizedLSTMCell(4, name="odd"), layers.one, "ii", "odd.ii.kernel"),
+    ],
+    ids=["transposed conv", "lstm"],
+)
+def test_nothing_named_is_left_out_silently(module, inputs, target, leaf):
+    """A layer no method can adapt is refused with its name, also beside one that can be adapted."""
+
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, *args: Any) -> Any:
+            odd = module()
+            return nn.Dense(3, name="lin")((nn.RNN(odd) if isinstance(odd, nn.RNNCellBase) else odd)(*args))
+
+    args = inputs()
+    model = jaxadapt.adapt(Two(), lora("lin", target))
+    with pytest.raises(jaxadapt.AdapterError, match=leaf):
+        model.init(KEY, *args)
+
+
+def test_a_cell_that_shows_no_roles_takes_the_adapter_of_init():
+    """What the refusal of the wrapper's own `init` says: against kernels changed by hand."""
+    net, x = nn.RNN(nn.OptimizedLSTMCell(6)), jax.random.normal(KEY, (2, 3, 4))
+    params = net.init(KEY, x)["params"]
+    config = lora("ii", "hf", init_lora_weights=False)
+    wrapper = jaxadapt.adapt(net, config)
+    refused(jaxadapt.AttachError, r"if it is \(in, out\), take the adapter from jaxadapt\.init", wrapper.init, KEY, x)
+    adapter = jaxadapt.init(config, params, key=KEY)
+    (cell,) = params
+    by_hand = jax.tree.map(jnp.asarray, params)
+    for name in ("ii", "hf"):
+        a, b = (adapter.flat()[f"{cell}.{name}.kernel.lora_{part}"] for part in "AB")
+        by_hand[cell][name]["kernel"] += 3 * (b @ a).T
+    close(wrapper.apply({"params": params, **adapter.collection}, x), net.apply({"params": by_hand}, x))
+
+
+def test_a_wrapper_is_no_part_of_a_module():
+    class Outer(nn.Module):
+        net: Any
+
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nn.Dense(3, name="head")(self.net(x))
+
+    outer = Outer(jaxadapt.adapt(Net(), lora("q")))
+    refused(jaxadapt.AttachError, "adapt the outermost one", outer.init, KEY, jnp.ones((2, 8)))
+
+
+class Normed(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.BatchNorm(use_running_average=False, name="norm")(nn.Dense(4, name="q")(x))
+
+
+def test_a_module_with_a_state_is_not_saved_in_part():
+    x = jnp.ones((5, 4))
+    refused(
+        jaxadapt.AttachError,
+        "(?s)modules_to_save means all of a module.*norm.bias.*norm.scale",
+        jaxadapt.adapt(Normed(), lora("q", modules_to_save=["norm"])).init,
+        KEY,
+        x,
+    )
+    variables = jaxadapt.adapt(Normed(), lora("q", bias="all")).init(KEY, x)
+    assert set(jaxadapt.extract(variables).sites) == {"q.kernel", "q.bias", "norm.bias"}
+
+
+# ---- layers that one call reaches and another does not ---------------------------------------------------------
+
+
+class Branches(nn.Module):
+    """An encoder-decoder in small: its `init` may see one half only."""
+
+    @nn.compact
+    def __call__(self, x: Any, decode: bool = False) -> Any:
+        x = nn.Dense(8, name="encoder")(x)
+        return nn.Dense(8, name="decoder")(x) if decode else x
+
+
+def test_a_layer_that_the_adapter_lacks_is_named_when_a_call_uses_it(recwarn: pytest.WarningsRecorder):
+    x = jnp.ones((2, 8))
+    config = lora("encoder", "decoder")
+    base = Branches().init(KEY, x, True)["params"]
+    module = jaxadapt.adapt(Branches(), config)
+    with pytest.warns(UserWarning, match="target_modules: 'decoder' matches no module"):
+        half = {"params": base, "lora": module.init(KEY, x)["lora"]}
+    module.apply(half, x)  # reaches what the adapter has
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"the adapter 'default' lacks.*\n  decoder\.kernel"):
+        module.apply(half, x, True)
+    whole = {"params": base, **jaxadapt.init(config, base, key=KEY).collection}
+    module.apply(whole, x, True)
+    module.apply(whole, x)
+    assert not recwarn.list

@@ -1,0 +1,1 @@
+"""Helpers of the tests: small models, twins of PyTorch models, reference libraries, programs that are killed."""

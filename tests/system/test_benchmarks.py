@@ -1,0 +1,41 @@
+"""Every benchmark runs, in a process of its own with the smallest sizes; what it measures then says nothing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if "\ndef main()" in path.read_text())
+NEEDS = {"lora": "peft"}  # the others leave out what is not installed
+SECONDS = {"codec", "paper"}
+
+
+def of(name: str) -> object:
+    marks = [*([pytest.mark.peft] if name in NEEDS else []), *([] if name in SECONDS else [pytest.mark.slow])]
+    return pytest.param(name, marks=marks)
+
+
+@pytest.mark.parametrize("name", map(of, SCRIPTS))
+def test_it_runs(name: str, tmp_path: Path) -> None:
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
+    env.pop("XLA_FLAGS", None)  # one device, as a benchmark has that asks for no more
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--smoke"]
+    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr[-4000:]
+    assert "median" in run.stdout or "MB" in run.stdout  # its tables
+    left = [path.name for path in tmp_path.iterdir() if not path.name.startswith("torch")]  # a cache of its own
+    assert left == []  # a benchmark clears away what it has written
+
+
+def test_each_is_listed() -> None:
+    listed = (ROOT / "benchmarks" / "README.md").read_text()
+    listed += (ROOT / "docs" / "training.md").read_text()  # the one that counts on paper
+    assert SCRIPTS
+    assert all(f"`{name}.py`" in listed or f"benchmarks.{name}`" in listed for name in SCRIPTS)

@@ -1,0 +1,68 @@
+"""Every ```python block of README.md and docs/ runs, in a fresh namespace and a temporary folder; no link is dead.
+
+A block after the line `<!-- no-run -->` is left out.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from pathlib import Path
+
+import pytest
+
+import jaxadapt
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = {str(path.relative_to(ROOT)): path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+BLOCK = re.compile(r"(?P<left_out><!-- *no-run *-->\s*\n)?```python\n(?P<code>.*?)^```", re.M | re.S)
+LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]*))?\)")
+TEXT = {name: path.read_text(encoding="utf-8") for name, path in PAGES.items()}
+BLOCKS = {
+    (name, text.count("\n", 0, m.start("code"))): m["code"]
+    for name, text in TEXT.items()
+    for m in BLOCK.finditer(text)
+    if not m["left_out"]
+}
+
+
+@pytest.mark.parametrize(("page", "line"), [pytest.param(*at, id=f"{at[0]}:{at[1] + 1}") for at in BLOCKS])
+def test_block_runs(page: str, line: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    # Blank lines in front, so that a traceback points into the page.
+    exec(compile("\n" * line + BLOCKS[page, line], str(PAGES[page]), "exec"), {"__name__": "__main__"})
+
+
+def test_it_begins_with_nnx_and_linen():
+    nnx, linen, *_ = BLOCKS.values()
+    assert "from flax import nnx" in nnx
+    assert "import flax.linen as nn" in linen
+
+
+def anchors(text: str) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str):
+    found = list(LINK.finditer(TEXT[page]))
+    for m in found:
+        there = (PAGES[page].parent / m[1]).resolve() if m[1] else PAGES[page]
+        assert there.exists(), m[0]
+        assert not m[2] or m[2] in anchors(there.read_text(encoding="utf-8")), m[0]
+    assert found or page != "README.md"
+
+
+@pytest.mark.peft
+def test_what_pefts_functions_are_called_here():
+    import peft
+
+    table = TEXT["docs/adapters.md"].partition("## Coming from PEFT")[2]
+    rows = re.findall(r"^\| (`[\w.`, ]+`) \| (.+) \|$", table, re.M)
+    assert len(rows) > 10
+    for theirs, ours in rows:
+        for name in re.findall(r"[\w.]+", theirs):
+            operator.attrgetter(name)(peft)
+        assert set(re.findall(r"`(\w+)`", ours)) <= set(jaxadapt.__all__), ours
