@@ -186,11 +186,11 @@ def exporting(kind: str, merged: bool, width: int) -> None:
     adapter = jaxadapt.init(config, model, key=jax.random.key(0), keymap=keymap) if merged else None
     with tempfile.TemporaryDirectory() as folder:
         # What is imported and compiled on first use is no memory of the data; what it leaves free goes back.
-        jaxadapt.export_base(model, folder, adapter, keymap=keymap)
+        jaxadapt.export.export_base(model, folder, adapter, keymap=keymap)
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
         before = status("VmRSS")
-        jaxadapt.export_base(model, folder, adapter, keymap=keymap)
+        jaxadapt.export.export_base(model, folder, adapter, keymap=keymap)
         print(status("VmHWM") - before)
 
 

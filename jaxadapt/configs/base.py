@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self, cast
 
 from jaxadapt.configs.frozen import Frozen, FrozenDict, freeze, thaw
 from jaxadapt.configs.name_patterns import PatternIndex
+from jaxadapt.configs.peft_type import read_peft_type
 from jaxadapt.configs.validation import Problems
 from jaxadapt.core.errors import ConfigError
 
@@ -53,8 +54,16 @@ class Config:
     # The one type a class is for; None: the class is for every type that has none of its own.
     _type: ClassVar[str | None] = None
 
+    # {peft_type: its class}, of every subclass that is for one type.
+    classes: ClassVar[dict[str, type[Config]]] = {}
+
     # Other libraries' words for fields, and the fields that they mean.
     _spellings: ClassVar[Mapping[str, str]] = {}
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if cls._type is not None:
+            Config.classes[cls._type] = cls
 
     def __new__(cls, *args: object, **values: object) -> Self:
         """Say what is meant by a keyword that is no field: `__init__` would raise a TypeError without it."""
@@ -243,10 +252,8 @@ class Config:
         FrozenDict({'r': 256})
         """
         if cls is Config:
-            # Only here does the base know of its subclasses; the import would be circular at the top.
-            from jaxadapt.configs.serialization import from_dict
-
-            return cast("Self", from_dict(values, source))
+            name = read_peft_type(values, source)
+            return cast("Self", Config.classes.get(name, GenericConfig).from_dict(values, source))
         names = set(_field_names(cls)) - {"extra"}
         known: dict[str, Any] = {
             "peft_version": None,

@@ -41,7 +41,7 @@ def require_original_base(config: Config, source: str, way_out: str = "") -> Non
 
 
 _CONVERT = (
-    "convert it where it was trained (jaxadapt.for_original_base; in PEFT save_pretrained with"
+    "convert it where it was trained (jaxadapt.initializers.for_original_base; in PEFT save_pretrained with"
     " path_initial_model_for_weight_conversion), or merge it there, which is KaSA's only way"
 )
 

@@ -159,7 +159,7 @@ def _leaves(params: Any, keymap: KeyMap | str | None, own: bool = False) -> tupl
     odd = [f"{p}: {type(x).__name__}" for p, x in found.items() if not is_array(x)]
     if odd:
         raise AttachError(
-            "expected arrays as base parameters (jaxadapt.dequantize makes them of quantised ones), found:\n"
+            "expected arrays as base parameters (jaxadapt.models.dequantize makes them of quantised ones), found:\n"
             + paths.bullets(odd)
         )
     table = families.resolve_keymap(keymap, _shapes(found))

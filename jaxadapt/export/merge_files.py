@@ -74,7 +74,7 @@ def merge_folder(
         tensors = folder.read(adapter, progress=report)
         if not allow_nan:
             _refuse_nan([tensors], "merge")
-        way_out = "jaxadapt.export_base(model, folder, adapter) writes a model with it merged"
+        way_out = "jaxadapt.export.export_base(model, folder, adapter) writes a model with it merged"
         _need_modules(tensors, way_out)
         if tensors.config.get("layer_replication"):
             raise ConfigError(

@@ -37,8 +37,8 @@ def for_original_base(trained: Any, first: Adapter, name: str = attachment.DEFAU
     >>> import numpy as np, jaxadapt
     >>> params = {"q": {"kernel": np.arange(24.0).reshape(4, 6).astype("float32")}}
     >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"], init_lora_weights="olora")
-    >>> residual, first = jaxadapt.start(config, params)
-    >>> plain = jaxadapt.for_original_base(first, first)
+    >>> residual, first = jaxadapt.initializers.start(config, params)
+    >>> plain = jaxadapt.initializers.for_original_base(first, first)
     >>> plain.config.r, plain.config.init_lora_weights
     (4, True)
     >>> bool(np.allclose(jaxadapt.merge(params, plain)["q"]["kernel"], params["q"]["kernel"], atol=1e-4))
@@ -57,7 +57,7 @@ def for_original_base(trained: Any, first: Adapter, name: str = attachment.DEFAU
     if config.use_rslora and (config.rank_pattern or config.alpha_pattern):
         raise ConfigError(
             "use_rslora with rank_pattern or alpha_pattern: no patterns of a doubled rank have the same scales (PEFT"
-            " refuses it too); jaxadapt.to_lora((original, merged), r) approximates the change"
+            " refuses it too); jaxadapt.merging.to_lora((original, merged), r) approximates the change"
         )
     now, then = adapter.flat(), first.flat()
     differ = [p for p in now.keys() | then.keys() if p not in now or p not in then or now[p].shape != then[p].shape]

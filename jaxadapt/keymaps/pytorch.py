@@ -136,7 +136,7 @@ def _turned(modules: Mapping[str, tuple[tuple[int, ...], Shapes]], said: bool, s
         raise MismatchError(
             f"{source}: these modules are square, and whether the model stores them (out, in), as nn.Linear, or (in,"
             f" out), as Conv1D, does not show: fan_in_fan_out is {said}, and by their sizes not all other modules are"
-            " stored so. jaxadapt.export_base(model, folder, adapter) writes a model with the adapter merged:\n"
+            " stored so. jaxadapt.export.export_base(model, folder, adapter) writes a model with the adapter merged:\n"
             + paths.bullets(sorted(unknown))
         )
     return found

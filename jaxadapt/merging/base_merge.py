@@ -53,7 +53,8 @@ def merge(
         donate: give the weights up: each is changed in its own memory (on devices; numpy arrays stay), so that no more
             than one beside the model is held. The arrays in `params` cannot be used any more then, by nobody who shares
             them either, and after an interruption neither can the rest.
-        dequantize: of a base with quantised weights make all of them dense, as `jaxadapt.dequantize` does; merging
+        dequantize: of a base with quantised weights make all of them dense, as `jaxadapt.models.dequantize` does;
+            merging
             into them is refused otherwise, since a sum quantised again is another one than was trained.
         allow_nan: merge also where the adapter, or a weight that it changes, holds a NaN or an infinity. It is refused
             otherwise. Under `jax.jit` the arrays have no values, and nothing is looked at.

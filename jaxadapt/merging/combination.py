@@ -199,7 +199,7 @@ def _fit(like: Mapping[str, Sequence[Factors]], held: Sequence[Mapping[str, Fact
         raise ConfigError(
             f"method {method!r} works on A and B by themselves, so a weight must have one rank in all adapters:\n"
             + paths.bullets(ranks)
-            + '\nUse "cat", "svd" or an "…_svd" method, or bring them to one rank with jaxadapt.resize_rank'
+            + '\nUse "cat", "svd" or an "…_svd" method, or bring them to one rank with jaxadapt.merging.resize_rank'
         )
 
 

@@ -147,7 +147,8 @@ def lora_factors(adapter: Adapter, what: str = "the adapter") -> dict[str, Facto
     why = reasons_not_a_product(adapter.config)
     if why:
         raise ConfigError(
-            f"{what} is not s·B·A on its weights alone ({'; '.join(why)}); jaxadapt.to_lora(adapter, r, params=base)"
+            f"{what} is not s·B·A on its weights alone ({'; '.join(why)}); jaxadapt.merging.to_lora(adapter, r,"
+            f" params=base)"
             " makes a plain LoRA of whatever changes weights only"
         )
     sites = adapter.sites

@@ -1,0 +1,27 @@
+"""Adapters on NNX modules, Linen modules and the trees of other libraries. Only this package and `demo` import Flax."""
+
+from typing import TYPE_CHECKING
+
+from jaxadapt.core.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from jaxadapt.models.adapter_scale import rescale as rescale
+    from jaxadapt.models.attachment import activate as activate
+    from jaxadapt.models.attachment import adapt as adapt
+    from jaxadapt.models.attachment import delete as delete
+    from jaxadapt.models.attachment import detach as detach
+    from jaxadapt.models.attachment import disable as disable
+    from jaxadapt.models.attachment import extract as extract
+    from jaxadapt.models.attachment import init as init
+    from jaxadapt.models.attachment import inject as inject
+    from jaxadapt.models.foreign.tree import slot as slot
+    from jaxadapt.models.invocation import invoke as invoke
+    from jaxadapt.models.nnx.params import AdapterParam as AdapterParam
+    from jaxadapt.models.nnx.params import BaseParam as BaseParam
+    from jaxadapt.models.nnx.params import LayerNumber as LayerNumber
+    from jaxadapt.models.quantization import dequantize as dequantize
+    from jaxadapt.models.quantization import from_qwix as from_qwix
+    from jaxadapt.models.quantization import quantize as quantize
+    from jaxadapt.models.summary_table import summary as summary
+else:
+    __getattr__, __dir__, __all__ = lazy_names(__name__)

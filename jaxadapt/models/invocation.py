@@ -45,7 +45,7 @@ def invoke(model: Any, tokens: Any) -> Generator[Any]:
     >>> net, ids = Net(fnnx.Rngs(0)), jnp.array([[1, 7, 8, 2]])
     >>> config = jaxadapt.LoraConfig(target_modules=["q"], init_lora_weights=False, alora_invocation_tokens=[7, 8])
     >>> before = net(ids)
-    >>> with jaxadapt.invoke(jaxadapt.adapt(net, config, rngs=fnnx.Rngs(1)), ids):
+    >>> with jaxadapt.models.invoke(jaxadapt.adapt(net, config, rngs=fnnx.Rngs(1)), ids):
     ...     (net(ids) != before).any(-1).tolist()
     [[False, True, True, True]]
     """

@@ -195,7 +195,7 @@ def _refuse_qwix(model: Any, error: TargetError) -> None:
     if any(quantized.is_qwix_parameter(x) for node in nodes for x in vars(node).values()):
         raise AttachError(
             f"{error}\nQwix runs this model, and would quantise what goes through an adapter, too:"
-            " jaxadapt.from_qwix(model) keeps its weights and leaves Qwix out"
+            " jaxadapt.models.from_qwix(model) keeps its weights and leaves Qwix out"
         ) from error
 
 

@@ -126,7 +126,7 @@ def from_qwix(model: Any) -> Any:
 
     Raises `AttachError` where Qwix holds more than weights (static scales of activations).
 
-        model = jaxadapt.from_qwix(qwix.quantize_model(model, qwix.PtqProvider(rules), x))
+        model = jaxadapt.models.from_qwix(qwix.quantize_model(model, qwix.PtqProvider(rules), x))
     """
     if isinstance(model, wrapper.nn.Module):
         plain: Any = model.copy()

@@ -306,7 +306,7 @@ def _readers(config: Config, refused: Mapping[str, list[str]]) -> list[str]:
     scales = [f"`{name}`" for name in ("use_rslora", "alpha_pattern", "rank_pattern") if config.get(name)]
     if config.peft_type == "LORA" and scales and not config.get("use_dora"):
         way = f"multiplies the scales into B, and {' and '.join(scales)} {'are' if scales[1:] else 'is'} gone."
-        lines += ["", f"`jaxadapt.resize_rank(adapter, r)` with its largest rank {way}"]
+        lines += ["", f"`jaxadapt.merging.resize_rank(adapter, r)` with its largest rank {way}"]
     return [*lines, ""]
 
 

@@ -29,7 +29,7 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, FileError, MismatchError, warn
 from jaxadapt.core.progress import LOGGER, Progress, Report, byte_counter, no_report, reporter
 from jaxadapt.persistence import card, reconcile, run_folder
-from jaxadapt.storage import atomic, hub, location, orbax, safetensors, torch_bin
+from jaxadapt.storage import atomic, flush, hub, location, orbax, safetensors, torch_bin
 from jaxadapt.storage.dtypes import dtype_name, numpy_dtype
 from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Place
@@ -314,7 +314,7 @@ def make_folder(folder: Place) -> list[Path]:
     """Make a folder and its parents; those that are new, innermost first. Object stores have none to make."""
     if isinstance(folder, location.Address):
         return []
-    return atomic.make_folder(folder)
+    return flush.make_folder(folder)
 
 
 def _write(tensors: PeftTensors, folder: Place, put: Put | None, report: Report) -> None:

@@ -338,7 +338,7 @@ def _residual(
 
 _WHICH_BASE = (
     ". load(…, base='original') takes that part out of the target's weights, as PEFT does on loading;"
-    " load(…, base='changed') says that it is out already. jaxadapt.for_original_base (in PEFT"
+    " load(…, base='changed') says that it is out already. jaxadapt.initializers.for_original_base (in PEFT"
     " path_initial_model_for_weight_conversion) makes a plain LoRA where the adapter was trained"
 )
 

@@ -29,14 +29,12 @@ from pathlib import Path
 
 from jaxadapt.core.errors import FileError
 from jaxadapt.storage import location
+from jaxadapt.storage.flush import close_fd, flush_directory, flush_fd, flush_folder_fd, write_error
 from jaxadapt.storage.local_files import MAX_VIEWS, file_error
 
 __all__ = [
     "Writer",
-    "flush_fd",
-    "flush_tree",
     "lock_directory",
-    "make_folder",
     "open_replacement",
     "remove_file",
     "remove_leftovers",
@@ -80,7 +78,7 @@ class Writer:
                         pending.appendleft(part[count:])
                     count -= min(count, len(part))
         except OSError as error:
-            raise _error(self.path, error) from error
+            raise write_error(self.path, error) from error
 
     def _start_writeback(self) -> None:
         if self._written - self._started >= _EARLY:
@@ -90,25 +88,11 @@ class Writer:
                 start_writeback(self.fd, 0, self._written - _CACHED)
 
 
-def _error(path: str, error: OSError | ValueError) -> FileError:
-    return file_error("write", path, error, "what the path held before is untouched")
-
-
 def start_writeback(fd: int, offset: int, size: int) -> None:
     """Sets the disk to work on a range; without this it idles until the final fsync."""
     # Linux answers the advice by starting to write the range, and drops from its cache what is on the disk already.
     if sys.platform == "linux":
         os.posix_fadvise(fd, offset, size, os.POSIX_FADV_DONTNEED)
-
-
-def flush_fd(fd: int) -> None:
-    """Waits until the bytes of a file are on the disk; raises `OSError`."""
-    if sys.platform == "darwin":
-        # there fsync() only reaches the drive's own cache
-        with contextlib.suppress(OSError):
-            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
-            return
-    os.fsync(fd)
 
 
 def _lock(fd: int, *, wait: bool) -> bool:
@@ -159,7 +143,7 @@ def lock_directory(directory: str | os.PathLike[str]) -> Generator[None]:
         if fd is not None:
             with contextlib.suppress(OSError):
                 fcntl.flock(fd, fcntl.LOCK_UN)  # not by closing alone: a process forked meanwhile has it open as well
-            _close(fd)
+            close_fd(fd)
 
 
 def _create(directory: str, name: str) -> tuple[Path, int]:
@@ -173,10 +157,10 @@ def _create(directory: str, name: str) -> tuple[Path, int]:
             if os.fstat(fd).st_nlink:
                 return temporary, fd
         except OSError:
-            _close(fd)
+            close_fd(fd)
             temporary.unlink()
             raise
-        _close(fd)
+        close_fd(fd)
 
 
 def _flush(writer: Writer) -> None:
@@ -186,7 +170,7 @@ def _flush(writer: Writer) -> None:
         # must last until the file has its name.
         os.close(os.dup(writer.fd))
     except OSError as error:
-        raise _error(writer.path, error) from error
+        raise write_error(writer.path, error) from error
 
 
 def _rename(writers: Sequence[Writer]) -> list[int]:
@@ -203,7 +187,7 @@ def _rename(writers: Sequence[Writer]) -> list[int]:
         if not isinstance(error, OSError):
             raise
         if not new:
-            raise _error(writer.path, error) from error
+            raise write_error(writer.path, error) from error
         old = ", ".join(one.path for one in writers if one.path not in new)
         state = f"the new content is already in {', '.join(new)}, and not in {old}; write all of them again"
         raise file_error("write", writer.path, error, state) from error
@@ -266,15 +250,9 @@ def _free(fd: int | None) -> None:
         return
     try:
         # (`threading` would wait until the thread runs; it then has the core to itself, in the kernel, for 5 ms.)
-        start_new_thread(_close, (fd,))
+        start_new_thread(close_fd, (fd,))
     except RuntimeError:  # the interpreter is going down and starts no threads
-        _close(fd)
-
-
-def _close(fd: int) -> None:
-    """Closes a descriptor that nothing was written to since it was flushed: an error would say nothing of the data."""
-    with contextlib.suppress(OSError):
-        os.close(fd)
+        close_fd(fd)
 
 
 def remove_file(path: Path) -> None:
@@ -322,7 +300,7 @@ def replacing_all(paths: Sequence[str | os.PathLike[str]]) -> Generator[list[Wri
             f"{targets[0]}: cannot write: the directory {directory} does not exist; create it first"
         ) from error
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise _error(targets[0], error) from error
+        raise write_error(targets[0], error) from error
     try:
         writers: list[Writer] = []
         try:
@@ -332,7 +310,7 @@ def replacing_all(paths: Sequence[str | os.PathLike[str]]) -> Generator[list[Wri
                 try:
                     temporary, fd = _create(directory, name)
                 except (OSError, ValueError) as error:
-                    raise _error(target, error) from error
+                    raise write_error(target, error) from error
                 writers.append(Writer(fd, target, temporary))
             yield writers
             for writer in writers:
@@ -345,9 +323,9 @@ def replacing_all(paths: Sequence[str | os.PathLike[str]]) -> Generator[list[Wri
             raise
         finally:
             for writer in writers:
-                _close(writer.fd)
+                close_fd(writer.fd)
         try:
-            _flush_folder(directory_fd)
+            flush_folder_fd(directory_fd)
         except OSError as error:
             state = "the new file is in place" if len(targets) == 1 else "the new files are in place"
             raise file_error("flush its directory", targets[0], error, state) from error
@@ -355,7 +333,7 @@ def replacing_all(paths: Sequence[str | os.PathLike[str]]) -> Generator[list[Wri
             for fd in old:
                 _free(fd)
     finally:
-        _close(directory_fd)
+        close_fd(directory_fd)
 
 
 def _target(path: str | os.PathLike[str]) -> str:
@@ -370,7 +348,7 @@ def _target(path: str | os.PathLike[str]) -> str:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         # A link that leads nowhere, or round in a loop, is replaced.
         if not isinstance(error, OSError) or error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-            raise _error(target, error) from error
+            raise write_error(target, error) from error
     if folder:
         raise FileError(f"{target}: cannot write: expected the path of a file, found a directory")
     return target
@@ -431,80 +409,15 @@ def staging_folder(path: str | os.PathLike[str]) -> Generator[Path]:
             _lock(fd, wait=True)
             if os.path.lexists(holder):  # not swept between our mkdir and our lock
                 break
-            _close(fd)
+            close_fd(fd)
     except (OSError, ValueError) as error:
-        raise _error(str(target), error) from error
+        raise write_error(str(target), error) from error
     try:
         yield holder / target.name
         try:
-            _flush_directory(target.parent)
+            flush_directory(target.parent)
         except OSError as error:
             raise file_error("flush its directory", str(target), error, "the new folder is in place") from error
     finally:
         shutil.rmtree(holder, ignore_errors=True)
-        _close(fd)
-
-
-def make_folder(folder: Path) -> list[Path]:
-    """Makes a folder and those above it where they are missing; those that are new, innermost first.
-
-    They are on the disk when this returns.
-
-    Raises:
-        FileError: no permission, a part of the path is a file, …; then none of them is there.
-    """
-    new = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in new:
-            # A folder that may be written to need not be readable, and one that cannot be opened cannot be flushed.
-            with contextlib.suppress(PermissionError):
-                _flush_directory(path.parent)
-    except (OSError, ValueError) as error:
-        for path in new:
-            with contextlib.suppress(OSError, ValueError):
-                path.rmdir()
-        raise file_error("make the folder", str(folder), error, "choose another path") from error
-    return new
-
-
-def flush_tree(folder: Path, named: Path) -> None:
-    """Flushes every file and directory under a folder to the disk.
-
-    Args:
-        named: what errors call the folder.
-
-    Raises:
-        FileError: the disk refused.
-    """
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    try:
-        for directory, _, names in os.walk(folder, onerror=fail):
-            for name in names:
-                fd = os.open(Path(directory, name), os.O_RDONLY)
-                try:
-                    flush_fd(fd)
-                finally:
-                    _close(fd)
-            _flush_directory(Path(directory))
-    except OSError as error:
-        raise _error(str(named), error) from error
-
-
-def _flush_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        _flush_folder(fd)
-    finally:
-        _close(fd)
-
-
-def _flush_folder(fd: int) -> None:
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems flush no directories
-            raise
+        close_fd(fd)

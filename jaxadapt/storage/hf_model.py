@@ -268,7 +268,7 @@ def refuse_packed(tensors: ModelTensors) -> None:
             f"{tensors.source}: its weights are quantised ({_PACKED[how]}), and only dense ones are read:\n"
             + paths.bullets(held[how])
             + "\nMake them dense where they were quantised (transformers: model.dequantize(), save_pretrained) and read"
-            " that; jaxadapt.quantize holds it in 4 bits again, nf4 to bitsandbytes' very numbers"
+            " that; jaxadapt.models.quantize holds it in 4 bits again, nf4 to bitsandbytes' very numbers"
         )
 
 

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxadapt.core import paths
 from jaxadapt.core.errors import FileError, FormatError, MismatchError
-from jaxadapt.storage import atomic, location
+from jaxadapt.storage import atomic, flush, location
 from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Address, Place
 from jaxadapt.storage.safetensors_header import MAX_HEADER
@@ -181,7 +181,7 @@ def save(path: str | os.PathLike[str], trees: Mapping[str, Tree], documents: Map
     place = _place(path)
     _check_names(place, trees)
     if isinstance(place, Path):
-        atomic.make_folder(place.parent)
+        flush.make_folder(place.parent)
         atomic.remove_leftovers(place.parent, re.escape(place.name), folders=True)
         if alone:  # of several processes Orbax sees to it itself
             for stale in place.parent.glob(f"{glob.escape(place.name)}.orbax-checkpoint-tmp*"):
@@ -198,7 +198,7 @@ def save(path: str | os.PathLike[str], trees: Mapping[str, Tree], documents: Map
         return
     with atomic.staging_folder(place) as inside:
         start_save(inside, trees, documents, named=place).result()
-        atomic.flush_tree(inside, place)
+        flush.flush_tree(inside, place)
         try:
             inside.rename(place)
         except OSError as error:

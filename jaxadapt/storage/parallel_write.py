@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from jaxadapt.core import paths
 from jaxadapt.core.errors import FileError, MismatchError
 from jaxadapt.storage import atomic, local_files, safetensors, strided
+from jaxadapt.storage import flush as flush_module
 from jaxadapt.storage.coordination import Group
 from jaxadapt.storage.safetensors_header import Header, TensorInfo, encode
 
@@ -263,7 +264,7 @@ class _SharedFile:
     def flush(self) -> None:
         """Waits until everything is on the disk."""
         try:
-            atomic.flush_fd(self._fd)
+            flush_module.flush_fd(self._fd)
             os.close(os.dup(self._fd))  # as in `atomic`: some file systems report a failed write on closing only
         except OSError as error:
             raise _error(self._path, error) from error

@@ -162,7 +162,7 @@ def kasa_loss(tree: Any, name: str = attachment.DEFAULT) -> Array:
     >>> import jax, jaxadapt
     >>> base = {"q": {"kernel": jnp.eye(6)}}
     >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"], kasa_config={"beta": 0.0, "gamma": 0.5})
-    >>> adapter = jaxadapt.start(config, base, key=jax.random.key(0)).adapter
+    >>> adapter = jaxadapt.initializers.start(config, base, key=jax.random.key(0)).adapter
     >>> round(float(kasa_loss(jax.tree.map(jnp.zeros_like, adapter))), 3)  # half of √2 + √2
     1.414
     """

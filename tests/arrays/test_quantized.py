@@ -90,7 +90,7 @@ def test_dtype_and_size():
 
 def nnx_side(kind: str, config: Any) -> tuple[Any, Any]:
     """A model with a quantised base and an adapter, and how to call it."""
-    model = jaxadapt.quantize(small.net(), kind, modules=["q_proj", "up_proj"])
+    model = jaxadapt.models.quantize(small.net(), kind, modules=["q_proj", "up_proj"])
     jaxadapt.adapt(model, config, rngs=nnx.Rngs(5))
     jaxadapt.inject(small.noisy(jaxadapt.extract(model)), model)
     model.eval()
@@ -98,7 +98,7 @@ def nnx_side(kind: str, config: Any) -> tuple[Any, Any]:
 
 
 def linen_side(kind: str, config: Any) -> tuple[Any, Any]:
-    base = jaxadapt.quantize(small.base()["params"], kind, modules=["q_proj", "up_proj"])
+    base = jaxadapt.models.quantize(small.base()["params"], kind, modules=["q_proj", "up_proj"])
     adapter = small.noisy(jaxadapt.init(config, base, key=jax.random.key(0)))
     module = jaxadapt.adapt(small.LinenNet(), adapter.config)
     return {"params": base, **adapter.collection}, lambda variables: module.apply(variables, small.X)
@@ -204,20 +204,20 @@ def test_scanned_layers_with_weights_of_their_own():
     x = jnp.asarray(RNG.standard_normal((2, 8)), "float32")
     params = Stack().init(jax.random.key(0), x)["params"]
     config = jaxadapt.LoraConfig(r=2, target_modules=["w"], init_lora_weights=False)
-    base = jaxadapt.quantize(params, modules=["w"], keymap=TABLE)
+    base = jaxadapt.models.quantize(params, modules=["w"], keymap=TABLE)
     assert base["layers"]["w"].shape == (3, 8, 2, 4)
     assert base["layers"]["w"].codes.shape == (3, 1, 32)
     adapter = jaxadapt.init(config, base, key=jax.random.key(1), keymap=TABLE)
     module = jaxadapt.adapt(Stack(), config, keymap=TABLE)
     run = functools.partial(module.apply, {"params": base, **adapter.collection})
-    dense = jaxadapt.dequantize(base)
+    dense = jaxadapt.models.dequantize(base)
     np.testing.assert_allclose(run(x), module.apply({"params": dense, **adapter.collection}, x), atol=1e-6)
     with jaxadapt.disable(module) as bare:
         np.testing.assert_allclose(bare.apply({"params": base}, x), Stack().apply({"params": dense}, x), atol=1e-6)
     other = jaxadapt.Weight("layers.w", "layers.{l}.w.weight", "d {l} n h -> (n h) d")
     turned = {"layers": {"w": jnp.moveaxis(params["layers"]["w"], 0, 1)}}
     with pytest.raises(jaxadapt.AttachError, match="only the first axes"):
-        jaxadapt.quantize(turned, modules=["w"], keymap=jaxadapt.KeyMap("turned", (other,)))
+        jaxadapt.models.quantize(turned, modules=["w"], keymap=jaxadapt.KeyMap("turned", (other,)))
 
 
 def test_stacked_nnx_layers():
@@ -235,10 +235,10 @@ def test_stacked_nnx_layers():
             )
 
     model, x = Net(), jnp.asarray(RNG.standard_normal((2, 8)), "float32")
-    jaxadapt.quantize(model, modules=["layers"])
+    jaxadapt.models.quantize(model, modules=["layers"])
     jaxadapt.adapt(model, LORA.replace(target_modules=["layers"]), rngs=nnx.Rngs(1))
     y = model(x)
-    jaxadapt.dequantize(model)
+    jaxadapt.models.dequantize(model)
     np.testing.assert_allclose(model(x), y, rtol=0, atol=1e-6)
 
 
@@ -251,13 +251,13 @@ def test_all_linear_leaves_out_the_output_layer_and_what_is_no_matrix():
     config = llama.LlamaConfig(
         vocab_size=16, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4
     )
-    model = jaxadapt.quantize(llama_nnx.Llama(config, rngs=nnx.Rngs(0)))
+    model = jaxadapt.models.quantize(llama_nnx.Llama(config, rngs=nnx.Rngs(0)))
     held = {p for p, x in _values(model).items() if quantized.is_quantized(x)}
     assert {p.rpartition(".")[0].rpartition(".")[2] for p in held} == {
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     }  # fmt: skip
     with pytest.raises(jaxadapt.AttachError, match="is quantised already"):
-        jaxadapt.quantize(model)
+        jaxadapt.models.quantize(model)
 
 
 def _values(model: Any) -> dict[str, Any]:
@@ -282,22 +282,22 @@ def test_refusals_name_the_weight_and_change_nothing(options, change, message):
     before = model.q_proj.kernel.get_value()
     model.q_proj.kernel.set_value(change(before))
     with pytest.raises(jaxadapt.AttachError, match=message):
-        jaxadapt.quantize(model, **{"modules": ["q_proj", "up_proj"], **options})
+        jaxadapt.models.quantize(model, **{"modules": ["q_proj", "up_proj"], **options})
     assert type(model.up_proj) is nnx.Linear
     assert not quantized.is_quantized(model.up_proj.kernel.get_value())
 
 
 def test_initialisations_that_change_the_base_are_refused_on_one_that_cannot_hold_them():
-    base = jaxadapt.quantize(small.base()["params"], modules=["q_proj"])
+    base = jaxadapt.models.quantize(small.base()["params"], modules=["q_proj"])
     config = jaxadapt.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")
     with pytest.raises(jaxadapt.ConfigError, match="quantised"):
-        jaxadapt.start(config, base)
+        jaxadapt.initializers.start(config, base)
 
 
 def test_export_asks_for_dense_weights(tmp_path):
-    base = jaxadapt.quantize(small.base()["params"], modules=["q_proj"])
+    base = jaxadapt.models.quantize(small.base()["params"], modules=["q_proj"])
     with pytest.raises(jaxadapt.AttachError, match="dequantize"):
-        jaxadapt.export_base(base, tmp_path)
+        jaxadapt.export.export_base(base, tmp_path)
 
 
 # ---- over devices ----------------------------------------------------------------------------------------
@@ -319,7 +319,7 @@ def test_over_devices_adapters_lie_as_on_the_dense_base(api, kind, layout, scann
         """The tree with its adapter, its output and its gradients."""
         tree = meshes.model(params, scanned) if api == "nnx" else params
         if small:
-            tree = jaxadapt.quantize(tree, kind, modules=modules, block=8, keymap=table)
+            tree = jaxadapt.models.quantize(tree, kind, modules=modules, block=8, keymap=table)
         if api == "nnx":
             tree = jaxadapt.adapt(tree, config, rngs=nnx.Rngs(0), keymap=table)
             loss = nnx.grad(lambda m: jnp.sum(m(meshes.X) ** 2), argnums=nnx.DiffState(0, jaxadapt.AdapterParam))
@@ -335,8 +335,8 @@ def test_over_devices_adapters_lie_as_on_the_dense_base(api, kind, layout, scann
     adapter = jaxadapt.extract(tree)
     for path, x in adapter.flat().items():
         assert x.sharding.is_equivalent_to(wanted[path], x.ndim), path
-    alone = jaxadapt.quantize(meshes.base(scanned), kind, modules=modules, block=8, keymap=table)
-    alone = paths.flatten(jaxadapt.dequantize(alone))
+    alone = jaxadapt.models.quantize(meshes.base(scanned), kind, modules=modules, block=8, keymap=table)
+    alone = paths.flatten(jaxadapt.models.dequantize(alone))
     if api == "nnx":
         _, z, expected = attached(paths.unflatten(alone), False)
         np.testing.assert_allclose(y, z, rtol=0, atol=1e-5 * abs(z).max())
@@ -344,12 +344,12 @@ def test_over_devices_adapters_lie_as_on_the_dense_base(api, kind, layout, scann
             np.testing.assert_allclose(slopes.flat()[path], x, rtol=0, atol=1e-5 * abs(x).max())
     jaxadapt.save(tree, tmp_path)
     fresh = meshes.model(dense, scanned) if api == "nnx" else dense
-    fresh = jaxadapt.quantize(fresh, kind, modules=modules, block=8, keymap=table)
+    fresh = jaxadapt.models.quantize(fresh, kind, modules=modules, block=8, keymap=table)
     loaded = jaxadapt.load(tmp_path, fresh if api == "nnx" else {"params": fresh}, keymap=table)
     for path, x in jaxadapt.extract(loaded).flat().items():
         assert x.sharding.is_equivalent_to(wanted[path], x.ndim), path
         np.testing.assert_array_equal(x, adapter.flat()[path])
-    back = jaxadapt.dequantize(jaxadapt.detach(tree) if api == "nnx" else tree["params"])
+    back = jaxadapt.models.dequantize(jaxadapt.detach(tree) if api == "nnx" else tree["params"])
     flat = _values(back) if api == "nnx" else paths.flatten(back)
     for path, x in paths.flatten(dense).items():
         assert flat[path].sharding.is_equivalent_to(x.sharding, x.ndim), path
@@ -359,7 +359,7 @@ def test_over_devices_adapters_lie_as_on_the_dense_base(api, kind, layout, scann
 def test_blocks_that_come_out_uneven_are_on_every_device():
     mesh, layout = meshes.mesh_of("4x2"), ("4x2", "both")
     params = meshes.placed(meshes.base(False), mesh, *layout)
-    base = jaxadapt.quantize(params, modules=["q"], keymap=meshes.table(False))
+    base = jaxadapt.models.quantize(params, modules=["q"], keymap=meshes.table(False))
     q = base["blocks"]["0"]["q"]["kernel"]
     assert q.codes.shape == (4, 32)
     assert q.codes.is_fully_replicated
@@ -370,7 +370,7 @@ def test_explicit_axes_are_refused():
     mesh, layout = meshes.mesh_of("8", AxisType.Explicit), ("8", "tp")
     params = meshes.placed(meshes.base(False), mesh, *layout)
     with pytest.raises(jaxadapt.AttachError, match=r"blocks\.0\.q\.kernel: lies on a mesh with explicit axes"):
-        jaxadapt.quantize(params, modules=["q"], keymap=meshes.table(False))
+        jaxadapt.models.quantize(params, modules=["q"], keymap=meshes.table(False))
 
 
 def test_qwix_codes_say_where_they_lie():

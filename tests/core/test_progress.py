@@ -40,7 +40,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     jaxadapt.save(small.adapter(), "peft")
     jaxadapt.save(small.adapter(), "orbax", format="orbax")
-    jaxadapt.export_base(small.net(), "base", keymap=TABLE)
+    jaxadapt.export.export_base(small.net(), "base", keymap=TABLE)
     with jaxadapt.CheckpointManager("run") as manager:
         manager.save(1, small.adapter())
     return tmp_path
@@ -83,11 +83,12 @@ WORK = {
     "load, Qwix": (lambda p: jaxadapt.load("peft", qwix(), lora_alpha=6, progress=p), "load", ADAPTER),
     "merge": (merged, "merge", KERNELS),
     "unmerge": (lambda p: jaxadapt.unmerge(small.base()["params"], small.adapter(), progress=p), "unmerge", KERNELS),
-    "export": (lambda p: jaxadapt.export_base(small.net(), "new", keymap=TABLE, progress=p), "export", BASE),
+    "export": (lambda p: jaxadapt.export.export_base(small.net(), "new", keymap=TABLE, progress=p), "export", BASE),
     "export, merged": (
-        lambda p: jaxadapt.export_base(small.net(), "new", small.adapter(), keymap=TABLE, progress=p), "export", BASE,
+        lambda p: jaxadapt.export.export_base(small.net(), "new", small.adapter(), keymap=TABLE, progress=p),
+        "export", BASE,
     ),
-    "import": (lambda p: jaxadapt.import_base("base", small.net(3), keymap=TABLE, progress=p), "import", BASE),
+    "import": (lambda p: jaxadapt.export.import_base("base", small.net(3), keymap=TABLE, progress=p), "import", BASE),
     "merge of files": (lambda p: merge_files.merge_folder("base", "peft", "new", progress=p), "merge", BASE),
     "combine of files": (
         lambda p: merge_files.combine_folders(["peft", "peft"], [1, 1], "new", progress=p), "save", ADAPTER
@@ -176,7 +177,7 @@ def test_a_model_is_untouched_where_the_function_stops_it(here):
     for call in (
         lambda model: jaxadapt.load("peft", model, progress=stop),
         lambda model: jaxadapt.merge(model, small.adapter(), progress=stop),
-        lambda model: jaxadapt.import_base("base", model, keymap=TABLE, progress=stop),
+        lambda model: jaxadapt.export.import_base("base", model, keymap=TABLE, progress=stop),
     ):
         model = small.net(3)
         structure, values = nnx.split(model)

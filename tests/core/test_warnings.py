@@ -41,7 +41,7 @@ def wide(at: Path) -> None:
 
 
 def base(at: Path) -> None:
-    jaxadapt.export_base(Q, at, keymap=TABLE)
+    jaxadapt.export.export_base(Q, at, keymap=TABLE)
 
 
 @pytest.mark.parametrize(
@@ -59,9 +59,9 @@ def base(at: Path) -> None:
         (Path.exists, lambda at: jaxadapt.adapt(small.net(), NO_K, rngs=nnx.Rngs(0))),
         (Path.exists, lambda at: jaxadapt.init(NO_K, small.base()["params"], key=jax.random.key(0))),
         (Path.exists, lambda at: jaxadapt.adapt(small.LinenNet(), NO_K).init(jax.random.key(0), small.X)),
-        (Path.exists, lambda at: jaxadapt.export_base(Q, at, keymap=UNPROVED)),
+        (Path.exists, lambda at: jaxadapt.export.export_base(Q, at, keymap=UNPROVED)),
         (Path.exists, lambda at: jaxadapt.save(QWIX, at, keymap=UNPROVED, lora_alpha=2)),
-        (base, lambda at: jaxadapt.import_base(at, MORE, keymap=TABLE, strict=False)),
+        (base, lambda at: jaxadapt.export.import_base(at, MORE, keymap=TABLE, strict=False)),
     ],
 )  # fmt: skip
 def test_a_warning_points_at_the_callers_line(given: Given, call: Given, tmp_path):

@@ -81,31 +81,31 @@ def equal(a, b):
 def test_one_file_by_the_format_own_reader_and_back(tmp_path, dtype):
     dtype = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
     tree = base(dtype=dtype)
-    jaxadapt.export_base(tree, tmp_path / "new" / "out", keymap=TABLE)
+    jaxadapt.export.export_base(tree, tmp_path / "new" / "out", keymap=TABLE)
     found = load_file(tmp_path / "new" / "out" / "model.safetensors")
     expected = torch_of(tree)
     assert set(found) == set(expected)
     for key, x in expected.items():
         np.testing.assert_array_equal(found[key], x)
-    equal(jaxadapt.import_base(tmp_path / "new" / "out", zeros(tree), keymap=TABLE), tree)
+    equal(jaxadapt.export.import_base(tmp_path / "new" / "out", zeros(tree), keymap=TABLE), tree)
     abstract = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, tree))
-    equal(jaxadapt.import_base(tmp_path / "new" / "out", {"params": abstract}, keymap=TABLE)["params"], tree)
+    equal(jaxadapt.export.import_base(tmp_path / "new" / "out", {"params": abstract}, keymap=TABLE)["params"], tree)
 
 
 @pytest.mark.parametrize("how", ["/", "::"])
 def test_a_tensor_of_more_than_ten_parts_has_them_in_order(tmp_path, how):
     table = KeyMap("parts", tuple(Weight(f"p{i}.kernel", f"big.weight[{i}{how}12]", "i o -> o i") for i in range(12)))
     tree = {f"p{i}": {"kernel": np.full((3, 2), i, "float32")} for i in range(12)}
-    jaxadapt.export_base(tree, tmp_path, keymap=table)
+    jaxadapt.export.export_base(tree, tmp_path, keymap=table)
     rows = np.repeat(np.arange(12), 2) if how == "/" else np.tile(np.arange(12), 2)
     np.testing.assert_array_equal(load_file(tmp_path / "model.safetensors")["big.weight"], np.tile(rows[:, None], 3))
-    equal(jaxadapt.import_base(tmp_path, zeros(tree), keymap=table), jax.tree.map(jnp.asarray, tree))
+    equal(jaxadapt.export.import_base(tmp_path, zeros(tree), keymap=table), jax.tree.map(jnp.asarray, tree))
 
 
 def test_shards_and_their_index(tmp_path):
     tree = base()
     (tmp_path / "config.json").write_text("{}")
-    jaxadapt.export_base(tree, tmp_path, keymap=TABLE, max_shard_size=300)
+    jaxadapt.export.export_base(tree, tmp_path, keymap=TABLE, max_shard_size=300)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     files = sorted(p.name for p in tmp_path.glob("*.safetensors"))
     assert files == sorted(set(index["weight_map"].values()))
@@ -117,7 +117,7 @@ def test_shards_and_their_index(tmp_path):
     for key, name in index["weight_map"].items():
         np.testing.assert_array_equal(load_file(tmp_path / name)[key], expected[key])
     assert all(sum(x.nbytes for x in load_file(tmp_path / name).values()) <= 300 for name in files)
-    equal(jaxadapt.import_base(tmp_path, zeros(tree), keymap=TABLE), tree)
+    equal(jaxadapt.export.import_base(tmp_path, zeros(tree), keymap=TABLE), tree)
     assert (tmp_path / "config.json").read_text() == "{}"
 
 
@@ -129,8 +129,8 @@ def test_a_set_of_files_is_replaced_as_a_whole(tmp_path):
     """Several by several of the same number, by one, by several: always the new one, and nothing left over."""
     first, second = base(), jax.tree.map(lambda x: x + 1, base())
     for tree, limit in ((first, 300), (second, 300), (first, 10**6), (second, 500), (first, 500), (second, 10**6)):
-        jaxadapt.export_base(tree, tmp_path, keymap=TABLE, max_shard_size=limit)
-        equal(jaxadapt.import_base(tmp_path, zeros(tree), keymap=TABLE), tree)
+        jaxadapt.export.export_base(tree, tmp_path, keymap=TABLE, max_shard_size=limit)
+        equal(jaxadapt.export.import_base(tmp_path, zeros(tree), keymap=TABLE), tree)
         index = tmp_path / "model.safetensors.index.json"
         listed = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else set()
         assert names(tmp_path) == (listed | {index.name} if listed else {"model.safetensors"})
@@ -139,7 +139,7 @@ def test_a_set_of_files_is_replaced_as_a_whole(tmp_path):
 @pytest.mark.parametrize("limit", [300, 10**6])
 def test_what_fails_on_the_way_leaves_the_old_set(tmp_path, limit, monkeypatch):
     """Whichever tensor it is at, and at the very end."""
-    jaxadapt.export_base(base(), tmp_path, keymap=TABLE, max_shard_size=300)
+    jaxadapt.export.export_base(base(), tmp_path, keymap=TABLE, max_shard_size=300)
     before = names(tmp_path)
     made = hf_model.safetensors.write_to
     for broken in range(1, 4):
@@ -153,27 +153,29 @@ def test_what_fails_on_the_way_leaves_the_old_set(tmp_path, limit, monkeypatch):
 
         monkeypatch.setattr(hf_model.safetensors, "write_to", failing)
         with pytest.raises(OSError, match="No space"):
-            jaxadapt.export_base(jax.tree.map(lambda x: x * 2, base()), tmp_path, keymap=TABLE, max_shard_size=limit)
+            jaxadapt.export.export_base(
+                jax.tree.map(lambda x: x * 2, base()), tmp_path, keymap=TABLE, max_shard_size=limit
+            )
         assert names(tmp_path) == before
-        equal(jaxadapt.import_base(tmp_path, zeros(base()), keymap=TABLE), base())
+        equal(jaxadapt.export.import_base(tmp_path, zeros(base()), keymap=TABLE), base())
 
 
 def test_the_index_takes_its_place_last(tmp_path, monkeypatch):
     """A kill between two renames: the old index names old files, all of them there."""
-    jaxadapt.export_base(base(), tmp_path, keymap=TABLE, max_shard_size=300)
+    jaxadapt.export.export_base(base(), tmp_path, keymap=TABLE, max_shard_size=300)
     renames = []
     replace = Path.replace
 
     def recorded_replace(self, target):
-        equal(jaxadapt.import_base(tmp_path, zeros(base()), keymap=TABLE), base())
+        equal(jaxadapt.export.import_base(tmp_path, zeros(base()), keymap=TABLE), base())
         renames.append(Path(target).name)
         return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", recorded_replace)
     new = jax.tree.map(lambda x: x * 2, base())
-    jaxadapt.export_base(new, tmp_path, keymap=TABLE, max_shard_size=300)
+    jaxadapt.export.export_base(new, tmp_path, keymap=TABLE, max_shard_size=300)
     assert renames[-1] == "model.safetensors.index.json"
-    equal(jaxadapt.import_base(tmp_path, zeros(base()), keymap=TABLE), new)
+    equal(jaxadapt.export.import_base(tmp_path, zeros(base()), keymap=TABLE), new)
 
 
 # ---- adapters ----------------------------------------------------------------------------------------------
@@ -197,8 +199,8 @@ def test_an_adapter_is_merged_on_the_way(tmp_path, scan, method, monkeypatch):
     if method == "IA3":
         del (tree["h"]["q"] if scan is not None else tree["h"]["0"]["q"])["bias"]
     adapter = small.noisy(jaxadapt.init(config, tree, key=jax.random.key(0), keymap=table))
-    jaxadapt.export_base(tree, tmp_path / "a", adapter, keymap=table)
-    jaxadapt.export_base(jaxadapt.merge(tree, adapter), tmp_path / "b", keymap=table)
+    jaxadapt.export.export_base(tree, tmp_path / "a", adapter, keymap=table)
+    jaxadapt.export.export_base(jaxadapt.merge(tree, adapter), tmp_path / "b", keymap=table)
     found, expected = load_file(tmp_path / "a" / "model.safetensors"), load_file(tmp_path / "b" / "model.safetensors")
     assert set(found) == set(expected)
     for key, value in expected.items():
@@ -232,9 +234,9 @@ def test_a_merge_slice_by_slice_is_the_merge(tmp_path, dora, numpy, monkeypatch)
     adapter = small.noisy(jaxadapt.init(config, tree, key=jax.random.key(0), keymap=table))
     seen = []
     monkeypatch.setattr(base_weights.merging.Changed, "value", seeing(base_weights.merging.Changed.value, seen))
-    jaxadapt.export_base(tree, tmp_path / "a", adapter, keymap=table, dtype="float32")
+    jaxadapt.export.export_base(tree, tmp_path / "a", adapter, keymap=table, dtype="float32")
     assert len(seen) > 4 * len(tree)
-    jaxadapt.export_base(jaxadapt.merge(tree, adapter), tmp_path / "b", keymap=table, dtype="float32")
+    jaxadapt.export.export_base(jaxadapt.merge(tree, adapter), tmp_path / "b", keymap=table, dtype="float32")
     found, expected = load_file(tmp_path / "a" / "model.safetensors"), load_file(tmp_path / "b" / "model.safetensors")
     for key, value in expected.items():
         np.testing.assert_allclose(found[key], value, rtol=1e-6, atol=1e-6, err_msg=key)  # sums in another order
@@ -245,7 +247,7 @@ def test_a_merge_into_another_dtype_is_rounded_once(tmp_path):
     tree = {"k": {"kernel": jnp.asarray(rand(6, 11)).astype("bfloat16")}}
     config = jaxadapt.LoraConfig(r=2, target_modules=["k"])
     adapter = small.noisy(jaxadapt.init(config, tree, key=jax.random.key(0), keymap=table))
-    jaxadapt.export_base(tree, tmp_path, adapter, keymap=table, dtype="float32")
+    jaxadapt.export.export_base(tree, tmp_path, adapter, keymap=table, dtype="float32")
     want = jaxadapt.merge(jax.tree.map(lambda x: x.astype("float32"), tree), adapter)["k"]["kernel"]
     found = load_file(tmp_path / "model.safetensors")["k.weight"].T
     np.testing.assert_allclose(found, want, rtol=1e-6, atol=1e-6)  # rounded to bfloat16 it would be 4e-3 away
@@ -266,25 +268,25 @@ def test_an_nnx_model_in_place_and_its_adapter(tmp_path):
     )
     model = small.trained()
     out, adapter = model(small.X), jaxadapt.extract(model)
-    jaxadapt.export_base(model, tmp_path / "base", keymap=table)
-    jaxadapt.export_base(model, tmp_path / "merged", adapter, keymap=table)
+    jaxadapt.export.export_base(model, tmp_path / "base", keymap=table)
+    jaxadapt.export.export_base(model, tmp_path / "merged", adapter, keymap=table)
     other = small.net(seed=9)
     kernel = other.q_proj.kernel
-    assert jaxadapt.import_base(tmp_path / "merged", other, keymap=table) is other
+    assert jaxadapt.export.import_base(tmp_path / "merged", other, keymap=table) is other
     assert other.q_proj.kernel is kernel
     np.testing.assert_allclose(other(small.X), out, rtol=1e-5, atol=1e-6)
     abstract = nnx.eval_shape(small.net)
-    jaxadapt.import_base(tmp_path / "base", abstract, keymap=table)
+    jaxadapt.export.import_base(tmp_path / "base", abstract, keymap=table)
     np.testing.assert_array_equal(abstract(small.X), small.net()(small.X))
-    third = jaxadapt.import_base(tmp_path / "base", nnx.eval_shape(small.net), adapter, keymap=table)
+    third = jaxadapt.export.import_base(tmp_path / "base", nnx.eval_shape(small.net), adapter, keymap=table)
     np.testing.assert_allclose(third(small.X), out, rtol=1e-5, atol=1e-6)
     with pytest.raises(jaxadapt.AttachError, match="active adapters, which would count twice"):
-        jaxadapt.import_base(tmp_path / "base", model, adapter, keymap=table)
+        jaxadapt.export.import_base(tmp_path / "base", model, adapter, keymap=table)
     with pytest.raises(jaxadapt.AttachError, match="expected an Adapter"):
-        jaxadapt.import_base(tmp_path / "base", other, jaxadapt.to_peft(adapter), keymap=table)
+        jaxadapt.export.import_base(tmp_path / "base", other, jaxadapt.to_peft(adapter), keymap=table)
     adapted = small.trained(seed=4)  # adapters on the target stay
     before = jaxadapt.extract(adapted).flat()
-    jaxadapt.import_base(tmp_path / "base", adapted, keymap=table)
+    jaxadapt.export.import_base(tmp_path / "base", adapted, keymap=table)
     equal(jaxadapt.extract(adapted).flat(), before)
 
 
@@ -305,18 +307,18 @@ def test_a_weight_that_is_no_parameter_there(tmp_path):
         "router", (Weight("kernel", "gate.weight", "d e -> e d"), Weight("bias", "gate.correction", "e -> e"))
     )
     model = Router(0)
-    jaxadapt.export_base(model, tmp_path, keymap=table)
+    jaxadapt.export.export_base(model, tmp_path, keymap=table)
     found = load_file(tmp_path / "model.safetensors")
     assert set(found) == {"gate.weight", "gate.correction"}
     np.testing.assert_array_equal(found["gate.correction"], model.bias[...])
     for other in (Router(1), nnx.eval_shape(lambda: Router(1))):
-        jaxadapt.import_base(tmp_path, other, keymap=table)
+        jaxadapt.export.import_base(tmp_path, other, keymap=table)
         np.testing.assert_array_equal(other.bias[...], model.bias[...])
         np.testing.assert_array_equal(other.kernel[...], model.kernel[...])
 
 
 def test_dtypes_boxes_and_shardings_are_the_targets(tmp_path):
-    jaxadapt.export_base(base(), tmp_path, keymap=TABLE, dtype="bfloat16")
+    jaxadapt.export.export_base(base(), tmp_path, keymap=TABLE, dtype="bfloat16")
     assert load_file(tmp_path / "model.safetensors")["emb.weight"].dtype == ml_dtypes.bfloat16
     mesh = jax.make_mesh((2,), ("x",))
     spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "x"))
@@ -324,7 +326,7 @@ def test_dtypes_boxes_and_shardings_are_the_targets(tmp_path):
     target["h"]["0"]["q"]["kernel"] = jax.device_put(target["h"]["0"]["q"]["kernel"], spread)
     target["emb"]["embedding"] = nn.Partitioned(target["emb"]["embedding"], (None, "x"))
     target["h"]["1"]["kv"] = np.zeros(V, "float16")
-    found = jaxadapt.import_base(tmp_path, target, keymap=TABLE)
+    found = jaxadapt.export.import_base(tmp_path, target, keymap=TABLE)
     assert found["h"]["0"]["q"]["kernel"].sharding == spread
     assert isinstance(found["emb"]["embedding"], nn.Partitioned)
     assert isinstance(found["h"]["1"]["kv"], np.ndarray)
@@ -345,41 +347,41 @@ def test_a_norm_that_holds_one_more_is_rounded_once(tmp_path):
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
     for where in (None, split):
         target = {"n": {str(l): {"scale": jax.device_put(jnp.zeros(64), where)} for l in range(2)}}
-        found = jax.tree.map(np.asarray, jaxadapt.import_base(tmp_path, target, keymap=table))
+        found = jax.tree.map(np.asarray, jaxadapt.export.import_base(tmp_path, target, keymap=table))
         for l in range(2):
             np.testing.assert_array_equal(found["n"][str(l)]["scale"], 1 + (w + l).astype("float32"))
-    jaxadapt.export_base(found, tmp_path / "out", keymap=table, dtype="bfloat16")
+    jaxadapt.export.export_base(found, tmp_path / "out", keymap=table, dtype="bfloat16")
     again = load_file(tmp_path / "out" / "model.safetensors")
     assert all(np.array_equal(again[f"n.{l}.weight"], w + l) for l in range(2))
 
 
 def test_a_tied_head_is_filled_from_the_embedding_and_a_copy_of_it_needs_no_place(tmp_path):
     tied = base(head=False)
-    jaxadapt.export_base(tied, tmp_path, keymap=TABLE)
-    found = jaxadapt.import_base(tmp_path, zeros(base()), keymap=TABLE)
+    jaxadapt.export.export_base(tied, tmp_path, keymap=TABLE)
+    found = jaxadapt.export.import_base(tmp_path, zeros(base()), keymap=TABLE)
     np.testing.assert_array_equal(found["head"]["kernel"], tied["emb"]["embedding"].T)
-    jaxadapt.export_base(found, tmp_path, keymap=TABLE)  # both, and equal
-    equal(jaxadapt.import_base(tmp_path, zeros(tied), keymap=TABLE), tied)
-    jaxadapt.export_base(base(), tmp_path, keymap=TABLE)  # a head of its own
+    jaxadapt.export.export_base(found, tmp_path, keymap=TABLE)  # both, and equal
+    equal(jaxadapt.export.import_base(tmp_path, zeros(tied), keymap=TABLE), tied)
+    jaxadapt.export.export_base(base(), tmp_path, keymap=TABLE)  # a head of its own
     with pytest.raises(MismatchError, match=r"unexpected \(nothing in the model takes them\):\n  head\.weight"):
-        jaxadapt.import_base(tmp_path, zeros(tied), keymap=TABLE)
+        jaxadapt.export.import_base(tmp_path, zeros(tied), keymap=TABLE)
 
 
 def test_a_head_of_its_own_is_refused_where_the_folder_ties_it(tmp_path):
     (tmp_path / "config.json").write_text('{"tie_word_embeddings": true}')
     with pytest.raises(MismatchError, match=r"tie_word_embeddings is true.*\n.*head\.weight differs from emb\.weight"):
-        jaxadapt.export_base(base(), tmp_path, keymap=TABLE)
+        jaxadapt.export.export_base(base(), tmp_path, keymap=TABLE)
     assert names(tmp_path) == {"config.json"}
     same = base()
     same["head"]["kernel"] = same["emb"]["embedding"].T
-    jaxadapt.export_base(same, tmp_path, keymap=TABLE)
+    jaxadapt.export.export_base(same, tmp_path, keymap=TABLE)
 
 
 def test_buffers_of_the_file_are_no_weights(tmp_path):
     file = torch_of(base()) | {"h.1.mask": np.ones((2, 2), "uint8")}
     # (safetensors' own writer puts down other layouts than this one as if they were it.)
     save_file({k: np.ascontiguousarray(x) for k, x in file.items()}, tmp_path / "model.safetensors")
-    equal(jaxadapt.import_base(tmp_path / "model.safetensors", zeros(base()), keymap=TABLE), base())
+    equal(jaxadapt.export.import_base(tmp_path / "model.safetensors", zeros(base()), keymap=TABLE), base())
 
 
 def test_everything_that_does_not_fit_stands_in_one_error(tmp_path):
@@ -388,7 +390,7 @@ def test_everything_that_does_not_fit_stands_in_one_error(tmp_path):
     save_file({k: np.ascontiguousarray(x) for k, x in file.items()}, tmp_path / "model.safetensors")
     target = zeros(base())
     with pytest.raises(MismatchError) as caught:
-        jaxadapt.import_base(tmp_path, target, keymap=TABLE)
+        jaxadapt.export.import_base(tmp_path, target, keymap=TABLE)
     wrong = ("h.0.q.bias: expected [8], found [9]", "h.1.q.bias: int32, expected floats")
     for part in ("'mine'", "h.2.k.weight", "extra.weight", *wrong):
         assert part in str(caught.value)
@@ -404,7 +406,7 @@ def test_not_strict_takes_what_fits_and_says_what_not(tmp_path):
     target["new"] = {"kernel": jnp.ones((2, 2))}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = jaxadapt.import_base(tmp_path, target, keymap=TABLE, strict=False)
+        found = jaxadapt.export.import_base(tmp_path, target, keymap=TABLE, strict=False)
     text = " ".join(str(w.message) for w in caught)
     assert "not used: old.weight" in text
     assert "left as they were: h.2.kv, new.kernel" in text
@@ -413,7 +415,7 @@ def test_not_strict_takes_what_fits_and_says_what_not(tmp_path):
     np.testing.assert_array_equal(found["h"]["1"]["kv"], base()["h"]["1"]["kv"])
     hollow = pytest.raises(MismatchError, match=r"no values in the target either:\n  h\.2\.kv")
     with hollow, pytest.warns(UserWarning, match="not used"):
-        jaxadapt.import_base(tmp_path, jax.eval_shape(lambda: zeros(base())), keymap=TABLE, strict=False)
+        jaxadapt.export.import_base(tmp_path, jax.eval_shape(lambda: zeros(base())), keymap=TABLE, strict=False)
 
 
 @pytest.mark.parametrize(
@@ -433,24 +435,24 @@ def test_codes_are_no_weights(tmp_path, beside, says):
     save_file(held, tmp_path / "model.safetensors")
     for strict in (True, False):
         with pytest.raises(jaxadapt.FormatError, match=rf"quantised \(.*{says}.*(?s:.)*dequantize\(\)"):
-            jaxadapt.import_base(tmp_path, base, keymap=PACKED, strict=strict)
+            jaxadapt.export.import_base(tmp_path, base, keymap=PACKED, strict=strict)
 
 
 PACKED = jaxadapt.KeyMap("packed", (jaxadapt.Weight("n.kernel", "n.weight", "i o -> o i"),))
 
 
 def test_a_model_no_table_knows_is_refused_with_its_weights(tmp_path):
-    for do in (jaxadapt.export_base, lambda tree, path: jaxadapt.import_base(path, tree)):
+    for do in (jaxadapt.export.export_base, lambda tree, path: jaxadapt.export.import_base(path, tree)):
         save_file({"a": rand(2)}, tmp_path / "model.safetensors")
         with pytest.raises(KeyMapError, match=r"no table of a model family fits.*\n(.*\n)*.*q\.kernel \(2, 2\)"):
             do({"q": {"kernel": jnp.ones((2, 2))}}, tmp_path)
     with pytest.raises(KeyMapError, match="generic map has no names.*a KeyMap with a line for each"):
-        jaxadapt.export_base({"q": {"kernel": jnp.ones((2, 2))}}, tmp_path, keymap="generic")
+        jaxadapt.export.export_base({"q": {"kernel": jnp.ones((2, 2))}}, tmp_path, keymap="generic")
     with pytest.raises(KeyMapError, match=r"head2\.kernel \(3, 7\): no line"):
-        jaxadapt.export_base({**base(), "head2": {"kernel": rand(3, 7)}}, tmp_path / "x", keymap=TABLE)
+        jaxadapt.export.export_base({**base(), "head2": {"kernel": rand(3, 7)}}, tmp_path / "x", keymap=TABLE)
     assert not (tmp_path / "x").exists()
     with pytest.raises(jaxadapt.AttachError, match="abstract"):
-        jaxadapt.export_base(jax.eval_shape(lambda: zeros(base())), tmp_path / "x", keymap=TABLE)
+        jaxadapt.export.export_base(jax.eval_shape(lambda: zeros(base())), tmp_path / "x", keymap=TABLE)
 
 
 @pytest.mark.parametrize(
@@ -469,19 +471,19 @@ def test_an_index_that_does_not_hold_is_named(tmp_path, index, error, says):
     save_file({"a": rand(2), "b": rand(2)}, tmp_path / "c.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(error, match=says):
-        jaxadapt.import_base(tmp_path, base(), keymap=TABLE)
+        jaxadapt.export.import_base(tmp_path, base(), keymap=TABLE)
     with pytest.raises(FileError, match=r"found none of them"):
-        jaxadapt.import_base(tmp_path / "..", base(), keymap=TABLE)
+        jaxadapt.export.import_base(tmp_path / "..", base(), keymap=TABLE)
 
 
 def test_a_proved_family_by_itself(tmp_path):
     """No keymap=: recognised, exported, read back in another layout of the same model."""
     specimen = BY_NAME["maxtext-qwen3"]
     leaves = specimen_arrays.base_leaves(specimen, recorded(specimen.name)["leaves"])
-    jaxadapt.export_base(trees.nest(leaves), tmp_path)
+    jaxadapt.export.export_base(trees.nest(leaves), tmp_path)
     other = recorded("maxtext-qwen3-scan1")["leaves"]
     target = trees.nest({path: np.zeros(shape, "float32") for path, shape in other.items()})
-    found = jaxadapt.import_base(tmp_path, target)
+    found = jaxadapt.export.import_base(tmp_path, target)
     equal(found, trees.nest(specimen_arrays.base_leaves(BY_NAME["maxtext-qwen3-scan1"], other)))
     assert families.resolve_keymap(None, other).name == "maxtext:qwen3/scan1"
 
@@ -490,7 +492,7 @@ def test_an_export_says_how_far_it_is(tmp_path):
     table = jaxadapt.KeyMap("mine", tuple(jaxadapt.Weight(f"{n}.kernel", f"{n}.weight", "i o -> o i") for n in "ab"))
     seen = []
     params = {n: {"kernel": np.ones((2, 3), "float32")} for n in "ab"}
-    jaxadapt.export_base(params, tmp_path, keymap=table, progress=lambda *at: seen.append(at))
+    jaxadapt.export.export_base(params, tmp_path, keymap=table, progress=lambda *at: seen.append(at))
     assert seen == [("export", 0, 48), ("export", 24, 48), ("export", 48, 48)]
 
 
@@ -509,14 +511,14 @@ def test_statistics_are_written_by_a_line_or_refused(tmp_path):
         Weight("bn.bias", "bn.bias", "c -> c"),
     )
     with pytest.raises(KeyMapError, match=r"(?s)statistics of batch normalisation.*bn\.mean\n.*bn\.var"):
-        jaxadapt.export_base(model, tmp_path, keymap=KeyMap("mine", lines))
+        jaxadapt.export.export_base(model, tmp_path, keymap=KeyMap("mine", lines))
     assert not any(tmp_path.iterdir())
     params = {"q": {"kernel": model.q.kernel.get_value()}}
     variables = {"params": params, "batch_stats": {"bn": {"mean": jnp.arange(4.0)}}}
     with pytest.raises(KeyMapError, match=r"batch_stats\.bn\.mean"):
-        jaxadapt.export_base(variables, tmp_path, keymap=KeyMap("mine", lines[:1]))
+        jaxadapt.export.export_base(variables, tmp_path, keymap=KeyMap("mine", lines[:1]))
     more = Weight("bn.mean", "bn.running_mean", "c -> c"), Weight("bn.var", "bn.running_var", "c -> c")
-    jaxadapt.export_base(model, tmp_path, keymap=KeyMap("mine", (*lines, *more)))
+    jaxadapt.export.export_base(model, tmp_path, keymap=KeyMap("mine", (*lines, *more)))
     written = load_file(tmp_path / "model.safetensors")
     assert np.array_equal(written["bn.running_mean"], np.arange(4.0))
     assert len(written) == 5

@@ -46,18 +46,18 @@ def test_transformers_reads_the_merged_model_and_we_read_its(name, tmp_path):
     model.save_pretrained(tmp_path / "torch", max_shard_size="2KB")
     assert (tmp_path / "torch" / "model.safetensors.index.json").exists()
     target = trees.nest({path: np.zeros(shape, "float32") for path, shape in shapes.items()})
-    found = jaxadapt.import_base(tmp_path / "torch", target, keymap=specimen.keymap)
+    found = jaxadapt.export.import_base(tmp_path / "torch", target, keymap=specimen.keymap)
     flat = trees.nest(leaves)
     for x, y in zip(jax_leaves(found), jax_leaves(flat), strict=True):
         np.testing.assert_array_equal(x, y)
 
     torch_side.save(specimen, tmp_path / "adapter")
     adapter = jaxadapt.from_peft(jaxadapt.read(tmp_path / "adapter"), flat, keymap=specimen.keymap)
-    together = jaxadapt.import_base(tmp_path / "torch", target, adapter, keymap=specimen.keymap)
+    together = jaxadapt.export.import_base(tmp_path / "torch", target, adapter, keymap=specimen.keymap)
     for x, y in zip(jax_leaves(together), jax_leaves(jaxadapt.merge(flat, adapter)), strict=True):
         np.testing.assert_array_equal(x, y)
     model.config.save_pretrained(tmp_path / "ours")
-    jaxadapt.export_base(flat, tmp_path / "ours", adapter, keymap=specimen.keymap, max_shard_size=2000)
+    jaxadapt.export.export_base(flat, tmp_path / "ours", adapter, keymap=specimen.keymap, max_shard_size=2000)
     merged, info = type(model).from_pretrained(tmp_path / "ours", output_loading_info=True, attn_implementation="eager")
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_an_nnx_model_runs_on_what_it_imported(tmp_path):
     torch_side.base(specimen.name).save_pretrained(tmp_path)
     with jax.numpy_rank_promotion("allow"):
         abstract = nnx.eval_shape(lambda: side.make(specimen_arrays.base_leaves(specimen, side.shapes)))
-        model = jaxadapt.import_base(tmp_path, abstract)
+        model = jaxadapt.export.import_base(tmp_path, abstract)
         assert model is abstract
         expected = torch_side.logits(specimen.name, adapter=False)
         np.testing.assert_allclose(side.logits(model), expected, rtol=0, atol=1e-4)
@@ -97,9 +97,9 @@ def test_an_old_bin_and_a_bare_model(tmp_path):
     shapes = recorded("flax-bert-classifier")["leaves"]
     target = trees.nest({path: np.full(shape, 7, "float32") for path, shape in shapes.items()})
     with pytest.warns(UserWarning, match=r"left as they were: classifier\.bias, classifier\.kernel"):
-        found = jaxadapt.import_base(tmp_path, target, strict=False)
+        found = jaxadapt.export.import_base(tmp_path, target, strict=False)
     np.testing.assert_array_equal(found["classifier"]["kernel"], 7)
     query = found["bert"]["encoder"]["layer"]["1"]["attention"]["self"]["query"]["kernel"]
     np.testing.assert_array_equal(query.T, bert.encoder.layer[1].attention.self.query.weight.detach().numpy())
     with pytest.raises(jaxadapt.MismatchError, match=r"missing from(.*\n)*.*classifier\.weight"):
-        jaxadapt.import_base(tmp_path, target)
+        jaxadapt.export.import_base(tmp_path, target)

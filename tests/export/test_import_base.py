@@ -94,12 +94,12 @@ def test_a_model_of_no_family_has_transformers_weights_and_logits(tmp_path: Path
     ids, model = np.random.RandomState(0).randint(4, VOCAB, (2, 6)), Bloom(nnx.Rngs(0))
     shapes = {path: x.shape for path, x in paths.flatten(arrays(model)).items()}
     assert families.resolve_keymap(None, shapes) is GENERIC
-    assert jaxadapt.import_base(tmp_path, model) is model
+    assert jaxadapt.export.import_base(tmp_path, model) is model
     with torch.no_grad():
         want = theirs(torch.from_numpy(ids)).logits.numpy()
     np.testing.assert_allclose(model(jnp.asarray(ids)), want, rtol=0, atol=1e-5)  # float32, logits of about 2
 
-    tree = jaxadapt.import_base(tmp_path, arrays(Bloom(nnx.Rngs(1))))  # where no class speaks
+    tree = jaxadapt.export.import_base(tmp_path, arrays(Bloom(nnx.Rngs(1))))  # where no class speaks
     for mine, other in zip(jax.tree.leaves(tree), jax.tree.leaves(arrays(model)), strict=True):
         np.testing.assert_array_equal(mine, other)
 
@@ -119,7 +119,7 @@ def test_what_a_family_has_no_line_for_goes_by_its_own_path(tmp_path: Path):
         want[leaf] = x.numpy().T if last == "kernel" and x.ndim == 2 else x.numpy()
     target = zeros({leaf: x.shape for leaf, x in want.items()})
     assert families.resolve_keymap(None, {leaf: x.shape for leaf, x in want.items()}).name == "llama"
-    found = paths.flatten(jaxadapt.import_base(tmp_path, target))
+    found = paths.flatten(jaxadapt.export.import_base(tmp_path, target))
     assert found.keys() == want.keys()
     for leaf, x in want.items():
         np.testing.assert_array_equal(found[leaf], x, err_msg=leaf)
@@ -139,7 +139,7 @@ def test_convolutions_and_heads_go_by_their_classes(tmp_path: Path):
 
     net = torch.nn.ModuleDict({"conv": torch.nn.Conv2d(3, 4, (2, 3)), "heads": torch.nn.Linear(4, 10)})
     save_file({key: x.detach().numpy() for key, x in net.state_dict().items()}, tmp_path / "model.safetensors")
-    model = jaxadapt.import_base(tmp_path / "model.safetensors", Net(nnx.Rngs(0)))
+    model = jaxadapt.export.import_base(tmp_path / "model.safetensors", Net(nnx.Rngs(0)))
     x = np.random.RandomState(0).standard_normal((2, 5, 6, 3)).astype("float32")
     with torch.no_grad():
         want = net["heads"](net["conv"](torch.from_numpy(x.transpose(0, 3, 1, 2))).mean((2, 3))).numpy()
@@ -153,9 +153,9 @@ def test_a_square_kernel_of_an_unknown_layer_is_refused(tmp_path: Path):
 
     save_file({"fc.weight": np.ones((3, 3), "float32")}, tmp_path / "model.safetensors")
     with pytest.raises(KeyMapError, match=r"nothing tells which axis of these square matrices.*\n.*fc\.kernel"):
-        jaxadapt.import_base(tmp_path, nnx.Dict(fc=Mine()))
+        jaxadapt.export.import_base(tmp_path, nnx.Dict(fc=Mine()))
     with pytest.raises(KeyMapError, match=r"square matrices.*\n.*fc\.weight"):
-        jaxadapt.import_base(tmp_path, {"fc": {"weight": np.zeros((3, 3), "float32")}})
+        jaxadapt.export.import_base(tmp_path, {"fc": {"weight": np.zeros((3, 3), "float32")}})
 
 
 def zeros(shapes: dict[str, tuple[int, ...]]) -> Any:
@@ -168,22 +168,22 @@ def test_the_error_says_what_keeps_a_family_from_fitting(tmp_path: Path):
     says = r"'llama' comes nearest, with lines for (\d+) of \1 weights.*\n"
     says += r".*model\.norm\.weight \(2, 3\): its line says 'd -> d'"
     with pytest.raises(MismatchError, match=says):
-        jaxadapt.import_base(tmp_path, zeros(nearly))
+        jaxadapt.export.import_base(tmp_path, zeros(nearly))
     with pytest.raises(KeyMapError, match=says):
-        jaxadapt.export_base(zeros(nearly), tmp_path / "out")
+        jaxadapt.export.export_base(zeros(nearly), tmp_path / "out")
     mixed = gpt2_shapes(dense=True) | {"transformer.h.1.mlp.c_fc.kernel": (64, 16)}
     with pytest.raises(
         KeyMapError, match=r"'gpt2-dense' comes nearest(?s:.)*h\.1\.mlp\.c_fc\.kernel \(64, 16\).*where d is 64"
     ):
-        jaxadapt.export_base(zeros(mixed), tmp_path / "out")
+        jaxadapt.export.export_base(zeros(mixed), tmp_path / "out")
 
 
 def test_no_advice_to_pass_what_was_passed(tmp_path: Path):
     save_file({"fc.weight": np.ones((5, 3), "float32")}, tmp_path / "model.safetensors")
     target = {"fc": {"kernel": np.zeros((3, 4), "float32"), "bias": np.zeros(4, "float32")}}
     with pytest.raises(MismatchError, match="strict=False takes what fits"):
-        jaxadapt.import_base(tmp_path, target)
+        jaxadapt.export.import_base(tmp_path, target)
     with pytest.raises(MismatchError) as caught:
-        jaxadapt.import_base(tmp_path, target, strict=False)
+        jaxadapt.export.import_base(tmp_path, target, strict=False)
     assert "takes what fits" not in str(caught.value)
     assert re.search(r"fc\.weight: expected \[4, 3\]", str(caught.value))

@@ -262,10 +262,10 @@ def tree(own_head: bool) -> dict[str, Any]:
 @pytest.mark.parametrize("case", ["saved table", "table", "head", "both", "tokens of both", "DoRA of both"])
 def test_in_memory_a_model_with_a_head_of_its_own_computes_the_same(case, tmp_path):
     want = saved(tmp_path, **CASES[case][0])
-    base = jaxadapt.import_base(tmp_path / "base", tree(own_head=True))
+    base = jaxadapt.export.import_base(tmp_path / "base", tree(own_head=True))
     adapter = jaxadapt.from_peft(jaxadapt.read(tmp_path / "adapter"), base)
     out = tmp_path / "out"
-    jaxadapt.export_base(jaxadapt.merge(base, adapter), out)
+    jaxadapt.export.export_base(jaxadapt.merge(base, adapter), out)
     config = json.loads((tmp_path / "base/config.json").read_text())
     (out / "config.json").write_text(json.dumps(untying.untie_config(config)))
     with torch.no_grad():
@@ -275,23 +275,23 @@ def test_in_memory_a_model_with_a_head_of_its_own_computes_the_same(case, tmp_pa
 @pytest.mark.parametrize("case", ["saved table", "table"])
 def test_in_memory_a_model_without_one_is_refused(case, tmp_path):
     saved(tmp_path, **CASES[case][0])
-    base = jaxadapt.import_base(tmp_path / "base", tree(own_head=False))
+    base = jaxadapt.export.import_base(tmp_path / "base", tree(own_head=False))
     adapter = jaxadapt.from_peft(jaxadapt.read(tmp_path / "adapter"), base)
     with pytest.raises(jaxadapt.AttachError, match=r"model with a head of its own"):
         jaxadapt.merge(base, adapter)
     with pytest.raises(jaxadapt.AttachError, match=r"model with a head of its own"):
-        jaxadapt.export_base(base, tmp_path / "out", adapter)
+        jaxadapt.export.export_base(base, tmp_path / "out", adapter)
 
 
 def test_export_minds_what_a_model_type_means_without_the_field(tmp_path):
     saved(tmp_path, **CASES["tokens"][0])
-    base = jaxadapt.import_base(tmp_path / "base", tree(own_head=True))
+    base = jaxadapt.export.import_base(tmp_path / "base", tree(own_head=True))
     base["lm_head"]["kernel"] = base["lm_head"]["kernel"] + 1
     (tmp_path / "config.json").write_text('{"model_type": "gemma"}')
     with pytest.raises(jaxadapt.MismatchError, match=r"tie_word_embeddings is true \(or missing"):
-        jaxadapt.export_base(base, tmp_path)
+        jaxadapt.export.export_base(base, tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    jaxadapt.export_base(base, tmp_path)
+    jaxadapt.export.export_base(base, tmp_path)
 
 
 def test_the_weights_alone_as_base_bring_the_config_json_that_unties(tmp_path):

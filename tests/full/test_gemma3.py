@@ -107,7 +107,9 @@ def in_tunix(gemma: Gemma) -> Any:
     """Tunix' model of these weights, read into shapes alone."""
     config = dataclasses.replace(gemma3.ModelConfig.gemma3_270m(), param_dtype=jnp.float32)
     with jax.numpy_rank_promotion("allow"):
-        return jaxadapt.import_base(gemma.folder, nnx.eval_shape(lambda: gemma3.Gemma3(config, rngs=nnx.Rngs(0))))
+        return jaxadapt.export.import_base(
+            gemma.folder, nnx.eval_shape(lambda: gemma3.Gemma3(config, rngs=nnx.Rngs(0)))
+        )
 
 
 @pytest.fixture(scope="module")

@@ -216,7 +216,8 @@ def test_a_table_of_ones_own_and_the_line_that_is_wrong(checkpoint, tmp_path, ri
         ("layers.{l}.norm", "layers.{l}.nrom", "model.layers.{l}.norm.weight"),
     ],
 )
-def test_a_mistyped_line_of_ones_own_is_no_choice_of_the_family(checkpoint, tmp_path, right, slip, near):
+def test_a_mistyped_line_of_ones_own_is_no_choice_of_the_family(checkpoint, tmp_path, monkeypatch, right, slip, near):
+    monkeypatch.setenv("COLUMNS", "200")  # long names are folded to the terminal
     (tmp_path / "mine.py").write_text(OWN.replace(right, slip))
     (tmp_path / "shapes.json").write_text(json.dumps(MINE))
     where = ("--model", tmp_path / "shapes.json") if "blocks" in right else ("--checkpoint", checkpoint(THEIRS))

@@ -88,7 +88,7 @@ def test_of_adapters_that_agree_nothing_is_lost(kind, method):
 @pytest.mark.parametrize("r", [2, 4])
 def test_another_rank(kind, r):
     base, (one,) = adapters(kind, 2)
-    resized = jaxadapt.resize_rank(one, r).adapter
+    resized = jaxadapt.merging.resize_rank(one, r).adapter
     assert resized.config.get("r") == r
     close(changes(base, resized), changes(base, one))
 

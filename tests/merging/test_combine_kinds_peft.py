@@ -144,7 +144,7 @@ def test_where_peft_has_none():
 def test_queries_keys_and_values_stay_one_matrix():
     """They share an A in the file: of another rank they share one still. Inside jit nobody can tell that they do."""
     adapter = ours(adapted("attention", True), "attention", "one")
-    smaller, lost = jaxadapt.resize_rank(adapter, 2)
+    smaller, lost = jaxadapt.merging.resize_rank(adapter, 2)
     tensors = jaxadapt.to_peft(smaller).tensors
     for module, (a, b) in factors(jaxadapt.to_peft(adapter).tensors).items():
         u, s, vh = np.linalg.svd((2 / 3) * b @ a)  # alpha 2, rank 3

@@ -123,7 +123,7 @@ def test_a_copy_and_a_sum_of_one_weight():
 
 
 def test_a_quantised_model_merges_what_it_carries():
-    model = jaxadapt.quantize(small.net(), "int8")
+    model = jaxadapt.models.quantize(small.net(), "int8")
     small.trained(LORA, 1, model=model)
     out = model(X)
     with pytest.raises(AttachError, match="dequantize=True"):

@@ -118,13 +118,13 @@ def test_in_memory(host, tmp_path):
     keymap = jaxadapt.KeyMap("mine", (jaxadapt.Weight("{path}.kernel", "{path}.weight", "i o -> o i"),
                                       jaxadapt.Weight("{path}.bias", "{path}.bias", "o -> o")))  # fmt: skip
     with pytest.raises(jaxadapt.MismatchError, match="adapter: "):
-        jaxadapt.export_base(base, tmp_path, bad, keymap=keymap)
+        jaxadapt.export.export_base(base, tmp_path, bad, keymap=keymap)
     assert not list(tmp_path.iterdir())
-    jaxadapt.export_base(base, tmp_path, bad, keymap=keymap, allow_nan=True)
-    jaxadapt.export_base(base, tmp_path / "base", keymap=keymap)
+    jaxadapt.export.export_base(base, tmp_path, bad, keymap=keymap, allow_nan=True)
+    jaxadapt.export.export_base(base, tmp_path / "base", keymap=keymap)
     with pytest.raises(jaxadapt.MismatchError, match="adapter: "):
-        jaxadapt.import_base(tmp_path / "base", base, bad, keymap=keymap)
-    jaxadapt.import_base(tmp_path / "base", base, bad, keymap=keymap, allow_nan=True)
+        jaxadapt.export.import_base(tmp_path / "base", base, bad, keymap=keymap)
+    jaxadapt.export.import_base(tmp_path / "base", base, bad, keymap=keymap, allow_nan=True)
 
 
 def test_traced_arrays_are_not_looked_at():

@@ -45,7 +45,7 @@ PATTERNS = jaxadapt.LoraConfig(
 @pytest.mark.parametrize("fancy", [False, True])
 def test_every_module_gets_its_best_approximation(r, fancy):
     adapter = in_both(PATTERNS, 3)[fancy]
-    new, error = jaxadapt.resize_rank(adapter, r)
+    new, error = jaxadapt.merging.resize_rank(adapter, r)
     assert (new.config.r, new.config.lora_alpha, new.config.use_rslora) == (r, r, False)
     assert not new.config.rank_pattern
     assert not new.config.alpha_pattern
@@ -64,7 +64,7 @@ def test_the_one_rank_form_runs_as_before_where_patterns_are_not_read(tmp_path):
     """Scale alpha/r and one rank is what llama.cpp, TGI and sglang compute, whatever the configuration says."""
     config = small.LORA.replace(use_rslora=True, rank_pattern={"up_proj": 3}, alpha_pattern={"q_proj": 5})
     model = small.trained(config)
-    baked, error = jaxadapt.to_lora(jaxadapt.extract(model))
+    baked, error = jaxadapt.merging.to_lora(jaxadapt.extract(model))
     assert set(error.values()) == {0.0}
     assert {a.shape for p, a in baked.flat().items() if p.endswith("_A")} == {(3, 6), (3, 8)}
     jaxadapt.save(baked, tmp_path)
@@ -74,8 +74,8 @@ def test_the_one_rank_form_runs_as_before_where_patterns_are_not_read(tmp_path):
 
 def test_padding_with_a_key_can_be_trained():
     adapter = small.adapter()
-    plain, _ = jaxadapt.resize_rank(adapter, 4)
-    drawn, _ = jaxadapt.resize_rank(adapter, 4, key=jax.random.key(0))
+    plain, _ = jaxadapt.merging.resize_rank(adapter, 4)
+    drawn, _ = jaxadapt.merging.resize_rank(adapter, 4, key=jax.random.key(0))
     for module, w in deltas(adapter).items():
         np.testing.assert_allclose(deltas(plain)[module], w, rtol=1e-6)
         np.testing.assert_allclose(deltas(drawn)[module], w, rtol=1e-6)
@@ -93,14 +93,14 @@ def test_padding_with_a_key_can_be_trained():
     assert 0.2 / np.sqrt(6) < abs(a).max() <= 1 / np.sqrt(6)
     # What is drawn belongs to a weight, in whatever order a tree has them.
     turned = dataclasses.replace(adapter, params=dict(reversed(adapter.params.items())))
-    other, _ = jaxadapt.resize_rank(turned, 4, key=jax.random.key(0))
+    other, _ = jaxadapt.merging.resize_rank(turned, 4, key=jax.random.key(0))
     assert small.same(other.params, drawn.params)
 
 
 def test_no_weight_sized_array_is_made():
     base = {"q": {"kernel": jax.ShapeDtypeStruct((64, 96), "float32")}}
     adapter = jaxadapt.init(jaxadapt.LoraConfig(r=4, target_modules=["q"]), base, key=jax.random.key(0))
-    jaxpr = jax.make_jaxpr(lambda a: jaxadapt.resize_rank(a, 2))(adapter)
+    jaxpr = jax.make_jaxpr(lambda a: jaxadapt.merging.resize_rank(a, 2))(adapter)
     sizes = {v.aval.size for v in all_vars(jaxpr.jaxpr)}
     assert max(sizes) < 64 * 96
 
@@ -122,7 +122,7 @@ def test_a_lora_of_a_difference(r):
     base = jax.tree.map(np.asarray, small.base()["params"])
     tuned = jax.tree.map(lambda x: (x + rng.standard_normal(x.shape)).astype("f4"), base)
     tuned["up_proj"]["bias"] = base["up_proj"]["bias"]
-    adapter, error = jaxadapt.to_lora((base, tuned), r, target_modules=["q_proj", "up_proj"])
+    adapter, error = jaxadapt.merging.to_lora((base, tuned), r, target_modules=["q_proj", "up_proj"])
     assert set(error) == {"q_proj", "up_proj", "q_proj.bias"}
     assert error["q_proj.bias"] == 1
     for name in ("q_proj", "up_proj"):
@@ -130,7 +130,7 @@ def test_a_lora_of_a_difference(r):
         np.testing.assert_allclose(deltas(adapter)[name], expected, rtol=1e-4, atol=1e-5)
         assert error[name] == pytest.approx(cost, abs=1e-5)
     models = [small.net(), small.net(1)]
-    again, _ = jaxadapt.to_lora(models, 6, target_modules="all-linear")
+    again, _ = jaxadapt.merging.to_lora(models, 6, target_modules="all-linear")
     merged = jaxadapt.merge(small.base(0)["params"], again)
     for name in ("q_proj", "up_proj"):
         np.testing.assert_allclose(merged[name]["kernel"], getattr(models[1], name).kernel[...], atol=1e-5)
@@ -139,7 +139,7 @@ def test_a_lora_of_a_difference(r):
 def test_a_lora_of_a_difference_in_other_layouts():
     rng = np.random.default_rng(0)
     base, tuned = (jax.tree.map(lambda x: rng.standard_normal(x.shape).astype("f4"), SHAPES["fancy"]) for _ in "ab")
-    adapter, error = jaxadapt.to_lora((base, tuned), 2, target_modules=["q", "v"], keymap=FANCY)
+    adapter, error = jaxadapt.merging.to_lora((base, tuned), 2, target_modules=["q", "v"], keymap=FANCY)
     assert error["o"] == 1
     k_and_v = {f"h.{l}.v": tuned["kv"][l, 1, 0].T - base["kv"][l, 1, 0].T for l in range(3)}
     change = 2 * (tuned["q"] - base["q"]).reshape(6, 3, 2, 2, 2).swapaxes(3, 4)
@@ -153,7 +153,7 @@ def test_ia3_becomes_a_lora_or_says_why_not():
     model = small.trained(config)
     adapter = jaxadapt.extract(model)
     base = small.base()["params"]
-    lora, error = jaxadapt.to_lora(adapter, 6, params=base)
+    lora, error = jaxadapt.merging.to_lora(adapter, 6, params=base)
     assert max(error.values()) < 1e-5
     np.testing.assert_allclose(
         small.LinenNet().apply({"params": jaxadapt.merge(base, lora)}, small.X), model(small.X), rtol=1e-4, atol=1e-5
@@ -162,25 +162,25 @@ def test_ia3_becomes_a_lora_or_says_why_not():
     biased = small.noisy(jaxadapt.init(small.IA3, base, key=jax.random.key(0)))
     ones = jax.tree.map(jnp.ones_like, base)
     with pytest.raises(ConfigError, match=r"q_proj\.bias"):  # outputs scaled, bias included
-        jaxadapt.to_lora(biased, 4, params=ones)
-    jaxadapt.to_lora(biased, 4, params=base)  # where biases are zero, nothing of them changes
+        jaxadapt.merging.to_lora(biased, 4, params=ones)
+    jaxadapt.merging.to_lora(biased, 4, params=base)  # where biases are zero, nothing of them changes
 
 
 def test_bad_input():
     adapter = small.adapter()
     for r in (0, -1, 2.0, True):
         with pytest.raises(ConfigError, match="positive integer"):
-            jaxadapt.resize_rank(adapter, r)
+            jaxadapt.merging.resize_rank(adapter, r)
     with pytest.raises(ConfigError, match="to_lora"):
-        jaxadapt.resize_rank(small.adapter(small.IA3), 2)
+        jaxadapt.merging.resize_rank(small.adapter(small.IA3), 2)
     with pytest.raises(ConfigError, match="r \\(the rank\\) is needed"):
-        jaxadapt.to_lora(small.adapter(small.IA3), params=small.base()["params"])
+        jaxadapt.merging.to_lora(small.adapter(small.IA3), params=small.base()["params"])
     with pytest.raises(AttachError, match="pass params=base"):
-        jaxadapt.to_lora(small.adapter(small.IA3), 2)
+        jaxadapt.merging.to_lora(small.adapter(small.IA3), 2)
     with pytest.raises(AttachError, match="a pair"):
-        jaxadapt.to_lora(small.base(), 2)
+        jaxadapt.merging.to_lora(small.base(), 2)
     base = small.base()["params"]
     with pytest.raises(MismatchError, match=r"q_proj\.bias"):
-        jaxadapt.to_lora((base, {**base, "q_proj": {"kernel": base["q_proj"]["kernel"]}}), 2)
+        jaxadapt.merging.to_lora((base, {**base, "q_proj": {"kernel": base["q_proj"]["kernel"]}}), 2)
     with pytest.raises(AttachError, match="expected an Adapter"):
-        jaxadapt.resize_rank(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), 2)
+        jaxadapt.merging.resize_rank(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), 2)

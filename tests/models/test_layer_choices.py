@@ -307,7 +307,7 @@ def test_resizing_and_combining_keep_each_modules_own_change():
     config = config.replace(target_modules=["q", "k", "v"], rank_pattern={r"h\.1\.q": 2, r"h\.2\.v": 3, "k": 5})
     one, two = (trained(config, params, 0), noisy_like(config, params))
     want = module.apply({"params": jaxadapt.merge(params, one)}, x())
-    resized = jaxadapt.resize_rank(one, 5).adapter
+    resized = jaxadapt.merging.resize_rank(one, 5).adapter
     np.testing.assert_allclose(module.apply({"params": jaxadapt.merge(params, resized)}, x()), want, atol=5e-6)
     both = jaxadapt.combine([one, two], [0.5, 0.25], method="cat")
     sums = {}

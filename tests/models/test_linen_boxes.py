@@ -73,7 +73,7 @@ def test_every_way_to_a_collection_gives_the_same_structure(logical: bool, tmp_p
         jaxadapt.load(tmp_path, {"params": params}),
         jaxadapt.from_peft(tensors, params).collection,
         jaxadapt.extract(variables).collection,
-        jaxadapt.start(CONFIG, params, key=KEY).adapter.collection,
+        jaxadapt.initializers.start(CONFIG, params, key=KEY).adapter.collection,
     ):
         # (The tables differ: the module's own calls tell `adapt` more. What optax walks over does not.)
         mine, theirs = ({k: x for k, x in held["lora"]["default"].items() if k != "~config"}
@@ -180,7 +180,7 @@ def test_what_is_computed_does_not_depend_on_boxes(logical: bool):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
                  jaxadapt.unmerge(merged, adapter), variables["params"])  # fmt: skip
     equal(jaxadapt.to_peft(adapter).tensors, jaxadapt.to_peft(plain).tensors)
-    with jaxadapt.rescale(adapter, 2.0) as double:
+    with jaxadapt.models.rescale(adapter, 2.0) as double:
         same(double, adapter)
     assert str(jaxadapt.summary(variables)) == str(jaxadapt.summary({**variables, **plain.collection}))
 

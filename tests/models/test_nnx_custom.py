@@ -215,10 +215,11 @@ def test_a_custom_layer_that_draws_and_counts(way):
     if way == "quantised":
         table = jaxadapt.KeyMap("mine", (Weight("layer.w", "layer.weight", "d n h -> (n h) d"),))
         few, dense = (
-            jaxadapt.quantize(layers_nnx.Held(layer=Noisy()), "int8", modules=["layer"], keymap=table) for _ in "ab"
+            jaxadapt.models.quantize(layers_nnx.Held(layer=Noisy()), "int8", modules=["layer"], keymap=table)
+            for _ in "ab"
         )
         model = adapt(few, lora("layer"), keymap=table)
-        merged = jaxadapt.merge(jaxadapt.dequantize(dense), jaxadapt.extract(model))
+        merged = jaxadapt.merge(jaxadapt.models.dequantize(dense), jaxadapt.extract(model))
     if way == "dropout":
         model.eval()
         merged.eval()
@@ -519,7 +520,10 @@ def test_weights_that_no_module_holds_are_not_left_out_in_silence(make, tmp_path
     table = jaxadapt.KeyMap(
         "mine", (Weight("out.kernel", "out.weight", "i o -> o i"), Weight("out.bias", "out.bias", "o -> o"))
     )
-    for do in (jaxadapt.export_base, lambda model, path, **options: jaxadapt.import_base(path, model, **options)):
+    for do in (
+        jaxadapt.export.export_base,
+        lambda model, path, **options: jaxadapt.export.import_base(path, model, **options),
+    ):
         with pytest.raises(AttachError, match=r"would be left out(?s:.)*\n  held\."):
             do(model, tmp_path, keymap=table)
     adapt(model, every.replace(exclude_modules=["held", "layers_0"]))

@@ -30,14 +30,14 @@ def expected(config, factor):
 def test_nnx_and_linen_compute_the_scaled_change(config, factor):
     model, variables = small.trained(config), small.variables(config)
     before = model(X)
-    with jaxadapt.rescale(model, factor) as same:
+    with jaxadapt.models.rescale(model, factor) as same:
         assert same is model
         np.testing.assert_allclose(model(X), expected(config, factor), rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(model(X), before)
     module = jaxadapt.adapt(small.LinenNet(), config)
-    with jaxadapt.rescale(variables, factor) as scaled:
+    with jaxadapt.models.rescale(variables, factor) as scaled:
         np.testing.assert_allclose(module.apply(scaled, X), expected(config, factor), rtol=1e-5, atol=1e-5)
-    with jaxadapt.rescale(small.adapter(config), factor) as adapter:
+    with jaxadapt.models.rescale(small.adapter(config), factor) as adapter:
         merged = jaxadapt.merge(small.base()["params"], adapter)
         out = small.LinenNet().apply({"params": merged}, X)
         np.testing.assert_allclose(out, expected(config, factor), rtol=1e-5, atol=1e-5)
@@ -53,7 +53,7 @@ def test_nothing_is_traced_again():
 
     plain = run(model, X)
     for factor in (0.5, 0.7, jnp.float32(-1), np.float64(2)):
-        with jaxadapt.rescale(model, factor):
+        with jaxadapt.models.rescale(model, factor):
             assert not np.allclose(run(model, X), plain)
     np.testing.assert_array_equal(run(model, X), plain)
     module, variables = jaxadapt.adapt(small.LinenNet(), small.LORA), small.variables()
@@ -65,7 +65,7 @@ def test_nothing_is_traced_again():
 
     apply(variables, X)
     for factor in (0.5, 0.7):
-        with jaxadapt.rescale(variables, factor) as scaled:
+        with jaxadapt.models.rescale(variables, factor) as scaled:
             apply(scaled, X)
     assert traces == ["nnx", "linen"]
 
@@ -74,12 +74,12 @@ def test_the_factor_may_be_traced():
     variables, module, model = small.variables(), jaxadapt.adapt(small.LinenNet(), small.LORA), small.trained()
 
     def linen(factor):
-        with jaxadapt.rescale(variables, factor) as scaled:
+        with jaxadapt.models.rescale(variables, factor) as scaled:
             return module.apply(scaled, X)
 
     @nnx.jit
     def inside(model, factor):
-        with jaxadapt.rescale(model, factor):
+        with jaxadapt.models.rescale(model, factor):
             return model(X)
 
     factors = jnp.array([0.5, -1.0])
@@ -97,7 +97,7 @@ def test_restored_whatever_happens(kind):
     values = {p: v.get_value() for p, v in jaxadapt.nnx.variables(model)["default"].items()}
 
     def leave():
-        with jaxadapt.rescale(model, 3):
+        with jaxadapt.models.rescale(model, 3):
             if kind == "return":
                 return
             raise RuntimeError
@@ -117,7 +117,7 @@ def test_training_inside_is_refused_and_undone():
     state = nnx.DiffState(0, jaxadapt.AdapterParam)
 
     def train():
-        with jaxadapt.rescale(model, 0.5):
+        with jaxadapt.models.rescale(model, 0.5):
             optimizer.update(model, nnx.grad(lambda m: jnp.sum(m(X) ** 2), argnums=state)(model))
 
     with pytest.raises(AttachError, match=r"train outside(.|\n)*lora_A"):
@@ -130,12 +130,12 @@ def test_one_of_several_by_name():
     small.trained(small.LORA.replace(r=3), seed=2, name="two", model=model)
     jaxadapt.activate(model, "one", "two")
     both = model(X)
-    with jaxadapt.rescale(model, 0, "two"):
+    with jaxadapt.models.rescale(model, 0, "two"):
         only_one = model(X)
     jaxadapt.activate(model, "one")
     np.testing.assert_allclose(only_one, model(X), rtol=1e-5, atol=1e-5)
     assert not np.allclose(only_one, both)
-    with pytest.raises(AttachError, match=r"\['one', 'two'\]"), jaxadapt.rescale(model, 2, "three"):
+    with pytest.raises(AttachError, match=r"\['one', 'two'\]"), jaxadapt.models.rescale(model, 2, "three"):
         pass
 
 
@@ -147,15 +147,15 @@ def test_sixteen_bits_and_what_cannot_be_rescaled():
         key=jax.random.key(0),
         dtype="bfloat16",
     )
-    with jaxadapt.rescale(adapter, 0.3) as scaled:
+    with jaxadapt.models.rescale(adapter, 0.3) as scaled:
         b, new = (np.asarray(a.params["q"]["kernel"]["lora_B"], "f4") for a in (adapter, scaled))
         assert scaled.params["q"]["kernel"]["lora_B"].dtype == "bfloat16"
         np.testing.assert_allclose(new, b * np.float32(0.3), rtol=2**-8)
     for tree in (small.trained(small.IA3), small.variables(small.IA3), small.adapter(small.IA3)):
-        with pytest.raises(AttachError, match="IA3, which has no scale"), jaxadapt.rescale(tree, 0.5):
+        with pytest.raises(AttachError, match="IA3, which has no scale"), jaxadapt.models.rescale(tree, 0.5):
             pass
     for tree in (small.net(), small.base(), small.LinenNet(), 3):
-        with pytest.raises(AttachError), jaxadapt.rescale(tree, 0.5):
+        with pytest.raises(AttachError), jaxadapt.models.rescale(tree, 0.5):
             pass
 
 
@@ -163,7 +163,7 @@ def test_sixteen_bits_and_what_cannot_be_rescaled():
 def test_a_factor_is_one_number_and_nothing_changes_before_that_is_known(make):
     tree = make()
     before = jaxadapt.extract(tree).flat()
-    with pytest.raises(AttachError, match=r"a number, found .*\(2,\)"), jaxadapt.rescale(tree, jnp.full(2, 5.0)):
+    with pytest.raises(AttachError, match=r"a number, found .*\(2,\)"), jaxadapt.models.rescale(tree, jnp.full(2, 5.0)):
         pass
     assert small.same(jaxadapt.extract(tree).flat(), before)
 
@@ -184,5 +184,5 @@ def test_as_in_peft():
     twin = llama.twin_of(peft_pairs.torch_base())
     jaxadapt.adapt(twin, adapter.config, rngs=nnx.Rngs(0))
     jaxadapt.inject(adapter, twin)
-    with jaxadapt.rescale(twin, 0.3):
+    with jaxadapt.models.rescale(twin, 0.3):
         np.testing.assert_allclose(twin(jnp.asarray(ids)), theirs, rtol=1e-5, atol=1e-5 * abs(theirs).max())

@@ -21,6 +21,7 @@ import jaxadapt
 from jaxadapt import AdapterError, ConfigError, FileError, FormatError, MismatchError
 from jaxadapt.persistence import folder
 from jaxadapt.storage import atomic, safetensors
+from jaxadapt.storage import flush as flush_module
 from jaxadapt.storage import local_files as codec_files
 from tests.support import small
 from tests.support.small import CONFIG, IA3, LORA, WEIGHTS, files, same
@@ -307,7 +308,7 @@ class Layer:
     ids=["a dataclass", "a list"],
 )
 def test_parameters_that_are_no_nested_mappings(base, says):
-    for verb in (lambda: jaxadapt.init(LORA, base), lambda: jaxadapt.quantize(base, "int8")):
+    for verb in (lambda: jaxadapt.init(LORA, base), lambda: jaxadapt.models.quantize(base, "int8")):
         with pytest.raises(jaxadapt.AttachError, match=says):
             verb()
 
@@ -392,7 +393,7 @@ def test_a_disk_that_fills_leaves_no_new_folder(tmp_path, small_files):
 def test_an_error_of_the_disk_at_either_file(number, nth, good, monkeypatch):
     """The old adapter is there afterwards, whole: both files are flushed before either takes its place."""
     jaxadapt.save(small.adapter(), good)
-    calls, flush = [], atomic.flush_fd
+    calls, flush = [], flush_module.flush_fd
 
     def failing(fd):
         calls.append(fd)

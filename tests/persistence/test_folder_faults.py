@@ -205,13 +205,13 @@ def test_both_files_are_flushed_then_renamed_then_their_folder_is_flushed(
 def test_a_set_of_shards_is_put_back_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model in several files: those that were renamed already go again, and the old set is whole."""
     base = {"q_proj": {"kernel": np.ones((4, 6), "f4")}, "up_proj": {"kernel": np.ones((4, 6), "f4")}}
-    jaxadapt.export_base(base, tmp_path, keymap=TABLE, max_shard_size=100)
+    jaxadapt.export.export_base(base, tmp_path, keymap=TABLE, max_shard_size=100)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
     for nth in (1, 2, 3):
         with monkeypatch.context() as patch:
             Failing(patch, Path, "replace", nth, False, errno.EIO)
             with pytest.raises(FileError, match="untouched"):
-                jaxadapt.export_base(base, tmp_path, keymap=TABLE, max_shard_size=100)
+                jaxadapt.export.export_base(base, tmp_path, keymap=TABLE, max_shard_size=100)
         assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 

@@ -57,9 +57,9 @@ class Twin:
 
     def run(self, tree: Any, ids: Any, tokens: Any) -> Any:
         if self.api == "nnx":
-            with jaxadapt.invoke(tree, tokens):
+            with jaxadapt.models.invoke(tree, tokens):
                 return tree(ids)
-        with jaxadapt.invoke(self.module, tokens) as module:
+        with jaxadapt.models.invoke(self.module, tokens) as module:
             return module.apply(tree, ids)
 
 
@@ -132,7 +132,7 @@ def test_a_call_that_does_not_say_which_tokens_is_refused(tmp_path):
         tree(IDS)
     with (
         pytest.raises(jaxadapt.AttachError, match=r"tokens are \[5, 6\] here \(batch, time\)"),
-        jaxadapt.invoke(tree, IDS[:, :6]),
+        jaxadapt.models.invoke(tree, IDS[:, :6]),
     ):
         tree(IDS)
     assert nnx.graphdef(tree) == graph
@@ -142,11 +142,11 @@ def test_a_call_that_does_not_say_which_tokens_is_refused(tmp_path):
     with pytest.raises(jaxadapt.ConfigError, match="alora_invocation_tokens"):
         jaxadapt.combine([adapter], [1.0])
     refused = pytest.raises(jaxadapt.AttachError, match="expected token ids or a mask")
-    with refused, jaxadapt.invoke(tree, IDS * 1.0):
+    with refused, jaxadapt.models.invoke(tree, IDS * 1.0):
         pass
     jaxadapt.activate(tree)
     refused = pytest.raises(jaxadapt.AttachError, match="none of the active adapters is an aLoRA")
-    with refused, jaxadapt.invoke(tree, IDS):
+    with refused, jaxadapt.models.invoke(tree, IDS):
         pass
 
 
@@ -159,4 +159,6 @@ def test_what_peft_has_no_alora_for(more):
     with pytest.raises(ValueError):
         peft.get_peft_model(llama.torch_llama(tied=False), peft.LoraConfig(task_type="CAUSAL_LM", **fields))
     with pytest.raises(jaxadapt.ConfigError, match="alora_invocation_tokens with"):
-        jaxadapt.start(jaxadapt.LoraConfig(**fields), llama.twin_of(llama.torch_llama()), key=jax.random.key(0))
+        jaxadapt.initializers.start(
+            jaxadapt.LoraConfig(**fields), llama.twin_of(llama.torch_llama()), key=jax.random.key(0)
+        )

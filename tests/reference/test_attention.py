@@ -277,13 +277,13 @@ def test_a_file_of_another_shape_is_refused(tmp_path):
 
 def test_whole_models_go_both_ways(tmp_path):
     params = trees.nest(leaves())
-    jaxadapt.export_base(params, tmp_path, keymap=TABLE)
+    jaxadapt.export.export_base(params, tmp_path, keymap=TABLE)
     from safetensors.numpy import load_file
 
     written = load_file(tmp_path / "model.safetensors")
     state = {key: value.numpy() for key, value in torch_net().state_dict().items()}
     assert set(written) == set(state)
     assert all(np.array_equal(written[key], value) for key, value in state.items())
-    again = jaxadapt.import_base(tmp_path, jax.tree.map(jnp.zeros_like, params), keymap=TABLE)
+    again = jaxadapt.export.import_base(tmp_path, jax.tree.map(jnp.zeros_like, params), keymap=TABLE)
     for path, leaf in paths.flatten(again).items():
         np.testing.assert_array_equal(leaf, leaves()[path])

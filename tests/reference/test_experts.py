@@ -347,11 +347,11 @@ def test_folders_of_models_have_their_experts_apart(kind, tmp_path):
     assert any(".experts.0." in key for key in theirs)
     want = paths.flatten(base(kind))
     target = paths.unflatten({path: np.zeros_like(x) for path, x in want.items()})
-    found = paths.flatten(jaxadapt.import_base(tmp_path / "theirs", target, keymap=kind))
+    found = paths.flatten(jaxadapt.export.import_base(tmp_path / "theirs", target, keymap=kind))
     assert found.keys() == want.keys()
     for path, x in want.items():
         np.testing.assert_array_equal(found[path], x, err_msg=path)
-    jaxadapt.export_base(base(kind), tmp_path / "ours", keymap=f"{kind}/per-expert")
+    jaxadapt.export.export_base(base(kind), tmp_path / "ours", keymap=f"{kind}/per-expert")
     ours = safetensors.read(tmp_path / "ours" / "model.safetensors")
     assert ours.keys() == theirs.keys()
     for key, x in theirs.items():
@@ -359,22 +359,22 @@ def test_folders_of_models_have_their_experts_apart(kind, tmp_path):
 
 
 def test_a_folder_that_lacks_an_expert_says_which(tmp_path):
-    jaxadapt.export_base(base("mixtral"), tmp_path, keymap="mixtral/per-expert")
+    jaxadapt.export.export_base(base("mixtral"), tmp_path, keymap="mixtral/per-expert")
     file = tmp_path / "model.safetensors"
     tensors = safetensors.read(file)
     del tensors["model.layers.0.block_sparse_moe.experts.1.w3.weight"]
     safetensors.write(file, {k: (x.dtype, x.shape) for k, x in tensors.items()}, tensors.__getitem__)
     with pytest.raises(jaxadapt.MismatchError, match=r"layers\.0\.mlp\.experts\.gate_up_proj: part 1 of expert 1"):
-        jaxadapt.import_base(tmp_path, base("mixtral"), keymap="mixtral")
+        jaxadapt.export.import_base(tmp_path, base("mixtral"), keymap="mixtral")
 
 
 def test_experts_apart_into_leaves_apart(tmp_path):
     """Gate and up are leaves of their own in MaxText, whose scaled queries round once more."""
     name = next(name for name in APART if "mixtral" in name)
     table = BY_NAME[name].table
-    jaxadapt.export_base(split_base(name), tmp_path, keymap=f"{table}/per-expert")
+    jaxadapt.export.export_base(split_base(name), tmp_path, keymap=f"{table}/per-expert")
     target = jax.tree.map(np.zeros_like, split_base(name))
-    found = paths.flatten(jaxadapt.import_base(tmp_path, target, keymap=table))
+    found = paths.flatten(jaxadapt.export.import_base(tmp_path, target, keymap=table))
     for path, x in paths.flatten(split_base(name)).items():
         np.testing.assert_allclose(found[path], x, rtol=2e-7 if "query" in path else 0, err_msg=path)
 
@@ -385,11 +385,11 @@ def test_experts_are_not_all_in_memory_at_once(spelling, tmp_path):
     layers, e, d, f, at = 10, 4, 128, 256, "decoder.layers_{}.MoeBlock_0."
     shapes = {"wi_0": (e, d, f), "wi_1": (e, d, f), "wo": (e, f, d), "gate.kernel": (d, e)}
     leaves = {at.format(i) + name: np.zeros(shape, "float32") for i in range(layers) for name, shape in shapes.items()}
-    jaxadapt.export_base(paths.unflatten(leaves), tmp_path, keymap=f"maxtext:mixtral{spelling}")
+    jaxadapt.export.export_base(paths.unflatten(leaves), tmp_path, keymap=f"maxtext:mixtral{spelling}")
     target = paths.unflatten({path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in leaves.items()})
     tracemalloc.start()
     try:
-        found = jaxadapt.import_base(tmp_path, target, keymap="maxtext:mixtral")
+        found = jaxadapt.export.import_base(tmp_path, target, keymap="maxtext:mixtral")
         peak = tracemalloc.get_traced_memory()[1] - sum(x.nbytes for x in jax.tree.leaves(found))
     finally:
         tracemalloc.stop()

@@ -292,7 +292,7 @@ def test_some_layers_only(api, tmp_path):
 @pytest.mark.parametrize("scan", [None, 1])
 @pytest.mark.parametrize("api", ["nnx", "linen"])
 def test_a_rank_of_one_layer(api, scan, tmp_path):
-    """A pattern for one layer fits unrolled layers; stacked ones cannot have two ranks, and say so."""
+    """A pattern for one layer fits unrolled and stacked layers."""
     fields = {
         "target_modules": ["q_proj"],
         "r": 4,
@@ -303,8 +303,4 @@ def test_a_rank_of_one_layer(api, scan, tmp_path):
     theirs = harness.make_peft(torch_base("llama"), setting.peft())
     harness.save(theirs, tmp_path)
     twin = Twin("llama", api, scan)
-    if scan is None:
-        close(twin.load(tmp_path), harness.logits(theirs, IDS))
-    else:
-        with pytest.raises(jaxadapt.AdapterError, match="q_proj"):
-            twin.load(tmp_path)
+    close(twin.load(tmp_path), harness.logits(theirs, IDS))

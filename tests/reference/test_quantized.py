@@ -69,34 +69,34 @@ class Ours:
         if api == "nnx":
             self.tree = self._nnx(found, how)
             self.bare = self.tree(jnp.asarray(IDS))
-            self.dense = jaxadapt.dequantize(nnx.clone(self.tree))
+            self.dense = jaxadapt.models.dequantize(nnx.clone(self.tree))
         else:
             self.module, base = self._linen(*found, how)
             self.tree = {"params": base}
             with jaxadapt.disable(jaxadapt.adapt(self.module, jaxadapt.LoraConfig(**FIELDS))) as plain:
                 self.bare = plain.apply(self.tree, jnp.asarray(IDS))
-            self.dense = jaxadapt.dequantize(base)
+            self.dense = jaxadapt.models.dequantize(base)
 
     def _nnx(self, model: Any, how: Any) -> Any:
         if isinstance(how, str):
-            return jaxadapt.quantize(model, how)
+            return jaxadapt.models.quantize(model, how)
         provider = qwix.PtqProvider([qwix.QuantizationRule(module_path=LAYERS, **how)])
         theirs = qwix.quantize_model(model, provider, jnp.asarray(IDS))
         with pytest.raises(jaxadapt.AttachError, match=r"jaxadapt\.from_qwix"):
             jaxadapt.adapt(theirs, jaxadapt.LoraConfig(**FIELDS), rngs=nnx.Rngs(0))
         y = theirs(jnp.asarray(IDS))
-        model = jaxadapt.from_qwix(theirs)
+        model = jaxadapt.models.from_qwix(theirs)
         close(model(jnp.asarray(IDS)), y)  # Qwix' own arithmetic with the same weights
         return model
 
     def _linen(self, module: Any, variables: Any, how: Any) -> Any:
         if isinstance(how, str):
-            return module, jaxadapt.quantize(variables["params"], how)
+            return module, jaxadapt.models.quantize(variables["params"], how)
         provider = qwix.PtqProvider([qwix.QuantizationRule(module_path=LAYERS, **how)])
         theirs = qwix.quantize_model(module, provider)
         specs = jax.eval_shape(theirs.init, jax.random.key(0), jnp.asarray(IDS))["params"]
         params = qwix.quantize_params(variables["params"], specs)
-        plain = jaxadapt.from_qwix(theirs)
+        plain = jaxadapt.models.from_qwix(theirs)
         assert type(plain) is type(module)
         return plain, params
 

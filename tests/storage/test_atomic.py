@@ -31,7 +31,7 @@ def save(path: Path | str, megabytes: float = 0.1) -> None:
 
 
 def test_killed_at_any_moment(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("kill_writer.py")
+    script = ROOT / "tests" / "support" / "kill_writer.py"
     subprocess.run(
         [sys.executable, script, tmp_path / "f", "50"],
         check=True,

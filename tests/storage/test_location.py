@@ -164,11 +164,11 @@ def test_whole_models_and_the_command_line(place: str, tmp_path: Path):
     table = jaxadapt.KeyMap("mine", tuple(lines))
     params = {name: {"kernel": leaves["kernel"]} for name, leaves in small.base()["params"].items()}
     for folder in (f"{place}/base", tmp_path / "base"):
-        jaxadapt.export_base(params, folder, keymap=table, max_shard_size=100)
+        jaxadapt.export.export_base(params, folder, keymap=table, max_shard_size=100)
     location.to_location(f"{place}/base/config.json").put(str(_written(tmp_path / "base" / "config.json", b"{}")))
     assert stores.files(f"{place}/base") == small.files(tmp_path / "base")
     assert "model-00002-of-00002.safetensors" in stores.files(f"{place}/base")
-    assert same(jaxadapt.import_base(f"{place}/base", params, keymap=table), params)
+    assert same(jaxadapt.export.import_base(f"{place}/base", params, keymap=table), params)
 
     jaxadapt.save(small.adapter(), f"{place}/adapter")
     jaxadapt.save(small.adapter(), tmp_path / "adapter")

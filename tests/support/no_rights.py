@@ -41,7 +41,7 @@ def readers(good: Path) -> dict[str, Operation]:
         "load, by a name": lambda path: jaxadapt.load(path, small.net(), name="other"),
         "restore": lambda path: jaxadapt.CheckpointManager(path).restore(small.trained()),
         "adapter of a step": lambda path: jaxadapt.CheckpointManager(path).adapter(1),
-        "import_base": lambda path: jaxadapt.import_base(path, BASE, keymap=TABLE),
+        "import_base": lambda path: jaxadapt.export.import_base(path, BASE, keymap=TABLE),
         "merge, base": lambda path: merge_files.merge_folder(path, good / "adapter", good / "merged"),
         "merge, adapter": lambda path: merge_files.merge_folder(good / "base", path, good / "merged"),
         "combine": lambda path: merge_files.combine_folders([path, good / "adapter"], [1.0, 1.0], good / "combined"),
@@ -56,8 +56,8 @@ def writers(good: Path) -> dict[str, Operation]:
         "save, orbax": lambda path: jaxadapt.save(small.adapter(), path / "new", format="orbax"),
         "write": lambda path: jaxadapt.write(jaxadapt.to_peft(small.adapter()), path),
         "step": lambda path: _step(path),
-        "export_base": lambda path: jaxadapt.export_base(BASE, path, keymap=TABLE),
-        "export_base, shards": lambda path: jaxadapt.export_base(BASE, path, keymap=TABLE, max_shard_size=100),
+        "export_base": lambda path: jaxadapt.export.export_base(BASE, path, keymap=TABLE),
+        "export_base, shards": lambda path: jaxadapt.export.export_base(BASE, path, keymap=TABLE, max_shard_size=100),
         "merge, out": lambda path: merge_files.merge_folder(good / "base", good / "adapter", path),
         "combine, out": lambda path: merge_files.combine_folders([good / "adapter"] * 2, [1.0, 1.0], path),
     }
@@ -71,7 +71,7 @@ def _step(path: Path) -> None:
 def full(kind: str, path: Path) -> Path:
     """A folder that the operation would read, or write over."""
     if kind in ("import_base", "merge, base", "export_base", "export_base, shards", "merge, out"):
-        jaxadapt.export_base(BASE, path, keymap=TABLE)
+        jaxadapt.export.export_base(BASE, path, keymap=TABLE)
     elif kind in ("restore", "adapter of a step", "step"):
         with jaxadapt.CheckpointManager(path) as manager:
             manager.save(1, small.trained())

@@ -52,7 +52,7 @@ def merged(folder: Path) -> Any:
 
 def scaled(folder: Path) -> Any:
     variables = load_linen(folder)
-    with jaxadapt.rescale(variables, 0.5) as half:
+    with jaxadapt.models.rescale(variables, 0.5) as half:
         return half
 
 
@@ -121,7 +121,9 @@ def test_what_a_forward_holds_is_not_kept() -> None:
     held = jnp.full(3, 2.0)
     gone = weakref.ref(held)
     config = small.LORA.replace(init_lora_weights="corda")
-    jaxadapt.start(config, small.net(), batches=[small.X], forward=lambda model, x, held=held: model(x) * held[0])
+    jaxadapt.initializers.start(
+        config, small.net(), batches=[small.X], forward=lambda model, x, held=held: model(x) * held[0]
+    )
     del held
     gc.collect()
     assert gone() is None

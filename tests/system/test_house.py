@@ -1,7 +1,7 @@
-"""The house: a module imports only from floors below its own, and each heavy library has its few doors.
+"""The packages: each imports only from packages below it, and each heavy library comes in through few of them.
 
-Imports are read from the source, lazy ones inside functions included; `if TYPE_CHECKING:` ones do not
-run and are let through, save that they too may only name modules that exist.
+Imports are read from the source, those inside functions included. Imports under `if TYPE_CHECKING:` do not run; they
+only have to name modules that exist.
 """
 
 from __future__ import annotations
@@ -16,176 +16,40 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "jaxadapt"
 
-# Packages are listed by their first part: "configs" stands for everything under jaxadapt/configs/.
-FLOORS = [
-    ["errors", "terminal", "progress", "paths", "axes", "pattern", "configs"],
-    "pieces weight arrangement keymap generic dialect plan adapter peft_tensors"
-    " trace operations layout liveness layers targets drawing factors codecs consumers card hub"
-    " quantized near tensor used boxes finite state_dicts".split(),
-    "methods families agreeing copies parameters tying replication bind selecting renaming joining embeddings".split()
-    + "folder per_expert orbax_folder transfer together vocabulary dialects guests guest_config laying sharding".split()
-    + ["slots", "run_folder", "pytorch", "initial", "single_experts", "doubts", "filling", "plain", "heads"],
-    "linen linen_call linen_survey linen_tree nnx nnx_survey merging products combining norms trees checking".split()
-    + "observing eva nnx_calls nnx_layer nnx_params wholes untying base_weights".split(),
-    "foreign planning attach exchange store bases report picture reducing rescaling invoking optim".split()
-    + "beginning starting originals quantizing".split(),
-    "converting on_disk sharing checkpoint snapshot resuming step_files step_reading".split()
-    + "background preemption".split(),
-    ["cli", "demo"],
-]
-FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-TOP = len(FLOORS)  # __init__ and __main__ see everything
+# From the bottom to the top; a package imports from those above it in this table.
+PACKAGES = (
+    "core", "configs", "arrays", "keymaps", "methods", "storage", "adapters", "models", "merging", "initializers",
+    "analysis", "persistence", "training", "export", "demo", "cli",
+)  # fmt: skip
+RANK = {package: number for number, package in enumerate(PACKAGES)}
 
-# Imports within one floor, each with its reason. A package's own files may import each other, and everything
-# may raise: `errors` lies below floor 0.
-SAME_FLOOR = {
-    ("plan", "arrangement"): "a plan's entries are arranged",
-    ("plan", "keymap"): "a plan is a keymap applied to shapes",
-    ("keymap", "weight"): "a table is made of lines",
-    ("generic", "weight"): "the lines where no family has one",
-    ("generic", "keymap"): "the table where no family has one",
-    ("adapter", "peft_tensors"): "the two values are known by one name",
-    ("progress", "terminal"): "a bar shows somebody else's names",
-    ("state_dicts", "peft_tensors"): "a file's tensors under other names",
-    ("adapter", "keymap"): "an adapter carries the table it was made with",
-    ("adapter", "weight"): "and writes its lines out as text",
-    ("adapter", "generic"): "which is the generic map, unless it is told",
-    ("plan", "weight"): "a tensor's layout follows from its line",
-    ("plan", "tensor"): "and from what the method says of it",
-    ("used", "trace"): "what a trace found is read",
-    ("bind", "methods"): "a configuration is bound by its method",
-    ("bind", "copies"): "and the leaves it copies are bound too",
-    ("bind", "parameters"): "and those that it has by their own names",
-    ("selecting", "bind"): "what is selected is bound",
-    ("selecting", "methods"): "by its method",
-    ("selecting", "copies"): "or as a copy",
-    ("selecting", "parameters"): "or by its own name",
-    ("copies", "methods"): "a copy is a method of its own",
-    ("renaming", "bind"): "it knows an adapter's sites",
-    ("renaming", "parameters"): "and by what names they go",
-    ("boxes", "arrangement"): "boxes of arranged leaves, and of what is in files",
-    ("together", "folder"): "it is written as a folder",
-    ("embeddings", "bind"): "an adapter's sites tell which embeddings it has",
-    ("selecting", "replication"): "whether a model has the layers that a configuration makes",
-    ("selecting", "tying"): "what of a model's weights are one",
-    ("copies", "tying"): "and whose copy counts in the lookup alone",
-    ("embeddings", "tying"): "what PEFT takes for an embedding",
-    ("vocabulary", "initial"): "whether a base leaf is there",
-    ("vocabulary", "bind"): "whose rows a file is short of",
-    ("vocabulary", "copies"): "and of which table",
-    ("vocabulary", "tying"): "or head",
-    ("targets", "near"): "an error says what comes near",
-    ("selecting", "doubts"): "what may be a mistake in a selection",
-    ("filling", "guests"): "what goes into the leaves that were bound",
-    ("per_expert", "single_experts"): "names with holes are matched alike",
-    ("per_expert", "joining"): "gate and up may share an A",
-    ("joining", "bind"): "and which of them share an A in PyTorch",
-    ("plan", "pieces"): "and a key of it may be a part of a tensor",
-    ("embeddings", "copies"): "what a table of tokens is usually called",
-    ("transfer", "sharding"): "arrays go where they belong",
-    ("initial", "bind"): "an adapter's parameters are its sites'",
-    ("initial", "sharding"): "and are made where they belong",
-    ("nnx_calls", "nnx_survey"): "a call is watched by those who own the weights",
-    ("orbax_folder", "bind"): "the parameters of a checkpoint get the names of a file",
-    ("folder", "orbax_folder"): "whatever lies at a path",
-    ("folder", "agreeing"): "which configuration is meant",
-    ("folder", "run_folder"): "an error says that a folder holds checkpoints",
-    ("quantizing", "planning"): "what it quantises is found where an adapter would be attached",
-    ("trace", "layout"): "a trace follows layouts",
-    ("trace", "operations"): "and convolutions and lookups",
-    ("operations", "layout"): "which it recognises by how their weight lies",
-    ("attach", "planning"): "what is attached is planned",
-    ("exchange", "planning"): "and what a file holds",
-    ("store", "planning"): "of either format",
-    ("base_weights", "checking"): "a base's file holds buffers as well",
-    ("exchange", "attach"): "what is attached is taken out",
-    ("exchange", "foreign"): "of another library's tree too",
-    ("store", "attach"): "load attaches before it injects",
-    ("store", "exchange"): "files hold what PEFT's names say",
-    ("attach", "foreign"): "another library's tree is taken out of, and put into, by the same verbs",
-    ("store", "foreign"): "another library's tree is saved and loaded by the same verbs",
-    ("dialect", "weight"): "its layouts speak of a weight's roles",
-    ("laying", "heads"): "what some dialects have for each head",
-    ("laying", "guests"): "a hint is the same for a tree that is made as for one that is read",
-    ("guests", "methods"): "a method says how PyTorch lays out its tensors",
-    ("guest_config", "methods"): "a method says its scale",
-    ("guest_config", "guests"): "a tree tells a part of its configuration",
-    ("bases", "planning"): "a base is found where an adapter would be attached",
-    ("bases", "exchange"): "and is taken out with the same care",
-    ("starting", "attach"): "it extracts, and attaches what it made",
-    ("starting", "planning"): "it plans as adapt and init do",
-    ("starting", "beginning"): "what each initialisation makes is a file of its own",
-    ("originals", "beginning"): "and so is the way back",
-    ("originals", "attach"): "which extracts",
-    ("factors", "quantized"): "LoftQ quantises",
-    ("store", "originals"): "what a base becomes when an adapter is loaded that belongs to a changed one",
-    ("observing", "linen"): "it looks into either kind of model",
-    ("observing", "linen_call"): "with the hooks that adapters use",
-    ("observing", "linen_survey"): "laid beside the weights",
-    ("observing", "nnx"): "it looks into either kind of model",
-    ("eva", "observing"): "what it needs is seen",
-    ("report", "attach"): "a summary extracts",
-    ("trees", "nnx"): "a model is a tree",
-    ("trees", "linen_tree"): "boxes are opened as Linen opens them",
-    ("nnx_survey", "nnx_params"): "which parameters are no base's",
-    ("nnx", "nnx_params"): "which are an adapter's",
-    ("nnx_layer", "nnx_params"): "and which a layer computes with",
-    ("nnx", "nnx_layer"): "a layer that carries an adapter gets a class that applies it",
-    ("nnx_layer", "nnx_survey"): "which knows how its own class uses the weight",
-    ("nnx", "nnx_survey"): "attaching asks what a model does with its weights",
-    ("merging", "nnx_survey"): "and so reads one",
-    ("merging", "nnx"): "it takes a model as well as a tree",
-    ("merging", "linen_tree"): "and the variables that an adapter lies in",
-    ("merging", "linen"): "and tells a module from its variables",
-    ("linen", "linen_survey"): "one module's work in three files",
-    ("linen", "linen_call"): "one module's work in three files",
-    ("linen", "linen_tree"): "and what it reads and makes is such trees",
-    ("linen_survey", "linen_call"): "one module's work in three files",
-    ("linen_survey", "linen_tree"): "and opens boxes as it does",
-    ("rescaling", "attach"): "it extracts",
-    ("reducing", "planning"): "a pair of trees is planned as a fresh adapter is",
-    ("optim", "attach"): "a penalty is taken of an adapter, wherever it is",
-    ("combining", "products"): "it works on the matrices that products reads",
-    ("combining", "wholes"): "and on those that are one in PyTorch together",
-    ("wholes", "products"): "leaves are put together as pairs of matrices",
-    ("merging", "trees"): "boxes are opened and closed alike",
-    ("checkpoint", "snapshot"): "one module's work in six files: when, what, and where",
-    ("checkpoint", "resuming"): "and back",
-    ("checkpoint", "step_files"): "one module's work in six files",
-    ("checkpoint", "step_reading"): "and back",
-    ("step_reading", "step_files"): "it reads where that has written",
-    ("step_reading", "snapshot"): "into what was taken",
-    ("checkpoint", "background"): "one module's work in six files",
-    ("resuming", "snapshot"): "the way back follows the way out",
-    ("checkpoint", "preemption"): "its block ends with the last save",
-    ("step_files", "snapshot"): "one module's work in six files",
-    ("card", "consumers"): "it says who cannot read the file",
-    ("hub", "codecs"): "what a disk refuses is said in one way",
-    ("cli", "demo"): "`jaxadapt demo` starts it",
+# What a package does not import although it lies below: these packages can be read and used without the others.
+NEVER = {
+    "storage": {"configs", "keymaps", "methods"},  # tensors and bytes; what a plan does to a tensor is passed in
 }
 
-# library -> the rooms that may import it
+# library -> the packages and modules that may import it
 DOORS: dict[str, set[str]] = {
-    "flax": {*"linen linen_call linen_survey linen_tree nnx nnx_calls nnx_layer nnx_params nnx_survey".split(), "demo"},
-    # The library never imports torch. The demo's comparison with PEFT is a process of its own.
-    "torch": {"demo.check"},
+    "jax": {*PACKAGES} - {"core", "configs"},
+    "flax": {"models", "demo"},
+    "torch": {"demo.check"},  # the library never imports torch; the demo's comparison with PEFT is a process of its own
     "peft": {"demo.check"},
     "transformers": {"demo.check"},
     "pickle": set(),  # opcodes are split with pickletools, which executes nothing
-    "huggingface_hub": {"hub"},
-    "orbax": {"codecs.orbax"},
-    "fsspec": {"codecs.places"},
-    "optax": {"demo", "optim"},
-    "safetensors": {"codecs.safetensors"},
-    "click": {"cli", "cli.main"},
-    "rich": {"cli", "demo", "report", "progress"},
-    "matplotlib": {"demo", "picture"},
+    "huggingface_hub": {"storage.hub", "storage.hub_errors", "storage.hub_progress", "storage.hub_answers"},
+    "orbax": {"storage.orbax"},
+    "fsspec": {"storage.location"},
+    "optax": {"demo", "training.optim"},
+    "safetensors": {"storage.safetensors"},
+    "click": {"cli"},
+    "rich": {"cli", "demo", "models.summary_table", "core.progress"},
+    "matplotlib": {"demo", "analysis.norms_plot"},
     "gguf": {"demo"},
-    "qwix": {"quantized"},  # where somebody's weights are its arrays
+    "qwix": {"arrays.quantized"},  # where somebody's weights are its arrays
     "tokenizers": {"demo"},
 }
 
-LONG = 400  # lines; more is a warning, and much more a failure
+LONG = 400  # lines; a longer file is a warning, and a much longer one a failure
 
 
 def files() -> list[Path]:
@@ -193,7 +57,7 @@ def files() -> list[Path]:
 
 
 def module_of(path: Path) -> str:
-    """`jaxadapt/storage/orbax.py` -> "codecs.orbax"; the package's own `__init__` -> ""."""
+    """`jaxadapt/storage/orbax.py` -> "storage.orbax"; the package's own `__init__` -> ""."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -233,7 +97,7 @@ def imports(path: Path) -> Iterator[tuple[str, bool, int]]:
             inside = source.removeprefix("jaxadapt").lstrip(".")
             ours = source.split(".")[0] == "jaxadapt"
             names = {f"{inside}.{alias.name}".lstrip(".") for alias in node.names}
-            # `from jaxadapt import keymap` and `from jaxadapt.storage import orbax` import modules
+            # `from jaxadapt.storage import orbax` imports a module
             modules = {name for name in names if ours and exists(name)}
             for name in sorted(modules):
                 yield f"jaxadapt.{name}", typing_only, node.lineno
@@ -249,56 +113,60 @@ def imports(path: Path) -> Iterator[tuple[str, bool, int]]:
             yield str(node.args[0].value), typing_only, node.lineno
 
 
-def room(module: str) -> str:
+def package_of(module: str) -> str:
     return module.split(".")[0]
 
 
-def floor(module: str) -> int:
-    if module in ("", "__main__"):
-        return TOP
-    return -1 if module == "errors" else FLOOR[room(module)]
+def test_the_root_folder_holds_packages_alone():
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {"__init__", "__main__"}
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders == set(PACKAGES), "give a new package its line in this file and in CONTRIBUTING.md"
 
 
-def test_every_module_has_a_floor():
-    homeless = {module_of(p) for p in files()} - {"", "__main__"}
-    homeless = {m for m in homeless if room(m) not in FLOOR}
-    assert not homeless, f"give these a floor in tests/system/test_house.py and CONTRIBUTING.md: {sorted(homeless)}"
-    assert not {room for room in FLOOR if not exists(room)}
-
-
-def test_the_picture_in_contributing_names_every_room(root: Path):
+def test_contributing_draws_every_package(root: Path):
     text = (root / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    picture = text.partition("\n    jaxadapt/\n")[2].partition("\n\n")[0]
-    named = {name.rstrip("/").removesuffix(".py") for name in re.findall(r"\b\w+(?:\.py|/)", picture)}
-    assert set(FLOOR) <= named, sorted(set(FLOOR) - named)
-    assert named - {"bucket"} <= set(FLOOR), sorted(named - set(FLOOR))
+    drawn = re.findall(r"^    (\w+)/ ", text.partition("\n    jaxadapt/\n")[2].partition("\n\n")[0], re.MULTILINE)
+    assert drawn == list(PACKAGES), "CONTRIBUTING.md draws the packages in this order, bottom first"
 
 
-def test_imports_go_down():
+@pytest.mark.parametrize("package", PACKAGES)
+def test_each_package_says_its_purpose(package: str):
+    assert ast.get_docstring(ast.parse((PACKAGE / package / "__init__.py").read_text(encoding="utf-8")))
+
+
+def test_packages_import_downwards():
     wrong = []
     for path in files():
         me = module_of(path)
         for name, typing_only, line in imports(path):
-            if name.split(".")[0] != "jaxadapt":
+            if package_of(name) != "jaxadapt":
                 continue
             other = name.removeprefix("jaxadapt").lstrip(".")
             where = f"{path.relative_to(PACKAGE.parent)}:{line}"
             if not exists(other):
                 wrong.append(f"{where} imports {name}, which does not exist")
-            elif typing_only or not me or room(me) == room(other) or (room(me), room(other)) in SAME_FLOOR:
+            elif typing_only or me in ("", "__main__") or package_of(me) == package_of(other):
                 continue
             elif not other:
-                # The top floor is written as a user would write it. A missing module also reads as this.
-                if floor(me) < TOP - 1:
-                    wrong.append(f"{where} imports the façade, or a module that does not exist")
-            elif floor(other) >= floor(me):
-                wrong.append(f"{where} (floor {floor(me)}) imports {name} (floor {floor(other)})")
+                # Applications are written as users write: against the façade.
+                if package_of(me) not in ("cli", "demo"):
+                    wrong.append(f"{where} imports the façade")
+            elif RANK[package_of(other)] > RANK[package_of(me)] or package_of(other) in NEVER.get(package_of(me), ()):
+                wrong.append(f"{where} ({package_of(me)}) imports {name}")
     assert not wrong, "\n".join(wrong)
 
 
-def test_same_floor_table_is_true():
-    for pair in SAME_FLOOR:
-        assert FLOOR[pair[0]] == FLOOR[pair[1]], pair
+def test_no_circle_of_files():
+    above: dict[str, set[str]] = {}
+    for path in files():
+        me = module_of(path)
+        ours = (name for name, typing_only, _ in imports(path) if package_of(name) == "jaxadapt" and not typing_only)
+        above[me] = {other for name in ours if (other := name.removeprefix("jaxadapt").lstrip(".")) and other != me}
+    left = dict(above)
+    while free := [module for module, needs in left.items() if not needs & left.keys()]:
+        for module in free:
+            del left[module]
+    assert not left, f"these import each other: {sorted(left)}"
 
 
 def test_libraries_have_their_doors():
@@ -306,11 +174,11 @@ def test_libraries_have_their_doors():
     for path in files():
         me = module_of(path)
         for name, typing_only, line in imports(path):
-            library = name.split(".")[0]
+            library = package_of(name)
             if library not in DOORS or typing_only:
                 continue
             allowed = DOORS[library]
-            if me not in allowed and room(me) not in allowed:
+            if me not in allowed and package_of(me) not in allowed:
                 wrong.append(f"{path.relative_to(PACKAGE.parent)}:{line} imports {library}; only {sorted(allowed)} may")
     assert not wrong, "\n".join(wrong)
 

@@ -119,13 +119,13 @@ def test_an_error_of_fstat_names_the_file(tmp_path: Path, monkeypatch: pytest.Mo
 def test_an_error_of_stat_names_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nth: int) -> None:
     """Each call in its turn, of reading, of writing, and of a model's folder."""
     jaxadapt.save(small.adapter(), tmp_path / "adapter")
-    jaxadapt.export_base(no_rights.BASE, tmp_path / "base", keymap=no_rights.TABLE)
+    jaxadapt.export.export_base(no_rights.BASE, tmp_path / "base", keymap=no_rights.TABLE)
     real = Path.stat
     operations: list[Callable[[], Any]] = [
         lambda: jaxadapt.inspect(tmp_path / "adapter"),
         lambda: jaxadapt.read_config(tmp_path / "adapter"),
         lambda: jaxadapt.save(small.adapter(seed=4), tmp_path / "adapter"),
-        lambda: jaxadapt.import_base(tmp_path / "base", no_rights.BASE, keymap=no_rights.TABLE),
+        lambda: jaxadapt.export.import_base(tmp_path / "base", no_rights.BASE, keymap=no_rights.TABLE),
         lambda: merge_files.merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged"),
         lambda: jaxadapt.CheckpointManager(tmp_path / "run").save(1, small.adapter()),
     ]
@@ -151,10 +151,10 @@ def test_an_error_of_stat_names_a_path(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_old_weights_that_cannot_be_deleted_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Readers may take them for the new ones, so this is an error though the new ones are there."""
-    jaxadapt.export_base(no_rights.BASE, tmp_path, keymap=no_rights.TABLE)
+    jaxadapt.export.export_base(no_rights.BASE, tmp_path, keymap=no_rights.TABLE)
     monkeypatch.setattr(Path, "unlink", broken)
     with pytest.raises(FileError, match=r"the new weights are in place, but .* delete them: model\.safetensors"):
-        jaxadapt.export_base(no_rights.BASE, tmp_path, keymap=no_rights.TABLE, max_shard_size=100)
+        jaxadapt.export.export_base(no_rights.BASE, tmp_path, keymap=no_rights.TABLE, max_shard_size=100)
     assert (tmp_path / hf_model.INDEX).exists()
 
 

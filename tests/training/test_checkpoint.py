@@ -484,11 +484,11 @@ def test_an_error_in_the_background_is_raised_at_the_next_call(call: str, tmp_pa
 def test_an_error_in_the_background_is_raised_at_the_end_of_the_block(tmp_path: Path):
     with pytest.raises(jaxadapt.FileError, match="full"), jaxadapt.CheckpointManager(tmp_path) as manager:
         manager.save(1, small.host_adapter())
-    with pytest.raises(RuntimeError, match="mine") as caught, jaxadapt.CheckpointManager(tmp_path) as manager:
+    with pytest.raises(RuntimeError, match="mine") as caught, jaxadapt.CheckpointManager(tmp_path) as manager:  # noqa: PT012
         manager.save(1, small.host_adapter())
         raise RuntimeError("mine")
     assert "the last checkpoint was not saved: the disk is full" in str(caught.value.__notes__)
-    with pytest.raises(jaxadapt.FileError, match="full"), jaxadapt.CheckpointManager(tmp_path) as manager:
+    with pytest.raises(jaxadapt.FileError, match="full"), jaxadapt.CheckpointManager(tmp_path) as manager:  # noqa: PT012
         manager.save(1, small.host_adapter())
         sys.exit(0)  # must not read as success
     with pytest.raises(jaxadapt.FileError, match="full"):

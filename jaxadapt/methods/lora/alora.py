@@ -2,7 +2,7 @@
 
 As in PEFT's `tuners/lora/variants.py`: where the sequence occurs several times its last place counts, and in a row
 without it nothing is adapted. Which tokens those are is data of a call, laid beside A and B under `MASK`
-(`jaxadapt.invoke` does), so one compiled program serves them all.
+(`jaxadapt.models.invoke` does), so one compiled program serves them all.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def only(params: Params, delta: Array, y: Array) -> Array:
     if mask is None:
         raise AttachError(
             "an aLoRA adapts only the tokens from its invocation sequence on, and a layer does not see tokens: call the"
-            " model within jaxadapt.invoke(model, ids)"
+            " model within jaxadapt.models.invoke(model, ids)"
         )
     if y.shape[: mask.ndim] != mask.shape:
         found = list(y.shape)

@@ -169,7 +169,8 @@ class Lora(Method):
             what = f"init_lora_weights={init!r}" if config.kasa_config is None else "kasa_config"
             raise ConfigError(
                 f"{what} begins from more than random numbers (the base weights, data, gradients):"
-                " jaxadapt.start(config, base, …) takes what it needs, and says which base comes of it. jax.eval_shape"
+                " jaxadapt.initializers.start(config, base, …) takes what it needs, and says which base comes of it."
+                " jax.eval_shape"
                 " gives the shapes, and jaxadapt.load needs no more"
             )
         if init is not False and tensor.name in ("lora_B", "lora_B_bias", "lora_embedding_A"):
@@ -344,7 +345,7 @@ def _check_parameter(config: LoraConfig, site: Match) -> None:
         )
 
 
-_PLAIN = "jaxadapt.plain_lora(jaxadapt.read(…)) makes of such a file the plain LoRA that computes the same"
+_PLAIN = "jaxadapt.merging.plain_lora(jaxadapt.read(…)) makes of such a file the plain LoRA that computes the same"
 _REFUSED: dict[str, str] = {
     "use_qalora": f"PEFT has for bases quantised with GPTQ only, and none of them is a JAX model: {_PLAIN}"
     " (one of another base is a plain LoRA already: use_qalora=False)",

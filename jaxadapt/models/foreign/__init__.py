@@ -1,0 +1,1 @@
+"""The LoRA leaves of other libraries."""

@@ -117,7 +117,7 @@ def _of_slot(found: ForeignTree, room: bool = False) -> ForeignTree:
     if found.slot is None:
         raise AttachError(
             f"each array of this {found.dialect.name} tree holds several adapters; say which one:"
-            " jaxadapt.slot(tree, 0) in the place of tree"
+            " jaxadapt.models.slot(tree, 0) in the place of tree"
         )
     leaves, stored = slots.slot_arrays(found.dialect, found.leaves, found.slot, room)
     return dataclasses.replace(found, leaves=leaves, stored=stored)

@@ -1,0 +1,1 @@
+"""Adapters on Linen modules, by a wrapper."""

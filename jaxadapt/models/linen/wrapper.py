@@ -51,7 +51,7 @@ class Adapted:
         active: the names applied by `apply`, in this order.
         keymap: a family's name, a `KeyMap`, or None to recognise it.
         dtype: of new adapter parameters; float32 by default.
-        tokens: `{name: mask}` of the tokens that aLoRA adapters adapt; `jaxadapt.invoke` sets them.
+        tokens: `{name: mask}` of the tokens that aLoRA adapters adapt; `jaxadapt.models.invoke` sets them.
         deterministic: whether the adapters' dropout (`lora_dropout`) is off. None: it is on in calls whose `rngs` have
             a stream "dropout". False: it is on, and a call without the stream is an error. True: it is off.
 

@@ -1,0 +1,1 @@
+"""How a function uses its weights, found in its jaxpr."""

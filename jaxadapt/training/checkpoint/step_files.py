@@ -19,7 +19,7 @@ from jaxadapt.arrays import regions as boxes
 from jaxadapt.core.progress import Report, byte_counter
 from jaxadapt.persistence import multihost
 from jaxadapt.persistence.run_folder import META, NAME, SCHEMA, Said
-from jaxadapt.storage import atomic, parallel_write, safetensors
+from jaxadapt.storage import atomic, flush, parallel_write, safetensors
 from jaxadapt.storage.coordination import Group
 from jaxadapt.storage.dtypes import can_hold
 from jaxadapt.storage.local_files import file_error
@@ -206,4 +206,4 @@ def make_run_folder(folder: Place) -> None:
     """Makes the folder of a run. Raises `FileError`."""
     if isinstance(folder, Address):
         return
-    atomic.make_folder(folder)
+    flush.make_folder(folder)

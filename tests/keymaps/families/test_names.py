@@ -90,7 +90,7 @@ def test_a_vit_in_files_of_either_naming(tmp_path):
     torch_side.base(specimen.name).save_pretrained(tmp_path / "base")
     leaves = specimen_arrays.base_leaves(specimen, shapes)
     target = trees.nest({path: np.zeros_like(x) for path, x in leaves.items()})
-    found = jaxadapt.import_base(tmp_path / "base", target)
+    found = jaxadapt.export.import_base(tmp_path / "base", target)
     for path, x in paths.flatten(found).items():
         np.testing.assert_array_equal(x, leaves[path])
     keys = {k for table in ("vit", "vit/v4") for k in plan.base_plan(families.get_family(table), shapes).keys}

@@ -68,7 +68,7 @@ def write_peft(name: str, shapes: dict[str, tuple[int, ...]], folder: Any) -> No
 
 def tree_of(name: str, leaves: Any) -> Any:
     """What the verbs take as the tree."""
-    return jaxadapt.slot(leaves, SLOT) if name.startswith("skyrl") else leaves
+    return jaxadapt.models.slot(leaves, SLOT) if name.startswith("skyrl") else leaves
 
 
 def recorded(name: str) -> dict[str, Any]:

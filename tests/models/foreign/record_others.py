@@ -53,7 +53,7 @@ def main(name: str) -> None:
     logits = made.run(others.SLOT)
     with tempfile.TemporaryDirectory() as folder:
         others.write_peft(name, unwrapped, folder)
-        target = jaxadapt.slot(made.model, others.INTO) if library == "skyrl" else made.model
+        target = jaxadapt.models.slot(made.model, others.INTO) if library == "skyrl" else made.model
         jaxadapt.load(folder, target, keymap="llama")
     after = tree.find_lora(made.model)
     assert after is not None
