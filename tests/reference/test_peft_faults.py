@@ -35,11 +35,11 @@ from tests.system import test_faults
 
 pytestmark = [pytest.mark.peft, pytest.mark.filterwarnings("ignore::UserWarning")]  # PEFT's advice
 
-HERE = "interchange/test_peft_faults.py"
+HERE = "reference/test_peft_faults.py"
 FAULTS: dict[str, tuple[str, ...]] = {
     # Followed: a file that PEFT trained means what PEFT computed in training.
     "nn.MultiheadAttention: out_proj's product counts twice (huggingface/peft#3774)": (
-        "interchange/test_attention.py::test_the_output_projection_counts_twice_as_in_peft",
+        "reference/test_attention.py::test_the_output_projection_counts_twice_as_in_peft",
     ),
     # Not applied here at all: such files are read and written as they are, and loading them into a model is refused.
     "OFT on a convolution: the fresh adapter changes the output, its merge does not": (
@@ -54,13 +54,13 @@ FAULTS: dict[str, tuple[str, ...]] = {
     ),
     # Forward as in PEFT; the merge is what the forward computes, or is refused.
     "a tied table of tokens is adapted: merge and forward differ, or the merge adds it twice": (
-        "interchange/test_tied.py::test_a_tied_adapter_merges_into_both",
-        "interchange/test_tied.py::test_a_copy_for_the_lookup_alone_merges_into_nothing",
+        "reference/test_tied.py::test_a_tied_adapter_merges_into_both",
+        "reference/test_tied.py::test_a_copy_for_the_lookup_alone_merges_into_nothing",
         f"{HERE}::test_a_tied_tables_own_adapter_merges_only_where_the_model_stays_the_same",
     ),
     # Forward as in PEFT; the merge is into layers of their own.
     "layer_replication: the merge puts all repetitions into the weight that they share": (
-        "interchange/test_fields.py::test_a_merge_of_repeated_layers_is_right_here",
+        "reference/test_fields.py::test_a_merge_of_repeated_layers_is_right_here",
     ),
     # A takes the base layer's own dilation and padding, so that forward and merge agree; PEFT crashes on the one, and
     # with the other computes something in training that its own merge does not.

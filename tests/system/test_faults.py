@@ -25,10 +25,14 @@ from jaxadapt.keymaps import families
 from tests.keymaps.families.specimens import values
 from tests.models.foreign.cases import nest
 
-TESTS = Path(__file__).resolve().parent
-REAL, DIALECTS, OTHERS = "dialects/test_real.py", "dialects/test_dialects.py", "dialects/test_others.py"
-TRAINED, PEFT = "dialects/test_trained.py", "interchange/test_peft.py"
-HERE = "test_faults.py"
+TESTS = Path(__file__).resolve().parents[1]
+REAL, DIALECTS, OTHERS = (
+    "models/foreign/test_real.py",
+    "models/foreign/test_dialects.py",
+    "models/foreign/test_others.py",
+)
+TRAINED, PEFT = "models/foreign/test_trained.py", "reference/test_interchange.py"
+HERE = "system/test_faults.py"
 
 FAULTS: dict[str, tuple[str, ...]] = {
     # ---- Qwix and Tunix
@@ -38,15 +42,15 @@ FAULTS: dict[str, tuple[str, ...]] = {
         f"{REAL}::test_peft_computes_what_they_compute",
     ),
     "Qwix: stacked layers on the variable axis, (D,L,r)": (f"{TRAINED}::test_peft_opens_what_they_trained",),
-    "Qwix: a plain nnx.scan fails": ("attach/test_nnx_registry.py::test_equals_the_effective_weight",),
-    "Qwix: Linen's nn.Einsum raises": ("attach/test_linen.py::test_computes_what_the_merged_weights_compute",),
+    "Qwix: a plain nnx.scan fails": ("models/test_nnx_registry.py::test_equals_the_effective_weight",),
+    "Qwix: Linen's nn.Einsum raises": ("models/test_linen_registry.py::test_computes_what_the_merged_weights_compute",),
     "Qwix: experts share one B": (f"{DIALECTS}::test_out", f"{DIALECTS}::TestShared.test_refused"),
     "Qwix: ragged_dot makes an A of (E·D, r)": (
         f"{DIALECTS}::test_ragged_dot_is_refused",
-        "interchange/test_experts.py::test_a_layer_of_experts_computes_what_its_merged_weights_do",
+        "reference/test_experts.py::test_a_layer_of_experts_computes_what_its_merged_weights_do",
     ),
     "Qwix: no LoRA on embeddings": (
-        "interchange/test_lora_matrix.py::test_pefts_file_computes_here_what_it_computes_there",
+        "reference/test_lora_matrix.py::test_pefts_file_computes_here_what_it_computes_there",
     ),
     "Qwix: swaps process-wide functions": (f"{HERE}::test_no_function_of_anybodys_is_replaced",),
     "Tunix, gemma: k and v share one A": (
@@ -54,12 +58,12 @@ FAULTS: dict[str, tuple[str, ...]] = {
         f"{REAL}::test_they_compute_what_peft_computes",
     ),
     "Tunix: exports merged weights only, deleting the folder first": (
-        "test_store.py::test_the_card_is_written_once_and_other_files_stay",
-        "families/test_bases.py::test_a_set_of_files_is_replaced_as_a_whole",
+        "persistence/test_store.py::test_the_card_is_written_once_and_other_files_stay",
+        "export/test_base_weights.py::test_a_set_of_files_is_replaced_as_a_whole",
     ),
     "Tunix: the map for sglang scrambles the heads of o_proj": (f"{REAL}::test_peft_computes_what_they_compute",),
-    "Tunix: wrong merges (PR 744)": ("families/test_bases.py::test_an_adapter_is_merged_on_the_way",),
-    "Tunix: rope_theta is ignored": ("families/test_proof.py::test_a_peft_adapter_gives_pefts_logits",),
+    "Tunix: wrong merges (PR 744)": ("export/test_base_weights.py::test_an_adapter_is_merged_on_the_way",),
+    "Tunix: rope_theta is ignored": ("keymaps/families/test_proof.py::test_a_peft_adapter_gives_pefts_logits",),
     # ---- MaxText
     "MaxText: RoPE's interleaving and 1/√h are put in, never taken out": (
         f"{REAL}::test_peft_computes_what_they_compute",
@@ -69,27 +73,30 @@ FAULTS: dict[str, tuple[str, ...]] = {
         f"{DIALECTS}::test_out",
     ),
     "MaxText: guesses the layers' axis from sizes": (
-        "test_keymap.py::test_a_model_as_wide_as_it_is_deep_does_not_tell_the_stacked_axis",
+        "keymaps/test_keymap.py::test_a_model_as_wide_as_it_is_deep_does_not_tell_the_stacked_axis",
         f"{HERE}::test_as_many_layers_as_dimensions",
     ),
     "MaxText: drops DoRA's magnitudes": (
         f"{DIALECTS}::test_a_leaf_nobody_claims_is_listed",
         f"{HERE}::test_what_such_a_tree_cannot_hold_is_refused",
-        "interchange/test_lora_matrix.py::test_pefts_file_computes_here_what_it_computes_there",
+        "reference/test_lora_matrix.py::test_pefts_file_computes_here_what_it_computes_there",
     ),
     "MaxText: does not read adapter_config.json": (f"{DIALECTS}::test_another_scale_in_the_file",),
     "MaxText: ignores use_rslora and patterns": (f"{HERE}::test_rslora_and_patterns_into_a_tree_that_knows_neither",),
-    "MaxText: saves bfloat16": (f"{DIALECTS}::test_dtypes_are_kept_or_refused", "test_store.py::test_dtypes_are_kept"),
+    "MaxText: saves bfloat16": (
+        f"{DIALECTS}::test_dtypes_are_kept_or_refused",
+        "persistence/test_store.py::test_dtypes_are_kept",
+    ),
     "MaxText: r and alpha are told once more at conversion (PR 3970)": (
-        "attach/test_nnx_training.py::test_the_configuration_survives",
+        "models/test_nnx_training.py::test_the_configuration_survives",
     ),
     "MaxText: missing weights become zeros (PR 4341)": (
-        "test_plan.py::test_check_lists_missing_unexpected_and_misshaped_together",
-        "families/test_bases.py::test_everything_that_does_not_fit_stands_in_one_error",
+        "keymaps/test_plan.py::test_check_lists_missing_unexpected_and_misshaped_together",
+        "export/test_base_weights.py::test_everything_that_does_not_fit_stands_in_one_error",
     ),
     # ---- the others
     "Levanter: a prefix that PEFT loads as nothing": (
-        "dialects/test_nodes.py::test_levanter",
+        "models/foreign/test_nodes.py::test_levanter",
         f"{PEFT}::test_peft_loads_what_we_save",
     ),
     "Levanter, SkyRL-tx: no target_modules": (
@@ -104,25 +111,29 @@ FAULTS: dict[str, tuple[str, ...]] = {
     "gemma: split_params leaves empty mappings": (f"{HERE}::test_empty_mappings_are_nothing",),
     "gemma: no way out to safetensors (gemma#254)": (f"{REAL}::test_peft_opens_what_gemma_trained",),
     "EasyDeL: no alpha, the base under base_module": (f"{OTHERS}::test_peft_computes_what_they_compute",),
-    "EasyDeL: adapters sharded unlike their base (234)": ("test_sharding.py::test_adapters_follow_concrete_arrays",),
-    "EasyDeL: several hosts save wrongly (259)": ("test_processes.py::test_two_processes_write_the_file_of_one",),
-    "lorax: of a Flax kernel b is the inputs' side": ("dialects/test_nodes.py::test_lorax",),
+    "EasyDeL: adapters sharded unlike their base (234)": (
+        "adapters/test_sharding.py::test_adapters_follow_concrete_arrays",
+    ),
+    "EasyDeL: several hosts save wrongly (259)": (
+        "persistence/test_processes.py::test_two_processes_write_the_file_of_one",
+    ),
+    "lorax: of a Flax kernel b is the inputs' side": ("models/foreign/test_nodes.py::test_lorax",),
     "openpi: a converter drops LoRA silently (958)": (f"{DIALECTS}::test_a_leaf_nobody_claims_is_listed",),
     "marin: a merged model at every save (5715)": (
-        "test_invariants.py::test_invariant_4_only_adapter_leaves_are_trained_and_saved",
+        "system/test_invariants.py::test_invariant_4_only_adapter_leaves_are_trained_and_saved",
     ),
     "SkyRL, vLLM: layouts of experts": (
-        "interchange/test_experts.py::test_pefts_file_merges_to_pefts_weights_and_is_saved_as_it_was",
+        "reference/test_experts.py::test_pefts_file_merges_to_pefts_weights_and_is_saved_as_it_was",
     ),
     # ---- Flax and Orbax
     "nnx.LoRA drops keyword arguments (flax#5412)": (f"{HERE}::test_keyword_arguments_reach_the_layer",),
-    "nnx.LoRA: none for LinearGeneral (flax#4718)": ("attach/test_nnx_registry.py::test_equals_the_effective_weight",),
+    "nnx.LoRA: none for LinearGeneral (flax#4718)": ("models/test_nnx_registry.py::test_equals_the_effective_weight",),
     "Linen: another collection fails inside nn.scan": (
-        "attach/test_linen.py::test_computes_what_the_merged_weights_compute",
+        "models/test_linen_registry.py::test_computes_what_the_merged_weights_compute",
     ),
     "Orbax: numbers become text, restores are partial (5030, 2972)": (
-        "test_checkpoint.py::test_everything_that_does_not_fit_is_named_and_nothing_changes",
-        "attach/test_linen_travels.py::test_orbax",
+        "training/test_checkpoint.py::test_everything_that_does_not_fit_is_named_and_nothing_changes",
+        "models/test_linen_config.py::test_orbax",
     ),
 }
 

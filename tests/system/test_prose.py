@@ -1,4 +1,4 @@
-"""Plain English in docstrings, comments, messages and docs: first lines are imperative, and some phrases do not occur."""
+"""Plain English in docstrings, comments, messages and docs: imperative first lines, and none of some phrases."""
 
 from __future__ import annotations
 
