@@ -42,6 +42,33 @@ def root() -> Path:
     return ROOT
 
 
+# Seconds of test time for each folder, both workers together, on two idle cores. What goes over is printed, not failed:
+# these machines differ. Doctests count as "jaxadapt".
+BUDGETS = {
+    "adapters": 40, "analysis": 10, "arrays": 80, "cli": 40, "configs": 15, "core": 15, "demo": 200, "export": 90,
+    "initializers": 15, "jaxadapt": 60, "keymaps": 330, "merging": 90, "methods": 60, "models": 500, "persistence": 150,
+    "reference": 400, "storage": 150, "system": 400, "training": 130,
+}  # fmt: skip
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what each folder's tests took beside its budget, where the variable JAXADAPT_BUDGETS is set."""
+    if not os.environ.get("JAXADAPT_BUDGETS"):
+        return
+    spent: dict[str, float] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                parts = report.nodeid.split("/")
+                folder = parts[1] if parts[0] == "tests" and len(parts) > 2 else parts[0]
+                spent[folder] = spent.get(folder, 0.0) + report.duration
+    terminalreporter.section("seconds by folder, beside the budget")
+    for folder, seconds in sorted(spent.items()):
+        budget = BUDGETS.get(folder)
+        over = "" if budget is None or seconds <= budget else "  OVER"
+        terminalreporter.write_line(f"{folder:14} {seconds:7.0f} {'' if budget is None else budget:>7}{over}")
+
+
 def _real_adapters() -> Path | None:
     named = os.environ.get("JAXADAPT_REAL_ADAPTERS")
     places = [Path(named)] if named else [ROOT / "shared" / "real-adapters", ROOT.parent / "shared" / "real-adapters"]
