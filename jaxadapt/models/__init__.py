@@ -23,5 +23,8 @@ if TYPE_CHECKING:
     from jaxadapt.models.quantization import from_qwix as from_qwix
     from jaxadapt.models.quantization import quantize as quantize
     from jaxadapt.models.summary_table import summary as summary
+    from jaxadapt.models.target_selection import Selection as Selection
+    from jaxadapt.models.target_selection import Target as Target
+    from jaxadapt.models.target_selection import select as select
 else:
     __getattr__, __dir__, __all__ = lazy_names(__name__)

@@ -20,7 +20,7 @@ PUBLIC = {
     # values
     "Adapter", "PeftTensors", "KeyMap", "Weight", "AdapterParam", "BaseParam", "LayerNumber",
     # on a model
-    "adapt", "init", "extract", "inject", "detach", "activate", "disable", "delete", "summary",
+    "adapt", "init", "extract", "inject", "detach", "activate", "disable", "delete", "summary", "select",
     "merge", "unmerge", "combine",
     # files
     "save", "load", "read", "write", "inspect", "read_config", "to_peft", "from_peft",
@@ -41,7 +41,8 @@ PACKAGES = {
     "methods": None,
     "models": {
         "AdapterParam", "BaseParam", "LayerNumber", "activate", "adapt", "delete", "dequantize", "detach", "disable",
-        "extract", "from_qwix", "init", "inject", "invoke", "quantize", "rescale", "slot", "summary",
+        "extract", "from_qwix", "init", "inject", "invoke", "quantize", "rescale", "select",
+        "slot", "summary", "Selection", "Target",
     },
     "persistence": {"from_peft", "inspect", "load", "pull", "push", "read", "read_config", "save", "to_peft", "write"},
     "training": {"CheckpointManager"},

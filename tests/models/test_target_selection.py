@@ -1,0 +1,61 @@
+"""`select`: what a configuration would adapt is what `adapt` then adapts, and nothing is attached."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import jaxadapt
+from tests.support import small
+
+CONFIGS = [
+    jaxadapt.LoraConfig(r=3, target_modules="all-linear"),
+    jaxadapt.LoraConfig(r=2, target_modules=["q_proj"], use_dora=True, modules_to_save=["head"]),
+    jaxadapt.IA3Config(target_modules=["q_proj", "up_proj"], feedforward_modules=["up_proj"]),
+]
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.q_proj = nnx.Linear(6, 8, rngs=rngs)
+        self.up_proj = nnx.Linear(8, 5, rngs=rngs)
+        self.head = nnx.Linear(5, 3, rngs=rngs)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.peft_type)
+@pytest.mark.parametrize("abstract", [False, True])
+def test_it_is_what_adapt_adapts(config: jaxadapt.Config, abstract: bool) -> None:
+    model = nnx.eval_shape(lambda: Net(nnx.Rngs(0))) if abstract else Net(nnx.Rngs(0))
+    before = nnx.graphdef(model)
+    found = jaxadapt.select(config, model)
+    assert nnx.graphdef(model) == before
+    adapter = jaxadapt.extract(jaxadapt.adapt(model, config, rngs=None if abstract else nnx.Rngs(1)))
+    assert set(found.leaves) == set(adapter.sites)
+    for target in found.targets:
+        assert {name: tuple(x.shape) for name, x in adapter.sites[target.leaf].items()} == dict(target.tensors)
+    assert found.config == adapter.config
+    assert found.parameters == sum(x.size for x in adapter.flat().values())
+
+
+def test_variables_parameters_and_shapes_select_alike() -> None:
+    module = nn.Dense(4, name="q_proj")
+    variables = {"params": {"q_proj": module.init(jax.random.key(0), jnp.ones((1, 3)))["params"]}}
+    config = jaxadapt.LoraConfig(r=2, target_modules=["q_proj"])
+    one = jaxadapt.select(config, variables)
+    assert (
+        one
+        == jaxadapt.select(config, variables["params"])
+        == jaxadapt.select(config, jax.eval_shape(lambda: variables))
+    )
+    assert one.modules == ("q_proj",)
+    assert "q_proj.kernel (3, 4); lora_A (2, 3), lora_B (4, 2)" in str(one)
+
+
+def test_what_adapt_refuses_is_refused() -> None:
+    with pytest.raises(jaxadapt.TargetError, match="nothing_here"):
+        jaxadapt.select(jaxadapt.LoraConfig(target_modules=["nothing_here"]), small.net())
+    with pytest.raises(jaxadapt.AttachError, match="holds no parameters"):
+        jaxadapt.select(jaxadapt.LoraConfig(target_modules=["q_proj"]), nn.Dense(3))
