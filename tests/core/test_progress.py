@@ -241,7 +241,7 @@ def test_the_logger_is_the_only_one_and_leaves_the_program_its_handlers(root):
 
 
 def test_bars_that_never_began_leave_no_line(monkeypatch, capsys):
-    monkeypatch.setattr(progress, "watched", lambda: True)  # a dumb terminal is one that rich draws nothing on
+    monkeypatch.setattr(progress, "is_watched", lambda: True)  # a dumb terminal is one that rich draws nothing on
     with progress.reporter(True) as report:
         report("read", 3, 12)
     assert capsys.readouterr().err == ""
