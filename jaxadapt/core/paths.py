@@ -78,7 +78,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
             node = node.setdefault(part, {})
             if not isinstance(node, dict) or id(node) in leaves:  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise AdapterError(
-                    f"cannot unflatten: path {path!r} passes through the leaf {part!r} of another path; rename one of them"
+                    f"cannot unflatten: path {path!r} passes through the leaf {part!r} of another path; rename one"
                 )
         if last in node:
             raise AdapterError(f"cannot unflatten: path {path!r} is both a leaf and a branch; rename one of them")
