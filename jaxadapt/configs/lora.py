@@ -70,8 +70,8 @@ class LoraConfig(Config):
         modules_to_save: modules that are trained in full and saved beside the adapter, or None. An entry matches a
             module whose path, or whose parent's path, ends in it.
         init_lora_weights: the initialization. True draws A at random and sets B to 0, so that a new adapter changes
-            nothing; false draws both; "gaussian" draws A from a normal distribution. `jaxadapt.initializers.start`
-            provides the others, most of which need base weights, data or gradients: "eva", "olora", "pissa",
+            nothing; false draws both; "gaussian" draws A from a normal distribution. The others need base weights,
+            data or gradients, which `jaxadapt.initializers.start` takes: "eva", "olora", "pissa",
             "pissa_niter_<number>", "corda", "loftq", "orthogonal", "mica" and "lora_ga".
         layers_to_transform: the indices of the layers to adapt, an int or a list; None adapts all layers. Requires
             `target_modules` to be a list or None.

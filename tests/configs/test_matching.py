@@ -201,7 +201,7 @@ def test_nothing_matched_lists_near_misses_and_what_there_is():
 
 
 def test_a_name_written_as_a_string_is_explained():
-    with pytest.raises(TargetError, match="for names, write a list"):
+    with pytest.raises(TargetError, match="to give names, write a list"):
         select_names(LoraConfig(target_modules="q_proj"), ["m.q_proj"])
 
 

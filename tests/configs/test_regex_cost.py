@@ -84,7 +84,7 @@ def test_nothing_hangs():
 def test_a_name_too_long_for_an_expression_is_refused():
     config = LoraConfig(target_modules=r".*\.q")
     assert matching.matches(config, "a" * 500 + ".q")
-    with pytest.raises(ConfigError, match="at most 512 letters, found one of 1002 that begins with 'aaa"):
+    with pytest.raises(ConfigError, match="a name of 1002 letters, which begins with 'aaa[^:]*: the limit is 512"):
         matching.matches(config, "a" * 1000 + ".q")
     assert matching.matches(LoraConfig(target_modules=["q"]), "a" * 1000 + ".q")
 
