@@ -109,7 +109,7 @@ def _halves(key: Any) -> tuple[np.uint32, np.uint32] | None:
 
 
 def _chunks(key: Any, words: np.ndarray, used: Sequence[int]) -> Array:
-    """Return (n, chunk) random bits from n pairs of words, on the host or traced; only `used` of each row are needed."""
+    """Return (n, chunk) random bits from n pairs of words, on the host or traced; of each row only `used` are valid."""
     halves = None if len(words) > _MAX_NUMPY_CHUNKS else _halves(key)
     if halves is None:
         return _bits(key, words)

@@ -269,8 +269,8 @@ def _values(model: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("options", "change", "message"),
     [
-        ({"kind": "int3"}, lambda w: w, "nf4 or int8"),
-        ({"block": 3}, lambda w: w, "an even one"),
+        ({"kind": "int3"}, lambda w: w, "expected 'nf4' or 'int8'"),
+        ({"block": 3}, lambda w: w, "positive even number"),
         ({"block": 0}, lambda w: w, "positive"),
         ({}, lambda w: w.at[0, 0].set(jnp.nan), "not finite"),
         ({}, lambda w: w.astype(jnp.int32), "floating-point"),
