@@ -125,7 +125,7 @@ def _describe_norm(config: Config) -> str:
     """Return a description of the numbers in `Norm.norm`."""
     if config.peft_type == "IA3":
         return "relative change, rms of l − 1"
-    return "‖s·B·A‖, before DoRA's normalisation" if config.get("use_dora") else "‖ΔW‖ = ‖s·B·A‖"
+    return "‖s·B·A‖, before DoRA's normalization" if config.get("use_dora") else "‖ΔW‖ = ‖s·B·A‖"
 
 
 def _as_float64(x: Any) -> np.ndarray:

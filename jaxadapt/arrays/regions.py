@@ -165,8 +165,8 @@ def merge_neighbours(parts: Iterable[Box]) -> dict[Box, list[Box]]:
 def assign_owners(leaves: Mapping[str, Any]) -> dict[str, dict[Box, int]]:
     """Assign each region of each leaf to the process that writes it; return `{path: {region: process}}`.
 
-    Every process computes the same result. Among the processes that hold a region, the one with the
-    fewest bytes so far is its owner. All regions of a leaf that the same processes hold get one owner. An array that is local to each
+    Every process computes the same result. Among the processes that hold a region, the one with the fewest bytes so far
+    is its owner. All regions of a leaf that the same processes hold get one owner. An array that is local to each
     process is assumed to be equal in all of them, and process 0 writes it.
     """
     load: dict[int, int] = {}

@@ -383,7 +383,7 @@ def _no_match_message(config: Config, names: Sequence[str]) -> str:
             if config.get(key)  # an empty value excludes nothing
             or (key == "layers_to_transform" and config.get(key) == 0)
         )
-        lines.append(f"{len(hidden)} modules match but are left out by {rules}: {suggest.quote_list(hidden)}")
+        lines.append(f"{len(hidden)} modules match but are excluded by {rules}: {suggest.quote_list(hidden)}")
     close = suggest.close_matches((targets,) if isinstance(targets, str) else targets, names)
     if close:
         lines.append(f"near misses: {suggest.quote_list(close)}")

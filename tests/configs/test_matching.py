@@ -215,7 +215,7 @@ def test_a_name_written_as_a_string_is_explained():
     ],
 )
 def test_what_leaves_everything_out_is_named(rule: dict[str, Any], says: str):
-    with pytest.raises(TargetError, match=re.escape(f"1 modules match but are left out by {says}: m.h.1.q")):
+    with pytest.raises(TargetError, match=re.escape(f"1 modules match but are excluded by {says}: m.h.1.q")):
         select_names(LoraConfig(target_modules=["q"], **rule), ["m.h.1.q", "m.h.1.k"])
 
 
