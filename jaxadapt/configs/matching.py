@@ -6,6 +6,7 @@ known, and JAX paths otherwise. These functions work on names and never inspect 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
@@ -22,6 +23,8 @@ _T = TypeVar("_T")
 ALL_LINEAR = "all-linear"
 
 _MAX_DIGITS = 640  # the smallest limit on the digits of an integer that Python can be set to
+
+_RESTRICTIONS = ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
 
 # For at least this many names, PEFT stores the shortest suffixes that select the same modules.
 _COLLAPSE_FROM = 20
@@ -170,10 +173,7 @@ def is_saved(config: Config, module: str) -> bool:
 
 
 def saving(config: Config, module: str) -> set[str]:
-    """Return the entries of `modules_to_save` that end the path of this module or of one of its parents.
-
-    As in PEFT, an entry needs no dot before it.
-    """
+    """Return the entries of `modules_to_save` that end the path of a module or of a parent (dots do not matter)."""
     entries = config.names("modules_to_save")
     if not entries:
         return set()
@@ -372,14 +372,12 @@ def _no_match_message(config: Config, names: Sequence[str]) -> str:
     targets = cast("str | tuple[str, ...]", config.get("target_modules"))
     wanted = repr(targets) if isinstance(targets, str) else ", ".join(map(repr, targets)) or "an empty list"
     lines = [f"target_modules: expected to match a module, found none that matches {wanted}"]
-    unrestricted = config
-    for key in ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"):
-        unrestricted = _without(unrestricted, key)
+    unrestricted = functools.reduce(_without, _RESTRICTIONS, config)
     hidden = [name for name in names if matches(unrestricted, name)]
     if hidden:
         rules = ", ".join(
             f"{key}={suggest.tuple_to_list(config.get(key))!r}"
-            for key in ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
+            for key in _RESTRICTIONS
             if config.get(key)  # an empty value excludes nothing
             or (key == "layers_to_transform" and config.get(key) == 0)
         )
