@@ -26,8 +26,7 @@ _MAX_DIGITS = 640  # the smallest limit on the digits of an integer that Python 
 
 _RESTRICTIONS = ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
 
-# For at least this many names, PEFT stores the shortest suffixes that select the same modules.
-_COLLAPSE_FROM = 20
+_COLLAPSE_FROM = 20  # from this many names on, PEFT stores the shortest suffixes that select the same modules
 
 
 def matches(config: Config, name: str) -> bool:
@@ -173,7 +172,7 @@ def is_saved(config: Config, module: str) -> bool:
 
 
 def saving(config: Config, module: str) -> set[str]:
-    """Return the entries of `modules_to_save` that end the path of a module or of a parent (dots do not matter)."""
+    """Return the entries of `modules_to_save` that end the path of a module or a parent (not only after a dot)."""
     entries = config.names("modules_to_save")
     if not entries:
         return set()

@@ -1,4 +1,4 @@
-"""Fresh adapters' random numbers: torch's distributions, one program for all shapes, the same inside jit."""
+"""Initial values of adapters: torch's distributions, one program for all shapes, equal inside and outside jit."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_each_array_depends_on_its_own_path_and_shape_only():
 
 
 def test_the_distributions():
-    """Kolmogorov and Smirnov's distance of 6000 and 9000 draws; the bound is passed by one key in 10⁵."""
+    """The Kolmogorov-Smirnov distance of 6000 and 9000 draws; one key in 10⁵ exceeds the bound."""
     found = random_draws.draw_arrays(KEY, WANTED, "float32")
     uniform, normal = np.sort(found["a"].ravel()), np.sort(found["c"].ravel())
     assert -0.25 <= uniform[0] < -0.2499

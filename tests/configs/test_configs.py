@@ -1,4 +1,4 @@
-"""Configuration classes: PEFT's fields, defaults and text; 229 real files; what is refused and how."""
+"""Configuration classes: PEFT's fields, defaults and text; 229 real files; refused values and their errors."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_peft_reads_ours(config: Config, tmp_path: Path):
 
 @pytest.mark.peft
 def test_patterns_stay_in_order_where_it_may_matter(tmp_path: Path):
-    """PEFT tries them as they are given, and sorts them in its file: after that they mean something else."""
+    """PEFT tries patterns in the given order but sorts them in its file, which changes their meaning."""
     peft = pytest.importorskip("peft")
     patterns = {"z.*": 2, "a.*|z": 4}
     peft.LoraConfig(rank_pattern=patterns).save_pretrained(tmp_path)
