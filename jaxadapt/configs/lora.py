@@ -55,12 +55,12 @@ class LoraConfig(Config):
         inference_mode: PEFT's flag for an adapter that is not trained. Saved files have true, as PEFT writes them;
             jaxadapt does not read it.
         extra: every key that this class does not know; an addition to PEFT's fields.
-        r: the rank of A and B, a positive integer.
+        r: the rank of A and B, a positive integer (default 8).
         target_modules: the modules to adapt. A list entry matches a module whose path equals the entry or ends in it
             after a dot; a string is a regular expression for the whole path, or "all-linear". None selects PEFT's
             default for the model family; if the family has none, `adapt` raises `TargetError`.
         exclude_modules: modules that are not adapted although `target_modules` matches them. Same syntax.
-        lora_alpha: the numerator of the scale s; an int or a float, kept as given.
+        lora_alpha: the numerator of the scale s; an int or a float, kept as given (default 8).
         lora_dropout: the probability, in [0, 1), that training drops an input of A.
         fan_in_fan_out: true if the PyTorch layers store their weights as (in, out), such as GPT-2's Conv1D. JAX models
             do not need it; a merge of Hugging Face files does.
@@ -99,7 +99,7 @@ class LoraConfig(Config):
             the model inside `jaxadapt.models.invoke`. Such an adapter cannot be merged. None adapts all tokens.
         use_qalora: true for an adapter whose A takes pooled inputs, on a GPTQ base (arXiv:2309.14717). Refused.
             `jaxadapt.merging.plain_lora` converts a trained adapter.
-        qalora_group_size: the number of inputs that `use_qalora` pools. Used only by the conversion above.
+        qalora_group_size: the number of inputs that `use_qalora` pools (default 16). Used only by the conversion above.
         monteclora_config: the settings of MonteCLoRA, which samples the factors in training, an object or None.
             Refused. `jaxadapt.merging.plain_lora` converts a trained adapter.
         layer_replication: [start, end) pairs of base layers, for an adapter of a model that repeats layers of its base.

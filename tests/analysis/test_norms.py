@@ -110,7 +110,7 @@ def test_ia3_and_methods_that_need_the_base():
     assert norm.norm == pytest.approx(np.sqrt(np.mean((l - 1) ** 2)))
     assert norm.rank is norm.scale is norm.effective_rank is None
     other = jaxadapt.Config.from_dict({"peft_type": "LOHA", "target_modules": ["q"], "r": 2})
-    with pytest.raises(jaxadapt.ConfigError, match="not for LOHA"):
+    with pytest.raises(jaxadapt.ConfigError, match="norms for LOHA"):
         measure_norms(tensors(other, **{"q.hada_w1_a": l}))
 
 
