@@ -35,8 +35,8 @@ def require_original_base(config: Config, source: str, way_out: str = "") -> Non
     """Raise `ConfigError` if the adapter belongs to a base that its initialization changed."""
     if changes_base(config):
         raise ConfigError(
-            f"{source}: {init_field(config)}: the initialization of this adapter changed the base weights, so it does"
-            f" not fit the original base{way_out or '; ' + _CONVERT}"
+            f"{source}: {init_field(config)}: the initialization of this adapter took a part out of the base"
+            f" weights, so it does not fit the original base{way_out or '; ' + _CONVERT}"
         )
 
 

@@ -353,5 +353,5 @@ def test_a_layer_looks_up_its_own_numbers():
     values = PerEntry((1.0, 2.0, 3.0, 4.0), (2,))
     assert values.layers == 2
     assert values.layer_values({"layer": jnp.array([1])}).tolist() == [3, 4]
-    with pytest.raises(AttachError, match=r"here has \[2\] of them"):
+    with pytest.raises(AttachError, match=r"found numbers of shape \[2\]"):
         values.layer_values({"layer": jnp.arange(2)})
