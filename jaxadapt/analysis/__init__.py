@@ -1,1 +1,1 @@
-"""How much an adapter changes its base, as numbers and as a plot."""
+"""Size of the change that an adapter makes to each weight: norms and a plot."""

@@ -1,8 +1,8 @@
-"""How much an adapter changes each weight, by layer and module, from its file alone. numpy only.
+"""Norms and effective ranks of the change that an adapter makes to each weight, computed from its file with NumPy.
 
-For LoRA ΔW = s·B·A is never formed: with B = Qb·Rb and Aᵀ = Qa·Ra its singular values are those of the small s·Rb·Raᵀ.
-The effective rank is exp of the entropy of the normalised singular values (Roy and Vetterli 2007): 1 for a rank-one
-change, r where r directions count alike.
+ΔW = s·B·A of LoRA is not computed: with B = Qb·Rb and Aᵀ = Qa·Ra, its singular values are those of the small matrix
+s·Rb·Raᵀ. The effective rank is exp of the entropy of the normalized singular values (Roy and Vetterli 2007). It is 1
+for a rank-one change, and r if r directions have equal weight.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Norm:
-    """One module, or one parameter of `target_parameters`, all experts of it together.
-
-    `effective_rank`, `rank` and `scale` are None where the method has none; the first is the mean of the experts'.
+    """The norm of one module, or of one parameter in `target_parameters` with all its experts.
 
     Attributes:
-        norm: ‖ΔW‖ in the Frobenius norm; for IA3 the root mean square of l − 1, which is the relative change.
+        module: the path of the module or parameter.
+        norm: the Frobenius norm ‖ΔW‖; for IA3 the root mean square of l − 1, which is the relative change.
+        effective_rank: the effective rank, averaged over experts; None for IA3.
+        rank: the rank r; None for IA3.
+        scale: the scale s; None for IA3.
     """
 
     module: str
@@ -42,7 +44,14 @@ class Norm:
 
 @dataclasses.dataclass(frozen=True)
 class Norms:
-    """All modules of an adapter, what the numbers are, what was left out, and which modules hold a NaN or infinity."""
+    """The norms of all modules of an adapter.
+
+    Attributes:
+        what: a description of the numbers, such as "‖ΔW‖ = ‖s·B·A‖".
+        modules: the norms, one per module.
+        left_out: the modules and tensors whose change cannot be computed from the file.
+        not_finite: the modules that hold a NaN or an infinity.
+    """
 
     what: str
     modules: tuple[Norm, ...]
@@ -50,7 +59,7 @@ class Norms:
     not_finite: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return the norms as plain JSON values."""
         return {
             "what": self.what,
             "modules": [dataclasses.asdict(norm) for norm in self.modules],
@@ -60,73 +69,79 @@ class Norms:
 
 
 def measure_norms(tensors: PeftTensors) -> Norms:
-    """The norms of an adapter's modules. Raises `ConfigError` for methods whose change depends on the base."""
+    """Compute the norms of an adapter's modules. Raises `ConfigError` for methods whose change depends on the base."""
     config = tensors.config
     if config.peft_type not in ("LORA", "IA3"):
-        raise ConfigError(f"norms are known for LORA and IA3 without the base model, not for {config.peft_type}")
-    held: dict[str, dict[str, Any]] = {}
+        raise ConfigError(
+            f"cannot compute norms for {config.peft_type}: without the base model they are known only for LORA and IA3"
+        )
+    module_keys: dict[str, dict[str, Any]] = {}
     for key in tensors.tensors:
         for module, names in pytorch.adapted_shapes({key: ()}).items():
-            held.setdefault(module, {}).update(dict.fromkeys(names, key))
-    made: list[Norm] = []
-    left: list[str] = []
-    known = {key for keys in held.values() for key in keys.values()}
-    for module, keys in held.items():
-        arrays = {name: _wide(tensors.tensors[key]) for name, key in keys.items()}
+            module_keys.setdefault(module, {}).update(dict.fromkeys(names, key))
+    norms: list[Norm] = []
+    left_out: list[str] = []
+    known = {key for keys in module_keys.values() for key in keys.values()}
+    for module, keys in module_keys.items():
+        arrays = {name: _as_float64(tensors.tensors[key]) for name, key in keys.items()}
         module = named_parameter(config, module)
-        norm = _ia3(module, arrays) if config.peft_type == "IA3" else _lora(config, module, arrays)
+        norm = _ia3_norm(module, arrays) if config.peft_type == "IA3" else _lora_norm(config, module, arrays)
         if norm is None:
-            left.append(module)
+            left_out.append(module)
         else:
-            made.append(norm)
-    left += [key.removeprefix(PEFT_PREFIX) for key in tensors.tensors if key not in known]
-    home = {key: named_parameter(config, module) for module, keys in held.items() for key in keys.values()}
-    lost = [home.get(key, key.removeprefix(PEFT_PREFIX)) for key, x in tensors.tensors.items() if not _is_finite(x)]
-    return Norms(_what(config), tuple(made), tuple(left), tuple(dict.fromkeys(lost)))
+            norms.append(norm)
+    left_out += [key.removeprefix(PEFT_PREFIX) for key in tensors.tensors if key not in known]
+    owner = {key: named_parameter(config, module) for module, keys in module_keys.items() for key in keys.values()}
+    bad = [owner.get(key, key.removeprefix(PEFT_PREFIX)) for key, x in tensors.tensors.items() if not _is_finite(x)]
+    return Norms(_describe_norm(config), tuple(norms), tuple(left_out), tuple(dict.fromkeys(bad)))
 
 
 def _is_finite(x: Any) -> bool:
     import numpy as np
 
-    return bool(np.isfinite(_wide(x)).all())
+    return bool(np.isfinite(_as_float64(x)).all())
 
 
 def named_parameter(config: Config, module: str) -> str:
-    """A module of a file, or the parameter of it that is meant: PEFT wraps once for each of `target_parameters`.
+    """Return the parameter that a module path of a file stands for, or the module path if it has no such parameter.
 
-    The module's first parameter is innermost, so with gate_up_proj and down_proj "experts.base_layer" is the first.
+    PEFT wraps a module once per parameter in `target_parameters`. The module's first parameter is innermost, so with
+    gate_up_proj and down_proj, "experts.base_layer" stands for gate_up_proj.
 
     >>> from jaxadapt.configs import LoraConfig
     >>> config = LoraConfig(target_parameters=["experts.down_proj", "experts.gate_up_proj"])
     >>> named_parameter(config, "0.experts.base_layer")
     '0.experts.gate_up_proj'
     """
-    inner = len(module.split(".base_layer")) - 1
-    owner = module.removesuffix(".base_layer" * inner)
+    depth = len(module.split(".base_layer")) - 1
+    owner = module.removesuffix(".base_layer" * depth)
     ends = dict.fromkeys(entry.rpartition(".")[2] for entry in config.get("target_parameters") or ())
-    mine = sorted((end for end in ends if matching.is_parameter(config, f"{owner}.{end}")), key=_rank)
-    at = len(mine) - 1 - inner
-    return f"{owner}.{mine[at]}" if 0 <= at < len(mine) else module
+    adapted = sorted((end for end in ends if matching.is_parameter(config, f"{owner}.{end}")), key=_flow_position)
+    position = len(adapted) - 1 - depth
+    return f"{owner}.{adapted[position]}" if 0 <= position < len(adapted) else module
 
 
-def _what(config: Config) -> str:
+def _describe_norm(config: Config) -> str:
+    """Return a description of the numbers in `Norm.norm`."""
     if config.peft_type == "IA3":
         return "relative change, rms of l − 1"
-    return "‖s·B·A‖, before DoRA's normalisation" if config.get("use_dora") else "‖ΔW‖ = ‖s·B·A‖"
+    return "‖s·B·A‖, before DoRA's normalization" if config.get("use_dora") else "‖ΔW‖ = ‖s·B·A‖"
 
 
-def _wide(x: Any) -> np.ndarray:
+def _as_float64(x: Any) -> np.ndarray:
     import numpy as np
 
     return np.asarray(x).astype(np.float64)
 
 
-def _ia3(module: str, arrays: Mapping[str, np.ndarray]) -> Norm | None:
+def _ia3_norm(module: str, arrays: Mapping[str, np.ndarray]) -> Norm | None:
+    """Compute the norm of an IA3 module; None if its vector is missing."""
     l = arrays.get("ia3_l")
     return None if l is None else Norm(module, float(((l - 1) ** 2).mean()) ** 0.5)
 
 
-def _lora(config: Config, module: str, arrays: Mapping[str, np.ndarray]) -> Norm | None:
+def _lora_norm(config: Config, module: str, arrays: Mapping[str, np.ndarray]) -> Norm | None:
+    """Compute the norm of a LoRA module; None if it does not follow from A and B."""
     import numpy as np
 
     kind = "lora" if "lora_A" in arrays else "lora_embedding"
@@ -137,74 +152,79 @@ def _lora(config: Config, module: str, arrays: Mapping[str, np.ndarray]) -> Norm
     if "lora_diag" in arrays:
         a = arrays["lora_diag"][:, None] * a  # KaSA
     alpha = matching.pattern_value(config.get("alpha_pattern") or {}, module, config.get("lora_alpha"))
-    named = matching.pattern_value(config.get("rank_pattern") or {}, module, config.get("r"))
-    scale = alpha / math.sqrt(named) if config.get("use_rslora") else alpha / named
-    experts, rest = divmod(a.shape[0], named) if matching.is_parameter(config, module) else (1, 0)
-    if rest or b.shape[1] != a.shape[0]:
-        return None  # of a grouped convolution
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):  # a run that went astray: no decomposition ends
+    rank = matching.pattern_value(config.get("rank_pattern") or {}, module, config.get("r"))
+    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    experts, remainder = divmod(a.shape[0], rank) if matching.is_parameter(config, module) else (1, 0)
+    if remainder or b.shape[1] != a.shape[0]:
+        return None  # a grouped convolution
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):  # a diverged run, on which decompositions fail
         return Norm(module, math.nan, None, a.shape[0] // experts, float(scale))
-    # PEFT has the As of all experts below each other, and the Bs' columns in turns.
-    each_a, each_b = a.reshape(experts, -1, a.shape[1]), np.moveaxis(b.reshape(b.shape[0], -1, experts), 2, 0)
-    small: list[Any] = [np.linalg.qr(x, mode="r") for x in (each_b, np.swapaxes(each_a, 1, 2))]
-    s = np.linalg.svd(small[0] @ np.swapaxes(small[1], 1, 2), compute_uv=False)
+    # PEFT concatenates the rows of A by expert, and interleaves the columns of B.
+    expert_a, expert_b = a.reshape(experts, -1, a.shape[1]), np.moveaxis(b.reshape(b.shape[0], -1, experts), 2, 0)
+    r_factors: list[Any] = [np.linalg.qr(x, mode="r") for x in (expert_b, np.swapaxes(expert_a, 1, 2))]
+    s = np.linalg.svd(r_factors[0] @ np.swapaxes(r_factors[1], 1, 2), compute_uv=False)
     effective = sum(map(_effective_rank, s)) / experts
-    return Norm(module, abs(scale) * float(np.sqrt((s**2).sum())), effective, each_a.shape[1], float(scale))
+    return Norm(module, abs(scale) * float(np.sqrt((s**2).sum())), effective, expert_a.shape[1], float(scale))
 
 
 def _effective_rank(s: np.ndarray) -> float:
+    """Return exp of the entropy of normalized singular values; 0 if all are 0."""
     import numpy as np
 
     p = s[s > 0] / max(s.sum(), np.finfo(s.dtype).tiny)
     return float(np.exp(-(p * np.log(p)).sum())) if p.size else 0.0
 
 
-# ---------------------------------------------------------------- as a grid
+# ---------------------------------------------------------------- grid
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """Modules by layer (rows) and place in the layer (columns); cells that nothing adapts are missing."""
+    """The norms by layer (rows) and by module within the layer (columns). Modules without an adapter have no cell."""
 
     rows: tuple[str, ...]
     columns: tuple[str, ...]
     cells: Mapping[tuple[str, str], Norm]
 
     def values(self, name: str) -> list[list[float | None]]:
-        """One number of each cell: "norm", "effective_rank", "rank" or "scale"."""
+        """Return one attribute of each cell: "norm", "effective_rank", "rank" or "scale"."""
         return [
             [getattr(self.cells[r, c], name) if (r, c) in self.cells else None for c in self.columns] for r in self.rows
         ]
 
     def constant(self, name: str) -> float | None:
-        """The value that all cells share, None if they differ or have none."""
-        found = {getattr(cell, name) for cell in self.cells.values()}
-        return next(iter(found)) if len(found) == 1 else None
+        """Return the value that all cells share; None if they differ or have none."""
+        distinct = {getattr(cell, name) for cell in self.cells.values()}
+        return next(iter(distinct)) if len(distinct) == 1 else None
 
 
 def norms_grid(norms: Sequence[Norm]) -> Grid:
-    """The grid of an adapter. The modules of several experts share a cell: norms add up in squares, ranks are averaged.
+    """Return the grid of an adapter's norms.
 
-    >>> made = norms_grid([Norm("model.layers.0.q_proj", 3.0), Norm("model.layers.1.q_proj", 4.0)])
-    >>> made.rows, made.columns, made.values("norm")
+    Modules of several experts share a cell, with the root of the sum of squared norms and the mean effective rank.
+
+    >>> grid = norms_grid([Norm("model.layers.0.q_proj", 3.0), Norm("model.layers.1.q_proj", 4.0)])
+    >>> grid.rows, grid.columns, grid.values("norm")
     (('0', '1'), ('q_proj',), [[3.0], [4.0]])
     """
-    placed = [(*_place(norm.module), norm) for norm in norms]
-    stacks = list(dict.fromkeys(stack for stack, number, _, _ in placed if number is not None))
+    located = [(*_split_module(norm.module), norm) for norm in norms]
+    stacks = list(dict.fromkeys(stack for stack, number, _, _ in located if number is not None))
     order = {stack: i for i, stack in enumerate(stacks)}
-    placed.sort(key=lambda item: (item[1] is None, order.get(item[0], 0), item[1] or 0))
+    located.sort(key=lambda item: (item[1] is None, order.get(item[0], 0), item[1] or 0))
     groups: dict[tuple[str, str], list[Norm]] = {}
-    for stack, number, label, norm in placed:
+    for stack, number, label, norm in located:
         row = "–" if number is None else str(number) if len(stacks) == 1 else f"{stack}.{number}"
         groups.setdefault((row, label), []).append(norm)
-    inside = {label for row, label in groups if row != "–"}  # a head, an embedding come last
-    labels = sorted(dict.fromkeys(label for _, label in groups), key=lambda label: (label not in inside, _rank(label)))
-    short = _shortened(labels)
-    cells = {(row, short[label]): _together(found) for (row, label), found in groups.items()}
+    in_layers = {label for row, label in groups if row != "–"}
+    labels = sorted(  # heads and embeddings, which are in no layer, come last
+        dict.fromkeys(label for _, label in groups), key=lambda label: (label not in in_layers, _flow_position(label))
+    )
+    short = _shorten_labels(labels)
+    cells = {(row, short[label]): _combine(members) for (row, label), members in groups.items()}
     return Grid(tuple(dict.fromkeys(row for row, _ in cells)), tuple(short[label] for label in labels), cells)
 
 
-# How data flows through a layer; names that are not here come after, in the file's order.
+# The order of data flow through a layer. Other names come after these, in the file's order.
 _FLOW = (
     "qkv_proj", "c_attn", "query_key_value", "q_proj", "query", "to_q", "q", "k_proj", "key", "to_k", "k", "v_proj",
     "value", "to_v", "v", "o_proj", "out_proj", "to_out", "o", "dense", "gate_proj", "up_proj", "gate_up_proj", "c_fc",
@@ -212,22 +232,24 @@ _FLOW = (
 )  # fmt: skip
 
 
-def _rank(label: str) -> int:
+def _flow_position(label: str) -> int:
+    """Return the position of a module in the data flow through a layer."""
     last = label.removesuffix(".*").rpartition(".")[2]
     return _FLOW.index(last) if last in _FLOW else len(_FLOW)
 
 
-def _place(module: str) -> tuple[str, int | None, str]:
-    """The stack a module is in, its layer, and its name in the layer."""
+def _split_module(module: str) -> tuple[str, int | None, str]:
+    """Return the path of the layer stack of a module, its layer index, and its name in the layer."""
     parts = module.split(".")
-    at = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
-    if at is None:
+    position = next((i for i, part in enumerate(parts) if part.isdecimal()), None)
+    if position is None:
         return "", None, module
-    return ".".join(parts[:at]), int(parts[at]), re.sub(r"(?<![^.])\d+(?![^.])", "*", ".".join(parts[at + 1 :]))
+    name = re.sub(r"(?<![^.])\d+(?![^.])", "*", ".".join(parts[position + 1 :]))
+    return ".".join(parts[:position]), int(parts[position]), name
 
 
-def _shortened(labels: Sequence[str]) -> dict[str, str]:
-    """The shortest endings that tell labels apart."""
+def _shorten_labels(labels: Sequence[str]) -> dict[str, str]:
+    """Return the shortest distinct ending of each label."""
     out: dict[str, str] = {}
     for label in labels:
         parts = label.split(".")
@@ -239,7 +261,8 @@ def _shortened(labels: Sequence[str]) -> dict[str, str]:
 
 
 def number_text(value: float | None, digits: int = 3) -> str:
-    """
+    """Format a number with `digits` significant digits, large integers in full; "" for None.
+
     >>> number_text(2.1), number_text(0.00123456), number_text(123.4, 2), number_text(1e7), number_text(None)
     ('2.10', '0.00123', '123', '1.00e+07', '')
     """
@@ -248,7 +271,8 @@ def number_text(value: float | None, digits: int = 3) -> str:
     return f"{value:.0f}" if 10**digits <= abs(value) < 1e6 else f"{value:#.{digits}g}".rstrip(".")
 
 
-def _together(norms: Sequence[Norm]) -> Norm:
+def _combine(norms: Sequence[Norm]) -> Norm:
+    """Combine the norms of the experts in one cell."""
     if len(norms) == 1:
         return norms[0]
     first = norms[0]

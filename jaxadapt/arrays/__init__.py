@@ -1,3 +1,1 @@
-"""Arrays and their axes: patterns, layouts, regions of sharded arrays, placement, quantised weights, low-rank
-products.
-"""
+"""Arrays and their axes: patterns, file layouts, regions, placement, quantization, low-rank products."""

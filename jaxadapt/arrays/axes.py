@@ -1,8 +1,8 @@
-"""The roles of a weight's axes, and one contraction of that weight, as plain values.
+"""The roles of a weight's axes, and the uses of a weight in a computation, as plain values.
 
-`Axes` says which axes of a base weight are inputs, outputs or batch; `Use` says, letter by letter,
-how one `y = x · w` contracts it. Methods compute with these two alone, so the same few lines serve
-`nnx.Linear`, `nn.DenseGeneral`, an einsum or a `dot_general` found inside somebody's own module.
+`Axes` assigns the roles input, output and batch to the axes of a base weight. `Use` describes one product `y = x · w`
+letter by letter. Methods compute from these two values, so one implementation serves `nnx.Linear`, `nn.DenseGeneral`,
+an einsum, and a `dot_general` in a custom module.
 """
 
 from __future__ import annotations
@@ -12,16 +12,19 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXY"
-RANK = "Z"  # the letter of an axis that only the adapter has; never one of LETTERS
+RANK = "Z"  # the letter of the rank axis, which only the adapter has; not one of LETTERS
 
 
 @dataclasses.dataclass(frozen=True)
 class Axes:
-    """Which axes of one weight, as its own module sees it, play which role.
+    """The roles of the axes of one weight, in the shape that its module uses.
 
-    `in` and `out_axes` are in PyTorch's flattening order. `batch_axes` axes index independent matrices (fused
-    parts, experts); each batch entry has its own adapter matrices. `parts`, if not None, lists the
-    entries of the first batch axis that are adapted at all (k and v fused, only v targeted: `(1,)`).
+    Attributes:
+        in_axes: the input axes, in PyTorch's flattening order.
+        out_axes: the output axes, in PyTorch's flattening order.
+        batch_axes: the axes that index independent matrices (fused parts, experts). Each entry has its own A and B.
+        parts: the adapted entries of the first batch axis, such as `(1,)` if k and v are fused and only v is a
+            target; None if all entries are adapted.
 
     >>> Axes(in_axes=(0,), out_axes=(1, 2)).sizes("in", (16, 4, 8))
     (16,)
@@ -34,10 +37,11 @@ class Axes:
 
     @property
     def rank(self) -> int:
+        """The number of axes."""
         return len(self.in_axes) + len(self.out_axes) + len(self.batch_axes)
 
     def sizes(self, role: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The sizes of the axes of `role` ("in", "out" or "batch") in a weight of `shape`."""
+        """Return the sizes of the axes of `role` ("in", "out" or "batch") in a weight of `shape`."""
         sizes = tuple(shape[i] for i in getattr(self, f"{role}_axes"))
         if role == "batch" and self.parts is not None:
             return (len(self.parts), *sizes[1:])
@@ -46,11 +50,10 @@ class Axes:
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-    """One contraction `y = einsum("x,w->y", x, w)`: a letter for each axis of `x`, `w` and `y`.
+    """One product `y = einsum("x,w->y", x, w)`, with a letter for each axis of `x`, `w` and `y`.
 
-    `x` and `y` here are split so that each of their axes meets at most one axis of `w`. In a plain
-    layer the letters of `axes.in` are the contracted ones; a tied weight may be used the other way
-    round (`transposed`).
+    The axes of `x` and `y` are split so that each corresponds to at most one axis of `w`. A plain layer sums over the
+    letters of `axes.in_axes`. A tied weight may be used transposed (`transposed`).
 
     >>> use = Use("bd", "dnh", "bnh", Axes((0,), (1, 2)))
     >>> use.letters("in"), use.letters("out"), use.transposed
@@ -63,12 +66,12 @@ class Use:
     axes: Axes
 
     def letters(self, role: str) -> str:
-        """The letters of the weight axes of `role` ("in", "out" or "batch")."""
+        """Return the letters of the weight axes of `role` ("in", "out" or "batch")."""
         return "".join(self.w[i] for i in getattr(self.axes, f"{role}_axes"))
 
     @property
     def transposed(self) -> bool:
-        """Whether the contraction runs over the output axes (as a tied embedding's `attend` does)."""
+        """True if the product sums over the output axes, as a tied embedding's `attend` does."""
         return not set(self.letters("in")) <= set(self.x)
 
 
@@ -76,10 +79,12 @@ class Use:
 class Operation:
     """One use of a weight in a convolution, a lookup or a ragged product, as a function of the weight.
 
-    `run(x, w)` computes it with any weight of the same axes, whatever the size of its output axis (in a grouped
-    convolution also of the input channels, in a ragged product of the inputs); `out_axes` is where the output axis is
-    in
-    the result. A ragged product may run over the output axis instead (`transposed`).
+    Attributes:
+        run: `run(x, w)` computes the use with any weight of the same axes. The size of the output axis may differ; in a
+            grouped convolution also that of the input channels, in a ragged product that of the inputs.
+        out: the position of the output axis in the result.
+        axes: the roles of the weight's axes.
+        transposed: True if a ragged product sums over the output axis instead of the input axis.
     """
 
     run: Callable[[Any, Any], Any]
@@ -88,17 +93,17 @@ class Operation:
     transposed: bool = False
 
 
-def find_contradiction(table: Axes, own: Axes) -> str:
-    """What is wrong where a table takes a layer's outputs for its inputs."""
+def find_contradiction(keymap_axes: Axes, layer_axes: Axes) -> str:
+    """Return the message for a keymap that swaps the input and output axes of a layer."""
     return (
-        f"the table {table} contradicts the layer's own {own}; keymap='generic' goes by the layers, and a KeyMap of"
-        " your own gives them other names. (For a PyTorch parameter stored (in, out), as a Conv1D's is, give the line"
-        " fan_in_fan_out=True)"
+        f"the keymap's {keymap_axes} contradicts the layer's own {layer_axes}; pass keymap='generic' to take"
+        " the axes from the layers, or a KeyMap with the right axes. For a PyTorch parameter stored as (in, out), such"
+        " as a Conv1D's, set fan_in_fan_out=True on its entry"
     )
 
 
 class Product(Protocol):
-    """Which axes of a weight a product sums over, leaves, and has in common with what it meets."""
+    """The axes of a weight that a product sums over (in), keeps (out), and shares with the other operand (batch)."""
 
     @property
     def in_axes(self) -> tuple[int, ...]: ...
@@ -109,9 +114,10 @@ class Product(Protocol):
 
 
 def transposed_axes(axes: Axes, products: Sequence[Product], shape: Sequence[int]) -> Axes | None:
-    """What a weight's products say of its axes, where none of them runs over the inputs; else None.
+    """Return the axes by a weight's products, if no product sums over the input axes of `axes`; else None.
 
-    Axes of size 1 count for nothing. Of a square matrix shapes do not tell, and its change would be saved transposed.
+    Axes of size 1 are ignored. The shape of a square matrix does not reveal its input axis, and with the wrong axes its
+    update would be saved transposed.
 
     >>> straight, back = Axes(in_axes=(0,), out_axes=(1,)), Axes(in_axes=(1,), out_axes=(0,))
     >>> transposed_axes(straight, [back], (4, 4))

@@ -1,4 +1,4 @@
-"""Which arrays hold a NaN or an infinity: a run that went astray, a damaged file, a sum that 16 bits cannot hold."""
+"""Detection of NaN and infinity: from a diverged run, a damaged file, or an overflow in 16 bits."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ from jax.core import Tracer
 from jaxadapt.core import paths
 
 _CHUNK = 1 << 18
-"""Numbers that are looked at together: of so many the masks stay in a processor's cache."""
+"""The number of values per step, small enough that their masks fit in the processor's cache."""
 
 _EXPONENT = {"float16": 0x7C00, "bfloat16": 0x7F80}
-"""The bits that NaN and infinity have all set; numpy's own `isfinite` is slow in 16 bits."""
+"""{dtype: mask}: the bits that are all set in NaN and infinity. NumPy's `isfinite` is slow for 16-bit dtypes."""
 
 _all_finite = jax.jit(lambda x: jnp.isfinite(x).all())
 
 
 def names_not_finite(arrays: Mapping[str, Any]) -> list[str]:
-    """The names of arrays that hold a NaN or an infinity.
+    """Return the names of arrays that hold a NaN or an infinity.
 
-    An array on an accelerator is reduced there, and all results are fetched together. Where any array is traced nothing
-    is looked at, since it has no values yet. What is no array of floats is finite.
+    Arrays on accelerators are reduced there, and all results are fetched together. The result is empty if any array is
+    traced, since it has no values yet. Values other than arrays of floats count as finite.
     """
     if any(isinstance(x, Tracer) for x in arrays.values()):
         return []
-    found: dict[str, Any] = {}
-    with jax.ensure_compile_time_eval():  # arrays that a traced function closes over have values
+    finite: dict[str, Any] = {}
+    with jax.ensure_compile_time_eval():  # a traced function may close over arrays with values
         for name, x in arrays.items():
             if not isinstance(x, np.ndarray | jax.Array) or not jnp.issubdtype(x.dtype, jnp.floating):
                 continue
             if isinstance(x, np.ndarray):
-                found[name] = is_finite(x)
+                finite[name] = is_finite(x)
             elif x.is_fully_addressable and {device.platform for device in x.devices()} == {"cpu"}:
-                found[name] = all(is_finite(np.asarray(s.data)) for s in x.addressable_shards if s.replica_id == 0)
+                finite[name] = all(is_finite(np.asarray(s.data)) for s in x.addressable_shards if s.replica_id == 0)
             else:
-                found[name] = _all_finite(x)
-        return [name for name, fine in found.items() if not bool(fine)]
+                finite[name] = _all_finite(x)
+        return [name for name, ok in finite.items() if not bool(ok)]
 
 
 def is_finite(x: np.ndarray) -> bool:
-    """Whether an array on the host holds neither NaN nor infinity."""
+    """Return True if an array on the host holds neither NaN nor infinity."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return True
     flat = x.ravel(order="K")
@@ -52,8 +52,8 @@ def is_finite(x: np.ndarray) -> bool:
     bits = None if mask is None else flat.view("uint16")
     for first in range(0, flat.size, _CHUNK):
         part = slice(first, first + _CHUNK)
-        fine = np.isfinite(flat[part]) if bits is None else (bits[part] & mask) != mask
-        if not fine.all():
+        finite = np.isfinite(flat[part]) if bits is None else (bits[part] & mask) != mask
+        if not finite.all():
             return False
     return True
 
@@ -61,19 +61,19 @@ def is_finite(x: np.ndarray) -> bool:
 def check_while_reading(
     get: Callable[[str], np.ndarray], count: int, why: Callable[[list[str]], Exception]
 ) -> Callable[[str], np.ndarray]:
-    """`get`, which looks at each of `count` arrays and raises `why(keys)` with the last, if any is not finite."""
-    seen: dict[str, bool] = {}
+    """Wrap `get` so that reading the last of `count` arrays raises `why(keys)` for those that are not finite."""
+    finite: dict[str, bool] = {}
 
-    def looked(key: str) -> np.ndarray:
+    def get_checked(key: str) -> np.ndarray:
         value = get(key)
-        seen[key] = is_finite(value)
-        if len(seen) == count and not all(seen.values()):
-            raise why([key for key, fine in seen.items() if not fine])
+        finite[key] = is_finite(value)
+        if len(finite) == count and not all(finite.values()):
+            raise why([key for key, ok in finite.items() if not ok])
         return value
 
-    return looked
+    return get_checked
 
 
 def not_finite_message(names: Iterable[str], way_out: str) -> str:
-    """The message of an error about arrays that are not finite."""
-    return f"these hold a NaN or an infinity; {way_out}:\n" + paths.bullets(names)
+    """Return the message of an error about arrays that are not finite."""
+    return f"these tensors hold a NaN or an infinity; {way_out}:\n" + paths.bullets(names)

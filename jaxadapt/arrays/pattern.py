@@ -1,4 +1,4 @@
-"""The pattern of a line, `"d {l} n h -> (n h) d"`: the axes of a leaf, then PyTorch's. Pure: strings only."""
+"""Patterns of keymap entries, such as "d {l} n h -> (n h) d": a leaf's axes, then PyTorch's. Strings only."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ _TOKEN = re.compile(r"\(([^()]*)\)|(\{?\w+\}?)")
 
 
 class Pattern(NamedTuple):
-    """A pattern read.
+    """A parsed pattern.
 
-    `left` names the leaf's axes (braced ones keep their braces, a split one its parentheses), `right` PyTorch's, each a
-    group of names flattened together; `plain` and `braced` are the names on the left by kind.
+    Attributes:
+        left: the leaf's axes. Braced axes keep their braces, and a split axis its parentheses.
+        right: PyTorch's axes, each as the group of names that are flattened into it.
+        plain: the names on the left without braces.
+        braced: the names on the left in braces, without the braces.
+        problems: the errors in the pattern.
     """
 
     left: tuple[str, ...]
@@ -28,16 +32,16 @@ class Pattern(NamedTuple):
     problems: tuple[str, ...]
 
 
-@functools.lru_cache(maxsize=4096)  # the lines of all families have some hundred
+@functools.lru_cache(maxsize=4096)  # all families together have a few hundred patterns
 def parse_pattern(text: str) -> Pattern:
-    """A pattern read, with what is wrong with it by itself.
+    """Parse a pattern; `problems` lists its errors.
 
     >>> parse_pattern("{p} n d h -> (n h) d")[:2]
     (('{p}', 'n', 'd', 'h'), (('n', 'h'), ('d',)))
     """
     if text.count("->") != 1:
         none = frozenset[str]()
-        problem = "a pattern has one '->': JAX axes on the left, PyTorch's on the right"
+        problem = "a pattern must have exactly one '->', with JAX axes on the left and PyTorch axes on the right"
         return Pattern((), (), none, none, (problem,))
     ours, theirs = text.split("->")
     left = tuple(m.group(2) or f"({' '.join(m.group(1).split())})" for m in _TOKEN.finditer(ours))
@@ -48,19 +52,21 @@ def parse_pattern(text: str) -> Pattern:
     rest = re.sub(_TOKEN, "", text.replace("->", " ")).strip()
     problems = [f"{rest!r} is no axis name"] if rest else []
     problems += [
-        f"axis {n!r} is on the {side} twice"
-        for side, found in (("left", names), ("right", flat))
-        for n in repeated(found)
+        f"axis {n!r} occurs twice on the {side}"
+        for side, side_names in (("left", names), ("right", flat))
+        for n in repeated(side_names)
     ]
     plain = frozenset(n for n in names if not n.startswith("{"))
-    problems += [f"axis {n!r} is only on the left (braces mark axes PyTorch lacks)" for n in sorted(plain - set(flat))]
+    problems += [
+        f"axis {n!r} is only on the left (put an axis that PyTorch lacks in braces)" for n in sorted(plain - set(flat))
+    ]
     problems += [f"axis {n!r} is only on the right" for n in sorted(set(flat) - plain)]
     braced = frozenset(n.strip("{}") for n in names if n.startswith("{"))
     return Pattern(left, right, plain, braced, tuple(problems))
 
 
 def repeated(names: Sequence[str]) -> list[str]:
-    """The names that are there more than once.
+    """Return the names that occur more than once, sorted.
 
     >>> repeated(["n", "h", "n"])
     ['n']
@@ -69,12 +75,12 @@ def repeated(names: Sequence[str]) -> list[str]:
 
 
 def axis_parts(axis: str) -> tuple[str, ...]:
-    """The parts of one of a leaf's axes: itself, unless it stands in parentheses."""
+    """Return the names in a parenthesised axis of a leaf, or the axis itself."""
     return tuple(axis[1:-1].split()) if axis.startswith("(") else (axis,)
 
 
 def part_sizes(axis: str, size: int, fixed: Mapping[str, int]) -> dict[str, int]:
-    """The sizes of an axis' parts; `MismatchError` where they do not divide it.
+    """Return the sizes of the parts of an axis. Raises `MismatchError` if the fixed sizes do not divide its size.
 
     >>> part_sizes("(c p)", 8, {"p": 2}), part_sizes("h", 8, {})
     ({'c': 4, 'p': 2}, {'h': 8})
@@ -84,5 +90,5 @@ def part_sizes(axis: str, size: int, fixed: Mapping[str, int]) -> dict[str, int]
         return {axis: size}
     known = math.prod(fixed[n] for n in names if n in fixed)
     if size % known:
-        raise MismatchError(f"an axis of size {size} cannot be split as {axis} with {dict(fixed)}")
+        raise MismatchError(f"an axis of size {size} cannot be split as {axis} with the sizes {dict(fixed)}")
     return {n: fixed.get(n, size // known) for n in names}

@@ -1,4 +1,4 @@
-"""A number for each entry of a stacked leaf: each layer, and in it each expert and fused part."""
+"""A number per entry of a stacked leaf: per layer, and within it per expert and fused part."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ Array = Any
 Params = Mapping[str, Any]
 
 LAYER = "layer"
-"""Among the params of a site whose layers differ: the number of the layer that is being computed."""
+"""The key of the current layer's number among the parameters of a site whose layers differ."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PerEntry:
-    """A number of each entry of a leaf: of each layer it stacks, and in it of each expert and fused part.
+    """A number per entry of a leaf: per stacked layer, and within it per expert and fused part.
 
-    Part of a site's static values. The layer itself looks up its own ones, by the number that comes with the params.
-    `values` are in the order of the stacked axes, then of the role "batch", whose sizes are `batch`.
+    It is part of a site's hparams. A layer looks up its own numbers by the layer number in its parameters.
+
+    Attributes:
+        values: the numbers, in the order of the stacked axes and then of the batch axes.
+        batch: the sizes of the batch axes.
     """
 
     values: tuple[float, ...]
@@ -32,23 +35,23 @@ class PerEntry:
 
     @property
     def layers(self) -> int:
-        """How many layers they are for."""
+        """The number of layers."""
         return len(self.values) // math.prod(self.batch)
 
     def layer_values(self, params: Params) -> Array:
-        """The layer's own values, float32 (batch...). Raises `AttachError` where it does not know which it is."""
-        table = np.array(self.values, np.float32).reshape(self.layers, *self.batch)
+        """Return the values of the current layer, float32 (batch...). Raises `AttachError` without a layer number."""
+        by_layer = np.array(self.values, np.float32).reshape(self.layers, *self.batch)
         if self.layers == 1:
-            return jnp.asarray(table[0])
+            return jnp.asarray(by_layer[0])
         number = params.get(LAYER)
         if number is None or number.size != 1:
-            found = "none" if number is None else f"{list(number.shape)} of them"
+            found = "found none" if number is None else f"found numbers of shape {list(number.shape)}"
             raise AttachError(
-                f"this adapter's {self.layers} layers differ in rank, scale or selection, so a layer needs its own"
-                f" number, and here has {found}: the model's nnx.scan or nnx.vmap must cut variables of type"
-                " jaxadapt.LayerNumber on axis 0, as nnx.StateAxes({nnx.Param: 0, ...: 0}) does"
+                f"cannot run a layer: the {self.layers} layers of this adapter differ in rank, scale or selection, so"
+                f" each needs its own layer number, but {found}. Make the model's nnx.scan or nnx.vmap split variables"
+                " of type jaxadapt.LayerNumber along axis 0, as nnx.StateAxes({nnx.Param: 0, ...: 0}) does"
             )
-        return jnp.asarray(table)[number.reshape(())]
+        return jnp.asarray(by_layer)[number.reshape(())]
 
     def __str__(self) -> str:
         low, high = min(self.values), max(self.values)
@@ -56,12 +59,12 @@ class PerEntry:
 
 
 def expand_leading(values: Array, x: Array) -> Array:
-    """Values (batch...), shaped to broadcast against an array (batch..., …), in its dtype."""
+    """Reshape values (batch...) to broadcast with an array (batch..., …), and cast them to its dtype."""
     return values.reshape(values.shape + (1,) * (x.ndim - values.ndim)).astype(x.dtype)
 
 
 def only_adapted(used: PerEntry | None, params: Params, x: Array, otherwise: float) -> Array:
-    """`x` (batch..., …) in entries that are adapted, and a constant in the others, which gives no gradient."""
+    """Return `x` (batch..., …) with the entries that are not adapted set to a constant, which has no gradient."""
     return (
         x
         if used is None

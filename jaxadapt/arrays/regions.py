@@ -1,9 +1,9 @@
-"""Which parts of an array a device holds, and where they lie in a file's tensors.
+"""The regions of an array that each device holds, and their regions in a file's tensors.
 
-    sharding ──here──► boxes of a leaf ◄──pieces──► boxes of file tensors
+    sharding ──addressable_regions──► regions of a leaf ◄──file_regions──► regions of file tensors
 
-Saving and loading use the same boxes: a process writes those it owns, and reads those its devices need.
-Pure: shapes, shardings and plans; no files, and no array is touched.
+Saving and loading use the same regions: a process writes the regions it owns, and reads the regions its devices need.
+These functions compute with shapes and shardings only; they read no files and no arrays.
 """
 
 from __future__ import annotations
@@ -23,149 +23,151 @@ from jaxadapt.arrays.layout import FileLayout, to_file_scale, to_model_scale
 
 Shape = tuple[int, ...]
 Box = tuple[tuple[int, int], ...]
-"""A part of an array: `(start, stop)` of each axis."""
+"""A region of an array: `(start, stop)` of each axis."""
 
 
-# ---------------------------------------------------------------- what each device holds
+# ---------------------------------------------------------------- regions of devices and processes
 
 
 @functools.lru_cache(maxsize=1024)
 def device_regions(sharding: Sharding, shape: Shape) -> dict[Box, tuple[Any, ...]]:
-    """`{box: devices}`: the distinct parts into which an array is cut, and who holds each of them."""
-    found: dict[Box, list[Any]] = {}
+    """Return `{region: devices}`: the distinct regions of a sharded array and the devices with each."""
+    by_region: dict[Box, list[Any]] = {}
     for device, index in sharding.devices_indices_map(shape).items():
-        found.setdefault(region_from_slices(index, shape), []).append(device)
-    return {box: tuple(devices) for box, devices in found.items()}
+        by_region.setdefault(region_from_slices(index, shape), []).append(device)
+    return {region: tuple(devices) for region, devices in by_region.items()}
 
 
 @functools.lru_cache(maxsize=1024)
 def addressable_regions(sharding: Sharding, shape: Shape) -> dict[Box, Any]:
-    """`{box: device}`: the parts that this process holds, and one of its devices that does."""
-    mine = sharding.addressable_devices
-    held = {box: [d for d in devices if d in mine] for box, devices in device_regions(sharding, shape).items()}
-    return {box: devices[0] for box, devices in held.items() if devices}
+    """Return `{region: device}`: the regions that this process holds, each with one of its devices that hold it."""
+    local = sharding.addressable_devices
+    holders = {
+        region: [d for d in devices if d in local] for region, devices in device_regions(sharding, shape).items()
+    }
+    return {region: devices[0] for region, devices in holders.items() if devices}
 
 
 @functools.lru_cache(maxsize=1024)
 def addressable_starts(sharding: Sharding, shape: Shape) -> list[tuple[int, ...]]:
-    """Where each part of `addressable_regions` begins, which tells them apart."""
-    return [tuple(start for start, _ in box) for box in addressable_regions(sharding, shape)]
+    """Return the start of each region of `addressable_regions`, which identifies it."""
+    return [tuple(start for start, _ in region) for region in addressable_regions(sharding, shape)]
 
 
 @functools.lru_cache(maxsize=1024)
 def addressable_size(sharding: Sharding, shape: Shape) -> int:
-    """How many elements this process holds, those of replicas once."""
+    """Return the number of elements that this process holds, counting replicas once."""
     return sum(map(region_size, addressable_regions(sharding, shape)))
 
 
 @functools.lru_cache(maxsize=1024)
 def addressable_slices(sharding: Sharding, shape: Shape, step: int) -> tuple[list[tuple[slice, ...]], bool]:
-    """Where the parts of `addressable_regions` lie in an array that is all here, and whether each is one run that
-    begins at a multiple
-    of `step` elements.
+    """Return the slices of `addressable_regions` in the full array, and True if each region is an aligned run.
+
+    An aligned run is contiguous in memory and begins at a multiple of `step` elements.
 
     >>> mesh = jax.make_mesh((1,), ("x",))
     >>> addressable_slices(jax.sharding.NamedSharding(mesh, jax.P("x")), (4, 3), 32)
     ([(slice(0, 4, None), slice(0, 3, None))], True)
     """
     runs = True
-    for box in addressable_regions(sharding, shape):
-        first = sum(start * math.prod(shape[axis + 1 :]) for axis, (start, _) in enumerate(box))
-        runs &= is_contiguous(shape, box) and first % step == 0
-    return [to_slices(box) for box in addressable_regions(sharding, shape)], runs
+    for region in addressable_regions(sharding, shape):
+        first = sum(start * math.prod(shape[axis + 1 :]) for axis, (start, _) in enumerate(region))
+        runs &= is_contiguous(shape, region) and first % step == 0
+    return [to_slices(region) for region in addressable_regions(sharding, shape)], runs
 
 
-def is_contiguous(shape: Shape, box: Box) -> bool:
-    """Whether a box's elements lie one after the other in an array of this shape.
+def is_contiguous(shape: Shape, region: Box) -> bool:
+    """Return True if the elements of a region are contiguous in an array of this shape.
 
     >>> [is_contiguous((4, 3), region) for region in (((1, 3), (0, 3)), ((1, 3), (0, 2)), ((1, 2), (0, 2)))]
     [True, False, True]
     """
-    large = next((axis for axis, (start, stop) in enumerate(box) if stop - start > 1), len(shape))
-    return box[large + 1 :] == full_region(shape)[large + 1 :]
+    large = next((axis for axis, (start, stop) in enumerate(region) if stop - start > 1), len(shape))
+    return region[large + 1 :] == full_region(shape)[large + 1 :]
 
 
 @functools.lru_cache(maxsize=1024)
 def _holders(sharding: Sharding, shape: Shape) -> list[tuple[tuple[int, ...], list[Box], int]]:
-    """Which processes hold the same parts, these parts, and how many elements they have."""
+    """Return groups of regions held by the same processes: the processes, the regions and their number of elements."""
     groups: dict[tuple[int, ...], list[Box]] = {}
-    for box, devices in device_regions(sharding, shape).items():
-        groups.setdefault(tuple(sorted({d.process_index for d in devices})), []).append(box)
-    return [(processes, mine, sum(map(region_size, mine))) for processes, mine in groups.items()]
+    for region, devices in device_regions(sharding, shape).items():
+        groups.setdefault(tuple(sorted({d.process_index for d in devices})), []).append(region)
+    return [(processes, regions, sum(map(region_size, regions))) for processes, regions in groups.items()]
 
 
 def region_from_slices(index: Sequence[slice], shape: Shape) -> Box:
-    """The box of a tuple of slices, as a shard's `index` gives them."""
+    """Return the region of a tuple of slices, such as the `index` of a shard."""
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 
 def full_region(shape: Shape) -> Box:
-    """The box that is all of an array."""
+    """Return the region that covers a whole array."""
     return tuple((0, size) for size in shape)
 
 
-def to_slices(box: Box) -> tuple[slice, ...]:
-    """The box as an index."""
-    return tuple(slice(*part) for part in box)
+def to_slices(region: Box) -> tuple[slice, ...]:
+    """Return a region as an index of slices."""
+    return tuple(slice(*part) for part in region)
 
 
-def relative_slices(box: Box, outer: Box) -> tuple[slice, ...]:
-    """Where a box lies inside an array that holds `outer`."""
-    return tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(box, outer, strict=True))
+def relative_slices(region: Box, outer: Box) -> tuple[slice, ...]:
+    """Return the slices of a region in an array that holds the region `outer`."""
+    return tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(region, outer, strict=True))
 
 
 def intersection(a: Box, b: Box) -> Box | None:
-    """What two boxes share, None if that is nothing."""
+    """Return the intersection of two regions; None if it is empty."""
     both = tuple((max(p[0], q[0]), min(p[1], q[1])) for p, q in zip(a, b, strict=True))
     return both if all(start < stop for start, stop in both) else None
 
 
-def region_shape(box: Box) -> Shape:
-    """The shape of a box."""
-    return tuple(stop - start for start, stop in box)
+def region_shape(region: Box) -> Shape:
+    """Return the shape of a region."""
+    return tuple(stop - start for start, stop in region)
 
 
-def region_size(box: Box) -> int:
-    """The number of elements."""
-    return math.prod(region_shape(box))
+def region_size(region: Box) -> int:
+    """Return the number of elements of a region."""
+    return math.prod(region_shape(region))
 
 
 def merge_neighbours(parts: Iterable[Box]) -> dict[Box, list[Box]]:
-    """Disjoint boxes joined to larger ones where they are neighbours, each with those it is made of.
+    """Merge neighbouring disjoint regions into larger ones; return `{merged region: its parts}`.
 
-    The more of a tensor one box has, the longer are its runs of bytes in the file.
+    The larger a region is, the longer are its contiguous runs of bytes in the file.
 
     >>> merge_neighbours([((0, 2), (0, 4)), ((2, 4), (0, 4)), ((6, 8), (0, 4))])
     {((0, 4), (0, 4)): [((0, 2), (0, 4)), ((2, 4), (0, 4))], ((6, 8), (0, 4)): [((6, 8), (0, 4))]}
     """
-    out = {box: [box] for box in parts}
+    out = {region: [region] for region in parts}
     for axis in reversed(range(len(next(iter(out), ())))):
         rows: dict[tuple[Any, ...], list[Box]] = {}
-        for box in out:
-            rows.setdefault((box[:axis], box[axis + 1 :]), []).append(box)
+        for region in out:
+            rows.setdefault((region[:axis], region[axis + 1 :]), []).append(region)
         joined: dict[Box, list[Box]] = {}
         for row in rows.values():
-            row.sort(key=lambda box: box[axis])
+            row.sort(key=lambda region: region[axis])
             run = row[0]
             members = list(out[run])
-            for box in row[1:]:
-                if box[axis][0] == run[axis][1]:
-                    run = (*run[:axis], (run[axis][0], box[axis][1]), *run[axis + 1 :])
-                    members += out[box]
+            for region in row[1:]:
+                if region[axis][0] == run[axis][1]:
+                    run = (*run[:axis], (run[axis][0], region[axis][1]), *run[axis + 1 :])
+                    members += out[region]
                 else:
                     joined[run] = members
-                    run, members = box, list(out[box])
+                    run, members = region, list(out[region])
             joined[run] = members
         out = joined
     return out
 
 
 def assign_owners(leaves: Mapping[str, Any]) -> dict[str, dict[Box, int]]:
-    """Which process writes which part of which leaf: `{path: {box: process}}`; every process finds the same.
+    """Assign each region of each leaf to the process that writes it; return `{path: {region: process}}`.
 
-    Every part has one owner among those that hold it. Parts that several processes hold go to the one with the
-    fewest bytes so far, and parts of one leaf that the same processes hold go to one of them, in one piece. An array
-    that lives in its own process only is taken to be the same in all, and is the first's to write.
+    Every process computes the same result. Among the processes that hold a region, the one with the fewest bytes so far
+    is its owner. All regions of a leaf that the same processes hold get one owner. An array that is local to each
+    process is assumed to be equal in all of them, and process 0 writes it.
     """
     load: dict[int, int] = {}
     out: dict[str, dict[Box, int]] = {}
@@ -177,22 +179,28 @@ def assign_owners(leaves: Mapping[str, Any]) -> dict[str, dict[Box, int]]:
             load[0] = load.get(0, 0) + leaf.nbytes
             continue
         out[path] = {}
-        for processes, mine, count in _holders(leaf.sharding, shape):
+        for processes, regions, count in _holders(leaf.sharding, shape):
             owner = min(processes, key=lambda process: (load.get(process, 0), process))
             load[owner] = load.get(owner, 0) + count * leaf.dtype.itemsize
-            out[path] |= dict.fromkeys(mine, owner)
+            out[path] |= dict.fromkeys(regions, owner)
     return out
 
 
-# ---------------------------------------------------------------- boxes of leaves, boxes of file tensors
+# ---------------------------------------------------------------- regions of leaves and of file tensors
 
 
 @dataclasses.dataclass(frozen=True)
 class FileRegion:
-    """A box of a leaf that is a box of one file tensor.
+    """A region of a leaf that is a region of one file tensor.
 
-    `region` is the leaf's; `number` is the tensor's among those of its arrangement, `shape` the tensor's with its
-    merged axes apart (the same bytes in C order), and `box` the part of it.
+    Attributes:
+        region: the region of the leaf.
+        number: the index of the tensor among those of the leaf.
+        shape: the shape of the tensor before its axes are merged (the same bytes in C order).
+        box: the region of the tensor, in that shape.
+        order: the axis order that turns the leaf's axes into those of `shape`.
+        factor: the leaf holds `factor` times the tensor's values, plus `shift`.
+        shift: see `factor`.
     """
 
     region: Box
@@ -205,88 +213,91 @@ class FileRegion:
 
     @property
     def plain(self) -> bool:
-        """Whether the tensor's numbers are the leaf's."""
+        """True if the tensor and the leaf hold the same values."""
         return self.factor == 1 and self.shift == 0
 
     def encode(self, part: Any) -> Any:
-        """The box of the tensor from the region of the leaf: a view, unless a factor or a shift makes new numbers."""
-        tile = part.reshape(self._fine).transpose(self.order)
+        """Convert the values of the leaf's region to the tensor's: a view, unless a factor or a shift applies."""
+        tile = part.reshape(self._split_shape).transpose(self.order)
         return to_file_scale(tile, self.factor, self.shift)
 
     def decode(self, tile: Any) -> Any:
-        """The region of the leaf from the box of the tensor, likewise."""
-        back = [self.order.index(at) for at in range(len(self.order))]
-        part = tile.transpose(back).reshape(region_shape(self.region))
+        """Convert the values of the tensor's region to the leaf's: a view, unless a factor or a shift applies."""
+        inverse = [self.order.index(axis) for axis in range(len(self.order))]
+        part = tile.transpose(inverse).reshape(region_shape(self.region))
         return to_model_scale(part, self.factor, self.shift)
 
     @functools.cached_property
-    def _fine(self) -> Shape:
+    def _split_shape(self) -> Shape:
+        """The shape of the region in the leaf's axis order, before axes are merged."""
         sizes = region_shape(self.box)
-        return tuple(sizes[self.order.index(at)] for at in range(len(self.order)))
+        return tuple(sizes[self.order.index(axis)] for axis in range(len(self.order)))
 
 
 @functools.lru_cache(maxsize=4096)
-def file_regions(form: FileLayout, box: Box) -> tuple[FileRegion, ...]:
-    """A box of a leaf, cut so that each piece is a box of one file tensor: one for each layer or fused part in it.
+def file_regions(form: FileLayout, region: Box) -> tuple[FileRegion, ...]:
+    """Split a region of a leaf into regions of single file tensors: one per layer or fused part.
 
-    (Several, where a leaf's axis is PyTorch's axes in another order, and is cut across them.)
+    There are several per tensor if an axis of the leaf merges PyTorch axes in another order and the region cuts it.
 
     >>> form = FileLayout((2, 4, 3), ("{l}", "i", "~r"), (("~r",), ("i",)), (0,))
     >>> [(piece.number, piece.shape, piece.box) for piece in file_regions(form, ((1, 2), (0, 2), (0, 3)))]
     [(1, (3, 4), ((0, 3), (0, 2)))]
     """
     if form.ranks is not None:
-        return tuple(_ragged(form, box))
-    place = None if form.held is None else dict(zip(form.held, range(form.count), strict=True))
+        return tuple(_file_regions_by_rank(form, region))
+    position = None if form.held is None else dict(zip(form.held, range(form.count), strict=True))
     kept = [axis for axis in range(len(form.left)) if axis not in form.split]
     parts = [pattern.part_sizes(form.left[axis], form.shape[axis], dict(form.sizes)) for axis in kept]
     names = [name for part in parts for name in part]
     sizes = [n for part in parts for n in part.values()]
     order = tuple(names.index(name) for group in form.right for name in group)
-    shape = tuple(sizes[at] for at in order)
-    cuts = [list(_cut(*box[axis], tuple(part.values()))) for axis, part in zip(kept, parts, strict=True)]
+    shape = tuple(sizes[axis] for axis in order)
+    cuts = [list(_split_range(*region[axis], tuple(part.values()))) for axis, part in zip(kept, parts, strict=True)]
     out: list[FileRegion] = []
-    for index in itertools.product(*(range(*box[axis]) for axis in form.split)):
-        region = list(box)
+    for index in itertools.product(*(range(*region[axis]) for axis in form.split)):
+        leaf_region = list(region)
         number = 0
         for axis, at in zip(form.split, index, strict=True):
-            region[axis] = (at, at + 1)
+            leaf_region[axis] = (at, at + 1)
             number = number * form.shape[axis] + at
-        if place is not None:
-            if number not in place:
+        if position is not None:
+            if number not in position:
                 continue
-            number = place[number]
+            number = position[number]
         for chosen in itertools.product(*cuts):
             for axis, (start, stop, _) in zip(kept, chosen, strict=True):
-                region[axis] = (start, stop)
-            fine = [one for _, _, inside in chosen for one in inside]
-            where = tuple(fine[at] for at in order)
-            out.append(FileRegion(tuple(region), number, shape, where, order, form.factor, form.shift))
+                leaf_region[axis] = (start, stop)
+            spans = [span for _, _, inner in chosen for span in inner]
+            tensor_region = tuple(spans[axis] for axis in order)
+            out.append(FileRegion(tuple(leaf_region), number, shape, tensor_region, order, form.factor, form.shift))
     return tuple(out)
 
 
-def _ragged(form: FileLayout, box: Box) -> Iterator[FileRegion]:
-    """The pieces where tensors have ranks of their own: those of each tensor, as if it were the only one."""
+def _file_regions_by_rank(form: FileLayout, region: Box) -> Iterator[FileRegion]:
+    """Yield the file regions if tensors differ in rank: those of each tensor by its own layout."""
     for i in range(form.count):
         index = form.index(i)
-        whole_part = tuple(
+        tensor_part = tuple(
             (at, at + 1) if isinstance(at, int) else (0, n if at.stop is None else at.stop)
             for at, n in zip(index, form.shape, strict=True)
         )
-        mine = intersection(box, whole_part)
-        if mine is None:
+        shared = intersection(region, tensor_part)
+        if shared is None:
             continue
-        inner = tuple(span for span, at in zip(mine, index, strict=True) if not isinstance(at, int))
+        inner = tuple(span for span, at in zip(shared, index, strict=True) if not isinstance(at, int))
         for piece in file_regions(form.part(i), inner):
             spans = iter(piece.region)
-            region = tuple(outer if isinstance(at, int) else next(spans) for outer, at in zip(mine, index, strict=True))
-            yield dataclasses.replace(piece, region=region, number=i)
+            leaf_region = tuple(
+                outer if isinstance(at, int) else next(spans) for outer, at in zip(shared, index, strict=True)
+            )
+            yield dataclasses.replace(piece, region=leaf_region, number=i)
 
 
-def _cut(start: int, stop: int, sizes: Shape) -> Iterator[tuple[int, int, Box]]:
-    """A range of a merged axis as boxes over the axes it merges: `(start, stop, box)` of each.
+def _split_range(start: int, stop: int, sizes: Shape) -> Iterator[tuple[int, int, Box]]:
+    """Split a range of a merged axis into regions of the axes that it merges; yield `(start, stop, region)`.
 
-    >>> list(_cut(1, 6, (3, 2)))
+    >>> list(_split_range(1, 6, (3, 2)))
     [(1, 2, ((0, 1), (1, 2))), (2, 6, ((1, 3), (0, 2)))]
     """
     if len(sizes) == 1:
@@ -295,11 +306,11 @@ def _cut(start: int, stop: int, sizes: Shape) -> Iterator[tuple[int, int, Box]]:
     inner = math.prod(sizes[1:])
     while start < stop:
         row, at = divmod(start, inner)
-        if at == 0 and stop - start >= inner:  # whole rows at once
+        if at == 0 and stop - start >= inner:  # all complete rows at once
             end = stop - stop % inner
             yield start, end, ((row, end // inner), *full_region(sizes[1:]))
         else:
             end = min(stop, (row + 1) * inner)
-            for low, high, box in _cut(at, at + end - start, sizes[1:]):
-                yield row * inner + low, row * inner + high, ((row, row + 1), *box)
+            for low, high, region in _split_range(at, at + end - start, sizes[1:]):
+                yield row * inner + low, row * inner + high, ((row, row + 1), *region)
         start = end

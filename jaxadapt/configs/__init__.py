@@ -1,4 +1,4 @@
-"""PEFT-compatible configuration classes <-> `adapter_config.json`. Pure standard library."""
+"""PEFT-compatible configuration classes, read from and written to `adapter_config.json`. Imports no JAX."""
 
 from jaxadapt.configs.base import PEFT_VERSION, TASK_TYPES, Config, GenericConfig
 from jaxadapt.configs.frozen import FrozenDict, freeze, thaw

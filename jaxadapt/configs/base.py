@@ -1,4 +1,4 @@
-"""What all configuration classes share, and the class for methods without one of their own."""
+"""The base class of all configurations, and `GenericConfig` for methods without a class of their own."""
 
 from __future__ import annotations
 
@@ -16,25 +16,35 @@ from jaxadapt.configs.peft_type import read_peft_type
 from jaxadapt.configs.validation import Problems
 from jaxadapt.core.errors import ConfigError
 
-# The version of PEFT whose schema is written here; what a new configuration says of itself.
+# The version of PEFT whose schema this package writes: the default of `peft_version`.
 PEFT_VERSION = "0.21.2"
 
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
-# Lists whose order means nothing (PEFT turns them into sets): kept as given, compared as sets.
-_SETS = frozenset({"target_modules", "exclude_modules", "feedforward_modules"})
+# Lists whose order has no meaning (PEFT turns them into sets). They are kept as given and compared as sets.
+_UNORDERED = frozenset({"target_modules", "exclude_modules", "feedforward_modules"})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Config:
-    """What a PEFT configuration of any method holds. Deeply immutable, hashable, picklable.
+    """The fields that every PEFT configuration has. Deeply immutable, hashable and picklable.
 
-    Two configurations are equal when they mean the same mathematics: where the base model came from, which
-    version wrote the file and the like take no part in equality and hash (a jitted function that has one as
-    static data is not traced again for them), and neither does the order of `target_modules`.
+    Two configurations are equal if they define the same computation. The fields that only describe the adapter
+    (`task_type`, `auto_mapping`, `peft_version`, `base_model_name_or_path`, `revision`, `inference_mode`) and the order
+    of `target_modules` take no part in equality and hash, so a change of them does not retrace a jitted function.
 
     Attributes:
-        extra: every key that the class does not know (older, newer or forked versions), written back on top.
+        task_type: the task of the model, one of `TASK_TYPES` or None. A new adapter for "SEQ_CLS", "TOKEN_CLS" or
+            "QUESTION_ANS" also trains the head of the task, where the model has one (as in PEFT).
+        peft_type: the method in capitals, such as "LORA". A class for one method sets it.
+        auto_mapping: PEFT's record of the base model's class, an object or None. Kept in the file but not applied.
+        peft_version: the version of PEFT whose schema the file follows. None if a file does not state it.
+        base_model_name_or_path: the Hub name or path of the base model, or None.
+        revision: the Hub revision of the base model, or None.
+        inference_mode: PEFT's flag for an adapter that is not trained. Saved files have true, as PEFT writes them;
+            jaxadapt does not read it.
+        extra: every key that the class does not know (from older, newer or forked versions). `to_dict` writes these
+            keys beside the fields.
 
     >>> import jaxadapt
     >>> config = jaxadapt.LoraConfig(r=4, target_modules=["q_proj"])
@@ -51,13 +61,13 @@ class Config:
     inference_mode: bool = field(default=False, compare=False)
     extra: Mapping[str, Any] = field(default_factory=FrozenDict)
 
-    # The one type a class is for; None: the class is for every type that has none of its own.
+    # The `peft_type` of the class; None for a class that covers every type without a class of its own.
     _type: ClassVar[str | None] = None
 
-    # {peft_type: its class}, of every subclass that is for one type.
+    # {peft_type: class} of every subclass for one type.
     classes: ClassVar[dict[str, type[Config]]] = {}
 
-    # Other libraries' words for fields, and the fields that they mean.
+    # {name of a field in another library: name of the field here}.
     _spellings: ClassVar[Mapping[str, str]] = {}
 
     def __init_subclass__(cls) -> None:
@@ -66,29 +76,31 @@ class Config:
             Config.classes[cls._type] = cls
 
     def __new__(cls, *args: object, **values: object) -> Self:
-        """Say what is meant by a keyword that is no field: `__init__` would raise a TypeError without it."""
+        """Raise `ConfigError` with a suggestion for an unknown keyword; `__init__` would raise TypeError."""
         names = _field_names(cls)
         if args:
             first = "target_modules" if "target_modules" in names else "peft_type"
-            raise ConfigError(f"{cls.__name__}: expected keywords only, such as {cls.__name__}({first}=…)")
+            raise ConfigError(
+                f"{cls.__name__} takes keyword arguments only; write for example {cls.__name__}({first}=…)"
+            )
         if unknown := sorted(set(values) - set(names)):
             raise ConfigError("\n".join(cls._unknown(name) for name in unknown))
         return super().__new__(cls)
 
     @classmethod
     def _unknown(cls, name: str) -> str:
-        import difflib  # only a mistake needs it
+        import difflib  # only errors use it
 
-        meant = cls._spellings.get(name) or " or ".join(difflib.get_close_matches(name, _field_names(cls), 2))
+        similar = cls._spellings.get(name) or " or ".join(difflib.get_close_matches(name, _field_names(cls), 2))
         return f"{cls.__name__} has no field {name!r}; " + (
-            f"it is called {meant}"
-            if meant
-            else f"it has: {', '.join(_field_names(cls))}; a key of another version goes into extra={{…}}"
+            f"it is called {similar}"
+            if similar
+            else f"its fields are {', '.join(_field_names(cls))}; pass a key of another version in extra={{…}}"
         )
 
     def __post_init__(self) -> None:
         if type(self) is Config:
-            raise ConfigError("Config is the base class; use LoraConfig, IA3Config or GenericConfig")
+            raise ConfigError("Config is a base class; use LoraConfig, IA3Config or GenericConfig")
         problems = Problems()
         for name in _field_names(type(self)):
             try:
@@ -96,19 +108,19 @@ class Config:
             except TypeError as error:
                 problems.note(name, f"{name}: {error}")
             except RecursionError:
-                problems.note(name, f"{name}: expected a value of a few levels, found one nested too deeply")
+                problems.note(name, f"{name}: the value is nested too deeply; expected a few levels")
                 object.__setattr__(self, name, None)
         self._check(problems)
         problems.raise_if_any(type(self).__name__)
 
     def _freeze(self, name: str, value: object) -> Frozen:
-        """What is kept of the value of a field."""
+        """Return the immutable value that the field keeps."""
         return freeze(value)
 
     def _check(self, problems: Problems) -> None:
-        """Check the frozen values; a subclass extends it."""
+        """Add the problems of the frozen values to `problems`; subclasses extend it."""
         if self._type is not None and self.peft_type != self._type:
-            problems.add("peft_type", f'"{self._type}"', self.peft_type, "use configs.loads for any type")
+            problems.add("peft_type", f'"{self._type}"', self.peft_type, "use configs.loads to read any type")
         problems.one_of("task_type", self.task_type, TASK_TYPES, optional=True)
         problems.mapping("auto_mapping", self.auto_mapping)
         for name in ("peft_version", "base_model_name_or_path", "revision"):
@@ -118,37 +130,37 @@ class Config:
             problems.add("extra", "an object of unknown keys", self.extra)
             return
         for key in sorted(set(self.extra) & set(_field_names(type(self))) - {"extra"}):
-            problems.add(f"extra[{key!r}]", f"no key that {type(self).__name__} has itself", self.extra[key])
+            problems.add(f"extra[{key!r}]", f"no key that is a field of {type(self).__name__}", self.extra[key])
         for key, value in self.extra.items():
             problems.common(key, value)
 
     @cached_property
-    def _looked_up(self) -> dict[str, Any]:
+    def _lookup_cache(self) -> dict[str, Any]:
         return {}
 
     def names(self, key: str) -> frozenset[Any]:
-        """The entries of a list, to look up in; made once, as lists of thousands meet thousands of modules."""
-        if key not in self._looked_up:
-            self._looked_up[key] = frozenset(cast("tuple[Any, ...]", self.get(key) or ()))
-        return self._looked_up[key]
+        """Return the entries of a list field as a set; cached, because thousands of modules may be looked up in it."""
+        if key not in self._lookup_cache:
+            self._lookup_cache[key] = frozenset(cast("tuple[Any, ...]", self.get(key) or ()))
+        return self._lookup_cache[key]
 
     def sizes(self, key: str) -> frozenset[int]:
-        """The lengths of a list's names."""
-        at = f"sizes of {key}"
-        if at not in self._looked_up:
-            self._looked_up[at] = frozenset(map(len, self.names(key)))
-        return self._looked_up[at]
+        """Return the lengths of the names in a list field; cached."""
+        cache_key = f"sizes of {key}"
+        if cache_key not in self._lookup_cache:
+            self._lookup_cache[cache_key] = frozenset(map(len, self.names(key)))
+        return self._lookup_cache[cache_key]
 
     def index(self, key: str) -> PatternIndex:
-        """The entries of a list as patterns, to look up in. Raises `ConfigError`: an invalid expression."""
-        at = f"index of {key}"
-        if at not in self._looked_up:
-            self._looked_up[at] = PatternIndex(key, self.get(key) or ())
-        return self._looked_up[at]
+        """Return an index of the patterns in a list field; cached. Raises `ConfigError` for an invalid expression."""
+        cache_key = f"index of {key}"
+        if cache_key not in self._lookup_cache:
+            self._lookup_cache[cache_key] = PatternIndex(key, self.get(key) or ())
+        return self._lookup_cache[cache_key]
 
     @cached_property
     def _identity(self) -> tuple[Any, ...]:
-        """What takes part in equality and hash."""
+        """The values that equality and hash compare."""
         values: list[Any] = []
         for item in dataclasses.fields(self):
             if item.compare and item.name != "extra":
@@ -167,14 +179,14 @@ class Config:
         return hash((type(self).__name__, self._identity))
 
     def __repr__(self) -> str:
-        """What differs from the defaults, as it would be written.
+        """Return the fields that differ from their defaults, as a constructor call.
 
         >>> GenericConfig(peft_type="VERA", extra={"r": 256})
         GenericConfig(peft_type='VERA', extra={'r': 256})
         """
         values = [(item.name, getattr(self, item.name), item) for item in dataclasses.fields(self)]
-        given = [f"{name}={thaw(value)!r}" for name, value, item in values if value != _default(item)]
-        return f"{type(self).__name__}({', '.join(given)})"
+        changed = [f"{name}={thaw(value)!r}" for name, value, item in values if value != _default(item)]
+        return f"{type(self).__name__}({', '.join(changed)})"
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _field_names(type(self))}
@@ -189,7 +201,7 @@ class Config:
         return self
 
     def get(self, key: str, default: Any = None) -> Any:
-        """The value of a JSON key, whether the class knows it or `extra` holds it; `default` if neither.
+        """Return the value of a field or of a key in `extra`; `default` if there is no such key.
 
         >>> GenericConfig(peft_type="VERA", extra={"projection_prng_key": 0}).get("projection_prng_key")
         0
@@ -199,10 +211,10 @@ class Config:
         return self.extra.get(key, default)
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with other values, checked anew; for a key the class does not know, replace `extra`.
+        """Return a checked copy with other values. To change a key that is not a field, replace `extra`.
 
         Raises:
-            ConfigError: an unknown field, or an invalid value.
+            ConfigError: a name is no field, or a value is invalid.
         """
         unknown = sorted(set(changes) - set(_field_names(type(self))))
         if unknown:
@@ -210,43 +222,43 @@ class Config:
         return dataclasses.replace(self, **changes)
 
     def differences(self, other: Config, theirs: str = "in the file") -> str:
-        """The keys that make it another configuration, with both values: of the attached one, and of `theirs`."""
+        """Describe the keys that make the configurations unequal, with the values of `self` and of `other`."""
         x, y = self.to_dict(), other.to_dict()
         ignored = {f.name for f in dataclasses.fields(self) if not f.compare}
         keys = [key for key in self.changed_keys(other) if key not in ignored]
         return ", ".join(f"{key} ({x.get(key)!r} attached, {y.get(key)!r} {theirs})" for key in keys)
 
     def changed_keys(self, other: Config) -> list[str]:
-        """The keys whose values differ."""
+        """Return the keys whose values differ, sorted."""
         x, y = ({key: _ordered(value) for key, value in config.to_dict().items()} for config in (self, other))
         return [key for key in sorted(x | y) if x.get(key) != y.get(key)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, with the keys of `adapter_config.json`, in its order."""
+        """Return plain JSON values under the keys of `adapter_config.json`, in its order."""
         known = {name: thaw(getattr(self, name)) for name in _field_names(type(self)) if name != "extra"}
         return dict(sorted({**known, **thaw(self.extra)}.items()))
 
     def to_json(self) -> str:
-        """The text of `adapter_config.json` as PEFT writes it: indent 2, keys sorted, no final newline.
+        """Return the text of `adapter_config.json` as PEFT writes it: indent 2, sorted keys, no final newline.
 
-        Patterns that may match one module stay in their order, of which the first counts: sorted, as PEFT has them,
-        the file could mean another rank than its tensors have.
+        `rank_pattern` and `alpha_pattern` keep their order if two patterns may match one module, because the first
+        match applies. PEFT sorts them, so its file may state another rank than its tensors have.
         """
         return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str = "configuration") -> Self:
-        """A configuration from the values of an `adapter_config.json`.
+        """Return the configuration that the values of an `adapter_config.json` describe.
 
-        On `Config` itself the class follows from `peft_type`. Absent keys get PEFT's defaults, except
-        `peft_version`: null, as nobody knows which version it was.
+        Called on `Config`, it selects the class by `peft_type`. Absent keys get PEFT's defaults, except
+        `peft_version`, which becomes None.
 
         Args:
             values: the JSON object; unknown keys are kept in `extra`.
-            source: what errors call it, a file name for example.
+            source: the name of the configuration in errors, such as its file name.
 
         Raises:
-            ConfigError: whatever is wrong, all problems in one.
+            ConfigError: the values are invalid; one error lists all problems.
 
         >>> GenericConfig.from_dict({"peft_type": "VERA", "r": 256}).extra
         FrozenDict({'r': 256})
@@ -268,7 +280,7 @@ class Config:
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class GenericConfig(Config):
-    """The configuration of a method that has no class of its own here: `extra` keeps every key.
+    """The configuration of a method without a class of its own; `extra` keeps the keys of the method.
 
     >>> GenericConfig(peft_type="VERA", extra={"r": 256}).get("r")
     256
@@ -284,8 +296,8 @@ class GenericConfig(Config):
 
 
 def _default(item: dataclasses.Field[Any]) -> Any:
-    made = item.default_factory
-    return item.default if made is dataclasses.MISSING else made()
+    factory = item.default_factory
+    return item.default if factory is dataclasses.MISSING else factory()
 
 
 @cache
@@ -298,6 +310,6 @@ def _ordered(value: Any) -> Any:
 
 
 def _unordered(name: str, value: Any) -> Any:
-    if name in _SETS and isinstance(value, tuple):
+    if name in _UNORDERED and isinstance(value, tuple):
         return frozenset(cast("tuple[Any, ...]", value))
     return value

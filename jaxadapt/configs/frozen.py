@@ -1,4 +1,4 @@
-"""Deeply immutable, hashable stand-ins for JSON values: static data of jitted functions."""
+"""Deeply immutable, hashable forms of JSON values, for use as static data of jitted functions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, TypeAlias, cast
 
 from jaxadapt.configs.name_patterns import PLAIN, PatternIndex
 
-# What `freeze` returns. (FrozenDict is named as a string: the alias is recursive.)
+# The result of `freeze`. It is a string because the alias is recursive.
 Frozen: TypeAlias = "bool | int | float | str | tuple[Frozen, ...] | FrozenDict | None"
 
 
@@ -33,7 +33,7 @@ class FrozenDict(Mapping[str, Any]):
         """Freeze every value of `items`.
 
         Raises:
-            TypeError: a key is no string, or a value is nothing that JSON can hold.
+            TypeError: a key is not a string, or JSON cannot hold a value.
         """
         source: Mapping[Any, Any] = items or {}
         for key in source:
@@ -51,7 +51,7 @@ class FrozenDict(Mapping[str, Any]):
 
     @property
     def index(self) -> PatternIndex:
-        """Its keys as patterns of modules' names, in their order. Raises `ConfigError`: an invalid expression."""
+        """The keys as patterns of module names, in their order. Raises `ConfigError` for an invalid expression."""
         if self._index is None:
             object.__setattr__(self, "_index", PatternIndex("rank_pattern", self))
         return cast("PatternIndex", self._index)
@@ -66,7 +66,7 @@ class FrozenDict(Mapping[str, Any]):
         return len(self._items)
 
     def items(self) -> ItemsView[str, Any]:
-        return self._items.items()  # (Mapping's own looks each key up: EVA's patterns are gone through for each module)
+        return self._items.items()  # Mapping.items looks up every key, which is slow for the many patterns of EVA
 
     def __hash__(self) -> int:
         return hash(tuple(self._items.items()))
@@ -79,10 +79,10 @@ class FrozenDict(Mapping[str, Any]):
         return NotImplemented
 
     def __setattr__(self, name: str, value: object) -> None:
-        raise AttributeError(f"a FrozenDict cannot be changed: cannot set {name!r}")
+        raise AttributeError(f"cannot set {name!r}: a FrozenDict is immutable")
 
     def __delattr__(self, name: str) -> None:
-        raise AttributeError(f"a FrozenDict cannot be changed: cannot delete {name!r}")
+        raise AttributeError(f"cannot delete {name!r}: a FrozenDict is immutable")
 
     def __repr__(self) -> str:
         return f"FrozenDict({self._items!r})"
@@ -98,10 +98,11 @@ class FrozenDict(Mapping[str, Any]):
 
 
 class Patterns(FrozenDict):
-    """Patterns of which the first to match counts: in the order given, where another could mean something else.
+    """A mapping from patterns to values in which the first matching pattern applies.
 
-    PEFT tries them as they were given and sorts them in its file, which then contradicts its own tensors where two
-    match one module. Names of which none ends in another are sorted, as there, so that equal ones are equal.
+    The patterns keep their order if two of them may match one module. Otherwise they are sorted, as in PEFT's file, so
+    that the order does not affect equality. PEFT tries patterns in the given order but always sorts them in its file,
+    so its file may contradict its tensors.
 
     >>> list(Patterns({"v_proj": 1, "q_proj": 2})), list(Patterns({"v_proj": 1, "0.v_proj": 2}))
     (['q_proj', 'v_proj'], ['v_proj', '0.v_proj'])
@@ -123,7 +124,7 @@ class Patterns(FrozenDict):
 
 
 def _overlap(keys: list[str]) -> bool:
-    """Whether two of the patterns could match one module: of expressions nobody can tell."""
+    """Return True if two of the patterns may match one module; True if any pattern is more than a plain name."""
     if not all(PLAIN.fullmatch(key) for key in keys):
         return True
     index = PatternIndex("rank_pattern", keys)
@@ -131,19 +132,19 @@ def _overlap(keys: list[str]) -> bool:
 
 
 def _check_text(text: str) -> None:
-    """Raise `TypeError` for what JSON can spell and no file of text can hold: half of a pair of surrogates."""
-    if not text.isascii() and (found := re.search("[\ud800-\udfff]", text)):
+    """Raise `TypeError` for a lone surrogate, which JSON can escape but UTF-8 cannot encode."""
+    if not text.isascii() and (surrogate := re.search("[\ud800-\udfff]", text)):
         raise TypeError(
-            f"expected text, found {text!a}, in which {found[0]!a} is half of a character (a lone surrogate); write the"
-            " whole character"
+            f"expected text, found {text!a}, in which {surrogate[0]!a} is a lone surrogate (half of a character); write"
+            " the whole character"
         )
 
 
 def freeze(value: object) -> Frozen:
-    """A JSON-like value as an immutable one: lists become tuples, sets sorted tuples, dicts FrozenDicts.
+    """Return a JSON-like value in immutable form: lists become tuples, sets sorted tuples, dicts FrozenDicts.
 
     Raises:
-        TypeError: the value (or a part of it) is nothing JSON can hold, NaN and infinity included.
+        TypeError: JSON cannot hold the value or a part of it (NaN and infinity included).
 
     >>> freeze({"a": [1, {"y", "x"}]})
     FrozenDict({'a': (1, ('x', 'y'))})
@@ -152,8 +153,8 @@ def freeze(value: object) -> Frozen:
         return value
     if isinstance(value, str):
         _check_text(value)
-        return str.__str__(value)  # a member of a str enum becomes the plain string it stands for
-    if isinstance(value, numbers.Integral):  # numpy's too
+        return str.__str__(value)  # a member of a str enum becomes its plain string
+    if isinstance(value, numbers.Integral):  # includes NumPy's integers
         return int(value)
     if isinstance(value, numbers.Real):
         if not math.isfinite(value):
@@ -172,7 +173,7 @@ def freeze(value: object) -> Frozen:
 
 
 def thaw(value: object) -> Any:
-    """The plain JSON value (new dicts and lists) of what `freeze` made.
+    """Return the plain JSON value (new dicts and lists) of a result of `freeze`.
 
     >>> thaw(freeze({"a": (1, 2)}))
     {'a': [1, 2]}

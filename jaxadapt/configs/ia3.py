@@ -12,16 +12,39 @@ from jaxadapt.configs.validation import Problems
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class IA3Config(Config):
-    """(IA)³: one trained vector a module, which scales its outputs (or its inputs, in feedforward modules).
+    """(IA)³ (arXiv:2205.05638): one trained vector per module scales the outputs, or the inputs of feedforward modules.
+
+    The fields are PEFT's, in PEFT's order.
 
     Attributes:
-        target_modules: as in `LoraConfig`.
-        feedforward_modules: those of the targets whose vector scales the inputs; a list must be a subset of
-            `target_modules`.
-        init_ia3_weights: false starts from random vectors; true from ones, which change nothing.
+        task_type: the task of the model: "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS",
+            "FEATURE_EXTRACTION" or None. A new adapter for "SEQ_CLS", "TOKEN_CLS" or "QUESTION_ANS" also trains the
+            head of the task, where the model has one (as in PEFT).
+        peft_type: always "IA3".
+        auto_mapping: PEFT's record of the base model's class, an object or None. Kept in the file but not applied.
+        peft_version: the version of PEFT whose schema the file follows. None if a file does not state it.
+        base_model_name_or_path: the Hub name or path of the base model, or None.
+        revision: the Hub revision of the base model, or None.
+        inference_mode: PEFT's flag for an adapter that is not trained. Saved files have true, as PEFT writes them;
+            jaxadapt does not read it.
+        extra: every key that this class does not know; an addition to PEFT's fields.
+        target_modules: the modules to adapt. A list entry matches a module whose path equals the entry or ends in it
+            after a dot; a string is a regular expression for the whole path, or "all-linear". None selects PEFT's
+            default for the model family; if the family has none, `adapt` raises `TargetError`.
+        exclude_modules: modules that are not adapted although `target_modules` matches them. Same syntax.
+        feedforward_modules: the targets whose vector scales the inputs instead of the outputs: a regular expression
+            for the whole path, or a list of path endings. A list must be a subset of a list in `target_modules`; `[]`
+            means that every vector scales outputs. None is allowed only if `target_modules` is None too, and selects
+            PEFT's default.
+        fan_in_fan_out: true if the PyTorch layers store their weights as (in, out), such as GPT-2's Conv1D. JAX models
+            do not need it; a merge of Hugging Face files does.
+        modules_to_save: modules that are trained in full and saved beside the adapter, or None. An entry matches a
+            module whose path, or whose parent's path, ends in it.
+        init_ia3_weights: true starts with ones, so that a new adapter changes nothing; false starts with random
+            vectors.
 
     Raises:
-        ConfigError: everything that is wrong or contradictory, in one error.
+        ConfigError: a value is invalid, or two values contradict each other; one error lists all problems.
 
     >>> IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]).peft_type
     'IA3'
@@ -46,7 +69,7 @@ class IA3Config(Config):
         problems.expressions("modules_to_save", self.modules_to_save)
         targets, inputs = self.target_modules, self.feedforward_modules
         if isinstance(targets, tuple) and isinstance(inputs, tuple):
-            beyond = sorted(set(inputs) - set(targets), key=str)
-            if beyond:
-                way_out = "add them to target_modules, or leave them out"
-                problems.add("feedforward_modules", "a subset of target_modules", beyond, way_out)
+            untargeted = sorted(set(inputs) - set(targets), key=str)
+            if untargeted:
+                way_out = "add them to target_modules, or remove them here"
+                problems.add("feedforward_modules", "a subset of target_modules", untargeted, way_out)

@@ -13,7 +13,7 @@ from jaxadapt.configs.validation import Problems
 
 BIASES = ("none", "all", "lora_only")
 
-# "pissa_niter_16" and the like come on top. PEFT compares some of them without regard to case and some not.
+# "pissa_niter_<number>" is allowed too. PEFT ignores the case of those in `_CASELESS`.
 INITS = ("gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal", "mica", "lora_ga")
 _CASELESS = ("gaussian", "olora", "mica")
 
@@ -26,9 +26,9 @@ _SPELLINGS = {
     **dict.fromkeys(("dora", "use_weight_decomposition"), "use_dora"),
     "init_weights": "init_lora_weights",
 }
-"""Words that other libraries and papers have for these fields."""
+"""{name in another library or paper: field}, for suggestions in errors."""
 
-# Settings of variants; each is an object (PEFT: a dataclass of its own) or null.
+# Settings of variants: each is an object or null (in PEFT a dataclass of its own).
 _SUBCONFIGS = (
     "megatron_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "monteclora_config",
     "use_bdlora", "arrow_config", "kasa_config",
@@ -39,23 +39,83 @@ _SUBCONFIGS = (
 class LoraConfig(Config):
     """Low-rank adaptation: y = W x + s · B A x with s = lora_alpha / r (or / √r with `use_rslora`).
 
-    The fields are PEFT's; here are those that are used most.
+    The fields are PEFT's, in PEFT's order. Sub-configurations of variants are objects and keep every key. "Refused"
+    below means that the file is read and written, but `adapt` and `load` raise `ConfigError`, since the field changes
+    the computation.
 
     Attributes:
-        r: the rank of A and B.
-        target_modules: a list of names (each matches the module of that path, or whose path ends in it), a
-            regular expression for the whole path, or "all-linear".
-        lora_alpha: the numerator of the scale; an int or a float, kept as it is.
-        lora_dropout: probability with which an input of A is dropped in training.
-        rank_pattern, alpha_pattern: another rank or alpha for the modules a pattern matches. Patterns are
-            tried in the order given; where two match one module, the first counts, and a warning names both.
-        modules_to_save: modules trained in full and saved beside the adapter.
-        exclude_modules: like `target_modules`; it wins over it.
-
-    Sub-configurations of variants (`eva_config`, `use_bdlora`, …) are objects kept as they are read.
+        task_type: the task of the model: "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS",
+            "FEATURE_EXTRACTION" or None. A new adapter for "SEQ_CLS", "TOKEN_CLS" or "QUESTION_ANS" also trains the
+            head of the task, where the model has one (as in PEFT).
+        peft_type: always "LORA".
+        auto_mapping: PEFT's record of the base model's class, an object or None. Kept in the file but not applied.
+        peft_version: the version of PEFT whose schema the file follows. None if a file does not state it.
+        base_model_name_or_path: the Hub name or path of the base model, or None.
+        revision: the Hub revision of the base model, or None.
+        inference_mode: PEFT's flag for an adapter that is not trained. Saved files have true, as PEFT writes them;
+            jaxadapt does not read it.
+        extra: every key that this class does not know; an addition to PEFT's fields.
+        r: the rank of A and B, a positive integer (default 8).
+        target_modules: the modules to adapt. A list entry matches a module whose path equals the entry or ends in it
+            after a dot; a string is a regular expression for the whole path, or "all-linear". None selects PEFT's
+            default for the model family; if the family has none, `adapt` raises `TargetError`.
+        exclude_modules: modules that are not adapted although `target_modules` matches them. Same syntax.
+        lora_alpha: the numerator of the scale s; an int or a float, kept as given (default 8).
+        lora_dropout: the probability, in [0, 1), that training drops an input of A.
+        fan_in_fan_out: true if the PyTorch layers store their weights as (in, out), such as GPT-2's Conv1D. JAX models
+            do not need it; a merge of Hugging Face files does.
+        bias: the biases that are trained beside A and B: "none", "all" (of the whole model) or "lora_only" (of the
+            adapted modules).
+        use_rslora: true scales by lora_alpha / √r instead of lora_alpha / r (arXiv:2312.03732).
+        modules_to_save: modules that are trained in full and saved beside the adapter, or None. An entry matches a
+            module whose path, or whose parent's path, ends in it.
+        init_lora_weights: the initialization. True draws A at random and sets B to 0, so that a new adapter changes
+            nothing; false draws both; "gaussian" draws A from a normal distribution. The others need base weights,
+            data or gradients, which `jaxadapt.initializers.start` takes: "eva", "olora", "pissa",
+            "pissa_niter_<number>", "corda", "loftq", "orthogonal", "mica" and "lora_ga".
+        layers_to_transform: the indices of the layers to adapt, an int or a list; None adapts all layers. Requires
+            `target_modules` to be a list or None.
+        layers_pattern: the name of the layer list in the paths ("layers", "h"), or a list of such names. None accepts
+            any name. Requires `layers_to_transform`.
+        rank_pattern: {pattern: rank} for modules with another rank than `r`. A pattern is a regular expression for the
+            whole path, or for its end after a dot. If two patterns match one module, the first one applies, and a
+            warning names both.
+        alpha_pattern: {pattern: alpha} for modules with another alpha than `lora_alpha`; matched like `rank_pattern`.
+        megatron_config: the configuration of Megatron's parallel layers, an object or None. Refused.
+        megatron_core: the name of Megatron's core module. Kept in the file but not applied.
+        trainable_token_indices: the tokens whose rows of the embedding are trained in full: a list for the input
+            embedding, or {module name: list}. None trains no rows.
+        loftq_config: the settings for `init_lora_weights="loftq"`, which requires them: `loftq_bits` (4 or 8, default
+            4) and `loftq_iter` (default 1).
+        eva_config: the settings for `init_lora_weights="eva"`, such as `rho` and `tau`. None selects PEFT's defaults.
+        corda_config: the settings for `init_lora_weights="corda"`: `corda_method` "ipm" (default) or "kpm". PEFT's
+            file names in it are kept but not applied.
+        lora_ga_config: the settings for `init_lora_weights="lora_ga"`: `direction`, `scale` and `stable_gamma`. None
+            selects PEFT's defaults.
+        use_dora: true trains a magnitude for each output beside the low-rank direction (DoRA, arXiv:2402.09353).
+        velora_config: the settings of VeLoRA, which compresses activations in training, an object or None. Refused.
+            `jaxadapt.merging.plain_lora` converts a trained adapter.
+        alora_invocation_tokens: the token sequence from which on the adapter applies (aLoRA, arXiv:2504.12397). Run
+            the model inside `jaxadapt.models.invoke`. Such an adapter cannot be merged. None adapts all tokens.
+        use_qalora: true for an adapter whose A takes pooled inputs, on a GPTQ base (arXiv:2309.14717). Refused.
+            `jaxadapt.merging.plain_lora` converts a trained adapter.
+        qalora_group_size: the number of inputs that `use_qalora` pools (default 16). Used only by the conversion above.
+        monteclora_config: the settings of MonteCLoRA, which samples the factors in training, an object or None.
+            Refused. `jaxadapt.merging.plain_lora` converts a trained adapter.
+        layer_replication: [start, end) pairs of base layers, for an adapter of a model that repeats layers of its base.
+            The JAX model must already have the repeated layers; `adapt` and `load` check their number and values.
+        lora_bias: true trains a bias with B. Requires `init_lora_weights` true or false, and no `use_dora`.
+        target_parameters: the parameters to adapt by their own names, such as the stacked weights of experts: a list in
+            which an entry matches a path that equals it or ends in it after a dot. None selects none.
+        use_bdlora: the settings of BD-LoRA, whose A or B is block-diagonal, an object or None. Refused.
+            `jaxadapt.merging.plain_lora` converts a trained adapter.
+        arrow_config: the settings of Arrow, which routes tokens among several adapters, an object or None. Refused.
+        kasa_config: the settings of KaSA (arXiv:2412.06071), an object with `beta` and `gamma`, or None. It adds a
+            trained diagonal between A and B, and `start` removes the r smallest singular values of the base weight.
+        ensure_weight_tying: true adapts a tied embedding and output head as one weight, with one adapter.
 
     Raises:
-        ConfigError: everything that is wrong or contradictory, in one error.
+        ConfigError: a value is invalid, or two values contradict each other; one error lists all problems.
 
     >>> LoraConfig(r=16, target_modules=["q_proj", "v_proj"]).lora_alpha
     8
@@ -74,7 +134,7 @@ class LoraConfig(Config):
     exclude_modules: str | Collection[str] | None = None
     lora_alpha: int | float = 8
     lora_dropout: float = 0.0
-    fan_in_fan_out: bool | None = False  # null in some files; says how torch stores W
+    fan_in_fan_out: bool | None = False  # some files have null
     bias: str = "none"
     use_rslora: bool = False
     modules_to_save: Collection[str] | None = None
@@ -159,11 +219,11 @@ class LoraConfig(Config):
         pattern: object = self.layers_pattern
         problems.expression_or_list("layers_pattern", pattern)
         if pattern and layers is None:
-            way_out = "say which layers in layers_to_transform, or leave the pattern out"
-            problems.add("layers_pattern", "null where layers_to_transform is null", pattern, way_out)
+            way_out = "set layers_to_transform, or remove the pattern"
+            problems.add("layers_pattern", "null if layers_to_transform is null", pattern, way_out)
         if isinstance(self.target_modules, str):
-            way_out = "name the layers in the expression itself, or make target_modules a list"
+            way_out = "write the layers into the expression, or make target_modules a list"
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
-                    problems.add(name, "null where target_modules is a string", getattr(self, name), way_out)
+                    problems.add(name, "null if target_modules is a string", getattr(self, name), way_out)
         problems.pairs("layer_replication", self.layer_replication)

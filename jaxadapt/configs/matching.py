@@ -1,11 +1,12 @@
-"""Which modules a configuration means: PEFT's matching of `target_modules`, patterns and exclusions.
+"""Selection of module names by a configuration, with PEFT's rules for targets, patterns and exclusions.
 
-Names are module paths such as "model.layers.0.self_attn.q_proj": PyTorch's where a table of names is known,
-the JAX paths themselves elsewhere. Nothing here looks at a model.
+Names are module paths such as "model.layers.0.self_attn.q_proj": PyTorch's paths if a keymap of the model family is
+known, and JAX paths otherwise. These functions work on names and never inspect a model.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
@@ -21,23 +22,23 @@ _T = TypeVar("_T")
 
 ALL_LINEAR = "all-linear"
 
-_DIGITS = 640  # the least that Python's limit on the digits of an integer can be set to
+_MAX_DIGITS = 640  # the smallest limit on the digits of an integer that Python can be set to
 
-# From this many names on PEFT stores the shortest suffixes that mean the same modules.
-_COLLAPSE_FROM = 20
+_RESTRICTIONS = ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
+
+_COLLAPSE_FROM = 20  # from this many names on, PEFT stores the shortest suffixes that select the same modules
 
 
 def matches(config: Config, name: str) -> bool:
-    """Whether the module `name` is a target of `config`, by PEFT's rules.
+    """Return True if the module `name` is a target of `config`, by PEFT's rules.
 
-    A string in `target_modules` must match the whole name as a regular expression; an entry of a list must
-    equal the name or be its end after a dot. `exclude_modules` and `modules_to_save` win.
-    `layers_to_transform` keeps only modules of those layers, but does not bear on a module that the list
-    names in full. Without `target_modules` nothing matches. "all-linear" must have been resolved (see
-    `resolve_targets`).
+    A string in `target_modules` must match the whole name as a regular expression. In a list, an entry must equal the
+    name or be its end after a dot. `exclude_modules` and `modules_to_save` take precedence over it.
+    `layers_to_transform` keeps only the modules of those layers, except modules that the list names in full. Without
+    `target_modules` nothing matches. "all-linear" must be resolved first (see `resolve_targets`).
 
     Raises:
-        ConfigError: an invalid regular expression (where the configuration's class did not check it).
+        ConfigError: a regular expression is invalid (if the configuration's class did not check it).
 
     >>> from jaxadapt.configs import LoraConfig
     >>> config = LoraConfig(target_modules=["q_proj"], layers_to_transform=[1])
@@ -58,9 +59,9 @@ def matches(config: Config, name: str) -> bool:
 
 
 def is_parameter(config: Config, name: str) -> bool:
-    """Whether `target_parameters` names this parameter, in full or by its end after a dot.
+    """Return True if `target_parameters` names this parameter, in full or by its end after a dot.
 
-    PEFT lets neither `exclude_modules` nor `layers_to_transform` bear on that.
+    As in PEFT, `exclude_modules` and `layers_to_transform` do not apply to parameters.
 
     >>> from jaxadapt.configs import LoraConfig
     >>> is_parameter(LoraConfig(target_parameters=["experts.gate_up_proj"]), "layers.0.mlp.experts.gate_up_proj")
@@ -71,12 +72,12 @@ def is_parameter(config: Config, name: str) -> bool:
 
 
 def pattern_value(patterns: Mapping[str, _T], name: str, default: _T) -> _T:
-    """The value of the first pattern that matches the module `name`; `default` if none does.
+    """Return the value of the first pattern that matches the module `name`; `default` if no pattern matches.
 
-    For `rank_pattern` and `alpha_pattern`. A pattern must match the whole name, or its end after a dot.
+    Used for `rank_pattern` and `alpha_pattern`. A pattern must match the whole name, or its end after a dot.
 
     Raises:
-        ConfigError: an invalid regular expression.
+        ConfigError: a regular expression is invalid.
 
     >>> pattern_value({"q_proj": 4, r"layers\\.\\d+\\.v_proj": 2}, "model.layers.7.v_proj", 8)
     2
@@ -85,15 +86,15 @@ def pattern_value(patterns: Mapping[str, _T], name: str, default: _T) -> _T:
         return default
     index = _index(patterns)
     order = index.first(name)
-    # A key that is no expression for itself ("a+b") still holds for the module of exactly that name.
+    # A key that does not match itself as an expression ("a+b") still applies to the module of exactly that name.
     return patterns.get(name, default) if order is None else patterns[index.keys[order]]
 
 
 def matching(patterns: Mapping[str, Any], name: str) -> list[str]:
-    """All patterns that hold for the module `name`, of which the first counts."""
+    """Return all patterns that match the module `name`; the first one applies."""
     index = _index(patterns)
-    found = [index.keys[order] for order in index.matching(name)]
-    return [*found, name] if name in patterns and name not in found else found
+    keys = [index.keys[order] for order in index.matching(name)]
+    return [*keys, name] if name in patterns and name not in keys else keys
 
 
 def _index(patterns: Mapping[str, Any]) -> PatternIndex:
@@ -105,22 +106,22 @@ HEADS: Mapping[str, tuple[str, ...]] = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
-"""The heads that PEFT trains in full for a task, where the model has them: a base model's are not trained yet."""
+"""{task type: heads}: the untrained heads that PEFT trains in full for a task, if the model has them."""
 
 
 def with_task_heads(config: _C) -> _C:
-    """The configuration with the heads of its task among `modules_to_save`, as PEFT adds them to a new adapter.
+    """Add the heads of the task to `modules_to_save`, as PEFT does for a new adapter.
 
     >>> from jaxadapt.configs import LoraConfig
     >>> with_task_heads(LoraConfig(task_type="SEQ_CLS")).modules_to_save
     ('classifier', 'score')
     """
     heads = HEADS.get(config.task_type or "", ())
-    given: tuple[str, ...] = config.get("modules_to_save") or ()
-    missing = [name for name in heads if name not in given]
+    saved: tuple[str, ...] = config.get("modules_to_save") or ()
+    missing = [name for name in heads if name not in saved]
     if not missing or "modules_to_save" not in config.to_dict():
         return config
-    return _replaced(config, "modules_to_save", (*given, *missing))
+    return _replace_value(config, "modules_to_save", (*saved, *missing))
 
 
 _DEFAULTS: Mapping[str, Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
@@ -136,19 +137,19 @@ _DEFAULTS: Mapping[str, Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] =
         "bert|roberta": (("key", "value", "output.dense"), ("output.dense",)),
         "gpt_neo": (("q_proj", "v_proj", "c_proj"), ("c_proj",)),
         "gptj": (("q_proj", "v_proj", "fc_out"), ("fc_out",)),
-        # "llama" alone is Qwen2's table as well, for which PEFT chooses otherwise: nothing tells which it is.
+        # The keymap "llama" also serves Qwen2, which has other defaults in PEFT, so only numbered Llamas have one here.
         r"llama[123]|mistral": (("k_proj", "v_proj", "down_proj"), ("down_proj",)),
         r"qwen(?!\d_moe)|gemma": (("q_proj", "v_proj", "down_proj"), ("down_proj",)),
     },
 }
-"""What PEFT chooses for its model types where target_modules is null: targets, and those that scale their inputs.
+"""PEFT's default targets by method and model type, and (for IA3) the targets whose vector scales the inputs.
 
-(For GPT-OSS, DeepSeek, Qwen 3 MoE and the language model of Llama 4 it has no choice.)
+PEFT has no defaults for GPT-OSS, DeepSeek, Qwen 3 MoE and the language model of Llama 4.
 """
 
 
 def with_default_targets(config: _C, family: str) -> _C:
-    """The configuration with PEFT's own choice for a model family where it names no targets.
+    """Set `target_modules` to PEFT's default for a model family, if the configuration names no targets.
 
     >>> from jaxadapt.configs import LoraConfig
     >>> with_default_targets(LoraConfig(), "llama/scan0").target_modules
@@ -166,12 +167,12 @@ def with_default_targets(config: _C, family: str) -> _C:
 
 
 def is_saved(config: Config, module: str) -> bool:
-    """Whether `modules_to_save` names this module or one that it is in: by how their paths end (no dot needed)."""
+    """Return True if `modules_to_save` matches this module or one of its parents."""
     return bool(saving(config, module))
 
 
 def saving(config: Config, module: str) -> set[str]:
-    """The entries of `modules_to_save` that name this module or one that it is in."""
+    """Return the entries of `modules_to_save` that end the path of a module or a parent (not only after a dot)."""
     entries = config.names("modules_to_save")
     if not entries:
         return set()
@@ -182,19 +183,19 @@ def saving(config: Config, module: str) -> set[str]:
 
 
 def is_feedforward(config: Config, name: str) -> bool:
-    """Whether the IA3 vector of the target `name` scales the module's inputs.
+    """Return True if the IA3 vector of the target `name` scales the module's inputs.
 
-    A string must match the whole name; an entry of a list must be the name's end (PEFT asks for no dot).
+    A string must match the whole name. An entry of a list must be the name's end; as in PEFT, without a dot before it.
 
     Raises:
-        TargetError: `feedforward_modules` is null: PEFT then chooses by the model's type.
-        ConfigError: an invalid regular expression.
+        TargetError: `feedforward_modules` is null, for which PEFT has defaults by model type.
+        ConfigError: a regular expression is invalid.
     """
     inputs: str | tuple[str, ...] | None = config.get("feedforward_modules")
     if inputs is None:
         raise TargetError(
-            "feedforward_modules: expected names, found null, where PEFT chooses by the type of model; "
-            "name the modules whose inputs are scaled (a part of target_modules), or write [] for none"
+            "feedforward_modules: expected names, found null, which selects PEFT's default only if target_modules is"
+            " null too; list the targets whose vectors scale inputs, or write [] for none"
         )
     if isinstance(inputs, str):
         return match("feedforward_modules", inputs, name) is not None
@@ -204,18 +205,19 @@ def is_feedforward(config: Config, name: str) -> bool:
 def resolve_targets(
     config: _C, names: Iterable[str], *, linear: Collection[str] | None, output: str | None = None
 ) -> _C:
-    """The configuration with "all-linear" replaced by names; any other is returned as it is.
+    """Replace "all-linear" in `target_modules` by names; return any other configuration unchanged.
 
-    As PEFT stores it: the full names of all linear modules except the output layer (in a model without one that
-    classifies sequences, its head), and where those are 20 or more, the shortest suffixes that mean the same.
+    The result is what PEFT stores: the full names of all linear modules except the output layer (or except the head of
+    a sequence classifier without an output layer). If there are 20 or more names, it is the shortest suffixes that
+    select the same modules.
 
     Args:
-        names: the modules of the model; what holds them is known by their names.
-        linear: those of them that are linear layers; None where that is not known.
+        names: the modules of the model. Their parents follow from the names.
+        linear: the modules among them that are linear layers; None if unknown.
         output: the output layer (`lm_head`), if there is one.
 
     Raises:
-        TargetError: "all-linear" is asked for where `linear` is None or leaves nothing.
+        TargetError: `target_modules` is "all-linear", and `linear` is None or holds only the output layer.
 
     >>> from jaxadapt.configs import LoraConfig
     >>> config = LoraConfig(target_modules="all-linear")
@@ -226,22 +228,23 @@ def resolve_targets(
         return config
     if linear is None:
         raise TargetError(
-            'target_modules: "all-linear" needs to know which modules are linear, which is unknown here; '
-            "name the modules instead"
+            'target_modules: cannot resolve "all-linear", because it is unknown which modules are linear; list the'
+            " modules instead"
         )
-    holders = {name[:i] for name in names for i, letter in enumerate(name) if letter == "."}
-    every = holders.union(names)
+    parents = {name[:i] for name in names for i, letter in enumerate(name) if letter == "."}
+    all_modules = parents.union(names)
     left_out = {output}
-    if config.task_type == "SEQ_CLS" and output not in every:
-        left_out = {next((head for head in ("score", "classifier") if head in every), None)}
+    if config.task_type == "SEQ_CLS" and output not in all_modules:
+        left_out = {next((head for head in ("score", "classifier") if head in all_modules), None)}
     chosen = sorted(set(linear) - left_out)
     if not chosen:
         raise TargetError(
-            'target_modules: "all-linear" names nothing: there is no linear layer besides the output layer'
+            'target_modules: "all-linear" matches nothing: the model has no linear layer besides the output layer;'
+            " list the modules instead"
         )
     if len(chosen) >= _COLLAPSE_FROM and config.peft_type != "IA3":
-        # A suffix must not mean what holds modules either ("0", a layer of many): PEFT would adapt that, and cannot.
-        shorter = shortest_suffixes(chosen, every.difference(chosen))
+        # A suffix must not match a parent module either (such as the layer "0"), which PEFT would fail to adapt.
+        shorter = shortest_suffixes(chosen, all_modules.difference(chosen))
         chosen = shorter if len(shorter) < len(chosen) else chosen
     return _with_targets(config, chosen)
 
@@ -253,19 +256,18 @@ def select_names(
     linear: Collection[str] | None = None,
     output: str | None = None,
 ) -> tuple[str, ...]:
-    """The names that `config` targets, in their order.
+    """Return the names that `config` targets, in their order.
 
-    One entry of `target_modules` that matches nothing is no error as long as another does (see
-    `selection_warnings.unmatched_targets`);
-    PEFT does the same. Nothing at all is one, except where `target_parameters` says what to adapt.
+    As in PEFT, an entry of `target_modules` may match nothing as long as another entry matches (see
+    `selection_warnings.unmatched_targets`). No match at all is an error, unless `target_parameters` is set.
 
     Args:
-        names: the modules that could be adapted.
-        linear, output: as in `resolve_targets`; needed for "all-linear" only.
+        names: the modules that can be adapted.
+        linear, output: see `resolve_targets`; used for "all-linear" only.
 
     Raises:
         TargetError: nothing matches, or `target_modules` is null.
-        ConfigError: an invalid regular expression.
+        ConfigError: a regular expression is invalid.
 
     >>> from jaxadapt.configs import LoraConfig
     >>> select_names(LoraConfig(target_modules=["q", "v"]), ["a.q", "a.k", "a.v", "b.q"])
@@ -278,117 +280,121 @@ def select_names(
     targets = config.get("target_modules")
     if targets is None:
         raise TargetError(
-            "target_modules: expected names or an expression, found null, and this is no model of a family for"
-            f" which PEFT's own choice is known; name them. Available are {suggest.describe_available(names)}"
+            "target_modules: expected names or an expression, found null, and PEFT has no default for this model; list"
+            f" the modules. Available are {suggest.describe_available(names)}"
         )
-    raise TargetError(_nothing(resolved, names))
+    raise TargetError(_no_match_message(resolved, names))
 
 
 def _excluded(config: Config, name: str) -> bool:
+    """Return True if `exclude_modules` or `modules_to_save` excludes a module from the targets."""
     excluded: str | tuple[str, ...] | None = config.get("exclude_modules")
     if isinstance(excluded, str):
         if excluded and match("exclude_modules", excluded, name):
             return True
     elif excluded and (name in (names := config.names("exclude_modules")) or _ends_in(name, names)):
         return True
-    # A module trained in full cannot carry an adapter as well. PEFT reads these entries as expressions, and a
-    # hit anywhere on the path counts.
+    # A module that is trained in full cannot carry an adapter as well. PEFT reads these entries as expressions that may
+    # match any segments of the path.
     return bool(config.get("modules_to_save")) and config.index("modules_to_save").first(name) is not None
 
 
 def _ends_in(name: str, entries: Collection[str]) -> bool:
-    """Whether a name ends in one of the entries after a dot."""
+    """Return True if a name ends in one of the entries after a dot."""
     return any(name[i + 1 :] in entries for i, letter in enumerate(name) if letter == ".")
 
 
 def in_layers(config: Config, name: str) -> bool:
-    """Whether `layers_to_transform` lets `name` through. The first number after the layer list counts."""
+    """Return True if `layers_to_transform` includes the layer of `name`: the first number after the layer list."""
     layers: int | tuple[int, ...] | None = config.get("layers_to_transform")
     if layers is None or layers == ():
         return True
     wanted: Collection[int] = (layers,) if isinstance(layers, int) else config.names("layers_to_transform")
     patterns: str | tuple[str, ...] | None = config.get("layers_pattern")
     if not patterns:
-        # Any list of layers: a segment, a number, and more. Needs something before the segment, as PEFT does.
+        # Any layer list: a segment, a number, and more. As in PEFT, another segment must precede it.
         hit = re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", name)
     else:
         entries = (patterns,) if isinstance(patterns, str) else patterns
         hits = (match("layers_pattern", entry, name) for entry in entries)
-        hit = next((found for found in hits if found), None)
-    # An alternation ("layers|h") can match without reaching the number; then no layer is known.
+        hit = next((hit for hit in hits if hit), None)
+    # An alternation ("layers|h") can match without reaching the number; then the layer is unknown.
     number = None if hit is None else hit["idx"]
-    # Of more digits than Python converts it is no layer's number.
-    return number is not None and len(number) <= _DIGITS and int(number) in wanted
+    # Python refuses to convert numbers of very many digits.
+    return number is not None and len(number) <= _MAX_DIGITS and int(number) in wanted
 
 
 def is_all_linear(config: Config) -> bool:
+    """Return True if `target_modules` is "all-linear", in any case of letters."""
     targets = config.get("target_modules")
     return isinstance(targets, str) and targets.lower() == ALL_LINEAR
 
 
 def _with_targets(config: _C, targets: Sequence[str]) -> _C:
+    """Return the configuration with other targets, and with its feedforward modules spelled like them."""
     inputs = config.get("feedforward_modules")
     if isinstance(inputs, tuple) and "feedforward_modules" not in config.extra:
-        # IA3 wants these to be some of the targets, so they have to be spelt like them. (PEFT leaves them and
-        # then refuses the file it has written.)
+        # IA3 requires a subset of the targets, so the names must be spelled alike. (PEFT keeps the old names, and then
+        # refuses the file that it has written.)
         inputs = [name for name in targets if is_feedforward(config, name)]
         return config.replace(target_modules=targets, feedforward_modules=inputs)
-    return _replaced(config, "target_modules", targets)
+    return _replace_value(config, "target_modules", targets)
 
 
-def _replaced(config: _C, key: str, value: Any) -> _C:
+def _replace_value(config: _C, key: str, value: Any) -> _C:
+    """Return the configuration with another value of a field or of a key in `extra`."""
     if key in config.extra:  # a GenericConfig
         return config.replace(extra={**config.extra, key: value})
     return config.replace(**{key: value})
 
 
 def shortest_suffixes(targets: Sequence[str], others: Iterable[str]) -> list[str]:
-    """The shortest suffixes (at dots) that cover `targets` and end none of `others`."""
-    taken = {suffix for other in others for suffix in suffixes(other)}
+    """Return the shortest suffixes (split at dots) that match all of `targets` and none of `others`."""
+    excluded = {suffix for other in others for suffix in suffixes(other)}
     chosen: set[str] = set()
     for target in sorted(targets, key=suffixes):
-        mine = suffixes(target)
-        if chosen.isdisjoint(mine):
-            # The full name is always free: it is a target, and so none of the others.
-            chosen.add(next((ending for ending in mine if ending not in taken), target))
+        endings = suffixes(target)
+        if chosen.isdisjoint(endings):
+            # The full name is always allowed, because no target is one of the others.
+            chosen.add(next((ending for ending in endings if ending not in excluded), target))
     return sorted(chosen)
 
 
 def suffixes(name: str) -> list[str]:
+    """Return the endings of a name at its dots, shortest first."""
     parts = name.split(".")
     return [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
 
 
-def _nothing(config: Config, names: Sequence[str]) -> str:
-    """What to say when nothing matched: what was asked for, what comes near, what there is."""
+def _no_match_message(config: Config, names: Sequence[str]) -> str:
+    """Return the message for targets that match nothing: the targets, similar names and available names."""
     targets = cast("str | tuple[str, ...]", config.get("target_modules"))
-    asked = repr(targets) if isinstance(targets, str) else ", ".join(map(repr, targets)) or "an empty list"
-    lines = [f"target_modules: expected to match a module, found none that matches {asked}"]
-    bare = config
-    for key in ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern"):
-        bare = _without(bare, key)
-    hidden = [name for name in names if matches(bare, name)]
+    wanted = repr(targets) if isinstance(targets, str) else ", ".join(map(repr, targets)) or "an empty list"
+    lines = [f"target_modules: expected to match a module, found none that matches {wanted}"]
+    unrestricted = functools.reduce(_without, _RESTRICTIONS, config)
+    hidden = [name for name in names if matches(unrestricted, name)]
     if hidden:
         rules = ", ".join(
             f"{key}={suggest.tuple_to_list(config.get(key))!r}"
-            for key in ("exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern")
-            if config.get(key)  # what is empty excludes nothing
+            for key in _RESTRICTIONS
+            if config.get(key)  # an empty value excludes nothing
             or (key == "layers_to_transform" and config.get(key) == 0)
         )
-        lines.append(f"{len(hidden)} modules match but are left out by {rules}: {suggest.quote_list(hidden)}")
+        lines.append(f"{len(hidden)} modules match but are excluded by {rules}: {suggest.quote_list(hidden)}")
     close = suggest.close_matches((targets,) if isinstance(targets, str) else targets, names)
     if close:
         lines.append(f"near misses: {suggest.quote_list(close)}")
     if isinstance(targets, str) and not hidden:
-        lines.append("a string is a regular expression for the whole name: for names, write a list")
+        lines.append("a string is a regular expression for the whole name; to give names, write a list")
     lines.append(f"available are {suggest.describe_available(names)}")
     return "\n  ".join(lines)
 
 
 def _without(config: Config, key: str) -> Config:
+    """Return the configuration without the value of a key."""
     if config.get(key) is None:
         return config
     if key in config.extra:
         return config.replace(extra={k: v for k, v in config.extra.items() if k != key})
-    # Two fields that may only be set together go together.
+    # layers_pattern requires layers_to_transform.
     return config.replace(**{key: None, **({"layers_pattern": None} if key == "layers_to_transform" else {})})

@@ -1,7 +1,7 @@
-"""Which of many patterns match a module's name: `rank_pattern`, `alpha_pattern` and `modules_to_save`.
+"""Fast lookup of the patterns that match a module name: `rank_pattern`, `alpha_pattern` and `modules_to_save`.
 
-EVA writes one name a module. A mixture of experts has thousands, and each module asks for the first that matches. The
-names are looked up here; only what is more than a name is tried one by one.
+EVA writes one name per module, and a mixture of experts has thousands of modules. So plain names are looked up in a
+dictionary, and only real expressions are tried one by one.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Iterable
 from jaxadapt.configs.validation import compile_pattern, match
 
 PLAIN = re.compile(r"[\w.]+")
-"""A pattern that is a name: only its dots are special to `re`."""
+"""Matches a plain name, in which only the dots are special to `re`."""
 
 
 class PatternIndex:
-    """Patterns of one field, looked up by what they match.
+    """The patterns of one field, indexed for lookup by module name.
 
     Args:
-        field: the field, which says how PEFT embeds a pattern (see `check.TEMPLATES`).
+        field: the field's name, which selects how PEFT embeds a pattern (see `validation.TEMPLATES`).
         keys: the patterns, in their order.
 
     Raises:
@@ -33,10 +33,10 @@ class PatternIndex:
     def __init__(self, field: str, keys: Iterable[str]) -> None:
         self._field = field
         self.keys = tuple(keys)
-        self._anywhere = field == "modules_to_save"  # which may match any part of a path; the others match its end
+        self._anywhere = field == "modules_to_save"  # the other fields match the end of a path
         self._order: dict[str, int] = {}
         self._expressions: dict[int, str] = {}
-        # A dot of a plain name matches any letter. So a name is looked up with dots where the patterns have them.
+        # The dot of a pattern matches any character. So a name is looked up with dots put where a pattern has them.
         self._dots: dict[int, set[tuple[int, ...]]] = {}
         for order, key in enumerate(self.keys):
             if PLAIN.fullmatch(key):
@@ -47,13 +47,13 @@ class PatternIndex:
                 self._expressions[order] = key
 
     def matching(self, name: str) -> list[int]:
-        """The numbers of all patterns that match a name, in their order."""
-        found = {order for order, key in self._expressions.items() if match(self._field, key, name)}
-        return sorted(found | self._plain(name))
+        """Return the positions of all patterns that match a name, ascending."""
+        expressions = {order for order, key in self._expressions.items() if match(self._field, key, name)}
+        return sorted(expressions | self._match_plain(name))
 
     def first(self, name: str) -> int | None:
-        """The number of the first pattern that matches a name; None if none does."""
-        best = min(self._plain(name), default=None)
+        """Return the position of the first pattern that matches a name; None if no pattern matches."""
+        best = min(self._match_plain(name), default=None)
         for order, key in self._expressions.items():
             if best is not None and order > best:
                 break
@@ -61,13 +61,14 @@ class PatternIndex:
                 return order
         return best
 
-    def _plain(self, name: str) -> set[int]:
-        if "\n" in name:  # to which "." and "$" mean something else
+    def _match_plain(self, name: str) -> set[int]:
+        """Return the positions of the plain names that match a name."""
+        if "\n" in name:  # "." and "$" treat newlines differently
             return {order for key, order in self._order.items() if match(self._field, key, name)}
         ends = [i for i, letter in enumerate(name) if letter == "."]
         starts = [0, *(i + 1 for i in ends)]
         stops = [*ends, len(name)] if self._anywhere else [len(name)]
-        found: set[int] = set()
+        positions: set[int] = set()
         for stop in stops:
             for start in starts:
                 for dots in self._dots.get(stop - start, ()):
@@ -76,5 +77,5 @@ class PatternIndex:
                         letters[i] = "."
                     order = self._order.get("".join(letters))
                     if order is not None:
-                        found.add(order)
-        return found
+                        positions.add(order)
+        return positions

@@ -1,4 +1,4 @@
-"""The `peft_type` of a configuration's JSON values, or an error that says which file it is instead."""
+"""Reading of `peft_type`, with errors for files that are not PEFT configurations."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from typing import Any, NoReturn, cast
 
 from jaxadapt.core.errors import ConfigError
 
-# Keys that mlx-lm writes into a file of the same name. None is a key of any PEFT configuration, except
-# num_layers, which counts only where there is no peft_type.
+# Keys of mlx-lm's file of the same name. PEFT has only `num_layers` among them; it is read only without a peft_type.
 _MLX = ("lora_parameters", "fine_tune_type", "lora_layers", "adapter_path", "grad_checkpoint", "num_layers")
 
 
 def read_peft_type(values: object, source: str) -> str:
-    """Return the `peft_type` of a JSON object; raise `ConfigError` for values that are no PEFT configuration's."""
+    """Return the `peft_type` of a JSON object; raise `ConfigError` if it is not a PEFT configuration."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{source}: expected a JSON object, found {json_kind(values)}")
     values = cast("Mapping[str, Any]", values)
@@ -26,30 +25,32 @@ def read_peft_type(values: object, source: str) -> str:
     name = str.__str__(name)
     if re.fullmatch("[A-Z][A-Z0-9_]*", name):
         return name
-    # "lora", "PeftType.LORA", "prefix-tuning": what was meant is plain, but PEFT refuses them as well.
-    meant = re.sub("[^A-Z0-9]+", "_", name.removeprefix("PeftType.").upper()).strip("_")
-    way_out = f'write "{meant}"' if re.fullmatch("[A-Z][A-Z0-9_]*", meant) else 'write for example "LORA"'
+    # PEFT refuses "lora", "PeftType.LORA" and "prefix-tuning" too; the error names the valid spelling.
+    corrected = re.sub("[^A-Z0-9]+", "_", name.removeprefix("PeftType.").upper()).strip("_")
+    way_out = f'write "{corrected}"' if re.fullmatch("[A-Z][A-Z0-9_]*", corrected) else 'write for example "LORA"'
     raise ConfigError(f"{source}: peft_type: expected a type in capitals, found {name!r}; {way_out}")
 
 
 def _refuse_untyped(values: Mapping[str, Any], source: str) -> NoReturn:
+    """Raise `ConfigError` for values without a `peft_type`, with a suggestion by their keys."""
     mlx = [key for key in _MLX if key in values]
     if mlx:
         raise ConfigError(
-            f"{source}: expected PEFT's schema, found an mlx-lm file (no peft_type, but {', '.join(mlx)}); "
-            "its tensors have other names and layouts too: convert the adapter to PEFT's format first"
+            f"{source}: expected PEFT's schema, found an mlx-lm file (no peft_type, but {', '.join(mlx)}), whose"
+            " tensors have other names and layouts; convert the adapter to PEFT's format first"
         )
-    found = ", ".join(sorted(values)[:12]) or "no key at all"
+    keys = ", ".join(sorted(values)[:12]) or "no key at all"
     if "lora_alpha" in values or "lora_dropout" in values:
         way_out = 'if this is a LoRA configuration, add "peft_type": "LORA"'
     elif "init_ia3_weights" in values or "feedforward_modules" in values:
         way_out = 'if this is an IA3 configuration, add "peft_type": "IA3"'
     else:
-        way_out = "this looks like no PEFT configuration"
-    raise ConfigError(f"{source}: expected a peft_type, found none (keys: {found}); {way_out}")
+        way_out = "this does not look like a PEFT configuration"
+    raise ConfigError(f"{source}: expected a peft_type, found none (keys: {keys}); {way_out}")
 
 
 def json_kind(value: object) -> str:
+    """Return the JSON kind of a value, with its article, for messages."""
     if value is None:
         return "null"
     kinds: dict[type, str] = {

@@ -1,4 +1,4 @@
-"""`adapter_config.json` <-> configuration."""
+"""Conversion between the text of `adapter_config.json` and configurations."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from jaxadapt.core.errors import ConfigError
 
 
 def loads(text: str | bytes, source: str = "adapter_config.json") -> Config:
-    """The configuration in the text of an `adapter_config.json`.
+    """Return the configuration that the text of an `adapter_config.json` describes.
 
-    `LoraConfig` and `IA3Config` for their types, `GenericConfig` for any other. Numbers keep their kind (8.0
-    stays a float), unknown keys stay in `extra`.
+    The class is `LoraConfig` or `IA3Config` for their types, and `GenericConfig` for any other type. Numbers keep
+    their kind (8.0 stays a float), and `extra` keeps unknown keys.
 
     Args:
         text: the content of the file; bytes are UTF-8.
-        source: the file's name, for errors.
+        source: the file name in errors.
 
     Raises:
-        ConfigError: not JSON, a key twice, NaN, no object, the file of another library, no or an unknown
-            `peft_type`, or invalid values.
+        ConfigError: the text is not a JSON object, has a key twice or NaN, belongs to another library, has no valid
+            `peft_type`, or has invalid values.
 
     >>> loads('{"peft_type": "LORA", "r": 4, "target_modules": ["q"]}').r
     4
@@ -44,27 +44,27 @@ def loads(text: str | bytes, source: str = "adapter_config.json") -> Config:
     try:
         values: object = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
     except json.JSONDecodeError as error:
-        what = f"{error.msg} at line {error.lineno}, column {error.colno}"
-        raise ConfigError(f"{source}: expected JSON, found invalid text: {what}") from error
+        place = f"{error.msg} at line {error.lineno}, column {error.colno}"
+        raise ConfigError(f"{source}: expected JSON, found invalid text: {place}") from error
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
     except RecursionError as error:
         raise ConfigError(f"{source}: expected a configuration, found JSON nested too deeply") from error
-    except ValueError as error:  # an integer of more digits than Python converts
+    except ValueError as error:  # an integer with more digits than Python converts
         raise ConfigError(f"{source}: expected a configuration, found invalid JSON: {error}") from error
     return from_dict(values, source)
 
 
 def dumps(config: Config) -> str:
-    """The text of `adapter_config.json`, exactly as PEFT formats it (no newline at the end)."""
+    """Return the text of `adapter_config.json`, exactly as PEFT formats it (no newline at the end)."""
     return config.to_json()
 
 
 def from_dict(values: object, source: str = "configuration") -> Config:
-    """As `loads`, from the JSON value itself.
+    """Return the configuration that a JSON value describes, as `loads` does for its text.
 
     Raises:
-        ConfigError: as `loads`.
+        ConfigError: the value is no object, or is invalid; see `loads`.
     """
     return Config.from_dict(cast("Mapping[str, Any]", values), source)
 
@@ -72,8 +72,8 @@ def from_dict(values: object, source: str = "configuration") -> Config:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        twice = sorted(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ConfigError(f"expected every key once, found twice: {', '.join(twice)}; keep one")
+        repeated = sorted(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ConfigError(f"expected every key once, found twice: {', '.join(repeated)}; keep one")
     return values
 
 

@@ -1,1 +1,1 @@
-"""Errors, tree paths, progress reports and suggestions: values that know no adapter. Imports no JAX."""
+"""Errors, tree paths, progress reports and name suggestions. Imports no JAX and knows no adapter."""

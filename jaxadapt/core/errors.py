@@ -4,13 +4,13 @@
     ├── ConfigError        a configuration (file or object) is invalid, contradictory or not supported
     ├── FileError          a path cannot be read or written: missing, no permission, disk full, wrong kind
     │   └── FormatError    the bytes are not what they claim to be: truncated, overlapping, lying header
-    ├── KeyMapError        a table of names is wrong, or does not fit the model
-    │   └── MismatchError  tensors are missing, unexpected, doubly claimed or wrongly shaped
-    ├── TargetError        `target_modules` (or another selection) names nothing, or nothing that can be adapted
+    ├── KeyMapError        a keymap is wrong, or does not fit the model
+    │   └── MismatchError  tensors are missing, unexpected, claimed twice or wrongly shaped
+    ├── TargetError        `target_modules` (or another selection) matches nothing, or nothing that can be adapted
     └── AttachError        a layer cannot carry the adapter exactly, or the tree carries no (or another) adapter
 
-Messages name the file, path or tensor, what was expected, what was found, and the way out; all
-problems of one kind stand in one error. What a person should know, though nothing is wrong, is a warning: `warn`.
+A message names the file, path or tensor, the expected and the found value, and a way out. One error lists all problems
+of one kind. `warn` reports a fact that the user should know although no call failed.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from __future__ import annotations
 import inspect
 import warnings
 
-_OURS = __file__.removesuffix("core/errors.py")
+_PACKAGE = __file__.removesuffix("core/errors.py")
 
 
 class AdapterError(Exception):
-    """The root of every error jaxadapt raises on purpose."""
+    """The base class of every error that jaxadapt raises on purpose."""
 
 
 class ConfigError(AdapterError):
-    """A configuration is invalid, contradictory, or asks for what is not supported."""
+    """A configuration is invalid, contradictory or not supported."""
 
 
 class FileError(AdapterError):
@@ -38,15 +38,15 @@ class FormatError(FileError):
 
 
 class KeyMapError(AdapterError):
-    """A table of names is wrong, or does not fit the model it is applied to."""
+    """A keymap is wrong, or does not fit the model it is applied to."""
 
 
 class MismatchError(KeyMapError):
-    """Tensors are missing, unexpected, doubly claimed or wrongly shaped."""
+    """Tensors are missing, unexpected, claimed twice or wrongly shaped."""
 
 
 class TargetError(AdapterError):
-    """A selection names nothing in the model, or nothing that can be adapted."""
+    """A selection matches nothing in the model, or nothing that can be adapted."""
 
 
 class AttachError(AdapterError):
@@ -54,10 +54,10 @@ class AttachError(AdapterError):
 
 
 def warn(message: str) -> None:
-    """A `UserWarning` that points at the line from which this library was entered, whatever lies between."""
-    frame, level, entered = inspect.currentframe(), 0, 1
+    """Issue a `UserWarning` that points at the user's line that called into this library."""
+    frame, level, stacklevel = inspect.currentframe(), 0, 1
     while frame is not None:
         level += 1
-        entered = level + 1 if frame.f_code.co_filename.startswith(_OURS) else entered
+        stacklevel = level + 1 if frame.f_code.co_filename.startswith(_PACKAGE) else stacklevel
         frame = frame.f_back
-    warnings.warn(message, stacklevel=entered)
+    warnings.warn(message, stacklevel=stacklevel)

@@ -1,4 +1,4 @@
-"""Names of a package that load on first use (PEP 562), so that importing the package loads nothing heavy."""
+"""Names of a package that load on first use (PEP 562), so that importing the package stays fast."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 def lazy_names(package: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
     """Return `__getattr__`, `__dir__` and `__all__` for the names that a package imports under `TYPE_CHECKING`.
 
-    A package writes each public name once, as an import that only type checkers follow. This function reads these
-    imports from the package's source and carries one out when its name is first used.
+    A package lists each public name once, as an import that only type checkers follow. This function reads these
+    imports from the package's source and runs each import on first use of its name.
 
     Args:
         package: the package's `__name__`. Its `__init__.py` holds one `if TYPE_CHECKING:` block, whose imports have the
@@ -30,11 +30,11 @@ def lazy_names(package: str) -> tuple[Callable[[str], Any], Callable[[], list[st
     def load(name: str) -> Any:
         home = homes.get(name)
         if home is None:
-            meant = _explain(name, public) if package == "jaxadapt" else ""
-            text = f"module {package!r} has no attribute {name!r}{meant}"
-            # `from jaxadapt import name` asks here first, and would drop the text of an AttributeError.
-            asks = sys._getframe(1).f_globals.get("__name__")  # pyright: ignore[reportPrivateUsage]
-            if meant and asks in ("importlib._bootstrap", "_frozen_importlib"):
+            hint = _explain(name, public) if package == "jaxadapt" else ""
+            text = f"module {package!r} has no attribute {name!r}{hint}"
+            # `from jaxadapt import name` calls this first, and would drop the text of an AttributeError.
+            caller = sys._getframe(1).f_globals.get("__name__")  # pyright: ignore[reportPrivateUsage]
+            if hint and caller in ("importlib._bootstrap", "_frozen_importlib"):
                 raise ImportError(text, name=package)
             raise AttributeError(text, name=name)
         module, attribute = home
@@ -42,22 +42,22 @@ def lazy_names(package: str) -> tuple[Callable[[str], Any], Callable[[], list[st
             value = importlib.import_module(f"{module}.{attribute}")
         else:
             source = importlib.import_module(module)
-            inside = attribute in vars(source)
-            value = vars(source)[attribute] if inside else importlib.import_module(f"{module}.{attribute}")
-        setattr(sys.modules[package], name, value)  # the next use does not come here
+            is_loaded = attribute in vars(source)
+            value = vars(source)[attribute] if is_loaded else importlib.import_module(f"{module}.{attribute}")
+        setattr(sys.modules[package], name, value)  # the next use does not call this function
         return value
 
     return load, lambda: [*public, "__version__"] if package == "jaxadapt" else public, public
 
 
 def _explain(name: str, public: list[str]) -> str:
-    """Say what this library calls a thing that PEFT, Tunix or Qwix calls `name`; "" for an unknown name."""
+    """Return a hint with the jaxadapt name for `name` of PEFT, Tunix or Qwix; "" for an unknown name."""
     from jaxadapt.core.other_names import OTHER_NAMES
 
     if name in OTHER_NAMES:
         return f"; here it is {OTHER_NAMES[name]}"
-    meant = next((own for own in public if own.lower() == name.lower()), None)
-    return f"; did you mean {meant!r}?" if meant else ""
+    similar = next((known for known in public if known.lower() == name.lower()), None)
+    return f"; did you mean {similar!r}?" if similar else ""
 
 
 def _typed_imports(package: str) -> dict[str, tuple[str, str]]:

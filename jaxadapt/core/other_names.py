@@ -1,11 +1,11 @@
-"""Names of PEFT, Tunix and Qwix, and what jaxadapt calls the same thing: for errors."""
+"""Names of PEFT, Tunix and Qwix with their counterparts in jaxadapt, for error messages."""
 
 from __future__ import annotations
 
 _ADAPT, _LOAD = "jaxadapt.adapt(model, config, rngs=nnx.Rngs(0))", "jaxadapt.load(path, model)"
 OTHER_NAMES = {
-    name: meant
-    for names, meant in {
+    name: counterpart
+    for names, counterpart in {
         "get_peft_model inject_adapter_in_model add_adapter apply_lora_to_model": _ADAPT,
         "PeftModel PeftModelForCausalLM PeftMixedModel PeftAdapterMixin": f"{_LOAD}, or {_ADAPT}",
         "AutoPeftModelForCausalLM AutoPeftModel": f"jaxadapt.export.import_base(path, model), then {_LOAD}",
@@ -30,11 +30,11 @@ OTHER_NAMES = {
         "LoRAConfig LoRaConfig LoraProvider DoraConfig RsLoraConfig QLoraConfig": "jaxadapt.LoraConfig(r=8, "
         "target_modules=[…])",
         "Ia3Config": "jaxadapt.IA3Config",
-        "PeftConfig": "jaxadapt.Config; jaxadapt.read_config(path) reads one",
+        "PeftConfig": "jaxadapt.Config; read one with jaxadapt.read_config(path)",
         "TaskType PeftType": "a string, such as task_type='CAUSAL_LM'",
-        "LoRAParam LoraParam LoRA Lora": "jaxadapt.AdapterParam, the type of the parameters that are trained",
+        "LoRAParam LoraParam LoRA Lora": "jaxadapt.AdapterParam, the type of the trained parameters",
         "TrainerCallback PeftSavingCallback": "jaxadapt.CheckpointManager",
     }.items()
     for name in names.split()
 }
-"""{name elsewhere: the call or class of jaxadapt}."""
+"""{name in the other library: the call or class of jaxadapt}."""

@@ -1,7 +1,7 @@
-"""Any tree (nested dicts, FrozenDicts, NNX states, lists) as `{"a.b.c": leaf}`, and back.
+"""Conversion between trees (nested dicts, FrozenDicts, NNX states) and flat `{"a.b.c": leaf}` mappings.
 
-Segments are strings: an integer key (a list index of an NNX model) is its decimal text, so Linen and NNX
-spell the same leaf alike. A mapping that would make two leaves share one path is refused.
+Path segments are strings. An integer key (a list index of an NNX model) becomes its decimal text, so Linen and NNX
+give the same leaf the same path. `flatten` raises if two leaves would share one path.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def join(*parts: str) -> str:
 
 
 def flatten(tree: Mapping[Any, Any], is_leaf: Callable[[Any], bool] | None = None) -> dict[str, Any]:
-    """`{"a.b.c": leaf}` of nested mappings, in the tree's order; empty mappings vanish.
+    """Return `{"a.b.c": leaf}` of nested mappings, in the tree's order, without empty mappings.
 
     Raises `AdapterError` if two leaves would share a path (`{"a.b": x, "a": {"b": y}}`).
 
@@ -35,7 +35,9 @@ def flatten(tree: Mapping[Any, Any], is_leaf: Callable[[Any], bool] | None = Non
     clashes: list[str] = []
     _flatten(tree, "", is_leaf, out, clashes)
     if clashes:
-        raise AdapterError(f"two leaves share one dotted path: {sorted(set(clashes))}; rename one of them")
+        raise AdapterError(
+            f"cannot flatten the tree: two leaves share one dotted path: {sorted(set(clashes))}; rename one of them"
+        )
     return out
 
 
@@ -46,11 +48,11 @@ def _flatten(
     out: dict[str, Any],
     clashes: list[str],
 ) -> None:
-    # (No function inside the other: one that calls itself is a cycle, and what it fills lives until the gc comes.)
+    # A nested recursive function would be a reference cycle, which keeps `out` alive until the garbage collector runs.
     for key, value in node.items():
         text = str(key)
         path = f"{prefix}{SEPARATOR}{text}" if prefix and text else prefix or text
-        # (asking for a dict first: Mapping's own answer takes ten times as long)
+        # `dict` comes first because the isinstance check of Mapping is ten times slower.
         if isinstance(value, dict | Mapping) and not (is_leaf is not None and is_leaf(value)):
             _flatten(value, path, is_leaf, out, clashes)  # pyright: ignore[reportUnknownArgumentType]
         elif path in out:
@@ -60,9 +62,9 @@ def _flatten(
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dicts from `{"a.b.c": leaf}`; the inverse of `flatten` on string keys.
+    """Return nested dicts from `{"a.b.c": leaf}`: the inverse of `flatten` on string keys.
 
-    Raises `AdapterError` if one path runs through another's leaf.
+    Raises `AdapterError` if one path passes through the leaf of another path.
 
     >>> unflatten({"a.0": 1, "a.b": 2})
     {'a': {'0': 1, 'b': 2}}
@@ -75,9 +77,11 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
         for part in parents:
             node = node.setdefault(part, {})
             if not isinstance(node, dict) or id(node) in leaves:  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise AdapterError(f"path {path!r} runs through the leaf {part!r} of another path")
+                raise AdapterError(
+                    f"cannot unflatten: path {path!r} passes through the leaf {part!r} of another path; rename one"
+                )
         if last in node:
-            raise AdapterError(f"path {path!r} is there twice, once as a leaf and once as a branch")
+            raise AdapterError(f"cannot unflatten: path {path!r} is both a leaf and a branch; rename one of them")
         node[last] = leaf
         if isinstance(leaf, dict):
             leaves.add(id(leaf))  # pyright: ignore[reportUnknownArgumentType]
@@ -85,7 +89,7 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def bullets(items: Iterable[str], limit: int = 8) -> str:
-    """A readable, bounded list for error messages, one item a line.
+    """Return up to `limit` items for an error message, one indented line each.
 
     >>> print(bullets(["a", "b"], limit=1))
       a

@@ -1,11 +1,10 @@
-"""How long work says where it is: `progress=` of everything that moves bytes, and the library's one logger.
+"""Progress reports (the argument `progress=` of every function that moves bytes) and the library's logger.
 
-None is quiet, and True draws bars on a terminal or in a notebook (nothing elsewhere, and nothing of what is over before
-it is seen). A function is called with what is being done, how many bytes of it are done, and how many there are; an
-exception that it raises ends the work as any other failure does, with nothing half-done.
+`progress=None` reports nothing. `progress=True` draws bars on a terminal or in a notebook, for tasks of at least 1 MiB,
+and nothing elsewhere. A function is called with the task, the number of bytes done and the total number of bytes. An
+exception that it raises ends the task like any other failure: no partial result remains.
 
-What is done is called "save", "load", "read", "merge", "unmerge", "export", "import" or "upload", or by the name of
-the file that is fetched.
+The task is "save", "load", "read", "merge", "unmerge", "export", "import", "upload", or the name of a downloaded file.
 """
 
 from __future__ import annotations
@@ -23,39 +22,39 @@ Report = Callable[[str, int, int], None]
 Progress = Report | bool | None
 
 LOGGER = logging.getLogger("jaxadapt")
-"""The library's one logger. It has no handlers; `logging.basicConfig(level="INFO")` shows what it says."""
+"""The library's logger. It has no handlers; `logging.basicConfig(level="INFO")` shows its messages."""
 
 SHORT = 1 << 20
-"""Bytes: for less no bar appears."""
+"""The smallest total, in bytes, for which a bar appears."""
 
 
-def no_report(what: str, done: int, total: int) -> None:
-    """The report of work that nobody watches."""
+def no_report(task: str, done: int, total: int) -> None:
+    """Do nothing: the report function of `progress=None`."""
 
 
-def byte_counter(report: Report, what: str, total: int) -> Callable[[int], None]:
-    """A function that is told how many bytes more are done.
+def byte_counter(report: Report, task: str, total: int) -> Callable[[int], None]:
+    """Return a function that takes the number of newly processed bytes and reports the sum.
 
-    >>> more = byte_counter(print, "save", 12)
+    >>> add_bytes = byte_counter(print, "save", 12)
     save 0 12
-    >>> more(5); more(7)
+    >>> add_bytes(5); add_bytes(7)
     save 5 12
     save 12 12
     """
     done = 0
 
-    def more(count: int) -> None:
+    def add_bytes(count: int) -> None:
         nonlocal done
         done += count
-        report(what, done, total)
+        report(task, done, total)
 
-    more(0)
-    return more
+    add_bytes(0)
+    return add_bytes
 
 
 @contextlib.contextmanager
 def reporter(progress: Progress) -> Generator[Report]:
-    """The function to call while the work is done.
+    """Yield the report function for a value of `progress=`.
 
     >>> with reporter(print) as report:
     ...     report("save", 3, 12)
@@ -71,10 +70,10 @@ def reporter(progress: Progress) -> Generator[Report]:
 
 
 def is_watched() -> bool:
-    """Whether somebody sees a bar: standard error is a terminal, or this is a notebook that can draw one."""
+    """Return True if standard error is a terminal, or if this is a notebook that can draw bars."""
     from rich.console import Console
 
-    if sys.stderr.isatty():  # not what rich calls one: FORCE_COLOR makes no terminal of a log
+    if sys.stderr.isatty():  # rich's own check also accepts a log file if FORCE_COLOR is set
         return True
     return Console(stderr=True).is_jupyter and importlib.util.find_spec("ipywidgets") is not None
 
@@ -92,19 +91,19 @@ def _bars() -> Generator[Report]:
         TimeRemainingColumn(),
     ]  # fmt: skip
     bars = Progress(*columns, console=Console(stderr=True), transient=True)
-    tasks: dict[str, Any] = {}
+    bar_ids: dict[str, Any] = {}
 
-    def report(what: str, done: int, total: int) -> None:
+    def report(task: str, done: int, total: int) -> None:
         if total < SHORT:
             return
-        if not tasks:
+        if not bar_ids:
             bars.start()
-        if what not in tasks:
-            tasks[what] = bars.add_task(escape_text(what), total=total)
-        bars.update(tasks[what], completed=done, total=total)
+        if task not in bar_ids:
+            bar_ids[task] = bars.add_task(escape_text(task), total=total)
+        bars.update(bar_ids[task], completed=done, total=total)
 
     try:
         yield report
     finally:
-        if tasks:  # rich ends what it never began with an empty line, where the terminal is a dumb one
+        if bar_ids:  # on a dumb terminal, rich prints an empty line when it stops bars that never started
             bars.stop()

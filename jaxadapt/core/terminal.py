@@ -1,16 +1,16 @@
-"""Text that somebody else wrote, as a terminal may show it: names of tensors and modules, values, a server's words."""
+"""Safe printing of untrusted text (names of tensors and modules, values, a server's messages) on a terminal."""
 
 from __future__ import annotations
 
 
 def escape_text(text: str, keep: str = "") -> str:
-    r"""The text with everything that is no letter, sign or blank written out.
+    r"""Return the text with every non-printable character written as an escape sequence.
 
-    A terminal obeys control characters: they move the cursor, colour, rename the window. Marks of direction show a
-    name backwards, and those without width make two names look like one.
+    A terminal obeys control characters: they move the cursor, change colours or rename the window. Direction marks show
+    a name backwards, and zero-width characters make two names look the same.
 
     Args:
-        keep: characters that stay as they are: "\n" in a text of several lines.
+        keep: characters to leave unescaped, such as "\n" in a text of several lines.
 
     >>> print(escape_text("q\x1b[2J\u202e.weight\n"), escape_text("Gewicht ü × 重み"))
     q\x1b[2J\u202e.weight\n Gewicht ü × 重み

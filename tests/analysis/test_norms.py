@@ -1,4 +1,4 @@
-"""Norms, effective ranks, their grid and picture, against numpy on the formed change."""
+"""Norms, effective ranks, their grid and plot, compared with NumPy on the full change."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_lora_is_the_norm_of_the_formed_change():
 
 
 def test_experts_are_changed_each_by_itself():
-    """As PEFT's ParamWrapper takes the two apart: A's rows expert by expert, B's columns rank by rank."""
+    """As PEFT's ParamWrapper splits the factors: rows of A by expert, columns of B by rank."""
     config = jaxadapt.LoraConfig(
         r=4, lora_alpha=6, target_modules=[], target_parameters=["experts.down_proj", "experts.gate_up_proj"],
         rank_pattern={"experts.gate_up_proj": 2},
@@ -85,7 +85,7 @@ def test_experts_are_changed_each_by_itself():
 
 
 def test_the_change_is_never_formed():
-    """It would have 160 GB here."""
+    """The full change would take 160 GB here."""
     config = jaxadapt.LoraConfig(r=1, lora_alpha=1, target_modules=["q"])
     wide = np.ones((1, 200_000), "f4")
     (norm,) = measure_norms(tensors(config, **{"q.lora_A.weight": wide, "q.lora_B.weight": wide.T})).modules
@@ -110,12 +110,12 @@ def test_ia3_and_methods_that_need_the_base():
     assert norm.norm == pytest.approx(np.sqrt(np.mean((l - 1) ** 2)))
     assert norm.rank is norm.scale is norm.effective_rank is None
     other = jaxadapt.Config.from_dict({"peft_type": "LOHA", "target_modules": ["q"], "r": 2})
-    with pytest.raises(jaxadapt.ConfigError, match="not for LOHA"):
+    with pytest.raises(jaxadapt.ConfigError, match="norms for LOHA"):
         measure_norms(tensors(other, **{"q.hada_w1_a": l}))
 
 
 def test_a_run_that_went_astray_is_shown_not_decomposed(tmp_path):
-    """(numpy's decompositions raise LinAlgError for what is no number.)"""
+    """NumPy's decompositions raise LinAlgError for NaN."""
     config = jaxadapt.LoraConfig(r=4, target_modules=["q"])
     for bad in ({"l.1.q"}, {"l.0.q", "l.1.q"}):
         a = {m: np.full((4, 9), np.nan if m in bad else 1, np.float32) for m in ("l.0.q", "l.1.q")}
@@ -216,7 +216,7 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("of", ["trained", "fresh"])
 def test_a_picture_of_any_shape_is_whole(shape, of):
-    """Nothing reaches the edge, where it would be cut; the colours are as tall as their map; a page holds its width."""
+    """Nothing is cut at the edge; the colour bar is as tall as its map; the figure is not wider than a page."""
     from matplotlib import image
 
     layers, modules = SHAPES[shape]

@@ -1,4 +1,4 @@
-"""Bases in 4 and 8 bits: the numbers beside their formulas, and adapters on them in both APIs.
+"""Bases in 4 and 8 bits: values against their formulas, and adapters on such bases in both APIs.
 
 PEFT's side is in interchange/test_quantized.py.
 """
@@ -31,7 +31,7 @@ LORA = dataclasses.replace(small.LORA, init_lora_weights=False)
 
 
 def by_formula(w: np.ndarray, kind: str, block: int) -> np.ndarray:
-    """What is left of a flat array, number by number."""
+    """Quantize and dequantize a flat array value by value."""
     out = np.empty_like(w)
     for start in range(0, len(w), block):
         part = w[start : start + block].astype("float64")
@@ -89,7 +89,7 @@ def test_dtype_and_size():
 
 
 def nnx_side(kind: str, config: Any) -> tuple[Any, Any]:
-    """A model with a quantised base and an adapter, and how to call it."""
+    """A model with a quantized base and an adapter, and its call."""
     model = jaxadapt.models.quantize(small.net(), kind, modules=["q_proj", "up_proj"])
     jaxadapt.adapt(model, config, rngs=nnx.Rngs(5))
     jaxadapt.inject(small.noisy(jaxadapt.extract(model)), model)
@@ -118,7 +118,7 @@ CONFIGS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("api", SIDES)
 def test_computes_what_the_dense_base_does(api, kind, config, tmp_path):
-    """And merges, saves and loads like it; the dense base is another only by what quantising took."""
+    """It also merges, saves and loads like the dense base; the bases differ only by the quantization error."""
     tree, run = SIDES[api](kind, CONFIGS[config])
     y = run(tree)
     jaxadapt.save(tree, tmp_path)
@@ -142,7 +142,7 @@ def test_computes_what_the_dense_base_does(api, kind, config, tmp_path):
 
 @pytest.mark.parametrize("api", SIDES)
 def test_training_moves_the_adapter_and_keeps_no_dense_weight(api):
-    """What the backward pass is given holds inputs, codes and factors, and no array of a base weight's shape."""
+    """The residuals of the backward pass are inputs, codes and factors, without an array of a base weight's shape."""
     tree, run = SIDES[api]("nf4", LORA)
     if api == "nnx":
         graphdef, adapter, rest = nnx.split(tree, jaxadapt.AdapterParam, ...)
@@ -180,7 +180,7 @@ def test_dropout_is_drawn_outside_of_what_is_computed_twice():
 
 
 class Block(nn.Module):
-    """A layer of its own making, whose weight an adapter follows by a trace."""
+    """A custom layer whose weight an adapter follows by a trace."""
 
     @nn.compact
     def __call__(self, x: jax.Array, _: Any = None) -> Any:
@@ -189,7 +189,7 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """Three of them, scanned."""
+    """Three custom layers, scanned."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -269,8 +269,8 @@ def _values(model: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("options", "change", "message"),
     [
-        ({"kind": "int3"}, lambda w: w, "nf4 or int8"),
-        ({"block": 3}, lambda w: w, "an even one"),
+        ({"kind": "int3"}, lambda w: w, "expected 'nf4' or 'int8'"),
+        ({"block": 3}, lambda w: w, "positive even number"),
         ({"block": 0}, lambda w: w, "positive"),
         ({}, lambda w: w.at[0, 0].set(jnp.nan), "not finite"),
         ({}, lambda w: w.astype(jnp.int32), "floating-point"),
@@ -308,7 +308,7 @@ def test_export_asks_for_dense_weights(tmp_path):
     ("linen", "int8", ("2x2x2", "fsdp"), True),
 ])  # fmt: skip
 def test_over_devices_adapters_lie_as_on_the_dense_base(api, kind, layout, scanned, tmp_path):
-    """Codes are spread too, where the blocks come out even; what is computed, saved and made dense is the same."""
+    """Codes are sharded too if the number of blocks is divisible; outputs, files and dense weights are the same."""
     mesh, table = meshes.mesh_of(layout[0]), meshes.table(scanned)
     dense = meshes.placed(meshes.base(scanned), mesh, *layout)
     wanted = meshes.like(mesh, layout, scanned)
@@ -316,7 +316,7 @@ def test_over_devices_adapters_lie_as_on_the_dense_base(api, kind, layout, scann
     modules = config.target_modules
 
     def attached(params: Any, small: bool) -> Any:
-        """The tree with its adapter, its output and its gradients."""
+        """Return the tree with its adapter, its output and its gradients."""
         tree = meshes.model(params, scanned) if api == "nnx" else params
         if small:
             tree = jaxadapt.models.quantize(tree, kind, modules=modules, block=8, keymap=table)

@@ -1,4 +1,4 @@
-"""Configuration classes: PEFT's fields, defaults and text; 229 real files; what is refused and how."""
+"""Configuration classes: PEFT's fields, defaults and text; 229 real files; refused values and their errors."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_peft_reads_ours(config: Config, tmp_path: Path):
 
 @pytest.mark.peft
 def test_patterns_stay_in_order_where_it_may_matter(tmp_path: Path):
-    """PEFT tries them as they are given, and sorts them in its file: after that they mean something else."""
+    """PEFT tries patterns in the given order but sorts them in its file, which changes their meaning."""
     peft = pytest.importorskip("peft")
     patterns = {"z.*": 2, "a.*|z": 4}
     peft.LoraConfig(rank_pattern=patterns).save_pretrained(tmp_path)
@@ -315,7 +315,7 @@ def test_unknown_keys_are_kept_on_top():
     assert config.get("nothing", 5) == 5
     assert config.peft_version is None
     assert {**config.to_dict(), **json.loads(text)} == config.to_dict()
-    with pytest.raises(ConfigError, match=r"extra\['r'\]: expected no key that LoraConfig has itself"):
+    with pytest.raises(ConfigError, match=r"extra\['r'\]: expected no key that is a field of LoraConfig"):
         LoraConfig(extra={"r": 3})
 
 
@@ -359,14 +359,14 @@ def test_unknown_keys_are_kept_on_top():
             "modules_to_save: expected a list of strings or null, found 'head'; write [",
         ),
         ({"modules_to_save": ["("]}, "modules_to_save: expected a regular expression"),
-        ({"layers_pattern": "h"}, "layers_pattern: expected null where layers_to_transform is null"),
+        ({"layers_pattern": "h"}, "layers_pattern: expected null if layers_to_transform is null"),
         (
             {"layers_pattern": ["("], "layers_to_transform": 1},
             "layers_pattern: expected a regular expression",
         ),
         (
             {"target_modules": "q", "layers_to_transform": 1},
-            "layers_to_transform: expected null where target_modules",
+            "layers_to_transform: expected null if target_modules",
         ),
         (
             {"layers_to_transform": 1.0},

@@ -1,4 +1,4 @@
-"""Matching of names, beside PEFT's own (where it is installed) and by example."""
+"""Matching of names, compared with PEFT (if it is installed) and by example."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_all_linear_is_resolved_as_peft_stores_it():
     ("task", "chosen"), [("SEQ_CLS", ("m.q",)), ("TOKEN_CLS", ("m.q", "score")), (None, ("m.q", "score"))]
 )
 def test_all_linear_leaves_the_head_of_a_classifier_out(task: str | None, chosen: tuple[str, ...]):
-    """What PEFT makes of a transformers model of sequences; one with an output layer keeps its `score`."""
+    """PEFT's result for a sequence classifier of transformers; a model with an output layer keeps its `score`."""
     config = LoraConfig(target_modules="all-linear", task_type=task)
     assert resolve_targets(config, ["m.q", "score"], linear=["m.q", "score"], output="lm_head").target_modules == chosen
     names = ["m.q", "score", "lm_head"]
@@ -201,7 +201,7 @@ def test_nothing_matched_lists_near_misses_and_what_there_is():
 
 
 def test_a_name_written_as_a_string_is_explained():
-    with pytest.raises(TargetError, match="for names, write a list"):
+    with pytest.raises(TargetError, match="to give names, write a list"):
         select_names(LoraConfig(target_modules="q_proj"), ["m.q_proj"])
 
 
@@ -215,7 +215,7 @@ def test_a_name_written_as_a_string_is_explained():
     ],
 )
 def test_what_leaves_everything_out_is_named(rule: dict[str, Any], says: str):
-    with pytest.raises(TargetError, match=re.escape(f"1 modules match but are left out by {says}: m.h.1.q")):
+    with pytest.raises(TargetError, match=re.escape(f"1 modules match but are excluded by {says}: m.h.1.q")):
         select_names(LoraConfig(target_modules=["q"], **rule), ["m.h.1.q", "m.h.1.k"])
 
 
@@ -268,7 +268,7 @@ def test_generic_configurations_match_by_the_same_keys():
 
 
 def test_all_linear_with_a_head_that_is_saved_whole_is_no_doubt():
-    """The list that "all-linear" becomes has the head in it, here as in PEFT, and modules_to_save wins."""
+    """As in PEFT, "all-linear" resolves to a list with the head, and modules_to_save takes precedence."""
     names = ["a.q", "head"]
     config = LoraConfig(target_modules="all-linear", modules_to_save=["head"])
     config = resolve_targets(config, names, linear=names)
@@ -321,7 +321,7 @@ HEADLESS = "task_type: QUESTION_ANS has a head trained in full, called qa_output
 ])  # fmt: skip
 @pytest.mark.filterwarnings("default")
 def test_what_modules_to_save_does_not_find_is_said(entries, task, said, recwarn):
-    """It would stay the base's, untrained and unsaved; PEFT says nothing."""
+    """Such a module would be neither trained nor saved; PEFT does not warn."""
     kernel = {"kernel": np.ones((4, 4), "float32")}
     params = {"model": {"q": kernel, "head": kernel, "score": kernel, "table": np.ones((3, 4), "float32")}}
     config = LoraConfig(r=2, target_modules=["q"], modules_to_save=entries, task_type=task)

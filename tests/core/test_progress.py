@@ -1,4 +1,4 @@
-"""`progress=` of everything that moves bytes, and the one logger."""
+"""The argument `progress=` of every function that moves bytes, and the logger."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TABLE = jaxadapt.KeyMap(
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A folder with an adapter of this library, one of Orbax, and a base model, none of which is large."""
+    """A folder with a small jaxadapt adapter, a small Orbax adapter and a small base model."""
     monkeypatch.chdir(tmp_path)
     jaxadapt.save(small.adapter(), "peft")
     jaxadapt.save(small.adapter(), "orbax", format="orbax")
@@ -241,7 +241,7 @@ def test_the_logger_is_the_only_one_and_leaves_the_program_its_handlers(root):
 
 
 def test_bars_that_never_began_leave_no_line(monkeypatch, capsys):
-    monkeypatch.setattr(progress, "watched", lambda: True)  # a dumb terminal is one that rich draws nothing on
+    monkeypatch.setattr(progress, "is_watched", lambda: True)  # a dumb terminal is one that rich draws nothing on
     with progress.reporter(True) as report:
         report("read", 3, 12)
     assert capsys.readouterr().err == ""

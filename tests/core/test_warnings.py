@@ -1,4 +1,4 @@
-"""A warning points at the line that called the library, through whatever lies between."""
+"""A warning points at the user's line that called the library, through any frames in between."""
 
 from __future__ import annotations
 

@@ -222,7 +222,7 @@ ODD = {"q.w": np.ones((8, 6)), "q.w_lora_a": np.ones((8, 2)), "q.w_lora_b": np.o
         ("odd.safetensors new --lora-alpha 2", "Say which family the model is with --from$"),
         ("peft x.safetensors --to gemma:gemma3 --like like.safetensors", "pass --concat, which"),
         ("heads.safetensors new --from keras:gemma3 --lora-alpha 6 --like like.safetensors", "Pass --concat: with"),
-        ("pissa x.safetensors --to maxtext:qwen3", "convert it where it was trained"),
+        ("pissa x.safetensors --to maxtext:qwen3", "convert it with the base it was trained on"),
     ],
 )
 def test_errors_on_the_command_line_name_options(words, way_out, tmp_path, monkeypatch):

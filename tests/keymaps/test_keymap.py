@@ -48,8 +48,8 @@ def llama_shapes(layers=3, d=8, inner=12, vocab=16, tied=True, scan=None):
     [
         ("a", "a.weight", "i o", {}, "one '->'"),
         ("a", "a.weight", "i o -> o -> i", {}, "one '->'"),
-        ("a", "a.weight", "i i -> i", {}, "axis 'i' is on the left twice"),
-        ("a", "a.weight", "i o -> o (i i)", {}, "axis 'i' is on the right twice"),
+        ("a", "a.weight", "i i -> i", {}, "axis 'i' occurs twice on the left"),
+        ("a", "a.weight", "i o -> o (i i)", {}, "axis 'i' occurs twice on the right"),
         ("a", "a.weight", "i o -> i", {}, "axis 'o' is only on the left"),
         ("a", "a.weight", "i -> i o", {}, "axis 'o' is only on the right"),
         ("a", "a.weight", "i o -> (o i", {}, "'(' is no axis name"),

@@ -253,7 +253,7 @@ def test_numbers_where_nothing_is_adapted_are_refused_before_a_file_loses_them()
 def test_a_scan_that_does_not_cut_the_numbers_is_refused():
     config, (_, params) = CONFIGS["alphas"], linen(0)
     model = jaxadapt.adapt(nnx_like(params, 0, others=None), config, keymap=table(0), rngs=nnx.Rngs(0))
-    with pytest.raises(AttachError, match=r"jaxadapt\.LayerNumber on axis 0"):
+    with pytest.raises(AttachError, match=r"jaxadapt\.LayerNumber along axis 0"):
         model(x())
     # Where layers differ by zeros alone, no layer needs to know which it is.
     plain = LoraConfig(**FIELDS, target_modules=r"h\.1\.q")
@@ -353,5 +353,5 @@ def test_a_layer_looks_up_its_own_numbers():
     values = PerEntry((1.0, 2.0, 3.0, 4.0), (2,))
     assert values.layers == 2
     assert values.layer_values({"layer": jnp.array([1])}).tolist() == [3, 4]
-    with pytest.raises(AttachError, match=r"here has \[2\] of them"):
+    with pytest.raises(AttachError, match=r"found numbers of shape \[2\]"):
         values.layer_values({"layer": jnp.arange(2)})

@@ -21,9 +21,9 @@ from tests.support import small
 __all__ = ["good"]  # a fixture
 
 CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
-    ({"target_modules": ".*q", "layers_to_transform": [1]}, "layers_to_transform: expected null where target_modules"),
+    ({"target_modules": ".*q", "layers_to_transform": [1]}, "layers_to_transform: expected null if target_modules"),
     ({"target_modules": ".*q", "layers_to_transform": [1], "layers_pattern": "h"}, "layers_pattern: expected null"),
-    ({"target_modules": ["q"], "layers_pattern": "h"}, "layers_pattern: expected null where layers_to_transform is"),
+    ({"target_modules": ["q"], "layers_pattern": "h"}, "layers_pattern: expected null if layers_to_transform is"),
     ({"use_dora": True, "megatron_config": {"a": 1}}, "use_dora: expected false with a megatron_config"),
     ({"lora_bias": True, "use_dora": True}, "lora_bias: expected false with use_dora"),
     ({"lora_bias": True, "init_lora_weights": "pissa"}, "lora_bias: expected false unless init_lora_weights"),

@@ -256,7 +256,7 @@ def test_ia3_has_none_of_it():
 def test_all_linear_leaves_it_out():
     """PEFT would put an adapter on its out_proj that its forward pass never asks for."""
     net = jaxadapt.LoraConfig(target_modules="all-linear")
-    with pytest.raises(jaxadapt.TargetError, match="names nothing"):
+    with pytest.raises(jaxadapt.TargetError, match="matches nothing"):
         jaxadapt.init(net, trees.nest(leaves()), keymap=TABLE)
 
 

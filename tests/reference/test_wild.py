@@ -64,7 +64,7 @@ SIZES: dict[str, dict[str, Any]] = {
 HEADS = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}
 
 REFUSED = {
-    "047": "left out by modules_to_save",  # the head is trained in full already: so PEFT says too
+    "047": "excluded by modules_to_save",  # the head is trained in full already: so PEFT says too
     "123": "use_bdlora",
     "181": "kasa_config begins from more than random numbers",  # `start` does: test_variants
     "226": "enable_lora",

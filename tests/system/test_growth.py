@@ -146,7 +146,7 @@ def test_the_axes_of_a_pattern():
 
     assert pattern.repeated([Axis(f"a{n}") for n in range(1000)]) == []
     assert asked < 10_000
-    assert pattern.parse_pattern("a b -> a b a").problems == ("axis 'a' is on the right twice",)
+    assert pattern.parse_pattern("a b -> a b a").problems == ("axis 'a' occurs twice on the right",)
 
 
 def test_layers_by_the_billion_are_refused():

@@ -78,8 +78,8 @@ def test_every_name_that_the_documentation_translates_is_known(root: Path):
         (lambda: LoraConfig(module_path=".*q"), "it is called target_modules"),
         (lambda: LoraConfig(target_module=["q"]), "it is called target_modules"),
         (lambda: IA3Config(feed_forward_modules=["q"]), "IA3Config has no field.*it is called feedforward_modules"),
-        (lambda: LoraConfig(nonsense=1), r"it has: task_type, .*extra=\{…\}"),
-        (lambda: LoraConfig(8), r"keywords only, such as LoraConfig\(.*=…\)"),
+        (lambda: LoraConfig(nonsense=1), r"its fields are task_type, .*extra=\{…\}"),
+        (lambda: LoraConfig(8), r"keyword arguments only; write for example LoraConfig\(.*=…\)"),
         (lambda: LoraConfig().replace(alpha=2), "it is called lora_alpha"),
     ],
 )
