@@ -291,7 +291,7 @@ def test_a_failing_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(atomic, "flush", full)
+        patch.setattr(atomic, "flush_directory", full)
         with pytest.raises(jaxadapt.FileError, match="No space left"):
             jaxadapt.save(small.adapter(), tmp_path / "out", format="orbax")
     assert names(tmp_path) == []

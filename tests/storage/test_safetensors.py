@@ -333,7 +333,7 @@ def test_truncated_while_reading_ahead(tmp_path: Path, monkeypatch: pytest.Monke
         os.truncate(tmp_path / "f", size - 1)
         return started(source, start)
 
-    monkeypatch.setattr(codec, "Ahead", early)
+    monkeypatch.setattr(codec, "Prefetch", early)
     with (
         codec.open_tensors(tmp_path / "f", ahead=True) as file,
         pytest.raises(FormatError, match="'b': expected .* truncated"),
