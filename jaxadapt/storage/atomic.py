@@ -21,7 +21,6 @@ import secrets
 import shutil
 import stat
 import sys
-from _thread import start_new_thread
 from collections import deque
 from collections.abc import Generator, Sequence
 from itertools import islice
@@ -173,17 +172,17 @@ def _flush(writer: Writer) -> None:
         raise write_error(writer.path, error) from error
 
 
-def _rename(writers: Sequence[Writer]) -> list[int]:
-    """Renames all or none; the large files that were there before, which `_free` closes."""
+def _rename(writers: Sequence[Writer]) -> None:
+    """Rename all temporary files to their targets, or none."""
     there = [os.path.lexists(writer.path) for writer in writers]
     # The last needs no way back: when it has its place, all have theirs.
-    linked = [_linked(writer, needed=writer is not writers[-1]) for writer in writers]
+    links = [*map(_link_original, writers[:-1]), None]
     writer = writers[0]
     try:
         for writer in writers:
             writer.temporary.replace(writer.path)
     except BaseException as error:
-        new = _put_back(writers, there, linked)
+        new = _put_back(writers, there, links)
         if not isinstance(error, OSError):
             raise
         if not new:
@@ -192,17 +191,19 @@ def _rename(writers: Sequence[Writer]) -> list[int]:
         state = f"the new content is already in {', '.join(new)}, and not in {old}; write all of them again"
         raise file_error("write", writer.path, error, state) from error
     finally:
-        freed = [_opened(link) for link in linked if link is not None]
-    return [fd for fd in freed if fd is not None]
+        for link in links:
+            if link is not None:
+                with contextlib.suppress(OSError):  # it was put back
+                    link.unlink()
 
 
-def _put_back(writers: Sequence[Writer], there: Sequence[bool], linked: Sequence[Path | None]) -> list[str]:
+def _put_back(writers: Sequence[Writer], there: Sequence[bool], links: Sequence[Path | None]) -> list[str]:
     """Undoes the renaming of some of the files; the paths where that fails. Where all were renamed all of them stay."""
     renamed = [not os.path.lexists(writer.temporary) for writer in writers]
     if all(renamed):
         return []
     new: list[str] = []
-    for writer, done, was_there, link in zip(writers, renamed, there, linked, strict=True):
+    for writer, done, was_there, link in zip(writers, renamed, there, links, strict=True):
         if not done:
             continue
         try:
@@ -217,53 +218,22 @@ def _put_back(writers: Sequence[Writer], there: Sequence[bool], linked: Sequence
     return new
 
 
-def _linked(writer: Writer, *, needed: bool) -> Path | None:
-    """A second name of the file that is to be replaced: to put it back, or so that the renaming does not wait for the
-    system to free a large one. None: there is no file, it is small and not `needed`, or it cannot have two names.
+def _link_original(writer: Writer) -> Path | None:
+    """Give the file to be replaced a second name, from which it can be restored.
+
+    Return None if there is no such file, or if the file system has no hard links.
     """
-    beside = writer.temporary.with_suffix(".old")
+    link = writer.temporary.with_suffix(".old")
     try:
-        if not needed and Path(writer.path).lstat().st_size < _EARLY:
-            return None
-        os.link(writer.path, beside, follow_symlinks=False)
+        os.link(writer.path, link, follow_symlinks=False)
     except OSError:
         return None
-    return beside
-
-
-def _opened(link: Path) -> int | None:
-    """A file that was replaced, open if it is large; the second name goes."""
-    # By that name: where a file is open by its own, the clients of some network file systems do not rename over it at
-    # one stroke, but put it aside first.
-    fd = None
-    with contextlib.suppress(OSError):  # it was put back, or we may not read it
-        if link.lstat().st_size >= _EARLY:
-            fd = os.open(link, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with contextlib.suppress(OSError):
-        link.unlink()
-    return fd
-
-
-def _free(fd: int | None) -> None:
-    """Closes a file without a name behind the caller: the system takes 10 ms to free 50 MB."""
-    if fd is None:
-        return
-    try:
-        # (`threading` would wait until the thread runs; it then has the core to itself, in the kernel, for 5 ms.)
-        start_new_thread(close_fd, (fd,))
-    except RuntimeError:  # the interpreter is going down and starts no threads
-        close_fd(fd)
+    return link
 
 
 def remove_file(path: Path) -> None:
-    """Removes a file, without waiting for the system to free it. Raises `OSError`."""
-    fd = None
-    with contextlib.suppress(OSError):
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    try:
-        path.unlink()
-    finally:
-        _free(fd)
+    """Delete a file. Raises `OSError`."""
+    path.unlink()
 
 
 @contextlib.contextmanager
@@ -315,7 +285,7 @@ def replacing_all(paths: Sequence[str | os.PathLike[str]]) -> Generator[list[Wri
             yield writers
             for writer in writers:
                 _flush(writer)
-            old = _rename(writers)
+            _rename(writers)
         except BaseException:
             for writer in writers:
                 with contextlib.suppress(OSError):
@@ -329,9 +299,6 @@ def replacing_all(paths: Sequence[str | os.PathLike[str]]) -> Generator[list[Wri
         except OSError as error:
             state = "the new file is in place" if len(targets) == 1 else "the new files are in place"
             raise file_error("flush its directory", targets[0], error, state) from error
-        finally:
-            for fd in old:
-                _free(fd)
     finally:
         close_fd(directory_fd)
 
