@@ -297,8 +297,8 @@ def test_a_failing_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: s
 def test_a_large_file_leaves_the_cache_but_for_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, int]] = []
     monkeypatch.setattr(os, "posix_fadvise", lambda fd, at, size, what: calls.append((at, size)))
-    monkeypatch.setattr(atomic, "_EARLY", 10)
-    monkeypatch.setattr(atomic, "_CACHED", 20)
+    monkeypatch.setattr(atomic, "_WRITEBACK_BYTES", 10)
+    monkeypatch.setattr(atomic, "_CACHED_BYTES", 20)
     with atomic.open_replacement(tmp_path / "f") as writer:
         for _ in range(4):
             writer.write(memoryview(b"x" * 10))
