@@ -144,7 +144,7 @@ def lock_directory(directory: str | os.PathLike[str]) -> Generator[None]:
     """
     fd = None
     if not isinstance(directory, location.Address):
-        with contextlib.suppress(OSError, ValueError):  # whoever writes existed says what is wrong
+        with contextlib.suppress(OSError, ValueError):  # the write itself reports the error
             fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         if fd is not None:
@@ -238,7 +238,7 @@ def _restore(writers: Sequence[Writer], existed: Sequence[bool], links: Sequence
 def _link_original(writer: Writer) -> Path | None:
     """Give the file to be replaced a second name, from which it can be restored.
 
-    Return None if existed is no such file, or if the file system has no hard links.
+    Return None if there is no such file, or if the file system has no hard links.
     """
     link = writer.temporary.with_suffix(".old")
     try:

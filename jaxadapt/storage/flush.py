@@ -81,7 +81,7 @@ def flush_folder_fd(fd: int) -> None:
 
 def write_error(path: str, error: OSError | ValueError) -> FileError:
     """Return the `FileError` for a failed write that left the target unchanged."""
-    return file_error("write", path, error, "the previous content of the path is unchanged")
+    return file_error("write", path, error, "the previous content of the path is untouched")
 
 
 def flush_fd(fd: int) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from jaxadapt.core.errors import FileError, FormatError
 from jaxadapt.storage import location
 from jaxadapt.storage.local_files import file_error
+from jaxadapt.storage.store_errors import translate_errors
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -90,7 +91,7 @@ class RemoteObject:
         fs, inner = self._address.store()
         self._fetched = self._fetched or start > 0 or stop < self.size
         try:
-            with location.translate_errors(self.path, "read"):
+            with translate_errors(self.path, "read"):
                 data = fs.cat_file(inner, start=start, end=stop)
         except FileNotFoundError as error:
             raise FileError(f"{self.path}: it was deleted while it was read") from error
@@ -116,7 +117,7 @@ def fetch_object(address: location.Address) -> tuple[io.FileIO, int]:
     fs, inner = address.store()
     try:
         with tempfile.NamedTemporaryFile(prefix="jaxadapt-") as copy:
-            with location.translate_errors(str(address), "read"):
+            with translate_errors(str(address), "read"):
                 fs.get_file(inner, copy.name)
             return io.FileIO(copy.name, "rb"), held.size
     except OSError as error:
