@@ -377,7 +377,7 @@ def test_a_killed_save_leaves_the_old_or_the_new(kind: str, what: str, started: 
 @pytest.mark.parametrize("call", ["read", "inspect", "read_config", "load"])
 def test_where_nothing_is(call: str, place: str):
     arguments = (small.net(),) if call == "load" else ()
-    with pytest.raises(jaxadapt.FileError, match=f"{place}: nothing is there; expected a folder that holds {CONFIG}"):
+    with pytest.raises(jaxadapt.FileError, match=f"{place}: no such file or folder; expected a folder that holds {CONFIG}"):
         getattr(jaxadapt, call)(place, *arguments)
 
 
