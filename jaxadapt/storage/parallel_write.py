@@ -229,7 +229,7 @@ class _SharedFile:
     def _write(self, part: TensorPart) -> None:
         begin = self._start + self._tensors[part.key].start
         bits = safetensors.little_bits(part.array)
-        strided.write_box(lambda data, at, *cut: self.write_at(data, begin + at, *cut), part.shape, bits, part.box)
+        strided.write_region(lambda data, at, *cut: self.write_at(data, begin + at, *cut), part.shape, bits, part.box)
 
     def write_at(self, data: memoryview, offset: int, run: int = 0, step: int = 0) -> None:
         """Writes all of `data` at an offset in the file; in runs of so many bytes, which begin so far apart."""

@@ -149,7 +149,7 @@ class TensorFile(Mapping[str, "np.ndarray"]):
         """
         info, dtype = self._find(key)
         if self._ahead is not None and self._ahead.take({key: (info.start, info.stop)}):
-            data = self._ahead.at(info.start, info.stop, memory)
+            data = self._ahead.bytes_of(info.start, info.stop, memory)
         else:
             data = local_files.aligned_empty(info.nbytes) if memory is None else memory[: info.nbytes]
             self._source.read_into([(f"tensor {key!r}", data.data)], self.header.data_start + info.start)
@@ -205,7 +205,7 @@ class TensorFile(Mapping[str, "np.ndarray"]):
         def read_at(view: memoryview, offset: int) -> None:
             self._source.read_into([(f"tensor {key!r}", view)], begin + offset)
 
-        return strided.read_box(read_at, info.shape if shape is None else shape, dtype, slices)
+        return strided.read_region(read_at, info.shape if shape is None else shape, dtype, slices)
 
     def read_many(self, keys: Iterable[str], progress: Callable[[int], None] | None = None) -> dict[str, np.ndarray]:
         """The tensors of `keys`, faster than one by one.
@@ -255,7 +255,9 @@ class TensorFile(Mapping[str, "np.ndarray"]):
         spans = {key: (info.start, info.stop) for key, (info, _) in zip(keys, found, strict=True)}
         if self._ahead is not None and self._ahead.take(spans):
             there = self._ahead
-            return [there.at(info.start, info.stop, None).view(dtype).reshape(info.shape) for info, dtype in found]
+            return [
+                there.bytes_of(info.start, info.stop, None).view(dtype).reshape(info.shape) for info, dtype in found
+            ]
         sizes = [info.nbytes for info, _ in found]
         memory = (
             local_files.aligned_empties(sizes)

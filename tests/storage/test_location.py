@@ -267,7 +267,7 @@ def test_an_object_that_is_replaced_while_it_is_read():
     """Of the same size, so that nothing but what the store says of it tells."""
     address = "memory://replaced"
     jaxadapt.write(jaxadapt.to_peft(small.host_adapter(width=800)), address)
-    with pytest.raises(jaxadapt.FormatError, match=f"{WEIGHTS}: it was replaced while it was read; read it again"):  # noqa: PT012, SIM117
+    with pytest.raises(jaxadapt.FormatError, match=f"{WEIGHTS}: the object was replaced while it was read; read it again"):  # noqa: PT012, SIM117
         with safetensors.open_tensors(f"{address}/{WEIGHTS}") as held:
             _ = held[next(iter(held))]
             jaxadapt.write(jaxadapt.to_peft(small.host_adapter(width=800, fill=2)), address)

@@ -304,7 +304,7 @@ def test_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_read_ahead_in_several_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local_files, "BLOCK", 128)
-    monkeypatch.setattr(prefetch, "READ", 256)
+    monkeypatch.setattr(prefetch, "READ_BYTES", 256)
     tensors = {f"{key}": filled((3, 17 + 9 * key), np.dtype("f4"), key) for key in range(9)}
     save(tmp_path / "f", tensors)
     calls: list[int] = []

@@ -309,7 +309,7 @@ def test_loading_an_address_tells_of_what_is_fetched_and_then_of_what_is_loaded(
 def test_private_repositories_need_the_token(hub, saved, monkeypatch):
     pushed(hub, saved, private=True)
     assert hub.repos[REPO].private
-    with pytest.raises(jaxadapt.FileError, match=r"does not open it.*check the name, or log in: `hf auth login`"):
+    with pytest.raises(jaxadapt.FileError, match=r"gives no access to it.*check the name, or log in: `hf auth login`"):
         jaxadapt.pull(REPO)
     assert jaxadapt.pull(REPO, token=hub_server.READ).is_dir()
     monkeypatch.setenv("HF_TOKEN", hub_server.READ)
@@ -402,7 +402,7 @@ def test_addresses_that_are_none(text):
 
 
 def test_addresses_that_contradict_what_is_said_beside_them():
-    with pytest.raises(jaxadapt.FileError, match="revision 'v1', and revision='v2'"):
+    with pytest.raises(jaxadapt.FileError, match="revision 'v1', but revision='v2'"):
         door.parse("org/name@v1", "v2")
     assert door.parse("org/name@v1/sub/more", "v1").subfolder == "sub/more"
 
