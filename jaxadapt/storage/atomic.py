@@ -32,15 +32,8 @@ from jaxadapt.storage.flush import close_fd, flush_directory, flush_fd, flush_fo
 from jaxadapt.storage.local_files import MAX_VIEWS, file_error
 
 __all__ = [
-    "Writer",
-    "lock_directory",
-    "open_replacement",
-    "remove_file",
-    "remove_leftovers",
-    "replacing_all",
-    "staging_folder",
-    "start_writeback",
-    "write_bytes",
+    "Writer", "lock_directory", "open_replacement", "remove_file", "remove_leftovers", "replacing_all",
+    "staging_folder", "start_writeback", "write_bytes",
 ]  # fmt: skip
 
 
