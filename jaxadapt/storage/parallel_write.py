@@ -36,7 +36,7 @@ _LOTS = 4  # write-back lots within that distance
 
 
 class TensorPart(NamedTuple):
-    """A region of one tensor. `shape` is the tensor's, or another for the same bytes in C order; `array` has any layout."""
+    """A region of one tensor: `shape` is the tensor's (or another for the same bytes in C order), `array` any layout."""
 
     key: str
     shape: Sequence[int]
@@ -132,8 +132,8 @@ def write_as_follower(
         differ = sorted(name for name in alike.keys() | theirs.keys() if alike.get(name) != theirs.get(name))
         if differ:
             raise MismatchError(
-                f"{path}: these values differ between the processes, and only one of them can be saved; pass arrays over"
-                " all processes, or gather them (jax.experimental.multihost_utils.process_allgather):\n"
+                f"{path}: these differ between the processes, and only one of them can be saved; pass arrays over all"
+                " processes, or gather them (jax.experimental.multihost_utils.process_allgather):\n"
                 + paths.bullets(differ)
             )
         fd = _open_shared(Path(path).parent / plan["file"], plan["size"])
@@ -235,7 +235,7 @@ class _SharedFile:
         )
 
     def write_at(self, data: memoryview, offset: int, run: int = 0, step: int = 0) -> None:
-        """Write all of `data` at an offset in the file, split into runs of `run` bytes that start `step` bytes apart."""
+        """Write all of `data` at an offset in the file, in runs of `run` bytes that start `step` bytes apart."""
         run = run or len(data)
         self._low = min(self._low, offset)
         self._lot_bytes += len(data)
