@@ -36,7 +36,7 @@ _LOTS = 4  # write-back lots within that distance
 
 
 class TensorPart(NamedTuple):
-    """A region of one tensor: `shape` is the tensor's (or another for the same bytes in C order), `array` any layout."""
+    """One region: `shape` is the tensor's (or another for the same bytes in C order), `array` has any strides."""
 
     key: str
     shape: Sequence[int]

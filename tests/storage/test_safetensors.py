@@ -205,7 +205,7 @@ def test_get_must_keep_its_promise(tmp_path: Path, value: np.ndarray, found: str
         ({"x": ("F32", (True,))}, {}, "integers"),
         ({"x": ("F32", (2**62, 4))}, {}, "overflows"),
         ({"x": (np.dtype("c16"), (1,))}, {}, "complex128"),
-        ({"\ud800": ("F32", ())}, {}, "no text"),
+        ({"\ud800": ("F32", ())}, {}, "not valid text"),
         ({}, {"a": 1}, "expected strings"),
         ({}, {"a": "x" * 100_000_001}, "at most 100000000 bytes"),
     ],
