@@ -33,14 +33,13 @@ from jaxadapt.storage.local_files import MAX_VIEWS, file_error
 
 __all__ = [
     "Writer", "lock_directory", "open_replacement", "remove_file", "remove_leftovers", "replacing_all",
-    "staging_folder", "start_writeback", "write_bytes",
+    "staging_folder", "write_bytes",
 ]  # fmt: skip
 
 
 # Write-back starts each time the page cache holds this many new bytes.
 _WRITEBACK_BYTES = 4 << 20
-# At least this many written bytes stay in the page cache. The rest of a large file is dropped from it, so that it does
-# not push out pages that are read often.
+# Written bytes that stay in the page cache. The rest of a large file is dropped, to keep pages that are read often.
 _CACHED_BYTES = 64 << 20
 
 
@@ -82,13 +81,13 @@ class Writer:
 
     def _start_writeback(self) -> None:
         if self._written - self._started >= _WRITEBACK_BYTES:
-            start_writeback(self.fd, self._started, self._written - self._started)
+            _start_writeback(self.fd, self._started, self._written - self._started)
             self._started = self._written
             if self._written > _CACHED_BYTES:
-                start_writeback(self.fd, 0, self._written - _CACHED_BYTES)
+                _start_writeback(self.fd, 0, self._written - _CACHED_BYTES)
 
 
-def start_writeback(fd: int, offset: int, size: int) -> None:
+def _start_writeback(fd: int, offset: int, size: int) -> None:
     """Start writing a range of a file to the disk, which would otherwise idle until the final fsync."""
     # On this advice, Linux starts to write the range and drops the pages that are already on the disk.
     if sys.platform == "linux":

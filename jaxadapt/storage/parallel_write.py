@@ -12,8 +12,6 @@ import contextlib
 import hashlib
 import json
 import os
-import sys
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -29,10 +27,6 @@ if TYPE_CHECKING:
     import numpy as np
 
 __all__ = ["Parts", "TensorPart", "digest", "write_as_follower", "write_as_leader"]
-
-# Write-back starts this many of the process' own bytes behind: an eighth of its share, within these bounds.
-_NEAR, _FAR = 4 << 20, 64 << 20
-_LOTS = 4  # write-back lots within that distance
 
 
 class TensorPart(NamedTuple):
@@ -86,7 +80,7 @@ def write_as_leader(
         os.ftruncate(writer.fd, header.size)
     except OSError as error:
         raise write_error(path, error) from error
-    file = _SharedFile(writer.fd, path, header.data_start, header.tensors, header.size // group.count)
+    file = _SharedFile(writer.fd, path, header.data_start, header.tensors)
     file.write_at(memoryview(first), 0)
     name = writer.temporary.name
     plan = {"file": name, "size": header.size, "start": header.data_start}
@@ -146,9 +140,7 @@ def write_as_follower(
         try:
             if not common:
                 own_parts = None  # release them before all parts are gathered
-            file = _SharedFile(
-                -1 if fd is None else fd, path, plan["start"], header.tensors, header.size // group.count
-            )
+            file = _SharedFile(-1 if fd is None else fd, path, plan["start"], header.tensors)
             file.write(parts(False) if own_parts is None else own_parts)
             if common:
                 file.flush()
@@ -199,20 +191,11 @@ def _specs_digest(specs: Specs) -> str:
 class _SharedFile:
     """An open file of known layout.
 
-    Write-back starts some distance behind the current position, where the other processes, which write the file in the
-    same order, have probably written too. Otherwise their gaps would split the file into thousands of fragments, which
-    took three times as long to write and seconds to delete. In a small file the distance is short: there are few gaps.
-    Bytes that are `_FAR` behind leave the page cache, as in `atomic.Writer`.
+    Unlike `atomic.Writer`, it does not start write-back early: the gaps of other processes would fragment the file.
     """
 
-    def __init__(self, fd: int, path: str, start: int, tensors: Mapping[str, TensorInfo], share: int) -> None:
-        """Wrap an open file; `share` is the approximate number of bytes that this process writes."""
+    def __init__(self, fd: int, path: str, start: int, tensors: Mapping[str, TensorInfo]) -> None:
         self._fd, self._path, self._start, self._tensors = fd, path, start, tensors
-        lag = min(_FAR, max(_NEAR, share // 8))
-        self._lot, self._cached = lag // _LOTS, max(_LOTS + 1, _FAR * _LOTS // lag)
-        self._lot_bytes = 0  # bytes since the last lot
-        self._behind: deque[tuple[int, int]] = deque()  # (first byte, end) of each lot written
-        self._low, self._high = sys.maxsize, 0
 
     def write(self, parts: Iterator[TensorPart]) -> None:
         """Write all parts. After an error, still exhaust the iterator, since other processes may wait in it."""
@@ -237,32 +220,15 @@ class _SharedFile:
     def write_at(self, data: memoryview, offset: int, run: int = 0, step: int = 0) -> None:
         """Write all of `data` at an offset in the file, in runs of `run` bytes that start `step` bytes apart."""
         run = run or len(data)
-        self._low = min(self._low, offset)
-        self._lot_bytes += len(data)
         fd, pwrite = self._fd, os.pwrite
         try:
             for start in range(0, len(data), run):
                 done = pwrite(fd, data[start : start + run], offset)
                 while done < run:
                     done += pwrite(fd, data[start + done : start + run], offset + done)
-                self._high = max(self._high, offset + run)
                 offset += step
-            if self._lot_bytes >= self._lot:
-                self._finish_lot()
         except OSError as error:
             raise write_error(self._path, error) from error
-
-    def _finish_lot(self) -> None:
-        self._behind.append((self._low, self._high))
-        self._lot_bytes, self._low, self._high = 0, sys.maxsize, 0
-        if len(self._behind) >= _LOTS:
-            self._start_writeback(self._behind[-_LOTS])
-        if len(self._behind) >= self._cached:  # written long ago: leaves the page cache
-            self._start_writeback(self._behind.popleft())
-
-    def _start_writeback(self, lot: tuple[int, int]) -> None:
-        low, high = lot
-        atomic.start_writeback(self._fd, low, high - low)
 
     def flush(self) -> None:
         """Wait until all bytes are on the disk."""

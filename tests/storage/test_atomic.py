@@ -306,37 +306,13 @@ def test_a_large_file_leaves_the_cache_but_for_its_end(tmp_path: Path, monkeypat
     assert calls == [(0, 10), (10, 10), (20, 10), (0, 10), (30, 10), (0, 20)]
 
 
-@pytest.mark.parametrize(
-    ("share", "expected"),
-    [
-        # a lot begins when the next is written; what began first leaves the cache when four are there
-        (50, [(0, 15), (20, 15), (40, 15), (0, 15), (60, 15), (20, 15)]),
-        (320, [(0, 35)]),  # lots of twice the size: an eighth of all is behind
-    ],
-)
-def test_a_file_of_several_processes_goes_to_the_disk_some_way_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: int, expected: list[tuple[int, int]]
-) -> None:
-    calls: list[tuple[int, int]] = []
-    monkeypatch.setattr(os, "posix_fadvise", lambda fd, at, size, what: calls.append((at, size)))
-    monkeypatch.setattr(parallel_write, "_LOTS", 2)
-    monkeypatch.setattr(parallel_write, "_NEAR", 20)
-    monkeypatch.setattr(parallel_write, "_FAR", 40)
-    with (tmp_path / "f").open("wb") as file:
-        place = parallel_write._SharedFile(file.fileno(), "f", 0, {}, share)
-        for at in (0, 20, 40, 60, 80):  # a lot of two rows, between which lie another process' rows
-            place.write_at(memoryview(b"x" * 5), at)
-            place.write_at(memoryview(b"x" * 5), at + 10)
-    assert calls == expected
-
-
 def test_rows_of_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.pwrite
     monkeypatch.setattr(
         os, "pwrite", lambda fd, data, at: real(fd, data[:2], at)
     )  # a system that writes little at once
     with (tmp_path / "f").open("wb") as file:
-        parallel_write._SharedFile(file.fileno(), "f", 0, {}, 0).write_at(memoryview(b"abcdef"), 1, 3, 5)
+        parallel_write._SharedFile(file.fileno(), "f", 0, {}).write_at(memoryview(b"abcdef"), 1, 3, 5)
     assert (tmp_path / "f").read_bytes() == b"\0abc\0\0def"
 
 
