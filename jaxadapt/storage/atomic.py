@@ -70,7 +70,7 @@ class Writer:
                     self.fd, [pending[0][:_WRITEBACK_BYTES]] if large else list(islice(pending, MAX_VIEWS))
                 )
                 self._written += count
-                self._start_writeback()
+                self._advance_writeback()
                 while count:
                     part = pending.popleft()
                     if count < len(part):
@@ -79,7 +79,7 @@ class Writer:
         except OSError as error:
             raise write_error(self.path, error) from error
 
-    def _start_writeback(self) -> None:
+    def _advance_writeback(self) -> None:
         if self._written - self._started >= _WRITEBACK_BYTES:
             _start_writeback(self.fd, self._started, self._written - self._started)
             self._started = self._written
@@ -333,11 +333,11 @@ def _check_target(path: str | os.PathLike[str]) -> str:
 
 @contextlib.contextmanager
 def _upload_all(addresses: Sequence[location.Address]) -> Generator[list[Writer]]:
-    """Do as `replacing_all` for addresses: upload each file whole, one after the other."""
+    """Open a `Writer` for each address. At the end of the block, upload the files one after the other."""
     with contextlib.ExitStack() as stack:
         staged = [stack.enter_context(location.staged_upload(place)) for place in addresses]
         yield [
-            Writer(fd, f"{place} (by way of {temporary.parent})", temporary)
+            Writer(fd, f"{place} (through {temporary.parent})", temporary)
             for place, (fd, temporary) in zip(addresses, staged, strict=True)
         ]
         for number, (place, (fd, _)) in enumerate(zip(addresses, staged, strict=True)):

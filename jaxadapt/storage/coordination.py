@@ -25,11 +25,11 @@ class Group:
     It may be used from another thread than the one that created it, and several may be in use at once.
     """
 
-    def __init__(self, what: str, timeout: float, stages: Sequence[str]) -> None:
+    def __init__(self, action: str, timeout: float, stages: Sequence[str]) -> None:
         """Start the exchange.
 
         Args:
-            what: the action, for messages.
+            action: the action, for messages.
             timeout: the longest wait for one answer, in seconds.
             stages: the names of the messages of process 0, in order.
 
@@ -45,11 +45,11 @@ class Group:
         client: Any = global_state.client
         if client is None:
             raise FileError(
-                f"{what}: cannot use arrays of several processes without JAX's distributed service; call"
+                f"{action}: cannot use arrays of several processes without JAX's distributed service; call"
                 " jax.distributed.initialize() in each process"
             )
         self.index, self.count = jax.process_index(), jax.process_count()
-        self._client, self._what, self._timeout = client, what, timeout
+        self._client, self._action, self._timeout = client, action, timeout
         self._pending = list(stages) if self.index == 0 else []
         self._final = stages[-1]
         number = client.key_value_increment(f"jaxadapt/conversations/{self.index}", 1)
@@ -74,7 +74,7 @@ class Group:
             self._client.key_value_set(self._key(name, self.index), json.dumps(message))
         except RuntimeError as error:  # jax.errors.JaxRuntimeError
             raise FileError(
-                f"{self._what}: process 0 no longer answers; see its log ({str(error).splitlines()[0][:200]})"
+                f"{self._action}: process 0 no longer answers; see its log ({str(error).splitlines()[0][:200]})"
             ) from error
 
     def receive(self, name: str) -> Any:
@@ -112,10 +112,10 @@ class Group:
             message = json.loads(
                 self._client.blocking_key_value_get(self._key(name, process), max(1, int(1000 * wait)))
             )
-        except RuntimeError as error:  # jax.errors.JaxRuntimeError: too late, or the service is gone
+        except RuntimeError as error:  # jax.errors.JaxRuntimeError: too late, or the service does not answer
             waited = time.monotonic() - started
             raise FileError(
-                f"{self._what}: process {process} sent nothing for {waited:.0f} s; check that it is alive, and that"
+                f"{self._action}: process {process} sent nothing for {waited:.0f} s; check that it is alive, and that"
                 f" every process makes this call ({str(error).splitlines()[0][:200]})"
             ) from error
         if "error" in message:

@@ -65,9 +65,9 @@ def _read_header_bytes(source: local_files.Source) -> bytes:
     return _read_exactly(source, int.from_bytes(first, "little"), 8, "header")
 
 
-def _read_exactly(source: local_files.Source, size: int, offset: int, what: str) -> bytes:
+def _read_exactly(source: local_files.Source, size: int, offset: int, label: str) -> bytes:
     buffer = bytearray(size)
-    source.read_into([(what, memoryview(buffer))], offset)
+    source.read_into([(label, memoryview(buffer))], offset)
     return bytes(buffer)
 
 

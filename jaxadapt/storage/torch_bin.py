@@ -338,7 +338,9 @@ def _load(path: str | os.PathLike[str], use: Callable[[_Zip | _Legacy, dict[str,
             raise FormatError(f"{name}: not a valid PyTorch file: {error or type(error).__name__}") from error
         except OSError as error:
             if error.errno == errno.EINVAL:  # a damaged offset, too large to seek to
-                raise FormatError(f"{name}: not a valid PyTorch file: a record lies beyond its end") from error
+                raise FormatError(
+                    f"{name}: not a valid PyTorch file: a record is beyond the end of the file"
+                ) from error
             raise local_files.file_error("read", name, error) from error
 
 
