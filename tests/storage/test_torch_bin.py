@@ -173,7 +173,7 @@ def test_neither_torch_nor_numpy_is_needed_to_look(tmp_path: Path) -> None:
         ),
         (
             {"model": {"w": torch.ones(1)}},
-            "'model': expected a tensor, found a dict; of a training checkpoint",
+            "'model': expected a tensor, found a dict; save only the state dict",
         ),
         ({3: torch.ones(1)}, "3: expected a key of valid text"),
         ({(1, 2): torch.ones(1)}, "keys that are strings"),
@@ -306,7 +306,7 @@ def test_hostile_tensors(tmp_path: Path, name: str) -> None:
     ("data", "message"),
     [
         (b"", "no end|damaged"),
-        (b"\x80\x02.", "a value where there is none"),
+        (b"\x80\x02.", "a value from an empty stack"),
         (b"\x80\x02}q\x00", "damaged|no end"),
         (b"\x80\x02h\x05.", "recalls value 5"),
         (b"\x80\x02t.", "closes a group"),
