@@ -1,1 +1,1 @@
-"""Named tensors as bytes, written durably: safetensors, PyTorch files, Orbax, object stores, the Hugging Face Hub."""
+"""Read and durably write named tensors: safetensors, PyTorch files, Orbax, object stores and the Hugging Face Hub."""

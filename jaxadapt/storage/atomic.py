@@ -1,13 +1,13 @@
-"""Replacing a file durably and atomically: whatever happens, a reader finds the old bytes or the new ones.
+"""Durable, atomic replacement of files: at any moment a reader finds either the old bytes or the new ones.
 
-The new bytes go to a temporary file in the same directory, which is flushed to the disk, renamed over the
-target, and the directory flushed. Files that belong together (`replacing_all`) are all flushed before the first of
-them is renamed. A writer holds a lock on its temporary file: what a killed process left
-behind is therefore known for certain, also on a disk that several machines share, and the next write of the
-same target removes it. A target that is a symbolic link is replaced, not followed: it may point into
-somebody's cache.
+The new bytes go to a temporary file in the same directory. It is flushed to the disk and renamed over the target; then
+the directory is flushed. Files that belong together (`replacing_all`) are all flushed before the first rename.
 
-An address (see `places`) is replaced by one PUT of the store, which is as atomic; nothing is swept there.
+A writer holds a lock on its temporary file. An unlocked temporary file is therefore a leftover of a killed writer, even
+on a disk that several machines share, and the next write of the same target removes it. A target that is a symbolic
+link is replaced, not followed: it may point into a cache.
+
+An address (see `location`) is replaced by one PUT of the store, which is also atomic and leaves no leftovers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import secrets
 import shutil
 import stat
 import sys
-from _thread import start_new_thread
 from collections import deque
 from collections.abc import Generator, Sequence
 from itertools import islice
@@ -33,30 +32,28 @@ from jaxadapt.storage.flush import close_fd, flush_directory, flush_fd, flush_fo
 from jaxadapt.storage.local_files import MAX_VIEWS, file_error
 
 __all__ = [
-    "Writer",
-    "lock_directory",
-    "open_replacement",
-    "remove_file",
-    "remove_leftovers",
-    "replacing_all",
-    "staging_folder",
-    "start_writeback",
-    "write_bytes",
+    "Writer", "lock_directory", "open_replacement", "remove_file", "remove_leftovers", "replacing_all",
+    "staging_folder", "write_bytes",
 ]  # fmt: skip
 
 
-# The disk is set to work each time this many bytes have gathered in the page cache.
-_EARLY = 4 << 20
-# How much of what was written stays in the page cache at least. Of a large file the rest makes room: it would push out
-# what is read again and again, and pages that were used a moment ago are several times faster than others.
-_CACHED = 64 << 20
+# Write-back starts each time the page cache holds this many new bytes.
+_WRITEBACK_BYTES = 4 << 20
+# Written bytes that stay in the page cache. The rest of a large file is dropped, to keep pages that are read often.
+_CACHED_BYTES = 64 << 20
 
 
 class Writer:
     """The open temporary file of a replacement."""
 
     def __init__(self, fd: int, path: str, temporary: Path) -> None:
-        """`path` is the target, for messages; `temporary` the file that is open."""
+        """Wrap an open file.
+
+        Args:
+            fd: the descriptor of the temporary file.
+            path: the target, for messages.
+            temporary: the path of the temporary file.
+        """
         self.fd = fd
         self.path = path
         self.temporary = temporary
@@ -64,14 +61,16 @@ class Writer:
         self._started = 0
 
     def write(self, *parts: memoryview) -> None:
-        """Appends contiguous bytes, one part after the other; an `OSError` becomes a `FileError`."""
+        """Append contiguous bytes, one part after the other. Raises `FileError` for an `OSError`."""
         pending = deque(part for part in parts if len(part))
         try:
             while pending:
-                large = len(pending[0]) > _EARLY
-                count = os.writev(self.fd, [pending[0][:_EARLY]] if large else list(islice(pending, MAX_VIEWS)))
+                large = len(pending[0]) > _WRITEBACK_BYTES
+                count = os.writev(
+                    self.fd, [pending[0][:_WRITEBACK_BYTES]] if large else list(islice(pending, MAX_VIEWS))
+                )
                 self._written += count
-                self._start_writeback()
+                self._advance_writeback()
                 while count:
                     part = pending.popleft()
                     if count < len(part):
@@ -80,17 +79,17 @@ class Writer:
         except OSError as error:
             raise write_error(self.path, error) from error
 
-    def _start_writeback(self) -> None:
-        if self._written - self._started >= _EARLY:
-            start_writeback(self.fd, self._started, self._written - self._started)
+    def _advance_writeback(self) -> None:
+        if self._written - self._started >= _WRITEBACK_BYTES:
+            _start_writeback(self.fd, self._started, self._written - self._started)
             self._started = self._written
-            if self._written > _CACHED:
-                start_writeback(self.fd, 0, self._written - _CACHED)
+            if self._written > _CACHED_BYTES:
+                _start_writeback(self.fd, 0, self._written - _CACHED_BYTES)
 
 
-def start_writeback(fd: int, offset: int, size: int) -> None:
-    """Sets the disk to work on a range; without this it idles until the final fsync."""
-    # Linux answers the advice by starting to write the range, and drops from its cache what is on the disk already.
+def _start_writeback(fd: int, offset: int, size: int) -> None:
+    """Start writing a range of a file to the disk, which would otherwise idle until the final fsync."""
+    # On this advice, Linux starts to write the range and drops the pages that are already on the disk.
     if sys.platform == "linux":
         os.posix_fadvise(fd, offset, size, os.POSIX_FADV_DONTNEED)
 
@@ -98,15 +97,18 @@ def start_writeback(fd: int, offset: int, size: int) -> None:
 def _lock(fd: int, *, wait: bool) -> bool:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # held by its writer, or a file system without locks: then nothing is ever swept
+    except OSError:  # locked by its writer; or a file system without locks, where leftovers are never removed
         return False
     return True
 
 
 def remove_leftovers(directory: str | os.PathLike[str], names: str, *, folders: bool = False) -> None:
-    """Removes what killed writers left of targets whose names match `names`, a regular expression. Best effort.
+    """Remove the leftovers of killed writers, as far as possible.
 
-    `folders`: what `staging_folder` leaves, besides the files.
+    Args:
+        directory: the directory of the targets.
+        names: a regular expression that the targets' names match.
+        folders: also remove leftover folders of `staging_folder`.
     """
     pattern = re.compile(rf"\.(?:{names})\.\d+\.[0-9a-f]{{16}}\.(?:tmp|old)", re.DOTALL)
     with contextlib.suppress(OSError):
@@ -117,7 +119,7 @@ def remove_leftovers(directory: str | os.PathLike[str], names: str, *, folders: 
                 folder = stat.S_ISDIR(stale.lstat().st_mode)
                 if folder and not folders:
                     continue
-                # a folder opens for reading only, and is locked all the same
+                # A folder opens only for reading, which is enough to lock it.
                 fd = os.open(stale, (os.O_RDONLY if folder else os.O_RDWR) | os.O_NOFOLLOW | os.O_NONBLOCK)
                 try:
                     if (folder or stat.S_ISREG(os.fstat(fd).st_mode)) and _lock(fd, wait=False):
@@ -128,12 +130,13 @@ def remove_leftovers(directory: str | os.PathLike[str], names: str, *, folders: 
 
 @contextlib.contextmanager
 def lock_directory(directory: str | os.PathLike[str]) -> Generator[None]:
-    """Waits until no other writer is in this block for the same directory: for what replaces several files that belong
-    together. Where a file system locks no directories (an object store, some networks') nothing is waited for.
+    """Hold an exclusive lock on a directory, for writers that replace several files that belong together.
+
+    Does nothing where directories cannot be locked (object stores, some network file systems).
     """
     fd = None
     if not isinstance(directory, location.Address):
-        with contextlib.suppress(OSError, ValueError):  # whoever writes there says what is wrong
+        with contextlib.suppress(OSError, ValueError):  # the write itself reports the error
             fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         if fd is not None:
@@ -142,17 +145,19 @@ def lock_directory(directory: str | os.PathLike[str]) -> Generator[None]:
     finally:
         if fd is not None:
             with contextlib.suppress(OSError):
-                fcntl.flock(fd, fcntl.LOCK_UN)  # not by closing alone: a process forked meanwhile has it open as well
+                fcntl.flock(
+                    fd, fcntl.LOCK_UN
+                )  # closing is not enough: a process forked meanwhile shares the descriptor
             close_fd(fd)
 
 
-def _create(directory: str, name: str) -> tuple[Path, int]:
+def _create_temporary(directory: str, name: str) -> tuple[Path, int]:
     while True:
         temporary = Path(directory) / f".{name}.{os.getpid()}.{secrets.token_hex(8)}.tmp"
-        # mode 0666: the kernel takes the umask off, which Python can only read by changing it for all threads
+        # Mode 0666: the kernel applies the umask, which Python can only read by changing it for all threads.
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
-            # Between our open and our lock another writer may have taken the lock, to sweep the file away.
+            # Before we lock it, another writer may lock the file and remove it as a leftover.
             _lock(fd, wait=True)
             if os.fstat(fd).st_nlink:
                 return temporary, fd
@@ -163,27 +168,27 @@ def _create(directory: str, name: str) -> tuple[Path, int]:
         close_fd(fd)
 
 
-def _flush(writer: Writer) -> None:
+def _flush_writer(writer: Writer) -> None:
     try:
         flush_fd(writer.fd)
-        # Some file systems (FUSE, NFS) report a failed write on closing only. A duplicate is closed, since the lock
-        # must last until the file has its name.
+        # Some file systems (FUSE, NFS) report a failed write only on close. Close a duplicate, since the lock must
+        # last until the file is renamed.
         os.close(os.dup(writer.fd))
     except OSError as error:
         raise write_error(writer.path, error) from error
 
 
-def _rename(writers: Sequence[Writer]) -> list[int]:
-    """Renames all or none; the large files that were there before, which `_free` closes."""
-    there = [os.path.lexists(writer.path) for writer in writers]
-    # The last needs no way back: when it has its place, all have theirs.
-    linked = [_linked(writer, needed=writer is not writers[-1]) for writer in writers]
+def _rename_all(writers: Sequence[Writer]) -> None:
+    """Rename all temporary files to their targets, or none."""
+    existed = [os.path.lexists(writer.path) for writer in writers]
+    # The last target needs no backup: once it is renamed, all are.
+    links = [*map(_link_original, writers[:-1]), None]
     writer = writers[0]
     try:
         for writer in writers:
             writer.temporary.replace(writer.path)
     except BaseException as error:
-        new = _put_back(writers, there, linked)
+        new = _restore(writers, existed, links)
         if not isinstance(error, OSError):
             raise
         if not new:
@@ -192,23 +197,28 @@ def _rename(writers: Sequence[Writer]) -> list[int]:
         state = f"the new content is already in {', '.join(new)}, and not in {old}; write all of them again"
         raise file_error("write", writer.path, error, state) from error
     finally:
-        freed = [_opened(link) for link in linked if link is not None]
-    return [fd for fd in freed if fd is not None]
+        for link in links:
+            if link is not None:
+                with contextlib.suppress(OSError):  # it was put back
+                    link.unlink()
 
 
-def _put_back(writers: Sequence[Writer], there: Sequence[bool], linked: Sequence[Path | None]) -> list[str]:
-    """Undoes the renaming of some of the files; the paths where that fails. Where all were renamed all of them stay."""
+def _restore(writers: Sequence[Writer], existed: Sequence[bool], links: Sequence[Path | None]) -> list[str]:
+    """Restore the files that were already renamed, unless all of them were.
+
+    Return the paths that could not be restored.
+    """
     renamed = [not os.path.lexists(writer.temporary) for writer in writers]
     if all(renamed):
         return []
     new: list[str] = []
-    for writer, done, was_there, link in zip(writers, renamed, there, linked, strict=True):
+    for writer, done, was_present, link in zip(writers, renamed, existed, links, strict=True):
         if not done:
             continue
         try:
             if link is not None:
                 link.replace(writer.path)
-            elif was_there:  # the file system has no links
+            elif was_present:  # the file system has no hard links
                 new.append(writer.path)
             else:
                 Path(writer.path).unlink()
@@ -217,63 +227,32 @@ def _put_back(writers: Sequence[Writer], there: Sequence[bool], linked: Sequence
     return new
 
 
-def _linked(writer: Writer, *, needed: bool) -> Path | None:
-    """A second name of the file that is to be replaced: to put it back, or so that the renaming does not wait for the
-    system to free a large one. None: there is no file, it is small and not `needed`, or it cannot have two names.
+def _link_original(writer: Writer) -> Path | None:
+    """Give the file to be replaced a second name, from which it can be restored.
+
+    Return None if there is no such file, or if the file system has no hard links.
     """
-    beside = writer.temporary.with_suffix(".old")
+    link = writer.temporary.with_suffix(".old")
     try:
-        if not needed and Path(writer.path).lstat().st_size < _EARLY:
-            return None
-        os.link(writer.path, beside, follow_symlinks=False)
+        os.link(writer.path, link, follow_symlinks=False)
     except OSError:
         return None
-    return beside
-
-
-def _opened(link: Path) -> int | None:
-    """A file that was replaced, open if it is large; the second name goes."""
-    # By that name: where a file is open by its own, the clients of some network file systems do not rename over it at
-    # one stroke, but put it aside first.
-    fd = None
-    with contextlib.suppress(OSError):  # it was put back, or we may not read it
-        if link.lstat().st_size >= _EARLY:
-            fd = os.open(link, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with contextlib.suppress(OSError):
-        link.unlink()
-    return fd
-
-
-def _free(fd: int | None) -> None:
-    """Closes a file without a name behind the caller: the system takes 10 ms to free 50 MB."""
-    if fd is None:
-        return
-    try:
-        # (`threading` would wait until the thread runs; it then has the core to itself, in the kernel, for 5 ms.)
-        start_new_thread(close_fd, (fd,))
-    except RuntimeError:  # the interpreter is going down and starts no threads
-        close_fd(fd)
+    return link
 
 
 def remove_file(path: Path) -> None:
-    """Removes a file, without waiting for the system to free it. Raises `OSError`."""
-    fd = None
-    with contextlib.suppress(OSError):
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    try:
-        path.unlink()
-    finally:
-        _free(fd)
+    """Delete a file. Raises `OSError`."""
+    path.unlink()
 
 
 @contextlib.contextmanager
 def open_replacement(path: str | os.PathLike[str]) -> Generator[Writer]:
-    """A `Writer` for the new content; on leaving the block without an exception it becomes `path`.
+    """Open a `Writer` whose content replaces `path` when the block ends without an exception.
 
-    On any exception the temporary file is removed and `path` is as it was.
+    After an exception the temporary file is removed and `path` is unchanged.
 
     Raises:
-        FileError: no space, no permission, the path is a directory, its parent is missing, …
+        FileError: no space, no permission, the path is a directory, or its parent is missing.
     """
     with replacing_all([path]) as (writer,):
         yield writer
@@ -281,17 +260,18 @@ def open_replacement(path: str | os.PathLike[str]) -> Generator[Writer]:
 
 @contextlib.contextmanager
 def replacing_all(paths: Sequence[str | os.PathLike[str]]) -> Generator[list[Writer]]:
-    """A `Writer` for each of several files of one folder that belong together; as `open_replacement`.
+    """Open a `Writer` for each of several files of one folder that belong together; see `open_replacement`.
 
-    On leaving the block all are flushed, then renamed in the order given, then the folder is flushed. If a renaming
-    fails, the files before it are put back; an error says so where they cannot be, as in an object store.
+    At the end of the block all files are flushed, then renamed in the order given, then the folder is flushed. If a
+    rename fails, the files renamed before it are restored. Where they cannot be restored (in an object store, for
+    example), the error says so.
     """
     addresses = [place for path in paths if isinstance(place := location.to_location(path), location.Address)]
     if addresses:
-        with _putting(addresses) as writers:
+        with _upload_all(addresses) as writers:
             yield writers
         return
-    targets = [_target(path) for path in paths]
+    targets = [_check_target(path) for path in paths]
     directory = os.path.split(targets[0])[0] or "."
     try:
         directory_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
@@ -308,14 +288,14 @@ def replacing_all(paths: Sequence[str | os.PathLike[str]]) -> Generator[list[Wri
                 name = os.path.split(target)[1]
                 remove_leftovers(directory, re.escape(name))
                 try:
-                    temporary, fd = _create(directory, name)
+                    temporary, fd = _create_temporary(directory, name)
                 except (OSError, ValueError) as error:
                     raise write_error(target, error) from error
                 writers.append(Writer(fd, target, temporary))
             yield writers
             for writer in writers:
-                _flush(writer)
-            old = _rename(writers)
+                _flush_writer(writer)
+            _rename_all(writers)
         except BaseException:
             for writer in writers:
                 with contextlib.suppress(OSError):
@@ -329,15 +309,12 @@ def replacing_all(paths: Sequence[str | os.PathLike[str]]) -> Generator[list[Wri
         except OSError as error:
             state = "the new file is in place" if len(targets) == 1 else "the new files are in place"
             raise file_error("flush its directory", targets[0], error, state) from error
-        finally:
-            for fd in old:
-                _free(fd)
     finally:
         close_fd(directory_fd)
 
 
-def _target(path: str | os.PathLike[str]) -> str:
-    """The path of a file that may be written, as text."""
+def _check_target(path: str | os.PathLike[str]) -> str:
+    """Return the target as text. Raises `FileError` if it is a directory or cannot be checked."""
     target = os.fspath(path)  # a Path would lose the slash at its end
     if "://" in target:
         target = str(location.to_location(path))
@@ -346,21 +323,21 @@ def _target(path: str | os.PathLike[str]) -> str:
     try:
         folder = folder or stat.S_ISDIR(os.stat(target).st_mode)  # noqa: PTH116 (a Path would lose the slash)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        # A link that leads nowhere, or round in a loop, is replaced.
+        # A dangling or circular symbolic link is replaced.
         if not isinstance(error, OSError) or error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
             raise write_error(target, error) from error
     if folder:
-        raise FileError(f"{target}: cannot write: expected the path of a file, found a directory")
+        raise FileError(f"{target}: cannot write: expected the path of a file, found a directory; add a file name")
     return target
 
 
 @contextlib.contextmanager
-def _putting(addresses: Sequence[location.Address]) -> Generator[list[Writer]]:
-    """As `replacing_all`, where each is put as a whole, one after the other."""
+def _upload_all(addresses: Sequence[location.Address]) -> Generator[list[Writer]]:
+    """Open a `Writer` for each address. At the end of the block, upload the files one after the other."""
     with contextlib.ExitStack() as stack:
         staged = [stack.enter_context(location.staged_upload(place)) for place in addresses]
         yield [
-            Writer(fd, f"{place} (by way of {temporary.parent})", temporary)
+            Writer(fd, f"{place} (through {temporary.parent})", temporary)
             for place, (fd, temporary) in zip(addresses, staged, strict=True)
         ]
         for number, (place, (fd, _)) in enumerate(zip(addresses, staged, strict=True)):
@@ -376,7 +353,7 @@ def _putting(addresses: Sequence[location.Address]) -> Generator[list[Writer]]:
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Replaces the content of `path` by `data`, durably and atomically.
+    """Replace the content of `path` with `data`, durably and atomically.
 
     Raises:
         FileError: see `open_replacement`.
@@ -390,24 +367,24 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
 
 @contextlib.contextmanager
 def staging_folder(path: str | os.PathLike[str]) -> Generator[Path]:
-    """Where another library can make a folder that is to become `path`: a name in a folder of this process alone.
+    """Return a path, in a private temporary folder, at which another library can create the future `path`.
 
-    The caller renames it to `path`. On leaving, the directory of `path` is flushed and whatever was not renamed is
-    removed; what a killed process left is removed by the next writer beside it.
+    The caller renames the result to `path`. At the end of the block the directory of `path` is flushed and the
+    temporary folder is removed. The next writer in the same directory removes leftovers of a killed process.
 
     Raises:
-        FileError: no permission, the parent is missing, …
+        FileError: no permission, or the parent is missing.
     """
     target = Path(path)
     try:
-        # Of any target: who was killed between the renaming and the tidying up has no next writer of the same path.
+        # For any target: a process killed between renaming and cleaning up has no next writer of the same path.
         remove_leftovers(target.parent, ".+", folders=True)
         while True:
             holder = target.parent / f".{target.name}.{os.getpid()}.{secrets.token_hex(8)}.tmp"
             holder.mkdir()
             fd = os.open(holder, os.O_RDONLY | os.O_DIRECTORY)
             _lock(fd, wait=True)
-            if os.path.lexists(holder):  # not swept between our mkdir and our lock
+            if os.path.lexists(holder):  # not removed as a leftover between our mkdir and our lock
                 break
             close_fd(fd)
     except (OSError, ValueError) as error:

@@ -1,7 +1,7 @@
-"""The processes of one job talking: short messages through JAX's own coordination service, awaited in bounded time.
+"""Coordination of the processes of one job: short messages through JAX's coordination service, with timeouts.
 
-Process 0 leads, the others follow. Nothing passes through devices, so a process that has died cannot hold up the rest
-longer than the timeout (and JAX itself ends the others when it misses the heartbeats of one).
+Process 0 is the leader, the others are followers. No message passes through devices, so a process that has died delays
+the others by at most the timeout. (JAX itself ends the others when it misses heartbeats of one process.)
 """
 
 from __future__ import annotations
@@ -16,96 +16,107 @@ from jaxadapt.core.errors import FileError
 
 __all__ = ["Group"]
 
-_LONGEST = 4000  # characters of an error that is passed on
+_MAX_ERROR = 4000  # characters of an error that is sent to other processes
 
 
 class Group:
-    """One conversation, in which every process takes part once: the n-th of each process belong together.
+    """One exchange of messages between all processes. The n-th `Group` of each process belongs to the same exchange.
 
-    It may go on in another thread than the one it was begun in, beside others.
+    It may be used from another thread than the one that created it, and several may be in use at once.
     """
 
-    def __init__(self, what: str, timeout: float, stages: Sequence[str]) -> None:
-        """`what` is being done, for messages.
+    def __init__(self, action: str, timeout: float, stages: Sequence[str]) -> None:
+        """Start the exchange.
 
-        `timeout` is how long one answer may take, in seconds; `stages` what process 0 will say, in this order.
+        Args:
+            action: the action, for messages.
+            timeout: the longest wait for one answer, in seconds.
+            stages: the names of the messages of process 0, in order.
+
+        Raises:
+            FileError: JAX's distributed service is not initialised.
         """
         import jax
 
-        # The one place with a private name: what `jax.distributed.initialize` sets up has no public one, and device
-        # collectives, the public way, wait for ever. Orbax does the same.
+        # A private name: the client of `jax.distributed.initialize` has no public one, and device collectives, the
+        # public alternative, wait without a timeout. Orbax uses the same name.
         from jax._src.distributed import global_state
 
         client: Any = global_state.client
         if client is None:
-            raise FileError(f"{what}: arrays of several processes need jax.distributed.initialize() in each of them")
+            raise FileError(
+                f"{action}: cannot use arrays of several processes without JAX's distributed service; call"
+                " jax.distributed.initialize() in each process"
+            )
         self.index, self.count = jax.process_index(), jax.process_count()
-        self._client, self._what, self._timeout = client, what, timeout
-        self._due = list(stages) if self.index == 0 else []
-        self._last = stages[-1]
+        self._client, self._action, self._timeout = client, action, timeout
+        self._pending = list(stages) if self.index == 0 else []
+        self._final = stages[-1]
         number = client.key_value_increment(f"jaxadapt/conversations/{self.index}", 1)
         self._prefix = f"jaxadapt/conversation/{number}"
 
     def send(self, name: str, value: Any = None) -> None:
-        """Says something (any JSON value): to all from process 0, to process 0 from any other."""
+        """Send a JSON value: from process 0 to all others, from any other process to process 0."""
         if self.index == 0:
-            self._due.remove(name)
-        self._say(name, {"value": value})
+            self._pending.remove(name)
+        self._publish(name, {"value": value})
 
     def send_failure(self, error: BaseException, name: str | None = None) -> None:
-        """Says that it failed, in the place of `name`, or of what process 0 would have said next."""
-        if name is None and not self._due:
+        """Send an error in place of the message `name`; without a name, of the next message of process 0."""
+        if name is None and not self._pending:
             return
-        message = {"error": (str(error) or repr(error))[:_LONGEST]}
+        message = {"error": (str(error) or repr(error))[:_MAX_ERROR]}
         with contextlib.suppress(FileError):  # the error itself is raised
-            self._say(self._due.pop(0) if name is None else name, message)
+            self._publish(self._pending.pop(0) if name is None else name, message)
 
-    def _say(self, name: str, message: Any) -> None:
+    def _publish(self, name: str, message: Any) -> None:
         try:
             self._client.key_value_set(self._key(name, self.index), json.dumps(message))
         except RuntimeError as error:  # jax.errors.JaxRuntimeError
-            raise FileError(f"{self._what}: process 0 is gone ({str(error).splitlines()[0][:200]})") from error
+            raise FileError(
+                f"{self._action}: process 0 no longer answers; see its log ({str(error).splitlines()[0][:200]})"
+            ) from error
 
     def receive(self, name: str) -> Any:
-        """What process 0 says. Raises `FileError` if it failed, or says nothing in twice the time.
+        """Return the value that process 0 sent. Raises `FileError` if it failed, or sent nothing within 2 x timeout.
 
-        (It may have to wait for one that is gone itself, before it can tell the rest which it is.)
+        (Process 0 may itself wait one timeout for a dead process before it can report it.)
         """
-        value = self._hear(name, 0, 2 * self._timeout)
-        if name == self._last:  # who leaves last switches off the light; process 0 has left with this
+        value = self._wait_for(name, 0, 2 * self._timeout)
+        if name == self._final:  # the last process deletes the messages; process 0 has finished with this one
             with contextlib.suppress(RuntimeError):
                 if self._client.key_value_increment(f"{self._prefix}/heard", 1) == self.count - 1:
                     self._client.key_value_delete(self._prefix)
         return value
 
     def receive_all(self, name: str) -> dict[int, Any]:
-        """What each of the others says. Raises one `FileError` naming all that failed or say nothing in time."""
+        """Return the value of each other process. Raises one `FileError` naming all that failed or were too late."""
         deadline = time.monotonic() + self._timeout
-        heard: dict[int, Any] = {}
+        values: dict[int, Any] = {}
         problems: list[str] = []
         for process in range(1, self.count):
             try:
-                heard[process] = self._hear(name, process, deadline - time.monotonic())
+                values[process] = self._wait_for(name, process, deadline - time.monotonic())
             except FileError as error:
                 problems.append(str(error))
         if problems:
             raise FileError("; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if problems[8:] else ""))
-        return heard
+        return values
 
     def _key(self, name: str, process: int) -> str:
         return f"{self._prefix}/{name}/{process}"
 
-    def _hear(self, name: str, process: int, wait: float) -> Any:
-        began = time.monotonic()
+    def _wait_for(self, name: str, process: int, wait: float) -> Any:
+        started = time.monotonic()
         try:
             message = json.loads(
                 self._client.blocking_key_value_get(self._key(name, process), max(1, int(1000 * wait)))
             )
-        except RuntimeError as error:  # jax.errors.JaxRuntimeError: too late, or the service is gone
-            waited = time.monotonic() - began
+        except RuntimeError as error:  # jax.errors.JaxRuntimeError: too late, or the service does not answer
+            waited = time.monotonic() - started
             raise FileError(
-                f"{self._what}: process {process} said nothing for {waited:.0f} s: is it alive, and did every process"
-                f" make this call? ({str(error).splitlines()[0][:200]})"
+                f"{self._action}: process {process} sent nothing for {waited:.0f} s; check that it is alive, and that"
+                f" every process makes this call ({str(error).splitlines()[0][:200]})"
             ) from error
         if "error" in message:
             raise FileError(f"process {process}: {message['error']}")

@@ -1,4 +1,4 @@
-"""The types of tensors: safetensors' names for them, and numpy's. numpy comes in when it is asked for."""
+"""Dtypes of tensors by safetensors' names and by numpy's. numpy is imported only when it is needed."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _ML_DTYPES = {
     "BF16": "bfloat16", "F8_E5M2": "float8_e5m2", "F8_E4M3": "float8_e4m3fn", "F8_E8M0": "float8_e8m0fnu",
     "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz",
 }  # fmt: skip
-NAMES = {name: code for table in (_NUMPY, _ML_DTYPES) for code, name in table.items()}
+NAMES = {name: code for names in (_NUMPY, _ML_DTYPES) for code, name in names.items()}
 
 
 @functools.cache
 def numpy_dtype(name: str) -> np.dtype:
-    """The numpy dtype of a safetensors dtype name.
+    """Return the numpy dtype of a safetensors dtype name.
 
     Raises:
-        FormatError: numpy has none (the 4- and 6-bit types, which share bytes).
+        FormatError: numpy has no such dtype (the 4- and 6-bit types, whose elements share bytes).
 
     >>> numpy_dtype("BF16"), numpy_dtype("F32")
     (dtype(bfloat16), dtype('float32'))
@@ -41,14 +41,14 @@ def numpy_dtype(name: str) -> np.dtype:
         import ml_dtypes
 
         return np.dtype(getattr(ml_dtypes, _ML_DTYPES[name]))
-    raise FormatError(f"dtype {name}: expected one of {', '.join([*_NUMPY, *_ML_DTYPES])}; no array can hold it")
+    raise FormatError(f"dtype {name}: no numpy array can hold it; expected one of {', '.join([*_NUMPY, *_ML_DTYPES])}")
 
 
 def dtype_name(dtype: npt.DTypeLike) -> str:
-    """The safetensors name of a numpy dtype, in either byte order.
+    """Return the safetensors name of a numpy dtype of either byte order.
 
     Raises:
-        FileError: the format has no such type.
+        FileError: the format has no such dtype.
 
     >>> dtype_name("float16")
     'F16'
@@ -62,7 +62,7 @@ def dtype_name(dtype: npt.DTypeLike) -> str:
 
 
 def can_hold(dtype: npt.DTypeLike) -> bool:
-    """Whether the format has this type."""
+    """Return True if safetensors files can hold this dtype."""
     import numpy as np
 
     return np.dtype(dtype).name in NAMES

@@ -1,4 +1,4 @@
-"""Folders made and flushed to the disk, so that what is in them survives a crash."""
+"""Creating folders and flushing files to the disk, so that they survive a crash."""
 
 from __future__ import annotations
 
@@ -14,36 +14,35 @@ from jaxadapt.storage.local_files import file_error
 
 
 def make_folder(folder: Path) -> list[Path]:
-    """Makes a folder and those above it where they are missing; those that are new, innermost first.
-
-    They are on the disk when this returns.
+    """Create a folder and its missing parents durably. Return the new folders, innermost first.
 
     Raises:
-        FileError: no permission, a part of the path is a file, …; then none of them is there.
+        FileError: no permission, or a part of the path is a file. Then no new folder remains.
     """
     new = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path in new:
-            # A folder that may be written to need not be readable, and one that cannot be opened cannot be flushed.
+            # A writable folder need not be readable, and a folder that cannot be opened cannot be flushed.
             with contextlib.suppress(PermissionError):
                 flush_directory(path.parent)
     except (OSError, ValueError) as error:
         for path in new:
             with contextlib.suppress(OSError, ValueError):
                 path.rmdir()
-        raise file_error("make the folder", str(folder), error, "choose another path") from error
+        raise file_error("create the folder", str(folder), error, "choose another path") from error
     return new
 
 
-def flush_tree(folder: Path, named: Path) -> None:
-    """Flushes every file and directory under a folder to the disk.
+def flush_tree(folder: Path, display_path: Path) -> None:
+    """Flush every file and directory under a folder to the disk.
 
     Args:
-        named: what errors call the folder.
+        folder: the folder to flush.
+        display_path: the name of the folder in errors.
 
     Raises:
-        FileError: the disk refused.
+        FileError: the disk reports an error.
     """
 
     def fail(error: OSError) -> None:
@@ -59,10 +58,11 @@ def flush_tree(folder: Path, named: Path) -> None:
                     close_fd(fd)
             flush_directory(Path(directory))
     except OSError as error:
-        raise write_error(str(named), error) from error
+        raise write_error(str(display_path), error) from error
 
 
 def flush_directory(directory: Path) -> None:
+    """Flush the entries of a directory to the disk. Raises `OSError`."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         flush_folder_fd(fd)
@@ -71,21 +71,23 @@ def flush_directory(directory: Path) -> None:
 
 
 def flush_folder_fd(fd: int) -> None:
+    """Flush an open directory, if its file system can. Raises `OSError`."""
     try:
         os.fsync(fd)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems flush no directories
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot flush directories
             raise
 
 
 def write_error(path: str, error: OSError | ValueError) -> FileError:
-    return file_error("write", path, error, "what the path held before is untouched")
+    """Return the `FileError` for a failed write that left the target unchanged."""
+    return file_error("write", path, error, "the previous content of the path is untouched")
 
 
 def flush_fd(fd: int) -> None:
-    """Waits until the bytes of a file are on the disk; raises `OSError`."""
+    """Wait until the bytes of a file are on the disk. Raises `OSError`."""
     if sys.platform == "darwin":
-        # there fsync() only reaches the drive's own cache
+        # On macOS, fsync() only reaches the drive's own cache.
         with contextlib.suppress(OSError):
             fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
             return
@@ -93,6 +95,6 @@ def flush_fd(fd: int) -> None:
 
 
 def close_fd(fd: int) -> None:
-    """Closes a descriptor that nothing was written to since it was flushed: an error would say nothing of the data."""
+    """Close a descriptor to which nothing was written since its last flush, ignoring errors: the data is safe."""
     with contextlib.suppress(OSError):
         os.close(fd)

@@ -1,10 +1,10 @@
-"""The Hugging Face Hub: the only door to `huggingface_hub`, and to any network.
+"""Download and upload of adapters on the Hugging Face Hub, through `huggingface_hub`.
 
     hf://org/name@revision/sub/folder ──pull──► a folder of the local cache
     files ──upload──► one commit
 
-Only an adapter's own files are fetched, all of one commit. Cache, resuming, offline work (`HF_HUB_OFFLINE`), the token
-(`HF_TOKEN`, or the one `hf auth login` stored) and the address (`HF_ENDPOINT`) are the client's.
+Only an adapter's own files are fetched, all from one commit. The client handles the cache, resumed downloads, offline
+work (`HF_HUB_OFFLINE`), the token (`HF_TOKEN`, or the one that `hf auth login` stored) and the server (`HF_ENDPOINT`).
 """
 
 from __future__ import annotations
@@ -17,19 +17,18 @@ from typing import Any, NamedTuple
 
 from jaxadapt.core.errors import FileError
 from jaxadapt.core.progress import LOGGER, Progress, Report, is_watched, no_report, reporter
-from jaxadapt.storage import hub_answers, hub_progress
-from jaxadapt.storage import local_files as local
+from jaxadapt.storage import hub_answers, hub_progress, local_files
 from jaxadapt.storage.hub_address import SCHEME, Address, is_address, may_name, parse
 from jaxadapt.storage.hub_errors import Token, hub_api, translate_errors
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-"""As readers look for them: the second only where the first is not there."""
+"""In the order in which readers try them."""
 CARD = "README.md"
-_MOST: Mapping[str, int] = dict.fromkeys((CONFIG, CARD), local.MAX_TEXT)
+_MAX_BYTES: Mapping[str, int] = dict.fromkeys((CONFIG, CARD), local_files.MAX_TEXT)
 
 
-# ---------------------------------------------------------------- from the Hub
+# ---------------------------------------------------------------- download
 
 
 def pull(
@@ -41,23 +40,26 @@ def pull(
     cache_dir: str | os.PathLike[str] | None = None,
     progress: Progress = None,
 ) -> Path:
-    """Fetch an adapter from the Hub, and nothing else of its repository.
+    """Fetch an adapter, and no other files of its repository, from the Hub.
 
     Args:
-        repo: "org/name", or in full "hf://org/name@revision/subfolder".
+        repo: "org/name", or the full address "hf://org/name@revision/subfolder".
         revision: a branch, a tag or a commit; "main" by default.
-        subfolder: where several adapters share a repository.
+        subfolder: the adapter's folder, if several adapters share a repository.
         token: for private and gated repositories; by default `HF_TOKEN` or the stored one.
         cache_dir: the Hub's own cache by default.
         progress: None, True (bars on a terminal or in a notebook) or a function of (name of the file, bytes done,
             bytes in all).
 
-    Returns the folder in the cache, which `load`, `read` and PEFT take; all its files are of one commit. What is in the
-    cache is not fetched again, a download that breaks off goes on where it stopped (the client tries a few times;
-    after that the next call begins that file anew), and without a network (or with `HF_HUB_OFFLINE=1`) the cache alone
-    serves. Copy the folder before you change it.
+    Cached files are not fetched again. The client resumes an interrupted download for a few attempts; after that, the
+    next call fetches the file anew. Without a network, or with `HF_HUB_OFFLINE=1`, only the cache is used. Copy the
+    folder before you change it.
 
-    Raises `FileError`: no such repository, revision or adapter, no permission, a broken connection, a full disk.
+    Returns:
+        The folder in the cache, which `load`, `read` and PEFT accept. All its files are from one commit.
+
+    Raises:
+        FileError: no such repository, revision or adapter, no permission, a broken connection, or a full disk.
 
         folder = jaxadapt.pull("org/name@v1/fr")
     """
@@ -66,84 +68,87 @@ def pull(
 
 
 def fetch_folder(address: str, name: str | None = None, report: Report = no_report) -> Path:
-    """What `load`, `read` and `inspect` do with an address: the configuration and the weights, in the cache.
+    """Fetch an adapter's configuration and weights, for `load`, `read` and `inspect`. Return the folder in the cache.
 
-    `name` is a subfolder that is taken instead, if it holds an adapter.
+    Args:
+        address: the adapter's address.
+        name: a subfolder to use instead, if it holds an adapter.
+        report: called with the progress.
     """
     place = parse(address)
-    if name is not None and _holds(below := place._replace(subfolder=place.file(name))):
-        place = below
+    if name is not None and _has_adapter(subfolder := place._replace(subfolder=place.file(name))):
+        place = subfolder
     return _pull(place, (), None, None, report)
 
 
-def _holds(place: Address) -> bool:
-    """Whether there is an adapter. Without a network only what the cache knows counts, either way."""
+def _has_adapter(place: Address) -> bool:
+    """Return True if an address holds an adapter. Without a network the cache decides, if it knows."""
     from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache  # pyright: ignore[reportPrivateUsage]
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     with translate_errors(place, None):
         try:
-            _file(place, CONFIG, None, None, no_report)
+            _fetch_file(place, CONFIG, None, None, no_report)
         except LocalEntryNotFoundError:
             if try_to_load_from_cache(place.repo, place.file(CONFIG), revision=place.revision) is _CACHED_NO_EXIST:
                 return False
             raise
-        except _absent():
+        except _absence_errors():
             return False
     return True
 
 
 def fetch_config(address: str) -> Path:
-    """The configuration of an adapter alone, in the cache."""
+    """Fetch only the configuration of an adapter. Return its path in the cache."""
     place = parse(address)
-    with translate_errors(place, None), _listed(place, None):
-        return _file(place, CONFIG, None, None, no_report)
+    with translate_errors(place, None), _explain_missing_adapter(place, None):
+        return _fetch_file(place, CONFIG, None, None, no_report)
 
 
 def _pull(
     place: Address,
-    more: Sequence[str],
+    optional_files: Sequence[str],
     token: Token,
     cache_dir: str | os.PathLike[str] | None,
     report: Report,
 ) -> Path:
-    with translate_errors(place, token), _listed(place, token):
-        config = _file(place, CONFIG, token, cache_dir, report)
-        # Pinned to the commit the first file came from: two files of two commits are no adapter.
-        here = place._replace(revision=hub_answers.cached_commit(config, place.file(CONFIG)))
-        _weights(here, token, cache_dir, report)
-        for name in more:
-            with contextlib.suppress(*_absent()):
-                _file(here, name, token, cache_dir, report)
+    with translate_errors(place, token), _explain_missing_adapter(place, token):
+        config = _fetch_file(place, CONFIG, token, cache_dir, report)
+        # All other files must come from the same commit as the first.
+        pinned = place._replace(revision=hub_answers.cached_commit(config, place.file(CONFIG)))
+        _fetch_weights(pinned, token, cache_dir, report)
+        for name in optional_files:
+            with contextlib.suppress(*_absence_errors()):
+                _fetch_file(pinned, name, token, cache_dir, report)
     LOGGER.info("%s: in the cache as %s", place, config.parent)
     return config.parent
 
 
-def _weights(here: Address, token: Token, cache_dir: Any, report: Report) -> None:
+def _fetch_weights(pinned: Address, token: Token, cache_dir: Any, report: Report) -> None:
     first: Exception | None = None
     for name in WEIGHTS:
         try:
-            _file(here, name, token, cache_dir, report)
+            _fetch_file(pinned, name, token, cache_dir, report)
             return
-        except _absent() as error:
+        except _absence_errors() as error:
             first = first or error
     assert first is not None
     raise first
 
 
-def _file(place: Address, name: str, token: Token, cache_dir: Any, report: Report) -> Path:
-    """A file in the cache. The client asks the server once more, after its answer was checked."""
+def _fetch_file(place: Address, name: str, token: Token, cache_dir: Any, report: Report) -> Path:
+    """Fetch a file into the cache. The server's answer is checked before the client repeats the request."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
     file = place.file(name)
-    held = try_to_load_from_cache(place.repo, file, cache_dir=cache_dir, revision=place.revision)
-    if isinstance(held, str):
-        at = hub_answers.cached_commit(held, file)
-        if at == place.revision or at == hub_answers.fetch_commit(place, name, token, _MOST.get(name)):
-            return hub_answers.check_in_cache(held, place, name, cache_dir)
+    cached = try_to_load_from_cache(place.repo, file, cache_dir=cache_dir, revision=place.revision)
+    if isinstance(cached, str):
+        commit = hub_answers.cached_commit(cached, file)
+        if commit == place.revision or commit == hub_answers.fetch_commit(place, name, token, _MAX_BYTES.get(name)):
+            return hub_answers.check_in_cache(cached, place, name, cache_dir)
     else:
-        hub_answers.fetch_commit(place, name, token, _MOST.get(name))
-    found = hf_hub_download(
+        hub_answers.fetch_commit(place, name, token, _MAX_BYTES.get(name))
+    downloaded = hf_hub_download(
         place.repo,
         file,
         revision=place.revision,
@@ -152,49 +157,49 @@ def _file(place: Address, name: str, token: Token, cache_dir: Any, report: Repor
         library_name="jaxadapt",
         tqdm_class=hub_progress.progress_bar_class(name, report),
     )
-    return hub_answers.check_in_cache(found, place, name, cache_dir)
+    return hub_answers.check_in_cache(downloaded, place, name, cache_dir)
 
 
-def _missing() -> type[Exception]:
+def _missing_file_error() -> type[Exception]:
     from huggingface_hub.errors import EntryNotFoundError
 
     return EntryNotFoundError
 
 
-def _absent() -> tuple[type[Exception], ...]:
-    """A file that need not be there is not: mirrors (olah) say so by denying the repository."""
+def _absence_errors() -> tuple[type[Exception], ...]:
+    """Return the errors that mean a missing file. Mirrors (olah) report one as a missing repository."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    return _missing(), RepositoryNotFoundError
+    return _missing_file_error(), RepositoryNotFoundError
 
 
 @contextlib.contextmanager
-def _listed(place: Address, token: Token) -> Generator[None]:
-    """Where a repository lacks the adapter, say which adapters it holds."""
+def _explain_missing_adapter(place: Address, token: Token) -> Generator[None]:
+    """Turn a missing adapter into a `FileError` that lists the adapters of the repository."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
         yield
-    except _missing() as error:
+    except _missing_file_error() as error:
         if isinstance(error, LocalEntryNotFoundError):
             raise
-        held = ""
-        with contextlib.suppress(Exception):  # it only helps the message
-            # (The client's list of files follows a `Link` to any server, and sends the token there.)
+        content = ""
+        with contextlib.suppress(Exception):  # a failure here must not hide the error itself
+            # Not the client's file listing: it follows a `Link` header to any server and sends the token there.
             info = hub_api(token).model_info(place.repo, revision=place.revision)
             names = [file.rfilename for file in info.siblings or ()]
             folders = sorted(n.removesuffix(CONFIG).strip("/") or "its root" for n in names if n.endswith(CONFIG))
-            held = f"; found adapters in: {', '.join(folders[:8])}" if folders else f"; found {', '.join(names[:8])}"
+            content = f"; found adapters in: {', '.join(folders[:8])}" if folders else f"; found {', '.join(names[:8])}"
         raise FileError(
-            f"{place}: no adapter there: expected {place.file(CONFIG)} and {place.file(WEIGHTS[0])}{held}"
+            f"{place}: no adapter there: expected {place.file(CONFIG)} and {place.file(WEIGHTS[0])}{content}"
         ) from error
 
 
-# ---------------------------------------------------------------- to the Hub
+# ---------------------------------------------------------------- upload
 
 
 class Commit(NamedTuple):
-    """What an upload made: the commit's id, its page, and the pull request's reference if it is one."""
+    """The result of an upload: the commit's id, its page, and the reference of the pull request, if any."""
 
     oid: str
     url: str
@@ -213,10 +218,21 @@ def upload(
     stale: Sequence[str] = (),
     progress: Progress = None,
 ) -> Commit:
-    """Put files into an adapter's folder in one commit; the repository, and a branch that is missing, are made.
+    """Upload files into an adapter's folder in one commit. A missing repository or branch is created.
 
-    `stale` are names that must not stay in the folder: deleted in the same commit, if they are there. `progress` True
-    shows the client's own bars; a function is told of ("upload", bytes sent, bytes in all).
+    Args:
+        place: the adapter's address.
+        files: the paths or contents, by name.
+        message: the commit message.
+        private: the visibility of a new repository.
+        create_pr: open a pull request instead of writing to the branch.
+        tag: a tag for the commit.
+        token: see `pull`.
+        stale: names to delete in the same commit, if they exist.
+        progress: True shows the client's own bars; a function gets ("upload", bytes sent, total bytes).
+
+    Raises:
+        FileError: no permission, a public repository with `private=True`, an existing tag, or a failed connection.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
@@ -225,46 +241,46 @@ def upload(
     report = no_report if progress is None or isinstance(progress, bool) else progress
     report("upload", 0, total)
     with translate_errors(place, token, "push to"), hub_progress.client_bars(progress is True and is_watched()):
-        # A pull request to somebody else's repository: it is there, and we may not create it.
+        # For a pull request to an existing repository, the token may lack the right to create one.
         if not (create_pr and api.repo_exists(place.repo)):
             api.create_repo(place.repo, private=private, exist_ok=True)
             if private and not api.repo_info(place.repo).private:
                 raise FileError(
-                    f"{place}: private=True, but the repository is there and public; make it private on its settings"
+                    f"{place}: private=True, but the repository exists and is public; make it private on its settings"
                     " page, or choose another name"
                 )
         branch = place.revision
         if branch is not None and not branch.startswith("refs/") and not create_pr:
             api.create_branch(place.repo, branch=branch, exist_ok=True)
         if tag is not None and tag in (ref.name for ref in api.list_repo_refs(place.repo).tags):
-            raise FileError(f"{place}: there is a tag {tag!r} already; choose another name, or delete it on the Hub")
-        old = [name for name in stale if api.file_exists(place.repo, place.file(name), revision=branch)]
+            raise FileError(f"{place}: the tag {tag!r} exists already; choose another name, or delete it on the Hub")
+        deleted = [name for name in stale if api.file_exists(place.repo, place.file(name), revision=branch)]
         addition = CommitOperationAdd if report is no_report else hub_progress.counted_operation(report, total)
         operations: list[Any] = [
             addition(place.file(n), f if isinstance(f, bytes) else str(f)) for n, f in files.items()
         ]
-        operations += [CommitOperationDelete(place.file(name)) for name in old]
-        made = api.create_commit(place.repo, operations, commit_message=message, revision=branch, create_pr=create_pr)
+        operations += [CommitOperationDelete(place.file(name)) for name in deleted]
+        commit = api.create_commit(place.repo, operations, commit_message=message, revision=branch, create_pr=create_pr)
         if tag is not None:
-            api.create_tag(place.repo, tag=tag, revision=made.oid)
+            api.create_tag(place.repo, tag=tag, revision=commit.oid)
     report("upload", total, total)
-    LOGGER.info("%s: %d files, %d bytes, commit %s", place, len(files), total, made.oid)
-    return Commit(made.oid, made.pr_url or made.commit_url, made.pr_revision)
+    LOGGER.info("%s: %d files, %d bytes, commit %s", place, len(files), total, commit.oid)
+    return Commit(commit.oid, commit.pr_url or commit.commit_url, commit.pr_revision)
 
 
 def fetch_text(place: Address, name: str, token: Token = None) -> str | None:
-    """A text file of an adapter as it is on the Hub now; None if it, its repository or its branch is not there."""
+    """Fetch the current content of a text file, or None if the file, its repository or its branch does not exist."""
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-    absent = (_missing(), RepositoryNotFoundError, RevisionNotFoundError)
+    absent = (_missing_file_error(), RepositoryNotFoundError, RevisionNotFoundError)
     with translate_errors(place, token, "push to"):
         try:
-            return _file(place, name, token, None, no_report).read_bytes().decode("utf-8", "replace")
+            return _fetch_file(place, name, token, None, no_report).read_bytes().decode("utf-8", "replace")
         except absent as error:
             from huggingface_hub.errors import LocalEntryNotFoundError
 
             if isinstance(error, LocalEntryNotFoundError):
-                raise  # no connection: it may well be there
+                raise  # without a connection, the file may exist
             return None
 
 

@@ -1,4 +1,4 @@
-"""An adapter's address on the Hub: `hf://org/name@revision/sub/folder`. Text only."""
+"""Addresses of adapters on the Hub: `hf://org/name@revision/sub/folder`. Pure text handling."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 from jaxadapt.core.errors import FileError
 
 SCHEME = "hf://"
-EXAMPLE = "expected org/name, org/name@revision or org/name@revision/subfolder, with or without hf:// in front"
+EXAMPLE = "expected org/name, org/name@revision or org/name@revision/subfolder, with or without the prefix hf://"
 _NAME = r"[A-Za-z0-9_.-]+"
 _ADDRESS = re.compile(
     rf"(?P<repo>{_NAME}/{_NAME})(?:@(?P<revision>refs/pr/\d+|refs/convert/{_NAME}|[^/]+))?(?:/(?P<subfolder>.*))?"
@@ -16,7 +16,7 @@ _ADDRESS = re.compile(
 
 
 class Address(NamedTuple):
-    """An adapter's place on the Hub.
+    """The address of an adapter on the Hub.
 
     >>> parse("hf://org/name@v1/fr")
     Address(repo='org/name', revision='v1', subfolder='fr')
@@ -32,38 +32,38 @@ class Address(NamedTuple):
         revision = self.revision or ""
         if not revision.startswith("refs/"):
             revision = revision.replace("/", "%2F")
-        at = f"@{revision}" if revision else ""
-        below = f"/{self.subfolder}" if self.subfolder else ""
-        return f"{SCHEME}{self.repo}{at}{below}"
+        version = f"@{revision}" if revision else ""
+        folder = f"/{self.subfolder}" if self.subfolder else ""
+        return f"{SCHEME}{self.repo}{version}{folder}"
 
     def file(self, name: str) -> str:
-        """A file's path in the repository."""
+        """Return a file's path in the repository."""
         return f"{self.subfolder}/{name}" if self.subfolder else name
 
 
 def is_address(path: object) -> bool:
-    """Whether a path is meant for the Hub: it begins with `hf://`."""
+    """Return True if a path is an explicit Hub address: it begins with `hf://`."""
     return isinstance(path, str) and path.startswith(SCHEME)
 
 
 def may_name(path: str) -> bool:
-    """Whether a path that is not there may have been meant for the Hub: "org/name", as other libraries take it."""
+    """Return True if a missing path could be a Hub address in the form "org/name" of other libraries."""
     return _ADDRESS.fullmatch(path) is not None and not path.startswith(".")
 
 
 def parse(text: str, revision: str | None = None, subfolder: str | None = None) -> Address:
-    """An address in full, from text and what is said beside it. Raises `FileError` if it is none.
+    """Parse an address, completed by a separate revision and subfolder. Raises `FileError` if it is invalid.
 
-    A slash in a revision is written `%2F` (`refs/pr/1` may stand as it is).
+    A slash in a revision is written `%2F`, except in `refs/pr/1` and the like.
     """
-    found = _ADDRESS.fullmatch(text.removeprefix(SCHEME))
-    if found is None or found["repo"].split("/")[0] in ("datasets", "spaces", "buckets", "models"):
-        raise FileError(f"{text!r} is no address of a model repository on the Hub: {EXAMPLE}")
-    held = (found["revision"] or "").replace("%2F", "/") or None, (found["subfolder"] or "").strip("/") or None
-    for name, mine, other in zip(("revision", "subfolder"), held, (revision, subfolder), strict=True):
-        if mine and other and mine != other:
-            raise FileError(f"{text!r} says {name} {mine!r}, and {name}={other!r} is given beside it; say one of them")
-    below = (subfolder or held[1] or "").strip("/")
-    if (any(part in ("", ".", "..") for part in below.split("/")) and below) or "\\" in below or "\0" in below:
-        raise FileError(f"{text!r}: {below!r} is no subfolder of a repository")
-    return Address(found["repo"], revision or held[0], below)
+    match = _ADDRESS.fullmatch(text.removeprefix(SCHEME))
+    if match is None or match["repo"].split("/")[0] in ("datasets", "spaces", "buckets", "models"):
+        raise FileError(f"{text!r} is not the address of a model repository on the Hub: {EXAMPLE}")
+    parsed = (match["revision"] or "").replace("%2F", "/") or None, (match["subfolder"] or "").strip("/") or None
+    for name, value, argument in zip(("revision", "subfolder"), parsed, (revision, subfolder), strict=True):
+        if value and argument and value != argument:
+            raise FileError(f"{text!r} has {name} {value!r}, but {name}={argument!r} was passed; give only one of them")
+    folder = (subfolder or parsed[1] or "").strip("/")
+    if (any(part in ("", ".", "..") for part in folder.split("/")) and folder) or "\\" in folder or "\0" in folder:
+        raise FileError(f"{text!r}: {folder!r} is not a valid subfolder of a repository; pass a plain relative path")
+    return Address(match["repo"], revision or parsed[0], folder)

@@ -1,4 +1,4 @@
-"""Where the client is with a file: its progress bars turned into `progress.Report`s, or shown, or not."""
+"""Progress of the Hub's client: its bars are shown, hidden, or turned into calls of a `progress.Report`."""
 
 from __future__ import annotations
 
@@ -12,72 +12,72 @@ from jaxadapt.core.progress import Report
 
 
 def progress_bar_class(name: str, report: Report) -> Any:
-    """The client's progress bar, drawing nothing and telling `report`."""
+    """Return a class of progress bars for the client that draw nothing and call `report`."""
     from huggingface_hub.utils import tqdm
 
     class Meter(tqdm):
         def __init__(self, *args: Any, **options: Any) -> None:
             options.pop("name", None)
             super().__init__(*args, **{**options, "disable": True})
-            self.so_far = int(options.get("initial") or 0)
-            self.of = int(options.get("total") or 0)
+            self.bytes_done = int(options.get("initial") or 0)
+            self.bytes_total = int(options.get("total") or 0)
 
         def update(self, n: float | None = 1) -> bool | None:
-            self.so_far += int(n or 0)
-            report(name, self.so_far, max(self.of, self.so_far))
+            self.bytes_done += int(n or 0)
+            report(name, self.bytes_done, max(self.bytes_total, self.bytes_done))
             return None
 
     return Meter
 
 
 def counted_operation(report: Report, total: int) -> type[Any]:
-    """The client's operation that adds a file to a commit, telling `report` how much is sent.
+    """Return a class of the client's add operations that reports the bytes sent.
 
-    Of what goes by hf_xet nothing is told, since that reads the file itself.
+    Uploads through hf_xet are not reported, since hf_xet reads the file itself.
     """
     from huggingface_hub import CommitOperationAdd
 
-    lock = threading.Lock()  # files are sent by several threads
+    lock = threading.Lock()  # several threads send files
     sent: dict[str, int] = {}
 
     class Counted(CommitOperationAdd):
         @contextlib.contextmanager
         def as_file(self, with_tqdm: bool = False) -> Generator[Any]:
             with super().as_file() as file:
-                if not with_tqdm:  # read for its digest, not sent
+                if not with_tqdm:  # the file is read for its digest, not sent
                     yield file
                     return
 
-                def told(place: int) -> None:
+                def report_position(position: int) -> None:
                     with lock:
-                        sent[self.path_in_repo] = max(place, sent.get(self.path_in_repo, 0))
+                        sent[self.path_in_repo] = max(position, sent.get(self.path_in_repo, 0))
                         report("upload", sum(sent.values()), total)
 
-                yield _CountedFile(file, told)
+                yield _CountedFile(file, report_position)
 
     return Counted
 
 
 class _CountedFile(io.BufferedReader):
-    """A file that says how far it was read. A part that is sent again counts once."""
+    """A file that reports how far it was read. A part that is sent again counts once."""
 
-    def __init__(self, file: Any, told: Callable[[int], None]) -> None:
+    def __init__(self, file: Any, report_position: Callable[[int], None]) -> None:
         super().__init__(file)
-        self._told = told
+        self._report_position = report_position
 
     def read(self, size: int | None = -1, /) -> bytes:
         data = super().read(size)
-        self._told(self.tell())
+        self._report_position(self.tell())
         return data
 
 
 @contextlib.contextmanager
-def client_bars(wanted: bool) -> Generator[None]:
-    """The client's own bars while it uploads (it has no callback for this), or none."""
+def client_bars(show: bool) -> Generator[None]:
+    """Show or hide the client's own bars while it uploads (it has no callback for uploads)."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     off = are_progress_bars_disabled()
-    if wanted or off:
+    if show or off:
         yield
         return
     disable_progress_bars()

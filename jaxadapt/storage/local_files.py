@@ -1,4 +1,4 @@
-"""Opening and reading files: every `OSError` becomes a `FileError` that names the path and the way out."""
+"""Opening and reading files: every `OSError` becomes a `FileError` that names the path and the remedy."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = [
     "read_into",
 ]
 
-_WAY_OUT = {
+_REMEDIES = {
     errno.ENOENT: "check the path",
     errno.ENOTDIR: "a part of the path is a file, not a directory",
     errno.EISDIR: "the path is a directory, a file is needed",
@@ -47,37 +47,37 @@ _WAY_OUT = {
     errno.ELOOP: "the symbolic links of the path form a loop",
 }
 
-# Linux moves at most 0x7ffff000 bytes a call, and macOS refuses more than INT_MAX.
+# Linux transfers at most 0x7ffff000 bytes a call, and macOS refuses more than INT_MAX.
 _MAX_CALL = 1 << 30
-MAX_VIEWS = 512  # of one call; the least that a system in use allows is 1024
+MAX_VIEWS = 512  # buffers of one call; systems in use allow at least 1024
 
 
 MAX_TEXT = 16 << 20
-"""Bytes that a configuration or a model card may have. The largest known has 1 MB."""
+"""The largest size of a configuration or a model card in bytes. The largest known has 1 MB."""
 
 
-def file_error(action: str, path: str, error: OSError | ValueError, more: str = "") -> FileError:
-    """A `FileError` saying what could not be done with `path`, why, and the way out.
+def file_error(action: str, path: str, error: OSError | ValueError, detail: str = "") -> FileError:
+    """Return a `FileError` that says which action on `path` failed, why, and the remedy.
 
     >>> print(file_error("write", "a/b", OSError(errno.ENOSPC, "No space left on device")))
     a/b: cannot write: No space left on device; free some space, or choose another path
     """
     number = error.errno if isinstance(error, OSError) else None
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-    parts = [f"{path}: cannot {action}: {reason}", more, _WAY_OUT.get(number or 0, "")]
+    parts = [f"{path}: cannot {action}: {reason}", detail, _REMEDIES.get(number or 0, "")]
     return FileError("; ".join(part for part in parts if part))
 
 
 def _opener(path: str, flags: int) -> int:
-    # O_NONBLOCK: opening a FIFO must not wait for its writer; regular files do not care.
+    # O_NONBLOCK: opening a FIFO must not wait for its writer. Regular files ignore the flag.
     return os.open(path, flags | os.O_NONBLOCK)
 
 
 def open_binary(path: str) -> tuple[io.FileIO, int]:
-    """Opens a regular file for reading; returns it with its size in bytes.
+    """Open a regular file for reading. Return it and its size in bytes.
 
     Raises:
-        FileError: missing, a directory, not permitted, not a regular file.
+        FileError: missing, not permitted, or not a regular file.
     """
     try:
         file = io.FileIO(path, "rb", opener=_opener)
@@ -97,14 +97,14 @@ def open_binary(path: str) -> tuple[io.FileIO, int]:
 
 
 def close(file: IO[Any]) -> None:
-    """Closes a file that was read, or that nothing was written to since it was flushed: an error would say nothing."""
+    """Close a file that has no unflushed writes, ignoring errors: the data is safe."""
     with contextlib.suppress(OSError):
         file.close()
 
 
 @contextlib.contextmanager
 def close_after(file: IO[Any]) -> Generator[None]:
-    """Closes a file as `close` does."""
+    """Close a file at the end of the block; see `close`."""
     try:
         yield
     finally:
@@ -112,19 +112,19 @@ def close_after(file: IO[Any]) -> Generator[None]:
 
 
 def read_into(fd: int, parts: Sequence[tuple[str, memoryview]], offset: int, path: str) -> None:
-    """Fills views, one after the other, with the bytes from `offset` on.
+    """Fill views, one after the other, with the bytes of a file from `offset` on.
 
     Args:
         fd: an open file.
-        parts: what it is (for messages) and contiguous bytes to fill.
-        offset: of the first view's first byte in the file.
-        path: for messages.
+        parts: a label for messages and a contiguous view to fill, for each part.
+        offset: the position of the first byte in the file.
+        path: the file's path, for messages.
 
     Raises:
         FormatError: the file ends before all views are full.
-        FileError: the operating system cannot read.
+        FileError: the operating system reports an error.
     """
-    pending = deque((what, view) for what, view in parts if len(view))
+    pending = deque((label, view) for label, view in parts if len(view))
     while pending:
         batch = [view for _, view in islice(pending, MAX_VIEWS)]
         if len(batch[0]) > _MAX_CALL:
@@ -134,21 +134,21 @@ def read_into(fd: int, parts: Sequence[tuple[str, memoryview]], offset: int, pat
         except OSError as error:
             raise file_error("read", path, error) from error
         if count == 0:
-            what, view = pending[0]
+            label, view = pending[0]
             raise FormatError(
-                f"{path}: {what}: expected {len(view)} more bytes at offset {offset}, found the end of the "
+                f"{path}: {label}: expected {len(view)} more bytes at offset {offset}, found the end of the "
                 "file; it was truncated after it was opened"
             )
         offset += count
         while count:
-            what, view = pending.popleft()
+            label, view = pending.popleft()
             if count < len(view):
-                pending.appendleft((what, view[count:]))
+                pending.appendleft((label, view[count:]))
             count -= min(count, len(view))
 
 
 class Source(Protocol):
-    """What tensors are read from."""
+    """A file or object from which tensors are read."""
 
     path: str
     size: int
@@ -160,10 +160,10 @@ class Source(Protocol):
 
 
 class LocalFile:
-    """An open file of this machine: a `Source`. It keeps its one descriptor, whatever takes its place meanwhile."""
+    """An open file of this machine: a `Source`. It keeps its descriptor if the file is replaced."""
 
     def __init__(self, path: str) -> None:
-        """Raises what `open_binary` raises."""
+        """Open the file. Raises the errors of `open_binary`."""
         self.path = path
         self.closed = False
         self._file, self.size = open_binary(path)
@@ -180,19 +180,19 @@ class LocalFile:
         close(self._file)
 
 
-def pread_exact(fd: int, size: int, offset: int, path: str, what: str) -> bytes:
-    """Like `read_into`, into new bytes."""
+def pread_exact(fd: int, size: int, offset: int, path: str, label: str) -> bytes:
+    """Read exactly `size` bytes; see `read_into`."""
     buffer = bytearray(size)
-    read_into(fd, [(what, memoryview(buffer))], offset, path)
+    read_into(fd, [(label, memoryview(buffer))], offset, path)
     return bytes(buffer)
 
 
 ALIGNED = 64
-"""XLA's CPU client shares memory that begins at a multiple of so many bytes."""
+"""XLA's CPU client uses memory without a copy if its address is a multiple of this number of bytes."""
 
 
 def aligned_empty(nbytes: int) -> np.ndarray:
-    """Uninitialised uint8 of `nbytes`, aligned."""
+    """Return an uninitialised, aligned uint8 array of `nbytes`."""
     import numpy as np
 
     raw = np.empty(nbytes + ALIGNED - 1, np.uint8)
@@ -201,16 +201,16 @@ def aligned_empty(nbytes: int) -> np.ndarray:
 
 
 BLOCK = 3 << 20
-"""Bytes of an allocation that malloc uses again when it was freed.
+"""Bytes of an allocation that malloc reuses after it is freed.
 
-Of 4 MB and more numpy wants new and huge pages, and from 32 MB on malloc gives new ones: reading 50 MB into those took
-up to 110 ms on a virtual machine whose host takes back what is free, and 4 into pages in use. Of less than 3 MB malloc
-more often gave all of it back: 500 MB, read again and again, took 70 ms into blocks of 3 MB, 170 into those of 2.
+numpy requests new huge pages for 4 MB and more, and malloc new pages for 32 MB and more. On a virtual machine whose
+host reclaims free memory, reading 50 MB into new pages took up to 110 ms, and 4 ms into pages in use. Smaller blocks
+are returned to the system more often: reading 500 MB repeatedly took 70 ms into blocks of 3 MB, and 170 ms into 2 MB.
 """
 
 
 def aligned_empties(sizes: Sequence[int]) -> list[np.ndarray]:
-    """Uninitialised uint8 of so many bytes each, all aligned; small ones share an allocation, which all keep alive."""
+    """Return uninitialised, aligned uint8 arrays of these sizes. Small ones share an allocation and keep it alive."""
     out: list[np.ndarray] = []
     batch: list[int] = []
     total = 0
@@ -218,8 +218,8 @@ def aligned_empties(sizes: Sequence[int]) -> list[np.ndarray]:
         space = 0 if size is None else -(-size // ALIGNED) * ALIGNED
         if batch and (size is None or total + space > BLOCK):
             memory = aligned_empty(total)
-            starts = accumulate((-(-one // ALIGNED) * ALIGNED for one in batch), initial=0)
-            out += [memory[start : start + one] for one, start in zip(batch, starts, strict=False)]
+            starts = accumulate((-(-used // ALIGNED) * ALIGNED for used in batch), initial=0)
+            out += [memory[start : start + used] for used, start in zip(batch, starts, strict=False)]
             batch, total = [], 0
         if size is not None:
             batch.append(size)

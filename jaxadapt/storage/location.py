@@ -1,11 +1,11 @@
-"""Where files lie: a path of this machine, or an address, s3://bucket/folder. The only door to fsspec.
+"""Locations of files: a path of this machine, or an address such as s3://bucket/folder. The only module with fsspec.
 
-An `Address` is to fsspec what a `Path` is to the disk, as far as this library needs one. Errors are `FileError`s that
-name the address, save `FileNotFoundError`, which says of a path too that nothing is there. Credentials and endpoints
-are the store's own (environment variables, their files, fsspec's configuration). No listing is kept: each is asked for.
+An `Address` is for fsspec what a `Path` is for the disk, reduced to the methods this library needs. Its errors are
+`FileError`s that name the address, except for `FileNotFoundError`, which a `Path` raises too. Credentials and endpoints
+come from the store's own configuration (environment variables, files, fsspec's configuration). Listings are not cached.
 
-What is written goes to a temporary file of this machine first, and from there in one PUT (large files in parts, which
-the store puts together at the end): a reader finds the old object or the new one, whatever is killed.
+A write goes to a temporary file of this machine, and from there to the store in one PUT (a large file in parts, which
+the store joins at the end). So a reader finds the old object or the new one, even if a process is killed.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import os
 import re
 import stat
 import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxadapt.core.errors import FileError
 from jaxadapt.storage import local_files
 from jaxadapt.storage.local_files import close_after, file_error
+from jaxadapt.storage.store_errors import store_error, translate_errors
 
 __all__ = [
     "Address",
@@ -40,29 +41,28 @@ __all__ = [
     "staged_upload",
     "to_location",
     "total_size",
-    "translate_errors",
 ]  # fmt: skip
 
 _ADDRESS = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
-# Stores that show an object when all of it has arrived. Elsewhere a name beside it is written, and renamed.
-_WHOLE = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "oci", "r2"}
+# Stores that show an object only when all of it has arrived. Elsewhere a temporary name is written and renamed.
+_ATOMIC_SCHEMES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "oci", "r2"}
 
 
 def is_address(path: object) -> bool:
-    """Whether a path is an address of some other place than this machine's file systems.
+    """Return True if a path is an address outside this machine's file systems.
 
     >>> is_address("s3://bucket/run"), is_address("run/"), is_address("file:///tmp/run")
     (True, False, False)
     """
     if isinstance(path, Address):
         return True
-    found = _ADDRESS.match(path) if isinstance(path, str) else None
-    return found is not None and found["scheme"].lower() not in ("file", "local")
+    match = _ADDRESS.match(path) if isinstance(path, str) else None
+    return match is not None and match["scheme"].lower() not in ("file", "local")
 
 
 def to_location(path: str | os.PathLike[str]) -> Place:
-    """A `Path`, or the `Address` that a text is.
+    """Return the `Path` or the `Address` that a path or a text names.
 
     >>> to_location("s3://bucket/run") / "step", to_location("run") / "step", to_location("file:///tmp/run")
     (Address('s3://bucket/run/step'), PosixPath('run/step'), PosixPath('/tmp/run'))
@@ -72,12 +72,12 @@ def to_location(path: str | os.PathLike[str]) -> Place:
     if is_address(path):
         return Address(str(path))
     text = os.fspath(path)
-    found = _ADDRESS.match(text) if isinstance(path, str) else None
-    return Path(path) if found is None else Path(text[found.end() :])
+    match = _ADDRESS.match(text) if isinstance(path, str) else None
+    return Path(path) if match is None else Path(text[match.end() :])
 
 
 class Address(os.PathLike[str]):
-    """A file or folder of another place; what is asked of it is as of a `Path`."""
+    """A file or folder in a store, with a part of the methods of a `Path`."""
 
     def __init__(self, text: str) -> None:
         scheme, _, rest = text.partition("://")
@@ -100,10 +100,10 @@ class Address(os.PathLike[str]):
         return hash(self._text)
 
     def __truediv__(self, name: str) -> Address:
-        below = Address(f"{self._text}/{name}")
+        child = Address(f"{self._text}/{name}")
         if self._opened is not None:
-            below._opened = self._opened[0], f"{self._opened[1]}/{name}"
-        return below
+            child._opened = self._opened[0], f"{self._opened[1]}/{name}"
+        return child
 
     @property
     def scheme(self) -> str:
@@ -127,16 +127,16 @@ class Address(os.PathLike[str]):
     def absolute(self) -> Address:
         return self
 
-    # ------------------------------------------------------------ asking
+    # ------------------------------------------------------------ queries
 
     def store(self) -> tuple[Any, str]:
-        """fsspec's file system and the path in it. Raises `FileError`: no such scheme, a package is missing."""
+        """Return fsspec's file system and the path in it. Raises `FileError`: unknown scheme, or a missing package."""
         if self._opened is None:
-            self._opened = _store(self._text)
+            self._opened = _open_store(self._text)
         return self._opened
 
     def info(self) -> dict[str, Any]:
-        """What the store says of it. Raises `FileNotFoundError`, `FileError`."""
+        """Return the store's metadata. Raises `FileNotFoundError`, `FileError`."""
         fs, inner = self.store()
         with translate_errors(self._text, "read"):
             return dict(fs.info(inner))
@@ -149,45 +149,47 @@ class Address(os.PathLike[str]):
         return True
 
     def is_dir(self) -> bool:
-        return self._is("directory")
+        return self._has_type("directory")
 
     def is_file(self) -> bool:
-        return self._is("file")
+        return self._has_type("file")
 
     def is_symlink(self) -> bool:
         return False
 
-    def _is(self, kind: str) -> bool:
+    def _has_type(self, kind: str) -> bool:
         try:
             return self.info()["type"] == kind
         except FileNotFoundError:
             return False
 
     def size(self) -> int:
-        """In bytes, of a file or of all files in a folder. Raises `FileNotFoundError`, `FileError`."""
+        """Return the bytes of a file, or of all files in a folder. Raises `FileNotFoundError`, `FileError`."""
         fs, inner = self.store()
         with translate_errors(self._text, "read"):
             return int(fs.du(inner))
 
     def iterdir(self) -> Iterator[Address]:
-        """What lies in a folder. Raises `FileNotFoundError`, `NotADirectoryError`, `FileError`."""
+        """Return the entries of a folder. Raises `FileNotFoundError`, `NotADirectoryError`, `FileError`."""
         fs, inner = self.store()
         with translate_errors(self._text, "read"):
-            found = fs.ls(inner, detail=True)
-        own = inner.strip("/")
-        if [(entry["name"].strip("/"), entry["type"]) for entry in found] == [(own, "file")]:
+            entries = fs.ls(inner, detail=True)
+        path = inner.strip("/")
+        if [(entry["name"].strip("/"), entry["type"]) for entry in entries] == [(path, "file")]:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        names = {entry["name"].strip("/") for entry in found} - {own}  # a folder may hold a marker of itself
+        names = {entry["name"].strip("/") for entry in entries} - {
+            path
+        }  # some stores list a marker of the folder itself
         return iter([self / name.rpartition("/")[2] for name in sorted(names)])
 
     def read_bytes(self) -> bytes:
-        """Raises `FileNotFoundError`, `FileError`."""
+        """Return the content. Raises `FileNotFoundError`, `FileError`."""
         fs, inner = self.store()
         with translate_errors(self._text, "read"):
             return fs.cat_file(inner)
 
     def unlink(self, missing_ok: bool = False) -> None:
-        """Raises `FileNotFoundError`, `FileError`."""
+        """Delete the file. Raises `FileNotFoundError`, `FileError`."""
         fs, inner = self.store()
         try:
             with translate_errors(self._text, "delete"):
@@ -197,34 +199,36 @@ class Address(os.PathLike[str]):
                 raise
 
     def put(self, local: str) -> None:
-        """Puts a file of this machine here, as a whole. Raises `FileError`."""
+        """Upload a file of this machine to this address, whole. Raises `FileError`."""
         fs, inner = self.store()
         try:
             with translate_errors(self._text, "write"):
-                if self.scheme in _WHOLE:
+                if self.scheme in _ATOMIC_SCHEMES:
                     fs.put_file(local, inner)
                     return
-                beside = f"{inner}.{os.getpid()}.{threading.get_ident()}.tmp"
+                temporary = f"{inner}.{os.getpid()}.{threading.get_ident()}.tmp"
                 try:
-                    fs.put_file(local, beside)
-                    fs.mv(beside, inner)
+                    fs.put_file(local, temporary)
+                    fs.mv(temporary, inner)
                 except BaseException:
                     with contextlib.suppress(Exception):  # the error itself is raised
-                        fs.rm_file(beside)
+                        fs.rm_file(temporary)
                     raise
         except FileNotFoundError as error:
-            raise FileError(f"{self._text}: cannot write: there is no such bucket or folder; make it first") from error
+            raise FileError(
+                f"{self._text}: cannot write: there is no such bucket or folder; create it first"
+            ) from error
 
 
 Place = Path | Address
 
 
-def _store(text: str) -> tuple[Any, str]:
+def _open_store(text: str) -> tuple[Any, str]:
     scheme = text.partition("://")[0]
     if scheme == "hf":
         raise FileError(
-            f"{text}: adapters come from the Hub with load, read and pull, and go there with push;"
-            " a base model comes with `hf download ORG/NAME --local-dir FOLDER`"
+            f"{text}: this call takes no Hub address; read adapters with load, read or pull, upload them with push, and"
+            " download a base model with `hf download ORG/NAME --local-dir FOLDER`"
         )
     try:
         import fsspec
@@ -235,74 +239,23 @@ def _store(text: str) -> tuple[Any, str]:
         way = f"pip install 'jaxadapt[{extra}]'" if extra else "install it"
         raise FileError(f"{text}: {scheme}:// needs a package that is not installed ({error}); {way}") from error
     except ValueError as error:
-        raise FileError(f"{text}: {error}; expected a path, or an address that fsspec knows, as s3://") from error
+        raise FileError(
+            f"{text}: {error}; expected a path, or an address that fsspec supports, such as s3://"
+        ) from error
     except Exception as error:
-        raise _failure(text, "open", error) from error
+        raise store_error(text, "open", error) from error
 
 
-# ---------------------------------------------------------------- errors
-
-
-@contextlib.contextmanager
-def translate_errors(text: str, action: str) -> Generator[None]:
-    """Whatever a store's package raises, as a `FileError`; what is not there as a `FileNotFoundError`."""
-    try:
-        yield
-    except FileError:
-        raise
-    except FileNotFoundError as error:
-        why = "the bucket does not exist" if "bucket does not exist" in str(error) else "nothing is there"
-        raise FileNotFoundError(errno.ENOENT, why) from error
-    except NotADirectoryError:
-        raise
-    except Exception as error:
-        raise _failure(text, action, error) from error
-
-
-# Names, since the packages they come from are not to be imported: of the error's class or one above it.
-_REASONS: Sequence[tuple[frozenset[str], str, str]] = (
-    (
-        frozenset({"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError", "ProfileNotFound",
-                   "TokenRetrievalError", "DefaultCredentialsError"}),
-        "there are no credentials for it",
-        "give them as the store's own tools take them (AWS_ACCESS_KEY_ID …, ~/.aws; GOOGLE_APPLICATION_CREDENTIALS)",
-    ),
-    (
-        frozenset({"PermissionError", "RefreshError"}),
-        "the store does not allow it",
-        "check the credentials, and what they may do there",
-    ),
-    (
-        frozenset({"HTTPClientError", "ClientError", "ConnectionError", "RequestException", "TimeoutError"}),
-        "the connection failed",
-        "check the network and the endpoint, and try again",
-    ),
-)  # fmt: skip
-
-
-def _failure(text: str, action: str, error: Exception) -> FileError:
-    names = {kind.__name__ for kind in type(error).__mro__}
-    code = getattr(error, "code", None)  # of gcsfs' HttpError
-    if code in (401, 403, "401", "403") or str(error).startswith("Forbidden"):
-        names.add("PermissionError")
-    said = " ".join(str(error).split())[:300]
-    told = f"{type(error).__name__}: {said}" if said else type(error).__name__
-    for known, why, way in _REASONS:
-        if names & known:
-            return FileError(f"{text}: cannot {action}: {why} ({told}); {way}")
-    return FileError(f"{text}: cannot {action}: {told}")
-
-
-# ---------------------------------------------------------------- what a file is
+# ---------------------------------------------------------------- versions and sizes
 
 
 def object_stamp(info: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What tells one content of an object from another."""
+    """Return the metadata that changes with the content of an object."""
     return tuple(info.get(name) for name in ("size", "ETag", "etag", "generation", "created", "mtime", "LastModified"))
 
 
 def content_version(place: Place) -> object:
-    """What is equal only while a file is the same. Raises `FileError`."""
+    """Return a value that changes when a file is replaced or modified. Raises `FileError`."""
     try:
         if isinstance(place, Address):
             return object_stamp(place.info())
@@ -313,7 +266,7 @@ def content_version(place: Place) -> object:
 
 
 def total_size(place: Place) -> int:
-    """In bytes, of a file or of all files in a folder. Raises `FileError`."""
+    """Return the bytes of a file, or of all files in a folder. Raises `FileError`."""
     try:
         if isinstance(place, Address):
             return place.size()
@@ -322,34 +275,36 @@ def total_size(place: Place) -> int:
         raise file_error("read", str(place), error) from error
 
 
-# ---------------------------------------------------------------- what lies there
+# ---------------------------------------------------------------- queries of any location
 
 
 def absolute(place: Place) -> Place:
-    """As `Path.absolute`. Raises `FileError` where the working directory was deleted."""
+    """Return the absolute location. Raises `FileError` if the working directory was deleted."""
     try:
         return place.absolute()
     except OSError as error:
-        raise file_error("find", str(place), error, "the working directory is gone: give an absolute path") from error
+        raise file_error(
+            "find", str(place), error, "the working directory was deleted; pass an absolute path"
+        ) from error
 
 
 def exists(place: Place, shown: Place | None = None) -> bool:
-    """Whether something is there, links followed. Raises `FileError` where the system does not say, of `shown`."""
+    """Return True if a location exists, following links. Raises `FileError`, naming `shown`, if that is unknown."""
     return place.exists() if isinstance(place, Address) else _mode(place, shown) is not None
 
 
 def is_dir(place: Place) -> bool:
-    """Whether a folder is there. Raises `FileError` where the system does not say."""
+    """Return True if a location is a folder. Raises `FileError` if that is unknown."""
     return place.is_dir() if isinstance(place, Address) else stat.S_ISDIR(_mode(place) or 0)
 
 
 def is_file(place: Place) -> bool:
-    """Whether a regular file is there. Raises `FileError` where the system does not say."""
+    """Return True if a location is a regular file. Raises `FileError` if that is unknown."""
     return place.is_file() if isinstance(place, Address) else stat.S_ISREG(_mode(place) or 0)
 
 
 def _mode(place: Path, shown: Place | None = None) -> int | None:
-    """What `stat` says; None where nothing is. (`Path.exists` raises, or says no, as the version of Python has it.)"""
+    """Return the mode of a file, or None if there is none. (`Path.exists` differs between versions of Python.)"""
     try:
         return place.stat().st_mode
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
@@ -358,16 +313,20 @@ def _mode(place: Path, shown: Place | None = None) -> int | None:
         raise file_error("read", str(place if shown is None else shown), error) from error
 
 
-def read_text_bytes(place: Place, most: int = local_files.MAX_TEXT) -> bytes:
-    """A file of text that is read whole: a regular one (a pipe or a device may never end), of so many bytes at most.
+def read_text_bytes(place: Place, max_bytes: int = local_files.MAX_TEXT) -> bytes:
+    """Read a whole text file. It must be a regular file (a pipe or a device may never end).
+
+    Args:
+        place: the file.
+        max_bytes: the largest size that is accepted.
 
     Raises:
-        FileError: missing, not permitted, of another kind, too large.
+        FileError: missing, not permitted, not a regular file, or too large.
     """
     if isinstance(place, Address):
         try:
             size = int(place.info().get("size") or 0)
-            data = place.read_bytes() if size <= most else b""
+            data = place.read_bytes() if size <= max_bytes else b""
         except FileNotFoundError as error:
             raise file_error("read", str(place), error) from error
     else:
@@ -375,14 +334,17 @@ def read_text_bytes(place: Place, most: int = local_files.MAX_TEXT) -> bytes:
         with close_after(file):
             reader = io.BufferedReader(file)
             try:
-                data = reader.read(most + 1) if size <= most else b""
+                data = reader.read(max_bytes + 1) if size <= max_bytes else b""
             except OSError as error:
                 raise file_error("read", str(place), error) from error
             finally:
                 reader.detach()
-    if max(size, len(data)) > most:
-        found = size if size > most else "more"
-        raise FileError(f"{place}: cannot read: expected text of at most {most} bytes, found {found}")
+    if max(size, len(data)) > max_bytes:
+        actual = size if size > max_bytes else "more"
+        raise FileError(
+            f"{place}: cannot read: expected text of at most {max_bytes} bytes, found {actual};"
+            " check that it is the right file"
+        )
     return data
 
 
@@ -391,19 +353,19 @@ def read_text_bytes(place: Place, most: int = local_files.MAX_TEXT) -> bytes:
 
 @contextlib.contextmanager
 def staged_upload(address: Address) -> Generator[tuple[int, Path]]:
-    """A temporary file's descriptor and path, for what `put` is to put to the address."""
+    """Open a temporary file that `put` will upload. Yield its descriptor and a path for messages."""
     import tempfile
 
     try:
-        file = tempfile.TemporaryFile(prefix="jaxadapt-")  # noqa: SIM115 (closed below)
+        file = tempfile.TemporaryFile(prefix="jaxadapt-")  # noqa: SIM115 (closed child)
     except OSError as error:
-        raise file_error("write", f"{address}, by way of {tempfile.gettempdir()}", error) from error
-    # It has no name in any folder, so that nothing stays there if this process is killed.
+        raise file_error("write", f"{address} (through {tempfile.gettempdir()})", error) from error
+    # It has no name in any folder, so a killed process leaves no file.
     with close_after(file):
         yield file.fileno(), Path(tempfile.gettempdir(), "jaxadapt")
 
 
 def put(address: Address, fd: int) -> None:
-    """Puts an open file of this machine to the address, as a whole. Raises `FileError`."""
-    os.lseek(fd, 0, os.SEEK_SET)  # which opening this path may share with the descriptor
+    """Upload an open file of this machine to an address, whole. Raises `FileError`."""
+    os.lseek(fd, 0, os.SEEK_SET)  # opening the path child may share this offset
     address.put(f"/dev/fd/{fd}")

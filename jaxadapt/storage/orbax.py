@@ -1,18 +1,18 @@
 """Orbax checkpoints: named trees of arrays and JSON documents in one folder, committed at once.
 
-The only module that touches Orbax. It uses Orbax's v1 API, which also reads what v0 wrote. Recognising a folder and
-reading its JSON load neither jax nor Orbax.
+This is the only module that uses Orbax. It uses Orbax's v1 API, which also reads checkpoints of v0. Recognising a
+folder and reading its JSON import neither jax nor Orbax.
 
-What Orbax leaves to its caller, and is seen to here:
+This module handles some limits of Orbax:
 
-- a leaf that is not in the checkpoint comes back as a `ShapeDtypeStruct`, and a leaf of another dtype is cast, both
-  silently: every leaf is compared before, and looked at after
-- names are joined by dots, so `{"a.b": x, "a": {"b": y}}` is corrupted: dots within a name are refused
-- two writers on one path share one temporary folder, and overwriting deletes the old checkpoint before the new one
-  exists: a process that writes alone writes into a folder of its own and renames it, and nothing is overwritten
-- what it writes besides the arrays is not flushed to the disk
-- `s3://` fails half-way, or becomes a local folder called "s3:": refused; `gs://` is not renamed but gets a file at
-  the end that says it is whole, which is looked for
+- A leaf that is missing from the checkpoint silently becomes a `ShapeDtypeStruct`, and a leaf of another dtype is
+  silently cast. So each leaf is checked before and after loading.
+- Names are joined by dots, so `{"a.b": x, "a": {"b": y}}` is corrupted. Names with dots are refused.
+- Two writers of one path share a temporary folder, and overwriting deletes the old checkpoint before the new one
+  exists. So a single process writes into a private folder and renames it, and existing paths are refused.
+- Orbax flushes only the arrays to the disk. The other files are flushed here.
+- `s3://` fails halfway, or becomes a local folder "s3:", so it is refused. `gs://` has no rename; Orbax writes a marker
+  file last, which is checked.
 """
 
 from __future__ import annotations
@@ -41,51 +41,51 @@ if TYPE_CHECKING:
 
 __all__ = ["Pending", "is_checkpoint", "leaf_specs", "load", "read_json", "save", "start_save"]
 
-# What Orbax takes a folder for a checkpoint by, in its v1 and v0 layouts.
+# The files by which Orbax recognises a checkpoint, in its v1 and v0 layouts.
 _MARKERS = ("orbax.checkpoint", "_CHECKPOINT_METADATA", "_METADATA")
-_FLAT = ""  # the item of a v0 checkpoint whose tree lies in the folder itself
+_ROOT_ITEM = ""  # the item of a v0 checkpoint that stores its tree directly in the folder
 _JSON = "data.json"
 COMMITTED = "commit_success.txt"
-"""What Orbax writes last into a folder of an object store, where it cannot rename."""
+"""The file that Orbax writes last into a folder of an object store, where it cannot rename."""
 
 Tree = Mapping[str, Any]
 Spec = tuple[tuple[int, ...], str]
 
 
-def _place(path: str | os.PathLike[str]) -> Place:
-    """An absolute path, or an address that Orbax can use. Raises `FileError` for one that it cannot."""
+def _resolve_location(path: str | os.PathLike[str]) -> Place:
+    """Return the absolute location. Raises `FileError` for an address that Orbax cannot use."""
     place = location.absolute(location.to_location(path))
     if isinstance(place, Address) and place.scheme != "gs":
         raise FileError(
-            f"{place}: Orbax cannot use {place.scheme}:// (it fails half-way, or makes a local folder of that name);"
-            " save to a local folder and copy that, or use format='safetensors'"
+            f"{place}: Orbax cannot use {place.scheme}:// (it fails halfway, or creates a local folder of that name);"
+            " save to a local folder and copy it, or use format='safetensors'"
         )
     return place
 
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
-    """Whether a path holds an Orbax checkpoint, whole."""
+    """Return True if a path holds a complete Orbax checkpoint."""
     place = location.to_location(path)
     if isinstance(place, Path):
         return any(location.exists(place / marker, shown=place) for marker in _MARKERS)
-    if place.scheme == "hf":  # the Hub's adapters are looked at in its cache
+    if place.scheme == "hf":  # adapters of the Hub are recognised in its cache
         return False
     try:
-        names = {inside.name for inside in place.iterdir()}
+        names = {entry.name for entry in place.iterdir()}
     except (FileNotFoundError, NotADirectoryError):
         return False
     return bool(names & set(_MARKERS)) and COMMITTED in names
 
 
 def read_json(path: str | os.PathLike[str], item: str) -> Any:
-    """A JSON document of a checkpoint; None if it has none of that name. Raises `FileError` or `FormatError`."""
-    file = _place(path) / item / _JSON
+    """Read a JSON document of a checkpoint, or return None if it is missing. Raises `FileError`, `FormatError`."""
+    file = _resolve_location(path) / item / _JSON
     try:
         return json.loads(location.read_text_bytes(file, MAX_HEADER)) if file.exists() else None
-    except OSError as error:  # of `exists`
+    except OSError as error:  # raised by `exists`
         raise file_error("read", str(file), error) from error
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{file}: expected JSON: {error}") from error
+        raise FormatError(f"{file}: expected JSON, found: {error}") from error
 
 
 # ---------------------------------------------------------------- Orbax itself
@@ -99,7 +99,7 @@ def _context(documents: Sequence[str] = (), partial: bool = False) -> Any:
         registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
     context = ocp.Context()
     context.checkpointables.registry = registry
-    context.array.saving.use_compression = False  # trained numbers hardly compress: a third of the time for 5 %
+    context.array.saving.use_compression = False  # trained values compress by 5 %, and three times as slowly
     context.pytree.loading.partial_load = partial
     return context
 
@@ -108,36 +108,39 @@ def _orbax_error(action: str, place: Place, error: Exception) -> FileError:
     if isinstance(error, OSError) and error.errno is not None:
         return file_error(action, str(place), error)
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO):
-        if os.strerror(number) in str(error):  # tensorstore's errors have no number
+        if os.strerror(number) in str(error):  # tensorstore's errors have no errno
             return file_error(action, str(place), OSError(number, os.strerror(number)))
     return FileError(f"{place}: Orbax cannot {action} it: {type(error).__name__}: {error}")
 
 
 def _check_names(place: Place, trees: Mapping[str, Tree]) -> None:
-    bad: list[str] = []
+    invalid: list[str] = []
 
-    def walk(node: Any, where: str) -> None:
+    def collect(node: Any, path: str) -> None:
         for key, value in node.items():
             if type(key) is not str or "." in key or not key:
-                bad.append(f"{where}: {key!r}")
+                invalid.append(f"{path}: {key!r}")
             if isinstance(value, Mapping):
-                walk(value, f"{where}/{key}")
+                collect(value, f"{path}/{key}")
 
     for item, tree in trees.items():
-        walk(tree, item)
-    if bad:
-        raise FileError(f"{place}: Orbax joins names by dots; expected names without any:\n" + paths.bullets(bad))
+        collect(tree, item)
+    if invalid:
+        raise FileError(
+            f"{place}: cannot write: Orbax joins names by dots; expected names without dots, found:\n"
+            + paths.bullets(invalid)
+        )
 
 
 class Pending:
-    """A save under way. `result` waits for it, and raises what went wrong."""
+    """A save in progress. `result` waits for it and raises its error."""
 
     def __init__(self, place: Place, response: Any) -> None:
         self.place = place
         self._response = response
 
     def result(self) -> None:
-        """Raises `FileError`."""
+        """Wait until the save is complete. Raises `FileError`."""
         try:
             self._response.result()
         except Exception as error:
@@ -145,22 +148,26 @@ class Pending:
 
 
 def start_save(
-    path: str | os.PathLike[str], trees: Mapping[str, Tree], documents: Mapping[str, Any], named: Place | None = None
+    path: str | os.PathLike[str],
+    trees: Mapping[str, Tree],
+    documents: Mapping[str, Any],
+    display_path: Place | None = None,
 ) -> Pending:
-    """Begins a save, and returns when the values are off the device. Every process must call it, with the same path.
+    """Start a save, and return when the values have left the device. Every process must call it, with the same path.
 
     Args:
-        path: must not exist; its parent folder must.
-        trees: nested dicts of arrays, by name; keys without dots.
+        path: must not exist; its parent folder must exist.
+        trees: nested dicts of arrays, by name. Keys must not contain dots.
         documents: JSON values, by name.
-        named: what errors call the path.
+        display_path: the path to name in errors.
 
-    Raises `FileError`.
+    Raises:
+        FileError: the save failed.
     """
     from orbax.checkpoint import v1 as ocp
 
-    place = _place(path)
-    shown = place if named is None else named
+    place = _resolve_location(path)
+    shown = place if display_path is None else display_path
     _check_names(shown, trees)
     try:
         with _context(list(documents)):
@@ -171,36 +178,38 @@ def start_save(
 
 
 def save(path: str | os.PathLike[str], trees: Mapping[str, Tree], documents: Mapping[str, Any], alone: bool) -> None:
-    """Writes a checkpoint durably and atomically; when it returns, it is there. Arguments as in `start_save`.
+    """Write a checkpoint durably and atomically. Return when it is complete.
 
     Args:
-        alone: this process is the only one; else every process must call it, with the same path.
+        path, trees, documents: as in `start_save`.
+        alone: True if this is the only process; else every process must call it, with the same path.
 
-    Raises `FileError`: something is there already, no space, no permission, … Then the path is as it was.
+    Raises:
+        FileError: the path exists, no space, or no permission. The path is then unchanged.
     """
-    place = _place(path)
+    place = _resolve_location(path)
     _check_names(place, trees)
     if isinstance(place, Path):
         flush.make_folder(place.parent)
         atomic.remove_leftovers(place.parent, re.escape(place.name), folders=True)
-        if alone:  # of several processes Orbax sees to it itself
+        if alone:  # for several processes, Orbax removes leftovers itself
             for stale in place.parent.glob(f"{glob.escape(place.name)}.orbax-checkpoint-tmp*"):
                 shutil.rmtree(stale, ignore_errors=True)
-        with contextlib.suppress(OSError):  # there is something in it, or another process was faster
-            place.rmdir()  # an empty folder is as good as none
+        with contextlib.suppress(OSError):  # not empty, or another process was faster
+            place.rmdir()  # an empty folder counts as missing
     if location.exists(place) or (alone and os.path.lexists(place)):
         raise FileError(
-            f"{place}: there is something already, and an Orbax checkpoint is not overwritten, since the old one would"
-            " be gone before the new one is there; choose another path, or delete it"
+            f"{place}: cannot write: the path exists, and Orbax would delete an old checkpoint before the new one is"
+            " complete; choose another path, or delete it"
         )
     if not alone or isinstance(place, Address):
         start_save(place, trees, documents).result()
         return
-    with atomic.staging_folder(place) as inside:
-        start_save(inside, trees, documents, named=place).result()
-        flush.flush_tree(inside, place)
+    with atomic.staging_folder(place) as staged:
+        start_save(staged, trees, documents, display_path=place).result()
+        flush.flush_tree(staged, place)
         try:
-            inside.rename(place)
+            staged.rename(place)
         except OSError as error:
             raise file_error("write", str(place), error, "another writer may have been faster") from error
 
@@ -209,21 +218,21 @@ def save(path: str | os.PathLike[str], trees: Mapping[str, Tree], documents: Map
 
 
 def leaf_specs(path: str | os.PathLike[str]) -> dict[str, dict[tuple[str, ...], Spec]]:
-    """`{item: {key path: (shape, dtype name)}}` of all arrays of a checkpoint, without reading one.
+    """Return `{item: {key path: (shape, dtype name)}}` of all arrays of a checkpoint, without reading them.
 
     The item of a checkpoint that is one bare tree (as v0 writes it) is "". Raises `FileError`, `FormatError`.
     """
     from orbax.checkpoint import v1 as ocp
 
-    place = _place(path)
+    place = _resolve_location(path)
     if not is_checkpoint(place):
-        raise FileError(f"{place}: no Orbax checkpoint; expected a folder that holds one of {', '.join(_MARKERS)}")
-    named = [item for item in _items(place) if not location.exists(place / item / _JSON)]
+        raise FileError(f"{place}: not an Orbax checkpoint: expected a folder that holds one of {', '.join(_MARKERS)}")
+    items = [item for item in _items(place) if not location.exists(place / item / _JSON)]
     try:
         with _context():
             if location.exists(place / "_METADATA"):
-                return {_FLAT: _flat(ocp.metadata(str(place), checkpointable_name=None).metadata)}
-            return {item: _flat(ocp.metadata(str(place), checkpointable_name=item).metadata) for item in named}
+                return {_ROOT_ITEM: _array_specs(ocp.metadata(str(place), checkpointable_name=None).metadata)}
+            return {item: _array_specs(ocp.metadata(str(place), checkpointable_name=item).metadata) for item in items}
     except Exception as error:
         raise FormatError(f"{place}: this Orbax checkpoint cannot be read: {type(error).__name__}: {error}") from error
 
@@ -235,19 +244,19 @@ def _items(place: Place) -> list[str]:
         raise file_error("read", str(place), error) from error
 
 
-def _flat(tree: Any) -> dict[tuple[str, ...], Spec]:
+def _array_specs(tree: Any) -> dict[tuple[str, ...], Spec]:
     import jax
 
     out: dict[tuple[str, ...], Spec] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        # Orbax's descriptions of arrays have both; those of Python's numbers and strings have neither.
+        # Orbax's metadata of arrays have both attributes; those of numbers and strings have neither.
         shape, dtype = getattr(leaf, "shape", None), getattr(leaf, "dtype", None)
         if shape is not None and dtype is not None:
-            out[tuple(_text(entry) for entry in path)] = (tuple(shape), str(dtype))
+            out[tuple(_key_text(entry) for entry in path)] = (tuple(shape), str(dtype))
     return out
 
 
-def _text(entry: Any) -> str:
+def _key_text(entry: Any) -> str:
     import jax
 
     match entry:
@@ -262,28 +271,34 @@ def _text(entry: Any) -> str:
 def load(
     path: str | os.PathLike[str], item: str, wanted: Mapping[tuple[str, ...], jax.ShapeDtypeStruct | None]
 ) -> dict[tuple[str, ...], jax.Array | np.ndarray]:
-    """Some arrays of one item, straight onto their devices.
+    """Load some arrays of one item, directly onto their devices.
 
     Args:
-        wanted: by key path, a spec with a sharding; None for a numpy array of the stored shape and dtype.
+        path: the checkpoint.
+        item: the name of the tree.
+        wanted: by key path, a spec with a sharding, or None for a numpy array of the stored shape and dtype.
 
-    Raises `MismatchError` naming every leaf that is missing or of another shape or dtype; `FormatError`.
+    Raises:
+        MismatchError: names every leaf that is missing or has another shape or dtype.
+        FormatError: the checkpoint is damaged.
     """
     import jax
     import numpy as np
     from orbax.checkpoint import v1 as ocp
 
-    place = _place(path)
-    have = leaf_specs(place).get(item, {})
+    place = _resolve_location(path)
+    stored = leaf_specs(place).get(item, {})
     problems: list[str] = []
     for key, spec in wanted.items():
         name = "/".join(key)
-        if key not in have:
+        if key not in stored:
             problems.append(f"{name}: not in the checkpoint")
-        elif spec is not None and have[key] != (tuple(spec.shape), np.dtype(spec.dtype).name):
-            problems.append(f"{name}: {have[key][1]} {have[key][0]} saved, {spec.dtype} {tuple(spec.shape)} expected")
+        elif spec is not None and stored[key] != (tuple(spec.shape), np.dtype(spec.dtype).name):
+            problems.append(
+                f"{name}: expected {spec.dtype} {tuple(spec.shape)}, found {stored[key][1]} {stored[key][0]}"
+            )
     if problems:
-        raise MismatchError(f"{place} does not fit:\n" + paths.bullets(problems, 16))
+        raise MismatchError(f"{place}: the checkpoint does not match:\n" + paths.bullets(problems, 16))
     if not wanted:
         return {}
     tree: dict[str, Any] = {}
@@ -291,27 +306,27 @@ def load(
         node = tree
         for part in key[:-1]:
             node = node.setdefault(part, {})
-        node[key[-1]] = _host(*have[key]) if spec is None else spec
+        node[key[-1]] = _numpy_example(*stored[key]) if spec is None else spec
     try:
         with _context(partial=True):
-            got = ocp.load(str(place), tree, checkpointable_name=item or None)
+            loaded = ocp.load(str(place), tree, checkpointable_name=item or None)
     except Exception as error:
         raise FormatError(f"{place}: this Orbax checkpoint cannot be read: {type(error).__name__}: {error}") from error
     out: dict[tuple[str, ...], Any] = {}
     for key in wanted:
-        leaf: Any = got
+        leaf: Any = loaded
         for part in key:
             leaf = leaf[part]
         if not isinstance(leaf, jax.Array | np.ndarray):
-            problems.append(f"{'/'.join(key)}: Orbax gave {type(leaf).__name__}")
+            problems.append(f"{'/'.join(key)}: expected an array, found {type(leaf).__name__}")
         out[key] = leaf
     if problems:
-        raise FormatError(f"{place}: leaves are missing:\n" + paths.bullets(problems, 16))
+        raise FormatError(f"{place}: Orbax could not load these leaves:\n" + paths.bullets(problems, 16))
     return out
 
 
-def _host(shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """What Orbax restores as a numpy array: an example that takes no memory."""
+def _numpy_example(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Return an example that makes Orbax restore a numpy array. It uses no memory."""
     import jax.numpy as jnp
     import numpy as np
 

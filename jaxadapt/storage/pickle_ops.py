@@ -1,8 +1,8 @@
-"""A pickle reader that can build strings, numbers, tuples, lists and dicts, and nothing else.
+"""A pickle reader that builds only strings, numbers, tuples, lists and dicts.
 
-Python's unpickler calls what a file names. Here a name is looked up in a list of the few that PyTorch's
-state dicts use, and "calling" it means handing its arguments to our own `rebuild`; any other name or opcode
-ends the reading. `pickletools` only splits the bytes into opcodes, it executes nothing.
+Python's unpickler calls the functions that a file names. This reader accepts only a list of names, those that PyTorch's
+state dicts use, and passes the arguments of a call to its own `rebuild`. Any other name or opcode is an error.
+`pickletools` only splits the bytes into opcodes; it executes nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ __all__ = ["Global", "Stream", "UnsupportedPickle", "load"]
 
 
 class Stream(Protocol):
-    """What opcodes are read from. `read` must not allocate more than there is, whatever it is asked for."""
+    """A source of opcodes. `read` must not allocate more bytes than the file has, whatever size is requested."""
 
     def read(self, size: int, /) -> bytes: ...
 
@@ -24,12 +24,12 @@ class Stream(Protocol):
 
 
 class UnsupportedPickle(Exception):
-    """Not a pickle, or one that needs more than data; the caller adds the file's name."""
+    """The bytes are not a pickle, or need more than data. The caller adds the file's name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Global:
-    """A name from the list of those allowed: data, never the object of that name."""
+    """An allowed name: data, never the object of that name."""
 
     name: str
 
@@ -60,24 +60,24 @@ class _Machine:
 
     def pop(self) -> object:
         if not self._stack or self._stack[-1] is _MARK:
-            raise UnsupportedPickle("the pickle takes a value where there is none")
+            raise UnsupportedPickle("the pickle takes a value from an empty stack")
         return self._stack.pop()
 
-    def _popped(self, count: int) -> list[object]:
+    def _pop_many(self, count: int) -> list[object]:
         return [self.pop() for _ in range(count)][::-1]
 
-    def _marked(self) -> list[object]:
+    def _pop_to_mark(self) -> list[object]:
         items: list[object] = []
         while self._stack and self._stack[-1] is not _MARK:
             items.append(self._stack.pop())
         if not self._stack:
-            raise UnsupportedPickle("the pickle closes a group that it did not open")
+            raise UnsupportedPickle("the pickle closes a group that was not opened")
         self._stack.pop()
         return items[::-1]
 
     def _top(self, kind: type) -> object:
         if not self._stack or type(self._stack[-1]) is not kind:
-            raise UnsupportedPickle(f"the pickle fills something that is no {kind.__name__}")
+            raise UnsupportedPickle(f"the pickle adds items to a value that is not a {kind.__name__}")
         return self._stack[-1]
 
     def _set_items(self, items: list[object]) -> None:
@@ -85,7 +85,7 @@ class _Machine:
         if len(items) % 2:
             raise UnsupportedPickle("the pickle sets a key without a value")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            # other keys are not needed; hashing deeply nested tuples would overflow the C stack
+            # Other keys are not needed, and hashing deeply nested tuples would overflow the C stack.
             if type(key) is not str and type(key) is not int:
                 raise UnsupportedPickle(f"expected keys that are strings, found one of type {type(key).__name__}")
             target[key] = value
@@ -111,9 +111,9 @@ class _Machine:
         elif code == "MARK":
             stack.append(_MARK)
         elif code == "TUPLE":
-            stack.append(tuple(self._marked()))
+            stack.append(tuple(self._pop_to_mark()))
         elif code in _TUPLES:
-            stack.append(tuple(self._popped(_TUPLES[code])))
+            stack.append(tuple(self._pop_many(_TUPLES[code])))
         elif code in _CONSTANTS:
             stack.append(_CONSTANTS[code])
         elif code == "EMPTY_DICT":
@@ -121,18 +121,18 @@ class _Machine:
         elif code == "EMPTY_LIST":
             stack.append([])
         elif code in ("APPEND", "APPENDS"):
-            items = self._marked() if code == "APPENDS" else [self.pop()]
+            items = self._pop_to_mark() if code == "APPENDS" else [self.pop()]
             cast("list[object]", self._top(list)).extend(items)
         elif code in ("SETITEM", "SETITEMS"):
-            self._set_items(self._marked() if code == "SETITEMS" else self._popped(2))
+            self._set_items(self._pop_to_mark() if code == "SETITEMS" else self._pop_many(2))
         elif code == "GLOBAL":
             stack.append(self._global(*str(argument).split(" ", 1)))
         elif code == "STACK_GLOBAL":
-            stack.append(self._global(*self._popped(2)))
+            stack.append(self._global(*self._pop_many(2)))
         elif code == "REDUCE":
-            function, arguments = self._popped(2)
+            function, arguments = self._pop_many(2)
             if type(function) is not Global or type(arguments) is not tuple:
-                raise UnsupportedPickle("the pickle calls something that is no function")
+                raise UnsupportedPickle("the pickle calls a value that is not a function")
             stack.append(self._rebuild(function.name, cast("tuple[object, ...]", arguments)))
         elif code == "BINPERSID":
             stack.append(self._persistent(self.pop()))
@@ -149,16 +149,16 @@ def load(
     rebuild: Callable[[str, tuple[object, ...]], object],
     persistent: Callable[[object], object],
 ) -> object:
-    """Reads one pickle and leaves the stream behind its end.
+    """Read one pickle, leaving the stream at its end.
 
     Args:
         stream: buffered bytes.
-        allowed: the dotted names a pickle may refer to.
-        rebuild: gets an allowed name and the arguments the pickle calls it with; returns what stands for it.
-        persistent: gets a persistent id (PyTorch's storages); returns what stands for it.
+        allowed: the dotted names that a pickle may refer to.
+        rebuild: called with an allowed name and the arguments of its call; returns the result of the call.
+        persistent: called with a persistent id (a storage of PyTorch); returns its value.
 
     Raises:
-        UnsupportedPickle: naming what it needs beyond that, or where it is damaged.
+        UnsupportedPickle: the pickle uses another name or opcode (which the error names), or is damaged.
 
     >>> import io, pickle
     >>> load(io.BytesIO(pickle.dumps({"a": (1, [2.5])}, 2)), (), lambda name, args: None, lambda id: None)
@@ -169,10 +169,10 @@ def load(
     """
     machine = _Machine(allowed, rebuild, persistent)
     try:
-        for opcode, argument, _ in pickletools.genops(cast("bytes", stream)):  # takes streams as well
+        for opcode, argument, _ in pickletools.genops(cast("bytes", stream)):  # accepts streams too
             if opcode.name == "STOP":
                 return machine.pop()
             machine.step(opcode.name, argument)
-    except (ValueError, EOFError, OverflowError) as error:  # what genops raises for damaged bytes
+    except (ValueError, EOFError, OverflowError) as error:  # raised by genops for damaged bytes
         raise UnsupportedPickle(f"the pickle is damaged: {error}") from error
     raise UnsupportedPickle("the pickle has no end")

@@ -1,4 +1,4 @@
-"""Reading the bytes of a small file while the caller is busy with something else."""
+"""Reading a small file in the background, while the caller plans."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-READ = 5 * local_files.BLOCK  # 15 MB
-"""Bytes of one call: after each the thread waits for Python's lock, which whoever plans has, and who needs the bytes
-waits for a whole call. 50 MB took 18 ms in four calls, 23 in one."""
+READ_BYTES = 5 * local_files.BLOCK  # 15 MB
+"""Bytes of one read. After each read the thread waits for Python's lock, and a caller that needs bytes waits for a
+whole read. 50 MB took 18 ms in four reads, and 23 ms in one."""
 
 
 class Prefetch:
-    """The bytes after a header, which are being read in the background while the caller plans."""
+    """The bytes after a file's header, read in the background."""
 
     def __init__(self, source: local_files.Source, start: int) -> None:
         from concurrent.futures import ThreadPoolExecutor
@@ -33,18 +33,18 @@ class Prefetch:
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(1)
         self._reads: list[Future[None]] = []
-        for first in range(0, size, READ):
-            blocks = self._blocks[first // local_files.BLOCK : (first + READ) // local_files.BLOCK]
+        for first in range(0, size, READ_BYTES):
+            blocks = self._blocks[first // local_files.BLOCK : (first + READ_BYTES) // local_files.BLOCK]
             parts = [("its tensors", block.data) for block in blocks]
             self._reads.append(self._pool.submit(source.read_into, parts, start + first))
         self.waiting: set[str] = set()
-        """The tensors that nobody asked for yet."""
+        """The names of the tensors that were not taken yet."""
 
     def take(self, spans: Mapping[str, tuple[int, int]]) -> bool:
-        """Whether these are there, and the caller, who is the first to ask for them, may have them.
+        """Wait for tensors and return True, unless one of them was taken before or could not be read.
 
         Args:
-            spans: by tensor, its first byte and the one after its last.
+            spans: by tensor, its first byte and the byte after its last.
         """
         with self._lock:
             if not self.waiting.issuperset(spans):
@@ -52,14 +52,14 @@ class Prefetch:
             self.waiting.difference_update(spans)
         try:
             for start, stop in spans.values():
-                for read in self._reads[start // READ : -(-stop // READ)]:
+                for read in self._reads[start // READ_BYTES : -(-stop // READ_BYTES)]:
                     read.result()
-        except AdapterError:  # read by itself, a tensor says that it is the one which is cut off
+        except AdapterError:  # reading the tensor directly gives an error with its name
             return False
         return True
 
-    def at(self, start: int, stop: int, memory: np.ndarray | None) -> np.ndarray:
-        """The bytes of a tensor: where they were read to, if aligned and in one block; else copied, to `memory`."""
+    def bytes_of(self, start: int, stop: int, memory: np.ndarray | None) -> np.ndarray:
+        """Return the bytes of a tensor: a view if they are aligned and in one block, else a copy (in `memory`)."""
         block, first = divmod(start, local_files.BLOCK)
         if first % local_files.ALIGNED == 0 and stop - start <= local_files.BLOCK - first:
             return self._blocks[block][first : first + stop - start]

@@ -1,4 +1,4 @@
-"""Objects of a store read in ranges, as `files` reads a file of this machine."""
+"""Reading ranges of objects of a store, with the interface of `local_files`."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from typing import TYPE_CHECKING
 from jaxadapt.core.errors import FileError, FormatError
 from jaxadapt.storage import location
 from jaxadapt.storage.local_files import file_error
+from jaxadapt.storage.store_errors import translate_errors
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
 __all__ = ["RemoteObject", "fetch_object"]
 
-_HEAD = 512 << 10  # read at once when an object is opened: most headers, and all of a small adapter
-_BLOCK = 4 << 20  # as long to fetch as to wait for a store's answer
-_KEPT = 16  # blocks; tensors are read in the order of the file
+_HEAD = 512 << 10  # bytes read when an object is opened: most headers, and all of a small adapter
+_BLOCK = 4 << 20  # bytes; fetching them takes about as long as a store's latency
+_MAX_BLOCKS = 16  # blocks; tensors are read in the order of the file
 
 
 class RemoteObject:
-    """An object open for reading, in ranges; reading from several threads at once is safe.
+    """An object open for reading in ranges. Several threads may read at once.
 
-    Small reads share blocks, each of which is fetched once; large ones are a request each.
+    Small reads share blocks, and each block is fetched once. A large read is one request.
     """
 
     def __init__(self, address: location.Address) -> None:
-        """Raises `FileError`."""
+        """Query the object and read its head. Raises `FileError`."""
         self.path = str(address)
         self.closed = False
         self._address = address
@@ -37,21 +38,21 @@ class RemoteObject:
         except FileNotFoundError as error:
             raise file_error("read", self.path, error) from error
         if info["type"] != "file" or info.get("size") is None:
-            raise FileError(f"{self.path}: cannot read: expected a file, found a folder, or what tells no size")
+            raise FileError(f"{self.path}: cannot read: expected a file of known size, found a folder or a stream")
         self.size = int(info["size"])
         self._stamp = location.object_stamp(info)
         self._fetched = False
         self._blocks: dict[int, Future[bytes]] = {}
         self._lock = threading.Lock()
-        self._head = self._get(0, min(self.size, _HEAD)) if self.size else b""
+        self._head = self._fetch(0, min(self.size, _HEAD)) if self.size else b""
 
     def read_into(self, parts: Sequence[tuple[str, memoryview]], offset: int) -> None:
-        """As `files.read_into`."""
+        """Fill views, as `local_files.read_into` does."""
         total = sum(len(view) for _, view in parts)
         if offset + total > self.size:
             raise FormatError(f"{self.path}: {parts[-1][0]}: expected {offset + total} bytes, found {self.size}")
         if total >= _BLOCK:
-            data = memoryview(self._get(offset, offset + total))
+            data = memoryview(self._fetch(offset, offset + total))
             for _, view in parts:
                 view[:], data = data[: len(view)], data[len(view) :]
             return
@@ -74,34 +75,34 @@ class RemoteObject:
 
         with self._lock:
             block = self._blocks.get(number)
-            mine = block is None
+            is_new = block is None
             if block is None:
                 block = self._blocks[number] = Future[bytes]()
-                while len(self._blocks) > _KEPT:
+                while len(self._blocks) > _MAX_BLOCKS:
                     self._blocks.pop(next(iter(self._blocks)))
-        if mine:
+        if is_new:
             try:
-                block.set_result(self._get(number * _BLOCK, min((number + 1) * _BLOCK, self.size)))
+                block.set_result(self._fetch(number * _BLOCK, min((number + 1) * _BLOCK, self.size)))
             except BaseException as error:
                 block.set_exception(error)
         return block.result()
 
-    def _get(self, start: int, stop: int) -> bytes:
+    def _fetch(self, start: int, stop: int) -> bytes:
         fs, inner = self._address.store()
         self._fetched = self._fetched or start > 0 or stop < self.size
         try:
-            with location.translate_errors(self.path, "read"):
+            with translate_errors(self.path, "read"):
                 data = fs.cat_file(inner, start=start, end=stop)
         except FileNotFoundError as error:
-            raise FileError(f"{self.path}: it was deleted while it was read") from error
+            raise FileError(f"{self.path}: the object was deleted while it was read") from error
         if len(data) != stop - start:
             raise FormatError(f"{self.path}: expected {stop - start} bytes at offset {start}, found {len(data)}")
         return data
 
     def check(self) -> None:
-        """Raises `FormatError` if it was replaced while it was read: its parts may be of two files then."""
+        """Raise `FormatError` if the object was replaced during reading, since its parts may be of two versions."""
         if self._fetched and location.object_stamp(self._address.info()) != self._stamp:
-            raise FormatError(f"{self.path}: it was replaced while it was read; read it again")
+            raise FormatError(f"{self.path}: the object was replaced while it was read; read it again")
 
     def close(self) -> None:
         self.closed = True
@@ -109,15 +110,15 @@ class RemoteObject:
 
 
 def fetch_object(address: location.Address) -> tuple[io.FileIO, int]:
-    """All of an object in a temporary file that is open, and its size in bytes. Raises `FileError`."""
+    """Download an object into a temporary file. Return the open file and its size in bytes. Raises `FileError`."""
     import tempfile
 
-    held = RemoteObject(address)
+    remote = RemoteObject(address)
     fs, inner = address.store()
     try:
         with tempfile.NamedTemporaryFile(prefix="jaxadapt-") as copy:
-            with location.translate_errors(str(address), "read"):
+            with translate_errors(str(address), "read"):
                 fs.get_file(inner, copy.name)
-            return io.FileIO(copy.name, "rb"), held.size
+            return io.FileIO(copy.name, "rb"), remote.size
     except OSError as error:
-        raise file_error("read", f"{address}, by way of {tempfile.gettempdir()}", error) from error
+        raise file_error("read", f"{address} (through {tempfile.gettempdir()})", error) from error

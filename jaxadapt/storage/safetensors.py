@@ -1,7 +1,8 @@
-"""safetensors files: header, reading (whole, lazily, by slices) and durable, atomic writing.
+"""safetensors files: headers, reading (complete, lazy, by slices) and durable, atomic writing.
 
-Our own implementation of the format, byte for byte what the safetensors library writes. Reading a header
-needs the standard library only; numpy (and ml_dtypes, for bfloat16 and float8) come in with the first tensor.
+This is an own implementation of the format; its files equal those of the safetensors library byte for byte. Reading a
+header needs only the standard library. numpy (and ml_dtypes, for bfloat16 and float8) are imported with the first
+tensor.
 """
 
 from __future__ import annotations
@@ -32,28 +33,16 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 __all__ = [
-    "MAX_HEADER",
-    "SMALL",
-    "FileTensorSpec",
-    "Header",
-    "TensorFile",
-    "TensorInfo",
-    "encode",
-    "little_bits",
-    "named_specs",
-    "open_tensors",
-    "read",
-    "read_header",
-    "write",
-    "write_to",
-]
+    "MAX_HEADER", "SMALL", "FileTensorSpec", "Header", "TensorFile", "TensorInfo", "encode", "little_bits",
+    "named_specs", "open_tensors", "read", "read_header", "write", "write_to",
+]  # fmt: skip
 
-# Small and strided tensors are gathered in a buffer of this size; larger ones leave the processor's cache.
-_STAGE = 1 << 20
+# Bytes of the buffer that collects small and strided tensors. A larger one would not fit the processor's cache.
+_STAGE_BYTES = 1 << 20
 SMALL = 64 << 20
-"""What is read ahead is in memory at once, and reading more takes so long that little would be won."""
-# Bytes of tensors read with one call: small enough that several threads get some.
-_GROUP = 16 << 20
+"""Bytes of the largest file that is prefetched. All of it is in memory at once, and larger files gain little."""
+# Bytes of tensors read with one call. Small enough to divide a file among several threads.
+_GROUP_BYTES = 16 << 20
 
 
 def _open(path: str | os.PathLike[str]) -> local_files.Source:
@@ -65,33 +54,33 @@ def _open(path: str | os.PathLike[str]) -> local_files.Source:
     )
 
 
-def _header_of(source: local_files.Source) -> Header:
-    return parse(source.path, _header_bytes(source), source.size)
+def _read_header(source: local_files.Source) -> Header:
+    return parse(source.path, _read_header_bytes(source), source.size)
 
 
-def _header_bytes(source: local_files.Source) -> bytes:
-    first = _exactly(source, min(source.size, 8), 0, "header length")
+def _read_header_bytes(source: local_files.Source) -> bytes:
+    first = _read_exactly(source, min(source.size, 8), 0, "header length")
     if problem := length_problem(first, source.size):
         raise FormatError(f"{source.path}: not a valid safetensors file: {problem}")
-    return _exactly(source, int.from_bytes(first, "little"), 8, "header")
+    return _read_exactly(source, int.from_bytes(first, "little"), 8, "header")
 
 
-def _exactly(source: local_files.Source, size: int, offset: int, what: str) -> bytes:
+def _read_exactly(source: local_files.Source, size: int, offset: int, label: str) -> bytes:
     buffer = bytearray(size)
-    source.read_into([(what, memoryview(buffer))], offset)
+    source.read_into([(label, memoryview(buffer))], offset)
     return bytes(buffer)
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
-    """The validated header of a file; reads no tensor and imports neither numpy nor jax.
+    """Read and validate the header of a file. Reads no tensor and imports neither numpy nor jax.
 
     Raises:
-        FormatError: the bytes are no safetensors file, or contradict themselves; names each tensor concerned.
-        FileError: missing, a directory, not permitted.
+        FormatError: not a valid safetensors file; names each invalid tensor.
+        FileError: missing, a directory, or not permitted.
     """
     source = _open(path)
     try:
-        header = _header_of(source)
+        header = _read_header(source)
         source.check()
         return header
     finally:
@@ -99,41 +88,41 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
 
 class FileTensorSpec(NamedTuple):
-    """What a tensor is, without its values."""
+    """Shape and dtype of a tensor."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
 
 
 class TensorFile(Mapping[str, "np.ndarray"]):
-    """An open file: each `[key]` reads that tensor's bytes into a new array (C order, 64-byte aligned).
+    """An open file: `[key]` reads a tensor into a new array (C order, 64-byte aligned).
 
-    It keeps the one descriptor it opened, so a file replaced meanwhile does not mix with the old one; of an address
-    leaving the block raises a `FormatError` then. Use as a context manager, or call `close`. Reading from several
-    threads at once is safe.
+    The file keeps its descriptor, so the contents of a replaced file are never mixed. If an object of a store is
+    replaced, the end of the `with` block raises `FormatError`. Use as a context manager, or call `close`. Several
+    threads may read at once.
     """
 
     def __init__(self, path: str | os.PathLike[str], ahead: bool = False) -> None:
-        """Raises what `read_header` raises. `is_prefetched` as in `open_tensors`."""
+        """Open a file; see `open_tensors`. Raises the errors of `read_header`."""
         self._source = _open(path)
-        self._ahead: Prefetch | None = None
+        self._prefetch: Prefetch | None = None
         self.path = self._source.path
         try:
-            raw = _header_bytes(self._source)
+            raw = _read_header_bytes(self._source)
             start = 8 + len(raw)
             if ahead and 0 < self._source.size - start <= SMALL:
-                self._ahead = Prefetch(self._source, start)
+                self._prefetch = Prefetch(self._source, start)
             self.header = parse(self.path, raw, self._source.size)
         except BaseException:
             self.close()
             raise
-        if self._ahead is not None:
-            self._ahead.waiting.update(self.header.tensors)
+        if self._prefetch is not None:
+            self._prefetch.waiting.update(self.header.tensors)
 
     def _find(self, key: str) -> tuple[TensorInfo, np.dtype]:
         info = self.header.tensors[key]
         if self._source.closed:
-            raise FileError(f"{self.path}: tensor {key!r}: the file was closed; read inside the `with` block")
+            raise FileError(f"{self.path}: tensor {key!r}: the file is closed; read inside the `with` block")
         try:
             return info, numpy_dtype(info.dtype)
         except FormatError as error:
@@ -143,25 +132,25 @@ class TensorFile(Mapping[str, "np.ndarray"]):
         return self.read_into(key, None)
 
     def read_into(self, key: str, memory: np.ndarray | None) -> np.ndarray:
-        """`self[key]` in the first bytes of `memory` (uint8, aligned for the dtype); in new memory if None.
+        """Return `self[key]`, read into the first bytes of `memory` (uint8, aligned for the dtype) or new memory.
 
-        What was read ahead is handed out where it is, once, if it is aligned there.
+        A prefetched tensor is returned once in place, if it is aligned there.
         """
         info, dtype = self._find(key)
-        if self._ahead is not None and self._ahead.take({key: (info.start, info.stop)}):
-            data = self._ahead.at(info.start, info.stop, memory)
+        if self._prefetch is not None and self._prefetch.take({key: (info.start, info.stop)}):
+            data = self._prefetch.bytes_of(info.start, info.stop, memory)
         else:
             data = local_files.aligned_empty(info.nbytes) if memory is None else memory[: info.nbytes]
             self._source.read_into([(f"tensor {key!r}", data.data)], self.header.data_start + info.start)
         return data.view(dtype).reshape(info.shape)
 
     def spec(self, key: str) -> FileTensorSpec:
-        """Shape and dtype of one tensor."""
+        """Return the shape and dtype of one tensor."""
         info, dtype = self._find(key)
         return FileTensorSpec(info.shape, dtype)
 
     def nbytes(self, key: str) -> int:
-        """The size of one tensor, without reading it."""
+        """Return the bytes of one tensor, without reading it."""
         return self.header.tensors[key].nbytes
 
     @functools.cached_property
@@ -175,7 +164,7 @@ class TensorFile(Mapping[str, "np.ndarray"]):
             kinds = {name: numpy_dtype(name) for name in {info.dtype for info in self.header.tensors.values()}}
             return {key: FileTensorSpec(info.shape, kinds[info.dtype]) for key, info in self.header.tensors.items()}
         except FormatError:
-            return {key: self.spec(key) for key in self.header.tensors}  # which says which tensor it is
+            return {key: self.spec(key) for key in self.header.tensors}  # the error names the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.header.tensors)
@@ -184,19 +173,19 @@ class TensorFile(Mapping[str, "np.ndarray"]):
         return len(self.header.tensors)
 
     def __contains__(self, key: object) -> bool:
-        return key in self.header.tensors  # Mapping's own would read the tensor
+        return key in self.header.tensors  # Mapping.__contains__ would read the tensor
 
     def read_slice(self, key: str, slices: Sequence[slice], shape: Sequence[int] | None = None) -> np.ndarray:
-        """`self[key][slices]`, reading only the bytes of the slice (gaps under 16 KiB are read along).
+        """Return `self[key][slices]`, reading only the bytes of the slice and gaps under 16 KiB.
 
         Args:
             key: the tensor.
-            slices: one slice an axis, with any bounds and step; missing ones at the end mean the whole axis.
-                What `jax.make_array_from_callback` hands out fits.
-            shape: another one for the same bytes in C order, which `slices` then refer to.
+            slices: one slice an axis, with any bounds and step, as `jax.make_array_from_callback` passes them. Missing
+                slices at the end select whole axes.
+            shape: another shape for the same bytes in C order, to which `slices` refer.
 
         Raises:
-            FormatError: the file was truncated meanwhile.
+            FormatError: the file was truncated after it was opened.
             IndexError: more slices than axes.
         """
         info, dtype = self._find(key)
@@ -205,35 +194,35 @@ class TensorFile(Mapping[str, "np.ndarray"]):
         def read_at(view: memoryview, offset: int) -> None:
             self._source.read_into([(f"tensor {key!r}", view)], begin + offset)
 
-        return strided.read_box(read_at, info.shape if shape is None else shape, dtype, slices)
+        return strided.read_region(read_at, info.shape if shape is None else shape, dtype, slices)
 
     def read_many(self, keys: Iterable[str], progress: Callable[[int], None] | None = None) -> dict[str, np.ndarray]:
-        """The tensors of `keys`, faster than one by one.
+        """Read several tensors, faster than one by one.
 
-        Small neighbours share an allocation (of 3 MB), which lives as long as one of them. `progress` is
-        called with the number of bytes read since its last call.
+        Small neighbours share an allocation (of 3 MB) and keep it alive. `progress` is called with the number of bytes
+        read since its last call.
         """
-        groups = self.groups(keys, _GROUP)
+        groups = self.groups(keys, _GROUP_BYTES)
         out: dict[str, np.ndarray] = {}
         reads = (
             functools.partial(self.read_group, g, local_files.aligned_empties(list(map(self.nbytes, g))))
             for g in groups
         )
-        # few large tasks: their time goes into the kernel's copy and page faults, which hold no lock of Python's
-        with contextlib.closing(threads.run_in_order(reads, min(threads.THREADS, len(groups)))) as made:
-            for group, arrays in zip(groups, made, strict=True):
+        # Few large tasks: copies and page faults in the kernel do not hold Python's lock.
+        with contextlib.closing(threads.run_in_order(reads, min(threads.THREADS, len(groups)))) as results:
+            for group, arrays in zip(groups, results, strict=True):
                 out |= zip(group, arrays, strict=True)
                 if progress is not None:
                     progress(sum(map(self.nbytes, group)))
         return out
 
-    def groups(self, keys: Iterable[str], most: int) -> list[list[str]]:
-        """Neighbours in the file, in its order, of about `most` bytes in all: what `read_group` takes."""
+    def groups(self, keys: Iterable[str], max_bytes: int) -> list[list[str]]:
+        """Split keys into groups of neighbours in the file, of at most `max_bytes` each, for `read_group`."""
         groups: list[list[str]] = []
         size, stop = 0, -1
         for key in sorted(set(keys), key=lambda key: self.header.tensors[key][2:]):
             info = self.header.tensors[key]
-            if info.start != stop or size + info.nbytes > most:
+            if info.start != stop or size + info.nbytes > max_bytes:
                 groups.append([])
                 size = 0
             groups[-1].append(key)
@@ -242,33 +231,38 @@ class TensorFile(Mapping[str, "np.ndarray"]):
 
     @property
     def is_prefetched(self) -> bool:
-        """Whether all was, or is being, read ahead."""
-        return self._ahead is not None
+        """True if the file is small and is read in the background."""
+        return self._prefetch is not None
 
     def read_group(self, keys: Sequence[str], memory: Sequence[np.ndarray] | None = None) -> list[np.ndarray]:
-        """Neighbours in the file, in order, with one call.
+        """Read neighbours in the file, in its order, with one call.
 
         Args:
-            memory: for each of them, as in `read_into`; without it new memory, which small ones share.
+            keys: a group of `groups`.
+            memory: an array for each, as in `read_into`. None allocates memory, which small tensors share.
         """
-        found = [self._find(key) for key in keys]
-        spans = {key: (info.start, info.stop) for key, (info, _) in zip(keys, found, strict=True)}
-        if self._ahead is not None and self._ahead.take(spans):
-            there = self._ahead
-            return [there.at(info.start, info.stop, None).view(dtype).reshape(info.shape) for info, dtype in found]
-        sizes = [info.nbytes for info, _ in found]
+        entries = [self._find(key) for key in keys]
+        spans = {key: (info.start, info.stop) for key, (info, _) in zip(keys, entries, strict=True)}
+        if self._prefetch is not None and self._prefetch.take(spans):
+            prefetch = self._prefetch
+            return [
+                prefetch.bytes_of(info.start, info.stop, None).view(dtype).reshape(info.shape)
+                for info, dtype in entries
+            ]
+        sizes = [info.nbytes for info, _ in entries]
         memory = (
             local_files.aligned_empties(sizes)
             if memory is None
             else [m[:n] for m, n in zip(memory, sizes, strict=True)]
         )
-        parts = [(f"tensor {key!r}", place.data) for key, place in zip(keys, memory, strict=True)]
-        self._source.read_into(parts, self.header.data_start + found[0][0].start)
-        return [place.view(dtype).reshape(info.shape) for place, (info, dtype) in zip(memory, found, strict=True)]
+        parts = [(f"tensor {key!r}", array.data) for key, array in zip(keys, memory, strict=True)]
+        self._source.read_into(parts, self.header.data_start + entries[0][0].start)
+        return [array.view(dtype).reshape(info.shape) for array, (info, dtype) in zip(memory, entries, strict=True)]
 
     def close(self) -> None:
-        if self._ahead is not None:
-            self._ahead.close()
+        """Close the file."""
+        if self._prefetch is not None:
+            self._prefetch.close()
         self._source.close()
 
     def __enter__(self) -> TensorFile:
@@ -285,10 +279,11 @@ class TensorFile(Mapping[str, "np.ndarray"]):
 
 
 def open_tensors(path: str | os.PathLike[str], ahead: bool = False) -> TensorFile:
-    """Opens a file for lazy reading; see `TensorFile`.
+    """Open a file for lazy reading; see `TensorFile`.
 
     Args:
-        ahead: begin to read all tensors of a small file (64 MB) in the background; `read_into` then hands them out.
+        path: a path or an address.
+        ahead: start to read all tensors of a small file (up to 64 MB) in the background, for `read_into`.
 
     Raises:
         FormatError, FileError: see `read_header`.
@@ -297,11 +292,11 @@ def open_tensors(path: str | os.PathLike[str], ahead: bool = False) -> TensorFil
 
 
 def read(path: str | os.PathLike[str], keys: Iterable[str] | None = None) -> dict[str, np.ndarray]:
-    """All tensors of a file, or those named, in memory that XLA's CPU client takes without a copy.
+    """Read all tensors of a file, or some, into memory that XLA's CPU client uses without a copy.
 
     Raises:
         FormatError, FileError: see `read_header`.
-        MismatchError: the file lacks some of `keys`; names them all.
+        MismatchError: the file lacks some of `keys`; names all of them.
     """
     with open_tensors(path) as file:
         wanted = list(file) if keys is None else list(keys)
@@ -310,12 +305,12 @@ def read(path: str | os.PathLike[str], keys: Iterable[str] | None = None) -> dic
                 f"{file.path}: expected tensors {problems_text([repr(key) for key in missing])}, "
                 f"but the file lacks them; it holds {problems_text([repr(key) for key in file])}"
             )
-        found = file.read_many(wanted)
-        return {key: found[key] for key in wanted}
+        tensors = file.read_many(wanted)
+        return {key: tensors[key] for key in wanted}
 
 
-def _checked(path: str, key: str, value: np.ndarray, info: TensorInfo) -> np.ndarray:
-    """The array as unsigned integers in little endian, any strides: numpy copies those fastest."""
+def _to_file_bits(path: str, key: str, value: np.ndarray, info: TensorInfo) -> np.ndarray:
+    """Check an array against its spec and return its bits as integers, which numpy copies fastest."""
     import numpy as np
 
     array = np.asarray(value)
@@ -329,7 +324,7 @@ def _checked(path: str, key: str, value: np.ndarray, info: TensorInfo) -> np.nda
 
 
 def little_bits(array: np.ndarray) -> np.ndarray:
-    """An array's bytes as the file has them, as unsigned integers."""
+    """Return an array's bits in the file's byte order, as unsigned integers."""
     import numpy as np
 
     if not array.dtype.isnative:
@@ -345,24 +340,24 @@ def write(
     *,
     progress: Callable[[int], None] | None = None,
 ) -> Header:
-    """Writes a file durably and atomically in one pass, holding one tensor at a time.
+    """Write a file durably and atomically in one pass, holding one tensor at a time.
 
-    The bytes are those that `safetensors.torch.save_file` writes; `metadata` is sorted by key.
+    The file equals that of `safetensors.torch.save_file`; `metadata` is sorted by key.
 
     Args:
-        path: replaced when everything is on the disk; on any exception it is as it was.
-        specs: (dtype, shape) by key; a dtype is a safetensors name ("BF16") or anything numpy takes for one.
-        get: gives the array of a key: any memory layout or byte order, dtype and shape as in `specs`. Called
-            once a key, in the file's order; what it returns must not change before the file is written.
-        metadata: strings.
-        progress: called with the number of bytes handed on since its last call.
+        path: replaced when all bytes are on the disk, and unchanged after an exception.
+        specs: (dtype, shape) by key. A dtype is a safetensors name ("BF16") or anything numpy accepts.
+        get: returns the array of a key, with the dtype and shape of `specs` and any memory layout or byte order. Called
+            once a key, in the file's order. The array must not change before the file is written.
+        metadata: strings by key.
+        progress: called with the number of bytes written since its last call.
 
     Returns:
         The header of the file.
 
     Raises:
-        FileError: disk full, no permission, …; a spec the format cannot hold; a header over 100 MB.
-        MismatchError: `get` returned another dtype or shape than its spec.
+        FileError: the disk is full, no permission, a spec that the format cannot hold, or a header over 100 MB.
+        MismatchError: `get` returned an array that does not match its spec.
     """
     with atomic.open_replacement(path) as writer:
         return write_to(writer, specs, get, metadata, progress=progress)
@@ -376,12 +371,12 @@ def write_to(
     *,
     progress: Callable[[int], None] | None = None,
 ) -> Header:
-    """`write` for a file that is open already: one of several that are to take their places together."""
+    """Write an open file, one of several that are replaced together; see `write`."""
     first, header = encode(writer.path, named_specs(specs), metadata or {})
-    stage = strided.Stage(writer.write, _STAGE)
+    stage = strided.Stage(writer.write, _STAGE_BYTES)
     stage.add_bytes(first)
     for key, info in header.tensors.items():
-        stage.add(_checked(writer.path, key, get(key), info))
+        stage.add(_to_file_bits(writer.path, key, get(key), info))
         if progress is not None:
             progress(info.nbytes)
     stage.flush()
@@ -389,9 +384,9 @@ def write_to(
 
 
 def named_specs(specs: Mapping[str, tuple[npt.DTypeLike, Sequence[int]]]) -> dict[str, tuple[str, Sequence[int]]]:
-    """The same with safetensors' dtype names."""
+    """Return the specs with safetensors' dtype names."""
 
-    def named(dtype: npt.DTypeLike) -> str:
+    def to_name(dtype: npt.DTypeLike) -> str:
         return dtype if isinstance(dtype, str) and dtype.isupper() else dtype_name(dtype)
 
-    return {key: (named(dtype), shape) for key, (dtype, shape) in specs.items()}
+    return {key: (to_name(dtype), shape) for key, (dtype, shape) in specs.items()}

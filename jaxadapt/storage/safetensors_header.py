@@ -1,7 +1,7 @@
 """The header of a safetensors file: parsing with full validation, and encoding. Standard library only.
 
-A file is 8 bytes (the header's length, little endian), the header (JSON, padded with spaces to a multiple
-of 8), and the tensors' bytes without gaps. Format: https://huggingface.co/docs/safetensors
+A file consists of 8 bytes (the header's length, little endian), the header (JSON, padded with spaces to a multiple of
+8), and the tensors' bytes without gaps. Format: https://huggingface.co/docs/safetensors
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from jaxadapt.core.errors import FileError, FormatError
 __all__ = ["BITS", "MAX_HEADER", "Header", "TensorInfo", "encode", "parse", "problems_text"]
 
 MAX_HEADER = 100_000_000
-"""No reader accepts a longer header (in bytes)."""
+"""Largest header in bytes that readers accept."""
 
-# In the order in which files are laid out, last first; the value is the size of an element in bits.
+# Bits of an element by dtype. Tensors in a file are sorted by the reverse of this order.
 BITS: dict[str, int] = {
     "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8,
     "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -31,7 +31,7 @@ _MAX_BYTES = 2**63 - 1
 
 
 class TensorInfo(NamedTuple):
-    """One tensor of a file: type, shape, and byte range `[start, stop)` from `Header.data_start` on."""
+    """One tensor of a file: dtype, shape, and byte range `[start, stop)` from `Header.data_start` on."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -44,10 +44,10 @@ class TensorInfo(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What a safetensors file says about itself.
+    """The header of a safetensors file.
 
-    `tensors` is in the order of the bytes; `data_start` is the offset of the first tensor's bytes and `size`
-    the size of the whole file.
+    `tensors` is in the order of the bytes. `data_start` is the offset of the first tensor's bytes, and `size` the size
+    of the file.
     """
 
     tensors: dict[str, TensorInfo]
@@ -57,7 +57,7 @@ class Header(NamedTuple):
 
 
 def problems_text(problems: Sequence[str], shown: int = 10) -> str:
-    """All problems of one kind as one text; long lists are cut, with a count."""
+    """Join the problems of one kind into one text, with a count of those not shown."""
     text = "; ".join(problems[:shown])
     return text if len(problems) <= shown else f"{text}; and {len(problems) - shown} more"
 
@@ -72,12 +72,12 @@ def _show(value: object, limit: int = 80) -> str:
     return text if len(text) <= limit else text[:limit] + "…"
 
 
-def _natural(value: object) -> bool:
-    # bool is an int in Python, `true` is no number in JSON
+def _is_natural(value: object) -> bool:
+    # bool is a subclass of int in Python, but `true` is not a number in JSON.
     return type(value) is int and value >= 0
 
 
-def _naturals(value: object) -> tuple[int, ...] | None:
+def _parse_naturals(value: object) -> tuple[int, ...] | None:
     if type(value) is not list:
         return None
     for item in cast("list[object]", value):
@@ -86,17 +86,17 @@ def _naturals(value: object) -> tuple[int, ...] | None:
     return tuple(cast("list[int]", value))
 
 
-class _Wrong(NamedTuple):
-    """What is wrong with a tensor's description."""
+class _Invalid(NamedTuple):
+    """The problem of an invalid tensor description."""
 
     why: str
 
 
-def _object(pairs: list[tuple[str, object]]) -> dict[str, object] | TensorInfo | _Wrong:
-    """An object of the header. A tensor's description is checked at once: of 10^5 the parts would keep the gc busy."""
+def _parse_object(pairs: list[tuple[str, object]]) -> dict[str, object] | TensorInfo | _Invalid:
+    """Convert an object of the header; a tensor's description immediately, to spare the gc 10^5 small objects."""
     result = dict(pairs)
     if len(pairs) == len(_FIELDS) and result.keys() == _FIELDS and type(result["data_offsets"]) is list:
-        return _info(result)  # (tensors of these three names are no lists)
+        return _parse_info(result)  # if three tensors have these names, data_offsets is an object, not a list
     if len(result) < len(pairs):
         seen: set[str] = set()
         twice = sorted({key for key, _ in pairs if key in seen or seen.add(key)})
@@ -104,23 +104,23 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object] | TensorInfo |
     return result
 
 
-def _constant(text: str) -> object:
+def _reject_constant(text: str) -> object:
     raise ValueError(f"{text} is not JSON")
 
 
-def _integer(text: str) -> int:
-    if text == "-0":  # an int to Python, and no natural number to the format's own reader
+def _parse_integer(text: str) -> int:
+    if text == "-0":  # an int in Python, but invalid for the safetensors library
         raise ValueError("expected integers >= 0, found -0")
     return int(text)
 
 
 def _size_problem(dtype: str, shape: tuple[int, ...]) -> str | None:
-    if len(shape) > _MAX_AXES:  # first: the product of many takes long
+    if len(shape) > _MAX_AXES:  # checked first: the product of many axes is slow
         return f"expected at most {_MAX_AXES} axes, found {len(shape)}"
     bits = math.prod(shape) * BITS[dtype]
     if 0 < bits <= 8 * _MAX_BYTES and not bits % 8:
         return None
-    # axes of size 0 must not hide the overflow of the others: numpy multiplies them one by one
+    # Axes of size 0 must not hide an overflow of the others: numpy multiplies axes one by one.
     if math.prod(max(dim, 1) for dim in shape) * BITS[dtype] // 8 > _MAX_BYTES:
         return f"shape {_show(list(shape))} overflows 63 bits"
     if math.prod(shape) * BITS[dtype] % 8:
@@ -131,9 +131,9 @@ def _size_problem(dtype: str, shape: tuple[int, ...]) -> str | None:
 _FIELDS = frozenset({"dtype", "shape", "data_offsets"})
 
 
-def _info(entry: dict[str, object]) -> TensorInfo | _Wrong:
-    """One tensor's description, or what is wrong with it."""
-    dtype, shape, offsets = entry["dtype"], _naturals(entry["shape"]), _naturals(entry["data_offsets"])
+def _parse_info(entry: dict[str, object]) -> TensorInfo | _Invalid:
+    """Validate one tensor's description."""
+    dtype, shape, offsets = entry["dtype"], _parse_naturals(entry["shape"]), _parse_naturals(entry["data_offsets"])
     if type(dtype) is str and dtype in BITS and shape and offsets and len(shape) <= _MAX_AXES and len(offsets) == 2:
         start, stop = offsets
         if 0 < math.prod(shape) * BITS[dtype] == 8 * (stop - start) and stop <= _MAX_BYTES:
@@ -141,7 +141,7 @@ def _info(entry: dict[str, object]) -> TensorInfo | _Wrong:
     problem = _problem(entry, dtype, shape, offsets)
     if problem is None and isinstance(dtype, str) and shape is not None and offsets is not None:
         return TensorInfo(dtype, shape, *offsets)
-    return _Wrong(problem or "")
+    return _Invalid(problem or "")
 
 
 def _problem(
@@ -168,9 +168,9 @@ def _problem(
 
 
 def length_problem(first: bytes, size: int) -> str | None:
-    """What is wrong with a file of `size` bytes beginning with `first` (8 bytes, or all), if anything."""
+    """Return the problem of a file of `size` bytes that begins with `first` (up to 8 bytes), or None."""
     length = int.from_bytes(first, "little")
-    # Only where the length is impossible: 640 bytes of header begin with the bytes a pickle begins with.
+    # Guess the file type only if the length is impossible: a header of 640 bytes begins like a pickle.
     if len(first) == 8 and length <= min(MAX_HEADER, size - 8):
         return None
     if first.startswith(b"version "):
@@ -181,35 +181,35 @@ def length_problem(first: bytes, size: int) -> str | None:
         return f"expected at least 8 bytes, found {size}; the file is truncated"
     if length > MAX_HEADER:
         return f"header length: expected at most {MAX_HEADER} bytes, found {length}"
-    return f"header length: expected at most the {size - 8} bytes left, found {length}; it is damaged"
+    return f"header length: expected at most the {size - 8} bytes left, found {length}; the file is damaged"
 
 
-def _called(key: str | None) -> str:
+def _describe(key: str | None) -> str:
     return "the header" if key is None else f"tensor {_show(key)}"
 
 
 def parse(path: str, raw: bytes, size: int) -> Header:
-    """Parses and validates the JSON of a header (without the 8 bytes before it).
+    """Parse and validate the JSON of a header (without the 8 bytes before it).
 
     Args:
-        path: for messages.
+        path: the file's path, for messages.
         raw: the header's bytes.
-        size: the size of the whole file in bytes.
+        size: the size of the file in bytes.
 
     Raises:
-        FormatError: naming every tensor that is described wrongly.
+        FormatError: the header is invalid; names every invalid tensor.
     """
 
-    def fail(what: str) -> FormatError:
-        return FormatError(f"{path}: not a valid safetensors file: {what}")
+    def fail(problem: str) -> FormatError:
+        return FormatError(f"{path}: not a valid safetensors file: {problem}")
 
     if not raw.startswith(b"{"):
         raise fail(f"header: expected a JSON object, found bytes that begin with {_show(raw[:16])}")
     try:
-        # Only where there may be a -0: a function of Python's for each number takes time.
-        integer = _integer if b"-0" in raw else None
+        # A Python function for each number is slow, so it is passed only if there may be a -0.
+        integer = _parse_integer if b"-0" in raw else None
         parsed: object = json.loads(
-            raw.decode("utf-8"), object_pairs_hook=_object, parse_constant=_constant, parse_int=integer
+            raw.decode("utf-8"), object_pairs_hook=_parse_object, parse_constant=_reject_constant, parse_int=integer
         )
     except UnicodeDecodeError as error:
         raise fail(f"header: expected UTF-8, found byte 0x{raw[error.start]:02x} at {error.start}") from error
@@ -217,7 +217,7 @@ def parse(path: str, raw: bytes, size: int) -> Header:
         raise fail("header: JSON nested too deeply") from error
     except ValueError as error:
         raise fail(f"header: expected JSON, found: {error}") from error
-    if not isinstance(parsed, dict):  # though it begins with "{"
+    if not isinstance(parsed, dict):  # the header is itself a tensor description
         raise fail("header: expected an object of tensors, found the description of one")
     items = cast("dict[str, object]", parsed)
     metadata = items.pop("__metadata__", {})
@@ -231,10 +231,10 @@ def parse(path: str, raw: bytes, size: int) -> Header:
     problems: list[str] = []
     for key, value in items.items():
         if isinstance(value, dict) and cast("dict[str, object]", value).keys() == _FIELDS:
-            value = _info(cast("dict[str, object]", value))
+            value = _parse_info(cast("dict[str, object]", value))
         if type(value) is TensorInfo:
             tensors[key] = value
-        elif isinstance(value, _Wrong):
+        elif isinstance(value, _Invalid):
             problems.append(f"tensor {_show(key)}: {value.why}")
         elif isinstance(value, dict):
             fields = _show(list(cast("dict[str, object]", value)))
@@ -249,18 +249,18 @@ def parse(path: str, raw: bytes, size: int) -> Header:
     for key, (_, _, start, stop) in tensors.items():
         if start != position:
             kind = "overlaps" if start < position else "leaves a gap after"
-            before = _called(last)
+            before = _describe(last)
             problems.append(f"tensor {_show(key)} {kind} {before}: expected start {position}, found {start}")
         position, last = stop, key
     if position != size - data_start:
-        before = _called(last)
+        before = _describe(last)
         short = "; it is truncated: fetch or save it again" if position > size - data_start else ""
         end = data_start + position
         problems.append(f"expected the file to end with {before} at {end} bytes, found {size} bytes{short}")
     if problems:
         raise fail(problems_text(problems))
     try:
-        # "\ud800" is legal JSON, but no text: it could never be printed or written again
+        # "\ud800" is valid JSON, but not valid text: it can be neither printed nor written.
         "".join([*tensors, *cast("dict[str, str]", metadata), *cast("dict[str, str]", metadata).values()]).encode()
     except UnicodeEncodeError as error:
         raise fail(f"header: a name holds a lone surrogate, {_show(error.object[error.start])}") from error
@@ -274,18 +274,18 @@ def _json(value: str | dict[str, str]) -> str:
 def encode(
     path: str, specs: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str]
 ) -> tuple[bytes, Header]:
-    """The first bytes of a file (length and header) for these tensors, and the layout they describe.
+    """Return the first bytes of a file (length and header) for these tensors, and the header they encode.
 
-    Byte for byte what the safetensors library writes: wide types first, then by name; `metadata` comes first,
-    sorted by key. Several processes that call it with equal arguments get equal offsets.
+    The bytes equal those of the safetensors library: metadata first, sorted by key; then the tensors, wide dtypes first
+    and then by name. Processes that call it with equal arguments get equal offsets.
 
     Args:
-        path: for messages.
-        specs: `(dtype, shape)` by key, dtype as in `BITS`.
-        metadata: strings only.
+        path: the file's path, for messages.
+        specs: `(dtype, shape)` by key, with a dtype of `BITS`.
+        metadata: strings by key.
 
     Raises:
-        FileError: a spec the format cannot hold (all of them are named), or a header over `MAX_HEADER`.
+        FileError: specs that the format cannot hold (all are named), or a header over `MAX_HEADER`.
 
     >>> raw, header = encode("x", {"a": ("F32", (2,)), "b": ("F64", ())}, {"format": "pt"})
     >>> header.tensors
@@ -302,7 +302,7 @@ def encode(
             problems.append("tensor '__metadata__': the name is reserved")
         elif dtype not in BITS:
             problems.append(f"tensor {_show(key)}: expected a dtype of the format (F32, BF16, …), found {_show(dtype)}")
-        elif not all(_natural(dim) for dim in shape):
+        elif not all(_is_natural(dim) for dim in shape):
             problems.append(f"tensor {_show(key)}: expected a shape of integers >= 0, found {_show(shape)}")
         elif problem := _size_problem(dtype, tuple(shape)):
             problems.append(f"tensor {_show(key)}: {problem}")
@@ -311,7 +311,7 @@ def encode(
 
     tensors: dict[str, TensorInfo] = {}
     sorted_metadata = dict(sorted(metadata.items()))
-    # Text at once: an object a tensor, for json to walk, costs more than all the rest (much of it in the gc).
+    # Format the text directly: an object a tensor for `json` would cost more than all the rest.
     entries = [f'"__metadata__":{_json(sorted_metadata)}'] if metadata else []
     position = 0
     for key in sorted(specs, key=lambda key: (-_RANK[specs[key][0]], key)):
@@ -325,13 +325,13 @@ def encode(
         text = ("{" + ",".join(entries) + "}").encode("utf-8")
     except UnicodeEncodeError as error:
         raise FileError(
-            f"{path}: cannot write: a name is no text: {_show(error.object[error.start : error.end])}"
+            f"{path}: cannot write: a name is not valid text: {_show(error.object[error.start : error.end])}"
         ) from error
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER:
         raise FileError(
             f"{path}: cannot write: header: expected at most {MAX_HEADER} bytes, found {len(text)}; "
-            "no reader would open the file: shorten the metadata or the names"
+            "shorten the metadata or the names, since no reader opens such a file"
         )
     raw = len(text).to_bytes(8, "little") + text
     return raw, Header(tensors, sorted_metadata, len(raw), len(raw) + position)

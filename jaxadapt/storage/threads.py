@@ -1,4 +1,4 @@
-"""Threads for what waits in the kernel: reading, and the pages that are read into."""
+"""Threads for work that waits in the kernel, such as reading and page faults."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _T = TypeVar("_T")
 
 
 def run_in_order(tasks: Iterable[Callable[[], _T]], threads: int = THREADS) -> Generator[_T]:
-    """What each task returns, in order; with one thread they run in the caller's.
+    """Run tasks in threads and yield their results in order. With one thread, tasks run in the caller's.
 
-    The caller's thread takes the tasks from the iterable, a few before they run. What is allocated in making a task
-    should be all that is to outlive it: malloc gives each new thread the next of up to eight arenas a core, each keeps
-    pages that were freed, and loading 500 MB again and again left 3 GB in those of two cores.
+    The caller's thread takes tasks from the iterable, a few ahead of their execution. Memory that outlives a task
+    should be allocated when the task is made: malloc gives each new thread one of up to eight arenas a core, and each
+    arena keeps freed pages. Loading 500 MB repeatedly left 3 GB in the arenas of two cores.
 
     >>> list(run_in_order([lambda: 1, lambda: 2]))
     [1, 2]

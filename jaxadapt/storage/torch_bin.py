@@ -1,7 +1,7 @@
 """PyTorch `.bin`/`.pt` state dicts, read without torch; both the zip format and the one before PyTorch 1.6.
 
-Read-only: new files are safetensors. Nothing in a file is executed (see `pickles`), storages are checked for
-their bounds, and a file cannot make us allocate much more memory than its own size.
+This module only reads; new files are safetensors. No code in a file is executed (see `pickle_ops`), the bounds of
+storages are checked, and a file cannot cause allocations much larger than itself.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from jaxadapt.core.errors import FormatError
-from jaxadapt.storage import local_files, pickle_ops, ranged_reads
-from jaxadapt.storage import location as places
+from jaxadapt.storage import local_files, location, pickle_ops, ranged_reads
 from jaxadapt.storage.dtypes import numpy_dtype
 from jaxadapt.storage.safetensors_header import problems_text
 
@@ -29,7 +28,7 @@ T = TypeVar("T")
 
 __all__ = ["keys_and_shapes", "read"]
 
-# safetensors' names of types, and C128 for the one it lacks
+# Bytes of an element by safetensors' dtype names, and C128, which safetensors lacks.
 _SIZES = {
     "BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4,
     "I64": 8, "U64": 8, "F64": 8, "C64": 8, "C128": 16,
@@ -63,12 +62,12 @@ _ALLOWED = frozenset(
 )
 _MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of the format before PyTorch 1.6
 _PROTOCOL = 1001
-# An expanded or shared tensor is larger than its storage; more than this is an attack on our memory.
+# Expanded or shared tensors may exceed their storage by this factor. More is treated as an attack on memory.
 _MAX_GROWTH = 16
 _FREE_GROWTH = 1 << 20
-_MOST = 2**63  # of anything that is counted in a file
+_INTEGER_LIMIT = 2**63  # for every count in a file
 _MAX_AXES = 64
-_MAX_PARTS = 16  # of what PyTorch's functions are called with; 8 are known
+_MAX_PARTS = 16  # arguments of PyTorch's functions; known files use up to 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +75,7 @@ class _Storage:
     key: str
     dtype: str | None  # None: untyped, counted in bytes
     total: int  # elements in the file
-    offset: int = 0  # a view of the elements [offset, offset + count)
+    offset: int = 0  # the view of the elements [offset, offset + count)
     count: int = 0
 
 
@@ -84,7 +83,7 @@ class _Storage:
 class _Tensor:
     storage: _Storage
     dtype: str
-    offset: int  # in elements, as are the strides
+    offset: int  # in elements, like the strides
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
@@ -93,42 +92,42 @@ class _Tensor:
         return math.prod(self.shape) * _SIZES[self.dtype]
 
 
-def _naturals(value: object, name: str) -> tuple[int, ...]:
-    """A short tuple of integers that 63 bits hold: one of a file may be recalled, and gone through, again and again."""
-    found = cast("tuple[object, ...]", value) if type(value) is tuple else (None,)
-    if len(found) > _MAX_AXES:
-        raise pickle_ops.UnsupportedPickle(f"{name}: expected at most {_MAX_AXES} integers, found {len(found)}")
-    if not all(type(item) is int and item >= 0 for item in found):
-        raise pickle_ops.UnsupportedPickle(f"expected {name} of integers >= 0, found something else")
-    whole = cast("tuple[int, ...]", found)
-    if any(item >= _MOST for item in whole):
+def _check_naturals(value: object, name: str) -> tuple[int, ...]:
+    """Check a tuple of integers that fit 63 bits. It must be short, since a file can make us read it repeatedly."""
+    items = cast("tuple[object, ...]", value) if type(value) is tuple else (None,)
+    if len(items) > _MAX_AXES:
+        raise pickle_ops.UnsupportedPickle(f"{name}: expected at most {_MAX_AXES} integers, found {len(items)}")
+    if not all(type(item) is int and item >= 0 for item in items):
+        raise pickle_ops.UnsupportedPickle(f"expected {name} of integers >= 0, found another value")
+    integers = cast("tuple[int, ...]", items)
+    if any(item >= _INTEGER_LIMIT for item in integers):
         raise pickle_ops.UnsupportedPickle(f"{name}: expected integers below 2^63, found one that overflows 63 bits")
-    return whole
+    return integers
 
 
-def _persistent(identity: object) -> _Storage:
-    """PyTorch's ("storage", type, key, location, count), in old files a view (key, offset, count)."""
-    whole = cast("tuple[object, ...]", identity) if type(identity) is tuple else (None,)
-    parts = list(whole[:7])
+def _parse_storage(identity: object) -> _Storage:
+    """Parse PyTorch's ("storage", type, key, location, count), in old files with a view (key, offset, count)."""
+    fields = cast("tuple[object, ...]", identity) if type(identity) is tuple else (None,)
+    parts = list(fields[:7])
     if len(parts) not in (5, 6) or parts[0] != "storage":
-        raise pickle_ops.UnsupportedPickle("expected the description of a storage, found something else (a module?)")
+        raise pickle_ops.UnsupportedPickle("expected the description of a storage, found another value (a module?)")
     kind, key = parts[1], parts[2]
-    (total,) = _naturals((parts[4],), "a storage's size")
+    (total,) = _check_naturals((parts[4],), "a storage's size")
     dtype = _STORAGES.get(kind.name.removeprefix("torch.")) if type(kind) is pickle_ops.Global else None
     if type(key) is not str or type(kind) is not pickle_ops.Global or (dtype is None and kind.name != _UNTYPED):
-        raise pickle_ops.UnsupportedPickle("expected a storage's type and key, found something else")
+        raise pickle_ops.UnsupportedPickle("expected a storage's type and key, found other values")
     view = parts[5] if len(parts) == 6 else None
     if view is None:
         return _Storage(key, dtype, total, 0, total)
-    described: tuple[object, ...] = cast("tuple[object, ...]", view) if type(view) is tuple else ()
-    offset, count = _naturals(described[1:] if len(described) == 3 else None, "a view")
+    view_fields: tuple[object, ...] = cast("tuple[object, ...]", view) if type(view) is tuple else ()
+    offset, count = _check_naturals(view_fields[1:] if len(view_fields) == 3 else None, "a view")
     if offset + count > total:
         raise pickle_ops.UnsupportedPickle(f"storage {key!r}: a view ends beyond its {total} elements")
     return _Storage(key, dtype, total, offset, count)
 
 
 def _rebuild(name: str, arguments: tuple[object, ...]) -> object:
-    """What PyTorch's functions of these names would build, as data."""
+    """Return as data the value that a function of PyTorch would build."""
     if len(arguments) > _MAX_PARTS:
         raise pickle_ops.UnsupportedPickle(f"it calls {name!r} with {len(arguments)} arguments")
     if name == "collections.OrderedDict" and not arguments:
@@ -136,14 +135,14 @@ def _rebuild(name: str, arguments: tuple[object, ...]) -> object:
     if name.startswith("torch._utils._rebuild_parameter") and arguments and type(arguments[0]) is _Tensor:
         return arguments[0]
     if name.startswith("torch._utils._rebuild_tensor") and len(arguments) >= 4 and type(arguments[0]) is _Storage:
-        return _tensor(arguments[0], arguments[1:], has_dtype=name.endswith("_v3"))
+        return _build_tensor(arguments[0], arguments[1:], has_dtype=name.endswith("_v3"))
     raise pickle_ops.UnsupportedPickle(f"it calls {name!r} with arguments that PyTorch never uses")
 
 
-def _tensor(storage: _Storage, arguments: tuple[object, ...], *, has_dtype: bool) -> _Tensor:
+def _build_tensor(storage: _Storage, arguments: tuple[object, ...], *, has_dtype: bool) -> _Tensor:
     # (offset, shape, strides, requires_grad, hooks[, dtype][, metadata])
-    (offset,) = _naturals(arguments[:1], "an offset")
-    shape, strides = _naturals(arguments[1], "a shape"), _naturals(arguments[2], "strides")
+    (offset,) = _check_naturals(arguments[:1], "an offset")
+    shape, strides = _check_naturals(arguments[1], "a shape"), _check_naturals(arguments[2], "strides")
     rest = arguments[5:]
     dtype = storage.dtype
     if has_dtype:
@@ -152,7 +151,9 @@ def _tensor(storage: _Storage, arguments: tuple[object, ...], *, has_dtype: bool
     if dtype is None:
         raise pickle_ops.UnsupportedPickle(f"storage {storage.key!r}: expected a dtype, found none")
     if any(rest) and not _is_plain(rest[0]):
-        raise pickle_ops.UnsupportedPickle(f"storage {storage.key!r}: a lazily conjugated or negated tensor")
+        raise pickle_ops.UnsupportedPickle(
+            f"storage {storage.key!r}: expected a plain tensor, found a lazily conjugated or negated one"
+        )
     if len(shape) != len(strides):
         raise pickle_ops.UnsupportedPickle(f"expected as many strides as axes, found {len(strides)} and {len(shape)}")
     size = _SIZES[dtype]
@@ -168,43 +169,43 @@ def _tensor(storage: _Storage, arguments: tuple[object, ...], *, has_dtype: bool
     return _Tensor(storage, dtype, offset, shape, strides)
 
 
-def _is_plain(notes: object) -> bool:
-    """Whether what a file notes of a tensor leaves its numbers as they are stored."""
-    found = cast("dict[object, object]", notes) if type(notes) is dict else {None: True}
-    return len(found) <= _MAX_PARTS and not any(found.values())
+def _is_plain(metadata: object) -> bool:
+    """Return True if a tensor's metadata leaves its stored values unchanged."""
+    flags = cast("dict[object, object]", metadata) if type(metadata) is dict else {None: True}
+    return len(flags) <= _MAX_PARTS and not any(flags.values())
 
 
-def _state_dict(value: object, path: str, size: int) -> dict[str, _Tensor]:
+def _check_state_dict(value: object, path: str, size: int) -> dict[str, _Tensor]:
     if type(value) is not dict:
-        raise FormatError(f"{path}: expected a state dict, found {_kind(value)}")
+        raise FormatError(f"{path}: expected a state dict, found {_describe(value)}")
     problems: list[str] = []
     tensors: dict[str, _Tensor] = {}
     for key, item in cast("dict[object, object]", value).items():
         if type(key) is not str or any("\ud800" <= char <= "\udfff" for char in key):
-            problems.append(f"{key!a}: expected a key that is text")
+            problems.append(f"{key!a}: expected a key of valid text")
         elif type(item) is not _Tensor:
-            problems.append(f"{key!r}: expected a tensor, found {_kind(item)}")
+            problems.append(f"{key!r}: expected a tensor, found {_describe(item)}")
         else:
             tensors[key] = item
     if problems:
         raise FormatError(
-            f"{path}: expected a state dict of tensors only: {problems_text(problems)}; of a training "
-            "checkpoint, save the state dict alone"
+            f"{path}: expected a state dict of tensors only: {problems_text(problems)}; save only "
+            "the state dict of a training checkpoint"
         )
     total = sum(tensor.nbytes for tensor in tensors.values())
     if total > _MAX_GROWTH * size + _FREE_GROWTH:
-        raise FormatError(f"{path}: the tensors claim {total} bytes, out of a file of {size}")
+        raise FormatError(f"{path}: the tensors claim {total} bytes, more than a file of {size} bytes can hold")
     return tensors
 
 
-def _kind(value: object) -> str:
+def _describe(value: object) -> str:
     if type(value) is dict:
         return "a dict"
     return "a tensor" if type(value) is _Tensor else f"a value of type {type(value).__name__}"
 
 
 class _Zip:
-    """The format since PyTorch 1.6: a zip file of uncompressed records under one folder."""
+    """The format since PyTorch 1.6: a zip file of uncompressed records in one folder."""
 
     def __init__(self, file: io.FileIO, path: str, size: int) -> None:
         self._zip = zipfile.ZipFile(file)
@@ -218,14 +219,14 @@ class _Zip:
         if order not in (b"little", b"big"):
             raise FormatError(f"{path}: record byteorder: expected little or big, found {order[:20]!r}")
         self.big_endian = order == b"big"
-        self.state = pickle_ops.load(io.BytesIO(self._record("data.pkl")), _ALLOWED, _rebuild, _persistent)
+        self.state = pickle_ops.load(io.BytesIO(self._record("data.pkl")), _ALLOWED, _rebuild, _parse_storage)
 
     def _record(self, name: str) -> bytes:
         try:
             info = self._zip.getinfo(self._root + name)
         except KeyError:
             raise zipfile.BadZipFile(f"record {name!r} is missing") from None
-        # torch stores records as they are; anything else could unpack to any size
+        # torch stores records uncompressed; a compressed record could unpack to any size.
         if info.compress_type != zipfile.ZIP_STORED or info.file_size > self._size:
             raise zipfile.BadZipFile(f"record {name!r} is compressed, or claims more bytes than the file has")
         return self._zip.read(info)  # checks the CRC
@@ -235,7 +236,7 @@ class _Zip:
 
 
 class _Stream:
-    """A file's bytes; `read` allocates no more than there are, which `BufferedReader` would."""
+    """A file's bytes. Unlike `BufferedReader.read`, `read` allocates no more bytes than the file has."""
 
     def __init__(self, file: io.FileIO, size: int) -> None:
         self.buffered = io.BufferedReader(file)
@@ -249,7 +250,7 @@ class _Stream:
 class _Legacy:
     """The format before PyTorch 1.6: five pickles, then the storages, each after its element count."""
 
-    big_endian = False  # whatever machine wrote it
+    big_endian = False  # on any machine
 
     def __init__(self, file: io.FileIO, path: str, size: int) -> None:
         self._file, self._path, self._size = file, path, size
@@ -259,52 +260,52 @@ class _Legacy:
             values = [self._unpickle(stream)]
             if values != [_MAGIC]:
                 raise FormatError(f"{path}: expected a PyTorch file, found another kind of pickle")
-            # the version, the writer's type sizes (which no reader uses), the content, the storages' keys
+            # The version, the writer's type sizes (unused), the content, and the keys of the storages.
             values += [self._unpickle(stream) for _ in range(4)]
             self._start = stream.buffered.tell()
         finally:
-            stream.buffered.detach()  # or it would close the file
+            stream.buffered.detach()  # so that its destructor does not close the file
         if values[1] != _PROTOCOL:
-            raise FormatError(f"{path}: expected version {_PROTOCOL} of the format, found another")
+            raise FormatError(f"{path}: expected version {_PROTOCOL} of the format, found another version")
         self.state = values[3]
         self._keys = values[4]
-        self._places: dict[str, int] | None = None
+        self._offsets: dict[str, int] | None = None
 
     def _unpickle(self, stream: _Stream) -> object:
-        return pickle_ops.load(stream, _ALLOWED, _rebuild, self._persistent)
+        return pickle_ops.load(stream, _ALLOWED, _rebuild, self._parse_storage)
 
-    def _persistent(self, identity: object) -> _Storage:
-        storage = _persistent(identity)
+    def _parse_storage(self, identity: object) -> _Storage:
+        storage = _parse_storage(identity)
         known = self._storages.setdefault(storage.key, storage)
         if (known.dtype, known.total) != (storage.dtype, storage.total):
-            raise pickle_ops.UnsupportedPickle(f"storage {storage.key!r} is described in two ways")
+            raise pickle_ops.UnsupportedPickle(f"storage {storage.key!r} has two different descriptions")
         return storage
 
-    def _find(self) -> dict[str, int]:
-        places: dict[str, int] = {}
-        at = self._start
+    def _find_offsets(self) -> dict[str, int]:
+        offsets: dict[str, int] = {}
+        offset = self._start
         for key in cast("list[object]", self._keys) if type(self._keys) is list else [None]:
             storage = self._storages.get(key) if type(key) is str else None
             if storage is None:
-                raise FormatError(f"{self._path}: expected the keys of its storages, found another list")
-            raw = local_files.pread_exact(self._file.fileno(), 8, at, self._path, f"storage {key!r}")
+                raise FormatError(f"{self._path}: expected the keys of its storages, found other values")
+            raw = local_files.pread_exact(self._file.fileno(), 8, offset, self._path, f"storage {key!r}")
             count = int.from_bytes(raw, "little", signed=True)
             if count != storage.total:
                 raise FormatError(f"{self._path}: storage {key!r}: expected {storage.total} elements, found {count}")
-            places[storage.key] = at + 8
-            at += 8 + _nbytes(storage)
-        return places
+            offsets[storage.key] = offset + 8
+            offset += 8 + _nbytes(storage)
+        return offsets
 
     def storage(self, storage: _Storage) -> bytes:
-        if self._places is None:
-            self._places = self._find()
-        at, size = self._places.get(storage.key, self._size), _nbytes(storage)
-        if at + size > self._size:
+        if self._offsets is None:
+            self._offsets = self._find_offsets()
+        offset, size = self._offsets.get(storage.key, self._size), _nbytes(storage)
+        if offset + size > self._size:
             raise FormatError(
-                f"{self._path}: storage {storage.key!r}: expected {size} bytes at offset {at}, "
-                f"found a file of {self._size}; it is truncated"
+                f"{self._path}: storage {storage.key!r}: expected {size} bytes at offset {offset}, "
+                f"found a file of {self._size} bytes; the file is truncated"
             )
-        return local_files.pread_exact(self._file.fileno(), size, at, self._path, f"storage {storage.key!r}")
+        return local_files.pread_exact(self._file.fileno(), size, offset, self._path, f"storage {storage.key!r}")
 
 
 def _nbytes(storage: _Storage) -> int:
@@ -312,16 +313,16 @@ def _nbytes(storage: _Storage) -> int:
 
 
 def _load(path: str | os.PathLike[str], use: Callable[[_Zip | _Legacy, dict[str, _Tensor]], T]) -> T:
-    """Opens a file of either format and hands its reader and tensors to `use`."""
+    """Open a file of either format and call `use` with its reader and tensors."""
     name = os.fspath(path)
-    place = places.to_location(path)
+    place = location.to_location(path)
     file, size = (
-        ranged_reads.fetch_object(place) if isinstance(place, places.Address) else local_files.open_binary(name)
+        ranged_reads.fetch_object(place) if isinstance(place, location.Address) else local_files.open_binary(name)
     )
     with local_files.close_after(file):
         first = local_files.pread_exact(file.fileno(), min(size, 16), 0, name, "file")
         if first.startswith(b"version "):
-            raise FormatError(f"{name}: a Git LFS pointer, not the weights: fetch them with `git lfs pull`")
+            raise FormatError(f"{name}: found a Git LFS pointer, not the weights; fetch them with `git lfs pull`")
         if not first.startswith((b"PK\x03\x04", b"\x80")):
             raise FormatError(
                 f"{name}: expected a PyTorch file (a zip file or a pickle), "
@@ -329,20 +330,22 @@ def _load(path: str | os.PathLike[str], use: Callable[[_Zip | _Legacy, dict[str,
             )
         try:
             reader = (_Zip if first.startswith(b"PK") else _Legacy)(file, name, size)
-            return use(reader, _state_dict(reader.state, name, size))
+            return use(reader, _check_state_dict(reader.state, name, size))
         except pickle_ops.UnsupportedPickle as error:
             raise FormatError(f"{name}: not a state dict: {error}") from error
-        # what zipfile raises for damaged, encrypted and exotic files
+        # raised by zipfile for damaged, encrypted and unusual files
         except (zipfile.BadZipFile, struct.error, EOFError, ValueError, RuntimeError, OverflowError) as error:
             raise FormatError(f"{name}: not a valid PyTorch file: {error or type(error).__name__}") from error
         except OSError as error:
             if error.errno == errno.EINVAL:  # a damaged offset, too large to seek to
-                raise FormatError(f"{name}: not a valid PyTorch file: a record lies beyond its end") from error
+                raise FormatError(
+                    f"{name}: not a valid PyTorch file: a record is beyond the end of the file"
+                ) from error
             raise local_files.file_error("read", name, error) from error
 
 
 def keys_and_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """(dtype, shape) of every tensor, under safetensors' dtype names; reads no tensor and imports no numpy.
+    """Return the (dtype, shape) of every tensor, with safetensors' dtype names. Reads no tensor, imports no numpy.
 
     Raises:
         FormatError, FileError: see `read`.
@@ -351,23 +354,23 @@ def keys_and_shapes(path: str | os.PathLike[str]) -> dict[str, tuple[str, tuple[
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """All tensors of a PyTorch state dict: new C-contiguous arrays, in the order of the dict.
+    """Read all tensors of a PyTorch state dict as new C-contiguous arrays, in the order of the dict.
 
     Raises:
-        FormatError: no PyTorch file, damaged, truncated, or with more in it than tensors, such as a
-            reference to code (its name is given; nothing is executed).
-        FileError: missing, a directory, not permitted.
+        FormatError: not a PyTorch file, damaged, truncated, or not only tensors, such as a reference to code (the error
+            names it; it is not executed).
+        FileError: missing, a directory, or not permitted.
     """
     name = os.fspath(path)
-    return _load(path, lambda reader, tensors: _arrays(reader, tensors, name))
+    return _load(path, lambda reader, tensors: _to_arrays(reader, tensors, name))
 
 
-def _arrays(reader: _Zip | _Legacy, tensors: Mapping[str, _Tensor], path: str) -> dict[str, np.ndarray]:
+def _to_arrays(reader: _Zip | _Legacy, tensors: Mapping[str, _Tensor], path: str) -> dict[str, np.ndarray]:
     users: dict[str, list[str]] = {}
     for key, tensor in tensors.items():
         users.setdefault(tensor.storage.key, []).append(key)
     arrays: dict[str, np.ndarray] = {}
-    for shared in users.values():  # each storage is read once and dropped before the next
+    for shared in users.values():  # each storage is read once, and released before the next
         raw = reader.storage(tensors[shared[0]].storage)
         for key in shared:
             storage = tensors[key].storage
@@ -376,11 +379,11 @@ def _arrays(reader: _Zip | _Legacy, tensors: Mapping[str, _Tensor], path: str) -
                     f"{path}: tensor {key!r}: storage {storage.key!r}: expected {_nbytes(storage)} bytes, "
                     f"found {len(raw)}"
                 )
-            arrays[key] = _array(raw, tensors[key], big_endian=reader.big_endian)
+            arrays[key] = _to_array(raw, tensors[key], big_endian=reader.big_endian)
     return {key: arrays[key] for key in tensors}
 
 
-def _array(raw: bytes, tensor: _Tensor, *, big_endian: bool) -> np.ndarray:
+def _to_array(raw: bytes, tensor: _Tensor, *, big_endian: bool) -> np.ndarray:
     import numpy as np
 
     dtype = np.dtype("complex128") if tensor.dtype == "C128" else numpy_dtype(tensor.dtype)
@@ -389,7 +392,7 @@ def _array(raw: bytes, tensor: _Tensor, *, big_endian: bool) -> np.ndarray:
         return out
     storage = tensor.storage
     begin = storage.offset * (_SIZES[storage.dtype] if storage.dtype else 1) + tensor.offset * dtype.itemsize
-    # bounds were checked when the tensor was described; axes of length 1 may carry any stride
+    # `_build_tensor` has checked the bounds. Axes of length 1 may have any stride.
     strides = [
         stride * dtype.itemsize if dim > 1 else 0 for dim, stride in zip(tensor.shape, tensor.strides, strict=True)
     ]

@@ -462,7 +462,7 @@ def test_a_model_no_table_knows_is_refused_with_its_weights(tmp_path):
         ("[]", FormatError, "weight_map"),
         ('{"weight_map": {"a": 1}}', FormatError, "weight_map"),
         ('{"weight_map": {"a": "../x.safetensors"}}', FormatError, "names of files beside it"),
-        ('{"weight_map": {"a": "b.safetensors"}}', FileError, "not there: b.safetensors"),
+        ('{"weight_map": {"a": "b.safetensors"}}', FileError, "do not exist: b.safetensors"),
         ('{"weight_map": {"nothing": "c.safetensors"}}', FormatError, "nothing is not in c.safetensors"),
         ('{"weight_map": {"a": "c.safetensors"}}', FormatError, "b of c.safetensors is not in the index"),
     ],

@@ -8,7 +8,6 @@ import resource
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -298,37 +297,13 @@ def test_a_failing_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: s
 def test_a_large_file_leaves_the_cache_but_for_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[int, int]] = []
     monkeypatch.setattr(os, "posix_fadvise", lambda fd, at, size, what: calls.append((at, size)))
-    monkeypatch.setattr(atomic, "_EARLY", 10)
-    monkeypatch.setattr(atomic, "_CACHED", 20)
+    monkeypatch.setattr(atomic, "_WRITEBACK_BYTES", 10)
+    monkeypatch.setattr(atomic, "_CACHED_BYTES", 20)
     with atomic.open_replacement(tmp_path / "f") as writer:
         for _ in range(4):
             writer.write(memoryview(b"x" * 10))
     # each part as it comes, then all that is further behind; never a size of 0, which means to the end
     assert calls == [(0, 10), (10, 10), (20, 10), (0, 10), (30, 10), (0, 20)]
-
-
-@pytest.mark.parametrize(
-    ("share", "expected"),
-    [
-        # a lot begins when the next is written; what began first leaves the cache when four are there
-        (50, [(0, 15), (20, 15), (40, 15), (0, 15), (60, 15), (20, 15)]),
-        (320, [(0, 35)]),  # lots of twice the size: an eighth of all is behind
-    ],
-)
-def test_a_file_of_several_processes_goes_to_the_disk_some_way_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: int, expected: list[tuple[int, int]]
-) -> None:
-    calls: list[tuple[int, int]] = []
-    monkeypatch.setattr(os, "posix_fadvise", lambda fd, at, size, what: calls.append((at, size)))
-    monkeypatch.setattr(parallel_write, "_LOTS", 2)
-    monkeypatch.setattr(parallel_write, "_NEAR", 20)
-    monkeypatch.setattr(parallel_write, "_FAR", 40)
-    with (tmp_path / "f").open("wb") as file:
-        place = parallel_write._SharedFile(file.fileno(), "f", 0, {}, share)
-        for at in (0, 20, 40, 60, 80):  # a lot of two rows, between which lie another process' rows
-            place.write_at(memoryview(b"x" * 5), at)
-            place.write_at(memoryview(b"x" * 5), at + 10)
-    assert calls == expected
 
 
 def test_rows_of_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,7 +312,7 @@ def test_rows_of_one_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         os, "pwrite", lambda fd, data, at: real(fd, data[:2], at)
     )  # a system that writes little at once
     with (tmp_path / "f").open("wb") as file:
-        parallel_write._SharedFile(file.fileno(), "f", 0, {}, 0).write_at(memoryview(b"abcdef"), 1, 3, 5)
+        parallel_write._SharedFile(file.fileno(), "f", 0, {}).write_at(memoryview(b"abcdef"), 1, 3, 5)
     assert (tmp_path / "f").read_bytes() == b"\0abc\0\0def"
 
 
@@ -352,55 +327,22 @@ def test_a_system_that_writes_little_at_once(tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / "f").read_bytes() == b"".join(parts) + b"end"
 
 
-@pytest.mark.parametrize("threads", [True, False], ids=["as ever", "no thread starts any more"])
-def test_a_large_file_is_freed_behind_who_replaces_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: bool
-) -> None:
-    path = tmp_path / "f"
-    path.write_bytes(bytes(5 << 20))
-    old = path.stat().st_ino
-
-    def refused(work: object, arguments: object) -> None:
-        raise RuntimeError("can't start new thread at interpreter shutdown")
-
-    if not threads:
-        monkeypatch.setattr(atomic, "start_new_thread", refused)
-
-    def is_open() -> bool:
-        return old in [fd.stat().st_ino for fd in Path("/proc/self/fd").iterdir() if fd.exists()]
-
-    atomic.write_bytes(path, b"new")
-    while threads and is_open():
-        time.sleep(0.01)
-    assert not is_open()
-    assert path.read_bytes() == b"new"
-    path.write_bytes(bytes(5 << 20))
-    old = path.stat().st_ino
-    atomic.remove_file(path)
-    while threads and is_open():
-        time.sleep(0.01)
-    assert not is_open()
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("call", ["link", "open"])
-def test_what_cannot_be_linked_or_read_is_replaced_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
-) -> None:
-    (tmp_path / "f").write_bytes(bytes(5 << 20))
-    real = getattr(os, call)
+def test_files_that_cannot_be_linked_are_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [tmp_path / "f", tmp_path / "g"]
+    for path in paths:
+        path.write_bytes(b"old")
     refused: list[object] = []
 
-    def refuse(*args: object, **more: object) -> object:
-        if str(args[0]).endswith("/f" if call == "link" else ".old"):
-            refused.append(args[0])
-            raise OSError(1, "Operation not permitted")
-        return real(*args, **more)
+    def refuse(*args: object, **options: object) -> object:
+        refused.append(args[0])
+        raise OSError(1, "Operation not permitted")
 
-    monkeypatch.setattr(os, call, refuse)
-    atomic.write_bytes(tmp_path / "f", b"new")
-    assert len(refused) == 1
-    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("f", b"new")]
+    monkeypatch.setattr(os, "link", refuse)
+    with atomic.replacing_all(paths) as writers:
+        for writer in writers:
+            writer.write(memoryview(b"new"))
+    assert len(refused) == 1  # the last file needs no link
+    assert [(p.name, p.read_bytes()) for p in sorted(tmp_path.iterdir())] == [("f", b"new"), ("g", b"new")]
 
 
 def test_the_directory_cannot_be_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -267,7 +267,7 @@ def test_an_object_that_is_replaced_while_it_is_read():
     """Of the same size, so that nothing but what the store says of it tells."""
     address = "memory://replaced"
     jaxadapt.write(jaxadapt.to_peft(small.host_adapter(width=800)), address)
-    with pytest.raises(jaxadapt.FormatError, match=f"{WEIGHTS}: it was replaced while it was read; read it again"):  # noqa: PT012, SIM117
+    with pytest.raises(jaxadapt.FormatError, match=f"{WEIGHTS}: the object was replaced while"):  # noqa: PT012, SIM117
         with safetensors.open_tensors(f"{address}/{WEIGHTS}") as held:
             _ = held[next(iter(held))]
             jaxadapt.write(jaxadapt.to_peft(small.host_adapter(width=800, fill=2)), address)
@@ -377,7 +377,9 @@ def test_a_killed_save_leaves_the_old_or_the_new(kind: str, what: str, started: 
 @pytest.mark.parametrize("call", ["read", "inspect", "read_config", "load"])
 def test_where_nothing_is(call: str, place: str):
     arguments = (small.net(),) if call == "load" else ()
-    with pytest.raises(jaxadapt.FileError, match=f"{place}: nothing is there; expected a folder that holds {CONFIG}"):
+    with pytest.raises(
+        jaxadapt.FileError, match=f"{place}: no such file or folder; expected a folder that holds {CONFIG}"
+    ):
         getattr(jaxadapt, call)(place, *arguments)
 
 
@@ -440,7 +442,7 @@ def test_no_connection(fresh_s3: str):
 def test_addresses_that_nothing_knows(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(jaxadapt.FileError, match="nowhere://x/y: Protocol not known: nowhere; expected a path, or"):
         jaxadapt.read("nowhere://x/y")
-    with pytest.raises(jaxadapt.FileError, match="hf://org/name: adapters come from the Hub with load"):
+    with pytest.raises(jaxadapt.FileError, match="hf://org/name: this call takes no Hub address"):
         jaxadapt.CheckpointManager("hf://org/name")
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
     monkeypatch.setitem(sys.modules, "s3fs", None)
@@ -466,7 +468,7 @@ def test_orbax_on_gs(gs: str):
     info = jaxadapt.inspect(address)
     assert (info.parameters, info.file_bytes) == (56, sum(map(len, stores.files(address).values())))
     assert same(jaxadapt.extract(jaxadapt.load(address, small.base())).params, adapter.params)
-    with pytest.raises(jaxadapt.FileError, match="there is something already"):
+    with pytest.raises(jaxadapt.FileError, match="the path exists"):
         jaxadapt.save(adapter, address, format="orbax")
     location.to_location(f"{address}/commit_success.txt").unlink()  # as a writer that was killed leaves it
     with pytest.raises(jaxadapt.FileError, match=f"no {CONFIG}"):

@@ -205,7 +205,7 @@ def test_get_must_keep_its_promise(tmp_path: Path, value: np.ndarray, found: str
         ({"x": ("F32", (True,))}, {}, "integers"),
         ({"x": ("F32", (2**62, 4))}, {}, "overflows"),
         ({"x": (np.dtype("c16"), (1,))}, {}, "complex128"),
-        ({"\ud800": ("F32", ())}, {}, "no text"),
+        ({"\ud800": ("F32", ())}, {}, "not valid text"),
         ({}, {"a": 1}, "expected strings"),
         ({}, {"a": "x" * 100_000_001}, "at most 100000000 bytes"),
     ],
@@ -304,7 +304,7 @@ def test_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_read_ahead_in_several_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local_files, "BLOCK", 128)
-    monkeypatch.setattr(prefetch, "READ", 256)
+    monkeypatch.setattr(prefetch, "READ_BYTES", 256)
     tensors = {f"{key}": filled((3, 17 + 9 * key), np.dtype("f4"), key) for key in range(9)}
     save(tmp_path / "f", tensors)
     calls: list[int] = []
@@ -333,7 +333,7 @@ def test_truncated_while_reading_ahead(tmp_path: Path, monkeypatch: pytest.Monke
         os.truncate(tmp_path / "f", size - 1)
         return started(source, start)
 
-    monkeypatch.setattr(codec, "Ahead", early)
+    monkeypatch.setattr(codec, "Prefetch", early)
     with (
         codec.open_tensors(tmp_path / "f", ahead=True) as file,
         pytest.raises(FormatError, match="'b': expected .* truncated"),

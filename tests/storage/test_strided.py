@@ -42,7 +42,7 @@ def test_like_numpy(case: tuple[tuple[int, ...], list[tuple[int, int]], list[int
 
     before, strided._STAGED = strided._STAGED, staged
     try:
-        strided.write_box(write_at, shape, array, box)
+        strided.write_region(write_at, shape, array, box)
     finally:
         strided._STAGED = before
     want = np.zeros(shape, kind)

@@ -221,7 +221,7 @@ def _die_at(moment: str, folder: Path) -> None:
 
         threading.Thread(target=watch, daemon=True).start()
         return
-    say, write, manager = coordination.Group._say, parallel_write._SharedFile.write_at, jaxadapt.CheckpointManager
+    say, write, manager = coordination.Group._publish, parallel_write._SharedFile.write_at, jaxadapt.CheckpointManager
     gather = multihost.multihost_utils.process_allgather
 
     def dying_say(self: Any, name: str, message: Any) -> None:
@@ -229,7 +229,7 @@ def _die_at(moment: str, folder: Path) -> None:
             _die()
         say(self, name, message)
 
-    coordination.Group._say = dying_say
+    coordination.Group._publish = dying_say
     if moment == "write":
         writes = itertools.count()
 

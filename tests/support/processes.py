@@ -230,7 +230,7 @@ def faults(folder: Path, argument: str) -> None:
     # another adapter in each process: shapes of its own
     config = meshes.CONFIG.replace(r=3 + here)
     other = jaxadapt.init(config, base(layout, False), key=jax.random.key(0), keymap=meshes.TABLE)
-    refused(folder / "odd", "not those of process 0", tree=other)
+    refused(folder / "odd", "differ from those of process 0", tree=other)
     jaxadapt.save(mine, folder / "after", timeout=60)
 
 

@@ -74,7 +74,7 @@ def test_processes_of_their_own_with_nothing_but_the_environment(saved, tmp_path
         assert hub.repos[REPO].private
         closed = shell("pull", REPO, HF_ENDPOINT=hub.url)
         assert closed.returncode == 1
-        assert "the token does not open it" in closed.stderr
+        assert "the token gives no access to it" in closed.stderr
         pulled = shell("pull", REPO, HF_ENDPOINT=hub.url, HF_TOKEN=hub_server.READ)
         assert pulled.stderr == ""
         folder = Path(pulled.stdout.strip())
@@ -83,7 +83,7 @@ def test_processes_of_their_own_with_nothing_but_the_environment(saved, tmp_path
     again = shell("inspect", f"hf://{REPO}", "--json", HF_HUB_OFFLINE="1")
     assert json.loads(again.stdout)["config"]["r"] == 2
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        assert f"not in the cache, and {name}=1 forbids to fetch it" in shell("pull", "org/other", **{name: "1"}).stderr
+        assert f"not in the cache, and {name}=1 forbids fetching it" in shell("pull", "org/other", **{name: "1"}).stderr
 
 
 def test_pull_does_not_put_two_adapters_into_one_folder(hub, saved, tmp_path):
@@ -109,7 +109,7 @@ def test_a_pull_whose_weights_cannot_be_written_leaves_the_configuration_that_wa
 def test_errors_of_the_hub_are_readable(hub, saved):
     result = run("push", saved, REPO, "--no-picture")
     assert result.exit_code == 1
-    assert "FileError: hf://org/tuned: cannot push to it: the Hub asks who you are" in result.output
+    assert "FileError: hf://org/tuned: cannot push to it: the Hub requires a login" in result.output
     assert "Traceback" not in result.output
     assert run("push", saved, REPO, "--metric", "loss").exit_code == 2
 

@@ -149,7 +149,7 @@ def test_a_tag_that_is_there_is_refused_before_anything_is_sent(hub, saved, tmp_
     pushed(hub, saved, tag="v1")
     jaxadapt.save(small.trained(seed=9), tmp_path / "two", base_model="org/base")
     before = hub.repos[REPO].messages.copy()
-    with pytest.raises(jaxadapt.FileError, match="there is a tag 'v1' already"):
+    with pytest.raises(jaxadapt.FileError, match="the tag 'v1' exists already"):
         pushed(hub, tmp_path / "two", tag="v1")
     assert hub.repos[REPO].messages == before
     pushed(hub, tmp_path / "two", tag="v2")
@@ -206,14 +206,14 @@ def test_all_files_are_of_one_commit(hub, saved, tmp_path, monkeypatch):
     """Another push between the configuration and the weights."""
     old = hub.put(REPO, contents(saved))
     jaxadapt.save(small.trained(small.IA3), tmp_path / "new")
-    get = door._file
+    get = door._fetch_file
 
     def late(place, name, *rest):
         if name == WEIGHTS and len(hub.repos[REPO].commits) == 1:
             hub.put(REPO, contents(tmp_path / "new"))
         return get(place, name, *rest)
 
-    monkeypatch.setattr(door, "_file", late)
+    monkeypatch.setattr(door, "_fetch_file", late)
     assert jaxadapt.inspect(f"hf://{REPO}").config.peft_type == "LORA"
     assert len(hub.repos[REPO].commits) == 2
     assert jaxadapt.pull(f"{REPO}@{old}").name == old
@@ -309,7 +309,7 @@ def test_loading_an_address_tells_of_what_is_fetched_and_then_of_what_is_loaded(
 def test_private_repositories_need_the_token(hub, saved, monkeypatch):
     pushed(hub, saved, private=True)
     assert hub.repos[REPO].private
-    with pytest.raises(jaxadapt.FileError, match=r"does not open it.*check the name, or log in: `hf auth login`"):
+    with pytest.raises(jaxadapt.FileError, match=r"gives no access to it.*check the name, or log in: `hf auth login`"):
         jaxadapt.pull(REPO)
     assert jaxadapt.pull(REPO, token=hub_server.READ).is_dir()
     monkeypatch.setenv("HF_TOKEN", hub_server.READ)
@@ -318,7 +318,7 @@ def test_private_repositories_need_the_token(hub, saved, monkeypatch):
 
 def test_private_is_not_ignored_where_the_repository_is_public(hub, saved):
     hub.put(REPO, {"x": b""})
-    with pytest.raises(jaxadapt.FileError, match="private=True, but the repository is there and public"):
+    with pytest.raises(jaxadapt.FileError, match="private=True, but the repository exists and is public"):
         pushed(hub, saved, private=True)
     assert set(hub.files(REPO)) == {"x"}
 
@@ -326,9 +326,9 @@ def test_private_is_not_ignored_where_the_repository_is_public(hub, saved):
 @pytest.mark.parametrize(
     ("token", "message"),
     [
-        (None, r"asks who you are.*hf auth login"),
-        ("hf_wrong", r"asks who you are.*Invalid credentials.*give another token"),
-        (hub_server.READ, r"no right to do this.*right to write.*give another token"),
+        (None, r"requires a login.*hf auth login"),
+        ("hf_wrong", r"requires a login.*Invalid credentials.*give another token"),
+        (hub_server.READ, r"lacks the permission.*right to write.*give another token"),
         (True, r"token=True, but no token is stored.*hf auth login"),
     ],
 )
@@ -402,7 +402,7 @@ def test_addresses_that_are_none(text):
 
 
 def test_addresses_that_contradict_what_is_said_beside_them():
-    with pytest.raises(jaxadapt.FileError, match="revision 'v1', and revision='v2'"):
+    with pytest.raises(jaxadapt.FileError, match="revision 'v1', but revision='v2'"):
         door.parse("org/name@v1", "v2")
     assert door.parse("org/name@v1/sub/more", "v1").subfolder == "sub/more"
 
