@@ -254,7 +254,7 @@ def test_a_model_that_a_jitted_function_was_given_is_refused_and_left_whole(verb
         lambda: jax.jit(lambda: change(model)(X))(),
     ):
         with pytest.raises(
-            AttachError, match=r"(given to nnx\.jit|made outside)(?s:.)*attach, load, delete and detach outside"
+            AttachError, match=r"(passed to nnx\.jit|created outside)(?s:.)*Attach, load, delete or detach outside"
         ):
             do()
         assert nnx.graphdef(model) == before
