@@ -77,7 +77,7 @@ def test_a_filter_of_names_that_are_not_there_is_refused():
             named(tree, "a", "b")
     with pytest.raises(AttachError, match=r"name at least one adapter; this model has \['a'\]"):
         named(model)
-    with pytest.raises(AttachError, match=r"named\(model, 'fr'\), found str"):
+    with pytest.raises(AttachError, match=r"found str\. Call named\(model, 'fr'\)"):
         named("a")
 
 
