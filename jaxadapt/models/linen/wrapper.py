@@ -177,10 +177,10 @@ class Adapted:
     def notes(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> dict[str, str]:
         """How each adapted weight is followed, `{leaf: note}`, seeing one abstract `apply`."""
         overlay = self.clone(deterministic=True)._overlay(variables, None)
-        noting = UseRecorder(overlay.interceptor.sites, overlay.interceptor.small)
-        with nn.intercept_methods(noting):
+        recorder = UseRecorder(overlay.interceptor.sites, overlay.interceptor.quantized_scopes)
+        with nn.intercept_methods(recorder):
             jax.eval_shape(lambda: self.module.apply(overlay.inner(), *args, **kwargs))
-        return noting.notes
+        return recorder.notes
 
     def tabulate(self, rngs: Any, *args: Any, **kwargs: Any) -> str:
         """The base module's own table; `jaxadapt.summary` shows the adapter's."""
