@@ -119,7 +119,7 @@ class Adapted:
         if taken:
             raise AttachError(f"the module has a collection {sorted(taken)} of its own, where its adapter would go")
         keymap = resolve_keymap(self.keymap, found.shapes)
-        lines = found.lines(keymap)
+        lines = found.entries(keymap)
         table = keymap.with_entries(lines)
         out: dict[str, tuple[Recipe, tuple[bind.Site, ...]]] = {}
         for name, config in self.adapters:
