@@ -16,6 +16,7 @@ import jaxadapt
 from jaxadapt.core.errors import AttachError, KeyMapError, TargetError
 from jaxadapt.keymaps.generic import GENERIC, entry_from_axes
 from jaxadapt.keymaps.weight import Weight
+from jaxadapt.models.nnx.attach import adapter_variables
 from tests.support.twins import layers, layers_nnx
 
 CASE = {case.name: case for case in layers.NNX}
@@ -414,7 +415,7 @@ def test_an_adapter_follows_a_layers_own_methods(example: bool) -> None:
     model = Uses(nnx.Rngs(0))
     config = jaxadapt.LoraConfig(r=2, target_modules=["layer"])
     jaxadapt.adapt(model, config, rngs=nnx.Rngs(1), keymap=table, example=[x] if example else None)
-    for var in jaxadapt.nnx.variables(model)["default"].values():
+    for var in adapter_variables(model)["default"].values():
         var.set_value(jax.random.normal(jax.random.key(var.size), var.shape))
     got = {"project": model(x), "call": model.layer(x)}
     adapter = jaxadapt.extract(model)
