@@ -55,7 +55,7 @@ def test_shapes_do_not_depend_on_how_an_adapter_begins(how: Any):
     assert {p: (x.shape, x.dtype) for p, x in mine.items() if "diag" not in p} == {
         p: (x.shape, x.dtype) for p, x in theirs.items()
     }
-    with pytest.raises(jaxadapt.ConfigError, match=r"begins from more.*jaxadapt\.start.*jax\.eval_shape"):
+    with pytest.raises(jaxadapt.ConfigError, match=r"begins from more.*jaxadapt\.initializers\.start.*jax\.eval_shape"):
         model.init(KEY, X)
     # `jit` runs the very trace that `eval_shape` made: values are refused all the same.
     jitted = jax.jit(model.init)
