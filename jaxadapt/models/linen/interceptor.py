@@ -150,8 +150,8 @@ def isolate_method(module: nn.Module, method: str) -> Callable[..., Any]:
 
     def call(weights: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         variables: dict[str, Any] = unfreeze(dict(scope.variables()))
-        own = {k: v for k, v in variables.get("params", {}).items() if SEP not in k}
-        variables["params"] = {**own, **weights}
+        stored = {k: v for k, v in variables.get("params", {}).items() if SEP not in k}
+        variables["params"] = {**stored, **weights}
         # A scope belongs to the trace that creates it, so it is created here and not outside `call`.
         copy = Scope(variables, scope.rngs, scope.name, mutable, path=scope.path, flags=scope.flags)
         copy.rng_counters = scope.rng_counters
@@ -205,7 +205,7 @@ class LeafAdapter:
         """The dropout rate."""
         return self.method.dropout(self.hparams)
 
-    def hook(self, scope: Any, dropout: Callable[[Any], Any] | None) -> AppliedMethod:
+    def make_hook(self, scope: Any, dropout: Callable[[Any], Any] | None) -> AppliedMethod:
         """Return the method with the tensors that `scope` holds."""
         tensors = {tensor: scope.get_variable("params", key) for tensor, key in self.keys.items()}
         return AppliedMethod(self.method, self.hparams, tensors, self.axes, dropout)
@@ -279,8 +279,8 @@ class Interceptor:
     ) -> Any:
         """Call a method with its adapted weights' uses rewritten; return the output and the changed collections."""
         scope, call = module.scope, isolate_method(module, method)
-        own = {k: dense.get(k, meta.unbox(v)) for k, v in direct_params(module).items() if SEP not in k}
-        weights = {leaf: own[leaf] for leaf in hooks}
+        params = {k: dense.get(k, meta.unbox(v)) for k, v in direct_params(module).items() if SEP not in k}
+        weights = {leaf: params[leaf] for leaf in hooks}
         fixed = {leaf: x for leaf, x in dense.items() if leaf not in hooks}
         if not hooks:
             return call(fixed, *args, **kwargs)
@@ -293,7 +293,7 @@ class Interceptor:
                     f" adapted weights {list(hooks)} the bias belongs. Adapt only one of them"
                 )
             fixed |= {"bias": new_biases[0]} if new_biases else {}
-        others = {k: v for k, v in own.items() if k not in hooks and k != "bias"}
+        others = {k: v for k, v in params.items() if k not in hooks and k != "bias"}
         try:
             methods.check_biases(hooks.values(), others)
         except AttachError as error:
@@ -312,7 +312,7 @@ class Interceptor:
         for leaf, adapters in self.sites.get(scope.path, {}).items():
             if not scope.has_variable("params", next(iter(adapters[0].keys.values()))):
                 continue  # called through `isolate_method`, whose caller applies the adapters
-            applied = tuple(each.hook(scope, self._make_dropout(each.rate, scope)) for each in adapters)
+            applied = tuple(each.make_hook(scope, self._make_dropout(each.rate, scope)) for each in adapters)
             hooks[leaf] = applied[0] if len(applied) == 1 else AppliedMethods(applied)
         return hooks
 

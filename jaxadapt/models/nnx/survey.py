@@ -51,8 +51,8 @@ def entry_points(base: type[nnx.Module]) -> dict[str, Callable[..., Any]]:
     """
     if any(base.__call__ is cls.__call__ for cls in _KNOWN):
         return {"__call__": base.__call__}
-    own = [cls for cls in base.__mro__ if issubclass(cls, nnx.Module) and cls not in nnx.Module.__mro__]
-    functions = {name: f for cls in reversed(own) for name, f in vars(cls).items() if inspect.isfunction(f)}
+    classes = [cls for cls in base.__mro__ if issubclass(cls, nnx.Module) and cls not in nnx.Module.__mro__]
+    functions = {name: f for cls in reversed(classes) for name, f in vars(cls).items() if inspect.isfunction(f)}
     return {name: f for name, f in functions.items() if name == "__call__" or not name.startswith("_")}
 
 
