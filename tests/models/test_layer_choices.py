@@ -1,6 +1,6 @@
-"""Adapters that choose by layer, fused part or expert of one array: what they compute, hold and refuse.
+"""Adapters with other settings for each layer, fused part or expert of one array: values, parameters, refusals.
 
-In NNX and Linen, with every module's change computed by hand; PEFT is in tests/reference/test_layer_choices.py.
+NNX and Linen are compared with changes computed by hand; tests/reference/test_layer_choices.py compares with PEFT.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def noisy(adapter: Any, seed: int = 1) -> Any:
 
 
 def trained(config: Any, params: Any, axis: int) -> jaxadapt.Adapter:
-    """An adapter that does something, as one that came from a file."""
+    """Return an adapter that has an effect, as from a file."""
     fresh = jaxadapt.init(config, params, key=jax.random.key(2), keymap=table(axis))
     tensors = jaxadapt.to_peft(fresh)
     other = {k: np.asarray(v) for k, v in noisy(dict(tensors.tensors)).items()}
@@ -127,7 +127,7 @@ def trained(config: Any, params: Any, axis: int) -> jaxadapt.Adapter:
 
 
 def by_hand(config: Any, adapter: jaxadapt.Adapter, params: dict[str, Any], axis: int) -> dict[str, Any]:
-    """The base weights with each module's change added, one matrix after the other."""
+    """Return the base weights with each module's change added, one matrix at a time."""
     tensors = {k.removeprefix(BASE): np.asarray(v, "float64") for k, v in jaxadapt.to_peft(adapter).tensors.items()}
     out = {name: np.array(np.moveaxis(np.asarray(params["blk"][name]["kernel"]), axis, 0)) for name in params["blk"]}
     for layer in range(LAYERS):
@@ -195,12 +195,12 @@ def test_a_fresh_adapter_changes_nothing_and_draws_each_module_as_its_rank_asks(
                 rank = len(value)
                 assert value.any(), key
                 assert np.abs(value).max() <= (bound if bound is not None else 5 / rank), key
-                if bound is None:  # PEFT draws with a deviation of 1/r
+                if bound is None:  # PEFT draws with standard deviation 1/r
                     assert np.abs(value).max() > 1 / rank / 3, key
 
 
 def test_what_is_not_adapted_is_the_base_bit_for_bit():
-    """A model that has adapters in its first layer only computes the others as the base does."""
+    """A model with adapters in its first layer only computes the other layers as the base does."""
     for config in (
         LoraConfig(**FIELDS, target_modules=r"h\.0\.(q|k)|h\.0\.e\.1\.up", use_dora=True),
         LoraConfig(**FIELDS, target_modules=r"h\.0\.(q|k)|h\.0\.e\.1\.up", lora_bias=False),
@@ -222,7 +222,7 @@ def test_what_is_not_adapted_is_the_base_bit_for_bit():
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_training_keeps_unused_entries_at_zero(name):
-    """AdamW with weight decay through nnx.Optimizer; a file takes the result, which it would not if one had moved."""
+    """AdamW with weight decay leaves unused entries at zero; otherwise save would refuse the result."""
     config, (_, params) = CONFIGS[name], linen(1)
     model = jaxadapt.adapt(nnx_like(params, 1), config, keymap=table(1), rngs=nnx.Rngs(0))
     jaxadapt.inject(trained(config, params, 1), model)
@@ -255,7 +255,7 @@ def test_a_scan_that_does_not_cut_the_numbers_is_refused():
     model = jaxadapt.adapt(nnx_like(params, 0, others=None), config, keymap=table(0), rngs=nnx.Rngs(0))
     with pytest.raises(AttachError, match=r"jaxadapt\.LayerNumber along axis 0"):
         model(x())
-    # Where layers differ by zeros alone, no layer needs to know which it is.
+    # If layers differ only by zeros, no layer needs its number.
     plain = LoraConfig(**FIELDS, target_modules=r"h\.1\.q")
     model = jaxadapt.adapt(nnx_like(params, 0, others=None), plain, keymap=table(0), rngs=nnx.Rngs(0))
     assert model(x()).shape == (2, 5, WIDTH)

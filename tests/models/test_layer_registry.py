@@ -1,4 +1,4 @@
-"""The registry tells the truth about its own modules: paths, ranks, stacked axes, and that they run."""
+"""The registry's statements about its modules are true: paths, ranks, stacked axes, and that they run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def check(case: layers.Case, shapes: dict[str, tuple[int, ...]]) -> None:
         assert leaf in shapes, (leaf, sorted(shapes))
         own = len(shapes[leaf]) - (leaf in case.stack)
         assert sorted(axes.in_axes + axes.out_axes + axes.batch_axes) == list(range(own)), leaf
-    if case.stack:  # three layers, but for the gemma stack and the vmap: two
+    if case.stack:  # three layers; two in the gemma stack and the vmap
         assert {shapes[leaf][axis] for leaf, axis in case.stack.items()} <= {2, 3}
 
 

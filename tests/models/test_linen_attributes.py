@@ -37,7 +37,7 @@ def test_fields_and_methods_of_the_module():
     variables = module.init(jax.random.key(0), x)
     got = module.apply(variables, x, method=module.encode)
     np.testing.assert_array_equal(got, module.apply(variables, x, method="encode"))
-    assert not jnp.allclose(got, Net().apply(variables, x, method="encode"), atol=1e-3)  # the adapter took part
+    assert not jnp.allclose(got, Net().apply(variables, x, method="encode"), atol=1e-3)  # the adapter has an effect
     with pytest.raises(AttributeError, match="nothing_here"):
         _ = module.nothing_here
     with pytest.raises(jaxadapt.AttachError, match="is called with apply"):

@@ -1,4 +1,4 @@
-"""Linen's boxes (`nn.Partitioned`, logical axes) and frozen dicts: the structure that is given comes back."""
+"""Linen's boxes (`nn.Partitioned`, logical axes) and frozen dicts: results keep the structure of the input."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def equal(a: Any, b: Any) -> None:
 
 
 def made(logical: bool) -> tuple[Any, Any]:
-    """An adapted module, and its variables in boxes."""
+    """Return an adapted module and its boxed variables."""
     module = jaxadapt.adapt(meshes.LinenBlock(LAYOUT, logical), CONFIG)
     return module, module.init(KEY, X)
 
@@ -47,7 +47,7 @@ def without_boxes(tree: Any) -> Any:
 
 
 def by_itself(logical: bool, seed: int = 1) -> Any:
-    """Variables whose adapter `jaxadapt.init` made, as in a training loop that keeps its own module (MaxText's)."""
+    """Return variables with an adapter from `jaxadapt.init`, as in a loop with its own module (MaxText)."""
     params = meshes.LinenBlock(LAYOUT, logical).init(KEY, X)["params"]
     return {"params": params, **jaxadapt.init(CONFIG, params, key=jax.random.key(seed)).collection}
 
@@ -75,7 +75,7 @@ def test_every_way_to_a_collection_gives_the_same_structure(logical: bool, tmp_p
         jaxadapt.extract(variables).collection,
         jaxadapt.initializers.start(CONFIG, params, key=KEY).adapter.collection,
     ):
-        # (The tables differ: the module's own calls tell `adapt` more. What optax walks over does not.)
+        # The keymaps differ, because `adapt` sees the module's calls. The trees that optax walks over are equal.
         mine, theirs = ({k: x for k, x in held["lora"]["default"].items() if k != "~config"}
                         for held in (collection, variables))  # fmt: skip
         same(mine, theirs)
@@ -103,11 +103,11 @@ def test_inject_and_load_keep_the_structure(logical: bool, frozen: bool, boxed: 
     jaxadapt.save(variables, tmp_path)
     equal(jaxadapt.load(tmp_path, variables), variables)
     twice = jax.tree.map(lambda x: 2 * x, adapter)
-    for other in (twice, jaxadapt.Adapter(CONFIG, without_boxes(twice.params), adapter.keymap)):  # whatever it is in
+    for other in (twice, jaxadapt.Adapter(CONFIG, without_boxes(twice.params), adapter.keymap)):  # boxed or not
         new = jaxadapt.inject(other, variables)
         same(new, variables)
         equal(new["lora"], jax.tree.map(lambda x: 2 * x, variables["lora"]))
-    both = jaxadapt.load(tmp_path, variables, name="other")  # beside it, in boxes as the base is
+    both = jaxadapt.load(tmp_path, variables, name="other")  # beside it, boxed like the base
     assert type(both) is type(variables)
     equal(both["lora"]["default"], variables["lora"]["default"])
     same(nn.unbox(both["lora"]["other"]), nn.unbox(variables["lora"]["default"]))
@@ -129,7 +129,7 @@ def test_a_file_that_says_more_of_itself_is_believed(tmp_path: Path):
 @BOXES
 @pytest.mark.parametrize("make", [by_itself, lambda logical, seed=0: made(logical)[1]])
 def test_a_run_is_resumed_in_boxes(logical: bool, make: Any, tmp_path: Path):
-    """Six steps in one go, against three, a new process's start, and three more."""
+    """Six steps equal three steps, a restore as in a new process, and three more."""
     module = made(logical)[0]
     variables = make(logical)
     state = TX.init(variables["lora"])

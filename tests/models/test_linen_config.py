@@ -1,4 +1,4 @@
-"""The configuration travels with Linen variables; what loses it is noticed, and `config=` is the way out."""
+"""Linen variables carry the configuration; its loss is an error, which `config=` resolves."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_kept(how: str, variables: Any):
 @pytest.mark.parametrize("save", [orbax_v0, orbax_standard, orbax_v1])
 @pytest.mark.parametrize("targeted", [True, False], ids=["target", "bare"])
 def test_orbax(save: Any, targeted: bool, variables: Any, tmp_path: Path):
-    """With a target everything comes back. Without one the arrays do, and then `config=` is asked for."""
+    """A restore with a target returns everything, one without a target only the arrays, which need `config=`."""
     target = jax.eval_shape(lambda v: v, variables) if targeted else None
     after = save(variables, target, tmp_path)
     wanted = jaxadapt.extract(variables)
@@ -188,7 +188,7 @@ def test_lost_and_given_again(lose: Any, variables: Any):
 
 
 def test_moments_are_no_adapter(variables: Any):
-    """Of a whole training's tree that has lost what it is."""
+    """From the tree of a training state without its configuration, only the adapter is read."""
     held = {"default": {k: t for k, t in variables["lora"]["default"].items() if k != "~config"}}
     moments = serialization.to_state_dict(optax.adam(1e-3).init({"lora": held}))
     tree = {"params": variables["params"], "lora": held, "opt_state": moments}

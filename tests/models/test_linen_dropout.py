@@ -1,4 +1,4 @@
-"""`lora_dropout` on Linen modules: when it is on, who switches it, and the calls that are refused."""
+"""`lora_dropout` on Linen modules: when it is on, how it is switched, and which calls are refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ X = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8)), jnp.float32)
 
 
 class Layer(nn.Module):
-    """One layer of a stack; with `drops`, Flax's own dropout is in it."""
+    """One layer of a stack; `drops` adds Flax's own dropout to it."""
 
     drops: bool = False
 
@@ -42,7 +42,7 @@ class Stack(nn.Module):
 
 
 class Own(nn.Module):
-    """A module that has a `deterministic` of its own."""
+    """A module with its own argument `deterministic`."""
 
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool) -> tuple[jax.Array, bool]:
@@ -55,7 +55,7 @@ def wrapped(module: nn.Module, rate: float = 0.5, **options: Any) -> Any:
 
 
 def off(model: Any, variables: Any, *args: Any, **kwargs: Any) -> Any:
-    """The output without dropout, of a wrapper whose configuration has none."""
+    """Return the output of a wrapper whose configuration has no dropout."""
     adapter = jaxadapt.extract(variables)
     plain = jaxadapt.Adapter(adapter.config.replace(lora_dropout=0.0), adapter.params, adapter.keymap)
     return jaxadapt.adapt(model.module, plain.config).apply({**variables, **plain.collection}, *args, **kwargs)
@@ -65,7 +65,7 @@ def off(model: Any, variables: Any, *args: Any, **kwargs: Any) -> Any:
 def test_a_scan_that_hides_the_stream_is_refused_and_named(mode: bool | None):
     model = wrapped(Stack(["params"]), deterministic=mode)
     variables = model.init(KEY, X)
-    with pytest.raises(flax.errors.InvalidRngError):  # what Flax's own dropout does in the same place
+    with pytest.raises(flax.errors.InvalidRngError):  # as Flax's own dropout does in the same place
         Stack(["params"], drops=True).apply({"params": variables["params"]}, X, rngs=STREAM)
     calls = (
         lambda: model.apply(variables, X, rngs=STREAM),
@@ -121,11 +121,11 @@ def test_a_wrapper_without_a_stream_warns_once():
     jax.jit(lambda v, x: model.apply(v, x, True))(variables, X)
     jaxadapt.activate(model, "default").apply(variables, X, True)
     np.testing.assert_array_equal(y, plain)
-    with pytest.warns(UserWarning, match="lora_dropout is off"):  # another wrapper, though an equal one
+    with pytest.warns(UserWarning, match="lora_dropout is off"):  # another wrapper that compares equal
         wrapped(Own()).apply(variables, X, True)
     with pytest.warns(UserWarning, match="lora_dropout is off"):
         wrapped(Own()).bind(variables)(X, True)
-    with pytest.warns(UserWarning, match="lora_dropout is off"):  # a key of another stream is none for dropout
+    with pytest.warns(UserWarning, match="lora_dropout is off"):  # a key of another stream does not count
         wrapped(Own()).apply(variables, X, True, rngs={"params": KEY})
 
 
@@ -134,7 +134,7 @@ def test_no_warning_where_the_dropout_is_known_of():
     variables = wrapped(Own()).init(KEY, X, True)
     model = wrapped(Own())
     model.apply(variables, X, True, rngs=STREAM)
-    model.apply(variables, X, True)  # an evaluation in a run that has trained
+    model.apply(variables, X, True)  # an evaluation after training
     model.clone().apply(variables, X, True)
     wrapped(Own(), deterministic=True).apply(variables, X, True)
     with jaxadapt.disable(wrapped(Own())) as base:
@@ -193,7 +193,7 @@ def test_a_jit_inside_the_model_does_not_keep_an_older_choice():
 
 
 def test_the_choice_is_part_of_what_a_wrapper_is():
-    """An outer jit must not take a wrapper for one that computes something else."""
+    """An outer jit must distinguish wrappers that compute different things."""
     model = wrapped(Own())
     variables, traced = model.init(KEY, X, True), []
 
@@ -228,6 +228,6 @@ def test_two_adapters_and_the_names_of_those_that_drop():
     variables = model.init(KEY, X, True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model.apply(variables, X, True)  # "b" alone is active, and has no dropout
+        model.apply(variables, X, True)  # only "b" is active, and it has no dropout
     with pytest.warns(UserWarning, match="^default: lora_dropout"):
         jaxadapt.activate(model, "default", "b").apply(variables, X, True)

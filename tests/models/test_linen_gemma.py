@@ -1,4 +1,4 @@
-"""Gemma's layers under the wrapper: fixtures of the same layout, and the real ones if gemma is there."""
+"""Gemma's layers under the wrapper: fixtures of the same layout, and the real ones if gemma is installed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ TARGETS = {"mlp": ["gating_einsum", "linear"], "attention": ["q_einsum", "kv_ein
 
 
 class ByHand(nn.Module):
-    """A weight with LoRA written into the layer; `down` and `up` are its two small products."""
+    """A layer with handwritten LoRA; `down` and `up` are the equations of its two small products."""
 
     shape: tuple[int, ...]
     a: tuple[int, ...]
@@ -62,7 +62,7 @@ class ByHand(nn.Module):
 
 
 def by_hand(kind: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """What stands in the place of gemma's Einsum for each call, in order."""
+    """Return the replacements of gemma's Einsum for each call, in order."""
     if kind == "mlp":
         gate = ByHand((2, WIDTH, HIDDEN), (WIDTH, R), (R, 2, HIDDEN), "btf,fr->btr", "btr,rnh->btnh")
         return [gate, ByHand((HIDDEN, WIDTH), (HIDDEN, R), (R, WIDTH), "bth,hr->btr", "btr,rf->btf")]
@@ -73,7 +73,7 @@ def by_hand(kind: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 class Replaced(nn.Module):
-    """The module with its einsum layers replaced, by an interceptor that knows nothing of jaxadapt."""
+    """Return the module with its einsum layers replaced by an interceptor without jaxadapt."""
 
     kind: str
     inside: nn.Module
@@ -97,7 +97,7 @@ def output(y: Any) -> jax.Array:
 
 
 def flops(module: Any, variables: Any, args: tuple[Any, ...]) -> float:
-    """Of the compiled gradient with respect to the adapter alone."""
+    """Return the FLOPs of the compiled gradient with respect to the adapter."""
     base = {c: t for c, t in variables.items() if c != "lora"}
 
     def loss(lora: Any, base: Any, *args: Any) -> jax.Array:
@@ -162,7 +162,7 @@ FUSED = jaxadapt.KeyMap(
 @pytest.mark.parametrize("targets", [["v_proj"], ["k_proj", "v_proj"], ["q_proj", "v_proj", "up_proj", "down_proj"]])
 @pytest.mark.parametrize("method", ["LORA", "IA3"])
 def test_fused_parts(targets, method):
-    """k and v in one leaf: a targeted part has matrices of its own, another stays exactly as it was."""
+    """k and v are parts of one leaf: a targeted part has its own matrices, the other part is unchanged."""
     if method == "LORA":
         config: Any = jaxadapt.LoraConfig(**CONFIG, target_modules=targets)
     else:
@@ -195,7 +195,7 @@ def test_fused_parts(targets, method):
     assert {key.split(".")[-3 if method == "LORA" else -2] for key in keys} == set(targets)
     back = jaxadapt.from_peft(jaxadapt.to_peft(variables), variables)
     jax.tree.map(np.testing.assert_array_equal, dict(back.params), dict(adapter.params))
-    # What is not targeted is exactly the base's, in the running model too.
+    # Parts that are not targeted equal the base exactly, in the running model too.
     if targets == ["v_proj"]:
         (ours,), (base,) = (
             m.apply(v, layers.x(), capture_intermediates=True, mutable=["intermediates"])[1]["intermediates"][

@@ -19,7 +19,7 @@ from jaxadapt.keymaps.generic import entry_from_axes
 from tests.support.twins import layers
 
 KINDS = ("LORA", "IA3")
-# These tests ask what is computed, not how fast.
+# These tests check values, not speed.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
@@ -28,7 +28,7 @@ def quick(f: Any) -> Any:
 
 
 def last(case: layers.Case) -> list[str]:
-    """Targets by their last part: stacked layers put a number into the name before it."""
+    """Return targets by their last segment, because stacked layers have a number before it."""
     return [name.rpartition(".")[2] for name in case.targets]
 
 
@@ -47,7 +47,7 @@ def base_shapes(case: layers.Case) -> dict[str, tuple[int, ...]]:
 
 
 def table_of(case: layers.Case) -> jaxadapt.KeyMap:
-    """The roles of the registry as a table, for weights whose roles nothing else tells."""
+    """Return the roles of the registry as a keymap, for weights whose roles no call shows."""
     shapes = base_shapes(case)
     return jaxadapt.KeyMap(
         "mine", tuple(entry_from_axes(leaf, shapes[leaf], axes) for leaf, axes in case.roles.items())
@@ -64,14 +64,14 @@ def wrapped(case: layers.Case, kind: str) -> Any:
 
 
 def split(case: layers.Case) -> tuple[dict[int, Any], Any]:
-    """The arrays among the inputs, and all inputs again from such arrays: an equation cannot be traced."""
+    """Separate the arrays among the inputs, because an equation cannot be traced."""
     inputs = case.inputs()
     arrays = {i: x for i, x in enumerate(inputs) if not isinstance(x, str)}
     return arrays, lambda arrays: [arrays.get(i, x) for i, x in enumerate(inputs)]
 
 
 def random_like(tree: Any, around: float = 0.0) -> Any:
-    """Values by path, far from the initial ones."""
+    """Return values by path, far from the initial ones."""
 
     def value(path: Any, leaf: Any) -> Any:
         rng = np.random.default_rng(sum(map(ord, str(path))))
@@ -81,7 +81,7 @@ def random_like(tree: Any, around: float = 0.0) -> Any:
 
 
 def scaled(weight: Any, l: Any, axes: Axes, feedforward: bool, stack: int | None) -> Any:
-    """`W` times the IA3 vector, written out."""
+    """Return `W` times the IA3 vector."""
     if stack is not None:
         return jax.vmap(lambda w, l: scaled(w, l, axes, feedforward, None), (stack, stack), stack)(weight, l)
     letters = string.ascii_lowercase[: weight.ndim]
@@ -90,7 +90,7 @@ def scaled(weight: Any, l: Any, axes: Axes, feedforward: bool, stack: int | None
 
 
 def merged_by_hand(case: layers.Case, config: Any, params: Any, adapter: Any) -> Any:
-    """Base parameters with the adapter in them, by the registry's own reference."""
+    """Return base parameters merged with the adapter by the registry's reference."""
     flat = paths.flatten(params)
     for leaf, tensors in adapter.items():
         w, stack, axes = nn.meta.unbox(flat[leaf]), case.stack.get(leaf), case.roles[leaf]
@@ -114,7 +114,7 @@ def close(a: Any, b: Any, tol: float = 1e-5) -> None:
         np.testing.assert_allclose(x, y, rtol=tol, atol=tol * max(1.0, float(abs(y).max())), err_msg=str(path))
 
 
-# Costly to compile, and for IA3 no other than cheaper cases.
+# Costly to compile, and for IA3 equivalent to cheaper cases.
 LORA_ONLY = (
     "scan0_remat scan1_dropout gemma_unrolled gemma_scan_remat rnn vmap_same remat gemma_mlp_root own_twice"
     " einsum_at_call"
@@ -175,7 +175,7 @@ def test_computes_what_the_merged_weights_compute(case: layers.Case, kind: str):
 
 
 def program_of_params(module: Any, case: layers.Case) -> tuple[Any, str]:
-    """The structure of the base parameters `init` gives, and the program that computes just them."""
+    """Return the structure of the base parameters from `init`, and the program that computes them."""
     keys = {name: jax.random.key(3) for name in ("params", *case.rngs)}
 
     def init(keys: Any) -> Any:
@@ -184,7 +184,7 @@ def program_of_params(module: Any, case: layers.Case) -> tuple[Any, str]:
 
     closed, out = jax.make_jaxpr(init, return_shape=True)(keys)
     jaxpr, _ = dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars), instantiate=True)
-    used = {id(v) for eqn in jaxpr.eqns for v in eqn.invars}  # a constant nobody reads stays, and is no program
+    used = {id(v) for eqn in jaxpr.eqns for v in eqn.invars}  # unused constants stay and do not count
     return jax.tree.structure(out), str(jaxpr.replace(constvars=[v for v in jaxpr.constvars if id(v) in used]))
 
 
@@ -212,7 +212,7 @@ def test_base_of_init_is_bit_identical(name: str):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("case", layers.params(layers.LINEN, how="refused"))
 def test_what_cannot_be_exact_is_refused(case: layers.Case, kind: str):
-    """At `init` or at the first call; at `apply` where the adapter was made without the module."""
+    """At `init` or at the first call; at `apply` if the adapter was created without the module."""
     model = wrapped(case, kind)
     says = {"WeightNorm": "nn.WeightNorm", "map_variables": "nn.map_variables"}.get(case.why, case.why)
     leaf = next(iter(case.roles))
@@ -237,7 +237,7 @@ def test_what_cannot_be_exact_is_refused(case: layers.Case, kind: str):
     ],
 )
 def test_what_no_call_tells_needs_a_table(case: layers.Case):
-    """Without one, nothing that is named is left out silently: the error names it."""
+    """Without a keymap, the error names every targeted leaf that cannot be adapted."""
     model = jaxadapt.adapt(case.make(), config_of("LORA", last(case)))
     with pytest.raises(jaxadapt.AdapterError, match=next(iter(case.roles))):
         jax.eval_shape(model.init, jax.random.key(0), *case.inputs())

@@ -1,4 +1,4 @@
-"""Shapes for a file to fill, layouts that bare parameters do not tell, and tables that turn a kernel."""
+"""Abstract variables for a file, layouts that bare parameters do not show, and keymaps that transpose a kernel."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STARTS: list[dict[str, Any]] = [
 
 
 class Own(nn.Module):
-    """A layer whose weight only its call explains."""
+    """A layer whose axis roles only its call shows."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -43,7 +43,7 @@ def adapted(**changes: Any) -> Any:
     return jaxadapt.adapt(Net(), jaxadapt.LoraConfig(r=2, target_modules=["q"], **changes))
 
 
-# ---------------------------------------------------------------- how it begins does not matter
+# ---------------------------------------------------------------- shapes are independent of initial values
 
 
 @pytest.mark.parametrize("how", STARTS, ids=str)
@@ -51,18 +51,18 @@ def test_shapes_do_not_depend_on_how_an_adapter_begins(how: Any):
     model, plain = adapted(**how), adapted()
     shapes, want = jax.eval_shape(model.init, KEY, X), jax.eval_shape(plain.init, KEY, X)
     mine, theirs = (jaxadapt.extract(v).flat() for v in (shapes, want))
-    # (KaSA has a tensor more.)
+    # KaSA has one more tensor.
     assert {p: (x.shape, x.dtype) for p, x in mine.items() if "diag" not in p} == {
         p: (x.shape, x.dtype) for p, x in theirs.items()
     }
-    with pytest.raises(jaxadapt.ConfigError, match=r"begins from more.*jaxadapt\.start.*jax\.eval_shape"):
+    with pytest.raises(jaxadapt.ConfigError, match=r"begins from more.*jaxadapt\.initializers\.start.*jax\.eval_shape"):
         model.init(KEY, X)
-    # `jit` runs the very trace that `eval_shape` made: values are refused all the same.
+    # `jit` reuses the trace of `eval_shape`, and must still refuse values.
     jitted = jax.jit(model.init)
     jax.eval_shape(jitted, KEY, X)
     with pytest.raises(jaxadapt.ConfigError, match="begins from more"):
         jitted(KEY, X)
-    jax.jit(lambda k: model.init(k, X)["params"])(KEY)  # of what is not asked for, no value is missing
+    jax.jit(lambda k: model.init(k, X)["params"])(KEY)  # unused values may be missing
 
 
 def test_shapes_on_a_mesh_and_of_the_other_ways():
@@ -134,7 +134,7 @@ class Convolved(nn.Module):
 
 
 def test_a_convolution_in_modules_to_save_needs_the_model(tmp_path: Path):
-    """Of (4, 4, 4) no shape would tell that it was read the wrong way round."""
+    """The shape (4, 4, 4) would not show that a kernel was read transposed."""
     x = jnp.ones((1, 5, 4))
     config = jaxadapt.LoraConfig(r=2, target_modules=["q"], modules_to_save=["conv"])
     model = jaxadapt.adapt(Convolved(), config)
@@ -163,11 +163,11 @@ def test_a_convolution_in_modules_to_save_needs_the_model(tmp_path: Path):
     np.testing.assert_array_equal(jaxadapt.to_peft(adapter).tensors["base_model.model.conv.weight"], stored)
 
 
-# ---------------------------------------------------------------- a table that turns a kernel
+# ---------------------------------------------------------------- a keymap that transposes a kernel
 
 
 def carried(n_out: int, fan_in_fan_out: bool) -> dict[str, Any]:
-    """What each way of attaching makes of the line: the adapter's shapes, or why it is refused."""
+    """Return the adapter's shapes, or the reason of the refusal, for each way of attaching."""
     line = jaxadapt.Weight("q.kernel", "q.weight", "i o -> i o", fan_in_fan_out=fan_in_fan_out)
     table = jaxadapt.KeyMap("mine", (line,))
     config = jaxadapt.LoraConfig(r=2, target_modules=["q"], fan_in_fan_out=fan_in_fan_out)
@@ -182,7 +182,7 @@ def carried(n_out: int, fan_in_fan_out: bool) -> dict[str, Any]:
 
     params = Dense().init(KEY, X)["params"]
     with tempfile.TemporaryDirectory() as folder:
-        jaxadapt.save(jaxadapt.init(config, params, key=KEY), folder)  # as PEFT has it: A is (r, in) in any case
+        jaxadapt.save(jaxadapt.init(config, params, key=KEY), folder)  # as in PEFT, A is (r, in)
         ways = {
             "NNX adapt": lambda: jaxadapt.adapt(model(), config, rngs=nnx.Rngs(1), keymap=table),
             "NNX load": lambda: jaxadapt.load(folder, model(), keymap=table),

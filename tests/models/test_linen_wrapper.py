@@ -1,4 +1,4 @@
-"""The Linen wrapper as users meet it: init, apply and bind with their options, names, training, refusals."""
+"""The Linen wrapper: init, apply and bind with their options, names, training, and refusals."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def ia3(*targets: str) -> Any:
 
 
 def trained(variables: Any, by: float = 0.3) -> Any:
-    """The same variables with adapter values that do something."""
+    """Return the same variables with adapter values that have an effect."""
     return {
         c: jax.tree.map(lambda x: np.asarray(x) + by * np.cos(np.arange(x.size, dtype=x.dtype)).reshape(x.shape), tree)
         if c in ("lora", "ia3")
@@ -85,7 +85,7 @@ class Net(nn.Module):
 
 
 class Cached(nn.Module):
-    """A custom leaf module that counts its calls, sums into a cache and has dropout of its own."""
+    """A custom leaf module that counts its calls, sums into a cache and has its own dropout."""
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
@@ -237,7 +237,7 @@ def test_boxes_stay():
 
 
 def test_cache_intermediates_and_random_numbers_of_a_custom_layer():
-    """A layer that is traced alone still writes its collections and draws the numbers it would have drawn."""
+    """A traced layer still writes its collections, and draws the same random numbers."""
     model, x = jaxadapt.adapt(Cell(), lora("c0", "c1")), layers.x()
     variables, rngs = model.init(KEY, x), {"dropout": jax.random.key(3)}
     mutable = ["cache", "intermediates"]
@@ -293,7 +293,7 @@ def test_dropout_only_with_its_key(net):
     many = jax.vmap(lambda k: model.apply(variables, x, method="encode", rngs={"dropout": k}))(
         jax.random.split(KEY, 4000)
     )
-    close(many.mean(0), silent.apply(variables, x, method="encode"), 0.2)  # it scales what it keeps
+    close(many.mean(0), silent.apply(variables, x, method="encode"), 0.2)  # dropout scales the values it keeps
 
 
 def test_jit_inside_the_model_does_not_keep_an_older_scale():
@@ -437,7 +437,7 @@ def test_a_table_that_contradicts_the_model():
 
 @pytest.mark.parametrize("sides", ["o i -> o i", "i o -> o i"])
 def test_a_table_must_not_take_a_layers_outputs_for_its_inputs(sides: str):
-    """Of a square kernel shapes do not tell, and the file would hold the change transposed."""
+    """The shape of a square kernel shows no direction, and the file would hold the change transposed."""
 
     class Square(nn.Module):
         @nn.compact
@@ -602,7 +602,7 @@ def test_all_linear_and_what_init_resolved_it_to():
 
 
 def test_all_linear_without_a_table_leaves_stacked_vectors_alone():
-    """A norm's scale stacked over layers is 2-D, and no matrix."""
+    """A norm's scale stacked over layers is 2-D, but not a matrix."""
 
     class Block(nn.Module):
         @nn.compact
@@ -657,7 +657,7 @@ def test_nothing_named_is_left_out_silently(module, inputs, target, leaf):
 
 
 def test_a_cell_that_shows_no_roles_takes_the_adapter_of_init():
-    """What the refusal of the wrapper's own `init` says: against kernels changed by hand."""
+    """The remedy in the error of the wrapper's `init` works: compare with kernels changed by hand."""
     net, x = nn.RNN(nn.OptimizedLSTMCell(6)), jax.random.normal(KEY, (2, 3, 4))
     params = net.init(KEY, x)["params"]
     config = lora("ii", "hf", init_lora_weights=False)
@@ -694,7 +694,7 @@ def test_a_module_with_a_state_is_not_saved_in_part():
     x = jnp.ones((5, 4))
     refused(
         jaxadapt.AttachError,
-        "(?s)modules_to_save means all of a module.*norm.bias.*norm.scale",
+        "(?s)modules_to_save copies the parameters.*norm.bias.*norm.scale",
         jaxadapt.adapt(Normed(), lora("q", modules_to_save=["norm"])).init,
         KEY,
         x,
@@ -707,7 +707,7 @@ def test_a_module_with_a_state_is_not_saved_in_part():
 
 
 class Branches(nn.Module):
-    """An encoder-decoder in small: its `init` may see one half only."""
+    """A small encoder-decoder, whose `init` may call only one half."""
 
     @nn.compact
     def __call__(self, x: Any, decode: bool = False) -> Any:
@@ -722,7 +722,7 @@ def test_a_layer_that_the_adapter_lacks_is_named_when_a_call_uses_it(recwarn: py
     module = jaxadapt.adapt(Branches(), config)
     with pytest.warns(UserWarning, match="target_modules: 'decoder' matches no module"):
         half = {"params": base, "lora": module.init(KEY, x)["lora"]}
-    module.apply(half, x)  # reaches what the adapter has
+    module.apply(half, x)  # calls only adapted layers
     assert not recwarn.list
     with pytest.warns(UserWarning, match=r"the adapter 'default' lacks.*\n  decoder\.kernel"):
         module.apply(half, x, True)

@@ -1,4 +1,4 @@
-"""Attaching to NNX models: names, copies, abstract models, dropout, detaching, and what is refused."""
+"""Adapters on NNX models: names, copies, abstract models, dropout, detaching, and refusals."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def adapt(model: Any, config: Any, seed: int = 1, **options: Any) -> Any:
 
 
 def effective(*adapters: jaxadapt.Adapter) -> Any:
-    """The same block with these adapters in its weights."""
+    """Return the same block with the effective weights of these adapters."""
     model = block()
     for adapter in adapters:
         jaxadapt.merge(model, adapter)
@@ -57,7 +57,7 @@ def test_two_names_on_one_base():
     model = adapt(block(), R1)
     adapt(model, R3, 2, name="fr")
     default, fr = jaxadapt.extract(model), jaxadapt.extract(model, "fr")
-    close(model(X), effective(fr))  # the one attached last is active
+    close(model(X), effective(fr))  # the last one attached is active
     jaxadapt.activate(model, "default")
     close(model(X), effective(default))
     jaxadapt.activate(model, "default", "fr")
@@ -125,7 +125,7 @@ def test_detach_gives_the_very_same_model(case):
     adapt(model, jaxadapt.LoraConfig(target_modules=targets, lora_dropout=0.1))
     inside = arrays(model)
     assert nnx.graphdef(model) != graphdef
-    assert all(inside[path] is value for path, value in before.items())  # base paths and arrays as they were
+    assert all(inside[path] is value for path, value in before.items())  # the base paths and arrays are unchanged
     assert jaxadapt.detach(model) is model
     after = arrays(model)
     assert nnx.graphdef(model) == graphdef
@@ -207,7 +207,7 @@ def test_abstract_models_adapt_and_load(tmp_path):
     real = adapt(block(), R1)
     jaxadapt.save(real, tmp_path)
     model = nnx.eval_shape(block)
-    jaxadapt.adapt(model, R1, example=(X,))  # no rngs: there is nothing to fill
+    jaxadapt.adapt(model, R1, example=(X,))  # no rngs, because no values are drawn
     specs = nnx.state(model, jaxadapt.AdapterParam)
     assert all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(specs))
     assert {p: v.shape for p, v in jaxadapt.extract(model).flat().items()} == {
@@ -254,7 +254,7 @@ def test_a_model_that_a_jitted_function_was_given_is_refused_and_left_whole(verb
         lambda: jax.jit(lambda: change(model)(X))(),
     ):
         with pytest.raises(
-            AttachError, match=r"(given to nnx\.jit|made outside)(?s:.)*attach, load, delete and detach outside"
+            AttachError, match=r"(passed to nnx\.jit|created outside)(?s:.)*Attach, load, delete or detach outside"
         ):
             do()
         assert nnx.graphdef(model) == before
@@ -328,7 +328,7 @@ def test_attaching_compiles_nothing(caplog):
         caplog.clear()
         nnx.Rngs(1).params()
     assert not found
-    assert [line for line in caplog.messages if "ompil" in line]  # so that is how JAX says it
+    assert [line for line in caplog.messages if "ompil" in line]  # control: JAX's message has this wording
 
 
 @pytest.mark.parametrize("config", [R1, IA3], ids=["lora", "ia3"])
@@ -413,9 +413,9 @@ def test_dropout_scales_what_it_keeps():
 def test_dropout_of_a_loaded_adapter_needs_random_numbers(tmp_path):
     jaxadapt.save(adapt(block(), R1.replace(lora_dropout=0.5)), tmp_path)
     model = jaxadapt.load(tmp_path, block())
-    want = model(X)  # no dropout, until somebody asks for it
+    want = model(X)  # no dropout before model.train()
     model.train()
-    with pytest.raises(AttachError, match="loaded without random numbers"):
+    with pytest.raises(AttachError, match="loaded without rngs"):
         model(X)
     jaxadapt.load(tmp_path, model, rngs=nnx.Rngs(0))
     assert not np.array_equal(model(X), want)
@@ -551,7 +551,7 @@ def test_rows_of_tokens_are_trained_in_a_model_without_a_table(api):
 
 
 def test_a_state_that_lost_its_configuration_is_not_taken_for_another_librarys():
-    """Its leaves are called as SkyRL-tx calls one of several adapters, beside others that it has no name for."""
+    """Its leaf names are those of one SkyRL-tx slot, beside leaves with other names."""
     table = jaxadapt.KeyMap("mine", (
         jaxadapt.Weight("emb.embedding", "emb.weight", "v d -> v d", kind="embedding"),
         jaxadapt.Weight("q.kernel", "q.weight", "i o -> o i"),

@@ -1,4 +1,4 @@
-"""Leaf modules of nobody's library, and Tunix's: roles from a trace or a table, and what is refused."""
+"""Custom leaf modules, and those of Tunix: axis roles from a trace or a keymap, and refusals."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import jaxadapt
 from jaxadapt.core.errors import AttachError, KeyMapError, TargetError
 from jaxadapt.keymaps.generic import GENERIC, entry_from_axes
 from jaxadapt.keymaps.weight import Weight
+from jaxadapt.models.nnx.attach import adapter_variables
 from tests.support.twins import layers, layers_nnx
 
 CASE = {case.name: case for case in layers.NNX}
@@ -38,7 +39,7 @@ def shapes(model: Any) -> dict[str, tuple[int, ...]]:
     return {path: v.shape for path, v in jaxadapt.extract(model).flat().items()}
 
 
-# ---------------------------------------------------------------- where the roles come from
+# ---------------------------------------------------------------- sources of axis roles
 
 
 def test_a_custom_weight_needs_an_example_or_a_table():
@@ -79,7 +80,7 @@ def test_a_users_table_gives_the_same_as_a_trace():
     assert shapes(only_v) == {"attn.kv_einsum.w.lora_A": (1, 2, 8), "attn.kv_einsum.w.lora_B": (1, 2, 2, 2)}
     kv = only_v.attn.kv_einsum(layers.x())
     plain = case.make().attn.kv_einsum(layers.x())
-    np.testing.assert_allclose(kv[0], plain[0], atol=1e-6)  # k as it was
+    np.testing.assert_allclose(kv[0], plain[0], atol=1e-6)  # k is unchanged
     assert np.abs(kv[1] - plain[1]).max() > 1e-2
 
 
@@ -173,7 +174,7 @@ def test_kept_variable_types_and_metadata():
     assert adapt(net, lora("layer"), example=(layers.x(),))(layers.x()).shape == (2, 5, 3, 4)
 
 
-# ---------------------------------------------------------------- what is refused by name
+# ---------------------------------------------------------------- refusals, by name
 
 
 @pytest.mark.parametrize("case", layers.params(layers.NNX, how=layers.EFFECTIVE))
@@ -193,7 +194,7 @@ def test_dropout_where_only_the_effective_weight_can_follow(case):
 
 
 class Noisy(nnx.Module):
-    """Draws, counts, and reads a variable of its own kind, inside a module of its own as well."""
+    """A layer that draws numbers, counts calls and reads a variable of a custom type, also in a submodule."""
 
     def __init__(self, rngs: nnx.Rngs | None = None) -> None:
         self.w, self.seen = layers_nnx.normal(1, 8, 3, 4), nnx.BatchStat(jnp.zeros(()))
@@ -208,7 +209,7 @@ class Noisy(nnx.Module):
 
 @pytest.mark.parametrize("way", ["plain", "jit", "grad", "quantised", "dropout"])
 def test_a_custom_layer_that_draws_and_counts(way):
-    """What it draws and counts is what the merged model does, call after call."""
+    """Its random numbers and counts equal those of the merged model in every call."""
     x, extra = layers.x(), {"lora_dropout": 0.5} if way == "dropout" else {}
     model = adapt(layers_nnx.Held(layer=Noisy()), lora("layer", **extra), example=(x,))
     merged = jaxadapt.merge(layers_nnx.Held(layer=Noisy()), jaxadapt.extract(model))
@@ -243,7 +244,7 @@ def test_a_custom_layer_that_draws_and_counts(way):
     assert jaxadapt.summary(model, x)
 
 
-def test_a_variable_of_somebody_elses():
+def test_a_variable_that_the_layer_does_not_hold():
     shared = nnx.Rngs(0)
 
     class Outside(nnx.Module):
@@ -275,7 +276,7 @@ def test_a_layer_that_makes_variables_while_it_is_called():
 
 
 class Pair(nnx.Module):
-    """Two weights, and a bias that belongs to neither alone."""
+    """A layer with two weights and one bias."""
 
     def __init__(self) -> None:
         self.w1, self.w2 = layers_nnx.normal(1, 8, 6), layers_nnx.normal(2, 8, 6)
@@ -387,7 +388,7 @@ def test_tunix(family, foreign_model):
 
 
 class Projector(nnx.Module):
-    """A layer that is used through a method of its own, as embedders are."""
+    """A layer that is used through a custom method, as embedders are."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.w = nnx.Param(jax.random.normal(rngs.params(), (4, 6)))
@@ -414,7 +415,7 @@ def test_an_adapter_follows_a_layers_own_methods(example: bool) -> None:
     model = Uses(nnx.Rngs(0))
     config = jaxadapt.LoraConfig(r=2, target_modules=["layer"])
     jaxadapt.adapt(model, config, rngs=nnx.Rngs(1), keymap=table, example=[x] if example else None)
-    for var in jaxadapt.nnx.variables(model)["default"].values():
+    for var in adapter_variables(model)["default"].values():
         var.set_value(jax.random.normal(jax.random.key(var.size), var.shape))
     got = {"project": model(x), "call": model.layer(x)}
     adapter = jaxadapt.extract(model)
@@ -424,7 +425,7 @@ def test_an_adapter_follows_a_layers_own_methods(example: bool) -> None:
 
 
 class Shifted(nnx.Module):
-    """A layer whose bias has a name of its own."""
+    """A layer whose bias has a custom name."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.w = nnx.Param(jax.random.normal(rngs.params(), (4, 6)))
@@ -443,7 +444,7 @@ def test_ia3_refuses_a_bias_of_another_name() -> None:
     other = layers_nnx.Held(layer=Shifted(nnx.Rngs(0)))
     before = other(x)
     jaxadapt.adapt(other, jaxadapt.LoraConfig(r=2, target_modules=["layer"]), rngs=nnx.Rngs(1), example=(x,))
-    np.testing.assert_array_equal(other(x), before)  # LoRA leaves biases alone, whatever their names
+    np.testing.assert_array_equal(other(x), before)  # LoRA does not change biases, whatever their names
 
 
 class Tied(nnx.Module):
@@ -487,7 +488,7 @@ def test_some_of_the_experts_in_a_ragged_product(named: tuple[str, ...]) -> None
 
 
 class InDict(nnx.Module):
-    """A weight that is no attribute of a module."""
+    """A model with a weight that is not an attribute of a module."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.held = nnx.data({"inner": nnx.Param(rngs.params.normal((8, 8)))})
@@ -498,7 +499,7 @@ class InDict(nnx.Module):
 
 
 class InLinen(nnx.Module):
-    """Linen's layers, whose weights the wrapper holds in a tree."""
+    """Linen layers, whose weights the wrapper holds in a tree."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         inner = nnx.bridge.ToNNX(linen.Sequential([linen.Dense(8, use_bias=False)]), rngs=rngs)
@@ -528,4 +529,4 @@ def test_weights_that_no_module_holds_are_not_left_out_in_silence(make, tmp_path
             do(model, tmp_path, keymap=table)
     adapt(model, every.replace(exclude_modules=["held", "layers_0"]))
     assert set(jaxadapt.extract(model).sites) == {"out.kernel"}
-    assert jaxadapt.summary(model).base_parameters == 8 * 8 + 8 * 8 + 8  # what is held, too
+    assert jaxadapt.summary(model).base_parameters == 8 * 8 + 8 * 8 + 8  # includes weights in a dict

@@ -1,4 +1,4 @@
-"""Every module of the registry × every method: outputs and gradients against the effective weight written out."""
+"""Every module of the registry with every method: outputs and gradients against explicit effective weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxadapt.keymaps.generic import GENERIC, entry_from_axes
 from tests.support.twins import layers, trees
 
 ALPHA, R = 6, 3
-EMBEDDINGS = ("embed", "embed_attend")  # tests/reference/test_lora_matrix.py has them
+EMBEDDINGS = ("embed", "embed_attend")  # covered by tests/reference/test_lora_matrix.py
 FITTING = [p for p in layers.params(layers.NNX) if p.values[0].how != layers.REFUSED and p.id not in EMBEDDINGS]
 METHODS = ["lora", "ia3"]
 
@@ -33,7 +33,7 @@ def adapted(method: str, case: layers.Case, model: Any = None, *, rngs: Any = 1,
     model = case.make() if model is None else model
     axes = sorted(set(case.stack.values()))
     table = None
-    if case.how in (layers.EFFECTIVE, layers.EITHER):  # no product shows the roles: a person has to say them
+    if case.how in (layers.EFFECTIVE, layers.EITHER):  # no product shows the roles, so a keymap gives them
         shapes = {path: v.shape for path, v in trees.nnx_leaves(model).items()}
         table = GENERIC.with_entries(entry_from_axes(leaf, shapes[leaf], axes) for leaf, axes in case.roles.items())
     return jaxadapt.adapt(
@@ -47,7 +47,7 @@ def adapted(method: str, case: layers.Case, model: Any = None, *, rngs: Any = 1,
 
 
 def scaled(weight: jax.Array, l: jax.Array, axes: Any, stack: int | None) -> jax.Array:
-    """IA3's effective weight written out: `l` is (batch..., out...)."""
+    """Return IA3's effective weight; `l` is (batch..., out...)."""
     if stack is not None:
         return jax.vmap(lambda w, l: scaled(w, l, axes, None), (stack, stack), stack)(weight, l)
     order = sorted(range(l.ndim), key=lambda i: (axes.batch_axes + axes.out_axes)[i])
@@ -56,7 +56,7 @@ def scaled(weight: jax.Array, l: jax.Array, axes: Any, stack: int | None) -> jax
 
 
 def effective(method: str, case: layers.Case, leaves: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """The leaves of the same model without an adapter: every adapted one in its effective value."""
+    """Return the leaves of the same model without an adapter, with effective values of the adapted ones."""
     out = dict(leaves)
     for leaf, axes in case.roles.items():
         stack = case.stack.get(leaf)
@@ -77,19 +77,19 @@ def dotted(path: Any) -> str:
 
 
 def site(path: Any) -> str:
-    """`a.b.lora.default.kernel.lora_A` -> `a.b.kernel.lora_A`."""
+    """Return `a.b.kernel.lora_A` for `a.b.lora.default.kernel.lora_A`."""
     *head, _, _, leaf, tensor = map(str, path)
     return ".".join([*head, leaf, tensor])
 
 
 def comparison(method: str, case: layers.Case, model: Any) -> Any:
-    """One jitted function of adapter values: our output and gradient, and those of the effective weights."""
+    """Return one jitted function of adapter values: output and gradient, adapted and with effective weights."""
     graphdef, adapter, rest = nnx.split(model, jaxadapt.AdapterParam, ...)
     plain_def, plain, other = nnx.split(case.make(), nnx.Param, ...)
     leaves = {dotted(path): v.get_value() for path, v in nnx.to_flat_state(plain)}
     inputs = case.inputs()
 
-    def here(state: Any) -> Any:  # variables of this trace, which a call may change
+    def here(state: Any) -> Any:  # creates variables in this trace, where a call may change them
         return jax.tree.map(lambda x: x, state)
 
     def ours(adapter: Any) -> Any:
@@ -122,7 +122,7 @@ def comparison(method: str, case: layers.Case, model: Any) -> Any:
 
 
 def randomised(adapter: Any) -> Any:
-    """Values of order one in every tensor, so that nothing is hidden by a zero."""
+    """Return values of order one in every tensor, so that no term vanishes."""
     leaves, tree = jax.tree.flatten(adapter)
     rng = np.random.default_rng(3)
     return tree.unflatten([jnp.asarray(0.5 * rng.standard_normal(x.shape), x.dtype) for x in leaves])
@@ -136,7 +136,7 @@ def test_equals_the_effective_weight(case, method):
     y, _, _, _, plain = both(fresh)
     np.testing.assert_allclose(y, plain, atol=1e-6, rtol=1e-6)
     y, y_ref, g, g_ref, plain = both(randomised(fresh))
-    assert np.abs(y - plain).max() > 1e-2  # the adapter does something
+    assert np.abs(y - plain).max() > 1e-2  # the adapter has an effect
     close = {"atol": 0.06, "rtol": 0.03} if low else {"atol": 1e-5, "rtol": 1e-5}
     np.testing.assert_allclose(y, y_ref, **close)
     assert len(g) == len(g_ref) == len(case.roles) * (2 if method == "lora" else 1)

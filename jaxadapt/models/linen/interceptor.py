@@ -1,4 +1,4 @@
-"""One call inside a Linen model: what kind it is, and how adapters take part in it."""
+"""Interception of method calls inside a Linen model, to apply adapters and dequantise weights."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.methods import AppliedMethod, AppliedMethods
 from jaxadapt.models import layers
-from jaxadapt.models.tracing import rewrite, uses
+from jaxadapt.models.tracing import rewrite
+from jaxadapt.models.tracing.uses import describe_uses
 
-SEP = "~"  # in the name of a leaf laid into `params` for one call; never stored
-DROPOUT = "dropout"  # the stream of random numbers, as `flax.linen.Dropout` names it
+SEP = "~"  # marks the names of leaves that are added to `params` for one call and never stored
+DROPOUT = "dropout"  # the random stream that `flax.linen.Dropout` uses
 
-# ---------------------------------------------------------------- layer classes Flax ships
+# ---------------------------------------------------------------- Flax's own layer classes
 
 
 def _tuple(value: Any) -> tuple[int, ...]:
@@ -55,7 +56,7 @@ _KNOWN: dict[type[nn.Module], tuple[_Roles, _ToUse]] = {
 
 
 def known_use(module: nn.Module, method: str) -> tuple[_Roles, _ToUse] | None:
-    """How a layer uses its kernel, if its class says so; a subclass with its own `__call__` is traced."""
+    """Return the kernel's roles and use if the method is one of Flax's own `__call__`s, else None: it is traced."""
     if method != "__call__":
         return None
     owner = next((c for c in type(module).__mro__ if "__call__" in vars(c)), None)
@@ -63,7 +64,7 @@ def known_use(module: nn.Module, method: str) -> tuple[_Roles, _ToUse] | None:
 
 
 def known_roles(module: nn.Module, method: str, leaf: str) -> tuple[Axes, str, int] | None:
-    """Roles, kind and groups of a weight that is used in no product, if the layer's class says so."""
+    """Return axes, kind and groups of the weight of Flax's own Conv or Embed, else None."""
     owner = next((c for c in type(module).__mro__ if method in vars(c)), None)
     m: Any = module
     if owner in (nn.Conv, nn.Conv.__mro__[1]) and isinstance(m, nn.Conv) and leaf == "kernel" and m.mask is None:
@@ -74,75 +75,74 @@ def known_roles(module: nn.Module, method: str, leaf: str) -> tuple[Axes, str, i
     return None
 
 
-# ---------------------------------------------------------------- calls, as an interceptor sees them
+# ---------------------------------------------------------------- intercepted calls
 
 
 def call_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, list[Any]]:
-    """The input of a known layer's call, and its other arguments (an einsum's equation)."""
+    """Return the input of a call of one of Flax's layers, and its other arguments (an einsum's equation)."""
     if "inputs" in kwargs:
         return kwargs["inputs"], [*args] or [kwargs.get("einsum_str")]
     return args[0], [*args[1:]] or [kwargs.get("einsum_str")]
 
 
 def with_input(x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same call with another input."""
+    """Return the arguments of a call with its input replaced."""
     return (args, {**kwargs, "inputs": x}) if "inputs" in kwargs else ((x, *args[1:]), kwargs)
 
 
 def is_own_method(context: Any) -> bool:
-    """Whether this is a method of the module's class, called on a bound module.
+    """Return True if the call is of a method of a bound module's class, other than `setup`.
 
-    Not `setup`, and not a function that `nn.scan`, `nn.cond` … run on the module's scope: what such a
-    function calls is intercepted in turn.
+    A function that `nn.scan`, `nn.cond` … runs on the module's scope is not a method; the calls in it are intercepted.
     """
     name, module = context.method_name, context.module
-    mine = any(name in vars(c) for c in type(module).__mro__)
-    return mine and name != "setup" and module.scope is not None
+    is_method = any(name in vars(c) for c in type(module).__mro__)
+    return is_method and name != "setup" and module.scope is not None
 
 
 def refuse_mapped(context: Any, adapted: Mapping[tuple[str, ...], Iterable[str]]) -> None:
-    """Raise if the call shows modules with adapted leaves other variables than the stored ones."""
+    """Raise `AttachError` if a module with adapted leaves is called with transformed variables (`nn.map_variables`)."""
     module = context.module
     if isinstance(module, nn.WeightNorm | nn.SpectralNorm):
         inner = module.layer_instance.scope
-        within = inner.path if inner is not None else None
-        hit = [path for path in adapted if within is not None and path[: len(within)] == within]
+        prefix = inner.path if inner is not None else None
+        mapped = [path for path in adapted if prefix is not None and path[: len(prefix)] == prefix]
     else:
-        hit = [module.scope.path] if is_mapped(module.scope) and module.scope.path in adapted else []
-    leaves = [".".join((*path, leaf)) for path in hit for leaf in adapted[path]]
+        mapped = [module.scope.path] if is_mapped(module.scope) and module.scope.path in adapted else []
+    leaves = [".".join((*path, leaf)) for path in mapped for leaf in adapted[path]]
     if leaves:
-        raise AttachError(f"{', '.join(leaves)}: {MAPPED}; leave the layer out with exclude_modules")
+        raise AttachError(f"{', '.join(leaves)}: {MAPPED}. Exclude the layer with exclude_modules")
 
 
 MAPPED = (
-    "its weight passes through nn.map_variables (as nn.WeightNorm and nn.SpectralNorm do),"
+    "its weight passes through nn.map_variables (which nn.WeightNorm and nn.SpectralNorm also use),"
     " which would change the adapter too"
 )
 
 
 def is_mapped(scope: Scope) -> bool:
-    """Whether a scope shows other variables than the stored ones; flax notes transforms in `debug_path`."""
+    """Return True if a scope's variables pass through `nn.map_variables`, which Flax records in `debug_path`."""
     return any("map_variables(" in part for part in scope.debug_path)
 
 
 def direct_params(module: nn.Module) -> dict[str, Any]:
-    """The leaves of "params" that a module's scope holds directly."""
+    """Return `{name: value}` for the parameters that a module's own scope holds."""
     assert module.scope is not None
     params = module.scope.variables().get("params", {})
     return {k: v for k, v in params.items() if not isinstance(v, Mapping)}
 
 
 def quantized_params(module: nn.Module) -> dict[str, Any]:
-    """The leaves of "params" that a module's scope holds directly, and that are quantised."""
+    """Return `{name: value}` for the quantised parameters that a module's own scope holds."""
     return {k: meta.unbox(v) for k, v in direct_params(module).items() if quantized.is_quantized(v)}
 
 
 def isolate_method(module: nn.Module, method: str) -> Callable[..., Any]:
-    """`f(weights, *args, **kwargs)`: this module's method on its scope, with these values for some leaves.
+    """Return `f(weights, *args, **kwargs)`, which runs a module's method on a copy of its scope.
 
-    Returns the output and the collections it may have changed (never "params"), so that a cache or batch
-    statistics kept by the module itself can be written back. Draws the very random numbers the plain call
-    would; leaves laid beside the weights are not there.
+    `weights` replaces some parameters of the module's scope. `f` returns the output and the mutable collections other
+    than "params", such as a cache or batch statistics, for `write_back`. It draws the same random numbers as the plain
+    call. The scope's copy has no leaves marked with `SEP`.
     """
     scope = module.scope
     assert scope is not None
@@ -150,36 +150,40 @@ def isolate_method(module: nn.Module, method: str) -> Callable[..., Any]:
 
     def call(weights: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         variables: dict[str, Any] = unfreeze(dict(scope.variables()))
-        own = {k: v for k, v in variables.get("params", {}).items() if SEP not in k}
-        variables["params"] = {**own, **weights}
-        # Made inside, because a scope belongs to the trace it is made in.
-        mine = Scope(variables, scope.rngs, scope.name, mutable, path=scope.path, flags=scope.flags)
-        mine.rng_counters = scope.rng_counters
-        y = getattr(module.copy(parent=mine), method)(*args, **kwargs)
-        seen = mine.get_variable("intermediates", method)
-        if isinstance(seen, tuple) and seen and seen[-1] is y:  # capture_intermediates; the plain call's does it too
-            mine.put_variable("intermediates", method, seen[:-1])
-        return y, {k: v for k, v in mine.mutable_variables().items() if k != "params"}
+        stored = {k: v for k, v in variables.get("params", {}).items() if SEP not in k}
+        variables["params"] = {**stored, **weights}
+        # A scope belongs to the trace that creates it, so it is created here and not outside `call`.
+        copy = Scope(variables, scope.rngs, scope.name, mutable, path=scope.path, flags=scope.flags)
+        copy.rng_counters = scope.rng_counters
+        y = getattr(module.copy(parent=copy), method)(*args, **kwargs)
+        captured = copy.get_variable("intermediates", method)
+        # The outer call captures this output too (capture_intermediates), so it is removed here.
+        if isinstance(captured, tuple) and captured and captured[-1] is y:
+            copy.put_variable("intermediates", method, captured[:-1])
+        return y, {k: v for k, v in copy.mutable_variables().items() if k != "params"}
 
     return call
 
 
 def write_back(scope: Scope, changed: Mapping[str, Any]) -> None:
-    """What `isolate_method` returned, into the real scope; inner mappings in place, as other scopes hold them."""
+    """Write the collections that `isolate_method` returned into the real scope.
+
+    Inner mappings are changed in place, because the scopes of submodules hold the same objects.
+    """
 
     def update(old: dict[str, Any], new: Mapping[str, Any]) -> None:
         for key, value in new.items():
-            inside = old.get(key)
-            if isinstance(value, Mapping) and isinstance(inside, dict):
-                update(inside, value)
+            inner = old.get(key)
+            if isinstance(value, Mapping) and isinstance(inner, dict):
+                update(inner, value)
             else:
                 old[key] = unfreeze(dict(value)) if isinstance(value, Mapping) else value
 
     for collection, tree in changed.items():
         for key, value in tree.items():
-            inside = scope.get_variable(collection, key)
-            if isinstance(value, Mapping) and isinstance(inside, dict):
-                update(inside, value)
+            inner = scope.get_variable(collection, key)
+            if isinstance(value, Mapping) and isinstance(inner, dict):
+                update(inner, value)
             else:
                 scope.put_variable(collection, key, unfreeze(dict(value)) if isinstance(value, Mapping) else value)
 
@@ -189,7 +193,7 @@ def write_back(scope: Scope, changed: Mapping[str, Any]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class LeafAdapter:
-    """One adapter at one leaf: `keys` are the names its tensors have in `params` for the call."""
+    """One adapter at one leaf; `keys` maps its tensors to their names in `params` during the call."""
 
     method: methods.Method
     hparams: Any
@@ -198,86 +202,98 @@ class LeafAdapter:
 
     @property
     def rate(self) -> float:
+        """The dropout rate."""
         return self.method.dropout(self.hparams)
 
-    def hook(self, scope: Any, drop: Callable[[Any], Any] | None) -> AppliedMethod:
+    def make_hook(self, scope: Any, dropout: Callable[[Any], Any] | None) -> AppliedMethod:
+        """Return the method with the tensors that `scope` holds."""
         tensors = {tensor: scope.get_variable("params", key) for tensor, key in self.keys.items()}
-        return AppliedMethod(self.method, self.hparams, tensors, self.axes, drop)
+        return AppliedMethod(self.method, self.hparams, tensors, self.axes, dropout)
 
 
 @dataclasses.dataclass(frozen=True)
 class Interceptor:
-    """Applies the overlaid adapters, `{scope path: {leaf: one site per adapter}}`, and dequantises in `small` paths.
+    """Applies adapters, and dequantises weights, in the calls of a model's modules.
 
-    With `drops` the call brings a stream "dropout", and every site with a dropout rate draws from it.
+    Args:
+        sites: `{scope path: {leaf: one LeafAdapter per adapter}}`.
+        quantized_scopes: the scope paths of modules with quantised parameters.
+        dropout: True if the call has a random stream "dropout". Each site with a dropout rate then draws from it.
+        running: the scope paths of modules whose plain call is in progress and is not intercepted again.
     """
 
     sites: Mapping[tuple[str, ...], Mapping[str, Sequence[LeafAdapter]]]
-    small: frozenset[tuple[str, ...]] = frozenset()
-    drops: bool = False
-    inside: list[tuple[str, ...]] = dataclasses.field(default_factory=list[tuple[str, ...]])
+    quantized_scopes: frozenset[tuple[str, ...]] = frozenset()
+    dropout: bool = False
+    running: list[tuple[str, ...]] = dataclasses.field(default_factory=list[tuple[str, ...]])
 
     def __call__(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module, method = context.module, context.method_name
-        if not is_own_method(context) or module.scope.path in self.inside:
+        if not is_own_method(context) or module.scope.path in self.running:
             return next_fun(*args, **kwargs)
         refuse_mapped(context, self.sites)
-        hooks = self._hooks(module.scope)
-        if module.scope.path in self.small and (small := quantized_params(module)):
-            return self._dequantised(module, method, hooks, small, args, kwargs)
+        hooks = self._active_hooks(module.scope)
+        if module.scope.path in self.quantized_scopes and (params := quantized_params(module)):
+            return self._call_dequantized(module, method, hooks, params, args, kwargs)
         if not hooks:
             return next_fun(*args, **kwargs)
-        layer = known_use(module, method)
-        if layer is not None and list(hooks) == ["kernel"] and not hooks["kernel"].apart:
+        known = known_use(module, method)
+        if known is not None and list(hooks) == ["kernel"] and not hooks["kernel"].apart:
             hook = hooks["kernel"]
+            kernel_roles, kernel_use = known
             x, rest = call_input(args, kwargs)
-            use = layer[1](module, x, rest, hook.axes)
-            # (A layer that is told its equation by each call may be told the reverse, too.)
+            use = kernel_use(module, x, rest, hook.axes)
+            # A layer that gets its equation as an argument may also get the reverse one.
             if hook.forward and use.transposed and not any(rest):
-                own = layer[0](module, rest)
-                raise AttachError(f"{'.'.join(module.scope.path)}: {find_contradiction(hook.axes, own)}")
-            if _along_roles(use):
+                axes = kernel_roles(module, rest)
+                raise AttachError(f"{'.'.join(module.scope.path)}: {find_contradiction(hook.axes, axes)}")
+            if _is_along_roles(use):
                 x = hook.input(use, x)
                 args, kwargs = with_input(x, args, kwargs)
-                self.inside.append(module.scope.path)
+                self.running.append(module.scope.path)
                 try:
                     y = next_fun(*args, **kwargs)
                 finally:
-                    self.inside.pop()
+                    self.running.pop()
                 return hook.output(use, x, y, meta.unbox(module.scope.get_variable("params", "kernel")))
-        y, changed = self._rewritten(module, method, hooks, {}, args, kwargs)
+        y, changed = self._call_rewritten(module, method, hooks, {}, args, kwargs)
         write_back(module.scope, changed)
         return y
 
-    def _dequantised(
-        self, module: Any, method: str, hooks: dict[str, Any], small: dict[str, Any], args: Any, kwargs: Any
+    def _call_dequantized(
+        self, module: Any, method: str, hooks: dict[str, Any], params: dict[str, Any], args: Any, kwargs: Any
     ) -> Any:
-        def run(small: Mapping[str, Any]) -> Any:
-            dense = {leaf: quantized.to_dense(x) for leaf, x in small.items()}
-            return self._rewritten(module, method, hooks, dense, args, kwargs)
+        """Call a method with the module's quantised parameters made dense."""
 
-        # The backward pass dequantises again: kept from the forward pass, the dense weights would fill the memory.
-        y, changed = jax.checkpoint(run)(small)
+        def run(params: Mapping[str, Any]) -> Any:
+            dense = {leaf: quantized.to_dense(x) for leaf, x in params.items()}
+            return self._call_rewritten(module, method, hooks, dense, args, kwargs)
+
+        # The backward pass dequantises again, so that the dense weights do not stay in memory between the passes.
+        y, changed = jax.checkpoint(run)(params)
         write_back(module.scope, changed)
         return y
 
-    def _rewritten(
+    def _call_rewritten(
         self, module: Any, method: str, hooks: dict[str, Any], dense: Mapping[str, Any], args: Any, kwargs: Any
     ) -> Any:
+        """Call a method with its adapted weights' uses rewritten; return the output and the changed collections."""
         scope, call = module.scope, isolate_method(module, method)
-        own = {k: dense.get(k, meta.unbox(v)) for k, v in direct_params(module).items() if SEP not in k}
-        weights = {leaf: own[leaf] for leaf in hooks}
+        params = {k: dense.get(k, meta.unbox(v)) for k, v in direct_params(module).items() if SEP not in k}
+        weights = {leaf: params[leaf] for leaf in hooks}
         fixed = {leaf: x for leaf, x in dense.items() if leaf not in hooks}
         if not hooks:
             return call(fixed, *args, **kwargs)
         if scope.has_variable("params", "bias"):
             bias = meta.unbox(scope.get_variable("params", "bias"))
-            changed = [new for hook in hooks.values() if (new := hook.bias(bias)) is not bias]
-            if changed and len(hooks) > 1:
-                where = ".".join(scope.path)
-                raise AttachError(f"{where}: which of the weights {list(hooks)} its bias belongs to is unknown")
-            fixed |= {"bias": changed[0]} if changed else {}
-        others = {k: v for k, v in own.items() if k not in hooks and k != "bias"}
+            new_biases = [new for hook in hooks.values() if (new := hook.bias(bias)) is not bias]
+            if new_biases and len(hooks) > 1:
+                raise AttachError(
+                    f"{'.'.join(scope.path)}: the adapter scales the module's bias, but it is unknown to which of the"
+                    f" adapted weights {list(hooks)} the bias belongs. Adapt only one of them"
+                )
+            fixed |= {"bias": new_biases[0]} if new_biases else {}
+        others = {k: v for k, v in params.items() if k not in hooks and k != "bias"}
         try:
             methods.check_biases(hooks.values(), others)
         except AttachError as error:
@@ -290,42 +306,48 @@ class Interceptor:
         except AttachError as error:
             raise AttachError(f"{'.'.join(scope.path)}: {error}") from error
 
-    def _hooks(self, scope: Any) -> dict[str, AppliedMethod | AppliedMethods]:
-        out: dict[str, AppliedMethod | AppliedMethods] = {}
-        for leaf, sites in self.sites.get(scope.path, {}).items():
-            if not scope.has_variable("params", next(iter(sites[0].keys.values()))):
-                continue  # this module is being called alone, without what was laid beside its weights
-            hooks = tuple(site.hook(scope, self._dropout(site.rate, scope)) for site in sites)
-            out[leaf] = hooks[0] if len(hooks) == 1 else AppliedMethods(hooks)
-        return out
+    def _active_hooks(self, scope: Any) -> dict[str, AppliedMethod | AppliedMethods]:
+        """Return `{leaf: hook}` for the adapters of one module."""
+        hooks: dict[str, AppliedMethod | AppliedMethods] = {}
+        for leaf, adapters in self.sites.get(scope.path, {}).items():
+            if not scope.has_variable("params", next(iter(adapters[0].keys.values()))):
+                continue  # called through `isolate_method`, whose caller applies the adapters
+            applied = tuple(each.make_hook(scope, self._make_dropout(each.rate, scope)) for each in adapters)
+            hooks[leaf] = applied[0] if len(applied) == 1 else AppliedMethods(applied)
+        return hooks
 
-    def _dropout(self, rate: float, scope: Scope) -> Callable[[Any], Any] | None:
-        if not rate or not self.drops:
+    def _make_dropout(self, rate: float, scope: Scope) -> Callable[[Any], Any] | None:
+        """Return a dropout function with a key from the scope's stream, or None if dropout is off."""
+        if not rate or not self.dropout:
             return None
         if not scope.has_rng(DROPOUT):
             raise AttachError(
-                f'the call brings rngs={{"{DROPOUT}": …}}, and these layers, which have lora_dropout, do not see it:\n'
-                + paths.bullets(self._blind(scope))
-                + f'\nGive the nn.scan (or nn.vmap, …) around them split_rngs={{"params": True, "{DROPOUT}": True}}; or'
-                " turn the adapters' dropout off, model.clone(deterministic=True)"
+                f'the call has rngs={{"{DROPOUT}": …}}, but these layers with lora_dropout do not see it:\n'
+                + paths.bullets(self._layers_without_stream(scope))
+                + f'\nPass split_rngs={{"params": True, "{DROPOUT}": True}} to the nn.scan (or nn.vmap, …) around them,'
+                " or turn the adapters' dropout off with model.clone(deterministic=True)"
             )
         key = scope.make_rng(DROPOUT)
 
-        def drop(x: Any) -> Any:
+        def dropout(x: Any) -> Any:
             return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
 
-        return drop
+        return dropout
 
-    def _blind(self, scope: Scope) -> list[str]:
-        """The layers with dropout in the same lifted transform, which all have the random numbers of its scope."""
-        begin = scope.root.path
-        inside = {path: leaves.values() for path, leaves in self.sites.items() if path[: len(begin)] == begin}
-        return [".".join(path) for path, held in inside.items() if any(site.rate for sites in held for site in sites)]
+    def _layers_without_stream(self, scope: Scope) -> list[str]:
+        """Return the layers with dropout in the scope's lifted transform, which all see the same random streams."""
+        prefix = scope.root.path
+        layers_inside = {path: leaves.values() for path, leaves in self.sites.items() if path[: len(prefix)] == prefix}
+        return [
+            ".".join(path)
+            for path, leaves in layers_inside.items()
+            if any(each.rate for adapters in leaves for each in adapters)
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
 class UseRecorder(Interceptor):
-    """Notes how each adapted weight is followed, `{dotted leaf: note}`, for `summary`."""
+    """Records for `summary` how each adapted weight is followed, as `{dotted leaf: note}`."""
 
     notes: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
 
@@ -340,20 +362,21 @@ class UseRecorder(Interceptor):
                 self.notes[".".join((*module.scope.path, leaf))] = f"{type(module).__name__}'s own call"
         return super().__call__(next_fun, args, kwargs, context)
 
-    def _rewritten(
+    def _call_rewritten(
         self, module: Any, method: str, hooks: dict[str, Any], dense: Mapping[str, Any], args: Any, kwargs: Any
     ) -> Any:
         call = isolate_method(module, method)
         weights = {leaf: meta.unbox(module.scope.get_variable("params", leaf)) for leaf in hooks} | dict(dense)
-        for leaf, found in rewrite.uses(lambda w, *a: call(w, *a, **kwargs)[0], weights, *args).items():
+        for leaf, uses in rewrite.uses(lambda w, *a: call(w, *a, **kwargs)[0], weights, *args).items():
             if leaf not in hooks:
                 continue
             name = f"{type(module).__name__}.{method}".removesuffix(".__call__")
-            self.notes[".".join((*module.scope.path, leaf))] = uses.describe_uses(name, found, hooks[leaf])
-        return super()._rewritten(module, method, hooks, dense, args, kwargs)
+            self.notes[".".join((*module.scope.path, leaf))] = describe_uses(name, uses, hooks[leaf])
+        return super()._call_rewritten(module, method, hooks, dense, args, kwargs)
 
 
-def _along_roles(use: Use) -> bool:
-    """Whether a contraction runs over the inputs or over the outputs, and over nothing else."""
-    inputs, out = set(use.letters("in")) & set(use.x), set(use.letters("out")) & set(use.x)
-    return (inputs == set(use.letters("in")) and not out) or (out == set(use.letters("out")) and not inputs)
+def _is_along_roles(use: Use) -> bool:
+    """Return True if a contraction runs over exactly all input axes, or exactly all output axes."""
+    in_axes, out_axes = set(use.letters("in")), set(use.letters("out"))
+    in_x, out_x = in_axes & set(use.x), out_axes & set(use.x)
+    return (in_x == in_axes and not out_x) or (out_x == out_axes and not in_x)

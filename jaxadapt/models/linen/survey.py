@@ -1,4 +1,4 @@
-"""How a Linen model uses its weights, found without running it: roles, stacked axes, obstacles."""
+"""Survey of a Linen model by abstract calls: the roles of weight axes, stacked axes, and obstacles to adapters."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.generic import GENERIC, entry_from_axes
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.weight import Weight
-from jaxadapt.models.linen import collections as linen_tree
-from jaxadapt.models.linen import interceptor as calls
+from jaxadapt.models.linen import interceptor
+from jaxadapt.models.linen.collections import unbox_tree
 from jaxadapt.models.linen.interceptor import SEP
 from jaxadapt.models.tracing import rewrite
-from jaxadapt.models.tracing import uses as used
 from jaxadapt.models.tracing.liveness import live_weights
+from jaxadapt.models.tracing.uses import infer_axes
 
-_WITHIN_ONE_CALL = {"cache", "intermediates", "perturbations"}
-_MARK = 10_007  # no real layer count: what else a marker's shape shows, a transform added
+_PER_CALL_COLLECTIONS = {"cache", "intermediates", "perturbations"}
+_MARKER_SIZE = 10_007  # larger than any layer count: a transform added each smaller axis of a marker's shape
 
 # ---------------------------------------------------------------- one abstract init
 
 
 @dataclasses.dataclass
 class Survey:
-    """What one abstract `init` showed.
+    """The results of one abstract `init` of a model.
 
     Args:
-        shapes: of every base leaf.
-        roles: a known class's or a trace's, by leaf.
-        kinds: kind and groups of the leaves that are no plain matrices.
-        told: the leaves whose roles their class says, or all their calls; a table that says others is wrong.
-        stack: the axes on which each leaf (seen in a call) is stacked.
-        vectors: leaves that have fewer than two axes inside their own module.
-        unknown: why there are no roles for a leaf; a table may supply them.
-        refused: why no adapter can be exact at a leaf, table or not.
-        collections: what `init` makes besides "params".
-        stateful: the paths of the modules that keep a state in these from call to call, as `nn.BatchNorm` does.
+        shapes: `{leaf: shape}` for every base leaf.
+        collections: the names of the collections that `init` creates besides "params".
+        stateful: the paths of modules that keep state between calls in these collections, as `nn.BatchNorm` does.
+        roles: `{leaf: axes}` from the layer's class or a trace.
+        kinds: `{leaf: (kind, groups)}` for leaves that are not plain matrices.
+        certain: the leaves whose roles their class fixes, or all calls agree on. A keymap must not contradict them.
+        stack: `{leaf: axes that stack layers}` for the leaves that a call reaches.
+        vectors: the leaves that have fewer than two axes inside their own module.
+        unknown: `{leaf: reason}` for leaves without roles. A keymap may supply them.
+        refused: `{leaf: reason}` for leaves on which no adapter is exact, with or without a keymap.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -58,117 +58,125 @@ class Survey:
     stateful: frozenset[str]
     roles: dict[str, Axes] = dataclasses.field(default_factory=dict[str, Axes])
     kinds: dict[str, tuple[str, int]] = dataclasses.field(default_factory=dict[str, tuple[str, int]])
-    told: set[str] = dataclasses.field(default_factory=set[str])
+    certain: set[str] = dataclasses.field(default_factory=set[str])
     stack: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict[str, tuple[int, ...]])
     vectors: set[str] = dataclasses.field(default_factory=set[str])
     unknown: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
     refused: dict[str, str] = dataclasses.field(default_factory=dict[str, str])
 
-    def lines(self, keymap: KeyMap) -> list[Weight]:
-        """The lines that the table lacks or, if generic, only guesses; checks the others' stacks."""
+    def entries(self, keymap: KeyMap) -> list[Weight]:
+        """Return entries for the leaves that the keymap lacks or, if it is the generic one, only guesses.
+
+        Leaves where the keymap contradicts the model are added to `refused`.
+        """
         guesses = keymap.name == GENERIC.name
-        out: list[Weight] = []
+        entries: list[Weight] = []
         for leaf, shape in self.shapes.items():
-            site = keymap.match(leaf)
-            fits = site is not None and len(site.weight.left) == len(shape)
+            match = keymap.match(leaf)
+            fits = match is not None and len(match.weight.left) == len(shape)
             stack = self.stack.get(leaf)
-            if site is not None and fits and not guesses:
-                if stack is not None and site.stack != stack:
-                    self.refused[leaf] = f"the table stacks its layers on axes {site.stack}, the model on {stack}"
-                # A table may order axes otherwise, or know that an output axis is a fused one; never which is an input.
-                elif leaf in self.told and (own := self._turned(leaf, site)) is not None:
-                    self.refused[leaf] = find_contradiction(site.axes, own)
+            if match is not None and fits and not guesses:
+                if stack is not None and match.stack != stack:
+                    self.refused[leaf] = f"the keymap stacks its layers on axes {match.stack}, the model on {stack}"
+                # A keymap may order axes differently or split a fused output axis, but the input axes must agree.
+                elif leaf in self.certain and (axes := self._contradicting_roles(leaf, match)) is not None:
+                    self.refused[leaf] = find_contradiction(match.axes, axes)
             elif leaf in self.roles and leaf not in self.unknown and stack is not None:
                 kind = self.kinds.get(leaf, ("linear", 1))
-                if site is None or not fits or (site.axes, site.stack) != (self.roles[leaf], stack):
-                    out.append(entry_from_axes(leaf, shape, self.roles[leaf], stack, *kind))
+                if match is None or not fits or (match.axes, match.stack) != (self.roles[leaf], stack):
+                    entries.append(entry_from_axes(leaf, shape, self.roles[leaf], stack, *kind))
             elif fits and leaf in self.vectors:
-                axes = " ".join(f"a{i}" for i in range(len(shape)))
-                out.append(Weight(leaf, leaf, f"{axes} -> {axes}", kind="vector"))
-        return out
+                letters = " ".join(f"a{i}" for i in range(len(shape)))
+                entries.append(Weight(leaf, leaf, f"{letters} -> {letters}", kind="vector"))
+        return entries
 
-    def _turned(self, leaf: str, site: Match) -> Axes | None:
-        """The roles that a layer's own calls show, where a table takes its outputs for its inputs."""
-        if site.weight.kind not in ("linear", self.kinds.get(leaf, ("linear", 1))[0]) or leaf in self.unknown:
+    def _contradicting_roles(self, leaf: str, match: Match) -> Axes | None:
+        """Return the roles that the layer's calls show if the keymap swaps its inputs and outputs, else None."""
+        if match.weight.kind not in ("linear", self.kinds.get(leaf, ("linear", 1))[0]) or leaf in self.unknown:
             return None
-        shape = [size for axis, size in enumerate(self.shapes[leaf]) if axis not in site.stack]
-        return transposed_axes(site.axes, [self.roles[leaf]], shape)
+        shape = [size for axis, size in enumerate(self.shapes[leaf]) if axis not in match.stack]
+        return transposed_axes(match.axes, [self.roles[leaf]], shape)
 
-    def check(self, config: Config, table: KeyMap) -> None:
-        """Raise `AttachError` naming every leaf that the configuration means and that cannot be adapted."""
-        guesses = table.name == GENERIC.name
-        bad: list[str] = []
-        for leaf, why in ({**self.unknown, **self.refused} if guesses else self.refused).items():
-            site = table.match(leaf)
-            if site is not None and len(site.weight.left) == len(self.shapes[leaf]):
-                sizes = plan.axis_sizes(site, self.shapes[leaf])
-                names, own = site.modules(sizes).values(), target_parameters.parameter_names(site, sizes).values()
+    def check(self, config: Config, keymap: KeyMap) -> None:
+        """Raise `AttachError` naming every leaf that the configuration targets and that cannot be adapted."""
+        guesses = keymap.name == GENERIC.name
+        problems: list[str] = []
+        for leaf, reason in ({**self.unknown, **self.refused} if guesses else self.refused).items():
+            match = keymap.match(leaf)
+            if match is not None and len(match.weight.left) == len(self.shapes[leaf]):
+                sizes = plan.axis_sizes(match, self.shapes[leaf])
+                modules = match.modules(sizes).values()
+                parameters = target_parameters.parameter_names(match, sizes).values()
             else:
-                names, own = [leaf.rpartition(".")[0]], [leaf]
-            if any(matching.matches(config, m) for m in names) or any(matching.is_parameter(config, p) for p in own):
-                plain = leaf in self.unknown and len(self.shapes[leaf]) == 2
-                way = "; or, if it is (in, out), take the adapter from jaxadapt.init(config, params)" if plain else ""
-                bad.append(f"{leaf}: {why}{way}")
-        if bad:
-            raise AttachError("these weights cannot carry the adapter:\n" + paths.bullets(bad))
+                modules, parameters = [leaf.rpartition(".")[0]], [leaf]
+            if any(matching.matches(config, module) for module in modules) or any(
+                matching.is_parameter(config, parameter) for parameter in parameters
+            ):
+                is_matrix = leaf in self.unknown and len(self.shapes[leaf]) == 2
+                remedy = "; or, if it is (in, out), take the adapter from jaxadapt.init(config, params)"
+                problems.append(f"{leaf}: {reason}{remedy if is_matrix else ''}")
+        if problems:
+            raise AttachError("these weights cannot carry the adapter:\n" + paths.bullets(problems))
 
     def check_saved(self, leaves: Sequence[str]) -> None:
-        """Raise `AttachError` for leaves of which a copy is not the whole of what their module would be trained in."""
-        bad = [leaf for leaf in leaves if leaf.rpartition(".")[0] in self.stateful]
-        if bad:
+        """Raise `AttachError` for leaves in `modules_to_save` whose module keeps state besides its parameters."""
+        stateful = [leaf for leaf in leaves if leaf.rpartition(".")[0] in self.stateful]
+        if stateful:
             raise AttachError(
-                "modules_to_save means all of a module, and these keep a state besides their parameters, which the"
-                " adapter's file would lack; leave them out:\n" + paths.bullets(bad)
+                "modules_to_save copies the parameters of a module, but the modules of these also keep state, which the"
+                " adapter's file would lack. Remove them from modules_to_save:\n" + paths.bullets(stateful)
             )
 
 
 @dataclasses.dataclass
-class _Marking:
-    """The interceptor of the survey: notes roles, and lays markers that the model's transforms stack."""
+class _SurveyInterceptor:
+    """Records the roles of leaves, and adds markers beside them, which the model's transforms stack like the leaves."""
 
     survey: Survey
-    tracing: bool = False  # inside a module being traced alone, whose parts are not to be noted again
+    tracing: bool = False  # True while a module is traced by itself, so that its submodules are not recorded again
 
     def __call__(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         y = next_fun(*args, **kwargs)
         module = context.module
-        if self.tracing or not calls.is_own_method(context):
+        if self.tracing or not interceptor.is_own_method(context):
             return y
-        for name, value in calls.direct_params(module).items():
+        for name, value in interceptor.direct_params(module).items():
             leaf, value = ".".join((*module.scope.path, name)), meta.unbox(value)
             if SEP in name or leaf not in self.survey.shapes:
                 continue
-            if calls.is_mapped(module.scope):
-                self.survey.refused[leaf] = calls.MAPPED
+            if interceptor.is_mapped(module.scope):
+                self.survey.refused[leaf] = interceptor.MAPPED
                 continue
             if value.ndim < 2:
                 self.survey.vectors.add(leaf)
             elif leaf not in self.survey.unknown:
-                self._roles(module, context.method_name, leaf, name, value, args, kwargs)
-            if not module.scope.has_variable("params", _marker(name, 0)):
+                self._record_roles(module, context.method_name, leaf, name, value, args, kwargs)
+            if not module.scope.has_variable("params", _marker_name(name, 0)):
                 for extra in (0, 1):
-                    shape = tuple(_MARK + i for i in range(value.ndim + extra))
-                    module.scope.put_variable("params", _marker(name, extra), jnp.zeros(shape, jnp.bool))
+                    shape = tuple(_MARKER_SIZE + i for i in range(value.ndim + extra))
+                    module.scope.put_variable("params", _marker_name(name, extra), jnp.zeros(shape, jnp.bool))
         return y
 
-    def _roles(self, module: Any, method: str, leaf: str, name: str, value: Any, args: Any, kwargs: Any) -> None:
-        if (said := calls.known_roles(module, method, name)) is not None:
-            self.survey.roles[leaf], kind, groups = said
+    def _record_roles(self, module: Any, method: str, leaf: str, name: str, value: Any, args: Any, kwargs: Any) -> None:
+        """Record the roles of one leaf in one call of its module, or the reason why there are none."""
+        if (known_roles := interceptor.known_roles(module, method, name)) is not None:
+            self.survey.roles[leaf], kind, groups = known_roles
             self.survey.kinds[leaf] = (kind, groups)
-            self.survey.told.add(leaf)
+            self.survey.certain.add(leaf)
             return
-        roles_of = calls.known_use(module, method)
-        if roles_of is not None and name != "kernel":
+        known_use = interceptor.known_use(module, method)
+        if known_use is not None and name != "kernel":
             return
         self.tracing = True
         try:
-            if roles_of is not None:
-                axes = roles_of[0](module, calls.call_input(args, kwargs)[1])
+            if known_use is not None:
+                kernel_roles, _ = known_use
+                axes = kernel_roles(module, interceptor.call_input(args, kwargs)[1])
             else:
-                call, weights = calls.isolate_method(module, method), {name: value}
+                call, weights = interceptor.isolate_method(module, method), {name: value}
                 if not rewrite.uses(lambda w, *a: call(w, *a, **kwargs)[0], weights, *args)[name]:
-                    return  # a method that does something else; another one tells
-                axes = used.infer_axes(lambda w, *a: call(w, *a, **kwargs)[0], weights, name, *args)
+                    return  # this method does not use the weight
+                axes = infer_axes(lambda w, *a: call(w, *a, **kwargs)[0], weights, name, *args)
         except AttachError as error:
             self.survey.unknown[leaf] = str(error)
             return
@@ -177,125 +185,132 @@ class _Marking:
         before = self.survey.roles.get(leaf)
         if before is None:
             self.survey.roles[leaf] = before = axes
-            self.survey.told.add(leaf)
-        elif axes != before:  # a tied weight, which runs both ways
-            self.survey.told.discard(leaf)
+            self.survey.certain.add(leaf)
+        elif axes != before:  # a tied weight, used in both directions
+            self.survey.certain.discard(leaf)
         if axes not in (before, dataclasses.replace(before, in_axes=before.out_axes, out_axes=before.in_axes)):
             self.survey.unknown[leaf] = f"its calls use it in several ways: {before}, and {axes}"
 
 
-def _marker(name: str, extra: int) -> str:
+def _marker_name(name: str, extra: int) -> str:
     return f"{name}{SEP}{extra}"
 
 
 def survey_module(module: nn.Module, rngs: Any, args: Any, kwargs: Any) -> Survey:
-    """Everything an adapter has to know about a model, from `jax.eval_shape` of its `init`."""
-    plain = dict(linen_tree.unbox_tree(jax.eval_shape(lambda: module.init(rngs, *args, **kwargs))))
-    base = paths.flatten(plain.pop("params", {}))
-    state = [leaf for name in plain.keys() - _WITHIN_ONE_CALL for leaf in paths.flatten(plain[name])]
-    stateful = frozenset(leaf.rpartition(".")[0] for leaf in state)
-    found = Survey({leaf: tuple(spec.shape) for leaf, spec in base.items()}, frozenset(plain), stateful)
+    """Survey a module by `jax.eval_shape` of its `init`.
 
-    def marked() -> Any:
-        with nn.intercept_methods(_Marking(found)):
+    A marker with no extra axis and one with one extra axis are added beside each leaf. The axes that the model's
+    transforms add to a marker are those that stack the leaf. If they differ between the two, the transform counts its
+    axis from the end.
+    """
+    variables = dict(unbox_tree(jax.eval_shape(lambda: module.init(rngs, *args, **kwargs))))
+    base = paths.flatten(variables.pop("params", {}))
+    state = [leaf for name in variables.keys() - _PER_CALL_COLLECTIONS for leaf in paths.flatten(variables[name])]
+    stateful = frozenset(leaf.rpartition(".")[0] for leaf in state)
+    survey = Survey({leaf: tuple(spec.shape) for leaf, spec in base.items()}, frozenset(variables), stateful)
+
+    def init_with_markers() -> Any:
+        with nn.intercept_methods(_SurveyInterceptor(survey)):
             return module.init(rngs, *args, **kwargs)
 
-    shapes = paths.flatten(linen_tree.unbox_tree(jax.eval_shape(marked)).get("params", {}))
-    for leaf in found.shapes:
-        marks = [shapes[m].shape for extra in (0, 1) if (m := _marker(leaf, extra)) in shapes]
-        if len(marks) != 2:
+    specs = paths.flatten(unbox_tree(jax.eval_shape(init_with_markers)).get("params", {}))
+    for leaf in survey.shapes:
+        markers = [specs[marker].shape for extra in (0, 1) if (marker := _marker_name(leaf, extra)) in specs]
+        if len(markers) != 2:
             continue
-        added = [tuple(i for i, n in enumerate(shape) if n < _MARK) for shape in marks]
-        found.stack[leaf] = added[0]
+        added = [tuple(i for i, size in enumerate(shape) if size < _MARKER_SIZE) for shape in markers]
+        survey.stack[leaf] = added[0]
         if added[0] != added[1]:
-            found.refused[leaf] = (
-                "its layers are stacked on a negative axis; give nn.scan or nn.vmap a non-negative one"
+            survey.refused[leaf] = (
+                "its layers are stacked on a negative axis. Pass a non-negative axis to nn.scan or nn.vmap"
             )
-    return found
+    return survey
 
 
 # ---------------------------------------------------------------- reads that no adapter can follow
 
 
 def called_scopes(run: Callable[..., Any], params: Any) -> set[tuple[str, ...]]:
-    """The scope paths of the modules that a call enters; `run` as in `check_reads`."""
-    seen: set[tuple[str, ...]] = set()
+    """Return the scope paths of the modules that a call enters; `run` is as in `check_reads`."""
+    scope_paths: set[tuple[str, ...]] = set()
 
     def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         if context.module.scope is not None:
-            seen.add(context.module.scope.path)
+            scope_paths.add(context.module.scope.path)
         return next_fun(*args, **kwargs)
 
     jax.eval_shape(lambda p: run(p, intercept), params)
-    return seen
+    return scope_paths
 
 
 def check_reads(run: Callable[..., Any], adapted: Mapping[tuple[str, ...], Sequence[str]], params: Any) -> None:
-    """Refuse weights that are read outside their own module's call: the adapter would miss that use.
+    """Raise `AttachError` for weights that are read outside their own module's call, where the adapter has no effect.
+
+    Inside its module's call each adapted weight is replaced by a copy. If the output still depends on the weight
+    itself, the weight is read elsewhere.
 
     Args:
         run: `run(params, interceptor)` calls the model and returns its output.
-        adapted: leaf names by scope path.
+        adapted: `{scope path: leaf names}`.
         params: the base parameters.
-
-    Inside its module's call each adapted weight is replaced by a copy; whatever still reaches the output
-    from the weight itself was read elsewhere.
     """
     names = {(*path, leaf): ".".join((*path, leaf)) for path, leaves in adapted.items() for leaf in leaves}
-    held = {name: lookup(params, keys) for keys, name in names.items()}
-    # (A quantised weight is made dense within the trace, where that costs nothing.)
+    stored = {name: lookup(params, keys) for keys, name in names.items()}
+    # A quantised weight is made dense within the trace, where nothing is computed.
     values = {
-        name: jax.eval_shape(quantized.to_dense, x) if quantized.is_quantized(x) else x for name, x in held.items()
+        name: jax.eval_shape(quantized.to_dense, x) if quantized.is_quantized(x) else x for name, x in stored.items()
     }
 
     def intercept(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
-        if not calls.is_own_method(context):
+        if not interceptor.is_own_method(context):
             return next_fun(*args, **kwargs)
-        calls.refuse_mapped(context, adapted)
-        here = adapted.get(module.scope.path, ())
-        leaves = [leaf for leaf in here if module.scope.has_variable("params", leaf + SEP)]
+        interceptor.refuse_mapped(context, adapted)
+        names_here = adapted.get(module.scope.path, ())
+        leaves = [leaf for leaf in names_here if module.scope.has_variable("params", leaf + SEP)]
         if not leaves:
             return next_fun(*args, **kwargs)
-        layer = calls.known_use(module, context.method_name)
-        if layer is not None and leaves == ["kernel"]:  # any output of this shape that depends on x will do
-            x, rest = calls.call_input(args, kwargs)
-            use = layer[1](module, x, rest, layer[0](module, rest))
+        known_use = interceptor.known_use(module, context.method_name)
+        if known_use is not None and leaves == ["kernel"]:
+            # Only the shape of the output and its dependence on x and the copy matter here.
+            kernel_roles, kernel_use = known_use
+            x, rest = interceptor.call_input(args, kwargs)
+            use = kernel_use(module, x, rest, kernel_roles(module, rest))
             w = meta.unbox(module.scope.get_variable("params", "kernel" + SEP))
             y = jnp.einsum(f"{use.x},{use.w}->{use.y}", x, methods.as_computable(w))
             return y if module.dtype is None else y.astype(module.dtype)
-        call = calls.isolate_method(module, context.method_name)
-        copied = {leaf: module.scope.get_variable("params", leaf + SEP) for leaf in leaves}
-        y, changed = call(copied, *args, **kwargs)
-        calls.write_back(module.scope, changed)
+        call = interceptor.isolate_method(module, context.method_name)
+        copies = {leaf: module.scope.get_variable("params", leaf + SEP) for leaf in leaves}
+        y, changed = call(copies, *args, **kwargs)
+        interceptor.write_back(module.scope, changed)
         return y
 
     def output(weights: Mapping[str, Any]) -> Any:
-        copies = {(*keys[:-1], keys[-1] + SEP): held[name] for keys, name in names.items()}
-        laid = overlay(params, {**copies, **{keys: weights[name] for keys, name in names.items()}})
-        return run(jax.tree.map(quantized.to_dense, laid, is_leaf=quantized.is_quantized), intercept)
+        copies = {(*keys[:-1], keys[-1] + SEP): stored[name] for keys, name in names.items()}
+        overlaid = overlay(params, {**copies, **{keys: weights[name] for keys, name in names.items()}})
+        return run(jax.tree.map(quantized.to_dense, overlaid, is_leaf=quantized.is_quantized), intercept)
 
-    outside = [leaf for leaf, used in live_weights(output, values).items() if used]
+    outside = [leaf for leaf, is_live in live_weights(output, values).items() if is_live]
     if outside:
         raise AttachError(
             "these weights are read outside their own module's call, where an adapter cannot follow:\n"
             + paths.bullets(outside)
-            + "\nLeave them out with exclude_modules, or let the reader call the module"
+            + "\nExclude them with exclude_modules, or change the reader to call the module"
         )
 
 
 def lookup(tree: Any, keys: Sequence[str]) -> Any:
-    """What lies at these keys of nested mappings."""
+    """Return the value at these keys of nested mappings."""
     return functools.reduce(lambda node, key: node[key], keys, tree)
 
 
-def overlay(tree: Mapping[str, Any], extra: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-    """Nested mappings with further (or other) leaves at these keys; what is not on the way is shared."""
-    inside: dict[str, dict[tuple[str, ...], Any]] = {}
+def overlay(tree: Mapping[str, Any], leaves: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    """Return nested mappings with these leaves added or replaced; all other mappings are shared with `tree`."""
+    inner: dict[str, dict[tuple[str, ...], Any]] = {}
     out = dict(tree)
-    for (first, *rest), value in extra.items():
+    for (first, *rest), value in leaves.items():
         if rest:
-            inside.setdefault(first, {})[tuple(rest)] = value
+            inner.setdefault(first, {})[tuple(rest)] = value
         else:
             out[first] = value
-    return {**out, **{key: overlay(out.get(key, {}), below) for key, below in inside.items()}}
+    return {**out, **{key: overlay(out.get(key, {}), below) for key, below in inner.items()}}

@@ -1,63 +1,57 @@
-"""Adapters on Linen modules: a plain wrapper with `init` and `apply` as ever.
+"""Adapters on Linen modules: a wrapper with the module's `init`, `apply` and `bind`.
 
-The adapter lives in a collection of its own, `{"params": base, "lora": {name: tree}}`. For a call its
-leaves are laid into `params` beside the weight they adapt, so that the model's own scan, vmap and remat
-carry them along, and an interceptor computes with them where the weight's module is called.
+An adapter is stored in its own collection, `{"params": base, "lora": {name: tree}}`. For a call, its tensors are added
+to `params` beside the weights that they adapt, so that the model's scan, vmap and remat transform them like the
+weights. An interceptor applies them when the weight's module is called.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
 import zlib
-from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
-from flax.core import FrozenDict, meta
-from flax.core.scope import in_filter
+from flax.core import meta
 
-from jaxadapt import methods
 from jaxadapt.adapters import initial_values, selection
-from jaxadapt.adapters import sites as bind
-from jaxadapt.adapters.adapter import CONFIG_NODE, Adapter, Recipe, collection_name, is_array
-from jaxadapt.arrays import quantized
-from jaxadapt.configs import Config, matching
+from jaxadapt.adapters.adapter import Adapter, Recipe, collection_name, is_array
+from jaxadapt.adapters.sites import Site, with_copy_entries
+from jaxadapt.configs import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, warn
 from jaxadapt.keymaps.families import resolve_keymap
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.methods.lora import alora
 from jaxadapt.models.linen import collections, survey
-from jaxadapt.models.linen.interceptor import DROPOUT, SEP, Interceptor, LeafAdapter, UseRecorder
+from jaxadapt.models.linen.interceptor import DROPOUT, UseRecorder
+from jaxadapt.models.linen.overlay import Overlay, build_overlay, key_paths
 
-_KEPT = 64  # of what is remembered about earlier calls
+_CACHE_SIZE = 64
 
 # ---------------------------------------------------------------- the wrapper
 
 
 @dataclasses.dataclass(frozen=True)
 class Adapted:
-    """A Linen module with adapters: `init`, `apply` and `bind` as the module's own.
+    """A Linen module with adapters, with the module's `init`, `apply` and `bind`.
 
-    Not itself an `nn.Module`: it is the outermost thing, and the module inside stays what it was.
+    The wrapper is not an `nn.Module`, so it cannot be a submodule. The module inside it is unchanged.
 
     Args:
         module: the base module.
         adapters: `((name, config), …)`.
-        active: the names applied by `apply`, in this order.
-        keymap: a family's name, a `KeyMap`, or None to recognise it.
-        dtype: of new adapter parameters; float32 by default.
+        active: the names of the adapters that `apply` applies, in this order.
+        keymap: a family's name, a `KeyMap`, or None to recognise the family.
+        dtype: the dtype of new adapter parameters; float32 by default.
         tokens: `{name: mask}` of the tokens that aLoRA adapters adapt; `jaxadapt.models.invoke` sets them.
-        deterministic: whether the adapters' dropout (`lora_dropout`) is off. None: it is on in calls whose `rngs` have
-            a stream "dropout". False: it is on, and a call without the stream is an error. True: it is off.
+        deterministic: True turns the adapters' dropout (`lora_dropout`) off. False turns it on, and a call without a
+            random stream "dropout" raises. None turns it on in calls whose `rngs` have that stream.
 
-    `deterministic` is a field of the wrapper, and `clone` switches it. It is no argument of `apply`, because every
-    argument of `apply` goes to the module, which may have a `deterministic` of its own:
-    `model.clone(deterministic=True).apply(variables, x, deterministic=False)` turns off the adapters' dropout alone.
+    `deterministic` is a field of the wrapper, which `clone` changes. It is not an argument of `apply`, because `apply`
+    passes every argument to the module, which may have an argument `deterministic` too:
+    `model.clone(deterministic=True).apply(variables, x, deterministic=False)` turns off only the adapters' dropout.
     """
 
     module: nn.Module
@@ -67,10 +61,10 @@ class Adapted:
     dtype: Any = None
     tokens: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any], repr=False, compare=False)
     deterministic: bool | None = None
-    # Signatures of calls known to read no adapted weight behind its module's back.
+    # Signatures of calls that were checked: they read no adapted weight outside its module.
     _checked: set[Hashable] = dataclasses.field(default_factory=set[Hashable], init=False, repr=False, compare=False)
-    # Holds "dropout" once a call has brought that stream or has warned of its absence. Clones share the set.
-    _settled: set[str] = dataclasses.field(default_factory=set[str], repr=False, compare=False, kw_only=True)
+    # Holds "dropout" after a call had that stream, or after the warning that it lacked one. Clones share the set.
+    _seen_streams: set[str] = dataclasses.field(default_factory=set[str], repr=False, compare=False, kw_only=True)
 
     def clone(self, **changes: Any) -> Adapted:
         """Copy the wrapper with other values for some fields, as `nn.Module.clone` does.
@@ -84,185 +78,159 @@ class Adapted:
         return dataclasses.replace(self, **changes)
 
     def __getattr__(self, name: str) -> Any:
-        """Whatever the wrapper has not itself: the module's fields and methods, `apply(…, method=module.encode)`."""
-        if name == "module" or name.startswith("__"):  # before a copy has its fields, and what Python asks for
+        """Return an attribute of the module, for example for `apply(…, method=model.encode)`."""
+        # "module" is missing while copy or pickle builds an instance; dunder names are protocol look-ups by Python.
+        if name == "module" or name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.module, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise AttachError(
-            "an adapted Linen module is called with apply(variables, …), and is no part of another module: adapt the"
-            " outermost one, where target_modules may name this one's layers alone"
+            "an adapted Linen module is called with apply(variables, …), and cannot be part of another module. If it"
+            " should be, adapt the outermost one instead, and select this one's layers with target_modules"
         )
 
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """`{"params": base, …, "lora": {name: tree}}`, the base bit for bit as the module's `init` gives it.
+        """Initialise the variables, `{"params": base, …, "lora": {name: tree}}`.
 
-        Takes what the module's `init` takes. `rngs` may have a key for the collection ("lora"); else the
-        adapter's initial values come from a fold of "params". Abstract under `jax.eval_shape`.
+        The base values are bit for bit those of the module's `init`. Under `jax.eval_shape` the result is abstract.
 
-        Raises `TargetError`, `KeyMapError` or `AttachError` for what the configuration names and cannot have.
+        Args:
+            rngs: a key or `{stream: key}`. The initial values of an adapter come from the stream that is named like its
+                collection ("lora"), else from a key folded from "params".
+            args: the positional arguments of the module's `init`.
+            kwargs: the keyword arguments of the module's `init`.
+
+        Raises `TargetError`, `KeyMapError` or `AttachError` for modules that the configuration selects and that cannot
+        be adapted.
         """
-        recipes = self._recipes(rngs, args, kwargs)
-        return self._joined(recipes, rngs, self.module.init(rngs, *args, **kwargs))
+        plans = self._plan_adapters(rngs, args, kwargs)
+        return self._add_adapters(plans, rngs, self.module.init(rngs, *args, **kwargs))
 
     def init_with_output(self, rngs: Any, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        """The output of the base (a fresh adapter does not change it) and the variables."""
-        recipes = self._recipes(rngs, args, kwargs)
+        """Return the output of the module's `init_with_output`, without adapters, and the variables as from `init`.
+
+        A new adapter with default initial values does not change the output.
+        """
+        plans = self._plan_adapters(rngs, args, kwargs)
         y, variables = self.module.init_with_output(rngs, *args, **kwargs)
-        return y, self._joined(recipes, rngs, variables)
+        return y, self._add_adapters(plans, rngs, variables)
 
-    def _recipes(self, rngs: Any, args: Any, kwargs: Any) -> dict[str, tuple[Recipe, tuple[bind.Site, ...]]]:
-        """What each adapter will be, from shapes alone: nothing is computed before everything fits."""
-        found = survey.survey_module(self.module, rngs, args, kwargs)
-        taken = found.collections & {collection_name(config) for _, config in self.adapters}
-        if taken:
-            raise AttachError(f"the module has a collection {sorted(taken)} of its own, where its adapter would go")
-        keymap = resolve_keymap(self.keymap, found.shapes)
-        lines = found.lines(keymap)
-        table = keymap.with_entries(lines)
-        out: dict[str, tuple[Recipe, tuple[bind.Site, ...]]] = {}
+    def _plan_adapters(self, rngs: Any, args: Any, kwargs: Any) -> dict[str, tuple[Recipe, tuple[Site, ...]]]:
+        """Return `{name: (recipe, sites)}` from shapes only, so that all checks run before any computation."""
+        model = survey.survey_module(self.module, rngs, args, kwargs)
+        occupied = model.collections & {collection_name(config) for _, config in self.adapters}
+        if occupied:
+            raise AttachError(
+                f"cannot add the adapter: the module has a collection {sorted(occupied)} of its own. Rename that"
+                " collection in the module"
+            )
+        keymap = resolve_keymap(self.keymap, model.shapes)
+        entries = model.entries(keymap)
+        full_keymap = keymap.with_entries(entries)
+        plans: dict[str, tuple[Recipe, tuple[Site, ...]]] = {}
         for name, config in self.adapters:
-            config = selection.resolve_config(config, table, found.shapes)
-            found.check(config, table)
-            bounds = selection.select_sites(config, table, found.shapes)
-            found.check_saved([b.leaf for b in bounds if b.method.copies and b.hparams.because == "modules_to_save"])
-            mine = {b.leaf for b in bounds}
-            full = bind.with_copy_entries(keymap.with_entries(w for w in lines if w.leaf in mine), bounds)
-            out[name] = Recipe(config, full), bounds
-        return out
+            config = selection.resolve_config(config, full_keymap, model.shapes)
+            model.check(config, full_keymap)
+            sites = selection.select_sites(config, full_keymap, model.shapes)
+            model.check_saved([s.leaf for s in sites if s.method.copies and s.hparams.because == "modules_to_save"])
+            leaves = {site.leaf for site in sites}
+            used_keymap = keymap.with_entries(entry for entry in entries if entry.leaf in leaves)
+            plans[name] = Recipe(config, with_copy_entries(used_keymap, sites)), sites
+        return plans
 
-    def _joined(self, recipes: Mapping[str, Any], rngs: Any, variables: Mapping[str, Any]) -> dict[str, Any]:
+    def _add_adapters(self, plans: Mapping[str, Any], rngs: Any, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the variables with the collections of new adapters."""
         out = dict(variables)
         leaves = paths.flatten(variables.get("params", {}))
         base = {path: collections.unbox_tree(leaf) for path, leaf in leaves.items()}
-        for name, (recipe, bounds) in recipes.items():
-            key = _fresh_key(rngs, collection_name(recipe.config), name)
-            where = collections.base_shardings(leaves)
-            values = initial_values.init_values(recipe.config, bounds, key, self.dtype, base=base, where=where)
+        for name, (recipe, sites) in plans.items():
+            key = _adapter_key(rngs, collection_name(recipe.config), name)
+            shardings = collections.base_shardings(leaves)
+            values = initial_values.init_values(recipe.config, sites, key, self.dtype, base=base, where=shardings)
             adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
-            for held, tree in collections.boxed(adapter, leaves).named(name).items():
-                out[held] = {**out.get(held, {}), **tree}
+            for collection, tree in collections.boxed(adapter, leaves).named(name).items():
+                out[collection] = {**out.get(collection, {}), **tree}
         return out
 
     def apply(self, variables: Mapping[str, Any], *args: Any, mutable: Any = False, **kwargs: Any) -> Any:
-        """The module's `apply` with the active adapters; `rngs`, `method`, `mutable` and the rest as there.
+        """Call the module's `apply` with the active adapters.
 
-        With `mutable` the adapters' collections are returned, unchanged, if it includes them. `lora_dropout`
-        is on if `rngs` has a "dropout"; the field `deterministic` changes that. Of its absence a wrapper with
-        `deterministic=None` warns once, if no earlier call has brought the stream.
+        `lora_dropout` is on if `rngs` has a stream "dropout", unless the field `deterministic` says otherwise. With
+        `deterministic=None` a wrapper warns once if no call so far had that stream.
 
-        Raises `AttachError` if the variables lack an active adapter, have lost its configuration, or
-        carry another than the wrapper's, if this call uses an adapted weight where no adapter can follow, or if
-        `rngs` has a "dropout" that an adapted layer with dropout does not see (`split_rngs` of `nn.scan` says which).
+        Args:
+            variables: the variables as from `init`.
+            args: the positional arguments of the module's `apply`.
+            mutable: as for the module's `apply`. If it includes the adapters' collections, they are returned unchanged.
+            kwargs: the keyword arguments of the module's `apply`: `rngs`, `method` and others.
+
+        Returns what the module's `apply` returns.
+
+        Raises `AttachError` if the variables lack an active adapter or its configuration, if the configuration is not
+        the wrapper's, if the call uses an adapted weight where no adapter can follow, or if `rngs` has a stream
+        "dropout" that an adapted layer with dropout does not see (see `split_rngs` of `nn.scan`).
         """
-        overlay = self._overlay(variables, kwargs.get("rngs"))
-        self._check(overlay, args, kwargs, mutable)
+        overlay = self._make_overlay(variables, kwargs.get("rngs"))
+        self._check_reads(overlay, args, kwargs, mutable)
         with nn.intercept_methods(overlay.interceptor):
-            out = self.module.apply(overlay.inner(), *args, mutable=mutable, **kwargs)
+            out = self.module.apply(overlay.module_variables(), *args, mutable=mutable, **kwargs)
         if mutable is False:
             return out
         y, changed = out
-        return y, overlay.without(changed, mutable)
+        return y, overlay.restore(changed, mutable)
 
     def bind(self, variables: Mapping[str, Any], *args: Any, **options: Any) -> BoundModule:
-        """The module bound to these variables, for interactive use; `rngs` and `mutable` as there."""
-        overlay = self._overlay(variables, options.get("rngs"))
+        """Bind the module and its active adapters to variables, for interactive use.
+
+        Args:
+            variables: the variables as from `init`.
+            args: the positional arguments of the module's `bind`.
+            options: the keyword arguments of the module's `bind`: `rngs` and `mutable`.
+        """
+        overlay = self._make_overlay(variables, options.get("rngs"))
 
         def check(method: str, args: Any, kwargs: Any) -> None:
-            self._check(overlay, args, {**kwargs, "method": method, "rngs": options.get("rngs")}, True)
+            self._check_reads(overlay, args, {**kwargs, "method": method, "rngs": options.get("rngs")}, True)
 
-        return BoundModule(self.module.bind(overlay.inner(), *args, **options), overlay, check)
+        return BoundModule(self.module.bind(overlay.module_variables(), *args, **options), overlay, check)
 
     def notes(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> dict[str, str]:
-        """How each adapted weight is followed, `{leaf: note}`, seeing one abstract `apply`."""
-        overlay = self.clone(deterministic=True)._overlay(variables, None)
-        noting = UseRecorder(overlay.interceptor.sites, overlay.interceptor.small)
-        with nn.intercept_methods(noting):
-            jax.eval_shape(lambda: self.module.apply(overlay.inner(), *args, **kwargs))
-        return noting.notes
+        """Return `{leaf: note}` on how each adapted weight is followed in one abstract `apply`."""
+        overlay = self.clone(deterministic=True)._make_overlay(variables, None)
+        recorder = UseRecorder(overlay.interceptor.sites, overlay.interceptor.quantized_scopes)
+        with nn.intercept_methods(recorder):
+            jax.eval_shape(lambda: self.module.apply(overlay.module_variables(), *args, **kwargs))
+        return recorder.notes
 
     def tabulate(self, rngs: Any, *args: Any, **kwargs: Any) -> str:
-        """The base module's own table; `jaxadapt.summary` shows the adapter's."""
+        """Return the base module's own table. `jaxadapt.summary` shows the adapters."""
         return self.module.tabulate(rngs, *args, **kwargs)
 
-    def _check_dropout(self, names: Collection[str], drops: bool) -> None:
-        """Refuse, or warn once of, a call that trains without the dropout that these adapters have."""
-        if drops:
-            self._settled.add(DROPOUT)
+    def _check_dropout(self, names: Collection[str], has_stream: bool) -> None:
+        """Raise, or warn once, if these adapters have dropout and a call has no random stream for it."""
+        if has_stream:
+            self._seen_streams.add(DROPOUT)
         elif names and not self.deterministic:
-            off = f'{", ".join(names)}: lora_dropout is off, since this call has no rngs={{"{DROPOUT}": key}}'
+            problem = f'{", ".join(names)}: lora_dropout is off, because this call has no rngs={{"{DROPOUT}": key}}'
             if self.deterministic is False:
-                raise AttachError(f"{off}, and deterministic=False asks for it; give the call that stream")
-            if DROPOUT not in self._settled:
-                self._settled.add(DROPOUT)
-                warn(f"{off}; give it in training, and evaluate with model.clone(deterministic=True)")
+                raise AttachError(f"{problem}, but deterministic=False asks for it. Pass that stream to the call")
+            if DROPOUT not in self._seen_streams:
+                self._seen_streams.add(DROPOUT)
+                warn(f"{problem}. Pass it in training, and evaluate with model.clone(deterministic=True)")
 
-    def _overlay(self, variables: Mapping[str, Any], rngs: Any) -> _Overlay:
-        drops = not self.deterministic and isinstance(rngs, Mapping) and DROPOUT in rngs
-        dropping: list[str] = []
-        wanted = dict(self.adapters)
-        names = {collection_name(config) for config in wanted.values()}
-        names |= {c for c in methods.COLLECTIONS if _is_ours(variables.get(c))}
-        held = {c: variables[c] for c in variables if c in names}
-        base = {c: v for c, v in variables.items() if c not in names}
-        extra: dict[tuple[str, ...], Any] = {}
-        sites: dict[tuple[str, ...], dict[str, list[LeafAdapter]]] = {}
-        replaced: dict[str, dict[str, methods.Method]] = {}
-        known = key_paths(base.get("params", {})) if self.active else {}
-        for order, name in enumerate(self.active):
-            tree = held.get(collection_name(wanted[name]), {}).get(name)
-            if tree is None:
-                raise AttachError(
-                    f"the variables hold no adapter {name!r} in {collection_name(wanted[name])!r};"
-                    " make one with init, or load it"
-                )
-            # unbox puts the constraints of their boxes on them, as on the base's
-            adapter = collections.read_collection(meta.unbox(tree), name)
-            if adapter.config != _resolved_like(wanted[name], adapter.config):
-                said = "" if name == "default" else f", name={name!r}"
-                raise AttachError(
-                    f"the adapter {name!r} carries another configuration than this wrapper's; wrap the module"
-                    f" with its own: jaxadapt.adapt(module, jaxadapt.extract(variables{said}).config{said})"
-                )
-            values = adapter.sites
-            missing = [leaf for leaf in values if leaf not in known]
-            if missing:
-                raise AttachError(
-                    f"the adapter {name!r} adapts weights which the base parameters lack:\n" + paths.bullets(missing)
-                )
-            shapes = tuple(
-                (leaf, tuple((t, tuple(a.shape)) for t, a in tensors.items())) for leaf, tensors in values.items()
-            )
-            for bound in _recovered(adapter.recipe, shapes):
-                *path, leaf = known[bound.leaf]
-                if bound.method.replaces:
-                    replaced.setdefault(bound.leaf, {})[name] = bound.method
-                    before = quantized.to_dense(survey.lookup(base["params"], known[bound.leaf]))
-                    new = bind.map_stack(bound, lambda a, w: a.weight(w), values[bound.leaf], meta.unbox(before))
-                    extra[known[bound.leaf]] = meta.replace_boxed(before, new)
-                    continue
-                dropping += [name] if bound.method.dropout(bound.hparams) and name not in dropping else []
-                # The arithmetic is part of the name: a jit inside the model (nn.jit) traces anew for another.
-                text = repr((order, bound.method.peft_type, bound.hparams, bound.axes, drops and name in dropping))
-                mark = hashlib.sha256(text.encode()).hexdigest()[:12]
-                keys = {tensor: f"{leaf}{SEP}{tensor}{SEP}{mark}" for tensor in values[bound.leaf]}
-                extra |= {(*path, key): values[bound.leaf][tensor] for tensor, key in keys.items()}
-                for what, number in bound.data.items():
-                    keys[what] = f"{leaf}{SEP}{what}{SEP}{mark}"
-                    extra[(*path, keys[what])] = _stacked(number, bound.match.stack)
-                if name in self.tokens:
-                    keys[alora.MASK] = f"{leaf}{SEP}{alora.MASK}{SEP}{mark}"
-                    shape = collections.unbox_tree(survey.lookup(base["params"], known[bound.leaf])).shape
-                    extra[(*path, keys[alora.MASK])] = alora.stacked(self.tokens[name], bound.match.stack, shape)
-                site = LeafAdapter(bound.method, bound.hparams, bound.axes, keys)
-                sites.setdefault(tuple(path), {}).setdefault(leaf, []).append(site)
-        methods.refuse_rivals(replaced)
-        self._check_dropout(dropping, drops)
-        return _Overlay(base, held, extra, Interceptor(sites, _compressed(base.get("params", {})), drops))
+    def _make_overlay(self, variables: Mapping[str, Any], rngs: Any) -> Overlay:
+        """Return the overlay of one call, after the check for dropout without a random stream."""
+        has_stream = not self.deterministic and isinstance(rngs, Mapping) and DROPOUT in rngs
+        overlay = build_overlay(variables, dict(self.adapters), self.active, self.tokens, has_stream)
+        self._check_dropout(overlay.with_dropout, has_stream)
+        return overlay
 
-    def _check(self, overlay: _Overlay, args: Any, kwargs: Any, mutable: Any) -> None:
-        """Once for each kind of call: that it reads no adapted weight outside that weight's own module."""
+    def _check_reads(self, overlay: Overlay, args: Any, kwargs: Any, mutable: Any) -> None:
+        """Raise `AttachError` if a call reads an adapted weight outside the weight's module.
+
+        Each call signature is checked once.
+        """
         sites = overlay.interceptor.sites
         adapted = sorted((*path, leaf) for path, leaves in sites.items() for leaf in leaves)
         signature = _signature((overlay.base, adapted, args, kwargs, mutable))
@@ -276,163 +244,84 @@ class Adapted:
 
         params = overlay.base["params"]
         survey.check_reads(run, {path: list(leaves) for path, leaves in sites.items()}, params)
-        self._warn_of_gaps(overlay, lambda: survey.called_scopes(run, params))
-        if len(self._checked) >= _KEPT:
+        self._warn_of_missing(overlay, lambda: survey.called_scopes(run, params))
+        if len(self._checked) >= _CACHE_SIZE:
             self._checked.clear()
         self._checked.add(signature)
 
-    def _warn_of_gaps(self, overlay: _Overlay, called: Callable[[], Collection[tuple[str, ...]]]) -> None:
-        """An `init` whose call did not reach a layer makes no adapter for it; a later call may."""
-        known = key_paths(overlay.base["params"])
+    def _warn_of_missing(self, overlay: Overlay, called: Callable[[], Collection[tuple[str, ...]]]) -> None:
+        """Warn of targeted weights that a call uses and an adapter lacks.
+
+        An `init` whose call does not reach a layer creates no adapter tensors for it.
+        """
+        keys_by_leaf = key_paths(overlay.base["params"])
         base = collections.unbox_tree(overlay.base["params"])
-        shapes = {leaf: tuple(survey.lookup(base, path).shape) for leaf, path in known.items()}
-        wanted = dict(self.adapters)
+        shapes = {leaf: tuple(survey.lookup(base, keys).shape) for leaf, keys in keys_by_leaf.items()}
+        configs = dict(self.adapters)
         for name in self.active:
-            tree = overlay.held[collection_name(wanted[name])][name]
+            tree = overlay.adapters[collection_name(configs[name])][name]
             adapter = collections.read_collection(meta.unbox(tree), name)
-            lacking = selection.unselected_matrices(adapter.config, adapter.keymap, shapes, adapter.sites)
-            reached = called() if lacking else ()
-            used = [leaf for leaf in lacking if known[leaf][:-1] in reached]
+            missing = selection.unselected_matrices(adapter.config, adapter.keymap, shapes, adapter.sites)
+            scopes = called() if missing else ()
+            used = [leaf for leaf in missing if keys_by_leaf[leaf][:-1] in scopes]
             if used:
                 warn(
-                    f"this call uses weights that target_modules names and the adapter {name!r} lacks, so they stay the"
-                    " base's: the init that made it did not reach them. One that does, or jaxadapt.init(config, params,"
-                    f" key=…), makes it whole:\n{paths.bullets(used)}"
+                    "this call uses weights that target_modules selects and that are not adapted, because the adapter"
+                    f" {name!r} lacks tensors for them: its init did not call their modules. Call init with arguments"
+                    f" that do, or use jaxadapt.init(config, params, key=…):\n{paths.bullets(used)}"
                 )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Overlay:
-    """Variables taken apart: the base's, the adapters' collections, and what a call adds to `params`."""
-
-    base: Mapping[str, Any]
-    held: Mapping[str, Any]
-    extra: Mapping[tuple[str, ...], Any]
-    interceptor: Interceptor
-
-    def inner(self) -> dict[str, Any]:
-        if not self.extra:
-            return dict(self.base)
-        return {**self.base, "params": survey.overlay(self.base["params"], self.extra)}
-
-    def without(self, changed: Mapping[str, Any], mutable: Any) -> Any:
-        """Collections that a call returned, as the caller knows them."""
-        out = dict(changed)
-        if "params" in out and self.extra:
-            own = {path: survey.lookup(self.base["params"], path) for path in self.extra if SEP not in path[-1]}
-            out["params"] = survey.overlay(_pruned(out["params"]), own)
-        out |= {c: tree for c, tree in self.held.items() if in_filter(mutable, c)}
-        return FrozenDict(out) if isinstance(changed, FrozenDict) else out
-
-
-def _pruned(tree: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {k: v for k, v in tree.items() if isinstance(v, Mapping) or SEP not in k}
-    return {k: _pruned(v) if isinstance(v, Mapping) else v for k, v in kept.items()}
-
-
-def _is_ours(collection: Any) -> bool:
-    return isinstance(collection, Mapping) and any(
-        isinstance(tree, Mapping) and CONFIG_NODE in tree for tree in collection.values()
-    )
-
-
-def key_paths(tree: Any, prefix: tuple[str, ...] = ()) -> dict[str, tuple[str, ...]]:
-    """`{dotted path: keys}` of the leaves of a tree whose own keys may have dots."""
-    out: dict[str, tuple[str, ...]] = {}
-    for key, value in tree.items():
-        path = (*prefix, key)
-        out |= key_paths(value, path) if isinstance(value, Mapping) else {".".join(path): path}
-    return out
-
-
-def _compressed(tree: Any, path: tuple[str, ...] = ()) -> frozenset[tuple[str, ...]]:
-    """The paths of the modules that hold quantised weights."""
-    inside = [_compressed(v, (*path, k)) for k, v in tree.items() if isinstance(v, Mapping)]
-    here = any(quantized.is_quantized(v) for v in tree.values())
-    return frozenset({path} if here else ()).union(*inside)
-
-
-_Shapes = tuple[tuple[str, tuple[tuple[str, tuple[int, ...]], ...]], ...]
-
-
-@functools.lru_cache(maxsize=_KEPT)
-def _recovered(recipe: Recipe, shapes: _Shapes) -> tuple[bind.Site, ...]:
-    """The sites of an adapter; kept, since a model called outside jit asks at every call."""
-    return bind.sites_from_shapes(recipe.config, recipe.keymap, {leaf: dict(tensors) for leaf, tensors in shapes})
-
-
 def _signature(call: Any) -> Hashable:
-    """What decides which code of the model runs: structure and plain arguments (not, we trust, shapes)."""
+    """Return the structure and the non-array arguments of a call. Shapes are assumed not to select the model's code."""
     leaves, tree = jax.tree.flatten(call)
     return tree, tuple(
         None if is_array(leaf) else leaf if isinstance(leaf, Hashable) else repr(leaf) for leaf in leaves
     )
 
 
-def _stacked(x: Any, stack: Sequence[int]) -> Any:
-    """An array of the stacked axes alone, with these where the weights have them: a scan cuts it alike."""
-    shape = [1] * (max(stack) + 1)
-    for axis, size in zip(stack, x.shape, strict=True):
-        shape[axis] = size
-    return jnp.asarray(x.reshape(shape))
-
-
-def _fresh_key(rngs: Any, collection: str, name: str) -> Any:
+def _adapter_key(rngs: Any, collection: str, name: str) -> Any:
+    """Return the key for an adapter's initial values, from the stream named like its collection or from "params"."""
     if isinstance(rngs, Mapping):
         rngs = rngs[collection] if collection in rngs else rngs.get("params", next(iter(rngs.values())))
     return jax.random.fold_in(rngs, zlib.crc32(f"{collection}.{name}".encode()))
 
 
-def _resolved_like(mine: Config, theirs: Config) -> Config:
-    """The wrapper's configuration as `init` would have resolved it ("all-linear", fan_in_fan_out)."""
-    changes: dict[str, Any] = {}
-    mine = matching.with_task_heads(mine)
-    for name in ("target_modules", "feedforward_modules"):
-        if mine.get(name) is None and name in mine.to_dict():
-            changes[name] = theirs.get(name)
-    if mine.get("fan_in_fan_out") is not None:
-        changes["fan_in_fan_out"] = theirs.get("fan_in_fan_out")
-    if str(mine.get("target_modules")).lower() == matching.ALL_LINEAR:
-        names = changes["target_modules"] = theirs.get("target_modules")
-        if isinstance(mine.get("feedforward_modules"), tuple):
-            changes["feedforward_modules"] = [n for n in names if matching.is_feedforward(mine, n)]
-    return mine.replace(**changes) if changes else mine
-
-
 @dataclasses.dataclass(frozen=True)
 class BoundModule:
-    """A bound module whose calls, and whose submodules' calls, apply the adapters."""
+    """A bound module whose calls, and those of its submodules, apply the adapters."""
 
     module: Any
-    overlay: _Overlay
-    check: Callable[[str, Any, Any], None] | None = None  # of the root: its submodules' calls are their own
+    overlay: Overlay
+    check: Callable[[str, Any, Any], None] | None = None  # None for submodules
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._call(self.module, "__call__")(*args, **kwargs)
+        return self._wrap_call(self.module, "__call__")(*args, **kwargs)
 
     @property
     def variables(self) -> Any:
-        """The variables, the adapters' collections among them."""
-        return self.overlay.without(self.module.variables, True)
+        """The variables, including the adapters' collections."""
+        return self.overlay.restore(self.module.variables, True)
 
     def unbind(self) -> tuple[nn.Module, Any]:
-        """The module inside, unbound, and the variables."""
+        """Return the unbound base module and the variables, including the adapters' collections."""
         module, variables = self.module.unbind()
-        return module, self.overlay.without(variables, True)
+        return module, self.overlay.restore(variables, True)
 
     def __getattr__(self, name: str) -> Any:
-        return self._wrapped(getattr(self.module, name), name)
+        return self._wrap(getattr(self.module, name), name)
 
-    def _wrapped(self, value: Any, name: str = "") -> Any:
+    def _wrap(self, value: Any, name: str = "") -> Any:
+        """Return an attribute with its modules and functions wrapped, so that their calls apply the adapters."""
         if isinstance(value, nn.Module):
             return BoundModule(value, self.overlay)
         if type(value) in (list, tuple):
-            return type(value)(self._wrapped(v) for v in value)
+            return type(value)(self._wrap(v) for v in value)
         if isinstance(value, Mapping):
-            return {k: self._wrapped(v) for k, v in value.items()}
-        return self._call(value, name) if callable(value) else value
+            return {k: self._wrap(v) for k, v in value.items()}
+        return self._wrap_call(value, name) if callable(value) else value
 
-    def _call(self, f: Callable[..., Any], name: str) -> Callable[..., Any]:
+    def _wrap_call(self, f: Callable[..., Any], name: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.check is not None and name:
                 self.check(name, args, kwargs)

@@ -1,4 +1,4 @@
-"""Abstract calls of an NNX model: what its layers do with their weights, and what an adapter could not follow."""
+"""Abstract calls of an NNX model: they show how its layers use their weights, and which uses no adapter can follow."""
 
 from __future__ import annotations
 
@@ -15,20 +15,23 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.models.nnx import survey
 from jaxadapt.models.tracing import rewrite
-from jaxadapt.models.tracing import uses as used
 from jaxadapt.models.tracing.liveness import live_weights
+from jaxadapt.models.tracing.uses import describe_uses, infer_axes, unfollowed_uses
 
 Args = Sequence[Any]
 Recorder = Callable[[str, str, type[nnx.Module], Callable[..., Any]], Callable[..., Any]]
+"""`recorder(leaf, attribute, class, method)` returns the method that runs in place of a layer's own."""
 
 
-def _instrumented(
+def _instrument(
     model: nnx.Module, leaves: Sequence[str], recorder: Recorder, args: Args
 ) -> tuple[Callable[[Mapping[str, Any]], list[Any]], dict[str, Any]]:
-    """`(f, inputs)`: `f(inputs)` calls a copy of the model with the owners of `leaves` under `recorder`'s call.
+    """Return `(f, inputs)`, where `f(inputs)` calls a copy of the model whose layers run `recorder`'s methods.
 
-    Inputs are every array of the model, under its leaf's path where it is one of `leaves`, and the arrays
-    among `args`; other arguments stay what they are.
+    Args:
+        leaves: the leaves whose owners get `recorder`'s methods.
+
+    `inputs` holds every array of the model by its path, and the arrays among `args`. The other arguments are constants.
     """
     graphdef, state = nnx.split(model)
     flat = nnx.to_flat_state(state)
@@ -37,11 +40,11 @@ def _instrumented(
     for name, (_, var) in zip(names, flat, strict=True):
         inputs[name] = var.get_value() if isinstance(var, nnx.Variable) else var
     values, tree = jax.tree.flatten(tuple(args))
-    moving = {f"~{i}": v for i, v in enumerate(values) if isinstance(v, jax.Array | jax.ShapeDtypeStruct)}
+    arrays = {f"~{i}": v for i, v in enumerate(values) if isinstance(v, jax.Array | jax.ShapeDtypeStruct)}
 
-    def f(given: Mapping[str, Any]) -> list[Any]:
+    def f(inputs: Mapping[str, Any]) -> list[Any]:
         filled = [
-            (path, var.copy(given[name]) if isinstance(var, nnx.Variable) else given[name])
+            (path, var.copy(inputs[name]) if isinstance(var, nnx.Variable) else inputs[name])
             for name, (path, var) in zip(names, flat, strict=True)
         ]
         copy: Any = nnx.merge(graphdef, nnx.from_flat_state(filled))
@@ -50,79 +53,81 @@ def _instrumented(
                 base = survey.base_class(module)
                 body = {name: recorder(leaf, attr, base, f) for name, f in survey.entry_points(base).items()}
                 survey.swap(module, type(base.__name__, (base,), body))
-        out = copy(*tree.unflatten([given.get(f"~{i}", v) for i, v in enumerate(values)]))
-        return [x for x in jax.tree.leaves(out) if isinstance(x, jax.Array)]
+        outputs = copy(*tree.unflatten([inputs.get(f"~{i}", v) for i, v in enumerate(values)]))
+        return [x for x in jax.tree.leaves(outputs) if isinstance(x, jax.Array)]
 
-    return f, inputs | moving
+    return f, inputs | arrays
 
 
-def _pure(module: nnx.Module, base: type[nnx.Module], f: Callable[..., Any], kwargs: Mapping[str, Any]) -> Any:
-    """A layer's function of its weights and inputs alone, that leaves the layer as it is."""
-    held = {path: var.get_value() for path, var in survey.layer_state(module).items()}
-    return lambda weights, *args: survey.run_pure(module, base, f, weights, held, args, kwargs)[0]
+def _bind_pure(module: nnx.Module, base: type[nnx.Module], f: Callable[..., Any], kwargs: Mapping[str, Any]) -> Any:
+    """Return `call(weights, *args)`, which runs a layer's method without changing the layer."""
+    state = {path: var.get_value() for path, var in survey.layer_state(module).items()}
+    return lambda weights, *args: survey.run_pure(module, base, f, weights, state, args, kwargs)[0]
 
 
 def trace_axes(
-    model: nnx.Module, walked: survey.ModelWalk, args: Args, wanted: Sequence[str], required: bool
+    model: nnx.Module, walk: survey.ModelWalk, args: Args, leaves: Sequence[str], required: bool
 ) -> tuple[dict[str, survey.TracedAxes], set[str]]:
-    """Axis roles of leaves held by custom layers, from one abstract call of the model.
+    """Trace the axis roles of custom layers' leaves in one abstract call of the model.
 
-    Also the leaves that were used, but not in one product. Raises `AttachError`, listing them, if there are
-    any and all are `required`; else those that never were used are in neither result.
+    Returns `{leaf: traced axes}`, and the leaves that are used but have no single set of roles. Leaves that the call
+    does not use are in neither.
+
+    Raises `AttachError` if `required` and the roles of any leaf are not found, listing all such leaves.
     """
-    blocked = survey.obstacles(walked, wanted)
+    blocked = survey.obstacles(walk, leaves)
     if blocked and required:
         raise AttachError("these layers cannot carry the adapter:\n" + paths.bullets(blocked.values()))
-    wanted = [leaf for leaf in wanted if leaf not in blocked]
-    if not wanted:
+    leaves = [leaf for leaf in leaves if leaf not in blocked]
+    if not leaves:
         return {}, set()
-    found: dict[str, survey.TracedAxes] = {}
+    traced: dict[str, survey.TracedAxes] = {}
     problems: dict[str, str] = {}
 
     def recorder(leaf: str, attr: str, base: type[nnx.Module], f: Callable[..., Any]) -> Callable[..., Any]:
         def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-            call = _pure(self, base, f, kwargs)
+            call = _bind_pure(self, base, f, kwargs)
             weight = vars(self)[attr].get_value()
             try:
-                now = survey.TracedAxes(used.infer_axes(call, {attr: weight}, attr, *args), tuple(weight.shape))
-                if found.setdefault(leaf, now) != now:
-                    problems[leaf] = f"one call shows {found[leaf]}, another {now}"
+                axes = survey.TracedAxes(infer_axes(call, {attr: weight}, attr, *args), tuple(weight.shape))
+                if traced.setdefault(leaf, axes) != axes:
+                    problems[leaf] = f"one call shows {traced[leaf]}, another {axes}"
             except AttachError as error:
                 problems[leaf] = str(error)
             return f(survey.plain_view(self, base, {}), *args, **kwargs)
 
         return __call__
 
-    run, inputs = _instrumented(model, wanted, recorder, args)
+    run, inputs = _instrument(model, leaves, recorder, args)
     jax.eval_shape(run, inputs)
-    never = "its module's __call__ never ran with these inputs"
-    unclear = {leaf: problems.get(leaf, never) for leaf in wanted if leaf in problems or leaf not in found}
+    not_called = "its module's __call__ never ran with these inputs"
+    unclear = {leaf: problems.get(leaf, not_called) for leaf in leaves if leaf in problems or leaf not in traced}
     if unclear and required:
-        listed = [f"{leaf}: {why}" for leaf, why in unclear.items()]
+        listed = [f"{leaf}: {reason}" for leaf, reason in unclear.items()]
         raise AttachError("the axis roles of these weights could not be traced:\n" + paths.bullets(listed))
-    return {leaf: traced for leaf, traced in found.items() if leaf not in unclear}, set(problems)
+    return {leaf: axes for leaf, axes in traced.items() if leaf not in unclear}, set(problems)
 
 
 def record_uses(model: nnx.Module, adapted: Mapping[str, rewrite.Hook], args: Args) -> dict[str, str]:
-    """How the weight of each custom layer is followed, `{leaf: note}`, seeing one abstract call of the model."""
-    found: dict[str, str] = {}
+    """Return `{leaf: note}` on how the adapter follows each custom layer's weight in one abstract call of the model."""
+    notes: dict[str, str] = {}
     owners = survey.base_leaves(model)
-    traced = survey.custom_leaves(owners, adapted)
+    leaves = survey.custom_leaves(owners, adapted)
 
     def recorder(leaf: str, attr: str, base: type[nnx.Module], f: Callable[..., Any]) -> Callable[..., Any]:
         def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-            call = _pure(self, base, f, kwargs)
+            call = _bind_pure(self, base, f, kwargs)
             uses = rewrite.uses(call, {attr: quantized.to_dense(vars(self)[attr].get_value())}, *args)[attr]
-            found[leaf] = used.describe_uses(base.__name__, uses, adapted[leaf])
+            notes[leaf] = describe_uses(base.__name__, uses, adapted[leaf])
             return f(survey.plain_view(self, base, {}), *args, **kwargs)
 
         return __call__
 
-    run, inputs = _instrumented(model, traced, recorder, args)
+    run, inputs = _instrument(model, leaves, recorder, args)
     jax.eval_shape(run, inputs)
-    names = {leaf: survey.base_class(owners[leaf][0]).__name__ for leaf in traced}
-    never = {leaf: f"{name}, not called with these inputs" for leaf, name in names.items()}
-    return never | found
+    names = {leaf: survey.base_class(owners[leaf][0]).__name__ for leaf in leaves}
+    not_called = {leaf: f"{name}, not called with these inputs" for leaf, name in names.items()}
+    return not_called | notes
 
 
 def check_calls(
@@ -132,51 +137,57 @@ def check_calls(
     forward: Sequence[str],
     args: Args,
 ) -> None:
-    """Refuse what an adapter cannot follow, seeing one abstract call of the model.
+    """Raise `AttachError` for uses that an adapter cannot follow in one abstract call of the model.
 
-    That is a weight read outside its own module's call, dropout (`dropped`) on a weight that is used otherwise than
-    in a product along its roles, and a table that takes a layer's outputs for its inputs.
+    These are a weight read outside its own module's call, dropout on a weight whose use is not a product along its
+    axis roles, and a keymap entry that swaps a layer's inputs and outputs.
+
+    Args:
+        dropped: the leaves whose adapter has dropout.
+        forward: the leaves whose axis roles are checked against their layer's products.
     """
-    uneven: dict[str, str] = {}
+    stray_uses: dict[str, str] = {}
     products: dict[str, list[rewrite.Contraction]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
 
     def recorder(leaf: str, attr: str, base: type[nnx.Module], f: Callable[..., Any]) -> Callable[..., Any]:
         def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
             weight = vars(self)[attr].get_value()
-            alias = jnp.zeros(weight.shape, weight.dtype)  # what the module itself reads counts for nothing
+            # The module reads a copy, so only reads outside its call keep the weight itself live.
+            alias = jnp.zeros(weight.shape, weight.dtype)
             if survey.kernel_use(self) is None:
-                found = rewrite.uses(_pure(self, base, f, kwargs), {attr: alias}, *args)[attr]
+                uses = rewrite.uses(_bind_pure(self, base, f, kwargs), {attr: alias}, *args)[attr]
                 shapes[leaf] = weight.shape
-                products.setdefault(leaf, []).extend(use for use in found if isinstance(use, rewrite.Contraction))
-                stray = used.unfollowed_uses(found, adapted[leaf])
-                if leaf in dropped and stray:
-                    uneven[leaf] = ", ".join(stray)
+                products.setdefault(leaf, []).extend(use for use in uses if isinstance(use, rewrite.Contraction))
+                unfollowed = unfollowed_uses(uses, adapted[leaf])
+                if leaf in dropped and unfollowed:
+                    stray_uses[leaf] = ", ".join(unfollowed)
 
             return f(survey.plain_view(self, base, {attr: alias}), *args, **kwargs)
 
         return __call__
 
-    run, inputs = _instrumented(model, list(adapted), recorder, args)
-    read = live_weights(run, inputs)
-    reverse = [
-        f"{leaf}: {find_contradiction(axes, own)}"
+    run, inputs = _instrument(model, list(adapted), recorder, args)
+    live = live_weights(run, inputs)
+    contradictions = [
+        f"{leaf}: {find_contradiction(axes, layer_axes)}"
         for leaf in forward
         if leaf in products
-        and (own := transposed_axes(axes := adapted[leaf].axes, products[leaf], shapes[leaf])) is not None
+        and (layer_axes := transposed_axes(axes := adapted[leaf].axes, products[leaf], shapes[leaf])) is not None
     ]
-    if reverse:
-        raise AttachError("these layers cannot carry the adapter:\n" + paths.bullets(reverse))
-    outside = [leaf for leaf in adapted if read[leaf]]
+    if contradictions:
+        raise AttachError("these layers cannot carry the adapter:\n" + paths.bullets(contradictions))
+    outside = [leaf for leaf in adapted if live[leaf]]
     if outside:
         raise AttachError(
             "these weights are read outside their own module's call, where an adapter cannot follow:\n"
             + paths.bullets(outside)
-            + "\nLeave them out with exclude_modules, or let the reader call the module"
+            + "\nExclude them with exclude_modules, or change the reader to call the module"
         )
-    if uneven:
+    if stray_uses:
         raise AttachError(
-            "dropout was asked for where the weight is used in a way that only the effective weight can follow:\n"
-            + paths.bullets(f"{leaf}: {why}" for leaf, why in uneven.items())
-            + "\nSet lora_dropout=0.0, or leave these out with exclude_modules"
+            "dropout cannot be applied, because these layers use their weight in a way that only the effective weight"
+            " can follow:\n"
+            + paths.bullets(f"{leaf}: {reason}" for leaf, reason in stray_uses.items())
+            + "\nSet lora_dropout=0.0, or exclude them with exclude_modules"
         )

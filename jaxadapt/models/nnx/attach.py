@@ -1,5 +1,7 @@
-"""Adapters on NNX models, in place: a layer's class is swapped for a run-time subclass, and the adapter's
-variables hang on the layer. Base paths, sharing and values stay as they are; `detach` undoes it.
+"""Attach adapters to NNX models in place.
+
+Each adapted layer gets a run-time subclass of its class, and the adapter's variables become attributes of the layer.
+The paths, the values and the sharing of base parameters do not change. `detach` undoes it.
 
     layer.kernel                       as before
     layer.lora["default"]["kernel"]    {"lora_A": AdapterParam, "lora_B": AdapterParam}
@@ -24,8 +26,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxadapt import methods
 from jaxadapt.adapters import sharding, sites
 from jaxadapt.adapters.adapter import Adapter, Recipe, collection_name
-from jaxadapt.arrays import placement as placement_module
-from jaxadapt.arrays import random_draws
+from jaxadapt.arrays import placement, random_draws
 from jaxadapt.arrays.axes import find_contradiction
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
@@ -40,34 +41,34 @@ Tree = nnx.Module | nnx.State[Any, Any]
 Layers = Sequence[tuple[str, Any]]
 
 
-# ---------------------------------------------------------------- where parameters live
+# ---------------------------------------------------------------- shardings of parameters
 
 
 def base_shardings(owners: Mapping[str, Owner]) -> dict[str, NamedSharding | None]:
-    """The sharding of every base leaf: what its array or spec has, else what its metadata says it will have."""
-    out: dict[str, NamedSharding | None] = {}
+    """Return `{leaf: sharding}` for the base leaves: the sharding of the array or spec, else that of the metadata."""
+    shardings: dict[str, NamedSharding | None] = {}
     for leaf, (module, attr) in owners.items():
         var: nnx.Variable[Any] = vars(module)[attr]
         value, metadata = var.get_value(), var.get_metadata()
-        out[leaf] = placement_module.sharding_of(value)
-        if placement_module.is_unplaced(value) and metadata.get("out_sharding"):
+        shardings[leaf] = placement.sharding_of(value)
+        if placement.is_unplaced(value) and metadata.get("out_sharding"):
             spec = nnx.get_partition_spec({"": var})[""].get_value()
-            out[leaf] = placement_module.sharding_from_spec(spec, metadata.get("mesh"))
-    return out
+            shardings[leaf] = placement.sharding_from_spec(spec, metadata.get("mesh"))
+    return shardings
 
 
-def _annotation(bound: sites.Site, entry: plan.PlanEntry, base: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata from which `nnx.get_partition_spec` tells an adapter parameter's sharding."""
-    said = base.get("out_sharding")
-    if isinstance(said, NamedSharding):
-        said = said.spec
-    if not said or not isinstance(said, tuple | PartitionSpec):
+def _sharding_metadata(site: sites.Site, entry: plan.PlanEntry, base: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metadata from which `nnx.get_partition_spec` derives the sharding of an adapter parameter."""
+    spec = base.get("out_sharding")
+    if isinstance(spec, NamedSharding):
+        spec = spec.spec
+    if not spec or not isinstance(spec, tuple | PartitionSpec):
         return {}
-    # Not eager: the values are where they belong already, or are to be put there by whoever is tracing.
-    kept = {key: base[key] for key in ("sharding_rules", "mesh", nnx.PARTITION_NAME) if key in base}
+    inherited = {key: base[key] for key in ("sharding_rules", "mesh", nnx.PARTITION_NAME) if key in base}
     return {
-        **kept,
-        "out_sharding": sharding.propagate_axes(bound.match, entry.form, tuple(said)),
+        **inherited,
+        "out_sharding": sharding.propagate_axes(site.match, entry.form, tuple(spec)),
+        # The values are already placed, or the surrounding trace places them.
         "eager_sharding": False,
     }
 
@@ -76,23 +77,23 @@ def _annotation(bound: sites.Site, entry: plan.PlanEntry, base: Mapping[str, Any
 
 
 def require_stream(rngs: Any, name: str) -> None:
-    """Raises `AttachError` for what cannot give the random numbers called so."""
+    """Raise `AttachError` unless `rngs` is an `nnx.Rngs` with the stream `name` or "default"."""
     if not (isinstance(rngs, nnx.Rngs) and {name, "default"} & set(rngs)):
         raise AttachError(f'rngs: expected nnx.Rngs with a stream "{name}" or "default", such as nnx.Rngs(0)')
 
 
 def next_key(rngs: nnx.Rngs) -> Any:
-    """`rngs.params()`: the same key, and the stream goes on alike.
+    """Return the key that `rngs.params()` returns, and advance the stream as it does.
 
-    Flax compiles two programs for it, in every new process; outside jit, nothing need be.
+    Flax compiles two programs for that call in every new process. Outside jit, this function compiles none.
     """
     stream: Any = rngs["params"]
-    if type(stream) is not nnx.RngStream or placement_module.is_tracing():
+    if type(stream) is not nnx.RngStream or placement.is_tracing():
         return stream()
     key: Any = stream.key.get_value()
     count: Any = stream.count.get_value()
-    known = isinstance(count, jax.Array) and not isinstance(key, Tracer) and not isinstance(count, Tracer)
-    if not known or key.shape or count.committed:  # traced, of several keys, or on a device of its own
+    concrete = isinstance(count, jax.Array) and not isinstance(key, Tracer) and not isinstance(count, Tracer)
+    if not concrete or key.shape or count.committed:  # also several keys, or a count committed to a device
         return stream()
     n = int(count)
     stream.count[...] = jax.device_put(np.uint32((n + 1) % 2**32))
@@ -100,136 +101,140 @@ def next_key(rngs: nnx.Rngs) -> Any:
 
 
 def need_own(modules: Iterable[Any]) -> None:
-    """Raises `AttachError` for a model that is not this trace's own: its layers could not get another class.
+    """Raise `AttachError` for a model created outside the current trace, because its layers cannot change class there.
 
-    A transform of Flax gives a function a copy of the model that it was called with, and lays the changes of the copy
-    into the model afterwards. Of its layers' classes it cannot.
+    A Flax transform passes a copy of the model to the function and writes the copy's changes back to the model
+    afterwards. It does not write back the classes of layers.
     """
-    way = (
-        ": attach, load, delete and detach outside, where the model was made; or make the model inside,"
-        " nnx.jit(lambda: jaxadapt.adapt(Net(nnx.Rngs(0)), config, rngs=nnx.Rngs(1)))(); or return an adapted copy,"
-        " jaxadapt.adapt(nnx.clone(model), …)"
+    remedy = (
+        ", so its layers cannot be changed here. Attach, load, delete or detach outside, where the model was created;"
+        " or create the model inside, nnx.jit(lambda: jaxadapt.adapt(Net(nnx.Rngs(0)), config, rngs=nnx.Rngs(1)))();"
+        " or return an adapted copy, jaxadapt.adapt(nnx.clone(model), …)"
     )
     stacks = graphlib.GRAPH_CONTEXT.update_context_stacks.values()
-    given = [context.inner_ref_outer_index for stack in stacks for context in stack]
+    arguments = [context.inner_ref_outer_index for stack in stacks for context in stack]
     for module in modules:
-        if any(held is not None and module in held for held in given):
-            raise AttachError("this model was given to nnx.jit, nnx.grad or another of Flax's transforms" + way)
+        if any(nodes is not None and module in nodes for nodes in arguments):
+            raise AttachError("this model was passed to nnx.jit, nnx.grad or another Flax transform" + remedy)
         if not vars(module)["_pytree__state"].trace_state.is_valid():
-            raise AttachError("this model was made outside of the function that JAX traces now" + way)
+            raise AttachError("this model was created outside the function that JAX is tracing" + remedy)
 
 
 def attach(
     model: nnx.Module,
     recipe: Recipe,
-    bounds: Sequence[sites.Site],
+    adapter_sites: Sequence[sites.Site],
     name: str,
     values: Mapping[str, Any],
     rngs: nnx.Rngs | None = None,
-    walked: survey.ModelWalk | None = None,
+    walk: survey.ModelWalk | None = None,
 ) -> None:
-    """Hang an adapter's values (`{path: array or spec}`) on a model's layers, and make it active alone."""
-    walked = survey.walk_model(model) if walked is None else walked
-    owners = walked.leaves
+    """Attach an adapter's values (`{path: array or spec}`) to a model's layers, and make it the only active adapter.
+
+    Raises `AttachError`, listing all problems, for layers that cannot carry the adapter.
+    """
+    walk = survey.walk_model(model) if walk is None else walk
+    owners = walk.leaves
     need_own(module for module, _ in owners.values())
     collection = collection_name(recipe.config)
-    saved = {b.leaf for b in bounds if b.method.copies and b.hparams.because == "modules_to_save"}
-    problems = [*survey.obstacles(walked, [b.leaf for b in bounds], saved).values()]
-    problems += _misfits(bounds, owners, collection)
+    saved = {site.leaf for site in adapter_sites if site.method.copies and site.hparams.because == "modules_to_save"}
+    problems = [*survey.obstacles(walk, [site.leaf for site in adapter_sites], saved).values()]
+    problems += _find_misfits(adapter_sites, owners, collection)
     if problems:
         raise AttachError("these layers cannot carry the adapter:\n" + paths.bullets(problems))
-    if rngs is not None and any(b.method.dropout(b.hparams) for b in bounds):
+    if rngs is not None and any(site.method.dropout(site.hparams) for site in adapter_sites):
         require_stream(rngs, "dropout")
-    for bound in bounds:
-        module, attr = owners[bound.leaf]
-        attached = Attached(recipe, bound.method, bound.axes, bound.hparams)
-        said = vars(module)[attr].get_metadata()
+    for site in adapter_sites:
+        module, attr = owners[site.leaf]
+        attached = Attached(recipe, site.method, site.axes, site.hparams)
+        metadata = vars(module)[attr].get_metadata()
         tensors = {
-            t.name: AdapterParam(values[e.path], adapter=attached, **_annotation(bound, e, said))
-            for t, e in zip(bound.tensors, bound.entries, strict=True)
-        } | _numbers(bound, placement_module.sharding_of(vars(module)[attr].get_value()))
-        # Plain dicts, marked as data: nnx.jit walks the model at every call, and nnx.Dicts take twice the time.
+            t.name: AdapterParam(values[e.path], adapter=attached, **_sharding_metadata(site, e, metadata))
+            for t, e in zip(site.tensors, site.entries, strict=True)
+        } | _layer_numbers(site, placement.sharding_of(vars(module)[attr].get_value()))
+        # nnx.jit walks the model at every call, and nnx.Dict takes twice the time of a plain dict marked as data.
         if collection not in vars(module):
             setattr(module, collection, nnx.data({}))
         vars(module)[collection].setdefault(name, {})[attr] = tensors
-        rate = bound.method.dropout(bound.hparams)
+        rate = site.method.dropout(site.hparams)
         if rate:
-            sizes = [vars(module)[attr].shape[axis] for axis in bound.match.stack]
+            sizes = [vars(module)[attr].shape[axis] for axis in site.match.stack]
             if DROPOUT not in vars(module):
                 setattr(module, DROPOUT, nnx.Dict())
-            vars(module)[DROPOUT][name] = _dropout(rate, rngs, sizes)
+            vars(module)[DROPOUT][name] = _make_dropout(rate, rngs, sizes)
         install_adapters(module)
         if ACTIVE not in vars(module):
             setattr(module, ACTIVE, (name,))
     _set_active(adapted_layers(model, owners), (name,))
 
 
-def _numbers(bound: sites.Site, base: NamedSharding | None) -> dict[str, Any]:
-    """The numbers of a leaf's layers, where they are needed: on all devices that the base weight is on."""
-    if not bound.data:
+def _layer_numbers(site: sites.Site, base: NamedSharding | None) -> dict[str, Any]:
+    """Return the layer numbers of a site that needs them, replicated over the devices of its base weight."""
+    if not site.data:
         return {}
-    where = {} if base is None else dict.fromkeys(bound.data, NamedSharding(base.mesh, PartitionSpec()))
-    return {name: LayerNumber(x) for name, x in placement_module.put_on_devices(bound.data, where).items()}
+    shardings = {} if base is None else dict.fromkeys(site.data, NamedSharding(base.mesh, PartitionSpec()))
+    return {name: LayerNumber(x) for name, x in placement.put_on_devices(site.data, shardings).items()}
 
 
-def _misfits(bounds: Sequence[sites.Site], owners: Mapping[str, Owner], collection: str) -> list[str]:
-    problems: list[str] = []
-    scaled = [b.leaf for b in bounds if b.method.scales_bias(b.hparams)]
+def _find_misfits(adapter_sites: Sequence[sites.Site], owners: Mapping[str, Owner], collection: str) -> list[str]:
+    """Return a message for each site whose module cannot hold the adapter."""
+    scaled = [site.leaf for site in adapter_sites if site.method.scales_bias(site.hparams)]
     count = collections.Counter(id(owners[leaf][0]) for leaf in scaled)
-    several = [leaf for leaf in scaled if count[id(m := owners[leaf][0])] > 1 and "bias" in vars(m)]
-    problems += [f"{leaf}: its module has one bias for several adapted weights" for leaf in several]
-    problems += contradictions(bounds, owners)
-    for bound in bounds:
-        if collection in (held := vars(owners[bound.leaf][0])) and ACTIVE not in held:
-            problems.append(f"{bound.leaf}: its module has an attribute {collection!r} of its own")
+    shared = [leaf for leaf in scaled if count[id(m := owners[leaf][0])] > 1 and "bias" in vars(m)]
+    problems = [f"{leaf}: its module has one bias for several adapted weights" for leaf in shared]
+    problems += contradictions(adapter_sites, owners)
+    for site in adapter_sites:
+        if collection in (attributes := vars(owners[site.leaf][0])) and ACTIVE not in attributes:
+            problems.append(f"{site.leaf}: its module already has an attribute {collection!r} of its own")
     return problems
 
 
-def contradictions(bounds: Sequence[sites.Site], owners: Mapping[str, Owner]) -> list[str]:
-    """The sites of which a table says something else than their layer's class."""
+def contradictions(adapter_sites: Sequence[sites.Site], owners: Mapping[str, Owner]) -> list[str]:
+    """Return a message for each site whose keymap entry and layer class disagree about the input axes."""
     problems: list[str] = []
-    for bound in bounds:
-        module, attr = owners[bound.leaf]
+    for site in adapter_sites:
+        module, attr = owners[site.leaf]
         try:
-            by_class = None if bound.method.replaces else survey.kernel_roles(module, attr)
+            roles = None if site.method.replaces else survey.kernel_roles(module, attr)
         except AttachError as error:
-            problems.append(f"{bound.leaf}: {error}")
+            problems.append(f"{site.leaf}: {error}")
             continue
-        if by_class is not None:
-            axes, mine = by_class.axes, bound.axes
-            # A table may order axes otherwise, or know that an output axis is a fused one; never which is an input.
-            if set(axes.in_axes) != set(mine.in_axes):
-                problems.append(f"{bound.leaf}: {find_contradiction(mine, axes)}")
+        # A keymap may order axes differently or split a fused output axis, but the input axes must agree.
+        if roles is not None and set(roles.axes.in_axes) != set(site.axes.in_axes):
+            problems.append(f"{site.leaf}: {find_contradiction(site.axes, roles.axes)}")
     return problems
 
 
-def _dropout(rate: float, rngs: nnx.Rngs | None, sizes: Sequence[int]) -> nnx.Dropout:
-    """Dropout with a random state of its own for each stacked layer: a key has no other axis to be stacked on."""
+def _make_dropout(rate: float, rngs: nnx.Rngs | None, sizes: Sequence[int]) -> nnx.Dropout:
+    """Return a dropout layer with one random state per stacked layer, stacked on axis 0 (a key has no other axis)."""
     if rngs is None:
         return nnx.Dropout(rate, deterministic=True)
-    drop = nnx.Dropout(rate, rngs=rngs)
-    stream: Any = drop.rngs
+    dropout = nnx.Dropout(rate, rngs=rngs)
+    stream: Any = dropout.rngs
     if sizes:
         shape = tuple(sizes)
         stream.key.set_value(jax.random.split(stream.key.get_value(), shape))
         stream.count.set_value(jnp.broadcast_to(stream.count.get_value(), shape))
-    return drop
+    return dropout
 
 
 def install_adapters(layer: nnx.Module) -> None:
-    """Give a layer the run-time subclass that applies its adapters and dequantises its weights."""
+    """Change a layer's class to the run-time subclass that applies its adapters and dequantises its weights."""
     if not isinstance(type(layer), AdaptedMeta):
         swap(layer, adapted_class(type(layer)))
 
 
 def uninstall_adapters(layer: nnx.Module) -> None:
-    """Give a layer its own class back, where it has neither adapters nor quantised weights."""
+    """Restore a layer's own class, unless it has adapters or quantised weights."""
     if isinstance(type(layer), AdaptedMeta) and ACTIVE not in vars(layer) and not survey.quantized_params(layer):
         swap(layer, base_class(layer))
 
 
 def adapted_layers(model: nnx.Module, owners: Mapping[str, Owner] | None = None) -> list[tuple[str, Any]]:
-    """`(path, layer)` of every adapted layer. Each owns a base leaf: where `owners` are at hand no walk is needed."""
+    """Return `(path, layer)` for every adapted layer.
+
+    Every adapted layer owns a base leaf, so the model is not walked again if its `owners` are passed.
+    """
     nodes: Iterable[tuple[str, Any]] = ((paths.join(*map(str, path)), node) for path, node in nnx.iter_graph(model))
     if owners is not None:
         nodes = {id(module): (leaf.rpartition(".")[0], module) for leaf, (module, _) in owners.items()}.values()
@@ -237,122 +242,135 @@ def adapted_layers(model: nnx.Module, owners: Mapping[str, Owner] | None = None)
 
 
 def adapter_names(model: nnx.Module, owners: Mapping[str, Owner] | None = None) -> tuple[str, ...]:
-    """The names of the adapters a model carries."""
-    return _names(adapted_layers(model, owners))
+    """Return the names of a model's adapters, each once."""
+    return _names_in(adapted_layers(model, owners))
 
 
-def _names(layers: Layers) -> tuple[str, ...]:
-    found: dict[str, None] = {}
+def _names_in(layers: Layers) -> tuple[str, ...]:
+    names: dict[str, None] = {}
     for _, layer in layers:
         for collection in methods.COLLECTIONS:
-            found |= dict.fromkeys(vars(layer).get(collection, ()))
-    return tuple(found)
+            names |= dict.fromkeys(vars(layer).get(collection, ()))
+    return tuple(names)
 
 
-def activate(model: nnx.Module, chosen: Sequence[str]) -> None:
-    """Make exactly these adapters active, wherever they sit."""
+def activate(model: nnx.Module, names: Sequence[str]) -> None:
+    """Make these adapters, and no others, active in every adapted layer.
+
+    Raises `AttachError` for a name that no adapter has.
+    """
     layers = adapted_layers(model)
-    present = _names(layers)
-    unknown = [n for n in chosen if n not in present]
+    present = _names_in(layers)
+    unknown = [name for name in names if name not in present]
     if unknown:
         raise AttachError(f"no adapter is called {', '.join(map(repr, unknown))}; this model has {list(present)}")
-    _set_active(layers, tuple(chosen))
+    _set_active(layers, tuple(names))
 
 
-def _set_active(layers: Layers, chosen: tuple[str, ...]) -> None:
-    held: dict[str, dict[str, Method]] = {}
-    for path, layer in layers if len(chosen) > 1 else ():
-        for name, collection in itertools.product(chosen, methods.COLLECTIONS):
+def _set_active(layers: Layers, names: tuple[str, ...]) -> None:
+    methods_by_leaf: dict[str, dict[str, Method]] = {}
+    for path, layer in layers if len(names) > 1 else ():
+        for name, collection in itertools.product(names, methods.COLLECTIONS):
             for leaf, tensors in vars(layer).get(collection, {}).get(name, {}).items():
                 attached = attached_to(tensors)
-                held.setdefault(paths.join(path, leaf), {})[name] = attached.method
-    methods.refuse_rivals(held)
+                methods_by_leaf.setdefault(paths.join(path, leaf), {})[name] = attached.method
+    methods.refuse_rivals(methods_by_leaf)
     for _, layer in layers:
-        if getattr(layer, ACTIVE) != chosen:
-            setattr(layer, ACTIVE, chosen)
+        if getattr(layer, ACTIVE) != names:
+            setattr(layer, ACTIVE, names)
 
 
 def active_names(model: nnx.Module) -> tuple[str, ...]:
-    """The names of the active adapters."""
-    return _active(adapted_layers(model))
+    """Return the names of a model's active adapters, each once."""
+    return _active_in(adapted_layers(model))
 
 
-def _active(layers: Layers) -> tuple[str, ...]:
+def _active_in(layers: Layers) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for _, layer in layers for name in getattr(layer, ACTIVE)))
 
 
-def delete(model: nnx.Module, *gone: str) -> None:
-    """Remove these adapters; a layer that carries no other gets its own class back."""
+def delete(model: nnx.Module, *names: str) -> None:
+    """Remove these adapters, and restore the class of each layer that has no adapter left."""
     layers = adapted_layers(model)
     need_own(layer for _, layer in layers)
-    _set_active(layers, tuple(n for n in _active(layers) if n not in gone))
+    _set_active(layers, tuple(name for name in _active_in(layers) if name not in names))
     for _, layer in layers:
-        own = vars(layer)
-        for name, attr in itertools.product(gone, (*methods.COLLECTIONS, DROPOUT)):
-            if name in own.get(attr, ()):
-                del own[attr][name]
-                if not own[attr]:
+        attributes = vars(layer)
+        for name, attr in itertools.product(names, (*methods.COLLECTIONS, DROPOUT)):
+            if name in attributes.get(attr, ()):
+                del attributes[attr][name]
+                if not attributes[attr]:
                     delattr(layer, attr)
-        if own.keys().isdisjoint(methods.COLLECTIONS):
+        if attributes.keys().isdisjoint(methods.COLLECTIONS):
             delattr(layer, ACTIVE)
             uninstall_adapters(layer)
 
 
-# ---------------------------------------------------------------- values out and in
+# ---------------------------------------------------------------- extracting and injecting values
 
 
 def _parameters(tree: Tree) -> Iterator[tuple[Any, AdapterParam]]:
-    # (`nnx.state` would leave a cycle that keeps the whole model alive until the gc comes.)
-    held = nnx.to_flat_state(tree) if isinstance(tree, nnx.State) else nnx.iter_graph(tree)
-    return ((path, v) for path, v in held if isinstance(v, AdapterParam) and "adapter" in v.get_metadata())
+    # nnx.state is not used here: it leaves a reference cycle that keeps the model alive until garbage collection.
+    nodes = nnx.to_flat_state(tree) if isinstance(tree, nnx.State) else nnx.iter_graph(tree)
+    return ((path, v) for path, v in nodes if isinstance(v, AdapterParam) and "adapter" in v.get_metadata())
 
 
 def has_adapters(tree: Tree) -> bool:
-    """Whether there is any adapter in a model or a state."""
+    """Return True if a model or a state has an adapter."""
     return any(True for _ in _parameters(tree))
 
 
 def adapter_variables(tree: Tree) -> dict[str, dict[str, Any]]:
-    """`{adapter name: {path: AdapterParam}}` of a model or a state."""
-    out: dict[str, dict[str, Any]] = {}
+    """Return `{adapter name: {path: AdapterParam}}` for a model or a state."""
+    adapters: dict[str, dict[str, Any]] = {}
     for path, var in _parameters(tree):
         *module, _, name, leaf, tensor = map(str, path)
-        out.setdefault(name, {})[paths.join(*module, leaf, tensor)] = var
-    return out
+        adapters.setdefault(name, {})[paths.join(*module, leaf, tensor)] = var
+    return adapters
 
 
 def extract(tree: Tree, name: str) -> Adapter:
-    """The adapter called `name`, as a value."""
-    found = adapter_variables(tree)
-    if name not in found:
-        raise AttachError(f"there is no adapter {name!r} here; found {sorted(found) or 'none'}")
-    recipes = {var.get_metadata()["adapter"].recipe for var in found[name].values()}
+    """Return the adapter called `name` as a value.
+
+    Raises `AttachError` if the tree has no such adapter, or if parts of the adapter are missing.
+    """
+    adapters = adapter_variables(tree)
+    if name not in adapters:
+        raise AttachError(f"there is no adapter {name!r} here; found {sorted(adapters) or 'none'}")
+    variables = adapters[name]
+    recipes = {var.get_metadata()["adapter"].recipe for var in variables.values()}
     if len(recipes) > 1:
-        raise AttachError(f"the adapter {name!r} carries {len(recipes)} different configurations; attach it anew")
+        raise AttachError(
+            f"cannot extract the adapter {name!r}: its parameters carry {len(recipes)} different configurations."
+            " Delete it and attach it again"
+        )
     recipe = recipes.pop()
-    values = {path: found[name][path].get_value() for path in sorted(found[name], key=natural_key)}
+    values = {path: variables[path].get_value() for path in sorted(variables, key=natural_key)}
     adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
     recipe.check_complete(len(adapter.sites), name)
     return adapter
 
 
 def inject(adapter: Adapter, tree: Tree, name: str) -> None:
-    """Set the values of an attached adapter; structure, shapes and configuration must agree."""
-    present = adapter_variables(tree).get(name)
-    if present is None:
-        raise AttachError(f"there is no adapter {name!r} to inject into; adapt the model first, or use load")
-    new = adapter.flat()
-    problems = [f"{p}: missing" for p in present if p not in new]
-    problems += [f"{p}: unexpected" for p in new if p not in present]
+    """Set the values of the attached adapter called `name`.
+
+    Raises `AttachError`, listing all problems, unless the paths, shapes and configuration agree.
+    """
+    variables = adapter_variables(tree).get(name)
+    if variables is None:
+        raise AttachError(f"there is no adapter {name!r} to inject into. Adapt the model first, or use load")
+    values = adapter.flat()
+    problems = [f"{path}: missing" for path in variables if path not in values]
+    problems += [f"{path}: unexpected" for path in values if path not in variables]
     problems += [
-        f"{p}: expected {tuple(present[p].shape)}, found {tuple(v.shape)}"
-        for p, v in new.items()
-        if p in present and tuple(v.shape) != tuple(present[p].shape)
+        f"{path}: expected shape {tuple(variables[path].shape)}, found {tuple(value.shape)}"
+        for path, value in values.items()
+        if path in variables and tuple(value.shape) != tuple(variables[path].shape)
     ]
-    recipe = next(iter(present.values())).get_metadata()["adapter"].recipe
+    recipe = next(iter(variables.values())).get_metadata()["adapter"].recipe
     if recipe.config != adapter.config:
         problems.append(f"another configuration: {recipe.config.differences(adapter.config, 'given')}")
     if problems:
         raise AttachError(f"the adapter does not fit {name!r}:\n" + paths.bullets(problems))
-    for path, value in new.items():
-        present[path].set_value(value)
+    for path, value in values.items():
+        variables[path].set_value(value)

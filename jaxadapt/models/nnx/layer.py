@@ -1,4 +1,4 @@
-"""What an adapted NNX layer computes: its own function, with the active adapters and its weights dequantised."""
+"""The call of an adapted NNX layer: its own function, with active adapters applied and quantised weights made dense."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ACTIVE = "active_adapters"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Attached:
-    """What an `AdapterParam` carries as metadata: its recipe, and what its site's arithmetic needs."""
+    """The metadata of an `AdapterParam`: its adapter's recipe, and the method, axes and hyperparameters of its site."""
 
     recipe: Recipe
     method: Method = dataclasses.field(repr=False)
@@ -51,9 +51,13 @@ class Attached:
 
 
 def attached_to(tensors: Mapping[str, nnx.Variable[Any]]) -> Attached:
-    """What the parameters of one adapter at one leaf carry; other variables beside them do not."""
-    found: Attached = next(var for var in tensors.values() if isinstance(var, AdapterParam)).get_metadata()["adapter"]
-    return found
+    """Return the metadata of one adapter at one leaf.
+
+    Only its `AdapterParam`s carry this metadata; the other variables beside them, such as `LayerNumber`, do not.
+    """
+    param = next(var for var in tensors.values() if isinstance(var, AdapterParam))
+    attached: Attached = param.get_metadata()["adapter"]
+    return attached
 
 
 # ---------------------------------------------------------------- the run-time subclass
@@ -61,19 +65,19 @@ def attached_to(tensors: Mapping[str, nnx.Variable[Any]]) -> Attached:
 
 @functools.cache
 def adapted_class(base: type[nnx.Module]) -> type[nnx.Module]:
-    """The subclass of a layer class whose call, and own public methods, apply the active adapters."""
+    """Return the subclass of a layer class whose entry points (see `entry_points`) apply the active adapters."""
 
-    def following(f: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap(f: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(f)
         def method(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
-            return _call(self, base, f, args, kwargs)
+            return _call_adapted(self, base, f, args, kwargs)
 
         return method
 
-    body: dict[str, Any] = {name: following(f) for name, f in entry_points(base).items()}
+    body: dict[str, Any] = {name: wrap(f) for name, f in entry_points(base).items()}
     body |= {"base": base, "__module__": base.__module__, "__doc__": base.__doc__}
-    made: Any = AdaptedMeta(f"Adapted{base.__name__}", (base,), body)
-    return made
+    subclass: Any = AdaptedMeta(f"Adapted{base.__name__}", (base,), body)
+    return subclass
 
 
 copyreg.pickle(AdaptedMeta, lambda cls: (adapted_class, (cls.base,)))  # pyright: ignore[reportArgumentType]
@@ -82,120 +86,123 @@ copyreg.pickle(AdaptedMeta, lambda cls: (adapted_class, (cls.base,)))  # pyright
 # ---------------------------------------------------------------- calling
 
 
-def _hooks(module: nnx.Module) -> dict[str, AppliedMethod | AppliedMethods]:
-    """`{leaf: hook}` of the active adapters of one layer."""
-    found: dict[str, list[AppliedMethod]] = {}
-    own = vars(module)
-    for name in own.get(ACTIVE, ()):
+def _active_hooks(module: nnx.Module) -> dict[str, AppliedMethod | AppliedMethods]:
+    """Return `{leaf: hook}` for the active adapters of one layer."""
+    hooks: dict[str, list[AppliedMethod]] = {}
+    attributes = vars(module)
+    for name in attributes.get(ACTIVE, ()):
         for collection in methods.COLLECTIONS:
-            held = own.get(collection)
-            if held is None or name not in held:
+            adapters = attributes.get(collection)
+            if adapters is None or name not in adapters:
                 continue
-            for leaf, tensors in held[name].items():
+            for leaf, tensors in adapters[name].items():
                 params = {t: var.get_value() for t, var in tensors.items()}
                 attached = attached_to(tensors)
-                drop = own[DROPOUT][name] if DROPOUT in own and name in own[DROPOUT] else None
-                drop = None if drop is None or drop.deterministic else drop
-                if drop is not None and drop.rngs is None:
+                dropout = attributes[DROPOUT][name] if DROPOUT in attributes and name in attributes[DROPOUT] else None
+                dropout = None if dropout is None or dropout.deterministic else dropout
+                if dropout is not None and dropout.rngs is None:
                     raise AttachError(
-                        f"the adapter {name!r} has dropout, and was loaded without random numbers for it:"
-                        " load(…, rngs=nnx.Rngs(seed)) to train it further, model.eval() to use it"
+                        f"the adapter {name!r} has dropout but no random stream, because it was loaded without rngs."
+                        " Load it with load(…, rngs=nnx.Rngs(seed)) to train it, or call model.eval() to use it"
                     )
-                hook = AppliedMethod(attached.method, attached.hparams, params, attached.axes, drop)
-                found.setdefault(leaf, []).append(hook)
-    return {leaf: hooks[0] if len(hooks) == 1 else AppliedMethods(tuple(hooks)) for leaf, hooks in found.items()}
+                hook = AppliedMethod(attached.method, attached.hparams, params, attached.axes, dropout)
+                hooks.setdefault(leaf, []).append(hook)
+    return {
+        leaf: of_leaf[0] if len(of_leaf) == 1 else AppliedMethods(tuple(of_leaf)) for leaf, of_leaf in hooks.items()
+    }
 
 
-def _call(module: Any, base: Any, f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """One of a layer's functions, with the active adapters and its weights dequantised."""
-    hooks, small = _hooks(module), survey.quantized_params(module)
-    by_class = kernel_use(module)
-    if not small and by_class is not None and not any(hook.apart or hook.replaces for hook in hooks.values()):
-        return _by_class(module, hooks, by_class, f, args, kwargs)
-    state = survey.layer_state(module)
-    held = {path: var.get_value() for path, var in state.items()}
-    drawn = {leaf: hook.map(_drawn) for leaf, hook in hooks.items()} if small else hooks
+def _call_adapted(module: Any, base: Any, f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a method of a layer with its active adapters applied and its quantised weights made dense."""
+    hooks, quantized = _active_hooks(module), survey.quantized_params(module)
+    known_use = kernel_use(module)
+    if not quantized and known_use is not None and not any(hook.apart or hook.replaces for hook in hooks.values()):
+        return _call_known(module, hooks, known_use, f, args, kwargs)
+    variables = survey.layer_state(module)
+    state = {path: var.get_value() for path, var in variables.items()}
+    ready = {leaf: hook.map(_draw_key) for leaf, hook in hooks.items()} if quantized else hooks
 
-    def run(small: Mapping[str, Any], held: Mapping[str, Any]) -> Any:
-        return _applied(module, small, held, drawn, base, f, args, kwargs)
+    def run(quantized: Mapping[str, Any], state: Mapping[str, Any]) -> Any:
+        return _call_pure(module, quantized, state, ready, base, f, args, kwargs)
 
     try:
-        # The backward pass dequantises again: kept from the forward pass, the dense weights would fill the memory.
-        y, changed = (jax.checkpoint(run) if small else run)(small, held)
+        # The backward pass dequantises again, so that the dense weights do not stay in memory between the passes.
+        y, changed = (jax.checkpoint(run) if quantized else run)(quantized, state)
     except errors.TraceContextError as error:
         raise AttachError(
-            f"{base.__name__}: an adapted layer may change what it holds itself, a random stream or a count, and this"
-            " one changes a variable of somebody else's; let it hold the object that has it (self.rngs = rngs), or"
-            " leave it out with exclude_modules"
+            f"{base.__name__}: the call changes a variable that the layer does not hold. An adapted layer may change"
+            " only its own variables, such as a random stream or a count. Store the object with the variable in the"
+            " layer (self.rngs = rngs), or exclude the layer with exclude_modules"
         ) from error
     for path, value in changed.items():
-        state[path].set_value(value)
+        variables[path].set_value(value)
     return y
 
 
-def _drawn(hook: AppliedMethod) -> AppliedMethod:
-    """With its random numbers for one call at hand: nothing may draw them while JAX traces a part of the call."""
+def _draw_key(hook: AppliedMethod) -> AppliedMethod:
+    """Draw the dropout key of one call now, because a stream cannot be advanced inside `jax.checkpoint`."""
     if not isinstance(hook.drop, nnx.Dropout):
         return hook
     stream: Any = hook.drop.rngs
     return dataclasses.replace(hook, drop=functools.partial(hook.drop, rngs=stream()))
 
 
-def _by_class(
+def _call_known(
     module: Any,
     hooks: Mapping[str, AppliedMethod | AppliedMethods],
-    by_class: survey.KernelUse,
+    known_use: survey.KernelUse,
     f: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
+    """Call one of Flax's own layers, and apply the adapter of its kernel to its input and output."""
     if not hooks:
         return f(module, *args, **kwargs)
     if "inputs" in kwargs:
         args, kwargs = (kwargs["inputs"], *args), {k: v for k, v in kwargs.items() if k != "inputs"}
     x, *rest = args
     ((leaf, hook),) = hooks.items()
-    use = by_class.use(module, x, rest or [kwargs.get("einsum_str")], hook.axes)
+    use = known_use.use(module, x, rest or [kwargs.get("einsum_str")], hook.axes)
     x = hook.input(use, x)
     return hook.output(use, x, f(module, x, *rest, **kwargs), vars(module)[leaf].get_value())
 
 
-def _applied(
+def _call_pure(
     module: Any,
-    small: Mapping[str, Any],
-    held: Mapping[str, Any],
+    quantized: Mapping[str, Any],
+    state: Mapping[str, Any],
     hooks: dict[str, AppliedMethod | AppliedMethods],
     base: Any,
     f: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[Any, dict[str, Any]]:
-    """The output, and what of the layer's state (`held`) has changed."""
-    if small:
-        module = plain_view(module, base, small)
-    own = vars(module)
-    replaced = {leaf: hook.weight(own[leaf].get_value()) for leaf, hook in hooks.items() if hook.replaces}
+    """Call a method of a layer without changing the layer; return the output and the changed state `{path: value}`."""
+    if quantized:
+        module = plain_view(module, base, quantized)
+    attributes = vars(module)
+    replaced = {leaf: hook.weight(attributes[leaf].get_value()) for leaf, hook in hooks.items() if hook.replaces}
     if replaced:
         module = plain_view(module, base, replaced)
-        own, hooks = vars(module), {leaf: hook for leaf, hook in hooks.items() if not hook.replaces}
+        attributes, hooks = vars(module), {leaf: hook for leaf, hook in hooks.items() if not hook.replaces}
     if not hooks:
-        return survey.run_pure(module, base, f, {}, held, args, kwargs)
-    by_class = kernel_use(module)
-    if by_class is not None and not any(hook.apart for hook in hooks.values()):
-        return _by_class(module, hooks, by_class, f, args, kwargs), {}
-    changed: dict[str, Any] = {}
-    if isinstance(bias := own.get("bias"), nnx.Param):
-        changed["bias"] = functools.reduce(lambda b, hook: hook.bias(b), hooks.values(), bias.get_value())
+        return survey.run_pure(module, base, f, {}, state, args, kwargs)
+    known_use = kernel_use(module)
+    if known_use is not None and not any(hook.apart for hook in hooks.values()):
+        return _call_known(module, hooks, known_use, f, args, kwargs), {}
+    new_bias: dict[str, Any] = {}
+    if isinstance(bias := attributes.get("bias"), nnx.Param):
+        new_bias["bias"] = functools.reduce(lambda b, hook: hook.bias(b), hooks.values(), bias.get_value())
 
-    def call(weights: Mapping[str, Any], held: Mapping[str, Any], *args: Any) -> Any:
-        return survey.run_pure(module, base, f, {**changed, **weights}, held, args, kwargs)
+    def call(weights: Mapping[str, Any], state: Mapping[str, Any], *args: Any) -> Any:
+        return survey.run_pure(module, base, f, {**new_bias, **weights}, state, args, kwargs)
 
-    weights = {leaf: own[leaf].get_value() for leaf in hooks}
-    params = {attr: v.get_value() for attr, v in own.items() if isinstance(v, nnx.Param)}
+    weights = {leaf: attributes[leaf].get_value() for leaf in hooks}
+    params = {attr: v.get_value() for attr, v in attributes.items() if isinstance(v, nnx.Param)}
     try:
         methods.check_biases(hooks.values(), {a: v for a, v in params.items() if a not in hooks and a != "bias"})
-        # (Another method than the call may use a weight the other way round: a head tied to an embedding, say.)
+        # Methods other than __call__ may use a weight in reverse, as an output head tied to an embedding does.
         forward = [leaf for leaf, hook in hooks.items() if hook.forward] if f is base.__call__ else ()
-        return rewrite.rewrite(call, weights, hooks, held, *args, forward=forward)
+        return rewrite.rewrite(call, weights, hooks, state, *args, forward=forward)
     except AttachError as error:
         raise AttachError(f"{base.__name__}: {error}") from error

@@ -1,4 +1,4 @@
-"""What an NNX model's parameters are: an adapter's, or the base's; filters for either."""
+"""Variable types of an adapted NNX model, and filters for its adapter and base parameters."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class AdapterParam(nnx.LoRAParam[Any]):
 
     @classmethod
     def named(cls, model: Any, *names: str) -> nnx.All:
-        """The filter for these adapters of a model alone: for the optimizer, and for `nnx.DiffState`.
+        """Return a filter that matches only these adapters' parameters, for an optimizer or `nnx.DiffState`.
 
-        An optimizer of all `AdapterParam`s changes inactive adapters too: weight decay, and momentum from when they
-        were active, ask for no gradient. (PEFT's optimizers pass over them.)
+        An optimizer of all `AdapterParam`s changes inactive adapters too: weight decay and earlier momentum act without
+        a gradient. (PEFT's optimizers skip inactive adapters.)
 
         Args:
-            model: the adapted model, or its state; a filter itself could not tell that it matches nothing.
-            names: one or several.
+            model: the adapted model, or its state. It is used to check the names.
+            names: one or more adapter names.
 
-        Raises `AttachError` for a name that the model does not carry.
+        Raises `AttachError` if no name is given, or if the model has no adapter of a name.
 
         >>> import jaxadapt
         >>> model, config = nnx.Dict(q=nnx.Linear(4, 6, rngs=nnx.Rngs(0))), jaxadapt.LoraConfig(target_modules=["q"])
@@ -41,39 +41,46 @@ class AdapterParam(nnx.LoRAParam[Any]):
         ['fr', 'fr']
         """
         if not isinstance(model, nnx.Module | nnx.State):
-            raise AttachError(f"expected a model, named(model, 'fr'), found {type(model).__name__}")
-        held = nnx.to_flat_state(model if isinstance(model, nnx.State) else nnx.state(model, cls))
-        present = sorted({name for path, var in held if isinstance(var, cls) for name in _names(path)})
+            raise AttachError(
+                f"AdapterParam.named: expected an NNX model or its state as the first argument, found"
+                f" {type(model).__name__}. Call named(model, 'fr')"
+            )
+        variables = nnx.to_flat_state(model if isinstance(model, nnx.State) else nnx.state(model, cls))
+        present = sorted({name for path, var in variables if isinstance(var, cls) for name in _adapter_names(path)})
         unknown = [name for name in names if name not in present]
         if unknown or not names:
-            what = f"no adapter is called {', '.join(map(repr, unknown))}" if unknown else "name at least one adapter"
-            raise AttachError(f"{what}; this model has {present}")
+            problem = (
+                f"no adapter is called {', '.join(map(repr, unknown))}" if unknown else "name at least one adapter"
+            )
+            raise AttachError(f"{problem}; this model has {present}")
         return nnx.All(cls, _Named(frozenset(names)))
 
 
-def _names(path: tuple[Any, ...]) -> list[Any]:
-    """What an adapter may be called whose parameter lies here: what follows "lora" (or "ia3")."""
-    return [b for a, b in itertools.pairwise(path) if a in methods.COLLECTIONS]
+def _adapter_names(path: tuple[Any, ...]) -> list[Any]:
+    """Return the possible adapter names in a parameter's path: every key after a collection's ("lora", "ia3", ...)."""
+    return [name for collection, name in itertools.pairwise(path) if collection in methods.COLLECTIONS]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Named:
+    """A filter that matches parameters of adapters with these names."""
+
     names: frozenset[str]
 
     def __call__(self, path: tuple[Any, ...], _: Any) -> bool:
-        return not self.names.isdisjoint(_names(path))
+        return not self.names.isdisjoint(_adapter_names(path))
 
 
 BaseParam = nnx.All(nnx.Param, nnx.Not(AdapterParam))
-"""The filter for the frozen rest. (`nnx.Param` alone catches adapters too, and would train the base.)"""
+"""The filter for base parameters, which stay frozen. (`nnx.Param` matches adapter and base parameters alike.)"""
 
 
 class LayerNumber(nnx.Variable[Any]):
-    """The number of each layer in a stack whose adapters differ from layer to layer, beside their parameters.
+    """The layer numbers of stacked layers whose adapter hyperparameters differ between layers.
 
-    No parameter, so nothing trains it. The scan that runs the layers must cut it on axis 0, whatever the axis of the
-    parameters is: `nnx.StateAxes({nnx.Param: 1, ...: 0})` does. A layer whose number is not cut raises
-    `AttachError` in its call.
+    It is not a parameter, so no optimizer updates it. The scan over the layers must slice it on axis 0, even where it
+    slices the parameters on another axis: `nnx.StateAxes({nnx.Param: 1, ...: 0})`. A layer that gets an unsliced number
+    raises `AttachError` when it is called.
 
     >>> from flax import nnx
     >>> issubclass(LayerNumber, nnx.Param)
@@ -82,4 +89,7 @@ class LayerNumber(nnx.Variable[Any]):
 
 
 class TokenMask(nnx.Param[Any]):
-    """Which tokens an aLoRA adapts in one call, beside its A and B; a Param, so that scans cut it as they cut those."""
+    """The mask of the tokens that an aLoRA adapts in one call, stored beside its A and B.
+
+    It is an `nnx.Param`, so a scan slices it as it slices A and B.
+    """

@@ -1,4 +1,4 @@
-"""How an NNX model holds and uses its weights: who owns which leaf, what its axes mean, and what stands in the way."""
+"""Survey of an NNX model: its base leaves and their owners, the roles of their axes, and obstacles to adapters."""
 
 from __future__ import annotations
 
@@ -20,66 +20,67 @@ from jaxadapt.keymaps.weight import Weight
 from jaxadapt.models import layers
 from jaxadapt.models.nnx.params import AdapterParam, LayerNumber
 
-DROPOUT = "adapter_dropout"  # the attribute that holds an adapted layer's dropouts
+DROPOUT = "adapter_dropout"  # the attribute of an adapted layer that holds its dropout layers
 _REWRITERS = (nnx.WeightNorm, nnx.SpectralNorm)
-"""Modules that change the parameters inside them at every call, an adapter's among them."""
+"""Modules that change the parameters inside them, adapters included, at every call."""
 _NEVER_LINEAR = (nnx.Embed, nnx.Conv, nnx.ConvTranspose)
 
 
 class AdaptedMeta(type(nnx.Module)):
-    """The class of run-time subclasses that apply adapters; `base` is the layer's own class."""
+    """The metaclass of run-time subclasses that apply adapters; `base` is the layer's own class."""
 
     base: type[nnx.Module]
 
 
 def base_class(module: nnx.Module) -> type[nnx.Module]:
-    """The layer's own class, adapted or not."""
+    """Return a layer's own class, whether the layer is adapted or not."""
     cls = type(module)
     return cls.base if isinstance(cls, AdaptedMeta) else cls
 
 
 def swap(module: nnx.Module, cls: type[nnx.Module]) -> None:
-    # Plain assignment would go through nnx's attribute handling and change the graph definition.
+    """Change a module's class."""
+    # A plain assignment would go through nnx's attribute handling and change the graph definition.
     object.__setattr__(module, "__class__", cls)
 
 
 def entry_points(base: type[nnx.Module]) -> dict[str, Callable[..., Any]]:
-    """The functions through which a layer class may use its weight: its call and its own public methods.
+    """Return `{name: method}` for the methods that may read a layer's weight.
 
-    Of the classes Flax ships, whose kernel only the call reads, the call alone.
+    These are `__call__` and the public methods of the class; for Flax's own layers, only `__call__`.
     """
     if any(base.__call__ is cls.__call__ for cls in _KNOWN):
         return {"__call__": base.__call__}
-    own = [cls for cls in base.__mro__ if issubclass(cls, nnx.Module) and cls not in nnx.Module.__mro__]
-    found = {name: f for cls in reversed(own) for name, f in vars(cls).items() if inspect.isfunction(f)}
-    return {name: f for name, f in found.items() if name == "__call__" or not name.startswith("_")}
+    classes = [cls for cls in base.__mro__ if issubclass(cls, nnx.Module) and cls not in nnx.Module.__mro__]
+    functions = {name: f for cls in reversed(classes) for name, f in vars(cls).items() if inspect.isfunction(f)}
+    return {name: f for name, f in functions.items() if name == "__call__" or not name.startswith("_")}
 
 
 def quantized_params(module: nnx.Module) -> dict[str, Any]:
-    """`{attribute: value}` of the layer's parameters that are quantised."""
-    held = {attr: var.get_value() for attr, var in vars(module).items() if isinstance(var, nnx.Param)}
-    return {attr: value for attr, value in held.items() if quantized.is_quantized(value)}
+    """Return `{attribute: value}` for the layer's quantised parameters."""
+    values = {attr: var.get_value() for attr, var in vars(module).items() if isinstance(var, nnx.Param)}
+    return {attr: value for attr, value in values.items() if quantized.is_quantized(value)}
 
 
 def plain_view(module: nnx.Module, base: type[nnx.Module], values: Mapping[str, Any]) -> Any:
-    """The layer as `base` alone, with other values for some of its parameters, and none of them quantised."""
-    out = object.__new__(base)
-    own = vars(out)
-    own.update(vars(module))
+    """Return a shallow copy of a layer as an instance of `base`, with `values` replaced and all parameters dense."""
+    view = object.__new__(base)
+    attributes = vars(view)
+    attributes.update(vars(module))
     for leaf, value in {**quantized_params(module), **values}.items():
         value = quantized.to_dense(value)
-        own[leaf] = own[leaf].copy(value)  # keeps the variable's type and metadata
-    return out
+        attributes[leaf] = attributes[leaf].copy(value)  # keeps the variable's type and metadata
+    return view
 
 
 State = dict[str, Any]
 
 
 def layer_state(module: nnx.Module) -> State:
-    """`{path: variable}` of what a layer may change when it is called: all that is no parameter, random streams too."""
+    """Return `{path: variable}` for the variables that a call may change: random streams, and all but parameters."""
     flat = nnx.to_flat_state(nnx.state(module, nnx.Not(nnx.Param)))
-    held = {paths.join(*map(str, path)): var for path, var in flat if DROPOUT not in map(str, path)}
-    return {path: v for path, v in held.items() if isinstance(v, nnx.Variable) and not isinstance(v, LayerNumber)}
+    variables = {paths.join(*map(str, path)): var for path, var in flat if DROPOUT not in map(str, path)}
+    return {path: v for path, v in variables.items() if isinstance(v, nnx.Variable) and not isinstance(v, LayerNumber)}
 
 
 def run_pure(
@@ -87,39 +88,44 @@ def run_pure(
     base: type[nnx.Module],
     f: Callable[..., Any],
     values: Mapping[str, Any],
-    held: Mapping[str, Any],
+    state: Mapping[str, Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
 ) -> tuple[Any, dict[str, Any]]:
-    """`f(module, *args, **kwargs)`, pure: with other values for some parameters, and these for the layer's state.
+    """Run `f(module, *args, **kwargs)` without changing the module.
 
-    Returns the output, and what of the state has changed. A variable belongs to the trace it is made in, so a layer
-    with state is made anew here. Raises `AttachError` where the call adds variables to it.
+    A variable belongs to the trace that creates it, so a layer with state is copied inside the current trace.
+
+    Args:
+        values: `{attribute: array}` of the parameters to replace.
+        state: `{path: array}` of the layer's state.
+
+    Returns the output and the changed state. Raises `AttachError` if the call adds variables to the layer.
     """
-    inner = plain_view(module, base, values)
-    if not held:
-        return f(inner, *args, **kwargs), {}
-    graph, whole = nnx.split(inner)
-    flat = {paths.join(*map(str, path)): (path, var) for path, var in nnx.to_flat_state(whole)}
-    put = [(path, var.copy(held[name]) if name in held else var) for name, (path, var) in flat.items()]
-    made = nnx.merge(graph, nnx.from_flat_state(put))
-    y = f(made, *args, **kwargs)
-    new = layer_state(made)
-    more = [path for path in new if path not in held]
-    if more:
+    view = plain_view(module, base, values)
+    if not state:
+        return f(view, *args, **kwargs), {}
+    graphdef, variables = nnx.split(view)
+    flat = {paths.join(*map(str, path)): (path, var) for path, var in nnx.to_flat_state(variables)}
+    filled = [(path, var.copy(state[name]) if name in state else var) for name, (path, var) in flat.items()]
+    copy = nnx.merge(graphdef, nnx.from_flat_state(filled))
+    y = f(copy, *args, **kwargs)
+    new_state = layer_state(copy)
+    added = [path for path in new_state if path not in state]
+    if added:
         raise AttachError(
-            f"{base.__name__} adds variables while it is called ({', '.join(more)}), where an adapter cannot follow;"
-            " make them in its __init__, or leave the layer out with exclude_modules"
+            f"{base.__name__} adds variables while it is called ({', '.join(added)}), so an adapter cannot run its"
+            " call. Create them in __init__, or exclude the layer with exclude_modules"
         )
-    return y, {path: x for path, var in new.items() if (x := var.get_value()) is not held[path]}
+    return y, {path: x for path, var in new_state.items() if (x := var.get_value()) is not state[path]}
 
 
-# ---------------------------------------------------------------- layer classes Flax ships
+# ---------------------------------------------------------------- Flax's own layer classes
 
 
 @dataclasses.dataclass(frozen=True)
 class KernelUse:
-    """What a layer class says of its kernel: its axes, its own shape (not stacked), and one call as a `Use`."""
+    """The kernel of a Flax layer class: functions for its axes, its unstacked shape, and one call as a `Use`."""
 
     axes: Callable[[Any], Axes]
     shape: Callable[[Any], tuple[int, ...]]
@@ -133,9 +139,12 @@ def _general(m: Any) -> Axes:
 def _einsum_use(m: Any, x: Any, rest: Sequence[Any], axes: Axes) -> Use:
     equation = m.einsum_str
     if rest and rest[0] is not None and rest[0] != equation:
-        said, adapted = layers.einsum_axes(rest[0]), layers.einsum_axes(equation)
-        if set(said.in_axes) != set(adapted.in_axes) or set(said.batch_axes) != set(adapted.batch_axes):
-            raise AttachError(f"an Einsum was adapted as {equation!r}, and is called as {rest[0]!r}")
+        called, adapted = layers.einsum_axes(rest[0]), layers.einsum_axes(equation)
+        if set(called.in_axes) != set(adapted.in_axes) or set(called.batch_axes) != set(adapted.batch_axes):
+            raise AttachError(
+                f"an Einsum was adapted with the equation {equation!r} and is called with {rest[0]!r},"
+                " whose input or batch axes differ. Exclude it with exclude_modules"
+            )
         equation = rest[0]
     return layers.einsum_use(equation, x.ndim, axes)
 
@@ -161,7 +170,7 @@ _KNOWN: dict[type[nnx.Module], KernelUse] = {
 
 @dataclasses.dataclass(frozen=True)
 class KernelRoles:
-    """What a layer class says of one of its weights: axes, own shape (not stacked), kind and groups of a line."""
+    """A weight of a Flax layer class: axes, unstacked shape, and the kind and groups of its keymap entry."""
 
     axes: Axes
     shape: tuple[int, ...]
@@ -170,7 +179,10 @@ class KernelRoles:
 
 
 def kernel_roles(module: nnx.Module, attr: str) -> KernelRoles | None:
-    """What a class that Flax ships says of a weight; `AttachError` for an equation that no adapter fits."""
+    """Return the roles of a weight if its layer class is one of Flax's own, else None.
+
+    Raises `AttachError` for an einsum equation that no adapter can follow.
+    """
     call = base_class(module).__call__
     m: Any = module
     if attr == "kernel" and call is nnx.Conv.__call__ and m.mask is None:
@@ -178,18 +190,18 @@ def kernel_roles(module: nnx.Module, attr: str) -> KernelRoles | None:
         return KernelRoles(layers.conv_axes(len(shape)), shape, "conv", m.feature_group_count)
     if attr == "embedding" and call is nnx.Embed.__call__:
         return KernelRoles(layers.EMBEDDING, (m.num_embeddings, m.features), "embedding")
-    by_class = kernel_use(module) if attr == "kernel" else None
-    return None if by_class is None else KernelRoles(by_class.axes(module), by_class.shape(module))
+    known_use = kernel_use(module) if attr == "kernel" else None
+    return None if known_use is None else KernelRoles(known_use.axes(module), known_use.shape(module))
 
 
 def kernel_use(module: nnx.Module) -> KernelUse | None:
-    """How a layer uses its kernel, if its class says so; a subclass with a call of its own is traced instead."""
+    """Return how a layer uses its kernel if its `__call__` is one of Flax's own, else None: the call is traced."""
     call = base_class(module).__call__
-    return next((known for cls, known in _KNOWN.items() if call is cls.__call__), None)
+    return next((known_use for cls, known_use in _KNOWN.items() if call is cls.__call__), None)
 
 
 def describe_use(module: nnx.Module) -> str:
-    """How a layer's weight is followed, for `summary`: by its class, or by tracing its call."""
+    """Describe for `summary` how the use of a layer's weight is found: from its class, or by tracing its call."""
     base = base_class(module).__name__
     return f"{base}'s own call" if kernel_use(module) is not None else f"traced {base}"
 
@@ -200,22 +212,22 @@ Owner = tuple[nnx.Module, str]
 
 
 def natural_key(path: str) -> list[tuple[int, str]]:
-    """Sorts "layers.2" before "layers.10"."""
+    """Return a sort key that puts "layers.2" before "layers.10"."""
     return [(int(p), "") if p.isdecimal() else (-1, p) for p in path.split(".")]
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelWalk:
-    """A model walked once: every module with its dotted path, and `{path: (owner, attribute)}` of base leaves."""
+    """The modules and base leaves of a model: `(dotted path, module)` and `{path: (owner, attribute)}`."""
 
     modules: Sequence[tuple[str, nnx.Module]]
     leaves: Mapping[str, Owner]
     loose: Mapping[str, tuple[int, ...]]
-    """`{path: shape}` of base parameters that no module holds itself: in a dict, or Linen's tree (`bridge.ToNNX`)."""
+    """`{path: shape}` of base parameters that are not attributes of a module: in a dict, or in `bridge.ToNNX`."""
 
 
 def walk_model(model: nnx.Module) -> ModelWalk:
-    """Every module, and every base parameter held directly by one, once each."""
+    """Collect every module of a model, and every base parameter that is a module's attribute, once each."""
     modules: list[tuple[str, nnx.Module]] = []
     leaves: dict[str, Owner] = {}
     params: list[tuple[Sequence[Any], nnx.Param[Any]]] = []
@@ -235,33 +247,34 @@ def walk_model(model: nnx.Module) -> ModelWalk:
 
 
 def base_leaves(model: nnx.Module) -> Mapping[str, Owner]:
-    """`{dotted path: (owner, attribute)}` of every base parameter held directly by a module, once each."""
+    """Return `{dotted path: (owner, attribute)}` for every base parameter that is a module's attribute, once each."""
     return walk_model(model).leaves
 
 
 def base_shapes(owners: Mapping[str, Owner]) -> dict[str, tuple[int, ...]]:
-    """`{dotted path: shape}` of the base parameters; works on abstract models too."""
+    """Return `{dotted path: shape}` for the base parameters of a real or abstract model."""
     return {leaf: tuple(vars(m)[attr].shape) for leaf, (m, attr) in owners.items()}
 
 
 def base_values(owners: Mapping[str, Owner]) -> dict[str, Any]:
-    """`{dotted path: array or spec}` of the base parameters."""
+    """Return `{dotted path: array or spec}` for the base parameters."""
     return {leaf: vars(m)[attr].get_value() for leaf, (m, attr) in owners.items()}
 
 
 def is_abstract(owners: Mapping[str, Owner]) -> bool:
-    """Whether a model has shapes where its arrays will be (`nnx.eval_shape`)."""
+    """Return True if a model is abstract: made by `nnx.eval_shape`, with shapes instead of arrays."""
     return any(isinstance(vars(m)[attr].get_value(), jax.ShapeDtypeStruct) for m, attr in owners.values())
 
 
-def obstacles(walked: ModelWalk, leaves: Sequence[str], saved: Collection[str] = ()) -> dict[str, str]:
-    """`{leaf: problem}` of those of these leaves on which no adapter can be, whatever its method.
+def obstacles(walk: ModelWalk, leaves: Sequence[str], saved: Collection[str] = ()) -> dict[str, str]:
+    """Return `{leaf: reason}` for the given leaves that cannot carry an adapter of any method.
 
-    `saved` are those of modules that are saved whole, which their state would have to be too.
+    Args:
+        saved: the leaves that `modules_to_save` copies. Their modules must not keep state besides parameters.
     """
     problems: dict[str, str] = {}
     holders: dict[int, list[str]] = {}
-    for path, node in walked.modules:
+    for path, node in walk.modules:
         for attr, var in vars(node).items():
             if isinstance(var, nnx.Param):
                 holders.setdefault(id(var), []).append(paths.join(path, attr))
@@ -272,52 +285,57 @@ def obstacles(walked: ModelWalk, leaves: Sequence[str], saved: Collection[str] =
                 if not path or leaf.startswith(f"{path}.")
             }
     for leaf in leaves:
-        module, attr = walked.leaves[leaf]
-        also = [path for path in holders.get(id(vars(module)[attr]), []) if path != leaf]
-        if also:  # the adapter would be in one module only, a merged weight in all
-            what = f"{leaf}: several modules hold this very weight, also as {', '.join(also)}"
-            problems[leaf] = f"{what}; share the module instead of the weight, or leave it out"
-        kinds = (
+        module, attr = walk.leaves[leaf]
+        other_paths = [path for path in holders.get(id(vars(module)[attr]), []) if path != leaf]
+        if other_paths:  # an adapter would apply in one of the modules, but a merged weight in all of them
+            problem = f"{leaf}: several modules hold this weight, also as {', '.join(other_paths)}"
+            problems[leaf] = f"{problem}; share the module instead of the weight, or leave it out"
+        state_types = (
             {type(v) for v in layer_state(module).values() if not isinstance(v, nnx.RngState)}
             if leaf in saved
             else set()
         )
-        if kinds:
-            listed = ", ".join(sorted(kind.__name__ for kind in kinds))
+        if state_types:
+            listed = ", ".join(sorted(cls.__name__ for cls in state_types))
             name = base_class(module).__name__
             problems[leaf] = f"{leaf}: {name} keeps state besides its parameters ({listed}); leave it out"
     return problems
 
 
-# ---------------------------------------------------------------- lines for leaves without one
+# ---------------------------------------------------------------- entries for leaves without one
 
 
 @dataclasses.dataclass(frozen=True)
 class TracedAxes:
-    """What one call showed of a custom layer's weight: its axes, and the shape that the layer itself sees."""
+    """The traced axes of a custom layer's weight, and the shape that the layer's call sees."""
 
     axes: Axes
     shape: tuple[int, ...]
 
 
 def _find_stack(
-    leaf: str, shape: tuple[int, ...], plain: tuple[int, ...], stack_axes: Sequence[int] | None
+    leaf: str, shape: tuple[int, ...], layer_shape: tuple[int, ...], stack_axes: Sequence[int] | None
 ) -> tuple[int, ...]:
-    """Which axes of a leaf stack layers, seeing the shape its own layer gives it."""
-    extra = len(shape) - len(plain)
+    """Return the axes of a leaf that stack layers, given the unstacked shape of one layer.
+
+    Raises `AttachError` if the shapes do not determine the axes, or contradict `stack_axes`.
+    """
+    extra = len(shape) - len(layer_shape)
     if extra == 0:
         return ()
     if stack_axes is not None and len(stack_axes) == extra:
         chosen = tuple(sorted(a % len(shape) for a in stack_axes))
-        if tuple(size for i, size in enumerate(shape) if i not in chosen) == plain:
+        if tuple(size for i, size in enumerate(shape) if i not in chosen) == layer_shape:
             return chosen
-        raise AttachError(f"{leaf!r} has shape {shape}, which is not {plain} stacked on stack_axes={tuple(stack_axes)}")
-    candidates = [i for i in range(len(shape)) if extra == 1 and shape[:i] + shape[i + 1 :] == plain]
+        raise AttachError(
+            f"{leaf!r} has shape {shape}, which is not {layer_shape} stacked on stack_axes={tuple(stack_axes)}"
+        )
+    candidates = [i for i in range(len(shape)) if extra == 1 and shape[:i] + shape[i + 1 :] == layer_shape]
     if len(candidates) == 1:
         return (candidates[0],)
     raise AttachError(
-        f"{leaf!r} has shape {shape} where its layer alone has {plain}:"
-        " say which axis stacks the layers, stack_axes=(0,)"
+        f"{leaf!r} has shape {shape}, and one layer has {layer_shape}, so the axis that stacks the layers is unclear."
+        " Pass it, for example stack_axes=(0,)"
     )
 
 
@@ -327,42 +345,43 @@ def class_entries(
     stack_axes: Sequence[int] | None = None,
     traced: Mapping[str, TracedAxes] | None = None,
 ) -> list[Weight]:
-    """Lines for the leaves a table does not cover, from what their class or a trace says."""
-    lines: list[Weight] = []
+    """Return keymap entries for the leaves that a keymap does not cover, from their layer's class or a trace."""
+    entries: list[Weight] = []
     for leaf, (module, attr) in owners.items():
         shape = tuple(vars(module)[attr].shape)
         if traced is not None and leaf in traced:
-            found = traced[leaf]
-            lines.append(entry_from_axes(leaf, shape, found.axes, _find_stack(leaf, shape, found.shape, stack_axes)))
+            stack = _find_stack(leaf, shape, traced[leaf].shape, stack_axes)
+            entries.append(entry_from_axes(leaf, shape, traced[leaf].axes, stack))
             continue
-        site = keymap.match(leaf)
-        if site is not None and len(site.weight.left) == len(shape):
+        match = keymap.match(leaf)
+        if match is not None and len(match.weight.left) == len(shape):
             continue
         try:
-            found = kernel_roles(module, attr)
+            roles = kernel_roles(module, attr)
         except AttachError:
-            continue  # an equation no adapter fits; an error only if it is targeted
-        if found is not None:
-            stack = _find_stack(leaf, shape, found.shape, stack_axes)
-            lines.append(entry_from_axes(leaf, shape, found.axes, stack, found.kind, found.groups))
-    return lines
+            continue  # `attach` raises it again if the leaf is targeted
+        if roles is not None:
+            stack = _find_stack(leaf, shape, roles.shape, stack_axes)
+            entries.append(entry_from_axes(leaf, shape, roles.axes, stack, roles.kind, roles.groups))
+    return entries
 
 
 def custom_leaves(owners: Mapping[str, Owner], leaves: Iterable[str]) -> list[str]:
-    """Those of these leaves whose class says nothing of their axes, so that only a trace can."""
-    picked = [(leaf, *owners[leaf]) for leaf in leaves]
+    """Return the matrices among these leaves whose axis roles only a trace can show."""
+    owned = [(leaf, *owners[leaf]) for leaf in leaves]
     return [
-        leaf for leaf, m, attr in picked if attr != "bias" and len(vars(m)[attr].shape) >= 2 and not _speaks(m, attr)
+        leaf for leaf, m, attr in owned if attr != "bias" and len(vars(m)[attr].shape) >= 2 and not _has_roles(m, attr)
     ]
 
 
-def _speaks(module: nnx.Module, attr: str) -> bool:
+def _has_roles(module: nnx.Module, attr: str) -> bool:
+    """Return True if the layer's class fixes the axis roles of a weight, even to roles that no adapter can follow."""
     try:
         return kernel_roles(module, attr) is not None
     except AttachError:
-        return True  # of an equation that no adapter fits
+        return True
 
 
 def never_linear(owner: Owner) -> bool:
-    """Whether the leaf's class is one of Flax's own that "all-linear" does not mean."""
+    """Return True if the leaf's layer is one of Flax's own that "all-linear" does not select."""
     return base_class(owner[0]).__call__ in [cls.__call__ for cls in _NEVER_LINEAR]

@@ -1,0 +1,215 @@
+"""The variables of one call of a Linen model, with adapter tensors added to `params` beside the weights they adapt."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax.core import FrozenDict, meta
+from flax.core.scope import in_filter
+
+from jaxadapt import methods
+from jaxadapt.adapters.adapter import CONFIG_NODE, Adapter, Recipe, collection_name
+from jaxadapt.adapters.sites import Site, map_stack, sites_from_shapes
+from jaxadapt.arrays import quantized
+from jaxadapt.configs import Config, matching
+from jaxadapt.core import paths
+from jaxadapt.core.errors import AttachError
+from jaxadapt.methods.lora import alora
+from jaxadapt.models.linen import collections, survey
+from jaxadapt.models.linen.interceptor import SEP, Interceptor, LeafAdapter
+
+Keys = tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Overlay:
+    """The variables of a call, separated into base and adapters, and the leaves that the call adds to `params`.
+
+    Args:
+        base: the variables without the adapters' collections.
+        adapters: the adapters' collections.
+        leaves: `{keys: value}` added to the base parameters, or replacing some of them, during the call.
+        interceptor: applies the active adapters.
+        with_dropout: the names of the active adapters that have dropout.
+    """
+
+    base: Mapping[str, Any]
+    adapters: Mapping[str, Any]
+    leaves: Mapping[Keys, Any]
+    interceptor: Interceptor
+    with_dropout: Sequence[str]
+
+    def module_variables(self) -> dict[str, Any]:
+        """Return the variables with which the module is called."""
+        if not self.leaves:
+            return dict(self.base)
+        return {**self.base, "params": survey.overlay(self.base["params"], self.leaves)}
+
+    def restore(self, changed: Mapping[str, Any], mutable: Any) -> Any:
+        """Return the collections that a call returned, without the added leaves and with the adapters' collections."""
+        out = dict(changed)
+        if "params" in out and self.leaves:
+            replaced = {keys: survey.lookup(self.base["params"], keys) for keys in self.leaves if SEP not in keys[-1]}
+            out["params"] = survey.overlay(_without_added(out["params"]), replaced)
+        out |= {c: tree for c, tree in self.adapters.items() if in_filter(mutable, c)}
+        return FrozenDict(out) if isinstance(changed, FrozenDict) else out
+
+
+def build_overlay(
+    variables: Mapping[str, Any],
+    configs: Mapping[str, Config],
+    active: Sequence[str],
+    tokens: Mapping[str, Any],
+    has_stream: bool,
+) -> Overlay:
+    """Build the overlay of one call.
+
+    Args:
+        variables: the variables as the caller has them.
+        configs: `{name: configuration}` of the wrapper's adapters.
+        active: the names of the adapters to apply, in this order.
+        tokens: `{name: mask}` of the tokens that aLoRA adapters adapt.
+        has_stream: True if the call has a random stream for dropout.
+
+    Raises `AttachError` for an active adapter that the variables lack, or that does not fit the base or its
+    configuration.
+    """
+    names = {collection_name(config) for config in configs.values()}
+    names |= {c for c in methods.COLLECTIONS if _has_adapters(variables.get(c))}
+    adapters = {c: variables[c] for c in variables if c in names}
+    base = {c: tree for c, tree in variables.items() if c not in names}
+    params = base.get("params", {})
+    keys_by_leaf = key_paths(params) if active else {}
+    leaves: dict[Keys, Any] = {}
+    leaf_adapters: dict[Keys, dict[str, list[LeafAdapter]]] = {}
+    replacing: dict[str, dict[str, methods.Method]] = {}
+    with_dropout: list[str] = []
+    for order, name in enumerate(active):
+        adapter = _read_adapter(adapters, name, configs[name], keys_by_leaf)
+        values = adapter.sites
+        shapes = tuple(
+            (leaf, tuple((t, tuple(a.shape)) for t, a in tensors.items())) for leaf, tensors in values.items()
+        )
+        for site in _cached_sites(adapter.recipe, shapes):
+            keys = keys_by_leaf[site.leaf]
+            *path, leaf = keys
+            if site.method.replaces:
+                replacing.setdefault(site.leaf, {})[name] = site.method
+                old = quantized.to_dense(survey.lookup(params, keys))
+                new = map_stack(site, lambda a, w: a.weight(w), values[site.leaf], meta.unbox(old))
+                leaves[keys] = meta.replace_boxed(old, new)
+                continue
+            if site.method.dropout(site.hparams) and name not in with_dropout:
+                with_dropout.append(name)
+            # The hyperparameters are part of the added names, so that a jit inside the model (nn.jit) traces anew
+            # when they change.
+            text = repr((order, site.method.peft_type, site.hparams, site.axes, has_stream and name in with_dropout))
+            digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+            added = {tensor: f"{leaf}{SEP}{tensor}{SEP}{digest}" for tensor in values[site.leaf]}
+            leaves |= {(*path, key): values[site.leaf][tensor] for tensor, key in added.items()}
+            for data_name, numbers in site.data.items():
+                added[data_name] = f"{leaf}{SEP}{data_name}{SEP}{digest}"
+                leaves[(*path, added[data_name])] = _move_to_stack(numbers, site.match.stack)
+            if name in tokens:
+                added[alora.MASK] = f"{leaf}{SEP}{alora.MASK}{SEP}{digest}"
+                shape = collections.unbox_tree(survey.lookup(params, keys)).shape
+                leaves[(*path, added[alora.MASK])] = alora.stacked(tokens[name], site.match.stack, shape)
+            leaf_adapter = LeafAdapter(site.method, site.hparams, site.axes, added)
+            leaf_adapters.setdefault(tuple(path), {}).setdefault(leaf, []).append(leaf_adapter)
+    methods.refuse_rivals(replacing)
+    interceptor = Interceptor(leaf_adapters, _quantized_modules(params), has_stream)
+    return Overlay(base, adapters, leaves, interceptor, with_dropout)
+
+
+def _read_adapter(adapters: Mapping[str, Any], name: str, config: Config, keys_by_leaf: Mapping[str, Keys]) -> Adapter:
+    """Return an active adapter; raise `AttachError` unless it has the wrapper's configuration and fits the base."""
+    collection = collection_name(config)
+    tree = adapters.get(collection, {}).get(name)
+    if tree is None:
+        raise AttachError(
+            f"the variables hold no adapter {name!r} in {collection!r}. Create it with init, or load it with load"
+        )
+    # meta.unbox applies the sharding constraints of the boxes, as it does for the base.
+    adapter = collections.read_collection(meta.unbox(tree), name)
+    if adapter.config != _resolve_like(config, adapter.config):
+        argument = "" if name == "default" else f", name={name!r}"
+        raise AttachError(
+            f"the adapter {name!r} in the variables has another configuration than in this wrapper. Wrap the module"
+            f" with the adapter's: jaxadapt.adapt(module, jaxadapt.extract(variables{argument}).config{argument})"
+        )
+    missing = [leaf for leaf in adapter.sites if leaf not in keys_by_leaf]
+    if missing:
+        raise AttachError(
+            f"the adapter {name!r} adapts weights that the base parameters lack:\n" + paths.bullets(missing)
+        )
+    return adapter
+
+
+def _resolve_like(config: Config, resolved: Config) -> Config:
+    """Return a wrapper's configuration with the fields that `init` resolves taken from an adapter's configuration.
+
+    These are unset targets, "all-linear" and `fan_in_fan_out`.
+    """
+    changes: dict[str, Any] = {}
+    config = matching.with_task_heads(config)
+    for name in ("target_modules", "feedforward_modules"):
+        if config.get(name) is None and name in config.to_dict():
+            changes[name] = resolved.get(name)
+    if config.get("fan_in_fan_out") is not None:
+        changes["fan_in_fan_out"] = resolved.get("fan_in_fan_out")
+    if str(config.get("target_modules")).lower() == matching.ALL_LINEAR:
+        names = changes["target_modules"] = resolved.get("target_modules")
+        if isinstance(config.get("feedforward_modules"), tuple):
+            changes["feedforward_modules"] = [n for n in names if matching.is_feedforward(config, n)]
+    return config.replace(**changes) if changes else config
+
+
+_Shapes = tuple[tuple[str, tuple[tuple[str, tuple[int, ...]], ...]], ...]
+
+
+@functools.lru_cache(maxsize=64)
+def _cached_sites(recipe: Recipe, shapes: _Shapes) -> tuple[Site, ...]:
+    """Return the sites of an adapter. They are cached, because outside jit every call needs them."""
+    return sites_from_shapes(recipe.config, recipe.keymap, {leaf: dict(tensors) for leaf, tensors in shapes})
+
+
+def _move_to_stack(numbers: Any, stack: Sequence[int]) -> Any:
+    """Reshape layer numbers so that their axes are the weight's stacked axes, which a scan slices."""
+    shape = [1] * (max(stack) + 1)
+    for axis, size in zip(stack, numbers.shape, strict=True):
+        shape[axis] = size
+    return jnp.asarray(numbers.reshape(shape))
+
+
+def _without_added(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a parameter tree without the leaves that a call added."""
+    kept = {k: v for k, v in tree.items() if isinstance(v, Mapping) or SEP not in k}
+    return {k: _without_added(v) if isinstance(v, Mapping) else v for k, v in kept.items()}
+
+
+def _has_adapters(collection: Any) -> bool:
+    """Return True if a collection holds an adapter with its configuration."""
+    return isinstance(collection, Mapping) and any(
+        isinstance(tree, Mapping) and CONFIG_NODE in tree for tree in collection.values()
+    )
+
+
+def key_paths(tree: Any, prefix: Keys = ()) -> dict[str, Keys]:
+    """Return `{dotted path: keys}` for the leaves of a tree whose keys may contain dots."""
+    out: dict[str, Keys] = {}
+    for key, value in tree.items():
+        keys = (*prefix, key)
+        out |= key_paths(value, keys) if isinstance(value, Mapping) else {".".join(keys): keys}
+    return out
+
+
+def _quantized_modules(tree: Any, path: Keys = ()) -> frozenset[Keys]:
+    """Return the paths of the modules that hold quantised weights."""
+    below = [_quantized_modules(v, (*path, k)) for k, v in tree.items() if isinstance(v, Mapping)]
+    here = any(quantized.is_quantized(v) for v in tree.values())
+    return frozenset({path} if here else ()).union(*below)
