@@ -15,6 +15,7 @@ import pytest
 from flax import nnx
 
 import jaxadapt
+from jaxadapt.keymaps import families
 from tests.keymaps.families import specimen_arrays, specimens
 from tests.keymaps.families.specimens import IDS, values
 from tests.models.foreign import real
@@ -170,7 +171,7 @@ def test_an_a_for_each_head(name: str, tmp_path):
         jaxadapt.save(tree, tmp_path / "no", on_shared="concat")
     assert not (tmp_path / "no").exists()
     leaves = flat(tree)
-    table = jaxadapt.families.named(real.specimen(name).table)
+    table = families.get_family(real.specimen(name).table)
     for path, x in leaves.items():
         if path.endswith("lora_kernel_a"):
             left = table.match(path.replace("lora_kernel_a", "kernel")).weight.left
