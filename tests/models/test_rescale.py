@@ -121,7 +121,7 @@ def test_training_inside_is_refused_and_undone():
         with jaxadapt.models.rescale(model, 0.5):
             optimizer.update(model, nnx.grad(lambda m: jnp.sum(m(X) ** 2), argnums=state)(model))
 
-    with pytest.raises(AttachError, match=r"train outside(.|\n)*lora_A"):
+    with pytest.raises(AttachError, match=r"Train outside(.|\n)*lora_A"):
         train()
     np.testing.assert_array_equal(model(X), before)
 
@@ -153,7 +153,7 @@ def test_sixteen_bits_and_what_cannot_be_rescaled():
         assert scaled.params["q"]["kernel"]["lora_B"].dtype == "bfloat16"
         np.testing.assert_allclose(new, b * np.float32(0.3), rtol=2**-8)
     for tree in (small.trained(small.IA3), small.variables(small.IA3), small.adapter(small.IA3)):
-        with pytest.raises(AttachError, match="IA3, which has no scale"), jaxadapt.models.rescale(tree, 0.5):
+        with pytest.raises(AttachError, match="IA3 has no scale"), jaxadapt.models.rescale(tree, 0.5):
             pass
     for tree in (small.net(), small.base(), small.LinenNet(), 3):
         with pytest.raises(AttachError), jaxadapt.models.rescale(tree, 0.5):
