@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -100,7 +99,7 @@ def adapt(
                     f" has {present!r}; leave it out"
                 )
         return dataclasses.replace(model, adapters=(*model.adapters, (name, config)), active=(name,))
-    _require_nnx(model)
+    require_nnx(model)
     if deterministic is not None:
         raise AttachError(
             "cannot use deterministic with an NNX model: for Linen modules only; call model.train() or model.eval()"
@@ -140,7 +139,8 @@ def _require_config(config: Any) -> None:
     methods.get_method(config)
 
 
-def _require_nnx(model: Any) -> None:
+def require_nnx(model: Any) -> None:
+    """Raise `AttachError` unless `model` is an NNX module."""
     if not isinstance(model, attach.nnx.Module):
         raise AttachError(
             f"expected an NNX module, a Linen module or an adapted Linen module, found {type(model).__name__};"
@@ -330,69 +330,6 @@ def with_adapter(variables: Mapping[str, Any], adapter: Adapter, name: str) -> A
     return variables
 
 
-# ---------------------------------------------------------------- activate and remove
-
-
-def activate(model: Any, *names: Any) -> Any:
-    """Activate these adapters, and deactivate all others; NNX in place, Linen returns a new wrapper.
-
-    Args:
-        names: names, or one list of names. The updates of several adapters add up; without a name, only the base is
-            left.
-
-    Raises `AttachError` for a name that the model does not have.
-
-    >>> import flax.linen, jaxadapt
-    >>> config = jaxadapt.LoraConfig(r=2, target_modules=["layers_0"])
-    >>> module = jaxadapt.adapt(flax.linen.Sequential([flax.linen.Dense(2)]), config, name="a")
-    >>> activate(jaxadapt.adapt(module, config, name="b"), "a").active
-    ('a',)
-    """
-    if len(names) == 1 and isinstance(names[0], list | tuple):
-        names = tuple(names[0])
-    if any(not isinstance(n, str) for n in names):
-        raise AttachError(
-            f"expected names, as in activate(model, 'a', 'b') or activate(model, ['a', 'b']); found {names!r}"
-        )
-    names = tuple(dict.fromkeys(names))
-    if isinstance(model, wrapper.Adapted):
-        present = dict(model.adapters)
-        unknown = [n for n in names if n not in present]
-        if unknown:
-            raise AttachError(f"no adapter is called {', '.join(map(repr, unknown))}; this model has {list(present)}")
-        return dataclasses.replace(model, active=tuple(names))
-    _require_nnx(model)
-    attach.activate(model, names)
-    return model
-
-
-@contextlib.contextmanager
-def disable(model: Any) -> Generator[Any]:
-    """Deactivate all adapters within a context: `with disable(model) as base: base(x)`.
-
-    NNX: changes the model and restores it at the end, also after an error. Linen: the context's value is the wrapper
-    without an active adapter. Raises `AttachError` for any other object.
-
-    >>> import flax.linen, jaxadapt
-    >>> config = jaxadapt.LoraConfig(r=2, target_modules=["layers_0"])
-    >>> module = jaxadapt.adapt(flax.linen.Sequential([flax.linen.Dense(2)]), config, name="a")
-    >>> with disable(module) as base:
-    ...     base.active
-    ()
-    """
-    if isinstance(model, wrapper.Adapted):
-        yield dataclasses.replace(model, active=())
-        return
-    _require_nnx(model)
-    before = attach.active_names(model)
-    attach.activate(model, ())
-    try:
-        yield model
-    finally:
-        present = attach.adapter_names(model)  # the context may have deleted some
-        attach.activate(model, [name for name in before if name in present])
-
-
 def delete(model: Any, name: str) -> Any:
     """Remove one adapter. NNX in place; Linen: return a wrapper without it, or variables without its parameters.
 
@@ -414,7 +351,7 @@ def delete(model: Any, name: str) -> Any:
         kept = {k: v for k, v in model[collection].items() if k != name}
         rest = {k: v for k, v in model.items() if k != collection}
         return {**rest, collection: kept} if kept else rest
-    _require_nnx(model)
+    require_nnx(model)
     present = attach.adapter_names(model)
     if name not in present:
         raise AttachError(f"no adapter is called {name!r}; this model has {list(present)}")
@@ -439,6 +376,6 @@ def detach(model: Any) -> Any:
         return model.module
     if isinstance(model, Mapping) and not isinstance(model, attach.nnx.Module):
         return {k: v for k, v in model.items() if k not in methods.COLLECTIONS}
-    _require_nnx(model)
+    require_nnx(model)
     attach.delete(model, *attach.adapter_names(model))
     return model
