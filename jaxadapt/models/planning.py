@@ -30,7 +30,7 @@ class BaseParams:
 
     tree: Any
     held: Mapping[str, Any]
-    """`{path: (module, attribute)}` of a model; `{path: leaf}` of a tree, in its box (`nn.Partitioned`, …) if it has one."""
+    """`{path: (module, attribute)}` of a model; `{path: leaf}` of a tree, with boxes (`nn.Partitioned`, …)."""
     target: Any = None
     """The model or variables that the parameters come from, which may have adapters."""
     walked: survey.ModelWalk | None = None
