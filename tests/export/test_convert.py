@@ -155,7 +155,7 @@ def test_another_spelling(tmp_path):
         ({}, "a tree needs its family"),
         ({"to_keymap": "llama"}, "say which dialect"),
         ({"to_keymap": "tunix:qwen3"}, "the size of axis '.'.*--axis .="),
-        ({"to_keymap": "tunix:qwen3", "sizes": {"h": 5}}, "cannot lie on the axes"),
+        ({"to_keymap": "tunix:qwen3", "sizes": {"h": 5}}, "must multiply to"),
         ({"to_keymap": "tunix:qwen3", "dialect": "quix"}, "no dialect is called 'quix'"),
         ({"to_keymap": "bert"}, "say which dialect"),
         ({"to_keymap": "bert", "dialect": "qwix"}, "no line names it"),
