@@ -200,7 +200,7 @@ class TestShared:
 
     def test_refused(self, case: Case, tmp_path):
         self.differing(case, tmp_path)
-        with pytest.raises(jaxadapt.MismatchError, match='(?s)has one array where.*on_shared="concat"'):
+        with pytest.raises(jaxadapt.MismatchError, match='(?s)several tensors of the file.*on_shared="concat"'):
             jaxadapt.load(tmp_path / "other", case.tree(1), keymap=case.table, **alpha(case))
         with pytest.raises(jaxadapt.MismatchError, match="on_shared: expected"):
             jaxadapt.load(tmp_path / "other", case.tree(1), keymap=case.table, on_shared="x", **alpha(case))
