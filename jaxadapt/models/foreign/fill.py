@@ -43,8 +43,8 @@ def place_tensors(
             f"cannot fill these {sites.dialect.name} leaves: each is shared by several tensors of the file,"
             " which differ:\n"
             + paths.bullets(dict.fromkeys(differ))
-            + '\nTrain the modules with one A, or build the target with a larger rank and pass on_shared="concat", which'
-            " concatenates the tensors"
+            + '\nTrain the modules with one A, or build the target with a larger rank and pass on_shared="concat",'
+            " which concatenates the tensors"
         )
     small = {half.path: half for g in sites.sites for half in (g.a, g.b) if need[half.path] > half.rank}
     if small:

@@ -333,7 +333,7 @@ def test_dtypes_are_kept_or_refused(tmp_path):
     up = flat(jaxadapt.load(tmp_path / "16", case.tree(1), **told))[case.a[0]]
     assert up.dtype == "float32"
     np.testing.assert_array_equal(up, np.asarray(flat(case.tree(dtype="bfloat16"))[case.a[0]], np.float32))
-    with pytest.raises(jaxadapt.MismatchError, match="(?s)cannot hold these numbers exactly; pass dtype=.*bfloat16"):
+    with pytest.raises(jaxadapt.MismatchError, match="(?s)represent these tensors exactly. Pass dtype=.*bfloat16"):
         jaxadapt.load(tmp_path / "32", case.tree(1, dtype="bfloat16"), **told)
     down = jaxadapt.load(tmp_path / "32", case.tree(1, dtype="bfloat16"), dtype="bfloat16", **told)
     assert flat(down)[case.a[0]].dtype == "bfloat16"
