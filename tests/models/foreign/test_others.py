@@ -211,7 +211,7 @@ def test_what_cannot_be_is_refused(tmp_path):
         jaxadapt.to_peft(jaxadapt.models.slot(tree, 2))
     with pytest.raises(jaxadapt.MismatchError, match="expected a slot from 0 to 2, found 3"):
         jaxadapt.to_peft(jaxadapt.models.slot(tree, 3))
-    with pytest.raises(jaxadapt.MismatchError, match="none is -1"):
+    with pytest.raises(jaxadapt.MismatchError, match="found -1"):
         jaxadapt.to_peft(jaxadapt.models.slot(tree, -1))
     with pytest.raises(jaxadapt.AttachError, match="found no LoRA leaves"):
         jaxadapt.models.slot({"q": {"kernel": np.ones((2, 2))}}, 0)

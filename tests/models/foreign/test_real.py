@@ -106,7 +106,7 @@ def test_what_gemma_trained_it_computes():
 def test_they_compute_what_peft_computes(name: str, tmp_path):
     """A PEFT file whose As all differ, into a tree that shares some: side by side, at twice the rank."""
     specimen = real.specimen(name)
-    shapes = specimens.recorded(name)["leaves"] if name in RECORDED else real.sides.side(specimen).shapes
+    shapes = specimens.recorded(name)["leaves"] if name in RECORDED else real.jax_side.side(specimen).shapes
     specimen_arrays.write_adapter(specimen, shapes, tmp_path)
     if importlib.util.find_spec("peft") is not None:
         expected = torch_side.logits(name, adapter=True)
@@ -230,7 +230,7 @@ def test_its_adapter_of_ours_computes_the_same(name: str):
         return
     made = real.make(name)
     adapter = jaxadapt.extract(made.tree)
-    side = real.sides.side(real.specimen(name))
+    side = real.jax_side.side(real.specimen(name))
     base = jax.tree.map(jnp.asarray, nest(specimen_arrays.base_leaves(real.specimen(name), side.shapes)))
     module = jaxadapt.adapt(side.module, adapter.config)
     found = side.run(module, {"params": base, **adapter.collection})
