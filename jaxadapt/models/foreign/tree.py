@@ -111,17 +111,17 @@ def slot(tree: Any, number: int) -> ForeignTree:
     return dataclasses.replace(found, slot=number)
 
 
-def _select_slot(found: ForeignTree, room: bool = False) -> ForeignTree:
+def _select_slot(foreign_tree: ForeignTree, room: bool = False) -> ForeignTree:
     """Return the tree with only the arrays of its slot; unchanged if the dialect has no slots."""
-    if not found.dialect.slots:
-        return found
-    if found.slot is None:
+    if not foreign_tree.dialect.slots:
+        return foreign_tree
+    if foreign_tree.slot is None:
         raise AttachError(
-            f"cannot select an adapter: each array of this {found.dialect.name} tree holds several. Pass"
+            f"cannot select an adapter: each array of this {foreign_tree.dialect.name} tree holds several. Pass"
             " jaxadapt.models.slot(tree, 0) instead of tree"
         )
-    leaves, stored = slots.slot_arrays(found.dialect, found.leaves, found.slot, room)
-    return dataclasses.replace(found, leaves=leaves, stored=stored)
+    leaves, stored = slots.slot_arrays(foreign_tree.dialect, foreign_tree.leaves, foreign_tree.slot, room)
+    return dataclasses.replace(foreign_tree, leaves=leaves, stored=stored)
 
 
 def describe_unknown(tree: Any) -> str:
@@ -133,10 +133,10 @@ def describe_unknown(tree: Any) -> str:
     return f"\nThese leaves look like LoRA leaves, but match no known dialect ({known}):\n{paths.bullets(like)}"
 
 
-def survey_tree(found: ForeignTree, keymap: KeyMap | str | None, keys: Collection[str] = ()) -> ForeignSites:
+def survey_tree(foreign_tree: ForeignTree, keymap: KeyMap | str | None, keys: Collection[str] = ()) -> ForeignSites:
     """Bind the tree's LoRA leaves to a keymap (default: the recognised family), in the spelling of a file's `keys`."""
-    leaves = found.dialect.claim(found.leaves)
-    bound_keymap = real = _resolve_keymap(found, keymap).spelling_for(
+    leaves = foreign_tree.dialect.claim(foreign_tree.leaves)
+    bound_keymap = real = _resolve_keymap(foreign_tree, keymap).spelling_for(
         [key.removeprefix(PEFT_PREFIX) for key in keys], leaves
     )
     if any(
@@ -145,28 +145,35 @@ def survey_tree(found: ForeignTree, keymap: KeyMap | str | None, keys: Collectio
         if (match := bound_keymap.match(leaf)) is not None
     ):
         bound_keymap = experts.per_expert_keymap(bound_keymap)
-    if isinstance(found.tree, attach.nnx.Module):
-        claimed = found.dialect.claim(found.leaves)
-        entries = nnx_survey.class_entries(nnx_survey.base_leaves(found.tree), bound_keymap)
+    if isinstance(foreign_tree.tree, attach.nnx.Module):
+        claimed = foreign_tree.dialect.claim(foreign_tree.leaves)
+        entries = nnx_survey.class_entries(nnx_survey.base_leaves(foreign_tree.tree), bound_keymap)
         bound_keymap = bound_keymap.with_entries(entry for entry in entries if entry.leaf in claimed)
-    known = survey_sites(found.dialect, bound_keymap, found.arrays, found.base, found.stored, found.sizes)
+    known = survey_sites(
+        foreign_tree.dialect,
+        bound_keymap,
+        foreign_tree.arrays,
+        foreign_tree.base,
+        foreign_tree.stored,
+        foreign_tree.sizes,
+    )
     return known if bound_keymap is real else dataclasses.replace(known, real=real)
 
 
-def _resolve_keymap(found: ForeignTree, keymap: KeyMap | str | None) -> KeyMap:
+def _resolve_keymap(foreign_tree: ForeignTree, keymap: KeyMap | str | None) -> KeyMap:
     if isinstance(keymap, KeyMap) or keymap not in (None, "auto"):
         return families.resolve_keymap(keymap, {})
-    leaves = list(found.dialect.claim(found.leaves))
-    if any(leaf in found.base for leaf in leaves):
-        return families.resolve_keymap(keymap, found.base)
+    leaves = list(foreign_tree.dialect.claim(foreign_tree.leaves))
+    if any(leaf in foreign_tree.base for leaf in leaves):
+        return families.resolve_keymap(keymap, foreign_tree.base)
     return families.family_of_leaves(leaves)  # the tree has only LoRA leaves
 
 
-def _find_per_head(found: ForeignTree, keymap: KeyMap | str | None) -> per_head.Several:
+def _find_per_head(foreign_tree: ForeignTree, keymap: KeyMap | str | None) -> per_head.Several:
     """Return the leaves with one A for each head and one B."""
     return (
-        per_head.per_head_leaves(found.dialect, _resolve_keymap(found, keymap), found.leaves)
-        if found.dialect.per_head
+        per_head.per_head_leaves(foreign_tree.dialect, _resolve_keymap(foreign_tree, keymap), foreign_tree.leaves)
+        if foreign_tree.dialect.per_head
         else {}
     )
 
@@ -175,7 +182,7 @@ def _find_per_head(found: ForeignTree, keymap: KeyMap | str | None) -> per_head.
 
 
 def tree_to_peft(
-    found: ForeignTree,
+    foreign_tree: ForeignTree,
     config: Config | None,
     keymap: KeyMap | str | None,
     lora_alpha: float | None,
@@ -188,49 +195,49 @@ def tree_to_peft(
 
     Tensors are computed on access, those of experts at once. `parts`: keep gate and up separate if they are two leaves.
     """
-    found = _select_slot(found)
-    if several := _find_per_head(found, keymap):
+    foreign_tree = _select_slot(foreign_tree)
+    if per_head_sites := _find_per_head(foreign_tree, keymap):
         if lora_alpha is None and config is None:
-            raise foreign_config.missing_alpha(found.dialect, call)
+            raise foreign_config.missing_alpha(foreign_tree.dialect, call)
         alpha = foreign_config.resolve_alpha(config, lora_alpha)
         alpha = LoraConfig().lora_alpha if alpha is None else alpha
-        leaves = per_head.widen_leaves(found.dialect, several, found.leaves, on_shared)
-        stored = per_head.rescaled_alphas(found.dialect, found.leaves, leaves, alpha)
-        found, lora_alpha = dataclasses.replace(found, leaves=leaves, stored=stored), None
+        leaves = per_head.widen_leaves(foreign_tree.dialect, per_head_sites, foreign_tree.leaves, on_shared)
+        stored = per_head.rescaled_alphas(foreign_tree.dialect, foreign_tree.leaves, leaves, alpha)
+        foreign_tree, lora_alpha = dataclasses.replace(foreign_tree, leaves=leaves, stored=stored), None
         config = None if config is None else config.replace(lora_alpha=LoraConfig().lora_alpha)
-    known = survey_tree(found, keymap)
-    warn_unproved(known.keymap)
-    config = foreign_config.infer_config(known, config, lora_alpha, call)
-    host = not any(isinstance(leaf, Tracer) for leaf in found.leaves.values())
-    tensors = known.plan.encode(found.leaves, dtype, host)
-    if known.real is None:
-        return config, known, tensors
-    peft = PeftTensors(config, tensors, f"this {found.dialect.name} tree")
-    parts = parts or known.real.single
-    unadapted = {leaf: shape for leaf, shape in known.base.items() if leaf not in known.leaves}
-    others = experts.expert_parameters(known.real, unadapted)
-    peft = experts.fuse_experts(peft, known.keymap, on_shared, call, known.real, others if known.base else None, parts)
-    if known.real.single:
-        peft = PeftTensors(*experts.split_experts(peft.config, peft.tensors, known.real), peft.source)
+    sites = survey_tree(foreign_tree, keymap)
+    warn_unproved(sites.keymap)
+    config = foreign_config.infer_config(sites, config, lora_alpha, call)
+    host = not any(isinstance(leaf, Tracer) for leaf in foreign_tree.leaves.values())
+    tensors = sites.plan.encode(foreign_tree.leaves, dtype, host)
+    if sites.real is None:
+        return config, sites, tensors
+    peft = PeftTensors(config, tensors, f"this {foreign_tree.dialect.name} tree")
+    parts = parts or sites.real.single
+    unadapted = {leaf: shape for leaf, shape in sites.base.items() if leaf not in sites.leaves}
+    others = experts.expert_parameters(sites.real, unadapted)
+    peft = experts.fuse_experts(peft, sites.keymap, on_shared, call, sites.real, others if sites.base else None, parts)
+    if sites.real.single:
+        peft = PeftTensors(*experts.split_experts(peft.config, peft.tensors, sites.real), peft.source)
     assert isinstance(peft.config, LoraConfig)
-    return peft.config, known, peft.tensors
+    return peft.config, sites, peft.tensors
 
 
 def extract_adapter(
-    found: ForeignTree, config: Config | None, keymap: KeyMap | str | None, lora_alpha: float | None
+    foreign_tree: ForeignTree, config: Config | None, keymap: KeyMap | str | None, lora_alpha: float | None
 ) -> Adapter:
     """Return the tree's LoRA as an `Adapter`, with one A for each fused part and all axes separate."""
-    config, known, tensors = tree_to_peft(found, config, keymap, lora_alpha, "extract(tree", parts=True)
-    shapes = {g.match.leaf: shape for g in known.sites if (shape := g.base_shape) is not None}
-    unknown = [g.match.leaf for g in known.sites if g.base_shape is None]
+    config, sites, tensors = tree_to_peft(foreign_tree, config, keymap, lora_alpha, "extract(tree", parts=True)
+    shapes = {g.match.leaf: shape for g in sites.sites if (shape := g.base_shape) is not None}
+    unknown = [g.match.leaf for g in sites.sites if g.base_shape is None]
     if unknown:
         raise KeyMapError(
             "cannot extract the adapter: the shapes of these weights do not follow from their LoRA leaves. Pass the"
             f" whole tree, or call to_peft, which does not need the shapes:\n{paths.bullets(unknown)}"
         )
-    adapter_keymap = known.real or known.keymap
-    sites = selection.select_sites(config, adapter_keymap, shapes)
-    leaves = make_file_plan(sites).decode(tensors)
+    adapter_keymap = sites.real or sites.keymap
+    adapter_sites = selection.select_sites(config, adapter_keymap, shapes)
+    leaves = make_file_plan(adapter_sites).decode(tensors)
     return Adapter(config, paths.unflatten(leaves), adapter_keymap)
 
 
@@ -238,7 +245,7 @@ def extract_adapter(
 
 
 def fill_tree(
-    found: ForeignTree,
+    foreign_tree: ForeignTree,
     config: Config,
     tensors: Mapping[str, Any],
     *,
@@ -257,65 +264,70 @@ def fill_tree(
     if on_shared not in (None, "concat"):
         raise MismatchError(f'on_shared: expected None or "concat", found {on_shared!r}')
     lora_variants.require_original_base(config, source)
-    tree, found = found, _select_slot(found, room=True)
-    several = _find_per_head(found, keymap)
-    if several and lora_alpha is not None:
-        leaves = per_head.reserve_rank(several, found.leaves, _specs(tensors))
-        stored = per_head.rescaled_alphas(found.dialect, found.leaves, leaves, lora_alpha)
-        found, lora_alpha = dataclasses.replace(found, leaves=leaves, stored=stored), None
-    known = survey_tree(found, keymap, tensors)
-    if known.real is not None:
-        fused = experts.fuse_experts(PeftTensors(config, tensors, source), known.real, on_shared, call)
-        config, tensors = experts.split_experts(fused.config, fused.tensors, known.keymap, known.real)
-    if found.slot is not None and isinstance(config, LoraConfig):  # `scale_ratios` raises for other configurations
-        known = dataclasses.replace(known, stored=_slot_alphas(tree, known, config))
-    ratios = foreign_config.scale_ratios(known, config, lora_alpha, call)
+    tree, foreign_tree = foreign_tree, _select_slot(foreign_tree, room=True)
+    per_head_sites = _find_per_head(foreign_tree, keymap)
+    if per_head_sites and lora_alpha is not None:
+        leaves = per_head.reserve_rank(per_head_sites, foreign_tree.leaves, _specs(tensors))
+        stored = per_head.rescaled_alphas(foreign_tree.dialect, foreign_tree.leaves, leaves, lora_alpha)
+        foreign_tree, lora_alpha = dataclasses.replace(foreign_tree, leaves=leaves, stored=stored), None
+    sites = survey_tree(foreign_tree, keymap, tensors)
+    if sites.real is not None:
+        fused = experts.fuse_experts(PeftTensors(config, tensors, source), sites.real, on_shared, call)
+        config, tensors = experts.split_experts(fused.config, fused.tensors, sites.keymap, sites.real)
+    if foreign_tree.slot is not None and isinstance(
+        config, LoraConfig
+    ):  # `scale_ratios` raises for other configurations
+        sites = dataclasses.replace(sites, stored=_slot_alphas(tree, sites, config))
+    ratios = foreign_config.scale_ratios(sites, config, lora_alpha, call)
     shapes = {key: tuple(spec.shape) for key, spec in _specs(tensors).items()}
-    fill.check_tensors(known, ratios, shapes, source)
-    values = {key: tensors[key] for half in _factor_arrays(known) for key in half.keys if key in shapes}
-    traced = any(isinstance(x, Tracer) for x in [*values.values(), *found.leaves.values()])
-    if traced and on_shared is None and any(half.shared > 1 for half in _factor_arrays(known)):
+    fill.check_tensors(sites, ratios, shapes, source)
+    values = {key: tensors[key] for half in _factor_arrays(sites) for key in half.keys if key in shapes}
+    traced = any(isinstance(x, Tracer) for x in [*values.values(), *foreign_tree.leaves.values()])
+    if traced and on_shared is None and any(half.shared > 1 for half in _factor_arrays(sites)):
         raise MismatchError(
-            f'cannot compare the shared A tensors inside jit. Pass on_shared="concat", or fill the {found.dialect.name}'
-            " tree outside jit"
+            'cannot compare the shared A tensors inside jit. Pass on_shared="concat", or fill the'
+            f" {foreign_tree.dialect.name} tree outside jit"
         )
-    placed = fill.place_tensors(known, values, ratios, on_shared == "concat", same_object if traced else bitwise_same)
+    placed = fill.place_tensors(sites, values, ratios, on_shared == "concat", same_object if traced else bitwise_same)
     # Where the file has no rows B is zero, so A can keep its values, which makes it trainable; but not beside a shared
     # B. Nor in a slot, where rows beyond the used rank must be zero.
-    kept = {site.a.path for site in known.sites if site.b.shared == 1 and found.slot is None}
-    dtypes = choose_dtypes(found.leaves, placed, dtype, source)
+    kept = {site.a.path for site in sites.sites if site.b.shared == 1 and foreign_tree.slot is None}
+    dtypes = choose_dtypes(foreign_tree.leaves, placed, dtype, source)
     rounded = foreign_config.first_inexact(ratios)
     if rounded is not None:
         warn(
-            f"{source}: its scale is {rounded:g} times that of the {found.dialect.name} tree, not a power of two: B is"
+            f"{source}: its scale is {rounded:g} times that of the {foreign_tree.dialect.name} tree, not a"
+            " power of two: B is"
             " multiplied by it and rounded once",
         )
     new = {
-        path: build_array(half, contents, found.leaves[path], path in kept, dtypes[path], traced)
+        path: build_array(half, contents, foreign_tree.leaves[path], path in kept, dtypes[path], traced)
         for path, (half, contents) in placed.items()
     }
-    if several:
-        new |= per_head.narrow_leaves(found.dialect, several, tree.leaves, new, on_shared == "concat")
+    if per_head_sites:
+        new |= per_head.narrow_leaves(foreign_tree.dialect, per_head_sites, tree.leaves, new, on_shared == "concat")
     new = {path: place_like(tree.leaves[path], x) for path, x in new.items()}
-    if found.slot is not None:
-        new = slots.with_slot(found.dialect, tree.leaves, found.slot, new, _used_ranks(known, placed))
-    return found.put(new)
+    if foreign_tree.slot is not None:
+        new = slots.with_slot(foreign_tree.dialect, tree.leaves, foreign_tree.slot, new, _used_ranks(sites, placed))
+    return foreign_tree.put(new)
 
 
 def needed_rank(
-    found: ForeignTree, keymap: KeyMap | str | None, tensors: Mapping[str, Any], modules: Collection[str]
+    foreign_tree: ForeignTree, keymap: KeyMap | str | None, tensors: Mapping[str, Any], modules: Collection[str]
 ) -> int:
     """Return the rank that a tree needs for a file's tensors if differing tensors are concatenated."""
-    several = _find_per_head(found, keymap)
-    room = dataclasses.replace(found, leaves=per_head.reserve_rank(several, found.leaves, _specs(tensors)))
-    known, ratios = survey_tree(room, keymap), dict.fromkeys(modules, 1.0)
-    if not several:
-        return fill.needed_rank(known, tensors, ratios, bitwise_same)
-    placed = fill.place_tensors(known, tensors, ratios, True, bitwise_same)
+    per_head_sites = _find_per_head(foreign_tree, keymap)
+    room = dataclasses.replace(
+        foreign_tree, leaves=per_head.reserve_rank(per_head_sites, foreign_tree.leaves, _specs(tensors))
+    )
+    sites, ratios = survey_tree(room, keymap), dict.fromkeys(modules, 1.0)
+    if not per_head_sites:
+        return fill.needed_rank(sites, tensors, ratios, bitwise_same)
+    placed = fill.place_tensors(sites, tensors, ratios, True, bitwise_same)
     ranks = {
         path: max((rows.stop for _, rows, _ in contents.values()), default=0) for path, (_, contents) in placed.items()
     }
-    for a, b, w in several.values():
+    for a, b, w in per_head_sites.values():
         wide_a, wide_b = (
             build_array(*placed[path], room.leaves[path], False, room.leaves[path].dtype, False) for path in (a, b)
         )
@@ -323,10 +335,10 @@ def needed_rank(
     return max(ranks.values())
 
 
-def _slot_alphas(tree: ForeignTree, known: ForeignSites, config: LoraConfig) -> dict[str, float]:
+def _slot_alphas(tree: ForeignTree, sites: ForeignSites, config: LoraConfig) -> dict[str, float]:
     """Return the `{base leaf: alpha}` of a file, rounded to the dtype of the tree's scales."""
     out: dict[str, float] = {}
-    for site in known.sites:
+    for site in sites.sites:
         adapted = [m for m in site.a.modules if matching.matches(config, m)]
         if adapted:
             dtype = tree.leaves[tree.dialect.slot_paths(site.a.path)[1]].dtype
@@ -334,17 +346,17 @@ def _slot_alphas(tree: ForeignTree, known: ForeignSites, config: LoraConfig) -> 
     return out
 
 
-def _used_ranks(known: ForeignSites, placed: Mapping[str, tuple[FactorArray, Placed]]) -> dict[str, tuple[int, float]]:
+def _used_ranks(sites: ForeignSites, placed: Mapping[str, tuple[FactorArray, Placed]]) -> dict[str, tuple[int, float]]:
     """Return `{path of A: (used rank, scale)}` of the arrays that a file fills."""
-    filled = [(g, placed[g.a.path][1].values()) for g in known.sites if placed[g.a.path][1]]
+    filled = [(g, placed[g.a.path][1].values()) for g in sites.sites if placed[g.a.path][1]]
     return {
-        g.a.path: (max(rows.stop for _, rows, _ in contents), known.stored[g.match.leaf] / g.a.rank)
+        g.a.path: (max(rows.stop for _, rows, _ in contents), sites.stored[g.match.leaf] / g.a.rank)
         for g, contents in filled
     }
 
 
-def _factor_arrays(known: ForeignSites) -> list[FactorArray]:
-    return [half for site in known.sites for half in (site.a, site.b)]
+def _factor_arrays(sites: ForeignSites) -> list[FactorArray]:
+    return [half for site in sites.sites for half in (site.a, site.b)]
 
 
 def _specs(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
