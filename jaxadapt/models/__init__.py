@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING
 from jaxadapt.core.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from jaxadapt.models.activation import activate as activate
+    from jaxadapt.models.activation import disable as disable
     from jaxadapt.models.adapter_scale import rescale as rescale
-    from jaxadapt.models.attachment import activate as activate
     from jaxadapt.models.attachment import adapt as adapt
     from jaxadapt.models.attachment import delete as delete
     from jaxadapt.models.attachment import detach as detach
-    from jaxadapt.models.attachment import disable as disable
     from jaxadapt.models.attachment import extract as extract
     from jaxadapt.models.attachment import init as init
     from jaxadapt.models.attachment import inject as inject

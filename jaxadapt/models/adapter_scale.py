@@ -1,4 +1,4 @@
-"""The strength of an adapter as run-time data: its trained values are multiplied, so nothing is compiled anew."""
+"""Rescaling of adapters at run time: the trained values are multiplied, so that jitted functions are not recompiled."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.models import attachment
 from jaxadapt.models.linen import collections, wrapper
-from jaxadapt.models.nnx import attach as nnx
+from jaxadapt.models.nnx import attach
 
 Array = Any
 
 
 @contextlib.contextmanager
 def rescale(tree: Any, factor: Any, name: str | None = None) -> Generator[Any]:
-    """Within the context an adapter's change of the weights is `factor` times what it is.
+    """Multiply an adapter's weight update by `factor` within a context (PEFT's `rescale_adapter_scale`).
 
-    NNX: the model itself, restored at the end, also after an error. Linen: the context's value is the variables to use.
-    The factor may be a traced array: a function jitted over the model or the variables is not traced again for another
-    one, and a plain call costs what it cost. For inference (PEFT's `rescale_adapter_scale`): what is trained inside is
-    refused at the end, and undone; what is saved or extracted inside has the change as it is there.
+    NNX: changes the model and restores it at the end, also after an error. Linen: the context's value is the variables
+    to use. The factor may be a traced array: a function jitted over the model or the variables is not retraced for
+    another factor, and a call costs no more than without `rescale`. For inference only: values trained inside the
+    context are restored at its end, and an error is raised. An adapter saved or extracted inside is the rescaled one.
 
     Args:
         tree: an NNX model, Linen variables, or an `Adapter`.
-        factor: a number; 0 switches the change off, a negative one takes it away.
-        name: of the adapter; by default the active ones of a model, all of other trees.
+        factor: a number; 0 switches the update off, a negative number subtracts it.
+        name: the adapter's name; by default the active adapters of a model, and all adapters of other trees.
 
-    LoRA's B is multiplied, in float32, and rounded to B's dtype; so in 16 bits a factor that is no power of two costs
-    one rounding. Raises `AttachError` for adapters that have no scale (IA3), or none of that name.
+    LoRA's B is multiplied in float32 and rounded to B's dtype. So in 16 bits a factor that is not a power of two costs
+    one rounding. Raises `AttachError` for adapters without a scale (IA3), or if no adapter has that name.
 
     >>> import jax.numpy as jnp, jaxadapt
     >>> from flax import nnx as fnnx
@@ -53,96 +53,100 @@ def rescale(tree: Any, factor: Any, name: str | None = None) -> Generator[Any]:
     True
     """
     if np.ndim(factor):
-        raise AttachError(f"factor: expected a number, found an array of shape {np.shape(factor)}")
+        raise AttachError(f"cannot rescale by factor: expected a number, found an array of shape {np.shape(factor)}")
     if isinstance(tree, wrapper.Adapted | wrapper.nn.Module):
         raise AttachError(
-            "a Linen module holds no parameters; rescale its variables: with rescale(variables, 0.5) as v"
+            "cannot rescale a Linen module, which holds no parameters; rescale its variables:"
+            " with rescale(variables, 0.5) as v"
         )
-    if not isinstance(tree, nnx.nnx.Module):
-        yield _scaled_tree(tree, factor, name)
+    if not isinstance(tree, attach.nnx.Module):
+        yield _rescale_tree(tree, factor, name)
         return
-    held = _of_model(tree, name)
-    before = {path: var.get_value() for path, var in held.items()}
-    scaled = [p for p, v in held.items() if p.rpartition(".")[2] in v.get_metadata()["adapter"].method.scaled]
-    inside = {**before, **{path: _times(before[path], factor) for path in scaled}}
+    variables = _find_variables(tree, name)
+    before = {path: var.get_value() for path, var in variables.items()}
+    scaled = [p for p, v in variables.items() if p.rpartition(".")[2] in v.get_metadata()["adapter"].method.scaled]
+    scaled_values = {**before, **{path: _multiply(before[path], factor) for path in scaled}}
     try:
         for path in scaled:
-            held[path].set_value(inside[path])
+            variables[path].set_value(scaled_values[path])
         yield tree
-        changed = [path for path, var in held.items() if _differs(var.get_value(), inside[path])]
+        changed = [path for path, var in variables.items() if _values_differ(var.get_value(), scaled_values[path])]
     finally:
-        for path, var in held.items():
+        for path, var in variables.items():
             var.set_value(before[path])
     if changed:
         raise AttachError(
-            "these values were changed within rescale, where they are not the adapter's own, and are now as they were"
-            " before; train outside the context:\n" + paths.bullets(changed)
+            "these adapter parameters were changed inside rescale, where they are multiplied by the factor; the changes"
+            " were discarded. Train outside the context:\n" + paths.bullets(changed)
         )
 
 
-def _times(value: Array, factor: Any) -> Array:
+def _multiply(value: Array, factor: Any) -> Array:
     return (value * jnp.asarray(factor, jnp.float32)).astype(value.dtype)
 
 
-def _differs(now: Array, then: Array) -> bool:
-    """Whether a value is another; one that a jitted function handed through is equal, not identical."""
-    if now is then or isinstance(now, Tracer) or isinstance(then, Tracer):
+def _values_differ(new: Array, old: Array) -> bool:
+    """Return True if two arrays differ; an array that a jitted function returned unchanged is equal, not identical."""
+    if new is old or isinstance(new, Tracer) or isinstance(old, Tracer):
         return False
-    return not bool(jnp.array_equal(now, then, equal_nan=True))
+    return not bool(jnp.array_equal(new, old, equal_nan=True))
 
 
-def _of_model(model: Any, name: str | None) -> dict[str, Any]:
-    """The variables of these adapters, by adapter and path."""
-    present = nnx.adapter_variables(model)
-    chosen = nnx.active_names(model) if name is None else (name,)
+def _find_variables(model: Any, name: str | None) -> dict[str, Any]:
+    """Return `{"adapter: path": variable}` of the named (or active) adapters."""
+    present = attach.adapter_variables(model)
+    chosen = attach.active_names(model) if name is None else (name,)
     missing = [n for n in chosen if n not in present]
     if missing or not chosen:
-        raise AttachError(f"no active adapter of that name to rescale; this model has {sorted(present) or 'none'}")
+        raise AttachError(
+            f"cannot rescale: expected {'an active adapter' if name is None else repr(name)}, this model has"
+            f" {sorted(present) or 'none'}"
+        )
     out: dict[str, Any] = {}
     for n in chosen:
-        of = {path: var.get_metadata()["adapter"] for path, var in present[n].items()}
-        scaled = [path for path, said in of.items() if path.rpartition(".")[2] in said.method.scaled]
-        _need_scale(scaled, n, next(iter(of.values())).recipe.config)
+        metadata = {path: var.get_metadata()["adapter"] for path, var in present[n].items()}
+        scaled = [path for path, meta in metadata.items() if path.rpartition(".")[2] in meta.method.scaled]
+        _require_scale(scaled, n, next(iter(metadata.values())).recipe.config)
         out |= {f"{n}: {path}": var for path, var in present[n].items()}
     return out
 
 
-def _need_scale(found: Any, name: str, config: Any) -> None:
-    if not found:
-        raise AttachError(f"the adapter {name!r} is of type {config.peft_type}, which has no scale")
+def _require_scale(scaled: Any, name: str, config: Any) -> None:
+    if not scaled:
+        raise AttachError(f"cannot rescale the adapter {name!r}: its type {config.peft_type} has no scale")
 
 
-def _scaled_tree(tree: Any, factor: Any, name: str | None) -> Any:
+def _rescale_tree(tree: Any, factor: Any, name: str | None) -> Any:
     if isinstance(tree, Adapter):
-        return Adapter(tree.config, _scaled(tree.params, tree, factor, "default"), tree.keymap)
+        return Adapter(tree.config, _scale_params(tree.params, tree, factor, "default"), tree.keymap)
     if not isinstance(tree, Mapping):
         raise AttachError(f"expected an NNX model, Linen variables or an Adapter, found {type(tree).__name__}")
     out, seen = dict(tree), 0
     for collection in methods.COLLECTIONS:
-        held = tree.get(collection)
-        if not isinstance(held, Mapping):
+        adapters = tree.get(collection)
+        if not isinstance(adapters, Mapping):
             continue
-        new = dict(held)
-        for n, inner in held.items():
+        new = dict(adapters)
+        for n, inner in adapters.items():
             if isinstance(inner, Mapping) and CONFIG_NODE in inner and name in (None, n):
-                new[n] = _scaled(inner, collections.read_collection(inner, n), factor, n)
+                new[n] = _scale_params(inner, collections.read_collection(inner, n), factor, n)
                 seen += 1
         out[collection] = new
     if not seen:
-        attachment.extract(tree, name or attachment.DEFAULT)  # says what is wrong with it
-        raise AttachError("these variables hold no adapter with its configuration to rescale")
+        attachment.extract(tree, name or attachment.DEFAULT)  # raises a more precise error
+        raise AttachError("cannot rescale: these variables hold no adapter with its configuration")
     return out
 
 
-def _scaled(tree: Mapping[str, Any], adapter: Adapter, factor: Any, name: str) -> dict[str, Any]:
+def _scale_params(tree: Mapping[str, Any], adapter: Adapter, factor: Any, name: str) -> dict[str, Any]:
     scaled = methods.get_method(adapter.config).scaled
-    _need_scale(scaled & {t for tensors in adapter.sites.values() for t in tensors}, name, adapter.config)
+    _require_scale(scaled & {t for tensors in adapter.sites.values() for t in tensors}, name, adapter.config)
 
     def walk(node: Mapping[str, Any]) -> dict[str, Any]:
         out: dict[str, Any] = {}
         for key, value in node.items():
             if key in scaled:
-                out[key] = jax.tree.map(lambda x: _times(x, factor), value)  # through boxes
+                out[key] = jax.tree.map(lambda x: _multiply(x, factor), value)  # through boxes
             else:
                 out[key] = walk(value) if isinstance(value, Mapping) else value
         return out

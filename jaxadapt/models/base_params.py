@@ -1,4 +1,4 @@
-"""The base parameters of a model or tree by dotted path, and the same with other arrays."""
+"""Base parameters of a model or tree by dotted path: read them, and replace some of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxadapt.models.trees import is_box, rebox, unbox
 
 
 def base_leaves(params: Any) -> dict[str, Any]:
-    """`{path: array}` of an NNX model's base, or of a tree of base parameters, boxes opened."""
+    """Return `{path: array}` of an NNX model's base, or of a tree of base parameters, without boxes."""
     if isinstance(params, attach.nnx.Module):
         return survey.base_values(survey.base_leaves(params))
     flat = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_box)
@@ -21,7 +21,7 @@ def base_leaves(params: Any) -> dict[str, Any]:
 
 
 def replace_leaves(params: Any, new: Mapping[str, Any]) -> Any:
-    """The same with other arrays at some paths: a new tree, or an NNX model changed in place."""
+    """Replace the arrays at some paths: return a new tree, or change an NNX model in place."""
     if isinstance(params, attach.nnx.Module):
         owners, others = survey.base_leaves(params), survey.layer_state(params)
         for path, value in new.items():
@@ -30,7 +30,7 @@ def replace_leaves(params: Any, new: Mapping[str, Any]) -> Any:
                 continue
             module, attr = owners[path]
             vars(module)[attr].set_value(value)
-            attach.uninstall_adapters(module)  # of what it had to do for a quantised weight
+            attach.uninstall_adapters(module)  # removes the dequantisation of a quantised weight
         return params
 
     def put(keys: Any, leaf: Any) -> Any:
@@ -41,4 +41,5 @@ def replace_leaves(params: Any, new: Mapping[str, Any]) -> Any:
 
 
 def dotted_path(keys: Sequence[Any]) -> str:
+    """Return a JAX key path as a dotted path."""
     return paths.join(*(jax.tree_util.keystr((key,), simple=True) for key in keys))

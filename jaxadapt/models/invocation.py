@@ -1,4 +1,4 @@
-"""Which tokens an aLoRA adapts, as data of a call."""
+"""Tokens of a call for aLoRA adapters, which adapt only those after their invocation sequence."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxadapt.adapters import sites
 from jaxadapt.adapters.adapter import collection_name
+from jaxadapt.adapters.sites import sites_of
 from jaxadapt.configs import Config
 from jaxadapt.core.errors import AttachError
 from jaxadapt.methods.lora import alora
@@ -22,18 +22,19 @@ Array = Any
 
 @contextlib.contextmanager
 def invoke(model: Any, tokens: Any) -> Generator[Any]:
-    """Within the context, active aLoRA adapters (`alora_invocation_tokens`) adapt these tokens.
+    """Set the tokens that active aLoRA adapters (`alora_invocation_tokens`) adapt within a context.
 
-    NNX: the model itself, as it was before at the end, also after an error. Linen: the context's value is the wrapper
-    to use. Inside a jitted function, where `tokens` is one of its arguments, nothing is compiled anew for others.
+    NNX: changes the model and restores it at the end, also after an error. Linen: the context's value is the wrapper
+    to use. A jitted function that takes `tokens` as an argument is not recompiled for other tokens.
 
     Args:
-        model: an NNX model, or what `adapt` made of a Linen module.
-        tokens: the token ids (batch, time) that the model is called with: an adapter acts from the last place of its
-            sequence on, and not in a row without it (as in PEFT). Or a mask (batch, time) of booleans, for every such
-            adapter: with a cache a step's tokens are those behind an invocation that was seen before.
+        model: an NNX model, or a Linen module adapted with `adapt`.
+        tokens: the token ids (batch, time) that the model is called with. In each row an adapter acts from the last
+            occurrence of its invocation sequence on; it does not act in a row without one (as in PEFT). Or a boolean
+            mask (batch, time) of the tokens to adapt, for all aLoRA adapters: use it with a KV cache, where the
+            invocation was in an earlier step.
 
-    Raises `AttachError` if there is no active aLoRA, for tokens of another shape or kind, and for a call outside.
+    Raises `AttachError` if no aLoRA is active, or if `tokens` has another shape or dtype.
 
     >>> import jax, jaxadapt
     >>> from flax import nnx as fnnx
@@ -52,38 +53,39 @@ def invoke(model: Any, tokens: Any) -> Generator[Any]:
     ids = jnp.asarray(tokens)
     if ids.ndim != 2 or not (ids.dtype == bool or jnp.issubdtype(ids.dtype, jnp.integer)):
         raise AttachError(
-            f"expected token ids or a mask of booleans, (batch, time), found {ids.dtype} of shape {list(ids.shape)}"
+            f"expected token ids or a boolean mask of shape (batch, time), found {ids.dtype} of shape {list(ids.shape)}"
         )
     if isinstance(model, wrapper.Adapted):
         configs = dict(model.adapters)
-        masks = _masks({name: configs[name] for name in model.active}, ids)
+        masks = _make_masks({name: configs[name] for name in model.active}, ids)
         yield dataclasses.replace(model, tokens=masks)
         return
     if not isinstance(model, attach.nnx.Module):
-        raise AttachError(f"expected an NNX model, or a Linen module as adapt returns it, found {type(model).__name__}")
-    found = {name: attach.extract(model, name) for name in attach.active_names(model)}
-    masks = _masks({name: adapter.config for name, adapter in found.items()}, ids)
+        raise AttachError(f"expected an NNX model, or a Linen module that adapt returned, found {type(model).__name__}")
+    adapters = {name: attach.extract(model, name) for name in attach.active_names(model)}
+    masks = _make_masks({name: adapter.config for name, adapter in adapters.items()}, ids)
     owners = survey.base_leaves(model)
-    held: list[dict[str, Any]] = []
+    masked: list[dict[str, Any]] = []
     for name, mask in masks.items():
-        for bound in sites.sites_of(found[name]):
-            module, attr = owners[bound.leaf]
-            if not bound.method.copies:
-                at = vars(module)[collection_name(found[name].config)][name][attr]
+        for site in sites_of(adapters[name]):
+            module, attr = owners[site.leaf]
+            if not site.method.copies:
+                variables = vars(module)[collection_name(adapters[name].config)][name][attr]
                 shape = vars(module)[attr].shape
-                at[alora.MASK] = params.TokenMask(alora.stacked(mask, bound.match.stack, shape))
-                held.append(at)
+                variables[alora.MASK] = params.TokenMask(alora.stacked(mask, site.match.stack, shape))
+                masked.append(variables)
     try:
         yield model
     finally:
-        for at in held:
-            del at[alora.MASK]
+        for variables in masked:
+            del variables[alora.MASK]
 
 
-def _masks(configs: Mapping[str, Config], ids: Array) -> dict[str, Array]:
+def _make_masks(configs: Mapping[str, Config], ids: Array) -> dict[str, Array]:
+    """Return `{name: boolean mask of the tokens to adapt}` of the aLoRA configurations."""
     sequences: dict[str, Sequence[int]] = {
-        name: found for name, config in configs.items() if (found := config.get("alora_invocation_tokens"))
+        name: sequence for name, config in configs.items() if (sequence := config.get("alora_invocation_tokens"))
     }
     if not sequences:
-        raise AttachError(f"none of the active adapters is an aLoRA: {sorted(configs) or 'none'}")
-    return {name: ids if ids.dtype == bool else alora.invoked(found, ids) for name, found in sequences.items()}
+        raise AttachError(f"cannot set tokens: no active adapter is an aLoRA; active are {sorted(configs) or 'none'}")
+    return {name: ids if ids.dtype == bool else alora.invoked(sequence, ids) for name, sequence in sequences.items()}

@@ -1,4 +1,4 @@
-"""A base in 4 or 8 bits under its adapters (QLoRA, Dettmers et al. 2023, arXiv:2305.14314), and dense again."""
+"""Quantisation of a base to 4 or 8 bits for QLoRA (Dettmers et al. 2023, arXiv:2305.14314), and dequantisation."""
 
 from __future__ import annotations
 
@@ -29,23 +29,23 @@ def quantize(
     block: int | None = None,
     keymap: KeyMap | str | None = None,
 ) -> Any:
-    """The base with the weights of its linear layers quantised; `adapt`, `init`, `load` and `save` go on as before.
+    """Quantise the weights of a base's linear layers; `adapt`, `init`, `load` and `save` work as on the dense base.
 
-    A layer's weight is made dense where the layer is called, forwards and again backwards, so that a training step
-    never holds them all. Adapters stay in full precision, and what `save` writes opens in PEFT on the dense base.
-    Where weights are sharded over devices, so are codes and scales, and an adapter is sharded as on the dense base.
+    Each call of a layer dequantises its weight, in the forward and again in the backward pass, so a training step never
+    holds all dense weights. Adapters stay in full precision, and PEFT loads a saved adapter on the dense base. The
+    codes and scales of a sharded weight are sharded too, and adapters are sharded as on the dense base.
 
     Args:
-        base: nested mappings of base parameters (a new tree is returned; apply it through `adapt`'s wrapper), or an
-            NNX model, changed in place and returned.
-        kind: "nf4" (blocks of 64 numbers with a scale each, in bitsandbytes' order and of its levels) or "int8"
-            (a scale for each output).
-        modules: as `target_modules`; by default every linear layer but the output layer.
-        block: another number of weights to a scale.
+        base: nested mappings of base parameters (returns a new tree; apply it through `adapt`'s wrapper), or an NNX
+            model, which is changed in place and returned.
+        kind: "nf4" (blocks of 64 numbers with one scale each, in the order and with the levels of bitsandbytes) or
+            "int8" (one scale for each output).
+        modules: as `target_modules`; by default every linear layer except the output layer.
+        block: the number of weights per scale, instead of the default.
         keymap: as in `adapt`.
 
-    Raises `AttachError` where a weight is quantised already, has only a shape or values that are not finite, or stacks
-    its layers on another axis than the first.
+    Raises `AttachError` for a weight that is already quantised, is a spec without values, has values that are not
+    finite, or stacks its layers on any axes but the first.
 
     >>> import jax, numpy as np, jaxadapt
     >>> base = {"q": {"kernel": np.random.default_rng(0).standard_normal((64, 32)).astype("float32")}}
@@ -55,40 +55,43 @@ def quantize(
     >>> adapter = jaxadapt.init(jaxadapt.LoraConfig(r=2, target_modules=["q"]), small, key=jax.random.key(0))
     """
     config = LoraConfig(target_modules=modules)
-    found = planning.BaseParams.from_tree(base)
-    bounds = planning.plan_adapter(found, config, keymap)[1]
-    weights, owners = found.leaves, found.held
-    leaves = [b.leaf for b in bounds]
-    problems = [] if found.walked is None else list(survey.obstacles(found.walked, leaves).values())
-    for b in bounds:
-        w, stack = weights[b.leaf], b.match.stack
-        if b.match.weight.kind != "linear":
-            problems.append(f"{b.leaf}: belongs to no linear layer")
+    params = planning.BaseParams.from_tree(base)
+    sites = planning.plan_adapter(params, config, keymap)[1]
+    weights, owners = params.leaves, params.held
+    leaves = [site.leaf for site in sites]
+    problems = [] if params.walked is None else list(survey.obstacles(params.walked, leaves).values())
+    for site in sites:
+        w, stack = weights[site.leaf], site.match.stack
+        if site.match.weight.kind != "linear":
+            problems.append(f"{site.leaf}: expected the weight of a linear layer")
         elif quantized.is_quantized(w):
-            problems.append(f"{b.leaf}: is quantised already")
+            problems.append(f"{site.leaf}: already quantised")
         elif isinstance(w, jax.ShapeDtypeStruct) or not jnp.issubdtype(w.dtype, jnp.floating):
-            problems.append(f"{b.leaf}: expected floating-point values, found {type(w).__name__} of {w.dtype}")
-        elif (place := placement.sharding_of(w)) is not None and AxisType.Explicit in place.mesh.axis_types:
-            problems.append(f"{b.leaf}: lies on a mesh with explicit axes, where no blocks can be cut; use Auto ones")
+            problems.append(f"{site.leaf}: expected floating-point values, found {type(w).__name__} of {w.dtype}")
+        elif (sharding := placement.sharding_of(w)) is not None and AxisType.Explicit in sharding.mesh.axis_types:
+            problems.append(
+                f"{site.leaf}: sharded on a mesh with explicit axes, which does not allow slicing into blocks;"
+                " use Auto axes"
+            )
         elif tuple(stack) != tuple(range(len(stack))):
-            problems.append(f"{b.leaf}: stacks its layers on axis {stack}, and only the first axes can be sliced")
+            problems.append(f"{site.leaf}: its layers are stacked on axis {stack}; expected the first axes")
     if problems:
-        raise AttachError("these weights cannot be quantised:\n" + paths.bullets(problems))
+        raise AttachError("cannot quantise these weights:\n" + paths.bullets(problems))
     new: dict[str, Any] = {}
-    for b in bounds:
+    for site in sites:
         order = (
-            *b.axes.batch_axes,
-            *b.axes.out_axes,
-            *b.axes.in_axes,
-        )  # PyTorch's: an output's inputs lie side by side
-        size = b.fan_in if kind == "int8" and block is None else block
-        new[b.leaf] = quantized.quantize_weight(weights[b.leaf], kind, order, len(b.match.stack), size)
+            *site.axes.batch_axes,
+            *site.axes.out_axes,
+            *site.axes.in_axes,
+        )  # PyTorch's order: the inputs of one output are contiguous
+        size = site.fan_in if kind == "int8" and block is None else block
+        new[site.leaf] = quantized.quantize_weight(weights[site.leaf], kind, order, len(site.match.stack), size)
     scales = {leaf: q.absmax for leaf, q in new.items()}
     odd = [leaf for leaf, x in scales.items() if not isinstance(x, Tracer) and not jnp.isfinite(x).all()]
     if odd:
-        raise AttachError("these weights have values that are not finite:\n" + paths.bullets(odd))
-    if found.walked is None:
-        return _replaced(base, new)
+        raise AttachError("cannot quantise these weights, whose values are not all finite:\n" + paths.bullets(odd))
+    if params.walked is None:
+        return _replace_boxed(base, new)
     base_params.replace_leaves(base, new)
     for leaf in new:
         attach.install_adapters(owners[leaf][0])
@@ -96,10 +99,10 @@ def quantize(
 
 
 def dequantize(base: Any) -> Any:
-    """The base with every quantised weight dense, of what it has become: the inverse of `quantize` but for rounding.
+    """Dequantise every quantised weight of a base: the inverse of `quantize` except for rounding.
 
-    Takes an NNX model (changed in place) or nested mappings, with weights of `quantize` or with Qwix' QArrays. Where
-    there are none it raises nothing, and changes nothing.
+    Takes an NNX model (changed in place) or nested mappings, with weights of `quantize` or QArrays of Qwix. A base
+    without quantised weights is returned unchanged.
 
     >>> import numpy as np
     >>> base = {"q": {"kernel": np.eye(64, dtype="float32")}}
@@ -115,16 +118,16 @@ def dequantize(base: Any) -> Any:
 
 
 def from_qwix(model: Any) -> Any:
-    """The model that `qwix.quantize_model` made (weights only), as one that adapters can be attached to.
+    """Convert a model of `qwix.quantize_model` (weights only) to one that adapters can be attached to.
 
-    Qwix follows a model by exchanging functions of JAX while it runs, and would quantise an adapter's inputs as well;
-    so its weights stay the QArrays they are, and are dequantised where each layer is called.
+    Qwix replaces functions of JAX while the model runs, and would quantise an adapter's inputs too. After the
+    conversion the weights are still QArrays, and each call of a layer dequantises its weight.
 
     Args:
-        model: NNX: changed in place and returned. Linen: the module without Qwix is returned; the parameters of
-            `qwix.quantize_params` go with it as they are.
+        model: NNX: changed in place and returned. Linen: returns the module without Qwix; use it with the parameters
+            of `qwix.quantize_params` unchanged.
 
-    Raises `AttachError` where Qwix holds more than weights (static scales of activations).
+    Raises `AttachError` if Qwix also quantises activations (static scales).
 
         model = jaxadapt.models.from_qwix(qwix.quantize_model(model, qwix.PtqProvider(rules), x))
     """
@@ -134,18 +137,20 @@ def from_qwix(model: Any) -> Any:
         return plain
     if not isinstance(model, attach.nnx.Module):
         raise AttachError(f"expected an NNX or Linen module, found {type(model).__name__}")
-    held = {
+    qwix_params = {
         (paths.join(*map(str, path)), attr): (node, value)
         for path, node in attach.nnx.iter_graph(model)
         if isinstance(node, attach.nnx.Module)
         for attr, value in vars(node).items()
         if quantized.is_qwix_parameter(value)
     }
-    new = {at: jax.tree.map(_opened, value, is_leaf=_is_variable) for at, (_, value) in held.items()}
+    new = {at: jax.tree.map(_open_variable, value, is_leaf=_is_variable) for at, (_, value) in qwix_params.items()}
     odd = [paths.join(*at) for at, value in new.items() if not quantized.is_quantized(value.array)]
     if odd:
-        raise AttachError("Qwix quantises activations here, too, with scales of its own:\n" + paths.bullets(odd))
-    for at, (node, _) in held.items():
+        raise AttachError(
+            "cannot convert this model: Qwix also quantises activations, with static scales, at:\n" + paths.bullets(odd)
+        )
+    for at, (node, _) in qwix_params.items():
         delattr(node, at[1])
         setattr(node, at[1], attach.nnx.Param(new[at].array))
         attach.install_adapters(node)
@@ -161,12 +166,12 @@ def _is_variable(x: Any) -> bool:
     return isinstance(x, attach.nnx.Variable)
 
 
-def _opened(x: Any) -> Any:
+def _open_variable(x: Any) -> Any:
     return x.get_value() if isinstance(x, attach.nnx.Variable) else x
 
 
-def _replaced(tree: Any, new: Mapping[str, Any]) -> Any:
-    """As `merging.replaced`, without the boxes of these leaves: their axes are not those of codes and scales."""
+def _replace_boxed(tree: Any, new: Mapping[str, Any]) -> Any:
+    """Replace leaves with their boxes: the axes of a box do not match those of codes and scales."""
 
     def put(keys: Any, leaf: Any) -> Any:
         return new.get(base_params.dotted_path(keys), leaf)

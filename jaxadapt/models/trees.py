@@ -1,6 +1,6 @@
-"""Any tree as `{dotted path: array}`, and back: NNX models and states, Linen variables, nested dicts, other pytrees.
+"""Conversion of any tree to `{dotted path: array}` and back: NNX models and states, Linen variables, other pytrees.
 
-Boxes are opened, and closed again; lorax' weights are told apart by what they are.
+Boxes are opened, and restored on the way back. The nodes of lorax are recognised by their type.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Put = Callable[[Mapping[str, Any]], Any]
 
 
 def may_have_path(tree: Any, wanted: Callable[[str], bool]) -> bool:
-    """Whether `open_tree` may have such a path, by a glance: nearly all trees are plain, and have none."""
+    """Return True if `open_tree` may return a wanted path; a quick test that rules out nearly all plain trees."""
     if isinstance(tree, attach.nnx.Module):
         return any(wanted(paths.join(*map(str, path))) for path, _ in attach.nnx.iter_graph(tree))
     if not isinstance(tree, Mapping):
@@ -35,31 +35,31 @@ def may_have_path(tree: Any, wanted: Callable[[str], bool]) -> bool:
 
 
 def open_tree(tree: Any) -> tuple[Leaves, Put]:
-    """`{dotted path: array}` of a tree, boxes opened, and a function that gives the tree with other leaves."""
+    """Return `{dotted path: array}` of a tree, without boxes, and a function that returns the tree with new leaves."""
     if isinstance(tree, attach.nnx.Module | attach.nnx.State):
-        return _opened_nnx(tree)
+        return _open_nnx(tree)
     if isinstance(tree, Mapping) and isinstance(tree.get("params"), Mapping):
-        leaves, put = _opened_tree(tree["params"])
+        leaves, put = _open_pytree(tree["params"])
         return leaves, lambda new: {**tree, "params": put(new)}
-    return _opened_tree(tree)
+    return _open_pytree(tree)
 
 
-def _opened_nnx(tree: Any) -> tuple[Leaves, Put]:
+def _open_nnx(tree: Any) -> tuple[Leaves, Put]:
     module = isinstance(tree, attach.nnx.Module)
-    state = attach.nnx.state(tree, attach.nnx.Any(attach.nnx.Param, _is_mark)) if module else tree
+    state = attach.nnx.state(tree, attach.nnx.Any(attach.nnx.Param, _is_slot_variable)) if module else tree
     flat = {paths.join(*map(str, path)): var for path, var in attach.nnx.to_flat_state(state)}
     ours = {p for p, var in flat.items() if isinstance(var, attach.AdapterParam)}
-    held = {
+    values = {
         p: var.get_value() if isinstance(var, attach.nnx.Variable) else var for p, var in flat.items() if p not in ours
     }
-    leaves = {p: leaf for p, leaf in held.items() if is_array(leaf) or is_quantized(leaf)}
+    leaves = {p: leaf for p, leaf in values.items() if is_array(leaf) or is_quantized(leaf)}
 
     def put(new: Mapping[str, Any]) -> Any:
         plain = [p for p in new if not isinstance(flat[p], attach.nnx.Variable)]
         if plain:
             raise MismatchError(
-                "a pure state holds its arrays by value; put them into the model, or into nnx.state(model):\n"
-                + paths.bullets(plain)
+                "cannot write into a pure state, which holds its arrays by value. Pass the model or"
+                " nnx.state(model) instead of:\n" + paths.bullets(plain)
             )
         for path, value in new.items():
             flat[path].set_value(value)
@@ -68,17 +68,17 @@ def _opened_nnx(tree: Any) -> tuple[Leaves, Put]:
     return leaves, put
 
 
-def _is_mark(path: Sequence[Any], _: Any) -> bool:
-    """Whether a variable that is no parameter belongs to a dialect all the same: the ranks and scales of its slots."""
+def _is_slot_variable(path: Sequence[Any], _: Any) -> bool:
+    """Return True for variables that are not parameters but belong to a dialect: the ranks and scales of slots."""
     return any(str(path[-1]) in (d.slots or ()) for d in dialects.DIALECTS.values())
 
 
 def is_box(node: Any) -> bool:
-    """Whether a node wraps one array with what belongs to it (`nn.Partitioned`, an NNX variable), or stands for one."""
+    """Return True if a node wraps one array with metadata (`nn.Partitioned`, an NNX variable), or is quantised."""
     return isinstance(node, collections.meta.AxisMetadata | attach.nnx.Variable) or is_quantized(node)
 
 
-def _name(key: Any) -> str:
+def _key_name(key: Any) -> str:
     if isinstance(key, DictKey | FlattenedIndexKey):
         return str(key.key)
     if isinstance(key, GetAttrKey):
@@ -86,16 +86,16 @@ def _name(key: Any) -> str:
     return str(key.idx) if isinstance(key, SequenceKey) else str(key)
 
 
-def _path(keys: Sequence[Any]) -> str:
-    """A dotted path; an unnamed last segment (haliax' NamedArray has one) is left out."""
+def _node_path(keys: Sequence[Any]) -> str:
+    """Return a dotted path without an unnamed last segment, as haliax' NamedArray has."""
     named = keys[:-1] if keys and isinstance(keys[-1], FlattenedIndexKey) else keys
-    return ".".join(map(_name, named))
+    return ".".join(map(_key_name, named))
 
 
-def _lorax(tree: Any) -> dict[str, Any]:
-    """`{path: lorax.LoraWeight}`: one weight with its LoRA, whose three arrays the path alone does not tell apart."""
+def _find_lorax(tree: Any) -> dict[str, Any]:
+    """Return `{path: lorax.LoraWeight}`, nodes of a weight and its LoRA whose three arrays have ambiguous paths."""
     nodes = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_lorax)[0]
-    return {_path(keys): node for keys, node in nodes if _is_lorax(node)}
+    return {_node_path(keys): node for keys, node in nodes if _is_lorax(node)}
 
 
 def _is_lorax(node: Any) -> bool:
@@ -103,31 +103,31 @@ def _is_lorax(node: Any) -> bool:
 
 
 def lorax_alphas(tree: Any) -> dict[str, float]:
-    """`{base leaf: alpha}` of the weights that carry theirs."""
+    """Return `{base leaf: alpha}` of the lorax weights, which store their alpha."""
     if isinstance(tree, attach.nnx.Module | attach.nnx.State):
         return {}
     params = tree["params"] if isinstance(tree, Mapping) and isinstance(tree.get("params"), Mapping) else tree
-    return {path: float(node.alpha) for path, node in _lorax(params).items()}
+    return {path: float(node.alpha) for path, node in _find_lorax(params).items()}
 
 
-def _opened_tree(tree: Any) -> tuple[Leaves, Put]:
+def _open_pytree(tree: Any) -> tuple[Leaves, Put]:
     if isinstance(tree, Mapping) and CONFIG_NODE in tree:
-        return {}, lambda new: tree  # the tree of an adapter of ours
-    seen: list[Any] = []
+        return {}, lambda new: tree  # an adapter of jaxadapt
+    lorax_nodes: list[Any] = []
 
     def is_leaf(node: Any) -> bool:
-        if type(node) is dict:  # nearly every node that is no leaf
+        if type(node) is dict:  # fast path for nearly every inner node
             return False
         if _is_lorax(node):
-            seen.append(node)
+            lorax_nodes.append(node)
         return is_box(node)
 
     flat, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
-    lorax = _lorax(tree) if seen else {}
-    names = [_path(keys) for keys, _ in flat]
+    lorax = _find_lorax(tree) if lorax_nodes else {}
+    names = [_node_path(keys) for keys, _ in flat]
     for number, (keys, _) in enumerate(flat if lorax else ()):
-        if _path(keys[:-1]) in lorax:
-            names[number] = ".".join([_path(keys[:-1]), "LoraWeight", _name(keys[-1])])
+        if _node_path(keys[:-1]) in lorax:
+            names[number] = ".".join([_node_path(keys[:-1]), "LoraWeight", _key_name(keys[-1])])
     leaves: Leaves = {}
     for name, (_, node) in zip(names, flat, strict=True):
         value = unbox(node)
@@ -144,14 +144,14 @@ def _opened_tree(tree: Any) -> tuple[Leaves, Put]:
 
 
 def unbox(node: Any) -> Any:
-    """What a box holds; any other node itself."""
+    """Return the value in a box; any other node unchanged."""
     if isinstance(node, collections.meta.AxisMetadata):
         return collections.unbox_tree(node)
     return node.get_value() if isinstance(node, attach.nnx.Variable) else node
 
 
 def rebox(node: Any, value: Any) -> Any:
-    """The box with another value; the value, where there is none."""
+    """Return the box with another value; `value` itself if `node` is not a box."""
     if isinstance(node, collections.meta.AxisMetadata):
         return node.replace_boxed(value)
     return node.replace(value) if isinstance(node, attach.nnx.Variable) else value

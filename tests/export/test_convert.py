@@ -83,7 +83,7 @@ def test_the_same_tree_as_load_fills(tmp_path):
     """gemma's shared As side by side, from a PEFT folder: what `load` puts into a model of that rank."""
     name = "gemma-gemma3"
     folder = peft_folder(name, tmp_path / "peft")
-    with pytest.raises(jaxadapt.MismatchError, match=r"has one array where the file has several.*"):
+    with pytest.raises(jaxadapt.MismatchError, match=r"several tensors of the file.*"):
         convert(folder, tmp_path / "x.safetensors", to_keymap="gemma:gemma3", sizes={"h": 6})
     assert not (tmp_path / "x.safetensors").exists()
     with pytest.warns(UserWarning, match="rounded once"):
@@ -155,7 +155,7 @@ def test_another_spelling(tmp_path):
         ({}, "a tree needs its family"),
         ({"to_keymap": "llama"}, "say which dialect"),
         ({"to_keymap": "tunix:qwen3"}, "the size of axis '.'.*--axis .="),
-        ({"to_keymap": "tunix:qwen3", "sizes": {"h": 5}}, "cannot lie on the axes"),
+        ({"to_keymap": "tunix:qwen3", "sizes": {"h": 5}}, "must multiply to"),
         ({"to_keymap": "tunix:qwen3", "dialect": "quix"}, "no dialect is called 'quix'"),
         ({"to_keymap": "bert"}, "say which dialect"),
         ({"to_keymap": "bert", "dialect": "qwix"}, "no line names it"),

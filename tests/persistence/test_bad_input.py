@@ -284,8 +284,8 @@ def test_missing_unexpected_and_misshaped_tensors_stand_in_one_error(good):
 
 def test_a_target_that_is_no_model(good):
     for target, says in (
-        (small.LinenNet(), "give the variables"),
-        (jaxadapt.adapt(small.LinenNet(), LORA), "give the variables"),
+        (small.LinenNet(), "pass the variables"),
+        (jaxadapt.adapt(small.LinenNet(), LORA), "pass the variables"),
         (3, "found int"),
         (None, "found NoneType"),
     ):

@@ -141,11 +141,11 @@ def test_a_call_that_does_not_say_which_tokens_is_refused(tmp_path):
         jaxadapt.merge(nnx.to_pure_dict(base), adapter)
     with pytest.raises(jaxadapt.ConfigError, match="alora_invocation_tokens"):
         jaxadapt.combine([adapter], [1.0])
-    refused = pytest.raises(jaxadapt.AttachError, match="expected token ids or a mask")
+    refused = pytest.raises(jaxadapt.AttachError, match="expected token ids or a boolean mask")
     with refused, jaxadapt.models.invoke(tree, IDS * 1.0):
         pass
     jaxadapt.activate(tree)
-    refused = pytest.raises(jaxadapt.AttachError, match="none of the active adapters is an aLoRA")
+    refused = pytest.raises(jaxadapt.AttachError, match="no active adapter is an aLoRA")
     with refused, jaxadapt.models.invoke(tree, IDS):
         pass
 

@@ -1,6 +1,6 @@
-"""A tree for a file's tensors where no model is at hand: which leaves of a family they adapt, and of what shapes.
+"""Paths and shapes of a foreign tree for a file's tensors, without a model: the base leaves that the file adapts.
 
-The inverse of a table: from PyTorch's module names to the base leaves. Pure: names and shapes only.
+The inverse of a keymap: from PyTorch's module names to the base leaves. Uses only names and shapes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class AdaptedLeaf:
-    """One base leaf that a file adapts: its site, and the entries of its braced axes, `{module: {axis: text}}`."""
+    """One base leaf that a file adapts: its match, and the names of its braced axes, `{module: {axis: text}}`."""
 
     site: Match
     modules: Mapping[str, Mapping[str, str]]
@@ -32,44 +32,44 @@ class AdaptedLeaf:
 def find_adapted_leaves(
     keymap: KeyMap, modules: Mapping[str, tuple[Shape, Shape]], leaves: Mapping[str, Shape] | None = None
 ) -> tuple[AdaptedLeaf, ...]:
-    """The base leaves of a family that these PyTorch modules lie in.
+    """Return the base leaves of a family that hold the weights of these PyTorch modules.
 
     Args:
         modules: `{module: (shape of A, shape of B)}` in the file.
-        leaves: the base leaves that there are, `{leaf: shape}`, where that is known: it settles which of several lines
-            is meant.
+        leaves: the base leaves of the target, `{leaf: shape}`, if known. They decide between entries that match the
+            same module.
 
-    Raises one `KeyMapError` with every module that no line names, or several do.
+    Raises one `KeyMapError` with every module that no entry, or several entries, match.
     """
-    found: dict[str, dict[str, Mapping[str, str]]] = {}
+    modules_of: dict[str, dict[str, Mapping[str, str]]] = {}
     for module in modules:
         for w in keymap.weights:
             texts = w.match_key(f"{module}.weight") if w.kind == "linear" else None
-            if texts is not None and _there(keymap, w, texts, leaves):
-                found.setdefault(w.fill_leaf(texts), {})[module] = texts
-    # The parts of a fused leaf have one size: so a line for q, k and v in one is not meant where they differ.
-    for leaf, mine in list(found.items()):
-        if len({(modules[m][0][1], modules[m][1][0]) for m in mine}) > 1:
-            del found[leaf]
+            if texts is not None and _weight_exists(keymap, w, texts, leaves):
+                modules_of.setdefault(w.fill_leaf(texts), {})[module] = texts
+    # The parts of a fused leaf have one size, so an entry that fuses q, k and v is wrong if their shapes differ.
+    for leaf, axis_names in list(modules_of.items()):
+        if len({(modules[m][0][1], modules[m][1][0]) for m in axis_names}) > 1:
+            del modules_of[leaf]
     problems: list[str] = []
     for module in modules:
-        hits = [leaf for leaf, mine in found.items() if module in mine]
+        hits = [leaf for leaf, axis_names in modules_of.items() if module in axis_names]
         if len(hits) != 1:
-            problems.append(f"{module}: fits {', '.join(hits)}" if hits else f"{module}: no line names it")
+            problems.append(f"{module}: matches {', '.join(hits)}" if hits else f"{module}: no entry matches")
     if problems:
         raise KeyMapError(
-            f"the table {keymap.name!r} does not settle where these modules lie:\n"
+            f"the keymap {keymap.name!r} does not map each of these modules to one base leaf:\n"
             + paths.bullets(problems)
-            + "\nA file of the target's shapes does (--like), where several leaves are named"
+            + "\nIf several leaves match, pass a file of the target's shapes (--like)"
         )
-    sites = {leaf: keymap.match(leaf) for leaf in found}
-    return tuple(AdaptedLeaf(site, found[leaf]) for leaf, site in sites.items() if site is not None)
+    matches = {leaf: keymap.match(leaf) for leaf in modules_of}
+    return tuple(AdaptedLeaf(match, modules_of[leaf]) for leaf, match in matches.items() if match is not None)
 
 
-def _there(keymap: KeyMap, w: Weight, texts: Mapping[str, str], leaves: Mapping[str, Shape] | None) -> bool:
-    """Whether a line has such a weight: among these leaves, or of as many layers as the table says."""
+def _weight_exists(keymap: KeyMap, w: Weight, texts: Mapping[str, str], leaves: Mapping[str, Shape] | None) -> bool:
+    """Return True if an entry's weight exists: in `leaves`, or among the layers that the keymap counts."""
     if not leaves:
-        limits = {line.layers: n for leaf, n in keymap.counts for line in keymap.weights if line.leaf == leaf}
+        limits = {entry.layers: n for leaf, n in keymap.counts for entry in keymap.weights if entry.leaf == leaf}
         return "l" not in texts or w.model_number("l", texts["l"]) < limits.get(w.layers, math.inf)
     shape = leaves.get(w.fill_leaf(texts))
     sizes = dict(zip(w.left, shape or (), strict=False))
@@ -86,78 +86,86 @@ def blank_arrays(
     base: Shape | None,
     sizes: Mapping[str, int],
 ) -> dict[str, Shape]:
-    """`{path: shape}` of the two arrays of a base leaf, in the first layout of its line.
+    """Return `{path: shape}` of the two arrays of a base leaf, in the first layout of its entry.
 
     Args:
         shapes: `{module: (shape of A, shape of B)}` in the file.
-        base: the shape of the base leaf, where it is known.
-        sizes: else those of axes that the file does not tell apart, by name.
+        base: the shape of the base leaf, if known.
+        sizes: `{axis: size}` of axes that the file has flattened into one, if `base` is not known.
 
-    Raises `KeyMapError` where a size is missing, or does not fit.
+    Raises `KeyMapError` if a size is missing or contradicts the file.
     """
-    site, weight = adapted.site, adapted.site.weight
-    found = dialect.paths(site.leaf)
-    if found is None:
-        raise KeyMapError(f"{dialect.name} has no place for the LoRA of {site.leaf!r}")
-    path_a, path_b, pair = found
+    weight = adapted.site.weight
+    lora_paths = dialect.paths(adapted.site.leaf)
+    if lora_paths is None:
+        raise KeyMapError(f"cannot store the LoRA of {adapted.site.leaf!r}: {dialect.name} has no path for it")
+    path_a, path_b, pair = lora_paths
     choices = layouts(pair, weight, dialect.shares)
     if dialect.per_head and per_head.head_axes(weight):
         *rest, last = weight.left
         choices = [] if weight.stack else [((*((axis,) for axis in rest), (RANK,)), ((RANK,), (last,)))]
     if not choices:
-        raise KeyMapError(f"{dialect.name} has no layout for {site.leaf!r} ({weight.pattern!r})")
-    if EXPERTS in weight.left:  # with a pair for each there is room for any file
+        raise KeyMapError(
+            f"cannot store the LoRA of {adapted.site.leaf!r}: {dialect.name} has no layout for {weight.pattern!r}"
+        )
+    if EXPERTS in weight.left:  # arrays with an expert axis can hold any file
         choices = [both for both in choices if all((EXPERTS,) in dims for dims in both)] or choices
     a, b = next(iter(shapes[m] for m in adapted.modules))
     totals = {weight.roles["in"]: a[1], weight.roles["out"]: b[0]}
-    known = dict(plan.axis_sizes(site, base)) if base is not None else _sizes(adapted, totals, sizes)
+    known = dict(plan.axis_sizes(adapted.site, base)) if base is not None else _infer_sizes(adapted, totals, sizes)
     known[RANK] = rank
-    # (Flattened in another order than PyTorch's, single sizes are needed; that is found out when the tree is filled.)
-    whole = {frozenset(axes): size for axes, size in totals.items()}
+    # If axes are flattened in another order than in PyTorch, filling the tree needs their sizes and raises an error.
+    flat_sizes = {frozenset(axes): size for axes, size in totals.items()}
     out: dict[str, Shape] = {}
     for path, dims in zip((path_a, path_b), choices[0], strict=True):
         shape: list[int] = []
         for dim in dims:
-            open_ = [n for n in dim if n not in known]
-            if open_ and frozenset(dim) not in whole:
+            unknown = [n for n in dim if n not in known]
+            if unknown and frozenset(dim) not in flat_sizes:
                 raise KeyMapError(
-                    f"{path}: the size of axis {open_[0]!r} of {weight.pattern!r} does not follow from the file; give"
-                    f" it (--axis {open_[0]}=…), or a file of the target's shapes (--like)"
+                    f"{path}: the size of axis {unknown[0]!r} of {weight.pattern!r} does not follow from the file; pass"
+                    f" it (--axis {unknown[0]}=…), or a file of the target's shapes (--like)"
                 )
-            shape.append(whole[frozenset(dim)] if open_ else math.prod(known[n] for n in dim))
+            shape.append(flat_sizes[frozenset(dim)] if unknown else math.prod(known[n] for n in dim))
         out[path] = tuple(shape)
     return out
 
 
-def _sizes(adapted: AdaptedLeaf, totals: Mapping[tuple[str, ...], int], sizes: Mapping[str, int]) -> dict[str, int]:
+def _infer_sizes(
+    adapted: AdaptedLeaf, totals: Mapping[tuple[str, ...], int], sizes: Mapping[str, int]
+) -> dict[str, int]:
     weight = adapted.site.weight
     known = {axis: len(weight.names(axis) or ()) for axis in weight.roles["fused"]}
     for axis in (*weight.roles["stack"], *(axis for axis in weight.left if axis == EXPERTS)):
         known[axis] = 1 + max(weight.model_number(axis, texts[axis.strip("{}")]) for texts in adapted.modules.values())
     given = hinted_sizes(weight, sizes)
     for axes, total in totals.items():
-        mine = {n: given[n] for n in axes if n in given}
-        open_ = [n for n in axes if n not in mine]
-        rest = math.prod(mine.values())
-        if total % rest or (not open_ and total != rest):
+        axis_sizes = {n: given[n] for n in axes if n in given}
+        unknown = [n for n in axes if n not in axis_sizes]
+        rest = math.prod(axis_sizes.values())
+        if total % rest or (not unknown and total != rest):
             raise KeyMapError(
-                f"{adapted.site.leaf!r}: {total} numbers cannot lie on the axes {' '.join(axes)} with {mine}"
+                f"{adapted.site.leaf!r}: the axes {' '.join(axes)} must multiply to {total}, which"
+                f" contradicts {axis_sizes}"
             )
-        if len(open_) == 1:
-            mine[open_[0]] = total // rest
-        known |= mine
+        if len(unknown) == 1:
+            axis_sizes[unknown[0]] = total // rest
+        known |= axis_sizes
     return known
 
 
 def respell_modules(source: KeyMap, target: KeyMap, modules: Sequence[str]) -> dict[str, str]:
-    """`{module: what it is called by another spelling of the same table}`."""
+    """Return `{module: its name in another spelling of the same keymap}`."""
     names: dict[str, str] = {}
     for module in modules:
-        for ours, theirs in zip(source.weights, target.weights, strict=False):
-            texts = ours.match_key(f"{module}.weight") if ours.leaf == theirs.leaf else None
+        for entry, target_entry in zip(source.weights, target.weights, strict=False):
+            texts = entry.match_key(f"{module}.weight") if entry.leaf == target_entry.leaf else None
             if texts is not None:
-                names[module] = theirs.fill_key(texts).removesuffix(".weight")
+                names[module] = target_entry.fill_key(texts).removesuffix(".weight")
                 break
         else:
-            raise KeyMapError(f"{module}: no line of {source.name!r} names it, or {target.name!r} is another family")
+            raise KeyMapError(
+                f"cannot rename the module {module}: no entry of {source.name!r} matches it, or"
+                f" {target.name!r} is another family"
+            )
     return names

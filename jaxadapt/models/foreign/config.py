@@ -1,4 +1,4 @@
-"""The configuration of another library's LoRA: what its tree tells, and what only its user knows."""
+"""Configuration of a foreign tree's LoRA: inferred from the tree, completed with the user's values."""
 
 from __future__ import annotations
 
@@ -19,37 +19,42 @@ _DEFAULT = LoraConfig()
 
 
 def missing_alpha(dialect: Dialect, call: str) -> ConfigError:
-    """The error for a missing scale, with a line to copy. `call` is the user's own: "save(tree, path"."""
+    """Return the error for a missing scale, with a call to copy. `call` is the user's call: "save(tree, path"."""
     return ConfigError(
-        f"{dialect.name} scales by alpha/r and stores no alpha in its tree: pass {dialect.scale}, as in\n"
+        f"the alpha of this tree is unknown: {dialect.name} scales by alpha/r and stores no alpha. Pass"
+        f" {dialect.scale}, as in\n"
         f"  jaxadapt.{call}, lora_alpha=16)"
     )
 
 
 def resolve_alpha(config: Config | None, lora_alpha: float | None) -> float | None:
-    """The alpha that somebody says, beside a configuration or in it; `ConfigError` where the two differ."""
-    held = None if config is None else config.get("lora_alpha")
-    held = None if held == _DEFAULT.lora_alpha else held
-    if lora_alpha is not None and held not in (None, lora_alpha):
-        raise ConfigError(f"lora_alpha={lora_alpha} is passed, and the configuration says {held}; say one of them")
-    return held if lora_alpha is None else lora_alpha
+    """Return the alpha passed in `lora_alpha` or in a configuration; raise `ConfigError` if the two differ."""
+    from_config = None if config is None else config.get("lora_alpha")
+    from_config = None if from_config == _DEFAULT.lora_alpha else from_config
+    if lora_alpha is not None and from_config not in (None, lora_alpha):
+        raise ConfigError(
+            f"lora_alpha={lora_alpha} contradicts lora_alpha={from_config} of the configuration; pass one of them"
+        )
+    return from_config if lora_alpha is None else lora_alpha
 
 
 def infer_config(
-    guests: ForeignSites, config: Config | None = None, lora_alpha: float | None = None, call: str = "save(tree, path"
+    sites: ForeignSites, config: Config | None = None, lora_alpha: float | None = None, call: str = "save(tree, path"
 ) -> LoraConfig:
-    """The configuration that a tree's LoRA leaves have, completed by what the caller says.
+    """Return the configuration of a tree's LoRA leaves, completed with the caller's values.
 
     Args:
-        config: everything a tree cannot tell (task type, dropout, …). What is left at PEFT's default in it (r=8,
-            lora_alpha=8, target_modules=None) counts as not said, wherever the tree or the dialect says it.
-        lora_alpha: the alpha alone.
+        config: fields that the tree does not show (task type, dropout, …). Fields at PEFT's default (r=8,
+            lora_alpha=8, target_modules=None) count as unset if the tree or the dialect defines them.
+        lora_alpha: only the alpha, instead of `config`.
 
-    Raises `ConfigError` if no alpha is known, or what is said contradicts the tree.
+    Raises `ConfigError` if the alpha is unknown, or `config` or `lora_alpha` contradicts the tree.
     """
     if config is not None and not isinstance(config, LoraConfig):
-        raise ConfigError(f"{guests.dialect.name} trains LoRA; expected a LoraConfig, found {type(config).__name__}")
-    dialect, stored = guests.dialect, guests.alphas
+        raise ConfigError(
+            f"expected a LoraConfig, because {sites.dialect.name} trains LoRA, found {type(config).__name__}"
+        )
+    dialect, stored = sites.dialect, sites.alphas
     problems: list[str] = []
     given = resolve_alpha(config, lora_alpha)
     if not stored and config is None and lora_alpha is None:
@@ -61,111 +66,119 @@ def infer_config(
         problems.append(f"alora_invocation_tokens, but {dialect.name} adapts every token")
     asked = [n for n in ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias") if config.get(n)]
     asked += [n for n, unset in (("bias", "none"), ("kasa_config", None)) if config.get(n) != unset]
-    problems += [f"{name}={config.get(name)!r}, which {dialect.name} has no tensors for" for name in asked]
+    problems += [f"{name}={config.get(name)!r}, but {dialect.name} has no tensors for it" for name in asked]
     if config.rank_pattern or config.r != _DEFAULT.r:
-        problems += _contradictions("rank", guests.ranks, config.rank_pattern, config.r)
+        problems += _contradictions("rank", sites.ranks, config.rank_pattern, config.r)
     else:
-        rank, pattern = _patterned(guests.ranks)
+        rank, pattern = _factor_patterns(sites.ranks)
         config = config.replace(r=rank, rank_pattern=pattern)
-        problems += _contradictions("rank", guests.ranks, pattern, rank)
+        problems += _contradictions("rank", sites.ranks, pattern, rank)
     if not stored:
         config = config.replace(lora_alpha=_DEFAULT.lora_alpha if given is None else given)
     else:
         if given is not None or config.alpha_pattern:
             default = config.lora_alpha if given is None else given
-            found = _contradictions("lora_alpha", stored, config.alpha_pattern, default)
+            differences = _contradictions("lora_alpha", stored, config.alpha_pattern, default)
             why = "does not scale, so that lora_alpha equals the rank" if dialect.unscaled else "stores its alpha"
-            problems += [f"{problem} ({dialect.name} {why}; leave it out)" for problem in found]
-        alpha, pattern = _patterned(stored)
+            problems += [f"{problem} ({dialect.name} {why}; leave it out)" for problem in differences]
+        alpha, pattern = _factor_patterns(stored)
         config = config.replace(lora_alpha=alpha, alpha_pattern=pattern)
         problems += _contradictions("lora_alpha", stored, pattern, alpha)
-    config, more = _targeted(guests, config)
-    if problems or more:
+    config, target_problems = _complete_targets(sites, config)
+    if problems or target_problems:
         raise ConfigError(
-            f"the configuration and the {dialect.name} tree contradict each other:\n" + paths.bullets(problems + more)
+            f"the configuration and the {dialect.name} tree contradict each other:\n"
+            + paths.bullets(problems + target_problems)
         )
     methods.get_method(config)
     return config
 
 
-def _patterned(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The value that most modules have, and a pattern for each other one."""
+def _factor_patterns(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return the most common value, and a pattern for each other value."""
     counts = collections.Counter(values.values())
-    most = max(counts, key=lambda value: (counts[value], value))
+    most_common = max(counts, key=lambda value: (counts[value], value))
     patterns: dict[str, Any] = {}
     for value in counts:
-        if value != most:
-            mine = sorted(m for m, v in values.items() if v == value)
+        if value != most_common:
+            modules = sorted(m for m, v in values.items() if v == value)
             others = [m for m, v in values.items() if v != value]
-            patterns |= dict.fromkeys(matching.shortest_suffixes(mine, others), value)
-    return most, dict(sorted(patterns.items()))
+            patterns |= dict.fromkeys(matching.shortest_suffixes(modules, others), value)
+    return most_common, dict(sorted(patterns.items()))
 
 
-def _contradictions(what: str, values: Mapping[str, Any], patterns: Mapping[str, Any], default: Any) -> list[str]:
+def _contradictions(field: str, values: Mapping[str, Any], patterns: Mapping[str, Any], default: Any) -> list[str]:
     if not isinstance(patterns, FrozenDict):
-        patterns = FrozenDict(patterns)  # names are looked up in it, not tried one by one
+        patterns = FrozenDict(patterns)  # its lookups do not try every pattern
     return [
-        f"{module}: {what} {found:g} in the tree, {want:g} in the configuration"
+        f"{module}: {field} {found:g} in the tree, {want:g} in the configuration"
         for module, found in values.items()
         if (want := matching.pattern_value(patterns, module, default)) != found
     ]
 
 
-def _targeted(guests: ForeignSites, config: LoraConfig) -> tuple[LoraConfig, list[str]]:
-    """The configuration with its target_modules, and what is wrong with those it has."""
-    mine = list(guests.ranks)
-    config = with_layout(config, guests.keymap, [guest.match for guest in guests.sites])
+def _complete_targets(sites: ForeignSites, config: LoraConfig) -> tuple[LoraConfig, list[str]]:
+    """Return the configuration with target_modules, and the problems of the target_modules passed in it."""
+    adapted = list(sites.ranks)
+    config = with_layout(config, sites.keymap, [guest.match for guest in sites.sites])
     if config.target_modules is None or matching.is_all_linear(config):
-        others = guests.modules - set(mine)
-        # Without the base nobody knows which other modules a short name would mean as well.
-        names = matching.shortest_suffixes(sorted(mine), others) if guests.modules else sorted(mine)
+        others = sites.modules - set(adapted)
+        # Without the base, a short name might also match other modules.
+        names = matching.shortest_suffixes(sorted(adapted), others) if sites.modules else sorted(adapted)
         return config.replace(target_modules=names), []
-    unnamed = [m for m in mine if not matching.matches(config, m)]
-    left_out = [f"{m}: adapted in the tree, not named by target_modules" for m in unnamed]
+    unnamed = [m for m in adapted if not matching.matches(config, m)]
+    left_out = [f"{m}: adapted in the tree, but not in target_modules" for m in unnamed]
     empty = [
-        f"{m}: named by target_modules, without LoRA leaves in the tree"
-        for m in sorted(guests.modules - set(mine))
+        f"{m}: in target_modules, but has no LoRA leaves in the tree"
+        for m in sorted(sites.modules - set(adapted))
         if matching.matches(config, m)
     ]
     return config, left_out + empty
 
 
-def scale_ratios(guests: ForeignSites, config: Config, lora_alpha: float | None, call: str) -> dict[str, float]:
-    """`{module: a file's scale over the tree's own}`, of the tree's modules that the file's configuration targets.
+def scale_ratios(sites: ForeignSites, config: Config, lora_alpha: float | None, call: str) -> dict[str, float]:
+    """Return `{module: the file's scale / the tree's scale}` of the tree's modules that the file adapts.
 
-    Raises `ConfigError` where the tree's scale is not known.
+    Raises `ConfigError` if the tree's scale is unknown.
     """
-    dialect = guests.dialect
+    dialect = sites.dialect
     if not isinstance(config, LoraConfig):
-        raise ConfigError(f"a {config.peft_type} adapter cannot go into {dialect.name} leaves, which are LoRA")
+        raise ConfigError(f"cannot store a {config.peft_type} adapter in {dialect.name} leaves: they hold only LoRA")
     methods.get_method(config)
-    more = [name for name in ("use_dora", "lora_bias", "modules_to_save") if config.get(name)]
-    more += [] if config.bias == "none" else ["bias"]
-    if more:
-        raise ConfigError(f"{dialect.name} leaves hold A and B alone, and this adapter has {', '.join(more)} too")
+    unsupported = [name for name in ("use_dora", "lora_bias", "modules_to_save") if config.get(name)]
+    unsupported += [] if config.bias == "none" else ["bias"]
+    if unsupported:
+        raise ConfigError(
+            f"cannot store this adapter in {dialect.name} leaves: they hold only A and B, and it has"
+            f" {', '.join(unsupported)}"
+        )
     if config.alora_invocation_tokens:
         raise ConfigError(
-            "alora_invocation_tokens: this adapter leaves the tokens before them as they are, and"
+            f"cannot store this adapter in {dialect.name} leaves: alora_invocation_tokens limits it to some tokens, and"
             f" {dialect.name} adapts every token"
         )
-    stored = guests.alphas
-    off = sorted({alpha for alpha in stored.values() if lora_alpha not in (None, alpha)})
-    if off:
+    stored = sites.alphas
+    contradicting = sorted({alpha for alpha in stored.values() if lora_alpha not in (None, alpha)})
+    if contradicting:
         why = "does not scale, so that it equals the rank" if dialect.unscaled else "stores its own"
-        raise ConfigError(f"lora_alpha={lora_alpha}: {dialect.name} {why}, {off}; leave it out")
+        raise ConfigError(
+            f"lora_alpha={lora_alpha} contradicts the tree: {dialect.name} {why}, {contradicting}; leave it out"
+        )
     if not stored and lora_alpha is None:
         r, alpha = config.r, config.lora_alpha
-        raise ConfigError(f"{missing_alpha(dialect, call)}\n(The file says lora_alpha={alpha:g}, r={r}.)")
+        raise ConfigError(f"{missing_alpha(dialect, call)}\n(The file has lora_alpha={alpha:g}, r={r}.)")
     if not all(stored.values()) or lora_alpha == 0:
-        raise ConfigError(f"lora_alpha=0: {dialect.name} leaves that count for nothing can hold no adapter")
+        raise ConfigError(
+            f"cannot store an adapter in {dialect.name} leaves with lora_alpha=0, which multiplies them by 0"
+        )
     out: dict[str, float] = {}
-    for module, rank in guests.ranks.items():
+    for module, rank in sites.ranks.items():
         if matching.matches(config, module):
             ratio = methods.lora_scale(config, module) / (stored.get(module, lora_alpha or 0.0) / rank)
-            out[module] = 1.0 if abs(ratio - 1) < 2**-23 else ratio  # no float32 tells them apart
+            out[module] = 1.0 if abs(ratio - 1) < 2**-23 else ratio  # equal in float32
     return out
 
 
 def first_inexact(ratios: Mapping[str, float]) -> float | None:
-    """The first factor that is no power of two, so that multiplying by it rounds; None if all are exact."""
+    """Return the first ratio that is not a power of two, so that multiplication rounds; None if there is none."""
     return next((f for f in ratios.values() if math.frexp(f)[0] != 0.5), None)

@@ -1,10 +1,9 @@
-"""How another library names and shapes its LoRA leaves: one `Pair` line a kind of site.
+"""The names and shapes of another library's LoRA leaves: one `Pair` for each kind of site.
 
-A line says where the two arrays of a site lie, which base leaf they belong to, and which of the base weight's
-axes each array has. What those axes are called in PyTorch is the family's business (`keymap.py`): so a dialect
-and a family compose, without a table for each pair of them.
+A pair gives the paths of the two arrays of a site, their base leaf, and the axes of the base weight in each array. The
+family's keymap gives PyTorch's names of those axes. So dialects and families combine freely.
 
-Pure: strings and shapes only.
+Uses only strings and shapes.
 """
 
 from __future__ import annotations
@@ -18,17 +17,19 @@ from jaxadapt.core.errors import KeyMapError
 from jaxadapt.keymaps.weight import Weight
 
 RANK = "~r"
-"""The rank's axis. (Marked as `plan` marks a method's own axes: a base weight may have an axis "r" as well.)"""
+"""The name of the rank's axis. "~" marks a method's own axes, as in `plan`: a base weight may have an axis "r"."""
 
 _HOLES = {"module": r"(?:(?P<module>.+)\.)?", "leaf": r"(?P<leaf>.+)", "name": r"(?P<name>[^\W\d][^.]*)"}
 _LIKE = re.compile(r"(^|[._])lora([._]|$)|\.LoraWeight\.[ab]$", re.IGNORECASE)
 
 Dims = tuple[tuple[str, ...], ...]
-"""The axes of one array, each a group of base axes that the dialect keeps flattened into one."""
+"""The axes of one array, each a group of base axes that the dialect flattens into one."""
 
 
 def is_like(path: str) -> bool:
-    """Whether a path looks like a LoRA leaf's, so that no dialect may pass it over.
+    """Return True if a path looks like that of a LoRA leaf.
+
+    A dialect must claim every such path of a tree.
 
     >>> [is_like(p) for p in ("q.kernel_lora_a", "q.lora.b", "q.lora_magnitude", "explorable.w")]
     [True, True, True, False]
@@ -38,7 +39,7 @@ def is_like(path: str) -> bool:
 
 @functools.cache
 def _regex(pattern: str) -> re.Pattern[str]:
-    """`{module}.` stands for any path, or none; `{leaf}` for any path; `{name}` for one segment, no number."""
+    """Compile a pattern; `{module}.` is a path or none, `{leaf}` any path, `{name}` a segment that is not a number."""
     pieces = re.split(r"(\{module\}\.|\{leaf\}|\{name\})", pattern)
     return re.compile("".join(_HOLES[p.strip("{}.")] if p.startswith("{") else re.escape(p) for p in pieces))
 
@@ -50,16 +51,15 @@ def _fill(pattern: str, holes: Mapping[str, str | None]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """One line: a site's two arrays and the base leaf they adapt.
+    """The two arrays of a kind of site, and the base leaf they adapt.
 
     Args:
-        a, b: paths of the input side (…, r) and the output side (r, …).
-        leaf: the base leaf, as a family's table calls it.
-        layouts: what the two may look like, told apart by their shapes. A layout is words with spaces: "r"; "in",
-            "out", "batch" (the base weight's axes of that role, in the leaf's own order), "ins" and "outs" (the same
-            with the batch axes among them), "first" and "last" (its last two axes, whatever their role). A word in
-            parentheses stands for its axes flattened into one. Stacked layers keep the position they have in the
-            base weight.
+        a, b: path patterns of the input side (…, r) and the output side (r, …).
+        leaf: path pattern of the base leaf, by the family's keymap.
+        layouts: the possible layouts of the two arrays, distinguished by their shapes. A layout consists of words:
+            "r"; "in", "out", "batch" (the base weight's axes of that role, in the leaf's order), "ins" and "outs" (the
+            same, batch axes included), "first" and "last" (the last two axes, of any role). Parentheses around a word
+            flatten its axes into one. Axes of stacked layers keep their position in the base weight.
 
     >>> Pair("{leaf}_lora_a", "{leaf}_lora_b", "{leaf}").match("q.kernel_lora_a")
     ('q.kernel_lora_b', 'q.kernel')
@@ -71,31 +71,31 @@ class Pair:
     layouts: tuple[tuple[str, str], ...] = (("in r", "r out"),)
 
     def match(self, path: str) -> tuple[str, str] | None:
-        """Of a path that is this line's `a`: the path of its `b`, and the base leaf."""
-        found = _regex(self.a).fullmatch(path)
-        return found and (_fill(self.b, found.groupdict()), _fill(self.leaf, found.groupdict()))
+        """Return the path of `b` and the base leaf, if `path` matches `a`; else None."""
+        holes = _regex(self.a).fullmatch(path)
+        return holes and (_fill(self.b, holes.groupdict()), _fill(self.leaf, holes.groupdict()))
 
     def paths(self, leaf: str) -> tuple[str, str] | None:
-        """The paths of `a` and `b` at a base leaf, None if this line is not for it."""
-        found = _regex(self.leaf).fullmatch(leaf)
-        return found and (_fill(self.a, found.groupdict()), _fill(self.b, found.groupdict()))
+        """Return the paths of `a` and `b` of a base leaf; None if the leaf does not match."""
+        holes = _regex(self.leaf).fullmatch(leaf)
+        return holes and (_fill(self.a, holes.groupdict()), _fill(self.b, holes.groupdict()))
 
 
 @dataclasses.dataclass(frozen=True)
 class Dialect:
-    """A table of `Pair` lines, and what the library says, or leaves out, of the scale.
+    """The convention of a library for its LoRA leaves: a table of `Pair`s, and how it stores the scale.
 
     Args:
-        name: what messages call it.
-        pairs: the lines; of several that fit a path the first counts.
-        unscaled: it computes W·x + B·A·x: lora_alpha equals the rank, and there is nothing to ask.
-        scale: what it calls its alpha, for the message that asks for it.
-        shares: braced axes (fused parts, experts) may be missing from one of the arrays, which all share.
-        moved: base leaves that lie elsewhere in its trees: `(where, the family's name)`.
-        slots: what lies beside `a` where the arrays hold several adapters, on an axis before the weight's own: the
-            rank that each slot uses, and its scale.
-        heads: B has the weight's last axis alone, and A the others: what heads have in common is in B (`heads.py`).
-        proved: against the library itself, or trees recorded from it.
+        name: its name in messages.
+        pairs: the pairs; the first one that matches a path is used.
+        unscaled: True if the library computes W·x + B·A·x, so that lora_alpha equals the rank.
+        scale: the library's name of alpha, for the error that asks for it.
+        shares: True if one of the arrays may lack braced axes (fused parts, experts), which then share it.
+        moved: base leaves with another path in its trees, `(pattern, the family's path)`.
+        slots: names of two arrays beside `a`, if the arrays hold several adapters on a leading axis: the rank that
+            each slot uses, and its scale.
+        per_head: B is shared by all heads (r, last axis); A has one matrix per head (`per_head.py`).
+        proved: True if tested against the library, or against trees recorded from it.
 
     >>> Dialect("d", (Pair("{leaf}_a", "{leaf}_b", "{leaf}"),)).claim({"q.w_a", "q.w_b", "q.w"})
     {'q.w': [('q.w_a', 'q.w_b', 0)]}
@@ -112,53 +112,53 @@ class Dialect:
     proved: bool = True
 
     def claim(self, paths: Collection[str]) -> dict[str, list[tuple[str, str, int]]]:
-        """`{base leaf: [(path of a, path of b, line)]}` of the arrays that lie where this dialect has them."""
+        """Return `{base leaf: [(path of a, path of b, number of the pair)]}` of the arrays of this dialect."""
         out: dict[str, list[tuple[str, str, int]]] = {}
         for path in paths:
             for number, pair in enumerate(self.pairs):
-                found = pair.match(path)
-                if found and found[0] in paths:
-                    out.setdefault(found[1], []).append((path, found[0], number))
+                partner, leaf = pair.match(path) or (None, "")
+                if partner is not None and partner in paths:
+                    out.setdefault(leaf, []).append((path, partner, number))
                     break
         return out
 
     def owned(self, paths: Collection[str]) -> set[str]:
-        """The paths of all arrays that are this dialect's."""
+        """Return the paths of all arrays of this dialect."""
         pairs = [pair for pairs in self.claim(paths).values() for pair in pairs]
         return {path for a, b, _ in pairs for path in (a, b, *(p for p in self.slot_paths(a) if p in paths))}
 
     def slot_paths(self, a: str) -> tuple[str, ...]:
-        """Where the ranks and scales of the slots of an A lie; nowhere, without slots."""
+        """Return the paths of the ranks and scales of the slots of an A; () without slots."""
         return tuple(a.rpartition(".")[0] + "." + name for name in self.slots or ())
 
     def base(self, path: str) -> str:
-        """A base leaf's path under the family's own name.
+        """Return the family's path of a base leaf.
 
         >>> Dialect("d", (), moved=(("{module}.base_module.{leaf}", "{module}.{leaf}"),)).base("q.base_module.w")
         'q.w'
         """
-        for where, name in self.moved:
-            found = _regex(where).fullmatch(path)
-            if found:
-                return self.base(_fill(name, found.groupdict()))
+        for pattern, name in self.moved:
+            holes = _regex(pattern).fullmatch(path)
+            if holes:
+                return self.base(_fill(name, holes.groupdict()))
         return path
 
     def flattened(self) -> Dialect:
-        """The same with its layouts the other way round: those that flatten come first."""
+        """Return the dialect with its layouts reversed, so that those that flatten come first."""
         pairs = tuple(dataclasses.replace(pair, layouts=pair.layouts[::-1]) for pair in self.pairs)
         return dataclasses.replace(self, pairs=pairs)
 
     def paths(self, leaf: str) -> tuple[str, str, Pair] | None:
-        """Where the arrays of a base leaf would lie, by the line that says most of it."""
+        """Return the paths of a base leaf's arrays and their pair, by the most specific pair; None without a match."""
         for pair in sorted(self.pairs, key=lambda pair: pair.leaf.count("{")):
-            found = pair.paths(leaf)
-            if found:
-                return (*found, pair)
+            lora_paths = pair.paths(leaf)
+            if lora_paths:
+                return (*lora_paths, pair)
         return None
 
 
 def layouts(pair: Pair, weight: Weight, shares: bool) -> list[tuple[Dims, Dims]]:
-    """What the two arrays of a site may look like beside a base weight.
+    """Return the possible axes of the two arrays of a site, given its base weight.
 
     >>> w = Weight("{l}.o", "{l}.o.weight", "n h d -> d (n h)")
     >>> pair = Pair("{leaf}_a", "{leaf}_b", "{leaf}", (("in r", "r out"), ("(in) r", "r (out)")))
@@ -176,12 +176,12 @@ def layouts(pair: Pair, weight: Weight, shares: bool) -> list[tuple[Dims, Dims]]
             named = {n for dim in dims for n in dim} - {RANK}
             batch = named & roles["batch"]
             if named - batch == roles[role] and (batch == roles["batch"] or shares):
-                for axis in stack:  # ascending, so each lands at the base weight's own position
+                for axis in stack:  # ascending, so that each gets its position in the base weight
                     dims.insert(axis, (weight.left[axis],))
                 halves.append(tuple(dims))
         if len(halves) == 2:
-            held = {n for half in halves for dim in half for n in dim}
-            if roles["batch"] <= held and (halves[0], halves[1]) not in out:
+            present = {n for half in halves for dim in half for n in dim}
+            if roles["batch"] <= present and (halves[0], halves[1]) not in out:
                 out.append((halves[0], halves[1]))
     return out
 
@@ -202,6 +202,6 @@ def _dims(text: str, own: Sequence[str], roles: Mapping[str, set[str]]) -> list[
     for word in text.split():
         axes = words.get(word.strip("()"))
         if axes is None:
-            raise KeyMapError(f"the layout {text!r} has the word {word!r}; known are {', '.join(words)}")
+            raise KeyMapError(f"the layout {text!r} has the unknown word {word!r}; known are {', '.join(words)}")
         dims += [tuple(axes)] if word.startswith("(") else [(n,) for n in axes]
     return [dim for dim in dims if dim]

@@ -1,6 +1,6 @@
-"""Trees whose arrays hold several adapters: one of them taken out, and put back.
+"""Slots of trees whose arrays hold several adapters: read one slot, and replace it.
 
-Beside each A lie, slot by slot, the rank in use (what is beyond it is zero) and the scale. Pure: arrays in, arrays out.
+Two arrays beside each A hold the used rank (rows beyond it are zero) and the scale of each slot.
 """
 
 from __future__ import annotations
@@ -23,66 +23,69 @@ Leaves = Mapping[str, Any]
 def slot_arrays(
     dialect: Dialect, leaves: Leaves, slot: int, room: bool = False
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """The arrays of one slot, `{path: array}`, and `{base leaf: alpha}`.
+    """Return the arrays of one slot, `{path: array}`, and `{base leaf: alpha}`.
 
     Args:
-        leaves: of the whole tree, those with the ranks and scales included.
-        room: all the rank that there is, and every module; by default what is in use.
+        leaves: the leaves of the tree, including the ranks and scales.
+        room: return the full rank of every module; by default only the used rank of the adapted modules.
 
-    Raises `MismatchError` if there is no such slot, or nothing in it.
+    Raises `MismatchError` if the slot does not exist or is empty.
     """
     out: dict[str, Any] = {}
     alphas: dict[str, float] = {}
     problems: list[str] = []
     for leaf, ((a, b, _), *_) in dialect.claim(leaves).items():
-        marks = _marks(dialect, a)
-        missing = [path for path in marks if path not in leaves]
-        unread = [p for p in marks if isinstance(leaves.get(p), Tracer | jax.ShapeDtypeStruct)]
+        slot_paths = _slot_paths(dialect, a)
+        missing = [path for path in slot_paths if path not in leaves]
+        unread = [p for p in slot_paths if isinstance(leaves.get(p), Tracer | jax.ShapeDtypeStruct)]
         if missing or unread:
             problems += [f"{path}: missing" for path in missing]
-            problems += [f"{path}: needed as a value, outside jit; found its shape alone" for path in unread]
+            problems += [f"{path}: expected a concrete array (outside jit), found a tracer or spec" for path in unread]
             continue
-        ranks, scales = (np.asarray(leaves[path]) for path in marks)
+        ranks, scales = (np.asarray(leaves[path]) for path in slot_paths)
         axis, count = ranks.ndim - 1, ranks.shape[-1]
         if not isinstance(slot, numbers.Integral) or not 0 <= slot < count:
-            problems.append(f"{marks[0]}: there are slots 0 to {count - 1}, and none is {slot}")
+            problems.append(f"{slot_paths[0]}: expected a slot from 0 to {count - 1}, found {slot}")
             continue
         used, scale = set(ranks[..., slot].flat), set(scales[..., slot].flat)
         if len(used) > 1 or len(scale) > 1:
-            problems.append(f"{leaf}: its layers have the ranks {sorted(used)} and scales {sorted(scale)} in one array")
+            problems.append(
+                f"{leaf}: its stacked layers must have one rank and scale, found the ranks {sorted(used)} and"
+                f" scales {sorted(scale)}"
+            )
             continue
-        at = (*[slice(None)] * axis, slot)
+        index = (*[slice(None)] * axis, slot)
         rank = int(leaves[a].shape[-1] if room else used.pop())
-        whole_a, whole_b = leaves[a][at], leaves[b][at]
-        if rank and _nonzero(whole_a[..., rank:]) and _nonzero(whole_b[..., rank:, :]):
-            problems.append(f"{a}, {b}: they are not zero beyond the rank {rank} that {marks[0]} says")
+        full_a, full_b = leaves[a][index], leaves[b][index]
+        if rank and _nonzero(full_a[..., rank:]) and _nonzero(full_b[..., rank:, :]):
+            problems.append(f"{a}, {b}: expected zeros beyond the rank {rank} of {slot_paths[0]}")
         if rank:
-            out[a], out[b] = whole_a[..., :rank], whole_b[..., :rank, :]
-            alphas[leaf] = _alpha(scale.pop(), rank)
+            out[a], out[b] = full_a[..., :rank], full_b[..., :rank, :]
+            alphas[leaf] = _shortest_alpha(scale.pop(), rank)
     if problems:
-        raise MismatchError(f"slot {slot} of this {dialect.name} tree cannot be used:\n" + paths.bullets(problems))
+        raise MismatchError(f"cannot use slot {slot} of this {dialect.name} tree:\n" + paths.bullets(problems))
     if not out:
-        raise MismatchError(f"slot {slot} of this {dialect.name} tree is empty: its ranks are all 0")
+        raise MismatchError(f"cannot use slot {slot} of this {dialect.name} tree: it is empty, all its ranks are 0")
     return out, alphas
 
 
 def with_slot(
     dialect: Dialect, leaves: Leaves, slot: int, new: Mapping[str, Any], used: Mapping[str, tuple[int, float]]
 ) -> dict[str, Any]:
-    """The whole arrays with one slot replaced, ranks and scales too.
+    """Return the arrays of all slots with one slot replaced, including its ranks and scales.
 
     Args:
-        new: the slot's arrays, with all the rank that there is.
-        used: `{path of A: (the rank in use, the scale)}`.
+        new: the slot's arrays, of the full rank.
+        used: `{path of A: (used rank, scale)}`.
     """
     out: dict[str, Any] = {}
     for pairs in dialect.claim(leaves).values():
         for a, b, _ in pairs[:1]:
-            ranks, scales = _marks(dialect, a)
-            at = (*[slice(None)] * (leaves[ranks].ndim - 1), slot)
+            ranks, scales = _slot_paths(dialect, a)
+            index = (*[slice(None)] * (leaves[ranks].ndim - 1), slot)
             rank, scale = used.get(a, (0, 0.0))
             for path, value in ((a, new[a]), (b, new[b]), (ranks, rank), (scales, scale)):
-                out[path] = _set(leaves[path], at, value)
+                out[path] = _replace_slot(leaves[path], index, value)
     return out
 
 
@@ -90,22 +93,22 @@ def _nonzero(x: Any) -> bool:
     return not isinstance(x, Tracer) and bool(np.any(np.asarray(x)))
 
 
-def _marks(dialect: Dialect, a: str) -> tuple[str, str]:
+def _slot_paths(dialect: Dialect, a: str) -> tuple[str, str]:
     ranks, scales = dialect.slot_paths(a)
     return ranks, scales
 
 
-def _alpha(scale: Any, rank: int) -> float:
-    """The shortest alpha whose alpha/rank is this scale, as far as its dtype tells float32 numbers apart."""
+def _shortest_alpha(scale: Any, rank: int) -> float:
+    """Return the alpha with the fewest decimals whose alpha/rank is this scale in float32; exact for other dtypes."""
     exact = float(scale) * rank
     if scale.dtype != np.float32:
         return exact
     return next(alpha for n in range(18) if np.float32((alpha := round(exact, n)) / rank) == scale or n == 17)
 
 
-def _set(leaf: Any, at: tuple[Any, ...], value: Any) -> Any:
+def _replace_slot(leaf: Any, index: tuple[Any, ...], value: Any) -> Any:
     if isinstance(leaf, jax.Array):
-        return jax.device_put(leaf.at[at].set(value), leaf.sharding)
+        return jax.device_put(leaf.at[index].set(value), leaf.sharding)
     out = np.array(leaf)
-    out[at] = value
+    out[index] = value
     return out

@@ -1,9 +1,9 @@
-"""The LoRA leaves of another library's tree, bound to a family's table: what each array holds, and as which keys.
+"""The LoRA sites of a foreign tree, bound to a family's keymap: the axes and the PEFT keys of each array.
 
-    shapes of a tree ──survey──► Guests ──plan──► {key: array}
-                                        ◄─filling──
+    shapes of a tree ──survey_sites──► ForeignSites ──plan──► {key: array}
+                                                    ◄──fill──
 
-Pure: shapes, and anything with `transpose`, `reshape` and indexing.
+Uses only shapes, and arrays with `transpose`, `reshape` and indexing.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ Array = Any
 
 @dataclasses.dataclass(frozen=True)
 class PackedLayout(FileLayout):
-    """An arrangement in an array that may lie flattened in its tree, or serve several keys.
+    """The layout of an array that may have flattened axes, or may be shared by several keys.
 
-    `packed` is the array's shape there, `shape` with every axis apart. Each of its pieces (over `split`) holds
-    `shared` tensors of the file, neighbours in its order.
+    `packed` is the array's shape in its tree, `shape` its shape with all axes separate. Each subarray (over `split`)
+    stands for `shared` tensors of the file, which are consecutive.
     """
 
     packed: Shape = ()
@@ -54,7 +54,7 @@ class PackedLayout(FileLayout):
 
     @functools.cached_property
     def file_rank(self) -> int:
-        """Its position in the file's tensors."""
+        """The position of the rank's axis in the file's tensors."""
         return self.right.index((RANK,))
 
     @functools.cached_property
@@ -62,19 +62,19 @@ class PackedLayout(FileLayout):
         return {}
 
     def unit(self, rank: int) -> FileLayout:
-        """What turns one key's tensor, of this rank, into its piece of the array."""
-        found = self._units.get(rank)
-        if found is None:
+        """Return the layout that converts one key's tensor of this rank to its subarray."""
+        layout = self._units.get(rank)
+        if layout is None:
             keep = [axis for axis in range(len(self.left)) if axis not in self.split]
             shape = tuple(rank if axis == self.rank else self.shape[axis] for axis in keep)
             left = tuple(self.left[axis] for axis in keep)
-            found = self._units[rank] = FileLayout(shape, left, self.right, (), self.factor, self.sizes)
-        return found
+            layout = self._units[rank] = FileLayout(shape, left, self.right, (), self.factor, self.sizes)
+        return layout
 
 
 @dataclasses.dataclass(frozen=True)
 class FactorArray(plan.PlanEntry):
-    """One array of a site, A or B, its keys, and the PyTorch modules of these."""
+    """One array of a site, A or B, with its keys and their PyTorch modules."""
 
     form: PackedLayout
     modules: tuple[str, ...] = ()
@@ -90,7 +90,7 @@ class FactorArray(plan.PlanEntry):
 
 @dataclasses.dataclass(frozen=True)
 class ForeignSite:
-    """One site of another library: its base leaf, its two arrays, and what is known of the base's sizes."""
+    """One site of a foreign tree: its base leaf, its two arrays, and the known sizes of the base's axes."""
 
     match: Match
     a: FactorArray
@@ -99,7 +99,7 @@ class ForeignSite:
 
     @property
     def base_shape(self) -> Shape | None:
-        """The shape of the base leaf, None where the arrays do not tell it."""
+        """The shape of the base leaf; None if it does not follow from the arrays."""
         sizes = dict(self.sizes)
         left = self.match.weight.left
         return tuple(sizes[n] for n in left) if all(n in sizes for n in left) else None
@@ -107,10 +107,10 @@ class ForeignSite:
 
 @dataclasses.dataclass(frozen=True)
 class ForeignSites:
-    """All LoRA sites of a tree, the dialect and the table they were read by, and the tree's base weights.
+    """All LoRA sites of a foreign tree, with its dialect, keymap and base weights.
 
-    `stored` is the alpha of each base leaf, where the tree has it. `real` is the table in which all experts of a layer
-    have one name, where `keymap` has one for each (`experts.per_expert_keymap`).
+    `stored` is the alpha of each base leaf, if the tree stores it. `real` is the keymap with one name for all experts
+    of a layer, if `keymap` has one for each expert (`experts.per_expert_keymap`).
     """
 
     dialect: Dialect
@@ -123,34 +123,34 @@ class ForeignSites:
     @functools.cached_property
     def leaves(self) -> frozenset[str]:
         """The base leaves that the tree adapts."""
-        return frozenset(guest.match.leaf for guest in self.sites)
+        return frozenset(site.match.leaf for site in self.sites)
 
     @functools.cached_property
     def plan(self) -> plan.Plan:
-        """The bijection of the arrays and the keys of a file (a shared array is in the file once for each sharer)."""
-        return plan.make_plan([half for guest in self.sites for half in (guest.a, guest.b)])
+        """The bijection of arrays and file keys; a shared array has one key for each module that shares it."""
+        return plan.make_plan([half for site in self.sites for half in (site.a, site.b)])
 
     @functools.cached_property
     def ranks(self) -> dict[str, int]:
         """`{module: rank}` of every PyTorch module that the tree adapts."""
-        return {m: guest.a.rank for guest in self.sites for m in guest.a.modules}
+        return {m: site.a.rank for site in self.sites for m in site.a.modules}
 
     @functools.cached_property
     def alphas(self) -> dict[str, float]:
-        """`{module: alpha}` where the dialect or the tree tells it, else nothing."""
+        """`{module: alpha}` if the dialect or the tree defines it, else empty."""
         if self.dialect.unscaled:
             return dict(self.ranks)
-        held = [(guest, self.stored[leaf]) for guest in self.sites if (leaf := guest.match.leaf) in self.stored]
-        return {m: alpha for guest, alpha in held for m in guest.a.modules}
+        alphas = [(site, self.stored[leaf]) for site in self.sites if (leaf := site.match.leaf) in self.stored]
+        return {m: alpha for site, alpha in alphas for m in site.a.modules}
 
     @functools.cached_property
     def modules(self) -> frozenset[str]:
-        """All modules of the base that the table knows, adapted or not; without a base, none."""
+        """All modules of the base in the keymap, adapted or not; empty without a base."""
         out: set[str] = set()
         for leaf, shape in self.base.items():
-            site = self.keymap.match(leaf)
-            if site and len(site.weight.left) == len(shape) and site.weight.key.rpartition(".")[2] == "weight":
-                out |= set(site.modules(plan.axis_sizes(site, shape)).values())
+            match = self.keymap.match(leaf)
+            if match and len(match.weight.left) == len(shape) and match.weight.key.rpartition(".")[2] == "weight":
+                out |= set(match.modules(plan.axis_sizes(match, shape)).values())
         return frozenset(out)
 
 
@@ -162,40 +162,40 @@ def survey_sites(
     stored: Mapping[str, float] | None = None,
     sizes: Mapping[str, int] | None = None,
 ) -> ForeignSites:
-    """Bind the LoRA arrays of a tree, `{path: shape}`, to a family's table.
+    """Bind the LoRA arrays of a tree, `{path: shape}`, to a family's keymap.
 
     Args:
-        base: `{the family's name of a base leaf: shape}`; may be empty, where only the LoRA leaves are at hand.
-        stored: `{base leaf: alpha}` where the tree has it.
-        sizes: of axes, by the letters of the table's lines, where the base is not at hand.
+        base: `{the family's path of a base leaf: shape}`; empty if the tree has only LoRA leaves.
+        stored: `{base leaf: alpha}`, if the tree stores it.
+        sizes: `{letter of the keymap's patterns: size}` of axes, if `base` is empty.
 
-    Raises one `KeyMapError` with every leaf that the table has no line for, or whose shape no layout of the
-    dialect explains.
+    Raises one `KeyMapError` with every leaf that no entry of the keymap matches, or whose shape matches no layout of
+    the dialect.
     """
     out: list[ForeignSite] = []
     problems: list[str] = []
     for leaf, candidates in dialect.claim(arrays).items():
-        site = keymap.match(leaf)
+        match = keymap.match(leaf)
         names = sorted({path for a, b, _ in candidates for path in (a, b)})
-        if site is None:
-            problems.append(f"{', '.join(names)}: the table {keymap.name!r} has no line for {leaf!r}")
+        if match is None:
+            problems.append(f"{', '.join(names)}: the keymap {keymap.name!r} has no entry for {leaf!r}")
             continue
         try:
-            hints = hinted_sizes(site.weight, sizes or {})
-            out.append(_guest(dialect, keymap, site, candidates, arrays, base.get(leaf), hints))
+            hints = hinted_sizes(match.weight, sizes or {})
+            out.append(_bind_site(dialect, keymap, match, candidates, arrays, base.get(leaf), hints))
         except KeyMapError as error:
             problems.append(str(error))
     if problems:
         raise KeyMapError(
-            f"these {dialect.name} LoRA leaves have no exact place in a PEFT file:\n"
+            f"these {dialect.name} LoRA leaves have no exact equivalent in a PEFT file:\n"
             + paths.bullets(problems)
-            + "\nSay which family the model is with keymap=, or give a KeyMap with a line for each base weight"
+            + "\nPass the model's family as keymap=, or a KeyMap with an entry for each base weight"
         )
     return ForeignSites(dialect, keymap, tuple(out), dict(base), stored or {})
 
 
 def hinted_sizes(weight: Weight, sizes: Mapping[str, int]) -> dict[str, int]:
-    """The sizes of a line's axes, of those whose letters have one; "(c p)" where c and p do."""
+    """Return the sizes of an entry's axes whose letters have sizes; "(c p)" has one if c and p do."""
     known = {**sizes, **dict(weight.sizes)}
     return {
         axis: math.prod(known[n] for n in axis_parts(axis))
@@ -204,109 +204,111 @@ def hinted_sizes(weight: Weight, sizes: Mapping[str, int]) -> dict[str, int]:
     }
 
 
-def _guest(
+def _bind_site(
     dialect: Dialect,
     keymap: KeyMap,
-    site: Match,
+    match: Match,
     candidates: Sequence[tuple[str, str, int]],
     arrays: Mapping[str, Shape],
     base: Shape | None,
     hints: Mapping[str, int],
 ) -> ForeignSite:
-    sizes = {**hints, **{axis: len(site.weight.names(axis) or ()) for axis in site.roles["fused"]}}
+    sizes = {**hints, **{axis: len(match.weight.names(axis) or ()) for axis in match.roles["fused"]}}
     if base is not None:
-        sizes = plan.axis_sizes(site, base)
+        sizes = plan.axis_sizes(match, base)
     tried: list[str] = []
     fits: list[ForeignSite] = []
     for path_a, path_b, number in candidates:
         pair = dialect.pairs[number]
-        for dims_a, dims_b in layouts(pair, site.weight, dialect.shares):
-            known = _solve(((dims_a, arrays[path_a]), (dims_b, arrays[path_b])), sizes)
-            tried.append(f"A ({_spell(dims_a)}), B ({_spell(dims_b)})")
+        for dims_a, dims_b in layouts(pair, match.weight, dialect.shares):
+            known = _solve_sizes(((dims_a, arrays[path_a]), (dims_b, arrays[path_b])), sizes)
+            tried.append(f"A ({_layout_text(dims_a)}), B ({_layout_text(dims_b)})")
             if known is not None:
                 a, b = (
-                    _half(keymap, site, tensor, path, arrays[path], dims, known)
-                    for tensor, path, dims in zip(_tensors(site), (path_a, path_b), (dims_a, dims_b), strict=True)
+                    _bind_array(keymap, match, tensor, path, arrays[path], dims, known)
+                    for tensor, path, dims in zip(_lora_tensors(match), (path_a, path_b), (dims_a, dims_b), strict=True)
                 )
-                fits.append(ForeignSite(site, a, b, tuple(sorted(known.items()))))
+                fits.append(ForeignSite(match, a, b, tuple(sorted(known.items()))))
     if not fits:
         path_a, path_b, _ = candidates[0]
-        shape = "" if base is None else f" beside {site.leaf} {base}"
+        shape = "" if base is None else f" beside {match.leaf} {base}"
         raise KeyMapError(
             f"{path_a} {arrays[path_a]} and {path_b} {arrays[path_b]}{shape} with axes"
-            f" ({' '.join(site.weight.left)}): expected {' or '.join(tried) or 'another kind of weight'}"
+            f" ({' '.join(match.weight.left)}): expected {' or '.join(tried) or 'another kind of weight'}"
         )
-    # Two readings of one shape may mean the same (an axis of size 1); where they do not, nobody can tell.
+    # Several layouts of one shape may be equivalent (an axis of size 1). Otherwise the shapes are ambiguous.
     different = {(g.a.form, g.b.form) for g in fits}
     if len(different) > 1:
         raise KeyMapError(
-            f"{fits[0].a.path} {fits[0].a.form.packed} and {fits[0].b.path} {fits[0].b.form.packed} can be read in"
-            f" {len(different)} ways: {' or '.join(tried)}; give the whole tree, with its base weights"
+            f"{fits[0].a.path} {fits[0].a.form.packed} and {fits[0].b.path} {fits[0].b.form.packed} are"
+            f" ambiguous between {len(different)} layouts: {' or '.join(tried)}. Pass the whole tree, with its"
+            " base weights"
         )
     return fits[0]
 
 
-def _spell(dims: Dims) -> str:
+def _layout_text(dims: Dims) -> str:
     return " ".join(f"({' '.join(d)})" if len(d) != 1 else "".join(d).strip("~") for d in dims)
 
 
-def _solve(pairs: Sequence[tuple[Dims, Shape]], sizes: Mapping[str, int]) -> dict[str, int] | None:
-    """All sizes that follow from the arrays' shapes; None if they contradict each other or the base's."""
+def _solve_sizes(pairs: Sequence[tuple[Dims, Shape]], sizes: Mapping[str, int]) -> dict[str, int] | None:
+    """Return all axis sizes that follow from the arrays' shapes; None if these contradict each other or `sizes`."""
     known = dict(sizes)
-    for _ in range(2):  # what the second array tells may split an axis of the first
+    for _ in range(2):  # sizes from the second array may split an axis of the first
         for dims, shape in pairs:
             if len(dims) != len(shape):
                 return None
             for dim, size in zip(dims, shape, strict=True):
-                open_ = [n for n in dim if n not in known]
+                unknown = [n for n in dim if n not in known]
                 rest = math.prod(known[n] for n in dim if n in known)
-                if len(open_) == 1 and rest and size % rest == 0:
-                    known[open_[0]] = size // rest
-                elif not open_ and rest != size:
+                if len(unknown) == 1 and rest and size % rest == 0:
+                    known[unknown[0]] = size // rest
+                elif not unknown and rest != size:
                     return None
     return known
 
 
-def _tensors(site: Match) -> tuple[MethodTensor, MethodTensor]:
-    """PEFT's two tensors of a site; the rank is an axis like another here, so any will do."""
+def _lora_tensors(match: Match) -> tuple[MethodTensor, MethodTensor]:
+    """Return PEFT's two tensors of a site. Their rank is a symbolic axis, so its value in the config is arbitrary."""
     config = LoraConfig(r=1)
-    a, b = methods.get_method(config).tensors(config, site, Modules())
+    a, b = methods.get_method(config).tensors(config, match, Modules())
     return a, b
 
 
-def _half(
-    keymap: KeyMap, site: Match, tensor: MethodTensor, path: str, packed: Shape, dims: Dims, sizes: Mapping[str, int]
+def _bind_array(
+    keymap: KeyMap, match: Match, tensor: MethodTensor, path: str, packed: Shape, dims: Dims, sizes: Mapping[str, int]
 ) -> FactorArray:
-    right = list(plan.torch_axes(site, tensor))
+    right = list(plan.torch_axes(match, tensor))
     left: list[str] = []
     shape: list[int] = []
     for dim, size in zip(dims, packed, strict=True):
         if all(n in sizes for n in dim):
             left += dim
             shape += [sizes[n] for n in dim]
-        elif dim in right:  # flattened alike in PyTorch: it can stay one axis, whatever the single sizes are
+        elif dim in right:  # flattened as in PyTorch, so that it can stay one axis
             right[right.index(dim)] = (" ".join(dim),)
             left.append(" ".join(dim))
             shape.append(size)
         else:
             raise KeyMapError(
-                f"{path} {packed} has {' and '.join(dim)} of {site.leaf!r} flattened into one axis, otherwise than"
-                " PyTorch does, and their sizes are not known; give the whole tree, with its base weights"
+                f"{path} {packed} has {' and '.join(dim)} of {match.leaf!r} flattened into one axis, in another order"
+                " than PyTorch, and their sizes are not known. Pass the whole tree, with its base weights"
             )
     split = tuple(i for i, n in enumerate(left) if n.startswith("{"))
-    missing = [n for n in site.braced if n not in left]
-    texts = index_entries(site.weight, [left[i] for i in split] + missing, sizes)
-    modules = tuple(site.module(text) for _, text in texts)
-    keys = tuple(plan.tensor_key(keymap, site, tensor, text) for _, text in texts)
+    missing = [n for n in match.braced if n not in left]
+    texts = index_entries(match.weight, [left[i] for i in split] + missing, sizes)
+    modules = tuple(match.module(text) for _, text in texts)
+    keys = tuple(plan.tensor_key(keymap, match, tensor, text) for _, text in texts)
     try:
-        factor = plan.scale_factor(keymap, site, tensor, sizes)
+        factor = plan.scale_factor(keymap, match, tensor, sizes)
     except KeyError as error:
         raise KeyMapError(
-            f"{path}: PyTorch's {site.leaf!r} is scaled by the size of an axis that its LoRA leaves do not tell; give"
+            f"{path}: PyTorch's {match.leaf!r} is scaled by the size of an axis, which its LoRA leaves do not"
+            " show. Pass"
             " the whole tree, with its base weights"
         ) from error
     shared = math.prod(sizes[n] for n in missing)
     form = PackedLayout(
-        tuple(shape), tuple(left), tuple(right), split, factor, site.weight.sizes, packed=packed, shared=shared
+        tuple(shape), tuple(left), tuple(right), split, factor, match.weight.sizes, packed=packed, shared=shared
     )
     return FactorArray(path, form, keys, modules)

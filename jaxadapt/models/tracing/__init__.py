@@ -1,1 +1,1 @@
-"""How a function uses its weights, found in its jaxpr."""
+"""Analysis and rewriting of a function's use of its weights, by its jaxpr."""

@@ -1,6 +1,6 @@
-"""Where a weight's axes are in a rearranged view of it, and how one `dot_general` contracts them.
+"""Positions of a weight's axes in a rearranged view of it, and in the `dot_general` that contracts the view.
 
-What `trace` knows of an equation before evaluating anything: shapes and axis numbers only.
+Uses only the shapes and axis numbers of an equation; evaluates nothing.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from jaxadapt.arrays.axes import LETTERS, Axes, Use
 
 @dataclasses.dataclass(frozen=True)
 class AxisLayout:
-    """How a view of a weight lies: for each of its axes, the weight's axes that are merged in it.
+    """The layout of a view of a weight: for each axis of the view, the axes of the weight merged in it.
 
-    Weight axes of size 1 come and go in reshapes; they are listed only where they can be followed.
+    Reshapes add and remove axes of size 1, so such weight axes are listed only if they can be tracked.
     """
 
     name: str
@@ -30,14 +30,15 @@ class AxisLayout:
 
     @classmethod
     def identity(cls, name: str, shape: tuple[int, ...]) -> AxisLayout:
+        """Return the layout of the weight itself."""
         return cls(name, shape, tuple((i,) for i in range(len(shape))))
 
     def weight_axes(self, axes: Iterable[int]) -> tuple[int, ...]:
-        """The weight's axes found in these axes of the view."""
+        """Return the weight's axes that these axes of the view contain."""
         return tuple(a for i in axes for a in self.groups[i])
 
     def reshaped(self, shape: Sequence[int]) -> AxisLayout | None:
-        """The same elements in row-major order under another shape, if that keeps the weight's axes whole."""
+        """Return the layout after a row-major reshape to `shape`; None if that splits an axis of the weight."""
         rest = list(self.weight_axes(range(len(self.groups))))
         groups: list[tuple[int, ...]] = []
         for size in shape:
@@ -56,11 +57,11 @@ class AxisLayout:
 
 _RESHAPES = {primitives.reshape_p, primitives.squeeze_p, primitives.broadcast_in_dim_p}
 _SAME = {primitives.copy_p, primitives.sharding_constraint_p, primitives.name_p}
-BARRIER = "optimization_barrier"  # which alone has several operands, one result for each
+BARRIER = "optimization_barrier"  # the only one with several operands; it has one result for each
 
 
 def move_layouts(eqn: core.JaxprEqn, before: list[AxisLayout | None]) -> list[AxisLayout | None] | None:
-    """The layouts of an equation's results if it only moves, casts or passes on what it gets, else None."""
+    """Return the layouts of an equation's results if it only moves, casts or passes its operands, else None."""
     kind, params = eqn.primitive, eqn.params
     if kind.name == BARRIER:
         return before
@@ -85,20 +86,20 @@ def move_layouts(eqn: core.JaxprEqn, before: list[AxisLayout | None]) -> list[Ax
 def spell_contraction(
     eqn: core.JaxprEqn, side: int, layout: AxisLayout, axes: Axes, x_shape: tuple[int, ...]
 ) -> tuple[Use, list[int], list[int]] | None:
-    """The contraction letter by letter, and the split shapes of x and y; None if the roles do not fit it.
+    """Return the contraction as a `Use`, and the split shapes of x and y; None if it does not match the roles.
 
-    Weight axes of size 1 are put where their role says, as an extra axis of x or y: they may have been
-    squeezed out of the view, and no result depends on where they stand.
+    A weight axis of size 1 becomes an extra axis of x or y, according to its role: it may have been squeezed out of
+    the view, and its position does not affect the result.
     """
     (summed_w, summed_x), (shared_w, shared_x) = ((d[side], d[1 - side]) for d in eqn.params["dimension_numbers"])
     unit = {a for a, size in enumerate(layout.sizes) if size == 1}
     summed, shared = set(layout.weight_axes(summed_w)) - unit, set(layout.weight_axes(shared_w)) - unit
-    ways = [
+    matches = [
         way for way in ((axes.in_axes, axes.out_axes), (axes.out_axes, axes.in_axes)) if summed == set(way[0]) - unit
     ]
-    if not ways or not shared <= set(axes.batch_axes):
+    if not matches or not shared <= set(axes.batch_axes):
         return None
-    reads, writes = ways[0]
+    reads, writes = matches[0]
 
     def letters(view_axis: int) -> list[tuple[str, int]]:
         return [(LETTERS[a], layout.sizes[a]) for a in layout.groups[view_axis] if a not in unit]
@@ -106,13 +107,13 @@ def spell_contraction(
     def units(role: Iterable[int]) -> list[tuple[str, int]]:
         return [(LETTERS[a], 1) for a in role if a in unit]
 
-    met = dict(zip([*summed_x, *shared_x], [*summed_w, *shared_w], strict=True))
+    w_axis_of = dict(zip([*summed_x, *shared_x], [*summed_w, *shared_w], strict=True))
     fresh = iter(LETTERS[len(layout.sizes) :])
-    own = {i: [(next(fresh), size)] for i, size in enumerate(x_shape) if i not in met}
-    x = [pair for i in range(len(x_shape)) for pair in (own[i] if i in own else letters(met[i]))]
+    own = {i: [(next(fresh), size)] for i, size in enumerate(x_shape) if i not in w_axis_of}
+    x = [pair for i in range(len(x_shape)) for pair in (own[i] if i in own else letters(w_axis_of[i]))]
     free_w = [p for i in range(len(layout.groups)) if i not in (*summed_w, *shared_w) for p in letters(i)]
     free_x = [pair for pairs in own.values() for pair in pairs]
-    # dot_general's result: what both share, then what is free in its left operand, then in its right one
+    # dot_general's result: batch axes, then the free axes of the left operand, then those of the right
     y = [p for i in shared_w for p in letters(i)] + (free_w + free_x if side == 0 else free_x + free_w)
     x, y = x + units((*reads, *axes.batch_axes)), y + units((*writes, *axes.batch_axes))
     spelled = Use("".join(c for c, _ in x), LETTERS[: len(layout.sizes)], "".join(c for c, _ in y), axes)

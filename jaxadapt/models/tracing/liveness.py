@@ -1,4 +1,4 @@
-"""Which weights a function's outputs depend on, found without running it."""
+"""Dependence of a function's outputs on its weights, determined without running it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jax.interpreters.partial_eval import dce_jaxpr
 
 
 def live_weights(f: Callable[[Any], Any], weights: Mapping[str, Any]) -> dict[str, bool]:
-    """Whether the outputs of `f(weights)` depend on each weight; weights may be `ShapeDtypeStruct`s.
+    """Return `{name: True if the outputs of f(weights) depend on it}`; weights may be `ShapeDtypeStruct`s.
 
     >>> import jax.numpy as jnp
     >>> live_weights(lambda w: w["a"] * 2, {"a": jnp.ones(3), "b": jnp.ones(3)})

@@ -1,13 +1,12 @@
-"""Changes how a function uses some of its weights, by interpreting the function's jaxpr.
+"""Rewriting of a function's use of some of its weights, by interpreting the function's jaxpr.
 
-`rewrite` evaluates `f(weights, *args)` and follows each hooked weight through what only moves or casts
-it (a transpose, a reshape, a cast, a nested `jit` or `checkpoint`). Where the weight then meets a
-`dot_general` along its own roles, the hook sees that one contraction: LoRA adds a low-rank product
-beside it, at the price a hand-written layer pays. A convolution, a lookup or a ragged product is left to a hook
-that follows it. Any other consumer (a scan, a cond) is given the hook's effective weight: exact, but dearer. `uses`
-tells beforehand which of them it will be.
+`rewrite` evaluates `f(weights, *args)` and tracks each hooked weight through equations that only move or cast it (a
+transpose, a reshape, a cast, a nested `jit` or `checkpoint`). If a `dot_general` contracts the weight along its roles,
+the hook receives that contraction: LoRA adds a low-rank product beside it, at the cost of a hand-written layer. A
+convolution, a lookup or a ragged product goes to the hook if it follows that primitive. Any other consumer (a scan, a
+cond) receives the hook's effective weight: exact, but more expensive. `uses` reports these cases beforehand.
 
-Knows jax through its public names only, and neither Flax nor any method.
+Uses only public names of jax; independent of Flax and of the methods.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ Function = Callable[..., Any]
 
 
 class Hook(Protocol):
-    """What a method wants done with one weight."""
+    """The changes that a method makes to the uses of one weight."""
 
     @property
     def axes(self) -> Axes:
@@ -39,31 +38,28 @@ class Hook(Protocol):
         ...
 
     def input(self, use: Use, x: jax.Array) -> jax.Array:
-        """`x` as the contraction should see it, in x's shape and dtype."""
+        """Return the `x` that the contraction receives, in x's shape and dtype."""
         ...
 
     def follows(self, primitive: str) -> bool:
-        """Whether `output` takes part in this operation ("conv_general_dilated", "gather", …) of the weight."""
+        """Return True if `output` handles this operation ("conv_general_dilated", "gather", …) of the weight."""
         ...
 
     def output(self, use: Use | Operation, x: jax.Array, y: jax.Array, w: jax.Array) -> jax.Array:
-        """`y` as it should leave the contraction, in y's shape and dtype.
+        """Return the `y` that replaces the result of the contraction, in y's shape and dtype.
 
-        `x` is what `input` returned, `w` the weight itself.
+        `x` is the array that `input` returned, `w` the weight itself.
         """
         ...
 
     def weight(self, w: jax.Array) -> jax.Array:
-        """The effective weight, in w's shape and dtype; may raise `AttachError` (dropout needs an input)."""
+        """Return the effective weight, in w's shape and dtype; may raise `AttachError` (dropout needs an input)."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Contraction:
-    """A use as one `dot_general`: the weight axes summed over, those free in the result, those in all three.
-
-    Each is in the weight's own axis order.
-    """
+    """A use as one `dot_general`: the weight's summed, free and shared axes, each in the weight's axis order."""
 
     in_axes: tuple[int, ...]
     out_axes: tuple[int, ...]
@@ -84,17 +80,17 @@ def rewrite(
     *args: Any,
     forward: Collection[str] = (),
 ) -> Any:
-    """`f(weights, *args)`, with every use of a hooked weight as its hook wants it.
+    """Evaluate `f(weights, *args)` with every use of a hooked weight changed by its hook.
 
-    `args` are trees; their jax arrays are traced, everything else reaches `f` as it is. `f` may close over
+    `args` are trees; their jax arrays are traced, all other leaves are passed to `f` unchanged. `f` may close over
     arrays and tracers. Works inside jit, grad, vmap, scan and remat.
 
     Args:
-        forward: the weights of which some product, if there is any, must run over the inputs.
+        forward: names of weights with at least one product that must run over the inputs, if they have products.
 
     Raises:
-        AttachError: a hook's roles do not fit its weight or what `f` does with it, a hook returns another shape
-            or dtype than it was given, or `Hook.weight` raised it.
+        AttachError: a hook's roles do not match its weight or its use in `f`, a hook changes a shape or dtype, or
+            `Hook.weight` raised it.
 
     >>> class Double:
     ...     axes = Axes(in_axes=(0,), out_axes=(1,))
@@ -108,14 +104,16 @@ def rewrite(
     """
     for name, hook in hooks.items():
         if name not in weights:
-            raise AttachError(f"a hook is for the weight {name!r}, and the function has only {sorted(weights)}")
+            raise AttachError(f"cannot hook the weight {name!r}: the function has only {sorted(weights)}")
         shape, axes = jnp.shape(weights[name]), hook.axes
         if sorted(axes.in_axes + axes.out_axes + axes.batch_axes) != list(range(len(shape))):
-            raise AttachError(f"{name!r} has shape {shape}, which the roles {axes} do not cover axis by axis")
+            raise AttachError(
+                f"cannot hook the weight {name!r} of shape {shape}: the roles {axes} must cover each axis once"
+            )
     traced = _trace(f, weights, args)
     views = [_View(AxisLayout.identity(name, jnp.shape(w)), w) if name in hooks else w for name, w in weights.items()]
     scope = _Scope(hooks, weights, ChainMap(), {})
-    outs = _run(traced.closed.jaxpr, traced.closed.consts, [*views, *traced.arrays], scope)
+    outs = _evaluate(traced.closed.jaxpr, traced.closed.consts, [*views, *traced.arrays], scope)
     for name in forward:
         axes = hooks[name].axes
         if (own := transposed_axes(axes, scope.products.get(name, ()), jnp.shape(weights[name]))) is not None:
@@ -124,7 +122,7 @@ def rewrite(
 
 
 def uses(f: Function, weights: Mapping[str, Any], *args: Any) -> dict[str, tuple[Contraction | OtherUse, ...]]:
-    """How `f(weights, *args)` uses each weight, in the order of the uses; nothing is computed.
+    """Return the uses of each weight in `f(weights, *args)`, in order, without computing anything.
 
     Weights and the arrays in `args` may be `jax.ShapeDtypeStruct`s.
 
@@ -133,12 +131,12 @@ def uses(f: Function, weights: Mapping[str, Any], *args: Any) -> dict[str, tuple
     {'w': (Contraction(in_axes=(0,), out_axes=(1,), batch_axes=()),)}
     """
     traced = _trace(f, weights, args)
-    found: dict[str, list[Contraction | OtherUse]] = {name: [] for name in weights}
+    by_weight: dict[str, list[Contraction | OtherUse]] = {name: [] for name in weights}
     layouts = [AxisLayout.identity(name, tuple(w.shape)) for name, w in weights.items()]
-    for out in _follow(traced.closed.jaxpr, [*layouts, *(None for _ in traced.arrays)], found):
+    for out in _collect_uses(traced.closed.jaxpr, [*layouts, *(None for _ in traced.arrays)], by_weight):
         if out is not None:
-            found[out.name].append(OtherUse("return"))
-    return {name: tuple(those) for name, those in found.items()}
+            by_weight[out.name].append(OtherUse("return"))
+    return {name: tuple(uses_of) for name, uses_of in by_weight.items()}
 
 
 # ---------------------------------------------------------------- tracing
@@ -162,7 +160,7 @@ def _trace(f: Function, weights: Mapping[str, Any], args: tuple[Any, ...]) -> _T
             filled[i] = array
         outs, out_tree = jax.tree.flatten(f(dict(zip(names, weights, strict=True)), *tree.unflatten(filled)))
         computed = [isinstance(out, jax.Array) for out in outs]
-        # Without the traced ones, which outside this trace would be leaks.
+        # The traced outputs are left out: outside this trace they would be leaked tracers.
         results[:] = [None if c else out for c, out in zip(computed, outs, strict=True)], computed, out_tree
         return [out for c, out in zip(computed, outs, strict=True) if c]
 
@@ -177,8 +175,8 @@ def _trace(f: Function, weights: Mapping[str, Any], args: tuple[Any, ...]) -> _T
     return _Traced(closed, arrays, result)
 
 
-def _body(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence[Any]] | None:
-    """The jaxpr and constants inside an equation that merely calls it."""
+def _called_jaxpr(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence[Any]] | None:
+    """Return the jaxpr and constants of an equation that only calls a jaxpr, else None."""
     if eqn.primitive is primitives.jit_p:
         return eqn.params["jaxpr"].jaxpr, eqn.params["jaxpr"].consts
     if eqn.primitive is primitives.closed_call_p:
@@ -189,23 +187,23 @@ def _body(eqn: core.JaxprEqn) -> tuple[core.Jaxpr, Sequence[Any]] | None:
 
 
 def side_of(eqn: core.JaxprEqn, layouts: Sequence[AxisLayout | None]) -> int | None:
-    """Which operand of a `dot_general` is the weight, if exactly one is."""
+    """Return the position of the weight in a `dot_general`; None unless exactly one operand is a weight."""
     if eqn.primitive is not primitives.dot_general_p or (layouts[0] is None) == (layouts[1] is None):
         return None
     return 0 if layouts[1] is None else 1
 
 
-def _contraction(eqn: core.JaxprEqn, side: int, layout: AxisLayout) -> Contraction:
+def _describe_contraction(eqn: core.JaxprEqn, side: int, layout: AxisLayout) -> Contraction:
     summed, shared = (d[side] for d in eqn.params["dimension_numbers"])
     inputs, batch = sorted(layout.weight_axes(summed)), sorted(layout.weight_axes(shared))
     out = [a for a in range(len(layout.sizes)) if a not in inputs + batch]
     return Contraction(tuple(inputs), tuple(out), tuple(batch))
 
 
-def _follow(
+def _collect_uses(
     jaxpr: core.Jaxpr, given: Sequence[AxisLayout | None], found: dict[str, list[Contraction | OtherUse]]
 ) -> list[AxisLayout | None]:
-    """Collects the uses of the given views in `found`; returns the layouts of the jaxpr's results."""
+    """Append the uses of the given views to `found`; return the layouts of the jaxpr's results."""
     env = dict(zip(jaxpr.invars, given, strict=True))
 
     def read(atom: Any) -> AxisLayout | None:
@@ -216,10 +214,10 @@ def _follow(
         if not any(seen):
             continue
         outs: list[AxisLayout | None] | None = None
-        if (body := _body(eqn)) is not None:
-            outs = _follow(body[0], seen, found)
+        if (body := _called_jaxpr(eqn)) is not None:
+            outs = _collect_uses(body[0], seen, found)
         elif (side := side_of(eqn, seen)) is not None and (layout := seen[side]) is not None:
-            found[layout.name].append(_contraction(eqn, side, layout))
+            found[layout.name].append(_describe_contraction(eqn, side, layout))
         elif (outs := move_layouts(eqn, seen)) is None:
             for layout in filter(None, seen):
                 found[layout.name].append(OtherUse(eqn.primitive.name))
@@ -232,7 +230,7 @@ def _follow(
 
 @dataclasses.dataclass(frozen=True)
 class _View:
-    """A moved or cast base weight, and how to move and cast the effective one the same way."""
+    """A moved or cast base weight, and the functions that do the same to the effective weight."""
 
     layout: AxisLayout
     array: Any
@@ -243,48 +241,51 @@ class _View:
 class _Scope:
     """The hooks, the weights, and the effective weights computed so far.
 
-    Inside a `checkpoint` it is a child's: what was computed outside may be used, what is computed there
-    (a tracer of that trace) is not seen outside.
+    A `checkpoint` gets a child scope: it can use effective weights computed outside, but those computed inside (tracers
+    of that trace) are not visible outside.
     """
 
     hooks: Mapping[str, Hook]
     weights: Mapping[str, Any]
     effective: ChainMap[str, Any]
     products: dict[str, list[Contraction]]
-    """What the weights were found in, inside a `checkpoint` too."""
+    """The contractions of each weight, those inside a `checkpoint` included."""
 
     def plain(self, value: Any) -> Any:
-        """A value for a consumer that knows no views: of a view, the effective weight."""
+        """Return a value for a consumer that does not accept views: for a view, the effective weight."""
         if not isinstance(value, _View):
             return value
         name = value.layout.name
         if name not in self.effective:
             w = self.weights[name]
-            self.effective[name] = _checked(f"weight of {name!r}", self.hooks[name].weight(w), w)
-        whole = self.effective[name]
+            self.effective[name] = _check_like(f"weight of {name!r}", self.hooks[name].weight(w), w)
+        array = self.effective[name]
         for step in value.replay:
-            whole = step(whole)
-        return whole
+            array = step(array)
+        return array
 
 
-def _checked(what: str, got: Any, like: Any) -> Any:
+def _check_like(call: str, got: Any, like: Any) -> Any:
+    """Return `got`; raise `AttachError` if its shape or dtype is not that of `like`."""
     have, want = (jnp.shape(got), jnp.result_type(got)), (jnp.shape(like), jnp.result_type(like))
     if have != want:
-        raise AttachError(f"the hook's {what} returned {have[1]}{have[0]} where {want[1]}{want[0]} was expected")
+        raise AttachError(
+            f"the hook's {call} returned a wrong array: expected {want[1]}{want[0]}, found {have[1]}{have[0]}"
+        )
     return got
 
 
-def _bind(eqn: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    """Evaluates one equation unchanged, in its own context, as a jaxpr of just that equation."""
+def _evaluate_unchanged(eqn: core.JaxprEqn, values: Sequence[Any]) -> list[Any]:
+    """Evaluate one equation unchanged, as a jaxpr of only that equation, which keeps its context."""
     operands = {a: v for a, v in zip(eqn.invars, values, strict=True) if not isinstance(a, core.Literal)}
-    # The same variable twice is one input, and a view's base stands in for its variable.
-    about = core.DebugInfo("rewrite", eqn.primitive.name, ("",) * len(operands), ("",) * len(eqn.outvars))
-    alone = core.Jaxpr((), list(operands), eqn.outvars, [eqn], eqn.effects, about)
-    return core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))(*operands.values())
+    # A variable used twice is one input.
+    debug_info = core.DebugInfo("rewrite", eqn.primitive.name, ("",) * len(operands), ("",) * len(eqn.outvars))
+    single = core.Jaxpr((), list(operands), eqn.outvars, [eqn], eqn.effects, debug_info)
+    return core.jaxpr_as_fun(core.ClosedJaxpr(single, ()))(*operands.values())
 
 
-def _run(jaxpr: core.Jaxpr, consts: Sequence[Any], values: Sequence[Any], scope: _Scope) -> list[Any]:
-    """Evaluates a jaxpr some of whose inputs are views; some of its results may be."""
+def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], values: Sequence[Any], scope: _Scope) -> list[Any]:
+    """Evaluate a jaxpr with views among its inputs; its results may be views too."""
     env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *values], strict=True))
 
     def read(atom: Any) -> Any:
@@ -293,40 +294,44 @@ def _run(jaxpr: core.Jaxpr, consts: Sequence[Any], values: Sequence[Any], scope:
     for eqn in jaxpr.eqns:
         operands = [read(a) for a in eqn.invars]
         viewed = any(isinstance(v, _View) for v in operands)
-        outs = _equation(eqn, operands, scope) if viewed else _bind(eqn, operands)
+        outs = _evaluate_equation(eqn, operands, scope) if viewed else _evaluate_unchanged(eqn, operands)
         env.update(zip(eqn.outvars, outs, strict=True))
     return [read(a) for a in jaxpr.outvars]
 
 
-def _equation(eqn: core.JaxprEqn, operands: list[Any], scope: _Scope) -> list[Any]:
-    """One equation with at least one view among its operands."""
+def _evaluate_equation(eqn: core.JaxprEqn, operands: list[Any], scope: _Scope) -> list[Any]:
+    """Evaluate one equation with at least one view among its operands."""
     layouts = [v.layout if isinstance(v, _View) else None for v in operands]
-    if (body := _body(eqn)) is not None:
+    if (body := _called_jaxpr(eqn)) is not None:
         if eqn.primitive is primitives.remat_p:
             return _checkpoint(eqn, body[0], operands, scope)
-        placed = _placed(eqn.params.get("in_shardings"), operands)
-        return _placed(eqn.params.get("out_shardings"), _run(*body, placed, scope))
+        placed = _constrain(eqn.params.get("in_shardings"), operands)
+        return _constrain(eqn.params.get("out_shardings"), _evaluate(*body, placed, scope))
     if (side := side_of(eqn, layouts)) is not None:
         outs = _contract(eqn, operands, side, scope)
         if outs is not None:
             return outs
-    elif (outs := _operate(eqn, operands, layouts, scope)) is not None:
+    elif (outs := _evaluate_operation(eqn, operands, layouts, scope)) is not None:
         return outs
     elif (after := move_layouts(eqn, layouts)) is not None:
-        arrays = _bind(eqn, [v.array if isinstance(v, _View) else v for v in operands])
+        arrays = _evaluate_unchanged(eqn, [v.array if isinstance(v, _View) else v for v in operands])
 
-        def step(whole: Any) -> Any:
-            return jax.lax.optimization_barrier(whole) if eqn.primitive.name == BARRIER else _bind(eqn, [whole])[0]
+        def step(array: Any) -> Any:
+            return (
+                jax.lax.optimization_barrier(array)
+                if eqn.primitive.name == BARRIER
+                else _evaluate_unchanged(eqn, [array])[0]
+            )
 
         return [
             array if layout is None else _View(layout, array, (*view.replay, step))
             for array, layout, view in zip(arrays, after, operands, strict=True)
         ]
-    return _bind(eqn, [scope.plain(v) for v in operands])
+    return _evaluate_unchanged(eqn, [scope.plain(v) for v in operands])
 
 
-def _placed(shardings: Sequence[Any] | None, values: list[Any]) -> list[Any]:
-    """The values under the shardings that an inlined `jit` asked for, where it did."""
+def _constrain(shardings: Sequence[Any] | None, values: list[Any]) -> list[Any]:
+    """Constrain the values to the shardings of an inlined `jit`, if it has any."""
 
     def place(value: Any, sharding: Any) -> Any:
         if not isinstance(sharding, jax.sharding.Sharding):
@@ -343,7 +348,7 @@ def _placed(shardings: Sequence[Any] | None, values: list[Any]) -> list[Any]:
 
 
 def _checkpoint(eqn: core.JaxprEqn, jaxpr: core.Jaxpr, operands: list[Any], scope: _Scope) -> list[Any]:
-    """A rematerialised body stays one, under the same policy; what the hooks add is rematerialised too."""
+    """Evaluate a `checkpoint` under the same policy; operations added by hooks are rematerialised too."""
 
     def body(*arrays: Any) -> list[Any]:
         values = [
@@ -351,7 +356,7 @@ def _checkpoint(eqn: core.JaxprEqn, jaxpr: core.Jaxpr, operands: list[Any], scop
             for v, a in zip(operands, arrays, strict=True)
         ]
         inside = dataclasses.replace(scope, effective=scope.effective.new_child())
-        return [inside.plain(out) for out in _run(jaxpr, (), values, inside)]
+        return [inside.plain(out) for out in _evaluate(jaxpr, (), values, inside)]
 
     again = jax.checkpoint(body, policy=eqn.params["policy"], prevent_cse=eqn.params["prevent_cse"])
     return again(*(v.array if isinstance(v, _View) else v for v in operands))
@@ -361,35 +366,35 @@ def _checkpoint(eqn: core.JaxprEqn, jaxpr: core.Jaxpr, operands: list[Any], scop
 
 
 def _contract(eqn: core.JaxprEqn, operands: list[Any], side: int, scope: _Scope) -> list[Any] | None:
-    """The contraction with its hook around it, or None if it does not run along the hook's roles."""
+    """Evaluate a contraction with its hook; return None if it does not match the hook's roles."""
     view, x = operands[side], operands[1 - side]
-    scope.products.setdefault(view.layout.name, []).append(_contraction(eqn, side, view.layout))
+    scope.products.setdefault(view.layout.name, []).append(_describe_contraction(eqn, side, view.layout))
     hook = scope.hooks[view.layout.name]
     spelled = spell_contraction(eqn, side, view.layout, hook.axes, jnp.shape(x))
     if spelled is None:
         return None
     use, x_sizes, y_sizes = spelled
     split = jnp.reshape(x, x_sizes)
-    fed = _checked("input", hook.input(use, split), split)
+    hooked_x = _check_like("input", hook.input(use, split), split)
     pair = [view.array, view.array]
-    pair[1 - side] = x if fed is split else jnp.reshape(fed, jnp.shape(x))
-    (y,) = _bind(eqn, pair)
-    whole = jnp.reshape(y, y_sizes)
-    new = hook.output(use, fed, whole, scope.weights[view.layout.name])
-    return [jnp.reshape(_checked("output", new, whole), jnp.shape(y))]
+    pair[1 - side] = x if hooked_x is split else jnp.reshape(hooked_x, jnp.shape(x))
+    (y,) = _evaluate_unchanged(eqn, pair)
+    split_y = jnp.reshape(y, y_sizes)
+    new = hook.output(use, hooked_x, split_y, scope.weights[view.layout.name])
+    return [jnp.reshape(_check_like("output", new, split_y), jnp.shape(y))]
 
 
-def _operate(
+def _evaluate_operation(
     eqn: core.JaxprEqn, operands: list[Any], layouts: list[AxisLayout | None], scope: _Scope
 ) -> list[Any] | None:
-    """A convolution, lookup or ragged product with its hook beside it, or None if the hook does not follow it."""
+    """Evaluate a convolution, lookup or ragged product with its hook; return None if the hook does not follow it."""
     (name,) = {layout.name for layout in layouts if layout is not None} if sum(map(bool, layouts)) == 1 else ("",)
     if not name or not scope.hooks[name].follows(eqn.primitive.name):
         return None
-    found = find_operation(eqn, layouts, scope.hooks[name].axes, operands)
-    if found is None:
+    operation = find_operation(eqn, layouts, scope.hooks[name].axes, operands)
+    if operation is None:
         return None
-    side, use = found
-    (y,) = _bind(eqn, [v.array if isinstance(v, _View) else v for v in operands])
+    side, use = operation
+    (y,) = _evaluate_unchanged(eqn, [v.array if isinstance(v, _View) else v for v in operands])
     new = scope.hooks[name].output(use, operands[1 - side], y, scope.weights[name])
-    return [_checked("output", new, y)]
+    return [_check_like("output", new, y)]

@@ -1,4 +1,4 @@
-"""What the uses of a weight say: which of its axes are inputs and which outputs, and which uses an adapter follows."""
+"""Conclusions from the uses of a weight: the roles of its axes, and the uses that an adapter follows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxadapt.models.tracing.rewrite import Contraction, Function, Hook, OtherUs
 
 
 def unfollowed_uses(found: Iterable[Contraction | OtherUse], hook: Hook) -> list[str]:
-    """The uses that only the effective weight can follow, in a few words each."""
+    """Return the uses that need the effective weight, in a few words each."""
     axes = hook.axes
     along = (set(axes.in_axes), set(axes.out_axes))
     return [
@@ -25,20 +25,24 @@ def unfollowed_uses(found: Iterable[Contraction | OtherUse], hook: Hook) -> list
     ]
 
 
-def describe_uses(what: str, found: Iterable[Contraction | OtherUse], hook: Hook) -> str:
-    """In a few words, whether `what` uses a weight along its roles, or needs the effective weight, and for what."""
-    dear = unfollowed_uses(found, hook)
-    return f"effective weight in {what} ({', '.join(dict.fromkeys(dear))})" if dear else f"traced {what}"
+def describe_uses(function: str, found: Iterable[Contraction | OtherUse], hook: Hook) -> str:
+    """Say in a few words if `function` contracts a weight along its roles, or which uses need the effective weight."""
+    unfollowed = unfollowed_uses(found, hook)
+    return (
+        f"effective weight in {function} ({', '.join(dict.fromkeys(unfollowed))})"
+        if unfollowed
+        else f"traced {function}"
+    )
 
 
 def infer_axes(f: Function, weights: Mapping[str, Any], name: str, *args: Any) -> Axes:
-    """The roles of the axes of `weights[name]`, from the one way in which `f` contracts it.
+    """Infer the axis roles of `weights[name]` from the contraction in `f`.
 
-    Inputs and outputs come in the weight's own axis order. A trace cannot tell a fused axis (k and v in
-    one array) from an output axis.
+    Inputs and outputs are in the weight's axis order. A trace cannot distinguish a fused axis (k and v in one array)
+    from an output axis.
 
     Raises:
-        AttachError: the weight is not used, used in several ways, or not (only) by a `dot_general`.
+        AttachError: `f` does not use the weight, uses it in several ways, or in an operation other than `dot_general`.
 
     >>> import jax, jax.numpy as jnp
     >>> w, x = jax.ShapeDtypeStruct((3, 4, 5), "float32"), jax.ShapeDtypeStruct((2, 3), "float32")
@@ -52,16 +56,14 @@ def infer_axes(f: Function, weights: Mapping[str, Any], name: str, *args: Any) -
         case []:
             problem = "is never used"
         case [OtherUse(primitive)]:
-            problem = f"is used by {primitive}, not by a matrix product, which alone tells inputs from outputs"
+            problem = f"is used by {primitive}, and only a matrix product shows which axes are inputs"
         case _:
-            listed = "; ".join(_spoken(use) for use in distinct)
-            problem = f"is used in several ways ({listed}), which leave open what its inputs and outputs are"
-    raise AttachError(
-        f"the axis roles of {name!r} do not follow from its use: it {problem}; give a KeyMap with a line for it"
-    )
+            listed = "; ".join(_describe_use(use) for use in distinct)
+            problem = f"is used in several ways ({listed}), so that its inputs and outputs are ambiguous"
+    raise AttachError(f"cannot infer the axis roles of {name!r}: it {problem}. Pass a KeyMap with an entry for it")
 
 
-def _spoken(use: Contraction | OtherUse) -> str:
+def _describe_use(use: Contraction | OtherUse) -> str:
     if isinstance(use, OtherUse):
         return f"by {use.primitive}"
     shared = f", with {list(use.batch_axes)} in both" if use.batch_axes else ""

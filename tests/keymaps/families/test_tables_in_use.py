@@ -39,7 +39,7 @@ def test_saving_with_a_table_that_is_not_proved_says_so(tmp_path):
 def test_summary_names_the_table_and_what_it_rounds(h, rounds):
     held = adapter(KeyMap("mine", LINES, proved=False), h)
     text = str(jaxadapt.summary({"params": base(h), **held.collection}))
-    assert "names by the table 'mine', which is not proved" in text
+    assert "PyTorch names by the keymap 'mine', which is not tested" in text
     assert ("layers.{l}.q.kernel is PyTorch's times 0.288675, no power of two" in text) == rounds
 
 

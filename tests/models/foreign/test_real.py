@@ -15,6 +15,7 @@ import pytest
 from flax import nnx
 
 import jaxadapt
+from jaxadapt.keymaps import families
 from tests.keymaps.families import specimen_arrays, specimens
 from tests.keymaps.families.specimens import IDS, values
 from tests.models.foreign import real
@@ -105,7 +106,7 @@ def test_what_gemma_trained_it_computes():
 def test_they_compute_what_peft_computes(name: str, tmp_path):
     """A PEFT file whose As all differ, into a tree that shares some: side by side, at twice the rank."""
     specimen = real.specimen(name)
-    shapes = specimens.recorded(name)["leaves"] if name in RECORDED else real.sides.side(specimen).shapes
+    shapes = specimens.recorded(name)["leaves"] if name in RECORDED else real.jax_side.side(specimen).shapes
     specimen_arrays.write_adapter(specimen, shapes, tmp_path)
     if importlib.util.find_spec("peft") is not None:
         expected = torch_side.logits(name, adapter=True)
@@ -170,7 +171,7 @@ def test_an_a_for_each_head(name: str, tmp_path):
         jaxadapt.save(tree, tmp_path / "no", on_shared="concat")
     assert not (tmp_path / "no").exists()
     leaves = flat(tree)
-    table = jaxadapt.families.named(real.specimen(name).table)
+    table = families.get_family(real.specimen(name).table)
     for path, x in leaves.items():
         if path.endswith("lora_kernel_a"):
             left = table.match(path.replace("lora_kernel_a", "kernel")).weight.left
@@ -229,7 +230,7 @@ def test_its_adapter_of_ours_computes_the_same(name: str):
         return
     made = real.make(name)
     adapter = jaxadapt.extract(made.tree)
-    side = real.sides.side(real.specimen(name))
+    side = real.jax_side.side(real.specimen(name))
     base = jax.tree.map(jnp.asarray, nest(specimen_arrays.base_leaves(real.specimen(name), side.shapes)))
     module = jaxadapt.adapt(side.module, adapter.config)
     found = side.run(module, {"params": base, **adapter.collection})

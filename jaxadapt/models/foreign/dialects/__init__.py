@@ -1,4 +1,4 @@
-"""The tables, one file a library that trains LoRA, and how a tree's is found. A new dialect is a file and a line."""
+"""The dialects, one file for each library that trains LoRA. A new dialect is a file and an item of `DIALECTS`."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from jaxadapt.models.foreign.dialects.skyrl import SKYRL
 
 DIALECTS: dict[str, Dialect] = {d.name: d for d in (QWIX, NNX_LORA, GEMMA, MAXTEXT, LEVANTER, LORAX, SKYRL, KERAS)}
 USED = {"tunix": QWIX.name, "maxtext": f"{QWIX.name}/flat", "gemma": GEMMA.name, "keras": KERAS.name}
-"""What the models of a family's library (the part of its name before the colon) are trained with."""
+"""The dialect that trains the models of a family's library (the part of the family's name before the colon)."""
 
 
 def get_dialect(name: str) -> Dialect:
-    """A dialect by its name; "qwix/flat" is Qwix on layers that call dot_general, where plain Qwix means einsums."""
+    """Return a dialect by name: "qwix" for layers that call einsum, "qwix/flat" for layers that call dot_general."""
     base, _, change = name.partition("/")
     if base not in DIALECTS or change not in ("", "flat"):
         raise KeyMapError(
-            f"no dialect is called {name!r}; known are {', '.join(sorted(DIALECTS))} (add /flat where layers call"
-            " dot_general, and so inputs and outputs are one axis each)"
+            f"no dialect is called {name!r}; known are {', '.join(sorted(DIALECTS))} (append /flat if the"
+            " layers call dot_general, so that inputs and outputs are one axis each)"
         )
     return DIALECTS[base].flattened() if change else DIALECTS[base]
 
 
 def recognize_dialect(paths: Collection[str]) -> Dialect | None:
-    """The dialect whose lines claim every LoRA-like path among a tree's; None if there is no such path.
+    """Return the dialect that claims every path that looks like a LoRA leaf; None if no path does.
 
-    Raises `KeyMapError` listing what no dialect claims, or where two claim the same.
+    Raises `KeyMapError` listing the paths that no dialect claims, or if several dialects claim all of them.
 
     >>> recognize_dialect(["q.kernel", "q.kernel_lora_a", "q.kernel_lora_b"]).name
     'qwix'
@@ -50,15 +50,15 @@ def recognize_dialect(paths: Collection[str]) -> Dialect | None:
         return fitting[0]
     if fitting:
         names = ", ".join(d.name for d in fitting)
-        raise KeyMapError(f"the LoRA leaves of this tree lie where several dialects have theirs: {names}")
+        raise KeyMapError(f"the LoRA leaves of this tree are ambiguous: they match the dialects {names}")
     best = max(claimed, key=lambda d: len(claimed[d]))
-    known = f"{best.name} claims {len(claimed[best])} of them, and " if claimed[best] else ""
+    known = f" (those of {best.name}: {len(claimed[best])})" if claimed[best] else ""
     left = sorted(like - claimed[best])
     raise KeyMapError(
-        f"{len(like)} leaves of this tree look like a LoRA's; {known}no dialect knows these:\n"
+        f"{len(like)} leaves of this tree look like LoRA leaves{known}, but no dialect matches these:\n"
         + bullets(left)
-        + f"\nKnown dialects are {', '.join(DIALECTS)}. Nothing is left out silently: take those leaves out of the tree"
-        " if they are no part of the adapter"
+        + f"\nKnown dialects are {', '.join(DIALECTS)}. Remove these leaves from the tree if they are not part of the"
+        " adapter"
     )
 
 

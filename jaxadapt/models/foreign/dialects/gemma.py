@@ -1,7 +1,7 @@
 """gemma 4.0 (`gm.nn.LoRA`, `gemma.peft`): a submodule `lora` with `a` and `b`.
 
-What gemma's own Einsum holds is wrapped once more, in a module of the weight's name (`_LoRAEinsum_gating_einsum`)
-or, for a weight called `w`, a number. Fused parts (k and v, gate and up) share one A.
+The weights of gemma's own Einsum are in a further module, called after the weight (`_LoRAEinsum_gating_einsum`) or, for
+a weight called `w`, after a number. Fused parts (k and v, gate and up) share one A.
 """
 
 from jaxadapt.models.foreign.dialect import Dialect, Pair

@@ -1,4 +1,4 @@
-"""Levanter 1.1: `LoraLinear(wrapped, lora)`, both of `lora`'s weights as PyTorch has them, output axes first."""
+"""Levanter 1.1: `LoraLinear(wrapped, lora)`. Both weights of `lora` have PyTorch's layout, output axes first."""
 
 from jaxadapt.models.foreign.dialect import Dialect, Pair
 

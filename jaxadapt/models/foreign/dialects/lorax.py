@@ -1,6 +1,6 @@
-"""lorax 0.3.1: a weight becomes a `LoraWeight(w, a, b, alpha)` with W + alpha/r · b @ a, whatever W's axes mean.
+"""lorax 0.3.1: a weight becomes a `LoraWeight(w, a, b, alpha)` with W + alpha/r · b @ a, regardless of W's axis roles.
 
-Of a Flax kernel (in, out) b is the input's side; of a weight (out, in) a is.
+For a Flax kernel (in, out) the input side is b; for a weight (out, in) it is a.
 """
 
 from jaxadapt.models.foreign.dialect import Dialect, Pair

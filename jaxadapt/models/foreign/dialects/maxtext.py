@@ -1,6 +1,6 @@
-"""MaxText 0.2.5's serving format (`load_adapter`): keys with a dot in them, a tree apart from the base's.
+"""MaxText 0.2.5's serving format (`load_adapter`): keys with dots, in a tree separate from the base.
 
-(What MaxText trains is Qwix' form.) Its layers are stacked on axis 1; what it makes of another axis is malformed.
+(MaxText trains in Qwix' format.) Its layers are stacked on axis 1; its output for other stack axes is malformed.
 """
 
 from jaxadapt.models.foreign.dialect import Dialect, Pair

@@ -1,6 +1,6 @@
 """Qwix 0.1.8 (and Tunix, which trains with it): `<weight>_lora_a`, `<weight>_lora_b` beside the weight.
 
-An einsum keeps the weight's axes: A has those it shares with the input, B the rest. A dot_general flattens the
+An einsum keeps the weight's axes: A has the axes shared with the input, B the rest. A dot_general flattens the
 inputs and the outputs, and its batch axes lead. A convolution's A keeps the window.
 """
 

@@ -1,7 +1,7 @@
 """SkyRL-tx 0.3: several adapters in each array, chosen token by token, with a rank and a scale for each.
 
-It names its modules as Hugging Face does (the table "llama"). Later ones fuse q, k and v, and gate and up, in one leaf,
-for which a table would be needed.
+Its modules have Hugging Face's names (the keymap "llama"). Later versions fuse q, k and v, and gate and up,
+which would need another keymap.
 """
 
 from jaxadapt.models.foreign.dialect import Dialect, Pair
