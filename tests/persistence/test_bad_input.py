@@ -20,9 +20,8 @@ from flax import nnx
 import jaxadapt
 from jaxadapt import AdapterError, ConfigError, FileError, FormatError, MismatchError
 from jaxadapt.persistence import folder
-from jaxadapt.storage import atomic, safetensors
+from jaxadapt.storage import atomic, local_files, safetensors
 from jaxadapt.storage import flush as flush_module
-from jaxadapt.storage import local_files as codec_files
 from tests.support import small
 from tests.support.small import CONFIG, IA3, LORA, WEIGHTS, files, same
 
@@ -402,7 +401,7 @@ def test_an_error_of_the_disk_at_either_file(number, nth, good, monkeypatch):
         flush(fd)
 
     new = small.adapter(LORA.replace(lora_alpha=1), seed=9)
-    monkeypatch.setattr(atomic, "flush", failing)
+    monkeypatch.setattr(atomic, "flush_fd", failing)
     with pytest.raises(FileError, match=os.strerror(number)):
         jaxadapt.save(new, good)
     monkeypatch.undo()
@@ -441,14 +440,14 @@ def test_a_system_that_says_no(number, good, monkeypatch):
 
 
 def test_unreadable_files(good, monkeypatch):
-    opened = codec_files._opener
+    opened = local_files._opener
 
     def refusing(path, flags):
         if path.endswith(CONFIG):
             raise PermissionError(errno.EACCES, "Permission denied", path)
         return opened(path, flags)
 
-    monkeypatch.setattr(codec_files, "_opener", refusing)
+    monkeypatch.setattr(local_files, "_opener", refusing)
     with pytest.raises(FileError, match=f"{CONFIG}: cannot read: Permission denied"):
         folder.read(good)
 

@@ -78,7 +78,7 @@ def test_a_step_of_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with jaxadapt.CheckpointManager(tmp_path) as manager:
         manager.save(1, small.adapter())
         manager.wait()
-        monkeypatch.setattr(step_files, "on_host", on_host)
+        monkeypatch.setattr(step_files, "copy_to_host", on_host)
         with pytest.raises(AttachError, match=r"(?s)donated to a jitted function.*lora_A"):
             manager.save(2, adapter)
         assert manager.steps == [1]
