@@ -104,7 +104,7 @@ def test_an_empty_folder(tmp_path):
 
 
 def test_a_folder_of_folders_names_them(good):
-    everywhere(good.parent, FileError, "folders below hold adapters: good")
+    everywhere(good.parent, FileError, "subfolders contain adapters: good")
 
 
 def test_a_configuration_without_weights(good):
@@ -121,7 +121,7 @@ def test_weights_without_a_configuration(good):
 
 
 def test_a_file_where_a_folder_should_be(good):
-    everywhere(good / WEIGHTS, FileError, "expected a folder", "found a file", "give its folder")
+    everywhere(good / WEIGHTS, FileError, "expected a folder", "found a file", "pass its folder")
     with pytest.raises(FileError, match=f"{WEIGHTS}"):
         jaxadapt.save(small.adapter(), good / WEIGHTS)
     with pytest.raises(FileError, match=f"{WEIGHTS}"):
@@ -228,7 +228,7 @@ def test_damaged_metadata_of_our_own(good):
 
 def test_no_tensor_at_all(good):
     plainly(good, {})
-    with pytest.raises(MismatchError, match=f"{WEIGHTS}: expected an adapter's tensors"):
+    with pytest.raises(MismatchError, match=f"{WEIGHTS}: no tensors in the file"):
         jaxadapt.read(good)
     refuses(good, MismatchError, WEIGHTS)
 

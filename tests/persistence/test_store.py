@@ -205,12 +205,12 @@ def test_values_that_are_none_are_refused(tmp_path):
 def test_peft_tensors_and_adapters_never_pass_for_each_other(tmp_path):
     adapter = small.adapter()
     tensors = jaxadapt.to_peft(adapter)
-    with pytest.raises(AttachError, match=r"PeftTensors; jaxadapt\.write\(tensors, path\)"):
+    with pytest.raises(AttachError, match=r"PeftTensors; write them with jaxadapt\.write\(tensors, path\)"):
         jaxadapt.save(tensors, tmp_path / "out")
     with pytest.raises(AttachError, match="PeftTensors"):
         jaxadapt.to_peft(tensors)
     for other in (adapter, small.trained(), small.variables(), dict(tensors.tensors)):
-        with pytest.raises(AttachError, match=r"write takes PeftTensors.*jaxadapt\.save"):
+        with pytest.raises(AttachError, match=r"write: expected PeftTensors.*jaxadapt\.save"):
             jaxadapt.write(other, tmp_path / "out")
     with pytest.raises(AttachError, match=r"expected PeftTensors.*found Adapter.*inject"):
         jaxadapt.from_peft(adapter, small.net())
@@ -381,12 +381,12 @@ def interrupted(path: Path, before: jaxadapt.Adapter, after: jaxadapt.Adapter) -
     """A folder as it is when a save of `after` over `before` dies between its two files."""
     jaxadapt.save(before, path)
     old = (path / CONFIG).read_bytes()
-    forget = folder._forget
-    folder._forget = lambda *args: None
+    forget = folder._blank_digest
+    folder._blank_digest = lambda *args: None
     try:
         jaxadapt.save(after, path)
     finally:
-        folder._forget = forget
+        folder._blank_digest = forget
     (path / CONFIG).write_bytes(old)
 
 

@@ -357,7 +357,7 @@ def test_an_unconverted_file_changes_the_base_on_request_as_in_peft(kind, api, s
     loaded = jaxadapt.load(tmp_path, target, base="original")
     if api == "nnx":
         found = loaded(IDS)
-        with pytest.raises(jaxadapt.AttachError, match="has changed this base already"):
+        with pytest.raises(jaxadapt.AttachError, match="has already changed this base"):
             jaxadapt.load(tmp_path, loaded, base="original")
     else:
         found = forward(jaxadapt.merge(loaded["params"], jaxadapt.extract(loaded)), {"input_ids": IDS})
