@@ -63,7 +63,7 @@ class _Probe(Method):
         raise NotImplementedError
 
     def output(
-        self, hparams: Update, params: Params, use: Use | Operation, x: Array, y: Array, drop: Drop | None, w: Array
+        self, static: Update, params: Params, use: Use | Operation, x: Array, y: Array, drop: Drop | None, w: Array
     ) -> Array:
         if not isinstance(use, Use) or use.transposed:
             return y  # a tied head, which is another module in PEFT
@@ -78,9 +78,9 @@ class _Probe(Method):
         mask = params["mask"]
         if mask.shape[-1] not in (1, len(flat)):
             raise AttachError(f"expected a mask of the size of its inputs {lead}, found size {mask.shape[-1]}")
-        return _observe(hparams, params["state"], flat.astype(jnp.float32), jnp.broadcast_to(mask[0], len(flat)), y)
+        return _observe(static, params["state"], flat.astype(jnp.float32), jnp.broadcast_to(mask[0], len(flat)), y)
 
-    def weight(self, hparams: Any, params: Params, axes: Any, w: Array) -> Array:
+    def weight(self, static: Any, params: Params, axes: Any, w: Array) -> Array:
         raise AttachError("the use of its weight does not show its inputs; exclude the layer")
 
     unweight = weight

@@ -110,7 +110,7 @@ def text_digest(text: str) -> str:
 
 
 def tensor_module(config: Config, key: str) -> str | None:
-    """Return the module of a tensor: the longest prefix of its key that the configuration targets; None if there is none.
+    """Return the module of a tensor: the longest prefix of its key that the configuration targets; else None.
 
     >>> tensor_module(configs.LoraConfig(target_modules=["q"]), "base_model.model.h.0.q.lora_A.weight")
     'h.0.q'

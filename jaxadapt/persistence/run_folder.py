@@ -70,7 +70,7 @@ class RunFolder:
     def objective(self) -> dict[str, str]:
         """The criterion for the best step: `{"minimize": metric}` or `{"maximize": metric}`; empty if unknown.
 
-        By default the one given to the `CheckpointManager` that saved the steps; the newest step that stores one counts.
+        By default the objective of the `CheckpointManager` that saved the steps, from the newest step that stores it.
         """
         return self._objective(self._found())
 
@@ -155,7 +155,7 @@ def step_number(step: Any) -> int:
         number = operator.index(step)
     except TypeError:
         raise ConfigError(
-            f"step: expected an integer, found {type(step).__name__}; the arguments are save(step, model) and restore(model, step)"
+            f"step: expected an integer, found {type(step).__name__}; call save(step, model) or restore(model, step)"
         ) from None
     if not 0 <= number < 10**18:
         raise ConfigError(f"step: expected 0 or more, found {number}")

@@ -226,7 +226,7 @@ def test_a_tied_leaf_is_written_under_both_its_names() -> None:
     encoded = jaxadapt.to_peft(adapter).tensors
     assert isinstance(encoded, Encoded)
     assert sum("lm_head" in key for key in encoded) == 2
-    parts = {part.key: part for part in multihost._own(encoded, multihost.owned_regions(encoded.leaves, 0))}
+    parts = {part.key: part for part in multihost._owned_parts(encoded, multihost.owned_regions(encoded.leaves, 0))}
     assert parts.keys() == set(encoded)
     for key, part in parts.items():
         np.testing.assert_array_equal(np.reshape(part.array, encoded[key].shape), encoded[key])
