@@ -225,7 +225,7 @@ def test_tensors_that_are_no_arrays_are_listed(tmp_path):
         jaxadapt.write(odd, tmp_path / "out")
     assert "a: list" in str(caught.value)
     assert "c: NoneType" in str(caught.value)
-    with pytest.raises(MismatchError, match="no tensor to write"):
+    with pytest.raises(MismatchError, match="adapter without tensors"):
         jaxadapt.write(jaxadapt.PeftTensors(LORA, {}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
