@@ -56,14 +56,14 @@ if TYPE_CHECKING:
     from jaxadapt.models.nnx.params import LayerNumber as LayerNumber
     from jaxadapt.models.summary_table import summary as summary
     from jaxadapt.models.target_selection import select as select
-    from jaxadapt.persistence.folder import inspect as inspect
     from jaxadapt.persistence.folder import read as read
     from jaxadapt.persistence.folder import read_config as read_config
     from jaxadapt.persistence.folder import write as write
+    from jaxadapt.persistence.inspect_folder import inspect as inspect
+    from jaxadapt.persistence.load_adapter import load as load
     from jaxadapt.persistence.peft import from_peft as from_peft
     from jaxadapt.persistence.peft import to_peft as to_peft
-    from jaxadapt.persistence.store import load as load
-    from jaxadapt.persistence.store import save as save
+    from jaxadapt.persistence.save_adapter import save as save
     from jaxadapt.persistence.upload import push as push
     from jaxadapt.storage.hub import pull as pull
     from jaxadapt.training import optim as optim

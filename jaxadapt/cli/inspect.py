@@ -10,7 +10,7 @@ from jaxadapt.cli import output
 
 if TYPE_CHECKING:
     from jaxadapt.analysis.norms import Norms
-    from jaxadapt.persistence.folder import Info
+    from jaxadapt.persistence.inspect_folder import Info
 
 
 def _png(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
@@ -42,7 +42,8 @@ def command(folder: str, as_json: bool, tensors: bool, norms: bool, plot: str | 
       jaxadapt inspect out/ --json | jq .config.r
       jaxadapt inspect out/ --plot norms.png
     """
-    from jaxadapt.persistence.folder import inspect, read
+    from jaxadapt.persistence.folder import read
+    from jaxadapt.persistence.inspect_folder import inspect
 
     info = inspect(folder, progress=True)
     measured = None

@@ -30,7 +30,7 @@ from jaxadapt.keymaps.keymap import KeyMap, warn_unproved
 from jaxadapt.merging import base_merge
 from jaxadapt.models import base_params, planning
 from jaxadapt.models.nnx import attach, survey
-from jaxadapt.persistence import device_arrays, folder, peft
+from jaxadapt.persistence import device_arrays, encode, folder
 from jaxadapt.storage import hf_model
 from jaxadapt.storage import location as places
 from jaxadapt.storage.dtypes import dtype_name, numpy_dtype
@@ -76,7 +76,7 @@ def export_base(
     """
     leaves, table = _leaves(params, keymap)
     _refuse_statistics(params, leaves)
-    peft.require_values(leaves, traced=False)
+    encode.require_values(leaves, traced=False)
     made = plan.base_plan(table, _shapes(leaves))
     changed = {} if adapter is None else base_merge.plan_merge(leaves, adapter)
     strict = adapter is not None and not allow_nan

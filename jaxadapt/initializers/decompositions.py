@@ -1,7 +1,7 @@
-"""The factors that LoRA's initialisations begin with: one weight W (out, in), in float32, to A (r, in) and B (out, r).
+"""LoRA's initial factors: from one float32 weight W (out, in) to A (r, in) and B (out, r).
 
-As in PEFT 0.21.2 (`tuners/lora/layer.py`, `corda.py`), up to signs and, where it draws random numbers, up to those.
-`s` is the scale. Pure functions of arrays in PyTorch's layout; nothing here knows a model.
+Follows PEFT 0.21.2 (`tuners/lora/layer.py`, `corda.py`), up to signs and random numbers. `s` is the scale. These are
+pure functions of arrays in PyTorch's layout.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Array = Any
 
 
 class Factors(NamedTuple):
-    """A (r, in) and B (out, r); `left`, what remains of W, where that is not W − s·B·A or all of it."""
+    """A (r, in), B (out, r) and the remaining base weight `left`; None: W − s·B·A, or W itself."""
 
     a: Array
     b: Array
@@ -34,61 +34,62 @@ def _static(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 @_static("r", "s")
 def pissa(w: Array, r: int, s: float) -> Factors:
-    """The r largest singular triples of W, over s (arXiv:2404.02948): s·B·A is the best approximation of rank r."""
+    """Return the r largest singular triples of W, over s (arXiv:2404.02948): s·B·A is the best rank-r approximation."""
     u, sigma, vh = jnp.linalg.svd(w, full_matrices=False)
     return _balanced(u[:, :r], sigma[:r] / s, vh[:r])
 
 
 @_static("s", "steps")
 def pissa_fast(w: Array, s: float, steps: int, omega: Array) -> Factors:
-    """The same by a randomised SVD with `steps` rounds of subspace iteration from `omega` (min(out, in), r)."""
+    """Compute `pissa` by a randomised SVD with `steps` rounds of subspace iteration from `omega` (min(out, in), r)."""
     u, sigma, vh = svd_lowrank(w, steps, omega)
     return _balanced(u, sigma / s, vh)
 
 
 @_static("r")
 def mica(w: Array, r: int) -> Factors:
-    """A is zero, and B the left singular vectors of the r smallest singular values of W (arXiv:2604.01694)."""
+    """Return A = 0, and as B the left singular vectors of the r smallest singular values of W (arXiv:2604.01694)."""
     u = jnp.linalg.svd(w, full_matrices=False)[0]
     return Factors(jnp.zeros((r, w.shape[1])), u[:, -r:])
 
 
 @_static("r")
 def truncated(w: Array, r: int) -> Array:
-    """W without its r smallest singular values: the base of KaSA (arXiv:2412.06071)."""
+    """Return W without its r smallest singular values: the base of KaSA (arXiv:2412.06071)."""
     u, sigma, vh = jnp.linalg.svd(w, full_matrices=False)
     return (u[:, :-r] * sigma[None, :-r]) @ vh[:-r]
 
 
 @_static("r")
 def olora(w: Array, r: int) -> Factors:
-    """The first columns of Q and rows of R in W = Q·R (arXiv:2406.01775)."""
+    """Return the first r rows of R as A and columns of Q as B, W = Q·R (arXiv:2406.01775)."""
     q, upper = jnp.linalg.qr(w)
     return Factors(upper[:r], q[:, :r])
 
 
 @jax.jit
 def orthogonal(square: Array, x: Array, y: Array) -> Factors:
-    """A and B with B·A = 0, neither of them zero, from normal `square` (r, r), `x` (in, r/2) and `y` (r/2, out).
+    """Return nonzero A and B with B·A = 0, from normal `square` (r, r), `x` (in, r/2) and `y` (r/2, out).
 
-    Each is spanned by every other row of one orthogonal matrix.
+    A uses the even rows of one orthogonal matrix, B the odd rows.
     """
     q = jnp.linalg.qr(square)[0]
     return Factors((x @ q[0::2]).T / 10, y.T @ q[1::2] / 10)
 
 
 def corda(w: Array, covariance: Array, r: int, s: float, last: bool) -> Factors:
-    """Singular triples of W·C (arXiv:2406.05223), C the covariance (in, in) of the inputs, taken back by C⁻¹.
+    """Return singular triples of W·C, multiplied by C⁻¹ (arXiv:2406.05223); C is the inputs' covariance (in, in).
 
-    The largest, or the smallest with `last` (the knowledge-preserved mode). C is damped until it can be inverted.
+    Takes the largest triples, or with `last` the smallest (knowledge-preserved mode). Damps C until it is invertible.
+    Raises `AttachError` if no damping makes it invertible.
     """
     damp = 0.01
     while True:
         fixed, inverse, error = _inverted(covariance, damp)
-        if error < 0.05:  # not a number counts as no inverse, and doubling will not help then
+        if error < 0.05:  # False for NaN, for which doubling the damping does not help
             break
         if not jnp.isfinite(error) or damp > 1e6:
-            raise AttachError("the covariance of its inputs cannot be inverted; are they all zero, or not finite?")
+            raise AttachError("cannot invert the covariance of the inputs; are they all zero, or not finite?")
         damp *= 2
     return _corda(w, fixed, inverse, r, s, last)
 
@@ -104,8 +105,8 @@ def _inverted(covariance: Array, damp: float) -> tuple[Array, Array, Array]:
 @_static("r", "s", "last")
 def _corda(w: Array, fixed: Array, inverse: Array, r: int, s: float, last: bool) -> Factors:
     u, sigma, vh = jnp.linalg.svd(w @ fixed, full_matrices=False)
-    mine = slice(-r, None) if last else slice(r)
-    return _balanced(u[:, mine], sigma[mine] / s, (vh @ inverse)[mine])
+    kept = slice(-r, None) if last else slice(r)
+    return _balanced(u[:, kept], sigma[kept] / s, (vh @ inverse)[kept])
 
 
 GA_DIRECTIONS = ("ArBr", "A2rBr", "ArB2r", "random")
@@ -113,37 +114,37 @@ GA_SCALES = ("stable", "weight_svd", "gd_scale", "unit")
 
 
 class Gradient(NamedTuple):
-    """How LoRA-GA uses a gradient (PEFT's `LoraGAConfig`)."""
+    """LoRA-GA's use of a gradient (PEFT's `LoraGAConfig`)."""
 
     direction: str = "ArB2r"
     scale: str = "stable"
     stable_gamma: float = 16
 
 
-@_static("r", "s", "how", "wide", "dtype")
-def lora_ga(w: Array, gradient: Array, r: int, s: float, how: Gradient, wide: int, dtype: Any, key: Array) -> Factors:
-    """Singular vectors of the gradient (out, in) of W (arXiv:2407.05000).
+@_static("r", "s", "how", "width", "dtype")
+def lora_ga(w: Array, gradient: Array, r: int, s: float, how: Gradient, width: int, dtype: Any, key: Array) -> Factors:
+    """Return singular vectors of the gradient (out, in) of W (arXiv:2407.05000).
 
     Args:
-        wide: the size by whose fourth root B grows with the scale "stable".
-        dtype: of the base weight, to which A and B are rounded, as what they are taken out of it is.
+        width: with the scale "stable", B is multiplied by the fourth root of this size.
+        dtype: the base weight's dtype; A and B are rounded to it, as the changed base weight is.
     """
     keys = jax.random.split(key, 3)
     q = min(4 * r, *gradient.shape)
     u, sigma, vh = svd_lowrank(gradient, 4, jax.random.normal(keys[0], (min(gradient.shape), q)))
     if how.direction == "random":
-        mine = theirs = jax.random.permutation(keys[1], 2 * r)[:r]
+        a_rows = b_rows = jax.random.permutation(keys[1], 2 * r)[:r]
     else:
-        all_ = jnp.arange(2 * r)
-        mine, theirs = {
-            "ArBr": (all_[1::2], all_[0::2]), "A2rBr": (all_[r:], all_[:r]), "ArB2r": (all_[:r], all_[r:]),
+        order = jnp.arange(2 * r)
+        a_rows, b_rows = {
+            "ArBr": (order[1::2], order[0::2]), "A2rBr": (order[r:], order[:r]), "ArB2r": (order[:r], order[r:]),
         }[how.direction]  # fmt: skip
-    a, b = vh[mine], u[:, theirs] * sigma[theirs][None]
+    a, b = vh[a_rows], u[:, b_rows] * sigma[b_rows][None]
     if how.scale == "stable":
-        b = b * (wide**0.25 / how.stable_gamma**0.5)
+        b = b * (width**0.25 / how.stable_gamma**0.5)
     elif how.scale == "weight_svd":
         largest = svd_lowrank(w, 4, jax.random.normal(keys[2], (min(w.shape), r)))[1][0]
-        first = sigma[theirs[0]]
+        first = sigma[b_rows[0]]
         b = b * jnp.where(first > 0, largest / jnp.where(first > 0, first, 1), 1)
     elif how.scale == "gd_scale":
         a, b = a / s, b / s
@@ -152,27 +153,29 @@ def lora_ga(w: Array, gradient: Array, r: int, s: float, how: Gradient, wide: in
 
 @_static("r", "s", "bits", "steps")
 def loftq(w: Array, r: int, s: float, bits: int, steps: int) -> Factors:
-    """W ≈ Q + s·B·A, by turns: Q is what remains in nf4 or int8, B·A the best of what that lost (arXiv:2310.08659).
+    """Approximate W ≈ Q + s·B·A alternately: Q = quantize(W − s·B·A), s·B·A = best of W − Q (arXiv:2310.08659).
 
-    PEFT's B·A is not over s, so that its sum is near W only where s is 1; here it always is, with the same Q.
+    Q is in nf4 or int8. PEFT does not divide B·A by s, so its sum approximates W only for s = 1. Here it always does,
+    with the same Q.
     """
-    rest = q = w
+    residual = q = w
     product = Factors(jnp.zeros((r, w.shape[1])), jnp.zeros((w.shape[0], r)))
     for _ in range(steps):
         if bits == 8:
-            rest = rest.astype(jnp.float16).astype(jnp.float32)  # as bitsandbytes does
-        q = quantized.quantize_weight(rest, "nf4" if bits == 4 else "int8").dense()
+            residual = residual.astype(jnp.float16).astype(jnp.float32)  # as bitsandbytes does
+        q = quantized.quantize_weight(residual, "nf4" if bits == 4 else "int8").dense()
         u, sigma, vh = jnp.linalg.svd(w - q, full_matrices=False)
         product = _balanced(u[:, :r], sigma[:r], vh[:r])
-        rest = w - product.b @ product.a
+        residual = w - product.b @ product.a
     root = math.sqrt(s)
     return Factors(product.a / root, product.b / root, q)
 
 
 def svd_lowrank(w: Array, steps: int, omega: Array) -> tuple[Array, Array, Array]:
-    """U, S, Vh by Halko et al. 2009 (algorithms 4.4 and 5.1), as `torch.svd_lowrank` does it, from `omega` (n, q).
+    """Return U, S, Vh by Halko et al. 2009 (algorithms 4.4 and 5.1), as `torch.svd_lowrank` does.
 
-    n is the shorter side of w.
+    Args:
+        omega: normal (n, q); n is the shorter side of w.
     """
     tall = w.shape[0] >= w.shape[1]
     m = w if tall else w.T

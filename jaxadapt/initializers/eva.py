@@ -1,8 +1,8 @@
-"""EVA (arXiv:2410.07170): A begins as the principal components of a layer's inputs; ranks go where they explain most.
+"""EVA (arXiv:2410.07170): A starts as the principal components of a layer's inputs. Ranks follow the variance.
 
-As in PEFT 0.21.2 (`tuners/lora/eva.py`): batches are taken, again and again if need be, until the components of every
-layer point where they did a batch ago. Where PEFT leaves the order of equal explained variances open, the layer that
-comes first wins.
+Follows PEFT 0.21.2 (`tuners/lora/eva.py`): iterates over the batches, repeatedly if necessary, until the components of
+every layer converge from one batch to the next. PEFT leaves the order of equal explained variances open; here the
+first layer wins.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.initializers.statistics import Components, Observer, Statistic, moments, split_layers, stack_layers
 
-_LIMIT = 1000  # batches; PEFT goes on for ever
+_LIMIT = 1000  # batches; PEFT has no limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,83 +36,93 @@ class Settings:
     adjust_scaling_factors: bool = True
 
 
-def components(
+def find_components(
     config: LoraConfig,
-    bounds: Sequence[sites.Site],
+    adapter_sites: Sequence[sites.Site],
     batches: Iterable[Any],
     watch: Callable[[Sequence[sites.Site], Mapping[str, Statistic]], Observer],
     settings: Settings,
     mask: Callable[[Any], Any] | None = None,
 ) -> dict[str, np.ndarray]:
-    """`{module: (rank, in)}`, ranks redistributed among the modules; 0 for those that get none.
+    """Return {module: components (rank, in)} with ranks redistributed among the modules; rank 0 for some.
 
     Args:
-        batches: at least one; they may be gone through several times.
-        watch: an `Observer` of these sites.
-        mask: which tokens of a batch count; by default as PEFT tells from its "attention_mask" and "labels".
+        batches: at least one; iterated over several times if necessary.
+        watch: makes an `Observer` of the given sites.
+        mask: selects the tokens of a batch that count; by default from its "attention_mask" and "labels", as in PEFT.
 
-    Raises `AttachError` where the components do not settle.
+    Raises `AttachError` if the components do not converge.
     """
     batches = list(batches)
     if not batches:
-        raise AttachError("EVA needs batches=, and there is none")
-    tokens = mask or (lambda batch: _mask(batch, settings))
-    wanted = {m: matching.pattern_value(config.rank_pattern, m, config.r) for b in bounds for m in b.modules}
-    seen = watch(bounds, {b.leaf: Statistic(moments, 3) for b in bounds})({}, batches[0], tokens(batches[0]))
-    groups = _alike(bounds, seen)
+        raise AttachError("EVA needs at least one batch: batches= is empty")
+    tokens = mask or (lambda batch: _token_mask(batch, settings))
+    wanted = {m: matching.pattern_value(config.rank_pattern, m, config.r) for b in adapter_sites for m in b.modules}
+    seen = watch(adapter_sites, {b.leaf: Statistic(moments, 3) for b in adapter_sites})(
+        {}, batches[0], tokens(batches[0])
+    )
+    groups = _group_equal_inputs(adapter_sites, seen)
     most = {m: round(wanted[m] * settings.rho) for m in wanted}
     for group in groups.values():
         most |= dict.fromkeys(group, max(most[m] for m in group))
-    where = {m: (b, layer) for b in bounds for m, layer in b.layers.items()}
-    mine = [b for b in bounds if not groups.keys().isdisjoint(b.modules)]
-    k = {b.leaf: max(most[m] for m in b.modules) for b in mine}
-    wide = [f"{b.leaf}: {k[b.leaf]} components of {b.fan_in} inputs" for b in mine if k[b.leaf] > b.fan_in]
-    if wide:
-        raise ConfigError("r * rho exceeds the inputs of some layers; lower r or rho:\n" + paths.bullets(wide))
-    observe = watch(mine, {b.leaf: Statistic(Components(k[b.leaf]), k[b.leaf] + 4) for b in mine})
-    states = {b.leaf: np.zeros((_count(b), k[b.leaf] + 4, b.fan_in), "float32") for b in mine}
-    settled = {m: np.zeros(most[m], bool) for m in groups}
+    places = {m: (site, layer) for site in adapter_sites for m, layer in site.layers.items()}
+    group_sites = [b for b in adapter_sites if not groups.keys().isdisjoint(b.modules)]
+    k = {b.leaf: max(most[m] for m in b.modules) for b in group_sites}
+    too_many = [f"{b.leaf}: {k[b.leaf]} components of {b.fan_in} inputs" for b in group_sites if k[b.leaf] > b.fan_in]
+    if too_many:
+        raise ConfigError("r * rho exceeds the inputs of these layers; lower r or rho:\n" + paths.bullets(too_many))
+    observe = watch(group_sites, {b.leaf: Statistic(Components(k[b.leaf]), k[b.leaf] + 4) for b in group_sites})
+    states = {b.leaf: np.zeros((_count_layers(b), k[b.leaf] + 4, b.fan_in), "float32") for b in group_sites}
+    converged = {m: np.zeros(most[m], bool) for m in groups}
     ranks = dict(most)
 
-    def of(module: str) -> np.ndarray:
-        bound, layer = where[module]
-        return states[bound.leaf][layer]
+    def state_of(module: str) -> np.ndarray:
+        site, layer = places[module]
+        return states[site.leaf][layer]
 
     for batch in itertools.islice(itertools.cycle(batches), _LIMIT):
-        done = {m: bool(settled[m][: ranks[m]].all()) for m in groups}
+        done = {m: bool(converged[m][: ranks[m]].all()) for m in groups}
         if all(done.values()):
-            return {m: _chosen(of(head), ranks[m], settings) for head, group in groups.items() for m in group}
-        new = observe({b.leaf: stack_layers(b, states[b.leaf]) for b in mine}, batch, tokens(batch))
-        for bound in mine:
-            if float(np.max(split_layers(bound, new[bound.leaf])[:, -1, 0])) > 1:
-                raise AttachError(f"{bound.leaf}: is called several times in one pass, which EVA cannot follow here")
+            return {
+                m: _select_components(state_of(head), ranks[m], settings)
+                for head, group in groups.items()
+                for m in group
+            }
+        new = observe({b.leaf: stack_layers(b, states[b.leaf]) for b in group_sites}, batch, tokens(batch))
+        for site in group_sites:
+            if float(np.max(split_layers(site, new[site.leaf])[:, -1, 0])) > 1:
+                raise AttachError(
+                    f"{site.leaf}: EVA does not support layers called several times in a pass; exclude it"
+                )
         for module in groups:
             if not done[module]:
-                bound, layer = where[module]
-                before, after = of(module), np.asarray(split_layers(bound, new[bound.leaf])[layer])
+                site, layer = places[module]
+                before, after = state_of(module), np.asarray(split_layers(site, new[site.leaf])[layer])
                 if 0 < before[-1, 1] < after[-1, 1]:
-                    settled[module] = _cosines(before, after, most[module]) >= settings.tau
-                states[bound.leaf][layer] = after
-        if all(of(m)[-1, 1] > 0 for m in groups):
-            ranks = _ranks(groups, most, sum(wanted.values()), {m: _explained(of(m), most[m]) for m in groups})
-    raise AttachError(f"EVA: after {_LIMIT} batches the components still turn; use larger batches, or a lower tau")
+                    converged[module] = _cosines(before, after, most[module]) >= settings.tau
+                states[site.leaf][layer] = after
+        if all(state_of(m)[-1, 1] > 0 for m in groups):
+            ranks = _distribute_ranks(
+                groups, most, sum(wanted.values()), {m: _explained_variance(state_of(m), most[m]) for m in groups}
+            )
+    raise AttachError(f"EVA: the components did not converge after {_LIMIT} batches; use larger batches or a lower tau")
 
 
-def _count(bound: sites.Site) -> int:
-    """How many layers a leaf stacks."""
-    sizes = {name: n for e in bound.entries for name, n in zip(e.form.left, e.form.shape, strict=True)}
-    return math.prod(sizes[name] for name in bound.match.roles["stack"])
+def _count_layers(site: sites.Site) -> int:
+    """Return the number of layers that a leaf stacks."""
+    sizes = {name: n for e in site.entries for name, n in zip(e.form.left, e.form.shape, strict=True)}
+    return math.prod(sizes[name] for name in site.match.roles["stack"])
 
 
-def _alike(bounds: Sequence[sites.Site], seen: Mapping[str, Any]) -> dict[str, list[str]]:
-    """`{module: the modules with the very inputs that it has, itself first}`."""
+def _group_equal_inputs(adapter_sites: Sequence[sites.Site], seen: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return {module: the modules with the same inputs, itself first}."""
     groups: dict[str, list[str]] = {}
     known: list[tuple[np.ndarray, str]] = []
-    for bound in bounds:
-        rows = np.asarray(split_layers(bound, seen[bound.leaf]))[:, :, :]
-        for module, layer in bound.layers.items():
+    for site in adapter_sites:
+        rows = np.asarray(split_layers(site, seen[site.leaf]))[:, :, :]
+        for module, layer in site.layers.items():
             row = rows[layer]
-            head = next((m for other, m in known if _same(row, other)), None)
+            head = next((m for other, m in known if _equal_inputs(row, other)), None)
             if head is None:
                 known.append((row, module))
                 head = module
@@ -120,8 +130,8 @@ def _alike(bounds: Sequence[sites.Site], seen: Mapping[str, Any]) -> dict[str, l
     return groups
 
 
-def _same(one: np.ndarray, other: np.ndarray) -> bool:
-    """Compilers may sum in another order, but not by more than this."""
+def _equal_inputs(one: np.ndarray, other: np.ndarray) -> bool:
+    """Return True if two statistics are equal up to the order of summation."""
     return one.shape == other.shape and np.allclose(one[:2], other[:2], rtol=1e-5, atol=1e-7 * abs(one[:2]).max())
 
 
@@ -131,16 +141,16 @@ def _cosines(before: np.ndarray, after: np.ndarray, k: int) -> np.ndarray:
     return (a * b).sum(1) / np.maximum(lengths, 1e-8)
 
 
-def _explained(state: np.ndarray, k: int) -> np.ndarray:
-    """The share of the variance that each component explains."""
+def _explained_variance(state: np.ndarray, k: int) -> np.ndarray:
+    """Return the share of the variance that each component explains."""
     sigma, variance, seen = state[-4, :k], state[-2], state[-1, 1]
     return sigma**2 / (variance.sum() * seen)
 
 
-def _ranks(
+def _distribute_ranks(
     groups: Mapping[str, Sequence[str]], most: Mapping[str, int], budget: int, explained: Mapping[str, np.ndarray]
 ) -> dict[str, int]:
-    """The budget, to whichever components explain most."""
+    """Distribute the budget to the components that explain the most variance; return {module: rank}."""
     head = {m: first for first, group in groups.items() for m in group}
     order = [*groups, *(m for first, group in groups.items() for m in group if m != first)]
     keys = [m for m in order for _ in range(most[m])]
@@ -148,33 +158,32 @@ def _ranks(
     counts = dict.fromkeys(order, 0)
     for i in np.argsort(-values, kind="stable")[:budget]:
         counts[keys[i]] += 1
-    for m in order[len(groups) :]:  # of modules with equal inputs the first has the most
+    for m in order[len(groups) :]:  # among modules with equal inputs the first gets the largest rank
         if counts[head[m]] < counts[m]:
             counts[head[m]], counts[m] = counts[m], counts[head[m]]
     return counts
 
 
-def _chosen(state: np.ndarray, rank: int, settings: Settings) -> np.ndarray:
-    found = state[:rank]
-    # (PEFT divides in place, so modules that share their inputs are whitened once for each of them: a fault, not kept.)
-    return found / np.sqrt(state[-4, :rank, None]) if settings.whiten else found
+def _select_components(state: np.ndarray, rank: int, settings: Settings) -> np.ndarray:
+    # PEFT whitens in place, so it whitens shared inputs once for each module. That error is not repeated here.
+    return state[:rank] / np.sqrt(state[-4, :rank, None]) if settings.whiten else state[:rank]
 
 
-def _mask(batch: Any, settings: Settings) -> Any:
-    """The tokens that count: attended to, and with `use_label_mask` those that have a label."""
+def _token_mask(batch: Any, settings: Settings) -> Any:
+    """Return the mask of tokens that are attended to and, with `use_label_mask`, have a label; None: all."""
     if not isinstance(batch, Mapping):
         return None
-    given = [np.asarray(batch["attention_mask"]) != 0] if "attention_mask" in batch else []
+    masks = [np.asarray(batch["attention_mask"]) != 0] if "attention_mask" in batch else []
     if settings.use_label_mask and "labels" in batch:
-        given.append(np.asarray(batch["labels"]) != settings.label_mask_value)
-    return np.logical_and.reduce(given) if given else None
+        masks.append(np.asarray(batch["labels"]) != settings.label_mask_value)
+    return np.logical_and.reduce(masks) if masks else None
 
 
-def redistribute_ranks(config: LoraConfig, found: Mapping[str, np.ndarray], settings: Settings) -> LoraConfig:
-    """The configuration with the ranks that EVA found, as PEFT writes it: modules in full, alphas as floats."""
+def redistribute_ranks(config: LoraConfig, rows_by_module: Mapping[str, np.ndarray], settings: Settings) -> LoraConfig:
+    """Return the configuration with EVA's ranks, as PEFT writes it: full module names, alphas as floats."""
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
-    for module, rows in found.items():
+    for module, rows in rows_by_module.items():
         r = matching.pattern_value(config.rank_pattern, module, config.r)
         alpha = matching.pattern_value(config.alpha_pattern, module, config.lora_alpha)
         new = len(rows)
@@ -187,7 +196,7 @@ def redistribute_ranks(config: LoraConfig, found: Mapping[str, np.ndarray], sett
         if alpha != config.lora_alpha:
             alphas[module] = alpha
     return config.replace(
-        target_modules=sorted(m for m, rows in found.items() if len(rows)),
+        target_modules=sorted(m for m, rows in rows_by_module.items() if len(rows)),
         rank_pattern=dict(sorted(ranks.items())),
         alpha_pattern=dict(sorted(alphas.items())),
     )

@@ -1,4 +1,4 @@
-"""The way back from a base that an initialisation changed: a plain LoRA for the original, or that base once more."""
+"""Undo the change that an initialisation makes to the base: convert to a plain LoRA, or change the base again."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ Array = Any
 
 
 def for_original_base(trained: Any, first: Adapter, name: str = attachment.DEFAULT) -> Adapter:
-    """A plain LoRA for the base as it was before `start` changed it: what the training learnt, and nothing else.
+    """Convert a trained adapter to a plain LoRA for the original base, before `start` changed it.
 
-    ΔW = s·(B·A − B₀·A₀) is written as one product, A' = [A; A₀] and B' = [B, −B₀], of twice the rank, exactly; the
-    scale stays (rank and alpha are doubled, the patterns with them; alpha by √2 with `use_rslora`). PEFT's
-    `save_pretrained(path_initial_model_for_weight_conversion=…)` does the same. `resize_rank` makes it smaller.
+    Writes ΔW = s·(B·A − B₀·A₀) exactly as one product of twice the rank, A' = [A; A₀] and B' = [B, −B₀]. The scale
+    stays: rank, alpha and their patterns are doubled (with `use_rslora` alpha is multiplied by √2). PEFT's
+    `save_pretrained(path_initial_model_for_weight_conversion=…)` does the same. Reduce the rank with `resize_rank`.
 
     Args:
-        trained: what `extract` takes: a model, variables, an `Adapter`.
+        trained: a model, variables or an `Adapter`, as in `extract`.
         first: `start(…).adapter`.
 
-    Raises `ConfigError` where ΔW is no such product (DoRA; rsLoRA with patterns, as in PEFT), `MismatchError` where
-    `first` is not of the same adapter.
+    Raises `ConfigError` if ΔW is not such a product (DoRA; rsLoRA with patterns, as in PEFT), `MismatchError` if
+    `first` belongs to another adapter.
 
     >>> import numpy as np, jaxadapt
     >>> params = {"q": {"kernel": np.arange(24.0).reshape(4, 6).astype("float32")}}
@@ -48,29 +48,32 @@ def for_original_base(trained: Any, first: Adapter, name: str = attachment.DEFAU
     config = adapter.config
     if config.get("init_lora_weights") == "loftq":
         raise ConfigError(
-            "LoftQ quantised the base, and what that lost is in no adapter: keep the base that was left (export_base),"
-            " or load the file with base='original', which quantises it in the same way again"
+            "cannot convert a LoftQ adapter: LoftQ quantised the base, and the adapter does not contain the rounding"
+            " error. Keep the changed base (export_base), or load the file with base='original', which quantises the"
+            " base again"
         )
     why = lora_variants.reasons_not_a_product(config)
     if why or not isinstance(config, LoraConfig):
-        raise ConfigError("the change since the start is no product of two matrices: " + "; ".join(why))
+        raise ConfigError(
+            "cannot convert: the change since the start is not a product of two matrices: " + "; ".join(why)
+        )
     if config.use_rslora and (config.rank_pattern or config.alpha_pattern):
         raise ConfigError(
-            "use_rslora with rank_pattern or alpha_pattern: no patterns of a doubled rank have the same scales (PEFT"
-            " refuses it too); jaxadapt.merging.to_lora((original, merged), r) approximates the change"
+            "cannot convert use_rslora with rank_pattern or alpha_pattern: no patterns of the doubled rank have the"
+            " same scales (PEFT refuses it too). jaxadapt.merging.to_lora((original, merged), r) approximates it"
         )
-    now, then = adapter.flat(), first.flat()
-    differ = [p for p in now.keys() | then.keys() if p not in now or p not in then or now[p].shape != then[p].shape]
+    new, old = adapter.flat(), first.flat()
+    differ = [p for p in new.keys() | old.keys() if p not in new or p not in old or new[p].shape != old[p].shape]
     if differ or config != first.config:
         raise MismatchError(
-            "the adapter at the start is not of the same shapes and configuration"
+            "first: expected an adapter of the same shapes and configuration as the trained one"
             + ("; they differ at:\n" + paths.bullets(sorted(differ)) if differ else "")
         )
     out: dict[str, Array] = {}
-    for bound in sites.sites_of(adapter):
-        for tensor, entry in zip(bound.tensors, bound.entries, strict=True):
-            old = -then[entry.path] if tensor.name in bound.method.scaled else then[entry.path]
-            out[entry.path] = _side_by_side(entry.form, now[entry.path], old)
+    for site in sites.sites_of(adapter):
+        for tensor, entry in zip(site.tensors, site.entries, strict=True):
+            start = -old[entry.path] if tensor.name in site.method.scaled else old[entry.path]
+            out[entry.path] = _concatenate_ranks(entry.form, new[entry.path], start)
     doubled = config.replace(
         r=2 * config.r,
         lora_alpha=config.lora_alpha * math.sqrt(2) if config.use_rslora else 2 * config.lora_alpha,
@@ -81,37 +84,39 @@ def for_original_base(trained: Any, first: Adapter, name: str = attachment.DEFAU
     return Adapter(doubled, paths.unflatten(out), adapter.keymap)
 
 
-def _side_by_side(form: FileLayout, now: Any, old: Any) -> Any:
-    """Two arrays of one arrangement along the rank, tensor by tensor where these have ranks of their own."""
+def _concatenate_ranks(form: FileLayout, new: Any, old: Any) -> Any:
+    """Concatenate two arrays of one layout along the rank; per tensor if the tensors differ in rank."""
     axis = form.left.index(RANK)
     if form.ranks is None:
-        return jnp.concatenate([now, old], axis)
-    out = jnp.zeros([2 * n if at == axis else n for at, n in enumerate(form.shape)], now.dtype)
+        return jnp.concatenate([new, old], axis)
+    out = jnp.zeros([2 * n if i == axis else n for i, n in enumerate(form.shape)], new.dtype)
     for i, rank in enumerate(form.ranks):
         first = form.index(i)
-        second = tuple(slice(rank, 2 * rank) if at == axis else where for at, where in enumerate(first))
-        out = out.at[first].set(now[first]).at[second].set(old[first])
+        second = tuple(slice(rank, 2 * rank) if j == axis else part for j, part in enumerate(first))
+        out = out.at[first].set(new[first]).at[second].set(old[first])
     return out
 
 
-def residual_base(recipe: Recipe, bounds: Sequence[sites.Site], weights: Mapping[str, Array]) -> dict[str, Array]:
-    """`{leaf: array}`: the base weights as PEFT leaves them when it loads an adapter with such a configuration.
+def residual_base(
+    recipe: Recipe, adapter_sites: Sequence[sites.Site], weights: Mapping[str, Array]
+) -> dict[str, Array]:
+    """Return {leaf: array} of the base weights that PEFT changes when it loads an adapter with this configuration.
 
-    Raises `ConfigError` where PEFT does not get them back either.
+    Raises `ConfigError` for initialisations that cannot be repeated, in PEFT either.
     """
     config: Any = recipe.config
     kind = init_kind(config)
-    why = {
-        "pissa_niter": "a randomised SVD, which is another one in each run",
-        "corda": "the data it was made with",
-        "lora_ga": "the gradients it was made with",
+    cause = {
+        "pissa_niter": "a randomised SVD, which differs in each run",
+        "corda": "the initialisation's data",
+        "lora_ga": "the initialisation's gradients",
     }.get(kind)
-    if why is not None:
+    if cause is not None:
         raise ConfigError(
-            f"{lora_variants.init_field(config)}: what it took out of the base weights depends on {why}"
-            " (and PEFT's own load does not find them either). Load onto the base that was left, with"
-            " base='changed', or convert the adapter where it was trained: for_original_base, in PEFT"
-            " path_initial_model_for_weight_conversion"
+            f"{lora_variants.init_field(config)}: cannot repeat the change of the base, which depends on {cause}"
+            " (PEFT's load cannot either). Load onto the changed base with base='changed', or convert the adapter where"
+            " it was trained, with for_original_base (in PEFT path_initial_model_for_weight_conversion)"
         )
-    begin = Initialization(kind, recipe, bounds, weights, None)
-    return begin.assembled({b.leaf: begin.rows(b) for b in begin.pairs}, None, {})[1]
+    initialization = Initialization(kind, recipe, adapter_sites, weights, None)
+    factors = {site.leaf: initialization.factors(site) for site in initialization.pairs}
+    return initialization.assemble(factors, None, {})[1]

@@ -1,7 +1,7 @@
-"""Where training starts: the initialisations that look at the base, at data or at gradients.
+"""Start an adapter with an initialisation that reads the base, data or gradients.
 
-PiSSA, OLoRA, CorDA and LoRA-GA put a part of the base weights into the adapter and take it out of the base, and LoftQ
-quantises the base. So `start` gives both, the adapter and the base it belongs to; `originals` has the way back.
+PiSSA, OLoRA, CorDA and LoRA-GA move a part of the base weights into the adapter, and LoftQ quantises the base. So
+`start` returns both the adapter and its base; `for_original_base` converts back.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from jaxadapt.adapters import sites
 from jaxadapt.adapters.adapter import Adapter, Recipe
 from jaxadapt.configs import LoraConfig, lora_variants
 from jaxadapt.core.errors import AttachError, ConfigError
-from jaxadapt.initializers import eva
-from jaxadapt.initializers import statistics as observing
+from jaxadapt.initializers import eva, statistics
 from jaxadapt.initializers.decompositions import Factors
-from jaxadapt.initializers.initialize import Initialization, Rows, init_kind, init_settings
+from jaxadapt.initializers.initialize import FactorList, Initialization, init_kind, init_settings
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.merging import factors
 from jaxadapt.models import attachment, base_params, planning
 from jaxadapt.models.linen import collections
-from jaxadapt.models.nnx import attach as nnx
+from jaxadapt.models.nnx import attach
+from jaxadapt.models.nnx.attach import nnx
 
 Array = Any
 
@@ -33,12 +33,12 @@ _FROM_DATA = ("eva", "corda")
 
 
 class Started(NamedTuple):
-    """An adapter as it starts, and the base it belongs to.
+    """An initialised adapter and its base.
 
     Attributes:
-        base: the parameters, with other weights where the initialisation takes something out of them; the very same
-            arrays elsewhere. For an NNX model: that model, changed so in place, with the adapter attached.
-        adapter: its values at the start. Keep it: `for_original_base` needs it.
+        base: the parameters, with new arrays for the weights that the initialisation changes and the same arrays
+            elsewhere. For an NNX model: that model, changed in place, with the adapter attached.
+        adapter: its initial values. Keep it: `for_original_base` needs it.
     """
 
     base: Any
@@ -61,37 +61,38 @@ def start(
     mask: Callable[[Any], Any] | None = None,
     gradients: Any = None,
 ) -> Started:
-    """Begin a LoRA adapter as `init_lora_weights` says, whatever that needs, as PEFT 0.21.2 does.
+    """Initialize a LoRA adapter as `init_lora_weights` requires, following PEFT 0.21.2.
 
-    Together, adapter and base compute what the base did before (with "loftq" and KaSA nearly). Which base that is:
+    The adapter and the returned base together compute the original base's outputs ("loftq", KaSA: approximately).
+    W is the original weight:
 
-    | `init_lora_weights` | the base | needs |
+    | `init_lora_weights` | the returned base | needs |
     |---|---|---|
-    | true, "gaussian", "orthogonal", "eva" | stays | `key`; "eva": `batches` |
-    | "mica" (B is never trained then) | stays | |
+    | true, "gaussian", "orthogonal", "eva" | W | `key`; "eva": `batches` |
+    | "mica" (B is never trained then) | W | |
     | "pissa", "olora" | W − s·B·A | |
     | "pissa_niter_4" (any number) | W − s·B·A | `key` |
-    | "loftq" | W in 4 or 8 bits, dense (`quantize` then holds it as it is) | |
+    | "loftq" | W in 4 or 8 bits, dense (`quantize` then stores it exactly) | |
     | "corda" | W − s·B·A | `batches` |
     | "lora_ga" | W − s·B·A | `gradients`, `key` |
-    | any of the first two, with `kasa_config` | W without its r smallest singular values | `key` |
+    | true or "gaussian", with `kasa_config` | W without its r smallest singular values | `key` |
 
     Args:
         base: nested mappings of base parameters (a new tree is returned), or an NNX model (changed in place; the
             adapter is attached under `name` and active).
-        key: a JAX random key, where something is drawn.
+        key: a JAX random key, for initialisations that draw random numbers.
         name, keymap, dtype, rngs, stack_axes, example: as in `adapt` and `init`.
-        batches: what the model shall see, in evaluation mode. "eva" goes through them until its components settle
-            (PEFT: `initialize_lora_eva_weights`), "corda" once, a sample each (`preprocess_corda`).
-        forward: `forward(base, batch)`, the model's outputs. For an NNX model by default `model(batch)`, with a
-            tuple `model(*batch)`, with a mapping `model(**batch)`; for parameters it is needed.
-        mask: "eva": `mask(batch)`, true for tokens that count; by default from "attention_mask" and "labels" of a
-            mapping, as PEFT does.
-        gradients: "lora_ga": of a loss by the base parameters, a tree like them (an `nnx.State` for a model);
-            averaged over batches.
+        batches: inputs for the model in evaluation mode. "eva" iterates over them until its components converge
+            (PEFT: `initialize_lora_eva_weights`), "corda" once, one sample each (`preprocess_corda`).
+        forward: `forward(base, batch)` returns the model's outputs. For an NNX model by default `model(batch)`, for a
+            tuple `model(*batch)`, for a mapping `model(**batch)`. Required for parameters.
+        mask: "eva": `mask(batch)` returns True for tokens that count; by default from "attention_mask" and "labels" of
+            a mapping, as PEFT does.
+        gradients: "lora_ga": a loss's gradients with respect to the base parameters, averaged over batches, in a tree
+            like theirs (an `nnx.State` for a model).
 
-    Raises `ConfigError` for what the configuration asks and cannot be had exactly, `AttachError` for what is missing.
-    Nothing is changed then.
+    Raises `ConfigError` for a configuration that the weights do not support exactly, `AttachError` for missing
+    arguments. The base is then unchanged.
 
     >>> import jax, numpy as np, jaxadapt
     >>> params = {"q": {"kernel": np.random.default_rng(0).standard_normal((4, 6)).astype("float32")}}
@@ -101,54 +102,53 @@ def start(
     True
     """
     if not isinstance(config, LoraConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise ConfigError(f"start: expected a LoraConfig, found {type(config).__name__}; jaxadapt.adapt begins others")
-    is_model = isinstance(base, nnx.nnx.Module)
-    if is_model and name in nnx.adapter_names(base):
-        raise AttachError(f"there is an adapter {name!r} already; choose another name=, or delete it first")
+        raise ConfigError(f"start: expected a LoraConfig, found {type(config).__name__}; use jaxadapt.adapt for others")
+    is_model = isinstance(base, nnx.Module)
+    if is_model and name in attach.adapter_names(base):
+        raise AttachError(f"the model already has an adapter {name!r}; pass another name=, or delete it first")
     if key is None and rngs is not None:
-        key = nnx.next_key(rngs)
+        key = attach.next_key(rngs)
     kind = init_kind(config)
     given = {"batches": (batches, _FROM_DATA), "gradients": (gradients, ("lora_ga",)), "mask": (mask, ("eva",))}
-    idle = [what for what, (value, kinds) in given.items() if value is not None and kind not in kinds]
-    lost = [what for what, (value, kinds) in given.items() if value is None and kind in kinds and what != "mask"]
+    unused = [option for option, (value, kinds) in given.items() if value is not None and kind not in kinds]
+    missing = [o for o, (value, kinds) in given.items() if value is None and kind in kinds and o != "mask"]
     if key is None and kind in ("", "pissa_niter", "orthogonal", "lora_ga", "kasa"):
-        lost.append("key")
-    if idle or lost:
-        problems = [f"{what} has no effect" for what in idle] + [f"{what} is needed" for what in lost]
+        missing.append("key")
+    if unused or missing:
+        problems = [f"{option} has no effect" for option in unused] + [f"{option} is needed" for option in missing]
         raise AttachError(f"{lora_variants.init_field(config)}: " + ", ".join(problems))
 
-    walked = planning.BaseParams.from_tree(base)
+    parameters = planning.BaseParams.from_tree(base)
 
     def plan(config: LoraConfig) -> tuple[Recipe, tuple[sites.Site, ...]]:
-        return planning.plan_adapter(walked, config, keymap, stack_axes, example)
+        return planning.plan_adapter(parameters, config, keymap, stack_axes, example)
 
-    weights = walked.leaves
-    recipe, bounds = plan(config)
-    begin = Initialization(kind, recipe, bounds, weights, key)
+    recipe, adapter_sites = plan(config)
+    initialization = Initialization(kind, recipe, adapter_sites, parameters.leaves, key)
     if kind == "eva":
-        run = _forward(base, forward)
-        recipe, bounds, found = _eva(plan, begin, base, batches, run, mask)
-        begin = dataclasses.replace(begin, recipe=recipe, bounds=bounds)
-        made = {b.leaf: _eva_rows(b, recipe.keymap, found) for b in begin.pairs}
+        run = _forward_function(base, forward)
+        recipe, adapter_sites, components = _run_eva(plan, initialization, base, batches, run, mask)
+        initialization = dataclasses.replace(initialization, recipe=recipe, sites=adapter_sites)
+        factors_by_leaf = {b.leaf: _eva_factors(b, recipe.keymap, components) for b in initialization.pairs}
     elif kind == "corda":
-        seen = _covariances(begin, base, batches, _forward(base, forward))
-        made = {b.leaf: begin.corda(b, seen[b.leaf]) for b in begin.pairs}
+        covariances = _covariances(initialization, base, batches, _forward_function(base, forward))
+        factors_by_leaf = {b.leaf: initialization.corda(b, covariances[b.leaf]) for b in initialization.pairs}
     elif kind == "lora_ga":
-        slopes = _leaves(gradients)
-        made = {b.leaf: begin.lora_ga(b, slopes) for b in begin.pairs}
+        leaf_gradients = _leaves(gradients)
+        factors_by_leaf = {b.leaf: initialization.lora_ga(b, leaf_gradients) for b in initialization.pairs}
     else:
-        made = {b.leaf: begin.rows(b) for b in begin.pairs} if kind else {}
-    adapter, new = begin.assembled(made, dtype, walked.shardings)
+        factors_by_leaf = {b.leaf: initialization.factors(b) for b in initialization.pairs} if kind else {}
+    adapter, new = initialization.assemble(factors_by_leaf, dtype, parameters.shardings)
     if is_model:
         base_params.replace_leaves(base, new)
-        nnx.attach(base, adapter.recipe, begin.bounds, name, adapter.flat(), rngs)
+        attach.attach(base, adapter.recipe, initialization.sites, name, adapter.flat(), rngs)
         return Started(base, jax.tree.map(lambda x: jnp.array(x, copy=True), adapter))
-    return Started(base_params.replace_leaves(base, new) if new else base, collections.boxed(adapter, walked.held))
+    return Started(base_params.replace_leaves(base, new) if new else base, collections.boxed(adapter, parameters.held))
 
 
 def _leaves(tree: Any) -> dict[str, Any]:
-    """`{path: array}` of gradients, however they are held."""
-    if isinstance(tree, nnx.nnx.Module):
+    """Return {path: array} of gradients in a model, a state or a tree."""
+    if isinstance(tree, nnx.Module):
         return planning.base_arrays(tree)
     return {p: x for p, x in base_params.base_leaves(tree).items() if x is not None}
 
@@ -156,56 +156,59 @@ def _leaves(tree: Any) -> dict[str, Any]:
 # ---------------------------------------------------------------- from data
 
 
-def _forward(base: Any, given: Callable[[Any, Any], Any] | None) -> Callable[[Any, Any], Any]:
+def _forward_function(base: Any, given: Callable[[Any, Any], Any] | None) -> Callable[[Any, Any], Any]:
+    """Return the function that calls the model on a batch. Raises `AttachError` if parameters come without one."""
     if given is not None:
         return given
-    if not isinstance(base, nnx.nnx.Module):
+    if not isinstance(base, nnx.Module):
         raise AttachError(
-            "forward is needed for bare parameters, as in"
+            "forward= is required for bare parameters, for example"
             " forward=lambda params, batch: module.apply({'params': params}, batch)"
         )
-    return _called
+    return _call_model
 
 
-def _called(model: Any, batch: Any) -> Any:
+def _call_model(model: Any, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, tuple) else model(batch)
 
 
-def _covariances(begin: Initialization, base: Any, batches: Any, forward: Any) -> dict[str, dict[str, Array]]:
-    """`{leaf: {module: (in, in)}}`, averaged over the calls."""
-    statistics = {b.leaf: observing.Statistic(observing.gram, b.fan_in + 1) for b in begin.pairs}
-    observe = observing.make_observer(base, begin.recipe, begin.pairs, statistics, forward)
+def _covariances(initialization: Initialization, base: Any, batches: Any, forward: Any) -> dict[str, dict[str, Array]]:
+    """Return {leaf: {module: covariance (in, in)}}, averaged over the calls."""
+    observed = {b.leaf: statistics.Statistic(statistics.gram, b.fan_in + 1) for b in initialization.pairs}
+    observe = statistics.make_observer(base, initialization.recipe, initialization.pairs, observed, forward)
     sums: dict[str, Array] = {}
     for batch in batches:
-        found = observe({}, batch)
-        sums = {leaf: sums[leaf] + x if sums else x for leaf, x in found.items()}
+        grams = observe({}, batch)
+        sums = {leaf: sums[leaf] + x if sums else x for leaf, x in grams.items()}
     if not sums:
-        raise AttachError("CorDA needs batches=, and there is none")
+        raise AttachError("CorDA needs at least one batch: batches= is empty")
     out: dict[str, dict[str, Array]] = {}
-    for b in begin.pairs:
-        rows = observing.split_layers(b, sums[b.leaf])
+    for b in initialization.pairs:
+        rows = statistics.split_layers(b, sums[b.leaf])
         out[b.leaf] = {m: rows[layer, :-1] / rows[layer, -1, 0] for m, layer in b.layers.items()}
     return out
 
 
-def _eva(
-    plan: Any, begin: Initialization, base: Any, batches: Any, forward: Any, mask: Any
+def _run_eva(
+    plan: Any, initialization: Initialization, base: Any, batches: Any, forward: Any, mask: Any
 ) -> tuple[Recipe, tuple[sites.Site, ...], dict[str, Array]]:
-    """The configuration with the ranks that the data ask for, bound anew, and A for each module."""
-    config: Any = begin.recipe.config
+    """Return the recipe with EVA's ranks, its sites, and A for each module."""
+    config: Any = initialization.recipe.config
     fields = [f.name for f in dataclasses.fields(eva.Settings)]
-    chosen = eva.Settings(**init_settings(config, "eva_config", fields))
+    settings = eva.Settings(**init_settings(config, "eva_config", fields))
 
-    def watch(bounds: Sequence[sites.Site], statistics: Any) -> observing.Observer:
-        return observing.make_observer(base, begin.recipe, bounds, statistics, forward)
+    def watch(watched: Sequence[sites.Site], observed: Any) -> statistics.Observer:
+        return statistics.make_observer(base, initialization.recipe, watched, observed, forward)
 
-    found = eva.components(config, begin.pairs, batches, watch, chosen, mask)
-    recipe, bounds = plan(eva.redistribute_ranks(config, found, chosen))
-    return recipe, bounds, {m: jnp.asarray(x) for m, x in found.items()}
+    components = eva.find_components(config, initialization.pairs, batches, watch, settings, mask)
+    recipe, adapter_sites = plan(eva.redistribute_ranks(config, components, settings))
+    return recipe, adapter_sites, {m: jnp.asarray(x) for m, x in components.items()}
 
 
-def _eva_rows(b: sites.Site, table: KeyMap, found: Mapping[str, Array]) -> Rows:
-    out = factors.matrix_sizes(b)[0]
-    return [Factors(found[m], jnp.zeros((out, len(found[m])))) for m in factors.site_modules(b, table)]
+def _eva_factors(site: sites.Site, keymap: KeyMap, components: Mapping[str, Array]) -> FactorList:
+    """Return the components as A and zeros as B for each module of a site."""
+    out = factors.matrix_sizes(site)[0]
+    modules = factors.site_modules(site, keymap)
+    return [Factors(components[m], jnp.zeros((out, len(components[m])))) for m in modules]

@@ -1,7 +1,7 @@
-"""The model card of an adapter (README.md): text from values, and how it meets a card that is there already.
+"""The model card of an adapter (README.md): its text, and its merge with an existing card.
 
-The front matter is what PEFT writes. A card carries the digests of its two parts in its last line, so that one a person
-has edited is known and never overwritten: of it, only the front matter gets what it lacks.
+The front matter is the same as PEFT's. The last line of a card stores digests of its two parts. They show if a person
+edited the card; an edited card is never overwritten, and only missing front matter is added.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _CLASSES = {
     "TOKEN_CLS": "AutoModelForTokenClassification", "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM", "FEATURE_EXTRACTION": "AutoModel",
 }  # fmt: skip
-# Configuration fields worth a line, with the value that says nothing.
+# Configuration fields shown on the card, with the value that is not shown.
 FIELDS: dict[str, Any] = {
     "target_parameters": None, "exclude_modules": None, "layers_to_transform": None, "layer_replication": None,
     "r": None, "lora_alpha": None, "use_rslora": False, "lora_dropout": 0.0, "bias": "none", "rank_pattern": {},
@@ -38,12 +38,17 @@ _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 _MARK = re.compile(r"\n<!-- jaxadapt card ([0-9a-f]{12}) ([0-9a-f]{12}): [^\n]*-->\n?\Z")
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _WORD = re.compile(r"[A-Za-z][\w./-]*(:[\w./-]+)*")
-_NO_WORDS = {"true", "false", "null", "yes", "no", "on", "off", "y", "n"}  # to one YAML or the other
+_NO_WORDS = {"true", "false", "null", "yes", "no", "on", "off", "y", "n"}  # not strings in YAML 1.1 or 1.2
 
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What a card says beside the configuration. `nbytes` is the weights' size; `image` a file beside the card."""
+    """The values on a card besides the configuration.
+
+    Attributes:
+        nbytes: the size of the weights' file in bytes.
+        image: the name of an image file beside the card.
+    """
 
     tensors: Mapping[str, tuple[int, ...]]
     dtypes: tuple[str, ...]
@@ -66,27 +71,29 @@ class Facts:
 
 
 def card_text(config: Config, facts: Facts) -> str:
-    """A card in full, with valid front matter."""
+    """Return a complete card, with valid front matter."""
     refused = consumers.refusals(config, facts.tensors)
-    parts = [*_title(config), *_use(config, facts, bool(refused["vLLM"])), *_what(config, facts)]
+    parts = [*_title(config), *_usage(config, facts, bool(refused["vLLM"])), *_settings(config, facts)]
     body = "\n".join([*parts, *_readers(config, refused)])
-    return _marked(_front(config, facts), body)
+    return _with_mark(_front_matter(config, facts), body)
 
 
 def refresh_card(old: str | None, new: str) -> str:
-    """What a folder's card becomes when the adapter is saved again: the new one, unless a person wrote in the old."""
+    """Return a folder's card after another save: the new card, unless a person edited the old one."""
     if old is None:
         return new
-    front, plain, _, mine = _parts(old)
-    return old if not mine else new if plain or front is None else _with_front(front, new)
+    front, front_is_ours, _, body_is_ours = _parts(old)
+    if not body_is_ours:
+        return old
+    return new if front_is_ours or front is None else _with_front(front, new)
 
 
 def merge_card(old: str | None, new: str) -> str:
-    """What the Hub's card becomes: as `refresh_card`, but a person's card gets the front matter that it lacks."""
+    """Return the Hub's card after an upload: like `refresh_card`, but add missing front matter to an edited card."""
     if old is None:
         return new
-    front, _, body, mine = _parts(old)
-    if mine:
+    front, _, body, body_is_ours = _parts(old)
+    if body_is_ours:
         return refresh_card(old, new)
     wanted, _, _, _ = _parts(new)
     if front is None:
@@ -95,12 +102,13 @@ def merge_card(old: str | None, new: str) -> str:
 
 
 def is_edited(card: str) -> bool:
-    """Whether a person wrote in it, or all of it."""
+    """Return True if a person wrote the card or edited its body."""
     return not _parts(card)[3]
 
 
 def size_text(count: int) -> str:
-    """
+    """Return a number of bytes as text.
+
     >>> size_text(9_820_000), size_text(12)
     ('9.8 MB', '12 bytes')
     """
@@ -119,14 +127,14 @@ def _digest(part: str) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()[:12]
 
 
-def _marked(front: str, body: str) -> str:
+def _with_mark(front: str, body: str) -> str:
     body = f"\n{body.strip()}\n"
     mark = f"<!-- jaxadapt card {_digest(front)} {_digest(body)}: written anew until you edit it; then it is yours -->"
     return f"---\n{front}---\n{body}\n{mark}\n"
 
 
 def _parts(card: str) -> tuple[str | None, bool, str, bool]:
-    """Front matter (None: there is none) and whether it is as we wrote it; the rest, and whether that is."""
+    """Split a card: front matter (or None), True if it is unedited, the body, True if the body is unedited."""
     card = card.replace("\r\n", "\n")
     head = re.match(r"---[ \t]*\n(.*?)^---[ \t]*$\n?", card, re.S | re.M)
     front, body = (head[1], card[head.end() :]) if head else (None, card)
@@ -138,13 +146,13 @@ def _parts(card: str) -> tuple[str | None, bool, str, bool]:
 
 
 def _with_front(front: str, new: str) -> str:
-    """The new card; what a person wrote in the old one's front matter stays."""
+    """Return the new card, with the old card's edited front matter."""
     wanted, _, body, _ = _parts(new)
     return f"---\n{_with_missing(front, wanted or '')}---\n{body}"
 
 
 def _with_missing(front: str, wanted: str) -> str:
-    """Front matter with the keys, and the tags, that it lacks. Text only, so that nothing in it is reformatted."""
+    """Add missing keys and tags to front matter. Works on the text, so that the rest is not reformatted."""
     blocks = re.split(r"^(?=[A-Za-z_])", wanted, flags=re.M)
     have = set(re.findall(r"^([A-Za-z_][\w-]*)[ \t]*:", front, re.M))
     front = front if not front or front.endswith("\n") else f"{front}\n"
@@ -158,37 +166,37 @@ def _with_missing(front: str, wanted: str) -> str:
 
 
 def _with_tags(front: str, tags: list[str]) -> str:
-    found = re.search(r"^tags[ \t]*:[ \t]*+(\[(?P<row>[^\]\n]*)\])?[ \t]*\n(?P<list>([ \t]*- .*\n)*)", front, re.M)
-    if found is None:
-        return front  # a form of its own: a person's
-    if found["row"] is not None:
-        have = [t.strip().strip("\"'") for t in found["row"].split(",")]
-        more = [t for t in tags if t not in have]
-        row = ", ".join([*filter(None, [found["row"].strip()]), *more])
-        return front[: found.start("row")] + row + front[found.end("row") :]
-    items = found["list"]
+    match = re.search(r"^tags[ \t]*:[ \t]*+(\[(?P<row>[^\]\n]*)\])?[ \t]*\n(?P<list>([ \t]*- .*\n)*)", front, re.M)
+    if match is None:
+        return front  # another form, which a person wrote
+    if match["row"] is not None:
+        have = [t.strip().strip("\"'") for t in match["row"].split(",")]
+        missing = [t for t in tags if t not in have]
+        row = ", ".join([*filter(None, [match["row"].strip()]), *missing])
+        return front[: match.start("row")] + row + front[match.end("row") :]
+    items = match["list"]
     have = [line.strip().removeprefix("- ").strip().strip("\"'") for line in items.splitlines()]
     indent = re.match(r"[ \t]*", items)
     pad = indent[0] if indent else ""
-    more = "".join(f"{pad}- {t}\n" for t in tags if t not in have)
-    return front[: found.end("list")] + more + front[found.end("list") :]
+    lines = "".join(f"{pad}- {t}\n" for t in tags if t not in have)
+    return front[: match.end("list")] + lines + front[match.end("list") :]
 
 
-# ---------------------------------------------------------------- what it says
+# ---------------------------------------------------------------- its text
 
 
 def _plain(value: str) -> str:
-    """A YAML scalar that is this text."""
+    """Return a text as a YAML scalar."""
     return value if _WORD.fullmatch(value) and value.lower() not in _NO_WORDS else json.dumps(value)
 
 
 def _base(config: Config) -> str | None:
-    """The base model, if it is one of the Hub: a path on somebody's disk is no name for others."""
+    """Return the base model if it is a name on the Hub; a local path means nothing to other readers."""
     base = config.base_model_name_or_path
     return base if base and _HUB_NAME.fullmatch(base) and ".." not in base else None
 
 
-def _front(config: Config, facts: Facts) -> str:
+def _front_matter(config: Config, facts: Facts) -> str:
     base = _base(config)
     lines = [f"base_model: {_plain(base)}"] if base else []
     lines += ["library_name: peft"]
@@ -204,16 +212,16 @@ def _front(config: Config, facts: Facts) -> str:
 
 def _title(config: Config) -> list[str]:
     base = _base(config)
-    of = f" for [{base}](https://huggingface.co/{base})" if base else ""
+    for_base = f" for [{base}](https://huggingface.co/{base})" if base else ""
     return [
         f"# {config.peft_type} adapter{f' for {base}' if base else ''}",
         "",
-        f"An adapter{of} in PEFT's format, saved by jaxadapt: it loads in JAX and in PyTorch.",
+        f"An adapter{for_base} in PEFT's format, saved by jaxadapt: it loads in JAX and in PyTorch.",
         "",
     ]
 
 
-def _use(config: Config, facts: Facts, refused: bool) -> list[str]:
+def _usage(config: Config, facts: Facts, refused: bool) -> list[str]:
     base = _base(config)
     below = f"/{facts.subfolder}" if facts.subfolder else ""
     here = json.dumps(f"hf://{facts.repo}{below}" if facts.repo else "path/to/this/folder")
@@ -253,24 +261,24 @@ def _use(config: Config, facts: Facts, refused: bool) -> list[str]:
 
 
 def _vllm(config: Config, facts: Facts, base: str | None) -> list[str]:
-    where = facts.repo or "path/to/this/folder"
-    called = (facts.subfolder or where).rpartition("/")[2]
+    source = facts.repo or "path/to/this/folder"
+    called = (facts.subfolder or source).rpartition("/")[2]
     if facts.repo and facts.subfolder:
-        where = f"$(jaxadapt pull {facts.repo}/{facts.subfolder})"
+        source = f"$(jaxadapt pull {facts.repo}/{facts.subfolder})"
     rank = max(config.get("r") or 0, *(config.get("rank_pattern") or {"": 0}).values())
-    room = next((r for r in _VLLM_RANKS if r >= rank), rank)
-    more = f" --max-lora-rank {room}" if rank > 16 else ""
+    max_rank = next((r for r in _VLLM_RANKS if r >= rank), rank)
+    option = f" --max-lora-rank {max_rank}" if rank > 16 else ""
     return [
         "In vLLM:",
         "",
         "```bash",
-        f"vllm serve {base or 'path/to/the/base/model'} --enable-lora{more} --lora-modules {called}={where}",
+        f"vllm serve {base or 'path/to/the/base/model'} --enable-lora{option} --lora-modules {called}={source}",
         "```",
         "",
     ]
 
 
-def _what(config: Config, facts: Facts) -> list[str]:
+def _settings(config: Config, facts: Facts) -> list[str]:
     rows = [("method", config.peft_type + (f", {config.task_type}" if config.task_type else ""))]
     target = config.get("target_modules")
     if target is not None:
@@ -285,11 +293,11 @@ def _what(config: Config, facts: Facts) -> list[str]:
         lines += ["## Results", "", *_table(("metric", "value"), results)]
     if facts.image:
         alt = "How much the adapter changes each weight, layer by module"
-        lines += ["## How much it changes", "", f"![{alt}]({facts.image})", "", *_explained(config), ""]
+        lines += ["## How much it changes", "", f"![{alt}]({facts.image})", "", *_image_caption(config), ""]
     return lines
 
 
-def _explained(config: Config) -> list[str]:
+def _image_caption(config: Config) -> list[str]:
     if config.peft_type != "LORA":
         return ["Layer by module: how far the trained factors are from 1, which would change nothing."]
     return [
@@ -298,25 +306,25 @@ def _explained(config: Config) -> list[str]:
 
 
 def _readers(config: Config, refused: Mapping[str, list[str]]) -> list[str]:
-    found = {reader: why for reader, why in refused.items() if why}
-    if not found:
+    refusing = {reader: reasons for reader, reasons in refused.items() if reasons}
+    if not refusing:
         return []
     lines = ["## Who cannot read it as it is", ""]
-    lines += [f"- {reader}: {'; '.join(map(_reason, why))}" for reader, why in found.items()]
+    lines += [f"- {reader}: {'; '.join(map(_reason, reasons))}" for reader, reasons in refusing.items()]
     scales = [f"`{name}`" for name in ("use_rslora", "alpha_pattern", "rank_pattern") if config.get(name)]
     if config.peft_type == "LORA" and scales and not config.get("use_dora"):
-        way = f"multiplies the scales into B, and {' and '.join(scales)} {'are' if scales[1:] else 'is'} gone."
-        lines += ["", f"`jaxadapt.merging.resize_rank(adapter, r)` with its largest rank {way}"]
+        effect = f"multiplies the scales into B, and {' and '.join(scales)} {'are' if scales[1:] else 'is'} gone."
+        lines += ["", f"`jaxadapt.merging.resize_rank(adapter, r)` with its largest rank {effect}"]
     return [*lines, ""]
 
 
-def _reason(why: str) -> str:
-    name, _, effect = why.partition(": ")
-    return f"`{name}` ({effect})" if effect else why
+def _reason(reason: str) -> str:
+    name, _, effect = reason.partition(": ")
+    return f"`{name}` ({effect})" if effect else reason
 
 
 def _plain_number(name: str, value: Any) -> Any:
-    """A metric as JSON has it: of arrays, numpy's or JAX's, the one number that they hold."""
+    """Return a metric as a JSON value; convert a numpy or JAX array of one number to that number."""
     if value is None or isinstance(value, str | int | float | list | tuple | dict):
         return cast("Any", value)
     try:

@@ -1,7 +1,7 @@
-"""Which programs take an adapter file, and why not. Pure: a configuration and the names of the tensors.
+"""Programs that read adapter files, and the reasons reasons they refuse one. Pure functions of configuration and keys.
 
-What each reader does was found by giving it the same adapters and comparing what it computes with PEFT: vLLM 0.32, the
-llama.cpp converter (of llama-cpp-python 0.3.36), and the sources of SGLang, TGI and LoRAX.
+Tested by comparing each reader's outputs with PEFT's for the same adapters (vLLM 0.32, the llama.cpp converter of
+llama-cpp-python 0.3.36); for SGLang, TGI and LoRAX taken from their sources.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _PAIR = re.compile(r"base_model\.model\..+\.lora_[AB]\.weight")
 
 
 def refusals(config: Config, keys: Iterable[str] = ()) -> dict[str, list[str]]:
-    """`{reader: [why it refuses the file, or reads it wrongly]}`; an empty list where it takes it.
+    """Return {reader: [reasons reasons it refuses or misreads the file]}; an empty list if it reads the file correctly.
 
     >>> from jaxadapt.configs import LoraConfig
     >>> refusals(LoraConfig(r=8, target_modules=["q_proj"], use_rslora=True))["vLLM"]
@@ -27,8 +27,8 @@ def refusals(config: Config, keys: Iterable[str] = ()) -> dict[str, list[str]]:
     """
     keys = list(keys)
     if config.peft_type != "LORA":
-        why = [f"LoRA only, and this is {config.peft_type}"]
-        return {reader: list(why) for reader in ("vLLM", "SGLang", "llama.cpp", "TGI and LoRAX")}
+        reasons = [f"reads only LoRA, not {config.peft_type}"]
+        return {reader: list(reasons) for reader in ("vLLM", "SGLang", "llama.cpp", "TGI and LoRAX")}
     return {
         "vLLM": _vllm(config, keys),
         "SGLang": _sglang(config),
@@ -39,51 +39,56 @@ def refusals(config: Config, keys: Iterable[str] = ()) -> dict[str, list[str]]:
 
 def _vllm(config: Config, keys: list[str]) -> list[str]:
     extra = [m for m in config.get("modules_to_save") or () if m not in ("classifier", "score")]
-    found = [f"modules_to_save={extra}: refused"] if extra else []
-    found += _given(config, {"use_dora": "refused", "lora_bias": "refused", "use_qalora": "refused"})
-    found += _given(config, {"layer_replication": "refused", "use_bdlora": "refused"})
-    found += _given(config, {"alora_invocation_tokens": "refused"})
+    reasons = [f"modules_to_save={extra}: refused"] if extra else []
+    reasons += _reasons_for(config, {"use_dora": "refused", "lora_bias": "refused", "use_qalora": "refused"})
+    reasons += _reasons_for(config, {"layer_replication": "refused", "use_bdlora": "refused"})
+    reasons += _reasons_for(config, {"alora_invocation_tokens": "refused"})
     if config.get("bias", "none") != "none":
-        found.append(f"bias={config.get('bias')!r}: refused")
+        reasons.append(f"bias={config.get('bias')!r}: refused")
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.lower().startswith(_VLLM_INITS):
-        found.append(f"init_lora_weights={init!r}: refused")
-    odd = sum(not _VLLM_KEYS.fullmatch(key) for key in keys)
-    if odd and not found:
-        found.append(f"{_count(odd)} unknown to it: refused")
-    return found
+        reasons.append(f"init_lora_weights={init!r}: refused")
+    others = sum(not _VLLM_KEYS.fullmatch(key) for key in keys)
+    if others and not reasons:
+        reasons.append(f"{_count(others)} with unknown names: refused")
+    return reasons
 
 
 def _llama_cpp(config: Config, keys: list[str]) -> list[str]:
     wrong = "ignored, so it computes something else"
-    found = _given(config, {"use_rslora": wrong, "alpha_pattern": wrong, "use_dora": "refused", "lora_bias": "refused"})
-    found += _given(config, {"modules_to_save": "refused"})
-    odd = sum(not _PAIR.fullmatch(key) for key in keys)
-    if odd and not found:
-        found.append(f"{_count(odd)} other than A and B of linear layers: refused")
-    return found
+    reasons = _reasons_for(
+        config, {"use_rslora": wrong, "alpha_pattern": wrong, "use_dora": "refused", "lora_bias": "refused"}
+    )
+    reasons += _reasons_for(config, {"modules_to_save": "refused"})
+    others = sum(not _PAIR.fullmatch(key) for key in keys)
+    if others and not reasons:
+        reasons.append(f"{_count(others)} other than A and B of linear layers: refused")
+    return reasons
 
 
 def _sglang(config: Config) -> list[str]:
     wrong = "ignored, so it computes something else"
-    found = _given(config, {"use_rslora": wrong, "alpha_pattern": wrong, "rank_pattern": wrong, "use_dora": "refused"})
+    reasons = _reasons_for(
+        config, {"use_rslora": wrong, "alpha_pattern": wrong, "rank_pattern": wrong, "use_dora": "refused"}
+    )
     target = config.get("target_modules")
     if isinstance(target, str) and target not in ("all", "all-linear"):
-        found.append("target_modules is an expression: refused")
-    return found
+        reasons.append("target_modules is an expression: refused")
+    return reasons
 
 
 def _tgi(config: Config, keys: list[str]) -> list[str]:
     wrong = "ignored, so they compute something else"
-    found = _given(config, {"use_dora": wrong})
-    odd = sum(not _PAIR.fullmatch(key) for key in keys)
-    if odd:
-        found.append(f"{_count(odd)} other than A and B of linear layers: skipped without a word")
-    return found
+    reasons = _reasons_for(config, {"use_dora": wrong})
+    others = sum(not _PAIR.fullmatch(key) for key in keys)
+    if others:
+        reasons.append(f"{_count(others)} other than A and B of linear layers: ignored without a warning")
+    return reasons
 
 
-def _given(config: Config, what: dict[str, str]) -> list[str]:
-    return [f"{name}: {effect}" for name, effect in what.items() if config.get(name)]
+def _reasons_for(config: Config, effects: dict[str, str]) -> list[str]:
+    """Return a reason for each of these options that the configuration sets."""
+    return [f"{name}: {effect}" for name, effect in effects.items() if config.get(name)]
 
 
 def _count(tensors: int) -> str:

@@ -1,12 +1,12 @@
-"""An adapter's folder on disk, as PEFT lays it out: `PeftTensors` ↔ files. No model, no Flax.
+"""An adapter's folder on disk, in PEFT's layout: `PeftTensors` ↔ files. Needs no model and no Flax.
 
     adapter_config.json          the configuration
-    adapter_model.safetensors    the tensors; our own files repeat the configuration in the header, since two
-                                 files cannot be replaced at one instant
-    README.md                    the model card, written anew until a person edits it
+    adapter_model.safetensors    the tensors; jaxadapt repeats the configuration in the header, because two files
+                                 cannot be replaced at the same instant
+    README.md                    the model card, rewritten at each save until a person edits it
 
-A path may be an address: of an object store, `s3://bucket/folder` (see `codecs.places`), or of the Hub,
-`hf://org/name@revision/subfolder`, whose files are then those in the cache.
+A path may be an address: of an object store, `s3://bucket/folder` (see `storage.location`), or of the Hub,
+`hf://org/name@revision/subfolder`; its files are then read from the cache.
 """
 
 from __future__ import annotations
@@ -30,96 +30,64 @@ from jaxadapt.core.errors import AttachError, FileError, MismatchError, warn
 from jaxadapt.core.progress import LOGGER, Progress, Report, byte_counter, no_report, reporter
 from jaxadapt.persistence import card, reconcile, run_folder
 from jaxadapt.storage import atomic, flush, hub, location, orbax, safetensors, torch_bin
-from jaxadapt.storage.dtypes import dtype_name, numpy_dtype
+from jaxadapt.storage.dtypes import dtype_name
 from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Place
 
 CONFIG = hub.CONFIG
 WEIGHTS, WEIGHTS_BIN = hub.WEIGHTS
 CARD = hub.CARD
-_NOTHING = "0" * 64  # the digest of no JSON: this save replaced none, or has finished
-
-
-@dataclasses.dataclass(frozen=True)
-class Info:
-    """What an adapter folder holds, from its configuration and header alone.
-
-    `tensors` is `{key: (dtype, shape)}`; `nbytes` the size of the tensors in bytes.
-    """
-
-    path: str
-    config: Config
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]] = dataclasses.field(repr=False)
-    nbytes: int
-    file_bytes: int
-
-    @property
-    def parameters(self) -> int:
-        """The number of parameters."""
-        return sum(math.prod(shape) for _, shape in self.tensors.values())
-
-    @property
-    def dtypes(self) -> tuple[str, ...]:
-        """The dtypes of the tensors, by safetensors' names."""
-        return tuple(sorted({dtype for dtype, _ in self.tensors.values()}))
-
-    @property
-    def modules(self) -> tuple[str, ...]:
-        """The last segments of the names of the adapted modules; none for methods that adapt no module."""
-        found = {reconcile.tensor_module(self.config, key) for key in self.tensors}
-        return tuple(sorted({name.rpartition(".")[2] for name in found if name is not None}))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, for `jaxadapt inspect --json`."""
-        return {
-            "path": self.path,
-            "config": self.config.to_dict(),
-            "parameters": self.parameters,
-            "bytes": self.nbytes,
-            "file_bytes": self.file_bytes,
-            "dtypes": list(self.dtypes),
-            "modules": list(self.modules),
-            "tensors": {k: {"dtype": d, "shape": list(s)} for k, (d, s) in self.tensors.items()},
-        }
+_NOTHING = "0" * 64  # digest of no JSON: the save replaced none, or is complete
 
 
 # ---------------------------------------------------------------- reading
 
 
-def _files(path: str | os.PathLike[str], report: Report = no_report) -> tuple[Place, Place]:
-    """The configuration and the weights of a folder; `FileError` says which is missing."""
+def adapter_folder(path: str | os.PathLike[str], name: str) -> Place:
+    """Return the folder of the adapter called `name`: a subfolder for all but "default", as in PEFT."""
+    if hub.is_address(path):
+        raise FileError(f"{path}: expected a local folder; upload to the Hub with jaxadapt.push(model, 'org/name')")
+    if name == "default":
+        return location.to_location(path)
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise FileError(f"{path}: {name!r} cannot name a subfolder; choose a name without slashes")
+    return location.to_location(path) / name
+
+
+def find_files(path: str | os.PathLike[str], report: Report = no_report) -> tuple[Place, Place]:
+    """Return the paths of a folder's configuration and weights. Raises `FileError` naming those that are missing."""
     remote = isinstance(path, str) and hub.is_address(path)
     folder: Place = hub.fetch_folder(str(path), report=report) if remote else location.to_location(path)
     try:
         present = sorted(p.name for p in folder.iterdir())
     except FileNotFoundError as error:
         why = error.strerror if isinstance(folder, location.Address) else "no such folder"
-        there = f"; one of the Hub is {hub.SCHEME}{path}" if hub.may_name(str(path)) else ""
-        raise FileError(f"{folder}: {why}; expected a folder that holds {CONFIG} and {WEIGHTS}{there}") from None
+        on_hub = f"; for the Hub's repository give {hub.SCHEME}{path}" if hub.may_name(str(path)) else ""
+        raise FileError(f"{folder}: {why}; expected a folder that contains {CONFIG} and {WEIGHTS}{on_hub}") from None
     except NotADirectoryError:
         raise FileError(
-            f"{folder}: expected a folder that holds {CONFIG} and {WEIGHTS}, found a file; give its folder"
+            f"{folder}: expected a folder that contains {CONFIG} and {WEIGHTS}, found a file; pass its folder"
         ) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise file_error("read", str(folder), error) from error
     weights = next((name for name in (WEIGHTS, WEIGHTS_BIN) if name in present), None)
     missing = [name for name, found in ((CONFIG, CONFIG in present), (WEIGHTS, weights)) if not found]
     if missing or weights is None:
-        below: list[str] = []
+        adapters: list[str] = []
         with contextlib.suppress(FileError):
-            below = [name for name in present[:64] if location.exists(folder / name / CONFIG)]
-        way = f"; these folders below hold adapters: {', '.join(below)}" if below else ""
+            adapters = [name for name in present[:64] if location.exists(folder / name / CONFIG)]
+        hint = f"; these subfolders contain adapters: {', '.join(adapters)}" if adapters else ""
         if any(map(run_folder.NAME.fullmatch, present)):
-            way = f"; it holds checkpoints of a training: `jaxadapt checkpoints {folder}` lists and exports them{way}"
-        held = ", ".join(present[:8]) + (", …" if len(present) > 8 else "")
-        raise FileError(f"{folder}: no {' and no '.join(missing)}; found {held or 'an empty folder'}{way}")
+            hint = f"; it contains training checkpoints: `jaxadapt checkpoints {folder}` lists and exports them{hint}"
+        files = ", ".join(present[:8]) + (", …" if len(present) > 8 else "")
+        raise FileError(f"{folder}: no {' and no '.join(missing)}; found {files or 'an empty folder'}{hint}")
     return folder / CONFIG, folder / weights
 
 
 def read_config(path: str | os.PathLike[str]) -> Config:
-    """The configuration of an adapter folder (or of an `adapter_config.json`), tensors untouched.
+    """Read the configuration of an adapter folder (or of an `adapter_config.json`), without the tensors.
 
-    Raises `FileError` if it cannot be read, `ConfigError` if it is not PEFT's.
+    Raises `FileError` if it cannot be read, `ConfigError` if it is not a PEFT configuration.
 
     >>> import tempfile, jax, jaxadapt
     >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
@@ -133,61 +101,25 @@ def read_config(path: str | os.PathLike[str]) -> Config:
     if isinstance(path, str) and hub.is_address(path):
         path = hub.fetch_config(path)
     if orbax.is_checkpoint(path):
-        return _orbax_config(path)
+        return orbax_config(path)
     target = location.to_location(path)
     if location.is_file(target):
         return configs.loads(reconcile.read_text(target), str(target))
     if location.exists(target / CONFIG) and not any(location.exists(target / w) for w in (WEIGHTS, WEIGHTS_BIN)):
         return configs.loads(reconcile.read_text(target / CONFIG), str(target / CONFIG))
-    config, weights = _files(path)
+    config, weights = find_files(path)
     header = safetensors.read_header(weights) if weights.name == WEIGHTS else None
     return reconcile.resolve_config(config, header, weights)
 
 
-def inspect(path: str | os.PathLike[str], *, progress: Progress = None) -> Info:
-    """Method, targets, sizes and base model of an adapter folder, from its header alone.
-
-    Of an Orbax checkpoint too: its tensors under the names that PEFT's file would have. An adapter on the Hub is
-    fetched, of which `progress` is told as in `pull`.
-    Raises `FileError`, `FormatError` or `ConfigError`, naming the file.
-
-    >>> import tempfile, jax, jaxadapt
-    >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
-    >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
-    >>> adapter = jaxadapt.init(config, base, key=jax.random.key(0))
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     jaxadapt.save(adapter, folder, base_model="org/name")
-    ...     info = inspect(folder)
-    >>> info.config.base_model_name_or_path, info.parameters, info.modules, info.dtypes
-    ('org/name', 20, ('q',), ('F32',))
-    """
-    if orbax.is_checkpoint(path):
-        return _inspect_orbax(path)
-    with reporter(progress) as report:
-        config, weights = _files(path, report)
-    if weights.name == WEIGHTS:
-        header = safetensors.read_header(weights)
-        tensors = {k: (t.dtype, t.shape) for k, t in header.tensors.items()}
-        nbytes = sum(t.nbytes for t in header.tensors.values())
-        size = header.size
-    else:
-        header = None
-        tensors = torch_bin.keys_and_shapes(weights)
-        nbytes = sum(math.prod(s) * numpy_dtype(d).itemsize for d, s in tensors.values())
-        size = location.total_size(weights)
-    new = state_dict_keys.keys_without_names(tensors, str(path))
-    tensors = {name: tensors[key] for key, name in new.items() if name is not None} or tensors
-    return Info(str(path), reconcile.resolve_config(config, header, weights), tensors, nbytes, size)
-
-
 def read(path: str | os.PathLike[str], *, progress: Progress = None) -> PeftTensors:
-    """An adapter folder as `PeftTensors`, no model needed: PEFT's names, PyTorch's layout, the file's dtypes.
+    """Read an adapter folder as `PeftTensors`, without a model: PEFT's names, PyTorch's layout, the file's dtypes.
 
     Args:
         progress: None, True (a bar on a terminal or in a notebook) or a function of ("read", bytes done, bytes in all);
-            of an address of the Hub also of what is fetched.
+            for an address of the Hub also of the files fetched.
 
-    Reads `.safetensors` first, else a PyTorch `.bin` (nothing in it is executed), or an Orbax checkpoint of ours.
+    Reads `.safetensors` first, else a PyTorch `.bin` (nothing in it is executed), or an Orbax checkpoint of jaxadapt.
     Raises `FileError`, `FormatError` or `ConfigError`, naming the file.
 
     >>> import tempfile, jax, jaxadapt
@@ -200,80 +132,71 @@ def read(path: str | os.PathLike[str], *, progress: Progress = None) -> PeftTens
     >>> {key: (x.dtype.name, x.shape) for key, x in tensors.items()}
     {'base_model.model.q.lora_A.weight': ('float32', (2, 4)), 'base_model.model.q.lora_B.weight': ('float32', (6, 2))}
     """
-    with reporter(progress) as report, open_adapter(path, report) as found:
-        held = found.tensors
-        if isinstance(held, safetensors.TensorFile):
-            more = byte_counter(report, "read", sum(map(held.nbytes, held)))
-            tensors = held.read_many(held, more)
-        else:  # which is in memory by now
-            tensors = dict(held)
+    with reporter(progress) as report, open_adapter(path, report) as adapter:
+        stored = adapter.tensors
+        if isinstance(stored, safetensors.TensorFile):
+            count = byte_counter(report, "read", sum(map(stored.nbytes, stored)))
+            tensors = stored.read_many(stored, count)
+        else:  # in memory already
+            tensors = dict(stored)
             total = sum(x.nbytes for x in tensors.values())
             report("read", total, total)
-        return dataclasses.replace(found, tensors=tensors)
+        return dataclasses.replace(adapter, tensors=tensors)
 
 
 @contextlib.contextmanager
 def open_adapter(
     path: str | os.PathLike[str], report: Report = no_report, *, ahead: bool = False
 ) -> Generator[PeftTensors]:
-    """As `read`, but the tensors of a `.safetensors` file are read when they are asked for, while it is open.
+    """Open an adapter folder: like `read`, but read each tensor of a `.safetensors` file on demand while it is open.
 
-    With `ahead` reading a small one begins at once, in the background.
+    With `ahead`, a small file is read at once in the background.
     """
     if orbax.is_checkpoint(path):
         from jaxadapt.persistence import orbax_folder
 
         yield orbax_folder.adapter_tensors(orbax_folder.read(path, orbax_folder.find_adapter(path)), path)
         return
-    config, weights = _files(path, report)
+    config, weights = find_files(path, report)
     with contextlib.ExitStack() as stack:
         if weights.name == WEIGHTS:
             tensors: Mapping[str, Any] = stack.enter_context(safetensors.open_tensors(weights, ahead))
-            settled = reconcile.resolve_config(config, tensors.header, weights)
+            resolved = reconcile.resolve_config(config, tensors.header, weights)
         else:
-            settled = reconcile.resolve_config(config, None, weights)
+            resolved = reconcile.resolve_config(config, None, weights)
             tensors = torch_bin.read(weights)
         if not tensors:
-            raise MismatchError(f"{weights}: expected an adapter's tensors, found a file without any")
-        yield state_dict_keys.without_names(PeftTensors(settled, tensors, str(path)))
+            raise MismatchError(f"{weights}: no tensors in the file; expected those of an adapter")
+        yield state_dict_keys.without_names(PeftTensors(resolved, tensors, str(path)))
 
 
-def _orbax_config(path: str | os.PathLike[str]) -> Config:
+def orbax_config(path: str | os.PathLike[str]) -> Config:
+    """Read the configuration of an Orbax checkpoint of jaxadapt."""
     from jaxadapt.persistence import orbax_folder
 
     recipe = orbax_folder.read_recipe(path)
     if recipe is None:
-        raise FileError(f"{os.fspath(path)}: an Orbax checkpoint that says nothing of an adapter's configuration")
+        raise FileError(f"{os.fspath(path)}: an Orbax checkpoint without an adapter's configuration")
     return recipe.config
-
-
-def _inspect_orbax(path: str | os.PathLike[str]) -> Info:
-    from jaxadapt.persistence import orbax_folder
-
-    config = _orbax_config(path)
-    encoded = orbax_folder.adapter_tensors(orbax_folder.find_adapter(path).adapter, path).tensors
-    tensors = {k: (dtype_name(t.dtype), tuple(t.shape)) for k, t in _specs(encoded).items()}
-    nbytes = sum(math.prod(s) * numpy_dtype(d).itemsize for d, s in tensors.values())
-    return Info(os.fspath(path), config, tensors, nbytes, location.total_size(location.to_location(path)))
 
 
 # ---------------------------------------------------------------- writing
 
 
 Put = Callable[[atomic.Writer, Mapping[str, Any], Mapping[str, str]], safetensors.Header]
-"""`(writer, {key: (dtype, shape)}, metadata)`: another way to write the tensors' file."""
+"""Writes the file of tensors, from `(writer, {key: (dtype, shape)}, metadata)`."""
 
 
 def write(tensors: PeftTensors, path: str | os.PathLike[str], *, progress: Progress = None) -> None:
-    """Write an adapter folder, durably and atomically: a crash leaves the old adapter or the new one.
+    """Write an adapter folder, durably and atomically: after a crash it contains the old adapter or the new one.
 
     Args:
         progress: None, True (a bar on a terminal or in a notebook) or a function of ("save", bytes done, bytes in all).
 
-    The folder is made if it is missing; nothing else in it is touched, and a README.md that is there stays.
-    The same content always gives the same bytes. Of two writers at once one waits for the other. Raises `FileError`
-    naming the path; then the adapter that was there is still there, unless the error says that the new one is in place.
-    A model card that cannot be written is a warning.
+    Creates the folder if it is missing and leaves other files in it alone; an edited README.md is kept. The same
+    content always gives the same bytes. Two concurrent writers take turns. Raises `FileError` naming the path; the old
+    adapter then remains, unless the error says that the new one is in place. If the model card cannot be written, a
+    warning says so.
 
     >>> import tempfile, jax, jaxadapt
     >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
@@ -288,30 +211,30 @@ def write(tensors: PeftTensors, path: str | os.PathLike[str], *, progress: Progr
 
 
 def write_with(tensors: PeftTensors, path: str | os.PathLike[str], put: Put | None, progress: Progress) -> None:
-    """`write`, by another way to write the file of tensors, where one is given."""
+    """Write an adapter folder as `write` does; `put`, if given, writes the file of tensors."""
     if not isinstance(tensors, PeftTensors):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise AttachError(
-            f"write takes PeftTensors (from read or to_peft), found {type(tensors).__name__};"
-            " models, variables and Adapters are for jaxadapt.save"
+            f"write: expected PeftTensors (from read or to_peft), found {type(tensors).__name__};"
+            " write models, variables and Adapters with jaxadapt.save"
         )
     if hub.is_address(path):
-        raise FileError(f"{path}: expected a folder; jaxadapt.push(tensors, 'org/name') sends them to the Hub")
+        raise FileError(f"{path}: expected a local folder; upload to the Hub with jaxadapt.push(tensors, 'org/name')")
     folder = location.to_location(path)
     if not tensors.tensors:
-        raise MismatchError(f"{folder}: there is no tensor to write")
+        raise MismatchError(f"{folder}: cannot write an adapter without tensors")
     made = make_folder(folder)
     try:
         with reporter(progress) as report, atomic.lock_directory(folder):
             _write(tensors, folder, put, report)
     except BaseException:
-        for new in made:  # nothing half-done: an empty folder of ours goes again
+        for new in made:  # remove the empty folders that this call created
             with contextlib.suppress(OSError):
                 new.rmdir()
         raise
 
 
 def make_folder(folder: Place) -> list[Path]:
-    """Make a folder and its parents; those that are new, innermost first. Object stores have none to make."""
+    """Create a folder and its parents; return the new ones, innermost first. Object stores have no folders."""
     if isinstance(folder, location.Address):
         return []
     return flush.make_folder(folder)
@@ -322,38 +245,38 @@ def _write(tensors: PeftTensors, folder: Place, put: Put | None, report: Report)
 
     config, weights = folder / CONFIG, folder / WEIGHTS
     if location.is_dir(config):
-        raise FileError(f"{config}: expected a file, found a folder; choose another path")
+        raise FileError(f"{config}: expected a file, found a folder; save to another path")
     text = tensors.config.to_json()
-    there = location.exists(config)
-    before = reconcile.read_text(config) if there else text
-    replaces = _NOTHING if before == text else reconcile.text_digest(before)
-    own = {"config": tensors.config.to_dict(), "replaces": replaces, "schema": 1}
-    specs = {k: (np.dtype(v.dtype), tuple(v.shape)) for k, v in _specs(tensors.tensors).items()}
+    exists = location.exists(config)
+    old_text = reconcile.read_text(config) if exists else text
+    replaces = _NOTHING if old_text == text else reconcile.text_digest(old_text)
+    document = {"config": tensors.config.to_dict(), "replaces": replaces, "schema": 1}
+    specs = {k: (np.dtype(v.dtype), tuple(v.shape)) for k, v in array_specs(tensors.tensors).items()}
     parts = [key for key in specs if key.endswith("]")]
     if parts:
         raise MismatchError(
-            f"{folder}: these are parts of PyTorch's tensors, which only a model puts together: load the checkpoint"
-            " into one, and save it from there:\n" + paths.bullets(parts)
+            f"{folder}: cannot write parts of PyTorch's tensors, which only a model can join. Load the checkpoint into"
+            " a model and save that:\n" + paths.bullets(parts)
         )
-    metadata = {"format": "pt", reconcile.META: json.dumps(own)}
-    # Both files are on the disk before the weights take their place, and the JSON right after them: a full disk shows
-    # before anything has changed. A JSON that says the same already stays, as in all saves of a run but the first.
-    paired = [weights] if there and before == text else [weights, config]
-    with atomic.replacing_all(paired) as (writer, *others):
+    metadata = {"format": "pt", reconcile.META: json.dumps(document)}
+    # Both files are on the disk before the weights are renamed into place, and the JSON right after them: a full disk
+    # shows before anything changes. An equal JSON stays, as in all saves of a run but the first.
+    replaced = [weights] if exists and old_text == text else [weights, config]
+    with atomic.replacing_all(replaced) as (writer, *others):
         for other in others:
             other.write(memoryview(text.encode()))
         if put is None:
-            more = byte_counter(report, "save", sum(d.itemsize * math.prod(shape) for d, shape in specs.values()))
+            count = byte_counter(report, "save", sum(d.itemsize * math.prod(shape) for d, shape in specs.values()))
             get = functools.partial(_value, tensors.tensors)
-            header = safetensors.write_to(writer, specs, get, metadata, progress=more)
+            header = safetensors.write_to(writer, specs, get, metadata, progress=count)
         else:
             header = put(writer, specs, metadata)
     if replaces != _NOTHING:
-        _forget(weights, replaces)
+        _blank_digest(weights, replaces)
     stale = folder / WEIGHTS_BIN
-    with contextlib.suppress(FileError):  # the adapter is in place, and readers do not come to this file
+    with contextlib.suppress(FileError):  # the adapter is in place, and readers prefer it to this file
         if location.exists(stale):
-            warn(f"{stale} is an older adapter beside the one just written; readers take {WEIGHTS}")
+            warn(f"{stale} is an older adapter beside the one just written; readers use {WEIGHTS}. Delete it")
     dtypes = tuple(sorted({dtype_name(dtype) for dtype, _ in specs.values()}))
     shapes = {key: shape for key, (_, shape) in specs.items()}
     _write_card(folder / CARD, tensors.config, card.Facts(shapes, dtypes, header.size))
@@ -361,63 +284,63 @@ def _write(tensors: PeftTensors, folder: Place, put: Put | None, report: Report)
 
 
 def _write_card(path: Place, config: Config, facts: card.Facts) -> None:
-    """The card, unless a person's is there; a warning if that fails, since the adapter is in place."""
+    """Write the model card unless a person edited it. Warn if that fails, since the adapter is in place."""
     try:
         new = card.card_text(config, facts)
         if isinstance(path, Path) and path.is_symlink():
-            return  # a person's
+            return  # a person made it
         old = reconcile.read_text(path) if location.exists(path) else None
         text = new if old is None else card.refresh_card(old, new)
         if text != old:
             atomic.write_bytes(path, text.encode())
-    except Exception as error:  # whatever it is, nothing that was asked for is missing
+    except Exception as error:  # any error: the adapter itself is complete
         warn(f"the adapter in {path.parent} is saved, but not its model card: {str(error) or repr(error)}")
 
 
 def _value(tensors: Mapping[str, Any], key: str) -> Any:
-    """One tensor on the host. Raises `AttachError` where it has been donated since the save began."""
+    """Return one tensor on the host. Raises `AttachError` if it was donated since the save began."""
     import numpy as np
 
     try:
         return np.asarray(tensors[key])
-    except RuntimeError as error:  # JAX has no class of its own for it
+    except RuntimeError as error:  # JAX has no class for this error
         if "deleted" not in str(error):
             raise
         raise AttachError(
-            f"{key}: its array was deleted while it was saved: it was donated to a jitted function; save before the"
-            " step that donates it, or save a copy (jax.tree.map(jnp.copy, adapter))"
+            f"{key}: the array was donated to a jitted function, and so deleted, during the save. Save before the step"
+            " that donates it, or save a copy (jax.tree.map(jnp.copy, adapter))"
         ) from error
 
 
-def _forget(weights: Place, replaces: str) -> None:
-    """Blank the digest of a JSON that is replaced by now, so that the same content is the same bytes.
+def _blank_digest(weights: Place, replaces: str) -> None:
+    """Overwrite the digest of the replaced JSON with zeros, so that equal content gives equal bytes.
 
-    64 digits in place: the JSON equals the header's already, so whatever a crash leaves of them is harmless,
-    and so is a failure. An object has no places in it to write to, and is put once more.
+    Overwrites 64 digits in place. The JSON equals the header's by then, so a crash or a failure here is harmless. An
+    object of a store cannot be changed in place and is written again.
     """
     if isinstance(weights, location.Address):
         with contextlib.suppress(OSError, FileError):
             data = weights.read_bytes()
-            at = data.find(replaces.encode(), 0, safetensors.read_header(weights).data_start)
-            if at >= 0:
-                atomic.write_bytes(weights, data[:at] + _NOTHING.encode() + data[at + len(replaces) :])
+            start = data.find(replaces.encode(), 0, safetensors.read_header(weights).data_start)
+            if start >= 0:
+                atomic.write_bytes(weights, data[:start] + _NOTHING.encode() + data[start + len(replaces) :])
         return
     with contextlib.suppress(OSError, FileError), weights.open("r+b") as file:
         header = file.read(safetensors.read_header(weights).data_start)
-        at = header.find(replaces.encode())
-        if at >= 0:
-            file.seek(at)
+        start = header.find(replaces.encode())
+        if start >= 0:
+            file.seek(start)
             file.write(_NOTHING.encode())
 
 
-def _specs(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Shapes and dtypes by key, without making the tensors where they are made on demand."""
+def array_specs(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return values with `shape` and `dtype` by key, without encoding tensors that are encoded on demand."""
     from jaxadapt.adapters.adapter import is_array
     from jaxadapt.keymaps.plan import Encoded
 
     if isinstance(tensors, Encoded):
         return tensors.specs
-    odd = [f"{k}: {type(v).__name__}" for k, v in tensors.items() if not is_array(v)]
-    if odd:
-        raise MismatchError("expected arrays as tensors, found:\n" + paths.bullets(odd))
+    others = [f"{k}: {type(v).__name__}" for k, v in tensors.items() if not is_array(v)]
+    if others:
+        raise MismatchError("cannot write these tensors: expected arrays, found:\n" + paths.bullets(others))
     return tensors

@@ -1,9 +1,9 @@
 """An adapter as an Orbax checkpoint: nested dicts of its parameters in the model's layout, and its recipe as JSON.
 
     adapter/      {"layers": {"0": {"q_proj": {"kernel": {"lora_A": …}}}}}: NNX and Linen write the same
-    recipe/       the configuration and the table of names; both in one commit
+    recipe/       the configuration and the keymap; both in one commit
 
-Also the adapter's part of somebody's whole training checkpoint, which says nothing of its configuration.
+Also reads the adapter's parameters out of another program's training checkpoint, which stores no configuration.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from jaxadapt.adapters import sites
 from jaxadapt.adapters.adapter import Adapter, PeftTensors, Recipe, collection_name, name_donated_arrays
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, FileError, FormatError, MismatchError
+from jaxadapt.core.progress import Report
 from jaxadapt.storage import orbax
 
 _ADAPTER, _RECIPE = "adapter", "recipe"
@@ -34,17 +35,17 @@ class StoredAdapter:
 
     Args:
         adapter: its parameters as `ShapeDtypeStruct`s.
-        item: the part of the checkpoint they lie in.
-        where: `{dotted path of a parameter: key path in the item}`.
+        item: the item of the checkpoint that contains them.
+        keys: `{dotted path of a parameter: key path in the item}`.
     """
 
     adapter: Adapter
     item: str
-    where: Mapping[str, tuple[str, ...]]
+    keys: Mapping[str, tuple[str, ...]]
 
 
 def write(adapter: Adapter, path: Path, alone: bool) -> None:
-    """Writes an adapter; see `orbax.save`."""
+    """Write an adapter; see `orbax.save`."""
     flat = adapter.flat()
     document = {"schema": _SCHEMA, "recipe": adapter.recipe.to_text()}
     with name_donated_arrays(flat):
@@ -52,12 +53,12 @@ def write(adapter: Adapter, path: Path, alone: bool) -> None:
 
 
 def read_recipe(path: Path) -> Recipe | None:
-    """The recipe of a checkpoint that `write` wrote; None of another's. Loads neither jax nor Orbax itself."""
+    """Return the recipe of a checkpoint that `write` wrote; None for other checkpoints. Loads neither jax nor Orbax."""
     document = orbax.read_json(path, _RECIPE)
     if document is None:
         return None
     if not isinstance(document, dict) or document.get("schema") != _SCHEMA:
-        raise FormatError(f"{os.fspath(path)}: its {_RECIPE}/ is damaged, or of a newer version of this library")
+        raise FormatError(f"{os.fspath(path)}: its {_RECIPE}/ is damaged, or a newer version of jaxadapt wrote it")
     try:
         return Recipe.from_text(document["recipe"])
     except (AttachError, KeyError, TypeError) as error:
@@ -65,49 +66,49 @@ def read_recipe(path: Path) -> Recipe | None:
 
 
 def find_adapter(path: Path, like: Adapter | None = None, name: str = "default") -> StoredAdapter:
-    """The adapter of a checkpoint.
+    """Find the adapter in a checkpoint; read no array.
 
     Args:
-        like: the adapter that is attached to the target, if any: it tells which leaves of a whole training
-            checkpoint are the adapter's.
+        like: the adapter attached to the target, if any. It identifies the adapter's leaves in another program's
+            training checkpoint.
 
-    Raises `FileError` where it is needed and not given, `MismatchError` naming leaves that are missing.
+    Raises `FileError` if `like` is needed and not given, `MismatchError` naming leaves that are missing.
     """
-    own = read_recipe(path)
+    recipe = read_recipe(path)
     items = orbax.leaf_specs(path)
-    if own is not None:
-        where = {".".join(key): key for key in items.get(_ADAPTER, {})}
-        flat = {dotted: _spec(items[_ADAPTER][key]) for dotted, key in where.items()}
+    if recipe is not None:
+        keys = {".".join(key): key for key in items.get(_ADAPTER, {})}
+        flat = {dotted: _spec(items[_ADAPTER][key]) for dotted, key in keys.items()}
         if not flat:
             raise FormatError(f"{os.fspath(path)}: expected an adapter's parameters, found none")
-        adapter = Adapter(own.config, paths.unflatten(flat), own.keymap)
-        own.check_complete(len(adapter.sites), name)
-        return StoredAdapter(adapter, _ADAPTER, where)
+        adapter = Adapter(recipe.config, paths.unflatten(flat), recipe.keymap)
+        recipe.check_complete(len(adapter.sites), name)
+        return StoredAdapter(adapter, _ADAPTER, keys)
     if like is None:
         raise FileError(
-            f"{os.fspath(path)}: an Orbax checkpoint without an adapter's configuration; adapt the model with it first,"
-            " then load takes the adapter's part"
+            f"{os.fspath(path)}: an Orbax checkpoint without an adapter's configuration. Adapt the model with that"
+            " configuration first; load then reads the adapter's leaves"
         )
-    item, where = _within(path, items, like, name)
-    flat = {dotted: _spec(items[item][key]) for dotted, key in where.items()}
-    return StoredAdapter(dataclasses.replace(like, params=paths.unflatten(flat)), item, where)
+    item, keys = _find_leaves(path, items, like, name)
+    flat = {dotted: _spec(items[item][key]) for dotted, key in keys.items()}
+    return StoredAdapter(dataclasses.replace(like, params=paths.unflatten(flat)), item, keys)
 
 
 def _spec(spec: orbax.Spec) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(spec[0], spec[1])
 
 
-def _within(
+def _find_leaves(
     path: Path, items: Mapping[str, Mapping[tuple[str, ...], Any]], like: Adapter, name: str
 ) -> tuple[str, dict[str, tuple[str, ...]]]:
-    """The item of a whole checkpoint that holds this adapter, and where each of its parameters lies there."""
+    """Return the item of a training checkpoint that contains this adapter, and the parameters' key paths in it."""
     collection = collection_name(like.config)
     wanted = set(like.flat())
-    # The same parameters lie in several places: an optimizer's moments are trees of the same structure.
-    places: dict[tuple[str, tuple[str, ...]], dict[str, tuple[str, ...]]] = {}
+    # The same paths occur several times: an optimizer's moments are trees of the same structure.
+    candidates: dict[tuple[str, tuple[str, ...]], dict[str, tuple[str, ...]]] = {}
     for item, leaves in items.items():
         for key in leaves:
-            parts = key[:-1] if key[-1] == "value" else key  # NNX variables are saved with it
+            parts = key[:-1] if key[-1] == "value" else key  # as NNX variables are saved
             for i in range(len(parts) - 1):
                 if parts[i : i + 2] != (collection, name):
                     continue
@@ -115,45 +116,52 @@ def _within(
                 for start in range(i + 1):
                     dotted = ".".join(plain[start:])
                     if dotted in wanted:
-                        places.setdefault((item, plain[:start]), {})[dotted] = key
-    chosen = [p for p in places if "opt_state" not in (p[0], *p[1])]
-    full = [p for p in chosen if len(places[p]) == len(wanted)]
-    if not full:
-        best = max((places[p] for p in chosen), key=len, default={})
+                        candidates.setdefault((item, plain[:start]), {})[dotted] = key
+    parameters = [p for p in candidates if "opt_state" not in (p[0], *p[1])]
+    complete = [p for p in parameters if len(candidates[p]) == len(wanted)]
+    if not complete:
+        best = max((candidates[p] for p in parameters), key=len, default={})
         missing = sorted(wanted - set(best))
         raise MismatchError(
-            f"{os.fspath(path)}: the adapter {name!r} ({collection}) is not in this checkpoint; not found:\n"
+            f"{os.fspath(path)}: this checkpoint does not contain the adapter {name!r} ({collection}); missing:\n"
             + paths.bullets(missing)
         )
-    least = min(len(prefix) for _, prefix in full)
-    nearest = [p for p in full if len(p[1]) == least]
+    shortest = min(len(prefix) for _, prefix in complete)
+    nearest = [p for p in complete if len(p[1]) == shortest]
     if len(nearest) > 1:
         shown = sorted("/".join([item, *prefix]) for item, prefix in nearest)
         raise MismatchError(
-            f"{os.fspath(path)}: the adapter {name!r} may be any of these; restore the one you mean with Orbax and pass"
-            " it to jaxadapt.extract(tree, config=…):\n" + paths.bullets(shown)
+            f"{os.fspath(path)}: several subtrees match the adapter {name!r}. Restore the right one with Orbax and"
+            " pass it to jaxadapt.extract(tree, config=…):\n" + paths.bullets(shown)
         )
-    return nearest[0][0], places[nearest[0]]
+    return nearest[0][0], candidates[nearest[0]]
 
 
-def read(path: Path, found: StoredAdapter, like: Mapping[str, Any] | None = None) -> Adapter:
-    """The adapter with its values: each with the sharding of the array of that path in `like`, else numpy arrays."""
-    flat = found.adapter.flat()
+def read(path: Path, stored: StoredAdapter, like: Mapping[str, Any] | None = None) -> Adapter:
+    """Read the adapter's values, each with the sharding of the array at that path in `like`; without one, as numpy."""
+    flat = stored.adapter.flat()
 
     def spec(dotted: str) -> jax.ShapeDtypeStruct | None:
         example = (like or {}).get(dotted)
-        sharding = getattr(example, "sharding", None)  # of numpy arrays: none
+        sharding = getattr(example, "sharding", None)  # numpy arrays have none
         if sharding is None or (isinstance(example, jax.Array) and not example.committed):
             return None
         return jax.ShapeDtypeStruct(flat[dotted].shape, flat[dotted].dtype, sharding=sharding)
 
-    got = orbax.load(path, found.item, {key: spec(dotted) for dotted, key in found.where.items()})
-    values = {dotted: got[key] for dotted, key in found.where.items()}
-    return dataclasses.replace(found.adapter, params=paths.unflatten(values))
+    arrays = orbax.load(path, stored.item, {key: spec(dotted) for dotted, key in stored.keys.items()})
+    values = {dotted: arrays[key] for dotted, key in stored.keys.items()}
+    return dataclasses.replace(stored.adapter, params=paths.unflatten(values))
 
 
 def adapter_tensors(adapter: Adapter, source: Path) -> PeftTensors:
-    """The adapter, abstract or not, under PEFT's names."""
-    bounds = sites.sites_of(adapter)
+    """Return the adapter, abstract or not, under PEFT's names."""
     host = all(isinstance(leaf, np.ndarray) for leaf in adapter.flat().values())
-    return PeftTensors(adapter.config, sites.make_file_plan(bounds).encode(adapter.flat(), None, host), str(source))
+    return PeftTensors(
+        adapter.config, sites.make_file_plan(sites.sites_of(adapter)).encode(adapter.flat(), None, host), str(source)
+    )
+
+
+def report_total(report: Report, stage: str, adapter: Adapter) -> None:
+    """Report all bytes of an adapter at once: Orbax reports no progress of its own."""
+    total = sum(x.nbytes for x in adapter.flat().values())
+    report(stage, total, total)

@@ -1,4 +1,4 @@
-"""The configuration that an adapter's files mean, where the JSON and the header of the tensors say different things."""
+"""Resolve an adapter's configuration when the JSON and the header of the tensors differ."""
 
 from __future__ import annotations
 
@@ -15,86 +15,88 @@ from jaxadapt.storage import location, safetensors
 from jaxadapt.storage.location import Place
 
 META = "jaxadapt"
-"""What the header calls its copy of the configuration."""
+"""The header's metadata key for its copy of the configuration."""
 
 
 def read_text(path: Place) -> str:
+    """Read a UTF-8 file. Raises `ConfigError` if it is not UTF-8."""
     try:
         return location.read_text_bytes(path).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise ConfigError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from error
 
 
 _WAITS = (0.0, 0.0, 0.001, 0.01, 0.05, 0.2)
-"""Seconds before each new look at two files that differ: a save that is under way renames one right after the other."""
+"""Seconds before each retry if the two files differ: a concurrent save renames one right after the other."""
 
 
 def resolve_config(path: Place, header: safetensors.Header | None, weights: Place) -> Config:
-    """The configuration that belongs to the tensors, where the JSON and our header may differ.
+    """Return the configuration that belongs to the tensors.
 
-    `header` is what was read of `weights`, which may have been replaced since.
+    If the JSON at `path` equals jaxadapt's copy in the header, that is it. If the JSON is the one that the save was
+    replacing, the save was interrupted between its two files, and the header wins. Otherwise a person edited the JSON,
+    and it wins unless the tensors contradict it. A warning reports each difference. Before that both files are read
+    again: if another process is saving, the header wins without a warning.
 
-    Equal: fine. The JSON is the one this save was replacing: the save was interrupted between its two
-    files, and the header wins. Otherwise a person edited the JSON, and it wins, unless the tensors
-    contradict it. Whatever is not plain is said in a warning. Before that both files are read again: another
-    process may be saving, and then the header wins, silently.
+    Args:
+        header: as read from `weights`, which may have been replaced since.
     """
     text = read_text(path)
     raw = None if header is None else header.metadata.get(META)
     if header is None or raw is None:
         return configs.loads(text, str(path))
-    own, replaces = _copy(raw, weights)
+    stored, replaces = _parse_copy(raw, weights)
     config = None if replaces == text_digest(text) else configs.loads(text, str(path))
-    if config is not None and not config.changed_keys(own):
+    if config is not None and not config.changed_keys(stored):
         return config
     for wait in _WAITS:
         if config is not None and wait:
-            break  # no save leaves the two files like this, so that none is waited for
+            break  # no save leaves such a pair of files, so there is none to wait for
         time.sleep(wait)
-        now = safetensors.read_header(weights).metadata.get(META)
-        if now is None or _copy(now, weights)[0].changed_keys(own) or read_text(path) != text:
-            return own  # a save has ended meanwhile
+        current = safetensors.read_header(weights).metadata.get(META)
+        if current is None or _parse_copy(current, weights)[0].changed_keys(stored) or read_text(path) != text:
+            return stored  # a save has finished meanwhile
     if config is None:
         warn(
             f"{path}: a save was interrupted after the weights and before this file; using the configuration"
-            " that the weights carry. Save again, or write(read(…)), to mend it.",
+            " in the weights' header. To repair the file, save again, or write(read(…)).",
         )
-        return own
-    changed = config.changed_keys(own)
-    contradiction = _contradiction(config, own, {k: t.shape for k, t in header.tensors.items()})
+        return stored
+    changed = config.changed_keys(stored)
+    contradiction = _contradiction(config, stored, {k: t.shape for k, t in header.tensors.items()})
     if contradiction:
         warn(
             f"{path} was edited after the weights were written ({', '.join(changed)}), and the tensors"
-            f" contradict it ({contradiction}); using the configuration that the weights carry",
+            f" contradict it ({contradiction}); using the configuration in the weights' header",
         )
-        return own
+        return stored
     warn(
-        f"{path} was edited after the weights were written ({', '.join(changed)}); using it as it stands now",
+        f"{path} was edited after the weights were written ({', '.join(changed)}); using the edited file",
     )
     return config
 
 
-def _copy(raw: str, weights: Place) -> tuple[Config, object]:
-    """The configuration in a header, and the digest of the JSON that its save replaces."""
+def _parse_copy(raw: str, weights: Place) -> tuple[Config, object]:
+    """Parse a header's copy: return the configuration, and the digest of the JSON that its save replaces."""
     try:
-        held = json.loads(raw)
-        return Config.from_dict(held["config"], "its configuration"), held.get("replaces")
+        document = json.loads(raw)
+        return Config.from_dict(document["config"], "its configuration"), document.get("replaces")
     except (ValueError, KeyError, TypeError, AttributeError, ConfigError, RecursionError) as error:
         raise FormatError(
             f"{weights}: the metadata {META!r} of its header is damaged ({error}); save or fetch it again"
         ) from error
 
 
-def _contradiction(edited: Config, own: Config, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """Why these tensors cannot be what an edited configuration describes; None if they can."""
-    if edited.peft_type != own.peft_type:
-        return f"they are of type {own.peft_type}"
+def _contradiction(edited: Config, stored: Config, shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Return why the tensors contradict an edited configuration; None if they do not."""
+    if edited.peft_type != stored.peft_type:
+        return f"their type is {stored.peft_type}"
     for key, shape in shapes.items():
-        module = tensor_module(own, key)
+        module = tensor_module(stored, key)
         if module is None:
             continue
         if not matching.matches(edited, module):
-            return f"{key} is there, which it does not target"
+            return f"it does not target {key}"
         if edited.get("r") is not None and key.endswith(".lora_A.weight"):
             rank = matching.pattern_value(edited.get("rank_pattern") or {}, module, edited.get("r"))
             if shape[:1] != (rank,):
@@ -103,11 +105,12 @@ def _contradiction(edited: Config, own: Config, shapes: Mapping[str, tuple[int, 
 
 
 def text_digest(text: str) -> str:
+    """Return the SHA-256 of a text in UTF-8, as 64 hex digits."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def tensor_module(config: Config, key: str) -> str | None:
-    """The module a tensor belongs to: the longest beginning of its key that the configuration targets.
+    """Return the module of a tensor: the longest prefix of its key that the configuration targets; else None.
 
     >>> tensor_module(configs.LoraConfig(target_modules=["q"]), "base_model.model.h.0.q.lora_A.weight")
     'h.0.q'

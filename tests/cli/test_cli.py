@@ -75,8 +75,8 @@ def test_errors_are_one_readable_message(tmp_path, what):
 
 def test_a_name_of_the_hub_without_its_scheme_is_recognised(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "one of the Hub is hf://org/name@v1/fr" in run("inspect", "org/name@v1/fr").output
-    with pytest.raises(jaxadapt.FileError, match="one of the Hub is hf://org/name$"):
+    assert "for the Hub's repository give hf://org/name@v1/fr" in run("inspect", "org/name@v1/fr").output
+    with pytest.raises(jaxadapt.FileError, match="for the Hub's repository give hf://org/name$"):
         jaxadapt.load("org/name", small.net())
     assert "hf://" not in run("inspect", tmp_path / "out").output
     assert "hf://" not in run("inspect", "out").output
@@ -149,7 +149,7 @@ def test_exit_statuses(folder, monkeypatch):
     def stopped(path, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("jaxadapt.persistence.folder.inspect", stopped)
+    monkeypatch.setattr("jaxadapt.persistence.inspect_folder.inspect", stopped)
     assert run("inspect", folder).exit_code == 130
 
 
@@ -424,7 +424,7 @@ def test_the_best_checkpoint_is_the_one_by_the_metric_that_the_run_optimised(tmp
 def test_the_folder_of_a_run_is_told_from_that_of_an_adapter(run_folder):
     result = run("inspect", run_folder)
     assert result.exit_code == 1
-    assert f"holds checkpoints of a training: `jaxadapt checkpoints {run_folder}` lists and" in result.output
+    assert f"contains training checkpoints: `jaxadapt checkpoints {run_folder}` lists and" in result.output
 
 
 @pytest.mark.parametrize(("step", "which"), [("best", 1), ("0", 0), ("latest", 2), (None, 2)])

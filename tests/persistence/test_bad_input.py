@@ -20,9 +20,8 @@ from flax import nnx
 import jaxadapt
 from jaxadapt import AdapterError, ConfigError, FileError, FormatError, MismatchError
 from jaxadapt.persistence import folder
-from jaxadapt.storage import atomic, safetensors
+from jaxadapt.storage import atomic, local_files, safetensors
 from jaxadapt.storage import flush as flush_module
-from jaxadapt.storage import local_files as codec_files
 from tests.support import small
 from tests.support.small import CONFIG, IA3, LORA, WEIGHTS, files, same
 
@@ -105,7 +104,7 @@ def test_an_empty_folder(tmp_path):
 
 
 def test_a_folder_of_folders_names_them(good):
-    everywhere(good.parent, FileError, "folders below hold adapters: good")
+    everywhere(good.parent, FileError, "subfolders contain adapters: good")
 
 
 def test_a_configuration_without_weights(good):
@@ -122,7 +121,7 @@ def test_weights_without_a_configuration(good):
 
 
 def test_a_file_where_a_folder_should_be(good):
-    everywhere(good / WEIGHTS, FileError, "expected a folder", "found a file", "give its folder")
+    everywhere(good / WEIGHTS, FileError, "expected a folder", "found a file", "pass its folder")
     with pytest.raises(FileError, match=f"{WEIGHTS}"):
         jaxadapt.save(small.adapter(), good / WEIGHTS)
     with pytest.raises(FileError, match=f"{WEIGHTS}"):
@@ -229,7 +228,7 @@ def test_damaged_metadata_of_our_own(good):
 
 def test_no_tensor_at_all(good):
     plainly(good, {})
-    with pytest.raises(MismatchError, match=f"{WEIGHTS}: expected an adapter's tensors"):
+    with pytest.raises(MismatchError, match=f"{WEIGHTS}: no tensors in the file"):
         jaxadapt.read(good)
     refuses(good, MismatchError, WEIGHTS)
 
@@ -402,7 +401,7 @@ def test_an_error_of_the_disk_at_either_file(number, nth, good, monkeypatch):
         flush(fd)
 
     new = small.adapter(LORA.replace(lora_alpha=1), seed=9)
-    monkeypatch.setattr(atomic, "flush", failing)
+    monkeypatch.setattr(atomic, "flush_fd", failing)
     with pytest.raises(FileError, match=os.strerror(number)):
         jaxadapt.save(new, good)
     monkeypatch.undo()
@@ -441,14 +440,14 @@ def test_a_system_that_says_no(number, good, monkeypatch):
 
 
 def test_unreadable_files(good, monkeypatch):
-    opened = codec_files._opener
+    opened = local_files._opener
 
     def refusing(path, flags):
         if path.endswith(CONFIG):
             raise PermissionError(errno.EACCES, "Permission denied", path)
         return opened(path, flags)
 
-    monkeypatch.setattr(codec_files, "_opener", refusing)
+    monkeypatch.setattr(local_files, "_opener", refusing)
     with pytest.raises(FileError, match=f"{CONFIG}: cannot read: Permission denied"):
         folder.read(good)
 

@@ -245,7 +245,7 @@ def test_in_a_store_the_error_says_what_is_where(monkeypatch: pytest.MonkeyPatch
 def test_a_reader_beside_a_saving_loop_is_told_nothing(tmp_path: Path) -> None:
     """Each read is one whole adapter, with the alpha it was saved with, and without a warning."""
     program = (
-        "import sys, jaxadapt; from tests import small; from tests.support.small import LORA\n"
+        "import sys, jaxadapt; from tests.support import small; from tests.support.small import LORA\n"
         "both = [small.adapter(LORA.replace(lora_alpha=a), seed=a) for a in (1, 2)]\n"
         "print('ready', flush=True)\n"
         "while True: [jaxadapt.save(one, sys.argv[1]) for one in both]\n"
@@ -286,7 +286,7 @@ def test_a_save_that_ends_while_the_reader_looks_again_is_no_interrupted_one(
     jaxadapt.save(OLD, tmp_path)
     before = (tmp_path / CONFIG).read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(folder, "_forget", lambda *_: None)
+        patch.setattr(folder, "_blank_digest", lambda *_: None)
         jaxadapt.save(NEW, tmp_path)
     after = (tmp_path / CONFIG).read_bytes()
     (tmp_path / CONFIG).write_bytes(before)
@@ -321,7 +321,7 @@ def test_a_card_that_cannot_be_written_is_a_warning(tmp_path: Path, monkeypatch:
     (tmp_path / "run" / CARD).unlink()
     odd_card(tmp_path / "run" / CARD, kind)
     if kind == "no text can be made":
-        monkeypatch.setattr(folder.card, "refreshed", lambda *_: 1 / 0)
+        monkeypatch.setattr(folder.card, "refresh_card", lambda *_: 1 / 0)
     with pytest.warns(UserWarning, match=rf"run is saved, but not its model card: .*{'zero' if '1' in kind else ''}"):
         jaxadapt.save(NEW, tmp_path / "run")
     assert pair(tmp_path / "run") == expected(tmp_path / "other", NEW)

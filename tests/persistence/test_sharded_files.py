@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 import jaxadapt
 from jaxadapt.arrays import regions
 from jaxadapt.arrays.layout import FileLayout
+from jaxadapt.core import paths
 from jaxadapt.keymaps.plan import Encoded
 from jaxadapt.persistence import multihost
 from jaxadapt.storage import safetensors
@@ -148,7 +149,7 @@ def test_where_to_is_for_the_caller_to_say(folder: Path) -> None:
     third = NamedSharding(other, PartitionSpec("x"))  # the rank is 3
     with pytest.raises(jaxadapt.AttachError, match=r"(?s)q\.kernel\.lora_A \(3, 16\).*size is 3"):
         jaxadapt.load(folder, {"params": params}, keymap=meshes.TABLE, shardings=third)
-    some = {k: v for k, v in jaxadapt.paths.flatten(tree.params).items() if "down" not in k} | {"x.lora_A": alone}
+    some = {k: v for k, v in paths.flatten(tree.params).items() if "down" not in k} | {"x.lora_A": alone}
     with pytest.raises(jaxadapt.AttachError, match=r"(?s)x\.lora_A: no such parameter.*down.*found NoneType"):
         jaxadapt.load(folder, {"params": params}, keymap=meshes.TABLE, shardings=some)
 
@@ -158,7 +159,7 @@ def test_an_abstract_mesh_needs_devices(folder: Path) -> None:
     with jax.set_mesh(mesh):
         model = nnx.eval_shape(lambda: meshes.Blocks(nnx.Rngs(0), False))
         for path, var in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-            spec = meshes.spec(jaxadapt.paths.join(*map(str, path)), "2x2x2", "both", len(var.shape))
+            spec = meshes.spec(paths.join(*map(str, path)), "2x2x2", "both", len(var.shape))
             var.set_metadata(out_sharding=tuple(spec))
         model = nnx.as_abstract(model)
         graphdef, state = nnx.split(model)
@@ -196,7 +197,7 @@ def test_only_the_needed_bytes_are_read(folder: Path, tmp_path: Path, monkeypatc
     adapter = jaxadapt.init(config, base, key=jax.random.key(0))
     jaxadapt.save(adapter, tmp_path)
     read: list[int] = []
-    real = safetensors.files.read_into
+    real = safetensors.local_files.read_into
 
     def counted(fd: int, parts: Any, offset: int, path: str) -> None:
         read.append(sum(len(view) for _, view in parts))
@@ -205,7 +206,7 @@ def test_only_the_needed_bytes_are_read(folder: Path, tmp_path: Path, monkeypatc
     mesh = meshes.mesh_of("8")
     cut, whole = NamedSharding(mesh, PartitionSpec(None, "x")), NamedSharding(mesh, PartitionSpec())
     where = {"q.kernel.lora_A": cut, "q.kernel.lora_B": whole}
-    monkeypatch.setattr(safetensors.files, "read_into", counted)
+    monkeypatch.setattr(safetensors.local_files, "read_into", counted)
     jaxadapt.load(tmp_path, {"params": base}, shardings=where)
     assert sum(size for size in read if size > 4096) == 2 * d * r * 4  # the header is smaller
     with safetensors.open_tensors(tmp_path / "adapter_model.safetensors") as file:
@@ -225,7 +226,7 @@ def test_a_tied_leaf_is_written_under_both_its_names() -> None:
     encoded = jaxadapt.to_peft(adapter).tensors
     assert isinstance(encoded, Encoded)
     assert sum("lm_head" in key for key in encoded) == 2
-    parts = {part.key: part for part in multihost._own(encoded, multihost.owned_regions(encoded.leaves, 0))}
+    parts = {part.key: part for part in multihost._owned_parts(encoded, multihost.owned_regions(encoded.leaves, 0))}
     assert parts.keys() == set(encoded)
     for key, part in parts.items():
         np.testing.assert_array_equal(np.reshape(part.array, encoded[key].shape), encoded[key])

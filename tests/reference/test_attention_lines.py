@@ -37,7 +37,9 @@ def test_the_error_names_the_lines_and_they_serve(targets, tmp_path):
     config = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
     peft.get_peft_model(Net(), config).save_pretrained(tmp_path)
     tensors = jaxadapt.read(tmp_path)
-    with pytest.raises(jaxadapt.AdapterError, match=r"Weight\.attention\(path here, name there\)(.|\n)*\n  attn$"):
+    with pytest.raises(
+        jaxadapt.AdapterError, match=r"Weight\.attention\(path in JAX, name in PyTorch\)(.|\n)*\n  attn$"
+    ):
         jaxadapt.from_peft(tensors, params())
     head = Weight("head.kernel", "head.weight", "i o -> o i")
     table = KeyMap("mine", (*Weight.attention("attn", "attn"), head))

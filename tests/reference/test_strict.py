@@ -19,8 +19,8 @@ IDS = np.random.RandomState(0).randint(0, 64, (2, 5))
 NUMBERS = {"layers": 2, "width": 16, "heads": 2}
 FIELDS = {"r": 2, "target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True}
 EXTRA = "base_model.model.transformer.h.7.attn.c_attn.lora_A.weight"
-LACKS = (r"(?s)strict=False takes what fits.*are missing, and begin as in a fresh adapter.*{}.*"
-         r"have no place in the model, and are left out:\s+{}")  # fmt: skip
+LACKS = (r"(?s)strict=False loads the tensors that fit.*are missing, and start as in a fresh adapter.*{}.*"
+         r"have no place in the model, and are ignored:\s+{}")  # fmt: skip
 
 
 def changed(source: Path, folder: Path, without: tuple[str, ...], more: dict[str, Any]) -> list[str]:
@@ -132,7 +132,7 @@ def test_what_begins_from_more_than_random_numbers_is_not_made_up(tmp_path: Path
     config = json.loads((tmp_path / "adapter_config.json").read_text()) | {"init_lora_weights": "eva"}
     half = jaxadapt.PeftTensors(jaxadapt.LoraConfig.from_dict(config), held)
     with (
-        pytest.raises(jaxadapt.ConfigError, match="what it lacks cannot be made up"),
+        pytest.raises(jaxadapt.ConfigError, match="cannot initialize the missing tensors"),
         pytest.warns(UserWarning, match="strict=False"),
     ):
         jaxadapt.from_peft(half, BASE, strict=False)

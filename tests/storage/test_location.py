@@ -377,9 +377,7 @@ def test_a_killed_save_leaves_the_old_or_the_new(kind: str, what: str, started: 
 @pytest.mark.parametrize("call", ["read", "inspect", "read_config", "load"])
 def test_where_nothing_is(call: str, place: str):
     arguments = (small.net(),) if call == "load" else ()
-    with pytest.raises(
-        jaxadapt.FileError, match=f"{place}: no such file or folder; expected a folder that holds {CONFIG}"
-    ):
+    with pytest.raises(jaxadapt.FileError, match=f"{place}: .*expected a folder that contains {CONFIG}"):
         getattr(jaxadapt, call)(place, *arguments)
 
 
@@ -387,7 +385,7 @@ def test_an_address_without_an_adapter_says_what_is_there(place: str):
     jaxadapt.save(small.trained(), f"{place}/inner")
     with pytest.raises(jaxadapt.FileError, match=rf"{place}: no {CONFIG} and .*; found inner; these folders below"):
         jaxadapt.read(place)
-    with pytest.raises(jaxadapt.FileError, match=f"{WEIGHTS}: expected a folder that holds .* found a file"):
+    with pytest.raises(jaxadapt.FileError, match=f"{WEIGHTS}: expected a folder that contains .* found a file"):
         jaxadapt.read(f"{place}/inner/{WEIGHTS}")
 
 

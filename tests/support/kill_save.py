@@ -45,7 +45,7 @@ def check(path: Path) -> tuple[int, bool]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         tensors = folder.read(path)
-        again = folder.inspect(path)
+        again = jaxadapt.inspect(path)
     if any("interrupted" not in str(w.message) for w in caught):
         sys.exit(f"unexpected warnings: {[str(w.message) for w in caught]}")
     values = {float(v) for x in tensors.tensors.values() for v in (x.min(), x.max())}

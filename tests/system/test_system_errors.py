@@ -162,7 +162,9 @@ def test_a_working_directory_that_is_gone(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
-    with pytest.raises(FileError, match="run: cannot find: .*; the working directory was deleted; pass an absolute path"):
+    with pytest.raises(
+        FileError, match="run: cannot find: .*; the working directory was deleted; pass an absolute path"
+    ):
         jaxadapt.CheckpointManager("run")
     with pytest.raises(FileError, match="run: cannot find: .*give an absolute path"):
         jaxadapt.save(small.adapter(), "run", format="orbax")

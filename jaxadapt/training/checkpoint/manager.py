@@ -26,8 +26,9 @@ from jaxadapt.adapters.adapter import Adapter, Recipe, name_donated_arrays
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, AttachError, ConfigError, FileError
 from jaxadapt.core.progress import LOGGER, Progress, reporter
-from jaxadapt.persistence import multihost, run_folder, store
+from jaxadapt.persistence import multihost, run_folder
 from jaxadapt.persistence.run_folder import RunFolder, Said
+from jaxadapt.persistence.save_adapter import save
 from jaxadapt.storage import location
 from jaxadapt.storage.location import Place
 from jaxadapt.training.checkpoint import preemption, snapshot, step_files, step_reading
@@ -329,9 +330,9 @@ class CheckpointManager(RunFolder):
         if stored.taken.foreign:
             flat = step_reading.read_step_arrays(stored, {n: None for n in stored.specs if n.startswith("guest/")})
             leaves = {n.removeprefix("guest/"): value for n, value in flat.items()}
-            store.save(resuming.stored_foreign_tree(stored.taken, leaves), path, **options)
+            save(resuming.stored_foreign_tree(stored.taken, leaves), path, **options)
         for name in [options.pop("name")] if "name" in options else stored.taken.recipes:
-            store.save(self.adapter(chosen, name), path, name=name, **options)
+            save(self.adapter(chosen, name), path, name=name, **options)
 
     def rollback(self, step: int) -> None:
         """Deletes every step after `step`, the last first, so that training can go on from there."""

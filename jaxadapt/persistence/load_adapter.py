@@ -1,0 +1,293 @@
+"""Load an adapter folder into a model.
+
+files ──folder.open_adapter──► PeftTensors ──peft.adapter_from_tensors──► Adapter ──attach──► model / variables
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxadapt.adapters import sites
+from jaxadapt.adapters.adapter import Adapter, Recipe
+from jaxadapt.configs import Config, lora_variants
+from jaxadapt.core import paths
+from jaxadapt.core.errors import AttachError, ConfigError, MismatchError
+from jaxadapt.core.progress import LOGGER, Progress, reporter
+from jaxadapt.initializers import original_base
+from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
+from jaxadapt.models import attachment, base_params, planning
+from jaxadapt.models.foreign import tree as foreign
+from jaxadapt.models.linen import collections
+from jaxadapt.models.nnx import attach
+from jaxadapt.models.nnx.attach import nnx
+from jaxadapt.persistence import folder, orbax_folder, peft
+from jaxadapt.storage import hub, location, orbax
+from jaxadapt.storage.location import Place
+
+
+def load(
+    path: str | os.PathLike[str],
+    target: Any,
+    *,
+    name: str = attachment.DEFAULT,
+    keymap: KeyMap | str | None = None,
+    dtype: Any = None,
+    replace: bool = False,
+    rngs: Any = None,
+    stack_axes: Sequence[int] | None = None,
+    example: Sequence[Any] | None = None,
+    shardings: Any = None,
+    lora_alpha: float | None = None,
+    on_shared: str | None = None,
+    autocast_adapter_dtype: bool = False,
+    on_mismatch: str | None = None,
+    base: str | None = None,
+    strict: bool = True,
+    progress: Progress = None,
+) -> Any:
+    """Read an adapter folder, written by jaxadapt or PEFT, into a model.
+
+    If the target already contains LoRA parameters of another library (Qwix, `nnx.LoRA`, gemma, …), they are filled in
+    place and nothing is attached.
+
+    Args:
+        path: the folder; an address of an object store ("s3://bucket/folder", "gs://…") or of the Hub
+            ("hf://org/name@revision/subfolder"). For a `name` other than "default", the subfolder of that name if it
+            exists.
+        target: an NNX model, plain or adapted, changed in place and returned; or Linen variables
+            (`{"params": base}` is enough), returned with the collection added. Abstract ones work too.
+        name: the adapter's name on this model; the adapter becomes the active one.
+        keymap: the model's family, a `KeyMap`, or None to recognise it.
+        dtype: the parameters' dtype in memory. By default the file's, float32 for 8-bit tensors, and into an attached
+            adapter the wider of the two, so that training continues in float32 from a 16-bit file.
+        autocast_adapter_dtype: as in PEFT, where it is the default: True converts tensors of fewer than 32 bits to
+            float32.
+        replace: replace an attached adapter of that name whose configuration differs.
+        rngs: NNX: for dropout in further training; without it dropout is off.
+        stack_axes, example: as in `adapt`.
+        shardings: the parameters' shardings: one `Sharding` for all, or a tree of them like the adapter's (an
+            `Adapter` or nested dicts). By default each follows the base weight it adapts, axis by axis; the rank is
+            replicated. A process reads only the bytes that its own devices hold.
+        lora_alpha: the alpha by which another library's target scales, if its tree does not store one. If the file's
+            scale differs, B is multiplied accordingly.
+        on_mismatch: "skip" loads, from tensors for another vocabulary, the rows that the model has, with a warning;
+            rows that the file lacks keep the base's values. By default such a file is refused.
+        on_shared: "concat" concatenates different As along the rank: where such a target has one A for several modules,
+            if its rank is large enough; and where a model has gate and up of all experts in one array and the file has
+            a LoRA for each. By default they are refused.
+        base: for an unconverted adapter whose initialisation took a part out of the base weights (PiSSA, OLoRA, …).
+            "original": the target has the original weights, and load changes them as PEFT does. "changed": the target
+            has the changed weights already. Without it such a file is refused.
+        strict: False loads the tensors that fit and warns of the rest, as in `import_base`. Tensors that the file lacks
+            start as in a fresh adapter (LoRA's A is random, from a fixed seed, and B is 0; a copy of `modules_to_save`
+            is the base's); tensors that the model has no place for are ignored. Wrong shapes are still refused, and so
+            is a file without any fitting tensor.
+        progress: None, True (bars on a terminal or in a notebook) or a function of ("load", bytes done, bytes in all);
+            for an address of the Hub also of each file fetched, by its name.
+
+    Otherwise the base is never changed. Nothing is attached unless everything fits. Raises `AdapterError`;
+    `MismatchError` lists all missing, unexpected and wrongly shaped tensors together.
+
+    >>> import tempfile, jax, jaxadapt
+    >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
+    >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
+    >>> adapter = jaxadapt.init(config, base, key=jax.random.key(0))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     jaxadapt.save(adapter, folder)
+    ...     variables = load(folder, {"params": base})
+    >>> variables["lora"]["default"]["q"]["kernel"]["lora_B"].shape
+    (6, 2)
+    """
+    if autocast_adapter_dtype:
+        _refuse({"dtype": dtype}, "autocast_adapter_dtype=True sets the dtype to float32; give only one of the two")
+        dtype = peft.AUTOCAST
+    if isinstance(path, str) and hub.is_address(path):
+        with reporter(progress) as report:
+            path = hub.fetch_folder(path, None if name == attachment.DEFAULT else name, report)
+    subfolder = folder.adapter_folder(path, name)
+    guest = attachment.find_foreign(target)
+    if guest is not None:
+        unused = {
+            "replace": replace or None, "rngs": rngs, "stack_axes": stack_axes, "example": example,
+            "shardings": shardings, "on_mismatch": on_mismatch,
+            "autocast_adapter_dtype": autocast_adapter_dtype or None, "strict": None if strict else False,
+        }  # fmt: skip
+        _refuse(
+            unused, f"no effect on a target with {guest.dialect.name} leaves, which are filled in place; leave them out"
+        )
+        with reporter(progress) as report:
+            tensors = folder.read(
+                _existing_folder(subfolder, path), progress=lambda _, done, total: report("load", done, total)
+            )
+        return foreign.fill_tree(
+            guest, tensors.config, tensors.tensors, keymap=keymap, lora_alpha=lora_alpha, on_shared=on_shared,
+            dtype=dtype, source=tensors.source,
+        )  # fmt: skip
+    _refuse({"lora_alpha": lora_alpha}, "applies only to targets with another library's LoRA leaves")
+    is_model = isinstance(target, nnx.Module)
+    is_bare = isinstance(target, Mapping) and "params" not in target and not is_model  # (an nnx.Dict is a Mapping)
+    if is_bare or isinstance(target, nnx.State):
+        raise AttachError(
+            f"target: expected an NNX model or Linen variables, {{'params': …}}, found {type(target).__name__};"
+            " for bare parameters, from_peft(read(path), params) returns the adapter"
+        )
+    if base not in (None, "original", "changed"):
+        raise AttachError(f"base={base!r}: expected 'original' or 'changed'")
+    if on_mismatch not in (None, "skip"):
+        raise MismatchError(f'on_mismatch: expected None or "skip", found {on_mismatch!r}')
+    options = keymap, dtype, stack_axes, example, shardings, on_mismatch
+    checkpoint = next(
+        (p for p in dict.fromkeys((subfolder, location.to_location(path))) if orbax.is_checkpoint(p)), None
+    )
+    if checkpoint is not None:
+        with reporter(progress) as report:
+            adapter, adapter_sites = _from_orbax(checkpoint, target, name, options, strict)
+            orbax_folder.report_total(report, "load", adapter)
+        source = os.fspath(checkpoint)
+    else:
+        parameters = planning.target_base(target)
+        ahead = jax.process_count() == 1  # with several, it would read bytes that only the others need
+        with (
+            reporter(progress) as report,
+            folder.open_adapter(_existing_folder(subfolder, path), ahead=ahead) as tensors,
+        ):
+            adapter, adapter_sites = peft.adapter_from_tensors(tensors, parameters, *options, report, on_shared, strict)
+        source = tensors.source
+    LOGGER.info("%s: %d weights adapted, by the keymap %s", source, len(adapter_sites), adapter.keymap.name)
+    present = _attached_config(target, name)
+    if present is not None and present != adapter.config and not replace:
+        raise ConfigError(
+            f"{source}: the configuration differs from that of the attached adapter {name!r} in"
+            f" {present.differences(adapter.config)}; load(…, replace=True) replaces the adapter, and"
+            " load(…, name=…) keeps both"
+        )
+    if dtype is None and present is not None and present == adapter.config:
+        adapter = _promote(adapter, attachment.extract(target, name))
+    new_base = _changed_base(target, base, present, adapter, adapter_sites, source)
+    same = present is not None and present == adapter.config and Recipe(present).origin == adapter.recipe.origin
+    if not is_model:
+        variables: Any = target
+        if new_base:
+            params = base_params.replace_leaves(variables["params"], new_base)
+            variables = collections.with_entry(variables, "params", params)
+        if present == adapter.config and attachment.extract(variables, name).shapes == adapter.shapes:
+            return collections.with_values(variables, name, adapter.flat(), None if same else adapter.recipe)
+        if present is not None:
+            variables = attachment.delete(variables, name)
+        return attachment.with_adapter(variables, adapter, name)
+    if same and rngs is None:
+        attach.inject(adapter, target, name)
+        attach.activate(target, (name,))
+        return target
+    if present is not None or rngs is not None or new_base:
+        _rehearse(target, adapter, adapter_sites, name, rngs)
+    if new_base:
+        base_params.replace_leaves(target, new_base)
+    if present is not None:
+        attach.delete(target, name)
+    attach.attach(target, adapter.recipe, adapter_sites, name, adapter.flat(), rngs)
+    return target
+
+
+def _existing_folder(subfolder: Place, path: str | os.PathLike[str]) -> Place:
+    """Return the subfolder if it contains an adapter, else the folder itself."""
+    parent = location.to_location(path)
+    return subfolder if subfolder == parent or location.exists(subfolder / folder.CONFIG) else parent
+
+
+def _promote(adapter: Adapter, attached: Adapter) -> Adapter:
+    """Cast values up to the dtype they replace, so that an optimizer's small steps are not lost in 16 bits."""
+    old = attached.flat()
+    flat = {p: x.astype(jnp.promote_types(x.dtype, old[p].dtype)) for p, x in adapter.flat().items()}
+    return Adapter(adapter.config, paths.unflatten(flat), adapter.keymap)
+
+
+def _changed_base(
+    target: Any,
+    which: str | None,
+    present: Config | None,
+    adapter: Adapter,
+    adapter_sites: Sequence[sites.Site],
+    source: str,
+) -> dict[str, Any]:
+    """Return {leaf: array} of the base weights that load must change for the adapter; empty if none."""
+    if which is None:
+        lora_variants.require_original_base(adapter.config, source, _WHICH_BASE)
+    if which != "original":
+        return {}
+    if not lora_variants.changes_base(adapter.config):
+        raise AttachError(f"{source}: base='original': this adapter does not change its base; leave base= out")
+    if present is not None and lora_variants.changes_base(present):
+        raise AttachError(
+            f"{source}: base='original', but the attached adapter has already changed this base; pass base='changed'"
+        )
+    return original_base.residual_base(adapter.recipe, adapter_sites, planning.base_arrays(target))
+
+
+_WHICH_BASE = (
+    ". load(…, base='original') takes that part out of the target's weights, as PEFT does on loading;"
+    " load(…, base='changed') declares that the target's weights are changed already. Where the adapter was trained,"
+    " jaxadapt.initializers.for_original_base (in PEFT path_initial_model_for_weight_conversion) makes a plain LoRA"
+)
+
+
+def _refuse(options: Mapping[str, Any], why: str) -> None:
+    """Raise `AttachError` for options that were given and do not apply."""
+    given = [option for option, value in options.items() if value is not None]
+    if given:
+        raise AttachError(f"{', '.join(given)}: {why}")
+
+
+def _from_orbax(
+    path: str | os.PathLike[str], target: Any, name: str, options: tuple[Any, Any, Any, Any, Any, Any], strict: bool
+) -> tuple[Adapter, tuple[sites.Site, ...]]:
+    """Read an Orbax checkpoint into the target's layout; return the adapter and its sites."""
+    keymap, dtype, stack_axes, example, shardings, _ = options
+    attached = attachment.extract(target, name) if _attached_config(target, name) is not None else None
+    stored = orbax_folder.find_adapter(path, attached, name)
+    stored_sites = sites.sites_of(stored.adapter)
+    keys = [key.removeprefix(PEFT_PREFIX) for site in stored_sites for entry in site.entries for key in entry.keys]
+    base = planning.target_base(target)
+    keymap = planning.target_keymap(base, keymap, keys)
+    recipe, target_sites = planning.plan_adapter(base, stored.adapter.config, keymap, stack_axes, example)
+    planning.check_kernels(base, target_sites)
+    wanted, found = (
+        {entry.path: (entry.shape, entry.keys) for site in each for entry in site.entries}
+        for each in (target_sites, stored_sites)
+    )
+    if wanted != found:  # another layout (scanned, fused, another keymap or vocabulary): convert by PEFT's names
+        return peft.adapter_from_tensors(
+            orbax_folder.adapter_tensors(orbax_folder.read(path, stored), path), base, *options, strict=strict
+        )
+    placement = peft.adapter_placement(shardings, base, target_sites)
+    like = {p: jax.ShapeDtypeStruct(wanted[p][0], jnp.float32, sharding=s) for p, s in placement.items()}
+    if attached is not None and shardings is None:
+        like |= attached.flat()
+    flat = orbax_folder.read(path, stored, like).flat()
+    flat = {p: x if p.endswith(".copy") else x.astype(peft.memory_dtype(x.dtype, dtype)) for p, x in flat.items()}
+    return Adapter(recipe.config, paths.unflatten(jax.tree.map(jnp.asarray, flat)), recipe.keymap), target_sites
+
+
+def _rehearse(model: Any, adapter: Adapter, adapter_sites: Sequence[sites.Site], name: str, rngs: Any) -> None:
+    """Attach to an abstract copy first, so that a failure leaves the model's present adapter in place."""
+    graphdef, state = nnx.split(model)
+    copy = nnx.merge(graphdef, jax.eval_shape(lambda: state))
+    if name in attach.adapter_names(copy):
+        attach.delete(copy, name)
+    rngs = None if rngs is None else nnx.clone(rngs)
+    attach.attach(copy, adapter.recipe, adapter_sites, name, adapter.flat(), rngs)
+
+
+def _attached_config(target: Any, name: str) -> Config | None:
+    """Return the configuration of the target's adapter of that name; None if there is none."""
+    if isinstance(target, nnx.Module):
+        return attach.extract(target, name).config if name in attach.adapter_names(target) else None
+    for collection in collections.adapter_collections(target).values():
+        if name in collection:
+            return collections.read_collection(collection[name], name).config
+    return None
