@@ -163,7 +163,7 @@ def test_inspect_draws_and_prints(saved, tmp_path, monkeypatch):
     for norm in want:
         assert f"{norm.norm:#.3g}" in result.output
         assert f"{norm.effective_rank:#.3g}" in result.output
-    assert "rank 2 and scale 3 everywhere" in result.output
+    assert "rank 2 and scale 3 in all modules" in result.output
     assert max(map(len, result.output.splitlines())) <= 70
     data = (tmp_path / "a.png").read_bytes()
     assert data.startswith(b"\x89PNG")

@@ -65,7 +65,7 @@ def test_a_checkpoint_that_fits(checkpoint):
     assert sum(map(len, data["claimed"].values())) == len(TENSORS)
     result = run("llama", "--checkpoint", folder)
     assert result.exit_code == 0
-    assert f"{len(TENSORS)} tensors, {len(TENSORS)} claimed" in result.output
+    assert f"{len(TENSORS)} tensors, {len(TENSORS)} matched" in result.output
     assert "fits" in result.output
 
 
@@ -77,7 +77,7 @@ def test_what_a_checkpoint_has_too_little_and_too_much(checkpoint):
     assert problems == {"unclaimed": ["vision.weight"], "missing": [f"{K}.weight"]}
     text = run("llama", "--checkpoint", folder).output
     assert "does not fit" in text
-    for line in ("no line of the table names: 1\n  vision.weight", f"missing in the checkpoint: 1\n  {K}.weight"):
+    for line in ("matched by no entry of the keymap: 1\n  vision.weight", f"missing in the checkpoint: 1\n  {K}.weight"):
         assert line in text
 
 
@@ -89,7 +89,7 @@ def test_another_family(checkpoint):
     assert "which tunix:gemma3 always has" in problems["missing"][0]
     result = run("gpt2", "--checkpoint", folder)
     assert result.exit_code == 1
-    assert "no line of the table 'gpt2' names any of it" in result.output
+    assert "no entry of the keymap 'gpt2' matches any weight" in result.output
 
 
 def test_a_model_and_a_checkpoint(checkpoint, shapes):
@@ -206,7 +206,7 @@ def test_a_table_of_ones_own_and_the_line_that_is_wrong(checkpoint, tmp_path, ri
     assert [line["leaf"] for line in data["wrong"]] == ([] if wrong is None else [wrong])
     assert bool(problems) == (wrong is not None)
     if wrong:
-        assert f"wrong lines of the table, of which nothing fits: 1\n  {wrong} -> " in run(*where).output
+        assert f"wrong entries: none of their matches fits: 1\n  {wrong} -> " in run(*where).output
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_a_mistyped_line_of_ones_own_is_no_choice_of_the_family(checkpoint, tmp_
     result = run(f"{tmp_path / 'mine.py'}:TABLE", *where)
     assert result.exit_code == 1
     assert "no fault" not in result.output
-    assert re.search(r"lines of the table that name nothing here.*: 1\n.*nrom.*near: " + re.escape(near), result.output)
+    assert re.search(r"entries that match nothing.*: 1\n.*nrom.*near: " + re.escape(near), result.output)
     assert "no fault" in run("llama", "--checkpoint", checkpoint(TENSORS, "llama")).output
 
 
