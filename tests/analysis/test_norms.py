@@ -176,7 +176,7 @@ def test_inspect_draws_and_prints(saved, tmp_path, monkeypatch):
 def test_a_picture_is_a_png_where_one_can_be_written(saved, tmp_path):
     wrong = run("inspect", saved, "--plot", tmp_path / "a.pdf")
     assert wrong.exit_code == 2
-    assert "ends in .png" in wrong.output
+    assert "ending in .png" in wrong.output
     nowhere = run("inspect", saved, "--plot", tmp_path / "no" / "a.png")
     assert nowhere.exit_code == 1
     assert f"{tmp_path / 'no' / 'a.png'}: cannot write" in nowhere.output

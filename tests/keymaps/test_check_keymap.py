@@ -109,7 +109,7 @@ def test_the_help_shows_how_shapes_are_written(tmp_path):
     """The lines of the help, run: what they write is what --model takes."""
     text = CliRunner().invoke(main, ["check-keymap", "--help"]).output
     lines = [line.strip() for line in text.splitlines()]
-    at = lines.index("from jaxadapt import paths")
+    at = lines.index("from jaxadapt.core import paths")
     code = "\n".join(lines[at : at + 3]).replace("shapes.json", str(tmp_path / "shapes.json"))
     exec(code, {"json": json, "params": unflatten({leaf: np.zeros(x.shape) for leaf, x in LEAVES.items()})})
     done = CliRunner().invoke(main, ["check-keymap", "auto", "--model", str(tmp_path / "shapes.json")])
@@ -223,9 +223,9 @@ def test_a_mistyped_line_of_ones_own_is_no_choice_of_the_family(checkpoint, tmp_
     where = ("--model", tmp_path / "shapes.json") if "blocks" in right else ("--checkpoint", checkpoint(THEIRS))
     result = run(f"{tmp_path / 'mine.py'}:TABLE", *where)
     assert result.exit_code == 1
-    assert "no fault" not in result.output
+    assert "not an error" not in result.output
     assert re.search(r"entries that match nothing.*: 1\n.*nrom.*near: " + re.escape(near), result.output)
-    assert "no fault" in run("llama", "--checkpoint", checkpoint(TENSORS, "llama")).output
+    assert "not an error" in run("llama", "--checkpoint", checkpoint(TENSORS, "llama")).output
 
 
 def test_a_python_file_without_that_table_says_so(tmp_path, checkpoint):
