@@ -77,7 +77,10 @@ def test_what_a_checkpoint_has_too_little_and_too_much(checkpoint):
     assert problems == {"unclaimed": ["vision.weight"], "missing": [f"{K}.weight"]}
     text = run("llama", "--checkpoint", folder).output
     assert "does not fit" in text
-    for line in ("matched by no entry of the keymap: 1\n  vision.weight", f"missing in the checkpoint: 1\n  {K}.weight"):
+    for line in (
+        "matched by no entry of the keymap: 1\n  vision.weight",
+        f"missing in the checkpoint: 1\n  {K}.weight",
+    ):
         assert line in text
 
 
