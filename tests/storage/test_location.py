@@ -302,7 +302,7 @@ def test_which_steps_stay_in_a_store(place: str, tmp_path: Path):
     again.export(again.best, f"{place}/peft")
     jaxadapt.save(small.adapter(seed=5), tmp_path)
     assert stores.files(f"{place}/peft") == small.files(tmp_path)
-    with pytest.raises(jaxadapt.FileError, match=r"step 2 would lie before 3, 4, 5; go back with rollback\(1\)"):
+    with pytest.raises(jaxadapt.FileError, match=r"cannot save step 2, .* \(3, 4, 5\); go back with rollback\(1\)"):
         again.save(2, small.adapter())
     again.rollback(1)
     again.save(2, small.adapter(seed=20))
