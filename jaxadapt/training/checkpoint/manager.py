@@ -107,9 +107,7 @@ class CheckpointManager(RunFolder):
         if keep_best and minimize is None and maximize is None:
             problems.append("keep_best= needs minimize= or maximize=, the metric that decides which step is best")
         if keep is None and (keep_best or keep_every):
-            problems.append(
-                "keep_best= and keep_every= have no effect with keep=None, which keeps all steps; set keep="
-            )
+            problems.append("keep_best= and keep_every= have no effect with keep=None, which keeps all steps")
         if problems:
             raise ConfigError("\n".join(problems))
         super().__init__(folder, minimize=minimize, maximize=maximize)

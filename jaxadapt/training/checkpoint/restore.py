@@ -57,7 +57,7 @@ class Restored:
 
 
 Read = Callable[[Mapping[str, Any]], dict[str, Any]]
-"""A function from `{name: example leaf}` to `{name: value}` with the examples' shardings; numpy for the example None."""
+"""A function from `{name: example leaf}` to `{name: value}` with the examples' shardings; numpy for None."""
 
 
 def fill_parts(
