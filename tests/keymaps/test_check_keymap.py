@@ -22,7 +22,7 @@ from jaxadapt.demo import llama
 
 SIZES = llama.LlamaConfig(32, 16, 24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4)
 TENSORS = {key: np.zeros(shape, "f4") for key, shape in llama.hf_shapes(SIZES).items()}
-LEAVES = dict(llama.place(SIZES, TENSORS))
+LEAVES = dict(llama.make_leaves(SIZES, TENSORS))
 K, UP = "model.layers.1.self_attn.k_proj", "model.layers.0.mlp.up_proj"
 
 
