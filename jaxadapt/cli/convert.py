@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import re
+
 import click
 
 from jaxadapt.cli import output
 from jaxadapt.core.errors import AdapterError
 
 _AS_OPTIONS = (
-    ("jaxadapt.convert(source, target, lora_alpha=16)", "jaxadapt convert SOURCE TARGET --lora-alpha 16"),
-    ('on_shared="concat" to convert(source, target', "--concat"),
-    ('on_shared="concat" to save or to_peft', "--concat"),
-    ('on_shared="concat"', "--concat"),
-    ("is keymap= another", "is --to another"),
-    (", or give a KeyMap with a line for each base weight", ""),
-    ("keymap=", "--from "),
-    ("lora_alpha=", "--lora-alpha "),
+    (r"jaxadapt\.convert\(source, target, lora_alpha=16\)", "jaxadapt convert SOURCE TARGET --lora-alpha 16"),
+    (r'on_shared="concat"(?: to (?:convert\(source, target|save or to_peft))?', "--concat"),
+    (r"is keymap= another", "is --to another"),
+    (r", or (?:give|pass) a KeyMap with an? (?:line|entry) for each base weight", ""),
+    (r"keymap=", "--from "),
+    (r"lora_alpha=", "--lora-alpha "),
 )
-"""Python arguments named in the library's error messages, and the options that replace them on the command line."""
+"""Patterns for Python arguments in the library's error messages, and the options that replace them."""
 
 
 def _parse_sizes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, int]:
@@ -85,7 +85,7 @@ def command(
     except AdapterError as error:
         text = str(error)
         for argument, option in _AS_OPTIONS:
-            text = text.replace(argument, option)
+            text = re.sub(argument, option, text)
         raise type(error)(text) from error
     if as_json:
         output.print_json(result.to_dict())
