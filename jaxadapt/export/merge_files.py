@@ -124,7 +124,7 @@ def merge_folder(
             )
 
         read = get if allow_nan else finite.check_while_reading(get, len(file_specs), not_finite_error)
-        other_files = _read_other_files(source, None if file_dtype is None else file_dtype.name, untied.apart)
+        other_files = _read_other_files(source, None if file_dtype is None else file_dtype.name, untied.is_untied)
         folder.make_folder(target)
         hf_model.write_model(target, file_specs, read, max_shard_size)
         for name, data in other_files.items():

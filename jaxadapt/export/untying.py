@@ -95,28 +95,28 @@ class UntiedBase:
     """The tensors of a model's folder, untied if the adapter needs it.
 
     Attributes:
-        tensors: the tensors, with a separate head if `apart`.
+        tensors: the tensors, with a separate head if `is_untied`.
         tied: `(head, embedding)` of the tensors that stay tied, with the adapter's names.
-        apart: True if the head has a separate tensor, so that config.json must not tie it.
+        is_untied: True if the head has a separate tensor, so that config.json must not tie it.
     """
 
     tensors: hf_model.ModelTensors
     tied: Pairs = ()
-    apart: bool = False
+    is_untied: bool = False
 
 
-def untie_base(held: hf_model.ModelTensors, path: Place, adapter: PeftTensors) -> UntiedBase:
+def untie_base(base_tensors: hf_model.ModelTensors, path: Place, adapter: PeftTensors) -> UntiedBase:
     """Return the tensors of a model's folder, with a separate head if the adapter changes only the head or embedding.
 
     Args:
-        held: the folder's tensors.
+        base_tensors: the folder's tensors.
         path: its config.json, which may be missing.
         adapter: the adapter to merge.
 
     Raises:
         MismatchError: the folder does not state whether the two are tied, or the head's name is unknown.
     """
-    shapes = {key: tuple(spec.shape) for key, spec in held.specs.items()}
+    shapes = {key: tuple(spec.shape) for key, spec in base_tensors.specs.items()}
     tensors = {key: tuple(x.shape) for key, x in adapter.tensors.items()}
     adapted, ensures_tying = pytorch.adapted_shapes(tensors), bool(adapter.config.get("ensure_weight_tying"))
     heads = {head for group, _ in _groups() for head, _ in group}
@@ -127,10 +127,10 @@ def untie_base(held: hf_model.ModelTensors, path: Place, adapter: PeftTensors) -
         missing = [f"{module}.weight" for module in adapted if f"{module}.weight" not in adapter_names.values()]
         if ensures_tying:
             return UntiedBase(
-                held, tuple((head, f"{lookups[0]}.weight") for head in missing) if len(lookups) == 1 else ()
+                base_tensors, tuple((head, f"{lookups[0]}.weight") for head in missing) if len(lookups) == 1 else ()
             )
         _refuse_unknown_head(adapter, path, {adapter_names[key]: shape for key, shape in shapes.items()}, lookups)
-        return UntiedBase(held)
+        return UntiedBase(base_tensors)
 
     group, names = known
     rows = {f"{module}.weight" for module in pytorch.rows(tensors)}
@@ -146,13 +146,13 @@ def untie_base(held: hf_model.ModelTensors, path: Place, adapter: PeftTensors) -
     file_keys = {name: key for key, name in adapter_names.items()}
     without_head = tuple(pair for pair in group if pair[0] not in file_keys)
     if not adapted_keys and not any(table in rows for _, table in pairs):
-        return UntiedBase(held, without_head)
+        return UntiedBase(base_tensors, without_head)
 
     # PEFT recognizes embeddings by two names only, and writes those that it ties under both names.
     changed_together = ensures_tying and any(head in adapted_keys and table in adapted_keys for head, table in pairs)
     tied = _read_tied(path)
     stored = [pair for pair in pairs if pair not in without_head]
-    equal = [pair for pair in stored if bitwise_same(held, file_keys[pair[0]], file_keys[pair[1]])]
+    equal = [pair for pair in stored if bitwise_same(base_tensors, file_keys[pair[0]], file_keys[pair[1]])]
     problem = f"{adapter.source}: cannot merge changes of {' and '.join(adapted_keys or sorted(rows))}"
     ambiguous = MismatchError(
         f"{problem}, because {path} does not state whether"
@@ -161,7 +161,7 @@ def untie_base(held: hf_model.ModelTensors, path: Place, adapter: PeftTensors) -
     )
     is_shared = len(pairs) > 1 and any(key in adapted_keys for pair in without_head for key in pair)
     if tied is False and (changed_together or not is_shared):
-        return UntiedBase(held)
+        return UntiedBase(base_tensors)
     different = [pair for pair in stored if pair not in equal]
     if tied is True and different:
         raise MismatchError(
@@ -173,7 +173,7 @@ def untie_base(held: hf_model.ModelTensors, path: Place, adapter: PeftTensors) -
         if tied is None and equal:
             raise ambiguous
         duplicates = {file_keys[head] for head, _ in equal}
-        tensors = held.with_names({key: key for key in held if key not in duplicates})
+        tensors = base_tensors.with_names({key: key for key in base_tensors if key not in duplicates})
         return UntiedBase(tensors, (*without_head, *equal))
     if len(pairs) > 1:
         raise MismatchError(
@@ -187,19 +187,19 @@ def untie_base(held: hf_model.ModelTensors, path: Place, adapter: PeftTensors) -
             " correct for both. Keep the adapter unmerged"
         )
     if head in file_keys:
-        return UntiedBase(held, apart=True)
+        return UntiedBase(base_tensors, is_untied=True)
     if tied is None:
         raise ambiguous
     if head not in adapted_keys and _is_headless(path):
-        return UntiedBase(held)
+        return UntiedBase(base_tensors)
     all_names = {name: leaf for leaf, name in names.items()}
     all_names |= {first: file_keys[second] for first, second in without_head}
-    return UntiedBase(held.with_names(all_names), apart=True)
+    return UntiedBase(base_tensors.with_names(all_names), is_untied=True)
 
 
 def resolve_untied_config(config: Config, base: UntiedBase) -> Config:
-    """Return the adapter's configuration for the base: without tying if `apart`, without rows of tied heads."""
-    if base.apart and config.get("ensure_weight_tying"):
+    """Return the adapter's configuration for the base: without tying if `is_untied`, without rows of tied heads."""
+    if base.is_untied and config.get("ensure_weight_tying"):
         config = config.replace(ensure_weight_tying=False)
     rows: Any = config.get("trainable_token_indices")
     if isinstance(rows, Mapping):
@@ -251,9 +251,9 @@ def _is_headless(path: Place) -> bool:
     )
 
 
-def bitwise_same(held: hf_model.ModelTensors, a: str, b: str) -> bool:
+def bitwise_same(base_tensors: hf_model.ModelTensors, a: str, b: str) -> bool:
     """Return True if two tensors are equal bit for bit."""
-    x, y = held[a], held[b]
+    x, y = base_tensors[a], base_tensors[b]
     return x.dtype == y.dtype and x.shape == y.shape and bool((x.view("uint8") == y.view("uint8")).all())
 
 
