@@ -20,8 +20,6 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, NamedTuple
 
-import jax
-
 from jaxadapt.adapters.adapter import Adapter, Recipe, name_donated_arrays
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, AttachError, ConfigError, FileError
@@ -152,7 +150,7 @@ class CheckpointManager(RunFolder):
         self.wait()
         number, record = run_folder.step_number(step), Said(_to_floats(metrics), self._own_objective)
         taken = snapshot.take_snapshot(model, {"opt_state": opt_state, "rng": rng, "data": data})
-        is_shared = _is_multi_process(taken)
+        is_shared = step_files.is_multi_process(taken)
         if self._last is None or number < self._last:
             self._run_on_leader("save", functools.partial(self._check_folder, number))
         step_files.make_run_folder(self.folder)
@@ -188,7 +186,7 @@ class CheckpointManager(RunFolder):
             with reporter(self.progress) as report:
                 write(report)
             LOGGER.info("%s: step %d saved, %d arrays", path, step, len(taken.arrays))
-            if not is_shared or _is_leader():
+            if not is_shared or step_files.is_leader():
                 self._prune()
 
         return finish
@@ -222,7 +220,7 @@ class CheckpointManager(RunFolder):
         last_save: _LastSave | None = self._saving.subject
         is_running = self._saving.running
         steps = run_folder.list_steps(self.folder)
-        if last_save is None or not (is_running or _is_multi_process(None)):
+        if last_save is None or not (is_running or step_files.is_multi_process(None)):
             return steps
         path = run_folder.step_path(self.folder, last_save.step)
         if last_save.step not in steps and not is_running and not path.exists():
@@ -365,7 +363,7 @@ class CheckpointManager(RunFolder):
 
         The other processes may see a state of a network file system that is a minute old.
         """
-        if not _is_multi_process(None):
+        if not step_files.is_multi_process(None):
             return work()
         return multihost.run_on_leader(f"{self.folder}: {name}", work, self.timeout)
 
@@ -390,17 +388,6 @@ class CheckpointManager(RunFolder):
             ConfigError: the caller is not in the main thread, the only one that receives signals.
         """
         return preemption.catch_sigterm(self.wait)
-
-
-def _is_multi_process(taken: Snapshot | None) -> bool:
-    """Return True if several processes share the arrays, without starting a JAX backend if no array has done so."""
-    has_arrays = taken is not None and any(isinstance(x, jax.Array) for x in taken.arrays.values())
-    return (has_arrays or jax.distributed.is_initialized()) and jax.process_count() > 1
-
-
-def _is_leader() -> bool:
-    """Return True in the process that does the work of all."""
-    return not _is_multi_process(None) or jax.process_index() == 0
 
 
 def _to_floats(metrics: Mapping[str, Any] | None) -> dict[str, float]:

@@ -27,6 +27,17 @@ from jaxadapt.storage.location import Address, Place
 from jaxadapt.training.checkpoint.snapshot import Snapshot
 
 
+def is_multi_process(taken: Snapshot | None) -> bool:
+    """Return True if several processes share the arrays, without starting a JAX backend if no array has done so."""
+    has_arrays = taken is not None and any(isinstance(x, jax.Array) for x in taken.arrays.values())
+    return (has_arrays or jax.distributed.is_initialized()) and jax.process_count() > 1
+
+
+def is_leader() -> bool:
+    """Return True in the process that does the work of all."""
+    return not is_multi_process(None) or jax.process_index() == 0
+
+
 def _make_document(taken: Snapshot, record: Said, byte_dtypes: Mapping[str, str]) -> dict[str, Any]:
     return {"schema": SCHEMA, **record._asdict(), "odd": dict(byte_dtypes), **taken.to_json()}
 
