@@ -1,5 +1,7 @@
-"""The command line. A command is a file here, called as it is, that holds `command`; it imports what it needs when it
-runs, so that those which need no JAX start without it.
+"""The command line.
+
+Each command is one file of this package, named after it, that defines `command`. A command imports its dependencies
+when it runs, so that a command without JAX starts fast.
 """
 
 from __future__ import annotations
@@ -33,13 +35,13 @@ COMMANDS = (
     "families",
     "completion",
 )
-"""In the order of the help page."""
+"""The commands in the order of the help page."""
 
 INTERRUPTED = 130
 
 
 class _Commands(click.Group):
-    """Errors the library raises on purpose become one readable message and exit status 1; Ctrl-C is 130."""
+    """The command group: an `AdapterError` is printed as one message with exit status 1; Ctrl-C exits with 130."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -47,15 +49,15 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        found: click.Command = importlib.import_module(f"{__name__}.{cmd_name.replace('-', '_')}").command
-        return found
+        command: click.Command = importlib.import_module(f"{__name__}.{cmd_name.replace('-', '_')}").command
+        return command
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        near = difflib.get_close_matches(args[0], COMMANDS, n=1)
-        if near and args[0] not in COMMANDS:
-            ctx.fail(f"No such command {args[0]!r}. Did you mean {near[0]!r}?")
+        matches = difflib.get_close_matches(args[0], COMMANDS, n=1)
+        if matches and args[0] not in COMMANDS:
+            ctx.fail(f"No such command {args[0]!r}. Did you mean {matches[0]!r}?")
         return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -63,7 +65,7 @@ class _Commands(click.Group):
             ctx.color = False
         try:
             with warnings.catch_warnings(), _escaped_logs():
-                warnings.showwarning = _warn
+                warnings.showwarning = _print_warning
                 return super().invoke(ctx)
         except AdapterError as error:
             click.secho(f"{type(error).__name__}: ", fg="red", bold=True, nl=False, err=True)
@@ -74,14 +76,14 @@ class _Commands(click.Group):
             sys.exit(INTERRUPTED)
 
 
-def _warn(message: Warning | str, *where: Any) -> None:
-    """A warning as a person reads it: not the line of source that it comes from."""
+def _print_warning(message: Warning | str, *location: Any) -> None:
+    """Print a warning without the line of source code that raised it."""
     click.secho("Warning: ", fg="yellow", bold=True, nl=False, err=True)
     click.echo(escape_text(str(message), keep="\n"), err=True)
 
 
-class _Record(logging.LogRecord):
-    """What is logged, as a terminal may show it, whoever logs it: huggingface_hub logs what a server says."""
+class _EscapedRecord(logging.LogRecord):
+    """A log record with control characters escaped: huggingface_hub logs text that a server sent."""
 
     def getMessage(self) -> str:
         return escape_text(super().getMessage(), keep="\n")
@@ -89,32 +91,35 @@ class _Record(logging.LogRecord):
 
 @contextlib.contextmanager
 def _escaped_logs() -> Generator[None]:
-    before = logging.getLogRecordFactory()
-    logging.setLogRecordFactory(_Record)
+    """Escape every log record made inside the `with` block."""
+    factory = logging.getLogRecordFactory()
+    logging.setLogRecordFactory(_EscapedRecord)
     try:
         yield
     finally:
-        logging.setLogRecordFactory(before)
+        logging.setLogRecordFactory(factory)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__)
-@click.option("-v", "--verbose", is_flag=True, help="Say on standard error what is done (the logger `jaxadapt`).")
+@click.option(
+    "-v", "--verbose", is_flag=True, help="Print progress messages (the logger `jaxadapt`) to standard error."
+)
 def main(verbose: bool) -> None:
-    """Parameter-efficient fine-tuning for Flax whose adapters are PEFT's own files.
+    """Parameter-efficient fine-tuning for Flax, with adapters stored in PEFT's file format.
 
     \b
     Example:
-      jaxadapt demo                      fine-tune a real language model here, now
-      jaxadapt inspect out/              what an adapter is
-      jaxadapt push out/ org/name        share it
-      jaxadapt inspect hf://org/name     look at one of the Hub
+      jaxadapt demo                      fine-tune a real language model on this machine
+      jaxadapt inspect out/              show an adapter's settings, targets and size
+      jaxadapt push out/ org/name        upload it to the Hugging Face Hub
+      jaxadapt inspect hf://org/name     show an adapter of the Hub
 
-    Wherever an adapter is read, a folder, hf://org/name@revision/subfolder (the Hugging Face Hub) and s3://… or gs://…
-    (object stores) will do. `jaxadapt COMMAND --help` shows an example of each command.
+    An adapter to read is a local folder, an address of the Hugging Face Hub (hf://org/name@revision/subfolder) or one
+    of an object store (s3://…, gs://…). `jaxadapt COMMAND --help` explains a command and gives an example.
 
-    With --json a command prints its result as JSON on standard output, and nothing else there. The exit status is 0, or
-    1 for an error that is explained on standard error, 2 for wrong usage, 130 after Ctrl-C.
+    With --json, a command prints its result as JSON to standard output and nothing else. The exit status is 0 on
+    success, 1 for an error (explained on standard error), 2 for wrong usage, and 130 after Ctrl-C.
     """
     if verbose:
         logging.basicConfig(format="%(message)s")

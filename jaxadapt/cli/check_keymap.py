@@ -20,66 +20,68 @@ if TYPE_CHECKING:
 Shapes = dict[str, tuple[int, ...]]
 
 _TITLES = {
-    "unclaimed": "no line of the table names",
+    "unclaimed": "matched by no entry of the keymap",
     "missing": "missing in the checkpoint",
-    "twice": "claimed twice",
-    "misshapen": "of a shape that does not fit",
+    "twice": "matched by more than one entry",
+    "misshapen": "with a shape that does not fit",
 }
-_SHOWN = 12
+_MAX_ITEMS = 12
 
 
-@click.command("check-keymap", short_help="Say whether a family's table fits a model, a checkpoint.")
+@click.command("check-keymap", short_help="Check a keymap against a model, a checkpoint, or both.")
 @click.argument("family")
-@click.option("--model", type=click.Path(), help="The JAX model's shapes: .json, .safetensors or an Orbax folder.")
-@click.option("--checkpoint", type=click.Path(), help="A Hugging Face model: its folder, or one file of weights.")
+@click.option("--model", type=click.Path(), help="Shapes of the JAX model: .json, .safetensors or an Orbax folder.")
+@click.option("--checkpoint", type=click.Path(), help="The Hugging Face model: its folder, or one file of weights.")
 @output.as_json
 def command(family: str, model: str | None, checkpoint: str | None, as_json: bool) -> None:
-    """Say whether a FAMILY's table fits a JAX model, a PyTorch checkpoint, or the two together.
+    """Check that the keymap FAMILY fits a JAX model, a PyTorch checkpoint, or both together.
 
-    A table has a line for each kind of weight: its path in the JAX model, its name in PyTorch, and how their axes
-    correspond (`jaxadapt families NAME` prints it). Only names and shapes are read. "auto" recognises the family of
-    a model. A model's shapes are a JSON object {path: shape}, which this writes for parameters (Linen) or for
+    A keymap has one entry for each kind of weight: its path in the JAX model, its key in PyTorch, and a pattern that
+    relates their axes (`jaxadapt families NAME` prints them). Only names and shapes are read.
+
+    FAMILY is a name from `jaxadapt families`, or "auto" to recognize the family of --model, or FILE.py:NAME for a
+    jaxadapt.KeyMap of your own. FILE.py is executed.
+
+    The shapes of a model are a JSON object {path: shape}. This writes it for Linen parameters, or for
     nnx.to_pure_dict(nnx.state(model)):
 
     \b
-      from jaxadapt import paths
+      from jaxadapt.core import paths
       shapes = {p: x.shape for p, x in paths.flatten(params).items()}
       json.dump(shapes, open("shapes.json", "w"))
 
-    A table of your own is FILE.py:NAME, a KeyMap in a Python file (which is run). Lines of which nothing fits are said
-    to be wrong.
-
-    The exit status is 1 where a weight has no line, is missing, has several lines, or is of another shape.
+    The exit status is 1 if a weight matches no entry or several, is missing, or has another shape.
 
     \b
     Example:
       jaxadapt check-keymap llama --checkpoint SmolLM2-135M/
       jaxadapt check-keymap auto --model shapes.json
       jaxadapt check-keymap tunix:qwen3 --model shapes.json --checkpoint Qwen3-0.6B/
-      jaxadapt check-keymap my_model.py:TABLE --model shapes.json --checkpoint Mine/
+      jaxadapt check-keymap my_model.py:KEYMAP --model shapes.json --checkpoint MyModel/
     """
     if model is None and checkpoint is None:
-        raise click.UsageError("say what is checked: --model, --checkpoint, or both")
+        raise click.UsageError("nothing to check the keymap against: give --model, --checkpoint or both")
     if family == "auto" and model is None:
-        raise click.UsageError("a family is recognised by its model: give --model, or say the family")
+        raise click.UsageError("'auto' recognizes the family of a model: give --model, or name the family")
     from jaxadapt.keymaps import check, families
 
-    leaves = None if model is None else _leaves(Path(model))
-    tensors = None if checkpoint is None else _tensors(Path(checkpoint))
-    table = _own(family) if ".py:" in family else families.resolve_keymap(family, leaves or {})
+    leaves = None if model is None else _read_model_shapes(Path(model))
+    tensors = None if checkpoint is None else _read_checkpoint_shapes(Path(checkpoint))
+    is_custom = ".py:" in family
+    keymap = _run_keymap_file(family) if is_custom else families.resolve_keymap(family, leaves or {})
     if leaves is not None and tensors is not None:
-        table = table.spelling_for(tensors, leaves)
-    found = check.check_keymap(table, leaves, tensors)
+        keymap = keymap.spelling_for(tensors, leaves)
+    report = check.check_keymap(keymap, leaves, tensors)
     if as_json:
-        output.print_json(found.to_dict())
+        output.print_json(report.to_dict())
     else:
-        _show(found, leaves, tensors, own=".py:" in family)
-    if not found.fits:
+        _print_report(report, leaves, tensors, is_custom)
+    if not report.fits:
         sys.exit(1)
 
 
-def _own(text: str) -> KeyMap:
-    """The table that a Python file holds."""
+def _run_keymap_file(text: str) -> KeyMap:
+    """Run a Python file and return the keymap that it defines, for FILE.py:NAME."""
     import runpy
     import traceback
 
@@ -89,59 +91,61 @@ def _own(text: str) -> KeyMap:
     path, _, name = text.rpartition(":")
     location.read_text_bytes(Path(path))
     try:
-        held = runpy.run_path(path)
+        variables = runpy.run_path(path)
     except Exception as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        at = f"{where.filename}, line {where.lineno}: " if not isinstance(error, SyntaxError) else ""
-        raise KeyMapError(f"{path}: cannot be run: {at}{type(error).__name__}: {error}") from error
-    if not isinstance(held.get(name), KeyMap):
-        tables = [key for key, value in held.items() if isinstance(value, KeyMap)]
-        found = type(held[name]).__name__ if name in held else ", ".join(tables) or "none"
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        position = f"{frame.filename}, line {frame.lineno}: " if not isinstance(error, SyntaxError) else ""
+        raise KeyMapError(f"{path}: cannot be run: {position}{type(error).__name__}: {error}") from error
+    if not isinstance(variables.get(name), KeyMap):
+        keymaps = [key for key, value in variables.items() if isinstance(value, KeyMap)]
+        found = type(variables[name]).__name__ if name in variables else ", ".join(keymaps) or "none"
         raise KeyMapError(f"{path}: expected a jaxadapt.KeyMap called {name!r}, found {found}")
-    return held[name]
+    return variables[name]
 
 
-def _show(found: KeyMapReport, leaves: Shapes | None, tensors: Shapes | None, own: bool) -> None:
-    rows = [("family", found.family)]
+def _print_report(report: KeyMapReport, leaves: Shapes | None, tensors: Shapes | None, is_custom: bool) -> None:
+    rows = [("family", report.family)]
     if leaves is not None:
-        rows.append(("model", f"{len(leaves)} leaves, {len(found.claims)} claimed"))
+        rows.append(("model", f"{len(leaves)} leaves, {len(report.claims)} matched"))
     if tensors is not None:
-        named = {key for keys in found.claims.values() for key in keys}
-        rows.append(("checkpoint", f"{len(tensors)} tensors, {len(named & tensors.keys())} claimed"))
-    rows.append(("result", "fits" if found.fits else "does not fit"))
+        keys = {key for claimed in report.claims.values() for key in claimed}
+        rows.append(("checkpoint", f"{len(tensors)} tensors, {len(keys & tensors.keys())} matched"))
+    rows.append(("result", "fits" if report.fits else "does not fit"))
     output.print_pairs(rows)
-    used = [(w.leaf, w.key, str(count)) for w, count in found.lines.items() if count]
-    unused = [w.leaf for w, count in found.lines.items() if not count]
+    used = [(w.leaf, w.key, str(count)) for w, count in report.lines.items() if count]
+    unused = [w.leaf for w, count in report.lines.items() if not count]
     if not used:
-        raise KeyMapError(f"no line of the table {found.family!r} names any of it: it is of another family")
-    click.echo()
-    output.print_table(("leaf", "PyTorch's key", "found"), used, numbers=("found",))
-    if unused and own:
-        output.print_list(
-            "lines of the table that name nothing here; is their spelling right?", _mistyped(found), _SHOWN
+        raise KeyMapError(
+            f"no entry of the keymap {report.family!r} matches any weight: the model is of another family, or its"
+            " paths begin elsewhere; `jaxadapt families` lists the families"
         )
+    click.echo()
+    output.print_table(("leaf", "PyTorch key", "matches"), used, numbers=("matches",))
+    if unused and is_custom:
+        output.print_list("entries that match nothing; check their spelling", _describe_unused(report), _MAX_ITEMS)
     elif unused:
-        output.print_words("not here (no fault: the models of a family differ)", unused)
-    for kind, listed in found.problems.items():
-        output.print_list(_TITLES[kind], listed, _SHOWN)
-    lines = [f"{w.leaf} -> {w.key}, {w.pattern!r}" for w in found.wrong]
-    if lines:
-        output.print_list("wrong lines of the table, of which nothing fits", lines, _SHOWN)
+        output.print_words("absent here (not an error: models of one family differ)", unused)
+    for kind, names in report.problems.items():
+        output.print_list(_TITLES[kind], names, _MAX_ITEMS)
+    wrong = [f"{w.leaf} -> {w.key}, {w.pattern!r}" for w in report.wrong]
+    if wrong:
+        output.print_list("wrong entries: none of their matches fits", wrong, _MAX_ITEMS)
 
 
-def _mistyped(found: KeyMapReport) -> list[str]:
-    """The lines that name nothing, each with what comes near of that which no line names."""
+def _describe_unused(report: KeyMapReport) -> list[str]:
+    """Describe each entry that matches nothing, with similar names among the unmatched weights."""
     from jaxadapt.core import suggest
 
-    lines: list[str] = []
-    for line in (w for w, count in found.lines.items() if not count):
-        free = {re.sub(r"\b\d+\b", "{l}", name): name for name in found.unclaimed}
-        close = [name for name in suggest.close_matches((line.leaf, line.key), list(free)) if name in free]
-        lines.append(f"{line.leaf} -> {line.key}" + (f"; near: {suggest.quote_list(close)}" if close else ""))
-    return lines
+    texts: list[str] = []
+    for entry in (w for w, count in report.lines.items() if not count):
+        free = {re.sub(r"\b\d+\b", "{l}", name): name for name in report.unclaimed}
+        close = [name for name in suggest.close_matches((entry.leaf, entry.key), list(free)) if name in free]
+        texts.append(f"{entry.leaf} -> {entry.key}" + (f"; near: {suggest.quote_list(close)}" if close else ""))
+    return texts
 
 
-def _leaves(path: Path) -> Shapes:
+def _read_model_shapes(path: Path) -> Shapes:
+    """Read `{leaf: shape}` of a model from a .json or .safetensors file or an Orbax folder."""
     import json
 
     from jaxadapt.core import paths
@@ -150,18 +154,20 @@ def _leaves(path: Path) -> Shapes:
     from jaxadapt.storage.safetensors_header import MAX_HEADER
 
     if location.is_dir(path):
-        return _of_orbax(path)
+        return _read_orbax_shapes(path)
     if path.suffix == ".safetensors":
         header = safetensors.read_header(path).tensors
         return {key.replace("/", "."): tuple(info.shape) for key, info in header.items()}
     try:
-        held: Any = json.loads(location.read_text_bytes(path, MAX_HEADER).decode("utf-8"))
-        flat: Mapping[str, Any] = paths.flatten(held)
+        document: Any = json.loads(location.read_text_bytes(path, MAX_HEADER).decode("utf-8"))
+        flat: Mapping[str, Any] = paths.flatten(document)
     except (ValueError, AttributeError, RecursionError) as error:
-        raise FormatError(f"{path}: expected a JSON object of shapes, {{leaf: [2, 3]}}, found: {error}") from error
-    odd = [key for key, shape in flat.items() if not _is_shape(shape)]
-    if odd:
-        raise FormatError(f"{path}: expected a shape such as [2, 3] for each leaf, found another value at {odd[0]}")
+        raise FormatError(
+            f"{path}: expected a JSON object of shapes such as {{leaf: [2, 3]}}, but reading failed: {error}"
+        ) from error
+    invalid = [key for key, shape in flat.items() if not _is_shape(shape)]
+    if invalid:
+        raise FormatError(f"{path}: expected a shape such as [2, 3] for each leaf, found another value at {invalid[0]}")
     return {key: tuple(shape) for key, shape in flat.items()}
 
 
@@ -170,23 +176,27 @@ def _is_shape(value: Any) -> bool:
     return all(isinstance(n, int) for n in sizes)
 
 
-def _of_orbax(path: Path) -> Shapes:
-    """The base weights of a training's checkpoint: what lies below "params", where anything does."""
+def _read_orbax_shapes(path: Path) -> Shapes:
+    """Read the shapes of the base weights from an Orbax checkpoint of a training run.
+
+    If any leaf is below a key "params", only leaves below one are read, by the rest of their path.
+    """
     from jaxadapt.storage import orbax
 
-    out: Shapes = {}
+    shapes: Shapes = {}
     for leaves in orbax.leaf_specs(path).values():
-        below = any("params" in names for names in leaves)
+        has_params = any("params" in names for names in leaves)
         for names, (shape, _) in leaves.items():
-            if below and "params" not in names:
+            if has_params and "params" not in names:
                 continue
-            last = max((i + 1 for i, name in enumerate(names) if name == "params"), default=0)
-            out[".".join(names[last:]).removesuffix(".value")] = tuple(shape)
-    return out
+            start = max((i + 1 for i, name in enumerate(names) if name == "params"), default=0)
+            shapes[".".join(names[start:]).removesuffix(".value")] = tuple(shape)
+    return shapes
 
 
-def _tensors(path: Path) -> Shapes:
+def _read_checkpoint_shapes(path: Path) -> Shapes:
+    """Read `{key: shape}` of a Hugging Face model from the headers of its files."""
     from jaxadapt.storage import hf_model
 
-    with hf_model.open_model(path) as held:
-        return {key: tuple(spec.shape) for key, spec in held.specs.items()}
+    with hf_model.open_model(path) as model:
+        return {key: tuple(spec.shape) for key, spec in model.specs.items()}

@@ -10,20 +10,20 @@ from jaxadapt.core.errors import AdapterError, ConfigError
 _MODES = {"minimize": "smallest", "maximize": "largest"}
 
 
-@click.command("checkpoints", short_help="List the checkpoints of a training, or export one.")
+@click.command("checkpoints", short_help="List the checkpoints of a training run, or export one.")
 @click.argument("folder", type=click.Path())
-@click.option("--minimize", metavar="METRIC", help="Mark the step where it is smallest as the best.")
-@click.option("--maximize", metavar="METRIC", help="Mark the step where it is largest as the best.")
-@click.option("--export", "out", type=click.Path(), help="Folder to write a step's adapters into.")
+@click.option("--minimize", metavar="METRIC", help="Mark the step with the smallest METRIC as the best.")
+@click.option("--maximize", metavar="METRIC", help="Mark the step with the largest METRIC as the best.")
+@click.option("--export", "out", type=click.Path(), help="Folder to write the adapters of a step into.")
 @click.option("--step", help="Step to export: a number, latest (the default) or best.")
 @output.as_json
 def command(
     folder: str, minimize: str | None, maximize: str | None, out: str | None, step: str | None, as_json: bool
 ) -> None:
-    """List the checkpoints in the FOLDER of a training run, with their metrics, or export one.
+    """List the checkpoints of a training run and their metrics, or export one.
 
-    FOLDER is what the run gave to jaxadapt.CheckpointManager. An exported step is an adapter's folder as PEFT reads it.
-    The best step is the one by the metric that the run gave as minimize= or maximize=, unless the options name another.
+    FOLDER is the folder of the run's jaxadapt.CheckpointManager. An exported step is a folder that PEFT can load. The
+    best step is chosen by the metric that the run passed as minimize= or maximize=, or by the option given here.
 
     \b
     Example:
@@ -35,10 +35,12 @@ def command(
 
     run = RunFolder(folder, minimize=minimize, maximize=maximize)
     if step is not None and out is None:
-        raise click.UsageError("--step says which step --export writes")
+        raise click.UsageError("--step selects the step to export; add --export FOLDER")
     steps = run.steps
     if not steps:
-        raise AdapterError(f"{folder}: there is no checkpoint; expected step-….safetensors of a CheckpointManager")
+        raise AdapterError(
+            f"{folder}: no checkpoint found; expected the step-….safetensors files of a CheckpointManager"
+        )
     objective = run.objective
     best = run.best if objective else None
     rows = {s: run.metrics(s) for s in steps}
@@ -46,42 +48,46 @@ def command(
     if (minimize or maximize) and best is None:
         raise ConfigError(f"{folder}: no step has the metric {minimize or maximize!r}; found {names or 'none'}")
     if out is not None:
-        from jaxadapt.training.checkpoint.manager import CheckpointManager  # with JAX, which the lists do without
+        from jaxadapt.training.checkpoint.manager import CheckpointManager  # imports JAX, which the list does not need
 
-        chosen = _chosen(steps[-1], best, step)
-        CheckpointManager(folder, progress=True).export(chosen, out)
+        number = _resolve_step(steps[-1], best, step)
+        CheckpointManager(folder, progress=True).export(number, out)
         if as_json:
-            output.print_json({"step": chosen, "folder": out})
+            output.print_json({"step": number, "folder": out})
         else:
-            output.print_pairs([("step", str(chosen)), ("folder", out)])
+            output.print_pairs([("step", str(number)), ("folder", out)])
         return
     if as_json:
         listed = [{"step": s, "metrics": metrics, "best": s == best} for s, metrics in rows.items()]
         output.print_json({"folder": folder, "objective": objective or None, "steps": listed})
         return
-    told = minimize or maximize
-    why = "" if told else "".join(f" ({_MODES[mode]} {metric})" for mode, metric in objective.items())
+    suffix = ""
+    if not (minimize or maximize):  # the run chose the metric, so name it
+        suffix = "".join(f" ({_MODES[mode]} {metric})" for mode, metric in objective.items())
     output.print_table(
         ("step", *names, ""),
         [
-            (str(s), *(f"{m[n]:.6g}" if n in m else "" for n in names), _note(s, best, steps[-1], why))
+            (str(s), *(f"{m[n]:.6g}" if n in m else "" for n in names), _marks(s, best, steps[-1], suffix))
             for s, m in rows.items()
         ],
         numbers=("step", *names),
     )
 
 
-def _chosen(latest: int, best: int | None, step: str | None) -> int:
+def _resolve_step(latest: int, best: int | None, step: str | None) -> int:
+    """Return the number of the step that --step names."""
     if step in (None, "latest"):
         return latest
     if step == "best":
         if best is None:
-            raise click.UsageError("--step best needs --minimize or --maximize: no step says which metric is meant")
+            raise click.UsageError(
+                "--step best: the run recorded no metric to choose by; add --minimize METRIC or --maximize METRIC"
+            )
         return best
     if not step.isdecimal():
         raise click.BadParameter(f"expected a number, latest or best, found {step!r}", param_hint="--step")
     return int(step)
 
 
-def _note(step: int, best: int | None, latest: int, why: str) -> str:
-    return ", ".join(name for name, which in ((f"best{why}", best), ("latest", latest)) if which == step)
+def _marks(step: int, best: int | None, latest: int, suffix: str) -> str:
+    return ", ".join(name for name, number in ((f"best{suffix}", best), ("latest", latest)) if number == step)

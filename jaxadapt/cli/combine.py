@@ -10,29 +10,29 @@ import click
 from jaxadapt.cli import output
 
 _METHODS = (
-    "svd, cat, linear, ties, dare_linear, dare_ties, magnitude_prune; the last four also with _svd at the end, for"
-    " adapters of different ranks."
+    "svd, cat, linear, ties, dare_linear, dare_ties or magnitude_prune. For adapters of different ranks, append _svd to"
+    " one of the last four."
 )
 
 
-@click.command("combine", short_help="Make one adapter out of several.")
+@click.command("combine", short_help="Combine several adapters into one.")
 @click.argument("adapters", nargs=-1, required=True, type=click.Path())
-@click.option("--weights", required=True, metavar="W,W,…", help="How much of each adapter, in their order.")
-@click.option("--out", required=True, type=click.Path(), help="Folder for the result.")
+@click.option("--weights", required=True, metavar="W,W,…", help="One factor for each adapter, in order.")
+@click.option("--out", required=True, type=click.Path(), help="Folder to write the combined adapter into.")
 @click.option("--method", default="svd", show_default=True, help=_METHODS)
-@click.option("--rank", type=click.IntRange(1), help="Rank of the result; by default what the method gives.")
-@click.option("--density", type=click.FloatRange(0, 1), help="Share of the values that survives, of the last four.")
-@click.option("--seed", default=0, show_default=True, help="For the random choice of dare_….")
-@click.option("--allow-nan", is_flag=True, help="Combine also tensors that hold a NaN or an infinity.")
+@click.option("--rank", type=click.IntRange(1), help="Rank of the result. Default: decided by the method.")
+@click.option("--density", type=click.FloatRange(0, 1), help="Share of the values to keep (the last four methods).")
+@click.option("--seed", default=0, show_default=True, help="Seed for the random choice of the dare_… methods.")
+@click.option("--allow-nan", is_flag=True, help="Accept tensors with a NaN or an infinity.")
 @output.as_json
 def command(
     adapters: tuple[str, ...], weights: str, out: str, method: str, rank: int | None, density: float | None, seed: int,
     allow_nan: bool, as_json: bool,
 ) -> None:  # fmt: skip
-    """Make one LoRA adapter out of several of the same base model.
+    """Combine LoRA adapters of the same base model into one.
 
-    ADAPTERS are folders or addresses. The methods are those of PEFT's add_weighted_adapter: "svd" finds the best sum of
-    the given rank, "cat" the exact one with all ranks added up.
+    ADAPTERS are folders or addresses. The methods are those of PEFT's add_weighted_adapter: "svd" approximates the
+    weighted sum at the given rank; "cat" is exact, and its rank is the sum of all ranks.
 
     \b
     Example:
@@ -44,7 +44,7 @@ def command(
     except ValueError:
         numbers = []
     if not numbers or not all(map(math.isfinite, numbers)):
-        raise click.BadParameter(f"expected numbers and commas, found {weights!r}", param_hint="--weights")
+        raise click.BadParameter(f"expected numbers separated by commas, found {weights!r}", param_hint="--weights")
     import jax
 
     from jaxadapt.export import merge_files
@@ -57,9 +57,11 @@ def command(
     svd = method.endswith("svd")
     if svd and rank is not None:
         options["svd_rank"] = rank
-    made = merge_files.combine_folders(adapters, numbers, out, resize=None if svd else rank, progress=True, **options)
-    config = made.config
+    combined = merge_files.combine_folders(
+        adapters, numbers, out, resize=None if svd else rank, progress=True, **options
+    )
+    config = combined.config
     if as_json:
         output.print_json({"folder": out, "r": config.get("r"), "lora_alpha": config.get("lora_alpha")})
     else:
-        output.print_pairs([("folder", out), ("rank", str(config.get("r"))), ("tensors", str(len(made.tensors)))])
+        output.print_pairs([("folder", out), ("rank", str(config.get("r"))), ("tensors", str(len(combined.tensors)))])

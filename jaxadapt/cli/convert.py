@@ -2,49 +2,50 @@
 
 from __future__ import annotations
 
+import re
+
 import click
 
 from jaxadapt.cli import output
 from jaxadapt.core.errors import AdapterError
 
 _AS_OPTIONS = (
-    ("jaxadapt.convert(source, target, lora_alpha=16)", "jaxadapt convert SOURCE TARGET --lora-alpha 16"),
-    ('on_shared="concat" to convert(source, target', "--concat"),
-    ('on_shared="concat" to save or to_peft', "--concat"),
-    ('on_shared="concat"', "--concat"),
-    ("is keymap= another", "is --to another"),
-    (", or give a KeyMap with a line for each base weight", ""),
-    ("keymap=", "--from "),
-    ("lora_alpha=", "--lora-alpha "),
+    (r"jaxadapt\.convert\(source, target, lora_alpha=16\)", "jaxadapt convert SOURCE TARGET --lora-alpha 16"),
+    (r'on_shared="concat"(?: to (?:convert\(source, target|save or to_peft))?', "--concat"),
+    (r"is keymap= another", "is --to another"),
+    (r", or (?:give|pass) a KeyMap with an? (?:line|entry) for each base weight", ""),
+    (r"keymap=", "--from "),
+    (r"lora_alpha=", "--lora-alpha "),
 )
-"""What errors that Python's users see too say of arguments, and the options that these are here."""
+"""Patterns for Python arguments in the library's error messages, and the options that replace them."""
 
 
-def _sizes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, int]:
-    found: dict[str, int] = {}
+def _parse_sizes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, int]:
+    sizes: dict[str, int] = {}
     for text in values:
         name, equals, value = text.partition("=")
         if not equals or not name or not value.isdecimal() or int(value) < 1:
-            raise click.BadParameter(f"expected NAME=SIZE, found {text!r}")
-        found[name] = int(value)
-    return found
+            raise click.BadParameter(f"expected NAME=SIZE with a positive integer, found {text!r}")
+        sizes[name] = int(value)
+    return sizes
 
 
-@click.command("convert", short_help="Re-lay an adapter for another JAX library, or for PEFT.")
+@click.command("convert", short_help="Convert an adapter for another JAX library, or for PEFT.")
 @click.argument("source", type=click.Path())
 @click.argument("target", type=click.Path())
-@click.option("--from", "from_keymap", metavar="FAMILY", help="Family of SOURCE, if it is a tree; else recognised.")
-@click.option("--to", "to_keymap", metavar="FAMILY", help="Family of TARGET, if it is a tree: see `jaxadapt families`.")
+@click.option("--from", "from_keymap", metavar="FAMILY", help="Family of a SOURCE tree. Default: recognized.")
+@click.option("--to", "to_keymap", metavar="FAMILY", help="Family of a TARGET tree; see `jaxadapt families`.")
 @click.option(
     "--dialect",
-    help="How TARGET's library lays out LoRA, if not as the family's does: qwix, qwix/flat, gemma, nnx.LoRA, …",
+    help="LoRA layout of a TARGET tree: qwix, qwix/flat, gemma, nnx.LoRA, … Default: the one of the family's library.",
 )
-@click.option("--lora-alpha", type=float, help="Alpha that SOURCE was trained with, if it is a tree.")
-@click.option("--like", type=click.Path(), help="A .safetensors file with the model's shapes, where they are needed.")
-@click.option("--axis", "sizes", multiple=True, metavar="NAME=SIZE", callback=_sizes, help="Instead: one axis' size.")
-@click.option("--concat", is_flag=True, help="Where TARGET has one A for several modules: a larger one of all.")
+@click.option("--lora-alpha", type=float, help="Alpha that a SOURCE tree was trained with.")
+@click.option("--like", type=click.Path(), help="A .safetensors file to read the model's shapes from.")
+@click.option("--axis", "sizes", multiple=True, metavar="NAME=SIZE", callback=_parse_sizes,
+              help="Size of one axis of the model, instead of --like.")  # fmt: skip
+@click.option("--concat", is_flag=True, help="If modules share one A in TARGET, concatenate theirs.")
 @click.option("--format", "form", type=click.Choice(["safetensors", "orbax"]), default="safetensors",
-              help="Of a folder that is written: orbax for an Orbax checkpoint instead.")  # fmt: skip
+              help="Format of a TARGET folder: PEFT's safetensors or an Orbax checkpoint.")  # fmt: skip
 @output.as_json
 def command(
     source: str,
@@ -59,12 +60,12 @@ def command(
     form: str,
     as_json: bool,
 ) -> None:
-    """Re-lay a LoRA adapter between PEFT and JAX libraries, from SOURCE to TARGET, with files alone.
+    """Convert the LoRA adapter SOURCE to TARGET, between PEFT and other JAX libraries. No model is needed.
 
-    Each of the two is the folder of a PEFT adapter, or (if it ends in .safetensors) a file of another library's tree:
-    its leaves under their dotted paths, as `save_file({".".join(path): leaf, …})` writes them. No model is needed. Some
-    layouts depend on sizes that the adapter does not tell, such as that of a head: --like or --axis say them.
-    The source may also be an Orbax checkpoint that jaxadapt.save wrote.
+    SOURCE and TARGET are each the folder of a PEFT adapter or, if the name ends in .safetensors, a tree: a file with
+    the LoRA leaves of a JAX library under their dotted paths, as `save_file({".".join(path): leaf, …})` writes it.
+    SOURCE may also be an Orbax checkpoint written by jaxadapt.save. If a layout depends on a size that the adapter does
+    not contain, such as the size of an attention head, give it with --like or --axis.
 
     \b
     Example:
@@ -77,18 +78,18 @@ def command(
     from jaxadapt.export.conversion import convert
 
     try:
-        done = convert(
+        result = convert(
             source, target, from_keymap=from_keymap, to_keymap=to_keymap, dialect=dialect, lora_alpha=lora_alpha,
             like=like, sizes=sizes, on_shared="concat" if concat else None, progress=True, format=form,
         )  # fmt: skip
     except AdapterError as error:
         text = str(error)
         for argument, option in _AS_OPTIONS:
-            text = text.replace(argument, option)
+            text = re.sub(argument, option, text)
         raise type(error)(text) from error
     if as_json:
-        output.print_json(done.to_dict())
+        output.print_json(result.to_dict())
         return
-    output.print_line(f"{done.path}: {done.tensors} tensors, rank {done.rank}, alpha {done.lora_alpha:g}")
-    if done.dialect is not None:
-        output.print_line(f"a tree of {done.dialect}; build its model with that rank and alpha")
+    output.print_line(f"{result.path}: {result.tensors} tensors, rank {result.rank}, alpha {result.lora_alpha:g}")
+    if result.dialect is not None:
+        output.print_line(f"a {result.dialect} tree; build its model with this rank and alpha")

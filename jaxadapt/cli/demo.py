@@ -7,11 +7,19 @@ import click
 from jaxadapt.cli import output
 
 
-@click.command("demo", short_help="Fine-tune a real language model, here and now.")
-@click.option("--out", default="jaxadapt-demo", show_default=True, help="Folder for the adapter and the loss plot.")
-@click.option("--steps", default=40, show_default=True, type=click.IntRange(1), help="Training steps of 4 × 64 tokens.")
+@click.command("demo", short_help="Fine-tune a real language model on this machine.")
 @click.option(
-    "--seed", default=0, show_default=True, help="For the initial values, the order of the text and the sampling."
+    "--out", default="jaxadapt-demo", show_default=True, help="Folder to write the adapter and the loss plot into."
+)
+@click.option(
+    "--steps",
+    default=40,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Number of training steps, each on 4 × 64 tokens.",
+)
+@click.option(
+    "--seed", default=0, show_default=True, help="Seed for the initial values, the order of the text and the sampling."
 )
 @click.option("--api", default="nnx", show_default=True, type=click.Choice(["nnx", "linen"]), help="Flax API to use.")
 @click.option(
@@ -19,11 +27,11 @@ from jaxadapt.cli import output
 )
 @output.as_json
 def command(out: str, steps: int, seed: int, api: str, method: str, as_json: bool) -> None:
-    """Fine-tune SmolLM2-135M on Python's own documentation.
+    """Fine-tune SmolLM2-135M on the documentation of Python.
 
-    Trains an adapter, saves it, loads it back in a new process and compares the logits; if PEFT is installed, it opens
-    the same files there. Takes about two minutes and 3 GB of memory on two CPU cores, and no network. With --json
-    what it says on the way goes to standard error.
+    The demo trains an adapter, saves it, loads it in a new process and compares the logits. If PEFT is installed, PEFT
+    loads the same files. The demo needs about two minutes and 3 GB of memory on two CPU cores, and no network. With
+    --json, progress goes to standard error.
 
     \b
     Example:

@@ -7,33 +7,36 @@ import click
 from jaxadapt.cli import output
 
 
-@click.command("families", short_help="List the model families that are known.")
+@click.command("families", short_help="List the known model families.")
 @click.argument("name", required=False)
 @output.as_json
 def command(name: str | None, as_json: bool) -> None:
-    """List the model families whose weights have known names, or the table of the one called NAME.
+    """List the known model families, or the keymap of the family NAME.
 
-    The names are what keymap=, `jaxadapt convert` and `jaxadapt check-keymap` take; /scan0, /scan1, … behind one is for
-    layers stacked on that axis. A table has a line for each kind of weight, and is proved if it maps the weights
-    of the real model both ways, bit for bit.
+    A keymap has one entry for each kind of weight: the parameter's path in JAX, its key in PyTorch, and a pattern that
+    relates their axes. It is "proved" if a test maps the weights of a real model in both directions, bit for bit.
+
+    A family's name is the value of keymap= in Python, of `jaxadapt convert --to` and of `jaxadapt check-keymap`. Append
+    /scan0, /scan1, … if the model stacks its layers along that axis.
 
     \b
     Example:
       jaxadapt families
       jaxadapt families llama
+      jaxadapt families llama/scan0 --json
     """
     from jaxadapt.keymaps.families import FAMILIES, get_family
 
     if name is None:
-        tables = list(FAMILIES.values())
+        keymaps = list(FAMILIES.values())
         if as_json:
-            output.print_json([{"name": t.name, "lines": len(t.weights), "proved": t.proved} for t in tables])
+            output.print_json([{"name": k.name, "lines": len(k.weights), "proved": k.proved} for k in keymaps])
         else:
-            rows = [(t.name, str(len(t.weights)), "yes" if t.proved else "no") for t in tables]
-            output.print_table(("family", "lines", "proved"), rows, numbers=("lines",))
+            rows = [(k.name, str(len(k.weights)), "yes" if k.proved else "no") for k in keymaps]
+            output.print_table(("family", "entries", "proved"), rows, numbers=("entries",))
         return
-    table = get_family(name)
+    keymap = get_family(name)
     if as_json:
-        output.print_json([{"leaf": w.leaf, "key": w.key, "pattern": w.pattern} for w in table.weights])
+        output.print_json([{"leaf": w.leaf, "key": w.key, "pattern": w.pattern} for w in keymap.weights])
     else:
-        output.print_table(("leaf", "PyTorch's key", "pattern"), [(w.leaf, w.key, w.pattern) for w in table.weights])
+        output.print_table(("leaf", "PyTorch key", "pattern"), [(w.leaf, w.key, w.pattern) for w in keymap.weights])

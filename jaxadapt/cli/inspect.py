@@ -13,28 +13,32 @@ if TYPE_CHECKING:
     from jaxadapt.persistence.inspect_folder import Info
 
 
-def _png(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+def _check_png(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     if value is not None and not value.lower().endswith(".png"):
-        raise click.BadParameter(f"expected a name that ends in .png, found {value!r}")
+        raise click.BadParameter(f"expected a file name ending in .png, found {value!r}")
     return value
 
 
-@click.command("inspect", short_help="Show what an adapter is.")
+@click.command("inspect", short_help="Show the settings, targets and size of an adapter.")
 @click.argument("folder", type=click.Path())
 @output.as_json
-@click.option("--tensors", is_flag=True, help="List every tensor too, with its dtype and shape.")
-@click.option("--norms", is_flag=True, help="Also how much each weight is changed, layer by module.")
+@click.option("--tensors", is_flag=True, help="Also list every tensor with its dtype and shape.")
+@click.option("--norms", is_flag=True, help="Also show how much each weight changes, by layer and module.")
 @click.option(
-    "--plot", type=click.Path(), metavar="FILE.png", callback=_png, help="The same as a heat map (needs matplotlib)."
+    "--plot",
+    type=click.Path(),
+    metavar="FILE.png",
+    callback=_check_png,
+    help="Write these changes as a heat map (needs matplotlib).",
 )
 def command(folder: str, as_json: bool, tensors: bool, norms: bool, plot: str | None) -> None:
-    """Show what the adapter in FOLDER is: method, base model, targets, size, and who cannot read it.
+    """Show the method, base model, targets and size of the adapter in FOLDER, and which programs cannot load it.
 
-    Reads the configuration and the header of the weights; --norms and --plot read the weights as well. Works on PEFT's
-    adapters as on ours, and needs no model. FOLDER may be an address: hf://org/name@revision/subfolder, s3://…, gs://….
+    FOLDER is an adapter of jaxadapt or PEFT, or an address: hf://org/name@revision/subfolder, s3://…, gs://…. No model
+    is needed. Only the configuration and the header of the weights are read, unless --norms or --plot is given.
 
-    A weight's change is ΔW = s·B·A for LoRA. Its norm says how much, its effective rank in how many directions: 1 if
-    all is along one, r if all r count alike.
+    For LoRA, the change of a weight is ΔW = s·B·A. Its norm measures the size of the change. Its effective rank
+    measures the number of directions: 1 for a single direction, r if all r directions contribute equally.
 
     \b
     Example:
@@ -46,61 +50,64 @@ def command(folder: str, as_json: bool, tensors: bool, norms: bool, plot: str | 
     from jaxadapt.persistence.inspect_folder import inspect
 
     info = inspect(folder, progress=True)
-    measured = None
+    changes = None
     if norms or plot is not None:
         from jaxadapt.analysis.norms import measure_norms
 
-        measured = measure_norms(read(folder, progress=True))
-    if plot is not None and measured is not None:
+        changes = measure_norms(read(folder, progress=True))
+    if plot is not None and changes is not None:
         from jaxadapt.analysis import norms_plot
         from jaxadapt.storage import atomic
 
-        atomic.write_bytes(plot, norms_plot.norms_png(measured, info.config))
+        atomic.write_bytes(plot, norms_plot.norms_png(changes, info.config))
     if as_json:
         from jaxadapt.persistence import consumers
 
-        more = {} if measured is None else {"norms": measured.to_dict()}
-        output.print_json(info.to_dict() | {"refused_by": consumers.refusals(info.config, info.tensors)} | more)
+        document = info.to_dict() | {"refused_by": consumers.refusals(info.config, info.tensors)}
+        output.print_json(document if changes is None else document | {"norms": changes.to_dict()})
         return
-    _show(info, tensors)
-    if measured is not None:
-        _show_norms(measured)
+    _print_info(info, tensors)
+    if changes is not None:
+        _print_norms(changes)
 
 
-def _show(info: Info, tensors: bool) -> None:
+def _print_info(info: Info, tensors: bool) -> None:
     from jaxadapt.persistence import card, consumers
 
     config = info.config
     rows = [("method", config.peft_type + (f", {config.task_type}" if config.task_type else ""))]
-    rows.append(("base model", config.base_model_name_or_path or "not said"))
+    rows.append(("base model", config.base_model_name_or_path or "not recorded"))
     targets = config.get("target_modules")
     if targets is not None:
-        rows.append(("targets", _text(targets)))
+        rows.append(("targets", _value_text(targets)))
     values = config.to_dict()
-    rows += [(k, _text(values[k])) for k, plain in card.FIELDS.items() if k in values and values[k] not in (plain, [])]
+    fields = [name for name, default in card.FIELDS.items() if name in values and values[name] not in (default, [])]
+    rows += [(name, _value_text(values[name])) for name in fields]
     if info.modules:
         rows.append(("adapted", ", ".join(info.modules)))
     dtypes, size = "/".join(info.dtypes), card.size_text(info.file_bytes)
     rows.append(("size", f"{info.parameters:,} parameters in {len(info.tensors)} tensors, {dtypes}, {size}"))
     if config.peft_version:
         rows.append(("peft version", config.peft_version))
-    reasons: dict[str, list[str]] = {}
-    for reader, why in consumers.refusals(config, info.tensors).items():
-        if why:
-            reasons.setdefault("; ".join(why), []).append(reader)
-    rows += [("" if n else "not for", f"{', '.join(r)}: {why}") for n, (why, r) in enumerate(reasons.items())]
+    readers: dict[str, list[str]] = {}
+    for reader, reasons in consumers.refusals(config, info.tensors).items():
+        if reasons:
+            readers.setdefault("; ".join(reasons), []).append(reader)
+    rows += [
+        ("" if n else "not for", f"{', '.join(names)}: {reason}") for n, (reason, names) in enumerate(readers.items())
+    ]
     output.print_pairs(rows)
     if tensors:
         click.echo()
-        listed = [(k, d, " × ".join(map(str, s)) or "scalar") for k, (d, s) in info.tensors.items()]
-        output.print_table(("tensor", "dtype", "shape"), listed)
+        rows = [(key, dtype, " × ".join(map(str, shape)) or "scalar") for key, (dtype, shape) in info.tensors.items()]
+        output.print_table(("tensor", "dtype", "shape"), rows)
 
 
-def _text(value: Any) -> str:
+def _value_text(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _show_norms(norms: Norms) -> None:
+def _print_norms(norms: Norms) -> None:
     from jaxadapt.analysis.norms import norms_grid
 
     cells = norms_grid(norms.modules)
@@ -112,8 +119,8 @@ def _show_norms(norms: Norms) -> None:
         click.echo()
         output.print_heat(title, cells.rows, cells.columns, values)
     if scale is not None and rank is not None:
-        click.echo(f"\nrank {rank:g} and scale {scale:.4g} everywhere")
+        click.echo(f"\nrank {rank:g} and scale {scale:.4g} in all modules")
     if norms.not_finite:
-        output.print_list("these modules hold a NaN or an infinity", norms.not_finite, 8)
+        output.print_list("modules with a NaN or an infinity", norms.not_finite, 8)
     if norms.left_out:
         output.print_list("left out", norms.left_out, 8)

@@ -7,22 +7,24 @@ import click
 from jaxadapt.cli import output
 
 
-@click.command("merge", short_help="Write a model with an adapter merged into it.")
+@click.command("merge", short_help="Merge an adapter into its base model.")
 @click.argument("base", type=click.Path())
 @click.argument("adapter", type=click.Path())
-@click.option("--out", required=True, type=click.Path(), help="Folder for the merged model.")
+@click.option("--out", required=True, type=click.Path(), help="Folder to write the merged model into.")
 @click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Of the result; by default as the base."
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Dtype of the result. Default: the base model's.",
 )
-@click.option("--allow-nan", is_flag=True, help="Merge also where a tensor holds a NaN or an infinity.")
+@click.option("--allow-nan", is_flag=True, help="Accept tensors with a NaN or an infinity.")
 @output.as_json
 def command(base: str, adapter: str, out: str, dtype: str | None, allow_nan: bool, as_json: bool) -> None:
-    """Write a model with an ADAPTER merged into its weights.
+    """Merge ADAPTER into the weights of the model BASE and write the result.
 
-    BASE is the folder of a Hugging Face model (config.json, model.safetensors, …), ADAPTER the folder of an adapter for
-    it, or its address. The result is a folder like BASE, tokenizer included, for programs that know no adapters. One
-    tensor is held in memory at a time. A head that is the table of tokens itself gets a tensor of its own where ADAPTER
-    changes one of them alone.
+    BASE is the folder of a Hugging Face model (config.json, model.safetensors, …). ADAPTER is the folder or address of
+    an adapter for it. The result is a folder like BASE, tokenizer included, for programs that do not read adapters.
+    One tensor is in memory at a time. If the output head and the token embedding share one tensor and ADAPTER changes
+    only one of them, each gets its own tensor.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""What the commands share: JSON and tables on standard output, bars on standard error."""
+"""Output shared by the commands: JSON, tables and lists on standard output."""
 
 from __future__ import annotations
 
@@ -20,48 +20,49 @@ if TYPE_CHECKING:
 as_json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
 
-_PIPE = 4096
-"""Columns where no terminal is: a line is a line, for grep and files. COLUMNS says otherwise."""
+_PIPE_WIDTH = 4096
+"""Width without a terminal, unless COLUMNS is set: lines are not folded, so that grep finds whole lines."""
 
 
 def _console() -> Console:
     from rich.console import Console
 
-    seen = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdecimal()
-    return Console() if seen else Console(width=_PIPE)
+    has_width = sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdecimal()
+    return Console() if has_width else Console(width=_PIPE_WIDTH)
 
 
-def _print(console: Console, *what: Any) -> None:
-    """Without the blanks that rich fills lines up with."""
-    with console.capture() as made:
-        for one in what:
-            console.print(one)
-    click.echo("\n".join(line.rstrip() for line in made.get().splitlines()))
+def _print(console: Console, *renderables: Any) -> None:
+    """Print rich objects without the spaces that rich appends to each line."""
+    with console.capture() as capture:
+        for renderable in renderables:
+            console.print(renderable)
+    click.echo("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
 def print_json(value: Any) -> None:
-    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
-    if not text.isprintable():  # what JSON lets stand and a terminal obeys is written as JSON escapes
+    """Print a value as JSON, with control characters escaped."""
+    text = json.dumps(_replace_non_finite(value), indent=2, ensure_ascii=False, allow_nan=False)
+    if not text.isprintable():  # JSON allows some control characters that a terminal would obey
         text = "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
     click.echo(text)
 
 
 def print_line(text: str) -> None:
-    """A line, never folded: it is copied."""
+    """Print a line without folding it, so that it can be copied."""
     click.echo(escape_text(text))
 
 
-def _finite(value: Any) -> Any:
-    """The value with null for numbers that JSON does not have: the loss of a run that went astray, say."""
+def _replace_non_finite(value: Any) -> Any:
+    """Replace NaN and infinities, which JSON cannot express, by None."""
     if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in cast("dict[str, Any]", value).items()}
+        return {key: _replace_non_finite(inner) for key, inner in cast("dict[str, Any]", value).items()}
     if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in cast("list[Any]", value)]
+        return [_replace_non_finite(inner) for inner in cast("list[Any]", value)]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_pairs(rows: Iterable[tuple[str, str]]) -> None:
-    """Names and values, folded to the terminal."""
+    """Print names and values, folded to the terminal's width."""
     from rich.table import Table
     from rich.text import Text
 
@@ -74,7 +75,7 @@ def print_pairs(rows: Iterable[tuple[str, str]]) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], numbers: Sequence[str] = ()) -> None:
-    """A table, folded to the terminal, names at their dots; the columns called `numbers` are set to the right."""
+    """Print a table folded to the terminal's width, names at their dots; align the columns in `numbers` right."""
     from rich.table import Table
     from rich.text import Text
 
@@ -82,68 +83,70 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], numbers: 
     numbers = [escape_text(name) for name in numbers]
     columns, *rows = [tuple(map(escape_text, row)) for row in (columns, *rows)]
     natural = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
-    widths = _widths(natural, console.width - 2 * (len(columns) - 1))
+    widths = _fit_widths(natural, console.width - 2 * (len(columns) - 1))
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     for column, width in zip(columns, widths, strict=True):
         table.add_column(Text(column), overflow="fold", width=width, justify="right" if column in numbers else "left")
     for row in rows:
-        table.add_row(*(Text(_folded(cell, width)) for cell, width in zip(row, widths, strict=True)))
+        table.add_row(*(Text(_fold(cell, width)) for cell, width in zip(row, widths, strict=True)))
     _print(console, table)
 
 
-def _widths(natural: Sequence[int], room: int) -> list[int]:
-    """What each column gets: the narrow ones all they want, the others alike."""
-    out = list(natural)
-    open_ = sorted(range(len(out)), key=lambda i: natural[i])
-    while open_:
-        i, share = open_.pop(0), max(1, room // (len(open_) + 1))
-        out[i] = min(natural[i], share)
-        room -= out[i]
-    return out
+def _fit_widths(natural: Sequence[int], room: int) -> list[int]:
+    """Return the width of each column: narrow columns keep their natural width, the others share the rest equally."""
+    widths = list(natural)
+    waiting = sorted(range(len(widths)), key=lambda i: natural[i])
+    while waiting:
+        i, share = waiting.pop(0), max(1, room // (len(waiting) + 1))
+        widths[i] = min(natural[i], share)
+        room -= widths[i]
+    return widths
 
 
-def _folded(text: str, width: int) -> str:
-    """
-    >>> _folded("model.layers.{l}.q_proj.weight", 24)
+def _fold(text: str, width: int) -> str:
+    """Fold a dotted name after its dots; return text with spaces unchanged.
+
+    >>> _fold("model.layers.{l}.q_proj.weight", 24)
     'model.layers.{l}.q_proj.\\nweight'
     """
     lines: list[str] = []
-    while len(text) > width and (at := text.rfind(".", 1, width)) > 0 and " " not in text[:width]:
-        lines.append(text[: at + 1])
-        text = text[at + 1 :]
+    while len(text) > width and (dot := text.rfind(".", 1, width)) > 0 and " " not in text[:width]:
+        lines.append(text[: dot + 1])
+        text = text[dot + 1 :]
     return "\n".join([*lines, text])
 
 
-def print_list(title: str, items: Sequence[str], most: int | None = None) -> None:
-    """A title with their number, and the first items, each on a line of its own."""
+def print_list(title: str, items: Sequence[str], limit: int | None = None) -> None:
+    """Print a title with the number of items, and the first `limit` items, one a line."""
     _print_title(f"{title}: {len(items)}")
-    for item in items[:most]:
-        click.echo(_indented(item))
-    if most is not None and len(items) > most:
-        click.echo(_indented(f"… and {len(items) - most} more (--json lists all)"))
+    for item in items[:limit]:
+        click.echo(_indent(item))
+    if limit is not None and len(items) > limit:
+        click.echo(_indent(f"… and {len(items) - limit} more (--json lists all)"))
 
 
 def print_words(title: str, words: Iterable[str]) -> None:
-    """A title, and words as running text."""
+    """Print a title, and words separated by commas."""
     _print_title(title)
-    click.echo(_indented(", ".join(words)))
+    click.echo(_indent(", ".join(words)))
 
 
 def _print_title(text: str) -> None:
     click.echo()
-    click.secho(_indented(text, ""), bold=True)
+    click.secho(_indent(text, ""), bold=True)
 
 
-def _indented(text: str, by: str = "  ") -> str:
+def _indent(text: str, prefix: str = "  ") -> str:
+    """Escape text and wrap it to the terminal's width, with `prefix` before each line."""
     return textwrap.fill(
-        escape_text(text), _console().width, initial_indent=by, subsequent_indent=by, break_on_hyphens=False
+        escape_text(text), _console().width, initial_indent=prefix, subsequent_indent=prefix, break_on_hyphens=False
     )
 
 
 def print_heat(
     title: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]]
 ) -> None:
-    """Numbers on shades of grey that follow them; as many columns side by side as fit."""
+    """Print a heat map: a table of numbers on shades of blue, split into several tables if it is too wide."""
     from rich.table import Table
     from rich.text import Text
 
@@ -152,8 +155,8 @@ def print_heat(
     console = _console()
     title, rows, columns = escape_text(title), [*map(escape_text, rows)], [*map(escape_text, columns)]
     high = max((v for row in values for v in row if v is not None and math.isfinite(v)), default=0.0) or 1.0
-    first = max(len("layer"), *map(len, rows)) + 1
-    for begin, end in _portions([max(len(c), 6) + 1 for c in columns], console.width - first):
+    label_width = max(len("layer"), *map(len, rows)) + 1
+    for begin, end in _split_columns([max(len(c), 6) + 1 for c in columns], console.width - label_width):
         table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
         table.add_column("layer", justify="right", no_wrap=True)
         for column in columns[begin:end]:
@@ -164,8 +167,8 @@ def print_heat(
         _print(console, Text(title if begin == 0 else f"{title}, continued", style="bold"), table)
 
 
-def _portions(widths: Sequence[int], room: int) -> Iterable[tuple[int, int]]:
-    """Runs of columns that fit, at least one each."""
+def _split_columns(widths: Sequence[int], room: int) -> Iterable[tuple[int, int]]:
+    """Yield (begin, end) of runs of columns that fit into `room`, each of at least one column."""
     begin, used = 0, 0
     for i, width in enumerate(widths):
         if i > begin and used + width > room:
@@ -176,10 +179,11 @@ def _portions(widths: Sequence[int], room: int) -> Iterable[tuple[int, int]]:
 
 
 def _shade(value: float | None, high: float) -> str:
-    """From nearly white to dark blue, with ink that is read on it (a terminal's own "white" is grey)."""
+    """Return a style from nearly white to dark blue, with text that is legible on it."""
     if value is None or not math.isfinite(value):
         return ""
     share = max(0.0, min(1.0, value / high))
     red, green, blue = (round(a + share * (b - a)) for a, b in ((235, 8), (242, 48), (250, 107)))
+    # RGB values, because a terminal's own "white" is grey.
     ink = "rgb(255,255,255)" if share > 0.65 else "rgb(0,0,0)"
     return f"{ink} on rgb({red},{green},{blue})"

@@ -14,17 +14,18 @@ from jaxadapt.storage import location
 from jaxadapt.storage.location import Place
 
 
-@click.command("pull", short_help="Fetch an adapter from the Hugging Face Hub.")
+@click.command("pull", short_help="Download an adapter from the Hugging Face Hub.")
 @click.argument("repo")
-@click.option("--revision", help="Branch, tag or commit; by default main.")
-@click.option("--subfolder", help="Folder in the repository, where several adapters share one.")
+@click.option("--revision", help="Branch, tag or commit. Default: main.")
+@click.option("--subfolder", help="Folder of the adapter in the repository.")
 @click.option("--out", type=click.Path(), help="Folder to copy the adapter into.")
 @output.as_json
 def command(repo: str, revision: str | None, subfolder: str | None, out: str | None, as_json: bool) -> None:
-    """Fetch the adapter REPO (org/name) from the Hugging Face Hub, and nothing else of its repository.
+    """Download the adapter REPO (org/name) from the Hugging Face Hub, without the other files of its repository.
 
-    Prints the folder it is in: that of the cache, or the one given with --out. What is in the cache is not fetched
-    again, and HF_HUB_OFFLINE=1 takes it from there without asking. Private repositories need a token, as with push.
+    The command prints the adapter's folder: one in the Hub's cache, or the one given with --out. Files in the cache are
+    not downloaded again; with HF_HUB_OFFLINE=1 they are used without a connection. A private repository needs a token,
+    as for `jaxadapt push`.
 
     \b
     Example:
@@ -36,26 +37,30 @@ def command(repo: str, revision: str | None, subfolder: str | None, out: str | N
 
     folder: Place = pull(repo, revision=revision, subfolder=subfolder, progress=True)
     if out is not None:
-        folder = _copied(folder, out)
+        folder = _copy_adapter(folder, out)
     if as_json:
         output.print_json({"folder": str(folder)})
     else:
-        # A program that asks for the folder gets its exact name.
+        # A program that reads the output needs the exact name of the folder.
         click.echo(escape_text(str(folder)) if sys.stdout.isatty() else folder)
 
 
-def _copied(source: Path, target: str) -> Place:
+def _copy_adapter(source: Path, target: str) -> Place:
+    """Copy the adapter's files from `source` to `target`, all or none."""
     from jaxadapt.persistence import folder
     from jaxadapt.storage import atomic
     from jaxadapt.storage.hub import CARD, CONFIG, WEIGHTS
 
     out = location.to_location(target)
     weights = next(name for name in WEIGHTS if location.exists(source / name))
-    other = [name for name in WEIGHTS if name != weights and location.exists(out / name)]
-    if other:
-        raise FileError(f"{out}: holds {other[0]}, which readers could take for what is pulled; choose another folder")
+    stale = [name for name in WEIGHTS if name != weights and location.exists(out / name)]
+    if stale:
+        raise FileError(
+            f"{out}: cannot write {weights} here, because the folder already contains {stale[0]} and a reader could "
+            "load that file instead; choose another folder"
+        )
     folder.make_folder(out)
-    # The configuration takes its place right after the weights, as in `folder.write`.
+    # Replace the configuration right after the weights, as `folder.write` does.
     names = [name for name in (weights, CONFIG, CARD) if location.exists(source / name)]
     with atomic.lock_directory(out), atomic.replacing_all([out / name for name in names]) as writers:
         for name, writer in zip(names, writers, strict=True):

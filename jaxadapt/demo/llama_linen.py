@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 
-from jaxadapt.demo.llama import LlamaConfig, Tensor, causal_attention, place, rms_norm, rope_tables, rotate
+from jaxadapt.demo.llama import LlamaConfig, Tensor, causal_attention, make_leaves, rms_norm, rope_tables, rotate
 
 Rope = tuple[jax.Array, jax.Array]
 
@@ -20,7 +20,7 @@ def _dense(config: LlamaConfig, features: int, name: str) -> nn.Dense:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation; its one parameter is called ``weight``."""
+    """Root-mean-square normalization with one parameter, ``weight``."""
 
     config: LlamaConfig
 
@@ -59,7 +59,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: x (B, T, D) -> ((B, T, D), None), the pair that ``nn.scan`` wants of its body."""
+    """One layer: x (B, T, D) -> ((B, T, D), None), the pair that ``nn.scan`` expects from its body."""
 
     config: LlamaConfig
 
@@ -72,7 +72,7 @@ class Block(nn.Module):
 
 
 class Layers(nn.Module):
-    """The layers one after another, named by their numbers."""
+    """The layers as a sequence, named by their numbers."""
 
     config: LlamaConfig
 
@@ -87,9 +87,9 @@ class Layers(nn.Module):
 def _layers(config: LlamaConfig) -> Any:
     if not config.scan:
         return Layers(config)
-    # Under a scan nothing can be moved out of the loop anyway, so remat need not guard against it.
+    # A scan already prevents moving operations out of the loop, so remat need not prevent it.
     block: Any = nn.remat(Block, prevent_cse=False) if config.remat else Block
-    scan: Any = nn.scan  # its annotation of in_axes has no room for nn.broadcast
+    scan: Any = nn.scan  # the annotation of in_axes does not allow nn.broadcast
     return scan(
         block,
         variable_axes={"params": config.scan_axis},
@@ -115,12 +115,12 @@ class LlamaModel(nn.Module):
         return self.norm(x)
 
     def attend(self, x: jax.Array) -> jax.Array:
-        """Logits (B, T, V) of hidden states under tied embeddings."""
+        """Return the logits (B, T, V) of hidden states with tied embeddings."""
         return self.embed_tokens.attend(x)
 
 
 class Llama(nn.Module):
-    """A causal language model whose parameters stand at Hugging Face's module paths.
+    """A causal language model whose parameters have Hugging Face's module paths.
 
     ``module.apply(variables, tokens)`` takes int32 tokens (B, T) and returns logits (B, T, V) in float32.
 
@@ -143,14 +143,14 @@ class Llama(nn.Module):
 
 
 def to_linen(config: LlamaConfig, weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Lay a Hugging Face checkpoint out as ``{"params": …}`` of this module.
+    """Convert a Hugging Face checkpoint to ``{"params": …}`` of this module.
 
     Args:
         config: the model, with its ``scan`` and ``param_dtype``.
-        weights: name -> array (out, in), see ``llama.place``.
+        weights: name -> array (out, in), see ``llama.make_leaves``.
 
     Raises:
         MismatchError: the weights do not fit the configuration.
     """
-    leaves = {path: jnp.asarray(array, config.param_dtype) for path, array in place(config, weights)}
+    leaves = {path: jnp.asarray(array, config.param_dtype) for path, array in make_leaves(config, weights)}
     return {"params": unflatten_dict(leaves, sep=".")}

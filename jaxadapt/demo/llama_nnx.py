@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxadapt.demo.llama import LlamaConfig, Tensor, causal_attention, place, rms_norm, rope_tables, rotate
+from jaxadapt.demo.llama import LlamaConfig, Tensor, causal_attention, make_leaves, rms_norm, rope_tables, rotate
 
 Rope = tuple[jax.Array, jax.Array]
 
@@ -19,7 +19,7 @@ def _linear(config: LlamaConfig, in_features: int, out_features: int, rngs: nnx.
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square normalisation; its one parameter is called ``weight``."""
+    """Root-mean-square normalization with one parameter, ``weight``."""
 
     def __init__(self, config: LlamaConfig) -> None:
         self.weight = nnx.Param(jnp.ones((config.hidden_size,), config.param_dtype))
@@ -88,8 +88,8 @@ class LlamaModel(nnx.Module):
         self.norm = RMSNorm(config)
 
     def _axes(self) -> nnx.StateAxes:
-        # Parameters (adapters are Params too) stack where the config says. What else a layer may come
-        # to hold, such as the keys of an adapter's dropout, has no second axis: it stacks in front.
+        # Parameters (also adapters) are stacked along scan_axis. Other variables of a layer, such as the keys of an
+        # adapter's dropout, may have no second axis, so they are stacked along axis 0.
         return nnx.StateAxes({nnx.Param: self.config.scan_axis, ...: 0})
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -110,7 +110,7 @@ class LlamaModel(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """A causal language model whose leaves stand at Hugging Face's module paths.
+    """A causal language model whose leaves have Hugging Face's module paths.
 
     ``model(tokens)`` takes int32 tokens (B, T) and returns logits (B, T, V) in float32.
 
@@ -137,16 +137,16 @@ class Llama(nnx.Module):
 
 
 def to_nnx(config: LlamaConfig, weights: Mapping[str, Tensor]) -> Llama:
-    """Build the model from a Hugging Face checkpoint, without initialising it first.
+    """Build the model from a Hugging Face checkpoint, without initializing it first.
 
     Args:
         config: the model, with its ``scan`` and ``param_dtype``.
-        weights: name -> array (out, in), see ``llama.place``.
+        weights: name -> array (out, in), see ``llama.make_leaves``.
 
     Raises:
         MismatchError: the weights do not fit the configuration.
     """
-    leaves = place(config, weights)  # complains before anything is built
+    leaves = make_leaves(config, weights)  # raises errors before anything is built
     model = nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0)))
     variables = {".".join(map(str, path)): v for path, v in nnx.to_flat_state(nnx.state(model))}
     for path, array in leaves:

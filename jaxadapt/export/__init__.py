@@ -1,11 +1,11 @@
-"""Whole models and adapters as files for other programs."""
+"""Export of whole models and adapters to files of other programs, and their import."""
 
 from typing import TYPE_CHECKING
 
 from jaxadapt.core.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from jaxadapt.export.base_weights import export_base as export_base
-    from jaxadapt.export.base_weights import import_base as import_base
+    from jaxadapt.export.base_export import export_base as export_base
+    from jaxadapt.export.base_import import import_base as import_base
 else:
     __getattr__, __dir__, __all__ = lazy_names(__name__)

@@ -1,7 +1,7 @@
-"""Files alone: an adapter from one family, spelling or library's layout into another, with no model at hand.
+"""Convert adapter files between families, spellings and libraries, without a model.
 
-A PEFT folder is the form between all of them. The other is a safetensors file of a tree's leaves under their dotted
-paths, `save_file({".".join(path): leaf, …})`, as another library's users keep it.
+Every conversion is from or to a PEFT folder. The other side may be a tree: a safetensors file of the LoRA leaves of
+another library under their dotted paths, `save_file({".".join(path): leaf, …})`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from jaxadapt.core.errors import ConfigError, FileError, FormatError, KeyMapErro
 from jaxadapt.core.progress import Progress
 from jaxadapt.keymaps import families, pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
-from jaxadapt.models.foreign import blank as laying
-from jaxadapt.models.foreign import dialects
+from jaxadapt.models.foreign import blank, dialects
 from jaxadapt.models.foreign import tree as foreign
 from jaxadapt.models.foreign.dialect import Dialect, is_like
 from jaxadapt.persistence import folder, orbax_folder
@@ -32,12 +31,12 @@ from jaxadapt.storage import location, safetensors
 from jaxadapt.storage.location import Place
 
 NOTE = "jaxadapt_tree"
-"""The key of the note in a tree's file: the scale that the tree itself does not keep."""
+"""The metadata key for the scale of a tree, which its leaves do not contain."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ConvertedFile:
-    """What was written: for a tree, what its model must be built with."""
+    """A converted adapter. A tree's model must be built with its rank and alpha."""
 
     path: str
     tensors: int
@@ -63,60 +62,64 @@ def convert(
     format: str = "safetensors",  # noqa: A002 (as in `save`)
     progress: Progress = None,
 ) -> ConvertedFile:
-    """Re-lay an adapter: from a PEFT folder or a tree's file (`*.safetensors`) into a PEFT folder or a tree's file.
+    """Convert an adapter from a PEFT folder or a tree (`*.safetensors`) to a PEFT folder or a tree.
 
-    An Orbax checkpoint that `save` wrote is read as a folder is.
+    An Orbax checkpoint written by `save` is read like a folder.
 
     Args:
-        from_keymap: the family of a tree that is read; by default the one its paths show. Of a folder: the spelling.
-        to_keymap: the family of a tree that is written; of a folder, another spelling.
-        dialect: of a tree that is written; by default what the family's library trains with.
-        lora_alpha: of a tree that is read, where its file does not say it.
-        like: a safetensors file with the base weights' shapes of the tree that is written, or else read (its header
-            is all that is read).
-        sizes: else those of axes that a file does not tell apart, by the letters of the family's lines.
-        on_shared: as in `load`; the rank grows as is needed.
-        format: "orbax" for an Orbax checkpoint instead of a folder: under PyTorch's names, which any model loads.
-        progress: as in `read` and `write`, of a folder that is read or written.
+        source: the PEFT folder, Orbax checkpoint or tree to read.
+        target: the PEFT folder or tree to write.
+        from_keymap: the family of a source tree (default: recognized by its paths), or the spelling of a source folder.
+        to_keymap: the family of a target tree, or another spelling for a target folder.
+        dialect: the LoRA layout of a target tree. Default: the one of the family's library.
+        lora_alpha: the alpha of a source tree whose file does not contain it.
+        like: a safetensors file with the base weights of the target tree, or else of the source tree. Only the shapes
+            in its header are read.
+        sizes: in place of `like`, the sizes of ambiguous axes by their letters in the family's entries.
+        on_shared: as in `load`; the rank grows as needed.
+        format: "orbax" writes an Orbax checkpoint with PyTorch's names in place of a folder; any model can load it.
+        progress: as in `read` and `write`, for folders.
 
-    Raises `AdapterError`, and then nothing is written. It speaks of the command's options (`jaxadapt convert`).
+    Raises:
+        AdapterError: the conversion is impossible, and nothing is written. The message names the options of
+            `jaxadapt convert`.
     """
     trees = [location.to_location(path).suffix == ".safetensors" for path in (source, target)]
     if not any(trees) and (like is not None or sizes):
-        raise ConfigError("--like and --axis are for trees (a file ending in .safetensors)")
+        raise ConfigError("--like and --axis need a tree (a file ending in .safetensors) as source or target")
     if format not in ("safetensors", "orbax") or (trees[1] and format == "orbax"):
         raise ConfigError(f"--format {format}: expected safetensors, or orbax with a folder as the target")
     tensors = _read(source, from_keymap, lora_alpha, None if trees[1] else like, sizes or {}, progress, on_shared)
     if not trees[1]:
-        spelt = from_keymap is not None and to_keymap is not None and not trees[0]
-        tables = [families.resolve_keymap(keymap, {}) for keymap in (from_keymap, to_keymap)] if spelt else []
-        apart = spelt and tables[0].single != tables[1].single
-        if dialect is not None or (on_shared is not None and not trees[0] and not apart):
-            raise ConfigError("--dialect and --concat are for trees (a file ending in .safetensors)")
-        if apart and tables[1].single:
-            tensors = PeftTensors(*experts.split_experts(tensors.config, tensors.tensors, tables[1]), tensors.source)
-        elif apart:
-            tensors = experts.fuse_experts(tensors, tables[0], on_shared, "convert(source, target", parts=False)
-        elif spelt:
-            tensors = _respelt(tensors, *tables)
+        respell = from_keymap is not None and to_keymap is not None and not trees[0]
+        keymaps = [families.resolve_keymap(keymap, {}) for keymap in (from_keymap, to_keymap)] if respell else []
+        converts_experts = respell and keymaps[0].single != keymaps[1].single
+        if dialect is not None or (on_shared is not None and not trees[0] and not converts_experts):
+            raise ConfigError("--dialect and --concat need a tree (a file ending in .safetensors)")
+        if converts_experts and keymaps[1].single:
+            tensors = PeftTensors(*experts.split_experts(tensors.config, tensors.tensors, keymaps[1]), tensors.source)
+        elif converts_experts:
+            tensors = experts.fuse_experts(tensors, keymaps[0], on_shared, "convert(source, target", parts=False)
+        elif respell:
+            tensors = _respell(tensors, *keymaps)
         elif to_keymap is not None:
-            raise ConfigError("--to is for trees, or with --from for another spelling of the same family")
-        config = _lora(tensors.config, "a folder").replace(inference_mode=True)
+            raise ConfigError("--to needs a tree as target, or --from as well to change the spelling of a folder")
+        config = _require_lora(tensors.config, "a folder").replace(inference_mode=True)
         tensors = dataclasses.replace(tensors, config=config)
         if format == "orbax":
-            orbax_folder.write(_under_pytorchs_names(tensors), target, alone=True)
+            orbax_folder.write(_with_pytorch_names(tensors), target, alone=True)
         else:
             folder.write(tensors, target, progress=progress)
         return ConvertedFile(str(target), len(tensors.tensors), None, config.r, config.lora_alpha)
     if to_keymap is None:
-        raise ConfigError("a tree needs its family: --to tunix:qwen3, say")
-    table = families.resolve_keymap(to_keymap, {})
-    return _write_tree(tensors, location.to_location(target), table, dialect, like, sizes or {}, on_shared)
+        raise ConfigError("a target tree needs its family: pass --to, for example --to tunix:qwen3")
+    keymap = families.resolve_keymap(to_keymap, {})
+    return _write_tree(tensors, location.to_location(target), keymap, dialect, like, sizes or {}, on_shared)
 
 
-def _under_pytorchs_names(tensors: PeftTensors) -> Adapter:
-    """The adapter of a model whose parameters are called and laid out as PyTorch's are."""
-    from jaxadapt.persistence import peft  # which brings Flax, that nothing else here needs
+def _with_pytorch_names(tensors: PeftTensors) -> Adapter:
+    """Return the adapter for a model whose parameters have PyTorch's names and layouts."""
+    from jaxadapt.persistence import peft  # imports Flax, which the rest of this file does not need
 
     shapes = {key: tuple(x.shape) for key, x in tensors.tensors.items()}
     weights = pytorch.weight_shapes(shapes)
@@ -136,62 +139,67 @@ def _read(
     path = location.to_location(source)
     if path.suffix != ".safetensors":
         if lora_alpha is not None:
-            raise ConfigError(f"{path}: --lora-alpha is for a tree's file; an adapter's folder has its own")
+            raise ConfigError(f"{path}: --lora-alpha is for a source tree; the folder of an adapter contains alpha")
         return folder.read(source, progress=progress)
-    leaves = _dotted(safetensors.read(path), path)
-    note = _note(path)
+    leaves = _with_dotted_paths(safetensors.read(path), path)
+    note = _read_note(path)
     if lora_alpha is None and note:
         lora_alpha = note["lora_alpha"]
     if not any(map(is_like, leaves)):
-        raise FileError(f"{path}: expected the leaves of a tree with LoRA in it, found none that looks like one")
-    found = foreign.find_lora(leaves)
-    if found is None:
+        raise FileError(f"{path}: expected a tree with LoRA leaves, found no leaf that looks like one")
+    tree = foreign.find_lora(leaves)
+    if tree is None:
         raise FileError(f"{path}: {foreign.describe_unknown(leaves).strip()}")
-    found = dataclasses.replace(found, base={**found.base, **_shapes(like, found.dialect)}, sizes=sizes)
-    config, _, tensors = foreign.tree_to_peft(
-        found, None, keymap, lora_alpha, "convert(source, target", None, on_shared
-    )
+    tree = dataclasses.replace(tree, base={**tree.base, **_base_shapes(like, tree.dialect)}, sizes=sizes)
+    config, _, tensors = foreign.tree_to_peft(tree, None, keymap, lora_alpha, "convert(source, target", None, on_shared)
     return PeftTensors(config, tensors, str(path))
 
 
-def _note(path: Place) -> dict[str, Any]:
+def _read_note(path: Place) -> dict[str, Any]:
     text = safetensors.read_header(path).metadata.get(NOTE, "{}")
     try:
-        found = json.loads(text)
-        alpha = found.get("lora_alpha")
+        note = json.loads(text)
+        alpha = note.get("lora_alpha")
     except (ValueError, AttributeError):
         return {}
-    return found if isinstance(alpha, int | float) and not isinstance(alpha, bool) else {}
+    return note if isinstance(alpha, int | float) and not isinstance(alpha, bool) else {}
 
 
-def _dotted(leaves: Mapping[str, Any], source: Any) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    twice: list[str] = []
+def _with_dotted_paths(leaves: Mapping[str, Any], source: Any) -> dict[str, Any]:
+    """Replace slashes in paths by dots; raise `FormatError` if two paths become equal."""
+    dotted: dict[str, Any] = {}
+    duplicates: list[str] = []
     for path, leaf in leaves.items():
-        dotted = path.replace("/", ".")
-        if dotted in out:
-            twice.append(path)
-        out[dotted] = leaf
-    if twice:
-        raise FormatError(f"{source}: two leaves have one path, with dots or slashes in it:\n" + paths.bullets(twice))
-    return out
+        name = path.replace("/", ".")
+        if name in dotted:
+            duplicates.append(path)
+        dotted[name] = leaf
+    if duplicates:
+        raise FormatError(
+            f"{source}: two leaves have the same path if slashes are read as dots:\n" + paths.bullets(duplicates)
+        )
+    return dotted
 
 
-def _lora(config: Config, what: str) -> LoraConfig:
+def _require_lora(config: Config, target: str) -> LoraConfig:
     if not isinstance(config, LoraConfig):
-        raise ConfigError(f"{config.peft_type} cannot be converted to {what}: trees of other libraries hold LoRA only")
+        raise ConfigError(f"cannot convert {config.peft_type} to {target}: trees of other libraries support LoRA only")
     return config
 
 
-def _respelt(tensors: PeftTensors, source: KeyMap, target: KeyMap) -> PeftTensors:
+def _respell(tensors: PeftTensors, source: KeyMap, target: KeyMap) -> PeftTensors:
+    """Rename the modules of an adapter from the spelling of one keymap to that of another."""
     config = tensors.config
-    pairs = _pairs(tensors)
-    names = laying.respell_modules(source, target, list(pairs))
+    pairs = _lora_pairs(tensors)
+    names = blank.respell_modules(source, target, list(pairs))
     stale = [f for f in ("rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform") if config.get(f)]
     if stale and set(names) != set(names.values()):
-        raise ConfigError(f"{tensors.source}: {', '.join(stale)} speak of the old names; write them anew")
+        raise ConfigError(
+            f"{tensors.source}: cannot rename the modules, because {', '.join(stale)} of the configuration use the old"
+            " names; edit the configuration first"
+        )
     if not all(matching.matches(config, m) for m in names.values()):
-        config = _lora(config, "another spelling").replace(target_modules=sorted(names.values()))
+        config = _require_lora(config, "another spelling").replace(target_modules=sorted(names.values()))
     new = {
         f"{PEFT_PREFIX}{names[m]}.lora_{side}.weight": x
         for m, pair in pairs.items()
@@ -209,72 +217,81 @@ def _write_tree(
     sizes: Mapping[str, int],
     on_shared: str | None,
 ) -> ConvertedFile:
-    config = _lora(tensors.config, "a tree")
+    """Write a tree for the dialect `name` of the model family `keymap`."""
+    config = _require_lora(tensors.config, "a tree")
     library = keymap.name.partition(":")[0]
     if name is None and library not in dialects.USED:
-        known = ", ".join(dialects.DIALECTS)
-        raise ConfigError(f"say which dialect (--dialect) the tree of {keymap.name!r} has: {known}")
+        raise ConfigError(
+            f"the LoRA layout of a {keymap.name!r} tree is ambiguous: pass --dialect, one of"
+            f" {', '.join(dialects.DIALECTS)}"
+        )
     dialect = dialects.get_dialect(name or dialects.USED[library])
     if dialect.slots is not None:
-        raise ConfigError(f"{dialect.name} keeps several adapters in one tree; load into its model instead")
-    known = _shapes(like, dialect)
-    leaves = known or [w.leaf.replace("{l}", "0") for w in keymap.weights]
+        raise ConfigError(
+            f"cannot write a {dialect.name} tree, because it contains several adapters; load the adapter into the model"
+        )
+    known_shapes = _base_shapes(like, dialect)
+    leaves = known_shapes or [w.leaf.replace("{l}", "0") for w in keymap.weights]
     keymap = keymap.spelling_for([key.removeprefix(PEFT_PREFIX) for key in tensors.tensors], leaves)
-    single, whole = keymap, tensors
+    layer_keymap, layer_tensors = keymap, tensors
     if tensors.config.get("target_parameters") or experts.may_have_experts(tensors.tensors):
-        single = experts.per_expert_keymap(keymap)
-        whole = experts.fuse_experts(tensors, keymap, on_shared, "convert(source, target")
-        whole = PeftTensors(*experts.split_experts(whole.config, whole.tensors, single, keymap), tensors.source)
-    pairs = _pairs(whole)
+        layer_keymap = experts.per_expert_keymap(keymap)
+        fused = experts.fuse_experts(tensors, keymap, on_shared, "convert(source, target")
+        layer_tensors = PeftTensors(
+            *experts.split_experts(fused.config, fused.tensors, layer_keymap, keymap), tensors.source
+        )
+    pairs = _lora_pairs(layer_tensors)
     shapes = {m: (tuple(a.shape), tuple(b.shape)) for m, (a, b) in pairs.items()}
-    adapted = laying.find_adapted_leaves(single, shapes, known)
+    adapted = blank.find_adapted_leaves(layer_keymap, shapes, known_shapes)
 
-    def blank(rank: int) -> foreign.ForeignTree:
+    def blank_tree(rank: int) -> foreign.ForeignTree:
         arrays: dict[str, tuple[int, ...]] = {}
-        for one in adapted:
-            arrays |= laying.blank_arrays(dialect, one, shapes, rank, known.get(one.site.leaf), sizes)
-        # (What is never written is never read, so that only the shapes cost anything.)
+        for leaf in adapted:
+            arrays |= blank.blank_arrays(dialect, leaf, shapes, rank, known_shapes.get(leaf.site.leaf), sizes)
         dtype = np.result_type(*(a.dtype for a, _ in pairs.values()))
+        # Broadcast scalars need no memory; their values are never read.
         leaves = {p: np.broadcast_to(np.zeros((), dtype), shape) for p, shape in arrays.items()}
-        return foreign.ForeignTree(leaves, dialect, leaves, lambda new: {**leaves, **new}, known, {}, sizes)
+        return foreign.ForeignTree(leaves, dialect, leaves, lambda new: {**leaves, **new}, known_shapes, {}, sizes)
 
     rank = max(a[0] for a, _ in shapes.values())
     if on_shared is not None or dialect.per_head:
-        rank = foreign.needed_rank(blank(rank), keymap, whole.tensors, pairs)
+        rank = foreign.needed_rank(blank_tree(rank), keymap, layer_tensors.tensors, pairs)
     scale = config.lora_alpha / config.r
     alpha = None if dialect.unscaled else scale * rank
     tree = foreign.fill_tree(
-        blank(rank), config, tensors.tensors, keymap=keymap, lora_alpha=alpha, on_shared=on_shared,
+        blank_tree(rank), config, tensors.tensors, keymap=keymap, lora_alpha=alpha, on_shared=on_shared,
         source=tensors.source, call="convert(source, target",
     )  # fmt: skip
-    written = {p: np.asarray(x) for p, x in tree.items()}
+    arrays = {p: np.asarray(x) for p, x in tree.items()}
     note = {NOTE: json.dumps({"dialect": dialect.name, "keymap": keymap.name, "lora_alpha": alpha})}
-    specs = {p: (x.dtype, x.shape) for p, x in written.items()}
-    safetensors.write(path, specs, written.__getitem__, {} if alpha is None else note)
-    return ConvertedFile(str(path), len(written), dialect.name, rank, float(rank if alpha is None else alpha))
+    specs = {p: (x.dtype, x.shape) for p, x in arrays.items()}
+    safetensors.write(path, specs, arrays.__getitem__, {} if alpha is None else note)
+    return ConvertedFile(str(path), len(arrays), dialect.name, rank, float(rank if alpha is None else alpha))
 
 
-def _pairs(tensors: PeftTensors) -> dict[str, tuple[Any, Any]]:
-    """`{module: (A, B)}`; what is neither is refused."""
-    found: dict[str, dict[str, Any]] = {}
-    odd: list[str] = []
+def _lora_pairs(tensors: PeftTensors) -> dict[str, tuple[Any, Any]]:
+    """Return `{module: (A, B)}`; raise `KeyMapError` for all other tensors."""
+    pairs: dict[str, dict[str, Any]] = {}
+    unsupported: list[str] = []
     for key, x in tensors.tensors.items():
-        module, middle, last = key.removeprefix(PEFT_PREFIX).rpartition(".lora_")
-        if middle and last in ("A.weight", "B.weight"):
-            found.setdefault(module, {})[last[0]] = x
+        module, separator, suffix = key.removeprefix(PEFT_PREFIX).rpartition(".lora_")
+        if separator and suffix in ("A.weight", "B.weight"):
+            pairs.setdefault(module, {})[suffix[0]] = x
         else:
-            odd.append(key)
-    half = [m for m, pair in found.items() if len(pair) != 2]
-    if odd or half:
-        listed = [*odd, *(f"{m}: A or B is missing" for m in half)]
-        raise KeyMapError(f"{tensors.source}: no place in a tree for\n" + paths.bullets(listed))
-    return {m: (pair["A"], pair["B"]) for m, pair in found.items()}
+            unsupported.append(key)
+    incomplete = [m for m, pair in pairs.items() if len(pair) != 2]
+    if unsupported or incomplete:
+        problems = [*unsupported, *(f"{m}: A or B is missing" for m in incomplete)]
+        raise KeyMapError(
+            f"{tensors.source}: cannot convert these tensors, only pairs of LoRA's A and B:\n" + paths.bullets(problems)
+        )
+    return {m: (pair["A"], pair["B"]) for m, pair in pairs.items()}
 
 
-def _shapes(like: Any, dialect: Dialect) -> dict[str, tuple[int, ...]]:
-    """`{base leaf: shape}` of a file with a tree's shapes."""
+def _base_shapes(like: Any, dialect: Dialect) -> dict[str, tuple[int, ...]]:
+    """Return `{base leaf: shape}` from the header of a safetensors file."""
     if like is None:
         return {}
     header = safetensors.read_header(like).tensors
-    leaves = _dotted({path: info.shape for path, info in header.items()}, like)
+    leaves = _with_dotted_paths({path: info.shape for path, info in header.items()}, like)
     return {dialect.base(p): tuple(shape) for p, shape in leaves.items() if not is_like(p)}

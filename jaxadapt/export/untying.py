@@ -1,7 +1,7 @@
-"""A model's folder whose head is tied to its table of tokens, and a head of its own where an adapter needs one.
+"""Tied embeddings of a model's folder: give the output head a separate tensor if an adapter needs one.
 
-PEFT adapts the table and the head as two modules, though they share one weight. A sum that is right for one of them
-is wrong for the other, so a merged model needs two tensors.
+PEFT adapts the token embedding and the head as two modules, although they share one weight. A merged weight that is
+correct for one of them is wrong for the other, so the merged model needs two tensors.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jaxadapt.storage import hf_model, local_files
 from jaxadapt.storage.location import Place
 
 FIELD = "tie_word_embeddings"
-"""The field of config.json that ties them."""
+"""The field of config.json that ties the head to the embedding."""
 
 DEFAULTS: Mapping[str, bool] = {
     **dict.fromkeys(
@@ -38,52 +38,53 @@ DEFAULTS: Mapping[str, bool] = {
         False,
     ),
 }
-"""What a model type means by a config.json without the field."""
+"""The default of the field by model type."""
 
 _HEADLESS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
-"""How transformers calls classes that have no head over the tokens."""
+"""Suffixes of transformers' classes without a head over the tokens."""
 
 Pairs = tuple[tuple[str, str], ...]
+"""`((head key, embedding key), …)`."""
 
 
 def read_model_config(path: Place) -> dict[str, Any] | None:
-    """The fields of a config.json; None where there is no such file."""
+    """Read the fields of a config.json; return None if the file does not exist."""
     try:
-        found: Any = json.loads(path.read_bytes())
+        document: Any = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
     except OSError as error:
         raise local_files.file_error("read", str(path), error) from error
     except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: expected JSON, found: {error}") from error
-    if not isinstance(found, dict):
-        raise FormatError(f"{path}: expected a JSON object, found {type(found).__name__}")
-    return cast("dict[str, Any]", found)
+        raise FormatError(f"{path}: expected JSON, but reading failed: {error}") from error
+    if not isinstance(document, dict):
+        raise FormatError(f"{path}: expected a JSON object, found {type(document).__name__}")
+    return cast("dict[str, Any]", document)
 
 
 def is_tied(config: Mapping[str, Any]) -> bool | None:
-    """Whether a config.json ties the head to the table of tokens, None if it does not tell.
+    """Return True if a config.json ties the head to the token embedding, None if it is ambiguous.
 
-    transformers 5 goes by the field beside `text_config`, transformers 4 by the field in it. Without the field both
-    go by the default of the model type.
+    transformers 5 reads the field beside `text_config`, transformers 4 the field in it. Without the field, both use the
+    default of the model type.
 
     >>> is_tied({"model_type": "gpt2"}), is_tied({"model_type": "llama"}), is_tied({"model_type": "gpt2", FIELD: False})
     (True, False, False)
     """
-    text, outer = config.get("text_config"), _said(config)
+    text, outer = config.get("text_config"), _tie_field(config)
     if outer is None:
         outer = DEFAULTS.get(str(config.get("model_type")))
-    inner = _said(cast("Mapping[str, Any]", text)) if isinstance(text, Mapping) else None
+    inner = _tie_field(cast("Mapping[str, Any]", text)) if isinstance(text, Mapping) else None
     return outer if inner is None or inner == outer else None
 
 
-def _said(config: Mapping[str, Any]) -> bool | None:
+def _tie_field(config: Mapping[str, Any]) -> bool | None:
     value = config.get(FIELD)
     return value if isinstance(value, bool) else None
 
 
 def untie_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a config.json for a model whose head has a tensor of its own."""
+    """Return the fields of a config.json with the head untied from the embedding."""
     text: Any = config.get("text_config")
     inner = {"text_config": {**text, FIELD: False}} if isinstance(text, Mapping) else {}
     return {**config, **inner, FIELD: False}
@@ -91,43 +92,45 @@ def untie_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class UntiedBase:
-    """A folder's tensors as an adapter needs them.
+    """The tensors of a model's folder, untied if the adapter needs it.
 
     Attributes:
-        tensors: with a head of its own where `apart`.
-        tied: `(head, table)` of the tensors that stay one, as the adapter names them.
-        apart: whether the head has a tensor of its own that config.json must not tie.
+        tensors: the tensors, with a separate head if `is_untied`.
+        tied: `(head, embedding)` of the tensors that stay tied, with the adapter's names.
+        is_untied: True if the head has a separate tensor, so that config.json must not tie it.
     """
 
     tensors: hf_model.ModelTensors
     tied: Pairs = ()
-    apart: bool = False
+    is_untied: bool = False
 
 
-def untie_base(held: hf_model.ModelTensors, path: Place, adapter: PeftTensors) -> UntiedBase:
-    """The tensors of a model's folder, with a head of its own where the adapter is for the table or the head alone.
+def untie_base(base_tensors: hf_model.ModelTensors, path: Place, adapter: PeftTensors) -> UntiedBase:
+    """Return the tensors of a model's folder, with a separate head if the adapter changes only the head or embedding.
 
     Args:
-        held: the folder's tensors.
+        base_tensors: the folder's tensors.
         path: its config.json, which may be missing.
+        adapter: the adapter to merge.
 
-    Raises `MismatchError` where the folder does not tell whether they are one weight, or how the head is called.
+    Raises:
+        MismatchError: the folder does not state whether the two are tied, or the head's name is unknown.
     """
-    shapes = {key: tuple(spec.shape) for key, spec in held.specs.items()}
+    shapes = {key: tuple(spec.shape) for key, spec in base_tensors.specs.items()}
     tensors = {key: tuple(x.shape) for key, x in adapter.tensors.items()}
-    adapted, asked = pytorch.adapted_shapes(tensors), bool(adapter.config.get("ensure_weight_tying"))
+    adapted, ensures_tying = pytorch.adapted_shapes(tensors), bool(adapter.config.get("ensure_weight_tying"))
     heads = {head for group, _ in _groups() for head, _ in group}
-    named = pytorch.renamed(shapes, [module for module in adapted if f"{module}.weight" not in heads])
-    known = _group(named)
+    adapter_names = pytorch.renamed(shapes, [module for module in adapted if f"{module}.weight" not in heads])
+    known = _find_group(adapter_names)
     if known is None:
-        lookups = [module for module, own in adapted.items() if "lora_embedding_A" in own]
-        missing = [f"{module}.weight" for module in adapted if f"{module}.weight" not in named.values()]
-        if asked:
+        lookups = [module for module, names in adapted.items() if "lora_embedding_A" in names]
+        missing = [f"{module}.weight" for module in adapted if f"{module}.weight" not in adapter_names.values()]
+        if ensures_tying:
             return UntiedBase(
-                held, tuple((head, f"{lookups[0]}.weight") for head in missing) if len(lookups) == 1 else ()
+                base_tensors, tuple((head, f"{lookups[0]}.weight") for head in missing) if len(lookups) == 1 else ()
             )
-        _refuse_unknown(adapter, path, {named[key]: shape for key, shape in shapes.items()}, lookups)
-        return UntiedBase(held)
+        _refuse_unknown_head(adapter, path, {adapter_names[key]: shape for key, shape in shapes.items()}, lookups)
+        return UntiedBase(base_tensors)
 
     group, names = known
     rows = {f"{module}.weight" for module in pytorch.rows(tensors)}
@@ -138,122 +141,132 @@ def untie_base(held: hf_model.ModelTensors, path: Place, adapter: PeftTensors) -
         if (module := key.removesuffix(".weight")) in adapted or matching.is_saved(adapter.config, module)
     }
     saved = {key.removeprefix(PEFT_PREFIX) for key in tensors}
-    changed |= {head for head, _ in pairs if asked and head in saved}  # (the configuration names the table alone)
-    alone = sorted(changed | {head for head, _ in pairs if head in rows})
-    home = {key: leaf for leaf, key in named.items()}
-    lacking = tuple(pair for pair in group if pair[0] not in home)
-    if not alone and not any(table in rows for _, table in pairs):
-        return UntiedBase(held, lacking)
+    changed |= {head for head, _ in pairs if ensures_tying and head in saved}  # the configuration lists only embeddings
+    adapted_keys = sorted(changed | {head for head, _ in pairs if head in rows})
+    file_keys = {name: key for key, name in adapter_names.items()}
+    without_head = tuple(pair for pair in group if pair[0] not in file_keys)
+    if not adapted_keys and not any(table in rows for _, table in pairs):
+        return UntiedBase(base_tensors, without_head)
 
-    # PEFT knows embeddings by two names alone; those that it ties it writes under both.
-    together = asked and any(head in alone and table in alone for head, table in pairs)
-    state = _state(path)
-    twice = [pair for pair in pairs if pair not in lacking and bitwise_same(held, home[pair[0]], home[pair[1]])]
-    what = f"{adapter.source}: changes {' and '.join(alone or sorted(rows))}"
-    untold = MismatchError(
-        f"{what}, and {path} does not tell whether {' and '.join(dict.fromkeys(key for pair in pairs for key in pair))}"
-        f" are one weight. Write {FIELD} into it, true or false (into its text_config too, if it has one)"
+    # PEFT recognizes embeddings by two names only, and writes those that it ties under both names.
+    changed_together = ensures_tying and any(head in adapted_keys and table in adapted_keys for head, table in pairs)
+    tied = _read_tied(path)
+    stored = [pair for pair in pairs if pair not in without_head]
+    equal = [pair for pair in stored if bitwise_same(base_tensors, file_keys[pair[0]], file_keys[pair[1]])]
+    problem = f"{adapter.source}: cannot merge changes of {' and '.join(adapted_keys or sorted(rows))}"
+    ambiguous = MismatchError(
+        f"{problem}, because {path} does not state whether"
+        f" {' and '.join(dict.fromkeys(key for pair in pairs for key in pair))} are tied. Set {FIELD} in it to true or"
+        " false (also in its text_config, if it has one)"
     )
-    shared = len(pairs) > 1 and any(key in alone for pair in lacking for key in pair)
-    if state is False and (together or not shared):
-        return UntiedBase(held)
-    apart = [pair for pair in pairs if pair not in lacking and pair not in twice]
-    if state is True and apart:
+    is_shared = len(pairs) > 1 and any(key in adapted_keys for pair in without_head for key in pair)
+    if tied is False and (changed_together or not is_shared):
+        return UntiedBase(base_tensors)
+    different = [pair for pair in stored if pair not in equal]
+    if tied is True and different:
         raise MismatchError(
-            f"{what}, and the base's folder contradicts itself: {path} ties the head to the table ({FIELD}), and"
-            f" {' and '.join(apart[0])} differ. Set {FIELD} to false if {apart[0][0]} counts, or take that tensor out"
+            f"{problem}, because the base's folder contradicts itself: {path} ties the head to the embedding ({FIELD}),"
+            f" but {' and '.join(different[0])} differ. Set {FIELD} to false to keep {different[0][0]}, or remove that"
+            " tensor"
         )
-    if together or not alone:
-        if state is None and twice:
-            raise untold
-        one = {home[head] for head, _ in twice}
-        return UntiedBase(held.with_names({key: key for key in held if key not in one}), (*lacking, *twice))
+    if changed_together or not adapted_keys:
+        if tied is None and equal:
+            raise ambiguous
+        duplicates = {file_keys[head] for head, _ in equal}
+        tensors = base_tensors.with_names({key: key for key in base_tensors if key not in duplicates})
+        return UntiedBase(tensors, (*without_head, *equal))
     if len(pairs) > 1:
         raise MismatchError(
-            f"{what} apart from the modules that share its weight, and no config.json unties all of them in such a"
-            " model. Keep the adapter beside the model, or train it with ensure_weight_tying"
+            f"{problem}, because other modules share this weight and no config.json unties all of them in such a"
+            " model. Keep the adapter unmerged, or train it with ensure_weight_tying"
         )
     ((head, table),) = pairs
     if table in rows and head not in rows:
         raise MismatchError(
-            f"{what}, and trainable_token_indices changes rows of {table}, which are the head's as well: there is no"
-            " tensor that is right for both. Keep the adapter beside the model"
+            f"{problem}, because trainable_token_indices changes rows of {table} and the head shares them: no tensor is"
+            " correct for both. Keep the adapter unmerged"
         )
-    if head in home:
-        return UntiedBase(held, apart=True)
-    if state is None:
-        raise untold
-    if head not in alone and _headless(path):
-        return UntiedBase(held)
-    full = {name: leaf for leaf, name in names.items()} | {first: home[second] for first, second in lacking}
-    return UntiedBase(held.with_names(full), apart=True)
+    if head in file_keys:
+        return UntiedBase(base_tensors, is_untied=True)
+    if tied is None:
+        raise ambiguous
+    if head not in adapted_keys and _is_headless(path):
+        return UntiedBase(base_tensors)
+    all_names = {name: leaf for leaf, name in names.items()}
+    all_names |= {first: file_keys[second] for first, second in without_head}
+    return UntiedBase(base_tensors.with_names(all_names), is_untied=True)
 
 
 def resolve_untied_config(config: Config, base: UntiedBase) -> Config:
-    """The configuration of an adapter for these tensors: a head apart is not tied, and a tied one has no rows."""
-    if base.apart and config.get("ensure_weight_tying"):
+    """Return the adapter's configuration for the base: without tying if `is_untied`, without rows of tied heads."""
+    if base.is_untied and config.get("ensure_weight_tying"):
         config = config.replace(ensure_weight_tying=False)
     rows: Any = config.get("trainable_token_indices")
     if isinstance(rows, Mapping):
         heads = tuple(head.removesuffix(".weight") for head, _ in base.tied)
-        own = {name: indices for name, indices in rows.items() if not any(head.endswith(name) for head in heads)}
-        config = config.replace(trainable_token_indices=own)
+        kept = {name: indices for name, indices in rows.items() if not any(head.endswith(name) for head in heads)}
+        config = config.replace(trainable_token_indices=kept)
     return config
 
 
 @functools.cache
 def _groups() -> tuple[tuple[Pairs, bool], ...]:
-    """The tied keys of each family, and whether the names are those of a model without its head."""
-    found: dict[Pairs, bool] = {}
+    """Return the tied keys of each family, each with True if the names are of a model without its head."""
+    groups: dict[Pairs, bool] = {}
     for family in families.FAMILIES.values():
-        for name, table in ((name, family.with_spelling(name)) for name, _ in family.spellings):
-            found.setdefault(table.tied, name == "bare")
-        found[family.tied] = False
-    return tuple((pairs, is_bare) for pairs, is_bare in found.items() if pairs)
+        for name, keymap in ((name, family.with_spelling(name)) for name, _ in family.spellings):
+            groups.setdefault(keymap.tied, name == "bare")
+        groups[family.tied] = False
+    return tuple((pairs, is_bare) for pairs, is_bare in groups.items() if pairs)
 
 
-def _group(named: Mapping[str, str]) -> tuple[Pairs, Mapping[str, str]] | None:
-    """The tied keys of this model as the adapter names them, none without a head; and what its tensors are called.
+def _find_group(adapter_names: Mapping[str, str]) -> tuple[Pairs, Mapping[str, str]] | None:
+    """Return the model's tied keys with the adapter's names (none without a head), and the names of its tensors.
 
     Args:
-        named: `{key in the folder: the adapter's name for it}`. Of the two, the one with a head's model in it counts.
+        adapter_names: `{key in the folder: the adapter's name for it}`. Names of a model with a head are preferred.
     """
-    for is_bare, names in ((False, named), (False, {leaf: leaf for leaf in named}), (True, named)):
-        home = {name: leaf for leaf, name in names.items()}
+    file_names = {key: key for key in adapter_names}
+    for is_bare, names in ((False, adapter_names), (False, file_names), (True, adapter_names)):
+        keys = {name: key for key, name in names.items()}
         for group, bare in _groups():
-            if bare == is_bare and all(same in home for _, same in group):
-                own = tuple((head, named[home[same]]) for head, same in group)
-                return () if bare else own, names
+            if bare == is_bare and all(same in keys for _, same in group):
+                renamed = tuple((head, adapter_names[keys[same]]) for head, same in group)
+                return () if bare else renamed, names
     return None
 
 
-def _state(path: Place) -> bool | None:
+def _read_tied(path: Place) -> bool | None:
     config = read_model_config(path)
     return None if config is None else is_tied(config)
 
 
-def _headless(path: Place) -> bool:
-    """Whether the folder is of a class without a head over the tokens."""
-    made: Any = (read_model_config(path) or {}).get("architectures")
+def _is_headless(path: Place) -> bool:
+    """Return True if the folder's model class has no head over the tokens."""
+    classes: Any = (read_model_config(path) or {}).get("architectures")
     return (
-        isinstance(made, list) and bool(made) and all(str(name).endswith(_HEADLESS) for name in cast("list[Any]", made))
+        isinstance(classes, list)
+        and bool(classes)
+        and all(str(name).endswith(_HEADLESS) for name in cast("list[Any]", classes))
     )
 
 
-def bitwise_same(held: hf_model.ModelTensors, a: str, b: str) -> bool:
-    """Whether two tensors are one, bit for bit."""
-    x, y = held[a], held[b]
+def bitwise_same(base_tensors: hf_model.ModelTensors, a: str, b: str) -> bool:
+    """Return True if two tensors are equal bit for bit."""
+    x, y = base_tensors[a], base_tensors[b]
     return x.dtype == y.dtype and x.shape == y.shape and bool((x.view("uint8") == y.view("uint8")).all())
 
 
-def _refuse_unknown(
+def _refuse_unknown_head(
     adapter: PeftTensors, path: Place, shapes: Mapping[str, Sequence[int]], lookups: Sequence[str]
 ) -> None:
-    """Refuse an adapter of a table of tokens that may be the head as well, where no family's names say so.
+    """Raise `MismatchError` if an adapted embedding may be tied to a head of unknown name.
 
     Args:
-        shapes: by the adapter's names.
-        lookups: the modules that it adapts as tables.
+        adapter: the adapter to merge.
+        path: the model's config.json.
+        shapes: the shapes of the folder's tensors, by the adapter's names.
+        lookups: the modules that the adapter changes as embeddings.
     """
     saved = [
         module
@@ -262,16 +275,16 @@ def _refuse_unknown(
         and (module := key.removesuffix(".weight")).rpartition(".")[2] in full_copies.INPUTS
         and matching.is_saved(adapter.config, module)
     ]
-    tables = [f"{module}.weight" for module in (*lookups, *saved) if f"{module}.weight" in shapes]
-    found = [
+    embeddings = [f"{module}.weight" for module in (*lookups, *saved) if f"{module}.weight" in shapes]
+    unresolved = [
         key
-        for key in tables
+        for key in embeddings
         if not any(shapes[key][0] in shape and len(shape) == 2 for other, shape in shapes.items() if other != key)
     ]
-    if found and _state(path) is not False:
+    if unresolved and _read_tied(path) is not False:
         raise MismatchError(
-            f"{adapter.source}: changes a table of tokens. It may be the head's weight as well ({FIELD} in {path}), and"
-            " what this model calls its head is not known:\n"
-            + paths.bullets(found)
-            + f"\nGive the base a tensor for its head (a copy of the table) and {FIELD}: false, and merge into that"
+            f"{adapter.source}: cannot merge changes of a token embedding, because it may be tied to the head ({FIELD}"
+            f" in {path}) and the name of this model's head is unknown:\n"
+            + paths.bullets(unresolved)
+            + f"\nAdd a tensor for the head to the base (a copy of the embedding), set {FIELD} to false and merge"
         )

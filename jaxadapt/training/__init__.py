@@ -1,4 +1,4 @@
-"""What a training loop needs: optimiser helpers and checkpoints."""
+"""Helpers for training loops: optax optimizers for adapters, and checkpoints."""
 
 from typing import TYPE_CHECKING
 

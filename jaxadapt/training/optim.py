@@ -1,10 +1,10 @@
-"""Training helpers on optax: what each adapter parameter is, and optimisers that treat A, B and the rest apart.
+"""Training helpers for optax: roles of adapter parameters, and optimizers that distinguish A, B and other parameters.
 
     tx = jaxadapt.optim.lora_plus(model, optax.adamw, 1e-4, ratio=16)
     optimizer = nnx.Optimizer(model, tx, wrt=jaxadapt.AdapterParam)      # Linen: tx.init(lora), tx.update(grads, …)
 
-Every function takes the tree that is trained: an NNX model (or its state), or the collection `{"lora": …}`. Roles come
-from the adapter's own method and configuration there, never from guessing at names.
+Every function takes the trained tree: an NNX model (or its state), or the collection `{"lora": …}`. Roles are derived
+from the adapter's method and configuration in this tree, never guessed from names.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import optax
 
 from jaxadapt import methods
-from jaxadapt.adapters import sites as bind
 from jaxadapt.adapters.adapter import CONFIG_NODE, Adapter
+from jaxadapt.adapters.sites import Site, sites_of
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError
-from jaxadapt.merging import factors as products
+from jaxadapt.merging import factors
 from jaxadapt.models import attachment
 from jaxadapt.models.linen import collections
 from jaxadapt.models.nnx import attach as nnx
@@ -37,13 +37,13 @@ Make = Callable[..., optax.GradientTransformation]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Leaf:
-    """One trained array: of which adapter, at which site, which of its tensors."""
+    """One trained array: its adapter, its site and its tensor."""
 
     adapter: str
     config: Config
-    site: bind.Site
+    site: Site
     tensor: str
-    ndim: int  # stacked layers not counted
+    ndim: int  # without axes of stacked layers
 
     @property
     def role(self) -> str:
@@ -57,63 +57,63 @@ class _Leaf:
 
 
 def _leaves(tree: Any) -> Any:
-    """The tree with a `_Leaf` in the place of each array (or variable, or box)."""
+    """Replace each array (or variable, or box) of the tree by its `_Leaf`."""
     if isinstance(tree, nnx.nnx.Module):
         tree = nnx.nnx.state(tree, nnx.AdapterParam)
     if isinstance(tree, nnx.nnx.State):
-        return _of_state(tree)
+        return _describe_state(tree)
     if isinstance(tree, Adapter):
-        return dataclasses.replace(tree, params=paths.unflatten(_named(tree, "default")))
+        return dataclasses.replace(tree, params=paths.unflatten(_leaves_by_path(tree, "default")))
     if isinstance(tree, Mapping) and "params" not in tree:
-        found = _of_collections(tree)
-        if any(isinstance(x, _Leaf) for x in jax.tree.leaves(found)):
-            return found
+        described = _describe_collections(tree)
+        if any(isinstance(x, _Leaf) for x in jax.tree.leaves(described)):
+            return described
     raise AttachError(
-        "expected the tree that is trained, an adapted NNX model or the adapters' collections (without 'params'), found"
+        "expected the trained tree, an adapted NNX model or the adapters' collections (without 'params'), found"
         f" {type(tree).__name__}"
     )
 
 
-def _of_state(state: Any) -> Any:
-    held = nnx.adapter_variables(state)
-    if not held:
-        raise AttachError("this model carries no adapter to train")
-    made: dict[int, _Leaf] = {}
-    for name, by_path in held.items():
-        known = _named(nnx.extract(state, name), name)
-        made |= {id(var): known[path] for path, var in by_path.items()}
+def _describe_state(state: Any) -> Any:
+    variables = nnx.adapter_variables(state)
+    if not variables:
+        raise AttachError("the model has no adapter to train; call jaxadapt.adapt first")
+    leaves: dict[int, _Leaf] = {}
+    for name, by_path in variables.items():
+        by_name = _leaves_by_path(nnx.extract(state, name), name)
+        leaves |= {id(var): by_name[path] for path, var in by_path.items()}
     flat = nnx.nnx.to_flat_state(state)
-    others = [f"{paths.join(*map(str, path))}: {type(var).__name__}" for path, var in flat if id(var) not in made]
+    others = [f"{paths.join(*map(str, path))}: {type(var).__name__}" for path, var in flat if id(var) not in leaves]
     if others:
         raise AttachError(
-            "of a state, what is trained alone: nnx.state(model, jaxadapt.AdapterParam); this one also holds\n"
-            + paths.bullets(others)
+            "expected a state with only the trained variables, nnx.state(model, jaxadapt.AdapterParam); this one also"
+            " contains:\n" + paths.bullets(others)
         )
-    return jax.tree.map(lambda var: made[id(var)], state, is_leaf=lambda x: isinstance(x, nnx.nnx.Variable))
+    return jax.tree.map(lambda var: leaves[id(var)], state, is_leaf=lambda x: isinstance(x, nnx.nnx.Variable))
 
 
-def _of_collections(tree: Mapping[str, Any]) -> dict[str, Any]:
-    out: dict[str, Any] = {}
+def _describe_collections(tree: Mapping[str, Any]) -> dict[str, Any]:
+    described: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping) and CONFIG_NODE in value:
             adapter = collections.read_collection(value, name)
-            out[name] = {**paths.unflatten(_named(adapter, name)), CONFIG_NODE: value[CONFIG_NODE]}
+            described[name] = {**paths.unflatten(_leaves_by_path(adapter, name)), CONFIG_NODE: value[CONFIG_NODE]}
         else:
-            out[name] = _of_collections(value) if isinstance(value, Mapping) else value
-    return out
+            described[name] = _describe_collections(value) if isinstance(value, Mapping) else value
+    return described
 
 
-def _named(adapter: Adapter, name: str) -> dict[str, _Leaf]:
-    """`{path: what it is}` of one adapter's parameters."""
-    plain = dataclasses.replace(adapter, params=collections.unbox_tree(adapter.params))
+def _leaves_by_path(adapter: Adapter, name: str) -> dict[str, _Leaf]:
+    """Return `{path: leaf}` of one adapter's parameters."""
+    unboxed = dataclasses.replace(adapter, params=collections.unbox_tree(adapter.params))
     return {
-        paths.join(b.leaf, tensor): _Leaf(name, adapter.config, b, tensor, len(shape) - len(b.match.stack))
-        for b in bind.sites_of(plain)
-        for tensor, shape in b.shapes.items()
+        paths.join(site.leaf, tensor): _Leaf(name, adapter.config, site, tensor, len(shape) - len(site.match.stack))
+        for site in sites_of(unboxed)
+        for tensor, shape in site.shapes.items()
     }
 
 
-def _map(f: Callable[[_Leaf], Any], tree: Any) -> Any:
+def _map_leaves(f: Callable[[_Leaf], Any], tree: Any) -> Any:
     return jax.tree.map(f, _leaves(tree), is_leaf=lambda x: isinstance(x, _Leaf))
 
 
@@ -121,10 +121,11 @@ def _map(f: Callable[[_Leaf], Any], tree: Any) -> Any:
 
 
 def roles(tree: Any) -> Any:
-    """What each parameter is, as a tree of labels for `optax.multi_transform`.
+    """Return the role of each parameter as a tree of labels, for `optax.multi_transform`.
 
-    "A" and "B" are LoRA's matrices, "embedding" those of an adapted embedding, "bias" a trained bias, "vector" IA3's
-    and DoRA's vectors (and KaSA's), "copy" a weight trained in full, "frozen" MiCA's B, "other" the rest.
+    The labels are "A" and "B" for LoRA's matrices, "embedding" for the matrices of an adapted embedding, "bias" for a
+    trained bias, "vector" for the vectors of IA3, DoRA and KaSA, "copy" for a fully trained weight, "frozen" for MiCA's
+    B, and "other".
 
     >>> import jax, jaxadapt
     >>> base = {"q": {"kernel": jax.ShapeDtypeStruct((4, 6), "float32")}}
@@ -132,14 +133,14 @@ def roles(tree: Any) -> Any:
     >>> roles(adapter.collection)["lora"]["default"]["q"]
     {'kernel': {'lora_A': 'A', 'lora_B': 'B'}}
     """
-    return _map(lambda leaf: leaf.role, tree)
+    return _map_leaves(lambda leaf: leaf.role, tree)
 
 
 def decay_mask(tree: Any) -> Any:
-    """Where weight decay belongs, for `optax.adamw(…, mask=…)`: on matrices.
+    """Return a mask that applies weight decay to matrices only, for `optax.adamw(…, mask=…)`.
 
-    Not on biases and norms, whose scale means something, nor on IA3's and DoRA's vectors, which begin at one (or at a
-    weight's length) and would be pulled to zero.
+    Decay would change the scale of biases and norms. It would also pull the vectors of IA3 and DoRA to zero, although
+    they start at one (or at a weight's norm).
 
     >>> import jax, jaxadapt
     >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
@@ -147,17 +148,20 @@ def decay_mask(tree: Any) -> Any:
     >>> adapter = jaxadapt.init(config, base, key=jax.random.key(0))
     >>> tx = optax.adamw(1e-3, mask=decay_mask(adapter.collection))
     """
-    return _map(lambda leaf: leaf.decays, tree)
+    return _map_leaves(lambda leaf: leaf.decays, tree)
 
 
 # ---------------------------------------------------------------- a penalty
 
 
 def kasa_loss(tree: Any, name: str = attachment.DEFAULT) -> Array:
-    """The penalties of KaSA (arXiv:2412.06071, equations 9 to 11), to be added to the loss: a scalar in float32.
+    """Return the penalties of KaSA to add to the loss, a float32 scalar (arXiv:2412.06071, equations 9 to 11).
 
-    β·Σd² + γ·(‖BᵀB − I‖ + ‖AAᵀ − I‖), summed over the modules, with `kasa_config`'s beta and gamma; PEFT's
-    `LoraModel._get_kasa_loss`. Raises `ConfigError` for an adapter without `kasa_config`.
+    The value is β·Σd² + γ·(‖BᵀB − I‖ + ‖AAᵀ − I‖), summed over the modules, with beta and gamma of `kasa_config`, as in
+    PEFT's `LoraModel._get_kasa_loss`.
+
+    Raises:
+        ConfigError: the adapter has no `kasa_config`.
 
     >>> import jax, jaxadapt
     >>> base = {"q": {"kernel": jnp.eye(6)}}
@@ -167,27 +171,27 @@ def kasa_loss(tree: Any, name: str = attachment.DEFAULT) -> Array:
     1.414
     """
     adapter = attachment.extract(tree, name)
-    how = adapter.config.get("kasa_config")
-    if how is None:
-        raise ConfigError(f"the adapter {name!r} has no kasa_config, and so no such penalty")
-    plain = dataclasses.replace(adapter, params=collections.unbox_tree(adapter.params))
+    kasa = adapter.config.get("kasa_config")
+    if kasa is None:
+        raise ConfigError(f"kasa_loss needs an adapter with kasa_config; the adapter {name!r} has none")
+    unboxed = dataclasses.replace(adapter, params=collections.unbox_tree(adapter.params))
     total: Any = jnp.zeros((), jnp.float32)
-    for bound in bind.sites_of(plain):
-        if bound.method.copies:
+    for site in sites_of(unboxed):
+        if site.method.copies:
             continue
-        held = {t: methods.at_least_float32(x) for t, x in plain.sites[bound.leaf].items()}
-        pair = [(t, e) for t, e in zip(bound.tensors, bound.entries, strict=True) if t.name in ("lora_A", "lora_B")]
+        values = {t: methods.at_least_float32(x) for t, x in unboxed.sites[site.leaf].items()}
+        pair = [(t, e) for t, e in zip(site.tensors, site.entries, strict=True) if t.name in ("lora_A", "lora_B")]
         tensors, entries = zip(*pair, strict=True)
-        a, b = products.site_matrices(dataclasses.replace(bound, tensors=tensors, entries=entries), held)
+        a, b = factors.site_matrices(dataclasses.replace(site, tensors=tensors, entries=entries), values)
         eye = jnp.eye(a.shape[1])[None]
         with jax.default_matmul_precision("highest"):
             grams = jnp.swapaxes(b, 1, 2) @ b, a @ jnp.swapaxes(a, 1, 2)
-        apart = sum(jnp.sum(jnp.linalg.norm(gram - eye, axis=(1, 2))) for gram in grams)
-        total += how.get("beta", 1e-4) * jnp.sum(held["lora_diag"] ** 2) + how.get("gamma", 1e-3) * apart
+        distance = sum(jnp.sum(jnp.linalg.norm(gram - eye, axis=(1, 2))) for gram in grams)
+        total += kasa.get("beta", 1e-4) * jnp.sum(values["lora_diag"] ** 2) + kasa.get("gamma", 1e-3) * distance
     return total
 
 
-# ---------------------------------------------------------------- optimisers
+# ---------------------------------------------------------------- optimizers
 
 
 def lora_plus(
@@ -199,17 +203,17 @@ def lora_plus(
     weight_decay: float = 0.0,
     embedding_learning_rate: Any = 1e-6,
 ) -> optax.GradientTransformation:
-    """LoRA+ (Hayou et al. 2024, arXiv:2402.12354): B learns `ratio` times as fast as A.
+    """Make a LoRA+ optimizer, in which B learns `ratio` times as fast as A (Hayou et al. 2024, arXiv:2402.12354).
+
+    The groups are those of PEFT's `create_loraplus_optimizer`, except that DoRA's magnitudes have no weight decay.
 
     Args:
-        tree: what is trained.
+        tree: the trained tree.
         make: `optax.adamw`, or any function called as `make(learning_rate, weight_decay=…)`.
-        learning_rate: of A, and of copies of weights; a number or a schedule.
-        ratio: of B's (and of biases' and vectors') learning rate to it; the paper's advice is 16 and more.
-        weight_decay: where `decay_mask` has it.
-        embedding_learning_rate: of adapted embeddings.
-
-    The groups are those of PEFT's `create_loraplus_optimizer`, save that DoRA's magnitudes are not decayed.
+        learning_rate: the learning rate of A and of copied weights; a number or a schedule.
+        ratio: the learning rate of B, biases and vectors, relative to `learning_rate`. The paper recommends 16 or more.
+        weight_decay: the weight decay of the parameters that `decay_mask` selects.
+        embedding_learning_rate: the learning rate of adapted embeddings.
 
     >>> import jax, jaxadapt
     >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
@@ -220,29 +224,29 @@ def lora_plus(
     """
     if ratio <= 0:
         raise ConfigError(f"ratio: expected a positive number, found {ratio!r}")
-    group = {"A": "A", "copy": "A", "other": "A", "embedding": "embedding", "frozen": "frozen"}
-    labels = _map(lambda leaf: group.get(leaf.role, "B") + ("" if leaf.decays else " plain"), tree)
-    rates = {"A": learning_rate, "embedding": embedding_learning_rate, "B": _times(learning_rate, ratio)}
-    each: dict[Any, optax.GradientTransformation] = {
+    groups = {"A": "A", "copy": "A", "other": "A", "embedding": "embedding", "frozen": "frozen"}
+    labels = _map_leaves(lambda leaf: groups.get(leaf.role, "B") + ("" if leaf.decays else " plain"), tree)
+    rates = {"A": learning_rate, "embedding": embedding_learning_rate, "B": _scale_rate(learning_rate, ratio)}
+    transforms: dict[Any, optax.GradientTransformation] = {
         name: make(rate, weight_decay=weight_decay) for name, rate in rates.items()
     }
-    each |= {f"{name} plain": make(rate, weight_decay=0.0) for name, rate in rates.items()}
-    each["frozen plain"] = optax.set_to_zero()
-    return optax.multi_transform(each, labels)
+    transforms |= {f"{name} plain": make(rate, weight_decay=0.0) for name, rate in rates.items()}
+    transforms["frozen plain"] = optax.set_to_zero()
+    return optax.multi_transform(transforms, labels)
 
 
-def _times(rate: Any, ratio: float) -> Any:
+def _scale_rate(rate: Any, ratio: float) -> Any:
     schedule: Any = rate
     return (lambda step: schedule(step) * ratio) if callable(rate) else rate * ratio  # pyright: ignore[reportUnknownLambdaType]
 
 
 def scale_by_rank(tree: Any, reference: int = 8) -> optax.GradientTransformation:
-    """Each site's updates times √(r / reference): put it last in `optax.chain`.
+    """Scale the updates of each site by √(r / reference). Put it last in `optax.chain`.
 
-    With the scale α/r, and an optimiser of fixed step size such as Adam, the higher a site's rank, the less its weight
-    moves; rsLoRA's α/√r (Kalajdzievski 2023, arXiv:2312.03732) does away with that. These learning rates make the same
-    first step as α'/√r with α' = α/√reference, in a file that readers without rsLoRA understand. Sites that have
-    rsLoRA already, and parameters that are no LoRA matrices, keep their rate.
+    With the scale α/r and an optimizer of fixed step size such as Adam, a site of higher rank changes its weight less.
+    The scale α/√r of rsLoRA (Kalajdzievski 2023, arXiv:2312.03732) corrects this. `scale_by_rank` has the same first
+    step as α'/√r with α' = α/√reference, but the file needs no support for rsLoRA. Sites with rsLoRA, and parameters
+    other than LoRA's matrices, are not scaled.
 
     >>> import jax, jaxadapt
     >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
@@ -256,28 +260,33 @@ def scale_by_rank(tree: Any, reference: int = 8) -> optax.GradientTransformation
         raise ConfigError(f"reference: expected a positive rank, found {reference!r}")
 
     def factor(leaf: _Leaf) -> float:
-        own = {name: size for t in leaf.site.tensors for name, size in t.own}
-        if leaf.role not in ("A", "B", "embedding") or "r" not in own or leaf.config.get("use_rslora"):
+        sizes = {name: size for t in leaf.site.tensors for name, size in t.own}
+        if leaf.role not in ("A", "B", "embedding") or "r" not in sizes or leaf.config.get("use_rslora"):
             return 1.0
-        return math.sqrt(own["r"] / reference)
+        return math.sqrt(sizes["r"] / reference)
 
-    factors = _map(factor, tree)
+    scales = _map_leaves(factor, tree)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-        return jax.tree.map(lambda f, x: jax.tree.map(lambda x: (x * f).astype(x.dtype), x), factors, updates), state
+        return jax.tree.map(lambda f, x: jax.tree.map(lambda x: (x * f).astype(x.dtype), x), scales, updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def lora_fa(tree: Any, inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """LoRA-FA (Zhang et al. 2023, arXiv:2308.03303): A stays as it is, and B's gradient is corrected for it.
+    """Make a LoRA-FA optimizer, which freezes A and corrects B's gradient (Zhang et al. 2023, arXiv:2308.03303).
 
-    `inner` (`optax.adamw(1e-3)`, say) sees g·(A·Aᵀ)⁻¹/s² in the place of B's gradient g, and no A at all: it keeps no
-    state for it. As PEFT's `create_lorafa_optimizer`, with each site's own scale, and in float32 (PEFT's goes through
-    bfloat16). Other parameters are `inner`'s as they are.
+    The gradient g of B is replaced by g·(A·Aᵀ)⁻¹/s², with the scale s of each site. This follows PEFT's
+    `create_lorafa_optimizer`, but computes in float32 where PEFT rounds to bfloat16.
 
-    Raises `ConfigError` for LoRA on embeddings and convolutions, for DoRA and KaSA, and for MiCA, which freezes B.
+    Args:
+        tree: the trained tree.
+        inner: the optimizer of all other parameters and of the corrected B, such as `optax.adamw(1e-3)`. It has no
+            state for A.
+
+    Raises:
+        ConfigError: the tree contains LoRA on embeddings or convolutions, DoRA, KaSA, or MiCA, which freezes B.
 
     >>> import jax, jaxadapt
     >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
@@ -288,46 +297,56 @@ def lora_fa(tree: Any, inner: optax.GradientTransformation) -> optax.GradientTra
     """
     leaves = _leaves(tree)
     flat, structure = jax.tree.flatten(leaves, is_leaf=lambda x: isinstance(x, _Leaf))
-    where: dict[tuple[str, str], dict[str, int]] = {}
+    indices: dict[tuple[str, str], dict[str, int]] = {}
     for i, leaf in enumerate(flat):
-        where.setdefault((leaf.adapter, leaf.site.leaf), {})[leaf.tensor] = i
-    sites = {key: at for key, at in where.items() if {flat[i].role for i in at.values()} & {"A", "B", "embedding"}}
-    odd = [f"{name}: {leaf} {sorted(at)}" for (name, leaf), at in sites.items() if set(at) != {"lora_A", "lora_B"}]
-    odd += [f"{leaf.adapter}: {leaf.site.leaf}: its B is frozen" for leaf in flat if leaf.role == "frozen"]
-    odd = odd or [
-        f"{name}: {leaf}" for (name, leaf), at in sites.items() if not products.has_one_pair(flat[at["lora_A"]].site)
+        indices.setdefault((leaf.adapter, leaf.site.leaf), {})[leaf.tensor] = i
+    sites = {
+        key: tensors
+        for key, tensors in indices.items()
+        if {flat[i].role for i in tensors.values()} & {"A", "B", "embedding"}
+    }
+    problems = [
+        f"{name}: {leaf} {sorted(tensors)}"
+        for (name, leaf), tensors in sites.items()
+        if set(tensors) != {"lora_A", "lora_B"}
     ]
-    if odd:
-        raise ConfigError("LoRA-FA is for plain pairs of matrices, which these are not:\n" + paths.bullets(odd))
+    problems += [f"{leaf.adapter}: {leaf.site.leaf}: its B is frozen" for leaf in flat if leaf.role == "frozen"]
+    problems = problems or [
+        f"{name}: {leaf}"
+        for (name, leaf), tensors in sites.items()
+        if not factors.has_one_pair(flat[tensors["lora_A"]].site)
+    ]
+    if problems:
+        raise ConfigError("LoRA-FA supports only plain pairs of matrices, not:\n" + paths.bullets(problems))
 
-    def corrected(updates: Any, params: Any) -> Any:
+    def correct_gradients(updates: Any, params: Any) -> Any:
         grads = structure.flatten_up_to(updates)
         values = structure.flatten_up_to(params)
-        for at in sites.values():
-            a, b = at["lora_A"], at["lora_B"]
-            bound = flat[a].site
+        for tensors in sites.values():
+            a, b = tensors["lora_A"], tensors["lora_B"]
             (a_value,), (grad,) = jax.tree.leaves(values[a]), jax.tree.leaves(grads[b])
-            grads[b] = jax.tree.unflatten(jax.tree.structure(grads[b]), [_corrected(bound, a_value, grad)])
+            new = _correct_gradient(flat[a].site, a_value, grad)
+            grads[b] = jax.tree.unflatten(jax.tree.structure(grads[b]), [new])
         return structure.unflatten(grads)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         if params is None:
-            raise ConfigError("LoRA-FA needs the parameters: tx.update(grads, state, params)")
-        return apart.update(corrected(updates, params), state, params)
+            raise ConfigError("LoRA-FA needs the parameters: call tx.update(grads, state, params)")
+        return split.update(correct_gradients(updates, params), state, params)
 
-    frozen = jax.tree.map(
+    labels = jax.tree.map(
         lambda leaf: "A" if leaf.role == "A" else "rest", leaves, is_leaf=lambda x: isinstance(x, _Leaf)
     )
-    apart = optax.multi_transform({"A": optax.set_to_zero(), "rest": inner}, frozen)
-    return optax.GradientTransformation(apart.init, update)
+    split = optax.multi_transform({"A": optax.set_to_zero(), "rest": inner}, labels)
+    return optax.GradientTransformation(split.init, update)
 
 
-def _corrected(bound: bind.Site, a: Array, grad: Array) -> Array:
-    """B's gradient times (A·Aᵀ)⁻¹/s², module by module, in float32."""
+def _correct_gradient(site: Site, a: Array, grad: Array) -> Array:
+    """Return B's gradient times (A·Aᵀ)⁻¹/s², module by module, in float32."""
     with jax.default_matmul_precision("highest"):
         tensors = {"lora_A": methods.at_least_float32(a), "lora_B": methods.at_least_float32(grad)}
-        a_rows, rows = products.site_matrices(bound, tensors, scaled=False)
+        a_rows, rows = factors.site_matrices(site, tensors, scaled=False)
         gram = a_rows @ jnp.swapaxes(a_rows, 1, 2) + 1e-8 * jnp.eye(a_rows.shape[1])[None]
-        new = rows @ jnp.linalg.pinv(gram) / products.scale(bound) ** 2
-        _, leaves = products.matrices_to_leaves(bound, a_rows, new, scaled=False)
-    return leaves[paths.join(bound.leaf, "lora_B")].astype(grad.dtype)
+        new = rows @ jnp.linalg.pinv(gram) / factors.scale(site) ** 2
+        _, leaves = factors.matrices_to_leaves(site, a_rows, new, scaled=False)
+    return leaves[paths.join(site.leaf, "lora_B")].astype(grad.dtype)

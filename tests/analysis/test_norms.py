@@ -163,7 +163,7 @@ def test_inspect_draws_and_prints(saved, tmp_path, monkeypatch):
     for norm in want:
         assert f"{norm.norm:#.3g}" in result.output
         assert f"{norm.effective_rank:#.3g}" in result.output
-    assert "rank 2 and scale 3 everywhere" in result.output
+    assert "rank 2 and scale 3 in all modules" in result.output
     assert max(map(len, result.output.splitlines())) <= 70
     data = (tmp_path / "a.png").read_bytes()
     assert data.startswith(b"\x89PNG")
@@ -176,7 +176,7 @@ def test_inspect_draws_and_prints(saved, tmp_path, monkeypatch):
 def test_a_picture_is_a_png_where_one_can_be_written(saved, tmp_path):
     wrong = run("inspect", saved, "--plot", tmp_path / "a.pdf")
     assert wrong.exit_code == 2
-    assert "ends in .png" in wrong.output
+    assert "ending in .png" in wrong.output
     nowhere = run("inspect", saved, "--plot", tmp_path / "no" / "a.png")
     assert nowhere.exit_code == 1
     assert f"{tmp_path / 'no' / 'a.png'}: cannot write" in nowhere.output

@@ -392,7 +392,7 @@ def test_checkpoints_are_listed(run_folder):
     assert strict["steps"][3]["metrics"] == {"loss": None}
     empty = run("checkpoints", run_folder / "no")
     assert empty.exit_code == 1
-    assert "there is no checkpoint" in empty.output
+    assert "no checkpoint found" in empty.output
     misspelt = run("checkpoints", run_folder, "--minimize", "los")
     assert misspelt.exit_code == 1
     assert "no step has the metric 'los'; found ['loss', 'seen']" in misspelt.output

@@ -214,7 +214,7 @@ def test_merge_under_jit_tells_while_it_is_traced(here):
         ("save, Orbax", "new: an Orbax checkpoint of 4 arrays written"),
         ("load, NNX", "peft: 2 weights adapted, by the keymap "),
         ("export", "new: 4 tensors, "),
-        ("import", "base/model.safetensors: 4 weights read, by the table small"),
+        ("import", "base/model.safetensors: 4 weights read with the keymap small"),
         ("merge of files", "new: 2 of 4 tensors changed"),
         ("manager, save", "step-000000001.safetensors: step 1 saved, 4 arrays"),
         ("manager, restore", "step-000000001.safetensors: step 1 restored, 4 arrays"),

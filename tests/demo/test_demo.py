@@ -69,7 +69,7 @@ def test_batches_visit_every_row_and_are_the_same_for_the_same_seed() -> None:
 
 @pytest.mark.parametrize(("api", "method"), CASES)
 def test_a_trainer_lowers_the_loss_and_leaves_the_base(api: str, method: str, weights: dict[str, np.ndarray]) -> None:
-    tuner: Any = training.trainer(api, TINY, weights, method, steps=12)
+    tuner: Any = training.make_trainer(api, TINY, weights, method, steps=12)
     before = tuner.loss(TOKENS)
     steps = [tuner.step(TOKENS) for _ in range(12)]
     assert steps[0] == pytest.approx(before, rel=1e-6)
@@ -79,7 +79,7 @@ def test_a_trainer_lowers_the_loss_and_leaves_the_base(api: str, method: str, we
     else:
         state = tuner.base["params"]
     base = {".".join(str(k.key) for k in p): x for p, x in jax.tree_util.tree_leaves_with_path(state)}
-    expected = dict(llama.place(TINY, weights))
+    expected = dict(llama.make_leaves(TINY, weights))
     assert base.keys() == expected.keys()
     for path, array in expected.items():
         np.testing.assert_array_equal(base[path], array, err_msg=path)
@@ -87,7 +87,7 @@ def test_a_trainer_lowers_the_loss_and_leaves_the_base(api: str, method: str, we
 
 @pytest.mark.parametrize("method", training.METHODS)
 def test_a_fresh_adapter_is_the_base_in_both_apis(method: str, weights: dict[str, np.ndarray]) -> None:
-    nnx_tuner, linen_tuner = (training.trainer(api, TINY, weights, method, 1) for api in training.APIS)
+    nnx_tuner, linen_tuner = (training.make_trainer(api, TINY, weights, method, 1) for api in training.APIS)
     np.testing.assert_array_equal(nnx_tuner.logits(TOKENS), linen_tuner.logits(TOKENS))
     d, f, kv, layers = 32, 48, 16, 2
     lora = 8 * ((d + d) * 2 + (d + kv) * 2 + (d + f) * 3)
@@ -99,7 +99,7 @@ def test_a_fresh_adapter_is_the_base_in_both_apis(method: str, weights: dict[str
 def test_what_a_trainer_saves_either_api_loads(
     api: str, method: str, weights: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
-    tuner = training.trainer(api, TINY, weights, method, steps=3)
+    tuner = training.make_trainer(api, TINY, weights, method, steps=3)
     for _ in range(3):
         tuner.step(TOKENS)
     tuner.save(tmp_path, "some/base")
@@ -110,7 +110,7 @@ def test_what_a_trainer_saves_either_api_loads(
 
 
 def test_sampling_is_repeatable_and_keeps_the_prompt(weights: dict[str, np.ndarray]) -> None:
-    tuner = training.trainer("linen", TINY, weights, "ia3", steps=1)
+    tuner = training.make_trainer("linen", TINY, weights, "ia3", steps=1)
     one, same, other = (finetune.sample(tuner, [5, 6, 7], 9, seed) for seed in (0, 0, 1))
     assert one == same != other
     assert one[:3] == [5, 6, 7]
@@ -139,7 +139,7 @@ def test_without_the_extra_the_demo_says_what_to_install(monkeypatch: pytest.Mon
 
 def test_a_failing_reader_process_is_reported(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"in a new process \(linen\) failed:\n(.|\n)*Error"):
-        check.in_new_process(tmp_path / "nothing", TOKENS, "linen")
+        check.compute_in_new_process(tmp_path / "nothing", TOKENS, "linen")
 
 
 # ---- the real thing, briefly

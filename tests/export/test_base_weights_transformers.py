@@ -96,7 +96,7 @@ def test_an_old_bin_and_a_bare_model(tmp_path):
     torch.save(bert.state_dict() | {"embeddings.position_ids": torch.arange(32)}, tmp_path / "pytorch_model.bin")
     shapes = recorded("flax-bert-classifier")["leaves"]
     target = trees.nest({path: np.full(shape, 7, "float32") for path, shape in shapes.items()})
-    with pytest.warns(UserWarning, match=r"left as they were: classifier\.bias, classifier\.kernel"):
+    with pytest.warns(UserWarning, match=r"keep their values: classifier\.bias, classifier\.kernel"):
         found = jaxadapt.export.import_base(tmp_path, target, strict=False)
     np.testing.assert_array_equal(found["classifier"]["kernel"], 7)
     query = found["bert"]["encoder"]["layer"]["1"]["attention"]["self"]["query"]["kernel"]

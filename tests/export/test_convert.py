@@ -152,12 +152,12 @@ def test_another_spelling(tmp_path):
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        ({}, "a tree needs its family"),
-        ({"to_keymap": "llama"}, "say which dialect"),
+        ({}, "a target tree needs its family"),
+        ({"to_keymap": "llama"}, "is ambiguous: pass --dialect"),
         ({"to_keymap": "tunix:qwen3"}, "the size of axis '.'.*--axis .="),
         ({"to_keymap": "tunix:qwen3", "sizes": {"h": 5}}, "must multiply to"),
         ({"to_keymap": "tunix:qwen3", "dialect": "quix"}, "no dialect is called 'quix'"),
-        ({"to_keymap": "bert"}, "say which dialect"),
+        ({"to_keymap": "bert"}, "is ambiguous: pass --dialect"),
         ({"to_keymap": "bert", "dialect": "qwix"}, "no line names it"),
     ],
 )
@@ -170,7 +170,7 @@ def test_what_cannot_be_is_refused(options, what, tmp_path):
 
 def test_sources_that_are_none(tmp_path):
     save_file({"a": np.zeros(3)}, tmp_path / "a.safetensors")
-    with pytest.raises(jaxadapt.FileError, match="none that looks like one"):
+    with pytest.raises(jaxadapt.FileError, match="found no leaf that looks like one"):
         convert(tmp_path / "a.safetensors", tmp_path / "out")
     save_file(recorded_tree("maxtext-qwen3-scan0"), tmp_path / "b.safetensors")
     with pytest.raises(jaxadapt.ConfigError, match="stores no alpha"):
@@ -211,12 +211,12 @@ ODD = {"q.w": np.ones((8, 6)), "q.w_lora_a": np.ones((8, 2)), "q.w_lora_b": np.o
     ("words", "way_out"),
     [
         ("peft x.safetensors", "--to tunix:qwen3"),
-        ("peft new --to llama", "--to is for trees, or with --from"),
-        ("peft new --concat", "--dialect and --concat are for trees"),
-        ("peft new --axis h=2", "--like and --axis are for trees"),
-        ("peft new --lora-alpha 2", "--lora-alpha is for a tree"),
+        ("peft new --to llama", "--to needs a tree as target, or --from"),
+        ("peft new --concat", "--dialect and --concat need a tree"),
+        ("peft new --axis h=2", "--like and --axis need a tree"),
+        ("peft new --lora-alpha 2", "--lora-alpha is for a source tree"),
         ("peft x.safetensors --to tunix:gemma", r"of the target's shapes \(--like\)"),
-        ("peft x.safetensors --to llama", r"say which dialect \(--dialect\)"),
+        ("peft x.safetensors --to llama", "is ambiguous: pass --dialect"),
         ("peft x.safetensors --format orbax", "--format orbax"),
         ("tree.safetensors new --from maxtext:qwen3/scan0", "jaxadapt convert SOURCE TARGET --lora-alpha 16"),
         ("odd.safetensors new --lora-alpha 2", "Say which family the model is with --from$"),
@@ -250,5 +250,5 @@ def test_two_leaves_of_one_path_are_refused(tmp_path):
     save_file(twice, tmp_path / "lora.safetensors")
     result = run("convert", tmp_path / "lora.safetensors", tmp_path / "out", "--lora-alpha", "6")
     assert result.exit_code == 1
-    assert "two leaves have one path" in result.output
+    assert "two leaves have the same path" in result.output
     assert not (tmp_path / "out").exists()

@@ -143,10 +143,10 @@ def test_merge_refuses_another_model_and_the_base_itself(tmp_path):
     one = tmp_path / "c" / "model.safetensors"
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "base").save_pretrained(one.parent)
     before = one.read_bytes()
-    with pytest.raises(jaxadapt.FileError, match="is the base model itself"):
+    with pytest.raises(jaxadapt.FileError, match="this is the base model"):
         merge_files.merge_folder(one, tmp_path / "a" / "adapter", one.parent)
     assert one.read_bytes() == before
-    with pytest.raises(jaxadapt.FileError, match="is the base model itself"):
+    with pytest.raises(jaxadapt.FileError, match="this is the base model"):
         merge_files.merge_folder(tmp_path / "a" / "base", tmp_path / "a" / "adapter", tmp_path / "a" / "base")
 
 
@@ -170,7 +170,7 @@ def test_another_dtype_is_rounded_once_and_said(tmp_path, asked):
 def test_a_configuration_in_which_no_dtype_can_be_said_is_refused(tmp_path):
     saved(llama, tmp_path, r=2)
     (tmp_path / "base" / "config.json").write_text("{")
-    with pytest.raises(jaxadapt.FormatError, match=r"config\.json: expected JSON, in which to say the dtype float16"):
+    with pytest.raises(jaxadapt.FormatError, match=r"config\.json: cannot set the dtype float16: expected a JSON file"):
         merge_files.merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", dtype="float16")
     assert not (tmp_path / "out").exists()
 
@@ -221,7 +221,7 @@ def test_a_table_that_is_not_the_adapters_is_another_base(tmp_path):
 
 def test_merge_refuses_an_adapters_folder_and_repeated_layers(tmp_path):
     saved(llama, tmp_path, r=2)
-    with pytest.raises(jaxadapt.FileError, match="adapter: holds an adapter"):
+    with pytest.raises(jaxadapt.FileError, match="adapter: cannot write .* contains an adapter"):
         merge_files.merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
     (tmp_path / "base/adapter_config.json").write_text("{}")  # of an adapter that lies beside the model

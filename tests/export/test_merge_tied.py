@@ -182,16 +182,18 @@ def test_what_cannot_be_known_is_refused_before_anything_is_written(tmp_path):
         assert not out.exists()
 
     refused(
-        r"config\.json does not tell whether .*Write tie_word_embeddings", model_type="mine", tie_word_embeddings=None
+        r"config\.json does not state whether .*Set tie_word_embeddings", model_type="mine", tie_word_embeddings=None
     )
-    refused(r"config\.json does not tell", text_config={"tie_word_embeddings": False})
+    refused(r"config\.json does not state", text_config={"tie_word_embeddings": False})
     (base / "config.json").write_text(json.dumps(config))
     whole = transformers.AutoModelForCausalLM.from_pretrained(base)
     for path in base.glob("model*"):
         path.unlink()
     held = {key: value.detach().clone().numpy() for key, value in whole.state_dict().items()}
     save_file(held | {"lm_head.weight": held["lm_head.weight"] + 1}, base / "model.safetensors")
-    refused(r"contradicts itself.*ties the head to the table.*lm_head\.weight and model\.embed_tokens\.weight differ")
+    refused(
+        r"contradicts itself.*ties the head to the embedding.*lm_head\.weight and model\.embed_tokens\.weight differ"
+    )
     del held["lm_head.weight"]
     odd = {key.replace("model.embed_tokens", "model.tokens"): value for key, value in held.items()}
     save_file(odd, base / "model.safetensors")
@@ -200,7 +202,7 @@ def test_what_cannot_be_known_is_refused_before_anything_is_written(tmp_path):
     save_file(renamed, tmp_path / "adapter/adapter_model.safetensors")
     fields = json.loads((tmp_path / "adapter/adapter_config.json").read_text()) | {"target_modules": [Q, "tokens"]}
     (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(fields))
-    refused(r"what this model calls its head is not known(.|\n)*model\.tokens\.weight(.|\n)*Give the base a tensor")
+    refused(r"the name of this model's head is unknown(.|\n)*model\.tokens\.weight(.|\n)*Add a tensor for the head")
 
 
 def test_the_head_cannot_be_apart_where_rows_of_both_are_trained(tmp_path):
@@ -217,7 +219,7 @@ def test_a_head_that_shares_with_more_than_the_table_is_refused(tmp_path):
     peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q", "shared"])).save_pretrained(
         tmp_path / "adapter"
     )
-    with pytest.raises(jaxadapt.MismatchError, match=r"shared\.weight apart from the modules that share its weight"):
+    with pytest.raises(jaxadapt.MismatchError, match=r"shared\.weight, because other modules share this weight"):
         merge_files.merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -22,7 +22,7 @@ from jaxadapt.demo import llama
 
 SIZES = llama.LlamaConfig(32, 16, 24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=4)
 TENSORS = {key: np.zeros(shape, "f4") for key, shape in llama.hf_shapes(SIZES).items()}
-LEAVES = dict(llama.place(SIZES, TENSORS))
+LEAVES = dict(llama.make_leaves(SIZES, TENSORS))
 K, UP = "model.layers.1.self_attn.k_proj", "model.layers.0.mlp.up_proj"
 
 
@@ -65,7 +65,7 @@ def test_a_checkpoint_that_fits(checkpoint):
     assert sum(map(len, data["claimed"].values())) == len(TENSORS)
     result = run("llama", "--checkpoint", folder)
     assert result.exit_code == 0
-    assert f"{len(TENSORS)} tensors, {len(TENSORS)} claimed" in result.output
+    assert f"{len(TENSORS)} tensors, {len(TENSORS)} matched" in result.output
     assert "fits" in result.output
 
 
@@ -77,7 +77,10 @@ def test_what_a_checkpoint_has_too_little_and_too_much(checkpoint):
     assert problems == {"unclaimed": ["vision.weight"], "missing": [f"{K}.weight"]}
     text = run("llama", "--checkpoint", folder).output
     assert "does not fit" in text
-    for line in ("no line of the table names: 1\n  vision.weight", f"missing in the checkpoint: 1\n  {K}.weight"):
+    for line in (
+        "matched by no entry of the keymap: 1\n  vision.weight",
+        f"missing in the checkpoint: 1\n  {K}.weight",
+    ):
         assert line in text
 
 
@@ -89,7 +92,7 @@ def test_another_family(checkpoint):
     assert "which tunix:gemma3 always has" in problems["missing"][0]
     result = run("gpt2", "--checkpoint", folder)
     assert result.exit_code == 1
-    assert "no line of the table 'gpt2' names any of it" in result.output
+    assert "no entry of the keymap 'gpt2' matches any weight" in result.output
 
 
 def test_a_model_and_a_checkpoint(checkpoint, shapes):
@@ -109,7 +112,7 @@ def test_the_help_shows_how_shapes_are_written(tmp_path):
     """The lines of the help, run: what they write is what --model takes."""
     text = CliRunner().invoke(main, ["check-keymap", "--help"]).output
     lines = [line.strip() for line in text.splitlines()]
-    at = lines.index("from jaxadapt import paths")
+    at = lines.index("from jaxadapt.core import paths")
     code = "\n".join(lines[at : at + 3]).replace("shapes.json", str(tmp_path / "shapes.json"))
     exec(code, {"json": json, "params": unflatten({leaf: np.zeros(x.shape) for leaf, x in LEAVES.items()})})
     done = CliRunner().invoke(main, ["check-keymap", "auto", "--model", str(tmp_path / "shapes.json")])
@@ -206,7 +209,7 @@ def test_a_table_of_ones_own_and_the_line_that_is_wrong(checkpoint, tmp_path, ri
     assert [line["leaf"] for line in data["wrong"]] == ([] if wrong is None else [wrong])
     assert bool(problems) == (wrong is not None)
     if wrong:
-        assert f"wrong lines of the table, of which nothing fits: 1\n  {wrong} -> " in run(*where).output
+        assert f"wrong entries: none of their matches fits: 1\n  {wrong} -> " in run(*where).output
 
 
 @pytest.mark.parametrize(
@@ -223,9 +226,9 @@ def test_a_mistyped_line_of_ones_own_is_no_choice_of_the_family(checkpoint, tmp_
     where = ("--model", tmp_path / "shapes.json") if "blocks" in right else ("--checkpoint", checkpoint(THEIRS))
     result = run(f"{tmp_path / 'mine.py'}:TABLE", *where)
     assert result.exit_code == 1
-    assert "no fault" not in result.output
-    assert re.search(r"lines of the table that name nothing here.*: 1\n.*nrom.*near: " + re.escape(near), result.output)
-    assert "no fault" in run("llama", "--checkpoint", checkpoint(TENSORS, "llama")).output
+    assert "not an error" not in result.output
+    assert re.search(r"entries that match nothing.*: 1\n.*nrom.*near: " + re.escape(near), result.output)
+    assert "not an error" in run("llama", "--checkpoint", checkpoint(TENSORS, "llama")).output
 
 
 def test_a_python_file_without_that_table_says_so(tmp_path, checkpoint):

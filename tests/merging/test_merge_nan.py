@@ -168,6 +168,6 @@ def test_inspect_names_the_modules(tmp_path):
     _, adapter = folders(tmp_path)
     assert "NaN" not in command("inspect", adapter, "--norms").output
     spoil(adapter / "adapter_model.safetensors", f"{P}q.lora_A.weight", np.inf)
-    assert "these modules hold a NaN or an infinity: 1\n  q\n" in command("inspect", adapter, "--norms").output
+    assert "modules with a NaN or an infinity: 1\n  q\n" in command("inspect", adapter, "--norms").output
     found = json.loads(command("inspect", adapter, "--norms", "--json").output)["norms"]
     assert found["not_finite"] == ["q"]

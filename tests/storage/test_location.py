@@ -178,7 +178,7 @@ def test_whole_models_and_the_command_line(place: str, tmp_path: Path):
         assert result.exit_code == 0, result.output
     assert stores.files(f"{place}/merged") == small.files(tmp_path / "merged")
     again = CliRunner().invoke(cli.main, ["merge", f"{place}/base", f"{place}/adapter", "--out", f"{place}/base/"])
-    assert "is the base model itself" in again.output
+    assert "this is the base model" in again.output
 
 
 # ---------------------------------------------------------------- reading no more than is needed
@@ -302,7 +302,7 @@ def test_which_steps_stay_in_a_store(place: str, tmp_path: Path):
     again.export(again.best, f"{place}/peft")
     jaxadapt.save(small.adapter(seed=5), tmp_path)
     assert stores.files(f"{place}/peft") == small.files(tmp_path)
-    with pytest.raises(jaxadapt.FileError, match=r"step 2 would lie before 3, 4, 5; go back with rollback\(1\)"):
+    with pytest.raises(jaxadapt.FileError, match=r"cannot save step 2, .* \(3, 4, 5\); go back with rollback\(1\)"):
         again.save(2, small.adapter())
     again.rollback(1)
     again.save(2, small.adapter(seed=20))

@@ -23,7 +23,7 @@ def work():
         return await asyncio.get_running_loop().getaddrinfo("localhost", 80)
     print("found" if asyncio.run(look()) else "nothing")
 
-Background().start("work", work, early={early})
+Background().start("work", work, needs_executors={early})
 """
 
 

@@ -73,7 +73,7 @@ def test_a_save_under_way_is_not_touched_by_training(api: str, tmp_path: Path, m
         assert go.wait(60)
         write(*args)
 
-    monkeypatch.setattr(step_files, "write", late)
+    monkeypatch.setattr(step_files, "write_step", late)
     training, control = train_small.APIS[api](), train_small.APIS[api]()
     manager = jaxadapt.CheckpointManager(tmp_path)
     for one in (training, control):
@@ -325,7 +325,7 @@ def test_what_cannot_be_saved_says_so_before_anything_is_written(tmp_path: Path)
     for step in (-1, 1.5, "x"):
         with pytest.raises(jaxadapt.ConfigError, match="step"):
             manager.save(step, small.adapter())  # type: ignore[arg-type]
-    with pytest.raises(jaxadapt.AttachError, match="cannot take this tree apart"):
+    with pytest.raises(jaxadapt.AttachError, match="cannot flatten this tree"):
         manager.save(1, small.adapter(), data={1: 2, "a": 3})
     assert not (tmp_path / "run").exists()
 
@@ -396,7 +396,7 @@ def test_going_back(tmp_path: Path):
     manager = jaxadapt.CheckpointManager(tmp_path, keep=5)
     for step in range(4):
         manager.save(step, small.host_adapter(fill=step))
-    with pytest.raises(jaxadapt.FileError, match=r"would lie before 2, 3; go back with rollback\(1\)"):
+    with pytest.raises(jaxadapt.FileError, match=r"contains later steps \(2, 3\); go back with rollback\(1\)"):
         manager.save(1, small.host_adapter())
     manager.rollback(1)
     assert manager.steps == [0, 1]
@@ -465,7 +465,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise jaxadapt.FileError("the disk is full")
 
-    monkeypatch.setattr(step_files, "write", fail)
+    monkeypatch.setattr(step_files, "write_step", fail)
 
 
 @pytest.mark.usefixtures("full_disk")

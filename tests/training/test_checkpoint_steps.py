@@ -46,7 +46,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
             raise jaxadapt.FileError("the disk is full")
         write(*args)
 
-    monkeypatch.setattr(step_files, "write", held)
+    monkeypatch.setattr(step_files, "write_step", held)
     yield made
     made.open()
 
@@ -239,7 +239,7 @@ def test_a_model_is_restored_without_its_optimizer(tmp_path: Path) -> None:
 def test_a_part_to_be_filled_with_the_model_only_is_a_contradiction(part: str, tmp_path: Path) -> None:
     manager = jaxadapt.CheckpointManager(tmp_path)
     manager.save(1, small.host_adapter(), **PARTS)
-    with pytest.raises(jaxadapt.ConfigError, match=rf"model_only=True reads nothing into {part}=: leave one"):
+    with pytest.raises(jaxadapt.ConfigError, match=rf"model_only=True does not restore {part}=: remove"):
         manager.restore(small.host_adapter(), model_only=True, **{part: PARTS[part]})
 
 

@@ -1,4 +1,4 @@
-"""One piece of work at a time behind the training loop, which is done however the program is left."""
+"""Background work for the training loop, one task at a time, which is completed even if the program ends."""
 
 from __future__ import annotations
 
@@ -13,56 +13,59 @@ from typing import Any
 
 
 class Background:
-    """A thread of its own for each piece of work.
+    """A runner that starts one thread for each task.
 
-    Not a daemon: the interpreter joins it before it ends. An error stays until `wait` raises it; if nobody asks
-    until the program ends, it is printed, and the exit status is 1.
+    The thread is not a daemon, so the interpreter joins it before it ends. An error is kept until `wait` raises it. If
+    the program ends before that, the error is printed and the exit status is 1.
     """
 
     def __init__(self) -> None:
         self.thread: threading.Thread | None = None
-        self.what: Any = None  # what the last work was about; None if it failed
+        self.subject: Any = None  # given to `start` with the last task; None if it failed
         self._error: BaseException | None = None
-        self._early = False
+        self._joins_early = False
 
     @property
     def running(self) -> bool:
         return self.thread is not None and self.thread.is_alive()
 
-    def start(self, name: str, work: Callable[[], None], early: bool, what: Any = None) -> None:
-        """Begins, when what was begun before is over.
+    def start(self, name: str, work: Callable[[], None], needs_executors: bool, subject: Any = None) -> None:
+        """Wait for the previous task and start a new one.
 
-        `early`: it needs executors, which take no more work once the main thread has ended. (Orbax's saves run on some,
-        and a store's package looks up host names on one.)
+        Args:
+            name: the name of the thread.
+            work: the task.
+            needs_executors: join the task before executors shut down. Orbax's saves run on executors, and packages of
+                object stores look up host names on one; they accept no work after the main thread has ended.
+            subject: a value to keep in `subject`.
         """
         self.wait()
-        if early and not self._early:
-            self._early = True
-            # `atexit` and a thread that is joined are both too late: the interpreter's own hook, by which executors are
-            # closed, is the only place (tests/training/test_background.py). The last to be registered is called first:
-            # so theirs
-            # must be there already, which importing them does.
+        if needs_executors and not self._joins_early:
+            self._joins_early = True
+            # `atexit` and joining the thread are both too late. Executors are closed by a hook of the interpreter, so
+            # the task must be joined in the same kind of hook (tests/training/test_background.py). Hooks run in reverse
+            # order, so the executors' hook must be registered first; importing the module does this.
             importlib.import_module("concurrent.futures.thread")
             threading._register_atexit(self._join)  # pyright: ignore  # noqa: PGH003 (neither public nor in the stubs)
-        atexit.unregister(self._leave)
-        atexit.register(self._leave)
-        begin = threading.Event()
-        thread = threading.Thread(target=self._run, args=(begin, work), name=name, daemon=False)
+        atexit.unregister(self._exit)
+        atexit.register(self._exit)
+        may_begin = threading.Event()
+        thread = threading.Thread(target=self._run, args=(may_begin, work), name=name, daemon=False)
         try:
             thread.start()
-            self.thread, self.what = thread, what
+            self.thread, self.subject = thread, subject
         finally:
-            begin.set()  # not before: the two would share the interpreter, and the loop stand still for longer
+            may_begin.set()  # only now, so that the task does not delay the training loop by sharing the interpreter
 
-    def _run(self, begin: threading.Event, work: Callable[[], None]) -> None:
-        begin.wait()
+    def _run(self, may_begin: threading.Event, work: Callable[[], None]) -> None:
+        may_begin.wait()
         try:
             work()
-        except BaseException as error:  # whatever it is: it is raised at the next call
-            self.what, self._error = None, error
+        except BaseException as error:  # raised by the next call of `wait`
+            self.subject, self._error = None, error
 
     def wait(self) -> None:
-        """Waits until the work is done. Raises what went wrong, once."""
+        """Wait until the task is done. Raise its error, once, if it failed."""
         self._join()
         if self._error is not None:
             error, self._error = self._error, None
@@ -73,15 +76,15 @@ class Background:
             self.thread.join()
             self.thread = None
 
-    def _leave(self) -> None:
-        """At the end of the program: an error that nobody was there to hear must not end in exit status 0."""
+    def _exit(self) -> None:
+        """Print an error that was never raised, and exit with status 1."""
         self._join()
         if self._error is None:
             return
         sys.stderr.write("a checkpoint was not saved:\n")
         traceback.print_exception(self._error)
-        atexit.unregister(self._leave)
-        # The others', which leaving like this would skip. (Raising from here changes no exit status.)
+        atexit.unregister(self._exit)
+        # Run the other exit functions, which `os._exit` would skip. An exception here would not change the status.
         atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage]
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""A checkpoint back in place: what `snapshot.take_snapshot` took, into what training goes on with."""
+"""Restoring of checkpoints: fill a model and other training state from the arrays of a snapshot."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ from jaxadapt.training.checkpoint.snapshot import (
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """A checkpoint, back in place.
+    """A restored checkpoint.
 
-    Args:
-        step: the step it was saved at.
-        model: what was given: NNX models and states in place, Linen variables and `Adapter`s anew.
-        opt_state, rng, data: as they were saved; None where there was none.
-        metrics: as given to `save`.
+    Attributes:
+        step: the number of the step.
+        model: the given NNX model or state, filled in place; Linen variables and `Adapter`s as new values.
+        opt_state, rng, data: the saved values; None if there were none.
+        metrics: the metrics given to `save`.
     """
 
     step: int
@@ -57,76 +57,89 @@ class Restored:
 
 
 Read = Callable[[Mapping[str, Any]], dict[str, Any]]
-"""`{name: example leaf}` -> `{name: value}`, each with the example's sharding; None as an example: a numpy array."""
+"""A function from `{name: example leaf}` to `{name: value}` with the examples' shardings; numpy for None."""
 
 
 def fill_parts(
     model: Any, parts: Mapping[str, Any], stored: Snapshot, specs: Specs, read: Read, source: str
 ) -> dict[str, Any]:
-    """`{"model": …, part: …}` with the stored values; nothing is changed unless everything fits.
+    """Return `{"model": …, part: …}` with the stored values. Nothing is changed unless everything fits.
 
-    Raises `MismatchError` naming all that is missing, unexpected, or of another shape or dtype, and `AttachError`
-    where an adapter's configuration is another.
+    Args:
+        model: the target, as in `CheckpointManager.restore`.
+        parts: `{part: example}` to fill.
+        stored: the snapshot without its arrays.
+        specs: the shapes and dtypes of its arrays.
+        read: the function that reads them.
+        source: the file's name, for errors.
+
+    Raises:
+        MismatchError: values are missing, unexpected or of another shape or dtype, or an adapter has another
+            configuration; the message lists all problems.
     """
-    wanted: dict[str, Any] = {}
+    examples: dict[str, Any] = {}
     problems: list[str] = []
-    guest = find_foreign(model)
-    if (guest.dialect.name if guest else None) != stored.foreign.get("dialect"):
-        held, saved = (f"{what} LoRA leaves" if what else "an adapter of this library" for what in (
-            guest.dialect.name if guest else None, stored.foreign.get("dialect")))  # fmt: skip
-        problems.append(f"{saved} saved, the target has {held}")
-    elif guest is not None:
-        wanted |= {f"guest/{path}": leaf for path, leaf in guest.leaves.items()}
+    tree = find_foreign(model)
+    dialect, stored_dialect = tree.dialect.name if tree else None, stored.foreign.get("dialect")
+    if dialect != stored_dialect:
+        problems.append(f"{_describe_lora(stored_dialect)} saved, the target has {_describe_lora(dialect)}")
+    elif tree is not None:
+        examples |= {f"guest/{path}": leaf for path, leaf in tree.leaves.items()}
     for name, text in stored.recipes.items():
         recipe = Recipe.from_text(text)
         if name not in adapter_names(model):
-            problems.append(f"the adapter {name!r} is saved; the target has {adapter_names(model)}: adapt it first")
+            problems.append(f"the adapter {name!r} is saved; the target has {adapter_names(model)}: attach it first")
             continue
-        mine = attachment.extract(model, name)
-        if mine.config != recipe.config:
-            problems.append(f"the adapter {name!r} has another configuration; adapt with that of the checkpoint")
-        wanted |= {name_prefix(name) + path: leaf for path, leaf in mine.flat().items()}
+        adapter = attachment.extract(model, name)
+        if adapter.config != recipe.config:
+            problems.append(f"the adapter {name!r} has another configuration; attach it with the checkpoint's")
+        examples |= {name_prefix(name) + path: leaf for path, leaf in adapter.flat().items()}
     others = other_state(model)
-    wanted |= dict(named_leaves("model", others))
+    examples |= dict(named_leaves("model", others))
     for part in PARTS:
         if parts.get(part) is not None:
             if part not in stored.parts:
                 problems.append(f"{part}: none was saved")
-            wanted |= dict(named_leaves(part, parts[part]))
+            examples |= dict(named_leaves(part, parts[part]))
         elif part in stored.parts:
             if stored.plain[part] is None:
                 problems.append(
-                    f"{part}: saved as more than dicts, lists and tuples; give {part}= an example to fill, or"
-                    " model_only=True to read the model alone"
+                    f"{part}: saved with nodes other than dicts, lists and tuples; give {part}= an example to fill, or"
+                    " restore only the model with model_only=True"
                 )
-            wanted |= {name: None for name in [*specs, *stored.values] if name.partition("/")[0] == part}
-    problems += _misfits(wanted, stored, specs)
+            examples |= {name: None for name in [*specs, *stored.values] if name.partition("/")[0] == part}
+    problems += _find_mismatches(examples, stored, specs)
     hosts = set(stored.hosts)
-    for name, leaf in wanted.items():
-        onto = name in specs and (name not in hosts if leaf is None else is_on_device(leaf))
-        if onto and jax.dtypes.canonicalize_dtype(dtype := jnp.dtype(specs[name][1])) != dtype:
-            problems.append(f"{name}: {dtype.name} saved, which JAX has with jax_enable_x64 alone")
+    for name, leaf in examples.items():
+        on_device = name in specs and (name not in hosts if leaf is None else is_on_device(leaf))
+        if on_device and jax.dtypes.canonicalize_dtype(dtype := jnp.dtype(specs[name][1])) != dtype:
+            problems.append(f"{name}: {dtype.name} saved, which JAX supports only with jax_enable_x64")
     if problems:
-        raise MismatchError(f"{source} does not fit:\n" + paths.bullets(problems, 16))
+        raise MismatchError(f"{source}: does not fit the target:\n" + paths.bullets(problems, 16))
 
-    arrays = read({name: leaf for name, leaf in wanted.items() if name in specs})
-    values = {name: arrays[name] if name in arrays else _value(name, stored.values[name]) for name in wanted}
-    values = {n: jnp.asarray(v) if wanted[n] is None and n in arrays and n not in hosts else v
+    arrays = read({name: leaf for name, leaf in examples.items() if name in specs})
+    values = {name: arrays[name] if name in arrays else _decode(name, stored.values[name]) for name in examples}
+    values = {n: jnp.asarray(v) if examples[n] is None and n in arrays and n not in hosts else v
               for n, v in values.items()}  # fmt: skip
-    values |= {n: _wrapped(values[n], stored.keys[n], wanted[n]) for n in values.keys() & stored.keys.keys()}
+    values |= {n: _wrap_keys(values[n], stored.keys[n], examples[n]) for n in values.keys() & stored.keys.keys()}
     given = {part: example for part in PARTS if (example := parts.get(part)) is not None}
-    # First what may turn out to be damaged: models and optimizers are filled in place.
-    out = {part: _rebuilt(part, stored.plain[part], values) for part in PARTS if part in stored.parts - given.keys()}
-    out["model"] = _filled_model(model, others, stored, values)
-    return out | {part: _filled(part, example, values) for part, example in given.items()}
+    # Rebuild these parts first: they may be damaged, and the model and given parts are filled in place.
+    filled = {part: _rebuild(part, stored.plain[part], values) for part in PARTS if part in stored.parts - given.keys()}
+    filled["model"] = _fill_model(model, others, stored, values)
+    return filled | {part: _fill_example(part, example, values) for part, example in given.items()}
 
 
-def _misfits(wanted: Mapping[str, Any], stored: Snapshot, specs: Specs) -> Iterable[str]:
-    have = {**specs, **stored.values}
-    yield from (f"{name}: not in the checkpoint" for name in wanted if name not in have)
-    yield from (f"{name}: in the checkpoint, not in the target" for name in have if name not in wanted)
-    for name, leaf in wanted.items():
-        if leaf is None or name not in have:
+def _describe_lora(dialect: str | None) -> str:
+    return f"{dialect} LoRA leaves" if dialect else "an adapter of jaxadapt"
+
+
+def _find_mismatches(examples: Mapping[str, Any], stored: Snapshot, specs: Specs) -> Iterable[str]:
+    """Yield a description of every value that is missing, unexpected or of another type, shape or dtype."""
+    saved = {**specs, **stored.values}
+    yield from (f"{name}: not in the checkpoint" for name in examples if name not in saved)
+    yield from (f"{name}: in the checkpoint, not in the target" for name in saved if name not in examples)
+    for name, leaf in examples.items():
+        if leaf is None or name not in saved:
             continue
         kind = stored.keys.get(name, "") if name in specs else stored.values[name][0]
         is_array = isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
@@ -142,22 +155,22 @@ def _misfits(wanted: Mapping[str, Any], stored: Snapshot, specs: Specs) -> Itera
             yield f"{name}: keys {specs[name][0]} saved, {tuple(leaf.shape)} expected"
 
 
-def _wrapped(data: Any, implementation: str, like: Any) -> jax.Array:
+def _wrap_keys(data: Any, implementation: str, like: Any) -> jax.Array:
     keys = jax.random.wrap_key_data(jnp.asarray(data), impl=implementation)
     return keys if like is None or not is_committed(like) else jax.device_put(keys, like.sharding)
 
 
 def with_weak_type(value: Any, like: Any) -> Any:
-    """The value with the example's weak type, which decides what dtype further arithmetic has."""
+    """Return the value with the example's weak type, which affects the dtype of further arithmetic."""
     if is_on_device(like) and like.weak_type and isinstance(value, jax.Array):
         scalar = {"f": 0.0, "i": 0, "c": 0j}[value.dtype.kind]
         return jnp.full(value.shape, scalar).at[...].set(value)
     return value
 
 
-def _filled(part: str, example: Any, values: Mapping[str, Any]) -> Any:
-    held, structure = flatten(example)
-    leaves = [with_weak_type(values[f"{part}/{path}" if path else part], leaf) for path, leaf in held]
+def _fill_example(part: str, example: Any, values: Mapping[str, Any]) -> Any:
+    flat, structure = flatten(example)
+    leaves = [with_weak_type(values[f"{part}/{path}" if path else part], leaf) for path, leaf in flat]
     tree = jax.tree.unflatten(structure, leaves)
     if not is_object(example):
         return tree
@@ -165,10 +178,10 @@ def _filled(part: str, example: Any, values: Mapping[str, Any]) -> Any:
     return example
 
 
-def _filled_model(model: Any, others: Any, stored: Snapshot, values: Mapping[str, Any]) -> Any:
+def _fill_model(model: Any, others: Any, stored: Snapshot, values: Mapping[str, Any]) -> Any:
     for name, text in stored.recipes.items():
-        begin = name_prefix(name)
-        flat = {n.removeprefix(begin): v for n, v in values.items() if n.startswith(begin)}
+        prefix = name_prefix(name)
+        flat = {n.removeprefix(prefix): v for n, v in values.items() if n.startswith(prefix)}
         recipe = Recipe.from_text(text)
         adapter = Adapter(recipe.config, paths.unflatten(flat), recipe.keymap)
         if isinstance(model, Adapter):
@@ -177,36 +190,36 @@ def _filled_model(model: Any, others: Any, stored: Snapshot, values: Mapping[str
         else:
             model = attachment.inject(adapter, model, name)
     if stored.foreign:
-        guest = find_foreign(model)
-        assert guest is not None
+        tree = find_foreign(model)
+        assert tree is not None
         flat = {n.removeprefix("guest/"): v for n, v in values.items() if n.startswith("guest/")}
-        model = guest.put(flat)
-    others = _filled("model", others, values)
+        model = tree.put(flat)
+    others = _fill_example("model", others, values)
     if isinstance(model, nnx.nnx.Module):
         nnx.nnx.update(model, others)
     elif isinstance(model, nnx.nnx.State):
         nnx.nnx.replace_by_pure_dict(model, nnx.nnx.to_pure_dict(others))
     elif isinstance(model, Mapping):
-        made: Any = type(model)
-        model = made({**model, **others})
+        mapping_type: Any = type(model)
+        model = mapping_type({**model, **others})
     return model
 
 
-def _rebuilt(part: str, plain: Any, values: Mapping[str, Any]) -> Any:
-    """A tree from its stored structure and the values by path."""
+def _rebuild(part: str, plain: Any, values: Mapping[str, Any]) -> Any:
+    """Build a tree from its stored structure and the values by path."""
     try:
-        return _built(plain, part, values)
+        return _build_node(plain, part, values)
     except (ValueError, KeyError, TypeError) as error:
         raise FormatError(f"{part}: its stored structure is damaged: {error}") from error
 
 
-def _built(node: Any, path: str, values: Mapping[str, Any]) -> Any:
+def _build_node(node: Any, path: str, values: Mapping[str, Any]) -> Any:
     kind, *inner = node
     match kind:
         case "dict":
-            return {k: _built(v, f"{path}/{segment(jax.tree_util.DictKey(k))}", values) for k, v in inner[0]}
+            return {k: _build_node(v, f"{path}/{segment(jax.tree_util.DictKey(k))}", values) for k, v in inner[0]}
         case "list" | "tuple":
-            items = [_built(v, f"{path}/{i}", values) for i, v in enumerate(inner[0])]
+            items = [_build_node(v, f"{path}/{i}", values) for i, v in enumerate(inner[0])]
             return tuple(items) if kind == "tuple" else items
         case "none":
             return None
@@ -214,7 +227,7 @@ def _built(node: Any, path: str, values: Mapping[str, Any]) -> Any:
             return values[path]
 
 
-_VALUES: dict[str, Callable[[Any], Any]] = {
+_DECODERS: dict[str, Callable[[Any], Any]] = {
     "bytes": base64.b64decode,
     "complex": lambda pair: complex(*pair),
     "bool": bool,
@@ -224,19 +237,19 @@ _VALUES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def _value(name: str, stored: Any) -> Any:
+def _decode(name: str, stored: Any) -> Any:
     try:
         kind, value = stored
-        return _VALUES[kind](value)
+        return _DECODERS[kind](value)
     except (ValueError, KeyError, TypeError) as error:
-        raise FormatError(f"{name}: this is no saved value: {stored!r}") from error
+        raise FormatError(f"{name}: expected a saved value [type, value], found {stored!r}") from error
 
 
 def stored_foreign_tree(stored: Snapshot, leaves: Mapping[str, Any]) -> foreign.ForeignTree:
-    """The tree of another library that was saved, without the tree: enough to name its tensors for PEFT."""
+    """Return a saved tree of another library with its leaves only, enough to convert them to PEFT's names."""
     try:
         dialect = dialects.get_dialect(stored.foreign["dialect"])
         base = {path: tuple(shape) for path, shape in stored.foreign["base"].items()}
         return foreign.ForeignTree(None, dialect, dict(leaves), lambda new: new, base, dict(stored.foreign["stored"]))
     except (KeyError, TypeError, AttributeError) as error:
-        raise FormatError(f"what the checkpoint says of its tree is damaged: {error}") from error
+        raise FormatError(f"the checkpoint's description of its tree is damaged: {error}") from error

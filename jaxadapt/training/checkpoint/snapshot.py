@@ -1,10 +1,10 @@
-"""What a training run holds, as named arrays and plain values; `resuming` is the way back.
+"""Snapshots of training state as named arrays and plain values; `restore` does the reverse.
 
-    model, opt_state, rng, data ──take──► {"adapter/default/q.kernel.lora_A": array, "opt_state/0/count": …}
-                                ◄─fill──
+    model, opt_state, rng, data ──take_snapshot──► {"adapter/default/q.kernel.lora_A": array, "opt_state/0/count": …}
+                                ◄───fill_parts───
 
-Nothing here knows files. The adapter's names are its dotted paths, so that Linen and NNX spell it alike; every other
-part is a pytree (an NNX object stands for its state) whose names are its key paths.
+This file does not know about files. An adapter's arrays are named by their dotted paths, so that Linen and NNX use the
+same names. Every other part is a pytree (an NNX object is replaced by its state) whose leaves are named by key paths.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ Specs = Mapping[str, tuple[tuple[int, ...], str]]
 """`{name: (shape, dtype name)}` of stored arrays."""
 
 PARTS = ("opt_state", "rng", "data")
-# Not of a model's changing state: parameters (the base stays, adapters are saved apart), what follows from an adapter's
-# configuration, and what lives within one call, in which a step leaves nothing that the next one reads.
+# Excluded from a model's state: parameters (the base does not change, and adapters are saved separately), variables
+# that follow from an adapter's configuration, and variables that exist only during one call.
 _NOT_STATE = (nnx.nnx.Param, nnx.LayerNumber, nnx.nnx.Intermediate, nnx.nnx.Cache, nnx.nnx.Perturbation)
 _NOT_STATE_COLLECTIONS = {"params", "intermediates", "cache", "perturbations"}
 
@@ -43,14 +43,16 @@ _NOT_STATE_COLLECTIONS = {"params", "intermediates", "cache", "perturbations"}
 class Snapshot:
     """The content of one checkpoint: arrays by name, and everything else as JSON.
 
-    Args:
-        arrays: as they are on the device; typed random keys as their key data.
+    Attributes:
+        arrays: arrays on the device; typed random keys as their key data.
         recipes: `{adapter name: Recipe.to_text()}`.
-        guest: of a tree with another library's LoRA leaves, which are saved as they are: what tells how to read them.
-        values: leaves that are no arrays, `{name: [type, JSON value]}`.
+        foreign: for a tree with LoRA leaves of another library, which are saved unchanged: its dialect, base shapes and
+            scales.
+        values: leaves that are not arrays, `{name: [type, JSON value]}`.
         keys: `{name: implementation}` of the arrays that are random keys.
-        hosts: the names of the arrays that were numpy's.
-        plain: the parts made of dicts, lists and tuples only, as `[kind, …]`: no example is needed to rebuild these.
+        hosts: the names of the arrays that were numpy arrays.
+        plain: `{part: structure}`; the structure is `[kind, …]` for a part of dicts, lists and tuples only, which can
+            be rebuilt without an example, and None for other parts.
     """
 
     arrays: dict[str, Any]
@@ -62,16 +64,16 @@ class Snapshot:
     plain: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        """All but the arrays."""
+        """Return everything except the arrays."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "arrays"}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], source: str) -> Snapshot:
-        """The inverse of `to_json`, without arrays. Raises `FormatError` if it is none."""
+        """Invert `to_json`. Raise `FormatError` if fields are missing or damaged."""
         kinds = {f.name: list if f.name == "hosts" else dict for f in dataclasses.fields(cls) if f.name != "arrays"}
         wrong = [name for name, kind in kinds.items() if not isinstance(data.get(name), kind)]
         if wrong:
-            raise FormatError(f"{source}: not a checkpoint of this library: {', '.join(wrong)} missing or damaged")
+            raise FormatError(f"{source}: not a checkpoint of jaxadapt: {', '.join(wrong)} missing or damaged")
         return cls(arrays={}, **{name: data[name] for name in kinds})
 
     @property
@@ -80,45 +82,51 @@ class Snapshot:
         return set(self.plain)
 
 
-# ---------------------------------------------------------------- out
+# ---------------------------------------------------------------- taking
 
 
 def take_snapshot(model: Any, parts: Mapping[str, Any]) -> Snapshot:
-    """What there is to save of a model (what `extract` takes) and of `parts`, each a pytree, an NNX object or None.
+    """Collect the training state of a model and of `parts`.
 
-    Raises `AttachError` for leaves that cannot be saved, all of them together.
+    Args:
+        model: an NNX model or state, Linen variables, a tree of another library, or an `Adapter`.
+        parts: `{part: value}`, each a pytree, an NNX object or None.
+
+    Raises:
+        AttachError: leaves cannot be saved; the message lists all of them.
     """
-    taken = Snapshot({}, {}, {}, {}, {}, [], {})
+    snapshot = Snapshot({}, {}, {}, {}, {}, [], {})
     problems: list[str] = []
-    guest = find_foreign(model)
-    if guest is not None:
-        base = {path: list(shape) for path, shape in guest.base.items()}
-        taken.foreign.update(dialect=guest.dialect.name, base=base, stored=guest.stored)
-        for path, leaf in guest.leaves.items():
-            _add(taken, f"guest/{path}", leaf, problems)
-    for name in [] if guest is not None else adapter_names(model):
+    tree = find_foreign(model)
+    if tree is not None:
+        base = {path: list(shape) for path, shape in tree.base.items()}
+        snapshot.foreign.update(dialect=tree.dialect.name, base=base, stored=tree.stored)
+        for path, leaf in tree.leaves.items():
+            _add_leaf(snapshot, f"guest/{path}", leaf, problems)
+    for name in [] if tree is not None else adapter_names(model):
         adapter = attachment.extract(model, name)
-        taken.recipes[name] = adapter.recipe.to_text()
+        snapshot.recipes[name] = adapter.recipe.to_text()
         for path, leaf in adapter.flat().items():
-            _add(taken, name_prefix(name) + path, leaf, problems)
+            _add_leaf(snapshot, name_prefix(name) + path, leaf, problems)
     for name, leaf in named_leaves("model", other_state(model)):
-        _add(taken, name, leaf, problems)
-    for part, tree in parts.items():
-        if tree is not None:
-            taken.plain[part] = _plain(tree)
-            for name, leaf in named_leaves(part, tree):
-                _add(taken, name, leaf, problems)
+        _add_leaf(snapshot, name, leaf, problems)
+    for part, value in parts.items():
+        if value is not None:
+            snapshot.plain[part] = _plain_structure(value)
+            for name, leaf in named_leaves(part, value):
+                _add_leaf(snapshot, name, leaf, problems)
     if problems:
-        raise AttachError("these cannot be saved:\n" + paths.bullets(problems))
-    return taken
+        raise AttachError("cannot save these leaves:\n" + paths.bullets(problems))
+    return snapshot
 
 
 def find_foreign(model: Any) -> foreign.ForeignTree | None:
+    """Return the tree of another library, or None if the model is not one."""
     return None if isinstance(model, Adapter) else attachment.find_foreign(model)
 
 
 def adapter_names(model: Any) -> list[str]:
-    """The names of all adapters a model, state, variables or `Adapter` carries; ["default"] if it cannot tell."""
+    """Return the names of all adapters of a model, state, variables or `Adapter`; ["default"] if there are no names."""
     if isinstance(model, nnx.nnx.Module | nnx.nnx.State):
         return sorted(nnx.adapter_variables(model)) or [attachment.DEFAULT]
     if isinstance(model, Mapping):
@@ -127,118 +135,120 @@ def adapter_names(model: Any) -> list[str]:
 
 
 def other_state(model: Any) -> Any:
-    """What training changes in a model besides its adapters: random streams, batch statistics, …; never the base."""
+    """Return the state that training changes besides adapters, such as random streams and batch statistics."""
     if isinstance(model, nnx.nnx.Module | nnx.nnx.State):
         state = nnx.nnx.state(model) if isinstance(model, nnx.nnx.Module) else model
         return nnx.nnx.filter_state(state, nnx.nnx.Not(nnx.nnx.Any(*_NOT_STATE)))
     if isinstance(model, Mapping):
-        ours = collections.collection_names(model)
-        if ours or isinstance(model.get("params"), Mapping):  # variables, and no bare tree of parameters
-            return {k: v for k, v in model.items() if k not in _NOT_STATE_COLLECTIONS and k not in ours}
+        adapters = collections.collection_names(model)
+        if adapters or isinstance(model.get("params"), Mapping):  # Linen variables, not a tree of parameters
+            return {k: v for k, v in model.items() if k not in _NOT_STATE_COLLECTIONS and k not in adapters}
     return {}
 
 
 def is_object(tree: Any) -> TypeGuard[Any]:
-    """Whether a tree is an NNX object (an optimizer, random streams, a model), which is filled in place."""
+    """Return True if a tree is an NNX object (an optimizer, random streams, a model), which is filled in place."""
     return isinstance(tree, nnx.nnx.Pytree)
 
 
 def flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
-    """`[(path, leaf)]` and the structure. The segments of a path are escaped, so no two leaves share one."""
-    held = nnx.nnx.state(tree) if is_object(tree) else tree
+    """Return `[(path, leaf)]` and the structure. Segments of paths are escaped, so that all paths differ."""
+    pytree = nnx.nnx.state(tree) if is_object(tree) else tree
     try:
-        leaves, structure = jax.tree_util.tree_flatten_with_path(held)
-    except ValueError as error:  # numbers and strings as keys of one dict, say
-        raise AttachError(f"JAX cannot take this tree apart: {error}") from error
+        leaves, structure = jax.tree_util.tree_flatten_with_path(pytree)
+    except ValueError as error:  # for example numbers and strings as keys of one dict
+        raise AttachError(f"JAX cannot flatten this tree: {error}") from error
     return [("/".join(map(segment, path)), leaf) for path, leaf in leaves], structure
 
 
 def segment(entry: Any) -> str:
+    """Return the escaped segment of a path for one entry of a JAX key path."""
     match entry:
         case jax.tree_util.DictKey():
-            return _quoted(str(entry.key))
+            return _quote(str(entry.key))
         case jax.tree_util.SequenceKey():
             return str(entry.idx)
         case jax.tree_util.GetAttrKey():
-            return _quoted(entry.name)
+            return _quote(entry.name)
         case jax.tree_util.FlattenedIndexKey():
-            return _quoted(str(entry.key))
+            return _quote(str(entry.key))
         case _:
-            return _quoted(str(entry))
+            return _quote(str(entry))
 
 
-@functools.lru_cache(4096)  # an adapter has thousands of leaves, and few names; the loop stands still meanwhile
-def _quoted(text: str) -> str:
+@functools.lru_cache(4096)  # an adapter has thousands of leaves but few names, and the training loop waits
+def _quote(text: str) -> str:
     return urllib.parse.quote(text, safe=" ()[]',:")
 
 
 def name_prefix(name: str) -> str:
-    """What the names of one adapter's arrays begin with, and no other's."""
-    return f"adapter/{_quoted(name)}/"
+    """Return the prefix of the names of one adapter's arrays."""
+    return f"adapter/{_quote(name)}/"
 
 
 def named_leaves(part: str, tree: Any) -> list[tuple[str, Any]]:
-    found = [(f"{part}/{path}" if path else part, leaf) for path, leaf in flatten(tree)[0]]
-    if len({name for name, _ in found}) < len(found):
+    """Return `[(name, leaf)]` of one part; raise `AttachError` if names are not unique."""
+    leaves = [(f"{part}/{path}" if path else part, leaf) for path, leaf in flatten(tree)[0]]
+    if len({name for name, _ in leaves}) < len(leaves):
         raise AttachError(f"{part}: two leaves have the same path; give the nodes of its pytrees distinct keys")
-    return found
+    return leaves
 
 
 def is_key(leaf: Any) -> bool:
-    """Whether a leaf is an array of typed random keys."""
+    """Return True if a leaf is an array of typed random keys."""
     if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) or isinstance(leaf.dtype, np.dtype):
-        return False  # NumPy's dtypes, which are nearly all, are no keys: not worth asking JAX thousands of times
+        return False  # nearly all leaves have numpy dtypes, which are never keys; this avoids thousands of calls to JAX
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def is_on_device(leaf: Any) -> TypeGuard[Any]:
-    """Whether a leaf is a JAX array of numbers (or stands for one), not of random keys."""
+    """Return True if a leaf is a JAX array of numbers, concrete or abstract."""
     return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) and not is_key(leaf)
 
 
 def is_committed(like: Any) -> bool:
-    """Whether an example leaf says on which devices its value must lie."""
+    """Return True if an example leaf decides the devices of its value."""
     if isinstance(like, jax.ShapeDtypeStruct):
         return like.sharding is not None
     return isinstance(like, jax.Array) and bool(like.committed)
 
 
-def _add(taken: Snapshot, name: str, leaf: Any, problems: list[str]) -> None:
+def _add_leaf(snapshot: Snapshot, name: str, leaf: Any, problems: list[str]) -> None:
     if isinstance(leaf, Tracer):
         problems.append(f"{name}: traced; save outside jit, grad and vmap")
     elif isinstance(leaf, jax.Array) and leaf.is_deleted():
-        problems.append(f"{name}: deleted: it was donated to a jitted function")
+        problems.append(f"{name}: deleted, because it was donated to a jitted function")
     elif is_key(leaf):
-        taken.keys[name] = str(jax.random.key_impl(leaf))
-        taken.arrays[name] = jax.random.key_data(leaf)
+        snapshot.keys[name] = str(jax.random.key_impl(leaf))
+        snapshot.arrays[name] = jax.random.key_data(leaf)
     elif isinstance(leaf, jax.Array):
-        taken.arrays[name] = leaf
+        snapshot.arrays[name] = leaf
     elif isinstance(leaf, np.ndarray | np.generic) and _is_plain(leaf.dtype):
-        taken.arrays[name] = leaf
-        taken.hosts.append(name)
+        snapshot.arrays[name] = leaf
+        snapshot.hosts.append(name)
     elif isinstance(leaf, bytes):
-        taken.values[name] = ["bytes", base64.b64encode(leaf).decode()]
+        snapshot.values[name] = ["bytes", base64.b64encode(leaf).decode()]
     elif type(leaf) is complex:
-        taken.values[name] = ["complex", [leaf.real, leaf.imag]]
+        snapshot.values[name] = ["complex", [leaf.real, leaf.imag]]
     elif type(leaf) in (bool, int, float, str):
-        taken.values[name] = [type(leaf).__name__, leaf]
+        snapshot.values[name] = [type(leaf).__name__, leaf]
     else:
         problems.append(f"{name}: {type(leaf).__name__}; expected arrays, numbers, strings or bytes")
 
 
 def _is_plain(dtype: np.dtype[Any]) -> bool:
-    """Whether an array of it can be told by the dtype's name: no objects, texts, dates, nor records of fields."""
+    """Return True if the dtype's name describes it fully: not for objects, texts, dates and records."""
     return dtype.kind not in "OSUMm" and not issubclass(dtype.type, np.void)
 
 
-def _plain(tree: Any) -> Any:
-    """The structure of a tree of dicts, lists, tuples and leaves as JSON; None where there is more to it."""
+def _plain_structure(tree: Any) -> Any:
+    """Return the structure of a tree of dicts, lists, tuples and leaves as JSON; None if it has other nodes."""
     if type(tree) is dict:
-        inner = [(k, _plain(v)) for k, v in tree.items()]
-        known = all(type(k) in (str, int) and v is not None for k, v in inner)
-        return ["dict", [[k, v] for k, v in inner]] if known else None
+        inner = [(k, _plain_structure(v)) for k, v in tree.items()]
+        is_plain = all(type(k) in (str, int) and v is not None for k, v in inner)
+        return ["dict", [[k, v] for k, v in inner]] if is_plain else None
     if type(tree) in (list, tuple):
-        inner = [_plain(v) for v in tree]
+        inner = [_plain_structure(v) for v in tree]
         return [type(tree).__name__, inner] if None not in inner else None
     if tree is None:
         return ["none"]

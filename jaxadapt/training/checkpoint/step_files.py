@@ -1,7 +1,7 @@
-"""One training step written to disk or to an object store: a safetensors file, replaced as a whole, durably.
+"""Writing of one training step to disk or to an object store, as one safetensors file, durably and atomically.
 
-Of arrays that several processes share each writes its own part of the file. In an object store nobody can: there
-process 0 gathers them, and puts the object at once.
+If several processes share the arrays, each writes its own part of the file. Object stores do not support this: there
+process 0 gathers all arrays and uploads one object.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxadapt.arrays import regions as boxes
+from jaxadapt.arrays import regions
 from jaxadapt.core.progress import Report, byte_counter
 from jaxadapt.persistence import multihost
 from jaxadapt.persistence.run_folder import META, NAME, SCHEMA, Said
@@ -27,53 +27,63 @@ from jaxadapt.storage.location import Address, Place
 from jaxadapt.training.checkpoint.snapshot import Snapshot
 
 
-def _document(taken: Snapshot, said: Said, odd: Mapping[str, str]) -> dict[str, Any]:
-    return {"schema": SCHEMA, **said._asdict(), "odd": dict(odd), **taken.to_json()}
+def is_multi_process(taken: Snapshot | None) -> bool:
+    """Return True if several processes share the arrays, without starting a JAX backend if no array has done so."""
+    has_arrays = taken is not None and any(isinstance(x, jax.Array) for x in taken.arrays.values())
+    return (has_arrays or jax.distributed.is_initialized()) and jax.process_count() > 1
 
 
-# ---------------------------------------------------------------- onto the host
+def is_leader() -> bool:
+    """Return True in the process that does the work of all."""
+    return not is_multi_process(None) or jax.process_index() == 0
+
+
+def _make_document(taken: Snapshot, record: Said, byte_dtypes: Mapping[str, str]) -> dict[str, Any]:
+    return {"schema": SCHEMA, **record._asdict(), "odd": dict(byte_dtypes), **taken.to_json()}
+
+
+# ---------------------------------------------------------------- copying to the host
 
 
 def copy_to_host(arrays: Mapping[str, Any]) -> dict[str, Callable[[], np.ndarray]]:
-    """The values as they are now, off the device when this returns; each is put together when it is asked for.
+    """Copy the current values off the device, and return functions that assemble each array.
 
-    On the CPU a view: what a view looks at is never written to, since donating an array of which there is one
-    copies it (tests/training/test_checkpoint.py holds JAX to that). numpy's own arrays are copied: anybody may write to
-    them.
+    On the CPU, JAX arrays are views. This is safe, because JAX copies a donated array if a view of it exists
+    (tests/training/test_checkpoint.py checks this). Numpy arrays are copied, because the caller may write to them.
     """
-    pieces: dict[str, list[tuple[Any, jax.Array]]] = {}
-    for name, leaf in arrays.items():  # all transfers begin before the first is waited for
+    shards: dict[str, list[tuple[Any, jax.Array]]] = {}
+    for name, leaf in arrays.items():  # start all transfers before waiting for the first
         if isinstance(leaf, jax.Array):
             devices = leaf.sharding.device_set
-            pieces[name] = [(None, leaf)] if len(devices) == 1 else _pieces(leaf)
+            shards[name] = [(None, leaf)] if len(devices) == 1 else _unique_shards(leaf)
             if next(iter(devices)).platform != "cpu":
-                for _, piece in pieces[name]:
-                    piece.copy_to_host_async()
-    out: dict[str, Callable[[], np.ndarray]] = {}
+                for _, shard in shards[name]:
+                    shard.copy_to_host_async()
+    values: dict[str, Callable[[], np.ndarray]] = {}
     for name, leaf in arrays.items():
-        if name in pieces:
-            out[name] = functools.partial(_join, leaf.shape, [(i, np.asarray(piece)) for i, piece in pieces[name]])
+        if name in shards:
+            on_host = [(region, np.asarray(shard)) for region, shard in shards[name]]
+            values[name] = functools.partial(_assemble, leaf.shape, on_host)
         else:
-            out[name] = functools.partial(np.asarray, np.array(leaf))
-    return out
+            values[name] = functools.partial(np.asarray, np.array(leaf))
+    return values
 
 
-def _pieces(leaf: jax.Array) -> list[tuple[Any, jax.Array]]:
-    """The parts of an array that make the whole, each on one device, with their places; None: all of it."""
+def _unique_shards(leaf: jax.Array) -> list[tuple[Any, jax.Array]]:
+    """Return shards that cover an array, each with its region; None is the full region."""
     if leaf.is_fully_replicated:
         return [(None, leaf.addressable_data(0))]
-    return [
-        (box, leaf.addressable_data(at)) for box, at in multihost.addressable_indices(leaf.sharding, leaf.shape).items()
-    ]
+    indices = multihost.addressable_indices(leaf.sharding, leaf.shape)
+    return [(region, leaf.addressable_data(index)) for region, index in indices.items()]
 
 
-def _join(shape: tuple[int, ...], pieces: list[tuple[Any, np.ndarray]]) -> np.ndarray:
-    if pieces[0][0] is None:
-        return pieces[0][1]
-    out = np.empty(shape, pieces[0][1].dtype)
-    for box, piece in pieces:
-        out[boxes.to_slices(box)] = piece
-    return out
+def _assemble(shape: tuple[int, ...], shards: list[tuple[Any, np.ndarray]]) -> np.ndarray:
+    if shards[0][0] is None:
+        return shards[0][1]
+    array = np.empty(shape, shards[0][1].dtype)
+    for region, shard in shards:
+        array[regions.to_slices(region)] = shard
+    return array
 
 
 # ---------------------------------------------------------------- writing
@@ -82,32 +92,33 @@ def _join(shape: tuple[int, ...], pieces: list[tuple[Any, np.ndarray]]) -> np.nd
 def write_step(
     path: Place,
     taken: Snapshot,
-    said: Said,
+    record: Said,
     values: Mapping[str, Callable[[], np.ndarray]],
     report: Report,
 ) -> None:
-    """Writes a step as one file, durably and atomically; `values` give the arrays one by one."""
-    specs, odd = _specs(taken)
+    """Write a step as one file, durably and atomically. The functions in `values` return the arrays."""
+    specs, byte_dtypes = _file_specs(taken)
 
     def get(name: str) -> np.ndarray:
         value = values[name]()
-        return _as_bytes(value) if name in odd else value
+        return _as_bytes(value) if name in byte_dtypes else value
 
-    more = byte_counter(report, "save", sum(dtype.itemsize * math.prod(shape) for dtype, shape in specs.values()))
-    safetensors.write(path, specs, get, {META: json.dumps(_document(taken, said, odd))}, progress=more)
+    count = byte_counter(report, "save", sum(dtype.itemsize * math.prod(shape) for dtype, shape in specs.values()))
+    metadata = {META: json.dumps(_make_document(taken, record, byte_dtypes))}
+    safetensors.write(path, specs, get, metadata, progress=count)
 
 
-def _specs(taken: Snapshot) -> tuple[dict[str, tuple[np.dtype[Any], tuple[int, ...]]], dict[str, str]]:
-    """The layout of the file, and the dtypes of arrays that safetensors has no type for."""
+def _file_specs(taken: Snapshot) -> tuple[dict[str, tuple[np.dtype[Any], tuple[int, ...]]], dict[str, str]]:
+    """Return the layout of the file, and the dtypes of arrays that are stored as bytes."""
     specs: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
-    odd: dict[str, str] = {}
+    byte_dtypes: dict[str, str] = {}
     for name, leaf in taken.arrays.items():
         dtype, shape = np.dtype(leaf.dtype), tuple(leaf.shape)
         if not can_hold(dtype):
-            odd[name] = dtype.name
+            byte_dtypes[name] = dtype.name
             dtype, shape = np.dtype("uint8"), (*shape, dtype.itemsize)
         specs[name] = (dtype, shape)
-    return specs, odd
+    return specs, byte_dtypes
 
 
 def _as_bytes(value: np.ndarray) -> np.ndarray:
@@ -115,49 +126,50 @@ def _as_bytes(value: np.ndarray) -> np.ndarray:
     return np.frombuffer(value.tobytes(), np.uint8).reshape(*value.shape, value.dtype.itemsize)
 
 
-def prepare_shared_write(path: Place, taken: Snapshot, said: Said, timeout: float) -> Callable[[Report], None]:
-    """What this process is to write of a step, off the device when this returns; the result writes it with all others.
+def prepare_shared_write(path: Place, taken: Snapshot, record: Said, timeout: float) -> Callable[[Report], None]:
+    """Copy this process's part of a step off the device, and return a function that writes it with the others.
 
-    Every process must call this, in the same order as its other saves, and then what it returns, in any thread: what
-    they say to each other passes by the devices. That raises `FileError` in all processes if one failed, died, or
-    sees another file system; `MismatchError` where what each process has of its own is not the same in all.
+    Every process must call this, in the same order as its other saves, and then call the result, in any thread:
+    processes communicate without the devices. For an object store, which does not support partial writes, process 0
+    gathers all arrays here and writes them.
 
-    Into an object store, where nobody can write a part of a file, process 0 writes what it gathers here.
+    The result raises:
+        FileError: a process failed, died or sees another file system. All processes raise it.
+        MismatchError: values that every process holds differ between processes.
     """
-    alone = copy_to_host({name: leaf for name, leaf in taken.arrays.items() if multihost.is_local(leaf)})
-    spread = {name: leaf for name, leaf in taken.arrays.items() if name not in alone}
+    local = copy_to_host({name: leaf for name, leaf in taken.arrays.items() if multihost.is_local(leaf)})
+    distributed = {name: leaf for name, leaf in taken.arrays.items() if name not in local}
     shared = not isinstance(path, Address)
-    held = multihost.owned_regions(spread, jax.process_index()) if shared else _gathered(spread)
+    owned = multihost.owned_regions(distributed, jax.process_index()) if shared else _gather_on_leader(distributed)
     group = Group(str(path), timeout, multihost.STAGES)
 
     def finish(report: Report) -> None:
-        specs, odd = _specs(taken)
-        document = _document(taken, said, odd)
-        alike = {name: parallel_write.digest(value()) for name, value in alone.items()} | _digests(document)
+        specs, byte_dtypes = _file_specs(taken)
+        document = _make_document(taken, record, byte_dtypes)
+        digests = {name: parallel_write.digest(value()) for name, value in local.items()} | _json_digests(document)
+        digests["step"] = path.name
         if group.index == 0:
-            held.update({name: {boxes.full_region(value().shape): value()} for name, value in alone.items()})
+            owned.update({name: {regions.full_region(value().shape): value()} for name, value in local.items()})
         layout = safetensors.named_specs(specs)
 
         def parts(_: bool) -> Iterator[parallel_write.TensorPart]:
-            more = byte_counter(report, "save", sum(x.nbytes for boxes in held.values() for x in boxes.values()))
-            for name in sorted(held):
-                for box, values in multihost.join_regions(held[name], tuple(taken.arrays[name].shape)):
-                    if name in odd:
+            count = byte_counter(report, "save", sum(x.nbytes for arrays in owned.values() for x in arrays.values()))
+            for name in sorted(owned):
+                for region, values in multihost.join_regions(owned[name], tuple(taken.arrays[name].shape)):
+                    if name in byte_dtypes:
                         values = _as_bytes(values)
-                        box = (*box, (0, values.shape[-1]))
-                    yield parallel_write.TensorPart(name, specs[name][1], box, values)
-                    more(values.nbytes)
+                        region = (*region, (0, values.shape[-1]))
+                    yield parallel_write.TensorPart(name, specs[name][1], region, values)
+                    count(values.nbytes)
 
         if group.index > 0:
-            parallel_write.write_as_follower(str(path), layout, parts, group, shared, alike | {"step": path.name})
+            parallel_write.write_as_follower(str(path), layout, parts, group, shared, digests)
             group.receive("result")
             return
         try:
             metadata = {META: json.dumps(document)}
             with atomic.open_replacement(path) as writer:
-                parallel_write.write_as_leader(
-                    writer, layout, metadata, parts, group, shared, alike | {"step": path.name}
-                )
+                parallel_write.write_as_leader(writer, layout, metadata, parts, group, shared, digests)
         except BaseException as error:
             group.send_failure(error)
             raise
@@ -166,18 +178,18 @@ def prepare_shared_write(path: Place, taken: Snapshot, said: Said, timeout: floa
     return finish
 
 
-def _gathered(arrays: Mapping[str, Any]) -> dict[str, dict[boxes.Box, np.ndarray]]:
-    """All of each array, in process 0 and nowhere else; one at a time."""
-    held: dict[str, dict[boxes.Box, np.ndarray]] = {}
+def _gather_on_leader(arrays: Mapping[str, Any]) -> dict[str, dict[regions.Box, np.ndarray]]:
+    """Gather full arrays one at a time, and keep them in process 0 only."""
+    gathered: dict[str, dict[regions.Box, np.ndarray]] = {}
     for name in sorted(arrays):
         value = multihost.gather_array(arrays[name])
         if jax.process_index() == 0:
-            held[name] = {boxes.full_region(value.shape): value}
-    return held
+            gathered[name] = {regions.full_region(value.shape): value}
+    return gathered
 
 
-def _digests(document: Mapping[str, Any]) -> dict[str, str]:
-    """Of everything that is no array, by name."""
+def _json_digests(document: Mapping[str, Any]) -> dict[str, str]:
+    """Return a digest of each value of the document, by name."""
     items = {part: values if isinstance(values, dict) else {"": values} for part, values in document.items()}
     return {
         f"{part} {name}".strip(): parallel_write.digest(json.dumps(value))
@@ -187,13 +199,13 @@ def _digests(document: Mapping[str, Any]) -> dict[str, str]:
 
 
 def remove_leftovers(folder: Place) -> None:
-    """Removes what killed writers left."""
-    if not isinstance(folder, Address):  # what is put at once leaves nothing
+    """Remove the leftovers of killed writers."""
+    if not isinstance(folder, Address):  # an upload is one step and leaves nothing
         atomic.remove_leftovers(folder, NAME.pattern)
 
 
 def remove_step(path: Place) -> None:
-    """Removes a step. Raises `FileError`."""
+    """Remove a step. Raise `FileError` if this fails."""
     try:
         path.unlink() if isinstance(path, Address) else atomic.remove_file(path)
     except FileNotFoundError:
@@ -203,7 +215,7 @@ def remove_step(path: Place) -> None:
 
 
 def make_run_folder(folder: Place) -> None:
-    """Makes the folder of a run. Raises `FileError`."""
+    """Create the folder of a run. Raise `FileError` if this fails."""
     if isinstance(folder, Address):
         return
     flush.make_folder(folder)

@@ -1,4 +1,4 @@
-"""One training step read back from where `step_files` has put it."""
+"""Reading of one training step that `step_files` wrote."""
 
 from __future__ import annotations
 
@@ -22,24 +22,25 @@ from jaxadapt.training.checkpoint.snapshot import PARTS, Snapshot, is_committed,
 
 @dataclasses.dataclass(frozen=True)
 class StoredStep:
-    """A step as it lies on disk, without its arrays.
+    """A stored step without its arrays.
 
-    Args:
-        metrics: as given to `save`.
-        taken: everything but the arrays.
+    Attributes:
+        path: the file.
+        metrics: the metrics given to `save`.
+        snapshot: everything except the arrays.
         specs: `{name: (shape, dtype name)}` of the arrays.
-        odd: the dtypes of arrays that safetensors has no type for; they are stored as bytes.
+        byte_dtypes: the dtypes of arrays that are stored as bytes, because safetensors has no type for them.
     """
 
     path: Place
     metrics: dict[str, float]
-    taken: Snapshot
+    snapshot: Snapshot
     specs: dict[str, tuple[tuple[int, ...], str]]
-    odd: dict[str, str]
+    byte_dtypes: dict[str, str]
 
 
 def read_stored_step(path: Place) -> StoredStep:
-    """What a step holds, from its header. Raises `FileError` or `FormatError`."""
+    """Read the header of a step. Raise `FileError` or `FormatError` if this fails."""
     header = safetensors.read_header(path)
     specs = {k: (t.shape, numpy_dtype(t.dtype).name) for k, t in header.tensors.items()}
     document = run_folder.read_document(path, header)
@@ -48,71 +49,78 @@ def read_stored_step(path: Place) -> StoredStep:
     return StoredStep(path, document["metrics"], Snapshot.from_json(document, str(path)), specs, document["odd"])
 
 
-def model_alone(step: StoredStep) -> StoredStep:
-    """The same step as if nothing but the model had been saved."""
+def select_model(step: StoredStep) -> StoredStep:
+    """Return the step with the model only."""
 
-    def held(name: str) -> bool:
+    def is_model(name: str) -> bool:
         return name.partition("/")[0] not in PARTS
 
-    taken = dataclasses.replace(
-        step.taken,
-        values={name: value for name, value in step.taken.values.items() if held(name)},
-        keys={name: kind for name, kind in step.taken.keys.items() if held(name)},
-        hosts=[name for name in step.taken.hosts if held(name)],
+    snapshot = dataclasses.replace(
+        step.snapshot,
+        values={name: value for name, value in step.snapshot.values.items() if is_model(name)},
+        keys={name: kind for name, kind in step.snapshot.keys.items() if is_model(name)},
+        hosts=[name for name in step.snapshot.hosts if is_model(name)],
         plain={},
     )
-    specs = {name: spec for name, spec in step.specs.items() if held(name)}
-    return dataclasses.replace(step, taken=taken, specs=specs)
+    specs = {name: spec for name, spec in step.specs.items() if is_model(name)}
+    return dataclasses.replace(step, snapshot=snapshot, specs=specs)
 
 
 def read_step_arrays(step: StoredStep, wanted: Mapping[str, Any], report: Report = no_report) -> dict[str, Any]:
-    """The arrays of a step: each with the sharding of its example, a numpy array where the example is None.
+    """Read arrays of a step, each with the sharding of its example; a numpy array if the example is None.
 
-    `report` is told of ("load", bytes, bytes in all); of an array that is spread over devices when its part is here.
+    `report` is called with ("load", bytes read, total bytes). A sharded array is reported when the shards of this
+    process are read.
 
-    Raises `FileError` or `FormatError`.
+    Raises:
+        FileError: the file cannot be read.
+        FormatError: the file was replaced meanwhile.
     """
     try:
         with safetensors.open_tensors(step.path) as file:
-            more = byte_counter(report, "load", sum(map(file.nbytes, wanted)))
-            return _read_file(file, step, wanted, more)
+            count = byte_counter(report, "load", sum(map(file.nbytes, wanted)))
+            return _read_file(file, step, wanted, count)
     except KeyError as error:
-        raise FormatError(f"{step.path}: it was replaced while it was read ({error} is gone); read it again") from error
+        raise FormatError(
+            f"{step.path}: replaced by another save while it was read ({error}); read it again"
+        ) from error
 
 
-def _spread(like: Any) -> bool:
+def _is_sharded(like: Any) -> bool:
     return is_committed(like) and not is_key(like) and len(like.sharding.device_set) > 1
 
 
 def _read_file(
-    file: safetensors.TensorFile, step: StoredStep, wanted: Mapping[str, Any], more: Callable[[int], None]
+    file: safetensors.TensorFile, step: StoredStep, examples: Mapping[str, Any], count: Callable[[int], None]
 ) -> dict[str, Any]:
-    spread = dict.fromkeys(name for name, like in wanted.items() if _spread(like) and name not in step.odd)
-    host: dict[str, Any] = file.read_many((name for name in wanted if name not in spread), more)
-    for name, dtype in step.odd.items():
+    sharded = dict.fromkeys(
+        name for name, like in examples.items() if _is_sharded(like) and name not in step.byte_dtypes
+    )
+    host: dict[str, Any] = file.read_many((name for name in examples if name not in sharded), count)
+    for name, dtype in step.byte_dtypes.items():
         if name in host:
             shape = step.specs[name][0]
             host[name] = np.frombuffer(host[name].tobytes(), jnp.dtype(dtype)).reshape(shape)
-    onto = [n for n, like in wanted.items() if n in host and is_on_device(like) and not _spread(like)]
-    where = [wanted[n].sharding if is_committed(wanted[n]) else None for n in onto]
-    placed = jax.device_put([host[n] for n in onto], where) if onto else []
-    out: dict[str, Any] = {**host, **dict(zip(onto, placed, strict=True))}
-    for name in spread:
-        out[name] = _by_shard(wanted[name], functools.partial(file.read_slice, name))
-        more(file.nbytes(name))
-    for name in host.keys() & step.odd.keys():
-        if _spread(wanted[name]):
-            out[name] = _by_shard(wanted[name], host[name].__getitem__)
-    return {name: out[name][()] if isinstance(wanted[name], np.generic) else out[name] for name in wanted}
+    names = [n for n, like in examples.items() if n in host and is_on_device(like) and not _is_sharded(like)]
+    shardings = [examples[n].sharding if is_committed(examples[n]) else None for n in names]
+    on_device = jax.device_put([host[n] for n in names], shardings) if names else []
+    arrays: dict[str, Any] = {**host, **dict(zip(names, on_device, strict=True))}
+    for name in sharded:
+        arrays[name] = _read_shards(examples[name], functools.partial(file.read_slice, name))
+        count(file.nbytes(name))
+    for name in host.keys() & step.byte_dtypes.keys():
+        if _is_sharded(examples[name]):
+            arrays[name] = _read_shards(examples[name], host[name].__getitem__)
+    return {name: arrays[name][()] if isinstance(examples[name], np.generic) else arrays[name] for name in examples}
 
 
-def _by_shard(like: Any, get: Callable[[Any], np.ndarray]) -> jax.Array:
-    read: dict[str, np.ndarray] = {}  # replicas are read once
+def _read_shards(like: Any, get: Callable[[Any], np.ndarray]) -> jax.Array:
+    shards: dict[str, np.ndarray] = {}  # by index, so that replicas are read once
 
-    def part(index: Any) -> np.ndarray:
+    def read_shard(index: Any) -> np.ndarray:
         key = str(index)
-        if key not in read:
-            read[key] = get(index)
-        return read[key]
+        if key not in shards:
+            shards[key] = get(index)
+        return shards[key]
 
-    return jax.make_array_from_callback(tuple(like.shape), like.sharding, part)
+    return jax.make_array_from_callback(tuple(like.shape), like.sharding, read_shard)

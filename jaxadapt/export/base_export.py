@@ -1,0 +1,238 @@
+"""Export of whole models to Hugging Face folders, with the keymaps that also name their adapters' weights.
+
+parameters ──base_plan.encode──► {PyTorch key: tensor} ──hf_model.write_model──► model.safetensors (or several files)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxadapt.adapters.adapter import Adapter, name_donated_arrays
+from jaxadapt.arrays import finite
+from jaxadapt.core import paths
+from jaxadapt.core.errors import KeyMapError, MismatchError
+from jaxadapt.core.progress import LOGGER, Progress, byte_counter, reporter
+from jaxadapt.export import untying
+from jaxadapt.export.base_leaves import collect_base_leaves, leaf_shapes
+from jaxadapt.keymaps import expert_names, parts, plan
+from jaxadapt.keymaps.keymap import KeyMap, warn_unproved
+from jaxadapt.merging import base_merge
+from jaxadapt.models.nnx import attach, survey
+from jaxadapt.persistence import encode, folder
+from jaxadapt.storage import hf_model, location
+from jaxadapt.storage.dtypes import dtype_name, numpy_dtype
+from jaxadapt.storage.location import Place
+
+SHARD = 5_000_000_000
+
+
+def export_base(
+    params: Any,
+    path: str | os.PathLike[str],
+    adapter: Adapter | None = None,
+    *,
+    keymap: KeyMap | str | None = None,
+    dtype: Any = None,
+    max_shard_size: int = SHARD,
+    allow_nan: bool = False,
+    progress: Progress = None,
+) -> None:
+    """Write the weights of a whole model to a Hugging Face folder, with PyTorch's names and layouts.
+
+    The weights are `model.safetensors` or, above `max_shard_size` bytes, several files and their index. Other files in
+    the folder (config.json, a tokenizer) are kept. Existing weights are replaced by one rename and then removed. One
+    tensor is in memory at a time, and a merge computes a few outputs at a time. Tied embeddings are written once if the
+    model stores them once.
+
+    Args:
+        params: an NNX model (without the adapters attached to it), Linen variables or base parameters.
+        path: the folder, or an address of an object store.
+        adapter: an adapter to merge into the weights: W + s·B·A, in float32, rounded once.
+        keymap: the model's family; None recognizes it.
+        dtype: the dtype of the file's tensors. Default: as in memory.
+        max_shard_size: the largest size of one file, in bytes.
+        allow_nan: accept a NaN or an infinity in the adapter's tensors and in the result.
+        progress: None, True (a bar on a terminal or in a notebook) or a function of ("export", bytes done, total
+            bytes).
+
+    Raises:
+        KeyMapError: weights have no entry in the keymap; the message lists all of them.
+        MismatchError: the adapter does not fit.
+        FileError: the folder cannot be written. After any error, the existing weights are unchanged.
+
+    >>> import tempfile, jax.numpy as jnp, jaxadapt
+    >>> from jaxadapt.export import import_base
+    >>> keymap = jaxadapt.KeyMap("mine", (jaxadapt.Weight("q.kernel", "q.weight", "i o -> o i"),))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     export_base({"q": {"kernel": jnp.ones((2, 3))}}, folder, keymap=keymap)
+    ...     import_base(folder, {"q": {"kernel": jnp.zeros((2, 3))}}, keymap=keymap)["q"]["kernel"].sum()
+    Array(6., dtype=float32)
+    """
+    leaves, resolved = collect_base_leaves(params, keymap)
+    _refuse_statistics(params, leaves)
+    encode.require_values(leaves, traced=False)
+    base_plan = plan.base_plan(resolved, leaf_shapes(leaves))
+    changed = {} if adapter is None else base_merge.plan_merge(leaves, adapter)
+    strict = adapter is not None and not allow_nan
+    if adapter is not None and strict:
+        base_merge.refuse_nan(leaves, adapter, changed)
+    warn_unproved(resolved)
+    file_dtype = None if dtype is None else np.dtype(dtype)
+    target = location.to_location(path)
+    _check_ties(target, resolved, base_plan, leaves, changed)
+    specs: Specs = {}
+    part_keys = parts.group_by_file_key(base_plan.keys)
+    for key, group in sorted(part_keys.items(), key=lambda item: survey.natural_key(item[0])):
+        entry, _ = base_plan.keys[group[0]]
+        name = dtype_name(file_dtype or leaves[entry.path].dtype)
+        specs[key] = name, parts.joined_shape(group, entry.form.file_shape)
+    if not specs:
+        raise MismatchError(f"{target}: cannot export the model: it has no weights")
+    folder.make_folder(target)
+    encode = _make_encoder(base_plan, leaves, changed, file_dtype)
+    total = sum(math.prod(shape) * numpy_dtype(name).itemsize for name, shape in specs.values())
+    specs, sources = _split_experts(resolved, specs) if resolved.single else (specs, {key: (key, ()) for key in specs})
+
+    # The gate, up and down tensors of an expert come from the same two fused tensors.
+    @functools.lru_cache(maxsize=2 if resolved.single else 0)
+    def join(key: str) -> Any:
+        return parts.join_parts([encode(part) for part in part_keys[key]], part_keys[key], np)
+
+    with reporter(progress) as report:
+        count = byte_counter(report, "export", total)
+
+        def get(key: str) -> Any:
+            name, index = sources[key]
+            value = join(name)[index] if index else join(name)
+            count(value.nbytes)
+            return value
+
+        def not_finite_error(keys: list[str]) -> MismatchError:
+            return MismatchError(f"{target}: {finite.not_finite_message(keys, 'allow_nan=True writes them anyway')}")
+
+        read = finite.check_while_reading(get, len(specs), not_finite_error) if strict else get
+        with name_donated_arrays(leaves):
+            hf_model.write_model(target, specs, read, max_shard_size)
+    LOGGER.info("%s: %d tensors, %d bytes", target, len(specs), total)
+
+
+Specs = dict[str, tuple[str, tuple[int, ...]]]
+"""`{key: (dtype, shape)}`."""
+
+
+def _split_experts(keymap: KeyMap, specs: Specs) -> tuple[Specs, dict[str, tuple[str, Any]]]:
+    """Return the specs with one tensor per expert, and for each its fused tensor and the index into it."""
+    rows, renamed = expert_names.folder_names(keymap, {key: shape for key, (_, shape) in specs.items()})
+    split: Specs = {}
+    sources: dict[str, tuple[str, Any]] = {}
+    for key, (dtype, shape) in specs.items():
+        for expert, names in enumerate(rows.get(key, ())):
+            width = shape[1] // len(names)
+            for part, name in enumerate(names):
+                split[name] = dtype, (width, *shape[2:])
+                sources[name] = key, (expert, slice(part * width, (part + 1) * width))
+        if key not in rows:
+            split[renamed.get(key, key)] = dtype, shape
+            sources[renamed.get(key, key)] = key, ()
+    return split, sources
+
+
+def _refuse_statistics(params: Any, leaves: Mapping[str, Any]) -> None:
+    """Raise `KeyMapError` for statistics of batch normalization that the export would omit."""
+    if isinstance(params, attach.nnx.Module):
+        omitted = [
+            p for p, v in survey.layer_state(params).items() if isinstance(v, attach.nnx.BatchStat) and p not in leaves
+        ]
+    else:
+        statistics = params.get("batch_stats", {}) if isinstance(params, Mapping) and "params" in params else {}
+        omitted = [f"batch_stats.{path}" for path in paths.flatten(statistics)]
+    if omitted:
+        raise KeyMapError(
+            "cannot export statistics of batch normalization: the keymap has no entry for them. For an NNX model, add"
+            " entries to the keymap. For Linen, pass variables['params'] and save the statistics separately:\n"
+            + paths.bullets(omitted)
+        )
+
+
+def _make_encoder(
+    base_plan: plan.Plan, leaves: Mapping[str, Any], changed: Mapping[str, base_merge.ChangedLeaf], dtype: Any
+) -> Callable[[str], Any]:
+    """Return a function from a key to its tensor, indexed on the leaf's device and transposed on the host."""
+
+    def encode(key: str) -> Any:
+        entry, number = base_plan.keys[key]
+        if entry.path in changed:
+            return _merge_tensor(entry, number, changed[entry.path], leaves[entry.path].dtype, dtype)
+        tensor = entry.form.single.encode(np.asarray(leaves[entry.path][entry.form.index(number)]), 0)
+        return tensor if dtype is None else tensor.astype(dtype, copy=False)
+
+    return encode
+
+
+SLICE = 1 << 22
+"""Bytes of float32 that are merged at once. For a very large tensor it is 1/32 of the tensor, to limit the number."""
+
+
+def _merge_tensor(
+    entry: plan.PlanEntry, number: int, changed: base_merge.ChangedLeaf, leaf_dtype: Any, dtype: Any
+) -> Any:
+    """Return one tensor of a leaf that an adapter changes, computed in slices of its outputs.
+
+    A merge needs several float32 arrays of the size of its slice, so slices save memory.
+    """
+    form, index = entry.form, entry.form.index(number)
+    # Without this, the sum would be rounded to the leaf's dtype first.
+    unrounded = dtype is not None and dtype != leaf_dtype
+    stack = changed.site.match.stack
+    layer = {axis: index[axis] for axis in stack} if set(stack) <= set(form.split) else {}
+    inner_index = tuple(i for axis, i in enumerate(index) if axis not in layer)
+    out = np.empty(form.file_shape, dtype or leaf_dtype)
+    file_axes = {group[0]: axis for axis, group in enumerate(form.right) if group}  # by the outermost part's name
+    axes = [a for a in changed.outputs if form.left[a] in file_axes] if changed.site.leaf == entry.path else []
+    if not axes:
+        out[...] = form.single.encode(np.asarray(changed.value(layer, unrounded=unrounded)[inner_index]), 0)
+        return out
+    axis = axes[0]
+    file_axis = file_axes[form.left[axis]]
+    size, row = form.shape[axis], math.prod(form.file_shape) // form.shape[axis]
+    step = max(1, max(SLICE // 4, out.size // 32) // max(row, 1))
+    rows = form.file_shape[file_axis] // max(size, 1)  # PyTorch's rows for one entry of the axis
+    for begin in range(0, size, step):
+        end = min(begin + step, size)
+        values = np.asarray(changed.value({**layer, axis: slice(begin, end)}, unrounded=unrounded)[inner_index])
+        shape = tuple(end - begin if a == axis else n for a, n in enumerate(form.shape))
+        tensor = dataclasses.replace(form, shape=shape).single.encode(values, 0)
+        out[(*[slice(None)] * file_axis, slice(begin * rows, end * rows))] = tensor
+    return out
+
+
+def _check_ties(
+    target: Place,
+    keymap: KeyMap,
+    base_plan: plan.Plan,
+    leaves: Mapping[str, Any],
+    changed: Mapping[str, base_merge.ChangedLeaf],
+) -> None:
+    """Raise `MismatchError` if config.json ties weights that differ: transformers would ignore one of them."""
+    path = target / "config.json"
+    config = untying.read_model_config(path)
+    if config is None or True not in (config.get(untying.FIELD), untying.is_tied(config)):
+        return
+    encode = _make_encoder(base_plan, leaves, changed, None)
+    different = [
+        f"{key} differs from {same}"
+        for key, same in keymap.tied
+        if key in base_plan.keys and same in base_plan.keys and not np.array_equal(encode(key), encode(same))
+    ]
+    if different:
+        raise MismatchError(
+            f"{path}: tie_word_embeddings is true (or missing, and true by default), so transformers would ignore"
+            " weights of this model; set it to false, or export to another folder:\n" + paths.bullets(different)
+        )
