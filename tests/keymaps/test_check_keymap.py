@@ -109,8 +109,8 @@ def test_the_help_shows_how_shapes_are_written(tmp_path):
     """The lines of the help, run: what they write is what --model takes."""
     text = CliRunner().invoke(main, ["check-keymap", "--help"]).output
     lines = [line.strip() for line in text.splitlines()]
-    at = lines.index("from jaxadapt import paths")
-    code = "\n".join(lines[at : at + 3]).replace("shapes.json", str(tmp_path / "shapes.json"))
+    start = next(i for i, line in enumerate(lines) if re.fullmatch(r"from jaxadapt[\w.]* import paths", line))
+    code = "\n".join(lines[start : start + 3]).replace("shapes.json", str(tmp_path / "shapes.json"))
     exec(code, {"json": json, "params": unflatten({leaf: np.zeros(x.shape) for leaf, x in LEAVES.items()})})
     done = CliRunner().invoke(main, ["check-keymap", "auto", "--model", str(tmp_path / "shapes.json")])
     assert done.exit_code == 0, done.output

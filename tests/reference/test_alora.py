@@ -137,7 +137,7 @@ def test_a_call_that_does_not_say_which_tokens_is_refused(tmp_path):
         tree(IDS)
     assert nnx.graphdef(tree) == graph
     adapter = jaxadapt.extract(tree)
-    with pytest.raises(jaxadapt.AttachError, match="no weight that does both"):
+    with pytest.raises(jaxadapt.AttachError, match="no single effective weight"):
         jaxadapt.merge(nnx.to_pure_dict(base), adapter)
     with pytest.raises(jaxadapt.ConfigError, match="alora_invocation_tokens"):
         jaxadapt.combine([adapter], [1.0])
