@@ -19,7 +19,6 @@ from jaxadapt.arrays.layout import RANK, FileLayout
 from jaxadapt.core import paths
 from jaxadapt.core.errors import KeyMapError, MismatchError
 from jaxadapt.keymaps.keymap import KeyMap, Match, index_entries
-from jaxadapt.keymaps.tensor_spec import MethodTensor
 from jaxadapt.keymaps.tensor_layout import (
     axis_sizes,
     scale_factor,
@@ -31,6 +30,7 @@ from jaxadapt.keymaps.tensor_layout import axis_sizes_from_tensors as axis_sizes
 from jaxadapt.keymaps.tensor_layout import model_shape as model_shape
 from jaxadapt.keymaps.tensor_layout import stack_sizes as stack_sizes
 from jaxadapt.keymaps.tensor_layout import torch_axes as torch_axes
+from jaxadapt.keymaps.tensor_spec import MethodTensor
 
 Array = Any
 

@@ -42,7 +42,7 @@ def _make_layout(match: Match, tensor: MethodTensor) -> Layout:
         if axis > len(left):
             raise KeyMapError(
                 f"leaf {match.leaf!r} stacks its layers on axis {axis}, but its {tensor.name} has only"
-                f" {len(left)} other axes; stack the layers on an axis from 0 to {len(left)}"
+                f" {len(left)} axes; stack the layers on an axis from 0 to {len(left)}"
             )
         left.insert(axis, match.weight.left[axis])
     torch = match.weight.torch_roles
@@ -71,8 +71,8 @@ def scale_factor(keymap: KeyMap, match: Match, tensor: MethodTensor, sizes: Mapp
         if tensor.scale_power is None:
             raise KeyMapError(
                 f"cannot convert {tensor.name} of leaf {match.leaf!r}: the keymap {keymap.name!r} defines the leaf as"
-                " PyTorch's weight times a factor, and the effect of a factor on this tensor is not defined. Exclude the"
-                " module, or use a method such as LORA"
+                " PyTorch's weight times a factor, and the effect of a factor on this tensor is not defined. Exclude"
+                " the module, or use a method such as LORA"
             )
         factor = match.weight.factor(sizes) ** tensor.scale_power
     return factor

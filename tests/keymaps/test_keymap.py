@@ -54,22 +54,22 @@ def llama_shapes(layers=3, d=8, inner=12, vocab=16, tied=True, scan=None):
         ("a", "a.weight", "i -> i o", {}, "axis 'o' is only on the right"),
         ("a", "a.weight", "i o -> (o i", {}, "'(' is no axis name"),
         ("a", "a.weight", "i, o -> o i", {}, "',' is no axis name"),
-        ("a", "a.{l}.weight", "i o -> o i", {}, "hole {l} of the key is filled by nothing"),
+        ("a", "a.{l}.weight", "i o -> o i", {}, "hole {l} of the key is neither a hole of the leaf nor"),
         ("a", "a.weight", "{l} i o -> o i", {}, "axis {l} must appear in the key"),
-        ("a", "a.weight", "i o -> o i", {"p": ("k",)}, "'p' has names but is no braced axis"),
-        ("a", "{p}.weight", "{p} i o -> o i", {"p": ()}, "'p' names no entry"),
+        ("a", "a.weight", "i o -> o i", {"p": ("k",)}, "'p' has names but is not a braced axis"),
+        ("a", "{p}.weight", "{p} i o -> o i", {"p": ()}, "'p' must have at least one name"),
         ("a", "{p}.weight", "{p} i o -> o i", {"p": ("k", "k")}, "or one twice"),
         ("a.{l}", "a.{l}.weight", "{l} i o -> o i", {}, "{l} is both a hole of the leaf and an axis"),
-        ("a.{l", "a.weight", "i o -> o i", {}, "'a.{l' has a brace that belongs to no hole"),
+        ("a.{l", "a.weight", "i o -> o i", {}, "'a.{l' has a brace that is not part of a hole"),
         ("a", "a.{}.weight", "i o -> o i", {}, "'a.{}.weight' has a brace"),
         ("a", "a.weight", "i o {l} -> o {l} i", {}, "axis '{l}' is only on the right"),
-        ("a", "a.weight", "i (c p) -> (p c) i", {}, "(c p): all its axes but one need a size"),
-        ("a", "a.weight", "i (c p) -> (p c) i", {"p": 2, "c": 3}, "(c p): all its axes but one need a size"),
-        ("a", "a.weight", "(c p) -> p c", {"p": 2}, "(c p): its axes must lie in one of PyTorch's axes"),
+        ("a", "a.weight", "i (c p) -> (p c) i", {}, "(c p): all axes except one must have a size"),
+        ("a", "a.weight", "i (c p) -> (p c) i", {"p": 2, "c": 3}, "(c p): all axes except one must have a size"),
+        ("a", "a.weight", "(c p) -> p c", {"p": 2}, "(c p): its axes must be in the same PyTorch axis"),
         ("a", "{l}.weight", "i ({l} p) -> p i", {"p": 2}, "none has braces"),
-        ("a", "a.weight", "i () -> i", {}, "(): all its axes but one need a size"),
-        ("a", "a.weight", "i o -> o i", {"o": 2}, "'o' has a size, but is in no parentheses"),
-        ("a", "a.weight", "i o -> o i", {"scale": ("h", 1)}, "the scale's axis 'h' is none of the pattern's"),
+        ("a", "a.weight", "i () -> i", {}, "(): all axes except one must have a size"),
+        ("a", "a.weight", "i o -> o i", {"o": 2}, "'o' has a size, but is not in parentheses"),
+        ("a", "a.weight", "i o -> o i", {"scale": ("h", 1)}, "the axis 'h' of the scale is not in the pattern"),
     ],
 )
 def test_a_line_that_contradicts_itself_is_refused(leaf, key, pattern, over, says):
@@ -440,7 +440,7 @@ def test_an_unknown_family_lists_the_known_ones(name):
 
 @pytest.mark.parametrize("change", ["scan", "scanx", "1", "per-expert"])
 def test_an_unknown_change_of_a_table_lists_the_known_ones(change):
-    with pytest.raises(KeyMapError, match=rf"'llama' has no spelling '{change}'; it has vl, vl4, bare, scan0"):
+    with pytest.raises(KeyMapError, match=rf"'llama' has no spelling '{change}'; use one of vl, vl4, bare, scan0"):
         families.resolve_keymap(f"llama/{change}", {})
 
 

@@ -28,7 +28,7 @@ def adapter(table: KeyMap, h: int = 12) -> jaxadapt.Adapter:
 
 
 def test_saving_with_a_table_that_is_not_proved_says_so(tmp_path):
-    with pytest.warns(UserWarning, match="the table 'mine' is not proved"):
+    with pytest.warns(UserWarning, match="the keymap 'mine' has not been verified"):
         jaxadapt.save(adapter(KeyMap("mine", LINES, proved=False)), tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
