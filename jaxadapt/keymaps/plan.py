@@ -278,8 +278,8 @@ def make_plan(entries: Sequence[PlanEntry]) -> Plan:
 def base_plan(keymap: KeyMap, shapes: Mapping[str, Sequence[int]]) -> Plan:
     """Return the plan of the base weights themselves, which verifies a keymap and exports a merged model.
 
-    Raises `KeyMapError` listing every leaf that no entry or several entries match; `MismatchError` if an entry
-    contradicts the shape of its leaf, or if two leaves claim one key.
+    Raises `KeyMapError` listing every leaf that no entry or several entries match, or whose entry contradicts its
+    shape; `MismatchError` if two leaves claim one key.
     """
     entries: list[PlanEntry] = []
     problems: list[str] = []

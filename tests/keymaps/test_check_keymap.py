@@ -73,7 +73,7 @@ def test_what_a_checkpoint_has_too_little_and_too_much(checkpoint):
     wrong = {key: x for key, x in TENSORS.items() if not key.startswith(K)}
     folder = checkpoint({**wrong, f"{UP}.weight": np.zeros(3, "f4"), "vision.weight": np.zeros(3, "f4")})
     _, problems = found("llama", "--checkpoint", folder, status=1)
-    assert problems.pop("misshapen")[0].startswith(f"{UP}.weight: 3, its line")
+    assert problems.pop("misshapen")[0].startswith(f"{UP}.weight: its shape is 3, but")
     assert problems == {"unclaimed": ["vision.weight"], "missing": [f"{K}.weight"]}
     text = run("llama", "--checkpoint", folder).output
     assert "does not fit" in text
@@ -101,7 +101,9 @@ def test_a_model_and_a_checkpoint(checkpoint, shapes):
     _, problems = found("llama", "--model", shapes(wrong), "--checkpoint", checkpoint(more, "more"), status=1)
     line, both = problems.pop("misshapen")
     assert K in line
-    assert both == f"{UP}.weight: the model's weight is 20×16 in PyTorch's layout, the checkpoint's 24×16"
+    assert (
+        both == f"{UP}.weight: the model's weight has shape 20×16 in PyTorch's layout, but the checkpoint's has 24×16"
+    )
     assert problems == {"unclaimed": ["gate.w"], "missing": ["model.norm.weight"]}  # a tied head may be there
 
 

@@ -58,7 +58,7 @@ def llama_shapes(layers=3, d=8, inner=12, vocab=16, tied=True, scan=None):
         ("a", "a.weight", "{l} i o -> o i", {}, "axis {l} must appear in the key"),
         ("a", "a.weight", "i o -> o i", {"p": ("k",)}, "'p' has names but is not a braced axis"),
         ("a", "{p}.weight", "{p} i o -> o i", {"p": ()}, "'p' must have at least one name"),
-        ("a", "{p}.weight", "{p} i o -> o i", {"p": ("k", "k")}, "or one twice"),
+        ("a", "{p}.weight", "{p} i o -> o i", {"p": ("k", "k")}, "and no name twice"),
         ("a.{l}", "a.{l}.weight", "{l} i o -> o i", {}, "{l} is both a hole of the leaf and an axis"),
         ("a.{l", "a.weight", "i o -> o i", {}, "'a.{l' has a brace that is not part of a hole"),
         ("a", "a.{}.weight", "i o -> o i", {}, "'a.{}.weight' has a brace"),
@@ -66,7 +66,7 @@ def llama_shapes(layers=3, d=8, inner=12, vocab=16, tied=True, scan=None):
         ("a", "a.weight", "i (c p) -> (p c) i", {}, "(c p): all axes except one must have a size"),
         ("a", "a.weight", "i (c p) -> (p c) i", {"p": 2, "c": 3}, "(c p): all axes except one must have a size"),
         ("a", "a.weight", "(c p) -> p c", {"p": 2}, "(c p): its axes must be in the same PyTorch axis"),
-        ("a", "{l}.weight", "i ({l} p) -> p i", {"p": 2}, "none has braces"),
+        ("a", "{l}.weight", "i ({l} p) -> p i", {"p": 2}, "none may have braces"),
         ("a", "a.weight", "i () -> i", {}, "(): all axes except one must have a size"),
         ("a", "a.weight", "i o -> o i", {"o": 2}, "'o' has a size, but is not in parentheses"),
         ("a", "a.weight", "i o -> o i", {"scale": ("h", 1)}, "the axis 'h' of the scale is not in the pattern"),
@@ -156,7 +156,7 @@ def test_a_literal_line_wins_over_a_template_and_is_there_once():
     assert table.match("a.w").weight == literal  # type: ignore[union-attr]
     assert table.match("b.w").weight == template  # type: ignore[union-attr]
     assert table.with_entries([literal]) == table
-    with pytest.raises(KeyMapError, match=r"two lines for the leaf 'a\.w'"):
+    with pytest.raises(KeyMapError, match=r"two entries for the leaf 'a\.w'"):
         KeyMap("t", (literal, literal)).match("a.w")
 
 
@@ -198,7 +198,7 @@ def test_base_plan_lists_every_problem_and_names_the_leaves():
     with pytest.raises(KeyMapError) as caught:
         plan.base_plan(KeyMap("mine", lines), shapes)
     text = str(caught.value)
-    assert "'a.q.w' matches 2 lines" in text
+    assert "'a.q.w' matches 2 entries" in text
     assert "'kv' has size 3 on its fused axis, but its entry names ['k', 'v']" in text
     assert "'r' has shape (2, 2, 2)" in text
     assert "lost (4,): no entry" in text
@@ -286,7 +286,7 @@ def test_a_spelling_renames_keys_and_the_output_layer():
     ]
     assert other.output == "language_model.lm_head"
     assert other.tied == (("language_model.lm_head.weight", "language_model.model.e.weight"),)
-    with pytest.raises(KeyMapError, match="no spelling 'x'; it has vl"):
+    with pytest.raises(KeyMapError, match="no spelling 'x'; use one of vl"):
         table.with_spelling("x")
     leaves = ["q.0.kernel", "q.1.kernel"]
     assert table.spelling_for(["language_model.model.layers.3.q.weight"], leaves) == other

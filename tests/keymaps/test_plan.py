@@ -259,7 +259,7 @@ def test_an_adapter_that_contradicts_itself_lists_every_tensor():
     text = str(caught.value)
     assert "h.0.q.w.lora_A: axis 'r' has size 4, expected 2" in text
     assert "h.0.q.w.lora_B: missing" in text
-    assert "h.0.q.w.lora_C: no such tensor" in text
+    assert "h.0.q.w.lora_C: the method has no such tensor" in text
     with pytest.raises(MismatchError, match=r"expected axes \(r i\), found shape \(3,\)"):
         sites.sites_from_shapes(config, TABLE, {"h.0.q.w": {"lora_A": (3,), "lora_B": (3, 2)}})
 

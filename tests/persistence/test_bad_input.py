@@ -264,7 +264,7 @@ def test_an_adapter_for_another_model(good, tmp_path):
     # The names fit and the sizes do not.
     params = {n: {"kernel": np.zeros((5, 5), "f4")} for n in ("q_proj", "up_proj")}
     jaxadapt.save(jaxadapt.init(LORA, params, key=jax.random.key(0)), other)
-    refuses(other, MismatchError, f"{A}: expected [2, 6], found [2, 5]", "another base model")
+    refuses(other, MismatchError, f"{A}: expected [2, 6], found [2, 5]", "for this base model")
 
 
 def test_missing_unexpected_and_misshaped_tensors_stand_in_one_error(good):
