@@ -348,14 +348,14 @@ def other_llama(name, **options):
 def test_tables_that_disagree_are_rivals_even_where_one_has_lines_to_spare(monkeypatch):
     spare = (*other_llama("x").weights, Weight("more.{l}", "more.{l}.weight", "d -> d"))
     monkeypatch.setitem(FAMILIES, "other", KeyMap("other", spare, proved=False))
-    with pytest.raises(KeyMapError, match=r"several tables: llama, other \(not proved\); say which with keymap="):
+    with pytest.raises(KeyMapError, match=r"several keymaps: llama, other \(not verified\); select one with keymap="):
         families.resolve_keymap("auto", llama_shapes())
 
 
 def test_a_table_that_is_not_proved_is_never_recognised(monkeypatch):
     monkeypatch.setitem(FAMILIES, "other", other_llama("other", proved=False))
     monkeypatch.delitem(FAMILIES, "llama")
-    with pytest.raises(KeyMapError, match="looks like 'other', whose table is not proved; keymap='other' takes it"):
+    with pytest.raises(KeyMapError, match="looks like 'other', but that keymap has not been verified .*pass keymap='other' to use it"):
         families.resolve_keymap("auto", llama_shapes())
     assert families.resolve_keymap("other", llama_shapes()).name == "other"
 
@@ -418,7 +418,7 @@ def test_the_leaves_of_an_adapter_alone(monkeypatch):
     assert families.family_of_leaves([leaf]).name == "llama"
     assert families.family_of_leaves(["a.kernel"]) is GENERIC
     monkeypatch.setitem(FAMILIES, "other", other_llama("other"))
-    with pytest.raises(KeyMapError, match=r"fit several tables: .*\bllama\b.*other"):
+    with pytest.raises(KeyMapError, match=r"fit several keymaps: .*\bllama\b.*other"):
         families.family_of_leaves([leaf])
 
 
