@@ -29,9 +29,8 @@ _NORMS = tuple(Weight(f"{_OURS}attn.{p}_norm.w", f"{_HF}self_attn.{p}_norm.weigh
 
 def _keymap(name: str, extra: Iterable[Weight], each: tuple[tuple[str, tuple[str, ...]], ...] = ()) -> KeyMap:
     extra = tuple(extra)
-    shared = (
-        w for w in _SHARED if not each or not w.leaf.endswith("_proj.kernel")
-    )  # experts replace them in every layer
+    # Experts replace the feed-forward kernels in every layer.
+    shared = (w for w in _SHARED if not each or not w.leaf.endswith("_proj.kernel"))
     return KeyMap(
         f"tunix:{name}",
         (*shared, *extra),
