@@ -58,5 +58,5 @@ def test_a_file_in_another_spelling_is_read_and_written_in_it(tmp_path):
 def test_an_error_names_the_table():
     table = KeyMap("mine", LINES)
     file = jaxadapt.to_peft(adapter(table, 16))
-    with pytest.raises(MismatchError, match="names are those of the table 'mine'"):
+    with pytest.raises(MismatchError, match="keymap is 'mine'"):
         jaxadapt.from_peft(file, base(), keymap=table)
