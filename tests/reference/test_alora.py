@@ -128,7 +128,7 @@ def test_a_call_that_does_not_say_which_tokens_is_refused(tmp_path):
     base = nnx.state(model, nnx.Param)
     tree = jaxadapt.load(tmp_path, model)
     graph = nnx.graphdef(tree)
-    with pytest.raises(jaxadapt.AttachError, match=r"within jaxadapt\.invoke"):
+    with pytest.raises(jaxadapt.AttachError, match=r"within jaxadapt\.models\.invoke"):
         tree(IDS)
     with (
         pytest.raises(jaxadapt.AttachError, match=r"tokens are \[5, 6\] here \(batch, time\)"),
