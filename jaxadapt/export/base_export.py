@@ -25,7 +25,8 @@ from jaxadapt.keymaps import expert_names, parts, plan
 from jaxadapt.keymaps.keymap import KeyMap, warn_unproved
 from jaxadapt.merging import base_merge
 from jaxadapt.models.nnx import attach, survey
-from jaxadapt.persistence import encode, folder
+from jaxadapt.persistence import folder
+from jaxadapt.persistence.encode import require_values
 from jaxadapt.storage import hf_model, location
 from jaxadapt.storage.dtypes import dtype_name, numpy_dtype
 from jaxadapt.storage.location import Place
@@ -77,7 +78,7 @@ def export_base(
     """
     leaves, resolved = collect_base_leaves(params, keymap)
     _refuse_statistics(params, leaves)
-    encode.require_values(leaves, traced=False)
+    require_values(leaves, traced=False)
     base_plan = plan.base_plan(resolved, leaf_shapes(leaves))
     changed = {} if adapter is None else base_merge.plan_merge(leaves, adapter)
     strict = adapter is not None and not allow_nan

@@ -1,4 +1,4 @@
-"""Tables from base parameters to PyTorch's names and layouts, and their application to shapes."""
+"""Keymaps from base parameters to PyTorch's names and layouts, and their application to shapes."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Whether a family's table fits: a model's leaves, a checkpoint's keys, or the two together. Names and shapes only."""
+"""Check a keymap against a model's leaves, a checkpoint's keys, or both. Pure: names and shapes only."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxadapt.core.errors import KeyMapError, MismatchError
-from jaxadapt.keymaps import parts as pieces
-from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap
+from jaxadapt.keymaps.parts import file_key, joined_shape
+from jaxadapt.keymaps.plan import base_plan_entry
 from jaxadapt.keymaps.weight import Weight
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -19,16 +19,17 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class KeyMapReport:
-    """What a table makes of a model or a checkpoint.
+    """The result of `check_keymap`.
 
     Attributes:
-        claims: `{leaf: its keys}`; of a checkpoint alone, the leaves that a model of the family would have.
-        unclaimed: leaves and keys that no line names.
-        missing: keys that the model (or its like layers) has, and the checkpoint lacks.
-        twice: keys that several leaves claim, leaves that several lines name.
-        misshapen: leaves and keys whose shape contradicts their line, or each other.
-        lines: how many leaves (of a checkpoint alone: keys) each line of the table names, those without any included.
-        wrong: the lines of which nothing fits: each leaf's layout, or each tensor's name or shape, is another.
+        family: the name of the keymap.
+        claims: `{leaf: its keys}`. For a checkpoint without a model, the leaves that a model of the family would have.
+        lines: `{entry: number of matching leaves}`; for a checkpoint without a model, the number of matching keys.
+        unclaimed: leaves and keys that no entry matches.
+        missing: keys that the model (or a similar layer) has, but the checkpoint lacks.
+        twice: keys that several leaves claim, and leaves that several entries match.
+        misshapen: leaves and keys whose shapes contradict their entry, or each other.
+        wrong: the entries with matches, but without any match of the right name and shape.
     """
 
     family: str
@@ -42,17 +43,17 @@ class KeyMapReport:
 
     @property
     def problems(self) -> dict[str, tuple[str, ...]]:
-        """Those kinds of which there are any."""
+        """`{kind: problems}` of the kinds of problems that occurred."""
         kinds = ("unclaimed", "missing", "twice", "misshapen")
-        return {kind: found for kind in kinds if (found := getattr(self, kind))}
+        return {kind: problems for kind in kinds if (problems := getattr(self, kind))}
 
     @property
     def fits(self) -> bool:
-        """Whether everything is claimed exactly once, and nothing is missing."""
+        """True if every leaf and key is claimed exactly once and no key is missing."""
         return not self.problems
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return the report as plain JSON values."""
         kinds = ("unclaimed", "missing", "twice", "misshapen")
         return {
             "family": self.family,
@@ -64,185 +65,210 @@ class KeyMapReport:
         }
 
 
-def check_keymap(table: KeyMap, leaves: Shapes | None = None, tensors: Shapes | None = None) -> KeyMapReport:
-    """What a table claims of a model's base weights, of a PyTorch checkpoint, or of both.
+def check_keymap(keymap: KeyMap, leaves: Shapes | None = None, tensors: Shapes | None = None) -> KeyMapReport:
+    """Check a keymap against a model's base weights, a PyTorch checkpoint, or both.
+
+    Problems are returned, not raised. A checkpoint may have a tied head or not.
 
     Args:
-        leaves: the model's shapes by dotted path. tensors: the checkpoint's by key. At least one of them.
+        keymap: the keymap.
+        leaves: the shapes of the model's weights by dotted path.
+        tensors: the shapes of the checkpoint's tensors by key. `leaves`, `tensors` or both must be given.
 
-    Nothing is raised for what does not fit: it is in the result. A tied head may be in a checkpoint or not.
+    Returns:
+        The claimed keys of each leaf, and the problems by kind.
 
-    >>> line = Weight("layers.{l}.q.kernel", "layers.{l}.q.weight", "i o -> o i")
-    >>> found = check_keymap(KeyMap("tiny", (line,)), {"layers.0.q.kernel": (2, 3)}, {"layers.0.q.weight": (3, 2)})
-    >>> found.fits, found.claims
+    >>> entry = Weight("layers.{l}.q.kernel", "layers.{l}.q.weight", "i o -> o i")
+    >>> report = check_keymap(KeyMap("tiny", (entry,)), {"layers.0.q.kernel": (2, 3)}, {"layers.0.q.weight": (3, 2)})
+    >>> report.fits, report.claims
     (True, {'layers.0.q.kernel': ('layers.0.q.weight',)})
-    >>> check_keymap(KeyMap("tiny", (line,)), tensors={"layers.1.q.weight": (3, 2), "head.weight": (9, 2)}).problems
+    >>> check_keymap(KeyMap("tiny", (entry,)), tensors={"layers.1.q.weight": (3, 2), "head.weight": (9, 2)}).problems
     {'unclaimed': ('head.weight',), 'missing': ('layers.0.q.weight',)}
     """
     if leaves is None:
-        return _checkpoint(table, tensors or {})
-    found = _model(table, leaves)
-    return found if tensors is None else _both(table, found, leaves, tensors)
+        return _check_checkpoint(keymap, tensors or {})
+    report = _check_model(keymap, leaves)
+    return report if tensors is None else _check_both(keymap, report, leaves, tensors)
 
 
-def _model(table: KeyMap, leaves: Shapes) -> KeyMapReport:
+def _check_model(keymap: KeyMap, leaves: Shapes) -> KeyMapReport:
     claims: dict[str, tuple[str, ...]] = {}
-    lines = dict.fromkeys(table.weights, 0)
+    counts = dict.fromkeys(keymap.weights, 0)
     unclaimed: list[str] = []
     misshapen: list[str] = []
     twice: list[str] = []
-    odd = dict.fromkeys(table.weights, 0)
+    mismatches = dict.fromkeys(keymap.weights, 0)
     for leaf, shape in leaves.items():
-        hits = [w for w in table.weights if w.regex.fullmatch(leaf)]
+        hits = [w for w in keymap.weights if w.regex.fullmatch(leaf)]
         if not hits:
             unclaimed.append(leaf)
         elif len(hits) > 1:
-            twice.append(f"{leaf}: {len(hits)} lines")
+            twice.append(f"{leaf}: {len(hits)} entries")
         else:
-            lines[hits[0]] += 1
+            counts[hits[0]] += 1
             try:
-                entry = plan.base_plan_entry(table, leaf, shape)
+                plan_entry = base_plan_entry(keymap, leaf, shape)
             except (KeyMapError, MismatchError) as error:
                 misshapen.append(str(error))
-                odd[hits[0]] += 1
+                mismatches[hits[0]] += 1
             else:
-                assert entry is not None
-                claims[leaf] = entry.keys
+                assert plan_entry is not None
+                claims[leaf] = plan_entry.keys
     owners: dict[str, list[str]] = {}
     for leaf, keys in claims.items():
         for key in keys:
             owners.setdefault(key, []).append(leaf)
-    twice += [f"{key}: {', '.join(who)}" for key, who in owners.items() if len(who) > 1]
-    missing = tuple(_needed(table, lines))
-    claims = {leaf: tuple(map(pieces.file_key, keys)) for leaf, keys in claims.items()}
-    wrong = _all_of(lines, odd)
-    return KeyMapReport(table.name, claims, lines, tuple(unclaimed), missing, tuple(twice), tuple(misshapen), wrong)
+    twice += [f"{key}: {', '.join(claimants)}" for key, claimants in owners.items() if len(claimants) > 1]
+    missing = tuple(_missing_needs(keymap, counts))
+    claims = {leaf: tuple(map(file_key, keys)) for leaf, keys in claims.items()}
+    wrong = _without_fit(counts, mismatches)
+    return KeyMapReport(keymap.name, claims, counts, tuple(unclaimed), missing, tuple(twice), tuple(misshapen), wrong)
 
 
-def _all_of(lines: Mapping[Weight, int], odd: Mapping[Weight, int]) -> tuple[Weight, ...]:
-    return tuple(w for w, count in lines.items() if count and odd.get(w) == count)
+def _without_fit(counts: Mapping[Weight, int], mismatches: Mapping[Weight, int]) -> tuple[Weight, ...]:
+    """Return the entries whose matches are all mismatches."""
+    return tuple(w for w, count in counts.items() if count and mismatches.get(w) == count)
 
 
-def _needed(table: KeyMap, lines: Mapping[Weight, int]) -> Iterable[str]:
-    """What tells this family from others, and is not there."""
-    return (f"{w.key}, which {table.name} always has" for w, n in lines.items() if not n and w.leaf in table.needs)
+def _missing_needs(keymap: KeyMap, counts: Mapping[Weight, int]) -> Iterable[str]:
+    """Return the keys that identify this family and are missing."""
+    return (f"{w.key}, which {keymap.name} always has" for w, n in counts.items() if not n and w.leaf in keymap.needs)
 
 
-def _both(table: KeyMap, model: KeyMapReport, leaves: Shapes, tensors: Shapes) -> KeyMapReport:
-    wanted: dict[str, tuple[int, ...]] = {}
-    ties = dict(table.tied)
-    known = {leaf: site.weight for leaf in model.claims if (site := table.match(leaf)) is not None}
-    keys, bad = dict.fromkeys(table.weights, 0), dict.fromkeys(table.weights, 0)
+def _check_both(keymap: KeyMap, model: KeyMapReport, leaves: Shapes, tensors: Shapes) -> KeyMapReport:
+    expected: dict[str, tuple[int, ...]] = {}
+    ties = dict(keymap.tied)
+    entries = {leaf: matched.weight for leaf in model.claims if (matched := keymap.match(leaf)) is not None}
+    counts, mismatches = dict.fromkeys(keymap.weights, 0), dict.fromkeys(keymap.weights, 0)
     for leaf in model.claims:
-        entry = plan.base_plan_entry(table, leaf, leaves[leaf])
-        assert entry is not None
-        for key in entry.keys:
-            wanted[pieces.file_key(key)] = shape = pieces.joined_shape([key], entry.form.file_shape)
-            line = known[leaf]
-            keys[line] += 1
-            bad[line] += tensors.get(pieces.file_key(key), tensors.get(ties.get(key, ""))) != shape
-    odd = leaves.keys() - model.claims.keys()  # said already
-    spare = ties.keys() | {key for key in tensors if is_buffer(table, key) or odd.intersection(_leaves(table, key))}
+        plan_entry = base_plan_entry(keymap, leaf, leaves[leaf])
+        assert plan_entry is not None
+        for key in plan_entry.keys:
+            expected[file_key(key)] = shape = joined_shape([key], plan_entry.form.file_shape)
+            entry = entries[leaf]
+            counts[entry] += 1
+            mismatches[entry] += tensors.get(file_key(key), tensors.get(ties.get(key, ""))) != shape
+    reported = leaves.keys() - model.claims.keys()
+    optional = ties.keys() | {
+        key for key in tensors if is_buffer(keymap, key) or reported.intersection(_possible_leaves(keymap, key))
+    }
     return dataclasses.replace(
         model,
-        unclaimed=(*model.unclaimed, *(key for key in tensors if key not in wanted and key not in spare)),
-        missing=(*model.missing, *(key for key in wanted if key not in tensors and ties.get(key) not in tensors)),
+        unclaimed=(*model.unclaimed, *(key for key in tensors if key not in expected and key not in optional)),
+        missing=(*model.missing, *(key for key in expected if key not in tensors and ties.get(key) not in tensors)),
         misshapen=(
             *model.misshapen,
             *(
-                f"{key}: the model's weight is {_by(shape)} in PyTorch's layout, the checkpoint's {_by(tensors[key])}"
-                for key, shape in wanted.items()
+                f"{key}: the model's weight has shape {_format_shape(shape)} in PyTorch's layout, but the checkpoint's"
+                f" has {_format_shape(tensors[key])}"
+                for key, shape in expected.items()
                 if key in tensors and tensors[key] != shape
             ),
         ),
-        wrong=(*model.wrong, *_all_of(keys, bad)),
+        wrong=(*model.wrong, *_without_fit(counts, mismatches)),
     )
 
 
-def _checkpoint(table: KeyMap, tensors: Shapes) -> KeyMapReport:
-    table = table.spelling_for(tensors, [w.leaf.replace("{l}", "0") for w in table.weights])
+def _check_checkpoint(keymap: KeyMap, tensors: Shapes) -> KeyMapReport:
+    keymap = keymap.spelling_for(tensors, [w.leaf.replace("{l}", "0") for w in keymap.weights])
     claims: dict[str, list[str]] = {}
-    held = {w: dict[str, Mapping[str, str]]() for w in table.weights}
+    matches = {w: dict[str, Mapping[str, str]]() for w in keymap.weights}
     misshapen: list[str] = []
-    odd = dict.fromkeys(table.weights, 0)
+    mismatches = dict.fromkeys(keymap.weights, 0)
     for key, shape in tensors.items():
-        for w, mine in held.items():
+        for w, keys in matches.items():
             texts = w.match_key(key)
             if texts is None:
                 continue
-            mine[key] = texts
+            keys[key] = texts
             claims.setdefault(w.fill_leaf(texts), []).append(key)
             if len(w.right) != len(shape):
-                odd[w] += 1
-                misshapen.append(f"{key}: {_by(shape)}, its line {w.pattern!r} names {len(w.right)} axes on the right")
-    named = {key for mine in held.values() for key in mine} | {key for key, _ in table.tied}
-    lines = {w: len(mine) for w, mine in held.items()}
+                mismatches[w] += 1
+                misshapen.append(
+                    f"{key}: its shape is {_format_shape(shape)}, but the pattern of its entry, {w.pattern!r}, names"
+                    f" {len(w.right)} axes on the right"
+                )
+    known = {key for keys in matches.values() for key in keys} | {key for key, _ in keymap.tied}
+    counts = {w: len(keys) for w, keys in matches.items()}
     return KeyMapReport(
-        table.name,
+        keymap.name,
         {leaf: tuple(keys) for leaf, keys in claims.items()},
-        lines,
-        unclaimed=tuple(key for key in tensors if key not in named and not is_buffer(table, key)),
-        missing=(*_needed(table, lines), *dict.fromkeys(_gaps(held.items(), tensors))),
+        counts,
+        unclaimed=tuple(key for key in tensors if key not in known and not is_buffer(keymap, key)),
+        missing=(*_missing_needs(keymap, counts), *dict.fromkeys(_find_gaps(matches, tensors))),
         misshapen=tuple(misshapen),
-        wrong=_all_of(lines, odd),
+        wrong=_without_fit(counts, mismatches),
     )
 
 
-def _gaps(held: Iterable[tuple[Weight, Mapping[str, Mapping[str, str]]]], tensors: Shapes) -> Iterable[str]:
-    """Layers are alike, and the parts of a fused weight come together: what one layer has and another lacks."""
-    held = list(held)
-    lines = [w for w, _ in held]
-    layers: dict[str, int] = {}  # encoder and decoder may have different numbers of them
-    for w, mine in held:
-        for texts in mine.values():
-            layers[_stack(w)] = max(layers.get(_stack(w), 0), int(texts.get("l", -1)) + 1)
-    blocks = tuple(w.key.rpartition(".")[0].rpartition(".")[0] + "." for w, _ in held if w.kind == "experts")
-    sparse = {texts["l"] for w, mine in held if w.kind == "experts" for texts in mine.values() if "l" in texts}
-    for w, mine in held:
-        numbers = [n for n in map(str, range(layers.get(_stack(w), 0))) if w.has_layer(n)]
-        here = {texts.get("l") for texts in mine.values()}
-        # Where one layer has experts and another none, each is like its own kind.
-        if w.key.startswith(blocks) and (here <= sparse or not here & sparse):
-            numbers = [n for n in numbers if (n in sparse) == (here <= sparse)]
-        alone = len(numbers) > 2 and all(texts.get("l") == "0" for texts in mine.values())
-        # (What the first layer alone has, as T5 its relative positions, the others need not have.)
-        for axis, choices in (("l", () if alone else numbers), *w.over):
-            others = dict.fromkeys(tuple(sorted((k, v) for k, v in t.items() if k != axis)) for t in mine.values())
-            for other in others if any(axis in t for t in mine.values()) else ():
-                at = ({**dict(other), axis: text} for text in choices)
-                lost = (texts for texts in at if w.fill_key(texts) not in tensors)
-                yield from (w.fill_key(texts) for texts in lost if not _elsewhere(w, texts, lines, tensors))
+def _find_gaps(matches: Mapping[Weight, Mapping[str, Mapping[str, str]]], tensors: Shapes) -> Iterable[str]:
+    """Yield the keys that one layer has and a similar layer lacks, and the missing parts of fused weights.
+
+    Args:
+        matches: `{entry: {key: texts of its holes}}`.
+        tensors: the shapes of the checkpoint's tensors.
+    """
+    layers: dict[str, int] = {}  # encoder and decoder may have different numbers of layers
+    for w, keys in matches.items():
+        for texts in keys.values():
+            layers[_stack_prefix(w)] = max(layers.get(_stack_prefix(w), 0), int(texts.get("l", -1)) + 1)
+    blocks = tuple(w.key.rpartition(".")[0].rpartition(".")[0] + "." for w in matches if w.kind == "experts")
+    sparse = {
+        texts["l"] for w, keys in matches.items() if w.kind == "experts" for texts in keys.values() if "l" in texts
+    }
+    for w, keys in matches.items():
+        numbers = [n for n in map(str, range(layers.get(_stack_prefix(w), 0))) if w.has_layer(n)]
+        present = {texts.get("l") for texts in keys.values()}
+        # In a model with sparse and dense layers, a layer is compared only with others of its kind.
+        if w.key.startswith(blocks) and (present <= sparse or not present & sparse):
+            numbers = [n for n in numbers if (n in sparse) == (present <= sparse)]
+        # A weight that only the first layer has (T5's relative positions) is not missing in the others.
+        first_only = len(numbers) > 2 and all(texts.get("l") == "0" for texts in keys.values())
+        for axis, choices in (("l", () if first_only else numbers), *w.over):
+            others = dict.fromkeys(tuple(sorted((k, v) for k, v in t.items() if k != axis)) for t in keys.values())
+            for other in others if any(axis in t for t in keys.values()) else ():
+                candidates = ({**dict(other), axis: text} for text in choices)
+                missing = (texts for texts in candidates if w.fill_key(texts) not in tensors)
+                yield from (
+                    w.fill_key(texts) for texts in missing if not _is_claimed_by_others(w, texts, matches, tensors)
+                )
 
 
-def _elsewhere(weight: Weight, texts: Mapping[str, str], lines: Iterable[Weight], tensors: Shapes) -> bool:
-    """Whether what there is of a fused leaf is whole in others: where k serves as v, k is a leaf of its own."""
+def _is_claimed_by_others(weight: Weight, texts: Mapping[str, str], entries: Iterable[Weight], tensors: Shapes) -> bool:
+    """Return True if other entries claim all present parts of a fused leaf, and are complete.
 
-    def parts(line: Weight, texts: Mapping[str, str]) -> set[str]:
-        names, choices = [axis for axis, _ in line.over], itertools.product(*(names for _, names in line.over))
-        return {line.fill_key({**texts, **dict(zip(names, choice, strict=True))}) for choice in choices}
+    For example, where k serves as v, k is a leaf of its own and not a part of a fused one.
+    """
 
-    def whole(line: Weight, key: str) -> bool:
-        found = line.match_key(key)
-        return found is not None and parts(line, found) <= tensors.keys()
+    def part_keys(entry: Weight, texts: Mapping[str, str]) -> set[str]:
+        names, choices = [axis for axis, _ in entry.over], itertools.product(*(names for _, names in entry.over))
+        return {entry.fill_key({**texts, **dict(zip(names, choice, strict=True))}) for choice in choices}
 
-    here = parts(weight, texts) & tensors.keys()
-    return bool(here) and all(any(whole(line, key) for line in lines if line is not weight) for key in here)
+    def is_complete(entry: Weight, key: str) -> bool:
+        key_texts = entry.match_key(key)
+        return key_texts is not None and part_keys(entry, key_texts) <= tensors.keys()
+
+    present = part_keys(weight, texts) & tensors.keys()
+    return bool(present) and all(
+        any(is_complete(entry, key) for entry in entries if entry is not weight) for key in present
+    )
 
 
-def _stack(weight: Weight) -> str:
+def _stack_prefix(weight: Weight) -> str:
+    """Return the part of a key before the layer's number, which is common to all layers of a stack."""
     return weight.key.partition("{l}")[0]
 
 
-def _leaves(table: KeyMap, key: str) -> set[str]:
-    """The leaves that a key may lie in."""
-    found = ((w, w.match_key(key)) for w in table.weights)
-    return {w.fill_leaf(texts) for w, texts in found if texts is not None}
+def _possible_leaves(keymap: KeyMap, key: str) -> set[str]:
+    """Return the leaves that may claim a key."""
+    candidates = ((w, w.match_key(key)) for w in keymap.weights)
+    return {w.fill_leaf(texts) for w, texts in candidates if texts is not None}
 
 
-def is_buffer(table: KeyMap, key: str) -> bool:
-    """Whether a key of a PyTorch file is no weight."""
-    return any(re.fullmatch(r"\d+".join(map(re.escape, b.split("{l}"))), key) for b in table.buffers)
+def is_buffer(keymap: KeyMap, key: str) -> bool:
+    """Return True if a key of a PyTorch file is a buffer and not a weight."""
+    return any(re.fullmatch(r"\d+".join(map(re.escape, b.split("{l}"))), key) for b in keymap.buffers)
 
 
-def _by(shape: Iterable[int]) -> str:
+def _format_shape(shape: Iterable[int]) -> str:
     return "×".join(map(str, shape)) or "a scalar"

@@ -1,9 +1,9 @@
-"""Base weights with a tensor for each expert, as folders of models hold them, and with one for all, as tables do.
+"""Names of experts' weights: one tensor for each expert in model folders, one tensor for all experts in keymaps.
 
-    {"…experts.3.w1.weight": (f, d), …} ──rows──► {"…experts.gate_up_proj": names by expert and part}, (e, 2f, d)
+    {"…experts.3.w1.weight": (f, d), …} ──expert_rows──► {"…experts.gate_up_proj": names by expert and part}
 
-transformers 5 puts a folder's tensors together when it loads it, and apart again when it saves (its
-`conversion_mapping.py`); what they are called there is in a table (`KeyMap.each`). Pure: names and shapes.
+transformers 5 joins the tensors of a folder when it loads them, to (e, 2f, d), and splits them when it saves (its
+`conversion_mapping.py`). `KeyMap.each` has their names. Pure: names and shapes.
 """
 
 from __future__ import annotations
@@ -22,74 +22,88 @@ Rows = tuple[tuple[str, ...], ...]
 _WEIGHT = ".weight"
 
 
-def expert_rows(table: KeyMap, keys: Iterable[str], source: str) -> tuple[dict[str, Rows], dict[str, str]]:
-    """What of a folder's tensors belongs together, `{tensor: rows}`, and what is only called otherwise, `{name: key}`.
+def expert_rows(keymap: KeyMap, keys: Iterable[str], source: str) -> tuple[dict[str, Rows], dict[str, str]]:
+    """Return the tensors of single experts to join, `{tensor: rows}`, and the tensors to rename, `{name: key}`.
 
-    Nothing, where the folder has the tensors of all experts. Raises `MismatchError` with every part that is missing.
+    Both are empty if the folder already has the tensors of all experts.
+
+    Args:
+        keymap: the keymap, whose `each` has the names.
+        keys: the keys of the folder.
+        source: the folder, for the message.
+
+    Raises `MismatchError` listing every missing part.
     """
-    have = dict.fromkeys(keys)
-    found: dict[str, dict[tuple[int, int], str]] = {}
+    available = dict.fromkeys(keys)
+    parts_of: dict[str, dict[tuple[int, int], str]] = {}
     renamed: dict[str, str] = {}
     width: dict[str, int] = {}
-    for parameter, modules in table.each:
+    for parameter, modules in keymap.each:
         patterns = [re.compile(name_regex(module) + re.escape(_WEIGHT)) for module in modules]
-        for key in have:
+        for key in available:
             for part, single in enumerate(patterns):
                 texts = single.fullmatch(key)
                 if texts is None:
                     continue
                 name = parameter.format(**texts.groupdict())
-                if name in have:
+                if name in available:
                     break
                 if "e" in single.groupindex:
-                    found.setdefault(name, {})[int(texts["e"]), part] = key
+                    parts_of.setdefault(name, {})[int(texts["e"]), part] = key
                     width[name] = len(modules)
                 else:
                     renamed[name] = key
                 break
-    whole: dict[str, Rows] = {}
+    joined: dict[str, Rows] = {}
     missing: list[str] = []
-    for name, mine in found.items():
-        wanted = [[(e, part) for part in range(width[name])] for e in expert_numbers([e for e, _ in mine])]
-        missing += [f"{name}: part {p} of expert {e}" for line in wanted for e, p in line if (e, p) not in mine]
-        whole[name] = tuple(tuple(mine.get(at, "") for at in line) for line in wanted)
+    for name, parts in parts_of.items():
+        rows = [[(e, part) for part in range(width[name])] for e in expert_numbers([e for e, _ in parts])]
+        missing += [f"{name}: part {p} of expert {e}" for row in rows for e, p in row if (e, p) not in parts]
+        joined[name] = tuple(tuple(parts.get(index, "") for index in row) for row in rows)
     if missing:
-        raise MismatchError(f"{source}: experts without all of their tensors:\n" + paths.bullets(missing))
-    return whole, renamed
+        raise MismatchError(f"{source}: tensors of these experts are missing:\n" + paths.bullets(missing))
+    return joined, renamed
 
 
 def expert_numbers(experts: Collection[int]) -> list[int]:
-    """The numbers of experts from 0 to the last of these; of a gap its beginning, as a file may say any number.
+    """Return the numbers from 0 to the largest expert, with at most 16 of the missing ones.
+
+    The limit is for invalid files, which may have any number.
 
     >>> expert_numbers([1, 0, 3]), len(expert_numbers([10**12]))
     ([0, 1, 2, 3], 17)
     """
-    held = set(experts)
-    gap = itertools.islice((e for e in range(max(held)) if e not in held), 16)
-    return sorted(held.union(gap))
+    present = set(experts)
+    missing = itertools.islice((e for e in range(max(present)) if e not in present), 16)
+    return sorted(present.union(missing))
 
 
-def folder_names(table: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Rows], dict[str, str]]:
-    """The inverse, for a model's tensors: what each is called in a folder, `{tensor: rows}` and `{tensor: name}`."""
-    whole: dict[str, Rows] = {}
+def folder_names(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Rows], dict[str, str]]:
+    """Return the names of a model's tensors in a folder, `{tensor: rows}` and `{tensor: name}`.
+
+    This is the inverse of `expert_rows`.
+    """
+    split: dict[str, Rows] = {}
     renamed: dict[str, str] = {}
-    for parameter, modules in table.each:
-        whole_name = re.compile(name_regex(parameter))
+    for parameter, modules in keymap.each:
+        parameter_regex = re.compile(name_regex(parameter))
         for name, shape in shapes.items():
-            texts = whole_name.fullmatch(name)
+            texts = parameter_regex.fullmatch(name)
             if texts is None:
                 continue
             if "{e}" in modules[0]:
-                whole[name] = tuple(
+                split[name] = tuple(
                     tuple(m.format(**texts.groupdict(), e=e) + _WEIGHT for m in modules) for e in range(shape[0])
                 )
             else:
                 renamed[name] = modules[0].format(**texts.groupdict()) + _WEIGHT
-    return whole, renamed
+    return split, renamed
 
 
 def name_regex(template: str) -> str:
-    """The expression of a name with holes for numbers, each written in one way (no two names are of one expert).
+    """Return the regular expression of a name with holes for numbers, which excludes leading zeros.
+
+    Without leading zeros, no two names denote the same expert.
 
     >>> [bool(re.fullmatch(name_regex("experts.{e}.w1"), f"experts.{e}.w1")) for e in ("0", "12", "012")]
     [True, True, False]

@@ -1,4 +1,4 @@
-"""What serves where no family's table does: the generic map, and lines made from a layer's own roles."""
+"""Keymaps for models of no known family: the generic keymap, and entries made from a layer's axis roles."""
 
 from __future__ import annotations
 
@@ -13,38 +13,46 @@ from jaxadapt.keymaps.weight import Weight
 
 GENERIC = KeyMap(
     "generic",
-    tuple(Weight(f"{at}kernel", f"{at}weight", "i o -> o i") for at in ("", "{path}.")),
+    tuple(Weight(f"{prefix}kernel", f"{prefix}weight", "i o -> o i") for prefix in ("", "{path}.")),
 )
-"""The map for models no table knows: 2-D leaves called `kernel`, Flax's own (in, out); names are the JAX paths."""
+"""The keymap for models of no known family: 2-D leaves called `kernel`, (in, out) as in Flax, named by their paths."""
 
 PLAIN = ("kernel", "w", "weight", "embedding")
-"""What a module's only weight is usually called: it goes by its module's name, any other by its own."""
+"""Usual names of a module's main weight, which is named by its module alone; other parameters keep their own name."""
 
 
 def entry_from_axes(
     leaf: str, shape: Sequence[int], axes: Axes, stack: Sequence[int] = (), kind: str = "linear", groups: int = 1
 ) -> Weight:
-    """A literal line for a leaf whose roles come from its class or a trace, not from a table.
+    """Return a literal entry for a leaf whose axis roles come from its class or a trace, not from a keymap.
 
-    The PyTorch name is the JAX path; numbered axes (stacked layers, batch) put their index before the
-    last module name, so that suffix matching still sees it.
+    The PyTorch name is the JAX path. The index of a numbered axis (stacked layers, batch) is inserted before the last
+    module name, so that targets still match by suffix.
+
+    Args:
+        leaf: the path of the leaf.
+        shape: the shape of the leaf.
+        axes: the axis roles, without the stacked axes.
+        stack: positions of the stacked axes.
+        kind: the kind of the weight.
+        groups: the groups of a convolution.
 
     >>> entry_from_axes("blk.q.kernel", (3, 8, 2, 4), Axes((0,), (1, 2)), stack=(0,)).pattern
     '{s0} i0 o0 o1 -> (o0 o1) (i0)'
     """
     ndim = len(shape)
-    own = [i for i in range(ndim) if i not in stack]
+    unstacked = [i for i in range(ndim) if i not in stack]
     names: dict[int, str] = {axis: f"{{s{n}}}" for n, axis in enumerate(stack)}
     for role, letter in (("in", "i"), ("out", "o")):
-        names |= {own[a]: f"{letter}{n}" for n, a in enumerate(getattr(axes, f"{role}_axes"))}
-    names |= {own[a]: f"{{b{n}}}" for n, a in enumerate(axes.batch_axes)}
+        names |= {unstacked[a]: f"{letter}{n}" for n, a in enumerate(getattr(axes, f"{role}_axes"))}
+    names |= {unstacked[a]: f"{{b{n}}}" for n, a in enumerate(axes.batch_axes)}
     *head, last = leaf.split(".")
     module = [*head] if last in PLAIN else [*head, last]
     numbered = [names[i] for i in sorted(names) if names[i].startswith("{")]
     key = ".".join([*module[:-1], *numbered, *module[-1:], "weight"])
     left = " ".join(names[i] for i in range(ndim))
-    out, inputs = (" ".join(names[own[a]] for a in role) for role in (axes.out_axes, axes.in_axes))
-    over: Any = {f"b{n}": [str(i) for i in range(shape[own[a]])] for n, a in enumerate(axes.batch_axes)}
+    out, inputs = (" ".join(names[unstacked[a]] for a in role) for role in (axes.out_axes, axes.in_axes))
+    over: Any = {f"b{n}": [str(i) for i in range(shape[unstacked[a]])] for n, a in enumerate(axes.batch_axes)}
     right = f"({out}) ({inputs})"
     if kind == "embedding":
         right = f"({inputs}) ({out})"
@@ -54,84 +62,85 @@ def entry_from_axes(
 
 
 def own_names(
-    shapes: Mapping[str, Sequence[int]], lines: Iterable[Weight], custom: Collection[str] = ()
+    shapes: Mapping[str, Sequence[int]], entries: Iterable[Weight], custom: Collection[str] = ()
 ) -> tuple[KeyMap, list[str]]:
-    """The table of a model whose paths are PyTorch's names already, and the matrices that may lie either way round.
+    """Return a keymap for a model whose paths are PyTorch's names, and its matrices of unknown orientation.
+
+    The orientation of a matrix that is not square is visible from its shape in the file. A kernel with more than two
+    axes gets no entry, unless `entries` has one.
 
     Args:
-        shapes: of the model's weights.
-        lines: of the weights whose roles their layers tell.
-        custom: leaves of layers that tell nothing. Flax's own kernels are (in, out).
+        shapes: the shapes of the model's weights.
+        entries: the entries of the weights whose layers define the axis roles.
+        custom: leaves of custom layers, which do not define the roles. Flax's own kernels are (in, out).
 
-    A matrix that is not square is given away by its shape in the file. A kernel of more than two axes has no line.
-
-    >>> table, unsure = own_names({"fc.kernel": (2, 3), "fc.bias": (3,), "out.weight": (3, 3)}, ())
-    >>> table.match("fc.kernel").weight.pattern, unsure
+    >>> keymap, unsure = own_names({"fc.kernel": (2, 3), "fc.bias": (3,), "out.weight": (3, 3)}, ())
+    >>> keymap.match("fc.kernel").weight.pattern, unsure
     ('i o -> o i', ['out.weight'])
     """
-    made = {line.leaf: line for line in lines}
+    by_leaf = {entry.leaf: entry for entry in entries}
     unsure: list[str] = []
     for leaf, shape in shapes.items():
         module, _, last = leaf.rpartition(".")
-        if leaf in made or (last in ("kernel", "w") and len(shape) > 2):
+        if leaf in by_leaf or (last in ("kernel", "w") and len(shape) > 2):
             continue
-        made[leaf] = entry_for_copy(leaf, shape)
+        by_leaf[leaf] = entry_for_copy(leaf, shape)
         if (
             len(shape) == 2
             and shape[0] == shape[1]
             and (last in ("w", "weight") or (last == "kernel" and leaf in custom))
         ):
             unsure.append(leaf)
-        if last == "bias" and len(shape) > 1:  # of heads and their entries: one axis in PyTorch
+        if last == "bias" and len(shape) > 1:  # axes for the heads and their features: one axis in PyTorch
             axes = " ".join(f"a{i}" for i in range(len(shape)))
-            made[leaf] = Weight(leaf, f"{module}.bias".lstrip("."), f"{axes} -> ({axes})")
-    return KeyMap(GENERIC.name, tuple(made.values())), unsure
+            by_leaf[leaf] = Weight(leaf, f"{module}.bias".lstrip("."), f"{axes} -> ({axes})")
+    return KeyMap(GENERIC.name, tuple(by_leaf.values())), unsure
 
 
 def is_guess(keymap: KeyMap, leaf: str, shape: Sequence[int]) -> bool:
-    """Whether no table says how PyTorch lays a leaf out: the line follows from Flax's own layout alone."""
-    site = keymap.match(leaf)
-    if site is None or len(site.weight.left) != len(shape):
+    """Return True if no family's keymap defines a leaf's PyTorch layout, so that its entry assumes Flax's layout."""
+    matched = keymap.match(leaf)
+    if matched is None or len(matched.weight.left) != len(shape):
         return True
-    return site.weight in GENERIC.weights or _is_made(site.weight)
+    return matched.weight in GENERIC.weights or _is_from_axes(matched.weight)
 
 
-def _is_made(line: Weight) -> bool:
-    """Whether `entry_from_axes` made it, of roles alone."""
-    axes = line.axes
-    return not axes.batch_axes and line == entry_from_axes(
-        line.leaf, range(len(line.left)), axes, line.stack, line.kind, line.groups
+def _is_from_axes(entry: Weight) -> bool:
+    """Return True if `entry_from_axes` made the entry."""
+    axes = entry.axes
+    return not axes.batch_axes and entry == entry_from_axes(
+        entry.leaf, range(len(entry.left)), axes, entry.stack, entry.kind, entry.groups
     )
 
 
-def is_square(site: Match, shape: Sequence[int]) -> bool:
-    """Whether a linear weight has as many inputs as outputs, so that it fits PyTorch's transposed as well."""
-    sizes = dict(zip(site.weight.left, shape, strict=True))
-    inputs, out = (math.prod(sizes[axis] for axis in site.roles[role]) for role in ("in", "out"))
-    return site.weight.kind == "linear" and inputs == out
+def is_square(matched: Match, shape: Sequence[int]) -> bool:
+    """Return True if a linear weight has as many inputs as outputs, so that its shape also fits when transposed."""
+    sizes = dict(zip(matched.weight.left, shape, strict=True))
+    inputs, out = (math.prod(sizes[axis] for axis in matched.roles[role]) for role in ("in", "out"))
+    return matched.weight.kind == "linear" and inputs == out
 
 
 _C = TypeVar("_C", bound=Config)
 
 
 def with_layout(config: _C, keymap: KeyMap, sites: Iterable[Match]) -> _C:
-    """The configuration with `fan_in_fan_out` as PEFT sets it: by the last Conv1D or nn.Linear that it adapts.
+    """Return the configuration with `fan_in_fan_out` as PEFT sets it: by the last Conv1D or nn.Linear that it adapts.
 
-    Modules are in the order of the table's lines; those that no table knows (a head of one's own) come last.
+    Modules are in the order of the keymap's entries. Modules without an entry of the family (a custom head) come last.
     """
-    linear = [site.weight for site in sites if site.weight.kind == "linear"]
+    linear = [matched.weight for matched in sites if matched.weight.kind == "linear"]
     if "fan_in_fan_out" not in config.to_dict() or not any(w.fan_in_fan_out for w in keymap.weights) or not linear:
         return config
-    order = {line.leaf: i for i, line in enumerate(keymap.weights)}
-    said = max(linear, key=lambda line: (_is_made(line), order[line.leaf])).fan_in_fan_out
-    return config if bool(config.get("fan_in_fan_out")) == said else config.replace(fan_in_fan_out=said)
+    order = {entry.leaf: i for i, entry in enumerate(keymap.weights)}
+    turned = max(linear, key=lambda entry: (_is_from_axes(entry), order[entry.leaf])).fan_in_fan_out
+    return config if bool(config.get("fan_in_fan_out")) == turned else config.replace(fan_in_fan_out=turned)
 
 
 _RENAMED = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
 
 def entry_for_copy(leaf: str, shape: Sequence[int]) -> Weight:
-    """A literal line for a leaf of which only a copy is kept: Flax's kernels are turned, all else lies as it does here.
+    """Return a literal entry for a leaf that is only copied: 2-D kernels are transposed, others keep their layout.
 
     >>> entry_for_copy("score.kernel", (4, 2)).key, entry_for_copy("norm.scale", (4,)).pattern
     ('score.weight', 'a0 -> a0')
@@ -145,14 +154,15 @@ def entry_for_copy(leaf: str, shape: Sequence[int]) -> Weight:
 
 
 MADE = (
-    '\n  made = jaxadapt.adapt(module, config).init(key, x)["lora"]  # for load its shapes are enough: jax.eval_shape\n'
-    '  jaxadapt.load(path, {"params": params, "lora": made})'
+    '\n  adapter = jaxadapt.adapt(module, config).init(key, x)["lora"]  # or its shapes only: jax.eval_shape\n'
+    '  jaxadapt.load(path, {"params": params, "lora": adapter})'
 )
 
 
 def ways_out(leave_out: str) -> str:
-    """Say how a layout becomes known, where no table tells."""
+    """Return the end of an error message about unknown layouts: the ways to define a layout."""
     return (
-        "\nLet the model's own computation tell, name the family with keymap=, give a KeyMap with a line for each, or"
-        f" {leave_out}. NNX: pass example=[inputs]. Linen: let the adapted module make the collection,{MADE}"
+        "\nPass keymap=<family>, or a KeyMap with an entry for each; or derive the layouts from the model's"
+        f" computation; or {leave_out}. To derive them in NNX, pass example=[inputs]; in Linen, create the collection"
+        f" with the adapted module,{MADE}"
     )

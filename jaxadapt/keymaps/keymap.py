@@ -1,6 +1,6 @@
-"""The table that ties the leaves of a JAX model to PyTorch's names: a `KeyMap` of `Weight` lines for one family.
+"""Keymaps, which map the leaves of a JAX model to PyTorch's names: a `KeyMap` has the `Weight` entries of one family.
 
-A `Match` is one leaf found by one line. `plan.py` applies a table to shapes. Pure: strings and shapes only; no
+A `Match` is one leaf matched by one entry. `plan.py` applies a keymap to shapes. Pure: strings and shapes only; no
 arrays, no files, no devices.
 """
 
@@ -22,7 +22,7 @@ from jaxadapt.keymaps.weight import EXPERTS, Weight
 PEFT_PREFIX = "base_model.model."
 
 PER_EXPERT = "per-expert"
-"""The spelling with a module for each expert."""
+"""The spelling with one module for each expert."""
 
 
 Renames = tuple[tuple[str, str], ...]
@@ -30,9 +30,13 @@ Renames = tuple[tuple[str, str], ...]
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """One base leaf, found by one line: the axis roles and the PyTorch modules it stands for.
+    """One base leaf and the entry that matches it, with its axis roles and PyTorch modules.
 
-    `parts` lists the targeted entries of the leaf's fused axis, None where there is none (or all are).
+    Attributes:
+        leaf: the path of the leaf.
+        weight: the entry.
+        holes: `(hole, text)` of the entry's holes.
+        parts: the targeted indices of the leaf's fused axis; None if there is no such axis, or if all are targeted.
     """
 
     leaf: str
@@ -52,12 +56,12 @@ class Match:
 
     @property
     def axes(self) -> Axes:
-        """The roles as the module itself sees its weight, with the targeted parts."""
+        """The axis roles without the stacked axes, as the module sees its weight, with the targeted parts."""
         axes = self.weight.axes
         return axes if self.parts is None else dataclasses.replace(axes, parts=self.parts)
 
     def module(self, index: Mapping[str, str]) -> str:
-        """The PyTorch module name of one entry of the braced axes, given as `{axis: text}`."""
+        """Return the PyTorch module name of one index of the braced axes, given as `{axis: text}`."""
         return self._named(index) if index else self._name
 
     @functools.cached_property
@@ -68,21 +72,21 @@ class Match:
         return self.weight.module.format(**dict(self.holes), **index)
 
     def parameter(self, index: Mapping[str, str]) -> tuple[str, str]:
-        """PyTorch's name of the weight itself, as its module's and its own."""
+        """Return PyTorch's name of the weight, as (module, parameter)."""
         module, _, name = self.weight.file_key.format(**dict(self.holes), **index).rpartition(".")
         return module, name
 
     def parameters(self, sizes: Mapping[str, int]) -> dict[tuple[int, ...], tuple[str, str]]:
-        """As `modules`, with the parameter's own name."""
+        """Return the PyTorch (module, parameter) names by index over the braced axes."""
         return {index: self.parameter(text) for index, text in index_entries(self.weight, self.braced, sizes)}
 
     def modules(self, sizes: Mapping[str, int]) -> dict[tuple[int, ...], str]:
-        """PyTorch module names by index over (stacked axes..., fused axis)."""
+        """Return the PyTorch module names by index over the braced axes."""
         return {index: self.module(text) for index, text in index_entries(self.weight, self.braced, sizes)}
 
     @property
     def braced(self) -> tuple[str, ...]:
-        """The axes that PyTorch lacks: stacked layers, then experts, then fused parts."""
+        """The axes that PyTorch does not have: stacked layers, then experts, then fused parts."""
         return self.roles["stack"] + tuple(n for n in self.weight.left if n == EXPERTS) + self.roles["fused"]
 
 
@@ -92,46 +96,54 @@ def index_entries(
     sizes: Mapping[str, int],
     only: Mapping[str, Sequence[int]] | None = None,
 ) -> list[tuple[tuple[int, ...], dict[str, str]]]:
-    """All index combinations of the braced axes, row-major, each with the text that fills the key's holes."""
-    out: list[tuple[tuple[int, ...], dict[str, str]]] = [((), {})]
+    """Return all indices of the braced axes in row-major order, each with the texts for the key's holes.
+
+    Args:
+        weight: the entry of the keymap.
+        braced: the axes.
+        sizes: the axis sizes by name.
+        only: the indices to use on some of the axes; all by default.
+    """
+    combinations: list[tuple[tuple[int, ...], dict[str, str]]] = [((), {})]
     for axis in braced:
         names = weight.names(axis)
-        which = (only or {}).get(axis, range(sizes[axis]))
-        out = [
+        indices = (only or {}).get(axis, range(sizes[axis]))
+        combinations = [
             ((*index, i), {**text, axis.strip("{}"): names[i] if names is not None else weight.torch_number(axis, i)})
-            for index, text in out
-            for i in which
+            for index, text in combinations
+            for i in indices
         ]
-    return out
+    return combinations
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class KeyMap:
-    """A table of `Weight` lines for one model family.
+    """The `Weight` entries of one model family.
 
     Args:
-        name: how `keymap=` and messages call it ("llama").
-        weights: the lines; each leaf of a model must match at most one.
-        output: module name of the output head, which "all-linear" leaves out (PEFT does the same).
-        prefix: what PEFT puts before every module name.
-        proved: False for a table that has not been shown to be right against the real models: it is never
-            recognised by itself, and saving with it says so.
-        whole: it is recognised by itself only where every leaf has a line (save those under a first name the table
-            does not know: a vision tower), because other models of the same library call their layers alike.
-        needs: leaves (as in the lines) without which it is not recognised.
-        same: axes that have one size in the whole model, else it is not recognised: what tells `"f d"` from `"d f"`.
-        counts: `(leaf, n)` of leaves (as in the lines) that are as many layers where they are stacked, else it is not
-            recognised: the numbers of further layers follow from it.
-        tied: `(key, same as key)` of weights that a model with tied embeddings does not hold twice.
-        buffers: keys that a PyTorch file may hold and that are no weights; `{l}` stands for digits.
-        spellings: `(name, ((ours, theirs), …))`: other beginnings of the same keys. transformers 5 calls the
-            layers of a vision-language model "model.language_model.layers…"; "llama/vl" is the table for that.
-        each: `(parameter, (module, …))`: what the parts of a parameter of all experts are called as modules of single
-            ones (`{e}`), as transformers 4 had them and checkpoints on disk still do; in PyTorch's order.
-        single: adapters are saved, and models exported, with a tensor for each expert: "mixtral/per-expert".
+        name: the name in `keymap=` and in messages ("llama").
+        weights: the entries; a leaf may match at most one.
+        output: module name of the output head, which "all-linear" excludes (as in PEFT).
+        prefix: PEFT's prefix of every module name.
+        proved: False if the keymap has not been verified against the real models. It is then never recognized
+            automatically, and saving with it warns.
+        whole: True to recognize the keymap only if every leaf has an entry, because other models of the same library
+            use the same names for their layers. Leaves whose first name is in no entry (a vision tower) do not count.
+        needs: leaves (as written in the entries) that a model must have to be recognized.
+        same: axes that must have one size in the whole model for it to be recognized. They distinguish `"f d"` from
+            `"d f"`.
+        counts: `(leaf, n)`: the number of layers that a stacked leaf (as written in its entry) must have for the model
+            to be recognized, because the numbers of later layers depend on it.
+        tied: `(key, same as key)` of weights that a model with tied embeddings stores only once.
+        buffers: keys that a PyTorch file may have and that are not weights; `{l}` stands for digits.
+        spellings: `(name, ((ours, theirs), …))`: other prefixes of the same keys. transformers 5 calls the layers of a
+            vision-language model "model.language_model.layers…"; the keymap "llama/vl" uses these names.
+        each: `(parameter, (module, …))`: for a parameter of all experts, the names of its parts as modules of single
+            experts (`{e}`), in PyTorch's order. transformers 4 and checkpoints on disk use these names.
+        single: True to save adapters and export models with one tensor for each expert ("mixtral/per-expert").
 
-    >>> table = KeyMap("tiny", (Weight("{path}.kernel", "{path}.weight", "i o -> o i"),))
-    >>> table.match("a.b.kernel").module({})
+    >>> keymap = KeyMap("tiny", (Weight("{path}.kernel", "{path}.weight", "i o -> o i"),))
+    >>> keymap.match("a.b.kernel").module({})
     'a.b'
     """
 
@@ -155,226 +167,234 @@ class KeyMap:
         return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
     def __hash__(self) -> int:
-        return hash(self.name)  # short: it is part of jit's cache key, leaf by leaf
+        return hash(self.name)  # cheap, because each leaf's keymap is part of jit's cache key
 
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, KeyMap) and self._identity == other._identity)
 
     def __repr__(self) -> str:
-        # Every adapter parameter carries its table, and whoever prints a model prints them all.
-        return f"<KeyMap {self.name!r}, {len(self.weights)} lines>"
+        # Short, because every adapter parameter has its keymap, and printing a model prints them all.
+        return f"<KeyMap {self.name!r}, {len(self.weights)} entries>"
 
     def match(self, leaf: str) -> Match | None:
-        """The site of a leaf, None if no line matches; several matching lines raise `KeyMapError`."""
+        """Return the match of a leaf, or None if no entry matches; raise `KeyMapError` if several entries match."""
         literal = self._literal.get(leaf)
         if literal is not None:
             return Match(leaf, literal)
         hits = [(w, m) for w in self._templates if leaf.endswith(w.suffix) and (m := w.regex.fullmatch(leaf))]
         if len(hits) > 1:
             raise KeyMapError(
-                f"leaf {leaf!r} matches {len(hits)} lines of the table {self.name!r}:\n"
-                + paths.bullets(w.leaf for w, _ in hits)
+                f"leaf {leaf!r} matches {len(hits)} entries of the keymap {self.name!r}, but it must match only one."
+                " Change or remove the others:\n" + paths.bullets(w.leaf for w, _ in hits)
             )
         if not hits:
             return None
-        weight, match = hits[0]
-        holes = match.groupdict()
+        weight, regex_match = hits[0]
+        holes = regex_match.groupdict()
         if weight.layers != (1, 0) and "l" in holes:
             holes["l"] = weight.torch_number("l", int(holes["l"]))
         return Match(leaf, weight, tuple(sorted(holes.items())))
 
     @functools.cached_property
     def _literal(self) -> dict[str, Weight]:
-        out: dict[str, Weight] = {}
+        literal: dict[str, Weight] = {}
         for w in self.weights:
             if "{" not in w.leaf:
-                if w.leaf in out:
-                    raise KeyMapError(f"the table {self.name!r} has two lines for the leaf {w.leaf!r}")
-                out[w.leaf] = w
-        return out
+                if w.leaf in literal:
+                    raise KeyMapError(f"the keymap {self.name!r} has two entries for the leaf {w.leaf!r}; remove one")
+                literal[w.leaf] = w
+        return literal
 
     @functools.cached_property
     def _templates(self) -> tuple[Weight, ...]:
         return tuple(w for w in self.weights if "{" in w.leaf)
 
     def scanned(self, axis: int = 0) -> KeyMap:
-        """The same family with its layers stacked on `axis` of every layer weight."""
+        """Return the keymap of the same family with its layers stacked on `axis` of every layer's weights."""
         return _scanned(self, axis)
 
     def with_spelling(self, spelling: str) -> KeyMap:
-        """The same family under another spelling of its keys; `KeyMapError` if it has none of that name.
+        """Return the keymap of the same family with another spelling of its keys.
 
-        >>> lines = (Weight("q.kernel", "model.q.weight", "i o -> o i"),)
-        >>> table = KeyMap("tiny", lines, spellings=(("vl", (("model.", "model.language_model."),)),))
-        >>> table.with_spelling("vl").match("q.kernel").module({})
+        Raises `KeyMapError` if the keymap has no spelling of that name.
+
+        >>> entries = (Weight("q.kernel", "model.q.weight", "i o -> o i"),)
+        >>> keymap = KeyMap("tiny", entries, spellings=(("vl", (("model.", "model.language_model."),)),))
+        >>> keymap.with_spelling("vl").match("q.kernel").module({})
         'model.language_model.q'
         """
-        return _spelt(self, spelling)
+        return _respell(self, spelling)
 
     def spelling_for(self, keys: Iterable[str], leaves: Iterable[str]) -> KeyMap:
-        """The spelling that most of a file's keys (without PEFT's prefix) follow; this table if none does better.
+        """Return the spelling that most of a file's keys follow, or this keymap if no spelling matches more.
 
-        `leaves` are the model's: a table may have lines for another spelling, of a model that has other leaves.
+        Args:
+            keys: the file's keys, without PEFT's prefix.
+            leaves: the model's leaves. Only entries that match one of them count.
         """
-        return _followed(self, tuple(keys), tuple(leaves)) if self.spellings else self
+        return _best_spelling(self, tuple(keys), tuple(leaves)) if self.spellings else self
 
-    def with_entries(self, lines: Iterable[Weight]) -> KeyMap:
-        """The same table with further literal lines, which win over its templates."""
-        lines = tuple(lines)
-        mine = {w.leaf for w in lines}
-        kept = tuple(w for w in self.weights if w.leaf not in mine)
-        return dataclasses.replace(self, weights=lines + kept) if lines else self
+    def with_entries(self, entries: Iterable[Weight]) -> KeyMap:
+        """Return the keymap with further literal entries, which take precedence over its templates."""
+        entries = tuple(entries)
+        replaced = {w.leaf for w in entries}
+        kept = tuple(w for w in self.weights if w.leaf not in replaced)
+        return dataclasses.replace(self, weights=entries + kept) if entries else self
 
     def max_coverage(self, leaves: Collection[str], scanned: bool) -> int:
-        """A number that `coverage` does not pass, for this table or all `scanned` ones of it: cheap, by names alone."""
-        tails = [(w.scanned_leaf if scanned else w.leaf).rpartition("}")[2] for w in self.weights]
-        telling = tuple({tail for w, tail in zip(self.weights, tails, strict=True) if _tells(w)})
-        every = tuple(set(tails)) if any(leaf.endswith(telling) for leaf in leaves) else ()
-        return sum(leaf.endswith(every) for leaf in leaves)
+        """Return an upper bound of `coverage`, for this keymap or for all `scanned` forms of it.
+
+        It compares only the ends of names, so it is much cheaper.
+        """
+        suffixes = [(w.scanned_leaf if scanned else w.leaf).rpartition("}")[2] for w in self.weights]
+        identifying = tuple({end for w, end in zip(self.weights, suffixes, strict=True) if _identifies_family(w)})
+        countable = tuple(set(suffixes)) if any(leaf.endswith(identifying) for leaf in leaves) else ()
+        return sum(leaf.endswith(countable) for leaf in leaves)
 
     def coverage(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """How many of a model's leaves the table accounts for; 0 if a leaf of its name has another layout.
+        """Return the number of a model's leaves that match, or 0 if the model is not of the family.
 
-        At least one must be a layer's matrix: everybody calls a head "lm_head" or "classifier". Stacked axes of layers
-        that are numbered alike must agree in size, which tells layers stacked on axis 0 from those on axis 1; so must
-        `same`.
+        A matching leaf with another layout excludes the family. At least one match must be a layer's matrix, because
+        names such as "lm_head" and "classifier" occur in many families. Stacked axes of layers with the same numbering
+        must agree in size, which distinguishes layers stacked on axis 0 from those stacked on axis 1; so must the axes
+        in `same`.
         """
         if next(self.misfits(shapes), None) is not None:
             return 0
         return sum(self.match(leaf) is not None for leaf in shapes)
 
     def tells(self, leaves: Iterable[str]) -> bool:
-        """Whether there is a matrix of a layer among these leaves, by the table's names."""
-        return any((site := self.match(leaf)) is not None and _tells(site.weight) for leaf in leaves)
+        """Return True if one of these leaves matches the entry of a layer's matrix."""
+        return any((matched := self.match(leaf)) is not None and _identifies_family(matched.weight) for leaf in leaves)
 
     def misfits(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
-        """Why a model with these leaves is none of the family: each leaf, and what the table expects there."""
+        """Yield the reasons why a model with these leaves is not of the family, one for each leaf."""
         sizes: dict[tuple[str, tuple[int, int]], dict[int, str]] = {}
-        told, found = False, set[str]()
+        identified, matched_leaves = False, set[str]()
         for leaf, shape in shapes.items():
-            site = self.match(leaf)
-            if site is None:
-                if self.whole and _beginning(leaf) in self._known_beginnings:
-                    yield f"{leaf} {shape}: no line names it"
+            matched = self.match(leaf)
+            if matched is None:
+                if self.whole and _first_name(leaf) in self._known_first_names:
+                    yield f"{leaf} {shape}: no entry matches it"
                 continue
-            found.add(site.weight.leaf)
-            told = told or _tells(site.weight)
-            said = f"{leaf} {shape}: its line says {site.weight.pattern!r}"
-            if len(site.weight.left) != len(shape):
-                yield said
+            matched_leaves.add(matched.weight.leaf)
+            identified = identified or _identifies_family(matched.weight)
+            mismatch = f"{leaf} {shape}: its entry has the pattern {matched.weight.pattern!r}"
+            if len(matched.weight.left) != len(shape):
+                yield mismatch
                 continue
-            fixed = dict(site.weight.sizes)
-            for name, size in zip(site.weight.left, shape, strict=True):
+            fixed = dict(matched.weight.sizes)
+            for name, size in zip(matched.weight.left, shape, strict=True):
                 if fixed and size % (parts := math.prod(fixed.get(n, 1) for n in axis_parts(name))):
-                    yield f"{said}, and {size} is no multiple of {parts}"
-                names = site.weight.names(name)
+                    yield f"{mismatch}, but {size} is not a multiple of {parts}"
+                names = matched.weight.names(name)
                 if names is not None and len(names) != size:
-                    yield f"{said}, and {name} has the entries {', '.join(names)}"
+                    yield f"{mismatch}, where {name} has the entries {', '.join(names)}"
                 if name.startswith("{") and names is None:
-                    sizes.setdefault((name, site.weight.layers), {}).setdefault(size, said)
-                    if size != (count := self._counts.get(site.weight.leaf, size)):
-                        yield f"{said}, where {name} is {count}"
+                    sizes.setdefault((name, matched.weight.layers), {}).setdefault(size, mismatch)
+                    if size != (count := self._counts.get(matched.weight.leaf, size)):
+                        yield f"{mismatch}, where {name} is {count}"
                 elif name in self.same:
-                    sizes.setdefault((name, (1, 0)), {}).setdefault(size, said)
+                    sizes.setdefault((name, (1, 0)), {}).setdefault(size, mismatch)
         for (name, _), different in sizes.items():
             first, *others = different.items()
-            yield from (f"{said}, where {name} is {size}; it is {first[0]} in {first[1]}" for size, said in others)
-        yield from (f"{leaf}: missing" for leaf in self.needs if leaf not in found)
-        if not told:
-            yield "no matrix of a layer"
+            yield from (f"{text}, where {name} is {size}; it is {first[0]} in {first[1]}" for size, text in others)
+        yield from (f"{leaf}: missing" for leaf in self.needs if leaf not in matched_leaves)
+        if not identified:
+            yield "no leaf is a layer's matrix"
 
     @functools.cached_property
     def _counts(self) -> dict[str, int]:
         return dict(self.counts)
 
     @functools.cached_property
-    def _known_beginnings(self) -> set[str]:
-        return {_beginning(w.leaf) for w in self.weights}
+    def _known_first_names(self) -> set[str]:
+        return {_first_name(w.leaf) for w in self.weights}
 
 
-@functools.lru_cache(maxsize=512)  # a table is asked for the same ones at every load
-def _scanned(table: KeyMap, axis: int) -> KeyMap:
-    lines = {w.leaf: w.scanned(axis) for w in table.weights}
+@functools.lru_cache(maxsize=512)  # every load requests the same ones
+def _scanned(keymap: KeyMap, axis: int) -> KeyMap:
+    scanned = {w.leaf: w.scanned(axis) for w in keymap.weights}
     return dataclasses.replace(
-        table,
-        name=f"{table.name}/scan{axis}",
-        weights=tuple(lines.values()),
-        needs=tuple(lines[leaf].leaf for leaf in table.needs),
-        counts=tuple((lines[leaf].leaf, count) for leaf, count in table.counts),
+        keymap,
+        name=f"{keymap.name}/scan{axis}",
+        weights=tuple(scanned.values()),
+        needs=tuple(scanned[leaf].leaf for leaf in keymap.needs),
+        counts=tuple((scanned[leaf].leaf, count) for leaf, count in keymap.counts),
     )
 
 
 @functools.lru_cache(maxsize=32)
-def _followed(table: KeyMap, keys: tuple[str, ...], leaves: tuple[str, ...]) -> KeyMap:
+def _best_spelling(keymap: KeyMap, keys: tuple[str, ...], leaves: tuple[str, ...]) -> KeyMap:
     kinds = {re.sub(r"\d+", "0", leaf): leaf for leaf in leaves}  # layers are alike
-    sites = [site for leaf in kinds.values() if (site := table.match(leaf)) is not None]
-    used = {site.weight.leaf for site in sites}
+    sites = [matched for leaf in kinds.values() if (matched := keymap.match(leaf)) is not None]
+    used = {matched.weight.leaf for matched in sites}
 
-    def follow(other: KeyMap) -> int:
-        mine = tuple(w.key.partition("{")[0].rpartition(".")[0] + "." for w in other.weights if w.leaf in used)
-        return sum(key.startswith(mine) for key in keys)
+    def count_matches(spelling: KeyMap) -> int:
+        prefixes = tuple(w.key.partition("{")[0].rpartition(".")[0] + "." for w in spelling.weights if w.leaf in used)
+        return sum(key.startswith(prefixes) for key in keys)
 
-    return max([table, *(table.with_spelling(name) for name, _ in table.spellings)], key=follow)
+    return max([keymap, *(keymap.with_spelling(name) for name, _ in keymap.spellings)], key=count_matches)
 
 
 @functools.lru_cache(maxsize=512)
-def _spelt(table: KeyMap, spelling: str) -> KeyMap:
-    if spelling == PER_EXPERT and table.each:
-        return dataclasses.replace(table, name=f"{table.name}/{spelling}", single=True)
-    renames = dict(table.spellings).get(spelling)
+def _respell(keymap: KeyMap, spelling: str) -> KeyMap:
+    if spelling == PER_EXPERT and keymap.each:
+        return dataclasses.replace(keymap, name=f"{keymap.name}/{spelling}", single=True)
+    renames = dict(keymap.spellings).get(spelling)
     if renames is None:
-        known = ", ".join((*dict(table.spellings), *([PER_EXPERT] if table.each else []), "scan0, scan1, …"))
-        raise KeyMapError(f"the table {table.name!r} has no spelling {spelling!r}; it has {known}")
+        known = ", ".join((*dict(keymap.spellings), *([PER_EXPERT] if keymap.each else []), "scan0, scan1, …"))
+        raise KeyMapError(f"the keymap {keymap.name!r} has no spelling {spelling!r}; use one of {known}")
 
-    def other(key: str) -> str:
+    def respell(key: str) -> str:
         return next((theirs + key[len(ours) :] for ours, theirs in renames if key.startswith(ours)), key)
 
     return dataclasses.replace(
-        table,
-        name=f"{table.name}/{spelling}",
-        weights=tuple(Weight(w.leaf, other(w.key), w.pattern, **w.options) for w in table.weights),
-        output=None if table.output is None else other(f"{table.output}.").removesuffix("."),
-        tied=tuple((other(a), other(b)) for a, b in table.tied),
-        buffers=tuple(map(other, table.buffers)),
-        each=tuple((other(name), tuple(map(other, modules))) for name, modules in table.each),
+        keymap,
+        name=f"{keymap.name}/{spelling}",
+        weights=tuple(Weight(w.leaf, respell(w.key), w.pattern, **w.options) for w in keymap.weights),
+        output=None if keymap.output is None else respell(f"{keymap.output}.").removesuffix("."),
+        tied=tuple((respell(a), respell(b)) for a, b in keymap.tied),
+        buffers=tuple(map(respell, keymap.buffers)),
+        each=tuple((respell(name), tuple(map(respell, modules))) for name, modules in keymap.each),
         spellings=(),
     )
 
 
-def _tells(line: Weight) -> bool:
-    """Whether a leaf of this line tells which family a model is of: a matrix of a numbered or stacked layer."""
-    return line.kind == "linear" and ("{l}" in line.leaf or "{l}" in line.left)
+def _identifies_family(weight: Weight) -> bool:
+    """Return True if the entry is a matrix of a numbered or stacked layer, whose name identifies a family."""
+    return weight.kind == "linear" and ("{l}" in weight.leaf or "{l}" in weight.left)
 
 
-def _beginning(leaf: str) -> str:
-    """The first name of a path, whatever its number: "layer_3.attn.w" and "layer_{l}.attn.w" begin alike."""
+def _first_name(leaf: str) -> str:
+    """Return the first name of a path with "#" for numbers: the same for "layer_3.attn.w" and "layer_{l}.attn.w"."""
     return re.sub(r"\d+|\{\w+\}", "#", leaf.partition(".")[0])
 
 
-def warn_unproved(table: KeyMap) -> None:
-    """Say so where a table is used to write that has not been proved."""
-    if not table.proved:
+def warn_unproved(keymap: KeyMap) -> None:
+    """Warn if a keymap that writes a file has not been verified against the real models."""
+    if not keymap.proved:
         warn(
-            f"the table {table.name!r} is not proved against the real models: compare the outputs in PyTorch before you"
-            " rely on what it names"
+            f"the keymap {keymap.name!r} has not been verified against the real models: compare the outputs in PyTorch"
+            " before you rely on the file"
         )
 
 
-def to_data(table: KeyMap) -> dict[str, Any]:
-    """A table as plain values that JSON keeps; `from_data` is the inverse."""
-    lines = [[w.leaf, w.key, w.pattern, w.options] for w in table.weights]
-    rest = {f.name: getattr(table, f.name) for f in dataclasses.fields(table) if f.name != "weights"}
-    return {**rest, "weights": lines}
+def to_data(keymap: KeyMap) -> dict[str, Any]:
+    """Return a keymap as plain JSON values; `from_data` is the inverse."""
+    entries = [[w.leaf, w.key, w.pattern, w.options] for w in keymap.weights]
+    rest = {f.name: getattr(keymap, f.name) for f in dataclasses.fields(keymap) if f.name != "weights"}
+    return {**rest, "weights": entries}
 
 
 def from_data(data: Mapping[str, Any]) -> KeyMap:
-    """The table of `to_data`; raises `KeyError`, `TypeError` or `ValueError` if the data are none."""
+    """Return the keymap of `to_data`; raise `KeyError`, `TypeError` or `ValueError` if the data are invalid."""
     weights = tuple(Weight(leaf, key, pattern, **options) for leaf, key, pattern, options in data["weights"])
     tied = tuple((str(a), str(b)) for a, b in data["tied"])
     counts = tuple((str(leaf), int(n)) for leaf, n in data.get("counts", ()))
-    keep = {name: tuple(map(str, data[name])) for name in ("needs", "same", "buffers")}
+    names = {name: tuple(map(str, data[name])) for name in ("needs", "same", "buffers")}
     spellings = tuple((str(n), tuple((str(a), str(b)) for a, b in renames)) for n, renames in data["spellings"])
     each = tuple((str(name), tuple(map(str, modules))) for name, modules in data.get("each", ()))
-    made: dict[str, Any] = {"weights": weights, "tied": tied, "counts": counts, "spellings": spellings, "each": each}
-    fields: dict[str, Any] = {**data, **keep, **made}
+    nested: dict[str, Any] = {"weights": weights, "tied": tied, "counts": counts, "spellings": spellings, "each": each}
+    fields: dict[str, Any] = {**data, **names, **nested}
     return KeyMap(**fields)

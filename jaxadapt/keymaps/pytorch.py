@@ -1,6 +1,6 @@
-"""A PyTorch state dict as a model of its own: the table whose leaves are PyTorch's parameters, laid out as they are.
+"""Keymaps for PyTorch state dicts, whose leaves are PyTorch's parameters in PyTorch's layout.
 
-With it adapters are merged and combined as files, by the same arithmetic as in a model, and no model is built.
+With such a keymap, files of adapters are merged and combined by the same arithmetic as in a model, without a model.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _ROWS = ".token_adapter.trainable_tokens_delta"
 Shapes = Mapping[str, tuple[int, ...]]
 
 NAME = "pytorch"
-"""What such a table is called."""
+"""The name of such a keymap."""
 
 
 def adapted_shapes(tensors: Shapes) -> dict[str, dict[str, tuple[int, ...]]]:
-    """`{module: {tensor: shape}}` of an adapter file's keys; copies of whole parameters are left out.
+    """Return `{module: {tensor: shape}}` of an adapter file, without the copies of parameters.
 
     >>> adapted_shapes({"base_model.model.q.lora_A.weight": (2, 4), "base_model.model.q.lora_B.weight": (6, 2)})
     {'q': {'lora_A': (2, 4), 'lora_B': (6, 2)}}
@@ -38,18 +38,21 @@ def adapted_shapes(tensors: Shapes) -> dict[str, dict[str, tuple[int, ...]]]:
 
 
 def weight_shapes(tensors: Shapes) -> dict[str, tuple[int, ...]]:
-    """The shapes of the weights that a LoRA file changes, as far as it tells: linear, embedding, convolution."""
-    out: dict[str, tuple[int, ...]] = {}
-    for module, held in adapted_shapes(tensors).items():
+    """Return the shapes of the weights (linear, embedding, convolution) that a LoRA file adapts.
+
+    A weight whose tensors do not determine its shape is left out.
+    """
+    weights: dict[str, tuple[int, ...]] = {}
+    for module, shapes in adapted_shapes(tensors).items():
         for a, b in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
-            if a in held and b in held and len(held[a]) == len(held[b]):
-                shape = (held[b][0], *held[a][1:])  # (out, in, window…); of an embedding (dim, vocabulary)
-                out[f"{module}.weight"] = shape if a == "lora_A" else shape[::-1]
-    return out
+            if a in shapes and b in shapes and len(shapes[a]) == len(shapes[b]):
+                shape = (shapes[b][0], *shapes[a][1:])  # (out, in, window…), or (dim, vocabulary) for an embedding
+                weights[f"{module}.weight"] = shape if a == "lora_A" else shape[::-1]
+    return weights
 
 
 def rows(tensors: Shapes) -> set[str]:
-    """The modules of which an adapter file holds single rows: `trainable_token_indices`."""
+    """Return the modules whose single rows an adapter file has (`trainable_token_indices`)."""
     return {key.removeprefix(PEFT_PREFIX).removesuffix(_ROWS) for key in tensors if key.endswith(_ROWS)}
 
 
@@ -60,49 +63,53 @@ def state_dict_keymap(
     fan_in_fan_out: bool = False,
     tied: tuple[tuple[str, str], ...] = (),
 ) -> KeyMap:
-    """One line for each parameter of a model, named as the adapter names it.
+    """Return the keymap of a PyTorch model, with one entry for each parameter, under the adapter's names.
 
     Args:
-        shapes: of the model's parameters, by PyTorch's names in its files.
-        tensors: of the adapter. A file may lack the name's first part ("model."), or have one more: GPT-2's do.
+        shapes: the shapes of the model's parameters, by their keys in its files.
+        tensors: the shapes of the adapter's tensors. Their names may lack the first part of the model's ("model."), or
+            have an additional one, as GPT-2's do.
         source: the adapter, for the message.
-        fan_in_fan_out: what its configuration says, for weights whose sizes do not tell.
-        tied: `(head, table of tokens)` of weights that are one in this model, which lacks the heads.
+        fan_in_fan_out: the adapter's setting, for weights whose sizes do not determine the orientation.
+        tied: `(head, embedding)` of weights that are one weight in this model, which has no parameter for the head.
 
-    Raises `MismatchError` listing what the adapter changes and the model lacks.
+    Raises `MismatchError` listing the adapted modules that the model lacks.
     """
-    held = adapted_shapes(tensors)
+    adapted = adapted_shapes(tensors)
     heads = {head for head, _ in tied}
-    keys = renamed(shapes, [module for module in held if f"{module}.weight" not in heads])
-    missing = [m for m in held if f"{m}.weight" not in {*keys.values(), *heads}]
+    keys = renamed(shapes, [module for module in adapted if f"{module}.weight" not in heads])
+    missing = [m for m in adapted if f"{m}.weight" not in {*keys.values(), *heads}]
     if missing:
         raise MismatchError(f"{source}: the model has no weight for these modules:\n" + paths.bullets(missing))
-    some, lookups = rows(tensors), {module for module, own in held.items() if "lora_embedding_A" in own}
+    row_modules = rows(tensors)
+    lookups = {module for module, module_shapes in adapted.items() if "lora_embedding_A" in module_shapes}
     linear = {key.removesuffix(".weight"): shapes[leaf] for leaf, key in keys.items() if len(shapes[leaf]) == 2}
-    turned = _turned(
-        {m: (linear[m], held[m]) for m in held if m in linear and m not in lookups}, fan_in_fan_out, source
+    turned = _find_turned(
+        {m: (linear[m], adapted[m]) for m in adapted if m in linear and m not in lookups}, fan_in_fan_out, source
     )
-    lines: list[Weight] = []
+    entries: list[Weight] = []
     for leaf, key in keys.items():
         module = key.removesuffix(".weight")
-        own = held.get(module, {})
-        lookup = module in lookups or (module in some and not own)
-        lines.append(_line(leaf, key, shapes[leaf], own, turned.get(module, False), lookup))
-    return KeyMap(NAME, tuple(lines), tied=tied)
+        module_shapes = adapted.get(module, {})
+        lookup = module in lookups or (module in row_modules and not module_shapes)
+        entries.append(_make_entry(leaf, key, shapes[leaf], module_shapes, turned.get(module, False), lookup))
+    return KeyMap(NAME, tuple(entries), tied=tied)
 
 
 def renamed(shapes: Shapes, modules: Iterable[str]) -> dict[str, str]:
-    """`{key in the files: key as the adapter says it}`."""
-    wanted = [f"{module}.weight" for module in modules]
-    starts = {key.split(".")[0] + "." for key in (*wanted, *shapes)}
-    found: list[dict[str, str]] = [{key: key for key in shapes}]
-    found += [{key: start + key for key in shapes} for start in sorted(starts)]
-    found += [{key: key.removeprefix(start) for key in shapes} for start in sorted(starts)]
-    fits = [way for way in found if set(wanted) <= set(way.values()) and len(set(way.values())) == len(way)]
-    return fits[0] if fits else found[0]
+    """Return `{key in the model's files: key in the adapter's naming}`, with a prefix added or removed if necessary."""
+    adapted = [f"{module}.weight" for module in modules]
+    prefixes = {key.split(".")[0] + "." for key in (*adapted, *shapes)}
+    candidates: list[dict[str, str]] = [{key: key for key in shapes}]
+    candidates += [{key: prefix + key for key in shapes} for prefix in sorted(prefixes)]
+    candidates += [{key: key.removeprefix(prefix) for key in shapes} for prefix in sorted(prefixes)]
+    fitting = [
+        names for names in candidates if set(adapted) <= set(names.values()) and len(set(names.values())) == len(names)
+    ]
+    return fitting[0] if fitting else candidates[0]
 
 
-def _line(leaf: str, key: str, shape: tuple[int, ...], own: Shapes, turned: bool, lookup: bool) -> Weight:
+def _make_entry(leaf: str, key: str, shape: tuple[int, ...], own: Shapes, turned: bool, lookup: bool) -> Weight:
     axes = " ".join(f"a{i}" for i in range(len(shape)))
     pattern = f"{axes} -> {axes}"
     if lookup:
@@ -114,36 +121,40 @@ def _line(leaf: str, key: str, shape: tuple[int, ...], own: Shapes, turned: bool
     return Weight(leaf, key, pattern)
 
 
-def _turned(modules: Mapping[str, tuple[tuple[int, ...], Shapes]], said: bool, source: str) -> dict[str, bool]:
-    """Which weights are stored (in, out), as GPT-2's Conv1D does.
+def _find_turned(
+    modules: Mapping[str, tuple[tuple[int, ...], Shapes]], fan_in_fan_out: bool, source: str
+) -> dict[str, bool]:
+    """Return `{module: True if its weight is stored (in, out)}`, as GPT-2's Conv1D stores it.
 
-    The tensors' sizes say it, and of a square weight others of its name, or the file. PEFT's file says what the last
-    module was that it met, so it counts only where all modules agree with it.
+    The sizes of the tensors determine it. For a square weight, modules of the same name determine it, or the setting
+    `fan_in_fan_out`. PEFT sets that by the last module it adapts, so it counts only if all other modules agree with it.
+
+    Raises `MismatchError` listing the modules whose orientation is unknown.
     """
-    seen = {module: _is_turned(shape, own) for module, (shape, own) in modules.items()}
-    told = {module: turned for module, turned in seen.items() if turned is not None}
-    found, unknown = dict(told), list[str]()
-    for module in seen.keys() - told.keys():
+    by_size = {module: _is_turned(shape, own) for module, (shape, own) in modules.items()}
+    known = {module: turned for module, turned in by_size.items() if turned is not None}
+    orientations, unknown = dict(known), list[str]()
+    for module in by_size.keys() - known.keys():
         last = module.rpartition(".")[2]
-        alike = {turned for other, turned in told.items() if other.rpartition(".")[2] == last}
-        if len(alike) == 1:
-            found[module] = alike.pop()
-        elif set(told.values()) <= {said}:
-            found[module] = said
+        namesakes = {turned for other, turned in known.items() if other.rpartition(".")[2] == last}
+        if len(namesakes) == 1:
+            orientations[module] = namesakes.pop()
+        elif set(known.values()) <= {fan_in_fan_out}:
+            orientations[module] = fan_in_fan_out
         else:
             unknown.append(module)
     if unknown:
         raise MismatchError(
-            f"{source}: these modules are square, and whether the model stores them (out, in), as nn.Linear, or (in,"
-            f" out), as Conv1D, does not show: fan_in_fan_out is {said}, and by their sizes not all other modules are"
-            " stored so. jaxadapt.export.export_base(model, folder, adapter) writes a model with the adapter merged:\n"
+            f"{source}: cannot determine the orientation of these square modules, (out, in) as in nn.Linear or (in,"
+            f" out) as in Conv1D: fan_in_fan_out is {fan_in_fan_out}, but the sizes of other modules contradict it. Use"
+            " jaxadapt.export.export_base(model, folder, adapter) to write a model with the adapter merged:\n"
             + paths.bullets(sorted(unknown))
         )
-    return found
+    return orientations
 
 
 def _is_turned(shape: tuple[int, ...], own: Shapes) -> bool | None:
-    """Whether a weight is stored (in, out) by the sizes of its tensors; None where it fits both ways."""
+    """Return True if the sizes of its tensors show that a weight is stored (in, out); None if both layouts fit."""
     out, inputs = None, None
     if "lora_A" in own and "lora_B" in own:
         out, inputs = own["lora_B"][0], own["lora_A"][-1]
@@ -155,7 +166,7 @@ def _is_turned(shape: tuple[int, ...], own: Shapes) -> bool | None:
 
 
 def _groups(shape: tuple[int, ...], own: Shapes) -> int:
-    """Of a convolution whose input channels an IA3 vector scales, one number each; 1 where nothing depends on it."""
+    """Return the groups of a convolution, from an IA3 vector over its input channels; 1 without such a vector."""
     vector = own.get("ia3_l", ())
     channels = vector[1] if len(vector) > 2 else shape[1]
     return channels // shape[1] if channels % shape[1] == 0 else 1

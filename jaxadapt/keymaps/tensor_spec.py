@@ -1,4 +1,4 @@
-"""What a method stores for one base weight, as a description without values."""
+"""Specifications of the tensors that a method stores for one base weight: names and axes, no values."""
 
 from __future__ import annotations
 
@@ -12,23 +12,24 @@ _T = TypeVar("_T")
 
 @dataclasses.dataclass(frozen=True)
 class MethodTensor:
-    """What a method stores for one site: its name, its PEFT key suffix and its two layouts.
+    """One tensor of a method at one site: its name, its PEFT key suffix and its two layouts.
 
-    `axes` (in the model) and `torch` (in the file) name roles of the base weight's axes, "batch", "in",
-    "out", "channels" (of a convolution's inputs), or axes of the method's own with their sizes in `own`. An empty
-    torch group is a size-1 axis; "in" of a convolution is one PyTorch axis for the channels and one for each of the
-    window's.
-
-    `whole`: the tensor is a copy of the base weight itself, in both its layouts; `suffix` then goes between the
-    module's name and the parameter's. `from_base`: its initial value follows from the base weight's.
-
-    `scale_power` says what becomes of the tensor where one model holds f times the weight of the other (MaxText's
-    queries): 1, it is multiplied by f as well; 0, it stays what it is; None, the method has no tensors for such
-    a weight, or nobody has thought about it, and it is refused.
-
-    `used` is for a leaf whose entries (stacked layers, fused parts) differ: for each of them, in the order of
-    `Site.braced`, the size that the axis "r" has in its tensor of the file, where a larger axis of the leaf ends in
-    zeros; 0 of an entry that is not adapted and has no tensor in the file. A tensor without that axis has 1 instead.
+    Attributes:
+        name: the tensor's name in the model.
+        suffix: the end of its PEFT key, after the module's name. For a copy, the text between the names of the module
+            and the parameter.
+        axes: its axes in the model. Each is a role of the base weight's axes ("batch", "in", "out", or "channels" for a
+            convolution's inputs without the window), or an axis of the method itself.
+        torch: its axes in the file, each a group of such names. An empty group is an axis of size 1. "in" of a
+            convolution is one PyTorch axis for the channels and one for each axis of the window.
+        own: `(name, size)` of the method's own axes.
+        is_copy: True if the tensor is a copy of the base weight, with its layouts in the model and in the file.
+        from_base: True if the initial value is computed from the base weight.
+        scale_power: if the JAX weight is f times the PyTorch weight (as MaxText's queries are), this tensor is
+            multiplied by f to this power. None if the effect is not defined; converting the tensor then raises.
+        used: for a leaf whose entries (stacked layers, fused parts) differ, the size of the axis "r" in each entry's
+            file tensor, in the order of `Match.braced`, or 1 for a tensor without that axis. Where it is smaller than
+            the axis of the leaf, the leaf ends in zeros. 0 for an entry that is not adapted: it has no file tensor.
     """
 
     name: str
@@ -44,12 +45,13 @@ class MethodTensor:
 
 @dataclasses.dataclass(frozen=True)
 class Modules:
-    """The PyTorch modules of a leaf's entries: of each stacked layer, and in it of each expert and fused part.
+    """The PyTorch modules of a leaf's entries: one for each stacked layer, expert and fused part.
 
     Attributes:
-        names: in the order of `Site.braced`; None where an entry is not adapted.
-        sizes: of the braced axes that are not stacked, in that order.
-        order: these axes in the order of the roles "batch", as a method sees them; -1 for one that PyTorch has as well.
+        names: the modules in the order of `Match.braced`; None for an entry that is not adapted.
+        sizes: the sizes of the braced axes that are not stacked, in the same order.
+        order: the positions of these axes in the order of the role "batch", as a method sees them; -1 for an axis that
+            PyTorch has as well.
 
     >>> list(Modules(("0.q", None, "2.q")))
     ['0.q', '2.q']
@@ -64,14 +66,14 @@ class Modules:
 
     @property
     def all(self) -> bool:
-        """Whether every entry is adapted."""
+        """True if every entry is adapted."""
         return None not in self.names
 
     @property
     def per_layer(self) -> int:
-        """How many entries a layer has."""
+        """The number of entries of one layer."""
         return math.prod(self.sizes)
 
     def each(self, value: Callable[[str], _T], none: _T) -> tuple[_T, ...]:
-        """A value of each entry; `none` of those that are not adapted."""
+        """Return `value` of each adapted entry's module, and `none` for the entries that are not adapted."""
         return tuple(none if name is None else value(name) for name in self.names)

@@ -1,4 +1,4 @@
-"""The methods. A new one is a file beside these and a line in `METHODS`."""
+"""The adaptation methods. A new method is a file in this package and an entry of `METHODS`."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from jaxadapt.methods.per_entry import needs_layer
 METHODS: dict[str, Method] = {m.peft_type: m for m in (Lora(), IA3())}
 
 COLLECTIONS = tuple(name.lower() for name in METHODS)
-"""Where adapters are kept, by method: Linen's collection, and the attribute of an NNX layer."""
+"""The Linen collection, or the attribute of an NNX layer, that holds the adapters of each method."""
 
 
 def get_method(config: Config) -> Method:
-    """The method of a configuration, checked; `ConfigError` if there is none or it would ignore a field."""
+    """Return the method of a configuration; raise `ConfigError` if there is none, or if it would ignore a field."""
     method = METHODS.get(config.peft_type)
     if method is None:
         raise ConfigError(
-            f"peft_type {config.peft_type!r} can be read and written, but not applied yet;"
-            f" applied are {', '.join(sorted(METHODS))}"
+            f"cannot apply peft_type {config.peft_type!r}: its files can be read and written, but the method is not"
+            f" implemented. Implemented methods: {', '.join(sorted(METHODS))}"
         )
     method.check(config)
     return method

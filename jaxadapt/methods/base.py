@@ -1,8 +1,8 @@
-"""What a method is: pure functions over one weight's roles, and nothing about files or Flax.
+"""The method interface: pure functions over the axis roles of one weight, independent of files and Flax.
 
-A method says which tensors it keeps at a site (`tensors`), how they begin (`fresh`), and what they do
-to one contraction of the weight (`input`, `output`) or to the weight itself (`weight`). Everything
-else (keys, transposes, sharding, attaching, merging) follows from these.
+A method defines the tensors of a site (`tensors`), their initial values (`fresh`), and their effect on one contraction
+of the weight (`input`, `output`) or on the weight itself (`weight`). Keys, transposes, sharding, attaching and merging
+follow from these.
 """
 
 from __future__ import annotations
@@ -30,21 +30,28 @@ Drop = Callable[[Array], Array]
 
 
 class Method(abc.ABC):
-    """One `peft_type`. Stateless: everything it needs comes as arguments.
+    """One adaptation method. Stateless: every value it needs is an argument.
 
-    `static` is what the mathematics needs besides arrays (a scale, a flag): hashable, computed once a
-    site from the configuration, so a configuration is the only source of it.
+    The `hparams` of a site are the hyperparameters of its arithmetic (a scale, a flag). They are hashable and are
+    computed once a site, from the configuration only.
+
+    Attributes:
+        peft_type: PEFT's name of the method.
+        kinds: the kinds of weight (`Weight.kind`) that it adapts.
+        roles: `{tensor: role in training}`; `optim.roles` lists the roles.
+        scaled: the tensors to multiply in order to multiply the change of the weight.
+        copies: True if the adapter stores a full or partial copy of the weight.
+        replaces: True if the copy replaces the weight in every use; only `weight` is then called.
+        wrapper_depth: nesting depth of PEFT's ParamWrapper, when the weight is adapted through target_parameters.
     """
 
     peft_type: str
     kinds: frozenset[str] = frozenset({"linear"})
-    roles: Mapping[str, str] = MappingProxyType({})  # of its tensors in training; `optim.roles` lists them
-    scaled: frozenset[str] = frozenset()  # the tensors to multiply where the change of the weight shall be multiplied
-    copies: bool = False  # (parts of) the leaf, so that it is no adapter of the module
-    replaces: bool = False  # the leaf altogether, whatever the model does with it: `weight` alone is asked
-    wrapper_depth: int | None = (
-        None  # of a parameter adapted by its own name: how many of PEFT's wrappers lie around its own
-    )
+    roles: Mapping[str, str] = MappingProxyType({})
+    scaled: frozenset[str] = frozenset()
+    copies: bool = False
+    replaces: bool = False
+    wrapper_depth: int | None = None
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)
@@ -54,132 +61,134 @@ class Method(abc.ABC):
 
     @abc.abstractmethod
     def check(self, config: Config) -> None:
-        """Raise `ConfigError` if the configuration asks for anything that would not be honoured."""
+        """Raise `ConfigError` if the configuration sets a field that the method would ignore."""
 
     def on_parameter(self, depth: int) -> Method:
-        """The method for a parameter that `target_parameters` names; `ConfigError` if it is for modules only."""
-        raise ConfigError(f"target_parameters: {self.peft_type} adapts modules only")
+        """Return the method for a parameter in `target_parameters`; raise `ConfigError` if it adapts modules only."""
+        raise ConfigError(f"target_parameters: {self.peft_type} adapts modules only; use target_modules")
 
     @abc.abstractmethod
-    def tensors(self, config: Any, site: Match, modules: Modules) -> tuple[MethodTensor, ...]:
-        """The tensors kept at a site that stands for these PyTorch modules."""
+    def tensors(self, config: Any, match: Match, modules: Modules) -> tuple[MethodTensor, ...]:
+        """Return the tensors of a site that corresponds to these PyTorch modules."""
 
     @abc.abstractmethod
-    def hparams(self, config: Any, site: Match, modules: Modules) -> Hashable:
-        """What the arithmetic at the site needs besides arrays; what differs between entries as `PerEntry`."""
+    def hparams(self, config: Any, match: Match, modules: Modules) -> Hashable:
+        """Return the hyperparameters of a site; values that differ between its entries are `PerEntry`."""
 
     @abc.abstractmethod
     def fresh(self, config: Any, tensor: MethodTensor, fan_in: int) -> Draw:
-        """How one tensor begins; a fresh adapter leaves the model's output unchanged."""
+        """Return the initial distribution of one tensor; a fresh adapter leaves the model's output unchanged."""
 
-    def from_base(self, static: Any, params: Params, axes: Axes, w: Array) -> dict[str, Array]:
-        """Initial values of the tensors marked `from_base`, in w's dtype, from the weight and the other tensors."""
+    def from_base(self, hparams: Any, params: Params, axes: Axes, w: Array) -> dict[str, Array]:
+        """Return initial values of the tensors marked `from_base`, in w's dtype, from w and the other tensors."""
         return {}
 
-    def input(self, static: Any, params: Params, use: Use, x: Array) -> Array:
-        """`x` as the contraction should see it."""
+    def input(self, hparams: Any, params: Params, use: Use, x: Array) -> Array:
+        """Return the input that the contraction should get in place of `x`."""
         return x
 
-    def follows(self, static: Any, primitive: str) -> bool:
-        """Whether `output` takes part in this operation (no matrix product) of the weight; else `weight` is asked."""
+    def follows(self, hparams: Any, primitive: str) -> bool:
+        """Return True if `output` handles this primitive, which is not a matrix product; else `weight` is used."""
         return False
 
-    def forward(self, static: Any) -> bool:
-        """Whether the module's call must have a product over the weight's inputs, if it has any.
+    def forward(self, hparams: Any) -> bool:
+        """Return True if the products of the module's call, if any, must include one over the weight's inputs.
 
-        A table may not take outputs for inputs; but PEFT takes some parameters of experts so, and copies have no sides.
+        This detects a keymap that confuses inputs and outputs. Parameters of experts are exempt, because PEFT itself
+        swaps the two for some of them. Copies are exempt, because they have neither.
         """
         return self.wrapper_depth is None and not self.copies
 
-    def apart(self, static: Any) -> bool:
-        """Whether `output` must see the product alone, before the layer adds its bias."""
+    def apart(self, hparams: Any) -> bool:
+        """Return True if `output` must get the product before the layer adds its bias."""
         return False
 
     @abc.abstractmethod
     def output(
-        self, static: Any, params: Params, use: Use | Operation, x: Array, y: Array, drop: Drop | None, w: Array
+        self, hparams: Any, params: Params, use: Use | Operation, x: Array, y: Array, drop: Drop | None, w: Array
     ) -> Array:
-        """`y` as the use should return it, in y's dtype.
+        """Return the adapted result of a use of the weight, in y's dtype.
 
         Args:
-            x: what `input` returned.
-            drop: this call's dropout, if any.
+            x: the result of `input`.
+            y: the result of the base weight.
+            drop: the dropout of this call, if any.
             w: the base weight.
         """
 
     @abc.abstractmethod
-    def weight(self, static: Any, params: Params, axes: Axes, w: Array) -> Array:
-        """The effective weight, in w's dtype; `axes.parts` is already resolved (w holds those parts only)."""
+    def weight(self, hparams: Any, params: Params, axes: Axes, w: Array) -> Array:
+        """Return the effective weight, in w's dtype; `axes.parts` is already resolved (w has only those parts)."""
 
-    def merged(self, static: Any, params: Params, axes: Axes, w: Array) -> Array:
-        """The same, to be made once and kept: nothing is differentiated."""
-        return self.weight(static, params, axes, w)
+    def merged(self, hparams: Any, params: Params, axes: Axes, w: Array) -> Array:
+        """Return the effective weight for a merge, where no gradient is needed."""
+        return self.weight(hparams, params, axes, w)
 
     @abc.abstractmethod
-    def unweight(self, static: Any, params: Params, axes: Axes, w: Array) -> Array:
-        """The base weight from an effective one: the inverse of `weight`, within rounding.
+    def unweight(self, hparams: Any, params: Params, axes: Axes, w: Array) -> Array:
+        """Return the base weight of an effective weight: the inverse of `weight`, up to rounding.
 
-        Raises `AttachError` where the effective weight has kept too little of the base for that.
+        Raises `AttachError` if the effective weight does not determine the base weight.
         """
 
-    def scales_bias(self, static: Any) -> bool:
-        """Whether `bias` changes the layer's bias (IA3 scales the whole output, bias included)."""
+    def scales_bias(self, hparams: Any) -> bool:
+        """Return True if `bias` changes the layer's bias (IA3 scales the output, bias included)."""
         return False
 
-    def bias(self, static: Any, params: Params, bias: Array) -> Array:
-        """The layer's bias as the adapter leaves it."""
+    def bias(self, hparams: Any, params: Params, bias: Array) -> Array:
+        """Return the layer's bias as the adapter changes it."""
         return bias
 
-    def unbias(self, static: Any, params: Params, bias: Array) -> Array:
-        """The inverse of `bias`."""
+    def unbias(self, hparams: Any, params: Params, bias: Array) -> Array:
+        """Return the layer's original bias: the inverse of `bias`."""
         return bias
 
-    def adds_bias(self, static: Any) -> bool:
-        """Whether `output` adds a bias of the adapter's own, which a merge has to put into the layer's."""
+    def adds_bias(self, hparams: Any) -> bool:
+        """Return True if `output` adds a bias of the adapter, which a merge must add to the layer's bias."""
         return False
 
-    def merged_bias(self, static: Any, params: Params, bias: Array, sign: int) -> Array:
-        """The layer's bias with the adapter's own in it (or out of it again, with sign -1)."""
+    def merged_bias(self, hparams: Any, params: Params, bias: Array, sign: int) -> Array:
+        """Return the layer's bias with the adapter's bias added (sign 1) or subtracted (sign -1)."""
         return bias
 
-    def role(self, static: Any, tensor: str) -> str:
-        """What one of its tensors is in training (`optim.roles`)."""
+    def role(self, hparams: Any, tensor: str) -> str:
+        """Return the role of a tensor in training; `optim.roles` lists the roles."""
         return self.roles.get(tensor, "other")
 
-    def dropout(self, static: Any) -> float:
-        """The dropout rate of the site; 0 for methods that have none."""
+    def dropout(self, hparams: Any) -> float:
+        """Return the dropout rate of the site; 0 for methods without dropout."""
         return 0.0
 
 
 def as_computable(x: Array) -> Array:
-    """`x`, or a float of 8 bits in float32: JAX promotes none so narrow by itself."""
+    """Cast 8-bit floats to float32, because JAX does not promote them implicitly; return other arrays as they are."""
     narrow = x.dtype.itemsize == 1 and jnp.issubdtype(x.dtype, jnp.floating)
     return x.astype("float32") if narrow else x
 
 
 def at_least_float32(x: Array) -> Array:
-    """At least float32."""
+    """Cast to float32, or keep a wider dtype."""
     x = as_computable(x)
     return x.astype(jnp.promote_types(x.dtype, "float32"))
 
 
-def shared_value(what: str, values: Mapping[str, Any]) -> Any:
-    """The value that all modules of one leaf share, where its arithmetic can have only one."""
+def shared_value(field: str, values: Mapping[str, Any]) -> Any:
+    """Return the one value that all modules of a leaf share; raise `ConfigError` if they differ."""
     distinct = sorted({repr(v) for v in values.values()})
     if len(distinct) > 1:
         listed = ", ".join(f"{m}: {v}" for m, v in list(values.items())[:4])
         raise ConfigError(
-            f"{what} differs inside one stacked or fused leaf ({listed}, …), which has one computation for all;"
-            " use an unrolled model, or one value for these modules"
+            f"{field} differs between the modules of one stacked or fused leaf ({listed}, …), but they share one"
+            " computation. Use an unrolled model, or the same value for these modules"
         )
     return next(iter(values.values()))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AppliedMethod:
-    """One adapter on one weight, ready to run: what `trace.rewrite` and the layers call.
+    """One adapter on one weight, ready to run; `tracing.rewrite` and the layers call it.
 
-    Handles partly targeted fused weights, so methods only ever see whole ones.
+    It resolves partly targeted fused weights, so that a method only gets the parts it adapts.
     """
 
     method: Method
@@ -192,8 +201,8 @@ class AppliedMethod:
     def replaces(self) -> bool:
         return self.method.replaces
 
-    def map(self, change: Callable[[AppliedMethod], AppliedMethod]) -> AppliedMethod:
-        return change(self)
+    def map(self, function: Callable[[AppliedMethod], AppliedMethod]) -> AppliedMethod:
+        return function(self)
 
     def input(self, use: Use, x: Array) -> Array:
         return self._on_parts(use.x, x, lambda x: self.method.input(self.hparams, self.params, use, x), use)
@@ -213,8 +222,8 @@ class AppliedMethod:
         if isinstance(use, Operation):
             return self.method.output(self.hparams, self.params, use, x, y, self.drop, w)
         if self.axes.parts is not None:
-            where = self._where(use.x, use)
-            x = x if where is None else x[where]
+            index = self._parts_index(use.x, use)
+            x = x if index is None else x[index]
             w = w[self._parts]
 
         def changed(y: Array) -> Array:
@@ -225,22 +234,22 @@ class AppliedMethod:
     def weight(self, w: Array) -> Array:
         if self.drop is not None:
             raise AttachError(
-                "dropout was asked for where the weight is used in a way that only the effective weight can follow;"
-                " set lora_dropout=0.0, or leave this layer out with exclude_modules"
+                "cannot apply dropout: the model uses this weight outside a supported product, where only an effective"
+                " weight can replace it. Set lora_dropout=0.0, or exclude this layer with exclude_modules"
             )
         if self.method.adds_bias(self.hparams):
             raise AttachError(
-                "lora_bias was asked for where the weight is used in a way that only the effective weight can follow,"
-                " which has no place for it; leave this layer out with exclude_modules"
+                "cannot apply lora_bias: the model uses this weight outside a supported product, where only an"
+                " effective weight can replace it, and that has no bias. Exclude this layer with exclude_modules"
             )
-        return self._whole(w, self.method.weight)
+        return self._change_parts(w, self.method.weight)
 
     def merged(self, w: Array) -> Array:
-        """The effective weight for a merge, which puts a bias of the adapter's own elsewhere."""
-        return self._whole(w, self.method.merged)
+        """Return the effective weight for a merge; the adapter's bias is in `merged_bias`."""
+        return self._change_parts(w, self.method.merged)
 
     def unweight(self, w: Array) -> Array:
-        return self._whole(w, self.method.unweight)
+        return self._change_parts(w, self.method.unweight)
 
     def from_base(self, w: Array) -> dict[str, Array]:
         axes = dataclasses.replace(self.axes, parts=None)
@@ -251,43 +260,43 @@ class AppliedMethod:
         return self.method.bias(self.hparams, self.params, bias)
 
     def merged_bias(self, bias: Array, sign: int) -> Array:
-        """The bias for a merge (1) or out of one (-1)."""
+        """Return the layer's bias after a merge (sign 1), or before it (sign -1)."""
         if self.method.adds_bias(self.hparams):
             return self.method.merged_bias(self.hparams, self.params, bias, sign)
-        change = self.method.bias if sign > 0 else self.method.unbias
-        return change(self.hparams, self.params, bias)
+        function = self.method.bias if sign > 0 else self.method.unbias
+        return function(self.hparams, self.params, bias)
 
-    def _whole(self, w: Array, change: Callable[..., Array]) -> Array:
+    def _change_parts(self, w: Array, function: Callable[..., Array]) -> Array:
         axes = dataclasses.replace(self.axes, parts=None)
         if self.axes.parts is None:
-            return change(self.hparams, self.params, axes, as_computable(w)).astype(w.dtype)
-        where = self._parts
-        new = change(self.hparams, self.params, axes, as_computable(w[where])).astype(w.dtype)
+            return function(self.hparams, self.params, axes, as_computable(w)).astype(w.dtype)
+        index = self._parts
+        new = function(self.hparams, self.params, axes, as_computable(w[index])).astype(w.dtype)
         if isinstance(w, np.ndarray):
             w = w.copy()
-            w[where] = new
+            w[index] = new
             return w
-        return w.at[where].set(new)
+        return w.at[index].set(new)
 
     @property
     def _parts(self) -> tuple[Any, ...]:
-        """The adapted parts as an index into the weight."""
+        """The adapted parts, as an index into the weight."""
         return (slice(None),) * self.axes.batch_axes[0] + (np.array(self.axes.parts),)
 
-    def _where(self, letters: str, use: Use) -> tuple[Any, ...] | None:
+    def _parts_index(self, letters: str, use: Use) -> tuple[Any, ...] | None:
         letter = use.w[self.axes.batch_axes[0]]
         if letter not in letters:
             return None
         return (slice(None),) * letters.index(letter) + (np.array(self.axes.parts),)
 
-    def _on_parts(self, letters: str, value: Array, change: Callable[[Array], Array], use: Use) -> Array:
-        where = None if self.axes.parts is None else self._where(letters, use)
-        return change(value) if where is None else value.at[where].set(change(value[where]))
+    def _on_parts(self, letters: str, value: Array, function: Callable[[Array], Array], use: Use) -> Array:
+        index = None if self.axes.parts is None else self._parts_index(letters, use)
+        return function(value) if index is None else value.at[index].set(function(value[index]))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AppliedMethods:
-    """Several adapters active on one weight: inputs in order, then outputs in order."""
+    """Several active adapters on one weight: `input` of each in order, then `output` of each in order."""
 
     hooks: tuple[AppliedMethod, ...]
 
@@ -295,8 +304,8 @@ class AppliedMethods:
     def axes(self) -> Axes:
         return self.hooks[0].axes
 
-    def map(self, change: Callable[[AppliedMethod], AppliedMethod]) -> AppliedMethods:
-        return AppliedMethods(tuple(change(hook) for hook in self.hooks))
+    def map(self, function: Callable[[AppliedMethod], AppliedMethod]) -> AppliedMethods:
+        return AppliedMethods(tuple(function(hook) for hook in self.hooks))
 
     @property
     def replaces(self) -> bool:
@@ -335,35 +344,34 @@ class AppliedMethods:
 
 
 def refuse_rivals(leaves: Mapping[str, Mapping[str, Method]]) -> None:
-    """Raise if several active adapters each put something of their own in one leaf's place.
+    """Raise `AttachError` if several active adapters each replace the same leaf.
 
     Args:
         leaves: `{leaf: {adapter: method}}` of the active adapters.
     """
-    rivals = {leaf: [n for n, m in at.items() if m.copies] for leaf, at in leaves.items()}
-    lines = [f"{leaf}: {', '.join(those)}" for leaf, those in rivals.items() if len(those) > 1]
-    if lines:
+    rivals = {leaf: [name for name, m in methods.items() if m.copies] for leaf, methods in leaves.items()}
+    conflicts = [f"{leaf}: {', '.join(adapters)}" for leaf, adapters in rivals.items() if len(adapters) > 1]
+    if conflicts:
         raise AttachError(
-            "several of these adapters hold a full copy of one weight, and only one can stand in its place:\n"
-            + paths.bullets(lines)
-            + "\nActivate one of them"
+            "cannot activate these adapters together: several hold a full copy of the same weight, and only one copy"
+            " can replace it. Activate one of them:\n" + paths.bullets(conflicts)
         )
 
 
 def check_biases(hooks: Iterable[AppliedMethod | AppliedMethods], others: Mapping[str, Array]) -> None:
-    """Refuse a custom layer whose bias has another name than "bias", where a method scales biases (IA3).
+    """Raise `AttachError` if a custom layer may have a bias under another name than "bias", for methods that scale it.
 
-    `others` are the layer's further parameters. One of the vector's size may be added to the output, and
-    would then have to be scaled with it; nothing tells.
+    `others` are the layer's other parameters. One with the size of the output may be added to the output, and IA3 would
+    then have to scale it too; its name does not show that.
     """
     for hook in hooks:
         for name, value in others.items():
             try:
-                touched = hook.bias(value) is not value
+                changed = hook.bias(value) is not value
             except AttachError:
-                continue  # of another size: no bias of this output
-            if touched:
+                continue  # another size, so it is not a bias of this output
+            if changed:
                 raise AttachError(
-                    f"its parameter {name!r} has the size of the output: a bias must be called 'bias' to be scaled with"
-                    " it; leave the layer out, or make it a feedforward module"
+                    f"its parameter {name!r} has the size of the output, so it may be a bias, and only a parameter"
+                    " called 'bias' is scaled with the output. Exclude the layer, or make it a feedforward module"
                 )

@@ -1,9 +1,9 @@
 """(IA)³ (Liu et al. 2022, arXiv:2205.05638) with PEFT's conventions.
 
-In the model, per site: `ia3_l` (batch..., out...) multiplies the layer's output, bias included, or for a
-feedforward module (batch..., in...) its input; in the file it is (out, 1) or (1, in). A convolution's vector has
-one number a channel, (1, channels, 1, 1) in the file; over the inputs of one with groups it is (groups, in...) in the
-model. The arithmetic follows PEFT's `tuners/ia3/layer.py`.
+Each site has one tensor, `ia3_l`. With shape (batch..., out...) it multiplies the layer's output, bias included; for a
+feedforward module it has shape (batch..., in...) and multiplies the input. In the file it is (out, 1) or (1, in). A
+convolution's vector has one number a channel, (1, channels, 1, 1) in the file; over the inputs of a grouped convolution
+it is (groups, in...) in the model. The arithmetic follows PEFT's `tuners/ia3/layer.py`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,14 @@ from jaxadapt.methods.per_entry import adapted_entries
 
 @dataclasses.dataclass(frozen=True)
 class IA3Hparams:
-    """Whether the site scales its input (feedforward) instead of its output; what convolution it is, if any; which
-    entries it has, if not all."""
+    """Hyperparameters of one site.
+
+    Attributes:
+        feedforward: True if the vector scales the input, False if it scales the output.
+        conv: True if the weight is a convolution's.
+        groups: the groups of the convolution.
+        used: 1 for each adapted entry and 0 for the others; None if all are adapted.
+    """
 
     feedforward: bool
     conv: bool = False
@@ -37,7 +43,7 @@ class IA3Hparams:
 
 
 class IA3(Method):
-    """W·l, over the outputs or (feedforward) the inputs."""
+    """Multiplication of W by a vector over its outputs or (feedforward) its inputs."""
 
     peft_type = "IA3"
     kinds = frozenset({"linear", "conv"})
@@ -46,115 +52,115 @@ class IA3(Method):
     def check(self, config: Config) -> None:
         assert isinstance(config, IA3Config)
 
-    def tensors(self, config: IA3Config, site: Match, modules: Modules) -> tuple[MethodTensor, ...]:
-        static, used = self.hparams(config, site, modules), None if modules.all else modules.each(lambda _: 1, 0)
-        if static.conv:
-            return (dataclasses.replace(_of_convolution(static, site), used=used),)
-        if static.feedforward:
+    def tensors(self, config: IA3Config, match: Match, modules: Modules) -> tuple[MethodTensor, ...]:
+        hparams, used = self.hparams(config, match, modules), None if modules.all else modules.each(lambda _: 1, 0)
+        if hparams.conv:
+            return (dataclasses.replace(_conv_tensor(hparams, match), used=used),)
+        if hparams.feedforward:
             return (MethodTensor("ia3_l", ".ia3_l", ("batch", "in"), ((), ("in",)), scale_power=0, used=used),)
         return (MethodTensor("ia3_l", ".ia3_l", ("batch", "out"), (("out",), ()), scale_power=0, used=used),)
 
-    def hparams(self, config: IA3Config, site: Match, modules: Modules) -> IA3Hparams:
-        one = shared_value("feedforward", {m: matching.is_feedforward(config, m) for m in modules})
-        return IA3Hparams(one, site.weight.kind == "conv", site.weight.groups, adapted_entries(modules))
+    def hparams(self, config: IA3Config, match: Match, modules: Modules) -> IA3Hparams:
+        feedforward = shared_value("feedforward", {m: matching.is_feedforward(config, m) for m in modules})
+        return IA3Hparams(feedforward, match.weight.kind == "conv", match.weight.groups, adapted_entries(modules))
 
     def fresh(self, config: IA3Config, tensor: MethodTensor, fan_in: int) -> Draw:
         return Draw("constant", 1.0) if config.init_ia3_weights else Draw("normal", 1.0)
 
-    def follows(self, static: IA3Hparams, primitive: str) -> bool:
-        return static.conv and not static.feedforward and primitive == "conv_general_dilated"
+    def follows(self, hparams: IA3Hparams, primitive: str) -> bool:
+        return hparams.conv and not hparams.feedforward and primitive == "conv_general_dilated"
 
-    def input(self, static: IA3Hparams, params: Params, use: Use, x: Array) -> Array:
-        letters, scale = self._letters(static, use), _vector(static, params)
-        if not self._over_input(static, use):
+    def input(self, hparams: IA3Hparams, params: Params, use: Use, x: Array) -> Array:
+        letters, scale = self._scale_letters(hparams, use), _vector(hparams, params)
+        if not self._scales_input(hparams, use):
             return x
         if not set(letters) <= set(use.x):
             raise AttachError(
-                "a feedforward IA3 vector differs between the parts of a fused weight that share one input;"
-                " leave the module out of feedforward_modules"
+                "cannot scale the input: the parts of a fused weight share one input, but their feedforward IA3 vectors"
+                " differ. Remove the module from feedforward_modules"
             )
         return (x.astype(scale.dtype) * low_rank.expand_to_letters(scale, letters, use.x)).astype(x.dtype)
 
     def output(
-        self, static: IA3Hparams, params: Params, use: Use | Operation, x: Array, y: Array, drop: Drop | None, w: Array
+        self, hparams: IA3Hparams, params: Params, use: Use | Operation, x: Array, y: Array, drop: Drop | None, w: Array
     ) -> Array:
         if isinstance(use, Operation):
-            return (y * low_rank.expand_over_outputs(use, _vector(static, params), y.ndim)).astype(y.dtype)
-        if self._over_input(static, use):
+            return (y * low_rank.expand_over_outputs(use, _vector(hparams, params), y.ndim)).astype(y.dtype)
+        if self._scales_input(hparams, use):
             return y
-        scale = _vector(static, params)
-        return (y * low_rank.expand_to_letters(scale, self._letters(static, use), use.y)).astype(y.dtype)
+        scale = _vector(hparams, params)
+        return (y * low_rank.expand_to_letters(scale, self._scale_letters(hparams, use), use.y)).astype(y.dtype)
 
-    def weight(self, static: IA3Hparams, params: Params, axes: Axes, w: Array) -> Array:
-        return (w * self._over_weight(static, params, axes, w)).astype(w.dtype)
+    def weight(self, hparams: IA3Hparams, params: Params, axes: Axes, w: Array) -> Array:
+        return (w * self._scale_over_weight(hparams, params, axes, w)).astype(w.dtype)
 
-    def unweight(self, static: IA3Hparams, params: Params, axes: Axes, w: Array) -> Array:
-        return (w / self._over_weight(static, params, axes, w)).astype(w.dtype)
+    def unweight(self, hparams: IA3Hparams, params: Params, axes: Axes, w: Array) -> Array:
+        return (w / self._scale_over_weight(hparams, params, axes, w)).astype(w.dtype)
 
-    def scales_bias(self, static: IA3Hparams) -> bool:
-        return not static.feedforward
+    def scales_bias(self, hparams: IA3Hparams) -> bool:
+        return not hparams.feedforward
 
-    def bias(self, static: IA3Hparams, params: Params, bias: Array) -> Array:
-        scale = self._over_bias(static, params, bias)
+    def bias(self, hparams: IA3Hparams, params: Params, bias: Array) -> Array:
+        scale = self._scale_over_bias(hparams, params, bias)
         return bias if scale is None else (bias * scale).astype(bias.dtype)
 
-    def unbias(self, static: IA3Hparams, params: Params, bias: Array) -> Array:
-        scale = self._over_bias(static, params, bias)
+    def unbias(self, hparams: IA3Hparams, params: Params, bias: Array) -> Array:
+        scale = self._scale_over_bias(hparams, params, bias)
         return bias if scale is None else (bias / scale).astype(bias.dtype)
 
     @staticmethod
-    def _over_bias(static: IA3Hparams, params: Params, bias: Array) -> Array | None:
-        if static.feedforward:
+    def _scale_over_bias(hparams: IA3Hparams, params: Params, bias: Array) -> Array | None:
+        if hparams.feedforward:
             return None
-        scale = _vector(static, params)
+        scale = _vector(hparams, params)
         if scale.size != bias.size:
             raise AttachError(
-                f"IA3 scales a layer's bias, and this one has shape {bias.shape} where the vector has {scale.shape};"
-                " leave the module out, or make it a feedforward module"
+                f"cannot scale the layer's bias with the IA3 vector: the bias has shape {bias.shape}, the vector"
+                f" {scale.shape}. Exclude the module, or make it a feedforward module"
             )
         return scale.reshape(bias.shape)
 
     @staticmethod
-    def _letters(static: IA3Hparams, use: Use) -> str:
-        letters = use.letters("in" if static.feedforward else "out")
-        return use.letters("batch") + (letters[:1] if static.conv and static.feedforward else letters)
+    def _scale_letters(hparams: IA3Hparams, use: Use) -> str:
+        letters = use.letters("in" if hparams.feedforward else "out")
+        return use.letters("batch") + (letters[:1] if hparams.conv and hparams.feedforward else letters)
 
     @staticmethod
-    def _over_input(static: IA3Hparams, use: Use) -> bool:
-        return static.feedforward != use.transposed
+    def _scales_input(hparams: IA3Hparams, use: Use) -> bool:
+        return hparams.feedforward != use.transposed
 
     @staticmethod
-    def _over_weight(static: IA3Hparams, params: Params, axes: Axes, w: Array) -> Array:
-        scale, role = _vector(static, params), axes.in_axes if static.feedforward else axes.out_axes
-        if static.conv and static.feedforward:
+    def _scale_over_weight(hparams: IA3Hparams, params: Params, axes: Axes, w: Array) -> Array:
+        scale, role = _vector(hparams, params), axes.in_axes if hparams.feedforward else axes.out_axes
+        if hparams.conv and hparams.feedforward:
             role = axes.in_axes[:1]  # the channels, without the window
-            if static.groups > 1:  # each output channel sees those of its group
+            if hparams.groups > 1:  # each output channel sees those of its group
                 (out,) = axes.out_axes
-                scale, role = jnp.repeat(scale, w.shape[out] // static.groups, axis=0), (out, *role)
+                scale, role = jnp.repeat(scale, w.shape[out] // hparams.groups, axis=0), (out, *role)
         letters = "".join(LETTERS[i] for i in axes.batch_axes + role)
         return low_rank.expand_to_letters(scale, letters, LETTERS[: axes.rank])
 
 
-def _of_convolution(static: IA3Hparams, site: Match) -> MethodTensor:
-    window = ((),) * (len(site.weight.right) - 2)
+def _conv_tensor(hparams: IA3Hparams, match: Match) -> MethodTensor:
+    window = ((),) * (len(match.weight.right) - 2)
     if len(window) < 2:
         raise ConfigError(
-            f"{site.leaf}: PEFT has IA3 for convolutions over two and three dimensions, and none over one; leave the"
-            " module out of target_modules"
+            f"{match.leaf}: PEFT implements IA3 for 2-D and 3-D convolutions, but not for 1-D; remove the module from"
+            " target_modules"
         )
-    if not static.feedforward:
+    if not hparams.feedforward:
         return MethodTensor("ia3_l", ".ia3_l", ("batch", "out"), ((), ("out",), *window), scale_power=0)
-    channels = site.roles["channels"]
-    if len(channels) != 1 or channels != site.weight.torch_roles["channels"]:
+    channels = match.roles["channels"]
+    if len(channels) != 1 or channels != match.weight.torch_roles["channels"]:
         raise ConfigError(
-            f"{site.leaf}: a feedforward IA3 vector has one number for each input channel, and this leaf has no axis of"
-            f" its own for them ({site.weight.pattern!r}); leave the module out of feedforward_modules"
+            f"{match.leaf}: a feedforward IA3 vector has one number for each input channel, but no axis of this leaf"
+            f" holds only the input channels ({match.weight.pattern!r}); remove the module from feedforward_modules"
         )
-    several, own = ((("g",), (("g", static.groups),))) if static.groups > 1 else ((), ())
-    scaled = (*several, "channels")
+    group_axis, own = ((("g",), (("g", hparams.groups),))) if hparams.groups > 1 else ((), ())
+    scaled = (*group_axis, "channels")
     return MethodTensor("ia3_l", ".ia3_l", ("batch", *scaled), ((), scaled, *window), own, scale_power=0)
 
 
-def _vector(static: IA3Hparams, params: Params) -> Array:
-    """l, and ones in entries that are not adapted."""
-    return only_adapted(static.used, params, params["ia3_l"], 1.0)
+def _vector(hparams: IA3Hparams, params: Params) -> Array:
+    """Return the vector l, with ones in the entries that are not adapted."""
+    return only_adapted(hparams.used, params, params["ia3_l"], 1.0)

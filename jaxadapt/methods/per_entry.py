@@ -1,8 +1,8 @@
-"""What differs between the entries of one leaf: between the layers it stacks, and in them between fused parts.
+"""Hyperparameters that differ between the entries of one leaf: between stacked layers, or between fused parts.
 
-A layer inside a scan runs the same code as the others, with its own cut of every array. So what differs from layer to
-layer is looked up there, in a constant of all layers, by the layer's own number: an array that is stacked and cut as
-the parameters are (`LAYER` among them).
+All layers of a scan run the same code, each with its own slice of every array. A value that differs between layers is
+therefore an entry of a constant for all layers, indexed by the layer's number. That number is an array (`LAYER`) that
+is stacked and sliced as the parameters are.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from jaxadapt.keymaps.tensor_spec import Modules
 
 
 def per_entry(modules: Modules, value: Callable[[str], float], none: float) -> PerEntry:
-    """A value of each entry, and `none` of those that are not adapted."""
-    table = np.array(modules.each(value, none), float).reshape(-1, *modules.sizes)
-    table = table.transpose(0, *(1 + at for at in modules.order if at >= 0))
-    sizes = tuple(modules.sizes[at] if at >= 0 else 1 for at in modules.order)
-    return PerEntry(tuple(table.reshape(-1).tolist()), sizes)
+    """Return `value` of each adapted entry's module, and `none` for the entries that are not adapted."""
+    values = np.array(modules.each(value, none), float).reshape(-1, *modules.sizes)
+    values = values.transpose(0, *(1 + axis for axis in modules.order if axis >= 0))
+    sizes = tuple(modules.sizes[axis] if axis >= 0 else 1 for axis in modules.order)
+    return PerEntry(tuple(values.reshape(-1).tolist()), sizes)
 
 
 def adapted_entries(modules: Modules) -> PerEntry | None:
-    """1 for each entry that is adapted and 0 for the others; None if all are."""
+    """Return 1 for each adapted entry and 0 for the others, or None if all entries are adapted."""
     return None if modules.all else per_entry(modules, lambda _: 1.0, 0.0)
 
 
-def needs_layer(static: Any) -> bool:
-    """Whether the arithmetic of a site depends on the number of the layer."""
-    fields = dataclasses.fields(static) if dataclasses.is_dataclass(static) else ()
-    values = (getattr(static, field.name) for field in fields)
+def needs_layer(hparams: Any) -> bool:
+    """Return True if the arithmetic of a site depends on the layer's number."""
+    fields = dataclasses.fields(hparams) if dataclasses.is_dataclass(hparams) else ()
+    values = (getattr(hparams, field.name) for field in fields)
     return any(isinstance(value, PerEntry) and value.layers > 1 for value in values)

@@ -1,8 +1,9 @@
-"""Some rows of a table of tokens, trained in full: PEFT's `trainable_token_indices`.
+"""Full training of single rows of a token embedding: PEFT's `trainable_token_indices`.
 
-In the model, per site: `trainable_tokens_delta` (tokens, dim), in the order of the configuration's indices; the same
-in the file. Despite its name it holds the rows themselves, as in PEFT's `tuners/trainable_tokens/layer.py`: an
-active adapter's rows stand in for the table's, in every use of it, the head of a model with tied embeddings too.
+Each site has one tensor, `trainable_tokens_delta` (tokens, dim), in the order of the configuration's indices, in the
+model and in the file. Despite its name it holds the rows themselves, as in PEFT's `tuners/trainable_tokens/layer.py`.
+The rows of an active adapter replace those of the embedding in every use, including the head of a model with tied
+embeddings.
 """
 
 from __future__ import annotations
@@ -24,21 +25,26 @@ NAME = "trainable_tokens_delta"
 
 @dataclasses.dataclass(frozen=True)
 class TokensHparams:
-    """Which rows, and whether the tokens are the weight's inputs (a lookup) or its outputs (a head)."""
+    """Hyperparameters of the trained rows.
+
+    Attributes:
+        tokens: the indices of the rows.
+        head: True if the tokens are the weight's outputs (a head), False if they are its inputs (a lookup).
+    """
 
     tokens: tuple[int, ...]
     head: bool = False
 
     @property
     def because(self) -> str:
-        """Why the leaf is copied, as `Copied` says it."""
+        """The field of the configuration that requests the rows, as in `CopyHparams`."""
         return "trainable_token_indices"
 
 
 class TrainableTokens(Method):
-    """W with other rows for some tokens."""
+    """Replacement of single rows of W."""
 
-    peft_type = ""  # of LORA's configuration, where it goes with any other field
+    peft_type = ""  # not a method of PEFT: it is a field of LORA's configuration
     copies = replaces = True
 
     def __init__(self, tokens: tuple[int, ...]) -> None:
@@ -47,26 +53,29 @@ class TrainableTokens(Method):
     def check(self, config: Config) -> None:
         pass
 
-    def tensors(self, config: Config, site: Match, modules: Modules) -> tuple[MethodTensor, ...]:
-        if site.weight.kind not in ("embedding", "linear") or site.roles["batch"] or site.stack:
-            raise ConfigError(f"{site.leaf}: trainable_token_indices is for a table of tokens or a head")
-        dim = "out" if site.weight.kind == "embedding" else "in"
+    def tensors(self, config: Config, match: Match, modules: Modules) -> tuple[MethodTensor, ...]:
+        if match.weight.kind not in ("embedding", "linear") or match.roles["batch"] or match.stack:
+            raise ConfigError(
+                f"{match.leaf}: trainable_token_indices applies only to a token embedding or a head; remove this weight"
+                " from it"
+            )
+        dim = "out" if match.weight.kind == "embedding" else "in"
         own = (("n", len(self._tokens)),)
         suffix = f".token_adapter.{NAME}"
         return (MethodTensor(NAME, suffix, ("n", dim), (("n",), (dim,)), own, from_base=True, scale_power=1),)
 
-    def hparams(self, config: Config, site: Match, modules: Modules) -> TokensHparams:
-        return TokensHparams(self._tokens, site.weight.kind != "embedding")
+    def hparams(self, config: Config, match: Match, modules: Modules) -> TokensHparams:
+        return TokensHparams(self._tokens, match.weight.kind != "embedding")
 
     def fresh(self, config: Config, tensor: MethodTensor, fan_in: int) -> NoReturn:
-        raise AssertionError("the rows begin as the table's")
+        raise AssertionError("the rows start from the base weight")
 
-    def from_base(self, static: TokensHparams, params: Params, axes: Axes, w: Array) -> dict[str, Array]:
-        return {NAME: jnp.take(self._by_token(static, axes, w), jnp.array(static.tokens), axis=0)}
+    def from_base(self, hparams: TokensHparams, params: Params, axes: Axes, w: Array) -> dict[str, Array]:
+        return {NAME: jnp.take(self._by_token(hparams, axes, w), jnp.array(hparams.tokens), axis=0)}
 
     def output(
         self,
-        static: TokensHparams,
+        hparams: TokensHparams,
         params: Params,
         use: Use | Operation,
         x: Array,
@@ -74,22 +83,22 @@ class TrainableTokens(Method):
         drop: Drop | None,
         w: Array,
     ) -> NoReturn:
-        raise AssertionError("the rows take the table's place, and no part in a product")
+        raise AssertionError("a replaced leaf has no output hook")
 
-    def weight(self, static: TokensHparams, params: Params, axes: Axes, w: Array) -> Array:
-        rows = self._by_token(static, axes, w).at[jnp.array(static.tokens)].set(params[NAME].astype(w.dtype))
-        return rows.transpose([self._order(static, axes).index(i) for i in range(axes.rank)])
+    def weight(self, hparams: TokensHparams, params: Params, axes: Axes, w: Array) -> Array:
+        rows = self._by_token(hparams, axes, w).at[jnp.array(hparams.tokens)].set(params[NAME].astype(w.dtype))
+        return rows.transpose([self._order(hparams, axes).index(i) for i in range(axes.rank)])
 
-    def unweight(self, static: TokensHparams, params: Params, axes: Axes, w: Array) -> NoReturn:
+    def unweight(self, hparams: TokensHparams, params: Params, axes: Axes, w: Array) -> NoReturn:
         raise AttachError(
-            "trainable_token_indices puts other rows into the table, and nothing of the original ones is left in it;"
-            " keep the parameters as they were before merging"
+            "cannot unmerge trainable_token_indices: its rows replaced the original ones entirely. Keep the parameters"
+            " from before the merge"
         )
 
     @staticmethod
-    def _order(static: TokensHparams, axes: Axes) -> tuple[int, ...]:
-        return (*axes.out_axes, *axes.in_axes) if static.head else (*axes.in_axes, *axes.out_axes)
+    def _order(hparams: TokensHparams, axes: Axes) -> tuple[int, ...]:
+        return (*axes.out_axes, *axes.in_axes) if hparams.head else (*axes.in_axes, *axes.out_axes)
 
-    def _by_token(self, static: TokensHparams, axes: Axes, w: Array) -> Array:
-        """The weight as (token, dim...)."""
-        return jnp.asarray(w).transpose(self._order(static, axes))
+    def _by_token(self, hparams: TokensHparams, axes: Axes, w: Array) -> Array:
+        """Return the weight with its axes as (token, dim...)."""
+        return jnp.asarray(w).transpose(self._order(hparams, axes))

@@ -182,7 +182,7 @@ def test_families():
     assert ("gpt2", True) in [(entry["name"], entry["proved"]) for entry in listed]
     lines = json.loads(run("families", "llama/scan0", "--json").output)
     assert any(line["pattern"].startswith("{l}") for line in lines)
-    assert "'llama' or 'llama4' comes near" in run("families", "lama").output
+    assert "did you mean 'llama' or 'llama4'?" in run("families", "lama").output
     assert run("families", "nosuch").exit_code == 1
 
 

@@ -364,7 +364,7 @@ def test_a_tied_head_is_filled_from_the_embedding_and_a_copy_of_it_needs_no_plac
     jaxadapt.export.export_base(found, tmp_path, keymap=TABLE)  # both, and equal
     equal(jaxadapt.export.import_base(tmp_path, zeros(tied), keymap=TABLE), tied)
     jaxadapt.export.export_base(base(), tmp_path, keymap=TABLE)  # a head of its own
-    with pytest.raises(MismatchError, match=r"unexpected \(nothing in the model takes them\):\n  head\.weight"):
+    with pytest.raises(MismatchError, match=r"unexpected \(no leaf of the model uses them\):\n  head\.weight"):
         jaxadapt.export.import_base(tmp_path, zeros(tied), keymap=TABLE)
 
 
@@ -449,7 +449,7 @@ def test_a_model_no_table_knows_is_refused_with_its_weights(tmp_path):
             do({"q": {"kernel": jnp.ones((2, 2))}}, tmp_path)
     with pytest.raises(KeyMapError, match="PyTorch names are unknown.*a KeyMap with an entry for each"):
         jaxadapt.export.export_base({"q": {"kernel": jnp.ones((2, 2))}}, tmp_path, keymap="generic")
-    with pytest.raises(KeyMapError, match=r"head2\.kernel \(3, 7\): no line"):
+    with pytest.raises(KeyMapError, match=r"head2\.kernel \(3, 7\): no entry"):
         jaxadapt.export.export_base({**base(), "head2": {"kernel": rand(3, 7)}}, tmp_path / "x", keymap=TABLE)
     assert not (tmp_path / "x").exists()
     with pytest.raises(jaxadapt.AttachError, match="abstract"):

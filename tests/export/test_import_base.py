@@ -165,15 +165,15 @@ def zeros(shapes: dict[str, tuple[int, ...]]) -> Any:
 def test_the_error_says_what_keeps_a_family_from_fitting(tmp_path: Path):
     save_file({"model.norm.weight": np.ones(8, "float32")}, tmp_path / "model.safetensors")
     nearly = llama_shapes() | {"model.norm.weight": (2, 3)}
-    says = r"'llama' comes nearest, with lines for (\d+) of \1 weights.*\n"
-    says += r".*model\.norm\.weight \(2, 3\): its line says 'd -> d'"
+    says = r"most similar keymap is 'llama', with entries for (\d+) of \1 weights.*\n"
+    says += r".*model\.norm\.weight \(2, 3\): its entry has the pattern 'd -> d'"
     with pytest.raises(MismatchError, match=says):
         jaxadapt.export.import_base(tmp_path, zeros(nearly))
     with pytest.raises(KeyMapError, match=says):
         jaxadapt.export.export_base(zeros(nearly), tmp_path / "out")
     mixed = gpt2_shapes(dense=True) | {"transformer.h.1.mlp.c_fc.kernel": (64, 16)}
     with pytest.raises(
-        KeyMapError, match=r"'gpt2-dense' comes nearest(?s:.)*h\.1\.mlp\.c_fc\.kernel \(64, 16\).*where d is 64"
+        KeyMapError, match=r"keymap is 'gpt2-dense'(?s:.)*h\.1\.mlp\.c_fc\.kernel \(64, 16\).*where d is 64"
     ):
         jaxadapt.export.export_base(zeros(mixed), tmp_path / "out")
 

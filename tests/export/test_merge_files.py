@@ -114,7 +114,7 @@ def test_merge_puts_a_bias_of_b_onto_one_that_was_trained(tmp_path):
 def test_merge_writes_nothing_for_what_cannot_be_merged(tmp_path):
     saved(llama, tmp_path, r=2, task_type="CAUSAL_LM", alora_invocation_tokens=[3])
     (tmp_path / "base" / "tokenizer.json").write_text("{}")
-    with pytest.raises(jaxadapt.AttachError, match=r"down_proj\.weight: an aLoRA"):
+    with pytest.raises(jaxadapt.AttachError, match=r"down_proj\.weight: aLoRA"):
         merge_files.merge_folder(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -73,7 +73,7 @@ def test_what_a_checkpoint_has_too_little_and_too_much(checkpoint):
     wrong = {key: x for key, x in TENSORS.items() if not key.startswith(K)}
     folder = checkpoint({**wrong, f"{UP}.weight": np.zeros(3, "f4"), "vision.weight": np.zeros(3, "f4")})
     _, problems = found("llama", "--checkpoint", folder, status=1)
-    assert problems.pop("misshapen")[0].startswith(f"{UP}.weight: 3, its line")
+    assert problems.pop("misshapen")[0].startswith(f"{UP}.weight: its shape is 3, but")
     assert problems == {"unclaimed": ["vision.weight"], "missing": [f"{K}.weight"]}
     text = run("llama", "--checkpoint", folder).output
     assert "does not fit" in text
@@ -104,7 +104,9 @@ def test_a_model_and_a_checkpoint(checkpoint, shapes):
     _, problems = found("llama", "--model", shapes(wrong), "--checkpoint", checkpoint(more, "more"), status=1)
     line, both = problems.pop("misshapen")
     assert K in line
-    assert both == f"{UP}.weight: the model's weight is 20×16 in PyTorch's layout, the checkpoint's 24×16"
+    assert (
+        both == f"{UP}.weight: the model's weight has shape 20×16 in PyTorch's layout, but the checkpoint's has 24×16"
+    )
     assert problems == {"unclaimed": ["gate.w"], "missing": ["model.norm.weight"]}  # a tied head may be there
 
 
@@ -112,8 +114,8 @@ def test_the_help_shows_how_shapes_are_written(tmp_path):
     """The lines of the help, run: what they write is what --model takes."""
     text = CliRunner().invoke(main, ["check-keymap", "--help"]).output
     lines = [line.strip() for line in text.splitlines()]
-    at = lines.index("from jaxadapt.core import paths")
-    code = "\n".join(lines[at : at + 3]).replace("shapes.json", str(tmp_path / "shapes.json"))
+    start = next(i for i, line in enumerate(lines) if re.fullmatch(r"from jaxadapt[\w.]* import paths", line))
+    code = "\n".join(lines[start : start + 3]).replace("shapes.json", str(tmp_path / "shapes.json"))
     exec(code, {"json": json, "params": unflatten({leaf: np.zeros(x.shape) for leaf, x in LEAVES.items()})})
     done = CliRunner().invoke(main, ["check-keymap", "auto", "--model", str(tmp_path / "shapes.json")])
     assert done.exit_code == 0, done.output

@@ -54,22 +54,22 @@ def llama_shapes(layers=3, d=8, inner=12, vocab=16, tied=True, scan=None):
         ("a", "a.weight", "i -> i o", {}, "axis 'o' is only on the right"),
         ("a", "a.weight", "i o -> (o i", {}, "'(' is no axis name"),
         ("a", "a.weight", "i, o -> o i", {}, "',' is no axis name"),
-        ("a", "a.{l}.weight", "i o -> o i", {}, "hole {l} of the key is filled by nothing"),
+        ("a", "a.{l}.weight", "i o -> o i", {}, "hole {l} of the key is neither a hole of the leaf nor"),
         ("a", "a.weight", "{l} i o -> o i", {}, "axis {l} must appear in the key"),
-        ("a", "a.weight", "i o -> o i", {"p": ("k",)}, "'p' has names but is no braced axis"),
-        ("a", "{p}.weight", "{p} i o -> o i", {"p": ()}, "'p' names no entry"),
-        ("a", "{p}.weight", "{p} i o -> o i", {"p": ("k", "k")}, "or one twice"),
+        ("a", "a.weight", "i o -> o i", {"p": ("k",)}, "'p' has names but is not a braced axis"),
+        ("a", "{p}.weight", "{p} i o -> o i", {"p": ()}, "'p' must have at least one name"),
+        ("a", "{p}.weight", "{p} i o -> o i", {"p": ("k", "k")}, "and no name twice"),
         ("a.{l}", "a.{l}.weight", "{l} i o -> o i", {}, "{l} is both a hole of the leaf and an axis"),
-        ("a.{l", "a.weight", "i o -> o i", {}, "'a.{l' has a brace that belongs to no hole"),
+        ("a.{l", "a.weight", "i o -> o i", {}, "'a.{l' has a brace that is not part of a hole"),
         ("a", "a.{}.weight", "i o -> o i", {}, "'a.{}.weight' has a brace"),
         ("a", "a.weight", "i o {l} -> o {l} i", {}, "axis '{l}' is only on the right"),
-        ("a", "a.weight", "i (c p) -> (p c) i", {}, "(c p): all its axes but one need a size"),
-        ("a", "a.weight", "i (c p) -> (p c) i", {"p": 2, "c": 3}, "(c p): all its axes but one need a size"),
-        ("a", "a.weight", "(c p) -> p c", {"p": 2}, "(c p): its axes must lie in one of PyTorch's axes"),
-        ("a", "{l}.weight", "i ({l} p) -> p i", {"p": 2}, "none has braces"),
-        ("a", "a.weight", "i () -> i", {}, "(): all its axes but one need a size"),
-        ("a", "a.weight", "i o -> o i", {"o": 2}, "'o' has a size, but is in no parentheses"),
-        ("a", "a.weight", "i o -> o i", {"scale": ("h", 1)}, "the scale's axis 'h' is none of the pattern's"),
+        ("a", "a.weight", "i (c p) -> (p c) i", {}, "(c p): all axes except one must have a size"),
+        ("a", "a.weight", "i (c p) -> (p c) i", {"p": 2, "c": 3}, "(c p): all axes except one must have a size"),
+        ("a", "a.weight", "(c p) -> p c", {"p": 2}, "(c p): its axes must be in the same PyTorch axis"),
+        ("a", "{l}.weight", "i ({l} p) -> p i", {"p": 2}, "none may have braces"),
+        ("a", "a.weight", "i () -> i", {}, "(): all axes except one must have a size"),
+        ("a", "a.weight", "i o -> o i", {"o": 2}, "'o' has a size, but is not in parentheses"),
+        ("a", "a.weight", "i o -> o i", {"scale": ("h", 1)}, "the axis 'h' of the scale is not in the pattern"),
     ],
 )
 def test_a_line_that_contradicts_itself_is_refused(leaf, key, pattern, over, says):
@@ -156,7 +156,7 @@ def test_a_literal_line_wins_over_a_template_and_is_there_once():
     assert table.match("a.w").weight == literal  # type: ignore[union-attr]
     assert table.match("b.w").weight == template  # type: ignore[union-attr]
     assert table.with_entries([literal]) == table
-    with pytest.raises(KeyMapError, match=r"two lines for the leaf 'a\.w'"):
+    with pytest.raises(KeyMapError, match=r"two entries for the leaf 'a\.w'"):
         KeyMap("t", (literal, literal)).match("a.w")
 
 
@@ -198,10 +198,10 @@ def test_base_plan_lists_every_problem_and_names_the_leaves():
     with pytest.raises(KeyMapError) as caught:
         plan.base_plan(KeyMap("mine", lines), shapes)
     text = str(caught.value)
-    assert "'a.q.w' matches 2 lines" in text
-    assert "'kv' has 3 entries on its fused axis, but its line names ['k', 'v']" in text
+    assert "'a.q.w' matches 2 entries" in text
+    assert "'kv' has size 3 on its fused axis, but its entry names ['k', 'v']" in text
     assert "'r' has shape (2, 2, 2)" in text
-    assert "lost (4,): no line" in text
+    assert "lost (4,): no entry" in text
 
 
 def test_keys_claimed_twice_name_both_leaves():
@@ -286,7 +286,7 @@ def test_a_spelling_renames_keys_and_the_output_layer():
     ]
     assert other.output == "language_model.lm_head"
     assert other.tied == (("language_model.lm_head.weight", "language_model.model.e.weight"),)
-    with pytest.raises(KeyMapError, match="no spelling 'x'; it has vl"):
+    with pytest.raises(KeyMapError, match="no spelling 'x'; use one of vl"):
         table.with_spelling("x")
     leaves = ["q.0.kernel", "q.1.kernel"]
     assert table.spelling_for(["language_model.model.layers.3.q.weight"], leaves) == other
@@ -348,14 +348,14 @@ def other_llama(name, **options):
 def test_tables_that_disagree_are_rivals_even_where_one_has_lines_to_spare(monkeypatch):
     spare = (*other_llama("x").weights, Weight("more.{l}", "more.{l}.weight", "d -> d"))
     monkeypatch.setitem(FAMILIES, "other", KeyMap("other", spare, proved=False))
-    with pytest.raises(KeyMapError, match=r"several tables: llama, other \(not proved\); say which with keymap="):
+    with pytest.raises(KeyMapError, match=r"several keymaps: llama, other \(not verified\); select one with keymap="):
         families.resolve_keymap("auto", llama_shapes())
 
 
 def test_a_table_that_is_not_proved_is_never_recognised(monkeypatch):
     monkeypatch.setitem(FAMILIES, "other", other_llama("other", proved=False))
     monkeypatch.delitem(FAMILIES, "llama")
-    with pytest.raises(KeyMapError, match="looks like 'other', whose table is not proved; keymap='other' takes it"):
+    with pytest.raises(KeyMapError, match="looks like 'other', but that keymap has not been verified.*keymap='other'"):
         families.resolve_keymap("auto", llama_shapes())
     assert families.resolve_keymap("other", llama_shapes()).name == "other"
 
@@ -418,7 +418,7 @@ def test_the_leaves_of_an_adapter_alone(monkeypatch):
     assert families.family_of_leaves([leaf]).name == "llama"
     assert families.family_of_leaves(["a.kernel"]) is GENERIC
     monkeypatch.setitem(FAMILIES, "other", other_llama("other"))
-    with pytest.raises(KeyMapError, match=r"fit several tables: .*\bllama\b.*other"):
+    with pytest.raises(KeyMapError, match=r"fit several keymaps: .*\bllama\b.*other"):
         families.family_of_leaves([leaf])
 
 
@@ -440,7 +440,7 @@ def test_an_unknown_family_lists_the_known_ones(name):
 
 @pytest.mark.parametrize("change", ["scan", "scanx", "1", "per-expert"])
 def test_an_unknown_change_of_a_table_lists_the_known_ones(change):
-    with pytest.raises(KeyMapError, match=rf"'llama' has no spelling '{change}'; it has vl, vl4, bare, scan0"):
+    with pytest.raises(KeyMapError, match=rf"'llama' has no spelling '{change}'; use one of vl, vl4, bare, scan0"):
         families.resolve_keymap(f"llama/{change}", {})
 
 

@@ -242,10 +242,10 @@ def test_check_lists_missing_unexpected_and_misshaped_together():
     for part in (
         "out/ does not fit the model: of 6 tensors",
         "1 missing from out/ (the model expects them):\n  base_model.model.h.0.q.lora_A.weight",
-        "1 unexpected (nothing in the model takes them):\n  base_model.model.h.9.q.lora_B.weight",
+        "1 unexpected (no leaf of the model uses them):\n  base_model.model.h.9.q.lora_B.weight",
         "base_model.model.h.1.q.lora_B.weight: expected [4, 2], found [4, 8]",
         "x: int8, expected floats",
-        "another base model",
+        "for this base model",
     ):
         assert part in text
     made.check(made.shapes)
@@ -257,9 +257,9 @@ def test_an_adapter_that_contradicts_itself_lists_every_tensor():
     with pytest.raises(MismatchError) as caught:
         sites.sites_from_shapes(config, TABLE, shapes)
     text = str(caught.value)
-    assert "h.0.q.w.lora_A: axis 'r' has 4 entries, expected 2" in text
+    assert "h.0.q.w.lora_A: axis 'r' has size 4, expected 2" in text
     assert "h.0.q.w.lora_B: missing" in text
-    assert "h.0.q.w.lora_C: no such tensor" in text
+    assert "h.0.q.w.lora_C: the method has no such tensor" in text
     with pytest.raises(MismatchError, match=r"expected axes \(r i\), found shape \(3,\)"):
         sites.sites_from_shapes(config, TABLE, {"h.0.q.w": {"lora_A": (3,), "lora_B": (3, 2)}})
 
@@ -281,7 +281,7 @@ def test_a_stacked_axis_behind_the_tensors_own_axes_is_refused():
 def test_two_sites_of_one_module_are_refused():
     table = KeyMap("t", (Weight("{path}.w", "{path}.weight", "i o -> o i"), Weight("a.u", "a.weight", "i o -> o i")))
     bounds = selection.select_sites(LoraConfig(r=1, target_modules=["a"]), table, {"a.w": (2, 2), "a.u": (2, 2)})
-    with pytest.raises(MismatchError, match="claimed by several leaves") as caught:
+    with pytest.raises(MismatchError, match="several leaves claim the same tensor") as caught:
         sites.make_file_plan(bounds)
     assert "a.u.lora_A, a.w.lora_A" in str(caught.value)
 
@@ -325,7 +325,7 @@ def test_layers_of_several_dtypes_join_in_one_that_holds_them():
     np.testing.assert_array_equal(leaf[1], tensors[key].astype("float32"))
     tensors["base_model.model.h.0.q.lora_A.weight"] = np.zeros((2, 4), "float16")
     tensors["base_model.model.h.2.q.lora_A.weight"] = np.zeros((2, 4), ml_dtypes.bfloat16)
-    with pytest.raises(MismatchError, match=r"'h\.q\.w\.lora_A' is one array.*bfloat16, float16"):
+    with pytest.raises(MismatchError, match=r"'h\.q\.w\.lora_A': it is one array.*bfloat16, float16"):
         made.decode({**tensors, key: np.zeros((2, 4), "float16")})
 
 
@@ -445,7 +445,7 @@ def test_a_method_that_says_nothing_of_factors_is_refused_there():
     table = KeyMap("t", (Weight("q", "q.weight", "d h -> h d", scale=("h", -0.5)),))
     site = table.match("q")
     tensor = MethodTensor("x", ".x", ("in", "out"), (("in",), ("out",)))
-    with pytest.raises(KeyMapError, match=r"'q' holds PyTorch's weight times a factor, says the table 't'"):
+    with pytest.raises(KeyMapError, match=r"leaf 'q': the keymap 't' defines the leaf as PyTorch's weight times"):
         plan.plan_entry(table, site, tensor, {"d": 2, "h": 4})
 
 

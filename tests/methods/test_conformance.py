@@ -189,7 +189,7 @@ def test_the_output_is_that_of_the_effective_weight(config, line, transposed):
     x = x_of(use, w)
     shared = "{p}" in line[0].left and (bool(config.get("feedforward_modules")) != transposed)
     if config.peft_type == "IA3" and shared:
-        with pytest.raises(jaxadapt.AttachError, match="fused weight that share one input"):
+        with pytest.raises(jaxadapt.AttachError, match="fused weight share one input"):
             through(hook, use, x, w)
         return
     expected = jnp.einsum(f"{use.x},{use.w}->{use.y}", x, hook.weight(w))
@@ -331,7 +331,7 @@ def test_loras_initial_values_have_pefts_distribution():
         assert not params["lora_B"].any()
     params = applied(config_of("LORA", ["q"], r=8, init_lora_weights=False), line).params
     assert params["lora_B"].any()
-    with pytest.raises(ConfigError, match="init_lora_weights='orthogonal' begins from more than random numbers"):
+    with pytest.raises(ConfigError, match="cannot initialize with init_lora_weights='orthogonal' from random"):
         applied(config_of("LORA", ["q"], init_lora_weights="orthogonal"), line)
 
 
@@ -370,12 +370,12 @@ def test_lora_fields_that_would_be_ignored_are_refused(field):
     config = config_of("LORA", ["q"], **{field: ASKED[field]})
     with pytest.raises(ConfigError, match=f"{field}=") as caught:
         methods.get_method(config)
-    assert "will not ignore" in str(caught.value)
+    assert "are not supported" in str(caught.value)
 
 
 def test_a_field_of_peft_0_2_is_refused_too():
     config = config_of("LORA", ["q"], extra={"enable_lora": [True, False], "merge_weights": False})
-    with pytest.raises(ConfigError, match=r"enable_lora=\(True, False\), which is of PEFT 0.2"):
+    with pytest.raises(ConfigError, match=r"enable_lora=\(True, False\), which is a field of PEFT 0.2"):
         methods.get_method(config)
     methods.get_method(config_of("LORA", ["q"], extra={"enable_lora": None}))
 
@@ -407,7 +407,7 @@ def test_every_field_of_lora_is_honoured_refused_or_known_to_be_without_effect()
 
 
 def test_methods_without_a_class_are_refused_by_name():
-    with pytest.raises(ConfigError, match=r"'VERA' can be read and written, but not applied yet.*IA3, LORA"):
+    with pytest.raises(ConfigError, match=r"cannot apply peft_type 'VERA'.*IA3, LORA"):
         methods.get_method(configs.GenericConfig(peft_type="VERA"))
 
 
@@ -426,7 +426,7 @@ def test_a_weight_held_times_a_factor_gives_the_same_adapted_weight(peft_type):
     for config in variants(peft_type, ["q"]):
         one = bound_of(config, line)
         if any(t.scale_power is None for t in one.tensors):
-            with pytest.raises(KeyMapError, match="a factor"):
+            with pytest.raises(KeyMapError, match="effect of a factor"):
                 bound_of(config, scaled)
             continue
         other = bound_of(config, scaled)

@@ -237,9 +237,9 @@ OUT = "base_model.model.layers.0.attn.base_layer.out_proj"
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"use_dora": True}, "use_dora=True on an nn.MultiheadAttention"),
-        ({"lora_bias": True}, "lora_bias=True on an nn.MultiheadAttention"),
-        ({"bias": "lora_only"}, "bias='lora_only' on an nn.MultiheadAttention"),
+        ({"use_dora": True}, "use_dora=True is not supported on an nn.MultiheadAttention"),
+        ({"lora_bias": True}, "lora_bias=True is not supported on an nn.MultiheadAttention"),
+        ({"bias": "lora_only"}, "bias='lora_only' is not supported on an nn.MultiheadAttention"),
     ],
 )
 def test_what_pefts_adapter_of_it_cannot_do_is_refused(fields, message):

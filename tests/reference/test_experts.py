@@ -120,10 +120,10 @@ def test_where_target_modules_is_null_peft_chooses_for_some_models():
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        ({"lora_dropout": 0.1}, "has no lora_dropout=0.1"),
-        ({"use_dora": True}, "has no use_dora=True"),
-        ({"lora_bias": True}, "has no lora_bias=True"),
-        ({"bias": "all"}, "has no bias='all'"),
+        ({"lora_dropout": 0.1}, "lora_dropout=0.1 cannot be combined with target_parameters"),
+        ({"use_dora": True}, "use_dora=True cannot be combined with target_parameters"),
+        ({"lora_bias": True}, "lora_bias=True cannot be combined with target_parameters"),
+        ({"bias": "all"}, "bias='all' cannot be combined"),
         ({"target_modules": ["q_proj"], "target_parameters": ["q_proj.weight"]}, "both name these weights"),
         ({"target_parameters": ["embed_tokens.weight"]}, "kind 'embedding'"),
         ({"target_parameters": ["input_layernorm.weight"]}, "kind 'vector'"),

@@ -150,7 +150,7 @@ def test_a_model_that_ties_nothing_is_refused():
 def test_what_would_not_be_one_adapter_is_refused(fields):
     _, params = llama.twin_of(base(), "linen")
     config = jaxadapt.LoraConfig(target_modules=["embed_tokens"], **TIED, **fields)
-    with pytest.raises(jaxadapt.ConfigError, match="with ensure_weight_tying"):
+    with pytest.raises(jaxadapt.ConfigError, match="cannot be combined with ensure_weight_tying"):
         jaxadapt.init(config, params["params"])
 
 

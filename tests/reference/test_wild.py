@@ -66,7 +66,7 @@ HEADS = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassific
 REFUSED = {
     "047": "excluded by modules_to_save",  # the head is trained in full already: so PEFT says too
     "123": "use_bdlora",
-    "181": "kasa_config begins from more than random numbers",  # `start` does: test_variants
+    "181": "cannot initialize with kasa_config from random numbers",  # `start` does: test_variants
     "226": "enable_lora",
     "124": "target_modules: expected names or an expression, found null",
     "125": "target_modules: expected names or an expression, found null",

@@ -1,4 +1,4 @@
-"""The tables, one file a model family, and how `keymap=` finds one. A new family is a file and a line."""
+"""The keymaps of model families, and the lookup of `keymap=`. A new family is a file and an entry of `_KEYMAPS`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from jaxadapt.keymaps.generic import GENERIC
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
 
-_TABLES = (
+_KEYMAPS = (
     *(LLAMA, GPT2, GPT2_DENSE, GPT_NEO, GPTJ, BERT, ROBERTA, T5, VIT, CLIP, WHISPER),
     *(moe.MIXTRAL, moe.QWEN3_MOE, moe.GPT_OSS, moe.LLAMA4, moe.DEEPSEEK_V3),
     *(tunix.LLAMA3, tunix.QWEN2, tunix.QWEN3, tunix.QWEN3_MOE),
@@ -35,41 +35,48 @@ _TABLES = (
     *(maxtext_moe.DEEPSEEK_V3, maxtext_moe.KIMI_K2),
     *(keras.LLAMA, keras.QWEN3, keras.GEMMA3, easydel.LLAMA),
 )
-FAMILIES: dict[str, KeyMap] = {table.name: table for table in _TABLES}
+FAMILIES: dict[str, KeyMap] = {keymap.name: keymap for keymap in _KEYMAPS}
 _SCAN_AXES = range(3)
 _LAYER = re.compile(r"\d+(?=\.)")
 _BLOCK = frozenset("012345")
 
 
 def get_family(name: str) -> KeyMap:
-    """A table by name: "llama", "llama/scan1" for layers stacked on axis 1, "llama/vl" for another spelling.
+    """Return a keymap by name: "llama", "llama/scan1" for layers stacked on axis 1, "llama/vl" for another spelling.
+
+    Raises `KeyMapError` for an unknown name.
 
     >>> get_family("llama/scan1").name
     'llama/scan1'
     """
     base, *changes = name.split("/")
-    table = {**FAMILIES, GENERIC.name: GENERIC}.get(base)
-    if table is None:
+    keymap = {**FAMILIES, GENERIC.name: GENERIC}.get(base)
+    if keymap is None:
         close = suggest.close_matches((base,), tuple(FAMILIES))
-        guess = f"; {' or '.join(map(repr, close))} comes near" if close else ""
+        guess = f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
         raise KeyMapError(
-            f"no family is called {name!r}{guess}. Known are {', '.join(sorted(FAMILIES))} (add /scan0, /scan1, … for"
-            f" layers stacked on that axis) and {GENERIC.name!r}. Mistral, Qwen 2 and Qwen 3 under Hugging Face's names"
-            " are 'llama'"
+            f"no family is called {name!r}{guess} Known families: {', '.join(sorted(FAMILIES))} (add /scan0, /scan1, …"
+            f" for layers stacked on that axis) and {GENERIC.name!r}. Mistral, Qwen 2 and Qwen 3 with Hugging Face's"
+            " names are 'llama'"
         )
     for change in changes:
         axis = change.removeprefix("scan")
-        table = table.scanned(int(axis)) if change != axis and axis.isdecimal() else table.with_spelling(change)
-    return table
+        keymap = keymap.scanned(int(axis)) if change != axis and axis.isdecimal() else keymap.with_spelling(change)
+    return keymap
 
 
 def resolve_keymap(keymap: KeyMap | str | None, shapes: Mapping[str, tuple[int, ...]]) -> KeyMap:
-    """The table `keymap=` asks for; None and "auto" recognise it from the model's paths and shapes.
+    """Return the keymap for an argument `keymap=`; None and "auto" recognize it from the model's paths and shapes.
 
-    "auto" takes the family that accounts for most leaves, and of those the one with fewest lines to spare: a
-    head or a norm it does not know is left unmapped, and an error only if it is targeted. Where the best
-    disagree, or the best is not proved, it raises `KeyMapError` naming the candidates; where no family knows
-    the leaves, the generic map serves.
+    "auto" selects the family that matches most leaves, and of several such families the one with the fewest unused
+    entries. A head or a norm without an entry stays unmapped, which is an error only if it is targeted. If no family
+    matches, it selects the generic keymap.
+
+    Args:
+        keymap: a keymap, the name of a family, "auto" or None.
+        shapes: the shapes of the model's weights by dotted path.
+
+    Raises `KeyMapError` naming the candidates if the best families disagree, or if the best one is not verified.
     """
     if isinstance(keymap, KeyMap):
         return keymap
@@ -78,81 +85,86 @@ def resolve_keymap(keymap: KeyMap | str | None, shapes: Mapping[str, tuple[int, 
         raise KeyMapError(f"keymap: expected a KeyMap or the name of a family, found {type(given).__name__}")
     if keymap not in (None, "auto"):
         return get_family(keymap)
-    # Layers are alike: some leaves of each kind will do. (A number at the end is part of a weight's name: wi_0, wi_1;
-    # and where a block is several layers, at most six, they are not alike.)
+    # All layers have the same kinds of leaves, so one leaf of each kind is enough. A number at the end is part of a
+    # weight's name (wi_0, wi_1). In a model whose blocks are several layers, at most six, these layers differ.
     kinds = {(_LAYER.sub(lambda n: n[0] if n[0] in _BLOCK else "6", p), shape): p for p, shape in shapes.items()}
-    return _recognised(tuple(FAMILIES.values()), tuple((leaf, shape) for (_, shape), leaf in kinds.items()))
+    return _recognize(tuple(FAMILIES.values()), tuple((leaf, shape) for (_, shape), leaf in kinds.items()))
 
 
-@functools.lru_cache(maxsize=128)  # adapters are swapped on one model
-def _recognised(tables: tuple[KeyMap, ...], leaves: tuple[tuple[str, tuple[int, ...]], ...]) -> KeyMap:
-    few, counts, best = dict(leaves), dict[KeyMap, int](), 1
-    # Most tables have few lines that end like any of these leaves, and need not be tried, nor made.
-    promise = [(f.max_coverage(few, stacked), f, stacked) for f in tables for stacked in (False, True)]
-    for most, family, stacked in sorted(promise, key=lambda p: -p[0]):
-        if most < best:
+@functools.lru_cache(maxsize=128)  # the same model is recognized for each adapter
+def _recognize(keymaps: tuple[KeyMap, ...], leaves: tuple[tuple[str, tuple[int, ...]], ...]) -> KeyMap:
+    samples, counts, best = dict(leaves), dict[KeyMap, int](), 1
+    # In most keymaps few entries match any of these leaves, so their upper bound excludes them cheaply.
+    candidates = [(f.max_coverage(samples, stacked), f, stacked) for f in keymaps for stacked in (False, True)]
+    for bound, family, stacked in sorted(candidates, key=lambda p: -p[0]):
+        if bound < best:
             break
-        counts |= {t: t.coverage(few) for t in (map(family.scanned, _SCAN_AXES) if stacked else [family])}
+        counts |= {t: t.coverage(samples) for t in (map(family.scanned, _SCAN_AXES) if stacked else [family])}
         best = max(best, *counts.values())
     fitting = [t for t, count in counts.items() if count == best]
     if not fitting:
         return GENERIC
-    spare = {t: len(t.weights) - len(set(_lines(t, few))) for t in fitting}
-    chosen = [t for t in fitting if spare[t] == min(spare.values())]
-    rivals = [t for t in fitting if _lines(t, few) != _lines(chosen[0], few)]
+    unused = {t: len(t.weights) - len(set(_matched_entries(t, samples))) for t in fitting}
+    chosen = [t for t in fitting if unused[t] == min(unused.values())]
+    rivals = [t for t in fitting if _matched_entries(t, samples) != _matched_entries(chosen[0], samples)]
     if rivals or len(chosen) > 1:
-        called = ", ".join(_called(t) for t in dict.fromkeys((*chosen, *rivals)))
-        raise KeyMapError(f"the model's leaves fit several tables: {called}; say which with keymap=")
+        names = ", ".join(_format_name(t) for t in dict.fromkeys((*chosen, *rivals)))
+        raise KeyMapError(
+            f"cannot recognize the model: its leaves fit several keymaps: {names}; select one with keymap="
+        )
     if not chosen[0].proved:
         name = chosen[0].name
         raise KeyMapError(
-            f"the model looks like {name!r}, whose table is not proved; keymap={name!r} takes it all the same, and"
-            f" keymap={GENERIC.name!r} takes none"
+            f"the model looks like {name!r}, but that keymap has not been verified against the real models; pass"
+            f" keymap={name!r} to use it, or keymap={GENERIC.name!r} for the generic keymap"
         )
     return chosen[0]
 
 
 def family_of_leaves(leaves: Iterable[str]) -> KeyMap:
-    """The family all of these leaves belong to, where nothing but their names is known; else the generic map.
+    """Return the family that matches all of these leaves, by their names only, or the generic keymap if none does.
 
-    Raises `KeyMapError` where families disagree about them.
+    Raises `KeyMapError` if several families match and disagree.
     """
     leaves = tuple(leaves)
     known = [t for t in FAMILIES.values() if all(t.match(leaf) is not None for leaf in leaves)]
     if not known:
         return GENERIC
-    named_ = dict.fromkeys(leaves, ())
-    if any(_lines(t, named_) != _lines(known[0], named_) for t in known):
+    if any(_matched_entries(t, leaves) != _matched_entries(known[0], leaves) for t in known):
         raise KeyMapError(
-            f"the adapted leaves fit several tables: {', '.join(map(_called, known))}; say which with keymap="
+            "cannot recognize the model: the adapted leaves fit several keymaps:"
+            f" {', '.join(map(_format_name, known))}; select one with keymap="
         )
-    return min(known, key=lambda t: len(t.needs))  # of tables that agree, the one that asks for least
+    return min(known, key=lambda t: len(t.needs))  # they agree: the one with the fewest conditions
 
 
 def nearest(shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """Which family comes nearest to a model that none fits, and which leaves keep it from fitting; "" if none does."""
-    stacked = [table.scanned(axis) for table in FAMILIES.values() for axis in _SCAN_AXES]
+    """Return a text for an error message: the family most similar to a model, and the leaves that do not fit it.
+
+    The text is empty if no family is similar.
+    """
+    stacked = [keymap.scanned(axis) for keymap in FAMILIES.values() for axis in _SCAN_AXES]
     known = {
         t: sum(t.match(leaf) is not None for leaf in shapes) for t in (*FAMILIES.values(), *stacked) if t.tells(shapes)
     }
     most = max(known.values(), default=0)
-    found = [(table, list(table.misfits(shapes))) for table, count in known.items() if count == most]
-    if not found:
+    candidates = [(keymap, list(keymap.misfits(shapes))) for keymap, count in known.items() if count == most]
+    if not candidates:
         return ""
-    table, misfits = min(found, key=lambda item: len(item[1]))
+    keymap, misfits = min(candidates, key=lambda item: len(item[1]))
     return (
-        f"\nThe table {table.name!r} comes nearest, with lines for {most} of {len(shapes)} weights. It does not fit"
-        f" because of\n" + paths.bullets(misfits)
+        f"\nThe most similar keymap is {keymap.name!r}, with entries for {most} of {len(shapes)} weights. It does not"
+        f" fit because of\n" + paths.bullets(misfits)
     )
 
 
-def _lines(table: KeyMap, leaves: Iterable[str]) -> list[Weight | None]:
-    sites = [table.match(leaf) for leaf in leaves]
-    return [None if site is None else site.weight for site in sites]
+def _matched_entries(keymap: KeyMap, leaves: Iterable[str]) -> list[Weight | None]:
+    matches = [keymap.match(leaf) for leaf in leaves]
+    return [None if match is None else match.weight for match in matches]
 
 
-def _called(table: KeyMap) -> str:
-    return table.name if table.proved else f"{table.name} (not proved)"
+def _format_name(keymap: KeyMap) -> str:
+    return keymap.name if keymap.proved else f"{keymap.name} (not verified)"
 
 
 __all__ = ["FAMILIES", "family_of_leaves", "get_family", "nearest", "resolve_keymap"]

@@ -1,11 +1,11 @@
-"""BERT and RoBERTa under Hugging Face's names, with their heads: transformers' Flax classes.
+"""BERT and RoBERTa with their heads, under Hugging Face's names (transformers' Flax classes).
 
-The encoder lies under "bert." or "roberta." in a model with a head, and at the top in one without.
+The encoder's names start with "bert." or "roberta." in a model with a head, and have no prefix in one without.
 """
 
 from collections.abc import Iterator
 
-from jaxadapt.keymaps.families.lines import FROM, INTO, dense, embeddings, norms
+from jaxadapt.keymaps.families.flax_entries import FROM, INTO, dense, embeddings, norms
 from jaxadapt.keymaps.families.spellings import bare
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
@@ -24,14 +24,14 @@ def _encoder(prefix: str) -> Iterator[Weight]:
     yield from norms(*(f"{m}.LayerNorm" for m in (f"{prefix}embeddings", *outputs)))
 
 
-def _table(name: str, prefix: str, heads: tuple[Weight, ...], **options: object) -> KeyMap:
-    lines = (*_encoder(prefix), *_encoder(""), *heads, *dense("qa_outputs"))
+def _keymap(name: str, prefix: str, heads: tuple[Weight, ...], **options: object) -> KeyMap:
+    entries = (*_encoder(prefix), *_encoder(""), *heads, *dense("qa_outputs"))
     position_ids = (f"{prefix}embeddings.position_ids", "embeddings.position_ids")
-    rest: dict[str, object] = {"same": ("m",), "buffers": position_ids, "spellings": bare(prefix), **options}
-    return KeyMap(name, lines, **rest)  # pyright: ignore[reportArgumentType]
+    fields: dict[str, object] = {"same": ("m",), "buffers": position_ids, "spellings": bare(prefix), **options}
+    return KeyMap(name, entries, **fields)  # pyright: ignore[reportArgumentType]
 
 
-BERT = _table(
+BERT = _keymap(
     "bert",
     "bert.",
     (
@@ -49,7 +49,7 @@ BERT = _table(
     ),
 )
 
-ROBERTA = _table(
+ROBERTA = _keymap(
     "roberta",
     "roberta.",
     (

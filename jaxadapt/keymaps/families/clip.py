@@ -1,8 +1,8 @@
-"""CLIP, both its towers, under Hugging Face's names: transformers' Flax classes."""
+"""Both towers of CLIP under Hugging Face's names (transformers' Flax classes)."""
 
 from collections.abc import Iterator
 
-from jaxadapt.keymaps.families.lines import convs, dense, embeddings, norms
+from jaxadapt.keymaps.families.flax_entries import convs, dense, embeddings, norms
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
 
@@ -10,12 +10,12 @@ _FROM = (*(f"self_attn.{p}_proj" for p in "qkv"), "mlp.fc1")
 _INTO = ("self_attn.out_proj", "mlp.fc2")
 
 
-def _tower(name: str, *rest: str) -> Iterator[Weight]:
+def _tower(name: str, *final_norms: str) -> Iterator[Weight]:
     layer = f"{name}.encoder.layers.{{l}}."
-    width = name.partition("_")[0]  # each tower has its own
+    width = name.partition("_")[0]  # each tower has its own width
     yield from dense(*(f"{layer}{m}" for m in _FROM), axes=f"{width} o")
     yield from dense(*(f"{layer}{m}" for m in _INTO), axes=f"i {width}")
-    yield from norms(f"{layer}layer_norm1", f"{layer}layer_norm2", *(f"{name}.{m}" for m in rest))
+    yield from norms(f"{layer}layer_norm1", f"{layer}layer_norm2", *(f"{name}.{m}" for m in final_norms))
 
 
 CLIP = KeyMap(

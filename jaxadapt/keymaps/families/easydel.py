@@ -1,10 +1,9 @@
-"""Models of EasyDeL (easydel 0.3.0, NNX): Hugging Face's names, the scale of a norm a kernel.
+"""Models of EasyDeL (easydel 0.3.0, NNX): Hugging Face's names, except that the scale of a norm is called kernel.
 
-"llama" is for its dense decoders that call their layers as Llama does: Mistral, Qwen 2 and 3, Gemma, EXAONE 4, SmolLM
-3, Phi 3.
+"easydel:llama" is for dense decoders with Llama's layer names: Mistral, Qwen 2 and 3, Gemma, EXAONE 4, SmolLM 3, Phi 3.
 """
 
-from jaxadapt.keymaps.families.lines import FROM, INTO, biases, dense, embeddings
+from jaxadapt.keymaps.families.flax_entries import FROM, INTO, biases, dense, embeddings
 from jaxadapt.keymaps.families.llama import TIED
 from jaxadapt.keymaps.families.spellings import VISION_LANGUAGE, bare
 from jaxadapt.keymaps.keymap import KeyMap
@@ -24,7 +23,7 @@ def _norms(*modules: str) -> tuple[Weight, ...]:
     return tuple(Weight(f"{m}.kernel", f"{m}.weight", "d -> d") for m in modules)
 
 
-_LINES = (
+_ENTRIES = (
     *embeddings("model.embed_tokens"),
     *dense(*(m for m in (*_ATTENTION, *_MLP) if m not in _OUT), bias=False, axes=FROM),
     *dense(*_OUT, bias=False, axes=INTO),
@@ -35,7 +34,7 @@ _LINES = (
 
 LLAMA = KeyMap(
     "easydel:llama",
-    _LINES,
+    _ENTRIES,
     output="lm_head",
     whole=True,
     same=("m",),

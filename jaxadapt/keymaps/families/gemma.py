@@ -1,8 +1,8 @@
-"""Gemma 1 to 4 and 3n as the gemma package (gm, Linen) and Tunix (NNX) hold them: k and v fused, in gm gate and up too.
+"""Gemma 1 to 4 and 3n of the gemma package (gm, Linen) and Tunix (NNX), with the names of gemma 4.0.1 and Tunix 0.1.7.
 
-Where there are as many key heads as query heads, q, k and v are one leaf. Names as in gemma 4.0.1, google-tunix 0.1.7.
-In Gemma 4 k may serve as v, in layers that see everything. The last layers of its E2B and E4B take k and v of layers
-before: here they hold weights of their own all the same, which transformers' models lack and its files may have.
+k and v are fused, and in gm gate and up, too. If a model has as many key heads as query heads, q, k and v are one leaf.
+In Gemma 4 k may serve as v in layers with global attention. The last layers of its E2B and E4B reuse k and v of earlier
+layers, but still have weights for them in JAX. These weights are missing in transformers' models, and may be in files.
 """
 
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ _GEMMA1: _Names = (("pre_attention_norm", "input_layernorm"), ("pre_ffw_norm", "
 
 
 def _gemma2(post_attention: str) -> _Names:
-    """The norms since Gemma 2, where four lie around attention and feed-forward."""
+    """Return the names of the norms since Gemma 2, which has four around attention and feed-forward."""
     return (
         ("pre_attention_norm", "input_layernorm"),
         (post_attention, "post_attention_layernorm"),
@@ -39,8 +39,8 @@ def _gemma4(norm: str) -> _Names:
     return (*_gemma2("post_attention_norm"), (f"attn.{norm}query_norm", "self_attn.q_norm"))
 
 
-def _table(name: str, layer: str, norms: _Names, mlp: Iterable[Weight], more: Iterable[str] = ()) -> KeyMap:
-    lines = (
+def _keymap(name: str, layer: str, norms: _Names, mlp: Iterable[Weight], extra: Iterable[str] = ()) -> KeyMap:
+    entries = (
         Weight("embedder.input_embedding", "model.embed_tokens.weight", "v d -> v d", kind="embedding"),
         Weight(f"{layer}attn.q_einsum.w", f"{_HF}self_attn.q_proj.weight", "n d h -> (n h) d"),
         Weight(f"{layer}attn.kv_einsum.w", _ATTENTION, "{p} k d h -> (k h) d", p=("k", "v")),
@@ -53,33 +53,33 @@ def _table(name: str, layer: str, norms: _Names, mlp: Iterable[Weight], more: It
     )
     return KeyMap(
         name,
-        lines,
+        entries,
         output="lm_head",
         whole=True,
-        needs=(*(f"{layer}{a}.scale" for a, _ in norms), *more),
+        needs=(*(f"{layer}{a}.scale" for a, _ in norms), *extra),
         same=("d",),
         tied=TIED,
         spellings=(*VISION_LANGUAGE, *bare("model.")),
     )
 
 
-def _gm(name: str, norms: _Names, gating: str, more: tuple[Weight, ...] = (), mlp_name: str = "mlp") -> KeyMap:
-    at = f"layer_{{l}}.{mlp_name}."
+def _gm(name: str, norms: _Names, gating: str, extra: tuple[Weight, ...] = (), mlp_name: str = "mlp") -> KeyMap:
+    module = f"layer_{{l}}.{mlp_name}."
     mlp = (
-        Weight(f"{at}gating_einsum", _MLP, f"{{p}} {gating} -> f d", p=("gate", "up")),
-        Weight(f"{at}linear", f"{_HF}mlp.down_proj.weight", "f d -> d f"),
+        Weight(f"{module}gating_einsum", _MLP, f"{{p}} {gating} -> f d", p=("gate", "up")),
+        Weight(f"{module}linear", f"{_HF}mlp.down_proj.weight", "f d -> d f"),
     )
-    return _table(f"gemma:{name}", "layer_{l}.", norms, (*mlp, *more), [w.leaf for w in more if "skip" in w.leaf])
+    return _keymap(f"gemma:{name}", "layer_{l}.", norms, (*mlp, *extra), [w.leaf for w in extra if "skip" in w.leaf])
 
 
-def _newer(layer: str, norm: str, table: str) -> tuple[Weight, ...]:
-    """What Gemma 4 has besides; `table` is what holds an embedding for each layer."""
+def _gemma4_entries(layer: str, norm: str, embedding: str) -> tuple[Weight, ...]:
+    """Return the additional entries of Gemma 4; `embedding` is the name of the per-layer embedding."""
     gate, back = (f"{name}.weight" for name in ("per_layer_input_gate", "per_layer_projection"))
     return (
         Weight(f"{layer}attn.k_einsum.w", f"{_HF}self_attn.k_proj.weight", "k d h -> (k h) d"),
         Weight(f"{layer}attn.{norm}key_norm.scale", f"{_HF}self_attn.k_norm.weight", "h -> h"),
         Weight(f"{layer}skip_scale", f"{_HF}layer_scalar", "one -> one"),
-        Weight(f"embedder.{table}", "model.embed_tokens_per_layer.weight", "v n p -> v (n p)", kind="embedding"),
+        Weight(f"embedder.{embedding}", "model.embed_tokens_per_layer.weight", "v n p -> v (n p)", kind="embedding"),
         Weight("embedder.per_layer_model_projection.w", "model.per_layer_model_projection.weight", "d n p -> (n p) d"),
         Weight("embedder.per_layer_projection_norm.scale", "model.per_layer_projection_norm.weight", "p -> p"),
         Weight(f"{layer}per_layer_input_gate.w", f"{_HF}{gate}", "d p -> p d"),
@@ -88,25 +88,25 @@ def _newer(layer: str, norm: str, table: str) -> tuple[Weight, ...]:
     )
 
 
-def _experts(at: str, w: str) -> tuple[Weight, ...]:
-    """A layer's experts; `w` ends the names of what are layers of their own."""
+def _experts(module: str, w: str) -> tuple[Weight, ...]:
+    """Return the entries of a layer's experts; `w` is the suffix of leaves that are separate layers in gm."""
     proj, scale, each = (f"{_HF}router.{name}" for name in ("proj.weight", "scale", "per_expert_scale"))
     return (
-        Weight(f"{at}router_logits{w}", proj, "d e -> e d"),
-        Weight(f"{at}router_scale", scale, "d -> d"),
-        Weight(f"{at}per_expert_scale", each, "e -> e"),
-        Weight(f"{at}gating_einsum{w}", f"{_HF}experts.gate_up_proj", "e p f d -> e (p f) d", kind="experts"),
-        Weight(f"{at}linear{w}", f"{_HF}experts.down_proj", "e f d -> e d f", kind="experts"),
+        Weight(f"{module}router_logits{w}", proj, "d e -> e d"),
+        Weight(f"{module}router_scale", scale, "d -> d"),
+        Weight(f"{module}per_expert_scale", each, "e -> e"),
+        Weight(f"{module}gating_einsum{w}", f"{_HF}experts.gate_up_proj", "e p f d -> e (p f) d", kind="experts"),
+        Weight(f"{module}linear{w}", f"{_HF}experts.down_proj", "e f d -> e d f", kind="experts"),
     )
 
 
-# Gemma 2 with 2 billion weights holds its gate as (D, F), all others as (F, D).
+# Gemma 2 2B stores its gate as (D, F), all others as (F, D).
 GEMMA2_2B = _gm("gemma2-2b", _gemma2("post_attention_norm"), "d f")
 GEMMA2 = _gm("gemma2", _gemma2("post_attention_norm"), "f d")
 GEMMA3 = _gm("gemma3", _GEMMA3, "f d")
-_GM4 = _newer("layer_{l}.", "", "per_layer_embeddings")
+_GM4 = _gemma4_entries("layer_{l}.", "", "per_layer_embeddings")
 GEMMA4 = _gm("gemma4", _gemma4(""), "f d", _GM4)
-# Where it has experts, they are its "mlp", and the layer that every token takes its "mlp2".
+# In the model with experts, "mlp" are the experts, and "mlp2" is the feed-forward layer of every token.
 _MIXED: _Names = (
     ("pre_attention_norm", "input_layernorm"),
     ("post_attention_norm", "post_attention_layernorm"),
@@ -120,7 +120,7 @@ _MIXED: _Names = (
 GEMMA4_MOE = _gm("gemma4-moe", _MIXED, "f d", (*_GM4, *_experts("layer_{l}.mlp.", ".w")), "mlp2")
 
 
-_TABLE = "embedder.per_layer_input"
+_EMBEDDING = "embedder.per_layer_input"
 _LAUREL, _ALTUP, _PER_LAYER = "layer_{l}.laurel.", "layer_{l}.altup.", "layer_{l}.per_layer_mapping."
 _3N: _Names = (
     *_gemma2("post_attention_norm"),
@@ -135,8 +135,8 @@ GEMMA3N = _gm(
     _3N,
     "f d",
     (
-        Weight(f"{_TABLE}_embedding", "model.embed_tokens_per_layer.weight", "v n p -> v (n p)", kind="embedding"),
-        Weight(f"{_TABLE}_projection.w", "model.per_layer_model_projection.weight", "d n p -> (n p) d"),
+        Weight(f"{_EMBEDDING}_embedding", "model.embed_tokens_per_layer.weight", "v n p -> v (n p)", kind="embedding"),
+        Weight(f"{_EMBEDDING}_projection.w", "model.per_layer_model_projection.weight", "d n p -> (n p) d"),
         Weight("embedder.per_layer_projection_norm.scale", "model.per_layer_projection_norm.weight", "p -> p"),
         *(
             Weight(f"altup_{ours}_{{i}}.altup_{ours}_{{i}}", f"model.altup_{ours}s.{{i}}.weight", "c o -> o c")
@@ -154,13 +154,13 @@ GEMMA3N = _gm(
 )
 
 
-def _tunix(name: str, norms: _Names, more: tuple[Weight, ...] = ()) -> KeyMap:
-    line = "layers.{l}.mlp."
+def _tunix(name: str, norms: _Names, extra: tuple[Weight, ...] = ()) -> KeyMap:
+    module = "layers.{l}.mlp."
     mlp = (
-        *(Weight(f"{line}{p}_proj.kernel", f"{_HF}mlp.{p}_proj.weight", "d f -> f d") for p in ("gate", "up")),
-        Weight(f"{line}down_proj.kernel", f"{_HF}mlp.down_proj.weight", "f d -> d f"),
+        *(Weight(f"{module}{p}_proj.kernel", f"{_HF}mlp.{p}_proj.weight", "d f -> f d") for p in ("gate", "up")),
+        Weight(f"{module}down_proj.kernel", f"{_HF}mlp.down_proj.weight", "f d -> d f"),
     )
-    return _table(f"tunix:{name}", "layers.{l}.", norms, (*mlp, *more), [w.leaf for w in more if "skip" in w.leaf])
+    return _keymap(f"tunix:{name}", "layers.{l}.", norms, (*mlp, *extra), [w.leaf for w in extra if "skip" in w.leaf])
 
 
 TUNIX_GEMMA = _tunix("gemma", _GEMMA1)
@@ -174,5 +174,9 @@ _TUNIX_MIXED = tuple(
         ("moe_post_ffw_norm", "post_feedforward_layernorm_2"),
     )
 )
-_TUNIX4 = (*_newer("layers.{l}.", "_", "per_layer_input_embedding"), *_experts("layers.{l}.moe.", ""), *_TUNIX_MIXED)
+_TUNIX4 = (
+    *_gemma4_entries("layers.{l}.", "_", "per_layer_input_embedding"),
+    *_experts("layers.{l}.moe.", ""),
+    *_TUNIX_MIXED,
+)
 TUNIX_GEMMA4 = _tunix("gemma4", _gemma4("_"), _TUNIX4)

@@ -1,7 +1,7 @@
-"""GPT-2 under Hugging Face's names: kernels (out, in), as transformers' Flax classes have them, and (in, out).
+"""GPT-2 under Hugging Face's names, with kernels (out, in) as in transformers' Flax classes, or (in, out).
 
-PyTorch's Conv1D stores (in, out), so PEFT sets `fan_in_fan_out`; its LoRA files keep A (r, in), B (out, r). The two
-tables have the same names. The widths tell a kernel from its transpose: the axis "d" has one size (`same`).
+PyTorch's Conv1D stores (in, out), so PEFT sets `fan_in_fan_out`; its LoRA files have A (r, in) and B (out, r). The two
+keymaps have the same names. The sizes distinguish a kernel from its transpose: the axis "d" has one size (`same`).
 """
 
 from jaxadapt.keymaps.families.spellings import bare
@@ -14,15 +14,15 @@ _DENSE = {module: " ".join(reversed(axes.split())) for module, axes in _TURNED.i
 _NORMS = ("ln_1", "ln_2")
 
 
-def _table(name: str, kernels: dict[str, str]) -> KeyMap:
+def _keymap(name: str, kernels: dict[str, str]) -> KeyMap:
     return KeyMap(
         name,
         (
             Weight("transformer.wte.embedding", "transformer.wte.weight", "v d -> v d", kind="embedding"),
             Weight("transformer.wpe.embedding", "transformer.wpe.weight", "p d -> p d", kind="embedding"),
             *(
-                Weight(f"{_LAYER}{m}.kernel", f"{_LAYER}{m}.weight", f"{own} -> {_DENSE[m]}", fan_in_fan_out=True)
-                for m, own in kernels.items()
+                Weight(f"{_LAYER}{m}.kernel", f"{_LAYER}{m}.weight", f"{axes} -> {_DENSE[m]}", fan_in_fan_out=True)
+                for m, axes in kernels.items()
             ),
             *(Weight(f"{_LAYER}{m}.bias", f"{_LAYER}{m}.bias", "o -> o") for m in (*kernels, *_NORMS)),
             *(Weight(f"{_LAYER}{m}.scale", f"{_LAYER}{m}.weight", "d -> d") for m in _NORMS),
@@ -39,5 +39,5 @@ def _table(name: str, kernels: dict[str, str]) -> KeyMap:
     )
 
 
-GPT2 = _table("gpt2", _TURNED)
-GPT2_DENSE = _table("gpt2-dense", _DENSE)
+GPT2 = _keymap("gpt2", _TURNED)
+GPT2_DENSE = _keymap("gpt2-dense", _DENSE)

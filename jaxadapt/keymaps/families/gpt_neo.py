@@ -1,6 +1,6 @@
-"""GPT-Neo and GPT-J under Hugging Face's names: transformers' Flax classes."""
+"""GPT-Neo and GPT-J under Hugging Face's names (transformers' Flax classes)."""
 
-from jaxadapt.keymaps.families.lines import FROM, INTO, dense, embeddings, norms
+from jaxadapt.keymaps.families.flax_entries import FROM, INTO, dense, embeddings, norms
 from jaxadapt.keymaps.families.spellings import bare
 from jaxadapt.keymaps.keymap import KeyMap
 
@@ -20,7 +20,7 @@ GPT_NEO = KeyMap(
     ),
     output="lm_head",
     same=("m",),
-    needs=(f"{_LAYER}attn.attention.q_proj.kernel",),  # the rest of a layer is called as in a GPT-2 of nn.Dense
+    needs=(f"{_LAYER}attn.attention.q_proj.kernel",),  # the other names of a layer are those of GPT-2 with nn.Dense
     tied=_TIED,
     buffers=("transformer.h.{l}.attn.attention.bias", "transformer.h.{l}.attn.attention.masked_bias"),
     spellings=bare("transformer."),

@@ -1,6 +1,6 @@
-"""Llama, Mistral, Qwen 3 and Gemma 3 of keras-hub: heads are axes of their own. Names as in keras-hub 0.32.
+"""Llama, Mistral, Qwen 3 and Gemma 3 of keras-hub, with the names of keras-hub 0.32. Heads are separate axes.
 
-A leaf is a variable's `path`, with dots for its slashes: such a tree is what `load`, `merge` and `import_base` take.
+A leaf is the `path` of a variable, with dots in place of slashes. `load`, `merge` and `import_base` accept such a tree.
 """
 
 from collections.abc import Iterable
@@ -13,31 +13,41 @@ from jaxadapt.keymaps.weight import Weight
 _HF = "model.layers.{l}."
 
 
-def _table(
+def _keymap(
     name: str,
     layer: str,
     attention: str,
-    query: str,
+    pattern: str,
     modules: Iterable[tuple[str, str]],
     norms: Iterable[tuple[str, str]],
-    more: tuple[Weight, ...],
+    extra: tuple[Weight, ...],
 ) -> KeyMap:
-    """`query` is how the kernels of query, key and value lie; `modules` and `norms` are pairs of ours and PyTorch's."""
+    """Return the keymap of a model.
+
+    Args:
+        name: the model.
+        layer: the prefix of a layer's names.
+        attention: the name of the attention module.
+        pattern: the pattern of the query, key and value kernels.
+        modules: `(name, PyTorch's name)` of the feed-forward kernels.
+        norms: `(name, PyTorch's name)` of the norms.
+        extra: further entries.
+    """
     norms = tuple(norms)
-    lines = (
+    entries = (
         Weight("token_embedding.embeddings", "model.embed_tokens.weight", "v d -> v d", kind="embedding"),
         *(
-            Weight(f"{layer}{attention}.{p}.kernel", f"{_HF}self_attn.{p[0]}_proj.weight", query)
+            Weight(f"{layer}{attention}.{p}.kernel", f"{_HF}self_attn.{p[0]}_proj.weight", pattern)
             for p in ("query", "key", "value")
         ),
         Weight(f"{layer}{attention}.attention_output.kernel", f"{_HF}self_attn.o_proj.weight", "n h d -> d (n h)"),
         *(Weight(f"{layer}{a}.kernel", f"{_HF}mlp.{b}_proj.weight", "i o -> o i") for a, b in modules),
         *(Weight(f"{layer}{a}.scale", f"{_HF}{b}.weight", "d -> d") for a, b in norms),
-        *more,
+        *extra,
     )
     return KeyMap(
         f"keras:{name}",
-        lines,
+        entries,
         output="lm_head",
         whole=True,
         needs=tuple(f"{layer}{a}.scale" for a, _ in norms),
@@ -46,8 +56,8 @@ def _table(
     )
 
 
-def _llama(name: str, more_norms: Iterable[tuple[str, str]] = ()) -> KeyMap:
-    return _table(
+def _llama(name: str, extra_norms: Iterable[tuple[str, str]] = ()) -> KeyMap:
+    return _keymap(
         name,
         "transformer_layer_{l}.",
         "self_attention",
@@ -56,7 +66,7 @@ def _llama(name: str, more_norms: Iterable[tuple[str, str]] = ()) -> KeyMap:
         (
             ("self_attention_layernorm", "input_layernorm"),
             ("feedforward_layernorm", "post_attention_layernorm"),
-            *more_norms,
+            *extra_norms,
         ),
         (
             Weight("token_embedding.reverse_embeddings", "lm_head.weight", "d v -> v d"),
@@ -67,7 +77,7 @@ def _llama(name: str, more_norms: Iterable[tuple[str, str]] = ()) -> KeyMap:
 
 LLAMA = _llama("llama")
 QWEN3 = _llama("qwen3", ((f"self_attention.{p}_dense_layernorm", f"self_attn.{p[0]}_norm") for p in ("query", "key")))
-GEMMA3 = _table(
+GEMMA3 = _keymap(
     "gemma3",
     "decoder_block_{l}.",
     "attention",

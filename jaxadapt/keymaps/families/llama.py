@@ -1,11 +1,11 @@
-"""Llama, Mistral, Qwen2, Qwen3 and kin under Hugging Face's own names (transformers' Flax classes, the demo)."""
+"""Llama, Mistral, Qwen 2, Qwen 3 and similar models under Hugging Face's names (transformers' Flax classes)."""
 
 from jaxadapt.keymaps.families.spellings import VISION_LANGUAGE, bare
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
 
 _LAYER = "model.layers.{l}."
-_FROM, _INTO = "m o -> o m", "i m -> m i"  # which read what lies between the layers, and which write to it
+_FROM, _INTO = "m o -> o m", "i m -> m i"  # kernels that read the residual stream, and kernels that write to it
 _DENSE = {f"self_attn.{p}_proj": _FROM for p in "qkv"} | {"self_attn.o_proj": _INTO}
 _MLP = {"mlp.gate_proj": _FROM, "mlp.up_proj": _FROM, "mlp.down_proj": _INTO}
 _NORMS = {

@@ -1,8 +1,8 @@
-"""MaxText's decoders (maxtext 0.2.5), unrolled; `scanned` says the rest, whatever `param_scan_axis` is.
+"""MaxText's decoders (maxtext 0.2.5), unrolled; `KeyMap.scanned` gives the stacked forms for any `param_scan_axis`.
 
-All its models call their layers alike, but what lies in them differs: the queries of Llama and Mistral hold their
-1/√head_dim already, and where RoPE is "llama3.1" the entries of each query and key head are interleaved pairs, where
-PyTorch holds first halves and second halves. So a Llama is never recognised by its names alone.
+All models have the same layer names, but their weights differ. The queries of Llama and Mistral include the factor
+1/√head_dim. With the RoPE "llama3.1", the features of each query and key head are interleaved pairs, where PyTorch has
+first halves and second halves. Names are therefore not sufficient to recognize a Llama.
 """
 
 from collections.abc import Iterable
@@ -33,17 +33,18 @@ SHARED = (
 )
 
 
-def table(
+def make_keymap(
     name: str,
-    more: Iterable[Weight],
+    extra: Iterable[Weight],
     needs: tuple[str, ...] = (),
     shared: Iterable[Weight] = SHARED,
     each: tuple[tuple[str, tuple[str, ...]], ...] = (),
     counts: tuple[tuple[str, int], ...] = (),
 ) -> KeyMap:
+    """Return the keymap of a model: the shared entries, and the extra entries of the model."""
     return KeyMap(
         f"maxtext:{name}",
-        (*shared, *more),
+        (*shared, *extra),
         output="lm_head",
         whole=True,
         needs=needs,
@@ -54,7 +55,7 @@ def table(
     )
 
 
-LLAMA31 = table(
+LLAMA31 = make_keymap(
     "llama3.1",
     (
         Weight(_QUERY, _Q_PROJ, "d n (c p) -> (n p c) d", p=2, scale=("c p", -0.5)),
@@ -74,6 +75,6 @@ NORMS = tuple(
     Weight(f"{_OURS}self_attention.{name}_norm.scale", f"{_HF}self_attn.{name[0]}_norm.weight", "h -> h")
     for name in ("query", "key")
 )
-LLAMA3 = table("llama3", QUERY_SCALED)
-QWEN2 = table("qwen2", (*PLAIN, *_BIASES), needs=tuple(w.leaf for w in _BIASES))
-QWEN3 = table("qwen3", (*PLAIN, *NORMS), needs=tuple(w.leaf for w in NORMS))
+LLAMA3 = make_keymap("llama3", QUERY_SCALED)
+QWEN2 = make_keymap("qwen2", (*PLAIN, *_BIASES), needs=tuple(w.leaf for w in _BIASES))
+QWEN3 = make_keymap("qwen3", (*PLAIN, *NORMS), needs=tuple(w.leaf for w in NORMS))

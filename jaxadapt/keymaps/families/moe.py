@@ -1,10 +1,9 @@
-"""Mixtures of experts under Hugging Face's own names, as transformers 5 holds them: all experts of a layer in one
-array. Mixtral, Qwen 3 MoE, GPT-OSS, Llama 4, DeepSeek V3.
+"""Mixtures of experts under Hugging Face's names: Mixtral, Qwen 3 MoE, GPT-OSS, Llama 4, DeepSeek V3.
 
-A leaf of experts is (expert, in, out), gate and up side by side (GPT-OSS: in turns). PyTorch has (expert, out, in), but
-GPT-OSS and Llama 4 as here. PEFT asks a module whether that is so, and GPT-OSS alone answers: so an adapter of Llama 4
-has its A on what are really the outputs, and the lines say it as PEFT does. Routers are parameters of classes of their
-own, no Linear.
+As in transformers 5, all experts of a layer are in one array, (expert, in, out), with gate and up concatenated
+(GPT-OSS: interleaved). PyTorch stores (expert, out, in), except for GPT-OSS and Llama 4, which store (expert, in, out).
+PEFT reads this from a module's `is_transposed`, which only GPT-OSS has. A of a Llama 4 adapter is therefore on the
+outputs, and the entries follow PEFT. Routers are parameters of separate classes, not of nn.Linear.
 """
 
 from collections.abc import Iterable, Iterator
@@ -43,26 +42,26 @@ def _router(module: str) -> Weight:
 
 def _experts(block: str, pattern: str, turned: bool = False) -> Iterator[Weight]:
     for p, i, o in (("gate_up_proj", "m", "f"), ("down_proj", "f", "m")):
-        at, torch = f"{_LAYER}{block}.experts.{p}", pattern.translate({ord("i"): i, ord("o"): o})
-        yield Weight(at, at, f"e {i} {o} -> {torch}", kind="experts", fan_in_fan_out=turned)
+        prefix, torch = f"{_LAYER}{block}.experts.{p}", pattern.translate({ord("i"): i, ord("o"): o})
+        yield Weight(prefix, prefix, f"e {i} {o} -> {torch}", kind="experts", fan_in_fan_out=turned)
 
 
-def each(block: str, wide: tuple[str, str], down: str, router: str = "") -> Each:
-    """What single experts were called in transformers 4: gate, up and down of `block`, and the router."""
-    one = f"{_LAYER}{block}.experts.{{e}}."
+def single_expert_names(block: str, wide: tuple[str, str], down: str, router: str = "") -> Each:
+    """Return the names of single experts in transformers 4 (gate, up and down of `block`) and of the router."""
+    expert = f"{_LAYER}{block}.experts.{{e}}."
     names = (
-        (f"{_LAYER}mlp.experts.gate_up_proj", tuple(one + name for name in wide)),
-        (f"{_LAYER}mlp.experts.down_proj", (one + down,)),
+        (f"{_LAYER}mlp.experts.gate_up_proj", tuple(expert + name for name in wide)),
+        (f"{_LAYER}mlp.experts.down_proj", (expert + down,)),
     )
     return (*names, (f"{_LAYER}mlp.gate.weight", (f"{_LAYER}{router}",))) if router else names
 
 
-EACH_MIXTRAL = each("block_sparse_moe", ("w1", "w3"), "w2", "block_sparse_moe.gate")
-EACH_QWEN3 = each("mlp", ("gate_proj", "up_proj"), "down_proj", "mlp.gate")
-EACH_DEEPSEEK = each("mlp", ("gate_proj", "up_proj"), "down_proj")
+EACH_MIXTRAL = single_expert_names("block_sparse_moe", ("w1", "w3"), "w2", "block_sparse_moe.gate")
+EACH_QWEN3 = single_expert_names("mlp", ("gate_proj", "up_proj"), "down_proj", "mlp.gate")
+EACH_DEEPSEEK = single_expert_names("mlp", ("gate_proj", "up_proj"), "down_proj")
 
 
-def _table(name: str, lines: Iterable[Weight], needs: tuple[str, ...], each: Each = ()) -> KeyMap:
+def _keymap(name: str, entries: Iterable[Weight], needs: tuple[str, ...], each: Each = ()) -> KeyMap:
     shared = (
         Weight("model.embed_tokens.embedding", "model.embed_tokens.weight", "v d -> v d", kind="embedding"),
         *_norms("input_layernorm", "post_attention_layernorm"),
@@ -71,7 +70,7 @@ def _table(name: str, lines: Iterable[Weight], needs: tuple[str, ...], each: Eac
     )
     return KeyMap(
         name,
-        (*shared, *lines),
+        (*shared, *entries),
         output="lm_head",
         same=("m",),
         needs=tuple(_LAYER + leaf for leaf in needs),
@@ -82,14 +81,14 @@ def _table(name: str, lines: Iterable[Weight], needs: tuple[str, ...], each: Eac
 
 
 _MIXTRAL = (*_dense(*_QKVO), _router("mlp.gate"), *_experts("mlp", "e o i"))
-MIXTRAL = _table("mixtral", _MIXTRAL, ("mlp.gate.kernel", "mlp.experts.gate_up_proj"), EACH_MIXTRAL)
-QWEN3_MOE = _table(
+MIXTRAL = _keymap("mixtral", _MIXTRAL, ("mlp.gate.kernel", "mlp.experts.gate_up_proj"), EACH_MIXTRAL)
+QWEN3_MOE = _keymap(
     "qwen3_moe",
     (*_MIXTRAL, *_norms(*_QK_NORMS), *_dense(*(f"mlp.{p}" for p in _MLP))),
     ("mlp.gate.kernel", "mlp.experts.gate_up_proj", "self_attn.q_norm.weight"),
     EACH_QWEN3,
 )
-GPT_OSS = _table(
+GPT_OSS = _keymap(
     "gpt_oss",
     (
         *_dense(*_QKVO),
@@ -104,21 +103,21 @@ GPT_OSS = _table(
     ),
     ("mlp.router.kernel", "mlp.experts.gate_up_proj", "self_attn.sinks"),
 )
-LLAMA4 = _table(
+LLAMA4 = _keymap(
     "llama4",
     (
-        *_dense(*_QKVO, *(f"feed_forward.{at}{p}" for at in ("", "shared_expert.") for p in _MLP)),
+        *_dense(*_QKVO, *(f"feed_forward.{prefix}{p}" for prefix in ("", "shared_expert.") for p in _MLP)),
         _router("feed_forward.router"),
         *_experts("feed_forward", "e i o"),
     ),
     ("feed_forward.router.kernel", "feed_forward.experts.gate_up_proj"),
 )
-DEEPSEEK_V3 = _table(
+DEEPSEEK_V3 = _keymap(
     "deepseek_v3",
     (
         *_dense(*(f"self_attn.{p}_proj" for p in ("q", "q_a", "q_b", "kv_b", "o")), "self_attn.kv_a_proj_with_mqa"),
         *_norms("self_attn.q_a_layernorm", "self_attn.kv_a_layernorm"),
-        *_dense(*(f"mlp.{at}{p}" for at in ("", "shared_experts.") for p in _MLP)),
+        *_dense(*(f"mlp.{prefix}{p}" for prefix in ("", "shared_experts.") for p in _MLP)),
         _router("mlp.gate"),
         Weight(f"{_LAYER}mlp.gate.e_score_correction_bias", f"{_LAYER}mlp.gate.e_score_correction_bias", "e -> e"),
         *_experts("mlp", "e o i"),

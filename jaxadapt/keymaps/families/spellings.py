@@ -1,12 +1,12 @@
-"""What one architecture is called in PyTorch besides its own name: beginnings of keys, for `KeyMap.spellings`."""
+"""Other prefixes of the same keys in PyTorch, for `KeyMap.spellings`."""
 
 VISION_LANGUAGE = (
-    ("vl", (("model.", "model.language_model."),)),  # since transformers 4.52, Gemma3ForConditionalGeneration and kin
-    ("vl4", (("model.", "language_model.model."), ("lm_head.", "language_model.lm_head."))),  # before
+    ("vl", (("model.", "model.language_model."),)),  # since transformers 4.52, as in Gemma3ForConditionalGeneration
+    ("vl4", (("model.", "language_model.model."), ("lm_head.", "language_model.lm_head."))),  # before transformers 4.52
 )
-"""The language model inside a vision-language one."""
+"""The spellings of the language model in a vision-language model."""
 
 
 def bare(prefix: str) -> tuple[tuple[str, tuple[tuple[str, str], ...]], ...]:
-    """The model without its head, saved by itself: transformers then leaves the prefix out."""
+    """Return the spelling of a model without its head, for which transformers omits the prefix."""
     return (("bare", ((prefix, ""),)),)

@@ -1,6 +1,6 @@
-"""T5, T5 v1.1 and mT5 under Hugging Face's names: transformers' Flax classes."""
+"""T5, T5 v1.1 and mT5 under Hugging Face's names (transformers' Flax classes)."""
 
-from jaxadapt.keymaps.families.lines import FROM, INTO, dense, embeddings
+from jaxadapt.keymaps.families.flax_entries import FROM, INTO, dense, embeddings
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
 
@@ -11,7 +11,11 @@ _SUBLAYERS = (
     ("decoder.block.{l}.layer.1", "EncDecAttention", "qkvo"),
     ("decoder.block.{l}.layer.2", "DenseReluDense", ("wi", "wi_0", "wi_1", "wo")),
 )
-_NORMS = (*(f"{at}.layer_norm" for at, _, _ in _SUBLAYERS), "encoder.final_layer_norm", "decoder.final_layer_norm")
+_NORMS = (
+    *(f"{sublayer}.layer_norm" for sublayer, _, _ in _SUBLAYERS),
+    "encoder.final_layer_norm",
+    "decoder.final_layer_norm",
+)
 _BIASES = tuple(f"{s}.block.{{l}}.layer.0.SelfAttention.relative_attention_bias" for s in ("encoder", "decoder"))
 
 T5 = KeyMap(
@@ -19,10 +23,10 @@ T5 = KeyMap(
     (
         *embeddings("shared", *_BIASES),
         *(
-            line
-            for at, module, parts in _SUBLAYERS
+            entry
+            for sublayer, module, parts in _SUBLAYERS
             for p in parts
-            for line in dense(f"{at}.{module}.{p}", bias=False, axes=INTO if p.endswith("o") else FROM)
+            for entry in dense(f"{sublayer}.{module}.{p}", bias=False, axes=INTO if p.endswith("o") else FROM)
         ),
         *(Weight(f"{m}.weight", f"{m}.weight", "d -> d") for m in _NORMS),
         *dense("lm_head", bias=False),

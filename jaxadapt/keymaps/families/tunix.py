@@ -1,7 +1,4 @@
-"""Llama 3, Qwen 2, Qwen 3 and Qwen 3 MoE of Tunix (NNX), whose heads are axes of their own.
-
-Names as in google-tunix 0.1.7.
-"""
+"""Llama 3, Qwen 2, Qwen 3 and Qwen 3 MoE of Tunix (NNX, names of google-tunix 0.1.7); heads are separate axes."""
 
 from collections.abc import Iterable
 
@@ -30,15 +27,16 @@ _BIASES = tuple(Weight(f"{_OURS}attn.{p}_bias", f"{_HF}self_attn.{p}_proj.bias",
 _NORMS = tuple(Weight(f"{_OURS}attn.{p}_norm.w", f"{_HF}self_attn.{p}_norm.weight", "h -> h") for p in ("q", "k"))
 
 
-def _table(name: str, more: Iterable[Weight], each: tuple[tuple[str, tuple[str, ...]], ...] = ()) -> KeyMap:
-    more = tuple(more)
-    shared = (w for w in _SHARED if not each or not w.leaf.endswith("_proj.kernel"))  # with experts, in every layer
+def _keymap(name: str, extra: Iterable[Weight], each: tuple[tuple[str, tuple[str, ...]], ...] = ()) -> KeyMap:
+    extra = tuple(extra)
+    # Experts replace the feed-forward kernels in every layer.
+    shared = (w for w in _SHARED if not each or not w.leaf.endswith("_proj.kernel"))
     return KeyMap(
         f"tunix:{name}",
-        (*shared, *more),
+        (*shared, *extra),
         output="lm_head",
         whole=True,
-        needs=(f"{_OURS}attn.q_proj.w", *(w.leaf for w in more)),
+        needs=(f"{_OURS}attn.q_proj.w", *(w.leaf for w in extra)),
         same=("d", "h"),
         tied=TIED,
         spellings=(*VISION_LANGUAGE, *bare("model.")),
@@ -46,9 +44,9 @@ def _table(name: str, more: Iterable[Weight], each: tuple[tuple[str, tuple[str, 
     )
 
 
-LLAMA3 = _table("llama3", ())
-QWEN2 = _table("qwen2", _BIASES)
-QWEN3 = _table("qwen3", _NORMS)
+LLAMA3 = _keymap("llama3", ())
+QWEN2 = _keymap("qwen2", _BIASES)
+QWEN3 = _keymap("qwen3", _NORMS)
 
 _EXPERTS = (
     Weight(f"{_OURS}mlp.router.kernel", f"{_HF}mlp.gate.weight", "d e -> e d", kind="parameter"),
@@ -58,4 +56,4 @@ _EXPERTS = (
     ),
     Weight(f"{_OURS}mlp.down_proj", f"{_HF}mlp.experts.down_proj", "e f d -> e d f", kind="experts"),
 )
-QWEN3_MOE = _table("qwen3_moe", (*_NORMS, *_EXPERTS), EACH_QWEN3)
+QWEN3_MOE = _keymap("qwen3_moe", (*_NORMS, *_EXPERTS), EACH_QWEN3)

@@ -1,8 +1,8 @@
-"""Whisper under Hugging Face's names: transformers' Flax classes."""
+"""Whisper under Hugging Face's names (transformers' Flax classes)."""
 
 from collections.abc import Iterator
 
-from jaxadapt.keymaps.families.lines import FROM, INTO, convs, dense, embeddings, norms
+from jaxadapt.keymaps.families.flax_entries import FROM, INTO, convs, dense, embeddings, norms
 from jaxadapt.keymaps.families.spellings import bare
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight

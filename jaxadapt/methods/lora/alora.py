@@ -1,8 +1,8 @@
-"""aLoRA (arXiv:2504.12397) with PEFT's conventions: a LoRA for the tokens from its invocation sequence on, no others.
+"""aLoRA (arXiv:2504.12397) with PEFT's conventions: a LoRA that adapts only the tokens from its invocation sequence on.
 
-As in PEFT's `tuners/lora/variants.py`: where the sequence occurs several times its last place counts, and in a row
-without it nothing is adapted. Which tokens those are is data of a call, laid beside A and B under `MASK`
-(`jaxadapt.models.invoke` does), so one compiled program serves them all.
+As in PEFT's `tuners/lora/variants.py`, the last occurrence of the sequence counts, and a row without the sequence is
+not adapted. The mask of the adapted tokens is data of a call: `jaxadapt.models.invoke` stores it beside A and B under
+`MASK`, so one compiled program serves all masks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MASK = "tokens"
 
 
 def invoked(sequence: Sequence[int], ids: Array) -> Array:
-    """Whether each token (batch, time) is adapted: from the last place of the sequence to the end.
+    """Return the mask (batch, time) of the adapted tokens: from the last occurrence of the sequence to the end.
 
     >>> invoked([7, 8], jnp.array([[1, 7, 8, 2], [7, 8, 7, 8], [1, 2, 3, 7]])).astype(int).tolist()
     [[0, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0]]
@@ -35,33 +35,35 @@ def invoked(sequence: Sequence[int], ids: Array) -> Array:
 
 
 def stacked(mask: Array, stack: Sequence[int], shape: Sequence[int]) -> Array:
-    """The same mask for each layer that an array of this shape stacks on these axes."""
+    """Repeat a mask for each layer that an array of this shape stacks on these axes."""
     for axis in stack:
         mask = jnp.repeat(jnp.expand_dims(mask, axis), shape[axis], axis)
     return mask
 
 
-def only(params: Params, delta: Array, y: Array) -> Array:
-    """What of the adapter's output counts. Raises `AttachError` where nobody said which tokens do."""
+def mask_delta(params: Params, delta: Array, y: Array) -> Array:
+    """Return the adapter's output for the adapted tokens, and 0 for the others; raise `AttachError` without a mask."""
     mask = params.get(MASK)
     if mask is None:
         raise AttachError(
-            "an aLoRA adapts only the tokens from its invocation sequence on, and a layer does not see tokens: call the"
-            " model within jaxadapt.models.invoke(model, ids)"
+            "aLoRA adapts only the tokens from its invocation sequence on, but a layer does not see the tokens. Call"
+            " the model within jaxadapt.models.invoke(model, ids)"
         )
     if y.shape[: mask.ndim] != mask.shape:
-        found = list(y.shape)
-        raise AttachError(f"an aLoRA's tokens are {list(mask.shape)} here (batch, time), and a layer gives {found}")
+        raise AttachError(
+            f"cannot apply aLoRA: the token ids have shape {list(mask.shape)} (batch, time), but a layer's output has"
+            f" shape {list(y.shape)}; its leading axes must be the same"
+        )
     return jnp.where(mask.reshape(mask.shape + (1,) * (y.ndim - mask.ndim)), delta, 0)
 
 
-def problems(config: LoraConfig, site: Match) -> list[str]:
-    """What PEFT has no aLoRA for."""
-    found = [name for name in ("use_dora", "kasa_config") if config.get(name)]
+def list_problems(config: LoraConfig, match: Match) -> list[str]:
+    """Return the settings and layers that PEFT does not combine with aLoRA."""
+    unsupported = [name for name in ("use_dora", "kasa_config") if config.get(name)]
     if str(config.init_lora_weights).lower() == "mica":
-        found.append("init_lora_weights='mica'")
+        unsupported.append("init_lora_weights='mica'")
     if not config.alora_invocation_tokens:
-        found.append("no tokens at all")
-    if site.weight.kind != "linear":
-        found.append("a layer that is no linear one")
-    return found
+        unsupported.append("an empty list of tokens")
+    if match.weight.kind != "linear":
+        unsupported.append("a layer that is not linear")
+    return unsupported

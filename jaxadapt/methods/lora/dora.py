@@ -1,8 +1,8 @@
 """DoRA (Liu et al. 2024, arXiv:2402.09353) with PEFT's conventions: m/‖W + s·B·A‖ · (W + s·B·A), bias untouched.
 
-The magnitude m and the norm are per output; the norm is a constant to the gradient, and no constant to
-training. The arithmetic follows PEFT's `tuners/lora/dora.py`; in training with dropout the base is computed
-anew on the dropped input.
+The magnitude m and the norm are per output. The norm is recomputed at each step, but the gradient treats it as a
+constant. The arithmetic follows PEFT's `tuners/lora/dora.py`; with dropout, the base product is recomputed on the
+dropped input.
 """
 
 from __future__ import annotations
@@ -20,40 +20,55 @@ from jaxadapt.methods.base import Array, Params, at_least_float32
 MAGNITUDE = "lora_magnitude_vector"
 
 
-def tensor(site: Match) -> MethodTensor:
-    """The magnitude's tensor: (out), or of a convolution (1, out, 1...)."""
+def magnitude_tensor(match: Match) -> MethodTensor:
+    """Return the magnitude's tensor: (out), or (1, out, 1...) for a convolution."""
     torch = (("out",),)
-    if site.weight.kind == "conv":
-        torch = ((), ("out",), *((),) * (len(site.weight.right) - 2))
+    if match.weight.kind == "conv":
+        torch = ((), ("out",), *((),) * (len(match.weight.right) - 2))
     return MethodTensor(MAGNITUDE, f".{MAGNITUDE}", ("batch", "out"), torch, from_base=True, scale_power=1)
 
 
-def norm(axes: Axes, w: Array) -> Array:
-    """The length of each output's weights, (batch..., out...), in w's dtype; in 16 bits their squares would vanish."""
+def output_norms(axes: Axes, w: Array) -> Array:
+    """Return the norm of each output's weights, (batch..., out...), in w's dtype."""
     kept = axes.batch_axes + axes.out_axes
+    # The squares of small weights underflow in 16 bits.
     lengths = jnp.sqrt(jnp.sum(jnp.square(at_least_float32(w)), axis=axes.in_axes)).astype(w.dtype)
-    left = [i for i in range(axes.rank) if i not in axes.in_axes]
-    return lengths.transpose([left.index(i) for i in kept])
+    remaining_axes = [i for i in range(axes.rank) if i not in axes.in_axes]
+    return lengths.transpose([remaining_axes.index(i) for i in kept])
 
 
-def factor(axes: Axes, params: Params, used: PerEntry | None, changed: Array) -> Array:
-    """m/‖W + s·B·A‖, (batch..., out...); 1 in entries that are not adapted."""
-    length = only_adapted(used, params, jax.lax.stop_gradient(norm(axes, changed)), 1.0)
+def magnitude_factor(axes: Axes, params: Params, used: PerEntry | None, changed: Array) -> Array:
+    """Return m/‖W + s·B·A‖, (batch..., out...), with 1 in the entries that are not adapted."""
+    length = only_adapted(used, params, jax.lax.stop_gradient(output_norms(axes, changed)), 1.0)
     return only_adapted(used, params, params[MAGNITUDE] / length, 1.0)
 
 
-def weight(axes: Axes, along: Array, changed: Array) -> Array:
-    """The effective weight; `along` is `factor`."""
-    return low_rank.expand_over_weight(axes, along) * changed
+def effective_weight(axes: Axes, magnitude: Array, changed: Array) -> Array:
+    """Return the effective weight.
+
+    Args:
+        magnitude: the result of `magnitude_factor`.
+        changed: W + s·B·A.
+    """
+    return low_rank.expand_over_weight(axes, magnitude) * changed
 
 
 def output(
-    use: Use | Operation, along: Array, w: Array, changed: Array, delta: Array, x: Array, y: Array, dropped: bool
+    use: Use | Operation, magnitude: Array, w: Array, changed: Array, delta: Array, x: Array, y: Array, dropped: bool
 ) -> Array:
-    """The layer's output without its bias; `along` is `factor`, and `delta` s·B·A of `x`, of which something may have
-    been `dropped`."""
+    """Return the layer's output without its bias.
+
+    Args:
+        magnitude: the result of `magnitude_factor`.
+        w: the base weight.
+        changed: W + s·B·A.
+        delta: s·B·A·x.
+        x: the input, after dropout.
+        y: the base layer's output without dropout.
+        dropped: True if dropout changed x.
+    """
     if isinstance(use, Use) and use.transposed:
-        return low_rank.run_use(use, x, weight(use.axes, along, changed))
-    scale = low_rank.expand_over_outputs(use, along, y.ndim)
+        return low_rank.run_use(use, x, effective_weight(use.axes, magnitude, changed))
+    scale = low_rank.expand_over_outputs(use, magnitude, y.ndim)
     base = low_rank.run_use(use, x.astype(w.dtype), w) if dropped else y
     return y + (scale - 1) * base + scale * delta

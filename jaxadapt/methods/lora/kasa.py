@@ -1,8 +1,8 @@
 """KaSA (Wang et al. 2024, arXiv:2412.06071) with PEFT's conventions: W₋ + s·B·diag(d)·A, d trained with A and B.
 
-W₋ is the base weight without its r smallest singular values, which `start` makes of it (`factors.truncate_svd`), and
-`load(…, base="original")` does again. As in PEFT's `tuners/lora/variants.py`, where only linear layers have it; the
-penalties of the paper are `optim.kasa_loss`.
+W₋ is the base weight without its r smallest singular values. `start` computes it (`factors.truncate_svd`), and
+`load(…, base="original")` computes it again. It follows PEFT's `tuners/lora/variants.py`, which supports linear layers
+only. `optim.kasa_loss` has the penalties of the paper.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from jaxadapt.methods.base import Array, Params
 DIAGONAL = "lora_diag"
 
 
-def tensor(r: int) -> MethodTensor:
-    """The diagonal's tensor: (r)."""
+def diagonal_tensor(r: int) -> MethodTensor:
+    """Return the diagonal's tensor: (r)."""
     return MethodTensor(DIAGONAL, f".{DIAGONAL}", ("batch", "r"), (("r",),), (("r", r),), scale_power=0)
 
 
-def in_a(params: Params, a: Array) -> Array:
-    """diag(d)·A, of A (batch..., r, in...) and d (batch..., r); A where there is no d."""
+def scale_a(params: Params, a: Array) -> Array:
+    """Return diag(d)·A for A (batch..., r, in...) and d (batch..., r); return A if there is no d."""
     if DIAGONAL not in params:
         return a
     d = params[DIAGONAL]
     return d.reshape(d.shape + (1,) * (a.ndim - d.ndim)) * a
 
 
-def problems(config: LoraConfig, site: Match) -> list[str]:
-    """What PEFT has no KaSA for."""
+def list_problems(config: LoraConfig, match: Match) -> list[str]:
+    """Return the settings and layers that PEFT does not combine with KaSA."""
     init = config.init_lora_weights
-    found = ["use_dora=True"] if config.use_dora else []
+    unsupported = ["use_dora=True"] if config.use_dora else []
     if isinstance(init, str) and init.lower() != "gaussian":
-        found.append(f"init_lora_weights={init!r}")
-    if site.weight.kind != "linear" or site.weight.fan_in_fan_out:
-        found.append("a layer that is no plain linear one (embedding, convolution, attention, Conv1D)")
-    return found
+        unsupported.append(f"init_lora_weights={init!r}")
+    if match.weight.kind != "linear" or match.weight.fan_in_fan_out:
+        unsupported.append("a layer that is not a plain linear one (embedding, convolution, attention, Conv1D)")
+    return unsupported

@@ -1,17 +1,19 @@
 """LoRA (Hu et al. 2021, arXiv:2106.09685) with PEFT's conventions: W + s·B·A, s = α/r or α/√r.
 
-In the model, per site: `lora_A` (batch..., r, in...) and `lora_B` (batch..., out..., r): the bytes of the file's
-A (r, in) and B (out, r). A lookup's are called `lora_embedding_A` and `lora_embedding_B`; in a convolution the window
-belongs to the inputs, and in a grouped one A sees all channels. `lora_B_bias` (batch..., out...) is added with
-`lora_bias`. The arithmetic follows PEFT's `tuners/lora/layer.py`: x is cast to A's dtype, the scale sits on the
-rank-r side, and the sum is cast to the base output's dtype once, at the end. Variants are files of their own.
+Each site has `lora_A` (batch..., r, in...) and `lora_B` (batch..., out..., r): the bytes of the file's A (r, in) and
+B (out, r). An embedding's tensors are called `lora_embedding_A` and `lora_embedding_B`. In a convolution the window
+belongs to the inputs; in a grouped convolution A sees all channels. With `lora_bias`, `lora_B_bias` (batch..., out...)
+is added. The arithmetic follows PEFT's `tuners/lora/layer.py`: x is cast to A's dtype, the scale multiplies the rank-r
+side, and the sum is cast to the base output's dtype once, at the end. Each variant has its own file.
 
-PEFT's faults, as decided here: its convolutions ignore the base's dilation (its own A then crashes) and padding
-mode, ours follow the base layer; its merge of a grouped convolution fails, ours says why there can be none; the
-norm of a grouped DoRA mixes channels of several groups, so that is refused. The output projection of an
-`nn.MultiheadAttention` gets its product twice there, from 0.15.0, the first version that adapts it, to 0.21.2, the
-newest: files were trained so, so it is twice here as well (`doubtful_twice`: of a file of a later version that is not
-known). That its dropout does nothing there is followed too.
+Differences from PEFT, and its faults that are kept:
+
+- PEFT's convolutions ignore the base's dilation (its A then crashes) and padding mode; these follow the base layer.
+- PEFT's merge of a grouped convolution fails with an internal error; this one raises `AttachError` with the reason.
+- The norm of a grouped DoRA in PEFT mixes channels of several groups; this configuration is refused.
+- PEFT adds the product of an `nn.MultiheadAttention`'s output projection twice, from 0.15.0 (the first version that
+  adapts it) to 0.21.2 (the newest). Files were trained that way, so it is added twice here as well. Later versions may
+  differ (`doubtful_twice`). Its dropout has no effect in PEFT, and none here.
 """
 
 from __future__ import annotations
@@ -40,13 +42,20 @@ from jaxadapt.methods.per_entry import adapted_entries, per_entry
 
 @dataclasses.dataclass(frozen=True)
 class LoraHparams:
-    """What the arithmetic of one site needs: the scale s, the dropout rate, and which kind of LoRA it is.
+    """Hyperparameters of one site.
 
-    `scale` and `used` (1 or 0) are of each entry where the leaf's layers or parts differ, `used` only where it takes
-    more than zeros in A and B to leave a layer as it is. `kind` is the weight's, where it is no plain matrix; `tied`
-    says that a table of tokens is adapted in both its uses, as head too; `frozen` that B is never trained (MiCA,
-    arXiv:2604.01694);
-    `invoked` that only some tokens are adapted (aLoRA).
+    Attributes:
+        scale: the scale s; a `PerEntry` if the leaf's layers or parts differ.
+        dropout: the dropout rate.
+        kind: the weight's kind, "" for a plain matrix.
+        groups: the groups of a convolution.
+        dora: True for DoRA.
+        bias: True if the adapter has a bias (`lora_bias`).
+        tied: True if an embedding is adapted in its use as the head, too.
+        frozen: True if B is never trained (MiCA, arXiv:2604.01694).
+        invoked: True if only some tokens are adapted (aLoRA).
+        used: 1 for each adapted entry and 0 for the others. None if all are adapted, or if zeros in A and B are enough
+            to leave an entry unchanged.
     """
 
     scale: float | PerEntry
@@ -62,7 +71,7 @@ class LoraHparams:
 
 
 class Lora(Method):
-    """W + s·B·A."""
+    """LoRA and its variants: W + s·B·A."""
 
     peft_type = "LORA"
     kinds = frozenset({"linear", "embedding", "conv", "attention"})
@@ -91,270 +100,288 @@ class Lora(Method):
         problems = [f"{name}={value!r}, which {why}" for name, why in _REFUSED.items() if (value := config.get(name))]
         if problems:
             raise ConfigError(
-                "this LoRA configuration asks for what jaxadapt cannot honour exactly, and will not ignore: "
+                "this LoRA configuration sets fields that change the computation and are not supported: "
                 + "; ".join(problems)
             )
 
-    def tensors(self, config: LoraConfig, site: Match, modules: Modules) -> tuple[MethodTensor, ...]:
+    def tensors(self, config: LoraConfig, match: Match, modules: Modules) -> tuple[MethodTensor, ...]:
         ranks = modules.each(lambda m: matching.pattern_value(config.rank_pattern, m, config.r), 0)
         r, alike = max(ranks), len(set(ranks)) == 1
-        own, kind, groups = (("r", r),), site.weight.kind, site.weight.groups
+        own_sizes, kind, groups = (("r", r),), match.weight.kind, match.weight.groups
         for rank in set(ranks) - {0}:
-            _check_site(config, site, rank)
+            _check_site(config, match, rank)
         if self.wrapper_depth is not None:
-            _check_parameter(config, site)
+            _check_parameter(config, match)
         if kind == "embedding":
             a, b, last = "lora_embedding_A", "lora_embedding_B", ""
         else:
             a, b, last = "lora_A", "lora_B", ".weight"
         wrapped = ".base_layer" * (self.wrapper_depth or 0)
-        window = ((),) * (len(site.weight.right) - 2) if kind == "conv" else ()
-        several = ("g",) if groups > 1 else ()
-        # Of experts in one array A's rows are in order of the experts, and B's columns in order of the rank.
-        torch_a, torch_b = (("experts", "r"), (*several, "in")), (("out",), ("r", "experts"), *window)
-        own_a, own_b = (*own, *(("g", groups) for _ in several)), (("r", r // groups),)
-        found = [
-            MethodTensor(a, f"{wrapped}.{a}{last}", ("batch", "r", *several, "in"), torch_a, own_a, scale_power=0),
+        window = ((),) * (len(match.weight.right) - 2) if kind == "conv" else ()
+        group_axis = ("g",) if groups > 1 else ()
+        # For experts in one array, A's rows are ordered by expert first, and B's columns by rank first.
+        torch_a, torch_b = (("experts", "r"), (*group_axis, "in")), (("out",), ("r", "experts"), *window)
+        own_a, own_b = (*own_sizes, *(("g", groups) for _ in group_axis)), (("r", r // groups),)
+        tensors = [
+            MethodTensor(a, f"{wrapped}.{a}{last}", ("batch", "r", *group_axis, "in"), torch_a, own_a, scale_power=0),
             MethodTensor(b, f"{wrapped}.{b}{last}", ("batch", "out", "r"), torch_b, own_b, scale_power=1),
         ]
         if config.lora_bias:
-            found.append(MethodTensor("lora_B_bias", ".lora_B.bias", ("batch", "out"), (("out",),), scale_power=1))
+            tensors.append(MethodTensor("lora_B_bias", ".lora_B.bias", ("batch", "out"), (("out",),), scale_power=1))
         if config.kasa_config is not None:
-            found.append(kasa.tensor(r))
+            tensors.append(kasa.diagonal_tensor(r))
         if config.use_dora:
-            found.append(dora.tensor(site))
+            tensors.append(dora.magnitude_tensor(match))
         if alike:
-            return tuple(found)
-        return tuple(dataclasses.replace(t, used=_used(t, ranks, r)) for t in found)
+            return tuple(tensors)
+        return tuple(dataclasses.replace(t, used=_used_sizes(t, ranks, r)) for t in tensors)
 
-    def hparams(self, config: LoraConfig, site: Match, modules: Modules) -> LoraHparams:
-        kind, attention = site.weight.kind, site.weight.kind == "attention"
-        times = 2 if attention and not site.weight.part else 1  # the output projection: see above
+    def hparams(self, config: LoraConfig, match: Match, modules: Modules) -> LoraHparams:
+        kind, attention = match.weight.kind, match.weight.kind == "attention"
+        times = 2 if attention and not match.weight.part else 1  # the output projection: see the module's docstring
         scales = {times * lora_scale(config, m) for m in modules}
-        one = min(scales)
-        more = config.use_dora or config.lora_bias  # whose gradients are not zero where A and B are
+        smallest = min(scales)
+        needs_mask = config.use_dora or config.lora_bias  # their gradients are nonzero even where A and B are zero
         return LoraHparams(
-            one if len(scales) == 1 else per_entry(modules, lambda m: times * lora_scale(config, m), one),
-            0.0 if kind in ("attention", "embedding") else config.lora_dropout,  # PEFT drops no tokens
+            smallest if len(scales) == 1 else per_entry(modules, lambda m: times * lora_scale(config, m), smallest),
+            0.0 if kind in ("attention", "embedding") else config.lora_dropout,  # PEFT has no dropout for these
             "" if kind in ("attention", "linear") else kind,
-            site.weight.groups,
+            match.weight.groups,
             config.use_dora,
             config.lora_bias,
             kind == "embedding" and config.ensure_weight_tying,
             str(config.init_lora_weights).lower() == "mica",
             config.alora_invocation_tokens is not None,
-            adapted_entries(modules) if more else None,
+            adapted_entries(modules) if needs_mask else None,
         )
 
-    def role(self, static: LoraHparams, tensor: str) -> str:
-        return "frozen" if static.frozen and tensor.endswith("_B") else super().role(static, tensor)
+    def role(self, hparams: LoraHparams, tensor: str) -> str:
+        return "frozen" if hparams.frozen and tensor.endswith("_B") else super().role(hparams, tensor)
 
-    def dropout(self, static: LoraHparams) -> float:
-        return static.dropout
+    def dropout(self, hparams: LoraHparams) -> float:
+        return hparams.dropout
 
-    def follows(self, static: LoraHparams, primitive: str) -> bool:
+    def follows(self, hparams: LoraHparams, primitive: str) -> bool:
         if primitive == "ragged_dot_general":
-            return not (static.dora or static.bias or static.kind in ("conv", "embedding"))
-        return {"conv": "conv_general_dilated", "embedding": "gather"}.get(static.kind) == primitive
+            return not (hparams.dora or hparams.bias or hparams.kind in ("conv", "embedding"))
+        return {"conv": "conv_general_dilated", "embedding": "gather"}.get(hparams.kind) == primitive
 
-    def forward(self, static: LoraHparams) -> bool:
-        return not static.kind and super().forward(static)  # (an embedding's product is a tied head's)
+    def forward(self, hparams: LoraHparams) -> bool:
+        return not hparams.kind and super().forward(hparams)  # an embedding's product is that of a tied head
 
-    def apart(self, static: LoraHparams) -> bool:
-        return static.dora
+    def apart(self, hparams: LoraHparams) -> bool:
+        return hparams.dora
 
     def fresh(self, config: LoraConfig, tensor: MethodTensor, fan_in: int) -> Draw:
         init = config.init_lora_weights
         if init not in (True, False, "gaussian") or config.kasa_config is not None:
-            what = f"init_lora_weights={init!r}" if config.kasa_config is None else "kasa_config"
+            setting = f"init_lora_weights={init!r}" if config.kasa_config is None else "kasa_config"
             raise ConfigError(
-                f"{what} begins from more than random numbers (the base weights, data, gradients):"
-                " jaxadapt.initializers.start(config, base, …) takes what it needs, and says which base comes of it."
-                " jax.eval_shape"
-                " gives the shapes, and jaxadapt.load needs no more"
+                f"cannot initialize with {setting} from random numbers: it needs the base weights, data or gradients."
+                " Use jaxadapt.initializers.start(config, base, …), which also returns the base to train with. For"
+                " jaxadapt.load the shapes are enough: jax.eval_shape gives them"
             )
         if init is not False and tensor.name in ("lora_B", "lora_B_bias", "lora_embedding_A"):
             return Draw("constant", 0.0)
         if tensor.name.startswith("lora_embedding"):
             return Draw("normal", 1.0)
-        own = dict(tensor.own)
-        r = own.get("r", 1)
+        own_sizes = dict(tensor.own)
+        r = own_sizes.get("r", 1)
         if init == "gaussian":
             return Draw("normal", 1 / r)
         # torch's Kaiming-uniform with a = sqrt(5) is U(-1/sqrt(fan_in), 1/sqrt(fan_in))
-        return Draw("uniform", 1 / math.sqrt(fan_in * own.get("g", 1) if tensor.name == "lora_A" else r))
+        return Draw("uniform", 1 / math.sqrt(fan_in * own_sizes.get("g", 1) if tensor.name == "lora_A" else r))
 
-    def from_base(self, static: LoraHparams, params: Params, axes: Axes, w: Array) -> dict[str, Array]:
-        return {dora.MAGNITUDE: dora.norm(axes, _changed(static, params, axes, w))} if static.dora else {}
+    def from_base(self, hparams: LoraHparams, params: Params, axes: Axes, w: Array) -> dict[str, Array]:
+        return (
+            {dora.MAGNITUDE: dora.output_norms(axes, _changed_weight(hparams, params, axes, w))} if hparams.dora else {}
+        )
 
     def output(
-        self, static: LoraHparams, params: Params, use: Use | Operation, x: Array, y: Array, drop: Drop | None, w: Array
+        self,
+        hparams: LoraHparams,
+        params: Params,
+        use: Use | Operation,
+        x: Array,
+        y: Array,
+        drop: Drop | None,
+        w: Array,
     ) -> Array:
-        if static.kind == "embedding" and not static.tied and isinstance(use, Use):
-            return y  # the head of a model with tied embeddings: in PEFT another module, and not adapted
+        if hparams.kind == "embedding" and not hparams.tied and isinstance(use, Use):
+            return y  # the head of a model with tied embeddings: a separate module in PEFT, which is not adapted
         x = x if drop is None else drop(x)
-        scale = _scale(static, params)
-        delta = low_rank.low_rank_delta(use, scale, static.groups, *_factors(static, params), x, y)
-        if static.dora:
+        scale = _scale(hparams, params)
+        delta = low_rank.low_rank_delta(use, scale, hparams.groups, *_factors(hparams, params), x, y)
+        if hparams.dora:
             w = as_computable(w)
-            changed = _changed(static, params, use.axes, w)
-            along = dora.factor(use.axes, params, static.used, changed)
-            return dora.output(use, along, w, changed, delta, x, y, drop is not None).astype(y.dtype)
-        if static.bias:
-            delta = delta + low_rank.expand_over_outputs(use, _bias(static, params), y.ndim)
-        if static.invoked:
-            delta = alora.only(params, delta, y)
+            changed = _changed_weight(hparams, params, use.axes, w)
+            magnitude = dora.magnitude_factor(use.axes, params, hparams.used, changed)
+            return dora.output(use, magnitude, w, changed, delta, x, y, drop is not None).astype(y.dtype)
+        if hparams.bias:
+            delta = delta + low_rank.expand_over_outputs(use, _bias(hparams, params), y.ndim)
+        if hparams.invoked:
+            delta = alora.mask_delta(params, delta, y)
         return (y + delta).astype(y.dtype)
 
-    def weight(self, static: LoraHparams, params: Params, axes: Axes, w: Array) -> Array:
-        return self._effective(static, params, axes, w, _changed)
+    def weight(self, hparams: LoraHparams, params: Params, axes: Axes, w: Array) -> Array:
+        return self._effective(hparams, params, axes, w, _changed_weight)
 
-    def merged(self, static: LoraHparams, params: Params, axes: Axes, w: Array) -> Array:
-        return self._effective(static, params, axes, w, _added)
+    def merged(self, hparams: LoraHparams, params: Params, axes: Axes, w: Array) -> Array:
+        return self._effective(hparams, params, axes, w, _merged_weight)
 
     def _effective(
-        self, static: LoraHparams, params: Params, axes: Axes, w: Array, change: Callable[..., Array]
+        self, hparams: LoraHparams, params: Params, axes: Axes, w: Array, change: Callable[..., Array]
     ) -> Array:
-        if static.groups > 1:
+        if hparams.groups > 1:
             raise AttachError(
-                "LoRA's A sees all channels of a grouped convolution, so W + s·B·A would be a weight without groups:"
-                " there is none to merge into, and nothing but the layer's own convolution can follow it"
+                "LoRA on a grouped convolution has no effective weight, because A sees all channels and W + s·B·A would"
+                " be a weight without groups: it can be neither merged nor applied outside the layer's own convolution"
             )
-        _need_one_weight(static)
-        changed = change(static, params, axes, w)
-        if static.dora:
-            changed = dora.weight(axes, dora.factor(axes, params, static.used, changed), changed)
+        _check_single_weight(hparams)
+        changed = change(hparams, params, axes, w)
+        if hparams.dora:
+            changed = dora.effective_weight(axes, dora.magnitude_factor(axes, params, hparams.used, changed), changed)
         return changed.astype(w.dtype)
 
-    def unweight(self, static: LoraHparams, params: Params, axes: Axes, w: Array) -> Array:
-        _need_one_weight(static)
-        if static.dora:
+    def unweight(self, hparams: LoraHparams, params: Params, axes: Axes, w: Array) -> Array:
+        _check_single_weight(hparams)
+        if hparams.dora:
             raise AttachError(
-                "DoRA scales W + s·B·A to the length m, and its own length, which W would need, is not left in it; keep"
-                " the parameters as they were before merging"
+                "cannot unmerge DoRA: it scaled W + s·B·A to the norm m, and the original norm, which W needs, is lost."
+                " Keep the parameters from before the merge"
             )
-        return low_rank.add_product(axes, w, -_scale(static, params), *_factors(static, params)).astype(w.dtype)
+        return low_rank.add_product(axes, w, -_scale(hparams, params), *_factors(hparams, params)).astype(w.dtype)
 
-    def adds_bias(self, static: LoraHparams) -> bool:
-        return static.bias
+    def adds_bias(self, hparams: LoraHparams) -> bool:
+        return hparams.bias
 
-    def merged_bias(self, static: LoraHparams, params: Params, bias: Array, sign: int) -> Array:
-        return (bias + sign * _bias(static, params).reshape(bias.shape)).astype(bias.dtype)
+    def merged_bias(self, hparams: LoraHparams, params: Params, bias: Array, sign: int) -> Array:
+        return (bias + sign * _bias(hparams, params).reshape(bias.shape)).astype(bias.dtype)
 
 
 def doubtful_twice(config: Config, sites: Iterable[Match]) -> bool:
-    """Whether a file with an output projection of attention is of a later PEFT, which may add its product once."""
-    known, said = (
+    """Return True if a file adapts an attention's output projection and is of a newer PEFT than `PEFT_VERSION`.
+
+    A newer PEFT may add the product of that projection once instead of twice.
+    """
+    known, file_version = (
         [int(n) for n in re.findall(r"\d+", version)[:3]] for version in (PEFT_VERSION, config.peft_version or "")
     )
-    projections = (site.weight.kind == "attention" and not site.weight.part for site in sites)
-    return config.peft_type == "LORA" and said > known and any(projections)
+    projections = (match.weight.kind == "attention" and not match.weight.part for match in sites)
+    return config.peft_type == "LORA" and file_version > known and any(projections)
 
 
 def lora_scale(config: LoraConfig, module: str) -> float:
-    """s = α/r or α/√r of one PyTorch module."""
+    """Return the scale s of one PyTorch module: α/r, or α/√r with `use_rslora`."""
     r = matching.pattern_value(config.rank_pattern, module, config.r)
     alpha = matching.pattern_value(config.alpha_pattern, module, config.lora_alpha)
     return alpha / math.sqrt(r) if config.use_rslora else alpha / r
 
 
-def _factors(static: LoraHparams, params: Params) -> tuple[Array, Array]:
+def _factors(hparams: LoraHparams, params: Params) -> tuple[Array, Array]:
     kind = "lora_embedding" if "lora_embedding_A" in params else "lora"
-    a, b = kasa.in_a(params, params[f"{kind}_A"]), params[f"{kind}_B"]
-    return a, jax.lax.stop_gradient(b) if static.frozen else b
+    a, b = kasa.scale_a(params, params[f"{kind}_A"]), params[f"{kind}_B"]
+    return a, jax.lax.stop_gradient(b) if hparams.frozen else b
 
 
-def _scale(static: LoraHparams, params: Params) -> Any:
-    """s: one number, or the layer's own as an array (batch...)."""
-    return static.scale.layer_values(params) if isinstance(static.scale, PerEntry) else static.scale
+def _scale(hparams: LoraHparams, params: Params) -> Any:
+    """Return the scale s: one number, or an array (batch...) of the layer's scales."""
+    return hparams.scale.layer_values(params) if isinstance(hparams.scale, PerEntry) else hparams.scale
 
 
-def _bias(static: LoraHparams, params: Params) -> Array:
-    """s times the adapter's own bias."""
-    return low_rank.scaled(_scale(static, params), only_adapted(static.used, params, params["lora_B_bias"], 0.0))
+def _bias(hparams: LoraHparams, params: Params) -> Array:
+    """Return s times the adapter's bias."""
+    return low_rank.scaled(_scale(hparams, params), only_adapted(hparams.used, params, params["lora_B_bias"], 0.0))
 
 
-def _used(tensor: MethodTensor, ranks: Sequence[int], r: int) -> tuple[int, ...]:
-    """What the file has of each entry: the rank (of a grouped convolution's B a part of it), or just the tensor."""
-    own = dict(tensor.own).get("r")
-    return tuple(min(rank, 1) if own is None else rank * own // r for rank in ranks)
+def _used_sizes(tensor: MethodTensor, ranks: Sequence[int], r: int) -> tuple[int, ...]:
+    """Return the size of the axis "r" in each entry's file tensor, or 1 for a tensor without it; 0 if not adapted.
+
+    In B of a grouped convolution the axis is the rank divided by the groups.
+    """
+    own_sizes = dict(tensor.own).get("r")
+    return tuple(min(rank, 1) if own_sizes is None else rank * own_sizes // r for rank in ranks)
 
 
-def _changed(static: LoraHparams, params: Params, axes: Axes, w: Array) -> Array:
-    """W + s·B·A, in the dtype of the sum."""
-    a, b = _factors(static, params)
-    if isinstance(static.scale, PerEntry):
-        return w + low_rank.product(axes, low_rank.scaled(_scale(static, params), a), b)
-    return w + static.scale * low_rank.product(axes, a, b)
+def _changed_weight(hparams: LoraHparams, params: Params, axes: Axes, w: Array) -> Array:
+    """Return W + s·B·A, in the dtype of the sum."""
+    a, b = _factors(hparams, params)
+    if isinstance(hparams.scale, PerEntry):
+        return w + low_rank.product(axes, low_rank.scaled(_scale(hparams, params), a), b)
+    return w + hparams.scale * low_rank.product(axes, a, b)
 
 
-def _added(static: LoraHparams, params: Params, axes: Axes, w: Array) -> Array:
-    """The same in one pass."""
-    return low_rank.add_product(axes, w, _scale(static, params), *_factors(static, params))
+def _merged_weight(hparams: LoraHparams, params: Params, axes: Axes, w: Array) -> Array:
+    """Return W + s·B·A, computed in one pass without intermediate arrays."""
+    return low_rank.add_product(axes, w, _scale(hparams, params), *_factors(hparams, params))
 
 
-def _need_one_weight(static: LoraHparams) -> None:
-    if static.invoked:
+def _check_single_weight(hparams: LoraHparams) -> None:
+    if hparams.invoked:
         raise AttachError(
-            "an aLoRA leaves some tokens as they are, and adapts others: there is no weight that does both, to merge"
-            " into or to stand in where a weight is used otherwise than in a product"
+            "aLoRA adapts only the tokens after its invocation sequence, so it has no single effective weight: it can"
+            " be neither merged nor applied outside a matrix product"
         )
 
 
-def _check_site(config: LoraConfig, site: Match, r: int) -> None:
-    groups, kind = site.weight.groups, site.weight.kind
+def _check_site(config: LoraConfig, match: Match, r: int) -> None:
+    groups, kind = match.weight.groups, match.weight.kind
     if r % groups:
-        raise ConfigError(f"{site.leaf}: a rank of {r} cannot be shared among the {groups} groups of the convolution")
+        raise ConfigError(f"{match.leaf}: the rank {r} must be a multiple of the convolution's {groups} groups")
     if groups > 1 and config.use_dora:
         raise ConfigError(
-            f"{site.leaf}: use_dora on a convolution with groups: PEFT's norm there mixes the weights of several groups"
+            f"{match.leaf}: use_dora is not supported on a grouped convolution, where PEFT's norm mixes the weights of"
+            " several groups; set use_dora=False, or exclude the module"
         )
     asked = [f"{name}={value!r}" for name in ("use_dora", "lora_bias", "bias") if (value := config.get(name))]
-    asked = [what for what in asked if what != "bias='none'"]
+    asked = [setting for setting in asked if setting != "bias='none'"]
     if kind == "attention" and asked:
         raise ConfigError(
-            f"{site.leaf}: {', '.join(asked)} on an nn.MultiheadAttention, for which PEFT has no such adapter (what it"
-            " has of biases there takes no part in its forward pass); leave the field out, or the module"
+            f"{match.leaf}: {', '.join(asked)} is not supported on an nn.MultiheadAttention: PEFT has no such adapter"
+            " (its bias there has no effect in the forward pass); remove the setting, or exclude the module"
         )
-    apart = [f"{name}={value!r}" for name in ("use_dora", "lora_dropout") if (value := config.get(name))]
-    if kind == "embedding" and config.ensure_weight_tying and apart:
+    conflicts = [f"{name}={value!r}" for name in ("use_dora", "lora_dropout") if (value := config.get(name))]
+    if kind == "embedding" and config.ensure_weight_tying and conflicts:
         raise ConfigError(
-            f"{site.leaf}: {', '.join(apart)} with ensure_weight_tying: PEFT treats the lookup and the head differently"
-            " there, and they are one weight; leave one of the fields out"
+            f"{match.leaf}: {', '.join(conflicts)} cannot be combined with ensure_weight_tying: PEFT then treats the"
+            " lookup and the head differently, but they are one weight; remove one of the settings"
         )
-    if config.kasa_config is not None and (odd := kasa.problems(config, site)):
-        raise ConfigError(f"{site.leaf}: kasa_config with {', '.join(odd)}: PEFT has no such adapter")
-    if config.alora_invocation_tokens is not None and (odd := alora.problems(config, site)):
-        raise ConfigError(f"{site.leaf}: alora_invocation_tokens with {', '.join(odd)}: PEFT has no such adapter")
+    if config.kasa_config is not None and (problems := kasa.list_problems(config, match)):
+        raise ConfigError(f"{match.leaf}: kasa_config with {', '.join(problems)}: PEFT has no such adapter")
+    if config.alora_invocation_tokens is not None and (problems := alora.list_problems(config, match)):
+        raise ConfigError(f"{match.leaf}: alora_invocation_tokens with {', '.join(problems)}: PEFT has no such adapter")
     if kind == "embedding" and config.lora_bias:
-        raise ConfigError(f"{site.leaf}: lora_bias=True is for layers with an output bias, not for embeddings")
+        raise ConfigError(
+            f"{match.leaf}: lora_bias=True is not supported on an embedding, which has no output bias; set"
+            " lora_bias=False, or exclude the module"
+        )
 
 
-def _check_parameter(config: LoraConfig, site: Match) -> None:
-    """As PEFT's ParamWrapper: the sum W + s·B·A is all it has, with no place for an input or a bias."""
-    odd = {
+def _check_parameter(config: LoraConfig, match: Match) -> None:
+    """Raise `ConfigError` for settings that PEFT's ParamWrapper lacks: it computes only W + s·B·A."""
+    unsupported = {
         "lora_dropout": config.lora_dropout, "fan_in_fan_out": config.fan_in_fan_out, "lora_bias": config.lora_bias,
         "use_dora": config.use_dora, "bias": config.bias if config.bias != "none" else None,
         "kasa_config": config.kasa_config, "alora_invocation_tokens": config.alora_invocation_tokens,
     }  # fmt: skip
-    found = [f"{name}={value!r}" for name, value in odd.items() if value]
-    if found:
+    problems = [f"{name}={value!r}" for name, value in unsupported.items() if value]
+    if problems:
         raise ConfigError(
-            f"{site.leaf}: a parameter that target_parameters names has no {', '.join(found)}: PEFT adds s·B·A to it,"
-            " and nothing else; leave these fields at their defaults"
+            f"{match.leaf}: {', '.join(problems)} cannot be combined with target_parameters: PEFT only adds s·B·A to"
+            " such a parameter; leave these fields at their defaults"
         )
 
 
-_PLAIN = "jaxadapt.merging.plain_lora(jaxadapt.read(…)) makes of such a file the plain LoRA that computes the same"
+_PLAIN = "jaxadapt.merging.plain_lora(jaxadapt.read(…)) converts such a file to an equivalent plain LoRA"
 _REFUSED: dict[str, str] = {
-    "use_qalora": f"PEFT has for bases quantised with GPTQ only, and none of them is a JAX model: {_PLAIN}"
-    " (one of another base is a plain LoRA already: use_qalora=False)",
-    "use_bdlora": f"makes A or B block-diagonal, and PEFT does it only to spread a LoRA over devices: {_PLAIN}",
-    "arrow_config": "routes every token among other adapters: load those by themselves",
-    "velora_config": f"compresses activations for the backward pass, in training alone: {_PLAIN}",
-    "monteclora_config": f"draws its factors anew, in training alone: {_PLAIN}",
-    "megatron_config": "is for Megatron's parallel layers: null; the base's shardings say what lies where",
-    "enable_lora": "is of PEFT 0.2, for layers that hold several projections: PEFT itself drops it and computes"
+    "use_qalora": f"applies only to bases quantized with GPTQ, and no JAX model is: {_PLAIN}"
+    " (with another base the file is a plain LoRA already: set use_qalora=False)",
+    "use_bdlora": f"makes A or B block-diagonal, which PEFT uses only to shard a LoRA over devices: {_PLAIN}",
+    "arrow_config": "routes each token among other adapters: load those adapters separately",
+    "velora_config": f"compresses activations for the backward pass, in training only: {_PLAIN}",
+    "monteclora_config": f"redraws its factors, in training only: {_PLAIN}",
+    "megatron_config": "is for Megatron's parallel layers: set it to null; the base's shardings determine the layout",
+    "enable_lora": "is a field of PEFT 0.2 for layers with several projections: current PEFT drops it and computes"
     " something else",
 }
-"""Fields that change what is computed and are not honoured, with the reason; the last is none of PEFT's any more."""
+"""Fields that change the computation and are not supported, with the reason; PEFT no longer has the last one."""

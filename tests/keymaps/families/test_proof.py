@@ -53,7 +53,7 @@ def recognised(specimen: Specimen, shapes: Any) -> None:
     if not specimen.rivals:
         assert families.resolve_keymap("auto", shapes).name == specimen.table
         return
-    with pytest.raises(KeyMapError, match="fit several tables") as caught:
+    with pytest.raises(KeyMapError, match="fit several keymaps") as caught:
         families.resolve_keymap("auto", shapes)
     for rival in specimen.rivals:
         assert rival in str(caught.value)

@@ -28,7 +28,7 @@ def adapter(table: KeyMap, h: int = 12) -> jaxadapt.Adapter:
 
 
 def test_saving_with_a_table_that_is_not_proved_says_so(tmp_path):
-    with pytest.warns(UserWarning, match="the table 'mine' is not proved"):
+    with pytest.warns(UserWarning, match="the keymap 'mine' has not been verified"):
         jaxadapt.save(adapter(KeyMap("mine", LINES, proved=False)), tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -58,5 +58,5 @@ def test_a_file_in_another_spelling_is_read_and_written_in_it(tmp_path):
 def test_an_error_names_the_table():
     table = KeyMap("mine", LINES)
     file = jaxadapt.to_peft(adapter(table, 16))
-    with pytest.raises(MismatchError, match="names are those of the table 'mine'"):
+    with pytest.raises(MismatchError, match="keymap is 'mine'"):
         jaxadapt.from_peft(file, base(), keymap=table)
