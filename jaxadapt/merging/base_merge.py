@@ -43,10 +43,10 @@ def merge(
             `nn.Partitioned` and numpy arrays keep their types); or Linen variables, likewise, returned without the
             adapter; or an NNX model, changed in place and returned. An adapter attached to the model is removed.
         adapter: by default the model's active adapters, or the only one in the variables.
-        safe: raise before any change if the result has a NaN or an infinity, because a sum is too large for the dtype.
-        donate: reuse the memory of the weights, one by one (on devices; numpy arrays are kept), so that at most one weight
-            is held beside the model. Afterwards the arrays in `params` cannot be used any more, also not through other
-            references; after an interruption, neither can the remaining ones.
+        safe: raise before any change if a sum is too large for the weight's dtype: a NaN or an infinity.
+        donate: reuse the memory of the weights, one by one (on devices; numpy arrays are kept), so that at most one
+            weight is held beside the model. Afterwards the arrays in `params` cannot be used any more, not even
+            through other references. After an interruption, some are deleted and the rest are not merged.
         dequantize: make all quantised weights of the base dense first, as `jaxadapt.models.dequantize` does. Without it
             merging into them is refused, since quantising the sum again would change the trained result.
         allow_nan: merge even if the adapter, or a weight that it changes, holds a NaN or an infinity, which is refused
@@ -57,9 +57,10 @@ def merge(
     The sum is computed in float32 and rounded once to the weight's dtype.
 
     Raises `MismatchError` if the adapter does not fit or holds a NaN. Raises `AttachError` if a weight cannot hold the
-    sum: integers, grouped convolutions, and a token embedding that is the head as well, if the adapter is for the lookup
-    only. (`ensure_weight_tying` makes it one adapter for both. PEFT's merge changes both in either case. `jaxadapt merge`
-    of files gives the head its own tensor.) Warns if no keymap lists the tied weights and there may be some.
+    sum: integers, grouped convolutions, and a token embedding that is the head as well, if the adapter is for the
+    lookup only. (`ensure_weight_tying` makes it one adapter for both. PEFT's merge changes both in either case.
+    `jaxadapt merge` of files gives the head its own tensor.) Warns if no keymap lists the tied weights and there may
+    be some.
 
     >>> import numpy as np, jax, jaxadapt
     >>> base = {"q": {"kernel": np.ones((4, 6), "float32")}}
@@ -205,12 +206,11 @@ def _apply_changes(
     changes: dict[str, ChangedLeaf] = {}
     for adapter in adapters:
         for path, leaf_change in plan_changes({**base, **values}, adapter, *change).items():
+            # A replacement comes before an addition.
             inner, outer = (
                 (leaf_change, changes.get(path)) if leaf_change.site.method.copies else (changes.get(path), leaf_change)
             )
-            changes[path] = (
-                outer.with_base(inner) if outer and inner else leaf_change
-            )  # a replacement comes before an addition
+            changes[path] = outer.with_base(inner) if outer and inner else leaf_change
     if not allow_nan:
         for adapter in adapters:
             refuse_nan({**base, **values}, adapter, changes)
@@ -273,7 +273,7 @@ def plan_merge(base: Mapping[str, Any], adapter: Adapter) -> dict[str, ChangedLe
 
 
 def plan_changes(base: Mapping[str, Any], adapter: Adapter, weight: Change, bias: Change) -> dict[str, ChangedLeaf]:
-    """Return the leaves that an adapter changes by these functions for weights and biases; as `plan_merge` otherwise."""
+    """Return the leaves that an adapter changes, as `plan_merge`; `weight` and `bias` change them."""
     sites = sites_of(adapter)
     missing = [site.leaf for site in sites if site.leaf not in base]
     if missing:
@@ -293,8 +293,8 @@ def plan_changes(base: Mapping[str, Any], adapter: Adapter, weight: Change, bias
     quantised = [site.leaf for site in sites if quantized.is_quantized(base[site.leaf])]
     if quantised:
         raise AttachError(
-            "cannot merge into quantised weights, which cannot store the sum exactly. merge(…, dequantize=True) makes the"
-            " base dense first:\n" + paths.bullets(quantised)
+            "cannot merge into quantised weights, which cannot store the sum exactly. merge(…, dequantize=True) makes"
+            " the base dense first:\n" + paths.bullets(quantised)
         )
     integers = [
         f"{site.leaf}: {base[site.leaf].dtype}"
@@ -312,8 +312,8 @@ def plan_changes(base: Mapping[str, Any], adapter: Adapter, weight: Change, bias
     ]
     if lookup_only and not adapter.config.get("ensure_weight_tying"):
         raise AttachError(
-            "cannot merge: these weights are both the token embedding and the head, and the adapter changes the lookup of"
-            " tokens only, so no single sum is right for both. Build the model with a head of its own, or train with"
+            "cannot merge: these weights are both the token embedding and the head, and the adapter changes the lookup"
+            " of tokens only, so no single sum is right for both. Build the model with a head of its own, or train with"
             " ensure_weight_tying:\n" + paths.bullets(lookup_only)
         )
     if adapter.keymap.name == GENERIC.name and not adapter.config.get("ensure_weight_tying"):
@@ -336,7 +336,7 @@ def plan_changes(base: Mapping[str, Any], adapter: Adapter, weight: Change, bias
             "cannot merge: lora_bias adds a bias to these layers, which have none. Build the model with biases, or keep"
             " the adapter beside it:\n" + paths.bullets(without_bias)
         )
-    for change, leaf in {leaf.how(): leaf for leaf in changes.values()}.items():
+    for change, leaf in {leaf.leaf_change(): leaf for leaf in changes.values()}.items():
         try:  # a method's errors are raised before any change
             arrays = {**leaf.params, **leaf.site.data}
             jax.eval_shape(change, leaf.spec, {name: spec_of(x) for name, x in arrays.items()})

@@ -67,7 +67,7 @@ class ChangedLeaf:
         """Return the same change of another base, including the changes before it."""
         return dataclasses.replace(self, base=self.base.with_base(base) if isinstance(self.base, ChangedLeaf) else base)
 
-    def how(self, place: Any = None, single: bool = False) -> LeafChange:
+    def leaf_change(self, place: Any = None, single: bool = False) -> LeafChange:
         """Return the change without the leaf's name; `single` for one layer of each stacked axis."""
         site = self.site
         return LeafChange(self.change, site.method, site.hparams, site.axes, () if single else site.match.stack, place)
@@ -75,8 +75,8 @@ class ChangedLeaf:
     def value(self, at: Mapping[int, int | slice] | None = None, donate: bool = False, unrounded: bool = False) -> Any:
         """Return the leaf, or its part at `{axis: index or slice}`: one layer of each stacked axis, some outputs.
 
-        With `donate`, the result takes the memory of the base, whose array is then deleted. With `unrounded`, it is float32
-        where the base is narrower.
+        With `donate`, the result takes the memory of the base, whose array is then deleted. With `unrounded`, it is
+        float32 where the base is narrower.
         """
         at = at or {}
         base, site = self.base, self.site
@@ -88,7 +88,7 @@ class ChangedLeaf:
             for tensor, entry in zip(site.tensors, site.entries, strict=True)
         } | {name: _slice(x, site.match.stack, at) for name, x in site.data.items()}
         single = all(isinstance(at.get(axis), int) for axis in site.match.stack)
-        change = self.how(None if isinstance(w, Tracer) else placement.sharding_of(w), single)
+        change = self.leaf_change(None if isinstance(w, Tracer) else placement.sharding_of(w), single)
         host = isinstance(w, np.ndarray)
         changed = (_compute_in_place if donate and not host else _compute)(change, w, params)
         return np.array(changed) if host else changed  # a copy, since numpy arrays are writable

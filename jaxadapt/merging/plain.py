@@ -25,7 +25,7 @@ def plain_lora(tensors: PeftTensors) -> PeftTensors:
     | field | conversion |
     |---|---|
     | `use_bdlora` | zeros are put between the blocks of A or B: A (r, in), B (out, r) |
-    | `use_qalora` (arXiv:2309.14717; on a GPTQ base) | A (r, in/group) is given to each input of a group, times in/group² |
+    | `use_qalora` (arXiv:2309.14717; on a GPTQ base) | A (r, in/group) repeats for each input, times in/group² |
     | `velora_config`, `monteclora_config` | removed with their tensors, which only training uses |
 
     Further training trains a plain LoRA, not the variant. Other files are returned unchanged.
