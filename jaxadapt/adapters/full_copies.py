@@ -1,4 +1,4 @@
-"""The leaves of which an adapter holds a full or partial copy: saved modules, biases, rows of tokens.
+"""Full and partial copies of leaves in an adapter: saved modules, biases, rows of tokens.
 
 These are PEFT's rules, on PyTorch names. Nothing here reads a model.
 """

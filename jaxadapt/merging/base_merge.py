@@ -165,7 +165,9 @@ def _unmerge_bias(applied: AppliedMethod, bias: Any) -> Any:
 def unmerge(
     params: Any, adapter: Adapter, *, donate: bool = False, allow_nan: bool = False, progress: Progress = None
 ) -> Any:
-    """Undo `merge`, up to the rounding of the weight's dtype. Options and errors are those of `merge`.
+    """Undo `merge`, up to the rounding of the weight's dtype.
+
+    The options are those of `merge`. Raises the same errors.
 
     >>> import jax, jaxadapt
     >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
