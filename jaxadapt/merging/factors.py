@@ -9,7 +9,6 @@ stacks layers or fuses parts. So the arithmetic is PEFT's, module by module. Pur
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -28,6 +27,17 @@ from jaxadapt.core.errors import AttachError, ConfigError, KeyMapError
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.plan import PlanEntry
+from jaxadapt.merging.site_entries import (
+    count_experts,
+    entry_stems,
+    factor_entries,
+    from_matrices,
+    product_entries,
+    row_names,
+    select_rows,
+    tensor_name,
+    to_matrices,
+)
 
 Array = Any
 
@@ -69,7 +79,7 @@ def _is_transposed(site: Site) -> bool:
 def _base_positions(keymap: KeyMap, site: Site, shape: Sequence[int]) -> tuple[PlanEntry, np.ndarray]:
     """Return the base weight's own plan entry, and the positions of the site's modules among its keys."""
     (entry,) = plan.base_plan(keymap, {site.leaf: shape}).entries
-    stems = _stems(site, _factor_entries(site)[0])
+    stems = entry_stems(site, factor_entries(site)[0])
     positions = {f"{keymap.prefix}{key.removesuffix('weight')}".rstrip("."): i for i, key in enumerate(entry.keys)}
     return entry, np.array([positions[stem] for stem in stems])
 
@@ -115,7 +125,7 @@ class Factors:
 
     def rows_at(self, rows: Array, modules: Sequence[str]) -> Array:
         """Return these modules' rows of an array with one row for each of `self.modules`."""
-        return _select_rows(rows, self.modules, modules)
+        return select_rows(rows, self.modules, modules)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -133,12 +143,6 @@ class FactorRows:
             return parts[0]
         a, b = (jnp.concatenate(list(side)) for side in zip(*((rows.a, rows.b) for rows in parts), strict=True))
         return FactorRows(tuple(module for rows in parts for module in rows.modules), a, b)
-
-
-def _select_rows(rows: Array, modules: Sequence[str], selected: Sequence[str]) -> Array:
-    """Return the rows of the selected modules, in their order."""
-    positions = {module: i for i, module in enumerate(modules)}
-    return rows if tuple(modules) == tuple(selected) else rows[np.array([positions[module] for module in selected])]
 
 
 def lora_factors(adapter: Adapter, label: str = "the adapter") -> dict[str, Factors]:
@@ -169,14 +173,14 @@ def lora_factors(adapter: Adapter, label: str = "the adapter") -> dict[str, Fact
 
 def _site_factors(site: Site, tensors: Mapping[str, Array]) -> Factors:
     """Return the factors of one site."""
-    entries = _product_entries(site)
+    entries = product_entries(site)
     a, b = site_matrices(site, {name: methods.at_least_float32(jnp.asarray(x)) for name, x in tensors.items()})
     entry = site.match.weight
     # PEFT adds the change of out_proj twice (methods/lora).
     repetitions = 2 if entry.kind == "attention" and not entry.part else 1
     ranks = tuple(rank for rank in entries[0].form.ranks or [a.shape[1]] * entries[0].form.count)
-    row_ranks = tuple(rank for rank in ranks for _ in range(_count_experts(site)))
-    return Factors(site, tuple(_row_names(site, entries[0])), a, b, scale(site) / repetitions, entries, row_ranks)
+    row_ranks = tuple(rank for rank in ranks for _ in range(count_experts(site)))
+    return Factors(site, tuple(row_names(site, entries[0])), a, b, scale(site) / repetitions, entries, row_ranks)
 
 
 def scale(site: Site) -> float | np.ndarray:
@@ -184,14 +188,14 @@ def scale(site: Site) -> float | np.ndarray:
     site_scale = site.hparams.scale
     if not isinstance(site_scale, methods.PerEntry):
         return site_scale
-    entry, inner_axes = _product_entries(site)[0], [axis for axis in site.match.roles["batch"] if axis.startswith("{")]
+    entry, inner_axes = product_entries(site)[0], [axis for axis in site.match.roles["batch"] if axis.startswith("{")]
     axes, form = (*site.match.roles["stack"], *inner_axes), entry.form
     sizes = dict(zip(form.left, form.shape, strict=True))
     split = [form.left[axis] for axis in form.split]
     scales = np.array(site_scale.values).reshape([sizes[name] for name in axes])
     rows = scales.transpose([axes.index(name) for name in split]).reshape(-1)
     rows = rows if form.held is None else rows[np.array(form.held)]
-    return np.repeat(rows, _count_experts(site)).reshape(-1, 1, 1)
+    return np.repeat(rows, count_experts(site)).reshape(-1, 1, 1)
 
 
 def site_matrices(site: Site, tensors: Mapping[str, Array], scaled: bool = True) -> tuple[Array, Array]:
@@ -199,92 +203,23 @@ def site_matrices(site: Site, tensors: Mapping[str, Array], scaled: bool = True)
 
     Each expert in one array is a module. A convolution's window is part of "in".
     """
-    entry_a, entry_b = _product_entries(site)
+    entry_a, entry_b = product_entries(site)
     a, b = (
-        (entry.form if scaled else dataclasses.replace(entry.form, factor=1.0)).to_rows(tensors[_name(entry)])
+        (entry.form if scaled else dataclasses.replace(entry.form, factor=1.0)).to_rows(tensors[tensor_name(entry)])
         for entry in (entry_a, entry_b)
     )
-    names_a, names_b = _row_names(site, entry_a), _row_names(site, entry_b)
-    return _to_matrices(site, "A", a), _select_rows(_to_matrices(site, "B", b), names_b, names_a)
-
-
-def _count_experts(site: Site) -> int:
-    """Return the number of experts in one PyTorch tensor of this leaf; 1 for other leaves."""
-    form = site.entries[0].form
-    return math.prod(dict(zip(form.left, form.shape, strict=True))[axis] for axis in site.match.roles["experts"])
-
-
-def _row_names(site: Site, entry: PlanEntry) -> list[str]:
-    """Return a name for each matrix of a leaf."""
-    kind = site.match.weight.kind
-    if kind not in ("experts", "attention"):
-        return _stems(site, entry)
-    stems = [key.rpartition(".lora_")[0] for key in entry.keys]
-    return (
-        [f"{stem}#{expert}" for stem in stems for expert in range(_count_experts(site))] if kind == "experts" else stems
-    )
-
-
-def _to_matrices(site: Site, side: str, x: Array) -> Array:
-    """Return file tensors (n, …) as matrices; A's rows are (expert, rank) and B's columns (rank, expert)."""
-    count, rank = _count_experts(site), dict(site.tensors[0].own)["r"]
-    if side == "A":
-        return x.reshape(x.shape[0] * count, rank, -1)
-    return jnp.moveaxis(x.reshape(x.shape[0], x.shape[1], rank, count), 3, 1).reshape(-1, x.shape[1], rank)
-
-
-def _from_matrices(site: Site, entry: PlanEntry, side: str, x: Array) -> Array:
-    """Invert `_to_matrices`."""
-    shape, count = entry.form.file_shape, _count_experts(site)
-    if side == "B":
-        x = jnp.moveaxis(x.reshape(-1, count, x.shape[1], x.shape[2]), 1, 3)
-    return x.reshape(-1, *shape)
-
-
-def _name(entry: PlanEntry) -> str:
-    """Return the tensor's name in the adapter."""
-    return entry.path.rpartition(".")[2]
-
-
-def _factor_entries(site: Site) -> tuple[PlanEntry, PlanEntry]:
-    """Return the entries of A and B; raise `ConfigError` for a site with other tensors, or without matrices."""
-    entries = {tensor.name: entry for tensor, entry in zip(site.tensors, site.entries, strict=True)}
-    a, b = (next((entry for name, entry in entries.items() if name.endswith(suffix)), None) for suffix in ("_A", "_B"))
-    are_matrices = a is not None and b is not None and len(a.form.file_shape) == len(b.form.file_shape) == 2
-    has_experts = bool(site.axes.batch_axes) and not site.match.roles["fused"]
-    is_shared = has_experts or site.match.weight.kind == "attention"  # several leaves form one module
-    if a is None or b is None or not are_matrices or len(entries) != 2 or is_shared:
-        tensors = ", ".join(f"{name} {list(entry.form.file_shape)}" for name, entry in entries.items())
-        raise ConfigError(
-            f"{site.leaf}: expected one pair of matrices A and B, found {tensors} (a variant of LoRA, or a convolution"
-            " with groups); leave this leaf out"
-        )
-    return a, b
-
-
-def _product_entries(site: Site) -> tuple[PlanEntry, PlanEntry]:
-    """Return the entries of A and B of a leaf whose change is B·A, matrix by matrix; raise `ConfigError` for others."""
-    entry = site.match.weight
-    entries = {tensor.name: tensor_entry for tensor, tensor_entry in zip(site.tensors, site.entries, strict=True)}
-    if len(entries) == 2 and "lora_A" in entries and "lora_B" in entries and entry.groups == 1:
-        return entries["lora_A"], entries["lora_B"]
-    return _factor_entries(site)
-
-
-def _stems(site: Site, entry: PlanEntry) -> list[str]:
-    """Return the keys of an entry without the tensor's suffix."""
-    (suffix,) = (tensor.suffix for tensor in site.tensors if tensor.name == _name(entry))
-    return [key.removesuffix(suffix) for key in entry.keys]
+    names_a, names_b = row_names(site, entry_a), row_names(site, entry_b)
+    return to_matrices(site, "A", a), select_rows(to_matrices(site, "B", b), names_b, names_a)
 
 
 def site_modules(site: Site, keymap: KeyMap) -> list[str]:
     """Return the PyTorch modules of a site's matrices, in their order."""
-    return [stem.removeprefix(keymap.prefix) for stem in _stems(site, _factor_entries(site)[0])]
+    return [stem.removeprefix(keymap.prefix) for stem in entry_stems(site, factor_entries(site)[0])]
 
 
 def matrix_sizes(site: Site) -> tuple[int, int]:
     """Return (out, in) of a site's matrices."""
-    a, b = (entry.form.file_shape for entry in _factor_entries(site))
+    a, b = (entry.form.file_shape for entry in factor_entries(site))
     return b[0], a[1]
 
 
@@ -304,7 +239,7 @@ def build_adapter(
             name: _count_parts(keymap, factors, leaf_rows) for name in factors.match.roles["fused"]
         }
         shapes[leaf] = {
-            _name(entry): tuple(
+            tensor_name(entry): tuple(
                 new_sizes.get(axis, size) for axis, size in zip(entry.form.left, entry.shape, strict=True)
             )
             for entry in factors.entries
@@ -313,8 +248,8 @@ def build_adapter(
     params: dict[str, Array] = {}
     for site in sites_from_shapes(config, keymap, shapes):
         leaf_rows = rows_by_leaf[site.leaf]
-        for entry, side, matrices in zip(_product_entries(site), "AB", (leaf_rows.a, leaf_rows.b), strict=True):
-            rows = _from_matrices(site, entry, side, _select_rows(matrices, leaf_rows.modules, _row_names(site, entry)))
+        for entry, side, matrices in zip(product_entries(site), "AB", (leaf_rows.a, leaf_rows.b), strict=True):
+            rows = from_matrices(site, entry, side, select_rows(matrices, leaf_rows.modules, row_names(site, entry)))
             params[entry.path] = entry.form.from_rows(rows).astype(dtype)
     return Adapter(config, paths.unflatten(params), keymap)
 
@@ -337,7 +272,7 @@ def _count_parts(keymap: KeyMap, factors: Factors, rows: FactorRows) -> int:
 def has_one_pair(site: Site) -> bool:
     """Return True if a site holds A and B as matrices, one pair for each module, and nothing else."""
     try:
-        _factor_entries(site)
+        factor_entries(site)
     except ConfigError:
         return False
     return True
@@ -345,9 +280,9 @@ def has_one_pair(site: Site) -> bool:
 
 def matrices_to_leaves(site: Site, a: Array, b: Array, scaled: bool = True) -> tuple[tuple[str, ...], dict[str, Array]]:
     """Return the modules of a site, and its leaves from A (n, r, in) and B (n, out, r) in the modules' order."""
-    entry_a, entry_b = _factor_entries(site)
-    modules = tuple(_stems(site, entry_a))
-    b = _select_rows(b, modules, _stems(site, entry_b))
+    entry_a, entry_b = factor_entries(site)
+    modules = tuple(entry_stems(site, entry_a))
+    b = select_rows(b, modules, entry_stems(site, entry_b))
     forms = [entry.form if scaled else dataclasses.replace(entry.form, factor=1.0) for entry in (entry_a, entry_b)]
     return modules, {entry_a.path: forms[0].from_rows(a), entry_b.path: forms[1].from_rows(b)}
 
