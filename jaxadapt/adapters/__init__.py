@@ -1,1 +1,1 @@
-"""An adapter as a value, and a configuration bound to a keymap and shapes: sites, selection, copies, initial values."""
+"""Adapters as values, and configurations bound to a keymap and shapes: sites, selection, copies, initial values."""

@@ -1,4 +1,4 @@
-"""The base's own weights in an adapter's file, as the state dict of a whole PEFT model has them: compared, left out."""
+"""Base weights in an adapter's file, as the state dict of a complete PEFT model has them: compare and skip them."""
 
 from __future__ import annotations
 
@@ -24,73 +24,86 @@ def base_weight_keys(
     source: str,
     strict: bool = True,
 ) -> set[str]:
-    """The keys of a file that hold weights (or buffers) of the base, which must be those that the base has.
+    """Return the keys of a file that hold weights or buffers of the base, after comparing them with the base.
 
     Args:
-        shapes: `{key: shape}` of what the adapter itself does not take.
+        shapes: `{key: shape}` of the tensors that the adapter itself does not take.
         base: `{leaf: array or spec}` of the base parameters.
-        strict: False leaves those with other values out of the result.
+        strict: if False, leave keys with other values out of the result instead of raising.
 
-    Raises `MismatchError` where the file brings other values.
+    Raises `MismatchError` if values or shapes differ from the base's.
     """
-    mine = {leaf: tuple(array.shape) for leaf, array in base.items()}
-    sites = {leaf: keymap.match(leaf) for leaf in mine}
-    bare = [leaf for leaf, site in sites.items() if site is None or len(site.weight.left) != len(mine[leaf])]
-    table = keymap.with_entries(generic.entry_for_copy(leaf, mine[leaf]) for leaf in bare)
-    entries = [entry for leaf, shape in mine.items() if (entry := plan.base_plan_entry(table, leaf, shape)) is not None]
+    base_shapes = {leaf: tuple(array.shape) for leaf, array in base.items()}
+    matches = {leaf: keymap.match(leaf) for leaf in base_shapes}
+    unmapped = [
+        leaf for leaf, match in matches.items() if match is None or len(match.weight.left) != len(base_shapes[leaf])
+    ]
+    full_keymap = keymap.with_entries(generic.entry_for_copy(leaf, base_shapes[leaf]) for leaf in unmapped)
+    entries = [
+        entry
+        for leaf, shape in base_shapes.items()
+        if (entry := plan.base_plan_entry(full_keymap, leaf, shape)) is not None
+    ]
     known = {key: (entry, i) for entry in entries for i, key in enumerate(entry.keys)}
     ties = dict(keymap.tied)
-    found, blind, problems = set[str](), list[str](), dict[str, str]()
+    base_keys, uncompared, problems = set[str](), list[str](), dict[str, str]()
     for key, shape in shapes.items():
         name = state_dict_keys.unwrapped_key(key.removeprefix(keymap.prefix))
-        if check.is_buffer(keymap, name) or _is_repeated(tensors, key, ties):
-            found.add(key)
+        if check.is_buffer(keymap, name) or _repeats_tied_module(tensors, key, ties):
+            base_keys.add(key)
             continue
-        at = known.get(name) or known.get(ties.get(name, ""))
-        if at is None:
+        location = known.get(name) or known.get(ties.get(name, ""))
+        if location is None:
             continue
-        entry, i = at
+        entry, i = location
         leaf = base[entry.path]
-        found.add(key)
-        turned = len(shape) == 2 and generic.is_guess(keymap, entry.path, mine[entry.path])  # a Conv1D's, perhaps
-        if tuple(shape) != entry.form.file_shape and not (turned and tuple(shape)[::-1] == entry.form.file_shape):
-            problems[key] = f"{key}: {list(shape)}, in the base {list(entry.form.file_shape)}"
+        base_keys.add(key)
+        # A guessed layout may be a Conv1D's, which stores (in, out).
+        may_be_transposed = len(shape) == 2 and generic.is_guess(keymap, entry.path, base_shapes[entry.path])
+        if tuple(shape) != entry.form.file_shape and not (
+            may_be_transposed and tuple(shape)[::-1] == entry.form.file_shape
+        ):
+            problems[key] = f"{key}: expected {list(entry.form.file_shape)} as in the base, found {list(shape)}"
         elif not isinstance(leaf, np.ndarray | jax.Array) or isinstance(leaf, Tracer):
-            blind.append(key)
+            uncompared.append(key)
         else:
-            own = np.asarray(entry.form.encode(np.asarray(leaf), i))
+            expected = np.asarray(entry.form.encode(np.asarray(leaf), i))
             value = np.asarray(tensors[key])
-            ways = [value, value.T] if turned else [value]
-            if not any(way.shape == own.shape and _same(way, own, entry.form.exact) for way in ways):
-                problems[key] = f"{key}: other values"
+            candidates = [value, value.T] if may_be_transposed else [value]
+            if not any(
+                candidate.shape == expected.shape and _equal_values(candidate, expected, entry.form.exact)
+                for candidate in candidates
+            ):
+                problems[key] = f"{key}: its values differ"
     if problems and strict:
         raise MismatchError(
-            f"{source} brings weights of the base that differ from the model's, and a base is never changed by an"
-            " adapter:\n"
+            f"{source} holds base weights that differ from the model's; loading an adapter never changes the base:\n"
             + paths.bullets(problems.values())
-            + "\nPut them into the base parameters yourself (jaxadapt.read(path).tensors has them), then load it again"
+            + "\nReplace the base parameters yourself (jaxadapt.read(path).tensors has the values), then load again"
         )
-    if blind:
+    if uncompared:
         warn(
-            f"{source}: these are taken for the base's own, which has no values to compare:\n"
-            + paths.bullets(blind, len(blind))
+            f"{source}: these tensors could not be compared, since the base has no values here; they are assumed to be"
+            " the base's own:\n" + paths.bullets(uncompared, len(uncompared))
         )
-    return found - problems.keys()
+    return base_keys - problems.keys()
 
 
-def _is_repeated(tensors: Mapping[str, Any], key: str, ties: Mapping[str, str]) -> bool:
-    """Whether a tensor of a tied module is that of the module it is tied to, which the file holds as well."""
+def _repeats_tied_module(tensors: Mapping[str, Any], key: str, ties: Mapping[str, str]) -> bool:
+    """Return True if a tensor of a tied module equals the tensor of the module it is tied to, in the same file."""
     twins = [
-        key.replace(f"{mine.removesuffix('weight')}token_adapter.", f"{its.removesuffix('weight')}token_adapter.")
-        for mine, its in ties.items()
+        key.replace(f"{alias.removesuffix('weight')}token_adapter.", f"{original.removesuffix('weight')}token_adapter.")
+        for alias, original in ties.items()
     ]
-    return any(t != key and t in tensors and np.array_equal(tensors[t], tensors[key]) for t in twins)
+    return any(twin != key and twin in tensors and np.array_equal(tensors[twin], tensors[key]) for twin in twins)
 
 
-def _same(found: np.ndarray, own: np.ndarray, exact: bool) -> bool:
-    """Equal in the base's dtype; a table's factor may round once more."""
-    found = found.astype(own.dtype)
+def _equal_values(found: np.ndarray, expected: np.ndarray, exact: bool) -> bool:
+    """Return True if the values are equal in the base's dtype; a keymap's factor may add one rounding."""
+    found = found.astype(expected.dtype)
     if exact:
-        return np.array_equal(found, own)
-    wide = found.astype("float32")
-    return bool(np.allclose(wide, own.astype("float32"), rtol=4 * float(jax.numpy.finfo(own.dtype).eps), atol=0))
+        return np.array_equal(found, expected)
+    widened = found.astype("float32")
+    return bool(
+        np.allclose(widened, expected.astype("float32"), rtol=4 * float(jax.numpy.finfo(expected.dtype).eps), atol=0)
+    )

@@ -1,8 +1,8 @@
-"""Whole embeddings in an adapter's file: PEFT's `save_embedding_layers`.
+"""Full embeddings in an adapter's file: PEFT's `save_embedding_layers`.
 
-PEFT writes the base's own table of tokens and head beside an adapter on them (and, if told to, where there is
-none: for a vocabulary that was resized), and puts what a file holds of them into the base. Here they are written
-alike; on reading, the base is never changed, so that a file must hold what the base has.
+If an adapter is on the embeddings, PEFT writes the base's token embedding and head to the adapter's file; on request
+it does so for any adapter, for a vocabulary that was resized. PEFT loads them into the base. Here the file is written
+alike, but loading never changes the base: the file's embeddings must equal the base's.
 """
 
 from __future__ import annotations
@@ -26,71 +26,81 @@ from jaxadapt.keymaps.plan import Encoded, PlanEntry
 from jaxadapt.keymaps.tensor_spec import MethodTensor
 
 
-def _entries(keymap: KeyMap, shapes: Mapping[str, Sequence[int]], wrapped: bool) -> dict[str, PlanEntry]:
-    """`{module: entry}` of the table of tokens and the head, as they are called inside an adapter or outside."""
-    out: dict[str, PlanEntry] = {}
+def _embedding_entries(keymap: KeyMap, shapes: Mapping[str, Sequence[int]], wrapped: bool) -> dict[str, PlanEntry]:
+    """Return `{module: entry}` of the token embedding and the head; `wrapped` gives their names inside an adapter."""
+    entries: dict[str, PlanEntry] = {}
     for leaf, shape in shapes.items():
-        site = keymap.match(leaf)
-        if site is None or site.braced or len(site.weight.left) != len(shape) or not _is_one(keymap, site):
+        match = keymap.match(leaf)
+        if match is None or match.braced or len(match.weight.left) != len(shape) or not _is_embedding(keymap, match):
             continue
         tensor = MethodTensor("base", ".base_layer" if wrapped else "", (), (), is_copy=True, scale_power=1)
-        out[site.module({})] = plan.plan_entry(keymap, site, tensor, plan.axis_sizes(site, shape))
-    return out
+        entries[match.module({})] = plan.plan_entry(keymap, match, tensor, plan.axis_sizes(match, shape))
+    return entries
 
 
-def _is_one(keymap: KeyMap, site: Match) -> bool:
-    module, parameter = site.parameter({})
+def _is_embedding(keymap: KeyMap, match: Match) -> bool:
+    """Return True for a token embedding or a head."""
+    module, parameter = match.parameter({})
     if parameter != "weight":
         return False
-    tokens = site.weight.kind == "embedding" and module.rpartition(".")[2] in full_copies.INPUTS
-    return tokens or module == keymap.output or module.rpartition(".")[2] in tied.NAMES
+    is_token_embedding = match.weight.kind == "embedding" and module.rpartition(".")[2] in full_copies.INPUTS
+    return is_token_embedding or module == keymap.output or module.rpartition(".")[2] in tied.NAMES
 
 
-def _targeted(config: Config, modules: Sequence[str]) -> bool:
-    """Whether PEFT sees an embedding among the targets: by its usual names alone."""
+def _targets_embedding(config: Config, modules: Sequence[str]) -> bool:
+    """Return True if PEFT sees an embedding among the targets; it only knows the usual names."""
     names = config.get("target_modules")
     if isinstance(names, str):
         return any(module.rpartition(".")[2] in tied.NAMES and matching.matches(config, module) for module in modules)
     return any(name in (names or ()) for name in tied.NAMES)
 
 
-def may_need_embeddings(config: Config, wanted: bool | str) -> bool:
-    """Whether any embedding may have to go into the file: a first look, at the configuration alone."""
-    if wanted not in (True, False, "auto"):
-        raise ConfigError(f"save_embedding_layers: expected true, false or 'auto', found {wanted!r}")
+def may_need_embeddings(config: Config, mode: bool | str) -> bool:
+    """Return True if the file may need embeddings, judging by the configuration only.
+
+    Raises `ConfigError` for an unknown `mode` (PEFT's `save_embedding_layers`).
+    """
+    if mode not in (True, False, "auto"):
+        raise ConfigError(f"save_embedding_layers: expected true, false or 'auto', found {mode!r}")
     names = config.get("target_modules")
-    return wanted is True or (wanted == "auto" and (isinstance(names, str) or _targeted(config, ())))
+    return mode is True or (mode == "auto" and (isinstance(names, str) or _targets_embedding(config, ())))
 
 
 def add_embeddings(
     tensors: Encoded,
     config: Config,
     keymap: KeyMap,
-    bounds: Sequence[Site],
+    sites: Sequence[Site],
     base: Mapping[str, Any] | None,
-    wanted: bool | str,
+    mode: bool | str,
 ) -> Encoded:
-    """An adapter's tensors with the embeddings that PEFT would save with them.
+    """Return an adapter's tensors with the embeddings that PEFT would save with them.
 
     Args:
-        base: `{leaf: array}` of the base parameters, None where the adapter stands alone.
-        wanted: as PEFT's `save_embedding_layers`: "auto", true or false.
+        base: `{leaf: array}` of the base parameters; None for an adapter without a model.
+        mode: as PEFT's `save_embedding_layers`: "auto", true or false.
     """
-    if base is None and wanted is True:
-        raise AttachError("save_embedding_layers=True: an adapter alone does not hold them; save the model with it")
-    if base is None or not wanted:
+    if base is None and mode is True:
+        raise AttachError(
+            "save_embedding_layers=True: an adapter without its model does not hold the embeddings; save the model"
+        )
+    if base is None or not mode:
         return tensors
     shapes = {leaf: tuple(array.shape) for leaf, array in base.items()}
-    inside, outside = (_entries(keymap, shapes, wrapped) for wrapped in (True, False))
-    adapted = {m for b in bounds if not b.method.copies for m in b.modules}
-    targeted = _targeted(config, list(inside))
-    if wanted == "auto" and (not targeted or config.get("trainable_token_indices") is not None):
+    wrapped_entries, plain_entries = (_embedding_entries(keymap, shapes, wrapped) for wrapped in (True, False))
+    adapted = {module for site in sites if not site.method.copies for module in site.modules}
+    targeted = _targets_embedding(config, list(wrapped_entries))
+    if mode == "auto" and (not targeted or config.get("trainable_token_indices") is not None):
         return tensors
-    chosen = [inside[m] if m in adapted else outside[m] for m in inside if m in adapted or not targeted]
-    chosen = [e for e in chosen if not any(key in tensors.plan.keys for key in e.keys)]
-    values = {e.path: base[e.path.rpartition(".")[0]] for e in chosen}
-    both = plan.make_plan([*tensors.plan.entries, *chosen])
-    return dataclasses.replace(tensors, plan=both, leaves={**tensors.leaves, **values})
+    selected = [
+        wrapped_entries[module] if module in adapted else plain_entries[module]
+        for module in wrapped_entries
+        if module in adapted or not targeted
+    ]
+    selected = [entry for entry in selected if not any(key in tensors.plan.keys for key in entry.keys)]
+    values = {entry.path: base[entry.path.rpartition(".")[0]] for entry in selected}
+    file_plan = plan.make_plan([*tensors.plan.entries, *selected])
+    return dataclasses.replace(tensors, plan=file_plan, leaves={**tensors.leaves, **values})
 
 
 def embedding_keys(
@@ -101,37 +111,42 @@ def embedding_keys(
     base: Mapping[str, Any],
     source: str,
 ) -> set[str]:
-    """The keys of a file that hold embeddings of the base, which must be those that the base has.
+    """Return the keys of a file that hold embeddings of the base, after comparing them with the base.
 
     Args:
         shapes: `{key: shape}` of the file.
         known: the keys that the adapter itself takes.
         base: `{leaf: array or spec}` of the base parameters.
 
-    Raises `MismatchError` where the file brings other values, or another vocabulary.
+    Raises `MismatchError` if values or vocabulary sizes differ from the base's.
     """
-    mine = {leaf: tuple(array.shape) for leaf, array in base.items()}
-    entries = [e for wrapped in (True, False) for e in _entries(keymap, mine, wrapped).values()]
+    base_shapes = {leaf: tuple(array.shape) for leaf, array in base.items()}
+    entries = [
+        entry for wrapped in (True, False) for entry in _embedding_entries(keymap, base_shapes, wrapped).values()
+    ]
     entries = [*tied.repeat_for_heads(entries, keymap), *entries]
-    found = {key: e for e in entries for key in e.keys if key in shapes and key not in known}
+    embeddings = {key: entry for entry in entries for key in entry.keys if key in shapes and key not in known}
     problems: list[str] = []
-    for key, entry in found.items():
+    for key, entry in embeddings.items():
         leaf = base[entry.path.rpartition(".")[0]]
         if tuple(shapes[key]) != entry.form.file_shape:
-            problems.append(f"{key}: {list(shapes[key])}, in the base {list(entry.form.file_shape)}")
+            problems.append(f"{key}: expected {list(entry.form.file_shape)} as in the base, found {list(shapes[key])}")
         elif not _has_values(leaf):
-            warn(f"{source}: {key} is taken for the base's own, which has no values to compare")
+            warn(
+                f"{source}: {key} could not be compared, since the base has no values here; it is assumed to be the"
+                " base's own"
+            )
         else:
-            own = np.asarray(entry.form.encode(np.asarray(leaf), 0))
-            if not np.array_equal(np.asarray(tensors[key]).astype(own.dtype), own):
-                problems.append(f"{key}: other values")
+            expected = np.asarray(entry.form.encode(np.asarray(leaf), 0))
+            if not np.array_equal(np.asarray(tensors[key]).astype(expected.dtype), expected):
+                problems.append(f"{key}: its values differ")
     if problems:
         raise MismatchError(
-            f"{source} brings embeddings of its own, and the base is never changed by an adapter:\n"
+            f"{source} holds embeddings that differ from the model's; loading an adapter never changes the base:\n"
             + paths.bullets(problems)
-            + "\nPut them into the base parameters yourself (jaxadapt.read(path).tensors has them), then load it again"
+            + "\nReplace the base parameters yourself (jaxadapt.read(path).tensors has the values), then load again"
         )
-    return set(found)
+    return set(embeddings)
 
 
 def _has_values(leaf: Any) -> bool:

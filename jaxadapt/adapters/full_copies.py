@@ -1,6 +1,6 @@
-"""Which leaves an adapter holds a copy of, in full or in part: modules trained in full, biases, rows of tokens.
+"""Full and partial copies of leaves in an adapter: saved modules, biases, rows of tokens.
 
-PEFT's rules, on PyTorch names. Nothing here looks at a model.
+These are PEFT's rules, on PyTorch names. Nothing here reads a model.
 """
 
 from __future__ import annotations
@@ -25,26 +25,30 @@ from jaxadapt.methods.trainable_tokens import TrainableTokens
 Shape = tuple[int, ...]
 Index = tuple[int, ...]
 
-Replaced = FullCopy | TrainableTokens
+CopyMethod = FullCopy | TrainableTokens
 
 TENSORS = frozenset({"copy", trainable_tokens.NAME})
-"""What such tensors are called in an adapter."""
+"""The names of such tensors in an adapter."""
 
 LOOKUP = "lookup"
-"""The kind of a table of tokens of which a copy counts in the lookup alone, though it is the head as well."""
+"""The kind of a token embedding whose copy replaces it in the lookup only, although it is the head as well."""
 
 INPUTS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "shared", "embed_in")
-"""What a language model calls its table of tokens, where it has further tables (of positions, of types)."""
+"""The usual names of a language model's token embedding, to tell it from embeddings of positions and of types."""
 
 
 def has_copies(config: Config) -> bool:
-    """Whether the configuration asks for any copies at all."""
-    more = config.get("modules_to_save") or config.get("trainable_token_indices") is not None
-    return bool(more) or config.get("bias", "none") != "none"
+    """Return True if the configuration asks for any copy."""
+    saved = config.get("modules_to_save") or config.get("trainable_token_indices") is not None
+    return bool(saved) or config.get("bias", "none") != "none"
 
 
 def trained_rows(config: Config, module: str, inputs: str | None = None) -> tuple[int, ...] | None:
-    """The tokens whose rows are trained in a module, None if it is not the table of tokens (`inputs`) or named."""
+    """Return the tokens whose rows are trained in a module.
+
+    None if the configuration neither names the module nor gives a bare list for it; a bare list is for the token
+    embedding (`inputs`).
+    """
     given = config.get("trainable_token_indices")
     if isinstance(given, Mapping):
         return next((indices for name, indices in given.items() if module.endswith(name)), None)
@@ -53,10 +57,13 @@ def trained_rows(config: Config, module: str, inputs: str | None = None) -> tupl
 
 def copy_method(
     config: Config, module: str, parameter: str, adapted: Collection[str], inputs: str | None = None, kind: str = ""
-) -> Replaced | None:
-    """How one parameter is copied, None if it is not; `adapted` are the modules with an adapter of their own.
+) -> CopyMethod | None:
+    """Return how one parameter is copied, None if it is not.
 
-    PEFT wraps an adapted module, so the name of its bias has "base_layer" in it.
+    PEFT wraps an adapted module, so the name of its bias contains "base_layer".
+
+    Args:
+        adapted: the modules that carry an adapter.
     """
     if matching.is_saved(config, module):
         return FullCopy("modules_to_save", lookup=kind == LOOKUP)
@@ -70,142 +77,172 @@ def copy_method(
 
 
 def copied_entries(
-    config: Config, site: Match, sizes: Mapping[str, int], adapted: Collection[str], inputs: str | None = None
-) -> dict[Index, Replaced]:
-    """The copied entries of one leaf, by index over its stacked axes and fused axis."""
-    found = {
-        index: copied
-        for index, (module, parameter) in site.parameters(sizes).items()
-        if (copied := copy_method(config, module, parameter, adapted, inputs, site.weight.kind)) is not None
+    config: Config, match: Match, sizes: Mapping[str, int], adapted: Collection[str], inputs: str | None = None
+) -> dict[Index, CopyMethod]:
+    """Return the copied entries of one leaf, by index over its stacked axes and fused axis.
+
+    Raises `ConfigError` if they are copied in different ways.
+    """
+    entries = {
+        index: method
+        for index, (module, parameter) in match.parameters(sizes).items()
+        if (method := copy_method(config, module, parameter, adapted, inputs, match.weight.kind)) is not None
     }
-    if len(set(found.values())) > 1:
+    if len(set(entries.values())) > 1:
         raise ConfigError(
-            f"leaf {site.leaf!r} holds several parameters in one array, which modules_to_save and bias treat"
-            " differently (bias='all' names the biases of adapted modules otherwise than the others); use an unrolled"
+            f"leaf {match.leaf!r} stores several parameters in one array, and modules_to_save and bias treat them"
+            " differently (with bias='all', biases of adapted modules have other names than the rest). Use an unrolled"
             " model, or treat them alike"
         )
-    return found
+    return entries
 
 
 def redundant_keys(tensors: Mapping[str, Any], known: Collection[str], source: str) -> set[str]:
-    """The keys of a file that say nothing new of modules trained in full; `MismatchError` where they do.
+    """Return the keys of a file that repeat a fully trained module; raise `MismatchError` if values differ.
 
-    With bias="all" PEFT writes the biases of such a module twice more, under the names that they have inside its
-    wrapper: as they were trained, and the base's own, which nothing computes with.
+    With bias="all" PEFT writes the biases of such a module twice more, under the names inside its wrapper: once as they
+    were trained, and once as in the base, which is not used in any computation.
     """
-    found = {key: "".join(key.rsplit(part, 1)) for part in WRAPPERS for key in tensors if f"{part}." in key}
-    found = {key: plain for key, plain in found.items() if key not in known and plain in known and plain in tensors}
-    trained = [key for key in found if f"{WRAPPERS[0]}." in key]
-    apart = [key for key in trained if not np.array_equal(np.asarray(tensors[key]), np.asarray(tensors[found[key]]))]
-    if apart:
+    originals = {key: "".join(key.rsplit(part, 1)) for part in WRAPPERS for key in tensors if f"{part}." in key}
+    originals = {
+        key: original
+        for key, original in originals.items()
+        if key not in known and original in known and original in tensors
+    }
+    trained = [key for key in originals if f"{WRAPPERS[0]}." in key]
+    different = [
+        key for key in trained if not np.array_equal(np.asarray(tensors[key]), np.asarray(tensors[originals[key]]))
+    ]
+    if different:
         raise MismatchError(
-            f"{source}: these repeat tensors, and differ from them:\n"
-            + paths.bullets([f"{key} and {found[key]}" for key in apart])
+            f"{source}: these tensors must be equal, since one repeats the other, and they differ:\n"
+            + paths.bullets([f"{key} and {originals[key]}" for key in different])
         )
-    return set(found)
+    return set(originals)
 
 
 WRAPPERS = (".modules_to_save", ".original_module")
-"""What PEFT's wrapper of a module trained in full calls its parts."""
+"""The parts of PEFT's wrapper of a fully trained module, as they occur in keys."""
 
 
 def match_for_copy(keymap: KeyMap, leaf: str, shape: Shape) -> Match:
-    """The leaf's site, by its table or else under its JAX path; a copy needs no roles."""
-    site = keymap.match(leaf)
-    fits = site is not None and len(site.weight.left) == len(shape)
-    return site if site is not None and fits else Match(leaf, generic.entry_for_copy(leaf, shape))
+    """Return the leaf's match in the keymap, or else one under its JAX path; a copy needs no roles."""
+    match = keymap.match(leaf)
+    fits = match is not None and len(match.weight.left) == len(shape)
+    return match if match is not None and fits else Match(leaf, generic.entry_for_copy(leaf, shape))
 
 
-def _of_lookup(site: Match) -> Match:
-    line = site.weight
-    key = ".".join(site.parameter({}))
-    return Match(site.leaf, Weight(site.leaf, key, line.pattern, kind=LOOKUP, fan_in_fan_out=True, scale=line.scale))
+def _match_for_lookup(match: Match) -> Match:
+    """Return the match with an entry of the kind `LOOKUP`."""
+    entry = match.weight
+    key = ".".join(match.parameter({}))
+    return Match(
+        match.leaf, Weight(match.leaf, key, entry.pattern, kind=LOOKUP, fan_in_fan_out=True, scale=entry.scale)
+    )
 
 
 def select_copies(
     config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], adapted: Collection[str]
-) -> list[tuple[Match, dict[str, int], dict[Index, Replaced]]]:
-    """`(site, sizes, copied entries)` of every leaf that is copied, in the order of `shapes`."""
+) -> list[tuple[Match, dict[str, int], dict[Index, CopyMethod]]]:
+    """Return `(match, sizes, copied entries)` for every leaf that is copied, in the order of `shapes`."""
     if not has_copies(config):
         return []
-    sites = [
-        (s, plan.axis_sizes(s, shape)) for leaf, shape in shapes.items() for s in [match_for_copy(keymap, leaf, shape)]
+    matches = [
+        (match, plan.axis_sizes(match, shape))
+        for leaf, shape in shapes.items()
+        for match in [match_for_copy(keymap, leaf, shape)]
     ]
-    alone = tied.lookup_only_tables(config, keymap, shapes)
-    sites = [(_of_lookup(s) if not s.braced and s.parameter({})[0] in alone else s, sizes) for s, sizes in sites]
-    inputs = _inputs(config, sites)
-    found = [(site, sizes, copied_entries(config, site, sizes, adapted, inputs)) for site, sizes in sites]
-    _check_tokens(config, sites, inputs)
-    _check_layouts(config, keymap, {site.leaf: shapes[site.leaf] for site, _, copied in found if copied})
-    return [(site, sizes, copied) for site, sizes, copied in found if copied]
+    lookup_only = tied.lookup_only_tables(config, keymap, shapes)
+    matches = [
+        (_match_for_lookup(match) if not match.braced and match.parameter({})[0] in lookup_only else match, sizes)
+        for match, sizes in matches
+    ]
+    inputs = _token_embedding(config, matches)
+    selected = [(match, sizes, copied_entries(config, match, sizes, adapted, inputs)) for match, sizes in matches]
+    _check_token_indices(config, matches, inputs)
+    _check_layouts(config, keymap, {match.leaf: shapes[match.leaf] for match, _, copied in selected if copied})
+    return [(match, sizes, copied) for match, sizes, copied in selected if copied]
 
 
 def _check_layouts(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]) -> None:
-    """Refuse kernels whose layout in PyTorch is not known, where a copy might fit the file transposed."""
+    """Raise `KeyMapError` for kernels whose PyTorch layout is unknown: a copy could fit the file transposed."""
     kernels = {leaf: shape for leaf, shape in shapes.items() if leaf.rpartition(".")[2] == "kernel"}
     problems = [
-        f"{leaf} {shape}: no line, and more than two axes (PyTorch turns the window of a ConvTranspose round, which no"
-        " pattern says)"
+        f"{leaf} {shape}: no entry, and more than two axes (a ConvTranspose of PyTorch flips its window, which no"
+        " pattern can express)"
         for leaf, shape in kernels.items()
-        if len(shape) > 2 and ((site := keymap.match(leaf)) is None or len(site.weight.left) != len(shape))
+        if len(shape) > 2 and ((match := keymap.match(leaf)) is None or len(match.weight.left) != len(shape))
     ]
     if config.get("fan_in_fan_out"):
         problems += [
-            f"{leaf} {shape}: square, and fan_in_fan_out says that some modules store (in, out), as Conv1D of"
-            " transformers does, not which; give Weight(leaf, key, 'i o -> i o', fan_in_fan_out=True) for a Conv1D,"
-            " 'i o -> o i' for an nn.Linear"
+            f"{leaf} {shape}: square, and with fan_in_fan_out its layout is ambiguous: (in, out) as in Conv1D of"
+            " transformers, or (out, in) as in nn.Linear. Give Weight(leaf, key, 'i o -> i o', fan_in_fan_out=True) for"
+            " a Conv1D, Weight(leaf, key, 'i o -> o i') for an nn.Linear"
             for leaf, shape in kernels.items()
             if generic.is_guess(keymap, leaf, shape) and generic.is_square(match_for_copy(keymap, leaf, shape), shape)
         ]
     if problems:
         raise KeyMapError(
-            f"the adapter would hold full copies of these weights, and the table {keymap.name!r} does not know how"
-            " PyTorch lays them out:\n"
+            f"cannot copy these weights in full: the keymap {keymap.name!r} does not define their PyTorch layout:\n"
             + paths.bullets(problems)
             + generic.ways_out("leave them out of modules_to_save")
         )
 
 
-def _inputs(config: Config, sites: Collection[tuple[Match, Mapping[str, int]]]) -> str | None:
-    """The name of the table of tokens, where a list of indices means it without saying so."""
+def _token_embedding(config: Config, matches: Collection[tuple[Match, Mapping[str, int]]]) -> str | None:
+    """Return the module of the token embedding if the configuration has a bare list of indices, else None.
+
+    Raises `TargetError` if the model has no such module, or several candidates.
+    """
     if not isinstance(config.get("trainable_token_indices"), tuple):
         return None
-    tables = [m for site, sizes in sites if site.weight.kind == "embedding" for m in site.modules(sizes).values()]
-    usual = [name for name in tables if name.rpartition(".")[2] in INPUTS]
-    for names in (tables, usual):
+    embeddings = [
+        module
+        for match, sizes in matches
+        if match.weight.kind == "embedding"
+        for module in match.modules(sizes).values()
+    ]
+    usual_names = [name for name in embeddings if name.rpartition(".")[2] in INPUTS]
+    for names in (embeddings, usual_names):
         if len(names) == 1:
             return names[0]
     raise TargetError(
-        "trainable_token_indices: a list of indices means rows of the model's table of tokens, and which weight that is"
-        f" does not show (tables here: {tables or 'none'}); name it: {{'embed_tokens': [indices]}}"
+        "trainable_token_indices: a bare list of indices is for the model's token embedding, and that module is"
+        f" ambiguous here (embeddings: {embeddings or 'none'}). Name it: {{'embed_tokens': [indices]}}"
     )
 
 
-def _check_tokens(config: Config, sites: Collection[tuple[Match, Mapping[str, int]]], inputs: str | None) -> None:
-    """Refuse tokens beyond a vocabulary or given twice, and names that no module has."""
+def _check_token_indices(
+    config: Config, matches: Collection[tuple[Match, Mapping[str, int]]], inputs: str | None
+) -> None:
+    """Raise `TargetError` for tokens outside a vocabulary or given twice, and for names that match no module."""
     given = config.get("trainable_token_indices")
     if given is None:
         return
     problems: list[str] = []
-    met: set[str] = set()
-    for site, sizes in sites:
-        for module, parameter in site.parameters(sizes).values():
+    matched: set[str] = set()
+    for match, sizes in matches:
+        for module, parameter in match.parameters(sizes).values():
             indices = trained_rows(config, module, inputs) if parameter == "weight" else None
             if indices is None:
                 continue
-            met.add(module)
-            role = "in" if site.weight.kind == "embedding" else "out"
-            size = sizes[site.roles[role][0]] if site.roles[role] else 0
+            matched.add(module)
+            role = "in" if match.weight.kind == "embedding" else "out"
+            size = sizes[match.roles[role][0]] if match.roles[role] else 0
             if matching.is_saved(config, module):
-                problems.append(f"{module}: modules_to_save trains all its rows already")
-            twice = sorted(i for i, count in Counter(indices).items() if count > 1)
-            problems += [f"{module}: token {i} is given twice" for i in twice]
-            problems += [f"{module}: token {i}, of a vocabulary of {size}" for i in indices if not 0 <= i < size]
+                problems.append(f"{module}: modules_to_save already trains all its rows")
+            repeated = sorted(i for i, count in Counter(indices).items() if count > 1)
+            problems += [f"{module}: token {i} is given twice" for i in repeated]
+            problems += [
+                f"{module}: token {i} is outside the vocabulary of {size}" for i in indices if not 0 <= i < size
+            ]
     if isinstance(given, Mapping):
-        problems += [f"{name}: no module is called so" for name in given if not any(m.endswith(name) for m in met)]
+        problems += [
+            f"{name}: no module has this name" for name in given if not any(module.endswith(name) for module in matched)
+        ]
     if problems:
         raise TargetError(
-            "trainable_token_indices cannot be had here: it is for rows that the model's table has, each once."
-            " Resize the model's vocabulary if theirs was, or leave such tokens out (and their rows of the file):\n"
-            + paths.bullets(problems)
+            "trainable_token_indices does not fit this model: each index must be a row of the embedding and occur once."
+            " Resize the model's vocabulary if the adapter's was resized, or drop these tokens (and their rows of the"
+            " file):\n" + paths.bullets(problems)
         )

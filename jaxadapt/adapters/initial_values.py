@@ -1,4 +1,4 @@
-"""The parameters that an adapter begins with: drawn, constant, or made from the base weights, each where it belongs."""
+"""Initial values of an adapter: drawn, constant, or derived from the base weights, each created on its own devices."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxadapt.adapters import sharding, sites
+from jaxadapt.adapters import sharding
+from jaxadapt.adapters.sites import Site, map_stack
 from jaxadapt.arrays import placement, quantized, random_draws
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
@@ -17,94 +18,117 @@ from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.keymaps.tensor_spec import MethodTensor
 
 BASE = "base"
-"""Instead of a dtype: each parameter has that of the weight it adapts (PEFT's `autocast_adapter_dtype=False`)."""
+"""In place of a dtype: each parameter has the dtype of the weight it adapts, as with `autocast_adapter_dtype=False`."""
 
 
 def init_values(
     config: Config,
-    bounds: Sequence[sites.Site],
+    sites: Sequence[Site],
     key: Any,
     dtype: Any = None,
     abstract: bool = False,
     base: Mapping[str, Any] | None = None,
     where: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Initial parameters, `{path: array}`, each from its own fold of `key`; specs only if `abstract`.
+    """Return initial parameters, `{path: array}`, each drawn from its own fold of `key`; specs if `abstract`.
 
-    float32 unless `dtype` says otherwise, whatever the base's dtype is (PEFT's `autocast_adapter_dtype`), or as the
-    base's with `BASE`; a copy of a leaf has the leaf's own dtype.
+    The dtype is float32 by default, whatever the base's dtype is (PEFT's `autocast_adapter_dtype`). With `BASE` it is
+    the base's. A copy of a leaf keeps the leaf's dtype.
 
     Args:
-        base: `{leaf: array}` of the base parameters, for tensors that follow from them.
-        where: `{leaf: sharding}` of the base parameters that have one; each tensor is made where it belongs.
+        base: `{leaf: array}` of the base parameters, for tensors derived from them.
+        where: `{leaf: sharding}` of the base parameters that have one; each tensor is created with its own sharding.
     """
-    places = sharding.adapter_shardings(bounds, where or {})
-    as_base, dtype = dtype == BASE, jnp.dtype(jnp.float32 if dtype in (None, BASE) else dtype)
+    shardings = sharding.adapter_shardings(sites, where or {})
+    use_base_dtype, dtype = dtype == BASE, jnp.dtype(jnp.float32 if dtype in (None, BASE) else dtype)
     base = base or {}
-    blind = [
-        b.leaf for b in bounds if any(t.from_base for t in b.tensors) and not has_value(base.get(b.leaf), abstract)
+    without_values = [
+        site.leaf
+        for site in sites
+        if any(tensor.from_base for tensor in site.tensors) and not has_value(base.get(site.leaf), abstract)
     ]
-    if blind:
+    if without_values:
         raise AttachError(
-            "these adapters begin from the values of the base weights, which are not at hand:\n" + paths.bullets(blind)
+            "these adapters start from the values of the base weights, which have none here; pass base parameters with"
+            " values:\n" + paths.bullets(without_values)
         )
-    wanted = {
-        e.path: (b, t, e.shape) for b in bounds for t, e in zip(b.tensors, b.entries, strict=True) if not t.from_base
+    drawn = {
+        entry.path: (site, tensor, entry.shape)
+        for site in sites
+        for tensor, entry in zip(site.tensors, site.entries, strict=True)
+        if not tensor.from_base
     }
     if abstract:
-        made = {p: jax.ShapeDtypeStruct(shape, dtype, sharding=places.get(p)) for p, (_, _, shape) in wanted.items()}
+        values = {
+            path: jax.ShapeDtypeStruct(shape, dtype, sharding=shardings.get(path))
+            for path, (_, _, shape) in drawn.items()
+        }
     else:
-        made = placement.put_on_devices(_drawn(config, bounds, wanted, key, dtype), places)
-    out: dict[str, Any] = {}
-    for bound in bounds:
-        named = dict(zip((t.name for t in bound.tensors), bound.entries, strict=True))
-        mine: dict[str, Any] = {name: made[e.path] for name, e in named.items() if e.path in made}
-        for tensor in (t for t in bound.tensors if t.from_base):
-            kind = base[bound.leaf].dtype if tensor.is_copy else dtype
-            place = places.get(named[tensor.name].path)
+        values = placement.put_on_devices(_draw_values(config, sites, drawn, key, dtype), shardings)
+    params: dict[str, Any] = {}
+    for site in sites:
+        entries = dict(zip((tensor.name for tensor in site.tensors), site.entries, strict=True))
+        site_values: dict[str, Any] = {
+            name: values[entry.path] for name, entry in entries.items() if entry.path in values
+        }
+        for tensor in (tensor for tensor in site.tensors if tensor.from_base):
+            tensor_dtype = base[site.leaf].dtype if tensor.is_copy else dtype
+            target = shardings.get(entries[tensor.name].path)
             if abstract:
-                mine[tensor.name] = jax.ShapeDtypeStruct(named[tensor.name].shape, kind, sharding=place)
+                site_values[tensor.name] = jax.ShapeDtypeStruct(
+                    entries[tensor.name].shape, tensor_dtype, sharding=target
+                )
             else:
-                w = jnp.asarray(quantized.to_dense(base[bound.leaf]))
-                derived = sites.map_stack(bound, lambda a, w: a.from_base(w), mine, w)
-                derived = named[tensor.name].form.cleared(derived[tensor.name])
-                # A copy even where nothing changed: the base's own array must not be donated with the adapter's.
-                copy = jnp.array(derived, dtype=kind, copy=True)
-                mine[tensor.name] = copy if place is None else placement.move_to(copy, place)
-        if as_base and jnp.issubdtype(base[bound.leaf].dtype, jnp.floating):
-            mine = {name: _cast(x, base[bound.leaf].dtype) for name, x in mine.items()}
-        out |= {entry.path: mine[name] for name, entry in named.items()}
-    return out
+                w = jnp.asarray(quantized.to_dense(base[site.leaf]))
+                derived = map_stack(site, lambda a, w: a.from_base(w), site_values, w)
+                derived = entries[tensor.name].form.cleared(derived[tensor.name])
+                # Always copy, so that donating the adapter never donates the base's array.
+                copy = jnp.array(derived, dtype=tensor_dtype, copy=True)
+                site_values[tensor.name] = copy if target is None else placement.move_to(copy, target)
+        if use_base_dtype and jnp.issubdtype(base[site.leaf].dtype, jnp.floating):
+            site_values = {name: _cast(x, base[site.leaf].dtype) for name, x in site_values.items()}
+        params |= {entry.path: site_values[name] for name, entry in entries.items()}
+    return params
 
 
-def _drawn(
-    config: Config, bounds: Sequence[sites.Site], wanted: Mapping[str, Any], key: Any, dtype: Any
+def _draw_values(
+    config: Config, sites: Sequence[Site], drawn: Mapping[str, Any], key: Any, dtype: Any
 ) -> dict[str, Any]:
+    """Draw random and constant values, `{path: array}`."""
     try:
-        draws = {p: (b.method.fresh(config, t, b.fan_in), shape) for p, (b, t, shape) in wanted.items()}
-        apart = {p: s for p, (b, t, _) in wanted.items() if (s := _by_tensor(config, b, t)) is not None}
-    except ConfigError as error:  # random numbers do not do, which only matters if values are asked for
+        draws = {
+            path: (site.method.fresh(config, tensor, site.fan_in), shape)
+            for path, (site, tensor, shape) in drawn.items()
+        }
+        scales = {
+            path: tensor_scales
+            for path, (site, tensor, _) in drawn.items()
+            if (tensor_scales := _scales_by_tensor(config, site, tensor)) is not None
+        }
+    except ConfigError as error:  # this start has no random draw; under tracing no values are needed
         if not placement.is_tracing():
             raise
-        return {p: random_draws.missing(shape, dtype, str(error)) for p, (_, _, shape) in wanted.items()}
-    made = random_draws.draw_arrays(key, draws, dtype)
-    forms = {e.path: e.form for b in bounds for e in b.entries}
-    unit = {p: (dataclasses.replace(draws[p][0], scale=1.0), draws[p][1]) for p in apart}
-    plain = random_draws.draw_arrays(key, unit, jnp.float32)
-    made |= {p: (x * forms[p].by_tensor(apart[p])).astype(dtype) for p, x in plain.items()}
-    return {p: forms[p].cleared(x) for p, x in made.items()}
+        return {path: random_draws.missing(shape, dtype, str(error)) for path, (_, _, shape) in drawn.items()}
+    values = random_draws.draw_arrays(key, draws, dtype)
+    forms = {entry.path: entry.form for site in sites for entry in site.entries}
+    unit_draws = {path: (dataclasses.replace(draws[path][0], scale=1.0), draws[path][1]) for path in scales}
+    unit_values = random_draws.draw_arrays(key, unit_draws, jnp.float32)
+    values |= {path: (array * forms[path].by_tensor(scales[path])).astype(dtype) for path, array in unit_values.items()}
+    return {path: forms[path].cleared(array) for path, array in values.items()}
 
 
-def _by_tensor(config: Config, bound: sites.Site, tensor: MethodTensor) -> list[float] | None:
-    """How wide the values of each tensor are drawn where their ranks differ; None if all are drawn alike."""
+def _scales_by_tensor(config: Config, site: Site, tensor: MethodTensor) -> list[float] | None:
+    """Return the scale of each tensor's draws if their ranks differ; None if all are drawn alike."""
     sizes = [size for size in tensor.used or () if size]
     if len(set(sizes)) < 2:
         return None
-    own = [tuple((name, size if name == "r" else n) for name, n in tensor.own) for size in sizes]
-    draws = [bound.method.fresh(config, dataclasses.replace(tensor, own=o), bound.fan_in) for o in own]
+    all_sizes = [tuple((name, size if name == "r" else value) for name, value in tensor.own) for size in sizes]
+    draws = [
+        site.method.fresh(config, dataclasses.replace(tensor, own=own_sizes), site.fan_in) for own_sizes in all_sizes
+    ]
     if draws[0].kind == "constant" or len(set(draws)) == 1:
         return None
-    ((entry,),) = ([e for t, e in zip(bound.tensors, bound.entries, strict=True) if t == tensor],)
+    ((entry,),) = ([candidate for other, candidate in zip(site.tensors, site.entries, strict=True) if other == tensor],)
     scales = dict(zip(sizes, (draw.scale for draw in draws), strict=True))
     return [scales[rank] for rank in entry.form.ranks or ()]
 
@@ -116,5 +140,5 @@ def _cast(x: Any, dtype: Any) -> Any:
 
 
 def has_value(leaf: Any, abstract: bool) -> bool:
-    """Whether a base leaf has values, or at least a shape where that is all that is asked for."""
+    """Return True if a base leaf has values, or with `abstract` at least a shape."""
     return leaf is not None and (abstract or not isinstance(leaf, jax.ShapeDtypeStruct))

@@ -1,8 +1,8 @@
-"""What several leaves hold of one tensor in PyTorch, put together for a file (`pieces` names and cuts the parts).
+"""Leaves that are parts of one tensor in PyTorch, joined for a file (`keymaps.parts` names and cuts the parts).
 
-PEFT's adapter of such a module has one A for all parts, or one B where the parts are what A reads; here each leaf has
-its own, and a file's is read into all of them. They stay equal only untrained, so to save them their ranks are put side
-by side, which computes the same: A' = [Aq; Ak; Av], B' = diag(Bq, Bk, Bv).
+PEFT's adapter of such a module has one A for all parts, or one B where A reads the parts. Here each leaf has its own,
+and a file's shared factor is read into all of them. They are equal only until they are trained. To save trained ones,
+their ranks are concatenated, which computes the same: A' = [Aq; Ak; Av], B' = diag(Bq, Bk, Bv).
 """
 
 from __future__ import annotations
@@ -20,167 +20,196 @@ from jaxadapt.adapters.sites import Site
 from jaxadapt.configs import Config, LoraConfig, matching
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, MismatchError
-from jaxadapt.keymaps import parts as pieces
+from jaxadapt.keymaps.parts import Part, group_by_file_key, join_parts, parse_part_key
 
 Array = Any
 
 
 def join_tensors(
-    config: Config, bounds: Sequence[Site], tensors: Mapping[str, Array], on_shared: str | None, call: str
+    config: Config, sites: Sequence[Site], tensors: Mapping[str, Array], on_shared: str | None, call: str
 ) -> tuple[Config, dict[str, Array]]:
-    """A plan's tensors as the file has them, and the configuration that goes with them.
+    """Return a plan's tensors as the file holds them, and the configuration for them.
 
     Args:
-        bounds: the sites that the tensors are of.
-        on_shared: "concat" puts As (or Bs) that differ side by side, which multiplies the module's rank by its parts.
+        bounds: the sites of the tensors.
+        on_shared: "concat" concatenates As (or Bs) that differ, which multiplies the rank by the number of parts.
+        call: the call that takes `on_shared`, for messages.
 
-    Raises `MismatchError` where they differ and nobody asked for that, or where some parts are not there.
+    Raises `MismatchError` if they differ and `on_shared` is None, or if parts are missing.
     """
     if on_shared not in (None, "concat"):
         raise MismatchError(f'on_shared: expected None or "concat", found {on_shared!r}')
-    found = {name: parts for name, parts in pieces.group_by_file_key(tensors).items() if name not in tensors}
-    missing = [name for name, parts in found.items() if len(parts) != _part(parts[0]).n]
-    if missing:
-        raise MismatchError("of these tensors only some parts are there:\n" + paths.bullets(missing))
-    shared = [name for name, parts in found.items() if _part(parts[0]).axis is None]
-    apart = [name for name in shared if not bitwise_equal([tensors[key] for key in found[name]])]
-    if apart and on_shared is None:
-        counts = ", ".join(str(n) for n in sorted({_part(found[name][0]).n for name in apart}))
+    parts_of = {name: parts for name, parts in group_by_file_key(tensors).items() if name not in tensors}
+    incomplete = [name for name, parts in parts_of.items() if len(parts) != _parse_part(parts[0]).n]
+    if incomplete:
         raise MismatchError(
-            "PEFT has one A for several of the weights here (queries, keys and values of an nn.MultiheadAttention, gate"
-            " and up of experts; Llama 4's have one B), and theirs differ (or nobody can tell, inside jit):\n"
-            f'{paths.bullets(apart)}\nPass on_shared="concat" to {call}: with their ranks side by side the file'
-            f" computes exactly the same, at {counts} times the rank (of experts, keymap='FAMILY/per-expert' writes a"
-            " LoRA for each instead)"
+            "some tensors are incomplete, since the adapter holds only some of their parts. Save all parts of each:\n"
+            + paths.bullets(incomplete)
         )
-    out: dict[str, Array] = {
-        name: tensors[name] for name in tensors if name not in found and pieces.parse_part_key(name) is None
+    shared = [name for name, parts in parts_of.items() if _parse_part(parts[0]).axis is None]
+    different = [name for name in shared if not bitwise_equal([tensors[key] for key in parts_of[name]])]
+    if different and on_shared is None:
+        counts = ", ".join(str(n) for n in sorted({_parse_part(parts_of[name][0]).n for name in different}))
+        raise MismatchError(
+            "PEFT has one A for several of these weights (queries, keys and values of an nn.MultiheadAttention, gate"
+            " and up of experts; Llama 4's have one B), and their factors differ, or inside jit cannot be compared:\n"
+            f'{paths.bullets(different)}\nPass on_shared="concat" to {call}: it concatenates their ranks and computes'
+            f" exactly the same at {counts} times the rank (for experts, keymap='FAMILY/per-expert' writes one LoRA per"
+            " expert instead)"
+        )
+    joined: dict[str, Array] = {
+        name: tensors[name] for name in tensors if name not in parts_of and parse_part_key(name) is None
     }
-    for name, parts in found.items():
-        out[name] = pieces.join_parts([tensors[key] for key in parts], parts, array_namespace(tensors[parts[0]]))
-    grown: dict[str, int] = {}
-    sites = _sites(bounds)
-    for name in apart:
-        bound, module = sites[found[name][0]]
-        grown[module] = _part(found[name][0]).n
-        _concatenate(bound, name, found, tensors, out)
-    return (_with_ranks(config, bounds, grown) if grown else config), out
+    for name, parts in parts_of.items():
+        joined[name] = join_parts([tensors[key] for key in parts], parts, array_namespace(tensors[parts[0]]))
+    growth: dict[str, int] = {}
+    site_of = _sites_by_key(sites)
+    for name in different:
+        site, module = site_of[parts_of[name][0]]
+        growth[module] = _parse_part(parts_of[name][0]).n
+        _concatenate_module(site, name, parts_of, tensors, joined)
+    return (_with_grown_ranks(config, sites, growth) if growth else config), joined
 
 
-def _part(key: str) -> pieces.Part:
-    piece = pieces.parse_part_key(key)
-    assert piece is not None
-    return piece
+def _parse_part(key: str) -> Part:
+    """Return the part that a plan's key names."""
+    part = parse_part_key(key)
+    assert part is not None
+    return part
 
 
 def array_namespace(x: Array) -> Any:
+    """Return `jax.numpy` for a JAX array, else `numpy`."""
     return jnp if isinstance(x, jax.Array) else np
 
 
 def bitwise_equal(arrays: Sequence[Array]) -> bool:
-    """Whether they are, bit for bit; of traced arrays nobody can tell."""
+    """Return True if the arrays are equal; False for traced arrays, whose values are unknown."""
     if any(isinstance(x, Tracer) for x in arrays):
         return False
     return all(np.array_equal(np.asarray(arrays[0]), np.asarray(x)) for x in arrays[1:])
 
 
-def _sites(bounds: Sequence[Site]) -> dict[str, tuple[Site, str]]:
-    """`{a plan's key: its site, and the module or parameter that it is of}`."""
+def _sites_by_key(sites: Sequence[Site]) -> dict[str, tuple[Site, str]]:
+    """Return `{key of the plan: (site, module or parameter)}`."""
     return {
-        key: (b, module)
-        for b in bounds
-        for e in b.entries
-        for key, module in zip(e.keys, b.modules if len(e.keys) == len(b.modules) else [], strict=False)
+        key: (site, module)
+        for site in sites
+        for entry in site.entries
+        for key, module in zip(entry.keys, site.modules if len(entry.keys) == len(site.modules) else [], strict=False)
     }
 
 
-def _concatenate(
-    bound: Site, name: str, found: Mapping[str, list[str]], tensors: Mapping[str, Array], out: dict[str, Array]
+def _concatenate_module(
+    site: Site, name: str, parts_of: Mapping[str, list[str]], tensors: Mapping[str, Array], out: dict[str, Array]
 ) -> None:
-    """Put the ranks of one module's parts side by side, in A and in B."""
-    first = next(e for e in bound.entries if found[name][0] in e.keys)
-    ranks = first.form.ranks
-    rank = dict(bound.tensors[0].own)["r"] if ranks is None else ranks[first.keys.index(found[name][0])]
+    """Concatenate the ranks of one module's parts, in A and in B."""
+    entry = next(candidate for candidate in site.entries if parts_of[name][0] in candidate.keys)
+    ranks = entry.form.ranks
+    rank = dict(site.tensors[0].own)["r"] if ranks is None else ranks[entry.keys.index(parts_of[name][0])]
     module, dot, last = name.rpartition(".lora_")
     a, b = (f"{module}{dot}{side}{last[1:]}" for side in "AB")
-    of_a, of_b = ([tensors[key] for key in found[whole]] for whole in (a, b))
-    out[a], out[b] = concatenate_ranks(rank, of_a, of_b, found[a], found[b])
-    if bound.match.weight.kind == "attention":  # its output projection has the same rank
-        more = (len(found[name]) - 1) * rank
+    parts_a, parts_b = ([tensors[key] for key in parts_of[factor]] for factor in (a, b))
+    out[a], out[b] = concatenate_ranks(rank, parts_a, parts_b, parts_of[a], parts_of[b])
+    if site.match.weight.kind == "attention":  # the output projection has the same rank
+        padding = (len(parts_of[name]) - 1) * rank
         a, b = (f"{module}.base_layer.out_proj{dot}{side}{last[1:]}" for side in "AB")
         out[a], out[b] = (
-            array_namespace(out[a]).pad(out[a], ((0, more), (0, 0))),
-            array_namespace(out[b]).pad(out[b], ((0, 0), (0, more))),
+            array_namespace(out[a]).pad(out[a], ((0, padding), (0, 0))),
+            array_namespace(out[b]).pad(out[b], ((0, 0), (0, padding))),
         )
 
 
 def concatenate_ranks(
     rank: int, a: Sequence[Array], b: Sequence[Array], keys_a: Sequence[str], keys_b: Sequence[str]
 ) -> tuple[Array, Array]:
-    """One A (experts · r, in) and one B (out, r · experts), from those of the parts that `keys` say they are.
+    """Return one A (experts · r, in) and one B (out, r · experts) from the parts that `keys_a` and `keys_b` name.
 
-    What is one for all parts goes side by side along the rank, and what is a part moves to its own place there.
+    A factor that all parts share is concatenated along the rank. A factor of one part moves to its own range of ranks.
 
     >>> a, b = [np.ones((1, 3))] * 2, [np.full((2, 1), 1.0), np.full((2, 1), 2.0)]
     >>> concatenate_ranks(1, a, b, ["a[=0/2]", "a[=1/2]"], ["b[0/2]", "b[1/2]"])[1].tolist()
     [[1.0, 0.0], [1.0, 0.0], [0.0, 2.0], [0.0, 2.0]]
     """
     n, xp = len(a), array_namespace(a[0])
-    # A's rows are (expert, rank), and B's columns (rank, expert): either way the rank is in the middle.
+    # A's rows are (expert, rank) and B's columns (rank, expert): in both reshaped forms the rank is axis 1.
     wide_a = [x.reshape(x.shape[0] // rank, rank, x.shape[1]) for x in a]
     wide_b = [x.reshape(x.shape[0], rank, x.shape[1] // rank) for x in b]
     out: list[Array] = []
-    for wide, keys, flat in ((wide_a, keys_a, (-1, a[0].shape[1])), (wide_b, keys_b, (b[0].shape[0], -1))):
-        if _part(keys[0]).axis is None:
-            out.append(xp.concatenate(wide, axis=1).reshape(flat))
+    for tensors, keys, flat_shape in ((wide_a, keys_a, (-1, a[0].shape[1])), (wide_b, keys_b, (b[0].shape[0], -1))):
+        if _parse_part(keys[0]).axis is None:
+            out.append(xp.concatenate(tensors, axis=1).reshape(flat_shape))
             continue
-        moved = [xp.pad(x, ((0, 0), (i * rank, (n - 1 - i) * rank), (0, 0))).reshape(flat) for i, x in enumerate(wide)]
-        out.append(pieces.join_parts(moved, keys, xp))
+        padded = [
+            xp.pad(x, ((0, 0), (i * rank, (n - 1 - i) * rank), (0, 0))).reshape(flat_shape)
+            for i, x in enumerate(tensors)
+        ]
+        out.append(join_parts(padded, keys, xp))
     return out[0], out[1]
 
 
-def _with_ranks(config: Config, bounds: Sequence[Site], grown: Mapping[str, int]) -> Config:
-    """The configuration with so many times the rank for some modules, and the scale that they had."""
+def _with_grown_ranks(config: Config, sites: Sequence[Site], growth: Mapping[str, int]) -> Config:
+    """Return the configuration with the ranks of some modules multiplied, and their scales unchanged."""
     assert isinstance(config, LoraConfig)
-    names = {m for b in bounds if not b.method.copies for m in b.modules}
-    ranks = {m: matching.pattern_value(config.rank_pattern, m, config.r) * grown.get(m, 1) for m in names}
+    modules = {module for site in sites if not site.method.copies for module in site.modules}
+    ranks = {
+        module: matching.pattern_value(config.rank_pattern, module, config.r) * growth.get(module, 1)
+        for module in modules
+    }
     alphas = {
-        m: matching.pattern_value(config.alpha_pattern, m, config.lora_alpha)
-        * ((math.sqrt(grown[m]) if config.use_rslora else grown[m]) if m in grown else 1)
-        for m in names
+        module: matching.pattern_value(config.alpha_pattern, module, config.lora_alpha)
+        * ((math.sqrt(growth[module]) if config.use_rslora else growth[module]) if module in growth else 1)
+        for module in modules
     }
     return with_ranks_and_alphas(config, ranks, alphas)
 
 
 def with_ranks_and_alphas(config: LoraConfig, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> LoraConfig:
-    """The configuration by which these modules (or parameters) have these ranks and alphas.
+    """Return the configuration with these ranks and alphas for these modules or parameters.
 
-    Raises `ConfigError` if no patterns say so.
+    Raises `ConfigError` if no patterns express them.
     """
     if len(set(ranks.values())) == len(set(alphas.values())) == 1:
-        none: dict[str, Any] = {}
+        no_patterns: dict[str, Any] = {}
         return config.replace(
-            r=next(iter(ranks.values())), lora_alpha=next(iter(alphas.values())), rank_pattern=none, alpha_pattern=none
+            r=next(iter(ranks.values())),
+            lora_alpha=next(iter(alphas.values())),
+            rank_pattern=no_patterns,
+            alpha_pattern=no_patterns,
         )
-    new = config.replace(rank_pattern=_patterns(ranks, config.r), alpha_pattern=_patterns(alphas, config.lora_alpha))
-    wrong = [m for m in sorted(ranks) if matching.pattern_value(new.rank_pattern, m, new.r) != ranks[m]]
-    wrong += [m for m in sorted(ranks) if matching.pattern_value(new.alpha_pattern, m, new.lora_alpha) != alphas[m]]
-    if wrong:
+    config_with_patterns = config.replace(
+        rank_pattern=_patterns(ranks, config.r), alpha_pattern=_patterns(alphas, config.lora_alpha)
+    )
+    unmatched = [
+        name
+        for name in sorted(ranks)
+        if matching.pattern_value(config_with_patterns.rank_pattern, name, config_with_patterns.r) != ranks[name]
+    ]
+    unmatched += [
+        name
+        for name in sorted(ranks)
+        if matching.pattern_value(config_with_patterns.alpha_pattern, name, config_with_patterns.lora_alpha)
+        != alphas[name]
+    ]
+    if unmatched:
         raise ConfigError(
-            "rank_pattern and alpha_pattern cannot give these modules ranks of their own, since they are called like"
-            " the end of others:\n" + paths.bullets(wrong)
+            "rank_pattern and alpha_pattern cannot give these modules their own ranks: each name is also the end of"
+            " another module's name:\n" + paths.bullets(unmatched)
         )
-    return new
+    return config_with_patterns
 
 
 def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """A pattern for each name whose value is another than the default; for all of one last name where they agree."""
-    held: dict[str, set[Any]] = {}
+    """Return patterns for the names whose value is not the default.
+
+    A pattern is the last part of the name where all names that end so have one value, else the full name.
+    """
+    values_by_end: dict[str, set[Any]] = {}
     for name, value in values.items():
-        held.setdefault(name.rpartition(".")[2], set()).add(value)
-    out: dict[str, Any] = {}
+        values_by_end.setdefault(name.rpartition(".")[2], set()).add(value)
+    patterns: dict[str, Any] = {}
     for name, value in sorted(values.items()):
-        last = name.rpartition(".")[2]
+        end = name.rpartition(".")[2]
         if value != default:
-            out[last if len(held[last]) == 1 else name] = value
-    return out
+            patterns[end if len(values_by_end[end]) == 1 else name] = value
+    return patterns

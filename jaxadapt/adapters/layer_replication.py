@@ -1,7 +1,7 @@
-"""`layer_replication`: PEFT makes a model of a base by repeating layers, each with an adapter of its own.
+"""`layer_replication`: PEFT builds a model from a base by repeating layers, each repetition with its own adapter.
 
-Here a model is its own code, so it comes with its layers repeated; the adapter then fits it as any other, and in PEFT
-the base. What is checked: that there are as many layers, and that those which repeat one layer hold the same.
+Here the model comes with its layers already repeated, so the adapter fits it as any other, and fits the base in PEFT.
+This module checks that the model has as many layers, and that layers which repeat one layer of the base are equal.
 """
 
 from __future__ import annotations
@@ -20,62 +20,62 @@ from jaxadapt.core.errors import ConfigError, warn
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap
 
-_LAYER = re.compile(r"(?:^|\.)(?:layers|encoder\.layer|h)\.(\d+)\.")  # where PEFT's replicate_layers finds them
+_LAYER = re.compile(r"(?:^|\.)(?:layers|encoder\.layer|h)\.(\d+)\.")  # the names that PEFT's replicate_layers knows
 
 
 def base_layers(config: Config) -> list[int]:
-    """For each layer of the model the layer of the base that it repeats; empty where nothing is repeated."""
+    """Return for each layer of the model the layer of the base that it repeats; empty without `layer_replication`."""
     return [layer for start, end in config.get("layer_replication") or () for layer in range(start, end)]
 
 
 def check_layers(config: Config, modules: Iterable[str]) -> None:
-    """Raise `ConfigError` unless a model of these modules has the layers that the configuration makes."""
+    """Raise `ConfigError` if a model with these modules lacks the layers that the configuration makes."""
     order = base_layers(config)
     if not order:
         return
-    found = {int(match[1]) for name in modules if (match := _LAYER.search(name))}
-    if found != set(range(len(order))):
+    layers = {int(match[1]) for name in modules if (match := _LAYER.search(name))}
+    if layers != set(range(len(order))):
         raise ConfigError(
-            f"layer_replication makes a model of {len(order)} layers out of the base's, and this one has {len(found)}:"
-            f" build it with the base's layers in this order: {order}. (They are looked for where PEFT does, under"
+            f"layer_replication makes a model of {len(order)} layers out of the base's; this model has {len(layers)}."
+            f" Build it with the base's layers in this order: {order}. (Layers are recognised as in PEFT, below"
             ' "layers", "encoder.layer" or "h".)'
         )
 
 
 def check_values(config: Config, keymap: KeyMap, base: Callable[[], Mapping[str, Any]]) -> None:
-    """Raise `ConfigError` where layers that repeat one layer of the base differ.
+    """Raise `ConfigError` if layers that repeat one layer of the base differ.
 
     Args:
-        base: gives `{leaf: array or spec}` of the base parameters.
+        base: a function that returns `{leaf: array or spec}` of the base parameters.
     """
     order = base_layers(config)
     if not order:
         return
     first: dict[str, Any] = {}
-    apart: list[str] = []
-    hollow = False
+    different: list[str] = []
+    without_values = False
     for leaf, array in base().items():
-        site = keymap.match(leaf)
-        if site is None or len(site.weight.left) != len(array.shape):
+        match = keymap.match(leaf)
+        if match is None or len(match.weight.left) != len(array.shape):
             continue
-        values = isinstance(array, np.ndarray | jax.Array) and not isinstance(array, Tracer)
-        hollow |= not values
-        for index, parameter in site.parameters(plan.axis_sizes(site, array.shape)).items():
+        has_values = isinstance(array, np.ndarray | jax.Array) and not isinstance(array, Tracer)
+        without_values |= not has_values
+        for index, parameter in match.parameters(plan.axis_sizes(match, array.shape)).items():
             name = paths.join(*parameter)
-            match = _LAYER.search(name)
-            if match is None or not values or int(match[1]) >= len(order):
+            layer = _LAYER.search(name)
+            if layer is None or not has_values or int(layer[1]) >= len(order):
                 continue
-            where: list[Any] = [slice(None)] * len(array.shape)
-            for axis, at in zip(site.braced, index, strict=True):
-                where[site.weight.left.index(axis)] = at
-            piece = array[tuple(where)]
-            same = f"{name[: match.start(1)]}{order[int(match[1])]}{name[match.end(1) :]}"
-            if not np.array_equal(np.asarray(first.setdefault(same, piece)), np.asarray(piece)):
-                apart.append(name)
-    if apart:
+            slices: list[Any] = [slice(None)] * len(array.shape)
+            for axis, position in zip(match.braced, index, strict=True):
+                slices[match.weight.left.index(axis)] = position
+            layer_value = array[tuple(slices)]
+            base_name = f"{name[: layer.start(1)]}{order[int(layer[1])]}{name[layer.end(1) :]}"
+            if not np.array_equal(np.asarray(first.setdefault(base_name, layer_value)), np.asarray(layer_value)):
+                different.append(name)
+    if different:
         raise ConfigError(
             f"layer_replication repeats layers of the base ({order}), and these parameters differ from those of the"
-            " layer they repeat:\n" + paths.bullets(apart)
+            " layer they repeat. Build the model with copies of the base's layers:\n" + paths.bullets(different)
         )
-    if hollow:
-        warn("layer_replication: the base has no values to compare the repeated layers by")
+    if without_values:
+        warn("layer_replication: the base has no values here, so the repeated layers could not be compared")

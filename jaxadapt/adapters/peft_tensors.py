@@ -1,4 +1,4 @@
-"""What a PEFT file holds, as a value. It knows neither JAX nor numpy: looking into a file needs neither."""
+"""The content of a PEFT file, as a value. This module imports neither JAX nor numpy: to inspect files takes neither."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class PeftTensors:
 
     Args:
         config: the configuration of `adapter_config.json`.
-        tensors: `{key: array}`; the values may be made on demand.
-        source: where it was read from, for messages.
+        tensors: `{key: array}`; the mapping may read its values on demand.
+        source: the place it was read from, for messages.
 
     >>> import numpy as np, jaxadapt
     >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])

@@ -1,4 +1,4 @@
-"""The configuration for the same sites under another table's names."""
+"""The configuration of an adapter under another keymap's names."""
 
 from __future__ import annotations
 
@@ -12,41 +12,50 @@ from jaxadapt.core.errors import ConfigError, KeyMapError
 from jaxadapt.keymaps.keymap import KeyMap, Match
 
 
-def rename_targets(config: Config, before: Sequence[Site], table: KeyMap) -> Config:
-    """The configuration for the same sites under another table's module names.
+def rename_targets(config: Config, sites: Sequence[Site], keymap: KeyMap) -> Config:
+    """Return the configuration for the same sites under another keymap's module names.
 
-    A model adapted under its JAX names and saved under PyTorch's would otherwise give a file whose
-    `target_modules` match nothing there: PEFT loads such a file as a no-op. Raises `ConfigError` where
-    further fields speak of the old names, and `KeyMapError` for a leaf the table has no line for.
+    Without this, a model adapted under its JAX names and saved under PyTorch's would give a file whose `target_modules`
+    match nothing. PEFT loads such a file without an effect.
+
+    Raises `ConfigError` if other fields use the old names, and `KeyMapError` for a leaf without an entry in the keymap.
     """
-    new: list[str] = []
-    moved: list[str] = []
+    new_names: list[str] = []
+    renamed: list[str] = []
     unmapped: list[str] = []
-    for bound in before:
-        site = table.match(bound.leaf)
-        if site is None:
-            unmapped.append(bound.leaf)
-        elif bound.method.wrapper_depth is not None:
-            names = target_parameters.parameter_names(site, _braced_sizes(bound, site)).values()
-            moved += [name for name in names if not matching.is_parameter(config, name)]
-        elif bound.method.copies:
-            names = [paths.join(*name) for name in site.parameters(_braced_sizes(bound, site)).values()]
-            moved += [name for name in bound.modules if name not in names]
+    for site in sites:
+        match = keymap.match(site.leaf)
+        if match is None:
+            unmapped.append(site.leaf)
+        elif site.method.wrapper_depth is not None:
+            names = target_parameters.parameter_names(match, _braced_sizes(site, match)).values()
+            renamed += [name for name in names if not matching.is_parameter(config, name)]
+        elif site.method.copies:
+            names = [paths.join(*name) for name in match.parameters(_braced_sizes(site, match)).values()]
+            renamed += [name for name in site.modules if name not in names]
         else:
-            names = tuple(site.modules(_braced_sizes(bound, site)).values())
-            mine = bound.named.names
-            new += (
-                [n for n, old in zip(names, mine, strict=True) if old is not None] if len(names) == len(mine) else names
+            names = tuple(match.modules(_braced_sizes(site, match)).values())
+            old_names = site.named.names
+            new_names += (
+                [name for name, old_name in zip(names, old_names, strict=True) if old_name is not None]
+                if len(names) == len(old_names)
+                else names
             )
     if unmapped:
-        raise KeyMapError(f"the table {table.name!r} has no line for these adapted leaves:\n" + paths.bullets(unmapped))
-    old = [m for b in before if not b.method.copies and b.method.wrapper_depth is None for m in b.modules]
-    if moved:
-        raise ConfigError(
-            f"under the table {table.name!r} these parameters have other names, and modules_to_save, target_parameters"
-            " or bias speak of the old ones; pass config= that speaks of the new names:\n" + paths.bullets(moved)
+        raise KeyMapError(
+            f"cannot rename the targets: the keymap {keymap.name!r} has no entry for these adapted leaves. Add entries"
+            " for them:\n" + paths.bullets(unmapped)
         )
-    if set(old) == set(new):
+    old_modules = [
+        name for site in sites if not site.method.copies and site.method.wrapper_depth is None for name in site.modules
+    ]
+    if renamed:
+        raise ConfigError(
+            f"cannot rename the targets: in the keymap {keymap.name!r} these parameters have other names, and"
+            " modules_to_save, target_parameters or bias use the old ones. Pass config= with the new names:\n"
+            + paths.bullets(renamed)
+        )
+    if set(old_modules) == set(new_names):
         return config
     stale = [
         name
@@ -55,17 +64,22 @@ def rename_targets(config: Config, before: Sequence[Site], table: KeyMap) -> Con
     ]
     if stale:
         raise ConfigError(
-            f"under the table {table.name!r} the modules are called {', '.join(sorted(new)[:3])}, …, and"
-            f" {', '.join(stale)} of the configuration speak of {', '.join(sorted(old)[:3])}, …; pass config= that"
-            " speaks of the new names"
+            f"cannot rename the targets: in the keymap {keymap.name!r} the modules are called"
+            f" {', '.join(sorted(new_names)[:3])}, …, and {', '.join(stale)} of the configuration use the old names"
+            f" {', '.join(sorted(old_modules)[:3])}, …. Pass config= with the new names"
         )
-    if all(matching.matches(config, m) for m in new):
+    if all(matching.matches(config, name) for name in new_names):
         return config
-    return config.replace(target_modules=sorted(set(new)))  # in full: a suffix might mean further modules there
+    return config.replace(target_modules=sorted(set(new_names)))  # full names: a suffix could match further modules
 
 
-def _braced_sizes(bound: Site, site: Match) -> dict[str, int]:
-    """Sizes of the braced axes of another table's line for the same leaf, axis by axis."""
-    known = {name: n for e in bound.entries for name, n in zip(e.form.left, e.form.shape, strict=True)}
-    sizes = {new: known.get(old, 0) for old, new in zip(bound.match.weight.left, site.weight.left, strict=True)}
-    return {axis: len(site.weight.names(axis) or ()) or sizes[axis] for axis in site.braced}
+def _braced_sizes(site: Site, match: Match) -> dict[str, int]:
+    """Return the sizes of the braced axes of another keymap's entry for the same leaf, axis by axis."""
+    known_sizes = {
+        name: size for entry in site.entries for name, size in zip(entry.form.left, entry.form.shape, strict=True)
+    }
+    sizes = {
+        new_axis: known_sizes.get(old_axis, 0)
+        for old_axis, new_axis in zip(site.match.weight.left, match.weight.left, strict=True)
+    }
+    return {axis: len(match.weight.names(axis) or ()) or sizes[axis] for axis in match.braced}

@@ -1,6 +1,7 @@
-"""What a configuration selects in a model: which leaves its target_modules, target_parameters and modules_to_save name.
+"""The leaves of a model that a configuration selects by target_modules, target_parameters and modules_to_save.
 
-From a model's shapes, for attaching and loading; `sites.sites_from_shapes` finds the same sites in an adapter alone.
+Selection starts from a model's shapes, for attaching and loading. `sites.sites_from_shapes` finds the same sites in an
+adapter without its model.
 """
 
 from __future__ import annotations
@@ -10,8 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from jaxadapt import methods
 from jaxadapt.adapters import full_copies, layer_replication, selection_warnings, target_parameters, tied
-from jaxadapt.adapters import sites as bind
-from jaxadapt.adapters.sites import Shape, Site
+from jaxadapt.adapters.sites import Shape, Site, bind_site, single_entry_sizes, targeted_entries
 from jaxadapt.configs import Config, matching
 from jaxadapt.core import paths
 from jaxadapt.core.errors import KeyMapError, TargetError, warn
@@ -19,212 +19,247 @@ from jaxadapt.keymaps import generic, plan
 from jaxadapt.keymaps.generic import PLAIN, with_layout
 from jaxadapt.keymaps.keymap import KeyMap, Match
 
-Found = dict[str, tuple[Match, dict[str, int], dict[tuple[int, ...], str]]]
-
+Mapped = dict[str, tuple[Match, dict[str, int], dict[tuple[int, ...], str]]]
+"""`{leaf: (match, sizes, names of its modules by index)}`."""
 
 NONE: frozenset[str] = frozenset()
 
 
 def _inventory(
     keymap: KeyMap, shapes: Mapping[str, Shape], unsure: frozenset[str]
-) -> tuple[Found, dict[str, tuple[str, ...]]]:
-    """The weights a table covers, with their modules, and `{leaf: what it may be called}` of those it does not.
+) -> tuple[Mapped, dict[str, tuple[str, ...]]]:
+    """Return the weights that a keymap covers, with their modules, and `{leaf: its possible names}` for the others.
 
-    `unsure` leaves count as not covered: the generic map would only be guessing at a custom layer's axes.
+    Leaves in `unsure` count as not covered: for a custom layer's axes, the generic keymap could only guess.
     """
-    found: Found = {}
+    mapped: Mapped = {}
     unmapped: dict[str, tuple[str, ...]] = {}
     for leaf, shape in shapes.items():
-        site = keymap.match(leaf)
-        if site is None or leaf in unsure or len(site.weight.left) != len(shape):
-            parent, _, last = leaf.rpartition(".")
-            matrix = len(shape) >= 2 and last not in (*PLAIN, "bias")
-            unmapped[leaf] = (leaf, parent) if matrix else (parent,)
-        elif site.weight.adaptable:
-            sizes = plan.axis_sizes(site, shape)
-            found[leaf] = (site, sizes, site.modules(sizes))
-    # A module with a known weight means that one; others in it (a bias) only under a name of their own.
-    covered = {leaf.rpartition(".")[0] for leaf in found}
-    for leaf, (*own, parent) in list(unmapped.items()):
+        match = keymap.match(leaf)
+        if match is None or leaf in unsure or len(match.weight.left) != len(shape):
+            parent, _, name = leaf.rpartition(".")
+            is_matrix = len(shape) >= 2 and name not in (*PLAIN, "bias")
+            unmapped[leaf] = (leaf, parent) if is_matrix else (parent,)
+        elif match.weight.adaptable:
+            sizes = plan.axis_sizes(match, shape)
+            mapped[leaf] = (match, sizes, match.modules(sizes))
+    # If a module has a mapped weight, its name selects that weight; other leaves need names of their own.
+    covered = {leaf.rpartition(".")[0] for leaf in mapped}
+    for leaf, (*other_names, parent) in list(unmapped.items()):
         if parent in covered:
-            unmapped[leaf] = tuple(own)
-    return found, {leaf: called for leaf, called in unmapped.items() if called}
+            unmapped[leaf] = tuple(other_names)
+    return mapped, {leaf: names for leaf, names in unmapped.items() if names}
 
 
-def _names(found: Found, unmapped: Mapping[str, tuple[str, ...]]) -> list[str]:
-    called = [m for _, _, mods in found.values() for m in mods.values()]
-    return list(dict.fromkeys([*called, *(name for names in unmapped.values() for name in names)]))
+def _module_names(mapped: Mapped, unmapped: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """Return the names of all modules and possible modules, each once."""
+    mapped_names = [name for _, _, modules in mapped.values() for name in modules.values()]
+    return list(dict.fromkeys([*mapped_names, *(name for names in unmapped.values() for name in names)]))
 
 
-def _linear(method: methods.Method, found: Found) -> frozenset[str]:
+def _linear_modules(method: methods.Method, mapped: Mapped) -> frozenset[str]:
+    """Return the modules with a linear weight that the method can adapt."""
     kinds = method.kinds & {"linear"}
-    return frozenset(m for s, _, mods in found.values() if s.weight.kind in kinds for m in mods.values())
+    return frozenset(
+        name for match, _, modules in mapped.values() if match.weight.kind in kinds for name in modules.values()
+    )
 
 
 def resolve_config(
     config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], unsure: frozenset[str] = NONE
 ) -> Config:
-    """The configuration with "all-linear" spelled out, and what PEFT sets from the task and the model's own layers.
+    """Return the configuration with "all-linear" spelled out, and with the fields that PEFT sets from task and layers.
 
-    Raises `KeyMapError` where "all-linear" meets weights that may be linear and nobody can tell.
+    Raises `KeyMapError` if "all-linear" meets weights that may or may not be linear.
     """
     config = tied.resolve_tying(config, keymap, shapes)
     config = matching.with_default_targets(matching.with_task_heads(config), keymap.name)
     if not matching.is_all_linear(config) and not any(w.fan_in_fan_out for w in keymap.weights):
         return config
-    found, unmapped = _inventory(keymap, shapes, unsure)
-    linear = _linear(methods.get_method(config), found)
+    mapped, unmapped = _inventory(keymap, shapes, unsure)
+    linear = _linear_modules(methods.get_method(config), mapped)
     if matching.is_all_linear(config):
-        every = config.replace(target_modules=".*")  # of which exclude_modules and modules_to_save leave out some
-        open_ = [
+        all_modules = config.replace(target_modules=".*")  # minus exclude_modules and modules_to_save
+        ambiguous = [
             f"{leaf} {shapes[leaf]}"
-            for leaf, called in unmapped.items()
-            if (leaf in unsure or len(shapes[leaf]) > 2) and all(matching.matches(every, name) for name in called)
+            for leaf, possible_names in unmapped.items()
+            if (leaf in unsure or len(shapes[leaf]) > 2)
+            and all(matching.matches(all_modules, name) for name in possible_names)
         ]
-        if open_:
-            what = '"all-linear" meets weights that may or may not be linear:\n'
-            raise KeyMapError(what + paths.bullets(open_) + generic.ways_out("name them in exclude_modules"))
-    config = matching.resolve_targets(config, _names(found, unmapped), linear=linear, output=keymap.output)
-    chosen = [s for s, _, mods in found.values() if any(matching.matches(config, m) for m in mods.values())]
-    return with_layout(config, keymap, chosen)
+        if ambiguous:
+            raise KeyMapError(
+                'target_modules="all-linear" is ambiguous for these weights, which may or may not be linear:\n'
+                + paths.bullets(ambiguous)
+                + generic.ways_out("name them in exclude_modules")
+            )
+    config = matching.resolve_targets(config, _module_names(mapped, unmapped), linear=linear, output=keymap.output)
+    selected = [
+        match
+        for match, _, modules in mapped.values()
+        if any(matching.matches(config, name) for name in modules.values())
+    ]
+    return with_layout(config, keymap, selected)
 
 
 def select_sites(
     config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], unsure: frozenset[str] = NONE
 ) -> tuple[Site, ...]:
-    """The sites of a model that a configuration names.
+    """Return the sites of a model that a configuration names.
 
     Args:
         shapes: `{dotted path: shape}` of the base model's leaves.
 
-    Raises `TargetError` if nothing matches, or what matches cannot be adapted; `KeyMapError` if a
-    matching weight has no line, so that nothing targeted is ever left out silently.
+    Raises `TargetError` if nothing matches, or if a match cannot be adapted. Raises `KeyMapError` if a matching weight
+    has no entry in the keymap, so that no target is left out silently.
     """
-    bounds, warned = _select_sites(config, keymap, tuple(shapes.items()), unsure)
-    if config.get("modules_to_save"):  # not kept: it depends on the task, by which configurations are not told apart
-        saved = [name for b in bounds if b.method.copies for name in b.modules]
-        warned += tuple(selection_warnings.unmatched_modules_to_save(config, saved, tied.tied_heads(keymap, shapes)))
-    for line in warned:
-        warn(line)
-    return bounds
+    sites, warnings = _select_sites(config, keymap, tuple(shapes.items()), unsure)
+    if config.get("modules_to_save"):  # not cached: it depends on the task, which equality of configurations ignores
+        saved = [name for site in sites if site.method.copies for name in site.modules]
+        warnings += tuple(selection_warnings.unmatched_modules_to_save(config, saved, tied.tied_heads(keymap, shapes)))
+    for warning in warnings:
+        warn(warning)
+    return sites
 
 
-@functools.lru_cache(maxsize=16)  # a server that loads adapters by the hundred has few models, and few configurations
+@functools.lru_cache(maxsize=16)  # a server that loads hundreds of adapters has few models and configurations
 def _select_sites(
     config: Config, keymap: KeyMap, leaves: tuple[tuple[str, Shape], ...], unsure: frozenset[str]
 ) -> tuple[tuple[Site, ...], tuple[str, ...]]:
-    """`select_sites`, and what it warns of. Of the configuration only what takes part in its equality may matter."""
-    method, shapes = methods.get_method(config), dict(leaves)
-    found, unmapped = _inventory(keymap, shapes, unsure)
-    names = _names(found, unmapped)
-    layer_replication.check_layers(config, names)
-    chosen = matching.select_names(config, names, linear=_linear(method, found), output=keymap.output)
-    own = _parameters(config, method, keymap, shapes)
-    warned = selection_warnings.doubtful_selection(config, names, (*chosen, *(name for b in own for name in b.modules)))
-    if config.get("target_parameters"):
-        sites = (site for leaf in shapes if (site := keymap.match(leaf)) is not None)
-        known = [
-            name
-            for site in sites
-            for name in target_parameters.parameter_names(site, bind.single_entry_sizes(site)).values()
-        ]
-        missed = selection_warnings.unmatched_parameters(
-            config, dict.fromkeys((*known, *(n for b in own for n in b.modules)))
-        )
-        if missed and not own and not chosen:
-            raise TargetError("\n".join(missed))
-        warned += missed
-    wanted = set(chosen)
+    """Return the sites of `select_sites`, and its warnings.
 
-    bounds: list[Site] = []
+    The cache compares configurations by equality, so the result must not depend on fields that equality ignores.
+    """
+    method, shapes = methods.get_method(config), dict(leaves)
+    mapped, unmapped = _inventory(keymap, shapes, unsure)
+    names = _module_names(mapped, unmapped)
+    layer_replication.check_layers(config, names)
+    selected = matching.select_names(config, names, linear=_linear_modules(method, mapped), output=keymap.output)
+    parameter_sites = _bind_parameters(config, method, keymap, shapes)
+    warnings = selection_warnings.doubtful_selection(
+        config, names, (*selected, *(name for site in parameter_sites for name in site.modules))
+    )
+    if config.get("target_parameters"):
+        matches = (match for leaf in shapes if (match := keymap.match(leaf)) is not None)
+        known_parameters = [
+            name
+            for match in matches
+            for name in target_parameters.parameter_names(match, single_entry_sizes(match)).values()
+        ]
+        unmatched = selection_warnings.unmatched_parameters(
+            config, dict.fromkeys((*known_parameters, *(name for site in parameter_sites for name in site.modules)))
+        )
+        if unmatched and not parameter_sites and not selected:
+            raise TargetError("\n".join(unmatched))
+        warnings += unmatched
+    selected_names = set(selected)
+
+    sites: list[Site] = []
     refused = [
-        f"{leaf}: kind {site.weight.kind!r}, {method.peft_type} here adapts {sorted(method.kinds)}"
-        for leaf, (site, _, mods) in found.items()
-        if site.weight.kind not in method.kinds and wanted & set(mods.values())
+        f"{leaf}: kind {match.weight.kind!r}, {method.peft_type} adapts {sorted(method.kinds)}"
+        for leaf, (match, _, module_names) in mapped.items()
+        if match.weight.kind not in method.kinds and selected_names & set(module_names.values())
     ]
-    named = {leaf: set(called) for leaf, called in unmapped.items() if wanted & set(called)}
-    matrices = {name for leaf, called in named.items() if len(shapes[leaf]) >= 2 for name in called}
-    refused += [f"{leaf} {shapes[leaf]}: no matrix" for leaf, called in named.items() if not called & matrices]
+    named_leaves = {
+        leaf: set(possible_names) for leaf, possible_names in unmapped.items() if selected_names & set(possible_names)
+    }
+    matrices = {
+        name for leaf, possible_names in named_leaves.items() if len(shapes[leaf]) >= 2 for name in possible_names
+    }
+    refused += [
+        f"{leaf} {shapes[leaf]}: not a matrix"
+        for leaf, possible_names in named_leaves.items()
+        if not possible_names & matrices
+    ]
     if refused:
-        raise TargetError("target_modules names weights this method cannot adapt:\n" + paths.bullets(refused))
-    lost = [f"{leaf} {shapes[leaf]}" for leaf in named if len(shapes[leaf]) >= 2]
-    if lost:
+        raise TargetError("target_modules selects weights that this method cannot adapt:\n" + paths.bullets(refused))
+    unmapped_targets = [f"{leaf} {shapes[leaf]}" for leaf in named_leaves if len(shapes[leaf]) >= 2]
+    if unmapped_targets:
         raise KeyMapError(
-            f"target_modules names weights whose axis roles the table {keymap.name!r} does not know:\n"
-            + paths.bullets(lost)
+            f"the keymap {keymap.name!r} does not define the axis roles of weights that target_modules selects:\n"
+            + paths.bullets(unmapped_targets)
             + generic.ways_out("leave them out of target_modules")
         )
-    for site, sizes, mods in found.values():
-        if not wanted & set(mods.values()):
+    for match, sizes, module_names in mapped.values():
+        if not selected_names & set(module_names.values()):
             continue
-        hit = [index for index, m in mods.items() if m in wanted]
-        site, modules = bind.targeted_entries(site, sizes, mods, hit)
-        bounds.append(bind.bind_site(config, method, keymap, site, sizes, modules))
-    twice = {b.leaf for b in bounds} & {b.leaf for b in own}
-    if twice:
-        raise TargetError("target_modules and target_parameters both name these weights:\n" + paths.bullets(twice))
-    bounds += own
-    return (*bounds, *_copies(config, keymap, shapes, bounds)), tuple(warned)
+        indices = [index for index, name in module_names.items() if name in selected_names]
+        match, modules = targeted_entries(match, sizes, module_names, indices)
+        sites.append(bind_site(config, method, keymap, match, sizes, modules))
+    duplicates = {site.leaf for site in sites} & {site.leaf for site in parameter_sites}
+    if duplicates:
+        raise TargetError(
+            "target_modules and target_parameters both select these weights; name each in one of them:\n"
+            + paths.bullets(duplicates)
+        )
+    sites += parameter_sites
+    return (*sites, *_bind_copies(config, keymap, shapes, sites)), tuple(warnings)
 
 
-def _parameters(config: Config, method: methods.Method, keymap: KeyMap, shapes: Mapping[str, Shape]) -> list[Site]:
-    """The sites that `target_parameters` names."""
-    found = target_parameters.select_parameters(config, keymap, shapes)
-    depths = target_parameters.wrapper_depths(keymap, (site for site, _, _ in found))
-    bounds: list[Site] = []
-    for site, sizes, names in found:
-        hit = [index for index, n in names.items() if matching.is_parameter(config, n)]
-        site, modules = bind.targeted_entries(site, sizes, names, hit)
-        bounds.append(bind.bind_site(config, method.on_parameter(depths[site.leaf]), keymap, site, sizes, modules))
-    return bounds
+def _bind_parameters(config: Config, method: methods.Method, keymap: KeyMap, shapes: Mapping[str, Shape]) -> list[Site]:
+    """Return the sites that `target_parameters` names."""
+    selected = target_parameters.select_parameters(config, keymap, shapes)
+    depths = target_parameters.wrapper_depths(keymap, (match for match, _, _ in selected))
+    sites: list[Site] = []
+    for match, sizes, names in selected:
+        indices = [index for index, name in names.items() if matching.is_parameter(config, name)]
+        match, modules = targeted_entries(match, sizes, names, indices)
+        sites.append(bind_site(config, method.on_parameter(depths[match.leaf]), keymap, match, sizes, modules))
+    return sites
 
 
-def _copies(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], adapted: Sequence[Site]) -> list[Site]:
-    """The sites of which the adapter holds a full copy."""
-    own = {b.leaf for b in adapted}
-    bounds: list[Site] = []
-    for site, sizes, found in full_copies.select_copies(
-        config, keymap, shapes, {m for b in adapted for m in b.modules}
+def _bind_copies(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], adapted: Sequence[Site]) -> list[Site]:
+    """Return the sites of full and partial copies."""
+    adapted_leaves = {site.leaf for site in adapted}
+    sites: list[Site] = []
+    for match, sizes, copied_entries in full_copies.select_copies(
+        config, keymap, shapes, {module for site in adapted for module in site.modules}
     ):
-        names = {index: paths.join(*name) for index, name in site.parameters(sizes).items()}
-        site, modules = bind.targeted_entries(site, sizes, names, found)
-        copied = next(iter(found.values()))
-        bounds.append(bind.bind_site(config, copied, keymap, site, sizes, modules))
-    unknown = [
-        f"{b.leaf} {shapes[b.leaf]}"
-        for b in bounds
-        if (line := keymap.match(b.leaf)) is not None and len(line.weight.left) != len(shapes[b.leaf])
+        names = {index: paths.join(*name) for index, name in match.parameters(sizes).items()}
+        match, modules = targeted_entries(match, sizes, names, copied_entries)
+        method = next(iter(copied_entries.values()))
+        sites.append(bind_site(config, method, keymap, match, sizes, modules))
+    unknown_layouts = [
+        f"{site.leaf} {shapes[site.leaf]}"
+        for site in sites
+        if (mapped_match := keymap.match(site.leaf)) is not None
+        and len(mapped_match.weight.left) != len(shapes[site.leaf])
     ]
-    if unknown:
+    if unknown_layouts:
         raise KeyMapError(
-            f"modules_to_save names weights whose layout in PyTorch the table {keymap.name!r} does not know (its line"
-            " is for another number of axes; a convolution's kernel has more than a Linear's):\n"
-            + paths.bullets(unknown)
+            f"the keymap {keymap.name!r} does not define the PyTorch layout of weights that modules_to_save selects:"
+            " its entry has another number of axes (a convolution's kernel has more than a Linear's):\n"
+            + paths.bullets(unknown_layouts)
             + generic.ways_out("leave them out")
         )
-    twice = [b.leaf for b in bounds if b.leaf in own]
-    if twice:
+    duplicates = [site.leaf for site in sites if site.leaf in adapted_leaves]
+    if duplicates:
         raise TargetError(
-            "modules_to_save or trainable_token_indices takes these weights, and target_modules would adapt them as"
-            " well:\n" + paths.bullets(twice)
+            "target_modules selects weights that modules_to_save or trainable_token_indices copies; name each in one of"
+            " them:\n" + paths.bullets(duplicates)
         )
-    return bounds
+    return sites
 
 
 def uncovered_leaves(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]) -> tuple[str, ...]:
-    """The leaves that the configuration may name and the table has no line for."""
+    """Return the matrices that the configuration may name and the keymap has no entry for."""
     _, unmapped = _inventory(keymap, shapes, NONE)
-    matrices = {leaf: called for leaf, called in unmapped.items() if len(shapes[leaf]) >= 2}
+    matrices = {leaf: names for leaf, names in unmapped.items() if len(shapes[leaf]) >= 2}
     if matching.is_all_linear(config):
         return tuple(matrices)
-    return tuple(leaf for leaf, called in matrices.items() if any(matching.matches(config, m) for m in called))
+    return tuple(leaf for leaf, names in matrices.items() if any(matching.matches(config, name) for name in names))
 
 
 def unselected_matrices(
     config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], adapted: Collection[str]
 ) -> tuple[str, ...]:
-    """The matrices that the configuration names and that are not among the adapted leaves."""
-    found, unmapped = _inventory(keymap, shapes, NONE)
-    names = {leaf: tuple(mods.values()) for leaf, (_, _, mods) in found.items()} | unmapped
-    rest = {leaf: called for leaf, called in names.items() if len(shapes[leaf]) >= 2 and leaf not in adapted}
-    return tuple(leaf for leaf, called in rest.items() if any(matching.matches(config, m) for m in called))
+    """Return the matrices that the configuration names and that are not among the adapted leaves."""
+    mapped, unmapped = _inventory(keymap, shapes, NONE)
+    names = {leaf: tuple(modules.values()) for leaf, (_, _, modules) in mapped.items()} | unmapped
+    others = {
+        leaf: possible_names for leaf, possible_names in names.items() if len(shapes[leaf]) >= 2 and leaf not in adapted
+    }
+    return tuple(
+        leaf
+        for leaf, possible_names in others.items()
+        if any(matching.matches(config, name) for name in possible_names)
+    )

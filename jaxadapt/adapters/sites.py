@@ -1,8 +1,7 @@
-"""A configuration bound to shapes: which leaves are adapted, and by tensors of what shape.
+"""A configuration bound to shapes: the adapted leaves, and the shapes of their tensors.
 
-`sites_from_shapes` starts from an adapter alone (saving); `selection.select_sites` from a model (attaching, loading).
-Both give the
-same `Site` values, from which the specs of the parameters and the plan of the file follow.
+`sites_from_shapes` starts from an adapter without a model (saving), `selection.select_sites` from a model (attaching,
+loading). Both return the same `Site` values, which define the parameters' specs and the plan of the file.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ Index = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One site under one configuration: its tensors, and what the arithmetic needs besides arrays.
+    """One adapted leaf under one configuration: its tensors, and the hyperparameters of its arithmetic.
 
-    `method` is the configuration's own, or `Copied` where the adapter holds the whole leaf; `named` are the
-    PyTorch modules of the leaf's entries, or the parameters that it has by their own names; `static` is the method's
+    `method` is the configuration's own, or `FullCopy` or `TrainableTokens` where the adapter holds a copy. `named` has
+    the PyTorch modules of the leaf's entries, or its parameters if they are adapted by name. `hparams` are the method's
     own (a scale, a flag).
     """
 
@@ -62,20 +61,20 @@ class Site:
 
     @functools.cached_property
     def layers(self) -> dict[str, int]:
-        """`{module: the number of its layer among those that the leaf stacks}`."""
-        each = self.named.per_layer
-        return {name: i // each for i, name in enumerate(self.named.names) if name is not None}
+        """`{module: index of its layer among those that the leaf stacks}`."""
+        per_layer = self.named.per_layer
+        return {name: i // per_layer for i, name in enumerate(self.named.names) if name is not None}
 
     @functools.cached_property
     def stack_sizes(self) -> tuple[int, ...]:
-        """How many layers each stacked axis has."""
+        """The number of layers on each stacked axis."""
         form = self.entries[0].form
         sizes = dict(zip(form.left, form.shape, strict=True))
         return tuple(sizes[name] for name in self.match.roles["stack"])
 
     @functools.cached_property
     def data(self) -> dict[str, np.ndarray]:
-        """`{name: array}` that the arithmetic needs besides the parameters: the layers' numbers, where they differ."""
+        """`{name: array}` of the arithmetic's inputs besides the parameters: the layers' indices, if layers differ."""
         if not methods.needs_layer(self.hparams):
             return {}
         return {methods.LAYER: np.arange(math.prod(self.stack_sizes), dtype=np.int32).reshape(self.stack_sizes)}
@@ -83,64 +82,64 @@ class Site:
     @functools.cached_property
     def shapes(self) -> dict[str, Shape]:
         """`{tensor name: shape in the model}`, stacked axes included."""
-        return {t.name: e.shape for t, e in zip(self.tensors, self.entries, strict=True)}
+        return {tensor.name: entry.shape for tensor, entry in zip(self.tensors, self.entries, strict=True)}
 
 
 def bind_site(
     config: Config,
     method: methods.Method,
     keymap: KeyMap,
-    site: Match,
+    match: Match,
     sizes: Mapping[str, int],
     modules: Modules,
 ) -> Site:
-    """One site under a configuration; `sizes` are those of the leaf's axes, by name."""
-    tensors = method.tensors(config, site, modules)
-    entries = tuple(plan.plan_entry(keymap, site, t, sizes) for t in tensors)
-    fan_in = math.prod(sizes.get(n, 1) for n in site.roles["in"])
-    return Site(site, method, modules, tensors, method.hparams(config, site, modules), entries, fan_in)
+    """Return the site of one leaf under a configuration; `sizes` are those of the leaf's axes, by name."""
+    tensors = method.tensors(config, match, modules)
+    entries = tuple(plan.plan_entry(keymap, match, tensor, sizes) for tensor in tensors)
+    fan_in = math.prod(sizes.get(name, 1) for name in match.roles["in"])
+    return Site(match, method, modules, tensors, method.hparams(config, match, modules), entries, fan_in)
 
 
 def targeted_entries(
-    site: Match, sizes: Mapping[str, int], names: Mapping[Index, str], hit: Collection[Index]
+    match: Match, sizes: Mapping[str, int], names: Mapping[Index, str], targeted: Collection[Index]
 ) -> tuple[Match, Modules]:
-    """A leaf with those of its fused parts that are adapted in any layer, and the modules of its entries.
+    """Return a leaf's match with only the fused parts that are adapted in any layer, and the modules of its entries.
 
     Args:
-        names: of all entries, by index over the braced axes.
-        hit: the entries that are adapted; without any, all are.
+        names: the names of all entries, by index over the braced axes.
+        targeted: the indices of the adapted entries; empty means all.
     """
-    hit = set(hit) or set(names)
-    fused = site.roles["fused"]
+    targeted = set(targeted) or set(names)
+    fused = match.roles["fused"]
     if fused:
-        site = dataclasses.replace(site, parts=_some(site, {index[-1] for index in hit}))
-    kept = {i: n for i, n in names.items() if site.parts is None or i[-1] in site.parts}
-    inner = site.braced[len(site.stack) :]
-    counts = tuple(len(site.parts) if axis in fused and site.parts else sizes[axis] for axis in inner)
-    order = tuple(inner.index(axis) if axis in inner else -1 for axis in site.roles["batch"])
-    return site, Modules(tuple(n if i in hit else None for i, n in kept.items()), counts, order)
+        match = dataclasses.replace(match, parts=_adapted_parts(match, {index[-1] for index in targeted}))
+    kept = {index: name for index, name in names.items() if match.parts is None or index[-1] in match.parts}
+    inner = match.braced[len(match.stack) :]
+    counts = tuple(len(match.parts) if axis in fused and match.parts else sizes[axis] for axis in inner)
+    order = tuple(inner.index(axis) if axis in inner else -1 for axis in match.roles["batch"])
+    return match, Modules(tuple(name if index in targeted else None for index, name in kept.items()), counts, order)
 
 
-def with_copy_entries(keymap: KeyMap, bounds: Sequence[Site]) -> KeyMap:
-    """The table with the lines of copies it had none for, so that an adapter alone can be saved."""
+def with_copy_entries(keymap: KeyMap, sites: Sequence[Site]) -> KeyMap:
+    """Return the keymap with entries for copies that it lacks, so that an adapter can be saved without its model."""
     return keymap.with_entries(
-        b.match.weight
-        for b in bounds
-        if b.method.copies and (keymap.match(b.leaf) is None or b.match.weight.kind == full_copies.LOOKUP)
+        site.match.weight
+        for site in sites
+        if site.method.copies and (keymap.match(site.leaf) is None or site.match.weight.kind == full_copies.LOOKUP)
     )
 
 
 def sites_from_shapes(config: Config, keymap: KeyMap, leaves: Mapping[str, Mapping[str, Shape]]) -> tuple[Site, ...]:
-    """The sites of an adapter, from its own tensors: `{base leaf: {tensor: shape}}`.
+    """Return the sites of an adapter from its own tensors, `{base leaf: {tensor: shape}}`.
 
-    Raises `KeyMapError` for a leaf without a line, `MismatchError` if shapes contradict each other or
-    the configuration.
+    Raises `KeyMapError` for a leaf without an entry. Raises `MismatchError` if shapes contradict each other or the
+    configuration.
     """
     return _sites_and_untargeted(config, keymap, _as_key(leaves))[0]
 
 
 def sites_of(adapter: Adapter) -> tuple[Site, ...]:
-    """The sites of an adapter: `sites_from_shapes` of its tensors."""
+    """Return the sites of an adapter."""
     return sites_from_shapes(adapter.config, adapter.keymap, adapter.shapes)
 
 
@@ -151,152 +150,161 @@ def _as_key(leaves: Mapping[str, Mapping[str, Shape]]) -> Tensors:
     return tuple((leaf, tuple(shapes.items())) for leaf, shapes in leaves.items())
 
 
-@functools.lru_cache(maxsize=16)  # every save of a run asks for the same
+@functools.lru_cache(maxsize=16)  # every save of a run needs the same sites
 def _sites_and_untargeted(config: Config, keymap: KeyMap, tensors: Tensors) -> tuple[tuple[Site, ...], tuple[str, ...]]:
-    """`sites_from_shapes`, and `untargeted`."""
-    bounds = _recover(config, keymap, tensors)
-    astray = tuple(
+    """Return the results of `sites_from_shapes` and `untargeted`."""
+    sites = _recover_sites(config, keymap, tensors)
+    untargeted_names = tuple(
         name
-        for b in bounds
-        if not b.method.copies
-        for name in b.modules
-        if not (matching.matches if b.method.wrapper_depth is None else matching.is_parameter)(config, name)
+        for site in sites
+        if not site.method.copies
+        for name in site.modules
+        if not (matching.matches if site.method.wrapper_depth is None else matching.is_parameter)(config, name)
     )
-    return bounds, astray
+    return sites, untargeted_names
 
 
-def _recover(config: Config, keymap: KeyMap, tensors: Tensors) -> tuple[Site, ...]:
+def _recover_sites(config: Config, keymap: KeyMap, tensors: Tensors) -> tuple[Site, ...]:
+    """Return the sites of an adapter's leaves: adapted ones first, then copies."""
     method, leaves = methods.get_method(config), {leaf: dict(shapes) for leaf, shapes in tensors}
-    bounds: list[Site] = []
+    sites: list[Site] = []
     copied: list[tuple[Match, Mapping[str, Shape]]] = []
     adapting: list[tuple[Match, Mapping[str, Shape]]] = []
     unmapped: list[str] = []
     for leaf, shapes in leaves.items():
-        site = keymap.match(leaf)
-        if site is None:
+        match = keymap.match(leaf)
+        if match is None:
             unmapped.append(leaf)
         elif not full_copies.TENSORS.isdisjoint(shapes):
-            copied.append((site, shapes))
+            copied.append((match, shapes))
         else:
-            adapting.append((site, shapes))
+            adapting.append((match, shapes))
     depths = target_parameters.wrapper_depths(
-        keymap, (site for site, ts in adapting if _by_name(config, method, site, ts))
+        keymap, (match for match, shapes in adapting if _is_adapted_by_name(config, method, match, shapes))
     )
-    for site, shapes in adapting:
-        depth = depths.get(site.leaf)
-        of = method if depth is None else method.on_parameter(depth)
-        bounds.append(_recovered(config, of, keymap, site, shapes))
-    adapted = {m for b in bounds for m in b.modules}
-    for site, shapes in copied:
-        # A file's list of tokens is of the table that carries their rows.
-        inputs = site.module({}) if "copy" not in shapes and not site.braced else None
-        which = functools.partial(full_copies.copied_entries, config, site, adapted=adapted, inputs=inputs)
-        sizes = single_entry_sizes(site)
-        if "copy" in shapes and len(shapes["copy"]) == len(site.weight.left):
-            held = dict(zip(site.weight.left, shapes["copy"], strict=True))
-            sizes |= {axis: held[axis] for axis in site.braced if site.weight.names(axis) is None}
-        found = which(sizes)
-        if not found:
+    for match, shapes in adapting:
+        depth = depths.get(match.leaf)
+        site_method = method if depth is None else method.on_parameter(depth)
+        sites.append(_recover_site(config, site_method, keymap, match, shapes))
+    adapted = {module for site in sites for module in site.modules}
+    for match, shapes in copied:
+        # A bare list of tokens is for the leaf that holds their rows.
+        inputs = match.module({}) if "copy" not in shapes and not match.braced else None
+        copies_of = functools.partial(full_copies.copied_entries, config, match, adapted=adapted, inputs=inputs)
+        sizes = single_entry_sizes(match)
+        if "copy" in shapes and len(shapes["copy"]) == len(match.weight.left):
+            leaf_sizes = dict(zip(match.weight.left, shapes["copy"], strict=True))
+            sizes |= {axis: leaf_sizes[axis] for axis in match.braced if match.weight.names(axis) is None}
+        copied_entries = copies_of(sizes)
+        if not copied_entries:
             raise MismatchError(
-                f"{site.leaf!r}: the adapter holds {', '.join(shapes)} of it, which none of modules_to_save, bias and"
-                " trainable_token_indices asks for"
+                f"{match.leaf!r}: the adapter holds {', '.join(shapes)}, which the configuration does not ask for: none"
+                " of modules_to_save, bias and trainable_token_indices names it"
             )
-        one = next(iter(found.values()))
-        names = {index: paths.join(*name) for index, name in site.parameters(sizes).items()}
-        site, modules = targeted_entries(site, sizes, names, found)
-        sizes |= plan.axis_sizes_from_tensors(site, one.tensors(config, site, modules), shapes)
-        bounds.append(bind_site(config, one, keymap, site, sizes, modules))
+        copy_method = next(iter(copied_entries.values()))
+        names = {index: paths.join(*name) for index, name in match.parameters(sizes).items()}
+        match, modules = targeted_entries(match, sizes, names, copied_entries)
+        sizes |= plan.axis_sizes_from_tensors(match, copy_method.tensors(config, match, modules), shapes)
+        sites.append(bind_site(config, copy_method, keymap, match, sizes, modules))
     if unmapped:
         raise KeyMapError(
-            f"the table {keymap.name!r} has no line for these adapted leaves:\n"
+            f"the keymap {keymap.name!r} has no entry for these adapted leaves:\n"
             + paths.bullets(unmapped)
-            + "\nGive the very module that was adapted (no part of it, nor what it is a part of), or its keymap=,"
-            " which extract(model).keymap is"
+            + "\nPass the same module that was adapted (neither a part of it nor a module around it), or its keymap=,"
+            " extract(model).keymap"
         )
-    return tuple(bounds)
+    return tuple(sites)
 
 
-def single_entry_sizes(site: Match) -> dict[str, int]:
-    """Sizes of the braced axes that name every fused part, and of the layers the first."""
-    fused = {axis: len(site.weight.names(axis) or ()) for axis in site.roles["fused"]}
-    return {**dict.fromkeys(site.braced, 1), **fused}
+def single_entry_sizes(match: Match) -> dict[str, int]:
+    """Return sizes of the braced axes that cover every fused part, of the first layer only."""
+    fused = {axis: len(match.weight.names(axis) or ()) for axis in match.roles["fused"]}
+    return {**dict.fromkeys(match.braced, 1), **fused}
 
 
-def _stacked(config: Config, method: methods.Method, site: Match, shapes: Mapping[str, Shape]) -> dict[str, int]:
-    """Sizes of all braced axes, as the tensors' shapes have the numbered ones."""
-    sizes = single_entry_sizes(site)
-    # Whatever a module makes of the other axes, the stacked ones are at the same place.
-    names = list(site.modules(sizes).values())
+def _stacked_sizes(config: Config, method: methods.Method, match: Match, shapes: Mapping[str, Shape]) -> dict[str, int]:
+    """Return the sizes of all braced axes; those of numbered axes come from the tensors' shapes."""
+    sizes = single_entry_sizes(match)
+    # Modules may differ in other axes; the stacked axes are in the same place for all.
+    names = list(match.modules(sizes).values())
     probed = [name for name in names if matching.matches(config, name)] or names
-    probe = [t for name in probed for t in method.tensors(config, site, Modules((name,)))]
-    return sizes | plan.stack_sizes(site, probe, shapes)
+    probe = [tensor for name in probed for tensor in method.tensors(config, match, Modules((name,)))]
+    return sizes | plan.stack_sizes(match, probe, shapes)
 
 
-def _by_name(config: Config, method: methods.Method, site: Match, shapes: Mapping[str, Shape]) -> bool:
+def _is_adapted_by_name(config: Config, method: methods.Method, match: Match, shapes: Mapping[str, Shape]) -> bool:
+    """Return True if the configuration's `target_parameters` names a parameter of the leaf."""
     if not config.get("target_parameters"):
         return False
-    names = target_parameters.parameter_names(site, _stacked(config, method, site, shapes))
+    names = target_parameters.parameter_names(match, _stacked_sizes(config, method, match, shapes))
     return any(matching.is_parameter(config, name) for name in names.values())
 
 
-def _some(site: Match, parts: Collection[int]) -> tuple[int, ...] | None:
-    """These entries of a fused axis, None if there is none or they are all."""
-    count = math.prod(len(site.weight.names(axis) or ()) for axis in site.roles["fused"])
-    return tuple(sorted(parts)) if site.roles["fused"] and 0 < len(parts) < count else None
+def _adapted_parts(match: Match, parts: Collection[int]) -> tuple[int, ...] | None:
+    """Return these parts of a fused axis, sorted; None if there is no such axis or they are all of it."""
+    count = math.prod(len(match.weight.names(axis) or ()) for axis in match.roles["fused"])
+    return tuple(sorted(parts)) if match.roles["fused"] and 0 < len(parts) < count else None
 
 
-def _recovered(
-    config: Config, method: methods.Method, keymap: KeyMap, site: Match, shapes: Mapping[str, Shape]
+def _recover_site(
+    config: Config, method: methods.Method, keymap: KeyMap, match: Match, shapes: Mapping[str, Shape]
 ) -> Site:
-    # Which entries are targeted decides the tensors' sizes, and sizes decide the entries: names first.
-    called, matches = _names_of(method), matching.matches if method.wrapper_depth is None else matching.is_parameter
-    sizes = _stacked(config, method, site, shapes)
-    names = called(site, sizes)
-    site, modules = targeted_entries(site, sizes, names, [index for index, m in names.items() if matches(config, m)])
-    sizes |= plan.axis_sizes_from_tensors(site, method.tensors(config, site, modules), shapes)
-    return bind_site(config, method, keymap, site, sizes, modules)
+    # The sizes depend on which entries are targeted, and the entries on the sizes, so names come first.
+    """Return the site of one adapted leaf, from the shapes of its tensors."""
+    names_of, is_targeted = (
+        _names_function(method),
+        matching.matches if method.wrapper_depth is None else matching.is_parameter,
+    )
+    sizes = _stacked_sizes(config, method, match, shapes)
+    names = names_of(match, sizes)
+    match, modules = targeted_entries(
+        match, sizes, names, [index for index, name in names.items() if is_targeted(config, name)]
+    )
+    sizes |= plan.axis_sizes_from_tensors(match, method.tensors(config, match, modules), shapes)
+    return bind_site(config, method, keymap, match, sizes, modules)
 
 
-def _names_of(method: methods.Method) -> Any:
-    """`f(site, sizes)`: what PyTorch calls the entries of a leaf that this method adapts."""
+def _names_function(method: methods.Method) -> Any:
+    """Return `f(match, sizes)`, the function for the PyTorch names of the entries that this method adapts."""
     return Match.modules if method.wrapper_depth is None else target_parameters.parameter_names
 
 
 def untargeted(config: Config, keymap: KeyMap, leaves: Mapping[str, Mapping[str, Shape]]) -> tuple[str, ...]:
-    """The modules and parameters of an adapter that its own configuration does not name; arguments as in
-    `sites_from_shapes`.
+    """Return the modules and parameters of an adapter that its own configuration does not name.
+
+    The arguments are those of `sites_from_shapes`.
     """
     return _sites_and_untargeted(config, keymap, _as_key(leaves))[1]
 
 
-def map_stack(bound: Site, change: Any, params: Mapping[str, Any], w: Any) -> Any:
-    """`change(Applied, w)` for each layer stacked in one leaf, as its module would see it."""
-    params = {**params, **bound.data}
-    return map_layers(bound.match.stack, bound.method, bound.hparams, bound.axes, change, params, w)
+def map_stack(site: Site, change: Any, params: Mapping[str, Any], w: Any) -> Any:
+    """Return `change(AppliedMethod, w)`, computed layer by layer for the layers that the leaf stacks."""
+    params = {**params, **site.data}
+    return map_layers(site.match.stack, site.method, site.hparams, site.axes, change, params, w)
 
 
 def map_layers(
     stack: Sequence[int],
     method: methods.Method,
-    static: Any,
+    hparams: Any,
     axes: Axes,
     change: Any,
     params: Mapping[str, Any],
     w: Any,
 ) -> Any:
-    """The same for what a site is, whatever its leaf is called; `params` are with its `Bound.data`."""
+    """Compute `map_stack` from the fields of a site, without its leaf; `params` include `Site.data`."""
     import jax
 
-    def one(params: Mapping[str, Any], w: Any) -> Any:
-        return change(methods.AppliedMethod(method, static, params, axes), w)
+    def apply_change(params: Mapping[str, Any], w: Any) -> Any:
+        return change(methods.AppliedMethod(method, hparams, params, axes), w)
 
-    run: Any = one
-    for i, axis in enumerate(stack):  # ascending, so the outermost vmap takes the last axis and moves no other
-        cut = {name: i if name == methods.LAYER else axis for name in params}
-        run = jax.vmap(run, in_axes=(cut, axis), out_axes=axis)
-    return run(dict(params), w)
+    mapped: Any = apply_change
+    for position, axis in enumerate(stack):  # ascending: the outermost vmap takes the last axis and moves no other
+        in_axes = {name: position if name == methods.LAYER else axis for name in params}
+        mapped = jax.vmap(mapped, in_axes=(in_axes, axis), out_axes=axis)
+    return mapped(dict(params), w)
 
 
-def make_file_plan(bounds: Sequence[Site]) -> plan.Plan:
-    """The plan of the file that holds these sites' tensors."""
-    return plan.make_plan([e for b in bounds for e in b.entries])
+def make_file_plan(sites: Sequence[Site]) -> plan.Plan:
+    """Return the plan of the file that holds these sites' tensors."""
+    return plan.make_plan([entry for site in sites for entry in site.entries])

@@ -1,6 +1,6 @@
-"""Keys of a whole PEFT model's state dict (`torch.save(model.state_dict(), …)`), in which the adapter's name stands.
+"""Keys of a complete PEFT model's state dict (`torch.save(model.state_dict(), …)`), which contain the adapter's name.
 
-PEFT takes the name out when it saves, and loads such keys as they are into an adapter of the same name. Strings only.
+PEFT removes the name when it saves. It loads such keys, unchanged, into an adapter of the same name. Strings only.
 """
 
 from __future__ import annotations
@@ -23,62 +23,69 @@ _PLAIN = ("weight", "bias")
 
 
 def keys_without_names(keys: Iterable[str], source: str) -> dict[str, str | None]:
-    """`{key: as PEFT's file has it}` of all keys, None for rows of the base; empty where no adapter's name is in them.
+    """Return `{key: key without the adapter's name}` for all keys; empty if no key contains an adapter's name.
 
-    Warns where there is one, and raises `MismatchError` where there are several.
+    The value is None for rows of the base. Warns if the keys contain one adapter's name. Raises `MismatchError` if they
+    contain several.
 
     >>> keys_without_names(["base_model.model.q.lora_A.weight"], "a file")
     {}
     """
     keys = list(keys)
-    found = {key: both for key in keys if (both := _without_name(key)) is not None}
-    if all(_SAVED in key for key in found):  # with bias="all" PEFT leaves a name in keys of modules trained in full
+    parsed = {key: parts for key in keys if (parts := _without_name(key)) is not None}
+    if all(_SAVED in key for key in parsed):  # with bias="all" PEFT keeps the name in keys of fully trained modules
         return {}
-    names = sorted({name for name, _ in found.values()})
+    names = sorted({name for name, _ in parsed.values()})
     if len(names) > 1:
         raise MismatchError(
-            f"{source} holds several adapters, {', '.join(map(repr, names))}, as the state dict of a whole PEFT model"
-            f" does. Save one of them in PyTorch, model.save_pretrained(folder, selected_adapters=[{names[0]!r}]), or"
-            f" leave only the keys of one in the file (those with '.{names[0]}' in them)"
+            f"{source} holds several adapters, {', '.join(map(repr, names))}, as the state dict of a complete PEFT"
+            " model does. Save one of them in PyTorch, with"
+            f" model.save_pretrained(folder, selected_adapters=[{names[0]!r}]), or keep only the keys of one in the"
+            f" file (those that contain '.{names[0]}')"
         )
     warn(
-        f"{source} is the state dict of a whole PEFT model: {names[0]!r}, the adapter's name, is taken out of its"
-        f" {len(found)} keys, as PEFT does when it saves"
+        f"{source} is the state dict of a complete PEFT model: the adapter's name {names[0]!r} is removed from its"
+        f" {len(parsed)} keys, as PEFT does when it saves"
     )
-    out: dict[str, str | None] = {key: None if _ORIGINAL in key else key for key in keys}
-    out |= {key: new for key, (_, new) in found.items()}
-    twice = [new for new, count in Counter(out.values()).items() if new is not None and count > 1]
-    if twice:
-        raise MismatchError(f"{source} holds these tensors twice, with an adapter's name:\n" + paths.bullets(twice))
-    return out
+    new_keys: dict[str, str | None] = {key: None if _ORIGINAL in key else key for key in keys}
+    new_keys |= {key: new_key for key, (_, new_key) in parsed.items()}
+    duplicates = [new_key for new_key, count in Counter(new_keys.values()).items() if new_key is not None and count > 1]
+    if duplicates:
+        raise MismatchError(
+            f"{source} holds these tensors twice, with and without an adapter's name. Remove one of each:\n"
+            + paths.bullets(duplicates)
+        )
+    return new_keys
 
 
 def without_names(tensors: PeftTensors) -> PeftTensors:
-    """The same, with an adapter's name taken out of the keys where it stands in them."""
-    new = keys_without_names(tensors.tensors, tensors.source)
-    if not new:
+    """Return the tensors with the adapter's name removed from their keys."""
+    new_keys = keys_without_names(tensors.tensors, tensors.source)
+    if not new_keys:
         return tensors
-    held = tensors.tensors
-    return dataclasses.replace(tensors, tensors={name: held[key] for key, name in new.items() if name is not None})
+    arrays = tensors.tensors
+    return dataclasses.replace(
+        tensors, tensors={name: arrays[key] for key, name in new_keys.items() if name is not None}
+    )
 
 
 def _without_name(key: str) -> tuple[str, str] | None:
-    """The adapter's name in a key, and the key without it; None if there is none."""
-    at, _, last = key.rpartition(".")
-    if last in _PLAIN:  # of a module: lora_A.default.weight
-        at, _, name = at.rpartition(".")
-        tensor = at.rpartition(".")[2]
+    """Return the adapter's name in a key and the key without it; None if the key has no adapter's name."""
+    stem, _, end = key.rpartition(".")
+    if end in _PLAIN:  # of a module: lora_A.default.weight
+        stem, _, name = stem.rpartition(".")
+        tensor = stem.rpartition(".")[2]
         if tensor in _TENSORS:
-            return name, at if tensor == "lora_magnitude_vector" else f"{at}.{last}"
-    elif at.rpartition(".")[2] in _TENSORS:  # a parameter: ia3_l.default
-        return last, at
-    module, found, rest = key.rpartition(_SAVED)
+            return name, stem if tensor == "lora_magnitude_vector" else f"{stem}.{end}"
+    elif stem.rpartition(".")[2] in _TENSORS:  # a parameter: ia3_l.default
+        return end, stem
+    module, separator, rest = key.rpartition(_SAVED)
     name, dot, parameter = rest.partition(".")
-    return (name, f"{module}.{parameter}") if found and dot else None
+    return (name, f"{module}.{parameter}") if separator and dot else None
 
 
 def unwrapped_key(key: str) -> str:
-    """What a base weight is called without PEFT's wrappers around its module.
+    """Return the key of a base weight without PEFT's wrappers around its module.
 
     >>> unwrapped_key("q.base_layer.weight"), unwrapped_key("wte.token_adapter.base_layer.weight")
     ('q.weight', 'wte.weight')

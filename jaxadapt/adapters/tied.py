@@ -1,8 +1,8 @@
-"""Tied embeddings: a head that shares the table of tokens' weight. Here they are one leaf, in PEFT two modules.
+"""Tied embeddings: a head that shares the weight of the token embedding. Here they are one leaf, in PEFT two modules.
 
-With `ensure_weight_tying` PEFT keeps one adapter for both and writes it twice, once under each name; without, what
-is adapted or copied under the one name leaves the other's use of the weight alone. A table of names says what is
-tied (`KeyMap.tied`), and the model whether it is: then it has no leaf for the head.
+With `ensure_weight_tying` PEFT keeps one adapter for both and writes it twice, once under each name. Without it, an
+adapter or copy under one name does not affect the weight's use under the other name. A keymap lists the modules that
+can be tied (`KeyMap.tied`); a model ties them if it has no leaf for the head.
 """
 
 from __future__ import annotations
@@ -23,78 +23,80 @@ from jaxadapt.keymaps.plan import PlanEntry
 _C = TypeVar("_C", bound=Config)
 
 NAMES = ("embed_tokens", "lm_head")
-"""What PEFT takes for an embedding when it decides by itself."""
+"""The module names that PEFT recognises as embeddings."""
 
 
 def tied_heads(keymap: KeyMap, leaves: Iterable[str]) -> dict[str, str]:
-    """`{head: the table of tokens whose weight it uses}` of a model with these leaves, as PyTorch's modules."""
+    """Return `{head: token embedding whose weight it uses}` for a model with these leaves, as PyTorch modules."""
     if not keymap.tied:
         return {}
-    keys = {site.weight.key for leaf in leaves if (site := keymap.match(leaf)) is not None}
+    keys = {match.weight.key for leaf in leaves if (match := keymap.match(leaf)) is not None}
     return {
-        head.removesuffix(".weight"): same.removesuffix(".weight")
-        for head, same in keymap.tied
-        if head not in keys and same in keys
+        head.removesuffix(".weight"): embedding.removesuffix(".weight")
+        for head, embedding in keymap.tied
+        if head not in keys and embedding in keys
     }
 
 
 def resolve_tying(config: _C, keymap: KeyMap, leaves: Collection[str]) -> _C:
-    """The configuration as PEFT rewrites it for `ensure_weight_tying`: the table stands for the head as well.
+    """Return the configuration as PEFT rewrites it for `ensure_weight_tying`: the token embedding replaces the head.
 
-    Raises `ConfigError` where the model ties nothing, as far as its table of names tells.
+    Raises `ConfigError` if, by its keymap, the model ties no weights.
     """
     if not config.get("ensure_weight_tying"):
         return config
     tied = tied_heads(keymap, leaves)
     if not tied:
         raise ConfigError(
-            f"ensure_weight_tying=True: the table {keymap.name!r} knows of no tied weights in this model (a head that"
-            " has none of its own); leave the field out, which then means the same, or say in a KeyMap what is tied"
+            f"ensure_weight_tying=True has no effect: by the keymap {keymap.name!r} this model has no tied weights (a"
+            " head without a leaf of its own). Leave the field out, or list the tied weights in KeyMap(tied=...)"
         )
     saved: tuple[str, ...] = config.get("modules_to_save") or ()
-    wanted: Any = config.get("target_modules")
+    targets: Any = config.get("target_modules")
     if any(name.rpartition(".")[2] in NAMES for name in saved):
-        return config.replace(modules_to_save=_tied(saved, tied))
-    if isinstance(wanted, str):
-        (table,) = set(tied.values())
-        end = f"|^{re.escape(table)}$)"
-        if not any(re.fullmatch(wanted, name) for name in (*NAMES, table)) or wanted.endswith(end):
+        return config.replace(modules_to_save=_with_embeddings(saved, tied))
+    if isinstance(targets, str):
+        (embedding,) = set(tied.values())
+        suffix = f"|^{re.escape(embedding)}$)"
+        if not any(re.fullmatch(targets, name) for name in (*NAMES, embedding)) or targets.endswith(suffix):
             return config
-        return config.replace(target_modules=f"(?:{wanted}{end}")
-    if any(name.rpartition(".")[2] in NAMES for name in wanted or ()):
-        return config.replace(target_modules=_tied(wanted, tied))
+        return config.replace(target_modules=f"(?:{targets}{suffix}")
+    if any(name.rpartition(".")[2] in NAMES for name in targets or ()):
+        return config.replace(target_modules=_with_embeddings(targets, tied))
     if config.get("trainable_token_indices") is None:
         warn(
-            "ensure_weight_tying=True, and neither target_modules nor modules_to_save names the embeddings: it has no"
-            " effect",
+            "ensure_weight_tying=True has no effect: neither target_modules nor modules_to_save names the embeddings",
         )
     return config
 
 
-def _tied(names: Sequence[str], tied: Mapping[str, str]) -> list[str]:
-    """These names with the table for the heads."""
-    found = list(names)
-    found += [table for table in dict.fromkeys(tied.values()) if table not in found]
+def _with_embeddings(names: Sequence[str], tied: Mapping[str, str]) -> list[str]:
+    """Return these names with the token embeddings in place of the heads."""
+    replaced = list(names)
+    replaced += [embedding for embedding in dict.fromkeys(tied.values()) if embedding not in replaced]
     for head in tied:
-        first = next((name for name in found if re.match(rf"(^|.*\.){name}($|\..*)", head)), None)
-        found = [name for name in found if name != first]
-    return found
+        first = next((name for name in replaced if re.match(rf"(^|.*\.){name}($|\..*)", head)), None)
+        replaced = [name for name in replaced if name != first]
+    return replaced
 
 
 def repeat_for_heads(entries: Iterable[PlanEntry], keymap: KeyMap) -> list[PlanEntry]:
-    """What a file holds once more, under the head's name: of LoRA's factors A is there B, turned, and B is A."""
-    out: list[PlanEntry] = []
-    for head, same in keymap.tied:
-        at, to = (f"{keymap.prefix}{key.removesuffix('weight')}" for key in (same, head))
+    """Return the entries that a file repeats under the head's name.
+
+    LoRA's factors swap there: the head's B is the embedding's A, transposed, and the head's A is the embedding's B.
+    """
+    repeated: list[PlanEntry] = []
+    for head, embedding in keymap.tied:
+        embedding_prefix, head_prefix = (f"{keymap.prefix}{key.removesuffix('weight')}" for key in (embedding, head))
         for entry in entries:
-            suffix = entry.keys[0].removeprefix(at)
-            if not entry.keys[0].startswith(at) or suffix not in _AS_HEAD:
+            suffix = entry.keys[0].removeprefix(embedding_prefix)
+            if not entry.keys[0].startswith(embedding_prefix) or suffix not in _AS_HEAD:
                 continue
             form = entry.form
             if suffix != _AS_HEAD[suffix]:
                 form = dataclasses.replace(form, right=form.right[::-1])
-            out.append(PlanEntry(entry.path, form, (f"{to}{_AS_HEAD[suffix]}",)))
-    return out
+            repeated.append(PlanEntry(entry.path, form, (f"{head_prefix}{_AS_HEAD[suffix]}",)))
+    return repeated
 
 
 _AS_HEAD = {
@@ -108,27 +110,30 @@ _AS_HEAD = {
 def redundant_head_keys(
     tensors: Mapping[str, Any], entries: Iterable[PlanEntry], keymap: KeyMap, source: str
 ) -> set[str]:
-    """The keys of a file that repeat others for the head; `MismatchError` where they say something else."""
+    """Return the keys of a file that repeat others for the head; raise `MismatchError` if their values differ."""
     entries = list(entries)
-    first = {e.path: e for e in entries}
-    again = {e.keys[0]: e for e in repeat_for_heads(entries, keymap) if e.keys[0] in tensors}
-    apart: list[str] = []
-    for key, entry in again.items():
-        same = first[entry.path].keys[0]
-        if same not in tensors:
-            continue  # reported as missing
-        mine, other = np.asarray(tensors[same]), np.asarray(tensors[key])
-        if not np.array_equal(mine if entry.form.right == first[entry.path].form.right else mine.T, other):
-            apart.append(f"{key} and {same}")
-    if apart:
+    first = {entry.path: entry for entry in entries}
+    repeated = {entry.keys[0]: entry for entry in repeat_for_heads(entries, keymap) if entry.keys[0] in tensors}
+    different: list[str] = []
+    for key, entry in repeated.items():
+        original_key = first[entry.path].keys[0]
+        if original_key not in tensors:
+            continue  # another check reports missing keys
+        original, repetition = np.asarray(tensors[original_key]), np.asarray(tensors[key])
+        if not np.array_equal(original if entry.form.right == first[entry.path].form.right else original.T, repetition):
+            different.append(f"{key} and {original_key}")
+    if different:
         raise MismatchError(
-            f"{source}: ensure_weight_tying says that these are one, and they differ:\n" + paths.bullets(apart)
+            f"{source}: with ensure_weight_tying these tensors must be equal, and they differ:\n"
+            + paths.bullets(different)
         )
-    return set(again)
+    return set(repeated)
 
 
 def lookup_only_tables(config: Config, keymap: KeyMap, leaves: Iterable[str]) -> frozenset[str]:
-    """The tables of tokens of which a copy counts in the lookup alone, as PEFT has it: the head is another module."""
+    """Return the token embeddings whose copy replaces the weight in the lookup only; PEFT's head is another module."""
     if config.get("ensure_weight_tying") or not config.get("modules_to_save"):
         return frozenset()
-    return frozenset(t for t in tied_heads(keymap, leaves).values() if matching.is_saved(config, t))
+    return frozenset(
+        embedding for embedding in tied_heads(keymap, leaves).values() if matching.is_saved(config, embedding)
+    )

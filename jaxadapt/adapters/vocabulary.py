@@ -1,4 +1,4 @@
-"""A file for another vocabulary: the rows that the model has are taken, and it keeps its own for the rest."""
+"""Files for another vocabulary size: copy the rows that both have, and keep the model's own for the rest."""
 
 from __future__ import annotations
 
@@ -14,49 +14,49 @@ from jaxadapt.adapters.tied import NAMES
 from jaxadapt.core.errors import warn
 from jaxadapt.keymaps.keymap import KeyMap
 
-_ZEROS = ("lora_embedding_A", "lora_B", "lora_B_bias")  # of which a row of zeros changes nothing
+_ZEROS = ("lora_embedding_A", "lora_B", "lora_B_bias")  # a row of zeros in these has no effect
 
 
 def fit_vocabulary(
-    tensors: Mapping[str, Any], bounds: Sequence[Site], keymap: KeyMap, base: Mapping[str, Any], source: str
+    tensors: Mapping[str, Any], sites: Sequence[Site], keymap: KeyMap, base: Mapping[str, Any], source: str
 ) -> dict[str, Any]:
-    """A file's tensors with as many rows of the vocabulary as the model has, and a warning that says which.
+    """Return a file's tensors resized to the model's vocabulary, and warn for each.
 
-    Rows that the file lacks are zeros in an adapter, and the base's own in a copy. What differs otherwise stays as it
-    is, for the error that lists it.
+    Rows that the file lacks are zeros in an adapter, and the base's own in a copy. Tensors that differ in another way
+    stay unchanged; a later check reports them.
     """
-    out = dict(tensors)
-    for bound in bounds:
-        vocabulary = _vocabulary(bound, keymap)
-        for tensor, entry in zip(bound.tensors, bound.entries, strict=True):
-            key, want = entry.keys[0], entry.form.file_shape
-            have = tuple(out[key].shape) if key in out else want
-            odd = [i for i, (a, b) in enumerate(zip(have, want, strict=False)) if a != b]
-            if len(have) != len(want) or len(odd) != 1 or len(entry.keys) != 1:
+    fitted = dict(tensors)
+    for site in sites:
+        vocabulary_axes = _vocabulary_axes(site, keymap)
+        for tensor, entry in zip(site.tensors, site.entries, strict=True):
+            key, expected = entry.keys[0], entry.form.file_shape
+            found = tuple(fitted[key].shape) if key in fitted else expected
+            differing = [i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b]
+            if len(found) != len(expected) or len(differing) != 1 or len(entry.keys) != 1:
                 continue
-            (axis,) = odd
-            if not vocabulary or entry.form.right[axis] != vocabulary:
+            (axis,) = differing
+            if not vocabulary_axes or entry.form.right[axis] != vocabulary_axes:
                 continue
             if tensor.name in _ZEROS:
-                rows = np.zeros(want, out[key].dtype)
-            elif tensor.is_copy and has_value(base.get(bound.leaf), abstract=False):
-                rows = np.array(entry.form.encode(np.asarray(base[bound.leaf]), 0)).astype(out[key].dtype)
+                rows = np.zeros(expected, fitted[key].dtype)
+            elif tensor.is_copy and has_value(base.get(site.leaf), abstract=False):
+                rows = np.array(entry.form.encode(np.asarray(base[site.leaf]), 0)).astype(fitted[key].dtype)
             else:
                 continue
-            both = (slice(None),) * axis + (slice(min(have[axis], want[axis])),)
-            rows[both] = np.asarray(out[key])[both]
-            out[key] = rows
+            common = (slice(None),) * axis + (slice(min(found[axis], expected[axis])),)
+            rows[common] = np.asarray(fitted[key])[common]
+            fitted[key] = rows
             warn(
-                f"{source}: {key} is for a vocabulary of {have[axis]}, and the model has {want[axis]}: the first"
-                f" {min(have[axis], want[axis])} rows were taken",
+                f"{source}: {key} is for a vocabulary of {found[axis]}, and the model's has {expected[axis]}: only the"
+                f" first {min(found[axis], expected[axis])} rows are used",
             )
-    return out
+    return fitted
 
 
-def _vocabulary(bound: Site, keymap: KeyMap) -> tuple[str, ...]:
-    """The names of the axis that counts tokens: of a table of tokens, or of the head."""
-    roles = bound.match.weight.torch_roles
-    if bound.match.weight.kind in ("embedding", LOOKUP):
+def _vocabulary_axes(site: Site, keymap: KeyMap) -> tuple[str, ...]:
+    """Return the names of the axis that counts tokens, of a token embedding or of the head; empty for other weights."""
+    roles = site.match.weight.torch_roles
+    if site.match.weight.kind in ("embedding", LOOKUP):
         return roles["in"]
-    module = bound.match.module({}) if not bound.match.braced else ""
+    module = site.match.module({}) if not site.match.braced else ""
     return roles["out"] if module and (module == keymap.output or module.rpartition(".")[2] in NAMES) else ()

@@ -1,6 +1,6 @@
-"""Variants of LoRA that are trained in another way and compute what a plain LoRA does: their file as a plain LoRA's.
+"""Variants of LoRA that are trained differently but compute what a plain LoRA does: convert their files to plain LoRA.
 
-As PEFT 0.21.2 computes them (`tuners/lora/variants.py`). numpy only; no model is needed.
+They follow PEFT 0.21.2 (`tuners/lora/variants.py`). numpy only; no model is needed.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ _ONLY_IN_TRAINING = {"velora_config": ".lora_velora_embed", "monteclora_config":
 
 
 def plain_lora(tensors: PeftTensors) -> PeftTensors:
-    """The plain LoRA that computes what a file of one of these variants does, exactly.
+    """Convert the file of a LoRA variant to a plain LoRA that computes exactly the same.
 
-    | field | what becomes of it |
+    | field | conversion |
     |---|---|
-    | `use_bdlora` | the blocks of A or B get the zeros between them: A (r, in), B (out, r) |
-    | `use_qalora` (arXiv:2309.14717; on a GPTQ base) | A (r, in/group) for each input of a group, times in/group² |
-    | `velora_config`, `monteclora_config` | left out with their tensors, which only training uses |
+    | `use_bdlora` | zeros are put between the blocks of A or B: A (r, in), B (out, r) |
+    | `use_qalora` (arXiv:2309.14717; on a GPTQ base) | A (r, in/group) repeats for each input, times in/group² |
+    | `velora_config`, `monteclora_config` | removed with their tensors, which only training uses |
 
-    What is trained after that is a plain LoRA, no more the variant. Other files come back as they are.
+    Further training trains a plain LoRA, not the variant. Other files are returned unchanged.
 
-    Raises `ConfigError` for what is no LoRA, `MismatchError` where a tensor has no such blocks.
+    Raises `ConfigError` for an adapter that is not LoRA, `MismatchError` if a tensor does not divide into the blocks.
 
     >>> import numpy as np
     >>> config = LoraConfig(r=2, target_modules=["q"], use_bdlora={"target_modules_bd_a": ["q"], "nblocks": 2})
@@ -40,42 +40,42 @@ def plain_lora(tensors: PeftTensors) -> PeftTensors:
     """
     config = tensors.config
     if not isinstance(config, LoraConfig):
-        raise ConfigError(f"{tensors.source}: plain_lora is for LORA, and this is {config.peft_type}")
-    held = {
+        raise ConfigError(f"{tensors.source}: plain_lora converts LORA only, found {config.peft_type}")
+    arrays = {
         key: x
         for key, x in tensors.tensors.items()
         if not any(config.get(field) and part in f"{key}." for field, part in _ONLY_IN_TRAINING.items())
     }
     if config.use_bdlora:
-        held = {key: _with_zeros(config.use_bdlora, key, x, tensors.source) for key, x in held.items()}
+        arrays = {key: _blocks_to_matrix(config.use_bdlora, key, x, tensors.source) for key, x in arrays.items()}
     if config.use_qalora:
         size = config.qalora_group_size
-        held = {key: _spread(x, size) if key.endswith(".lora_A.weight") else x for key, x in held.items()}
-    none = dict.fromkeys(("use_bdlora", *_ONLY_IN_TRAINING))
-    return dataclasses.replace(tensors, config=config.replace(**none, use_qalora=False), tensors=held)
+        arrays = {key: _repeat_inputs(x, size) if key.endswith(".lora_A.weight") else x for key, x in arrays.items()}
+    unset = dict.fromkeys(("use_bdlora", *_ONLY_IN_TRAINING))
+    return dataclasses.replace(tensors, config=config.replace(**unset, use_qalora=False), tensors=arrays)
 
 
-def _with_zeros(how: Mapping[str, Any], key: str, x: Array, source: str) -> Array:
-    """The blocks of one tensor on the diagonal of a matrix, if it is made of blocks."""
+def _blocks_to_matrix(bdlora: Mapping[str, Any], key: str, x: Array, source: str) -> Array:
+    """Return a tensor's blocks on the diagonal of a matrix; other tensors unchanged."""
     import numpy as np
 
     module, dot, side = key.removeprefix(PEFT_PREFIX).rpartition(".lora_")
     field = {"A.weight": "target_modules_bd_a", "B.weight": "target_modules_bd_b"}.get(side) if dot else None
-    patterns, count = how.get(field or "") or (), how.get("nblocks", 1)
-    if not any(pattern in module for pattern in patterns):  # as PEFT asks: anywhere in the name
+    patterns, count = bdlora.get(field or "") or (), bdlora.get("nblocks", 1)
+    if not any(pattern in module for pattern in patterns):  # as in PEFT, anywhere in the name
         return x
     if x.shape[0] % count:
         raise MismatchError(f"{source}: {key}: expected rows for {count} blocks (use_bdlora), found {list(x.shape)}")
     rows, columns = x.shape[0] // count, x.shape[1]
-    out = np.zeros((x.shape[0], columns * count), x.dtype)
+    matrix = np.zeros((x.shape[0], columns * count), x.dtype)
     for i in range(count):
-        mine = slice(i * rows, (i + 1) * rows)
-        out[mine, i * columns : (i + 1) * columns] = x[mine]
-    return out
+        block = slice(i * rows, (i + 1) * rows)
+        matrix[block, i * columns : (i + 1) * columns] = x[block]
+    return matrix
 
 
-def _spread(a: Array, size: int) -> Array:
-    """A on the inputs themselves: PEFT averages each group of them, and multiplies by the number of groups."""
+def _repeat_inputs(a: Array, size: int) -> Array:
+    """Return A on the inputs themselves: PEFT averages each group of inputs and multiplies by the number of groups."""
     import numpy as np
 
     return np.repeat(np.asarray(a) * np.asarray(a.shape[1] / size, a.dtype), size, axis=1)

@@ -19,6 +19,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxadapt
 from jaxadapt.arrays import regions
+from jaxadapt.core import paths
 from tests.support import meshes
 from tests.support.meshes import CONFIG, LAYOUTS, X
 
@@ -251,8 +252,8 @@ def test_everything_a_method_adds_follows() -> None:
     }.items():  # fmt: skip
         leaf = flat[f"blocks.0.{path}"]
         assert same_spec(leaf.sharding, PartitionSpec(*spec), mesh, leaf.ndim), path
-    merged = jaxadapt.paths.flatten(jaxadapt.merge(params, found))
-    for path, leaf in jaxadapt.paths.flatten(params).items():
+    merged = paths.flatten(jaxadapt.merge(params, found))
+    for path, leaf in paths.flatten(params).items():
         assert merged[path].sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
 
 

@@ -311,7 +311,7 @@ def test_thousands_of_names():
     assert unmatched_targets(config, names) == ()
 
 
-HEADLESS = "task_type: QUESTION_ANS has a head trained in full, called qa_outputs, and none is here"
+HEADLESS = "task_type: QUESTION_ANS trains its head, qa_outputs, in full, and the model has none"
 
 
 @pytest.mark.parametrize(("entries", "task", "said"), [

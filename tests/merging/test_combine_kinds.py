@@ -99,5 +99,5 @@ def test_a_grouped_convolution_is_refused():
     base = {"c": {"kernel": np.zeros((2, 2, 2, 4), "float32")}}
     config = jaxadapt.LoraConfig(r=2, target_modules=["c"])
     adapter = jaxadapt.init(config, base, key=jax.random.key(0), keymap=jaxadapt.KeyMap("mine", (line,)))
-    with pytest.raises(jaxadapt.ConfigError, match="no pair of matrices"):
+    with pytest.raises(jaxadapt.ConfigError, match="expected one pair of matrices"):
         jaxadapt.combine([adapter], [1.0], method="cat")

@@ -54,7 +54,7 @@ def test_a_model_merges_what_it_carries(config, said):
     assert jaxadapt.merge(*([model, jaxadapt.extract(model)] if said else [model])) is model
     np.testing.assert_allclose(model(X), out, **CLOSE)
     assert nnx.graphdef(model) == nnx.graphdef(small.net())
-    with pytest.raises(AttachError, match="no active adapter to merge; it carries none"):
+    with pytest.raises(AttachError, match="no active adapter; it carries none"):
         jaxadapt.merge(model)
 
     variables = small.variables(config)
@@ -79,7 +79,7 @@ def test_several_adapters_of_a_model():
     small.trained(LORA, 2, "b", model)
     jaxadapt.activate(model, "a", "b")
     out = model(X)
-    with pytest.raises(AttachError, match="several adapters are active, 'a', 'b', and what 'a' makes of a weight"):
+    with pytest.raises(AttachError, match="several active adapters, 'a', 'b': the effect of 'a' on a weight"):
         jaxadapt.merge(model)
     np.testing.assert_array_equal(model(X), out)
 
@@ -94,7 +94,7 @@ def test_what_carries_no_adapter_says_so():
     for given, says in (
         (small.LinenNet(), "a Linen module holds no parameters"),
         (small.base(), "carry the adapters none"),
-        (small.base()["params"], r"no adapter in these parameters: merge\(params, adapter\)"),
+        (small.base()["params"], r"contain no adapter; pass one: merge\(params, adapter\)"),
     ):
         with pytest.raises(AttachError, match=says):
             jaxadapt.merge(given)
@@ -116,7 +116,7 @@ def test_a_copy_and_a_sum_of_one_weight():
     jaxadapt.inject(jax.tree.map(lambda x: x * np.float32(1e30), b), model, "b")
     jaxadapt.activate(model, ["a", "b"])
     before = np.asarray(model.q_proj.kernel[...])
-    with pytest.raises(AttachError, match="no longer finite"):
+    with pytest.raises(AttachError, match="are not finite"):
         jaxadapt.merge(model, safe=True)
     np.testing.assert_array_equal(model.q_proj.kernel[...], before)
     assert model.q_proj.active_adapters == ("a", "b")
@@ -136,7 +136,7 @@ def test_a_merge_that_fails_leaves_the_model_adapted():
     model = small.trained()
     model.q_proj.kernel[...] = jnp.full((6, 8), jnp.inf)
     out = model(X)
-    with pytest.raises(AttachError, match="no longer finite"):
+    with pytest.raises(AttachError, match="are not finite"):
         jaxadapt.merge(model, safe=True, allow_nan=True)
     np.testing.assert_array_equal(model(X), out)
 
@@ -145,7 +145,7 @@ def test_variables_are_no_parameters():
     variables = small.base()
     adapter = jaxadapt.init(LORA, variables["params"], key=jax.random.key(0))
     other = adapter.named("other")
-    with pytest.raises(AttachError, match=r"carry the adapters \['other'\]; say which of them is merged"):
+    with pytest.raises(AttachError, match=r"carry the adapters \['other'\], and not exactly one is selected"):
         jaxadapt.merge({**variables, **other}, jax.tree.map(jnp.copy, adapter))
     with pytest.raises(MismatchError, match=r'These are Linen variables; .* variables\["params"\]'):
         jaxadapt.unmerge(variables, adapter)
@@ -407,7 +407,7 @@ def test_donated_weights_are_changed_in_place_and_nothing_else_is(api):
 def test_donated_weights_are_safe_until_all_sums_are_finite():
     adapter = jax.tree.map(lambda x: x * jnp.inf, jaxadapt.extract(small.trained()))
     base = small.base()["params"]
-    with pytest.raises(jaxadapt.AttachError, match="no longer finite"):
+    with pytest.raises(jaxadapt.AttachError, match="are not finite"):
         jaxadapt.merge(base, adapter, safe=True, donate=True, allow_nan=True)
     assert not base["q_proj"]["kernel"].is_deleted()
 

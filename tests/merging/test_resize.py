@@ -173,7 +173,7 @@ def test_bad_input():
             jaxadapt.merging.resize_rank(adapter, r)
     with pytest.raises(ConfigError, match="to_lora"):
         jaxadapt.merging.resize_rank(small.adapter(small.IA3), 2)
-    with pytest.raises(ConfigError, match="r \\(the rank\\) is needed"):
+    with pytest.raises(ConfigError, match="pass r \\(the rank\\)"):
         jaxadapt.merging.to_lora(small.adapter(small.IA3), params=small.base()["params"])
     with pytest.raises(AttachError, match="pass params=base"):
         jaxadapt.merging.to_lora(small.adapter(small.IA3), 2)

@@ -342,7 +342,7 @@ def test_a_fused_weight_of_one_layer_holds_parts_of_different_ranks():
 def test_biases_that_peft_names_differently_are_refused():
     _, params = linen(0)
     config = LoraConfig(**FIELDS, target_modules=r"h\.1\.q", bias="all")
-    with pytest.raises(ConfigError, match="bias='all' names the biases of adapted modules otherwise"):
+    with pytest.raises(ConfigError, match="with bias='all', biases of adapted modules have other names"):
         jaxadapt.init(config, params, key=jax.random.key(0), keymap=table(0))
     only = config.replace(bias="lora_only")
     held = jaxadapt.to_peft(jaxadapt.init(only, params, key=jax.random.key(0), keymap=table(0))).tensors

@@ -475,5 +475,5 @@ def test_what_is_no_base_no_adapter_and_no_sharding_is_said(good):
             jaxadapt.inject(odd, module)
     with pytest.raises(jaxadapt.AttachError, match="from_peft"):
         jaxadapt.inject(jaxadapt.read(good), small.trained())
-    with pytest.raises(jaxadapt.AttachError, match="shardings: expected one, or a tree .*found list"):
+    with pytest.raises(jaxadapt.AttachError, match="shardings: expected a Sharding, or a tree .*found list"):
         jaxadapt.load(good, small.base(), shardings=[None])

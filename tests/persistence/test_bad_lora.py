@@ -131,7 +131,7 @@ def test_an_expression_that_selects_what_holds_modules():
     with pytest.raises(ValueError, match="Target module ModuleDict"):
         peft.get_peft_model(torch_deep(), peft.LoraConfig(target_modules=r"layers\.0.*"))
     config = jaxadapt.LoraConfig(target_modules=r"layers\.0.*")
-    with pytest.warns(UserWarning, match="selects also what holds modules, which PEFT refuses: layers.0"):
+    with pytest.warns(UserWarning, match="also selects modules that contain modules, which PEFT refuses: layers.0"):
         model = jaxadapt.adapt(Deep(nnx.Rngs(0)), config, rngs=nnx.Rngs(0))
     assert set(jaxadapt.extract(model).sites) == {"layers.0.q_proj.kernel", "layers.0.up_proj.kernel"}
 
@@ -196,10 +196,10 @@ def table(size: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("indices", "says"),
     [
-        ([2, 9], "embed_tokens: token 9, of a vocabulary of 9"),
-        ([-1], "embed_tokens: token -1, of a vocabulary of 9"),
+        ([2, 9], "embed_tokens: token 9 is outside the vocabulary of 9"),
+        ([-1], "embed_tokens: token -1 is outside the vocabulary of 9"),
         ([2, 2], "embed_tokens: token 2 is given twice"),
-        ({"embed_tokens": [20], "wte": [1]}, "wte: no module is called so"),
+        ({"embed_tokens": [20], "wte": [1]}, "wte: no module has this name"),
     ],
 )
 def test_tokens_beyond_the_vocabulary(indices, says):
@@ -214,5 +214,7 @@ def test_a_file_of_tokens_beyond_the_vocabulary(tmp_path: Path):
     adapter = jaxadapt.init(config, table(9), key=jax.random.key(0), keymap=TOKENS)
     jaxadapt.save(adapter, tmp_path)
     for options in ({}, {"on_mismatch": "skip"}):
-        with pytest.raises(TargetError, match=r"(?s)Resize the model.*embed_tokens: token 8, of a vocabulary of 6"):
+        with pytest.raises(
+            TargetError, match=r"(?s)Resize the model.*embed_tokens: token 8 is outside the vocabulary of 6"
+        ):
             jaxadapt.load(tmp_path, {"params": table(6)}, keymap=TOKENS, **options)

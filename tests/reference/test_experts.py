@@ -124,7 +124,7 @@ def test_where_target_modules_is_null_peft_chooses_for_some_models():
         ({"use_dora": True}, "use_dora=True cannot be combined with target_parameters"),
         ({"lora_bias": True}, "lora_bias=True cannot be combined with target_parameters"),
         ({"bias": "all"}, "bias='all' cannot be combined"),
-        ({"target_modules": ["q_proj"], "target_parameters": ["q_proj.weight"]}, "both name these weights"),
+        ({"target_modules": ["q_proj"], "target_parameters": ["q_proj.weight"]}, "both select these weights"),
         ({"target_parameters": ["embed_tokens.weight"]}, "kind 'embedding'"),
         ({"target_parameters": ["input_layernorm.weight"]}, "kind 'vector'"),
         ({"target_parameters": ["gate_up"]}, "'gate_up' matches no parameter; near misses: gate_up_proj"),

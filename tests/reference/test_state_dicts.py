@@ -39,7 +39,7 @@ CASES = {
         target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"], fan_in_fan_out=True
     ),
 }
-SAYS = "is the state dict of a whole PEFT model: 'default', the adapter's name, is taken out"
+SAYS = "is the state dict of a complete PEFT model: the adapter's name 'default' is removed"
 
 
 def models(config: Any) -> tuple[Any, Any, Any, Any]:
@@ -118,7 +118,9 @@ def test_base_weights_that_differ_are_refused(tmp_path: Path):
         model.base_model.model.transformer.ln_f.weight.add_(1)
         model.base_model.model.transformer.h[0].attn.c_attn.base_layer.weight.add_(1)
     save_raw(model, tmp_path, "bin")
-    says = r"(?s)weights of the base that differ.*c_attn\.base_layer\.weight: other values.*ln_f\.weight: other values"
+    says = (
+        r"(?s)base weights that differ.*c_attn\.base_layer\.weight: its values differ.*ln_f\.weight: its values differ"
+    )
     with pytest.raises(jaxadapt.MismatchError, match=says), pytest.warns(UserWarning, match=SAYS):
         jaxadapt.load(tmp_path, variables)
 
@@ -138,7 +140,7 @@ def test_another_name_than_default(tmp_path: Path):
     model = peft.get_peft_model(copy.deepcopy(base), CASES["lora"], adapter_name="mine")
     state = {k: v.detach().numpy() for k, v in model.state_dict().items()}
     tensors = jaxadapt.PeftTensors(jaxadapt.LoraConfig(**LORA), state)
-    blind = pytest.warns(UserWarning, match="taken for the base's own")
-    with blind, pytest.warns(UserWarning, match="'mine', the adapter's name"):
+    blind = pytest.warns(UserWarning, match="assumed to be the base's own")
+    with blind, pytest.warns(UserWarning, match="the adapter's name 'mine'"):
         adapter = jaxadapt.from_peft(tensors, jax.eval_shape(lambda: variables))
     assert len(jaxadapt.to_peft(adapter).tensors) == 4

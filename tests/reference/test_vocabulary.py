@@ -40,7 +40,7 @@ def test_the_rows_that_fit(name, theirs, mine, form, tmp_path):
     params = base(mine)
     with pytest.raises(jaxadapt.MismatchError, match=rf"(?s)wrongly shaped.*expected .*{mine}.*found .*{theirs}"):
         jaxadapt.load(tmp_path, {"params": params}, keymap=TABLE)
-    with pytest.warns(UserWarning, match=rf"for a vocabulary of {theirs}, and the model has {mine}"):
+    with pytest.warns(UserWarning, match=rf"for a vocabulary of {theirs}, and the model's has {mine}"):
         loaded = jaxadapt.load(tmp_path, {"params": params}, keymap=TABLE, on_mismatch="skip")
     small = min(theirs, mine)
     found = jaxadapt.merge(params, jaxadapt.extract(loaded))
