@@ -58,11 +58,11 @@ def adapter(fsdp: int, tp: int, rank: int) -> dict[str, Any]:
     return jaxadapt.init(config, base).flat()
 
 
-def cut_up(spec: Any, fsdp: int, tp: int) -> dict[regions.Box, list[int]]:
+def cut_up(spec: Any, fsdp: int, tp: int) -> dict[regions.Region, list[int]]:
     """`{part: numbers of the devices that hold it}`, the mesh laid out row by row over the hosts."""
     cut = {"fsdp": fsdp, "tp": tp}
     axes = [*spec.sharding.spec, *[None] * (spec.ndim - len(spec.sharding.spec))]
-    found: dict[regions.Box, list[int]] = {}
+    found: dict[regions.Region, list[int]] = {}
     for device in range(fsdp * tp):
         at = {"fsdp": device // tp, "tp": device % tp}
         box = tuple(
@@ -82,7 +82,7 @@ def cost(hosts: int, chips: int, tp: int, rank: int, width: int, copies: int) ->
     leaves = 0
     for spec in adapter(fsdp, tp, rank).values():
         leaves += LAYERS * copies
-        groups: dict[tuple[int, ...], list[regions.Box]] = {}
+        groups: dict[tuple[int, ...], list[regions.Region]] = {}
         for box, devices in cut_up(spec, fsdp, tp).items():
             groups.setdefault(tuple(sorted({d // chips for d in devices})), []).append(box)
         for _ in range(LAYERS * copies):
@@ -95,7 +95,7 @@ def cost(hosts: int, chips: int, tp: int, rank: int, width: int, copies: int) ->
     return Cost(sum(load.values()), max(load.values()), max(calls.values()), leaves, max(arrays.values()))
 
 
-def runs(box: regions.Box, shape: tuple[int, ...]) -> int:
+def runs(box: regions.Region, shape: tuple[int, ...]) -> int:
     """In how many pieces a part lies in its tensor."""
     inner = len(shape) - 1
     while inner and box[inner] == (0, shape[inner]):

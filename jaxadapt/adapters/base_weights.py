@@ -71,7 +71,7 @@ def base_weight_keys(
             value = np.asarray(tensors[key])
             candidates = [value, value.T] if may_be_transposed else [value]
             if not any(
-                candidate.shape == expected.shape and _equal_values(candidate, expected, entry.form.exact)
+                candidate.shape == expected.shape and _equal_values(candidate, expected, entry.form.is_exact)
                 for candidate in candidates
             ):
                 problems[key] = f"{key}: its values differ"

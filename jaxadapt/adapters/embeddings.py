@@ -51,7 +51,7 @@ def _targets_embedding(config: Config, modules: Sequence[str]) -> bool:
     """Return True if PEFT sees an embedding among the targets; it only knows the usual names."""
     names = config.get("target_modules")
     if isinstance(names, str):
-        return any(module.rpartition(".")[2] in tied.NAMES and matching.matches(config, module) for module in modules)
+        return any(module.rpartition(".")[2] in tied.NAMES and matching.is_target(config, module) for module in modules)
     return any(name in (names or ()) for name in tied.NAMES)
 
 

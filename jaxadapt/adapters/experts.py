@@ -198,8 +198,8 @@ def _checked_ranks(
         problems += [f"{module}: missing" for place, module in modules.items() if place not in complete]
         values = {
             (
-                matching.pattern_value(config.rank_pattern, module, config.r),
-                matching.pattern_value(config.alpha_pattern, module, config.lora_alpha),
+                matching.find_pattern_value(config.rank_pattern, module, config.r),
+                matching.find_pattern_value(config.alpha_pattern, module, config.lora_alpha),
             )
             for place, module in modules.items()
             if place in complete
@@ -270,11 +270,11 @@ def _with_target_parameters(
             f"lora_dropout={config.lora_dropout} becomes 0: PEFT has no dropout for experts in one parameter (trained"
             " outputs do not depend on it)",
         )
-    all_ranks = {module: matching.pattern_value(config.rank_pattern, module, config.r) for module in modules} | dict(
-        ranks
-    )
+    all_ranks = {
+        module: matching.find_pattern_value(config.rank_pattern, module, config.r) for module in modules
+    } | dict(ranks)
     all_alphas = {
-        module: matching.pattern_value(config.alpha_pattern, module, config.lora_alpha) for module in modules
+        module: matching.find_pattern_value(config.alpha_pattern, module, config.lora_alpha) for module in modules
     } | dict(alphas)
     targets = config.target_modules
     if isinstance(targets, str):  # it may match the experts' modules too
@@ -347,12 +347,14 @@ def split_experts(
     other_modules = dict.fromkeys(
         key.removeprefix(keymap.prefix).rpartition(".lora_")[0] for key in new_tensors if ".lora_" in key
     )
-    ranks = {name: matching.pattern_value(config.rank_pattern, name, config.r) for name in other_modules}
-    alphas = {name: matching.pattern_value(config.alpha_pattern, name, config.lora_alpha) for name in other_modules}
+    ranks = {name: matching.find_pattern_value(config.rank_pattern, name, config.r) for name in other_modules}
+    alphas = {
+        name: matching.find_pattern_value(config.alpha_pattern, name, config.lora_alpha) for name in other_modules
+    }
     experts: dict[str, str] = {}
     for (target, name), sides in factors.items():
-        rank = matching.pattern_value(config.rank_pattern, name, config.r)
-        alpha = matching.pattern_value(config.alpha_pattern, name, config.lora_alpha)
+        rank = matching.find_pattern_value(config.rank_pattern, name, config.r)
+        alpha = matching.find_pattern_value(config.alpha_pattern, name, config.lora_alpha)
         for template, a, b in zip(target.modules, sides["A"], sides["B"], strict=True):
             count = a.shape[0] // rank
             rows, columns = a.reshape(count, rank, -1), b.reshape(-1, rank, count)

@@ -185,7 +185,7 @@ def _check_layouts(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]) 
         raise KeyMapError(
             f"cannot copy these weights in full: the keymap {keymap.name!r} does not define their PyTorch layout:\n"
             + paths.bullets(problems)
-            + generic.ways_out("leave them out of modules_to_save")
+            + generic.layout_advice("leave them out of modules_to_save")
         )
 
 

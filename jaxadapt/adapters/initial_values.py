@@ -28,7 +28,7 @@ def init_values(
     dtype: Any = None,
     abstract: bool = False,
     base: Mapping[str, Any] | None = None,
-    where: Mapping[str, Any] | None = None,
+    base_shardings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return initial parameters, `{path: array}`, each drawn from its own fold of `key`; specs if `abstract`.
 
@@ -39,7 +39,7 @@ def init_values(
         base: `{leaf: array}` of the base parameters, for tensors derived from them.
         where: `{leaf: sharding}` of the base parameters that have one; each tensor is created with its own sharding.
     """
-    shardings = sharding.adapter_shardings(sites, where or {})
+    shardings = sharding.adapter_shardings(sites, base_shardings or {})
     use_base_dtype, dtype = dtype == BASE, jnp.dtype(jnp.float32 if dtype in (None, BASE) else dtype)
     base = base or {}
     without_values = [
@@ -81,7 +81,7 @@ def init_values(
             else:
                 w = jnp.asarray(quantized.to_dense(base[site.leaf]))
                 derived = map_stack(site, lambda a, w: a.from_base(w), site_values, w)
-                derived = entries[tensor.name].form.cleared(derived[tensor.name])
+                derived = entries[tensor.name].form.clear_gaps(derived[tensor.name])
                 # Always copy, so that donating the adapter never donates the base's array.
                 copy = jnp.array(derived, dtype=tensor_dtype, copy=True)
                 site_values[tensor.name] = copy if target is None else placement.move_to(copy, target)
@@ -108,18 +108,20 @@ def _draw_values(
     except ConfigError as error:  # this start has no random draw; under tracing no values are needed
         if not placement.is_tracing():
             raise
-        return {path: random_draws.missing(shape, dtype, str(error)) for path, (_, _, shape) in drawn.items()}
+        return {path: random_draws.missing_array(shape, dtype, str(error)) for path, (_, _, shape) in drawn.items()}
     values = random_draws.draw_arrays(key, draws, dtype)
     forms = {entry.path: entry.form for site in sites for entry in site.entries}
     unit_draws = {path: (dataclasses.replace(draws[path][0], scale=1.0), draws[path][1]) for path in scales}
     unit_values = random_draws.draw_arrays(key, unit_draws, jnp.float32)
-    values |= {path: (array * forms[path].by_tensor(scales[path])).astype(dtype) for path, array in unit_values.items()}
-    return {path: forms[path].cleared(array) for path, array in values.items()}
+    values |= {
+        path: (array * forms[path].expand_by_tensor(scales[path])).astype(dtype) for path, array in unit_values.items()
+    }
+    return {path: forms[path].clear_gaps(array) for path, array in values.items()}
 
 
 def _scales_by_tensor(config: Config, site: Site, tensor: MethodTensor) -> list[float] | None:
     """Return the scale of each tensor's draws if their ranks differ; None if all are drawn alike."""
-    sizes = [size for size in tensor.used or () if size]
+    sizes = [size for size in tensor.used_sizes or () if size]
     if len(set(sizes)) < 2:
         return None
     all_sizes = [tuple((name, size if name == "r" else value) for name, value in tensor.own) for size in sizes]

@@ -153,11 +153,11 @@ def _with_grown_ranks(config: Config, sites: Sequence[Site], growth: Mapping[str
     assert isinstance(config, LoraConfig)
     modules = {module for site in sites if not site.method.copies for module in site.modules}
     ranks = {
-        module: matching.pattern_value(config.rank_pattern, module, config.r) * growth.get(module, 1)
+        module: matching.find_pattern_value(config.rank_pattern, module, config.r) * growth.get(module, 1)
         for module in modules
     }
     alphas = {
-        module: matching.pattern_value(config.alpha_pattern, module, config.lora_alpha)
+        module: matching.find_pattern_value(config.alpha_pattern, module, config.lora_alpha)
         * ((math.sqrt(growth[module]) if config.use_rslora else growth[module]) if module in growth else 1)
         for module in modules
     }
@@ -183,12 +183,12 @@ def with_ranks_and_alphas(config: LoraConfig, ranks: Mapping[str, int], alphas: 
     unmatched = [
         name
         for name in sorted(ranks)
-        if matching.pattern_value(config_with_patterns.rank_pattern, name, config_with_patterns.r) != ranks[name]
+        if matching.find_pattern_value(config_with_patterns.rank_pattern, name, config_with_patterns.r) != ranks[name]
     ]
     unmatched += [
         name
         for name in sorted(ranks)
-        if matching.pattern_value(config_with_patterns.alpha_pattern, name, config_with_patterns.lora_alpha)
+        if matching.find_pattern_value(config_with_patterns.alpha_pattern, name, config_with_patterns.lora_alpha)
         != alphas[name]
     ]
     if unmatched:

@@ -68,7 +68,7 @@ def rename_targets(config: Config, sites: Sequence[Site], keymap: KeyMap) -> Con
             f" {', '.join(sorted(new_names)[:3])}, …, and {', '.join(stale)} of the configuration use the old names"
             f" {', '.join(sorted(old_modules)[:3])}, …. Pass config= with the new names"
         )
-    if all(matching.matches(config, name) for name in new_names):
+    if all(matching.is_target(config, name) for name in new_names):
         return config
     return config.replace(target_modules=sorted(set(new_names)))  # full names: a suffix could match further modules
 
@@ -82,4 +82,4 @@ def _braced_sizes(site: Site, match: Match) -> dict[str, int]:
         new_axis: known_sizes.get(old_axis, 0)
         for old_axis, new_axis in zip(site.match.weight.left, match.weight.left, strict=True)
     }
-    return {axis: len(match.weight.names(axis) or ()) or sizes[axis] for axis in match.braced}
+    return {axis: len(match.weight.index_names(axis) or ()) or sizes[axis] for axis in match.braced}

@@ -16,7 +16,7 @@ from jaxadapt.configs import Config, matching
 from jaxadapt.core import paths
 from jaxadapt.core.errors import KeyMapError, TargetError, warn
 from jaxadapt.keymaps import generic, plan
-from jaxadapt.keymaps.generic import PLAIN, with_layout
+from jaxadapt.keymaps.generic import MAIN_WEIGHT_NAMES, with_layout
 from jaxadapt.keymaps.keymap import KeyMap, Match
 
 Mapped = dict[str, tuple[Match, dict[str, int], dict[tuple[int, ...], str]]]
@@ -38,7 +38,7 @@ def _inventory(
         match = keymap.match(leaf)
         if match is None or leaf in unsure or len(match.weight.left) != len(shape):
             parent, _, name = leaf.rpartition(".")
-            is_matrix = len(shape) >= 2 and name not in (*PLAIN, "bias")
+            is_matrix = len(shape) >= 2 and name not in (*MAIN_WEIGHT_NAMES, "bias")
             unmapped[leaf] = (leaf, parent) if is_matrix else (parent,)
         elif match.weight.adaptable:
             sizes = plan.axis_sizes(match, shape)
@@ -84,19 +84,19 @@ def resolve_config(
             f"{leaf} {shapes[leaf]}"
             for leaf, possible_names in unmapped.items()
             if (leaf in unsure or len(shapes[leaf]) > 2)
-            and all(matching.matches(all_modules, name) for name in possible_names)
+            and all(matching.is_target(all_modules, name) for name in possible_names)
         ]
         if ambiguous:
             raise KeyMapError(
                 'target_modules="all-linear" is ambiguous for these weights, which may or may not be linear:\n'
                 + paths.bullets(ambiguous)
-                + generic.ways_out("name them in exclude_modules")
+                + generic.layout_advice("name them in exclude_modules")
             )
     config = matching.resolve_targets(config, _module_names(mapped, unmapped), linear=linear, output=keymap.output)
     selected = [
         match
         for match, _, modules in mapped.values()
-        if any(matching.matches(config, name) for name in modules.values())
+        if any(matching.is_target(config, name) for name in modules.values())
     ]
     return with_layout(config, keymap, selected)
 
@@ -177,7 +177,7 @@ def _select_sites(
         raise KeyMapError(
             f"the keymap {keymap.name!r} does not define the axis roles of weights that target_modules selects:\n"
             + paths.bullets(unmapped_targets)
-            + generic.ways_out("leave them out of target_modules")
+            + generic.layout_advice("leave them out of target_modules")
         )
     for match, sizes, module_names in mapped.values():
         if not selected_names & set(module_names.values()):
@@ -229,7 +229,7 @@ def _bind_copies(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], ad
             f"the keymap {keymap.name!r} does not define the PyTorch layout of weights that modules_to_save selects:"
             " its entry has another number of axes (a convolution's kernel has more than a Linear's):\n"
             + paths.bullets(unknown_layouts)
-            + generic.ways_out("leave them out")
+            + generic.layout_advice("leave them out")
         )
     duplicates = [site.leaf for site in sites if site.leaf in adapted_leaves]
     if duplicates:
@@ -246,7 +246,7 @@ def uncovered_leaves(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]
     matrices = {leaf: names for leaf, names in unmapped.items() if len(shapes[leaf]) >= 2}
     if matching.is_all_linear(config):
         return tuple(matrices)
-    return tuple(leaf for leaf, names in matrices.items() if any(matching.matches(config, name) for name in names))
+    return tuple(leaf for leaf, names in matrices.items() if any(matching.is_target(config, name) for name in names))
 
 
 def unselected_matrices(
@@ -261,5 +261,5 @@ def unselected_matrices(
     return tuple(
         leaf
         for leaf, possible_names in others.items()
-        if any(matching.matches(config, name) for name in possible_names)
+        if any(matching.is_target(config, name) for name in possible_names)
     )

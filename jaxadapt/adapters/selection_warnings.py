@@ -23,10 +23,10 @@ def unmatched_targets(config: Config, names: Sequence[str]) -> tuple[str, ...]:
     if targets is None or matching.is_all_linear(config):
         return ()
     if isinstance(targets, str):
-        return () if any(matching.matches(config, name) for name in names) else (targets,)
+        return () if any(matching.is_target(config, name) for name in names) else (targets,)
     matched: set[str] = set()
     for name in names:
-        if not matching.matches(config, name):
+        if not matching.is_target(config, name):
             continue
         matched.add(name)  # an entry may be the full name …
         if matching.in_layers(config, name):
@@ -55,7 +55,7 @@ def doubtful_selection(config: Config, names: Sequence[str], chosen: Sequence[st
     warnings += _remaining(unmatched, "target_modules: {} more entries match no module")
     if isinstance(config.get("target_modules"), str):
         parents = {name[:i] for name in names for i, letter in enumerate(name) if letter == "."}.difference(names)
-        if containers := [name for name in sorted(parents) if matching.matches(config, name)]:
+        if containers := [name for name in sorted(parents) if matching.is_target(config, name)]:
             warnings.append(
                 "target_modules also selects modules that contain modules, which PEFT refuses:"
                 f" {suggest.quote_list(containers)}"
@@ -89,7 +89,7 @@ def unmatched_modules_to_save(config: Config, copied: Iterable[str], tied: Mappi
     copied += tuple(
         head for head, embedding in tied.items() if any(name.startswith(f"{embedding}.") for name in copied)
     )
-    used = set[str]().union(*(matching.saving(config, name) for name in copied))
+    used = set[str]().union(*(matching.saving_entries(config, name) for name in copied))
     heads = matching.HEADS.get(config.task_type or "", ())
     warnings = [
         f"modules_to_save: {entry!r} matches no module" for entry in entries if entry not in used and entry not in heads
@@ -112,7 +112,7 @@ def _patterns(field: str, patterns: Mapping[str, Any], chosen: Sequence[str]) ->
     """Return warnings for patterns of one field that match no target, or the same target as another pattern."""
     names_by_pattern: dict[str, list[str]] = {key: [] for key in patterns}
     for name in chosen:
-        for key in matching.matching(patterns, name):
+        for key in matching.matching_patterns(patterns, name):
             names_by_pattern[key].append(name)
     unmatched = [
         f"{field}: {key!r} matches none of the targets" for key, names in names_by_pattern.items() if not names

@@ -75,7 +75,7 @@ class Site:
     @functools.cached_property
     def data(self) -> dict[str, np.ndarray]:
         """`{name: array}` of the arithmetic's inputs besides the parameters: the layers' indices, if layers differ."""
-        if not methods.needs_layer(self.hparams):
+        if not methods.needs_layer_number(self.hparams):
             return {}
         return {methods.LAYER: np.arange(math.prod(self.stack_sizes), dtype=np.int32).reshape(self.stack_sizes)}
 
@@ -159,7 +159,7 @@ def _sites_and_untargeted(config: Config, keymap: KeyMap, tensors: Tensors) -> t
         for site in sites
         if not site.method.copies
         for name in site.modules
-        if not (matching.matches if site.method.wrapper_depth is None else matching.is_parameter)(config, name)
+        if not (matching.is_target if site.method.wrapper_depth is None else matching.is_parameter)(config, name)
     )
     return sites, untargeted_names
 
@@ -194,7 +194,7 @@ def _recover_sites(config: Config, keymap: KeyMap, tensors: Tensors) -> tuple[Si
         sizes = single_entry_sizes(match)
         if "copy" in shapes and len(shapes["copy"]) == len(match.weight.left):
             leaf_sizes = dict(zip(match.weight.left, shapes["copy"], strict=True))
-            sizes |= {axis: leaf_sizes[axis] for axis in match.braced if match.weight.names(axis) is None}
+            sizes |= {axis: leaf_sizes[axis] for axis in match.braced if match.weight.index_names(axis) is None}
         copied_entries = copies_of(sizes)
         if not copied_entries:
             raise MismatchError(
@@ -218,7 +218,7 @@ def _recover_sites(config: Config, keymap: KeyMap, tensors: Tensors) -> tuple[Si
 
 def single_entry_sizes(match: Match) -> dict[str, int]:
     """Return sizes of the braced axes that cover every fused part, of the first layer only."""
-    fused = {axis: len(match.weight.names(axis) or ()) for axis in match.roles["fused"]}
+    fused = {axis: len(match.weight.index_names(axis) or ()) for axis in match.roles["fused"]}
     return {**dict.fromkeys(match.braced, 1), **fused}
 
 
@@ -227,7 +227,7 @@ def _stacked_sizes(config: Config, method: methods.Method, match: Match, shapes:
     sizes = single_entry_sizes(match)
     # Modules may differ in other axes; the stacked axes are in the same place for all.
     names = list(match.modules(sizes).values())
-    probed = [name for name in names if matching.matches(config, name)] or names
+    probed = [name for name in names if matching.is_target(config, name)] or names
     probe = [tensor for name in probed for tensor in method.tensors(config, match, Modules((name,)))]
     return sizes | plan.stack_sizes(match, probe, shapes)
 
@@ -242,7 +242,7 @@ def _is_adapted_by_name(config: Config, method: methods.Method, match: Match, sh
 
 def _adapted_parts(match: Match, parts: Collection[int]) -> tuple[int, ...] | None:
     """Return these parts of a fused axis, sorted; None if there is no such axis or they are all of it."""
-    count = math.prod(len(match.weight.names(axis) or ()) for axis in match.roles["fused"])
+    count = math.prod(len(match.weight.index_names(axis) or ()) for axis in match.roles["fused"])
     return tuple(sorted(parts)) if match.roles["fused"] and 0 < len(parts) < count else None
 
 
@@ -253,7 +253,7 @@ def _recover_site(
     """Return the site of one adapted leaf, from the shapes of its tensors."""
     names_of, is_targeted = (
         _names_function(method),
-        matching.matches if method.wrapper_depth is None else matching.is_parameter,
+        matching.is_target if method.wrapper_depth is None else matching.is_parameter,
     )
     sizes = _stacked_sizes(config, method, match, shapes)
     names = names_of(match, sizes)

@@ -151,8 +151,8 @@ def _lora_norm(config: Config, module: str, arrays: Mapping[str, np.ndarray]) ->
     a, b = a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1)
     if "lora_diag" in arrays:
         a = arrays["lora_diag"][:, None] * a  # KaSA
-    alpha = matching.pattern_value(config.get("alpha_pattern") or {}, module, config.get("lora_alpha"))
-    rank = matching.pattern_value(config.get("rank_pattern") or {}, module, config.get("r"))
+    alpha = matching.find_pattern_value(config.get("alpha_pattern") or {}, module, config.get("lora_alpha"))
+    rank = matching.find_pattern_value(config.get("rank_pattern") or {}, module, config.get("r"))
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     experts, remainder = divmod(a.shape[0], rank) if matching.is_parameter(config, module) else (1, 0)
     if remainder or b.shape[1] != a.shape[0]:

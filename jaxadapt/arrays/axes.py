@@ -93,7 +93,7 @@ class Operation:
     transposed: bool = False
 
 
-def find_contradiction(keymap_axes: Axes, layer_axes: Axes) -> str:
+def contradiction_message(keymap_axes: Axes, layer_axes: Axes) -> str:
     """Return the message for a keymap that swaps the input and output axes of a layer."""
     return (
         f"the keymap's {keymap_axes} contradicts the layer's own {layer_axes}; pass keymap='generic' to take"

@@ -58,7 +58,7 @@ class FileLayout:
         return math.prod(self.shape)
 
     @property
-    def exact(self) -> bool:
+    def is_exact(self) -> bool:
         """True if a round trip keeps every bit: there is no shift, and the factor is a power of two."""
         return math.frexp(self.factor)[0] == 0.5 and not self.shift
 
@@ -86,10 +86,10 @@ class FileLayout:
 
     def shape_of(self, i: int) -> tuple[int, ...]:
         """Return the shape of tensor `i`."""
-        return self.part(i).file_shape if self.ranks else self.file_shape
+        return self.part_layout(i).file_shape if self.ranks else self.file_shape
 
     @property
-    def partial(self) -> bool:
+    def is_partial(self) -> bool:
         """True if parts of the array are in no tensor of the file; they are zero."""
         return self.held is not None or self.ranks is not None
 
@@ -102,18 +102,18 @@ class FileLayout:
     def _by_rank(self) -> dict[int, FileLayout]:
         return {}
 
-    def part(self, i: int) -> FileLayout:
+    def part_layout(self, i: int) -> FileLayout:
         """Return the layout of tensor `i` in its part of the array, as `index` selects it."""
         if self.ranks is None:
-            return self.single
+            return self.single_layout
         rank = self.ranks[i]
         layout = self._by_rank.get(rank)
         if layout is None:
             shape = tuple(rank if axis == self.rank_axis else n for axis, n in enumerate(self.shape))
-            layout = self._by_rank[rank] = dataclasses.replace(self, shape=shape, held=None, ranks=None).single
+            layout = self._by_rank[rank] = dataclasses.replace(self, shape=shape, held=None, ranks=None).single_layout
         return layout
 
-    def by_tensor(self, values: Sequence[float]) -> np.ndarray:
+    def expand_by_tensor(self, values: Sequence[float]) -> np.ndarray:
         """Return a factor for the array: one number per tensor, broadcast over its part, and 0 elsewhere."""
         full_axes = {*self.split, *([self.rank_axis] if self.ranks else [])}
         out = np.zeros([n if axis in full_axes else 1 for axis, n in enumerate(self.shape)], np.float32)
@@ -121,9 +121,9 @@ class FileLayout:
             out[self.index(i)] = value
         return out
 
-    def cleared(self, leaf: Array) -> Array:
+    def clear_gaps(self, leaf: Array) -> Array:
         """Set the parts of the array that are in no tensor of the file to zero."""
-        return leaf * self.by_tensor([1] * self.count).astype(leaf.dtype) if self.partial else leaf
+        return leaf * self.expand_by_tensor([1] * self.count).astype(leaf.dtype) if self.is_partial else leaf
 
     @functools.cached_property
     def is_verbatim(self) -> bool:
@@ -147,7 +147,7 @@ class FileLayout:
         return tuple(index)
 
     @functools.cached_property
-    def single(self) -> FileLayout:
+    def single_layout(self) -> FileLayout:
         """The layout of one tensor in its part of the array, if the ranks are equal."""
         left = tuple(name for i, name in enumerate(self.left) if i not in self.split)
         return dataclasses.replace(self, shape=self._part_shape, left=left, split=(), held=None)
@@ -160,7 +160,7 @@ class FileLayout:
         (6, 4)
         """
         if self.ranks is not None:
-            return self.part(i).encode(leaf[self.index(i)], 0)
+            return self.part_layout(i).encode(leaf[self.index(i)], 0)
         part = leaf[self.index(i)] if self.split else leaf
         part = to_file_scale(part, self.factor, self.shift)
         if self._merged is not None:  # merging adjacent axes before the transpose keeps a view
@@ -222,7 +222,7 @@ class FileLayout:
             pieces = xp.concat([pieces, xp.zeros_like(pieces[:1])])
             pieces = pieces[np.array([row_of.get(i, self.count) for i in range(self._entries)])]
         leaf = pieces.reshape([self.shape[i] for i in self._front]).transpose(np.argsort(self._front))
-        return self.cleared(to_model_scale(leaf, self.factor, self.shift))
+        return self.clear_gaps(to_model_scale(leaf, self.factor, self.shift))
 
 
 def to_model_scale(x: Array, factor: float, shift: float) -> Array:

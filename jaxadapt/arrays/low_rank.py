@@ -36,7 +36,7 @@ def low_rank_delta(
         is_number = isinstance(scale, float)
         return _use_delta(use, scale if is_number else 1.0, None if is_number else scale, a, b, x, y)
     if not isinstance(scale, float):
-        a, scale = scaled(scale, a), 1.0
+        a, scale = scale_factor(scale, a), 1.0
     if use.axes.batch_axes:
         factors = _batched_as_weight(use.axes, a, use.axes.out_axes), _batched_as_weight(use.axes, b, use.axes.in_axes)
         first, last = factors[::-1] if use.transposed else factors
@@ -66,12 +66,12 @@ def _use_delta(use: Use, scale: float, scales: Array | None, a: Array, b: Array,
     mid = "".join(c for c in use.y if c not in free)
     mid += "".join(c for c in batch if c not in mid) + RANK
     x = x.astype(first[0].dtype)
-    h = einsum(f"{use.x},{first[1]}->{mid}", x, first[0], on=explicit(mid, (x, use.x), first))
+    h = einsum(f"{use.x},{first[1]}->{mid}", x, first[0], on=explicit_sharding(mid, (x, use.x), first))
     h = h * scale if scales is None else h * expand_to_letters(scales, batch, mid).astype(h.dtype)
-    return einsum(f"{mid},{last[1]}->{use.y}", h, last[0], on=explicit(use.y, (y, use.y)))
+    return einsum(f"{mid},{last[1]}->{use.y}", h, last[0], on=explicit_sharding(use.y, (y, use.y)))
 
 
-def scaled(scale: float | Array, factor: Array) -> Array:
+def scale_factor(scale: float | Array, factor: Array) -> Array:
     """Multiply a factor (batch..., …) by the scale, one number or an array (batch...)."""
     return scale * factor if isinstance(scale, float) else expand_leading(scale, factor) * factor
 
@@ -89,7 +89,7 @@ def _batched_as_weight(axes: Axes, factor: Array, replaced: tuple[int, ...]) -> 
     return factor.transpose([order.index(i) for i in range(axes.rank)])
 
 
-def product(axes: Axes, a: Array, b: Array) -> Array:
+def multiply_factors(axes: Axes, a: Array, b: Array) -> Array:
     """Compute B·A in the weight's axis order."""
     batch, inputs, out = map(_letters, (axes.batch_axes, axes.in_axes, axes.out_axes))
     return einsum(f"{batch}{RANK}{inputs},{batch}{out}{RANK}->{LETTERS[: axes.rank]}", a, b)
@@ -105,9 +105,9 @@ def add_product(axes: Axes, w: Array, scale: float | Array, a: Array, b: Array) 
     """
     rank_axis = len(axes.batch_axes)
     if not isinstance(scale, float):
-        a, scale = scaled(scale, a), 1.0
+        a, scale = scale_factor(scale, a), 1.0
     if a.shape[rank_axis] > _MAX_TERMS:
-        return w + scale * product(axes, a, b)
+        return w + scale * multiply_factors(axes, a, b)
     # r precedes the other axes, so that each term is contiguous. The barrier keeps this transpose out of the sum.
     a, b = jax.lax.optimization_barrier((scale * a, jnp.moveaxis(b, -1, rank_axis)))
     over, batch = LETTERS[: axes.rank], _letters(axes.batch_axes)
@@ -159,7 +159,7 @@ def einsum(subscripts: str, *operands: Array, on: NamedSharding | None = None) -
     return jax.numpy.einsum(subscripts, *operands, out_sharding=on)
 
 
-def explicit(letters: str, *operands: tuple[Array, str]) -> NamedSharding | None:
+def explicit_sharding(letters: str, *operands: tuple[Array, str]) -> NamedSharding | None:
     """Return the sharding of a product whose axes are `letters`, each sharded as in the first operand that has it.
 
     Meshes with explicit axes require it for a sum over axes that are sharded in both operands. On other meshes the

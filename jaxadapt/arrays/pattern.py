@@ -54,7 +54,7 @@ def parse_pattern(text: str) -> Pattern:
     problems += [
         f"axis {n!r} occurs twice on the {side}"
         for side, side_names in (("left", names), ("right", flat))
-        for n in repeated(side_names)
+        for n in repeated_names(side_names)
     ]
     plain = frozenset(n for n in names if not n.startswith("{"))
     problems += [
@@ -65,10 +65,10 @@ def parse_pattern(text: str) -> Pattern:
     return Pattern(left, right, plain, braced, tuple(problems))
 
 
-def repeated(names: Sequence[str]) -> list[str]:
+def repeated_names(names: Sequence[str]) -> list[str]:
     """Return the names that occur more than once, sorted.
 
-    >>> repeated(["n", "h", "n"])
+    >>> repeated_names(["n", "h", "n"])
     ['n']
     """
     return sorted(name for name, count in Counter(names).items() if count > 1)

@@ -63,7 +63,7 @@ def expand_leading(values: Array, x: Array) -> Array:
     return values.reshape(values.shape + (1,) * (x.ndim - values.ndim)).astype(x.dtype)
 
 
-def only_adapted(used: PerEntry | None, params: Params, x: Array, otherwise: float) -> Array:
+def mask_unadapted(used: PerEntry | None, params: Params, x: Array, otherwise: float) -> Array:
     """Return `x` (batch..., …) with the entries that are not adapted set to a constant, which has no gradient."""
     return (
         x

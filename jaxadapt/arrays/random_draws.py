@@ -38,7 +38,7 @@ class Draw:
     scale: float
 
 
-def missing(shape: Sequence[int], dtype: Any, why: str) -> Array:
+def missing_array(shape: Sequence[int], dtype: Any, why: str) -> Array:
     """Return a traced array without values; compiling a program that uses it raises `ConfigError(why)`.
 
     A trace cannot know if its values will be computed, since `jax.eval_shape` and `jax.jit` share one trace.

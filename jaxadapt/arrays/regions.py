@@ -22,7 +22,7 @@ from jaxadapt.arrays import pattern
 from jaxadapt.arrays.layout import FileLayout, to_file_scale, to_model_scale
 
 Shape = tuple[int, ...]
-Box = tuple[tuple[int, int], ...]
+Region = tuple[tuple[int, int], ...]
 """A region of an array: `(start, stop)` of each axis."""
 
 
@@ -30,16 +30,16 @@ Box = tuple[tuple[int, int], ...]
 
 
 @functools.lru_cache(maxsize=1024)
-def device_regions(sharding: Sharding, shape: Shape) -> dict[Box, tuple[Any, ...]]:
+def device_regions(sharding: Sharding, shape: Shape) -> dict[Region, tuple[Any, ...]]:
     """Return `{region: devices}`: the distinct regions of a sharded array and the devices with each."""
-    by_region: dict[Box, list[Any]] = {}
+    by_region: dict[Region, list[Any]] = {}
     for device, index in sharding.devices_indices_map(shape).items():
         by_region.setdefault(region_from_slices(index, shape), []).append(device)
     return {region: tuple(devices) for region, devices in by_region.items()}
 
 
 @functools.lru_cache(maxsize=1024)
-def addressable_regions(sharding: Sharding, shape: Shape) -> dict[Box, Any]:
+def addressable_regions(sharding: Sharding, shape: Shape) -> dict[Region, Any]:
     """Return `{region: device}`: the regions that this process holds, each with one of its devices that hold it."""
     local = sharding.addressable_devices
     holders = {
@@ -77,7 +77,7 @@ def addressable_slices(sharding: Sharding, shape: Shape, step: int) -> tuple[lis
     return [to_slices(region) for region in addressable_regions(sharding, shape)], runs
 
 
-def is_contiguous(shape: Shape, region: Box) -> bool:
+def is_contiguous(shape: Shape, region: Region) -> bool:
     """Return True if the elements of a region are contiguous in an array of this shape.
 
     >>> [is_contiguous((4, 3), region) for region in (((1, 3), (0, 3)), ((1, 3), (0, 2)), ((1, 2), (0, 2)))]
@@ -88,51 +88,51 @@ def is_contiguous(shape: Shape, region: Box) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def _holders(sharding: Sharding, shape: Shape) -> list[tuple[tuple[int, ...], list[Box], int]]:
+def _holders(sharding: Sharding, shape: Shape) -> list[tuple[tuple[int, ...], list[Region], int]]:
     """Return groups of regions held by the same processes: the processes, the regions and their number of elements."""
-    groups: dict[tuple[int, ...], list[Box]] = {}
+    groups: dict[tuple[int, ...], list[Region]] = {}
     for region, devices in device_regions(sharding, shape).items():
         groups.setdefault(tuple(sorted({d.process_index for d in devices})), []).append(region)
     return [(processes, regions, sum(map(region_size, regions))) for processes, regions in groups.items()]
 
 
-def region_from_slices(index: Sequence[slice], shape: Shape) -> Box:
+def region_from_slices(index: Sequence[slice], shape: Shape) -> Region:
     """Return the region of a tuple of slices, such as the `index` of a shard."""
     return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 
-def full_region(shape: Shape) -> Box:
+def full_region(shape: Shape) -> Region:
     """Return the region that covers a whole array."""
     return tuple((0, size) for size in shape)
 
 
-def to_slices(region: Box) -> tuple[slice, ...]:
+def to_slices(region: Region) -> tuple[slice, ...]:
     """Return a region as an index of slices."""
     return tuple(slice(*part) for part in region)
 
 
-def relative_slices(region: Box, outer: Box) -> tuple[slice, ...]:
+def relative_slices(region: Region, outer: Region) -> tuple[slice, ...]:
     """Return the slices of a region in an array that holds the region `outer`."""
     return tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(region, outer, strict=True))
 
 
-def intersection(a: Box, b: Box) -> Box | None:
+def intersection(a: Region, b: Region) -> Region | None:
     """Return the intersection of two regions; None if it is empty."""
     both = tuple((max(p[0], q[0]), min(p[1], q[1])) for p, q in zip(a, b, strict=True))
     return both if all(start < stop for start, stop in both) else None
 
 
-def region_shape(region: Box) -> Shape:
+def region_shape(region: Region) -> Shape:
     """Return the shape of a region."""
     return tuple(stop - start for start, stop in region)
 
 
-def region_size(region: Box) -> int:
+def region_size(region: Region) -> int:
     """Return the number of elements of a region."""
     return math.prod(region_shape(region))
 
 
-def merge_neighbours(parts: Iterable[Box]) -> dict[Box, list[Box]]:
+def merge_neighbours(parts: Iterable[Region]) -> dict[Region, list[Region]]:
     """Merge neighbouring disjoint regions into larger ones; return `{merged region: its parts}`.
 
     The larger a region is, the longer are its contiguous runs of bytes in the file.
@@ -142,10 +142,10 @@ def merge_neighbours(parts: Iterable[Box]) -> dict[Box, list[Box]]:
     """
     out = {region: [region] for region in parts}
     for axis in reversed(range(len(next(iter(out), ())))):
-        rows: dict[tuple[Any, ...], list[Box]] = {}
+        rows: dict[tuple[Any, ...], list[Region]] = {}
         for region in out:
             rows.setdefault((region[:axis], region[axis + 1 :]), []).append(region)
-        joined: dict[Box, list[Box]] = {}
+        joined: dict[Region, list[Region]] = {}
         for row in rows.values():
             row.sort(key=lambda region: region[axis])
             run = row[0]
@@ -162,7 +162,7 @@ def merge_neighbours(parts: Iterable[Box]) -> dict[Box, list[Box]]:
     return out
 
 
-def assign_owners(leaves: Mapping[str, Any]) -> dict[str, dict[Box, int]]:
+def assign_owners(leaves: Mapping[str, Any]) -> dict[str, dict[Region, int]]:
     """Assign each region of each leaf to the process that writes it; return `{path: {region: process}}`.
 
     Every process computes the same result. Among the processes that hold a region, the one with the fewest bytes so far
@@ -170,7 +170,7 @@ def assign_owners(leaves: Mapping[str, Any]) -> dict[str, dict[Box, int]]:
     process is assumed to be equal in all of them, and process 0 writes it.
     """
     load: dict[int, int] = {}
-    out: dict[str, dict[Box, int]] = {}
+    out: dict[str, dict[Region, int]] = {}
     for path in sorted(leaves):
         leaf = leaves[path]
         shape = tuple(leaf.shape)
@@ -203,16 +203,16 @@ class FileRegion:
         shift: see `factor`.
     """
 
-    region: Box
+    region: Region
     number: int
     shape: Shape
-    box: Box
+    tensor_region: Region
     order: tuple[int, ...]
     factor: float
     shift: float
 
     @property
-    def plain(self) -> bool:
+    def is_exact(self) -> bool:
         """True if the tensor and the leaf hold the same values."""
         return self.factor == 1 and self.shift == 0
 
@@ -230,18 +230,18 @@ class FileRegion:
     @functools.cached_property
     def _split_shape(self) -> Shape:
         """The shape of the region in the leaf's axis order, before axes are merged."""
-        sizes = region_shape(self.box)
+        sizes = region_shape(self.tensor_region)
         return tuple(sizes[self.order.index(axis)] for axis in range(len(self.order)))
 
 
 @functools.lru_cache(maxsize=4096)
-def file_regions(form: FileLayout, region: Box) -> tuple[FileRegion, ...]:
+def file_regions(form: FileLayout, region: Region) -> tuple[FileRegion, ...]:
     """Split a region of a leaf into regions of single file tensors: one per layer or fused part.
 
     There are several per tensor if an axis of the leaf merges PyTorch axes in another order and the region cuts it.
 
     >>> form = FileLayout((2, 4, 3), ("{l}", "i", "~r"), (("~r",), ("i",)), (0,))
-    >>> [(piece.number, piece.shape, piece.box) for piece in file_regions(form, ((1, 2), (0, 2), (0, 3)))]
+    >>> [(piece.number, piece.shape, piece.tensor_region) for piece in file_regions(form, ((1, 2), (0, 2), (0, 3)))]
     [(1, (3, 4), ((0, 3), (0, 2)))]
     """
     if form.ranks is not None:
@@ -274,7 +274,7 @@ def file_regions(form: FileLayout, region: Box) -> tuple[FileRegion, ...]:
     return tuple(out)
 
 
-def _file_regions_by_rank(form: FileLayout, region: Box) -> Iterator[FileRegion]:
+def _file_regions_by_rank(form: FileLayout, region: Region) -> Iterator[FileRegion]:
     """Yield the file regions if tensors differ in rank: those of each tensor by its own layout."""
     for i in range(form.count):
         index = form.index(i)
@@ -286,7 +286,7 @@ def _file_regions_by_rank(form: FileLayout, region: Box) -> Iterator[FileRegion]
         if shared is None:
             continue
         inner = tuple(span for span, at in zip(shared, index, strict=True) if not isinstance(at, int))
-        for piece in file_regions(form.part(i), inner):
+        for piece in file_regions(form.part_layout(i), inner):
             spans = iter(piece.region)
             leaf_region = tuple(
                 outer if isinstance(at, int) else next(spans) for outer, at in zip(shared, index, strict=True)
@@ -294,7 +294,7 @@ def _file_regions_by_rank(form: FileLayout, region: Box) -> Iterator[FileRegion]
             yield dataclasses.replace(piece, region=leaf_region, number=i)
 
 
-def _split_range(start: int, stop: int, sizes: Shape) -> Iterator[tuple[int, int, Box]]:
+def _split_range(start: int, stop: int, sizes: Shape) -> Iterator[tuple[int, int, Region]]:
     """Split a range of a merged axis into regions of the axes that it merges; yield `(start, stop, region)`.
 
     >>> list(_split_range(1, 6, (3, 2)))

@@ -11,7 +11,7 @@ from jaxadapt.cli import output
 from jaxadapt.core.errors import FileError
 from jaxadapt.core.terminal import escape_text
 from jaxadapt.storage import location
-from jaxadapt.storage.location import Place
+from jaxadapt.storage.location import Location
 
 
 @click.command("pull", short_help="Download an adapter from the Hugging Face Hub.")
@@ -35,7 +35,7 @@ def command(repo: str, revision: str | None, subfolder: str | None, out: str | N
     """
     from jaxadapt.storage.hub import pull
 
-    folder: Place = pull(repo, revision=revision, subfolder=subfolder, progress=True)
+    folder: Location = pull(repo, revision=revision, subfolder=subfolder, progress=True)
     if out is not None:
         folder = _copy_adapter(folder, out)
     if as_json:
@@ -45,7 +45,7 @@ def command(repo: str, revision: str | None, subfolder: str | None, out: str | N
         click.echo(escape_text(str(folder)) if sys.stdout.isatty() else folder)
 
 
-def _copy_adapter(source: Path, target: str) -> Place:
+def _copy_adapter(source: Path, target: str) -> Location:
     """Copy the adapter's files from `source` to `target`, all or none."""
     from jaxadapt.persistence import folder
     from jaxadapt.storage import atomic

@@ -29,7 +29,7 @@ _RESTRICTIONS = ("exclude_modules", "modules_to_save", "layers_to_transform", "l
 _COLLAPSE_FROM = 20  # from this many names on, PEFT stores the shortest suffixes that select the same modules
 
 
-def matches(config: Config, name: str) -> bool:
+def is_target(config: Config, name: str) -> bool:
     """Return True if the module `name` is a target of `config`, by PEFT's rules.
 
     A string in `target_modules` must match the whole name as a regular expression. In a list, an entry must equal the
@@ -42,7 +42,7 @@ def matches(config: Config, name: str) -> bool:
 
     >>> from jaxadapt.configs import LoraConfig
     >>> config = LoraConfig(target_modules=["q_proj"], layers_to_transform=[1])
-    >>> [matches(config, f"model.layers.{l}.self_attn.q_proj") for l in range(3)]
+    >>> [is_target(config, f"model.layers.{l}.self_attn.q_proj") for l in range(3)]
     [False, True, False]
     """
     if _excluded(config, name):
@@ -71,7 +71,7 @@ def is_parameter(config: Config, name: str) -> bool:
     return bool(entries) and (name in entries or _ends_in(name, entries))
 
 
-def pattern_value(patterns: Mapping[str, _T], name: str, default: _T) -> _T:
+def find_pattern_value(patterns: Mapping[str, _T], name: str, default: _T) -> _T:
     """Return the value of the first pattern that matches the module `name`; `default` if no pattern matches.
 
     Used for `rank_pattern` and `alpha_pattern`. A pattern must match the whole name, or its end after a dot.
@@ -79,7 +79,7 @@ def pattern_value(patterns: Mapping[str, _T], name: str, default: _T) -> _T:
     Raises:
         ConfigError: a regular expression is invalid.
 
-    >>> pattern_value({"q_proj": 4, r"layers\\.\\d+\\.v_proj": 2}, "model.layers.7.v_proj", 8)
+    >>> find_pattern_value({"q_proj": 4, r"layers\\.\\d+\\.v_proj": 2}, "model.layers.7.v_proj", 8)
     2
     """
     if not patterns:
@@ -90,7 +90,7 @@ def pattern_value(patterns: Mapping[str, _T], name: str, default: _T) -> _T:
     return patterns.get(name, default) if order is None else patterns[index.keys[order]]
 
 
-def matching(patterns: Mapping[str, Any], name: str) -> list[str]:
+def matching_patterns(patterns: Mapping[str, Any], name: str) -> list[str]:
     """Return all patterns that match the module `name`; the first one applies."""
     index = _index(patterns)
     keys = [index.keys[order] for order in index.matching(name)]
@@ -168,10 +168,10 @@ def with_default_targets(config: _C, family: str) -> _C:
 
 def is_saved(config: Config, module: str) -> bool:
     """Return True if `modules_to_save` matches this module or one of its parents."""
-    return bool(saving(config, module))
+    return bool(saving_entries(config, module))
 
 
-def saving(config: Config, module: str) -> set[str]:
+def saving_entries(config: Config, module: str) -> set[str]:
     """Return the entries of `modules_to_save` that end the path of a module or a parent (not only after a dot)."""
     entries = config.names("modules_to_save")
     if not entries:
@@ -274,7 +274,7 @@ def select_names(
     ('a.q', 'a.v', 'b.q')
     """
     resolved = resolve_targets(config, names, linear=linear, output=output)
-    chosen = tuple(name for name in names if matches(resolved, name))
+    chosen = tuple(name for name in names if is_target(resolved, name))
     if chosen or config.get("target_parameters"):
         return chosen
     targets = config.get("target_modules")
@@ -350,17 +350,17 @@ def _replace_value(config: _C, key: str, value: Any) -> _C:
 
 def shortest_suffixes(targets: Sequence[str], others: Iterable[str]) -> list[str]:
     """Return the shortest suffixes (split at dots) that match all of `targets` and none of `others`."""
-    excluded = {suffix for other in others for suffix in suffixes(other)}
+    excluded = {suffix for other in others for suffix in path_suffixes(other)}
     chosen: set[str] = set()
-    for target in sorted(targets, key=suffixes):
-        endings = suffixes(target)
+    for target in sorted(targets, key=path_suffixes):
+        endings = path_suffixes(target)
         if chosen.isdisjoint(endings):
             # The full name is always allowed, because no target is one of the others.
             chosen.add(next((ending for ending in endings if ending not in excluded), target))
     return sorted(chosen)
 
 
-def suffixes(name: str) -> list[str]:
+def path_suffixes(name: str) -> list[str]:
     """Return the endings of a name at its dots, shortest first."""
     parts = name.split(".")
     return [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
@@ -372,7 +372,7 @@ def _no_match_message(config: Config, names: Sequence[str]) -> str:
     wanted = repr(targets) if isinstance(targets, str) else ", ".join(map(repr, targets)) or "an empty list"
     lines = [f"target_modules: expected to match a module, found none that matches {wanted}"]
     unrestricted = functools.reduce(_without, _RESTRICTIONS, config)
-    hidden = [name for name in names if matches(unrestricted, name)]
+    hidden = [name for name in names if is_target(unrestricted, name)]
     if hidden:
         rules = ", ".join(
             f"{key}={suggest.tuple_to_list(config.get(key))!r}"

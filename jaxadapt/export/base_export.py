@@ -29,7 +29,7 @@ from jaxadapt.persistence import folder
 from jaxadapt.persistence.encode import require_values
 from jaxadapt.storage import hf_model, location
 from jaxadapt.storage.dtypes import dtype_name, numpy_dtype
-from jaxadapt.storage.location import Place
+from jaxadapt.storage.location import Location
 
 SHARD = 5_000_000_000
 
@@ -171,7 +171,7 @@ def _make_encoder(
         entry, number = base_plan.keys[key]
         if entry.path in changed:
             return _merge_tensor(entry, number, changed[entry.path], leaves[entry.path].dtype, dtype)
-        tensor = entry.form.single.encode(np.asarray(leaves[entry.path][entry.form.index(number)]), 0)
+        tensor = entry.form.single_layout.encode(np.asarray(leaves[entry.path][entry.form.index(number)]), 0)
         return tensor if dtype is None else tensor.astype(dtype, copy=False)
 
     return encode
@@ -198,7 +198,7 @@ def _merge_tensor(
     file_axes = {group[0]: axis for axis, group in enumerate(form.right) if group}  # by the outermost part's name
     axes = [a for a in changed.outputs if form.left[a] in file_axes] if changed.site.leaf == entry.path else []
     if not axes:
-        out[...] = form.single.encode(np.asarray(changed.value(layer, unrounded=unrounded)[inner_index]), 0)
+        out[...] = form.single_layout.encode(np.asarray(changed.value(layer, unrounded=unrounded)[inner_index]), 0)
         return out
     axis = axes[0]
     file_axis = file_axes[form.left[axis]]
@@ -209,13 +209,13 @@ def _merge_tensor(
         end = min(begin + step, size)
         values = np.asarray(changed.value({**layer, axis: slice(begin, end)}, unrounded=unrounded)[inner_index])
         shape = tuple(end - begin if a == axis else n for a, n in enumerate(form.shape))
-        tensor = dataclasses.replace(form, shape=shape).single.encode(values, 0)
+        tensor = dataclasses.replace(form, shape=shape).single_layout.encode(values, 0)
         out[(*[slice(None)] * file_axis, slice(begin * rows, end * rows))] = tensor
     return out
 
 
 def _check_ties(
-    target: Place,
+    target: Location,
     keymap: KeyMap,
     base_plan: plan.Plan,
     leaves: Mapping[str, Any],

@@ -21,7 +21,7 @@ from jaxadapt.core.progress import LOGGER, Progress, Report, reporter
 from jaxadapt.export import untying
 from jaxadapt.export.base_leaves import collect_base_leaves, leaf_shapes, unknown_names_error
 from jaxadapt.keymaps import check, expert_names, families, parts, plan
-from jaxadapt.keymaps.generic import GENERIC, own_names
+from jaxadapt.keymaps.generic import GENERIC, keymap_from_paths
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.merging import base_merge
 from jaxadapt.models import base_params, planning
@@ -117,7 +117,7 @@ def import_base(
 
 
 def _describe_nearest(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> str:
-    return families.nearest(shapes) if keymap.name == GENERIC.name else ""
+    return families.describe_nearest_family(shapes) if keymap.name == GENERIC.name else ""
 
 
 def _find_sources(
@@ -158,7 +158,7 @@ def _find_sources(
         if extra:
             warn(f"{tensors.source}: tensors not used: {', '.join(extra)}")
         given = {key: given.get(key, shape) for key, shape in base_plan.shapes.items()}
-    problems = base_plan.problems(given, tensors.source, wrong_dtypes)
+    problems = base_plan.list_problems(given, tensors.source, wrong_dtypes)
     if problems:
         raise MismatchError(
             f"{tensors.source}: does not fit the model with the keymap {keymap.name!r}. Of {len(base_plan.shapes)}"
@@ -203,7 +203,7 @@ def _with_path_names(
     owners = survey.base_leaves(target) if isinstance(target, attach.nnx.Module) else {}
     owners = {path: owner for path, owner in owners.items() if path in rest}
     entries = survey.class_entries(owners, KeyMap(GENERIC.name, ()))
-    by_path, ambiguous = own_names(rest, entries, survey.custom_leaves(owners, owners))
+    by_path, ambiguous = keymap_from_paths(rest, entries, survey.custom_leaves(owners, owners))
     added = [entry for entry in by_path.weights if entry.key in file_keys]
     if keymap is GENERIC:
         if not added:
@@ -217,6 +217,6 @@ def _with_path_names(
             f"{source}: cannot decide the layout of these square matrices, (in, out) or (out, in), because no keymap"
             " of a model family has an entry for them. Pass a KeyMap with an entry for each weight as keymap=:\n"
             + paths.bullets(ambiguous)
-            + families.nearest(shapes)
+            + families.describe_nearest_family(shapes)
         )
     return keymap.with_entries(added)

@@ -24,7 +24,7 @@ def collect_base_leaves(
     parameter is included if the keymap has an entry for it (for example the bias of MaxText's routers).
     """
     leaves = base_params.base_leaves(planning.base_params(params))
-    loose = survey.walk_model(params).loose if isinstance(params, attach.nnx.Module) else {}
+    loose = survey.walk_model(params).unowned if isinstance(params, attach.nnx.Module) else {}
     if loose:
         raise AttachError(
             "cannot collect all parameters: some are not direct attributes of an nnx.Module (for example inside a"
@@ -56,5 +56,5 @@ def unknown_names_error(shapes: Mapping[str, tuple[int, ...]]) -> KeyMapError:
         "cannot export or import these parameters: no known model family matches them, so their PyTorch names are"
         " unknown. Pass keymap=<family>, or a KeyMap with an entry for each:\n"
         + paths.bullets(f"{path} {shape}" for path, shape in shapes.items())
-        + families.nearest(shapes)
+        + families.describe_nearest_family(shapes)
     )

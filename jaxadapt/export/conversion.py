@@ -28,7 +28,7 @@ from jaxadapt.models.foreign import tree as foreign
 from jaxadapt.models.foreign.dialect import Dialect, is_like
 from jaxadapt.persistence import folder, orbax_folder
 from jaxadapt.storage import location, safetensors
-from jaxadapt.storage.location import Place
+from jaxadapt.storage.location import Location
 
 NOTE = "jaxadapt_tree"
 """The metadata key for the scale of a tree, which its leaves do not contain."""
@@ -155,7 +155,7 @@ def _read(
     return PeftTensors(config, tensors, str(path))
 
 
-def _read_note(path: Place) -> dict[str, Any]:
+def _read_note(path: Location) -> dict[str, Any]:
     text = safetensors.read_header(path).metadata.get(NOTE, "{}")
     try:
         note = json.loads(text)
@@ -198,7 +198,7 @@ def _respell(tensors: PeftTensors, source: KeyMap, target: KeyMap) -> PeftTensor
             f"{tensors.source}: cannot rename the modules, because {', '.join(stale)} of the configuration use the old"
             " names; edit the configuration first"
         )
-    if not all(matching.matches(config, m) for m in names.values()):
+    if not all(matching.is_target(config, m) for m in names.values()):
         config = _require_lora(config, "another spelling").replace(target_modules=sorted(names.values()))
     new = {
         f"{PEFT_PREFIX}{names[m]}.lora_{side}.weight": x
@@ -210,7 +210,7 @@ def _respell(tensors: PeftTensors, source: KeyMap, target: KeyMap) -> PeftTensor
 
 def _write_tree(
     tensors: PeftTensors,
-    path: Place,
+    path: Location,
     keymap: KeyMap,
     name: str | None,
     like: Any,
@@ -247,7 +247,7 @@ def _write_tree(
     def blank_tree(rank: int) -> foreign.ForeignTree:
         arrays: dict[str, tuple[int, ...]] = {}
         for leaf in adapted:
-            arrays |= blank.blank_arrays(dialect, leaf, shapes, rank, known_shapes.get(leaf.site.leaf), sizes)
+            arrays |= blank.blank_arrays(dialect, leaf, shapes, rank, known_shapes.get(leaf.match.leaf), sizes)
         dtype = np.result_type(*(a.dtype for a, _ in pairs.values()))
         # Broadcast scalars need no memory; their values are never read.
         leaves = {p: np.broadcast_to(np.zeros((), dtype), shape) for p, shape in arrays.items()}

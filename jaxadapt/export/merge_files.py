@@ -27,7 +27,7 @@ from jaxadapt.persistence import folder, peft
 from jaxadapt.storage import atomic, hf_model, location
 from jaxadapt.storage.dtypes import dtype_name, numpy_dtype
 from jaxadapt.storage.local_files import file_error
-from jaxadapt.storage.location import Place
+from jaxadapt.storage.location import Location
 
 _COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 """Suffixes of a model's other files: configuration, tokenizer, chat template."""
@@ -230,7 +230,7 @@ def _load_adapter(tensors: PeftTensors, specs: dict[str, Any], keymap: Any) -> A
     return peft.from_peft(tensors, paths.unflatten(specs), keymap=keymap)
 
 
-def _exists_locally(path: Place) -> TypeGuard[Path]:
+def _exists_locally(path: Location) -> TypeGuard[Path]:
     """Return True if a path is on this machine and exists."""
     return isinstance(path, Path) and location.exists(path)
 
@@ -242,14 +242,14 @@ def _same_folder(one: Path, other: Path) -> bool:
         raise file_error("read", str(other), error) from error
 
 
-def _read_bytes(path: Place) -> bytes:
+def _read_bytes(path: Location) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
         raise file_error("read", str(path), error) from error
 
 
-def _read_other_files(source: Place, dtype: str | None, untie: bool) -> dict[str, bytes]:
+def _read_other_files(source: Location, dtype: str | None, untie: bool) -> dict[str, bytes]:
     """Read the model's other files; change its configuration to `dtype`, and `untie` its head, if given."""
     files: dict[str, bytes] = {}
     is_folder = location.is_dir(source)
@@ -272,7 +272,7 @@ def _read_other_files(source: Place, dtype: str | None, untie: bool) -> dict[str
     return files
 
 
-def _set_dtype(path: Place, config: bytes, dtype: str) -> bytes:
+def _set_dtype(path: Location, config: bytes, dtype: str) -> bytes:
     """Set the dtype in a config.json, because transformers loads a model in this dtype."""
 
     def replace_dtype(fields: dict[str, Any]) -> dict[str, Any]:

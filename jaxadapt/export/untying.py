@@ -20,7 +20,7 @@ from jaxadapt.core.errors import FormatError, MismatchError
 from jaxadapt.keymaps import families, pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.storage import hf_model, local_files
-from jaxadapt.storage.location import Place
+from jaxadapt.storage.location import Location
 
 FIELD = "tie_word_embeddings"
 """The field of config.json that ties the head to the embedding."""
@@ -47,7 +47,7 @@ Pairs = tuple[tuple[str, str], ...]
 """`((head key, embedding key), …)`."""
 
 
-def read_model_config(path: Place) -> dict[str, Any] | None:
+def read_model_config(path: Location) -> dict[str, Any] | None:
     """Read the fields of a config.json; return None if the file does not exist."""
     try:
         document: Any = json.loads(path.read_bytes())
@@ -105,7 +105,7 @@ class UntiedBase:
     is_untied: bool = False
 
 
-def untie_base(base_tensors: hf_model.ModelTensors, path: Place, adapter: PeftTensors) -> UntiedBase:
+def untie_base(base_tensors: hf_model.ModelTensors, path: Location, adapter: PeftTensors) -> UntiedBase:
     """Return the tensors of a model's folder, with a separate head if the adapter changes only the head or embedding.
 
     Args:
@@ -120,7 +120,7 @@ def untie_base(base_tensors: hf_model.ModelTensors, path: Place, adapter: PeftTe
     tensors = {key: tuple(x.shape) for key, x in adapter.tensors.items()}
     adapted, ensures_tying = pytorch.adapted_shapes(tensors), bool(adapter.config.get("ensure_weight_tying"))
     heads = {head for group, _ in _groups() for head, _ in group}
-    adapter_names = pytorch.renamed(shapes, [module for module in adapted if f"{module}.weight" not in heads])
+    adapter_names = pytorch.match_model_keys(shapes, [module for module in adapted if f"{module}.weight" not in heads])
     known = _find_group(adapter_names)
     if known is None:
         lookups = [module for module, names in adapted.items() if "lora_embedding_A" in names]
@@ -133,7 +133,7 @@ def untie_base(base_tensors: hf_model.ModelTensors, path: Place, adapter: PeftTe
         return UntiedBase(base_tensors)
 
     group, names = known
-    rows = {f"{module}.weight" for module in pytorch.rows(tensors)}
+    rows = {f"{module}.weight" for module in pytorch.token_row_modules(tensors)}
     pairs = [pair for pair in group if pair[0].endswith(".weight")]
     changed = {
         key
@@ -236,12 +236,12 @@ def _find_group(adapter_names: Mapping[str, str]) -> tuple[Pairs, Mapping[str, s
     return None
 
 
-def _read_tied(path: Place) -> bool | None:
+def _read_tied(path: Location) -> bool | None:
     config = read_model_config(path)
     return None if config is None else is_tied(config)
 
 
-def _is_headless(path: Place) -> bool:
+def _is_headless(path: Location) -> bool:
     """Return True if the folder's model class has no head over the tokens."""
     classes: Any = (read_model_config(path) or {}).get("architectures")
     return (
@@ -258,7 +258,7 @@ def bitwise_same(base_tensors: hf_model.ModelTensors, a: str, b: str) -> bool:
 
 
 def _refuse_unknown_head(
-    adapter: PeftTensors, path: Place, shapes: Mapping[str, Sequence[int]], lookups: Sequence[str]
+    adapter: PeftTensors, path: Location, shapes: Mapping[str, Sequence[int]], lookups: Sequence[str]
 ) -> None:
     """Raise `MismatchError` if an adapted embedding may be tied to a head of unknown name.
 

@@ -57,7 +57,9 @@ def find_components(
     if not batches:
         raise AttachError("EVA needs at least one batch: batches= is empty")
     tokens = mask or (lambda batch: _token_mask(batch, settings))
-    wanted = {m: matching.pattern_value(config.rank_pattern, m, config.r) for b in adapter_sites for m in b.modules}
+    wanted = {
+        m: matching.find_pattern_value(config.rank_pattern, m, config.r) for b in adapter_sites for m in b.modules
+    }
     seen = watch(adapter_sites, {b.leaf: Statistic(moments, 3) for b in adapter_sites})(
         {}, batches[0], tokens(batches[0])
     )
@@ -184,8 +186,8 @@ def redistribute_ranks(config: LoraConfig, rows_by_module: Mapping[str, np.ndarr
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for module, rows in rows_by_module.items():
-        r = matching.pattern_value(config.rank_pattern, module, config.r)
-        alpha = matching.pattern_value(config.alpha_pattern, module, config.lora_alpha)
+        r = matching.find_pattern_value(config.rank_pattern, module, config.r)
+        alpha = matching.find_pattern_value(config.alpha_pattern, module, config.lora_alpha)
         new = len(rows)
         if new == 0:
             continue

@@ -190,7 +190,7 @@ class Initialization:
             init_lora_weights=True if self.kind not in ("", "kasa") else config.init_lora_weights, kasa_config=None
         )
         key = jax.random.key(0) if self.key is None else self.key  # all random values are replaced below
-        values = initial_values.init_values(plain, self.sites, key, dtype, base=self.weights, where=shardings)
+        values = initial_values.init_values(plain, self.sites, key, dtype, base=self.weights, base_shardings=shardings)
         computed = [b for b in self.pairs if factors.get(b.leaf)]
         new: dict[str, Array] = {}
         for b in computed:

@@ -107,7 +107,7 @@ def start(
     if is_model and name in attach.adapter_names(base):
         raise AttachError(f"the model already has an adapter {name!r}; pass another name=, or delete it first")
     if key is None and rngs is not None:
-        key = attach.next_key(rngs)
+        key = attach.draw_params_key(rngs)
     kind = init_kind(config)
     given = {"batches": (batches, _FROM_DATA), "gradients": (gradients, ("lora_ga",)), "mask": (mask, ("eva",))}
     unused = [option for option, (value, kinds) in given.items() if value is not None and kind not in kinds]
@@ -143,7 +143,9 @@ def start(
         base_params.replace_leaves(base, new)
         attach.attach(base, adapter.recipe, initialization.sites, name, adapter.flat(), rngs)
         return Started(base, jax.tree.map(lambda x: jnp.array(x, copy=True), adapter))
-    return Started(base_params.replace_leaves(base, new) if new else base, collections.boxed(adapter, parameters.held))
+    return Started(
+        base_params.replace_leaves(base, new) if new else base, collections.box_like_base(adapter, parameters.held)
+    )
 
 
 def _leaves(tree: Any) -> dict[str, Any]:

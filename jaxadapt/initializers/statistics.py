@@ -53,17 +53,17 @@ class _Probe(Method):
 
     def check(self, config: Any) -> None: ...
 
-    def tensors(self, config: Any, site: Any, modules: Any) -> Any:
+    def tensors(self, config: Any, match: Any, modules: Any) -> Any:
         raise NotImplementedError
 
-    def hparams(self, config: Any, site: Any, modules: Any) -> Any:
+    def hparams(self, config: Any, match: Any, modules: Any) -> Any:
         raise NotImplementedError
 
     def fresh(self, config: Any, tensor: Any, fan_in: int) -> Any:
         raise NotImplementedError
 
     def output(
-        self, static: Update, params: Params, use: Use | Operation, x: Array, y: Array, drop: Drop | None, w: Array
+        self, hparams: Update, params: Params, use: Use | Operation, x: Array, y: Array, drop: Drop | None, w: Array
     ) -> Array:
         if not isinstance(use, Use) or use.transposed:
             return y  # a tied head, which is another module in PEFT
@@ -78,9 +78,9 @@ class _Probe(Method):
         mask = params["mask"]
         if mask.shape[-1] not in (1, len(flat)):
             raise AttachError(f"expected a mask of the size of its inputs {lead}, found size {mask.shape[-1]}")
-        return _observe(static, params["state"], flat.astype(jnp.float32), jnp.broadcast_to(mask[0], len(flat)), y)
+        return _observe(hparams, params["state"], flat.astype(jnp.float32), jnp.broadcast_to(mask[0], len(flat)), y)
 
-    def weight(self, static: Any, params: Params, axes: Any, w: Array) -> Array:
+    def weight(self, hparams: Any, params: Params, axes: Any, w: Array) -> Array:
         raise AttachError("the use of its weight does not show its inputs; exclude the layer")
 
     unweight = weight

@@ -17,7 +17,7 @@ GENERIC = KeyMap(
 )
 """The keymap for models of no known family: 2-D leaves called `kernel`, (in, out) as in Flax, named by their paths."""
 
-PLAIN = ("kernel", "w", "weight", "embedding")
+MAIN_WEIGHT_NAMES = ("kernel", "w", "weight", "embedding")
 """Usual names of a module's main weight, which is named by its module alone; other parameters keep their own name."""
 
 
@@ -47,7 +47,7 @@ def entry_from_axes(
         names |= {unstacked[a]: f"{letter}{n}" for n, a in enumerate(getattr(axes, f"{role}_axes"))}
     names |= {unstacked[a]: f"{{b{n}}}" for n, a in enumerate(axes.batch_axes)}
     *head, last = leaf.split(".")
-    module = [*head] if last in PLAIN else [*head, last]
+    module = [*head] if last in MAIN_WEIGHT_NAMES else [*head, last]
     numbered = [names[i] for i in sorted(names) if names[i].startswith("{")]
     key = ".".join([*module[:-1], *numbered, *module[-1:], "weight"])
     left = " ".join(names[i] for i in range(ndim))
@@ -61,7 +61,7 @@ def entry_from_axes(
     return Weight(leaf, key, f"{left} -> {right}", kind=kind, groups=groups, **over)
 
 
-def own_names(
+def keymap_from_paths(
     shapes: Mapping[str, Sequence[int]], entries: Iterable[Weight], custom: Collection[str] = ()
 ) -> tuple[KeyMap, list[str]]:
     """Return a keymap for a model whose paths are PyTorch's names, and its matrices of unknown orientation.
@@ -74,7 +74,7 @@ def own_names(
         entries: the entries of the weights whose layers define the axis roles.
         custom: leaves of custom layers, which do not define the roles. Flax's own kernels are (in, out).
 
-    >>> keymap, unsure = own_names({"fc.kernel": (2, 3), "fc.bias": (3,), "out.weight": (3, 3)}, ())
+    >>> keymap, unsure = keymap_from_paths({"fc.kernel": (2, 3), "fc.bias": (3,), "out.weight": (3, 3)}, ())
     >>> keymap.match("fc.kernel").weight.pattern, unsure
     ('i o -> o i', ['out.weight'])
     """
@@ -153,16 +153,16 @@ def entry_for_copy(leaf: str, shape: Sequence[int]) -> Weight:
     return Weight(leaf, key, f"{axes} -> {axes}", kind="vector" if len(shape) == 1 else "other")
 
 
-MADE = (
+LINEN_EXAMPLE = (
     '\n  adapter = jaxadapt.adapt(module, config).init(key, x)["lora"]  # or its shapes only: jax.eval_shape\n'
     '  jaxadapt.load(path, {"params": params, "lora": adapter})'
 )
 
 
-def ways_out(leave_out: str) -> str:
+def layout_advice(leave_out: str) -> str:
     """Return the end of an error message about unknown layouts: the ways to define a layout."""
     return (
         "\nPass keymap=<family>, or a KeyMap with an entry for each; or derive the layouts from the model's"
         f" computation; or {leave_out}. To derive them in NNX, pass example=[inputs]; in Linen, create the collection"
-        f" with the adapted module,{MADE}"
+        f" with the adapted module,{LINEN_EXAMPLE}"
     )

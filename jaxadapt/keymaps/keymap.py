@@ -106,7 +106,7 @@ def index_entries(
     """
     combinations: list[tuple[tuple[int, ...], dict[str, str]]] = [((), {})]
     for axis in braced:
-        names = weight.names(axis)
+        names = weight.index_names(axis)
         indices = (only or {}).get(axis, range(sizes[axis]))
         combinations = [
             ((*index, i), {**text, axis.strip("{}"): names[i] if names is not None else weight.torch_number(axis, i)})
@@ -287,7 +287,7 @@ class KeyMap:
             for name, size in zip(matched.weight.left, shape, strict=True):
                 if fixed and size % (parts := math.prod(fixed.get(n, 1) for n in axis_parts(name))):
                     yield f"{mismatch}, but {size} is not a multiple of {parts}"
-                names = matched.weight.names(name)
+                names = matched.weight.index_names(name)
                 if names is not None and len(names) != size:
                     yield f"{mismatch}, where {name} has the entries {', '.join(names)}"
                 if name.startswith("{") and names is None:

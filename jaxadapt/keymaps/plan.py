@@ -81,10 +81,10 @@ class PlanEntry:
             return form.decode(file_tensors[0])
         dtype = self.dtype({key: t.dtype for key, t in zip(self.keys, file_tensors, strict=True)})
         xp = file_tensors[0].__array_namespace__()
-        if form.partial:
+        if form.is_partial:
             out = xp.zeros(form.shape, dtype)
             for i, t in enumerate(file_tensors):
-                part = form.part(i).decode(t.astype(dtype))
+                part = form.part_layout(i).decode(t.astype(dtype))
                 if isinstance(out, np.ndarray):
                     out[form.index(i)] = part
                 else:
@@ -115,14 +115,14 @@ class Plan:
     @functools.cached_property
     def inexact(self) -> dict[str, float]:
         """`{leaf: factor}` of the leaves whose scale factor causes rounding, in either direction."""
-        return {e.path: e.form.factor for e in self.entries if not e.form.exact}
+        return {e.path: e.form.factor for e in self.entries if not e.form.is_exact}
 
     def check(
         self,
-        found: Mapping[str, Sequence[int]],
+        found_shapes: Mapping[str, Sequence[int]],
         source: str = "the file",
-        more: Sequence[str] = (),
-        table: str = "",
+        other_problems: Sequence[str] = (),
+        keymap_name: str = "",
     ) -> None:
         """Raise one `MismatchError` that lists every missing, unexpected and wrongly shaped tensor.
 
@@ -132,19 +132,25 @@ class Plan:
             more: further problems for the same list.
             table: the name of the keymap.
         """
-        problems = self.problems(found, source, more)
+        problems = self.list_problems(found_shapes, source, other_problems)
         if problems:
             raise MismatchError(
                 f"{source} does not fit the model: of {len(self.shapes)} tensors,\n"
                 + "\n".join(problems)
                 + "\nCheck that the adapter is for this base model, and that target_modules, r and keymap= are right."
-                + (f" (The keymap is {table!r}; strict=False loads only the tensors that fit.)" if table else "")
+                + (
+                    f" (The keymap is {keymap_name!r}; strict=False loads only the tensors that fit.)"
+                    if keymap_name
+                    else ""
+                )
             )
 
-    def problems(self, found: Mapping[str, Sequence[int]], source: str, more: Sequence[str] = ()) -> list[str]:
+    def list_problems(
+        self, found: Mapping[str, Sequence[int]], source: str, other_problems: Sequence[str] = ()
+    ) -> list[str]:
         """Return the problems that `check` lists, one text for each kind."""
         shapes = self.shapes
-        if found == shapes and not more:
+        if found == shapes and not other_problems:
             return []
         missing = [k for k in shapes if k not in found]
         unexpected = [k for k in found if k not in shapes]
@@ -159,7 +165,7 @@ class Plan:
                 (f"missing from {source} (the model expects them)", missing),
                 ("unexpected (no leaf of the model uses them)", unexpected),
                 ("wrongly shaped", wrong),
-                ("unusable", more),
+                ("unusable", other_problems),
             )
             if items
         ]
@@ -243,9 +249,9 @@ def _file_layout(
         indices = index_entries(match.weight, axes, sizes, only)
         texts = [text for _, text in indices]
         in_file, ranks = None, None
-        if tensor.used is not None:
+        if tensor.used_sizes is not None:
             order = [match.braced.index(axis) for axis in axes]
-            each = zip(index_entries(match.weight, match.braced, sizes, only), tensor.used, strict=True)
+            each = zip(index_entries(match.weight, match.braced, sizes, only), tensor.used_sizes, strict=True)
             used = {tuple(index[i] for i in order): size for (index, _), size in each}
             used_sizes = [used[index] for index, _ in indices]
             adapted = tuple(i for i, size in enumerate(used_sizes) if size)

@@ -19,7 +19,7 @@ _TENSOR = re.compile(
 _ROWS = ".token_adapter.trainable_tokens_delta"
 Shapes = Mapping[str, tuple[int, ...]]
 
-NAME = "pytorch"
+KEYMAP_NAME = "pytorch"
 """The name of such a keymap."""
 
 
@@ -51,7 +51,7 @@ def weight_shapes(tensors: Shapes) -> dict[str, tuple[int, ...]]:
     return weights
 
 
-def rows(tensors: Shapes) -> set[str]:
+def token_row_modules(tensors: Shapes) -> set[str]:
     """Return the modules whose single rows an adapter file has (`trainable_token_indices`)."""
     return {key.removeprefix(PEFT_PREFIX).removesuffix(_ROWS) for key in tensors if key.endswith(_ROWS)}
 
@@ -77,11 +77,11 @@ def state_dict_keymap(
     """
     adapted = adapted_shapes(tensors)
     heads = {head for head, _ in tied}
-    keys = renamed(shapes, [module for module in adapted if f"{module}.weight" not in heads])
+    keys = match_model_keys(shapes, [module for module in adapted if f"{module}.weight" not in heads])
     missing = [m for m in adapted if f"{m}.weight" not in {*keys.values(), *heads}]
     if missing:
         raise MismatchError(f"{source}: the model has no weight for these modules:\n" + paths.bullets(missing))
-    row_modules = rows(tensors)
+    row_modules = token_row_modules(tensors)
     lookups = {module for module, module_shapes in adapted.items() if "lora_embedding_A" in module_shapes}
     linear = {key.removesuffix(".weight"): shapes[leaf] for leaf, key in keys.items() if len(shapes[leaf]) == 2}
     turned = _find_turned(
@@ -93,10 +93,10 @@ def state_dict_keymap(
         module_shapes = adapted.get(module, {})
         lookup = module in lookups or (module in row_modules and not module_shapes)
         entries.append(_make_entry(leaf, key, shapes[leaf], module_shapes, turned.get(module, False), lookup))
-    return KeyMap(NAME, tuple(entries), tied=tied)
+    return KeyMap(KEYMAP_NAME, tuple(entries), tied=tied)
 
 
-def renamed(shapes: Shapes, modules: Iterable[str]) -> dict[str, str]:
+def match_model_keys(shapes: Shapes, modules: Iterable[str]) -> dict[str, str]:
     """Return `{key in the model's files: key in the adapter's naming}`, with a prefix added or removed if necessary."""
     adapted = [f"{module}.weight" for module in modules]
     prefixes = {key.split(".")[0] + "." for key in (*adapted, *shapes)}

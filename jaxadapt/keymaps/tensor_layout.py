@@ -119,7 +119,7 @@ def axis_sizes(match: Match, shape: Sequence[int]) -> dict[str, int]:
     for axis, size in sizes.items():
         pattern.part_sizes(axis, size, dict(match.weight.sizes))
     for axis in match.roles["fused"]:
-        names = match.weight.names(axis)
+        names = match.weight.index_names(axis)
         if names is not None and len(names) != sizes[axis]:
             raise MismatchError(
                 f"leaf {match.leaf!r} has size {sizes[axis]} on its fused axis, but its entry names {list(names)}"
@@ -134,7 +134,7 @@ def axis_sizes_from_tensors(
 
     Raises `MismatchError` if a tensor is missing, unknown or has the wrong number of axes, or if two tensors disagree.
     """
-    sizes = {axis: len(match.weight.names(axis) or ()) for axis in match.roles["fused"]}
+    sizes = {axis: len(match.weight.index_names(axis) or ()) for axis in match.roles["fused"]}
     parts = {axis: size if match.parts is None else len(match.parts) for axis, size in sizes.items()}
     known = {t.name for t in tensors}
     problems = [f"{match.leaf}.{name}: the method has no such tensor" for name in shapes if name not in known]
@@ -169,7 +169,7 @@ def axis_sizes_from_tensors(
 
 def stack_sizes(match: Match, tensors: Sequence[MethodTensor], shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
     """Return the sizes of the numbered axes, from the tensors that have the right number of axes."""
-    numbered = [axis for axis in match.braced if match.weight.names(axis) is None]
+    numbered = [axis for axis in match.braced if match.weight.index_names(axis) is None]
     layouts = [(tensor_layout(match, t)[0], shapes[t.name]) for t in tensors if t.name in shapes]
     fitting = [dict(zip(left, shape, strict=True)) for left, shape in layouts if len(left) == len(shape)]
     return {axis: sizes[axis] for sizes in reversed(fitting) for axis in numbered if axis in sizes}

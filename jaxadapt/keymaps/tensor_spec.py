@@ -40,7 +40,7 @@ class MethodTensor:
     is_copy: bool = False
     from_base: bool = False
     scale_power: int | None = None
-    used: tuple[int, ...] | None = None
+    used_sizes: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -300,7 +300,7 @@ class Weight:
     @functools.cached_property
     def stack(self) -> tuple[int, ...]:
         """Positions of the stacked (numbered) axes in the leaf."""
-        numbered = (i for i, n in enumerate(self.left) if n.startswith("{") and self.names(n) is None)
+        numbered = (i for i, n in enumerate(self.left) if n.startswith("{") and self.index_names(n) is None)
         return tuple(i for i in numbered if self.left[i] != EXPERTS)
 
     @functools.cached_property
@@ -315,7 +315,7 @@ class Weight:
         torch = self.torch_roles
         return {
             "stack": tuple(self.left[i] for i in self.stack),
-            "fused": tuple(n for n in self.left if n.startswith("{") and self.names(n) is not None),
+            "fused": tuple(n for n in self.left if n.startswith("{") and self.index_names(n) is not None),
             "experts": torch["experts"],
             "batch": torch["batch"],
             "in": tuple(dict.fromkeys(axis_of[n] for n in torch["in"])),
@@ -327,7 +327,7 @@ class Weight:
     def torch_roles(self) -> dict[str, tuple[str, ...]]:
         """The axes of the file's tensors by role: as `roles`, with split axes replaced by their parts."""
         groups = self.right
-        batch = tuple(n for n in self.left if n.startswith("{") and self.names(n) is not None)
+        batch = tuple(n for n in self.left if n.startswith("{") and self.index_names(n) is not None)
         batch += tuple(n for n in self.left if n == EXPERTS)
         experts = groups[0] if self.kind == "experts" and len(groups) == 3 else ()
         groups = groups[1:] if experts else groups
@@ -347,7 +347,7 @@ class Weight:
         positions = {role: tuple(unstacked.index(n) for n in self.roles[role]) for role in ("in", "out", "batch")}
         return Axes(in_axes=positions["in"], out_axes=positions["out"], batch_axes=positions["batch"])
 
-    def names(self, axis: str) -> tuple[str, ...] | None:
+    def index_names(self, axis: str) -> tuple[str, ...] | None:
         """Return the names of a braced axis' indices, or None if they are numbered."""
         return dict(self.over).get(axis.strip("{}"))
 

@@ -98,7 +98,7 @@ def _take_from_variables(variables: Mapping[str, Any], adapter: Adapter | None) 
     """Return the adapter to merge, and the Linen variables without it."""
     names = collections.adapter_names(variables)
     trees = {name: tree for name in names if (tree := collections.adapter_tree(variables, name)) is not None}
-    adapters = {name: collections.read_collection(tree, name) for name, tree in trees.items()}
+    adapters = {name: collections.read_adapter(tree, name) for name, tree in trees.items()}
     selected = [name for name, stored in adapters.items() if adapter is None or _are_same(stored, adapter)]
     if len(selected) != 1 and (adapters or adapter is None):
         raise AttachError(
@@ -131,7 +131,7 @@ def _merge_and_detach(model: Any, adapters: Mapping[str, Adapter], options: Any)
             f"cannot merge several active adapters, {', '.join(map(repr, adapters))}: the effect of {not_additive[0]!r}"
             " on a weight depends on the others. Activate one of them, and merge it"
         )
-    attach.need_own(layer for _, layer in attach.adapted_layers(model))
+    attach.require_current_trace(layer for _, layer in attach.adapted_layers(model))
     attach.activate(model, ())
     try:
         _apply_changes(model, tuple(adapters.values()), *options)

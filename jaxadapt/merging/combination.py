@@ -242,7 +242,7 @@ def _combined_config(configs: Sequence[Any], r: int, modules: list[str], paramet
         union = _join_expressions(list(dict.fromkeys(targets)))
     if union is not None:
         config = first.replace(target_modules=union)
-        if all(matching.matches(config, module) for module in modules):
+        if all(matching.is_target(config, module) for module in modules):
             return config
     return first.replace(target_modules=sorted(modules), **dict.fromkeys(narrowing))
 

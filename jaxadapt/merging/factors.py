@@ -265,7 +265,7 @@ def _count_parts(keymap: KeyMap, factors: Factors, rows: FactorRows) -> int:
     )
     modules = {module.partition("#")[0].removeprefix(keymap.prefix) for module in rows.modules}
     return len({index[-1] for index, name in names.items() if name in modules}) or len(
-        match.weight.names(match.roles["fused"][0]) or ()
+        match.weight.index_names(match.roles["fused"][0]) or ()
     )
 
 

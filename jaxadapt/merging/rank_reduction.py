@@ -145,7 +145,7 @@ def to_lora(
                 " modules_to_save or bias:\n" + paths.bullets(copies)
             )
         modules = sorted({module for site in sites for module in site.modules})
-        if not all(matching.matches(config, module) for module in modules):
+        if not all(matching.is_target(config, module) for module in modules):
             config = config.replace(target_modules=modules, exclude_modules=None)
         sites = selection.select_sites(config, source_keymap, {leaf: tuple(base[leaf].shape) for leaf in source.sites})
     else:

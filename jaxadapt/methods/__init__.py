@@ -16,7 +16,7 @@ from jaxadapt.methods.base import (
 )
 from jaxadapt.methods.ia3 import IA3
 from jaxadapt.methods.lora.method import Lora, lora_scale
-from jaxadapt.methods.per_entry import needs_layer
+from jaxadapt.methods.per_entry import needs_layer_number
 
 METHODS: dict[str, Method] = {m.peft_type: m for m in (Lora(), IA3())}
 
@@ -49,6 +49,6 @@ __all__ = [
     "check_biases",
     "get_method",
     "lora_scale",
-    "needs_layer",
+    "needs_layer_number",
     "refuse_rivals",
 ]  # fmt: skip

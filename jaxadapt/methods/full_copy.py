@@ -59,7 +59,7 @@ class FullCopy(Method):
     def tensors(self, config: Config, match: Match, modules: Modules) -> tuple[MethodTensor, ...]:
         wrapped = ".base_layer" if self._wrapped else ""
         used = None if modules.all else modules.each(lambda _: 1, 0)
-        return (MethodTensor("copy", wrapped, (), (), is_copy=True, from_base=True, scale_power=1, used=used),)
+        return (MethodTensor("copy", wrapped, (), (), is_copy=True, from_base=True, scale_power=1, used_sizes=used),)
 
     def hparams(self, config: Config, match: Match, modules: Modules) -> CopyHparams:
         return CopyHparams(self._because, adapted_entries(modules))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxadapt.arrays import low_rank
 from jaxadapt.arrays.axes import LETTERS, Axes, Operation, Use
-from jaxadapt.arrays.per_entry import PerEntry, only_adapted
+from jaxadapt.arrays.per_entry import PerEntry, mask_unadapted
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs import Config, IA3Config, matching
 from jaxadapt.core.errors import AttachError, ConfigError
@@ -57,8 +57,8 @@ class IA3(Method):
         if hparams.conv:
             return (dataclasses.replace(_conv_tensor(hparams, match), used=used),)
         if hparams.feedforward:
-            return (MethodTensor("ia3_l", ".ia3_l", ("batch", "in"), ((), ("in",)), scale_power=0, used=used),)
-        return (MethodTensor("ia3_l", ".ia3_l", ("batch", "out"), (("out",), ()), scale_power=0, used=used),)
+            return (MethodTensor("ia3_l", ".ia3_l", ("batch", "in"), ((), ("in",)), scale_power=0, used_sizes=used),)
+        return (MethodTensor("ia3_l", ".ia3_l", ("batch", "out"), (("out",), ()), scale_power=0, used_sizes=used),)
 
     def hparams(self, config: IA3Config, match: Match, modules: Modules) -> IA3Hparams:
         feedforward = shared_value("feedforward", {m: matching.is_feedforward(config, m) for m in modules})
@@ -163,4 +163,4 @@ def _conv_tensor(hparams: IA3Hparams, match: Match) -> MethodTensor:
 
 def _vector(hparams: IA3Hparams, params: Params) -> Array:
     """Return the vector l, with ones in the entries that are not adapted."""
-    return only_adapted(hparams.used, params, params["ia3_l"], 1.0)
+    return mask_unadapted(hparams.used, params, params["ia3_l"], 1.0)

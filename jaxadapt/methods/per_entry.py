@@ -30,7 +30,7 @@ def adapted_entries(modules: Modules) -> PerEntry | None:
     return None if modules.all else per_entry(modules, lambda _: 1.0, 0.0)
 
 
-def needs_layer(hparams: Any) -> bool:
+def needs_layer_number(hparams: Any) -> bool:
     """Return True if the arithmetic of a site depends on the layer's number."""
     fields = dataclasses.fields(hparams) if dataclasses.is_dataclass(hparams) else ()
     values = (getattr(hparams, field.name) for field in fields)

@@ -129,7 +129,7 @@ def _rescale_tree(tree: Any, factor: Any, name: str | None) -> Any:
         new = dict(adapters)
         for n, inner in adapters.items():
             if isinstance(inner, Mapping) and CONFIG_NODE in inner and name in (None, n):
-                new[n] = _scale_params(inner, collections.read_collection(inner, n), factor, n)
+                new[n] = _scale_params(inner, collections.read_adapter(inner, n), factor, n)
                 seen += 1
         out[collection] = new
     if not seen:

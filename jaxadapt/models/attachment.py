@@ -116,7 +116,7 @@ def adapt(
         raise AttachError("cannot draw the adapter's initial values without random keys: pass rngs=nnx.Rngs(seed)")
     if rngs is not None:
         attach.require_stream(rngs, "params")
-    key = None if rngs is None else attach.next_key(rngs)
+    key = None if rngs is None else attach.draw_params_key(rngs)
     values = initial_values.init_values(recipe.config, sites, key, dtype, abstract, base.leaves, base.shardings)
     attach.attach(model, recipe, sites, name, values, rngs, base.walked)
     return model
@@ -180,7 +180,7 @@ def init(
     base = planning.BaseParams.from_tree(params)
     recipe, sites = planning.plan_adapter(base, config, keymap)
     values = initial_values.init_values(recipe.config, sites, key, dtype, key is None, base.leaves, base.shardings)
-    return collections.boxed(Adapter(recipe.config, paths.unflatten(values), recipe.keymap), base.held)
+    return collections.box_like_base(Adapter(recipe.config, paths.unflatten(values), recipe.keymap), base.held)
 
 
 # ---------------------------------------------------------------- extract and inject
@@ -231,7 +231,7 @@ def extract(
         raise AttachError(f"expected an NNX model or state, Linen variables or an Adapter, found {type(tree).__name__}")
     present = collections.adapter_tree(tree, name)
     if present is not None and (config is None or (keymap is None and collections.has_config(present))):
-        adapter = collections.read_collection(present, name)
+        adapter = collections.read_adapter(present, name)
         return adapter if config is None else dataclasses.replace(adapter, config=config)
     names = collections.adapter_names(tree)
     if present is None and names:
@@ -317,13 +317,13 @@ def inject(
             f"cannot inject: the adapter does not match the attached adapter {name!r}:\n" + paths.bullets(problems)
         )
     if isinstance(tree, Adapter):
-        return dataclasses.replace(tree, params=collections.refilled(tree.params, leaves))
-    return collections.with_values(tree, name, leaves)
+        return dataclasses.replace(tree, params=collections.replace_values(tree.params, leaves))
+    return collections.replace_adapter_values(tree, name, leaves)
 
 
 def with_adapter(variables: Mapping[str, Any], adapter: Adapter, name: str) -> Any:
     """Return Linen variables with this adapter under `name`, in place of any adapter of that name."""
-    named = collections.boxed(adapter, variables.get("params", {})).named(name)
+    named = collections.box_like_base(adapter, variables.get("params", {})).named(name)
     for collection, tree in named.items():
         present: Any = variables.get(collection, {})
         variables = collections.with_entry(variables, collection, collections.with_entry(present, name, tree[name]))

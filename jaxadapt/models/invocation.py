@@ -72,7 +72,7 @@ def invoke(model: Any, tokens: Any) -> Generator[Any]:
             if not site.method.copies:
                 variables = vars(module)[collection_name(adapters[name].config)][name][attr]
                 shape = vars(module)[attr].shape
-                variables[alora.MASK] = params.TokenMask(alora.stacked(mask, site.match.stack, shape))
+                variables[alora.MASK] = params.TokenMask(alora.repeat_mask(mask, site.match.stack, shape))
                 masked.append(variables)
     try:
         yield model
@@ -88,4 +88,6 @@ def _make_masks(configs: Mapping[str, Config], ids: Array) -> dict[str, Array]:
     }
     if not sequences:
         raise AttachError(f"cannot set tokens: no active adapter is an aLoRA; active are {sorted(configs) or 'none'}")
-    return {name: ids if ids.dtype == bool else alora.invoked(sequence, ids) for name, sequence in sequences.items()}
+    return {
+        name: ids if ids.dtype == bool else alora.invocation_mask(sequence, ids) for name, sequence in sequences.items()
+    }

@@ -12,7 +12,7 @@ from jaxadapt.adapters import layer_replication, selection
 from jaxadapt.adapters.adapter import Recipe, is_array
 from jaxadapt.adapters.sites import Site, with_copy_entries
 from jaxadapt.arrays import quantized
-from jaxadapt.arrays.axes import find_contradiction, transposed_axes
+from jaxadapt.arrays.axes import contradiction_message, transposed_axes
 from jaxadapt.configs import Config, matching
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, TargetError
@@ -110,7 +110,7 @@ def check_kernels(base: BaseParams, sites: Sequence[Site]) -> None:
     which are (in, out). A layer with another layout declares it in the collection that `adapt` creates.
     """
     if base.walked is not None:
-        if problems := attach.contradictions(sites, base.walked.leaves):
+        if problems := attach.list_contradictions(sites, base.walked.leaves):
             raise AttachError("these layers cannot carry the adapter:\n" + paths.bullets(problems))
         return
     attached = _attached_keymap(base.target)
@@ -122,13 +122,13 @@ def check_kernels(base: BaseParams, sites: Sequence[Site]) -> None:
             continue
         shape = [size for axis, size in enumerate(base.shapes[site.leaf]) if axis not in site.match.stack]
         if (own := transposed_axes(site.axes, [layers.DENSE], shape)) is not None:
-            reverse.append(f"{site.leaf}: {find_contradiction(site.axes, own)}")
+            reverse.append(f"{site.leaf}: {contradiction_message(site.axes, own)}")
     if reverse:
         raise AttachError(
             "these weights cannot carry the adapter if they belong to Flax's own layers:\n"
             + paths.bullets(reverse)
             + "\nFor custom layers, create the collection with the adapted module, which records their layout:"
-            + generic.MADE
+            + generic.LINEN_EXAMPLE
         )
 
 
@@ -149,7 +149,7 @@ def _plan_on_model(
     keymap = families.resolve_keymap(keymap, shapes)
     all_linear = matching.is_all_linear(config)
     if all_linear:
-        shapes = {leaf: shape for leaf, shape in shapes.items() if not survey.never_linear(owners[leaf])}
+        shapes = {leaf: shape for leaf, shape in shapes.items() if not survey.is_never_linear(owners[leaf])}
     entries, traced = survey.class_entries(owners, keymap, stack_axes), {}
     if example is not None:
         # A trace is more reliable than the generic keymap, and a family's keymap is more reliable than a trace.
@@ -188,8 +188,8 @@ def _plan_on_model(
 
 
 def _check_traceable(walked: survey.ModelWalk, config: Any) -> None:
-    matrices = [leaf for leaf, shape in walked.loose.items() if len(shape) > 1]
-    targeted = [leaf for leaf in matrices if matching.matches(config, leaf.rpartition(".")[0])]
+    matrices = [leaf for leaf, shape in walked.unowned.items() if len(shape) > 1]
+    targeted = [leaf for leaf in matrices if matching.is_target(config, leaf.rpartition(".")[0])]
     if targeted:
         raise AttachError(
             "cannot adapt these parameters: they are not direct attributes of an nnx.Module (for example"
@@ -241,5 +241,5 @@ def _attached_keymap(target: Any) -> KeyMap | None:
         return known[0].get_metadata()["adapter"].recipe.keymap if known else None
     for collection in collections.adapter_collections(target).values():
         for name, tree in collection.items():
-            return collections.read_collection(tree, name).keymap
+            return collections.read_adapter(tree, name).keymap
     return None

@@ -59,7 +59,7 @@ def quantize(
     sites = planning.plan_adapter(params, config, keymap)[1]
     weights, owners = params.leaves, params.held
     leaves = [site.leaf for site in sites]
-    problems = [] if params.walked is None else list(survey.obstacles(params.walked, leaves).values())
+    problems = [] if params.walked is None else list(survey.find_obstacles(params.walked, leaves).values())
     for site in sites:
         w, stack = weights[site.leaf], site.match.stack
         if site.match.weight.kind != "linear":
@@ -154,7 +154,7 @@ def from_qwix(model: Any) -> Any:
         delattr(node, at[1])
         setattr(node, at[1], attach.nnx.Param(new[at].array))
         attach.install_adapters(node)
-    survey.swap(model, _without_qwix(type(model)))
+    survey.set_class(model, _without_qwix(type(model)))
     return model
 
 

@@ -214,7 +214,7 @@ def _rows(name: str, adapter: Adapter, base: Mapping[str, tuple[int, ...]], how:
 def _summarize_model(model: Any, inputs: Sequence[Any]) -> Summary:
     walked = survey.walk_model(model)
     owners = walked.leaves
-    shapes = {**survey.base_shapes(owners), **walked.loose}
+    shapes = {**survey.base_shapes(owners), **walked.unowned}
     how = {leaf: survey.describe_use(module) for leaf, (module, _) in owners.items()}
     if inputs:
         variables = {path: var for by_path in attach.adapter_variables(model).values() for path, var in by_path.items()}
@@ -242,7 +242,7 @@ def _summarize_variables(
     rows: list[Row] = []
     for collection in methods.COLLECTIONS:
         for name, tree in dict(variables.get(collection, {})).items():
-            adapter = collections.read_collection(tree, name)
+            adapter = collections.read_adapter(tree, name)
             keymaps[name] = adapter.keymap
             rows += _rows(name, adapter, base, how)
     if not rows:

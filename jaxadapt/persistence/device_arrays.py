@@ -20,7 +20,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from jaxadapt.arrays import placement, regions
-from jaxadapt.arrays.regions import Box, FileRegion
+from jaxadapt.arrays.regions import FileRegion, Region
 from jaxadapt.core.progress import Report, byte_counter, no_report
 from jaxadapt.keymaps.plan import Encoded, Plan, PlanEntry, TensorSpec
 from jaxadapt.storage import local_files, threads
@@ -43,9 +43,9 @@ def load_arrays(
     tensors: Mapping[str, Any],
     dtypes: Mapping[str, Any],
     dtype: Any = None,
-    where: Mapping[str, Sharding] | None = None,
+    shardings: Mapping[str, Sharding] | None = None,
     report: Report = no_report,
-    what: str = "load",
+    stage: str = "load",
 ) -> dict[str, Any]:
     """Return {path: array} from {key: tensor}.
 
@@ -57,7 +57,7 @@ def load_arrays(
             bytes that devices of this process need (those of replicas once), and gaps between them.
         report, what: called with (what, bytes done, bytes in all) as arrays are created.
     """
-    where = {path: placement.concrete_sharding(place) for path, place in (where or {}).items()}
+    shardings = {path: placement.concrete_sharding(place) for path, place in (shardings or {}).items()}
     requested = dtype if isinstance(dtype, Mapping) else dict.fromkeys((e.path for e in plan.entries), dtype)
     in_files = isinstance(tensors, TensorFile | ModelTensors | Encoded)
     if not in_files and any(isinstance(x, jax.Array) for x in tensors.values()):
@@ -65,23 +65,23 @@ def load_arrays(
         leaves = {
             path: leaf if requested[path] is None else leaf.astype(requested[path]) for path, leaf in leaves.items()
         }
-        return {path: placement.move_to(x, where[path]) if path in where else x for path, x in leaves.items()}
+        return {path: placement.move_to(x, shardings[path]) if path in shardings else x for path, x in leaves.items()}
     new_dtypes = {
         e.path: e.dtype(dtypes) if requested[e.path] is None else np.dtype(requested[e.path]) for e in plan.entries
     }
     position = {key: number for number, key in enumerate(tensors)}
     order = sorted(plan.entries, key=lambda e: position[e.keys[0]])  # file order
     file = tensors if isinstance(tensors, TensorFile) else None
-    verbatim = [] if file is None else _verbatim_leaves(order, file, new_dtypes, where)
+    verbatim = [] if file is None else _verbatim_leaves(order, file, new_dtypes, shardings)
     verbatim_paths = {e.path for e in verbatim}
     others = [e for e in order if e.path not in verbatim_paths]
-    boxes = {e.path: _local_boxes(where.get(e.path), e.shape) for e in others}
+    boxes = {e.path: _local_boxes(shardings.get(e.path), e.shape) for e in others}
     sizes = {
-        e.path: (regions.addressable_size(where[e.path], e.form.shape) if e.path in where else e.form.size)
+        e.path: (regions.addressable_size(shardings[e.path], e.form.shape) if e.path in shardings else e.form.size)
         * new_dtypes[e.path].itemsize
         for e in order
     }
-    count = byte_counter(report, what, sum(sizes.values()))
+    count = byte_counter(report, stage, sum(sizes.values()))
     out: dict[str, Any] = {e.path: None for e in plan.entries}
 
     jobs = list[Sequence[PlanEntry]](_jobs(others, sizes))
@@ -92,7 +92,7 @@ def load_arrays(
 
     def make_task(job: Sequence[PlanEntry]) -> Callable[[], dict[str, list[np.ndarray]]]:
         if job[0].path in verbatim_paths and file is not None:
-            return _read_job(job, file, where, sizes)
+            return _read_job(job, file, shardings, sizes)
         return _decode_job(job, tensors, boxes, new_dtypes)
 
     # For a small file threads only contend for Python's lock: 50 MB took 40 ms instead of 27.
@@ -100,16 +100,16 @@ def load_arrays(
     ready = threads.run_in_order(map(make_task, jobs), 1 if small else min(threads.THREADS, len(jobs)))
     with contextlib.closing(ready):
         for job, parts in zip(jobs, ready, strict=True):
-            out |= _transfer(job, parts, where, new_dtypes)
+            out |= _transfer(job, parts, shardings, new_dtypes)
             count(sum(sizes[e.path] for e in job))
     return out
 
 
-LeafBoxes = Mapping[str, Sequence[Box]]
+LeafBoxes = Mapping[str, Sequence[Region]]
 """`{path: boxes}`: the regions of each leaf that this process needs."""
 
 
-def _local_boxes(place: Sharding | None, shape: tuple[int, ...]) -> Sequence[Box]:
+def _local_boxes(place: Sharding | None, shape: tuple[int, ...]) -> Sequence[Region]:
     return (regions.full_region(shape),) if place is None else tuple(regions.addressable_regions(place, shape))
 
 
@@ -242,7 +242,7 @@ def _decode_job(
                     ):
                         continue
                     tile = _read_tile(tensors, key, piece, scratch)
-                    if not piece.plain and dtypes[entry.path].itemsize > tile.dtype.itemsize:
+                    if not piece.is_exact and dtypes[entry.path].itemsize > tile.dtype.itemsize:
                         tile = tile.astype(dtypes[entry.path])  # cast before decoding, which rounds only once then
                     part = piece.decode(tile)
                     for box in members:
@@ -260,9 +260,9 @@ def _decode_job(
 def _read_in_place(tensors: Mapping[str, Any], key: str, piece: FileRegion, place: np.ndarray) -> bool:
     """Read a tensor directly into its place; return False, and do nothing, if the layouts differ."""
     if (
-        not piece.plain
+        not piece.is_exact
         or not isinstance(tensors, TensorFile | ModelTensors)
-        or piece.box != regions.full_region(piece.shape)
+        or piece.tensor_region != regions.full_region(piece.shape)
     ):
         return False
     tile = piece.encode(place) if place.flags.c_contiguous else place
@@ -285,7 +285,7 @@ def _allocate(
     for (path, shape, dtype), place in zip(parts, memory, strict=True):
         made[path].append(place.view(dtype).reshape(shape))
     for entry in job:
-        if entry.form.partial:  # the file does not contain all of it
+        if entry.form.is_partial:  # the file does not contain all of it
             for part in made[entry.path]:
                 part[...] = 0
     return made
@@ -294,10 +294,10 @@ def _allocate(
 def _read_tile(tensors: Mapping[str, Any], key: str, piece: FileRegion, scratch: np.ndarray | None) -> np.ndarray:
     """Return a region of one tensor, in the file's layout."""
     if not isinstance(tensors, TensorFile | ModelTensors):
-        return np.asarray(tensors[key]).reshape(piece.shape)[regions.to_slices(piece.box)]
-    if piece.box == regions.full_region(piece.shape):
+        return np.asarray(tensors[key]).reshape(piece.shape)[regions.to_slices(piece.tensor_region)]
+    if piece.tensor_region == regions.full_region(piece.shape):
         return tensors.read_into(key, scratch).reshape(piece.shape)
-    return tensors.read_slice(key, regions.to_slices(piece.box), piece.shape)
+    return tensors.read_slice(key, regions.to_slices(piece.tensor_region), piece.shape)
 
 
 def _copy(place: np.ndarray, part: np.ndarray) -> None:

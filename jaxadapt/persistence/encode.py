@@ -128,8 +128,8 @@ def _encode(adapter: Adapter, dtype: Any) -> PeftTensors:
 def _require_zeros(adapter_sites: Sequence[sites.Site], leaves: Mapping[str, Any]) -> None:
     """Raise `MismatchError` for nonzero values in layers or ranks that the configuration excludes."""
     nonzero: list[str] = []
-    for entry in (e for site in adapter_sites for e in site.entries if e.form.partial):
-        leaf, used = leaves[entry.path], entry.form.by_tensor([1] * entry.form.count) > 0
+    for entry in (e for site in adapter_sites for e in site.entries if e.form.is_partial):
+        leaf, used = leaves[entry.path], entry.form.expand_by_tensor([1] * entry.form.count) > 0
         xp: Any = np if multihost.is_local(leaf) else jnp
         if bool(xp.any(xp.where(used, 0, leaf) != 0)):
             nonzero.append(f"{entry.path} {tuple(leaf.shape)}")

@@ -32,7 +32,7 @@ from jaxadapt.persistence import card, reconcile, run_folder
 from jaxadapt.storage import atomic, flush, hub, location, orbax, safetensors, torch_bin
 from jaxadapt.storage.dtypes import dtype_name
 from jaxadapt.storage.local_files import file_error
-from jaxadapt.storage.location import Place
+from jaxadapt.storage.location import Location
 
 CONFIG = hub.CONFIG
 WEIGHTS, WEIGHTS_BIN = hub.WEIGHTS
@@ -43,7 +43,7 @@ _NOTHING = "0" * 64  # digest of no JSON: the save replaced none, or is complete
 # ---------------------------------------------------------------- reading
 
 
-def adapter_folder(path: str | os.PathLike[str], name: str) -> Place:
+def adapter_folder(path: str | os.PathLike[str], name: str) -> Location:
     """Return the folder of the adapter called `name`: a subfolder for all but "default", as in PEFT."""
     if hub.is_address(path):
         raise FileError(f"{path}: expected a local folder; upload to the Hub with jaxadapt.push(model, 'org/name')")
@@ -54,15 +54,15 @@ def adapter_folder(path: str | os.PathLike[str], name: str) -> Place:
     return location.to_location(path) / name
 
 
-def find_files(path: str | os.PathLike[str], report: Report = no_report) -> tuple[Place, Place]:
+def find_files(path: str | os.PathLike[str], report: Report = no_report) -> tuple[Location, Location]:
     """Return the paths of a folder's configuration and weights. Raises `FileError` naming those that are missing."""
     remote = isinstance(path, str) and hub.is_address(path)
-    folder: Place = hub.fetch_folder(str(path), report=report) if remote else location.to_location(path)
+    folder: Location = hub.fetch_folder(str(path), report=report) if remote else location.to_location(path)
     try:
         present = sorted(p.name for p in folder.iterdir())
     except FileNotFoundError as error:
         why = error.strerror if isinstance(folder, location.Address) else "no such folder"
-        on_hub = f"; for the Hub's repository give {hub.SCHEME}{path}" if hub.may_name(str(path)) else ""
+        on_hub = f"; for the Hub's repository give {hub.SCHEME}{path}" if hub.could_be_repository(str(path)) else ""
         raise FileError(f"{folder}: {why}; expected a folder that contains {CONFIG} and {WEIGHTS}{on_hub}") from None
     except NotADirectoryError:
         raise FileError(
@@ -233,14 +233,14 @@ def write_with(tensors: PeftTensors, path: str | os.PathLike[str], put: Put | No
         raise
 
 
-def make_folder(folder: Place) -> list[Path]:
+def make_folder(folder: Location) -> list[Path]:
     """Create a folder and its parents; return the new ones, innermost first. Object stores have no folders."""
     if isinstance(folder, location.Address):
         return []
     return flush.make_folder(folder)
 
 
-def _write(tensors: PeftTensors, folder: Place, put: Put | None, report: Report) -> None:
+def _write(tensors: PeftTensors, folder: Location, put: Put | None, report: Report) -> None:
     import numpy as np
 
     config, weights = folder / CONFIG, folder / WEIGHTS
@@ -283,7 +283,7 @@ def _write(tensors: PeftTensors, folder: Place, put: Put | None, report: Report)
     LOGGER.info("%s: %d tensors written, %s", folder, len(specs), card.size_text(header.size))
 
 
-def _write_card(path: Place, config: Config, facts: card.Facts) -> None:
+def _write_card(path: Location, config: Config, facts: card.Facts) -> None:
     """Write the model card unless a person edited it. Warn if that fails, since the adapter is in place."""
     try:
         new = card.card_text(config, facts)
@@ -312,7 +312,7 @@ def _value(tensors: Mapping[str, Any], key: str) -> Any:
         ) from error
 
 
-def _blank_digest(weights: Place, replaces: str) -> None:
+def _blank_digest(weights: Location, replaces: str) -> None:
     """Overwrite the digest of the replaced JSON with zeros, so that equal content gives equal bytes.
 
     Overwrites 64 digits in place. The JSON equals the header's by then, so a crash or a failure here is harmless. An

@@ -27,7 +27,7 @@ from jaxadapt.models.nnx import attach
 from jaxadapt.models.nnx.attach import nnx
 from jaxadapt.persistence import folder, orbax_folder, peft
 from jaxadapt.storage import hub, location, orbax
-from jaxadapt.storage.location import Place
+from jaxadapt.storage.location import Location
 
 
 def load(
@@ -176,7 +176,7 @@ def load(
             params = base_params.replace_leaves(variables["params"], new_base)
             variables = collections.with_entry(variables, "params", params)
         if present == adapter.config and attachment.extract(variables, name).shapes == adapter.shapes:
-            return collections.with_values(variables, name, adapter.flat(), None if same else adapter.recipe)
+            return collections.replace_adapter_values(variables, name, adapter.flat(), None if same else adapter.recipe)
         if present is not None:
             variables = attachment.delete(variables, name)
         return attachment.with_adapter(variables, adapter, name)
@@ -194,7 +194,7 @@ def load(
     return target
 
 
-def _existing_folder(subfolder: Place, path: str | os.PathLike[str]) -> Place:
+def _existing_folder(subfolder: Location, path: str | os.PathLike[str]) -> Location:
     """Return the subfolder if it contains an adapter, else the folder itself."""
     parent = location.to_location(path)
     return subfolder if subfolder == parent or location.exists(subfolder / folder.CONFIG) else parent
@@ -289,5 +289,5 @@ def _attached_config(target: Any, name: str) -> Config | None:
         return attach.extract(target, name).config if name in attach.adapter_names(target) else None
     for collection in collections.adapter_collections(target).values():
         if name in collection:
-            return collections.read_collection(collection[name], name).config
+            return collections.read_adapter(collection[name], name).config
     return None

@@ -21,7 +21,7 @@ from jax.sharding import Sharding
 from jaxadapt.adapters.adapter import PeftTensors, name_donated_arrays
 from jaxadapt.arrays import regions as array_regions
 from jaxadapt.arrays.layout import FileLayout
-from jaxadapt.arrays.regions import Box
+from jaxadapt.arrays.regions import Region
 from jaxadapt.core.progress import Report, byte_counter, no_report
 from jaxadapt.keymaps.plan import Encoded, PlanEntry
 from jaxadapt.persistence import folder
@@ -126,13 +126,13 @@ def local_digests(leaves: Mapping[str, Any]) -> dict[str, str]:
         return {path: parallel_write.digest(np.asarray(leaf)) for path, leaf in leaves.items() if is_local(leaf)}
 
 
-def owned_regions(leaves: Mapping[str, Any], process: int) -> dict[str, dict[Box, np.ndarray]]:
+def owned_regions(leaves: Mapping[str, Any], process: int) -> dict[str, dict[Region, np.ndarray]]:
     """Return {path: {box: values}} of the regions that this process writes, copied off the device.
 
     On the CPU they are views, which keep their arrays alive: see `step_files.copy_to_host`.
     """
     with name_donated_arrays(leaves):
-        owned: dict[str, dict[Box, Any]] = {}
+        owned: dict[str, dict[Region, Any]] = {}
         for path, owners in array_regions.assign_owners(leaves).items():
             leaf = leaves[path]
             if is_local(leaf):
@@ -150,7 +150,7 @@ def owned_regions(leaves: Mapping[str, Any], process: int) -> dict[str, dict[Box
 
 
 @functools.lru_cache(maxsize=1024)
-def addressable_indices(sharding: Sharding, shape: tuple[int, ...]) -> dict[Box, int]:
+def addressable_indices(sharding: Sharding, shape: tuple[int, ...]) -> dict[Region, int]:
     """Return {box: index for `jax.Array.addressable_data`} of the regions that this process has, each once.
 
     Computed once for each sharding and shape: `addressable_shards` of thousands of arrays would delay training.
@@ -161,8 +161,8 @@ def addressable_indices(sharding: Sharding, shape: tuple[int, ...]) -> dict[Box,
 
 
 def join_regions(
-    regions: Mapping[Box, np.ndarray], layout: FileLayout | array_regions.Shape
-) -> Iterator[tuple[Box, np.ndarray]]:
+    regions: Mapping[Region, np.ndarray], layout: FileLayout | array_regions.Shape
+) -> Iterator[tuple[Region, np.ndarray]]:
     """Join regions into fewer and larger ones by `cover_regions`, without a copy where one region suffices."""
     for outer, members in cover_regions(tuple(regions), layout, next((x.itemsize for x in regions.values()), 1)):
         if len(members) == 1:
@@ -180,8 +180,8 @@ _LARGE = 16 << 10
 
 @functools.lru_cache(maxsize=1024)
 def cover_regions(
-    parts: tuple[Box, ...], layout: FileLayout | array_regions.Shape, itemsize: int
-) -> list[tuple[Box, list[tuple[Box, tuple[slice, ...]]]]]:
+    parts: tuple[Region, ...], layout: FileLayout | array_regions.Shape, itemsize: int
+) -> list[tuple[Region, list[tuple[Region, tuple[slice, ...]]]]]:
     """Merge neighbouring array_regions; return [(merged box, [(box, its slices in the merged box)])].
 
     Large array_regions that are contiguous in the file stay separate.
@@ -197,12 +197,12 @@ def cover_regions(
     ]
 
 
-def _is_one_run(box: Box, layout: FileLayout | array_regions.Shape) -> bool:
+def _is_one_run(box: Region, layout: FileLayout | array_regions.Shape) -> bool:
     """Return True if a region of an array is one run of bytes in the file."""
     if not isinstance(layout, FileLayout):
         return array_regions.is_contiguous(layout, box)
     in_file = array_regions.file_regions(layout, box)
-    return len(in_file) == 1 and array_regions.is_contiguous(in_file[0].shape, in_file[0].box)
+    return len(in_file) == 1 and array_regions.is_contiguous(in_file[0].shape, in_file[0].tensor_region)
 
 
 def gather_array(leaf: Any) -> np.ndarray:
@@ -211,7 +211,7 @@ def gather_array(leaf: Any) -> np.ndarray:
     return np.asarray(leaf if complete else multihost_utils.process_allgather(leaf, tiled=True))
 
 
-def _owned_parts(encoded: Encoded, owned: dict[str, dict[Box, np.ndarray]]) -> Iterator[TensorPart]:
+def _owned_parts(encoded: Encoded, owned: dict[str, dict[Region, np.ndarray]]) -> Iterator[TensorPart]:
     """Yield this process's parts of a shared file, in file order; remove them from `owned` to free memory."""
     left = collections.Counter(e.path for e in encoded.plan.entries)  # a tied leaf has several entries
     for entry in sorted(encoded.plan.entries, key=lambda e: e.keys[0]):
@@ -230,10 +230,10 @@ def _gathered_parts(encoded: Encoded, process: int) -> Iterator[TensorPart]:
             yield from _parts(encoded, entry, array_regions.full_region(entry.shape), value)
 
 
-def _parts(encoded: Encoded, entry: PlanEntry, box: Box, values: np.ndarray) -> Iterator[TensorPart]:
+def _parts(encoded: Encoded, entry: PlanEntry, box: Region, values: np.ndarray) -> Iterator[TensorPart]:
     """Yield the file parts of one region of a leaf."""
     for piece in array_regions.file_regions(entry.form, box):
         tile = piece.encode(values[array_regions.relative_slices(piece.region, box)])
         if encoded.dtype is not None:
             tile = tile.astype(encoded.dtype, copy=False)
-        yield TensorPart(entry.keys[piece.number], piece.shape, piece.box, tile)
+        yield TensorPart(entry.keys[piece.number], piece.shape, piece.tensor_region, tile)

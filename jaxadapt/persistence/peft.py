@@ -111,7 +111,7 @@ def from_peft(
     adapter, _ = adapter_from_tensors(
         tensors, parameters, keymap, dtype, stack_axes, example, shardings, on_shared=on_shared, strict=strict
     )
-    return collections.boxed(adapter, parameters.held)
+    return collections.box_like_base(adapter, parameters.held)
 
 
 def is_spread(base: planning.BaseParams, shardings: Any) -> bool:
@@ -155,7 +155,7 @@ def adapter_from_tensors(
     except AdapterError as error:
         hint = _attention_hint(tensors.tensors) if isinstance(error, TargetError) else ""
         raise type(error)(f"{tensors.source}: {error}{hint}") from error
-    if method.doubtful_twice(tensors.config, (site.match for site in adapter_sites if not site.method.copies)):
+    if method.is_newer_attention_file(tensors.config, (site.match for site in adapter_sites if not site.method.copies)):
         warn(
             f"{tensors.source}: written by PEFT {tensors.config.peft_version}. PEFT up to {PEFT_VERSION} adds the"
             " product of an nn.MultiheadAttention's output projection twice, and so does jaxadapt; newer versions are"

@@ -12,13 +12,13 @@ from jaxadapt.configs import Config, matching
 from jaxadapt.core.errors import ConfigError, FormatError, warn
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.storage import location, safetensors
-from jaxadapt.storage.location import Place
+from jaxadapt.storage.location import Location
 
 META = "jaxadapt"
 """The header's metadata key for its copy of the configuration."""
 
 
-def read_text(path: Place) -> str:
+def read_text(path: Location) -> str:
     """Read a UTF-8 file. Raises `ConfigError` if it is not UTF-8."""
     try:
         return location.read_text_bytes(path).decode("utf-8")
@@ -30,7 +30,7 @@ _WAITS = (0.0, 0.0, 0.001, 0.01, 0.05, 0.2)
 """Seconds before each retry if the two files differ: a concurrent save renames one right after the other."""
 
 
-def resolve_config(path: Place, header: safetensors.Header | None, weights: Place) -> Config:
+def resolve_config(path: Location, header: safetensors.Header | None, weights: Location) -> Config:
     """Return the configuration that belongs to the tensors.
 
     If the JSON at `path` equals jaxadapt's copy in the header, that is it. If the JSON is the one that the save was
@@ -76,7 +76,7 @@ def resolve_config(path: Place, header: safetensors.Header | None, weights: Plac
     return config
 
 
-def _parse_copy(raw: str, weights: Place) -> tuple[Config, object]:
+def _parse_copy(raw: str, weights: Location) -> tuple[Config, object]:
     """Parse a header's copy: return the configuration, and the digest of the JSON that its save replaces."""
     try:
         document = json.loads(raw)
@@ -95,10 +95,10 @@ def _contradiction(edited: Config, stored: Config, shapes: Mapping[str, tuple[in
         module = tensor_module(stored, key)
         if module is None:
             continue
-        if not matching.matches(edited, module):
+        if not matching.is_target(edited, module):
             return f"it does not target {key}"
         if edited.get("r") is not None and key.endswith(".lora_A.weight"):
-            rank = matching.pattern_value(edited.get("rank_pattern") or {}, module, edited.get("r"))
+            rank = matching.find_pattern_value(edited.get("rank_pattern") or {}, module, edited.get("r"))
             if shape[:1] != (rank,):
                 return f"{key} has rank {shape[0]}, not {rank}"
     return None
@@ -118,6 +118,6 @@ def tensor_module(config: Config, key: str) -> str | None:
     parts = key.removeprefix(PEFT_PREFIX).split(".")
     for end in range(len(parts) - 1, 0, -1):
         name = ".".join(parts[:end])
-        if matching.matches(config, name):
+        if matching.is_target(config, name):
             return name
     return None

@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 from jaxadapt.core.errors import ConfigError, FileError, FormatError
 from jaxadapt.storage import location, safetensors
 from jaxadapt.storage.local_files import file_error
-from jaxadapt.storage.location import Place
+from jaxadapt.storage.location import Location
 
 NAME = re.compile(r"step-(\d{9,18})\.safetensors")
 META = "jaxadapt_step"
 SCHEMA = 1
 
 
-class Said(NamedTuple):
+class StepRecord(NamedTuple):
     """The metrics and the objective stored with a step.
 
     Args:
@@ -54,12 +54,12 @@ class RunFolder:
         if isinstance(self.folder, location.Address):
             self.folder.store()  # a missing package raises here, not in the background
         self.minimize, self.maximize = minimize, maximize
-        self._said: dict[tuple[Place, object], Said] = {}
+        self._said: dict[tuple[Location, object], StepRecord] = {}
 
     @property
     def steps(self) -> list[int]:
         """The steps that can be restored, ascending."""
-        return list(self._found())
+        return list(self._list_steps())
 
     @property
     def latest(self) -> int | None:
@@ -72,7 +72,7 @@ class RunFolder:
 
         By default the objective of the `CheckpointManager` that saved the steps, from the newest step that stores it.
         """
-        return self._objective(self._found())
+        return self._find_objective(self._list_steps())
 
     @property
     def best(self) -> int | None:
@@ -80,17 +80,17 @@ class RunFolder:
 
         Raises `ConfigError` if neither `minimize` nor `maximize` was given, now or when the steps were saved.
         """
-        paths = self._found()
-        if not self._objective(paths):
+        paths = self._list_steps()
+        if not self._find_objective(paths):
             raise ConfigError("best: no objective is known; pass minimize= or maximize=, the name of a metric")
-        return next(iter(self._ranked(paths)), None)
+        return next(iter(self._rank_steps(paths)), None)
 
     def metrics(self, step: int) -> dict[str, float]:
         """Return the metrics saved with a step. Raises `FileError` if there is no such step."""
         number = step_number(step)
-        return dict(self._said_of(number, self._path(number)).metrics)
+        return dict(self._read_record(number, self._path(number)).metrics)
 
-    def _found(self) -> dict[int, Place]:
+    def _list_steps(self) -> dict[int, Location]:
         """Return {step: path} of the steps that count, ascending."""
         return list_steps(self.folder)
 
@@ -100,14 +100,14 @@ class RunFolder:
         given = {"minimize": self.minimize, "maximize": self.maximize}
         return {mode: metric for mode, metric in given.items() if metric is not None}
 
-    def _objective(self, paths: Mapping[int, Place]) -> dict[str, str]:
+    def _find_objective(self, paths: Mapping[int, Location]) -> dict[str, str]:
         """Return the objective: this object's own, else that of the newest step that stores one."""
         if self._own_objective:
             return self._own_objective
-        records = (self._said_if_there(step, path) for step, path in sorted(paths.items(), reverse=True))
+        records = (self._read_record_if_present(step, path) for step, path in sorted(paths.items(), reverse=True))
         return next((record.objective for record in records if record is not None and record.objective), {})
 
-    def _said_of(self, step: int, path: Place) -> Said:
+    def _read_record(self, step: int, path: Location) -> StepRecord:
         """Read a step's metrics and objective from its header, once for each version of the file."""
         try:
             key = (path, location.content_version(path))
@@ -115,32 +115,32 @@ class RunFolder:
             raise file_error("read", str(path), error) from error
         if key not in self._said:
             document = read_document(path, safetensors.read_header(path))
-            self._said[key] = Said(document["metrics"], document.get("objective", {}))
+            self._said[key] = StepRecord(document["metrics"], document.get("objective", {}))
         return self._said[key]
 
-    def _said_if_there(self, step: int, path: Place) -> Said | None:
-        """Call `_said_of`; return None if a save in another thread has deleted the step since it was listed."""
+    def _read_record_if_present(self, step: int, path: Location) -> StepRecord | None:
+        """Call `_read_record`; return None if a save in another thread has deleted the step since it was listed."""
         try:
-            return self._said_of(step, path)
+            return self._read_record(step, path)
         except FileError:
             if path.exists():
                 raise
             return None
 
-    def _ranked(self, paths: Mapping[int, Place]) -> list[int]:
+    def _rank_steps(self, paths: Mapping[int, Location]) -> list[int]:
         """Return the given steps that have the metric, best first."""
-        ((mode, name),) = self._objective(paths).items()
+        ((mode, name),) = self._find_objective(paths).items()
         sign = 1 if mode == "minimize" else -1
         values: dict[int, float] = {}
         for step, path in paths.items():
-            record = self._said_if_there(step, path)
+            record = self._read_record_if_present(step, path)
             value = math.nan if record is None else record.metrics.get(name, math.nan)
             if not math.isnan(value):
                 values[step] = sign * value
         return sorted(values, key=lambda step: (values[step], -step))
 
-    def _path(self, step: int) -> Place:
-        paths = self._found()
+    def _path(self, step: int) -> Location:
+        paths = self._list_steps()
         if step in paths:
             return paths[step]
         # On a network file system the listing may be a minute old and lack new steps of other processes.
@@ -162,12 +162,12 @@ def step_number(step: Any) -> int:
     return number
 
 
-def step_path(folder: Place, step: int) -> Place:
+def step_path(folder: Location, step: int) -> Location:
     """Return a step's path. The number is padded, so that names sort like numbers."""
     return folder / f"step-{step:0>9}.safetensors"
 
 
-def list_steps(folder: Place) -> dict[int, Place]:
+def list_steps(folder: Location) -> dict[int, Location]:
     """Return {step: path} of the complete steps in a folder, ascending."""
     try:
         names = [entry.name for entry in folder.iterdir()]
@@ -175,7 +175,7 @@ def list_steps(folder: Place) -> dict[int, Place]:
         return {}
     except OSError as error:
         raise file_error("read", str(folder), error) from error
-    steps: dict[int, Place] = {}
+    steps: dict[int, Location] = {}
     for name in names:
         match = NAME.fullmatch(name)
         if match:
@@ -183,7 +183,7 @@ def list_steps(folder: Place) -> dict[int, Place]:
     return dict(sorted(steps.items()))
 
 
-def read_document(path: Place, header: safetensors.Header) -> dict[str, Any]:
+def read_document(path: Location, header: safetensors.Header) -> dict[str, Any]:
     """Return the JSON document in a step's header, which stores all but the arrays. Raises `FormatError`."""
     try:
         document = json.loads(header.metadata.get(META, "null"))

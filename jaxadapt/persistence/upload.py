@@ -15,7 +15,7 @@ from jaxadapt.core.errors import AdapterError, AttachError, FileError, FormatErr
 from jaxadapt.core.progress import LOGGER, Progress
 from jaxadapt.persistence import card, folder, inspect_folder
 from jaxadapt.storage import hub, location
-from jaxadapt.storage.location import Place
+from jaxadapt.storage.location import Location
 
 PICTURE = "adapter_norms.png"
 _LONG = 24 * 3600.0  # seconds
@@ -129,7 +129,7 @@ class _Page(NamedTuple):
     picture: bool | None
 
 
-def _push(source: Place, place: hub.Address, page: _Page, commit: dict[str, Any], progress: Progress) -> Pushed:
+def _push(source: Location, place: hub.Address, page: _Page, commit: dict[str, Any], progress: Progress) -> Pushed:
     info = inspect_folder.inspect(source)  # raises for unreadable files before anything is sent
     weights = next((name for name in hub.WEIGHTS if location.exists(source / name)), None)
     if weights is None:
@@ -154,7 +154,7 @@ def _push(source: Place, place: hub.Address, page: _Page, commit: dict[str, Any]
     return Pushed(str(place._replace(revision=uploaded.reference or uploaded.oid)), uploaded.url)
 
 
-def _card(source: Place, new: str, place: hub.Address, token: hub.Token) -> str:
+def _card(source: Location, new: str, place: hub.Address, token: hub.Token) -> str:
     """Return the card to upload: an edited one of the folder, else an edited one of the Hub, else `new`."""
     path = source / hub.CARD
     if location.exists(path):
@@ -168,7 +168,7 @@ def _card(source: Place, new: str, place: hub.Address, token: hub.Token) -> str:
     return card.merge_card(on_hub, new)
 
 
-def _read_card(path: Place) -> str:
+def _read_card(path: Location) -> str:
     try:
         return location.read_text_bytes(path).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -180,7 +180,7 @@ def _read_card(path: Place) -> str:
         raise FileError(f"{error}; delete it to have a new card written") from error
 
 
-def _picture(source: Place, info: inspect_folder.Info, wanted: bool | None) -> bytes | None:
+def _picture(source: Location, info: inspect_folder.Info, wanted: bool | None) -> bytes | None:
     if wanted is False or (wanted is None and importlib.util.find_spec("matplotlib") is None):
         return None
     from jaxadapt.analysis import norms, norms_plot

@@ -18,7 +18,7 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import FileError, FormatError, MismatchError
 from jaxadapt.storage import atomic, local_files, location, safetensors, torch_bin
 from jaxadapt.storage.dtypes import numpy_dtype
-from jaxadapt.storage.location import Place
+from jaxadapt.storage.location import Location
 from jaxadapt.storage.safetensors_header import MAX_HEADER, problems_text
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ def _combine_files(source: str, parts: Iterable[Mapping[str, np.ndarray]]) -> Mo
     return ModelTensors(source, {key: (part, key) for part in parts for key in part})
 
 
-def _read_index(path: Place) -> dict[str, str]:
+def _read_index(path: Location) -> dict[str, str]:
     """Return `{key: file name}` of an index."""
     try:
         data: Any = json.loads(location.read_text_bytes(path, MAX_HEADER))
@@ -212,7 +212,7 @@ def _read_index(path: Place) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def open_model(path: Place) -> Generator[ModelTensors]:
+def open_model(path: Location) -> Generator[ModelTensors]:
     """Open the weights of a model's folder, or of one file, for reading.
 
     The folder is searched in transformers' order: model.safetensors, its index, pytorch_model.bin, its index.
@@ -223,7 +223,7 @@ def open_model(path: Place) -> Generator[ModelTensors]:
     """
     with contextlib.ExitStack() as stack:
 
-        def open_part(file: Place) -> Mapping[str, np.ndarray]:
+        def open_part(file: Location) -> Mapping[str, np.ndarray]:
             if file.suffix == ".bin":
                 return torch_bin.read(file)
             return stack.enter_context(safetensors.open_tensors(file))
@@ -296,7 +296,7 @@ def _split_by_size(specs: Specs, limit: int) -> list[list[str]]:
     return out
 
 
-def _choose_file_names(folder: Place, count: int) -> list[str]:
+def _choose_file_names(folder: Location, count: int) -> list[str]:
     """Return `count` unused file names: the old set must stay intact until the new one is complete."""
     if count == 1:
         return [SINGLE_FILE]
@@ -308,7 +308,7 @@ def _choose_file_names(folder: Place, count: int) -> list[str]:
     raise AssertionError
 
 
-def write_model(folder: Place, specs: Specs, get: Callable[[str], np.ndarray], limit: int) -> None:
+def write_model(folder: Location, specs: Specs, get: Callable[[str], np.ndarray], limit: int) -> None:
     """Write a model's weights, durably and atomically, holding one tensor at a time.
 
     Args:
@@ -348,7 +348,7 @@ def write_model(folder: Place, specs: Specs, get: Callable[[str], np.ndarray], l
         )
 
 
-def _current_files(folder: Place) -> set[str]:
+def _current_files(folder: Location) -> set[str]:
     """Return the names of the folder's current weight files, which a new set replaces."""
     names = {name for name in (SINGLE_FILE, INDEX) if location.is_file(folder / name)}
     return names | set(_read_index(folder / INDEX).values()) if INDEX in names else names

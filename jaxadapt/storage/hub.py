@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from jaxadapt.core.errors import FileError
 from jaxadapt.core.progress import LOGGER, Progress, Report, is_watched, no_report, reporter
 from jaxadapt.storage import hub_answers, hub_progress, local_files
-from jaxadapt.storage.hub_address import SCHEME, Address, is_address, may_name, parse
+from jaxadapt.storage.hub_address import SCHEME, Address, could_be_repository, is_address, parse
 from jaxadapt.storage.hub_errors import Token, hub_api, translate_errors
 
 CONFIG = "adapter_config.json"
@@ -292,11 +292,11 @@ __all__ = [
     "Address",
     "Commit",
     "Token",
+    "could_be_repository",
     "fetch_config",
     "fetch_folder",
     "fetch_text",
     "is_address",
-    "may_name",
     "parse",
     "pull",
     "upload",

@@ -46,7 +46,7 @@ def is_address(path: object) -> bool:
     return isinstance(path, str) and path.startswith(SCHEME)
 
 
-def may_name(path: str) -> bool:
+def could_be_repository(path: str) -> bool:
     """Return True if a missing path could be a Hub address in the form "org/name" of other libraries."""
     return _ADDRESS.fullmatch(path) is not None and not path.startswith(".")
 

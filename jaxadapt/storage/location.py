@@ -28,7 +28,7 @@ from jaxadapt.storage.store_errors import store_error, translate_errors
 
 __all__ = [
     "Address",
-    "Place",
+    "Location",
     "absolute",
     "content_version",
     "exists",
@@ -61,7 +61,7 @@ def is_address(path: object) -> bool:
     return match is not None and match["scheme"].lower() not in ("file", "local")
 
 
-def to_location(path: str | os.PathLike[str]) -> Place:
+def to_location(path: str | os.PathLike[str]) -> Location:
     """Return the `Path` or the `Address` that a path or a text names.
 
     >>> to_location("s3://bucket/run") / "step", to_location("run") / "step", to_location("file:///tmp/run")
@@ -220,7 +220,7 @@ class Address(os.PathLike[str]):
             ) from error
 
 
-Place = Path | Address
+Location = Path | Address
 
 
 def _open_store(text: str) -> tuple[Any, str]:
@@ -254,7 +254,7 @@ def object_stamp(info: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(info.get(name) for name in ("size", "ETag", "etag", "generation", "created", "mtime", "LastModified"))
 
 
-def content_version(place: Place) -> object:
+def content_version(place: Location) -> object:
     """Return a value that changes when a file is replaced or modified. Raises `FileError`."""
     try:
         if isinstance(place, Address):
@@ -265,7 +265,7 @@ def content_version(place: Place) -> object:
     return status.st_mtime_ns, status.st_ino
 
 
-def total_size(place: Place) -> int:
+def total_size(place: Location) -> int:
     """Return the bytes of a file, or of all files in a folder. Raises `FileError`."""
     try:
         if isinstance(place, Address):
@@ -278,7 +278,7 @@ def total_size(place: Place) -> int:
 # ---------------------------------------------------------------- queries of any location
 
 
-def absolute(place: Place) -> Place:
+def absolute(place: Location) -> Location:
     """Return the absolute location. Raises `FileError` if the working directory was deleted."""
     try:
         return place.absolute()
@@ -288,22 +288,22 @@ def absolute(place: Place) -> Place:
         ) from error
 
 
-def exists(place: Place, shown: Place | None = None) -> bool:
+def exists(place: Location, shown: Location | None = None) -> bool:
     """Return True if a location exists, following links. Raises `FileError`, naming `shown`, if that is unknown."""
     return place.exists() if isinstance(place, Address) else _mode(place, shown) is not None
 
 
-def is_dir(place: Place) -> bool:
+def is_dir(place: Location) -> bool:
     """Return True if a location is a folder. Raises `FileError` if that is unknown."""
     return place.is_dir() if isinstance(place, Address) else stat.S_ISDIR(_mode(place) or 0)
 
 
-def is_file(place: Place) -> bool:
+def is_file(place: Location) -> bool:
     """Return True if a location is a regular file. Raises `FileError` if that is unknown."""
     return place.is_file() if isinstance(place, Address) else stat.S_ISREG(_mode(place) or 0)
 
 
-def _mode(place: Path, shown: Place | None = None) -> int | None:
+def _mode(place: Path, shown: Location | None = None) -> int | None:
     """Return the mode of a file, or None if there is none. (`Path.exists` differs between versions of Python.)"""
     try:
         return place.stat().st_mode
@@ -313,7 +313,7 @@ def _mode(place: Path, shown: Place | None = None) -> int | None:
         raise file_error("read", str(place if shown is None else shown), error) from error
 
 
-def read_text_bytes(place: Place, max_bytes: int = local_files.MAX_TEXT) -> bytes:
+def read_text_bytes(place: Location, max_bytes: int = local_files.MAX_TEXT) -> bytes:
     """Read a whole text file. It must be a regular file (a pipe or a device may never end).
 
     Args:

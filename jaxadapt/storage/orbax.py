@@ -32,7 +32,7 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import FileError, FormatError, MismatchError
 from jaxadapt.storage import atomic, flush, location
 from jaxadapt.storage.local_files import file_error
-from jaxadapt.storage.location import Address, Place
+from jaxadapt.storage.location import Address, Location
 from jaxadapt.storage.safetensors_header import MAX_HEADER
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ Tree = Mapping[str, Any]
 Spec = tuple[tuple[int, ...], str]
 
 
-def _resolve_location(path: str | os.PathLike[str]) -> Place:
+def _resolve_location(path: str | os.PathLike[str]) -> Location:
     """Return the absolute location. Raises `FileError` for an address that Orbax cannot use."""
     place = location.absolute(location.to_location(path))
     if isinstance(place, Address) and place.scheme != "gs":
@@ -104,7 +104,7 @@ def _context(documents: Sequence[str] = (), partial: bool = False) -> Any:
     return context
 
 
-def _orbax_error(action: str, place: Place, error: Exception) -> FileError:
+def _orbax_error(action: str, place: Location, error: Exception) -> FileError:
     if isinstance(error, OSError) and error.errno is not None:
         return file_error(action, str(place), error)
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO):
@@ -113,7 +113,7 @@ def _orbax_error(action: str, place: Place, error: Exception) -> FileError:
     return FileError(f"{place}: Orbax cannot {action} it: {type(error).__name__}: {error}")
 
 
-def _check_names(place: Place, trees: Mapping[str, Tree]) -> None:
+def _check_names(place: Location, trees: Mapping[str, Tree]) -> None:
     invalid: list[str] = []
 
     def collect(node: Any, path: str) -> None:
@@ -135,7 +135,7 @@ def _check_names(place: Place, trees: Mapping[str, Tree]) -> None:
 class Pending:
     """A save in progress. `result` waits for it and raises its error."""
 
-    def __init__(self, place: Place, response: Any) -> None:
+    def __init__(self, place: Location, response: Any) -> None:
         self.place = place
         self._response = response
 
@@ -151,7 +151,7 @@ def start_save(
     path: str | os.PathLike[str],
     trees: Mapping[str, Tree],
     documents: Mapping[str, Any],
-    display_path: Place | None = None,
+    display_path: Location | None = None,
 ) -> Pending:
     """Start a save, and return when the values have left the device. Every process must call it, with the same path.
 
@@ -177,7 +177,9 @@ def start_save(
     return Pending(shown, response)
 
 
-def save(path: str | os.PathLike[str], trees: Mapping[str, Tree], documents: Mapping[str, Any], alone: bool) -> None:
+def save(
+    path: str | os.PathLike[str], trees: Mapping[str, Tree], documents: Mapping[str, Any], single_process: bool
+) -> None:
     """Write a checkpoint durably and atomically. Return when it is complete.
 
     Args:
@@ -192,17 +194,17 @@ def save(path: str | os.PathLike[str], trees: Mapping[str, Tree], documents: Map
     if isinstance(place, Path):
         flush.make_folder(place.parent)
         atomic.remove_leftovers(place.parent, re.escape(place.name), folders=True)
-        if alone:  # for several processes, Orbax removes leftovers itself
+        if single_process:  # for several processes, Orbax removes leftovers itself
             for stale in place.parent.glob(f"{glob.escape(place.name)}.orbax-checkpoint-tmp*"):
                 shutil.rmtree(stale, ignore_errors=True)
         with contextlib.suppress(OSError):  # not empty, or another process was faster
             place.rmdir()  # an empty folder counts as missing
-    if location.exists(place) or (alone and os.path.lexists(place)):
+    if location.exists(place) or (single_process and os.path.lexists(place)):
         raise FileError(
             f"{place}: cannot write: the path exists, and Orbax would delete an old checkpoint before the new one is"
             " complete; choose another path, or delete it"
         )
-    if not alone or isinstance(place, Address):
+    if not single_process or isinstance(place, Address):
         start_save(place, trees, documents).result()
         return
     with atomic.staging_folder(place) as staged:
@@ -237,7 +239,7 @@ def leaf_specs(path: str | os.PathLike[str]) -> dict[str, dict[tuple[str, ...], 
         raise FormatError(f"{place}: this Orbax checkpoint cannot be read: {type(error).__name__}: {error}") from error
 
 
-def _items(place: Place) -> list[str]:
+def _items(place: Location) -> list[str]:
     try:
         return sorted(p.name for p in place.iterdir() if location.exists(p / "_METADATA"))
     except OSError as error:

@@ -34,7 +34,7 @@ class TensorPart(NamedTuple):
 
     key: str
     shape: Sequence[int]
-    box: Sequence[tuple[int, int]]
+    region: Sequence[tuple[int, int]]
     array: np.ndarray
 
 
@@ -214,7 +214,7 @@ class _SharedFile:
         begin = self._start + self._tensors[part.key].start
         bits = safetensors.little_bits(part.array)
         strided.write_region(
-            lambda data, offset, *runs: self.write_at(data, begin + offset, *runs), part.shape, bits, part.box
+            lambda data, offset, *runs: self.write_at(data, begin + offset, *runs), part.shape, bits, part.region
         )
 
     def write_at(self, data: memoryview, offset: int, run: int = 0, step: int = 0) -> None:

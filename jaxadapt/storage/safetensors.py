@@ -102,7 +102,7 @@ class TensorFile(Mapping[str, "np.ndarray"]):
     threads may read at once.
     """
 
-    def __init__(self, path: str | os.PathLike[str], ahead: bool = False) -> None:
+    def __init__(self, path: str | os.PathLike[str], prefetch: bool = False) -> None:
         """Open a file; see `open_tensors`. Raises the errors of `read_header`."""
         self._source = _open(path)
         self._prefetch: Prefetch | None = None
@@ -110,7 +110,7 @@ class TensorFile(Mapping[str, "np.ndarray"]):
         try:
             raw = _read_header_bytes(self._source)
             start = 8 + len(raw)
-            if ahead and 0 < self._source.size - start <= SMALL:
+            if prefetch and 0 < self._source.size - start <= SMALL:
                 self._prefetch = Prefetch(self._source, start)
             self.header = parse(self.path, raw, self._source.size)
         except BaseException:
@@ -278,7 +278,7 @@ class TensorFile(Mapping[str, "np.ndarray"]):
             self.close()
 
 
-def open_tensors(path: str | os.PathLike[str], ahead: bool = False) -> TensorFile:
+def open_tensors(path: str | os.PathLike[str], prefetch: bool = False) -> TensorFile:
     """Open a file for lazy reading; see `TensorFile`.
 
     Args:
@@ -288,7 +288,7 @@ def open_tensors(path: str | os.PathLike[str], ahead: bool = False) -> TensorFil
     Raises:
         FormatError, FileError: see `read_header`.
     """
-    return TensorFile(path, ahead)
+    return TensorFile(path, prefetch)
 
 
 def read(path: str | os.PathLike[str], keys: Iterable[str] | None = None) -> dict[str, np.ndarray]:

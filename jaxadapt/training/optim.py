@@ -96,7 +96,7 @@ def _describe_collections(tree: Mapping[str, Any]) -> dict[str, Any]:
     described: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping) and CONFIG_NODE in value:
-            adapter = collections.read_collection(value, name)
+            adapter = collections.read_adapter(value, name)
             described[name] = {**paths.unflatten(_leaves_by_path(adapter, name)), CONFIG_NODE: value[CONFIG_NODE]}
         else:
             described[name] = _describe_collections(value) if isinstance(value, Mapping) else value

@@ -480,7 +480,7 @@ def test_pieces_of_a_box_are_its_part_of_each_tensor() -> None:
             for piece in regions.file_regions(entry.form, box):
                 whole = entry.form.encode(leaf, piece.number).reshape(piece.shape)
                 tile = piece.encode(part[regions.relative_slices(piece.region, box)])
-                np.testing.assert_array_equal(whole[regions.to_slices(piece.box)], tile)
+                np.testing.assert_array_equal(whole[regions.to_slices(piece.tensor_region)], tile)
                 back[regions.relative_slices(piece.region, box)] += piece.decode(tile)
                 seen += 1
             # each number is in one piece, and comes back (times a factor and divided by it: within rounding)

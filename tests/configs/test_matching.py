@@ -16,9 +16,9 @@ from jaxadapt import init
 from jaxadapt.adapters.selection_warnings import doubtful_selection, unmatched_targets
 from jaxadapt.configs import GenericConfig, IA3Config, LoraConfig
 from jaxadapt.configs.matching import (
+    find_pattern_value,
     is_feedforward,
-    matches,
-    pattern_value,
+    is_target,
     resolve_targets,
     select_names,
     with_default_targets,
@@ -86,7 +86,7 @@ def test_matches_as_peft_does():
         ours, theirs = LoraConfig(**row), PeftLora(**row)
         for name in NAMES:
             expected = bool(check_target_module_exists(theirs, name))
-            assert matches(ours, name) == expected, (row, name)
+            assert is_target(ours, name) == expected, (row, name)
             compared += 1
             hits += expected
     print(f"{compared} names compared, {hits} of them targets")
@@ -113,10 +113,12 @@ def test_matches_as_peft_does_on_any_names(names: Any, targets: Any, excluded: A
 
     row = {"target_modules": targets, "exclude_modules": excluded, "layers_to_transform": layers}
     ours, theirs = LoraConfig(**row), PeftLora(**row)
-    chosen = [name for name in names if matches(ours, name)]
+    chosen = [name for name in names if is_target(ours, name)]
     assert chosen == [name for name in names if check_target_module_exists(theirs, name)]
     # An entry is unmatched exactly if it selects nothing on its own.
-    alone = [t for t in dict.fromkeys(targets) if not any(matches(ours.replace(target_modules=[t]), n) for n in names)]
+    alone = [
+        t for t in dict.fromkeys(targets) if not any(is_target(ours.replace(target_modules=[t]), n) for n in names)
+    ]
     assert list(dict.fromkeys(unmatched_targets(ours, names))) == alone
 
 
@@ -138,7 +140,7 @@ def test_pattern_value_as_peft_does():
     for first, second in itertools.permutations(keys, 2):
         patterns = {first: 1, second: 2}
         for name in (*NAMES, "a+b", "m.a+b"):
-            assert pattern_value(patterns, name, 8) == patterns.get(get_pattern_key(list(patterns), name), 8)
+            assert find_pattern_value(patterns, name, 8) == patterns.get(get_pattern_key(list(patterns), name), 8)
 
 
 @pytest.mark.peft
@@ -220,7 +222,7 @@ def test_what_leaves_everything_out_is_named(rule: dict[str, Any], says: str):
 
 
 def test_null_targets():
-    assert not matches(LoraConfig(), "q")
+    assert not is_target(LoraConfig(), "q")
     with pytest.raises(TargetError, match=r"found null.*last segments k, q"):
         select_names(LoraConfig(), ["m.q", "m.k"])
     assert select_names(LoraConfig(target_parameters=["experts.w"]), ["m.q"]) == ()
@@ -264,7 +266,7 @@ def test_generic_configurations_match_by_the_same_keys():
     assert select_names(config, names) == ("m.h.1.q",)
     linear = config.replace(extra={"target_modules": "all-linear"})
     assert select_names(linear, names, linear=names[:2]) == ("m.h.0.q", "m.h.1.q")
-    assert not matches(GenericConfig(peft_type="PREFIX_TUNING"), "q")
+    assert not is_target(GenericConfig(peft_type="PREFIX_TUNING"), "q")
 
 
 def test_all_linear_with_a_head_that_is_saved_whole_is_no_doubt():
@@ -294,9 +296,9 @@ def test_many_names_that_are_not_here_are_counted():
 
 def test_invalid_expressions_are_named():
     with pytest.raises(ConfigError, match=r"rank_pattern: .*'\('"):
-        pattern_value({"(": 1}, "q", 8)
+        find_pattern_value({"(": 1}, "q", 8)
     with pytest.raises(ConfigError, match=r"modules_to_save: .*'\('"):
-        matches(GenericConfig(peft_type="VERA", extra={"target_modules": ["q"], "modules_to_save": ["("]}), "q")
+        is_target(GenericConfig(peft_type="VERA", extra={"target_modules": ["q"], "modules_to_save": ["("]}), "q")
 
 
 def test_null_feedforward_is_refused():

@@ -403,7 +403,7 @@ def test_a_factor_is_exact_where_it_is_a_power_of_two_and_one_rounding_elsewhere
     ulp = np.abs(np.spacing(expected.astype("float32"))) * (1 if dtype == "float32" else 0)
     assert (np.abs(leaf.astype("float64") - expected.astype("float64")) <= ulp).all()
     back = made.encode({"q": leaf})["q.weight"]
-    assert made.entries[0].form.exact == (size == 16)
+    assert made.entries[0].form.is_exact == (size == 16)
     if size == 16:
         np.testing.assert_array_equal(back, torch)
     else:

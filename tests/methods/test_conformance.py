@@ -217,7 +217,7 @@ def test_dora_is_the_direction_times_the_magnitude(line, transposed):
     hook = AppliedMethod(bound.method, bound.hparams, params, bound.axes)
     axes = dataclasses.replace(bound.axes, parts=None)
     part = w if hook.axes.parts is None else jnp.take(w, np.array(hook.axes.parts), axes.batch_axes[0])
-    changed = part + 1.5 * low_rank.product(axes, params["lora_A"], params["lora_B"])
+    changed = part + 1.5 * low_rank.multiply_factors(axes, params["lora_A"], params["lora_B"])
     direction = changed / jnp.linalg.norm(jnp.moveaxis(changed, axes.in_axes, range(len(axes.in_axes))).reshape(
         -1, *(part.shape[i] for i in range(axes.rank) if i not in axes.in_axes)), axis=0).reshape(
         [1 if i in axes.in_axes else n for i, n in enumerate(part.shape)])  # fmt: skip

@@ -17,7 +17,7 @@ from flax import linen, nnx
 
 import jaxadapt
 from jaxadapt.core.errors import AttachError, TargetError
-from jaxadapt.models.nnx.attach import next_key
+from jaxadapt.models.nnx.attach import draw_params_key
 from tests.support.twins import layers, layers_nnx
 
 R1 = jaxadapt.LoraConfig(r=2, lora_alpha=8, target_modules=["q", "o"], init_lora_weights=False)
@@ -299,7 +299,7 @@ STREAMS = {
 def test_the_stream_goes_on_as_flaxs_own_call_lets_it(make):
     mine, theirs = make(), make()
     for _ in range(3):
-        key, expected = next_key(mine), theirs.params()
+        key, expected = draw_params_key(mine), theirs.params()
         assert key.dtype == expected.dtype
         np.testing.assert_array_equal(jax.random.key_data(key), jax.random.key_data(expected))
     for (path, a), (_, b) in zip(*(nnx.to_flat_state(nnx.state(r)) for r in (mine, theirs)), strict=True):
@@ -311,7 +311,7 @@ def test_the_stream_goes_on_as_flaxs_own_call_lets_it(make):
 
 def test_a_stream_of_several_keys_or_of_another_trace_is_refused_as_by_flax():
     outer = nnx.Rngs(0)
-    for take in (lambda rngs: rngs.params(), next_key):
+    for take in (lambda rngs: rngs.params(), draw_params_key):
         with pytest.raises(ValueError, match="fold_in accepts a single key"):
             take(nnx.Rngs(0).split(3))
         with pytest.raises(flax.errors.TraceContextError):

@@ -206,7 +206,7 @@ def test_what_is_missing_is_named(tmp_path: Path):
 
 def test_a_leaf_that_is_missing_or_another_is_an_error(tmp_path: Path):
     """Orbax leaves a `ShapeDtypeStruct` for the first, and casts the second, silently."""
-    orbax.save(tmp_path / "out", {"t": {"a": {"b": jnp.ones(3)}, "c": np.arange(2)}}, {}, alone=True)
+    orbax.save(tmp_path / "out", {"t": {"a": {"b": jnp.ones(3)}, "c": np.arange(2)}}, {}, single_process=True)
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
     def spec(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
@@ -228,7 +228,7 @@ def test_a_leaf_that_is_missing_or_another_is_an_error(tmp_path: Path):
 @pytest.mark.parametrize("tree", [{"a.b": np.ones(1), "a": {"b": np.zeros(1)}}, {"": np.ones(1)}, {3: np.ones(1)}])
 def test_names_that_orbax_would_corrupt_are_refused(tree: Any, tmp_path: Path):
     with pytest.raises(jaxadapt.FileError, match="joins names by dots"):
-        orbax.save(tmp_path / "out", {"t": tree}, {}, alone=True)
+        orbax.save(tmp_path / "out", {"t": tree}, {}, single_process=True)
     assert names(tmp_path) == []
 
 
@@ -304,7 +304,10 @@ def test_no_sites_are_lost(tmp_path: Path):
     part = dict(adapter.params)
     part.pop("up_proj")
     orbax.save(
-        tmp_path / "part", {"adapter": part}, {"recipe": orbax.read_json(tmp_path / "out", "recipe")}, alone=True
+        tmp_path / "part",
+        {"adapter": part},
+        {"recipe": orbax.read_json(tmp_path / "out", "recipe")},
+        single_process=True,
     )
     with pytest.raises(jaxadapt.AttachError, match="1 of the 2 adapted leaves"):
         orbax_folder.find_adapter(tmp_path / "part")

@@ -279,7 +279,7 @@ def test_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path / "f", tensors)
     with codec.open_tensors(tmp_path / "f") as file:
         assert not file.is_prefetched
-    with codec.open_tensors(tmp_path / "f", ahead=True) as file:
+    with codec.open_tensors(tmp_path / "f", prefetch=True) as file:
         askew = {key for key in tensors if file.header.tensors[key].start % 64}
         whole = "0"
         assert file.is_prefetched
@@ -298,7 +298,7 @@ def test_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(same(file[key], value) for key, value in tensors.items())
         assert all(file[key].ctypes.data % 64 == 0 for key in tensors if key != "empty")
     monkeypatch.setattr(codec, "SMALL", 10)
-    with codec.open_tensors(tmp_path / "f", ahead=True) as file:
+    with codec.open_tensors(tmp_path / "f", prefetch=True) as file:
         assert not file.is_prefetched  # too large
 
 
@@ -315,7 +315,7 @@ def test_read_ahead_in_several_calls(tmp_path: Path, monkeypatch: pytest.MonkeyP
         read(self, parts, offset)
 
     monkeypatch.setattr(local_files.LocalFile, "read_into", counted)
-    with codec.open_tensors(tmp_path / "f", ahead=True) as file:
+    with codec.open_tensors(tmp_path / "f", prefetch=True) as file:
         groups = file.groups(tensors, 2000)
         found = dict(zip(tensors, [x for group in groups for x in file.read_group(group)], strict=True))
     assert all(same(found[key], value) for key, value in tensors.items())
@@ -335,7 +335,7 @@ def test_truncated_while_reading_ahead(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(codec, "Prefetch", early)
     with (
-        codec.open_tensors(tmp_path / "f", ahead=True) as file,
+        codec.open_tensors(tmp_path / "f", prefetch=True) as file,
         pytest.raises(FormatError, match="'b': expected .* truncated"),
     ):
         file["b"]

@@ -149,7 +149,7 @@ def race(folder: Path, rounds: int) -> None:
         if pid == 0:
             quiet()
             won = 0
-            orbax.save(folder.parent / f"warm{me}", {"t": {"x": np.ones(1)}}, {}, alone=True)
+            orbax.save(folder.parent / f"warm{me}", {"t": {"x": np.ones(1)}}, {}, single_process=True)
             for number in range(rounds):
                 time.sleep(max(0.0, go + 0.2 * number - time.time()))  # both at once
                 try:

@@ -71,7 +71,7 @@ def test_rank_patterns_of_a_name_for_each_module():
         def work() -> None:
             config = LoraConfig(rank_pattern=known, target_modules=["gate_proj"])
             for name, rank in known.items():
-                assert matching.pattern_value(config.rank_pattern, name, 8) == rank
+                assert matching.find_pattern_value(config.rank_pattern, name, 8) == rank
             assert not selection_warnings.doubtful_selection(config, list(known), list(known))
 
         return work
@@ -84,13 +84,13 @@ def test_thousands_of_targets():
     every = names(500)
     config = LoraConfig(target_modules=every, exclude_modules=["x." + n for n in every], modules_to_save=["y", "z"])
     Counted.asked = 0
-    assert all(matching.matches(config, Counted("base." + name)) for name in every)
+    assert all(matching.is_target(config, Counted("base." + name)) for name in every)
     assert Counted.asked == 0
 
     def made(count: int) -> Callable[[], Any]:
         held = names(count)
         config = LoraConfig(target_modules=held)
-        return lambda: [matching.matches(config, name) for name in held]
+        return lambda: [matching.is_target(config, name) for name in held]
 
     grows_with(made)
 
@@ -101,7 +101,7 @@ def test_thousands_of_modules_to_save():
         config = LoraConfig(modules_to_save=every, target_modules=["q"])
 
         def work() -> None:
-            assert not any(matching.matches(config, f"model.{name}.q") for name in every)
+            assert not any(matching.is_target(config, f"model.{name}.q") for name in every)
             assert all(matching.is_saved(config, f"model.{name}.weight") for name in every)
             assert not selection_warnings.unmatched_modules_to_save(config, [f"model.{name}" for name in every], {})
 
@@ -126,8 +126,8 @@ def test_thousands_of_target_parameters():
 
 def test_a_number_of_more_digits_than_python_converts_is_no_layer():
     config = LoraConfig(target_modules=["q"], layers_to_transform=[1])
-    assert matching.matches(config, "model.layers.1.q")
-    assert not matching.matches(config, f"model.layers.{'1' * 5000}.q")
+    assert matching.is_target(config, "model.layers.1.q")
+    assert not matching.is_target(config, f"model.layers.{'1' * 5000}.q")
 
 
 def test_the_axes_of_a_pattern():
@@ -144,7 +144,7 @@ def test_the_axes_of_a_pattern():
 
         __hash__ = str.__hash__
 
-    assert pattern.repeated([Axis(f"a{n}") for n in range(1000)]) == []
+    assert pattern.repeated_names([Axis(f"a{n}") for n in range(1000)]) == []
     assert asked < 10_000
     assert pattern.parse_pattern("a b -> a b a").problems == ("axis 'a' occurs twice on the right",)
 

@@ -138,7 +138,7 @@ def family_of_leaves(leaves: Iterable[str]) -> KeyMap:
     return min(known, key=lambda t: len(t.needs))  # they agree: the one with the fewest conditions
 
 
-def nearest(shapes: Mapping[str, tuple[int, ...]]) -> str:
+def describe_nearest_family(shapes: Mapping[str, tuple[int, ...]]) -> str:
     """Return a text for an error message: the family most similar to a model, and the leaves that do not fit it.
 
     The text is empty if no family is similar.
@@ -167,4 +167,4 @@ def _format_name(keymap: KeyMap) -> str:
     return keymap.name if keymap.proved else f"{keymap.name} (not verified)"
 
 
-__all__ = ["FAMILIES", "family_of_leaves", "get_family", "nearest", "resolve_keymap"]
+__all__ = ["FAMILIES", "describe_nearest_family", "family_of_leaves", "get_family", "resolve_keymap"]

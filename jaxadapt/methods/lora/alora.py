@@ -19,10 +19,10 @@ from jaxadapt.methods.base import Array, Params
 MASK = "tokens"
 
 
-def invoked(sequence: Sequence[int], ids: Array) -> Array:
+def invocation_mask(sequence: Sequence[int], ids: Array) -> Array:
     """Return the mask (batch, time) of the adapted tokens: from the last occurrence of the sequence to the end.
 
-    >>> invoked([7, 8], jnp.array([[1, 7, 8, 2], [7, 8, 7, 8], [1, 2, 3, 7]])).astype(int).tolist()
+    >>> invocation_mask([7, 8], jnp.array([[1, 7, 8, 2], [7, 8, 7, 8], [1, 2, 3, 7]])).astype(int).tolist()
     [[0, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 0]]
     """
     length, size = ids.shape[1], len(sequence)
@@ -34,7 +34,7 @@ def invoked(sequence: Sequence[int], ids: Array) -> Array:
     return jnp.arange(length)[None] >= last[:, None]
 
 
-def stacked(mask: Array, stack: Sequence[int], shape: Sequence[int]) -> Array:
+def repeat_mask(mask: Array, stack: Sequence[int], shape: Sequence[int]) -> Array:
     """Repeat a mask for each layer that an array of this shape stacks on these axes."""
     for axis in stack:
         mask = jnp.repeat(jnp.expand_dims(mask, axis), shape[axis], axis)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxadapt.arrays import low_rank
 from jaxadapt.arrays.axes import Axes, Operation, Use
-from jaxadapt.arrays.per_entry import PerEntry, only_adapted
+from jaxadapt.arrays.per_entry import PerEntry, mask_unadapted
 from jaxadapt.keymaps.keymap import Match
 from jaxadapt.keymaps.tensor_spec import MethodTensor
 from jaxadapt.methods.base import Array, Params, at_least_float32
@@ -39,8 +39,8 @@ def output_norms(axes: Axes, w: Array) -> Array:
 
 def magnitude_factor(axes: Axes, params: Params, used: PerEntry | None, changed: Array) -> Array:
     """Return m/‖W + s·B·A‖, (batch..., out...), with 1 in the entries that are not adapted."""
-    length = only_adapted(used, params, jax.lax.stop_gradient(output_norms(axes, changed)), 1.0)
-    return only_adapted(used, params, params[MAGNITUDE] / length, 1.0)
+    length = mask_unadapted(used, params, jax.lax.stop_gradient(output_norms(axes, changed)), 1.0)
+    return mask_unadapted(used, params, params[MAGNITUDE] / length, 1.0)
 
 
 def effective_weight(axes: Axes, magnitude: Array, changed: Array) -> Array:

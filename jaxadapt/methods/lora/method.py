@@ -13,7 +13,7 @@ Differences from PEFT, and its faults that are kept:
 - The norm of a grouped DoRA in PEFT mixes channels of several groups; this configuration is refused.
 - PEFT adds the product of an `nn.MultiheadAttention`'s output projection twice, from 0.15.0 (the first version that
   adapts it) to 0.21.2 (the newest). Files were trained that way, so it is added twice here as well. Later versions may
-  differ (`doubtful_twice`). Its dropout has no effect in PEFT, and none here.
+  differ (`is_newer_attention_file`). Its dropout has no effect in PEFT, and none here.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import jax
 
 from jaxadapt.arrays import low_rank
 from jaxadapt.arrays.axes import Axes, Operation, Use
-from jaxadapt.arrays.per_entry import PerEntry, only_adapted
+from jaxadapt.arrays.per_entry import PerEntry, mask_unadapted
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs import PEFT_VERSION, Config, LoraConfig, matching
 from jaxadapt.core.errors import AttachError, ConfigError
@@ -105,7 +105,7 @@ class Lora(Method):
             )
 
     def tensors(self, config: LoraConfig, match: Match, modules: Modules) -> tuple[MethodTensor, ...]:
-        ranks = modules.each(lambda m: matching.pattern_value(config.rank_pattern, m, config.r), 0)
+        ranks = modules.each(lambda m: matching.find_pattern_value(config.rank_pattern, m, config.r), 0)
         r, alike = max(ranks), len(set(ranks)) == 1
         own_sizes, kind, groups = (("r", r),), match.weight.kind, match.weight.groups
         for rank in set(ranks) - {0}:
@@ -259,7 +259,7 @@ class Lora(Method):
         return (bias + sign * _bias(hparams, params).reshape(bias.shape)).astype(bias.dtype)
 
 
-def doubtful_twice(config: Config, sites: Iterable[Match]) -> bool:
+def is_newer_attention_file(config: Config, sites: Iterable[Match]) -> bool:
     """Return True if a file adapts an attention's output projection and is of a newer PEFT than `PEFT_VERSION`.
 
     A newer PEFT may add the product of that projection once instead of twice.
@@ -273,8 +273,8 @@ def doubtful_twice(config: Config, sites: Iterable[Match]) -> bool:
 
 def lora_scale(config: LoraConfig, module: str) -> float:
     """Return the scale s of one PyTorch module: α/r, or α/√r with `use_rslora`."""
-    r = matching.pattern_value(config.rank_pattern, module, config.r)
-    alpha = matching.pattern_value(config.alpha_pattern, module, config.lora_alpha)
+    r = matching.find_pattern_value(config.rank_pattern, module, config.r)
+    alpha = matching.find_pattern_value(config.alpha_pattern, module, config.lora_alpha)
     return alpha / math.sqrt(r) if config.use_rslora else alpha / r
 
 
@@ -291,7 +291,9 @@ def _scale(hparams: LoraHparams, params: Params) -> Any:
 
 def _bias(hparams: LoraHparams, params: Params) -> Array:
     """Return s times the adapter's bias."""
-    return low_rank.scaled(_scale(hparams, params), only_adapted(hparams.used, params, params["lora_B_bias"], 0.0))
+    return low_rank.scale_factor(
+        _scale(hparams, params), mask_unadapted(hparams.used, params, params["lora_B_bias"], 0.0)
+    )
 
 
 def _used_sizes(tensor: MethodTensor, ranks: Sequence[int], r: int) -> tuple[int, ...]:
@@ -307,8 +309,8 @@ def _changed_weight(hparams: LoraHparams, params: Params, axes: Axes, w: Array) 
     """Return W + s·B·A, in the dtype of the sum."""
     a, b = _factors(hparams, params)
     if isinstance(hparams.scale, PerEntry):
-        return w + low_rank.product(axes, low_rank.scaled(_scale(hparams, params), a), b)
-    return w + hparams.scale * low_rank.product(axes, a, b)
+        return w + low_rank.multiply_factors(axes, low_rank.scale_factor(_scale(hparams, params), a), b)
+    return w + hparams.scale * low_rank.multiply_factors(axes, a, b)
 
 
 def _merged_weight(hparams: LoraHparams, params: Params, axes: Axes, w: Array) -> Array:

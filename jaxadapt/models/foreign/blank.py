@@ -25,7 +25,7 @@ Shape = tuple[int, ...]
 class AdaptedLeaf:
     """One base leaf that a file adapts: its match, and the names of its braced axes, `{module: {axis: text}}`."""
 
-    site: Match
+    match: Match
     modules: Mapping[str, Mapping[str, str]]
 
 
@@ -95,10 +95,10 @@ def blank_arrays(
 
     Raises `KeyMapError` if a size is missing or contradicts the file.
     """
-    weight = adapted.site.weight
-    lora_paths = dialect.paths(adapted.site.leaf)
+    weight = adapted.match.weight
+    lora_paths = dialect.paths(adapted.match.leaf)
     if lora_paths is None:
-        raise KeyMapError(f"cannot store the LoRA of {adapted.site.leaf!r}: {dialect.name} has no path for it")
+        raise KeyMapError(f"cannot store the LoRA of {adapted.match.leaf!r}: {dialect.name} has no path for it")
     path_a, path_b, pair = lora_paths
     choices = layouts(pair, weight, dialect.shares)
     if dialect.per_head and per_head.head_axes(weight):
@@ -106,13 +106,13 @@ def blank_arrays(
         choices = [] if weight.stack else [((*((axis,) for axis in rest), (RANK,)), ((RANK,), (last,)))]
     if not choices:
         raise KeyMapError(
-            f"cannot store the LoRA of {adapted.site.leaf!r}: {dialect.name} has no layout for {weight.pattern!r}"
+            f"cannot store the LoRA of {adapted.match.leaf!r}: {dialect.name} has no layout for {weight.pattern!r}"
         )
     if EXPERTS in weight.left:  # arrays with an expert axis can hold any file
         choices = [both for both in choices if all((EXPERTS,) in dims for dims in both)] or choices
     a, b = next(iter(shapes[m] for m in adapted.modules))
     totals = {weight.roles["in"]: a[1], weight.roles["out"]: b[0]}
-    known = dict(plan.axis_sizes(adapted.site, base)) if base is not None else _infer_sizes(adapted, totals, sizes)
+    known = dict(plan.axis_sizes(adapted.match, base)) if base is not None else _infer_sizes(adapted, totals, sizes)
     known[RANK] = rank
     # If axes are flattened in another order than in PyTorch, filling the tree needs their sizes and raises an error.
     flat_sizes = {frozenset(axes): size for axes, size in totals.items()}
@@ -134,8 +134,8 @@ def blank_arrays(
 def _infer_sizes(
     adapted: AdaptedLeaf, totals: Mapping[tuple[str, ...], int], sizes: Mapping[str, int]
 ) -> dict[str, int]:
-    weight = adapted.site.weight
-    known = {axis: len(weight.names(axis) or ()) for axis in weight.roles["fused"]}
+    weight = adapted.match.weight
+    known = {axis: len(weight.index_names(axis) or ()) for axis in weight.roles["fused"]}
     for axis in (*weight.roles["stack"], *(axis for axis in weight.left if axis == EXPERTS)):
         known[axis] = 1 + max(weight.model_number(axis, texts[axis.strip("{}")]) for texts in adapted.modules.values())
     given = hinted_sizes(weight, sizes)
@@ -145,7 +145,7 @@ def _infer_sizes(
         rest = math.prod(axis_sizes.values())
         if total % rest or (not unknown and total != rest):
             raise KeyMapError(
-                f"{adapted.site.leaf!r}: the axes {' '.join(axes)} must multiply to {total}, which"
+                f"{adapted.match.leaf!r}: the axes {' '.join(axes)} must multiply to {total}, which"
                 f" contradicts {axis_sizes}"
             )
         if len(unknown) == 1:

@@ -113,7 +113,7 @@ def _contradictions(field: str, values: Mapping[str, Any], patterns: Mapping[str
     return [
         f"{module}: {field} {found:g} in the tree, {want:g} in the configuration"
         for module, found in values.items()
-        if (want := matching.pattern_value(patterns, module, default)) != found
+        if (want := matching.find_pattern_value(patterns, module, default)) != found
     ]
 
 
@@ -126,12 +126,12 @@ def _complete_targets(sites: ForeignSites, config: LoraConfig) -> tuple[LoraConf
         # Without the base, a short name might also match other modules.
         names = matching.shortest_suffixes(sorted(adapted), others) if sites.modules else sorted(adapted)
         return config.replace(target_modules=names), []
-    unnamed = [m for m in adapted if not matching.matches(config, m)]
+    unnamed = [m for m in adapted if not matching.is_target(config, m)]
     left_out = [f"{m}: adapted in the tree, but not in target_modules" for m in unnamed]
     empty = [
         f"{m}: in target_modules, but has no LoRA leaves in the tree"
         for m in sorted(sites.modules - set(adapted))
-        if matching.matches(config, m)
+        if matching.is_target(config, m)
     ]
     return config, left_out + empty
 
@@ -173,7 +173,7 @@ def scale_ratios(sites: ForeignSites, config: Config, lora_alpha: float | None, 
         )
     out: dict[str, float] = {}
     for module, rank in sites.ranks.items():
-        if matching.matches(config, module):
+        if matching.is_target(config, module):
             ratio = methods.lora_scale(config, module) / (stored.get(module, lora_alpha or 0.0) / rank)
             out[module] = 1.0 if abs(ratio - 1) < 2**-23 else ratio  # equal in float32
     return out

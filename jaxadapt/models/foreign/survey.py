@@ -213,7 +213,7 @@ def _bind_site(
     base: Shape | None,
     hints: Mapping[str, int],
 ) -> ForeignSite:
-    sizes = {**hints, **{axis: len(match.weight.names(axis) or ()) for axis in match.roles["fused"]}}
+    sizes = {**hints, **{axis: len(match.weight.index_names(axis) or ()) for axis in match.roles["fused"]}}
     if base is not None:
         sizes = plan.axis_sizes(match, base)
     tried: list[str] = []

@@ -339,7 +339,7 @@ def _slot_alphas(tree: ForeignTree, sites: ForeignSites, config: LoraConfig) -> 
     """Return the `{base leaf: alpha}` of a file, rounded to the dtype of the tree's scales."""
     out: dict[str, float] = {}
     for site in sites.sites:
-        adapted = [m for m in site.a.modules if matching.matches(config, m)]
+        adapted = [m for m in site.a.modules if matching.is_target(config, m)]
         if adapted:
             dtype = tree.leaves[tree.dialect.slot_paths(site.a.path)[1]].dtype
             out[site.match.leaf] = float(np.asarray(methods.lora_scale(config, adapted[0]), dtype)) * site.a.rank

@@ -50,7 +50,7 @@ def base_shardings(leaves: Mapping[str, Any]) -> dict[str, Any]:
     return shardings
 
 
-def boxed(adapter: Adapter, base: Mapping[str, Any]) -> Adapter:
+def box_like_base(adapter: Adapter, base: Mapping[str, Any]) -> Adapter:
     """Return the adapter with each tensor boxed like its base weight, so that `nn.get_partition_spec` works on it.
 
     Args:
@@ -69,7 +69,9 @@ def boxed(adapter: Adapter, base: Mapping[str, Any]) -> Adapter:
     return dataclasses.replace(adapter, params=paths.unflatten(values))
 
 
-def with_values(tree: Mapping[str, Any], name: str, values: Mapping[str, Any], recipe: Recipe | None = None) -> Any:
+def replace_adapter_values(
+    tree: Mapping[str, Any], name: str, values: Mapping[str, Any], recipe: Recipe | None = None
+) -> Any:
     """Return a tree with other values in one adapter, and with the same boxes and mapping types.
 
     Args:
@@ -78,12 +80,12 @@ def with_values(tree: Mapping[str, Any], name: str, values: Mapping[str, Any], r
         recipe: replaces the adapter's recipe, if given.
     """
     if CONFIG_NODE in tree:
-        return refilled(tree, values, recipe)
+        return replace_values(tree, values, recipe)
     inner = tree.get(name)
     if isinstance(inner, Mapping) and CONFIG_NODE in inner:
-        return with_entry(tree, name, refilled(inner, values, recipe))
+        return with_entry(tree, name, replace_values(inner, values, recipe))
     key = next(c for c in collection_names(tree) if isinstance(tree[c], Mapping) and name in tree[c])
-    return with_entry(tree, key, with_entry(tree[key], name, refilled(tree[key][name], values, recipe)))
+    return with_entry(tree, key, with_entry(tree[key], name, replace_values(tree[key][name], values, recipe)))
 
 
 def with_entry(tree: Mapping[str, Any], key: str, value: Any) -> Any:
@@ -92,7 +94,9 @@ def with_entry(tree: Mapping[str, Any], key: str, value: Any) -> Any:
     return mapping_type({**tree, key: value})
 
 
-def refilled(tree: Mapping[str, Any], values: Mapping[str, Any], recipe: Recipe | None = None, within: str = "") -> Any:
+def replace_values(
+    tree: Mapping[str, Any], values: Mapping[str, Any], recipe: Recipe | None = None, within: str = ""
+) -> Any:
     """Return the tree of one adapter, with or without its recipe, with other values.
 
     Args:
@@ -107,7 +111,7 @@ def refilled(tree: Mapping[str, Any], values: Mapping[str, Any], recipe: Recipe 
         if key == CONFIG_NODE:
             filled[key] = recipe or leaf
         elif isinstance(leaf, Mapping):
-            filled[key] = refilled(leaf, values, recipe, path)
+            filled[key] = replace_values(leaf, values, recipe, path)
         else:
             filled[key] = leaf.replace_boxed(values[path]) if isinstance(leaf, meta.AxisMetadata) else values[path]
     mapping_type: Any = type(tree)
@@ -176,7 +180,7 @@ def has_config(tree: Mapping[str, Any]) -> bool:
     return isinstance(tree.get(CONFIG_NODE), Recipe | str)
 
 
-def read_collection(tree: Mapping[str, Any], name: str) -> Adapter:
+def read_adapter(tree: Mapping[str, Any], name: str) -> Adapter:
     """Return the adapter whose tree is given; `name` is for messages.
 
     Raises `AttachError` if the tree has no configuration, or if parts of the adapter are missing.

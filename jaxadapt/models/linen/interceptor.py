@@ -14,7 +14,7 @@ from flax.core.scope import Scope, subtract_filters
 
 from jaxadapt import methods
 from jaxadapt.arrays import quantized
-from jaxadapt.arrays.axes import Axes, Use, find_contradiction
+from jaxadapt.arrays.axes import Axes, Use, contradiction_message
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.methods import AppliedMethod, AppliedMethods
@@ -246,7 +246,7 @@ class Interceptor:
             # A layer that gets its equation as an argument may also get the reverse one.
             if hook.forward and use.transposed and not any(rest):
                 axes = kernel_roles(module, rest)
-                raise AttachError(f"{'.'.join(module.scope.path)}: {find_contradiction(hook.axes, axes)}")
+                raise AttachError(f"{'.'.join(module.scope.path)}: {contradiction_message(hook.axes, axes)}")
             if _is_along_roles(use):
                 x = hook.input(use, x)
                 args, kwargs = with_input(x, args, kwargs)

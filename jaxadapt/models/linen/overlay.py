@@ -118,7 +118,7 @@ def build_overlay(
             if name in tokens:
                 added[alora.MASK] = f"{leaf}{SEP}{alora.MASK}{SEP}{digest}"
                 shape = collections.unbox_tree(survey.lookup(params, keys)).shape
-                leaves[(*path, added[alora.MASK])] = alora.stacked(tokens[name], site.match.stack, shape)
+                leaves[(*path, added[alora.MASK])] = alora.repeat_mask(tokens[name], site.match.stack, shape)
             leaf_adapter = LeafAdapter(site.method, site.hparams, site.axes, added)
             leaf_adapters.setdefault(tuple(path), {}).setdefault(leaf, []).append(leaf_adapter)
     methods.refuse_rivals(replacing)
@@ -135,7 +135,7 @@ def _read_adapter(adapters: Mapping[str, Any], name: str, config: Config, keys_b
             f"the variables hold no adapter {name!r} in {collection!r}. Create it with init, or load it with load"
         )
     # meta.unbox applies the sharding constraints of the boxes, as it does for the base.
-    adapter = collections.read_collection(meta.unbox(tree), name)
+    adapter = collections.read_adapter(meta.unbox(tree), name)
     if adapter.config != _resolve_like(config, adapter.config):
         argument = "" if name == "default" else f", name={name!r}"
         raise AttachError(

@@ -15,7 +15,7 @@ from flax.core import meta
 from jaxadapt import methods
 from jaxadapt.adapters import target_parameters
 from jaxadapt.arrays import quantized
-from jaxadapt.arrays.axes import Axes, find_contradiction, transposed_axes
+from jaxadapt.arrays.axes import Axes, contradiction_message, transposed_axes
 from jaxadapt.configs import Config, matching
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
@@ -80,7 +80,7 @@ class Survey:
                     self.refused[leaf] = f"the keymap stacks its layers on axes {match.stack}, the model on {stack}"
                 # A keymap may order axes differently or split a fused output axis, but the input axes must agree.
                 elif leaf in self.certain and (axes := self._contradicting_roles(leaf, match)) is not None:
-                    self.refused[leaf] = find_contradiction(match.axes, axes)
+                    self.refused[leaf] = contradiction_message(match.axes, axes)
             elif leaf in self.roles and leaf not in self.unknown and stack is not None:
                 kind = self.kinds.get(leaf, ("linear", 1))
                 if match is None or not fits or (match.axes, match.stack) != (self.roles[leaf], stack):
@@ -109,7 +109,7 @@ class Survey:
                 parameters = target_parameters.parameter_names(match, sizes).values()
             else:
                 modules, parameters = [leaf.rpartition(".")[0]], [leaf]
-            if any(matching.matches(config, module) for module in modules) or any(
+            if any(matching.is_target(config, module) for module in modules) or any(
                 matching.is_parameter(config, parameter) for parameter in parameters
             ):
                 is_matrix = leaf in self.unknown and len(self.shapes[leaf]) == 2

@@ -147,9 +147,11 @@ class Adapted:
         for name, (recipe, sites) in plans.items():
             key = _adapter_key(rngs, collection_name(recipe.config), name)
             shardings = collections.base_shardings(leaves)
-            values = initial_values.init_values(recipe.config, sites, key, self.dtype, base=base, where=shardings)
+            values = initial_values.init_values(
+                recipe.config, sites, key, self.dtype, base=base, base_shardings=shardings
+            )
             adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
-            for collection, tree in collections.boxed(adapter, leaves).named(name).items():
+            for collection, tree in collections.box_like_base(adapter, leaves).named(name).items():
                 out[collection] = {**out.get(collection, {}), **tree}
         return out
 
@@ -260,7 +262,7 @@ class Adapted:
         configs = dict(self.adapters)
         for name in self.active:
             tree = overlay.adapters[collection_name(configs[name])][name]
-            adapter = collections.read_collection(meta.unbox(tree), name)
+            adapter = collections.read_adapter(meta.unbox(tree), name)
             missing = selection.unselected_matrices(adapter.config, adapter.keymap, shapes, adapter.sites)
             scopes = called() if missing else ()
             used = [leaf for leaf in missing if keys_by_leaf[leaf][:-1] in scopes]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxadapt.arrays import quantized
-from jaxadapt.arrays.axes import find_contradiction, transposed_axes
+from jaxadapt.arrays.axes import contradiction_message, transposed_axes
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.models.nnx import survey
@@ -52,7 +52,7 @@ def _instrument(
             if leaf in leaves:
                 base = survey.base_class(module)
                 body = {name: recorder(leaf, attr, base, f) for name, f in survey.entry_points(base).items()}
-                survey.swap(module, type(base.__name__, (base,), body))
+                survey.set_class(module, type(base.__name__, (base,), body))
         outputs = copy(*tree.unflatten([inputs.get(f"~{i}", v) for i, v in enumerate(values)]))
         return [x for x in jax.tree.leaves(outputs) if isinstance(x, jax.Array)]
 
@@ -75,7 +75,7 @@ def trace_axes(
 
     Raises `AttachError` if `required` and the roles of any leaf are not found, listing all such leaves.
     """
-    blocked = survey.obstacles(walk, leaves)
+    blocked = survey.find_obstacles(walk, leaves)
     if blocked and required:
         raise AttachError("these layers cannot carry the adapter:\n" + paths.bullets(blocked.values()))
     leaves = [leaf for leaf in leaves if leaf not in blocked]
@@ -170,7 +170,7 @@ def check_calls(
     run, inputs = _instrument(model, list(adapted), recorder, args)
     live = live_weights(run, inputs)
     contradictions = [
-        f"{leaf}: {find_contradiction(axes, layer_axes)}"
+        f"{leaf}: {contradiction_message(axes, layer_axes)}"
         for leaf in forward
         if leaf in products
         and (layer_axes := transposed_axes(axes := adapted[leaf].axes, products[leaf], shapes[leaf])) is not None

@@ -27,7 +27,7 @@ from jaxadapt import methods
 from jaxadapt.adapters import sharding, sites
 from jaxadapt.adapters.adapter import Adapter, Recipe, collection_name
 from jaxadapt.arrays import placement, random_draws
-from jaxadapt.arrays.axes import find_contradiction
+from jaxadapt.arrays.axes import contradiction_message
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps import plan
@@ -35,7 +35,7 @@ from jaxadapt.methods import Method
 from jaxadapt.models.nnx import survey
 from jaxadapt.models.nnx.layer import ACTIVE, Attached, adapted_class, attached_to
 from jaxadapt.models.nnx.params import AdapterParam, LayerNumber
-from jaxadapt.models.nnx.survey import DROPOUT, AdaptedMeta, Owner, base_class, natural_key, swap
+from jaxadapt.models.nnx.survey import DROPOUT, AdaptedMeta, Owner, base_class, natural_key, set_class
 
 Tree = nnx.Module | nnx.State[Any, Any]
 Layers = Sequence[tuple[str, Any]]
@@ -82,7 +82,7 @@ def require_stream(rngs: Any, name: str) -> None:
         raise AttachError(f'rngs: expected nnx.Rngs with a stream "{name}" or "default", such as nnx.Rngs(0)')
 
 
-def next_key(rngs: nnx.Rngs) -> Any:
+def draw_params_key(rngs: nnx.Rngs) -> Any:
     """Return the key that `rngs.params()` returns, and advance the stream as it does.
 
     Flax compiles two programs for that call in every new process. Outside jit, this function compiles none.
@@ -100,7 +100,7 @@ def next_key(rngs: nnx.Rngs) -> Any:
     return random_draws.fold_in(key, n)
 
 
-def need_own(modules: Iterable[Any]) -> None:
+def require_current_trace(modules: Iterable[Any]) -> None:
     """Raise `AttachError` for a model created outside the current trace, because its layers cannot change class there.
 
     A Flax transform passes a copy of the model to the function and writes the copy's changes back to the model
@@ -135,10 +135,10 @@ def attach(
     """
     walk = survey.walk_model(model) if walk is None else walk
     owners = walk.leaves
-    need_own(module for module, _ in owners.values())
+    require_current_trace(module for module, _ in owners.values())
     collection = collection_name(recipe.config)
     saved = {site.leaf for site in adapter_sites if site.method.copies and site.hparams.because == "modules_to_save"}
-    problems = [*survey.obstacles(walk, [site.leaf for site in adapter_sites], saved).values()]
+    problems = [*survey.find_obstacles(walk, [site.leaf for site in adapter_sites], saved).values()]
     problems += _find_misfits(adapter_sites, owners, collection)
     if problems:
         raise AttachError("these layers cannot carry the adapter:\n" + paths.bullets(problems))
@@ -182,14 +182,14 @@ def _find_misfits(adapter_sites: Sequence[sites.Site], owners: Mapping[str, Owne
     count = collections.Counter(id(owners[leaf][0]) for leaf in scaled)
     shared = [leaf for leaf in scaled if count[id(m := owners[leaf][0])] > 1 and "bias" in vars(m)]
     problems = [f"{leaf}: its module has one bias for several adapted weights" for leaf in shared]
-    problems += contradictions(adapter_sites, owners)
+    problems += list_contradictions(adapter_sites, owners)
     for site in adapter_sites:
         if collection in (attributes := vars(owners[site.leaf][0])) and ACTIVE not in attributes:
             problems.append(f"{site.leaf}: its module already has an attribute {collection!r} of its own")
     return problems
 
 
-def contradictions(adapter_sites: Sequence[sites.Site], owners: Mapping[str, Owner]) -> list[str]:
+def list_contradictions(adapter_sites: Sequence[sites.Site], owners: Mapping[str, Owner]) -> list[str]:
     """Return a message for each site whose keymap entry and layer class disagree about the input axes."""
     problems: list[str] = []
     for site in adapter_sites:
@@ -201,7 +201,7 @@ def contradictions(adapter_sites: Sequence[sites.Site], owners: Mapping[str, Own
             continue
         # A keymap may order axes differently or split a fused output axis, but the input axes must agree.
         if roles is not None and set(roles.axes.in_axes) != set(site.axes.in_axes):
-            problems.append(f"{site.leaf}: {find_contradiction(site.axes, roles.axes)}")
+            problems.append(f"{site.leaf}: {contradiction_message(site.axes, roles.axes)}")
     return problems
 
 
@@ -221,13 +221,13 @@ def _make_dropout(rate: float, rngs: nnx.Rngs | None, sizes: Sequence[int]) -> n
 def install_adapters(layer: nnx.Module) -> None:
     """Change a layer's class to the run-time subclass that applies its adapters and dequantises its weights."""
     if not isinstance(type(layer), AdaptedMeta):
-        swap(layer, adapted_class(type(layer)))
+        set_class(layer, adapted_class(type(layer)))
 
 
 def uninstall_adapters(layer: nnx.Module) -> None:
     """Restore a layer's own class, unless it has adapters or quantised weights."""
     if isinstance(type(layer), AdaptedMeta) and ACTIVE not in vars(layer) and not survey.quantized_params(layer):
-        swap(layer, base_class(layer))
+        set_class(layer, base_class(layer))
 
 
 def adapted_layers(model: nnx.Module, owners: Mapping[str, Owner] | None = None) -> list[tuple[str, Any]]:
@@ -292,7 +292,7 @@ def _active_in(layers: Layers) -> tuple[str, ...]:
 def delete(model: nnx.Module, *names: str) -> None:
     """Remove these adapters, and restore the class of each layer that has no adapter left."""
     layers = adapted_layers(model)
-    need_own(layer for _, layer in layers)
+    require_current_trace(layer for _, layer in layers)
     _set_active(layers, tuple(name for name in _active_in(layers) if name not in names))
     for _, layer in layers:
         attributes = vars(layer)

@@ -38,7 +38,7 @@ def base_class(module: nnx.Module) -> type[nnx.Module]:
     return cls.base if isinstance(cls, AdaptedMeta) else cls
 
 
-def swap(module: nnx.Module, cls: type[nnx.Module]) -> None:
+def set_class(module: nnx.Module, cls: type[nnx.Module]) -> None:
     """Change a module's class."""
     # A plain assignment would go through nnx's attribute handling and change the graph definition.
     object.__setattr__(module, "__class__", cls)
@@ -222,7 +222,7 @@ class ModelWalk:
 
     modules: Sequence[tuple[str, nnx.Module]]
     leaves: Mapping[str, Owner]
-    loose: Mapping[str, tuple[int, ...]]
+    unowned: Mapping[str, tuple[int, ...]]
     """`{path: shape}` of base parameters that are not attributes of a module: in a dict, or in `bridge.ToNNX`."""
 
 
@@ -266,7 +266,7 @@ def is_abstract(owners: Mapping[str, Owner]) -> bool:
     return any(isinstance(vars(m)[attr].get_value(), jax.ShapeDtypeStruct) for m, attr in owners.values())
 
 
-def obstacles(walk: ModelWalk, leaves: Sequence[str], saved: Collection[str] = ()) -> dict[str, str]:
+def find_obstacles(walk: ModelWalk, leaves: Sequence[str], saved: Collection[str] = ()) -> dict[str, str]:
     """Return `{leaf: reason}` for the given leaves that cannot carry an adapter of any method.
 
     Args:
@@ -382,6 +382,6 @@ def _has_roles(module: nnx.Module, attr: str) -> bool:
         return True
 
 
-def never_linear(owner: Owner) -> bool:
+def is_never_linear(owner: Owner) -> bool:
     """Return True if the leaf's layer is one of Flax's own that "all-linear" does not select."""
     return base_class(owner[0]).__call__ in [cls.__call__ for cls in _NEVER_LINEAR]

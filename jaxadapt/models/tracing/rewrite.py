@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.extend.core import primitives
 
-from jaxadapt.arrays.axes import Axes, Operation, Use, find_contradiction, transposed_axes
+from jaxadapt.arrays.axes import Axes, Operation, Use, contradiction_message, transposed_axes
 from jaxadapt.core.errors import AttachError
 from jaxadapt.models.tracing.axis_layout import BARRIER, AxisLayout, move_layouts, spell_contraction
 from jaxadapt.models.tracing.operations import find_operation
@@ -117,7 +117,7 @@ def rewrite(
     for name in forward:
         axes = hooks[name].axes
         if (own := transposed_axes(axes, scope.products.get(name, ()), jnp.shape(weights[name]))) is not None:
-            raise AttachError(f"{name!r}: {find_contradiction(axes, own)}")
+            raise AttachError(f"{name!r}: {contradiction_message(axes, own)}")
     return traced.result([scope.plain(out) for out in outs])
 
 

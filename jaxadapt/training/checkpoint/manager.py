@@ -25,10 +25,10 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AdapterError, AttachError, ConfigError, FileError
 from jaxadapt.core.progress import LOGGER, Progress, reporter
 from jaxadapt.persistence import multihost, run_folder
-from jaxadapt.persistence.run_folder import RunFolder, Said
+from jaxadapt.persistence.run_folder import RunFolder, StepRecord
 from jaxadapt.persistence.save_adapter import save
 from jaxadapt.storage import location
-from jaxadapt.storage.location import Place
+from jaxadapt.storage.location import Location
 from jaxadapt.training.checkpoint import preemption, restore, snapshot, step_files, step_reading
 from jaxadapt.training.checkpoint.background import Background
 from jaxadapt.training.checkpoint.restore import Restored
@@ -39,7 +39,7 @@ class _LastSave(NamedTuple):
     """The last step passed to `save`."""
 
     step: int
-    record: Said
+    record: StepRecord
 
 
 class CheckpointManager(RunFolder):
@@ -149,7 +149,7 @@ class CheckpointManager(RunFolder):
             AdapterError: the previous save failed.
         """
         self.wait()
-        number, record = run_folder.step_number(step), Said(_to_floats(metrics), self._own_objective)
+        number, record = run_folder.step_number(step), StepRecord(_to_floats(metrics), self._own_objective)
         taken = snapshot.take_snapshot(model, {"opt_state": opt_state, "rng": rng, "data": data})
         is_shared = step_files.is_multi_process(taken)
         if self._last is None or number < self._last:
@@ -173,7 +173,7 @@ class CheckpointManager(RunFolder):
             )
         step_files.remove_leftovers(self.folder)
 
-    def _begin_save(self, step: int, taken: Snapshot, record: Said, is_shared: bool) -> Callable[[], None]:
+    def _begin_save(self, step: int, taken: Snapshot, record: StepRecord, is_shared: bool) -> Callable[[], None]:
         """Copy the values off the device, and return a function that does the rest of the save."""
         path = run_folder.step_path(self.folder, step)
         if not is_shared:
@@ -201,18 +201,18 @@ class CheckpointManager(RunFolder):
             if step not in kept:
                 step_files.remove_step(path)
 
-    def _select_kept(self, steps: Mapping[int, Place]) -> dict[int, Place]:
+    def _select_kept(self, steps: Mapping[int, Location]) -> dict[int, Location]:
         """Return the steps that are kept after the save."""
         if self.keep is None:
             return dict(steps)
         kept = set(list(steps)[-self.keep :])
-        kept |= set(self._ranked(steps)[: self.keep_best]) if self.keep_best else set()
+        kept |= set(self._rank_steps(steps)[: self.keep_best]) if self.keep_best else set()
         kept |= {s for s in steps if self.keep_every and s % self.keep_every == 0}
         return {step: path for step, path in steps.items() if step in kept}
 
     # ------------------------------------------------------------ steps
 
-    def _found(self) -> dict[int, Place]:
+    def _list_steps(self) -> dict[int, Location]:
         """Return the steps on disk or, during a save, the steps after it.
 
         With several processes also after a save, because a network file system may show a state that is a minute old.
@@ -228,11 +228,11 @@ class CheckpointManager(RunFolder):
             return steps
         return self._select_kept(dict(sorted({**steps, last_save.step: path}.items())))
 
-    def _said_of(self, step: int, path: Place) -> Said:
+    def _read_record(self, step: int, path: Location) -> StepRecord:
         last_save: _LastSave | None = self._saving.subject
         if last_save is not None and last_save.step == step and self._saving.running:
             return last_save.record
-        return super()._said_of(step, path)
+        return super()._read_record(step, path)
 
     # ------------------------------------------------------------ waiting
 

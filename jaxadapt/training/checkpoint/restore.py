@@ -185,7 +185,7 @@ def _fill_model(model: Any, others: Any, stored: Snapshot, values: Mapping[str, 
         recipe = Recipe.from_text(text)
         adapter = Adapter(recipe.config, paths.unflatten(flat), recipe.keymap)
         if isinstance(model, Adapter):
-            params = collections.refilled(model.params, flat)
+            params = collections.replace_values(model.params, flat)
             model = dataclasses.replace(adapter, params=params, keymap=model.keymap)
         else:
             model = attachment.inject(adapter, model, name)

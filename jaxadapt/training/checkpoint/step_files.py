@@ -18,12 +18,12 @@ import numpy as np
 from jaxadapt.arrays import regions
 from jaxadapt.core.progress import Report, byte_counter
 from jaxadapt.persistence import multihost
-from jaxadapt.persistence.run_folder import META, NAME, SCHEMA, Said
+from jaxadapt.persistence.run_folder import META, NAME, SCHEMA, StepRecord
 from jaxadapt.storage import atomic, flush, parallel_write, safetensors
 from jaxadapt.storage.coordination import Group
 from jaxadapt.storage.dtypes import can_hold
 from jaxadapt.storage.local_files import file_error
-from jaxadapt.storage.location import Address, Place
+from jaxadapt.storage.location import Address, Location
 from jaxadapt.training.checkpoint.snapshot import Snapshot
 
 
@@ -38,7 +38,7 @@ def is_leader() -> bool:
     return not is_multi_process(None) or jax.process_index() == 0
 
 
-def _make_document(taken: Snapshot, record: Said, byte_dtypes: Mapping[str, str]) -> dict[str, Any]:
+def _make_document(taken: Snapshot, record: StepRecord, byte_dtypes: Mapping[str, str]) -> dict[str, Any]:
     return {"schema": SCHEMA, **record._asdict(), "odd": dict(byte_dtypes), **taken.to_json()}
 
 
@@ -90,9 +90,9 @@ def _assemble(shape: tuple[int, ...], shards: list[tuple[Any, np.ndarray]]) -> n
 
 
 def write_step(
-    path: Place,
+    path: Location,
     taken: Snapshot,
-    record: Said,
+    record: StepRecord,
     values: Mapping[str, Callable[[], np.ndarray]],
     report: Report,
 ) -> None:
@@ -126,7 +126,9 @@ def _as_bytes(value: np.ndarray) -> np.ndarray:
     return np.frombuffer(value.tobytes(), np.uint8).reshape(*value.shape, value.dtype.itemsize)
 
 
-def prepare_shared_write(path: Place, taken: Snapshot, record: Said, timeout: float) -> Callable[[Report], None]:
+def prepare_shared_write(
+    path: Location, taken: Snapshot, record: StepRecord, timeout: float
+) -> Callable[[Report], None]:
     """Copy this process's part of a step off the device, and return a function that writes it with the others.
 
     Every process must call this, in the same order as its other saves, and then call the result, in any thread:
@@ -178,9 +180,9 @@ def prepare_shared_write(path: Place, taken: Snapshot, record: Said, timeout: fl
     return finish
 
 
-def _gather_on_leader(arrays: Mapping[str, Any]) -> dict[str, dict[regions.Box, np.ndarray]]:
+def _gather_on_leader(arrays: Mapping[str, Any]) -> dict[str, dict[regions.Region, np.ndarray]]:
     """Gather full arrays one at a time, and keep them in process 0 only."""
-    gathered: dict[str, dict[regions.Box, np.ndarray]] = {}
+    gathered: dict[str, dict[regions.Region, np.ndarray]] = {}
     for name in sorted(arrays):
         value = multihost.gather_array(arrays[name])
         if jax.process_index() == 0:
@@ -198,13 +200,13 @@ def _json_digests(document: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def remove_leftovers(folder: Place) -> None:
+def remove_leftovers(folder: Location) -> None:
     """Remove the leftovers of killed writers."""
     if not isinstance(folder, Address):  # an upload is one step and leaves nothing
         atomic.remove_leftovers(folder, NAME.pattern)
 
 
-def remove_step(path: Place) -> None:
+def remove_step(path: Location) -> None:
     """Remove a step. Raise `FileError` if this fails."""
     try:
         path.unlink() if isinstance(path, Address) else atomic.remove_file(path)
@@ -214,7 +216,7 @@ def remove_step(path: Place) -> None:
         raise file_error("delete", str(path), error) from error
 
 
-def make_run_folder(folder: Place) -> None:
+def make_run_folder(folder: Location) -> None:
     """Create the folder of a run. Raise `FileError` if this fails."""
     if isinstance(folder, Address):
         return

@@ -16,7 +16,7 @@ from jaxadapt.core.progress import Report, byte_counter, no_report
 from jaxadapt.persistence import run_folder
 from jaxadapt.storage import safetensors
 from jaxadapt.storage.dtypes import numpy_dtype
-from jaxadapt.storage.location import Place
+from jaxadapt.storage.location import Location
 from jaxadapt.training.checkpoint.snapshot import PARTS, Snapshot, is_committed, is_key, is_on_device
 
 
@@ -32,14 +32,14 @@ class StoredStep:
         byte_dtypes: the dtypes of arrays that are stored as bytes, because safetensors has no type for them.
     """
 
-    path: Place
+    path: Location
     metrics: dict[str, float]
     snapshot: Snapshot
     specs: dict[str, tuple[tuple[int, ...], str]]
     byte_dtypes: dict[str, str]
 
 
-def read_stored_step(path: Place) -> StoredStep:
+def read_stored_step(path: Location) -> StoredStep:
     """Read the header of a step. Raise `FileError` or `FormatError` if this fails."""
     header = safetensors.read_header(path)
     specs = {k: (t.shape, numpy_dtype(t.dtype).name) for k, t in header.tensors.items()}

@@ -35,8 +35,8 @@ def products(folder: Path) -> dict[str, np.ndarray]:
     for key, a in held.tensors.items():
         if key.endswith("lora_A.weight"):
             module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-            r = matching.pattern_value(config.get("rank_pattern"), module, config.get("r"))
-            alpha = matching.pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha"))
+            r = matching.find_pattern_value(config.get("rank_pattern"), module, config.get("r"))
+            alpha = matching.find_pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha"))
             out[module] = alpha / r * held.tensors[key.replace("lora_A", "lora_B")] @ a
     return out
 
