@@ -65,21 +65,26 @@ class Snapshot:
 
     def to_json(self) -> dict[str, Any]:
         """Return everything except the arrays."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "arrays"}
+        return {_json_key(f.name): getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "arrays"}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], source: str) -> Snapshot:
         """Invert `to_json`. Raise `FormatError` if fields are missing or damaged."""
         kinds = {f.name: list if f.name == "hosts" else dict for f in dataclasses.fields(cls) if f.name != "arrays"}
-        wrong = [name for name, kind in kinds.items() if not isinstance(data.get(name), kind)]
+        wrong = [_json_key(name) for name, kind in kinds.items() if not isinstance(data.get(_json_key(name)), kind)]
         if wrong:
             raise FormatError(f"{source}: not a checkpoint of jaxadapt: {', '.join(wrong)} missing or damaged")
-        return cls(arrays={}, **{name: data[name] for name in kinds})
+        return cls(arrays={}, **{name: data[_json_key(name)] for name in kinds})
 
     @property
     def parts(self) -> set[str]:
         """The parts that were saved besides the model."""
         return set(self.plain)
+
+
+def _json_key(name: str) -> str:
+    """Return the key of a field in a checkpoint's JSON, which stays what it was in the first version."""
+    return "guest" if name == "foreign" else name
 
 
 # ---------------------------------------------------------------- taking
