@@ -13,8 +13,9 @@ _AS_OPTIONS = (
     (r"jaxadapt\.convert\(source, target, lora_alpha=16\)", "jaxadapt convert SOURCE TARGET --lora-alpha 16"),
     (r'on_shared="concat"(?: to (?:convert\(source, target|save or to_peft))?', "--concat"),
     (r"is keymap= another", "is --to another"),
-    (r", or (?:give|pass) a KeyMap with an? (?:line|entry) for each base weight", ""),
-    (r"keymap=", "--from "),
+    (r", or (?:(?:give|pass) )?a KeyMap with an? (?:line|entry) for each base weight", ""),
+    (r"keymap=(?=[<\w])", "--from "),
+    (r"keymap=", "--from"),
     (r"lora_alpha=", "--lora-alpha "),
 )
 """Patterns for Python arguments in the library's error messages, and the options that replace them."""

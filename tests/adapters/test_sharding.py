@@ -484,5 +484,5 @@ def test_pieces_of_a_box_are_its_part_of_each_tensor() -> None:
                 back[regions.relative_slices(piece.region, box)] += piece.decode(tile)
                 seen += 1
             # each number is in one piece, and comes back (times a factor and divided by it: within rounding)
-            np.testing.assert_allclose(back, part, rtol=0 if entry.form.exact else 1e-15)
+            np.testing.assert_allclose(back, part, rtol=0 if entry.form.is_exact else 1e-15)
     assert seen > 200
