@@ -272,7 +272,7 @@ def _values(model: Any) -> dict[str, Any]:
         ({"kind": "int3"}, lambda w: w, "expected 'nf4' or 'int8'"),
         ({"block": 3}, lambda w: w, "positive even number"),
         ({"block": 0}, lambda w: w, "positive"),
-        ({}, lambda w: w.at[0, 0].set(jnp.nan), "not finite"),
+        ({}, lambda w: w.at[0, 0].set(jnp.nan), "not all finite"),
         ({}, lambda w: w.astype(jnp.int32), "floating-point"),
         ({}, lambda w: jax.ShapeDtypeStruct(w.shape, w.dtype), "floating-point"),
     ],

@@ -116,15 +116,15 @@ def test_metrics_of_a_run(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("default")
 def test_warnings_and_logs(evil, monkeypatch):
-    from jaxadapt.persistence import folder
+    from jaxadapt.persistence import inspect_folder
 
     def inspect(*args: object, **options: object) -> None:
         warnings.warn(EVIL, stacklevel=1)
         logging.getLogger("huggingface_hub").warning("the server says %s", EVIL)
         raise jaxadapt.FileError(EVIL)
 
-    monkeypatch.setattr(folder, "inspect", inspect)
-    monkeypatch.setattr(jaxadapt, "inspect", inspect, raising=False)
+    monkeypatch.setattr(jaxadapt, "inspect", inspect)  # first: what it was is looked up in the module
+    monkeypatch.setattr(inspect_folder, "inspect", inspect)
     said: list[str] = []
     heard = logging.Handler()
     heard.emit = lambda record: said.append(heard.format(record))

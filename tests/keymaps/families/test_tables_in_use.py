@@ -40,7 +40,7 @@ def test_summary_names_the_table_and_what_it_rounds(h, rounds):
     held = adapter(KeyMap("mine", LINES, proved=False), h)
     text = str(jaxadapt.summary({"params": base(h), **held.collection}))
     assert "PyTorch names by the keymap 'mine', which is not tested" in text
-    assert ("layers.{l}.q.kernel is PyTorch's times 0.288675, no power of two" in text) == rounds
+    assert ("weight times 0.288675, not a power of two" in text) == rounds
 
 
 def test_a_file_in_another_spelling_is_read_and_written_in_it(tmp_path):
