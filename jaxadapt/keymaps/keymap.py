@@ -246,9 +246,9 @@ class KeyMap:
 
         It compares only the ends of names, so it is much cheaper.
         """
-        suffixes = [(w.scanned_leaf if scanned else w.leaf).rpartition("}")[2] for w in self.weights]
-        identifying = tuple({end for w, end in zip(self.weights, suffixes, strict=True) if _identifies_family(w)})
-        countable = tuple(set(suffixes)) if any(leaf.endswith(identifying) for leaf in leaves) else ()
+        identifying, countable = self._scanned_suffixes if scanned else self._suffixes
+        if not any(leaf.endswith(identifying) for leaf in leaves):
+            return 0
         return sum(leaf.endswith(countable) for leaf in leaves)
 
     def coverage(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
@@ -302,6 +302,14 @@ class KeyMap:
         yield from (f"{leaf}: missing" for leaf in self.needs if leaf not in matched_leaves)
         if not identified:
             yield "no leaf is a layer's matrix"
+
+    @functools.cached_property
+    def _suffixes(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return _leaf_suffixes((w.leaf, w) for w in self.weights)
+
+    @functools.cached_property
+    def _scanned_suffixes(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return _leaf_suffixes((w.scanned_leaf, w) for w in self.weights)
 
     @functools.cached_property
     def _counts(self) -> dict[str, int]:
@@ -364,6 +372,13 @@ def _respell(keymap: KeyMap, spelling: str) -> KeyMap:
 def _identifies_family(weight: Weight) -> bool:
     """Return True if the entry is a matrix of a numbered or stacked layer, whose name identifies a family."""
     return weight.kind == "linear" and ("{l}" in weight.leaf or "{l}" in weight.left)
+
+
+def _leaf_suffixes(leaves: Iterable[tuple[str, Weight]]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return what follows the last hole in each leaf: for the entries that identify a family, and for all entries."""
+    suffixes = [(leaf.rpartition("}")[2], weight) for leaf, weight in leaves]
+    identifying = {suffix for suffix, weight in suffixes if _identifies_family(weight)}
+    return tuple(identifying), tuple({suffix for suffix, _ in suffixes})
 
 
 def _first_name(leaf: str) -> str:
