@@ -55,7 +55,7 @@ class IA3(Method):
     def tensors(self, config: IA3Config, match: Match, modules: Modules) -> tuple[MethodTensor, ...]:
         hparams, used = self.hparams(config, match, modules), None if modules.all else modules.each(lambda _: 1, 0)
         if hparams.conv:
-            return (dataclasses.replace(_conv_tensor(hparams, match), used=used),)
+            return (dataclasses.replace(_conv_tensor(hparams, match), used_sizes=used),)
         if hparams.feedforward:
             return (MethodTensor("ia3_l", ".ia3_l", ("batch", "in"), ((), ("in",)), scale_power=0, used_sizes=used),)
         return (MethodTensor("ia3_l", ".ia3_l", ("batch", "out"), (("out",), ()), scale_power=0, used_sizes=used),)

@@ -255,7 +255,7 @@ def test_untargeted_parts_stay_bit_for_bit(config, line):
     if hook.axes.parts is None:
         return
     w = near_one(line[1], 1)
-    names = line[0].names("{p}")
+    names = line[0].index_names("{p}")
     rest = [i for i in range(len(names)) if i not in hook.axes.parts]
     axis = hook.axes.batch_axes[0]
     np.testing.assert_array_equal(np.take(hook.weight(w), rest, axis), np.take(w, rest, axis))

@@ -134,7 +134,7 @@ class Lora(Method):
             tensors.append(dora.magnitude_tensor(match))
         if alike:
             return tuple(tensors)
-        return tuple(dataclasses.replace(t, used=_used_sizes(t, ranks, r)) for t in tensors)
+        return tuple(dataclasses.replace(t, used_sizes=_used_sizes(t, ranks, r)) for t in tensors)
 
     def hparams(self, config: LoraConfig, match: Match, modules: Modules) -> LoraHparams:
         kind, attention = match.weight.kind, match.weight.kind == "attention"
