@@ -449,7 +449,7 @@ def test_a_table_must_not_take_a_layers_outputs_for_its_inputs(sides: str):
     if sides == "i o -> o i":
         model.init(KEY, jnp.ones((1, 4)))
     else:
-        with pytest.raises(jaxadapt.AttachError, match=r"up.kernel: the table .* contradicts .* keymap='generic'"):
+        with pytest.raises(jaxadapt.AttachError, match=r"up.kernel: the keymap's .* contradicts .* keymap='generic'"):
             model.init(KEY, jnp.ones((1, 4)))
 
 
@@ -483,7 +483,7 @@ def test_two_names_activate_disable_delete(net):
     assert jaxadapt.detach(model) is model.module
     with pytest.raises(jaxadapt.AttachError, match="'c'.*\\['a', 'b'\\]"):
         jaxadapt.activate(model, "c")
-    with pytest.raises(jaxadapt.AttachError, match="already"):
+    with pytest.raises(jaxadapt.AttachError, match="the name is taken"):
         jaxadapt.adapt(model, lora("q"), name="a")
     with pytest.raises(jaxadapt.AttachError, match="holds? no adapter 'b'"):
         both.apply(left, x)

@@ -132,7 +132,7 @@ def test_a_call_that_does_not_say_which_tokens_is_refused(tmp_path):
     with pytest.raises(jaxadapt.AttachError, match=r"within jaxadapt\.models\.invoke"):
         tree(IDS)
     with (
-        pytest.raises(jaxadapt.AttachError, match=r"tokens are \[5, 6\] here \(batch, time\)"),
+        pytest.raises(jaxadapt.AttachError, match=r"token ids have shape \[5, 6\] \(batch, time\)"),
         jaxadapt.models.invoke(tree, IDS[:, :6]),
     ):
         tree(IDS)

@@ -227,7 +227,7 @@ def test_blocks_that_do_not_fit_are_named():
     tensors = jaxadapt.PeftTensors(config, {"base_model.model.q.lora_A.weight": np.ones((3, 4))}, "here")
     with pytest.raises(jaxadapt.MismatchError, match=r"here: .*q\.lora_A\.weight: expected rows for 2 blocks"):
         jaxadapt.merging.plain_lora(tensors)
-    with pytest.raises(jaxadapt.ConfigError, match="for LORA, and this is IA3"):
+    with pytest.raises(jaxadapt.ConfigError, match="converts LORA only, found IA3"):
         jaxadapt.merging.plain_lora(jaxadapt.PeftTensors(jaxadapt.IA3Config(target_modules=["q"]), {}))
 
 
@@ -293,7 +293,7 @@ def test_a_merge_of_repeated_layers_is_right_here(tmp_path):
 
 @pytest.mark.parametrize(
     ("order", "message"),
-    [((0, 1), r"3 layers out of the base's, and this one has 2.*\[0, 1, 1\]"), ((0, 1, 0), "layers.2.self_attn")],
+    [((0, 1), r"3 layers out of the base's; this model has 2.*\[0, 1, 1\]"), ((0, 1, 0), "layers.2.self_attn")],
 )
 def test_a_model_with_other_layers_is_refused(order, message, tmp_path):
     harness.save(replicated(), tmp_path)

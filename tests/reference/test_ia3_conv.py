@@ -268,5 +268,5 @@ def test_a_convolution_over_one_dimension_is_refused_as_in_peft(feedforward):
     fields = {"target_modules": ["conv"], "feedforward_modules": feedforward}
     with pytest.raises(ValueError, match="not supported"):
         peft.get_peft_model(copy.deepcopy(base_of(net)), peft.IA3Config(**fields))
-    with pytest.raises(jaxadapt.ConfigError, match="two and three dimensions, and none over one"):
+    with pytest.raises(jaxadapt.ConfigError, match="2-D and 3-D convolutions, but not for 1-D"):
         jaxadapt.adapt(net.nnx(base_of(net)), jaxadapt.IA3Config(**fields), keymap=net.table("nnx"))

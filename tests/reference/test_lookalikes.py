@@ -132,7 +132,7 @@ def test_a_dense_layer_refuses_an_adapter_made_by_a_table_that_turns_it():
     base = linen_llama(dense).init(jax.random.key(0), X)["params"]
     made = jaxadapt.init(config(), base, key=jax.random.key(1), keymap=jaxadapt.KeyMap("mine", (turned,)))
     module = jaxadapt.adapt(linen_llama(dense), config())
-    with pytest.raises(jaxadapt.AttachError, match=r"q_proj: the table .* contradicts"):
+    with pytest.raises(jaxadapt.AttachError, match=r"q_proj: the keymap's .* contradicts"):
         module.apply({"params": base, **made.collection}, X)
 
 

@@ -124,7 +124,7 @@ def test_a_copy_for_the_lookup_alone_merges_into_nothing(tmp_path):
     harness.save(model, tmp_path)
     _, params = llama.twin_of(base(), "linen")
     adapter = jaxadapt.extract(jaxadapt.load(tmp_path, params))
-    with pytest.raises(jaxadapt.AttachError, match="this weight is the head as well"):
+    with pytest.raises(jaxadapt.AttachError, match="the weight is also the head"):
         jaxadapt.merge(params["params"], adapter)
 
 
