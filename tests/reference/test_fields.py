@@ -107,7 +107,7 @@ def fields_of(more: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("field", [name for name, value in HONOURED.items() if value])
-@pytest.mark.filterwarnings("ignore:task_type. SEQ_CLS has a head")  # of which this model has none
+@pytest.mark.filterwarnings("ignore:task_type. SEQ_CLS trains its head")  # of which this model has none
 def test_a_fresh_adapter_has_pefts_keys_and_configuration(field, tmp_path):
     fields = fields_of(HONOURED[field])
     with warnings.catch_warnings():
