@@ -43,7 +43,7 @@ def test_a_file_of_a_later_version_is_told_of(version: str | None, warned: bool,
         jaxadapt.load(tmp_path, {"params": trees.nest(leaves())}, keymap=TABLE)
     said = [str(w.message) for w in caught if "output projection twice" in str(w.message)]
     assert bool(said) == (warned and target == "attn")
-    assert all(f"PEFT {version} wrote it" in text for text in said)
+    assert all(f"written by PEFT {version}" in text for text in said)
 
 
 def test_peft_writes_its_version_and_the_newest_that_was_compared_is_installed(tmp_path: Path):
