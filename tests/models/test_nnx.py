@@ -109,7 +109,7 @@ def test_two_methods_on_one_layer():
 @pytest.mark.parametrize("name", ["default", "fr"])
 def test_a_name_is_taken_once(name):
     model = adapt(block(), R1, name=name)
-    with pytest.raises(AttachError, match=f"{name}.*already"):
+    with pytest.raises(AttachError, match=f"{name}.*the name is taken"):
         adapt(model, R3, name=name)
     assert jaxadapt.extract(model, name).config == R1
 

@@ -250,7 +250,7 @@ def _die_at(moment: str, folder: Path) -> None:
 
         multihost.multihost_utils.process_allgather = dying_gather
     elif moment == "commit":
-        atomic._rename = lambda *_: _die()
+        atomic._rename_all = lambda *_: _die()
     elif moment == "prune":
         manager._prune = lambda _: _die()
 
