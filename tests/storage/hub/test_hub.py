@@ -65,7 +65,7 @@ def test_a_model_is_pushed_and_loaded_by_address(hub, tmp_path):
 def test_tensors_are_pushed(hub, saved):
     pushed(hub, jaxadapt.read(saved))
     assert hub.files(REPO)[WEIGHTS] == (saved / WEIGHTS).read_bytes()
-    with pytest.raises(jaxadapt.AttachError, match="base_model: for models"):
+    with pytest.raises(jaxadapt.AttachError, match="base_model: applies to models only"):
         pushed(hub, jaxadapt.read(saved), base_model="org/other")
 
 
