@@ -167,6 +167,8 @@ def init(
             (in, out), and a target with more axes is an error.
         dtype, autocast_adapter_dtype: as in `adapt`.
 
+    Raises the errors of `adapt`.
+
     >>> import jax, jaxadapt
     >>> base = {"q": {"kernel": jax.ShapeDtypeStruct((4, 6), "float32")}}
     >>> adapter = init(jaxadapt.LoraConfig(r=2, target_modules=["q"]), base, key=jax.random.key(0))

@@ -102,7 +102,7 @@ def dequantize(base: Any) -> Any:
     """Dequantise every quantised weight of a base: the inverse of `quantize` except for rounding.
 
     Takes an NNX model (changed in place) or nested mappings, with weights of `quantize` or QArrays of Qwix. A base
-    without quantised weights is returned unchanged.
+    without quantised weights is returned unchanged. It raises nothing of its own.
 
     >>> import numpy as np
     >>> base = {"q": {"kernel": np.eye(64, dtype="float32")}}

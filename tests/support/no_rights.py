@@ -141,6 +141,8 @@ def main() -> None:
                 path = full(name, root / way / name / obstacle / "folder")
                 tasks.append((name, obstacle, close(path), operation))
     operations["save, orbax"](root / "warm" / "orbax")
+    for name in jaxadapt.__all__:
+        getattr(jaxadapt, name)  # loads its module: afterwards the checkout may be closed to this process
     for path, folders, names in os.walk(root):
         if os.geteuid() == 0:
             for name in (*folders, *names):
