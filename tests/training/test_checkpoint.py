@@ -520,7 +520,7 @@ def test_a_step_that_is_no_number_is_named(tmp_path: Path):
         lambda: manager.metrics(None),  # type: ignore[arg-type]
     ]
     for call in swapped:
-        with pytest.raises(jaxadapt.ConfigError, match=r"expected an integer, found \w+; it is save\(step, model\)"):
+        with pytest.raises(jaxadapt.ConfigError, match=r"expected an integer, found \w+; call save\(step, model\)"):
             call()
     assert manager.steps == [1]
     manager.save(2, adapter, metrics={"loss": 0.5})
