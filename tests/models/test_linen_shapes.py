@@ -55,7 +55,9 @@ def test_shapes_do_not_depend_on_how_an_adapter_begins(how: Any):
     assert {p: (x.shape, x.dtype) for p, x in mine.items() if "diag" not in p} == {
         p: (x.shape, x.dtype) for p, x in theirs.items()
     }
-    with pytest.raises(jaxadapt.ConfigError, match=r"from random numbers.*jaxadapt\.initializers\.start.*jax\.eval_shape"):
+    with pytest.raises(
+        jaxadapt.ConfigError, match=r"from random numbers.*jaxadapt\.initializers\.start.*jax\.eval_shape"
+    ):
         model.init(KEY, X)
     # `jit` reuses the trace of `eval_shape`, and must still refuse values.
     jitted = jax.jit(model.init)

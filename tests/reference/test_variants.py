@@ -142,7 +142,9 @@ def test_kasa_is_of_another_base_than_the_original(tmp_path):
     case = CASES[0]
     theirs(case, tmp_path)
     ours = Started(case, "nnx", None)
-    with pytest.raises(jaxadapt.ConfigError, match=r"cannot initialize with kasa_config.*jaxadapt\.initializers\.start"):
+    with pytest.raises(
+        jaxadapt.ConfigError, match=r"cannot initialize with kasa_config.*jaxadapt\.initializers\.start"
+    ):
         jaxadapt.adapt(ours.model, case.config, rngs=nnx.Rngs(0), keymap=ours.table)
     with pytest.raises(jaxadapt.ConfigError, match=r"kasa_config: .* does not fit the original base.*base='original'"):
         jaxadapt.load(tmp_path, ours.model, keymap=ours.table)

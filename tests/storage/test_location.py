@@ -383,7 +383,9 @@ def test_where_nothing_is(call: str, place: str):
 
 def test_an_address_without_an_adapter_says_what_is_there(place: str):
     jaxadapt.save(small.trained(), f"{place}/inner")
-    with pytest.raises(jaxadapt.FileError, match=rf"{place}: no {CONFIG} and .*; found inner; these subfolders contain adapters"):
+    with pytest.raises(
+        jaxadapt.FileError, match=rf"{place}: no {CONFIG} and .*; found inner; these subfolders contain adapters"
+    ):
         jaxadapt.read(place)
     with pytest.raises(jaxadapt.FileError, match=f"{WEIGHTS}: expected a folder that contains .* found a file"):
         jaxadapt.read(f"{place}/inner/{WEIGHTS}")

@@ -153,7 +153,9 @@ def test_old_weights_that_cannot_be_deleted_are_named(tmp_path: Path, monkeypatc
     """Readers may take them for the new ones, so this is an error though the new ones are there."""
     jaxadapt.export.export_base(no_rights.BASE, tmp_path, keymap=no_rights.TABLE)
     monkeypatch.setattr(Path, "unlink", broken)
-    with pytest.raises(FileError, match=r"the new weights are in place, but .* delete them yourself: model\.safetensors"):
+    with pytest.raises(
+        FileError, match=r"the new weights are in place, but .* delete them yourself: model\.safetensors"
+    ):
         jaxadapt.export.export_base(no_rights.BASE, tmp_path, keymap=no_rights.TABLE, max_shard_size=100)
     assert (tmp_path / hf_model.INDEX).exists()
 
