@@ -369,7 +369,7 @@ def test_blocks_that_come_out_uneven_are_on_every_device():
 def test_explicit_axes_are_refused():
     mesh, layout = meshes.mesh_of("8", AxisType.Explicit), ("8", "tp")
     params = meshes.placed(meshes.base(False), mesh, *layout)
-    with pytest.raises(jaxadapt.AttachError, match=r"blocks\.0\.q\.kernel: lies on a mesh with explicit axes"):
+    with pytest.raises(jaxadapt.AttachError, match=r"blocks\.0\.q\.kernel: sharded on a mesh with explicit axes"):
         jaxadapt.models.quantize(params, modules=["q"], keymap=meshes.table(False))
 
 
