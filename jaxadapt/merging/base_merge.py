@@ -315,7 +315,7 @@ def plan_changes(base: Mapping[str, Any], adapter: Adapter, weight: Change, bias
     if lookup_only and not adapter.config.get("ensure_weight_tying"):
         raise AttachError(
             "cannot merge: these weights are both the token embedding and the head, and the adapter changes the lookup"
-            " of tokens only, so no single sum is right for both. Build the model with a head of its own, or train with"
+            " of tokens only, so no single sum is right for both. Build the model with a separate head, or train with"
             " ensure_weight_tying:\n" + paths.bullets(lookup_only)
         )
     if adapter.keymap.name == GENERIC.name and not adapter.config.get("ensure_weight_tying"):
