@@ -163,7 +163,7 @@ def fuse_experts(
         depth = sum(candidate.in_module_of(name) in fused for candidate in outer)
         place = f"{keymap.prefix}{parameter.owner.format(**(parameter.texts(name) or {}))}{'.base_layer' * depth}"
         new_tensors |= {f"{place}.lora_{side}.weight{bracket}": array for (side, bracket), array in arrays.items()}
-        ranks[name], alphas[name] = ranks[name] * growth, alphas[name] * (growth**0.5 if config.use_rslora else growth)
+        ranks[name], alphas[name] = ranks[name] * growth, alphas[name] * config.scale_divisor(growth)
     modules = dict.fromkeys(
         key.removeprefix(keymap.prefix).rpartition(".lora_")[0] for key in other_keys if ".lora_" in key
     )
@@ -197,12 +197,7 @@ def _checked_ranks(
         }
         problems += [f"{module}: missing" for place, module in modules.items() if place not in complete]
         values = {
-            (
-                matching.find_pattern_value(config.rank_pattern, module, config.r),
-                matching.find_pattern_value(config.alpha_pattern, module, config.lora_alpha),
-            )
-            for place, module in modules.items()
-            if place in complete
+            (config.rank_of(module), config.alpha_of(module)) for place, module in modules.items() if place in complete
         }
         shapes = {tuple(tuple(factors[side].shape) for side in _SIDES) for factors in complete.values()}
         if len(values) > 1 or len(shapes) > 1:
@@ -270,12 +265,8 @@ def _with_target_parameters(
             f"lora_dropout={config.lora_dropout} becomes 0: PEFT has no dropout for experts in one parameter (trained"
             " outputs do not depend on it)",
         )
-    all_ranks = {
-        module: matching.find_pattern_value(config.rank_pattern, module, config.r) for module in modules
-    } | dict(ranks)
-    all_alphas = {
-        module: matching.find_pattern_value(config.alpha_pattern, module, config.lora_alpha) for module in modules
-    } | dict(alphas)
+    all_ranks = {module: config.rank_of(module) for module in modules} | dict(ranks)
+    all_alphas = {module: config.alpha_of(module) for module in modules} | dict(alphas)
     targets = config.target_modules
     if isinstance(targets, str):  # it may match the experts' modules too
         remaining: Any = list(modules)
@@ -287,7 +278,7 @@ def _with_target_parameters(
         ]
     parameters = [*(config.target_parameters or ()), *_shorten_names(list(ranks), config, others)]
     config = config.replace(target_modules=remaining, target_parameters=parameters, lora_dropout=0.0)
-    return joint_tensors.with_ranks_and_alphas(config, all_ranks, all_alphas)
+    return config.with_ranks(all_ranks, all_alphas)
 
 
 def _shorten_names(names: Sequence[str], config: LoraConfig, others: Collection[str] | None) -> list[str]:
@@ -347,14 +338,11 @@ def split_experts(
     other_modules = dict.fromkeys(
         key.removeprefix(keymap.prefix).rpartition(".lora_")[0] for key in new_tensors if ".lora_" in key
     )
-    ranks = {name: matching.find_pattern_value(config.rank_pattern, name, config.r) for name in other_modules}
-    alphas = {
-        name: matching.find_pattern_value(config.alpha_pattern, name, config.lora_alpha) for name in other_modules
-    }
+    ranks = {name: config.rank_of(name) for name in other_modules}
+    alphas = {name: config.alpha_of(name) for name in other_modules}
     experts: dict[str, str] = {}
     for (target, name), sides in factors.items():
-        rank = matching.find_pattern_value(config.rank_pattern, name, config.r)
-        alpha = matching.find_pattern_value(config.alpha_pattern, name, config.lora_alpha)
+        rank, alpha = config.rank_of(name), config.alpha_of(name)
         for template, a, b in zip(target.modules, sides["A"], sides["B"], strict=True):
             count = a.shape[0] // rank
             rows, columns = a.reshape(count, rank, -1), b.reshape(-1, rank, count)
@@ -370,9 +358,8 @@ def split_experts(
                 }
                 ranks[module], alphas[module] = rank, alpha
                 experts[module] = template
-    return joint_tensors.with_ranks_and_alphas(
-        _with_target_modules(config, keymap, list(other_modules), experts), ranks, alphas
-    ), new_tensors
+    new_config = _with_target_modules(config, keymap, list(other_modules), experts).with_ranks(ranks, alphas)
+    return new_config, new_tensors
 
 
 def _with_target_modules(

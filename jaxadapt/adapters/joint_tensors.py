@@ -7,7 +7,6 @@ their ranks are concatenated, which computes the same: A' = [Aq; Ak; Av], B' = d
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,9 +16,9 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxadapt.adapters.sites import Site
-from jaxadapt.configs import Config, LoraConfig, matching
+from jaxadapt.configs import Config, LoraConfig
 from jaxadapt.core import paths
-from jaxadapt.core.errors import ConfigError, MismatchError
+from jaxadapt.core.errors import MismatchError
 from jaxadapt.keymaps.parts import Part, group_by_file_key, join_parts, parse_part_key
 
 Array = Any
@@ -152,64 +151,9 @@ def _with_grown_ranks(config: Config, sites: Sequence[Site], growth: Mapping[str
     """Return the configuration with the ranks of some modules multiplied, and their scales unchanged."""
     assert isinstance(config, LoraConfig)
     modules = {module for site in sites if not site.method.copies for module in site.modules}
-    ranks = {
-        module: matching.find_pattern_value(config.rank_pattern, module, config.r) * growth.get(module, 1)
-        for module in modules
-    }
+    ranks = {module: config.rank_of(module) * growth.get(module, 1) for module in modules}
     alphas = {
-        module: matching.find_pattern_value(config.alpha_pattern, module, config.lora_alpha)
-        * ((math.sqrt(growth[module]) if config.use_rslora else growth[module]) if module in growth else 1)
+        module: config.alpha_of(module) * (config.scale_divisor(growth[module]) if module in growth else 1)
         for module in modules
     }
-    return with_ranks_and_alphas(config, ranks, alphas)
-
-
-def with_ranks_and_alphas(config: LoraConfig, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> LoraConfig:
-    """Return the configuration with these ranks and alphas for these modules or parameters.
-
-    Raises `ConfigError` if no patterns express them.
-    """
-    if len(set(ranks.values())) == len(set(alphas.values())) == 1:
-        no_patterns: dict[str, Any] = {}
-        return config.replace(
-            r=next(iter(ranks.values())),
-            lora_alpha=next(iter(alphas.values())),
-            rank_pattern=no_patterns,
-            alpha_pattern=no_patterns,
-        )
-    config_with_patterns = config.replace(
-        rank_pattern=_patterns(ranks, config.r), alpha_pattern=_patterns(alphas, config.lora_alpha)
-    )
-    unmatched = [
-        name
-        for name in sorted(ranks)
-        if matching.find_pattern_value(config_with_patterns.rank_pattern, name, config_with_patterns.r) != ranks[name]
-    ]
-    unmatched += [
-        name
-        for name in sorted(ranks)
-        if matching.find_pattern_value(config_with_patterns.alpha_pattern, name, config_with_patterns.lora_alpha)
-        != alphas[name]
-    ]
-    if unmatched:
-        raise ConfigError(
-            "rank_pattern and alpha_pattern cannot give these modules their own ranks: each name is also the end of"
-            " another module's name:\n" + paths.bullets(unmatched)
-        )
-    return config_with_patterns
-
-
-def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """Return patterns for the names whose value is not the default.
-
-    A pattern is the last part of the name where all names that end so have one value, else the full name.
-    """
-    values_by_end: dict[str, set[Any]] = {}
-    for name, value in values.items():
-        values_by_end.setdefault(name.rpartition(".")[2], set()).add(value)
-    patterns: dict[str, Any] = {}
-    for name, value in sorted(values.items()):
-        end = name.rpartition(".")[2]
-        if value != default:
-            patterns[end if len(values_by_end[end]) == 1 else name] = value
-    return patterns
+    return config.with_ranks(ranks, alphas)

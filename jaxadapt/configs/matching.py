@@ -11,14 +11,12 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
-from jaxadapt.configs import Config, FrozenDict
-from jaxadapt.configs.name_patterns import PatternIndex
+from jaxadapt.configs import Config
 from jaxadapt.configs.validation import match
 from jaxadapt.core import suggest
 from jaxadapt.core.errors import TargetError
 
 _C = TypeVar("_C", bound=Config)
-_T = TypeVar("_T")
 
 ALL_LINEAR = "all-linear"
 
@@ -69,36 +67,6 @@ def is_parameter(config: Config, name: str) -> bool:
     """
     entries = config.names("target_parameters")
     return bool(entries) and (name in entries or _ends_in(name, entries))
-
-
-def find_pattern_value(patterns: Mapping[str, _T], name: str, default: _T) -> _T:
-    """Return the value of the first pattern that matches the module `name`; `default` if no pattern matches.
-
-    Used for `rank_pattern` and `alpha_pattern`. A pattern must match the whole name, or its end after a dot.
-
-    Raises:
-        ConfigError: a regular expression is invalid.
-
-    >>> find_pattern_value({"q_proj": 4, r"layers\\.\\d+\\.v_proj": 2}, "model.layers.7.v_proj", 8)
-    2
-    """
-    if not patterns:
-        return default
-    index = _index(patterns)
-    order = index.first(name)
-    # A key that does not match itself as an expression ("a+b") still applies to the module of exactly that name.
-    return patterns.get(name, default) if order is None else patterns[index.keys[order]]
-
-
-def matching_patterns(patterns: Mapping[str, Any], name: str) -> list[str]:
-    """Return all patterns that match the module `name`; the first one applies."""
-    index = _index(patterns)
-    keys = [index.keys[order] for order in index.matching(name)]
-    return [*keys, name] if name in patterns and name not in keys else keys
-
-
-def _index(patterns: Mapping[str, Any]) -> PatternIndex:
-    return patterns.index if isinstance(patterns, FrozenDict) else PatternIndex("rank_pattern", patterns)
 
 
 HEADS: Mapping[str, tuple[str, ...]] = {

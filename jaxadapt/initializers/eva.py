@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxadapt.adapters import sites
-from jaxadapt.configs import LoraConfig, matching
+from jaxadapt.configs import LoraConfig
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.initializers.statistics import Components, Observer, Statistic, moments, split_layers, stack_layers
@@ -57,9 +57,7 @@ def find_components(
     if not batches:
         raise AttachError("EVA needs at least one batch: batches= is empty")
     tokens = mask or (lambda batch: _token_mask(batch, settings))
-    wanted = {
-        m: matching.find_pattern_value(config.rank_pattern, m, config.r) for b in adapter_sites for m in b.modules
-    }
+    wanted = {m: config.rank_of(m) for b in adapter_sites for m in b.modules}
     seen = watch(adapter_sites, {b.leaf: Statistic(moments, 3) for b in adapter_sites})(
         {}, batches[0], tokens(batches[0])
     )
@@ -186,9 +184,7 @@ def redistribute_ranks(config: LoraConfig, rows_by_module: Mapping[str, np.ndarr
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for module, rows in rows_by_module.items():
-        r = matching.find_pattern_value(config.rank_pattern, module, config.r)
-        alpha = matching.find_pattern_value(config.alpha_pattern, module, config.lora_alpha)
-        new = len(rows)
+        r, alpha, new = config.rank_of(module), config.alpha_of(module), len(rows)
         if new == 0:
             continue
         if new != r and settings.adjust_scaling_factors:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -74,13 +73,12 @@ def for_original_base(trained: Any, first: Adapter, name: str = attachment.DEFAU
         for tensor, entry in zip(site.tensors, site.entries, strict=True):
             start = -old[entry.path] if tensor.name in site.method.scaled else old[entry.path]
             out[entry.path] = _concatenate_ranks(entry.form, new[entry.path], start)
-    doubled = config.replace(
+    doubled = config.with_default_init().replace(
         r=2 * config.r,
-        lora_alpha=config.lora_alpha * math.sqrt(2) if config.use_rslora else 2 * config.lora_alpha,
+        lora_alpha=config.lora_alpha * config.scale_divisor(2),
         rank_pattern={pattern: 2 * r for pattern, r in config.rank_pattern.items()},
         alpha_pattern={pattern: 2 * alpha for pattern, alpha in config.alpha_pattern.items()},
-        init_lora_weights=True, eva_config=None, corda_config=None, lora_ga_config=None, loftq_config={},
-    )  # fmt: skip
+    )
     return Adapter(doubled, paths.unflatten(out), adapter.keymap)
 
 

@@ -92,7 +92,8 @@ def combine(
         leaf: [by_leaf[leaf] for by_leaf in by_adapter if leaf in by_leaf] for by_leaf in by_adapter for leaf in by_leaf
     }
     _check_sizes(leaf_factors, by_adapter, method)
-    ranks = [_largest_rank(adapter.config) for adapter in adapters]
+    configs: list[Any] = [adapter.config for adapter in adapters]
+    ranks = [config.largest_rank for config in configs]
     r = sum(ranks) if method == "cat" else int(svd_rank) if svd_rank and method.endswith("svd") else max(ranks)
 
     combination = Combination(method, r, 1.0 if density is None else float(density), majority_sign_method == "total")
@@ -119,7 +120,7 @@ def combine(
         [module for module, is_parameter in dict.fromkeys(named_modules) if is_parameter == wanted]
         for wanted in (False, True)
     )
-    config = _combined_config([adapter.config for adapter in adapters], r, modules, parameters)
+    config = _combined_config(configs, r, modules, parameters)
     dtype = jnp.result_type(*(x.dtype for adapter in adapters for x in adapter.flat().values()))
     return factors.build_adapter(config, keymap, first, rows, dtype)
 
@@ -218,17 +219,9 @@ def _check_sizes(
         )
 
 
-def _largest_rank(config: Any) -> int:
-    """Return the largest rank of any module."""
-    return max(config.r, *config.rank_pattern.values()) if config.rank_pattern else config.r
-
-
 def _combined_config(configs: Sequence[Any], r: int, modules: list[str], parameters: list[str]) -> LoraConfig:
     """Return the first configuration with scale 1 and the union of the targets, in PEFT's form where that is exact."""
-    first: LoraConfig = configs[0].replace(
-        r=r, lora_alpha=r, rank_pattern={}, alpha_pattern={}, use_rslora=False, init_lora_weights=True, eva_config=None,
-        lora_ga_config=None,
-    )  # fmt: skip
+    first: LoraConfig = configs[0].with_scale_one(r).with_default_init()
     if parameters:
         names = sorted({name for config in configs for name in config.target_parameters or ()})
         first = first.replace(target_parameters=names)

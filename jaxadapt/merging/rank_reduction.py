@@ -80,10 +80,9 @@ def resize_rank(adapter: Adapter, r: int, *, key: Any = None) -> Reduced:
                 (a, b), matrix_error = factors.truncate_svd(u, s, vh, r), factors.truncation_error(s, r)
             rows |= matrix.split(FactorRows(joint.modules, a, b), factors_by_leaf)
             error |= _error_by_module(joint.modules, adapter.keymap, matrix_error)
-    config: Any = adapter.config.replace(r=r, lora_alpha=r, rank_pattern={}, alpha_pattern={}, use_rslora=False)
-    if not lora_variants.changes_base(config):
-        # reset: the adapter no longer has these initial values
-        config = config.replace(init_lora_weights=True, eva_config=None)
+    config: Any = adapter.config
+    config = config.with_scale_one(r)
+    config = config if lora_variants.changes_base(config) else config.with_default_init()
     dtype = jnp.result_type(*(x.dtype for x in adapter.flat().values()))
     return Reduced(factors.build_adapter(config, adapter.keymap, factors_by_leaf, rows, dtype), error)
 

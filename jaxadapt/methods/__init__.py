@@ -15,7 +15,7 @@ from jaxadapt.methods.base import (
     refuse_rivals,
 )
 from jaxadapt.methods.ia3 import IA3
-from jaxadapt.methods.lora.method import Lora, lora_scale
+from jaxadapt.methods.lora.method import Lora
 from jaxadapt.methods.per_entry import needs_layer_number
 
 METHODS: dict[str, Method] = {m.peft_type: m for m in (Lora(), IA3())}
@@ -48,7 +48,6 @@ __all__ = [
     "at_least_float32",
     "check_biases",
     "get_method",
-    "lora_scale",
     "needs_layer_number",
     "refuse_rivals",
 ]  # fmt: skip

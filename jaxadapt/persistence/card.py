@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, cast
 
-from jaxadapt.configs import Config
+from jaxadapt.configs import Config, LoraConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.persistence import consumers
 
@@ -265,7 +265,7 @@ def _vllm(config: Config, facts: Facts, base: str | None) -> list[str]:
     called = (facts.subfolder or source).rpartition("/")[2]
     if facts.repo and facts.subfolder:
         source = f"$(jaxadapt pull {facts.repo}/{facts.subfolder})"
-    rank = max(config.get("r") or 0, *(config.get("rank_pattern") or {"": 0}).values())
+    rank = config.largest_rank if isinstance(config, LoraConfig) else 0
     max_rank = next((r for r in _VLLM_RANKS if r >= rank), rank)
     option = f" --max-lora-rank {max_rank}" if rank > 16 else ""
     return [

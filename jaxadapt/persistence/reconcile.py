@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 
 from jaxadapt import configs
-from jaxadapt.configs import Config, matching
+from jaxadapt.configs import Config, LoraConfig, matching
 from jaxadapt.core.errors import ConfigError, FormatError, warn
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.storage import location, safetensors
@@ -97,8 +97,8 @@ def _contradiction(edited: Config, stored: Config, shapes: Mapping[str, tuple[in
             continue
         if not matching.is_target(edited, module):
             return f"it does not target {key}"
-        if edited.get("r") is not None and key.endswith(".lora_A.weight"):
-            rank = matching.find_pattern_value(edited.get("rank_pattern") or {}, module, edited.get("r"))
+        if isinstance(edited, LoraConfig) and key.endswith(".lora_A.weight"):
+            rank = edited.rank_of(module)
             if shape[:1] != (rank,):
                 return f"{key} has rank {shape[0]}, not {rank}"
     return None

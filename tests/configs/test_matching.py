@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from jaxadapt import init
 from jaxadapt.adapters.selection_warnings import doubtful_selection, unmatched_targets
 from jaxadapt.configs import GenericConfig, IA3Config, LoraConfig
+from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.configs.matching import (
-    find_pattern_value,
     is_feedforward,
     is_target,
     resolve_targets,

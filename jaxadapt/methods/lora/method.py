@@ -31,7 +31,7 @@ from jaxadapt.arrays import low_rank
 from jaxadapt.arrays.axes import Axes, Operation, Use
 from jaxadapt.arrays.per_entry import PerEntry, mask_unadapted
 from jaxadapt.arrays.random_draws import Draw
-from jaxadapt.configs import PEFT_VERSION, Config, LoraConfig, matching
+from jaxadapt.configs import PEFT_VERSION, Config, LoraConfig
 from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.keymaps.keymap import Match
 from jaxadapt.keymaps.tensor_spec import MethodTensor, Modules
@@ -105,7 +105,7 @@ class Lora(Method):
             )
 
     def tensors(self, config: LoraConfig, match: Match, modules: Modules) -> tuple[MethodTensor, ...]:
-        ranks = modules.each(lambda m: matching.find_pattern_value(config.rank_pattern, m, config.r), 0)
+        ranks = modules.each(config.rank_of, 0)
         r, alike = max(ranks), len(set(ranks)) == 1
         own_sizes, kind, groups = (("r", r),), match.weight.kind, match.weight.groups
         for rank in set(ranks) - {0}:
@@ -139,11 +139,11 @@ class Lora(Method):
     def hparams(self, config: LoraConfig, match: Match, modules: Modules) -> LoraHparams:
         kind, attention = match.weight.kind, match.weight.kind == "attention"
         times = 2 if attention and not match.weight.part else 1  # the output projection: see the module's docstring
-        scales = {times * lora_scale(config, m) for m in modules}
+        scales = {times * config.scale_of(m) for m in modules}
         smallest = min(scales)
         needs_mask = config.use_dora or config.lora_bias  # their gradients are nonzero even where A and B are zero
         return LoraHparams(
-            smallest if len(scales) == 1 else per_entry(modules, lambda m: times * lora_scale(config, m), smallest),
+            smallest if len(scales) == 1 else per_entry(modules, lambda m: times * config.scale_of(m), smallest),
             0.0 if kind in ("attention", "embedding") else config.lora_dropout,  # PEFT has no dropout for these
             "" if kind in ("attention", "linear") else kind,
             match.weight.groups,
@@ -269,13 +269,6 @@ def is_newer_attention_file(config: Config, sites: Iterable[Match]) -> bool:
     )
     projections = (match.weight.kind == "attention" and not match.weight.part for match in sites)
     return config.peft_type == "LORA" and file_version > known and any(projections)
-
-
-def lora_scale(config: LoraConfig, module: str) -> float:
-    """Return the scale s of one PyTorch module: α/r, or α/√r with `use_rslora`."""
-    r = matching.find_pattern_value(config.rank_pattern, module, config.r)
-    alpha = matching.find_pattern_value(config.alpha_pattern, module, config.lora_alpha)
-    return alpha / math.sqrt(r) if config.use_rslora else alpha / r
 
 
 def _factors(hparams: LoraHparams, params: Params) -> tuple[Array, Array]:

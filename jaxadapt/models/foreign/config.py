@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxadapt import methods
 from jaxadapt.configs import Config, FrozenDict, LoraConfig, matching
+from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.generic import with_layout
@@ -113,7 +114,7 @@ def _contradictions(field: str, values: Mapping[str, Any], patterns: Mapping[str
     return [
         f"{module}: {field} {found:g} in the tree, {want:g} in the configuration"
         for module, found in values.items()
-        if (want := matching.find_pattern_value(patterns, module, default)) != found
+        if (want := find_pattern_value(patterns, module, default)) != found
     ]
 
 
@@ -174,7 +175,7 @@ def scale_ratios(sites: ForeignSites, config: Config, lora_alpha: float | None, 
     out: dict[str, float] = {}
     for module, rank in sites.ranks.items():
         if matching.is_target(config, module):
-            ratio = methods.lora_scale(config, module) / (stored.get(module, lora_alpha or 0.0) / rank)
+            ratio = config.scale_of(module) / (stored.get(module, lora_alpha or 0.0) / rank)
             out[module] = 1.0 if abs(ratio - 1) < 2**-23 else ratio  # equal in float32
     return out
 

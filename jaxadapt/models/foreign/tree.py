@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from jax.core import Tracer
 
-from jaxadapt import methods
 from jaxadapt.adapters import experts, selection
 from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.adapters.peft_tensors import PeftTensors
@@ -342,7 +341,7 @@ def _slot_alphas(tree: ForeignTree, sites: ForeignSites, config: LoraConfig) -> 
         adapted = [m for m in site.a.modules if matching.is_target(config, m)]
         if adapted:
             dtype = tree.leaves[tree.dialect.slot_paths(site.a.path)[1]].dtype
-            out[site.match.leaf] = float(np.asarray(methods.lora_scale(config, adapted[0]), dtype)) * site.a.rank
+            out[site.match.leaf] = float(np.asarray(config.scale_of(adapted[0]), dtype)) * site.a.rank
     return out
 
 
