@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxadapt.arrays.layout import RANK, FileLayout
 from jaxadapt.core import paths
+from jaxadapt.core.compare import Spec, compare, group_findings
 from jaxadapt.core.errors import KeyMapError, MismatchError
 from jaxadapt.keymaps.keymap import KeyMap, Match, index_entries
 from jaxadapt.keymaps.tensor_layout import (
@@ -149,26 +150,14 @@ class Plan:
         self, found: Mapping[str, Sequence[int]], source: str, other_problems: Sequence[str] = ()
     ) -> list[str]:
         """Return the problems that `check` lists, one text for each kind."""
-        shapes = self.shapes
-        if found == shapes and not other_problems:
-            return []
-        missing = [k for k in shapes if k not in found]
-        unexpected = [k for k in found if k not in shapes]
-        wrong = [
-            f"{k}: expected {list(shape)}, found {list(found[k])}"
-            for k, shape in shapes.items()
-            if k in found and tuple(found[k]) != shape
-        ]
-        return [
-            f"{len(items)} {kind}:\n{paths.bullets(items)}"
-            for kind, items in (
-                (f"missing from {source} (the model expects them)", missing),
-                ("unexpected (no leaf of the model uses them)", unexpected),
-                ("wrongly shaped", wrong),
-                ("unusable", other_problems),
-            )
-            if items
-        ]
+        expected, given = ({k: Spec(tuple(shape)) for k, shape in shapes.items()} for shapes in (self.shapes, found))
+        problems = group_findings(
+            compare(expected, given),
+            f"missing from {source} (the model expects them)",
+            "unexpected (no leaf of the model uses them)",
+        )
+        unusable = f"{len(other_problems)} unusable:\n{paths.bullets(other_problems)}"
+        return [*problems, unusable] if other_problems else problems
 
     def encode(self, leaves: Mapping[str, Array], dtype: Any = None, host: bool = False) -> Encoded:
         """Return a lazy `{key: array}` from `{path: leaf}`; each look-up computes its array.

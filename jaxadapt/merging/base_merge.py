@@ -15,6 +15,7 @@ from jaxadapt.adapters.sites import Site, sites_of
 from jaxadapt.adapters.tied import tied_heads
 from jaxadapt.arrays import finite, quantized
 from jaxadapt.core import paths
+from jaxadapt.core.compare import Spec, compare
 from jaxadapt.core.errors import AttachError, MismatchError, warn
 from jaxadapt.core.progress import Progress, byte_counter, no_report, reporter
 from jaxadapt.keymaps import plan
@@ -286,9 +287,11 @@ def plan_changes(base: Mapping[str, Any], adapter: Adapter, weight: Change, bias
             + ('\nThese are Linen variables; pass variables["params"] as the parameters' if are_variables else "")
         )
     mismatches = [
-        f"{site.leaf}: for a weight of shape {tuple(base[site.leaf].shape)} expected {expected}, found {site.shapes}"
+        f"{site.leaf} {list(base[site.leaf].shape)}: {finding}"
         for site in sites
-        if (expected := _expected_shapes(site, tuple(base[site.leaf].shape))) != site.shapes
+        for finding in compare(
+            _expected_specs(site, base[site.leaf].shape), {name: Spec(shape) for name, shape in site.shapes.items()}
+        )
     ]
     if mismatches:
         raise MismatchError("cannot merge: the adapter does not fit these parameters:\n" + paths.bullets(mismatches))
@@ -366,7 +369,7 @@ def _warn_of_unknown_ties(sites: Sequence[Site], base: Mapping[str, Any]) -> Non
         )
 
 
-def _expected_shapes(site: Site, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """Return `{tensor: shape}` of a site on a weight of this shape."""
-    sizes = plan.axis_sizes(site.match, shape)
-    return {tensor.name: plan.model_shape(site.match, tensor, sizes) for tensor in site.tensors}
+def _expected_specs(site: Site, shape: Sequence[int]) -> dict[str, Spec]:
+    """Return the shapes of a site's tensors on a weight of this shape."""
+    sizes = plan.axis_sizes(site.match, tuple(shape))
+    return {tensor.name: Spec(plan.model_shape(site.match, tensor, sizes)) for tensor in site.tensors}

@@ -15,6 +15,7 @@ from jaxadapt.adapters.adapter import Adapter, collection_name, is_array
 from jaxadapt.adapters.sites import make_file_plan, sites_of
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
+from jaxadapt.core.compare import compare, shapes_of
 from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.models import planning
@@ -305,13 +306,7 @@ def inject(
         attach.inject(adapter, tree, name)
         return tree
     present = extract(tree, name)
-    want = {p: tuple(v.shape) for p, v in present.flat().items()}
-    have = {p: tuple(v.shape) for p, v in adapter.flat().items()}
-    problems = [
-        f"{p}: {want.get(p, 'absent')} attached, {have.get(p, 'absent')} passed"
-        for p in want | have
-        if want.get(p) != have.get(p)
-    ]
+    problems = list(map(str, compare(shapes_of(present.flat()), shapes_of(adapter.flat()))))
     if present.config != adapter.config:
         problems.append(f"the configurations differ: {present.config.differences(adapter.config, 'passed')}")
     if problems:

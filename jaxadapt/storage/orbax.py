@@ -28,7 +28,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxadapt.core import paths
+from jaxadapt.core import compare, paths
 from jaxadapt.core.errors import FileError, FormatError, MismatchError
 from jaxadapt.storage import atomic, flush, location
 from jaxadapt.storage.local_files import file_error
@@ -290,17 +290,13 @@ def load(
 
     place = _resolve_location(path)
     stored = leaf_specs(place).get(item, {})
-    problems: list[str] = []
-    for key, spec in wanted.items():
-        name = "/".join(key)
-        if key not in stored:
-            problems.append(f"{name}: not in the checkpoint")
-        elif spec is not None and stored[key] != (tuple(spec.shape), np.dtype(spec.dtype).name):
-            problems.append(
-                f"{name}: expected {spec.dtype} {tuple(spec.shape)}, found {stored[key][1]} {stored[key][0]}"
-            )
-    if problems:
-        raise MismatchError(f"{place}: the checkpoint does not match:\n" + paths.bullets(problems, 16))
+    expected = {
+        "/".join(key): compare.Spec() if spec is None else compare.Spec(tuple(spec.shape), np.dtype(spec.dtype).name)
+        for key, spec in wanted.items()
+    }
+    findings = compare.compare(expected, {"/".join(key): compare.Spec(*stored[key]) for key in wanted if key in stored})
+    if findings:
+        raise MismatchError(f"{place}: the checkpoint does not match:\n" + paths.bullets(map(str, findings), 16))
     if not wanted:
         return {}
     tree: dict[str, Any] = {}
@@ -315,6 +311,7 @@ def load(
     except Exception as error:
         raise FormatError(f"{place}: this Orbax checkpoint cannot be read: {type(error).__name__}: {error}") from error
     out: dict[tuple[str, ...], Any] = {}
+    problems: list[str] = []
     for key in wanted:
         leaf: Any = loaded
         for part in key:

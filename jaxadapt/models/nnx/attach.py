@@ -29,6 +29,7 @@ from jaxadapt.adapters.adapter import Adapter, Recipe, collection_name
 from jaxadapt.arrays import placement, random_draws
 from jaxadapt.arrays.axes import contradiction_message
 from jaxadapt.core import paths
+from jaxadapt.core.compare import compare, shapes_of
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps import plan
 from jaxadapt.methods import Method
@@ -360,13 +361,7 @@ def inject(adapter: Adapter, tree: Tree, name: str) -> None:
     if variables is None:
         raise AttachError(f"there is no adapter {name!r} to inject into. Adapt the model first, or use load")
     values = adapter.flat()
-    problems = [f"{path}: missing" for path in variables if path not in values]
-    problems += [f"{path}: unexpected" for path in values if path not in variables]
-    problems += [
-        f"{path}: expected shape {tuple(variables[path].shape)}, found {tuple(value.shape)}"
-        for path, value in values.items()
-        if path in variables and tuple(value.shape) != tuple(variables[path].shape)
-    ]
+    problems = list(map(str, compare(shapes_of(variables), shapes_of(values))))
     recipe = next(iter(variables.values())).get_metadata()["adapter"].recipe
     if recipe.config != adapter.config:
         problems.append(f"another configuration: {recipe.config.differences(adapter.config, 'given')}")

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxadapt.adapters.adapter import Adapter, Recipe
 from jaxadapt.core import paths
+from jaxadapt.core.compare import Spec, compare
 from jaxadapt.core.errors import FormatError, MismatchError
 from jaxadapt.models import attachment
 from jaxadapt.models.foreign import dialects
@@ -115,7 +116,10 @@ def fill_parts(
         if on_device and jax.dtypes.canonicalize_dtype(dtype := jnp.dtype(specs[name][1])) != dtype:
             problems.append(f"{name}: {dtype.name} saved, which JAX supports only with jax_enable_x64")
     if problems:
-        raise MismatchError(f"{source}: does not fit the target:\n" + paths.bullets(problems, 16))
+        raise MismatchError(
+            f"{source}: does not fit the target (missing: not in the checkpoint; unexpected: not in the target):\n"
+            + paths.bullets(problems, 16)
+        )
 
     arrays = read({name: leaf for name, leaf in examples.items() if name in specs})
     values = {name: arrays[name] if name in arrays else _decode(name, stored.values[name]) for name in examples}
@@ -135,24 +139,23 @@ def _describe_lora(dialect: str | None) -> str:
 
 def _find_mismatches(examples: Mapping[str, Any], stored: Snapshot, specs: Specs) -> Iterable[str]:
     """Yield a description of every value that is missing, unexpected or of another type, shape or dtype."""
-    saved = {**specs, **stored.values}
-    yield from (f"{name}: not in the checkpoint" for name in examples if name not in saved)
-    yield from (f"{name}: in the checkpoint, not in the target" for name in saved if name not in examples)
+    expected = dict.fromkeys(examples, Spec())
+    saved = dict.fromkeys(stored.values, Spec()) | {name: Spec(*spec) for name, spec in specs.items()}
     for name, leaf in examples.items():
         if leaf is None or name not in saved:
             continue
         kind = stored.keys.get(name, "") if name in specs else stored.values[name][0]
         is_array = isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
         if is_array != (name in specs):
-            yield f"{name}: {kind or 'an array'} saved, {type(leaf).__name__} expected"
+            yield f"{name}: expected {type(leaf).__name__}, found {kind or 'an array'}"
         elif is_key(leaf) != (name in stored.keys):
-            yield f"{name}: {kind or 'an array'} saved, {'a random key' if is_key(leaf) else 'an array'} expected"
-        elif is_array and not is_key(leaf):
-            shape, dtype = specs[name]
-            if (shape, dtype) != (tuple(leaf.shape), np.dtype(leaf.dtype).name):
-                yield f"{name}: {dtype} {shape} saved, {np.dtype(leaf.dtype).name} {tuple(leaf.shape)} expected"
-        elif is_key(leaf) and specs[name][0][: len(leaf.shape)] != tuple(leaf.shape):
-            yield f"{name}: keys {specs[name][0]} saved, {tuple(leaf.shape)} expected"
+            yield f"{name}: expected {'a random key' if is_key(leaf) else 'an array'}, found {kind or 'an array'}"
+        elif is_key(leaf):  # the file has further axes, for the data of each key
+            sizes = saved[name].shape or ()
+            expected[name] = Spec((*leaf.shape, *sizes[len(leaf.shape) :]))
+        elif is_array:
+            expected[name] = Spec(tuple(leaf.shape), np.dtype(leaf.dtype).name)
+    yield from map(str, compare(expected, saved))
 
 
 def _wrap_keys(data: Any, implementation: str, like: Any) -> jax.Array:
