@@ -18,8 +18,7 @@ from jax.core import Tracer
 from jaxadapt.adapters import full_copies, tied
 from jaxadapt.adapters.sites import Site
 from jaxadapt.configs import Config, matching
-from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, ConfigError, MismatchError, warn
+from jaxadapt.core.errors import AttachError, ConfigError, MismatchError, raise_listed, warn
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.plan import Encoded, PlanEntry
@@ -140,12 +139,12 @@ def embedding_keys(
             expected = np.asarray(entry.form.encode(np.asarray(leaf), 0))
             if not np.array_equal(np.asarray(tensors[key]).astype(expected.dtype), expected):
                 problems.append(f"{key}: its values differ")
-    if problems:
-        raise MismatchError(
-            f"{source} holds embeddings that differ from the model's; loading an adapter never changes the base:\n"
-            + paths.bullets(problems)
-            + "\nReplace the base parameters yourself (jaxadapt.read(path).tensors has the values), then load again"
-        )
+    raise_listed(
+        MismatchError,
+        f"{source} holds embeddings that differ from the model's; loading an adapter never changes the base:",
+        problems,
+        "\nReplace the base parameters yourself (jaxadapt.read(path).tensors has the values), then load again",
+    )
     return set(embeddings)
 
 

@@ -26,7 +26,7 @@ from jaxadapt.adapters.expert_parameters import ExpertParameter, is_transposed, 
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.configs import Config, LoraConfig, matching
 from jaxadapt.core import paths
-from jaxadapt.core.errors import ConfigError, MismatchError, warn
+from jaxadapt.core.errors import ConfigError, MismatchError, raise_listed, warn
 from jaxadapt.keymaps import expert_names, plan
 from jaxadapt.keymaps.expert_names import name_regex
 from jaxadapt.keymaps.keymap import KeyMap
@@ -206,11 +206,12 @@ def _checked_ranks(
             ranks[name], alphas[name] = values.pop()
             if (shape := next(iter(shapes)))[0][0] != ranks[name] or shape[1][1] != ranks[name]:
                 problems.append(f"{name}: expected rank {ranks[name]}, found A {shape[0]} and B {shape[1]}")
-    if problems:
-        raise MismatchError(
-            f"{source}: the model stores all experts of a layer in one array, so the file must hold an adapter for"
-            " each, with one rank, alpha and shape:\n" + paths.bullets(problems)
-        )
+    raise_listed(
+        MismatchError,
+        f"{source}: the model stores all experts of a layer in one array, so the file must hold an adapter for"
+        " each, with one rank, alpha and shape:",
+        problems,
+    )
     return ranks, alphas
 
 

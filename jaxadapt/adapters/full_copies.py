@@ -13,8 +13,7 @@ import numpy as np
 
 from jaxadapt.adapters import tied
 from jaxadapt.configs import Config, matching
-from jaxadapt.core import paths
-from jaxadapt.core.errors import ConfigError, KeyMapError, MismatchError, TargetError
+from jaxadapt.core.errors import ConfigError, KeyMapError, MismatchError, TargetError, raise_listed
 from jaxadapt.keymaps import generic, plan
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.weight import Weight
@@ -113,11 +112,11 @@ def redundant_keys(tensors: Mapping[str, Any], known: Collection[str], source: s
     different = [
         key for key in trained if not np.array_equal(np.asarray(tensors[key]), np.asarray(tensors[originals[key]]))
     ]
-    if different:
-        raise MismatchError(
-            f"{source}: these tensors must be equal, since one repeats the other, and they differ:\n"
-            + paths.bullets([f"{key} and {originals[key]}" for key in different])
-        )
+    raise_listed(
+        MismatchError,
+        f"{source}: these tensors must be equal, since one repeats the other, and they differ:",
+        [f"{key} and {originals[key]}" for key in different],
+    )
     return set(originals)
 
 
@@ -181,12 +180,12 @@ def _check_layouts(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]) 
             for leaf, shape in kernels.items()
             if generic.is_guess(keymap, leaf, shape) and generic.is_square(match_for_copy(keymap, leaf, shape), shape)
         ]
-    if problems:
-        raise KeyMapError(
-            f"cannot copy these weights in full: the keymap {keymap.name!r} does not define their PyTorch layout:\n"
-            + paths.bullets(problems)
-            + generic.layout_advice("leave them out of modules_to_save")
-        )
+    raise_listed(
+        KeyMapError,
+        f"cannot copy these weights in full: the keymap {keymap.name!r} does not define their PyTorch layout:",
+        problems,
+        generic.layout_advice("leave them out of modules_to_save"),
+    )
 
 
 def _token_embedding(config: Config, matches: Collection[tuple[Match, Mapping[str, int]]]) -> str | None:
@@ -240,9 +239,10 @@ def _check_token_indices(
         problems += [
             f"{name}: no module has this name" for name in given if not any(module.endswith(name) for module in matched)
         ]
-    if problems:
-        raise TargetError(
-            "trainable_token_indices does not fit this model: each index must be a row of the embedding and occur once."
-            " Resize the model's vocabulary if the adapter's was resized, or drop these tokens (and their rows of the"
-            " file):\n" + paths.bullets(problems)
-        )
+    raise_listed(
+        TargetError,
+        "trainable_token_indices does not fit this model: each index must be a row of the embedding and occur once."
+        " Resize the model's vocabulary if the adapter's was resized, or drop these tokens (and their rows of the"
+        " file):",
+        problems,
+    )

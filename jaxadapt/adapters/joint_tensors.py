@@ -18,7 +18,7 @@ from jax.core import Tracer
 from jaxadapt.adapters.sites import Site
 from jaxadapt.configs import Config, LoraConfig
 from jaxadapt.core import paths
-from jaxadapt.core.errors import MismatchError
+from jaxadapt.core.errors import MismatchError, raise_listed
 from jaxadapt.keymaps.parts import Part, group_by_file_key, join_parts, parse_part_key
 
 Array = Any
@@ -40,11 +40,11 @@ def join_tensors(
         raise MismatchError(f'on_shared: expected None or "concat", found {on_shared!r}')
     parts_of = {name: parts for name, parts in group_by_file_key(tensors).items() if name not in tensors}
     incomplete = [name for name, parts in parts_of.items() if len(parts) != _parse_part(parts[0]).n]
-    if incomplete:
-        raise MismatchError(
-            "some tensors are incomplete, since the adapter holds only some of their parts. Save all parts of each:\n"
-            + paths.bullets(incomplete)
-        )
+    raise_listed(
+        MismatchError,
+        "some tensors are incomplete, since the adapter holds only some of their parts. Save all parts of each:",
+        incomplete,
+    )
     shared = [name for name, parts in parts_of.items() if _parse_part(parts[0]).axis is None]
     different = [name for name in shared if not bitwise_equal([tensors[key] for key in parts_of[name]])]
     if different and on_shared is None:

@@ -16,7 +16,7 @@ from jax.core import Tracer
 
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
-from jaxadapt.core.errors import ConfigError, warn
+from jaxadapt.core.errors import ConfigError, raise_listed, warn
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap
 
@@ -72,10 +72,11 @@ def check_values(config: Config, keymap: KeyMap, base: Callable[[], Mapping[str,
             base_name = f"{name[: layer.start(1)]}{order[int(layer[1])]}{name[layer.end(1) :]}"
             if not np.array_equal(np.asarray(first.setdefault(base_name, layer_value)), np.asarray(layer_value)):
                 different.append(name)
-    if different:
-        raise ConfigError(
-            f"layer_replication repeats layers of the base ({order}), and these parameters differ from those of the"
-            " layer they repeat. Build the model with copies of the base's layers:\n" + paths.bullets(different)
-        )
+    raise_listed(
+        ConfigError,
+        f"layer_replication repeats layers of the base ({order}), and these parameters differ from those of the"
+        " layer they repeat. Build the model with copies of the base's layers:",
+        different,
+    )
     if without_values:
         warn("layer_replication: the base has no values here, so the repeated layers could not be compared")

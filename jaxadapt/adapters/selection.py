@@ -14,7 +14,7 @@ from jaxadapt.adapters import full_copies, layer_replication, selection_warnings
 from jaxadapt.adapters.sites import Shape, Site, bind_site, single_entry_sizes, targeted_entries
 from jaxadapt.configs import Config, matching
 from jaxadapt.core import paths
-from jaxadapt.core.errors import KeyMapError, TargetError, warn
+from jaxadapt.core.errors import KeyMapError, TargetError, raise_listed, warn
 from jaxadapt.keymaps import generic, plan
 from jaxadapt.keymaps.generic import MAIN_WEIGHT_NAMES, with_layout
 from jaxadapt.keymaps.keymap import KeyMap, Match
@@ -86,12 +86,12 @@ def resolve_config(
             if (leaf in unsure or len(shapes[leaf]) > 2)
             and all(matching.is_target(all_modules, name) for name in possible_names)
         ]
-        if ambiguous:
-            raise KeyMapError(
-                'target_modules="all-linear" is ambiguous for these weights, which may or may not be linear:\n'
-                + paths.bullets(ambiguous)
-                + generic.layout_advice("name them in exclude_modules")
-            )
+        raise_listed(
+            KeyMapError,
+            'target_modules="all-linear" is ambiguous for these weights, which may or may not be linear:',
+            ambiguous,
+            generic.layout_advice("name them in exclude_modules"),
+        )
     config = matching.resolve_targets(config, _module_names(mapped, unmapped), linear=linear, output=keymap.output)
     selected = [
         match
@@ -170,15 +170,14 @@ def _select_sites(
         for leaf, possible_names in named_leaves.items()
         if not possible_names & matrices
     ]
-    if refused:
-        raise TargetError("target_modules selects weights that this method cannot adapt:\n" + paths.bullets(refused))
+    raise_listed(TargetError, "target_modules selects weights that this method cannot adapt:", refused)
     unmapped_targets = [f"{leaf} {shapes[leaf]}" for leaf in named_leaves if len(shapes[leaf]) >= 2]
-    if unmapped_targets:
-        raise KeyMapError(
-            f"the keymap {keymap.name!r} does not define the axis roles of weights that target_modules selects:\n"
-            + paths.bullets(unmapped_targets)
-            + generic.layout_advice("leave them out of target_modules")
-        )
+    raise_listed(
+        KeyMapError,
+        f"the keymap {keymap.name!r} does not define the axis roles of weights that target_modules selects:",
+        unmapped_targets,
+        generic.layout_advice("leave them out of target_modules"),
+    )
     for match, sizes, module_names in mapped.values():
         if not selected_names & set(module_names.values()):
             continue
@@ -186,11 +185,11 @@ def _select_sites(
         match, modules = targeted_entries(match, sizes, module_names, indices)
         sites.append(bind_site(config, method, keymap, match, sizes, modules))
     duplicates = {site.leaf for site in sites} & {site.leaf for site in parameter_sites}
-    if duplicates:
-        raise TargetError(
-            "target_modules and target_parameters both select these weights; name each in one of them:\n"
-            + paths.bullets(duplicates)
-        )
+    raise_listed(
+        TargetError,
+        "target_modules and target_parameters both select these weights; name each in one of them:",
+        duplicates,
+    )
     sites += parameter_sites
     return (*sites, *_bind_copies(config, keymap, shapes, sites)), tuple(warnings)
 
@@ -224,19 +223,20 @@ def _bind_copies(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], ad
         if (mapped_match := keymap.match(site.leaf)) is not None
         and len(mapped_match.weight.left) != len(shapes[site.leaf])
     ]
-    if unknown_layouts:
-        raise KeyMapError(
-            f"the keymap {keymap.name!r} does not define the PyTorch layout of weights that modules_to_save selects:"
-            " its entry has another number of axes (a convolution's kernel has more than a Linear's):\n"
-            + paths.bullets(unknown_layouts)
-            + generic.layout_advice("leave them out")
-        )
+    raise_listed(
+        KeyMapError,
+        f"the keymap {keymap.name!r} does not define the PyTorch layout of weights that modules_to_save selects:"
+        " its entry has another number of axes (a convolution's kernel has more than a Linear's):",
+        unknown_layouts,
+        generic.layout_advice("leave them out"),
+    )
     duplicates = [site.leaf for site in sites if site.leaf in adapted_leaves]
-    if duplicates:
-        raise TargetError(
-            "target_modules selects weights that modules_to_save or trainable_token_indices copies; name each in one of"
-            " them:\n" + paths.bullets(duplicates)
-        )
+    raise_listed(
+        TargetError,
+        "target_modules selects weights that modules_to_save or trainable_token_indices copies; name each in one of"
+        " them:",
+        duplicates,
+    )
     return sites
 
 

@@ -10,8 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from jaxadapt.adapters.peft_tensors import PeftTensors
-from jaxadapt.core import paths
-from jaxadapt.core.errors import MismatchError, warn
+from jaxadapt.core.errors import MismatchError, raise_listed, warn
 
 _TENSORS = frozenset(
     "lora_A lora_B lora_embedding_A lora_embedding_B lora_magnitude_vector lora_diag"
@@ -50,11 +49,11 @@ def keys_without_names(keys: Iterable[str], source: str) -> dict[str, str | None
     new_keys: dict[str, str | None] = {key: None if _ORIGINAL in key else key for key in keys}
     new_keys |= {key: new_key for key, (_, new_key) in parsed.items()}
     duplicates = [new_key for new_key, count in Counter(new_keys.values()).items() if new_key is not None and count > 1]
-    if duplicates:
-        raise MismatchError(
-            f"{source} holds these tensors twice, with and without an adapter's name. Remove one of each:\n"
-            + paths.bullets(duplicates)
-        )
+    raise_listed(
+        MismatchError,
+        f"{source} holds these tensors twice, with and without an adapter's name. Remove one of each:",
+        duplicates,
+    )
     return new_keys
 
 

@@ -11,8 +11,7 @@ from typing import Any, ClassVar, TypeVar, cast
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.frozen import Frozen, FrozenDict, Patterns, find_pattern_value
 from jaxadapt.configs.validation import Problems
-from jaxadapt.core import paths
-from jaxadapt.core.errors import ConfigError
+from jaxadapt.core.errors import ConfigError, raise_listed
 
 _V = TypeVar("_V")
 
@@ -223,11 +222,12 @@ class LoraConfig(Config):
         config = self.replace(rank_pattern=_patterns(ranks, self.r), alpha_pattern=_patterns(alphas, self.lora_alpha))
         unmatched = [name for name in sorted(ranks) if config.rank_of(name) != ranks[name]]
         unmatched += [name for name in sorted(ranks) if config.alpha_of(name) != alphas[name]]
-        if unmatched:
-            raise ConfigError(
-                "rank_pattern and alpha_pattern cannot give these modules their own ranks: each name is also the end of"
-                " another module's name:\n" + paths.bullets(unmatched)
-            )
+        raise_listed(
+            ConfigError,
+            "rank_pattern and alpha_pattern cannot give these modules their own ranks: each name is also the end of"
+            " another module's name:",
+            unmatched,
+        )
         return config
 
     def with_scale_one(self, r: int) -> LoraConfig:

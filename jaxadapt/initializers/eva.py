@@ -17,8 +17,7 @@ import numpy as np
 
 from jaxadapt.adapters import sites
 from jaxadapt.configs import LoraConfig
-from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, ConfigError
+from jaxadapt.core.errors import AttachError, ConfigError, raise_listed
 from jaxadapt.initializers.statistics import Components, Observer, Statistic, moments, split_layers, stack_layers
 
 _LIMIT = 1000  # batches; PEFT has no limit
@@ -69,8 +68,7 @@ def find_components(
     group_sites = [b for b in adapter_sites if not groups.keys().isdisjoint(b.modules)]
     k = {b.leaf: max(most[m] for m in b.modules) for b in group_sites}
     too_many = [f"{b.leaf}: {k[b.leaf]} components of {b.fan_in} inputs" for b in group_sites if k[b.leaf] > b.fan_in]
-    if too_many:
-        raise ConfigError("r * rho exceeds the inputs of these layers; lower r or rho:\n" + paths.bullets(too_many))
+    raise_listed(ConfigError, "r * rho exceeds the inputs of these layers; lower r or rho:", too_many)
     observe = watch(group_sites, {b.leaf: Statistic(Components(k[b.leaf]), k[b.leaf] + 4) for b in group_sites})
     states = {b.leaf: np.zeros((_count_layers(b), k[b.leaf] + 4, b.fan_in), "float32") for b in group_sites}
     converged = {m: np.zeros(most[m], bool) for m in groups}

@@ -19,7 +19,7 @@ from jaxadapt.adapters.adapter import Recipe
 from jaxadapt.adapters.sites import Site
 from jaxadapt.arrays.axes import Operation, Use
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError
+from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.initializers import decompositions
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.tensor_spec import MethodTensor
@@ -198,11 +198,12 @@ def make_observer(
 def _check_calls(adapter_sites: Sequence[Site], new: Mapping[str, Array]) -> None:
     """Raise `AttachError` for layers that did not run, so that their statistics did not change."""
     idle = [b.leaf for b in adapter_sites if not bool(jnp.all(split_layers(b, new[b.leaf])[:, -1, 0] > 0))]
-    if idle:
-        raise AttachError(
-            "forward's outputs do not depend on these layers, so their inputs were not observed. Return all of the"
-            " model's outputs, or exclude the layers with exclude_modules:\n" + paths.bullets(idle)
-        )
+    raise_listed(
+        AttachError,
+        "forward's outputs do not depend on these layers, so their inputs were not observed. Return all of the"
+        " model's outputs, or exclude the layers with exclude_modules:",
+        idle,
+    )
 
 
 def split_layers(site: Site, state: Array) -> Array:

@@ -12,8 +12,7 @@ import itertools
 import re
 from collections.abc import Collection, Iterable, Mapping
 
-from jaxadapt.core import paths
-from jaxadapt.core.errors import MismatchError
+from jaxadapt.core.errors import MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap
 
 Rows = tuple[tuple[str, ...], ...]
@@ -60,8 +59,7 @@ def expert_rows(keymap: KeyMap, keys: Iterable[str], source: str) -> tuple[dict[
         rows = [[(e, part) for part in range(width[name])] for e in expert_numbers([e for e, _ in parts])]
         missing += [f"{name}: part {p} of expert {e}" for row in rows for e, p in row if (e, p) not in parts]
         joined[name] = tuple(tuple(parts.get(index, "") for index in row) for row in rows)
-    if missing:
-        raise MismatchError(f"{source}: tensors of these experts are missing:\n" + paths.bullets(missing))
+    raise_listed(MismatchError, f"{source}: tensors of these experts are missing:", missing)
     return joined, renamed
 
 

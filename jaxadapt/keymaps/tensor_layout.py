@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from jaxadapt.arrays import pattern
 from jaxadapt.core import paths
-from jaxadapt.core.errors import KeyMapError, MismatchError
+from jaxadapt.core.errors import KeyMapError, MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.parts import part_key
 from jaxadapt.keymaps.tensor_spec import MethodTensor
@@ -158,12 +158,12 @@ def axis_sizes_from_tensors(
                 pattern.part_sizes(name, size, dict(match.weight.sizes))
             except MismatchError as error:
                 problems.append(f"{match.leaf}.{tensor.name}: {error}")
-    if problems:
-        raise MismatchError(
-            "the adapter's tensors contradict each other or its configuration:\n"
-            + paths.bullets(problems)
-            + "\nIf several adapters are stacked (for example by vmap), select one: jax.tree.map(lambda x: x[0], tree)"
-        )
+    raise_listed(
+        MismatchError,
+        "the adapter's tensors contradict each other or its configuration:",
+        problems,
+        "\nIf several adapters are stacked (for example by vmap), select one: jax.tree.map(lambda x: x[0], tree)",
+    )
     return sizes
 
 

@@ -16,8 +16,7 @@ from typing import Any
 
 from jaxadapt.arrays.axes import Axes
 from jaxadapt.arrays.pattern import axis_parts, parse_pattern, part_sizes
-from jaxadapt.core import paths
-from jaxadapt.core.errors import KeyMapError
+from jaxadapt.core.errors import KeyMapError, raise_listed
 
 _HOLE = re.compile(r"\{(\w+)\}")
 _PART = re.compile(r"\[(?:(?P<axis>\w+) )?(?P<part>\d+(?:/|::)\d+)\]$")
@@ -101,8 +100,7 @@ class Weight:
         put("layers", tuple(layers))
         put("scan", scan)
         problems = self._problems()
-        if problems:
-            raise KeyMapError(f"the entry {leaf!r} -> {key!r} ({pattern!r}) is invalid:\n" + paths.bullets(problems))
+        raise_listed(KeyMapError, f"the entry {leaf!r} -> {key!r} ({pattern!r}) is invalid:", problems)
         put("kind", kind or {1: "vector", 2: "linear"}.get(len(self.right), "other"))
 
     @staticmethod

@@ -16,7 +16,7 @@ from jaxadapt.adapters.tied import tied_heads
 from jaxadapt.arrays import finite, quantized
 from jaxadapt.core import paths
 from jaxadapt.core.compare import Spec, compare
-from jaxadapt.core.errors import AttachError, MismatchError, warn
+from jaxadapt.core.errors import AttachError, MismatchError, raise_listed, warn
 from jaxadapt.core.progress import Progress, byte_counter, no_report, reporter
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.generic import GENERIC
@@ -264,10 +264,7 @@ def refuse_nan(base: Mapping[str, Any], adapter: Adapter, changed: Iterable[str]
 def _check_finite(values: Mapping[str, Callable[[], Any]]) -> None:
     """Raise `AttachError` for values that are not finite."""
     not_finite = [path for path, value in values.items() if not bool(jnp.isfinite(value()).all())]
-    if not_finite:
-        raise AttachError(
-            "cannot merge: the merged values of these weights are not finite:\n" + paths.bullets(not_finite)
-        )
+    raise_listed(AttachError, "cannot merge: the merged values of these weights are not finite:", not_finite)
 
 
 def plan_merge(base: Mapping[str, Any], adapter: Adapter) -> dict[str, ChangedLeaf]:
@@ -293,24 +290,24 @@ def plan_changes(base: Mapping[str, Any], adapter: Adapter, weight: Change, bias
             _expected_specs(site, base[site.leaf].shape), {name: Spec(shape) for name, shape in site.shapes.items()}
         )
     ]
-    if mismatches:
-        raise MismatchError("cannot merge: the adapter does not fit these parameters:\n" + paths.bullets(mismatches))
+    raise_listed(MismatchError, "cannot merge: the adapter does not fit these parameters:", mismatches)
     quantised = [site.leaf for site in sites if quantized.is_quantized(base[site.leaf])]
-    if quantised:
-        raise AttachError(
-            "cannot merge into quantised weights, which cannot store the sum exactly. merge(…, dequantize=True) makes"
-            " the base dense first:\n" + paths.bullets(quantised)
-        )
+    raise_listed(
+        AttachError,
+        "cannot merge into quantised weights, which cannot store the sum exactly. merge(…, dequantize=True) makes"
+        " the base dense first:",
+        quantised,
+    )
     integers = [
         f"{site.leaf}: {base[site.leaf].dtype}"
         for site in sites
         if not site.method.copies and not jnp.issubdtype(base[site.leaf].dtype, jnp.floating)
     ]
-    if integers:
-        raise AttachError(
-            "cannot merge into weights of integers, which would round the sum. Dequantise them first:\n"
-            + paths.bullets(integers)
-        )
+    raise_listed(
+        AttachError,
+        "cannot merge into weights of integers, which would round the sum. Dequantise them first:",
+        integers,
+    )
     tied = set(tied_heads(adapter.keymap, base).values())
     lookup_only = [
         site.leaf for site in sites if site.match.weight.kind == "embedding" and not tied.isdisjoint(site.modules)
@@ -336,11 +333,12 @@ def plan_changes(base: Mapping[str, Any], adapter: Adapter, weight: Change, bias
                 )
             elif site.method.adds_bias(site.hparams):
                 without_bias.append(site.leaf)
-    if without_bias:
-        raise AttachError(
-            "cannot merge: lora_bias adds a bias to these layers, which have none. Build the model with biases, or keep"
-            " the adapter beside it:\n" + paths.bullets(without_bias)
-        )
+    raise_listed(
+        AttachError,
+        "cannot merge: lora_bias adds a bias to these layers, which have none. Build the model with biases, or keep"
+        " the adapter beside it:",
+        without_bias,
+    )
     for change, leaf in {leaf.leaf_change(): leaf for leaf in changes.values()}.items():
         try:  # a method's errors are raised before any change
             arrays = {**leaf.params, **leaf.site.data}

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.configs import LoraConfig, lora_variants, matching
 from jaxadapt.core import paths
-from jaxadapt.core.errors import ConfigError, KeyMapError, MismatchError
+from jaxadapt.core.errors import ConfigError, KeyMapError, MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.merging import factors
 from jaxadapt.merging.factors import FactorRows, Factors
@@ -179,8 +179,7 @@ def _check_arguments(
         else:
             type_name = type(adapter).__name__
             problems.append(f"adapter {i}: expected an Adapter (jaxadapt.extract takes one out), found {type_name}")
-    if problems:
-        raise ConfigError("cannot combine these adapters:\n" + paths.bullets(problems, 16))
+    raise_listed(ConfigError, "cannot combine these adapters:", problems, limit=16)
 
 
 def _check_sizes(
@@ -209,14 +208,13 @@ def _check_sizes(
             ranks.append(
                 f"{leaf}: " + ", ".join(f"{' or '.join(map(str, values))} in adapter {i}" for i, values in leaf_ranks)
             )
-    if problems:
-        raise MismatchError("cannot combine adapters of models of different sizes:\n" + paths.bullets(problems))
-    if ranks:
-        raise ConfigError(
-            f"method {method!r} works on A and B separately, so a weight must have one rank in all adapters:\n"
-            + paths.bullets(ranks)
-            + '\nUse "cat", "svd" or an "…_svd" method, or bring them to one rank with jaxadapt.merging.resize_rank'
-        )
+    raise_listed(MismatchError, "cannot combine adapters of models of different sizes:", problems)
+    raise_listed(
+        ConfigError,
+        f"method {method!r} works on A and B separately, so a weight must have one rank in all adapters:",
+        ranks,
+        '\nUse "cat", "svd" or an "…_svd" method, or bring them to one rank with jaxadapt.merging.resize_rank',
+    )
 
 
 def _combined_config(configs: Sequence[Any], r: int, modules: list[str], parameters: list[str]) -> LoraConfig:

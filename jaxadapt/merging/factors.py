@@ -23,7 +23,7 @@ from jaxadapt.adapters.sites import Site, single_entry_sizes, sites_from_shapes,
 from jaxadapt.configs import Config
 from jaxadapt.configs.lora_variants import reasons_not_a_product
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, ConfigError, KeyMapError
+from jaxadapt.core.errors import AttachError, ConfigError, KeyMapError, raise_listed
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.plan import PlanEntry
@@ -166,8 +166,7 @@ def lora_factors(adapter: Adapter, label: str = "the adapter") -> dict[str, Fact
         for leaf, tensors in tensors_of.items()
         if any(isinstance(array, jax.ShapeDtypeStruct) for array in tensors.values())
     ]
-    if abstract:
-        raise AttachError(f"{label} has shapes but no values; pass an adapter with arrays:\n" + paths.bullets(abstract))
+    raise_listed(AttachError, f"{label} has shapes but no values; pass an adapter with arrays:", abstract)
     return {site.leaf: _site_factors(site, tensors_of[site.leaf]) for site in sites_of(adapter)}
 
 
@@ -316,12 +315,12 @@ def common_keymap(keymaps: Iterable[KeyMap], leaves: Iterable[str]) -> KeyMap:
             problems.append(
                 f"{leaf}: " + " and ".join(repr(known.weight.pattern) + " as " + known.weight.key for known in matches)
             )
-    if problems:
-        raise KeyMapError(
-            "the adapters' keymaps name or lay out the same weights differently:\n"
-            + paths.bullets(problems)
-            + "\nAttach the adapters with one keymap=; from_peft(to_peft(adapter), model) converts one"
-        )
+    raise_listed(
+        KeyMapError,
+        "the adapters' keymaps name or lay out the same weights differently:",
+        problems,
+        "\nAttach the adapters with one keymap=; from_peft(to_peft(adapter), model) converts one",
+    )
     return common
 
 

@@ -18,7 +18,7 @@ from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.adapters.sites import sites_of
 from jaxadapt.configs import Config, LoraConfig, lora_variants, matching
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, ConfigError, MismatchError
+from jaxadapt.core.errors import AttachError, ConfigError, MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.merging import base_merge, factors
 from jaxadapt.merging.factors import FactorRows
@@ -138,11 +138,12 @@ def to_lora(
         source_keymap = source.keymap
         sites = sites_of(source)
         copies = [site.leaf for site in sites if site.method.copies]
-        if copies:
-            raise ConfigError(
-                "to_lora: the adapter holds full copies of these weights, which no LoRA expresses. Remove them from"
-                " modules_to_save or bias:\n" + paths.bullets(copies)
-            )
+        raise_listed(
+            ConfigError,
+            "to_lora: the adapter holds full copies of these weights, which no LoRA expresses. Remove them from"
+            " modules_to_save or bias:",
+            copies,
+        )
         modules = sorted({module for site in sites for module in site.modules})
         if not all(matching.is_target(config, module) for module in modules):
             config = config.replace(target_modules=modules, exclude_modules=None)
@@ -201,11 +202,11 @@ def _merged_params(base: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
         for path, x in tuned.items()
         if path not in adapter.sites and x is not base[path] and not _is_equal(x, base[path])
     ]
-    if changed:
-        raise ConfigError(
-            f"to_lora: {adapter.config.peft_type} changes more than weights here, which no plain LoRA expresses:\n"
-            + paths.bullets(changed)
-        )
+    raise_listed(
+        ConfigError,
+        f"to_lora: {adapter.config.peft_type} changes more than weights here, which no plain LoRA expresses:",
+        changed,
+    )
     return tuned
 
 
@@ -221,10 +222,9 @@ def _flat_pair(source: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     base, tuned = (_flat_params(tree) for tree in source)
     shapes = [{path: x.shape for path, x in tree.items()} for tree in (base, tuned)]
     differ = [path for path in base.keys() | tuned.keys() if shapes[0].get(path) != shapes[1].get(path)]
-    if differ:
-        raise MismatchError(
-            "to_lora: the two trees are of different models; their shapes differ at:\n" + paths.bullets(sorted(differ))
-        )
+    raise_listed(
+        MismatchError, "to_lora: the two trees are of different models; their shapes differ at:", sorted(differ)
+    )
     return base, tuned
 
 
