@@ -109,13 +109,14 @@ def redundant_keys(tensors: Mapping[str, Any], known: Collection[str], source: s
         if key not in known and original in known and original in tensors
     }
     trained = [key for key in originals if f"{WRAPPERS[0]}." in key]
-    different = [
-        key for key in trained if not np.array_equal(np.asarray(tensors[key]), np.asarray(tensors[originals[key]]))
-    ]
     raise_listed(
         MismatchError,
         f"{source}: these tensors must be equal, since one repeats the other, and they differ:",
-        [f"{key} and {originals[key]}" for key in different],
+        [
+            f"{key} and {originals[key]}"
+            for key in trained
+            if not np.array_equal(np.asarray(tensors[key]), np.asarray(tensors[originals[key]]))
+        ],
     )
     return set(originals)
 

@@ -39,11 +39,10 @@ def join_tensors(
     if on_shared not in (None, "concat"):
         raise MismatchError(f'on_shared: expected None or "concat", found {on_shared!r}')
     parts_of = {name: parts for name, parts in group_by_file_key(tensors).items() if name not in tensors}
-    incomplete = [name for name, parts in parts_of.items() if len(parts) != _parse_part(parts[0]).n]
     raise_listed(
         MismatchError,
         "some tensors are incomplete, since the adapter holds only some of their parts. Save all parts of each:",
-        incomplete,
+        [name for name, parts in parts_of.items() if len(parts) != _parse_part(parts[0]).n],
     )
     shared = [name for name, parts in parts_of.items() if _parse_part(parts[0]).axis is None]
     different = [name for name in shared if not bitwise_equal([tensors[key] for key in parts_of[name]])]

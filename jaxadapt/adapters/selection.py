@@ -80,16 +80,15 @@ def resolve_config(
     linear = _linear_modules(methods.get_method(config), mapped)
     if matching.is_all_linear(config):
         all_modules = config.replace(target_modules=".*")  # minus exclude_modules and modules_to_save
-        ambiguous = [
-            f"{leaf} {shapes[leaf]}"
-            for leaf, possible_names in unmapped.items()
-            if (leaf in unsure or len(shapes[leaf]) > 2)
-            and all(matching.is_target(all_modules, name) for name in possible_names)
-        ]
         raise_listed(
             KeyMapError,
             'target_modules="all-linear" is ambiguous for these weights, which may or may not be linear:',
-            ambiguous,
+            [
+                f"{leaf} {shapes[leaf]}"
+                for leaf, possible_names in unmapped.items()
+                if (leaf in unsure or len(shapes[leaf]) > 2)
+                and all(matching.is_target(all_modules, name) for name in possible_names)
+            ],
             generic.layout_advice("name them in exclude_modules"),
         )
     config = matching.resolve_targets(config, _module_names(mapped, unmapped), linear=linear, output=keymap.output)
@@ -171,11 +170,10 @@ def _select_sites(
         if not possible_names & matrices
     ]
     raise_listed(TargetError, "target_modules selects weights that this method cannot adapt:", refused)
-    unmapped_targets = [f"{leaf} {shapes[leaf]}" for leaf in named_leaves if len(shapes[leaf]) >= 2]
     raise_listed(
         KeyMapError,
         f"the keymap {keymap.name!r} does not define the axis roles of weights that target_modules selects:",
-        unmapped_targets,
+        [f"{leaf} {shapes[leaf]}" for leaf in named_leaves if len(shapes[leaf]) >= 2],
         generic.layout_advice("leave them out of target_modules"),
     )
     for match, sizes, module_names in mapped.values():
@@ -184,11 +182,10 @@ def _select_sites(
         indices = [index for index, name in module_names.items() if name in selected_names]
         match, modules = targeted_entries(match, sizes, module_names, indices)
         sites.append(bind_site(config, method, keymap, match, sizes, modules))
-    duplicates = {site.leaf for site in sites} & {site.leaf for site in parameter_sites}
     raise_listed(
         TargetError,
         "target_modules and target_parameters both select these weights; name each in one of them:",
-        duplicates,
+        {site.leaf for site in sites} & {site.leaf for site in parameter_sites},
     )
     sites += parameter_sites
     return (*sites, *_bind_copies(config, keymap, shapes, sites)), tuple(warnings)
@@ -217,25 +214,23 @@ def _bind_copies(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], ad
         match, modules = targeted_entries(match, sizes, names, copied_entries)
         method = next(iter(copied_entries.values()))
         sites.append(bind_site(config, method, keymap, match, sizes, modules))
-    unknown_layouts = [
-        f"{site.leaf} {shapes[site.leaf]}"
-        for site in sites
-        if (mapped_match := keymap.match(site.leaf)) is not None
-        and len(mapped_match.weight.left) != len(shapes[site.leaf])
-    ]
     raise_listed(
         KeyMapError,
         f"the keymap {keymap.name!r} does not define the PyTorch layout of weights that modules_to_save selects:"
         " its entry has another number of axes (a convolution's kernel has more than a Linear's):",
-        unknown_layouts,
+        [
+            f"{site.leaf} {shapes[site.leaf]}"
+            for site in sites
+            if (mapped_match := keymap.match(site.leaf)) is not None
+            and len(mapped_match.weight.left) != len(shapes[site.leaf])
+        ],
         generic.layout_advice("leave them out"),
     )
-    duplicates = [site.leaf for site in sites if site.leaf in adapted_leaves]
     raise_listed(
         TargetError,
         "target_modules selects weights that modules_to_save or trainable_token_indices copies; name each in one of"
         " them:",
-        duplicates,
+        [site.leaf for site in sites if site.leaf in adapted_leaves],
     )
     return sites
 

@@ -48,11 +48,10 @@ def keys_without_names(keys: Iterable[str], source: str) -> dict[str, str | None
     )
     new_keys: dict[str, str | None] = {key: None if _ORIGINAL in key else key for key in keys}
     new_keys |= {key: new_key for key, (_, new_key) in parsed.items()}
-    duplicates = [new_key for new_key, count in Counter(new_keys.values()).items() if new_key is not None and count > 1]
     raise_listed(
         MismatchError,
         f"{source} holds these tensors twice, with and without an adapter's name. Remove one of each:",
-        duplicates,
+        [new_key for new_key, count in Counter(new_keys.values()).items() if new_key is not None and count > 1],
     )
     return new_keys
 

@@ -67,8 +67,11 @@ def find_components(
     places = {m: (site, layer) for site in adapter_sites for m, layer in site.layers.items()}
     group_sites = [b for b in adapter_sites if not groups.keys().isdisjoint(b.modules)]
     k = {b.leaf: max(most[m] for m in b.modules) for b in group_sites}
-    too_many = [f"{b.leaf}: {k[b.leaf]} components of {b.fan_in} inputs" for b in group_sites if k[b.leaf] > b.fan_in]
-    raise_listed(ConfigError, "r * rho exceeds the inputs of these layers; lower r or rho:", too_many)
+    raise_listed(
+        ConfigError,
+        "r * rho exceeds the inputs of these layers; lower r or rho:",
+        [f"{b.leaf}: {k[b.leaf]} components of {b.fan_in} inputs" for b in group_sites if k[b.leaf] > b.fan_in],
+    )
     observe = watch(group_sites, {b.leaf: Statistic(Components(k[b.leaf]), k[b.leaf] + 4) for b in group_sites})
     states = {b.leaf: np.zeros((_count_layers(b), k[b.leaf] + 4, b.fan_in), "float32") for b in group_sites}
     converged = {m: np.zeros(most[m], bool) for m in groups}

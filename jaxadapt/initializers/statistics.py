@@ -197,12 +197,11 @@ def make_observer(
 
 def _check_calls(adapter_sites: Sequence[Site], new: Mapping[str, Array]) -> None:
     """Raise `AttachError` for layers that did not run, so that their statistics did not change."""
-    idle = [b.leaf for b in adapter_sites if not bool(jnp.all(split_layers(b, new[b.leaf])[:, -1, 0] > 0))]
     raise_listed(
         AttachError,
         "forward's outputs do not depend on these layers, so their inputs were not observed. Return all of the"
         " model's outputs, or exclude the layers with exclude_modules:",
-        idle,
+        [b.leaf for b in adapter_sites if not bool(jnp.all(split_layers(b, new[b.leaf])[:, -1, 0] > 0))],
     )
 
 

@@ -77,8 +77,11 @@ def state_dict_keymap(
     adapted = adapted_shapes(tensors)
     heads = {head for head, _ in tied}
     keys = match_model_keys(shapes, [module for module in adapted if f"{module}.weight" not in heads])
-    missing = [m for m in adapted if f"{m}.weight" not in {*keys.values(), *heads}]
-    raise_listed(MismatchError, f"{source}: the model has no weight for these modules:", missing)
+    raise_listed(
+        MismatchError,
+        f"{source}: the model has no weight for these modules:",
+        [m for m in adapted if f"{m}.weight" not in {*keys.values(), *heads}],
+    )
     row_modules = token_row_modules(tensors)
     lookups = {module for module, module_shapes in adapted.items() if "lora_embedding_A" in module_shapes}
     linear = {key.removesuffix(".weight"): shapes[leaf] for leaf, key in keys.items() if len(shapes[leaf]) == 2}

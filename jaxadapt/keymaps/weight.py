@@ -99,8 +99,7 @@ class Weight:
         put("shift", float(shift))
         put("layers", tuple(layers))
         put("scan", scan)
-        problems = self._problems()
-        raise_listed(KeyMapError, f"the entry {leaf!r} -> {key!r} ({pattern!r}) is invalid:", problems)
+        raise_listed(KeyMapError, f"the entry {leaf!r} -> {key!r} ({pattern!r}) is invalid:", self._problems())
         put("kind", kind or {1: "vector", 2: "linear"}.get(len(self.right), "other"))
 
     @staticmethod

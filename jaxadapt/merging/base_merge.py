@@ -263,8 +263,11 @@ def refuse_nan(base: Mapping[str, Any], adapter: Adapter, changed: Iterable[str]
 
 def _check_finite(values: Mapping[str, Callable[[], Any]]) -> None:
     """Raise `AttachError` for values that are not finite."""
-    not_finite = [path for path, value in values.items() if not bool(jnp.isfinite(value()).all())]
-    raise_listed(AttachError, "cannot merge: the merged values of these weights are not finite:", not_finite)
+    raise_listed(
+        AttachError,
+        "cannot merge: the merged values of these weights are not finite:",
+        [path for path, value in values.items() if not bool(jnp.isfinite(value()).all())],
+    )
 
 
 def plan_merge(base: Mapping[str, Any], adapter: Adapter) -> dict[str, ChangedLeaf]:
@@ -283,30 +286,31 @@ def plan_changes(base: Mapping[str, Any], adapter: Adapter, weight: Change, bias
             + paths.bullets(missing)
             + ('\nThese are Linen variables; pass variables["params"] as the parameters' if are_variables else "")
         )
-    mismatches = [
-        f"{site.leaf} {list(base[site.leaf].shape)}: {finding}"
-        for site in sites
-        for finding in compare(
-            _expected_specs(site, base[site.leaf].shape), {name: Spec(shape) for name, shape in site.shapes.items()}
-        )
-    ]
-    raise_listed(MismatchError, "cannot merge: the adapter does not fit these parameters:", mismatches)
-    quantised = [site.leaf for site in sites if quantized.is_quantized(base[site.leaf])]
+    raise_listed(
+        MismatchError,
+        "cannot merge: the adapter does not fit these parameters:",
+        [
+            f"{site.leaf} {list(base[site.leaf].shape)}: {finding}"
+            for site in sites
+            for finding in compare(
+                _expected_specs(site, base[site.leaf].shape), {name: Spec(shape) for name, shape in site.shapes.items()}
+            )
+        ],
+    )
     raise_listed(
         AttachError,
         "cannot merge into quantised weights, which cannot store the sum exactly. merge(…, dequantize=True) makes"
         " the base dense first:",
-        quantised,
+        [site.leaf for site in sites if quantized.is_quantized(base[site.leaf])],
     )
-    integers = [
-        f"{site.leaf}: {base[site.leaf].dtype}"
-        for site in sites
-        if not site.method.copies and not jnp.issubdtype(base[site.leaf].dtype, jnp.floating)
-    ]
     raise_listed(
         AttachError,
         "cannot merge into weights of integers, which would round the sum. Dequantise them first:",
-        integers,
+        [
+            f"{site.leaf}: {base[site.leaf].dtype}"
+            for site in sites
+            if not site.method.copies and not jnp.issubdtype(base[site.leaf].dtype, jnp.floating)
+        ],
     )
     tied = set(tied_heads(adapter.keymap, base).values())
     lookup_only = [

@@ -161,12 +161,15 @@ def lora_factors(adapter: Adapter, label: str = "the adapter") -> dict[str, Fact
             " weights"
         )
     tensors_of = adapter.sites
-    abstract = [
-        leaf
-        for leaf, tensors in tensors_of.items()
-        if any(isinstance(array, jax.ShapeDtypeStruct) for array in tensors.values())
-    ]
-    raise_listed(AttachError, f"{label} has shapes but no values; pass an adapter with arrays:", abstract)
+    raise_listed(
+        AttachError,
+        f"{label} has shapes but no values; pass an adapter with arrays:",
+        [
+            leaf
+            for leaf, tensors in tensors_of.items()
+            if any(isinstance(array, jax.ShapeDtypeStruct) for array in tensors.values())
+        ],
+    )
     return {site.leaf: _site_factors(site, tensors_of[site.leaf]) for site in sites_of(adapter)}
 
 

@@ -137,12 +137,11 @@ def to_lora(
         tuned = _merged_params(base, source)
         source_keymap = source.keymap
         sites = sites_of(source)
-        copies = [site.leaf for site in sites if site.method.copies]
         raise_listed(
             ConfigError,
             "to_lora: the adapter holds full copies of these weights, which no LoRA expresses. Remove them from"
             " modules_to_save or bias:",
-            copies,
+            [site.leaf for site in sites if site.method.copies],
         )
         modules = sorted({module for site in sites for module in site.modules})
         if not all(matching.is_target(config, module) for module in modules):
@@ -197,15 +196,14 @@ def _plain_config(config: Config, r: int) -> LoraConfig:
 def _merged_params(base: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
     """Return the merged parameters; raise `ConfigError` if more than the adapted weights changes."""
     tuned = paths.flatten(base_merge.merge(paths.unflatten(base), adapter))
-    changed = [
-        path
-        for path, x in tuned.items()
-        if path not in adapter.sites and x is not base[path] and not _is_equal(x, base[path])
-    ]
     raise_listed(
         ConfigError,
         f"to_lora: {adapter.config.peft_type} changes more than weights here, which no plain LoRA expresses:",
-        changed,
+        [
+            path
+            for path, x in tuned.items()
+            if path not in adapter.sites and x is not base[path] and not _is_equal(x, base[path])
+        ],
     )
     return tuned
 
@@ -221,9 +219,10 @@ def _flat_pair(source: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         raise AttachError(f"to_lora: expected an Adapter or a pair (base, tuned), found {type(source).__name__}")
     base, tuned = (_flat_params(tree) for tree in source)
     shapes = [{path: x.shape for path, x in tree.items()} for tree in (base, tuned)]
-    differ = [path for path in base.keys() | tuned.keys() if shapes[0].get(path) != shapes[1].get(path)]
     raise_listed(
-        MismatchError, "to_lora: the two trees are of different models; their shapes differ at:", sorted(differ)
+        MismatchError,
+        "to_lora: the two trees are of different models; their shapes differ at:",
+        sorted([path for path in base.keys() | tuned.keys() if shapes[0].get(path) != shapes[1].get(path)]),
     )
     return base, tuned
 
