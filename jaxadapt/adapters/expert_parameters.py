@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from jaxadapt.keymaps.expert_names import name_regex
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.parts import part_key
+from jaxadapt.keymaps.templates import name_regex
 from jaxadapt.keymaps.weight import Weight
 
 

@@ -28,9 +28,9 @@ from jaxadapt.configs import Config, LoraConfig, matching
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, MismatchError, raise_listed, warn
 from jaxadapt.keymaps import expert_names, plan
-from jaxadapt.keymaps.expert_names import name_regex
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.parts import cut_parts, file_key, join_parts, parse_part_key
+from jaxadapt.keymaps.templates import name_regex
 from jaxadapt.keymaps.weight import Weight
 
 Array = Any
@@ -40,11 +40,7 @@ _SIDES = ("A", "B")
 def expert_parameters(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     """Return the names of the given leaves' parameters, for leaves that PEFT adapts by parameter name."""
     matches = ((keymap.match(leaf), shape) for leaf, shape in shapes.items())
-    expert_matches = (
-        (match, shape)
-        for match, shape in matches
-        if match is not None and match.weight.kind in ("experts", "parameter")
-    )
+    expert_matches = ((match, shape) for match, shape in matches if match is not None and match.weight.by_parameter)
     return [
         paths.join(*name)
         for match, shape in expert_matches
@@ -373,7 +369,7 @@ def _with_target_modules(
     remaining = [entry for entry in config.target_parameters or () if entry.rpartition(".")[2] not in parameters]
     templates = list(dict.fromkeys(experts.values()))
     ends = list(dict.fromkeys(template.rpartition(".")[2] for template in templates))
-    plain = (entry for entry in keymap.weights if entry.adaptable and entry.kind not in ("parameter", "experts"))
+    plain = (entry for entry in keymap.weights if entry.adaptable and not entry.by_parameter)
     others = {name.rpartition(".")[2] for name in (*(entry.module for entry in plain), *other_modules)}
     targets = config.target_modules or ()
     can_list = not isinstance(targets, str) and not any(name.isdecimal() or "{" in name for name in ends)

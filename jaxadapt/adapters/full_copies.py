@@ -29,9 +29,6 @@ CopyMethod = FullCopy | TrainableTokens
 TENSORS = frozenset({"copy", trainable_tokens.NAME})
 """The names of such tensors in an adapter."""
 
-LOOKUP = "lookup"
-"""The kind of a token embedding whose copy replaces it in the lookup only, although it is the head as well."""
-
 INPUTS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "shared", "embed_in")
 """The usual names of a language model's token embedding, to tell it from embeddings of positions and of types."""
 
@@ -65,7 +62,7 @@ def copy_method(
         adapted: the modules that carry an adapter.
     """
     if matching.is_saved(config, module):
-        return FullCopy("modules_to_save", lookup=kind == LOOKUP)
+        return FullCopy("modules_to_save", lookup=kind == "lookup")
     if parameter == "weight" and (indices := trained_rows(config, module, inputs)) is not None:
         return TrainableTokens(indices)
     mode = config.get("bias", "none")
@@ -133,11 +130,11 @@ def match_for_copy(keymap: KeyMap, leaf: str, shape: Shape) -> Match:
 
 
 def _match_for_lookup(match: Match) -> Match:
-    """Return the match with an entry of the kind `LOOKUP`."""
+    """Return the match with an entry of the kind "lookup"."""
     entry = match.weight
     key = ".".join(match.parameter({}))
     return Match(
-        match.leaf, Weight(match.leaf, key, entry.pattern, kind=LOOKUP, fan_in_fan_out=True, scale=entry.scale)
+        match.leaf, Weight(match.leaf, key, entry.pattern, kind="lookup", fan_in_fan_out=True, scale=entry.scale)
     )
 
 

@@ -125,7 +125,7 @@ def with_copy_entries(keymap: KeyMap, sites: Sequence[Site]) -> KeyMap:
     return keymap.with_entries(
         site.match.weight
         for site in sites
-        if site.method.copies and (keymap.match(site.leaf) is None or site.match.weight.kind == full_copies.LOOKUP)
+        if site.method.copies and (keymap.match(site.leaf) is None or site.match.weight.kind == "lookup")
     )
 
 

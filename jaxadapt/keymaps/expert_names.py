@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from jaxadapt.core.errors import MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap
+from jaxadapt.keymaps.templates import name_regex
 
 Rows = tuple[tuple[str, ...], ...]
 """The tensors of single experts by expert and part (gate, up)."""
@@ -96,15 +97,3 @@ def folder_names(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> tuple
             else:
                 renamed[name] = modules[0].format(**texts.groupdict()) + _WEIGHT
     return split, renamed
-
-
-def name_regex(template: str) -> str:
-    """Return the regular expression of a name with holes for numbers, which excludes leading zeros.
-
-    Without leading zeros, no two names denote the same expert.
-
-    >>> [bool(re.fullmatch(name_regex("experts.{e}.w1"), f"experts.{e}.w1")) for e in ("0", "12", "012")]
-    [True, True, False]
-    """
-    parts = re.split(r"(\{\w+\})", template)
-    return "".join(rf"(?P<{p[1:-1]}>0|[1-9][0-9]*)" if p.startswith("{") else re.escape(p) for p in parts)

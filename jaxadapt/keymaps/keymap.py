@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxadapt.arrays.axes import Axes
-from jaxadapt.arrays.pattern import axis_parts
 from jaxadapt.core import paths
 from jaxadapt.core.errors import KeyMapError, warn
 from jaxadapt.keymaps.weight import EXPERTS, Weight
@@ -241,84 +239,6 @@ class KeyMap:
         kept = tuple(w for w in self.weights if w.leaf not in replaced)
         return dataclasses.replace(self, weights=entries + kept) if entries else self
 
-    def max_coverage(self, leaves: Collection[str], scanned: bool) -> int:
-        """Return an upper bound of `coverage`, for this keymap or for all `scanned` forms of it.
-
-        It compares only the ends of names, so it is much cheaper.
-        """
-        identifying, countable = self._scanned_suffixes if scanned else self._suffixes
-        if not any(leaf.endswith(identifying) for leaf in leaves):
-            return 0
-        return sum(leaf.endswith(countable) for leaf in leaves)
-
-    def coverage(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """Return the number of a model's leaves that match, or 0 if the model is not of the family.
-
-        A matching leaf with another layout excludes the family. At least one match must be a layer's matrix, because
-        names such as "lm_head" and "classifier" occur in many families. Stacked axes of layers with the same numbering
-        must agree in size, which distinguishes layers stacked on axis 0 from those stacked on axis 1; so must the axes
-        in `same`.
-        """
-        if next(self.misfits(shapes), None) is not None:
-            return 0
-        return sum(self.match(leaf) is not None for leaf in shapes)
-
-    def tells(self, leaves: Iterable[str]) -> bool:
-        """Return True if one of these leaves matches the entry of a layer's matrix."""
-        return any((matched := self.match(leaf)) is not None and _identifies_family(matched.weight) for leaf in leaves)
-
-    def misfits(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
-        """Yield the reasons why a model with these leaves is not of the family, one for each leaf."""
-        sizes: dict[tuple[str, tuple[int, int]], dict[int, str]] = {}
-        identified, matched_leaves = False, set[str]()
-        for leaf, shape in shapes.items():
-            matched = self.match(leaf)
-            if matched is None:
-                if self.whole and _first_name(leaf) in self._known_first_names:
-                    yield f"{leaf} {shape}: no entry matches it"
-                continue
-            matched_leaves.add(matched.weight.leaf)
-            identified = identified or _identifies_family(matched.weight)
-            mismatch = f"{leaf} {shape}: its entry has the pattern {matched.weight.pattern!r}"
-            if len(matched.weight.left) != len(shape):
-                yield mismatch
-                continue
-            fixed = dict(matched.weight.sizes)
-            for name, size in zip(matched.weight.left, shape, strict=True):
-                if fixed and size % (parts := math.prod(fixed.get(n, 1) for n in axis_parts(name))):
-                    yield f"{mismatch}, but {size} is not a multiple of {parts}"
-                names = matched.weight.index_names(name)
-                if names is not None and len(names) != size:
-                    yield f"{mismatch}, where {name} has the entries {', '.join(names)}"
-                if name.startswith("{") and names is None:
-                    sizes.setdefault((name, matched.weight.layers), {}).setdefault(size, mismatch)
-                    if size != (count := self._counts.get(matched.weight.leaf, size)):
-                        yield f"{mismatch}, where {name} is {count}"
-                elif name in self.same:
-                    sizes.setdefault((name, (1, 0)), {}).setdefault(size, mismatch)
-        for (name, _), different in sizes.items():
-            first, *others = different.items()
-            yield from (f"{text}, where {name} is {size}; it is {first[0]} in {first[1]}" for size, text in others)
-        yield from (f"{leaf}: missing" for leaf in self.needs if leaf not in matched_leaves)
-        if not identified:
-            yield "no leaf is a layer's matrix"
-
-    @functools.cached_property
-    def _suffixes(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        return _leaf_suffixes((w.leaf, w) for w in self.weights)
-
-    @functools.cached_property
-    def _scanned_suffixes(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        return _leaf_suffixes((w.scanned_leaf, w) for w in self.weights)
-
-    @functools.cached_property
-    def _counts(self) -> dict[str, int]:
-        return dict(self.counts)
-
-    @functools.cached_property
-    def _known_first_names(self) -> set[str]:
-        return {_first_name(w.leaf) for w in self.weights}
-
 
 @functools.lru_cache(maxsize=512)  # every load requests the same ones
 def _scanned(keymap: KeyMap, axis: int) -> KeyMap:
@@ -367,23 +287,6 @@ def _respell(keymap: KeyMap, spelling: str) -> KeyMap:
         each=tuple((respell(name), tuple(map(respell, modules))) for name, modules in keymap.each),
         spellings=(),
     )
-
-
-def _identifies_family(weight: Weight) -> bool:
-    """Return True if the entry is a matrix of a numbered or stacked layer, whose name identifies a family."""
-    return weight.kind == "linear" and ("{l}" in weight.leaf or "{l}" in weight.left)
-
-
-def _leaf_suffixes(leaves: Iterable[tuple[str, Weight]]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return what follows the last hole in each leaf: for the entries that identify a family, and for all entries."""
-    suffixes = [(leaf.rpartition("}")[2], weight) for leaf, weight in leaves]
-    identifying = {suffix for suffix, weight in suffixes if _identifies_family(weight)}
-    return tuple(identifying), tuple({suffix for suffix, _ in suffixes})
-
-
-def _first_name(leaf: str) -> str:
-    """Return the first name of a path with "#" for numbers: the same for "layer_3.attn.w" and "layer_{l}.attn.w"."""
-    return re.sub(r"\d+|\{\w+\}", "#", leaf.partition(".")[0])
 
 
 def warn_unproved(keymap: KeyMap) -> None:

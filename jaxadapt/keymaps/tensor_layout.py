@@ -86,8 +86,7 @@ def tensor_key(keymap: KeyMap, match: Match, tensor: MethodTensor, text: Mapping
         return tensor_part_key(
             weight, paths.join(f"{keymap.prefix}{module}".rstrip(".") + tensor.suffix, parameter), weight.right
         )
-    is_projection = weight.kind == "attention" and not weight.part
-    suffix = f".base_layer.out_proj{tensor.suffix}" if is_projection else tensor.suffix
+    suffix = f".base_layer.out_proj{tensor.suffix}" if weight.products == 2 else tensor.suffix
     module = match.parameter(text)[0] if weight.kind == "experts" else match.module(text)
     return tensor_part_key(weight, f"{keymap.prefix}{module}".rstrip(".") + suffix, torch_axes(match, tensor))
 

@@ -137,8 +137,7 @@ class Lora(Method):
         return tuple(dataclasses.replace(t, used_sizes=_used_sizes(t, ranks, r)) for t in tensors)
 
     def hparams(self, config: LoraConfig, match: Match, modules: Modules) -> LoraHparams:
-        kind, attention = match.weight.kind, match.weight.kind == "attention"
-        times = 2 if attention and not match.weight.part else 1  # the output projection: see the module's docstring
+        kind, times = match.weight.kind, match.weight.products
         scales = {times * config.scale_of(m) for m in modules}
         smallest = min(scales)
         needs_mask = config.use_dora or config.lora_bias  # their gradients are nonzero even where A and B are zero
@@ -267,7 +266,7 @@ def is_newer_attention_file(config: Config, sites: Iterable[Match]) -> bool:
     known, file_version = (
         [int(n) for n in re.findall(r"\d+", version)[:3]] for version in (PEFT_VERSION, config.peft_version or "")
     )
-    projections = (match.weight.kind == "attention" and not match.weight.part for match in sites)
+    projections = (match.weight.products == 2 for match in sites)
     return config.peft_type == "LORA" and file_version > known and any(projections)
 
 

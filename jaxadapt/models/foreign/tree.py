@@ -138,11 +138,7 @@ def survey_tree(foreign_tree: ForeignTree, keymap: KeyMap | str | None, keys: Co
     bound_keymap = real = _resolve_keymap(foreign_tree, keymap).spelling_for(
         [key.removeprefix(PEFT_PREFIX) for key in keys], leaves
     )
-    if any(
-        match.weight.kind in ("experts", "parameter")
-        for leaf in leaves
-        if (match := bound_keymap.match(leaf)) is not None
-    ):
+    if any(match.weight.by_parameter for leaf in leaves if (match := bound_keymap.match(leaf)) is not None):
         bound_keymap = experts.per_expert_keymap(bound_keymap)
     if isinstance(foreign_tree.tree, attach.nnx.Module):
         claimed = foreign_tree.dialect.claim(foreign_tree.leaves)

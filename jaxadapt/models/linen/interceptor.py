@@ -17,6 +17,7 @@ from jaxadapt.arrays import quantized
 from jaxadapt.arrays.axes import Axes, Use, contradiction_message
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
+from jaxadapt.keymaps.weight import Kind
 from jaxadapt.methods import AppliedMethod, AppliedMethods
 from jaxadapt.models import layers
 from jaxadapt.models.tracing import rewrite
@@ -63,7 +64,7 @@ def known_use(module: nn.Module, method: str) -> tuple[_Roles, _ToUse] | None:
     return _KNOWN.get(owner) if owner is not None else None
 
 
-def known_roles(module: nn.Module, method: str, leaf: str) -> tuple[Axes, str, int] | None:
+def known_roles(module: nn.Module, method: str, leaf: str) -> tuple[Axes, Kind, int] | None:
     """Return axes, kind and groups of the weight of Flax's own Conv or Embed, else None."""
     owner = next((c for c in type(module).__mro__ if method in vars(c)), None)
     m: Any = module

@@ -22,7 +22,7 @@ from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.generic import GENERIC, entry_from_axes
 from jaxadapt.keymaps.keymap import KeyMap, Match
-from jaxadapt.keymaps.weight import Weight
+from jaxadapt.keymaps.weight import Kind, Weight
 from jaxadapt.models.linen import interceptor
 from jaxadapt.models.linen.collections import unbox_tree
 from jaxadapt.models.linen.interceptor import SEP
@@ -57,7 +57,7 @@ class Survey:
     collections: frozenset[str]
     stateful: frozenset[str]
     roles: dict[str, Axes] = dataclasses.field(default_factory=dict[str, Axes])
-    kinds: dict[str, tuple[str, int]] = dataclasses.field(default_factory=dict[str, tuple[str, int]])
+    kinds: dict[str, tuple[Kind, int]] = dataclasses.field(default_factory=dict[str, tuple[Kind, int]])
     certain: set[str] = dataclasses.field(default_factory=set[str])
     stack: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict[str, tuple[int, ...]])
     vectors: set[str] = dataclasses.field(default_factory=set[str])

@@ -16,7 +16,7 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.generic import entry_from_axes
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.keymaps.weight import Weight
+from jaxadapt.keymaps.weight import Kind, Weight
 from jaxadapt.models import layers
 from jaxadapt.models.nnx.params import AdapterParam, LayerNumber
 
@@ -174,7 +174,7 @@ class KernelRoles:
 
     axes: Axes
     shape: tuple[int, ...]
-    kind: str = "linear"
+    kind: Kind = "linear"
     groups: int = 1
 
 
