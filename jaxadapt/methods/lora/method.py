@@ -32,6 +32,7 @@ from jaxadapt.arrays.axes import Axes, Operation, Use
 from jaxadapt.arrays.per_entry import PerEntry, mask_unadapted
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs import PEFT_VERSION, Config, LoraConfig
+from jaxadapt.configs.lora_variants import fields_set
 from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.keymaps.keymap import Match
 from jaxadapt.keymaps.tensor_spec import MethodTensor, Modules
@@ -327,8 +328,7 @@ def _check_site(config: LoraConfig, match: Match, r: int) -> None:
             f"{match.leaf}: use_dora is not supported on a grouped convolution, where PEFT's norm mixes the weights of"
             " several groups; set use_dora=False, or exclude the module"
         )
-    asked = [f"{name}={value!r}" for name in ("use_dora", "lora_bias", "bias") if (value := config.get(name))]
-    asked = [setting for setting in asked if setting != "bias='none'"]
+    asked = [f"{name}={value!r}" for name, value in fields_set(config, "tensor").items()]
     if kind == "attention" and asked:
         raise ConfigError(
             f"{match.leaf}: {', '.join(asked)} is not supported on an nn.MultiheadAttention: PEFT has no such adapter"
@@ -353,12 +353,9 @@ def _check_site(config: LoraConfig, match: Match, r: int) -> None:
 
 def _check_parameter(config: LoraConfig, match: Match) -> None:
     """Raise `ConfigError` for settings that PEFT's ParamWrapper lacks: it computes only W + s·B·A."""
-    unsupported = {
-        "lora_dropout": config.lora_dropout, "fan_in_fan_out": config.fan_in_fan_out, "lora_bias": config.lora_bias,
-        "use_dora": config.use_dora, "bias": config.bias if config.bias != "none" else None,
-        "kasa_config": config.kasa_config, "alora_invocation_tokens": config.alora_invocation_tokens,
-    }  # fmt: skip
-    problems = [f"{name}={value!r}" for name, value in unsupported.items() if value]
+    unsupported = fields_set(config, "tensor", "token")
+    unsupported |= {name: value for name in ("lora_dropout", "fan_in_fan_out") if (value := config.get(name))}
+    problems = [f"{name}={value!r}" for name, value in unsupported.items()]
     if problems:
         raise ConfigError(
             f"{match.leaf}: {', '.join(problems)} cannot be combined with target_parameters: PEFT only adds s·B·A to"

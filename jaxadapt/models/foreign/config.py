@@ -10,6 +10,7 @@ from typing import Any
 from jaxadapt import methods
 from jaxadapt.configs import Config, FrozenDict, LoraConfig, matching
 from jaxadapt.configs.frozen import find_pattern_value
+from jaxadapt.configs.lora_variants import fields_set
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.generic import with_layout
@@ -63,11 +64,9 @@ def infer_config(
     config = config or LoraConfig()
     if config.use_rslora:
         problems.append(f"use_rslora=True, but {dialect.name} divides by r, not by its square root")
-    if config.alora_invocation_tokens:
-        problems.append(f"alora_invocation_tokens, but {dialect.name} adapts every token")
-    asked = [n for n in ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias") if config.get(n)]
-    asked += [n for n, unset in (("bias", "none"), ("kasa_config", None)) if config.get(n) != unset]
-    problems += [f"{name}={config.get(name)!r}, but {dialect.name} has no tensors for it" for name in asked]
+    problems += [f"{name}, but {dialect.name} adapts every token" for name in fields_set(config, "token")]
+    others = fields_set(config, "tensor", "copy")
+    problems += [f"{name}={value!r}, but {dialect.name} has no tensors for it" for name, value in others.items()]
     if config.rank_pattern or config.r != _DEFAULT.r:
         problems += _contradictions("rank", sites.ranks, config.rank_pattern, config.r)
     else:
@@ -146,14 +145,12 @@ def scale_ratios(sites: ForeignSites, config: Config, lora_alpha: float | None, 
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"cannot store a {config.peft_type} adapter in {dialect.name} leaves: they hold only LoRA")
     methods.get_method(config)
-    unsupported = [name for name in ("use_dora", "lora_bias", "modules_to_save") if config.get(name)]
-    unsupported += [] if config.bias == "none" else ["bias"]
-    if unsupported:
+    if unsupported := fields_set(config, "tensor", "copy"):
         raise ConfigError(
             f"cannot store this adapter in {dialect.name} leaves: they hold only A and B, and it has"
             f" {', '.join(unsupported)}"
         )
-    if config.alora_invocation_tokens:
+    if fields_set(config, "token"):
         raise ConfigError(
             f"cannot store this adapter in {dialect.name} leaves: alora_invocation_tokens limits it to some tokens, and"
             f" {dialect.name} adapts every token"
