@@ -13,7 +13,8 @@ from jaxadapt.arrays.layout import RANK, FileLayout
 from jaxadapt.configs import LoraConfig, lora_variants
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, MismatchError
-from jaxadapt.initializers.initialize import Initialization, init_kind
+from jaxadapt.initializers.initialize import Initialization
+from jaxadapt.initializers.kinds import init_kind
 from jaxadapt.models import attachment
 
 Array = Any
@@ -104,17 +105,12 @@ def residual_base(
     """
     config: Any = recipe.config
     kind = init_kind(config)
-    cause = {
-        "pissa_niter": "a randomised SVD, which differs in each run",
-        "corda": "the initialisation's data",
-        "lora_ga": "the initialisation's gradients",
-    }.get(kind)
-    if cause is not None:
+    if kind.from_run:
         raise ConfigError(
-            f"{lora_variants.init_field(config)}: cannot repeat the change of the base, which depends on {cause}"
-            " (PEFT's load cannot either). Load onto the changed base with base='changed', or convert the adapter where"
-            " it was trained, with for_original_base (in PEFT path_initial_model_for_weight_conversion)"
+            f"{lora_variants.init_field(config)}: cannot repeat the change of the base, which depends on"
+            f" {kind.from_run} (PEFT's load cannot either). Load onto the changed base with base='changed', or convert"
+            " the adapter where it was trained, with for_original_base (in PEFT"
+            " path_initial_model_for_weight_conversion)"
         )
     initialization = Initialization(kind, recipe, adapter_sites, weights, None)
-    factors = {site.leaf: initialization.factors(site) for site in initialization.pairs}
-    return initialization.assemble(factors, None, {})[1]
+    return initialization.assemble(initialization.factors(), None, {})[1]

@@ -18,8 +18,8 @@ from jaxadapt.adapters.adapter import Adapter, Recipe
 from jaxadapt.configs import LoraConfig, lora_variants
 from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.initializers import eva, statistics
-from jaxadapt.initializers.decompositions import Factors
-from jaxadapt.initializers.initialize import FactorList, Initialization, init_kind, init_settings
+from jaxadapt.initializers.initialize import Initialization
+from jaxadapt.initializers.kinds import init_kind, init_settings
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.merging import factors
 from jaxadapt.models import attachment, base_params, planning
@@ -28,8 +28,6 @@ from jaxadapt.models.nnx import attach
 from jaxadapt.models.nnx.attach import nnx
 
 Array = Any
-
-_FROM_DATA = ("eva", "corda")
 
 
 class Started(NamedTuple):
@@ -109,13 +107,11 @@ def start(
     if key is None and rngs is not None:
         key = attach.draw_params_key(rngs)
     kind = init_kind(config)
-    given = {"batches": (batches, _FROM_DATA), "gradients": (gradients, ("lora_ga",)), "mask": (mask, ("eva",))}
-    unused = [option for option, (value, kinds) in given.items() if value is not None and kind not in kinds]
-    missing = [o for o, (value, kinds) in given.items() if value is None and kind in kinds and o != "mask"]
-    if key is None and kind in ("", "pissa_niter", "orthogonal", "lora_ga", "kasa"):
-        missing.append("key")
-    if unused or missing:
-        problems = [f"{option} has no effect" for option in unused] + [f"{option} is needed" for option in missing]
+    arguments = {"key": key, "batches": batches, "gradients": gradients, "mask": mask}
+    given = {name for name, value in arguments.items() if value is not None}
+    problems = [f"{name} has no effect" for name in sorted(given.difference(kind.needs, kind.takes, ("key",)))]
+    problems += [f"{name} is needed" for name in kind.needs if name not in given]
+    if problems:
         raise AttachError(f"{lora_variants.init_field(config)}: " + ", ".join(problems))
 
     parameters = planning.BaseParams.from_tree(base)
@@ -125,19 +121,18 @@ def start(
 
     recipe, adapter_sites = plan(config)
     initialization = Initialization(kind, recipe, adapter_sites, parameters.leaves, key)
-    if kind == "eva":
+    data: Mapping[str, Sequence[Array]] | None = None
+    if "batches" in kind.needs:
         run = _forward_function(base, forward)
-        recipe, adapter_sites, components = _run_eva(plan, initialization, base, batches, run, mask)
-        initialization = dataclasses.replace(initialization, recipe=recipe, sites=adapter_sites)
-        factors_by_leaf = {b.leaf: _eva_factors(b, recipe.keymap, components) for b in initialization.pairs}
-    elif kind == "corda":
-        covariances = _covariances(initialization, base, batches, _forward_function(base, forward))
-        factors_by_leaf = {b.leaf: initialization.corda(b, covariances[b.leaf]) for b in initialization.pairs}
-    elif kind == "lora_ga":
-        leaf_gradients = _leaves(gradients)
-        factors_by_leaf = {b.leaf: initialization.lora_ga(b, leaf_gradients) for b in initialization.pairs}
-    else:
-        factors_by_leaf = {b.leaf: initialization.factors(b) for b in initialization.pairs} if kind else {}
+        if kind.name == "eva":
+            recipe, adapter_sites, by_module = _run_eva(plan, initialization, base, batches, run, mask)
+            initialization = dataclasses.replace(initialization, recipe=recipe, sites=adapter_sites)
+        else:
+            by_module = _covariances(initialization, base, batches, run)
+        data = {b.leaf: [by_module[m] for m in factors.site_modules(b, recipe.keymap)] for b in initialization.pairs}
+    elif gradients is not None:
+        data = initialization.gradient_rows(_leaves(gradients))
+    factors_by_leaf = initialization.factors(data)
     adapter, new = initialization.assemble(factors_by_leaf, dtype, parameters.shardings)
     if is_model:
         base_params.replace_leaves(base, new)
@@ -176,8 +171,8 @@ def _call_model(model: Any, batch: Any) -> Any:
     return model(*batch) if isinstance(batch, tuple) else model(batch)
 
 
-def _covariances(initialization: Initialization, base: Any, batches: Any, forward: Any) -> dict[str, dict[str, Array]]:
-    """Return {leaf: {module: covariance (in, in)}}, averaged over the calls."""
+def _covariances(initialization: Initialization, base: Any, batches: Any, forward: Any) -> dict[str, Array]:
+    """Return {module: covariance (in, in)}, averaged over the calls."""
     observed = {b.leaf: statistics.Statistic(statistics.gram, b.fan_in + 1) for b in initialization.pairs}
     observe = statistics.make_observer(base, initialization.recipe, initialization.pairs, observed, forward)
     sums: dict[str, Array] = {}
@@ -186,10 +181,10 @@ def _covariances(initialization: Initialization, base: Any, batches: Any, forwar
         sums = {leaf: sums[leaf] + x if sums else x for leaf, x in grams.items()}
     if not sums:
         raise AttachError("CorDA needs at least one batch: batches= is empty")
-    out: dict[str, dict[str, Array]] = {}
+    out: dict[str, Array] = {}
     for b in initialization.pairs:
         rows = statistics.split_layers(b, sums[b.leaf])
-        out[b.leaf] = {m: rows[layer, :-1] / rows[layer, -1, 0] for m, layer in b.layers.items()}
+        out |= {m: rows[layer, :-1] / rows[layer, -1, 0] for m, layer in b.layers.items()}
     return out
 
 
@@ -207,10 +202,3 @@ def _run_eva(
     components = eva.find_components(config, initialization.pairs, batches, watch, settings, mask)
     recipe, adapter_sites = plan(eva.redistribute_ranks(config, components, settings))
     return recipe, adapter_sites, {m: jnp.asarray(x) for m, x in components.items()}
-
-
-def _eva_factors(site: sites.Site, keymap: KeyMap, components: Mapping[str, Array]) -> FactorList:
-    """Return the components as A and zeros as B for each module of a site."""
-    out = factors.matrix_sizes(site)[0]
-    modules = factors.site_modules(site, keymap)
-    return [Factors(components[m], jnp.zeros((out, len(components[m])))) for m in modules]

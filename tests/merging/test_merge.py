@@ -353,7 +353,7 @@ def test_what_does_not_fit_is_listed():
     params = {n: {"kernel": rand(6, 7)} for n in ("q_proj", "up_proj")}
     with pytest.raises(MismatchError) as caught:
         jaxadapt.merge(params, adapter)
-    assert "q_proj.kernel [6, 7]: lora_A: expected" in str(caught.value)
+    assert "q_proj.kernel [6, 7]: lora_B: expected [7, 2], found [8, 2]" in str(caught.value)
     assert "up_proj.kernel" in str(caught.value)
     with pytest.raises(AttachError, match="expected an Adapter"):
         jaxadapt.merge(params, jaxadapt.to_peft(adapter))  # type: ignore[arg-type]
