@@ -1,10 +1,11 @@
 """PEFT-compatible configuration classes, read from and written to `adapter_config.json`. Imports no JAX."""
 
-from jaxadapt.configs.base import PEFT_VERSION, TASK_TYPES, Config, GenericConfig
+from jaxadapt.configs.base import PEFT_VERSION, Config, GenericConfig
 from jaxadapt.configs.frozen import FrozenDict, freeze, thaw
 from jaxadapt.configs.ia3 import IA3Config
 from jaxadapt.configs.lora import LoraConfig
 from jaxadapt.configs.serialization import dumps, from_dict, loads
+from jaxadapt.configs.validation import TASK_TYPES
 
 __all__ = [
     "PEFT_VERSION",

@@ -19,8 +19,6 @@ from jaxadapt.core.errors import ConfigError
 # The version of PEFT whose schema this package writes: the default of `peft_version`.
 PEFT_VERSION = "0.21.2"
 
-TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-
 # Lists whose order has no meaning (PEFT turns them into sets). They are kept as given and compared as sets.
 _UNORDERED = frozenset({"target_modules", "exclude_modules", "feedforward_modules"})
 
@@ -121,11 +119,8 @@ class Config:
         """Add the problems of the frozen values to `problems`; subclasses extend it."""
         if self._type is not None and self.peft_type != self._type:
             problems.add("peft_type", f'"{self._type}"', self.peft_type, "use configs.loads to read any type")
-        problems.one_of("task_type", self.task_type, TASK_TYPES, optional=True)
-        problems.mapping("auto_mapping", self.auto_mapping)
-        for name in ("peft_version", "base_model_name_or_path", "revision"):
-            problems.text(name, getattr(self, name))
-        problems.flag("inference_mode", self.inference_mode)
+        for name in _field_names(type(self)):
+            problems.check(name, getattr(self, name))
         if not isinstance(self.extra, FrozenDict):
             problems.add("extra", "an object of unknown keys", self.extra)
             return

@@ -62,11 +62,6 @@ class IA3Config(Config):
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)
-        for name in ("target_modules", "exclude_modules", "feedforward_modules"):
-            problems.selection(name, getattr(self, name))
-        problems.flag("fan_in_fan_out", self.fan_in_fan_out, optional=True)
-        problems.flag("init_ia3_weights", self.init_ia3_weights)
-        problems.expressions("modules_to_save", self.modules_to_save)
         targets, inputs = self.target_modules, self.feedforward_modules
         if isinstance(targets, tuple) and isinstance(inputs, tuple):
             untargeted = sorted(set(inputs) - set(targets), key=str)
