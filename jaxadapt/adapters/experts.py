@@ -27,7 +27,7 @@ from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.configs import Config, LoraConfig, matching
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, MismatchError, raise_listed, warn
-from jaxadapt.keymaps import expert_names, plan
+from jaxadapt.keymaps import expert_names, tensor_layout
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.parts import cut_parts, file_key, join_parts, parse_part_key
 from jaxadapt.keymaps.templates import name_regex
@@ -44,7 +44,7 @@ def expert_parameters(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> 
     return [
         paths.join(*name)
         for match, shape in expert_matches
-        for name in match.parameters(plan.axis_sizes(match, shape)).values()
+        for name in match.parameters(tensor_layout.axis_sizes(match, shape)).values()
     ]
 
 

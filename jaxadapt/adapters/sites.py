@@ -21,7 +21,7 @@ from jaxadapt.arrays.axes import Axes
 from jaxadapt.configs import Config, matching
 from jaxadapt.core import paths
 from jaxadapt.core.errors import KeyMapError, MismatchError
-from jaxadapt.keymaps import plan
+from jaxadapt.keymaps import plan, tensor_layout
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.tensor_spec import MethodTensor, Modules
 
@@ -204,7 +204,7 @@ def _recover_sites(config: Config, keymap: KeyMap, tensors: Tensors) -> tuple[Si
         copy_method = next(iter(copied_entries.values()))
         names = {index: paths.join(*name) for index, name in match.parameters(sizes).items()}
         match, modules = targeted_entries(match, sizes, names, copied_entries)
-        sizes |= plan.axis_sizes_from_tensors(match, copy_method.tensors(config, match, modules), shapes)
+        sizes |= tensor_layout.axis_sizes_from_tensors(match, copy_method.tensors(config, match, modules), shapes)
         sites.append(bind_site(config, copy_method, keymap, match, sizes, modules))
     if unmapped:
         raise KeyMapError(
@@ -229,7 +229,7 @@ def _stacked_sizes(config: Config, method: methods.Method, match: Match, shapes:
     names = list(match.modules(sizes).values())
     probed = [name for name in names if matching.is_target(config, name)] or names
     probe = [tensor for name in probed for tensor in method.tensors(config, match, Modules((name,)))]
-    return sizes | plan.stack_sizes(match, probe, shapes)
+    return sizes | tensor_layout.stack_sizes(match, probe, shapes)
 
 
 def _is_adapted_by_name(config: Config, method: methods.Method, match: Match, shapes: Mapping[str, Shape]) -> bool:
@@ -260,7 +260,7 @@ def _recover_site(
     match, modules = targeted_entries(
         match, sizes, names, [index for index, name in names.items() if is_targeted(config, name)]
     )
-    sizes |= plan.axis_sizes_from_tensors(match, method.tensors(config, match, modules), shapes)
+    sizes |= tensor_layout.axis_sizes_from_tensors(match, method.tensors(config, match, modules), shapes)
     return bind_site(config, method, keymap, match, sizes, modules)
 
 

@@ -22,15 +22,12 @@ from jaxadapt.core.errors import KeyMapError, MismatchError
 from jaxadapt.keymaps.keymap import KeyMap, Match, index_entries
 from jaxadapt.keymaps.tensor_layout import (
     axis_sizes,
+    model_shape,
     scale_factor,
     tensor_key,
     tensor_layout,
     tensor_part_key,
 )
-from jaxadapt.keymaps.tensor_layout import axis_sizes_from_tensors as axis_sizes_from_tensors
-from jaxadapt.keymaps.tensor_layout import model_shape as model_shape
-from jaxadapt.keymaps.tensor_layout import stack_sizes as stack_sizes
-from jaxadapt.keymaps.tensor_layout import torch_axes as torch_axes
 from jaxadapt.keymaps.tensor_spec import MethodTensor
 
 Array = Any

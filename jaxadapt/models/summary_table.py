@@ -15,7 +15,7 @@ from jaxadapt.arrays.quantized import is_quantized
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.core.terminal import escape_text
-from jaxadapt.keymaps import plan
+from jaxadapt.keymaps import tensor_layout
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.models import attachment
 from jaxadapt.models.linen import collections, wrapper
@@ -103,7 +103,7 @@ class Summary:
         for row in self.rows:
             match = self.families[row.adapter].match(row.leaf) if row.adapter in self.families else None
             if match is not None and len(row.shape) == len(match.weight.left):
-                factor = match.weight.factor(plan.axis_sizes(match, row.shape))
+                factor = match.weight.factor(tensor_layout.axis_sizes(match, row.shape))
                 if math.frexp(factor)[0] != 0.5:
                     factors[match.weight.leaf] = factor
         return factors
