@@ -70,7 +70,7 @@ def list_parameters(keymap: KeyMap, layout: KeyMap | None = None) -> list[Expert
         if entry.part and entry.kind == "experts":
             parts.setdefault(entry.file_key, []).append(entry.part)
     parameters: list[ExpertParameter] = []
-    for i, (name, modules) in enumerate(keymap.each):
+    for i, (name, modules) in enumerate(keymap.expert_modules):
         default_parts = [f"{part}/{len(modules)}" for part in range(len(modules))]
         turned = any(entry.file_key == name and is_transposed(entry) for entry in (layout or keymap).weights)
         parameters.append(

@@ -1,7 +1,7 @@
 """LoRA for each expert, as PEFT wrote it for transformers 4 (`experts.3.up_proj.lora_A.weight`): fuse and split.
 
 transformers 5 holds all experts of a layer in one parameter, with gate and up in its halves. PEFT names these
-parameters in `target_parameters`. A keymap lists the modules of the single experts (`KeyMap.each`).
+parameters in `target_parameters`. A keymap lists the modules of the single experts (`KeyMap.expert_modules`).
 
     {"…experts.3.up_proj.lora_A.weight": …} ──fuse_experts───► {"…experts.base_layer.lora_A.weight": …}
                                             ◄──split_experts──
@@ -79,8 +79,8 @@ def per_expert_keymap(keymap: KeyMap) -> KeyMap:
             entries.append(Weight(entry.leaf, f"{module}.weight", f"{left} -> {right}", **options))
         else:
             entries.append(entry)
-    each = tuple((name, tuple(modules)) for name, modules in modules_of.items())
-    return dataclasses.replace(keymap, weights=tuple(entries), each=each, single=False)
+    expert_modules = tuple((name, tuple(modules)) for name, modules in modules_of.items())
+    return dataclasses.replace(keymap, weights=tuple(entries), expert_modules=expert_modules, per_expert=False)
 
 
 _LOOKS_LIKE_EXPERTS = re.compile(r"\.experts\.|\.gate\.lora_")
@@ -122,7 +122,7 @@ def fuse_experts(
     that the model stores as one.
     """
     config = tensors.config
-    if not keymap.each or not isinstance(config, LoraConfig):
+    if not keymap.expert_modules or not isinstance(config, LoraConfig):
         return tensors
     candidates = list_parameters(keymap, model_keymap)
     fused: dict[str, tuple[ExpertParameter, PartFactors]] = {}

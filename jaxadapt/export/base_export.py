@@ -99,10 +99,12 @@ def export_base(
     folder.make_folder(target)
     encode = _make_encoder(base_plan, leaves, changed, file_dtype)
     total = sum(math.prod(shape) * numpy_dtype(name).itemsize for name, shape in specs.values())
-    specs, sources = _split_experts(resolved, specs) if resolved.single else (specs, {key: (key, ()) for key in specs})
+    specs, sources = (
+        _split_experts(resolved, specs) if resolved.per_expert else (specs, {key: (key, ()) for key in specs})
+    )
 
     # The gate, up and down tensors of an expert come from the same two fused tensors.
-    @functools.lru_cache(maxsize=2 if resolved.single else 0)
+    @functools.lru_cache(maxsize=2 if resolved.per_expert else 0)
     def join(key: str) -> Any:
         return parts.join_parts([encode(part) for part in part_keys[key]], part_keys[key], np)
 

@@ -81,7 +81,7 @@ def import_base(
         resolved = resolved.spelling_for(tensors, shapes)
         if keymap in (None, "auto", GENERIC.name):
             resolved = _with_path_names(resolved, target, shapes, tensors, tensors.source)
-        if resolved.each:
+        if resolved.expert_modules:
             tensors = tensors.with_stacks(*expert_names.expert_rows(resolved, tensors, tensors.source))
         known = shapes if strict else {p: s for p, s in shapes.items() if resolved.match(p) is not None}
         base_plan = plan.base_plan(resolved, known)

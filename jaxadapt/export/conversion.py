@@ -93,10 +93,10 @@ def convert(
     if not trees[1]:
         respell = from_keymap is not None and to_keymap is not None and not trees[0]
         keymaps = [families.resolve_keymap(keymap, {}) for keymap in (from_keymap, to_keymap)] if respell else []
-        converts_experts = respell and keymaps[0].single != keymaps[1].single
+        converts_experts = respell and keymaps[0].per_expert != keymaps[1].per_expert
         if dialect is not None or (on_shared is not None and not trees[0] and not converts_experts):
             raise ConfigError("--dialect and --concat need a tree (a file ending in .safetensors)")
-        if converts_experts and keymaps[1].single:
+        if converts_experts and keymaps[1].per_expert:
             tensors = PeftTensors(*experts.split_experts(tensors.config, tensors.tensors, keymaps[1]), tensors.source)
         elif converts_experts:
             tensors = experts.fuse_experts(tensors, keymaps[0], on_shared, "convert(source, target", parts=False)

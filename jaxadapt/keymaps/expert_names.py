@@ -3,7 +3,7 @@
     {"…experts.3.w1.weight": (f, d), …} ──expert_rows──► {"…experts.gate_up_proj": names by expert and part}
 
 transformers 5 joins the tensors of a folder when it loads them, to (e, 2f, d), and splits them when it saves (its
-`conversion_mapping.py`). `KeyMap.each` has their names. Pure: names and shapes.
+`conversion_mapping.py`). `KeyMap.expert_modules` has their names. Pure: names and shapes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def expert_rows(keymap: KeyMap, keys: Iterable[str], source: str) -> tuple[dict[
     Both are empty if the folder already has the tensors of all experts.
 
     Args:
-        keymap: the keymap, whose `each` has the names.
+        keymap: the keymap, whose `expert_modules` has the names.
         keys: the keys of the folder.
         source: the folder, for the message.
 
@@ -38,7 +38,7 @@ def expert_rows(keymap: KeyMap, keys: Iterable[str], source: str) -> tuple[dict[
     parts_of: dict[str, dict[tuple[int, int], str]] = {}
     renamed: dict[str, str] = {}
     width: dict[str, int] = {}
-    for parameter, modules in keymap.each:
+    for parameter, modules in keymap.expert_modules:
         patterns = [re.compile(name_regex(module) + re.escape(_WEIGHT)) for module in modules]
         for key in available:
             for part, single in enumerate(patterns):
@@ -84,7 +84,7 @@ def folder_names(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> tuple
     """
     split: dict[str, Rows] = {}
     renamed: dict[str, str] = {}
-    for parameter, modules in keymap.each:
+    for parameter, modules in keymap.expert_modules:
         parameter_regex = re.compile(name_regex(parameter))
         for name, shape in shapes.items():
             texts = parameter_regex.fullmatch(name)

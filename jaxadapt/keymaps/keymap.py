@@ -125,7 +125,7 @@ class KeyMap:
         prefix: PEFT's prefix of every module name.
         proved: False if the keymap has not been verified against the real models. It is then never recognized
             automatically, and saving with it warns.
-        whole: True to recognize the keymap only if every leaf has an entry, because other models of the same library
+        complete: True to recognize the keymap only if every leaf has an entry, because other models of the same library
             use the same names for their layers. Leaves whose first name is in no entry (a vision tower) do not count.
         needs: leaves (as written in the entries) that a model must have to be recognized.
         same: axes that must have one size in the whole model for it to be recognized. They distinguish `"f d"` from
@@ -136,9 +136,9 @@ class KeyMap:
         buffers: keys that a PyTorch file may have and that are not weights; `{l}` stands for digits.
         spellings: `(name, ((ours, theirs), …))`: other prefixes of the same keys. transformers 5 calls the layers of a
             vision-language model "model.language_model.layers…"; the keymap "llama/vl" uses these names.
-        each: `(parameter, (module, …))`: for a parameter of all experts, the names of its parts as modules of single
+        expert_modules: `(parameter, (module, …))`: for a parameter of all experts, the names of its parts as modules of single
             experts (`{e}`), in PyTorch's order. transformers 4 and checkpoints on disk use these names.
-        single: True to save adapters and export models with one tensor for each expert ("mixtral/per-expert").
+        per_expert: True to save adapters and export models with one tensor for each expert ("mixtral/per-expert").
 
     >>> keymap = KeyMap("tiny", (Weight("{path}.kernel", "{path}.weight", "i o -> o i"),))
     >>> keymap.match("a.b.kernel").module({})
@@ -150,15 +150,15 @@ class KeyMap:
     output: str | None = None
     prefix: str = PEFT_PREFIX
     proved: bool = True
-    whole: bool = False
+    complete: bool = False
     needs: tuple[str, ...] = ()
     same: tuple[str, ...] = ()
     counts: tuple[tuple[str, int], ...] = ()
     tied: tuple[tuple[str, str], ...] = ()
     buffers: tuple[str, ...] = ()
     spellings: tuple[tuple[str, Renames], ...] = ()
-    each: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    single: bool = False
+    expert_modules: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    per_expert: bool = False
 
     @functools.cached_property
     def _identity(self) -> tuple[Any, ...]:
@@ -267,11 +267,13 @@ def _best_spelling(keymap: KeyMap, keys: tuple[str, ...], leaves: tuple[str, ...
 
 @functools.lru_cache(maxsize=512)
 def _respell(keymap: KeyMap, spelling: str) -> KeyMap:
-    if spelling == PER_EXPERT and keymap.each:
-        return dataclasses.replace(keymap, name=f"{keymap.name}/{spelling}", single=True)
+    if spelling == PER_EXPERT and keymap.expert_modules:
+        return dataclasses.replace(keymap, name=f"{keymap.name}/{spelling}", per_expert=True)
     renames = dict(keymap.spellings).get(spelling)
     if renames is None:
-        known = ", ".join((*dict(keymap.spellings), *([PER_EXPERT] if keymap.each else []), "scan0, scan1, …"))
+        known = ", ".join(
+            (*dict(keymap.spellings), *([PER_EXPERT] if keymap.expert_modules else []), "scan0, scan1, …")
+        )
         raise KeyMapError(f"the keymap {keymap.name!r} has no spelling {spelling!r}; use one of {known}")
 
     def respell(key: str) -> str:
@@ -284,7 +286,7 @@ def _respell(keymap: KeyMap, spelling: str) -> KeyMap:
         output=None if keymap.output is None else respell(f"{keymap.output}.").removesuffix("."),
         tied=tuple((respell(a), respell(b)) for a, b in keymap.tied),
         buffers=tuple(map(respell, keymap.buffers)),
-        each=tuple((respell(name), tuple(map(respell, modules))) for name, modules in keymap.each),
+        expert_modules=tuple((respell(name), tuple(map(respell, modules))) for name, modules in keymap.expert_modules),
         spellings=(),
     )
 
@@ -298,10 +300,16 @@ def warn_unproved(keymap: KeyMap) -> None:
         )
 
 
+_STORED = {"complete": "whole", "expert_modules": "each", "per_expert": "single"}
+"""{field: its name in stored keymaps}, where it is another one."""
+
+
 def to_data(keymap: KeyMap) -> dict[str, Any]:
     """Return a keymap as plain JSON values; `from_data` is the inverse."""
     entries = [[w.leaf, w.key, w.pattern, w.options] for w in keymap.weights]
-    rest = {f.name: getattr(keymap, f.name) for f in dataclasses.fields(keymap) if f.name != "weights"}
+    rest = {
+        _STORED.get(f.name, f.name): getattr(keymap, f.name) for f in dataclasses.fields(keymap) if f.name != "weights"
+    }
     return {**rest, "weights": entries}
 
 
@@ -315,4 +323,5 @@ def from_data(data: Mapping[str, Any]) -> KeyMap:
     each = tuple((str(name), tuple(map(str, modules))) for name, modules in data.get("each", ()))
     nested: dict[str, Any] = {"weights": weights, "tied": tied, "counts": counts, "spellings": spellings, "each": each}
     fields: dict[str, Any] = {**data, **names, **nested}
-    return KeyMap(**fields)
+    stored = {name: field for field, name in _STORED.items()}
+    return KeyMap(**{stored.get(name, name): value for name, value in fields.items()})

@@ -48,7 +48,7 @@ def misfits(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[s
     for leaf, shape in shapes.items():
         matched = keymap.match(leaf)
         if matched is None:
-            if keymap.whole and _first_name(leaf) in _known_first_names(keymap):
+            if keymap.complete and _first_name(leaf) in _known_first_names(keymap):
                 yield f"{leaf} {shape}: no entry matches it"
             continue
         matched_leaves.add(matched.weight.leaf)

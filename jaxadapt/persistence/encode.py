@@ -164,7 +164,7 @@ def _join_or_split(tensors: PeftTensors, adapter: Adapter, on_shared: str | None
         encoded = tensors.tensors
         assert isinstance(encoded, Encoded)
     has_parts = parts.has_parts(encoded.plan.keys)
-    if not (has_parts or (adapter.keymap.single and experts.may_have_experts(encoded.plan.keys))):
+    if not (has_parts or (adapter.keymap.per_expert and experts.may_have_experts(encoded.plan.keys))):
         return tensors
     if multihost.is_distributed(encoded.leaves.values()):
         raise AttachError(
@@ -172,7 +172,7 @@ def _join_or_split(tensors: PeftTensors, adapter: Adapter, on_shared: str | None
             " other processes. Gather the adapter's arrays first (they are small), with"
             " jax.experimental.multihost_utils"
         )
-    if adapter.keymap.single:
+    if adapter.keymap.per_expert:
         return PeftTensors(*experts.split_experts(tensors.config, encoded, adapter.keymap), tensors.source)
     joined = joint_tensors.join_tensors(tensors.config, sites.sites_of(adapter), encoded, on_shared, call)
     return PeftTensors(*joined, tensors.source)

@@ -258,7 +258,7 @@ def test_a_table_travels_as_text():
         output="head",
         prefix="pre.",
         proved=False,
-        whole=True,
+        complete=True,
         needs=("kv",),
         same=("d",),
         tied=(("a", "b"),),
@@ -267,7 +267,7 @@ def test_a_table_travels_as_text():
     )
     assert from_data(json.loads(json.dumps(to_data(table)))) == table
     rest = ({"needs": ()}, {"same": ()}, {"buffers": ()})
-    for change in ({"proved": True}, {"whole": False}, {"tied": ()}, {"spellings": ()}, {"output": None}, *rest):
+    for change in ({"proved": True}, {"complete": False}, {"tied": ()}, {"spellings": ()}, {"output": None}, *rest):
         assert dataclasses.replace(table, **change) != table
 
 
@@ -361,7 +361,7 @@ def test_a_table_that_is_not_proved_is_never_recognised(monkeypatch):
 
 
 def test_a_table_for_whole_models_takes_no_part_of_one(monkeypatch):
-    monkeypatch.setitem(FAMILIES, "other", other_llama("other", whole=True))
+    monkeypatch.setitem(FAMILIES, "other", other_llama("other", complete=True))
     monkeypatch.delitem(FAMILIES, "llama")
     assert families.resolve_keymap("auto", llama_shapes()).name == "other"
     assert families.resolve_keymap("auto", {**llama_shapes(), "model.layers.0.self_attn.extra": (3,)}) is GENERIC

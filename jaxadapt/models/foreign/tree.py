@@ -208,11 +208,11 @@ def tree_to_peft(
     if sites.real is None:
         return config, sites, tensors
     peft = PeftTensors(config, tensors, f"this {foreign_tree.dialect.name} tree")
-    parts = parts or sites.real.single
+    parts = parts or sites.real.per_expert
     unadapted = {leaf: shape for leaf, shape in sites.base.items() if leaf not in sites.leaves}
     others = experts.expert_parameters(sites.real, unadapted)
     peft = experts.fuse_experts(peft, sites.keymap, on_shared, call, sites.real, others if sites.base else None, parts)
-    if sites.real.single:
+    if sites.real.per_expert:
         peft = PeftTensors(*experts.split_experts(peft.config, peft.tensors, sites.real), peft.source)
     assert isinstance(peft.config, LoraConfig)
     return peft.config, sites, peft.tensors
