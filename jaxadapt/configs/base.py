@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 from jaxadapt.configs.frozen import Frozen, FrozenDict, freeze, thaw
 from jaxadapt.configs.name_patterns import PatternIndex
 from jaxadapt.configs.peft_type import read_peft_type
 from jaxadapt.configs.validation import Problems
 from jaxadapt.core.errors import ConfigError
+
+_T = TypeVar("_T")
 
 # The version of PEFT whose schema this package writes: the default of `peft_version`.
 PEFT_VERSION = "0.21.2"
@@ -130,28 +132,26 @@ class Config:
             problems.common(key, value)
 
     @cached_property
-    def _lookup_cache(self) -> dict[str, Any]:
+    def _lookup_cache(self) -> dict[tuple[str, str], Any]:
         return {}
 
+    def _cached(self, kind: str, key: str, make: Callable[[tuple[Any, ...]], _T]) -> _T:
+        """Return a value made of a list field; cached, because thousands of modules may be looked up in it."""
+        if (kind, key) not in self._lookup_cache:
+            self._lookup_cache[kind, key] = make(cast("tuple[Any, ...]", self.get(key) or ()))
+        return self._lookup_cache[kind, key]
+
     def names(self, key: str) -> frozenset[Any]:
-        """Return the entries of a list field as a set; cached, because thousands of modules may be looked up in it."""
-        if key not in self._lookup_cache:
-            self._lookup_cache[key] = frozenset(cast("tuple[Any, ...]", self.get(key) or ()))
-        return self._lookup_cache[key]
+        """Return the entries of a list field as a set; cached."""
+        return self._cached("names", key, frozenset)
 
     def sizes(self, key: str) -> frozenset[int]:
         """Return the lengths of the names in a list field; cached."""
-        cache_key = f"sizes of {key}"
-        if cache_key not in self._lookup_cache:
-            self._lookup_cache[cache_key] = frozenset(map(len, self.names(key)))
-        return self._lookup_cache[cache_key]
+        return self._cached("sizes", key, lambda names: frozenset(map(len, names)))
 
     def index(self, key: str) -> PatternIndex:
         """Return an index of the patterns in a list field; cached. Raises `ConfigError` for an invalid expression."""
-        cache_key = f"index of {key}"
-        if cache_key not in self._lookup_cache:
-            self._lookup_cache[cache_key] = PatternIndex(key, self.get(key) or ())
-        return self._lookup_cache[cache_key]
+        return self._cached("index", key, lambda patterns: PatternIndex(key, patterns))
 
     @cached_property
     def _identity(self) -> tuple[Any, ...]:
@@ -262,10 +262,7 @@ class Config:
             name = read_peft_type(values, source)
             return cast("Self", Config.classes.get(name, GenericConfig).from_dict(values, source))
         names = set(_field_names(cls)) - {"extra"}
-        known: dict[str, Any] = {
-            "peft_version": None,
-            **{key: value for key, value in values.items() if key in names},
-        }
+        known: dict[str, Any] = {"peft_version": None, **{key: x for key, x in values.items() if key in names}}
         extra = {key: value for key, value in values.items() if key not in names}
         try:
             return cls(**known, extra=extra)

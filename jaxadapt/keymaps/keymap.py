@@ -136,8 +136,8 @@ class KeyMap:
         buffers: keys that a PyTorch file may have and that are not weights; `{l}` stands for digits.
         spellings: `(name, ((ours, theirs), …))`: other prefixes of the same keys. transformers 5 calls the layers of a
             vision-language model "model.language_model.layers…"; the keymap "llama/vl" uses these names.
-        expert_modules: `(parameter, (module, …))`: for a parameter of all experts, the names of its parts as modules of single
-            experts (`{e}`), in PyTorch's order. transformers 4 and checkpoints on disk use these names.
+        expert_modules: `(parameter, (module, …))`: for a parameter of all experts, the names of its parts as modules of
+            single experts (`{e}`), in PyTorch's order. transformers 4 and checkpoints on disk use these names.
         per_expert: True to save adapters and export models with one tensor for each expert ("mixtral/per-expert").
 
     >>> keymap = KeyMap("tiny", (Weight("{path}.kernel", "{path}.weight", "i o -> o i"),))

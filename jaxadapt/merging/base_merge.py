@@ -316,12 +316,13 @@ def plan_changes(base: Mapping[str, Any], adapter: Adapter, weight: Change, bias
     lookup_only = [
         site.leaf for site in sites if site.match.weight.kind == "embedding" and not tied.isdisjoint(site.modules)
     ]
-    if lookup_only and not adapter.config.get("ensure_weight_tying"):
-        raise AttachError(
-            "cannot merge: these weights are both the token embedding and the head, and the adapter changes the lookup"
-            " of tokens only, so no single sum is right for both. Build the model with a separate head, or train with"
-            " ensure_weight_tying:\n" + paths.bullets(lookup_only)
-        )
+    raise_listed(
+        AttachError,
+        "cannot merge: these weights are both the token embedding and the head, and the adapter changes the lookup"
+        " of tokens only, so no single sum is right for both. Build the model with a separate head, or train with"
+        " ensure_weight_tying:",
+        [] if adapter.config.get("ensure_weight_tying") else lookup_only,
+    )
     if adapter.keymap.name == GENERIC.name and not adapter.config.get("ensure_weight_tying"):
         _warn_of_unknown_ties(sites, base)
     tensors_of = adapter.sites

@@ -139,37 +139,35 @@ def _check_arguments(
     masks: Any,
 ) -> None:
     """Raise one `ConfigError` that lists all invalid arguments and adapters."""
-    problems: list[str] = []
-    if not adapters:
-        problems.append("adapters: expected at least one")
-    if len(weights) != len(adapters):
-        problems.append(f"weights: expected one for each of the {len(adapters)} adapters, found {len(weights)}")
+    prunes, is_dare = method.startswith(("ties", "dare", "magnitude")), method.startswith("dare")
+    is_density = isinstance(density, numbers.Real) and 0 <= float(density) <= 1
+    is_rank = isinstance(svd_rank, numbers.Integral) and int(svd_rank) > 0
     invalid = [w for w in weights if isinstance(w, str) or (isinstance(w, numbers.Real) and not math.isfinite(w))]
-    problems += [f"weights: expected finite numbers, found {w!r}" for w in invalid]
-    if method not in METHODS:
-        problems.append(f"method: expected one of {', '.join(METHODS)}, found {method!r}")
-    prunes = method.startswith(("ties", "dare", "magnitude"))
-    if svd_rank is not None and not method.endswith("svd"):
-        problems.append(f"svd_rank={svd_rank!r}: has no effect with method {method!r}")
-    elif svd_rank is not None and not (isinstance(svd_rank, numbers.Integral) and int(svd_rank) > 0):
-        problems.append(f"svd_rank: expected a positive integer, found {svd_rank!r}")
-    if prunes and not (isinstance(density, numbers.Real) and 0 <= float(density) <= 1):
-        problems.append(f"density: method {method!r} needs a number from 0 to 1, found {density!r}")
-    elif not prunes and density is not None:
-        problems.append(f"density={density!r}: has no effect with method {method!r}")
-    if method.startswith("dare"):
-        if density == 0:
-            problems.append("density: DARE divides by it, so it cannot be 0")
-        if (key is None) == (masks is None):
-            problems.append(f"method {method!r} needs key= (a JAX random key) or masks=, and not both")
-        if masks is not None and len(masks) != len(adapters):
-            problems.append(f"masks: expected one tree for each of the {len(adapters)} adapters, found {len(masks)}")
-    elif key is not None or masks is not None:
-        problems.append(f"key and masks are for DARE; they have no effect with method {method!r}")
-    if signs not in _SIGNS:
-        problems.append(f"majority_sign_method: expected 'total' or 'frequency', found {signs!r}")
-    elif signs != "total" and "ties" not in method:
-        problems.append(f"majority_sign_method={signs!r}: has no effect with method {method!r}")
+    count, has_noise = len(adapters), key is not None or masks is not None
+    masks_found = count if masks is None else len(masks)
+    rules = {
+        "adapters: expected at least one": not adapters,
+        f"weights: expected one for each of the {count} adapters, found {len(weights)}": len(weights) != count,
+        **{f"weights: expected finite numbers, found {w!r}": True for w in invalid},
+        f"method: expected one of {', '.join(METHODS)}, found {method!r}": method not in METHODS,
+        f"svd_rank={svd_rank!r}: has no effect with method {method!r}": svd_rank is not None
+        and not method.endswith("svd"),
+        f"svd_rank: expected a positive integer, found {svd_rank!r}": method.endswith("svd")
+        and svd_rank is not None
+        and not is_rank,
+        f"density: method {method!r} needs a number from 0 to 1, found {density!r}": prunes and not is_density,
+        f"density={density!r}: has no effect with method {method!r}": not prunes and density is not None,
+        "density: DARE divides by it, so it cannot be 0": is_dare and density == 0,
+        f"method {method!r} needs key= (a JAX random key) or masks=, and not both": is_dare
+        and (key is None) == (masks is None),
+        f"masks: expected one tree for each of the {count} adapters, found {masks_found}": is_dare
+        and masks_found != count,
+        f"key and masks are for DARE; they have no effect with method {method!r}": has_noise and not is_dare,
+        f"majority_sign_method: expected 'total' or 'frequency', found {signs!r}": signs not in _SIGNS,
+        f"majority_sign_method={signs!r}: has no effect with method {method!r}": signs == "frequency"
+        and "ties" not in method,
+    }
+    problems = [problem for problem, applies in rules.items() if applies]
     for i, adapter in enumerate(adapters):
         if isinstance(adapter, Adapter):
             reasons = lora_variants.reasons_not_a_product(adapter.config)
