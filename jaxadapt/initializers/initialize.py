@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -82,16 +82,23 @@ class Initialization:
 
     def site_values(self, b: Site, data: Sequence[Array] = ()) -> SiteValues:
         """Return the values of a site that the initialization reads; `data` are one array for each module."""
-        leaf, config, keys = self.weights[b.leaf], self.recipe.config, None
+        leaf, config, keymap, keys = self.weights[b.leaf], self.recipe.config, self.recipe.keymap, None
         assert isinstance(config, LoraConfig)
-        w = low_rank.weight_matrices(self.recipe.keymap, b, methods.at_least_float32(jnp.asarray(leaf)))
         if self.key is not None:  # independent of the other sites
-            keys = jax.random.split(jax.random.fold_in(self.key, zlib.crc32(b.leaf.encode())), len(w))
-        turned = b.match.weight.fan_in_fan_out
-        return SiteValues(config, w, leaf.dtype, _rank(b), b.hparams.scale, keys, data, turned)
+            site_key = jax.random.fold_in(self.key, zlib.crc32(b.leaf.encode()))
+            keys = jax.random.split(site_key, len(low_rank.site_modules(b, keymap)))
 
-    def factors(self, data: Mapping[str, Sequence[Array]] | None = None) -> dict[str, FactorList]:
-        """Compute the factors by leaf, from `{leaf: one array for each module}`; empty if they are random.
+        def read() -> Array:
+            return low_rank.weight_matrices(keymap, b, methods.at_least_float32(jnp.asarray(leaf)))
+
+        out, turned = low_rank.matrix_sizes(b)[0], b.match.weight.fan_in_fan_out
+        return SiteValues(config, read, out, leaf.dtype, _rank(b), b.hparams.scale, keys, data, turned)
+
+    def factors(self, data: Callable[[Site], Sequence[Array]] = lambda _: ()) -> dict[str, FactorList]:
+        """Compute the factors by leaf; empty if they are random.
+
+        Args:
+            data: returns one array for each module of a site: covariances, gradients or components.
 
         Raises `AttachError` naming the leaf whose data no factors fit.
         """
@@ -101,24 +108,20 @@ class Initialization:
             return out
         for b in self.pairs:
             try:
-                out[b.leaf] = compute(self.site_values(b, () if data is None else data[b.leaf]))
+                out[b.leaf] = compute(self.site_values(b, data(b)))
             except AttachError as error:
                 raise AttachError(f"{b.leaf}: {error}") from error
         return out
 
-    def gradient_rows(self, gradients: Mapping[str, Array]) -> dict[str, Array]:
-        """Return `{leaf: gradient (modules, out, in) of PyTorch's weight}` from the gradients of the base leaves."""
-        rows: dict[str, Array] = {}
-        for b in self.pairs:
-            expected, found = tuple(self.weights[b.leaf].shape), gradients.get(b.leaf)
-            if found is None or tuple(found.shape) != expected:
-                text = "none" if found is None else f"one of shape {tuple(found.shape)}"
-                raise MismatchError(f"gradients: expected one of shape {expected} for {b.leaf}, found {text}")
-            # The leaf is PyTorch's weight times a factor, so PyTorch's gradient is the leaf's times that factor.
-            gradient = methods.at_least_float32(jnp.asarray(found))
-            rows[b.leaf] = low_rank.weight_matrices(self.recipe.keymap, b, gradient, scaled=False)
-            rows[b.leaf] *= low_rank.base_factor(self.recipe.keymap, b, expected)
-        return rows
+    def gradient_rows(self, b: Site, gradients: Mapping[str, Array]) -> Array:
+        """Return the gradient (modules, out, in) of a site's PyTorch weight from the gradients of the base leaves."""
+        keymap, expected, found = self.recipe.keymap, tuple(self.weights[b.leaf].shape), gradients.get(b.leaf)
+        if found is None or tuple(found.shape) != expected:
+            text = "none" if found is None else f"one of shape {tuple(found.shape)}"
+            raise MismatchError(f"gradients: expected one of shape {expected} for {b.leaf}, found {text}")
+        # The leaf is PyTorch's weight times a factor, so PyTorch's gradient is the leaf's gradient times that factor.
+        rows = low_rank.weight_matrices(keymap, b, methods.at_least_float32(jnp.asarray(found)), scaled=False)
+        return rows * low_rank.base_factor(keymap, b, expected)
 
     def assemble(
         self, factors: Mapping[str, FactorList], dtype: Any, shardings: Mapping[str, Any]

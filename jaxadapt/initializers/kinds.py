@@ -6,6 +6,7 @@ A new initialization is a function from `SiteValues` to factors, and its entry i
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -27,7 +28,8 @@ class SiteValues:
 
     Attributes:
         config: the configuration.
-        weights: W (modules, out, in) in float32.
+        read: returns W (modules, out, in) in float32.
+        out: the number of outputs.
         dtype: the dtype of the base leaf.
         r, s: the rank and the scale.
         keys: one random key for each module; None if there is no key.
@@ -36,13 +38,19 @@ class SiteValues:
     """
 
     config: LoraConfig
-    weights: Array
+    read: Callable[[], Array]
+    out: int
     dtype: Any
     r: int
     s: float
     keys: Array
     data: Sequence[Array]
     fan_in_fan_out: bool
+
+    @functools.cached_property
+    def weights(self) -> Array:
+        """W (modules, out, in) in float32, read on first use."""
+        return self.read()
 
 
 def init_settings(config: LoraConfig, field: str, known: Iterable[str]) -> dict[str, Any]:
@@ -141,7 +149,7 @@ def _lora_ga(x: SiteValues) -> list[Factors]:
 
 
 def _eva(x: SiteValues) -> list[Factors]:
-    return [Factors(a, jnp.zeros((x.weights.shape[1], len(a)))) for a in x.data]
+    return [Factors(a, jnp.zeros((x.out, len(a)))) for a in x.data]
 
 
 KINDS: Mapping[str, InitKind] = {

@@ -121,7 +121,6 @@ def start(
 
     recipe, adapter_sites = plan(config)
     initialization = Initialization(kind, recipe, adapter_sites, parameters.leaves, key)
-    data: Mapping[str, Sequence[Array]] | None = None
     if "batches" in kind.needs:
         run = _forward_function(base, forward)
         if kind.name == "eva":
@@ -129,10 +128,13 @@ def start(
             initialization = dataclasses.replace(initialization, recipe=recipe, sites=adapter_sites)
         else:
             by_module = _covariances(initialization, base, batches, run)
-        data = {b.leaf: [by_module[m] for m in factors.site_modules(b, recipe.keymap)] for b in initialization.pairs}
+        names = recipe.keymap
+        factors_by_leaf = initialization.factors(lambda b: [by_module[m] for m in factors.site_modules(b, names)])
     elif gradients is not None:
-        data = initialization.gradient_rows(_leaves(gradients))
-    factors_by_leaf = initialization.factors(data)
+        leaf_gradients = _leaves(gradients)
+        factors_by_leaf = initialization.factors(lambda b: initialization.gradient_rows(b, leaf_gradients))
+    else:
+        factors_by_leaf = initialization.factors()
     adapter, new = initialization.assemble(factors_by_leaf, dtype, parameters.shardings)
     if is_model:
         base_params.replace_leaves(base, new)
