@@ -9,7 +9,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from jaxadapt.arrays.pattern import axis_parts
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.keymaps.weight import Weight
 
 
 def max_coverage(keymap: KeyMap, leaves: Collection[str], scanned: bool) -> int:
@@ -38,7 +37,7 @@ def coverage(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 def identifies(keymap: KeyMap, leaves: Iterable[str]) -> bool:
     """Return True if one of these leaves matches the entry of a layer's matrix."""
-    return any((matched := keymap.match(leaf)) is not None and _identifies_family(matched.weight) for leaf in leaves)
+    return any((matched := keymap.match(leaf)) is not None and matched.weight.is_layer_matrix for leaf in leaves)
 
 
 def misfits(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
@@ -52,7 +51,7 @@ def misfits(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[s
                 yield f"{leaf} {shape}: no entry matches it"
             continue
         matched_leaves.add(matched.weight.leaf)
-        identified = identified or _identifies_family(matched.weight)
+        identified = identified or matched.weight.is_layer_matrix
         mismatch = f"{leaf} {shape}: its entry has the pattern {matched.weight.pattern!r}"
         if len(matched.weight.left) != len(shape):
             yield mismatch
@@ -78,17 +77,12 @@ def misfits(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[s
         yield "no leaf is a layer's matrix"
 
 
-def _identifies_family(weight: Weight) -> bool:
-    """Return True if the entry is a matrix of a numbered or stacked layer, whose name identifies a family."""
-    return weight.kind == "linear" and ("{l}" in weight.leaf or "{l}" in weight.left)
-
-
 @functools.lru_cache(maxsize=512)
 def _leaf_suffixes(keymap: KeyMap, scanned: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return what follows the last hole in each leaf: for the entries that identify a family, and for all entries."""
     leaves = [(w.scanned_leaf if scanned else w.leaf, w) for w in keymap.weights]
     suffixes = [(leaf.rpartition("}")[2], weight) for leaf, weight in leaves]
-    identifying = {suffix for suffix, weight in suffixes if _identifies_family(weight)}
+    identifying = {suffix for suffix, weight in suffixes if weight.is_layer_matrix}
     return tuple(identifying), tuple({suffix for suffix, _ in suffixes})
 
 

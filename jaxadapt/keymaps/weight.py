@@ -23,6 +23,7 @@ Kind = Literal["linear", "embedding", "conv", "attention", "vector", "other", "p
 """The kind of a weight: what it is in PyTorch, which determines how PEFT adapts it (see `Weight`)."""
 
 _HOLE = re.compile(r"\{(\w+)\}")
+_LAYER = re.compile(r"(?:^|[._])\{l\}(?=\.|$)")
 _PART = re.compile(r"\[(?:(?P<axis>\w+) )?(?P<part>\d+(?:/|::)\d+)\]$")
 
 EXPERTS = "{e}"
@@ -270,10 +271,7 @@ class Weight:
 
     @property
     def products(self) -> int:
-        """The number of times that PEFT adds s·B·A: 2 for the output projection of an `nn.MultiheadAttention`, else 1.
-
-        PEFT adds that product twice, from 0.15.0 (the first version that adapts the projection) to 0.21.2 (the newest).
-        """
+        """How often PEFT (0.15.0 to 0.21.2) adds s·B·A: 2 for an `nn.MultiheadAttention`'s output projection, else 1."""
         return 2 if self.kind == "attention" and not self.part else 1
 
     @functools.cached_property
@@ -350,10 +348,15 @@ class Weight:
         """Return the names of a braced axis' indices, or None if they are numbered."""
         return dict(self.over).get(axis.strip("{}"))
 
-    @property
+    @functools.cached_property
     def scanned_leaf(self) -> str:
         """The path of the leaf in a model with stacked layers, without `{l}`."""
-        return ".".join(p.removesuffix("_{l}") for p in self.leaf.split(".") if p != "{l}")
+        return _LAYER.sub("", self.leaf).removeprefix(".")
+
+    @functools.cached_property
+    def is_layer_matrix(self) -> bool:
+        """True for a matrix of a numbered or stacked layer, whose name identifies a family."""
+        return self.kind == "linear" and ("{l}" in self.leaf or "{l}" in self.left)
 
     def scanned(self, axis: int) -> Weight:
         """Return this entry for layers stacked on `axis`: `{l}` is removed from the path and becomes an axis.

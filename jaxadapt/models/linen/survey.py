@@ -27,7 +27,7 @@ from jaxadapt.models.linen import interceptor
 from jaxadapt.models.linen.collections import unbox_tree
 from jaxadapt.models.linen.interceptor import SEP
 from jaxadapt.models.tracing import rewrite
-from jaxadapt.models.tracing.liveness import live_weights
+from jaxadapt.models.tracing.liveness import live_weights, refuse_reads_outside
 from jaxadapt.models.tracing.uses import infer_axes
 
 _PER_CALL_COLLECTIONS = {"cache", "intermediates", "perturbations"}
@@ -290,13 +290,7 @@ def check_reads(run: Callable[..., Any], adapted: Mapping[tuple[str, ...], Seque
         overlaid = overlay(params, {**copies, **{keys: weights[name] for keys, name in names.items()}})
         return run(jax.tree.map(quantized.to_dense, overlaid, is_leaf=quantized.is_quantized), intercept)
 
-    outside = [leaf for leaf, is_live in live_weights(output, values).items() if is_live]
-    if outside:
-        raise AttachError(
-            "these weights are read outside their own module's call, where an adapter cannot follow:\n"
-            + paths.bullets(outside)
-            + "\nExclude them with exclude_modules, or change the reader to call the module"
-        )
+    refuse_reads_outside(leaf for leaf, is_live in live_weights(output, values).items() if is_live)
 
 
 def lookup(tree: Any, keys: Sequence[str]) -> Any:

@@ -15,7 +15,7 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.models.nnx import survey
 from jaxadapt.models.tracing import rewrite
-from jaxadapt.models.tracing.liveness import live_weights
+from jaxadapt.models.tracing.liveness import live_weights, refuse_reads_outside
 from jaxadapt.models.tracing.uses import describe_uses, infer_axes, unfollowed_uses
 
 Args = Sequence[Any]
@@ -177,13 +177,7 @@ def check_calls(
     ]
     if contradictions:
         raise AttachError("these layers cannot carry the adapter:\n" + paths.bullets(contradictions))
-    outside = [leaf for leaf in adapted if live[leaf]]
-    if outside:
-        raise AttachError(
-            "these weights are read outside their own module's call, where an adapter cannot follow:\n"
-            + paths.bullets(outside)
-            + "\nExclude them with exclude_modules, or change the reader to call the module"
-        )
+    refuse_reads_outside(leaf for leaf in adapted if live[leaf])
     if stray_uses:
         raise AttachError(
             "dropout cannot be applied, because these layers use their weight in a way that only the effective weight"
