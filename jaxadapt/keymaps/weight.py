@@ -271,7 +271,7 @@ class Weight:
 
     @property
     def products(self) -> int:
-        """How often PEFT (0.15.0 to 0.21.2) adds s·B·A: 2 for an `nn.MultiheadAttention`'s output projection, else 1."""
+        """How often PEFT (0.15 to 0.21.2) adds s·B·A: 2 for an `nn.MultiheadAttention`'s output projection, else 1."""
         return 2 if self.kind == "attention" and not self.part else 1
 
     @functools.cached_property
