@@ -28,6 +28,7 @@ from jaxadapt.storage import atomic, hf_model, location
 from jaxadapt.storage.dtypes import dtype_name, numpy_dtype
 from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Location
+from jaxadapt.storage.source import TensorSource
 
 _COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 """Suffixes of a model's other files: configuration, tokenizer, chat template."""
@@ -219,7 +220,7 @@ def _is_float(spec: Any) -> bool:
     return jax.numpy.issubdtype(spec.dtype, jax.numpy.floating)
 
 
-def _repeated_weights(tensors: PeftTensors, base: hf_model.ModelTensors, keymap: KeyMap) -> dict[str, Any]:
+def _repeated_weights(tensors: PeftTensors, base: TensorSource, keymap: KeyMap) -> dict[str, Any]:
     """Return the base weights that the adapter's file also contains, such as its token embedding and head."""
     names = {key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".") for key in tensors.tensors}
     return {key: base[key] for key in base if (match := keymap.match(key)) and ".".join(match.parameter({})) in names}

@@ -20,27 +20,18 @@ import re
 import secrets
 import shutil
 import stat
-import sys
-from collections import deque
 from collections.abc import Generator, Sequence
-from itertools import islice
 from pathlib import Path
 
 from jaxadapt.core.errors import FileError
 from jaxadapt.storage import location
 from jaxadapt.storage.flush import close_fd, flush_directory, flush_fd, flush_folder_fd, write_error
-from jaxadapt.storage.local_files import MAX_VIEWS, file_error
+from jaxadapt.storage.local_files import MAX_CALL, file_error
 
 __all__ = [
-    "Writer", "lock_directory", "open_replacement", "remove_file", "remove_leftovers", "replacing_all",
+    "Writer", "lock_directory", "open_replacement", "remove_leftovers", "replacing_all",
     "staging_folder", "write_bytes",
 ]  # fmt: skip
-
-
-# Write-back starts each time the page cache holds this many new bytes.
-_WRITEBACK_BYTES = 4 << 20
-# Written bytes that stay in the page cache. The rest of a large file is dropped, to keep pages that are read often.
-_CACHED_BYTES = 64 << 20
 
 
 class Writer:
@@ -57,41 +48,14 @@ class Writer:
         self.fd = fd
         self.path = path
         self.temporary = temporary
-        self._written = 0
-        self._started = 0
 
-    def write(self, *parts: memoryview) -> None:
-        """Append contiguous bytes, one part after the other. Raises `FileError` for an `OSError`."""
-        pending = deque(part for part in parts if len(part))
+    def write(self, data: memoryview) -> None:
+        """Append contiguous bytes. Raises `FileError` for an `OSError`."""
         try:
-            while pending:
-                large = len(pending[0]) > _WRITEBACK_BYTES
-                count = os.writev(
-                    self.fd, [pending[0][:_WRITEBACK_BYTES]] if large else list(islice(pending, MAX_VIEWS))
-                )
-                self._written += count
-                self._advance_writeback()
-                while count:
-                    part = pending.popleft()
-                    if count < len(part):
-                        pending.appendleft(part[count:])
-                    count -= min(count, len(part))
+            while len(data):
+                data = data[os.write(self.fd, data[:MAX_CALL]) :]
         except OSError as error:
             raise write_error(self.path, error) from error
-
-    def _advance_writeback(self) -> None:
-        if self._written - self._started >= _WRITEBACK_BYTES:
-            _start_writeback(self.fd, self._started, self._written - self._started)
-            self._started = self._written
-            if self._written > _CACHED_BYTES:
-                _start_writeback(self.fd, 0, self._written - _CACHED_BYTES)
-
-
-def _start_writeback(fd: int, offset: int, size: int) -> None:
-    """Start writing a range of a file to the disk, which would otherwise idle until the final fsync."""
-    # On this advice, Linux starts to write the range and drops the pages that are already on the disk.
-    if sys.platform == "linux":
-        os.posix_fadvise(fd, offset, size, os.POSIX_FADV_DONTNEED)
 
 
 def _lock(fd: int, *, wait: bool) -> bool:
@@ -238,11 +202,6 @@ def _link_original(writer: Writer) -> Path | None:
     except OSError:
         return None
     return link
-
-
-def remove_file(path: Path) -> None:
-    """Delete a file. Raises `OSError`."""
-    path.unlink()
 
 
 @contextlib.contextmanager

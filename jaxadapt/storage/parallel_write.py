@@ -21,6 +21,7 @@ from jaxadapt.core.errors import FileError, MismatchError
 from jaxadapt.storage import atomic, safetensors, strided
 from jaxadapt.storage.coordination import Group
 from jaxadapt.storage.flush import flush_fd, write_error
+from jaxadapt.storage.local_files import MAX_CALL
 from jaxadapt.storage.safetensors_header import Header, TensorInfo, encode
 
 if TYPE_CHECKING:
@@ -189,10 +190,7 @@ def _specs_digest(specs: Specs) -> str:
 
 
 class _SharedFile:
-    """An open file of known layout.
-
-    Unlike `atomic.Writer`, it does not start write-back early: the gaps of other processes would fragment the file.
-    """
+    """An open file of known layout."""
 
     def __init__(self, fd: int, path: str, start: int, tensors: Mapping[str, TensorInfo]) -> None:
         self._fd, self._path, self._start, self._tensors = fd, path, start, tensors
@@ -213,20 +211,14 @@ class _SharedFile:
     def _write(self, part: TensorPart) -> None:
         begin = self._start + self._tensors[part.key].start
         bits = safetensors.little_bits(part.array)
-        strided.write_region(
-            lambda data, offset, *runs: self.write_at(data, begin + offset, *runs), part.shape, bits, part.region
-        )
+        strided.write_region(lambda data, offset: self.write_at(data, begin + offset), part.shape, bits, part.region)
 
-    def write_at(self, data: memoryview, offset: int, run: int = 0, step: int = 0) -> None:
-        """Write all of `data` at an offset in the file, in runs of `run` bytes that start `step` bytes apart."""
-        run = run or len(data)
-        fd, pwrite = self._fd, os.pwrite
+    def write_at(self, data: memoryview, offset: int) -> None:
+        """Write all of `data` at an offset in the file."""
         try:
-            for start in range(0, len(data), run):
-                done = pwrite(fd, data[start : start + run], offset)
-                while done < run:
-                    done += pwrite(fd, data[start + done : start + run], offset + done)
-                offset += step
+            while len(data):
+                count = os.pwrite(self._fd, data[:MAX_CALL], offset)
+                data, offset = data[count:], offset + count
         except OSError as error:
             raise write_error(self._path, error) from error
 

@@ -233,11 +233,11 @@ def _die_at(moment: str, folder: Path) -> None:
     if moment == "write":
         writes = itertools.count()
 
-        def dying_write(self: Any, data: memoryview, offset: int, *cut: int) -> None:
+        def dying_write(self: Any, data: memoryview, offset: int) -> None:
             if next(writes) == 5:
                 write(self, data[: len(data) // 2], offset)
                 _die()
-            write(self, data, offset, *cut)
+            write(self, data, offset)
 
         parallel_write._SharedFile.write_at = dying_write
     elif moment == "gather":

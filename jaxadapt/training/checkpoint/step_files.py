@@ -209,9 +209,7 @@ def remove_leftovers(folder: Location) -> None:
 def remove_step(path: Location) -> None:
     """Remove a step. Raise `FileError` if this fails."""
     try:
-        path.unlink() if isinstance(path, Address) else atomic.remove_file(path)
-    except FileNotFoundError:
-        return
+        path.unlink(missing_ok=True)
     except OSError as error:
         raise file_error("delete", str(path), error) from error
 
