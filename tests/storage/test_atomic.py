@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from jaxadapt.core.errors import FileError
-from jaxadapt.storage import atomic, parallel_write, safetensors
+from jaxadapt.storage import atomic, safetensors, sharded_write
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -298,7 +298,7 @@ def test_a_system_that_writes_little_at_an_offset(tmp_path: Path, monkeypatch: p
     real = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: real(fd, data[:2], at))
     with (tmp_path / "f").open("wb") as file:
-        parallel_write._SharedFile(file.fileno(), "f", 0, {}).write_at(memoryview(b"abcdef"), 1)
+        sharded_write._SharedFile(file.fileno(), "f", 0, {}).write_at(memoryview(b"abcdef"), 1)
     assert (tmp_path / "f").read_bytes() == b"\0abcdef"
 
 

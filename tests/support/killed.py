@@ -207,7 +207,7 @@ def _die() -> None:
 
 def _die_at(moment: str, folder: Path) -> None:
     from jaxadapt.persistence import multihost
-    from jaxadapt.storage import atomic, coordination, parallel_write
+    from jaxadapt.storage import atomic, coordination, sharded_write
 
     if moment == "begin":
         _die()
@@ -221,7 +221,7 @@ def _die_at(moment: str, folder: Path) -> None:
 
         threading.Thread(target=watch, daemon=True).start()
         return
-    say, write, manager = coordination.Group._publish, parallel_write._SharedFile.write_at, jaxadapt.CheckpointManager
+    say, write, manager = coordination.Group._publish, sharded_write._SharedFile.write_at, jaxadapt.CheckpointManager
     gather = multihost.multihost_utils.process_allgather
 
     def dying_say(self: Any, name: str, message: Any) -> None:
@@ -239,7 +239,7 @@ def _die_at(moment: str, folder: Path) -> None:
                 _die()
             write(self, data, offset)
 
-        parallel_write._SharedFile.write_at = dying_write
+        sharded_write._SharedFile.write_at = dying_write
     elif moment == "gather":
         gathered = itertools.count()
 
