@@ -228,7 +228,7 @@ def file_regions(form: FileLayout, region: Region) -> tuple[FileRegion, ...]:
     """
     if form.ranks is not None:
         return tuple(_file_regions_by_rank(form, region))
-    position = None if form.held is None else dict(zip(form.held, range(form.count), strict=True))
+    position = None if form.file_entries is None else dict(zip(form.file_entries, range(form.count), strict=True))
     kept = [axis for axis in range(len(form.left)) if axis not in form.split]
     parts = [pattern.part_sizes(form.left[axis], form.shape[axis], dict(form.sizes)) for axis in kept]
     names = [name for part in parts for name in part]

@@ -308,10 +308,7 @@ class CheckpointManager(RunFolder):
     def adapter(self, step: int | None = None, name: str = "default") -> Adapter:
         """Return one adapter of a step (None: the latest) as a value with numpy arrays. No model is needed."""
         self.wait()
-        number = self.latest if step is None else run_folder.step_number(step)
-        if number is None:
-            raise FileError(f"{self.folder}: no checkpoint found")
-        stored = step_reading.read_stored_step(self._path(number))
+        stored = step_reading.read_stored_step(self._path(self._existing_step(step)))
         if stored.snapshot.foreign:
             dialect = stored.snapshot.foreign.get("dialect")
             raise AttachError(
@@ -336,9 +333,7 @@ class CheckpointManager(RunFolder):
         self._run_on_leader("export", lambda: self._export(step, path, options))
 
     def _export(self, step: int | None, path: str | os.PathLike[str], options: dict[str, Any]) -> None:
-        number = self.latest if step is None else run_folder.step_number(step)
-        if number is None:
-            raise FileError(f"{self.folder}: cannot export: no checkpoint found")
+        number = self._existing_step(step, "cannot export: ")
         stored = step_reading.read_stored_step(self._path(number))
         if stored.snapshot.foreign:
             flat = step_reading.read_step_arrays(stored, {n: None for n in stored.specs if n.startswith("guest/")})
@@ -346,6 +341,12 @@ class CheckpointManager(RunFolder):
             save(restore.stored_foreign_tree(stored.snapshot, leaves), path, **options)
         for name in [options.pop("name")] if "name" in options else stored.snapshot.recipes:
             save(self.adapter(number, name), path, name=name, **options)
+
+    def _existing_step(self, step: int | None, problem: str = "") -> int:
+        number = self.latest if step is None else run_folder.step_number(step)
+        if number is None:
+            raise FileError(f"{self.folder}: {problem}no checkpoint found")
+        return number
 
     def rollback(self, step: int) -> None:
         """Delete every step after `step`, the last first, so that training can continue from `step`."""
