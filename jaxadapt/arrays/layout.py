@@ -33,8 +33,8 @@ class FileLayout:
         factor: the array holds `factor` times the file's values, plus `shift`.
         sizes: the sizes of the parts of parenthesised axes.
         shift: see `factor`.
-        file_entries: the indices of the entries that have a tensor in the file; None if all have one. The array is zero at the
-            others.
+        file_entries: the indices of the entries that have a tensor in the file; None if all have one. The array is zero
+            at the others.
         ranks: the size of the axis "~r" in each tensor; None if they are equal. The array is zero beyond it.
 
     >>> some = FileLayout((3, 4, 2), ("{l}", "~r", "i"), (("~r",), ("i",)), (0,), file_entries=(0, 2), ranks=(4, 3))

@@ -157,8 +157,8 @@ class CheckpointManager(RunFolder):
         step_files.make_run_folder(self.folder)
         finish = self._begin_save(number, taken, record, is_shared)
         self._last = number
-        is_address = isinstance(self.folder, location.Address)
-        self._saving.start(f"save step {number}", finish, needs_executors=is_address, subject=_LastSave(number, record))
+        uploads, last = isinstance(self.folder, location.Address), _LastSave(number, record)
+        self._saving.start(f"save step {number}", finish, needs_executors=uploads, subject=last)
         if not self.asynchronous:
             self.wait()
 
@@ -205,9 +205,8 @@ class CheckpointManager(RunFolder):
         """Return the steps that are kept after the save."""
         if self.keep is None:
             return dict(steps)
-        kept = set(list(steps)[-self.keep :])
-        kept |= set(self._rank_steps(steps)[: self.keep_best]) if self.keep_best else set()
-        kept |= {s for s in steps if self.keep_every and s % self.keep_every == 0}
+        best = self._rank_steps(steps)[: self.keep_best] if self.keep_best else []
+        kept = {*list(steps)[-self.keep :], *best, *(s for s in steps if self.keep_every and s % self.keep_every == 0)}
         return {step: path for step, path in steps.items() if step in kept}
 
     # ------------------------------------------------------------ steps
@@ -229,9 +228,9 @@ class CheckpointManager(RunFolder):
         return self._select_kept(dict(sorted({**steps, last_save.step: path}.items())))
 
     def _read_record(self, step: int, path: Location) -> StepRecord:
-        last_save: _LastSave | None = self._saving.subject
-        if last_save is not None and last_save.step == step and self._saving.running:
-            return last_save.record
+        last: _LastSave | None = self._saving.subject
+        if last is not None and last.step == step and self._saving.running:
+            return last.record
         return super()._read_record(step, path)
 
     # ------------------------------------------------------------ waiting
@@ -240,9 +239,7 @@ class CheckpointManager(RunFolder):
         """Wait until the last save is on disk. Raise its error, once, if it failed."""
         self._saving.wait()
 
-    def close(self) -> None:
-        """Wait like `wait`. The manager stays usable."""
-        self.wait()
+    close = wait  # the manager stays usable
 
     def __enter__(self) -> CheckpointManager:
         return self
