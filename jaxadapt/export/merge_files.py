@@ -24,7 +24,7 @@ from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.merging import base_merge, combination, rank_reduction
 from jaxadapt.persistence import folder, peft
-from jaxadapt.storage import atomic, hf_model, location
+from jaxadapt.storage import atomic, flush, hf_model, location
 from jaxadapt.storage.dtypes import dtype_name, numpy_dtype
 from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Location
@@ -126,7 +126,7 @@ def merge_folder(
 
         read = get if allow_nan else finite.check_while_reading(get, len(file_specs), not_finite_error)
         other_files = _read_other_files(source, None if file_dtype is None else file_dtype.name, untied.is_untied)
-        folder.make_folder(target)
+        flush.make_folder(target)
         hf_model.write_model(target, file_specs, read, max_shard_size)
         for name, data in other_files.items():
             atomic.write_bytes(target / name, data)

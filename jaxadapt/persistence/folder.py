@@ -212,7 +212,7 @@ def write_with(tensors: PeftTensors, path: str | os.PathLike[str], put: Put | No
     folder = location.to_location(path)
     if not tensors.tensors:
         raise MismatchError(f"{folder}: cannot write an adapter without tensors")
-    made = make_folder(folder)
+    made = flush.make_folder(folder)
     try:
         with reporter(progress) as report, atomic.lock_directory(folder):
             _write(tensors, folder, put, report)
@@ -221,13 +221,6 @@ def write_with(tensors: PeftTensors, path: str | os.PathLike[str], put: Put | No
             with contextlib.suppress(OSError):
                 new.rmdir()
         raise
-
-
-def make_folder(folder: Location) -> list[Path]:
-    """Create a folder and its parents; return the new ones, innermost first. Object stores have no folders."""
-    if isinstance(folder, location.Address):
-        return []
-    return flush.make_folder(folder)
 
 
 def _write(tensors: PeftTensors, folder: Location, put: Put | None, report: Report) -> None:

@@ -97,14 +97,17 @@ class TensorFile(TensorSource):
             self.close()
             raise
 
+    def _dtype(self, key: str) -> np.dtype:
+        try:
+            return numpy_dtype(self.header.tensors[key].dtype)
+        except FormatError as error:
+            raise FormatError(f"{self.path}: tensor {key!r}: {error}") from None
+
     def _find(self, key: str) -> tuple[TensorInfo, np.dtype]:
         info = self.header.tensors[key]
         if self._source.closed:
             raise FileError(f"{self.path}: tensor {key!r}: the file is closed; read inside the `with` block")
-        try:
-            return info, numpy_dtype(info.dtype)
-        except FormatError as error:
-            raise FormatError(f"{self.path}: tensor {key!r}: {error}") from None
+        return info, self._dtype(key)
 
     def read(self, key: str) -> np.ndarray:
         """Return one tensor in new memory."""
@@ -128,11 +131,7 @@ class TensorFile(TensorSource):
         Raises:
             FormatError: numpy has no such dtype.
         """
-        try:
-            kinds = {name: numpy_dtype(name) for name in {info.dtype for info in self.header.tensors.values()}}
-            return {key: TensorSpec(info.shape, kinds[info.dtype]) for key, info in self.header.tensors.items()}
-        except FormatError:  # raise the error that names the tensor
-            return {key: TensorSpec(info.shape, self._find(key)[1]) for key, info in self.header.tensors.items()}
+        return {key: TensorSpec(info.shape, self._dtype(key)) for key, info in self.header.tensors.items()}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.header.tensors)

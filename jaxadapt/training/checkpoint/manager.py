@@ -27,7 +27,7 @@ from jaxadapt.core.progress import LOGGER, Progress, reporter
 from jaxadapt.persistence import multihost, run_folder
 from jaxadapt.persistence.run_folder import RunFolder, StepRecord
 from jaxadapt.persistence.save_adapter import save
-from jaxadapt.storage import location
+from jaxadapt.storage import flush, location
 from jaxadapt.storage.location import Location
 from jaxadapt.training.checkpoint import preemption, restore, snapshot, step_files, step_reading
 from jaxadapt.training.checkpoint.background import Background
@@ -154,7 +154,7 @@ class CheckpointManager(RunFolder):
         is_shared = step_files.is_multi_process(taken)
         if self._last is None or number < self._last:
             self._run_on_leader("save", functools.partial(self._check_folder, number))
-        step_files.make_run_folder(self.folder)
+        flush.make_folder(self.folder)
         finish = self._begin_save(number, taken, record, is_shared)
         self._last = number
         uploads, last = isinstance(self.folder, location.Address), _LastSave(number, record)

@@ -19,7 +19,7 @@ from jaxadapt.arrays import regions
 from jaxadapt.core.progress import Report, byte_counter
 from jaxadapt.persistence import multihost
 from jaxadapt.persistence.run_folder import META, NAME, SCHEMA, StepRecord
-from jaxadapt.storage import atomic, flush, safetensors, sharded_write
+from jaxadapt.storage import atomic, safetensors, sharded_write
 from jaxadapt.storage.dtypes import can_hold
 from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Address, Location
@@ -205,10 +205,3 @@ def remove_step(path: Location) -> None:
         path.unlink(missing_ok=True)
     except OSError as error:
         raise file_error("delete", str(path), error) from error
-
-
-def make_run_folder(folder: Location) -> None:
-    """Create the folder of a run. Raise `FileError` if this fails."""
-    if isinstance(folder, Address):
-        return
-    flush.make_folder(folder)
