@@ -19,8 +19,8 @@ __all__ = [
     "ALIGNED",
     "MAX_CALL",
     "MAX_TEXT",
+    "ByteSource",
     "LocalFile",
-    "Source",
     "aligned_empty",
     "close_after",
     "file_error",
@@ -134,7 +134,7 @@ def read_into(fd: int, view: memoryview, offset: int, path: str, label: str) -> 
         view, offset = view[count:], offset + count
 
 
-class Source(Protocol):
+class ByteSource(Protocol):
     """A file or object from which tensors are read."""
 
     path: str
@@ -147,7 +147,7 @@ class Source(Protocol):
 
 
 class LocalFile:
-    """An open file of this machine: a `Source`. It keeps its descriptor if the file is replaced."""
+    """An open file of this machine: a `ByteSource`. It keeps its descriptor if the file is replaced."""
 
     def __init__(self, path: str) -> None:
         """Open the file. Raises the errors of `open_binary`."""

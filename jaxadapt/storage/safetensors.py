@@ -41,7 +41,7 @@ __all__ = [
 _JOB_BYTES = 16 << 20
 
 
-def _open(path: str | os.PathLike[str]) -> local_files.Source:
+def _open(path: str | os.PathLike[str]) -> local_files.ByteSource:
     place = location.to_location(path)
     return (
         ranged_reads.RemoteObject(place)
@@ -50,14 +50,14 @@ def _open(path: str | os.PathLike[str]) -> local_files.Source:
     )
 
 
-def _read_header(source: local_files.Source) -> Header:
+def _read_header(source: local_files.ByteSource) -> Header:
     first = _read_exactly(source, min(source.size, 8), 0, "header length")
     if problem := length_problem(first, source.size):
         raise FormatError(f"{source.path}: not a valid safetensors file: {problem}")
     return parse(source.path, _read_exactly(source, int.from_bytes(first, "little"), 8, "header"), source.size)
 
 
-def _read_exactly(source: local_files.Source, size: int, offset: int, label: str) -> bytes:
+def _read_exactly(source: local_files.ByteSource, size: int, offset: int, label: str) -> bytes:
     buffer = bytearray(size)
     source.read_into(label, memoryview(buffer), offset)
     return bytes(buffer)
@@ -89,10 +89,10 @@ class TensorFile(TensorSource):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Open a file; see `open_tensors`. Raises the errors of `read_header`."""
-        self._source = _open(path)
-        self.path = self.source = self._source.path
+        self._file = _open(path)
+        self.path = self.source = self._file.path
         try:
-            self.header = _read_header(self._source)
+            self.header = _read_header(self._file)
         except BaseException:
             self.close()
             raise
@@ -105,7 +105,7 @@ class TensorFile(TensorSource):
 
     def _find(self, key: str) -> tuple[TensorInfo, np.dtype]:
         info = self.header.tensors[key]
-        if self._source.closed:
+        if self._file.closed:
             raise FileError(f"{self.path}: tensor {key!r}: the file is closed; read inside the `with` block")
         return info, self._dtype(key)
 
@@ -117,7 +117,7 @@ class TensorFile(TensorSource):
         """Return one tensor, read into the first bytes of `memory` (uint8, aligned for the dtype) or new memory."""
         info, dtype = self._find(key)
         data = local_files.aligned_empty(info.nbytes) if memory is None else memory[: info.nbytes]
-        self._source.read_into(f"tensor {key!r}", data.data, self.header.data_start + info.start)
+        self._file.read_into(f"tensor {key!r}", data.data, self.header.data_start + info.start)
         return data.view(dtype).reshape(info.shape)
 
     def nbytes(self, key: str) -> int:
@@ -159,7 +159,7 @@ class TensorFile(TensorSource):
         begin = self.header.data_start + info.start
 
         def read_at(view: memoryview, offset: int) -> None:
-            self._source.read_into(f"tensor {key!r}", view, begin + offset)
+            self._file.read_into(f"tensor {key!r}", view, begin + offset)
 
         return strided.read_region(read_at, info.shape if shape is None else shape, dtype, slices)
 
@@ -181,7 +181,7 @@ class TensorFile(TensorSource):
 
     def close(self) -> None:
         """Close the file."""
-        self._source.close()
+        self._file.close()
 
     def __enter__(self) -> TensorFile:
         return self
@@ -191,7 +191,7 @@ class TensorFile(TensorSource):
     ) -> None:
         try:
             if kind is None:
-                self._source.check()
+                self._file.check()
         finally:
             self.close()
 
