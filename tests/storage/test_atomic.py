@@ -294,6 +294,18 @@ def test_a_failing_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: s
         save(tmp_path / "f", 10)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="posix_fadvise")
+def test_a_large_file_leaves_the_cache_but_for_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, at, size, what: calls.append((at, size)))
+    monkeypatch.setattr(atomic, "_LOT", 10)
+    with atomic.open_replacement(tmp_path / "f") as writer:
+        for size in (9, 3, 8, 25):
+            writer.write(memoryview(b"x" * size))
+    assert (tmp_path / "f").read_bytes() == b"x" * 45
+    assert calls == [(0, 12), (0, 20), (0, 30), (0, 40)]
+
+
 def test_a_system_that_writes_little_at_an_offset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: real(fd, data[:2], at))
