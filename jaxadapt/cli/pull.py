@@ -47,8 +47,7 @@ def command(repo: str, revision: str | None, subfolder: str | None, out: str | N
 
 def _copy_adapter(source: Path, target: str) -> Location:
     """Copy the adapter's files from `source` to `target`, all or none."""
-    from jaxadapt.persistence import folder
-    from jaxadapt.storage import atomic
+    from jaxadapt.storage import atomic, flush
     from jaxadapt.storage.hub import CARD, CONFIG, WEIGHTS
 
     out = location.to_location(target)
@@ -59,7 +58,7 @@ def _copy_adapter(source: Path, target: str) -> Location:
             f"{out}: cannot write {weights} here, because the folder already contains {stale[0]} and a reader could "
             "load that file instead; choose another folder"
         )
-    folder.make_folder(out)
+    flush.make_folder(out)
     # Replace the configuration right after the weights, as `folder.write` does.
     names = [name for name in (weights, CONFIG, CARD) if location.exists(source / name)]
     with atomic.lock_directory(out), atomic.replacing_all([out / name for name in names]) as writers:

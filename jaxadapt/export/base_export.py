@@ -25,9 +25,8 @@ from jaxadapt.keymaps import expert_names, parts, plan
 from jaxadapt.keymaps.keymap import KeyMap, warn_unproved
 from jaxadapt.merging import base_merge
 from jaxadapt.models.nnx import attach, survey
-from jaxadapt.persistence import folder
 from jaxadapt.persistence.encode import require_values
-from jaxadapt.storage import hf_model, location
+from jaxadapt.storage import flush, hf_model, location
 from jaxadapt.storage.dtypes import dtype_name, numpy_dtype
 from jaxadapt.storage.location import Location
 
@@ -96,7 +95,7 @@ def export_base(
         specs[key] = name, parts.joined_shape(group, entry.form.file_shape)
     if not specs:
         raise MismatchError(f"{target}: cannot export the model: it has no weights")
-    folder.make_folder(target)
+    flush.make_folder(target)
     encode = _make_encoder(base_plan, leaves, changed, file_dtype)
     total = sum(math.prod(shape) * numpy_dtype(name).itemsize for name, shape in specs.values())
     specs, sources = (

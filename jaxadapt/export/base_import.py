@@ -28,6 +28,7 @@ from jaxadapt.models import base_params, planning
 from jaxadapt.models.nnx import attach, survey
 from jaxadapt.persistence import device_arrays
 from jaxadapt.storage import hf_model, location
+from jaxadapt.storage.source import TensorSource, cut, rename, stack
 
 
 def import_base(
@@ -82,11 +83,11 @@ def import_base(
         if keymap in (None, "auto", GENERIC.name):
             resolved = _with_path_names(resolved, target, shapes, tensors, tensors.source)
         if resolved.expert_modules:
-            tensors = tensors.with_stacks(*expert_names.expert_rows(resolved, tensors, tensors.source))
+            tensors = stack(tensors, *expert_names.expert_rows(resolved, tensors, tensors.source))
         known = shapes if strict else {p: s for p, s in shapes.items() if resolved.match(p) is not None}
         base_plan = plan.base_plan(resolved, known)
         file_shapes = {key: tuple(spec.shape) for key, spec in tensors.specs.items()}
-        tensors = tensors.with_parts(parts.locate_parts(file_shapes, base_plan.keys))
+        tensors = cut(tensors, parts.locate_parts(file_shapes, base_plan.keys))
         sources = _find_sources(tensors, resolved, base_plan, strict, lambda: _describe_nearest(resolved, shapes))
         entries = [e for e in base_plan.entries if all(key in sources for key in e.keys)]
         unfilled = {e.path for e in base_plan.entries} - {e.path for e in entries} | (shapes.keys() - known.keys())
@@ -103,7 +104,7 @@ def import_base(
             )
         with reporter(progress) as report:
             shardings = planning.target_base(target).shardings
-            new = _load_leaves(entries, tensors.with_names(sources), leaves, shardings, report)
+            new = _load_leaves(entries, rename(tensors, sources), leaves, shardings, report)
     if adapter is not None:
         changed = base_merge.plan_merge({**leaves, **new}, adapter)
         if not allow_nan:
@@ -121,7 +122,7 @@ def _describe_nearest(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> 
 
 
 def _find_sources(
-    tensors: hf_model.ModelTensors,
+    tensors: TensorSource,
     keymap: KeyMap,
     base_plan: plan.Plan,
     strict: bool,
@@ -177,7 +178,7 @@ def _find_sources(
 
 def _load_leaves(
     entries: Sequence[plan.PlanEntry],
-    tensors: hf_model.ModelTensors,
+    tensors: TensorSource,
     leaves: Mapping[str, Any],
     base_shardings: Mapping[str, Any],
     report: Report,

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from jaxadapt.arrays.layout import RANK, FileLayout
+from jaxadapt.arrays.tensor_source import TensorSource, TensorSpec
 from jaxadapt.core import paths
 from jaxadapt.core.compare import Spec, compare, group_findings
 from jaxadapt.core.errors import KeyMapError, MismatchError
@@ -171,15 +172,8 @@ class Plan:
         return {e.path: e.decode(tensors) for e in self.entries}
 
 
-class TensorSpec(NamedTuple):
-    """The shape and dtype of a tensor."""
-
-    shape: tuple[int, ...]
-    dtype: Any
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
-class Encoded(Mapping[str, Any]):
+class Encoded(TensorSource):
     """The tensors of a plan under PEFT's names, computed at each look-up and not cached."""
 
     plan: Plan
@@ -187,7 +181,7 @@ class Encoded(Mapping[str, Any]):
     dtype: np.dtype[Any] | None = None
     host: bool = False
 
-    @property
+    @functools.cached_property
     def specs(self) -> dict[str, TensorSpec]:
         """Shapes and dtypes by key; no tensor is computed."""
         return {
@@ -197,21 +191,13 @@ class Encoded(Mapping[str, Any]):
             for i, key in enumerate(e.keys)
         }
 
-    def __getitem__(self, key: str) -> Array:
+    def read(self, key: str) -> Array:
+        """Compute one tensor."""
         entry, i = self.plan.keys[key]
         leaf = self.leaves[entry.path]
         # On the host, transposes and reshapes are views where the layouts allow; on a device each is a computation.
         tensor = entry.form.encode(np.asarray(leaf) if self.host else leaf, i)
         return tensor if self.dtype is None or tensor.dtype == self.dtype else tensor.astype(self.dtype)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self.plan.keys  # Mapping.__contains__ would compute the tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.plan.keys)
-
-    def __len__(self) -> int:
-        return len(self.plan.keys)
 
 
 def plan_entry(keymap: KeyMap, match: Match, tensor: MethodTensor, sizes: Mapping[str, int]) -> PlanEntry:

@@ -190,7 +190,7 @@ def scale(site: Site) -> float | np.ndarray:
     split = [form.left[axis] for axis in form.split]
     scales = np.array(site_scale.values).reshape([sizes[name] for name in axes])
     rows = scales.transpose([axes.index(name) for name in split]).reshape(-1)
-    rows = rows if form.held is None else rows[np.array(form.held)]
+    rows = rows if form.file_entries is None else rows[np.array(form.file_entries)]
     return np.repeat(rows, count_experts(site)).reshape(-1, 1, 1)
 
 

@@ -33,6 +33,7 @@ from jaxadapt.storage import atomic, flush, hub, location, orbax, safetensors, t
 from jaxadapt.storage.dtypes import dtype_name
 from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Location
+from jaxadapt.storage.source import TensorSource, as_source
 
 CONFIG = hub.CONFIG
 WEIGHTS, WEIGHTS_BIN = hub.WEIGHTS
@@ -133,25 +134,14 @@ def read(path: str | os.PathLike[str], *, progress: Progress = None) -> PeftTens
     {'base_model.model.q.lora_A.weight': ('float32', (2, 4)), 'base_model.model.q.lora_B.weight': ('float32', (6, 2))}
     """
     with reporter(progress) as report, open_adapter(path, report) as adapter:
-        stored = adapter.tensors
-        if isinstance(stored, safetensors.TensorFile):
-            count = byte_counter(report, "read", sum(map(stored.nbytes, stored)))
-            tensors = stored.read_many(stored, count)
-        else:  # in memory already
-            tensors = dict(stored)
-            total = sum(x.nbytes for x in tensors.values())
-            report("read", total, total)
-        return dataclasses.replace(adapter, tensors=tensors)
+        source = as_source(adapter.tensors)
+        count = byte_counter(report, "read", sum(map(source.nbytes, source)))
+        return dataclasses.replace(adapter, tensors=source.read_many(source, count))
 
 
 @contextlib.contextmanager
-def open_adapter(
-    path: str | os.PathLike[str], report: Report = no_report, *, ahead: bool = False
-) -> Generator[PeftTensors]:
-    """Open an adapter folder: like `read`, but read each tensor of a `.safetensors` file on demand while it is open.
-
-    With `ahead`, a small file is read at once in the background.
-    """
+def open_adapter(path: str | os.PathLike[str], report: Report = no_report) -> Generator[PeftTensors]:
+    """Open an adapter folder: like `read`, but read each tensor of a `.safetensors` file on demand while it is open."""
     if orbax.is_checkpoint(path):
         from jaxadapt.persistence import orbax_folder
 
@@ -160,7 +150,7 @@ def open_adapter(
     config, weights = find_files(path, report)
     with contextlib.ExitStack() as stack:
         if weights.name == WEIGHTS:
-            tensors: Mapping[str, Any] = stack.enter_context(safetensors.open_tensors(weights, ahead))
+            tensors: Mapping[str, Any] = stack.enter_context(safetensors.open_tensors(weights))
             resolved = reconcile.resolve_config(config, tensors.header, weights)
         else:
             resolved = reconcile.resolve_config(config, None, weights)
@@ -222,7 +212,7 @@ def write_with(tensors: PeftTensors, path: str | os.PathLike[str], put: Put | No
     folder = location.to_location(path)
     if not tensors.tensors:
         raise MismatchError(f"{folder}: cannot write an adapter without tensors")
-    made = make_folder(folder)
+    made = flush.make_folder(folder)
     try:
         with reporter(progress) as report, atomic.lock_directory(folder):
             _write(tensors, folder, put, report)
@@ -231,13 +221,6 @@ def write_with(tensors: PeftTensors, path: str | os.PathLike[str], put: Put | No
             with contextlib.suppress(OSError):
                 new.rmdir()
         raise
-
-
-def make_folder(folder: Location) -> list[Path]:
-    """Create a folder and its parents; return the new ones, innermost first. Object stores have no folders."""
-    if isinstance(folder, location.Address):
-        return []
-    return flush.make_folder(folder)
 
 
 def _write(tensors: PeftTensors, folder: Location, put: Put | None, report: Report) -> None:
@@ -336,9 +319,8 @@ def _blank_digest(weights: Location, replaces: str) -> None:
 def array_specs(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return values with `shape` and `dtype` by key, without encoding tensors that are encoded on demand."""
     from jaxadapt.adapters.adapter import is_array
-    from jaxadapt.keymaps.plan import Encoded
 
-    if isinstance(tensors, Encoded):
+    if isinstance(tensors, TensorSource):
         return tensors.specs
     others = [f"{k}: {type(v).__name__}" for k, v in tensors.items() if not is_array(v)]
     if others:

@@ -151,10 +151,9 @@ def load(
         source = os.fspath(checkpoint)
     else:
         parameters = planning.target_base(target)
-        ahead = jax.process_count() == 1  # with several, it would read bytes that only the others need
         with (
             reporter(progress) as report,
-            folder.open_adapter(_existing_folder(subfolder, path), ahead=ahead) as tensors,
+            folder.open_adapter(_existing_folder(subfolder, path)) as tensors,
         ):
             adapter, adapter_sites = peft.adapter_from_tensors(tensors, parameters, *options, report, on_shared, strict)
         source = tensors.source

@@ -35,6 +35,7 @@ from jaxadapt.methods.lora import method
 from jaxadapt.models import attachment, planning
 from jaxadapt.models.linen import collections
 from jaxadapt.persistence import device_arrays, encode
+from jaxadapt.storage.source import as_source
 
 
 def to_peft(
@@ -166,7 +167,7 @@ def adapter_from_tensors(
     if on_mismatch == "skip":
         fitted = vocabulary.fit_vocabulary(tensors.tensors, adapter_sites, recipe.keymap, base.leaves, tensors.source)
         tensors = dataclasses.replace(tensors, tensors=fitted)
-    specs = device_arrays.tensor_specs(tensors.tensors)
+    specs = as_source(tensors.tensors).specs
     dtypes = {key: spec.dtype for key, spec in specs.items()}
     requested, dtype = dtype, None if dtype == AUTOCAST else dtype
     memory_dtypes = {d: memory_dtype(d, requested) for d in set(dtypes.values())}
@@ -266,9 +267,7 @@ def _init_missing(
         raise type(error)(f"{tensors.source}: cannot initialize the missing tensors: {error}") from error
     traced = any(isinstance(x, jax.Array) for x in _planned_tensors(tensors.tensors, plan).values())
     encoded = sites.make_file_plan(incomplete).encode(leaves, host=not traced)
-    dtypes = {
-        np.dtype(spec.dtype) for key, spec in device_arrays.tensor_specs(tensors.tensors).items() if key in plan.keys
-    }
+    dtypes = {np.dtype(spec.dtype) for key, spec in as_source(tensors.tensors).specs.items() if key in plan.keys}
     copied = _copied_keys(incomplete)
     common = dtypes.pop() if len(dtypes) == 1 else None
     return {key: encoded[key] if common is None or key in copied else encoded[key].astype(common) for key in missing}

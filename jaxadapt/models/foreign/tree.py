@@ -21,7 +21,6 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, KeyMapError, MismatchError, warn
 from jaxadapt.keymaps import families
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap, warn_unproved
-from jaxadapt.keymaps.plan import Encoded
 from jaxadapt.models import trees
 from jaxadapt.models.foreign import config as foreign_config
 from jaxadapt.models.foreign import dialects, fill, per_head, slots
@@ -33,6 +32,7 @@ from jaxadapt.models.linen import collections
 from jaxadapt.models.nnx import attach
 from jaxadapt.models.nnx import survey as nnx_survey
 from jaxadapt.models.trees import Leaves, Put
+from jaxadapt.storage.source import as_source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,7 +262,7 @@ def fill_tree(
     tree, foreign_tree = foreign_tree, _select_slot(foreign_tree, room=True)
     per_head_sites = _find_per_head(foreign_tree, keymap)
     if per_head_sites and lora_alpha is not None:
-        leaves = per_head.reserve_rank(per_head_sites, foreign_tree.leaves, _specs(tensors))
+        leaves = per_head.reserve_rank(per_head_sites, foreign_tree.leaves, as_source(tensors).specs)
         stored = per_head.rescaled_alphas(foreign_tree.dialect, foreign_tree.leaves, leaves, lora_alpha)
         foreign_tree, lora_alpha = dataclasses.replace(foreign_tree, leaves=leaves, stored=stored), None
     sites = survey_tree(foreign_tree, keymap, tensors)
@@ -274,7 +274,7 @@ def fill_tree(
     ):  # `scale_ratios` raises for other configurations
         sites = dataclasses.replace(sites, stored=_slot_alphas(tree, sites, config))
     ratios = foreign_config.scale_ratios(sites, config, lora_alpha, call)
-    shapes = {key: tuple(spec.shape) for key, spec in _specs(tensors).items()}
+    shapes = {key: tuple(spec.shape) for key, spec in as_source(tensors).specs.items()}
     fill.check_tensors(sites, ratios, shapes, source)
     values = {key: tensors[key] for half in _factor_arrays(sites) for key in half.keys if key in shapes}
     traced = any(isinstance(x, Tracer) for x in [*values.values(), *foreign_tree.leaves.values()])
@@ -313,7 +313,7 @@ def needed_rank(
     """Return the rank that a tree needs for a file's tensors if differing tensors are concatenated."""
     per_head_sites = _find_per_head(foreign_tree, keymap)
     room = dataclasses.replace(
-        foreign_tree, leaves=per_head.reserve_rank(per_head_sites, foreign_tree.leaves, _specs(tensors))
+        foreign_tree, leaves=per_head.reserve_rank(per_head_sites, foreign_tree.leaves, as_source(tensors).specs)
     )
     sites, ratios = survey_tree(room, keymap), dict.fromkeys(modules, 1.0)
     if not per_head_sites:
@@ -352,10 +352,6 @@ def _used_ranks(sites: ForeignSites, placed: Mapping[str, tuple[FactorArray, Pla
 
 def _factor_arrays(sites: ForeignSites) -> list[FactorArray]:
     return [half for site in sites.sites for half in (site.a, site.b)]
-
-
-def _specs(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
-    return tensors.specs if isinstance(tensors, Encoded) else tensors
 
 
 __all__ = [

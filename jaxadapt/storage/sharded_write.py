@@ -14,19 +14,21 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxadapt.core import paths
 from jaxadapt.core.errors import FileError, MismatchError
+from jaxadapt.core.progress import Report, byte_counter
 from jaxadapt.storage import atomic, safetensors, strided
 from jaxadapt.storage.coordination import Group
-from jaxadapt.storage.flush import flush_fd, write_error
+from jaxadapt.storage.flush import close_fd, flush_fd, write_error
+from jaxadapt.storage.local_files import MAX_CALL
 from jaxadapt.storage.safetensors_header import Header, TensorInfo, encode
 
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Parts", "TensorPart", "digest", "write_as_follower", "write_as_leader"]
+__all__ = ["Parts", "Put", "TensorPart", "digest", "start", "write"]
 
 
 class TensorPart(NamedTuple):
@@ -38,53 +40,89 @@ class TensorPart(NamedTuple):
     array: np.ndarray
 
 
-Parts = Callable[[bool], Iterator[TensorPart]]
-"""A function that yields the parts this process writes. Its argument is True for a shared file: each process yields its
-own parts. For False, process 0 yields all parts and the others none.
+Parts = Callable[[bool], tuple[int, Iterator[TensorPart]]]
+"""A function that returns the parts that this process writes: their bytes in all, and an iterator. Its argument is True
+for a shared file: each process returns its own parts. For False, process 0 returns all parts and the others none.
 
 The function is called while other processes are awaited, so it should start device transfers before it returns. Every
 process exhausts the iterator, since gathering for process 0 is collective."""
 
-Specs = Mapping[str, tuple[str, Sequence[int]]]
+Specs = Mapping[str, tuple[Any, Sequence[int]]]
+
+Put = Callable[[atomic.Writer, Mapping[str, str]], Header]
+"""Writes the file of all processes with this metadata into an open replacement, and returns its header."""
 
 
-def write_as_leader(
-    writer: atomic.Writer,
+def start(action: str | os.PathLike[str], timeout: float) -> Group:
+    """Start the messages of one `write`. Every process calls this in the same order as for its other writes.
+
+    Args:
+        action: the file or folder, for messages.
+        timeout: in seconds, for each answer of another process.
+    """
+    return Group(os.fspath(action), timeout, ("plan", "mode", "result"))
+
+
+def write(
+    path: str | os.PathLike[str],
     specs: Specs,
+    parts: Parts,
+    group: Group,
+    commit: Callable[[Put], object],
+    *,
+    shared: bool | None,
+    alike: Mapping[str, str],
+    report: Report,
+) -> None:
+    """Write one file from all processes; each of them calls this.
+
+    Args:
+        path: the file.
+        specs: (dtype, shape) by key, equal in all processes.
+        parts: see `Parts`.
+        group: the messages, from `start`.
+        commit: called in process 0 with a `Put`. It opens the replacement of the file, calls the `Put` once, and
+            replaces the file. When the `Put` returns, the bytes of the other processes are on the disk.
+        shared: True if all processes see the same file; None to find out.
+        alike: by name, the `digest` of values that each process has and only process 0 writes. They must be equal in
+            all processes.
+        report: called with ("save", bytes, bytes in all) for the bytes that this process writes.
+
+    Raises:
+        FileError: in all processes, if one of them could not write, or did not answer in time. The file is then
+            unchanged.
+        MismatchError: the tensors, or the values in `alike`, differ from those of process 0.
+    """
+    name, layout = os.fspath(path), safetensors.named_specs(specs)
+    if group.index > 0:
+        _follow(name, layout, parts, group, shared, alike, report)
+        group.receive("result")
+        return
+    with group.announce_failure():
+        commit(lambda writer, metadata: _lead(writer, layout, metadata, parts, group, shared, alike, report))
+    group.send("result")
+
+
+def _lead(
+    writer: atomic.Writer,
+    layout: Mapping[str, tuple[str, Sequence[int]]],
     metadata: Mapping[str, str],
     parts: Parts,
     group: Group,
     shared: bool | None,
     alike: Mapping[str, str],
+    report: Report,
 ) -> Header:
-    """Write a file in process 0, while every other process calls `write_as_follower`. The caller then commits the file.
-
-    When this returns, the bytes of the other processes are on the disk.
-
-    Args:
-        writer: the writer of the file.
-        specs: (safetensors dtype, shape) by key, equal in all processes.
-        metadata: strings by key.
-        parts: see `Parts`.
-        group: the messages between the processes.
-        shared: True if all processes see the same file; None to find out.
-        alike: by name, the `digest` of values that each process has and only process 0 writes. They must be equal in
-            all processes.
-
-    Raises:
-        FileError: a process could not write, or did not answer in time.
-    """
     path = writer.path
-    first, header = encode(path, specs, metadata)
+    first, header = encode(path, layout, metadata)
     try:
         os.ftruncate(writer.fd, header.size)
     except OSError as error:
         raise write_error(path, error) from error
     file = _SharedFile(writer.fd, path, header.data_start, header.tensors)
     file.write_at(memoryview(first), 0)
-    name = writer.temporary.name
-    plan = {"file": name, "size": header.size, "start": header.data_start}
-    group.send("plan", plan | {"specs": _specs_digest(specs), "alike": dict(alike)})
+    plan = {"file": writer.temporary.name, "size": header.size, "start": header.data_start}
+    group.send("plan", plan | {"specs": _layout_digest(layout), "alike": dict(alike)})
     own_parts = None if shared is False else parts(True)
     blind = [process for process, sees in group.receive_all("sees").items() if not sees]
     if shared and blind:
@@ -96,62 +134,54 @@ def write_as_leader(
     group.send("mode", common)
     if not common:
         own_parts = None  # release them before all parts are gathered
-    file.write(parts(False) if own_parts is None else own_parts)
+    file.write(own_parts or parts(False), report)
     group.receive_all("written")
     return header
 
 
-def write_as_follower(
-    path: str, specs: Specs, parts: Parts, group: Group, shared: bool | None, alike: Mapping[str, str]
+def _follow(
+    path: str,
+    layout: Mapping[str, tuple[str, Sequence[int]]],
+    parts: Parts,
+    group: Group,
+    shared: bool | None,
+    alike: Mapping[str, str],
+    report: Report,
 ) -> None:
-    """Join the `write_as_leader` of process 0. Return when the parts of this process are on the disk.
-
-    Raises:
-        MismatchError: the tensors, or the values in `alike`, differ from those of process 0.
-        FileError: as in `write_as_leader`.
-    """
-    fd = None
-    try:  # work that does not need the plan of process 0
+    with group.announce_failure("sees"):  # work that does not need the plan of process 0
         own_parts = None if shared is False else parts(True)
-        _, header = encode(path, specs, {})
-        ours = _specs_digest(specs)
-    except BaseException as error:
-        group.send_failure(error, "sees")
-        raise
+        _, header = encode(path, layout, {})
+        ours = {"specs": _layout_digest(layout), "alike": alike}
     plan = group.receive("plan")
-    try:
-        if plan["specs"] != ours:
-            raise MismatchError(f"{path}: names, shapes or dtypes of the arrays differ from those of process 0")
-        theirs = plan["alike"]
-        differ = sorted(name for name in alike.keys() | theirs.keys() if alike.get(name) != theirs.get(name))
-        if differ:
-            raise MismatchError(
-                f"{path}: these differ between the processes, and only one of them can be saved; pass arrays over all"
-                " processes, or gather them (jax.experimental.multihost_utils.process_allgather):\n"
-                + paths.bullets(differ)
-            )
-        fd = _open_shared(Path(path).parent / plan["file"], plan["size"])
-    except BaseException as error:
-        group.send_failure(error, "sees")
-        raise
-    try:
+    with contextlib.ExitStack() as stack:
+        with group.announce_failure("sees"):
+            _compare(path, ours, plan)
+            fd = _open_shared(Path(path).parent / plan["file"], plan["size"])
+            if fd is not None:
+                stack.callback(close_fd, fd)  # all writes are flushed before
         group.send("sees", fd is not None)
         common = group.receive("mode")
-        try:
+        with group.announce_failure("written"):
             if not common:
                 own_parts = None  # release them before all parts are gathered
             file = _SharedFile(-1 if fd is None else fd, path, plan["start"], header.tensors)
-            file.write(parts(False) if own_parts is None else own_parts)
+            file.write(own_parts or parts(False), report)
             if common:
                 file.flush()
-        except BaseException as error:
-            group.send_failure(error, "written")
-            raise
         group.send("written")
-    finally:
-        if fd is not None:
-            with contextlib.suppress(OSError):  # all writes were flushed
-                os.close(fd)
+
+
+def _compare(path: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
+    """Raise `MismatchError` if the digests of this process differ from those of process 0."""
+    if theirs["specs"] != ours["specs"]:
+        raise MismatchError(f"{path}: names, shapes or dtypes of the arrays differ from those of process 0")
+    names = ours["alike"].keys() | theirs["alike"].keys()
+    differ = sorted(name for name in names if ours["alike"].get(name) != theirs["alike"].get(name))
+    if differ:
+        raise MismatchError(
+            f"{path}: these differ between the processes, and only one of them can be saved; pass arrays over all"
+            " processes, or gather them (jax.experimental.multihost_utils.process_allgather):\n" + paths.bullets(differ)
+        )
 
 
 def _open_shared(temporary: Path, size: int) -> int | None:
@@ -165,8 +195,7 @@ def _open_shared(temporary: Path, size: int) -> int | None:
     with contextlib.suppress(OSError):
         if os.fstat(fd).st_size == size:
             return fd
-    with contextlib.suppress(OSError):  # it has no unflushed writes
-        os.close(fd)
+    close_fd(fd)
     return None
 
 
@@ -184,27 +213,27 @@ def digest(*values: str | np.ndarray) -> str:
     return result.hexdigest()[:32]
 
 
-def _specs_digest(specs: Specs) -> str:
-    return digest(json.dumps({key: [dtype, list(shape)] for key, (dtype, shape) in specs.items()}, sort_keys=True))
+def _layout_digest(layout: Mapping[str, tuple[str, Sequence[int]]]) -> str:
+    return digest(json.dumps({key: [dtype, list(shape)] for key, (dtype, shape) in layout.items()}, sort_keys=True))
 
 
 class _SharedFile:
-    """An open file of known layout.
-
-    Unlike `atomic.Writer`, it does not start write-back early: the gaps of other processes would fragment the file.
-    """
+    """An open file of known layout."""
 
     def __init__(self, fd: int, path: str, start: int, tensors: Mapping[str, TensorInfo]) -> None:
         self._fd, self._path, self._start, self._tensors = fd, path, start, tensors
 
-    def write(self, parts: Iterator[TensorPart]) -> None:
+    def write(self, parts: tuple[int, Iterator[TensorPart]], report: Report) -> None:
         """Write all parts. After an error, still exhaust the iterator, since other processes may wait in it."""
+        total, each = parts
+        count = byte_counter(report, "save", total)
         failed: BaseException | None = None
-        for part in parts:
+        for part in each:
             if failed is not None:
                 continue
             try:
                 self._write(part)
+                count(part.array.nbytes)
             except FileError as error:
                 failed = error
         if failed is not None:
@@ -213,20 +242,14 @@ class _SharedFile:
     def _write(self, part: TensorPart) -> None:
         begin = self._start + self._tensors[part.key].start
         bits = safetensors.little_bits(part.array)
-        strided.write_region(
-            lambda data, offset, *runs: self.write_at(data, begin + offset, *runs), part.shape, bits, part.region
-        )
+        strided.write_region(lambda data, offset: self.write_at(data, begin + offset), part.shape, bits, part.region)
 
-    def write_at(self, data: memoryview, offset: int, run: int = 0, step: int = 0) -> None:
-        """Write all of `data` at an offset in the file, in runs of `run` bytes that start `step` bytes apart."""
-        run = run or len(data)
-        fd, pwrite = self._fd, os.pwrite
+    def write_at(self, data: memoryview, offset: int) -> None:
+        """Write all of `data` at an offset in the file."""
         try:
-            for start in range(0, len(data), run):
-                done = pwrite(fd, data[start : start + run], offset)
-                while done < run:
-                    done += pwrite(fd, data[start + done : start + run], offset + done)
-                offset += step
+            while len(data):
+                count = os.pwrite(self._fd, data[:MAX_CALL], offset)
+                data, offset = data[count:], offset + count
         except OSError as error:
             raise write_error(self._path, error) from error
 
