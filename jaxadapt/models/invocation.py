@@ -15,7 +15,7 @@ from jaxadapt.configs import Config
 from jaxadapt.core.errors import AttachError
 from jaxadapt.methods.lora import alora
 from jaxadapt.models.linen import wrapper
-from jaxadapt.models.nnx import attach, params, survey
+from jaxadapt.models.nnx import attach, params
 
 Array = Any
 
@@ -62,9 +62,10 @@ def invoke(model: Any, tokens: Any) -> Generator[Any]:
         return
     if not isinstance(model, attach.nnx.Module):
         raise AttachError(f"expected an NNX model, or a Linen module that adapt returned, found {type(model).__name__}")
-    adapters = {name: attach.extract(model, name) for name in attach.active_names(model)}
+    walked = attach.walked(model)
+    adapters = {name: attach.extract(walked, name) for name in attach.active_names(walked)}
     masks = _make_masks({name: adapter.config for name, adapter in adapters.items()}, ids)
-    owners = survey.base_leaves(model)
+    owners = walked.leaves
     masked: list[dict[str, Any]] = []
     for name, mask in masks.items():
         for site in sites_of(adapters[name]):

@@ -40,11 +40,12 @@ class BaseParams:
     def from_tree(tree: Any, target: Any = None) -> BaseParams:
         """Read the base parameters of a model or tree.
 
-        Raises `AttachError` for variables (see `base_params`), and if a leaf of a tree is not an array.
+        A model is walked, unless its walk is passed instead. Raises `AttachError` for variables (see `base_params`),
+        and if a leaf of a tree is not an array.
         """
-        if isinstance(tree, attach.nnx.Module):
+        if isinstance(tree, attach.Model):
             walked = survey.walk_model(tree)
-            return BaseParams(tree, walked.leaves, tree, walked)
+            return BaseParams(walked.model, walked.leaves, walked.model, walked)
         params = attach.nnx.to_pure_dict(tree) if isinstance(tree, attach.nnx.State) else tree
         if not isinstance(params, Mapping):
             raise AttachError(
@@ -113,7 +114,7 @@ def check_kernels(base: BaseParams, sites: Sequence[Site]) -> None:
         if problems := attach.list_contradictions(sites, base.walked.leaves):
             raise AttachError("these layers cannot carry the adapter:\n" + paths.bullets(problems))
         return
-    attached = _attached_keymap(base.target)
+    attached = _attached_keymap(base)
     reverse: list[str] = []
     for site in sites:
         weight, known = site.match.weight, None if attached is None else attached.match(site.leaf)
@@ -167,7 +168,7 @@ def _plan_on_model(
     try:
         sites = selection.select_sites(config, full, shapes, unsure)
     except TargetError as error:
-        _raise_for_qwix(model, error)
+        _raise_for_qwix(walked, error)
         raise
     selected = {site.leaf for site in sites}
     if traced.keys() - selected and not all_linear:
@@ -198,10 +199,9 @@ def _check_traceable(walked: survey.ModelWalk, config: Any) -> None:
         )
 
 
-def _raise_for_qwix(model: Any, error: TargetError) -> None:
+def _raise_for_qwix(walked: survey.ModelWalk, error: TargetError) -> None:
     """Raise `AttachError` if `error` comes from a model whose weights Qwix holds."""
-    nodes = (node for _, node in attach.nnx.iter_graph(model) if isinstance(node, attach.nnx.Module))
-    if any(quantized.is_qwix_parameter(x) for node in nodes for x in vars(node).values()):
+    if any(quantized.is_qwix_parameter(x) for _, node in walked.modules for x in vars(node).values()):
         raise AttachError(
             f"{error}\nQwix intercepts the calls of this model, and would also quantise the adapter's inputs."
             " Convert the model with jaxadapt.models.from_qwix(model), which keeps the quantised weights"
@@ -224,22 +224,22 @@ def target_base(target: Any) -> BaseParams:
         raise AttachError(
             "cannot use a Linen module as the target: it holds no parameters; pass the variables, {'params': …}"
         )
-    if not isinstance(target, attach.nnx.Module | attach.nnx.State | Mapping):
+    if not isinstance(target, (*attach.TREES, Mapping)):
         raise AttachError(f"expected an NNX model or Linen variables as the target, found {type(target).__name__}")
     return BaseParams.from_tree(base_params(target), target)
 
 
 def target_keymap(base: BaseParams, keymap: KeyMap | str | None, keys: Sequence[str]) -> KeyMap:
     """Return the keymap of a target, in the spelling of a file's `keys` (without PEFT's prefix)."""
-    keymap = _attached_keymap(base.target) if keymap is None else keymap
+    keymap = _attached_keymap(base) if keymap is None else keymap
     return families.resolve_keymap(keymap, base.shapes).spelling_for(keys, base.shapes)
 
 
-def _attached_keymap(target: Any) -> KeyMap | None:
-    if isinstance(target, attach.nnx.Module):
-        known = [v for by_path in attach.adapter_variables(target).values() for v in by_path.values()]
-        return known[0].get_metadata()["adapter"].recipe.keymap if known else None
-    for collection in collections.adapter_collections(target).values():
+def _attached_keymap(base: BaseParams) -> KeyMap | None:
+    if base.walked is not None:
+        known = [v for by_path in base.walked.adapters.values() for v in by_path.values()]
+        return known[0].get_metadata("adapter").recipe.keymap if known else None
+    for collection in collections.adapter_collections(base.target).values():
         for name, tree in collection.items():
             return collections.read_adapter(tree, name).keymap
     return None

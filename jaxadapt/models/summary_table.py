@@ -17,7 +17,6 @@ from jaxadapt.core.errors import AttachError
 from jaxadapt.core.terminal import escape_text
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.models import attachment
 from jaxadapt.models.linen import collections, wrapper
 from jaxadapt.models.nnx import abstract_call, attach, survey
 
@@ -217,7 +216,7 @@ def _summarize_model(model: Any, inputs: Sequence[Any]) -> Summary:
     shapes = {**survey.base_shapes(owners), **walked.unowned}
     how = {leaf: survey.describe_use(module) for leaf, (module, _) in owners.items()}
     if inputs:
-        variables = {path: var for by_path in attach.adapter_variables(model).values() for path, var in by_path.items()}
+        variables = {path: var for by_path in walked.adapters.values() for path, var in by_path.items()}
         attached = {path.rpartition(".")[0]: var.get_metadata()["adapter"] for path, var in variables.items()}
         hooks = {
             leaf: methods.AppliedMethod(meta.method, meta.hparams, {}, meta.axes) for leaf, meta in attached.items()
@@ -225,12 +224,12 @@ def _summarize_model(model: Any, inputs: Sequence[Any]) -> Summary:
         how |= abstract_call.record_uses(
             model, {leaf: hook for leaf, hook in hooks.items() if not hook.replaces}, inputs
         )
-    adapters = {name: attachment.extract(model, name) for name in attach.adapter_names(model)}
+    adapters = {name: attach.extract(walked, name) for name in attach.adapter_names(walked)}
     rows = [row for name, adapter in adapters.items() for row in _rows(name, adapter, shapes, how)]
     if not rows:
         raise AttachError("cannot summarise: this model has no adapter")
     keymaps = {name: adapter.keymap for name, adapter in adapters.items()}
-    return Summary(tuple(rows), sum(math.prod(s) for s in shapes.values()), attach.active_names(model), keymaps)
+    return Summary(tuple(rows), sum(math.prod(s) for s in shapes.values()), attach.active_names(walked), keymaps)
 
 
 def _summarize_variables(

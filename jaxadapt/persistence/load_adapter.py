@@ -110,7 +110,8 @@ def load(
         with reporter(progress) as report:
             path = hub.fetch_folder(path, None if name == attachment.DEFAULT else name, report)
     subfolder = folder.adapter_folder(path, name)
-    guest = attachment.find_foreign(target)
+    walked = attach.walked(target)
+    guest = attachment.find_foreign(walked)
     if guest is not None:
         unused = {
             "replace": replace or None, "rngs": rngs, "stack_axes": stack_axes, "example": example,
@@ -146,11 +147,11 @@ def load(
     )
     if checkpoint is not None:
         with reporter(progress) as report:
-            adapter, adapter_sites = _from_orbax(checkpoint, target, name, options, strict)
+            adapter, adapter_sites = _from_orbax(checkpoint, walked, name, options, strict)
             orbax_folder.report_total(report, "load", adapter)
         source = os.fspath(checkpoint)
     else:
-        parameters = planning.target_base(target)
+        parameters = planning.target_base(walked)
         ahead = jax.process_count() == 1  # with several, it would read bytes that only the others need
         with (
             reporter(progress) as report,
@@ -159,7 +160,7 @@ def load(
             adapter, adapter_sites = peft.adapter_from_tensors(tensors, parameters, *options, report, on_shared, strict)
         source = tensors.source
     LOGGER.info("%s: %d weights adapted, by the keymap %s", source, len(adapter_sites), adapter.keymap.name)
-    present = _attached_config(target, name)
+    present = _attached_config(walked, name)
     if present is not None and present != adapter.config and not replace:
         raise ConfigError(
             f"{source}: the configuration differs from that of the attached adapter {name!r} in"
@@ -167,8 +168,8 @@ def load(
             " load(…, name=…) keeps both"
         )
     if dtype is None and present is not None and present == adapter.config:
-        adapter = _promote(adapter, attachment.extract(target, name))
-    new_base = _changed_base(target, base, present, adapter, adapter_sites, source)
+        adapter = _promote(adapter, attachment.extract(walked, name))
+    new_base = _changed_base(walked, base, present, adapter, adapter_sites, source)
     same = present is not None and present == adapter.config and Recipe(present).origin == adapter.recipe.origin
     if not is_model:
         variables: Any = target
@@ -181,16 +182,16 @@ def load(
             variables = attachment.delete(variables, name)
         return attachment.with_adapter(variables, adapter, name)
     if same and rngs is None:
-        attach.inject(adapter, target, name)
-        attach.activate(target, (name,))
+        attach.inject(adapter, walked, name)
+        attach.activate(walked, (name,))
         return target
     if present is not None or rngs is not None or new_base:
         _rehearse(target, adapter, adapter_sites, name, rngs)
     if new_base:
         base_params.replace_leaves(target, new_base)
     if present is not None:
-        attach.delete(target, name)
-    attach.attach(target, adapter.recipe, adapter_sites, name, adapter.flat(), rngs)
+        attach.delete(walked, name)
+    attach.attach(target, adapter.recipe, adapter_sites, name, adapter.flat(), rngs, walked)
     return target
 
 
@@ -285,7 +286,7 @@ def _rehearse(model: Any, adapter: Adapter, adapter_sites: Sequence[sites.Site],
 
 def _attached_config(target: Any, name: str) -> Config | None:
     """Return the configuration of the target's adapter of that name; None if there is none."""
-    if isinstance(target, nnx.Module):
+    if isinstance(target, attach.Model):
         return attach.extract(target, name).config if name in attach.adapter_names(target) else None
     for collection in collections.adapter_collections(target).values():
         if name in collection:

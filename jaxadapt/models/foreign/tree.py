@@ -67,6 +67,7 @@ def find_lora(tree: Any) -> ForeignTree | None:
     if not trees.may_have_path(tree, is_like):
         return None
     leaves, put = trees.open_tree(tree)
+    tree = attach.model_of(tree)
     leaves = {path: leaf for path, leaf in leaves.items() if not collections.is_moment(path)}
     if not any(map(is_like, leaves)) or not any(
         d.claim(leaves) and _has_slots(d, leaves) for d in dialects.DIALECTS.values()

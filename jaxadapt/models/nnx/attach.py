@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import collections
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,7 +37,9 @@ from jaxadapt.models.nnx.layer import ACTIVE, Attached, adapted_class, attached_
 from jaxadapt.models.nnx.params import AdapterParam, LayerNumber
 from jaxadapt.models.nnx.survey import DROPOUT, AdaptedMeta, Owner, base_class, natural_key, set_class
 
-Tree = nnx.Module | nnx.State[Any, Any]
+Model = nnx.Module | survey.ModelWalk
+Tree = Model | nnx.State[Any, Any]
+TREES = (nnx.Module, survey.ModelWalk, nnx.State)
 Layers = Sequence[tuple[str, Any]]
 
 
@@ -165,7 +167,7 @@ def attach(
         install_adapters(module)
         if ACTIVE not in vars(module):
             setattr(module, ACTIVE, (name,))
-    _set_active(adapted_layers(model, owners), (name,))
+    _set_active(adapted_layers(walk), (name,))
 
 
 def _layer_numbers(site: sites.Site, base: NamedSharding | None) -> dict[str, Any]:
@@ -230,20 +232,15 @@ def uninstall_adapters(layer: nnx.Module) -> None:
         set_class(layer, base_class(layer))
 
 
-def adapted_layers(model: nnx.Module, owners: Mapping[str, Owner] | None = None) -> list[tuple[str, Any]]:
-    """Return `(path, layer)` for every adapted layer.
-
-    Every adapted layer owns a base leaf, so the model is not walked again if its `owners` are passed.
-    """
-    nodes: Iterable[tuple[str, Any]] = ((paths.join(*map(str, path)), node) for path, node in nnx.iter_graph(model))
-    if owners is not None:
-        nodes = {id(module): (leaf.rpartition(".")[0], module) for leaf, (module, _) in owners.items()}.values()
-    return [(path, node) for path, node in nodes if isinstance(type(node), AdaptedMeta) and ACTIVE in vars(node)]
+def adapted_layers(model: Model) -> list[tuple[str, Any]]:
+    """Return `(path, layer)` for every adapted layer."""
+    modules = survey.walk_model(model).modules
+    return [(path, node) for path, node in modules if isinstance(type(node), AdaptedMeta) and ACTIVE in vars(node)]
 
 
-def adapter_names(model: nnx.Module, owners: Mapping[str, Owner] | None = None) -> tuple[str, ...]:
+def adapter_names(model: Model) -> tuple[str, ...]:
     """Return the names of a model's adapters, each once."""
-    return _names_in(adapted_layers(model, owners))
+    return _names_in(adapted_layers(model))
 
 
 def _names_in(layers: Layers) -> tuple[str, ...]:
@@ -254,7 +251,7 @@ def _names_in(layers: Layers) -> tuple[str, ...]:
     return tuple(names)
 
 
-def activate(model: nnx.Module, names: Sequence[str]) -> None:
+def activate(model: Model, names: Sequence[str]) -> None:
     """Make these adapters, and no others, active in every adapted layer.
 
     Raises `AttachError` for a name that no adapter has.
@@ -280,7 +277,7 @@ def _set_active(layers: Layers, names: tuple[str, ...]) -> None:
             setattr(layer, ACTIVE, names)
 
 
-def active_names(model: nnx.Module) -> tuple[str, ...]:
+def active_names(model: Model) -> tuple[str, ...]:
     """Return the names of a model's active adapters, each once."""
     return _active_in(adapted_layers(model))
 
@@ -289,7 +286,7 @@ def _active_in(layers: Layers) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for _, layer in layers for name in getattr(layer, ACTIVE)))
 
 
-def delete(model: nnx.Module, *names: str) -> None:
+def delete(model: Model, *names: str) -> None:
     """Remove these adapters, and restore the class of each layer that has no adapter left."""
     layers = adapted_layers(model)
     require_current_trace(layer for _, layer in layers)
@@ -309,24 +306,26 @@ def delete(model: nnx.Module, *names: str) -> None:
 # ---------------------------------------------------------------- extracting and injecting values
 
 
-def _parameters(tree: Tree) -> Iterator[tuple[Any, AdapterParam]]:
-    # nnx.state is not used here: it leaves a reference cycle that keeps the model alive until garbage collection.
-    nodes = nnx.to_flat_state(tree) if isinstance(tree, nnx.State) else nnx.iter_graph(tree)
-    return ((path, v) for path, v in nodes if isinstance(v, AdapterParam) and "adapter" in v.get_metadata())
+def walked(tree: Any) -> Any:
+    """Return the walk over an NNX model, which the functions here take in its place; any other tree unchanged."""
+    return survey.walk_model(tree) if isinstance(tree, nnx.Module) else tree
+
+
+def model_of(tree: Any) -> Any:
+    """Return the model of a walk; any other tree unchanged."""
+    return tree.model if isinstance(tree, survey.ModelWalk) else tree
 
 
 def has_adapters(tree: Tree) -> bool:
     """Return True if a model or a state has an adapter."""
-    return any(True for _ in _parameters(tree))
+    return bool(adapter_variables(tree))
 
 
 def adapter_variables(tree: Tree) -> dict[str, dict[str, Any]]:
     """Return `{adapter name: {path: AdapterParam}}` for a model or a state."""
-    adapters: dict[str, dict[str, Any]] = {}
-    for path, var in _parameters(tree):
-        *module, _, name, leaf, tensor = map(str, path)
-        adapters.setdefault(name, {})[paths.join(*module, leaf, tensor)] = var
-    return adapters
+    if isinstance(tree, nnx.State):
+        return survey.group_adapters(nnx.to_flat_state(tree))
+    return survey.walk_model(tree).adapters
 
 
 def extract(tree: Tree, name: str) -> Adapter:

@@ -136,3 +136,23 @@ def _list_flattened(children: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, 
             yield key, value.value, True
         elif not isinstance(value, graphlib.StaticElem):
             yield key, value, False
+
+
+def instance_test(cls: Any, but: Any = ()) -> Callable[[Any], bool]:
+    """Return a test for instances of `cls`, except those of `but`, that asks Flax once for each type.
+
+    `isinstance(x, nnx.Param)` runs Python code of Flax, which takes a microsecond for every attribute of a model.
+    """
+    answers: dict[type, bool] = {}
+
+    def test(value: Any) -> bool:
+        kind = type(value)
+        if kind in answers:
+            return answers[kind]
+        answer = isinstance(value, cls) and not isinstance(value, but)
+        # The type of a traced or a hijax value does not show the kind of variable that it is.
+        if not issubclass(kind, Tracer) and (issubclass(kind, nnx.Variable) or not isinstance(value, nnx.Variable)):
+            answers[kind] = answer
+        return answer
+
+    return test

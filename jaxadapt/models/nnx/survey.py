@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from jaxadapt.keymaps.generic import entry_from_axes
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
 from jaxadapt.models import layers
+from jaxadapt.models.nnx import graph
 from jaxadapt.models.nnx.params import AdapterParam, LayerNumber
 
 DROPOUT = "adapter_dropout"  # the attribute of an adapted layer that holds its dropout layers
@@ -78,9 +80,9 @@ State = dict[str, Any]
 
 def layer_state(module: nnx.Module) -> State:
     """Return `{path: variable}` for the variables that a call may change: random streams, and all but parameters."""
-    flat = nnx.to_flat_state(nnx.state(module, nnx.Not(nnx.Param)))
-    variables = {paths.join(*map(str, path)): var for path, var in flat if DROPOUT not in map(str, path)}
-    return {path: v for path, v in variables.items() if isinstance(v, nnx.Variable) and not isinstance(v, LayerNumber)}
+    is_state = graph.instance_test(nnx.Variable, (nnx.Param, LayerNumber))
+    variables = [(path, var) for path, var, _ in graph.walk(module) if is_state(var)]
+    return {paths.join(*map(str, path)): var for path, var in variables if DROPOUT not in path}
 
 
 def run_pure(
@@ -218,32 +220,65 @@ def natural_key(path: str) -> list[tuple[int, str]]:
 
 @dataclasses.dataclass(frozen=True)
 class ModelWalk:
-    """The modules and base leaves of a model: `(dotted path, module)` and `{path: (owner, attribute)}`."""
+    """The contents of a model, listed once (see `graph.walk`).
 
-    modules: Sequence[tuple[str, nnx.Module]]
-    leaves: Mapping[str, Owner]
-    unowned: Mapping[str, tuple[int, ...]]
-    """`{path: shape}` of base parameters that are not attributes of a module: in a dict, or in `bridge.ToNNX`."""
+    Valid for as long as the modules keep their attributes; `attach` and `delete` make `adapters` outdated.
+    """
 
+    entries: Sequence[graph.Entry]
 
-def walk_model(model: nnx.Module) -> ModelWalk:
-    """Collect every module of a model, and every base parameter that is a module's attribute, once each."""
-    modules: list[tuple[str, nnx.Module]] = []
-    leaves: dict[str, Owner] = {}
-    params: list[tuple[Sequence[Any], nnx.Param[Any]]] = []
-    seen: set[int] = set()
-    for keys, node in nnx.iter_graph(model):
-        if isinstance(node, nnx.Param) and not isinstance(node, AdapterParam):
-            params.append((keys, node))
-        if isinstance(node, nnx.Module):
-            path = paths.join(*map(str, keys))
-            modules.append((path, node))
+    @property
+    def model(self) -> Any:
+        """The model."""
+        return self.entries[-1][1]
+
+    @functools.cached_property
+    def modules(self) -> list[tuple[str, nnx.Module]]:
+        """`(dotted path, module)`, each module once."""
+        is_module = graph.instance_test(nnx.Module)
+        return [(paths.join(*map(str, path)), node) for path, node, _ in self.entries if is_module(node)]
+
+    @functools.cached_property
+    def leaves(self) -> dict[str, Owner]:
+        """`{dotted path: (owner, attribute)}` of the base parameters that are a module's attribute, each once."""
+        leaves: dict[str, Owner] = {}
+        seen: set[int] = set()
+        is_base = graph.instance_test(nnx.Param, AdapterParam)
+        for path, node in self.modules:
             for attr, var in vars(node).items():
-                if isinstance(var, nnx.Param) and not isinstance(var, AdapterParam) and id(var) not in seen:
+                if is_base(var) and id(var) not in seen:
                     seen.add(id(var))
                     leaves[paths.join(path, attr)] = (node, attr)
-    loose = {paths.join(*map(str, keys)): tuple(var.shape) for keys, var in params if id(var) not in seen}
-    return ModelWalk(modules, dict(sorted(leaves.items(), key=lambda item: natural_key(item[0]))), loose)
+        return dict(sorted(leaves.items(), key=lambda item: natural_key(item[0])))
+
+    @functools.cached_property
+    def unowned(self) -> dict[str, tuple[int, ...]]:
+        """`{path: shape}` of base parameters that are not attributes of a module: in a dict, or in `bridge.ToNNX`."""
+        is_base = graph.instance_test(nnx.Param, AdapterParam)
+        owned = {id(vars(module)[attr]) for module, attr in self.leaves.values()}
+        loose = [(path, var) for path, var, _ in self.entries if is_base(var) and id(var) not in owned]
+        return {paths.join(*map(str, path)): tuple(var.shape) for path, var in loose}
+
+    @functools.cached_property
+    def adapters(self) -> dict[str, dict[str, Any]]:
+        """`{adapter name: {path: AdapterParam}}`."""
+        return group_adapters((path, var) for path, var, _ in self.entries)
+
+
+def walk_model(model: Any) -> ModelWalk:
+    """List the contents of a model; return a walk unchanged."""
+    return model if isinstance(model, ModelWalk) else ModelWalk(graph.walk(model))
+
+
+def group_adapters(variables: Iterable[tuple[Sequence[Any], Any]]) -> dict[str, dict[str, Any]]:
+    """Return `{adapter name: {path: AdapterParam}}` of the adapter parameters among these variables and their paths."""
+    adapters: dict[str, dict[str, Any]] = {}
+    is_adapter = graph.instance_test(AdapterParam)
+    for keys, var in variables:
+        if is_adapter(var) and var.has_metadata("adapter"):
+            *module, _, name, leaf, tensor = map(str, keys)
+            adapters.setdefault(name, {})[paths.join(*module, leaf, tensor)] = var
+    return adapters
 
 
 def base_leaves(model: nnx.Module) -> Mapping[str, Owner]:
