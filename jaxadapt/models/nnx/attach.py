@@ -32,7 +32,7 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps import plan
 from jaxadapt.methods import Method
-from jaxadapt.models.nnx import survey
+from jaxadapt.models.nnx import graph, survey
 from jaxadapt.models.nnx.layer import ACTIVE, Attached, adapted_class, attached_to
 from jaxadapt.models.nnx.params import AdapterParam, LayerNumber
 from jaxadapt.models.nnx.survey import DROPOUT, AdaptedMeta, Owner, base_class, natural_key, set_class
@@ -337,17 +337,23 @@ def extract(tree: Tree, name: str) -> Adapter:
     if name not in adapters:
         raise AttachError(f"there is no adapter {name!r} here; found {sorted(adapters) or 'none'}")
     variables = adapters[name]
-    recipes = {var.get_metadata()["adapter"].recipe for var in variables.values()}
+    recipe = _recipe_of(variables, name)
+    values = graph.values_of({path: variables[path] for path in sorted(variables, key=natural_key)})
+    adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
+    recipe.check_complete(len({path.rpartition(".")[0] for path in values}), name)
+    return adapter
+
+
+def _recipe_of(variables: Mapping[str, Any], name: str) -> Recipe:
+    """Return the recipe that all these parameters carry; raise `AttachError` if they carry several."""
+    carried = {id(var.adapter.recipe): var.adapter.recipe for var in variables.values()}
+    recipes = set(carried.values())  # comparing them takes longer than finding that nearly all are one object
     if len(recipes) > 1:
         raise AttachError(
             f"cannot extract the adapter {name!r}: its parameters carry {len(recipes)} different configurations."
             " Delete it and attach it again"
         )
-    recipe = recipes.pop()
-    values = {path: variables[path].get_value() for path in sorted(variables, key=natural_key)}
-    adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
-    recipe.check_complete(len(adapter.sites), name)
-    return adapter
+    return recipes.pop()
 
 
 def inject(adapter: Adapter, tree: Tree, name: str) -> None:
@@ -359,17 +365,17 @@ def inject(adapter: Adapter, tree: Tree, name: str) -> None:
     if variables is None:
         raise AttachError(f"there is no adapter {name!r} to inject into. Adapt the model first, or use load")
     values = adapter.flat()
+    shapes = {path: tuple(value.shape) for path, value in graph.values_of(variables).items()}
     problems = [f"{path}: missing" for path in variables if path not in values]
     problems += [f"{path}: unexpected" for path in values if path not in variables]
     problems += [
-        f"{path}: expected shape {tuple(variables[path].shape)}, found {tuple(value.shape)}"
+        f"{path}: expected shape {shapes[path]}, found {tuple(value.shape)}"
         for path, value in values.items()
-        if path in variables and tuple(value.shape) != tuple(variables[path].shape)
+        if path in shapes and tuple(value.shape) != shapes[path]
     ]
-    recipe = next(iter(variables.values())).get_metadata()["adapter"].recipe
+    recipe = next(iter(variables.values())).get_metadata("adapter").recipe
     if recipe.config != adapter.config:
         problems.append(f"another configuration: {recipe.config.differences(adapter.config, 'given')}")
     if problems:
         raise AttachError(f"the adapter does not fit {name!r}:\n" + paths.bullets(problems))
-    for path, value in values.items():
-        variables[path].set_value(value)
+    graph.set_values(variables, values)

@@ -6,7 +6,7 @@ each value instead of each type. `nnx.state` takes as long, and copies the tree.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -20,7 +20,8 @@ Path = tuple[Any, ...]
 Entry = tuple[Path, Any, Any]
 """`(path, value, owner)`; the owner is the last graph node (module, `nnx.List`, …) on the path to the value."""
 
-_Children = Callable[[Any], Iterable[tuple[Any, Any, bool]]]
+_Children = tuple[Iterable[Any], Any, bool]
+"""`(keys, values by key, whether every value is marked as data)`: the children of one parent, without static ones."""
 _VARIABLE, _ARRAY, _NODE, _CONTAINER, _OTHER = range(5)
 
 
@@ -38,7 +39,7 @@ def walk(root: Any) -> list[Entry]:
     [((0,), 'Param'), ((1, 'a'), 'Param'), ((1,), 'Dict'), ((), 'List')]
     """
     visitor = _Visitor()
-    visitor.visit((), root, None, True)
+    visitor.append((), root, None, True)
     return visitor.entries
 
 
@@ -49,30 +50,26 @@ class _Visitor:
         self.entries: list[Entry] = []
         self.seen: set[int] = set()
         self.kinds: dict[type, int] = {}
-        self.children: dict[type, _Children] = {}
+        self.list_children: dict[type, Callable[[Any], _Children]] = {}
 
-    def visit(self, path: Path, value: Any, owner: Any, data: bool) -> None:
-        """Append the entries of a value; `data` is True for the value of an attribute marked as data."""
+    def append(self, path: Path, value: Any, owner: Any, is_data: bool) -> None:
+        """Append the entries of a value: of everything in it, and of itself."""
         cls = type(value)
         kind = self.kinds.get(cls)
         if kind is None:
             kind = self._classify(cls, value)
-        if kind == _OTHER:
-            if data:
-                self.entries.append((path, value, owner))
-            return
-        if kind == _ARRAY:
-            self.entries.append((path, value, owner))
-            return
-        if kind != _CONTAINER:
+        if kind in (_VARIABLE, _NODE):
             if id(value) in self.seen:
                 return
             self.seen.add(id(value))
-        if kind != _VARIABLE:
+        if kind in (_NODE, _CONTAINER):
             inside = value if kind == _NODE else owner
-            for key, child, is_data in self.children[cls](value):
-                self.visit((*path, key), child, inside, is_data)
-        if kind != _CONTAINER:
+            keys, values, marked = self.list_children[cls](value)
+            for key in keys:
+                self.append((*path, key), values[key], inside, marked)
+            if kind == _CONTAINER:
+                return
+        if kind != _OTHER or is_data:
             self.entries.append((path, value, owner))
 
     def _classify(self, cls: type, value: Any) -> int:
@@ -82,7 +79,7 @@ class _Visitor:
             kind = _VARIABLE
         elif implementation is not None:
             kind = _NODE if isinstance(implementation, graphlib.GraphNodeImpl) else _CONTAINER
-            self.children[cls] = _children_function(cls, implementation)
+            self.list_children[cls] = _children_function(cls, implementation)
         elif graphlib.is_graph_node(value):  # a mutable array, which may be shared as a variable may
             kind = _VARIABLE
         else:
@@ -92,13 +89,13 @@ class _Visitor:
         return kind
 
 
-def _children_function(cls: Any, implementation: Any) -> _Children:
-    """Return the function that lists `(key, value, whether it is marked as data)` in a container or a graph node."""
-    known: dict[Any, _Children] = {
-        dict: lambda node: ((key, node[key], False) for key in sorted(node)),
-        list: lambda node: ((key, value, False) for key, value in enumerate(node)),
-        tuple: lambda node: ((key, value, False) for key, value in enumerate(node)),
-        type(None): lambda node: (),
+def _children_function(cls: Any, implementation: Any) -> Callable[[Any], _Children]:
+    """Return the function that lists the children of a container or a graph node of this class."""
+    known: dict[Any, Callable[[Any], _Children]] = {
+        dict: lambda node: (sorted(node), node, False),
+        list: lambda node: (range(len(node)), node, False),
+        tuple: lambda node: (range(len(node)), node, False),
+        type(None): lambda node: ((), node, False),
     }
     if cls in known:
         return known[cls]
@@ -108,34 +105,39 @@ def _children_function(cls: Any, implementation: Any) -> _Children:
     return lambda node: _list_flattened(implementation.flatten(node)[0])
 
 
-def _list_attributes(node: Any) -> Iterator[tuple[str, Any, bool]]:
+def _list_attributes(node: Any) -> _Children:
     """List a node's data attributes, without building Flax's objects for the static ones."""
-    attributes, is_data = vars(node), node._pytree__nodes
-    for name in sorted([name for name in attributes if is_data.get(name)]):
-        if name != "_pytree__state":  # it never has contents
-            yield name, attributes[name], True
+    attributes, marks = vars(node), node._pytree__nodes
+    is_data = vars(marks).get("_mapping", marks)  # the dict inside, which answers five times as fast
+    names = [name for name in attributes if is_data.get(name) and name != "_pytree__state"]  # which has no contents
+    names.sort()
+    return names, attributes, True
 
 
-def _list_int_attributes(node: Any) -> Iterator[tuple[Any, Any, bool]]:
+def _list_int_attributes(node: Any) -> _Children:
     """List the data attributes of a node such as `nnx.List`, whose numeric names are integer keys."""
-    numbers: dict[int, Any] = {}
-    others: list[tuple[str, Any, bool]] = []
-    for name, value, data in _list_attributes(node):
-        try:
-            numbers[int(name)] = value
-        except ValueError:
-            others.append((name, value, data))
-    yield from ((number, numbers[number], True) for number in sorted(numbers))
-    yield from others
+    names, attributes, _ = _list_attributes(node)
+    values = {int(name) if _is_int(name) else name: attributes[name] for name in names}
+    return sorted(values, key=lambda key: (isinstance(key, str), key)), values, True
 
 
-def _list_flattened(children: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any, bool]]:
-    """List what a class's own flatten function returns, without static attributes."""
+def _is_int(name: str) -> bool:
+    try:
+        int(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _list_flattened(children: Iterable[tuple[Any, Any]]) -> _Children:
+    """List what a class's own flatten function returns; of unmarked values, those that Flax does not take as static."""
+    values: dict[Any, Any] = {}
     for key, value in children:
         if isinstance(value, graphlib.DataElem):
-            yield key, value.value, True
-        elif not isinstance(value, graphlib.StaticElem):
-            yield key, value, False
+            values[key] = value.value
+        elif not isinstance(value, graphlib.StaticElem) and (graphlib.is_node(value) or graphlib.is_node_leaf(value)):
+            values[key] = value
+    return values, values, True
 
 
 def instance_test(cls: Any, but: Any = ()) -> Callable[[Any], bool]:
@@ -156,3 +158,44 @@ def instance_test(cls: Any, but: Any = ()) -> Callable[[Any], bool]:
         return answer
 
     return test
+
+
+def values_of(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `{path: variable.get_value()}`."""
+    plain: dict[tuple[type, type], bool] = {}
+    values: dict[str, Any] = {}
+    for path, var in variables.items():
+        raw = var.get_raw_value()
+        kinds = type(var), type(raw)
+        if kinds not in plain:
+            plain[kinds] = _is_plain(var, raw)
+        values[path] = raw if plain[kinds] and not var.has_metadata("on_get_value") else var.get_value()
+    return values
+
+
+def set_values(variables: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Call `variables[path].set_value(value)` for each of the values."""
+    plain: dict[tuple[type, type, type], bool] = {}
+    for path, value in values.items():
+        var = variables[path]
+        raw = var.get_raw_value()
+        kinds = type(var), type(raw), type(value)
+        if kinds not in plain:
+            plain[kinds] = _is_plain(var, raw) and isinstance(value, jax.Array | np.ndarray)
+        if plain[kinds] and not var.has_metadata("on_set_value"):
+            var.set_raw_value(value)
+        else:
+            var.set_value(value)
+
+
+def _is_plain(var: Any, raw: Any) -> bool:
+    """Return True if variables of this type and content give and take arrays as they are.
+
+    Flax maps over a tree of one leaf and looks for mutable arrays, 3 to 7 microseconds for each variable.
+    """
+    own = type(var)
+    unchanged = issubclass(own, nnx.Variable) and (own.get_value, own.set_value) == (
+        nnx.Variable.get_value,
+        nnx.Variable.set_value,
+    )
+    return unchanged and isinstance(raw, jax.Array) and not isinstance(raw, Tracer) and not graphlib.is_graph_node(raw)

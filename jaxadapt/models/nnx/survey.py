@@ -274,10 +274,14 @@ def group_adapters(variables: Iterable[tuple[Sequence[Any], Any]]) -> dict[str, 
     """Return `{adapter name: {path: AdapterParam}}` of the adapter parameters among these variables and their paths."""
     adapters: dict[str, dict[str, Any]] = {}
     is_adapter = graph.instance_test(AdapterParam)
+    module, prefix = None, ""
     for keys, var in variables:
         if is_adapter(var) and var.has_metadata("adapter"):
-            *module, _, name, leaf, tensor = map(str, keys)
-            adapters.setdefault(name, {})[paths.join(*module, leaf, tensor)] = var
+            *_, name, leaf, tensor = keys
+            if module != keys[:-4]:  # a module's variables follow each other
+                module = keys[:-4]
+                prefix = paths.join(*map(str, module))
+            adapters.setdefault(str(name), {})[paths.join(prefix, str(leaf), str(tensor))] = var
     return adapters
 
 
@@ -288,17 +292,17 @@ def base_leaves(model: nnx.Module) -> Mapping[str, Owner]:
 
 def base_shapes(owners: Mapping[str, Owner]) -> dict[str, tuple[int, ...]]:
     """Return `{dotted path: shape}` for the base parameters of a real or abstract model."""
-    return {leaf: tuple(vars(m)[attr].shape) for leaf, (m, attr) in owners.items()}
+    return {leaf: tuple(value.shape) for leaf, value in base_values(owners).items()}
 
 
 def base_values(owners: Mapping[str, Owner]) -> dict[str, Any]:
     """Return `{dotted path: array or spec}` for the base parameters."""
-    return {leaf: vars(m)[attr].get_value() for leaf, (m, attr) in owners.items()}
+    return graph.values_of({leaf: vars(module)[attr] for leaf, (module, attr) in owners.items()})
 
 
 def is_abstract(owners: Mapping[str, Owner]) -> bool:
     """Return True if a model is abstract: made by `nnx.eval_shape`, with shapes instead of arrays."""
-    return any(isinstance(vars(m)[attr].get_value(), jax.ShapeDtypeStruct) for m, attr in owners.values())
+    return any(isinstance(value, jax.ShapeDtypeStruct) for value in base_values(owners).values())
 
 
 def find_obstacles(walk: ModelWalk, leaves: Sequence[str], saved: Collection[str] = ()) -> dict[str, str]:
