@@ -171,7 +171,7 @@ def load(
     if dtype is None and attached is not None and present == adapter.config:
         adapter = _promote(adapter, attached)
     new_base = _changed_base(walked, base, present, adapter, adapter_sites, source)
-    same = present is not None and present == adapter.config and Recipe(present).origin == adapter.recipe.origin
+    same = present is not None and present == adapter.config and Recipe(present).origin == Recipe(adapter.config).origin
     if not is_model:
         variables: Any = target
         if new_base:

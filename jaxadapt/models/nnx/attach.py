@@ -49,13 +49,13 @@ Layers = Sequence[tuple[str, Any]]
 def base_shardings(owners: Mapping[str, Owner]) -> dict[str, NamedSharding | None]:
     """Return `{leaf: sharding}` for the base leaves: the sharding of the array or spec, else that of the metadata."""
     shardings: dict[str, NamedSharding | None] = {}
-    for leaf, (module, attr) in owners.items():
-        var: nnx.Variable[Any] = vars(module)[attr]
-        value, metadata = var.get_value(), var.get_metadata()
+    for leaf, value in survey.base_values(owners).items():
         shardings[leaf] = placement.sharding_of(value)
-        if placement.is_unplaced(value) and metadata.get("out_sharding"):
+        module, attr = owners[leaf]
+        var: nnx.Variable[Any] = vars(module)[attr]
+        if placement.is_unplaced(value) and var.get_metadata("out_sharding", None):
             spec = nnx.get_partition_spec({"": var})[""].get_value()
-            shardings[leaf] = placement.sharding_from_spec(spec, metadata.get("mesh"))
+            shardings[leaf] = placement.sharding_from_spec(spec, var.get_metadata("mesh", None))
     return shardings
 
 
