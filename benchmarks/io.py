@@ -3,10 +3,10 @@
     python -m benchmarks.io [--sizes 50 500] [--repeats 9] [--dir FOLDER] [--with-peft] [--attached-only]
 
 The adapter is LoRA on all seven projections of a Llama-2-7B (32 layers, 448 bfloat16 tensors), held as a
-`jaxadapt.Adapter` in the model's layout. A last table is of an adapter attached to a model (`attached.py`). Each way has
-a process of its own, which does nothing else; they take turns, and "x raw" is the median over rounds of the ratio to the
-raw way of the same round. "The first" is what it took in a process that has JAX and Flax ready, as whoever has a model,
-and that has saved or loaded nothing yet.
+`jaxadapt.Adapter` in the model's layout. A last table is of an adapter attached to a model (`attached.py`). Each way
+has a process of its own, which does nothing else; they take turns, and "x raw" is the median over rounds of the ratio
+to the raw way of the same round. "The first" is what it took in a process that has JAX and Flax ready, as whoever has
+a model, and that has saved or loaded nothing yet.
 Exits with 1 if a target is missed.
 """
 

@@ -8,6 +8,7 @@ from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+from flax import nnx
 
 from jaxadapt.adapters.adapter import collection_name
 from jaxadapt.adapters.sites import sites_of
@@ -60,7 +61,7 @@ def invoke(model: Any, tokens: Any) -> Generator[Any]:
         masks = _make_masks({name: configs[name] for name in model.active}, ids)
         yield dataclasses.replace(model, tokens=masks)
         return
-    if not isinstance(model, attach.nnx.Module):
+    if not isinstance(model, nnx.Module):
         raise AttachError(f"expected an NNX model, or a Linen module that adapt returned, found {type(model).__name__}")
     walked = attach.walked(model)
     adapters = {name: attach.extract(walked, name) for name in attach.active_names(walked)}

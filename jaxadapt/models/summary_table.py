@@ -8,6 +8,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flax import nnx
+
 from jaxadapt import methods
 from jaxadapt.adapters.adapter import Adapter, is_array
 from jaxadapt.adapters.sites import sites_of
@@ -184,7 +186,7 @@ def summary(tree: Any, *inputs: Any) -> Summary:
                 f"summary(module, variables, *inputs): expected variables, found {type(variables).__name__}"
             )
         return _summarize_variables(variables, tree.active, tree.notes(variables, *rest) if rest else {})
-    if isinstance(tree, attach.nnx.Module):
+    if isinstance(tree, nnx.Module):
         return _summarize_model(tree, inputs)
     if isinstance(tree, Mapping):
         return _summarize_variables(tree, None, {})

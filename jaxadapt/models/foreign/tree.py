@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
+from flax import nnx
 from jax.core import Tracer
 
 from jaxadapt import methods
@@ -146,7 +147,7 @@ def survey_tree(foreign_tree: ForeignTree, keymap: KeyMap | str | None, keys: Co
         if (match := bound_keymap.match(leaf)) is not None
     ):
         bound_keymap = experts.per_expert_keymap(bound_keymap)
-    if isinstance(foreign_tree.tree, attach.nnx.Module):
+    if isinstance(foreign_tree.tree, nnx.Module):
         claimed = foreign_tree.dialect.claim(foreign_tree.leaves)
         entries = nnx_survey.class_entries(nnx_survey.base_leaves(foreign_tree.tree), bound_keymap)
         bound_keymap = bound_keymap.with_entries(entry for entry in entries if entry.leaf in claimed)
