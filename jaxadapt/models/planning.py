@@ -21,7 +21,7 @@ from jaxadapt.keymaps.generic import GENERIC
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.models import layers
 from jaxadapt.models.linen import collections, wrapper
-from jaxadapt.models.nnx import abstract_call, attach, survey
+from jaxadapt.models.nnx import abstract_call, attach, graph, survey
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class BaseParams:
     """`{path: (module, attribute)}` of a model; `{path: leaf}` of a tree, with boxes (`nn.Partitioned`, …)."""
     target: Any = None
     """The model or variables that the parameters come from, which may have adapters."""
-    walked: survey.ModelWalk | None = None
+    walked: graph.ModelWalk | None = None
     """The result of the traversal, for a model only."""
 
     @staticmethod
@@ -44,7 +44,7 @@ class BaseParams:
         and if a leaf of a tree is not an array.
         """
         if isinstance(tree, attach.Model):
-            walked = survey.walk_model(tree)
+            walked = graph.walk_model(tree)
             return BaseParams(walked.model, walked.leaves, walked.model, walked)
         params = attach.nnx.to_pure_dict(tree) if isinstance(tree, attach.nnx.State) else tree
         if not isinstance(params, Mapping):
@@ -135,7 +135,7 @@ def check_kernels(base: BaseParams, sites: Sequence[Site]) -> None:
 
 def _plan_on_model(
     base: BaseParams,
-    walked: survey.ModelWalk,
+    walked: graph.ModelWalk,
     config: Config,
     keymap: KeyMap | str | None,
     stack_axes: Sequence[int] | None,
@@ -188,7 +188,7 @@ def _plan_on_model(
     return recipe, sites
 
 
-def _check_traceable(walked: survey.ModelWalk, config: Any) -> None:
+def _check_traceable(walked: graph.ModelWalk, config: Any) -> None:
     matrices = [leaf for leaf, shape in walked.unowned.items() if len(shape) > 1]
     targeted = [leaf for leaf in matrices if matching.is_target(config, leaf.rpartition(".")[0])]
     if targeted:
@@ -199,7 +199,7 @@ def _check_traceable(walked: survey.ModelWalk, config: Any) -> None:
         )
 
 
-def _raise_for_qwix(walked: survey.ModelWalk, error: TargetError) -> None:
+def _raise_for_qwix(walked: graph.ModelWalk, error: TargetError) -> None:
     """Raise `AttachError` if `error` comes from a model whose weights Qwix holds."""
     if any(quantized.is_qwix_parameter(x) for _, node in walked.modules for x in vars(node).values()):
         raise AttachError(

@@ -19,7 +19,7 @@ from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.models import base_params, planning, trees
 from jaxadapt.models.linen import wrapper
-from jaxadapt.models.nnx import attach, survey
+from jaxadapt.models.nnx import attach, graph, survey
 
 
 def quantize(
@@ -140,7 +140,7 @@ def from_qwix(model: Any) -> Any:
         raise AttachError(f"expected an NNX or Linen module, found {type(model).__name__}")
     qwix_params = {
         (path, attr): (node, value)
-        for path, node in survey.walk_model(model).modules
+        for path, node in graph.walk_model(model).modules
         for attr, value in vars(node).items()
         if quantized.is_qwix_parameter(value)
     }

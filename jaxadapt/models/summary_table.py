@@ -20,7 +20,7 @@ from jaxadapt.core.terminal import escape_text
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.models.linen import collections, wrapper
-from jaxadapt.models.nnx import abstract_call, attach, survey
+from jaxadapt.models.nnx import abstract_call, attach, graph, survey
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +213,7 @@ def _rows(name: str, adapter: Adapter, base: Mapping[str, tuple[int, ...]], how:
 
 
 def _summarize_model(model: Any, inputs: Sequence[Any]) -> Summary:
-    walked = survey.walk_model(model)
+    walked = graph.walk_model(model)
     owners = walked.leaves
     shapes = {**survey.base_shapes(owners), **walked.unowned}
     how = {leaf: survey.describe_use(module) for leaf, (module, _) in owners.items()}

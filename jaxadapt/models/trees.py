@@ -18,7 +18,7 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import MismatchError
 from jaxadapt.models.foreign import dialects
 from jaxadapt.models.linen import collections
-from jaxadapt.models.nnx import attach, graph, survey
+from jaxadapt.models.nnx import attach, graph
 
 Leaves = dict[str, Any]
 Put = Callable[[Mapping[str, Any]], Any]
@@ -27,7 +27,7 @@ Put = Callable[[Mapping[str, Any]], Any]
 def may_have_path(tree: Any, wanted: Callable[[str], bool]) -> bool:
     """Return True if `open_tree` may return a wanted path; a quick test that rules out nearly all plain trees."""
     if isinstance(tree, attach.Model):
-        return any(wanted(paths.join(*map(str, path))) for path, _, _ in survey.walk_model(tree).entries)
+        return any(wanted(paths.join(*map(str, path))) for path, _, _ in graph.walk_model(tree).entries)
     if not isinstance(tree, Mapping):
         return True
     inner = tree.get("params")
@@ -47,7 +47,7 @@ def open_tree(tree: Any) -> tuple[Leaves, Put]:
 
 def _open_nnx(tree: Any) -> tuple[Leaves, Put]:
     if isinstance(tree, attach.Model):
-        is_param, entries = graph.instance_test(nnx.Param), survey.walk_model(tree).entries
+        is_param, entries = graph.instance_test(nnx.Param), graph.walk_model(tree).entries
         variables = [(path, x) for path, x, _ in entries if is_param(x) or _is_slot_variable(path)]
     else:
         variables = list(nnx.to_flat_state(tree))

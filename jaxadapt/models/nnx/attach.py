@@ -33,13 +33,14 @@ from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps import plan
 from jaxadapt.methods import Method
 from jaxadapt.models.nnx import graph, survey
+from jaxadapt.models.nnx.graph import Owner
 from jaxadapt.models.nnx.layer import ACTIVE, Attached, adapted_class, attached_to
 from jaxadapt.models.nnx.params import AdapterParam, LayerNumber
-from jaxadapt.models.nnx.survey import DROPOUT, AdaptedMeta, Owner, base_class, natural_key, set_class
+from jaxadapt.models.nnx.survey import DROPOUT, AdaptedMeta, base_class, set_class
 
-Model = nnx.Module | survey.ModelWalk
+Model = nnx.Module | graph.ModelWalk
 Tree = Model | nnx.State[Any, Any]
-TREES = (nnx.Module, survey.ModelWalk, nnx.State)
+TREES = (nnx.Module, graph.ModelWalk, nnx.State)
 Layers = Sequence[tuple[str, Any]]
 
 
@@ -129,13 +130,13 @@ def attach(
     name: str,
     values: Mapping[str, Any],
     rngs: nnx.Rngs | None = None,
-    walk: survey.ModelWalk | None = None,
+    walk: graph.ModelWalk | None = None,
 ) -> None:
     """Attach an adapter's values (`{path: array or spec}`) to a model's layers, and make it the only active adapter.
 
     Raises `AttachError`, listing all problems, for layers that cannot carry the adapter.
     """
-    walk = survey.walk_model(model) if walk is None else walk
+    walk = graph.walk_model(model) if walk is None else walk
     owners = walk.leaves
     require_current_trace(module for module, _ in owners.values())
     collection = collection_name(recipe.config)
@@ -234,7 +235,7 @@ def uninstall_adapters(layer: nnx.Module) -> None:
 
 def adapted_layers(model: Model) -> list[tuple[str, Any]]:
     """Return `(path, layer)` for every adapted layer."""
-    modules = survey.walk_model(model).modules
+    modules = graph.walk_model(model).modules
     return [(path, node) for path, node in modules if isinstance(type(node), AdaptedMeta) and ACTIVE in vars(node)]
 
 
@@ -308,12 +309,12 @@ def delete(model: Model, *names: str) -> None:
 
 def walked(tree: Any) -> Any:
     """Return the walk over an NNX model, which the functions here take in its place; any other tree unchanged."""
-    return survey.walk_model(tree) if isinstance(tree, nnx.Module) else tree
+    return graph.walk_model(tree) if isinstance(tree, nnx.Module) else tree
 
 
 def model_of(tree: Any) -> Any:
     """Return the model of a walk; any other tree unchanged."""
-    return tree.model if isinstance(tree, survey.ModelWalk) else tree
+    return tree.model if isinstance(tree, graph.ModelWalk) else tree
 
 
 def has_adapters(tree: Tree) -> bool:
@@ -324,8 +325,8 @@ def has_adapters(tree: Tree) -> bool:
 def adapter_variables(tree: Tree) -> dict[str, dict[str, Any]]:
     """Return `{adapter name: {path: AdapterParam}}` for a model or a state."""
     if isinstance(tree, nnx.State):
-        return survey.group_adapters(nnx.to_flat_state(tree))
-    return survey.walk_model(tree).adapters
+        return graph.group_adapters(nnx.to_flat_state(tree))
+    return graph.walk_model(tree).adapters
 
 
 def extract(tree: Tree, name: str) -> Adapter:
@@ -338,7 +339,7 @@ def extract(tree: Tree, name: str) -> Adapter:
         raise AttachError(f"there is no adapter {name!r} here; found {sorted(adapters) or 'none'}")
     variables = adapters[name]
     recipe = _recipe_of(variables, name)
-    values = graph.values_of({path: variables[path] for path in sorted(variables, key=natural_key)})
+    values = graph.values_of({path: variables[path] for path in sorted(variables, key=graph.natural_key)})
     adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
     recipe.check_complete(len({path.rpartition(".")[0] for path in values}), name)
     return adapter

@@ -6,7 +6,9 @@ each value instead of each type. `nnx.state` takes as long, and copies the tree.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +16,9 @@ import numpy as np
 from flax import nnx
 from flax.nnx import graphlib
 from jax.core import Tracer
+
+from jaxadapt.core import paths
+from jaxadapt.models.nnx.params import AdapterParam
 
 Path = tuple[Any, ...]
 """Attribute names, keys and list indices, as in `nnx.to_flat_state`."""
@@ -199,3 +204,80 @@ def _is_plain(var: Any, raw: Any) -> bool:
         nnx.Variable.set_value,
     )
     return unchanged and isinstance(raw, jax.Array) and not isinstance(raw, Tracer) and not graphlib.is_graph_node(raw)
+
+
+# ---------------------------------------------------------------- one model
+
+Owner = tuple[nnx.Module, str]
+
+
+def natural_key(path: str) -> list[tuple[int, str]]:
+    """Return a sort key that puts "layers.2" before "layers.10"."""
+    return [(int(p), "") if p.isdecimal() else (-1, p) for p in path.split(".")]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelWalk:
+    """The contents of a model, listed once (see `graph.walk`).
+
+    Valid for as long as the modules keep their attributes; `attach` and `delete` make `adapters` outdated.
+    """
+
+    entries: Sequence[Entry]
+
+    @property
+    def model(self) -> Any:
+        """The model."""
+        return self.entries[-1][1]
+
+    @functools.cached_property
+    def modules(self) -> list[tuple[str, nnx.Module]]:
+        """`(dotted path, module)`, each module once."""
+        is_module = instance_test(nnx.Module)
+        return [(paths.join(*map(str, path)), node) for path, node, _ in self.entries if is_module(node)]
+
+    @functools.cached_property
+    def leaves(self) -> dict[str, Owner]:
+        """`{dotted path: (owner, attribute)}` of the base parameters that are a module's attribute, each once."""
+        leaves: dict[str, Owner] = {}
+        seen: set[int] = set()
+        is_base = instance_test(nnx.Param, AdapterParam)
+        for path, node in self.modules:
+            for attr, var in vars(node).items():
+                if is_base(var) and id(var) not in seen:
+                    seen.add(id(var))
+                    leaves[paths.join(path, attr)] = (node, attr)
+        return dict(sorted(leaves.items(), key=lambda item: natural_key(item[0])))
+
+    @functools.cached_property
+    def unowned(self) -> dict[str, tuple[int, ...]]:
+        """`{path: shape}` of base parameters that are not attributes of a module: in a dict, or in `bridge.ToNNX`."""
+        is_base = instance_test(nnx.Param, AdapterParam)
+        owned = {id(vars(module)[attr]) for module, attr in self.leaves.values()}
+        loose = [(path, var) for path, var, _ in self.entries if is_base(var) and id(var) not in owned]
+        return {paths.join(*map(str, path)): tuple(var.shape) for path, var in loose}
+
+    @functools.cached_property
+    def adapters(self) -> dict[str, dict[str, Any]]:
+        """`{adapter name: {path: AdapterParam}}`."""
+        return group_adapters((path, var) for path, var, _ in self.entries)
+
+
+def walk_model(model: Any) -> ModelWalk:
+    """List the contents of a model; return a walk unchanged."""
+    return model if isinstance(model, ModelWalk) else ModelWalk(walk(model))
+
+
+def group_adapters(variables: Iterable[tuple[Sequence[Any], Any]]) -> dict[str, dict[str, Any]]:
+    """Return `{adapter name: {path: AdapterParam}}` of the adapter parameters among these variables and their paths."""
+    adapters: dict[str, dict[str, Any]] = {}
+    is_adapter = instance_test(AdapterParam)
+    module, prefix = None, ""
+    for keys, var in variables:
+        if is_adapter(var) and var.has_metadata("adapter"):
+            *_, name, leaf, tensor = keys
+            if module != keys[:-4]:  # a module's variables follow each other
+                module = keys[:-4]
+                prefix = paths.join(*map(str, module))
+            adapters.setdefault(str(name), {})[paths.join(prefix, str(leaf), str(tensor))] = var
+    return adapters

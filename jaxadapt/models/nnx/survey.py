@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -20,7 +19,8 @@ from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
 from jaxadapt.models import layers
 from jaxadapt.models.nnx import graph
-from jaxadapt.models.nnx.params import AdapterParam, LayerNumber
+from jaxadapt.models.nnx.graph import ModelWalk, Owner, walk_model
+from jaxadapt.models.nnx.params import LayerNumber
 
 DROPOUT = "adapter_dropout"  # the attribute of an adapted layer that holds its dropout layers
 _REWRITERS = (nnx.WeightNorm, nnx.SpectralNorm)
@@ -209,80 +209,6 @@ def describe_use(module: nnx.Module) -> str:
 
 
 # ---------------------------------------------------------------- the model's leaves
-
-Owner = tuple[nnx.Module, str]
-
-
-def natural_key(path: str) -> list[tuple[int, str]]:
-    """Return a sort key that puts "layers.2" before "layers.10"."""
-    return [(int(p), "") if p.isdecimal() else (-1, p) for p in path.split(".")]
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelWalk:
-    """The contents of a model, listed once (see `graph.walk`).
-
-    Valid for as long as the modules keep their attributes; `attach` and `delete` make `adapters` outdated.
-    """
-
-    entries: Sequence[graph.Entry]
-
-    @property
-    def model(self) -> Any:
-        """The model."""
-        return self.entries[-1][1]
-
-    @functools.cached_property
-    def modules(self) -> list[tuple[str, nnx.Module]]:
-        """`(dotted path, module)`, each module once."""
-        is_module = graph.instance_test(nnx.Module)
-        return [(paths.join(*map(str, path)), node) for path, node, _ in self.entries if is_module(node)]
-
-    @functools.cached_property
-    def leaves(self) -> dict[str, Owner]:
-        """`{dotted path: (owner, attribute)}` of the base parameters that are a module's attribute, each once."""
-        leaves: dict[str, Owner] = {}
-        seen: set[int] = set()
-        is_base = graph.instance_test(nnx.Param, AdapterParam)
-        for path, node in self.modules:
-            for attr, var in vars(node).items():
-                if is_base(var) and id(var) not in seen:
-                    seen.add(id(var))
-                    leaves[paths.join(path, attr)] = (node, attr)
-        return dict(sorted(leaves.items(), key=lambda item: natural_key(item[0])))
-
-    @functools.cached_property
-    def unowned(self) -> dict[str, tuple[int, ...]]:
-        """`{path: shape}` of base parameters that are not attributes of a module: in a dict, or in `bridge.ToNNX`."""
-        is_base = graph.instance_test(nnx.Param, AdapterParam)
-        owned = {id(vars(module)[attr]) for module, attr in self.leaves.values()}
-        loose = [(path, var) for path, var, _ in self.entries if is_base(var) and id(var) not in owned]
-        return {paths.join(*map(str, path)): tuple(var.shape) for path, var in loose}
-
-    @functools.cached_property
-    def adapters(self) -> dict[str, dict[str, Any]]:
-        """`{adapter name: {path: AdapterParam}}`."""
-        return group_adapters((path, var) for path, var, _ in self.entries)
-
-
-def walk_model(model: Any) -> ModelWalk:
-    """List the contents of a model; return a walk unchanged."""
-    return model if isinstance(model, ModelWalk) else ModelWalk(graph.walk(model))
-
-
-def group_adapters(variables: Iterable[tuple[Sequence[Any], Any]]) -> dict[str, dict[str, Any]]:
-    """Return `{adapter name: {path: AdapterParam}}` of the adapter parameters among these variables and their paths."""
-    adapters: dict[str, dict[str, Any]] = {}
-    is_adapter = graph.instance_test(AdapterParam)
-    module, prefix = None, ""
-    for keys, var in variables:
-        if is_adapter(var) and var.has_metadata("adapter"):
-            *_, name, leaf, tensor = keys
-            if module != keys[:-4]:  # a module's variables follow each other
-                module = keys[:-4]
-                prefix = paths.join(*map(str, module))
-            adapters.setdefault(str(name), {})[paths.join(prefix, str(leaf), str(tensor))] = var
-    return adapters
 
 
 def base_leaves(model: nnx.Module) -> Mapping[str, Owner]:
