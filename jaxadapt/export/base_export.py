@@ -24,7 +24,7 @@ from jaxadapt.export.base_leaves import collect_base_leaves, leaf_shapes
 from jaxadapt.keymaps import expert_names, parts, plan
 from jaxadapt.keymaps.keymap import KeyMap, warn_unproved
 from jaxadapt.merging import base_merge
-from jaxadapt.models.nnx import attach, survey
+from jaxadapt.models.nnx import attach, graph, survey
 from jaxadapt.persistence.encode import require_values
 from jaxadapt.storage import flush, hf_model, location
 from jaxadapt.storage.dtypes import dtype_name, numpy_dtype
@@ -89,7 +89,7 @@ def export_base(
     _check_ties(target, resolved, base_plan, leaves, changed)
     specs: Specs = {}
     part_keys = parts.group_by_file_key(base_plan.keys)
-    for key, group in sorted(part_keys.items(), key=lambda item: survey.natural_key(item[0])):
+    for key, group in sorted(part_keys.items(), key=lambda item: graph.natural_key(item[0])):
         entry, _ = base_plan.keys[group[0]]
         name = dtype_name(file_dtype or leaves[entry.path].dtype)
         specs[key] = name, parts.joined_shape(group, entry.form.file_shape)

@@ -12,7 +12,7 @@ from jaxadapt.keymaps import families
 from jaxadapt.keymaps.generic import GENERIC
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.models import base_params, planning
-from jaxadapt.models.nnx import attach, survey
+from jaxadapt.models.nnx import attach, graph, survey
 
 
 def collect_base_leaves(
@@ -24,7 +24,7 @@ def collect_base_leaves(
     parameter is included if the keymap has an entry for it (for example the bias of MaxText's routers).
     """
     leaves = base_params.base_leaves(planning.base_params(params))
-    loose = survey.walk_model(params).unowned if isinstance(params, attach.nnx.Module) else {}
+    loose = graph.walk_model(params).unowned if isinstance(params, attach.nnx.Module) else {}
     if loose:
         raise AttachError(
             "cannot collect all parameters: some are not direct attributes of an nnx.Module (for example inside a"
@@ -41,7 +41,7 @@ def collect_base_leaves(
         raise unknown_names_error(leaf_shapes(leaves))
     if isinstance(params, attach.nnx.Module):
         state = {path: var.get_value() for path, var in survey.layer_state(params).items() if resolved.match(path)}
-        leaves = dict(sorted({**leaves, **state}.items(), key=lambda item: survey.natural_key(item[0])))
+        leaves = dict(sorted({**leaves, **state}.items(), key=lambda item: graph.natural_key(item[0])))
     return leaves, resolved
 
 

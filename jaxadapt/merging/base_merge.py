@@ -73,8 +73,9 @@ def merge(
     if isinstance(params, wrapper.nn.Module | wrapper.Adapted):
         raise AttachError("cannot merge: a Linen module holds no parameters. Merge its variables: merge(variables)")
     if isinstance(params, attach.nnx.Module):
-        active = attach.active_names(params)
-        active_adapters = {name: attach.extract(params, name) for name in active}
+        walked = attach.walked(params)
+        active = attach.active_names(walked)
+        active_adapters = {name: attach.extract(walked, name) for name in active}
         selected = (
             active_adapters
             if adapter is None
@@ -83,7 +84,7 @@ def merge(
         if not active and adapter is None:
             raise AttachError(
                 "cannot merge: this model has no active adapter; it carries"
-                f" {list(attach.adapter_names(params)) or 'none'}. Activate one, or pass an adapter"
+                f" {list(attach.adapter_names(walked)) or 'none'}. Activate one, or pass an adapter"
             )
         if active and selected == active_adapters:
             return _merge_and_detach(params, active_adapters, options)
@@ -132,14 +133,15 @@ def _merge_and_detach(model: Any, adapters: Mapping[str, Adapter], options: Any)
             f"cannot merge several active adapters, {', '.join(map(repr, adapters))}: the effect of {not_additive[0]!r}"
             " on a weight depends on the others. Activate one of them, and merge it"
         )
-    attach.require_current_trace(layer for _, layer in attach.adapted_layers(model))
-    attach.activate(model, ())
+    walked = attach.walked(model)
+    attach.require_current_trace(layer for _, layer in attach.adapted_layers(walked))
+    attach.activate(walked, ())
     try:
         _apply_changes(model, tuple(adapters.values()), *options)
     except BaseException:
-        attach.activate(model, tuple(adapters))
+        attach.activate(walked, tuple(adapters))
         raise
-    attach.delete(model, *adapters)
+    attach.delete(walked, *adapters)
     return model
 
 

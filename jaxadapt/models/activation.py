@@ -64,10 +64,12 @@ def disable(model: Any) -> Generator[Any]:
         yield dataclasses.replace(model, active=())
         return
     require_nnx(model)
-    before = attach.active_names(model)
-    attach.activate(model, ())
+    walked = attach.walked(model)
+    before = attach.active_names(walked)
+    attach.activate(walked, ())
     try:
         yield model
     finally:
-        present = attach.adapter_names(model)  # the context may have deleted some
-        attach.activate(model, [name for name in before if name in present])
+        walked = attach.walked(model)  # the context may have changed it, and deleted some
+        present = attach.adapter_names(walked)
+        attach.activate(walked, [name for name in before if name in present])

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.core import Tracer
 
 from jaxadapt import methods
@@ -59,7 +60,7 @@ def rescale(tree: Any, factor: Any, name: str | None = None) -> Generator[Any]:
             "cannot rescale a Linen module, which holds no parameters; rescale its variables:"
             " with rescale(variables, 0.5) as v"
         )
-    if not isinstance(tree, attach.nnx.Module):
+    if not isinstance(tree, nnx.Module):
         yield _rescale_tree(tree, factor, name)
         return
     variables = _find_variables(tree, name)
@@ -94,8 +95,9 @@ def _values_differ(new: Array, old: Array) -> bool:
 
 def _find_variables(model: Any, name: str | None) -> dict[str, Any]:
     """Return `{"adapter: path": variable}` of the named (or active) adapters."""
-    present = attach.adapter_variables(model)
-    chosen = attach.active_names(model) if name is None else (name,)
+    walked = attach.walked(model)
+    present = walked.adapters
+    chosen = attach.active_names(walked) if name is None else (name,)
     missing = [n for n in chosen if n not in present]
     if missing or not chosen:
         raise AttachError(

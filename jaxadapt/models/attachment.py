@@ -105,21 +105,21 @@ def adapt(
         raise AttachError(
             "cannot use deterministic with an NNX model: for Linen modules only; call model.train() or model.eval()"
         )
-    base = planning.BaseParams.from_tree(model)
-    owners = base.held
-    if name in attach.adapter_names(model, owners):
+    walked = attach.walked(model)
+    base = planning.BaseParams.from_tree(walked)
+    if name in attach.adapter_names(walked):
         raise AttachError(
             f"cannot attach the adapter {name!r}: the name is taken; pass another name=, or delete that adapter first"
         )
     recipe, sites = planning.plan_adapter(base, config, keymap, stack_axes, example)
-    abstract = rngs is None and survey.is_abstract(owners)
+    abstract = rngs is None and survey.is_abstract(walked.leaves)
     if rngs is None and not abstract:
         raise AttachError("cannot draw the adapter's initial values without random keys: pass rngs=nnx.Rngs(seed)")
     if rngs is not None:
         attach.require_stream(rngs, "params")
     key = None if rngs is None else attach.draw_params_key(rngs)
     values = initial_values.init_values(recipe.config, sites, key, dtype, abstract, base.leaves, base.shardings)
-    attach.attach(model, recipe, sites, name, values, rngs, base.walked)
+    attach.attach(model, recipe, sites, name, values, rngs, walked)
     return model
 
 
@@ -219,6 +219,7 @@ def extract(
     """
     if isinstance(tree, Adapter):
         return tree
+    tree = attach.walked(tree)
     foreign_tree = find_foreign(tree)
     if foreign_tree is not None:
         return foreign.extract_adapter(foreign_tree, config, keymap, lora_alpha)
@@ -226,7 +227,7 @@ def extract(
         raise AttachError(
             "cannot use lora_alpha here: it is for the trees of other libraries, and this tree is not one; pass config="
         )
-    if isinstance(tree, attach.nnx.Module | attach.nnx.State):
+    if isinstance(tree, attach.TREES):
         if not attach.has_adapters(tree) and (unknown := foreign.describe_unknown(tree)):
             raise AttachError(f"cannot extract {name!r}: the model has no adapter{unknown}")
         return attach.extract(tree, name)
@@ -248,7 +249,7 @@ def find_foreign(tree: Any) -> foreign.ForeignTree | None:
         return None
     if isinstance(tree, foreign.ForeignTree):
         return tree
-    if isinstance(tree, attach.nnx.Module | attach.nnx.State):
+    if isinstance(tree, attach.TREES):
         return None if attach.has_adapters(tree) else foreign.find_lora(tree)
     if isinstance(tree, Mapping) and collections.adapter_names(tree):
         return None
@@ -285,7 +286,8 @@ def inject(
             f"expected an Adapter (from extract, init or from_peft), found {type(adapter).__name__};"
             " jaxadapt.from_peft(tensors, tree) converts PeftTensors to one"
         )
-    foreign_tree, leaves = find_foreign(tree), adapter.flat()
+    walked, leaves = attach.walked(tree), adapter.flat()
+    foreign_tree = find_foreign(walked)
     kept = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)}
     gone = [path for path, leaf in kept.items() if leaf.is_deleted()]
     if gone:  # otherwise the model's next call would fail without naming them
@@ -303,7 +305,7 @@ def inject(
             on_shared=on_shared, source="this adapter", call="inject(adapter, tree",
         )  # fmt: skip
     if isinstance(tree, attach.nnx.Module | attach.nnx.State):
-        attach.inject(adapter, tree, name)
+        attach.inject(adapter, walked, name)
         return tree
     present = extract(tree, name)
     problems = list(map(str, compare(shapes_of(present.flat()), shapes_of(adapter.flat()))))
@@ -349,10 +351,11 @@ def delete(model: Any, name: str) -> Any:
         rest = {k: v for k, v in model.items() if k != collection}
         return {**rest, collection: kept} if kept else rest
     require_nnx(model)
-    present = attach.adapter_names(model)
+    walked = attach.walked(model)
+    present = attach.adapter_names(walked)
     if name not in present:
         raise AttachError(f"no adapter is called {name!r}; this model has {list(present)}")
-    attach.delete(model, name)
+    attach.delete(walked, name)
     return model
 
 
@@ -374,5 +377,6 @@ def detach(model: Any) -> Any:
     if isinstance(model, Mapping) and not isinstance(model, attach.nnx.Module):
         return {k: v for k, v in model.items() if k not in methods.COLLECTIONS}
     require_nnx(model)
-    attach.delete(model, *attach.adapter_names(model))
+    walked = attach.walked(model)
+    attach.delete(walked, *attach.adapter_names(walked))
     return model

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from flax import nnx
 
 from jaxadapt.core import paths
 from jaxadapt.models.nnx import attach, survey
@@ -14,7 +15,7 @@ from jaxadapt.models.trees import is_box, rebox, unbox
 
 def base_leaves(params: Any) -> dict[str, Any]:
     """Return `{path: array}` of an NNX model's base, or of a tree of base parameters, without boxes."""
-    if isinstance(params, attach.nnx.Module):
+    if isinstance(params, nnx.Module):
         return survey.base_values(survey.base_leaves(params))
     flat = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_box)
     return {dotted_path(keys): unbox(leaf) for keys, leaf in flat}
@@ -22,8 +23,9 @@ def base_leaves(params: Any) -> dict[str, Any]:
 
 def replace_leaves(params: Any, new: Mapping[str, Any]) -> Any:
     """Replace the arrays at some paths: return a new tree, or change an NNX model in place."""
-    if isinstance(params, attach.nnx.Module):
-        owners, others = survey.base_leaves(params), survey.layer_state(params)
+    if isinstance(params, nnx.Module):
+        owners = survey.base_leaves(params)
+        others = {} if new.keys() <= owners.keys() else survey.layer_state(params)
         for path, value in new.items():
             if path not in owners:
                 others[path].set_value(value)

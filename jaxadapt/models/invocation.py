@@ -8,6 +8,7 @@ from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+from flax import nnx
 
 from jaxadapt.adapters.adapter import collection_name
 from jaxadapt.adapters.sites import sites_of
@@ -15,7 +16,7 @@ from jaxadapt.configs import Config
 from jaxadapt.core.errors import AttachError
 from jaxadapt.methods.lora import alora
 from jaxadapt.models.linen import wrapper
-from jaxadapt.models.nnx import attach, params, survey
+from jaxadapt.models.nnx import attach, params
 
 Array = Any
 
@@ -60,11 +61,12 @@ def invoke(model: Any, tokens: Any) -> Generator[Any]:
         masks = _make_masks({name: configs[name] for name in model.active}, ids)
         yield dataclasses.replace(model, tokens=masks)
         return
-    if not isinstance(model, attach.nnx.Module):
+    if not isinstance(model, nnx.Module):
         raise AttachError(f"expected an NNX model, or a Linen module that adapt returned, found {type(model).__name__}")
-    adapters = {name: attach.extract(model, name) for name in attach.active_names(model)}
+    walked = attach.walked(model)
+    adapters = {name: attach.extract(walked, name) for name in attach.active_names(walked)}
     masks = _make_masks({name: adapter.config for name, adapter in adapters.items()}, ids)
-    owners = survey.base_leaves(model)
+    owners = walked.leaves
     masked: list[dict[str, Any]] = []
     for name, mask in masks.items():
         for site in sites_of(adapters[name]):

@@ -21,7 +21,7 @@ from jaxadapt.keymaps.generic import GENERIC
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.models import layers
 from jaxadapt.models.linen import collections, wrapper
-from jaxadapt.models.nnx import abstract_call, attach, survey
+from jaxadapt.models.nnx import abstract_call, attach, graph, survey
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,18 +33,19 @@ class BaseParams:
     """`{path: (module, attribute)}` of a model; `{path: leaf}` of a tree, with boxes (`nn.Partitioned`, …)."""
     target: Any = None
     """The model or variables that the parameters come from, which may have adapters."""
-    walked: survey.ModelWalk | None = None
+    walked: graph.ModelWalk | None = None
     """The result of the traversal, for a model only."""
 
     @staticmethod
     def from_tree(tree: Any, target: Any = None) -> BaseParams:
         """Read the base parameters of a model or tree.
 
-        Raises `AttachError` for variables (see `base_params`), and if a leaf of a tree is not an array.
+        A model is walked, unless its walk is passed instead. Raises `AttachError` for variables (see `base_params`),
+        and if a leaf of a tree is not an array.
         """
-        if isinstance(tree, attach.nnx.Module):
-            walked = survey.walk_model(tree)
-            return BaseParams(tree, walked.leaves, tree, walked)
+        if isinstance(tree, attach.Model):
+            walked = graph.walk_model(tree)
+            return BaseParams(walked.model, walked.leaves, walked.model, walked)
         params = attach.nnx.to_pure_dict(tree) if isinstance(tree, attach.nnx.State) else tree
         if not isinstance(params, Mapping):
             raise AttachError(
@@ -113,7 +114,7 @@ def check_kernels(base: BaseParams, sites: Sequence[Site]) -> None:
         if problems := attach.list_contradictions(sites, base.walked.leaves):
             raise AttachError("these layers cannot carry the adapter:\n" + paths.bullets(problems))
         return
-    attached = _attached_keymap(base.target)
+    attached = _attached_keymap(base)
     reverse: list[str] = []
     for site in sites:
         weight, known = site.match.weight, None if attached is None else attached.match(site.leaf)
@@ -134,7 +135,7 @@ def check_kernels(base: BaseParams, sites: Sequence[Site]) -> None:
 
 def _plan_on_model(
     base: BaseParams,
-    walked: survey.ModelWalk,
+    walked: graph.ModelWalk,
     config: Config,
     keymap: KeyMap | str | None,
     stack_axes: Sequence[int] | None,
@@ -167,7 +168,7 @@ def _plan_on_model(
     try:
         sites = selection.select_sites(config, full, shapes, unsure)
     except TargetError as error:
-        _raise_for_qwix(model, error)
+        _raise_for_qwix(walked, error)
         raise
     selected = {site.leaf for site in sites}
     if traced.keys() - selected and not all_linear:
@@ -187,7 +188,7 @@ def _plan_on_model(
     return recipe, sites
 
 
-def _check_traceable(walked: survey.ModelWalk, config: Any) -> None:
+def _check_traceable(walked: graph.ModelWalk, config: Any) -> None:
     matrices = [leaf for leaf, shape in walked.unowned.items() if len(shape) > 1]
     targeted = [leaf for leaf in matrices if matching.is_target(config, leaf.rpartition(".")[0])]
     if targeted:
@@ -198,10 +199,9 @@ def _check_traceable(walked: survey.ModelWalk, config: Any) -> None:
         )
 
 
-def _raise_for_qwix(model: Any, error: TargetError) -> None:
+def _raise_for_qwix(walked: graph.ModelWalk, error: TargetError) -> None:
     """Raise `AttachError` if `error` comes from a model whose weights Qwix holds."""
-    nodes = (node for _, node in attach.nnx.iter_graph(model) if isinstance(node, attach.nnx.Module))
-    if any(quantized.is_qwix_parameter(x) for node in nodes for x in vars(node).values()):
+    if any(quantized.is_qwix_parameter(x) for _, node in walked.modules for x in vars(node).values()):
         raise AttachError(
             f"{error}\nQwix intercepts the calls of this model, and would also quantise the adapter's inputs."
             " Convert the model with jaxadapt.models.from_qwix(model), which keeps the quantised weights"
@@ -224,22 +224,22 @@ def target_base(target: Any) -> BaseParams:
         raise AttachError(
             "cannot use a Linen module as the target: it holds no parameters; pass the variables, {'params': …}"
         )
-    if not isinstance(target, attach.nnx.Module | attach.nnx.State | Mapping):
+    if not isinstance(target, (*attach.TREES, Mapping)):
         raise AttachError(f"expected an NNX model or Linen variables as the target, found {type(target).__name__}")
     return BaseParams.from_tree(base_params(target), target)
 
 
 def target_keymap(base: BaseParams, keymap: KeyMap | str | None, keys: Sequence[str]) -> KeyMap:
     """Return the keymap of a target, in the spelling of a file's `keys` (without PEFT's prefix)."""
-    keymap = _attached_keymap(base.target) if keymap is None else keymap
+    keymap = _attached_keymap(base) if keymap is None else keymap
     return families.resolve_keymap(keymap, base.shapes).spelling_for(keys, base.shapes)
 
 
-def _attached_keymap(target: Any) -> KeyMap | None:
-    if isinstance(target, attach.nnx.Module):
-        known = [v for by_path in attach.adapter_variables(target).values() for v in by_path.values()]
-        return known[0].get_metadata()["adapter"].recipe.keymap if known else None
-    for collection in collections.adapter_collections(target).values():
+def _attached_keymap(base: BaseParams) -> KeyMap | None:
+    if base.walked is not None:
+        known = [v for by_path in base.walked.adapters.values() for v in by_path.values()]
+        return known[0].get_metadata("adapter").recipe.keymap if known else None
+    for collection in collections.adapter_collections(base.target).values():
         for name, tree in collection.items():
             return collections.read_adapter(tree, name).keymap
     return None

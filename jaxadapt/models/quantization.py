@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.core import Tracer
 from jax.sharding import AxisType
 
@@ -18,7 +19,7 @@ from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.models import base_params, planning, trees
 from jaxadapt.models.linen import wrapper
-from jaxadapt.models.nnx import attach, survey
+from jaxadapt.models.nnx import attach, graph, survey
 
 
 def quantize(
@@ -109,7 +110,7 @@ def dequantize(base: Any) -> Any:
     >>> bool((dequantize(quantize(base, modules=["q"]))["q"]["kernel"] == base["q"]["kernel"]).all())
     True
     """
-    if not isinstance(base, attach.nnx.Module):
+    if not isinstance(base, nnx.Module):
         return jax.tree.map(quantized.to_dense, base, is_leaf=quantized.is_quantized)
     weights = planning.base_arrays(base)
     return base_params.replace_leaves(
@@ -135,12 +136,11 @@ def from_qwix(model: Any) -> Any:
         plain: Any = model.copy()
         object.__setattr__(plain, "__class__", _without_qwix(type(model)))
         return plain
-    if not isinstance(model, attach.nnx.Module):
+    if not isinstance(model, nnx.Module):
         raise AttachError(f"expected an NNX or Linen module, found {type(model).__name__}")
     qwix_params = {
-        (paths.join(*map(str, path)), attr): (node, value)
-        for path, node in attach.nnx.iter_graph(model)
-        if isinstance(node, attach.nnx.Module)
+        (path, attr): (node, value)
+        for path, node in graph.walk_model(model).modules
         for attr, value in vars(node).items()
         if quantized.is_qwix_parameter(value)
     }
@@ -152,7 +152,7 @@ def from_qwix(model: Any) -> Any:
         )
     for at, (node, _) in qwix_params.items():
         delattr(node, at[1])
-        setattr(node, at[1], attach.nnx.Param(new[at].array))
+        setattr(node, at[1], nnx.Param(new[at].array))
         attach.install_adapters(node)
     survey.set_class(model, _without_qwix(type(model)))
     return model
@@ -163,11 +163,11 @@ def _without_qwix(cls: Any) -> Any:
 
 
 def _is_variable(x: Any) -> bool:
-    return isinstance(x, attach.nnx.Variable)
+    return isinstance(x, nnx.Variable)
 
 
 def _open_variable(x: Any) -> Any:
-    return x.get_value() if isinstance(x, attach.nnx.Variable) else x
+    return x.get_value() if isinstance(x, nnx.Variable) else x
 
 
 def _replace_boxed(tree: Any, new: Mapping[str, Any]) -> Any:

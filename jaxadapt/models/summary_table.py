@@ -8,6 +8,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flax import nnx
+
 from jaxadapt import methods
 from jaxadapt.adapters.adapter import Adapter, is_array
 from jaxadapt.adapters.sites import sites_of
@@ -17,9 +19,8 @@ from jaxadapt.core.errors import AttachError
 from jaxadapt.core.terminal import escape_text
 from jaxadapt.keymaps import tensor_layout
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.models import attachment
 from jaxadapt.models.linen import collections, wrapper
-from jaxadapt.models.nnx import abstract_call, attach, survey
+from jaxadapt.models.nnx import abstract_call, attach, graph, survey
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +186,7 @@ def summary(tree: Any, *inputs: Any) -> Summary:
                 f"summary(module, variables, *inputs): expected variables, found {type(variables).__name__}"
             )
         return _summarize_variables(variables, tree.active, tree.notes(variables, *rest) if rest else {})
-    if isinstance(tree, attach.nnx.Module):
+    if isinstance(tree, nnx.Module):
         return _summarize_model(tree, inputs)
     if isinstance(tree, Mapping):
         return _summarize_variables(tree, None, {})
@@ -212,12 +213,12 @@ def _rows(name: str, adapter: Adapter, base: Mapping[str, tuple[int, ...]], how:
 
 
 def _summarize_model(model: Any, inputs: Sequence[Any]) -> Summary:
-    walked = survey.walk_model(model)
+    walked = graph.walk_model(model)
     owners = walked.leaves
     shapes = {**survey.base_shapes(owners), **walked.unowned}
     how = {leaf: survey.describe_use(module) for leaf, (module, _) in owners.items()}
     if inputs:
-        variables = {path: var for by_path in attach.adapter_variables(model).values() for path, var in by_path.items()}
+        variables = {path: var for by_path in walked.adapters.values() for path, var in by_path.items()}
         attached = {path.rpartition(".")[0]: var.get_metadata()["adapter"] for path, var in variables.items()}
         hooks = {
             leaf: methods.AppliedMethod(meta.method, meta.hparams, {}, meta.axes) for leaf, meta in attached.items()
@@ -225,12 +226,12 @@ def _summarize_model(model: Any, inputs: Sequence[Any]) -> Summary:
         how |= abstract_call.record_uses(
             model, {leaf: hook for leaf, hook in hooks.items() if not hook.replaces}, inputs
         )
-    adapters = {name: attachment.extract(model, name) for name in attach.adapter_names(model)}
+    adapters = {name: attach.extract(walked, name) for name in attach.adapter_names(walked)}
     rows = [row for name, adapter in adapters.items() for row in _rows(name, adapter, shapes, how)]
     if not rows:
         raise AttachError("cannot summarise: this model has no adapter")
     keymaps = {name: adapter.keymap for name, adapter in adapters.items()}
-    return Summary(tuple(rows), sum(math.prod(s) for s in shapes.values()), attach.active_names(model), keymaps)
+    return Summary(tuple(rows), sum(math.prod(s) for s in shapes.values()), attach.active_names(walked), keymaps)
 
 
 def _summarize_variables(

@@ -47,6 +47,7 @@ def encode_tree(
 
     Raises `AttachError`, `ConfigError`, `KeyMapError` or `MismatchError`.
     """
+    tree = attach.walked(tree)
     guest = None if isinstance(tree, Adapter) else attachment.find_foreign(tree)
     if guest is not None:
         require_values(guest.leaves, traced=in_memory, elsewhere=not in_memory)
@@ -147,7 +148,7 @@ def _with_embeddings(tensors: PeftTensors, adapter: Adapter, tree: Any, save: bo
     encoded = tensors.tensors
     if not embeddings.may_need_embeddings(tensors.config, save) or not isinstance(encoded, Encoded):
         return tensors
-    has_base = isinstance(tree, attach.nnx.Module) or (isinstance(tree, Mapping) and "params" in tree)
+    has_base = isinstance(tree, attach.Model) or (isinstance(tree, Mapping) and "params" in tree)
     base = planning.base_arrays(tree) if has_base else None
     adapter_sites = sites.sites_of(adapter)
     more = embeddings.add_embeddings(encoded, adapter.config, adapter.keymap, adapter_sites, base, save)

@@ -110,7 +110,8 @@ def load(
         with reporter(progress) as report:
             path = hub.fetch_folder(path, None if name == attachment.DEFAULT else name, report)
     subfolder = folder.adapter_folder(path, name)
-    guest = attachment.find_foreign(target)
+    walked = attach.walked(target)
+    guest = attachment.find_foreign(walked)
     if guest is not None:
         unused = {
             "replace": replace or None, "rngs": rngs, "stack_axes": stack_axes, "example": example,
@@ -146,11 +147,11 @@ def load(
     )
     if checkpoint is not None:
         with reporter(progress) as report:
-            adapter, adapter_sites = _from_orbax(checkpoint, target, name, options, strict)
+            adapter, adapter_sites = _from_orbax(checkpoint, walked, name, options, strict)
             orbax_folder.report_total(report, "load", adapter)
         source = os.fspath(checkpoint)
     else:
-        parameters = planning.target_base(target)
+        parameters = planning.target_base(walked)
         with (
             reporter(progress) as report,
             folder.open_adapter(_existing_folder(subfolder, path)) as tensors,
@@ -158,38 +159,39 @@ def load(
             adapter, adapter_sites = peft.adapter_from_tensors(tensors, parameters, *options, report, on_shared, strict)
         source = tensors.source
     LOGGER.info("%s: %d weights adapted, by the keymap %s", source, len(adapter_sites), adapter.keymap.name)
-    present = _attached_config(target, name)
+    attached = _attached_adapter(walked, name)
+    present = None if attached is None else attached.config
     if present is not None and present != adapter.config and not replace:
         raise ConfigError(
             f"{source}: the configuration differs from that of the attached adapter {name!r} in"
             f" {present.differences(adapter.config)}; load(…, replace=True) replaces the adapter, and"
             " load(…, name=…) keeps both"
         )
-    if dtype is None and present is not None and present == adapter.config:
-        adapter = _promote(adapter, attachment.extract(target, name))
-    new_base = _changed_base(target, base, present, adapter, adapter_sites, source)
-    same = present is not None and present == adapter.config and Recipe(present).origin == adapter.recipe.origin
+    if dtype is None and attached is not None and present == adapter.config:
+        adapter = _promote(adapter, attached)
+    new_base = _changed_base(walked, base, present, adapter, adapter_sites, source)
+    same = present is not None and present == adapter.config and Recipe(present).origin == Recipe(adapter.config).origin
     if not is_model:
         variables: Any = target
         if new_base:
             params = base_params.replace_leaves(variables["params"], new_base)
             variables = collections.with_entry(variables, "params", params)
-        if present == adapter.config and attachment.extract(variables, name).shapes == adapter.shapes:
+        if attached is not None and present == adapter.config and attached.shapes == adapter.shapes:
             return collections.replace_adapter_values(variables, name, adapter.flat(), None if same else adapter.recipe)
         if present is not None:
             variables = attachment.delete(variables, name)
         return attachment.with_adapter(variables, adapter, name)
     if same and rngs is None:
-        attach.inject(adapter, target, name)
-        attach.activate(target, (name,))
+        attach.inject(adapter, walked, name)
+        attach.activate(walked, (name,))
         return target
     if present is not None or rngs is not None or new_base:
         _rehearse(target, adapter, adapter_sites, name, rngs)
     if new_base:
         base_params.replace_leaves(target, new_base)
     if present is not None:
-        attach.delete(target, name)
-    attach.attach(target, adapter.recipe, adapter_sites, name, adapter.flat(), rngs)
+        attach.delete(walked, name)
+    attach.attach(target, adapter.recipe, adapter_sites, name, adapter.flat(), rngs, walked)
     return target
 
 
@@ -201,8 +203,12 @@ def _existing_folder(subfolder: Location, path: str | os.PathLike[str]) -> Locat
 
 def _promote(adapter: Adapter, attached: Adapter) -> Adapter:
     """Cast values up to the dtype they replace, so that an optimizer's small steps are not lost in 16 bits."""
-    old = attached.flat()
-    flat = {p: x.astype(jnp.promote_types(x.dtype, old[p].dtype)) for p, x in adapter.flat().items()}
+    old, new = attached.flat(), adapter.flat()
+    pairs = {(x.dtype, old[path].dtype) for path, x in new.items()}
+    wider = {pair: jnp.promote_types(*pair) for pair in pairs}
+    if all(wider[pair] == pair[0] for pair in pairs):
+        return adapter
+    flat = {path: x.astype(wider[x.dtype, old[path].dtype]) for path, x in new.items()}
     return Adapter(adapter.config, paths.unflatten(flat), adapter.keymap)
 
 
@@ -247,7 +253,7 @@ def _from_orbax(
 ) -> tuple[Adapter, tuple[sites.Site, ...]]:
     """Read an Orbax checkpoint into the target's layout; return the adapter and its sites."""
     keymap, dtype, stack_axes, example, shardings, _ = options
-    attached = attachment.extract(target, name) if _attached_config(target, name) is not None else None
+    attached = _attached_adapter(target, name)
     stored = orbax_folder.find_adapter(path, attached, name)
     stored_sites = sites.sites_of(stored.adapter)
     keys = [key.removeprefix(PEFT_PREFIX) for site in stored_sites for entry in site.entries for key in entry.keys]
@@ -282,11 +288,11 @@ def _rehearse(model: Any, adapter: Adapter, adapter_sites: Sequence[sites.Site],
     attach.attach(copy, adapter.recipe, adapter_sites, name, adapter.flat(), rngs)
 
 
-def _attached_config(target: Any, name: str) -> Config | None:
-    """Return the configuration of the target's adapter of that name; None if there is none."""
-    if isinstance(target, nnx.Module):
-        return attach.extract(target, name).config if name in attach.adapter_names(target) else None
+def _attached_adapter(target: Any, name: str) -> Adapter | None:
+    """Return the target's adapter of that name; None if there is none."""
+    if isinstance(target, attach.Model):
+        return attach.extract(target, name) if name in attach.adapter_names(target) else None
     for collection in collections.adapter_collections(target).values():
         if name in collection:
-            return collections.read_adapter(collection[name], name).config
+            return collections.read_adapter(collection[name], name)
     return None

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
+from flax import nnx
 from jax.core import Tracer
 
 from jaxadapt.adapters import experts, selection
@@ -66,6 +67,7 @@ def find_lora(tree: Any) -> ForeignTree | None:
     if not trees.may_have_path(tree, is_like):
         return None
     leaves, put = trees.open_tree(tree)
+    tree = attach.model_of(tree)
     leaves = {path: leaf for path, leaf in leaves.items() if not collections.is_moment(path)}
     if not any(map(is_like, leaves)) or not any(
         d.claim(leaves) and _has_slots(d, leaves) for d in dialects.DIALECTS.values()
@@ -140,7 +142,7 @@ def survey_tree(foreign_tree: ForeignTree, keymap: KeyMap | str | None, keys: Co
     )
     if any(match.weight.by_parameter for leaf in leaves if (match := bound_keymap.match(leaf)) is not None):
         bound_keymap = experts.per_expert_keymap(bound_keymap)
-    if isinstance(foreign_tree.tree, attach.nnx.Module):
+    if isinstance(foreign_tree.tree, nnx.Module):
         claimed = foreign_tree.dialect.claim(foreign_tree.leaves)
         entries = nnx_survey.class_entries(nnx_survey.base_leaves(foreign_tree.tree), bound_keymap)
         bound_keymap = bound_keymap.with_entries(entry for entry in entries if entry.leaf in claimed)

@@ -13,7 +13,7 @@ from jaxadapt.arrays import quantized
 from jaxadapt.arrays.axes import contradiction_message, transposed_axes
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
-from jaxadapt.models.nnx import survey
+from jaxadapt.models.nnx import graph, survey
 from jaxadapt.models.tracing import rewrite
 from jaxadapt.models.tracing.liveness import live_weights, refuse_reads_outside
 from jaxadapt.models.tracing.uses import describe_uses, infer_axes, unfollowed_uses
@@ -66,7 +66,7 @@ def _bind_pure(module: nnx.Module, base: type[nnx.Module], f: Callable[..., Any]
 
 
 def trace_axes(
-    model: nnx.Module, walk: survey.ModelWalk, args: Args, leaves: Sequence[str], required: bool
+    model: nnx.Module, walk: graph.ModelWalk, args: Args, leaves: Sequence[str], required: bool
 ) -> tuple[dict[str, survey.TracedAxes], set[str]]:
     """Trace the axis roles of custom layers' leaves in one abstract call of the model.
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import collections
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,12 +33,15 @@ from jaxadapt.core.compare import compare, shapes_of
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps import plan
 from jaxadapt.methods import Method
-from jaxadapt.models.nnx import survey
+from jaxadapt.models.nnx import graph, survey
+from jaxadapt.models.nnx.graph import Owner
 from jaxadapt.models.nnx.layer import ACTIVE, Attached, adapted_class, attached_to
 from jaxadapt.models.nnx.params import AdapterParam, LayerNumber
-from jaxadapt.models.nnx.survey import DROPOUT, AdaptedMeta, Owner, base_class, natural_key, set_class
+from jaxadapt.models.nnx.survey import DROPOUT, AdaptedMeta, base_class, set_class
 
-Tree = nnx.Module | nnx.State[Any, Any]
+Model = nnx.Module | graph.ModelWalk
+Tree = Model | nnx.State[Any, Any]
+TREES = (nnx.Module, graph.ModelWalk, nnx.State)
 Layers = Sequence[tuple[str, Any]]
 
 
@@ -48,13 +51,13 @@ Layers = Sequence[tuple[str, Any]]
 def base_shardings(owners: Mapping[str, Owner]) -> dict[str, NamedSharding | None]:
     """Return `{leaf: sharding}` for the base leaves: the sharding of the array or spec, else that of the metadata."""
     shardings: dict[str, NamedSharding | None] = {}
-    for leaf, (module, attr) in owners.items():
-        var: nnx.Variable[Any] = vars(module)[attr]
-        value, metadata = var.get_value(), var.get_metadata()
+    for leaf, value in survey.base_values(owners).items():
         shardings[leaf] = placement.sharding_of(value)
-        if placement.is_unplaced(value) and metadata.get("out_sharding"):
+        module, attr = owners[leaf]
+        var: nnx.Variable[Any] = vars(module)[attr]
+        if placement.is_unplaced(value) and var.get_metadata("out_sharding", None):
             spec = nnx.get_partition_spec({"": var})[""].get_value()
-            shardings[leaf] = placement.sharding_from_spec(spec, metadata.get("mesh"))
+            shardings[leaf] = placement.sharding_from_spec(spec, var.get_metadata("mesh", None))
     return shardings
 
 
@@ -128,13 +131,13 @@ def attach(
     name: str,
     values: Mapping[str, Any],
     rngs: nnx.Rngs | None = None,
-    walk: survey.ModelWalk | None = None,
+    walk: graph.ModelWalk | None = None,
 ) -> None:
     """Attach an adapter's values (`{path: array or spec}`) to a model's layers, and make it the only active adapter.
 
     Raises `AttachError`, listing all problems, for layers that cannot carry the adapter.
     """
-    walk = survey.walk_model(model) if walk is None else walk
+    walk = graph.walk_model(model) if walk is None else walk
     owners = walk.leaves
     require_current_trace(module for module, _ in owners.values())
     collection = collection_name(recipe.config)
@@ -166,7 +169,7 @@ def attach(
         install_adapters(module)
         if ACTIVE not in vars(module):
             setattr(module, ACTIVE, (name,))
-    _set_active(adapted_layers(model, owners), (name,))
+    _set_active(adapted_layers(walk), (name,))
 
 
 def _layer_numbers(site: sites.Site, base: NamedSharding | None) -> dict[str, Any]:
@@ -231,20 +234,15 @@ def uninstall_adapters(layer: nnx.Module) -> None:
         set_class(layer, base_class(layer))
 
 
-def adapted_layers(model: nnx.Module, owners: Mapping[str, Owner] | None = None) -> list[tuple[str, Any]]:
-    """Return `(path, layer)` for every adapted layer.
-
-    Every adapted layer owns a base leaf, so the model is not walked again if its `owners` are passed.
-    """
-    nodes: Iterable[tuple[str, Any]] = ((paths.join(*map(str, path)), node) for path, node in nnx.iter_graph(model))
-    if owners is not None:
-        nodes = {id(module): (leaf.rpartition(".")[0], module) for leaf, (module, _) in owners.items()}.values()
-    return [(path, node) for path, node in nodes if isinstance(type(node), AdaptedMeta) and ACTIVE in vars(node)]
+def adapted_layers(model: Model) -> list[tuple[str, Any]]:
+    """Return `(path, layer)` for every adapted layer."""
+    modules = graph.walk_model(model).modules
+    return [(path, node) for path, node in modules if isinstance(type(node), AdaptedMeta) and ACTIVE in vars(node)]
 
 
-def adapter_names(model: nnx.Module, owners: Mapping[str, Owner] | None = None) -> tuple[str, ...]:
+def adapter_names(model: Model) -> tuple[str, ...]:
     """Return the names of a model's adapters, each once."""
-    return _names_in(adapted_layers(model, owners))
+    return _names_in(adapted_layers(model))
 
 
 def _names_in(layers: Layers) -> tuple[str, ...]:
@@ -255,7 +253,7 @@ def _names_in(layers: Layers) -> tuple[str, ...]:
     return tuple(names)
 
 
-def activate(model: nnx.Module, names: Sequence[str]) -> None:
+def activate(model: Model, names: Sequence[str]) -> None:
     """Make these adapters, and no others, active in every adapted layer.
 
     Raises `AttachError` for a name that no adapter has.
@@ -281,7 +279,7 @@ def _set_active(layers: Layers, names: tuple[str, ...]) -> None:
             setattr(layer, ACTIVE, names)
 
 
-def active_names(model: nnx.Module) -> tuple[str, ...]:
+def active_names(model: Model) -> tuple[str, ...]:
     """Return the names of a model's active adapters, each once."""
     return _active_in(adapted_layers(model))
 
@@ -290,7 +288,7 @@ def _active_in(layers: Layers) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for _, layer in layers for name in getattr(layer, ACTIVE)))
 
 
-def delete(model: nnx.Module, *names: str) -> None:
+def delete(model: Model, *names: str) -> None:
     """Remove these adapters, and restore the class of each layer that has no adapter left."""
     layers = adapted_layers(model)
     require_current_trace(layer for _, layer in layers)
@@ -310,24 +308,26 @@ def delete(model: nnx.Module, *names: str) -> None:
 # ---------------------------------------------------------------- extracting and injecting values
 
 
-def _parameters(tree: Tree) -> Iterator[tuple[Any, AdapterParam]]:
-    # nnx.state is not used here: it leaves a reference cycle that keeps the model alive until garbage collection.
-    nodes = nnx.to_flat_state(tree) if isinstance(tree, nnx.State) else nnx.iter_graph(tree)
-    return ((path, v) for path, v in nodes if isinstance(v, AdapterParam) and "adapter" in v.get_metadata())
+def walked(tree: Any) -> Any:
+    """Return the walk over an NNX model, which the functions here take in its place; any other tree unchanged."""
+    return graph.walk_model(tree) if isinstance(tree, nnx.Module) else tree
+
+
+def model_of(tree: Any) -> Any:
+    """Return the model of a walk; any other tree unchanged."""
+    return tree.model if isinstance(tree, graph.ModelWalk) else tree
 
 
 def has_adapters(tree: Tree) -> bool:
     """Return True if a model or a state has an adapter."""
-    return any(True for _ in _parameters(tree))
+    return bool(adapter_variables(tree))
 
 
 def adapter_variables(tree: Tree) -> dict[str, dict[str, Any]]:
     """Return `{adapter name: {path: AdapterParam}}` for a model or a state."""
-    adapters: dict[str, dict[str, Any]] = {}
-    for path, var in _parameters(tree):
-        *module, _, name, leaf, tensor = map(str, path)
-        adapters.setdefault(name, {})[paths.join(*module, leaf, tensor)] = var
-    return adapters
+    if isinstance(tree, nnx.State):
+        return graph.group_adapters(nnx.to_flat_state(tree))
+    return graph.walk_model(tree).adapters
 
 
 def extract(tree: Tree, name: str) -> Adapter:
@@ -339,17 +339,23 @@ def extract(tree: Tree, name: str) -> Adapter:
     if name not in adapters:
         raise AttachError(f"there is no adapter {name!r} here; found {sorted(adapters) or 'none'}")
     variables = adapters[name]
-    recipes = {var.get_metadata()["adapter"].recipe for var in variables.values()}
+    recipe = _recipe_of(variables, name)
+    values = graph.values_of({path: variables[path] for path in sorted(variables, key=graph.natural_key)})
+    adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
+    recipe.check_complete(len({path.rpartition(".")[0] for path in values}), name)
+    return adapter
+
+
+def _recipe_of(variables: Mapping[str, Any], name: str) -> Recipe:
+    """Return the recipe that all these parameters carry; raise `AttachError` if they carry several."""
+    carried = {id(var.adapter.recipe): var.adapter.recipe for var in variables.values()}
+    recipes = set(carried.values())  # comparing them takes longer than finding that nearly all are one object
     if len(recipes) > 1:
         raise AttachError(
             f"cannot extract the adapter {name!r}: its parameters carry {len(recipes)} different configurations."
             " Delete it and attach it again"
         )
-    recipe = recipes.pop()
-    values = {path: variables[path].get_value() for path in sorted(variables, key=natural_key)}
-    adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
-    recipe.check_complete(len(adapter.sites), name)
-    return adapter
+    return recipes.pop()
 
 
 def inject(adapter: Adapter, tree: Tree, name: str) -> None:
@@ -361,11 +367,10 @@ def inject(adapter: Adapter, tree: Tree, name: str) -> None:
     if variables is None:
         raise AttachError(f"there is no adapter {name!r} to inject into. Adapt the model first, or use load")
     values = adapter.flat()
-    problems = list(map(str, compare(shapes_of(variables), shapes_of(values))))
-    recipe = next(iter(variables.values())).get_metadata()["adapter"].recipe
+    problems = list(map(str, compare(shapes_of(graph.values_of(variables)), shapes_of(values))))
+    recipe = next(iter(variables.values())).get_metadata("adapter").recipe
     if recipe.config != adapter.config:
         problems.append(f"another configuration: {recipe.config.differences(adapter.config, 'given')}")
     if problems:
         raise AttachError(f"the adapter does not fit {name!r}:\n" + paths.bullets(problems))
-    for path, value in values.items():
-        variables[path].set_value(value)
+    graph.set_values(variables, values)
