@@ -25,6 +25,7 @@ from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.tensor_spec import MethodTensor
 from jaxadapt.methods import Method
 from jaxadapt.methods.base import Array, Drop, Params
+from jaxadapt.models.carriers import carrier
 from jaxadapt.models.linen import survey, wrapper
 from jaxadapt.models.linen.interceptor import SEP, Interceptor, LeafAdapter
 from jaxadapt.models.nnx import attach
@@ -176,8 +177,11 @@ def make_observer(
         statistics: the statistic of each leaf's inputs.
         forward: `forward(base, batch)`; its outputs must depend on all these layers.
     """
-    is_model = isinstance(base, attach.nnx.Module)
-    run = _run_nnx(base, recipe, forward) if is_model else _run_linen(base, adapter_sites, statistics, forward)
+    run = (
+        _run_nnx(base, recipe, forward)
+        if carrier(base).in_place
+        else _run_linen(base, adapter_sites, statistics, forward)
+    )
 
     def observe(states: Mapping[str, Array], batch: Any, mask: Array | None = None) -> dict[str, Array]:
         flat = jnp.ones((1, 1)) if mask is None else jnp.asarray(mask, jnp.float32).reshape(1, -1)

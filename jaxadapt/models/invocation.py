@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
-from jaxadapt.adapters.adapter import collection_name
-from jaxadapt.adapters.sites import sites_of
 from jaxadapt.configs import Config
 from jaxadapt.core.errors import AttachError
 from jaxadapt.methods.lora import alora
-from jaxadapt.models.linen import wrapper
-from jaxadapt.models.nnx import attach, params, survey
+from jaxadapt.models.carriers import carrier
 
 Array = Any
 
@@ -55,30 +51,9 @@ def invoke(model: Any, tokens: Any) -> Generator[Any]:
         raise AttachError(
             f"expected token ids or a boolean mask of shape (batch, time), found {ids.dtype} of shape {list(ids.shape)}"
         )
-    if isinstance(model, wrapper.Adapted):
-        configs = dict(model.adapters)
-        masks = _make_masks({name: configs[name] for name in model.active}, ids)
-        yield dataclasses.replace(model, tokens=masks)
-        return
-    if not isinstance(model, attach.nnx.Module):
-        raise AttachError(f"expected an NNX model, or a Linen module that adapt returned, found {type(model).__name__}")
-    adapters = {name: attach.extract(model, name) for name in attach.active_names(model)}
-    masks = _make_masks({name: adapter.config for name, adapter in adapters.items()}, ids)
-    owners = survey.base_leaves(model)
-    masked: list[dict[str, Any]] = []
-    for name, mask in masks.items():
-        for site in sites_of(adapters[name]):
-            module, attr = owners[site.leaf]
-            if not site.method.copies:
-                variables = vars(module)[collection_name(adapters[name].config)][name][attr]
-                shape = vars(module)[attr].shape
-                variables[alora.MASK] = params.TokenMask(alora.repeat_mask(mask, site.match.stack, shape))
-                masked.append(variables)
-    try:
-        yield model
-    finally:
-        for variables in masked:
-            del variables[alora.MASK]
+    held = carrier(model)
+    with held.with_tokens(_make_masks(held.active_configs(), ids)) as changed:
+        yield changed
 
 
 def _make_masks(configs: Mapping[str, Config], ids: Array) -> dict[str, Array]:

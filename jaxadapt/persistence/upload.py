@@ -111,11 +111,10 @@ def _run_once(source: Any, task: str, send: Callable[[], Pushed]) -> Pushed:
     """Upload from process 0 only if the arrays are spread over several processes, which then all call this."""
     import jax
 
-    from jaxadapt.models.nnx import attach
+    from jaxadapt.models.carriers import carrier
     from jaxadapt.persistence import multihost
 
-    tree = attach.nnx.state(source) if isinstance(source, attach.nnx.Module) else source
-    if not multihost.is_distributed(jax.tree.leaves(tree)):
+    if not multihost.is_distributed(jax.tree.leaves(carrier(source).pytree())):
         return send()
     # A long timeout: if process 0 dies, the lost connection to it ends the others.
     return Pushed(*multihost.run_on_leader(task, send, _LONG))

@@ -1,0 +1,266 @@
+"""Carriers of NNX: objects, models and states."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxadapt import methods
+from jaxadapt.adapters import initial_values
+from jaxadapt.adapters.adapter import Adapter, collection_name
+from jaxadapt.adapters.sites import Site, sites_of
+from jaxadapt.configs import Config
+from jaxadapt.core import paths
+from jaxadapt.core.errors import AttachError
+from jaxadapt.keymaps.keymap import KeyMap
+from jaxadapt.methods.lora import alora
+from jaxadapt.models import planning
+from jaxadapt.models.base_params import BaseParams, ModelParams, read_params
+from jaxadapt.models.carriers.base import Carrier, Describe, check_free, check_name, refuse
+from jaxadapt.models.foreign import tree as foreign
+from jaxadapt.models.linen import collections
+from jaxadapt.models.nnx import abstract_call, attach, survey
+from jaxadapt.models.nnx.params import LayerNumber, TokenMask
+
+# Excluded from a model's state: parameters (the base does not change, and adapters are saved separately), variables
+# that follow from an adapter's configuration, and variables that exist only during one call.
+_NOT_REST = (nnx.Param, LayerNumber, nnx.Intermediate, nnx.Cache, nnx.Perturbation)
+
+
+def is_object(tree: Any) -> bool:
+    """Return True if a tree is an NNX object (an optimizer, random streams, a model), which is filled in place."""
+    return isinstance(tree, nnx.Pytree)
+
+
+class Object(Carrier):
+    """An NNX object, such as an optimizer or random streams."""
+
+    def pytree(self) -> Any:
+        """Return the object's state."""
+        return nnx.state(self.tree)
+
+    def fill(self, new: Any) -> Any:
+        """Write a state into the object, and return it."""
+        nnx.update(self.tree, new)
+        return self.tree
+
+
+class _Variables(Carrier):
+    """What models and states share: their adapters are `AdapterParam`s."""
+
+    @functools.cached_property
+    def has_adapters(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """True if the tree has an adapter of jaxadapt."""
+        return attach.has_adapters(self.tree)
+
+    def names(self) -> list[str]:
+        return list(attach.adapter_variables(self.tree))
+
+    def extract(
+        self, name: str, config: Config | None = None, keymap: Any = None, lora_alpha: float | None = None
+    ) -> Adapter:
+        refuse_alpha(lora_alpha)
+        if not self.has_adapters and (unknown := foreign.describe_unknown(self.tree)):
+            raise AttachError(f"cannot extract {name!r}: the model has no adapter{unknown}")
+        return attach.extract(self.tree, name)
+
+    def inject(self, adapter: Adapter, name: str, lora_alpha: float | None = None, on_shared: str | None = None) -> Any:
+        attach.inject(adapter, self.tree, name)
+        return self.tree
+
+    def rest(self) -> Any:
+        return nnx.filter_state(self.pytree(), nnx.Not(nnx.Any(*_NOT_REST)))
+
+
+class State(_Variables):
+    """An `nnx.State` of a model."""
+
+    remedy = "; pass the model"
+
+    @property
+    def params(self) -> Any:
+        return self.tree.get("params", self.tree)
+
+    def base(self) -> BaseParams:
+        return read_params(nnx.to_pure_dict(self.params), self.tree)
+
+    def leaves(self) -> dict[str, Any]:
+        return Carrier(self.params).leaves()
+
+    def replace(self, new: Mapping[str, Any], *, boxes: bool = True) -> Any:
+        params = Carrier(self.params).replace(new, boxes=boxes)
+        return collections.with_entry(self.tree, "params", params) if "params" in self.tree else params
+
+    def map_adapters(self, f: Describe, names: Sequence[str] | None = None) -> Any:
+        """Replace the variables, all of which must be an adapter's."""
+        variables = attach.adapter_variables(self.tree)
+        if not variables:
+            raise AttachError("the model has no adapter; call jaxadapt.adapt first")
+        new: dict[int, Any] = {}
+        for name, by_path in variables.items():
+            values = f(name, attach.extract(self.tree, name))
+            new |= {id(var): values[path] for path, var in by_path.items()}
+        flat = nnx.to_flat_state(self.tree)
+        others = [f"{paths.join(*map(str, path))}: {type(var).__name__}" for path, var in flat if id(var) not in new]
+        if others:
+            raise AttachError(
+                "expected a state with only the trained variables, nnx.state(model, jaxadapt.AdapterParam); this one"
+                " also contains:\n" + paths.bullets(others)
+            )
+        return jax.tree.map(lambda var: new[id(var)], self.tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+    def with_rest(self, rest: Any) -> Any:
+        nnx.replace_by_pure_dict(self.tree, nnx.to_pure_dict(rest))
+        return self.tree
+
+
+class Model(_Variables, Object):
+    """An NNX module; operations change it in place."""
+
+    has_base = in_place = True
+
+    def base(self) -> ModelParams:
+        walked = self._walked
+        return ModelParams(walked.leaves, self.tree, walked)
+
+    @functools.cached_property
+    def _walked(self) -> survey.ModelWalk:
+        return survey.walk_model(self.tree)
+
+    def leaves(self) -> dict[str, Any]:
+        return survey.base_values(self._walked.leaves)
+
+    def owners(self) -> Mapping[str, Any]:
+        return self._walked.leaves
+
+    def unowned(self) -> Mapping[str, tuple[int, ...]]:
+        return self._walked.unowned
+
+    def layer_state(self) -> dict[str, Any]:
+        return {path: var.get_value() for path, var in survey.layer_state(self.tree).items()}
+
+    def statistics(self) -> list[str]:
+        return [path for path, var in survey.layer_state(self.tree).items() if isinstance(var, nnx.BatchStat)]
+
+    def replace(self, new: Mapping[str, Any], *, boxes: bool = True) -> Any:
+        owners, others = self._walked.leaves, survey.layer_state(self.tree) if new else {}
+        for path, value in new.items():
+            if path not in owners:
+                others[path].set_value(value)
+                continue
+            module, attr = owners[path]
+            vars(module)[attr].set_value(value)
+            attach.uninstall_adapters(module)  # removes the dequantisation of a quantised weight
+        return self.tree
+
+    def names(self) -> list[str]:
+        return list(attach.adapter_names(self.tree))
+
+    def active(self) -> list[str]:
+        return list(attach.active_names(self.tree))
+
+    def adapt(
+        self, config: Config, name: str, keymap: KeyMap | str | None, dtype: Any, options: Mapping[str, Any]
+    ) -> Any:
+        refuse(
+            {"deterministic": options["deterministic"]},
+            "for Linen modules only; call model.train() or model.eval() of an NNX model",
+        )
+        base, rngs = self.base(), options["rngs"]
+        check_free(name, attach.adapter_names(self.tree, base.held))
+        recipe, sites = planning.plan_adapter(base, config, keymap, options["stack_axes"], options["example"])
+        abstract = rngs is None and survey.is_abstract(base.held)
+        if rngs is None and not abstract:
+            raise AttachError("cannot draw the adapter's initial values without random keys: pass rngs=nnx.Rngs(seed)")
+        if rngs is not None:
+            attach.require_stream(rngs, "params")
+        key = None if rngs is None else attach.draw_params_key(rngs)
+        values = initial_values.init_values(recipe.config, sites, key, dtype, abstract, base.leaves, base.shardings)
+        attach.attach(self.tree, recipe, sites, name, values, rngs, base.walked)
+        return self.tree
+
+    def attach(
+        self, adapter: Adapter, sites: Sequence[Site], name: str, present: Adapter | None, rngs: Any, new: Any
+    ) -> Any:
+        if present is not None and rngs is None and not new and is_same(present, adapter):
+            attach.inject(adapter, self.tree, name)
+            attach.activate(self.tree, (name,))
+            return self.tree
+        values = adapter.flat()
+        if present is not None or rngs is not None or new:
+            # Attach to an abstract copy first, so that a failure leaves the model's present adapter in place.
+            graphdef, state = nnx.split(self.tree)
+            copy = nnx.merge(graphdef, jax.eval_shape(lambda: state))
+            if present is not None:
+                attach.delete(copy, name)
+            attach.attach(copy, adapter.recipe, sites, name, values, None if rngs is None else nnx.clone(rngs))
+        self.replace(new)
+        if present is not None:
+            attach.delete(self.tree, name)
+        attach.attach(self.tree, adapter.recipe, sites, name, values, rngs)
+        return self.tree
+
+    def delete(self, name: str) -> Any:
+        check_name(name, self.names())
+        attach.delete(self.tree, name)
+        return self.tree
+
+    def detach(self) -> Any:
+        attach.delete(self.tree, *self.names())
+        return self.tree
+
+    def activate(self, names: Sequence[str]) -> Any:
+        attach.activate(self.tree, names)
+        return self.tree
+
+    def active_configs(self) -> dict[str, Config]:
+        return {name: attach.extract(self.tree, name).config for name in attach.active_names(self.tree)}
+
+    @contextlib.contextmanager
+    def with_tokens(self, masks: Mapping[str, Any]) -> Generator[Any]:
+        masked: list[dict[str, Any]] = []
+        for name, mask in masks.items():
+            adapter = attach.extract(self.tree, name)
+            for site in sites_of(adapter):
+                module, attr = self._walked.leaves[site.leaf]
+                if not site.method.copies:
+                    variables = vars(module)[collection_name(adapter.config)][name][attr]
+                    shape = vars(module)[attr].shape
+                    variables[alora.MASK] = TokenMask(alora.repeat_mask(mask, site.match.stack, shape))
+                    masked.append(variables)
+        try:
+            yield self.tree
+        finally:
+            for variables in masked:
+                del variables[alora.MASK]
+
+    def describe_uses(self, inputs: Sequence[Any]) -> dict[str, str]:
+        how = {leaf: survey.describe_use(module) for leaf, (module, _) in self._walked.leaves.items()}
+        if not inputs:
+            return how
+        variables = {path: v for by_path in attach.adapter_variables(self.tree).values() for path, v in by_path.items()}
+        attached = {path.rpartition(".")[0]: var.get_metadata()["adapter"] for path, var in variables.items()}
+        hooks = {leaf: methods.AppliedMethod(x.method, x.hparams, {}, x.axes) for leaf, x in attached.items()}
+        used = {leaf: hook for leaf, hook in hooks.items() if not hook.replaces}
+        return how | abstract_call.record_uses(self.tree, used, inputs)
+
+    def map_adapters(self, f: Describe, names: Sequence[str] | None = None) -> Any:
+        return State(nnx.state(self.tree, attach.AdapterParam)).map_adapters(f, names)
+
+    def with_rest(self, rest: Any) -> Any:
+        return self.fill(rest)
+
+
+def is_same(present: Adapter, adapter: Adapter) -> bool:
+    """Return True if two adapters have one configuration, and would be saved with the same origin."""
+    return present.config == adapter.config and present.recipe.origin == adapter.recipe.origin
+
+
+def refuse_alpha(lora_alpha: float | None) -> None:
+    """Raise `AttachError` for a `lora_alpha` that no tree of another library takes."""
+    refuse({"lora_alpha": lora_alpha}, "applies only to trees of other libraries; jaxadapt's adapters store their own")
