@@ -198,7 +198,8 @@ def _with_path_names(
 ) -> KeyMap:
     """Add entries to the keymap for unmatched leaves whose own paths are names in the file."""
     rest = {path: shape for path, shape in shapes.items() if keymap is GENERIC or keymap.match(path) is None}
-    owners = {path: owner for path, owner in carrier(target).owners().items() if path in rest}
+    walk = carrier(target).walk()
+    owners = {} if walk is None else {path: owner for path, owner in walk.leaves.items() if path in rest}
     entries = survey.class_entries(owners, KeyMap(GENERIC.name, ()))
     by_path, ambiguous = keymap_from_paths(rest, entries, survey.custom_leaves(owners, owners))
     added = [entry for entry in by_path.weights if entry.key in file_keys]

@@ -25,7 +25,8 @@ def collect_base_leaves(
     """
     held = carrier(params)
     leaves = held.leaves()
-    if loose := held.unowned():
+    walk = held.walk()
+    if walk is not None and (loose := walk.unowned):
         raise AttachError(
             "cannot collect all parameters: some are not direct attributes of an nnx.Module (for example inside a"
             " dict). Store each in a module, or pass the parameters as a tree of arrays:\n" + paths.bullets(loose)
@@ -39,8 +40,8 @@ def collect_base_leaves(
     resolved = families.resolve_keymap(keymap, leaf_shapes(leaves))
     if resolved is GENERIC and not allow_generic:
         raise unknown_names_error(leaf_shapes(leaves))
-    state = {path: value for path, value in held.layer_state().items() if resolved.match(path)}
-    if state:
+    if walk is not None:
+        state = {path: var.get_value() for path, var in survey.layer_state(params).items() if resolved.match(path)}
         leaves = dict(sorted({**leaves, **state}.items(), key=lambda item: survey.natural_key(item[0])))
     return leaves, resolved
 

@@ -118,6 +118,6 @@ def _rescale_tree(held: Carrier, factor: Any, name: str | None) -> Any:
         _require_scale(scaled, name, adapter.config)
         return leaves | {path: jax.tree.map(lambda x: _multiply(x, factor), leaves[path]) for path in scaled}
 
-    if name is not None or not held.has_adapters:
+    if name is not None or not held.has_adapters():
         held.extract(DEFAULT if name is None else name)  # raises if there is no such adapter
     return held.map_adapters(scale, None if name is None else (name,))

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jaxadapt.configs import Config
 from jaxadapt.core.errors import AttachError
 from jaxadapt.methods.lora import alora
-from jaxadapt.models.carriers import carrier
+from jaxadapt.models.carriers import Model, Wrapper, carrier
+from jaxadapt.models.nnx import params
 
 Array = Any
 
@@ -52,8 +53,29 @@ def invoke(model: Any, tokens: Any) -> Generator[Any]:
             f"expected token ids or a boolean mask of shape (batch, time), found {ids.dtype} of shape {list(ids.shape)}"
         )
     held = carrier(model)
-    with held.with_tokens(_make_masks(held.active_configs(), ids)) as changed:
-        yield changed
+    if isinstance(held, Wrapper):
+        masks = _make_masks({name: config for name, config in model.adapters if name in model.active}, ids)
+        yield dataclasses.replace(model, tokens=masks)
+        return
+    if not isinstance(held, Model):
+        raise held.unsupported("an NNX model, or a Linen module that adapt returned")
+    adapters = {name: held.extract(name) for name in held.active()}
+    masks = _make_masks({name: adapter.config for name, adapter in adapters.items()}, ids)
+    owners = held.walk().leaves
+    masked: list[dict[str, Any]] = []
+    for name, mask in masks.items():
+        for site in sites_of(adapters[name]):
+            module, attr = owners[site.leaf]
+            if not site.method.copies:
+                variables = vars(module)[collection_name(adapters[name].config)][name][attr]
+                shape = vars(module)[attr].shape
+                variables[alora.MASK] = params.TokenMask(alora.repeat_mask(mask, site.match.stack, shape))
+                masked.append(variables)
+    try:
+        yield model
+    finally:
+        for variables in masked:
+            del variables[alora.MASK]
 
 
 def _make_masks(configs: Mapping[str, Config], ids: Array) -> dict[str, Array]:

@@ -16,8 +16,8 @@ from jaxadapt.core.errors import AttachError
 from jaxadapt.core.terminal import escape_text
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.models.carriers import carrier
-from jaxadapt.models.linen.wrapper import Adapted
+from jaxadapt.models.carriers import Carrier, Wrapper, carrier
+from jaxadapt.models.nnx import abstract_call, attach, survey
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +173,7 @@ def summary(tree: Any, *inputs: Any) -> Summary:
     (20, 24)
     """
     held = carrier(tree)
-    if isinstance(tree, Adapted):
+    if isinstance(held, Wrapper):
         if not inputs:
             raise AttachError(
                 "cannot summarise a Linen module without its variables: call summary(module, variables, *inputs)"
@@ -185,10 +185,11 @@ def summary(tree: Any, *inputs: Any) -> Summary:
             )
         base, how = carrier(variables), tree.notes(variables, *rest) if rest else {}
     else:
-        base, how = held, held.describe_uses(inputs)
+        base, how = held, _describe_uses(held, inputs)
     leaves = base.leaves() if base.has_base else {}
     shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items() if is_array(leaf) or is_quantized(leaf)}
-    shapes |= base.unowned()
+    if (walk := base.walk()) is not None:
+        shapes |= walk.unowned
     adapters = base.adapters()
     rows = [row for name, adapter in adapters for row in _rows(name, adapter, shapes, how)]
     if not rows:
@@ -214,3 +215,17 @@ def _rows(name: str, adapter: Adapter, base: Mapping[str, tuple[int, ...]], how:
         )
         for site in sites_of(adapter)
     ]
+
+
+def _describe_uses(held: Carrier, inputs: Sequence[Any]) -> dict[str, str]:
+    """Return `{leaf: how}`: the layer class, or the trace of a call with `inputs`, that shows a weight's use."""
+    if (walk := held.walk()) is None:
+        return {}
+    how = {leaf: survey.describe_use(module) for leaf, (module, _) in walk.leaves.items()}
+    if not inputs:
+        return how
+    variables = {path: v for by_path in attach.adapter_variables(held.tree).values() for path, v in by_path.items()}
+    attached = {path.rpartition(".")[0]: var.get_metadata()["adapter"] for path, var in variables.items()}
+    hooks = {leaf: methods.AppliedMethod(x.method, x.hparams, {}, x.axes) for leaf, x in attached.items()}
+    used = {leaf: hook for leaf, hook in hooks.items() if not hook.replaces}
+    return how | abstract_call.record_uses(held.tree, used, inputs)

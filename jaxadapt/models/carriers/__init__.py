@@ -16,8 +16,10 @@ from jaxadapt.models.carriers.base import Carrier as Carrier
 from jaxadapt.models.carriers.base import check_free as check_free
 from jaxadapt.models.carriers.base import refuse as refuse
 from jaxadapt.models.carriers.foreign import Foreign
-from jaxadapt.models.carriers.linen_kinds import Module, Params, Value, Variables, Wrapper
-from jaxadapt.models.carriers.nnx_kinds import Model, Object, State
+from jaxadapt.models.carriers.linen_kinds import Module, Params, Value, Variables
+from jaxadapt.models.carriers.linen_kinds import Wrapper as Wrapper
+from jaxadapt.models.carriers.nnx_kinds import Model as Model
+from jaxadapt.models.carriers.nnx_kinds import Object, State
 from jaxadapt.models.foreign.tree import ForeignTree, find_lora
 from jaxadapt.models.linen.wrapper import Adapted
 
@@ -46,7 +48,7 @@ def lora_carrier(tree: Any) -> Carrier:
     if isinstance(tree, ForeignTree):
         return Foreign(tree, Carrier(tree))
     own = carrier(tree)
-    found = None if own.has_adapters else find_lora(tree)
+    found = None if own.has_adapters() else find_lora(tree)
     return own if found is None else Foreign(found, own)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -16,6 +15,8 @@ from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.models.base_params import BaseParams
 from jaxadapt.models.foreign.tree import ForeignTree
+from jaxadapt.models.linen import collections
+from jaxadapt.models.nnx import survey
 from jaxadapt.models.trees import is_box, rebox, unbox
 
 DEFAULT = "default"
@@ -52,9 +53,18 @@ class Carrier:
         """Return the base parameters, to plan an adapter for."""
         raise self.unsupported("base parameters as nested mappings, Linen variables or an NNX model")
 
+    @property
+    def params(self) -> Any:
+        """The base parameters in the tree."""
+        return self.tree
+
+    def walk(self) -> survey.ModelWalk | None:
+        """Return the modules and parameters of an NNX model, from one traversal; None for trees without modules."""
+        return None
+
     def leaves(self) -> dict[str, Any]:
         """Return `{path: array}` of the base parameters, without boxes."""
-        flat = jax.tree_util.tree_leaves_with_path(self.tree, is_leaf=is_box)
+        flat = jax.tree_util.tree_leaves_with_path(self.params, is_leaf=is_box)
         return {_dotted_path(keys): unbox(leaf) for keys, leaf in flat}
 
     def replace(self, new: Mapping[str, Any], *, boxes: bool = True) -> Any:
@@ -64,19 +74,9 @@ class Carrier:
             path = _dotted_path(keys)
             return leaf if path not in new else rebox(leaf, new[path]) if boxes else new[path]
 
-        return jax.tree_util.tree_map_with_path(put, self.tree, is_leaf=is_box)
-
-    def owners(self) -> Mapping[str, Any]:
-        """Return `{path: (module, attribute)}` of the base parameters; empty for trees without modules."""
-        return {}
-
-    def unowned(self) -> Mapping[str, tuple[int, ...]]:
-        """Return `{path: shape}` of base parameters that are not attributes of a module."""
-        return {}
-
-    def layer_state(self) -> dict[str, Any]:
-        """Return `{path: array}` of the state of an NNX model's layers."""
-        return {}
+        params = self.params
+        filled = jax.tree_util.tree_map_with_path(put, params, is_leaf=is_box)
+        return filled if params is self.tree else collections.with_entry(self.tree, "params", filled)
 
     def statistics(self) -> list[str]:
         """Return the paths of statistics of batch normalization."""
@@ -88,7 +88,6 @@ class Carrier:
         """Return the names of the adapters."""
         return []
 
-    @property
     def has_adapters(self) -> bool:
         """True if the tree has an adapter of jaxadapt."""
         return bool(self.names())
@@ -138,18 +137,6 @@ class Carrier:
     def adapters(self) -> list[tuple[str, Adapter]]:
         """Return `(name, adapter)` of all adapters with their configurations."""
         return [(name, self.extract(name)) for name in self.names()]
-
-    def active_configs(self) -> dict[str, Config]:
-        """Return `{name: configuration}` of the active adapters."""
-        raise self.unsupported("an NNX model, or a Linen module that adapt returned")
-
-    def with_tokens(self, masks: Mapping[str, Any]) -> AbstractContextManager[Any]:
-        """Set the masks of the tokens that aLoRA adapters adapt, by name, within a context."""
-        raise self.unsupported("an NNX model, or a Linen module that adapt returned")
-
-    def describe_uses(self, inputs: Sequence[Any]) -> dict[str, str]:
-        """Return `{leaf: how}`: the layer class, or the trace of a call with `inputs`, that shows a weight's use."""
-        return {}
 
     def map_adapters(self, f: Describe, names: Sequence[str] | None = None) -> Any:
         """Return the tree with the values that `f` returns in place of its adapters' leaves."""

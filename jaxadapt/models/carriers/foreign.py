@@ -18,21 +18,21 @@ class Foreign(Carrier):
 
     def __init__(self, found: foreign.ForeignTree, whole: Carrier) -> None:
         super().__init__(found.tree)
-        self.foreign: foreign.ForeignTree = found
+        self.foreign = self.found = found
         self.whole = whole
 
     def extract(
         self, name: str, config: Config | None = None, keymap: Any = None, lora_alpha: float | None = None
     ) -> Adapter:
-        return foreign.extract_adapter(self.foreign, config, keymap, lora_alpha)
+        return foreign.extract_adapter(self.found, config, keymap, lora_alpha)
 
     def inject(self, adapter: Adapter, name: str, lora_alpha: float | None = None, on_shared: str | None = None) -> Any:
-        leaves, dialect = adapter.flat(), self.foreign.dialect
+        leaves, dialect = adapter.flat(), self.found.dialect
         host = not any(isinstance(leaf, Tracer) for leaf in leaves.values())
         tensors = make_file_plan(sites_of(adapter)).encode(leaves, host=host)
-        same = all(adapter.keymap.match(leaf) for leaf in dialect.claim(self.foreign.leaves))
+        same = all(adapter.keymap.match(leaf) for leaf in dialect.claim(self.found.leaves))
         return foreign.fill_tree(
-            self.foreign, adapter.config, tensors, keymap=adapter.keymap if same else None, lora_alpha=lora_alpha,
+            self.found, adapter.config, tensors, keymap=adapter.keymap if same else None, lora_alpha=lora_alpha,
             on_shared=on_shared, source="this adapter",
         )  # fmt: skip
 

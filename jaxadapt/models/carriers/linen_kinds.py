@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 from jaxadapt import methods
@@ -78,23 +76,11 @@ class Wrapper(Module):
             raise AttachError(f"no adapter is called {', '.join(map(repr, unknown))}; this model has {present}")
         return dataclasses.replace(self.tree, active=tuple(names))
 
-    def active_configs(self) -> dict[str, Config]:
-        configs = dict(self.tree.adapters)
-        return {name: configs[name] for name in self.tree.active}
-
-    def with_tokens(self, masks: Mapping[str, Any]) -> AbstractContextManager[Any]:
-        return contextlib.nullcontext(dataclasses.replace(self.tree, tokens=masks))
-
 
 class Params(Carrier):
     """Nested mappings: base parameters, or the collections of an adapter without a base."""
 
     remedy = "; for bare parameters use jaxadapt.init, or from_peft(read(path), params)"
-
-    @property
-    def params(self) -> Any:
-        """The base parameters."""
-        return self.tree
 
     def base(self) -> BaseParams:
         return read_params(self.params, self.tree)
@@ -173,15 +159,6 @@ class Variables(Params):
     def params(self) -> Any:
         """The base parameters."""
         return self.tree["params"]
-
-    def leaves(self) -> dict[str, Any]:
-        return Carrier(self.params).leaves()
-
-    def replace(self, new: Mapping[str, Any], *, boxes: bool = True) -> Any:
-        return collections.with_entry(self.tree, "params", Carrier(self.params).replace(new, boxes=boxes))
-
-    def statistics(self) -> list[str]:
-        return [f"batch_stats.{path}" for path in paths.flatten(self.tree.get("batch_stats", {}))]
 
     def attached(self, name: str) -> Adapter | None:
         for collection in collections.adapter_collections(self.tree).values():

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from flax import nnx
 
-from jaxadapt import methods
 from jaxadapt.adapters import initial_values
-from jaxadapt.adapters.adapter import Adapter, collection_name
-from jaxadapt.adapters.sites import Site, sites_of
+from jaxadapt.adapters.adapter import Adapter
+from jaxadapt.adapters.sites import Site
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.methods.lora import alora
 from jaxadapt.models import planning
 from jaxadapt.models.base_params import BaseParams, ModelParams, read_params
 from jaxadapt.models.carriers.base import Carrier, Describe, check_free, check_name, refuse
 from jaxadapt.models.foreign import tree as foreign
-from jaxadapt.models.linen import collections
-from jaxadapt.models.nnx import abstract_call, attach, survey
-from jaxadapt.models.nnx.params import LayerNumber, TokenMask
+from jaxadapt.models.nnx import attach, survey
+from jaxadapt.models.nnx.params import LayerNumber
 
 # Excluded from a model's state: parameters (the base does not change, and adapters are saved separately), variables
 # that follow from an adapter's configuration, and variables that exist only during one call.
@@ -53,9 +49,7 @@ class Object(Carrier):
 class _Variables(Carrier):
     """What models and states share: their adapters are `AdapterParam`s."""
 
-    @functools.cached_property
-    def has_adapters(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """True if the tree has an adapter of jaxadapt."""
+    def has_adapters(self) -> bool:
         return attach.has_adapters(self.tree)
 
     def names(self) -> list[str]:
@@ -65,7 +59,7 @@ class _Variables(Carrier):
         self, name: str, config: Config | None = None, keymap: Any = None, lora_alpha: float | None = None
     ) -> Adapter:
         refuse_alpha(lora_alpha)
-        if not self.has_adapters and (unknown := foreign.describe_unknown(self.tree)):
+        if not self.has_adapters() and (unknown := foreign.describe_unknown(self.tree)):
             raise AttachError(f"cannot extract {name!r}: the model has no adapter{unknown}")
         return attach.extract(self.tree, name)
 
@@ -88,13 +82,6 @@ class State(_Variables):
 
     def base(self) -> BaseParams:
         return read_params(nnx.to_pure_dict(self.params), self.tree)
-
-    def leaves(self) -> dict[str, Any]:
-        return Carrier(self.params).leaves()
-
-    def replace(self, new: Mapping[str, Any], *, boxes: bool = True) -> Any:
-        params = Carrier(self.params).replace(new, boxes=boxes)
-        return collections.with_entry(self.tree, "params", params) if "params" in self.tree else params
 
     def map_adapters(self, f: Describe, names: Sequence[str] | None = None) -> Any:
         """Replace the variables, all of which must be an adapter's."""
@@ -124,25 +111,18 @@ class Model(_Variables, Object):
 
     has_base = in_place = True
 
-    def base(self) -> ModelParams:
-        walked = self._walked
-        return ModelParams(walked.leaves, self.tree, walked)
+    def walk(self) -> survey.ModelWalk:
+        return self._walked
 
     @functools.cached_property
     def _walked(self) -> survey.ModelWalk:
         return survey.walk_model(self.tree)
 
+    def base(self) -> ModelParams:
+        return ModelParams(self._walked.leaves, self.tree, self._walked)
+
     def leaves(self) -> dict[str, Any]:
         return survey.base_values(self._walked.leaves)
-
-    def owners(self) -> Mapping[str, Any]:
-        return self._walked.leaves
-
-    def unowned(self) -> Mapping[str, tuple[int, ...]]:
-        return self._walked.unowned
-
-    def layer_state(self) -> dict[str, Any]:
-        return {path: var.get_value() for path, var in survey.layer_state(self.tree).items()}
 
     def statistics(self) -> list[str]:
         return [path for path, var in survey.layer_state(self.tree).items() if isinstance(var, nnx.BatchStat)]
@@ -157,9 +137,6 @@ class Model(_Variables, Object):
             vars(module)[attr].set_value(value)
             attach.uninstall_adapters(module)  # removes the dequantisation of a quantised weight
         return self.tree
-
-    def names(self) -> list[str]:
-        return list(attach.adapter_names(self.tree))
 
     def active(self) -> list[str]:
         return list(attach.active_names(self.tree))
@@ -217,37 +194,6 @@ class Model(_Variables, Object):
     def activate(self, names: Sequence[str]) -> Any:
         attach.activate(self.tree, names)
         return self.tree
-
-    def active_configs(self) -> dict[str, Config]:
-        return {name: attach.extract(self.tree, name).config for name in attach.active_names(self.tree)}
-
-    @contextlib.contextmanager
-    def with_tokens(self, masks: Mapping[str, Any]) -> Generator[Any]:
-        masked: list[dict[str, Any]] = []
-        for name, mask in masks.items():
-            adapter = attach.extract(self.tree, name)
-            for site in sites_of(adapter):
-                module, attr = self._walked.leaves[site.leaf]
-                if not site.method.copies:
-                    variables = vars(module)[collection_name(adapter.config)][name][attr]
-                    shape = vars(module)[attr].shape
-                    variables[alora.MASK] = TokenMask(alora.repeat_mask(mask, site.match.stack, shape))
-                    masked.append(variables)
-        try:
-            yield self.tree
-        finally:
-            for variables in masked:
-                del variables[alora.MASK]
-
-    def describe_uses(self, inputs: Sequence[Any]) -> dict[str, str]:
-        how = {leaf: survey.describe_use(module) for leaf, (module, _) in self._walked.leaves.items()}
-        if not inputs:
-            return how
-        variables = {path: v for by_path in attach.adapter_variables(self.tree).values() for path, v in by_path.items()}
-        attached = {path.rpartition(".")[0]: var.get_metadata()["adapter"] for path, var in variables.items()}
-        hooks = {leaf: methods.AppliedMethod(x.method, x.hparams, {}, x.axes) for leaf, x in attached.items()}
-        used = {leaf: hook for leaf, hook in hooks.items() if not hook.replaces}
-        return how | abstract_call.record_uses(self.tree, used, inputs)
 
     def map_adapters(self, f: Describe, names: Sequence[str] | None = None) -> Any:
         return State(nnx.state(self.tree, attach.AdapterParam)).map_adapters(f, names)
