@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
+from jaxadapt.adapters.adapter import collection_name
+from jaxadapt.adapters.sites import sites_of
 from jaxadapt.configs import Config
 from jaxadapt.core.errors import AttachError
 from jaxadapt.methods.lora import alora
