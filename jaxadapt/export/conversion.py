@@ -95,7 +95,7 @@ def convert(
         keymaps = [families.resolve_keymap(keymap, {}) for keymap in (from_keymap, to_keymap)] if respell else []
         converts_experts = respell and keymaps[0].single != keymaps[1].single
         if dialect is not None or (on_shared is not None and not trees[0] and not converts_experts):
-            raise ConfigError("--dialect and --concat need a tree (a file ending in .safetensors)")
+            raise ConfigError("--dialect and --on-shared need a tree (a file ending in .safetensors)")
         if converts_experts and keymaps[1].single:
             tensors = PeftTensors(*experts.split_experts(tensors.config, tensors.tensors, keymaps[1]), tensors.source)
         elif converts_experts:

@@ -30,7 +30,6 @@ def adapt(
     dtype: Any = None,
     stack_axes: Sequence[int] | None = None,
     example: Sequence[Any] | None = None,
-    autocast_adapter_dtype: bool = True,
     deterministic: bool | None = None,
 ) -> Any:
     """Attach a new adapter to a model, which does not change its output.
@@ -46,8 +45,8 @@ def adapt(
             has shapes without `rngs`, and values with it. Dropout starts in training mode, as in new Flax layers,
             even if the model is in `eval()` mode. (Linen: pass keys to `init`, and `rngs={"dropout": key}` to each
             `apply` in training.)
-        dtype: the dtype of the adapter's parameters; float32 by default, whatever the dtype of the base.
-        autocast_adapter_dtype: as in PEFT; False gives each parameter the dtype of the weight it adapts.
+        dtype: the dtype of the adapter's parameters; float32 by default, whatever the dtype of the base. "base" gives
+            each parameter the dtype of the weight it adapts, as PEFT's `autocast_adapter_dtype=False` does.
         stack_axes: NNX: the axes on which scanned layers are stacked, if the shapes do not show them.
         example: NNX: the inputs of one call, used to trace the axis roles of custom layers' weights.
         deterministic: Linen: True turns the adapters' dropout off. None: it is on in calls whose `rngs` have a stream
@@ -68,19 +67,8 @@ def adapt(
     (2, 4)
     """
     _require_config(config)
-    dtype = _resolve_dtype(dtype, autocast_adapter_dtype)
     options = {"rngs": rngs, "stack_axes": stack_axes, "example": example, "deterministic": deterministic}
     return carrier(model).adapt(config, name, keymap, dtype, options)
-
-
-def _resolve_dtype(dtype: Any, autocast: bool) -> Any:
-    if autocast:
-        return dtype
-    if dtype is not None:
-        raise AttachError(
-            f"cannot use dtype={dtype!r} with autocast_adapter_dtype=False, which sets the dtype; pass one of them"
-        )
-    return initial_values.BASE
 
 
 def _require_config(config: Any) -> None:
@@ -97,7 +85,6 @@ def init(
     key: Any = None,
     keymap: KeyMap | str | None = None,
     dtype: Any = None,
-    autocast_adapter_dtype: bool = True,
 ) -> Adapter:
     """Return a new adapter for a tree of base parameters, with the tensors that `adapt` would attach.
 
@@ -107,7 +94,7 @@ def init(
         key: a JAX random key; None returns an abstract adapter, specs only.
         keymap: the family's name, a `KeyMap`, or None to recognise the family. Without a keymap, 2-D kernels are
             (in, out), and a target with more axes is an error.
-        dtype, autocast_adapter_dtype: as in `adapt`.
+        dtype: as in `adapt`.
 
     Raises the errors of `adapt`.
 
@@ -118,7 +105,6 @@ def init(
     {'q.kernel.lora_A': (2, 4), 'q.kernel.lora_B': (6, 2)}
     """
     _require_config(config)
-    dtype = _resolve_dtype(dtype, autocast_adapter_dtype)
     if key is not None and not is_array(key):
         raise AttachError(f"key: expected a JAX random key such as jax.random.key(0), found {type(key).__name__}")
     base = base_params(params)
