@@ -84,7 +84,7 @@ class State(_Variables):
         return read_params(nnx.to_pure_dict(self.params), self.tree)
 
     def map_adapters(self, f: Describe, names: Sequence[str] | None = None) -> Any:
-        """Replace the variables, all of which must be an adapter's."""
+        """Replace the variables; each must be an adapter's."""
         variables = attach.adapter_variables(self.tree)
         if not variables:
             raise AttachError("the model has no adapter; call jaxadapt.adapt first")
