@@ -25,7 +25,7 @@ _NOT_REST = {"params", "intermediates", "cache", "perturbations"}
 class Module(Carrier):
     """A Linen module, which holds no parameters."""
 
-    remedy = ", which holds no parameters; pass its variables, {'params': …}"
+    remedy = ", which holds no parameters; pass the variables, {'params': …}"
 
     def leaves(self) -> dict[str, Any]:
         return self.base().leaves
@@ -190,6 +190,7 @@ class Value(Carrier):
     def extract(
         self, name: str, config: Config | None = None, keymap: Any = None, lora_alpha: float | None = None
     ) -> Adapter:
+        refuse_alpha(lora_alpha)
         return self.tree
 
     def inject(self, adapter: Adapter, name: str, lora_alpha: float | None = None, on_shared: str | None = None) -> Any:
