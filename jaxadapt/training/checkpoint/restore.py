@@ -175,7 +175,9 @@ def _fill_model(held: Carrier, others: Any, stored: Snapshot, values: Mapping[st
         prefix = name_prefix(name)
         flat = {n.removeprefix(prefix): v for n, v in values.items() if n.startswith(prefix)}
         recipe = Recipe.from_text(text)
-        held = carrier(held.inject(Adapter(recipe.config, paths.unflatten(flat), recipe.keymap), name))
+        filled = held.inject(Adapter(recipe.config, paths.unflatten(flat), recipe.keymap), name)
+        # An `Adapter` also takes the saved fields that equality ignores, such as base_model_name_or_path.
+        held = carrier(dataclasses.replace(filled, config=recipe.config) if isinstance(filled, Adapter) else filled)
     if held.foreign is not None:
         filled = held.foreign.put({n.removeprefix("guest/"): v for n, v in values.items() if n.startswith("guest/")})
         held = carrier(filled)

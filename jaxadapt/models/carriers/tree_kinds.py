@@ -1,4 +1,4 @@
-"""Carriers of Linen and of plain mappings: modules, wrappers, variables, base parameters and adapters."""
+"""Carriers of trees without NNX: Linen modules and variables, base parameters, adapters, other libraries' trees."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jax.core import Tracer
+
 from jaxadapt import methods
 from jaxadapt.adapters.adapter import CONFIG_NODE, Adapter, collection_name
-from jaxadapt.adapters.sites import Site
+from jaxadapt.adapters.sites import Site, make_file_plan, sites_of
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
@@ -16,6 +18,7 @@ from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.models.base_params import BaseParams, read_params
 from jaxadapt.models.carriers.base import DEFAULT, Carrier, Describe, check_free, check_name, refuse
 from jaxadapt.models.carriers.nnx_kinds import is_same, refuse_alpha
+from jaxadapt.models.foreign import tree as foreign
 from jaxadapt.models.linen import collections
 from jaxadapt.models.linen.wrapper import Adapted
 
@@ -199,6 +202,36 @@ class Value(Carrier):
 
     def map_adapters(self, f: Describe, names: Sequence[str] | None = None) -> Any:
         return dataclasses.replace(self.tree, params=paths.unflatten(f(DEFAULT, self.tree)))
+
+
+class Foreign(Carrier):
+    """A tree with LoRA leaves of another library, and the carrier of the same tree for all else that it holds."""
+
+    def __init__(self, found: foreign.ForeignTree, whole: Carrier) -> None:
+        super().__init__(found.tree)
+        self.foreign = self.found = found
+        self.whole = whole
+
+    def extract(
+        self, name: str, config: Config | None = None, keymap: Any = None, lora_alpha: float | None = None
+    ) -> Adapter:
+        return foreign.extract_adapter(self.found, config, keymap, lora_alpha)
+
+    def inject(self, adapter: Adapter, name: str, lora_alpha: float | None = None, on_shared: str | None = None) -> Any:
+        leaves, dialect = adapter.flat(), self.found.dialect
+        host = not any(isinstance(leaf, Tracer) for leaf in leaves.values())
+        tensors = make_file_plan(sites_of(adapter)).encode(leaves, host=host)
+        same = all(adapter.keymap.match(leaf) for leaf in dialect.claim(self.found.leaves))
+        return foreign.fill_tree(
+            self.found, adapter.config, tensors, keymap=adapter.keymap if same else None, lora_alpha=lora_alpha,
+            on_shared=on_shared, source="this adapter",
+        )  # fmt: skip
+
+    def rest(self) -> Any:
+        return self.whole.rest()
+
+    def with_rest(self, rest: Any) -> Any:
+        return self.whole.with_rest(rest)
 
 
 def check_fit(adapter: Adapter, present: Adapter, name: str) -> None:
