@@ -75,7 +75,7 @@ def import_base(
     leaves, resolved = collect_base_leaves(target, keymap, allow_generic=True)
     shapes = leaf_shapes(leaves)
     if adapter is not None:  # raise before anything is read if the adapter does not fit
-        base_merge.plan_merge(base_merge.mergeable_leaves(target, adapter), adapter)
+        base_merge.plan_merge(base_merge.mergeable_leaves(carrier(target).params, adapter), adapter)
     with hf_model.open_model(location.to_location(path)) as tensors:
         hf_model.refuse_packed(tensors)
         resolved = resolved.spelling_for(tensors, shapes)

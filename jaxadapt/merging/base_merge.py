@@ -21,7 +21,7 @@ from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.generic import GENERIC
 from jaxadapt.merging.changed_leaf import Change, ChangedLeaf, spec_of
 from jaxadapt.methods import AppliedMethod
-from jaxadapt.models.carriers import carrier
+from jaxadapt.models.carriers import Carrier, Module, carrier
 from jaxadapt.models.linen import collections
 from jaxadapt.models.nnx import attach
 
@@ -70,6 +70,8 @@ def merge(
     """
     options = (_merge_weight, _merge_bias), ("merge", progress), safe, donate, dequantize, allow_nan
     held = carrier(params)
+    if isinstance(held, Module):
+        raise held.unsupported("base parameters, Linen variables or an NNX model")
     if held.in_place:
         active = held.active()
         active_adapters = {name: held.extract(name) for name in active}
@@ -247,7 +249,7 @@ def mergeable_leaves(params: Any, adapter: Any) -> dict[str, Any]:
             "cannot merge another adapter: this model has active adapters, which would count twice. Merge these with"
             " merge(model), or deactivate them with activate(model) or detach(model)"
         )
-    return held.leaves()
+    return held.leaves() if held.in_place else Carrier(params).leaves()  # variables are refused by their paths
 
 
 def refuse_nan(base: Mapping[str, Any], adapter: Adapter, changed: Iterable[str]) -> None:

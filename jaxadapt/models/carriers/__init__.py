@@ -17,7 +17,8 @@ from jaxadapt.models.carriers.base import check_free as check_free
 from jaxadapt.models.carriers.base import refuse as refuse
 from jaxadapt.models.carriers.nnx_kinds import Model as Model
 from jaxadapt.models.carriers.nnx_kinds import Object, State
-from jaxadapt.models.carriers.tree_kinds import Foreign, Module, Params, Value, Variables
+from jaxadapt.models.carriers.tree_kinds import Foreign, Params, Value, Variables
+from jaxadapt.models.carriers.tree_kinds import Module as Module
 from jaxadapt.models.carriers.tree_kinds import Wrapper as Wrapper
 from jaxadapt.models.foreign.tree import ForeignTree, find_lora
 from jaxadapt.models.linen.wrapper import Adapted
