@@ -163,6 +163,9 @@ class Variables(Params):
         """The base parameters."""
         return self.tree["params"]
 
+    def statistics(self) -> list[str]:
+        return [f"batch_stats.{path}" for path in paths.flatten(self.tree.get("batch_stats", {}))]
+
     def attached(self, name: str) -> Adapter | None:
         for collection in collections.adapter_collections(self.tree).values():
             if name in collection:
