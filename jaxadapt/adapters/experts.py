@@ -101,7 +101,6 @@ def fuse_experts(
     tensors: PeftTensors,
     keymap: KeyMap,
     on_shared: str | None,
-    call: str,
     model_keymap: KeyMap | None = None,
     others: Collection[str] | None = None,
     parts: bool = True,
@@ -113,7 +112,6 @@ def fuse_experts(
     Args:
         keymap: the keymap with the names of single experts.
         on_shared: "concat" concatenates the ranks of gate and up where the model has one A for both.
-        call: the call that takes `on_shared`, for messages.
         model_keymap: the keymap of the model, if it is another one.
         others: the parameters that are not adapted, if known.
         parts: if gate and up are two leaves, leave them as two parts.
@@ -150,7 +148,7 @@ def fuse_experts(
     new_tensors = {key: tensors.tensors[key] for key in other_keys}
     for name, (parameter, factors) in fused.items():
         parameter = dataclasses.replace(parameter, split=parameter.split and parts)
-        arrays, growth = _stack_factors(parameter, factors, ranks[name], on_shared, f"{tensors.source}: {name}", call)
+        arrays, growth = _stack_factors(parameter, factors, ranks[name], on_shared, f"{tensors.source}: {name}")
         outer = (
             candidate
             for candidate in candidates
@@ -212,7 +210,7 @@ def _checked_ranks(
 
 
 def _stack_factors(
-    parameter: ExpertParameter, parts: PartFactors, rank: int, on_shared: str | None, name: str, call: str
+    parameter: ExpertParameter, parts: PartFactors, rank: int, on_shared: str | None, name: str
 ) -> tuple[dict[tuple[str, str], Array], int]:
     """Return `{(side, suffix of the part): array}`, and the factor by which the rank has grown."""
     count = len(parameter.modules)
@@ -240,7 +238,7 @@ def _stack_factors(
     if on_shared != "concat":
         raise MismatchError(
             f"{name}: the model stores gate and up in one array, with one A for both, and the file's differ, or inside"
-            f' jit cannot be compared. Pass on_shared="concat" to {call}: it concatenates their ranks and computes'
+            f' jit cannot be compared. Pass on_shared="concat", which concatenates their ranks and computes'
             f" exactly the same at {count} times the rank"
         )
     joint_a, joint_b = joint_tensors.concatenate_ranks(

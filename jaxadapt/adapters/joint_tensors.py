@@ -25,14 +25,13 @@ Array = Any
 
 
 def join_tensors(
-    config: Config, sites: Sequence[Site], tensors: Mapping[str, Array], on_shared: str | None, call: str
+    config: Config, sites: Sequence[Site], tensors: Mapping[str, Array], on_shared: str | None
 ) -> tuple[Config, dict[str, Array]]:
     """Return a plan's tensors as the file holds them, and the configuration for them.
 
     Args:
-        bounds: the sites of the tensors.
+        sites: the sites of the tensors.
         on_shared: "concat" concatenates As (or Bs) that differ, which multiplies the rank by the number of parts.
-        call: the call that takes `on_shared`, for messages.
 
     Raises `MismatchError` if they differ and `on_shared` is None, or if parts are missing.
     """
@@ -51,7 +50,7 @@ def join_tensors(
         raise MismatchError(
             "PEFT has one A for several of these weights (queries, keys and values of an nn.MultiheadAttention, gate"
             " and up of experts; Llama 4's have one B), and their factors differ, or inside jit cannot be compared:\n"
-            f'{paths.bullets(different)}\nPass on_shared="concat" to {call}: it concatenates their ranks and computes'
+            f'{paths.bullets(different)}\nPass on_shared="concat", which concatenates their ranks and computes'
             f" exactly the same at {counts} times the rank (for experts, keymap='FAMILY/per-expert' writes one LoRA per"
             " expert instead)"
         )

@@ -16,12 +16,11 @@ from jaxadapt.storage.location import Location
 
 @click.command("pull", short_help="Download an adapter from the Hugging Face Hub.")
 @click.argument("repo")
-@click.option("--revision", help="Branch, tag or commit. Default: main.")
-@click.option("--subfolder", help="Folder of the adapter in the repository.")
 @click.option("--out", type=click.Path(), help="Folder to copy the adapter into.")
 @output.as_json
-def command(repo: str, revision: str | None, subfolder: str | None, out: str | None, as_json: bool) -> None:
-    """Download the adapter REPO (org/name) from the Hugging Face Hub, without the other files of its repository.
+def command(repo: str, out: str | None, as_json: bool) -> None:
+    """Download the adapter REPO (org/name[@revision][/subfolder]) from the Hugging Face Hub, without the other files of
+    its repository.
 
     The command prints the adapter's folder: one in the Hub's cache, or the one given with --out. Files in the cache are
     not downloaded again; with HF_HUB_OFFLINE=1 they are used without a connection. A private repository needs a token,
@@ -35,7 +34,7 @@ def command(repo: str, revision: str | None, subfolder: str | None, out: str | N
     """
     from jaxadapt.storage.hub import pull
 
-    folder: Location = pull(repo, revision=revision, subfolder=subfolder, progress=True)
+    folder: Location = pull(repo, progress=True)
     if out is not None:
         folder = _copy_adapter(folder, out)
     if as_json:

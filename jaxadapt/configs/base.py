@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any, ClassVar, Self, TypeVar, cast
@@ -101,8 +101,12 @@ class Config:
     def __post_init__(self) -> None:
         if type(self) is Config:
             raise ConfigError("Config is a base class; use LoraConfig, IA3Config or GenericConfig")
+        self._keep(_field_names(type(self)))
+
+    def _keep(self, names: Iterable[str]) -> None:
+        """Freeze the values of these fields, and check all fields."""
         problems = Problems()
-        for name in _field_names(type(self)):
+        for name in names:
             try:
                 object.__setattr__(self, name, self._freeze(name, getattr(self, name)))
             except TypeError as error:
@@ -214,7 +218,11 @@ class Config:
         unknown = sorted(set(changes) - set(_field_names(type(self))))
         if unknown:
             raise ConfigError("\n".join(self._unknown(name) for name in unknown))
-        return dataclasses.replace(self, **changes)
+        new = object.__new__(type(self))
+        for name in _field_names(type(self)):  # all but the cached properties
+            object.__setattr__(new, name, changes[name] if name in changes else getattr(self, name))
+        new._keep(changes)
+        return new
 
     def differences(self, other: Config, theirs: str = "in the file") -> str:
         """Describe the keys that make the configurations unequal, with the values of `self` and of `other`."""

@@ -69,19 +69,17 @@ def init_field(config: Config) -> str:
     return f"init_lora_weights={config.get('init_lora_weights')!r}"
 
 
-def require_original_base(config: Config, source: str, way_out: str = "") -> None:
+def require_original_base(config: Config, source: str) -> None:
     """Raise `ConfigError` if the adapter belongs to a base that its initialization changed."""
     if changes_base(config):
         raise ConfigError(
             f"{source}: {init_field(config)}: the initialization of this adapter took a part out of the base"
-            f" weights, so it does not fit the original base{way_out or '; ' + _CONVERT}"
+            " weights, so it does not fit the original base. Load it into a model with base='original', which takes"
+            " that part out of the model's weights as PEFT does on loading, or with base='changed' if they are changed"
+            " already. Or convert it to a plain LoRA with the base it was trained on"
+            " (jaxadapt.initializers.for_original_base; in PEFT, save_pretrained with"
+            " path_initial_model_for_weight_conversion), or merge it into that base (the only way for KaSA)"
         )
-
-
-_CONVERT = (
-    "convert it with the base it was trained on (jaxadapt.initializers.for_original_base; in PEFT, save_pretrained with"
-    " path_initial_model_for_weight_conversion), or merge it into that base (the only way for KaSA)"
-)
 
 
 def reasons_not_a_product(config: Config) -> list[str]:

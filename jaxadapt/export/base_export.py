@@ -24,7 +24,8 @@ from jaxadapt.export.base_leaves import collect_base_leaves, leaf_shapes
 from jaxadapt.keymaps import expert_names, parts, plan
 from jaxadapt.keymaps.keymap import KeyMap, warn_unproved
 from jaxadapt.merging import base_merge
-from jaxadapt.models.nnx import attach, graph, survey
+from jaxadapt.models.carriers import carrier
+from jaxadapt.models.nnx import graph
 from jaxadapt.persistence.encode import require_values
 from jaxadapt.storage import flush, hf_model, location
 from jaxadapt.storage.dtypes import dtype_name, numpy_dtype
@@ -148,13 +149,7 @@ def _split_experts(keymap: KeyMap, specs: Specs) -> tuple[Specs, dict[str, tuple
 
 def _refuse_statistics(params: Any, leaves: Mapping[str, Any]) -> None:
     """Raise `KeyMapError` for statistics of batch normalization that the export would omit."""
-    if isinstance(params, attach.nnx.Module):
-        omitted = [
-            p for p, v in survey.layer_state(params).items() if isinstance(v, attach.nnx.BatchStat) and p not in leaves
-        ]
-    else:
-        statistics = params.get("batch_stats", {}) if isinstance(params, Mapping) and "params" in params else {}
-        omitted = [f"batch_stats.{path}" for path in paths.flatten(statistics)]
+    omitted = [path for path in carrier(params).statistics() if path not in leaves]
     if omitted:
         raise KeyMapError(
             "cannot export statistics of batch normalization: the keymap has no entry for them. For an NNX model, add"

@@ -95,11 +95,11 @@ def convert(
         keymaps = [families.resolve_keymap(keymap, {}) for keymap in (from_keymap, to_keymap)] if respell else []
         converts_experts = respell and keymaps[0].per_expert != keymaps[1].per_expert
         if dialect is not None or (on_shared is not None and not trees[0] and not converts_experts):
-            raise ConfigError("--dialect and --concat need a tree (a file ending in .safetensors)")
+            raise ConfigError("--dialect and --on-shared need a tree (a file ending in .safetensors)")
         if converts_experts and keymaps[1].per_expert:
             tensors = PeftTensors(*experts.split_experts(tensors.config, tensors.tensors, keymaps[1]), tensors.source)
         elif converts_experts:
-            tensors = experts.fuse_experts(tensors, keymaps[0], on_shared, "convert(source, target", parts=False)
+            tensors = experts.fuse_experts(tensors, keymaps[0], on_shared, parts=False)
         elif respell:
             tensors = _respell(tensors, *keymaps)
         elif to_keymap is not None:
@@ -151,8 +151,8 @@ def _read(
     if tree is None:
         raise FileError(f"{path}: {foreign.describe_unknown(leaves).strip()}")
     tree = dataclasses.replace(tree, base={**tree.base, **_base_shapes(like, tree.dialect)}, sizes=sizes)
-    config, _, tensors = foreign.tree_to_peft(tree, None, keymap, lora_alpha, "convert(source, target", None, on_shared)
-    return PeftTensors(config, tensors, str(path))
+    tensors, _ = foreign.tree_to_peft(tree, None, keymap, lora_alpha, None, on_shared)
+    return dataclasses.replace(tensors, source=str(path))
 
 
 def _read_note(path: Location) -> dict[str, Any]:
@@ -236,7 +236,7 @@ def _write_tree(
     layer_keymap, layer_tensors = keymap, tensors
     if tensors.config.get("target_parameters") or experts.may_have_experts(tensors.tensors):
         layer_keymap = experts.per_expert_keymap(keymap)
-        fused = experts.fuse_experts(tensors, keymap, on_shared, "convert(source, target")
+        fused = experts.fuse_experts(tensors, keymap, on_shared)
         layer_tensors = PeftTensors(
             *experts.split_experts(fused.config, fused.tensors, layer_keymap, keymap), tensors.source
         )
@@ -259,9 +259,14 @@ def _write_tree(
     scale = config.lora_alpha / config.r
     alpha = None if dialect.unscaled else scale * rank
     tree = foreign.fill_tree(
-        blank_tree(rank), config, tensors.tensors, keymap=keymap, lora_alpha=alpha, on_shared=on_shared,
-        source=tensors.source, call="convert(source, target",
-    )  # fmt: skip
+        blank_tree(rank),
+        config,
+        tensors.tensors,
+        keymap=keymap,
+        lora_alpha=alpha,
+        on_shared=on_shared,
+        source=tensors.source,
+    )
     arrays = {p: np.asarray(x) for p, x in tree.items()}
     note = {NOTE: json.dumps({"dialect": dialect.name, "keymap": keymap.name, "lora_alpha": alpha})}
     specs = {p: (x.dtype, x.shape) for p, x in arrays.items()}

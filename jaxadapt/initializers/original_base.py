@@ -15,12 +15,12 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, MismatchError
 from jaxadapt.initializers.initialize import Initialization
 from jaxadapt.initializers.kinds import init_kind
-from jaxadapt.models import attachment
+from jaxadapt.models.carriers import DEFAULT, lora_carrier
 
 Array = Any
 
 
-def for_original_base(trained: Any, first: Adapter, name: str = attachment.DEFAULT) -> Adapter:
+def for_original_base(trained: Any, first: Adapter, name: str = DEFAULT) -> Adapter:
     """Convert a trained adapter to a plain LoRA for the original base, before `start` changed it.
 
     Writes ΔW = s·(B·A − B₀·A₀) exactly as one product of twice the rank, A' = [A; A₀] and B' = [B, −B₀]. The scale
@@ -44,7 +44,7 @@ def for_original_base(trained: Any, first: Adapter, name: str = attachment.DEFAU
     >>> bool(np.allclose(jaxadapt.merge(params, plain)["q"]["kernel"], params["q"]["kernel"], atol=1e-4))
     True
     """
-    adapter = attachment.extract(trained, name)
+    adapter = lora_carrier(trained).extract(name)
     config = adapter.config
     if config.get("init_lora_weights") == "loftq":
         raise ConfigError(

@@ -22,10 +22,10 @@ from jaxadapt.initializers.initialize import Initialization
 from jaxadapt.initializers.kinds import init_kind, init_settings
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.merging import factors
-from jaxadapt.models import attachment, base_params, planning
+from jaxadapt.models import planning
+from jaxadapt.models.carriers import DEFAULT, base_params, carrier, check_free
 from jaxadapt.models.linen import collections
 from jaxadapt.models.nnx import attach
-from jaxadapt.models.nnx.attach import nnx
 
 Array = Any
 
@@ -48,7 +48,7 @@ def start(
     base: Any,
     *,
     key: Any = None,
-    name: str = attachment.DEFAULT,
+    name: str = DEFAULT,
     keymap: KeyMap | str | None = None,
     dtype: Any = None,
     rngs: Any = None,
@@ -101,9 +101,9 @@ def start(
     """
     if not isinstance(config, LoraConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ConfigError(f"start: expected a LoraConfig, found {type(config).__name__}; use jaxadapt.adapt for others")
-    is_model = isinstance(base, nnx.Module)
-    if is_model and name in attach.adapter_names(base):
-        raise AttachError(f"the model already has an adapter {name!r}; pass another name=, or delete it first")
+    held = carrier(base)
+    if held.in_place:
+        check_free(name, held.names())
     if key is None and rngs is not None:
         key = attach.draw_params_key(rngs)
     kind = init_kind(config)
@@ -114,7 +114,7 @@ def start(
     if problems:
         raise AttachError(f"{lora_variants.init_field(config)}: " + ", ".join(problems))
 
-    parameters = planning.BaseParams.from_tree(base)
+    parameters = base_params(base)
 
     def plan(config: LoraConfig) -> tuple[Recipe, tuple[sites.Site, ...]]:
         return planning.plan_adapter(parameters, config, keymap, stack_axes, example)
@@ -136,20 +136,16 @@ def start(
     else:
         factors_by_leaf = initialization.factors()
     adapter, new = initialization.assemble(factors_by_leaf, dtype, parameters.shardings)
-    if is_model:
-        base_params.replace_leaves(base, new)
+    new_base = held.replace(new) if new else base
+    if held.in_place:
         attach.attach(base, adapter.recipe, initialization.sites, name, adapter.flat(), rngs)
         return Started(base, jax.tree.map(lambda x: jnp.array(x, copy=True), adapter))
-    return Started(
-        base_params.replace_leaves(base, new) if new else base, collections.box_like_base(adapter, parameters.held)
-    )
+    return Started(new_base, collections.box_like_base(adapter, parameters.held))
 
 
 def _leaves(tree: Any) -> dict[str, Any]:
     """Return {path: array} of gradients in a model, a state or a tree."""
-    if isinstance(tree, nnx.Module):
-        return planning.base_arrays(tree)
-    return {p: x for p, x in base_params.base_leaves(tree).items() if x is not None}
+    return {path: x for path, x in carrier(tree).leaves().items() if x is not None}
 
 
 # ---------------------------------------------------------------- from data
@@ -159,7 +155,7 @@ def _forward_function(base: Any, given: Callable[[Any, Any], Any] | None) -> Cal
     """Return the function that calls the model on a batch. Raises `AttachError` if parameters come without one."""
     if given is not None:
         return given
-    if not isinstance(base, nnx.Module):
+    if not carrier(base).in_place:
         raise AttachError(
             "forward= is required for bare parameters, for example"
             " forward=lambda params, batch: module.apply({'params': params}, batch)"

@@ -22,8 +22,8 @@ from jaxadapt.keymaps import tensor_layout
 from jaxadapt.keymaps.generic import GENERIC
 from jaxadapt.merging.changed_leaf import Change, ChangedLeaf, spec_of
 from jaxadapt.methods import AppliedMethod
-from jaxadapt.models.base_params import base_leaves, replace_leaves
-from jaxadapt.models.linen import collections, wrapper
+from jaxadapt.models.carriers import Carrier, Module, carrier
+from jaxadapt.models.linen import collections
 from jaxadapt.models.nnx import attach
 
 
@@ -70,12 +70,12 @@ def merge(
     True
     """
     options = (_merge_weight, _merge_bias), ("merge", progress), safe, donate, dequantize, allow_nan
-    if isinstance(params, wrapper.nn.Module | wrapper.Adapted):
-        raise AttachError("cannot merge: a Linen module holds no parameters. Merge its variables: merge(variables)")
-    if isinstance(params, attach.nnx.Module):
-        walked = attach.walked(params)
-        active = attach.active_names(walked)
-        active_adapters = {name: attach.extract(walked, name) for name in active}
+    held = carrier(params)
+    if isinstance(held, Module):
+        raise held.unsupported("base parameters, Linen variables or an NNX model")
+    if held.in_place:
+        active = held.active()
+        active_adapters = {name: held.extract(name) for name in active}
         selected = (
             active_adapters
             if adapter is None
@@ -84,11 +84,11 @@ def merge(
         if not active and adapter is None:
             raise AttachError(
                 "cannot merge: this model has no active adapter; it carries"
-                f" {list(attach.adapter_names(walked)) or 'none'}. Activate one, or pass an adapter"
+                f" {held.names() or 'none'}. Activate one, or pass an adapter"
             )
         if active and selected == active_adapters:
             return _merge_and_detach(params, active_adapters, options)
-    elif isinstance(params, Mapping) and isinstance(params.get("params"), Mapping):
+    elif held.has_base:
         variables_adapter, others = _take_from_variables(params, adapter)
         return {**others, "params": _apply_changes(params["params"], (variables_adapter,), *options)}
     if adapter is None:
@@ -232,7 +232,7 @@ def _apply_changes(
             advance(leaf.nbytes)
     if safe and not donate:
         _check_finite({path: lambda value=value: value for path, value in values.items()})
-    return replace_leaves(params, values)
+    return carrier(params).replace(values)
 
 
 def mergeable_leaves(params: Any, adapter: Any) -> dict[str, Any]:
@@ -245,12 +245,13 @@ def mergeable_leaves(params: Any, adapter: Any) -> dict[str, Any]:
             f"expected an Adapter (from extract, init or from_peft), found {type(adapter).__name__}. For PeftTensors,"
             " jaxadapt.from_peft(tensors, params) makes one"
         )
-    if isinstance(params, attach.nnx.Module) and attach.active_names(params):
+    held = carrier(params)
+    if held.in_place and held.active():
         raise AttachError(
             "cannot merge another adapter: this model has active adapters, which would count twice. Merge these with"
             " merge(model), or deactivate them with activate(model) or detach(model)"
         )
-    return base_leaves(params)
+    return held.leaves() if held.in_place else Carrier(params).leaves()  # variables are refused by their paths
 
 
 def refuse_nan(base: Mapping[str, Any], adapter: Adapter, changed: Iterable[str]) -> None:

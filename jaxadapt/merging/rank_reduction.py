@@ -24,6 +24,7 @@ from jaxadapt.merging import base_merge, factors
 from jaxadapt.merging.factors import FactorRows
 from jaxadapt.merging.joint import joint_matrices
 from jaxadapt.models import planning
+from jaxadapt.models.carriers import base_params
 
 Array = Any
 
@@ -150,7 +151,7 @@ def to_lora(
     else:
         base, tuned = _flat_pair(source)
         config = LoraConfig(r=r, lora_alpha=r, target_modules=target_modules)
-        recipe, sites = planning.plan_adapter(planning.BaseParams.from_tree(paths.unflatten(base)), config, keymap)
+        recipe, sites = planning.plan_adapter(base_params(paths.unflatten(base)), config, keymap)
         config, source_keymap = recipe.config, recipe.keymap
     return _from_change(base, tuned, config, source_keymap, sites, r, jnp.float32 if dtype is None else dtype)
 
@@ -179,10 +180,7 @@ def _cast(adapter: Adapter, dtype: Any) -> Adapter:
 
 def _flat_params(params: Any) -> dict[str, Any]:
     """Return base parameters by path, in float32 at least, from any container."""
-    return {
-        path: methods.at_least_float32(jnp.asarray(x))
-        for path, x in planning.BaseParams.from_tree(params).leaves.items()
-    }
+    return {path: methods.at_least_float32(jnp.asarray(x)) for path, x in base_params(params).leaves.items()}
 
 
 def _plain_config(config: Config, r: int) -> LoraConfig:

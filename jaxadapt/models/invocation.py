@@ -8,15 +8,14 @@ from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from flax import nnx
 
 from jaxadapt.adapters.adapter import collection_name
 from jaxadapt.adapters.sites import sites_of
 from jaxadapt.configs import Config
 from jaxadapt.core.errors import AttachError
 from jaxadapt.methods.lora import alora
-from jaxadapt.models.linen import wrapper
-from jaxadapt.models.nnx import attach, params
+from jaxadapt.models.carriers import Model, Wrapper, carrier
+from jaxadapt.models.nnx import params
 
 Array = Any
 
@@ -56,17 +55,16 @@ def invoke(model: Any, tokens: Any) -> Generator[Any]:
         raise AttachError(
             f"expected token ids or a boolean mask of shape (batch, time), found {ids.dtype} of shape {list(ids.shape)}"
         )
-    if isinstance(model, wrapper.Adapted):
-        configs = dict(model.adapters)
-        masks = _make_masks({name: configs[name] for name in model.active}, ids)
+    held = carrier(model)
+    if isinstance(held, Wrapper):
+        masks = _make_masks({name: config for name, config in model.adapters if name in model.active}, ids)
         yield dataclasses.replace(model, tokens=masks)
         return
-    if not isinstance(model, nnx.Module):
-        raise AttachError(f"expected an NNX model, or a Linen module that adapt returned, found {type(model).__name__}")
-    walked = attach.walked(model)
-    adapters = {name: attach.extract(walked, name) for name in attach.active_names(walked)}
+    if not isinstance(held, Model):
+        raise held.unsupported("an NNX model, or a Linen module that adapt returned")
+    adapters = {name: held.extract(name) for name in held.active()}
     masks = _make_masks({name: adapter.config for name, adapter in adapters.items()}, ids)
-    owners = walked.leaves
+    owners = held.walk().leaves
     masked: list[dict[str, Any]] = []
     for name, mask in masks.items():
         for site in sites_of(adapters[name]):

@@ -32,7 +32,9 @@ from jaxadapt.keymaps import parts
 from jaxadapt.keymaps import plan as plans
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.methods.lora import method
-from jaxadapt.models import attachment, planning
+from jaxadapt.models import planning
+from jaxadapt.models.base_params import BaseParams
+from jaxadapt.models.carriers import DEFAULT, carrier
 from jaxadapt.models.linen import collections
 from jaxadapt.persistence import device_arrays, encode
 from jaxadapt.storage.source import as_source
@@ -40,7 +42,7 @@ from jaxadapt.storage.source import as_source
 
 def to_peft(
     tree: Any,
-    name: str = attachment.DEFAULT,
+    name: str = DEFAULT,
     *,
     config: Config | None = None,
     keymap: KeyMap | str | None = None,
@@ -106,23 +108,22 @@ def from_peft(
             f"base={base!r}: expected None, or 'changed' if the target's base is changed; from_peft changes no base"
         )
     if isinstance(tensors, PeftTensors) and base is None:  # pyright: ignore[reportUnnecessaryIsInstance]
-        remedy = "; if this target is the changed base, pass base='changed'"
-        lora_variants.require_original_base(tensors.config, tensors.source, remedy)
-    parameters = planning.target_base(target)
+        lora_variants.require_original_base(tensors.config, tensors.source)
+    parameters = carrier(target).base()
     adapter, _ = adapter_from_tensors(
         tensors, parameters, keymap, dtype, stack_axes, example, shardings, on_shared=on_shared, strict=strict
     )
     return collections.box_like_base(adapter, parameters.held)
 
 
-def is_spread(base: planning.BaseParams, shardings: Any) -> bool:
+def is_spread(base: BaseParams, shardings: Any) -> bool:
     """Return True if an adapter belongs anywhere but on the default device."""
     return shardings is not None or any(sharding is not None for sharding in base.shardings.values())
 
 
 def adapter_from_tensors(
     tensors: PeftTensors,
-    base: planning.BaseParams,
+    base: BaseParams,
     keymap: Any,
     dtype: Any,
     stack_axes: Any,
@@ -149,7 +150,7 @@ def adapter_from_tensors(
         methods.get_method(tensors.config)
         keymap = planning.target_keymap(base, keymap, keys)
         if experts.may_have_experts(keys):
-            tensors = experts.fuse_experts(tensors, keymap, on_shared, "load or from_peft")
+            tensors = experts.fuse_experts(tensors, keymap, on_shared)
         recipe, adapter_sites = planning.plan_adapter(base, tensors.config, keymap, stack_axes, example)
         planning.check_kernels(base, adapter_sites)
         plan = sites.make_file_plan(adapter_sites)
@@ -241,7 +242,7 @@ def _init_missing(
     shapes: Mapping[str, Sequence[int]],
     config: Config,
     adapter_sites: Sequence[sites.Site],
-    base: planning.BaseParams,
+    base: BaseParams,
 ) -> dict[str, Any]:
     """Initialize the tensors that a file lacks as in a fresh adapter; warn of them and of unexpected tensors."""
     missing, unexpected = [k for k in plan.keys if k not in shapes], [k for k in shapes if k not in plan.keys]
@@ -285,7 +286,7 @@ def memory_dtype(stored: Any, requested: Any) -> np.dtype[Any]:
     return np.dtype("float32" if narrow else stored)
 
 
-def adapter_placement(shardings: Any, base: planning.BaseParams, adapter_sites: Sequence[sites.Site]) -> dict[str, Any]:
+def adapter_placement(shardings: Any, base: BaseParams, adapter_sites: Sequence[sites.Site]) -> dict[str, Any]:
     """Return {path: sharding}: the requested shardings, else those that follow from the base."""
     if shardings is not None:
         requested = shardings.flat() if isinstance(shardings, Adapter) else shardings

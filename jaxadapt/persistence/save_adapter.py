@@ -17,7 +17,7 @@ from jaxadapt.core.errors import AttachError, FileError
 from jaxadapt.core.progress import LOGGER, Progress, reporter
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.plan import Encoded
-from jaxadapt.models import attachment
+from jaxadapt.models.carriers import DEFAULT, lora_carrier
 from jaxadapt.persistence import encode, folder, multihost, orbax_folder
 
 
@@ -25,7 +25,7 @@ def save(
     tree: Any,
     path: str | os.PathLike[str],
     *,
-    name: str = attachment.DEFAULT,
+    name: str = DEFAULT,
     config: Config | None = None,
     keymap: KeyMap | str | None = None,
     lora_alpha: float | None = None,
@@ -95,7 +95,7 @@ def save(
     if format == "orbax":
         if lora_alpha is not None:
             raise AttachError("lora_alpha: format='orbax' saves only adapters of jaxadapt, which store their own alpha")
-        adapter = encode.extract_adapter(tree, name, config, keymap, in_memory=False)
+        adapter = encode.take_adapter(lora_carrier(tree), name, config, keymap, in_memory=False).adapter
         adapter = dataclasses.replace(adapter, config=adapter.config.replace(**changes))
         if dtype is not None:
             with name_donated_arrays(adapter.flat()):

@@ -92,7 +92,7 @@ def test_several_adapters_of_a_model():
 
 def test_what_carries_no_adapter_says_so():
     for given, says in (
-        (small.LinenNet(), "a Linen module holds no parameters"),
+        (small.LinenNet(), "holds no parameters"),
         (small.base(), "carry the adapters none"),
         (small.base()["params"], r"contain no adapter; pass one: merge\(params, adapter\)"),
     ):

@@ -20,12 +20,11 @@ from jaxadapt.models.foreign.survey import ForeignSites
 _DEFAULT = LoraConfig()
 
 
-def missing_alpha(dialect: Dialect, call: str) -> ConfigError:
-    """Return the error for a missing scale, with a call to copy. `call` is the user's call: "save(tree, path"."""
+def missing_alpha(dialect: Dialect) -> ConfigError:
+    """Return the error for a missing scale."""
     return ConfigError(
         f"the alpha of this tree is unknown: {dialect.name} scales by alpha/r and stores no alpha. Pass"
-        f" {dialect.scale}, as in\n"
-        f"  jaxadapt.{call}, lora_alpha=16)"
+        f" {dialect.scale} as lora_alpha, for example lora_alpha=16"
     )
 
 
@@ -40,9 +39,7 @@ def resolve_alpha(config: Config | None, lora_alpha: float | None) -> float | No
     return from_config if lora_alpha is None else lora_alpha
 
 
-def infer_config(
-    sites: ForeignSites, config: Config | None = None, lora_alpha: float | None = None, call: str = "save(tree, path"
-) -> LoraConfig:
+def infer_config(sites: ForeignSites, config: Config | None = None, lora_alpha: float | None = None) -> LoraConfig:
     """Return the configuration of a tree's LoRA leaves, completed with the caller's values.
 
     Args:
@@ -60,7 +57,7 @@ def infer_config(
     problems: list[str] = []
     given = resolve_alpha(config, lora_alpha)
     if not stored and config is None and lora_alpha is None:
-        raise missing_alpha(dialect, call)
+        raise missing_alpha(dialect)
     config = config or LoraConfig()
     if config.use_rslora:
         problems.append(f"use_rslora=True, but {dialect.name} divides by r, not by its square root")
@@ -136,7 +133,7 @@ def _complete_targets(sites: ForeignSites, config: LoraConfig) -> tuple[LoraConf
     return config, left_out + empty
 
 
-def scale_ratios(sites: ForeignSites, config: Config, lora_alpha: float | None, call: str) -> dict[str, float]:
+def scale_ratios(sites: ForeignSites, config: Config, lora_alpha: float | None) -> dict[str, float]:
     """Return `{module: the file's scale / the tree's scale}` of the tree's modules that the file adapts.
 
     Raises `ConfigError` if the tree's scale is unknown.
@@ -164,7 +161,7 @@ def scale_ratios(sites: ForeignSites, config: Config, lora_alpha: float | None, 
         )
     if not stored and lora_alpha is None:
         r, alpha = config.r, config.lora_alpha
-        raise ConfigError(f"{missing_alpha(dialect, call)}\n(The file has lora_alpha={alpha:g}, r={r}.)")
+        raise ConfigError(f"{missing_alpha(dialect)}\n(The file has lora_alpha={alpha:g}, r={r}.)")
     if not all(stored.values()) or lora_alpha == 0:
         raise ConfigError(
             f"cannot store an adapter in {dialect.name} leaves with lora_alpha=0, which multiplies them by 0"

@@ -120,6 +120,11 @@ class ForeignSites:
     stored: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float])
     real: KeyMap | None = None
 
+    @property
+    def own_keymap(self) -> KeyMap:
+        """The keymap of the tree, with one name for all experts of a layer if it has them in one array."""
+        return self.real or self.keymap
+
     @functools.cached_property
     def leaves(self) -> frozenset[str]:
         """The base leaves that the tree adapts."""

@@ -183,19 +183,18 @@ def tree_to_peft(
     config: Config | None,
     keymap: KeyMap | str | None,
     lora_alpha: float | None,
-    call: str,
     dtype: Any = None,
     on_shared: str | None = None,
     parts: bool = False,
-) -> tuple[LoraConfig, ForeignSites, Mapping[str, Any]]:
-    """Convert the tree's LoRA to PEFT's tensors and configuration.
+) -> tuple[PeftTensors, ForeignSites]:
+    """Convert the tree's LoRA to PEFT's tensors and configuration; return them and its sites.
 
     Tensors are computed on access, those of experts at once. `parts`: keep gate and up separate if they are two leaves.
     """
     foreign_tree = _select_slot(foreign_tree)
     if per_head_sites := _find_per_head(foreign_tree, keymap):
         if lora_alpha is None and config is None:
-            raise foreign_config.missing_alpha(foreign_tree.dialect, call)
+            raise foreign_config.missing_alpha(foreign_tree.dialect)
         alpha = foreign_config.resolve_alpha(config, lora_alpha)
         alpha = LoraConfig().lora_alpha if alpha is None else alpha
         leaves = per_head.widen_leaves(foreign_tree.dialect, per_head_sites, foreign_tree.leaves, on_shared)
@@ -204,27 +203,26 @@ def tree_to_peft(
         config = None if config is None else config.replace(lora_alpha=LoraConfig().lora_alpha)
     sites = survey_tree(foreign_tree, keymap)
     warn_unproved(sites.keymap)
-    config = foreign_config.infer_config(sites, config, lora_alpha, call)
+    config = foreign_config.infer_config(sites, config, lora_alpha)
     host = not any(isinstance(leaf, Tracer) for leaf in foreign_tree.leaves.values())
     tensors = sites.plan.encode(foreign_tree.leaves, dtype, host)
-    if sites.real is None:
-        return config, sites, tensors
     peft = PeftTensors(config, tensors, f"this {foreign_tree.dialect.name} tree")
+    if sites.real is None:
+        return peft, sites
     parts = parts or sites.real.per_expert
     unadapted = {leaf: shape for leaf, shape in sites.base.items() if leaf not in sites.leaves}
     others = experts.expert_parameters(sites.real, unadapted)
-    peft = experts.fuse_experts(peft, sites.keymap, on_shared, call, sites.real, others if sites.base else None, parts)
+    peft = experts.fuse_experts(peft, sites.keymap, on_shared, sites.real, others if sites.base else None, parts)
     if sites.real.per_expert:
         peft = PeftTensors(*experts.split_experts(peft.config, peft.tensors, sites.real), peft.source)
-    assert isinstance(peft.config, LoraConfig)
-    return peft.config, sites, peft.tensors
+    return peft, sites
 
 
 def extract_adapter(
     foreign_tree: ForeignTree, config: Config | None, keymap: KeyMap | str | None, lora_alpha: float | None
 ) -> Adapter:
     """Return the tree's LoRA as an `Adapter`, with one A for each fused part and all axes separate."""
-    config, sites, tensors = tree_to_peft(foreign_tree, config, keymap, lora_alpha, "extract(tree", parts=True)
+    peft, sites = tree_to_peft(foreign_tree, config, keymap, lora_alpha, parts=True)
     shapes = {g.match.leaf: shape for g in sites.sites if (shape := g.base_shape) is not None}
     unknown = [g.match.leaf for g in sites.sites if g.base_shape is None]
     if unknown:
@@ -232,10 +230,9 @@ def extract_adapter(
             "cannot extract the adapter: the shapes of these weights do not follow from their LoRA leaves. Pass the"
             f" whole tree, or call to_peft, which does not need the shapes:\n{paths.bullets(unknown)}"
         )
-    adapter_keymap = sites.real or sites.keymap
-    adapter_sites = selection.select_sites(config, adapter_keymap, shapes)
-    leaves = make_file_plan(adapter_sites).decode(tensors)
-    return Adapter(config, paths.unflatten(leaves), adapter_keymap)
+    adapter_sites = selection.select_sites(peft.config, sites.own_keymap, shapes)
+    leaves = make_file_plan(adapter_sites).decode(peft.tensors)
+    return Adapter(peft.config, paths.unflatten(leaves), sites.own_keymap)
 
 
 # ---------------------------------------------------------------- import
@@ -251,7 +248,6 @@ def fill_tree(
     on_shared: str | None = None,
     dtype: Any = None,
     source: str = "the file",
-    call: str = "load(path, tree",
 ) -> Any:
     """Write a file's tensors into the LoRA leaves of a tree (NNX in place). On an error nothing is changed.
 
@@ -269,13 +265,13 @@ def fill_tree(
         foreign_tree, lora_alpha = dataclasses.replace(foreign_tree, leaves=leaves, stored=stored), None
     sites = survey_tree(foreign_tree, keymap, tensors)
     if sites.real is not None:
-        fused = experts.fuse_experts(PeftTensors(config, tensors, source), sites.real, on_shared, call)
+        fused = experts.fuse_experts(PeftTensors(config, tensors, source), sites.real, on_shared)
         config, tensors = experts.split_experts(fused.config, fused.tensors, sites.keymap, sites.real)
     if foreign_tree.slot is not None and isinstance(
         config, LoraConfig
     ):  # `scale_ratios` raises for other configurations
         sites = dataclasses.replace(sites, stored=_slot_alphas(tree, sites, config))
-    ratios = foreign_config.scale_ratios(sites, config, lora_alpha, call)
+    ratios = foreign_config.scale_ratios(sites, config, lora_alpha)
     shapes = {key: tuple(spec.shape) for key, spec in as_source(tensors).specs.items()}
     fill.check_tensors(sites, ratios, shapes, source)
     values = {key: tensors[key] for half in _factor_arrays(sites) for key in half.keys if key in shapes}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import flax.linen as nn
@@ -381,3 +382,8 @@ def _is_along_roles(use: Use) -> bool:
     in_axes, out_axes = set(use.letters("in")), set(use.letters("out"))
     in_x, out_x = in_axes & set(use.x), out_axes & set(use.x)
     return (in_x == in_axes and not out_x) or (out_x == out_axes and not in_x)
+
+
+def intercept(sites: Mapping[tuple[str, ...], Mapping[str, Sequence[LeafAdapter]]]) -> AbstractContextManager[None]:
+    """Return a context in which the calls of Linen modules apply these adapters."""
+    return nn.intercept_methods(Interceptor(sites))

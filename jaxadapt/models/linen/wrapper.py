@@ -18,7 +18,8 @@ from flax.core import meta
 
 from jaxadapt.adapters import initial_values, selection
 from jaxadapt.adapters.adapter import Adapter, Recipe, collection_name, is_array
-from jaxadapt.adapters.sites import Site, with_copy_entries
+from jaxadapt.adapters.recipes import make_recipe
+from jaxadapt.adapters.sites import Site
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, warn
@@ -127,16 +128,12 @@ class Adapted:
             )
         keymap = resolve_keymap(self.keymap, model.shapes)
         entries = model.entries(keymap)
-        full_keymap = keymap.with_entries(entries)
-        plans: dict[str, tuple[Recipe, tuple[Site, ...]]] = {}
-        for name, config in self.adapters:
-            config = selection.resolve_config(config, full_keymap, model.shapes)
-            model.check(config, full_keymap)
-            sites = selection.select_sites(config, full_keymap, model.shapes)
+        plans = {
+            name: make_recipe(config, keymap, model.shapes, entries, check=model.check)
+            for name, config in self.adapters
+        }
+        for _, sites in plans.values():
             model.check_saved([s.leaf for s in sites if s.method.copies and s.hparams.because == "modules_to_save"])
-            leaves = {site.leaf for site in sites}
-            used_keymap = keymap.with_entries(entry for entry in entries if entry.leaf in leaves)
-            plans[name] = Recipe(config, with_copy_entries(used_keymap, sites)), sites
         return plans
 
     def _add_adapters(self, plans: Mapping[str, Any], rngs: Any, variables: Mapping[str, Any]) -> dict[str, Any]:

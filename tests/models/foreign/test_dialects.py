@@ -139,7 +139,7 @@ def test_the_scale(case: Case):
         with pytest.raises(jaxadapt.ConfigError, match="does not scale"):
             jaxadapt.to_peft(tree, keymap=case.table, lora_alpha=3)
     else:
-        with pytest.raises(jaxadapt.ConfigError, match=r"Pass .*\n.*jaxadapt.to_peft\(tree, lora_alpha=16\)"):
+        with pytest.raises(jaxadapt.ConfigError, match="Pass .* as lora_alpha, for example lora_alpha=16"):
             jaxadapt.to_peft(tree, keymap=case.table)
         config = jaxadapt.LoraConfig(lora_alpha=5, task_type="CAUSAL_LM")
         found = jaxadapt.to_peft(tree, keymap=case.table, config=config).config
@@ -373,5 +373,5 @@ def test_arguments_for_other_trees_are_refused(tmp_path):
     with pytest.raises(jaxadapt.AttachError, match="lora_alpha: applies only to targets with another library's"):
         jaxadapt.load(tmp_path, plain, keymap=TABLE, lora_alpha=ALPHA)
     adapter = jaxadapt.extract(tree, keymap=TABLE, lora_alpha=ALPHA)
-    with pytest.raises(jaxadapt.ConfigError, match="stores its own"):
+    with pytest.raises(jaxadapt.AttachError, match="store their own"):
         jaxadapt.to_peft(adapter, lora_alpha=3)

@@ -162,7 +162,7 @@ def test_the_code_of_a_pushed_card_runs(hub, subfolder):
             return self.up_proj(torch.tanh(self.q_proj(x)))
 
     trained = small.trained()
-    jaxadapt.push(trained, "org/tuned", subfolder=subfolder or None, token="hf_writes", base_model="org/base")
+    jaxadapt.push(trained, f"org/tuned/{subfolder}".rstrip("/"), token="hf_writes", base_model="org/base")
     text = hub.files("org/tuned")[f"{subfolder}/{CARD}".lstrip("/")].decode()
     in_jax, in_torch = re.findall(r"```python\n(.*?)```", text, re.S)
     names = {"model": small.net(), "params": small.base()["params"]}
