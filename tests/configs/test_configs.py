@@ -374,6 +374,8 @@ def test_unknown_keys_are_kept_on_top():
         ),
         ({"lora_alpha": 10**400}, "lora_alpha: expected a finite number"),
         ({"layer_replication": [[1, 2, 3]]}, "layer_replication: expected a list of [start, end] pairs"),
+        ({"layer_replication": [[2, 2]]}, "layer_replication: expected a list of [start, end] pairs"),
+        ({"layer_replication": [[-1, 2]]}, "layer_replication: expected a list of [start, end] pairs"),
         ({"trainable_token_indices": {"a": 1}}, "trainable_token_indices: expected"),
         ({"use_dora": True, "megatron_config": {"a": 1}}, "use_dora: expected false with a megatron_config"),
         ({"lora_bias": True, "use_dora": True}, "lora_bias: expected false with use_dora"),
