@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxadapt import IA3Config, KeyMapError, LoraConfig
-from jaxadapt.adapters import initial_values, selection
+from jaxadapt import AttachError, ConfigError, IA3Config, KeyMapError, LoraConfig
+from jaxadapt.adapters import initial_values, selection, sites
 from jaxadapt.arrays import low_rank
-from jaxadapt.arrays.axes import Axes, Use
+from jaxadapt.arrays.axes import Axes, Operation, Use
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
 from jaxadapt.methods import AppliedMethod
+from jaxadapt.methods.lora import alora
 
 LINEAR = Weight("w", "a.q.weight", "i o -> o i")
 TABLE = Weight("w", "a.q.weight", "v d -> v d", kind="embedding")
@@ -87,3 +90,113 @@ def test_a_bias_of_two_axes_has_no_name_of_its_own():
     shapes = {"q.kernel": (4, 6), "q.bias": (2, 6)}
     (site,) = selection.select_sites(LoraConfig(r=2, target_modules=r".*(q|bias)"), table, shapes)
     assert site.leaf == "q.kernel"
+
+
+# ---- aLoRA and KaSA ----------------------------------------------------------------------------------------
+
+
+def by_hand(sequence, row):
+    """The mask of one row: from the last occurrence of the sequence to the end."""
+    starts = [i for i in range(len(row) - len(sequence) + 1) if row[i : i + len(sequence)] == sequence]
+    return [bool(starts) and i >= starts[-1] for i in range(len(row))]
+
+
+@pytest.mark.parametrize("sequence", [[7], [7, 8], [7, 8, 7], [1, 2, 3, 4, 5, 6]])
+def test_alora_adapts_from_the_last_invocation_on(sequence):
+    rows = [[1, 7, 8, 7, 2], [7, 8, 7, 8, 7], [1, 2, 3, 4, 5], [7, 7, 7, 8, 8]]
+    mask = alora.invocation_mask(sequence, jnp.array(rows))
+    assert mask.tolist() == [by_hand(sequence, row) for row in rows]
+
+
+def test_alora_adds_its_output_to_those_tokens_only():
+    mask = jnp.array([[True, False, True]])
+    delta, y = jnp.ones((1, 3, 2)), jnp.zeros((1, 3, 2))
+    np.testing.assert_array_equal(alora.mask_delta({"tokens": mask}, delta, y)[..., 0], [[1, 0, 1]])
+    with pytest.raises(AttachError, match="does not see the tokens"):
+        alora.mask_delta({}, delta, y)
+    with pytest.raises(AttachError, match=r"shape \[1, 3\] \(batch, time\).*shape \[3, 1, 2\]"):
+        alora.mask_delta({"tokens": mask}, delta, y.reshape(3, 1, 2))
+    repeated = alora.repeat_mask(mask, [0, 2], (4, 1, 5, 3))
+    np.testing.assert_array_equal(repeated, np.broadcast_to(np.asarray(mask)[None, :, None], (4, 1, 5, 3)))
+
+
+def test_kasa_scales_the_rows_of_a():
+    site = site_of(LoraConfig(r=2, lora_alpha=2, target_modules=["q"], kasa_config={}))
+    w = numbers(4, 6)
+    params = {"lora_A": numbers(2, 4, seed=2), "lora_B": numbers(6, 2, seed=3), "lora_diag": numbers(2, seed=4)}
+    hook = AppliedMethod(site.method, site.hparams, {k: jnp.asarray(v) for k, v in params.items()}, site.axes)
+    expected = w + (params["lora_B"] @ np.diag(params["lora_diag"]) @ params["lora_A"]).T
+    np.testing.assert_allclose(hook.weight(jnp.asarray(w)), expected, rtol=1e-5, atol=1e-6)
+
+
+GROUPED = Weight("w", "a.q.weight", "x y i o -> o i x y", kind="conv", groups=2)
+TURNED = Weight("w", "a.q.weight", "i o -> i o", fan_in_fan_out=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "weight", "says"),
+    [
+        ({"kasa_config": {}, "use_dora": True}, LINEAR, "kasa_config with use_dora=True"),
+        ({"kasa_config": {}, "init_lora_weights": "pissa"}, LINEAR, "kasa_config with init_lora_weights='pissa'"),
+        ({"kasa_config": {}}, TURNED, "kasa_config with a layer that is not a plain linear"),
+        ({"kasa_config": {}}, TABLE, "kasa_config with a layer that is not a plain linear"),
+        ({"alora_invocation_tokens": [1], "use_dora": True}, LINEAR, "alora_invocation_tokens with use_dora"),
+        ({"alora_invocation_tokens": [1], "kasa_config": {"a": 1}}, LINEAR, "alora_invocation_tokens with kasa_config"),
+        ({"alora_invocation_tokens": [1], "init_lora_weights": "mica"}, LINEAR, "with init_lora_weights='mica'"),
+        ({"alora_invocation_tokens": []}, LINEAR, "with an empty list of tokens"),
+        ({"alora_invocation_tokens": [1]}, TABLE, "with a layer that is not linear"),
+        ({"lora_bias": True}, TABLE, "lora_bias=True is not supported on an embedding"),
+        ({"r": 3}, GROUPED, "the rank 3 must be a multiple of the convolution's 2 groups"),
+        ({"use_dora": True}, GROUPED, "use_dora is not supported on a grouped convolution"),
+    ],
+)
+def test_settings_that_peft_does_not_combine_are_refused(fields, weight, says):
+    shape = (3, 3, 2, 4) if weight.kind == "conv" else (4, 6)
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        site_of(LoraConfig(**{"r": 2, "target_modules": ["q"], **fields}), weight, shape)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"kasa_config": {}, "init_lora_weights": "gaussian"}, {"kasa_config": {}}, {"alora_invocation_tokens": [1]}],
+)
+def test_what_peft_combines_is_accepted(fields):
+    assert site_of(LoraConfig(r=2, target_modules=["q"], **fields)).leaf == "w"
+
+
+def test_a_parameter_takes_no_setting_of_modules():
+    weight = Weight("w", "a.q", "e i o -> e o i", kind="experts")
+    for name, value in {"lora_dropout": 0.5, "lora_bias": True, "use_dora": True, "bias": "all"}.items():
+        config = LoraConfig(r=2, target_parameters=["a.q"], **{name: value})
+        with pytest.raises(ConfigError, match=f"{name}={value!r} cannot be combined with target_parameters"):
+            site_of(config, weight, (2, 4, 6))
+    assert site_of(LoraConfig(r=2, target_parameters=["a.q"], bias="none"), weight, (2, 4, 6)).leaf == "w"
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_lora_on_a_convolution_is_the_convolution_with_a_and_then_b(groups):
+    """In numpy over a window of one: each group has its own B, and A sees the channels of one group."""
+    weight = Weight("w", "a.q.weight", "x i o -> o i x", kind="conv", groups=groups)
+    site = site_of(LoraConfig(r=2, lora_alpha=6, target_modules=["q"]), weight, (1, 4 // groups, 6))
+    shapes = site.shapes
+    params = {name: jnp.asarray(numbers(*shape, seed=len(name))) for name, shape in shapes.items()}
+
+    def run(x, w):  # A sees all channels
+        return jax.lax.conv_general_dilated(
+            x, w, (1,), "VALID", dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=4 // w.shape[1]
+        )
+
+    x, w = jnp.asarray(numbers(1, 3, 4)), jnp.asarray(numbers(1, 4 // groups, 6))
+    hook = AppliedMethod(site.method, site.hparams, params, site.axes)
+    y = hook.output(Operation(run, 2, site.axes), x, run(x, w), w)
+    file = {key.rpartition(".lora_")[2][0]: np.asarray(v) for key, v in sites.make_file_plan([site]).encode(
+        {f"w.{name}": value for name, value in params.items()}).items()}  # fmt: skip
+    a, b = file["A"][:, :, 0], file["B"][:, :, 0]  # (r, in) of all channels, (out, r / groups)
+    expected = np.array(run(x, w))
+    for g in range(groups):
+        outs, ranks = slice(g * 6 // groups, (g + 1) * 6 // groups), slice(g * 2 // groups, (g + 1) * 2 // groups)
+        expected[..., outs] += 3 * np.asarray(x) @ a[ranks].T @ b[outs].T
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    if groups > 1:
+        with pytest.raises(AttachError, match="no effective weight"):
+            hook.weight(w)

@@ -81,6 +81,7 @@ def shardings_follow(peft_type: str, data: st.DataObject) -> None:
     found = sharding.adapter_shardings([site], {"w": base})
     of_size = dict(zip(entry.shape, itertools.chain(spec, itertools.repeat(None)), strict=False))
     parts = dict(zip(entry.left, entry.shape, strict=True)).get("{z}")
+    assume(parts not in {case.config.get("r"), *(case.config.get("rank_pattern") or {}).values()})
     for plan_entry in site.entries:
         want = [of_size.get(n) for n in plan_entry.shape]
         if parts is not None and len(entry.targets) == parts:
