@@ -46,6 +46,11 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "a space first": (packed(b" {}"), "expected a JSON object"),
     "two values": (packed(b"{} {}"), "expected JSON"),
     "NaN": (packed(b'{"a": NaN}'), "NaN is not JSON"),
+    "minus zero": (
+        packed(b'{"a":{"dtype":"F32","shape":[-0],"data_offsets":[0,0]}}'),
+        "expected integers >= 0, found -0",
+    ),
+    "minus one": (packed({"a": entry(0, 0, [-1])}), "'a'"),
     "deep lists": (packed(b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}"), "nested too deeply"),
     "deep objects": (packed(b'{"a":' * 200_000 + b"1" + b"}" * 200_000), "nested too deeply"),
     "duplicate tensor": (
