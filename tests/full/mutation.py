@@ -57,8 +57,11 @@ POOL = [
     "tests/core/test_*.py", "tests/adapters/test_joint_tensors.py", "tests/storage/test_safetensors*.py",
     "tests/storage/test_strided.py", "tests/storage/test_torch_bin.py", "tests/persistence/test_bad_lora.py",
 ]  # fmt: skip
-# (file, the changed line, stripped): why the change cannot be seen.
-EQUIVALENT: dict[tuple[str, str], str] = {}
+# (file, the beginning of the changed line): why the change cannot be seen.
+EQUIVALENT = {
+    ("jaxadapt/arrays/low_rank.py", "if a.shape[rank_axis] > _MAX_TERMS:"): "both ways compute the same sum",
+    ("jaxadapt/arrays/low_rank.py", "_MAX_TERMS ="): "a matter of speed, which benchmarks/ measures",
+}
 
 
 # ---- mutants -----------------------------------------------------------------------------------------------
@@ -111,7 +114,8 @@ def mutants(file: str, source: str) -> list[Mutant]:
         return Mutant(file, node.lineno, begin, end, text, kind)
 
     found = [made(node, text, kind) for node, text, kind in _changes(ast.parse(source))]
-    return [m for m in found if (file, lines[m.line - 1].strip()) not in EQUIVALENT]
+    left_out = tuple(start for name, start in EQUIVALENT if name == file)
+    return [m for m in found if not left_out or not lines[m.line - 1].strip().startswith(left_out)]
 
 
 def _changes(tree: ast.Module) -> Iterator[tuple[ast.AST, str, str]]:

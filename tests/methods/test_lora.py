@@ -14,10 +14,11 @@ from jaxadapt import AttachError, ConfigError, IA3Config, KeyMapError, LoraConfi
 from jaxadapt.adapters import initial_values, selection, sites
 from jaxadapt.arrays import low_rank
 from jaxadapt.arrays.axes import Axes, Operation, Use
-from jaxadapt.keymaps.keymap import KeyMap
+from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.weight import Weight
-from jaxadapt.methods import AppliedMethod
+from jaxadapt.methods import METHODS, AppliedMethod
 from jaxadapt.methods.lora import alora
+from jaxadapt.methods.lora import method as lora
 
 LINEAR = Weight("w", "a.q.weight", "i o -> o i")
 TABLE = Weight("w", "a.q.weight", "v d -> v d", kind="embedding")
@@ -130,6 +131,7 @@ def test_kasa_scales_the_rows_of_a():
     np.testing.assert_allclose(hook.weight(jnp.asarray(w)), expected, rtol=1e-5, atol=1e-6)
 
 
+CONV = Weight("w", "a.q.weight", "x y i o -> o i x y", kind="conv")
 GROUPED = Weight("w", "a.q.weight", "x y i o -> o i x y", kind="conv", groups=2)
 TURNED = Weight("w", "a.q.weight", "i o -> i o", fan_in_fan_out=True)
 
@@ -207,3 +209,100 @@ def test_lora_on_a_convolution_is_the_convolution_with_a_and_then_b(groups):
     if groups > 1:
         with pytest.raises(AttachError, match="no effective weight"):
             hook.weight(w)
+
+
+def hparams_of(weight=LINEAR, shape=(4, 6), **fields):
+    return site_of(LoraConfig(r=2, target_modules=["q"], **fields), weight, shape).hparams
+
+
+@pytest.mark.parametrize(
+    ("weight", "shape", "fields", "follows"),
+    [
+        (LINEAR, (4, 6), {}, {"ragged_dot_general"}),
+        (LINEAR, (4, 6), {"use_dora": True}, set()),
+        (LINEAR, (4, 6), {"lora_bias": True}, set()),
+        (TABLE, (4, 6), {}, {"gather"}),
+        (CONV, (3, 3, 4, 6), {}, {"conv_general_dilated"}),
+    ],
+)
+def test_each_kind_follows_its_own_primitive(weight, shape, fields, follows):
+    hparams, every = hparams_of(weight, shape, **fields), ("ragged_dot_general", "conv_general_dilated", "gather")
+    assert {name for name in every if METHODS["LORA"].follows(hparams, name)} == follows
+    assert METHODS["LORA"].forward(hparams) is (weight is LINEAR)
+    assert METHODS["LORA"].apart(hparams) is bool(fields.get("use_dora"))
+    assert METHODS["LORA"].adds_bias(hparams) is bool(fields.get("lora_bias"))
+
+
+@pytest.mark.parametrize("init", ["mica", "MiCA", True])
+def test_mica_trains_a_alone(init):
+    """PEFT freezes B, which starts from the base's smallest singular vectors."""
+    frozen = init is not True
+    hparams = hparams_of(init_lora_weights=init)
+    assert (METHODS["LORA"].role(hparams, "lora_B") == "frozen") is frozen
+    assert METHODS["LORA"].role(hparams, "lora_A") != "frozen"
+    axes = Axes((0,), (1,))
+    a, b = jnp.ones((2, 4)), jnp.ones((6, 2))
+
+    def total(params):
+        return AppliedMethod(METHODS["LORA"], hparams, params, axes).weight(jnp.zeros((4, 6))).sum()
+
+    gradients = jax.grad(total)({"lora_A": a, "lora_B": b})
+    assert bool(gradients["lora_A"].any())
+    assert bool(gradients["lora_B"].any()) is not frozen
+
+
+def test_a_bias_of_lora_is_scaled_and_merged_once():
+    site = site_of(LoraConfig(r=2, lora_alpha=6, target_modules=["q"], lora_bias=True))
+    params = {"lora_A": numbers(2, 4), "lora_B": numbers(6, 2, seed=1), "lora_B_bias": numbers(6, seed=2)}
+    hook = AppliedMethod(site.method, site.hparams, {k: jnp.asarray(v) for k, v in params.items()}, site.axes)
+    w, x, bias = numbers(4, 6, seed=3), numbers(5, 4, seed=4), numbers(6, seed=5)
+    y = hook.output(Use("bd", "di", "bi", site.axes), jnp.asarray(x), jnp.asarray(x @ w), jnp.asarray(w))
+    expected = x @ w + 3 * (x @ params["lora_A"].T @ params["lora_B"].T + params["lora_B_bias"])
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(hook.merged_bias(jnp.asarray(bias), 1), bias + 3 * params["lora_B_bias"], rtol=1e-6)
+    np.testing.assert_allclose(hook.merged_bias(hook.merged_bias(jnp.asarray(bias), 1), -1), bias, atol=1e-6)
+    with pytest.raises(AttachError, match="cannot apply lora_bias"):
+        hook.weight(jnp.asarray(w))
+
+
+def test_dora_cannot_be_undone():
+    site = site_of(LoraConfig(r=2, target_modules=["q"], use_dora=True))
+    params = {n: jnp.ones(s) for n, s in site.shapes.items()}
+    with pytest.raises(AttachError, match="cannot unmerge DoRA"):
+        AppliedMethod(site.method, site.hparams, params, site.axes).unweight(jnp.ones((4, 6)))
+
+
+@pytest.mark.parametrize(
+    ("version", "newer"),
+    [("0.21.2", False), ("0.21.3", True), ("0.22.0", True), ("1.0.0", True), ("0.20.9", False), (None, False)],
+)
+def test_a_file_of_a_newer_peft_on_an_output_projection(version, newer):
+    known = lora.PEFT_VERSION
+    if version and version.startswith("0.21"):
+        base, last = known.rsplit(".", 1)
+        version = f"{base}.{int(last) + (version == '0.21.3')}"
+    matches = {w.leaf: Match(w.leaf, w) for w in Weight.attention("attn", "attn")}
+    config = LoraConfig(target_modules=["attn"], peft_version=version)
+    assert lora.is_newer_attention_file(config, [matches["attn.out.kernel"]]) is newer
+    assert not lora.is_newer_attention_file(config, [matches["attn.query.kernel"]])
+    assert not lora.is_newer_attention_file(config, [Match("w", LINEAR)])
+    ia3 = IA3Config(target_modules=["attn"], feedforward_modules=[], peft_version=version)
+    assert not lora.is_newer_attention_file(ia3, [matches["attn.out.kernel"]])
+
+
+def test_the_output_projection_of_an_attention_is_added_twice():
+    """As PEFT 0.21 computes it; queries, keys and values once."""
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["attn"], lora_dropout=0.5)
+    shapes = {f"attn.{n}.kernel": (4, 2, 2) for n in ("query", "key", "value")} | {"attn.out.kernel": (2, 2, 4)}
+    found = selection.select_sites(config, KeyMap("t", Weight.attention("attn", "attn")), shapes)
+    scales = {site.leaf.split(".")[1]: site.hparams.scale for site in found}
+    assert scales == {"query": 3, "key": 3, "value": 3, "out": 6}
+    assert {site.hparams.dropout for site in found} == {0.0}
+
+
+@pytest.mark.parametrize("fields", [{"kasa_config": {}}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "eva"}])
+def test_starts_that_need_the_base_are_not_drawn(fields):
+    config = LoraConfig(r=2, target_modules=["q"], **fields)
+    name = "kasa_config" if "kasa_config" in fields else f"init_lora_weights={fields['init_lora_weights']!r}"
+    with pytest.raises(ConfigError, match=f"cannot initialize with {name} from random numbers"):
+        initial_values.init_values(config, [site_of(config)], jax.random.key(0))
