@@ -12,7 +12,7 @@ These changes are left out, because no test can or should see them:
 
 - messages: f-strings, what is raised or warned, and names used only there;
 - annotations, decorators (cache sizes, frozen dataclasses), docstrings, imports, asserts, `__repr__` and `__hash__`;
-- `strict=` of `zip`, `stacklevel=`; swapped arguments of `isinstance`, `min` and `max`;
+- `strict=` of `zip`, `stacklevel=`; swapped arguments of functions that are symmetric, such as `min` (`SYMMETRIC`);
 - the tables of families (data, proved by tests/keymaps/families) and the lines of `EQUIVALENT`, each with its reason.
 """
 
@@ -99,7 +99,7 @@ CALLED = {"any": "all", "all": "any", "min": "max", "max": "min", "sorted": "lis
 UNTOUCHED_CALLS = {"warn", "cast", "TypeVar", "NamedTuple"}
 UNTOUCHED_FUNCTIONS = {"__repr__", "__hash__", "__str__"}
 UNTOUCHED_KEYWORDS = {"strict", "stacklevel", "maxsize"}
-SYMMETRIC = {"isinstance", "issubclass", "getattr", "min", "max", "zip"}
+SYMMETRIC = {"isinstance", "issubclass", "getattr", "min", "max", "zip", "_without_fit"}
 
 
 def mutants(file: str, source: str) -> list[Mutant]:
