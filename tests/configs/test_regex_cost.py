@@ -133,6 +133,7 @@ def test_a_repeat_gives_back_what_may_begin_the_next_part(kind: str, letter: str
         (r"(ab|ac|d){40}e", True),
         (r"(a|[bc]d){40}e", True),
         (r"(a|){40}e", True),
+        ("(ab|ac|d)" * 20 + "e", False),  # without a repeat each alternative is tried once
         (r"(?:(x)?(?(1)a*a|b*b)){20}c", True),
         (r".*.*.*.*", False),  # the last takes all that is left: 256^3 ways are not too many
         (r".*.*.*.*.*", True),
