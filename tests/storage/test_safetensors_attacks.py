@@ -36,6 +36,7 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "seven bytes": (b"1234567", "at least 8 bytes, found 7"),
     "no header": (struct.pack("<Q", 10), "at most the 0 bytes left, found 10"),
     "header beyond end": (struct.pack("<Q", 50) + b"{}", "at most the 2 bytes left, found 50"),
+    "header just beyond end": (struct.pack("<Q", 10) + b"{}", "at most the 2 bytes left, found 10"),
     "header of 2**64-1": (b"\xff" * 8 + b"{}", "at most 100000000 bytes, found 18446744073709551615"),
     "header over 100 MB": (struct.pack("<Q", 100_000_001) + b"{}", "at most 100000000"),
     "empty header": (packed(b""), "expected a JSON object"),
