@@ -16,7 +16,7 @@ from jaxadapt.arrays import low_rank
 from jaxadapt.arrays.axes import Axes, Operation, Use
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.weight import Weight
-from jaxadapt.methods import METHODS, AppliedMethod
+from jaxadapt.methods import LAYER, METHODS, AppliedMethod, needs_layer_number
 from jaxadapt.methods.lora import alora
 from jaxadapt.methods.lora import method as lora
 
@@ -306,3 +306,14 @@ def test_starts_that_need_the_base_are_not_drawn(fields):
     name = "kasa_config" if "kasa_config" in fields else f"init_lora_weights={fields['init_lora_weights']!r}"
     with pytest.raises(ConfigError, match=f"cannot initialize with {name} from random numbers"):
         initial_values.init_values(config, [site_of(config)], jax.random.key(0))
+
+
+@pytest.mark.parametrize(("alphas", "needed"), [({}, False), ({"h.1.q": 5}, True)])
+def test_layers_that_differ_look_up_their_own_number(alphas, needed):
+    """From two layers on; the parts of one layer need none."""
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=["q", "k"], alpha_pattern=alphas)
+    site = site_of(config, Weight("w", "h.{l}.q.weight", "{l} i o -> o i"), (2, 4, 6))
+    assert needs_layer_number(site.hparams) is needed
+    assert list(site.data) == ([LAYER] if needed else [])
+    parts = Weight("w", "h.1.{p}.weight", "{p} i o -> o i", p=("q", "k"))
+    assert not needs_layer_number(site_of(config, parts, (2, 4, 6)).hparams)
