@@ -60,6 +60,7 @@ POOL = [
 # (file, the beginning of the changed line): why the change cannot be seen.
 EQUIVALENT = {
     ("jaxadapt/arrays/low_rank.py", "if a.shape[rank_axis] > _MAX_TERMS:"): "both ways compute the same sum",
+    ("jaxadapt/keymaps/check.py", "layers[_stack_prefix(w)] = max("): "no layer is none, however far below zero",
     ("jaxadapt/arrays/low_rank.py", "_MAX_TERMS ="): "a matter of speed, which benchmarks/ measures",
 }
 
