@@ -138,6 +138,10 @@ def test_a_repeat_gives_back_what_may_begin_the_next_part(kind: str, letter: str
         (r".*.*.*.*", False),  # the last takes all that is left: 256^3 ways are not too many
         (r".*.*.*.*.*", True),
         (r"(.*){1,2}" + "a" * 300, False),  # a name has no more than 256 letters
+        ("(.*a){5}b", True),
+        ("(.*" + "a" * 64 + "){5}b", False),  # 4^5 ways, since 64 letters must follow each time
+        ("(.*" + "[ab]" * 64 + "){5}b", False),
+        ("(.*" + "(?:aa|b)" * 64 + "){5}!", False),
         ("a?" * 20, False),
         ("a?" * 40, True),
     ],
