@@ -352,5 +352,5 @@ def test_the_task_decides_what_is_said_not_what_was_asked_before(recwarn):
     ],
 )
 def test_many_names_become_few_suffixes(names, expected):
-    found = matching.resolve_targets(LoraConfig(target_modules="all-linear"), names, linear=set(names), output=None)
+    found = resolve_targets(LoraConfig(target_modules="all-linear"), names, linear=set(names), output=None)
     assert found.target_modules == tuple(sorted(expected))
