@@ -37,9 +37,9 @@ class IA3Hparams:
     """
 
     feedforward: bool
-    conv: bool = False
-    groups: int = 1
-    used: PerEntry | None = None
+    conv: bool
+    groups: int
+    used: PerEntry | None
 
 
 class IA3(Method):

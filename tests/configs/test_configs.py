@@ -24,6 +24,7 @@ from jaxadapt.configs import (
     freeze,
     from_dict,
     loads,
+    lora_variants,
     thaw,
 )
 from jaxadapt.core.errors import ConfigError
@@ -374,6 +375,8 @@ def test_unknown_keys_are_kept_on_top():
         ),
         ({"lora_alpha": 10**400}, "lora_alpha: expected a finite number"),
         ({"layer_replication": [[1, 2, 3]]}, "layer_replication: expected a list of [start, end] pairs"),
+        ({"layer_replication": [[2, 2]]}, "layer_replication: expected a list of [start, end] pairs"),
+        ({"layer_replication": [[-1, 2]]}, "layer_replication: expected a list of [start, end] pairs"),
         ({"trainable_token_indices": {"a": 1}}, "trainable_token_indices: expected"),
         ({"use_dora": True, "megatron_config": {"a": 1}}, "use_dora: expected false with a megatron_config"),
         ({"lora_bias": True, "use_dora": True}, "lora_bias: expected false with use_dora"),
@@ -490,3 +493,87 @@ def test_the_package_imports_no_numpy_and_is_quick():
     outs = [subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout for _ in range(4)]
     assert all(out.startswith("[] ") for out in outs)
     assert min(float(out.split()[-1]) for out in outs) < 0.1
+
+
+def test_a_class_takes_keywords_only():
+    with pytest.raises(ConfigError, match=r"LoraConfig takes keyword arguments only.*LoraConfig\(target_modules=…\)"):
+        LoraConfig(["q"])  # type: ignore[misc]
+    with pytest.raises(ConfigError, match=r"GenericConfig\(peft_type=…\)"):
+        GenericConfig("VERA")  # type: ignore[misc]
+
+
+def test_differences_name_the_keys_that_make_configurations_unequal():
+    one = LoraConfig(r=2, target_modules=["q"], task_type="CAUSAL_LM")
+    other = LoraConfig(r=3, target_modules=["q"], lora_alpha=4, task_type="SEQ_CLS")
+    assert one.differences(other) == "lora_alpha (8 attached, 4 in the file), r (2 attached, 3 in the file)"
+    assert one.differences(other, "in the tree").endswith("3 in the tree)")
+    assert one.differences(one) == ""
+    assert one.changed_keys(other) == ["lora_alpha", "r", "task_type"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"alora_invocation_tokens": [1.5]}, "alora_invocation_tokens: expected a list of integers or null"),
+        ({"alora_invocation_tokens": "1"}, "alora_invocation_tokens: expected a list of integers or null"),
+        ({"bias": 3}, "bias: expected"),
+        ({"layer_replication": [[0, 10**9]]}, "layer_replication: expected pairs that make at most"),
+        ({"rank_pattern": {"q": 0}}, "rank_pattern['q']: expected"),
+        ({"alpha_pattern": {"q": "a"}}, "alpha_pattern['q']: expected"),
+        ({"trainable_token_indices": {"a": [1.5]}}, "trainable_token_indices: expected a list of integers, an object"),
+        ({"r": 0}, "r: expected"),
+        ({"r": 2.5}, "r: expected"),
+        ({"r": True}, "r: expected"),
+    ],
+)
+def test_values_of_another_kind_are_refused(fields: dict[str, Any], says: str):
+    with pytest.raises(ConfigError) as caught:
+        LoraConfig(**fields)
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"r": 1}, {"alora_invocation_tokens": [1]}, {"layer_replication": [[0, 1], [0, 4]]},
+        {"alpha_pattern": {"q": 0.5}},
+        {"trainable_token_indices": {"a": [1]}}, {"trainable_token_indices": [0, 3]}, {"layers_to_transform": 0},
+    ],
+)  # fmt: skip
+def test_the_least_values_are_taken(fields: dict[str, Any]):
+    ((name, value),) = fields.items()
+    assert LoraConfig(**fields).to_dict()[name] == value
+
+
+@pytest.mark.parametrize(
+    ("fields", "changes", "name"),
+    [
+        ({}, False, "init_lora_weights=True"),
+        ({"init_lora_weights": "pissa"}, True, "init_lora_weights='pissa'"),
+        ({"init_lora_weights": "pissa_niter_4"}, True, "init_lora_weights='pissa_niter_4'"),
+        ({"init_lora_weights": "gaussian"}, False, "init_lora_weights='gaussian'"),
+        ({"kasa_config": {}}, True, "kasa_config"),
+    ],
+)
+def test_initializations_that_change_the_base(fields: dict[str, Any], changes: bool, name: str):
+    config = LoraConfig(target_modules=["q"], **fields)
+    assert lora_variants.changes_base(config) is changes
+    assert lora_variants.init_field(config) == name
+    if changes:
+        with pytest.raises(ConfigError, match=f"it: {name}: .*took a part out of the base"):
+            lora_variants.require_original_base(config, "it")
+    else:
+        lora_variants.require_original_base(config, "it")
+
+
+@pytest.mark.parametrize(
+    ("fields", "reasons"),
+    [
+        ({}, []), ({"use_dora": True}, ["use_dora=True"]), ({"bias": "all"}, ["bias='all'"]),
+        ({"bias": "lora_only", "lora_bias": True}, ["lora_bias=True", "bias='lora_only'"]),
+    ],
+)  # fmt: skip
+def test_what_is_more_than_a_product_is_named(fields: dict[str, Any], reasons: list[str]):
+    assert lora_variants.reasons_not_a_product(LoraConfig(target_modules=["q"], **fields)) == reasons
+    ia3 = IA3Config(target_modules=["q"], feedforward_modules=[])
+    assert lora_variants.reasons_not_a_product(ia3) == ["peft_type is IA3"]

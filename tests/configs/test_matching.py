@@ -341,3 +341,16 @@ def test_the_task_decides_what_is_said_not_what_was_asked_before(recwarn):
     assert not recwarn.list  # of PEFT's two guesses one is here
     init(config, params, key=jax.random.key(0))
     assert [str(w.message) for w in recwarn.list] == ["modules_to_save: 'score' matches no module"]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ([f"h.{i}.q" for i in range(20)], ["q"]),
+        ([f"h.{i}.q" for i in range(19)], [f"h.{i}.q" for i in range(19)]),  # PEFT shortens from 20 names on
+        ([f"h.q{i}" for i in range(20)], [f"h.q{i}" for i in range(20)]),  # and only if that makes them fewer
+    ],
+)
+def test_many_names_become_few_suffixes(names, expected):
+    found = resolve_targets(LoraConfig(target_modules="all-linear"), names, linear=set(names), output=None)
+    assert found.target_modules == tuple(sorted(expected))

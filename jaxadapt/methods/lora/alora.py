@@ -59,7 +59,7 @@ def mask_delta(params: Params, delta: Array, y: Array) -> Array:
 
 def list_problems(config: LoraConfig, match: Match) -> list[str]:
     """Return the settings and layers that PEFT does not combine with aLoRA."""
-    unsupported = [name for name in ("use_dora", "kasa_config") if config.get(name)]
+    unsupported = [name for name in ("use_dora", "kasa_config") if config.get(name) not in (None, False)]
     if str(config.init_lora_weights).lower() == "mica":
         unsupported.append("init_lora_weights='mica'")
     if not config.alora_invocation_tokens:

@@ -60,15 +60,15 @@ class LoraHparams:
     """
 
     scale: float | PerEntry
-    dropout: float = 0.0
-    kind: str = ""
-    groups: int = 1
-    dora: bool = False
-    bias: bool = False
-    tied: bool = False
-    frozen: bool = False
-    invoked: bool = False
-    used: PerEntry | None = None
+    dropout: float
+    kind: str
+    groups: int
+    dora: bool
+    bias: bool
+    tied: bool
+    frozen: bool
+    invoked: bool
+    used: PerEntry | None
 
 
 class Lora(Method):

@@ -221,3 +221,10 @@ def test_a_card_that_nobody_touched_is_written_anew():
     assert card.refresh_card(None, new) == card.merge_card(None, new) == new
     assert card.is_edited(old.replace("r | 4", "r | 5"))
     assert not card.is_edited(old.replace("\n", "\r\n"))  # what git does on some machines
+
+
+@pytest.mark.parametrize("word", ["no", "Off", "true", "null", "y", "apache-2.0", "a: b"])
+def test_a_license_is_the_text_it_was_in_yaml(word):
+    """YAML 1.1 reads a bare `no` as false."""
+    assert front(written(lora(), license=word))["license"] == word
+    assert (f"license: {word}\n" in written(lora(), license=word)) == (word == "apache-2.0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import huggingface_hub
@@ -13,6 +14,7 @@ from huggingface_hub import constants
 import jaxadapt
 from jaxadapt.persistence import card
 from jaxadapt.storage import hub as door
+from jaxadapt.storage import hub_progress
 from tests.support import hub_server, small
 from tests.support.small import CARD, CONFIG, WEIGHTS
 
@@ -496,3 +498,28 @@ def test_peft_pulls_what_we_pushed_and_the_reverse(hub, tmp_path, monkeypatch):
     back = jaxadapt.load("hf://org/theirs", small.net())
     x = theirs.state_dict()["base_model.model.q_proj.lora_A.default.weight"].numpy()
     assert np.array_equal(jaxadapt.to_peft(back).tensors["base_model.model.q_proj.lora_A.weight"], x)
+
+
+def test_a_pull_request_creates_no_repository_that_is_there(hub, saved, monkeypatch):
+    """Who may open a pull request may often not create a repository; one that is missing is created for it."""
+    asked = []
+    created = huggingface_hub.HfApi.create_repo
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "create_repo", lambda self, *a, **k: asked.append(a) or created(self, *a, **k)
+    )
+    pushed(hub, saved, create_pr=True)
+    assert len(asked) == 1
+    pushed(hub, saved, create_pr=True)
+    assert len(asked) == 1
+    pushed(hub, saved)
+    assert len(asked) == 2
+
+
+def test_the_clients_bars_come_back():
+    from huggingface_hub.utils import are_progress_bars_disabled
+
+    assert not are_progress_bars_disabled()
+    with contextlib.suppress(KeyError), hub_progress.client_bars(False):
+        assert are_progress_bars_disabled()
+        raise KeyError
+    assert not are_progress_bars_disabled()
