@@ -71,6 +71,12 @@ def find_files(path: str | os.PathLike[str], report: Report = no_report) -> tupl
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise file_error("read", str(folder), error) from error
     weights = next((name for name in (WEIGHTS, WEIGHTS_BIN) if name in present), None)
+    if (
+        CONFIG not in present
+        and weights == WEIGHTS
+        and reconcile.META in safetensors.read_header(folder / weights).metadata
+    ):
+        return folder / CONFIG, folder / weights  # `resolve_config` takes the copy in the header
     missing = [name for name, found in ((CONFIG, CONFIG in present), (WEIGHTS, weights)) if not found]
     if missing or weights is None:
         adapters: list[str] = []

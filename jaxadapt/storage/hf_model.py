@@ -24,7 +24,7 @@ from jaxadapt.storage.safetensors_header import MAX_HEADER, problems_text
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["ModelTensors", "open_model", "write_model"]
+__all__ = ["BIN", "BIN_INDEX", "INDEX", "SINGLE_FILE", "ModelTensors", "open_model", "read_index", "write_model"]
 
 SINGLE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -195,7 +195,7 @@ def _combine_files(source: str, parts: Iterable[Mapping[str, np.ndarray]]) -> Mo
     return ModelTensors(source, {key: (part, key) for part in parts for key in part})
 
 
-def _read_index(path: Location) -> dict[str, str]:
+def read_index(path: Location) -> dict[str, str]:
     """Return `{key: file name}` of an index."""
     try:
         data: Any = json.loads(location.read_text_bytes(path, MAX_HEADER))
@@ -242,7 +242,7 @@ def open_model(path: Location) -> Generator[ModelTensors]:
         if main in (SINGLE_FILE, BIN):
             yield _combine_files(str(path / main), [open_part(path / main)])
             return
-        index = _read_index(path / main)
+        index = read_index(path / main)
         names = dict.fromkeys(index.values())
         missing = [name for name in names if not location.exists(path / name)]
         if missing:
@@ -351,4 +351,4 @@ def write_model(folder: Location, specs: Specs, get: Callable[[str], np.ndarray]
 def _current_files(folder: Location) -> set[str]:
     """Return the names of the folder's current weight files, which a new set replaces."""
     names = {name for name in (SINGLE_FILE, INDEX) if location.is_file(folder / name)}
-    return names | set(_read_index(folder / INDEX).values()) if INDEX in names else names
+    return names | set(read_index(folder / INDEX).values()) if INDEX in names else names
