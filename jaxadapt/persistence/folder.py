@@ -250,13 +250,14 @@ def _write(tensors: PeftTensors, folder: Location, put: Put | None, report: Repo
     import numpy as np
 
     config, weights = folder / CONFIG, folder / WEIGHTS
+    adapter_config = with_integral_alpha(tensors.config)
     if location.is_dir(config):
         raise FileError(f"{config}: expected a file, found a folder; save to another path")
-    text = tensors.config.to_json()
+    text = adapter_config.to_json()
     exists = location.exists(config)
     old_text = reconcile.read_text(config) if exists else text
     replaces = _NOTHING if old_text == text else reconcile.text_digest(old_text)
-    document = {"config": tensors.config.to_dict(), "replaces": replaces, "schema": 1}
+    document = {"config": adapter_config.to_dict(), "replaces": replaces, "schema": 1}
     specs = {k: (np.dtype(v.dtype), tuple(v.shape)) for k, v in array_specs(tensors.tensors).items()}
     parts = [key for key in specs if key.endswith("]")]
     if parts:
@@ -285,8 +286,20 @@ def _write(tensors: PeftTensors, folder: Location, put: Put | None, report: Repo
             warn(f"{stale} is an older adapter beside the one just written; readers use {WEIGHTS}. Delete it")
     dtypes = tuple(sorted({dtype_name(dtype) for dtype, _ in specs.values()}))
     shapes = {key: shape for key, (_, shape) in specs.items()}
-    _write_card(folder / CARD, tensors.config, card.Facts(shapes, dtypes, header.size))
+    _write_card(folder / CARD, adapter_config, card.Facts(shapes, dtypes, header.size))
     LOGGER.info("%s: %d tensors written, %s", folder, len(specs), card.size_text(header.size))
+
+
+def with_integral_alpha(config: Config) -> Config:
+    """Write an integral `lora_alpha` as an integer: readers such as Ollama's expect one. The value is the same.
+
+    >>> with_integral_alpha(configs.LoraConfig(lora_alpha=16.0)).lora_alpha
+    16
+    """
+    alpha = config.get("lora_alpha")
+    if isinstance(config, configs.LoraConfig) and isinstance(alpha, float) and alpha.is_integer():
+        return config.replace(lora_alpha=int(alpha))
+    return config
 
 
 def _write_card(path: Location, config: Config, facts: card.Facts) -> None:

@@ -212,7 +212,7 @@ def _check_shapes(shapes: Shapes, config: Config, base: Shapes, names: Mapping[s
         )
     if wrong:
         findings.append(
-            finding.error("shape", wrong, f"sizes that do not fit the base in {finding.count(wrong, 'place')}: {wrong[0]}",
+            finding.error("shape", wrong, f"{finding.count(wrong, 'size')} not of the base: {wrong[0]}",
                           "sizes of the base's weights", "check that the adapter belongs to this base model")
         )  # fmt: skip
     return findings
@@ -234,7 +234,7 @@ def _check_completeness(modules: Collection[str], config: Config, base: Shapes, 
         finding.error(
             "missing",
             absent,
-            f"{source} has {finding.count(absent, 'module')} that target_modules selects and the file lacks, such as {absent[0]}",
+            f"{finding.count(absent, 'module')} of {source} that target_modules selects, but the file lacks",
             "tensors for every target",
             "save the adapter again where it was trained, or name the adapted modules exactly in target_modules",
         )
@@ -254,7 +254,7 @@ def _check_family(modules: Iterable[str], keymap: KeyMap) -> list[Finding]:
         finding.error(
             "base",
             missing,
-            f"the family {keymap.name} has no module called {missing[0]}, and lacks {len(missing)} of {finding.count(modules, 'module')}",
+            f"{keymap.name} lacks {len(missing)} of {finding.count(modules, 'module')}, such as {missing[0]}",
             "PyTorch's module names of the family",
             f"check the family and the prefix of the keys; `jaxadapt families {keymap.name}` lists the names",
         )

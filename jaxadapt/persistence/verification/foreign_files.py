@@ -120,7 +120,7 @@ def other_folder(source: str, names: Sequence[str], adapters: Sequence[str]) -> 
     steps = [name for name in names if run_folder.NAME.fullmatch(name)]
     if steps:
         return finding.error(
-            "training-run", steps, f"the folder of a training run: {finding.count(steps, 'checkpoint')}, no exported adapter",
+            "training-run", steps, f"a training run: {finding.count(steps, 'checkpoint')}, no exported adapter",
             _EXPECTED, f"run: jaxadapt checkpoints {source} --step latest --export OUT",
         )  # fmt: skip
     if adapters:

@@ -147,7 +147,7 @@ def _check_ranks(modules: Modules, config: Config) -> list[Finding]:
     findings: list[Finding] = []
     if unequal:
         findings.append(
-            finding.error("shape", unequal, f"A and B do not fit together in {finding.count(unequal, 'module')}: {unequal[0]}",
+            finding.error("shape", unequal, f"A and B do not fit in {finding.count(unequal, 'module')}: {unequal[0]}",
                           "A of shape (r, in) and B of shape (out, r)", "save the adapter again")
         )  # fmt: skip
     if other:
@@ -177,7 +177,7 @@ def _check_targets(modules: Modules, config: Config) -> list[Finding]:
             finding.error(
                 "untargeted",
                 untargeted,
-                f"target_modules does not select {finding.count(untargeted, 'module')} of the file, such as {untargeted[0]}",
+                f"target_modules does not select {finding.count(untargeted, 'module')}, such as {untargeted[0]}",
                 "target_modules that selects every adapted module: PEFT ignores the other tensors",
                 "correct target_modules, or take adapter_config.json from where the adapter was trained",
             )
