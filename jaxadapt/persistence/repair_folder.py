@@ -167,7 +167,7 @@ def _plan(stored: StoredAdapter) -> _Plan | None:
     config, specs = checked.config, stored.specs
     if not stored.is_adapter or config is None or not specs:
         return None
-    if foreign_files.foreign_library(specs, has_config=True) is not None:
+    if foreign_files.foreign_library(specs, True) or foreign_files.not_an_adapter(specs, stored.source):
         return None
     names = key_names.normalize_keys(specs, config.peft_type)
     if len(names.adapters) > 1 or any(not verify_folder.are_equal(keys, stored) for keys in names.duplicates.values()):

@@ -230,8 +230,10 @@ def _describe_method(config: Config, shapes: tensor_checks.Shapes | None) -> Fin
         return finding.note("method", (config.peft_type,), f"the configuration of a {config.peft_type} adapter{base}")
     modules, _ = tensor_checks.split_modules(shapes, config)
     count = len([module for module in modules if module and module != "base_model"])
-    text = f", {count} adapted {'module' if count == 1 else 'modules'}" if count else ""
-    return finding.note("method", (config.peft_type,), f"{config.peft_type} adapter{base}, {len(shapes)} tensors{text}")
+    text = f", {finding.count(count, 'adapted module')}" if count else ""
+    return finding.note(
+        "method", (config.peft_type,), f"{config.peft_type} adapter{base}, {finding.count(shapes, 'tensor')}{text}"
+    )
 
 
 def _describe_tensors(kind: str, shapes: tensor_checks.Shapes) -> Finding:
@@ -252,6 +254,6 @@ def _describe_scales(shapes: tensor_checks.Shapes, config: Config) -> list[Findi
     notes: list[Finding] = []
     for (rank, scale), members in sorted(groups.items()):
         ends = ", ".join(sorted({name.rpartition(".")[2] for name in members}))
-        count = f"{len(members)} {'module' if len(members) == 1 else 'modules'}"
-        notes.append(finding.note("scale", members, f"rank {rank} and scale {scale:.6g} in {count} ({ends})"))
+        text = f"rank {rank} and scale {scale:.6g} in {finding.count(members, 'module')} ({ends})"
+        notes.append(finding.note("scale", members, text))
     return notes

@@ -188,7 +188,11 @@ def _versions(config: Config) -> list[Finding]:
         )
     elif unknown:
         findings.append(
-            finding.note("unknown-fields", unknown, f"PEFT {PEFT_VERSION} does not have these fields and ignores them")
+            finding.note(
+                "unknown-fields",
+                unknown,
+                f"PEFT {PEFT_VERSION} ignores the fields {', '.join(unknown)}, which it does not have",
+            )
         )
     if not key_names.is_known_method(config.peft_type):
         findings.append(

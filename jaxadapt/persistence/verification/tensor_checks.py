@@ -245,11 +245,13 @@ def is_saved_by_peft(key: str, config: Config) -> bool:
     if ".original_module." in key:
         return False
     module = key.removeprefix(PEFT_PREFIX).rpartition(".")[0]
-    return matching.is_saved(config, module) or (key.endswith(".bias") and config.get("bias", "none") == "all")
+    return matching.is_saved(matching.with_task_heads(config), module) or (
+        key.endswith(".bias") and config.get("bias", "none") == "all"
+    )
 
 
 def _is_expected(key: str, module: str, config: Config) -> bool:
-    if matching.is_saved(config, module):
+    if matching.is_saved(matching.with_task_heads(config), module):  # PEFT adds the heads of the task on loading
         return True
     if key.endswith(".bias") and config.get("bias", "none") != "none":
         return True
