@@ -27,6 +27,7 @@ COMMANDS = (
     "inspect",
     "verify",
     "repair",
+    "diff",
     "merge",
     "combine",
     "convert",

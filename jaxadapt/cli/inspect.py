@@ -17,7 +17,8 @@ _TITLES = {"wrong": "misread by", "refused": "refused by", "unknown": "not known
 """{verdict about a program: title of its row}."""
 
 
-def _check_png(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+def check_png(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Check that the value of an option names a PNG file."""
     if value is not None and not value.lower().endswith(".png"):
         raise click.BadParameter(f"expected a file name ending in .png, found {value!r}")
     return value
@@ -32,7 +33,7 @@ def _check_png(ctx: click.Context, param: click.Parameter, value: str | None) ->
     "--plot",
     type=click.Path(),
     metavar="FILE.png",
-    callback=_check_png,
+    callback=check_png,
     help="Write these changes as a heat map (needs matplotlib).",
 )
 def command(folder: str, as_json: bool, tensors: bool, norms: bool, plot: str | None) -> None:

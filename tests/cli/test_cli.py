@@ -317,6 +317,7 @@ JSON = {
     "check-keymap": ("check-keymap", "llama", "--checkpoint", "base"),
     "verify": ("verify", "out"),
     "repair": ("repair", "out"),
+    "diff": ("diff", "out", "out"),
     "checkpoints": ("checkpoints", "run"),
     "checkpoints --export": ("checkpoints", "run", "--export", "new"),
     "families": ("families",),

@@ -33,7 +33,7 @@ PUBLIC = {
     "TargetError",
 }  # fmt: skip
 PACKAGES = {
-    "analysis": set(),
+    "analysis": {"diff"},
     "export": {"export_base", "import_base"},
     "initializers": {"for_original_base", "start"},
     "keymaps": {"KeyMap", "Weight"},

@@ -126,7 +126,7 @@ def test_hyperparameters_sizes_and_results():
 )
 def test_vllm_where_it_takes_the_file(fields, facts, line):
     text = written(lora(**fields), **facts)
-    assert line in text if line else ("In vLLM" not in text and "| vLLM | refuses it | `" in text)
+    assert line in text if line else ("In vLLM" not in text and re.search(r"\| [^|]*vLLM[^|]* \| refuses it", text))
 
 
 @pytest.mark.parametrize("base", ["/home/me/model", "../model", "C:\\model", "a/b/c"])
