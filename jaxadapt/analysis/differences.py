@@ -1,9 +1,9 @@
 """The difference of two adapters: configurations, modules, and how far the changes of each weight are apart.
 
-ΔW = s·B·A of LoRA is never computed. With the scales in the As, equal ranks give ΔW₁ − ΔW₂ = C·D with
-C = [B₁, B₁ − B₂] and D = [A₁ − A₂; A₂], and its Frobenius norm follows from small Gram matrices:
-‖C·D‖² = tr(CᵀC · DDᵀ). This form keeps its precision for two steps of one run, whose factors are nearly equal. For
-other ranks C = [B₁, −B₂] and D = [A₁; A₂]. The angles between two subspaces have the cosines σ(Q₁ᵀQ₂), with
+ΔW = s·B·A of LoRA is never computed. With the scales in the As, equal ranks give
+ΔW₁ − ΔW₂ = B₁·(A₁ − A₂) + (B₁ − B₂)·A₂, and its Frobenius norm follows from small Gram matrices, as
+‖B·A‖² = tr(BᵀB · AAᵀ). This form keeps its precision for two steps of one run, whose factors are nearly equal. For other
+ranks ‖ΔW₁ − ΔW₂‖² = ‖ΔW₁‖² + ‖ΔW₂‖² − 2⟨ΔW₁, ΔW₂⟩. The angles between two subspaces have the cosines σ(Q₁ᵀQ₂), with
 orthonormal bases Q (Björck and Golub 1973), which follow from the Gram matrices as well.
 """
 
@@ -272,18 +272,17 @@ def _compare_products(module: str, x: _Factors, y: _Factors) -> ModuleDifference
     import numpy as np
 
     (a, b), (c, d) = x, y
-    aa, bb, cc, dd = (np.matmul(m, np.swapaxes(m, 1, 2)) for m in (a, b.swapaxes(1, 2), c, d.swapaxes(1, 2)))
-    ac, bd = np.matmul(a, np.swapaxes(c, 1, 2)), np.matmul(np.swapaxes(b, 1, 2), d)
+    aa, bb, cc, dd = (np.matmul(m, m.swapaxes(1, 2)) for m in (a, b.swapaxes(1, 2), c, d.swapaxes(1, 2)))
+    ac, bd = np.matmul(a, c.swapaxes(1, 2)), np.matmul(b.swapaxes(1, 2), d)
     norms = [math.sqrt(max(float((p * q).sum()), 0.0)) for p, q in ((aa, bb), (cc, dd))]
     product = float((ac * bd).sum())
     if a.shape == c.shape:
         e, f = a - c, b - d  # ΔW₁ − ΔW₂ = B₁·(A₁ − A₂) + (B₁ − B₂)·A₂
-        left = np.concatenate([b, f], 2)
-        right = np.concatenate([e, c], 1)
+        ee, ff = np.matmul(e, e.swapaxes(1, 2)), np.matmul(f.swapaxes(1, 2), f)
+        square = float((bb * ee).sum() + 2 * ((bb - bd) * (ac - cc)).sum() + (ff * cc).sum())
     else:
-        left, right = np.concatenate([b, -d], 2), np.concatenate([a, c], 1)
-    grams = np.matmul(left.swapaxes(1, 2), left), np.matmul(right, right.swapaxes(1, 2))
-    distance = math.sqrt(max(float((grams[0] * grams[1]).sum()), 0.0))
+        square = norms[0] ** 2 + norms[1] ** 2 - 2 * product
+    distance = math.sqrt(max(square, 0.0))
     cosine = product / (norms[0] * norms[1]) if norms[0] and norms[1] else math.nan
     return ModuleDifference(
         module,

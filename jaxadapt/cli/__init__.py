@@ -115,7 +115,7 @@ def main(verbose: bool) -> None:
     Example:
       jaxadapt demo                      fine-tune a real language model on this machine
       jaxadapt inspect out/              show an adapter's settings, targets and size
-      jaxadapt verify out/               find out what is wrong with an adapter
+      jaxadapt verify out/               find the problems of an adapter
       jaxadapt push out/ org/name        upload it to the Hugging Face Hub
       jaxadapt inspect hf://org/name     show an adapter of the Hub
 

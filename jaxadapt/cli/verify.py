@@ -18,7 +18,7 @@ _COLORS = {"error": "red", "warning": "yellow", "note": "green"}
 _MAX_NAMES = 6
 
 
-@click.command("verify", short_help="Find out what is wrong with an adapter's files.")
+@click.command("verify", short_help="Find the problems of an adapter's files.")
 @click.argument("path", type=click.Path())
 @click.option(
     "--base",
@@ -27,7 +27,7 @@ _MAX_NAMES = 6
 )
 @output.as_json
 def command(path: str, base: str | None, as_json: bool) -> None:
-    """Check the adapter in PATH, and say what is wrong, what was expected and what to do.
+    """Check the adapter in PATH, and print each problem with its remedy.
 
     PATH is an adapter's folder, one of its files, or an address: hf://org/name, s3://…, gs://…. It may also be a
     damaged file or another program's. Checked are:

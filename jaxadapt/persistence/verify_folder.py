@@ -1,4 +1,4 @@
-"""Verify an adapter's files: everything that may be wrong with them, as values.
+"""Verify an adapter's files: their problems and main facts, as values.
 
 path ──open_stored──► StoredAdapter ──checks of configuration, keys, tensors, values, base──► findings
 """
@@ -25,10 +25,10 @@ from jaxadapt.persistence.verification.stored_adapter import Specs, StoredAdapte
 
 
 def verify(path: str | os.PathLike[str], base: Any = None, *, progress: Progress = None) -> list[Finding]:
-    """Check the files of an adapter and return everything that is wrong, suspicious or worth knowing.
+    """Check the files of an adapter and return every problem and the main facts as values.
 
-    Reads any file that somebody may take for an adapter, also damaged ones and those of other libraries. One tensor is
-    in memory at a time (all of a `.bin` file), and neither torch nor JAX is needed.
+    Reads also damaged files and those of other libraries that are easily taken for PEFT's. One tensor is in memory at a
+    time (all of a `.bin` file), and torch is not needed.
 
     Args:
         path: the adapter's folder; one of its files; an address of an object store or of the Hub.
