@@ -6,7 +6,7 @@ import contextlib
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -68,7 +68,7 @@ def command(first: str, second: str, as_json: bool, modules: bool, plot: str | N
 
 
 @contextlib.contextmanager
-def _open(path: str) -> Iterator[PeftTensors]:
+def _open(path: str) -> Generator[PeftTensors]:
     """Open an adapter, or the only adapter of a run's step."""
     from jaxadapt.persistence import folder
     from jaxadapt.storage import location
