@@ -3,8 +3,8 @@
 ΔW = s·B·A of LoRA is never computed. With the scales in the As, equal ranks give
 ΔW₁ − ΔW₂ = B₁·(A₁ − A₂) + (B₁ − B₂)·A₂, and its Frobenius norm follows from small Gram matrices, as
 ‖B·A‖² = tr(BᵀB · AAᵀ). This form keeps its precision for two steps of one run, whose factors are nearly equal. For
-other ranks ‖ΔW₁ − ΔW₂‖² = ‖ΔW₁‖² + ‖ΔW₂‖² − 2⟨ΔW₁, ΔW₂⟩. The angles between two subspaces have the cosines σ(Q₁ᵀQ₂), with
-orthonormal bases Q (Björck and Golub 1973), which follow from the Gram matrices as well.
+other ranks ‖ΔW₁ − ΔW₂‖² = ‖ΔW₁‖² + ‖ΔW₂‖² − 2⟨ΔW₁, ΔW₂⟩. The angles between two subspaces have the cosines
+σ(Q₁ᵀQ₂), with orthonormal bases Q (Björck and Golub 1973), which follow from the Gram matrices as well.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ path ──open_stored──► StoredAdapter ──checks of configuration, key
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from jaxadapt.persistence.verification import (
 )
 from jaxadapt.persistence.verification.finding import SEVERITIES, Finding
 from jaxadapt.persistence.verification.stored_adapter import Specs, StoredAdapter, open_stored
+from jaxadapt.storage.safetensors_header import BITS
 
 
 def verify(path: str | os.PathLike[str], base: Any = None, *, progress: Progress = None) -> list[Finding]:
@@ -102,11 +104,7 @@ def _check_content(stored: StoredAdapter, base: Any, base_name: str, report: Rep
 
 
 def _nbytes(spec: tuple[str, tuple[int, ...]]) -> int:
-    import math
-
-    from jaxadapt.storage.dtypes import numpy_dtype
-
-    return math.prod(spec[1]) * numpy_dtype(spec[0]).itemsize
+    return math.prod(spec[1]) * BITS.get(spec[0], 128) // 8  # C128, which only .bin files have
 
 
 def guess_method(specs: Specs) -> str:

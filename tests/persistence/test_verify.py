@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import jax
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 import jaxadapt
@@ -375,6 +378,48 @@ def test_bases_are_read_without_their_tensors(kind: str, folder: Path, tmp_path:
         path = path / "model.safetensors" if kind == "file" else path
     assert codes(folder, path) == []
     assert codes(damaged(folder, changed("q_proj.lora_B", lambda x: x[:6])(sound())), path) == ["shape"]
+
+
+WORDS = (
+    "base_model model q_proj lora_A lora_B weight default module _orig_mod 0 7 999999 ia3_l lora_down modules_to_save"
+)
+NAMES = st.sampled_from([*WORDS.split(), "base_layer", "", "é"])
+FIELD_NAMES = (
+    "peft_type r lora_alpha target_modules rank_pattern alpha_pattern bias modules_to_save use_dora peft_version"
+)
+FIELDS = st.sampled_from([*FIELD_NAMES.split(), "trainable_token_indices", "magic"])
+TEXTS = st.sampled_from(["LORA", "lora", "IA3", "(", "q.*", ""])
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 40) | st.floats() | TEXTS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.dictionaries(
+        st.lists(NAMES, min_size=1, max_size=7).map(".".join), st.lists(st.integers(0, 3), max_size=3), max_size=5
+    ),
+    st.dictionaries(FIELDS, VALUES, max_size=5),
+    st.booleans(),
+)
+def test_any_tensors_and_settings_give_findings(tensors, fields, is_lora):
+    """Neither `verify` nor `repair` fails in another way than they say, and a repaired folder needs no repair."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "a"
+        folder.mkdir()
+        save_file({key: np.zeros(shape, "float16") for key, shape in tensors.items()}, folder / WEIGHTS)
+        sound_fields = {"peft_type": "LORA", "target_modules": ["q_proj"]} if is_lora else {}
+        (folder / CONFIG).write_text(json.dumps(sound_fields | fields))
+        for found in jaxadapt.verify(folder, BASE):
+            assert found.severity in ("error", "warning", "note")
+        try:
+            result = jaxadapt.repair(folder)
+        except jaxadapt.MismatchError:
+            return
+        if result.path is not None:
+            assert not any(f.repairable for f in jaxadapt.verify(result.path))
 
 
 # ---------------------------------------------------------------- commands

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -59,13 +60,18 @@ def base_shapes(base: Any) -> Shapes | KeyMap:
 
 def _file_shapes(path: Location) -> Shapes:
     if path.suffix == ".json":
-        values: Any = json.loads(location.read_text_bytes(path))
-        if not isinstance(values, dict):
-            raise FormatError(f"{path}: expected a JSON object {{key: shape}}")
-        return {str(k): tuple(cast("list[int]", v)) for k, v in cast("dict[Any, Any]", values).items()}
+        return _read_shapes(path)
     if path.suffix == ".safetensors":
         return {key: info.shape for key, info in safetensors.read_header(path).tensors.items()}
     return {key: shape for key, (_, shape) in torch_bin.keys_and_shapes(path).items()}
+
+
+def _read_shapes(path: Location) -> Shapes:
+    try:
+        values: Any = json.loads(location.read_text_bytes(path))
+        return {str(key): tuple(map(operator.index, shape)) for key, shape in values.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise FormatError(f"{path}: expected a JSON object {{key: [size, …]}}, found another value: {error}") from error
 
 
 def _folder_shapes(folder: Location) -> Shapes:

@@ -25,6 +25,7 @@ _PAIRS: Mapping[str, tuple[tuple[str, str], ...]] = {
     "HIRA": (("hira_A", "hira_B"),),
 }
 _EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out", "embeddings")
+_MAX_DIGITS = 6  # of a layer's number
 _SAVE_AGAIN = "save the adapter again where it was trained; the missing values cannot be restored from the file"
 
 
@@ -268,7 +269,7 @@ def _check_layers(modules: Modules, config: Config) -> list[Finding]:
     layers: dict[tuple[str, str], set[int]] = {}
     for module in modules:
         match = re.fullmatch(r"(\D*?)\.?(\d+)\.(.+)", module)
-        if match is not None and len(match[2]) < 10:
+        if match is not None and len(match[2]) < _MAX_DIGITS:
             layers.setdefault((match[1], match[3]), set()).add(int(match[2]))
     gaps: list[str] = []
     for (stack, name), numbers in layers.items():

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from jaxadapt.configs import Config
+from jaxadapt.core.errors import FileError
 from jaxadapt.persistence.verification import finding, key_names, tensor_checks
 from jaxadapt.persistence.verification.finding import Finding
 
@@ -47,7 +48,11 @@ def check_values(
     ones: list[str] = []
     grams: dict[str, dict[str, np.ndarray]] = {}
     for name, key in keys.items():
-        values = np.asarray(get(key))
+        try:
+            values = np.asarray(get(key))
+        except FileError as problem:
+            expected = "a tensor that can be read"
+            return [finding.error("unreadable", (name,), str(problem), expected, "fetch or save the file again")]
         if values.dtype.kind not in "fV" and not values.dtype.name.startswith(("bfloat", "float")):
             continue
         values = values.astype(np.float32, copy=False) if values.dtype != np.float64 else values
