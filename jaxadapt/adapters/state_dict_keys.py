@@ -79,9 +79,9 @@ def split_adapter_name(key: str) -> tuple[str, str] | None:
     if end in _PLAIN:  # of a module: lora_A.default.weight
         stem, _, name = stem.rpartition(".")
         tensor = stem.rpartition(".")[2]
-        if tensor in _TENSORS:
+        if tensor in _TENSORS and name not in _TENSORS:
             return name, stem if tensor == "lora_magnitude_vector" else f"{stem}.{end}"
-    elif stem.rpartition(".")[2] in _TENSORS:  # a parameter: ia3_l.default
+    elif stem.rpartition(".")[2] in _TENSORS and end not in _TENSORS:  # a parameter: ia3_l.default
         return end, stem
     module, separator, rest = key.rpartition(_SAVED)
     name, dot, parameter = rest.partition(".")
