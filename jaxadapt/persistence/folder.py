@@ -29,7 +29,7 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, FileError, MismatchError, warn
 from jaxadapt.core.progress import LOGGER, Progress, Report, byte_counter, no_report, reporter
 from jaxadapt.persistence import card, reconcile, run_folder
-from jaxadapt.storage import atomic, flush, hub, location, orbax, safetensors, torch_bin
+from jaxadapt.storage import atomic, flush, hub, location, orbax, safetensors, torch_bin, torch_bin_write
 from jaxadapt.storage.dtypes import dtype_name
 from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Location
@@ -193,10 +193,18 @@ Put = Callable[[atomic.Writer, Mapping[str, Any], Mapping[str, str]], safetensor
 """Writes the file of tensors, from `(writer, {key: (dtype, shape)}, metadata)`."""
 
 
-def write(tensors: PeftTensors, path: str | os.PathLike[str], *, progress: Progress = None) -> None:
+def write(
+    tensors: PeftTensors,
+    path: str | os.PathLike[str],
+    *,
+    format: str = "safetensors",  # noqa: A002 (as in `save`)
+    progress: Progress = None,
+) -> None:
     """Write an adapter folder, durably and atomically: after a crash it contains the old adapter or the new one.
 
     Args:
+        format: "bin" writes PyTorch's `adapter_model.bin`, for programs that read no safetensors. It has no copy of the
+            configuration, so that a reader does not notice a save that was interrupted between the two files.
         progress: None, True (a bar on a terminal or in a notebook) or a function of ("save", bytes done, bytes in all).
 
     Creates the folder if it is missing and leaves other files in it alone; an edited README.md is kept. The same
@@ -213,10 +221,14 @@ def write(tensors: PeftTensors, path: str | os.PathLike[str], *, progress: Progr
     ...     jaxadapt.read(folder).config == config
     True
     """
-    write_with(tensors, path, None, progress)
+    if format not in ("safetensors", "bin"):
+        raise FileError(f"{os.fspath(path)}: format {format!r}: expected 'safetensors' or 'bin'")
+    write_with(tensors, path, None, progress, as_bin=format == "bin")
 
 
-def write_with(tensors: PeftTensors, path: str | os.PathLike[str], put: Put | None, progress: Progress) -> None:
+def write_with(
+    tensors: PeftTensors, path: str | os.PathLike[str], put: Put | None, progress: Progress, *, as_bin: bool = False
+) -> None:
     """Write an adapter folder as `write` does; `put`, if given, writes the file of tensors."""
     if not isinstance(tensors, PeftTensors):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise AttachError(
@@ -231,7 +243,7 @@ def write_with(tensors: PeftTensors, path: str | os.PathLike[str], put: Put | No
     made = make_folder(folder)
     try:
         with reporter(progress) as report, atomic.lock_directory(folder):
-            _write(tensors, folder, put, report)
+            _write(tensors, folder, put, report, as_bin)
     except BaseException:
         for new in made:  # remove the empty folders that this call created
             with contextlib.suppress(OSError):
@@ -246,10 +258,15 @@ def make_folder(folder: Location) -> list[Path]:
     return flush.make_folder(folder)
 
 
-def _write(tensors: PeftTensors, folder: Location, put: Put | None, report: Report) -> None:
+def _write(tensors: PeftTensors, folder: Location, put: Put | None, report: Report, as_bin: bool) -> None:
     import numpy as np
 
-    config, weights = folder / CONFIG, folder / WEIGHTS
+    config, weights = folder / CONFIG, folder / (WEIGHTS_BIN if as_bin else WEIGHTS)
+    if as_bin and location.exists(folder / WEIGHTS):
+        raise FileError(
+            f"{folder}: cannot write {WEIGHTS_BIN} beside {WEIGHTS}, which readers would take instead; choose another"
+            " folder, or delete that file"
+        )
     adapter_config = with_integral_alpha(tensors.config)
     if location.is_dir(config):
         raise FileError(f"{config}: expected a file, found a folder; save to another path")
@@ -275,19 +292,22 @@ def _write(tensors: PeftTensors, folder: Location, put: Put | None, report: Repo
         if put is None:
             count = byte_counter(report, "save", sum(d.itemsize * math.prod(shape) for d, shape in specs.values()))
             get = functools.partial(_value, tensors.tensors)
-            header = safetensors.write_to(writer, specs, get, metadata, progress=count)
+            if as_bin:
+                size = torch_bin_write.write_to(writer, specs, get, count)
+            else:
+                size = safetensors.write_to(writer, specs, get, metadata, progress=count).size
         else:
-            header = put(writer, specs, metadata)
-    if replaces != _NOTHING:
+            size = put(writer, specs, metadata).size
+    if replaces != _NOTHING and not as_bin:
         _blank_digest(weights, replaces)
     stale = folder / WEIGHTS_BIN
     with contextlib.suppress(FileError):  # the adapter is in place, and readers prefer it to this file
-        if location.exists(stale):
+        if not as_bin and location.exists(stale):
             warn(f"{stale} is an older adapter beside the one just written; readers use {WEIGHTS}. Delete it")
     dtypes = tuple(sorted({dtype_name(dtype) for dtype, _ in specs.values()}))
     shapes = {key: shape for key, (_, shape) in specs.items()}
-    _write_card(folder / CARD, adapter_config, card.Facts(shapes, dtypes, header.size))
-    LOGGER.info("%s: %d tensors written, %s", folder, len(specs), card.size_text(header.size))
+    _write_card(folder / CARD, adapter_config, card.Facts(shapes, dtypes, size))
+    LOGGER.info("%s: %d tensors written, %s", folder, len(specs), card.size_text(size))
 
 
 def with_integral_alpha(config: Config) -> Config:

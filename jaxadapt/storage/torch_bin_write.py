@@ -1,7 +1,8 @@
 """PyTorch `.bin` state dicts, written without torch: the zip format that `torch.load(weights_only=True)` reads.
 
-The file consists of uncompressed records: `data.pkl`, a pickle that rebuilds the tensors from storages, `byteorder`, one
-record for each storage, and `version`. Each storage holds one tensor in C order and begins at a multiple of 64 bytes.
+The file consists of uncompressed records: `data.pkl`, a pickle that rebuilds the tensors from storages, `byteorder`,
+one record for each storage, and `version`. Each storage holds one tensor in C order and begins at a multiple of 64
+bytes.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ _DTYPES = {
 }  # fmt: skip
 _ROOT = "adapter_model"
 _ALIGNMENT = 64
-_LARGE = 0xFFFFFFFF  # from this size or offset on, a record needs the fields of ZIP64
+_LARGE = 0xFFFFFFFF  # from this size or offset on, a record needs the fields of ZIP64 …
+_IN_ZIP64 = 0xFFFFFFFF  # … and its short fields hold this number
 
 Specs = Mapping[str, "tuple[npt.DTypeLike, Sequence[int]]"]
 
@@ -159,13 +161,13 @@ class _Archive:
         begin = start + 30 + len(raw) + len(sizes) + 4  # 4: the header of the padding
         padding = -begin % _ALIGNMENT
         extra = sizes + b"FB" + struct.pack("<H", padding) + b"Z" * padding
-        small = _LARGE if large else size
-        common = struct.pack("<HHHHHIII", 45 if large else 20, 0x800, 0, 0, 33, zlib.crc32(data), small, small)
+        short = _IN_ZIP64 if large else size
+        common = struct.pack("<HHHHHIII", 45 if large else 20, 0x800, 0, 0, 33, zlib.crc32(data), short, short)
         self._put(b"PK\x03\x04" + common + struct.pack("<HH", len(raw), len(extra)) + raw + extra, data)
         far = start >= _LARGE
         fields = [size, size] * large + [start] * far
         extra = struct.pack(f"<HH{len(fields)}Q", 1, 8 * len(fields), *fields) if fields else b""
-        place = struct.pack("<HHHII", 0, 0, 0, 0, _LARGE if far else start)
+        place = struct.pack("<HHHII", 0, 0, 0, 0, _IN_ZIP64 if far else start)
         entry = struct.pack("<HH", len(raw), len(extra)) + place + raw + extra
         self._directory.append(b"PK\x01\x02" + struct.pack("<H", 45) + common + entry)
 
@@ -174,10 +176,10 @@ class _Archive:
         start, count = self._offset, len(self._directory)
         self._put(*self._directory)
         size = self._offset - start
+        short = [count, count, size, start]
         if count >= 0xFFFF or start >= _LARGE or size >= _LARGE:
-            end = self._offset
+            end, short = self._offset, [0xFFFF, 0xFFFF, _IN_ZIP64, _IN_ZIP64]
             self._put(b"PK\x06\x06" + struct.pack("<QHHIIQQQQ", 44, 45, 45, 0, 0, count, count, size, start))
             self._put(b"PK\x06\x07" + struct.pack("<IQI", 0, end, 1))
-        total = min(count, 0xFFFF)
-        self._put(b"PK\x05\x06" + struct.pack("<HHHHIIH", 0, 0, total, total, min(size, _LARGE), min(start, _LARGE), 0))
+        self._put(b"PK\x05\x06" + struct.pack("<HHHHIIH", 0, 0, *short, 0))
         return self._offset
