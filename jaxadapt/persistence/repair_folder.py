@@ -141,7 +141,7 @@ def _remaining(path: str | os.PathLike[str]) -> tuple[Finding, ...]:
 
 
 def _refusal(path: str | os.PathLike[str]) -> str:
-    problems = [f for f in verify_folder.verify(path) if f.severity == "error"]
+    problems = [f for f in verify_folder.verify(path) if f.severity != "note"]
     lines = [f"{f.found}; {f.remedy}" for f in problems]
     return f"{os.fspath(path)}: cannot be repaired with certainty:\n" + paths.bullets(lines)
 
@@ -173,6 +173,8 @@ def _plan(stored: StoredAdapter) -> _Plan | None:
     if len(names.adapters) > 1 or any(not verify_folder.are_equal(keys, stored) for keys in names.duplicates.values()):
         return None
     keys = verify_folder.readable_keys(names)
+    if key_names.normalize_keys(keys, config.peft_type).faults:
+        return None  # keys with two readings, such as a module that is called lora_A
     shapes = {name: specs[key][1] for name, key in keys.items()}
     kept = verify_folder.without_base(shapes, names, config)
     keys = {name: key for name, key in keys.items() if name in kept}
