@@ -102,10 +102,10 @@ _RULES: Mapping[str, tuple[str, _Rule]] = {
             "type": _ONLY_LORA, "method": _ONLY_LORA, "ia3": _ONLY_LORA,
             "fraction": (REFUSED, "expected an integer"),
             "rslora": _IGNORED, "alpha_pattern": _IGNORED, "alora": (WRONG, "applied to all tokens"),
-            "init": _ON_ORIGINAL, "norm copies": _IGNORED,
+            "init": _ON_ORIGINAL,
             **dict.fromkeys(
-                ("dora", "lora_bias", "copies", "heads", "tokens", "kasa", "bias", "variant", "embedding",
-                 "tied embedding", "parameters", "other tensors"), _IGNORED,
+                ("dora", "lora_bias", "copies", "heads", "norm copies", "tokens", "kasa", "bias", "variant",
+                 "embedding", "tied embedding", "parameters", "other tensors"), (UNKNOWN, "not run"),
             ),
         },
     ),
