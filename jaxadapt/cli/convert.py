@@ -32,8 +32,8 @@ def _parse_sizes(ctx: click.Context, param: click.Parameter, values: tuple[str, 
               help="Size of one axis of the model, instead of --like.")  # fmt: skip
 @click.option("--on-shared", type=click.Choice(["concat"]),
               help="If modules share one A in TARGET, concatenate theirs.")  # fmt: skip
-@click.option("--format", "form", type=click.Choice(["safetensors", "orbax"]), default="safetensors",
-              help="Format of a TARGET folder: PEFT's safetensors or an Orbax checkpoint.")  # fmt: skip
+@click.option("--format", "form", type=click.Choice(["safetensors", "bin", "orbax"]), default="safetensors",
+              help="Format of a TARGET folder: PEFT's safetensors, PyTorch's .bin or an Orbax checkpoint.")  # fmt: skip
 @output.as_json
 def command(
     source: str,
@@ -61,6 +61,7 @@ def command(
       jaxadapt convert out/ lora.safetensors --to maxtext:qwen3
       jaxadapt convert out/ lora.safetensors --to tunix:qwen3 --axis h=128
       jaxadapt convert out/ lora.safetensors --to gemma:gemma3 --like base.safetensors --on-shared concat
+      jaxadapt convert out/ old/ --format bin
       jaxadapt convert out/ checkpoint/ --format orbax
     """
     from jaxadapt.export.conversion import convert

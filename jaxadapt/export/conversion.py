@@ -77,7 +77,8 @@ def convert(
             in its header are read.
         sizes: in place of `like`, the sizes of ambiguous axes by their letters in the family's entries.
         on_shared: as in `load`; the rank grows as needed.
-        format: "orbax" writes an Orbax checkpoint with PyTorch's names in place of a folder; any model can load it.
+        format: "bin" writes a folder with PyTorch's adapter_model.bin; "orbax" an Orbax checkpoint with PyTorch's names
+            in place of a folder, which any model can load.
         progress: as in `read` and `write`, for folders.
 
     Raises:
@@ -87,8 +88,8 @@ def convert(
     trees = [location.to_location(path).suffix == ".safetensors" for path in (source, target)]
     if not any(trees) and (like is not None or sizes):
         raise ConfigError("--like and --axis need a tree (a file ending in .safetensors) as source or target")
-    if format not in ("safetensors", "orbax") or (trees[1] and format == "orbax"):
-        raise ConfigError(f"--format {format}: expected safetensors, or orbax with a folder as the target")
+    if format not in ("safetensors", "bin", "orbax") or (trees[1] and format != "safetensors"):
+        raise ConfigError(f"--format {format}: expected safetensors, or bin or orbax with a folder as the target")
     tensors = _read(source, from_keymap, lora_alpha, None if trees[1] else like, sizes or {}, progress, on_shared)
     if not trees[1]:
         respell = from_keymap is not None and to_keymap is not None and not trees[0]
@@ -109,7 +110,7 @@ def convert(
         if format == "orbax":
             orbax_folder.write(_with_pytorch_names(tensors), target, alone=True)
         else:
-            folder.write(tensors, target, progress=progress)
+            folder.write(tensors, target, format=format, progress=progress)
         return ConvertedFile(str(target), len(tensors.tensors), None, config.r, config.lora_alpha)
     if to_keymap is None:
         raise ConfigError("a target tree needs its family: pass --to, for example --to tunix:qwen3")

@@ -29,7 +29,7 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, FileError, MismatchError, warn
 from jaxadapt.core.progress import LOGGER, Progress, Report, byte_counter, no_report, reporter
 from jaxadapt.persistence import card, reconcile, run_folder
-from jaxadapt.storage import atomic, flush, hub, location, orbax, safetensors, torch_bin
+from jaxadapt.storage import atomic, flush, hub, location, orbax, safetensors, torch_bin, torch_bin_write
 from jaxadapt.storage.dtypes import dtype_name
 from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Location
@@ -72,6 +72,12 @@ def find_files(path: str | os.PathLike[str], report: Report = no_report) -> tupl
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise file_error("read", str(folder), error) from error
     weights = next((name for name in (WEIGHTS, WEIGHTS_BIN) if name in present), None)
+    if (
+        CONFIG not in present
+        and weights == WEIGHTS
+        and reconcile.META in safetensors.read_header(folder / weights).metadata
+    ):
+        return folder / CONFIG, folder / weights  # `resolve_config` takes the copy in the header
     missing = [name for name, found in ((CONFIG, CONFIG in present), (WEIGHTS, weights)) if not found]
     if missing or weights is None:
         adapters: list[str] = []
@@ -177,10 +183,18 @@ Put = Callable[[atomic.Writer, Mapping[str, Any], Mapping[str, str]], safetensor
 """Writes the file of tensors, from `(writer, {key: (dtype, shape)}, metadata)`."""
 
 
-def write(tensors: PeftTensors, path: str | os.PathLike[str], *, progress: Progress = None) -> None:
+def write(
+    tensors: PeftTensors,
+    path: str | os.PathLike[str],
+    *,
+    format: str = "safetensors",  # noqa: A002 (as in `save`)
+    progress: Progress = None,
+) -> None:
     """Write an adapter folder, durably and atomically: after a crash it contains the old adapter or the new one.
 
     Args:
+        format: "bin" writes PyTorch's `adapter_model.bin`, for programs that read no safetensors. It has no copy of the
+            configuration, so that a reader does not notice a save that was interrupted between the two files.
         progress: None, True (a bar on a terminal or in a notebook) or a function of ("save", bytes done, bytes in all).
 
     Creates the folder if it is missing and leaves other files in it alone; an edited README.md is kept. The same
@@ -197,10 +211,14 @@ def write(tensors: PeftTensors, path: str | os.PathLike[str], *, progress: Progr
     ...     jaxadapt.read(folder).config == config
     True
     """
-    write_with(tensors, path, None, progress)
+    if format not in ("safetensors", "bin"):
+        raise FileError(f"{os.fspath(path)}: format {format!r}: expected 'safetensors' or 'bin'")
+    write_with(tensors, path, None, progress, as_bin=format == "bin")
 
 
-def write_with(tensors: PeftTensors, path: str | os.PathLike[str], put: Put | None, progress: Progress) -> None:
+def write_with(
+    tensors: PeftTensors, path: str | os.PathLike[str], put: Put | None, progress: Progress, *, as_bin: bool = False
+) -> None:
     """Write an adapter folder as `write` does; `put`, if given, writes the file of tensors."""
     if not isinstance(tensors, PeftTensors):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise AttachError(
@@ -215,7 +233,7 @@ def write_with(tensors: PeftTensors, path: str | os.PathLike[str], put: Put | No
     made = flush.make_folder(folder)
     try:
         with reporter(progress) as report, atomic.lock_directory(folder):
-            _write(tensors, folder, put, report)
+            _write(tensors, folder, put, report, as_bin)
     except BaseException:
         for new in made:  # remove the empty folders that this call created
             with contextlib.suppress(OSError):
@@ -223,17 +241,23 @@ def write_with(tensors: PeftTensors, path: str | os.PathLike[str], put: Put | No
         raise
 
 
-def _write(tensors: PeftTensors, folder: Location, put: Put | None, report: Report) -> None:
+def _write(tensors: PeftTensors, folder: Location, put: Put | None, report: Report, as_bin: bool) -> None:
     import numpy as np
 
-    config, weights = folder / CONFIG, folder / WEIGHTS
+    config, weights = folder / CONFIG, folder / (WEIGHTS_BIN if as_bin else WEIGHTS)
+    if as_bin and location.exists(folder / WEIGHTS):
+        raise FileError(
+            f"{folder}: cannot write {WEIGHTS_BIN} beside {WEIGHTS}, which readers would take instead; choose another"
+            " folder, or delete that file"
+        )
+    adapter_config = with_integral_alpha(tensors.config)
     if location.is_dir(config):
         raise FileError(f"{config}: expected a file, found a folder; save to another path")
-    text = tensors.config.to_json()
+    text = adapter_config.to_json()
     exists = location.exists(config)
     old_text = reconcile.read_text(config) if exists else text
     replaces = _NOTHING if old_text == text else reconcile.text_digest(old_text)
-    document = {"config": tensors.config.to_dict(), "replaces": replaces, "schema": 1}
+    document = {"config": adapter_config.to_dict(), "replaces": replaces, "schema": 1}
     specs = {k: (np.dtype(v.dtype), tuple(v.shape)) for k, v in array_specs(tensors.tensors).items()}
     parts = [key for key in specs if key.endswith("]")]
     if parts:
@@ -251,19 +275,34 @@ def _write(tensors: PeftTensors, folder: Location, put: Put | None, report: Repo
         if put is None:
             count = byte_counter(report, "save", sum(d.itemsize * math.prod(shape) for d, shape in specs.values()))
             get = functools.partial(_value, tensors.tensors)
-            header = safetensors.write_to(writer, specs, get, metadata, progress=count)
+            if as_bin:
+                size = torch_bin_write.write_to(writer, specs, get, count)
+            else:
+                size = safetensors.write_to(writer, specs, get, metadata, progress=count).size
         else:
-            header = put(writer, specs, metadata)
-    if replaces != _NOTHING:
+            size = put(writer, specs, metadata).size
+    if replaces != _NOTHING and not as_bin:
         _blank_digest(weights, replaces)
     stale = folder / WEIGHTS_BIN
     with contextlib.suppress(FileError):  # the adapter is in place, and readers prefer it to this file
-        if location.exists(stale):
+        if not as_bin and location.exists(stale):
             warn(f"{stale} is an older adapter beside the one just written; readers use {WEIGHTS}. Delete it")
     dtypes = tuple(sorted({dtype_name(dtype) for dtype, _ in specs.values()}))
     shapes = {key: shape for key, (_, shape) in specs.items()}
-    _write_card(folder / CARD, tensors.config, card.Facts(shapes, dtypes, header.size))
-    LOGGER.info("%s: %d tensors written, %s", folder, len(specs), card.size_text(header.size))
+    _write_card(folder / CARD, adapter_config, card.Facts(shapes, dtypes, size))
+    LOGGER.info("%s: %d tensors written, %s", folder, len(specs), card.size_text(size))
+
+
+def with_integral_alpha(config: Config) -> Config:
+    """Write an integral `lora_alpha` as an integer: readers such as Ollama's expect one. The value is the same.
+
+    >>> with_integral_alpha(configs.LoraConfig(lora_alpha=16.0)).lora_alpha
+    16
+    """
+    alpha = config.get("lora_alpha")
+    if isinstance(config, configs.LoraConfig) and isinstance(alpha, float) and alpha.is_integer():
+        return config.replace(lora_alpha=int(alpha))
+    return config
 
 
 def _write_card(path: Location, config: Config, facts: card.Facts) -> None:

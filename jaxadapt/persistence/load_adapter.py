@@ -5,6 +5,7 @@ files ──folder.open_adapter──► PeftTensors ──peft.adapter_from_ten
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +25,7 @@ from jaxadapt.models import planning
 from jaxadapt.models.base_params import BaseParams
 from jaxadapt.models.carriers import DEFAULT, lora_carrier, refuse
 from jaxadapt.models.foreign import tree as foreign
-from jaxadapt.persistence import folder, orbax_folder, peft
+from jaxadapt.persistence import folder, orbax_folder, peft, repair_folder
 from jaxadapt.storage import hub, location, orbax
 from jaxadapt.storage.location import Location
 
@@ -46,6 +47,7 @@ def load(
     on_mismatch: str | None = None,
     base: str | None = None,
     strict: bool = True,
+    repair: bool = False,
     progress: Progress = None,
 ) -> Any:
     """Read an adapter folder, written by jaxadapt or PEFT, into a model.
@@ -84,6 +86,9 @@ def load(
             start as in a fresh adapter (LoRA's A is random, from a fixed seed, and B is 0; a copy of `modules_to_save`
             is the base's); tensors that the model has no place for are ignored. Wrong shapes are still refused, and so
             is a file without any fitting tensor.
+        repair: True mends names and settings that have only one possible meaning, as `jaxadapt.repair` does in files,
+            and warns of each: keys with _orig_mod., module. or .default., or without PEFT's prefix, a lost
+            adapter_config.json, … The files stay as they are.
         progress: None, True (bars on a terminal or in a notebook) or a function of ("load", bytes done, bytes in all);
             for an address of the Hub also of each file fetched, by its name.
 
@@ -115,10 +120,14 @@ def load(
             unused,
             f"no effect on a target with {held.foreign.dialect.name} leaves, which are filled in place; leave them out",
         )
-        with reporter(progress) as report:
-            tensors = folder.read(
-                _existing_folder(subfolder, path), progress=lambda _, done, total: report("load", done, total)
-            )
+        if repair:
+            with repair_folder.open_repaired(_existing_folder(subfolder, path)) as mended:
+                tensors = dataclasses.replace(mended, tensors=dict(mended.tensors))
+        else:
+            with reporter(progress) as report:
+                tensors = folder.read(
+                    _existing_folder(subfolder, path), progress=lambda _, done, total: report("load", done, total)
+                )
         return foreign.fill_tree(
             held.foreign, tensors.config, tensors.tensors, keymap=keymap, lora_alpha=lora_alpha, on_shared=on_shared,
             dtype=dtype, source=tensors.source,
@@ -143,7 +152,11 @@ def load(
     else:
         with (
             reporter(progress) as report,
-            folder.open_adapter(_existing_folder(subfolder, path)) as tensors,
+            (
+                repair_folder.open_repaired(_existing_folder(subfolder, path))
+                if repair
+                else folder.open_adapter(_existing_folder(subfolder, path))
+            ) as tensors,
         ):
             adapter, adapter_sites = peft.adapter_from_tensors(tensors, parameters, *options, report, on_shared, strict)
         source = tensors.source

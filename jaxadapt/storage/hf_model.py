@@ -25,7 +25,7 @@ from jaxadapt.storage.source import TensorSource, as_source, combine
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["open_model", "write_model"]
+__all__ = ["BIN", "BIN_INDEX", "INDEX", "SINGLE_FILE", "open_model", "read_index", "write_model"]
 
 SINGLE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -33,7 +33,7 @@ BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 Specs = Mapping[str, "tuple[Any, Sequence[int]]"]
 
 
-def _read_index(path: Location) -> dict[str, str]:
+def read_index(path: Location) -> dict[str, str]:
     """Return `{key: file name}` of an index."""
     try:
         data: Any = json.loads(location.read_text_bytes(path, MAX_HEADER))
@@ -80,7 +80,7 @@ def open_model(path: Location) -> Generator[TensorSource]:
         if main in (SINGLE_FILE, BIN):
             yield combine(str(path / main), [open_part(path / main)])
             return
-        index = _read_index(path / main)
+        index = read_index(path / main)
         names = dict.fromkeys(index.values())
         missing = [name for name in names if not location.exists(path / name)]
         if missing:
@@ -177,4 +177,4 @@ def write_model(folder: Location, specs: Specs, get: Callable[[str], np.ndarray]
 def _current_files(folder: Location) -> set[str]:
     """Return the names of the folder's current weight files, which a new set replaces."""
     names = {name for name in (SINGLE_FILE, INDEX) if location.is_file(folder / name)}
-    return names | set(_read_index(folder / INDEX).values()) if INDEX in names else names
+    return names | set(read_index(folder / INDEX).values()) if INDEX in names else names

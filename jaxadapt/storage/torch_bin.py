@@ -1,6 +1,6 @@
 """PyTorch `.bin`/`.pt` state dicts, read without torch; both the zip format and the one before PyTorch 1.6.
 
-This module only reads; new files are safetensors. No code in a file is executed (see `pickle_ops`), the bounds of
+This module only reads; `torch_bin_write` writes. No code in a file is executed (see `pickle_ops`), the bounds of
 storages are checked, and a file cannot cause allocations much larger than itself.
 """
 

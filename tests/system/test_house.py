@@ -43,7 +43,7 @@ DOORS: dict[str, set[str]] = {
     "safetensors": {"storage.safetensors"},
     "click": {"cli"},
     "rich": {"cli", "demo", "models.summary_table", "core.progress"},
-    "matplotlib": {"demo", "analysis.norms_plot"},
+    "matplotlib": {"demo", "analysis.norms_plot", "analysis.differences_plot"},
     "gguf": {"demo"},
     "qwix": {"arrays.quantized"},  # where somebody's weights are its arrays
     "tokenizers": {"demo"},

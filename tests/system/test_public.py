@@ -23,7 +23,7 @@ PUBLIC = {
     "adapt", "init", "extract", "inject", "detach", "activate", "disable", "delete", "summary", "select",
     "merge", "unmerge", "combine",
     # files
-    "save", "load", "read", "write", "inspect", "read_config", "to_peft", "from_peft",
+    "save", "load", "read", "write", "inspect", "read_config", "to_peft", "from_peft", "verify", "repair",
     # while training
     "CheckpointManager",
     # the Hub
@@ -33,7 +33,7 @@ PUBLIC = {
     "TargetError",
 }  # fmt: skip
 PACKAGES = {
-    "analysis": set(),
+    "analysis": {"diff"},
     "export": {"export_base", "import_base"},
     "initializers": {"for_original_base", "start"},
     "keymaps": {"KeyMap", "Weight"},
@@ -44,7 +44,10 @@ PACKAGES = {
         "extract", "from_qwix", "init", "inject", "invoke", "quantize", "rescale", "select",
         "slot", "summary", "Selection", "Target",
     },
-    "persistence": {"from_peft", "inspect", "load", "pull", "push", "read", "read_config", "save", "to_peft", "write"},
+    "persistence": {
+        "from_peft", "inspect", "load", "pull", "push", "read", "read_config", "repair", "save", "to_peft", "verify",
+        "write",
+    },
     "training": {"CheckpointManager"},
 }  # fmt: skip
 EVERY = {f"jaxadapt.{name}" for name in PUBLIC} | {
