@@ -9,15 +9,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxadapt import methods
 from jaxadapt.adapters import full_copies, target_parameters
-from jaxadapt.adapters.adapter import Adapter
+from jaxadapt.adapters.adapter import SHARED_NODE, Adapter
 from jaxadapt.arrays.axes import Axes
+from jaxadapt.arrays.layout import FileLayout
+from jaxadapt.arrays.torch_layout import TorchLayout
 from jaxadapt.configs import Config, matching
 from jaxadapt.core import paths
 from jaxadapt.core.errors import KeyMapError, MismatchError
@@ -45,14 +47,21 @@ class Site:
     hparams: Any
     entries: tuple[plan.PlanEntry, ...]
     fan_in: int
+    target: methods.Target = dataclasses.field(compare=False, repr=False)
 
     @property
     def leaf(self) -> str:
         return self.match.leaf
 
-    @property
+    @functools.cached_property
     def axes(self) -> Axes:
-        return self.match.axes
+        axes = self.match.axes
+        return dataclasses.replace(axes, torch=_torch_layout(self)) if self.method.torch_layout else axes
+
+    @functools.cached_property
+    def effects(self) -> methods.Effects:
+        """What the method changes here."""
+        return self.method.effects(self.hparams)
 
     @functools.cached_property
     def modules(self) -> tuple[str, ...]:
@@ -85,6 +94,61 @@ class Site:
         return {tensor.name: entry.shape for tensor, entry in zip(self.tensors, self.entries, strict=True)}
 
 
+@dataclasses.dataclass(frozen=True)
+class SharedTensor:
+    """One tensor of the whole adapter."""
+
+    tensor: MethodTensor
+    entry: plan.PlanEntry
+
+
+class Sites(tuple[Site, ...]):
+    """The sites of one adapter, with its shared tensors."""
+
+    shared: tuple[SharedTensor, ...]
+    method: methods.Method | None
+
+    def __new__(
+        cls, sites: Iterable[Site], shared: Iterable[SharedTensor] = (), method: methods.Method | None = None
+    ) -> Sites:
+        """Create the value; `method` is the method of the shared tensors."""
+        self = super().__new__(cls, tuple(sites))
+        self.shared, self.method = tuple(shared), method
+        return self
+
+
+def shared_tensors(sites: Sequence[Site]) -> tuple[SharedTensor, ...]:
+    """Return the shared tensors of an adapter's sites; a part of them has none."""
+    return sites.shared if isinstance(sites, Sites) else ()
+
+
+def file_entries(sites: Sequence[Site]) -> list[tuple[MethodTensor, plan.PlanEntry]]:
+    """Return the tensors that a file holds, with their entries."""
+    pairs = [pair for site in sites for pair in zip(site.tensors, site.entries, strict=True)]
+    pairs += [(each.tensor, each.entry) for each in shared_tensors(sites)]
+    return [(tensor, entry) for tensor, entry in pairs if tensor.in_file]
+
+
+SHARED_PREFIX = "base_model"
+"""The start of the key of a shared tensor."""
+
+
+def bind_shared(
+    config: Config, method: methods.Method, sites: Sequence[Site], found: Mapping[str, Shape]
+) -> tuple[SharedTensor, ...]:
+    """Return the tensors of the whole adapter; `found` are the shapes of existing ones, by name."""
+    targets = [site.target for site in sites if not site.method.copies]
+    shared: list[SharedTensor] = []
+    for tensor in method.shared(config, targets, found):
+        own = dict(tensor.own)
+        names = [name for name in tensor.axes if name != "batch"]
+        right = tuple(tuple(f"~{name}" for name in group) for group in tensor.torch)
+        form = FileLayout(tuple(own[n] for n in names), tuple(f"~{n}" for n in names), right, ())
+        keys = (f"{SHARED_PREFIX}{tensor.suffix}",)
+        shared.append(SharedTensor(tensor, plan.PlanEntry(paths.join(SHARED_NODE, tensor.name), form, keys)))
+    return tuple(shared)
+
+
 def bind_site(
     config: Config,
     method: methods.Method,
@@ -92,12 +156,50 @@ def bind_site(
     match: Match,
     sizes: Mapping[str, int],
     modules: Modules,
+    found: Mapping[str, Shape] | None = None,
 ) -> Site:
-    """Return the site of one leaf under a configuration; `sizes` are those of the leaf's axes, by name."""
-    tensors = method.tensors(config, match, modules)
+    """Return the site of one leaf under a configuration.
+
+    Args:
+        sizes: the sizes of the leaf's axes, by name.
+        found: the shapes of the tensors of an existing adapter, as in `Target`.
+    """
+    target = methods.Target(match, modules, sizes, found or {})
+    tensors = _method_tensors(config, method, target)
     entries = tuple(plan.plan_entry(keymap, match, tensor, sizes) for tensor in tensors)
     fan_in = math.prod(sizes.get(name, 1) for name in match.roles["in"])
-    return Site(match, method, modules, tensors, method.hparams(config, match, modules), entries, fan_in)
+    return Site(match, method, modules, tensors, method.hparams(config, target), entries, fan_in, target)
+
+
+def _method_tensors(config: Config, method: methods.Method, target: methods.Target) -> tuple[MethodTensor, ...]:
+    """Return the tensors of a target; an entry that is not adapted has none in the file."""
+    tensors, modules = method.tensors(config, target), target.modules
+    if modules.all or not method.torch_layout:
+        return tensors
+    used = modules.each(lambda _: 1, 0)
+    return tuple(t if t.used_sizes is not None else dataclasses.replace(t, used_sizes=used) for t in tensors)
+
+
+def _torch_layout(site: Site) -> TorchLayout:
+    """Return PyTorch's layout of one layer's weight and tensors."""
+    match, weight = site.match, site.match.weight
+    stacked = {weight.left[axis] for axis in match.stack}
+    right = weight.right[::-1] if weight.fan_in_fan_out else weight.right
+    tensors = tuple(
+        (tensor.name, tuple(n for n in entry.form.left if n not in stacked), entry.form.right)
+        for tensor, entry in zip(site.tensors, site.entries, strict=True)
+    )
+    return TorchLayout(
+        tuple(name for name in weight.left if name not in stacked),
+        right,
+        match.roles["batch"],
+        weight.torch_roles["in"],
+        weight.torch_roles["out"],
+        weight.sizes,
+        weight.scale,
+        weight.shift,
+        tensors,
+    )
 
 
 def targeted_entries(
@@ -129,8 +231,10 @@ def with_copy_entries(keymap: KeyMap, sites: Sequence[Site]) -> KeyMap:
     )
 
 
-def sites_from_shapes(config: Config, keymap: KeyMap, leaves: Mapping[str, Mapping[str, Shape]]) -> tuple[Site, ...]:
+def sites_from_shapes(config: Config, keymap: KeyMap, leaves: Mapping[str, Mapping[str, Shape]]) -> Sites:
     """Return the sites of an adapter from its own tensors, `{base leaf: {tensor: shape}}`.
+
+    The leaf "~shared" has the tensors of the whole adapter.
 
     Raises `KeyMapError` for a leaf without an entry. Raises `MismatchError` if shapes contradict each other or the
     configuration.
@@ -138,8 +242,8 @@ def sites_from_shapes(config: Config, keymap: KeyMap, leaves: Mapping[str, Mappi
     return _sites_and_untargeted(config, keymap, _as_key(leaves))[0]
 
 
-def sites_of(adapter: Adapter) -> tuple[Site, ...]:
-    """Return the sites of an adapter."""
+def sites_of(adapter: Adapter) -> Sites:
+    """Return the sites of an adapter, with its shared tensors."""
     return sites_from_shapes(adapter.config, adapter.keymap, adapter.shapes)
 
 
@@ -151,7 +255,7 @@ def _as_key(leaves: Mapping[str, Mapping[str, Shape]]) -> Tensors:
 
 
 @functools.lru_cache(maxsize=16)  # every save of a run needs the same sites
-def _sites_and_untargeted(config: Config, keymap: KeyMap, tensors: Tensors) -> tuple[tuple[Site, ...], tuple[str, ...]]:
+def _sites_and_untargeted(config: Config, keymap: KeyMap, tensors: Tensors) -> tuple[Sites, tuple[str, ...]]:
     """Return the results of `sites_from_shapes` and `untargeted`."""
     sites = _recover_sites(config, keymap, tensors)
     untargeted_names = tuple(
@@ -164,9 +268,10 @@ def _sites_and_untargeted(config: Config, keymap: KeyMap, tensors: Tensors) -> t
     return sites, untargeted_names
 
 
-def _recover_sites(config: Config, keymap: KeyMap, tensors: Tensors) -> tuple[Site, ...]:
+def _recover_sites(config: Config, keymap: KeyMap, tensors: Tensors) -> Sites:
     """Return the sites of an adapter's leaves: adapted ones first, then copies."""
     method, leaves = methods.get_method(config), {leaf: dict(shapes) for leaf, shapes in tensors}
+    found_shared = leaves.pop(SHARED_NODE, {})
     sites: list[Site] = []
     copied: list[tuple[Match, Mapping[str, Shape]]] = []
     adapting: list[tuple[Match, Mapping[str, Shape]]] = []
@@ -204,7 +309,8 @@ def _recover_sites(config: Config, keymap: KeyMap, tensors: Tensors) -> tuple[Si
         copy_method = next(iter(copied_entries.values()))
         names = {index: paths.join(*name) for index, name in match.parameters(sizes).items()}
         match, modules = targeted_entries(match, sizes, names, copied_entries)
-        sizes |= plan.axis_sizes_from_tensors(match, copy_method.tensors(config, match, modules), shapes)
+        copy_tensors = copy_method.tensors(config, methods.Target(match, modules))
+        sizes |= plan.axis_sizes_from_tensors(match, copy_tensors, shapes)
         sites.append(bind_site(config, copy_method, keymap, match, sizes, modules))
     if unmapped:
         raise KeyMapError(
@@ -213,7 +319,22 @@ def _recover_sites(config: Config, keymap: KeyMap, tensors: Tensors) -> tuple[Si
             + "\nPass the same module that was adapted (neither a part of it nor a module around it), or its keymap=,"
             " extract(model).keymap"
         )
-    return tuple(sites)
+    shared = bind_shared(config, method, sites, found_shared)
+    problems = check_shared(shared, found_shared)
+    if problems:
+        raise MismatchError("the adapter's shared tensors contradict its configuration:\n" + paths.bullets(problems))
+    return Sites(sites, shared, method)
+
+
+def check_shared(shared: Sequence[SharedTensor], found: Mapping[str, Shape]) -> list[str]:
+    """Return a line for each shared tensor that is missing, unknown or wrongly shaped."""
+    expected = {each.tensor.name: each.entry.shape for each in shared}
+    return [
+        f"{name}: expected {list(expected[name]) if name in expected else 'no such tensor'},"
+        f" found {list(found[name]) if name in found else 'none'}"
+        for name in sorted(expected.keys() | found.keys())
+        if expected.get(name) != found.get(name)
+    ]
 
 
 def single_entry_sizes(match: Match) -> dict[str, int]:
@@ -228,7 +349,12 @@ def _stacked_sizes(config: Config, method: methods.Method, match: Match, shapes:
     # Modules may differ in other axes; the stacked axes are in the same place for all.
     names = list(match.modules(sizes).values())
     probed = [name for name in names if matching.is_target(config, name)] or names
-    probe = [tensor for name in probed for tensor in method.tensors(config, match, Modules((name,)))]
+    found = entry_shapes(match, shapes)
+    probe = [
+        tensor
+        for name in probed
+        for tensor in method.tensors(config, methods.Target(match, Modules((name,)), found=found))
+    ]
     return sizes | plan.stack_sizes(match, probe, shapes)
 
 
@@ -260,8 +386,48 @@ def _recover_site(
     match, modules = targeted_entries(
         match, sizes, names, [index for index, name in names.items() if is_targeted(config, name)]
     )
-    sizes |= plan.axis_sizes_from_tensors(match, method.tensors(config, match, modules), shapes)
-    return bind_site(config, method, keymap, match, sizes, modules)
+    found = entry_shapes(match, shapes)
+    tensors = _method_tensors(config, method, methods.Target(match, modules, {}, found))
+    sizes |= plan.axis_sizes_from_tensors(match, tensors, shapes)
+    return bind_site(config, method, keymap, match, sizes, modules, found)
+
+
+def entry_shapes(match: Match, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Return the shapes of one entry's tensors: without the stacked axes and the batch axes, which come first."""
+    batch = len(match.roles["batch"])
+    return {
+        name: tuple(size for axis, size in enumerate(shape) if axis not in match.stack)[batch:]
+        for name, shape in shapes.items()
+    }
+
+
+class FileShapes:
+    """The shapes of a file's tensors, by module and by the tensor's name as in `Target.found`."""
+
+    def __init__(self, shapes: Iterable[tuple[str, Shape]], prefix: str) -> None:
+        """Read the shapes by key; `prefix` is that of the keymap."""
+        self.shared: dict[str, Shape] = {}
+        self._by_module: dict[str, dict[str, Shape]] = {}
+        for key, shape in shapes:
+            if not key.startswith(prefix):
+                self.shared[_tensor_name(key.removeprefix(f"{SHARED_PREFIX}."))] = shape
+                continue
+            parts = key.removeprefix(prefix).split(".")
+            for i in range(max(0, len(parts) - 4), len(parts)):
+                self._by_module.setdefault(".".join(parts[:i]), {})[_tensor_name(".".join(parts[i:]))] = shape
+
+    def of(self, modules: Modules) -> dict[str, Shape]:
+        """Return the shapes of one entry's tensors, the largest where modules differ."""
+        found: dict[str, Shape] = {}
+        for module in modules:
+            for name, shape in self._by_module.get(module, {}).items():
+                known = found.setdefault(name, shape)
+                found[name] = tuple(map(max, known, shape)) if len(known) == len(shape) else shape
+        return found
+
+
+def _tensor_name(suffix: str) -> str:
+    return suffix.removesuffix(".weight").replace(".", "_")
 
 
 def _names_function(method: methods.Method) -> Any:
@@ -279,8 +445,9 @@ def untargeted(config: Config, keymap: KeyMap, leaves: Mapping[str, Mapping[str,
 
 def map_stack(site: Site, change: Any, params: Mapping[str, Any], w: Any) -> Any:
     """Return `change(AppliedMethod, w)`, computed layer by layer for the layers that the leaf stacks."""
-    params = {**params, **site.data}
-    return map_layers(site.match.stack, site.method, site.hparams, site.axes, change, params, w)
+    params = {**params, **site.data}  # and shared tensors, which all layers see whole
+    shared = tuple(name for name in params if name not in site.shapes and name not in site.data)
+    return map_layers(site.match.stack, site.method, site.hparams, site.axes, change, params, w, shared)
 
 
 def map_layers(
@@ -291,8 +458,12 @@ def map_layers(
     change: Any,
     params: Mapping[str, Any],
     w: Any,
+    shared: Sequence[str] = (),
 ) -> Any:
-    """Compute `map_stack` from the fields of a site, without its leaf; `params` include `Site.data`."""
+    """Compute `map_stack` from the fields of a site, without its leaf.
+
+    `params` include `Site.data`, and those named in `shared` are not stacked.
+    """
     import jax
 
     def apply_change(params: Mapping[str, Any], w: Any) -> Any:
@@ -301,10 +472,11 @@ def map_layers(
     mapped: Any = apply_change
     for position, axis in enumerate(stack):  # ascending: the outermost vmap takes the last axis and moves no other
         in_axes = {name: position if name == methods.LAYER else axis for name in params}
+        in_axes |= dict.fromkeys((name for name in shared if name in params), None)
         mapped = jax.vmap(mapped, in_axes=(in_axes, axis), out_axes=axis)
     return mapped(dict(params), w)
 
 
 def make_file_plan(sites: Sequence[Site]) -> plan.Plan:
-    """Return the plan of the file that holds these sites' tensors."""
-    return plan.make_plan([entry for site in sites for entry in site.entries])
+    """Return the plan of the file that holds these sites' tensors, and the shared ones."""
+    return plan.make_plan([entry for _, entry in file_entries(sites)])

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
 from jaxadapt.configs.base import Config
+from jaxadapt.configs.default_targets import QUERY_AND_VALUE
 from jaxadapt.configs.frozen import Frozen, FrozenDict, Patterns
 from jaxadapt.configs.validation import Problems
 
@@ -127,6 +128,7 @@ class LoraConfig(Config):
 
     _type: ClassVar[str | None] = "LORA"
     _spellings: ClassVar[Mapping[str, str]] = _SPELLINGS
+    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 
     peft_type: str = "LORA"
     r: int = 8

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from jaxadapt import methods
-from jaxadapt.adapters import initial_values, sharding, sites
+from jaxadapt.adapters import initial_values, sharding
 from jaxadapt.adapters.adapter import Adapter, Recipe
 from jaxadapt.adapters.sites import Site
 from jaxadapt.arrays import placement, quantized
@@ -55,7 +55,7 @@ class Initialization:
     def __post_init__(self) -> None:
         problems: list[str] = []
         for b in self.sites if self.kind else ():
-            if not b.method.replaces and self.kind != "lora_ga" and not self._has_matrices(b):
+            if b.effects.weight != "replaces" and self.kind != "lora_ga" and not self._has_matrices(b):
                 problems.append(f"{b.leaf}: PEFT supports it for linear layers only")
         problems += [f"{b.leaf}: {problem}" for b in self.pairs if self.kind for problem in self._obstacles(b)]
         if problems:
@@ -90,7 +90,7 @@ class Initialization:
 
     def _has_matrices(self, b: Site) -> bool:
         kinds = ("linear", "embedding") if self.kind == "mica" else ("linear",)
-        return not b.method.replaces and b.match.weight.kind in kinds and low_rank.has_one_pair(_pair(b))
+        return b.effects.weight != "replaces" and b.match.weight.kind in kinds and low_rank.has_one_pair(_pair(b))
 
     def matrices(self, b: Site) -> Array:
         """Return the weights of a site, (modules, out, in) in float32."""
@@ -219,14 +219,15 @@ class Initialization:
                 changes = base_merge.plan_changes(self.weights, removed, base_merge.remove_from_weight, lambda a, x: x)
                 base = {leaf: changed.value() for leaf, changed in changes.items()}
         for b in (b for b in self.sites if factors.get(b.leaf)):
-            derived = [t.name for t in b.tensors if t.from_base]  # DoRA's magnitudes follow from the changed base
+            derived = [t for t in b.tensors if t.from_base]  # DoRA's magnitudes follow from the changed base
             if derived:
-                pair = {t.name: values[paths.join(b.leaf, t.name)] for t in b.tensors if not t.from_base}
+                kept = {paths.join(b.leaf, t.name) for t in b.tensors if not t.from_base}
+                pair = {path: values[path] for path in kept}
                 w = jnp.asarray(base.get(b.leaf, self.weights[b.leaf]))
-                tensors = sites.map_stack(b, lambda a, w: a.from_base(w), pair, w)
-                for name in derived:
-                    path = paths.join(b.leaf, name)
-                    values[path] = tensors[name].astype(values[path].dtype)
+                for tensor in derived:
+                    path = paths.join(b.leaf, tensor.name)
+                    new_values = initial_values.derive_tensor(config, b, tensor, pair, w)
+                    values[path] = new_values.astype(values[path].dtype)
         return Adapter(config, paths.unflatten(values), self.recipe.keymap), base
 
 

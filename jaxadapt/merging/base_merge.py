@@ -320,18 +320,19 @@ def plan_changes(base: Mapping[str, Any], adapter: Adapter, weight: Change, bias
         )
     if adapter.keymap.name == GENERIC.name and not adapter.config.get("ensure_weight_tying"):
         _warn_of_unknown_ties(sites, base)
-    tensors_of = adapter.sites
+    own, shared = adapter.sites, adapter.shared
+    tensors_of = {site.leaf: {**own[site.leaf], **({} if site.method.copies else shared)} for site in sites}
     changes: dict[str, ChangedLeaf] = {}
     without_bias: list[str] = []
     for site in sorted(sites, key=lambda site: not site.method.copies):  # a copied bias comes before an addition to it
         changes[site.leaf] = ChangedLeaf(site, tensors_of[site.leaf], base[site.leaf], weight)
         bias_path = paths.join(site.leaf.rpartition(".")[0], "bias")
-        if site.method.scales_bias(site.hparams) or site.method.adds_bias(site.hparams):
+        if site.effects.bias is not None:
             if bias_path in base:
                 changes[bias_path] = ChangedLeaf(
                     site, tensors_of[site.leaf], changes.get(bias_path, base[bias_path]), bias
                 )
-            elif site.method.adds_bias(site.hparams):
+            elif site.effects.bias == "adds":
                 without_bias.append(site.leaf)
     if without_bias:
         raise AttachError(

@@ -10,7 +10,7 @@ from typing import Any
 from jaxadapt import methods
 from jaxadapt.adapters import layer_replication, selection
 from jaxadapt.adapters.adapter import Recipe, is_array
-from jaxadapt.adapters.sites import Site, with_copy_entries
+from jaxadapt.adapters.sites import Site, Sites, with_copy_entries
 from jaxadapt.arrays import quantized
 from jaxadapt.arrays.axes import contradiction_message, transposed_axes
 from jaxadapt.configs import Config, matching
@@ -92,13 +92,17 @@ def plan_adapter(
     keymap: KeyMap | str | None,
     stack_axes: Sequence[int] | None = None,
     example: Sequence[Any] | None = None,
-) -> tuple[Recipe, tuple[Site, ...]]:
-    """Return the recipe and sites of a configuration on a model, or on a tree of base parameters."""
+    found: Mapping[str, tuple[int, ...]] | None = None,
+) -> tuple[Recipe, Sites]:
+    """Return the recipe and sites of a configuration on a model, or on a tree of base parameters.
+
+    `found` are the shapes of the tensors of an adapter file, by key, if the sites are for a file.
+    """
     if base.walked is not None:
-        return _plan_on_model(base, base.walked, config, keymap, stack_axes, example)
+        return _plan_on_model(base, base.walked, config, keymap, stack_axes, example, found)
     keymap = families.resolve_keymap(keymap, base.shapes)
     config = selection.resolve_config(config, keymap, base.shapes)
-    sites = selection.select_sites(config, keymap, base.shapes)
+    sites = selection.select_sites(config, keymap, base.shapes, found=found)
     layer_replication.check_values(config, keymap, lambda: base.leaves)
     return Recipe(config, with_copy_entries(keymap, sites), len(sites)), sites
 
@@ -139,7 +143,8 @@ def _plan_on_model(
     keymap: KeyMap | str | None,
     stack_axes: Sequence[int] | None,
     example: Sequence[Any] | None,
-) -> tuple[Recipe, tuple[Site, ...]]:
+    found: Mapping[str, tuple[int, ...]] | None,
+) -> tuple[Recipe, Sites]:
     given: Any = example
     if given is not None and not isinstance(given, list | tuple):
         raise AttachError(
@@ -165,7 +170,7 @@ def _plan_on_model(
     config = selection.resolve_config(config, full, shapes, unsure)
     _check_traceable(walked, dataclasses.replace(config, target_modules=".*") if all_linear else config)
     try:
-        sites = selection.select_sites(config, full, shapes, unsure)
+        sites = selection.select_sites(config, full, shapes, unsure, found)
     except TargetError as error:
         _raise_for_qwix(model, error)
         raise

@@ -223,7 +223,7 @@ def _summarize_model(model: Any, inputs: Sequence[Any]) -> Summary:
             leaf: methods.AppliedMethod(meta.method, meta.hparams, {}, meta.axes) for leaf, meta in attached.items()
         }
         how |= abstract_call.record_uses(
-            model, {leaf: hook for leaf, hook in hooks.items() if not hook.replaces}, inputs
+            model, {leaf: hook for leaf, hook in hooks.items() if not hook.by_weight}, inputs
         )
     adapters = {name: attachment.extract(model, name) for name in attach.adapter_names(model)}
     rows = [row for name, adapter in adapters.items() for row in _rows(name, adapter, shapes, how)]

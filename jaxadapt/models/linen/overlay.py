@@ -91,14 +91,12 @@ def build_overlay(
     with_dropout: list[str] = []
     for order, name in enumerate(active):
         adapter = _read_adapter(adapters, name, configs[name], keys_by_leaf)
-        values = adapter.sites
-        shapes = tuple(
-            (leaf, tuple((t, tuple(a.shape)) for t, a in tensors.items())) for leaf, tensors in values.items()
-        )
+        values, shared = adapter.sites, adapter.shared
+        shapes = tuple((leaf, tuple(tensors.items())) for leaf, tensors in adapter.shapes.items())
         for site in _cached_sites(adapter.recipe, shapes):
             keys = keys_by_leaf[site.leaf]
             *path, leaf = keys
-            if site.method.replaces:
+            if site.method.copies and site.effects.form == "weight":
                 replacing.setdefault(site.leaf, {})[name] = site.method
                 old = quantized.to_dense(survey.lookup(params, keys))
                 new = map_stack(site, lambda a, w: a.weight(w), values[site.leaf], meta.unbox(old))
@@ -108,7 +106,16 @@ def build_overlay(
                 with_dropout.append(name)
             # The hyperparameters are part of the added names, so that a jit inside the model (nn.jit) traces anew
             # when they change.
-            text = repr((order, site.method.peft_type, site.hparams, site.axes, has_stream and name in with_dropout))
+            text = repr(
+                (
+                    order,
+                    site.method.peft_type,
+                    site.hparams,
+                    site.axes,
+                    site.axes.torch,
+                    has_stream and name in with_dropout,
+                )
+            )
             digest = hashlib.sha256(text.encode()).hexdigest()[:12]
             added = {tensor: f"{leaf}{SEP}{tensor}{SEP}{digest}" for tensor in values[site.leaf]}
             leaves |= {(*path, key): values[site.leaf][tensor] for tensor, key in added.items()}
@@ -119,7 +126,12 @@ def build_overlay(
                 added[alora.MASK] = f"{leaf}{SEP}{alora.MASK}{SEP}{digest}"
                 shape = collections.unbox_tree(survey.lookup(params, keys)).shape
                 leaves[(*path, added[alora.MASK])] = alora.repeat_mask(tokens[name], site.match.stack, shape)
-            leaf_adapter = LeafAdapter(site.method, site.hparams, site.axes, added)
+            # The model's scan would slice a shared tensor among the stacked parameters.
+            whole = shared if site.match.stack and not site.method.copies else {}
+            if shared and not site.match.stack and not site.method.copies:
+                added |= {tensor: f"{leaf}{SEP}{tensor}{SEP}{digest}" for tensor in shared}
+                leaves |= {(*path, added[tensor]): shared[tensor] for tensor in shared}
+            leaf_adapter = LeafAdapter(site.method, site.hparams, site.axes, added, whole)
             leaf_adapters.setdefault(tuple(path), {}).setdefault(leaf, []).append(leaf_adapter)
     methods.refuse_rivals(replacing)
     interceptor = Interceptor(leaf_adapters, _quantized_modules(params), has_stream)

@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxadapt import methods
 from jaxadapt.adapters import sharding, sites
-from jaxadapt.adapters.adapter import Adapter, Recipe, collection_name
+from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, Recipe, collection_name
 from jaxadapt.arrays import placement, random_draws
 from jaxadapt.arrays.axes import contradiction_message
 from jaxadapt.core import paths
@@ -34,7 +34,14 @@ from jaxadapt.keymaps import plan
 from jaxadapt.methods import Method
 from jaxadapt.models.nnx import survey
 from jaxadapt.models.nnx.layer import ACTIVE, Attached, adapted_class, attached_to
-from jaxadapt.models.nnx.params import AdapterParam, LayerNumber
+from jaxadapt.models.nnx.params import (
+    AdapterParam,
+    FrozenParam,
+    LayerNumber,
+    SharedAdapterParam,
+    SharedFrozenParam,
+    SharedParam,
+)
 from jaxadapt.models.nnx.survey import DROPOUT, AdaptedMeta, Owner, base_class, natural_key, set_class
 
 Tree = nnx.Module | nnx.State[Any, Any]
@@ -144,14 +151,23 @@ def attach(
         raise AttachError("these layers cannot carry the adapter:\n" + paths.bullets(problems))
     if rngs is not None and any(site.method.dropout(site.hparams) for site in adapter_sites):
         require_stream(rngs, "dropout")
+    shared = {
+        each.tensor.name: (SharedAdapterParam if each.tensor.trained else SharedFrozenParam)(
+            values[each.entry.path], adapter=Attached(recipe, methods.get_method(recipe.config), None, each.entry.shape)
+        )
+        for each in sites.shared_tensors(adapter_sites)
+    }
     for site in adapter_sites:
         module, attr = owners[site.leaf]
         attached = Attached(recipe, site.method, site.axes, site.hparams)
         metadata = vars(module)[attr].get_metadata()
         tensors = {
-            t.name: AdapterParam(values[e.path], adapter=attached, **_sharding_metadata(site, e, metadata))
+            t.name: (AdapterParam if t.trained else FrozenParam)(
+                values[e.path], adapter=attached, **_sharding_metadata(site, e, metadata)
+            )
             for t, e in zip(site.tensors, site.entries, strict=True)
         } | _layer_numbers(site, placement.sharding_of(vars(module)[attr].get_value()))
+        tensors |= {} if site.method.copies else shared
         # nnx.jit walks the model at every call, and nnx.Dict takes twice the time of a plain dict marked as data.
         if collection not in vars(module):
             setattr(module, collection, nnx.data({}))
@@ -178,7 +194,7 @@ def _layer_numbers(site: sites.Site, base: NamedSharding | None) -> dict[str, An
 
 def _find_misfits(adapter_sites: Sequence[sites.Site], owners: Mapping[str, Owner], collection: str) -> list[str]:
     """Return a message for each site whose module cannot hold the adapter."""
-    scaled = [site.leaf for site in adapter_sites if site.method.scales_bias(site.hparams)]
+    scaled = [site.leaf for site in adapter_sites if site.effects.bias == "scales"]
     count = collections.Counter(id(owners[leaf][0]) for leaf in scaled)
     shared = [leaf for leaf in scaled if count[id(m := owners[leaf][0])] > 1 and "bias" in vars(m)]
     problems = [f"{leaf}: its module has one bias for several adapted weights" for leaf in shared]
@@ -195,7 +211,11 @@ def list_contradictions(adapter_sites: Sequence[sites.Site], owners: Mapping[str
     for site in adapter_sites:
         module, attr = owners[site.leaf]
         try:
-            roles = None if site.method.replaces else survey.kernel_roles(module, attr)
+            roles = (
+                None
+                if site.effects.weight == "replaces" and site.effects.form == "weight"
+                else survey.kernel_roles(module, attr)
+            )
         except AttachError as error:
             problems.append(f"{site.leaf}: {error}")
             continue
@@ -309,10 +329,11 @@ def delete(model: nnx.Module, *names: str) -> None:
 # ---------------------------------------------------------------- extracting and injecting values
 
 
-def _parameters(tree: Tree) -> Iterator[tuple[Any, AdapterParam]]:
+def _parameters(tree: Tree) -> Iterator[tuple[Any, AdapterParam | FrozenParam]]:
     # nnx.state is not used here: it leaves a reference cycle that keeps the model alive until garbage collection.
     nodes = nnx.to_flat_state(tree) if isinstance(tree, nnx.State) else nnx.iter_graph(tree)
-    return ((path, v) for path, v in nodes if isinstance(v, AdapterParam) and "adapter" in v.get_metadata())
+    kinds = AdapterParam | FrozenParam
+    return ((path, v) for path, v in nodes if isinstance(v, kinds) and "adapter" in v.get_metadata())
 
 
 def has_adapters(tree: Tree) -> bool:
@@ -325,7 +346,8 @@ def adapter_variables(tree: Tree) -> dict[str, dict[str, Any]]:
     adapters: dict[str, dict[str, Any]] = {}
     for path, var in _parameters(tree):
         *module, _, name, leaf, tensor = map(str, path)
-        adapters.setdefault(name, {})[paths.join(*module, leaf, tensor)] = var
+        place = (SHARED_NODE,) if isinstance(var, SharedParam) else (*module, leaf)
+        adapters.setdefault(name, {})[paths.join(*place, tensor)] = var
     return adapters
 
 

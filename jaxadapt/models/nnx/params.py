@@ -71,8 +71,37 @@ class _Named:
         return not self.names.isdisjoint(_adapter_names(path))
 
 
-BaseParam = nnx.All(nnx.Param, nnx.Not(AdapterParam))
+class FrozenParam(nnx.Param[Any]):
+    """A tensor of an adapter that training does not change: it is saved, and has no gradient in `AdapterParam`'s."""
+
+
+class SharedParam(nnx.Param[Any]):
+    """A tensor that belongs to a whole adapter, such as VeRA's projections: one variable that all its layers hold.
+
+    A scan over layers must not slice it: `nnx.StateAxes({jaxadapt.SharedParam: None, nnx.Param: 0, ...: 0})`. A layer
+    that gets a slice raises `AttachError` when it is called.
+
+    >>> from flax import nnx
+    >>> issubclass(SharedAdapterParam, AdapterParam), issubclass(SharedFrozenParam, AdapterParam)
+    (True, False)
+    """
+
+
+class SharedAdapterParam(SharedParam, AdapterParam):
+    """A shared tensor that is trained."""
+
+
+class SharedFrozenParam(SharedParam, FrozenParam):
+    """A shared tensor that training does not change."""
+
+
+BaseParam = nnx.All(nnx.Param, nnx.Not(nnx.Any(AdapterParam, FrozenParam)))
 """The filter for base parameters, which stay frozen. (`nnx.Param` matches adapter and base parameters alike.)"""
+
+
+def is_base_param(node: Any) -> bool:
+    """Return True for a variable with a base parameter."""
+    return isinstance(node, nnx.Param) and not isinstance(node, AdapterParam | FrozenParam)
 
 
 class LayerNumber(nnx.Variable[Any]):

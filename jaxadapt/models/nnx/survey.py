@@ -18,7 +18,7 @@ from jaxadapt.keymaps.generic import entry_from_axes
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
 from jaxadapt.models import layers
-from jaxadapt.models.nnx.params import AdapterParam, LayerNumber
+from jaxadapt.models.nnx.params import LayerNumber, is_base_param
 
 DROPOUT = "adapter_dropout"  # the attribute of an adapted layer that holds its dropout layers
 _REWRITERS = (nnx.WeightNorm, nnx.SpectralNorm)
@@ -233,13 +233,13 @@ def walk_model(model: nnx.Module) -> ModelWalk:
     params: list[tuple[Sequence[Any], nnx.Param[Any]]] = []
     seen: set[int] = set()
     for keys, node in nnx.iter_graph(model):
-        if isinstance(node, nnx.Param) and not isinstance(node, AdapterParam):
+        if is_base_param(node):
             params.append((keys, node))
         if isinstance(node, nnx.Module):
             path = paths.join(*map(str, keys))
             modules.append((path, node))
             for attr, var in vars(node).items():
-                if isinstance(var, nnx.Param) and not isinstance(var, AdapterParam) and id(var) not in seen:
+                if is_base_param(var) and id(var) not in seen:
                     seen.add(id(var))
                     leaves[paths.join(path, attr)] = (node, attr)
     loose = {paths.join(*map(str, keys)): tuple(var.shape) for keys, var in params if id(var) not in seen}
