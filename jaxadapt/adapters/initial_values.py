@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxadapt.adapters import sharding
+from jaxadapt.adapters.adapter import SHARED_NODE
 from jaxadapt.adapters.sites import Site, Sites, map_stack, shared_tensors
 from jaxadapt.arrays import placement, quantized, random_draws
 from jaxadapt.arrays.layout import FileLayout
@@ -35,6 +36,19 @@ class _Wanted:
     entry: PlanEntry
     site: Site | None
     method: Method
+
+
+@dataclasses.dataclass(frozen=True)
+class _Context:
+    """What all tensors of an adapter see: its modules, and the shapes of its shared tensors."""
+
+    modules: tuple[str, ...] = ()
+    shared: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict[str, tuple[int, ...]])
+
+    @staticmethod
+    def of(sites: Sequence[Site]) -> _Context:
+        modules = tuple(module for site in sites if not site.method.copies for module in site.modules)
+        return _Context(modules, {each.tensor.name: each.entry.shape for each in shared_tensors(sites)})
 
 
 def init_values(
@@ -71,7 +85,7 @@ def init_values(
             "these adapters start from the values of the base weights, which have none here; pass base parameters with"
             " values:\n" + paths.bullets(without_values)
         )
-    modules = tuple(module for site in sites if not site.method.copies for module in site.modules)
+    context = _Context.of(sites)
 
     def dtype_of(each: _Wanted) -> Any:
         w = None if each.site is None else base.get(each.site.leaf)
@@ -91,7 +105,7 @@ def init_values(
         }
     values: dict[str, Any] = dict(given)
     drawn = placement.put_on_devices(
-        _draw_values(config, [each for each in wanted if not each.tensor.from_base], key, dtype, modules), shardings
+        _draw_values(config, [each for each in wanted if not each.tensor.from_base], key, dtype, context), shardings
     )
     values |= drawn
     for each in wanted:
@@ -100,7 +114,7 @@ def init_values(
         path, target = each.entry.path, shardings.get(each.entry.path)
         assert each.site is not None, f"{path}: a shared tensor cannot start from one weight"
         w = jnp.asarray(quantized.to_dense(base[each.site.leaf]))
-        derived = derive_tensor(config, each.site, each.tensor, values, w, key, modules, shared_tensors(sites))
+        derived = derive_tensor(config, each.site, each.tensor, values, w, key, context)
         # Always copy, so that donating the adapter never donates the base's array.
         keeps_own = each.tensor.is_copy or each.tensor.dtype is not None
         copy = jnp.array(derived, dtype=dtype_of(each) if keeps_own else dtype, copy=True)
@@ -125,9 +139,7 @@ def _list_tensors(sites: Sequence[Site]) -> list[_Wanted]:
 # ---------------------------------------------------------------- without the base
 
 
-def _draw_values(
-    config: Config, wanted: Sequence[_Wanted], key: Any, dtype: Any, modules: tuple[str, ...]
-) -> dict[str, Any]:
+def _draw_values(config: Config, wanted: Sequence[_Wanted], key: Any, dtype: Any, context: _Context) -> dict[str, Any]:
     """Return random and constant values, and arrays that do not depend on the base, `{path: array}`."""
     draws: dict[str, tuple[Draw, Sequence[int]]] = {}
     values: dict[str, Any] = {}
@@ -136,9 +148,9 @@ def _draw_values(
     try:
         for each in wanted:
             path, site = each.entry.path, each.site
-            first = each.method.init(config, each.tensor, _start(each, key, 0, modules))
+            first = each.method.init(config, each.tensor, _start(each, key, 0, context))
             if not isinstance(first, Draw):
-                values[path] = _all_entries(config, each, first, lambda i, each=each: _start(each, key, i, modules))
+                values[path] = _all_entries(config, each, first, lambda i, each=each: _start(each, key, i, context))
                 continue
             draws[path] = first, each.entry.shape
             if site is not None and (by_tensor := _scales_by_tensor(config, each)) is not None:
@@ -166,7 +178,7 @@ def _scales_by_tensor(config: Config, each: _Wanted) -> list[float] | None:
     for size in sizes:
         own_sizes = tuple((name, size if name == "r" else value) for name, value in tensor.own)
         ranked = dataclasses.replace(each, tensor=dataclasses.replace(tensor, own=own_sizes))
-        draw = each.method.init(config, ranked.tensor, _start(ranked, None, 0, ()))
+        draw = each.method.init(config, ranked.tensor, _start(ranked, None, 0, _Context()))
         assert isinstance(draw, Draw)
         draws.append(draw)
     if draws[0].kind == "constant" or len(set(draws)) == 1:
@@ -175,7 +187,7 @@ def _scales_by_tensor(config: Config, each: _Wanted) -> list[float] | None:
     return [scales[rank] for rank in each.entry.form.ranks or ()]
 
 
-def _start(each: _Wanted, key: Any, i: int, modules: tuple[str, ...], **more: Any) -> Start:
+def _start(each: _Wanted, key: Any, i: int, context: _Context, **more: Any) -> Start:
     """Return the circumstances of the values of one entry, or of the whole leaf if the method sees the model's."""
     site, form = each.site, each.entry.form
     word = zlib.crc32(each.entry.path.encode())
@@ -183,17 +195,16 @@ def _start(each: _Wanted, key: Any, i: int, modules: tuple[str, ...], **more: An
     def make_key() -> Any:
         return None if key is None else random_draws.fold_in(random_draws.fold_in(key, word), i)
 
+    common = {"modules": context.modules, "shared": context.shared, "make_key": make_key, **more}
     if site is None:
-        return Start(form.file_shape, modules=modules, make_key=make_key, **more)
+        return Start(form.file_shape, **common)
     in_torch = site.method.torch_layout
     return Start(
         form.shape_of(i) if in_torch else form.shape,
         site.fan_in,
         hparams=site.hparams.own if in_torch else site.hparams,
         module=_module(each, i),
-        modules=modules,
-        make_key=make_key,
-        **more,
+        **common,
     )
 
 
@@ -227,24 +238,25 @@ def derive_tensor(
     values: Mapping[str, Any],
     w: Any,
     key: Any = None,
-    modules: tuple[str, ...] = (),
-    shared: Collection[Any] = (),
+    context: _Context | None = None,
 ) -> Any:
     """Return the initial values of a tensor that starts from the base weight `w`.
 
     Args:
         values: `{path: array}` of the tensors that precede it, and of the shared ones.
-        shared: the shared tensors.
+        context: the other sites and the shared tensors of the adapter.
     """
+    context = context or _Context()
     ((entry, _),) = [(e, t) for t, e in zip(site.tensors, site.entries, strict=True) if t.name == tensor.name]
     params = {t.name: values[e.path] for t, e in zip(site.tensors, site.entries, strict=True) if e.path in values}
-    common = {each.tensor.name: values[each.entry.path] for each in shared if each.entry.path in values}
+    shared = {name: paths.join(SHARED_NODE, name) for name in context.shared}
+    common = {name: values[path] for name, path in shared.items() if path in values}
     each = _Wanted(tensor, entry, site, site.method)
     if not site.method.torch_layout:
 
         def change(applied: Any, w: Any) -> Any:
             axes = dataclasses.replace(applied.axes, parts=None)
-            start = _start(each, key, 0, modules, w=applied.part(w), axes=axes, params=applied.params)
+            start = _start(each, key, 0, context, w=applied.part(w), axes=axes, params=applied.params)
             return site.method.init(config, tensor, start)
 
         return entry.form.clear_gaps(map_stack(site, change, {**params, **common}, w))
@@ -257,7 +269,7 @@ def derive_tensor(
     made: list[Any] = []
     for i in range(entry.form.count):
         own = {name: x[i] for name, x in rows.items()}
-        start = _start(each, key, i, modules, w=weights[i], params={**own, **common})
+        start = _start(each, key, i, context, w=weights[i], params={**own, **common})
         made.append(_pad(jnp.asarray(site.method.init(config, tensor, start)), entry.form))
     return entry.form.from_rows(jnp.stack(made))
 

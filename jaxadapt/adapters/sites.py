@@ -122,6 +122,11 @@ def shared_tensors(sites: Sequence[Site]) -> tuple[SharedTensor, ...]:
     return sites.shared if isinstance(sites, Sites) else ()
 
 
+def all_tensors(sites: Sequence[Site]) -> list[MethodTensor]:
+    """Return the tensors of an adapter's sites, and the shared ones."""
+    return [tensor for site in sites for tensor in site.tensors] + [each.tensor for each in shared_tensors(sites)]
+
+
 def file_entries(sites: Sequence[Site]) -> list[tuple[MethodTensor, plan.PlanEntry]]:
     """Return the tensors that a file holds, with their entries."""
     pairs = [pair for site in sites for pair in zip(site.tensors, site.entries, strict=True)]

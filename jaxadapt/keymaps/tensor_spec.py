@@ -33,8 +33,9 @@ class MethodTensor:
         scale_power: if the JAX weight is f times the PyTorch weight (as MaxText's queries are), this tensor is
             multiplied by f to this power. None if the effect is not defined; converting the tensor then raises.
         used_sizes: for a leaf whose entries (stacked layers, fused parts) differ, the size of the axis "r" in each
-            entry's file tensor, in the order of `Match.braced`, or 1 for a tensor without that axis. Where it is smaller
-            than the axis of the leaf, the leaf ends in zeros. 0 for an entry that is not adapted: it has no file tensor.
+            entry's file tensor, in the order of `Match.braced`, or 1 for a tensor without that axis. Where it is
+            smaller than the axis of the leaf, the leaf ends in zeros. 0 for an entry that is not adapted: it has no
+            file tensor.
     """
 
     name: str

@@ -83,6 +83,10 @@ class MatrixMethod(Method):
         """Return the output in place of `y` (…, out), for an input `x` (…, in), which is after dropout."""
         return y
 
+    def rate(self, own: Any) -> float:
+        """Return the dropout rate of the input; 0 for methods without dropout."""
+        return 0.0
+
     def shift(self, own: Any, params: Params, bias: Array, undo: bool) -> Array:
         """Return the module's bias (out) as the adapter changes it, or its inverse."""
         return bias
@@ -94,6 +98,9 @@ class MatrixMethod(Method):
 
     def effects(self, hparams: MatrixHparams) -> Effects:
         return self.effect(hparams.own)
+
+    def dropout(self, hparams: MatrixHparams) -> float:
+        return self.rate(hparams.own)
 
     def follows_use(self, hparams: MatrixHparams, use: Use) -> bool:
         # A tied head uses the weight in reverse, and fused parts with one input cannot each change it.
@@ -191,6 +198,7 @@ class MatrixMethod(Method):
             arrays: the arrays, each with True if it has the batch axes.
         """
         tensors = {name: layout.to_torch(name, x) for name, x in params.items() if name != LAYER}
+        tensors |= {name: jax.lax.stop_gradient(x) for name, x in tensors.items() if self.roles.get(name) == "frozen"}
         batched = {name for name in tensors if layout.has_batch(name)}
         numbers = {
             field.name: value.layer_values(params)
@@ -201,7 +209,8 @@ class MatrixMethod(Method):
 
         def call(numbers: Mapping[str, Any], used: Any, tensors: Params, *values: Array) -> Array:
             own = dataclasses.replace(hparams.own, **numbers) if numbers else hparams.own
-            return change(own, tensors, used, *values)
+            with jax.numpy_rank_promotion("allow"):  # a method may multiply rows by a vector
+                return change(own, tensors, used, *values)
 
         mapped: Any = call
         for _ in layout.batch:

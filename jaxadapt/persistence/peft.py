@@ -222,7 +222,7 @@ def adapter_from_tensors(
         for entry in plan.entries:
             if any(new_dtypes[key] != dtypes[key] for key in entry.keys):
                 leaves[entry.path] = leaves[entry.path].astype(entry.dtype(new_dtypes))
-    if any(not t.in_file for site in adapter_sites for t in site.tensors):
+    if any(not tensor.in_file for tensor in sites.all_tensors(adapter_sites)):
         leaves = initial_values.init_values(
             recipe.config,
             adapter_sites,
