@@ -195,7 +195,7 @@ def _start(each: _Wanted, key: Any, i: int, context: _Context, **more: Any) -> S
     def make_key() -> Any:
         return None if key is None else random_draws.fold_in(random_draws.fold_in(key, word), i)
 
-    common = {"modules": context.modules, "shared": context.shared, "make_key": make_key, **more}
+    common: dict[str, Any] = {"modules": context.modules, "shared": context.shared, "make_key": make_key, **more}
     if site is None:
         return Start(form.file_shape, **common)
     in_torch = site.method.torch_layout

@@ -32,8 +32,8 @@ class TorchRandom:
         """Return the first `count` entries of `torch.randperm(size)`, for a size below 2³²; nothing larger is made."""
         moved: dict[int, int] = {}
         out = np.empty(count, np.int64)
-        for i, word in enumerate(self._words(count).tolist()):
-            j = i + word % (size - i)
+        for i, word in enumerate(self._words(count)):
+            j = i + int(word) % (size - i)
             out[i] = moved.get(j, j)
             moved[j] = moved.get(i, i)
         return out

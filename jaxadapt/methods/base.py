@@ -209,6 +209,14 @@ class Method(abc.ABC):
         """Return the layer's bias as the adapter changes it, or with `undo` the original bias of a changed one."""
         return bias
 
+    def call_data(self, config: Any, given: Mapping[str, Array]) -> dict[str, Array]:
+        """Return the data that every site needs in one call, `{name: array}`, from what the caller gives to `invoke`.
+
+        A site gets them among its `params`, also inside scans. They are arguments of a compiled program, so new values
+        do not compile it again.
+        """
+        return {}
+
     def role(self, hparams: Any, tensor: str) -> str:
         """Return the role of a tensor in training; `optim.roles` lists the roles."""
         return self.roles.get(tensor, "other")

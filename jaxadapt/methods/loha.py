@@ -15,7 +15,6 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxadapt.arrays.per_entry import PerEntry
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs import matching
 from jaxadapt.configs.loha import LoHaConfig
@@ -27,9 +26,9 @@ from jaxadapt.methods.matrix import MatrixMethod
 
 @dataclasses.dataclass(frozen=True)
 class LohaHparams:
-    """The hyperparameters of a site: the scale s."""
+    """The hyperparameters of a site: the scale s, a number or a `PerEntry`."""
 
-    scale: float | PerEntry
+    scale: Any
 
 
 class Loha(MatrixMethod):

@@ -240,7 +240,7 @@ def test_equality_is_of_the_mathematics():
         assert config != config.replace(**change)
     assert LoraConfig() != IA3Config()
     assert LoraConfig() != "LORA"
-    generic = GenericConfig(peft_type="VERA", extra={"target_modules": ["a", "b"]})
+    generic = GenericConfig(peft_type="XLORA", extra={"target_modules": ["a", "b"]})
     assert generic == generic.replace(extra={"target_modules": ["b", "a"]})
     assert generic != generic.replace(peft_type="HRA")
 
@@ -250,7 +250,7 @@ def test_equality_is_of_the_mathematics():
     [
         LoraConfig(target_modules=["b", "a"], rank_pattern={"q": 2}, extra={"k": [1, {"z": None}]}),
         IA3Config(target_modules="x"),
-        GenericConfig(peft_type="VERA", extra={"r": 2}),
+        GenericConfig(peft_type="XLORA", extra={"r": 2}),
     ],
 )
 def test_copies_and_pickles(config: Config):
@@ -399,7 +399,7 @@ def test_ia3_and_generic_refuse():
     with pytest.raises(ConfigError, match=r"feedforward_modules: expected a subset of target_modules, found \['b'\]"):
         IA3Config(target_modules=["a"], feedforward_modules=["a", "b"])
     IA3Config(target_modules="a", feedforward_modules=["b"])
-    for name, extra in (("LORA", {}), ("vera", {}), (None, {}), ("VERA", {"target_modules": 1})):
+    for name, extra in (("LORA", {}), ("xlora", {}), (None, {}), ("XLORA", {"target_modules": 1})):
         with pytest.raises(ConfigError, match="peft_type|target_modules"):
             GenericConfig(peft_type=cast("str", name), extra=extra)
     with pytest.raises(ConfigError, match="base class"):

@@ -407,8 +407,8 @@ def test_every_field_of_lora_is_honoured_refused_or_known_to_be_without_effect()
 
 
 def test_methods_without_a_class_are_refused_by_name():
-    with pytest.raises(ConfigError, match=r"cannot apply peft_type 'VERA'.*IA3, LORA"):
-        methods.get_method(configs.GenericConfig(peft_type="VERA"))
+    with pytest.raises(ConfigError, match=r"cannot apply peft_type 'XLORA'.*IA3, LOHA, LORA"):
+        methods.get_method(configs.GenericConfig(peft_type="XLORA"))
 
 
 def test_one_array_cannot_scale_both_inputs_and_outputs():

@@ -263,6 +263,12 @@ class Lora(Method):
         added = _bias(hparams, params).reshape(bias.shape)
         return (bias - added if undo else bias + added).astype(bias.dtype)
 
+    def call_data(self, config: LoraConfig, given: Mapping[str, Array]) -> dict[str, Array]:
+        tokens, sequence = given.get("tokens"), config.alora_invocation_tokens
+        if not sequence or tokens is None:
+            return {}
+        return {alora.MASK: tokens if tokens.dtype == bool else alora.invocation_mask(tuple(sequence), tokens)}
+
     def examples(self) -> Sequence[Mapping[str, Any]]:
         return ({"r": 2, "lora_alpha": 3}, {"r": 3, "lora_alpha": 5, "use_rslora": True})
 

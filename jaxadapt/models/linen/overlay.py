@@ -19,7 +19,6 @@ from jaxadapt.arrays import quantized
 from jaxadapt.configs import Config, matching
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
-from jaxadapt.methods.lora import alora
 from jaxadapt.models.linen import collections, survey
 from jaxadapt.models.linen.interceptor import SEP, Interceptor, LeafAdapter
 
@@ -64,7 +63,7 @@ def build_overlay(
     variables: Mapping[str, Any],
     configs: Mapping[str, Config],
     active: Sequence[str],
-    tokens: Mapping[str, Any],
+    data: Mapping[str, Mapping[str, Any]],
     has_stream: bool,
 ) -> Overlay:
     """Build the overlay of one call.
@@ -73,7 +72,7 @@ def build_overlay(
         variables: the variables as the caller has them.
         configs: `{name: configuration}` of the wrapper's adapters.
         active: the names of the adapters to apply, in this order.
-        tokens: `{name: mask}` of the tokens that aLoRA adapters adapt.
+        data: `{adapter: {name: array}}` of this call.
         has_stream: True if the call has a random stream for dropout.
 
     Raises `AttachError` for an active adapter that the variables lack, or that does not fit the base or its
@@ -122,10 +121,10 @@ def build_overlay(
             for data_name, numbers in site.data.items():
                 added[data_name] = f"{leaf}{SEP}{data_name}{SEP}{digest}"
                 leaves[(*path, added[data_name])] = _move_to_stack(numbers, site.match.stack)
-            if name in tokens:
-                added[alora.MASK] = f"{leaf}{SEP}{alora.MASK}{SEP}{digest}"
+            for data_name, array in data.get(name, {}).items():
+                added[data_name] = f"{leaf}{SEP}{data_name}{SEP}{digest}"
                 shape = collections.unbox_tree(survey.lookup(params, keys)).shape
-                leaves[(*path, added[alora.MASK])] = alora.repeat_mask(tokens[name], site.match.stack, shape)
+                leaves[(*path, added[data_name])] = repeat_on_stack(array, site.match.stack, shape)
             # The model's scan would slice a shared tensor among the stacked parameters.
             whole = shared if site.match.stack and not site.method.copies else {}
             if shared and not site.match.stack and not site.method.copies:
@@ -196,6 +195,13 @@ def _move_to_stack(numbers: Any, stack: Sequence[int]) -> Any:
     for axis, size in zip(stack, numbers.shape, strict=True):
         shape[axis] = size
     return jnp.asarray(numbers.reshape(shape))
+
+
+def repeat_on_stack(x: Any, stack: Sequence[int], shape: Sequence[int]) -> Any:
+    """Repeat an array for each layer that a weight of this shape stacks on these axes."""
+    for axis in stack:
+        x = jnp.repeat(jnp.expand_dims(x, axis), shape[axis], axis)
+    return x
 
 
 def _without_added(tree: Mapping[str, Any]) -> dict[str, Any]:

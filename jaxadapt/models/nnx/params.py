@@ -117,8 +117,8 @@ class LayerNumber(nnx.Variable[Any]):
     """
 
 
-class TokenMask(nnx.Param[Any]):
-    """The mask of the tokens that an aLoRA adapts in one call, stored beside its A and B.
+class CallData(nnx.Param[Any]):
+    """Data of one call, such as the mask of the tokens that an aLoRA adapts, stored beside a site's tensors.
 
-    It is an `nnx.Param`, so a scan slices it as it slices A and B.
+    It is an `nnx.Param`, so a scan slices it as it slices them.
     """
