@@ -149,7 +149,7 @@ def bind_shared(
         names = [name for name in tensor.axes if name != "batch"]
         right = tuple(tuple(f"~{name}" for name in group) for group in tensor.torch)
         form = FileLayout(tuple(own[n] for n in names), tuple(f"~{n}" for n in names), right, ())
-        keys = (f"{SHARED_PREFIX}{tensor.suffix}",)
+        keys = (f"{SHARED_PREFIX}{tensor.suffix}" if tensor.suffix.startswith(".") else tensor.suffix,)
         shared.append(SharedTensor(tensor, plan.PlanEntry(paths.join(SHARED_NODE, tensor.name), form, keys)))
     return tuple(shared)
 

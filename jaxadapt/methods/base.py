@@ -137,8 +137,8 @@ class Method(abc.ABC):
     ) -> tuple[MethodTensor, ...]:
         """Return the tensors that belong to the whole adapter, with the sizes that all its targets require.
 
-        Every function of a site gets them among its `params`. Their keys are "base_model" and the tensor's suffix, and
-        all their axes are the method's own. For an existing adapter, `found` is `{tensor name: shape}` of those in it.
+        Every function of a site gets them among its `params`. Their keys are "base_model" and the tensor's suffix, or
+        only a suffix that does not begin with a dot. All their axes are the method's own. For an existing adapter, `found` is `{tensor name: shape}` of those in it.
         """
         return ()
 
@@ -224,6 +224,10 @@ class Method(abc.ABC):
     def dropout(self, hparams: Any) -> float:
         """Return the dropout rate of the site; 0 for methods without dropout."""
         return 0.0
+
+    def starts_unchanged(self, config: Any) -> bool:
+        """Return True if a new adapter leaves the model's output as it is."""
+        return True
 
     def examples(self) -> Sequence[Mapping[str, Any]]:
         """Return fields of small configurations that take every way through the arithmetic, for the tests."""

@@ -64,6 +64,9 @@ class Loha(MatrixMethod):
             made += [a, b]
         return target.with_ranks([dataclasses.replace(t, scale_power=0) for t in made], rank)
 
+    def starts_unchanged(self, config: LoHaConfig) -> bool:
+        return config.init_weights
+
     def own(self, config: LoHaConfig, target: Target) -> LohaHparams:
         def scale(module: str) -> float:
             alpha = matching.find_pattern_value(config.alpha_pattern or {}, module, config.alpha)

@@ -48,13 +48,17 @@ class Vera(MatrixMethod):
     def shared(
         self, config: VeraConfig, targets: Sequence[Target], found: Mapping[str, tuple[int, ...]]
     ) -> tuple[MethodTensor, ...]:
-        a = found.get("vera_A") or (config.r, max(t.in_size for t in targets))
-        b = found.get("vera_B") or (max(t.out_size for t in targets), config.r)
+        a, b = found.get("vera_A"), found.get("vera_B")
+        a = (config.r, max(t.in_size for t in targets) if a is None else a[-1])
+        b = (max(t.out_size for t in targets) if b is None else b[0], config.r)
         saved = config.save_projection
         return tuple(
             own_tensor(name, shape, trained=False, optional=True, in_file=saved)
             for name, shape in (("vera_A", a), ("vera_B", b))
         )
+
+    def starts_unchanged(self, config: VeraConfig) -> bool:
+        return config.init_weights
 
     def own(self, config: VeraConfig, target: Target) -> VeraHparams:
         return VeraHparams(config.vera_dropout)
