@@ -138,7 +138,8 @@ class Method(abc.ABC):
         """Return the tensors that belong to the whole adapter, with the sizes that all its targets require.
 
         Every function of a site gets them among its `params`. Their keys are "base_model" and the tensor's suffix, or
-        only a suffix that does not begin with a dot. All their axes are the method's own. For an existing adapter, `found` is `{tensor name: shape}` of those in it.
+        only a suffix that does not begin with a dot. All their axes are the method's own. For an existing adapter,
+        `found` is `{tensor name: shape}` of those in it.
         """
         return ()
 

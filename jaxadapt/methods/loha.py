@@ -100,7 +100,7 @@ class Loha(MatrixMethod):
     def examples(self) -> Sequence[Mapping[str, Any]]:
         return (
             {"r": 2, "alpha": 3},
-            {"r": 3, "alpha": 5, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 7}},
+            {"r": 3, "alpha": 5, "rank_pattern": {".*q(_proj)?": 2}, "alpha_pattern": {".*[qv](_proj)?": 7}},
         )
 
 

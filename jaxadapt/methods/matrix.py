@@ -185,6 +185,7 @@ class MatrixMethod(Method):
         def change(own: Any, p: Params, used: Any, m: Array) -> Array:
             return _choose(used, function(own, p, m), m)
 
+        params = {name: x if name == LAYER else at_least_float32(x) for name, x in params.items()}
         matrices = layout.weight_to_torch(at_least_float32(w))
         changed = self._map(hparams, params, layout, change, (matrices, True))
         return layout.weight_from_torch(w.shape, changed).astype(w.dtype)

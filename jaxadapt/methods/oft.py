@@ -25,7 +25,7 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.oft import OFTConfig
 from jaxadapt.core.errors import ConfigError, warn
 from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
-from jaxadapt.methods.base import Array, Effects, Params, Start, Target
+from jaxadapt.methods.base import Array, Effects, Params, Start, Target, at_least_float32
 from jaxadapt.methods.matrix import MatrixMethod
 
 
@@ -102,6 +102,7 @@ def _rotation(own: OftHparams, vectors: Array, inputs: int) -> Array:
     """Return the blocks of R, (blocks, b, b)."""
     size = round((1 + math.sqrt(1 + 8 * vectors.shape[-1])) / 2)
     rows, columns = np.triu_indices(size, 1)
+    vectors = at_least_float32(vectors)  # there is no inverse in 16 bits
     upper = jnp.zeros((len(vectors), size, size), vectors.dtype).at[:, rows, columns].set(vectors)
     k = upper - jnp.swapaxes(upper, 1, 2)
     if own.eps:  # PEFT projects the parameters themselves, so the gradient does not see it

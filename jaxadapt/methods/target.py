@@ -48,7 +48,7 @@ class Target:
     @property
     def in_size(self) -> int:
         """The number of inputs of one module in PyTorch, without a convolution's window."""
-        return self._size("channels")
+        return self._size("channels" if self.kind == "conv" else "in")
 
     @property
     def out_size(self) -> int:

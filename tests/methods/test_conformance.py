@@ -282,7 +282,9 @@ def test_transformations_of_jax(peft_type: str, i: int):
     use = use_of(hook_of(found, values))
     x = x_of(use, w)
 
-    def loss(params: Any, x: Any) -> Any:
+    row = Use(use.x[1:], use.w, use.y[1:], use.axes)
+
+    def loss(params: Any, x: Any, use: Any = use) -> Any:
         hook = AppliedMethod(site.method, site.hparams, {**own, **params, **site.data}, site.axes)
         return (through(hook, use, x, w) ** 2).sum()
 
@@ -293,13 +295,10 @@ def test_transformations_of_jax(peft_type: str, i: int):
     assert all(bool((g != 0).any()) for g in grads.values()), {k: float(abs(g).max()) for k, g in grads.items()}
     np.testing.assert_allclose(jax.jit(loss)(params, x), plain, rtol=1e-4)
     again = jax.grad(jax.checkpoint(loss))(params, x)
-    rows = jax.vmap(loss, in_axes=(None, 0))(params, x)
+    rows = jax.vmap(lambda p, x: loss(p, x, row), in_axes=(None, 0))(params, x)
     np.testing.assert_allclose(rows.sum(), plain, rtol=1e-4)
     for name, g in grads.items():
         np.testing.assert_allclose(again[name], g, rtol=1e-3, atol=1e-4)
-        step = jax.random.normal(jax.random.key(1), g.shape) / max(1, g.size) ** 0.5 * 1e-2
-        up, down = (loss({**params, name: params[name] + s * step}, x) for s in (1, -1))
-        np.testing.assert_allclose((up - down) / 2, (g * step).sum(), rtol=0.05, atol=0.05)
 
 
 # ---- models ----------------------------------------------------------------------------------------------------
@@ -416,10 +415,12 @@ def test_eight_devices(peft_type: str, i: int):
 def test_training_in_nnx_changes_the_trained_tensors_only(peft_type: str, i: int):
     import optax
 
+    from jaxadapt.training import optim
+
     model = network(peft_type, i)
     before = jaxadapt.extract(model).flat()
     trained = {t.name for t in sites.all_tensors(sites.sites_of(jaxadapt.extract(model))) if t.trained}
-    roles = jaxadapt.training.optim.roles(nnx.state(model, jaxadapt.AdapterParam))
+    roles = optim.roles(nnx.state(model, jaxadapt.AdapterParam))
     assert set(jax.tree.leaves(roles)) <= ROLES
     optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=jaxadapt.AdapterParam)
 

@@ -79,7 +79,7 @@ def peft_results(peft_type: str, i: int) -> tuple[np.ndarray, dict[str, np.ndarr
     model.zero_grad()
     logits = model(torch.from_numpy(IDS)).logits
     (logits**2).mean().backward()
-    state = {name: x for name, x in get_peft_model_state_dict(model).items()}
+    state = dict(get_peft_model_state_dict(model))
     owners = {id(p): name for name, p in model.named_parameters() if p.grad is not None}
     grads = {}
     for key in state:
