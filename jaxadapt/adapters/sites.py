@@ -22,7 +22,7 @@ from jaxadapt.arrays.layout import FileLayout
 from jaxadapt.arrays.torch_layout import TorchLayout
 from jaxadapt.configs import Config, matching
 from jaxadapt.core import paths
-from jaxadapt.core.errors import KeyMapError, MismatchError
+from jaxadapt.core.errors import AttachError, KeyMapError, MismatchError
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.tensor_spec import MethodTensor, Modules
@@ -324,11 +324,26 @@ def _recover_sites(config: Config, keymap: KeyMap, tensors: Tensors) -> Sites:
             + "\nPass the same module that was adapted (neither a part of it nor a module around it), or its keymap=,"
             " extract(model).keymap"
         )
-    shared = bind_shared(config, method, sites, found_shared)
+    shared = bind_shared(config, method, sites, found_shared) if found_shared else ()
     problems = check_shared(shared, found_shared)
     if problems:
         raise MismatchError("the adapter's shared tensors contradict its configuration:\n" + paths.bullets(problems))
     return Sites(sites, shared, method)
+
+
+def require_complete(adapter: Adapter, sites: Sites) -> None:
+    """Raise `AttachError` if an adapter lacks tensors, as a state with only the trained parameters does."""
+    leaves = adapter.flat()
+    expected = [entry.path for site in sites for entry in site.entries]
+    missing = [path for path in expected if path not in leaves]
+    method = sites.method
+    if method is not None and type(method).shared is not methods.Method.shared and not adapter.shared:
+        missing.append(f"{SHARED_NODE}: the tensors of the whole adapter")
+    if missing:
+        raise AttachError(
+            "this adapter lacks tensors, as a tree with only the trained parameters does; pass the model or all its"
+            " variables:\n" + paths.bullets(missing)
+        )
 
 
 def check_shared(shared: Sequence[SharedTensor], found: Mapping[str, Shape]) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxadapt import methods
 from jaxadapt.adapters.adapter import Adapter
-from jaxadapt.adapters.sites import Site, sites_of
+from jaxadapt.adapters.sites import Site, require_complete, sites_of
 from jaxadapt.adapters.tied import tied_heads
 from jaxadapt.arrays import finite, quantized
 from jaxadapt.core import paths
@@ -277,6 +277,7 @@ def plan_merge(base: Mapping[str, Any], adapter: Adapter) -> dict[str, ChangedLe
 def plan_changes(base: Mapping[str, Any], adapter: Adapter, weight: Change, bias: Change) -> dict[str, ChangedLeaf]:
     """Return the leaves that an adapter changes, as `plan_merge`; `weight` and `bias` change them."""
     sites = sites_of(adapter)
+    require_complete(adapter, sites)
     missing = [site.leaf for site in sites if site.leaf not in base]
     if missing:
         are_variables = f"params.{missing[0]}" in base

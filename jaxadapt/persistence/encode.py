@@ -112,6 +112,7 @@ def _encode(adapter: Adapter, dtype: Any) -> PeftTensors:
     config, keymap, shapes, leaves = adapter.config, adapter.keymap, adapter.shapes, adapter.flat()
     warn_unproved(keymap)
     adapter_sites = sites.sites_from_shapes(config, keymap, shapes)
+    sites.require_complete(adapter, adapter_sites)
     untargeted = sites.untargeted(config, keymap, shapes)
     if untargeted:
         raise MismatchError(
