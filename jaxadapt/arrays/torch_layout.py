@@ -1,7 +1,7 @@
 """One layer's weight and adapter tensors in PyTorch's layout, converted from the model's and back inside a computation.
 
-The leading axes of a converted array are the weight's batch axes (fused parts, experts), each entry of which is a
-weight of its own in PyTorch. The other axes are those of the file.
+The leading axes of a converted array are the weight's batch axes (fused parts, experts): in PyTorch, each entry is a
+weight of its own. The other axes are those of the file.
 """
 
 from __future__ import annotations

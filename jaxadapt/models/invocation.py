@@ -1,4 +1,4 @@
-"""Data of a call for adapters that need it, such as the tokens, of which an aLoRA adapts only some."""
+"""Data of a call for adapters that need it, such as the tokens for an aLoRA, which adapts only some of them."""
 
 from __future__ import annotations
 

@@ -208,7 +208,7 @@ def test_every_layout_gives_the_same_weight_from_the_same_file(peft_type: str, i
 
 def methods_layout(found: Any) -> Any:
     """PyTorch's layout of the weight, for methods that do not ask for it too."""
-    return sites._torch_layout(found[0])
+    return sites.torch_layout(found[0])
 
 
 def initial_values_from(config: Any, found: Any, values: Any, w: Any) -> Any:

@@ -72,7 +72,13 @@ class _Named:
 
 
 class FrozenParam(nnx.Param[Any]):
-    """A tensor of an adapter that training does not change: it is saved, and has no gradient in `AdapterParam`'s."""
+    """A tensor of an adapter that training does not change, such as an index. It is saved with the trained ones.
+
+    `AdapterParam` does not match it, so it has neither a gradient nor a place in the optimizer's state.
+
+    >>> issubclass(FrozenParam, AdapterParam)
+    False
+    """
 
 
 class SharedParam(nnx.Param[Any]):
