@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     from jaxadapt.adapters.adapter import Adapter as Adapter
     from jaxadapt.adapters.peft_tensors import PeftTensors as PeftTensors
     from jaxadapt.configs import Config as Config
-    from jaxadapt.configs import IA3Config as IA3Config
-    from jaxadapt.configs import LoraConfig as LoraConfig
+    from jaxadapt.configs.registry import *  # noqa: F403
     from jaxadapt.core.errors import AdapterError as AdapterError
     from jaxadapt.core.errors import AttachError as AttachError
     from jaxadapt.core.errors import ConfigError as ConfigError
@@ -53,7 +52,9 @@ if TYPE_CHECKING:
     from jaxadapt.models.attachment import inject as inject
     from jaxadapt.models.nnx.params import AdapterParam as AdapterParam
     from jaxadapt.models.nnx.params import BaseParam as BaseParam
+    from jaxadapt.models.nnx.params import FrozenParam as FrozenParam
     from jaxadapt.models.nnx.params import LayerNumber as LayerNumber
+    from jaxadapt.models.nnx.params import SharedParam as SharedParam
     from jaxadapt.models.summary_table import summary as summary
     from jaxadapt.models.target_selection import select as select
     from jaxadapt.persistence.folder import read as read

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxadapt.adapters import layer_replication, selection
 from jaxadapt.adapters.adapter import Recipe
-from jaxadapt.adapters.sites import Shape, Site, with_copy_entries
+from jaxadapt.adapters.sites import Shape, Sites, with_copy_entries
 from jaxadapt.configs import Config
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
@@ -20,15 +20,17 @@ def make_recipe(
     entries: Collection[Weight] = (),
     *,
     unsure: frozenset[str] = selection.NONE,
+    found: Mapping[str, Shape] | None = None,
     check: Callable[[Config, KeyMap], None] | None = None,
     weights: Callable[[], Mapping[str, Any]] | None = None,
-) -> tuple[Recipe, tuple[Site, ...]]:
+) -> tuple[Recipe, Sites]:
     """Resolve a configuration on a base, select its sites, and return the recipe and the sites.
 
     Args:
         shapes: `{dotted path: shape}` of the base leaves.
         entries: the model's own entries, which come before those of the keymap. The recipe stores those of the sites.
         unsure: leaves for whose axes the keymap could only guess.
+        found: the shapes of the tensors of an adapter file, by key, if the sites are for a file.
         check: called with the resolved configuration and the keymap with `entries`, before the selection.
         weights: returns the base weights, whose values replicated layers are compared by.
 
@@ -38,7 +40,7 @@ def make_recipe(
     config = selection.resolve_config(config, full, shapes, unsure)
     if check is not None:
         check(config, full)
-    sites = selection.select_sites(config, full, shapes, unsure)
+    sites = selection.select_sites(config, full, shapes, unsure, found)
     if weights is not None:
         layer_replication.check_values(config, full, weights)
     selected = {site.leaf for site in sites}

@@ -11,7 +11,16 @@ from collections.abc import Collection, Mapping, Sequence
 
 from jaxadapt import methods
 from jaxadapt.adapters import full_copies, layer_replication, selection_warnings, target_parameters, tied
-from jaxadapt.adapters.sites import Shape, Site, bind_site, single_entry_sizes, targeted_entries
+from jaxadapt.adapters.sites import (
+    FileShapes,
+    Shape,
+    Site,
+    Sites,
+    bind_shared,
+    bind_site,
+    single_entry_sizes,
+    targeted_entries,
+)
 from jaxadapt.configs import Config, matching
 from jaxadapt.core import paths
 from jaxadapt.core.errors import KeyMapError, TargetError, raise_listed, warn
@@ -101,17 +110,23 @@ def resolve_config(
 
 
 def select_sites(
-    config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], unsure: frozenset[str] = NONE
-) -> tuple[Site, ...]:
+    config: Config,
+    keymap: KeyMap,
+    shapes: Mapping[str, Shape],
+    unsure: frozenset[str] = NONE,
+    found: Mapping[str, Shape] | None = None,
+) -> Sites:
     """Return the sites of a model that a configuration names.
 
     Args:
         shapes: `{dotted path: shape}` of the base model's leaves.
+        found: the shapes of the tensors of an adapter file, by key, if the sites are for a file.
 
     Raises `TargetError` if nothing matches, or if a match cannot be adapted. Raises `KeyMapError` if a matching weight
     has no entry in the keymap, so that no target is left out silently.
     """
-    sites, warnings = _select_sites(config, keymap, tuple(shapes.items()), unsure)
+    in_file = None if found is None else tuple(found.items())
+    sites, warnings = _select_sites(config, keymap, tuple(shapes.items()), unsure, in_file)
     if config.get("modules_to_save"):  # not cached: it depends on the task, which equality of configurations ignores
         saved = [name for site in sites if site.method.copies for name in site.modules]
         warnings += tuple(selection_warnings.unmatched_modules_to_save(config, saved, tied.tied_heads(keymap, shapes)))
@@ -122,13 +137,20 @@ def select_sites(
 
 @functools.lru_cache(maxsize=16)  # a server that loads hundreds of adapters has few models and configurations
 def _select_sites(
-    config: Config, keymap: KeyMap, leaves: tuple[tuple[str, Shape], ...], unsure: frozenset[str]
-) -> tuple[tuple[Site, ...], tuple[str, ...]]:
+    config: Config,
+    keymap: KeyMap,
+    leaves: tuple[tuple[str, Shape], ...],
+    unsure: frozenset[str],
+    in_file: tuple[tuple[str, Shape], ...] | None,
+) -> tuple[Sites, tuple[str, ...]]:
     """Return the sites of `select_sites`, and its warnings.
 
     The cache compares configurations by equality, so the result must not depend on fields that equality ignores.
     """
     method, shapes = methods.get_method(config), dict(leaves)
+    found = FileShapes(in_file or (), keymap.prefix)
+    if method.scope == "model":
+        return Sites((), bind_shared(config, method, (), found.shared), method), ()
     mapped, unmapped = _inventory(keymap, shapes, unsure)
     names = _module_names(mapped, unmapped)
     layer_replication.check_layers(config, names)
@@ -181,14 +203,15 @@ def _select_sites(
             continue
         indices = [index for index, name in module_names.items() if name in selected_names]
         match, modules = targeted_entries(match, sizes, module_names, indices)
-        sites.append(bind_site(config, method, keymap, match, sizes, modules))
+        sites.append(bind_site(config, method, keymap, match, sizes, modules, found.of(modules)))
     raise_listed(
         TargetError,
         "target_modules and target_parameters both select these weights; name each in one of them:",
         {site.leaf for site in sites} & {site.leaf for site in parameter_sites},
     )
     sites += parameter_sites
-    return (*sites, *_bind_copies(config, keymap, shapes, sites)), tuple(warnings)
+    shared = bind_shared(config, method, sites, found.shared)
+    return Sites((*sites, *_bind_copies(config, keymap, shapes, sites)), shared, method), tuple(warnings)
 
 
 def _bind_parameters(config: Config, method: methods.Method, keymap: KeyMap, shapes: Mapping[str, Shape]) -> list[Site]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any, ClassVar, Self, TypeVar, cast
 
+from jaxadapt.configs import registry
 from jaxadapt.configs.frozen import Frozen, FrozenDict, freeze, thaw
 from jaxadapt.configs.name_patterns import PatternIndex
 from jaxadapt.configs.peft_type import read_peft_type
@@ -64,8 +65,11 @@ class Config:
     # The `peft_type` of the class; None for a class that covers every type without a class of its own.
     _type: ClassVar[str | None] = None
 
-    # {peft_type: class} of every subclass for one type.
+    # {peft_type: class} of every loaded subclass for one type; `class_of` loads those of the table.
     classes: ClassVar[dict[str, type[Config]]] = {}
+
+    # {pattern of a keymap's name: field values}: PEFT's defaults for models of that type, if no targets are given.
+    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     # {name of a field in another library: name of the field here}.
     _spellings: ClassVar[Mapping[str, str]] = {}
@@ -126,7 +130,7 @@ class Config:
         if self._type is not None and self.peft_type != self._type:
             problems.add("peft_type", f'"{self._type}"', self.peft_type, "use configs.loads to read any type")
         for name in _field_names(type(self)):
-            problems.check(name, getattr(self, name))
+            self._check_field(problems, name, getattr(self, name))
         if not isinstance(self.extra, FrozenDict):
             problems.add("extra", "an object of unknown keys", self.extra)
             return
@@ -134,6 +138,10 @@ class Config:
             problems.add(f"extra[{key!r}]", f"no key that is a field of {type(self).__name__}", self.extra[key])
         for key, value in self.extra.items():
             problems.common(key, value)
+
+    def _check_field(self, problems: Problems, name: str, value: Any) -> None:
+        """Add a problem if a field's value is of the wrong kind."""
+        problems.check(name, value)
 
     @cached_property
     def _lookup_cache(self) -> dict[tuple[str, str], Any]:
@@ -180,8 +188,8 @@ class Config:
     def __repr__(self) -> str:
         """Return the fields that differ from their defaults, as a constructor call.
 
-        >>> GenericConfig(peft_type="VERA", extra={"r": 256})
-        GenericConfig(peft_type='VERA', extra={'r': 256})
+        >>> GenericConfig(peft_type="XLORA", extra={"xlora_depth": 1})
+        GenericConfig(peft_type='XLORA', extra={'xlora_depth': 1})
         """
         values = [(item.name, getattr(self, item.name), item) for item in dataclasses.fields(self)]
         changed = [f"{name}={thaw(value)!r}" for name, value, item in values if value != _default(item)]
@@ -202,8 +210,8 @@ class Config:
     def get(self, key: str, default: Any = None) -> Any:
         """Return the value of a field or of a key in `extra`; `default` if there is no such key.
 
-        >>> GenericConfig(peft_type="VERA", extra={"projection_prng_key": 0}).get("projection_prng_key")
-        0
+        >>> GenericConfig(peft_type="XLORA", extra={"xlora_depth": 2}).get("xlora_depth")
+        2
         """
         if key != "extra" and key in _field_names(type(self)):
             return getattr(self, key)
@@ -263,12 +271,12 @@ class Config:
         Raises:
             ConfigError: the values are invalid; one error lists all problems.
 
-        >>> GenericConfig.from_dict({"peft_type": "VERA", "r": 256}).extra
-        FrozenDict({'r': 256})
+        >>> GenericConfig.from_dict({"peft_type": "XLORA", "xlora_depth": 1}).extra
+        FrozenDict({'xlora_depth': 1})
         """
         if cls is Config:
             name = read_peft_type(values, source)
-            return cast("Self", Config.classes.get(name, GenericConfig).from_dict(values, source))
+            return cast("Self", (class_of(name) or GenericConfig).from_dict(values, source))
         names = set(_field_names(cls)) - {"extra"}
         known: dict[str, Any] = {"peft_version": None, **{key: x for key, x in values.items() if key in names}}
         extra = {key: value for key, value in values.items() if key not in names}
@@ -278,20 +286,29 @@ class Config:
             raise ConfigError(f"{source}: {error}") from error
 
 
+def class_of(peft_type: str) -> type[Config] | None:
+    """Return the configuration class of a type, or None if it has no class of its own.
+
+    >>> class_of("IA3").__name__, class_of("XLORA")
+    ('IA3Config', None)
+    """
+    return Config.classes.get(peft_type) or registry.load_class(peft_type)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class GenericConfig(Config):
     """The configuration of a method without a class of its own; `extra` keeps the keys of the method.
 
-    >>> GenericConfig(peft_type="VERA", extra={"r": 256}).get("r")
-    256
+    >>> GenericConfig(peft_type="XLORA", extra={"xlora_depth": 1}).get("xlora_depth")
+    1
     """
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)
         name = cast("object", self.peft_type)
         if not (isinstance(name, str) and re.fullmatch("[A-Z][A-Z0-9_]*", name)):
-            problems.add("peft_type", 'a type in capitals, such as "VERA"', name)
-        elif any(name == cls.__dataclass_fields__["peft_type"].default for cls in Config.__subclasses__()):
+            problems.add("peft_type", 'a type in capitals, such as "XLORA"', name)
+        elif class_of(name) is not None:
             problems.add("peft_type", "a type without a class of its own", name, "use its class")
 
 

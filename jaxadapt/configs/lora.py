@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar, cast
 
 from jaxadapt.configs.base import Config
+from jaxadapt.configs.default_targets import QUERY_AND_VALUE
 from jaxadapt.configs.frozen import Frozen, FrozenDict, Patterns, find_pattern_value
 from jaxadapt.configs.validation import Problems
 from jaxadapt.core.errors import ConfigError, raise_listed
@@ -123,6 +124,7 @@ class LoraConfig(Config):
 
     _type: ClassVar[str | None] = "LORA"
     _spellings: ClassVar[Mapping[str, str]] = _SPELLINGS
+    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 
     peft_type: str = "LORA"
     r: int = 8

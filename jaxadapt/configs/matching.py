@@ -92,30 +92,6 @@ def with_task_heads(config: _C) -> _C:
     return _replace_value(config, "modules_to_save", (*saved, *missing))
 
 
-_DEFAULTS: Mapping[str, Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
-    "LORA": {
-        "gpt2": (("c_attn",), ()),
-        "bert|roberta": (("query", "value"), ()),
-        "t5": (("q", "v"), ()),
-        "gpt_neo|gptj": (("q_proj", "v_proj"), ()),
-        r"llama(?!4)|mi[sx]tral|qwen(?!\d_moe)|gemma": (("q_proj", "v_proj"), ()),
-    },
-    "IA3": {
-        "gpt2": (("c_attn", "mlp.c_proj"), ("mlp.c_proj",)),
-        "bert|roberta": (("key", "value", "output.dense"), ("output.dense",)),
-        "gpt_neo": (("q_proj", "v_proj", "c_proj"), ("c_proj",)),
-        "gptj": (("q_proj", "v_proj", "fc_out"), ("fc_out",)),
-        # The keymap "llama" also serves Qwen2, which has other defaults in PEFT, so only numbered Llamas have one here.
-        r"llama[123]|mistral": (("k_proj", "v_proj", "down_proj"), ("down_proj",)),
-        r"qwen(?!\d_moe)|gemma": (("q_proj", "v_proj", "down_proj"), ("down_proj",)),
-    },
-}
-"""PEFT's default targets by method and model type, and (for IA3) the targets whose vector scales the inputs.
-
-PEFT has no defaults for GPT-OSS, DeepSeek, Qwen 3 MoE and the language model of Llama 4.
-"""
-
-
 def with_default_targets(config: _C, family: str) -> _C:
     """Set `target_modules` to PEFT's default for a model family, if the configuration names no targets.
 
@@ -125,12 +101,9 @@ def with_default_targets(config: _C, family: str) -> _C:
     """
     if config.get("target_modules") is not None:
         return config
-    for pattern, (names, inputs) in _DEFAULTS.get(config.peft_type, {}).items():
+    for pattern, values in config.default_targets.items():
         if re.search(rf"\b({pattern})", family):
-            changes: dict[str, Any] = {"target_modules": names}
-            if config.peft_type == "IA3" and config.get("feedforward_modules") is None:
-                changes["feedforward_modules"] = inputs
-            return config.replace(**changes)
+            return config.replace(**{name: value for name, value in values.items() if config.get(name) is None})
     return config
 
 

@@ -142,8 +142,8 @@ class Problems:
 
     def common(self, field: str, value: object) -> None:
         """Check a field that is read from any configuration, even if its class does not have the field."""
-        if field in _COMMON:
-            _COMMON[field](self, field, value)
+        if field in COMMON:
+            COMMON[field](self, field, value)
 
     def pattern(self, field: str, value: str) -> None:
         """Check that a pattern is a valid regular expression where PEFT uses it."""
@@ -159,7 +159,7 @@ Check = Callable[[Problems, str, Any], None]
 """A function that adds a problem if the value of a field is of another kind than the function's."""
 
 
-def _expects(expected: str, accepts: Callable[[Any], bool], way_out: Callable[[Any], str] = lambda _: "") -> Check:
+def expects(expected: str, accepts: Callable[[Any], bool], way_out: Callable[[Any], str] = lambda _: "") -> Check:
     """Return the check for values that a predicate accepts; `way_out` returns the advice for a wrong value."""
 
     def check(problems: Problems, field: str, value: Any) -> None:
@@ -169,10 +169,11 @@ def _expects(expected: str, accepts: Callable[[Any], bool], way_out: Callable[[A
     return check
 
 
-def _one_of(*known: str, optional: bool = False) -> Check:
+def one_of(*known: str, optional: bool = False) -> Check:
+    """Return the check for values that must be one of a few strings, or null if `optional`."""
     names = ", ".join(f'"{name}"' for name in known)
     values = {*known, None} if optional else set(known)
-    return _expects(
+    return expects(
         f"one of {names}{' or null' if optional else ''}", lambda x: isinstance(x, str | None) and x in values
     )
 
@@ -235,31 +236,31 @@ def _is_tokens(value: Any) -> bool:
     )
 
 
-_flag = _expects("true or false", lambda x: isinstance(x, bool))
-_text = _expects("a string or null", lambda x: isinstance(x, str | None))
-_object = _expects("an object or null", lambda x: x is None or isinstance(x, Mapping))
-_number = _expects("a finite number", is_number)
-_rank = _expects(
+_flag = expects("true or false", lambda x: isinstance(x, bool))
+_text = expects("a string or null", lambda x: isinstance(x, str | None))
+_object = expects("an object or null", lambda x: x is None or isinstance(x, Mapping))
+_number = expects("a finite number", is_number)
+_rank = expects(
     "a positive integer",
     lambda x: is_int(x) and x > 0,
     lambda x: f"write {int(x)}" if isinstance(x, float) and x.is_integer() and x > 0 else "",
 )
-_strings = _expects(  # a single string would be read letter by letter
+_strings = expects(  # a single string would be read letter by letter
     "a list of strings or null",
     lambda x: x is None or is_strings(x),
     lambda x: f"write [{_show(x)}]" if isinstance(x, str) else "",
 )
-_ints = _expects("a list of integers or null", lambda x: x is None or is_ints(x))
+_ints = expects("a list of integers or null", lambda x: x is None or is_ints(x))
 
 CHECKS: Mapping[str, Check] = {
-    "task_type": _one_of(*TASK_TYPES, optional=True),
+    "task_type": one_of(*TASK_TYPES, optional=True),
     "auto_mapping": _object,
     **dict.fromkeys(("peft_version", "base_model_name_or_path", "revision", "megatron_core"), _text),
     "inference_mode": _flag,
     "r": _rank,
     "lora_alpha": _number,
-    "lora_dropout": _expects("a number in [0, 1)", lambda x: is_number(x) and 0 <= x < 1),
-    "bias": _one_of(*BIASES),
+    "lora_dropout": expects("a number in [0, 1)", lambda x: is_number(x) and 0 <= x < 1),
+    "bias": one_of(*BIASES),
     **dict.fromkeys(("target_modules", "exclude_modules", "feedforward_modules"), _selection),
     "modules_to_save": _expressions,
     "target_parameters": _strings,
@@ -267,7 +268,7 @@ CHECKS: Mapping[str, Check] = {
     "rank_pattern": _patterns(_rank),
     "alpha_pattern": _patterns(_number),
     "qalora_group_size": _rank,
-    "fan_in_fan_out": _expects("true, false or null", lambda x: isinstance(x, bool | None)),
+    "fan_in_fan_out": expects("true, false or null", lambda x: isinstance(x, bool | None)),
     **dict.fromkeys(
         ("use_rslora", "use_dora", "use_qalora", "lora_bias", "ensure_weight_tying", "init_ia3_weights"), _flag
     ),
@@ -277,18 +278,18 @@ CHECKS: Mapping[str, Check] = {
         _object,
     ),
     **dict.fromkeys(("use_bdlora", "arrow_config", "kasa_config", "loftq_config"), _object),
-    "layers_to_transform": _expects(
+    "layers_to_transform": expects(
         "an integer, a list of integers, or null", lambda x: x is None or is_int(x) or is_ints(x)
     ),
     "layers_pattern": _expression_or_list,
     "layer_replication": _layer_pairs,
-    "trainable_token_indices": _expects(
+    "trainable_token_indices": expects(
         "a list of integers, an object of module name -> list of integers, or null", _is_tokens
     ),
 }
 """The check of each field; a field has the same kind in all configuration classes."""
 
-_COMMON: Mapping[str, Check] = {
+COMMON: Mapping[str, Check] = {
     **{
         name: CHECKS[name]
         for name in (

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxadapt.demo.llama import LlamaConfig, Tensor, causal_attention, make_leaves, rms_norm, rope_tables, rotate
+from jaxadapt.models.nnx.params import SharedParam
 
 Rope = tuple[jax.Array, jax.Array]
 
@@ -89,8 +90,9 @@ class LlamaModel(nnx.Module):
 
     def _axes(self) -> nnx.StateAxes:
         # Parameters (also adapters) are stacked along scan_axis. Other variables of a layer, such as the keys of an
-        # adapter's dropout, may have no second axis, so they are stacked along axis 0.
-        return nnx.StateAxes({nnx.Param: self.config.scan_axis, ...: 0})
+        # adapter's dropout, may have no second axis, so they are stacked along axis 0. Tensors that belong to a whole
+        # adapter are not stacked.
+        return nnx.StateAxes({SharedParam: None, nnx.Param: self.config.scan_axis, ...: 0})
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         rope = rope_tables(self.config, tokens.shape[1])

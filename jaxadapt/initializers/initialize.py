@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from jaxadapt import methods
-from jaxadapt.adapters import initial_values, sharding, sites
+from jaxadapt.adapters import initial_values, sharding
 from jaxadapt.adapters.adapter import Adapter, Recipe
 from jaxadapt.adapters.sites import Site
 from jaxadapt.arrays import placement, quantized
@@ -45,7 +45,7 @@ class Initialization:
     def __post_init__(self) -> None:
         if not self.kind.name:
             return
-        others = (b for b in self.sites if self.kind.only_matrices and not b.method.replaces)
+        others = (b for b in self.sites if self.kind.only_matrices and b.effects.weight != "replaces")
         problems = [f"{b.leaf}: PEFT supports it for linear layers only" for b in others if not self._has_matrices(b)]
         problems += [f"{b.leaf}: {problem}" for b in self.pairs for problem in self._obstacles(b)]
         option = lora_variants.init_field(self.recipe.config)
@@ -78,7 +78,8 @@ class Initialization:
         return [_pair(b) for b in self.sites if self._has_matrices(b)]
 
     def _has_matrices(self, b: Site) -> bool:
-        return not b.method.replaces and b.match.weight.kind in self.kind.kinds and low_rank.has_one_pair(_pair(b))
+        replaces = b.effects.weight == "replaces"
+        return not replaces and b.match.weight.kind in self.kind.kinds and low_rank.has_one_pair(_pair(b))
 
     def site_values(self, b: Site, data: Sequence[Array] = ()) -> SiteValues:
         """Return the values of a site that the initialization reads; `data` are one array for each module."""
@@ -160,14 +161,15 @@ class Initialization:
                 changes = base_merge.plan_changes(self.weights, removed, base_merge.remove_from_weight, lambda a, x: x)
                 base = {leaf: changed.value() for leaf, changed in changes.items()}
         for b in (b for b in self.sites if factors.get(b.leaf)):
-            derived = [t.name for t in b.tensors if t.from_base]  # DoRA's magnitudes follow from the changed base
+            derived = [t for t in b.tensors if t.from_base]  # DoRA's magnitudes follow from the changed base
             if derived:
-                pair = {t.name: values[paths.join(b.leaf, t.name)] for t in b.tensors if not t.from_base}
+                kept = {paths.join(b.leaf, t.name) for t in b.tensors if not t.from_base}
+                pair = {path: values[path] for path in kept}
                 w = jnp.asarray(base.get(b.leaf, self.weights[b.leaf]))
-                tensors = sites.map_stack(b, lambda a, w: a.from_base(w), pair, w)
-                for name in derived:
-                    path = paths.join(b.leaf, name)
-                    values[path] = tensors[name].astype(values[path].dtype)
+                for tensor in derived:
+                    path = paths.join(b.leaf, tensor.name)
+                    new_values = initial_values.derive_tensor(config, b, tensor, pair, w)
+                    values[path] = new_values.astype(values[path].dtype)
         return Adapter(config, paths.unflatten(values), self.recipe.keymap), base
 
 

@@ -23,7 +23,7 @@ from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.initializers import decompositions
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.tensor_spec import MethodTensor
-from jaxadapt.methods import Method
+from jaxadapt.methods import Effects, Method
 from jaxadapt.methods.base import Array, Drop, Params
 from jaxadapt.models import gradients
 from jaxadapt.models.carriers import carrier
@@ -53,16 +53,17 @@ class _Probe(Method):
 
     peft_type = "LORA"
 
-    def check(self, config: Any) -> None: ...
-
-    def tensors(self, config: Any, match: Any, modules: Any) -> Any:
+    def tensors(self, config: Any, target: Any) -> Any:
         raise NotImplementedError
 
-    def hparams(self, config: Any, match: Any, modules: Any) -> Any:
+    def hparams(self, config: Any, target: Any) -> Any:
         raise NotImplementedError
 
-    def fresh(self, config: Any, tensor: Any, fan_in: int) -> Any:
+    def init(self, config: Any, tensor: Any, start: Any) -> Any:
         raise NotImplementedError
+
+    def effects(self, hparams: Any) -> Effects:
+        return Effects("changes")
 
     def output(
         self, hparams: Update, params: Params, use: Use | Operation, x: Array, y: Array, drop: Drop | None, w: Array

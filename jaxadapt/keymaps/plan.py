@@ -187,7 +187,7 @@ class Encoded(TensorSource):
         return {
             key: TensorSpec(e.form.shape_of(i), dtype)
             for e in self.plan.entries
-            for dtype in (self.dtype or np.dtype(self.leaves[e.path].dtype),)
+            for dtype in (self._dtype_of(e.path),)
             for i, key in enumerate(e.keys)
         }
 
@@ -197,7 +197,13 @@ class Encoded(TensorSource):
         leaf = self.leaves[entry.path]
         # On the host, transposes and reshapes are views where the layouts allow; on a device each is a computation.
         tensor = entry.form.encode(np.asarray(leaf) if self.host else leaf, i)
-        return tensor if self.dtype is None or tensor.dtype == self.dtype else tensor.astype(self.dtype)
+        dtype = self._dtype_of(entry.path)
+        return tensor if tensor.dtype == dtype else tensor.astype(dtype)
+
+    def _dtype_of(self, path: str) -> np.dtype[Any]:
+        """Return the dtype of a leaf's tensors; integers keep theirs."""
+        own = np.dtype(self.leaves[path].dtype)
+        return own if self.dtype is None or own.kind in "iub" else self.dtype
 
 
 def plan_entry(keymap: KeyMap, match: Match, tensor: MethodTensor, sizes: Mapping[str, int]) -> PlanEntry:

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxadapt import methods
 from jaxadapt.adapters.adapter import Adapter
-from jaxadapt.adapters.sites import Site, sites_of
+from jaxadapt.adapters.sites import Site, require_complete, sites_of
 from jaxadapt.adapters.tied import tied_heads
 from jaxadapt.arrays import finite, quantized
 from jaxadapt.core import paths
@@ -281,6 +281,7 @@ def plan_merge(base: Mapping[str, Any], adapter: Adapter) -> dict[str, ChangedLe
 def plan_changes(base: Mapping[str, Any], adapter: Adapter, weight: Change, bias: Change) -> dict[str, ChangedLeaf]:
     """Return the leaves that an adapter changes, as `plan_merge`; `weight` and `bias` change them."""
     sites = sites_of(adapter)
+    require_complete(adapter, sites)
     missing = [site.leaf for site in sites if site.leaf not in base]
     if missing:
         are_variables = f"params.{missing[0]}" in base
@@ -328,18 +329,19 @@ def plan_changes(base: Mapping[str, Any], adapter: Adapter, weight: Change, bias
     )
     if adapter.keymap.name == GENERIC.name and not adapter.config.get("ensure_weight_tying"):
         _warn_of_unknown_ties(sites, base)
-    tensors_of = adapter.sites
+    own, shared = adapter.sites, adapter.shared
+    tensors_of = {site.leaf: {**own[site.leaf], **({} if site.method.copies else shared)} for site in sites}
     changes: dict[str, ChangedLeaf] = {}
     without_bias: list[str] = []
     for site in sorted(sites, key=lambda site: not site.method.copies):  # a copied bias comes before an addition to it
         changes[site.leaf] = ChangedLeaf(site, tensors_of[site.leaf], base[site.leaf], weight)
         bias_path = paths.join(site.leaf.rpartition(".")[0], "bias")
-        if site.method.scales_bias(site.hparams) or site.method.adds_bias(site.hparams):
+        if site.effects.bias is not None:
             if bias_path in base:
                 changes[bias_path] = ChangedLeaf(
                     site, tensors_of[site.leaf], changes.get(bias_path, base[bias_path]), bias
                 )
-            elif site.method.adds_bias(site.hparams):
+            elif site.effects.bias == "adds":
                 without_bias.append(site.leaf)
     raise_listed(
         AttachError,

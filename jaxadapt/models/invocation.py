@@ -1,10 +1,10 @@
-"""Tokens of a call for aLoRA adapters, which adapt only those after their invocation sequence."""
+"""Data of a call for adapters that need it, such as the tokens for an aLoRA, which adapts only some of them."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,8 +13,9 @@ from jaxadapt.adapters.adapter import collection_name
 from jaxadapt.adapters.sites import sites_of
 from jaxadapt.configs import Config
 from jaxadapt.core.errors import AttachError
-from jaxadapt.methods.lora import alora
+from jaxadapt.methods import get_method
 from jaxadapt.models.carriers import Model, Wrapper, carrier
+from jaxadapt.models.linen.overlay import repeat_on_stack
 from jaxadapt.models.nnx import params
 
 Array = Any
@@ -57,37 +58,35 @@ def invoke(model: Any, tokens: Any) -> Generator[Any]:
         )
     held = carrier(model)
     if isinstance(held, Wrapper):
-        masks = _make_masks({name: config for name, config in model.adapters if name in model.active}, ids)
-        yield dataclasses.replace(model, tokens=masks)
+        data = _call_data({name: config for name, config in model.adapters if name in model.active}, ids)
+        yield dataclasses.replace(model, data=data)
         return
     if not isinstance(held, Model):
         raise held.unsupported("an NNX model, or a Linen module that adapt returned")
     adapters = {name: held.extract(name) for name in held.active()}
-    masks = _make_masks({name: adapter.config for name, adapter in adapters.items()}, ids)
+    data = _call_data({name: adapter.config for name, adapter in adapters.items()}, ids)
     owners = held.walk().leaves
-    masked: list[dict[str, Any]] = []
-    for name, mask in masks.items():
+    extended: list[tuple[dict[str, Any], str]] = []
+    for name, arrays in data.items():
         for site in sites_of(adapters[name]):
             module, attr = owners[site.leaf]
             if not site.method.copies:
                 variables = vars(module)[collection_name(adapters[name].config)][name][attr]
                 shape = vars(module)[attr].shape
-                variables[alora.MASK] = params.TokenMask(alora.repeat_mask(mask, site.match.stack, shape))
-                masked.append(variables)
+                for key, array in arrays.items():
+                    variables[key] = params.CallData(repeat_on_stack(array, site.match.stack, shape))
+                    extended.append((variables, key))
     try:
         yield model
     finally:
-        for variables in masked:
-            del variables[alora.MASK]
+        for variables, key in extended:
+            del variables[key]
 
 
-def _make_masks(configs: Mapping[str, Config], ids: Array) -> dict[str, Array]:
-    """Return `{name: boolean mask of the tokens to adapt}` of the aLoRA configurations."""
-    sequences: dict[str, Sequence[int]] = {
-        name: sequence for name, config in configs.items() if (sequence := config.get("alora_invocation_tokens"))
-    }
-    if not sequences:
+def _call_data(configs: Mapping[str, Config], ids: Array) -> dict[str, dict[str, Array]]:
+    """Return `{adapter: {name: array}}` of the data that the adapters' methods need."""
+    data = {name: get_method(config).call_data(config, {"tokens": ids}) for name, config in configs.items()}
+    data = {name: arrays for name, arrays in data.items() if arrays}
+    if not data:
         raise AttachError(f"cannot set tokens: no active adapter is an aLoRA; active are {sorted(configs) or 'none'}")
-    return {
-        name: ids if ids.dtype == bool else alora.invocation_mask(sequence, ids) for name, sequence in sequences.items()
-    }
+    return data

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxadapt import methods
 from jaxadapt.adapters import selection
 from jaxadapt.adapters.adapter import Recipe
 from jaxadapt.adapters.recipes import make_recipe
-from jaxadapt.adapters.sites import Site
+from jaxadapt.adapters.sites import Site, Sites
 from jaxadapt.arrays import quantized
 from jaxadapt.arrays.axes import contradiction_message, transposed_axes
 from jaxadapt.configs import Config, matching
@@ -30,12 +30,16 @@ def plan_adapter(
     keymap: KeyMap | str | None,
     stack_axes: Sequence[int] | None = None,
     example: Sequence[Any] | None = None,
-) -> tuple[Recipe, tuple[Site, ...]]:
-    """Return the recipe and sites of a configuration on a model, or on a tree of base parameters."""
+    found: Mapping[str, tuple[int, ...]] | None = None,
+) -> tuple[Recipe, Sites]:
+    """Return the recipe and sites of a configuration on a model, or on a tree of base parameters.
+
+    `found` are the shapes of the tensors of an adapter file, by key, if the sites are for a file.
+    """
     keymap = families.resolve_keymap(keymap, base.shapes)
     if base.walked is not None:
-        return _plan_on_model(base, base.walked, config, keymap, stack_axes, example)
-    return make_recipe(config, keymap, base.shapes, weights=lambda: base.leaves)
+        return _plan_on_model(base, base.walked, config, keymap, stack_axes, example, found)
+    return make_recipe(config, keymap, base.shapes, found=found, weights=lambda: base.leaves)
 
 
 def check_kernels(base: BaseParams, sites: Sequence[Site]) -> None:
@@ -74,7 +78,8 @@ def _plan_on_model(
     keymap: KeyMap,
     stack_axes: Sequence[int] | None,
     example: Sequence[Any] | None,
-) -> tuple[Recipe, tuple[Site, ...]]:
+    found: Mapping[str, tuple[int, ...]] | None,
+) -> tuple[Recipe, Sites]:
     given: Any = example
     if given is not None and not isinstance(given, list | tuple):
         raise AttachError(
@@ -101,7 +106,7 @@ def _plan_on_model(
 
     try:
         recipe, sites = make_recipe(
-            config, keymap, shapes, entries, unsure=unsure, check=check, weights=lambda: base.leaves
+            config, keymap, shapes, entries, unsure=unsure, found=found, check=check, weights=lambda: base.leaves
         )
     except TargetError as error:
         _raise_for_qwix(walked, error)

@@ -227,5 +227,5 @@ def _describe_uses(held: Carrier, inputs: Sequence[Any]) -> dict[str, str]:
     variables = {path: v for by_path in attach.adapter_variables(held.tree).values() for path, v in by_path.items()}
     attached = {path.rpartition(".")[0]: var.get_metadata()["adapter"] for path, var in variables.items()}
     hooks = {leaf: methods.AppliedMethod(x.method, x.hparams, {}, x.axes) for leaf, x in attached.items()}
-    used = {leaf: hook for leaf, hook in hooks.items() if not hook.replaces}
+    used = {leaf: hook for leaf, hook in hooks.items() if not hook.by_weight}
     return how | abstract_call.record_uses(held.tree, used, inputs)

@@ -39,7 +39,7 @@ class Source:
         return self.adapter.flat()
 
     @functools.cached_property
-    def sites(self) -> tuple[sites.Site, ...]:
+    def sites(self) -> sites.Sites:
         """The adapter's sites."""
         return sites.sites_of(self.adapter)
 
@@ -132,6 +132,7 @@ def _encode(source: Source, dtype: Any) -> Encoded:
     adapter, leaves = source.adapter, source.leaves
     warn_unproved(adapter.keymap)
     adapter_sites = source.sites
+    sites.require_complete(adapter, adapter_sites)
     untargeted = sites.untargeted(adapter.config, adapter.keymap, adapter.shapes)
     if untargeted:
         raise MismatchError(

@@ -133,7 +133,7 @@ def adapter_from_tensors(
     report: Report = no_report,
     on_shared: str | None = None,
     strict: bool = True,
-) -> tuple[Adapter, tuple[sites.Site, ...]]:
+) -> tuple[Adapter, sites.Sites]:
     """Decode PEFT's tensors into the layout of a base; return the adapter and its sites.
 
     Raises `MismatchError` listing all tensors that do not fit, and `AdapterError` for a configuration that does not fit
@@ -151,7 +151,8 @@ def adapter_from_tensors(
         keymap = planning.target_keymap(base, keymap, keys)
         if experts.may_have_experts(keys):
             tensors = experts.fuse_experts(tensors, keymap, on_shared)
-        recipe, adapter_sites = planning.plan_adapter(base, tensors.config, keymap, stack_axes, example)
+        found = {key: tuple(spec.shape) for key, spec in as_source(tensors.tensors).specs.items()}
+        recipe, adapter_sites = planning.plan_adapter(base, tensors.config, keymap, stack_axes, example, found)
         planning.check_kernels(base, adapter_sites)
         plan = sites.make_file_plan(adapter_sites)
     except AdapterError as error:
@@ -172,8 +173,13 @@ def adapter_from_tensors(
     dtypes = {key: spec.dtype for key, spec in specs.items()}
     requested, dtype = dtype, None if dtype == AUTOCAST else dtype
     memory_dtypes = {d: memory_dtype(d, requested) for d in set(dtypes.values())}
+    integers = {key: t.dtype for t, e in sites.file_entries(adapter_sites) if t.dtype is not None for key in e.keys}
     non_floats = {d for d in memory_dtypes if not jnp.issubdtype(d, jnp.floating)}
-    unusable = [f"{k}: {d.name}, expected floats" for k, d in dtypes.items() if d in non_floats and k in plan.keys]
+    unusable = [
+        f"{k}: {d.name}, expected {'integers' if k in integers else 'floats'}"
+        for k, d in dtypes.items()
+        if k in plan.keys and (not jnp.issubdtype(d, jnp.integer) if k in integers else d in non_floats)
+    ]
     shapes = {key: spec.shape for key, spec in specs.items()}
     if tensors.config.get("ensure_weight_tying"):
         repeated = tied.redundant_head_keys(tensors.tensors, plan.entries, recipe.keymap, tensors.source)
@@ -189,6 +195,12 @@ def adapter_from_tensors(
             tensors.tensors, unexpected, recipe.keymap, base.leaves, tensors.source, strict
         )
         shapes = {key: shape for key, shape in shapes.items() if key not in redundant}
+    if optional := _missing_optional(adapter_sites, shapes):
+        added = _created_tensors(tensors, plan, optional, recipe.config, adapter_sites, base)
+        tensors = dataclasses.replace(tensors, tensors={**_planned_tensors(tensors.tensors, plan), **added})
+        dtypes |= {key: np.dtype(x.dtype) for key, x in added.items()}
+        memory_dtypes |= {d: memory_dtype(d, requested) for d in set(dtypes.values())}
+        shapes |= {key: tuple(x.shape) for key, x in added.items()}
     if strict or not plan.keys.keys() & shapes.keys():
         try:
             plan.check(shapes, tensors.source, unusable, recipe.keymap.name if strict else "")
@@ -206,12 +218,28 @@ def adapter_from_tensors(
     placement = adapter_placement(shardings, base, adapter_sites) if is_spread(base, shardings) else {}
     copied = _copied_keys(adapter_sites)
     new_dtypes = {key: d if key in copied else memory_dtypes[d] for key, d in dtypes.items()}
+    new_dtypes |= {key: np.dtype(name) for key, name in integers.items()}
     leaves = device_arrays.load_arrays(plan, tensors.tensors, new_dtypes, dtype, placement, report)
     if dtype is None and new_dtypes != dtypes:  # arrays in memory keep their own dtypes
         for entry in plan.entries:
             if any(new_dtypes[key] != dtypes[key] for key in entry.keys):
                 leaves[entry.path] = leaves[entry.path].astype(entry.dtype(new_dtypes))
+    if any(not tensor.in_file for tensor in sites.all_tensors(adapter_sites)):
+        leaves = initial_values.init_values(
+            recipe.config,
+            adapter_sites,
+            jax.random.key(0),
+            base=base.leaves,
+            base_shardings=base.shardings,
+            given=leaves,
+        )
     return Adapter(recipe.config, paths.unflatten(leaves), recipe.keymap), adapter_sites
+
+
+def _missing_optional(adapter_sites: Sequence[sites.Site], shapes: Mapping[str, Any]) -> list[str]:
+    """Return the keys that a file may lack and this one lacks."""
+    pairs = sites.file_entries(adapter_sites)
+    return [key for tensor, entry in pairs if tensor.optional for key in entry.keys if key not in shapes]
 
 
 def _copied_keys(adapter_sites: Sequence[sites.Site]) -> set[str]:
@@ -241,7 +269,7 @@ def _init_missing(
     plan: plans.Plan,
     shapes: Mapping[str, Sequence[int]],
     config: Config,
-    adapter_sites: Sequence[sites.Site],
+    adapter_sites: sites.Sites,
     base: BaseParams,
 ) -> dict[str, Any]:
     """Initialize the tensors that a file lacks as in a fresh adapter; warn of them and of unexpected tensors."""
@@ -258,10 +286,24 @@ def _init_missing(
         warn(
             f"{tensors.source}: strict=False loads the tensors that fit. Of the adapter's tensors\n" + "\n".join(notes)
         )
-    if not missing:
-        return {}
+    return _created_tensors(tensors, plan, missing, config, adapter_sites, base) if missing else {}
+
+
+def _created_tensors(
+    tensors: PeftTensors,
+    plan: plans.Plan,
+    missing: Sequence[str],
+    config: Config,
+    adapter_sites: sites.Sites,
+    base: planning.BaseParams,
+) -> dict[str, Any]:
+    """Return the tensors that a file lacks, as in a new adapter."""
     absent = set(missing)
-    incomplete = [s for s in adapter_sites if any(key in absent for entry in s.entries for key in entry.keys)]
+    incomplete = sites.Sites(
+        (s for s in adapter_sites if any(key in absent for entry in s.entries for key in entry.keys)),
+        (each for each in adapter_sites.shared if not absent.isdisjoint(each.entry.keys)),
+        adapter_sites.method,
+    )
     try:
         leaves = initial_values.init_values(config, incomplete, jax.random.key(0), base=base.leaves)
     except AdapterError as error:

@@ -40,12 +40,14 @@ class _Leaf:
 
     adapter: str
     config: Config
-    site: Site
+    site: Site | None  # None for a shared tensor
     tensor: str
     ndim: int  # without axes of stacked layers
 
     @property
     def role(self) -> str:
+        if self.site is None:
+            return methods.get_method(self.config).roles.get(self.tensor, "other")
         if self.site.method.copies:
             return "bias" if self.site.leaf.rpartition(".")[2] == "bias" else "copy"
         return self.site.method.role(self.site.hparams, self.tensor)
@@ -71,10 +73,15 @@ def _leaves(tree: Any) -> Any:
 def _leaves_by_path(name: str, adapter: Adapter) -> dict[str, _Leaf]:
     """Return `{path: leaf}` of one adapter's parameters."""
     unboxed = dataclasses.replace(adapter, params=collections.unbox_tree(adapter.params))
-    return {
+    sites = sites_of(unboxed)
+    leaves = {
         paths.join(site.leaf, tensor): _Leaf(name, adapter.config, site, tensor, len(shape) - len(site.match.stack))
-        for site in sites_of(unboxed)
+        for site in sites
         for tensor, shape in site.shapes.items()
+    }
+    return leaves | {
+        each.entry.path: _Leaf(name, adapter.config, None, each.tensor.name, len(each.entry.shape))
+        for each in sites.shared
     }
 
 
@@ -225,7 +232,7 @@ def scale_by_rank(tree: Any, reference: int = 8) -> optax.GradientTransformation
         raise ConfigError(f"reference: expected a positive rank, found {reference!r}")
 
     def factor(leaf: _Leaf) -> float:
-        sizes = {name: size for t in leaf.site.tensors for name, size in t.own}
+        sizes = {} if leaf.site is None else {name: size for t in leaf.site.tensors for name, size in t.own}
         if leaf.role not in ("A", "B", "embedding") or "r" not in sizes or leaf.config.get("use_rslora"):
             return 1.0
         return math.sqrt(sizes["r"] / reference)

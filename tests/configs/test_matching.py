@@ -261,7 +261,7 @@ def test_all_linear_needs_to_know_what_is_linear():
 
 
 def test_generic_configurations_match_by_the_same_keys():
-    config = GenericConfig(peft_type="VERA", extra={"target_modules": ["q"], "layers_to_transform": [1]})
+    config = GenericConfig(peft_type="XLORA", extra={"target_modules": ["q"], "layers_to_transform": [1]})
     names = ["m.h.0.q", "m.h.1.q", "m.h.1.k"]
     assert select_names(config, names) == ("m.h.1.q",)
     linear = config.replace(extra={"target_modules": "all-linear"})
@@ -298,7 +298,7 @@ def test_invalid_expressions_are_named():
     with pytest.raises(ConfigError, match=r"rank_pattern: .*'\('"):
         find_pattern_value({"(": 1}, "q", 8)
     with pytest.raises(ConfigError, match=r"modules_to_save: .*'\('"):
-        is_target(GenericConfig(peft_type="VERA", extra={"target_modules": ["q"], "modules_to_save": ["("]}), "q")
+        is_target(GenericConfig(peft_type="XLORA", extra={"target_modules": ["q"], "modules_to_save": ["("]}), "q")
 
 
 def test_null_feedforward_is_refused():

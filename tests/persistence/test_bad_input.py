@@ -169,9 +169,9 @@ def test_a_broken_configuration(text, says, good):
 
 
 def test_a_method_that_cannot_be_applied(good):
-    edit(good, peft_type="VERA")
-    refuses(good, ConfigError, "cannot apply peft_type 'VERA'")
-    assert jaxadapt.read(good).config.peft_type == "VERA"
+    edit(good, peft_type="XLORA")
+    refuses(good, ConfigError, "cannot apply peft_type 'XLORA'")
+    assert jaxadapt.read(good).config.peft_type == "XLORA"
 
 
 def test_a_field_that_would_be_ignored(good):

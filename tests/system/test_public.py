@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 
 import jaxadapt
+from jaxadapt.configs.registry import config_classes
 
 PUBLIC = {
     # configuration
-    "Config", "IA3Config", "LoraConfig",
+    "Config", *(name for _, name in config_classes().values()),
     # values
     "Adapter", "PeftTensors", "KeyMap", "Weight", "AdapterParam", "BaseParam", "LayerNumber",
+    "SharedParam", "FrozenParam",
     # on a model
     "adapt", "init", "extract", "inject", "detach", "activate", "disable", "delete", "summary", "select",
     "merge", "unmerge", "combine",

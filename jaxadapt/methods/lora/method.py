@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -35,8 +35,8 @@ from jaxadapt.configs import PEFT_VERSION, Config, LoraConfig
 from jaxadapt.configs.lora_variants import fields_set
 from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.keymaps.keymap import Match
-from jaxadapt.keymaps.tensor_spec import MethodTensor, Modules
-from jaxadapt.methods.base import Array, Drop, Method, Params, as_computable
+from jaxadapt.keymaps.tensor_spec import MethodTensor
+from jaxadapt.methods.base import Array, Drop, Effects, Method, Params, Start, Target, as_computable
 from jaxadapt.methods.lora import alora, dora, kasa
 from jaxadapt.methods.per_entry import adapted_entries, per_entry
 
@@ -105,7 +105,8 @@ class Lora(Method):
                 + "; ".join(problems)
             )
 
-    def tensors(self, config: LoraConfig, match: Match, modules: Modules) -> tuple[MethodTensor, ...]:
+    def tensors(self, config: LoraConfig, target: Target) -> tuple[MethodTensor, ...]:
+        match, modules = target.match, target.modules
         ranks = modules.each(config.rank_of, 0)
         r, alike = max(ranks), len(set(ranks)) == 1
         own_sizes, kind, groups = (("r", r),), match.weight.kind, match.weight.groups
@@ -137,7 +138,8 @@ class Lora(Method):
             return tuple(tensors)
         return tuple(dataclasses.replace(t, used_sizes=_used_sizes(t, ranks, r)) for t in tensors)
 
-    def hparams(self, config: LoraConfig, match: Match, modules: Modules) -> LoraHparams:
+    def hparams(self, config: LoraConfig, target: Target) -> LoraHparams:
+        match, modules = target.match, target.modules
         kind, times = match.weight.kind, match.weight.products
         scales = {times * config.scale_of(m) for m in modules}
         smallest = min(scales)
@@ -169,10 +171,18 @@ class Lora(Method):
     def forward(self, hparams: LoraHparams) -> bool:
         return not hparams.kind and super().forward(hparams)  # an embedding's product is that of a tied head
 
-    def apart(self, hparams: LoraHparams) -> bool:
-        return hparams.dora
+    def effects(self, hparams: LoraHparams) -> Effects:
+        return Effects(
+            "changes" if hparams.dora else "adds",
+            bias="adds" if hparams.bias else None,
+            reads=hparams.dora,
+            sees="product" if hparams.dora else "layer",
+        )
 
-    def fresh(self, config: LoraConfig, tensor: MethodTensor, fan_in: int) -> Draw:
+    def init(self, config: LoraConfig, tensor: MethodTensor, start: Start) -> Draw | Array:
+        if tensor.name == dora.MAGNITUDE:
+            assert start.axes is not None
+            return dora.output_norms(start.axes, _changed_weight(start.hparams, start.params, start.axes, start.w))
         init = config.init_lora_weights
         if init not in (True, False, "gaussian") or config.kasa_config is not None:
             setting = f"init_lora_weights={init!r}" if config.kasa_config is None else "kasa_config"
@@ -190,12 +200,7 @@ class Lora(Method):
         if init == "gaussian":
             return Draw("normal", 1 / r)
         # torch's Kaiming-uniform with a = sqrt(5) is U(-1/sqrt(fan_in), 1/sqrt(fan_in))
-        return Draw("uniform", 1 / math.sqrt(fan_in * own_sizes.get("g", 1) if tensor.name == "lora_A" else r))
-
-    def from_base(self, hparams: LoraHparams, params: Params, axes: Axes, w: Array) -> dict[str, Array]:
-        return (
-            {dora.MAGNITUDE: dora.output_norms(axes, _changed_weight(hparams, params, axes, w))} if hparams.dora else {}
-        )
+        return Draw("uniform", 1 / math.sqrt(start.fan_in * own_sizes.get("g", 1) if tensor.name == "lora_A" else r))
 
     def output(
         self,
@@ -252,11 +257,20 @@ class Lora(Method):
             )
         return low_rank.add_product(axes, w, -_scale(hparams, params), *_factors(hparams, params)).astype(w.dtype)
 
-    def adds_bias(self, hparams: LoraHparams) -> bool:
-        return hparams.bias
+    def bias(self, hparams: LoraHparams, params: Params, axes: Axes, bias: Array, undo: bool = False) -> Array:
+        if not hparams.bias:
+            return bias
+        added = _bias(hparams, params).reshape(bias.shape)
+        return (bias - added if undo else bias + added).astype(bias.dtype)
 
-    def merged_bias(self, hparams: LoraHparams, params: Params, bias: Array, sign: int) -> Array:
-        return (bias + sign * _bias(hparams, params).reshape(bias.shape)).astype(bias.dtype)
+    def call_data(self, config: LoraConfig, given: Mapping[str, Array]) -> dict[str, Array]:
+        tokens, sequence = given.get("tokens"), config.alora_invocation_tokens
+        if not sequence or tokens is None:
+            return {}
+        return {alora.MASK: tokens if tokens.dtype == bool else alora.invocation_mask(tuple(sequence), tokens)}
+
+    def examples(self) -> Sequence[Mapping[str, Any]]:
+        return ({"r": 2, "lora_alpha": 3}, {"r": 3, "lora_alpha": 5, "use_rslora": True})
 
 
 def is_newer_attention_file(config: Config, sites: Iterable[Match]) -> bool:

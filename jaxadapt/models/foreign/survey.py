@@ -22,7 +22,7 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import KeyMapError
 from jaxadapt.keymaps import plan, tensor_layout
 from jaxadapt.keymaps.keymap import KeyMap, Match, index_entries
-from jaxadapt.keymaps.tensor_spec import MethodTensor, Modules
+from jaxadapt.keymaps.tensor_spec import MethodTensor
 from jaxadapt.keymaps.weight import Weight
 from jaxadapt.models.foreign.dialect import RANK, Dialect, Dims, layouts
 
@@ -276,7 +276,7 @@ def _solve_sizes(pairs: Sequence[tuple[Dims, Shape]], sizes: Mapping[str, int]) 
 def _lora_tensors(match: Match) -> tuple[MethodTensor, MethodTensor]:
     """Return PEFT's two tensors of a site. Their rank is a symbolic axis, so its value in the config is arbitrary."""
     config = LoraConfig(r=1)
-    a, b = methods.get_method(config).tensors(config, match, Modules())
+    a, b = methods.get_method(config).tensors(config, methods.Target(match))
     return a, b
 
 

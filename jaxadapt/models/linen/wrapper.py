@@ -19,7 +19,7 @@ from flax.core import meta
 from jaxadapt.adapters import initial_values, selection
 from jaxadapt.adapters.adapter import Adapter, Recipe, collection_name, is_array
 from jaxadapt.adapters.recipes import make_recipe
-from jaxadapt.adapters.sites import Site
+from jaxadapt.adapters.sites import Sites
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, warn
@@ -46,7 +46,7 @@ class Adapted:
         active: the names of the adapters that `apply` applies, in this order.
         keymap: a family's name, a `KeyMap`, or None to recognise the family.
         dtype: the dtype of new adapter parameters; float32 by default.
-        tokens: `{name: mask}` of the tokens that aLoRA adapters adapt; `jaxadapt.models.invoke` sets them.
+        data: `{adapter: {name: array}}` of the calls, such as an aLoRA's tokens; `jaxadapt.models.invoke` sets it.
         deterministic: True turns the adapters' dropout (`lora_dropout`) off. False turns it on, and a call without a
             random stream "dropout" raises. None turns it on in calls whose `rngs` have that stream.
 
@@ -60,7 +60,9 @@ class Adapted:
     active: tuple[str, ...]
     keymap: KeyMap | str | None = None
     dtype: Any = None
-    tokens: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any], repr=False, compare=False)
+    data: Mapping[str, Mapping[str, Any]] = dataclasses.field(
+        default_factory=dict[str, Mapping[str, Any]], repr=False, compare=False
+    )
     deterministic: bool | None = None
     # Signatures of calls that were checked: they read no adapted weight outside its module.
     _checked: set[Hashable] = dataclasses.field(default_factory=set[Hashable], init=False, repr=False, compare=False)
@@ -117,7 +119,7 @@ class Adapted:
         y, variables = self.module.init_with_output(rngs, *args, **kwargs)
         return y, self._add_adapters(plans, rngs, variables)
 
-    def _plan_adapters(self, rngs: Any, args: Any, kwargs: Any) -> dict[str, tuple[Recipe, tuple[Site, ...]]]:
+    def _plan_adapters(self, rngs: Any, args: Any, kwargs: Any) -> dict[str, tuple[Recipe, Sites]]:
         """Return `{name: (recipe, sites)}` from shapes only, so that all checks run before any computation."""
         model = survey.survey_module(self.module, rngs, args, kwargs)
         occupied = model.collections & {collection_name(config) for _, config in self.adapters}
@@ -221,7 +223,7 @@ class Adapted:
     def _make_overlay(self, variables: Mapping[str, Any], rngs: Any) -> Overlay:
         """Return the overlay of one call, after the check for dropout without a random stream."""
         has_stream = not self.deterministic and isinstance(rngs, Mapping) and DROPOUT in rngs
-        overlay = build_overlay(variables, dict(self.adapters), self.active, self.tokens, has_stream)
+        overlay = build_overlay(variables, dict(self.adapters), self.active, self.data, has_stream)
         self._check_dropout(overlay.with_dropout, has_stream)
         return overlay
 

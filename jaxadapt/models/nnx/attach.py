@@ -36,7 +36,7 @@ from jaxadapt.methods import Method
 from jaxadapt.models.nnx import graph, survey
 from jaxadapt.models.nnx.graph import Owner
 from jaxadapt.models.nnx.layer import ACTIVE, Attached, adapted_class, attached_to
-from jaxadapt.models.nnx.params import AdapterParam, LayerNumber
+from jaxadapt.models.nnx.params import AdapterParam, FrozenParam, LayerNumber, SharedAdapterParam, SharedFrozenParam
 from jaxadapt.models.nnx.survey import DROPOUT, AdaptedMeta, base_class, set_class
 
 Model = nnx.Module | graph.ModelWalk
@@ -148,14 +148,23 @@ def attach(
         raise AttachError("these layers cannot carry the adapter:\n" + paths.bullets(problems))
     if rngs is not None and any(site.method.dropout(site.hparams) for site in adapter_sites):
         require_stream(rngs, "dropout")
+    shared = {
+        each.tensor.name: (SharedAdapterParam if each.tensor.trained else SharedFrozenParam)(
+            values[each.entry.path], adapter=Attached(recipe, methods.get_method(recipe.config), None, each.entry.shape)
+        )
+        for each in sites.shared_tensors(adapter_sites)
+    }
     for site in adapter_sites:
         module, attr = owners[site.leaf]
         attached = Attached(recipe, site.method, site.axes, site.hparams)
         metadata = vars(module)[attr].get_metadata()
         tensors = {
-            t.name: AdapterParam(values[e.path], adapter=attached, **_sharding_metadata(site, e, metadata))
+            t.name: (AdapterParam if t.trained else FrozenParam)(
+                values[e.path], adapter=attached, **_sharding_metadata(site, e, metadata)
+            )
             for t, e in zip(site.tensors, site.entries, strict=True)
         } | _layer_numbers(site, placement.sharding_of(vars(module)[attr].get_value()))
+        tensors |= {} if site.method.copies else shared
         # nnx.jit walks the model at every call, and nnx.Dict takes twice the time of a plain dict marked as data.
         if collection not in vars(module):
             setattr(module, collection, nnx.data({}))
@@ -182,7 +191,7 @@ def _layer_numbers(site: sites.Site, base: NamedSharding | None) -> dict[str, An
 
 def _find_misfits(adapter_sites: Sequence[sites.Site], owners: Mapping[str, Owner], collection: str) -> list[str]:
     """Return a message for each site whose module cannot hold the adapter."""
-    scaled = [site.leaf for site in adapter_sites if site.method.scales_bias(site.hparams)]
+    scaled = [site.leaf for site in adapter_sites if site.effects.bias == "scales"]
     count = collections.Counter(id(owners[leaf][0]) for leaf in scaled)
     shared = [leaf for leaf in scaled if count[id(m := owners[leaf][0])] > 1 and "bias" in vars(m)]
     problems = [f"{leaf}: its module has one bias for several adapted weights" for leaf in shared]
@@ -199,7 +208,11 @@ def list_contradictions(adapter_sites: Sequence[sites.Site], owners: Mapping[str
     for site in adapter_sites:
         module, attr = owners[site.leaf]
         try:
-            roles = None if site.method.replaces else survey.kernel_roles(module, attr)
+            roles = (
+                None
+                if site.effects.weight == "replaces" and site.effects.form == "weight"
+                else survey.kernel_roles(module, attr)
+            )
         except AttachError as error:
             problems.append(f"{site.leaf}: {error}")
             continue

@@ -17,8 +17,9 @@ from flax import nnx
 from flax.nnx import graphlib
 from jax.core import Tracer
 
+from jaxadapt.adapters.adapter import SHARED_NODE
 from jaxadapt.core import paths
-from jaxadapt.models.nnx.params import AdapterParam
+from jaxadapt.models.nnx.params import AdapterParam, FrozenParam, SharedParam
 
 Path = tuple[Any, ...]
 """Attribute names, keys and list indices, as in `nnx.to_flat_state`."""
@@ -241,7 +242,7 @@ class ModelWalk:
         """`{dotted path: (owner, attribute)}` of the base parameters that are a module's attribute, each once."""
         leaves: dict[str, Owner] = {}
         seen: set[int] = set()
-        is_base = instance_test(nnx.Param, AdapterParam)
+        is_base = instance_test(nnx.Param, (AdapterParam, FrozenParam))
         for path, node in self.modules:
             for attr, var in vars(node).items():
                 if is_base(var) and id(var) not in seen:
@@ -252,7 +253,7 @@ class ModelWalk:
     @functools.cached_property
     def unowned(self) -> dict[str, tuple[int, ...]]:
         """`{path: shape}` of base parameters that are not attributes of a module: in a dict, or in `bridge.ToNNX`."""
-        is_base = instance_test(nnx.Param, AdapterParam)
+        is_base = instance_test(nnx.Param, (AdapterParam, FrozenParam))
         owned = {id(vars(module)[attr]) for module, attr in self.leaves.values()}
         loose = [(path, var) for path, var, _ in self.entries if is_base(var) and id(var) not in owned]
         return {paths.join(*map(str, path)): tuple(var.shape) for path, var in loose}
@@ -271,11 +272,14 @@ def walk_model(model: Any) -> ModelWalk:
 def group_adapters(variables: Iterable[tuple[Sequence[Any], Any]]) -> dict[str, dict[str, Any]]:
     """Return `{adapter name: {path: AdapterParam}}` of the adapter parameters among these variables and their paths."""
     adapters: dict[str, dict[str, Any]] = {}
-    is_adapter = instance_test(AdapterParam)
+    is_adapter, is_shared = instance_test((AdapterParam, FrozenParam)), instance_test(SharedParam)
     module, prefix = None, ""
     for keys, var in variables:
         if is_adapter(var) and var.has_metadata("adapter"):
             *_, name, leaf, tensor = keys
+            if is_shared(var):
+                adapters.setdefault(str(name), {})[paths.join(SHARED_NODE, str(tensor))] = var
+                continue
             if module != keys[:-4]:  # a module's variables follow each other
                 module = keys[:-4]
                 prefix = paths.join(*map(str, module))
