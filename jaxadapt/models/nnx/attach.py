@@ -25,7 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxadapt import methods
 from jaxadapt.adapters import sharding, sites
-from jaxadapt.adapters.adapter import Adapter, Recipe, collection_name
+from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, Recipe, collection_name
 from jaxadapt.arrays import placement, random_draws
 from jaxadapt.arrays.axes import contradiction_message
 from jaxadapt.core import paths
@@ -355,7 +355,7 @@ def extract(tree: Tree, name: str) -> Adapter:
     recipe = _recipe_of(variables, name)
     values = graph.values_of({path: variables[path] for path in sorted(variables, key=graph.natural_key)})
     adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
-    recipe.check_complete(len({path.rpartition(".")[0] for path in values}), name)
+    recipe.check_complete(len({path.rpartition(".")[0] for path in values} - {SHARED_NODE}), name)
     return adapter
 
 
