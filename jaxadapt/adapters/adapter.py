@@ -26,6 +26,9 @@ from jaxadapt.keymaps.keymap import KeyMap, from_data, to_data
 CONFIG_NODE = "~config"
 """The key of the node without leaves that carries a `Recipe` inside a Linen collection."""
 
+SHARED_NODE = "~shared"
+"""The key, beside the base paths, of the tensors that belong to the whole adapter and to no base weight."""
+
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -168,6 +171,11 @@ class Adapter:
             base, _, tensor = path.rpartition(".")
             sites.setdefault(base, {})[tensor] = leaf
         return sites
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """`{tensor: array}` of the tensors that belong to the whole adapter, which lie under `SHARED_NODE`."""
+        return self.sites.get(SHARED_NODE, {})
 
     @property
     def shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
