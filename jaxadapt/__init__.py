@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from jaxadapt.configs import Config as Config
     from jaxadapt.configs import IA3Config as IA3Config
     from jaxadapt.configs import LoraConfig as LoraConfig
+    from jaxadapt.configs import PrefixTuningConfig as PrefixTuningConfig
     from jaxadapt.core.errors import AdapterError as AdapterError
     from jaxadapt.core.errors import AttachError as AttachError
     from jaxadapt.core.errors import ConfigError as ConfigError

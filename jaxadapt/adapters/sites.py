@@ -16,14 +16,17 @@ import numpy as np
 
 from jaxadapt import methods
 from jaxadapt.adapters import full_copies, target_parameters
-from jaxadapt.adapters.adapter import Adapter
+from jaxadapt.adapters.adapter import SHARED_NODE, Adapter
 from jaxadapt.arrays.axes import Axes
+from jaxadapt.arrays.layout import FileLayout
 from jaxadapt.configs import Config, matching
 from jaxadapt.core import paths
 from jaxadapt.core.errors import KeyMapError, MismatchError
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.tensor_spec import MethodTensor, Modules
+from jaxadapt.keymaps.weight import Weight
+from jaxadapt.methods.prompt import PromptMethod
 
 Shape = tuple[int, ...]
 Index = tuple[int, ...]
@@ -100,6 +103,19 @@ def bind_site(
     return Site(match, method, modules, tensors, method.hparams(config, match, modules), entries, fan_in)
 
 
+def bind_shared(method: PromptMethod, shapes: Mapping[str, Shape]) -> Site:
+    """Return the site of tensors that belong to the whole adapter; the file has them under their own names."""
+    tensors: list[MethodTensor] = []
+    entries: list[plan.PlanEntry] = []
+    for name, shape in shapes.items():
+        axes = tuple(f"a{i}" for i in range(len(shape)))
+        groups = tuple((axis,) for axis in axes)
+        tensors.append(MethodTensor(name, name, axes, groups, tuple(zip(axes, shape, strict=True))))
+        entries.append(plan.PlanEntry(paths.join(SHARED_NODE, name), FileLayout(shape, axes, groups, ()), (name,)))
+    match = Match(SHARED_NODE, Weight(SHARED_NODE, f"{SHARED_NODE}.weight", "n -> n", kind="shared"))
+    return Site(match, method, Modules(()), tuple(tensors), None, tuple(entries), 1)
+
+
 def targeted_entries(
     match: Match, sizes: Mapping[str, int], names: Mapping[Index, str], targeted: Collection[Index]
 ) -> tuple[Match, Modules]:
@@ -168,6 +184,8 @@ def _recover_sites(config: Config, keymap: KeyMap, tensors: Tensors) -> tuple[Si
     """Return the sites of an adapter's leaves: adapted ones first, then copies."""
     method, leaves = methods.get_method(config), {leaf: dict(shapes) for leaf, shapes in tensors}
     sites: list[Site] = []
+    if isinstance(method, PromptMethod) and SHARED_NODE in leaves:
+        sites.append(bind_shared(method, leaves.pop(SHARED_NODE)))
     copied: list[tuple[Match, Mapping[str, Shape]]] = []
     adapting: list[tuple[Match, Mapping[str, Shape]]] = []
     unmapped: list[str] = []

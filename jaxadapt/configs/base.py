@@ -291,7 +291,7 @@ class GenericConfig(Config):
         name = cast("object", self.peft_type)
         if not (isinstance(name, str) and re.fullmatch("[A-Z][A-Z0-9_]*", name)):
             problems.add("peft_type", 'a type in capitals, such as "VERA"', name)
-        elif any(name == cls.__dataclass_fields__["peft_type"].default for cls in Config.__subclasses__()):
+        elif name in Config.classes:
             problems.add("peft_type", "a type without a class of its own", name, "use its class")
 
 

@@ -17,8 +17,9 @@ from jaxadapt.methods.base import (
 from jaxadapt.methods.ia3 import IA3
 from jaxadapt.methods.lora.method import Lora, lora_scale
 from jaxadapt.methods.per_entry import needs_layer_number
+from jaxadapt.methods.prompt import PROMPTS
 
-METHODS: dict[str, Method] = {m.peft_type: m for m in (Lora(), IA3())}
+METHODS: dict[str, Method] = {m.peft_type: m for m in (Lora(), IA3(), *PROMPTS.values())}
 
 COLLECTIONS = tuple(name.lower() for name in METHODS)
 """The Linen collection, or the attribute of an NNX layer, that holds the adapters of each method."""

@@ -43,6 +43,7 @@ class Method(abc.ABC):
         copies: True if the adapter stores a full or partial copy of the weight.
         replaces: True if the copy replaces the weight in every use; only `weight` is then called.
         wrapper_depth: nesting depth of PEFT's ParamWrapper, when the weight is adapted through target_parameters.
+        scope: "site" if each tensor belongs to one weight; "model" if all belong to the whole adapter.
     """
 
     peft_type: str
@@ -52,6 +53,7 @@ class Method(abc.ABC):
     copies: bool = False
     replaces: bool = False
     wrapper_depth: int | None = None
+    scope: str = "site"
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and vars(self) == vars(other)

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxadapt import methods
-from jaxadapt.adapters import layer_replication, selection
-from jaxadapt.adapters.adapter import Recipe, is_array
+from jaxadapt.adapters import layer_replication, prompt_sites, selection
+from jaxadapt.adapters.adapter import SHARED_NODE, Recipe, is_array
 from jaxadapt.adapters.sites import Site, with_copy_entries
 from jaxadapt.arrays import quantized
 from jaxadapt.arrays.axes import contradiction_message, transposed_axes
@@ -19,9 +19,11 @@ from jaxadapt.core.errors import AttachError, TargetError
 from jaxadapt.keymaps import families, generic
 from jaxadapt.keymaps.generic import GENERIC
 from jaxadapt.keymaps.keymap import KeyMap
+from jaxadapt.methods.prompt import PromptMethod
+from jaxadapt.methods.prompt.base import BaseSizes
 from jaxadapt.models import layers
 from jaxadapt.models.linen import collections, wrapper
-from jaxadapt.models.nnx import abstract_call, attach, survey
+from jaxadapt.models.nnx import abstract_call, attach, prompt, survey
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +94,19 @@ def plan_adapter(
     keymap: KeyMap | str | None,
     stack_axes: Sequence[int] | None = None,
     example: Sequence[Any] | None = None,
+    *,
+    stored: bool = False,
 ) -> tuple[Recipe, tuple[Site, ...]]:
-    """Return the recipe and sites of a configuration on a model, or on a tree of base parameters."""
+    """Return the recipe and sites of a configuration on a model, or on a tree of base parameters.
+
+    `stored` asks for the form of the parameters that a file holds, where a method has two (an encoder of prompts).
+    """
+    method = methods.get_method(config)
+    if isinstance(method, PromptMethod):
+        keymap = families.resolve_keymap(keymap, base.shapes)
+        sizes = BaseSizes() if example is None else prompt.measure_base(base.tree, example)
+        config = method.complete(config, sizes)
+        return Recipe(config, keymap, 1), prompt_sites.plan_sites(config, stored=stored)
     if base.walked is not None:
         return _plan_on_model(base, base.walked, config, keymap, stack_axes, example)
     keymap = families.resolve_keymap(keymap, base.shapes)
@@ -109,6 +122,7 @@ def check_kernels(base: BaseParams, sites: Sequence[Site]) -> None:
     Parameters without a model have no layers that define the layout, so every kernel is assumed to be one of Flax's,
     which are (in, out). A layer with another layout declares it in the collection that `adapt` creates.
     """
+    sites = [site for site in sites if site.leaf != SHARED_NODE]
     if base.walked is not None:
         if problems := attach.list_contradictions(sites, base.walked.leaves):
             raise AttachError("these layers cannot carry the adapter:\n" + paths.bullets(problems))

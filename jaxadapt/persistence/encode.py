@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxadapt.adapters import embeddings, experts, joint_tensors, renaming, sites, tied
+from jaxadapt.adapters import embeddings, experts, joint_tensors, prompt_sites, renaming, sites, tied
 from jaxadapt.adapters.adapter import Adapter, PeftTensors
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
@@ -59,7 +59,7 @@ def encode_tree(
         return tensors
     if lora_alpha is not None:
         raise ConfigError("lora_alpha applies only to trees of other libraries; this adapter stores its own alpha")
-    adapter = extract_adapter(tree, name, config, keymap, in_memory=in_memory)
+    adapter = prompt_sites.as_stored(extract_adapter(tree, name, config, keymap, in_memory=in_memory))
     tensors = _encode(adapter, dtype)
     tensors = _with_embeddings(tensors, adapter, tree, save_embedding_layers)
     return _join_or_split(tensors, adapter, on_shared, "to_peft" if in_memory else "save")

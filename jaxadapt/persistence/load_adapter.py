@@ -20,6 +20,7 @@ from jaxadapt.core.errors import AttachError, ConfigError, MismatchError
 from jaxadapt.core.progress import LOGGER, Progress, reporter
 from jaxadapt.initializers import original_base
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
+from jaxadapt.methods.prompt.base import EMBEDDINGS
 from jaxadapt.models import attachment, base_params, planning
 from jaxadapt.models.foreign import tree as foreign
 from jaxadapt.models.linen import collections
@@ -254,7 +255,9 @@ def _from_orbax(
     keys = [key.removeprefix(PEFT_PREFIX) for site in stored_sites for entry in site.entries for key in entry.keys]
     base = planning.target_base(target)
     keymap = planning.target_keymap(base, keymap, keys)
-    recipe, target_sites = planning.plan_adapter(base, stored.adapter.config, keymap, stack_axes, example)
+    recipe, target_sites = planning.plan_adapter(
+        base, stored.adapter.config, keymap, stack_axes, example, stored=EMBEDDINGS in stored.adapter.shared
+    )
     planning.check_kernels(base, target_sites)
     wanted, found = (
         {entry.path: (entry.shape, entry.keys) for site in each for entry in site.entries}

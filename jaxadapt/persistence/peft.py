@@ -149,7 +149,7 @@ def adapter_from_tensors(
         keymap = planning.target_keymap(base, keymap, keys)
         if experts.may_have_experts(keys):
             tensors = experts.fuse_experts(tensors, keymap, on_shared, "load or from_peft")
-        recipe, adapter_sites = planning.plan_adapter(base, tensors.config, keymap, stack_axes, example)
+        recipe, adapter_sites = planning.plan_adapter(base, tensors.config, keymap, stack_axes, example, stored=True)
         planning.check_kernels(base, adapter_sites)
         plan = sites.make_file_plan(adapter_sites)
     except AdapterError as error:

@@ -16,7 +16,8 @@ import flax.linen as nn
 import jax
 from flax.core import meta
 
-from jaxadapt.adapters import initial_values, selection
+from jaxadapt import methods
+from jaxadapt.adapters import initial_values, prompt_sites, selection
 from jaxadapt.adapters.adapter import Adapter, Recipe, collection_name, is_array
 from jaxadapt.adapters.sites import Site, with_copy_entries
 from jaxadapt.configs import Config
@@ -24,7 +25,9 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, warn
 from jaxadapt.keymaps.families import resolve_keymap
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.models.linen import collections, survey
+from jaxadapt.methods.prompt import PromptMethod
+from jaxadapt.methods.prompt.base import BaseSizes
+from jaxadapt.models.linen import collections, prompt, survey
 from jaxadapt.models.linen.interceptor import DROPOUT, UseRecorder
 from jaxadapt.models.linen.overlay import Overlay, build_overlay, key_paths
 
@@ -118,6 +121,8 @@ class Adapted:
 
     def _plan_adapters(self, rngs: Any, args: Any, kwargs: Any) -> dict[str, tuple[Recipe, tuple[Site, ...]]]:
         """Return `{name: (recipe, sites)}` from shapes only, so that all checks run before any computation."""
+        prompts = {name: config for name, config in self.adapters if methods.get_method(config).scope == "model"}
+        sizes = prompt.measure_base(self.module, rngs, args, kwargs) if prompts else BaseSizes()
         model = survey.survey_module(self.module, rngs, args, kwargs)
         occupied = model.collections & {collection_name(config) for _, config in self.adapters}
         if occupied:
@@ -130,6 +135,11 @@ class Adapted:
         full_keymap = keymap.with_entries(entries)
         plans: dict[str, tuple[Recipe, tuple[Site, ...]]] = {}
         for name, config in self.adapters:
+            method = methods.get_method(config)
+            if isinstance(method, PromptMethod):
+                config = method.complete(config, sizes)
+                plans[name] = Recipe(config, keymap, 1), prompt_sites.plan_sites(config, stored=False)
+                continue
             config = selection.resolve_config(config, full_keymap, model.shapes)
             model.check(config, full_keymap)
             sites = selection.select_sites(config, full_keymap, model.shapes)
@@ -175,8 +185,16 @@ class Adapted:
         """
         overlay = self._make_overlay(variables, kwargs.get("rngs"))
         self._check_reads(overlay, args, kwargs, mutable)
-        with nn.intercept_methods(overlay.interceptor):
-            out = self.module.apply(overlay.module_variables(), *args, mutable=mutable, **kwargs)
+
+        def call(variables: Any, *args: Any, **kwargs: Any) -> Any:
+            with nn.intercept_methods(overlay.interceptor):
+                return self.module.apply(variables, *args, mutable=mutable, **kwargs)
+
+        variables = overlay.module_variables()
+        if overlay.prompt is None:
+            out = call(variables, *args, **kwargs)
+        else:
+            out = prompt.call_module(self.module, overlay.prompt, call, variables, args, kwargs)
         if mutable is False:
             return out
         y, changed = out
@@ -191,6 +209,8 @@ class Adapted:
             options: the keyword arguments of the module's `bind`: `rngs` and `mutable`.
         """
         overlay = self._make_overlay(variables, options.get("rngs"))
+        if overlay.prompt is not None:
+            raise AttachError("cannot bind a module to an adapter with virtual tokens; call apply")
 
         def check(method: str, args: Any, kwargs: Any) -> None:
             self._check_reads(overlay, args, {**kwargs, "method": method, "rngs": options.get("rngs")}, True)

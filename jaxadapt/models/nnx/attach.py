@@ -25,14 +25,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxadapt import methods
 from jaxadapt.adapters import sharding, sites
-from jaxadapt.adapters.adapter import Adapter, Recipe, collection_name
+from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, Recipe, collection_name
 from jaxadapt.arrays import placement, random_draws
 from jaxadapt.arrays.axes import contradiction_message
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps import plan
 from jaxadapt.methods import Method
-from jaxadapt.models.nnx import survey
+from jaxadapt.models.nnx import prompt, survey
 from jaxadapt.models.nnx.layer import ACTIVE, Attached, adapted_class, attached_to
 from jaxadapt.models.nnx.params import AdapterParam, LayerNumber
 from jaxadapt.models.nnx.survey import DROPOUT, AdaptedMeta, Owner, base_class, natural_key, set_class
@@ -137,11 +137,21 @@ def attach(
     owners = walk.leaves
     require_current_trace(module for module, _ in owners.values())
     collection = collection_name(recipe.config)
+    on_model = [site for site in adapter_sites if site.leaf == SHARED_NODE]
+    adapter_sites = [site for site in adapter_sites if site.leaf != SHARED_NODE]
     saved = {site.leaf for site in adapter_sites if site.method.copies and site.hparams.because == "modules_to_save"}
     problems = [*survey.find_obstacles(walk, [site.leaf for site in adapter_sites], saved).values()]
     problems += _find_misfits(adapter_sites, owners, collection)
     if problems:
         raise AttachError("these layers cannot carry the adapter:\n" + paths.bullets(problems))
+    for site in on_model:
+        require_current_trace([model])
+        if collection in vars(model) and ACTIVE not in vars(model):
+            raise AttachError(
+                f"cannot attach the adapter: the model already has an attribute {collection!r} of its own"
+            )
+        prompt.attach_prompt(model, recipe, name, {entry.path: values[entry.path] for entry in site.entries})
+        _make_active_layer(model, name)
     if rngs is not None and any(site.method.dropout(site.hparams) for site in adapter_sites):
         require_stream(rngs, "dropout")
     for site in adapter_sites:
@@ -162,10 +172,14 @@ def attach(
             if DROPOUT not in vars(module):
                 setattr(module, DROPOUT, nnx.Dict())
             vars(module)[DROPOUT][name] = _make_dropout(rate, rngs, sizes)
-        install_adapters(module)
-        if ACTIVE not in vars(module):
-            setattr(module, ACTIVE, (name,))
+        _make_active_layer(module, name)
     _set_active(adapted_layers(model, owners), (name,))
+
+
+def _make_active_layer(module: nnx.Module, name: str) -> None:
+    install_adapters(module)
+    if ACTIVE not in vars(module):
+        setattr(module, ACTIVE, (name,))
 
 
 def _layer_numbers(site: sites.Site, base: NamedSharding | None) -> dict[str, Any]:
@@ -233,11 +247,13 @@ def uninstall_adapters(layer: nnx.Module) -> None:
 def adapted_layers(model: nnx.Module, owners: Mapping[str, Owner] | None = None) -> list[tuple[str, Any]]:
     """Return `(path, layer)` for every adapted layer.
 
-    Every adapted layer owns a base leaf, so the model is not walked again if its `owners` are passed.
+    Every adapted layer but the model itself owns a base leaf, so the model is not walked again if its `owners` are
+    passed.
     """
     nodes: Iterable[tuple[str, Any]] = ((paths.join(*map(str, path)), node) for path, node in nnx.iter_graph(model))
     if owners is not None:
-        nodes = {id(module): (leaf.rpartition(".")[0], module) for leaf, (module, _) in owners.items()}.values()
+        of_leaves = {id(module): (leaf.rpartition(".")[0], module) for leaf, (module, _) in owners.items()}
+        nodes = {id(model): ("", model), **of_leaves}.values()
     return [(path, node) for path, node in nodes if isinstance(type(node), AdaptedMeta) and ACTIVE in vars(node)]
 
 
@@ -304,6 +320,8 @@ def delete(model: nnx.Module, *names: str) -> None:
         if attributes.keys().isdisjoint(methods.COLLECTIONS):
             delattr(layer, ACTIVE)
             uninstall_adapters(layer)
+    if not prompt.has_prompts(model):
+        prompt.restore_attention(model)
 
 
 # ---------------------------------------------------------------- extracting and injecting values

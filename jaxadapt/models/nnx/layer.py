@@ -12,11 +12,11 @@ import jax
 from flax import errors, nnx
 
 from jaxadapt import methods
-from jaxadapt.adapters.adapter import Recipe
+from jaxadapt.adapters.adapter import SHARED_NODE, Recipe
 from jaxadapt.arrays.axes import Axes
 from jaxadapt.core.errors import AttachError
 from jaxadapt.methods import AppliedMethod, AppliedMethods, Method
-from jaxadapt.models.nnx import survey
+from jaxadapt.models.nnx import prompt, survey
 from jaxadapt.models.nnx.params import AdapterParam
 from jaxadapt.models.nnx.survey import DROPOUT, AdaptedMeta, entry_points, kernel_use, plain_view
 from jaxadapt.models.tracing import rewrite
@@ -96,6 +96,8 @@ def _active_hooks(module: nnx.Module) -> dict[str, AppliedMethod | AppliedMethod
             if adapters is None or name not in adapters:
                 continue
             for leaf, tensors in adapters[name].items():
+                if leaf == SHARED_NODE:  # of the whole model: see `prompt`
+                    continue
                 params = {t: var.get_value() for t, var in tensors.items()}
                 attached = attached_to(tensors)
                 dropout = attributes[DROPOUT][name] if DROPOUT in attributes and name in attributes[DROPOUT] else None
@@ -114,7 +116,11 @@ def _active_hooks(module: nnx.Module) -> dict[str, AppliedMethod | AppliedMethod
 
 def _call_adapted(module: Any, base: Any, f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call a method of a layer with its active adapters applied and its quantised weights made dense."""
+    if f is base.__call__ and (tokens := prompt.active_prompt(module, vars(module).get(ACTIVE, ()))) is not None:
+        return prompt.call_model(module, tokens, base, f, args, kwargs)
     hooks, quantized = _active_hooks(module), survey.quantized_params(module)
+    if not quantized and not hooks:
+        return f(module, *args, **kwargs)
     known_use = kernel_use(module)
     if not quantized and known_use is not None and not any(hook.apart or hook.replaces for hook in hooks.values()):
         return _call_known(module, hooks, known_use, f, args, kwargs)

@@ -1,0 +1,133 @@
+"""Prompt methods on NNX models: the tensors are attributes of the model itself, whose call adds the virtual tokens.
+
+model.prefix_tuning["default"]["~shared"]    {"prompt_embeddings": AdapterParam}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from flax import nnx
+
+from jaxadapt.adapters.adapter import SHARED_NODE, Recipe, collection_name
+from jaxadapt.core.errors import AttachError
+from jaxadapt.methods.prompt import PROMPTS, PromptMethod
+from jaxadapt.methods.prompt.base import BaseSizes
+from jaxadapt.models.nnx import abstract_call, survey
+from jaxadapt.models.nnx.params import AdapterParam
+from jaxadapt.models.prompt import calling
+from jaxadapt.models.prompt.attention import Findable, attention
+
+COLLECTIONS = tuple(name.lower() for name in PROMPTS)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttachedPrompt:
+    """The metadata of a prompt method's `AdapterParam`: the adapter's recipe and its method."""
+
+    recipe: Recipe
+    method: PromptMethod = dataclasses.field(repr=False)
+
+
+def attach_prompt(model: nnx.Module, recipe: Recipe, name: str, values: Mapping[str, Any]) -> None:
+    """Set the tensors of a prompt method, `{path: array or spec}`, as attributes of a model."""
+    attributes, collection = vars(model), collection_name(recipe.config)
+    method = PROMPTS[recipe.config.peft_type]
+    attached = AttachedPrompt(recipe, method)
+    tensors = {path.rpartition(".")[2]: AdapterParam(x, adapter=attached) for path, x in values.items()}
+    if collection not in attributes:
+        setattr(model, collection, nnx.data({}))
+    attributes[collection].setdefault(name, {})[SHARED_NODE] = tensors
+    if method.adds == "keys":
+        _find_attention(model, Findable)
+
+
+def has_prompts(model: nnx.Module) -> bool:
+    """Return True if a model has an adapter of a prompt method."""
+    return not set(COLLECTIONS).isdisjoint(vars(model))
+
+
+def restore_attention(model: nnx.Module) -> None:
+    """Give the attention layers their own functions back, once a model has no adapter of a prompt method."""
+    _find_attention(model, lambda f: f.function if isinstance(f, Findable) else f)
+
+
+def _find_attention(model: nnx.Module, change: Callable[[Any], Any]) -> None:
+    for _, node in nnx.iter_graph(model):
+        if isinstance(node, nnx.MultiHeadAttention) and node.attention_fn is not attention:
+            wanted = change(node.attention_fn)
+            if not (isinstance(wanted, Findable) and isinstance(node.attention_fn, Findable)):
+                node.attention_fn = wanted
+
+
+def active_prompt(module: nnx.Module, names: Sequence[str]) -> calling.Prompt | None:
+    """Return the active adapter of a prompt method among `names`; None if there is none.
+
+    Raises `AttachError` if there are several.
+    """
+    prompts = dict(_prompts(module, names))
+    calling.require_one(prompts)
+    return next(iter(prompts.values()), None)
+
+
+def _prompts(module: nnx.Module, names: Sequence[str]) -> Iterator[tuple[str, calling.Prompt]]:
+    attributes = vars(module)
+    for name in names:
+        for collection in COLLECTIONS:
+            tensors = attributes.get(collection, {}).get(name, {}).get(SHARED_NODE)
+            if tensors:
+                recipe = next(iter(tensors.values())).get_metadata()["adapter"].recipe
+                yield name, calling.Prompt(recipe, {t: var.get_value() for t, var in tensors.items()})
+
+
+def call_model(
+    module: nnx.Module,
+    prompt: calling.Prompt,
+    base: type[nnx.Module],
+    f: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Call a model with the virtual tokens of an adapter.
+
+    Raises `AttachError` if the call adds variables to the model.
+    """
+    # The model's transforms (nnx.scan, nnx.remat) write to all variables, so they must belong to the current trace.
+    graphdef, variables = nnx.split(survey.plain_view(module, base, {}))
+    flat = nnx.to_flat_state(variables)
+    inputs = {str(i): var.get_value() for i, (_, var) in enumerate(flat)}
+
+    def run(inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        copies = [(path, var.copy(inputs[str(i)])) for i, (path, var) in enumerate(flat)]
+        copy = nnx.merge(graphdef, nnx.from_flat_state(copies))
+        y = f(copy, *args, **kwargs)
+        after = nnx.to_flat_state(nnx.state(copy))
+        if [path for path, _ in after] != [path for path, _ in flat]:
+            raise AttachError(
+                f"{base.__name__} adds variables while it is called, so an adapter cannot run its call. Create them in"
+                " __init__"
+            )
+        return y, {str(i): x for i, (_, var) in enumerate(after) if (x := var.get_value()) is not inputs[str(i)]}
+
+    y, changed = calling.call_with_prompt(run, call_signature(base), prompt, args, kwargs, inputs)
+    by_path = dict(nnx.to_flat_state(nnx.state(module)))
+    for i, value in changed.items():
+        by_path[flat[int(i)][0]].set_value(value)
+    return y
+
+
+def call_signature(base: type[nnx.Module]) -> inspect.Signature:
+    """Return the parameters of a model's call, without `self`."""
+    signature = inspect.signature(base.__call__)
+    return signature.replace(parameters=list(signature.parameters.values())[1:])
+
+
+def measure_base(model: nnx.Module, example: Sequence[Any]) -> BaseSizes:
+    """Return the sizes of a base model that a trace of its call with these inputs shows."""
+    copy: Any = nnx.clone(model)
+    _find_attention(copy, Findable)
+    f, inputs = abstract_call.instrument(copy, (), lambda *_: _, tuple(example))
+    return calling.measure_base(f, inputs)
