@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxadapt.core.errors import MismatchError
 from jaxadapt.demo.llama import LlamaConfig, Tensor, make_leaves, mask_of, rms_norm, rope_at, rope_tables, rotate
 from jaxadapt.models.prompt.attention import attention
 
@@ -102,7 +103,9 @@ class LlamaModel(nnx.Module):
         positions: jax.Array | None = None,
         embeddings: jax.Array | None = None,
     ) -> jax.Array:
-        x = self.embed_tokens(tokens) if embeddings is None else embeddings
+        x = embeddings if tokens is None else self.embed_tokens(tokens)
+        if x is None:
+            raise MismatchError("Llama: expected tokens or embeddings, found neither")
         rope = rope_tables(self.config, x.shape[1]) if positions is None else rope_at(self.config, positions)
         attended = mask_of(mask)
 

@@ -22,7 +22,7 @@ from jaxadapt.methods import METHODS, AppliedMethod, Method
 from jaxadapt.methods.lora import method as lora
 from tests.support import small
 
-TYPES = sorted(METHODS)
+TYPES = sorted(name for name, method in METHODS.items() if method.scope == "site")
 # One line a way a weight may look: plain, flattened heads, transposed, fused, partly fused, stacked.
 LINES = {
     "plain": (Weight("w", "a.q.weight", "i o -> o i"), (4, 6), ["q"]),

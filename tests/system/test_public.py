@@ -16,7 +16,7 @@ import jaxadapt
 
 PUBLIC = {
     # configuration
-    "Config", "IA3Config", "LoraConfig",
+    "Config", "IA3Config", "LoraConfig", "PrefixTuningConfig",
     # values
     "Adapter", "PeftTensors", "KeyMap", "Weight", "AdapterParam", "BaseParam", "LayerNumber",
     # on a model

@@ -129,5 +129,5 @@ def measure_base(model: nnx.Module, example: Sequence[Any]) -> BaseSizes:
     """Return the sizes of a base model that a trace of its call with these inputs shows."""
     copy: Any = nnx.clone(model)
     _find_attention(copy, Findable)
-    f, inputs = abstract_call.instrument(copy, (), lambda *_: _, tuple(example))
+    f, inputs = abstract_call.instrument(copy, (), lambda leaf, attr, base, f: f, tuple(example))
     return calling.measure_base(f, inputs)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxadapt import methods
-from jaxadapt.adapters.adapter import Recipe
+from jaxadapt.adapters.adapter import Recipe, is_array
 from jaxadapt.core.errors import AttachError, MismatchError
 from jaxadapt.methods.prompt import PromptMethod
 from jaxadapt.methods.prompt.base import EMBEDDINGS, BaseSizes
@@ -115,7 +115,7 @@ def shift_positions(
 def _batch_and_length(values: Any) -> tuple[int, int]:
     """Return the sizes of the first two axes of the first argument that has them."""
     for value in values:
-        if jnp.ndim(value) >= 2 if isinstance(value, jax.Array | jax.ShapeDtypeStruct) else False:
+        if is_array(value) and len(value.shape) >= 2:
             return value.shape[0], value.shape[1]
     raise AttachError("the call has no argument of shape (batch, time, …), from which the positions follow; pass them")
 

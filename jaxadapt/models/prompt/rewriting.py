@@ -88,6 +88,10 @@ def _policy(eqn: core.JaxprEqn) -> AttentionCall | None:
     return policy if isinstance(policy, AttentionCall) else None
 
 
+def _spec(variable: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(variable.aval.shape, variable.aval.dtype)
+
+
 def _bodies(eqn: core.JaxprEqn) -> list[core.Jaxpr]:
     """Return the jaxprs inside an equation."""
     values = [v for value in eqn.params.values() for v in (value if isinstance(value, tuple | list) else (value,))]
@@ -102,7 +106,7 @@ def _find(jaxpr: core.Jaxpr) -> list[AttentionShapes]:
 
 def _calls_in(eqn: core.JaxprEqn) -> list[AttentionShapes]:
     if (call := _policy(eqn)) is not None:
-        shapes = call.arrays([jax.ShapeDtypeStruct(a.aval.shape, a.aval.dtype) for a in eqn.invars])
+        shapes = call.arrays([_spec(a) for a in eqn.invars])
         return [AttentionShapes(shapes["query"].shape, shapes["key"].shape)]
     inside = [call for body in _bodies(eqn) for call in _find(body)]
     if eqn.primitive is primitives.scan_p:
@@ -155,10 +159,10 @@ def _part(layers: Any, start: int, count: int) -> Any:
 
 def _checked(y: Array, eqn: core.JaxprEqn) -> Array:
     """Return y in the dtype of the result that it replaces."""
-    (out,) = eqn.outvars
-    if jnp.shape(y) != out.aval.shape:
-        raise AttachError(f"the attention function returned {jnp.shape(y)}, expected {out.aval.shape}")
-    return y.astype(out.aval.dtype)
+    want = _spec(eqn.outvars[0])
+    if jnp.shape(y) != want.shape:
+        raise AttachError(f"the attention function returned an array of shape {jnp.shape(y)}, expected {want.shape}")
+    return y.astype(want.dtype)
 
 
 def _scan(eqn: core.JaxprEqn, operands: list[Any], change: Change, layers: Any) -> list[Any]:
