@@ -27,10 +27,14 @@ if TYPE_CHECKING:
     from jaxadapt import training as training
     from jaxadapt.adapters.adapter import Adapter as Adapter
     from jaxadapt.adapters.peft_tensors import PeftTensors as PeftTensors
+    from jaxadapt.configs import CartridgeConfig as CartridgeConfig
     from jaxadapt.configs import Config as Config
     from jaxadapt.configs import IA3Config as IA3Config
     from jaxadapt.configs import LoraConfig as LoraConfig
+    from jaxadapt.configs import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
     from jaxadapt.configs import PrefixTuningConfig as PrefixTuningConfig
+    from jaxadapt.configs import PromptEncoderConfig as PromptEncoderConfig
+    from jaxadapt.configs import PromptTuningConfig as PromptTuningConfig
     from jaxadapt.core.errors import AdapterError as AdapterError
     from jaxadapt.core.errors import AttachError as AttachError
     from jaxadapt.core.errors import ConfigError as ConfigError

@@ -24,6 +24,7 @@ from jaxadapt.methods.prompt.base import BaseSizes
 from jaxadapt.models import layers
 from jaxadapt.models.linen import collections, wrapper
 from jaxadapt.models.nnx import abstract_call, attach, prompt, survey
+from jaxadapt.models.prompt.embedding import with_width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +106,7 @@ def plan_adapter(
     if isinstance(method, PromptMethod):
         keymap = families.resolve_keymap(keymap, base.shapes)
         sizes = BaseSizes() if example is None else prompt.measure_base(base.tree, example)
-        config = method.complete(config, sizes)
+        config = method.complete(config, with_width(sizes, keymap, base.shapes))
         return Recipe(config, keymap, 1), prompt_sites.plan_sites(config, stored=stored)
     if base.walked is not None:
         return _plan_on_model(base, base.walked, config, keymap, stack_axes, example)

@@ -39,7 +39,7 @@ FULL = np.ones((BATCH, TIME), int)
 LEFT, RIGHT = FULL.copy(), FULL.copy()
 LEFT[0, :2], RIGHT[1, -3:] = 0, 0
 MASKS = {"full": FULL, "left": LEFT, "right": RIGHT}
-COTANGENT = np.random.RandomState(1).normal(size=(BATCH, TIME, VOCAB)).astype(np.float32)
+COTANGENT = np.random.RandomState(1).normal(size=(BATCH, TIME + N, VOCAB)).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +60,27 @@ class Case:
         fields = {"num_virtual_tokens": N, "task_type": "CAUSAL_LM", **dict(self.fields)}
         return getattr(jaxadapt, self.name)(**fields)
 
+    @property
+    def peft_data(self) -> dict[str, Any]:
+        """What PEFT's call takes besides tokens and mask."""
+        return {"task_ids": torch.tensor(TASK_IDS)} if self.name.startswith("Multi") else {}
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The arguments of `prompting`."""
+        return {"task_ids": jnp.array(TASK_IDS)} if self.name.startswith("Multi") else {}
+
 
 PREFIX = Case("PrefixTuningConfig")
 PROJECTED = Case("PrefixTuningConfig", (("prefix_projection", True), ("encoder_hidden_size", 5)))
 ZERO = Case("PrefixTuningConfig", (("init_weights", "zero"),))
-CASES = [PREFIX, PROJECTED, ZERO]
+CARTRIDGE = Case("CartridgeConfig", (("num_frozen_tokens", 2),))
+PROMPT = Case("PromptTuningConfig")
+MLP = Case("PromptEncoderConfig", (("encoder_hidden_size", 5),))
+LSTM = Case("PromptEncoderConfig", (("encoder_reparameterization_type", "LSTM"), ("encoder_hidden_size", 5)))
+TASKS = Case("MultitaskPromptTuningConfig", (("num_tasks", 3), ("num_ranks", 2)))
+CASES = [PREFIX, PROJECTED, ZERO, CARTRIDGE, PROMPT, MLP, LSTM, TASKS]
+TASK_IDS = [2, 0]
 APIS = [("nnx", False), ("nnx", True), ("linen", False), ("linen", True)]
 EVERY = pytest.mark.parametrize("case", CASES, ids=str)
 EACH_API = pytest.mark.parametrize(("api", "scan"), APIS, ids=lambda value: str(value))
@@ -88,8 +104,11 @@ def peft_model(case: Case) -> Any:
 @functools.cache
 def peft_logits(case: Case, padding: str) -> np.ndarray:
     with torch.no_grad():
-        out = peft_model(case)(input_ids=torch.tensor(IDS), attention_mask=torch.tensor(MASKS[padding]))
-    return out.logits.numpy()
+        return call_peft(case, peft_model(case), MASKS[padding]).numpy()
+
+
+def call_peft(case: Case, model: Any, mask: np.ndarray) -> Any:
+    return model(input_ids=torch.tensor(IDS), attention_mask=torch.tensor(mask), **case.peft_data).logits
 
 
 @pytest.fixture(scope="session")
@@ -109,26 +128,28 @@ def close(found: Any, expected: Any) -> None:
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-def load_and_call(folder: Path, api: str, scan: bool, mask: np.ndarray) -> np.ndarray:
-    """The logits of a twin with the adapter of a folder."""
-    if api == "nnx":
-        model = jaxadapt.load(folder, llama.twin_of(torch_base(), scan=scan))
-        return model(jnp.asarray(IDS), mask=jnp.asarray(mask))
-    module, variables = llama.twin_of(torch_base(), "linen", scan=scan)
-    adapted = jaxadapt.adapt(module, jaxadapt.read_config(folder))
-    return adapted.apply(jaxadapt.load(folder, variables), jnp.asarray(IDS), mask=jnp.asarray(mask))
+def call(case: Case, model: Any, variables: Any, mask: np.ndarray) -> Any:
+    """The logits of an adapted NNX model, or of an adapted Linen module with its variables."""
+    with jaxadapt.models.prompting(model, **case.data) as prompted:
+        run = prompted if variables is None else functools.partial(prompted.apply, variables)
+        return run(jnp.asarray(IDS), mask=jnp.asarray(mask))
 
 
-def new_model(case: Case, api: str = "nnx") -> tuple[Any, Any]:
-    """A twin with a fresh adapter, and what `save` takes."""
-    ids = jnp.asarray(IDS)
+def loaded(folder: Path, api: str = "nnx", scan: bool = False) -> tuple[Any, Any]:
+    """A twin with the adapter of a folder, and the variables of a Linen one."""
+    twin = llama.twin_of(torch_base(), api, scan=scan)
     if api == "nnx":
-        model = jaxadapt.adapt(llama.twin_of(torch_base()), case.ours(), rngs=nnx.Rngs(0), example=[ids])
-        return model, model
-    module, base = llama.twin_of(torch_base(), "linen")
-    adapted = jaxadapt.adapt(module, case.ours())
-    variables = {**adapted.init(jax.random.key(0), ids), **base}
-    return functools.partial(adapted.apply, variables), variables
+        return jaxadapt.load(folder, twin), None
+    return jaxadapt.adapt(twin[0], jaxadapt.read_config(folder)), jaxadapt.load(folder, twin[1])
+
+
+def fresh(case: Case, api: str = "nnx") -> tuple[Any, Any]:
+    """A twin with a new adapter, and the variables of a Linen one."""
+    twin, ids = llama.twin_of(torch_base(), api), jnp.asarray(IDS)
+    if api == "nnx":
+        return jaxadapt.adapt(twin, case.ours(), rngs=nnx.Rngs(0), example=[ids]), None
+    adapted = jaxadapt.adapt(twin[0], case.ours())
+    return adapted, {**adapted.init(jax.random.key(0), ids), **twin[1]}
 
 
 # ---- PEFT's adapter here
@@ -139,10 +160,10 @@ def new_model(case: Case, api: str = "nnx") -> tuple[Any, Any]:
 @pytest.mark.parametrize("padding", MASKS)
 def test_pefts_adapter_gives_pefts_logits(case: Case, api: str, scan: bool, padding: str, folders: Any) -> None:
     expected = peft_logits(case, padding)
-    close(load_and_call(folders(case), api, scan, MASKS[padding]), expected)
+    close(call(case, *loaded(folders(case), api, scan), MASKS[padding]), expected)
     with torch.no_grad():
         plain = torch_base()(input_ids=torch.tensor(IDS), attention_mask=torch.tensor(MASKS[padding])).logits.numpy()
-    assert np.abs(plain - expected).max() > 1e-3  # so the adapter was there
+    assert np.abs(plain - expected[:, -TIME:]).max() > 1e-3  # so the adapter was there
 
 
 # ---- our adapter in PEFT
@@ -151,22 +172,20 @@ def test_pefts_adapter_gives_pefts_logits(case: Case, api: str, scan: bool, padd
 @EVERY
 @pytest.mark.parametrize("api", ["nnx", "linen"])
 def test_peft_opens_ours(case: Case, api: str, tmp_path: Path) -> None:
-    call, tree = new_model(case, api)
-    jaxadapt.save(tree, tmp_path)
+    model, variables = fresh(case, api)
+    jaxadapt.save(model if variables is None else variables, tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         opened = peft.PeftModel.from_pretrained(copy.deepcopy(torch_base()), tmp_path).eval()
     with torch.no_grad():
-        expected = opened(input_ids=torch.tensor(IDS), attention_mask=torch.tensor(LEFT)).logits.numpy()
-    found = call(jnp.asarray(IDS), mask=jnp.asarray(LEFT))
-    close(found, expected)
+        expected = call_peft(case, opened, LEFT).numpy()
+    close(call(case, model, variables, LEFT), expected)
 
 
 @EVERY
 def test_files_are_alike(case: Case, tmp_path: Path, folders: Any) -> None:
     """Keys, shapes, dtypes and every field of the configuration."""
-    _, tree = new_model(case)
-    jaxadapt.save(tree, tmp_path)
+    jaxadapt.save(fresh(case)[0], tmp_path)
     theirs, ours = (load_file(folder / "adapter_model.safetensors") for folder in (folders(case), tmp_path))
     assert {k: (v.shape, v.dtype) for k, v in theirs.items()} == {k: (v.shape, v.dtype) for k, v in ours.items()}
     config, expected = (
@@ -189,50 +208,52 @@ def test_pefts_file_survives_a_round_trip(case: Case, tmp_path: Path, folders: A
 # ---- training
 
 
-TORCH_NAMES = {
-    "PrefixTuningConfig": {
-        "embedding": "embedding.weight",
-        "kernel_0": "transform.0.weight",
-        "bias_0": "transform.0.bias",
-        "kernel_1": "transform.2.weight",
-        "bias_1": "transform.2.bias",
-        "prompt_embeddings": "embedding.weight",
-    },
-}
-"""`{configuration: {tensor here: parameter of PEFT's encoder}}`."""
+def parameter_name(case: Case, name: str) -> str:
+    """PEFT's name, in its encoder, of a tensor of the trained form."""
+    if name in ("prompt_embeddings", "embedding"):
+        return "embedding.weight"
+    if name.startswith("lstm"):
+        _, layer, direction, *kind = name.split("_")
+        part = {"input": "ih", "hidden": "hh"}[kind[0]]
+        return f"lstm_head.{'bias' if kind[1:] else 'weight'}_{part}_l{layer}{'_reverse' * (direction == 'reverse')}"
+    if name.startswith(("kernel", "bias")):
+        kind, number = name.split("_")
+        stack = "transform" if case.name == "PrefixTuningConfig" else "mlp_head"
+        return f"{stack}.{2 * int(number)}.{'weight' if kind == 'kernel' else 'bias'}"
+    return name
 
 
 def torch_values(case: Case, names: Any, of: Any) -> dict[str, np.ndarray]:
-    """`{tensor here: value}` from PEFT's encoder; a dense layer is (in, out) here."""
+    """`{tensor here: value}` from PEFT's encoder; a matrix of a network is (in, out) here."""
     parameters = dict(peft_model(case).prompt_encoder["default"].named_parameters())
-    values = {name: of(parameters[TORCH_NAMES[case.name][name]]).detach().numpy() for name in names}
-    return {name: value.T if name.startswith("kernel") else value for name, value in values.items()}
+    values = {name: of(parameters[parameter_name(case, name)]).detach().numpy() for name in names}
+    turned = ("kernel", "lstm")
+    return {name: value.T if name.startswith(turned) and value.ndim == 2 else value for name, value in values.items()}
 
 
 @EVERY
 @pytest.mark.parametrize("api", ["nnx", "linen"])
 def test_gradients_are_pefts(case: Case, api: str) -> None:
-    """The gradient of a random linear function of the logits, with respect to every trained tensor."""
+    """The gradient of a random linear function of the logits, with respect to every tensor of the trained form."""
     model = peft_model(case)
     model.zero_grad()
-    logits = model(input_ids=torch.tensor(IDS), attention_mask=torch.tensor(RIGHT)).logits
-    (logits * torch.tensor(COTANGENT))[torch.tensor(RIGHT == 1)].sum().backward()
-    _, tree = new_model(case, api)
-    adapter = jaxadapt.extract(tree)
-    expected = torch_values(case, adapter.shared, lambda p: p.grad)
+    logits = call_peft(case, model, RIGHT)
+    cotangent = COTANGENT[:, : logits.shape[1]]
+    (logits * torch.tensor(cotangent)).sum().backward()
+    ours, variables = fresh(case, api)
+    adapter = jaxadapt.extract(ours if variables is None else variables)
+    expected = torch_values(case, adapter.shared, lambda p: torch.zeros_like(p) if p.grad is None else p.grad)
     start = dataclasses.replace(adapter, params={"~shared": torch_values(case, adapter.shared, lambda p: p)})
 
     def loss(adapter: Any) -> Any:
-        if api == "nnx":
-            found = jaxadapt.inject(adapter, nnx.clone(tree))(jnp.asarray(IDS), mask=jnp.asarray(RIGHT))
+        if variables is None:
+            found = call(case, jaxadapt.inject(adapter, nnx.clone(ours)), None, RIGHT)
         else:
-            module, _ = llama.twin_of(torch_base(), "linen")
-            variables = jaxadapt.inject(adapter, tree)
-            apply = jaxadapt.adapt(module, case.ours()).apply
-            found = apply(variables, jnp.asarray(IDS), mask=jnp.asarray(RIGHT))
-        return jnp.sum(jnp.where(RIGHT[..., None] == 1, found * COTANGENT, 0))
+            found = call(case, ours, jaxadapt.inject(adapter, variables), RIGHT)
+        return jnp.sum(found * cotangent)
 
     gradients = jax.grad(loss)(start).shared
     assert gradients.keys() == expected.keys()
+    scale = max(np.abs(g).max() for g in expected.values())
     for name, gradient in gradients.items():
-        close(gradient, expected[name])
+        np.testing.assert_allclose(gradient, expected[name], rtol=0, atol=1e-5 * scale, err_msg=name)

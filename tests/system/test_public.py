@@ -16,7 +16,8 @@ import jaxadapt
 
 PUBLIC = {
     # configuration
-    "Config", "IA3Config", "LoraConfig", "PrefixTuningConfig",
+    "Config", "IA3Config", "LoraConfig", "PrefixTuningConfig", "CartridgeConfig",
+    "PromptTuningConfig", "PromptEncoderConfig", "MultitaskPromptTuningConfig",
     # values
     "Adapter", "PeftTensors", "KeyMap", "Weight", "AdapterParam", "BaseParam", "LayerNumber",
     # on a model
@@ -41,7 +42,7 @@ PACKAGES = {
     "methods": None,
     "models": {
         "AdapterParam", "BaseParam", "LayerNumber", "activate", "adapt", "delete", "dequantize", "detach", "disable",
-        "extract", "from_qwix", "init", "inject", "invoke", "quantize", "rescale", "select",
+        "extract", "from_qwix", "init", "inject", "invoke", "prompting", "quantize", "rescale", "select",
         "slot", "summary", "Selection", "Target",
     },
     "persistence": {"from_peft", "inspect", "load", "pull", "push", "read", "read_config", "save", "to_peft", "write"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 from collections.abc import Hashable, Mapping
 from typing import Any, ClassVar, Literal, NoReturn
 
@@ -68,6 +69,15 @@ class PromptMethod(Method):
     def store(self, config: Any, params: Params) -> dict[str, Array]:
         """Return the tensors of the stored form from those of either form."""
 
+    def tokens(self, config: Any, params: Params, tasks: Array | None) -> Array:
+        """Return the virtual tokens of a call, (n, width) or for each row of the batch (batch, n, width).
+
+        `tasks` are the tasks of the rows, (batch,), for a method whose virtual tokens depend on them.
+        """
+        if tasks is not None:
+            raise AttachError(f"{self.peft_type}: the method has no tasks; leave task_ids out")
+        return self.store(config, params)[EMBEDDINGS]
+
     def check(self, config: Any) -> None:
         """Raise `ConfigError` if a size that the tensors depend on is missing."""
 
@@ -107,6 +117,16 @@ class PromptMethod(Method):
             f"{self.peft_type} adds virtual tokens to the input and changes no weight, so it cannot be merged, combined"
             " or converted to LoRA. Keep the adapter beside the model"
         )
+
+
+def dense(params: Params, i: int, x: Array) -> Array:
+    """Return x · kernel_i + bias_i for x (n, in)."""
+    return x @ params[f"kernel_{i}"] + params[f"bias_{i}"][None]
+
+
+def draw_dense(fan_in: int) -> Draw:
+    """Return the initial distribution of the kernel and of the bias of a dense layer, as in torch's `nn.Linear`."""
+    return Draw("uniform", 1 / math.sqrt(fan_in))
 
 
 def fill_in(config: Any, values: Mapping[str, Any]) -> Any:

@@ -9,7 +9,6 @@ prompt_embeddings = tanh(embedding · kernel_0 + bias_0) · kernel_1 + bias_1.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs import Config
 from jaxadapt.core.errors import MismatchError
 from jaxadapt.methods.base import Array, Params
-from jaxadapt.methods.prompt.base import EMBEDDINGS, BaseSizes, PromptMethod, fill_in
+from jaxadapt.methods.prompt.base import EMBEDDINGS, BaseSizes, PromptMethod, dense, draw_dense, fill_in
 
 
 class Prefix(PromptMethod):
@@ -32,10 +31,11 @@ class Prefix(PromptMethod):
         config = fill_in(
             config, {"num_layers": sizes.num_layers, "token_dim": width, "num_attention_heads": sizes.num_kv_heads}
         )
-        return fill_in(
-            config,
-            {"num_transformer_submodules": config.submodules, "encoder_hidden_size": config.token_dim},
-        )
+        return fill_in(config, {"num_transformer_submodules": config.submodules} | self.own_sizes(config))
+
+    def own_sizes(self, config: Any) -> dict[str, int | None]:
+        """Return the fields of this method that follow from the others."""
+        return {"encoder_hidden_size": config.token_dim}
 
     def shapes(self, config: Any, *, stored: bool) -> dict[str, tuple[int, ...]]:
         self.require_sizes(config)
@@ -52,13 +52,12 @@ class Prefix(PromptMethod):
         if zero and name in ("kernel_1", "bias_1"):
             return Draw("constant", 0.0)
         fan_in = config.token_dim if name.endswith("0") else config.encoder_hidden_size or config.token_dim
-        return Draw("uniform", 1 / math.sqrt(fan_in))  # torch's nn.Linear
+        return draw_dense(fan_in)
 
     def store(self, config: Any, params: Params) -> dict[str, Array]:
         if EMBEDDINGS in params:
             return {EMBEDDINGS: params[EMBEDDINGS]}
-        hidden = jnp.tanh(params["embedding"] @ params["kernel_0"] + params["bias_0"][None])
-        return {EMBEDDINGS: hidden @ params["kernel_1"] + params["bias_1"][None]}
+        return {EMBEDDINGS: dense(params, 1, jnp.tanh(dense(params, 0, params["embedding"])))}
 
 
 def keys_and_values(prompt: Array, layers: int) -> Array:

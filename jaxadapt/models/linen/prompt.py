@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ import jax
 from jaxadapt.core.errors import AttachError
 from jaxadapt.methods.prompt.base import BaseSizes
 from jaxadapt.models.prompt import calling
+from jaxadapt.models.prompt.arguments import signature_of
 from jaxadapt.models.prompt.attention import Findable, attention
 
 
@@ -44,22 +44,52 @@ def call_module(
             f"the virtual tokens of {prompt.recipe.config.peft_type} enter the module's __call__, and this is a call of"
             f" {name!r}. Call it without the adapter, model.clone(active=())"
         )
+    signature = signature_of(type(module).__call__)
     options = {name: kwargs[name] for name in ("rngs", "method", "capture_intermediates") if name in kwargs}
     rest = {name: value for name, value in kwargs.items() if name not in options}
+    if prompt.method.adds == "embeddings":
+
+        def embed(tokens: Any) -> Any:
+            return _embed(lambda: apply(variables, *args, **kwargs), tokens, prompt.method.peft_type)
+
+        arguments = calling.with_embeddings(signature, prompt, args, rest, embed)
+        return apply(variables, *arguments.args, **arguments.kwargs, **options)
 
     def run(state: Any, *args: Any, **kwargs: Any) -> Any:
         variables, rngs = state
         with nn.intercept_methods(find_attention):
             return apply(variables, *args, **{**options, **({} if rngs is None else {"rngs": rngs}), **kwargs})
 
-    state = (variables, options.get("rngs"))
-    return calling.call_with_prompt(run, call_signature(module), prompt, args, rest, state)
+    return calling.call_with_keys(run, signature, prompt, args, rest, (variables, options.get("rngs")))
 
 
-def call_signature(module: nn.Module) -> inspect.Signature:
-    """Return the parameters of a module's call, without `self`."""
-    signature = inspect.signature(type(module).__call__)
-    return signature.replace(parameters=list(signature.parameters.values())[1:])
+class _EmbeddedError(Exception):
+    """Ends a call once the embeddings of its tokens are known."""
+
+    def __init__(self, embeddings: Any) -> None:
+        super().__init__()
+        self.embeddings = embeddings
+
+
+def _embed(call: Callable[[], Any], tokens: Any, peft_type: str) -> Any:
+    """Return the embeddings of the tokens of a call, by the module's own `nn.Embed`. The call ends with them."""
+
+    def stop(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        y = next_fun(*args, **kwargs)
+        given = [*args, *kwargs.values()]
+        if isinstance(context.module, nn.Embed) and context.method_name == "__call__" and given[0] is tokens:
+            raise _EmbeddedError(y)
+        return y
+
+    try:
+        with nn.intercept_methods(stop):
+            call()
+    except _EmbeddedError as found:
+        return found.embeddings
+    raise AttachError(
+        f"{peft_type}: the module embeds its tokens by no nn.Embed, so their embeddings are unknown. Pass embeddings to"
+        " the call in place of tokens"
+    )
 
 
 def measure_base(module: nn.Module, rngs: Any, args: Any, kwargs: Any) -> BaseSizes:

@@ -30,6 +30,7 @@ from jaxadapt.methods.prompt.base import BaseSizes
 from jaxadapt.models.linen import collections, prompt, survey
 from jaxadapt.models.linen.interceptor import DROPOUT, UseRecorder
 from jaxadapt.models.linen.overlay import Overlay, build_overlay, key_paths
+from jaxadapt.models.prompt.embedding import with_width
 
 _CACHE_SIZE = 64
 
@@ -51,6 +52,7 @@ class Adapted:
         tokens: `{name: mask}` of the tokens that aLoRA adapters adapt; `jaxadapt.models.invoke` sets them.
         deterministic: True turns the adapters' dropout (`lora_dropout`) off. False turns it on, and a call without a
             random stream "dropout" raises. None turns it on in calls whose `rngs` have that stream.
+        task_ids, prefilled: the data of calls with virtual tokens; `jaxadapt.models.prompting` sets them.
 
     `deterministic` is a field of the wrapper, which `clone` changes. It is not an argument of `apply`, because `apply`
     passes every argument to the module, which may have an argument `deterministic` too:
@@ -64,6 +66,8 @@ class Adapted:
     dtype: Any = None
     tokens: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any], repr=False, compare=False)
     deterministic: bool | None = None
+    task_ids: Any = dataclasses.field(default=None, repr=False, compare=False)
+    prefilled: bool = False
     # Signatures of calls that were checked: they read no adapted weight outside its module.
     _checked: set[Hashable] = dataclasses.field(default_factory=set[Hashable], init=False, repr=False, compare=False)
     # Holds "dropout" after a call had that stream, or after the warning that it lacked one. Clones share the set.
@@ -137,7 +141,7 @@ class Adapted:
         for name, config in self.adapters:
             method = methods.get_method(config)
             if isinstance(method, PromptMethod):
-                config = method.complete(config, sizes)
+                config = method.complete(config, with_width(sizes, keymap, model.shapes))
                 plans[name] = Recipe(config, keymap, 1), prompt_sites.plan_sites(config, stored=False)
                 continue
             config = selection.resolve_config(config, full_keymap, model.shapes)
@@ -194,7 +198,8 @@ class Adapted:
         if overlay.prompt is None:
             out = call(variables, *args, **kwargs)
         else:
-            out = prompt.call_module(self.module, overlay.prompt, call, variables, args, kwargs)
+            virtual = dataclasses.replace(overlay.prompt, tasks=self.task_ids, prefilled=self.prefilled)
+            out = prompt.call_module(self.module, virtual, call, variables, args, kwargs)
         if mutable is False:
             return out
         y, changed = out

@@ -116,8 +116,16 @@ def _active_hooks(module: nnx.Module) -> dict[str, AppliedMethod | AppliedMethod
 
 def _call_adapted(module: Any, base: Any, f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call a method of a layer with its active adapters applied and its quantised weights made dense."""
-    if f is base.__call__ and (tokens := prompt.active_prompt(module, vars(module).get(ACTIVE, ()))) is not None:
-        return prompt.call_model(module, tokens, base, f, args, kwargs)
+    if f is base.__call__ and (virtual := prompt.active_prompt(module, vars(module).get(ACTIVE, ()))) is not None:
+        if virtual.method.adds == "keys":
+            call: Any = functools.partial(_call_layer, base, f)
+            return prompt.call_with_keys(module, virtual, base, call, args, kwargs)
+        args, kwargs = prompt.with_embeddings(module, virtual, base, args, kwargs)
+    return _call_layer(base, f, module, args, kwargs)
+
+
+def _call_layer(base: Any, f: Callable[..., Any], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a method of a layer with the adapters of its own weights."""
     hooks, quantized = _active_hooks(module), survey.quantized_params(module)
     if not quantized and not hooks:
         return f(module, *args, **kwargs)

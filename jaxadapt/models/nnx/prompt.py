@@ -5,9 +5,10 @@ model.prefix_tuning["default"]["~shared"]    {"prompt_embeddings": AdapterParam}
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 from flax import nnx
@@ -19,9 +20,12 @@ from jaxadapt.methods.prompt.base import BaseSizes
 from jaxadapt.models.nnx import abstract_call, survey
 from jaxadapt.models.nnx.params import AdapterParam
 from jaxadapt.models.prompt import calling
+from jaxadapt.models.prompt.arguments import signature_of
 from jaxadapt.models.prompt.attention import Findable, attention
+from jaxadapt.models.prompt.embedding import input_embedding
 
 COLLECTIONS = tuple(name.lower() for name in PROMPTS)
+TASKS, PREFILLED = "adapter_tasks", "adapter_prefilled"  # attributes of a model within `call_data`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,23 +79,53 @@ def active_prompt(module: nnx.Module, names: Sequence[str]) -> calling.Prompt | 
 
 def _prompts(module: nnx.Module, names: Sequence[str]) -> Iterator[tuple[str, calling.Prompt]]:
     attributes = vars(module)
+    tasks = attributes[TASKS].get_value() if TASKS in attributes else None
     for name in names:
         for collection in COLLECTIONS:
             tensors = attributes.get(collection, {}).get(name, {}).get(SHARED_NODE)
             if tensors:
-                recipe = next(iter(tensors.values())).get_metadata()["adapter"].recipe
-                yield name, calling.Prompt(recipe, {t: var.get_value() for t, var in tensors.items()})
+                recipe = _attached(tensors).recipe
+                params = {t: var.get_value() for t, var in tensors.items()}
+                yield name, calling.Prompt(recipe, params, tasks, PREFILLED in attributes)
 
 
-def call_model(
+def _attached(tensors: Mapping[str, Any]) -> AttachedPrompt:
+    attached: AttachedPrompt = next(iter(tensors.values())).get_metadata()["adapter"]
+    return attached
+
+
+def with_embeddings(
+    module: nnx.Module, prompt: calling.Prompt, base: type[nnx.Module], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a model's call with the embeddings of virtual tokens before those of the others."""
+    embed = functools.partial(_embed, module, prompt)
+    arguments = calling.with_embeddings(signature_of(base.__call__), prompt, args, kwargs, embed)
+    return arguments.args, arguments.kwargs
+
+
+def _embed(module: nnx.Module, prompt: calling.Prompt, tokens: Any) -> Any:
+    """Return the embeddings of tokens, by the model's own layer."""
+    owners = survey.base_leaves(module)
+    leaf = input_embedding(prompt.recipe.keymap, owners)
+    layer = None if leaf is None else owners[leaf][0]
+    if not isinstance(layer, nnx.Embed):
+        raise AttachError(
+            f"{prompt.method.peft_type}: the nnx.Embed that embeds the tokens is unclear"
+            f" ({'none or several are candidates' if leaf is None else f'{leaf} is of another class'}). Pass embeddings"
+            " to the call in place of tokens"
+        )
+    return layer(tokens)
+
+
+def call_with_keys(
     module: nnx.Module,
     prompt: calling.Prompt,
     base: type[nnx.Module],
-    f: Callable[..., Any],
+    call: Callable[..., Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
 ) -> Any:
-    """Call a model with the virtual tokens of an adapter.
+    """Return `call(module, args, kwargs)` with keys and values of an adapter in every attention layer.
 
     Raises `AttachError` if the call adds variables to the model.
     """
@@ -103,7 +137,7 @@ def call_model(
     def run(inputs: Mapping[str, Any], *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         copies = [(path, var.copy(inputs[str(i)])) for i, (path, var) in enumerate(flat)]
         copy = nnx.merge(graphdef, nnx.from_flat_state(copies))
-        y = f(copy, *args, **kwargs)
+        y = call(copy, args, kwargs)
         after = nnx.to_flat_state(nnx.state(copy))
         if [path for path, _ in after] != [path for path, _ in flat]:
             raise AttachError(
@@ -112,17 +146,30 @@ def call_model(
             )
         return y, {str(i): x for i, (_, var) in enumerate(after) if (x := var.get_value()) is not inputs[str(i)]}
 
-    y, changed = calling.call_with_prompt(run, call_signature(base), prompt, args, kwargs, inputs)
+    y, changed = calling.call_with_keys(run, signature_of(base.__call__), prompt, args, kwargs, inputs)
     by_path = dict(nnx.to_flat_state(nnx.state(module)))
     for i, value in changed.items():
         by_path[flat[int(i)][0]].set_value(value)
     return y
 
 
-def call_signature(base: type[nnx.Module]) -> inspect.Signature:
-    """Return the parameters of a model's call, without `self`."""
-    signature = inspect.signature(base.__call__)
-    return signature.replace(parameters=list(signature.parameters.values())[1:])
+class TaskIds(nnx.Variable[Any]):
+    """The tasks of the rows of one call, for an adapter with tasks. It is not a parameter."""
+
+
+@contextlib.contextmanager
+def call_data(model: nnx.Module, task_ids: Any, prefilled: bool) -> Generator[None]:
+    """Set the data of the calls within a context as attributes of a model."""
+    if task_ids is not None:
+        setattr(model, TASKS, TaskIds(task_ids))
+    if prefilled:
+        setattr(model, PREFILLED, True)
+    try:
+        yield
+    finally:
+        for name in (TASKS, PREFILLED):
+            if name in vars(model):
+                delattr(model, name)
 
 
 def measure_base(model: nnx.Module, example: Sequence[Any]) -> BaseSizes:

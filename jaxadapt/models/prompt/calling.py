@@ -1,7 +1,4 @@
-"""A call of a model with virtual tokens: what changes in its arguments, and in its attention.
-
-Pure functions, for NNX and Linen alike. `f` computes the call as a function of its arguments.
-"""
+"""A call of a model with the virtual tokens of an adapter. Pure functions, for NNX and Linen alike."""
 
 from __future__ import annotations
 
@@ -10,36 +7,52 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from jaxadapt import methods
-from jaxadapt.adapters.adapter import Recipe, is_array
+from jaxadapt.adapters.adapter import Recipe
 from jaxadapt.core.errors import AttachError, MismatchError
 from jaxadapt.methods.prompt import PromptMethod
-from jaxadapt.methods.prompt.base import EMBEDDINGS, BaseSizes
+from jaxadapt.methods.prompt.base import BaseSizes
 from jaxadapt.methods.prompt.prefix import keys_and_values
 from jaxadapt.models.prompt import rewriting
+from jaxadapt.models.prompt.arguments import Arguments, prepend_embeddings, prepend_mask, shift_positions
 from jaxadapt.models.prompt.attention import AttentionCall, causal_mask
 
 Array = Any
 
-POSITIONS = ("positions", "position_ids", "segment_pos", "input_positions")
-"""The names by which a model may call the positions of its tokens, (batch, time) or (time,)."""
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prompt:
-    """An active adapter of a prompt method: its recipe and its tensors."""
+    """The active adapter of a prompt method in one call.
+
+    Attributes:
+        recipe: the adapter's recipe.
+        params: its tensors.
+        tasks: the task of each row, (batch,), for a method with tasks.
+        prefilled: True if an earlier call has put the virtual tokens into the model's cache.
+    """
 
     recipe: Recipe
     params: Mapping[str, Array]
+    tasks: Array | None = None
+    prefilled: bool = False
 
     @property
     def method(self) -> PromptMethod:
         method = methods.METHODS[self.recipe.config.peft_type]
         assert isinstance(method, PromptMethod)
         return method
+
+    @property
+    def n(self) -> int:
+        """The number of virtual tokens before the others."""
+        count: int = self.recipe.config.get("num_virtual_tokens")
+        return count
+
+    def tokens(self) -> Array:
+        """Return the virtual tokens, (n, width) or (batch, n, width)."""
+        return self.method.tokens(self.recipe.config, self.params, self.tasks)
 
 
 def require_one(prompts: Mapping[str, Prompt]) -> None:
@@ -51,15 +64,42 @@ def require_one(prompts: Mapping[str, Prompt]) -> None:
         )
 
 
-def call_with_prompt(
+def with_embeddings(
+    signature: inspect.Signature,
+    prompt: Prompt,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    embed: Callable[[Array], Array],
+) -> Arguments:
+    """Return the arguments of a call with an adapter whose virtual tokens are embeddings.
+
+    Args:
+        signature: the parameters of the call, without `self`.
+        prompt: the adapter.
+        args: the positional arguments of the call.
+        kwargs: the keyword arguments of the call.
+        embed: returns the embeddings of tokens (batch, time), as the model computes them.
+
+    Raises `AttachError` if the model cannot take them, `MismatchError` if they have another width.
+    """
+    peft_type = prompt.method.peft_type
+    if not prompt.prefilled:
+        return prepend_embeddings(signature, args, kwargs, prompt.tokens(), embed, peft_type)
+    shifted = shift_positions(signature, args, kwargs, prompt.n, peft_type)
+    bound = signature.bind(*shifted.args, **shifted.kwargs)
+    prepend_mask(bound, prompt.n)
+    return Arguments(bound.args, bound.kwargs)
+
+
+def call_with_keys(
     f: Callable[..., Any],
     signature: inspect.Signature,
     prompt: Prompt,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    state: Any = None,
+    state: Any,
 ) -> Any:
-    """Evaluate `f(state, *args, **kwargs)` with the virtual tokens of an adapter.
+    """Evaluate `f(state, *args, **kwargs)` with keys and values of an adapter in every attention layer.
 
     Args:
         f: the call of the model, as a function of its state and its arguments.
@@ -67,57 +107,15 @@ def call_with_prompt(
         prompt: the adapter.
         args: the positional arguments of the call.
         kwargs: the keyword arguments of the call.
-        state: whatever `f` takes as its first argument: arrays that the call may change.
+        state: a tree of arrays.
 
-    Raises `AttachError` if the model cannot take the virtual tokens, or `MismatchError` if they have another width.
+    Raises `AttachError` if the model cannot take them, `MismatchError` if they have another width.
     """
-    config: Any = prompt.recipe.config
-    tokens = prompt.method.store(config, prompt.params)[EMBEDDINGS]
-    arguments = shift_positions(signature, args, kwargs, config.num_virtual_tokens, prompt.method.peft_type)
-    layers = keys_and_values(tokens, config.num_layers)
+    arguments = shift_positions(signature, args, kwargs, prompt.n, prompt.method.peft_type)
+    layers = keys_and_values(prompt.tokens(), prompt.recipe.config.get("num_layers"))
     return rewriting.rewrite_attention(
         lambda state, a: f(state, *a.args, **a.kwargs), add_keys, layers, state, arguments
     )
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Arguments:
-    """The arguments of one call."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-def shift_positions(
-    signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any], n: int, peft_type: str
-) -> Arguments:
-    """Return the arguments of a call with the positions moved by `n`; without positions, the first token has n.
-
-    Raises `AttachError` if the model takes no positions.
-    """
-    name = next((name for name in POSITIONS if name in signature.parameters), None)
-    if name is None:
-        raise AttachError(
-            f"{peft_type} puts {n} virtual tokens before the others, so these must have positions from {n} on, and this"
-            f" model takes no positions. Give its call an argument {' or '.join(map(repr, POSITIONS[:2]))} of shape"
-            " (batch, time)"
-        )
-    bound = signature.bind(*args, **kwargs)
-    positions = bound.arguments.get(name)
-    if positions is None:
-        batch, length = _batch_and_length(bound.arguments.values())
-        positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
-    bound.arguments[name] = positions + n
-    return Arguments(bound.args, bound.kwargs)
-
-
-def _batch_and_length(values: Any) -> tuple[int, int]:
-    """Return the sizes of the first two axes of the first argument that has them."""
-    for value in values:
-        if is_array(value) and len(value.shape) >= 2:
-            return value.shape[0], value.shape[1]
-    raise AttachError("the call has no argument of shape (batch, time, …), from which the positions follow; pass them")
 
 
 def add_keys(call: AttentionCall, arrays: Mapping[str, Array], layer: Array) -> Array:
