@@ -113,7 +113,8 @@ def bind_shared(method: PromptMethod, shapes: Mapping[str, Shape]) -> Site:
         tensors.append(MethodTensor(name, name, axes, groups, tuple(zip(axes, shape, strict=True))))
         entries.append(plan.PlanEntry(paths.join(SHARED_NODE, name), FileLayout(shape, axes, groups, ()), (name,)))
     match = Match(SHARED_NODE, Weight(SHARED_NODE, f"{SHARED_NODE}.weight", "n -> n", kind="shared"))
-    return Site(match, method, Modules(()), tuple(tensors), None, tuple(entries), 1)
+    hparams = method.hparams(None, match, Modules(()))
+    return Site(match, method, Modules(()), tuple(tensors), hparams, tuple(entries), 1)
 
 
 def targeted_entries(

@@ -13,6 +13,7 @@ from jaxadapt.methods.base import (
     at_least_float32,
     check_biases,
     refuse_rivals,
+    require_weights,
 )
 from jaxadapt.methods.ia3 import IA3
 from jaxadapt.methods.lora.method import Lora, lora_scale
@@ -52,4 +53,5 @@ __all__ = [
     "lora_scale",
     "needs_layer_number",
     "refuse_rivals",
+    "require_weights",
 ]  # fmt: skip

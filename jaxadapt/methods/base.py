@@ -174,6 +174,15 @@ def at_least_float32(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, "float32"))
 
 
+def require_weights(method: Method) -> None:
+    """Raise `AttachError` if a method changes no weights, so that its adapters cannot be merged or converted."""
+    if method.scope == "model":
+        raise AttachError(
+            f"{method.peft_type} adds virtual tokens to the input and changes no weight, so it cannot be merged,"
+            " combined or converted to LoRA. Keep the adapter beside the model"
+        )
+
+
 def shared_value(field: str, values: Mapping[str, Any]) -> Any:
     """Return the one value that all modules of a leaf share; raise `ConfigError` if they differ."""
     distinct = sorted({repr(v) for v in values.values()})

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxadapt import methods
-from jaxadapt.adapters.adapter import Adapter, is_array
+from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, is_array
 from jaxadapt.adapters.sites import sites_of
 from jaxadapt.arrays.quantized import is_quantized
 from jaxadapt.core import paths
@@ -219,6 +219,7 @@ def _summarize_model(model: Any, inputs: Sequence[Any]) -> Summary:
     if inputs:
         variables = {path: var for by_path in attach.adapter_variables(model).values() for path, var in by_path.items()}
         attached = {path.rpartition(".")[0]: var.get_metadata()["adapter"] for path, var in variables.items()}
+        attached.pop(SHARED_NODE, None)
         hooks = {
             leaf: methods.AppliedMethod(meta.method, meta.hparams, {}, meta.axes) for leaf, meta in attached.items()
         }

@@ -22,7 +22,7 @@ PUBLIC = {
     "Adapter", "PeftTensors", "KeyMap", "Weight", "AdapterParam", "BaseParam", "LayerNumber",
     # on a model
     "adapt", "init", "extract", "inject", "detach", "activate", "disable", "delete", "summary", "select",
-    "merge", "unmerge", "combine",
+    "merge", "unmerge", "combine", "attention",
     # files
     "save", "load", "read", "write", "inspect", "read_config", "to_peft", "from_peft",
     # while training

@@ -14,7 +14,7 @@ from jaxadapt.configs import Config
 from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.keymaps.keymap import Match
 from jaxadapt.keymaps.tensor_spec import MethodTensor, Modules
-from jaxadapt.methods.base import Array, Drop, Method, Params
+from jaxadapt.methods.base import Array, Drop, Method, Params, require_weights
 
 EMBEDDINGS = "prompt_embeddings"
 """The name of the virtual tokens, in a trained adapter without an encoder and in every file."""
@@ -37,6 +37,11 @@ class BaseSizes:
     num_attention_heads: int | None = None
     num_kv_heads: int | None = None
     head_dim: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class NoHparams:
+    """The hyperparameters of a prompt method: none, since its arithmetic reads the configuration."""
 
 
 class PromptMethod(Method):
@@ -96,7 +101,7 @@ class PromptMethod(Method):
         self._refuse()
 
     def hparams(self, config: Any, match: Match, modules: Modules) -> Hashable:
-        return None
+        return NoHparams()
 
     def fresh(self, config: Any, tensor: MethodTensor, fan_in: int) -> Draw:
         return self.draw(config, tensor.name)
@@ -113,10 +118,8 @@ class PromptMethod(Method):
         self._refuse()
 
     def _refuse(self) -> NoReturn:
-        raise AttachError(
-            f"{self.peft_type} adds virtual tokens to the input and changes no weight, so it cannot be merged, combined"
-            " or converted to LoRA. Keep the adapter beside the model"
-        )
+        require_weights(self)
+        raise AssertionError
 
 
 def dense(params: Params, i: int, x: Array) -> Array:
