@@ -43,7 +43,7 @@ PACKAGES = {
     "models": {
         "AdapterParam", "BaseParam", "LayerNumber", "activate", "adapt", "delete", "dequantize", "detach", "disable",
         "extract", "from_qwix", "init", "inject", "invoke", "prompting", "quantize", "rescale", "select",
-        "slot", "summary", "Selection", "Target",
+        "slot", "summary", "Selection", "Target", "attention", "TakesEmbeddings", "TakesKeys",
     },
     "persistence": {"from_peft", "inspect", "load", "pull", "push", "read", "read_config", "save", "to_peft", "write"},
     "training": {"CheckpointManager"},

@@ -47,6 +47,9 @@ def call_module(
     signature = signature_of(type(module).__call__)
     options = {name: kwargs[name] for name in ("rngs", "method", "capture_intermediates") if name in kwargs}
     rest = {name: value for name, value in kwargs.items() if name not in options}
+    if (hooked := calling.hooked_call(module, prompt)) is not None:
+        name, first = hooked
+        return apply(variables, *first, *args, **{**kwargs, "method": name})
     if prompt.method.adds == "embeddings":
 
         def embed(tokens: Any) -> Any:

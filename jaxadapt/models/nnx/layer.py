@@ -19,6 +19,7 @@ from jaxadapt.methods import AppliedMethod, AppliedMethods, Method
 from jaxadapt.models.nnx import prompt, survey
 from jaxadapt.models.nnx.params import AdapterParam
 from jaxadapt.models.nnx.survey import DROPOUT, AdaptedMeta, entry_points, kernel_use, plain_view
+from jaxadapt.models.prompt import calling
 from jaxadapt.models.tracing import rewrite
 
 ACTIVE = "active_adapters"
@@ -117,6 +118,9 @@ def _active_hooks(module: nnx.Module) -> dict[str, AppliedMethod | AppliedMethod
 def _call_adapted(module: Any, base: Any, f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call a method of a layer with its active adapters applied and its quantised weights made dense."""
     if f is base.__call__ and (virtual := prompt.active_prompt(module, vars(module).get(ACTIVE, ()))) is not None:
+        if (hooked := calling.hooked_call(module, virtual)) is not None:
+            name, first = hooked
+            return getattr(base, name)(plain_view(module, base, {}), *first, *args, **kwargs)
         if virtual.method.adds == "keys":
             call: Any = functools.partial(_call_layer, base, f)
             return prompt.call_with_keys(module, virtual, base, call, args, kwargs)

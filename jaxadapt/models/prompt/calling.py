@@ -18,6 +18,7 @@ from jaxadapt.methods.prompt.prefix import keys_and_values
 from jaxadapt.models.prompt import rewriting
 from jaxadapt.models.prompt.arguments import Arguments, prepend_embeddings, prepend_mask, shift_positions
 from jaxadapt.models.prompt.attention import AttentionCall, causal_mask
+from jaxadapt.models.prompt.hooks import TakesEmbeddings, TakesKeys
 
 Array = Any
 
@@ -53,6 +54,25 @@ class Prompt:
     def tokens(self) -> Array:
         """Return the virtual tokens, (n, width) or (batch, n, width)."""
         return self.method.tokens(self.recipe.config, self.params, self.tasks)
+
+
+def hooked_call(model: Any, prompt: Prompt) -> tuple[str, tuple[Array, ...]] | None:
+    """Return the name of a model's own call for virtual tokens and its first arguments; None if it has none.
+
+    Raises `AttachError` for a call with `prefilled`, of which such a model knows nothing.
+    """
+    keys = prompt.method.adds == "keys"
+    if not isinstance(model, TakesKeys if keys else TakesEmbeddings):
+        return None
+    if prompt.prefilled:
+        raise AttachError(
+            "prompting(prefilled=True) has no effect on a model with call_with_embeddings, which decides itself what a"
+            " later call needs; deactivate the adapter for that call"
+        )
+    if not keys:
+        return "call_with_embeddings", (prompt.tokens(),)
+    layers = keys_and_values(prompt.tokens(), prompt.recipe.config.get("num_layers"))
+    return "call_with_keys", (layers[:, 0], layers[:, 1])
 
 
 def require_one(prompts: Mapping[str, Prompt]) -> None:
