@@ -19,7 +19,7 @@ _FROZEN, _TRAINED = "frozen_embedding", "trainable_embedding"
 
 
 class Cartridge(Prefix):
-    """Keys and values before those of every attention layer, of which the first are fixed."""
+    """Keys and values before those of every attention layer; the first tokens are fixed."""
 
     peft_type = "CARTRIDGE"
     roles = {_FROZEN: "frozen"}  # noqa: RUF012

@@ -118,7 +118,8 @@ def attention(
         precision: as in `jax.lax.dot_general`.
         is_causal: True hides key j from query i if j > i.
 
-    Returns (..., T, H, v). Scores and their softmax are in float32 or wider.
+    Returns (..., T, H, v). Scores and their softmax are in float32 or wider. Raises `AttachError` if dropout lacks its
+    key.
 
     >>> q, k = jnp.ones((1, 3, 4, 8)), jnp.ones((1, 3, 2, 8))
     >>> attention(q, k, k, is_causal=True).shape

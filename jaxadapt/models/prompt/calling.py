@@ -59,7 +59,7 @@ class Prompt:
 def hooked_call(model: Any, prompt: Prompt) -> tuple[str, tuple[Array, ...]] | None:
     """Return the name of a model's own call for virtual tokens and its first arguments; None if it has none.
 
-    Raises `AttachError` for a call with `prefilled`, of which such a model knows nothing.
+    Raises `AttachError` for a call with `prefilled`, since such a model decides itself how its cache is filled.
     """
     keys = prompt.method.adds == "keys"
     if not isinstance(model, TakesKeys if keys else TakesEmbeddings):
