@@ -36,6 +36,7 @@ from jaxadapt.adapters import sites
 from jaxadapt.core import paths
 from jaxadapt.keymaps import families
 from jaxadapt.models import planning
+from jaxadapt.models.carriers import base_params
 
 LAYERS, HIDDEN, INNER, HEADS, KV, HEAD, VOCAB, RANK = 80, 8192, 28672, 64, 8, 128, 128256, 64
 PLAN, SPEED, EXTRA = 0.3, 0.5, 1.5  # seconds; parts of memcpy; times the largest tensor
@@ -97,7 +98,7 @@ def planned(rounds: int) -> tuple[list[list[object]], list[str]]:
             return tree(name, vocab=next(vocabularies))
 
         def plan(model: Any, keymap: str | None = keymap) -> Any:
-            _, bounds = planning.plan_adapter(planning.BaseParams.from_tree(model), CONFIG, keymap)
+            _, bounds = planning.plan_adapter(base_params(model), CONFIG, keymap)
             return sites.make_file_plan(bounds).shapes
 
         ways[name] = Way(plan, new)
@@ -117,7 +118,7 @@ def moving(rounds: int, layers: int) -> tuple[list[list[object]], list[str], str
     for name in FAMILIES:
         model = tree(name, layers)
         keymap = name if name.startswith("maxtext") else None
-        recipe, bounds = planning.plan_adapter(planning.BaseParams.from_tree(model), CONFIG, keymap)
+        recipe, bounds = planning.plan_adapter(base_params(model), CONFIG, keymap)
         rng = np.random.default_rng(0)
         leaves = {
             e.path: rng.standard_normal(e.shape, "float32").astype(ml_dtypes.bfloat16)

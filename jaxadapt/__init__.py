@@ -27,14 +27,8 @@ if TYPE_CHECKING:
     from jaxadapt import training as training
     from jaxadapt.adapters.adapter import Adapter as Adapter
     from jaxadapt.adapters.peft_tensors import PeftTensors as PeftTensors
-    from jaxadapt.configs import CartridgeConfig as CartridgeConfig
     from jaxadapt.configs import Config as Config
-    from jaxadapt.configs import IA3Config as IA3Config
-    from jaxadapt.configs import LoraConfig as LoraConfig
-    from jaxadapt.configs import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
-    from jaxadapt.configs import PrefixTuningConfig as PrefixTuningConfig
-    from jaxadapt.configs import PromptEncoderConfig as PromptEncoderConfig
-    from jaxadapt.configs import PromptTuningConfig as PromptTuningConfig
+    from jaxadapt.configs.registry import *  # noqa: F403
     from jaxadapt.core.errors import AdapterError as AdapterError
     from jaxadapt.core.errors import AttachError as AttachError
     from jaxadapt.core.errors import ConfigError as ConfigError
@@ -58,7 +52,9 @@ if TYPE_CHECKING:
     from jaxadapt.models.attachment import inject as inject
     from jaxadapt.models.nnx.params import AdapterParam as AdapterParam
     from jaxadapt.models.nnx.params import BaseParam as BaseParam
+    from jaxadapt.models.nnx.params import FrozenParam as FrozenParam
     from jaxadapt.models.nnx.params import LayerNumber as LayerNumber
+    from jaxadapt.models.nnx.params import SharedParam as SharedParam
     from jaxadapt.models.prompt.attention import attention as attention
     from jaxadapt.models.summary_table import summary as summary
     from jaxadapt.models.target_selection import select as select
@@ -69,8 +65,10 @@ if TYPE_CHECKING:
     from jaxadapt.persistence.load_adapter import load as load
     from jaxadapt.persistence.peft import from_peft as from_peft
     from jaxadapt.persistence.peft import to_peft as to_peft
+    from jaxadapt.persistence.repair_folder import repair as repair
     from jaxadapt.persistence.save_adapter import save as save
     from jaxadapt.persistence.upload import push as push
+    from jaxadapt.persistence.verify_folder import verify as verify
     from jaxadapt.storage.hub import pull as pull
     from jaxadapt.training import optim as optim
     from jaxadapt.training.checkpoint.manager import CheckpointManager as CheckpointManager

@@ -27,7 +27,7 @@ CONFIG_NODE = "~config"
 """The key of the node without leaves that carries a `Recipe` inside a Linen collection."""
 
 SHARED_NODE = "~shared"
-"""The key, beside the base paths, of the tensors that belong to the whole adapter and to no base weight."""
+"""The key of the node with the tensors that belong to the whole adapter and not to one site."""
 
 
 @jax.tree_util.register_static
@@ -116,6 +116,8 @@ class Adapter:
             (`nn.Partitioned`), each tensor is boxed as well; `flat` and `sites` return the arrays inside.
         keymap: the keymap that gives these leaves their PyTorch names.
 
+    Tensors of the whole adapter, such as VeRA's projections, are under the key "~shared"; `shared` returns them.
+
     >>> import numpy as np, jaxadapt
     >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
     >>> params = {"q": {"kernel": {"lora_A": np.zeros((2, 3)), "lora_B": np.zeros((4, 2))}}}
@@ -144,7 +146,8 @@ class Adapter:
     @property
     def recipe(self) -> Recipe:
         """The recipe of this adapter, with the number of its leaves."""
-        return Recipe(self.config, self.keymap, len({path.rpartition(".")[0] for path in self.flat()}))
+        leaves = {path.rpartition(".")[0] for path in self.flat()} - {SHARED_NODE}
+        return Recipe(self.config, self.keymap, len(leaves))
 
     @property
     def collection(self) -> dict[str, dict[str, Any]]:
@@ -161,7 +164,16 @@ class Adapter:
 
     @property
     def sites(self) -> dict[str, dict[str, Any]]:
-        """`{base leaf: {tensor: array}}`."""
+        """`{base leaf: {tensor: array}}`, without the shared tensors."""
+        return {leaf: tensors for leaf, tensors in self._tensors.items() if leaf != SHARED_NODE}
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """`{tensor: array}` of the tensors that belong to the whole adapter."""
+        return self._tensors.get(SHARED_NODE, {})
+
+    @property
+    def _tensors(self) -> dict[str, dict[str, Any]]:
         sites: dict[str, dict[str, Any]] = {}
         for path, leaf in self.flat().items():
             if not is_array(leaf):
@@ -173,14 +185,9 @@ class Adapter:
         return sites
 
     @property
-    def shared(self) -> dict[str, Any]:
-        """`{tensor: array}` of the tensors that belong to the whole adapter, which lie under `SHARED_NODE`."""
-        return self.sites.get(SHARED_NODE, {})
-
-    @property
     def shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
-        """`{base leaf: {tensor: shape}}`."""
-        return {leaf: {name: tuple(x.shape) for name, x in tensors.items()} for leaf, tensors in self.sites.items()}
+        """`{base leaf: {tensor: shape}}`; the shared tensors have the leaf "~shared"."""
+        return {leaf: {name: tuple(x.shape) for name, x in tensors.items()} for leaf, tensors in self._tensors.items()}
 
 
 def _unbox(leaf: Any) -> Any:

@@ -18,9 +18,8 @@ from jax.core import Tracer
 from jaxadapt.adapters import full_copies, tied
 from jaxadapt.adapters.sites import Site
 from jaxadapt.configs import Config, matching
-from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, ConfigError, MismatchError, warn
-from jaxadapt.keymaps import plan
+from jaxadapt.core.errors import AttachError, ConfigError, MismatchError, raise_listed, warn
+from jaxadapt.keymaps import plan, tensor_layout
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.plan import Encoded, PlanEntry
 from jaxadapt.keymaps.tensor_spec import MethodTensor
@@ -34,7 +33,7 @@ def _embedding_entries(keymap: KeyMap, shapes: Mapping[str, Sequence[int]], wrap
         if match is None or match.braced or len(match.weight.left) != len(shape) or not _is_embedding(keymap, match):
             continue
         tensor = MethodTensor("base", ".base_layer" if wrapped else "", (), (), is_copy=True, scale_power=1)
-        entries[match.module({})] = plan.plan_entry(keymap, match, tensor, plan.axis_sizes(match, shape))
+        entries[match.module({})] = plan.plan_entry(keymap, match, tensor, tensor_layout.axis_sizes(match, shape))
     return entries
 
 
@@ -140,12 +139,12 @@ def embedding_keys(
             expected = np.asarray(entry.form.encode(np.asarray(leaf), 0))
             if not np.array_equal(np.asarray(tensors[key]).astype(expected.dtype), expected):
                 problems.append(f"{key}: its values differ")
-    if problems:
-        raise MismatchError(
-            f"{source} holds embeddings that differ from the model's; loading an adapter never changes the base:\n"
-            + paths.bullets(problems)
-            + "\nReplace the base parameters yourself (jaxadapt.read(path).tensors has the values), then load again"
-        )
+    raise_listed(
+        MismatchError,
+        f"{source} holds embeddings that differ from the model's; loading an adapter never changes the base:",
+        problems,
+        "\nReplace the base parameters yourself (jaxadapt.read(path).tensors has the values), then load again",
+    )
     return set(embeddings)
 
 

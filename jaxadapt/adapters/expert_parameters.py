@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from jaxadapt.keymaps.expert_names import name_regex
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.parts import part_key
+from jaxadapt.keymaps.templates import name_regex
 from jaxadapt.keymaps.weight import Weight
 
 
@@ -70,7 +70,7 @@ def list_parameters(keymap: KeyMap, layout: KeyMap | None = None) -> list[Expert
         if entry.part and entry.kind == "experts":
             parts.setdefault(entry.file_key, []).append(entry.part)
     parameters: list[ExpertParameter] = []
-    for i, (name, modules) in enumerate(keymap.each):
+    for i, (name, modules) in enumerate(keymap.expert_modules):
         default_parts = [f"{part}/{len(modules)}" for part in range(len(modules))]
         turned = any(entry.file_key == name and is_transposed(entry) for entry in (layout or keymap).weights)
         parameters.append(

@@ -1,7 +1,7 @@
 """LoRA for each expert, as PEFT wrote it for transformers 4 (`experts.3.up_proj.lora_A.weight`): fuse and split.
 
 transformers 5 holds all experts of a layer in one parameter, with gate and up in its halves. PEFT names these
-parameters in `target_parameters`. A keymap lists the modules of the single experts (`KeyMap.each`).
+parameters in `target_parameters`. A keymap lists the modules of the single experts (`KeyMap.expert_modules`).
 
     {"…experts.3.up_proj.lora_A.weight": …} ──fuse_experts───► {"…experts.base_layer.lora_A.weight": …}
                                             ◄──split_experts──
@@ -26,11 +26,11 @@ from jaxadapt.adapters.expert_parameters import ExpertParameter, is_transposed, 
 from jaxadapt.adapters.peft_tensors import PeftTensors
 from jaxadapt.configs import Config, LoraConfig, matching
 from jaxadapt.core import paths
-from jaxadapt.core.errors import ConfigError, MismatchError, warn
-from jaxadapt.keymaps import expert_names, plan
-from jaxadapt.keymaps.expert_names import name_regex
+from jaxadapt.core.errors import ConfigError, MismatchError, raise_listed, warn
+from jaxadapt.keymaps import expert_names, tensor_layout
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.parts import cut_parts, file_key, join_parts, parse_part_key
+from jaxadapt.keymaps.templates import name_regex
 from jaxadapt.keymaps.weight import Weight
 
 Array = Any
@@ -40,15 +40,11 @@ _SIDES = ("A", "B")
 def expert_parameters(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     """Return the names of the given leaves' parameters, for leaves that PEFT adapts by parameter name."""
     matches = ((keymap.match(leaf), shape) for leaf, shape in shapes.items())
-    expert_matches = (
-        (match, shape)
-        for match, shape in matches
-        if match is not None and match.weight.kind in ("experts", "parameter")
-    )
+    expert_matches = ((match, shape) for match, shape in matches if match is not None and match.weight.by_parameter)
     return [
         paths.join(*name)
         for match, shape in expert_matches
-        for name in match.parameters(plan.axis_sizes(match, shape)).values()
+        for name in match.parameters(tensor_layout.axis_sizes(match, shape)).values()
     ]
 
 
@@ -83,8 +79,8 @@ def per_expert_keymap(keymap: KeyMap) -> KeyMap:
             entries.append(Weight(entry.leaf, f"{module}.weight", f"{left} -> {right}", **options))
         else:
             entries.append(entry)
-    each = tuple((name, tuple(modules)) for name, modules in modules_of.items())
-    return dataclasses.replace(keymap, weights=tuple(entries), each=each, single=False)
+    expert_modules = tuple((name, tuple(modules)) for name, modules in modules_of.items())
+    return dataclasses.replace(keymap, weights=tuple(entries), expert_modules=expert_modules, per_expert=False)
 
 
 _LOOKS_LIKE_EXPERTS = re.compile(r"\.experts\.|\.gate\.lora_")
@@ -105,7 +101,6 @@ def fuse_experts(
     tensors: PeftTensors,
     keymap: KeyMap,
     on_shared: str | None,
-    call: str,
     model_keymap: KeyMap | None = None,
     others: Collection[str] | None = None,
     parts: bool = True,
@@ -117,7 +112,6 @@ def fuse_experts(
     Args:
         keymap: the keymap with the names of single experts.
         on_shared: "concat" concatenates the ranks of gate and up where the model has one A for both.
-        call: the call that takes `on_shared`, for messages.
         model_keymap: the keymap of the model, if it is another one.
         others: the parameters that are not adapted, if known.
         parts: if gate and up are two leaves, leave them as two parts.
@@ -126,7 +120,7 @@ def fuse_experts(
     that the model stores as one.
     """
     config = tensors.config
-    if not keymap.each or not isinstance(config, LoraConfig):
+    if not keymap.expert_modules or not isinstance(config, LoraConfig):
         return tensors
     candidates = list_parameters(keymap, model_keymap)
     fused: dict[str, tuple[ExpertParameter, PartFactors]] = {}
@@ -154,7 +148,7 @@ def fuse_experts(
     new_tensors = {key: tensors.tensors[key] for key in other_keys}
     for name, (parameter, factors) in fused.items():
         parameter = dataclasses.replace(parameter, split=parameter.split and parts)
-        arrays, growth = _stack_factors(parameter, factors, ranks[name], on_shared, f"{tensors.source}: {name}", call)
+        arrays, growth = _stack_factors(parameter, factors, ranks[name], on_shared, f"{tensors.source}: {name}")
         outer = (
             candidate
             for candidate in candidates
@@ -163,7 +157,7 @@ def fuse_experts(
         depth = sum(candidate.in_module_of(name) in fused for candidate in outer)
         place = f"{keymap.prefix}{parameter.owner.format(**(parameter.texts(name) or {}))}{'.base_layer' * depth}"
         new_tensors |= {f"{place}.lora_{side}.weight{bracket}": array for (side, bracket), array in arrays.items()}
-        ranks[name], alphas[name] = ranks[name] * growth, alphas[name] * (growth**0.5 if config.use_rslora else growth)
+        ranks[name], alphas[name] = ranks[name] * growth, alphas[name] * config.scale_divisor(growth)
     modules = dict.fromkeys(
         key.removeprefix(keymap.prefix).rpartition(".lora_")[0] for key in other_keys if ".lora_" in key
     )
@@ -197,12 +191,7 @@ def _checked_ranks(
         }
         problems += [f"{module}: missing" for place, module in modules.items() if place not in complete]
         values = {
-            (
-                matching.find_pattern_value(config.rank_pattern, module, config.r),
-                matching.find_pattern_value(config.alpha_pattern, module, config.lora_alpha),
-            )
-            for place, module in modules.items()
-            if place in complete
+            (config.rank_of(module), config.alpha_of(module)) for place, module in modules.items() if place in complete
         }
         shapes = {tuple(tuple(factors[side].shape) for side in _SIDES) for factors in complete.values()}
         if len(values) > 1 or len(shapes) > 1:
@@ -211,16 +200,17 @@ def _checked_ranks(
             ranks[name], alphas[name] = values.pop()
             if (shape := next(iter(shapes)))[0][0] != ranks[name] or shape[1][1] != ranks[name]:
                 problems.append(f"{name}: expected rank {ranks[name]}, found A {shape[0]} and B {shape[1]}")
-    if problems:
-        raise MismatchError(
-            f"{source}: the model stores all experts of a layer in one array, so the file must hold an adapter for"
-            " each, with one rank, alpha and shape:\n" + paths.bullets(problems)
-        )
+    raise_listed(
+        MismatchError,
+        f"{source}: the model stores all experts of a layer in one array, so the file must hold an adapter for"
+        " each, with one rank, alpha and shape:",
+        problems,
+    )
     return ranks, alphas
 
 
 def _stack_factors(
-    parameter: ExpertParameter, parts: PartFactors, rank: int, on_shared: str | None, name: str, call: str
+    parameter: ExpertParameter, parts: PartFactors, rank: int, on_shared: str | None, name: str
 ) -> tuple[dict[tuple[str, str], Array], int]:
     """Return `{(side, suffix of the part): array}`, and the factor by which the rank has grown."""
     count = len(parameter.modules)
@@ -248,7 +238,7 @@ def _stack_factors(
     if on_shared != "concat":
         raise MismatchError(
             f"{name}: the model stores gate and up in one array, with one A for both, and the file's differ, or inside"
-            f' jit cannot be compared. Pass on_shared="concat" to {call}: it concatenates their ranks and computes'
+            f' jit cannot be compared. Pass on_shared="concat", which concatenates their ranks and computes'
             f" exactly the same at {count} times the rank"
         )
     joint_a, joint_b = joint_tensors.concatenate_ranks(
@@ -270,12 +260,8 @@ def _with_target_parameters(
             f"lora_dropout={config.lora_dropout} becomes 0: PEFT has no dropout for experts in one parameter (trained"
             " outputs do not depend on it)",
         )
-    all_ranks = {
-        module: matching.find_pattern_value(config.rank_pattern, module, config.r) for module in modules
-    } | dict(ranks)
-    all_alphas = {
-        module: matching.find_pattern_value(config.alpha_pattern, module, config.lora_alpha) for module in modules
-    } | dict(alphas)
+    all_ranks = {module: config.rank_of(module) for module in modules} | dict(ranks)
+    all_alphas = {module: config.alpha_of(module) for module in modules} | dict(alphas)
     targets = config.target_modules
     if isinstance(targets, str):  # it may match the experts' modules too
         remaining: Any = list(modules)
@@ -287,7 +273,7 @@ def _with_target_parameters(
         ]
     parameters = [*(config.target_parameters or ()), *_shorten_names(list(ranks), config, others)]
     config = config.replace(target_modules=remaining, target_parameters=parameters, lora_dropout=0.0)
-    return joint_tensors.with_ranks_and_alphas(config, all_ranks, all_alphas)
+    return config.with_ranks(all_ranks, all_alphas)
 
 
 def _shorten_names(names: Sequence[str], config: LoraConfig, others: Collection[str] | None) -> list[str]:
@@ -347,14 +333,11 @@ def split_experts(
     other_modules = dict.fromkeys(
         key.removeprefix(keymap.prefix).rpartition(".lora_")[0] for key in new_tensors if ".lora_" in key
     )
-    ranks = {name: matching.find_pattern_value(config.rank_pattern, name, config.r) for name in other_modules}
-    alphas = {
-        name: matching.find_pattern_value(config.alpha_pattern, name, config.lora_alpha) for name in other_modules
-    }
+    ranks = {name: config.rank_of(name) for name in other_modules}
+    alphas = {name: config.alpha_of(name) for name in other_modules}
     experts: dict[str, str] = {}
     for (target, name), sides in factors.items():
-        rank = matching.find_pattern_value(config.rank_pattern, name, config.r)
-        alpha = matching.find_pattern_value(config.alpha_pattern, name, config.lora_alpha)
+        rank, alpha = config.rank_of(name), config.alpha_of(name)
         for template, a, b in zip(target.modules, sides["A"], sides["B"], strict=True):
             count = a.shape[0] // rank
             rows, columns = a.reshape(count, rank, -1), b.reshape(-1, rank, count)
@@ -370,9 +353,8 @@ def split_experts(
                 }
                 ranks[module], alphas[module] = rank, alpha
                 experts[module] = template
-    return joint_tensors.with_ranks_and_alphas(
-        _with_target_modules(config, keymap, list(other_modules), experts), ranks, alphas
-    ), new_tensors
+    new_config = _with_target_modules(config, keymap, list(other_modules), experts).with_ranks(ranks, alphas)
+    return new_config, new_tensors
 
 
 def _with_target_modules(
@@ -385,7 +367,7 @@ def _with_target_modules(
     remaining = [entry for entry in config.target_parameters or () if entry.rpartition(".")[2] not in parameters]
     templates = list(dict.fromkeys(experts.values()))
     ends = list(dict.fromkeys(template.rpartition(".")[2] for template in templates))
-    plain = (entry for entry in keymap.weights if entry.adaptable and entry.kind not in ("parameter", "experts"))
+    plain = (entry for entry in keymap.weights if entry.adaptable and not entry.by_parameter)
     others = {name.rpartition(".")[2] for name in (*(entry.module for entry in plain), *other_modules)}
     targets = config.target_modules or ()
     can_list = not isinstance(targets, str) and not any(name.isdecimal() or "{" in name for name in ends)

@@ -13,9 +13,8 @@ import numpy as np
 
 from jaxadapt.adapters import tied
 from jaxadapt.configs import Config, matching
-from jaxadapt.core import paths
-from jaxadapt.core.errors import ConfigError, KeyMapError, MismatchError, TargetError
-from jaxadapt.keymaps import generic, plan
+from jaxadapt.core.errors import ConfigError, KeyMapError, MismatchError, TargetError, raise_listed
+from jaxadapt.keymaps import generic, tensor_layout
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.weight import Weight
 from jaxadapt.methods import trainable_tokens
@@ -29,9 +28,6 @@ CopyMethod = FullCopy | TrainableTokens
 
 TENSORS = frozenset({"copy", trainable_tokens.NAME})
 """The names of such tensors in an adapter."""
-
-LOOKUP = "lookup"
-"""The kind of a token embedding whose copy replaces it in the lookup only, although it is the head as well."""
 
 INPUTS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "shared", "embed_in")
 """The usual names of a language model's token embedding, to tell it from embeddings of positions and of types."""
@@ -66,7 +62,7 @@ def copy_method(
         adapted: the modules that carry an adapter.
     """
     if matching.is_saved(config, module):
-        return FullCopy("modules_to_save", lookup=kind == LOOKUP)
+        return FullCopy("modules_to_save", lookup=kind == "lookup")
     if parameter == "weight" and (indices := trained_rows(config, module, inputs)) is not None:
         return TrainableTokens(indices)
     mode = config.get("bias", "none")
@@ -110,14 +106,15 @@ def redundant_keys(tensors: Mapping[str, Any], known: Collection[str], source: s
         if key not in known and original in known and original in tensors
     }
     trained = [key for key in originals if f"{WRAPPERS[0]}." in key]
-    different = [
-        key for key in trained if not np.array_equal(np.asarray(tensors[key]), np.asarray(tensors[originals[key]]))
-    ]
-    if different:
-        raise MismatchError(
-            f"{source}: these tensors must be equal, since one repeats the other, and they differ:\n"
-            + paths.bullets([f"{key} and {originals[key]}" for key in different])
-        )
+    raise_listed(
+        MismatchError,
+        f"{source}: these tensors must be equal, since one repeats the other, and they differ:",
+        [
+            f"{key} and {originals[key]}"
+            for key in trained
+            if not np.array_equal(np.asarray(tensors[key]), np.asarray(tensors[originals[key]]))
+        ],
+    )
     return set(originals)
 
 
@@ -133,11 +130,11 @@ def match_for_copy(keymap: KeyMap, leaf: str, shape: Shape) -> Match:
 
 
 def _match_for_lookup(match: Match) -> Match:
-    """Return the match with an entry of the kind `LOOKUP`."""
+    """Return the match with an entry of the kind "lookup"."""
     entry = match.weight
     key = ".".join(match.parameter({}))
     return Match(
-        match.leaf, Weight(match.leaf, key, entry.pattern, kind=LOOKUP, fan_in_fan_out=True, scale=entry.scale)
+        match.leaf, Weight(match.leaf, key, entry.pattern, kind="lookup", fan_in_fan_out=True, scale=entry.scale)
     )
 
 
@@ -148,7 +145,7 @@ def select_copies(
     if not has_copies(config):
         return []
     matches = [
-        (match, plan.axis_sizes(match, shape))
+        (match, tensor_layout.axis_sizes(match, shape))
         for leaf, shape in shapes.items()
         for match in [match_for_copy(keymap, leaf, shape)]
     ]
@@ -181,12 +178,12 @@ def _check_layouts(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape]) 
             for leaf, shape in kernels.items()
             if generic.is_guess(keymap, leaf, shape) and generic.is_square(match_for_copy(keymap, leaf, shape), shape)
         ]
-    if problems:
-        raise KeyMapError(
-            f"cannot copy these weights in full: the keymap {keymap.name!r} does not define their PyTorch layout:\n"
-            + paths.bullets(problems)
-            + generic.layout_advice("leave them out of modules_to_save")
-        )
+    raise_listed(
+        KeyMapError,
+        f"cannot copy these weights in full: the keymap {keymap.name!r} does not define their PyTorch layout:",
+        problems,
+        generic.layout_advice("leave them out of modules_to_save"),
+    )
 
 
 def _token_embedding(config: Config, matches: Collection[tuple[Match, Mapping[str, int]]]) -> str | None:
@@ -240,9 +237,10 @@ def _check_token_indices(
         problems += [
             f"{name}: no module has this name" for name in given if not any(module.endswith(name) for module in matched)
         ]
-    if problems:
-        raise TargetError(
-            "trainable_token_indices does not fit this model: each index must be a row of the embedding and occur once."
-            " Resize the model's vocabulary if the adapter's was resized, or drop these tokens (and their rows of the"
-            " file):\n" + paths.bullets(problems)
-        )
+    raise_listed(
+        TargetError,
+        "trainable_token_indices does not fit this model: each index must be a row of the embedding and occur once."
+        " Resize the model's vocabulary if the adapter's was resized, or drop these tokens (and their rows of the"
+        " file):",
+        problems,
+    )

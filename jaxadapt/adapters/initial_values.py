@@ -3,22 +3,52 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxadapt.adapters import sharding
-from jaxadapt.adapters.sites import Site, map_stack
+from jaxadapt.adapters.adapter import SHARED_NODE
+from jaxadapt.adapters.sites import Site, Sites, map_stack, shared_tensors
 from jaxadapt.arrays import placement, quantized, random_draws
+from jaxadapt.arrays.layout import FileLayout
+from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError
+from jaxadapt.keymaps.keymap import PEFT_PREFIX
+from jaxadapt.keymaps.plan import PlanEntry
 from jaxadapt.keymaps.tensor_spec import MethodTensor
+from jaxadapt.methods import Method, Start
 
 BASE = "base"
 """In place of a dtype: each parameter has the dtype of the weight it adapts, as with `autocast_adapter_dtype=False`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+    """One tensor to create: of a site, or shared."""
+
+    tensor: MethodTensor
+    entry: PlanEntry
+    site: Site | None
+    method: Method
+
+
+@dataclasses.dataclass(frozen=True)
+class _Context:
+    """What all tensors of an adapter see: its modules, and the shapes of its shared tensors."""
+
+    modules: tuple[str, ...] = ()
+    shared: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict[str, tuple[int, ...]])
+
+    @staticmethod
+    def of(sites: Sequence[Site]) -> _Context:
+        modules = tuple(module for site in sites if not site.method.copies for module in site.modules)
+        return _Context(modules, {each.tensor.name: each.entry.shape for each in shared_tensors(sites)})
 
 
 def init_values(
@@ -29,88 +59,107 @@ def init_values(
     abstract: bool = False,
     base: Mapping[str, Any] | None = None,
     base_shardings: Mapping[str, Any] | None = None,
+    given: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return initial parameters, `{path: array}`, each drawn from its own fold of `key`; specs if `abstract`.
 
     The dtype is float32 by default, whatever the base's dtype is (PEFT's `autocast_adapter_dtype`). With `BASE` it is
-    the base's. A copy of a leaf keeps the leaf's dtype.
+    the base's. A copy of a leaf keeps the leaf's dtype, and a tensor of integers its own.
 
     Args:
         base: `{leaf: array}` of the base parameters, for tensors derived from them.
-        where: `{leaf: sharding}` of the base parameters that have one; each tensor is created with its own sharding.
+        base_shardings: `{leaf: sharding}` of the base parameters that have one; each tensor is created with its own.
+        given: `{path: array}` of tensors that exist already and are not created.
     """
+    given, base = given or {}, base or {}
     shardings = sharding.adapter_shardings(sites, base_shardings or {})
     use_base_dtype, dtype = dtype == BASE, jnp.dtype(jnp.float32 if dtype in (None, BASE) else dtype)
-    base = base or {}
-    without_values = [
-        site.leaf
-        for site in sites
-        if any(tensor.from_base for tensor in site.tensors) and not has_value(base.get(site.leaf), abstract)
-    ]
+    wanted = [each for each in _list_tensors(sites) if each.entry.path not in given]
+    without_values = {
+        each.site.leaf: None
+        for each in wanted
+        if each.site and each.tensor.from_base and not has_value(base.get(each.site.leaf), abstract)
+    }
     if without_values:
         raise AttachError(
             "these adapters start from the values of the base weights, which have none here; pass base parameters with"
             " values:\n" + paths.bullets(without_values)
         )
-    drawn = {
-        entry.path: (site, tensor, entry.shape)
+    context = _Context.of(sites)
+
+    def dtype_of(each: _Wanted) -> Any:
+        w = None if each.site is None else base.get(each.site.leaf)
+        if each.tensor.is_copy:
+            return w.dtype if w is not None else dtype
+        if each.tensor.dtype is not None:
+            return jnp.dtype(each.tensor.dtype)
+        is_float = w is not None and jnp.issubdtype(w.dtype, jnp.floating)
+        return w.dtype if use_base_dtype and w is not None and is_float else dtype
+
+    if abstract:
+        return dict(given) | {
+            each.entry.path: jax.ShapeDtypeStruct(
+                each.entry.shape, dtype_of(each), sharding=shardings.get(each.entry.path)
+            )
+            for each in wanted
+        }
+    values: dict[str, Any] = dict(given)
+    drawn = placement.put_on_devices(
+        _draw_values(config, [each for each in wanted if not each.tensor.from_base], key, dtype, context), shardings
+    )
+    values |= drawn
+    for each in wanted:
+        if each.entry.path in values:
+            continue
+        path, target = each.entry.path, shardings.get(each.entry.path)
+        assert each.site is not None, f"{path}: a shared tensor cannot start from one weight"
+        w = jnp.asarray(quantized.to_dense(base[each.site.leaf]))
+        derived = derive_tensor(config, each.site, each.tensor, values, w, key, context)
+        # Always copy, so that donating the adapter never donates the base's array.
+        keeps_own = each.tensor.is_copy or each.tensor.dtype is not None
+        copy = jnp.array(derived, dtype=dtype_of(each) if keeps_own else dtype, copy=True)
+        values[path] = copy if target is None else placement.move_to(copy, target)
+    values |= {each.entry.path: _cast(values[each.entry.path], dtype_of(each)) for each in wanted}
+    return {each.entry.path: values[each.entry.path] for each in _list_tensors(sites)}
+
+
+def _list_tensors(sites: Sequence[Site]) -> list[_Wanted]:
+    wanted = [
+        _Wanted(tensor, entry, site, site.method)
         for site in sites
         for tensor, entry in zip(site.tensors, site.entries, strict=True)
-        if not tensor.from_base
-    }
-    if abstract:
-        values = {
-            path: jax.ShapeDtypeStruct(shape, dtype, sharding=shardings.get(path))
-            for path, (_, _, shape) in drawn.items()
-        }
-    else:
-        values = placement.put_on_devices(_draw_values(config, sites, drawn, key, dtype), shardings)
-    params: dict[str, Any] = {}
-    for site in sites:
-        entries = dict(zip((tensor.name for tensor in site.tensors), site.entries, strict=True))
-        site_values: dict[str, Any] = {
-            name: values[entry.path] for name, entry in entries.items() if entry.path in values
-        }
-        for tensor in (tensor for tensor in site.tensors if tensor.from_base):
-            tensor_dtype = base[site.leaf].dtype if tensor.is_copy else dtype
-            target = shardings.get(entries[tensor.name].path)
-            if abstract:
-                site_values[tensor.name] = jax.ShapeDtypeStruct(
-                    entries[tensor.name].shape, tensor_dtype, sharding=target
-                )
-            else:
-                w = jnp.asarray(quantized.to_dense(base[site.leaf]))
-                derived = map_stack(site, lambda a, w: a.from_base(w), site_values, w)
-                derived = entries[tensor.name].form.clear_gaps(derived[tensor.name])
-                # Always copy, so that donating the adapter never donates the base's array.
-                copy = jnp.array(derived, dtype=tensor_dtype, copy=True)
-                site_values[tensor.name] = copy if target is None else placement.move_to(copy, target)
-        if use_base_dtype and jnp.issubdtype(base[site.leaf].dtype, jnp.floating):
-            site_values = {name: _cast(x, base[site.leaf].dtype) for name, x in site_values.items()}
-        params |= {entry.path: site_values[name] for name, entry in entries.items()}
-    return params
+    ]
+    method = sites.method if isinstance(sites, Sites) else None
+    for each in shared_tensors(sites):
+        assert method is not None
+        wanted.append(_Wanted(each.tensor, each.entry, None, method))
+    return wanted
 
 
-def _draw_values(
-    config: Config, sites: Sequence[Site], drawn: Mapping[str, Any], key: Any, dtype: Any
-) -> dict[str, Any]:
-    """Draw random and constant values, `{path: array}`."""
+# ---------------------------------------------------------------- without the base
+
+
+def _draw_values(config: Config, wanted: Sequence[_Wanted], key: Any, dtype: Any, context: _Context) -> dict[str, Any]:
+    """Return random and constant values, and arrays that do not depend on the base, `{path: array}`."""
+    draws: dict[str, tuple[Draw, Sequence[int]]] = {}
+    values: dict[str, Any] = {}
+    scales: dict[str, list[float]] = {}
+    forms = {each.entry.path: each.entry.form for each in wanted}
     try:
-        draws = {
-            path: (site.method.fresh(config, tensor, site.fan_in), shape)
-            for path, (site, tensor, shape) in drawn.items()
-        }
-        scales = {
-            path: tensor_scales
-            for path, (site, tensor, _) in drawn.items()
-            if (tensor_scales := _scales_by_tensor(config, site, tensor)) is not None
-        }
+        for each in wanted:
+            path, site = each.entry.path, each.site
+            first = each.method.init(config, each.tensor, _start(each, key, 0, context))
+            if not isinstance(first, Draw):
+                values[path] = _all_entries(config, each, first, lambda i, each=each: _start(each, key, i, context))
+                continue
+            draws[path] = first, each.entry.shape
+            if site is not None and (by_tensor := _scales_by_tensor(config, each)) is not None:
+                scales[path] = by_tensor
     except ConfigError as error:  # this start has no random draw; under tracing no values are needed
         if not placement.is_tracing():
             raise
-        return {path: random_draws.missing_array(shape, dtype, str(error)) for path, (_, _, shape) in drawn.items()}
-    values = random_draws.draw_arrays(key, draws, dtype)
-    forms = {entry.path: entry.form for site in sites for entry in site.entries}
+        return {each.entry.path: random_draws.missing_array(each.entry.shape, dtype, str(error)) for each in wanted}
+    values |= random_draws.draw_arrays(key, draws, dtype)
     unit_draws = {path: (dataclasses.replace(draws[path][0], scale=1.0), draws[path][1]) for path in scales}
     unit_values = random_draws.draw_arrays(key, unit_draws, jnp.float32)
     values |= {
@@ -119,26 +168,126 @@ def _draw_values(
     return {path: forms[path].clear_gaps(array) for path, array in values.items()}
 
 
-def _scales_by_tensor(config: Config, site: Site, tensor: MethodTensor) -> list[float] | None:
+def _scales_by_tensor(config: Config, each: _Wanted) -> list[float] | None:
     """Return the scale of each tensor's draws if their ranks differ; None if all are drawn alike."""
+    tensor = each.tensor
     sizes = [size for size in tensor.used_sizes or () if size]
     if len(set(sizes)) < 2:
         return None
-    all_sizes = [tuple((name, size if name == "r" else value) for name, value in tensor.own) for size in sizes]
-    draws = [
-        site.method.fresh(config, dataclasses.replace(tensor, own=own_sizes), site.fan_in) for own_sizes in all_sizes
-    ]
+    draws: list[Draw] = []
+    for size in sizes:
+        own_sizes = tuple((name, size if name == "r" else value) for name, value in tensor.own)
+        ranked = dataclasses.replace(each, tensor=dataclasses.replace(tensor, own=own_sizes))
+        draw = each.method.init(config, ranked.tensor, _start(ranked, None, 0, _Context()))
+        assert isinstance(draw, Draw)
+        draws.append(draw)
     if draws[0].kind == "constant" or len(set(draws)) == 1:
         return None
-    ((entry,),) = ([candidate for other, candidate in zip(site.tensors, site.entries, strict=True) if other == tensor],)
     scales = dict(zip(sizes, (draw.scale for draw in draws), strict=True))
-    return [scales[rank] for rank in entry.form.ranks or ()]
+    return [scales[rank] for rank in each.entry.form.ranks or ()]
+
+
+def _start(each: _Wanted, key: Any, i: int, context: _Context, **more: Any) -> Start:
+    """Return the circumstances of the values of one entry, or of the whole leaf if the method sees the model's."""
+    site, form = each.site, each.entry.form
+    word = zlib.crc32(each.entry.path.encode())
+
+    def make_key() -> Any:
+        return None if key is None else random_draws.fold_in(random_draws.fold_in(key, word), i)
+
+    common: dict[str, Any] = {"modules": context.modules, "shared": context.shared, "make_key": make_key, **more}
+    if site is None:
+        return Start(form.file_shape, **common)
+    in_torch = site.method.torch_layout
+    return Start(
+        form.shape_of(i) if in_torch else form.shape,
+        site.fan_in,
+        hparams=site.hparams.own if in_torch else site.hparams,
+        module=_module(each, i),
+        **common,
+    )
+
+
+def _module(each: _Wanted, i: int) -> str:
+    """Return the PyTorch module of one tensor of an entry."""
+    key = each.entry.keys[i] if i < len(each.entry.keys) else ""
+    return key.removeprefix(PEFT_PREFIX).removesuffix(each.tensor.suffix)
+
+
+def _all_entries(config: Config, each: _Wanted, first: Any, start: Callable[[int], Start]) -> Any:
+    """Return the leaf whose first entry has the values `first`."""
+    form = each.entry.form
+    if each.site is None or not each.method.torch_layout:
+        return first
+    rows = [first, *(each.method.init(config, each.tensor, start(i)) for i in range(1, form.count))]
+    return form.from_rows(jnp.stack([_pad(jnp.asarray(row), form) for row in rows]))
+
+
+def _pad(row: Any, form: FileLayout) -> Any:
+    """Fill a tensor of a smaller rank with zeros."""
+    return jnp.pad(row, [(0, full - size) for full, size in zip(form.file_shape, row.shape, strict=True)])
+
+
+# ---------------------------------------------------------------- from the base
+
+
+def derive_tensor(
+    config: Config,
+    site: Site,
+    tensor: MethodTensor,
+    values: Mapping[str, Any],
+    w: Any,
+    key: Any = None,
+    context: _Context | None = None,
+) -> Any:
+    """Return the initial values of a tensor that starts from the base weight `w`.
+
+    Args:
+        values: `{path: array}` of the tensors that precede it, and of the shared ones.
+        context: the other sites and the shared tensors of the adapter.
+    """
+    context = context or _Context()
+    ((entry, _),) = [(e, t) for t, e in zip(site.tensors, site.entries, strict=True) if t.name == tensor.name]
+    params = {t.name: values[e.path] for t, e in zip(site.tensors, site.entries, strict=True) if e.path in values}
+    shared = {name: paths.join(SHARED_NODE, name) for name in context.shared}
+    common = {name: values[path] for name, path in shared.items() if path in values}
+    each = _Wanted(tensor, entry, site, site.method)
+    if not site.method.torch_layout:
+
+        def change(applied: Any, w: Any) -> Any:
+            axes = dataclasses.replace(applied.axes, parts=None)
+            start = _start(each, key, 0, context, w=applied.part(w), axes=axes, params=applied.params)
+            return site.method.init(config, tensor, start)
+
+        return entry.form.clear_gaps(map_stack(site, change, {**params, **common}, w))
+    weights = _weight_rows(site, entry.form, w)
+    rows = {
+        t.name: e.form.to_rows(params[t.name])
+        for t, e in zip(site.tensors, site.entries, strict=True)
+        if t.name in params
+    }
+    made: list[Any] = []
+    for i in range(entry.form.count):
+        own = {name: x[i] for name, x in rows.items()}
+        start = _start(each, key, i, context, w=weights[i], params={**own, **common})
+        made.append(_pad(jnp.asarray(site.method.init(config, tensor, start)), entry.form))
+    return entry.form.from_rows(jnp.stack(made))
+
+
+def _weight_rows(site: Site, form: FileLayout, w: Any) -> Any:
+    """Return the adapted entries of a weight in PyTorch's layout, in the order of a tensor's entries."""
+    layout, left = site.axes.torch, site.match.weight.left
+    assert layout is not None
+    if site.match.parts is not None:
+        w = jnp.take(w, jnp.array(site.match.parts), left.index(site.match.roles["fused"][0]))
+    split = tuple(left.index(form.left[axis]) for axis in form.split)
+    factor = site.match.weight.factor(dict(zip(left, w.shape, strict=True)))
+    whole = FileLayout(tuple(w.shape), left, layout.right, split, factor, layout.sizes, layout.shift, form.file_entries)
+    return whole.to_rows(w)
 
 
 def _cast(x: Any, dtype: Any) -> Any:
-    if isinstance(x, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
-    return x.astype(dtype)
+    return x if x.dtype == dtype else x.astype(dtype)
 
 
 def has_value(leaf: Any, abstract: bool) -> bool:

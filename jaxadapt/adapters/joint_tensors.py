@@ -7,7 +7,6 @@ their ranks are concatenated, which computes the same: A' = [Aq; Ak; Av], B' = d
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,35 +16,33 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxadapt.adapters.sites import Site
-from jaxadapt.configs import Config, LoraConfig, matching
+from jaxadapt.configs import Config, LoraConfig
 from jaxadapt.core import paths
-from jaxadapt.core.errors import ConfigError, MismatchError
+from jaxadapt.core.errors import MismatchError, raise_listed
 from jaxadapt.keymaps.parts import Part, group_by_file_key, join_parts, parse_part_key
 
 Array = Any
 
 
 def join_tensors(
-    config: Config, sites: Sequence[Site], tensors: Mapping[str, Array], on_shared: str | None, call: str
+    config: Config, sites: Sequence[Site], tensors: Mapping[str, Array], on_shared: str | None
 ) -> tuple[Config, dict[str, Array]]:
     """Return a plan's tensors as the file holds them, and the configuration for them.
 
     Args:
-        bounds: the sites of the tensors.
+        sites: the sites of the tensors.
         on_shared: "concat" concatenates As (or Bs) that differ, which multiplies the rank by the number of parts.
-        call: the call that takes `on_shared`, for messages.
 
     Raises `MismatchError` if they differ and `on_shared` is None, or if parts are missing.
     """
     if on_shared not in (None, "concat"):
         raise MismatchError(f'on_shared: expected None or "concat", found {on_shared!r}')
     parts_of = {name: parts for name, parts in group_by_file_key(tensors).items() if name not in tensors}
-    incomplete = [name for name, parts in parts_of.items() if len(parts) != _parse_part(parts[0]).n]
-    if incomplete:
-        raise MismatchError(
-            "some tensors are incomplete, since the adapter holds only some of their parts. Save all parts of each:\n"
-            + paths.bullets(incomplete)
-        )
+    raise_listed(
+        MismatchError,
+        "some tensors are incomplete, since the adapter holds only some of their parts. Save all parts of each:",
+        [name for name, parts in parts_of.items() if len(parts) != _parse_part(parts[0]).n],
+    )
     shared = [name for name, parts in parts_of.items() if _parse_part(parts[0]).axis is None]
     different = [name for name in shared if not bitwise_equal([tensors[key] for key in parts_of[name]])]
     if different and on_shared is None:
@@ -53,7 +50,7 @@ def join_tensors(
         raise MismatchError(
             "PEFT has one A for several of these weights (queries, keys and values of an nn.MultiheadAttention, gate"
             " and up of experts; Llama 4's have one B), and their factors differ, or inside jit cannot be compared:\n"
-            f'{paths.bullets(different)}\nPass on_shared="concat" to {call}: it concatenates their ranks and computes'
+            f'{paths.bullets(different)}\nPass on_shared="concat", which concatenates their ranks and computes'
             f" exactly the same at {counts} times the rank (for experts, keymap='FAMILY/per-expert' writes one LoRA per"
             " expert instead)"
         )
@@ -152,64 +149,9 @@ def _with_grown_ranks(config: Config, sites: Sequence[Site], growth: Mapping[str
     """Return the configuration with the ranks of some modules multiplied, and their scales unchanged."""
     assert isinstance(config, LoraConfig)
     modules = {module for site in sites if not site.method.copies for module in site.modules}
-    ranks = {
-        module: matching.find_pattern_value(config.rank_pattern, module, config.r) * growth.get(module, 1)
-        for module in modules
-    }
+    ranks = {module: config.rank_of(module) * growth.get(module, 1) for module in modules}
     alphas = {
-        module: matching.find_pattern_value(config.alpha_pattern, module, config.lora_alpha)
-        * ((math.sqrt(growth[module]) if config.use_rslora else growth[module]) if module in growth else 1)
+        module: config.alpha_of(module) * (config.scale_divisor(growth[module]) if module in growth else 1)
         for module in modules
     }
-    return with_ranks_and_alphas(config, ranks, alphas)
-
-
-def with_ranks_and_alphas(config: LoraConfig, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> LoraConfig:
-    """Return the configuration with these ranks and alphas for these modules or parameters.
-
-    Raises `ConfigError` if no patterns express them.
-    """
-    if len(set(ranks.values())) == len(set(alphas.values())) == 1:
-        no_patterns: dict[str, Any] = {}
-        return config.replace(
-            r=next(iter(ranks.values())),
-            lora_alpha=next(iter(alphas.values())),
-            rank_pattern=no_patterns,
-            alpha_pattern=no_patterns,
-        )
-    config_with_patterns = config.replace(
-        rank_pattern=_patterns(ranks, config.r), alpha_pattern=_patterns(alphas, config.lora_alpha)
-    )
-    unmatched = [
-        name
-        for name in sorted(ranks)
-        if matching.find_pattern_value(config_with_patterns.rank_pattern, name, config_with_patterns.r) != ranks[name]
-    ]
-    unmatched += [
-        name
-        for name in sorted(ranks)
-        if matching.find_pattern_value(config_with_patterns.alpha_pattern, name, config_with_patterns.lora_alpha)
-        != alphas[name]
-    ]
-    if unmatched:
-        raise ConfigError(
-            "rank_pattern and alpha_pattern cannot give these modules their own ranks: each name is also the end of"
-            " another module's name:\n" + paths.bullets(unmatched)
-        )
-    return config_with_patterns
-
-
-def _patterns(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """Return patterns for the names whose value is not the default.
-
-    A pattern is the last part of the name where all names that end so have one value, else the full name.
-    """
-    values_by_end: dict[str, set[Any]] = {}
-    for name, value in values.items():
-        values_by_end.setdefault(name.rpartition(".")[2], set()).add(value)
-    patterns: dict[str, Any] = {}
-    for name, value in sorted(values.items()):
-        end = name.rpartition(".")[2]
-        if value != default:
-            patterns[end if len(values_by_end[end]) == 1 else name] = value
-    return patterns
+    return config.with_ranks(ranks, alphas)

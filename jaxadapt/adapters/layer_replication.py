@@ -16,8 +16,8 @@ from jax.core import Tracer
 
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
-from jaxadapt.core.errors import ConfigError, warn
-from jaxadapt.keymaps import plan
+from jaxadapt.core.errors import ConfigError, raise_listed, warn
+from jaxadapt.keymaps import tensor_layout
 from jaxadapt.keymaps.keymap import KeyMap
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|encoder\.layer|h)\.(\d+)\.")  # the names that PEFT's replicate_layers knows
@@ -60,7 +60,7 @@ def check_values(config: Config, keymap: KeyMap, base: Callable[[], Mapping[str,
             continue
         has_values = isinstance(array, np.ndarray | jax.Array) and not isinstance(array, Tracer)
         without_values |= not has_values
-        for index, parameter in match.parameters(plan.axis_sizes(match, array.shape)).items():
+        for index, parameter in match.parameters(tensor_layout.axis_sizes(match, array.shape)).items():
             name = paths.join(*parameter)
             layer = _LAYER.search(name)
             if layer is None or not has_values or int(layer[1]) >= len(order):
@@ -72,10 +72,11 @@ def check_values(config: Config, keymap: KeyMap, base: Callable[[], Mapping[str,
             base_name = f"{name[: layer.start(1)]}{order[int(layer[1])]}{name[layer.end(1) :]}"
             if not np.array_equal(np.asarray(first.setdefault(base_name, layer_value)), np.asarray(layer_value)):
                 different.append(name)
-    if different:
-        raise ConfigError(
-            f"layer_replication repeats layers of the base ({order}), and these parameters differ from those of the"
-            " layer they repeat. Build the model with copies of the base's layers:\n" + paths.bullets(different)
-        )
+    raise_listed(
+        ConfigError,
+        f"layer_replication repeats layers of the base ({order}), and these parameters differ from those of the"
+        " layer they repeat. Build the model with copies of the base's layers:",
+        different,
+    )
     if without_values:
         warn("layer_replication: the base has no values here, so the repeated layers could not be compared")

@@ -8,7 +8,7 @@ from jaxadapt.adapters import target_parameters
 from jaxadapt.adapters.sites import Site
 from jaxadapt.configs import Config, matching
 from jaxadapt.core import paths
-from jaxadapt.core.errors import ConfigError, KeyMapError
+from jaxadapt.core.errors import ConfigError, KeyMapError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap, Match
 
 
@@ -41,20 +41,21 @@ def rename_targets(config: Config, sites: Sequence[Site], keymap: KeyMap) -> Con
                 if len(names) == len(old_names)
                 else names
             )
-    if unmapped:
-        raise KeyMapError(
-            f"cannot rename the targets: the keymap {keymap.name!r} has no entry for these adapted leaves. Add entries"
-            " for them:\n" + paths.bullets(unmapped)
-        )
+    raise_listed(
+        KeyMapError,
+        f"cannot rename the targets: the keymap {keymap.name!r} has no entry for these adapted leaves. Add entries"
+        " for them:",
+        unmapped,
+    )
     old_modules = [
         name for site in sites if not site.method.copies and site.method.wrapper_depth is None for name in site.modules
     ]
-    if renamed:
-        raise ConfigError(
-            f"cannot rename the targets: in the keymap {keymap.name!r} these parameters have other names, and"
-            " modules_to_save, target_parameters or bias use the old ones. Pass config= with the new names:\n"
-            + paths.bullets(renamed)
-        )
+    raise_listed(
+        ConfigError,
+        f"cannot rename the targets: in the keymap {keymap.name!r} these parameters have other names, and"
+        " modules_to_save, target_parameters or bias use the old ones. Pass config= with the new names:",
+        renamed,
+    )
     if set(old_modules) == set(new_names):
         return config
     stale = [

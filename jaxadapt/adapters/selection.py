@@ -11,11 +11,20 @@ from collections.abc import Collection, Mapping, Sequence
 
 from jaxadapt import methods
 from jaxadapt.adapters import full_copies, layer_replication, selection_warnings, target_parameters, tied
-from jaxadapt.adapters.sites import Shape, Site, bind_site, single_entry_sizes, targeted_entries
+from jaxadapt.adapters.sites import (
+    FileShapes,
+    Shape,
+    Site,
+    Sites,
+    bind_shared,
+    bind_site,
+    single_entry_sizes,
+    targeted_entries,
+)
 from jaxadapt.configs import Config, matching
 from jaxadapt.core import paths
-from jaxadapt.core.errors import KeyMapError, TargetError, warn
-from jaxadapt.keymaps import generic, plan
+from jaxadapt.core.errors import KeyMapError, TargetError, raise_listed, warn
+from jaxadapt.keymaps import generic, tensor_layout
 from jaxadapt.keymaps.generic import MAIN_WEIGHT_NAMES, with_layout
 from jaxadapt.keymaps.keymap import KeyMap, Match
 
@@ -41,7 +50,7 @@ def _inventory(
             is_matrix = len(shape) >= 2 and name not in (*MAIN_WEIGHT_NAMES, "bias")
             unmapped[leaf] = (leaf, parent) if is_matrix else (parent,)
         elif match.weight.adaptable:
-            sizes = plan.axis_sizes(match, shape)
+            sizes = tensor_layout.axis_sizes(match, shape)
             mapped[leaf] = (match, sizes, match.modules(sizes))
     # If a module has a mapped weight, its name selects that weight; other leaves need names of their own.
     covered = {leaf.rpartition(".")[0] for leaf in mapped}
@@ -72,6 +81,8 @@ def resolve_config(
 
     Raises `KeyMapError` if "all-linear" meets weights that may or may not be linear.
     """
+    if methods.get_method(config).scope == "model":
+        return config
     config = tied.resolve_tying(config, keymap, shapes)
     config = matching.with_default_targets(matching.with_task_heads(config), keymap.name)
     if not matching.is_all_linear(config) and not any(w.fan_in_fan_out for w in keymap.weights):
@@ -80,18 +91,17 @@ def resolve_config(
     linear = _linear_modules(methods.get_method(config), mapped)
     if matching.is_all_linear(config):
         all_modules = config.replace(target_modules=".*")  # minus exclude_modules and modules_to_save
-        ambiguous = [
-            f"{leaf} {shapes[leaf]}"
-            for leaf, possible_names in unmapped.items()
-            if (leaf in unsure or len(shapes[leaf]) > 2)
-            and all(matching.is_target(all_modules, name) for name in possible_names)
-        ]
-        if ambiguous:
-            raise KeyMapError(
-                'target_modules="all-linear" is ambiguous for these weights, which may or may not be linear:\n'
-                + paths.bullets(ambiguous)
-                + generic.layout_advice("name them in exclude_modules")
-            )
+        raise_listed(
+            KeyMapError,
+            'target_modules="all-linear" is ambiguous for these weights, which may or may not be linear:',
+            [
+                f"{leaf} {shapes[leaf]}"
+                for leaf, possible_names in unmapped.items()
+                if (leaf in unsure or len(shapes[leaf]) > 2)
+                and all(matching.is_target(all_modules, name) for name in possible_names)
+            ],
+            generic.layout_advice("name them in exclude_modules"),
+        )
     config = matching.resolve_targets(config, _module_names(mapped, unmapped), linear=linear, output=keymap.output)
     selected = [
         match
@@ -102,17 +112,23 @@ def resolve_config(
 
 
 def select_sites(
-    config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], unsure: frozenset[str] = NONE
-) -> tuple[Site, ...]:
+    config: Config,
+    keymap: KeyMap,
+    shapes: Mapping[str, Shape],
+    unsure: frozenset[str] = NONE,
+    found: Mapping[str, Shape] | None = None,
+) -> Sites:
     """Return the sites of a model that a configuration names.
 
     Args:
         shapes: `{dotted path: shape}` of the base model's leaves.
+        found: the shapes of the tensors of an adapter file, by key, if the sites are for a file.
 
     Raises `TargetError` if nothing matches, or if a match cannot be adapted. Raises `KeyMapError` if a matching weight
     has no entry in the keymap, so that no target is left out silently.
     """
-    sites, warnings = _select_sites(config, keymap, tuple(shapes.items()), unsure)
+    in_file = None if found is None else tuple(found.items())
+    sites, warnings = _select_sites(config, keymap, tuple(shapes.items()), unsure, in_file)
     if config.get("modules_to_save"):  # not cached: it depends on the task, which equality of configurations ignores
         saved = [name for site in sites if site.method.copies for name in site.modules]
         warnings += tuple(selection_warnings.unmatched_modules_to_save(config, saved, tied.tied_heads(keymap, shapes)))
@@ -123,13 +139,20 @@ def select_sites(
 
 @functools.lru_cache(maxsize=16)  # a server that loads hundreds of adapters has few models and configurations
 def _select_sites(
-    config: Config, keymap: KeyMap, leaves: tuple[tuple[str, Shape], ...], unsure: frozenset[str]
-) -> tuple[tuple[Site, ...], tuple[str, ...]]:
+    config: Config,
+    keymap: KeyMap,
+    leaves: tuple[tuple[str, Shape], ...],
+    unsure: frozenset[str],
+    in_file: tuple[tuple[str, Shape], ...] | None,
+) -> tuple[Sites, tuple[str, ...]]:
     """Return the sites of `select_sites`, and its warnings.
 
     The cache compares configurations by equality, so the result must not depend on fields that equality ignores.
     """
     method, shapes = methods.get_method(config), dict(leaves)
+    found = FileShapes(in_file or (), keymap.prefix)
+    if method.scope == "model":
+        return Sites((), bind_shared(config, method, (), found.shared), method), ()
     mapped, unmapped = _inventory(keymap, shapes, unsure)
     names = _module_names(mapped, unmapped)
     layer_replication.check_layers(config, names)
@@ -170,29 +193,27 @@ def _select_sites(
         for leaf, possible_names in named_leaves.items()
         if not possible_names & matrices
     ]
-    if refused:
-        raise TargetError("target_modules selects weights that this method cannot adapt:\n" + paths.bullets(refused))
-    unmapped_targets = [f"{leaf} {shapes[leaf]}" for leaf in named_leaves if len(shapes[leaf]) >= 2]
-    if unmapped_targets:
-        raise KeyMapError(
-            f"the keymap {keymap.name!r} does not define the axis roles of weights that target_modules selects:\n"
-            + paths.bullets(unmapped_targets)
-            + generic.layout_advice("leave them out of target_modules")
-        )
+    raise_listed(TargetError, "target_modules selects weights that this method cannot adapt:", refused)
+    raise_listed(
+        KeyMapError,
+        f"the keymap {keymap.name!r} does not define the axis roles of weights that target_modules selects:",
+        [f"{leaf} {shapes[leaf]}" for leaf in named_leaves if len(shapes[leaf]) >= 2],
+        generic.layout_advice("leave them out of target_modules"),
+    )
     for match, sizes, module_names in mapped.values():
         if not selected_names & set(module_names.values()):
             continue
         indices = [index for index, name in module_names.items() if name in selected_names]
         match, modules = targeted_entries(match, sizes, module_names, indices)
-        sites.append(bind_site(config, method, keymap, match, sizes, modules))
-    duplicates = {site.leaf for site in sites} & {site.leaf for site in parameter_sites}
-    if duplicates:
-        raise TargetError(
-            "target_modules and target_parameters both select these weights; name each in one of them:\n"
-            + paths.bullets(duplicates)
-        )
+        sites.append(bind_site(config, method, keymap, match, sizes, modules, found.of(modules)))
+    raise_listed(
+        TargetError,
+        "target_modules and target_parameters both select these weights; name each in one of them:",
+        {site.leaf for site in sites} & {site.leaf for site in parameter_sites},
+    )
     sites += parameter_sites
-    return (*sites, *_bind_copies(config, keymap, shapes, sites)), tuple(warnings)
+    shared = bind_shared(config, method, sites, found.shared)
+    return Sites((*sites, *_bind_copies(config, keymap, shapes, sites)), shared, method), tuple(warnings)
 
 
 def _bind_parameters(config: Config, method: methods.Method, keymap: KeyMap, shapes: Mapping[str, Shape]) -> list[Site]:
@@ -218,25 +239,24 @@ def _bind_copies(config: Config, keymap: KeyMap, shapes: Mapping[str, Shape], ad
         match, modules = targeted_entries(match, sizes, names, copied_entries)
         method = next(iter(copied_entries.values()))
         sites.append(bind_site(config, method, keymap, match, sizes, modules))
-    unknown_layouts = [
-        f"{site.leaf} {shapes[site.leaf]}"
-        for site in sites
-        if (mapped_match := keymap.match(site.leaf)) is not None
-        and len(mapped_match.weight.left) != len(shapes[site.leaf])
-    ]
-    if unknown_layouts:
-        raise KeyMapError(
-            f"the keymap {keymap.name!r} does not define the PyTorch layout of weights that modules_to_save selects:"
-            " its entry has another number of axes (a convolution's kernel has more than a Linear's):\n"
-            + paths.bullets(unknown_layouts)
-            + generic.layout_advice("leave them out")
-        )
-    duplicates = [site.leaf for site in sites if site.leaf in adapted_leaves]
-    if duplicates:
-        raise TargetError(
-            "target_modules selects weights that modules_to_save or trainable_token_indices copies; name each in one of"
-            " them:\n" + paths.bullets(duplicates)
-        )
+    raise_listed(
+        KeyMapError,
+        f"the keymap {keymap.name!r} does not define the PyTorch layout of weights that modules_to_save selects:"
+        " its entry has another number of axes (a convolution's kernel has more than a Linear's):",
+        [
+            f"{site.leaf} {shapes[site.leaf]}"
+            for site in sites
+            if (mapped_match := keymap.match(site.leaf)) is not None
+            and len(mapped_match.weight.left) != len(shapes[site.leaf])
+        ],
+        generic.layout_advice("leave them out"),
+    )
+    raise_listed(
+        TargetError,
+        "target_modules selects weights that modules_to_save or trainable_token_indices copies; name each in one of"
+        " them:",
+        [site.leaf for site in sites if site.leaf in adapted_leaves],
+    )
     return sites
 
 

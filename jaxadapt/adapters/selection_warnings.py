@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxadapt.configs import Config, matching
+from jaxadapt.configs.frozen import matching_patterns
 from jaxadapt.core import suggest
 
 _LIMIT = 8
@@ -112,7 +113,7 @@ def _patterns(field: str, patterns: Mapping[str, Any], chosen: Sequence[str]) ->
     """Return warnings for patterns of one field that match no target, or the same target as another pattern."""
     names_by_pattern: dict[str, list[str]] = {key: [] for key in patterns}
     for name in chosen:
-        for key in matching.matching_patterns(patterns, name):
+        for key in matching_patterns(patterns, name):
             names_by_pattern[key].append(name)
     unmatched = [
         f"{field}: {key!r} matches none of the targets" for key, names in names_by_pattern.items() if not names

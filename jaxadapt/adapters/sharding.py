@@ -8,18 +8,15 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from jaxadapt.adapters.sites import Site, shared_tensors
 from jaxadapt.arrays.layout import FileLayout
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.keymap import Match
-
-if TYPE_CHECKING:
-    from jaxadapt.adapters.sites import Site
-
 
 # ---------------------------------------------------------------- from the base weight to the adapter
 
@@ -72,6 +69,9 @@ def adapter_shardings(sites: Sequence[Site], base: Mapping[str, Any]) -> dict[st
         for site in sites
         for entry in site.entries
     }
+    meshes = [spec.mesh for spec in base.values() if isinstance(spec, NamedSharding)]
+    for each in shared_tensors(sites):  # all sites read them, so every device has them
+        shardings[each.entry.path] = _named_sharding(meshes[0], ()) if meshes else None
     return {path: sharding for path, sharding in shardings.items() if sharding is not None}
 
 
@@ -81,6 +81,7 @@ def requested_shardings(shardings: Any, sites: Sequence[Site]) -> dict[str, Shar
     Raises `AttachError` if a sharding is missing or does not fit.
     """
     shapes = {entry.path: entry.shape for site in sites for entry in site.entries}
+    shapes |= {each.entry.path: each.entry.shape for each in shared_tensors(sites)}
     if not isinstance(shardings, Sharding | Mapping):
         raise AttachError(
             f"shardings: expected a Sharding, or a tree like the adapter's, found {type(shardings).__name__}"

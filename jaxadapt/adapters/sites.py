@@ -12,109 +12,32 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from jaxadapt import methods
 from jaxadapt.adapters import full_copies, target_parameters
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter
-from jaxadapt.arrays.axes import Axes
-from jaxadapt.arrays.layout import FileLayout
+from jaxadapt.adapters.site import FileShapes as FileShapes
+from jaxadapt.adapters.site import Shape as Shape
+from jaxadapt.adapters.site import SharedTensor as SharedTensor
+from jaxadapt.adapters.site import Site as Site
+from jaxadapt.adapters.site import Sites as Sites
+from jaxadapt.adapters.site import all_tensors as all_tensors
+from jaxadapt.adapters.site import bind_shared as bind_shared
+from jaxadapt.adapters.site import bind_site as bind_site
+from jaxadapt.adapters.site import file_entries as file_entries
+from jaxadapt.adapters.site import make_file_plan as make_file_plan
+from jaxadapt.adapters.site import map_layers as map_layers
+from jaxadapt.adapters.site import map_stack as map_stack
+from jaxadapt.adapters.site import method_tensors as method_tensors
+from jaxadapt.adapters.site import shared_tensors as shared_tensors
+from jaxadapt.adapters.site import torch_layout as torch_layout
 from jaxadapt.configs import Config, matching
 from jaxadapt.core import paths
-from jaxadapt.core.errors import KeyMapError, MismatchError
-from jaxadapt.keymaps import plan
+from jaxadapt.core.errors import AttachError, KeyMapError, MismatchError
+from jaxadapt.keymaps import tensor_layout
 from jaxadapt.keymaps.keymap import KeyMap, Match
-from jaxadapt.keymaps.tensor_spec import MethodTensor, Modules
-from jaxadapt.keymaps.weight import Weight
-from jaxadapt.methods.prompt import PromptMethod
+from jaxadapt.keymaps.tensor_spec import Modules
 
-Shape = tuple[int, ...]
 Index = tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Site:
-    """One adapted leaf under one configuration: its tensors, and the hyperparameters of its arithmetic.
-
-    `method` is the configuration's own, or `FullCopy` or `TrainableTokens` where the adapter holds a copy. `named` has
-    the PyTorch modules of the leaf's entries, or its parameters if they are adapted by name. `hparams` are the method's
-    own (a scale, a flag).
-    """
-
-    match: Match
-    method: methods.Method
-    named: Modules
-    tensors: tuple[MethodTensor, ...]
-    hparams: Any
-    entries: tuple[plan.PlanEntry, ...]
-    fan_in: int
-
-    @property
-    def leaf(self) -> str:
-        return self.match.leaf
-
-    @property
-    def axes(self) -> Axes:
-        return self.match.axes
-
-    @functools.cached_property
-    def modules(self) -> tuple[str, ...]:
-        """The modules (or parameters) that it adapts."""
-        return tuple(self.named)
-
-    @functools.cached_property
-    def layers(self) -> dict[str, int]:
-        """`{module: index of its layer among those that the leaf stacks}`."""
-        per_layer = self.named.per_layer
-        return {name: i // per_layer for i, name in enumerate(self.named.names) if name is not None}
-
-    @functools.cached_property
-    def stack_sizes(self) -> tuple[int, ...]:
-        """The number of layers on each stacked axis."""
-        form = self.entries[0].form
-        sizes = dict(zip(form.left, form.shape, strict=True))
-        return tuple(sizes[name] for name in self.match.roles["stack"])
-
-    @functools.cached_property
-    def data(self) -> dict[str, np.ndarray]:
-        """`{name: array}` of the arithmetic's inputs besides the parameters: the layers' indices, if layers differ."""
-        if not methods.needs_layer_number(self.hparams):
-            return {}
-        return {methods.LAYER: np.arange(math.prod(self.stack_sizes), dtype=np.int32).reshape(self.stack_sizes)}
-
-    @functools.cached_property
-    def shapes(self) -> dict[str, Shape]:
-        """`{tensor name: shape in the model}`, stacked axes included."""
-        return {tensor.name: entry.shape for tensor, entry in zip(self.tensors, self.entries, strict=True)}
-
-
-def bind_site(
-    config: Config,
-    method: methods.Method,
-    keymap: KeyMap,
-    match: Match,
-    sizes: Mapping[str, int],
-    modules: Modules,
-) -> Site:
-    """Return the site of one leaf under a configuration; `sizes` are those of the leaf's axes, by name."""
-    tensors = method.tensors(config, match, modules)
-    entries = tuple(plan.plan_entry(keymap, match, tensor, sizes) for tensor in tensors)
-    fan_in = math.prod(sizes.get(name, 1) for name in match.roles["in"])
-    return Site(match, method, modules, tensors, method.hparams(config, match, modules), entries, fan_in)
-
-
-def bind_shared(method: PromptMethod, shapes: Mapping[str, Shape]) -> Site:
-    """Return the site of tensors that belong to the whole adapter; the file has them under their own names."""
-    tensors: list[MethodTensor] = []
-    entries: list[plan.PlanEntry] = []
-    for name, shape in shapes.items():
-        axes = tuple(f"a{i}" for i in range(len(shape)))
-        groups = tuple((axis,) for axis in axes)
-        tensors.append(MethodTensor(name, name, axes, groups, tuple(zip(axes, shape, strict=True))))
-        entries.append(plan.PlanEntry(paths.join(SHARED_NODE, name), FileLayout(shape, axes, groups, ()), (name,)))
-    match = Match(SHARED_NODE, Weight(SHARED_NODE, f"{SHARED_NODE}.weight", "n -> n", kind="shared"))
-    hparams = method.hparams(None, match, Modules(()))
-    return Site(match, method, Modules(()), tuple(tensors), hparams, tuple(entries), 1)
 
 
 def targeted_entries(
@@ -142,12 +65,14 @@ def with_copy_entries(keymap: KeyMap, sites: Sequence[Site]) -> KeyMap:
     return keymap.with_entries(
         site.match.weight
         for site in sites
-        if site.method.copies and (keymap.match(site.leaf) is None or site.match.weight.kind == full_copies.LOOKUP)
+        if site.method.copies and (keymap.match(site.leaf) is None or site.match.weight.kind == "lookup")
     )
 
 
-def sites_from_shapes(config: Config, keymap: KeyMap, leaves: Mapping[str, Mapping[str, Shape]]) -> tuple[Site, ...]:
+def sites_from_shapes(config: Config, keymap: KeyMap, leaves: Mapping[str, Mapping[str, Shape]]) -> Sites:
     """Return the sites of an adapter from its own tensors, `{base leaf: {tensor: shape}}`.
+
+    The leaf "~shared" has the tensors of the whole adapter.
 
     Raises `KeyMapError` for a leaf without an entry. Raises `MismatchError` if shapes contradict each other or the
     configuration.
@@ -155,8 +80,8 @@ def sites_from_shapes(config: Config, keymap: KeyMap, leaves: Mapping[str, Mappi
     return _sites_and_untargeted(config, keymap, _as_key(leaves))[0]
 
 
-def sites_of(adapter: Adapter) -> tuple[Site, ...]:
-    """Return the sites of an adapter."""
+def sites_of(adapter: Adapter) -> Sites:
+    """Return the sites of an adapter, with its shared tensors."""
     return sites_from_shapes(adapter.config, adapter.keymap, adapter.shapes)
 
 
@@ -168,7 +93,7 @@ def _as_key(leaves: Mapping[str, Mapping[str, Shape]]) -> Tensors:
 
 
 @functools.lru_cache(maxsize=16)  # every save of a run needs the same sites
-def _sites_and_untargeted(config: Config, keymap: KeyMap, tensors: Tensors) -> tuple[tuple[Site, ...], tuple[str, ...]]:
+def _sites_and_untargeted(config: Config, keymap: KeyMap, tensors: Tensors) -> tuple[Sites, tuple[str, ...]]:
     """Return the results of `sites_from_shapes` and `untargeted`."""
     sites = _recover_sites(config, keymap, tensors)
     untargeted_names = tuple(
@@ -181,12 +106,11 @@ def _sites_and_untargeted(config: Config, keymap: KeyMap, tensors: Tensors) -> t
     return sites, untargeted_names
 
 
-def _recover_sites(config: Config, keymap: KeyMap, tensors: Tensors) -> tuple[Site, ...]:
+def _recover_sites(config: Config, keymap: KeyMap, tensors: Tensors) -> Sites:
     """Return the sites of an adapter's leaves: adapted ones first, then copies."""
     method, leaves = methods.get_method(config), {leaf: dict(shapes) for leaf, shapes in tensors}
+    found_shared = leaves.pop(SHARED_NODE, {})
     sites: list[Site] = []
-    if isinstance(method, PromptMethod) and SHARED_NODE in leaves:
-        sites.append(bind_shared(method, leaves.pop(SHARED_NODE)))
     copied: list[tuple[Match, Mapping[str, Shape]]] = []
     adapting: list[tuple[Match, Mapping[str, Shape]]] = []
     unmapped: list[str] = []
@@ -223,7 +147,8 @@ def _recover_sites(config: Config, keymap: KeyMap, tensors: Tensors) -> tuple[Si
         copy_method = next(iter(copied_entries.values()))
         names = {index: paths.join(*name) for index, name in match.parameters(sizes).items()}
         match, modules = targeted_entries(match, sizes, names, copied_entries)
-        sizes |= plan.axis_sizes_from_tensors(match, copy_method.tensors(config, match, modules), shapes)
+        copy_tensors = copy_method.tensors(config, methods.Target(match, modules))
+        sizes |= tensor_layout.axis_sizes_from_tensors(match, copy_tensors, shapes)
         sites.append(bind_site(config, copy_method, keymap, match, sizes, modules))
     if unmapped:
         raise KeyMapError(
@@ -232,7 +157,37 @@ def _recover_sites(config: Config, keymap: KeyMap, tensors: Tensors) -> tuple[Si
             + "\nPass the same module that was adapted (neither a part of it nor a module around it), or its keymap=,"
             " extract(model).keymap"
         )
-    return tuple(sites)
+    shared = bind_shared(config, method, sites, found_shared) if found_shared else ()
+    problems = check_shared(shared, found_shared)
+    if problems:
+        raise MismatchError("the adapter's shared tensors contradict its configuration:\n" + paths.bullets(problems))
+    return Sites(sites, shared, method)
+
+
+def require_complete(adapter: Adapter, sites: Sites) -> None:
+    """Raise `AttachError` if an adapter lacks tensors, as a state with only the trained parameters does."""
+    leaves = adapter.flat()
+    expected = [entry.path for site in sites for entry in site.entries]
+    missing = [path for path in expected if path not in leaves]
+    method = sites.method
+    if method is not None and type(method).shared is not methods.Method.shared and not adapter.shared:
+        missing.append(f"{SHARED_NODE}: the tensors of the whole adapter")
+    if missing:
+        raise AttachError(
+            "this adapter lacks tensors, as a tree with only the trained parameters does; pass the model or all its"
+            " variables:\n" + paths.bullets(missing)
+        )
+
+
+def check_shared(shared: Sequence[SharedTensor], found: Mapping[str, Shape]) -> list[str]:
+    """Return a line for each shared tensor that is missing, unknown or wrongly shaped."""
+    expected = {each.tensor.name: each.entry.shape for each in shared}
+    return [
+        f"{name}: expected {list(expected[name]) if name in expected else 'no such tensor'},"
+        f" found {list(found[name]) if name in found else 'none'}"
+        for name in sorted(expected.keys() | found.keys())
+        if expected.get(name) != found.get(name)
+    ]
 
 
 def single_entry_sizes(match: Match) -> dict[str, int]:
@@ -247,8 +202,13 @@ def _stacked_sizes(config: Config, method: methods.Method, match: Match, shapes:
     # Modules may differ in other axes; the stacked axes are in the same place for all.
     names = list(match.modules(sizes).values())
     probed = [name for name in names if matching.is_target(config, name)] or names
-    probe = [tensor for name in probed for tensor in method.tensors(config, match, Modules((name,)))]
-    return sizes | plan.stack_sizes(match, probe, shapes)
+    found = entry_shapes(match, shapes)
+    probe = [
+        tensor
+        for name in probed
+        for tensor in method.tensors(config, methods.Target(match, Modules((name,)), found=found))
+    ]
+    return sizes | tensor_layout.stack_sizes(match, probe, shapes)
 
 
 def _is_adapted_by_name(config: Config, method: methods.Method, match: Match, shapes: Mapping[str, Shape]) -> bool:
@@ -279,8 +239,19 @@ def _recover_site(
     match, modules = targeted_entries(
         match, sizes, names, [index for index, name in names.items() if is_targeted(config, name)]
     )
-    sizes |= plan.axis_sizes_from_tensors(match, method.tensors(config, match, modules), shapes)
-    return bind_site(config, method, keymap, match, sizes, modules)
+    found = entry_shapes(match, shapes)
+    tensors = method_tensors(config, method, methods.Target(match, modules, {}, found))
+    sizes |= tensor_layout.axis_sizes_from_tensors(match, tensors, shapes)
+    return bind_site(config, method, keymap, match, sizes, modules, found)
+
+
+def entry_shapes(match: Match, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Return the shapes of one entry's tensors: without the stacked axes and the batch axes, which come first."""
+    batch = len(match.roles["batch"])
+    return {
+        name: tuple(size for axis, size in enumerate(shape) if axis not in match.stack)[batch:]
+        for name, shape in shapes.items()
+    }
 
 
 def _names_function(method: methods.Method) -> Any:
@@ -294,36 +265,3 @@ def untargeted(config: Config, keymap: KeyMap, leaves: Mapping[str, Mapping[str,
     The arguments are those of `sites_from_shapes`.
     """
     return _sites_and_untargeted(config, keymap, _as_key(leaves))[1]
-
-
-def map_stack(site: Site, change: Any, params: Mapping[str, Any], w: Any) -> Any:
-    """Return `change(AppliedMethod, w)`, computed layer by layer for the layers that the leaf stacks."""
-    params = {**params, **site.data}
-    return map_layers(site.match.stack, site.method, site.hparams, site.axes, change, params, w)
-
-
-def map_layers(
-    stack: Sequence[int],
-    method: methods.Method,
-    hparams: Any,
-    axes: Axes,
-    change: Any,
-    params: Mapping[str, Any],
-    w: Any,
-) -> Any:
-    """Compute `map_stack` from the fields of a site, without its leaf; `params` include `Site.data`."""
-    import jax
-
-    def apply_change(params: Mapping[str, Any], w: Any) -> Any:
-        return change(methods.AppliedMethod(method, hparams, params, axes), w)
-
-    mapped: Any = apply_change
-    for position, axis in enumerate(stack):  # ascending: the outermost vmap takes the last axis and moves no other
-        in_axes = {name: position if name == methods.LAYER else axis for name in params}
-        mapped = jax.vmap(mapped, in_axes=(in_axes, axis), out_axes=axis)
-    return mapped(dict(params), w)
-
-
-def make_file_plan(sites: Sequence[Site]) -> plan.Plan:
-    """Return the plan of the file that holds these sites' tensors."""
-    return plan.make_plan([entry for site in sites for entry in site.entries])

@@ -10,8 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from jaxadapt.adapters.peft_tensors import PeftTensors
-from jaxadapt.core import paths
-from jaxadapt.core.errors import MismatchError, warn
+from jaxadapt.core.errors import MismatchError, raise_listed, warn
 
 _TENSORS = frozenset(
     "lora_A lora_B lora_embedding_A lora_embedding_B lora_magnitude_vector lora_diag"
@@ -32,7 +31,7 @@ def keys_without_names(keys: Iterable[str], source: str) -> dict[str, str | None
     {}
     """
     keys = list(keys)
-    parsed = {key: parts for key in keys if (parts := _without_name(key)) is not None}
+    parsed = {key: parts for key in keys if (parts := split_adapter_name(key)) is not None}
     if all(_SAVED in key for key in parsed):  # with bias="all" PEFT keeps the name in keys of fully trained modules
         return {}
     names = sorted({name for name, _ in parsed.values()})
@@ -47,14 +46,13 @@ def keys_without_names(keys: Iterable[str], source: str) -> dict[str, str | None
         f"{source} is the state dict of a complete PEFT model: the adapter's name {names[0]!r} is removed from its"
         f" {len(parsed)} keys, as PEFT does when it saves"
     )
-    new_keys: dict[str, str | None] = {key: None if _ORIGINAL in key else key for key in keys}
+    new_keys: dict[str, str | None] = {key: None if is_original_row(key) else key for key in keys}
     new_keys |= {key: new_key for key, (_, new_key) in parsed.items()}
-    duplicates = [new_key for new_key, count in Counter(new_keys.values()).items() if new_key is not None and count > 1]
-    if duplicates:
-        raise MismatchError(
-            f"{source} holds these tensors twice, with and without an adapter's name. Remove one of each:\n"
-            + paths.bullets(duplicates)
-        )
+    raise_listed(
+        MismatchError,
+        f"{source} holds these tensors twice, with and without an adapter's name. Remove one of each:",
+        [new_key for new_key, count in Counter(new_keys.values()).items() if new_key is not None and count > 1],
+    )
     return new_keys
 
 
@@ -69,19 +67,28 @@ def without_names(tensors: PeftTensors) -> PeftTensors:
     )
 
 
-def _without_name(key: str) -> tuple[str, str] | None:
-    """Return the adapter's name in a key and the key without it; None if the key has no adapter's name."""
+def split_adapter_name(key: str) -> tuple[str, str] | None:
+    """Return the adapter's name in a key and the key without it; None if the key has no adapter's name.
+
+    >>> split_adapter_name("q.lora_A.default.weight")
+    ('default', 'q.lora_A.weight')
+    """
     stem, _, end = key.rpartition(".")
     if end in _PLAIN:  # of a module: lora_A.default.weight
         stem, _, name = stem.rpartition(".")
         tensor = stem.rpartition(".")[2]
-        if tensor in _TENSORS:
+        if tensor in _TENSORS and name not in _TENSORS:
             return name, stem if tensor == "lora_magnitude_vector" else f"{stem}.{end}"
-    elif stem.rpartition(".")[2] in _TENSORS:  # a parameter: ia3_l.default
+    elif stem.rpartition(".")[2] in _TENSORS and end not in _TENSORS:  # a parameter: ia3_l.default
         return end, stem
     module, separator, rest = key.rpartition(_SAVED)
     name, dot, parameter = rest.partition(".")
     return (name, f"{module}.{parameter}") if separator and dot else None
+
+
+def is_original_row(key: str) -> bool:
+    """Return True for the base's rows of trained tokens, which PEFT does not save."""
+    return _ORIGINAL in key
 
 
 def unwrapped_key(key: str) -> str:

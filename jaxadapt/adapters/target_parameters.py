@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 
 from jaxadapt.configs import Config, matching
 from jaxadapt.core import paths
-from jaxadapt.core.errors import KeyMapError, TargetError
-from jaxadapt.keymaps import generic, plan
+from jaxadapt.core.errors import KeyMapError, TargetError, raise_listed
+from jaxadapt.keymaps import generic, tensor_layout
 from jaxadapt.keymaps.keymap import KeyMap, Match
 
 Shape = tuple[int, ...]
@@ -44,7 +44,7 @@ def select_parameters(
         if match is None or len(match.weight.left) != len(shape):
             unmapped += [f"{leaf} {shape}"] if matching.is_parameter(config, leaf) else []
             continue
-        sizes = plan.axis_sizes(match, shape)
+        sizes = tensor_layout.axis_sizes(match, shape)
         names = parameter_names(match, sizes)
         if not any(matching.is_parameter(config, name) for name in names.values()):
             continue
@@ -56,24 +56,27 @@ def select_parameters(
         elif generic.is_guess(keymap, leaf, shape) and generic.is_square(match, shape):
             ambiguous.append(f"{leaf} {shape}")
         selected.append((match, sizes, names))
-    if unmapped:
-        raise KeyMapError(
-            f"target_parameters names weights without an entry in the keymap {keymap.name!r}. Name the family with"
-            " keymap=, or pass a KeyMap with an entry for each, such as Weight(leaf, key, 'e i o -> e o i',"
-            " kind='experts'):\n" + paths.bullets(unmapped)
-        )
-    if ambiguous:
-        raise KeyMapError(
-            "target_parameters names square weights with an ambiguous layout: PyTorch may store them (out, in), as"
-            " nn.Linear does, or (in, out), as Conv1D of transformers does, and A and B would fit either way. Name the"
-            " modules in target_modules, or pass a KeyMap with an entry for each, such as Weight(leaf, key, 'i o -> o"
-            " i'):\n" + paths.bullets(ambiguous)
-        )
-    if refused:
-        raise TargetError(
-            "target_parameters names weights that cannot be adapted by their own names; name their modules in"
-            " target_modules if they are matrices, or leave them out:\n" + paths.bullets(refused)
-        )
+    raise_listed(
+        KeyMapError,
+        f"target_parameters names weights without an entry in the keymap {keymap.name!r}. Name the family with"
+        " keymap=, or pass a KeyMap with an entry for each, such as Weight(leaf, key, 'e i o -> e o i',"
+        " kind='experts'):",
+        unmapped,
+    )
+    raise_listed(
+        KeyMapError,
+        "target_parameters names square weights with an ambiguous layout: PyTorch may store them (out, in), as"
+        " nn.Linear does, or (in, out), as Conv1D of transformers does, and A and B would fit either way. Name the"
+        " modules in target_modules, or pass a KeyMap with an entry for each, such as Weight(leaf, key, 'i o -> o"
+        " i'):",
+        ambiguous,
+    )
+    raise_listed(
+        TargetError,
+        "target_parameters names weights that cannot be adapted by their own names; name their modules in"
+        " target_modules if they are matrices, or leave them out:",
+        refused,
+    )
     return selected
 
 

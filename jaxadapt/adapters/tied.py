@@ -15,8 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from jaxadapt.configs import Config, matching
-from jaxadapt.core import paths
-from jaxadapt.core.errors import ConfigError, MismatchError, warn
+from jaxadapt.core.errors import ConfigError, MismatchError, raise_listed, warn
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.plan import PlanEntry
 
@@ -122,11 +121,9 @@ def redundant_head_keys(
         original, repetition = np.asarray(tensors[original_key]), np.asarray(tensors[key])
         if not np.array_equal(original if entry.form.right == first[entry.path].form.right else original.T, repetition):
             different.append(f"{key} and {original_key}")
-    if different:
-        raise MismatchError(
-            f"{source}: with ensure_weight_tying these tensors must be equal, and they differ:\n"
-            + paths.bullets(different)
-        )
+    raise_listed(
+        MismatchError, f"{source}: with ensure_weight_tying these tensors must be equal, and they differ:", different
+    )
     return set(repeated)
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from jaxadapt.adapters.full_copies import LOOKUP
 from jaxadapt.adapters.initial_values import has_value
 from jaxadapt.adapters.sites import Site
 from jaxadapt.adapters.tied import NAMES
@@ -56,7 +55,7 @@ def fit_vocabulary(
 def _vocabulary_axes(site: Site, keymap: KeyMap) -> tuple[str, ...]:
     """Return the names of the axis that counts tokens, of a token embedding or of the head; empty for other weights."""
     roles = site.match.weight.torch_roles
-    if site.match.weight.kind in ("embedding", LOOKUP):
+    if site.match.weight.kind in ("embedding", "lookup"):
         return roles["in"]
     module = site.match.module({}) if not site.match.braced else ""
     return roles["out"] if module and (module == keymap.output or module.rpartition(".")[2] in NAMES) else ()

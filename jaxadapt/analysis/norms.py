@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxadapt.adapters.peft_tensors import PeftTensors
-from jaxadapt.configs import Config, matching
+from jaxadapt.configs import Config, IA3Config, LoraConfig, matching
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
@@ -71,7 +71,7 @@ class Norms:
 def measure_norms(tensors: PeftTensors) -> Norms:
     """Compute the norms of an adapter's modules. Raises `ConfigError` for methods whose change depends on the base."""
     config = tensors.config
-    if config.peft_type not in ("LORA", "IA3"):
+    if not isinstance(config, LoraConfig | IA3Config):
         raise ConfigError(
             f"cannot compute norms for {config.peft_type}: without the base model they are known only for LORA and IA3"
         )
@@ -85,7 +85,7 @@ def measure_norms(tensors: PeftTensors) -> Norms:
     for module, keys in module_keys.items():
         arrays = {name: _as_float64(tensors.tensors[key]) for name, key in keys.items()}
         module = named_parameter(config, module)
-        norm = _ia3_norm(module, arrays) if config.peft_type == "IA3" else _lora_norm(config, module, arrays)
+        norm = _lora_norm(config, module, arrays) if isinstance(config, LoraConfig) else _ia3_norm(module, arrays)
         if norm is None:
             left_out.append(module)
         else:
@@ -140,20 +140,18 @@ def _ia3_norm(module: str, arrays: Mapping[str, np.ndarray]) -> Norm | None:
     return None if l is None else Norm(module, float(((l - 1) ** 2).mean()) ** 0.5)
 
 
-def _lora_norm(config: Config, module: str, arrays: Mapping[str, np.ndarray]) -> Norm | None:
+def _lora_norm(config: LoraConfig, module: str, arrays: Mapping[str, np.ndarray]) -> Norm | None:
     """Compute the norm of a LoRA module; None if it does not follow from A and B."""
     import numpy as np
 
     kind = "lora" if "lora_A" in arrays else "lora_embedding"
-    if not {f"{kind}_A", f"{kind}_B"} <= arrays.keys() or config.get("use_qalora") or config.get("use_bdlora"):
+    if not {f"{kind}_A", f"{kind}_B"} <= arrays.keys() or config.use_qalora or config.use_bdlora:
         return None
     a, b = arrays[f"{kind}_A"], arrays[f"{kind}_B"]
     a, b = a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1)
     if "lora_diag" in arrays:
         a = arrays["lora_diag"][:, None] * a  # KaSA
-    alpha = matching.find_pattern_value(config.get("alpha_pattern") or {}, module, config.get("lora_alpha"))
-    rank = matching.find_pattern_value(config.get("rank_pattern") or {}, module, config.get("r"))
-    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    rank, scale = config.rank_of(module), config.scale_of(module)
     experts, remainder = divmod(a.shape[0], rank) if matching.is_parameter(config, module) else (1, 0)
     if remainder or b.shape[1] != a.shape[0]:
         return None  # a grouped convolution

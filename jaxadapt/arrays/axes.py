@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from jaxadapt.arrays.torch_layout import TorchLayout
 
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXY"
 RANK = "Z"  # the letter of the rank axis, which only the adapter has; not one of LETTERS
@@ -25,6 +28,7 @@ class Axes:
         batch_axes: the axes that index independent matrices (fused parts, experts). Each entry has its own A and B.
         parts: the adapted entries of the first batch axis, such as `(1,)` if k and v are fused and only v is a
             target; None if all entries are adapted.
+        torch: PyTorch's layout of the weight and of the adapter's tensors, for methods that compute in it.
 
     >>> Axes(in_axes=(0,), out_axes=(1, 2)).sizes("in", (16, 4, 8))
     (16,)
@@ -34,6 +38,7 @@ class Axes:
     out_axes: tuple[int, ...]
     batch_axes: tuple[int, ...] = ()
     parts: tuple[int, ...] | None = None
+    torch: TorchLayout | None = dataclasses.field(default=None, repr=False)
 
     @property
     def rank(self) -> int:

@@ -33,11 +33,11 @@ class FileLayout:
         factor: the array holds `factor` times the file's values, plus `shift`.
         sizes: the sizes of the parts of parenthesised axes.
         shift: see `factor`.
-        held: the indices of the entries that have a tensor in the file; None if all have one. The array is zero at the
-            others.
+        file_entries: the indices of the entries that have a tensor in the file; None if all have one. The array is zero
+            at the others.
         ranks: the size of the axis "~r" in each tensor; None if they are equal. The array is zero beyond it.
 
-    >>> some = FileLayout((3, 4, 2), ("{l}", "~r", "i"), (("~r",), ("i",)), (0,), held=(0, 2), ranks=(4, 3))
+    >>> some = FileLayout((3, 4, 2), ("{l}", "~r", "i"), (("~r",), ("i",)), (0,), file_entries=(0, 2), ranks=(4, 3))
     >>> [some.shape_of(i) for i in range(some.count)], some.encode(np.zeros((3, 4, 2)), 1).shape
     ([(4, 2), (3, 2)], (3, 2))
     """
@@ -49,7 +49,7 @@ class FileLayout:
     factor: float = 1.0
     sizes: tuple[tuple[str, int], ...] = ()
     shift: float = 0.0
-    held: tuple[int, ...] | None = None
+    file_entries: tuple[int, ...] | None = None
     ranks: tuple[int, ...] | None = None
 
     @functools.cached_property
@@ -91,7 +91,7 @@ class FileLayout:
     @property
     def is_partial(self) -> bool:
         """True if parts of the array are in no tensor of the file; they are zero."""
-        return self.held is not None or self.ranks is not None
+        return self.file_entries is not None or self.ranks is not None
 
     @functools.cached_property
     def rank_axis(self) -> int:
@@ -110,7 +110,9 @@ class FileLayout:
         layout = self._by_rank.get(rank)
         if layout is None:
             shape = tuple(rank if axis == self.rank_axis else n for axis, n in enumerate(self.shape))
-            layout = self._by_rank[rank] = dataclasses.replace(self, shape=shape, held=None, ranks=None).single_layout
+            layout = self._by_rank[rank] = dataclasses.replace(
+                self, shape=shape, file_entries=None, ranks=None
+            ).single_layout
         return layout
 
     def expand_by_tensor(self, values: Sequence[float]) -> np.ndarray:
@@ -141,7 +143,7 @@ class FileLayout:
         index: list[Any] = [slice(None)] * len(self.left)
         if self.ranks is not None:
             index[self.rank_axis] = slice(self.ranks[i])
-        i = i if self.held is None else self.held[i]
+        i = i if self.file_entries is None else self.file_entries[i]
         for axis in reversed(self.split):
             i, index[axis] = divmod(i, self.shape[axis])
         return tuple(index)
@@ -150,7 +152,7 @@ class FileLayout:
     def single_layout(self) -> FileLayout:
         """The layout of one tensor in its part of the array, if the ranks are equal."""
         left = tuple(name for i, name in enumerate(self.left) if i not in self.split)
-        return dataclasses.replace(self, shape=self._part_shape, left=left, split=(), held=None)
+        return dataclasses.replace(self, shape=self._part_shape, left=left, split=(), file_entries=None)
 
     def encode(self, leaf: Array, i: int) -> Array:
         """Return tensor `i`, as a view of `leaf` if its memory layout allows it.
@@ -196,7 +198,7 @@ class FileLayout:
     @functools.cached_property
     def count(self) -> int:
         """The number of file tensors in the array."""
-        return self._entries if self.held is None else len(self.held)
+        return self._entries if self.file_entries is None else len(self.file_entries)
 
     @functools.cached_property
     def _entries(self) -> int:
@@ -209,15 +211,15 @@ class FileLayout:
     def to_rows(self, leaf: Array) -> Array:
         """Return all tensors as one array (count, *file_shape); smaller tensors are padded with zeros."""
         pieces = leaf.transpose(self._front).reshape((self._entries, *self._inner.values()))
-        pieces = pieces if self.held is None else pieces[np.array(self.held)]
+        pieces = pieces if self.file_entries is None else pieces[np.array(self.file_entries)]
         out = pieces.transpose((0, *(1 + i for i in self._orders[0]))).reshape((self.count, *self.file_shape))
         return to_file_scale(out, self.factor, self.shift)
 
     def from_rows(self, rows: Array) -> Array:
         """Return the array for all tensors `rows`: the inverse of `to_rows`."""
         pieces = rows.reshape((self.count, *self._flat.values())).transpose((0, *(1 + i for i in self._orders[1])))
-        if self.held is not None:  # an entry without a tensor takes the row of zeros at the end
-            row_of = dict(zip(self.held, range(self.count), strict=True))
+        if self.file_entries is not None:  # an entry without a tensor takes the row of zeros at the end
+            row_of = dict(zip(self.file_entries, range(self.count), strict=True))
             xp = rows.__array_namespace__()
             pieces = xp.concat([pieces, xp.zeros_like(pieces[:1])])
             pieces = pieces[np.array([row_of.get(i, self.count) for i in range(self._entries)])]

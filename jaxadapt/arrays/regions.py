@@ -49,32 +49,9 @@ def addressable_regions(sharding: Sharding, shape: Shape) -> dict[Region, Any]:
 
 
 @functools.lru_cache(maxsize=1024)
-def addressable_starts(sharding: Sharding, shape: Shape) -> list[tuple[int, ...]]:
-    """Return the start of each region of `addressable_regions`, which identifies it."""
-    return [tuple(start for start, _ in region) for region in addressable_regions(sharding, shape)]
-
-
-@functools.lru_cache(maxsize=1024)
 def addressable_size(sharding: Sharding, shape: Shape) -> int:
     """Return the number of elements that this process holds, counting replicas once."""
     return sum(map(region_size, addressable_regions(sharding, shape)))
-
-
-@functools.lru_cache(maxsize=1024)
-def addressable_slices(sharding: Sharding, shape: Shape, step: int) -> tuple[list[tuple[slice, ...]], bool]:
-    """Return the slices of `addressable_regions` in the full array, and True if each region is an aligned run.
-
-    An aligned run is contiguous in memory and begins at a multiple of `step` elements.
-
-    >>> mesh = jax.make_mesh((1,), ("x",))
-    >>> addressable_slices(jax.sharding.NamedSharding(mesh, jax.P("x")), (4, 3), 32)
-    ([(slice(0, 4, None), slice(0, 3, None))], True)
-    """
-    runs = True
-    for region in addressable_regions(sharding, shape):
-        first = sum(start * math.prod(shape[axis + 1 :]) for axis, (start, _) in enumerate(region))
-        runs &= is_contiguous(shape, region) and first % step == 0
-    return [to_slices(region) for region in addressable_regions(sharding, shape)], runs
 
 
 def is_contiguous(shape: Shape, region: Region) -> bool:
@@ -197,7 +174,7 @@ class FileRegion:
         region: the region of the leaf.
         number: the index of the tensor among those of the leaf.
         shape: the shape of the tensor before its axes are merged (the same bytes in C order).
-        box: the region of the tensor, in that shape.
+        tensor_region: the region of the tensor, in that shape.
         order: the axis order that turns the leaf's axes into those of `shape`.
         factor: the leaf holds `factor` times the tensor's values, plus `shift`.
         shift: see `factor`.
@@ -210,6 +187,11 @@ class FileRegion:
     order: tuple[int, ...]
     factor: float
     shift: float
+
+    @functools.cached_property
+    def is_full(self) -> bool:
+        """True if this is the whole tensor."""
+        return self.tensor_region == full_region(self.shape)
 
     @property
     def is_exact(self) -> bool:
@@ -246,7 +228,7 @@ def file_regions(form: FileLayout, region: Region) -> tuple[FileRegion, ...]:
     """
     if form.ranks is not None:
         return tuple(_file_regions_by_rank(form, region))
-    position = None if form.held is None else dict(zip(form.held, range(form.count), strict=True))
+    position = None if form.file_entries is None else dict(zip(form.file_entries, range(form.count), strict=True))
     kept = [axis for axis in range(len(form.left)) if axis not in form.split]
     parts = [pattern.part_sizes(form.left[axis], form.shape[axis], dict(form.sizes)) for axis in kept]
     names = [name for part in parts for name in part]

@@ -25,6 +25,9 @@ from jaxadapt.core.terminal import escape_text
 COMMANDS = (
     "demo",
     "inspect",
+    "verify",
+    "repair",
+    "diff",
     "merge",
     "combine",
     "convert",
@@ -112,6 +115,7 @@ def main(verbose: bool) -> None:
     Example:
       jaxadapt demo                      fine-tune a real language model on this machine
       jaxadapt inspect out/              show an adapter's settings, targets and size
+      jaxadapt verify out/               find the problems of an adapter
       jaxadapt push out/ org/name        upload it to the Hugging Face Hub
       jaxadapt inspect hf://org/name     show an adapter of the Hub
 

@@ -112,8 +112,8 @@ def _print_report(report: KeyMapReport, leaves: Shapes | None, tensors: Shapes |
         rows.append(("checkpoint", f"{len(tensors)} tensors, {len(keys & tensors.keys())} matched"))
     rows.append(("result", "fits" if report.fits else "does not fit"))
     output.print_pairs(rows)
-    used = [(w.leaf, w.key, str(count)) for w, count in report.lines.items() if count]
-    unused = [w.leaf for w, count in report.lines.items() if not count]
+    used = [(w.leaf, w.key, str(count)) for w, count in report.counts.items() if count]
+    unused = [w.leaf for w, count in report.counts.items() if not count]
     if not used:
         raise KeyMapError(
             f"no entry of the keymap {report.family!r} matches any weight: the model is of another family, or its"
@@ -137,7 +137,7 @@ def _describe_unused(report: KeyMapReport) -> list[str]:
     from jaxadapt.core import suggest
 
     texts: list[str] = []
-    for entry in (w for w, count in report.lines.items() if not count):
+    for entry in (w for w, count in report.counts.items() if not count):
         free = {re.sub(r"\b\d+\b", "{l}", name): name for name in report.unclaimed}
         close = [name for name in suggest.close_matches((entry.leaf, entry.key), list(free)) if name in free]
         texts.append(f"{entry.leaf} -> {entry.key}" + (f"; near: {suggest.quote_list(close)}" if close else ""))

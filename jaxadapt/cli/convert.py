@@ -2,23 +2,9 @@
 
 from __future__ import annotations
 
-import re
-
 import click
 
 from jaxadapt.cli import output
-from jaxadapt.core.errors import AdapterError
-
-_AS_OPTIONS = (
-    (r"jaxadapt\.convert\(source, target, lora_alpha=16\)", "jaxadapt convert SOURCE TARGET --lora-alpha 16"),
-    (r'on_shared="concat"(?: to (?:convert\(source, target|save or to_peft))?', "--concat"),
-    (r"is keymap= another", "is --to another"),
-    (r", or (?:(?:give|pass) )?a KeyMap with an? (?:line|entry) for each base weight", ""),
-    (r"keymap=(?=[<\w])", "--from "),
-    (r"keymap=", "--from"),
-    (r"lora_alpha=", "--lora-alpha "),
-)
-"""Patterns for Python arguments in the library's error messages, and the options that replace them."""
 
 
 def _parse_sizes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> dict[str, int]:
@@ -34,8 +20,8 @@ def _parse_sizes(ctx: click.Context, param: click.Parameter, values: tuple[str, 
 @click.command("convert", short_help="Convert an adapter for another JAX library, or for PEFT.")
 @click.argument("source", type=click.Path())
 @click.argument("target", type=click.Path())
-@click.option("--from", "from_keymap", metavar="FAMILY", help="Family of a SOURCE tree. Default: recognized.")
-@click.option("--to", "to_keymap", metavar="FAMILY", help="Family of a TARGET tree; see `jaxadapt families`.")
+@click.option("--from", "from_keymap", metavar="FAMILY", help="Family (keymap) of a SOURCE tree. Default: recognized.")
+@click.option("--to", "to_keymap", metavar="FAMILY", help="Family (keymap) of a TARGET tree; see `jaxadapt families`.")
 @click.option(
     "--dialect",
     help="LoRA layout of a TARGET tree: qwix, qwix/flat, gemma, nnx.LoRA, … Default: the one of the family's library.",
@@ -44,9 +30,10 @@ def _parse_sizes(ctx: click.Context, param: click.Parameter, values: tuple[str, 
 @click.option("--like", type=click.Path(), help="A .safetensors file to read the model's shapes from.")
 @click.option("--axis", "sizes", multiple=True, metavar="NAME=SIZE", callback=_parse_sizes,
               help="Size of one axis of the model, instead of --like.")  # fmt: skip
-@click.option("--concat", is_flag=True, help="If modules share one A in TARGET, concatenate theirs.")
-@click.option("--format", "form", type=click.Choice(["safetensors", "orbax"]), default="safetensors",
-              help="Format of a TARGET folder: PEFT's safetensors or an Orbax checkpoint.")  # fmt: skip
+@click.option("--on-shared", type=click.Choice(["concat"]),
+              help="If modules share one A in TARGET, concatenate theirs.")  # fmt: skip
+@click.option("--format", "form", type=click.Choice(["safetensors", "bin", "orbax"]), default="safetensors",
+              help="Format of a TARGET folder: PEFT's safetensors, PyTorch's .bin or an Orbax checkpoint.")  # fmt: skip
 @output.as_json
 def command(
     source: str,
@@ -57,7 +44,7 @@ def command(
     lora_alpha: float | None,
     like: str | None,
     sizes: dict[str, int],
-    concat: bool,
+    on_shared: str | None,
     form: str,
     as_json: bool,
 ) -> None:
@@ -73,21 +60,16 @@ def command(
       jaxadapt convert lora.safetensors out/ --from tunix:qwen3 --lora-alpha 16
       jaxadapt convert out/ lora.safetensors --to maxtext:qwen3
       jaxadapt convert out/ lora.safetensors --to tunix:qwen3 --axis h=128
-      jaxadapt convert out/ lora.safetensors --to gemma:gemma3 --like base.safetensors --concat
+      jaxadapt convert out/ lora.safetensors --to gemma:gemma3 --like base.safetensors --on-shared concat
+      jaxadapt convert out/ old/ --format bin
       jaxadapt convert out/ checkpoint/ --format orbax
     """
     from jaxadapt.export.conversion import convert
 
-    try:
-        result = convert(
-            source, target, from_keymap=from_keymap, to_keymap=to_keymap, dialect=dialect, lora_alpha=lora_alpha,
-            like=like, sizes=sizes, on_shared="concat" if concat else None, progress=True, format=form,
-        )  # fmt: skip
-    except AdapterError as error:
-        text = str(error)
-        for argument, option in _AS_OPTIONS:
-            text = re.sub(argument, option, text)
-        raise type(error)(text) from error
+    result = convert(
+        source, target, from_keymap=from_keymap, to_keymap=to_keymap, dialect=dialect, lora_alpha=lora_alpha,
+        like=like, sizes=sizes, on_shared=on_shared, progress=True, format=form,
+    )  # fmt: skip
     if as_json:
         output.print_json(result.to_dict())
         return

@@ -13,7 +13,12 @@ if TYPE_CHECKING:
     from jaxadapt.persistence.inspect_folder import Info
 
 
-def _check_png(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+_TITLES = {"wrong": "misread by", "refused": "refused by", "unknown": "not known"}
+"""{verdict about a program: title of its row}."""
+
+
+def check_png(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Check that the value of an option names a PNG file."""
     if value is not None and not value.lower().endswith(".png"):
         raise click.BadParameter(f"expected a file name ending in .png, found {value!r}")
     return value
@@ -28,14 +33,17 @@ def _check_png(ctx: click.Context, param: click.Parameter, value: str | None) ->
     "--plot",
     type=click.Path(),
     metavar="FILE.png",
-    callback=_check_png,
+    callback=check_png,
     help="Write these changes as a heat map (needs matplotlib).",
 )
 def command(folder: str, as_json: bool, tensors: bool, norms: bool, plot: str | None) -> None:
-    """Show the method, base model, targets and size of the adapter in FOLDER, and which programs cannot load it.
+    """Show the method, base model, targets and size of the adapter in FOLDER, and which programs read it.
 
     FOLDER is an adapter of jaxadapt or PEFT, or an address: hf://org/name@revision/subfolder, s3://…, gs://…. No model
     is needed. Only the configuration and the header of the weights are read, unless --norms or --plot is given.
+
+    "misread by" lists programs that load the adapter without a message and compute something else than PEFT, with the
+    setting that they ignore and what helps. --json names the version of each program.
 
     For LoRA, the change of a weight is ΔW = s·B·A. Its norm measures the size of the change. Its effective rank
     measures the number of directions: 1 for a single direction, r if all r directions contribute equally.
@@ -63,7 +71,9 @@ def command(folder: str, as_json: bool, tensors: bool, norms: bool, plot: str | 
     if as_json:
         from jaxadapt.persistence import consumers
 
-        document = info.to_dict() | {"refused_by": consumers.refusals(info.config, info.tensors)}
+        document = info.to_dict() | {
+            "readers": [reader.to_dict() for reader in consumers.judge_readers(info.config, info.tensors)]
+        }
         output.print_json(document if changes is None else document | {"norms": changes.to_dict()})
         return
     _print_info(info, tensors)
@@ -89,13 +99,14 @@ def _print_info(info: Info, tensors: bool) -> None:
     rows.append(("size", f"{info.parameters:,} parameters in {len(info.tensors)} tensors, {dtypes}, {size}"))
     if config.peft_version:
         rows.append(("peft version", config.peft_version))
-    readers: dict[str, list[str]] = {}
-    for reader, reasons in consumers.refusals(config, info.tensors).items():
-        if reasons:
-            readers.setdefault("; ".join(reasons), []).append(reader)
-    rows += [
-        ("" if n else "not for", f"{', '.join(names)}: {reason}") for n, (reason, names) in enumerate(readers.items())
-    ]
+    readers = consumers.judge_readers(config, info.tensors)
+    right = [reader.name for reader in readers if reader.verdict == consumers.RIGHT]
+    rows.append(("read by", ", ".join(right) or "no known program as it is"))
+    last = ""
+    for verdict, names, reasons, remedy in consumers.grouped(readers):
+        way_out = f". What helps: {remedy}" if remedy else ""
+        rows.append(("" if verdict == last else _TITLES[verdict], f"{names}: {'; '.join(reasons)}{way_out}"))
+        last = verdict
     output.print_pairs(rows)
     if tensors:
         click.echo()

@@ -52,6 +52,11 @@ def print_line(text: str) -> None:
     click.echo(escape_text(text))
 
 
+def print_indented(text: str) -> None:
+    """Print text folded to the terminal's width, with each line indented."""
+    click.echo(_indent(text))
+
+
 def _replace_non_finite(value: Any) -> Any:
     """Replace NaN and infinities, which JSON cannot express, by None."""
     if isinstance(value, dict):

@@ -16,12 +16,11 @@ from jaxadapt.storage.location import Location
 
 @click.command("pull", short_help="Download an adapter from the Hugging Face Hub.")
 @click.argument("repo")
-@click.option("--revision", help="Branch, tag or commit. Default: main.")
-@click.option("--subfolder", help="Folder of the adapter in the repository.")
 @click.option("--out", type=click.Path(), help="Folder to copy the adapter into.")
 @output.as_json
-def command(repo: str, revision: str | None, subfolder: str | None, out: str | None, as_json: bool) -> None:
-    """Download the adapter REPO (org/name) from the Hugging Face Hub, without the other files of its repository.
+def command(repo: str, out: str | None, as_json: bool) -> None:
+    """Download the adapter REPO (org/name[@revision][/subfolder]) from the Hugging Face Hub, without the other files of
+    its repository.
 
     The command prints the adapter's folder: one in the Hub's cache, or the one given with --out. Files in the cache are
     not downloaded again; with HF_HUB_OFFLINE=1 they are used without a connection. A private repository needs a token,
@@ -35,7 +34,7 @@ def command(repo: str, revision: str | None, subfolder: str | None, out: str | N
     """
     from jaxadapt.storage.hub import pull
 
-    folder: Location = pull(repo, revision=revision, subfolder=subfolder, progress=True)
+    folder: Location = pull(repo, progress=True)
     if out is not None:
         folder = _copy_adapter(folder, out)
     if as_json:
@@ -47,8 +46,7 @@ def command(repo: str, revision: str | None, subfolder: str | None, out: str | N
 
 def _copy_adapter(source: Path, target: str) -> Location:
     """Copy the adapter's files from `source` to `target`, all or none."""
-    from jaxadapt.persistence import folder
-    from jaxadapt.storage import atomic
+    from jaxadapt.storage import atomic, flush
     from jaxadapt.storage.hub import CARD, CONFIG, WEIGHTS
 
     out = location.to_location(target)
@@ -59,7 +57,7 @@ def _copy_adapter(source: Path, target: str) -> Location:
             f"{out}: cannot write {weights} here, because the folder already contains {stale[0]} and a reader could "
             "load that file instead; choose another folder"
         )
-    folder.make_folder(out)
+    flush.make_folder(out)
     # Replace the configuration right after the weights, as `folder.write` does.
     names = [name for name in (weights, CONFIG, CARD) if location.exists(source / name)]
     with atomic.lock_directory(out), atomic.replacing_all([out / name for name in names]) as writers:

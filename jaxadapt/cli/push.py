@@ -24,8 +24,6 @@ def _parse_metrics(ctx: click.Context, param: click.Parameter, values: tuple[str
 @click.argument("folder", type=click.Path())
 @click.argument("repo")
 @click.option("--private", is_flag=True, help="Make the repository private if it is new.")
-@click.option("--revision", metavar="BRANCH", help="Branch to commit to; created if it does not exist.")
-@click.option("--subfolder", help="Folder of the adapter in the repository.")
 @click.option("-m", "--message", help="Commit message.")
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing to the branch.")
 @click.option("--tag", help="Tag to give to the commit.")
@@ -48,8 +46,6 @@ def command(
     folder: str,
     repo: str,
     private: bool,
-    revision: str | None,
-    subfolder: str | None,
     message: str | None,
     create_pr: bool,
     tag: str | None,
@@ -58,21 +54,21 @@ def command(
     picture: bool | None,
     as_json: bool,
 ) -> None:
-    """Upload the adapter in FOLDER to the Hugging Face Hub as REPO (org/name), in one commit.
+    """Upload the adapter in FOLDER to the Hugging Face Hub as REPO (org/name[@branch][/subfolder]), in one commit.
 
     The upload consists of the configuration, the weights and the model card; other files in FOLDER stay local. The
-    repository is created if it does not exist. A card that you edited is not overwritten. The access token is HF_TOKEN,
-    or the token stored by `hf auth login`.
+    repository and the branch are created if they do not exist. A card that you edited is not overwritten. The access
+    token is HF_TOKEN, or the token stored by `hf auth login`.
 
     \b
     Example:
       jaxadapt push out/ org/name --private --metric loss=3.187
-      jaxadapt push out/ org/name --revision step-400 --tag best
+      jaxadapt push out/ org/name@step-400 --tag best
     """
     from jaxadapt.persistence.upload import push
 
     result = push(
-        folder, repo, private=private or None, revision=revision, subfolder=subfolder, commit_message=message,
+        folder, repo, private=private or None, commit_message=message,
         create_pr=create_pr, tag=tag, license=license_, metrics=metrics, picture=picture, progress=True,
     )  # fmt: skip
     if as_json:

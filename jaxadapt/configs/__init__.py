@@ -1,33 +1,20 @@
 """PEFT-compatible configuration classes, read from and written to `adapter_config.json`. Imports no JAX."""
 
-from jaxadapt.configs.base import PEFT_VERSION, TASK_TYPES, Config, GenericConfig
-from jaxadapt.configs.cartridge import CartridgeConfig
-from jaxadapt.configs.frozen import FrozenDict, freeze, thaw
-from jaxadapt.configs.ia3 import IA3Config
-from jaxadapt.configs.lora import LoraConfig
-from jaxadapt.configs.p_tuning import PromptEncoderConfig
-from jaxadapt.configs.prefix_tuning import PrefixTuningConfig
-from jaxadapt.configs.prompt import PromptLearningConfig
-from jaxadapt.configs.prompt_tuning import MultitaskPromptTuningConfig, PromptTuningConfig
-from jaxadapt.configs.serialization import dumps, from_dict, loads
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "PEFT_VERSION",
-    "TASK_TYPES",
-    "CartridgeConfig",
-    "Config",
-    "FrozenDict",
-    "GenericConfig",
-    "IA3Config",
-    "LoraConfig",
-    "MultitaskPromptTuningConfig",
-    "PrefixTuningConfig",
-    "PromptEncoderConfig",
-    "PromptLearningConfig",
-    "PromptTuningConfig",
-    "dumps",
-    "freeze",
-    "from_dict",
-    "loads",
-    "thaw",
-]
+from jaxadapt.core.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from jaxadapt.configs.base import PEFT_VERSION as PEFT_VERSION
+    from jaxadapt.configs.base import Config as Config
+    from jaxadapt.configs.base import GenericConfig as GenericConfig
+    from jaxadapt.configs.frozen import FrozenDict as FrozenDict
+    from jaxadapt.configs.frozen import freeze as freeze
+    from jaxadapt.configs.frozen import thaw as thaw
+    from jaxadapt.configs.registry import *  # noqa: F403
+    from jaxadapt.configs.serialization import dumps as dumps
+    from jaxadapt.configs.serialization import from_dict as from_dict
+    from jaxadapt.configs.serialization import loads as loads
+    from jaxadapt.configs.validation import TASK_TYPES as TASK_TYPES
+else:
+    __getattr__, __dir__, __all__ = lazy_names(__name__)

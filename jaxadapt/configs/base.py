@@ -5,21 +5,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from typing import Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self, TypeVar, cast
 
+from jaxadapt.configs import registry
 from jaxadapt.configs.frozen import Frozen, FrozenDict, freeze, thaw
 from jaxadapt.configs.name_patterns import PatternIndex
 from jaxadapt.configs.peft_type import read_peft_type
 from jaxadapt.configs.validation import Problems
 from jaxadapt.core.errors import ConfigError
 
+_T = TypeVar("_T")
+
 # The version of PEFT whose schema this package writes: the default of `peft_version`.
 PEFT_VERSION = "0.21.2"
-
-TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 
 # Lists whose order has no meaning (PEFT turns them into sets). They are kept as given and compared as sets.
 _UNORDERED = frozenset({"target_modules", "exclude_modules", "feedforward_modules"})
@@ -64,8 +65,11 @@ class Config:
     # The `peft_type` of the class; None for a class that covers every type without a class of its own.
     _type: ClassVar[str | None] = None
 
-    # {peft_type: class} of every subclass for one type.
+    # {peft_type: class} of every loaded subclass for one type; `class_of` loads those of the table.
     classes: ClassVar[dict[str, type[Config]]] = {}
+
+    # {pattern of a keymap's name: field values}: PEFT's defaults for models of that type, if no targets are given.
+    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
 
     # {name of a field in another library: name of the field here}.
     _spellings: ClassVar[Mapping[str, str]] = {}
@@ -101,8 +105,12 @@ class Config:
     def __post_init__(self) -> None:
         if type(self) is Config:
             raise ConfigError("Config is a base class; use LoraConfig, IA3Config or GenericConfig")
+        self._keep(_field_names(type(self)))
+
+    def _keep(self, names: Iterable[str]) -> None:
+        """Freeze the values of these fields, and check all fields."""
         problems = Problems()
-        for name in _field_names(type(self)):
+        for name in names:
             try:
                 object.__setattr__(self, name, self._freeze(name, getattr(self, name)))
             except TypeError as error:
@@ -121,11 +129,8 @@ class Config:
         """Add the problems of the frozen values to `problems`; subclasses extend it."""
         if self._type is not None and self.peft_type != self._type:
             problems.add("peft_type", f'"{self._type}"', self.peft_type, "use configs.loads to read any type")
-        problems.one_of("task_type", self.task_type, TASK_TYPES, optional=True)
-        problems.mapping("auto_mapping", self.auto_mapping)
-        for name in ("peft_version", "base_model_name_or_path", "revision"):
-            problems.text(name, getattr(self, name))
-        problems.flag("inference_mode", self.inference_mode)
+        for name in _field_names(type(self)):
+            self._check_field(problems, name, getattr(self, name))
         if not isinstance(self.extra, FrozenDict):
             problems.add("extra", "an object of unknown keys", self.extra)
             return
@@ -134,29 +139,31 @@ class Config:
         for key, value in self.extra.items():
             problems.common(key, value)
 
+    def _check_field(self, problems: Problems, name: str, value: Any) -> None:
+        """Add a problem if a field's value is of the wrong kind."""
+        problems.check(name, value)
+
     @cached_property
-    def _lookup_cache(self) -> dict[str, Any]:
+    def _lookup_cache(self) -> dict[tuple[str, str], Any]:
         return {}
 
+    def _cached(self, kind: str, key: str, make: Callable[[tuple[Any, ...]], _T]) -> _T:
+        """Return a value made of a list field; cached, because thousands of modules may be looked up in it."""
+        if (kind, key) not in self._lookup_cache:
+            self._lookup_cache[kind, key] = make(cast("tuple[Any, ...]", self.get(key) or ()))
+        return self._lookup_cache[kind, key]
+
     def names(self, key: str) -> frozenset[Any]:
-        """Return the entries of a list field as a set; cached, because thousands of modules may be looked up in it."""
-        if key not in self._lookup_cache:
-            self._lookup_cache[key] = frozenset(cast("tuple[Any, ...]", self.get(key) or ()))
-        return self._lookup_cache[key]
+        """Return the entries of a list field as a set; cached."""
+        return self._cached("names", key, frozenset)
 
     def sizes(self, key: str) -> frozenset[int]:
         """Return the lengths of the names in a list field; cached."""
-        cache_key = f"sizes of {key}"
-        if cache_key not in self._lookup_cache:
-            self._lookup_cache[cache_key] = frozenset(map(len, self.names(key)))
-        return self._lookup_cache[cache_key]
+        return self._cached("sizes", key, lambda names: frozenset(map(len, names)))
 
     def index(self, key: str) -> PatternIndex:
         """Return an index of the patterns in a list field; cached. Raises `ConfigError` for an invalid expression."""
-        cache_key = f"index of {key}"
-        if cache_key not in self._lookup_cache:
-            self._lookup_cache[cache_key] = PatternIndex(key, self.get(key) or ())
-        return self._lookup_cache[cache_key]
+        return self._cached("index", key, lambda patterns: PatternIndex(key, patterns))
 
     @cached_property
     def _identity(self) -> tuple[Any, ...]:
@@ -181,8 +188,8 @@ class Config:
     def __repr__(self) -> str:
         """Return the fields that differ from their defaults, as a constructor call.
 
-        >>> GenericConfig(peft_type="VERA", extra={"r": 256})
-        GenericConfig(peft_type='VERA', extra={'r': 256})
+        >>> GenericConfig(peft_type="XLORA", extra={"xlora_depth": 1})
+        GenericConfig(peft_type='XLORA', extra={'xlora_depth': 1})
         """
         values = [(item.name, getattr(self, item.name), item) for item in dataclasses.fields(self)]
         changed = [f"{name}={thaw(value)!r}" for name, value, item in values if value != _default(item)]
@@ -203,8 +210,8 @@ class Config:
     def get(self, key: str, default: Any = None) -> Any:
         """Return the value of a field or of a key in `extra`; `default` if there is no such key.
 
-        >>> GenericConfig(peft_type="VERA", extra={"projection_prng_key": 0}).get("projection_prng_key")
-        0
+        >>> GenericConfig(peft_type="XLORA", extra={"xlora_depth": 2}).get("xlora_depth")
+        2
         """
         if key != "extra" and key in _field_names(type(self)):
             return getattr(self, key)
@@ -219,7 +226,11 @@ class Config:
         unknown = sorted(set(changes) - set(_field_names(type(self))))
         if unknown:
             raise ConfigError("\n".join(self._unknown(name) for name in unknown))
-        return dataclasses.replace(self, **changes)
+        new = object.__new__(type(self))
+        for name in _field_names(type(self)):  # all but the cached properties
+            object.__setattr__(new, name, changes[name] if name in changes else getattr(self, name))
+        new._keep(changes)
+        return new
 
     def differences(self, other: Config, theirs: str = "in the file") -> str:
         """Describe the keys that make the configurations unequal, with the values of `self` and of `other`."""
@@ -260,17 +271,14 @@ class Config:
         Raises:
             ConfigError: the values are invalid; one error lists all problems.
 
-        >>> GenericConfig.from_dict({"peft_type": "VERA", "r": 256}).extra
-        FrozenDict({'r': 256})
+        >>> GenericConfig.from_dict({"peft_type": "XLORA", "xlora_depth": 1}).extra
+        FrozenDict({'xlora_depth': 1})
         """
         if cls is Config:
             name = read_peft_type(values, source)
-            return cast("Self", Config.classes.get(name, GenericConfig).from_dict(values, source))
+            return cast("Self", (class_of(name) or GenericConfig).from_dict(values, source))
         names = set(_field_names(cls)) - {"extra"}
-        known: dict[str, Any] = {
-            "peft_version": None,
-            **{key: value for key, value in values.items() if key in names},
-        }
+        known: dict[str, Any] = {"peft_version": None, **{key: x for key, x in values.items() if key in names}}
         extra = {key: value for key, value in values.items() if key not in names}
         try:
             return cls(**known, extra=extra)
@@ -278,20 +286,29 @@ class Config:
             raise ConfigError(f"{source}: {error}") from error
 
 
+def class_of(peft_type: str) -> type[Config] | None:
+    """Return the configuration class of a type, or None if it has no class of its own.
+
+    >>> class_of("IA3").__name__, class_of("XLORA")
+    ('IA3Config', None)
+    """
+    return Config.classes.get(peft_type) or registry.load_class(peft_type)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class GenericConfig(Config):
     """The configuration of a method without a class of its own; `extra` keeps the keys of the method.
 
-    >>> GenericConfig(peft_type="VERA", extra={"r": 256}).get("r")
-    256
+    >>> GenericConfig(peft_type="XLORA", extra={"xlora_depth": 1}).get("xlora_depth")
+    1
     """
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)
         name = cast("object", self.peft_type)
         if not (isinstance(name, str) and re.fullmatch("[A-Z][A-Z0-9_]*", name)):
-            problems.add("peft_type", 'a type in capitals, such as "VERA"', name)
-        elif name in Config.classes:
+            problems.add("peft_type", 'a type in capitals, such as "XLORA"', name)
+        elif class_of(name) is not None:
             problems.add("peft_type", "a type without a class of its own", name, "use its class")
 
 

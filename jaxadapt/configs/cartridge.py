@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from jaxadapt.configs.prompt import PromptLearningConfig
 from jaxadapt.configs.validation import Problems, is_int
@@ -29,6 +30,7 @@ class CartridgeConfig(PromptLearningConfig):
 
     _type: ClassVar[str | None] = "CARTRIDGE"
     _sizes: ClassVar[tuple[str, ...]] = ("num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads")
+    checks: ClassVar[Mapping[str, Any]] = {**PromptLearningConfig.checks, "num_frozen_tokens": "size"}
 
     peft_type: str = "CARTRIDGE"
     num_frozen_tokens: int = 1
@@ -36,7 +38,5 @@ class CartridgeConfig(PromptLearningConfig):
     def _check(self, problems: Problems) -> None:
         super()._check(problems)
         frozen, n = self.num_frozen_tokens, self.num_virtual_tokens
-        if not (is_int(frozen) and frozen >= 0):
-            problems.add("num_frozen_tokens", "an integer of 0 or more", frozen)
-        elif is_int(n) and n is not None and frozen > n:
+        if is_int(frozen) and is_int(n) and n is not None and frozen > n:
             problems.add("num_frozen_tokens", f"at most num_virtual_tokens={n}", frozen)

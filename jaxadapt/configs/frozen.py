@@ -7,9 +7,11 @@ import numbers
 import re
 from collections.abc import ItemsView, Iterator, Mapping
 from collections.abc import Set as AbstractSet
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 from jaxadapt.configs.name_patterns import PLAIN, PatternIndex
+
+_T = TypeVar("_T")
 
 # The result of `freeze`. It is a string because the alias is recursive.
 Frozen: TypeAlias = "bool | int | float | str | tuple[Frozen, ...] | FrozenDict | None"
@@ -129,6 +131,36 @@ def _overlap(keys: list[str]) -> bool:
         return True
     index = PatternIndex("rank_pattern", keys)
     return any(index.matching(key) != [order] for order, key in enumerate(keys))
+
+
+def find_pattern_value(patterns: Mapping[str, _T], name: str, default: _T) -> _T:
+    """Return the value of the first pattern that matches the module `name`; `default` if no pattern matches.
+
+    Used for `rank_pattern` and `alpha_pattern`. A pattern must match the whole name, or its end after a dot.
+
+    Raises:
+        ConfigError: a regular expression is invalid.
+
+    >>> find_pattern_value({"q_proj": 4, r"layers\\.\\d+\\.v_proj": 2}, "model.layers.7.v_proj", 8)
+    2
+    """
+    if not patterns:
+        return default
+    index = _index(patterns)
+    order = index.first(name)
+    # A key that does not match itself as an expression ("a+b") still applies to the module of exactly that name.
+    return patterns.get(name, default) if order is None else patterns[index.keys[order]]
+
+
+def matching_patterns(patterns: Mapping[str, Any], name: str) -> list[str]:
+    """Return all patterns that match the module `name`; the first one applies."""
+    index = _index(patterns)
+    keys = [index.keys[order] for order in index.matching(name)]
+    return [*keys, name] if name in patterns and name not in keys else keys
+
+
+def _index(patterns: Mapping[str, Any]) -> PatternIndex:
+    return patterns.index if isinstance(patterns, FrozenDict) else PatternIndex("rank_pattern", patterns)
 
 
 def _check_text(text: str) -> None:

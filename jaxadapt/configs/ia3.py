@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from jaxadapt.configs.base import Config
 from jaxadapt.configs.validation import Problems
@@ -51,6 +51,24 @@ class IA3Config(Config):
     """
 
     _type: ClassVar[str | None] = "IA3"
+    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "gpt2": {"target_modules": ("c_attn", "mlp.c_proj"), "feedforward_modules": ("mlp.c_proj",)},
+        "bert|roberta": {
+            "target_modules": ("key", "value", "output.dense"),
+            "feedforward_modules": ("output.dense",),
+        },
+        "gpt_neo": {"target_modules": ("q_proj", "v_proj", "c_proj"), "feedforward_modules": ("c_proj",)},
+        "gptj": {"target_modules": ("q_proj", "v_proj", "fc_out"), "feedforward_modules": ("fc_out",)},
+        # The keymap "llama" also serves Qwen2, which has other defaults in PEFT, so only numbered Llamas have one here.
+        r"llama[123]|mistral": {
+            "target_modules": ("k_proj", "v_proj", "down_proj"),
+            "feedforward_modules": ("down_proj",),
+        },
+        r"qwen(?!\d_moe)|gemma": {
+            "target_modules": ("q_proj", "v_proj", "down_proj"),
+            "feedforward_modules": ("down_proj",),
+        },
+    }
 
     peft_type: str = "IA3"
     target_modules: str | Collection[str] | None = None
@@ -62,11 +80,6 @@ class IA3Config(Config):
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)
-        for name in ("target_modules", "exclude_modules", "feedforward_modules"):
-            problems.selection(name, getattr(self, name))
-        problems.flag("fan_in_fan_out", self.fan_in_fan_out, optional=True)
-        problems.flag("init_ia3_weights", self.init_ia3_weights)
-        problems.expressions("modules_to_save", self.modules_to_save)
         targets, inputs = self.target_modules, self.feedforward_modules
         if isinstance(targets, tuple) and isinstance(inputs, tuple):
             untargeted = sorted(set(inputs) - set(targets), key=str)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 from jaxadapt.configs.base import Config
-from jaxadapt.configs.frozen import Frozen, FrozenDict, Patterns
+from jaxadapt.configs.default_targets import QUERY_AND_VALUE
+from jaxadapt.configs.frozen import Frozen, FrozenDict, Patterns, find_pattern_value
 from jaxadapt.configs.validation import Problems
+from jaxadapt.core.errors import ConfigError, raise_listed
 
-BIASES = ("none", "all", "lora_only")
+_V = TypeVar("_V")
 
 # "pissa_niter_<number>" is allowed too. PEFT ignores the case of those in `_CASELESS`.
 INITS = ("gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal", "mica", "lora_ga")
@@ -27,12 +30,6 @@ _SPELLINGS = {
     "init_weights": "init_lora_weights",
 }
 """{name in another library or paper: field}, for suggestions in errors."""
-
-# Settings of variants: each is an object or null (in PEFT a dataclass of its own).
-_SUBCONFIGS = (
-    "megatron_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "monteclora_config",
-    "use_bdlora", "arrow_config", "kasa_config",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -127,6 +124,7 @@ class LoraConfig(Config):
 
     _type: ClassVar[str | None] = "LORA"
     _spellings: ClassVar[Mapping[str, str]] = _SPELLINGS
+    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
 
     peft_type: str = "LORA"
     r: int = 8
@@ -164,6 +162,86 @@ class LoraConfig(Config):
     kasa_config: Mapping[str, Any] | None = None
     ensure_weight_tying: bool = False
 
+    def rank_of(self, module: str) -> int:
+        """Return the rank of one PyTorch module or parameter.
+
+        >>> LoraConfig(r=8, rank_pattern={"q_proj": 4}).rank_of("layers.0.q_proj")
+        4
+        """
+        return find_pattern_value(self.rank_pattern, module, self.r)
+
+    def alpha_of(self, module: str) -> int | float:
+        """Return the alpha of one PyTorch module or parameter.
+
+        >>> LoraConfig(lora_alpha=8, alpha_pattern={"q_proj": 4}).alpha_of("layers.0.v_proj")
+        8
+        """
+        return find_pattern_value(self.alpha_pattern, module, self.lora_alpha)
+
+    def scale_of(self, module: str) -> float:
+        """Return the scale s of one PyTorch module or parameter: α/r, or α/√r with `use_rslora`.
+
+        >>> LoraConfig(r=4, lora_alpha=8).scale_of("q_proj"), LoraConfig(r=4, use_rslora=True).scale_of("q_proj")
+        (2.0, 4.0)
+        """
+        return self.alpha_of(module) / self.scale_divisor(self.rank_of(module))
+
+    def scale_divisor(self, rank: float) -> float:
+        """Return the divisor of alpha in the scale for a rank: the rank, or its square root with `use_rslora`.
+
+        >>> LoraConfig(use_rslora=True).scale_divisor(4)
+        2.0
+        """
+        return math.sqrt(rank) if self.use_rslora else rank
+
+    @property
+    def largest_rank(self) -> int:
+        """The largest rank of `r` and `rank_pattern`."""
+        return max(self.r, *self.rank_pattern.values(), 1)
+
+    def with_ranks(self, ranks: Mapping[str, int], alphas: Mapping[str, float]) -> LoraConfig:
+        """Return the configuration with these ranks and alphas of modules or parameters, by name.
+
+        A pattern is the last part of a name if all names that end in it have one value, else the full name.
+
+        Raises:
+            ConfigError: no patterns express the values.
+
+        >>> LoraConfig(r=8).with_ranks({"0.q": 4, "0.v": 8}, {"0.q": 8, "0.v": 8})
+        LoraConfig(rank_pattern={'q': 4})
+        """
+        if len(set(ranks.values())) == len(set(alphas.values())) == 1:
+            (r, *_), (alpha, *_) = ranks.values(), alphas.values()
+            return self.replace(r=r, lora_alpha=alpha, rank_pattern={}, alpha_pattern={})
+        config = self.replace(rank_pattern=_patterns(ranks, self.r), alpha_pattern=_patterns(alphas, self.lora_alpha))
+        unmatched = [name for name in sorted(ranks) if config.rank_of(name) != ranks[name]]
+        unmatched += [name for name in sorted(ranks) if config.alpha_of(name) != alphas[name]]
+        raise_listed(
+            ConfigError,
+            "rank_pattern and alpha_pattern cannot give these modules their own ranks: each name is also the end of"
+            " another module's name:",
+            unmatched,
+        )
+        return config
+
+    def with_scale_one(self, r: int) -> LoraConfig:
+        """Return the configuration with rank `r` and scale 1 everywhere: `lora_alpha = r`, no patterns, no rsLoRA.
+
+        >>> LoraConfig(r=4, lora_alpha=8, alpha_pattern={"q": 2}, use_rslora=True).with_scale_one(2)
+        LoraConfig(r=2, lora_alpha=2)
+        """
+        return self.replace(r=r, lora_alpha=r, rank_pattern={}, alpha_pattern={}, use_rslora=False)
+
+    def with_default_init(self) -> LoraConfig:
+        """Return the configuration with PEFT's default initialization, for values that no longer come from another.
+
+        >>> LoraConfig(init_lora_weights="eva", eva_config={"rho": 2.0}).with_default_init()
+        LoraConfig()
+        """
+        return self.replace(
+            init_lora_weights=True, eva_config=None, corda_config=None, lora_ga_config=None, loftq_config={}
+        )
+
     def _freeze(self, name: str, value: object) -> Frozen:
         if name in ("rank_pattern", "alpha_pattern") and isinstance(value, Mapping):
             return Patterns(cast("Mapping[str, Any]", value))
@@ -171,27 +249,8 @@ class LoraConfig(Config):
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)
-        problems.rank("r", self.r)
-        problems.number("lora_alpha", self.lora_alpha)
-        problems.probability("lora_dropout", self.lora_dropout)
-        problems.one_of("bias", self.bias, BIASES)
-        problems.selection("target_modules", self.target_modules)
-        problems.selection("exclude_modules", self.exclude_modules)
-        problems.expressions("modules_to_save", self.modules_to_save)
-        problems.strings("target_parameters", self.target_parameters)
-        problems.integers("alora_invocation_tokens", self.alora_invocation_tokens)
-        problems.patterns("rank_pattern", self.rank_pattern)
-        problems.patterns("alpha_pattern", self.alpha_pattern)
-        problems.text("megatron_core", self.megatron_core)
-        problems.rank("qalora_group_size", self.qalora_group_size)
-        problems.flag("fan_in_fan_out", self.fan_in_fan_out, optional=True)
-        for name in ("use_rslora", "use_dora", "use_qalora", "lora_bias", "ensure_weight_tying"):
-            problems.flag(name, getattr(self, name))
-        for name in (*_SUBCONFIGS, "loftq_config"):
-            problems.mapping(name, getattr(self, name))
         self._check_init(problems)
         self._check_layers(problems)
-        problems.tokens("trainable_token_indices", self.trainable_token_indices)
         if self.use_dora and self.megatron_config:
             problems.add("use_dora", "false with a megatron_config", True, "unset one of them")
         if self.lora_bias and not isinstance(self.init_lora_weights, bool):
@@ -215,9 +274,7 @@ class LoraConfig(Config):
 
     def _check_layers(self, problems: Problems) -> None:
         layers = self.layers_to_transform
-        problems.layers("layers_to_transform", layers)
         pattern: object = self.layers_pattern
-        problems.expression_or_list("layers_pattern", pattern)
         if pattern and layers is None:
             way_out = "set layers_to_transform, or remove the pattern"
             problems.add("layers_pattern", "null if layers_to_transform is null", pattern, way_out)
@@ -226,4 +283,16 @@ class LoraConfig(Config):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
                     problems.add(name, "null if target_modules is a string", getattr(self, name), way_out)
-        problems.pairs("layer_replication", self.layer_replication)
+
+
+def _patterns(values: Mapping[str, _V], default: _V) -> dict[str, _V]:
+    """Return patterns for the names whose value is not the default."""
+    values_by_end: dict[str, set[_V]] = {}
+    for name, value in values.items():
+        values_by_end.setdefault(name.rpartition(".")[2], set()).add(value)
+    ends = {name: name.rpartition(".")[2] for name in sorted(values)}
+    return {
+        end if len(values_by_end[end]) == 1 else name: values[name]
+        for name, end in ends.items()
+        if values[name] != default
+    }

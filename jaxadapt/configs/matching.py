@@ -11,14 +11,12 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
-from jaxadapt.configs import Config, FrozenDict
-from jaxadapt.configs.name_patterns import PatternIndex
+from jaxadapt.configs import Config
 from jaxadapt.configs.validation import match
 from jaxadapt.core import suggest
 from jaxadapt.core.errors import TargetError
 
 _C = TypeVar("_C", bound=Config)
-_T = TypeVar("_T")
 
 ALL_LINEAR = "all-linear"
 
@@ -71,36 +69,6 @@ def is_parameter(config: Config, name: str) -> bool:
     return bool(entries) and (name in entries or _ends_in(name, entries))
 
 
-def find_pattern_value(patterns: Mapping[str, _T], name: str, default: _T) -> _T:
-    """Return the value of the first pattern that matches the module `name`; `default` if no pattern matches.
-
-    Used for `rank_pattern` and `alpha_pattern`. A pattern must match the whole name, or its end after a dot.
-
-    Raises:
-        ConfigError: a regular expression is invalid.
-
-    >>> find_pattern_value({"q_proj": 4, r"layers\\.\\d+\\.v_proj": 2}, "model.layers.7.v_proj", 8)
-    2
-    """
-    if not patterns:
-        return default
-    index = _index(patterns)
-    order = index.first(name)
-    # A key that does not match itself as an expression ("a+b") still applies to the module of exactly that name.
-    return patterns.get(name, default) if order is None else patterns[index.keys[order]]
-
-
-def matching_patterns(patterns: Mapping[str, Any], name: str) -> list[str]:
-    """Return all patterns that match the module `name`; the first one applies."""
-    index = _index(patterns)
-    keys = [index.keys[order] for order in index.matching(name)]
-    return [*keys, name] if name in patterns and name not in keys else keys
-
-
-def _index(patterns: Mapping[str, Any]) -> PatternIndex:
-    return patterns.index if isinstance(patterns, FrozenDict) else PatternIndex("rank_pattern", patterns)
-
-
 HEADS: Mapping[str, tuple[str, ...]] = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -124,30 +92,6 @@ def with_task_heads(config: _C) -> _C:
     return _replace_value(config, "modules_to_save", (*saved, *missing))
 
 
-_DEFAULTS: Mapping[str, Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
-    "LORA": {
-        "gpt2": (("c_attn",), ()),
-        "bert|roberta": (("query", "value"), ()),
-        "t5": (("q", "v"), ()),
-        "gpt_neo|gptj": (("q_proj", "v_proj"), ()),
-        r"llama(?!4)|mi[sx]tral|qwen(?!\d_moe)|gemma": (("q_proj", "v_proj"), ()),
-    },
-    "IA3": {
-        "gpt2": (("c_attn", "mlp.c_proj"), ("mlp.c_proj",)),
-        "bert|roberta": (("key", "value", "output.dense"), ("output.dense",)),
-        "gpt_neo": (("q_proj", "v_proj", "c_proj"), ("c_proj",)),
-        "gptj": (("q_proj", "v_proj", "fc_out"), ("fc_out",)),
-        # The keymap "llama" also serves Qwen2, which has other defaults in PEFT, so only numbered Llamas have one here.
-        r"llama[123]|mistral": (("k_proj", "v_proj", "down_proj"), ("down_proj",)),
-        r"qwen(?!\d_moe)|gemma": (("q_proj", "v_proj", "down_proj"), ("down_proj",)),
-    },
-}
-"""PEFT's default targets by method and model type, and (for IA3) the targets whose vector scales the inputs.
-
-PEFT has no defaults for GPT-OSS, DeepSeek, Qwen 3 MoE and the language model of Llama 4.
-"""
-
-
 def with_default_targets(config: _C, family: str) -> _C:
     """Set `target_modules` to PEFT's default for a model family, if the configuration names no targets.
 
@@ -157,12 +101,9 @@ def with_default_targets(config: _C, family: str) -> _C:
     """
     if config.get("target_modules") is not None:
         return config
-    for pattern, (names, inputs) in _DEFAULTS.get(config.peft_type, {}).items():
+    for pattern, values in config.default_targets.items():
         if re.search(rf"\b({pattern})", family):
-            changes: dict[str, Any] = {"target_modules": names}
-            if config.peft_type == "IA3" and config.get("feedforward_modules") is None:
-                changes["feedforward_modules"] = inputs
-            return config.replace(**changes)
+            return config.replace(**{name: value for name, value in values.items() if config.get(name) is None})
     return config
 
 

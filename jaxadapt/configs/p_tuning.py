@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from jaxadapt.configs.prompt import PromptLearningConfig
-from jaxadapt.configs.validation import Problems
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -32,17 +32,16 @@ class PromptEncoderConfig(PromptLearningConfig):
     """
 
     _type: ClassVar[str | None] = "P_TUNING"
+    checks: ClassVar[Mapping[str, Any]] = {
+        **PromptLearningConfig.checks,
+        "encoder_reparameterization_type": ("MLP", "LSTM"),
+        "encoder_hidden_size": "rank",
+        "encoder_num_layers": "rank",
+        "encoder_dropout": "probability",
+    }
 
     peft_type: str = "P_TUNING"
     encoder_reparameterization_type: str = "MLP"
     encoder_hidden_size: int | None = None
     encoder_num_layers: int = 2
     encoder_dropout: float = 0.0
-
-    def _check(self, problems: Problems) -> None:
-        super()._check(problems)
-        problems.one_of("encoder_reparameterization_type", self.encoder_reparameterization_type, ("MLP", "LSTM"))
-        if self.encoder_hidden_size is not None:
-            problems.rank("encoder_hidden_size", self.encoder_hidden_size)
-        problems.rank("encoder_num_layers", self.encoder_num_layers)
-        problems.probability("encoder_dropout", self.encoder_dropout)

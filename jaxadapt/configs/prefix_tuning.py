@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from jaxadapt.configs.prompt import PromptLearningConfig
-from jaxadapt.configs.validation import Problems
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -34,15 +34,13 @@ class PrefixTuningConfig(PromptLearningConfig):
 
     _type: ClassVar[str | None] = "PREFIX_TUNING"
     _sizes: ClassVar[tuple[str, ...]] = ("num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads")
+    checks: ClassVar[Mapping[str, Any]] = {
+        **PromptLearningConfig.checks,
+        "init_weights": ("zero",),
+        "encoder_hidden_size": "rank",
+    }
 
     peft_type: str = "PREFIX_TUNING"
     init_weights: str | None = None
     encoder_hidden_size: int | None = None
     prefix_projection: bool = False
-
-    def _check(self, problems: Problems) -> None:
-        super()._check(problems)
-        problems.one_of("init_weights", self.init_weights, ("zero",), optional=True)
-        problems.flag("prefix_projection", self.prefix_projection)
-        if self.encoder_hidden_size is not None:
-            problems.rank("encoder_hidden_size", self.encoder_hidden_size)

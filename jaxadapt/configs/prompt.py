@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from jaxadapt.configs.base import Config
+from jaxadapt.configs.method_config import MethodConfig
 from jaxadapt.configs.validation import Problems, is_int
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class PromptLearningConfig(Config):
+class PromptLearningConfig(MethodConfig):
     """The base class of the configurations whose adapter is a sequence of virtual tokens. Use one of its subclasses.
 
     `adapt` fills the sizes of the base that are None in, as PEFT does, if it can trace the model (`example=`).
@@ -27,6 +27,9 @@ class PromptLearningConfig(Config):
         modules_to_save: modules that are trained in full and saved beside the adapter, or None.
     """
 
+    checks: ClassVar[Mapping[str, Any]] = dict.fromkeys(
+        ("num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers"), "rank"
+    )
     # The size fields that the file must state. PEFT fills in the others from the base when it loads.
     _sizes: ClassVar[tuple[str, ...]] = ("num_virtual_tokens", "token_dim")
 
@@ -39,12 +42,8 @@ class PromptLearningConfig(Config):
 
     def _check(self, problems: Problems) -> None:
         super()._check(problems)
-        for name in ("num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers"):
-            if getattr(self, name) is not None:
-                problems.rank(name, getattr(self, name))
         if self.num_transformer_submodules not in (None, 1, 2):
             problems.add("num_transformer_submodules", "1, 2 or null", self.num_transformer_submodules)
-        problems.expressions("modules_to_save", self.modules_to_save)
         width, heads = self.token_dim, self.num_attention_heads
         if is_int(width) and is_int(heads) and width and heads and heads > 0 and width % heads:
             problems.add("token_dim", f"a multiple of num_attention_heads={heads}", width)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, cast
 
 from jaxadapt.configs.regex_cost import REPEAT, is_slow
@@ -22,6 +22,9 @@ TEMPLATES: Mapping[str, str] = {
     "rank_pattern": r"(.*\.)?({})$",
     "alpha_pattern": r"(.*\.)?({})$",
 }
+TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+BIASES = ("none", "all", "lora_only")
+
 _FULL_MATCH = ("target_modules", "exclude_modules", "feedforward_modules")  # these match the whole name
 
 LONGEST = 512
@@ -132,77 +135,15 @@ class Problems:
             raise ConfigError(f"{owner}: {lines[0]}")
         raise ConfigError("\n  ".join([f"{owner}: {len(lines)} problems", *lines]))
 
-    # One method per kind of value. Each takes the frozen value and adds a problem if it is of another kind.
+    def check(self, field: str, value: object) -> None:
+        """Add a problem if the frozen value of a field is of another kind than the field's; see `CHECKS`."""
+        if field in CHECKS:
+            CHECKS[field](self, field, value)
 
     def common(self, field: str, value: object) -> None:
         """Check a field that is read from any configuration, even if its class does not have the field."""
         if field in COMMON:
             COMMON[field](self, field, value)
-
-    def flag(self, field: str, value: object, *, optional: bool = False) -> None:
-        """Check a value that must be true or false."""
-        if not (isinstance(value, bool) or (optional and value is None)):
-            self.add(field, "true, false or null" if optional else "true or false", value)
-
-    def text(self, field: str, value: object) -> None:
-        """Check a value that must be a string or null."""
-        if value is not None and not isinstance(value, str):
-            self.add(field, "a string or null", value)
-
-    def mapping(self, field: str, value: object) -> None:
-        """Check a value that must be an object or null."""
-        if value is not None and not isinstance(value, Mapping):
-            self.add(field, "an object or null", value)
-
-    def rank(self, field: str, value: object) -> None:
-        """Check a value that must be a positive int."""
-        if is_int(value) and cast("int", value) > 0:
-            return
-        is_integral = isinstance(value, float) and value.is_integer() and value > 0
-        self.add(field, "a positive integer", value, f"write {int(cast('float', value))}" if is_integral else "")
-
-    def number(self, field: str, value: object) -> None:
-        """Check a value that must be a finite int or float."""
-        if not is_number(value):
-            self.add(field, "a finite number", value)
-
-    def probability(self, field: str, value: object) -> None:
-        """Check a value that must be a number in [0, 1)."""
-        if not (is_number(value) and 0 <= cast("float", value) < 1):
-            self.add(field, "a number in [0, 1)", value)
-
-    def one_of(self, field: str, value: object, known: Collection[str], *, optional: bool = False) -> None:
-        """Check a value that must be one of a few strings, or null if `optional`."""
-        if (value is None and optional) or (isinstance(value, str) and value in known):
-            return
-        names = ", ".join(f'"{name}"' for name in known)
-        self.add(field, f"one of {names}{' or null' if optional else ''}", value)
-
-    def strings(self, field: str, value: object) -> None:
-        """Check a value that must be a list of strings or null. (A single string would be read letter by letter.)"""
-        if value is None or is_strings(value):
-            return
-        way_out = f"write [{_show(value)}]" if isinstance(value, str) else ""
-        self.add(field, "a list of strings or null", value, way_out)
-
-    def integers(self, field: str, value: object) -> None:
-        """Check a value that must be a list of ints or null."""
-        if value is not None and not is_ints(value):
-            self.add(field, "a list of integers or null", value)
-
-    def layers(self, field: str, value: object) -> None:
-        """Check a value that must be an int, a list of ints or null."""
-        if not (value is None or is_int(value) or is_ints(value)):
-            self.add(field, "an integer, a list of integers, or null", value)
-
-    def selection(self, field: str, value: object) -> None:
-        """Check a value that must be a regular expression, a list of names, or null."""
-        if value is None or is_strings(value):
-            return
-        if isinstance(value, str):
-            self.pattern(field, value)
-        else:
-            self.add(field, "a regular expression (string), a list of names, or null", value)
 
     def pattern(self, field: str, value: str) -> None:
         """Check that a pattern is a valid regular expression where PEFT uses it."""
@@ -213,65 +154,71 @@ class Problems:
         except ConfigError as error:
             self.note(field, str(error))
 
-    def patterns(self, field: str, value: object) -> None:
-        """Check `rank_pattern` ({expression: positive int}) or `alpha_pattern` ({expression: finite number})."""
+
+Check = Callable[[Problems, str, Any], None]
+"""A function that adds a problem if the value of a field is of another kind than the function's."""
+
+
+def expects(expected: str, accepts: Callable[[Any], bool], way_out: Callable[[Any], str] = lambda _: "") -> Check:
+    """Return the check for values that a predicate accepts; `way_out` returns the advice for a wrong value."""
+
+    def check(problems: Problems, field: str, value: Any) -> None:
+        if not accepts(value):
+            problems.add(field, expected, value, way_out(value))
+
+    return check
+
+
+def one_of(*known: str, optional: bool = False) -> Check:
+    """Return the check for values that must be one of a few strings, or null if `optional`."""
+    names = ", ".join(f'"{name}"' for name in known)
+    values = {*known, None} if optional else set(known)
+    return expects(
+        f"one of {names}{' or null' if optional else ''}", lambda x: isinstance(x, str | None) and x in values
+    )
+
+
+def _patterns(item_check: Check) -> Check:
+    """Return the check for an object {expression: value} whose values have their own check."""
+
+    def check(problems: Problems, field: str, value: Any) -> None:
         if not isinstance(value, Mapping):
-            self.add(field, "an object (of patterns)", value, "write {}" if value is None else "")
+            problems.add(field, "an object (of patterns)", value, "write {}" if value is None else "")
             return
         for key, item in cast("Mapping[object, Any]", value).items():
-            if not isinstance(key, str):
-                return  # freezing has reported it
-            self.pattern(field, key)
-            if field == "rank_pattern":
-                self.rank(f"{field}[{key!r}]", item)
-            else:
-                self.number(f"{field}[{key!r}]", item)
+            if isinstance(key, str):  # freezing has reported other keys
+                problems.pattern(field, key)
+                item_check(problems, f"{field}[{key!r}]", item)
 
-    def expressions(self, field: str, value: object) -> None:
-        """Check a value that must be a list of regular expressions or null."""
-        self.strings(field, value)
-        for item in cast("tuple[str, ...]", value or ()) if field not in self else ():
-            self.pattern(field, item)
-
-    def expression_or_list(self, field: str, value: object) -> None:
-        """Check a value that must be a regular expression, a list of them, or null."""
-        self.pattern(field, value) if isinstance(value, str) else self.expressions(field, value)
-
-    def pairs(self, field: str, value: object) -> None:
-        """Check a value that must be a list of [start, end] pairs or null."""
-        if value is not None and not (
-            isinstance(value, tuple) and all(_is_pair(pair) for pair in cast("tuple[object, ...]", value))
-        ):
-            self.add(field, "a list of [start, end] pairs, or null", value)
-        elif value is not None:
-            count = sum(end - start for start, end in cast("tuple[tuple[int, int], ...]", value))
-            if count > _MAX_LAYERS:
-                self.add(field, f"pairs that make at most {_MAX_LAYERS} layers", count)
-
-    def tokens(self, field: str, value: object) -> None:
-        """Check a value that must be a list of ints, an object {module name: list of ints}, or null."""
-        if value is None or is_ints(value):
-            return
-        if not (isinstance(value, Mapping) and all(map(is_ints, cast("Mapping[str, object]", value).values()))):
-            self.add(field, "a list of integers, an object of module name -> list of integers, or null", value)
+    return check
 
 
-COMMON: Mapping[str, Callable[[Problems, str, object], None]] = {
-    "target_modules": Problems.selection,
-    "exclude_modules": Problems.selection,
-    "feedforward_modules": Problems.selection,
-    "modules_to_save": Problems.expressions,
-    "target_parameters": Problems.strings,
-    "layers_to_transform": Problems.layers,
-    "layers_pattern": Problems.expression_or_list,
-    "layer_replication": Problems.pairs,
-    "trainable_token_indices": Problems.tokens,
-    "alora_invocation_tokens": Problems.integers,
-    "rank_pattern": Problems.mapping,  # AdaLoRA's values are lists
-    "alpha_pattern": Problems.mapping,
-    "bias": Problems.text,
-}
-"""The check of each field whose configuration class has no check of its own."""
+def _selection(problems: Problems, field: str, value: Any) -> None:
+    """Check a value that must be a regular expression, a list of names, or null."""
+    if isinstance(value, str):
+        problems.pattern(field, value)
+    elif value is not None and not is_strings(value):
+        problems.add(field, "a regular expression (string), a list of names, or null", value)
+
+
+def _expressions(problems: Problems, field: str, value: Any) -> None:
+    """Check a value that must be a list of regular expressions or null."""
+    _strings(problems, field, value)
+    for item in value or () if field not in problems else ():
+        problems.pattern(field, item)
+
+
+def _expression_or_list(problems: Problems, field: str, value: Any) -> None:
+    """Check a value that must be a regular expression, a list of them, or null."""
+    problems.pattern(field, value) if isinstance(value, str) else _expressions(problems, field, value)
+
+
+def _layer_pairs(problems: Problems, field: str, value: Any) -> None:
+    """Check a value that must be a list of [start, end] pairs or null."""
+    if value is not None and not (isinstance(value, tuple) and all(map(_is_pair, cast("tuple[object, ...]", value)))):
+        problems.add(field, "a list of [start, end] pairs, or null", value)
+    elif (count := sum(end - start for start, end in value or ())) > _MAX_LAYERS:
+        problems.add(field, f"pairs that make at most {_MAX_LAYERS} layers", count)
 
 
 def _is_pair(value: object) -> bool:
@@ -279,6 +226,83 @@ def _is_pair(value: object) -> bool:
     if not is_ints(value) or len(pair := cast("tuple[int, ...]", value)) != 2:
         return False
     return 0 <= pair[0] < pair[1]
+
+
+def _is_tokens(value: Any) -> bool:
+    return (
+        value is None
+        or is_ints(value)
+        or (isinstance(value, Mapping) and all(map(is_ints, cast("Any", value).values())))
+    )
+
+
+_flag = expects("true or false", lambda x: isinstance(x, bool))
+_text = expects("a string or null", lambda x: isinstance(x, str | None))
+_object = expects("an object or null", lambda x: x is None or isinstance(x, Mapping))
+_number = expects("a finite number", is_number)
+_rank = expects(
+    "a positive integer",
+    lambda x: is_int(x) and x > 0,
+    lambda x: f"write {int(x)}" if isinstance(x, float) and x.is_integer() and x > 0 else "",
+)
+_strings = expects(  # a single string would be read letter by letter
+    "a list of strings or null",
+    lambda x: x is None or is_strings(x),
+    lambda x: f"write [{_show(x)}]" if isinstance(x, str) else "",
+)
+_ints = expects("a list of integers or null", lambda x: x is None or is_ints(x))
+
+CHECKS: Mapping[str, Check] = {
+    "task_type": one_of(*TASK_TYPES, optional=True),
+    "auto_mapping": _object,
+    **dict.fromkeys(("peft_version", "base_model_name_or_path", "revision", "megatron_core"), _text),
+    "inference_mode": _flag,
+    "r": _rank,
+    "lora_alpha": _number,
+    "lora_dropout": expects("a number in [0, 1)", lambda x: is_number(x) and 0 <= x < 1),
+    "bias": one_of(*BIASES),
+    **dict.fromkeys(("target_modules", "exclude_modules", "feedforward_modules"), _selection),
+    "modules_to_save": _expressions,
+    "target_parameters": _strings,
+    "alora_invocation_tokens": _ints,
+    "rank_pattern": _patterns(_rank),
+    "alpha_pattern": _patterns(_number),
+    "qalora_group_size": _rank,
+    "fan_in_fan_out": expects("true, false or null", lambda x: isinstance(x, bool | None)),
+    **dict.fromkeys(
+        ("use_rslora", "use_dora", "use_qalora", "lora_bias", "ensure_weight_tying", "init_ia3_weights"), _flag
+    ),
+    # Settings of variants: each is an object or null (in PEFT a dataclass of its own).
+    **dict.fromkeys(
+        ("megatron_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "monteclora_config"),
+        _object,
+    ),
+    **dict.fromkeys(("use_bdlora", "arrow_config", "kasa_config", "loftq_config"), _object),
+    "layers_to_transform": expects(
+        "an integer, a list of integers, or null", lambda x: x is None or is_int(x) or is_ints(x)
+    ),
+    "layers_pattern": _expression_or_list,
+    "layer_replication": _layer_pairs,
+    "trainable_token_indices": expects(
+        "a list of integers, an object of module name -> list of integers, or null", _is_tokens
+    ),
+}
+"""The check of each field; a field has the same kind in all configuration classes."""
+
+COMMON: Mapping[str, Check] = {
+    **{
+        name: CHECKS[name]
+        for name in (
+            "target_modules", "exclude_modules", "feedforward_modules", "modules_to_save", "target_parameters",
+            "layers_to_transform", "layers_pattern", "layer_replication", "trainable_token_indices",
+            "alora_invocation_tokens",
+        )
+    },
+    "rank_pattern": _object,  # AdaLoRA's values are lists
+    "alpha_pattern": _object,
+    "bias": _text,
+}  # fmt: skip
+"""The checks of the fields that are read from any configuration, also one of a class without these fields."""
 
 
 def _show(value: object) -> str:

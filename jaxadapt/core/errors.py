@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Iterable
 
 _PACKAGE = __file__.removesuffix("core/errors.py")
 
@@ -51,6 +52,43 @@ class TargetError(AdapterError):
 
 class AttachError(AdapterError):
     """A layer cannot carry the adapter exactly, or a tree carries no (or another) adapter."""
+
+
+def bullets(items: Iterable[str], limit: int = 8) -> str:
+    """Return up to `limit` items for an error message, one indented line each.
+
+    >>> print(bullets(["a", "b"], limit=1))
+      a
+      … and 1 more
+    """
+    lines = list(items)
+    text = [f"  {line}" for line in lines[:limit]]
+    if len(lines) > limit:
+        text.append(f"  … and {len(lines) - limit} more")
+    return "\n".join(text)
+
+
+def raise_listed(
+    error: type[AdapterError], message: str, items: Iterable[str], advice: str = "", limit: int = 8
+) -> None:
+    """Raise one error that lists all items, the problems of one kind; do nothing if there are none.
+
+    Args:
+        error: the class of the error.
+        message: the first line: what failed, and why.
+        items: the problems, or the names of what they concern.
+        advice: text for the end of the message, with its own line break.
+        limit: the number of items to list.
+
+    >>> raise_listed(MismatchError, "cannot merge: these weights are missing:", ["q.kernel"])
+    Traceback (most recent call last):
+    ...
+    jaxadapt.core.errors.MismatchError: cannot merge: these weights are missing:
+      q.kernel
+    """
+    lines = list(items)
+    if lines:
+        raise error(f"{message}\n{bullets(lines, limit)}{advice}")
 
 
 def warn(message: str) -> None:

@@ -24,7 +24,7 @@ def lazy_names(package: str) -> tuple[Callable[[str], Any], Callable[[], list[st
     >>> "LoraConfig" in public, load("LoraConfig").__name__
     (True, 'LoraConfig')
     """
-    homes = _typed_imports(package)
+    homes = typed_imports(package)
     public = sorted(homes)
 
     def load(name: str) -> Any:
@@ -60,14 +60,20 @@ def _explain(name: str, public: list[str]) -> str:
     return f"; did you mean {similar!r}?" if similar else ""
 
 
-def _typed_imports(package: str) -> dict[str, tuple[str, str]]:
-    """Return {name: (module, name there)} of the imports in a package's `if TYPE_CHECKING:` block."""
+def typed_imports(package: str) -> dict[str, tuple[str, str]]:
+    """Return {name: (module, name there)} of the imports in a module's `if TYPE_CHECKING:` block.
+
+    `from module import *` stands for the imports in that module's block.
+    """
     spec = sys.modules[package].__spec__
     loader: Any = spec.loader if spec else None
     homes: dict[str, tuple[str, str]] = {}
     for node in ast.parse(loader.get_source(package)).body:
         if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
             for statement in node.body:
-                if isinstance(statement, ast.ImportFrom) and statement.module:
+                if isinstance(statement, ast.ImportFrom) and statement.module and statement.names[0].name == "*":
+                    importlib.import_module(statement.module)
+                    homes |= typed_imports(statement.module)
+                elif isinstance(statement, ast.ImportFrom) and statement.module:
                     homes |= {a.asname or a.name: (statement.module, a.name) for a in statement.names}
     return homes

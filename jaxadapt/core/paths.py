@@ -6,10 +6,11 @@ give the same leaf the same path. `flatten` raises if two leaves would share one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxadapt.core.errors import AdapterError
+from jaxadapt.core.errors import bullets as bullets
 
 SEPARATOR = "."
 
@@ -86,17 +87,3 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(leaf, dict):
             leaves.add(id(leaf))  # pyright: ignore[reportUnknownArgumentType]
     return out
-
-
-def bullets(items: Iterable[str], limit: int = 8) -> str:
-    """Return up to `limit` items for an error message, one indented line each.
-
-    >>> print(bullets(["a", "b"], limit=1))
-      a
-      … and 1 more
-    """
-    lines = list(items)
-    text = [f"  {line}" for line in lines[:limit]]
-    if len(lines) > limit:
-        text.append(f"  … and {len(lines) - limit} more")
-    return "\n".join(text)

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from jaxadapt.core import paths
+from jaxadapt.core.compare import Spec, compare, shapes_of
 from jaxadapt.core.errors import ConfigError, MismatchError
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -206,14 +208,9 @@ def make_leaves(config: LlamaConfig, weights: Mapping[str, Tensor]) -> Iterator[
         head, table = given["lm_head.weight"], given["model.embed_tokens.weight"]
         if np.array_equal(np.asarray(head), np.asarray(table)):
             del given["lm_head.weight"]
-    problems = [f"{name}: missing" for name in expected if name not in given]
-    for name, array in given.items():
-        if name not in expected:
-            problems.append(f"{name}: unexpected, shape {tuple(array.shape)}")
-        elif tuple(array.shape) != expected[name]:
-            problems.append(f"{name}: expected shape {expected[name]}, found {tuple(array.shape)}")
-    if problems:
-        raise MismatchError("the weights do not fit this LlamaConfig:\n  " + "\n  ".join(problems))
+    findings = compare({name: Spec(shape) for name, shape in expected.items()}, shapes_of(given))
+    if findings:
+        raise MismatchError("the weights do not fit this LlamaConfig:\n" + paths.bullets(map(str, findings), 64))
 
     sources: dict[str, list[str]] = {}
     for name in expected:  # in this order, so that layers are stacked by number

@@ -11,6 +11,7 @@ from flax import nnx
 
 from jaxadapt.core.errors import MismatchError
 from jaxadapt.demo.llama import LlamaConfig, Tensor, make_leaves, mask_of, rms_norm, rope_at, rope_tables, rotate
+from jaxadapt.models.nnx.params import SharedParam
 from jaxadapt.models.prompt.attention import attention
 
 Rope = tuple[jax.Array, jax.Array]
@@ -92,8 +93,9 @@ class LlamaModel(nnx.Module):
 
     def _axes(self) -> nnx.StateAxes:
         # Parameters (also adapters) are stacked along scan_axis. Other variables of a layer, such as the keys of an
-        # adapter's dropout, may have no second axis, so they are stacked along axis 0.
-        return nnx.StateAxes({nnx.Param: self.config.scan_axis, ...: 0})
+        # adapter's dropout, may have no second axis, so they are stacked along axis 0. Tensors that belong to a whole
+        # adapter are not stacked.
+        return nnx.StateAxes({SharedParam: None, nnx.Param: self.config.scan_axis, ...: 0})
 
     def __call__(
         self,

@@ -24,10 +24,10 @@ from jaxadapt.export.base_leaves import collect_base_leaves, leaf_shapes
 from jaxadapt.keymaps import expert_names, parts, plan
 from jaxadapt.keymaps.keymap import KeyMap, warn_unproved
 from jaxadapt.merging import base_merge
-from jaxadapt.models.nnx import attach, survey
-from jaxadapt.persistence import folder
+from jaxadapt.models.carriers import carrier
+from jaxadapt.models.nnx import graph
 from jaxadapt.persistence.encode import require_values
-from jaxadapt.storage import hf_model, location
+from jaxadapt.storage import flush, hf_model, location
 from jaxadapt.storage.dtypes import dtype_name, numpy_dtype
 from jaxadapt.storage.location import Location
 
@@ -90,19 +90,21 @@ def export_base(
     _check_ties(target, resolved, base_plan, leaves, changed)
     specs: Specs = {}
     part_keys = parts.group_by_file_key(base_plan.keys)
-    for key, group in sorted(part_keys.items(), key=lambda item: survey.natural_key(item[0])):
+    for key, group in sorted(part_keys.items(), key=lambda item: graph.natural_key(item[0])):
         entry, _ = base_plan.keys[group[0]]
         name = dtype_name(file_dtype or leaves[entry.path].dtype)
         specs[key] = name, parts.joined_shape(group, entry.form.file_shape)
     if not specs:
         raise MismatchError(f"{target}: cannot export the model: it has no weights")
-    folder.make_folder(target)
+    flush.make_folder(target)
     encode = _make_encoder(base_plan, leaves, changed, file_dtype)
     total = sum(math.prod(shape) * numpy_dtype(name).itemsize for name, shape in specs.values())
-    specs, sources = _split_experts(resolved, specs) if resolved.single else (specs, {key: (key, ()) for key in specs})
+    specs, sources = (
+        _split_experts(resolved, specs) if resolved.per_expert else (specs, {key: (key, ()) for key in specs})
+    )
 
     # The gate, up and down tensors of an expert come from the same two fused tensors.
-    @functools.lru_cache(maxsize=2 if resolved.single else 0)
+    @functools.lru_cache(maxsize=2 if resolved.per_expert else 0)
     def join(key: str) -> Any:
         return parts.join_parts([encode(part) for part in part_keys[key]], part_keys[key], np)
 
@@ -147,13 +149,7 @@ def _split_experts(keymap: KeyMap, specs: Specs) -> tuple[Specs, dict[str, tuple
 
 def _refuse_statistics(params: Any, leaves: Mapping[str, Any]) -> None:
     """Raise `KeyMapError` for statistics of batch normalization that the export would omit."""
-    if isinstance(params, attach.nnx.Module):
-        omitted = [
-            p for p, v in survey.layer_state(params).items() if isinstance(v, attach.nnx.BatchStat) and p not in leaves
-        ]
-    else:
-        statistics = params.get("batch_stats", {}) if isinstance(params, Mapping) and "params" in params else {}
-        omitted = [f"batch_stats.{path}" for path in paths.flatten(statistics)]
+    omitted = [path for path in carrier(params).statistics() if path not in leaves]
     if omitted:
         raise KeyMapError(
             "cannot export statistics of batch normalization: the keymap has no entry for them. For an NNX model, add"

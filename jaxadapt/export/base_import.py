@@ -24,10 +24,11 @@ from jaxadapt.keymaps import check, expert_names, families, parts, plan
 from jaxadapt.keymaps.generic import GENERIC, keymap_from_paths
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.merging import base_merge
-from jaxadapt.models import base_params, planning
-from jaxadapt.models.nnx import attach, survey
+from jaxadapt.models.carriers import carrier
+from jaxadapt.models.nnx import survey
 from jaxadapt.persistence import device_arrays
 from jaxadapt.storage import hf_model, location
+from jaxadapt.storage.source import TensorSource, cut, rename, stack
 
 
 def import_base(
@@ -75,18 +76,18 @@ def import_base(
     leaves, resolved = collect_base_leaves(target, keymap, allow_generic=True)
     shapes = leaf_shapes(leaves)
     if adapter is not None:  # raise before anything is read if the adapter does not fit
-        base_merge.plan_merge(base_merge.mergeable_leaves(planning.base_params(target), adapter), adapter)
+        base_merge.plan_merge(base_merge.mergeable_leaves(carrier(target).params, adapter), adapter)
     with hf_model.open_model(location.to_location(path)) as tensors:
         hf_model.refuse_packed(tensors)
         resolved = resolved.spelling_for(tensors, shapes)
         if keymap in (None, "auto", GENERIC.name):
             resolved = _with_path_names(resolved, target, shapes, tensors, tensors.source)
-        if resolved.each:
-            tensors = tensors.with_stacks(*expert_names.expert_rows(resolved, tensors, tensors.source))
+        if resolved.expert_modules:
+            tensors = stack(tensors, *expert_names.expert_rows(resolved, tensors, tensors.source))
         known = shapes if strict else {p: s for p, s in shapes.items() if resolved.match(p) is not None}
         base_plan = plan.base_plan(resolved, known)
         file_shapes = {key: tuple(spec.shape) for key, spec in tensors.specs.items()}
-        tensors = tensors.with_parts(parts.locate_parts(file_shapes, base_plan.keys))
+        tensors = cut(tensors, parts.locate_parts(file_shapes, base_plan.keys))
         sources = _find_sources(tensors, resolved, base_plan, strict, lambda: _describe_nearest(resolved, shapes))
         entries = [e for e in base_plan.entries if all(key in sources for key in e.keys)]
         unfilled = {e.path for e in base_plan.entries} - {e.path for e in entries} | (shapes.keys() - known.keys())
@@ -102,8 +103,8 @@ def import_base(
                 f" {', '.join(sorted(unfilled))}"
             )
         with reporter(progress) as report:
-            shardings = planning.target_base(target).shardings
-            new = _load_leaves(entries, tensors.with_names(sources), leaves, shardings, report)
+            shardings = carrier(target).base().shardings
+            new = _load_leaves(entries, rename(tensors, sources), leaves, shardings, report)
     if adapter is not None:
         changed = base_merge.plan_merge({**leaves, **new}, adapter)
         if not allow_nan:
@@ -111,9 +112,7 @@ def import_base(
         for leaf in list(changed):
             new[leaf] = changed.pop(leaf).value(donate=leaf in new)
     LOGGER.info("%s: %d weights read with the keymap %s", tensors.source, len(new), resolved.name)
-    base = planning.base_params(target)
-    filled = base_params.replace_leaves(base, new)
-    return filled if base is target else {**target, "params": filled}
+    return carrier(target).replace(new)
 
 
 def _describe_nearest(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> str:
@@ -121,7 +120,7 @@ def _describe_nearest(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> 
 
 
 def _find_sources(
-    tensors: hf_model.ModelTensors,
+    tensors: TensorSource,
     keymap: KeyMap,
     base_plan: plan.Plan,
     strict: bool,
@@ -177,7 +176,7 @@ def _find_sources(
 
 def _load_leaves(
     entries: Sequence[plan.PlanEntry],
-    tensors: hf_model.ModelTensors,
+    tensors: TensorSource,
     leaves: Mapping[str, Any],
     base_shardings: Mapping[str, Any],
     report: Report,
@@ -200,8 +199,8 @@ def _with_path_names(
 ) -> KeyMap:
     """Add entries to the keymap for unmatched leaves whose own paths are names in the file."""
     rest = {path: shape for path, shape in shapes.items() if keymap is GENERIC or keymap.match(path) is None}
-    owners = survey.base_leaves(target) if isinstance(target, attach.nnx.Module) else {}
-    owners = {path: owner for path, owner in owners.items() if path in rest}
+    walk = carrier(target).walk()
+    owners = {} if walk is None else {path: owner for path, owner in walk.leaves.items() if path in rest}
     entries = survey.class_entries(owners, KeyMap(GENERIC.name, ()))
     by_path, ambiguous = keymap_from_paths(rest, entries, survey.custom_leaves(owners, owners))
     added = [entry for entry in by_path.weights if entry.key in file_keys]

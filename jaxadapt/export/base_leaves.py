@@ -11,8 +11,8 @@ from jaxadapt.core.errors import AttachError, KeyMapError
 from jaxadapt.keymaps import families
 from jaxadapt.keymaps.generic import GENERIC
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.models import base_params, planning
-from jaxadapt.models.nnx import attach, survey
+from jaxadapt.models.carriers import carrier
+from jaxadapt.models.nnx import graph, survey
 
 
 def collect_base_leaves(
@@ -23,9 +23,10 @@ def collect_base_leaves(
     Raise `KeyMapError` if no family's keymap fits, unless `allow_generic`. Of an NNX model, state that is not a
     parameter is included if the keymap has an entry for it (for example the bias of MaxText's routers).
     """
-    leaves = base_params.base_leaves(planning.base_params(params))
-    loose = survey.walk_model(params).unowned if isinstance(params, attach.nnx.Module) else {}
-    if loose:
+    held = carrier(params)
+    leaves = held.leaves()
+    walk = held.walk()
+    if walk is not None and (loose := walk.unowned):
         raise AttachError(
             "cannot collect all parameters: some are not direct attributes of an nnx.Module (for example inside a"
             " dict). Store each in a module, or pass the parameters as a tree of arrays:\n" + paths.bullets(loose)
@@ -39,9 +40,9 @@ def collect_base_leaves(
     resolved = families.resolve_keymap(keymap, leaf_shapes(leaves))
     if resolved is GENERIC and not allow_generic:
         raise unknown_names_error(leaf_shapes(leaves))
-    if isinstance(params, attach.nnx.Module):
+    if walk is not None:
         state = {path: var.get_value() for path, var in survey.layer_state(params).items() if resolved.match(path)}
-        leaves = dict(sorted({**leaves, **state}.items(), key=lambda item: survey.natural_key(item[0])))
+        leaves = dict(sorted({**leaves, **state}.items(), key=lambda item: graph.natural_key(item[0])))
     return leaves, resolved
 
 

@@ -77,7 +77,8 @@ def convert(
             in its header are read.
         sizes: in place of `like`, the sizes of ambiguous axes by their letters in the family's entries.
         on_shared: as in `load`; the rank grows as needed.
-        format: "orbax" writes an Orbax checkpoint with PyTorch's names in place of a folder; any model can load it.
+        format: "bin" writes a folder with PyTorch's adapter_model.bin; "orbax" an Orbax checkpoint with PyTorch's names
+            in place of a folder, which any model can load.
         progress: as in `read` and `write`, for folders.
 
     Raises:
@@ -87,19 +88,19 @@ def convert(
     trees = [location.to_location(path).suffix == ".safetensors" for path in (source, target)]
     if not any(trees) and (like is not None or sizes):
         raise ConfigError("--like and --axis need a tree (a file ending in .safetensors) as source or target")
-    if format not in ("safetensors", "orbax") or (trees[1] and format == "orbax"):
-        raise ConfigError(f"--format {format}: expected safetensors, or orbax with a folder as the target")
+    if format not in ("safetensors", "bin", "orbax") or (trees[1] and format != "safetensors"):
+        raise ConfigError(f"--format {format}: expected safetensors, or bin or orbax with a folder as the target")
     tensors = _read(source, from_keymap, lora_alpha, None if trees[1] else like, sizes or {}, progress, on_shared)
     if not trees[1]:
         respell = from_keymap is not None and to_keymap is not None and not trees[0]
         keymaps = [families.resolve_keymap(keymap, {}) for keymap in (from_keymap, to_keymap)] if respell else []
-        converts_experts = respell and keymaps[0].single != keymaps[1].single
+        converts_experts = respell and keymaps[0].per_expert != keymaps[1].per_expert
         if dialect is not None or (on_shared is not None and not trees[0] and not converts_experts):
-            raise ConfigError("--dialect and --concat need a tree (a file ending in .safetensors)")
-        if converts_experts and keymaps[1].single:
+            raise ConfigError("--dialect and --on-shared need a tree (a file ending in .safetensors)")
+        if converts_experts and keymaps[1].per_expert:
             tensors = PeftTensors(*experts.split_experts(tensors.config, tensors.tensors, keymaps[1]), tensors.source)
         elif converts_experts:
-            tensors = experts.fuse_experts(tensors, keymaps[0], on_shared, "convert(source, target", parts=False)
+            tensors = experts.fuse_experts(tensors, keymaps[0], on_shared, parts=False)
         elif respell:
             tensors = _respell(tensors, *keymaps)
         elif to_keymap is not None:
@@ -109,7 +110,7 @@ def convert(
         if format == "orbax":
             orbax_folder.write(_with_pytorch_names(tensors), target, alone=True)
         else:
-            folder.write(tensors, target, progress=progress)
+            folder.write(tensors, target, format=format, progress=progress)
         return ConvertedFile(str(target), len(tensors.tensors), None, config.r, config.lora_alpha)
     if to_keymap is None:
         raise ConfigError("a target tree needs its family: pass --to, for example --to tunix:qwen3")
@@ -151,8 +152,8 @@ def _read(
     if tree is None:
         raise FileError(f"{path}: {foreign.describe_unknown(leaves).strip()}")
     tree = dataclasses.replace(tree, base={**tree.base, **_base_shapes(like, tree.dialect)}, sizes=sizes)
-    config, _, tensors = foreign.tree_to_peft(tree, None, keymap, lora_alpha, "convert(source, target", None, on_shared)
-    return PeftTensors(config, tensors, str(path))
+    tensors, _ = foreign.tree_to_peft(tree, None, keymap, lora_alpha, None, on_shared)
+    return dataclasses.replace(tensors, source=str(path))
 
 
 def _read_note(path: Location) -> dict[str, Any]:
@@ -236,7 +237,7 @@ def _write_tree(
     layer_keymap, layer_tensors = keymap, tensors
     if tensors.config.get("target_parameters") or experts.may_have_experts(tensors.tensors):
         layer_keymap = experts.per_expert_keymap(keymap)
-        fused = experts.fuse_experts(tensors, keymap, on_shared, "convert(source, target")
+        fused = experts.fuse_experts(tensors, keymap, on_shared)
         layer_tensors = PeftTensors(
             *experts.split_experts(fused.config, fused.tensors, layer_keymap, keymap), tensors.source
         )
@@ -259,9 +260,14 @@ def _write_tree(
     scale = config.lora_alpha / config.r
     alpha = None if dialect.unscaled else scale * rank
     tree = foreign.fill_tree(
-        blank_tree(rank), config, tensors.tensors, keymap=keymap, lora_alpha=alpha, on_shared=on_shared,
-        source=tensors.source, call="convert(source, target",
-    )  # fmt: skip
+        blank_tree(rank),
+        config,
+        tensors.tensors,
+        keymap=keymap,
+        lora_alpha=alpha,
+        on_shared=on_shared,
+        source=tensors.source,
+    )
     arrays = {p: np.asarray(x) for p, x in tree.items()}
     note = {NOTE: json.dumps({"dialect": dialect.name, "keymap": keymap.name, "lora_alpha": alpha})}
     specs = {p: (x.dtype, x.shape) for p, x in arrays.items()}

@@ -24,10 +24,11 @@ from jaxadapt.keymaps import pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.merging import base_merge, combination, rank_reduction
 from jaxadapt.persistence import folder, peft
-from jaxadapt.storage import atomic, hf_model, location
+from jaxadapt.storage import atomic, flush, hf_model, location
 from jaxadapt.storage.dtypes import dtype_name, numpy_dtype
 from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Location
+from jaxadapt.storage.source import TensorSource
 
 _COPIED_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 """Suffixes of a model's other files: configuration, tokenizer, chat template."""
@@ -125,7 +126,7 @@ def merge_folder(
 
         read = get if allow_nan else finite.check_while_reading(get, len(file_specs), not_finite_error)
         other_files = _read_other_files(source, None if file_dtype is None else file_dtype.name, untied.is_untied)
-        folder.make_folder(target)
+        flush.make_folder(target)
         hf_model.write_model(target, file_specs, read, max_shard_size)
         for name, data in other_files.items():
             atomic.write_bytes(target / name, data)
@@ -219,7 +220,7 @@ def _is_float(spec: Any) -> bool:
     return jax.numpy.issubdtype(spec.dtype, jax.numpy.floating)
 
 
-def _repeated_weights(tensors: PeftTensors, base: hf_model.ModelTensors, keymap: KeyMap) -> dict[str, Any]:
+def _repeated_weights(tensors: PeftTensors, base: TensorSource, keymap: KeyMap) -> dict[str, Any]:
     """Return the base weights that the adapter's file also contains, such as its token embedding and head."""
     names = {key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".") for key in tensors.tensors}
     return {key: base[key] for key in base if (match := keymap.match(key)) and ".".join(match.parameter({})) in names}

@@ -19,8 +19,9 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import FormatError, MismatchError
 from jaxadapt.keymaps import families, pytorch
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
-from jaxadapt.storage import hf_model, local_files
+from jaxadapt.storage import local_files
 from jaxadapt.storage.location import Location
+from jaxadapt.storage.source import TensorSource, rename
 
 FIELD = "tie_word_embeddings"
 """The field of config.json that ties the head to the embedding."""
@@ -100,12 +101,12 @@ class UntiedBase:
         is_untied: True if the head has a separate tensor, so that config.json must not tie it.
     """
 
-    tensors: hf_model.ModelTensors
+    tensors: TensorSource
     tied: Pairs = ()
     is_untied: bool = False
 
 
-def untie_base(base_tensors: hf_model.ModelTensors, path: Location, adapter: PeftTensors) -> UntiedBase:
+def untie_base(base_tensors: TensorSource, path: Location, adapter: PeftTensors) -> UntiedBase:
     """Return the tensors of a model's folder, with a separate head if the adapter changes only the head or embedding.
 
     Args:
@@ -173,7 +174,7 @@ def untie_base(base_tensors: hf_model.ModelTensors, path: Location, adapter: Pef
         if tied is None and equal:
             raise ambiguous
         duplicates = {file_keys[head] for head, _ in equal}
-        tensors = base_tensors.with_names({key: key for key in base_tensors if key not in duplicates})
+        tensors = rename(base_tensors, {key: key for key in base_tensors if key not in duplicates})
         return UntiedBase(tensors, (*without_head, *equal))
     if len(pairs) > 1:
         raise MismatchError(
@@ -194,7 +195,7 @@ def untie_base(base_tensors: hf_model.ModelTensors, path: Location, adapter: Pef
         return UntiedBase(base_tensors)
     all_names = {name: leaf for leaf, name in names.items()}
     all_names |= {first: file_keys[second] for first, second in without_head}
-    return UntiedBase(base_tensors.with_names(all_names), is_untied=True)
+    return UntiedBase(rename(base_tensors, all_names), is_untied=True)
 
 
 def resolve_untied_config(config: Config, base: UntiedBase) -> Config:
@@ -251,7 +252,7 @@ def _is_headless(path: Location) -> bool:
     )
 
 
-def bitwise_same(base_tensors: hf_model.ModelTensors, a: str, b: str) -> bool:
+def bitwise_same(base_tensors: TensorSource, a: str, b: str) -> bool:
     """Return True if two tensors are equal bit for bit."""
     x, y = base_tensors[a], base_tensors[b]
     return x.dtype == y.dtype and x.shape == y.shape and bool((x.view("uint8") == y.view("uint8")).all())

@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 
 from jaxadapt.adapters import sites
-from jaxadapt.configs import LoraConfig, matching
-from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, ConfigError
+from jaxadapt.configs import LoraConfig
+from jaxadapt.core.errors import AttachError, ConfigError, raise_listed
 from jaxadapt.initializers.statistics import Components, Observer, Statistic, moments, split_layers, stack_layers
 
 _LIMIT = 1000  # batches; PEFT has no limit
@@ -57,9 +56,7 @@ def find_components(
     if not batches:
         raise AttachError("EVA needs at least one batch: batches= is empty")
     tokens = mask or (lambda batch: _token_mask(batch, settings))
-    wanted = {
-        m: matching.find_pattern_value(config.rank_pattern, m, config.r) for b in adapter_sites for m in b.modules
-    }
+    wanted = {m: config.rank_of(m) for b in adapter_sites for m in b.modules}
     seen = watch(adapter_sites, {b.leaf: Statistic(moments, 3) for b in adapter_sites})(
         {}, batches[0], tokens(batches[0])
     )
@@ -70,9 +67,11 @@ def find_components(
     places = {m: (site, layer) for site in adapter_sites for m, layer in site.layers.items()}
     group_sites = [b for b in adapter_sites if not groups.keys().isdisjoint(b.modules)]
     k = {b.leaf: max(most[m] for m in b.modules) for b in group_sites}
-    too_many = [f"{b.leaf}: {k[b.leaf]} components of {b.fan_in} inputs" for b in group_sites if k[b.leaf] > b.fan_in]
-    if too_many:
-        raise ConfigError("r * rho exceeds the inputs of these layers; lower r or rho:\n" + paths.bullets(too_many))
+    raise_listed(
+        ConfigError,
+        "r * rho exceeds the inputs of these layers; lower r or rho:",
+        [f"{b.leaf}: {k[b.leaf]} components of {b.fan_in} inputs" for b in group_sites if k[b.leaf] > b.fan_in],
+    )
     observe = watch(group_sites, {b.leaf: Statistic(Components(k[b.leaf]), k[b.leaf] + 4) for b in group_sites})
     states = {b.leaf: np.zeros((_count_layers(b), k[b.leaf] + 4, b.fan_in), "float32") for b in group_sites}
     converged = {m: np.zeros(most[m], bool) for m in groups}
@@ -186,9 +185,7 @@ def redistribute_ranks(config: LoraConfig, rows_by_module: Mapping[str, np.ndarr
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for module, rows in rows_by_module.items():
-        r = matching.find_pattern_value(config.rank_pattern, module, config.r)
-        alpha = matching.find_pattern_value(config.alpha_pattern, module, config.lora_alpha)
-        new = len(rows)
+        r, alpha, new = config.rank_of(module), config.alpha_of(module), len(rows)
         if new == 0:
             continue
         if new != r and settings.adjust_scaling_factors:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,13 +13,14 @@ from jaxadapt.arrays.layout import RANK, FileLayout
 from jaxadapt.configs import LoraConfig, lora_variants
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError, MismatchError
-from jaxadapt.initializers.initialize import Initialization, init_kind
-from jaxadapt.models import attachment
+from jaxadapt.initializers.initialize import Initialization
+from jaxadapt.initializers.kinds import init_kind
+from jaxadapt.models.carriers import DEFAULT, lora_carrier
 
 Array = Any
 
 
-def for_original_base(trained: Any, first: Adapter, name: str = attachment.DEFAULT) -> Adapter:
+def for_original_base(trained: Any, first: Adapter, name: str = DEFAULT) -> Adapter:
     """Convert a trained adapter to a plain LoRA for the original base, before `start` changed it.
 
     Writes ΔW = s·(B·A − B₀·A₀) exactly as one product of twice the rank, A' = [A; A₀] and B' = [B, −B₀]. The scale
@@ -44,7 +44,7 @@ def for_original_base(trained: Any, first: Adapter, name: str = attachment.DEFAU
     >>> bool(np.allclose(jaxadapt.merge(params, plain)["q"]["kernel"], params["q"]["kernel"], atol=1e-4))
     True
     """
-    adapter = attachment.extract(trained, name)
+    adapter = lora_carrier(trained).extract(name)
     config = adapter.config
     if config.get("init_lora_weights") == "loftq":
         raise ConfigError(
@@ -74,13 +74,12 @@ def for_original_base(trained: Any, first: Adapter, name: str = attachment.DEFAU
         for tensor, entry in zip(site.tensors, site.entries, strict=True):
             start = -old[entry.path] if tensor.name in site.method.scaled else old[entry.path]
             out[entry.path] = _concatenate_ranks(entry.form, new[entry.path], start)
-    doubled = config.replace(
+    doubled = config.with_default_init().replace(
         r=2 * config.r,
-        lora_alpha=config.lora_alpha * math.sqrt(2) if config.use_rslora else 2 * config.lora_alpha,
+        lora_alpha=config.lora_alpha * config.scale_divisor(2),
         rank_pattern={pattern: 2 * r for pattern, r in config.rank_pattern.items()},
         alpha_pattern={pattern: 2 * alpha for pattern, alpha in config.alpha_pattern.items()},
-        init_lora_weights=True, eva_config=None, corda_config=None, lora_ga_config=None, loftq_config={},
-    )  # fmt: skip
+    )
     return Adapter(doubled, paths.unflatten(out), adapter.keymap)
 
 
@@ -106,17 +105,12 @@ def residual_base(
     """
     config: Any = recipe.config
     kind = init_kind(config)
-    cause = {
-        "pissa_niter": "a randomised SVD, which differs in each run",
-        "corda": "the initialisation's data",
-        "lora_ga": "the initialisation's gradients",
-    }.get(kind)
-    if cause is not None:
+    if kind.from_run:
         raise ConfigError(
-            f"{lora_variants.init_field(config)}: cannot repeat the change of the base, which depends on {cause}"
-            " (PEFT's load cannot either). Load onto the changed base with base='changed', or convert the adapter where"
-            " it was trained, with for_original_base (in PEFT path_initial_model_for_weight_conversion)"
+            f"{lora_variants.init_field(config)}: cannot repeat the change of the base, which depends on"
+            f" {kind.from_run} (PEFT's load cannot either). Load onto the changed base with base='changed', or convert"
+            " the adapter where it was trained, with for_original_base (in PEFT"
+            " path_initial_model_for_weight_conversion)"
         )
     initialization = Initialization(kind, recipe, adapter_sites, weights, None)
-    factors = {site.leaf: initialization.factors(site) for site in initialization.pairs}
-    return initialization.assemble(factors, None, {})[1]
+    return initialization.assemble(initialization.factors(), None, {})[1]

@@ -18,18 +18,16 @@ from jaxadapt.adapters.adapter import Adapter, Recipe
 from jaxadapt.configs import LoraConfig, lora_variants
 from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.initializers import eva, statistics
-from jaxadapt.initializers.decompositions import Factors
-from jaxadapt.initializers.initialize import FactorList, Initialization, init_kind, init_settings
+from jaxadapt.initializers.initialize import Initialization
+from jaxadapt.initializers.kinds import init_kind, init_settings
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.merging import factors
-from jaxadapt.models import attachment, base_params, planning
+from jaxadapt.models import planning
+from jaxadapt.models.carriers import DEFAULT, base_params, carrier, check_free
 from jaxadapt.models.linen import collections
 from jaxadapt.models.nnx import attach
-from jaxadapt.models.nnx.attach import nnx
 
 Array = Any
-
-_FROM_DATA = ("eva", "corda")
 
 
 class Started(NamedTuple):
@@ -50,7 +48,7 @@ def start(
     base: Any,
     *,
     key: Any = None,
-    name: str = attachment.DEFAULT,
+    name: str = DEFAULT,
     keymap: KeyMap | str | None = None,
     dtype: Any = None,
     rngs: Any = None,
@@ -103,56 +101,51 @@ def start(
     """
     if not isinstance(config, LoraConfig):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ConfigError(f"start: expected a LoraConfig, found {type(config).__name__}; use jaxadapt.adapt for others")
-    is_model = isinstance(base, nnx.Module)
-    if is_model and name in attach.adapter_names(base):
-        raise AttachError(f"the model already has an adapter {name!r}; pass another name=, or delete it first")
+    held = carrier(base)
+    if held.in_place:
+        check_free(name, held.names())
     if key is None and rngs is not None:
         key = attach.draw_params_key(rngs)
     kind = init_kind(config)
-    given = {"batches": (batches, _FROM_DATA), "gradients": (gradients, ("lora_ga",)), "mask": (mask, ("eva",))}
-    unused = [option for option, (value, kinds) in given.items() if value is not None and kind not in kinds]
-    missing = [o for o, (value, kinds) in given.items() if value is None and kind in kinds and o != "mask"]
-    if key is None and kind in ("", "pissa_niter", "orthogonal", "lora_ga", "kasa"):
-        missing.append("key")
-    if unused or missing:
-        problems = [f"{option} has no effect" for option in unused] + [f"{option} is needed" for option in missing]
+    arguments = {"key": key, "batches": batches, "gradients": gradients, "mask": mask}
+    given = {name for name, value in arguments.items() if value is not None}
+    problems = [f"{name} has no effect" for name in sorted(given.difference(kind.needs, kind.takes, ("key",)))]
+    problems += [f"{name} is needed" for name in kind.needs if name not in given]
+    if problems:
         raise AttachError(f"{lora_variants.init_field(config)}: " + ", ".join(problems))
 
-    parameters = planning.BaseParams.from_tree(base)
+    parameters = base_params(base)
 
     def plan(config: LoraConfig) -> tuple[Recipe, tuple[sites.Site, ...]]:
         return planning.plan_adapter(parameters, config, keymap, stack_axes, example)
 
     recipe, adapter_sites = plan(config)
     initialization = Initialization(kind, recipe, adapter_sites, parameters.leaves, key)
-    if kind == "eva":
+    if "batches" in kind.needs:
         run = _forward_function(base, forward)
-        recipe, adapter_sites, components = _run_eva(plan, initialization, base, batches, run, mask)
-        initialization = dataclasses.replace(initialization, recipe=recipe, sites=adapter_sites)
-        factors_by_leaf = {b.leaf: _eva_factors(b, recipe.keymap, components) for b in initialization.pairs}
-    elif kind == "corda":
-        covariances = _covariances(initialization, base, batches, _forward_function(base, forward))
-        factors_by_leaf = {b.leaf: initialization.corda(b, covariances[b.leaf]) for b in initialization.pairs}
-    elif kind == "lora_ga":
+        if kind.name == "eva":
+            recipe, adapter_sites, by_module = _run_eva(plan, initialization, base, batches, run, mask)
+            initialization = dataclasses.replace(initialization, recipe=recipe, sites=adapter_sites)
+        else:
+            by_module = _covariances(initialization, base, batches, run)
+        names = recipe.keymap
+        factors_by_leaf = initialization.factors(lambda b: [by_module[m] for m in factors.site_modules(b, names)])
+    elif gradients is not None:
         leaf_gradients = _leaves(gradients)
-        factors_by_leaf = {b.leaf: initialization.lora_ga(b, leaf_gradients) for b in initialization.pairs}
+        factors_by_leaf = initialization.factors(lambda b: initialization.gradient_rows(b, leaf_gradients))
     else:
-        factors_by_leaf = {b.leaf: initialization.factors(b) for b in initialization.pairs} if kind else {}
+        factors_by_leaf = initialization.factors()
     adapter, new = initialization.assemble(factors_by_leaf, dtype, parameters.shardings)
-    if is_model:
-        base_params.replace_leaves(base, new)
+    new_base = held.replace(new) if new else base
+    if held.in_place:
         attach.attach(base, adapter.recipe, initialization.sites, name, adapter.flat(), rngs)
         return Started(base, jax.tree.map(lambda x: jnp.array(x, copy=True), adapter))
-    return Started(
-        base_params.replace_leaves(base, new) if new else base, collections.box_like_base(adapter, parameters.held)
-    )
+    return Started(new_base, collections.box_like_base(adapter, parameters.held))
 
 
 def _leaves(tree: Any) -> dict[str, Any]:
     """Return {path: array} of gradients in a model, a state or a tree."""
-    if isinstance(tree, nnx.Module):
-        return planning.base_arrays(tree)
-    return {p: x for p, x in base_params.base_leaves(tree).items() if x is not None}
+    return {path: x for path, x in carrier(tree).leaves().items() if x is not None}
 
 
 # ---------------------------------------------------------------- from data
@@ -162,7 +155,7 @@ def _forward_function(base: Any, given: Callable[[Any, Any], Any] | None) -> Cal
     """Return the function that calls the model on a batch. Raises `AttachError` if parameters come without one."""
     if given is not None:
         return given
-    if not isinstance(base, nnx.Module):
+    if not carrier(base).in_place:
         raise AttachError(
             "forward= is required for bare parameters, for example"
             " forward=lambda params, batch: module.apply({'params': params}, batch)"
@@ -176,8 +169,8 @@ def _call_model(model: Any, batch: Any) -> Any:
     return model(*batch) if isinstance(batch, tuple) else model(batch)
 
 
-def _covariances(initialization: Initialization, base: Any, batches: Any, forward: Any) -> dict[str, dict[str, Array]]:
-    """Return {leaf: {module: covariance (in, in)}}, averaged over the calls."""
+def _covariances(initialization: Initialization, base: Any, batches: Any, forward: Any) -> dict[str, Array]:
+    """Return {module: covariance (in, in)}, averaged over the calls."""
     observed = {b.leaf: statistics.Statistic(statistics.gram, b.fan_in + 1) for b in initialization.pairs}
     observe = statistics.make_observer(base, initialization.recipe, initialization.pairs, observed, forward)
     sums: dict[str, Array] = {}
@@ -186,10 +179,10 @@ def _covariances(initialization: Initialization, base: Any, batches: Any, forwar
         sums = {leaf: sums[leaf] + x if sums else x for leaf, x in grams.items()}
     if not sums:
         raise AttachError("CorDA needs at least one batch: batches= is empty")
-    out: dict[str, dict[str, Array]] = {}
+    out: dict[str, Array] = {}
     for b in initialization.pairs:
         rows = statistics.split_layers(b, sums[b.leaf])
-        out[b.leaf] = {m: rows[layer, :-1] / rows[layer, -1, 0] for m, layer in b.layers.items()}
+        out |= {m: rows[layer, :-1] / rows[layer, -1, 0] for m, layer in b.layers.items()}
     return out
 
 
@@ -207,10 +200,3 @@ def _run_eva(
     components = eva.find_components(config, initialization.pairs, batches, watch, settings, mask)
     recipe, adapter_sites = plan(eva.redistribute_ranks(config, components, settings))
     return recipe, adapter_sites, {m: jnp.asarray(x) for m, x in components.items()}
-
-
-def _eva_factors(site: sites.Site, keymap: KeyMap, components: Mapping[str, Array]) -> FactorList:
-    """Return the components as A and zeros as B for each module of a site."""
-    out = factors.matrix_sizes(site)[0]
-    modules = factors.site_modules(site, keymap)
-    return [Factors(components[m], jnp.zeros((out, len(components[m])))) for m in modules]

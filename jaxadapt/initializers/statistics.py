@@ -19,14 +19,16 @@ from jaxadapt.adapters.adapter import Recipe
 from jaxadapt.adapters.sites import Site
 from jaxadapt.arrays.axes import Operation, Use
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError
+from jaxadapt.core.errors import AttachError, raise_listed
 from jaxadapt.initializers import decompositions
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.tensor_spec import MethodTensor
-from jaxadapt.methods import Method
+from jaxadapt.methods import Effects, Method
 from jaxadapt.methods.base import Array, Drop, Params
+from jaxadapt.models import gradients
+from jaxadapt.models.carriers import carrier
 from jaxadapt.models.linen import survey, wrapper
-from jaxadapt.models.linen.interceptor import SEP, Interceptor, LeafAdapter
+from jaxadapt.models.linen.interceptor import SEP, LeafAdapter, intercept
 from jaxadapt.models.nnx import attach
 
 Update = Callable[[Array, Array, Array], Array]
@@ -51,16 +53,17 @@ class _Probe(Method):
 
     peft_type = "LORA"
 
-    def check(self, config: Any) -> None: ...
-
-    def tensors(self, config: Any, match: Any, modules: Any) -> Any:
+    def tensors(self, config: Any, target: Any) -> Any:
         raise NotImplementedError
 
-    def hparams(self, config: Any, match: Any, modules: Any) -> Any:
+    def hparams(self, config: Any, target: Any) -> Any:
         raise NotImplementedError
 
-    def fresh(self, config: Any, tensor: Any, fan_in: int) -> Any:
+    def init(self, config: Any, tensor: Any, start: Any) -> Any:
         raise NotImplementedError
+
+    def effects(self, hparams: Any) -> Effects:
+        return Effects("changes")
 
     def output(
         self, hparams: Update, params: Params, use: Use | Operation, x: Array, y: Array, drop: Drop | None, w: Array
@@ -176,8 +179,11 @@ def make_observer(
         statistics: the statistic of each leaf's inputs.
         forward: `forward(base, batch)`; its outputs must depend on all these layers.
     """
-    is_model = isinstance(base, attach.nnx.Module)
-    run = _run_nnx(base, recipe, forward) if is_model else _run_linen(base, adapter_sites, statistics, forward)
+    run = (
+        _run_nnx(base, recipe, forward)
+        if carrier(base).in_place
+        else _run_linen(base, adapter_sites, statistics, forward)
+    )
 
     def observe(states: Mapping[str, Array], batch: Any, mask: Array | None = None) -> dict[str, Array]:
         flat = jnp.ones((1, 1)) if mask is None else jnp.asarray(mask, jnp.float32).reshape(1, -1)
@@ -197,12 +203,12 @@ def make_observer(
 
 def _check_calls(adapter_sites: Sequence[Site], new: Mapping[str, Array]) -> None:
     """Raise `AttachError` for layers that did not run, so that their statistics did not change."""
-    idle = [b.leaf for b in adapter_sites if not bool(jnp.all(split_layers(b, new[b.leaf])[:, -1, 0] > 0))]
-    if idle:
-        raise AttachError(
-            "forward's outputs do not depend on these layers, so their inputs were not observed. Return all of the"
-            " model's outputs, or exclude the layers with exclude_modules:\n" + paths.bullets(idle)
-        )
+    raise_listed(
+        AttachError,
+        "forward's outputs do not depend on these layers, so their inputs were not observed. Return all of the"
+        " model's outputs, or exclude the layers with exclude_modules:",
+        [b.leaf for b in adapter_sites if not bool(jnp.all(split_layers(b, new[b.leaf])[:, -1, 0] > 0))],
+    )
 
 
 def split_layers(site: Site, state: Array) -> Array:
@@ -236,30 +242,19 @@ def sum_outputs(out: Any) -> Array:
 
 
 def _run_nnx(model: Any, recipe: Recipe, forward: Any) -> Any:
-    def gradient(graphdef: Any, states: Any, rest: Any, batch: Any) -> Any:
-        def loss(states: Any) -> Array:
-            copies = jax.tree.map(lambda x: x, rest)  # variables belong to the trace that creates them
-            return sum_outputs(forward(attach.nnx.merge(graphdef, states, copies), batch))
-
-        return jax.grad(loss)(states)
-
-    jitted = jax.jit(gradient, static_argnums=0)  # one for each observer, because it keeps references of `forward`
+    # One for each observer, because it keeps references of `forward`.
+    gradient = gradients.adapter_gradient(lambda model, batch: sum_outputs(forward(model, batch)), _NAME, "state")
 
     def run(probes: Sequence[Site], values: Mapping[str, Array], batch: Any) -> dict[str, Array]:
         before = attach.active_names(model)
         attach.attach(model, recipe, probes, _NAME, values)
         try:
-            grads = jitted(*attach.nnx.split(model, _is_statistic, ...), batch)
-            return {path: var.get_value() for path, var in attach.adapter_variables(grads)[_NAME].items()}
+            return gradient(model, batch)[_NAME]
         finally:
             attach.delete(model, _NAME)
             attach.activate(model, before)
 
     return run
-
-
-def _is_statistic(path: Sequence[Any], value: Any) -> bool:
-    return isinstance(value, attach.AdapterParam) and path[-1] == "state" and _NAME in path
 
 
 def _run_linen(params: Any, adapter_sites: Sequence[Site], statistics: Mapping[str, Statistic], forward: Any) -> Any:
@@ -275,7 +270,7 @@ def _run_linen(params: Any, adapter_sites: Sequence[Site], statistics: Mapping[s
 
     def loss(states: Mapping[str, Array], masks: Mapping[str, Array], params: Any, batch: Any) -> Array:
         inner = survey.overlay(params, {key_paths[path]: x for path, x in {**masks, **states}.items()})
-        with wrapper.nn.intercept_methods(Interceptor(adapters)):
+        with intercept(adapters):
             return sum_outputs(forward(inner, batch))
 
     gradient = jax.jit(jax.grad(loss))

@@ -24,7 +24,7 @@ class KeyMapReport:
     Attributes:
         family: the name of the keymap.
         claims: `{leaf: its keys}`. For a checkpoint without a model, the leaves that a model of the family would have.
-        lines: `{entry: number of matching leaves}`; for a checkpoint without a model, the number of matching keys.
+        counts: `{entry: number of matching leaves}`; for a checkpoint without a model, the number of matching keys.
         unclaimed: leaves and keys that no entry matches.
         missing: keys that the model (or a similar layer) has, but the checkpoint lacks.
         twice: keys that several leaves claim, and leaves that several entries match.
@@ -34,7 +34,7 @@ class KeyMapReport:
 
     family: str
     claims: Mapping[str, tuple[str, ...]]
-    lines: Mapping[Weight, int]
+    counts: Mapping[Weight, int]
     unclaimed: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
     twice: tuple[str, ...] = ()
@@ -61,7 +61,7 @@ class KeyMapReport:
             "claimed": {leaf: list(keys) for leaf, keys in self.claims.items()},
             **{kind: list(getattr(self, kind)) for kind in kinds},
             "wrong": [{"leaf": w.leaf, "key": w.key, "pattern": w.pattern} for w in self.wrong],
-            "unused": [w.leaf for w, count in self.lines.items() if not count],
+            "unused": [w.leaf for w, count in self.counts.items() if not count],
         }
 
 

@@ -3,7 +3,7 @@
     {"…experts.3.w1.weight": (f, d), …} ──expert_rows──► {"…experts.gate_up_proj": names by expert and part}
 
 transformers 5 joins the tensors of a folder when it loads them, to (e, 2f, d), and splits them when it saves (its
-`conversion_mapping.py`). `KeyMap.each` has their names. Pure: names and shapes.
+`conversion_mapping.py`). `KeyMap.expert_modules` has their names. Pure: names and shapes.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import itertools
 import re
 from collections.abc import Collection, Iterable, Mapping
 
-from jaxadapt.core import paths
-from jaxadapt.core.errors import MismatchError
+from jaxadapt.core.errors import MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap
+from jaxadapt.keymaps.templates import name_regex
 
 Rows = tuple[tuple[str, ...], ...]
 """The tensors of single experts by expert and part (gate, up)."""
@@ -28,7 +28,7 @@ def expert_rows(keymap: KeyMap, keys: Iterable[str], source: str) -> tuple[dict[
     Both are empty if the folder already has the tensors of all experts.
 
     Args:
-        keymap: the keymap, whose `each` has the names.
+        keymap: the keymap, whose `expert_modules` has the names.
         keys: the keys of the folder.
         source: the folder, for the message.
 
@@ -38,7 +38,7 @@ def expert_rows(keymap: KeyMap, keys: Iterable[str], source: str) -> tuple[dict[
     parts_of: dict[str, dict[tuple[int, int], str]] = {}
     renamed: dict[str, str] = {}
     width: dict[str, int] = {}
-    for parameter, modules in keymap.each:
+    for parameter, modules in keymap.expert_modules:
         patterns = [re.compile(name_regex(module) + re.escape(_WEIGHT)) for module in modules]
         for key in available:
             for part, single in enumerate(patterns):
@@ -60,8 +60,7 @@ def expert_rows(keymap: KeyMap, keys: Iterable[str], source: str) -> tuple[dict[
         rows = [[(e, part) for part in range(width[name])] for e in expert_numbers([e for e, _ in parts])]
         missing += [f"{name}: part {p} of expert {e}" for row in rows for e, p in row if (e, p) not in parts]
         joined[name] = tuple(tuple(parts.get(index, "") for index in row) for row in rows)
-    if missing:
-        raise MismatchError(f"{source}: tensors of these experts are missing:\n" + paths.bullets(missing))
+    raise_listed(MismatchError, f"{source}: tensors of these experts are missing:", missing)
     return joined, renamed
 
 
@@ -85,7 +84,7 @@ def folder_names(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> tuple
     """
     split: dict[str, Rows] = {}
     renamed: dict[str, str] = {}
-    for parameter, modules in keymap.each:
+    for parameter, modules in keymap.expert_modules:
         parameter_regex = re.compile(name_regex(parameter))
         for name, shape in shapes.items():
             texts = parameter_regex.fullmatch(name)
@@ -98,15 +97,3 @@ def folder_names(keymap: KeyMap, shapes: Mapping[str, tuple[int, ...]]) -> tuple
             else:
                 renamed[name] = modules[0].format(**texts.groupdict()) + _WEIGHT
     return split, renamed
-
-
-def name_regex(template: str) -> str:
-    """Return the regular expression of a name with holes for numbers, which excludes leading zeros.
-
-    Without leading zeros, no two names denote the same expert.
-
-    >>> [bool(re.fullmatch(name_regex("experts.{e}.w1"), f"experts.{e}.w1")) for e in ("0", "12", "012")]
-    [True, True, False]
-    """
-    parts = re.split(r"(\{\w+\})", template)
-    return "".join(rf"(?P<{p[1:-1]}>0|[1-9][0-9]*)" if p.startswith("{") else re.escape(p) for p in parts)

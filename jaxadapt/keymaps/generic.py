@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from jaxadapt.arrays.axes import Axes
 from jaxadapt.configs import Config
 from jaxadapt.keymaps.keymap import KeyMap, Match
-from jaxadapt.keymaps.weight import Weight
+from jaxadapt.keymaps.weight import Kind, Weight
 
 GENERIC = KeyMap(
     "generic",
@@ -22,7 +22,7 @@ MAIN_WEIGHT_NAMES = ("kernel", "w", "weight", "embedding")
 
 
 def entry_from_axes(
-    leaf: str, shape: Sequence[int], axes: Axes, stack: Sequence[int] = (), kind: str = "linear", groups: int = 1
+    leaf: str, shape: Sequence[int], axes: Axes, stack: Sequence[int] = (), kind: Kind = "linear", groups: int = 1
 ) -> Weight:
     """Return a literal entry for a leaf whose axis roles come from its class or a trace, not from a keymap.
 

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxadapt.arrays.axes import Axes
-from jaxadapt.arrays.pattern import axis_parts
 from jaxadapt.core import paths
 from jaxadapt.core.errors import KeyMapError, warn
 from jaxadapt.keymaps.weight import EXPERTS, Weight
@@ -127,7 +125,7 @@ class KeyMap:
         prefix: PEFT's prefix of every module name.
         proved: False if the keymap has not been verified against the real models. It is then never recognized
             automatically, and saving with it warns.
-        whole: True to recognize the keymap only if every leaf has an entry, because other models of the same library
+        complete: True to recognize the keymap only if every leaf has an entry, because other models of the same library
             use the same names for their layers. Leaves whose first name is in no entry (a vision tower) do not count.
         needs: leaves (as written in the entries) that a model must have to be recognized.
         same: axes that must have one size in the whole model for it to be recognized. They distinguish `"f d"` from
@@ -138,9 +136,9 @@ class KeyMap:
         buffers: keys that a PyTorch file may have and that are not weights; `{l}` stands for digits.
         spellings: `(name, ((ours, theirs), …))`: other prefixes of the same keys. transformers 5 calls the layers of a
             vision-language model "model.language_model.layers…"; the keymap "llama/vl" uses these names.
-        each: `(parameter, (module, …))`: for a parameter of all experts, the names of its parts as modules of single
-            experts (`{e}`), in PyTorch's order. transformers 4 and checkpoints on disk use these names.
-        single: True to save adapters and export models with one tensor for each expert ("mixtral/per-expert").
+        expert_modules: `(parameter, (module, …))`: for a parameter of all experts, the names of its parts as modules of
+            single experts (`{e}`), in PyTorch's order. transformers 4 and checkpoints on disk use these names.
+        per_expert: True to save adapters and export models with one tensor for each expert ("mixtral/per-expert").
 
     >>> keymap = KeyMap("tiny", (Weight("{path}.kernel", "{path}.weight", "i o -> o i"),))
     >>> keymap.match("a.b.kernel").module({})
@@ -152,15 +150,15 @@ class KeyMap:
     output: str | None = None
     prefix: str = PEFT_PREFIX
     proved: bool = True
-    whole: bool = False
+    complete: bool = False
     needs: tuple[str, ...] = ()
     same: tuple[str, ...] = ()
     counts: tuple[tuple[str, int], ...] = ()
     tied: tuple[tuple[str, str], ...] = ()
     buffers: tuple[str, ...] = ()
     spellings: tuple[tuple[str, Renames], ...] = ()
-    each: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    single: bool = False
+    expert_modules: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    per_expert: bool = False
 
     @functools.cached_property
     def _identity(self) -> tuple[Any, ...]:
@@ -241,84 +239,6 @@ class KeyMap:
         kept = tuple(w for w in self.weights if w.leaf not in replaced)
         return dataclasses.replace(self, weights=entries + kept) if entries else self
 
-    def max_coverage(self, leaves: Collection[str], scanned: bool) -> int:
-        """Return an upper bound of `coverage`, for this keymap or for all `scanned` forms of it.
-
-        It compares only the ends of names, so it is much cheaper.
-        """
-        identifying, countable = self._scanned_suffixes if scanned else self._suffixes
-        if not any(leaf.endswith(identifying) for leaf in leaves):
-            return 0
-        return sum(leaf.endswith(countable) for leaf in leaves)
-
-    def coverage(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """Return the number of a model's leaves that match, or 0 if the model is not of the family.
-
-        A matching leaf with another layout excludes the family. At least one match must be a layer's matrix, because
-        names such as "lm_head" and "classifier" occur in many families. Stacked axes of layers with the same numbering
-        must agree in size, which distinguishes layers stacked on axis 0 from those stacked on axis 1; so must the axes
-        in `same`.
-        """
-        if next(self.misfits(shapes), None) is not None:
-            return 0
-        return sum(self.match(leaf) is not None for leaf in shapes)
-
-    def tells(self, leaves: Iterable[str]) -> bool:
-        """Return True if one of these leaves matches the entry of a layer's matrix."""
-        return any((matched := self.match(leaf)) is not None and _identifies_family(matched.weight) for leaf in leaves)
-
-    def misfits(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
-        """Yield the reasons why a model with these leaves is not of the family, one for each leaf."""
-        sizes: dict[tuple[str, tuple[int, int]], dict[int, str]] = {}
-        identified, matched_leaves = False, set[str]()
-        for leaf, shape in shapes.items():
-            matched = self.match(leaf)
-            if matched is None:
-                if self.whole and _first_name(leaf) in self._known_first_names:
-                    yield f"{leaf} {shape}: no entry matches it"
-                continue
-            matched_leaves.add(matched.weight.leaf)
-            identified = identified or _identifies_family(matched.weight)
-            mismatch = f"{leaf} {shape}: its entry has the pattern {matched.weight.pattern!r}"
-            if len(matched.weight.left) != len(shape):
-                yield mismatch
-                continue
-            fixed = dict(matched.weight.sizes)
-            for name, size in zip(matched.weight.left, shape, strict=True):
-                if fixed and size % (parts := math.prod(fixed.get(n, 1) for n in axis_parts(name))):
-                    yield f"{mismatch}, but {size} is not a multiple of {parts}"
-                names = matched.weight.index_names(name)
-                if names is not None and len(names) != size:
-                    yield f"{mismatch}, where {name} has the entries {', '.join(names)}"
-                if name.startswith("{") and names is None:
-                    sizes.setdefault((name, matched.weight.layers), {}).setdefault(size, mismatch)
-                    if size != (count := self._counts.get(matched.weight.leaf, size)):
-                        yield f"{mismatch}, where {name} is {count}"
-                elif name in self.same:
-                    sizes.setdefault((name, (1, 0)), {}).setdefault(size, mismatch)
-        for (name, _), different in sizes.items():
-            first, *others = different.items()
-            yield from (f"{text}, where {name} is {size}; it is {first[0]} in {first[1]}" for size, text in others)
-        yield from (f"{leaf}: missing" for leaf in self.needs if leaf not in matched_leaves)
-        if not identified:
-            yield "no leaf is a layer's matrix"
-
-    @functools.cached_property
-    def _suffixes(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        return _leaf_suffixes((w.leaf, w) for w in self.weights)
-
-    @functools.cached_property
-    def _scanned_suffixes(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        return _leaf_suffixes((w.scanned_leaf, w) for w in self.weights)
-
-    @functools.cached_property
-    def _counts(self) -> dict[str, int]:
-        return dict(self.counts)
-
-    @functools.cached_property
-    def _known_first_names(self) -> set[str]:
-        return {_first_name(w.leaf) for w in self.weights}
-
 
 @functools.lru_cache(maxsize=512)  # every load requests the same ones
 def _scanned(keymap: KeyMap, axis: int) -> KeyMap:
@@ -347,11 +267,13 @@ def _best_spelling(keymap: KeyMap, keys: tuple[str, ...], leaves: tuple[str, ...
 
 @functools.lru_cache(maxsize=512)
 def _respell(keymap: KeyMap, spelling: str) -> KeyMap:
-    if spelling == PER_EXPERT and keymap.each:
-        return dataclasses.replace(keymap, name=f"{keymap.name}/{spelling}", single=True)
+    if spelling == PER_EXPERT and keymap.expert_modules:
+        return dataclasses.replace(keymap, name=f"{keymap.name}/{spelling}", per_expert=True)
     renames = dict(keymap.spellings).get(spelling)
     if renames is None:
-        known = ", ".join((*dict(keymap.spellings), *([PER_EXPERT] if keymap.each else []), "scan0, scan1, …"))
+        known = ", ".join(
+            (*dict(keymap.spellings), *([PER_EXPERT] if keymap.expert_modules else []), "scan0, scan1, …")
+        )
         raise KeyMapError(f"the keymap {keymap.name!r} has no spelling {spelling!r}; use one of {known}")
 
     def respell(key: str) -> str:
@@ -364,26 +286,9 @@ def _respell(keymap: KeyMap, spelling: str) -> KeyMap:
         output=None if keymap.output is None else respell(f"{keymap.output}.").removesuffix("."),
         tied=tuple((respell(a), respell(b)) for a, b in keymap.tied),
         buffers=tuple(map(respell, keymap.buffers)),
-        each=tuple((respell(name), tuple(map(respell, modules))) for name, modules in keymap.each),
+        expert_modules=tuple((respell(name), tuple(map(respell, modules))) for name, modules in keymap.expert_modules),
         spellings=(),
     )
-
-
-def _identifies_family(weight: Weight) -> bool:
-    """Return True if the entry is a matrix of a numbered or stacked layer, whose name identifies a family."""
-    return weight.kind == "linear" and ("{l}" in weight.leaf or "{l}" in weight.left)
-
-
-def _leaf_suffixes(leaves: Iterable[tuple[str, Weight]]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return what follows the last hole in each leaf: for the entries that identify a family, and for all entries."""
-    suffixes = [(leaf.rpartition("}")[2], weight) for leaf, weight in leaves]
-    identifying = {suffix for suffix, weight in suffixes if _identifies_family(weight)}
-    return tuple(identifying), tuple({suffix for suffix, _ in suffixes})
-
-
-def _first_name(leaf: str) -> str:
-    """Return the first name of a path with "#" for numbers: the same for "layer_3.attn.w" and "layer_{l}.attn.w"."""
-    return re.sub(r"\d+|\{\w+\}", "#", leaf.partition(".")[0])
 
 
 def warn_unproved(keymap: KeyMap) -> None:
@@ -395,10 +300,16 @@ def warn_unproved(keymap: KeyMap) -> None:
         )
 
 
+_STORED = {"complete": "whole", "expert_modules": "each", "per_expert": "single"}
+"""{field: its name in stored keymaps}, where it is another one."""
+
+
 def to_data(keymap: KeyMap) -> dict[str, Any]:
     """Return a keymap as plain JSON values; `from_data` is the inverse."""
     entries = [[w.leaf, w.key, w.pattern, w.options] for w in keymap.weights]
-    rest = {f.name: getattr(keymap, f.name) for f in dataclasses.fields(keymap) if f.name != "weights"}
+    rest = {
+        _STORED.get(f.name, f.name): getattr(keymap, f.name) for f in dataclasses.fields(keymap) if f.name != "weights"
+    }
     return {**rest, "weights": entries}
 
 
@@ -412,4 +323,5 @@ def from_data(data: Mapping[str, Any]) -> KeyMap:
     each = tuple((str(name), tuple(map(str, modules))) for name, modules in data.get("each", ()))
     nested: dict[str, Any] = {"weights": weights, "tied": tied, "counts": counts, "spellings": spellings, "each": each}
     fields: dict[str, Any] = {**data, **names, **nested}
-    return KeyMap(**fields)
+    stored = {name: field for field, name in _STORED.items()}
+    return KeyMap(**{stored.get(name, name): value for name, value in fields.items()})

@@ -10,26 +10,25 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from jaxadapt.arrays.layout import RANK, FileLayout
+from jaxadapt.arrays.tensor_source import TensorSource, TensorSpec
 from jaxadapt.core import paths
+from jaxadapt.core.compare import Spec, compare, group_findings
 from jaxadapt.core.errors import KeyMapError, MismatchError
 from jaxadapt.keymaps.keymap import KeyMap, Match, index_entries
 from jaxadapt.keymaps.tensor_layout import (
     axis_sizes,
+    model_shape,
     scale_factor,
     tensor_key,
     tensor_layout,
     tensor_part_key,
 )
-from jaxadapt.keymaps.tensor_layout import axis_sizes_from_tensors as axis_sizes_from_tensors
-from jaxadapt.keymaps.tensor_layout import model_shape as model_shape
-from jaxadapt.keymaps.tensor_layout import stack_sizes as stack_sizes
-from jaxadapt.keymaps.tensor_layout import torch_axes as torch_axes
 from jaxadapt.keymaps.tensor_spec import MethodTensor
 
 Array = Any
@@ -149,26 +148,14 @@ class Plan:
         self, found: Mapping[str, Sequence[int]], source: str, other_problems: Sequence[str] = ()
     ) -> list[str]:
         """Return the problems that `check` lists, one text for each kind."""
-        shapes = self.shapes
-        if found == shapes and not other_problems:
-            return []
-        missing = [k for k in shapes if k not in found]
-        unexpected = [k for k in found if k not in shapes]
-        wrong = [
-            f"{k}: expected {list(shape)}, found {list(found[k])}"
-            for k, shape in shapes.items()
-            if k in found and tuple(found[k]) != shape
-        ]
-        return [
-            f"{len(items)} {kind}:\n{paths.bullets(items)}"
-            for kind, items in (
-                (f"missing from {source} (the model expects them)", missing),
-                ("unexpected (no leaf of the model uses them)", unexpected),
-                ("wrongly shaped", wrong),
-                ("unusable", other_problems),
-            )
-            if items
-        ]
+        expected, given = ({k: Spec(tuple(shape)) for k, shape in shapes.items()} for shapes in (self.shapes, found))
+        problems = group_findings(
+            compare(expected, given),
+            f"missing from {source} (the model expects them)",
+            "unexpected (no leaf of the model uses them)",
+        )
+        unusable = f"{len(other_problems)} unusable:\n{paths.bullets(other_problems)}"
+        return [*problems, unusable] if other_problems else problems
 
     def encode(self, leaves: Mapping[str, Array], dtype: Any = None, host: bool = False) -> Encoded:
         """Return a lazy `{key: array}` from `{path: leaf}`; each look-up computes its array.
@@ -185,15 +172,8 @@ class Plan:
         return {e.path: e.decode(tensors) for e in self.entries}
 
 
-class TensorSpec(NamedTuple):
-    """The shape and dtype of a tensor."""
-
-    shape: tuple[int, ...]
-    dtype: Any
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
-class Encoded(Mapping[str, Any]):
+class Encoded(TensorSource):
     """The tensors of a plan under PEFT's names, computed at each look-up and not cached."""
 
     plan: Plan
@@ -201,31 +181,29 @@ class Encoded(Mapping[str, Any]):
     dtype: np.dtype[Any] | None = None
     host: bool = False
 
-    @property
+    @functools.cached_property
     def specs(self) -> dict[str, TensorSpec]:
         """Shapes and dtypes by key; no tensor is computed."""
         return {
             key: TensorSpec(e.form.shape_of(i), dtype)
             for e in self.plan.entries
-            for dtype in (self.dtype or np.dtype(self.leaves[e.path].dtype),)
+            for dtype in (self._dtype_of(e.path),)
             for i, key in enumerate(e.keys)
         }
 
-    def __getitem__(self, key: str) -> Array:
+    def read(self, key: str) -> Array:
+        """Compute one tensor."""
         entry, i = self.plan.keys[key]
         leaf = self.leaves[entry.path]
         # On the host, transposes and reshapes are views where the layouts allow; on a device each is a computation.
         tensor = entry.form.encode(np.asarray(leaf) if self.host else leaf, i)
-        return tensor if self.dtype is None or tensor.dtype == self.dtype else tensor.astype(self.dtype)
+        dtype = self._dtype_of(entry.path)
+        return tensor if tensor.dtype == dtype else tensor.astype(dtype)
 
-    def __contains__(self, key: object) -> bool:
-        return key in self.plan.keys  # Mapping.__contains__ would compute the tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.plan.keys)
-
-    def __len__(self) -> int:
-        return len(self.plan.keys)
+    def _dtype_of(self, path: str) -> np.dtype[Any]:
+        """Return the dtype of a leaf's tensors; integers keep theirs."""
+        own = np.dtype(self.leaves[path].dtype)
+        return own if self.dtype is None or own.kind in "iub" else self.dtype
 
 
 def plan_entry(keymap: KeyMap, match: Match, tensor: MethodTensor, sizes: Mapping[str, int]) -> PlanEntry:

@@ -8,8 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
-from jaxadapt.core import paths
-from jaxadapt.core.errors import MismatchError
+from jaxadapt.core.errors import MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.keymaps.weight import Weight
 
@@ -78,9 +77,11 @@ def state_dict_keymap(
     adapted = adapted_shapes(tensors)
     heads = {head for head, _ in tied}
     keys = match_model_keys(shapes, [module for module in adapted if f"{module}.weight" not in heads])
-    missing = [m for m in adapted if f"{m}.weight" not in {*keys.values(), *heads}]
-    if missing:
-        raise MismatchError(f"{source}: the model has no weight for these modules:\n" + paths.bullets(missing))
+    raise_listed(
+        MismatchError,
+        f"{source}: the model has no weight for these modules:",
+        [m for m in adapted if f"{m}.weight" not in {*keys.values(), *heads}],
+    )
     row_modules = token_row_modules(tensors)
     lookups = {module for module, module_shapes in adapted.items() if "lora_embedding_A" in module_shapes}
     linear = {key.removesuffix(".weight"): shapes[leaf] for leaf, key in keys.items() if len(shapes[leaf]) == 2}
@@ -143,13 +144,13 @@ def _find_turned(
             orientations[module] = fan_in_fan_out
         else:
             unknown.append(module)
-    if unknown:
-        raise MismatchError(
-            f"{source}: cannot determine the orientation of these square modules, (out, in) as in nn.Linear or (in,"
-            f" out) as in Conv1D: fan_in_fan_out is {fan_in_fan_out}, but the sizes of other modules contradict it. Use"
-            " jaxadapt.export.export_base(model, folder, adapter) to write a model with the adapter merged:\n"
-            + paths.bullets(sorted(unknown))
-        )
+    raise_listed(
+        MismatchError,
+        f"{source}: cannot determine the orientation of these square modules, (out, in) as in nn.Linear or (in,"
+        f" out) as in Conv1D: fan_in_fan_out is {fan_in_fan_out}, but the sizes of other modules contradict it. Use"
+        " jaxadapt.export.export_base(model, folder, adapter) to write a model with the adapter merged:",
+        sorted(unknown),
+    )
     return orientations
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from jaxadapt.arrays import pattern
 from jaxadapt.core import paths
-from jaxadapt.core.errors import KeyMapError, MismatchError
+from jaxadapt.core.errors import KeyMapError, MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.parts import part_key
 from jaxadapt.keymaps.tensor_spec import MethodTensor
@@ -86,8 +86,7 @@ def tensor_key(keymap: KeyMap, match: Match, tensor: MethodTensor, text: Mapping
         return tensor_part_key(
             weight, paths.join(f"{keymap.prefix}{module}".rstrip(".") + tensor.suffix, parameter), weight.right
         )
-    is_projection = weight.kind == "attention" and not weight.part
-    suffix = f".base_layer.out_proj{tensor.suffix}" if is_projection else tensor.suffix
+    suffix = f".base_layer.out_proj{tensor.suffix}" if weight.products == 2 else tensor.suffix
     module = match.parameter(text)[0] if weight.kind == "experts" else match.module(text)
     return tensor_part_key(weight, f"{keymap.prefix}{module}".rstrip(".") + suffix, torch_axes(match, tensor))
 
@@ -141,6 +140,8 @@ def axis_sizes_from_tensors(
     for tensor in tensors:
         left, _ = tensor_layout(match, tensor)
         shape = shapes.get(tensor.name)
+        if shape is None and not tensor.trained:
+            continue  # a tree with the trained tensors only
         if shape is None:
             problems.append(f"{match.leaf}.{tensor.name}: missing")
             continue
@@ -158,12 +159,12 @@ def axis_sizes_from_tensors(
                 pattern.part_sizes(name, size, dict(match.weight.sizes))
             except MismatchError as error:
                 problems.append(f"{match.leaf}.{tensor.name}: {error}")
-    if problems:
-        raise MismatchError(
-            "the adapter's tensors contradict each other or its configuration:\n"
-            + paths.bullets(problems)
-            + "\nIf several adapters are stacked (for example by vmap), select one: jax.tree.map(lambda x: x[0], tree)"
-        )
+    raise_listed(
+        MismatchError,
+        "the adapter's tensors contradict each other or its configuration:",
+        problems,
+        "\nIf several adapters are stacked (for example by vmap), select one: jax.tree.map(lambda x: x[0], tree)",
+    )
     return sizes
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 
@@ -25,11 +25,17 @@ class MethodTensor:
         own: `(name, size)` of the method's own axes.
         is_copy: True if the tensor is a copy of the base weight, with its layouts in the model and in the file.
         from_base: True if the initial value is computed from the base weight.
+        trained: False for a tensor that training must not change.
+        in_file: False for a tensor that no file has: it is computed from the configuration and the base when an adapter
+            is created or loaded.
+        optional: True if a file may lack the tensor; it is then computed as for a new adapter.
+        dtype: the dtype of a tensor of integers; None for a tensor of floats.
         scale_power: if the JAX weight is f times the PyTorch weight (as MaxText's queries are), this tensor is
             multiplied by f to this power. None if the effect is not defined; converting the tensor then raises.
-        used: for a leaf whose entries (stacked layers, fused parts) differ, the size of the axis "r" in each entry's
-            file tensor, in the order of `Match.braced`, or 1 for a tensor without that axis. Where it is smaller than
-            the axis of the leaf, the leaf ends in zeros. 0 for an entry that is not adapted: it has no file tensor.
+        used_sizes: for a leaf whose entries (stacked layers, fused parts) differ, the size of the axis "r" in each
+            entry's file tensor, in the order of `Match.braced`, or 1 for a tensor without that axis. Where it is
+            smaller than the axis of the leaf, the leaf ends in zeros. 0 for an entry that is not adapted: it has no
+            file tensor.
     """
 
     name: str
@@ -39,8 +45,34 @@ class MethodTensor:
     own: tuple[tuple[str, int], ...] = ()
     is_copy: bool = False
     from_base: bool = False
+    trained: bool = True
+    in_file: bool = True
+    optional: bool = False
+    dtype: str | None = None
     scale_power: int | None = None
     used_sizes: tuple[int, ...] | None = None
+
+
+def own_tensor(name: str, shape: Sequence[int], suffix: str = "", **options: Any) -> MethodTensor:
+    """Return the specification of a tensor whose axes are all the method's own, in this order.
+
+    Args:
+        suffix: the end of its key; by default a dot and the name.
+        options: other fields of `MethodTensor`.
+
+    >>> own_tensor("oft_R", (4, 6), ".oft_R.weight").torch
+    (('d0',), ('d1',))
+    """
+    names = tuple(f"d{i}" for i in range(len(shape)))
+    return MethodTensor(
+        name,
+        suffix or f".{name}",
+        ("batch", *names),
+        tuple((n,) for n in names),
+        tuple(zip(names, shape, strict=True)),
+        scale_power=0,
+        **options,
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,14 +12,18 @@ import functools
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 from jaxadapt.arrays.axes import Axes
 from jaxadapt.arrays.pattern import axis_parts, parse_pattern, part_sizes
-from jaxadapt.core import paths
-from jaxadapt.core.errors import KeyMapError
+from jaxadapt.core.errors import KeyMapError, raise_listed
+from jaxadapt.keymaps.templates import template_regex
+
+Kind = Literal["linear", "embedding", "conv", "attention", "vector", "other", "parameter", "experts", "lookup"]
+"""The kind of a weight: what it is in PyTorch, which determines how PEFT adapts it (see `Weight`)."""
 
 _HOLE = re.compile(r"\{(\w+)\}")
+_LAYER = re.compile(r"(?:^|[._])\{l\}(?=\.|$)")
 _PART = re.compile(r"\[(?:(?P<axis>\w+) )?(?P<part>\d+(?:/|::)\d+)\]$")
 
 EXPERTS = "{e}"
@@ -40,6 +44,7 @@ class Weight:
         kind: "linear" (out, in), "embedding" (vocabulary, dim), "conv" (out, in, window...), "attention" (see
             `attention`), "vector" or "other". The default follows from the number of PyTorch axes. "parameter"
             (out, in) and "experts" (expert, out, in) are not weights of an nn.Linear; target_parameters selects them.
+            "lookup" is a token embedding whose copy replaces it in the lookup only, although it is the head as well.
         fan_in_fan_out: PyTorch stores (in, out), as GPT-2's Conv1D does; for experts, PyTorch's `is_transposed`.
         groups: the groups of a convolution.
         scale: `(axes, power)`: the JAX weight is PyTorch's weight times the size of the axes to that power.
@@ -62,7 +67,7 @@ class Weight:
     leaf: str
     key: str
     pattern: str
-    kind: str
+    kind: Kind
     fan_in_fan_out: bool
     groups: int
     over: tuple[tuple[str, tuple[str, ...]], ...]
@@ -78,7 +83,7 @@ class Weight:
         key: str,
         pattern: str,
         *,
-        kind: str | None = None,
+        kind: Kind | None = None,
         fan_in_fan_out: bool = False,
         groups: int = 1,
         scale: tuple[str, float] | None = None,
@@ -87,23 +92,24 @@ class Weight:
         scan: int | None = None,
         **over: Sequence[str] | int,
     ) -> None:
-        put = functools.partial(object.__setattr__, self)
-        put("leaf", leaf)
-        put("key", key)
-        put("pattern", pattern)
-        put("fan_in_fan_out", fan_in_fan_out)
-        put("groups", groups)
-        named = {n: tuple(v) for n, v in over.items() if not isinstance(v, int)}
-        put("over", tuple(sorted(named.items())))
-        put("sizes", tuple(sorted((n, v) for n, v in over.items() if isinstance(v, int))))
-        put("scale", None if scale is None else (scale[0], float(scale[1])))
-        put("shift", float(shift))
-        put("layers", tuple(layers))
-        put("scan", scan)
-        problems = self._problems()
-        if problems:
-            raise KeyMapError(f"the entry {leaf!r} -> {key!r} ({pattern!r}) is invalid:\n" + paths.bullets(problems))
-        put("kind", kind or {1: "vector", 2: "linear"}.get(len(self.right), "other"))
+        axes = {1: "vector", 2: "linear"}.get(len(parse_pattern(pattern).right), "other")
+        values = {
+            "leaf": leaf,
+            "key": key,
+            "pattern": pattern,
+            "kind": kind or axes,
+            "fan_in_fan_out": fan_in_fan_out,
+            "groups": groups,
+            "over": tuple(sorted((n, tuple(v)) for n, v in over.items() if not isinstance(v, int))),
+            "sizes": tuple(sorted((n, v) for n, v in over.items() if isinstance(v, int))),
+            "scale": None if scale is None else (scale[0], float(scale[1])),
+            "shift": float(shift),
+            "layers": tuple(layers),
+            "scan": scan,
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+        raise_listed(KeyMapError, f"the entry {leaf!r} -> {key!r} ({pattern!r}) is invalid:", self._problems())
 
     @staticmethod
     def attention(leaf: str, key: str) -> tuple[Weight, ...]:
@@ -131,6 +137,7 @@ class Weight:
     def _problems(self) -> list[str]:
         _, _, plain, braced, pattern_problems = parse_pattern(self.pattern)
         problems = list(pattern_problems)
+        problems += [] if self.kind in get_args(Kind) else [f"expected a kind of {get_args(Kind)}, found {self.kind!r}"]
         holes, key_holes = set(_HOLE.findall(self.leaf)), _HOLE.findall(self.key)
         problems += [
             f"hole {{{h}}} of the key is neither a hole of the leaf nor a braced axis"
@@ -186,36 +193,11 @@ class Weight:
     @functools.cached_property
     def regex(self) -> re.Pattern[str]:
         """The regular expression that a leaf of this entry matches in full; repeated holes must have the same text."""
-        seen: set[str] = set()
-
-        def part_regex(text: str) -> str:
-            if not text.startswith("{"):
-                return re.escape(text)
-            name = text[1:-1]
-            if name in seen:
-                return f"(?P={name})"
-            seen.add(name)
-            return rf"(?P<{name}>.+)" if name == "path" else rf"(?P<{name}>\d+)"
-
-        return re.compile("".join(map(part_regex, re.split(r"(\{\w+\})", self.leaf))))
+        return template_regex(self.leaf, {})
 
     @functools.cached_property
     def _key_regex(self) -> re.Pattern[str]:
-        names = dict(self.over)
-        seen: set[str] = set()
-
-        def part_regex(text: str) -> str:
-            name = text[1:-1]
-            if not text.startswith("{"):
-                return re.escape(text)
-            if name in seen:
-                return f"(?P={name})"
-            seen.add(name)
-            if name in names:
-                return f"(?P<{name}>{'|'.join(map(re.escape, names[name]))})"
-            return f"(?P<{name}>.+)" if name == "path" else rf"(?P<{name}>\d+)"
-
-        return re.compile("".join(map(part_regex, re.split(r"(\{\w+\})", self.file_key))))
+        return template_regex(self.file_key, dict(self.over))
 
     def match_key(self, key: str) -> dict[str, str] | None:
         """Return the texts of the key's holes for which this entry gives that key, or None if there are none.
@@ -277,6 +259,21 @@ class Weight:
         """PyTorch's name of the tensor, with holes."""
         return _PART.sub("", self.key)
 
+    @property
+    def by_parameter(self) -> bool:
+        """True if PEFT adapts the weight by the name of the parameter only (target_parameters)."""
+        return self.kind in ("parameter", "experts")
+
+    @property
+    def is_stored_in_out(self) -> bool:
+        """True if PyTorch stores the weight as (in, out)."""
+        return self.fan_in_fan_out or self.kind == "embedding"
+
+    @property
+    def products(self) -> int:
+        """How often PEFT (0.15 to 0.21.2) adds s·B·A: 2 for an `nn.MultiheadAttention`'s output projection, else 1."""
+        return 2 if self.kind == "attention" and not self.part else 1
+
     @functools.cached_property
     def adaptable(self) -> bool:
         """True if adapters can target the module of this weight; biases and norms can only be copied."""
@@ -336,7 +333,7 @@ class Weight:
         if self.kind == "conv":
             channels = groups[1] if len(groups) > 1 else ()
             inputs = tuple(n for group in groups[1:] for n in group)
-        if self.fan_in_fan_out or self.kind == "embedding":
+        if self.is_stored_in_out:
             out, inputs = inputs, out
         return {"batch": batch + experts, "experts": experts, "in": inputs, "out": out, "channels": channels}
 
@@ -351,10 +348,15 @@ class Weight:
         """Return the names of a braced axis' indices, or None if they are numbered."""
         return dict(self.over).get(axis.strip("{}"))
 
-    @property
+    @functools.cached_property
     def scanned_leaf(self) -> str:
         """The path of the leaf in a model with stacked layers, without `{l}`."""
-        return ".".join(p.removesuffix("_{l}") for p in self.leaf.split(".") if p != "{l}")
+        return _LAYER.sub("", self.leaf).removeprefix(".")
+
+    @functools.cached_property
+    def is_layer_matrix(self) -> bool:
+        """True for a matrix of a numbered or stacked layer, whose name identifies a family."""
+        return self.kind == "linear" and ("{l}" in self.leaf or "{l}" in self.left)
 
     def scanned(self, axis: int) -> Weight:
         """Return this entry for layers stacked on `axis`: `{l}` is removed from the path and becomes an axis.

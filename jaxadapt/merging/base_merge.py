@@ -11,18 +11,19 @@ import numpy as np
 
 from jaxadapt import methods
 from jaxadapt.adapters.adapter import Adapter
-from jaxadapt.adapters.sites import Site, sites_of
+from jaxadapt.adapters.sites import Site, require_complete, sites_of
 from jaxadapt.adapters.tied import tied_heads
 from jaxadapt.arrays import finite, quantized
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, MismatchError, warn
+from jaxadapt.core.compare import Spec, compare
+from jaxadapt.core.errors import AttachError, MismatchError, raise_listed, warn
 from jaxadapt.core.progress import Progress, byte_counter, no_report, reporter
-from jaxadapt.keymaps import plan
+from jaxadapt.keymaps import tensor_layout
 from jaxadapt.keymaps.generic import GENERIC
 from jaxadapt.merging.changed_leaf import Change, ChangedLeaf, spec_of
 from jaxadapt.methods import AppliedMethod
-from jaxadapt.models.base_params import base_leaves, replace_leaves
-from jaxadapt.models.linen import collections, wrapper
+from jaxadapt.models.carriers import Carrier, Module, carrier
+from jaxadapt.models.linen import collections
 from jaxadapt.models.nnx import attach
 
 
@@ -69,11 +70,12 @@ def merge(
     True
     """
     options = (_merge_weight, _merge_bias), ("merge", progress), safe, donate, dequantize, allow_nan
-    if isinstance(params, wrapper.nn.Module | wrapper.Adapted):
-        raise AttachError("cannot merge: a Linen module holds no parameters. Merge its variables: merge(variables)")
-    if isinstance(params, attach.nnx.Module):
-        active = attach.active_names(params)
-        active_adapters = {name: attach.extract(params, name) for name in active}
+    held = carrier(params)
+    if isinstance(held, Module):
+        raise held.unsupported("base parameters, Linen variables or an NNX model")
+    if held.in_place:
+        active = held.active()
+        active_adapters = {name: held.extract(name) for name in active}
         selected = (
             active_adapters
             if adapter is None
@@ -82,11 +84,11 @@ def merge(
         if not active and adapter is None:
             raise AttachError(
                 "cannot merge: this model has no active adapter; it carries"
-                f" {list(attach.adapter_names(params)) or 'none'}. Activate one, or pass an adapter"
+                f" {held.names() or 'none'}. Activate one, or pass an adapter"
             )
         if active and selected == active_adapters:
             return _merge_and_detach(params, active_adapters, options)
-    elif isinstance(params, Mapping) and isinstance(params.get("params"), Mapping):
+    elif held.has_base:
         variables_adapter, others = _take_from_variables(params, adapter)
         return {**others, "params": _apply_changes(params["params"], (variables_adapter,), *options)}
     if adapter is None:
@@ -131,14 +133,15 @@ def _merge_and_detach(model: Any, adapters: Mapping[str, Adapter], options: Any)
             f"cannot merge several active adapters, {', '.join(map(repr, adapters))}: the effect of {not_additive[0]!r}"
             " on a weight depends on the others. Activate one of them, and merge it"
         )
-    attach.require_current_trace(layer for _, layer in attach.adapted_layers(model))
-    attach.activate(model, ())
+    walked = attach.walked(model)
+    attach.require_current_trace(layer for _, layer in attach.adapted_layers(walked))
+    attach.activate(walked, ())
     try:
         _apply_changes(model, tuple(adapters.values()), *options)
     except BaseException:
-        attach.activate(model, tuple(adapters))
+        attach.activate(walked, tuple(adapters))
         raise
-    attach.delete(model, *adapters)
+    attach.delete(walked, *adapters)
     return model
 
 
@@ -229,7 +232,7 @@ def _apply_changes(
             advance(leaf.nbytes)
     if safe and not donate:
         _check_finite({path: lambda value=value: value for path, value in values.items()})
-    return replace_leaves(params, values)
+    return carrier(params).replace(values)
 
 
 def mergeable_leaves(params: Any, adapter: Any) -> dict[str, Any]:
@@ -242,12 +245,13 @@ def mergeable_leaves(params: Any, adapter: Any) -> dict[str, Any]:
             f"expected an Adapter (from extract, init or from_peft), found {type(adapter).__name__}. For PeftTensors,"
             " jaxadapt.from_peft(tensors, params) makes one"
         )
-    if isinstance(params, attach.nnx.Module) and attach.active_names(params):
+    held = carrier(params)
+    if held.in_place and held.active():
         raise AttachError(
             "cannot merge another adapter: this model has active adapters, which would count twice. Merge these with"
             " merge(model), or deactivate them with activate(model) or detach(model)"
         )
-    return base_leaves(params)
+    return held.leaves() if held.in_place else Carrier(params).leaves()  # variables are refused by their paths
 
 
 def refuse_nan(base: Mapping[str, Any], adapter: Adapter, changed: Iterable[str]) -> None:
@@ -262,11 +266,11 @@ def refuse_nan(base: Mapping[str, Any], adapter: Adapter, changed: Iterable[str]
 
 def _check_finite(values: Mapping[str, Callable[[], Any]]) -> None:
     """Raise `AttachError` for values that are not finite."""
-    not_finite = [path for path, value in values.items() if not bool(jnp.isfinite(value()).all())]
-    if not_finite:
-        raise AttachError(
-            "cannot merge: the merged values of these weights are not finite:\n" + paths.bullets(not_finite)
-        )
+    raise_listed(
+        AttachError,
+        "cannot merge: the merged values of these weights are not finite:",
+        [path for path, value in values.items() if not bool(jnp.isfinite(value()).all())],
+    )
 
 
 def plan_merge(base: Mapping[str, Any], adapter: Adapter) -> dict[str, ChangedLeaf]:
@@ -277,8 +281,8 @@ def plan_merge(base: Mapping[str, Any], adapter: Adapter) -> dict[str, ChangedLe
 def plan_changes(base: Mapping[str, Any], adapter: Adapter, weight: Change, bias: Change) -> dict[str, ChangedLeaf]:
     """Return the leaves that an adapter changes, as `plan_merge`; `weight` and `bias` change them."""
     sites = sites_of(adapter)
-    for site in sites:
-        methods.require_weights(site.method)
+    require_complete(adapter, sites)
+    methods.require_weights(sites.method)
     missing = [site.leaf for site in sites if site.leaf not in base]
     if missing:
         are_variables = f"params.{missing[0]}" in base
@@ -287,59 +291,65 @@ def plan_changes(base: Mapping[str, Any], adapter: Adapter, weight: Change, bias
             + paths.bullets(missing)
             + ('\nThese are Linen variables; pass variables["params"] as the parameters' if are_variables else "")
         )
-    mismatches = [
-        f"{site.leaf}: for a weight of shape {tuple(base[site.leaf].shape)} expected {expected}, found {site.shapes}"
-        for site in sites
-        if (expected := _expected_shapes(site, tuple(base[site.leaf].shape))) != site.shapes
-    ]
-    if mismatches:
-        raise MismatchError("cannot merge: the adapter does not fit these parameters:\n" + paths.bullets(mismatches))
-    quantised = [site.leaf for site in sites if quantized.is_quantized(base[site.leaf])]
-    if quantised:
-        raise AttachError(
-            "cannot merge into quantised weights, which cannot store the sum exactly. merge(…, dequantize=True) makes"
-            " the base dense first:\n" + paths.bullets(quantised)
-        )
-    integers = [
-        f"{site.leaf}: {base[site.leaf].dtype}"
-        for site in sites
-        if not site.method.copies and not jnp.issubdtype(base[site.leaf].dtype, jnp.floating)
-    ]
-    if integers:
-        raise AttachError(
-            "cannot merge into weights of integers, which would round the sum. Dequantise them first:\n"
-            + paths.bullets(integers)
-        )
+    raise_listed(
+        MismatchError,
+        "cannot merge: the adapter does not fit these parameters:",
+        [
+            f"{site.leaf} {list(base[site.leaf].shape)}: {finding}"
+            for site in sites
+            for finding in compare(
+                _expected_specs(site, base[site.leaf].shape), {name: Spec(shape) for name, shape in site.shapes.items()}
+            )
+        ],
+    )
+    raise_listed(
+        AttachError,
+        "cannot merge into quantised weights, which cannot store the sum exactly. merge(…, dequantize=True) makes"
+        " the base dense first:",
+        [site.leaf for site in sites if quantized.is_quantized(base[site.leaf])],
+    )
+    raise_listed(
+        AttachError,
+        "cannot merge into weights of integers, which would round the sum. Dequantise them first:",
+        [
+            f"{site.leaf}: {base[site.leaf].dtype}"
+            for site in sites
+            if not site.method.copies and not jnp.issubdtype(base[site.leaf].dtype, jnp.floating)
+        ],
+    )
     tied = set(tied_heads(adapter.keymap, base).values())
     lookup_only = [
         site.leaf for site in sites if site.match.weight.kind == "embedding" and not tied.isdisjoint(site.modules)
     ]
-    if lookup_only and not adapter.config.get("ensure_weight_tying"):
-        raise AttachError(
-            "cannot merge: these weights are both the token embedding and the head, and the adapter changes the lookup"
-            " of tokens only, so no single sum is right for both. Build the model with a separate head, or train with"
-            " ensure_weight_tying:\n" + paths.bullets(lookup_only)
-        )
+    raise_listed(
+        AttachError,
+        "cannot merge: these weights are both the token embedding and the head, and the adapter changes the lookup"
+        " of tokens only, so no single sum is right for both. Build the model with a separate head, or train with"
+        " ensure_weight_tying:",
+        [] if adapter.config.get("ensure_weight_tying") else lookup_only,
+    )
     if adapter.keymap.name == GENERIC.name and not adapter.config.get("ensure_weight_tying"):
         _warn_of_unknown_ties(sites, base)
-    tensors_of = adapter.sites
+    own, shared = adapter.sites, adapter.shared
+    tensors_of = {site.leaf: {**own[site.leaf], **({} if site.method.copies else shared)} for site in sites}
     changes: dict[str, ChangedLeaf] = {}
     without_bias: list[str] = []
     for site in sorted(sites, key=lambda site: not site.method.copies):  # a copied bias comes before an addition to it
         changes[site.leaf] = ChangedLeaf(site, tensors_of[site.leaf], base[site.leaf], weight)
         bias_path = paths.join(site.leaf.rpartition(".")[0], "bias")
-        if site.method.scales_bias(site.hparams) or site.method.adds_bias(site.hparams):
+        if site.effects.bias is not None:
             if bias_path in base:
                 changes[bias_path] = ChangedLeaf(
                     site, tensors_of[site.leaf], changes.get(bias_path, base[bias_path]), bias
                 )
-            elif site.method.adds_bias(site.hparams):
+            elif site.effects.bias == "adds":
                 without_bias.append(site.leaf)
-    if without_bias:
-        raise AttachError(
-            "cannot merge: lora_bias adds a bias to these layers, which have none. Build the model with biases, or keep"
-            " the adapter beside it:\n" + paths.bullets(without_bias)
-        )
+    raise_listed(
+        AttachError,
+        "cannot merge: lora_bias adds a bias to these layers, which have none. Build the model with biases, or keep"
+        " the adapter beside it:",
+        without_bias,
+    )
     for change, leaf in {leaf.leaf_change(): leaf for leaf in changes.values()}.items():
         try:  # a method's errors are raised before any change
             arrays = {**leaf.params, **leaf.site.data}
@@ -368,7 +378,7 @@ def _warn_of_unknown_ties(sites: Sequence[Site], base: Mapping[str, Any]) -> Non
         )
 
 
-def _expected_shapes(site: Site, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """Return `{tensor: shape}` of a site on a weight of this shape."""
-    sizes = plan.axis_sizes(site.match, shape)
-    return {tensor.name: plan.model_shape(site.match, tensor, sizes) for tensor in site.tensors}
+def _expected_specs(site: Site, shape: Sequence[int]) -> dict[str, Spec]:
+    """Return the shapes of a site's tensors on a weight of this shape."""
+    sizes = tensor_layout.axis_sizes(site.match, tuple(shape))
+    return {tensor.name: Spec(tensor_layout.model_shape(site.match, tensor, sizes)) for tensor in site.tensors}

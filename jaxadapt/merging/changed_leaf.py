@@ -30,11 +30,14 @@ class LeafChange:
     axes: Axes
     stack: tuple[int, ...]
     place: Any
+    shared: tuple[str, ...] = ()
 
     def __call__(self, w: Any, params: Mapping[str, Any]) -> Any:
         # Add in float32 even where weight and adapter both have 16 bits.
         widened = {name: x if name == LAYER else at_least_float32(x) for name, x in params.items()}
-        changed = map_layers(self.stack, self.method, self.hparams, self.axes, self.change, widened, as_computable(w))
+        changed = map_layers(
+            self.stack, self.method, self.hparams, self.axes, self.change, widened, as_computable(w), self.shared
+        )
         changed = changed.astype(w.dtype)
         return changed if self.place is None else jax.lax.with_sharding_constraint(changed, self.place)
 
@@ -70,7 +73,9 @@ class ChangedLeaf:
     def leaf_change(self, place: Any = None, single: bool = False) -> LeafChange:
         """Return the change without the leaf's name; `single` for one layer of each stacked axis."""
         site = self.site
-        return LeafChange(self.change, site.method, site.hparams, site.axes, () if single else site.match.stack, place)
+        stack = () if single else site.match.stack
+        shared = tuple(name for name in self.params if name not in site.shapes)
+        return LeafChange(self.change, site.method, site.hparams, site.axes, stack, place, shared)
 
     def value(self, at: Mapping[int, int | slice] | None = None, donate: bool = False, unrounded: bool = False) -> Any:
         """Return the leaf, or its part at `{axis: index or slice}`: one layer of each stacked axis, some outputs.
@@ -87,6 +92,7 @@ class ChangedLeaf:
             tensor.name: _slice(self.params[tensor.name], entry.form.left, slices)
             for tensor, entry in zip(site.tensors, site.entries, strict=True)
         } | {name: _slice(x, site.match.stack, at) for name, x in site.data.items()}
+        params |= {name: x for name, x in self.params.items() if name not in site.shapes}
         single = all(isinstance(at.get(axis), int) for axis in site.match.stack)
         change = self.leaf_change(None if isinstance(w, Tracer) else placement.sharding_of(w), single)
         host = isinstance(w, np.ndarray)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.configs import LoraConfig, lora_variants, matching
 from jaxadapt.core import paths
-from jaxadapt.core.errors import ConfigError, KeyMapError, MismatchError
+from jaxadapt.core.errors import ConfigError, KeyMapError, MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.merging import factors
 from jaxadapt.merging.factors import FactorRows, Factors
@@ -92,7 +92,8 @@ def combine(
         leaf: [by_leaf[leaf] for by_leaf in by_adapter if leaf in by_leaf] for by_leaf in by_adapter for leaf in by_leaf
     }
     _check_sizes(leaf_factors, by_adapter, method)
-    ranks = [_largest_rank(adapter.config) for adapter in adapters]
+    configs: list[Any] = [adapter.config for adapter in adapters]
+    ranks = [config.largest_rank for config in configs]
     r = sum(ranks) if method == "cat" else int(svd_rank) if svd_rank and method.endswith("svd") else max(ranks)
 
     combination = Combination(method, r, 1.0 if density is None else float(density), majority_sign_method == "total")
@@ -119,7 +120,7 @@ def combine(
         [module for module, is_parameter in dict.fromkeys(named_modules) if is_parameter == wanted]
         for wanted in (False, True)
     )
-    config = _combined_config([adapter.config for adapter in adapters], r, modules, parameters)
+    config = _combined_config(configs, r, modules, parameters)
     dtype = jnp.result_type(*(x.dtype for adapter in adapters for x in adapter.flat().values()))
     return factors.build_adapter(config, keymap, first, rows, dtype)
 
@@ -138,37 +139,35 @@ def _check_arguments(
     masks: Any,
 ) -> None:
     """Raise one `ConfigError` that lists all invalid arguments and adapters."""
-    problems: list[str] = []
-    if not adapters:
-        problems.append("adapters: expected at least one")
-    if len(weights) != len(adapters):
-        problems.append(f"weights: expected one for each of the {len(adapters)} adapters, found {len(weights)}")
+    prunes, is_dare = method.startswith(("ties", "dare", "magnitude")), method.startswith("dare")
+    is_density = isinstance(density, numbers.Real) and 0 <= float(density) <= 1
+    is_rank = isinstance(svd_rank, numbers.Integral) and int(svd_rank) > 0
     invalid = [w for w in weights if isinstance(w, str) or (isinstance(w, numbers.Real) and not math.isfinite(w))]
-    problems += [f"weights: expected finite numbers, found {w!r}" for w in invalid]
-    if method not in METHODS:
-        problems.append(f"method: expected one of {', '.join(METHODS)}, found {method!r}")
-    prunes = method.startswith(("ties", "dare", "magnitude"))
-    if svd_rank is not None and not method.endswith("svd"):
-        problems.append(f"svd_rank={svd_rank!r}: has no effect with method {method!r}")
-    elif svd_rank is not None and not (isinstance(svd_rank, numbers.Integral) and int(svd_rank) > 0):
-        problems.append(f"svd_rank: expected a positive integer, found {svd_rank!r}")
-    if prunes and not (isinstance(density, numbers.Real) and 0 <= float(density) <= 1):
-        problems.append(f"density: method {method!r} needs a number from 0 to 1, found {density!r}")
-    elif not prunes and density is not None:
-        problems.append(f"density={density!r}: has no effect with method {method!r}")
-    if method.startswith("dare"):
-        if density == 0:
-            problems.append("density: DARE divides by it, so it cannot be 0")
-        if (key is None) == (masks is None):
-            problems.append(f"method {method!r} needs key= (a JAX random key) or masks=, and not both")
-        if masks is not None and len(masks) != len(adapters):
-            problems.append(f"masks: expected one tree for each of the {len(adapters)} adapters, found {len(masks)}")
-    elif key is not None or masks is not None:
-        problems.append(f"key and masks are for DARE; they have no effect with method {method!r}")
-    if signs not in _SIGNS:
-        problems.append(f"majority_sign_method: expected 'total' or 'frequency', found {signs!r}")
-    elif signs != "total" and "ties" not in method:
-        problems.append(f"majority_sign_method={signs!r}: has no effect with method {method!r}")
+    count, has_noise = len(adapters), key is not None or masks is not None
+    masks_found = count if masks is None else len(masks)
+    rules = {
+        "adapters: expected at least one": not adapters,
+        f"weights: expected one for each of the {count} adapters, found {len(weights)}": len(weights) != count,
+        **{f"weights: expected finite numbers, found {w!r}": True for w in invalid},
+        f"method: expected one of {', '.join(METHODS)}, found {method!r}": method not in METHODS,
+        f"svd_rank={svd_rank!r}: has no effect with method {method!r}": svd_rank is not None
+        and not method.endswith("svd"),
+        f"svd_rank: expected a positive integer, found {svd_rank!r}": method.endswith("svd")
+        and svd_rank is not None
+        and not is_rank,
+        f"density: method {method!r} needs a number from 0 to 1, found {density!r}": prunes and not is_density,
+        f"density={density!r}: has no effect with method {method!r}": not prunes and density is not None,
+        "density: DARE divides by it, so it cannot be 0": is_dare and density == 0,
+        f"method {method!r} needs key= (a JAX random key) or masks=, and not both": is_dare
+        and (key is None) == (masks is None),
+        f"masks: expected one tree for each of the {count} adapters, found {masks_found}": is_dare
+        and masks_found != count,
+        f"key and masks are for DARE; they have no effect with method {method!r}": has_noise and not is_dare,
+        f"majority_sign_method: expected 'total' or 'frequency', found {signs!r}": signs not in _SIGNS,
+        f"majority_sign_method={signs!r}: has no effect with method {method!r}": signs == "frequency"
+        and "ties" not in method,
+    }
+    problems = [problem for problem, applies in rules.items() if applies]
     for i, adapter in enumerate(adapters):
         if isinstance(adapter, Adapter):
             reasons = lora_variants.reasons_not_a_product(adapter.config)
@@ -178,8 +177,7 @@ def _check_arguments(
         else:
             type_name = type(adapter).__name__
             problems.append(f"adapter {i}: expected an Adapter (jaxadapt.extract takes one out), found {type_name}")
-    if problems:
-        raise ConfigError("cannot combine these adapters:\n" + paths.bullets(problems, 16))
+    raise_listed(ConfigError, "cannot combine these adapters:", problems, limit=16)
 
 
 def _check_sizes(
@@ -208,27 +206,18 @@ def _check_sizes(
             ranks.append(
                 f"{leaf}: " + ", ".join(f"{' or '.join(map(str, values))} in adapter {i}" for i, values in leaf_ranks)
             )
-    if problems:
-        raise MismatchError("cannot combine adapters of models of different sizes:\n" + paths.bullets(problems))
-    if ranks:
-        raise ConfigError(
-            f"method {method!r} works on A and B separately, so a weight must have one rank in all adapters:\n"
-            + paths.bullets(ranks)
-            + '\nUse "cat", "svd" or an "…_svd" method, or bring them to one rank with jaxadapt.merging.resize_rank'
-        )
-
-
-def _largest_rank(config: Any) -> int:
-    """Return the largest rank of any module."""
-    return max(config.r, *config.rank_pattern.values()) if config.rank_pattern else config.r
+    raise_listed(MismatchError, "cannot combine adapters of models of different sizes:", problems)
+    raise_listed(
+        ConfigError,
+        f"method {method!r} works on A and B separately, so a weight must have one rank in all adapters:",
+        ranks,
+        '\nUse "cat", "svd" or an "…_svd" method, or bring them to one rank with jaxadapt.merging.resize_rank',
+    )
 
 
 def _combined_config(configs: Sequence[Any], r: int, modules: list[str], parameters: list[str]) -> LoraConfig:
     """Return the first configuration with scale 1 and the union of the targets, in PEFT's form where that is exact."""
-    first: LoraConfig = configs[0].replace(
-        r=r, lora_alpha=r, rank_pattern={}, alpha_pattern={}, use_rslora=False, init_lora_weights=True, eva_config=None,
-        lora_ga_config=None,
-    )  # fmt: skip
+    first: LoraConfig = configs[0].with_scale_one(r).with_default_init()
     if parameters:
         names = sorted({name for config in configs for name in config.target_parameters or ()})
         first = first.replace(target_parameters=names)

@@ -23,7 +23,7 @@ from jaxadapt.adapters.sites import Site, single_entry_sizes, sites_from_shapes,
 from jaxadapt.configs import Config
 from jaxadapt.configs.lora_variants import reasons_not_a_product
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, ConfigError, KeyMapError
+from jaxadapt.core.errors import AttachError, ConfigError, KeyMapError, raise_listed
 from jaxadapt.keymaps import plan
 from jaxadapt.keymaps.keymap import KeyMap, Match
 from jaxadapt.keymaps.plan import PlanEntry
@@ -52,13 +52,13 @@ def weight_matrices(keymap: KeyMap, site: Site, leaf: Array, scaled: bool = True
     """
     entry, positions = _base_positions(keymap, site, leaf.shape)
     rows = (entry.form if scaled else dataclasses.replace(entry.form, factor=1.0)).to_rows(leaf)[positions]
-    return jnp.swapaxes(rows, 1, 2) if _is_transposed(site) else rows
+    return jnp.swapaxes(rows, 1, 2) if site.match.weight.is_stored_in_out else rows
 
 
 def with_weight_matrices(keymap: KeyMap, site: Site, leaf: Array, rows: Array) -> Array:
     """Return the base weight with these matrices; parts that are not targeted stay unchanged."""
     entry, positions = _base_positions(keymap, site, leaf.shape)
-    rows = jnp.swapaxes(rows, 1, 2) if _is_transposed(site) else rows
+    rows = jnp.swapaxes(rows, 1, 2) if site.match.weight.is_stored_in_out else rows
     if site.match.parts is None and len(positions) == entry.form.count:
         return entry.form.from_rows(rows[np.argsort(positions)])
     if site.match.parts is None:
@@ -69,11 +69,6 @@ def with_weight_matrices(keymap: KeyMap, site: Site, leaf: Array, rows: Array) -
         jnp.zeros((len(entry.keys), *entry.form.file_shape), rows.dtype).at[positions].set(rows)
     )
     return jnp.asarray(leaf).at[index].set(full[index].astype(leaf.dtype))
-
-
-def _is_transposed(site: Site) -> bool:
-    """Return True if PyTorch stores the weight as (in, out)."""
-    return site.match.weight.fan_in_fan_out or site.match.weight.kind == "embedding"
 
 
 def _base_positions(keymap: KeyMap, site: Site, shape: Sequence[int]) -> tuple[PlanEntry, np.ndarray]:
@@ -88,7 +83,7 @@ def _base_positions(keymap: KeyMap, site: Site, shape: Sequence[int]) -> tuple[P
 class Factors:
     """One leaf of a plain LoRA: ΔW = scale · b[i] @ a[i] for module i, in PyTorch's (out, in).
 
-    This is ΔW by PEFT's definition; its `nn.MultiheadAttention` adds the output projection's twice (see methods/lora).
+    This is ΔW by PEFT's definition; its `nn.MultiheadAttention` adds the output projection's twice.
     `modules` are named as in the file, prefix included. `entries` are A's and B's, for their layout. If modules differ,
     `scale` is (n, 1, 1), and `ranks` are the ranks without padding.
     """
@@ -161,13 +156,15 @@ def lora_factors(adapter: Adapter, label: str = "the adapter") -> dict[str, Fact
             " weights"
         )
     tensors_of = adapter.sites
-    abstract = [
-        leaf
-        for leaf, tensors in tensors_of.items()
-        if any(isinstance(array, jax.ShapeDtypeStruct) for array in tensors.values())
-    ]
-    if abstract:
-        raise AttachError(f"{label} has shapes but no values; pass an adapter with arrays:\n" + paths.bullets(abstract))
+    raise_listed(
+        AttachError,
+        f"{label} has shapes but no values; pass an adapter with arrays:",
+        [
+            leaf
+            for leaf, tensors in tensors_of.items()
+            if any(isinstance(array, jax.ShapeDtypeStruct) for array in tensors.values())
+        ],
+    )
     return {site.leaf: _site_factors(site, tensors_of[site.leaf]) for site in sites_of(adapter)}
 
 
@@ -175,12 +172,11 @@ def _site_factors(site: Site, tensors: Mapping[str, Array]) -> Factors:
     """Return the factors of one site."""
     entries = product_entries(site)
     a, b = site_matrices(site, {name: methods.at_least_float32(jnp.asarray(x)) for name, x in tensors.items()})
-    entry = site.match.weight
-    # PEFT adds the change of out_proj twice (methods/lora).
-    repetitions = 2 if entry.kind == "attention" and not entry.part else 1
     ranks = tuple(rank for rank in entries[0].form.ranks or [a.shape[1]] * entries[0].form.count)
     row_ranks = tuple(rank for rank in ranks for _ in range(count_experts(site)))
-    return Factors(site, tuple(row_names(site, entries[0])), a, b, scale(site) / repetitions, entries, row_ranks)
+    return Factors(
+        site, tuple(row_names(site, entries[0])), a, b, scale(site) / site.match.weight.products, entries, row_ranks
+    )
 
 
 def scale(site: Site) -> float | np.ndarray:
@@ -194,7 +190,7 @@ def scale(site: Site) -> float | np.ndarray:
     split = [form.left[axis] for axis in form.split]
     scales = np.array(site_scale.values).reshape([sizes[name] for name in axes])
     rows = scales.transpose([axes.index(name) for name in split]).reshape(-1)
-    rows = rows if form.held is None else rows[np.array(form.held)]
+    rows = rows if form.file_entries is None else rows[np.array(form.file_entries)]
     return np.repeat(rows, count_experts(site)).reshape(-1, 1, 1)
 
 
@@ -316,12 +312,12 @@ def common_keymap(keymaps: Iterable[KeyMap], leaves: Iterable[str]) -> KeyMap:
             problems.append(
                 f"{leaf}: " + " and ".join(repr(known.weight.pattern) + " as " + known.weight.key for known in matches)
             )
-    if problems:
-        raise KeyMapError(
-            "the adapters' keymaps name or lay out the same weights differently:\n"
-            + paths.bullets(problems)
-            + "\nAttach the adapters with one keymap=; from_peft(to_peft(adapter), model) converts one"
-        )
+    raise_listed(
+        KeyMapError,
+        "the adapters' keymaps name or lay out the same weights differently:",
+        problems,
+        "\nAttach the adapters with one keymap=; from_peft(to_peft(adapter), model) converts one",
+    )
     return common
 
 

@@ -18,12 +18,13 @@ from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.adapters.sites import sites_of
 from jaxadapt.configs import Config, LoraConfig, lora_variants, matching
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, ConfigError, MismatchError
+from jaxadapt.core.errors import AttachError, ConfigError, MismatchError, raise_listed
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.merging import base_merge, factors
 from jaxadapt.merging.factors import FactorRows
 from jaxadapt.merging.joint import joint_matrices
 from jaxadapt.models import planning
+from jaxadapt.models.carriers import base_params
 
 Array = Any
 
@@ -80,10 +81,9 @@ def resize_rank(adapter: Adapter, r: int, *, key: Any = None) -> Reduced:
                 (a, b), matrix_error = factors.truncate_svd(u, s, vh, r), factors.truncation_error(s, r)
             rows |= matrix.split(FactorRows(joint.modules, a, b), factors_by_leaf)
             error |= _error_by_module(joint.modules, adapter.keymap, matrix_error)
-    config: Any = adapter.config.replace(r=r, lora_alpha=r, rank_pattern={}, alpha_pattern={}, use_rslora=False)
-    if not lora_variants.changes_base(config):
-        # reset: the adapter no longer has these initial values
-        config = config.replace(init_lora_weights=True, eva_config=None)
+    config: Any = adapter.config
+    config = config.with_scale_one(r)
+    config = config if lora_variants.changes_base(config) else config.with_default_init()
     dtype = jnp.result_type(*(x.dtype for x in adapter.flat().values()))
     return Reduced(factors.build_adapter(config, adapter.keymap, factors_by_leaf, rows, dtype), error)
 
@@ -138,12 +138,12 @@ def to_lora(
         tuned = _merged_params(base, source)
         source_keymap = source.keymap
         sites = sites_of(source)
-        copies = [site.leaf for site in sites if site.method.copies]
-        if copies:
-            raise ConfigError(
-                "to_lora: the adapter holds full copies of these weights, which no LoRA expresses. Remove them from"
-                " modules_to_save or bias:\n" + paths.bullets(copies)
-            )
+        raise_listed(
+            ConfigError,
+            "to_lora: the adapter holds full copies of these weights, which no LoRA expresses. Remove them from"
+            " modules_to_save or bias:",
+            [site.leaf for site in sites if site.method.copies],
+        )
         modules = sorted({module for site in sites for module in site.modules})
         if not all(matching.is_target(config, module) for module in modules):
             config = config.replace(target_modules=modules, exclude_modules=None)
@@ -151,7 +151,7 @@ def to_lora(
     else:
         base, tuned = _flat_pair(source)
         config = LoraConfig(r=r, lora_alpha=r, target_modules=target_modules)
-        recipe, sites = planning.plan_adapter(planning.BaseParams.from_tree(paths.unflatten(base)), config, keymap)
+        recipe, sites = planning.plan_adapter(base_params(paths.unflatten(base)), config, keymap)
         config, source_keymap = recipe.config, recipe.keymap
     return _from_change(base, tuned, config, source_keymap, sites, r, jnp.float32 if dtype is None else dtype)
 
@@ -180,10 +180,7 @@ def _cast(adapter: Adapter, dtype: Any) -> Adapter:
 
 def _flat_params(params: Any) -> dict[str, Any]:
     """Return base parameters by path, in float32 at least, from any container."""
-    return {
-        path: methods.at_least_float32(jnp.asarray(x))
-        for path, x in planning.BaseParams.from_tree(params).leaves.items()
-    }
+    return {path: methods.at_least_float32(jnp.asarray(x)) for path, x in base_params(params).leaves.items()}
 
 
 def _plain_config(config: Config, r: int) -> LoraConfig:
@@ -197,16 +194,15 @@ def _plain_config(config: Config, r: int) -> LoraConfig:
 def _merged_params(base: Mapping[str, Any], adapter: Adapter) -> dict[str, Any]:
     """Return the merged parameters; raise `ConfigError` if more than the adapted weights changes."""
     tuned = paths.flatten(base_merge.merge(paths.unflatten(base), adapter))
-    changed = [
-        path
-        for path, x in tuned.items()
-        if path not in adapter.sites and x is not base[path] and not _is_equal(x, base[path])
-    ]
-    if changed:
-        raise ConfigError(
-            f"to_lora: {adapter.config.peft_type} changes more than weights here, which no plain LoRA expresses:\n"
-            + paths.bullets(changed)
-        )
+    raise_listed(
+        ConfigError,
+        f"to_lora: {adapter.config.peft_type} changes more than weights here, which no plain LoRA expresses:",
+        [
+            path
+            for path, x in tuned.items()
+            if path not in adapter.sites and x is not base[path] and not _is_equal(x, base[path])
+        ],
+    )
     return tuned
 
 
@@ -221,11 +217,11 @@ def _flat_pair(source: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         raise AttachError(f"to_lora: expected an Adapter or a pair (base, tuned), found {type(source).__name__}")
     base, tuned = (_flat_params(tree) for tree in source)
     shapes = [{path: x.shape for path, x in tree.items()} for tree in (base, tuned)]
-    differ = [path for path in base.keys() | tuned.keys() if shapes[0].get(path) != shapes[1].get(path)]
-    if differ:
-        raise MismatchError(
-            "to_lora: the two trees are of different models; their shapes differ at:\n" + paths.bullets(sorted(differ))
-        )
+    raise_listed(
+        MismatchError,
+        "to_lora: the two trees are of different models; their shapes differ at:",
+        sorted([path for path in base.keys() | tuned.keys() if shapes[0].get(path) != shapes[1].get(path)]),
+    )
     return base, tuned
 
 

@@ -17,9 +17,8 @@ from jaxadapt.arrays.axes import LETTERS, Axes, Operation, Use
 from jaxadapt.arrays.per_entry import PerEntry
 from jaxadapt.configs import Config
 from jaxadapt.core.errors import AttachError
-from jaxadapt.keymaps.keymap import Match
-from jaxadapt.keymaps.tensor_spec import MethodTensor, Modules
-from jaxadapt.methods.base import Array, Drop, Method, Params
+from jaxadapt.keymaps.tensor_spec import MethodTensor
+from jaxadapt.methods.base import Array, Drop, Effects, Method, Params, Start, Target
 from jaxadapt.methods.per_entry import adapted_entries
 
 
@@ -53,22 +52,19 @@ class FullCopy(Method):
         self._because, self._wrapped = because, wrapped
         self.replaces = not lookup
 
-    def check(self, config: Config) -> None:
-        pass
-
-    def tensors(self, config: Config, match: Match, modules: Modules) -> tuple[MethodTensor, ...]:
+    def tensors(self, config: Config, target: Target) -> tuple[MethodTensor, ...]:
         wrapped = ".base_layer" if self._wrapped else ""
-        used = None if modules.all else modules.each(lambda _: 1, 0)
+        used = None if target.modules.all else target.modules.each(lambda _: 1, 0)
         return (MethodTensor("copy", wrapped, (), (), is_copy=True, from_base=True, scale_power=1, used_sizes=used),)
 
-    def hparams(self, config: Config, match: Match, modules: Modules) -> CopyHparams:
-        return CopyHparams(self._because, adapted_entries(modules))
+    def hparams(self, config: Config, target: Target) -> CopyHparams:
+        return CopyHparams(self._because, adapted_entries(target.modules))
 
-    def fresh(self, config: Config, tensor: MethodTensor, fan_in: int) -> NoReturn:
-        raise AssertionError("a copy starts from the base leaf")
+    def effects(self, hparams: CopyHparams) -> Effects:
+        return Effects("replaces", "weight" if self.replaces else "use")
 
-    def from_base(self, hparams: CopyHparams, params: Params, axes: Axes, w: Array) -> dict[str, Array]:
-        return {"copy": w}
+    def init(self, config: Config, tensor: MethodTensor, start: Start) -> Array:
+        return start.w
 
     def follows(self, hparams: CopyHparams, primitive: str) -> bool:
         return primitive == "gather"

@@ -9,7 +9,9 @@ it is (groups, in...) in the model. The arithmetic follows PEFT's `tuners/ia3/la
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -17,11 +19,11 @@ from jaxadapt.arrays import low_rank
 from jaxadapt.arrays.axes import LETTERS, Axes, Operation, Use
 from jaxadapt.arrays.per_entry import PerEntry, mask_unadapted
 from jaxadapt.arrays.random_draws import Draw
-from jaxadapt.configs import Config, IA3Config, matching
+from jaxadapt.configs import IA3Config, matching
 from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.keymaps.keymap import Match
-from jaxadapt.keymaps.tensor_spec import MethodTensor, Modules
-from jaxadapt.methods.base import Array, Drop, Method, Params, shared_value
+from jaxadapt.keymaps.tensor_spec import MethodTensor
+from jaxadapt.methods.base import Array, Drop, Effects, Method, Params, Start, Target, shared_value
 from jaxadapt.methods.per_entry import adapted_entries
 
 
@@ -37,9 +39,9 @@ class IA3Hparams:
     """
 
     feedforward: bool
-    conv: bool = False
-    groups: int = 1
-    used: PerEntry | None = None
+    conv: bool
+    groups: int
+    used: PerEntry | None
 
 
 class IA3(Method):
@@ -49,22 +51,21 @@ class IA3(Method):
     kinds = frozenset({"linear", "conv"})
     roles = MappingProxyType({"ia3_l": "vector"})
 
-    def check(self, config: Config) -> None:
-        assert isinstance(config, IA3Config)
-
-    def tensors(self, config: IA3Config, match: Match, modules: Modules) -> tuple[MethodTensor, ...]:
-        hparams, used = self.hparams(config, match, modules), None if modules.all else modules.each(lambda _: 1, 0)
+    def tensors(self, config: IA3Config, target: Target) -> tuple[MethodTensor, ...]:
+        match, modules = target.match, target.modules
+        hparams, used = self.hparams(config, target), None if modules.all else modules.each(lambda _: 1, 0)
         if hparams.conv:
             return (dataclasses.replace(_conv_tensor(hparams, match), used_sizes=used),)
         if hparams.feedforward:
             return (MethodTensor("ia3_l", ".ia3_l", ("batch", "in"), ((), ("in",)), scale_power=0, used_sizes=used),)
         return (MethodTensor("ia3_l", ".ia3_l", ("batch", "out"), (("out",), ()), scale_power=0, used_sizes=used),)
 
-    def hparams(self, config: IA3Config, match: Match, modules: Modules) -> IA3Hparams:
+    def hparams(self, config: IA3Config, target: Target) -> IA3Hparams:
+        match, modules = target.match, target.modules
         feedforward = shared_value("feedforward", {m: matching.is_feedforward(config, m) for m in modules})
         return IA3Hparams(feedforward, match.weight.kind == "conv", match.weight.groups, adapted_entries(modules))
 
-    def fresh(self, config: IA3Config, tensor: MethodTensor, fan_in: int) -> Draw:
+    def init(self, config: IA3Config, tensor: MethodTensor, start: Start) -> Draw:
         return Draw("constant", 1.0) if config.init_ia3_weights else Draw("normal", 1.0)
 
     def follows(self, hparams: IA3Hparams, primitive: str) -> bool:
@@ -97,16 +98,15 @@ class IA3(Method):
     def unweight(self, hparams: IA3Hparams, params: Params, axes: Axes, w: Array) -> Array:
         return (w / self._scale_over_weight(hparams, params, axes, w)).astype(w.dtype)
 
-    def scales_bias(self, hparams: IA3Hparams) -> bool:
-        return not hparams.feedforward
+    def effects(self, hparams: IA3Hparams) -> Effects:
+        return Effects("changes", bias=None if hparams.feedforward else "scales")
 
-    def bias(self, hparams: IA3Hparams, params: Params, bias: Array) -> Array:
+    def bias(self, hparams: IA3Hparams, params: Params, axes: Axes, bias: Array, undo: bool = False) -> Array:
         scale = self._scale_over_bias(hparams, params, bias)
-        return bias if scale is None else (bias * scale).astype(bias.dtype)
+        return bias if scale is None else (bias / scale if undo else bias * scale).astype(bias.dtype)
 
-    def unbias(self, hparams: IA3Hparams, params: Params, bias: Array) -> Array:
-        scale = self._scale_over_bias(hparams, params, bias)
-        return bias if scale is None else (bias / scale).astype(bias.dtype)
+    def examples(self) -> Sequence[Mapping[str, Any]]:
+        return ({"feedforward_modules": []}, {"feedforward_modules": ".*"})
 
     @staticmethod
     def _scale_over_bias(hparams: IA3Hparams, params: Params, bias: Array) -> Array | None:
@@ -139,6 +139,9 @@ class IA3(Method):
                 scale, role = jnp.repeat(scale, w.shape[out] // hparams.groups, axis=0), (out, *role)
         letters = "".join(LETTERS[i] for i in axes.batch_axes + role)
         return low_rank.expand_to_letters(scale, letters, LETTERS[: axes.rank])
+
+
+METHOD = IA3()
 
 
 def _conv_tensor(hparams: IA3Hparams, match: Match) -> MethodTensor:

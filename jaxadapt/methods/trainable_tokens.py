@@ -16,9 +16,8 @@ import jax.numpy as jnp
 from jaxadapt.arrays.axes import Axes, Operation, Use
 from jaxadapt.configs import Config
 from jaxadapt.core.errors import AttachError, ConfigError
-from jaxadapt.keymaps.keymap import Match
-from jaxadapt.keymaps.tensor_spec import MethodTensor, Modules
-from jaxadapt.methods.base import Array, Drop, Method, Params
+from jaxadapt.keymaps.tensor_spec import MethodTensor
+from jaxadapt.methods.base import Array, Drop, Effects, Method, Params, Start, Target
 
 NAME = "trainable_tokens_delta"
 
@@ -45,33 +44,31 @@ class TrainableTokens(Method):
     """Replacement of single rows of W."""
 
     peft_type = ""  # not a method of PEFT: it is a field of LORA's configuration
-    copies = replaces = True
+    copies = True
 
     def __init__(self, tokens: tuple[int, ...]) -> None:
         self._tokens = tokens
 
-    def check(self, config: Config) -> None:
-        pass
-
-    def tensors(self, config: Config, match: Match, modules: Modules) -> tuple[MethodTensor, ...]:
-        if match.weight.kind not in ("embedding", "linear") or match.roles["batch"] or match.stack:
+    def tensors(self, config: Config, target: Target) -> tuple[MethodTensor, ...]:
+        if target.match.weight.kind not in ("embedding", "linear") or target.match.roles["batch"] or target.match.stack:
             raise ConfigError(
-                f"{match.leaf}: trainable_token_indices applies only to a token embedding or a head; remove this weight"
-                " from it"
+                f"{target.leaf}: trainable_token_indices applies only to a token embedding or a head; remove this"
+                " weight from it"
             )
-        dim = "out" if match.weight.kind == "embedding" else "in"
+        dim = "out" if target.match.weight.kind == "embedding" else "in"
         own = (("n", len(self._tokens)),)
         suffix = f".token_adapter.{NAME}"
         return (MethodTensor(NAME, suffix, ("n", dim), (("n",), (dim,)), own, from_base=True, scale_power=1),)
 
-    def hparams(self, config: Config, match: Match, modules: Modules) -> TokensHparams:
-        return TokensHparams(self._tokens, match.weight.kind != "embedding")
+    def hparams(self, config: Config, target: Target) -> TokensHparams:
+        return TokensHparams(self._tokens, target.match.weight.kind != "embedding")
 
-    def fresh(self, config: Config, tensor: MethodTensor, fan_in: int) -> NoReturn:
-        raise AssertionError("the rows start from the base weight")
+    def effects(self, hparams: TokensHparams) -> Effects:
+        return Effects("replaces", "weight")
 
-    def from_base(self, hparams: TokensHparams, params: Params, axes: Axes, w: Array) -> dict[str, Array]:
-        return {NAME: jnp.take(self._by_token(hparams, axes, w), jnp.array(hparams.tokens), axis=0)}
+    def init(self, config: Config, tensor: MethodTensor, start: Start) -> Array:
+        assert start.axes is not None
+        return jnp.take(self._by_token(start.hparams, start.axes, start.w), jnp.array(start.hparams.tokens), axis=0)
 
     def output(
         self,

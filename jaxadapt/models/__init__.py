@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from jaxadapt.models.nnx.params import BaseParam as BaseParam
     from jaxadapt.models.nnx.params import LayerNumber as LayerNumber
     from jaxadapt.models.prompt.attention import attention as attention
-    from jaxadapt.models.prompt.call_data import prompting as prompting
     from jaxadapt.models.prompt.hooks import TakesEmbeddings as TakesEmbeddings
     from jaxadapt.models.prompt.hooks import TakesKeys as TakesKeys
     from jaxadapt.models.quantization import dequantize as dequantize

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Generator
 from typing import Any
 
 from jaxadapt.core.errors import AttachError
-from jaxadapt.models.attachment import require_nnx
-from jaxadapt.models.linen import wrapper
-from jaxadapt.models.nnx import attach
+from jaxadapt.models.carriers import carrier
 
 
 def activate(model: Any, *names: Any) -> Any:
@@ -34,16 +31,7 @@ def activate(model: Any, *names: Any) -> Any:
         raise AttachError(
             f"expected names, as in activate(model, 'a', 'b') or activate(model, ['a', 'b']); found {names!r}"
         )
-    names = tuple(dict.fromkeys(names))
-    if isinstance(model, wrapper.Adapted):
-        present = dict(model.adapters)
-        unknown = [n for n in names if n not in present]
-        if unknown:
-            raise AttachError(f"no adapter is called {', '.join(map(repr, unknown))}; this model has {list(present)}")
-        return dataclasses.replace(model, active=tuple(names))
-    require_nnx(model)
-    attach.activate(model, names)
-    return model
+    return carrier(model).activate(tuple(dict.fromkeys(names)))
 
 
 @contextlib.contextmanager
@@ -60,14 +48,12 @@ def disable(model: Any) -> Generator[Any]:
     ...     base.active
     ()
     """
-    if isinstance(model, wrapper.Adapted):
-        yield dataclasses.replace(model, active=())
-        return
-    require_nnx(model)
-    before = attach.active_names(model)
-    attach.activate(model, ())
+    held = carrier(model)
+    before = held.active()
+    base = held.activate(())
     try:
-        yield model
+        yield base
     finally:
-        present = attach.adapter_names(model)  # the context may have deleted some
-        attach.activate(model, [name for name in before if name in present])
+        held = carrier(model)
+        present = held.names()  # the context may have deleted some
+        held.activate([name for name in before if name in present])

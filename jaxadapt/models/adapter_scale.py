@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -12,11 +12,10 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxadapt import methods
-from jaxadapt.adapters.adapter import CONFIG_NODE, Adapter
+from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
-from jaxadapt.models import attachment
-from jaxadapt.models.linen import collections, wrapper
+from jaxadapt.models.carriers import DEFAULT, Carrier, carrier
 from jaxadapt.models.nnx import attach
 
 Array = Any
@@ -54,13 +53,9 @@ def rescale(tree: Any, factor: Any, name: str | None = None) -> Generator[Any]:
     """
     if np.ndim(factor):
         raise AttachError(f"cannot rescale by factor: expected a number, found an array of shape {np.shape(factor)}")
-    if isinstance(tree, wrapper.Adapted | wrapper.nn.Module):
-        raise AttachError(
-            "cannot rescale a Linen module, which holds no parameters; rescale its variables:"
-            " with rescale(variables, 0.5) as v"
-        )
-    if not isinstance(tree, attach.nnx.Module):
-        yield _rescale_tree(tree, factor, name)
+    held = carrier(tree)
+    if not held.in_place:
+        yield _rescale_tree(held, factor, name)
         return
     variables = _find_variables(tree, name)
     before = {path: var.get_value() for path, var in variables.items()}
@@ -94,8 +89,9 @@ def _values_differ(new: Array, old: Array) -> bool:
 
 def _find_variables(model: Any, name: str | None) -> dict[str, Any]:
     """Return `{"adapter: path": variable}` of the named (or active) adapters."""
-    present = attach.adapter_variables(model)
-    chosen = attach.active_names(model) if name is None else (name,)
+    walked = attach.walked(model)
+    present = walked.adapters
+    chosen = attach.active_names(walked) if name is None else (name,)
     missing = [n for n in chosen if n not in present]
     if missing or not chosen:
         raise AttachError(
@@ -116,39 +112,13 @@ def _require_scale(scaled: Any, name: str, config: Any) -> None:
         raise AttachError(f"cannot rescale the adapter {name!r}: its type {config.peft_type} has no scale")
 
 
-def _rescale_tree(tree: Any, factor: Any, name: str | None) -> Any:
-    if isinstance(tree, Adapter):
-        return Adapter(tree.config, _scale_params(tree.params, tree, factor, "default"), tree.keymap)
-    if not isinstance(tree, Mapping):
-        raise AttachError(f"expected an NNX model, Linen variables or an Adapter, found {type(tree).__name__}")
-    out, seen = dict(tree), 0
-    for collection in methods.COLLECTIONS:
-        adapters = tree.get(collection)
-        if not isinstance(adapters, Mapping):
-            continue
-        new = dict(adapters)
-        for n, inner in adapters.items():
-            if isinstance(inner, Mapping) and CONFIG_NODE in inner and name in (None, n):
-                new[n] = _scale_params(inner, collections.read_adapter(inner, n), factor, n)
-                seen += 1
-        out[collection] = new
-    if not seen:
-        attachment.extract(tree, name or attachment.DEFAULT)  # raises a more precise error
-        raise AttachError("cannot rescale: these variables hold no adapter with its configuration")
-    return out
+def _rescale_tree(held: Carrier, factor: Any, name: str | None) -> Any:
+    def scale(name: str, adapter: Adapter) -> dict[str, Any]:
+        leaves = paths.flatten(adapter.params)
+        scaled = [path for path in leaves if path.rpartition(".")[2] in methods.get_method(adapter.config).scaled]
+        _require_scale(scaled, name, adapter.config)
+        return leaves | {path: jax.tree.map(lambda x: _multiply(x, factor), leaves[path]) for path in scaled}
 
-
-def _scale_params(tree: Mapping[str, Any], adapter: Adapter, factor: Any, name: str) -> dict[str, Any]:
-    scaled = methods.get_method(adapter.config).scaled
-    _require_scale(scaled & {t for tensors in adapter.sites.values() for t in tensors}, name, adapter.config)
-
-    def walk(node: Mapping[str, Any]) -> dict[str, Any]:
-        out: dict[str, Any] = {}
-        for key, value in node.items():
-            if key in scaled:
-                out[key] = jax.tree.map(lambda x: _multiply(x, factor), value)  # through boxes
-            else:
-                out[key] = walk(value) if isinstance(value, Mapping) else value
-        return out
-
-    return walk(tree)
+    if name is not None or not held.has_adapters():
+        held.extract(DEFAULT if name is None else name)  # raises if there is no such adapter
+    return held.map_adapters(scale, None if name is None else (name,))

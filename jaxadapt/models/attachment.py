@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,18 +10,14 @@ from jax.core import Tracer
 
 from jaxadapt import methods
 from jaxadapt.adapters import initial_values
-from jaxadapt.adapters.adapter import Adapter, collection_name, is_array
-from jaxadapt.adapters.sites import make_file_plan, sites_of
+from jaxadapt.adapters.adapter import Adapter, is_array
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.models import planning
-from jaxadapt.models.foreign import tree as foreign
-from jaxadapt.models.linen import collections, wrapper
-from jaxadapt.models.nnx import attach, survey
-
-DEFAULT = "default"
+from jaxadapt.models.carriers import DEFAULT, base_params, carrier, lora_carrier
+from jaxadapt.models.linen import collections
 
 
 def adapt(
@@ -35,7 +30,6 @@ def adapt(
     dtype: Any = None,
     stack_axes: Sequence[int] | None = None,
     example: Sequence[Any] | None = None,
-    autocast_adapter_dtype: bool = True,
     deterministic: bool | None = None,
 ) -> Any:
     """Attach a new adapter to a model, which does not change its output.
@@ -51,8 +45,8 @@ def adapt(
             has shapes without `rngs`, and values with it. Dropout starts in training mode, as in new Flax layers,
             even if the model is in `eval()` mode. (Linen: pass keys to `init`, and `rngs={"dropout": key}` to each
             `apply` in training.)
-        dtype: the dtype of the adapter's parameters; float32 by default, whatever the dtype of the base.
-        autocast_adapter_dtype: as in PEFT; False gives each parameter the dtype of the weight it adapts.
+        dtype: the dtype of the adapter's parameters; float32 by default, whatever the dtype of the base. "base" gives
+            each parameter the dtype of the weight it adapts, as PEFT's `autocast_adapter_dtype=False` does.
         stack_axes: NNX: the axes on which scanned layers are stacked, if the shapes do not show them.
         example: NNX: the inputs of one call, used to trace the axis roles of custom layers' weights.
         deterministic: Linen: True turns the adapters' dropout off. None: it is on in calls whose `rngs` have a stream
@@ -73,63 +67,8 @@ def adapt(
     (2, 4)
     """
     _require_config(config)
-    dtype = _resolve_dtype(dtype, autocast_adapter_dtype)
-    if isinstance(model, wrapper.nn.Module | wrapper.Adapted):
-        given = {"rngs": rngs, "stack_axes": stack_axes, "example": example}
-        unused = [argument for argument, value in given.items() if value is not None]
-        if unused:
-            raise AttachError(
-                f"cannot use {', '.join(unused)} with a Linen module: for NNX models only; pass keys and inputs to the"
-                " wrapper's init"
-            )
-    if isinstance(model, wrapper.nn.Module):
-        return wrapper.Adapted(model, ((name, config),), (name,), keymap, dtype, deterministic=deterministic)
-    if isinstance(model, wrapper.Adapted):
-        if name in dict(model.adapters):
-            raise AttachError(
-                f"cannot attach the adapter {name!r}: the name is taken; pass another name=, or delete that"
-                " adapter first"
-            )
-        shared = {"keymap": keymap, "dtype": dtype, "deterministic": deterministic}
-        for argument, value in shared.items():
-            present = getattr(model, argument)
-            if value is not None and value != present:
-                raise AttachError(
-                    f"cannot use {argument}={value!r}: all adapters of a wrapper share this argument, and this wrapper"
-                    f" has {present!r}; leave it out"
-                )
-        return dataclasses.replace(model, adapters=(*model.adapters, (name, config)), active=(name,))
-    require_nnx(model)
-    if deterministic is not None:
-        raise AttachError(
-            "cannot use deterministic with an NNX model: for Linen modules only; call model.train() or model.eval()"
-        )
-    base = planning.BaseParams.from_tree(model)
-    owners = base.held
-    if name in attach.adapter_names(model, owners):
-        raise AttachError(
-            f"cannot attach the adapter {name!r}: the name is taken; pass another name=, or delete that adapter first"
-        )
-    recipe, sites = planning.plan_adapter(base, config, keymap, stack_axes, example)
-    abstract = rngs is None and survey.is_abstract(owners)
-    if rngs is None and not abstract:
-        raise AttachError("cannot draw the adapter's initial values without random keys: pass rngs=nnx.Rngs(seed)")
-    if rngs is not None:
-        attach.require_stream(rngs, "params")
-    key = None if rngs is None else attach.draw_params_key(rngs)
-    values = initial_values.init_values(recipe.config, sites, key, dtype, abstract, base.leaves, base.shardings)
-    attach.attach(model, recipe, sites, name, values, rngs, base.walked)
-    return model
-
-
-def _resolve_dtype(dtype: Any, autocast: bool) -> Any:
-    if autocast:
-        return dtype
-    if dtype is not None:
-        raise AttachError(
-            f"cannot use dtype={dtype!r} with autocast_adapter_dtype=False, which sets the dtype; pass one of them"
-        )
-    return initial_values.BASE
+    options = {"rngs": rngs, "stack_axes": stack_axes, "example": example, "deterministic": deterministic}
+    return carrier(model).adapt(config, name, keymap, dtype, options)
 
 
 def _require_config(config: Any) -> None:
@@ -139,15 +78,6 @@ def _require_config(config: Any) -> None:
     methods.get_method(config)
 
 
-def require_nnx(model: Any) -> None:
-    """Raise `AttachError` unless `model` is an NNX module."""
-    if not isinstance(model, attach.nnx.Module):
-        raise AttachError(
-            f"expected an NNX module, a Linen module or an adapted Linen module, found {type(model).__name__};"
-            " for a tree of parameters, use jaxadapt.init"
-        )
-
-
 def init(
     config: Config,
     params: Any,
@@ -155,7 +85,6 @@ def init(
     key: Any = None,
     keymap: KeyMap | str | None = None,
     dtype: Any = None,
-    autocast_adapter_dtype: bool = True,
 ) -> Adapter:
     """Return a new adapter for a tree of base parameters, with the tensors that `adapt` would attach.
 
@@ -165,7 +94,7 @@ def init(
         key: a JAX random key; None returns an abstract adapter, specs only.
         keymap: the family's name, a `KeyMap`, or None to recognise the family. Without a keymap, 2-D kernels are
             (in, out), and a target with more axes is an error.
-        dtype, autocast_adapter_dtype: as in `adapt`.
+        dtype: as in `adapt`.
 
     Raises the errors of `adapt`.
 
@@ -176,10 +105,9 @@ def init(
     {'q.kernel.lora_A': (2, 4), 'q.kernel.lora_B': (6, 2)}
     """
     _require_config(config)
-    dtype = _resolve_dtype(dtype, autocast_adapter_dtype)
     if key is not None and not is_array(key):
         raise AttachError(f"key: expected a JAX random key such as jax.random.key(0), found {type(key).__name__}")
-    base = planning.BaseParams.from_tree(params)
+    base = base_params(params)
     recipe, sites = planning.plan_adapter(base, config, keymap)
     values = initial_values.init_values(recipe.config, sites, key, dtype, key is None, base.leaves, base.shardings)
     return collections.box_like_base(Adapter(recipe.config, paths.unflatten(values), recipe.keymap), base.held)
@@ -216,42 +144,7 @@ def extract(
     >>> extract(variables).config.r
     2
     """
-    if isinstance(tree, Adapter):
-        return tree
-    foreign_tree = find_foreign(tree)
-    if foreign_tree is not None:
-        return foreign.extract_adapter(foreign_tree, config, keymap, lora_alpha)
-    if lora_alpha is not None:
-        raise AttachError(
-            "cannot use lora_alpha here: it is for the trees of other libraries, and this tree is not one; pass config="
-        )
-    if isinstance(tree, attach.nnx.Module | attach.nnx.State):
-        if not attach.has_adapters(tree) and (unknown := foreign.describe_unknown(tree)):
-            raise AttachError(f"cannot extract {name!r}: the model has no adapter{unknown}")
-        return attach.extract(tree, name)
-    if not isinstance(tree, Mapping):
-        raise AttachError(f"expected an NNX model or state, Linen variables or an Adapter, found {type(tree).__name__}")
-    present = collections.adapter_tree(tree, name)
-    if present is not None and (config is None or (keymap is None and collections.has_config(present))):
-        adapter = collections.read_adapter(present, name)
-        return adapter if config is None else dataclasses.replace(adapter, config=config)
-    names = collections.adapter_names(tree)
-    if present is None and names:
-        raise AttachError(f"cannot extract {name!r}: no adapter has that name; found {names}")
-    return collections.adapter_from_arrays(tree, name, config, keymap)
-
-
-def find_foreign(tree: Any) -> foreign.ForeignTree | None:
-    """Return the foreign tree in `tree`; None if `tree` has an adapter of jaxadapt, or no LoRA leaves."""
-    if isinstance(tree, Adapter):
-        return None
-    if isinstance(tree, foreign.ForeignTree):
-        return tree
-    if isinstance(tree, attach.nnx.Module | attach.nnx.State):
-        return None if attach.has_adapters(tree) else foreign.find_lora(tree)
-    if isinstance(tree, Mapping) and collections.adapter_names(tree):
-        return None
-    return foreign.find_lora(tree)
+    return lora_carrier(tree).extract(name, config, keymap, lora_alpha)
 
 
 def inject(
@@ -284,52 +177,14 @@ def inject(
             f"expected an Adapter (from extract, init or from_peft), found {type(adapter).__name__};"
             " jaxadapt.from_peft(tensors, tree) converts PeftTensors to one"
         )
-    foreign_tree, leaves = find_foreign(tree), adapter.flat()
-    kept = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)}
+    kept = {p: x for p, x in adapter.flat().items() if isinstance(x, jax.Array) and not isinstance(x, Tracer)}
     gone = [path for path, leaf in kept.items() if leaf.is_deleted()]
     if gone:  # otherwise the model's next call would fail without naming them
         raise AttachError(
             "cannot inject the adapter: these arrays were donated to a jitted function and are deleted. Keep a copy,"
             " jax.tree.map(jnp.copy, adapter):\n" + paths.bullets(gone)
         )
-    if foreign_tree is not None:
-        sites = sites_of(adapter)
-        host = not any(isinstance(leaf, Tracer) for leaf in leaves.values())
-        tensors = make_file_plan(sites).encode(leaves, host=host)
-        same = all(adapter.keymap.match(leaf) for leaf in foreign_tree.dialect.claim(foreign_tree.leaves))
-        return foreign.fill_tree(
-            foreign_tree, adapter.config, tensors, keymap=adapter.keymap if same else None, lora_alpha=lora_alpha,
-            on_shared=on_shared, source="this adapter", call="inject(adapter, tree",
-        )  # fmt: skip
-    if isinstance(tree, attach.nnx.Module | attach.nnx.State):
-        attach.inject(adapter, tree, name)
-        return tree
-    present = extract(tree, name)
-    want = {p: tuple(v.shape) for p, v in present.flat().items()}
-    have = {p: tuple(v.shape) for p, v in adapter.flat().items()}
-    problems = [
-        f"{p}: {want.get(p, 'absent')} attached, {have.get(p, 'absent')} passed"
-        for p in want | have
-        if want.get(p) != have.get(p)
-    ]
-    if present.config != adapter.config:
-        problems.append(f"the configurations differ: {present.config.differences(adapter.config, 'passed')}")
-    if problems:
-        raise AttachError(
-            f"cannot inject: the adapter does not match the attached adapter {name!r}:\n" + paths.bullets(problems)
-        )
-    if isinstance(tree, Adapter):
-        return dataclasses.replace(tree, params=collections.replace_values(tree.params, leaves))
-    return collections.replace_adapter_values(tree, name, leaves)
-
-
-def with_adapter(variables: Mapping[str, Any], adapter: Adapter, name: str) -> Any:
-    """Return Linen variables with this adapter under `name`, in place of any adapter of that name."""
-    named = collections.box_like_base(adapter, variables.get("params", {})).named(name)
-    for collection, tree in named.items():
-        present: Any = variables.get(collection, {})
-        variables = collections.with_entry(variables, collection, collections.with_entry(present, name, tree[name]))
-    return variables
+    return lora_carrier(tree).inject(adapter, name, lora_alpha, on_shared)
 
 
 def delete(model: Any, name: str) -> Any:
@@ -343,22 +198,7 @@ def delete(model: Any, name: str) -> Any:
     >>> delete(jaxadapt.adapt(module, config, name="b"), "a").active
     ('b',)
     """
-    if isinstance(model, wrapper.Adapted):
-        if name not in dict(model.adapters):
-            raise AttachError(f"no adapter is called {name!r}; this model has {list(dict(model.adapters))}")
-        kept = tuple(a for a in model.adapters if a[0] != name)
-        return dataclasses.replace(model, adapters=kept, active=tuple(n for n in model.active if n != name))
-    if isinstance(model, Mapping) and not isinstance(model, attach.nnx.Module):
-        collection = collection_name(extract(model, name).config)
-        kept = {k: v for k, v in model[collection].items() if k != name}
-        rest = {k: v for k, v in model.items() if k != collection}
-        return {**rest, collection: kept} if kept else rest
-    require_nnx(model)
-    present = attach.adapter_names(model)
-    if name not in present:
-        raise AttachError(f"no adapter is called {name!r}; this model has {list(present)}")
-    attach.delete(model, name)
-    return model
+    return carrier(model).delete(name)
 
 
 def detach(model: Any) -> Any:
@@ -374,10 +214,4 @@ def detach(model: Any) -> Any:
     >>> sorted(detach({"params": base, **adapter.collection}))
     ['params']
     """
-    if isinstance(model, wrapper.Adapted):
-        return model.module
-    if isinstance(model, Mapping) and not isinstance(model, attach.nnx.Module):
-        return {k: v for k, v in model.items() if k not in methods.COLLECTIONS}
-    require_nnx(model)
-    attach.delete(model, *attach.adapter_names(model))
-    return model
+    return carrier(model).detach()

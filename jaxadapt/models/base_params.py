@@ -1,45 +1,92 @@
-"""Base parameters of a model or tree by dotted path: read them, and replace some of them."""
+"""The base parameters of a model or of a tree, by dotted path, traversed once."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+import functools
+from collections.abc import Mapping
 from typing import Any
 
-import jax
-
+from jaxadapt.adapters.adapter import is_array
+from jaxadapt.arrays import quantized
 from jaxadapt.core import paths
-from jaxadapt.models.nnx import attach, survey
-from jaxadapt.models.trees import is_box, rebox, unbox
+from jaxadapt.core.errors import AttachError
+from jaxadapt.keymaps.keymap import KeyMap
+from jaxadapt.models.linen import collections
+from jaxadapt.models.nnx import attach, graph, survey
 
 
-def base_leaves(params: Any) -> dict[str, Any]:
-    """Return `{path: array}` of an NNX model's base, or of a tree of base parameters, without boxes."""
-    if isinstance(params, attach.nnx.Module):
-        return survey.base_values(survey.base_leaves(params))
-    flat = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_box)
-    return {dotted_path(keys): unbox(leaf) for keys, leaf in flat}
+@dataclasses.dataclass(frozen=True)
+class BaseParams:
+    """Base parameters from a tree, and the model or variables that hold them."""
+
+    held: Mapping[str, Any]
+    """`{path: leaf}` with boxes (`nn.Partitioned`, …); of a model `{path: (module, attribute)}`."""
+    target: Any
+    """The model or variables, which may have adapters."""
+    walked: graph.ModelWalk | None = None
+    """The result of the traversal, for a model only."""
+
+    @functools.cached_property
+    def leaves(self) -> dict[str, Any]:
+        """`{path: array or spec}`, without boxes."""
+        return {path: collections.unbox_tree(leaf) for path, leaf in self.held.items()}
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """`{path: shape}`."""
+        return {path: tuple(leaf.shape) for path, leaf in self.leaves.items()}
+
+    @functools.cached_property
+    def shardings(self) -> dict[str, Any]:
+        """`{path: sharding}`; None for a leaf without a sharding."""
+        return collections.base_shardings(self.held)
+
+    @functools.cached_property
+    def keymap(self) -> KeyMap | None:
+        """The keymap of an adapter that the variables have, if any."""
+        for collection in collections.adapter_collections(self.target).values():
+            for name, tree in collection.items():
+                return collections.read_adapter(tree, name).keymap
+        return None
 
 
-def replace_leaves(params: Any, new: Mapping[str, Any]) -> Any:
-    """Replace the arrays at some paths: return a new tree, or change an NNX model in place."""
-    if isinstance(params, attach.nnx.Module):
-        owners, others = survey.base_leaves(params), survey.layer_state(params)
-        for path, value in new.items():
-            if path not in owners:
-                others[path].set_value(value)
-                continue
-            module, attr = owners[path]
-            vars(module)[attr].set_value(value)
-            attach.uninstall_adapters(module)  # removes the dequantisation of a quantised weight
-        return params
+class ModelParams(BaseParams):
+    """Base parameters of an NNX model."""
 
-    def put(keys: Any, leaf: Any) -> Any:
-        path = dotted_path(keys)
-        return rebox(leaf, new[path]) if path in new else leaf
+    @functools.cached_property
+    def leaves(self) -> dict[str, Any]:
+        """`{path: array or spec}`."""
+        return survey.base_values(self.held)
 
-    return jax.tree_util.tree_map_with_path(put, params, is_leaf=is_box)
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """`{path: shape}`."""
+        return survey.base_shapes(self.held)
+
+    @functools.cached_property
+    def shardings(self) -> dict[str, Any]:
+        """`{path: sharding}`; None for a leaf without a sharding."""
+        return dict(attach.base_shardings(self.held))
+
+    @functools.cached_property
+    def keymap(self) -> KeyMap | None:
+        """The keymap of an adapter that the model has, if any."""
+        known = (var for by_path in attach.adapter_variables(self.target).values() for var in by_path.values())
+        return next((var.get_metadata()["adapter"].recipe.keymap for var in known), None)
 
 
-def dotted_path(keys: Sequence[Any]) -> str:
-    """Return a JAX key path as a dotted path."""
-    return paths.join(*(jax.tree_util.keystr((key,), simple=True) for key in keys))
+def read_params(params: Any, target: Any = None) -> BaseParams:
+    """Return the base parameters in nested mappings. Raises `AttachError` if a leaf is not an array."""
+    base = BaseParams(paths.flatten(params), target)
+    odd = [
+        f"{path}: {type(leaf).__name__}"
+        for path, leaf in base.leaves.items()
+        if not (is_array(leaf) or quantized.is_quantized(leaf))
+    ]
+    if odd:
+        raise AttachError(
+            'expected base parameters as nested mappings of arrays (a list as {"0": …, "1": …}), found:\n'
+            + paths.bullets(odd)
+        )
+    return base

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.core import Tracer
 from jax.sharding import AxisType
 
@@ -16,9 +17,9 @@ from jaxadapt.configs.matching import ALL_LINEAR
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.models import base_params, planning, trees
-from jaxadapt.models.linen import wrapper
-from jaxadapt.models.nnx import attach, survey
+from jaxadapt.models import planning
+from jaxadapt.models.carriers import base_params, carrier
+from jaxadapt.models.nnx import attach, graph, survey
 
 
 def quantize(
@@ -55,7 +56,7 @@ def quantize(
     >>> adapter = jaxadapt.init(jaxadapt.LoraConfig(r=2, target_modules=["q"]), small, key=jax.random.key(0))
     """
     config = LoraConfig(target_modules=modules)
-    params = planning.BaseParams.from_tree(base)
+    params = base_params(base)
     sites = planning.plan_adapter(params, config, keymap)[1]
     weights, owners = params.leaves, params.held
     leaves = [site.leaf for site in sites]
@@ -90,10 +91,8 @@ def quantize(
     odd = [leaf for leaf, x in scales.items() if not isinstance(x, Tracer) and not jnp.isfinite(x).all()]
     if odd:
         raise AttachError("cannot quantise these weights, whose values are not all finite:\n" + paths.bullets(odd))
-    if params.walked is None:
-        return _replace_boxed(base, new)
-    base_params.replace_leaves(base, new)
-    for leaf in new:
+    base = carrier(base).replace(new, boxes=False)  # the axes of a box do not match those of codes and scales
+    for leaf in new if params.walked is not None else ():
         attach.install_adapters(owners[leaf][0])
     return base
 
@@ -109,12 +108,10 @@ def dequantize(base: Any) -> Any:
     >>> bool((dequantize(quantize(base, modules=["q"]))["q"]["kernel"] == base["q"]["kernel"]).all())
     True
     """
-    if not isinstance(base, attach.nnx.Module):
+    held = carrier(base)
+    if not held.in_place:
         return jax.tree.map(quantized.to_dense, base, is_leaf=quantized.is_quantized)
-    weights = planning.base_arrays(base)
-    return base_params.replace_leaves(
-        base, {p: quantized.to_dense(w) for p, w in weights.items() if quantized.is_quantized(w)}
-    )
+    return held.replace({p: quantized.to_dense(w) for p, w in held.leaves().items() if quantized.is_quantized(w)})
 
 
 def from_qwix(model: Any) -> Any:
@@ -131,16 +128,15 @@ def from_qwix(model: Any) -> Any:
 
         model = jaxadapt.models.from_qwix(qwix.quantize_model(model, qwix.PtqProvider(rules), x))
     """
-    if isinstance(model, wrapper.nn.Module):
+    if isinstance(model, nn.Module):
         plain: Any = model.copy()
         object.__setattr__(plain, "__class__", _without_qwix(type(model)))
         return plain
-    if not isinstance(model, attach.nnx.Module):
+    if not isinstance(model, nnx.Module):
         raise AttachError(f"expected an NNX or Linen module, found {type(model).__name__}")
     qwix_params = {
-        (paths.join(*map(str, path)), attr): (node, value)
-        for path, node in attach.nnx.iter_graph(model)
-        if isinstance(node, attach.nnx.Module)
+        (path, attr): (node, value)
+        for path, node in graph.walk_model(model).modules
         for attr, value in vars(node).items()
         if quantized.is_qwix_parameter(value)
     }
@@ -152,7 +148,7 @@ def from_qwix(model: Any) -> Any:
         )
     for at, (node, _) in qwix_params.items():
         delattr(node, at[1])
-        setattr(node, at[1], attach.nnx.Param(new[at].array))
+        setattr(node, at[1], nnx.Param(new[at].array))
         attach.install_adapters(node)
     survey.set_class(model, _without_qwix(type(model)))
     return model
@@ -163,17 +159,8 @@ def _without_qwix(cls: Any) -> Any:
 
 
 def _is_variable(x: Any) -> bool:
-    return isinstance(x, attach.nnx.Variable)
+    return isinstance(x, nnx.Variable)
 
 
 def _open_variable(x: Any) -> Any:
-    return x.get_value() if isinstance(x, attach.nnx.Variable) else x
-
-
-def _replace_boxed(tree: Any, new: Mapping[str, Any]) -> Any:
-    """Replace leaves with their boxes: the axes of a box do not match those of codes and scales."""
-
-    def put(keys: Any, leaf: Any) -> Any:
-        return new.get(base_params.dotted_path(keys), leaf)
-
-    return jax.tree_util.tree_map_with_path(put, tree, is_leaf=trees.is_box)
+    return x.get_value() if isinstance(x, nnx.Variable) else x

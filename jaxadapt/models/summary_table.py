@@ -12,13 +12,11 @@ from jaxadapt import methods
 from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, is_array
 from jaxadapt.adapters.sites import sites_of
 from jaxadapt.arrays.quantized import is_quantized
-from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.core.terminal import escape_text
-from jaxadapt.keymaps import plan
+from jaxadapt.keymaps import tensor_layout
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.models import attachment
-from jaxadapt.models.linen import collections, wrapper
+from jaxadapt.models.carriers import Carrier, Wrapper, carrier
 from jaxadapt.models.nnx import abstract_call, attach, survey
 
 
@@ -103,7 +101,7 @@ class Summary:
         for row in self.rows:
             match = self.families[row.adapter].match(row.leaf) if row.adapter in self.families else None
             if match is not None and len(row.shape) == len(match.weight.left):
-                factor = match.weight.factor(plan.axis_sizes(match, row.shape))
+                factor = match.weight.factor(tensor_layout.axis_sizes(match, row.shape))
                 if math.frexp(factor)[0] != 0.5:
                     factors[match.weight.leaf] = factor
         return factors
@@ -174,7 +172,8 @@ def summary(tree: Any, *inputs: Any) -> Summary:
     >>> table.trainable, table.base_parameters
     (20, 24)
     """
-    if isinstance(tree, wrapper.Adapted):
+    held = carrier(tree)
+    if isinstance(held, Wrapper):
         if not inputs:
             raise AttachError(
                 "cannot summarise a Linen module without its variables: call summary(module, variables, *inputs)"
@@ -184,12 +183,19 @@ def summary(tree: Any, *inputs: Any) -> Summary:
             raise AttachError(
                 f"summary(module, variables, *inputs): expected variables, found {type(variables).__name__}"
             )
-        return _summarize_variables(variables, tree.active, tree.notes(variables, *rest) if rest else {})
-    if isinstance(tree, attach.nnx.Module):
-        return _summarize_model(tree, inputs)
-    if isinstance(tree, Mapping):
-        return _summarize_variables(tree, None, {})
-    raise AttachError(f"expected an adapted model or variables, found {type(tree).__name__}")
+        base, how = carrier(variables), tree.notes(variables, *rest) if rest else {}
+    else:
+        base, how = held, _describe_uses(held, inputs)
+    leaves = base.leaves() if base.has_base else {}
+    shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items() if is_array(leaf) or is_quantized(leaf)}
+    if (walk := base.walk()) is not None:
+        shapes |= walk.unowned
+    adapters = base.adapters()
+    rows = [row for name, adapter in adapters for row in _rows(name, adapter, shapes, how)]
+    if not rows:
+        raise AttachError(f"cannot summarise: this {type(base.tree).__name__} has no adapter")
+    keymaps = {name: adapter.keymap for name, adapter in adapters}
+    return Summary(tuple(rows), sum(math.prod(s) for s in shapes.values()), tuple(held.active()), keymaps)
 
 
 def _rows(name: str, adapter: Adapter, base: Mapping[str, tuple[int, ...]], how: Mapping[str, str]) -> list[Row]:
@@ -211,42 +217,16 @@ def _rows(name: str, adapter: Adapter, base: Mapping[str, tuple[int, ...]], how:
     ]
 
 
-def _summarize_model(model: Any, inputs: Sequence[Any]) -> Summary:
-    walked = survey.walk_model(model)
-    owners = walked.leaves
-    shapes = {**survey.base_shapes(owners), **walked.unowned}
-    how = {leaf: survey.describe_use(module) for leaf, (module, _) in owners.items()}
-    if inputs:
-        variables = {path: var for by_path in attach.adapter_variables(model).values() for path, var in by_path.items()}
-        attached = {path.rpartition(".")[0]: var.get_metadata()["adapter"] for path, var in variables.items()}
-        attached.pop(SHARED_NODE, None)
-        hooks = {
-            leaf: methods.AppliedMethod(meta.method, meta.hparams, {}, meta.axes) for leaf, meta in attached.items()
-        }
-        how |= abstract_call.record_uses(
-            model, {leaf: hook for leaf, hook in hooks.items() if not hook.replaces}, inputs
-        )
-    adapters = {name: attachment.extract(model, name) for name in attach.adapter_names(model)}
-    rows = [row for name, adapter in adapters.items() for row in _rows(name, adapter, shapes, how)]
-    if not rows:
-        raise AttachError("cannot summarise: this model has no adapter")
-    keymaps = {name: adapter.keymap for name, adapter in adapters.items()}
-    return Summary(tuple(rows), sum(math.prod(s) for s in shapes.values()), attach.active_names(model), keymaps)
-
-
-def _summarize_variables(
-    variables: Mapping[str, Any], active: tuple[str, ...] | None, how: Mapping[str, str]
-) -> Summary:
-    flat = paths.flatten(collections.unbox_tree(variables.get("params", {})))
-    base = {path: tuple(leaf.shape) for path, leaf in flat.items() if is_array(leaf) or is_quantized(leaf)}
-    keymaps: dict[str, KeyMap] = {}
-    rows: list[Row] = []
-    for collection in methods.COLLECTIONS:
-        for name, tree in dict(variables.get(collection, {})).items():
-            adapter = collections.read_adapter(tree, name)
-            keymaps[name] = adapter.keymap
-            rows += _rows(name, adapter, base, how)
-    if not rows:
-        raise AttachError("cannot summarise: these variables hold no adapter")
-    active = tuple(keymaps) if active is None else active
-    return Summary(tuple(rows), sum(math.prod(s) for s in base.values()), active, keymaps)
+def _describe_uses(held: Carrier, inputs: Sequence[Any]) -> dict[str, str]:
+    """Return `{leaf: how}`: the layer class, or the trace of a call with `inputs`, that shows a weight's use."""
+    if (walk := held.walk()) is None:
+        return {}
+    how = {leaf: survey.describe_use(module) for leaf, (module, _) in walk.leaves.items()}
+    if not inputs:
+        return how
+    variables = {path: v for by_path in attach.adapter_variables(held.tree).values() for path, v in by_path.items()}
+    attached = {path.rpartition(".")[0]: var.get_metadata()["adapter"] for path, var in variables.items()}
+    attached.pop(SHARED_NODE, None)
+    hooks = {leaf: methods.AppliedMethod(x.method, x.hparams, {}, x.axes) for leaf, x in attached.items()}
+    used = {leaf: hook for leaf, hook in hooks.items() if not hook.by_weight}
+    return how | abstract_call.record_uses(held.tree, used, inputs)

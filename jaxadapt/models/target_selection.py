@@ -11,6 +11,7 @@ from jaxadapt.configs import Config
 from jaxadapt.core.paths import bullets
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.models import planning
+from jaxadapt.models.carriers import carrier
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +111,7 @@ def select(
     LORA on 1 modules in 1 weights, 20 parameters (keymap 'generic'):
       q_proj: q_proj.kernel (4, 6); lora_A (2, 4), lora_B (6, 2)
     """
-    base = planning.target_base(model)
+    base = carrier(model).base()
     recipe, sites = planning.plan_adapter(base, config, keymap, stack_axes, example)
     shapes = base.shapes
     return Selection(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from flax import nnx
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
 from jaxadapt.adapters.adapter import CONFIG_NODE, is_array
@@ -17,7 +18,7 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import MismatchError
 from jaxadapt.models.foreign import dialects
 from jaxadapt.models.linen import collections
-from jaxadapt.models.nnx import attach
+from jaxadapt.models.nnx import attach, graph
 
 Leaves = dict[str, Any]
 Put = Callable[[Mapping[str, Any]], Any]
@@ -25,18 +26,18 @@ Put = Callable[[Mapping[str, Any]], Any]
 
 def may_have_path(tree: Any, wanted: Callable[[str], bool]) -> bool:
     """Return True if `open_tree` may return a wanted path; a quick test that rules out nearly all plain trees."""
-    if isinstance(tree, attach.nnx.Module):
-        return any(wanted(paths.join(*map(str, path))) for path, _ in attach.nnx.iter_graph(tree))
+    if isinstance(tree, attach.Model):
+        return any(wanted(paths.join(*map(str, path))) for path, _, _ in graph.walk_model(tree).entries)
     if not isinstance(tree, Mapping):
         return True
     inner = tree.get("params")
     flat = paths.flatten(inner if isinstance(inner, Mapping) else tree)
-    return any(map(wanted, flat)) or not all(is_array(x) or isinstance(x, attach.nnx.Variable) for x in flat.values())
+    return any(map(wanted, flat)) or not all(is_array(x) or isinstance(x, nnx.Variable) for x in flat.values())
 
 
 def open_tree(tree: Any) -> tuple[Leaves, Put]:
     """Return `{dotted path: array}` of a tree, without boxes, and a function that returns the tree with new leaves."""
-    if isinstance(tree, attach.nnx.Module | attach.nnx.State):
+    if isinstance(tree, attach.TREES):
         return _open_nnx(tree)
     if isinstance(tree, Mapping) and isinstance(tree.get("params"), Mapping):
         leaves, put = _open_pytree(tree["params"])
@@ -45,17 +46,18 @@ def open_tree(tree: Any) -> tuple[Leaves, Put]:
 
 
 def _open_nnx(tree: Any) -> tuple[Leaves, Put]:
-    module = isinstance(tree, attach.nnx.Module)
-    state = attach.nnx.state(tree, attach.nnx.Any(attach.nnx.Param, _is_slot_variable)) if module else tree
-    flat = {paths.join(*map(str, path)): var for path, var in attach.nnx.to_flat_state(state)}
-    ours = {p for p, var in flat.items() if isinstance(var, attach.AdapterParam)}
-    values = {
-        p: var.get_value() if isinstance(var, attach.nnx.Variable) else var for p, var in flat.items() if p not in ours
-    }
+    if isinstance(tree, attach.Model):
+        is_param, entries = graph.instance_test(nnx.Param), graph.walk_model(tree).entries
+        variables = [(path, x) for path, x, _ in entries if is_param(x) or _is_slot_variable(path)]
+    else:
+        variables = list(nnx.to_flat_state(tree))
+    is_variable, is_ours = graph.instance_test(nnx.Variable), graph.instance_test(attach.AdapterParam)
+    flat = {paths.join(*map(str, path)): var for path, var in variables}
+    values = {p: var.get_value() if is_variable(var) else var for p, var in flat.items() if not is_ours(var)}
     leaves = {p: leaf for p, leaf in values.items() if is_array(leaf) or is_quantized(leaf)}
 
     def put(new: Mapping[str, Any]) -> Any:
-        plain = [p for p in new if not isinstance(flat[p], attach.nnx.Variable)]
+        plain = [p for p in new if not isinstance(flat[p], nnx.Variable)]
         if plain:
             raise MismatchError(
                 "cannot write into a pure state, which holds its arrays by value. Pass the model or"
@@ -63,19 +65,19 @@ def _open_nnx(tree: Any) -> tuple[Leaves, Put]:
             )
         for path, value in new.items():
             flat[path].set_value(value)
-        return tree
+        return attach.model_of(tree)
 
     return leaves, put
 
 
-def _is_slot_variable(path: Sequence[Any], _: Any) -> bool:
+def _is_slot_variable(path: Sequence[Any]) -> bool:
     """Return True for variables that are not parameters but belong to a dialect: the ranks and scales of slots."""
-    return any(str(path[-1]) in (d.slots or ()) for d in dialects.DIALECTS.values())
+    return bool(path) and any(str(path[-1]) in (d.slots or ()) for d in dialects.DIALECTS.values())
 
 
 def is_box(node: Any) -> bool:
     """Return True if a node wraps one array with metadata (`nn.Partitioned`, an NNX variable), or is quantised."""
-    return isinstance(node, collections.meta.AxisMetadata | attach.nnx.Variable) or is_quantized(node)
+    return isinstance(node, collections.meta.AxisMetadata | nnx.Variable) or is_quantized(node)
 
 
 def _key_name(key: Any) -> str:
@@ -104,7 +106,7 @@ def _is_lorax(node: Any) -> bool:
 
 def lorax_alphas(tree: Any) -> dict[str, float]:
     """Return `{base leaf: alpha}` of the lorax weights, which store their alpha."""
-    if isinstance(tree, attach.nnx.Module | attach.nnx.State):
+    if isinstance(tree, nnx.Module | nnx.State):
         return {}
     params = tree["params"] if isinstance(tree, Mapping) and isinstance(tree.get("params"), Mapping) else tree
     return {path: float(node.alpha) for path, node in _find_lorax(params).items()}
@@ -147,11 +149,11 @@ def unbox(node: Any) -> Any:
     """Return the value in a box; any other node unchanged."""
     if isinstance(node, collections.meta.AxisMetadata):
         return collections.unbox_tree(node)
-    return node.get_value() if isinstance(node, attach.nnx.Variable) else node
+    return node.get_value() if isinstance(node, nnx.Variable) else node
 
 
 def rebox(node: Any, value: Any) -> Any:
     """Return the box with another value; `value` itself if `node` is not a box."""
     if isinstance(node, collections.meta.AxisMetadata):
         return node.replace_boxed(value)
-    return node.replace(value) if isinstance(node, attach.nnx.Variable) else value
+    return node.replace(value) if isinstance(node, nnx.Variable) else value

@@ -10,10 +10,10 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
-from jaxadapt.configs import Config
+from jaxadapt.configs import Config, LoraConfig
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.persistence import consumers
 
@@ -72,9 +72,10 @@ class Facts:
 
 def card_text(config: Config, facts: Facts) -> str:
     """Return a complete card, with valid front matter."""
-    refused = consumers.refusals(config, facts.tensors)
-    parts = [*_title(config), *_usage(config, facts, bool(refused["vLLM"])), *_settings(config, facts)]
-    body = "\n".join([*parts, *_readers(config, refused)])
+    readers = consumers.judge_readers(config, facts.tensors)
+    refused = any(reader.name == "vLLM" and reader.verdict != consumers.RIGHT for reader in readers)
+    parts = [*_title(config), *_usage(config, facts, refused), *_settings(config, facts)]
+    body = "\n".join([*parts, *_readers(readers)])
     return _with_mark(_front_matter(config, facts), body)
 
 
@@ -265,7 +266,7 @@ def _vllm(config: Config, facts: Facts, base: str | None) -> list[str]:
     called = (facts.subfolder or source).rpartition("/")[2]
     if facts.repo and facts.subfolder:
         source = f"$(jaxadapt pull {facts.repo}/{facts.subfolder})"
-    rank = max(config.get("r") or 0, *(config.get("rank_pattern") or {"": 0}).values())
+    rank = config.largest_rank if isinstance(config, LoraConfig) else 0
     max_rank = next((r for r in _VLLM_RANKS if r >= rank), rank)
     option = f" --max-lora-rank {max_rank}" if rank > 16 else ""
     return [
@@ -305,22 +306,29 @@ def _image_caption(config: Config) -> list[str]:
     ]
 
 
-def _readers(config: Config, refused: Mapping[str, list[str]]) -> list[str]:
-    refusing = {reader: reasons for reader, reasons in refused.items() if reasons}
-    if not refusing:
-        return []
-    lines = ["## Who cannot read it as it is", ""]
-    lines += [f"- {reader}: {'; '.join(map(_reason, reasons))}" for reader, reasons in refusing.items()]
-    scales = [f"`{name}`" for name in ("use_rslora", "alpha_pattern", "rank_pattern") if config.get(name)]
-    if config.peft_type == "LORA" and scales and not config.get("use_dora"):
-        effect = f"multiplies the scales into B, and {' and '.join(scales)} {'are' if scales[1:] else 'is'} gone."
-        lines += ["", f"`jaxadapt.merging.resize_rank(adapter, r)` with its largest rank {effect}"]
-    return [*lines, ""]
+def _readers(readers: Sequence[consumers.Reader]) -> list[str]:
+    """List the programs that read the adapter rightly, and the others with the reasons and the ways out."""
+    right = [reader.name for reader in readers if reader.verdict == consumers.RIGHT]
+    lines = ["## Who reads it", ""]
+    lines += [f"As it is: {', '.join(right)}.", ""] if right else []
+    rows = [
+        (names, consumers.WORDS[verdict], "; ".join(map(_reason, reasons)), _code(remedy))
+        for verdict, names, reasons, remedy in consumers.grouped(readers)
+    ]
+    lines += _table(("program", "what it does", "why", "what helps"), rows)
+    versions = ", ".join(f"{reader.name} ({reader.version})" for reader in readers)
+    return [*lines, f"These rules hold for {versions}.", ""]
+
+
+def _code(remedy: str) -> str:
+    """Return a way out with its commands as code."""
+    steps = (step.partition(": ") for step in remedy.split("; then "))
+    return "; then ".join(f"`{command}`{colon}{rest}" for command, colon, rest in steps) if remedy else ""
 
 
 def _reason(reason: str) -> str:
     name, _, effect = reason.partition(": ")
-    return f"`{name}` ({effect})" if effect else reason
+    return f"`{name}` {effect}" if "=" in name or name.isidentifier() else reason
 
 
 def _plain_number(name: str, value: Any) -> Any:
@@ -339,9 +347,11 @@ def _value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def _table(head: tuple[str, str], rows: list[tuple[str, str]]) -> list[str]:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    def line(cells: Sequence[str]) -> str:
+        return f"| {' | '.join(cells)} |"
+
     def cell(value: str) -> str:
         return value.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
 
-    lines = [f"| {cell(a)} | {cell(b)} |" for a, b in rows]
-    return [f"| {head[0]} | {head[1]} |", "|---|---|", *lines, ""]
+    return [line(head), f"|{'---|' * len(head)}", *(line([*map(cell, row)]) for row in rows), ""]

@@ -1,95 +1,272 @@
-"""Programs that read adapter files, and the reasons reasons they refuse one. Pure functions of configuration and keys.
+"""Programs that read adapter files: which read a given one rightly, refuse it, or silently compute something else.
 
-Tested by comparing each reader's outputs with PEFT's for the same adapters (vLLM 0.32, the llama.cpp converter of
-llama-cpp-python 0.3.36); for SGLang, TGI and LoRAX taken from their sources.
+Pure functions of configuration and keys. The rules for PEFT, transformers, vLLM, llama.cpp and mlx-lm come from runs of
+these programs on adapters of one model, compared with PEFT's log-probabilities; those for SGLang, TGI, TensorRT-LLM and
+Ollama from their sources. `Reader.version` names the version of each.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
-from jaxadapt.configs import Config
+from jaxadapt.configs import Config, lora_variants
+from jaxadapt.keymaps.keymap import PEFT_PREFIX
+from jaxadapt.persistence.verification import key_names
 
-_VLLM_KEYS = re.compile(r".*\.(lora_[AB]\.weight|lora_embedding_[AB])|.*\b(score|classifier)\..*")
-_VLLM_INITS = ("pissa", "olora", "corda", "loftq")
-_PAIR = re.compile(r"base_model\.model\..+\.lora_[AB]\.weight")
+RIGHT, REFUSED, WRONG, UNKNOWN = "right", "refused", "wrong", "unknown"
+"""The verdicts. "wrong" means: loads without a message and computes something else."""
+WORDS = {WRONG: "silently computes something else", REFUSED: "refuses it", UNKNOWN: "not known"}
+"""{verdict: words for it}, for the verdicts other than "right"; the worst first."""
+
+# The ways out, by name. A program without a form for an adapter reads the merged model.
+_MERGE = "jaxadapt merge BASE ADAPTER --out FOLDER"
+_PLAIN = "jaxadapt.merging.resize_rank(adapter, r): multiplies the scales into B (r: the adapter's largest rank)"
+_ORIGINAL = "jaxadapt.initializers.for_original_base: makes a LoRA for the unchanged base"
 
 
-def refusals(config: Config, keys: Iterable[str] = ()) -> dict[str, list[str]]:
-    """Return {reader: [reasons reasons it refuses or misreads the file]}; an empty list if it reads the file correctly.
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """A program and what it does with one adapter.
+
+    Attributes:
+        name: the program.
+        version: the version that the rules were measured with, or read in.
+        verdict: "right", "refused", "wrong" (silently) or "unknown" (not measured).
+        reasons: "setting: effect" for each setting that the program refuses or misreads.
+        remedy: a command or a function that helps; "" if none is needed or known.
+    """
+
+    name: str
+    version: str
+    verdict: str
+    reasons: tuple[str, ...] = ()
+    remedy: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {**dataclasses.asdict(self), "reasons": list(self.reasons)}
+
+
+# A rule: {property of an adapter: (verdict, effect)}. A program reads properties that its rule lacks rightly.
+_Rule = Mapping[str, tuple[str, str]]
+
+_IGNORED = (WRONG, "ignored")
+_REFUSE = (REFUSED, "refused")
+_ONLY_LORA = (REFUSED, "reads only LoRA")
+_ON_ORIGINAL = (WRONG, "added to the original base weights")
+
+_RULES: Mapping[str, tuple[str, _Rule]] = {
+    "PEFT": ("0.21.2, measured", {"type": (REFUSED, "unknown to this version")}),
+    "transformers load_adapter": (
+        "5.12.1 and 5.24.0, measured",
+        {
+            "type": (REFUSED, "unknown to PEFT"),
+            "dora": (WRONG, "the magnitudes are not loaded"),
+            "alora": (WRONG, "the adapter has no effect"),
+            **dict.fromkeys(
+                ("copies", "heads", "norm copies", "tokens"), (WRONG, "ignored by 5.12.1, right in 5.24.0")
+            ),
+            "init": (UNKNOWN, "not measured"),
+            "method": (UNKNOWN, "not measured"),
+            "variant": (UNKNOWN, "not measured"),
+        },
+    ),
+    "vLLM": (
+        "0.32.0, measured",
+        {
+            "type": _ONLY_LORA, "method": _ONLY_LORA, "ia3": _ONLY_LORA,
+            **dict.fromkeys(("dora", "lora_bias", "bias", "tokens", "alora", "kasa", "init", "variant"), _REFUSE),
+            "copies": _REFUSE, "norm copies": _REFUSE, "parameters": (UNKNOWN, "not measured"),
+            "other tensors": (REFUSED, "unknown names"),
+        },
+    ),
+    "llama.cpp": (
+        "the converter of llama-cpp-python 0.3.36, measured",
+        {
+            "type": _ONLY_LORA, "method": _ONLY_LORA, "ia3": (REFUSED, "its converter stops: no lora_alpha"),
+            "rslora": _IGNORED, "alpha_pattern": _IGNORED, "alora": (WRONG, "applied to all tokens"),
+            "init": _ON_ORIGINAL, "norm copies": (WRONG, "dropped"),
+            **dict.fromkeys(("dora", "lora_bias", "copies", "heads", "tokens", "kasa"), _REFUSE),
+            "embedding": (UNKNOWN, "right if the base has a head of its own; if its head is tied, the program stops"),
+            "tied embedding": (REFUSED, "stops the program at the first token, because the head is tied to it"),
+            "bias": (UNKNOWN, "not measured"), "variant": (UNKNOWN, "not measured"),
+            "parameters": (UNKNOWN, "not measured"), "other tensors": (REFUSED, "unknown names"),
+        },
+    ),
+    "Ollama": (
+        "its source of 2026, not run; only Llama and Gemma 2",
+        {
+            "type": _ONLY_LORA, "method": _ONLY_LORA, "ia3": _ONLY_LORA,
+            "fraction": (REFUSED, "expected an integer"),
+            "rslora": _IGNORED, "alpha_pattern": _IGNORED, "alora": (WRONG, "applied to all tokens"),
+            "init": _ON_ORIGINAL,
+            **dict.fromkeys(
+                ("dora", "lora_bias", "copies", "heads", "norm copies", "tokens", "kasa", "bias", "variant",
+                 "embedding", "tied embedding", "parameters", "other tensors"), (UNKNOWN, "not run"),
+            ),
+        },
+    ),
+    "MLX": ("mlx-lm 0.32.2, measured", {"any": (REFUSED, "not read")}),
+    "SGLang": (
+        "0.5.23, its source, not run",
+        {
+            "type": _ONLY_LORA, "method": _ONLY_LORA, "ia3": _ONLY_LORA, "dora": _REFUSE,
+            "expression": _REFUSE, "rank_pattern": (REFUSED, "expected one rank"),
+            "rslora": _IGNORED, "alpha_pattern": _IGNORED, "alora": (WRONG, "applied to all tokens"),
+            "init": _ON_ORIGINAL, "lora_bias": (UNKNOWN, "not run"),
+            **dict.fromkeys(("kasa", "copies", "heads", "norm copies", "tokens", "bias"), _IGNORED),
+            "variant": (UNKNOWN, "not run"), "parameters": (UNKNOWN, "not run"), "other tensors": _IGNORED,
+        },
+    ),
+    "TGI and LoRAX": (
+        "TGI's source of 2025, not run",
+        {
+            "type": _ONLY_LORA, "method": _ONLY_LORA, "ia3": _ONLY_LORA,
+            **dict.fromkeys(
+                ("dora", "lora_bias", "alpha_pattern", "kasa", "copies", "heads", "norm copies", "tokens", "bias"),
+                _IGNORED,
+            ),
+            "rank_pattern": (WRONG, "the scale is that of r"), "alora": (WRONG, "applied to all tokens"),
+            "init": _ON_ORIGINAL, "layers": (WRONG, "modules that some layers lack are left out in all layers"),
+            **dict.fromkeys(("embedding", "tied embedding", "parameters", "other tensors"), _IGNORED),
+            "variant": (UNKNOWN, "not run"),
+        },
+    ),
+    "TensorRT-LLM": (
+        "its source of 2025, not run",
+        {
+            "type": _ONLY_LORA, "method": _ONLY_LORA, "ia3": _ONLY_LORA, "alpha_pattern": _IGNORED,
+            "alora": (WRONG, "applied to all tokens"), "init": _ON_ORIGINAL, "lora_bias": _IGNORED, "kasa": _IGNORED,
+            "norm copies": _IGNORED, "tokens": _IGNORED, "bias": _IGNORED, "other tensors": _IGNORED,
+            **dict.fromkeys(
+                ("copies", "heads", "embedding", "tied embedding", "variant", "parameters"), (UNKNOWN, "not run")
+            ),
+        },
+    ),
+}  # fmt: skip
+
+_VARIANTS = ("use_qalora", "layer_replication", "use_bdlora", "arrow_config", "velora_config", "monteclora_config")
+_SCALES = frozenset(("rslora", "alpha_pattern", "rank_pattern", "fraction"))
+_PAIR = re.compile(r"(base_model\.model\..+)\.(lora_[AB]\.weight|lora_embedding_[AB])")
+_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "shared")
+_HEADS = ("classifier", "score")
+_SETTINGS = {
+    "rslora": "use_rslora", "dora": "use_dora", "lora_bias": "lora_bias", "alora": "alora_invocation_tokens",
+    "kasa": "kasa_config", "tokens": "trainable_token_indices", "parameters": "target_parameters",
+    "layers": "layers_to_transform", "rank_pattern": "rank_pattern", "alpha_pattern": "alpha_pattern",
+}  # fmt: skip
+
+
+def judge_readers(config: Config, keys: Iterable[str] = (), tied: bool | None = None) -> tuple[Reader, ...]:
+    """Return each program with its verdict about an adapter.
+
+    Args:
+        config: the adapter's configuration.
+        keys: the keys of its file, in PEFT's names.
+        tied: True if the base model ties its output head to the token embedding; None if unknown.
 
     >>> from jaxadapt.configs import LoraConfig
-    >>> refusals(LoraConfig(r=8, target_modules=["q_proj"], use_rslora=True))["vLLM"]
-    []
-    >>> refusals(LoraConfig(r=8, target_modules=["q_proj"], use_rslora=True))["llama.cpp"]
-    ['use_rslora: ignored, so it computes something else']
+    >>> found = {r.name: r for r in judge_readers(LoraConfig(r=8, target_modules=["q_proj"], use_rslora=True))}
+    >>> found["vLLM"].verdict, found["llama.cpp"].verdict, found["llama.cpp"].reasons
+    ('right', 'wrong', ('use_rslora: ignored',))
     """
-    keys = list(keys)
-    if config.peft_type != "LORA":
-        reasons = [f"reads only LoRA, not {config.peft_type}"]
-        return {reader: list(reasons) for reader in ("vLLM", "SGLang", "llama.cpp", "TGI and LoRAX")}
-    return {
-        "vLLM": _vllm(config, keys),
-        "SGLang": _sglang(config),
-        "llama.cpp": _llama_cpp(config, keys),
-        "TGI and LoRAX": _tgi(config, keys),
-    }
+    properties = _properties(config, list(keys), tied)
+    return tuple(_judge(name, version, rule, properties) for name, (version, rule) in _RULES.items())
 
 
-def _vllm(config: Config, keys: list[str]) -> list[str]:
-    extra = [m for m in config.get("modules_to_save") or () if m not in ("classifier", "score")]
-    reasons = [f"modules_to_save={extra}: refused"] if extra else []
-    reasons += _reasons_for(config, {"use_dora": "refused", "lora_bias": "refused", "use_qalora": "refused"})
-    reasons += _reasons_for(config, {"layer_replication": "refused", "use_bdlora": "refused"})
-    reasons += _reasons_for(config, {"alora_invocation_tokens": "refused"})
+def _judge(name: str, version: str, rule: _Rule, properties: Mapping[str, str]) -> Reader:
+    hits = {prop: rule[prop] for prop in properties if prop in rule}
+    if not hits:
+        return Reader(name, version, RIGHT)
+    verdicts = {verdict for verdict, _ in hits.values()}
+    verdict = next(v for v in (REFUSED, WRONG, UNKNOWN) if v in verdicts)
+    reasons = tuple(f"{properties[prop]}: {effect}" for prop, (_, effect) in hits.items())
+    return Reader(name, version, verdict, reasons, _remedy(hits, verdict, properties))
+
+
+def _remedy(hits: Collection[str], verdict: str, properties: Mapping[str, str]) -> str:
+    """Return the way out: the smallest change that removes all reasons; "" if there is none."""
+    if verdict == UNKNOWN or "type" in hits:
+        return ""
+    # aLoRA applies to a part of the tokens, and KaSA belongs to a base that it changed: neither can be merged here.
+    if {"alora", "kasa"} & properties.keys() and not set(hits) <= _SCALES:
+        return ""
+    steps = [_ORIGINAL] if "init" in properties and not set(hits) <= _SCALES else []
+    left = set(hits) - {"init"}
+    if left:
+        steps.append(_PLAIN if left <= _SCALES else _MERGE)
+    return "; then ".join(steps)
+
+
+def grouped(readers: Iterable[Reader]) -> list[tuple[str, str, tuple[str, ...], str]]:
+    """Return (verdict, names, reasons, remedy) of the readers whose verdict is not "right", equal ones together.
+
+    The worst come first.
+    """
+    groups: dict[tuple[str, tuple[str, ...], str], list[str]] = {}
+    for verdict in WORDS:
+        for reader in readers:
+            if reader.verdict == verdict:
+                groups.setdefault((verdict, reader.reasons, reader.remedy), []).append(reader.name)
+    return [(verdict, ", ".join(names), reasons, remedy) for (verdict, reasons, remedy), names in groups.items()]
+
+
+def _properties(config: Config, keys: list[str], tied: bool | None) -> dict[str, str]:
+    """Return {property: setting} for the properties of an adapter that some program does not read."""
+    found: dict[str, str] = {"any": "PEFT's format"}
+    if config.peft_type == "IA3":
+        found["ia3"] = "IA3"
+    elif config.peft_type != "LORA":
+        found["method" if key_names.is_known_method(config.peft_type) else "type"] = config.peft_type
+    found |= {prop: setting for prop, setting in _SETTINGS.items() if config.get(setting)}
+    found |= _variant_properties(config) | _copy_properties(config)
     if config.get("bias", "none") != "none":
-        reasons.append(f"bias={config.get('bias')!r}: refused")
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(_VLLM_INITS):
-        reasons.append(f"init_lora_weights={init!r}: refused")
-    others = sum(not _VLLM_KEYS.fullmatch(key) for key in keys)
-    if others and not reasons:
-        reasons.append(f"{_count(others)} with unknown names: refused")
-    return reasons
-
-
-def _llama_cpp(config: Config, keys: list[str]) -> list[str]:
-    wrong = "ignored, so it computes something else"
-    reasons = _reasons_for(
-        config, {"use_rslora": wrong, "alpha_pattern": wrong, "use_dora": "refused", "lora_bias": "refused"}
-    )
-    reasons += _reasons_for(config, {"modules_to_save": "refused"})
-    others = sum(not _PAIR.fullmatch(key) for key in keys)
-    if others and not reasons:
-        reasons.append(f"{_count(others)} other than A and B of linear layers: refused")
-    return reasons
-
-
-def _sglang(config: Config) -> list[str]:
-    wrong = "ignored, so it computes something else"
-    reasons = _reasons_for(
-        config, {"use_rslora": wrong, "alpha_pattern": wrong, "rank_pattern": wrong, "use_dora": "refused"}
-    )
-    target = config.get("target_modules")
+        found["bias"] = f"bias={config.get('bias')!r}"
+    alpha: Any = config.get("lora_alpha")
+    if isinstance(alpha, float) and not alpha.is_integer():
+        found["fraction"] = f"lora_alpha={alpha:g}"
+    target: Any = config.get("target_modules")
     if isinstance(target, str) and target not in ("all", "all-linear"):
-        reasons.append("target_modules is an expression: refused")
-    return reasons
+        found["expression"] = "target_modules is an expression"
+    named = [] if isinstance(target, str) else [name for name in target or () if name in _EMBEDDINGS]
+    if config.peft_type == "LORA" and (named or any(key.endswith("lora_embedding_A") for key in keys)):
+        setting = f"target_modules={named}" if named else "an adapted embedding"
+        found |= {} if tied is False else {"tied embedding" if tied else "embedding": setting}
+    return found | _key_properties(config, keys, found)
 
 
-def _tgi(config: Config, keys: list[str]) -> list[str]:
-    wrong = "ignored, so they compute something else"
-    reasons = _reasons_for(config, {"use_dora": wrong})
-    others = sum(not _PAIR.fullmatch(key) for key in keys)
-    if others:
-        reasons.append(f"{_count(others)} other than A and B of linear layers: ignored without a warning")
-    return reasons
+def _variant_properties(config: Config) -> dict[str, str]:
+    found: dict[str, str] = {}
+    variants = [name for name in _VARIANTS if config.get(name)]
+    if variants:
+        found["variant"] = ", ".join(variants)
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and lora_variants.changes_base(config) and not config.get("kasa_config"):
+        found["init"] = f"init_lora_weights={init!r}"
+    return found
 
 
-def _reasons_for(config: Config, effects: dict[str, str]) -> list[str]:
-    """Return a reason for each of these options that the configuration sets."""
-    return [f"{name}: {effect}" for name, effect in effects.items() if config.get(name)]
+def _copy_properties(config: Config) -> dict[str, str]:
+    saved: list[str] = list(config.get("modules_to_save") or ())
+    norms = [name for name in saved if "norm" in name.lower() or name.startswith("ln_")]
+    heads = [name for name in saved if name in _HEADS]
+    others = [name for name in saved if name not in (*norms, *heads)]
+    kinds = {"norm copies": norms, "heads": heads, "copies": others}
+    return {kind: f"modules_to_save={names}" for kind, names in kinds.items() if names}
 
 
-def _count(tensors: int) -> str:
-    return "a tensor" if tensors == 1 else f"{tensors} tensors"
+def _key_properties(config: Config, keys: list[str], found: Mapping[str, str]) -> dict[str, str]:
+    """Return the properties that only keys show. All programs pass over the base's weight of an adapted module."""
+    explained = {"dora", "lora_bias", "kasa", "tokens", "bias", "variant"} & found.keys() or config.get(
+        "modules_to_save"
+    )
+    if config.peft_type != "LORA" or explained:
+        return {}
+    others = [key for key in keys if not _PAIR.fullmatch(key) and not key.endswith(".base_layer.weight")]
+    if not others:
+        return {}
+    count = "a tensor" if len(others) == 1 else f"{len(others)} tensors"
+    return {"other tensors": f"{count} such as {others[0].removeprefix(PEFT_PREFIX)}"}

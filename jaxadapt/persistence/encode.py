@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,19 +12,63 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxadapt.adapters import embeddings, experts, joint_tensors, prompt_sites, renaming, sites, tied
-from jaxadapt.adapters.adapter import Adapter, PeftTensors
+from jaxadapt import methods
+from jaxadapt.adapters import embeddings, experts, joint_tensors, renaming, sites, tied
+from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, PeftTensors
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
-from jaxadapt.core.errors import AttachError, ConfigError, MismatchError
+from jaxadapt.core.errors import AttachError, MismatchError
 from jaxadapt.keymaps import families, parts
 from jaxadapt.keymaps import plan as plans
 from jaxadapt.keymaps.keymap import KeyMap, warn_unproved
 from jaxadapt.keymaps.plan import Encoded
-from jaxadapt.models import attachment, planning
+from jaxadapt.models.carriers import Carrier, lora_carrier
 from jaxadapt.models.foreign import tree as foreign
-from jaxadapt.models.nnx import attach
 from jaxadapt.persistence import multihost
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The adapter of a tree, taken apart once for `to_peft` and `save`."""
+
+    held: Carrier
+    adapter: Adapter
+
+    @functools.cached_property
+    def leaves(self) -> dict[str, Any]:
+        """`{path: array}` of the adapter."""
+        return self.adapter.flat()
+
+    @functools.cached_property
+    def sites(self) -> sites.Sites:
+        """The adapter's sites."""
+        return sites.sites_of(self.adapter)
+
+
+def take_adapter(
+    held: Carrier,
+    name: str,
+    config: Config | None,
+    keymap: KeyMap | str | None,
+    lora_alpha: float | None = None,
+    *,
+    in_memory: bool,
+) -> Source:
+    """Take the adapter out of a tree, with the target names of the given keymap.
+
+    Raises `AttachError` for parameters without values; `in_memory` is as in `encode_tree`.
+    """
+    adapter = held.extract(name, config, keymap, lora_alpha)
+    source = Source(held, adapter if config is None else dataclasses.replace(adapter, config=config))
+    require_values(source.leaves, traced=in_memory, elsewhere=not in_memory)
+    if stored := methods.get_method(source.adapter.config).stored(source.adapter.config, source.adapter.shared):
+        params = {**source.adapter.params, SHARED_NODE: stored}
+        source = Source(held, dataclasses.replace(source.adapter, params=params))
+    if keymap in (None, "auto"):
+        return source
+    new = families.resolve_keymap(keymap, {})
+    config = renaming.rename_targets(source.adapter.config, source.sites, new)
+    return Source(held, dataclasses.replace(source.adapter, config=config, keymap=new))
 
 
 def encode_tree(
@@ -47,41 +92,20 @@ def encode_tree(
 
     Raises `AttachError`, `ConfigError`, `KeyMapError` or `MismatchError`.
     """
-    guest = None if isinstance(tree, Adapter) else attachment.find_foreign(tree)
-    if guest is not None:
-        require_values(guest.leaves, traced=in_memory, elsewhere=not in_memory)
-        call = "to_peft(tree" if in_memory else "save(tree, path"
-        new, _, values = foreign.tree_to_peft(guest, config, keymap, lora_alpha, call, dtype, on_shared)
-        tensors = PeftTensors(new, values, f"this {guest.dialect.name} tree")
-        if isinstance(values, Encoded) and new.get("ensure_weight_tying"):
-            tensors = _repeat_for_heads(tensors, values, extract_adapter(tree, name, config, keymap))
-        embeddings.may_need_embeddings(new, save_embedding_layers)  # raises for an unknown value
-        return tensors
-    if lora_alpha is not None:
-        raise ConfigError("lora_alpha applies only to trees of other libraries; this adapter stores its own alpha")
-    adapter = prompt_sites.as_stored(extract_adapter(tree, name, config, keymap, in_memory=in_memory))
-    tensors = _encode(adapter, dtype)
-    tensors = _with_embeddings(tensors, adapter, tree, save_embedding_layers)
-    return _join_or_split(tensors, adapter, on_shared, "to_peft" if in_memory else "save")
-
-
-def extract_adapter(
-    tree: Any, name: str, config: Config | None, keymap: KeyMap | str | None, in_memory: bool | None = None
-) -> Adapter:
-    """Extract the adapter of a tree, with the target names of the given keymap.
-
-    `in_memory`, if not None, requires values as in `encode_tree`.
-    """
-    adapter = attachment.extract(tree, name, config=config, keymap=keymap)
-    if config is not None:
-        adapter = dataclasses.replace(adapter, config=config)
-    if in_memory is not None:
-        require_values(adapter.flat(), traced=in_memory, elsewhere=not in_memory)
-    if keymap in (None, "auto"):
-        return adapter
-    before = sites.sites_of(adapter)
-    new = families.resolve_keymap(keymap, {})
-    return dataclasses.replace(adapter, config=renaming.rename_targets(adapter.config, before, new), keymap=new)
+    held = lora_carrier(tree)
+    if held.foreign is not None:
+        require_values(held.foreign.leaves, traced=in_memory, elsewhere=not in_memory)
+        tensors, known = foreign.tree_to_peft(held.foreign, config, keymap, lora_alpha, dtype, on_shared)
+        embeddings.may_need_embeddings(tensors.config, save_embedding_layers)  # raises for an unknown value
+        if not isinstance(tensors.tensors, Encoded):
+            return tensors
+        return dataclasses.replace(
+            tensors, tensors=_repeat_for_heads(tensors.config, tensors.tensors, known.own_keymap)
+        )
+    source = take_adapter(held, name, config, keymap, lora_alpha, in_memory=in_memory)
+    encoded = _with_embeddings(source, _encode(source, dtype), save_embedding_layers)
+    config, keymap = source.adapter.config, source.adapter.keymap
+    return PeftTensors(*_join_or_split(source, _repeat_for_heads(config, encoded, keymap), on_shared), "this adapter")
 
 
 def require_values(leaves: Mapping[str, Any], traced: bool, elsewhere: bool = False) -> None:
@@ -108,11 +132,12 @@ def require_values(leaves: Mapping[str, Any], traced: bool, elsewhere: bool = Fa
         raise AttachError("these parameters have no values to save:\n" + paths.bullets(problems))
 
 
-def _encode(adapter: Adapter, dtype: Any) -> PeftTensors:
-    config, keymap, shapes, leaves = adapter.config, adapter.keymap, adapter.shapes, adapter.flat()
-    warn_unproved(keymap)
-    adapter_sites = sites.sites_from_shapes(config, keymap, shapes)
-    untargeted = sites.untargeted(config, keymap, shapes)
+def _encode(source: Source, dtype: Any) -> Encoded:
+    adapter, leaves = source.adapter, source.leaves
+    warn_unproved(adapter.keymap)
+    adapter_sites = source.sites
+    sites.require_complete(adapter, adapter_sites)
+    untargeted = sites.untargeted(adapter.config, adapter.keymap, adapter.shapes)
     if untargeted:
         raise MismatchError(
             "these modules or parameters have tensors, but target_modules (or target_parameters) of the configuration"
@@ -121,8 +146,7 @@ def _encode(adapter: Adapter, dtype: Any) -> PeftTensors:
     host = not any(isinstance(leaf, Tracer) for leaf in leaves.values())
     if host:
         _require_zeros(adapter_sites, leaves)
-    encoded = sites.make_file_plan(adapter_sites).encode(leaves, dtype, host)
-    return PeftTensors(config, encoded, "this adapter")
+    return sites.make_file_plan(adapter_sites).encode(leaves, dtype, host)
 
 
 def _require_zeros(adapter_sites: Sequence[sites.Site], leaves: Mapping[str, Any]) -> None:
@@ -142,44 +166,35 @@ def _require_zeros(adapter_sites: Sequence[sites.Site], leaves: Mapping[str, Any
         )
 
 
-def _with_embeddings(tensors: PeftTensors, adapter: Adapter, tree: Any, save: bool | str) -> PeftTensors:
+def _with_embeddings(source: Source, encoded: Encoded, save: bool | str) -> Encoded:
     """Add the base's embedding and head if `save_embedding_layers` asks for them."""
-    encoded = tensors.tensors
-    if not embeddings.may_need_embeddings(tensors.config, save) or not isinstance(encoded, Encoded):
-        return tensors
-    has_base = isinstance(tree, attach.nnx.Module) or (isinstance(tree, Mapping) and "params" in tree)
-    base = planning.base_arrays(tree) if has_base else None
-    adapter_sites = sites.sites_of(adapter)
-    more = embeddings.add_embeddings(encoded, adapter.config, adapter.keymap, adapter_sites, base, save)
-    return dataclasses.replace(tensors, tensors=more)
+    adapter, held = source.adapter, source.held
+    if not embeddings.may_need_embeddings(adapter.config, save):
+        return encoded
+    base = held.leaves() if held.has_base else None
+    return embeddings.add_embeddings(encoded, adapter.config, adapter.keymap, source.sites, base, save)
 
 
-def _join_or_split(tensors: PeftTensors, adapter: Adapter, on_shared: str | None, call: str) -> PeftTensors:
+def _join_or_split(source: Source, encoded: Encoded, on_shared: str | None) -> tuple[Config, Mapping[str, Any]]:
     """Join leaves that are one tensor in PyTorch, and split leaves that are several."""
-    encoded = tensors.tensors
-    if not isinstance(encoded, Encoded):
-        return tensors
-    if tensors.config.get("ensure_weight_tying"):
-        tensors = _repeat_for_heads(tensors, encoded, adapter)
-        encoded = tensors.tensors
-        assert isinstance(encoded, Encoded)
+    config, keymap = source.adapter.config, source.adapter.keymap
     has_parts = parts.has_parts(encoded.plan.keys)
-    if not (has_parts or (adapter.keymap.single and experts.may_have_experts(encoded.plan.keys))):
-        return tensors
+    if not (has_parts or (keymap.per_expert and experts.may_have_experts(encoded.plan.keys))):
+        return config, encoded
     if multihost.is_distributed(encoded.leaves.values()):
         raise AttachError(
             "cannot join these weights: PyTorch stores several of them in one tensor, and the arrays are partly in"
             " other processes. Gather the adapter's arrays first (they are small), with"
             " jax.experimental.multihost_utils"
         )
-    if adapter.keymap.single:
-        return PeftTensors(*experts.split_experts(tensors.config, encoded, adapter.keymap), tensors.source)
-    joined = joint_tensors.join_tensors(tensors.config, sites.sites_of(adapter), encoded, on_shared, call)
-    return PeftTensors(*joined, tensors.source)
+    if keymap.per_expert:
+        return experts.split_experts(config, encoded, keymap)
+    return joint_tensors.join_tensors(config, source.sites, encoded, on_shared)
 
 
-def _repeat_for_heads(tensors: PeftTensors, encoded: Encoded, adapter: Adapter) -> PeftTensors:
+def _repeat_for_heads(config: Config, encoded: Encoded, keymap: KeyMap) -> Encoded:
     """Add the head's tensors for tied weights: PEFT stores them under both names (`ensure_weight_tying`)."""
-    more = tied.repeat_for_heads(encoded.plan.entries, adapter.keymap)
-    repeated = dataclasses.replace(encoded, plan=plans.make_plan([*encoded.plan.entries, *more]))
-    return dataclasses.replace(tensors, tensors=repeated)
+    if not config.get("ensure_weight_tying"):
+        return encoded
+    more = tied.repeat_for_heads(encoded.plan.entries, keymap)
+    return dataclasses.replace(encoded, plan=plans.make_plan([*encoded.plan.entries, *more]))

@@ -29,10 +29,11 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, FileError, MismatchError, warn
 from jaxadapt.core.progress import LOGGER, Progress, Report, byte_counter, no_report, reporter
 from jaxadapt.persistence import card, reconcile, run_folder
-from jaxadapt.storage import atomic, flush, hub, location, orbax, safetensors, torch_bin
+from jaxadapt.storage import atomic, flush, hub, location, orbax, safetensors, torch_bin, torch_bin_write
 from jaxadapt.storage.dtypes import dtype_name
 from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Location
+from jaxadapt.storage.source import TensorSource, as_source
 
 CONFIG = hub.CONFIG
 WEIGHTS, WEIGHTS_BIN = hub.WEIGHTS
@@ -71,6 +72,12 @@ def find_files(path: str | os.PathLike[str], report: Report = no_report) -> tupl
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise file_error("read", str(folder), error) from error
     weights = next((name for name in (WEIGHTS, WEIGHTS_BIN) if name in present), None)
+    if (
+        CONFIG not in present
+        and weights == WEIGHTS
+        and reconcile.META in safetensors.read_header(folder / weights).metadata
+    ):
+        return folder / CONFIG, folder / weights  # `resolve_config` takes the copy in the header
     missing = [name for name, found in ((CONFIG, CONFIG in present), (WEIGHTS, weights)) if not found]
     if missing or weights is None:
         adapters: list[str] = []
@@ -133,25 +140,14 @@ def read(path: str | os.PathLike[str], *, progress: Progress = None) -> PeftTens
     {'base_model.model.q.lora_A.weight': ('float32', (2, 4)), 'base_model.model.q.lora_B.weight': ('float32', (6, 2))}
     """
     with reporter(progress) as report, open_adapter(path, report) as adapter:
-        stored = adapter.tensors
-        if isinstance(stored, safetensors.TensorFile):
-            count = byte_counter(report, "read", sum(map(stored.nbytes, stored)))
-            tensors = stored.read_many(stored, count)
-        else:  # in memory already
-            tensors = dict(stored)
-            total = sum(x.nbytes for x in tensors.values())
-            report("read", total, total)
-        return dataclasses.replace(adapter, tensors=tensors)
+        source = as_source(adapter.tensors)
+        count = byte_counter(report, "read", sum(map(source.nbytes, source)))
+        return dataclasses.replace(adapter, tensors=source.read_many(source, count))
 
 
 @contextlib.contextmanager
-def open_adapter(
-    path: str | os.PathLike[str], report: Report = no_report, *, ahead: bool = False
-) -> Generator[PeftTensors]:
-    """Open an adapter folder: like `read`, but read each tensor of a `.safetensors` file on demand while it is open.
-
-    With `ahead`, a small file is read at once in the background.
-    """
+def open_adapter(path: str | os.PathLike[str], report: Report = no_report) -> Generator[PeftTensors]:
+    """Open an adapter folder: like `read`, but read each tensor of a `.safetensors` file on demand while it is open."""
     if orbax.is_checkpoint(path):
         from jaxadapt.persistence import orbax_folder
 
@@ -160,7 +156,7 @@ def open_adapter(
     config, weights = find_files(path, report)
     with contextlib.ExitStack() as stack:
         if weights.name == WEIGHTS:
-            tensors: Mapping[str, Any] = stack.enter_context(safetensors.open_tensors(weights, ahead))
+            tensors: Mapping[str, Any] = stack.enter_context(safetensors.open_tensors(weights))
             resolved = reconcile.resolve_config(config, tensors.header, weights)
         else:
             resolved = reconcile.resolve_config(config, None, weights)
@@ -187,10 +183,18 @@ Put = Callable[[atomic.Writer, Mapping[str, Any], Mapping[str, str]], safetensor
 """Writes the file of tensors, from `(writer, {key: (dtype, shape)}, metadata)`."""
 
 
-def write(tensors: PeftTensors, path: str | os.PathLike[str], *, progress: Progress = None) -> None:
+def write(
+    tensors: PeftTensors,
+    path: str | os.PathLike[str],
+    *,
+    format: str = "safetensors",  # noqa: A002 (as in `save`)
+    progress: Progress = None,
+) -> None:
     """Write an adapter folder, durably and atomically: after a crash it contains the old adapter or the new one.
 
     Args:
+        format: "bin" writes PyTorch's `adapter_model.bin`, for programs that read no safetensors. It has no copy of the
+            configuration, so that a reader does not notice a save that was interrupted between the two files.
         progress: None, True (a bar on a terminal or in a notebook) or a function of ("save", bytes done, bytes in all).
 
     Creates the folder if it is missing and leaves other files in it alone; an edited README.md is kept. The same
@@ -207,10 +211,14 @@ def write(tensors: PeftTensors, path: str | os.PathLike[str], *, progress: Progr
     ...     jaxadapt.read(folder).config == config
     True
     """
-    write_with(tensors, path, None, progress)
+    if format not in ("safetensors", "bin"):
+        raise FileError(f"{os.fspath(path)}: format {format!r}: expected 'safetensors' or 'bin'")
+    write_with(tensors, path, None, progress, as_bin=format == "bin")
 
 
-def write_with(tensors: PeftTensors, path: str | os.PathLike[str], put: Put | None, progress: Progress) -> None:
+def write_with(
+    tensors: PeftTensors, path: str | os.PathLike[str], put: Put | None, progress: Progress, *, as_bin: bool = False
+) -> None:
     """Write an adapter folder as `write` does; `put`, if given, writes the file of tensors."""
     if not isinstance(tensors, PeftTensors):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise AttachError(
@@ -222,10 +230,10 @@ def write_with(tensors: PeftTensors, path: str | os.PathLike[str], put: Put | No
     folder = location.to_location(path)
     if not tensors.tensors:
         raise MismatchError(f"{folder}: cannot write an adapter without tensors")
-    made = make_folder(folder)
+    made = flush.make_folder(folder)
     try:
         with reporter(progress) as report, atomic.lock_directory(folder):
-            _write(tensors, folder, put, report)
+            _write(tensors, folder, put, report, as_bin)
     except BaseException:
         for new in made:  # remove the empty folders that this call created
             with contextlib.suppress(OSError):
@@ -233,24 +241,23 @@ def write_with(tensors: PeftTensors, path: str | os.PathLike[str], put: Put | No
         raise
 
 
-def make_folder(folder: Location) -> list[Path]:
-    """Create a folder and its parents; return the new ones, innermost first. Object stores have no folders."""
-    if isinstance(folder, location.Address):
-        return []
-    return flush.make_folder(folder)
-
-
-def _write(tensors: PeftTensors, folder: Location, put: Put | None, report: Report) -> None:
+def _write(tensors: PeftTensors, folder: Location, put: Put | None, report: Report, as_bin: bool) -> None:
     import numpy as np
 
-    config, weights = folder / CONFIG, folder / WEIGHTS
+    config, weights = folder / CONFIG, folder / (WEIGHTS_BIN if as_bin else WEIGHTS)
+    if as_bin and location.exists(folder / WEIGHTS):
+        raise FileError(
+            f"{folder}: cannot write {WEIGHTS_BIN} beside {WEIGHTS}, which readers would take instead; choose another"
+            " folder, or delete that file"
+        )
+    adapter_config = with_integral_alpha(tensors.config)
     if location.is_dir(config):
         raise FileError(f"{config}: expected a file, found a folder; save to another path")
-    text = tensors.config.to_json()
+    text = adapter_config.to_json()
     exists = location.exists(config)
     old_text = reconcile.read_text(config) if exists else text
     replaces = _NOTHING if old_text == text else reconcile.text_digest(old_text)
-    document = {"config": tensors.config.to_dict(), "replaces": replaces, "schema": 1}
+    document = {"config": adapter_config.to_dict(), "replaces": replaces, "schema": 1}
     specs = {k: (np.dtype(v.dtype), tuple(v.shape)) for k, v in array_specs(tensors.tensors).items()}
     parts = [key for key in specs if key.endswith("]")]
     if parts:
@@ -268,19 +275,34 @@ def _write(tensors: PeftTensors, folder: Location, put: Put | None, report: Repo
         if put is None:
             count = byte_counter(report, "save", sum(d.itemsize * math.prod(shape) for d, shape in specs.values()))
             get = functools.partial(_value, tensors.tensors)
-            header = safetensors.write_to(writer, specs, get, metadata, progress=count)
+            if as_bin:
+                size = torch_bin_write.write_to(writer, specs, get, count)
+            else:
+                size = safetensors.write_to(writer, specs, get, metadata, progress=count).size
         else:
-            header = put(writer, specs, metadata)
-    if replaces != _NOTHING:
+            size = put(writer, specs, metadata).size
+    if replaces != _NOTHING and not as_bin:
         _blank_digest(weights, replaces)
     stale = folder / WEIGHTS_BIN
     with contextlib.suppress(FileError):  # the adapter is in place, and readers prefer it to this file
-        if location.exists(stale):
+        if not as_bin and location.exists(stale):
             warn(f"{stale} is an older adapter beside the one just written; readers use {WEIGHTS}. Delete it")
     dtypes = tuple(sorted({dtype_name(dtype) for dtype, _ in specs.values()}))
     shapes = {key: shape for key, (_, shape) in specs.items()}
-    _write_card(folder / CARD, tensors.config, card.Facts(shapes, dtypes, header.size))
-    LOGGER.info("%s: %d tensors written, %s", folder, len(specs), card.size_text(header.size))
+    _write_card(folder / CARD, adapter_config, card.Facts(shapes, dtypes, size))
+    LOGGER.info("%s: %d tensors written, %s", folder, len(specs), card.size_text(size))
+
+
+def with_integral_alpha(config: Config) -> Config:
+    """Write an integral `lora_alpha` as an integer: readers such as Ollama's expect one. The value is the same.
+
+    >>> with_integral_alpha(configs.LoraConfig(lora_alpha=16.0)).lora_alpha
+    16
+    """
+    alpha = config.get("lora_alpha")
+    if isinstance(config, configs.LoraConfig) and isinstance(alpha, float) and alpha.is_integer():
+        return config.replace(lora_alpha=int(alpha))
+    return config
 
 
 def _write_card(path: Location, config: Config, facts: card.Facts) -> None:
@@ -336,9 +358,8 @@ def _blank_digest(weights: Location, replaces: str) -> None:
 def array_specs(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return values with `shape` and `dtype` by key, without encoding tensors that are encoded on demand."""
     from jaxadapt.adapters.adapter import is_array
-    from jaxadapt.keymaps.plan import Encoded
 
-    if isinstance(tensors, Encoded):
+    if isinstance(tensors, TensorSource):
         return tensors.specs
     others = [f"{k}: {type(v).__name__}" for k, v in tensors.items() if not is_array(v)]
     if others:

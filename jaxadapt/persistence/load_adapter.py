@@ -5,28 +5,27 @@ files ──folder.open_adapter──► PeftTensors ──peft.adapter_from_ten
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxadapt.adapters import sites
-from jaxadapt.adapters.adapter import Adapter, Recipe
-from jaxadapt.configs import Config, lora_variants
+from jaxadapt.adapters.adapter import Adapter
+from jaxadapt.configs import lora_variants
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError, MismatchError
 from jaxadapt.core.progress import LOGGER, Progress, reporter
 from jaxadapt.initializers import original_base
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
-from jaxadapt.methods.prompt.base import EMBEDDINGS
-from jaxadapt.models import attachment, base_params, planning
+from jaxadapt.models import planning
+from jaxadapt.models.base_params import BaseParams
+from jaxadapt.models.carriers import DEFAULT, lora_carrier, refuse
 from jaxadapt.models.foreign import tree as foreign
-from jaxadapt.models.linen import collections
-from jaxadapt.models.nnx import attach
-from jaxadapt.models.nnx.attach import nnx
-from jaxadapt.persistence import folder, orbax_folder, peft
+from jaxadapt.persistence import folder, orbax_folder, peft, repair_folder
 from jaxadapt.storage import hub, location, orbax
 from jaxadapt.storage.location import Location
 
@@ -35,7 +34,7 @@ def load(
     path: str | os.PathLike[str],
     target: Any,
     *,
-    name: str = attachment.DEFAULT,
+    name: str = DEFAULT,
     keymap: KeyMap | str | None = None,
     dtype: Any = None,
     replace: bool = False,
@@ -45,10 +44,10 @@ def load(
     shardings: Any = None,
     lora_alpha: float | None = None,
     on_shared: str | None = None,
-    autocast_adapter_dtype: bool = False,
     on_mismatch: str | None = None,
     base: str | None = None,
     strict: bool = True,
+    repair: bool = False,
     progress: Progress = None,
 ) -> Any:
     """Read an adapter folder, written by jaxadapt or PEFT, into a model.
@@ -65,9 +64,8 @@ def load(
         name: the adapter's name on this model; the adapter becomes the active one.
         keymap: the model's family, a `KeyMap`, or None to recognise it.
         dtype: the parameters' dtype in memory. By default the file's, float32 for 8-bit tensors, and into an attached
-            adapter the wider of the two, so that training continues in float32 from a 16-bit file.
-        autocast_adapter_dtype: as in PEFT, where it is the default: True converts tensors of fewer than 32 bits to
-            float32.
+            adapter the wider of the two, so that training continues in float32 from a 16-bit file. "autocast" converts
+            tensors of fewer than 32 bits to float32, as PEFT's `autocast_adapter_dtype` does by default.
         replace: replace an attached adapter of that name whose configuration differs.
         rngs: NNX: for dropout in further training; without it dropout is off.
         stack_axes, example: as in `adapt`.
@@ -88,6 +86,9 @@ def load(
             start as in a fresh adapter (LoRA's A is random, from a fixed seed, and B is 0; a copy of `modules_to_save`
             is the base's); tensors that the model has no place for are ignored. Wrong shapes are still refused, and so
             is a file without any fitting tensor.
+        repair: True mends names and settings that have only one possible meaning, as `jaxadapt.repair` does in files,
+            and warns of each: keys with _orig_mod., module. or .default., or without PEFT's prefix, a lost
+            adapter_config.json, … The files stay as they are.
         progress: None, True (bars on a terminal or in a notebook) or a function of ("load", bytes done, bytes in all);
             for an address of the Hub also of each file fetched, by its name.
 
@@ -104,95 +105,72 @@ def load(
     >>> variables["lora"]["default"]["q"]["kernel"]["lora_B"].shape
     (6, 2)
     """
-    if autocast_adapter_dtype:
-        _refuse({"dtype": dtype}, "autocast_adapter_dtype=True sets the dtype to float32; give only one of the two")
-        dtype = peft.AUTOCAST
     if isinstance(path, str) and hub.is_address(path):
         with reporter(progress) as report:
-            path = hub.fetch_folder(path, None if name == attachment.DEFAULT else name, report)
+            path = hub.fetch_folder(path, None if name == DEFAULT else name, report)
     subfolder = folder.adapter_folder(path, name)
-    guest = attachment.find_foreign(target)
-    if guest is not None:
+    held = lora_carrier(target)
+    if held.foreign is not None:
         unused = {
             "replace": replace or None, "rngs": rngs, "stack_axes": stack_axes, "example": example,
-            "shardings": shardings, "on_mismatch": on_mismatch,
-            "autocast_adapter_dtype": autocast_adapter_dtype or None, "strict": None if strict else False,
+            "shardings": shardings, "on_mismatch": on_mismatch, "strict": None if strict else False,
+            "dtype": dtype if dtype == peft.AUTOCAST else None,
         }  # fmt: skip
-        _refuse(
-            unused, f"no effect on a target with {guest.dialect.name} leaves, which are filled in place; leave them out"
+        refuse(
+            unused,
+            f"no effect on a target with {held.foreign.dialect.name} leaves, which are filled in place; leave them out",
         )
-        with reporter(progress) as report:
-            tensors = folder.read(
-                _existing_folder(subfolder, path), progress=lambda _, done, total: report("load", done, total)
-            )
+        if repair:
+            with repair_folder.open_repaired(_existing_folder(subfolder, path)) as mended:
+                tensors = dataclasses.replace(mended, tensors=dict(mended.tensors))
+        else:
+            with reporter(progress) as report:
+                tensors = folder.read(
+                    _existing_folder(subfolder, path), progress=lambda _, done, total: report("load", done, total)
+                )
         return foreign.fill_tree(
-            guest, tensors.config, tensors.tensors, keymap=keymap, lora_alpha=lora_alpha, on_shared=on_shared,
+            held.foreign, tensors.config, tensors.tensors, keymap=keymap, lora_alpha=lora_alpha, on_shared=on_shared,
             dtype=dtype, source=tensors.source,
         )  # fmt: skip
-    _refuse({"lora_alpha": lora_alpha}, "applies only to targets with another library's LoRA leaves")
-    is_model = isinstance(target, nnx.Module)
-    is_bare = isinstance(target, Mapping) and "params" not in target and not is_model  # (an nnx.Dict is a Mapping)
-    if is_bare or isinstance(target, nnx.State):
-        raise AttachError(
-            f"target: expected an NNX model or Linen variables, {{'params': …}}, found {type(target).__name__};"
-            " for bare parameters, from_peft(read(path), params) returns the adapter"
-        )
+    refuse({"lora_alpha": lora_alpha}, "applies only to targets with another library's LoRA leaves")
+    if not held.has_base:
+        raise held.unsupported("an NNX model or Linen variables, {'params': …}, as the target")
     if base not in (None, "original", "changed"):
         raise AttachError(f"base={base!r}: expected 'original' or 'changed'")
     if on_mismatch not in (None, "skip"):
         raise MismatchError(f'on_mismatch: expected None or "skip", found {on_mismatch!r}')
+    parameters, present = held.base(), held.attached(name)
     options = keymap, dtype, stack_axes, example, shardings, on_mismatch
     checkpoint = next(
         (p for p in dict.fromkeys((subfolder, location.to_location(path))) if orbax.is_checkpoint(p)), None
     )
     if checkpoint is not None:
         with reporter(progress) as report:
-            adapter, adapter_sites = _from_orbax(checkpoint, target, name, options, strict)
+            adapter, adapter_sites = _from_orbax(checkpoint, parameters, present, name, options, strict)
             orbax_folder.report_total(report, "load", adapter)
         source = os.fspath(checkpoint)
     else:
-        parameters = planning.target_base(target)
-        ahead = jax.process_count() == 1  # with several, it would read bytes that only the others need
         with (
             reporter(progress) as report,
-            folder.open_adapter(_existing_folder(subfolder, path), ahead=ahead) as tensors,
+            (
+                repair_folder.open_repaired(_existing_folder(subfolder, path))
+                if repair
+                else folder.open_adapter(_existing_folder(subfolder, path))
+            ) as tensors,
         ):
             adapter, adapter_sites = peft.adapter_from_tensors(tensors, parameters, *options, report, on_shared, strict)
         source = tensors.source
     LOGGER.info("%s: %d weights adapted, by the keymap %s", source, len(adapter_sites), adapter.keymap.name)
-    present = _attached_config(target, name)
-    if present is not None and present != adapter.config and not replace:
+    if present is not None and present.config != adapter.config and not replace:
         raise ConfigError(
             f"{source}: the configuration differs from that of the attached adapter {name!r} in"
-            f" {present.differences(adapter.config)}; load(…, replace=True) replaces the adapter, and"
+            f" {present.config.differences(adapter.config)}; load(…, replace=True) replaces the adapter, and"
             " load(…, name=…) keeps both"
         )
-    if dtype is None and present is not None and present == adapter.config:
-        adapter = _promote(adapter, attachment.extract(target, name))
-    new_base = _changed_base(target, base, present, adapter, adapter_sites, source)
-    same = present is not None and present == adapter.config and Recipe(present).origin == adapter.recipe.origin
-    if not is_model:
-        variables: Any = target
-        if new_base:
-            params = base_params.replace_leaves(variables["params"], new_base)
-            variables = collections.with_entry(variables, "params", params)
-        if present == adapter.config and attachment.extract(variables, name).shapes == adapter.shapes:
-            return collections.replace_adapter_values(variables, name, adapter.flat(), None if same else adapter.recipe)
-        if present is not None:
-            variables = attachment.delete(variables, name)
-        return attachment.with_adapter(variables, adapter, name)
-    if same and rngs is None:
-        attach.inject(adapter, target, name)
-        attach.activate(target, (name,))
-        return target
-    if present is not None or rngs is not None or new_base:
-        _rehearse(target, adapter, adapter_sites, name, rngs)
-    if new_base:
-        base_params.replace_leaves(target, new_base)
-    if present is not None:
-        attach.delete(target, name)
-    attach.attach(target, adapter.recipe, adapter_sites, name, adapter.flat(), rngs)
-    return target
+    if dtype is None and present is not None and present.config == adapter.config:
+        adapter = _promote(adapter, present)
+    changed = _changed_base(parameters, base, present, adapter, adapter_sites, source)
+    return held.attach(adapter, adapter_sites, name, present, rngs, changed)
 
 
 def _existing_folder(subfolder: Location, path: str | os.PathLike[str]) -> Location:
@@ -203,61 +181,53 @@ def _existing_folder(subfolder: Location, path: str | os.PathLike[str]) -> Locat
 
 def _promote(adapter: Adapter, attached: Adapter) -> Adapter:
     """Cast values up to the dtype they replace, so that an optimizer's small steps are not lost in 16 bits."""
-    old = attached.flat()
-    flat = {p: x.astype(jnp.promote_types(x.dtype, old[p].dtype)) for p, x in adapter.flat().items()}
+    old, new = attached.flat(), adapter.flat()
+    pairs = {(x.dtype, old[path].dtype) for path, x in new.items()}
+    wider = {pair: jnp.promote_types(*pair) for pair in pairs}
+    if all(wider[pair] == pair[0] for pair in pairs):
+        return adapter
+    flat = {path: x.astype(wider[x.dtype, old[path].dtype]) for path, x in new.items()}
     return Adapter(adapter.config, paths.unflatten(flat), adapter.keymap)
 
 
 def _changed_base(
-    target: Any,
+    parameters: BaseParams,
     which: str | None,
-    present: Config | None,
+    present: Adapter | None,
     adapter: Adapter,
     adapter_sites: Sequence[sites.Site],
     source: str,
 ) -> dict[str, Any]:
     """Return {leaf: array} of the base weights that load must change for the adapter; empty if none."""
     if which is None:
-        lora_variants.require_original_base(adapter.config, source, _WHICH_BASE)
+        lora_variants.require_original_base(adapter.config, source)
     if which != "original":
         return {}
     if not lora_variants.changes_base(adapter.config):
         raise AttachError(f"{source}: base='original': this adapter does not change its base; leave base= out")
-    if present is not None and lora_variants.changes_base(present):
+    if present is not None and lora_variants.changes_base(present.config):
         raise AttachError(
             f"{source}: base='original', but the attached adapter has already changed this base; pass base='changed'"
         )
-    return original_base.residual_base(adapter.recipe, adapter_sites, planning.base_arrays(target))
-
-
-_WHICH_BASE = (
-    ". load(…, base='original') takes that part out of the target's weights, as PEFT does on loading;"
-    " load(…, base='changed') declares that the target's weights are changed already. Where the adapter was trained,"
-    " jaxadapt.initializers.for_original_base (in PEFT path_initial_model_for_weight_conversion) makes a plain LoRA"
-)
-
-
-def _refuse(options: Mapping[str, Any], why: str) -> None:
-    """Raise `AttachError` for options that were given and do not apply."""
-    given = [option for option, value in options.items() if value is not None]
-    if given:
-        raise AttachError(f"{', '.join(given)}: {why}")
+    return original_base.residual_base(adapter.recipe, adapter_sites, parameters.leaves)
 
 
 def _from_orbax(
-    path: str | os.PathLike[str], target: Any, name: str, options: tuple[Any, Any, Any, Any, Any, Any], strict: bool
+    path: str | os.PathLike[str],
+    base: BaseParams,
+    attached: Adapter | None,
+    name: str,
+    options: tuple[Any, Any, Any, Any, Any, Any],
+    strict: bool,
 ) -> tuple[Adapter, tuple[sites.Site, ...]]:
-    """Read an Orbax checkpoint into the target's layout; return the adapter and its sites."""
+    """Read an Orbax checkpoint into the layout of a base; return the adapter and its sites."""
     keymap, dtype, stack_axes, example, shardings, _ = options
-    attached = attachment.extract(target, name) if _attached_config(target, name) is not None else None
     stored = orbax_folder.find_adapter(path, attached, name)
     stored_sites = sites.sites_of(stored.adapter)
     keys = [key.removeprefix(PEFT_PREFIX) for site in stored_sites for entry in site.entries for key in entry.keys]
-    base = planning.target_base(target)
     keymap = planning.target_keymap(base, keymap, keys)
-    recipe, target_sites = planning.plan_adapter(
-        base, stored.adapter.config, keymap, stack_axes, example, stored=EMBEDDINGS in stored.adapter.shared
-    )
+    shared = {key: each.entry.shape for each in stored_sites.shared for key in each.entry.keys}
+    recipe, target_sites = planning.plan_adapter(base, stored.adapter.config, keymap, stack_axes, example, shared)
     planning.check_kernels(base, target_sites)
     wanted, found = (
         {entry.path: (entry.shape, entry.keys) for site in each for entry in site.entries}
@@ -274,23 +244,3 @@ def _from_orbax(
     flat = orbax_folder.read(path, stored, like).flat()
     flat = {p: x if p.endswith(".copy") else x.astype(peft.memory_dtype(x.dtype, dtype)) for p, x in flat.items()}
     return Adapter(recipe.config, paths.unflatten(jax.tree.map(jnp.asarray, flat)), recipe.keymap), target_sites
-
-
-def _rehearse(model: Any, adapter: Adapter, adapter_sites: Sequence[sites.Site], name: str, rngs: Any) -> None:
-    """Attach to an abstract copy first, so that a failure leaves the model's present adapter in place."""
-    graphdef, state = nnx.split(model)
-    copy = nnx.merge(graphdef, jax.eval_shape(lambda: state))
-    if name in attach.adapter_names(copy):
-        attach.delete(copy, name)
-    rngs = None if rngs is None else nnx.clone(rngs)
-    attach.attach(copy, adapter.recipe, adapter_sites, name, adapter.flat(), rngs)
-
-
-def _attached_config(target: Any, name: str) -> Config | None:
-    """Return the configuration of the target's adapter of that name; None if there is none."""
-    if isinstance(target, nnx.Module):
-        return attach.extract(target, name).config if name in attach.adapter_names(target) else None
-    for collection in collections.adapter_collections(target).values():
-        if name in collection:
-            return collections.read_adapter(collection[name], name).config
-    return None

@@ -1,6 +1,6 @@
 """Save arrays that are spread over processes: each process writes the regions that it owns into one file.
 
-`regions.assign_owners` assigns the regions, `regions.file_regions` maps them to the file, `storage.parallel_write`
+`regions.assign_owners` assigns the regions, `regions.file_regions` maps them to the file, `storage.sharded_write`
 writes them.
 """
 
@@ -22,15 +22,12 @@ from jaxadapt.adapters.adapter import PeftTensors, name_donated_arrays
 from jaxadapt.arrays import regions as array_regions
 from jaxadapt.arrays.layout import FileLayout
 from jaxadapt.arrays.regions import Region
-from jaxadapt.core.progress import Report, byte_counter, no_report
+from jaxadapt.core.progress import Report, no_report
 from jaxadapt.keymaps.plan import Encoded, PlanEntry
 from jaxadapt.persistence import folder
-from jaxadapt.storage import location, parallel_write, safetensors
+from jaxadapt.storage import location, sharded_write
 from jaxadapt.storage.coordination import Group
-from jaxadapt.storage.parallel_write import TensorPart
-
-STAGES = ("plan", "mode", "result")
-"""The stages of one save that process 0 announces."""
+from jaxadapt.storage.sharded_write import TensorPart
 
 
 def is_distributed(leaves: Iterable[Any]) -> bool:
@@ -54,44 +51,24 @@ def write_shared(
     """
     encoded: Encoded = tensors.tensors  # pyright: ignore[reportAssignmentType]
     target = location.to_location(path)
-    group = Group(str(target), timeout, STAGES)
-    alike = local_digests(encoded.leaves) | {"the configuration": parallel_write.digest(tensors.config.to_json())}
+    group = sharded_write.start(target, timeout)
 
     def size(values: Iterable[Any]) -> int:
         return sum(x.size * (encoded.dtype or x.dtype).itemsize for x in values)
 
-    def parts(file_is_shared: bool) -> Iterator[TensorPart]:
+    def parts(file_is_shared: bool) -> tuple[int, Iterator[TensorPart]]:
         if file_is_shared:
             owned = owned_regions(encoded.leaves, group.index)
-            return counted(_owned_parts(encoded, owned), size(x for each in owned.values() for x in each.values()))
-        return counted(_gathered_parts(encoded, group.index), size(encoded.leaves.values() if group.index == 0 else ()))
+            return size(x for each in owned.values() for x in each.values()), _owned_parts(encoded, owned)
+        total = size(encoded.leaves.values()) if group.index == 0 else 0
+        return total, _gathered_parts(encoded, group.index)
 
-    def counted(tensor_parts: Iterator[TensorPart], total: int) -> Iterator[TensorPart]:
-        count = byte_counter(report, "save", total)
-        for part in tensor_parts:
-            yield part
-            count(part.array.nbytes)
+    def commit(put: sharded_write.Put) -> None:
+        folder.write_with(tensors, target, lambda writer, _, metadata: put(writer, metadata), None)
 
-    if group.index == 0:
-        try:
-            folder.write_with(
-                tensors,
-                target,
-                lambda writer, specs, metadata: parallel_write.write_as_leader(
-                    writer, safetensors.named_specs(specs), metadata, parts, group, shared, alike
-                ),
-                None,
-            )
-        except BaseException as error:
-            group.send_failure(error)
-            raise
-        group.send("result")
-    else:
-        specs = {key: (spec.dtype, spec.shape) for key, spec in encoded.specs.items()}
-        parallel_write.write_as_follower(
-            os.fspath(target / folder.WEIGHTS), safetensors.named_specs(specs), parts, group, shared, alike
-        )
-        group.receive("result")
+    alike = local_digests(encoded.leaves) | {"the configuration": sharded_write.digest(tensors.config.to_json())}
+    specs = {key: (spec.dtype, spec.shape) for key, spec in encoded.specs.items()}
+    sharded_write.write(target / folder.WEIGHTS, specs, parts, group, commit, shared=shared, alike=alike, report=report)
 
 
 def run_on_leader(task: str, work: Callable[[], Any], timeout: float) -> Any:
@@ -104,12 +81,9 @@ def run_on_leader(task: str, work: Callable[[], Any], timeout: float) -> Any:
     if group.index > 0:
         group.send("here")
         return group.receive("made")
-    try:
+    with group.announce_failure():
         group.receive_all("here")
         value = work()
-    except BaseException as error:
-        group.send_failure(error)
-        raise
     group.send("made", value)
     return value
 
@@ -123,7 +97,7 @@ def is_local(leaf: Any) -> bool:
 def local_digests(leaves: Mapping[str, Any]) -> dict[str, str]:
     """Return digests of the arrays that each process has in full; they must agree, since process 0 writes its own."""
     with name_donated_arrays(leaves):
-        return {path: parallel_write.digest(np.asarray(leaf)) for path, leaf in leaves.items() if is_local(leaf)}
+        return {path: sharded_write.digest(np.asarray(leaf)) for path, leaf in leaves.items() if is_local(leaf)}
 
 
 def owned_regions(leaves: Mapping[str, Any], process: int) -> dict[str, dict[Region, np.ndarray]]:

@@ -32,14 +32,17 @@ from jaxadapt.keymaps import parts
 from jaxadapt.keymaps import plan as plans
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
 from jaxadapt.methods.lora import method
-from jaxadapt.models import attachment, planning
+from jaxadapt.models import planning
+from jaxadapt.models.base_params import BaseParams
+from jaxadapt.models.carriers import DEFAULT, carrier
 from jaxadapt.models.linen import collections
 from jaxadapt.persistence import device_arrays, encode
+from jaxadapt.storage.source import as_source
 
 
 def to_peft(
     tree: Any,
-    name: str = attachment.DEFAULT,
+    name: str = DEFAULT,
     *,
     config: Config | None = None,
     keymap: KeyMap | str | None = None,
@@ -105,23 +108,22 @@ def from_peft(
             f"base={base!r}: expected None, or 'changed' if the target's base is changed; from_peft changes no base"
         )
     if isinstance(tensors, PeftTensors) and base is None:  # pyright: ignore[reportUnnecessaryIsInstance]
-        remedy = "; if this target is the changed base, pass base='changed'"
-        lora_variants.require_original_base(tensors.config, tensors.source, remedy)
-    parameters = planning.target_base(target)
+        lora_variants.require_original_base(tensors.config, tensors.source)
+    parameters = carrier(target).base()
     adapter, _ = adapter_from_tensors(
         tensors, parameters, keymap, dtype, stack_axes, example, shardings, on_shared=on_shared, strict=strict
     )
     return collections.box_like_base(adapter, parameters.held)
 
 
-def is_spread(base: planning.BaseParams, shardings: Any) -> bool:
+def is_spread(base: BaseParams, shardings: Any) -> bool:
     """Return True if an adapter belongs anywhere but on the default device."""
     return shardings is not None or any(sharding is not None for sharding in base.shardings.values())
 
 
 def adapter_from_tensors(
     tensors: PeftTensors,
-    base: planning.BaseParams,
+    base: BaseParams,
     keymap: Any,
     dtype: Any,
     stack_axes: Any,
@@ -131,7 +133,7 @@ def adapter_from_tensors(
     report: Report = no_report,
     on_shared: str | None = None,
     strict: bool = True,
-) -> tuple[Adapter, tuple[sites.Site, ...]]:
+) -> tuple[Adapter, sites.Sites]:
     """Decode PEFT's tensors into the layout of a base; return the adapter and its sites.
 
     Raises `MismatchError` listing all tensors that do not fit, and `AdapterError` for a configuration that does not fit
@@ -148,8 +150,9 @@ def adapter_from_tensors(
         methods.get_method(tensors.config)
         keymap = planning.target_keymap(base, keymap, keys)
         if experts.may_have_experts(keys):
-            tensors = experts.fuse_experts(tensors, keymap, on_shared, "load or from_peft")
-        recipe, adapter_sites = planning.plan_adapter(base, tensors.config, keymap, stack_axes, example, stored=True)
+            tensors = experts.fuse_experts(tensors, keymap, on_shared)
+        found = {key: tuple(spec.shape) for key, spec in as_source(tensors.tensors).specs.items()}
+        recipe, adapter_sites = planning.plan_adapter(base, tensors.config, keymap, stack_axes, example, found)
         planning.check_kernels(base, adapter_sites)
         plan = sites.make_file_plan(adapter_sites)
     except AdapterError as error:
@@ -166,12 +169,17 @@ def adapter_from_tensors(
     if on_mismatch == "skip":
         fitted = vocabulary.fit_vocabulary(tensors.tensors, adapter_sites, recipe.keymap, base.leaves, tensors.source)
         tensors = dataclasses.replace(tensors, tensors=fitted)
-    specs = device_arrays.tensor_specs(tensors.tensors)
+    specs = as_source(tensors.tensors).specs
     dtypes = {key: spec.dtype for key, spec in specs.items()}
     requested, dtype = dtype, None if dtype == AUTOCAST else dtype
     memory_dtypes = {d: memory_dtype(d, requested) for d in set(dtypes.values())}
+    integers = {key: t.dtype for t, e in sites.file_entries(adapter_sites) if t.dtype is not None for key in e.keys}
     non_floats = {d for d in memory_dtypes if not jnp.issubdtype(d, jnp.floating)}
-    unusable = [f"{k}: {d.name}, expected floats" for k, d in dtypes.items() if d in non_floats and k in plan.keys]
+    unusable = [
+        f"{k}: {d.name}, expected {'integers' if k in integers else 'floats'}"
+        for k, d in dtypes.items()
+        if k in plan.keys and (not jnp.issubdtype(d, jnp.integer) if k in integers else d in non_floats)
+    ]
     shapes = {key: spec.shape for key, spec in specs.items()}
     if tensors.config.get("ensure_weight_tying"):
         repeated = tied.redundant_head_keys(tensors.tensors, plan.entries, recipe.keymap, tensors.source)
@@ -187,6 +195,12 @@ def adapter_from_tensors(
             tensors.tensors, unexpected, recipe.keymap, base.leaves, tensors.source, strict
         )
         shapes = {key: shape for key, shape in shapes.items() if key not in redundant}
+    if optional := _missing_optional(adapter_sites, shapes):
+        added = _created_tensors(tensors, plan, optional, recipe.config, adapter_sites, base)
+        tensors = dataclasses.replace(tensors, tensors={**_planned_tensors(tensors.tensors, plan), **added})
+        dtypes |= {key: np.dtype(x.dtype) for key, x in added.items()}
+        memory_dtypes |= {d: memory_dtype(d, requested) for d in set(dtypes.values())}
+        shapes |= {key: tuple(x.shape) for key, x in added.items()}
     if strict or not plan.keys.keys() & shapes.keys():
         try:
             plan.check(shapes, tensors.source, unusable, recipe.keymap.name if strict else "")
@@ -204,12 +218,28 @@ def adapter_from_tensors(
     placement = adapter_placement(shardings, base, adapter_sites) if is_spread(base, shardings) else {}
     copied = _copied_keys(adapter_sites)
     new_dtypes = {key: d if key in copied else memory_dtypes[d] for key, d in dtypes.items()}
+    new_dtypes |= {key: np.dtype(name) for key, name in integers.items()}
     leaves = device_arrays.load_arrays(plan, tensors.tensors, new_dtypes, dtype, placement, report)
     if dtype is None and new_dtypes != dtypes:  # arrays in memory keep their own dtypes
         for entry in plan.entries:
             if any(new_dtypes[key] != dtypes[key] for key in entry.keys):
                 leaves[entry.path] = leaves[entry.path].astype(entry.dtype(new_dtypes))
+    if any(not tensor.in_file for tensor in sites.all_tensors(adapter_sites)):
+        leaves = initial_values.init_values(
+            recipe.config,
+            adapter_sites,
+            jax.random.key(0),
+            base=base.leaves,
+            base_shardings=base.shardings,
+            given=leaves,
+        )
     return Adapter(recipe.config, paths.unflatten(leaves), recipe.keymap), adapter_sites
+
+
+def _missing_optional(adapter_sites: Sequence[sites.Site], shapes: Mapping[str, Any]) -> list[str]:
+    """Return the keys that a file may lack and this one lacks."""
+    pairs = sites.file_entries(adapter_sites)
+    return [key for tensor, entry in pairs if tensor.optional for key in entry.keys if key not in shapes]
 
 
 def _copied_keys(adapter_sites: Sequence[sites.Site]) -> set[str]:
@@ -239,8 +269,8 @@ def _init_missing(
     plan: plans.Plan,
     shapes: Mapping[str, Sequence[int]],
     config: Config,
-    adapter_sites: Sequence[sites.Site],
-    base: planning.BaseParams,
+    adapter_sites: sites.Sites,
+    base: BaseParams,
 ) -> dict[str, Any]:
     """Initialize the tensors that a file lacks as in a fresh adapter; warn of them and of unexpected tensors."""
     missing, unexpected = [k for k in plan.keys if k not in shapes], [k for k in shapes if k not in plan.keys]
@@ -256,19 +286,31 @@ def _init_missing(
         warn(
             f"{tensors.source}: strict=False loads the tensors that fit. Of the adapter's tensors\n" + "\n".join(notes)
         )
-    if not missing:
-        return {}
+    return _created_tensors(tensors, plan, missing, config, adapter_sites, base) if missing else {}
+
+
+def _created_tensors(
+    tensors: PeftTensors,
+    plan: plans.Plan,
+    missing: Sequence[str],
+    config: Config,
+    adapter_sites: sites.Sites,
+    base: planning.BaseParams,
+) -> dict[str, Any]:
+    """Return the tensors that a file lacks, as in a new adapter."""
     absent = set(missing)
-    incomplete = [s for s in adapter_sites if any(key in absent for entry in s.entries for key in entry.keys)]
+    incomplete = sites.Sites(
+        (s for s in adapter_sites if any(key in absent for entry in s.entries for key in entry.keys)),
+        (each for each in adapter_sites.shared if not absent.isdisjoint(each.entry.keys)),
+        adapter_sites.method,
+    )
     try:
         leaves = initial_values.init_values(config, incomplete, jax.random.key(0), base=base.leaves)
     except AdapterError as error:
         raise type(error)(f"{tensors.source}: cannot initialize the missing tensors: {error}") from error
     traced = any(isinstance(x, jax.Array) for x in _planned_tensors(tensors.tensors, plan).values())
     encoded = sites.make_file_plan(incomplete).encode(leaves, host=not traced)
-    dtypes = {
-        np.dtype(spec.dtype) for key, spec in device_arrays.tensor_specs(tensors.tensors).items() if key in plan.keys
-    }
+    dtypes = {np.dtype(spec.dtype) for key, spec in as_source(tensors.tensors).specs.items() if key in plan.keys}
     copied = _copied_keys(incomplete)
     common = dtypes.pop() if len(dtypes) == 1 else None
     return {key: encoded[key] if common is None or key in copied else encoded[key].astype(common) for key in missing}
@@ -286,7 +328,7 @@ def memory_dtype(stored: Any, requested: Any) -> np.dtype[Any]:
     return np.dtype("float32" if narrow else stored)
 
 
-def adapter_placement(shardings: Any, base: planning.BaseParams, adapter_sites: Sequence[sites.Site]) -> dict[str, Any]:
+def adapter_placement(shardings: Any, base: BaseParams, adapter_sites: Sequence[sites.Site]) -> dict[str, Any]:
     """Return {path: sharding}: the requested shardings, else those that follow from the base."""
     if shardings is not None:
         requested = shardings.flat() if isinstance(shardings, Adapter) else shardings

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 
 from jaxadapt import configs
-from jaxadapt.configs import Config, matching
+from jaxadapt.configs import Config, LoraConfig, matching
 from jaxadapt.core.errors import ConfigError, FormatError, warn
 from jaxadapt.keymaps.keymap import PEFT_PREFIX
 from jaxadapt.storage import location, safetensors
@@ -36,16 +36,22 @@ def resolve_config(path: Location, header: safetensors.Header | None, weights: L
     If the JSON at `path` equals jaxadapt's copy in the header, that is it. If the JSON is the one that the save was
     replacing, the save was interrupted between its two files, and the header wins. Otherwise a person edited the JSON,
     and it wins unless the tensors contradict it. A warning reports each difference. Before that both files are read
-    again: if another process is saving, the header wins without a warning.
+    again: if another process is saving, the header wins without a warning. If there is no JSON at all, the header wins.
 
     Args:
         header: as read from `weights`, which may have been replaced since.
     """
-    text = read_text(path)
     raw = None if header is None else header.metadata.get(META)
+    if raw is not None and not location.exists(path):
+        warn(
+            f"{path} is missing; using the copy of the configuration in the weights' header. PEFT refuses such a"
+            " folder: write the file again with jaxadapt.repair or `jaxadapt repair`"
+        )
+        return parse_copy(raw, weights)[0]
+    text = read_text(path)
     if header is None or raw is None:
         return configs.loads(text, str(path))
-    stored, replaces = _parse_copy(raw, weights)
+    stored, replaces = parse_copy(raw, weights)
     config = None if replaces == text_digest(text) else configs.loads(text, str(path))
     if config is not None and not config.changed_keys(stored):
         return config
@@ -54,7 +60,7 @@ def resolve_config(path: Location, header: safetensors.Header | None, weights: L
             break  # no save leaves such a pair of files, so there is none to wait for
         time.sleep(wait)
         current = safetensors.read_header(weights).metadata.get(META)
-        if current is None or _parse_copy(current, weights)[0].changed_keys(stored) or read_text(path) != text:
+        if current is None or parse_copy(current, weights)[0].changed_keys(stored) or read_text(path) != text:
             return stored  # a save has finished meanwhile
     if config is None:
         warn(
@@ -76,7 +82,7 @@ def resolve_config(path: Location, header: safetensors.Header | None, weights: L
     return config
 
 
-def _parse_copy(raw: str, weights: Location) -> tuple[Config, object]:
+def parse_copy(raw: str, weights: Location) -> tuple[Config, object]:
     """Parse a header's copy: return the configuration, and the digest of the JSON that its save replaces."""
     try:
         document = json.loads(raw)
@@ -97,8 +103,8 @@ def _contradiction(edited: Config, stored: Config, shapes: Mapping[str, tuple[in
             continue
         if not matching.is_target(edited, module):
             return f"it does not target {key}"
-        if edited.get("r") is not None and key.endswith(".lora_A.weight"):
-            rank = matching.find_pattern_value(edited.get("rank_pattern") or {}, module, edited.get("r"))
+        if isinstance(edited, LoraConfig) and key.endswith(".lora_A.weight"):
+            rank = edited.rank_of(module)
             if shape[:1] != (rank,):
                 return f"{key} has rank {shape[0]}, not {rank}"
     return None

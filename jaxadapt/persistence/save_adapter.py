@@ -17,7 +17,7 @@ from jaxadapt.core.errors import AttachError, FileError
 from jaxadapt.core.progress import LOGGER, Progress, reporter
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.plan import Encoded
-from jaxadapt.models import attachment
+from jaxadapt.models.carriers import DEFAULT, lora_carrier
 from jaxadapt.persistence import encode, folder, multihost, orbax_folder
 
 
@@ -25,7 +25,7 @@ def save(
     tree: Any,
     path: str | os.PathLike[str],
     *,
-    name: str = attachment.DEFAULT,
+    name: str = DEFAULT,
     config: Config | None = None,
     keymap: KeyMap | str | None = None,
     lora_alpha: float | None = None,
@@ -56,8 +56,10 @@ def save(
         save_embedding_layers: also write the base's token embedding and head, as PEFT does. "auto" writes them if they
             are adapted under the names "embed_tokens" or "lm_head" and the tree has their values; True always (for a
             resized vocabulary); False never.
-        format: "orbax" writes an Orbax checkpoint instead: the parameters in the model's layout and the configuration,
-            in one commit, to a path that does not exist yet. With several processes all of them call `save`.
+        format: "bin" writes PyTorch's `adapter_model.bin`, for programs that read no safetensors; several processes
+            cannot write it. "orbax" writes an Orbax checkpoint instead: the parameters in the model's layout and the
+            configuration, in one commit, to a path that does not exist yet. With several processes all of them call
+            `save`.
         shared, timeout: for arrays that are spread over several processes. All of them then call `save`, and each
             writes its own bytes to the one file. `shared=False`: the processes share no file system (None: detect it),
             and process 0 writes everything, one leaf at a time. If a process fails, dies or does not call, the save
@@ -81,8 +83,8 @@ def save(
     ...     sorted(jaxadapt.inspect(folder).tensors)
     ['base_model.model.q.lora_A.weight', 'base_model.model.q.lora_B.weight']
     """
-    if format not in ("safetensors", "orbax"):
-        raise FileError(f"{path}: format {format!r}: expected 'safetensors' or 'orbax'")
+    if format not in ("safetensors", "bin", "orbax"):
+        raise FileError(f"{path}: format {format!r}: expected 'safetensors', 'bin' or 'orbax'")
     if isinstance(tree, PeftTensors):
         raise AttachError(
             "save: expected an adapter in a model's layout, found PeftTensors; write them with"
@@ -95,7 +97,7 @@ def save(
     if format == "orbax":
         if lora_alpha is not None:
             raise AttachError("lora_alpha: format='orbax' saves only adapters of jaxadapt, which store their own alpha")
-        adapter = encode.extract_adapter(tree, name, config, keymap, in_memory=False)
+        adapter = encode.take_adapter(lora_carrier(tree), name, config, keymap, in_memory=False).adapter
         adapter = dataclasses.replace(adapter, config=adapter.config.replace(**changes))
         if dtype is not None:
             with name_donated_arrays(adapter.flat()):
@@ -110,8 +112,13 @@ def save(
         save_embedding_layers=save_embedding_layers,
     )  # fmt: skip
     tensors = dataclasses.replace(tensors, config=tensors.config.replace(**changes))
-    if isinstance(tensors.tensors, Encoded) and multihost.is_distributed(tensors.tensors.leaves.values()):
+    is_spread = isinstance(tensors.tensors, Encoded) and multihost.is_distributed(tensors.tensors.leaves.values())
+    if is_spread and format == "bin":
+        raise FileError(
+            f"{path}: format 'bin': several processes write only safetensors; convert the folder afterwards"
+        )
+    if is_spread:
         with reporter(progress) as report:
             multihost.write_shared(tensors, target, shared, timeout, report)
     else:
-        folder.write(tensors, target, progress=progress)
+        folder.write(tensors, target, format=format, progress=progress)

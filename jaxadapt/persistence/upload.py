@@ -38,8 +38,6 @@ def push(
     repo: str,
     *,
     name: str = "default",
-    revision: str | None = None,
-    subfolder: str | None = None,
     private: bool | None = None,
     commit_message: str | None = None,
     create_pr: bool = False,
@@ -56,10 +54,9 @@ def push(
     Args:
         source: an adapter's folder; or a model, variables, an `Adapter` or `PeftTensors`, which are first saved to a
             temporary folder. `saving` are then the arguments of `save` (`base_model=`, …).
-        repo: "org/name", or in full "hf://org/name@branch/subfolder"; created if it does not exist.
+        repo: "org/name", or in full "hf://org/name@branch/subfolder". Repository and branch are created if they do not
+            exist; a slash in the branch is written "%2F". The subfolder is for several adapters in one repository.
         name: the adapter's name in the model; all but "default" go to the subfolder of their name, as in PEFT.
-        revision: a branch, created if it does not exist.
-        subfolder: the adapter's subfolder, where several adapters share a repository.
         private: makes a new repository private. True is an error for an existing public one.
         create_pr: open a pull request instead of committing to the branch.
         tag: a tag for the commit.
@@ -80,7 +77,7 @@ def push(
 
         jaxadapt.push(model, "org/name", base_model="org/base", metrics={"loss": 3.2}).url
     """
-    place = hub.parse(repo, revision, subfolder)
+    place = hub.parse(repo)
     page = _Page(license, metrics or {}, picture)
     commit = {"message": commit_message, "private": private, "create_pr": create_pr, "tag": tag, "token": token}
     if isinstance(source, str | os.PathLike):
@@ -111,11 +108,10 @@ def _run_once(source: Any, task: str, send: Callable[[], Pushed]) -> Pushed:
     """Upload from process 0 only if the arrays are spread over several processes, which then all call this."""
     import jax
 
-    from jaxadapt.models.nnx import attach
+    from jaxadapt.models.carriers import carrier
     from jaxadapt.persistence import multihost
 
-    tree = attach.nnx.state(source) if isinstance(source, attach.nnx.Module) else source
-    if not multihost.is_distributed(jax.tree.leaves(tree)):
+    if not multihost.is_distributed(jax.tree.leaves(carrier(source).pytree())):
         return send()
     # A long timeout: if process 0 dies, the lost connection to it ends the others.
     return Pushed(*multihost.run_on_leader(task, send, _LONG))

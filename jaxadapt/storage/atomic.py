@@ -21,26 +21,23 @@ import secrets
 import shutil
 import stat
 import sys
-from collections import deque
 from collections.abc import Generator, Sequence
-from itertools import islice
 from pathlib import Path
 
 from jaxadapt.core.errors import FileError
 from jaxadapt.storage import location
 from jaxadapt.storage.flush import close_fd, flush_directory, flush_fd, flush_folder_fd, write_error
-from jaxadapt.storage.local_files import MAX_VIEWS, file_error
+from jaxadapt.storage.local_files import file_error
 
 __all__ = [
-    "Writer", "lock_directory", "open_replacement", "remove_file", "remove_leftovers", "replacing_all",
+    "Writer", "lock_directory", "open_replacement", "remove_leftovers", "replacing_all",
     "staging_folder", "write_bytes",
 ]  # fmt: skip
 
 
-# Write-back starts each time the page cache holds this many new bytes.
-_WRITEBACK_BYTES = 4 << 20
-# Written bytes that stay in the page cache. The rest of a large file is dropped, to keep pages that are read often.
-_CACHED_BYTES = 64 << 20
+# Bytes of a large file that are new in the page cache. Its older pages are written to the disk and dropped: a file of
+# 1.5 GB takes a third of the time so where the cache has to grow for it. Smaller files stay in the cache.
+_LOT = 64 << 20
 
 
 class Writer:
@@ -58,40 +55,19 @@ class Writer:
         self.path = path
         self.temporary = temporary
         self._written = 0
-        self._started = 0
 
-    def write(self, *parts: memoryview) -> None:
-        """Append contiguous bytes, one part after the other. Raises `FileError` for an `OSError`."""
-        pending = deque(part for part in parts if len(part))
+    def write(self, data: memoryview) -> None:
+        """Append contiguous bytes. Raises `FileError` for an `OSError`."""
         try:
-            while pending:
-                large = len(pending[0]) > _WRITEBACK_BYTES
-                count = os.writev(
-                    self.fd, [pending[0][:_WRITEBACK_BYTES]] if large else list(islice(pending, MAX_VIEWS))
-                )
+            while len(data):
+                count = os.write(self.fd, data[:_LOT])
+                data = data[count:]
                 self._written += count
-                self._advance_writeback()
-                while count:
-                    part = pending.popleft()
-                    if count < len(part):
-                        pending.appendleft(part[count:])
-                    count -= min(count, len(part))
+                if self._written % _LOT < count and sys.platform == "linux":
+                    # Linux starts to write the dirty pages to the disk, and drops those that are there already.
+                    os.posix_fadvise(self.fd, 0, self._written, os.POSIX_FADV_DONTNEED)
         except OSError as error:
             raise write_error(self.path, error) from error
-
-    def _advance_writeback(self) -> None:
-        if self._written - self._started >= _WRITEBACK_BYTES:
-            _start_writeback(self.fd, self._started, self._written - self._started)
-            self._started = self._written
-            if self._written > _CACHED_BYTES:
-                _start_writeback(self.fd, 0, self._written - _CACHED_BYTES)
-
-
-def _start_writeback(fd: int, offset: int, size: int) -> None:
-    """Start writing a range of a file to the disk, which would otherwise idle until the final fsync."""
-    # On this advice, Linux starts to write the range and drops the pages that are already on the disk.
-    if sys.platform == "linux":
-        os.posix_fadvise(fd, offset, size, os.POSIX_FADV_DONTNEED)
 
 
 def _lock(fd: int, *, wait: bool) -> bool:
@@ -238,11 +214,6 @@ def _link_original(writer: Writer) -> Path | None:
     except OSError:
         return None
     return link
-
-
-def remove_file(path: Path) -> None:
-    """Delete a file. Raises `OSError`."""
-    path.unlink()
 
 
 @contextlib.contextmanager

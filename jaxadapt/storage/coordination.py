@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 from jaxadapt.core.errors import FileError
@@ -61,13 +61,17 @@ class Group:
             self._pending.remove(name)
         self._publish(name, {"value": value})
 
-    def send_failure(self, error: BaseException, name: str | None = None) -> None:
-        """Send an error in place of the message `name`; without a name, of the next message of process 0."""
-        if name is None and not self._pending:
-            return
-        message = {"error": (str(error) or repr(error))[:_MAX_ERROR]}
-        with contextlib.suppress(FileError):  # the error itself is raised
-            self._publish(self._pending.pop(0) if name is None else name, message)
+    @contextlib.contextmanager
+    def announce_failure(self, name: str | None = None) -> Generator[None]:
+        """Send an error of the block in place of the message `name`; without a name, of process 0's next message."""
+        try:
+            yield
+        except BaseException as error:
+            if name is not None or self._pending:
+                message = {"error": (str(error) or repr(error))[:_MAX_ERROR]}
+                with contextlib.suppress(FileError):  # the error itself is raised
+                    self._publish(self._pending.pop(0) if name is None else name, message)
+            raise
 
     def _publish(self, name: str, message: Any) -> None:
         try:

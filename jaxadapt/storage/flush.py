@@ -11,14 +11,19 @@ from pathlib import Path
 
 from jaxadapt.core.errors import FileError
 from jaxadapt.storage.local_files import file_error
+from jaxadapt.storage.location import Address, Location
 
 
-def make_folder(folder: Path) -> list[Path]:
+def make_folder(folder: Location) -> list[Path]:
     """Create a folder and its missing parents durably. Return the new folders, innermost first.
+
+    Does nothing for an address, since object stores have no folders.
 
     Raises:
         FileError: no permission, or a part of the path is a file. Then no new folder remains.
     """
+    if isinstance(folder, Address):
+        return []
     new = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -34,8 +34,6 @@ _MAX_BYTES: Mapping[str, int] = dict.fromkeys((CONFIG, CARD), local_files.MAX_TE
 def pull(
     repo: str,
     *,
-    revision: str | None = None,
-    subfolder: str | None = None,
     token: Token = None,
     cache_dir: str | os.PathLike[str] | None = None,
     progress: Progress = None,
@@ -43,9 +41,9 @@ def pull(
     """Fetch an adapter, and no other files of its repository, from the Hub.
 
     Args:
-        repo: "org/name", or the full address "hf://org/name@revision/subfolder".
-        revision: a branch, a tag or a commit; "main" by default.
-        subfolder: the adapter's folder, if several adapters share a repository.
+        repo: "org/name", or the full address "hf://org/name@revision/subfolder". The revision is a branch, a tag or a
+            commit, "main" by default; a slash in it is written "%2F". The subfolder is the adapter's, if several
+            adapters share a repository.
         token: for private and gated repositories; by default `HF_TOKEN` or the stored one.
         cache_dir: the Hub's own cache by default.
         progress: None, True (bars on a terminal or in a notebook) or a function of (name of the file, bytes done,
@@ -64,7 +62,7 @@ def pull(
         folder = jaxadapt.pull("org/name@v1/fr")
     """
     with reporter(progress) as report:
-        return _pull(parse(repo, revision, subfolder), (CARD,), token, cache_dir, report)
+        return _pull(parse(repo), (CARD,), token, cache_dir, report)
 
 
 def fetch_folder(address: str, name: str | None = None, report: Report = no_report) -> Path:

@@ -51,19 +51,15 @@ def could_be_repository(path: str) -> bool:
     return _ADDRESS.fullmatch(path) is not None and not path.startswith(".")
 
 
-def parse(text: str, revision: str | None = None, subfolder: str | None = None) -> Address:
-    """Parse an address, completed by a separate revision and subfolder. Raises `FileError` if it is invalid.
+def parse(text: str) -> Address:
+    """Parse an address. Raises `FileError` if it is invalid.
 
     A slash in a revision is written `%2F`, except in `refs/pr/1` and the like.
     """
     match = _ADDRESS.fullmatch(text.removeprefix(SCHEME))
     if match is None or match["repo"].split("/")[0] in ("datasets", "spaces", "buckets", "models"):
         raise FileError(f"{text!r} is not the address of a model repository on the Hub: {EXAMPLE}")
-    parsed = (match["revision"] or "").replace("%2F", "/") or None, (match["subfolder"] or "").strip("/") or None
-    for name, value, argument in zip(("revision", "subfolder"), parsed, (revision, subfolder), strict=True):
-        if value and argument and value != argument:
-            raise FileError(f"{text!r} has {name} {value!r}, but {name}={argument!r} was passed; give only one of them")
-    folder = (subfolder or parsed[1] or "").strip("/")
+    folder = (match["subfolder"] or "").strip("/")
     if (any(part in ("", ".", "..") for part in folder.split("/")) and folder) or "\\" in folder or "\0" in folder:
         raise FileError(f"{text!r}: {folder!r} is not a valid subfolder of a repository; pass a plain relative path")
-    return Address(match["repo"], revision or parsed[0], folder)
+    return Address(match["repo"], (match["revision"] or "").replace("%2F", "/") or None, folder)

@@ -7,9 +7,7 @@ import errno
 import io
 import os
 import stat
-from collections import deque
-from collections.abc import Generator, Sequence
-from itertools import accumulate, islice
+from collections.abc import Generator
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from jaxadapt.core.errors import FileError, FormatError
@@ -19,11 +17,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ALIGNED",
+    "MAX_CALL",
     "MAX_TEXT",
-    "MAX_VIEWS",
+    "ByteSource",
     "LocalFile",
-    "Source",
-    "aligned_empties",
     "aligned_empty",
     "close_after",
     "file_error",
@@ -47,9 +44,8 @@ _REMEDIES = {
     errno.ELOOP: "the symbolic links of the path form a loop",
 }
 
-# Linux transfers at most 0x7ffff000 bytes a call, and macOS refuses more than INT_MAX.
-_MAX_CALL = 1 << 30
-MAX_VIEWS = 512  # buffers of one call; systems in use allow at least 1024
+MAX_CALL = 1 << 30
+"""Bytes of one read or write. Linux transfers at most 0x7ffff000 bytes a call, and macOS refuses more than INT_MAX."""
 
 
 MAX_TEXT = 16 << 20
@@ -111,56 +107,47 @@ def close_after(file: IO[Any]) -> Generator[None]:
         close(file)
 
 
-def read_into(fd: int, parts: Sequence[tuple[str, memoryview]], offset: int, path: str) -> None:
-    """Fill views, one after the other, with the bytes of a file from `offset` on.
+def read_into(fd: int, view: memoryview, offset: int, path: str, label: str) -> None:
+    """Fill a view with the bytes of a file from `offset` on.
 
     Args:
         fd: an open file.
-        parts: a label for messages and a contiguous view to fill, for each part.
+        view: the contiguous view to fill.
         offset: the position of the first byte in the file.
         path: the file's path, for messages.
+        label: the name of the bytes, for messages.
 
     Raises:
-        FormatError: the file ends before all views are full.
+        FormatError: the file ends before the view is full.
         FileError: the operating system reports an error.
     """
-    pending = deque((label, view) for label, view in parts if len(view))
-    while pending:
-        batch = [view for _, view in islice(pending, MAX_VIEWS)]
-        if len(batch[0]) > _MAX_CALL:
-            batch = [batch[0][:_MAX_CALL]]
+    while len(view):
         try:
-            count = os.preadv(fd, batch, offset)
+            count = os.preadv(fd, [view[:MAX_CALL]], offset)
         except OSError as error:
             raise file_error("read", path, error) from error
         if count == 0:
-            label, view = pending[0]
             raise FormatError(
                 f"{path}: {label}: expected {len(view)} more bytes at offset {offset}, found the end of the "
                 "file; it was truncated after it was opened"
             )
-        offset += count
-        while count:
-            label, view = pending.popleft()
-            if count < len(view):
-                pending.appendleft((label, view[count:]))
-            count -= min(count, len(view))
+        view, offset = view[count:], offset + count
 
 
-class Source(Protocol):
+class ByteSource(Protocol):
     """A file or object from which tensors are read."""
 
     path: str
     size: int
     closed: bool
 
-    def read_into(self, parts: Sequence[tuple[str, memoryview]], offset: int) -> None: ...
+    def read_into(self, label: str, view: memoryview, offset: int) -> None: ...
     def check(self) -> None: ...
     def close(self) -> None: ...
 
 
 class LocalFile:
-    """An open file of this machine: a `Source`. It keeps its descriptor if the file is replaced."""
+    """An open file of this machine: a `ByteSource`. It keeps its descriptor if the file is replaced."""
 
     def __init__(self, path: str) -> None:
         """Open the file. Raises the errors of `open_binary`."""
@@ -169,8 +156,8 @@ class LocalFile:
         self._file, self.size = open_binary(path)
         self._fd = self._file.fileno()
 
-    def read_into(self, parts: Sequence[tuple[str, memoryview]], offset: int) -> None:
-        read_into(self._fd, parts, offset, self.path)
+    def read_into(self, label: str, view: memoryview, offset: int) -> None:
+        read_into(self._fd, view, offset, self.path, label)
 
     def check(self) -> None:
         pass
@@ -183,7 +170,7 @@ class LocalFile:
 def pread_exact(fd: int, size: int, offset: int, path: str, label: str) -> bytes:
     """Read exactly `size` bytes; see `read_into`."""
     buffer = bytearray(size)
-    read_into(fd, [(label, memoryview(buffer))], offset, path)
+    read_into(fd, memoryview(buffer), offset, path, label)
     return bytes(buffer)
 
 
@@ -198,30 +185,3 @@ def aligned_empty(nbytes: int) -> np.ndarray:
     raw = np.empty(nbytes + ALIGNED - 1, np.uint8)
     skip = -raw.__array_interface__["data"][0] % ALIGNED  # ten times cheaper than raw.ctypes.data
     return raw[skip : skip + nbytes]
-
-
-BLOCK = 3 << 20
-"""Bytes of an allocation that malloc reuses after it is freed.
-
-numpy requests new huge pages for 4 MB and more, and malloc new pages for 32 MB and more. On a virtual machine whose
-host reclaims free memory, reading 50 MB into new pages took up to 110 ms, and 4 ms into pages in use. Smaller blocks
-are returned to the system more often: reading 500 MB repeatedly took 70 ms into blocks of 3 MB, and 170 ms into 2 MB.
-"""
-
-
-def aligned_empties(sizes: Sequence[int]) -> list[np.ndarray]:
-    """Return uninitialised, aligned uint8 arrays of these sizes. Small ones share an allocation and keep it alive."""
-    out: list[np.ndarray] = []
-    batch: list[int] = []
-    total = 0
-    for size in (*sizes, None):
-        space = 0 if size is None else -(-size // ALIGNED) * ALIGNED
-        if batch and (size is None or total + space > BLOCK):
-            memory = aligned_empty(total)
-            starts = accumulate((-(-used // ALIGNED) * ALIGNED for used in batch), initial=0)
-            out += [memory[start : start + used] for used, start in zip(batch, starts, strict=False)]
-            batch, total = [], 0
-        if size is not None:
-            batch.append(size)
-            total += space
-    return out

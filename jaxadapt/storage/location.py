@@ -242,7 +242,7 @@ def _open_store(text: str) -> tuple[Any, str]:
         raise FileError(
             f"{text}: {error}; expected a path, or an address that fsspec supports, such as s3://"
         ) from error
-    except Exception as error:
+    except Exception as error:  # a store's package raises errors of its own classes
         raise store_error(text, "open", error) from error
 
 
@@ -357,7 +357,7 @@ def staged_upload(address: Address) -> Generator[tuple[int, Path]]:
     import tempfile
 
     try:
-        file = tempfile.TemporaryFile(prefix="jaxadapt-")  # noqa: SIM115 (closed child)
+        file = tempfile.TemporaryFile(prefix="jaxadapt-")  # noqa: SIM115 (closed below)
     except OSError as error:
         raise file_error("write", f"{address} (through {tempfile.gettempdir()})", error) from error
     # It has no name in any folder, so a killed process leaves no file.
@@ -367,5 +367,5 @@ def staged_upload(address: Address) -> Generator[tuple[int, Path]]:
 
 def put(address: Address, fd: int) -> None:
     """Upload an open file of this machine to an address, whole. Raises `FileError`."""
-    os.lseek(fd, 0, os.SEEK_SET)  # opening the path child may share this offset
+    os.lseek(fd, 0, os.SEEK_SET)  # opening the path below may share this offset
     address.put(f"/dev/fd/{fd}")

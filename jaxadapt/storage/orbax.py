@@ -24,11 +24,11 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxadapt.core import paths
+from jaxadapt.core import compare, paths
 from jaxadapt.core.errors import FileError, FormatError, MismatchError
 from jaxadapt.storage import atomic, flush, location
 from jaxadapt.storage.local_files import file_error
@@ -104,13 +104,24 @@ def _context(documents: Sequence[str] = (), partial: bool = False) -> Any:
     return context
 
 
-def _orbax_error(action: str, place: Location, error: Exception) -> FileError:
+@contextlib.contextmanager
+def _translate_errors(place: Location, write: bool = False) -> Generator[None]:
+    """Raise Orbax's errors as `FormatError`, or as `FileError` for a write."""
+    try:
+        yield
+    except Exception as error:  # Orbax and tensorstore raise errors of any class
+        if write:
+            raise _write_error(place, error) from error
+        raise FormatError(f"{place}: this Orbax checkpoint cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _write_error(place: Location, error: Exception) -> FileError:
     if isinstance(error, OSError) and error.errno is not None:
-        return file_error(action, str(place), error)
+        return file_error("write", str(place), error)
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO):
         if os.strerror(number) in str(error):  # tensorstore's errors have no errno
-            return file_error(action, str(place), OSError(number, os.strerror(number)))
-    return FileError(f"{place}: Orbax cannot {action} it: {type(error).__name__}: {error}")
+            return file_error("write", str(place), OSError(number, os.strerror(number)))
+    return FileError(f"{place}: Orbax cannot write it: {type(error).__name__}: {error}")
 
 
 def _check_names(place: Location, trees: Mapping[str, Tree]) -> None:
@@ -141,10 +152,8 @@ class Pending:
 
     def result(self) -> None:
         """Wait until the save is complete. Raises `FileError`."""
-        try:
+        with _translate_errors(self.place, write=True):
             self._response.result()
-        except Exception as error:
-            raise _orbax_error("write", self.place, error) from error
 
 
 def start_save(
@@ -169,11 +178,8 @@ def start_save(
     place = _resolve_location(path)
     shown = place if display_path is None else display_path
     _check_names(shown, trees)
-    try:
-        with _context(list(documents)):
-            response = ocp.save_checkpointables_async(str(place), {**trees, **documents})
-    except Exception as error:
-        raise _orbax_error("write", shown, error) from error
+    with _translate_errors(shown, write=True), _context(list(documents)):
+        response = ocp.save_checkpointables_async(str(place), {**trees, **documents})
     return Pending(shown, response)
 
 
@@ -184,7 +190,7 @@ def save(
 
     Args:
         path, trees, documents: as in `start_save`.
-        alone: True if this is the only process; else every process must call it, with the same path.
+        single_process: True if this is the only process; else every process must call it, with the same path.
 
     Raises:
         FileError: the path exists, no space, or no permission. The path is then unchanged.
@@ -230,13 +236,10 @@ def leaf_specs(path: str | os.PathLike[str]) -> dict[str, dict[tuple[str, ...], 
     if not is_checkpoint(place):
         raise FileError(f"{place}: not an Orbax checkpoint: expected a folder that holds one of {', '.join(_MARKERS)}")
     items = [item for item in _items(place) if not location.exists(place / item / _JSON)]
-    try:
-        with _context():
-            if location.exists(place / "_METADATA"):
-                return {_ROOT_ITEM: _array_specs(ocp.metadata(str(place), checkpointable_name=None).metadata)}
-            return {item: _array_specs(ocp.metadata(str(place), checkpointable_name=item).metadata) for item in items}
-    except Exception as error:
-        raise FormatError(f"{place}: this Orbax checkpoint cannot be read: {type(error).__name__}: {error}") from error
+    with _translate_errors(place), _context():
+        if location.exists(place / "_METADATA"):
+            return {_ROOT_ITEM: _array_specs(ocp.metadata(str(place), checkpointable_name=None).metadata)}
+        return {item: _array_specs(ocp.metadata(str(place), checkpointable_name=item).metadata) for item in items}
 
 
 def _items(place: Location) -> list[str]:
@@ -290,17 +293,13 @@ def load(
 
     place = _resolve_location(path)
     stored = leaf_specs(place).get(item, {})
-    problems: list[str] = []
-    for key, spec in wanted.items():
-        name = "/".join(key)
-        if key not in stored:
-            problems.append(f"{name}: not in the checkpoint")
-        elif spec is not None and stored[key] != (tuple(spec.shape), np.dtype(spec.dtype).name):
-            problems.append(
-                f"{name}: expected {spec.dtype} {tuple(spec.shape)}, found {stored[key][1]} {stored[key][0]}"
-            )
-    if problems:
-        raise MismatchError(f"{place}: the checkpoint does not match:\n" + paths.bullets(problems, 16))
+    expected = {
+        "/".join(key): compare.Spec() if spec is None else compare.Spec(tuple(spec.shape), np.dtype(spec.dtype).name)
+        for key, spec in wanted.items()
+    }
+    findings = compare.compare(expected, {"/".join(key): compare.Spec(*stored[key]) for key in wanted if key in stored})
+    if findings:
+        raise MismatchError(f"{place}: the checkpoint does not match:\n" + paths.bullets(map(str, findings), 16))
     if not wanted:
         return {}
     tree: dict[str, Any] = {}
@@ -309,12 +308,10 @@ def load(
         for part in key[:-1]:
             node = node.setdefault(part, {})
         node[key[-1]] = _numpy_example(*stored[key]) if spec is None else spec
-    try:
-        with _context(partial=True):
-            loaded = ocp.load(str(place), tree, checkpointable_name=item or None)
-    except Exception as error:
-        raise FormatError(f"{place}: this Orbax checkpoint cannot be read: {type(error).__name__}: {error}") from error
+    with _translate_errors(place), _context(partial=True):
+        loaded = ocp.load(str(place), tree, checkpointable_name=item or None)
     out: dict[tuple[str, ...], Any] = {}
+    problems: list[str] = []
     for key in wanted:
         leaf: Any = loaded
         for part in key:

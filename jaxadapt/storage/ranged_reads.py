@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from jaxadapt.core.errors import FileError, FormatError
@@ -46,23 +45,13 @@ class RemoteObject:
         self._lock = threading.Lock()
         self._head = self._fetch(0, min(self.size, _HEAD)) if self.size else b""
 
-    def read_into(self, parts: Sequence[tuple[str, memoryview]], offset: int) -> None:
-        """Fill views, as `local_files.read_into` does."""
-        total = sum(len(view) for _, view in parts)
-        if offset + total > self.size:
-            raise FormatError(f"{self.path}: {parts[-1][0]}: expected {offset + total} bytes, found {self.size}")
-        if total >= _BLOCK:
-            data = memoryview(self._fetch(offset, offset + total))
-            for _, view in parts:
-                view[:], data = data[: len(view)], data[len(view) :]
-            return
-        for _, view in parts:
-            self._fill(view, offset)
-            offset += len(view)
-
-    def _fill(self, view: memoryview, offset: int) -> None:
-        if offset + len(view) <= len(self._head):
-            view[:] = self._head[offset : offset + len(view)]
+    def read_into(self, label: str, view: memoryview, offset: int) -> None:
+        """Fill a view, as `local_files.read_into` does."""
+        stop = offset + len(view)
+        if stop > self.size:
+            raise FormatError(f"{self.path}: {label}: expected {stop} bytes, found {self.size}")
+        if len(view) >= _BLOCK or stop <= len(self._head):
+            view[:] = self._head[offset:stop] if stop <= len(self._head) else self._fetch(offset, stop)
             return
         while len(view):
             number, within = divmod(offset, _BLOCK)

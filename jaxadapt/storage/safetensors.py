@@ -12,12 +12,12 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
+from jaxadapt.arrays.tensor_source import TensorSource, TensorSpec
 from jaxadapt.core.errors import FileError, FormatError, MismatchError
 from jaxadapt.storage import atomic, local_files, location, ranged_reads, strided, threads
 from jaxadapt.storage.dtypes import NAMES, dtype_name, numpy_dtype
-from jaxadapt.storage.prefetch import Prefetch
 from jaxadapt.storage.safetensors_header import (
     MAX_HEADER,
     Header,
@@ -33,19 +33,15 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 __all__ = [
-    "MAX_HEADER", "SMALL", "FileTensorSpec", "Header", "TensorFile", "TensorInfo", "encode", "little_bits",
+    "MAX_HEADER", "Header", "TensorFile", "TensorInfo", "encode", "little_bits",
     "named_specs", "open_tensors", "read", "read_header", "write", "write_to",
 ]  # fmt: skip
 
-# Bytes of the buffer that collects small and strided tensors. A larger one would not fit the processor's cache.
-_STAGE_BYTES = 1 << 20
-SMALL = 64 << 20
-"""Bytes of the largest file that is prefetched. All of it is in memory at once, and larger files gain little."""
-# Bytes of tensors read with one call. Small enough to divide a file among several threads.
-_GROUP_BYTES = 16 << 20
+# Bytes of tensors that one thread reads before it takes more: small enough to share a file among several threads.
+_JOB_BYTES = 16 << 20
 
 
-def _open(path: str | os.PathLike[str]) -> local_files.Source:
+def _open(path: str | os.PathLike[str]) -> local_files.ByteSource:
     place = location.to_location(path)
     return (
         ranged_reads.RemoteObject(place)
@@ -54,20 +50,16 @@ def _open(path: str | os.PathLike[str]) -> local_files.Source:
     )
 
 
-def _read_header(source: local_files.Source) -> Header:
-    return parse(source.path, _read_header_bytes(source), source.size)
-
-
-def _read_header_bytes(source: local_files.Source) -> bytes:
+def _read_header(source: local_files.ByteSource) -> Header:
     first = _read_exactly(source, min(source.size, 8), 0, "header length")
     if problem := length_problem(first, source.size):
         raise FormatError(f"{source.path}: not a valid safetensors file: {problem}")
-    return _read_exactly(source, int.from_bytes(first, "little"), 8, "header")
+    return parse(source.path, _read_exactly(source, int.from_bytes(first, "little"), 8, "header"), source.size)
 
 
-def _read_exactly(source: local_files.Source, size: int, offset: int, label: str) -> bytes:
+def _read_exactly(source: local_files.ByteSource, size: int, offset: int, label: str) -> bytes:
     buffer = bytearray(size)
-    source.read_into([(label, memoryview(buffer))], offset)
+    source.read_into(label, memoryview(buffer), offset)
     return bytes(buffer)
 
 
@@ -87,14 +79,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         source.close()
 
 
-class FileTensorSpec(NamedTuple):
-    """Shape and dtype of a tensor."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-
-class TensorFile(Mapping[str, "np.ndarray"]):
+class TensorFile(TensorSource):
     """An open file: `[key]` reads a tensor into a new array (C order, 64-byte aligned).
 
     The file keeps its descriptor, so the contents of a replaced file are never mixed. If an object of a store is
@@ -102,69 +87,51 @@ class TensorFile(Mapping[str, "np.ndarray"]):
     threads may read at once.
     """
 
-    def __init__(self, path: str | os.PathLike[str], prefetch: bool = False) -> None:
+    def __init__(self, path: str | os.PathLike[str]) -> None:
         """Open a file; see `open_tensors`. Raises the errors of `read_header`."""
-        self._source = _open(path)
-        self._prefetch: Prefetch | None = None
-        self.path = self._source.path
+        self._file = _open(path)
+        self.path = self.source = self._file.path
         try:
-            raw = _read_header_bytes(self._source)
-            start = 8 + len(raw)
-            if prefetch and 0 < self._source.size - start <= SMALL:
-                self._prefetch = Prefetch(self._source, start)
-            self.header = parse(self.path, raw, self._source.size)
+            self.header = _read_header(self._file)
         except BaseException:
             self.close()
             raise
-        if self._prefetch is not None:
-            self._prefetch.waiting.update(self.header.tensors)
 
-    def _find(self, key: str) -> tuple[TensorInfo, np.dtype]:
-        info = self.header.tensors[key]
-        if self._source.closed:
-            raise FileError(f"{self.path}: tensor {key!r}: the file is closed; read inside the `with` block")
+    def _dtype(self, key: str) -> np.dtype:
         try:
-            return info, numpy_dtype(info.dtype)
+            return numpy_dtype(self.header.tensors[key].dtype)
         except FormatError as error:
             raise FormatError(f"{self.path}: tensor {key!r}: {error}") from None
 
-    def __getitem__(self, key: str) -> np.ndarray:
+    def _find(self, key: str) -> tuple[TensorInfo, np.dtype]:
+        info = self.header.tensors[key]
+        if self._file.closed:
+            raise FileError(f"{self.path}: tensor {key!r}: the file is closed; read inside the `with` block")
+        return info, self._dtype(key)
+
+    def read(self, key: str) -> np.ndarray:
+        """Return one tensor in new memory."""
         return self.read_into(key, None)
 
     def read_into(self, key: str, memory: np.ndarray | None) -> np.ndarray:
-        """Return `self[key]`, read into the first bytes of `memory` (uint8, aligned for the dtype) or new memory.
-
-        A prefetched tensor is returned once in place, if it is aligned there.
-        """
+        """Return one tensor, read into the first bytes of `memory` (uint8, aligned for the dtype) or new memory."""
         info, dtype = self._find(key)
-        if self._prefetch is not None and self._prefetch.take({key: (info.start, info.stop)}):
-            data = self._prefetch.bytes_of(info.start, info.stop, memory)
-        else:
-            data = local_files.aligned_empty(info.nbytes) if memory is None else memory[: info.nbytes]
-            self._source.read_into([(f"tensor {key!r}", data.data)], self.header.data_start + info.start)
+        data = local_files.aligned_empty(info.nbytes) if memory is None else memory[: info.nbytes]
+        self._file.read_into(f"tensor {key!r}", data.data, self.header.data_start + info.start)
         return data.view(dtype).reshape(info.shape)
 
-    def spec(self, key: str) -> FileTensorSpec:
-        """Return the shape and dtype of one tensor."""
-        info, dtype = self._find(key)
-        return FileTensorSpec(info.shape, dtype)
-
     def nbytes(self, key: str) -> int:
-        """Return the bytes of one tensor, without reading it."""
+        """Return the number of bytes of one tensor, also of a dtype that numpy lacks."""
         return self.header.tensors[key].nbytes
 
     @functools.cached_property
-    def specs(self) -> dict[str, FileTensorSpec]:
+    def specs(self) -> dict[str, TensorSpec]:
         """Shapes and dtypes by key.
 
         Raises:
             FormatError: numpy has no such dtype.
         """
-        try:
-            kinds = {name: numpy_dtype(name) for name in {info.dtype for info in self.header.tensors.values()}}
-            return {key: FileTensorSpec(info.shape, kinds[info.dtype]) for key, info in self.header.tensors.items()}
-        except FormatError:
-            return {key: self.spec(key) for key in self.header.tensors}  # the error names the tensor
+        return {key: TensorSpec(info.shape, self._dtype(key)) for key, info in self.header.tensors.items()}
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.header.tensors)
@@ -192,78 +159,29 @@ class TensorFile(Mapping[str, "np.ndarray"]):
         begin = self.header.data_start + info.start
 
         def read_at(view: memoryview, offset: int) -> None:
-            self._source.read_into([(f"tensor {key!r}", view)], begin + offset)
+            self._file.read_into(f"tensor {key!r}", view, begin + offset)
 
         return strided.read_region(read_at, info.shape if shape is None else shape, dtype, slices)
 
-    def read_many(self, keys: Iterable[str], progress: Callable[[int], None] | None = None) -> dict[str, np.ndarray]:
-        """Read several tensors, faster than one by one.
-
-        Small neighbours share an allocation (of 3 MB) and keep it alive. `progress` is called with the number of bytes
-        read since its last call.
-        """
-        groups = self.groups(keys, _GROUP_BYTES)
+    def read_many(self, keys: Iterable[str], progress: Callable[[int], None] = lambda _: None) -> dict[str, np.ndarray]:
+        """Return several tensors; see `TensorSource`. Several threads read them."""
+        order = sorted(set(keys), key=lambda key: self.header.tensors[key][2:])
+        jobs = threads.split_by_size(order, self.nbytes, _JOB_BYTES)
+        # Allocated here, in the caller's thread; see `threads.run_in_order`.
+        tasks = (
+            functools.partial(list, map(self.read_into, job, [local_files.aligned_empty(self.nbytes(k)) for k in job]))
+            for job in jobs
+        )
         out: dict[str, np.ndarray] = {}
-        reads = (
-            functools.partial(self.read_group, g, local_files.aligned_empties(list(map(self.nbytes, g))))
-            for g in groups
-        )
-        # Few large tasks: copies and page faults in the kernel do not hold Python's lock.
-        with contextlib.closing(threads.run_in_order(reads, min(threads.THREADS, len(groups)))) as results:
-            for group, arrays in zip(groups, results, strict=True):
-                out |= zip(group, arrays, strict=True)
-                if progress is not None:
-                    progress(sum(map(self.nbytes, group)))
+        with contextlib.closing(threads.run_in_order(tasks, len(jobs))) as results:
+            for job, arrays in zip(jobs, results, strict=True):
+                out |= zip(job, arrays, strict=True)
+                progress(sum(map(self.nbytes, job)))
         return out
-
-    def groups(self, keys: Iterable[str], max_bytes: int) -> list[list[str]]:
-        """Split keys into groups of neighbours in the file, of at most `max_bytes` each, for `read_group`."""
-        groups: list[list[str]] = []
-        size, stop = 0, -1
-        for key in sorted(set(keys), key=lambda key: self.header.tensors[key][2:]):
-            info = self.header.tensors[key]
-            if info.start != stop or size + info.nbytes > max_bytes:
-                groups.append([])
-                size = 0
-            groups[-1].append(key)
-            size, stop = size + info.nbytes, info.stop
-        return groups
-
-    @property
-    def is_prefetched(self) -> bool:
-        """True if the file is small and is read in the background."""
-        return self._prefetch is not None
-
-    def read_group(self, keys: Sequence[str], memory: Sequence[np.ndarray] | None = None) -> list[np.ndarray]:
-        """Read neighbours in the file, in its order, with one call.
-
-        Args:
-            keys: a group of `groups`.
-            memory: an array for each, as in `read_into`. None allocates memory, which small tensors share.
-        """
-        entries = [self._find(key) for key in keys]
-        spans = {key: (info.start, info.stop) for key, (info, _) in zip(keys, entries, strict=True)}
-        if self._prefetch is not None and self._prefetch.take(spans):
-            prefetch = self._prefetch
-            return [
-                prefetch.bytes_of(info.start, info.stop, None).view(dtype).reshape(info.shape)
-                for info, dtype in entries
-            ]
-        sizes = [info.nbytes for info, _ in entries]
-        memory = (
-            local_files.aligned_empties(sizes)
-            if memory is None
-            else [m[:n] for m, n in zip(memory, sizes, strict=True)]
-        )
-        parts = [(f"tensor {key!r}", array.data) for key, array in zip(keys, memory, strict=True)]
-        self._source.read_into(parts, self.header.data_start + entries[0][0].start)
-        return [array.view(dtype).reshape(info.shape) for array, (info, dtype) in zip(memory, entries, strict=True)]
 
     def close(self) -> None:
         """Close the file."""
-        if self._prefetch is not None:
-            self._prefetch.close()
-        self._source.close()
+        self._file.close()
 
     def __enter__(self) -> TensorFile:
         return self
@@ -273,22 +191,21 @@ class TensorFile(Mapping[str, "np.ndarray"]):
     ) -> None:
         try:
             if kind is None:
-                self._source.check()
+                self._file.check()
         finally:
             self.close()
 
 
-def open_tensors(path: str | os.PathLike[str], prefetch: bool = False) -> TensorFile:
+def open_tensors(path: str | os.PathLike[str]) -> TensorFile:
     """Open a file for lazy reading; see `TensorFile`.
 
     Args:
         path: a path or an address.
-        ahead: start to read all tensors of a small file (up to 64 MB) in the background, for `read_into`.
 
     Raises:
         FormatError, FileError: see `read_header`.
     """
-    return TensorFile(path, prefetch)
+    return TensorFile(path)
 
 
 def read(path: str | os.PathLike[str], keys: Iterable[str] | None = None) -> dict[str, np.ndarray]:
@@ -373,13 +290,12 @@ def write_to(
 ) -> Header:
     """Write an open file, one of several that are replaced together; see `write`."""
     first, header = encode(writer.path, named_specs(specs), metadata or {})
-    stage = strided.Stage(writer.write, _STAGE_BYTES)
-    stage.add_bytes(first)
+    writer.write(memoryview(first))
     for key, info in header.tensors.items():
-        stage.add(_to_file_bits(writer.path, key, get(key), info))
+        for part in strided.contiguous_parts(_to_file_bits(writer.path, key, get(key), info)):
+            writer.write(part)
         if progress is not None:
             progress(info.nbytes)
-    stage.flush()
     return header
 
 

@@ -16,14 +16,12 @@ def translate_errors(text: str, action: str) -> Generator[None]:
     """Turn errors of a store's package into `FileError`; a missing object remains a `FileNotFoundError`."""
     try:
         yield
-    except FileError:
+    except (FileError, NotADirectoryError):
         raise
     except FileNotFoundError as error:
         why = "the bucket does not exist" if "bucket does not exist" in str(error) else "no such file or folder"
         raise FileNotFoundError(errno.ENOENT, why) from error
-    except NotADirectoryError:
-        raise
-    except Exception as error:
+    except Exception as error:  # each store's package raises errors of its own classes
         raise store_error(text, action, error) from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -12,16 +13,14 @@ from jaxadapt.storage.local_files import aligned_empty
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Stage", "blocks", "read_region", "write_region"]
+__all__ = ["contiguous_parts", "read_region", "write_region"]
 
 # Reading a gap of this many bytes costs about as much as another system call.
 _GAP = 16 << 10
 # Reads that include gaps pass through a buffer of about this size.
 _STRIP = 4 << 20
-# Separate runs are made contiguous in portions of this size, or in one run if that is longer.
-_STAGED = 1 << 20
-# Contiguous memory of at least this size is written in place. Copying less costs no more than another buffer.
-_DIRECT = 16 << 10
+# Bytes of a strided array that are copied at once. More would not fit the processor's cache.
+_PART = 1 << 20
 
 
 def _to_slice(part: range) -> slice:
@@ -92,7 +91,7 @@ def read_region(
 
 
 def write_region(
-    write_at: Callable[[memoryview, int, int, int], None],
+    write_at: Callable[[memoryview, int], None],
     shape: Sequence[int],
     array: np.ndarray,
     region: Sequence[tuple[int, int]],
@@ -100,16 +99,12 @@ def write_region(
     """Write a region of a C-contiguous array in a file, one write for each contiguous run.
 
     Args:
-        write_at: takes contiguous bytes, their offset within the array, the size in bytes of each run in them, and the
-            distance in bytes between the starts of two runs.
+        write_at: takes contiguous bytes and their offset within the array.
         shape: the shape of the array in the file.
-        array: the region's elements, integers of any strides.
+        array: the region's elements, of any strides. They are copied if they are not contiguous.
         region: `(start, stop)` of each axis.
     """
     import numpy as np
-
-    def flat(part: np.ndarray) -> memoryview:
-        return np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
 
     if not array.size:
         return
@@ -118,88 +113,19 @@ def write_region(
     while axis > 0 and tuple(region[axis]) == (0, shape[axis]):
         axis -= 1
     start = sum(low * stride for (low, _), stride in zip(region, strides, strict=True))
-    if axis == 0:
-        for block in [array] if array.flags.c_contiguous else blocks(array, _STAGED):
-            write_at(flat(block), start, block.nbytes, 0)
-            start += block.nbytes
-        return
-    step = strides[axis - 1]
-    for index in itertools.product(*(range(size) for size in array.shape[: axis - 1])):
-        rows = array[index]
-        run = rows.nbytes // len(rows)
-        offset = start + sum(i * stride for i, stride in zip(index, strides, strict=False))
-        for group in blocks(rows, max(run, _STAGED)):
-            write_at(flat(group), offset, run, step)
-            offset += len(group) * step
+    data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    run = len(data) // math.prod(array.shape[:axis])
+    for number, index in enumerate(itertools.product(*map(range, array.shape[:axis]))):
+        write_at(data[number * run : (number + 1) * run], start + sum(map(operator.mul, index, strides)))
 
 
-def blocks(array: np.ndarray, limit: int) -> Iterator[np.ndarray]:
-    """Split an array along its leading axes into blocks of at most `limit` bytes, in C order."""
-    if array.nbytes <= limit or array.ndim == 0:
-        yield array
+def contiguous_parts(array: np.ndarray) -> Iterator[memoryview]:
+    """Yield the bytes of an array in C order: in place if it is contiguous, else in copies of at most 1 MB."""
+    import numpy as np
+
+    if array.flags.c_contiguous or array.nbytes <= _PART:
+        yield np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         return
-    row = array.nbytes // len(array)
-    if row > limit:
-        for part in array:
-            yield from blocks(part, limit)
-        return
-    count = limit // row
+    count = max(1, _PART * len(array) // array.nbytes)
     for start in range(0, len(array), count):
-        yield array[start : start + count]
-
-
-class Stage:
-    """A stage that turns arrays of any memory layout into contiguous bytes, in few calls of `write`.
-
-    Contiguous arrays are written in place; the rest passes through one buffer. So no memory is allocated for a tensor,
-    however large. A second thread that writes during the copies gave no speedup: the disk is busy anyway (see
-    `atomic.Writer`).
-    """
-
-    def __init__(self, write: Callable[..., None], size: int) -> None:
-        """Create a stage with a buffer of `size` bytes.
-
-        Args:
-            write: called with one or several contiguous parts, of about `size` bytes in all or one larger array.
-            size: bytes of the buffer.
-        """
-        import numpy as np
-
-        self._write = write
-        self._buffer = np.empty(size, np.uint8)
-        self._used = self._pending_bytes = 0  # bytes, in the buffer and in all
-        self._parts: list[memoryview] = []
-
-    def flush(self) -> None:
-        """Write the remaining bytes."""
-        if self._parts:
-            self._write(*self._parts)
-            self._parts, self._used, self._pending_bytes = [], 0, 0
-
-    def add(self, array: np.ndarray) -> None:
-        """Write an array's elements in C order: integers of any strides, which must not change before `flush`."""
-        import numpy as np
-
-        if array.flags.c_contiguous and array.nbytes >= _DIRECT:
-            self._append(array.reshape(-1).view(np.uint8).data)
-            return
-        for block in blocks(array, self._buffer.size):
-            if self._used + block.nbytes > self._buffer.size:
-                self.flush()
-            # `target` may be unaligned; numpy copies to unaligned memory as well.
-            target = self._buffer[self._used : self._used + block.nbytes]
-            target.view(block.dtype).reshape(block.shape)[...] = block
-            self._used += block.nbytes
-            self._append(target.data)
-
-    def _append(self, part: memoryview) -> None:
-        self._parts.append(part)
-        self._pending_bytes += len(part)
-        if self._pending_bytes >= self._buffer.size:
-            self.flush()
-
-    def add_bytes(self, data: bytes) -> None:
-        """Write bytes."""
-        import numpy as np
-
-        self.add(np.frombuffer(data, np.uint8))
+        yield from contiguous_parts(array[start : start + count] if count > 1 else array[start])

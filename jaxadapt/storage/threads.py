@@ -10,21 +10,22 @@ from typing import TYPE_CHECKING, TypeVar
 if TYPE_CHECKING:
     from concurrent.futures import Future
 
-THREADS = min(8, os.cpu_count() or 1)
+_THREADS = min(8, os.cpu_count() or 1)
 
 _T = TypeVar("_T")
 
 
-def run_in_order(tasks: Iterable[Callable[[], _T]], threads: int = THREADS) -> Generator[_T]:
-    """Run tasks in threads and yield their results in order. With one thread, tasks run in the caller's.
+def run_in_order(tasks: Iterable[Callable[[], _T]], count: int) -> Generator[_T]:
+    """Run `count` tasks in threads and yield their results in order. A single task runs in the caller's thread.
 
     The caller's thread takes tasks from the iterable, a few ahead of their execution. Memory that outlives a task
     should be allocated when the task is made: malloc gives each new thread one of up to eight arenas a core, and each
     arena keeps freed pages. Loading 500 MB repeatedly left 3 GB in the arenas of two cores.
 
-    >>> list(run_in_order([lambda: 1, lambda: 2]))
+    >>> list(run_in_order([lambda: 1, lambda: 2], 2))
     [1, 2]
     """
+    threads = min(_THREADS, count)
     if threads <= 1:
         yield from (task() for task in tasks)
         return
@@ -38,3 +39,21 @@ def run_in_order(tasks: Iterable[Callable[[], _T]], threads: int = THREADS) -> G
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+def split_by_size(items: Iterable[_T], size: Callable[[_T], int], limit: int) -> list[list[_T]]:
+    """Split items, in order, into lists of at most `limit` bytes, or of one larger item.
+
+    >>> split_by_size([3, 1, 2, 9, 1], lambda n: n, 4)
+    [[3, 1], [2], [9], [1]]
+    """
+    out: list[list[_T]] = []
+    total = 0
+    for item in items:
+        nbytes = size(item)
+        if not out or total + nbytes > limit:
+            out.append([])
+            total = 0
+        out[-1].append(item)
+        total += nbytes
+    return out

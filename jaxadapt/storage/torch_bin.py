@@ -1,6 +1,6 @@
 """PyTorch `.bin`/`.pt` state dicts, read without torch; both the zip format and the one before PyTorch 1.6.
 
-This module only reads; new files are safetensors. No code in a file is executed (see `pickle_ops`), the bounds of
+This module only reads; `torch_bin_write` writes. No code in a file is executed (see `pickle_ops`), the bounds of
 storages are checked, and a file cannot cause allocations much larger than itself.
 """
 
@@ -48,18 +48,12 @@ _DTYPES = {
     "float8_e8m0fnu": "F8_E8M0", "float8_e4m3fnuz": "F8_E4M3FNUZ", "float8_e5m2fnuz": "F8_E5M2FNUZ",
 }  # fmt: skip
 _UNTYPED = "torch.storage.UntypedStorage"
-_ALLOWED = frozenset(
-    {
-        "collections.OrderedDict",
-        "torch._utils._rebuild_tensor",
-        "torch._utils._rebuild_tensor_v2",
-        "torch._utils._rebuild_tensor_v3",
-        "torch._utils._rebuild_parameter",
-        "torch._utils._rebuild_parameter_with_state",
-        _UNTYPED,
-        *(f"torch.{name}" for name in (*_STORAGES, *_DTYPES)),
-    }
-)
+_ALLOWED = frozenset({
+    "collections.OrderedDict", _UNTYPED, *(f"torch.{name}" for name in (*_STORAGES, *_DTYPES)),
+    *(f"torch._utils._rebuild_{name}" for name in (
+        "tensor", "tensor_v2", "tensor_v3", "parameter", "parameter_with_state",
+    )),
+})  # fmt: skip
 _MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of the format before PyTorch 1.6
 _PROTOCOL = 1001
 # Expanded or shared tensors may exceed their storage by this factor. More is treated as an attack on memory.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,15 +19,14 @@ import jax.numpy as jnp
 import optax
 
 from jaxadapt import methods
-from jaxadapt.adapters.adapter import CONFIG_NODE, Adapter
+from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.adapters.sites import Site, sites_of
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.merging import factors
-from jaxadapt.models import attachment
+from jaxadapt.models.carriers import DEFAULT, carrier, lora_carrier
 from jaxadapt.models.linen import collections
-from jaxadapt.models.nnx import attach as nnx
 
 __all__ = ["decay_mask", "kasa_loss", "lora_fa", "lora_plus", "roles", "scale_by_rank"]
 
@@ -41,12 +40,14 @@ class _Leaf:
 
     adapter: str
     config: Config
-    site: Site
+    site: Site | None  # None for a shared tensor
     tensor: str
     ndim: int  # without axes of stacked layers
 
     @property
     def role(self) -> str:
+        if self.site is None:
+            return methods.get_method(self.config).roles.get(self.tensor, "other")
         if self.site.method.copies:
             return "bias" if self.site.leaf.rpartition(".")[2] == "bias" else "copy"
         return self.site.method.role(self.site.hparams, self.tensor)
@@ -58,14 +59,9 @@ class _Leaf:
 
 def _leaves(tree: Any) -> Any:
     """Replace each array (or variable, or box) of the tree by its `_Leaf`."""
-    if isinstance(tree, nnx.nnx.Module):
-        tree = nnx.nnx.state(tree, nnx.AdapterParam)
-    if isinstance(tree, nnx.nnx.State):
-        return _describe_state(tree)
-    if isinstance(tree, Adapter):
-        return dataclasses.replace(tree, params=paths.unflatten(_leaves_by_path(tree, "default")))
-    if isinstance(tree, Mapping) and "params" not in tree:
-        described = _describe_collections(tree)
+    held = carrier(tree)
+    if held.in_place or not held.has_base:
+        described = held.map_adapters(_leaves_by_path)
         if any(isinstance(x, _Leaf) for x in jax.tree.leaves(described)):
             return described
     raise AttachError(
@@ -74,42 +70,18 @@ def _leaves(tree: Any) -> Any:
     )
 
 
-def _describe_state(state: Any) -> Any:
-    variables = nnx.adapter_variables(state)
-    if not variables:
-        raise AttachError("the model has no adapter to train; call jaxadapt.adapt first")
-    leaves: dict[int, _Leaf] = {}
-    for name, by_path in variables.items():
-        by_name = _leaves_by_path(nnx.extract(state, name), name)
-        leaves |= {id(var): by_name[path] for path, var in by_path.items()}
-    flat = nnx.nnx.to_flat_state(state)
-    others = [f"{paths.join(*map(str, path))}: {type(var).__name__}" for path, var in flat if id(var) not in leaves]
-    if others:
-        raise AttachError(
-            "expected a state with only the trained variables, nnx.state(model, jaxadapt.AdapterParam); this one also"
-            " contains:\n" + paths.bullets(others)
-        )
-    return jax.tree.map(lambda var: leaves[id(var)], state, is_leaf=lambda x: isinstance(x, nnx.nnx.Variable))
-
-
-def _describe_collections(tree: Mapping[str, Any]) -> dict[str, Any]:
-    described: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping) and CONFIG_NODE in value:
-            adapter = collections.read_adapter(value, name)
-            described[name] = {**paths.unflatten(_leaves_by_path(adapter, name)), CONFIG_NODE: value[CONFIG_NODE]}
-        else:
-            described[name] = _describe_collections(value) if isinstance(value, Mapping) else value
-    return described
-
-
-def _leaves_by_path(adapter: Adapter, name: str) -> dict[str, _Leaf]:
+def _leaves_by_path(name: str, adapter: Adapter) -> dict[str, _Leaf]:
     """Return `{path: leaf}` of one adapter's parameters."""
     unboxed = dataclasses.replace(adapter, params=collections.unbox_tree(adapter.params))
-    return {
+    sites = sites_of(unboxed)
+    leaves = {
         paths.join(site.leaf, tensor): _Leaf(name, adapter.config, site, tensor, len(shape) - len(site.match.stack))
-        for site in sites_of(unboxed)
+        for site in sites
         for tensor, shape in site.shapes.items()
+    }
+    return leaves | {
+        each.entry.path: _Leaf(name, adapter.config, None, each.tensor.name, len(each.entry.shape))
+        for each in sites.shared
     }
 
 
@@ -154,7 +126,7 @@ def decay_mask(tree: Any) -> Any:
 # ---------------------------------------------------------------- a penalty
 
 
-def kasa_loss(tree: Any, name: str = attachment.DEFAULT) -> Array:
+def kasa_loss(tree: Any, name: str = DEFAULT) -> Array:
     """Return the penalties of KaSA to add to the loss, a float32 scalar (arXiv:2412.06071, equations 9 to 11).
 
     The value is β·Σd² + γ·(‖BᵀB − I‖ + ‖AAᵀ − I‖), summed over the modules, with beta and gamma of `kasa_config`, as in
@@ -170,7 +142,7 @@ def kasa_loss(tree: Any, name: str = attachment.DEFAULT) -> Array:
     >>> round(float(kasa_loss(jax.tree.map(jnp.zeros_like, adapter))), 3)  # half of √2 + √2
     1.414
     """
-    adapter = attachment.extract(tree, name)
+    adapter = lora_carrier(tree).extract(name)
     kasa = adapter.config.get("kasa_config")
     if kasa is None:
         raise ConfigError(f"kasa_loss needs an adapter with kasa_config; the adapter {name!r} has none")
@@ -260,7 +232,7 @@ def scale_by_rank(tree: Any, reference: int = 8) -> optax.GradientTransformation
         raise ConfigError(f"reference: expected a positive rank, found {reference!r}")
 
     def factor(leaf: _Leaf) -> float:
-        sizes = {name: size for t in leaf.site.tensors for name, size in t.own}
+        sizes = {} if leaf.site is None else {name: size for t in leaf.site.tensors for name, size in t.own}
         if leaf.role not in ("A", "B", "embedding") or "r" not in sizes or leaf.config.get("use_rslora"):
             return 1.0
         return math.sqrt(sizes["r"] / reference)

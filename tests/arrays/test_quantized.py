@@ -261,9 +261,9 @@ def test_all_linear_leaves_out_the_output_layer_and_what_is_no_matrix():
 
 
 def _values(model: Any) -> dict[str, Any]:
-    from jaxadapt.models import planning
+    from jaxadapt.models.carriers import base_params
 
-    return planning.base_arrays(model)
+    return base_params(model).leaves
 
 
 @pytest.mark.parametrize(

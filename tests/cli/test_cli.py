@@ -172,7 +172,7 @@ def test_in_a_pipe_no_line_is_folded(folder, monkeypatch):
     monkeypatch.delenv("COLUMNS", raising=False)
     key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     assert any(line.split()[0] == key for line in run("inspect", folder, "--tensors").output.splitlines() if line)
-    told = next(line for line in run("inspect", folder).output.splitlines() if line.startswith("not for"))
+    told = next(line for line in run("inspect", folder).output.splitlines() if line.startswith("refused by"))
     assert len(told) > 80
 
 
@@ -315,6 +315,9 @@ JSON = {
     "combine": ("combine", "out", "out", "--weights", "1,-1", "--out", "new"),
     "convert": ("convert", "out", "new"),
     "check-keymap": ("check-keymap", "llama", "--checkpoint", "base"),
+    "verify": ("verify", "out"),
+    "repair": ("repair", "out"),
+    "diff": ("diff", "out", "out"),
     "checkpoints": ("checkpoints", "run"),
     "checkpoints --export": ("checkpoints", "run", "--export", "new"),
     "families": ("families",),

@@ -24,6 +24,7 @@ from jaxadapt.configs import (
     freeze,
     from_dict,
     loads,
+    lora_variants,
     thaw,
 )
 from jaxadapt.core.errors import ConfigError
@@ -179,13 +180,13 @@ def test_every_real_file_is_read_or_refused():
                 path.name,
                 key,
             )
-    print(dict(outcomes))
+    refused = {"mlx-lm": 8, "no peft_type": 3, "LFS pointer": 1}
     assert sum(outcomes.values()) >= 229
     if sum(outcomes.values()) == 229:
-        assert outcomes == {
-            "LoraConfig": 125, "IA3Config": 3, "GenericConfig": 89,
-            "mlx-lm": 8, "no peft_type": 3, "LFS pointer": 1,
-        }  # fmt: skip
+        # Each type with a class of its own takes files from the generic one.
+        others = sum(n for kind, n in outcomes.items() if kind not in ("LoraConfig", "IA3Config", *refused))
+        assert outcomes == outcomes | {"LoraConfig": 125, "IA3Config": 3, **refused}
+        assert others == 89
 
 
 # ---- frozen, hashable, equal where the mathematics is
@@ -240,7 +241,7 @@ def test_equality_is_of_the_mathematics():
         assert config != config.replace(**change)
     assert LoraConfig() != IA3Config()
     assert LoraConfig() != "LORA"
-    generic = GenericConfig(peft_type="VERA", extra={"target_modules": ["a", "b"]})
+    generic = GenericConfig(peft_type="XLORA", extra={"target_modules": ["a", "b"]})
     assert generic == generic.replace(extra={"target_modules": ["b", "a"]})
     assert generic != generic.replace(peft_type="HRA")
 
@@ -250,7 +251,7 @@ def test_equality_is_of_the_mathematics():
     [
         LoraConfig(target_modules=["b", "a"], rank_pattern={"q": 2}, extra={"k": [1, {"z": None}]}),
         IA3Config(target_modules="x"),
-        GenericConfig(peft_type="VERA", extra={"r": 2}),
+        GenericConfig(peft_type="XLORA", extra={"r": 2}),
     ],
 )
 def test_copies_and_pickles(config: Config):
@@ -374,6 +375,8 @@ def test_unknown_keys_are_kept_on_top():
         ),
         ({"lora_alpha": 10**400}, "lora_alpha: expected a finite number"),
         ({"layer_replication": [[1, 2, 3]]}, "layer_replication: expected a list of [start, end] pairs"),
+        ({"layer_replication": [[2, 2]]}, "layer_replication: expected a list of [start, end] pairs"),
+        ({"layer_replication": [[-1, 2]]}, "layer_replication: expected a list of [start, end] pairs"),
         ({"trainable_token_indices": {"a": 1}}, "trainable_token_indices: expected"),
         ({"use_dora": True, "megatron_config": {"a": 1}}, "use_dora: expected false with a megatron_config"),
         ({"lora_bias": True, "use_dora": True}, "lora_bias: expected false with use_dora"),
@@ -399,7 +402,7 @@ def test_ia3_and_generic_refuse():
     with pytest.raises(ConfigError, match=r"feedforward_modules: expected a subset of target_modules, found \['b'\]"):
         IA3Config(target_modules=["a"], feedforward_modules=["a", "b"])
     IA3Config(target_modules="a", feedforward_modules=["b"])
-    for name, extra in (("LORA", {}), ("vera", {}), (None, {}), ("VERA", {"target_modules": 1})):
+    for name, extra in (("LORA", {}), ("xlora", {}), (None, {}), ("XLORA", {"target_modules": 1})):
         with pytest.raises(ConfigError, match="peft_type|target_modules"):
             GenericConfig(peft_type=cast("str", name), extra=extra)
     with pytest.raises(ConfigError, match="base class"):
@@ -490,3 +493,87 @@ def test_the_package_imports_no_numpy_and_is_quick():
     outs = [subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout for _ in range(4)]
     assert all(out.startswith("[] ") for out in outs)
     assert min(float(out.split()[-1]) for out in outs) < 0.1
+
+
+def test_a_class_takes_keywords_only():
+    with pytest.raises(ConfigError, match=r"LoraConfig takes keyword arguments only.*LoraConfig\(target_modules=…\)"):
+        LoraConfig(["q"])  # type: ignore[misc]
+    with pytest.raises(ConfigError, match=r"GenericConfig\(peft_type=…\)"):
+        GenericConfig("VERA")  # type: ignore[misc]
+
+
+def test_differences_name_the_keys_that_make_configurations_unequal():
+    one = LoraConfig(r=2, target_modules=["q"], task_type="CAUSAL_LM")
+    other = LoraConfig(r=3, target_modules=["q"], lora_alpha=4, task_type="SEQ_CLS")
+    assert one.differences(other) == "lora_alpha (8 attached, 4 in the file), r (2 attached, 3 in the file)"
+    assert one.differences(other, "in the tree").endswith("3 in the tree)")
+    assert one.differences(one) == ""
+    assert one.changed_keys(other) == ["lora_alpha", "r", "task_type"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"alora_invocation_tokens": [1.5]}, "alora_invocation_tokens: expected a list of integers or null"),
+        ({"alora_invocation_tokens": "1"}, "alora_invocation_tokens: expected a list of integers or null"),
+        ({"bias": 3}, "bias: expected"),
+        ({"layer_replication": [[0, 10**9]]}, "layer_replication: expected pairs that make at most"),
+        ({"rank_pattern": {"q": 0}}, "rank_pattern['q']: expected"),
+        ({"alpha_pattern": {"q": "a"}}, "alpha_pattern['q']: expected"),
+        ({"trainable_token_indices": {"a": [1.5]}}, "trainable_token_indices: expected a list of integers, an object"),
+        ({"r": 0}, "r: expected"),
+        ({"r": 2.5}, "r: expected"),
+        ({"r": True}, "r: expected"),
+    ],
+)
+def test_values_of_another_kind_are_refused(fields: dict[str, Any], says: str):
+    with pytest.raises(ConfigError) as caught:
+        LoraConfig(**fields)
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"r": 1}, {"alora_invocation_tokens": [1]}, {"layer_replication": [[0, 1], [0, 4]]},
+        {"alpha_pattern": {"q": 0.5}},
+        {"trainable_token_indices": {"a": [1]}}, {"trainable_token_indices": [0, 3]}, {"layers_to_transform": 0},
+    ],
+)  # fmt: skip
+def test_the_least_values_are_taken(fields: dict[str, Any]):
+    ((name, value),) = fields.items()
+    assert LoraConfig(**fields).to_dict()[name] == value
+
+
+@pytest.mark.parametrize(
+    ("fields", "changes", "name"),
+    [
+        ({}, False, "init_lora_weights=True"),
+        ({"init_lora_weights": "pissa"}, True, "init_lora_weights='pissa'"),
+        ({"init_lora_weights": "pissa_niter_4"}, True, "init_lora_weights='pissa_niter_4'"),
+        ({"init_lora_weights": "gaussian"}, False, "init_lora_weights='gaussian'"),
+        ({"kasa_config": {}}, True, "kasa_config"),
+    ],
+)
+def test_initializations_that_change_the_base(fields: dict[str, Any], changes: bool, name: str):
+    config = LoraConfig(target_modules=["q"], **fields)
+    assert lora_variants.changes_base(config) is changes
+    assert lora_variants.init_field(config) == name
+    if changes:
+        with pytest.raises(ConfigError, match=f"it: {name}: .*took a part out of the base"):
+            lora_variants.require_original_base(config, "it")
+    else:
+        lora_variants.require_original_base(config, "it")
+
+
+@pytest.mark.parametrize(
+    ("fields", "reasons"),
+    [
+        ({}, []), ({"use_dora": True}, ["use_dora=True"]), ({"bias": "all"}, ["bias='all'"]),
+        ({"bias": "lora_only", "lora_bias": True}, ["lora_bias=True", "bias='lora_only'"]),
+    ],
+)  # fmt: skip
+def test_what_is_more_than_a_product_is_named(fields: dict[str, Any], reasons: list[str]):
+    assert lora_variants.reasons_not_a_product(LoraConfig(target_modules=["q"], **fields)) == reasons
+    ia3 = IA3Config(target_modules=["q"], feedforward_modules=[])
+    assert lora_variants.reasons_not_a_product(ia3) == ["peft_type is IA3"]

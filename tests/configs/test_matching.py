@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from jaxadapt import init
 from jaxadapt.adapters.selection_warnings import doubtful_selection, unmatched_targets
 from jaxadapt.configs import GenericConfig, IA3Config, LoraConfig
+from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.configs.matching import (
-    find_pattern_value,
     is_feedforward,
     is_target,
     resolve_targets,
@@ -261,7 +261,7 @@ def test_all_linear_needs_to_know_what_is_linear():
 
 
 def test_generic_configurations_match_by_the_same_keys():
-    config = GenericConfig(peft_type="VERA", extra={"target_modules": ["q"], "layers_to_transform": [1]})
+    config = GenericConfig(peft_type="XLORA", extra={"target_modules": ["q"], "layers_to_transform": [1]})
     names = ["m.h.0.q", "m.h.1.q", "m.h.1.k"]
     assert select_names(config, names) == ("m.h.1.q",)
     linear = config.replace(extra={"target_modules": "all-linear"})
@@ -298,7 +298,7 @@ def test_invalid_expressions_are_named():
     with pytest.raises(ConfigError, match=r"rank_pattern: .*'\('"):
         find_pattern_value({"(": 1}, "q", 8)
     with pytest.raises(ConfigError, match=r"modules_to_save: .*'\('"):
-        is_target(GenericConfig(peft_type="VERA", extra={"target_modules": ["q"], "modules_to_save": ["("]}), "q")
+        is_target(GenericConfig(peft_type="XLORA", extra={"target_modules": ["q"], "modules_to_save": ["("]}), "q")
 
 
 def test_null_feedforward_is_refused():
@@ -341,3 +341,16 @@ def test_the_task_decides_what_is_said_not_what_was_asked_before(recwarn):
     assert not recwarn.list  # of PEFT's two guesses one is here
     init(config, params, key=jax.random.key(0))
     assert [str(w.message) for w in recwarn.list] == ["modules_to_save: 'score' matches no module"]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ([f"h.{i}.q" for i in range(20)], ["q"]),
+        ([f"h.{i}.q" for i in range(19)], [f"h.{i}.q" for i in range(19)]),  # PEFT shortens from 20 names on
+        ([f"h.q{i}" for i in range(20)], [f"h.q{i}" for i in range(20)]),  # and only if that makes them fewer
+    ],
+)
+def test_many_names_become_few_suffixes(names, expected):
+    found = resolve_targets(LoraConfig(target_modules="all-linear"), names, linear=set(names), output=None)
+    assert found.target_modules == tuple(sorted(expected))

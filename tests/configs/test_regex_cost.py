@@ -11,7 +11,8 @@ import sys
 import pytest
 
 from jaxadapt import ConfigError, LoraConfig, configs
-from jaxadapt.configs import matching
+from jaxadapt.configs import matching, regex_cost
+from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.configs.name_patterns import PatternIndex
 from jaxadapt.configs.validation import compile_pattern
 
@@ -61,7 +62,7 @@ def test_a_slow_expression_of_a_method_without_a_class_of_its_own_is_refused():
         configs.loads(text)
     ranks = configs.loads(json.dumps({"peft_type": "LOHA", "target_modules": ["q"], "rank_pattern": {"(a+)+$": 2}}))
     with pytest.raises(ConfigError, match="matched in a few steps"):
-        matching.find_pattern_value(ranks.get("rank_pattern"), "a" * 60 + "b", 8)
+        find_pattern_value(ranks.get("rank_pattern"), "a" * 60 + "b", 8)
 
 
 def test_nothing_hangs():
@@ -101,3 +102,50 @@ def test_names_are_looked_up_as_re_matches_them(field):
         index = PatternIndex(field, keys)
         assert index.matching(name) == wanted
         assert index.first(name) == (wanted[0] if wanted else None)
+
+
+CLASSES = [
+    "a", "x", "[^x]", "[^a]", ".", "[a-c]", "[w-z]", "[x-x]", "[y-z]", "[^a-c]", "[^w-z]", r"\d", r"\D",
+    r"\w", r"\W", r"\s", r"\S",
+    "[abx]", r"[\d_]", r"[^\d]", r"[^\w]", r"[\s\d]", r"[a\W]",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("letter", ["x", "3", "_", "-", "a"])
+@pytest.mark.parametrize("kind", CLASSES)
+def test_a_repeat_gives_back_what_may_begin_the_next_part(kind: str, letter: str):
+    """`re` itself says whether the class matches the letter. 20 repeats in a row then have 20 · log(ways) to match."""
+    expression = f"({kind}*{re.escape(letter)}){{20}}!"
+    assert regex_cost.is_slow(expression) is bool(re.fullmatch(kind, letter))
+
+
+@pytest.mark.parametrize(
+    ("expression", "slow"),
+    [
+        (r"(a*\bb){20}c", False),  # \b has no width: b follows
+        (r"(a*(?=b)b){20}c", False),
+        (r"(a*(?!b)a){20}c", True),
+        (r"(?>a*)" * 20 + "a", True),
+        (r"(?i)(a*B){20}c", True),  # without case, letters are not compared
+        (r"(a{3}a){20}c", False),  # a repeat of one length has one way
+        (r"(a{3,4}a){20}c", False),  # 2^20 ways
+        (r"(a{3,4}a){40}c", True),  # 2^40
+        (r"(ab|cd){40}e", False),  # alternatives that begin with different letters
+        (r"(ab|ac|d){40}e", True),
+        (r"(a|[bc]d){40}e", True),
+        (r"(a|){40}e", True),
+        ("(ab|ac|d)" * 20 + "e", False),  # without a repeat each alternative is tried once
+        (r"(?:(x)?(?(1)a*a|b*b)){20}c", True),
+        (r".*.*.*.*", False),  # the last takes all that is left: 256^3 ways are not too many
+        (r".*.*.*.*.*", True),
+        (r"(.*){1,2}" + "a" * 300, False),  # a name has no more than 256 letters
+        ("(.*a){5}b", True),
+        ("(.*" + "a" * 64 + "){5}b", False),  # 4^5 ways, since 64 letters must follow each time
+        ("(.*" + "[ab]" * 64 + "){5}b", False),
+        ("(.*" + "(?:aa|b)" * 64 + "){5}!", False),
+        ("a?" * 20, False),
+        ("a?" * 40, True),
+    ],
+)
+def test_estimates(expression: str, slow: bool):
+    assert regex_cost.is_slow(expression) is slow

@@ -159,7 +159,7 @@ def test_all_that_does_not_fit_is_one_error() -> None:
         llama_linen.to_linen(TINY, weights)
     message = str(caught.value)
     assert "model.norm.weight: missing" in message
-    assert "model.layers.0.mlp.up_proj.weight: expected shape (48, 32), found (3, 4)" in message
+    assert "model.layers.0.mlp.up_proj.weight: expected [48, 32], found [3, 4]" in message
     assert "model.layers.9.mlp.up_proj.weight: unexpected" in message
 
 

@@ -15,7 +15,7 @@ from jaxadapt import IA3Config, LoraConfig
 from jaxadapt.adapters import selection, sites
 from jaxadapt.arrays.axes import Axes
 from jaxadapt.core.errors import KeyMapError, MismatchError
-from jaxadapt.keymaps import plan
+from jaxadapt.keymaps import plan, recognition
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.tensor_spec import MethodTensor
 from jaxadapt.keymaps.weight import Weight
@@ -458,5 +458,5 @@ def test_what_does_not_divide_is_named():
             LoraConfig(r=2, target_modules=["q"]), table, {"q": {"lora_A": (2, 3), "lora_B": (5, 2)}}
         )
     table = KeyMap("t", (Weight("h.{l}.q", "h.{l}.q.weight", "d (c p) -> (p c) d", p=2),))
-    assert table.coverage({"h.0.q": (2, 5)}) == 0
-    assert table.coverage({"h.0.q": (2, 6)}) == 1
+    assert recognition.coverage(table, {"h.0.q": (2, 5)}) == 0
+    assert recognition.coverage(table, {"h.0.q": (2, 6)}) == 1

@@ -376,3 +376,34 @@ def test_targets_of_every_kind_are_united():
     assert mixed(["q_proj"], "up_.*") == ("q_proj", "up_proj")  # PEFT refuses
     assert mixed("q_.*", r"(u)p_pr(o)j") == r"(q_.*)|((u)p_pr(o)j)"
     assert mixed("q_.*", r"u(p)_\1?roj") == ("q_proj", "up_proj")  # joined, \1 would mean another group
+
+
+def test_what_one_adapter_alone_excludes_is_not_among_the_targets():
+    """The second leaves out a.up_proj, and so does the sum."""
+    base = {name: small.base()["params"] for name in ("a", "b")}
+    configs = [
+        jaxadapt.LoraConfig(r=2, target_modules=["q_proj"]),
+        jaxadapt.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], exclude_modules=["a.up_proj"]),
+    ]
+    adapters = [jaxadapt.init(config, base, key=jax.random.key(0)) for config in configs]
+    for order in (adapters, adapters[::-1]):
+        mix = jaxadapt.combine(order, [1, 1], method="cat")
+        assert set(mix.sites) == {"a.q_proj.kernel", "b.q_proj.kernel", "b.up_proj.kernel"}
+        assert set(jaxadapt.select(mix.config, base).leaves) == set(mix.sites)
+
+
+@pytest.mark.parametrize(("method", "r"), [("cat", 5), ("svd", 3)])
+def test_the_rank_is_enough_for_the_largest_of_a_pattern(method, r):
+    config = small.LORA.replace(rank_pattern={"up_proj": 3})
+    adapters = [small.adapter(config), small.adapter()]
+    mix = jaxadapt.combine(adapters, [1, 1], method=method)
+    assert mix.config.r == r
+    if method == "cat":
+        site = "up_proj.kernel"
+        expected = sum(
+            adapter.config.lora_alpha / len(values["lora_A"]) * values["lora_B"] @ values["lora_A"]
+            for adapter in adapters
+            for values in [adapter.sites[site]]
+        )
+        found = mix.sites[site]
+        np.testing.assert_allclose(found["lora_B"] @ found["lora_A"], expected, **CLOSE)

@@ -13,8 +13,10 @@ from flax.core import FrozenDict, freeze
 
 import jaxadapt
 from jaxadapt import AttachError, MismatchError
+from jaxadapt.adapters import selection
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
+from jaxadapt.merging import factors
 from jaxadapt.models import attachment
 from tests.support import small
 from tests.support.small import IA3, LORA, X
@@ -92,7 +94,7 @@ def test_several_adapters_of_a_model():
 
 def test_what_carries_no_adapter_says_so():
     for given, says in (
-        (small.LinenNet(), "a Linen module holds no parameters"),
+        (small.LinenNet(), "holds no parameters"),
         (small.base(), "carry the adapters none"),
         (small.base()["params"], r"contain no adapter; pass one: merge\(params, adapter\)"),
     ):
@@ -353,7 +355,7 @@ def test_what_does_not_fit_is_listed():
     params = {n: {"kernel": rand(6, 7)} for n in ("q_proj", "up_proj")}
     with pytest.raises(MismatchError) as caught:
         jaxadapt.merge(params, adapter)
-    assert "q_proj.kernel: for a weight of shape (6, 7) expected" in str(caught.value)
+    assert "q_proj.kernel [6, 7]: lora_B: expected [7, 2], found [8, 2]" in str(caught.value)
     assert "up_proj.kernel" in str(caught.value)
     with pytest.raises(AttachError, match="expected an Adapter"):
         jaxadapt.merge(params, jaxadapt.to_peft(adapter))  # type: ignore[arg-type]
@@ -433,3 +435,30 @@ def test_numpy_weights_are_never_given_up():
     merged = jaxadapt.merge(base, jaxadapt.extract(small.trained()), donate=True)
     assert isinstance(merged["q_proj"]["kernel"], np.ndarray)
     jax.tree.map(np.testing.assert_array_equal, base, kept)
+
+
+def test_weights_of_integers_are_refused():
+    base = small.base()["params"]
+    base["up_proj"]["kernel"] = base["up_proj"]["kernel"].astype("int32")
+    with pytest.raises(AttachError, match=r"into weights of integers(.|\n)*up_proj.kernel: int32"):
+        jaxadapt.merge(base, small.adapter())
+
+
+@pytest.mark.parametrize("pattern", ["{p} i {l} o -> o i", "{l} {p} i o -> o i", "i {l} o {p} -> o i"])
+def test_the_matrices_of_three_layers_of_fused_parts_and_back(pattern):
+    keymap = KeyMap("t", (Weight("w", "h.{l}.{p}.weight", pattern, p=("k", "v")),))
+    sizes = {"{p}": 2, "{l}": 3, "i": 4, "o": 5}
+    shape = tuple(sizes[axis] for axis in pattern.partition(" ->")[0].split())
+    (site,) = selection.select_sites(jaxadapt.LoraConfig(r=2, target_modules=["k", "v"]), keymap, {"w": shape})
+    leaf = jnp.asarray(rand(*shape))
+    matrices = factors.weight_matrices(keymap, site, leaf)
+    moved = jnp.moveaxis(leaf, [pattern.split().index(axis) for axis in ("{l}", "{p}", "o", "i")], range(4))
+    assert {matrix.tobytes() for matrix in np.asarray(matrices)} == {
+        matrix.tobytes() for matrix in np.asarray(moved).reshape(6, 5, 4)
+    }
+    np.testing.assert_array_equal(factors.with_weight_matrices(keymap, site, jnp.zeros_like(leaf), matrices), leaf)
+
+
+def test_nothing_of_a_zero_matrix_is_lost():
+    np.testing.assert_array_equal(factors.truncation_error(jnp.zeros((2, 4)), 1), [0, 0])
+    np.testing.assert_allclose(factors.truncation_error(jnp.array([4.0, 3.0, 0.0]), 1), 3 / 5, rtol=1e-6)

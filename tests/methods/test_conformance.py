@@ -1,473 +1,451 @@
-"""What every method has to be, tested for each in `METHODS`: a new one is tested by being there."""
+"""What every method of weights must be, for each in `METHODS`: this file names none. `test_conformance_peft` has PEFT.
+
+The configurations are the methods' own `examples()`.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import functools
+import json
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import jaxadapt
-from jaxadapt import ConfigError, KeyMapError, configs, methods
+from jaxadapt import AttachError, configs
 from jaxadapt.adapters import initial_values, selection, sites
-from jaxadapt.arrays import low_rank
-from jaxadapt.arrays.axes import LETTERS, Axes, Use
-from jaxadapt.configs import Config
+from jaxadapt.arrays.axes import LETTERS, Use
+from jaxadapt.configs import matching
+from jaxadapt.configs.base import class_of
 from jaxadapt.core import paths
 from jaxadapt.keymaps.keymap import KeyMap
 from jaxadapt.keymaps.weight import Weight
-from jaxadapt.methods import METHODS, AppliedMethod, Method
-from jaxadapt.methods.lora import method as lora
-from tests.support import small
+from jaxadapt.methods import METHODS, AppliedMethod
 
-TYPES = sorted(name for name, method in METHODS.items() if method.scope == "site")
-# One line a way a weight may look: plain, flattened heads, transposed, fused, partly fused, stacked.
+OUT, IN = 16, 8
+ROLES = {"A", "B", "embedding", "bias", "vector", "copy", "frozen", "other"}
+# The ways in which a weight of one PyTorch module (OUT, IN) may look, and several modules in one leaf.
+PLAIN = (Weight("w", "a.q.weight", "o i -> o i"), (OUT, IN))
 LINES = {
-    "plain": (Weight("w", "a.q.weight", "i o -> o i"), (4, 6), ["q"]),
-    "heads out": (Weight("w", "a.q.weight", "i n h -> (n h) i"), (4, 2, 3), ["q"]),
-    "heads in": (Weight("w", "a.q.weight", "n h o -> o (n h)"), (2, 3, 4), ["q"]),
-    "turned": (Weight("w", "a.q.weight", "o i -> i o", fan_in_fan_out=True), (6, 4), ["q"]),
-    "mixed": (Weight("w", "a.q.weight", "n i h -> (h n) i"), (2, 4, 3), ["q"]),
-    "split": (Weight("w", "a.q.weight", "i n (c p) -> (n p c) i", p=2), (4, 2, 6), ["q"]),
-    "scaled": (Weight("w", "a.q.weight", "i n h -> (n h) i", scale=("h", -0.5)), (4, 2, 3), ["q"]),
-    "fused": (Weight("w", "{p}.weight", "{p} i o -> o i", p=("k", "v")), (2, 4, 6), ["k", "v"]),
-    "one part": (Weight("w", "{p}.weight", "i {p} o -> o i", p=("q", "k", "v")), (4, 3, 6), ["k"]),
-    "two parts": (Weight("w", "{p}.weight", "{p} i o -> o i", p=("q", "k", "v")), (3, 4, 6), ["q", "v"]),
+    "heads out": (Weight("w", "a.q.weight", "i n h -> (n h) i"), (IN, 2, 8)),
+    "heads in": (Weight("w", "a.q.weight", "n h o -> o (n h)"), (2, 4, OUT)),
+    "turned": (Weight("w", "a.q.weight", "o i -> i o", fan_in_fan_out=True), (OUT, IN)),
+    "mixed": (Weight("w", "a.q.weight", "n i h -> (h n) i"), (2, IN, 8)),
+    "split": (Weight("w", "a.q.weight", "i n (c p) -> (n p c) i", p=2), (IN, 2, 8)),
+    "scaled": (Weight("w", "a.q.weight", "i n h -> (n h) i", scale=("h", -0.5)), (IN, 4, 4)),
 }
-STACKED = (Weight("w", "h.{l}.q.weight", "{l} i o -> o i"), (3, 4, 6), ["q"])
+FUSED = (Weight("w", "{p}.weight", "{p} i o -> o i", p=("k", "q")), (2, IN, OUT))
+PART = (Weight("w", "{p}.weight", "i {p} o -> o i", p=("k", "q", "v")), (IN, 3, OUT))
+STACKED = (Weight("w", "h.{l}.q.weight", "i {l} o -> o i"), (IN, 3, OUT))
 
 
-def config_of(peft_type, targets, **fields):
-    """A small valid configuration of any method."""
-    cls = Config.classes[peft_type]
-    names = {f.name for f in dataclasses.fields(cls)}
-    if "feedforward_modules" in names:
-        fields.setdefault("feedforward_modules", [])
-    if "r" in names:
-        fields.setdefault("r", 2)
-    return cls(target_modules=targets, **fields)
+def cases() -> list[Any]:
+    found = [(t, i) for t in sorted(METHODS) if METHODS[t].scope == "site" for i in range(len(METHODS[t].examples()))]
+    return [pytest.param(t, i, id=f"{t}-{i}") for t, i in found]
 
 
-def variants(peft_type, targets):
-    """Configurations that take every way through the arithmetic."""
-    if peft_type == "LORA":
-        yield config_of(peft_type, targets, lora_alpha=3)
-        yield config_of(peft_type, targets, lora_alpha=5, use_rslora=True, r=3)
-    elif peft_type == "IA3":
-        yield config_of(peft_type, targets)
-        yield config_of(peft_type, targets, feedforward_modules=targets)
-    else:
-        yield config_of(peft_type, targets)
+every_case = pytest.mark.parametrize(("peft_type", "i"), cases())
 
 
-def bound_of(config, line):
-    weight, shape, _ = line
-    (bound,) = selection.select_sites(config, KeyMap("t", (weight,)), {"w": shape})
-    return bound
+def config_of(peft_type: str, i: int, targets: Any = ("q",)) -> Any:
+    return class_of(peft_type)(**{"target_modules": list(targets), **METHODS[peft_type].examples()[i]})
 
 
-def applied(config, line, seed=None, dtype=None):
-    """The adapter of one weight, fresh (no seed) or with values near 1."""
-    bound = bound_of(config, line)
-    values = initial_values.init_values(config, [bound], jax.random.key(0), dtype)
-    if seed is not None:
-        values = small.noisy(values, seed)
-    params = {p.rpartition(".")[2]: v for p, v in values.items()}
-    return AppliedMethod(methods.get_method(config), bound.hparams, params, bound.axes)
+def without_idle_patterns(config: Any, targets: Any) -> Any:
+    """The configuration without patterns of other modules, which would be warned of."""
+
+    def applies(pattern: str) -> bool:
+        return any(matching.find_pattern_value({pattern: 1}, target, 0) for target in targets)
+
+    names = [name for name in ("rank_pattern", "alpha_pattern") if config.get(name)]
+    changes = {name: {k: v for k, v in config.get(name).items() if applies(k)} for name in names}
+    return config.replace(**changes) if changes else config
 
 
-def use_of(axes: Axes, transposed=False):
-    """x over (batch-free) two leading axes, contracted with the inputs (or outputs) of a weight."""
+def random(shape: Any, seed: int) -> Any:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), "float32")
+
+
+def changed(values: Any, trained: Any, seed: int = 2) -> dict[str, Any]:
+    """The same values with noise on those that training changes."""
+    return {
+        path: x + 0.3 * random(x.shape, seed + n) if path.rpartition(".")[2] in trained else x
+        for n, (path, x) in enumerate(values.items())
+    }
+
+
+@functools.cache
+def adapted(peft_type: str, i: int, line: Any, targets: tuple[str, ...] = ("q",), noise: bool = True) -> Any:
+    """The sites of one leaf, a weight, and values of the adapter."""
+    weight, shape = line
+    config = without_idle_patterns(config_of(peft_type, i, targets), targets)
+    found = selection.select_sites(config, KeyMap("t", (weight,)), {"w": shape})
+    w = random(shape, 1)
+    values = initial_values.init_values(config, found, jax.random.key(0), base={"w": w})
+    trained = {t.name for t in sites.all_tensors(found) if t.trained}
+    if noise:  # what no file holds is zero
+        forms = {e.path: e.form for site in found for e in site.entries}
+        values = {p: forms[p].clear_gaps(x) if p in forms else x for p, x in changed(values, trained).items()}
+    return found, w, values
+
+
+def hook_of(found: Any, values: Any) -> AppliedMethod:
+    (site,) = found
+    params = {path.rpartition(".")[2]: x for path, x in values.items()} | site.data
+    return AppliedMethod(site.method, site.hparams, params, site.axes)
+
+
+def use_of(hook: AppliedMethod, transposed: bool = False) -> Use:
+    axes = hook.axes
     w = LETTERS[: axes.rank]
     x_role, y_role = (axes.out_axes, axes.in_axes) if transposed else (axes.in_axes, axes.out_axes)
-    x = "YX" + "".join(w[i] for i in x_role)
-    y = "YX" + "".join(w[i] for i in axes.batch_axes) + "".join(w[i] for i in y_role)
-    return Use(x, w, y, axes)
+    x = "YX" + "".join(w[a] for a in x_role)
+    return Use(x, w, "YX" + "".join(w[a] for a in (*axes.batch_axes, *y_role)), axes)
 
 
-def through(hook, use, x, w):
+def through(hook: AppliedMethod, use: Use, x: Any, w: Any) -> Any:
+    """A product as a layer runs it."""
+    if hook.by_weight or not hook.follows_use(use):
+        return jnp.einsum(f"{use.x},{use.w}->{use.y}", x, hook.weight(w))
     x = hook.input(use, x)
     return hook.output(use, x, jnp.einsum(f"{use.x},{use.w}->{use.y}", x, w), w)
 
 
-def near_one(shape, seed, dtype="float32"):
-    return jnp.asarray(1 + 0.3 * np.random.default_rng(seed).standard_normal(shape), dtype)
-
-
-def x_of(use, w, seed=3):
+def x_of(use: Use, w: Any) -> Any:
     size = dict(zip(use.w, w.shape, strict=True)) | {"Y": 2, "X": 3}
-    return near_one([size[c] for c in use.x], seed)
+    return random([size[c] for c in use.x], 3)
 
 
-CASES = [
-    pytest.param(config, line, id=f"{t}{i}-{name}")
-    for t in TYPES
-    for name, line in LINES.items()
-    for i, config in enumerate(variants(t, line[2]))
-]
+# ---- the interface ---------------------------------------------------------------------------------------------
 
 
-def shares_an_input(config, line):
-    """A feedforward IA3 vector over a fused weight whose parts share x: refused, see below."""
-    return bool(config.get("feedforward_modules")) and "{p}" in line[0].left
-
-
-# ---- the interface -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("peft_type", TYPES)
-def test_a_method_is_stateless_and_named(peft_type):
+@every_case
+def test_a_method_is_stateless_and_its_tensors_are_consistent(peft_type: str, i: int):
     method = METHODS[peft_type]
-    assert isinstance(method, Method)
-    assert method.peft_type == peft_type
+    config = config_of(peft_type, i)
     assert vars(method) == {}
-    assert peft_type in Config.classes
     assert method.kinds
+    assert configs.loads(configs.dumps(config)) == config
+    assert json.loads(configs.dumps(config))["peft_type"] == peft_type
+    found, _, values = adapted(peft_type, i, PLAIN, noise=False)
+    again = selection.select_sites(config.replace(), KeyMap("t", (PLAIN[0],)), {"w": PLAIN[1]})
+    assert found == again
+    assert hash(found[0].hparams) == hash(again[0].hparams)
+    tensors = sites.all_tensors(found)
+    assert len({t.name for t in tensors}) == len(tensors)
+    for t in tensors:
+        role = method.role(found[0].hparams, t.name)
+        assert role in ROLES
+        assert t.trained or role == "frozen", f"{t.name}: an untrained tensor has the role 'frozen'"
+        assert t.trained or t.dtype is None or jnp.issubdtype(t.dtype, jnp.integer)
+    abstract = initial_values.init_values(config, found, None, abstract=True, base={"w": jnp.zeros(PLAIN[1])})
+    assert {p: (x.shape, x.dtype) for p, x in abstract.items()} == {p: (x.shape, x.dtype) for p, x in values.items()}
+    # The adapter alone has the same sites as the model.
+    leaves = {"w": found[0].shapes}
+    if found.shared:
+        leaves["~shared"] = {each.tensor.name: each.entry.shape for each in found.shared}
+    recovered = sites.sites_from_shapes(config, KeyMap("t", (PLAIN[0],)), leaves)
+    assert [s.entries for s in recovered] == [s.entries for s in found]
+    assert [s.hparams for s in recovered] == [s.hparams for s in found]
+    assert recovered.shared == found.shared
 
 
-@pytest.mark.parametrize(("config", "line"), CASES)
-def test_statics_are_hashable_and_equal_for_equal_configurations(config, line):
-    one, other = bound_of(config, line), bound_of(config.replace(), line)
-    assert hash(one.hparams) == hash(other.hparams)
-    assert one.hparams == other.hparams
+@every_case
+def test_initial_values_follow_the_key(peft_type: str, i: int):
+    config = config_of(peft_type, i)
+    table = KeyMap("t", (Weight("h.{l}", "h.{l}.q.weight", "i o -> o i"),))
+    base = {f"h.{l}": random((IN, OUT), l) for l in range(2)}
+    found = selection.select_sites(config, table, {leaf: x.shape for leaf, x in base.items()})
+    one, same = (initial_values.init_values(config, found, jax.random.key(0), base=base) for _ in range(2))
+    for path, x in one.items():
+        np.testing.assert_array_equal(x, same[path])
+    with jax.ensure_compile_time_eval():
+        traced = jax.jit(lambda b: initial_values.init_values(config, found, jax.random.key(0), base=b))(base)
+    for path, x in one.items():
+        np.testing.assert_allclose(traced[path], x, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("config", "line"), CASES)
-def test_tensors_have_distinct_names_and_keys_and_the_shapes_they_say(config, line):
-    bound = bound_of(config, line)
-    names = [t.name for t in bound.tensors]
-    keys = [k for e in bound.entries for k in e.keys]
-    assert len(set(names)) == len(names)
-    assert len(set(keys)) == len(keys)
-    fresh = initial_values.init_values(config, [bound], jax.random.key(0))
-    assert {p.rpartition(".")[2]: v.shape for p, v in fresh.items()} == bound.shapes
-    assert {v.dtype for v in fresh.values()} == {np.dtype("float32")}
-    abstract = initial_values.init_values(config, [bound], None, abstract=True)
-    assert {p: (v.shape, v.dtype) for p, v in abstract.items()} == {p: (v.shape, v.dtype) for p, v in fresh.items()}
-    assert {v.dtype for v in initial_values.init_values(config, [bound], jax.random.key(0), "bfloat16").values()} == {
-        np.dtype("bfloat16")
-    }
+# ---- the arithmetic --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("peft_type", TYPES)
-def test_initial_values_follow_the_key_and_the_place(peft_type):
-    for config in variants(peft_type, ["q"]):
-        table = KeyMap("t", (Weight("h.{l}", "h.{l}.q.weight", "i o -> o i"),))
-        bounds = selection.select_sites(config, table, {f"h.{l}": (4, 6) for l in range(2)})
-        one = initial_values.init_values(config, bounds, jax.random.key(0))
-        assert small.same(one, initial_values.init_values(config, bounds, jax.random.key(0)))
-        assert small.same(one, {**initial_values.init_values(config, bounds[::-1], jax.random.key(0))})
-        a, b = (paths.unflatten(one)["h"][l] for l in "01")
-        constant = all(bool((x == x.ravel()[0]).all()) for x in a.values())
-        assert constant or not small.same(a, b)
-
-
-# ---- the arithmetic ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("config", "line"), CASES)
-def test_a_fresh_adapter_changes_nothing(config, line):
-    hook = applied(config, line)
-    w = near_one(line[1], 1)
-    np.testing.assert_array_equal(hook.weight(w), w)
-    np.testing.assert_array_equal(hook.unweight(w), w)
-    if not shares_an_input(config, line):
-        use = use_of(hook.axes)
-        x = x_of(use, w)
-        np.testing.assert_array_equal(through(hook, use, x, w), jnp.einsum(f"{use.x},{use.w}->{use.y}", x, w))
-
-
-@pytest.mark.parametrize("transposed", [False, True], ids=["straight", "transposed"])
-@pytest.mark.parametrize(("config", "line"), CASES)
-def test_the_output_is_that_of_the_effective_weight(config, line, transposed):
-    """`input` and `output` together do to one contraction what `weight` does to the weight."""
-    hook = applied(config, line, seed=2)
-    w = near_one(line[1], 1)
-    use = use_of(hook.axes, transposed)
-    x = x_of(use, w)
-    shared = "{p}" in line[0].left and (bool(config.get("feedforward_modules")) != transposed)
-    if config.peft_type == "IA3" and shared:
-        with pytest.raises(jaxadapt.AttachError, match="fused weight share one input"):
-            through(hook, use, x, w)
-        return
-    expected = jnp.einsum(f"{use.x},{use.w}->{use.y}", x, hook.weight(w))
-    np.testing.assert_allclose(through(hook, use, x, w), expected, rtol=2e-5, atol=1e-5)
-
-
-def test_dora_of_small_weights_in_float16_begins_as_the_base():
-    """Their squares are no numbers of 16 bits."""
-    w = (np.random.default_rng(0).standard_normal((64, 32)) * 2e-4).astype("float16")
-    config = jaxadapt.LoraConfig(r=2, target_modules=["q"], use_dora=True)
-    adapter = jaxadapt.init(config, {"q": {"kernel": w}}, key=jax.random.key(0), dtype="float16")
-    lengths = np.linalg.norm(w.astype("float64"), axis=0)
-    np.testing.assert_allclose(adapter.params["q"]["kernel"]["lora_magnitude_vector"], lengths, rtol=2**-10)
-
-
-@pytest.mark.parametrize("transposed", [False, True], ids=["straight", "transposed"])
-@pytest.mark.parametrize("line", LINES.values(), ids=LINES)
-def test_dora_is_the_direction_times_the_magnitude(line, transposed):
-    """Per output, over all its inputs; fused parts each have their own, and the others stay as they are."""
-    w = near_one(line[1], 1)
-    config = config_of("LORA", line[2], use_dora=True, lora_alpha=3)
-    bound = bound_of(config, line)
-    values = small.noisy(initial_values.init_values(config, [bound], jax.random.key(0), base={"w": w}), 2)
-    params = {p.rpartition(".")[2]: v for p, v in values.items()}
-    hook = AppliedMethod(bound.method, bound.hparams, params, bound.axes)
-    axes = dataclasses.replace(bound.axes, parts=None)
-    part = w if hook.axes.parts is None else jnp.take(w, np.array(hook.axes.parts), axes.batch_axes[0])
-    changed = part + 1.5 * low_rank.multiply_factors(axes, params["lora_A"], params["lora_B"])
-    direction = changed / jnp.linalg.norm(jnp.moveaxis(changed, axes.in_axes, range(len(axes.in_axes))).reshape(
-        -1, *(part.shape[i] for i in range(axes.rank) if i not in axes.in_axes)), axis=0).reshape(
-        [1 if i in axes.in_axes else n for i, n in enumerate(part.shape)])  # fmt: skip
-    expected = direction * low_rank.expand_over_weight(axes, params["lora_magnitude_vector"])
-    found = hook.merged(w)
-    if hook.axes.parts is not None:
-        found = jnp.take(found, np.array(hook.axes.parts), axes.batch_axes[0])
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-    use = use_of(hook.axes, transposed)
-    x = x_of(use, w)
-    y = jnp.einsum(f"{use.x},{use.w}->{use.y}", x, hook.merged(w))
-    np.testing.assert_allclose(through(hook, use, x, w), y, rtol=2e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(("config", "line"), CASES)
-def test_unweight_inverts_weight(config, line):
-    hook = applied(config, line, seed=2)
-    w = near_one(line[1], 1)
-    changed = hook.weight(w)
-    assert not np.allclose(changed, w)
-    np.testing.assert_allclose(hook.unweight(changed), w, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("peft_type", TYPES)
-def test_unbias_inverts_bias(peft_type):
-    for config in variants(peft_type, ["q"]):
-        hook = applied(config, LINES["plain"], seed=2)
-        bias = near_one((6,), 4)
-        np.testing.assert_allclose(hook.merged_bias(hook.merged_bias(bias, 1), -1), bias, rtol=1e-6)
-
-
-@pytest.mark.parametrize(("config", "line"), CASES)
-def test_untargeted_parts_stay_bit_for_bit(config, line):
-    hook = applied(config, line, seed=2)
-    if hook.axes.parts is None:
-        return
-    w = near_one(line[1], 1)
-    names = line[0].index_names("{p}")
-    rest = [i for i in range(len(names)) if i not in hook.axes.parts]
-    axis = hook.axes.batch_axes[0]
-    np.testing.assert_array_equal(np.take(hook.weight(w), rest, axis), np.take(w, rest, axis))
-    if shares_an_input(config, line):
-        return
-    use = use_of(hook.axes)
+@every_case
+def test_a_fresh_adapter_leaves_the_output_alone_where_the_method_says_so(peft_type: str, i: int):
+    found, w, values = adapted(peft_type, i, PLAIN, noise=False)
+    hook = hook_of(found, values)
+    use = use_of(hook)
     x = x_of(use, w)
     plain = jnp.einsum(f"{use.x},{use.w}->{use.y}", x, w)
-    at = use.y.index(use.w[axis])
-    np.testing.assert_array_equal(np.take(through(hook, use, x, w), rest, at), np.take(plain, rest, at))
+    unchanged = np.allclose(hook.weight(w), w, atol=1e-6) and np.allclose(through(hook, use, x, w), plain, atol=1e-5)
+    assert unchanged == METHODS[peft_type].starts_unchanged(config_of(peft_type, i))
 
 
-@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", "bfloat16"), ("float16", "float16")])
-@pytest.mark.parametrize("peft_type", TYPES)
-def test_outputs_and_weights_keep_the_bases_dtype(peft_type, dtypes):
-    base, mine = dtypes
-    for config in variants(peft_type, ["q"]):
-        hook = applied(config, LINES["plain"], seed=2, dtype=mine)
-        w = near_one((4, 6), 1, base)
-        assert hook.weight(w).dtype == base
-        assert hook.unweight(w).dtype == base
-        use = use_of(hook.axes)
-        assert through(hook, use, x_of(use, w).astype(base), w).dtype == base
+@pytest.mark.parametrize("name", LINES)
+@every_case
+def test_every_layout_gives_the_same_weight_from_the_same_file(peft_type: str, i: int, name: str):
+    """The file of an adapter on one layout, read on PyTorch's own, changes PyTorch's weight equally."""
+    found, w, values = adapted(peft_type, i, LINES[name])
+    plain_sites, _, plain_values = adapted(peft_type, i, PLAIN)
+    form = methods_layout(found)
+    torch_w = form.weight_to_torch(w)
+    file = dict(sites.make_file_plan(found).encode(values))
+    plain = {**plain_values, **sites.make_file_plan(plain_sites).decode(file)}
+    with_w = initial_values_from(config_of(peft_type, i), plain_sites, plain, torch_w)
+    want = hook_of(plain_sites, with_w).weight(torch_w)
+    hook = hook_of(found, values)
+    np.testing.assert_allclose(form.weight_to_torch(hook.weight(w)), want, rtol=1e-4, atol=1e-4)
+    for transposed in (False, True):
+        use = use_of(hook, transposed)
+        x = x_of(use, w)
+        expected = jnp.einsum(f"{use.x},{use.w}->{use.y}", x, hook.weight(w))
+        np.testing.assert_allclose(through(hook, use, x, w), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("peft_type", TYPES)
-def test_stacked_layers_are_the_layers_one_by_one(peft_type):
-    for config in variants(peft_type, ["q"]):
-        bound = bound_of(config, STACKED)
-        params = small.noisy({t: jnp.zeros(s) for t, s in bound.shapes.items()}, 2)
-        w = near_one((3, 4, 6), 1)
-        method = methods.get_method(config)
-
-        def weight(params, w, bound=bound, method=method):
-            return AppliedMethod(method, bound.hparams, params, bound.axes).weight(w)
-
-        whole = jax.vmap(weight)(params, w)
-        for l in range(3):
-            one = weight({t: v[l] for t, v in params.items()}, w[l])
-            np.testing.assert_allclose(whole[l], one, rtol=1e-6)
+def methods_layout(found: Any) -> Any:
+    """PyTorch's layout of the weight, for methods that do not ask for it too."""
+    return sites.torch_layout(found[0])
 
 
-# ---- formulas ----------------------------------------------------------------------------------------------
+def initial_values_from(config: Any, found: Any, values: Any, w: Any) -> Any:
+    """The values with those tensors that no file has computed from the weight."""
+    absent = {paths.join("w", t.name) for t in found[0].tensors if not t.in_file}
+    kept = {path: x for path, x in values.items() if path not in absent}
+    return initial_values.init_values(config, found, jax.random.key(0), base={"w": w}, given=kept)
 
 
-def test_lora_is_w_plus_scale_b_a():
-    for fields, scale in (
-        ({"lora_alpha": 3}, 3 / 2),
-        ({"lora_alpha": 3, "use_rslora": True}, 3 / np.sqrt(2)),
-        ({"lora_alpha": 3, "rank_pattern": {"q": 4}}, 3 / 4),
-        ({"lora_alpha": 3, "alpha_pattern": {"q": 5}}, 5 / 2),
-    ):
-        config = config_of("LORA", ["q"], **fields)
-        hook = applied(config, LINES["plain"], seed=2)
-        assert hook.hparams.scale == pytest.approx(scale, abs=0)
-        a, b = (np.asarray(hook.params[f"lora_{x}"], "float64") for x in "AB")
-        w, x = np.asarray(near_one((4, 6), 1), "float64"), np.asarray(near_one((5, 4), 3), "float64")
-        np.testing.assert_allclose(hook.weight(jnp.asarray(w, "float32")), w + scale * (b @ a).T, rtol=1e-5)
-        use = Use("bd", "di", "bi", hook.axes)
-        y = through(hook, use, jnp.asarray(x, "float32"), jnp.asarray(w, "float32"))
-        np.testing.assert_allclose(y, x @ w + scale * x @ a.T @ b.T, rtol=1e-5)
-
-
-def test_loras_initial_values_have_pefts_distribution():
-    line = (Weight("w", "a.q.weight", "i o -> o i"), (400, 300), ["q"])
-    for init, check in {
-        True: lambda a: abs(a).max() <= 1 / 20 and a.std() == pytest.approx(1 / 20 / np.sqrt(3), rel=0.05),
-        "gaussian": lambda a: a.std() == pytest.approx(1 / 8, rel=0.05),
-    }.items():
-        config = config_of("LORA", ["q"], r=8, init_lora_weights=init)
-        params = applied(config, line).params
-        assert check(np.asarray(params["lora_A"])), init
-        assert not params["lora_B"].any()
-    params = applied(config_of("LORA", ["q"], r=8, init_lora_weights=False), line).params
-    assert params["lora_B"].any()
-    with pytest.raises(ConfigError, match="cannot initialize with init_lora_weights='orthogonal' from random"):
-        applied(config_of("LORA", ["q"], init_lora_weights="orthogonal"), line)
-
-
-def test_ia3_scales_outputs_and_biases_or_inputs():
-    w, x = np.asarray(near_one((4, 6), 1)), np.asarray(near_one((5, 4), 3))
-    for feedforward in (False, True):
-        config = config_of("IA3", ["q"], feedforward_modules=["q"] if feedforward else [])
-        hook = applied(config, LINES["plain"], seed=2)
-        l = np.asarray(hook.params["ia3_l"])
-        expected = (x * l) @ w if feedforward else (x @ w) * l
-        use = Use("bd", "di", "bi", hook.axes)
-        np.testing.assert_allclose(through(hook, use, jnp.asarray(x), jnp.asarray(w)), expected, rtol=1e-5)
-        np.testing.assert_allclose(hook.weight(w), w * (l[:, None] if feedforward else l), rtol=1e-6)
-        bias = np.arange(1, 7, dtype="f4")
-        np.testing.assert_allclose(hook.bias(bias), bias if feedforward else bias * l, rtol=1e-6)
-
-
-# ---- what is not honoured is refused -----------------------------------------------------------------------
-
-ASKED = {
-    "use_qalora": True,
-    "use_bdlora": {"nblocks": 2},
-    "arrow_config": {"arrow_top_k": 2},
-    "velora_config": {"num_groups": 2},
-    "monteclora_config": {"n": 2},
-    "megatron_config": {"tensor_model_parallel_size": 1},
-}
-
-
-def test_every_refused_field_is_tried():
-    assert set(ASKED) == set(lora._REFUSED) - {"enable_lora"}
-
-
-@pytest.mark.parametrize("field", sorted(ASKED))
-def test_lora_fields_that_would_be_ignored_are_refused(field):
-    config = config_of("LORA", ["q"], **{field: ASKED[field]})
-    with pytest.raises(ConfigError, match=f"{field}=") as caught:
-        methods.get_method(config)
-    assert "are not supported" in str(caught.value)
-
-
-def test_a_field_of_peft_0_2_is_refused_too():
-    config = config_of("LORA", ["q"], extra={"enable_lora": [True, False], "merge_weights": False})
-    with pytest.raises(ConfigError, match=r"enable_lora=\(True, False\), which is a field of PEFT 0.2"):
-        methods.get_method(config)
-    methods.get_method(config_of("LORA", ["q"], extra={"enable_lora": None}))
-
-
-def test_all_refused_fields_stand_in_one_error():
-    with pytest.raises(ConfigError) as caught:
-        methods.get_method(config_of("LORA", ["q"], arrow_config={"top_k": 1}, use_qalora=True))
-    for part in ("arrow_config=", "use_qalora="):
-        assert part in str(caught.value)
-
-
-def test_every_field_of_lora_is_honoured_refused_or_known_to_be_without_effect():
-    """A new field of LoraConfig has to be put in one of these lists, by somebody who has read what it does."""
-    honoured = {
-        "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern",
-        "use_rslora", "init_lora_weights", "layers_to_transform", "layers_pattern", "fan_in_fan_out",
-        "modules_to_save", "bias", "use_dora", "lora_bias", "trainable_token_indices",
-        "ensure_weight_tying", "layer_replication", "target_parameters", "kasa_config",
-        "alora_invocation_tokens",
-    }  # fmt: skip
-    # Of use to PEFT only where init_lora_weights (or use_qalora, megatron_config) asks for them, or bookkeeping.
-    idle = {
-        "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "megatron_core",
-        "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
-        "inference_mode", "extra",
-    }  # fmt: skip
-    names = {f.name for f in dataclasses.fields(jaxadapt.LoraConfig)}
-    assert names == honoured | idle | set(lora._REFUSED) - {"enable_lora"}
-
-
-def test_methods_without_a_class_are_refused_by_name():
-    with pytest.raises(ConfigError, match=r"cannot apply peft_type 'VERA'.*IA3, LORA"):
-        methods.get_method(configs.GenericConfig(peft_type="VERA"))
-
-
-def test_one_array_cannot_scale_both_inputs_and_outputs():
-    config = config_of("IA3", ["k", "v"], feedforward_modules=["v"])
-    with pytest.raises(ConfigError, match="feedforward differs"):
-        bound_of(config, LINES["fused"])
-
-
-@pytest.mark.parametrize("peft_type", TYPES)
-def test_a_weight_held_times_a_factor_gives_the_same_adapted_weight(peft_type):
-    """One file, on W and on f·W: the adapted weights differ by f. What a method cannot say so of is refused."""
-    line = (Weight("w", "a.q.weight", "i n h -> (n h) i"), (4, 2, 3), ["q"])
-    scaled = LINES["scaled"]
-    w, f = np.random.default_rng(0).standard_normal((4, 2, 3)).astype("float32"), 3**-0.5
-    for config in variants(peft_type, ["q"]):
-        one = bound_of(config, line)
-        if any(t.scale_power is None for t in one.tensors):
-            with pytest.raises(KeyMapError, match="effect of a factor"):
-                bound_of(config, scaled)
+@pytest.mark.parametrize(("line", "targets"), [(FUSED, ("k", "q")), (PART, ("q",))], ids=["fused", "one part"])
+@every_case
+def test_parts_of_a_fused_weight_are_modules_of_their_own(peft_type: str, i: int, line: Any, targets: Any):
+    found, w, values = adapted(peft_type, i, line, targets)
+    hook = hook_of(found, values)
+    whole = hook.weight(w)
+    axis, names = hook.axes.batch_axes[0], line[0].index_names("{p}")
+    file = dict(sites.make_file_plan(found).encode(values))
+    for n, name in enumerate(names):
+        old, new = (jnp.take(x, n, axis) for x in (w, whole))
+        if name not in targets:
+            np.testing.assert_array_equal(old, new)
             continue
-        other = bound_of(config, scaled)
-        leaves = {
-            p: np.asarray(x)
-            for p, x in small.noisy(initial_values.init_values(config, [one], jax.random.key(0)), 1).items()
-        }
-        file = dict(sites.make_file_plan([one]).encode(leaves))
-        there = sites.make_file_plan([other]).decode(file)
-        for key, value in dict(sites.make_file_plan([other]).encode(there)).items():
-            np.testing.assert_allclose(value, file[key], rtol=3e-7)  # twice rounded
-
-        def effective(bound, leaves, w, config=config):
-            params = {p.rpartition(".")[2]: v for p, v in leaves.items()}
-            return AppliedMethod(methods.get_method(config), bound.hparams, params, bound.axes).weight(w)
-
-        np.testing.assert_allclose(effective(other, there, w * f), effective(one, leaves, w) * f, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("shape", [(256, 256), (192, 256), (768, 128), (128, 512)])
-@pytest.mark.parametrize("outs_first", [True, False])
-def test_a_merge_of_large_weights_in_either_layout(shape, outs_first):
-    """Against numpy: XLA on CPU (jaxlib 0.10.2) summed other rows than it was asked for, in sizes like these."""
-    rng = np.random.default_rng(0)
-    out, inputs = shape if outs_first else shape[::-1]
-    a, b = rng.standard_normal((8, inputs), "f4"), rng.standard_normal((out, 8), "f4")
-    axes = Axes(in_axes=(1,), out_axes=(0,)) if outs_first else Axes(in_axes=(0,), out_axes=(1,))
-    made = jax.jit(lambda w: low_rank.add_product(axes, w, 2.0, a, b))(np.zeros(shape, "f4"))
-    want = 2 * b @ a
-    np.testing.assert_allclose(made, want if outs_first else want.T, rtol=1e-5, atol=1e-5)
+        single = (Weight("w", f"{name}.weight", "i o -> o i"), (IN, OUT))
+        one, _, fresh = adapted(peft_type, i, single, (name,))
+        plan = sites.make_file_plan(one)
+        values_of = {**fresh, **plan.decode({key: file[key] for key in plan.keys})}
+        single_config = without_idle_patterns(config_of(peft_type, i, (name,)), (name,))
+        values_of = initial_values_from(single_config, one, values_of, old)
+        np.testing.assert_allclose(new, hook_of(one, values_of).weight(old), rtol=1e-5, atol=1e-5)
+    use = use_of(hook)
+    x = x_of(use, w)
+    try:
+        y = through(hook, use, x, w)
+    except AttachError as error:
+        assert "fused weight share one input" in str(error)  # noqa: PT017
+        return
+    np.testing.assert_allclose(y, jnp.einsum(f"{use.x},{use.w}->{use.y}", x, whole), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("inputs", "out"), [((1,), (0, 2)), ((0, 2), (1,))])
-def test_a_merge_where_inputs_lie_between_outputs(inputs, out):
-    rng = np.random.default_rng(0)
-    for shape in ((12, 256, 256), (4, 256, 256)):
-        a = rng.standard_normal((8, *(shape[i] for i in inputs)), "f4")
-        b = rng.standard_normal((*(shape[i] for i in out), 8), "f4")
-        made = jax.jit(lambda w, a=a, b=b: low_rank.add_product(Axes(in_axes=inputs, out_axes=out), w, 2.0, a, b))(
-            np.zeros(shape, "f4")
-        )
-        letters = ["".join("xyz"[i] for i in axes) for axes in (inputs, out)]
-        want = 2 * np.einsum(f"r{letters[0]},{letters[1]}r->xyz", a, b)
-        np.testing.assert_allclose(made, want, rtol=1e-5, atol=1e-5)
+@every_case
+def test_stacked_layers_are_the_layers_one_by_one(peft_type: str, i: int):
+    found, w, values = adapted(peft_type, i, STACKED)
+    (site,) = found
+    own = {path.rpartition(".")[2]: x for path, x in values.items()}
+    whole = sites.map_stack(site, lambda a, w: a.weight(w), own, w)
+    for l in range(3):
+        one = {name: jnp.take(x, l, 1) if name in site.shapes else x for name, x in own.items()}
+        hook = AppliedMethod(site.method, site.hparams, {**one, **{k: v[l] for k, v in site.data.items()}}, site.axes)
+        np.testing.assert_allclose(whole[:, l], hook.weight(w[:, l]), rtol=1e-5, atol=1e-6)
+
+
+@every_case
+def test_unmerging_gives_the_weight_back_or_is_refused(peft_type: str, i: int):
+    found, w, values = adapted(peft_type, i, PLAIN)
+    hook = hook_of(found, values)
+    merged = hook.merged(w)
+    assert not np.allclose(merged, w, atol=1e-3)
+    try:
+        back = hook.unweight(merged)
+    except AttachError as error:
+        assert "cannot unmerge" in str(error)  # noqa: PT017
+        return
+    np.testing.assert_allclose(back, w, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("bfloat16", "bfloat16")], ids="-".join)
+@every_case
+def test_outputs_and_weights_keep_the_bases_dtype(peft_type: str, i: int, dtypes: Any):
+    base, own = dtypes
+    found, w, values = adapted(peft_type, i, PLAIN)
+    exact = hook_of(found, values).weight(w)
+    values = {path: x.astype(own) if jnp.issubdtype(x.dtype, jnp.floating) else x for path, x in values.items()}
+    hook = hook_of(found, values)
+    w = w.astype(base)
+    assert hook.weight(w).dtype == base
+    np.testing.assert_allclose(hook.weight(w).astype("float32"), exact, rtol=0.05, atol=0.1)
+    use = use_of(hook)
+    assert through(hook, use, x_of(use, w).astype(base), w).dtype == base
+
+
+@every_case
+def test_transformations_of_jax(peft_type: str, i: int):
+    found, w, values = adapted(peft_type, i, PLAIN)
+    trained = {t.name for t in sites.all_tensors(found) if t.trained}
+    (site,) = found
+    own = {path.rpartition(".")[2]: x for path, x in values.items()}
+    use = use_of(hook_of(found, values))
+    x = x_of(use, w)
+
+    row = Use(use.x[1:], use.w, use.y[1:], use.axes)
+
+    def loss(params: Any, x: Any, use: Any = use) -> Any:
+        hook = AppliedMethod(site.method, site.hparams, {**own, **params, **site.data}, site.axes)
+        return (through(hook, use, x, w) ** 2).sum()
+
+    params = {name: a for name, a in own.items() if name in trained}
+    plain = loss(params, x)
+    grads = jax.grad(loss)(params, x)
+    assert all(bool(jnp.isfinite(g).all()) for g in grads.values())
+    assert all(bool((g != 0).any()) for g in grads.values()), {k: float(abs(g).max()) for k, g in grads.items()}
+    np.testing.assert_allclose(jax.jit(loss)(params, x), plain, rtol=1e-4)
+    again = jax.grad(jax.checkpoint(loss))(params, x)
+    rows = jax.vmap(lambda p, x: loss(p, x, row), in_axes=(None, 0))(params, x)
+    np.testing.assert_allclose(rows.sum(), plain, rtol=1e-4)
+    for name, g in grads.items():
+        np.testing.assert_allclose(again[name], g, rtol=1e-3, atol=1e-4)
+
+
+# ---- models ----------------------------------------------------------------------------------------------------
+
+
+class Net(nnx.Module):
+    """8 -> 16 -> 8, with biases."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.q = nnx.Linear(IN, OUT, rngs=rngs, bias_init=nnx.initializers.normal())
+        self.up = nnx.Linear(OUT, IN, rngs=rngs, bias_init=nnx.initializers.normal())
+
+    def __call__(self, x: Any) -> Any:
+        return self.up(jnp.tanh(self.q(x)))
+
+
+class LinenNet(nn.Module):
+    """The same in Linen."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return nn.Dense(IN, name="up")(jnp.tanh(nn.Dense(OUT, name="q")(x)))
+
+
+X = np.random.default_rng(5).standard_normal((4, IN)).astype("float32")
+
+
+def network(peft_type: str, i: int, name: str = "default", seed: int = 2, model: Any = None) -> Any:
+    """An NNX network with an adapter that has done something."""
+    model = Net(nnx.Rngs(0)) if model is None else model
+    jaxadapt.adapt(model, config_of(peft_type, i, ("q", "up")), rngs=nnx.Rngs(1), name=name)
+    adapter = jaxadapt.extract(model, name)
+    trained = {t.name for t in sites.all_tensors(sites.sites_of(adapter)) if t.trained}
+    values = paths.unflatten(changed(adapter.flat(), trained, seed))
+    jaxadapt.inject(jaxadapt.Adapter(adapter.config, values, adapter.keymap), model, name)
+    return model
+
+
+def base_of() -> Any:
+    model = Net(nnx.Rngs(0))
+    return {"params": {n: {k: getattr(getattr(model, n), k)[...] for k in ("kernel", "bias")} for n in ("q", "up")}}
+
+
+@every_case
+def test_nnx_and_linen_agree_and_merging_equals_applying(peft_type: str, i: int, tmp_path: Any):
+    model = network(peft_type, i)
+    y, adapter = model(X), jaxadapt.extract(model)
+    assert not np.allclose(y, Net(nnx.Rngs(0))(X), atol=1e-3)
+    module = jaxadapt.adapt(LinenNet(), adapter.config)
+    variables = {**base_of(), **adapter.collection}
+    np.testing.assert_allclose(module.apply(variables, X), y, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(module.apply)(variables, X), y, rtol=1e-5, atol=1e-5)
+    # A file gives the same adapter.
+    jaxadapt.save(model, tmp_path)
+    np.testing.assert_allclose(jaxadapt.load(tmp_path, Net(nnx.Rngs(0)))(X), y, rtol=1e-6, atol=1e-6)
+    loaded = jaxadapt.load(tmp_path, base_of())
+    for path, x in jaxadapt.extract(loaded).flat().items():
+        np.testing.assert_array_equal(x, adapter.flat()[path], err_msg=path)
+    # Merged and unmerged.
+    try:
+        merged = jaxadapt.merge(base_of()["params"], adapter)
+    except AttachError as error:
+        assert "cannot merge" in str(error) or "effective weight" in str(error)  # noqa: PT017
+        return
+    np.testing.assert_allclose(LinenNet().apply({"params": merged}, X), y, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(jaxadapt.merge(model)(X), y, rtol=1e-4, atol=1e-5)
+    try:
+        back = jaxadapt.unmerge(merged, adapter)
+    except AttachError as error:
+        assert "cannot unmerge" in str(error)  # noqa: PT017
+        return
+    for path, x in paths.flatten(back).items():
+        np.testing.assert_allclose(x, paths.flatten(base_of()["params"])[path], rtol=1e-3, atol=1e-4)
+
+
+@every_case
+def test_several_adapters_and_deletion(peft_type: str, i: int):
+    model = network(peft_type, i, "a")
+    one = model(X)
+    network(peft_type, i, "b", seed=20, model=model)
+    two = model(X)
+    jaxadapt.activate(model, "a")
+    np.testing.assert_array_equal(model(X), one)
+    jaxadapt.activate(model, ("a", "b"))
+    both = model(X)
+    assert not np.allclose(both, one, atol=1e-4)
+    assert not np.allclose(both, two, atol=1e-4)
+    jaxadapt.delete(model, "b")
+    np.testing.assert_array_equal(model(X), one)
+    jaxadapt.detach(model)
+    np.testing.assert_array_equal(model(X), Net(nnx.Rngs(0))(X))
+
+
+@every_case
+def test_eight_devices(peft_type: str, i: int):
+    """The shardings follow the base, and the results do not depend on them."""
+    want = network(peft_type, i)(X)
+    adapter = jaxadapt.extract(network(peft_type, i))
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("x", "y"))
+
+    def place(path: str, x: Any) -> Any:
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec("x", "y") if x.ndim == 2 else PartitionSpec()))
+
+    base = paths.unflatten({p: place(p, x) for p, x in paths.flatten(base_of()["params"]).items()})
+    spread = jaxadapt.from_peft(jaxadapt.to_peft(adapter), base)
+    assert all(isinstance(x.sharding, NamedSharding) for x in spread.flat().values())
+    assert all(x.sharding.is_fully_replicated for x in spread.shared.values())
+    module = jaxadapt.adapt(LinenNet(), adapter.config)
+    got = jax.jit(module.apply)({"params": base, **spread.collection}, X)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@every_case
+def test_training_in_nnx_changes_the_trained_tensors_only(peft_type: str, i: int):
+    import optax
+
+    from jaxadapt.training import optim
+
+    model = network(peft_type, i)
+    before = jaxadapt.extract(model).flat()
+    trained = {t.name for t in sites.all_tensors(sites.sites_of(jaxadapt.extract(model))) if t.trained}
+    roles = optim.roles(nnx.state(model, jaxadapt.AdapterParam))
+    assert set(jax.tree.leaves(roles)) <= ROLES
+    optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=jaxadapt.AdapterParam)
+
+    @nnx.jit
+    def step(model: Any, optimizer: Any) -> Any:
+        grads = nnx.grad(lambda m: (m(X) ** 2).sum(), argnums=nnx.DiffState(0, jaxadapt.AdapterParam))(model)
+        optimizer.update(model, grads)
+
+    step(model, optimizer)
+    for path, x in jaxadapt.extract(model).flat().items():
+        same = bool((x == before[path]).all())
+        assert same != (path.rpartition(".")[2] in trained), path

@@ -730,3 +730,32 @@ def test_a_layer_that_the_adapter_lacks_is_named_when_a_call_uses_it(recwarn: py
     module.apply(whole, x, True)
     module.apply(whole, x)
     assert not recwarn.list
+
+
+class TwoWeights(nn.Module):
+    """x·(first + second) + bias."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        first, second = (self.param(name, nn.initializers.normal(), (4, 6)) for name in ("first", "second"))
+        return x @ first + x @ second + self.param("bias", nn.initializers.normal(), (1, 6))[0][None]
+
+
+class TwoWeightsNet(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return TwoWeights(name="m")(x)
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_bias_of_two_adapted_weights_belongs_to_neither(both: bool):
+    table = jaxadapt.KeyMap(
+        "t", tuple(jaxadapt.Weight(f"m.{name}", f"m.{name}.weight", "i o -> o i") for name in ("first", "second"))
+    )
+    config = jaxadapt.IA3Config(target_modules=["first", "second"] if both else ["first"], feedforward_modules=[])
+    wrapper = jaxadapt.adapt(TwoWeightsNet(), config, keymap=table)
+    variables = wrapper.init(KEY, jnp.ones((1, 4)))
+    if both:
+        refused(jaxadapt.AttachError, "unknown to which of the", wrapper.apply, variables, jnp.ones((2, 4)))
+    else:
+        wrapper.apply(variables, jnp.ones((2, 4)))

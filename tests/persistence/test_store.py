@@ -455,7 +455,7 @@ def test_an_edit_of_the_layout_alone_is_none(tmp_path):
         ({"r": 4}, "has rank 2, not 4"),
         ({"rank_pattern": {"up_proj": 3}}, "has rank 2, not 3"),
         ({"target_modules": ["q_proj"]}, "it does not target base_model.model.up_proj.lora_A.weight"),
-        ({"peft_type": "VERA"}, "their type is LORA"),
+        ({"peft_type": "XLORA"}, "their type is LORA"),
     ],
     ids=lambda x: str(x) if isinstance(x, dict) else "",
 )

@@ -75,7 +75,7 @@ def test_the_files_dtype_is_kept_unless_it_is_asked_for_pefts(dtype, api, narrow
     tree = loaded()
     kept = "float32" if dtype.startswith("float8") else dtype
     assert kinds(tree) == {"lora_A": kept, "lora_B": kept, "copy": dtype}
-    wide = loaded(autocast_adapter_dtype=True)
+    wide = loaded(dtype="autocast")
     assert kinds(wide) == {"lora_A": "float32", "lora_B": "float32", "copy": dtype}
     both = (jax.tree.leaves(jaxadapt.extract(one)) for one in (tree, wide))
     for mine, other in zip(*both, strict=True):
@@ -112,7 +112,7 @@ def test_fresh_parameters_have_pefts_dtypes(autocast):
     )
     (theirs,) = {str(p.dtype).removeprefix("torch.") for n, p in model.named_parameters() if "lora_" in n}
     base = params("bfloat16")
-    options = {"keymap": TABLE, "autocast_adapter_dtype": autocast}
+    options = {"keymap": TABLE, "dtype": None if autocast else "base"}
     lora = jaxadapt.LoraConfig(**config(use_dora=True))
     assert set(kinds(jaxadapt.init(lora, base, key=jax.random.key(0), **options)).values()) == {theirs}
     assert set(kinds(jaxadapt.init(lora, base, **options)).values()) == {theirs}  # abstract
@@ -121,18 +121,8 @@ def test_fresh_parameters_have_pefts_dtypes(autocast):
     assert set(kinds(specs).values()) == {"float32"}  # of a base that is made in float32
     model = NET.nnx(torch_net())
     trees.fill(model, {k: v.astype(jnp.bfloat16) for k, v in NET.leaves("nnx", None, torch_net()).items()})
-    jaxadapt.adapt(model, lora, rngs=nnx.Rngs(0), keymap=NET.table(), autocast_adapter_dtype=autocast)
+    jaxadapt.adapt(model, lora, rngs=nnx.Rngs(0), keymap=NET.table(), dtype=options["dtype"])
     assert set(kinds(model).values()) == {theirs}
-
-
-def test_two_wishes_at_once_are_refused(narrow):
-    lora = jaxadapt.LoraConfig(**config())
-    with pytest.raises(jaxadapt.AttachError, match="pass one of them"):
-        jaxadapt.init(lora, params(), keymap=TABLE, dtype="float16", autocast_adapter_dtype=False)
-    with pytest.raises(jaxadapt.AttachError, match="give only one of the two"):
-        jaxadapt.load(
-            narrow("float16"), {"params": params()}, keymap=TABLE, dtype="float32", autocast_adapter_dtype=True
-        )
 
 
 def test_bfloat16_throughout_within_its_rounding(tmp_path):

@@ -29,7 +29,7 @@ from safetensors.numpy import load_file
 import jaxadapt
 from jaxadapt.initializers import decompositions
 from jaxadapt.keymaps import families, plan
-from jaxadapt.models import planning
+from jaxadapt.models.carriers import carrier
 from tests.merging.test_resize import deltas
 from tests.reference.record_bitsandbytes import LOFTQ, RANK, RECORDED
 from tests.support import peft_harness as harness
@@ -105,7 +105,7 @@ def peft_products(model):
 
 
 def our_base(base):
-    leaves = planning.base_arrays(base)
+    leaves = carrier(base).leaves()
     shapes = {path: tuple(x.shape) for path, x in leaves.items()}
     encoded = plan.base_plan(families.resolve_keymap(None, shapes), shapes).encode(leaves)
     return {key.removesuffix(".weight"): np.asarray(x) for key, x in encoded.items()}
@@ -394,9 +394,9 @@ def test_a_base_left_by_loftq_is_held_in_four_bits_as_it_is(family, api, scan, t
     base = twin(family, api, scan)[0]
     config = jaxadapt.LoraConfig(**fields(family, "loftq", loftq_config={"loftq_bits": 4, "loftq_iter": 2}))
     left, adapter = jaxadapt.initializers.start(config, base)
-    weights = {p: np.asarray(x) for p, x in planning.base_arrays(left).items()}
+    weights = {p: np.asarray(x) for p, x in carrier(left).leaves().items()}
     small = jaxadapt.models.quantize(left, modules=TARGETS[family])
-    again = planning.base_arrays(jaxadapt.models.dequantize(nnx.clone(small) if api == "nnx" else small))
+    again = carrier(jaxadapt.models.dequantize(nnx.clone(small) if api == "nnx" else small)).leaves()
     for path, w in weights.items():
         np.testing.assert_array_equal(again[path], w, err_msg=path)
     with pytest.raises(jaxadapt.ConfigError, match="LoftQ quantised the base"):
@@ -404,7 +404,7 @@ def test_a_base_left_by_loftq_is_held_in_four_bits_as_it_is(family, api, scan, t
     jaxadapt.save(adapter, tmp_path)
     fresh = twin(family, api, scan)[0]
     loaded = jaxadapt.load(tmp_path, fresh if api == "nnx" else {"params": fresh}, base="original")
-    for path, w in planning.base_arrays(loaded).items():
+    for path, w in carrier(loaded).leaves().items():
         np.testing.assert_array_equal(w, weights[path], err_msg=path)
 
 

@@ -123,6 +123,6 @@ def test_experts_inside_jit(name: str) -> None:
     experts.close(experts.merged(name, adapter), experts.expected(name, False))
     # And back under PEFT's names, together and apart.
     same(traced_to_peft(adapter, on_shared="concat").tensors, jaxadapt.to_peft(adapter, on_shared="concat").tensors)
-    assert families.get_family(f"{table}/per-expert").single
+    assert families.get_family(f"{table}/per-expert").per_expert
     apart = traced_to_peft(adapter, keymap=f"{table}/per-expert")
     same(apart.tensors, jaxadapt.to_peft(adapter, keymap=f"{table}/per-expert").tensors)

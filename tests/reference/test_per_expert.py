@@ -6,6 +6,7 @@ import functools
 import warnings
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,6 +14,7 @@ pytest.importorskip("torch")
 pytest.importorskip("peft")
 
 import jaxadapt
+from jaxadapt.configs import matching
 from jaxadapt.core import paths
 from jaxadapt.keymaps import expert_names, plan
 from jaxadapt.keymaps import parts as pieces
@@ -20,6 +22,7 @@ from jaxadapt.keymaps.families import get_family
 from tests.keymaps.families import jax_side, specimen_arrays, torch_side
 from tests.keymaps.families.specimens import BY_NAME, recorded
 from tests.support import peft_harness as harness
+from tests.support import small
 
 pytestmark = pytest.mark.peft
 
@@ -215,3 +218,26 @@ def test_a_pattern_that_names_the_experts_too():
     adapter = jaxadapt.from_peft(jaxadapt.PeftTensors(config, held.tensors), base("maxtext-mixtral"))
     assert adapter.config.get("target_modules") == tuple(f"model.layers.{i}.self_attn.o_proj" for i in range(3))
     close(merged("maxtext-mixtral", adapter), expected("maxtext-mixtral", False))
+
+
+def test_rslora_where_the_rank_is_doubled():
+    """The scale is α/√r, so that twice the rank needs √2 times the alpha."""
+    held = file_of("mixtral")
+    config = held.config.replace(use_rslora=True, lora_alpha=ALPHA / R**0.5)
+    held = jaxadapt.PeftTensors(config, held.tensors)
+    adapter = jaxadapt.from_peft(held, base("mixtral"), keymap="mixtral", on_shared="concat")
+    close(merged("mixtral", adapter), expected("mixtral", False))
+
+
+def test_layers_to_transform_narrows_no_expert():
+    """In PEFT it is of target_modules only; in a list of the experts' modules it would leave out the other layers."""
+    config = jaxadapt.LoraConfig(
+        r=R, target_modules=["o_proj"], layers_to_transform=[1], target_parameters=["experts.down_proj"]
+    )
+    adapter = small.noisy(jaxadapt.init(config, base("mixtral"), key=jax.random.key(0), keymap="mixtral"))
+    file = jaxadapt.to_peft(adapter, keymap="mixtral/per-expert")
+    modules = {key.removeprefix("base_model.model.").partition(".lora_")[0] for key in file.tensors}
+    assert len(modules) == 1 + len(sparse_layers("mixtral")) * EXPERTS
+    assert all(matching.is_target(file.config, module) for module in modules)
+    back = jaxadapt.from_peft(file, base("mixtral"), keymap="mixtral")
+    close({key: np.asarray(x) for key, x in back.flat().items()}, adapter.flat())

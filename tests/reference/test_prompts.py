@@ -6,6 +6,7 @@ the order of the sums, which differs between the libraries.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -67,7 +68,7 @@ class Case:
 
     @property
     def data(self) -> dict[str, Any]:
-        """The arguments of `prompting`."""
+        """The arguments of `invoke`."""
         return {"task_ids": jnp.array(TASK_IDS)} if self.name.startswith("Multi") else {}
 
 
@@ -130,7 +131,8 @@ def close(found: Any, expected: Any) -> None:
 
 def call(case: Case, model: Any, variables: Any, mask: np.ndarray) -> Any:
     """The logits of an adapted NNX model, or of an adapted Linen module with its variables."""
-    with jaxadapt.models.prompting(model, **case.data) as prompted:
+    context = jaxadapt.models.invoke(model, **case.data) if case.data else contextlib.nullcontext(model)
+    with context as prompted:
         run = prompted if variables is None else functools.partial(prompted.apply, variables)
         return run(jnp.asarray(IDS), mask=jnp.asarray(mask))
 

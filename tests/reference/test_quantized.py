@@ -25,7 +25,7 @@ import torch
 import jaxadapt
 from jaxadapt.arrays import quantized
 from jaxadapt.keymaps import families, plan
-from jaxadapt.models import planning
+from jaxadapt.models.carriers import carrier
 from tests.reference.record_bitsandbytes import RECORDED
 from tests.support import peft_harness as harness
 from tests.support.twins import llama
@@ -102,7 +102,7 @@ class Ours:
 
     def torch(self) -> Any:
         """PEFT's base: torch's model with the very weights that are left."""
-        leaves = planning.base_arrays(self.dense)
+        leaves = carrier(self.dense).leaves()
         shapes = {path: tuple(x.shape) for path, x in leaves.items()}
         held = plan.base_plan(families.resolve_keymap(None, shapes), shapes).encode(leaves)
         model = llama.torch_llama(layers=1)

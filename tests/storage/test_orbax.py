@@ -213,10 +213,10 @@ def test_a_leaf_that_is_missing_or_another_is_an_error(tmp_path: Path):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=one)
 
     for key, wanted, message in [
-        (("a", "x"), spec((3,), jnp.float32), "a/x: not in the checkpoint"),
-        (("a",), spec((3,), jnp.float32), "a: not in the checkpoint"),
-        (("a", "b"), spec((4,), jnp.float32), r"a/b: expected float32 \(4,\), found float32 \(3,\)"),
-        (("a", "b"), spec((3,), jnp.bfloat16), r"a/b: expected bfloat16 \(3,\), found float32 \(3,\)"),
+        (("a", "x"), spec((3,), jnp.float32), "a/x: missing"),
+        (("a",), spec((3,), jnp.float32), "a: missing"),
+        (("a", "b"), spec((4,), jnp.float32), r"a/b: expected float32 \[4\], found float32 \[3\]"),
+        (("a", "b"), spec((3,), jnp.bfloat16), r"a/b: expected bfloat16 \[3\], found float32 \[3\]"),
     ]:
         with pytest.raises(jaxadapt.MismatchError, match=message):
             orbax.load(tmp_path / "out", "t", {key: wanted, ("c",): None})

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -18,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxadapt.core.errors import FileError, FormatError, MismatchError
-from jaxadapt.storage import local_files, prefetch
 from jaxadapt.storage import safetensors as codec
 from jaxadapt.storage.dtypes import NAMES, numpy_dtype
 
@@ -270,75 +268,6 @@ def test_truncated_while_open(tmp_path: Path) -> None:
         ):
             with pytest.raises(FormatError, match="'b': expected .* truncated"):
                 read()
-
-
-def test_read_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors = {f"{key}": filled((3, 5 + key), np.dtype("f2"), key) for key in range(9)} | {
-        "empty": np.zeros((0, 2), "f4")
-    }
-    save(tmp_path / "f", tensors)
-    with codec.open_tensors(tmp_path / "f") as file:
-        assert not file.is_prefetched
-    with codec.open_tensors(tmp_path / "f", prefetch=True) as file:
-        askew = {key for key in tensors if file.header.tensors[key].start % 64}
-        whole = "0"
-        assert file.is_prefetched
-        assert len(askew) > 5
-        assert whole not in askew
-        memory = np.zeros(64, np.uint8)
-        first = file.read_into(whole, memory)
-        assert same(first, tensors[whole])
-        assert not np.shares_memory(first, memory)
-        assert first.ctypes.data % 64 == 0
-        again = file.read_into(whole, memory)  # its owner may have changed it
-        assert same(again, tensors[whole])
-        assert np.shares_memory(again, memory)
-        moved = file.read_into("3", memory)  # XLA would copy it where it is
-        assert np.shares_memory(moved, memory)
-        assert all(same(file[key], value) for key, value in tensors.items())
-        assert all(file[key].ctypes.data % 64 == 0 for key in tensors if key != "empty")
-    monkeypatch.setattr(codec, "SMALL", 10)
-    with codec.open_tensors(tmp_path / "f", prefetch=True) as file:
-        assert not file.is_prefetched  # too large
-
-
-def test_read_ahead_in_several_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(local_files, "BLOCK", 128)
-    monkeypatch.setattr(prefetch, "READ_BYTES", 256)
-    tensors = {f"{key}": filled((3, 17 + 9 * key), np.dtype("f4"), key) for key in range(9)}
-    save(tmp_path / "f", tensors)
-    calls: list[int] = []
-    read = local_files.LocalFile.read_into
-
-    def counted(self: Any, parts: Any, offset: int) -> None:
-        calls.append(sum(len(view) for _, view in parts))
-        read(self, parts, offset)
-
-    monkeypatch.setattr(local_files.LocalFile, "read_into", counted)
-    with codec.open_tensors(tmp_path / "f", prefetch=True) as file:
-        groups = file.groups(tensors, 2000)
-        found = dict(zip(tensors, [x for group in groups for x in file.read_group(group)], strict=True))
-    assert all(same(found[key], value) for key, value in tensors.items())
-    calls_of_256, rest = divmod(sum(x.nbytes for x in tensors.values()), 256)
-    assert rest
-    assert calls[-calls_of_256 - 1 :] == [*[256] * calls_of_256, rest]
-
-
-def test_truncated_while_reading_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save(tmp_path / "f", {"a": np.zeros(10, "f4"), "b": np.zeros(10, "f4")})
-    size = (tmp_path / "f").stat().st_size
-    started = codec.Prefetch
-
-    def early(source: Any, start: int) -> Any:
-        os.truncate(tmp_path / "f", size - 1)
-        return started(source, start)
-
-    monkeypatch.setattr(codec, "Prefetch", early)
-    with (
-        codec.open_tensors(tmp_path / "f", prefetch=True) as file,
-        pytest.raises(FormatError, match="'b': expected .* truncated"),
-    ):
-        file["b"]
 
 
 SLICED: list[tuple[int, ...]] = [(), (7,), (37, 5), (3, 0), (4, 9, 3000), (5, 33, 2)]

@@ -36,6 +36,7 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "seven bytes": (b"1234567", "at least 8 bytes, found 7"),
     "no header": (struct.pack("<Q", 10), "at most the 0 bytes left, found 10"),
     "header beyond end": (struct.pack("<Q", 50) + b"{}", "at most the 2 bytes left, found 50"),
+    "header just beyond end": (struct.pack("<Q", 10) + b"{}", "at most the 2 bytes left, found 10"),
     "header of 2**64-1": (b"\xff" * 8 + b"{}", "at most 100000000 bytes, found 18446744073709551615"),
     "header over 100 MB": (struct.pack("<Q", 100_000_001) + b"{}", "at most 100000000"),
     "empty header": (packed(b""), "expected a JSON object"),
@@ -46,6 +47,11 @@ ATTACKS: dict[str, tuple[bytes, str]] = {
     "a space first": (packed(b" {}"), "expected a JSON object"),
     "two values": (packed(b"{} {}"), "expected JSON"),
     "NaN": (packed(b'{"a": NaN}'), "NaN is not JSON"),
+    "minus zero": (
+        packed(b'{"a":{"dtype":"F32","shape":[-0],"data_offsets":[0,0]}}'),
+        "expected integers >= 0, found -0",
+    ),
+    "minus one": (packed({"a": entry(0, 0, [-1])}), "'a'"),
     "deep lists": (packed(b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}"), "nested too deeply"),
     "deep objects": (packed(b'{"a":' * 200_000 + b"1" + b"}" * 200_000), "nested too deeply"),
     "duplicate tensor": (

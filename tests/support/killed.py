@@ -207,7 +207,7 @@ def _die() -> None:
 
 def _die_at(moment: str, folder: Path) -> None:
     from jaxadapt.persistence import multihost
-    from jaxadapt.storage import atomic, coordination, parallel_write
+    from jaxadapt.storage import atomic, coordination, sharded_write
 
     if moment == "begin":
         _die()
@@ -221,7 +221,7 @@ def _die_at(moment: str, folder: Path) -> None:
 
         threading.Thread(target=watch, daemon=True).start()
         return
-    say, write, manager = coordination.Group._publish, parallel_write._SharedFile.write_at, jaxadapt.CheckpointManager
+    say, write, manager = coordination.Group._publish, sharded_write._SharedFile.write_at, jaxadapt.CheckpointManager
     gather = multihost.multihost_utils.process_allgather
 
     def dying_say(self: Any, name: str, message: Any) -> None:
@@ -233,13 +233,13 @@ def _die_at(moment: str, folder: Path) -> None:
     if moment == "write":
         writes = itertools.count()
 
-        def dying_write(self: Any, data: memoryview, offset: int, *cut: int) -> None:
+        def dying_write(self: Any, data: memoryview, offset: int) -> None:
             if next(writes) == 5:
                 write(self, data[: len(data) // 2], offset)
                 _die()
-            write(self, data, offset, *cut)
+            write(self, data, offset)
 
-        parallel_write._SharedFile.write_at = dying_write
+        sharded_write._SharedFile.write_at = dying_write
     elif moment == "gather":
         gathered = itertools.count()
 

@@ -6,6 +6,7 @@ python -m tests.support.processes SCENARIO INDEX COUNT PORT DEVICES FOLDER [ARGU
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import signal
 import socket
@@ -191,6 +192,7 @@ def faults(folder: Path, argument: str) -> None:
     import jax
 
     import jaxadapt
+    from jaxadapt.persistence import multihost
     from tests.support import meshes
 
     here = jax.process_index()
@@ -231,6 +233,15 @@ def faults(folder: Path, argument: str) -> None:
     config = meshes.CONFIG.replace(r=3 + here)
     other = jaxadapt.init(config, base(layout, False), key=jax.random.key(0), keymap=meshes.TABLE)
     refused(folder / "odd", "differ from those of process 0", tree=other)
+    # only the configuration differs
+    other = dataclasses.replace(mine, config=meshes.CONFIG.replace(lora_alpha=6 + here))
+    refused(folder / "odd", "the configuration", tree=other)
+    # process 0 begins once all have called
+    arrived = folder / "arrived"
+    if here == 1:
+        time.sleep(0.5)
+        arrived.touch()
+    assert multihost.run_on_leader("look", lambda: arrived.exists() and not arrived.unlink(), 60) is True
     jaxadapt.save(mine, folder / "after", timeout=60)
 
 

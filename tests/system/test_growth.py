@@ -13,6 +13,7 @@ from jaxadapt import ConfigError
 from jaxadapt.adapters import selection_warnings
 from jaxadapt.arrays import pattern
 from jaxadapt.configs import LoraConfig, matching
+from jaxadapt.configs.frozen import find_pattern_value
 
 
 def lines(work: Callable[[], Any]) -> int:
@@ -71,7 +72,7 @@ def test_rank_patterns_of_a_name_for_each_module():
         def work() -> None:
             config = LoraConfig(rank_pattern=known, target_modules=["gate_proj"])
             for name, rank in known.items():
-                assert matching.find_pattern_value(config.rank_pattern, name, 8) == rank
+                assert find_pattern_value(config.rank_pattern, name, 8) == rank
             assert not selection_warnings.doubtful_selection(config, list(known), list(known))
 
         return work

@@ -43,7 +43,7 @@ DOORS: dict[str, set[str]] = {
     "safetensors": {"storage.safetensors"},
     "click": {"cli"},
     "rich": {"cli", "demo", "models.summary_table", "core.progress"},
-    "matplotlib": {"demo", "analysis.norms_plot"},
+    "matplotlib": {"demo", "analysis.norms_plot", "analysis.differences_plot"},
     "gguf": {"demo"},
     "qwix": {"arrays.quantized"},  # where somebody's weights are its arrays
     "tokenizers": {"demo"},
@@ -180,6 +180,27 @@ def test_libraries_have_their_doors():
             allowed = DOORS[library]
             if me not in allowed and package_of(me) not in allowed:
                 wrong.append(f"{path.relative_to(PACKAGE.parent)}:{line} imports {library}; only {sorted(allowed)} may")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_flax_is_not_reached_through_other_modules():
+    """Neither as `attach.nnx.Module`, nor by `from jaxadapt.models.nnx.attach import nnx`."""
+    names, wrong = {"flax", "nnx", "nn", "linen", "meta"}, []
+    for path in files():
+        me = module_of(path)
+        if me in DOORS["flax"] or package_of(me) in DOORS["flax"]:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            reached: set[str] = set()
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name | ast.Attribute):
+                reached = names & {node.attr}
+            elif isinstance(node, ast.ImportFrom):
+                reached = {
+                    alias.name
+                    for alias in node.names
+                    if alias.name in names and not exists(f"{node.module}.{alias.name}".removeprefix("jaxadapt."))
+                }
+            wrong += [f"{path.relative_to(PACKAGE.parent)}:{node.lineno} uses {name}" for name in reached]
     assert not wrong, "\n".join(wrong)
 
 

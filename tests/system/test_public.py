@@ -13,18 +13,19 @@ from typing import Any
 import pytest
 
 import jaxadapt
+from jaxadapt.configs.registry import config_classes
 
 PUBLIC = {
     # configuration
-    "Config", "IA3Config", "LoraConfig", "PrefixTuningConfig", "CartridgeConfig",
-    "PromptTuningConfig", "PromptEncoderConfig", "MultitaskPromptTuningConfig",
+    "Config", *(name for _, name in config_classes().values()),
     # values
     "Adapter", "PeftTensors", "KeyMap", "Weight", "AdapterParam", "BaseParam", "LayerNumber",
+    "SharedParam", "FrozenParam",
     # on a model
     "adapt", "init", "extract", "inject", "detach", "activate", "disable", "delete", "summary", "select",
     "merge", "unmerge", "combine", "attention",
     # files
-    "save", "load", "read", "write", "inspect", "read_config", "to_peft", "from_peft",
+    "save", "load", "read", "write", "inspect", "read_config", "to_peft", "from_peft", "verify", "repair",
     # while training
     "CheckpointManager",
     # the Hub
@@ -34,7 +35,7 @@ PUBLIC = {
     "TargetError",
 }  # fmt: skip
 PACKAGES = {
-    "analysis": set(),
+    "analysis": {"diff"},
     "export": {"export_base", "import_base"},
     "initializers": {"for_original_base", "start"},
     "keymaps": {"KeyMap", "Weight"},
@@ -42,10 +43,13 @@ PACKAGES = {
     "methods": None,
     "models": {
         "AdapterParam", "BaseParam", "LayerNumber", "activate", "adapt", "delete", "dequantize", "detach", "disable",
-        "extract", "from_qwix", "init", "inject", "invoke", "prompting", "quantize", "rescale", "select",
+        "extract", "from_qwix", "init", "inject", "invoke", "quantize", "rescale", "select",
         "slot", "summary", "Selection", "Target", "attention", "TakesEmbeddings", "TakesKeys",
     },
-    "persistence": {"from_peft", "inspect", "load", "pull", "push", "read", "read_config", "save", "to_peft", "write"},
+    "persistence": {
+        "from_peft", "inspect", "load", "pull", "push", "read", "read_config", "repair", "save", "to_peft", "verify",
+        "write",
+    },
     "training": {"CheckpointManager"},
 }  # fmt: skip
 EVERY = {f"jaxadapt.{name}" for name in PUBLIC} | {

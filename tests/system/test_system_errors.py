@@ -223,7 +223,7 @@ ODD: list[Any] = [
 FIELDS = {
     "LORA": sorted(jaxadapt.LoraConfig().to_dict().keys() - {"peft_type"}),
     "IA3": sorted({*jaxadapt.IA3Config().to_dict(), *validation.COMMON, "mine"} - {"peft_type"}),
-    "VERA": sorted({*validation.COMMON, "r", "mine"}),
+    "XLORA": sorted({*validation.COMMON, "r", "mine"}),
     "ADALORA": sorted({*validation.COMMON, "r"}),
 }
 
@@ -266,8 +266,8 @@ def test_any_value_of_any_field_is_read_or_refused(tmp_path: Path, kind: str, fi
         ("IA3", "target_parameters", [5], "target_parameters: expected a list of strings or null"),
         ("IA3", "layer_replication", {"q": None}, r"layer_replication: expected a list of \[start, end\] pairs"),
         ("IA3", "layers_pattern", ["("], "layers_pattern: expected a regular expression"),
-        ("VERA", "layers_pattern", 5, "layers_pattern: expected a list of strings"),
-        ("VERA", "trainable_token_indices", "x", "trainable_token_indices: expected a list of integers"),
+        ("XLORA", "layers_pattern", 5, "layers_pattern: expected a list of strings"),
+        ("XLORA", "trainable_token_indices", "x", "trainable_token_indices: expected a list of integers"),
         ("LORA", "base_model_name_or_path", "org/\ud800", r"base_model_name_or_path: expected text, .*lone surrogate"),
         ("LORA", "mine", {"a": ["\ud800"]}, r"mine: a: expected text, found '\\ud800'"),
         ("LORA", "mine", {"\ud800": 1}, "lone surrogate"),

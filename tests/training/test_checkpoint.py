@@ -275,12 +275,12 @@ def test_everything_that_does_not_fit_is_named_and_nothing_changes(tmp_path: Pat
     with pytest.raises(jaxadapt.MismatchError) as caught:
         manager.restore(model, opt_state=like, rng=jnp.ones(2, jnp.bfloat16), data=3)
     for part in (
-        "opt_state/m: float32 (3,) saved, float32 (4,) expected", "opt_state/n: int saved, ArrayImpl expected",
-        "opt_state/k: fry", "opt_state/extra: not in the checkpoint", "rng: float32 (2,) saved, bfloat16 (2,) expected",
+        "opt_state/m: expected float32 [4], found float32 [3]", "opt_state/n: expected ArrayImpl, found int",
+        "opt_state/k: fry", "opt_state/extra: missing", "rng: expected bfloat16 [2], found float32 [2]",
         "data: none was saved", "step-000000001",
     ):  # fmt: skip
         assert part in str(caught.value) or part == "opt_state/k: fry", part
-    assert "opt_state/k: threefry2x32 saved" in str(caught.value)
+    assert "opt_state/k: expected an array, found threefry2x32" in str(caught.value)
     assert same(jaxadapt.extract(model).params, before)
 
 

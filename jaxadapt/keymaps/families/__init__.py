@@ -20,6 +20,7 @@ from jaxadapt.keymaps.families.vit import VIT
 from jaxadapt.keymaps.families.whisper import WHISPER
 from jaxadapt.keymaps.generic import GENERIC
 from jaxadapt.keymaps.keymap import KeyMap
+from jaxadapt.keymaps.recognition import coverage, identifies, max_coverage, misfits
 from jaxadapt.keymaps.weight import Weight
 
 _KEYMAPS = (
@@ -95,11 +96,11 @@ def resolve_keymap(keymap: KeyMap | str | None, shapes: Mapping[str, tuple[int, 
 def _recognize(keymaps: tuple[KeyMap, ...], leaves: tuple[tuple[str, tuple[int, ...]], ...]) -> KeyMap:
     samples, counts, best = dict(leaves), dict[KeyMap, int](), 1
     # In most keymaps few entries match any of these leaves, so their upper bound excludes them cheaply.
-    candidates = [(f.max_coverage(samples, stacked), f, stacked) for f in keymaps for stacked in (False, True)]
+    candidates = [(max_coverage(f, samples, stacked), f, stacked) for f in keymaps for stacked in (False, True)]
     for bound, family, stacked in sorted(candidates, key=lambda p: -p[0]):
         if bound < best:
             break
-        counts |= {t: t.coverage(samples) for t in (map(family.scanned, _SCAN_AXES) if stacked else [family])}
+        counts |= {t: coverage(t, samples) for t in (map(family.scanned, _SCAN_AXES) if stacked else [family])}
         best = max(best, *counts.values())
     fitting = [t for t, count in counts.items() if count == best]
     if not fitting:
@@ -145,16 +146,18 @@ def describe_nearest_family(shapes: Mapping[str, tuple[int, ...]]) -> str:
     """
     stacked = [keymap.scanned(axis) for keymap in FAMILIES.values() for axis in _SCAN_AXES]
     known = {
-        t: sum(t.match(leaf) is not None for leaf in shapes) for t in (*FAMILIES.values(), *stacked) if t.tells(shapes)
+        t: sum(t.match(leaf) is not None for leaf in shapes)
+        for t in (*FAMILIES.values(), *stacked)
+        if identifies(t, shapes)
     }
     most = max(known.values(), default=0)
-    candidates = [(keymap, list(keymap.misfits(shapes))) for keymap, count in known.items() if count == most]
+    candidates = [(keymap, list(misfits(keymap, shapes))) for keymap, count in known.items() if count == most]
     if not candidates:
         return ""
-    keymap, misfits = min(candidates, key=lambda item: len(item[1]))
+    keymap, reasons = min(candidates, key=lambda item: len(item[1]))
     return (
         f"\nThe most similar keymap is {keymap.name!r}, with entries for {most} of {len(shapes)} weights. It does not"
-        f" fit because of\n" + paths.bullets(misfits)
+        f" fit because of\n" + paths.bullets(reasons)
     )
 
 

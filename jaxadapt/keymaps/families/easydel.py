@@ -36,7 +36,7 @@ LLAMA = KeyMap(
     "easydel:llama",
     _ENTRIES,
     output="lm_head",
-    whole=True,
+    complete=True,
     same=("m",),
     needs=("model.norm.kernel",),
     tied=TIED,

@@ -55,7 +55,7 @@ def _keymap(name: str, layer: str, norms: _Names, mlp: Iterable[Weight], extra: 
         name,
         entries,
         output="lm_head",
-        whole=True,
+        complete=True,
         needs=(*(f"{layer}{a}.scale" for a, _ in norms), *extra),
         same=("d",),
         tied=TIED,

@@ -49,7 +49,7 @@ def _keymap(
         f"keras:{name}",
         entries,
         output="lm_head",
-        whole=True,
+        complete=True,
         needs=tuple(f"{layer}{a}.scale" for a, _ in norms),
         tied=TIED,
         spellings=(*VISION_LANGUAGE, *bare("model.")),

@@ -38,7 +38,7 @@ def make_keymap(
     extra: Iterable[Weight],
     needs: tuple[str, ...] = (),
     shared: Iterable[Weight] = SHARED,
-    each: tuple[tuple[str, tuple[str, ...]], ...] = (),
+    expert_modules: tuple[tuple[str, tuple[str, ...]], ...] = (),
     counts: tuple[tuple[str, int], ...] = (),
 ) -> KeyMap:
     """Return the keymap of a model: the shared entries, and the extra entries of the model."""
@@ -46,11 +46,11 @@ def make_keymap(
         f"maxtext:{name}",
         (*shared, *extra),
         output="lm_head",
-        whole=True,
+        complete=True,
         needs=needs,
         tied=TIED,
         spellings=(*VISION_LANGUAGE, *bare("model.")),
-        each=each,
+        expert_modules=expert_modules,
         counts=counts,
     )
 

@@ -61,10 +61,10 @@ MIXTRAL = make_keymap(
     (*QUERY_SCALED, *_MIXTRAL),
     tuple(w.leaf for w in _MIXTRAL),
     shared=_COMMON,
-    each=moe.EACH_MIXTRAL,
+    expert_modules=moe.EACH_MIXTRAL,
 )
 _NEEDS = tuple(w.leaf for w in (*NORMS, *_QWEN3))
-QWEN3_MOE = make_keymap("qwen3_moe", (*PLAIN, *NORMS, *_QWEN3), _NEEDS, shared=_COMMON, each=moe.EACH_QWEN3)
+QWEN3_MOE = make_keymap("qwen3_moe", (*PLAIN, *NORMS, *_QWEN3), _NEEDS, shared=_COMMON, expert_modules=moe.EACH_QWEN3)
 
 _PROJ = (("query", "q", "n"), ("key", "k", "k"), ("value", "v", "k"))
 
@@ -140,7 +140,7 @@ def _deepseek(name: str, dense: int) -> KeyMap:
         entries += [_with_layers((1, first), w) for w in layer_entries]
     needs = tuple(w.leaf for w in entries if "moe_layers" in w.leaf and w.scan is None)
     counts = ((next(w.leaf for w in entries if "dense_layers" in w.leaf), dense),)
-    return make_keymap(name, entries, needs, shared=_OUTSIDE, each=moe.EACH_DEEPSEEK, counts=counts)
+    return make_keymap(name, entries, needs, shared=_OUTSIDE, expert_modules=moe.EACH_DEEPSEEK, counts=counts)
 
 
 DEEPSEEK_V3 = _deepseek("deepseek_v3", 3)

@@ -61,7 +61,7 @@ EACH_QWEN3 = single_expert_names("mlp", ("gate_proj", "up_proj"), "down_proj", "
 EACH_DEEPSEEK = single_expert_names("mlp", ("gate_proj", "up_proj"), "down_proj")
 
 
-def _keymap(name: str, entries: Iterable[Weight], needs: tuple[str, ...], each: Each = ()) -> KeyMap:
+def _keymap(name: str, entries: Iterable[Weight], needs: tuple[str, ...], expert_modules: Each = ()) -> KeyMap:
     shared = (
         Weight("model.embed_tokens.embedding", "model.embed_tokens.weight", "v d -> v d", kind="embedding"),
         *_norms("input_layernorm", "post_attention_layernorm"),
@@ -76,7 +76,7 @@ def _keymap(name: str, entries: Iterable[Weight], needs: tuple[str, ...], each: 
         needs=tuple(_LAYER + leaf for leaf in needs),
         tied=TIED,
         spellings=(*VISION_LANGUAGE, *bare("model.")),
-        each=each,
+        expert_modules=expert_modules,
     )
 
 

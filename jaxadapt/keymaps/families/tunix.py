@@ -27,20 +27,20 @@ _BIASES = tuple(Weight(f"{_OURS}attn.{p}_bias", f"{_HF}self_attn.{p}_proj.bias",
 _NORMS = tuple(Weight(f"{_OURS}attn.{p}_norm.w", f"{_HF}self_attn.{p}_norm.weight", "h -> h") for p in ("q", "k"))
 
 
-def _keymap(name: str, extra: Iterable[Weight], each: tuple[tuple[str, tuple[str, ...]], ...] = ()) -> KeyMap:
+def _keymap(name: str, extra: Iterable[Weight], expert_modules: tuple[tuple[str, tuple[str, ...]], ...] = ()) -> KeyMap:
     extra = tuple(extra)
     # Experts replace the feed-forward kernels in every layer.
-    shared = (w for w in _SHARED if not each or not w.leaf.endswith("_proj.kernel"))
+    shared = (w for w in _SHARED if not expert_modules or not w.leaf.endswith("_proj.kernel"))
     return KeyMap(
         f"tunix:{name}",
         (*shared, *extra),
         output="lm_head",
-        whole=True,
+        complete=True,
         needs=(f"{_OURS}attn.q_proj.w", *(w.leaf for w in extra)),
         same=("d", "h"),
         tied=TIED,
         spellings=(*VISION_LANGUAGE, *bare("model.")),
-        each=each,
+        expert_modules=expert_modules,
     )
 
 

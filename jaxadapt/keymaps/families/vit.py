@@ -44,7 +44,7 @@ def _renames(prefix: str) -> tuple[tuple[str, str], ...]:
 VIT = KeyMap(
     "vit",
     (*_encoder("vit."), *_encoder(""), *dense("pooler.dense", "vit.pooler.dense", "classifier")),
-    whole=True,  # BEiT, DINOv2 and others have the same attention names, but other names in PyTorch
+    complete=True,  # BEiT, DINOv2 and others have the same attention names, but other names in PyTorch
     same=("m",),
     spellings=(("v4", (*_renames("vit."), *_renames(""))),),
 )

@@ -1,1 +1,5 @@
 """LoRA and its variants."""
+
+from jaxadapt.methods.lora.method import Lora
+
+METHOD = Lora()

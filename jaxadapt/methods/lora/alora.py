@@ -34,13 +34,6 @@ def invocation_mask(sequence: Sequence[int], ids: Array) -> Array:
     return jnp.arange(length)[None] >= last[:, None]
 
 
-def repeat_mask(mask: Array, stack: Sequence[int], shape: Sequence[int]) -> Array:
-    """Repeat a mask for each layer that an array of this shape stacks on these axes."""
-    for axis in stack:
-        mask = jnp.repeat(jnp.expand_dims(mask, axis), shape[axis], axis)
-    return mask
-
-
 def mask_delta(params: Params, delta: Array, y: Array) -> Array:
     """Return the adapter's output for the adapted tokens, and 0 for the others; raise `AttachError` without a mask."""
     mask = params.get(MASK)
@@ -59,7 +52,7 @@ def mask_delta(params: Params, delta: Array, y: Array) -> Array:
 
 def list_problems(config: LoraConfig, match: Match) -> list[str]:
     """Return the settings and layers that PEFT does not combine with aLoRA."""
-    unsupported = [name for name in ("use_dora", "kasa_config") if config.get(name)]
+    unsupported = [name for name in ("use_dora", "kasa_config") if config.get(name) not in (None, False)]
     if str(config.init_lora_weights).lower() == "mica":
         unsupported.append("init_lora_weights='mica'")
     if not config.alora_invocation_tokens:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -31,11 +31,12 @@ from jaxadapt.arrays import low_rank
 from jaxadapt.arrays.axes import Axes, Operation, Use
 from jaxadapt.arrays.per_entry import PerEntry, mask_unadapted
 from jaxadapt.arrays.random_draws import Draw
-from jaxadapt.configs import PEFT_VERSION, Config, LoraConfig, matching
+from jaxadapt.configs import PEFT_VERSION, Config, LoraConfig
+from jaxadapt.configs.lora_variants import fields_set
 from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.keymaps.keymap import Match
-from jaxadapt.keymaps.tensor_spec import MethodTensor, Modules
-from jaxadapt.methods.base import Array, Drop, Method, Params, as_computable
+from jaxadapt.keymaps.tensor_spec import MethodTensor
+from jaxadapt.methods.base import Array, Drop, Effects, Method, Params, Start, Target, as_computable
 from jaxadapt.methods.lora import alora, dora, kasa
 from jaxadapt.methods.per_entry import adapted_entries, per_entry
 
@@ -59,15 +60,15 @@ class LoraHparams:
     """
 
     scale: float | PerEntry
-    dropout: float = 0.0
-    kind: str = ""
-    groups: int = 1
-    dora: bool = False
-    bias: bool = False
-    tied: bool = False
-    frozen: bool = False
-    invoked: bool = False
-    used: PerEntry | None = None
+    dropout: float
+    kind: str
+    groups: int
+    dora: bool
+    bias: bool
+    tied: bool
+    frozen: bool
+    invoked: bool
+    used: PerEntry | None
 
 
 class Lora(Method):
@@ -104,8 +105,9 @@ class Lora(Method):
                 + "; ".join(problems)
             )
 
-    def tensors(self, config: LoraConfig, match: Match, modules: Modules) -> tuple[MethodTensor, ...]:
-        ranks = modules.each(lambda m: matching.find_pattern_value(config.rank_pattern, m, config.r), 0)
+    def tensors(self, config: LoraConfig, target: Target) -> tuple[MethodTensor, ...]:
+        match, modules = target.match, target.modules
+        ranks = modules.each(config.rank_of, 0)
         r, alike = max(ranks), len(set(ranks)) == 1
         own_sizes, kind, groups = (("r", r),), match.weight.kind, match.weight.groups
         for rank in set(ranks) - {0}:
@@ -136,14 +138,14 @@ class Lora(Method):
             return tuple(tensors)
         return tuple(dataclasses.replace(t, used_sizes=_used_sizes(t, ranks, r)) for t in tensors)
 
-    def hparams(self, config: LoraConfig, match: Match, modules: Modules) -> LoraHparams:
-        kind, attention = match.weight.kind, match.weight.kind == "attention"
-        times = 2 if attention and not match.weight.part else 1  # the output projection: see the module's docstring
-        scales = {times * lora_scale(config, m) for m in modules}
+    def hparams(self, config: LoraConfig, target: Target) -> LoraHparams:
+        match, modules = target.match, target.modules
+        kind, times = match.weight.kind, match.weight.products
+        scales = {times * config.scale_of(m) for m in modules}
         smallest = min(scales)
         needs_mask = config.use_dora or config.lora_bias  # their gradients are nonzero even where A and B are zero
         return LoraHparams(
-            smallest if len(scales) == 1 else per_entry(modules, lambda m: times * lora_scale(config, m), smallest),
+            smallest if len(scales) == 1 else per_entry(modules, lambda m: times * config.scale_of(m), smallest),
             0.0 if kind in ("attention", "embedding") else config.lora_dropout,  # PEFT has no dropout for these
             "" if kind in ("attention", "linear") else kind,
             match.weight.groups,
@@ -169,10 +171,18 @@ class Lora(Method):
     def forward(self, hparams: LoraHparams) -> bool:
         return not hparams.kind and super().forward(hparams)  # an embedding's product is that of a tied head
 
-    def apart(self, hparams: LoraHparams) -> bool:
-        return hparams.dora
+    def effects(self, hparams: LoraHparams) -> Effects:
+        return Effects(
+            "changes" if hparams.dora else "adds",
+            bias="adds" if hparams.bias else None,
+            reads=hparams.dora,
+            sees="product" if hparams.dora else "layer",
+        )
 
-    def fresh(self, config: LoraConfig, tensor: MethodTensor, fan_in: int) -> Draw:
+    def init(self, config: LoraConfig, tensor: MethodTensor, start: Start) -> Draw | Array:
+        if tensor.name == dora.MAGNITUDE:
+            assert start.axes is not None
+            return dora.output_norms(start.axes, _changed_weight(start.hparams, start.params, start.axes, start.w))
         init = config.init_lora_weights
         if init not in (True, False, "gaussian") or config.kasa_config is not None:
             setting = f"init_lora_weights={init!r}" if config.kasa_config is None else "kasa_config"
@@ -190,12 +200,7 @@ class Lora(Method):
         if init == "gaussian":
             return Draw("normal", 1 / r)
         # torch's Kaiming-uniform with a = sqrt(5) is U(-1/sqrt(fan_in), 1/sqrt(fan_in))
-        return Draw("uniform", 1 / math.sqrt(fan_in * own_sizes.get("g", 1) if tensor.name == "lora_A" else r))
-
-    def from_base(self, hparams: LoraHparams, params: Params, axes: Axes, w: Array) -> dict[str, Array]:
-        return (
-            {dora.MAGNITUDE: dora.output_norms(axes, _changed_weight(hparams, params, axes, w))} if hparams.dora else {}
-        )
+        return Draw("uniform", 1 / math.sqrt(start.fan_in * own_sizes.get("g", 1) if tensor.name == "lora_A" else r))
 
     def output(
         self,
@@ -252,11 +257,20 @@ class Lora(Method):
             )
         return low_rank.add_product(axes, w, -_scale(hparams, params), *_factors(hparams, params)).astype(w.dtype)
 
-    def adds_bias(self, hparams: LoraHparams) -> bool:
-        return hparams.bias
+    def bias(self, hparams: LoraHparams, params: Params, axes: Axes, bias: Array, undo: bool = False) -> Array:
+        if not hparams.bias:
+            return bias
+        added = _bias(hparams, params).reshape(bias.shape)
+        return (bias - added if undo else bias + added).astype(bias.dtype)
 
-    def merged_bias(self, hparams: LoraHparams, params: Params, bias: Array, sign: int) -> Array:
-        return (bias + sign * _bias(hparams, params).reshape(bias.shape)).astype(bias.dtype)
+    def call_data(self, config: LoraConfig, given: Mapping[str, Array]) -> dict[str, Array]:
+        tokens, sequence = given.get("tokens"), config.alora_invocation_tokens
+        if not sequence or tokens is None:
+            return {}
+        return {alora.MASK: tokens if tokens.dtype == bool else alora.invocation_mask(tuple(sequence), tokens)}
+
+    def examples(self) -> Sequence[Mapping[str, Any]]:
+        return ({"r": 2, "lora_alpha": 3}, {"r": 3, "lora_alpha": 5, "use_rslora": True})
 
 
 def is_newer_attention_file(config: Config, sites: Iterable[Match]) -> bool:
@@ -267,15 +281,8 @@ def is_newer_attention_file(config: Config, sites: Iterable[Match]) -> bool:
     known, file_version = (
         [int(n) for n in re.findall(r"\d+", version)[:3]] for version in (PEFT_VERSION, config.peft_version or "")
     )
-    projections = (match.weight.kind == "attention" and not match.weight.part for match in sites)
+    projections = (match.weight.products == 2 for match in sites)
     return config.peft_type == "LORA" and file_version > known and any(projections)
-
-
-def lora_scale(config: LoraConfig, module: str) -> float:
-    """Return the scale s of one PyTorch module: α/r, or α/√r with `use_rslora`."""
-    r = matching.find_pattern_value(config.rank_pattern, module, config.r)
-    alpha = matching.find_pattern_value(config.alpha_pattern, module, config.lora_alpha)
-    return alpha / math.sqrt(r) if config.use_rslora else alpha / r
 
 
 def _factors(hparams: LoraHparams, params: Params) -> tuple[Array, Array]:
@@ -335,8 +342,7 @@ def _check_site(config: LoraConfig, match: Match, r: int) -> None:
             f"{match.leaf}: use_dora is not supported on a grouped convolution, where PEFT's norm mixes the weights of"
             " several groups; set use_dora=False, or exclude the module"
         )
-    asked = [f"{name}={value!r}" for name in ("use_dora", "lora_bias", "bias") if (value := config.get(name))]
-    asked = [setting for setting in asked if setting != "bias='none'"]
+    asked = [f"{name}={value!r}" for name, value in fields_set(config, "tensor").items()]
     if kind == "attention" and asked:
         raise ConfigError(
             f"{match.leaf}: {', '.join(asked)} is not supported on an nn.MultiheadAttention: PEFT has no such adapter"
@@ -361,12 +367,9 @@ def _check_site(config: LoraConfig, match: Match, r: int) -> None:
 
 def _check_parameter(config: LoraConfig, match: Match) -> None:
     """Raise `ConfigError` for settings that PEFT's ParamWrapper lacks: it computes only W + s·B·A."""
-    unsupported = {
-        "lora_dropout": config.lora_dropout, "fan_in_fan_out": config.fan_in_fan_out, "lora_bias": config.lora_bias,
-        "use_dora": config.use_dora, "bias": config.bias if config.bias != "none" else None,
-        "kasa_config": config.kasa_config, "alora_invocation_tokens": config.alora_invocation_tokens,
-    }  # fmt: skip
-    problems = [f"{name}={value!r}" for name, value in unsupported.items() if value]
+    unsupported = fields_set(config, "tensor", "token")
+    unsupported |= {name: value for name in ("lora_dropout", "fan_in_fan_out") if (value := config.get(name))}
+    problems = [f"{name}={value!r}" for name, value in unsupported.items()]
     if problems:
         raise ConfigError(
             f"{match.leaf}: {', '.join(problems)} cannot be combined with target_parameters: PEFT only adds s·B·A to"

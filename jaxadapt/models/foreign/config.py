@@ -9,6 +9,8 @@ from typing import Any
 
 from jaxadapt import methods
 from jaxadapt.configs import Config, FrozenDict, LoraConfig, matching
+from jaxadapt.configs.frozen import find_pattern_value
+from jaxadapt.configs.lora_variants import fields_set
 from jaxadapt.core import paths
 from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.generic import with_layout
@@ -18,12 +20,11 @@ from jaxadapt.models.foreign.survey import ForeignSites
 _DEFAULT = LoraConfig()
 
 
-def missing_alpha(dialect: Dialect, call: str) -> ConfigError:
-    """Return the error for a missing scale, with a call to copy. `call` is the user's call: "save(tree, path"."""
+def missing_alpha(dialect: Dialect) -> ConfigError:
+    """Return the error for a missing scale."""
     return ConfigError(
         f"the alpha of this tree is unknown: {dialect.name} scales by alpha/r and stores no alpha. Pass"
-        f" {dialect.scale}, as in\n"
-        f"  jaxadapt.{call}, lora_alpha=16)"
+        f" {dialect.scale} as lora_alpha, for example lora_alpha=16"
     )
 
 
@@ -38,9 +39,7 @@ def resolve_alpha(config: Config | None, lora_alpha: float | None) -> float | No
     return from_config if lora_alpha is None else lora_alpha
 
 
-def infer_config(
-    sites: ForeignSites, config: Config | None = None, lora_alpha: float | None = None, call: str = "save(tree, path"
-) -> LoraConfig:
+def infer_config(sites: ForeignSites, config: Config | None = None, lora_alpha: float | None = None) -> LoraConfig:
     """Return the configuration of a tree's LoRA leaves, completed with the caller's values.
 
     Args:
@@ -58,15 +57,13 @@ def infer_config(
     problems: list[str] = []
     given = resolve_alpha(config, lora_alpha)
     if not stored and config is None and lora_alpha is None:
-        raise missing_alpha(dialect, call)
+        raise missing_alpha(dialect)
     config = config or LoraConfig()
     if config.use_rslora:
         problems.append(f"use_rslora=True, but {dialect.name} divides by r, not by its square root")
-    if config.alora_invocation_tokens:
-        problems.append(f"alora_invocation_tokens, but {dialect.name} adapts every token")
-    asked = [n for n in ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias") if config.get(n)]
-    asked += [n for n, unset in (("bias", "none"), ("kasa_config", None)) if config.get(n) != unset]
-    problems += [f"{name}={config.get(name)!r}, but {dialect.name} has no tensors for it" for name in asked]
+    problems += [f"{name}, but {dialect.name} adapts every token" for name in fields_set(config, "token")]
+    others = fields_set(config, "tensor", "copy")
+    problems += [f"{name}={value!r}, but {dialect.name} has no tensors for it" for name, value in others.items()]
     if config.rank_pattern or config.r != _DEFAULT.r:
         problems += _contradictions("rank", sites.ranks, config.rank_pattern, config.r)
     else:
@@ -113,7 +110,7 @@ def _contradictions(field: str, values: Mapping[str, Any], patterns: Mapping[str
     return [
         f"{module}: {field} {found:g} in the tree, {want:g} in the configuration"
         for module, found in values.items()
-        if (want := matching.find_pattern_value(patterns, module, default)) != found
+        if (want := find_pattern_value(patterns, module, default)) != found
     ]
 
 
@@ -136,7 +133,7 @@ def _complete_targets(sites: ForeignSites, config: LoraConfig) -> tuple[LoraConf
     return config, left_out + empty
 
 
-def scale_ratios(sites: ForeignSites, config: Config, lora_alpha: float | None, call: str) -> dict[str, float]:
+def scale_ratios(sites: ForeignSites, config: Config, lora_alpha: float | None) -> dict[str, float]:
     """Return `{module: the file's scale / the tree's scale}` of the tree's modules that the file adapts.
 
     Raises `ConfigError` if the tree's scale is unknown.
@@ -145,14 +142,12 @@ def scale_ratios(sites: ForeignSites, config: Config, lora_alpha: float | None, 
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"cannot store a {config.peft_type} adapter in {dialect.name} leaves: they hold only LoRA")
     methods.get_method(config)
-    unsupported = [name for name in ("use_dora", "lora_bias", "modules_to_save") if config.get(name)]
-    unsupported += [] if config.bias == "none" else ["bias"]
-    if unsupported:
+    if unsupported := fields_set(config, "tensor", "copy"):
         raise ConfigError(
             f"cannot store this adapter in {dialect.name} leaves: they hold only A and B, and it has"
             f" {', '.join(unsupported)}"
         )
-    if config.alora_invocation_tokens:
+    if fields_set(config, "token"):
         raise ConfigError(
             f"cannot store this adapter in {dialect.name} leaves: alora_invocation_tokens limits it to some tokens, and"
             f" {dialect.name} adapts every token"
@@ -166,7 +161,7 @@ def scale_ratios(sites: ForeignSites, config: Config, lora_alpha: float | None, 
         )
     if not stored and lora_alpha is None:
         r, alpha = config.r, config.lora_alpha
-        raise ConfigError(f"{missing_alpha(dialect, call)}\n(The file has lora_alpha={alpha:g}, r={r}.)")
+        raise ConfigError(f"{missing_alpha(dialect)}\n(The file has lora_alpha={alpha:g}, r={r}.)")
     if not all(stored.values()) or lora_alpha == 0:
         raise ConfigError(
             f"cannot store an adapter in {dialect.name} leaves with lora_alpha=0, which multiplies them by 0"
@@ -174,7 +169,7 @@ def scale_ratios(sites: ForeignSites, config: Config, lora_alpha: float | None, 
     out: dict[str, float] = {}
     for module, rank in sites.ranks.items():
         if matching.is_target(config, module):
-            ratio = methods.lora_scale(config, module) / (stored.get(module, lora_alpha or 0.0) / rank)
+            ratio = config.scale_of(module) / (stored.get(module, lora_alpha or 0.0) / rank)
             out[module] = 1.0 if abs(ratio - 1) < 2**-23 else ratio  # equal in float32
     return out
 

@@ -9,10 +9,10 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from jaxadapt.core import paths
+from jaxadapt.core.compare import Spec, compare, group_findings
 from jaxadapt.core.errors import MismatchError
 from jaxadapt.models.foreign.survey import FactorArray, ForeignSites
 
-Shape = tuple[int, ...]
 Array = Any
 
 Placed = dict[int, tuple[Array, slice, float]]
@@ -126,38 +126,20 @@ def check_tensors(
 
     Tensors of other modules may be missing: their B becomes zero.
     """
-    missing: list[str] = []
-    wrong: list[str] = []
-    known: set[str] = set()
-    for site in sites.sites:
-        for half in (site.a, site.b):
-            axis = half.form.file_rank
-            for key, module in zip(half.keys, half.modules, strict=True):
-                known.add(key)
-                if key not in shapes:
-                    missing += [key] if module in modules else []
-                    continue
-                shape = tuple(shapes[key])
-                want = half.form.file_shape
-                if len(shape) != len(want) or shape[:axis] + shape[axis + 1 :] != want[:axis] + want[axis + 1 :]:
-                    wrong.append(f"{key}: expected {_shape_text(want, axis)}, found {list(shape)}")
-    unexpected = [key for key in shapes if key not in known]
-    parts = [
-        f"{len(items)} {problem}:\n{paths.bullets(items)}"
-        for problem, items in (
-            (f"missing from {source} (its configuration names their modules)", missing),
-            (f"unexpected (no {sites.dialect.name} leaf matches them)", unexpected),
-            ("with wrong shapes", wrong),
-        )
-        if items
-    ]
+    expected: dict[str, Spec] = {}
+    optional: set[str] = set()
+    for half in (half for site in sites.sites for half in (site.a, site.b)):
+        sizes = tuple(None if i == half.form.file_rank else size for i, size in enumerate(half.form.file_shape))
+        expected |= dict.fromkeys(half.keys, Spec(sizes))
+        optional |= {key for key, module in zip(half.keys, half.modules, strict=True) if module not in modules}
+    parts = group_findings(
+        compare(expected, {key: Spec(tuple(shape)) for key, shape in shapes.items()}, optional),
+        f"missing from {source} (its configuration names their modules)",
+        f"unexpected (no {sites.dialect.name} leaf matches them)",
+    )
     if parts:
         raise MismatchError(
             f"{source} does not match the {sites.dialect.name} leaves of the target:\n"
             + "\n".join(parts)
             + "\nCheck that the adapter is for this base model, that the target adapts the same layers, and keymap="
         )
-
-
-def _shape_text(shape: Shape, rank_axis: int) -> str:
-    return "[" + ", ".join("r" if axis == rank_axis else str(size) for axis, size in enumerate(shape)) + "]"

@@ -20,9 +20,9 @@ from jaxadapt.arrays.pattern import axis_parts
 from jaxadapt.configs import LoraConfig
 from jaxadapt.core import paths
 from jaxadapt.core.errors import KeyMapError
-from jaxadapt.keymaps import plan
+from jaxadapt.keymaps import plan, tensor_layout
 from jaxadapt.keymaps.keymap import KeyMap, Match, index_entries
-from jaxadapt.keymaps.tensor_spec import MethodTensor, Modules
+from jaxadapt.keymaps.tensor_spec import MethodTensor
 from jaxadapt.keymaps.weight import Weight
 from jaxadapt.models.foreign.dialect import RANK, Dialect, Dims, layouts
 
@@ -120,6 +120,11 @@ class ForeignSites:
     stored: Mapping[str, float] = dataclasses.field(default_factory=dict[str, float])
     real: KeyMap | None = None
 
+    @property
+    def own_keymap(self) -> KeyMap:
+        """The keymap of the tree, with one name for all experts of a layer if it has them in one array."""
+        return self.real or self.keymap
+
     @functools.cached_property
     def leaves(self) -> frozenset[str]:
         """The base leaves that the tree adapts."""
@@ -150,7 +155,7 @@ class ForeignSites:
         for leaf, shape in self.base.items():
             match = self.keymap.match(leaf)
             if match and len(match.weight.left) == len(shape) and match.weight.key.rpartition(".")[2] == "weight":
-                out |= set(match.modules(plan.axis_sizes(match, shape)).values())
+                out |= set(match.modules(tensor_layout.axis_sizes(match, shape)).values())
         return frozenset(out)
 
 
@@ -215,7 +220,7 @@ def _bind_site(
 ) -> ForeignSite:
     sizes = {**hints, **{axis: len(match.weight.index_names(axis) or ()) for axis in match.roles["fused"]}}
     if base is not None:
-        sizes = plan.axis_sizes(match, base)
+        sizes = tensor_layout.axis_sizes(match, base)
     tried: list[str] = []
     fits: list[ForeignSite] = []
     for path_a, path_b, number in candidates:
@@ -271,14 +276,14 @@ def _solve_sizes(pairs: Sequence[tuple[Dims, Shape]], sizes: Mapping[str, int]) 
 def _lora_tensors(match: Match) -> tuple[MethodTensor, MethodTensor]:
     """Return PEFT's two tensors of a site. Their rank is a symbolic axis, so its value in the config is arbitrary."""
     config = LoraConfig(r=1)
-    a, b = methods.get_method(config).tensors(config, match, Modules())
+    a, b = methods.get_method(config).tensors(config, methods.Target(match))
     return a, b
 
 
 def _bind_array(
     keymap: KeyMap, match: Match, tensor: MethodTensor, path: str, packed: Shape, dims: Dims, sizes: Mapping[str, int]
 ) -> FactorArray:
-    right = list(plan.torch_axes(match, tensor))
+    right = list(tensor_layout.torch_axes(match, tensor))
     left: list[str] = []
     shape: list[int] = []
     for dim, size in zip(dims, packed, strict=True):
@@ -298,9 +303,9 @@ def _bind_array(
     missing = [n for n in match.braced if n not in left]
     texts = index_entries(match.weight, [left[i] for i in split] + missing, sizes)
     modules = tuple(match.module(text) for _, text in texts)
-    keys = tuple(plan.tensor_key(keymap, match, tensor, text) for _, text in texts)
+    keys = tuple(tensor_layout.tensor_key(keymap, match, tensor, text) for _, text in texts)
     try:
-        factor = plan.scale_factor(keymap, match, tensor, sizes)
+        factor = tensor_layout.scale_factor(keymap, match, tensor, sizes)
     except KeyError as error:
         raise KeyMapError(
             f"{path}: PyTorch's {match.leaf!r} is scaled by the size of an axis, which its LoRA leaves do not"

@@ -10,9 +10,9 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
+from flax import nnx
 from jax.core import Tracer
 
-from jaxadapt import methods
 from jaxadapt.adapters import experts, selection
 from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.adapters.peft_tensors import PeftTensors
@@ -22,7 +22,6 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, KeyMapError, MismatchError, warn
 from jaxadapt.keymaps import families
 from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap, warn_unproved
-from jaxadapt.keymaps.plan import Encoded
 from jaxadapt.models import trees
 from jaxadapt.models.foreign import config as foreign_config
 from jaxadapt.models.foreign import dialects, fill, per_head, slots
@@ -34,6 +33,7 @@ from jaxadapt.models.linen import collections
 from jaxadapt.models.nnx import attach
 from jaxadapt.models.nnx import survey as nnx_survey
 from jaxadapt.models.trees import Leaves, Put
+from jaxadapt.storage.source import as_source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +67,7 @@ def find_lora(tree: Any) -> ForeignTree | None:
     if not trees.may_have_path(tree, is_like):
         return None
     leaves, put = trees.open_tree(tree)
+    tree = attach.model_of(tree)
     leaves = {path: leaf for path, leaf in leaves.items() if not collections.is_moment(path)}
     if not any(map(is_like, leaves)) or not any(
         d.claim(leaves) and _has_slots(d, leaves) for d in dialects.DIALECTS.values()
@@ -139,13 +140,9 @@ def survey_tree(foreign_tree: ForeignTree, keymap: KeyMap | str | None, keys: Co
     bound_keymap = real = _resolve_keymap(foreign_tree, keymap).spelling_for(
         [key.removeprefix(PEFT_PREFIX) for key in keys], leaves
     )
-    if any(
-        match.weight.kind in ("experts", "parameter")
-        for leaf in leaves
-        if (match := bound_keymap.match(leaf)) is not None
-    ):
+    if any(match.weight.by_parameter for leaf in leaves if (match := bound_keymap.match(leaf)) is not None):
         bound_keymap = experts.per_expert_keymap(bound_keymap)
-    if isinstance(foreign_tree.tree, attach.nnx.Module):
+    if isinstance(foreign_tree.tree, nnx.Module):
         claimed = foreign_tree.dialect.claim(foreign_tree.leaves)
         entries = nnx_survey.class_entries(nnx_survey.base_leaves(foreign_tree.tree), bound_keymap)
         bound_keymap = bound_keymap.with_entries(entry for entry in entries if entry.leaf in claimed)
@@ -186,19 +183,18 @@ def tree_to_peft(
     config: Config | None,
     keymap: KeyMap | str | None,
     lora_alpha: float | None,
-    call: str,
     dtype: Any = None,
     on_shared: str | None = None,
     parts: bool = False,
-) -> tuple[LoraConfig, ForeignSites, Mapping[str, Any]]:
-    """Convert the tree's LoRA to PEFT's tensors and configuration.
+) -> tuple[PeftTensors, ForeignSites]:
+    """Convert the tree's LoRA to PEFT's tensors and configuration; return them and its sites.
 
     Tensors are computed on access, those of experts at once. `parts`: keep gate and up separate if they are two leaves.
     """
     foreign_tree = _select_slot(foreign_tree)
     if per_head_sites := _find_per_head(foreign_tree, keymap):
         if lora_alpha is None and config is None:
-            raise foreign_config.missing_alpha(foreign_tree.dialect, call)
+            raise foreign_config.missing_alpha(foreign_tree.dialect)
         alpha = foreign_config.resolve_alpha(config, lora_alpha)
         alpha = LoraConfig().lora_alpha if alpha is None else alpha
         leaves = per_head.widen_leaves(foreign_tree.dialect, per_head_sites, foreign_tree.leaves, on_shared)
@@ -207,27 +203,26 @@ def tree_to_peft(
         config = None if config is None else config.replace(lora_alpha=LoraConfig().lora_alpha)
     sites = survey_tree(foreign_tree, keymap)
     warn_unproved(sites.keymap)
-    config = foreign_config.infer_config(sites, config, lora_alpha, call)
+    config = foreign_config.infer_config(sites, config, lora_alpha)
     host = not any(isinstance(leaf, Tracer) for leaf in foreign_tree.leaves.values())
     tensors = sites.plan.encode(foreign_tree.leaves, dtype, host)
-    if sites.real is None:
-        return config, sites, tensors
     peft = PeftTensors(config, tensors, f"this {foreign_tree.dialect.name} tree")
-    parts = parts or sites.real.single
+    if sites.real is None:
+        return peft, sites
+    parts = parts or sites.real.per_expert
     unadapted = {leaf: shape for leaf, shape in sites.base.items() if leaf not in sites.leaves}
     others = experts.expert_parameters(sites.real, unadapted)
-    peft = experts.fuse_experts(peft, sites.keymap, on_shared, call, sites.real, others if sites.base else None, parts)
-    if sites.real.single:
+    peft = experts.fuse_experts(peft, sites.keymap, on_shared, sites.real, others if sites.base else None, parts)
+    if sites.real.per_expert:
         peft = PeftTensors(*experts.split_experts(peft.config, peft.tensors, sites.real), peft.source)
-    assert isinstance(peft.config, LoraConfig)
-    return peft.config, sites, peft.tensors
+    return peft, sites
 
 
 def extract_adapter(
     foreign_tree: ForeignTree, config: Config | None, keymap: KeyMap | str | None, lora_alpha: float | None
 ) -> Adapter:
     """Return the tree's LoRA as an `Adapter`, with one A for each fused part and all axes separate."""
-    config, sites, tensors = tree_to_peft(foreign_tree, config, keymap, lora_alpha, "extract(tree", parts=True)
+    peft, sites = tree_to_peft(foreign_tree, config, keymap, lora_alpha, parts=True)
     shapes = {g.match.leaf: shape for g in sites.sites if (shape := g.base_shape) is not None}
     unknown = [g.match.leaf for g in sites.sites if g.base_shape is None]
     if unknown:
@@ -235,10 +230,9 @@ def extract_adapter(
             "cannot extract the adapter: the shapes of these weights do not follow from their LoRA leaves. Pass the"
             f" whole tree, or call to_peft, which does not need the shapes:\n{paths.bullets(unknown)}"
         )
-    adapter_keymap = sites.real or sites.keymap
-    adapter_sites = selection.select_sites(config, adapter_keymap, shapes)
-    leaves = make_file_plan(adapter_sites).decode(tensors)
-    return Adapter(config, paths.unflatten(leaves), adapter_keymap)
+    adapter_sites = selection.select_sites(peft.config, sites.own_keymap, shapes)
+    leaves = make_file_plan(adapter_sites).decode(peft.tensors)
+    return Adapter(peft.config, paths.unflatten(leaves), sites.own_keymap)
 
 
 # ---------------------------------------------------------------- import
@@ -254,7 +248,6 @@ def fill_tree(
     on_shared: str | None = None,
     dtype: Any = None,
     source: str = "the file",
-    call: str = "load(path, tree",
 ) -> Any:
     """Write a file's tensors into the LoRA leaves of a tree (NNX in place). On an error nothing is changed.
 
@@ -267,19 +260,19 @@ def fill_tree(
     tree, foreign_tree = foreign_tree, _select_slot(foreign_tree, room=True)
     per_head_sites = _find_per_head(foreign_tree, keymap)
     if per_head_sites and lora_alpha is not None:
-        leaves = per_head.reserve_rank(per_head_sites, foreign_tree.leaves, _specs(tensors))
+        leaves = per_head.reserve_rank(per_head_sites, foreign_tree.leaves, as_source(tensors).specs)
         stored = per_head.rescaled_alphas(foreign_tree.dialect, foreign_tree.leaves, leaves, lora_alpha)
         foreign_tree, lora_alpha = dataclasses.replace(foreign_tree, leaves=leaves, stored=stored), None
     sites = survey_tree(foreign_tree, keymap, tensors)
     if sites.real is not None:
-        fused = experts.fuse_experts(PeftTensors(config, tensors, source), sites.real, on_shared, call)
+        fused = experts.fuse_experts(PeftTensors(config, tensors, source), sites.real, on_shared)
         config, tensors = experts.split_experts(fused.config, fused.tensors, sites.keymap, sites.real)
     if foreign_tree.slot is not None and isinstance(
         config, LoraConfig
     ):  # `scale_ratios` raises for other configurations
         sites = dataclasses.replace(sites, stored=_slot_alphas(tree, sites, config))
-    ratios = foreign_config.scale_ratios(sites, config, lora_alpha, call)
-    shapes = {key: tuple(spec.shape) for key, spec in _specs(tensors).items()}
+    ratios = foreign_config.scale_ratios(sites, config, lora_alpha)
+    shapes = {key: tuple(spec.shape) for key, spec in as_source(tensors).specs.items()}
     fill.check_tensors(sites, ratios, shapes, source)
     values = {key: tensors[key] for half in _factor_arrays(sites) for key in half.keys if key in shapes}
     traced = any(isinstance(x, Tracer) for x in [*values.values(), *foreign_tree.leaves.values()])
@@ -318,7 +311,7 @@ def needed_rank(
     """Return the rank that a tree needs for a file's tensors if differing tensors are concatenated."""
     per_head_sites = _find_per_head(foreign_tree, keymap)
     room = dataclasses.replace(
-        foreign_tree, leaves=per_head.reserve_rank(per_head_sites, foreign_tree.leaves, _specs(tensors))
+        foreign_tree, leaves=per_head.reserve_rank(per_head_sites, foreign_tree.leaves, as_source(tensors).specs)
     )
     sites, ratios = survey_tree(room, keymap), dict.fromkeys(modules, 1.0)
     if not per_head_sites:
@@ -342,7 +335,7 @@ def _slot_alphas(tree: ForeignTree, sites: ForeignSites, config: LoraConfig) -> 
         adapted = [m for m in site.a.modules if matching.is_target(config, m)]
         if adapted:
             dtype = tree.leaves[tree.dialect.slot_paths(site.a.path)[1]].dtype
-            out[site.match.leaf] = float(np.asarray(methods.lora_scale(config, adapted[0]), dtype)) * site.a.rank
+            out[site.match.leaf] = float(np.asarray(config.scale_of(adapted[0]), dtype)) * site.a.rank
     return out
 
 
@@ -357,10 +350,6 @@ def _used_ranks(sites: ForeignSites, placed: Mapping[str, tuple[FactorArray, Pla
 
 def _factor_arrays(sites: ForeignSites) -> list[FactorArray]:
     return [half for site in sites.sites for half in (site.a, site.b)]
-
-
-def _specs(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
-    return tensors.specs if isinstance(tensors, Encoded) else tensors
 
 
 __all__ = [

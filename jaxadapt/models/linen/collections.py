@@ -14,7 +14,7 @@ from flax.linen import spmd
 
 from jaxadapt import methods
 from jaxadapt.adapters import sharding, sites
-from jaxadapt.adapters.adapter import CONFIG_NODE, Adapter, Recipe, collection_name, is_array
+from jaxadapt.adapters.adapter import CONFIG_NODE, SHARED_NODE, Adapter, Recipe, collection_name, is_array
 from jaxadapt.arrays import placement
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
@@ -228,7 +228,7 @@ def adapter_from_arrays(tree: Mapping[str, Any], name: str, config: Config | Non
         values = {path: leaf for path, leaf in leaves.items() if is_array(unbox_tree(leaf))}
         if not values or any(collection in path.split(".") for path in values):
             raise AttachError(f"there is no adapter {name!r} of type {config.peft_type} in this tree. Check name=")
-    base_leaves = {path.rpartition(".")[0] for path in values}
+    base_leaves = {path.rpartition(".")[0] for path in values} - {SHARED_NODE}
     resolved = (
         families.family_of_leaves(base_leaves) if keymap in (None, "auto") else families.resolve_keymap(keymap, {})
     )

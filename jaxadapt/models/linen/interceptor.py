@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +18,7 @@ from jaxadapt.arrays import quantized
 from jaxadapt.arrays.axes import Axes, Use, contradiction_message
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
+from jaxadapt.keymaps.weight import Kind
 from jaxadapt.methods import AppliedMethod, AppliedMethods
 from jaxadapt.models import layers
 from jaxadapt.models.tracing import rewrite
@@ -63,7 +65,7 @@ def known_use(module: nn.Module, method: str) -> tuple[_Roles, _ToUse] | None:
     return _KNOWN.get(owner) if owner is not None else None
 
 
-def known_roles(module: nn.Module, method: str, leaf: str) -> tuple[Axes, str, int] | None:
+def known_roles(module: nn.Module, method: str, leaf: str) -> tuple[Axes, Kind, int] | None:
     """Return axes, kind and groups of the weight of Flax's own Conv or Embed, else None."""
     owner = next((c for c in type(module).__mro__ if method in vars(c)), None)
     m: Any = module
@@ -193,12 +195,18 @@ def write_back(scope: Scope, changed: Mapping[str, Any]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class LeafAdapter:
-    """One adapter at one leaf; `keys` maps its tensors to their names in `params` during the call."""
+    """One adapter at one leaf.
+
+    Attributes:
+        keys: the names in `params` of its tensors during the call.
+        whole: shared tensors that are not in `params`, because the model's scan would slice them there.
+    """
 
     method: methods.Method
     hparams: Any
     axes: Axes
     keys: Mapping[str, str]
+    whole: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
 
     @property
     def rate(self) -> float:
@@ -208,7 +216,13 @@ class LeafAdapter:
     def make_hook(self, scope: Any, dropout: Callable[[Any], Any] | None) -> AppliedMethod:
         """Return the method with the tensors that `scope` holds."""
         tensors = {tensor: scope.get_variable("params", key) for tensor, key in self.keys.items()}
-        return AppliedMethod(self.method, self.hparams, tensors, self.axes, dropout)
+        if self.whole and any("jit(" in part for part in scope.debug_path):
+            raise AttachError(
+                f"{'.'.join(scope.path)}: cannot pass {', '.join(self.whole)}, which belong to the whole adapter, into"
+                " nn.jit around or inside a scan over layers: its compiled function would keep the first values. Remove"
+                " that nn.jit, and compile the whole call with jax.jit"
+            )
+        return AppliedMethod(self.method, self.hparams, {**tensors, **self.whole}, self.axes, dropout)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +252,7 @@ class Interceptor:
         if not hooks:
             return next_fun(*args, **kwargs)
         known = known_use(module, method)
-        if known is not None and list(hooks) == ["kernel"] and not hooks["kernel"].apart:
+        if known is not None and list(hooks) == ["kernel"] and not (hooks["kernel"].apart or hooks["kernel"].by_weight):
             hook = hooks["kernel"]
             kernel_roles, kernel_use = known
             x, rest = call_input(args, kwargs)
@@ -247,7 +261,7 @@ class Interceptor:
             if hook.forward and use.transposed and not any(rest):
                 axes = kernel_roles(module, rest)
                 raise AttachError(f"{'.'.join(module.scope.path)}: {contradiction_message(hook.axes, axes)}")
-            if _is_along_roles(use):
+            if _is_along_roles(use) and hook.follows_use(use):
                 x = hook.input(use, x)
                 args, kwargs = with_input(x, args, kwargs)
                 self.running.append(module.scope.path)
@@ -293,7 +307,15 @@ class Interceptor:
                     f" adapted weights {list(hooks)} the bias belongs. Adapt only one of them"
                 )
             fixed |= {"bias": new_biases[0]} if new_biases else {}
-        others = {k: v for k, v in params.items() if k not in hooks and k != "bias"}
+        by_weight = {leaf: hook for leaf, hook in hooks.items() if hook.by_weight}
+        if by_weight:
+            fixed |= {leaf: hook.weight(params[leaf]) for leaf, hook in by_weight.items()}
+            weights, hooks = (
+                {leaf: x for leaf, x in each.items() if leaf not in by_weight} for each in (weights, hooks)
+            )
+            if not hooks:
+                return call(fixed, *args, **kwargs)
+        others = {k: v for k, v in params.items() if k not in fixed and k not in hooks and k != "bias"}
         try:
             methods.check_biases(hooks.values(), others)
         except AttachError as error:
@@ -380,3 +402,8 @@ def _is_along_roles(use: Use) -> bool:
     in_axes, out_axes = set(use.letters("in")), set(use.letters("out"))
     in_x, out_x = in_axes & set(use.x), out_axes & set(use.x)
     return (in_x == in_axes and not out_x) or (out_x == out_axes and not in_x)
+
+
+def intercept(sites: Mapping[tuple[str, ...], Mapping[str, Sequence[LeafAdapter]]]) -> AbstractContextManager[None]:
+    """Return a context in which the calls of Linen modules apply these adapters."""
+    return nn.intercept_methods(Interceptor(sites))

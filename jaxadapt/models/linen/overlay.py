@@ -13,13 +13,13 @@ from flax.core import FrozenDict, meta
 from flax.core.scope import in_filter
 
 from jaxadapt import methods
-from jaxadapt.adapters.adapter import CONFIG_NODE, SHARED_NODE, Adapter, Recipe, collection_name
+from jaxadapt.adapters.adapter import CONFIG_NODE, Adapter, Recipe, collection_name
 from jaxadapt.adapters.sites import Site, map_stack, sites_from_shapes
 from jaxadapt.arrays import quantized
-from jaxadapt.configs import Config, PromptLearningConfig, matching
+from jaxadapt.configs import Config, matching
+from jaxadapt.configs.prompt import PromptLearningConfig
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
-from jaxadapt.methods.lora import alora
 from jaxadapt.models.linen import collections, survey
 from jaxadapt.models.linen.interceptor import SEP, Interceptor, LeafAdapter
 from jaxadapt.models.prompt.calling import Prompt, require_one
@@ -67,7 +67,7 @@ def build_overlay(
     variables: Mapping[str, Any],
     configs: Mapping[str, Config],
     active: Sequence[str],
-    tokens: Mapping[str, Any],
+    data: Mapping[str, Mapping[str, Any]],
     has_stream: bool,
 ) -> Overlay:
     """Build the overlay of one call.
@@ -76,7 +76,7 @@ def build_overlay(
         variables: the variables as the caller has them.
         configs: `{name: configuration}` of the wrapper's adapters.
         active: the names of the adapters to apply, in this order.
-        tokens: `{name: mask}` of the tokens that aLoRA adapters adapt.
+        data: `{adapter: {name: array}}` of this call.
         has_stream: True if the call has a random stream for dropout.
 
     Raises `AttachError` for an active adapter that the variables lack, or that does not fit the base or its
@@ -95,16 +95,14 @@ def build_overlay(
     prompts: dict[str, Prompt] = {}
     for order, name in enumerate(active):
         adapter = _read_adapter(adapters, name, configs[name], keys_by_leaf)
-        if adapter.shared and methods.get_method(adapter.config).scope == "model":
-            prompts[name] = Prompt(adapter.recipe, adapter.shared)
-        values = {leaf: tensors for leaf, tensors in adapter.sites.items() if leaf != SHARED_NODE}
-        shapes = tuple(
-            (leaf, tuple((t, tuple(a.shape)) for t, a in tensors.items())) for leaf, tensors in values.items()
-        )
+        values, shared = adapter.sites, adapter.shared
+        if methods.get_method(adapter.config).scope == "model":
+            prompts[name] = Prompt(adapter.recipe, shared, data.get(name, {}))
+        shapes = tuple((leaf, tuple(tensors.items())) for leaf, tensors in adapter.shapes.items())
         for site in _cached_sites(adapter.recipe, shapes):
             keys = keys_by_leaf[site.leaf]
             *path, leaf = keys
-            if site.method.replaces:
+            if site.method.copies and site.effects.form == "weight":
                 replacing.setdefault(site.leaf, {})[name] = site.method
                 old = quantized.to_dense(survey.lookup(params, keys))
                 new = map_stack(site, lambda a, w: a.weight(w), values[site.leaf], meta.unbox(old))
@@ -114,18 +112,32 @@ def build_overlay(
                 with_dropout.append(name)
             # The hyperparameters are part of the added names, so that a jit inside the model (nn.jit) traces anew
             # when they change.
-            text = repr((order, site.method.peft_type, site.hparams, site.axes, has_stream and name in with_dropout))
+            text = repr(
+                (
+                    order,
+                    site.method.peft_type,
+                    site.hparams,
+                    site.axes,
+                    site.axes.torch,
+                    has_stream and name in with_dropout,
+                )
+            )
             digest = hashlib.sha256(text.encode()).hexdigest()[:12]
             added = {tensor: f"{leaf}{SEP}{tensor}{SEP}{digest}" for tensor in values[site.leaf]}
             leaves |= {(*path, key): values[site.leaf][tensor] for tensor, key in added.items()}
             for data_name, numbers in site.data.items():
                 added[data_name] = f"{leaf}{SEP}{data_name}{SEP}{digest}"
                 leaves[(*path, added[data_name])] = _move_to_stack(numbers, site.match.stack)
-            if name in tokens:
-                added[alora.MASK] = f"{leaf}{SEP}{alora.MASK}{SEP}{digest}"
+            for data_name, array in data.get(name, {}).items():
+                added[data_name] = f"{leaf}{SEP}{data_name}{SEP}{digest}"
                 shape = collections.unbox_tree(survey.lookup(params, keys)).shape
-                leaves[(*path, added[alora.MASK])] = alora.repeat_mask(tokens[name], site.match.stack, shape)
-            leaf_adapter = LeafAdapter(site.method, site.hparams, site.axes, added)
+                leaves[(*path, added[data_name])] = repeat_on_stack(array, site.match.stack, shape)
+            # The model's scan would slice a shared tensor among the stacked parameters.
+            whole = shared if site.match.stack and not site.method.copies else {}
+            if shared and not site.match.stack and not site.method.copies:
+                added |= {tensor: f"{leaf}{SEP}{tensor}{SEP}{digest}" for tensor in shared}
+                leaves |= {(*path, added[tensor]): shared[tensor] for tensor in shared}
+            leaf_adapter = LeafAdapter(site.method, site.hparams, site.axes, added, whole)
             leaf_adapters.setdefault(tuple(path), {}).setdefault(leaf, []).append(leaf_adapter)
     methods.refuse_rivals(replacing)
     interceptor = Interceptor(leaf_adapters, _quantized_modules(params), has_stream)
@@ -149,7 +161,7 @@ def _read_adapter(adapters: Mapping[str, Any], name: str, config: Config, keys_b
             f"the adapter {name!r} in the variables has another configuration than in this wrapper. Wrap the module"
             f" with the adapter's: jaxadapt.adapt(module, jaxadapt.extract(variables{argument}).config{argument})"
         )
-    missing = [leaf for leaf in adapter.sites if leaf not in keys_by_leaf and leaf != SHARED_NODE]
+    missing = [leaf for leaf in adapter.sites if leaf not in keys_by_leaf]
     if missing:
         raise AttachError(
             f"the adapter {name!r} adapts weights that the base parameters lack:\n" + paths.bullets(missing)
@@ -193,6 +205,13 @@ def _move_to_stack(numbers: Any, stack: Sequence[int]) -> Any:
     for axis, size in zip(stack, numbers.shape, strict=True):
         shape[axis] = size
     return jnp.asarray(numbers.reshape(shape))
+
+
+def repeat_on_stack(x: Any, stack: Sequence[int], shape: Sequence[int]) -> Any:
+    """Repeat an array for each layer that a weight of this shape stacks on these axes."""
+    for axis in stack:
+        x = jnp.repeat(jnp.expand_dims(x, axis), shape[axis], axis)
+    return x
 
 
 def _without_added(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 
 from jaxadapt.core.errors import AttachError
-from jaxadapt.methods.prompt.base import BaseSizes
+from jaxadapt.methods.prompt import BaseSizes
 from jaxadapt.models.prompt import calling
 from jaxadapt.models.prompt.arguments import signature_of
 from jaxadapt.models.prompt.attention import Findable, attention

@@ -19,15 +19,15 @@ from jaxadapt.arrays.axes import Axes, contradiction_message, transposed_axes
 from jaxadapt.configs import Config, matching
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
-from jaxadapt.keymaps import plan
+from jaxadapt.keymaps import tensor_layout
 from jaxadapt.keymaps.generic import GENERIC, entry_from_axes
 from jaxadapt.keymaps.keymap import KeyMap, Match
-from jaxadapt.keymaps.weight import Weight
+from jaxadapt.keymaps.weight import Kind, Weight
 from jaxadapt.models.linen import interceptor
 from jaxadapt.models.linen.collections import unbox_tree
 from jaxadapt.models.linen.interceptor import SEP
 from jaxadapt.models.tracing import rewrite
-from jaxadapt.models.tracing.liveness import live_weights
+from jaxadapt.models.tracing.liveness import live_weights, refuse_reads_outside
 from jaxadapt.models.tracing.uses import infer_axes
 
 _PER_CALL_COLLECTIONS = {"cache", "intermediates", "perturbations"}
@@ -57,7 +57,7 @@ class Survey:
     collections: frozenset[str]
     stateful: frozenset[str]
     roles: dict[str, Axes] = dataclasses.field(default_factory=dict[str, Axes])
-    kinds: dict[str, tuple[str, int]] = dataclasses.field(default_factory=dict[str, tuple[str, int]])
+    kinds: dict[str, tuple[Kind, int]] = dataclasses.field(default_factory=dict[str, tuple[Kind, int]])
     certain: set[str] = dataclasses.field(default_factory=set[str])
     stack: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict[str, tuple[int, ...]])
     vectors: set[str] = dataclasses.field(default_factory=set[str])
@@ -104,7 +104,7 @@ class Survey:
         for leaf, reason in ({**self.unknown, **self.refused} if guesses else self.refused).items():
             match = keymap.match(leaf)
             if match is not None and len(match.weight.left) == len(self.shapes[leaf]):
-                sizes = plan.axis_sizes(match, self.shapes[leaf])
+                sizes = tensor_layout.axis_sizes(match, self.shapes[leaf])
                 modules = match.modules(sizes).values()
                 parameters = target_parameters.parameter_names(match, sizes).values()
             else:
@@ -290,13 +290,7 @@ def check_reads(run: Callable[..., Any], adapted: Mapping[tuple[str, ...], Seque
         overlaid = overlay(params, {**copies, **{keys: weights[name] for keys, name in names.items()}})
         return run(jax.tree.map(quantized.to_dense, overlaid, is_leaf=quantized.is_quantized), intercept)
 
-    outside = [leaf for leaf, is_live in live_weights(output, values).items() if is_live]
-    if outside:
-        raise AttachError(
-            "these weights are read outside their own module's call, where an adapter cannot follow:\n"
-            + paths.bullets(outside)
-            + "\nExclude them with exclude_modules, or change the reader to call the module"
-        )
+    refuse_reads_outside(leaf for leaf, is_live in live_weights(output, values).items() if is_live)
 
 
 def lookup(tree: Any, keys: Sequence[str]) -> Any:

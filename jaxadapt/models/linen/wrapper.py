@@ -17,16 +17,16 @@ import jax
 from flax.core import meta
 
 from jaxadapt import methods
-from jaxadapt.adapters import initial_values, prompt_sites, selection
+from jaxadapt.adapters import initial_values, selection
 from jaxadapt.adapters.adapter import Adapter, Recipe, collection_name, is_array
-from jaxadapt.adapters.sites import Site, with_copy_entries
+from jaxadapt.adapters.recipes import make_recipe
+from jaxadapt.adapters.sites import Sites
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, warn
 from jaxadapt.keymaps.families import resolve_keymap
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.methods.prompt import PromptMethod
-from jaxadapt.methods.prompt.base import BaseSizes
+from jaxadapt.methods.prompt import BaseSizes, PromptMethod
 from jaxadapt.models.linen import collections, prompt, survey
 from jaxadapt.models.linen.interceptor import DROPOUT, UseRecorder
 from jaxadapt.models.linen.overlay import Overlay, build_overlay, key_paths
@@ -49,10 +49,9 @@ class Adapted:
         active: the names of the adapters that `apply` applies, in this order.
         keymap: a family's name, a `KeyMap`, or None to recognise the family.
         dtype: the dtype of new adapter parameters; float32 by default.
-        tokens: `{name: mask}` of the tokens that aLoRA adapters adapt; `jaxadapt.models.invoke` sets them.
+        data: `{adapter: {name: array}}` of the calls, such as an aLoRA's tokens; `jaxadapt.models.invoke` sets it.
         deterministic: True turns the adapters' dropout (`lora_dropout`) off. False turns it on, and a call without a
             random stream "dropout" raises. None turns it on in calls whose `rngs` have that stream.
-        task_ids, prefilled: the data of calls with virtual tokens; `jaxadapt.models.prompting` sets them.
 
     `deterministic` is a field of the wrapper, which `clone` changes. It is not an argument of `apply`, because `apply`
     passes every argument to the module, which may have an argument `deterministic` too:
@@ -64,10 +63,10 @@ class Adapted:
     active: tuple[str, ...]
     keymap: KeyMap | str | None = None
     dtype: Any = None
-    tokens: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any], repr=False, compare=False)
+    data: Mapping[str, Mapping[str, Any]] = dataclasses.field(
+        default_factory=dict[str, Mapping[str, Any]], repr=False, compare=False
+    )
     deterministic: bool | None = None
-    task_ids: Any = dataclasses.field(default=None, repr=False, compare=False)
-    prefilled: bool = False
     # Signatures of calls that were checked: they read no adapted weight outside its module.
     _checked: set[Hashable] = dataclasses.field(default_factory=set[Hashable], init=False, repr=False, compare=False)
     # Holds "dropout" after a call had that stream, or after the warning that it lacked one. Clones share the set.
@@ -123,10 +122,10 @@ class Adapted:
         y, variables = self.module.init_with_output(rngs, *args, **kwargs)
         return y, self._add_adapters(plans, rngs, variables)
 
-    def _plan_adapters(self, rngs: Any, args: Any, kwargs: Any) -> dict[str, tuple[Recipe, tuple[Site, ...]]]:
+    def _plan_adapters(self, rngs: Any, args: Any, kwargs: Any) -> dict[str, tuple[Recipe, Sites]]:
         """Return `{name: (recipe, sites)}` from shapes only, so that all checks run before any computation."""
-        prompts = {name: config for name, config in self.adapters if methods.get_method(config).scope == "model"}
-        sizes = prompt.measure_base(self.module, rngs, args, kwargs) if prompts else BaseSizes()
+        has_prompt = any(methods.get_method(config).scope == "model" for _, config in self.adapters)
+        sizes = prompt.measure_base(self.module, rngs, args, kwargs) if has_prompt else BaseSizes()
         model = survey.survey_module(self.module, rngs, args, kwargs)
         occupied = model.collections & {collection_name(config) for _, config in self.adapters}
         if occupied:
@@ -136,21 +135,14 @@ class Adapted:
             )
         keymap = resolve_keymap(self.keymap, model.shapes)
         entries = model.entries(keymap)
-        full_keymap = keymap.with_entries(entries)
-        plans: dict[str, tuple[Recipe, tuple[Site, ...]]] = {}
+        plans: dict[str, tuple[Recipe, Sites]] = {}
         for name, config in self.adapters:
             method = methods.get_method(config)
             if isinstance(method, PromptMethod):
                 config = method.complete(config, with_width(sizes, keymap, model.shapes))
-                plans[name] = Recipe(config, keymap, 1), prompt_sites.plan_sites(config, stored=False)
-                continue
-            config = selection.resolve_config(config, full_keymap, model.shapes)
-            model.check(config, full_keymap)
-            sites = selection.select_sites(config, full_keymap, model.shapes)
+            plans[name] = make_recipe(config, keymap, model.shapes, entries, check=model.check)
+        for _, sites in plans.values():
             model.check_saved([s.leaf for s in sites if s.method.copies and s.hparams.because == "modules_to_save"])
-            leaves = {site.leaf for site in sites}
-            used_keymap = keymap.with_entries(entry for entry in entries if entry.leaf in leaves)
-            plans[name] = Recipe(config, with_copy_entries(used_keymap, sites)), sites
         return plans
 
     def _add_adapters(self, plans: Mapping[str, Any], rngs: Any, variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,8 +190,7 @@ class Adapted:
         if overlay.prompt is None:
             out = call(variables, *args, **kwargs)
         else:
-            virtual = dataclasses.replace(overlay.prompt, tasks=self.task_ids, prefilled=self.prefilled)
-            out = prompt.call_module(self.module, virtual, call, variables, args, kwargs)
+            out = prompt.call_module(self.module, overlay.prompt, call, variables, args, kwargs)
         if mutable is False:
             return out
         y, changed = out
@@ -249,7 +240,7 @@ class Adapted:
     def _make_overlay(self, variables: Mapping[str, Any], rngs: Any) -> Overlay:
         """Return the overlay of one call, after the check for dropout without a random stream."""
         has_stream = not self.deterministic and isinstance(rngs, Mapping) and DROPOUT in rngs
-        overlay = build_overlay(variables, dict(self.adapters), self.active, self.tokens, has_stream)
+        overlay = build_overlay(variables, dict(self.adapters), self.active, self.data, has_stream)
         self._check_dropout(overlay.with_dropout, has_stream)
         return overlay
 

@@ -13,9 +13,9 @@ from jaxadapt.arrays import quantized
 from jaxadapt.arrays.axes import contradiction_message, transposed_axes
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
-from jaxadapt.models.nnx import survey
+from jaxadapt.models.nnx import graph, survey
 from jaxadapt.models.tracing import rewrite
-from jaxadapt.models.tracing.liveness import live_weights
+from jaxadapt.models.tracing.liveness import live_weights, refuse_reads_outside
 from jaxadapt.models.tracing.uses import describe_uses, infer_axes, unfollowed_uses
 
 Args = Sequence[Any]
@@ -66,7 +66,7 @@ def _bind_pure(module: nnx.Module, base: type[nnx.Module], f: Callable[..., Any]
 
 
 def trace_axes(
-    model: nnx.Module, walk: survey.ModelWalk, args: Args, leaves: Sequence[str], required: bool
+    model: nnx.Module, walk: graph.ModelWalk, args: Args, leaves: Sequence[str], required: bool
 ) -> tuple[dict[str, survey.TracedAxes], set[str]]:
     """Trace the axis roles of custom layers' leaves in one abstract call of the model.
 
@@ -177,13 +177,7 @@ def check_calls(
     ]
     if contradictions:
         raise AttachError("these layers cannot carry the adapter:\n" + paths.bullets(contradictions))
-    outside = [leaf for leaf in adapted if live[leaf]]
-    if outside:
-        raise AttachError(
-            "these weights are read outside their own module's call, where an adapter cannot follow:\n"
-            + paths.bullets(outside)
-            + "\nExclude them with exclude_modules, or change the reader to call the module"
-        )
+    refuse_reads_outside(leaf for leaf in adapted if live[leaf])
     if stray_uses:
         raise AttachError(
             "dropout cannot be applied, because these layers use their weight in a way that only the effective weight"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import collections
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,15 +29,19 @@ from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, Recipe, collection_n
 from jaxadapt.arrays import placement, random_draws
 from jaxadapt.arrays.axes import contradiction_message
 from jaxadapt.core import paths
+from jaxadapt.core.compare import compare, shapes_of
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps import plan
 from jaxadapt.methods import Method
-from jaxadapt.models.nnx import prompt, survey
+from jaxadapt.models.nnx import graph, prompt, survey
+from jaxadapt.models.nnx.graph import Owner
 from jaxadapt.models.nnx.layer import ACTIVE, Attached, adapted_class, attached_to
-from jaxadapt.models.nnx.params import AdapterParam, LayerNumber
-from jaxadapt.models.nnx.survey import DROPOUT, AdaptedMeta, Owner, base_class, natural_key, set_class
+from jaxadapt.models.nnx.params import AdapterParam, FrozenParam, LayerNumber, SharedAdapterParam, SharedFrozenParam
+from jaxadapt.models.nnx.survey import DROPOUT, AdaptedMeta, base_class, set_class
 
-Tree = nnx.Module | nnx.State[Any, Any]
+Model = nnx.Module | graph.ModelWalk
+Tree = Model | nnx.State[Any, Any]
+TREES = (nnx.Module, graph.ModelWalk, nnx.State)
 Layers = Sequence[tuple[str, Any]]
 
 
@@ -47,13 +51,13 @@ Layers = Sequence[tuple[str, Any]]
 def base_shardings(owners: Mapping[str, Owner]) -> dict[str, NamedSharding | None]:
     """Return `{leaf: sharding}` for the base leaves: the sharding of the array or spec, else that of the metadata."""
     shardings: dict[str, NamedSharding | None] = {}
-    for leaf, (module, attr) in owners.items():
-        var: nnx.Variable[Any] = vars(module)[attr]
-        value, metadata = var.get_value(), var.get_metadata()
+    for leaf, value in survey.base_values(owners).items():
         shardings[leaf] = placement.sharding_of(value)
-        if placement.is_unplaced(value) and metadata.get("out_sharding"):
+        module, attr = owners[leaf]
+        var: nnx.Variable[Any] = vars(module)[attr]
+        if placement.is_unplaced(value) and var.get_metadata("out_sharding", None):
             spec = nnx.get_partition_spec({"": var})[""].get_value()
-            shardings[leaf] = placement.sharding_from_spec(spec, metadata.get("mesh"))
+            shardings[leaf] = placement.sharding_from_spec(spec, var.get_metadata("mesh", None))
     return shardings
 
 
@@ -127,41 +131,46 @@ def attach(
     name: str,
     values: Mapping[str, Any],
     rngs: nnx.Rngs | None = None,
-    walk: survey.ModelWalk | None = None,
+    walk: graph.ModelWalk | None = None,
 ) -> None:
     """Attach an adapter's values (`{path: array or spec}`) to a model's layers, and make it the only active adapter.
 
     Raises `AttachError`, listing all problems, for layers that cannot carry the adapter.
     """
-    walk = survey.walk_model(model) if walk is None else walk
+    walk = graph.walk_model(model) if walk is None else walk
     owners = walk.leaves
     require_current_trace(module for module, _ in owners.values())
     collection = collection_name(recipe.config)
-    on_model = [site for site in adapter_sites if site.leaf == SHARED_NODE]
-    adapter_sites = [site for site in adapter_sites if site.leaf != SHARED_NODE]
     saved = {site.leaf for site in adapter_sites if site.method.copies and site.hparams.because == "modules_to_save"}
     problems = [*survey.find_obstacles(walk, [site.leaf for site in adapter_sites], saved).values()]
     problems += _find_misfits(adapter_sites, owners, collection)
     if problems:
         raise AttachError("these layers cannot carry the adapter:\n" + paths.bullets(problems))
-    for site in on_model:
-        require_current_trace([model])
-        if collection in vars(model) and ACTIVE not in vars(model):
-            raise AttachError(
-                f"cannot attach the adapter: the model already has an attribute {collection!r} of its own"
-            )
-        prompt.attach_prompt(model, recipe, name, {entry.path: values[entry.path] for entry in site.entries})
-        _make_active_layer(model, name)
     if rngs is not None and any(site.method.dropout(site.hparams) for site in adapter_sites):
         require_stream(rngs, "dropout")
+    shared = {
+        each.tensor.name: (SharedAdapterParam if each.tensor.trained else SharedFrozenParam)(
+            values[each.entry.path], adapter=Attached(recipe, methods.get_method(recipe.config), None, each.entry.shape)
+        )
+        for each in sites.shared_tensors(adapter_sites)
+    }
+    if methods.get_method(recipe.config).scope == "model":
+        require_current_trace([model])
+        if collection in vars(model) and ACTIVE not in vars(model):
+            raise AttachError(f"cannot attach the adapter: the model has an attribute {collection!r} of its own")
+        prompt.attach_prompt(model, collection, name, shared)
+        _apply_adapters(model, name)
     for site in adapter_sites:
         module, attr = owners[site.leaf]
         attached = Attached(recipe, site.method, site.axes, site.hparams)
         metadata = vars(module)[attr].get_metadata()
         tensors = {
-            t.name: AdapterParam(values[e.path], adapter=attached, **_sharding_metadata(site, e, metadata))
+            t.name: (AdapterParam if t.trained else FrozenParam)(
+                values[e.path], adapter=attached, **_sharding_metadata(site, e, metadata)
+            )
             for t, e in zip(site.tensors, site.entries, strict=True)
         } | _layer_numbers(site, placement.sharding_of(vars(module)[attr].get_value()))
+        tensors |= {} if site.method.copies else shared
         # nnx.jit walks the model at every call, and nnx.Dict takes twice the time of a plain dict marked as data.
         if collection not in vars(module):
             setattr(module, collection, nnx.data({}))
@@ -172,11 +181,11 @@ def attach(
             if DROPOUT not in vars(module):
                 setattr(module, DROPOUT, nnx.Dict())
             vars(module)[DROPOUT][name] = _make_dropout(rate, rngs, sizes)
-        _make_active_layer(module, name)
-    _set_active(adapted_layers(model, owners), (name,))
+        _apply_adapters(module, name)
+    _set_active(adapted_layers(walk), (name,))
 
 
-def _make_active_layer(module: nnx.Module, name: str) -> None:
+def _apply_adapters(module: nnx.Module, name: str) -> None:
     install_adapters(module)
     if ACTIVE not in vars(module):
         setattr(module, ACTIVE, (name,))
@@ -192,7 +201,7 @@ def _layer_numbers(site: sites.Site, base: NamedSharding | None) -> dict[str, An
 
 def _find_misfits(adapter_sites: Sequence[sites.Site], owners: Mapping[str, Owner], collection: str) -> list[str]:
     """Return a message for each site whose module cannot hold the adapter."""
-    scaled = [site.leaf for site in adapter_sites if site.method.scales_bias(site.hparams)]
+    scaled = [site.leaf for site in adapter_sites if site.effects.bias == "scales"]
     count = collections.Counter(id(owners[leaf][0]) for leaf in scaled)
     shared = [leaf for leaf in scaled if count[id(m := owners[leaf][0])] > 1 and "bias" in vars(m)]
     problems = [f"{leaf}: its module has one bias for several adapted weights" for leaf in shared]
@@ -209,7 +218,11 @@ def list_contradictions(adapter_sites: Sequence[sites.Site], owners: Mapping[str
     for site in adapter_sites:
         module, attr = owners[site.leaf]
         try:
-            roles = None if site.method.replaces else survey.kernel_roles(module, attr)
+            roles = (
+                None
+                if site.effects.weight == "replaces" and site.effects.form == "weight"
+                else survey.kernel_roles(module, attr)
+            )
         except AttachError as error:
             problems.append(f"{site.leaf}: {error}")
             continue
@@ -244,22 +257,15 @@ def uninstall_adapters(layer: nnx.Module) -> None:
         set_class(layer, base_class(layer))
 
 
-def adapted_layers(model: nnx.Module, owners: Mapping[str, Owner] | None = None) -> list[tuple[str, Any]]:
-    """Return `(path, layer)` for every adapted layer.
-
-    Every adapted layer but the model itself owns a base leaf, so the model is not walked again if its `owners` are
-    passed.
-    """
-    nodes: Iterable[tuple[str, Any]] = ((paths.join(*map(str, path)), node) for path, node in nnx.iter_graph(model))
-    if owners is not None:
-        of_leaves = {id(module): (leaf.rpartition(".")[0], module) for leaf, (module, _) in owners.items()}
-        nodes = {id(model): ("", model), **of_leaves}.values()
-    return [(path, node) for path, node in nodes if isinstance(type(node), AdaptedMeta) and ACTIVE in vars(node)]
+def adapted_layers(model: Model) -> list[tuple[str, Any]]:
+    """Return `(path, layer)` for every adapted layer."""
+    modules = graph.walk_model(model).modules
+    return [(path, node) for path, node in modules if isinstance(type(node), AdaptedMeta) and ACTIVE in vars(node)]
 
 
-def adapter_names(model: nnx.Module, owners: Mapping[str, Owner] | None = None) -> tuple[str, ...]:
+def adapter_names(model: Model) -> tuple[str, ...]:
     """Return the names of a model's adapters, each once."""
-    return _names_in(adapted_layers(model, owners))
+    return _names_in(adapted_layers(model))
 
 
 def _names_in(layers: Layers) -> tuple[str, ...]:
@@ -270,7 +276,7 @@ def _names_in(layers: Layers) -> tuple[str, ...]:
     return tuple(names)
 
 
-def activate(model: nnx.Module, names: Sequence[str]) -> None:
+def activate(model: Model, names: Sequence[str]) -> None:
     """Make these adapters, and no others, active in every adapted layer.
 
     Raises `AttachError` for a name that no adapter has.
@@ -288,6 +294,8 @@ def _set_active(layers: Layers, names: tuple[str, ...]) -> None:
     for path, layer in layers if len(names) > 1 else ():
         for name, collection in itertools.product(names, methods.COLLECTIONS):
             for leaf, tensors in vars(layer).get(collection, {}).get(name, {}).items():
+                if leaf == SHARED_NODE:
+                    continue
                 attached = attached_to(tensors)
                 methods_by_leaf.setdefault(paths.join(path, leaf), {})[name] = attached.method
     methods.refuse_rivals(methods_by_leaf)
@@ -296,7 +304,7 @@ def _set_active(layers: Layers, names: tuple[str, ...]) -> None:
             setattr(layer, ACTIVE, names)
 
 
-def active_names(model: nnx.Module) -> tuple[str, ...]:
+def active_names(model: Model) -> tuple[str, ...]:
     """Return the names of a model's active adapters, each once."""
     return _active_in(adapted_layers(model))
 
@@ -305,7 +313,7 @@ def _active_in(layers: Layers) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for _, layer in layers for name in getattr(layer, ACTIVE)))
 
 
-def delete(model: nnx.Module, *names: str) -> None:
+def delete(model: Model, *names: str) -> None:
     """Remove these adapters, and restore the class of each layer that has no adapter left."""
     layers = adapted_layers(model)
     require_current_trace(layer for _, layer in layers)
@@ -320,31 +328,34 @@ def delete(model: nnx.Module, *names: str) -> None:
         if attributes.keys().isdisjoint(methods.COLLECTIONS):
             delattr(layer, ACTIVE)
             uninstall_adapters(layer)
-    if not prompt.has_prompts(model):
-        prompt.restore_attention(model)
+    root = model_of(model)
+    if not prompt.has_prompts(root):
+        prompt.restore_attention(root)
 
 
 # ---------------------------------------------------------------- extracting and injecting values
 
 
-def _parameters(tree: Tree) -> Iterator[tuple[Any, AdapterParam]]:
-    # nnx.state is not used here: it leaves a reference cycle that keeps the model alive until garbage collection.
-    nodes = nnx.to_flat_state(tree) if isinstance(tree, nnx.State) else nnx.iter_graph(tree)
-    return ((path, v) for path, v in nodes if isinstance(v, AdapterParam) and "adapter" in v.get_metadata())
+def walked(tree: Any) -> Any:
+    """Return the walk over an NNX model, which the functions here take in its place; any other tree unchanged."""
+    return graph.walk_model(tree) if isinstance(tree, nnx.Module) else tree
+
+
+def model_of(tree: Any) -> Any:
+    """Return the model of a walk; any other tree unchanged."""
+    return tree.model if isinstance(tree, graph.ModelWalk) else tree
 
 
 def has_adapters(tree: Tree) -> bool:
     """Return True if a model or a state has an adapter."""
-    return any(True for _ in _parameters(tree))
+    return bool(adapter_variables(tree))
 
 
 def adapter_variables(tree: Tree) -> dict[str, dict[str, Any]]:
     """Return `{adapter name: {path: AdapterParam}}` for a model or a state."""
-    adapters: dict[str, dict[str, Any]] = {}
-    for path, var in _parameters(tree):
-        *module, _, name, leaf, tensor = map(str, path)
-        adapters.setdefault(name, {})[paths.join(*module, leaf, tensor)] = var
-    return adapters
+    if isinstance(tree, nnx.State):
+        return graph.group_adapters(nnx.to_flat_state(tree))
+    return graph.walk_model(tree).adapters
 
 
 def extract(tree: Tree, name: str) -> Adapter:
@@ -356,17 +367,23 @@ def extract(tree: Tree, name: str) -> Adapter:
     if name not in adapters:
         raise AttachError(f"there is no adapter {name!r} here; found {sorted(adapters) or 'none'}")
     variables = adapters[name]
-    recipes = {var.get_metadata()["adapter"].recipe for var in variables.values()}
+    recipe = _recipe_of(variables, name)
+    values = graph.values_of({path: variables[path] for path in sorted(variables, key=graph.natural_key)})
+    adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
+    recipe.check_complete(len({path.rpartition(".")[0] for path in values}), name)
+    return adapter
+
+
+def _recipe_of(variables: Mapping[str, Any], name: str) -> Recipe:
+    """Return the recipe that all these parameters carry; raise `AttachError` if they carry several."""
+    carried = {id(var.adapter.recipe): var.adapter.recipe for var in variables.values()}
+    recipes = set(carried.values())  # comparing them takes longer than finding that nearly all are one object
     if len(recipes) > 1:
         raise AttachError(
             f"cannot extract the adapter {name!r}: its parameters carry {len(recipes)} different configurations."
             " Delete it and attach it again"
         )
-    recipe = recipes.pop()
-    values = {path: variables[path].get_value() for path in sorted(variables, key=natural_key)}
-    adapter = Adapter(recipe.config, paths.unflatten(values), recipe.keymap)
-    recipe.check_complete(len(adapter.sites), name)
-    return adapter
+    return recipes.pop()
 
 
 def inject(adapter: Adapter, tree: Tree, name: str) -> None:
@@ -378,17 +395,10 @@ def inject(adapter: Adapter, tree: Tree, name: str) -> None:
     if variables is None:
         raise AttachError(f"there is no adapter {name!r} to inject into. Adapt the model first, or use load")
     values = adapter.flat()
-    problems = [f"{path}: missing" for path in variables if path not in values]
-    problems += [f"{path}: unexpected" for path in values if path not in variables]
-    problems += [
-        f"{path}: expected shape {tuple(variables[path].shape)}, found {tuple(value.shape)}"
-        for path, value in values.items()
-        if path in variables and tuple(value.shape) != tuple(variables[path].shape)
-    ]
-    recipe = next(iter(variables.values())).get_metadata()["adapter"].recipe
+    problems = list(map(str, compare(shapes_of(graph.values_of(variables)), shapes_of(values))))
+    recipe = next(iter(variables.values())).get_metadata("adapter").recipe
     if recipe.config != adapter.config:
         problems.append(f"another configuration: {recipe.config.differences(adapter.config, 'given')}")
     if problems:
         raise AttachError(f"the adapter does not fit {name!r}:\n" + paths.bullets(problems))
-    for path, value in values.items():
-        variables[path].set_value(value)
+    graph.set_values(variables, values)

@@ -17,7 +17,7 @@ from jaxadapt.arrays.axes import Axes
 from jaxadapt.core.errors import AttachError
 from jaxadapt.methods import AppliedMethod, AppliedMethods, Method
 from jaxadapt.models.nnx import prompt, survey
-from jaxadapt.models.nnx.params import AdapterParam
+from jaxadapt.models.nnx.params import AdapterParam, FrozenParam, SharedParam
 from jaxadapt.models.nnx.survey import DROPOUT, AdaptedMeta, entry_points, kernel_use, plain_view
 from jaxadapt.models.prompt import calling
 from jaxadapt.models.tracing import rewrite
@@ -31,7 +31,7 @@ class Attached:
 
     recipe: Recipe
     method: Method = dataclasses.field(repr=False)
-    axes: Axes = dataclasses.field(repr=False)
+    axes: Axes | None = dataclasses.field(repr=False)
     hparams: Any
 
     @functools.cached_property
@@ -54,9 +54,12 @@ class Attached:
 def attached_to(tensors: Mapping[str, nnx.Variable[Any]]) -> Attached:
     """Return the metadata of one adapter at one leaf.
 
-    Only its `AdapterParam`s carry this metadata; the other variables beside them, such as `LayerNumber`, do not.
+    Only its own tensors carry this metadata. Shared tensors carry their adapter's, and `LayerNumber`s carry none.
     """
-    param = next(var for var in tensors.values() if isinstance(var, AdapterParam))
+    param = next(
+        var for var in tensors.values()
+        if isinstance(var, AdapterParam | FrozenParam) and not isinstance(var, SharedParam)
+    )  # fmt: skip
     attached: Attached = param.get_metadata()["adapter"]
     return attached
 
@@ -97,9 +100,9 @@ def _active_hooks(module: nnx.Module) -> dict[str, AppliedMethod | AppliedMethod
             if adapters is None or name not in adapters:
                 continue
             for leaf, tensors in adapters[name].items():
-                if leaf == SHARED_NODE:  # of the whole model: see `prompt`
+                if leaf == SHARED_NODE:  # a prompt's tensors: see `prompt`
                     continue
-                params = {t: var.get_value() for t, var in tensors.items()}
+                params = {t: _value_of(t, var) for t, var in tensors.items()}
                 attached = attached_to(tensors)
                 dropout = attributes[DROPOUT][name] if DROPOUT in attributes and name in attributes[DROPOUT] else None
                 dropout = None if dropout is None or dropout.deterministic else dropout
@@ -108,11 +111,24 @@ def _active_hooks(module: nnx.Module) -> dict[str, AppliedMethod | AppliedMethod
                         f"the adapter {name!r} has dropout but no random stream, because it was loaded without rngs."
                         " Load it with load(…, rngs=nnx.Rngs(seed)) to train it, or call model.eval() to use it"
                     )
+                assert attached.axes is not None, "only a shared tensor has no axes"
                 hook = AppliedMethod(attached.method, attached.hparams, params, attached.axes, dropout)
                 hooks.setdefault(leaf, []).append(hook)
     return {
         leaf: of_leaf[0] if len(of_leaf) == 1 else AppliedMethods(tuple(of_leaf)) for leaf, of_leaf in hooks.items()
     }
+
+
+def _value_of(tensor: str, variable: nnx.Variable[Any]) -> Any:
+    """Return a variable's value; raise `AttachError` for a slice of a shared tensor."""
+    value = variable.get_value()
+    if isinstance(variable, SharedParam) and value.shape != (shape := variable.get_metadata()["adapter"].hparams):
+        raise AttachError(
+            f"cannot run a layer: {tensor} belongs to the whole adapter and has shape {list(shape)}, but this layer got"
+            f" {list(value.shape)}. Make the model's nnx.scan or nnx.vmap leave variables of type jaxadapt.SharedParam"
+            " whole: nnx.StateAxes({jaxadapt.SharedParam: None, nnx.Param: 0, ...: 0})"
+        )
+    return value
 
 
 def _call_adapted(module: Any, base: Any, f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -134,8 +150,8 @@ def _call_layer(base: Any, f: Callable[..., Any], module: Any, args: tuple[Any, 
     if not quantized and not hooks:
         return f(module, *args, **kwargs)
     known_use = kernel_use(module)
-    if not quantized and known_use is not None and not any(hook.apart or hook.replaces for hook in hooks.values()):
-        return _call_known(module, hooks, known_use, f, args, kwargs)
+    if not quantized and known_use is not None and not any(hook.apart or hook.by_weight for hook in hooks.values()):
+        return _call_known(module, base, hooks, known_use, f, args, kwargs)
     variables = survey.layer_state(module)
     state = {path: var.get_value() for path, var in variables.items()}
     ready = {leaf: hook.map(_draw_key) for leaf, hook in hooks.items()} if quantized else hooks
@@ -167,6 +183,7 @@ def _draw_key(hook: AppliedMethod) -> AppliedMethod:
 
 def _call_known(
     module: Any,
+    base: Any,
     hooks: Mapping[str, AppliedMethod | AppliedMethods],
     known_use: survey.KernelUse,
     f: Callable[..., Any],
@@ -181,8 +198,22 @@ def _call_known(
     x, *rest = args
     ((leaf, hook),) = hooks.items()
     use = known_use.use(module, x, rest or [kwargs.get("einsum_str")], hook.axes)
+    if not hook.follows_use(use):
+        return f(plain_view(module, base, _changed_params(module, hooks)), x, *rest, **kwargs)
     x = hook.input(use, x)
     return hook.output(use, x, f(module, x, *rest, **kwargs), vars(module)[leaf].get_value())
+
+
+def _changed_params(module: Any, hooks: Mapping[str, AppliedMethod | AppliedMethods]) -> dict[str, Any]:
+    """Return the effective weights of a layer, and its bias if the adapters change it."""
+    attributes = vars(module)
+    changed = {leaf: hook.weight(attributes[leaf].get_value()) for leaf, hook in hooks.items()}
+    bias = attributes.get("bias")
+    if "bias" not in hooks and isinstance(bias, nnx.Param):
+        old = bias.get_value()
+        new = functools.reduce(lambda b, hook: hook.bias(b), hooks.values(), old)
+        changed |= {} if new is old else {"bias": new}
+    return changed
 
 
 def _call_pure(
@@ -199,15 +230,16 @@ def _call_pure(
     if quantized:
         module = plain_view(module, base, quantized)
     attributes = vars(module)
-    replaced = {leaf: hook.weight(attributes[leaf].get_value()) for leaf, hook in hooks.items() if hook.replaces}
+    by_weight = {leaf: hook for leaf, hook in hooks.items() if hook.by_weight}
+    replaced = _changed_params(module, by_weight) if by_weight else {}
     if replaced:
         module = plain_view(module, base, replaced)
-        attributes, hooks = vars(module), {leaf: hook for leaf, hook in hooks.items() if not hook.replaces}
+        attributes, hooks = vars(module), {leaf: hook for leaf, hook in hooks.items() if not hook.by_weight}
     if not hooks:
         return survey.run_pure(module, base, f, {}, state, args, kwargs)
     known_use = kernel_use(module)
     if known_use is not None and not any(hook.apart for hook in hooks.values()):
-        return _call_known(module, hooks, known_use, f, args, kwargs), {}
+        return _call_known(module, base, hooks, known_use, f, args, kwargs), {}
     new_bias: dict[str, Any] = {}
     if isinstance(bias := attributes.get("bias"), nnx.Param):
         new_bias["bias"] = functools.reduce(lambda b, hook: hook.bias(b), hooks.values(), bias.get_value())

@@ -71,8 +71,43 @@ class _Named:
         return not self.names.isdisjoint(_adapter_names(path))
 
 
-BaseParam = nnx.All(nnx.Param, nnx.Not(AdapterParam))
+class FrozenParam(nnx.Param[Any]):
+    """A tensor of an adapter that training does not change, such as an index. It is saved with the trained ones.
+
+    `AdapterParam` does not match it, so it has neither a gradient nor a place in the optimizer's state.
+
+    >>> issubclass(FrozenParam, AdapterParam)
+    False
+    """
+
+
+class SharedParam(nnx.Param[Any]):
+    """A tensor that belongs to a whole adapter, such as VeRA's projections: one variable that all its layers hold.
+
+    A scan over layers must not slice it: `nnx.StateAxes({jaxadapt.SharedParam: None, nnx.Param: 0, ...: 0})`. A layer
+    that gets a slice raises `AttachError` when it is called.
+
+    >>> from flax import nnx
+    >>> issubclass(SharedAdapterParam, AdapterParam), issubclass(SharedFrozenParam, AdapterParam)
+    (True, False)
+    """
+
+
+class SharedAdapterParam(SharedParam, AdapterParam):
+    """A shared tensor that is trained."""
+
+
+class SharedFrozenParam(SharedParam, FrozenParam):
+    """A shared tensor that training does not change."""
+
+
+BaseParam = nnx.All(nnx.Param, nnx.Not(nnx.Any(AdapterParam, FrozenParam)))
 """The filter for base parameters, which stay frozen. (`nnx.Param` matches adapter and base parameters alike.)"""
+
+
+def is_base_param(node: Any) -> bool:
+    """Return True for a variable with a base parameter."""
+    return isinstance(node, nnx.Param) and not isinstance(node, AdapterParam | FrozenParam)
 
 
 class LayerNumber(nnx.Variable[Any]):
@@ -88,8 +123,8 @@ class LayerNumber(nnx.Variable[Any]):
     """
 
 
-class TokenMask(nnx.Param[Any]):
-    """The mask of the tokens that an aLoRA adapts in one call, stored beside its A and B.
+class CallData(nnx.Param[Any]):
+    """Data of one call, such as the mask of the tokens that an aLoRA adapts, stored beside a site's tensors.
 
-    It is an `nnx.Param`, so a scan slices it as it slices A and B.
+    It is an `nnx.Param`, so a scan slices it as it slices them.
     """

@@ -1,57 +1,43 @@
 """Prompt methods on NNX models: the tensors are attributes of the model itself, whose call adds the virtual tokens.
 
-model.prefix_tuning["default"]["~shared"]    {"prompt_embeddings": AdapterParam}
+model.prefix_tuning["default"]["~shared"]    {"prompt_embeddings": SharedAdapterParam}
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import functools
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from flax import nnx
 
-from jaxadapt.adapters.adapter import SHARED_NODE, Recipe, collection_name
+from jaxadapt import methods
+from jaxadapt.adapters.adapter import SHARED_NODE
 from jaxadapt.core.errors import AttachError
-from jaxadapt.methods.prompt import PROMPTS, PromptMethod
-from jaxadapt.methods.prompt.base import BaseSizes
-from jaxadapt.models.nnx import abstract_call, survey
-from jaxadapt.models.nnx.params import AdapterParam
+from jaxadapt.methods.prompt import BaseSizes
+from jaxadapt.models.nnx import abstract_call, graph, survey
+from jaxadapt.models.nnx.params import CallData
 from jaxadapt.models.prompt import calling
 from jaxadapt.models.prompt.arguments import signature_of
 from jaxadapt.models.prompt.attention import Findable, attention
 from jaxadapt.models.prompt.embedding import input_embedding
 
-COLLECTIONS = tuple(name.lower() for name in PROMPTS)
-TASKS, PREFILLED = "adapter_tasks", "adapter_prefilled"  # attributes of a model within `call_data`
 
-
-@dataclasses.dataclass(frozen=True)
-class AttachedPrompt:
-    """The metadata of a prompt method's `AdapterParam`: the adapter's recipe and its method."""
-
-    recipe: Recipe
-    method: PromptMethod = dataclasses.field(repr=False)
-
-
-def attach_prompt(model: nnx.Module, recipe: Recipe, name: str, values: Mapping[str, Any]) -> None:
-    """Set the tensors of a prompt method, `{path: array or spec}`, as attributes of a model."""
-    attributes, collection = vars(model), collection_name(recipe.config)
-    method = PROMPTS[recipe.config.peft_type]
-    attached = AttachedPrompt(recipe, method)
-    tensors = {path.rpartition(".")[2]: AdapterParam(x, adapter=attached) for path, x in values.items()}
+def attach_prompt(model: nnx.Module, collection: str, name: str, tensors: Mapping[str, nnx.Variable[Any]]) -> None:
+    """Set the tensors of a prompt method as attributes of a model."""
+    attributes = vars(model)
     if collection not in attributes:
         setattr(model, collection, nnx.data({}))
-    attributes[collection].setdefault(name, {})[SHARED_NODE] = tensors
-    if method.adds == "keys":
+    attributes[collection].setdefault(name, {})[SHARED_NODE] = dict(tensors)
+    (_, attached) = next(_prompts(model, (name,)))
+    if attached.method.adds == "keys":
         _find_attention(model, Findable)
 
 
 def has_prompts(model: nnx.Module) -> bool:
     """Return True if a model has an adapter of a prompt method."""
-    return not set(COLLECTIONS).isdisjoint(vars(model))
+    attributes = vars(model)
+    return any(SHARED_NODE in adapter for c in methods.COLLECTIONS for adapter in attributes.get(c, {}).values())
 
 
 def restore_attention(model: nnx.Module) -> None:
@@ -60,7 +46,7 @@ def restore_attention(model: nnx.Module) -> None:
 
 
 def _find_attention(model: nnx.Module, change: Callable[[Any], Any]) -> None:
-    for _, node in nnx.iter_graph(model):
+    for _, node in graph.walk_model(model).modules:
         if isinstance(node, nnx.MultiHeadAttention) and node.attention_fn is not attention:
             wanted = change(node.attention_fn)
             if not (isinstance(wanted, Findable) and isinstance(node.attention_fn, Findable)):
@@ -79,19 +65,15 @@ def active_prompt(module: nnx.Module, names: Sequence[str]) -> calling.Prompt | 
 
 def _prompts(module: nnx.Module, names: Sequence[str]) -> Iterator[tuple[str, calling.Prompt]]:
     attributes = vars(module)
-    tasks = attributes[TASKS].get_value() if TASKS in attributes else None
     for name in names:
-        for collection in COLLECTIONS:
+        for collection in methods.COLLECTIONS:
             tensors = attributes.get(collection, {}).get(name, {}).get(SHARED_NODE)
             if tensors:
-                recipe = _attached(tensors).recipe
-                params = {t: var.get_value() for t, var in tensors.items()}
-                yield name, calling.Prompt(recipe, params, tasks, PREFILLED in attributes)
-
-
-def _attached(tensors: Mapping[str, Any]) -> AttachedPrompt:
-    attached: AttachedPrompt = next(iter(tensors.values())).get_metadata()["adapter"]
-    return attached
+                values = {t: var.get_value() for t, var in tensors.items()}
+                data = {t: x for t, x in values.items() if isinstance(tensors[t], CallData)}
+                params = {t: x for t, x in values.items() if t not in data}
+                recipe = next(var.get_metadata()["adapter"].recipe for t, var in tensors.items() if t in params)
+                yield name, calling.Prompt(recipe, params, data)
 
 
 def with_embeddings(
@@ -151,25 +133,6 @@ def call_with_keys(
     for i, value in changed.items():
         by_path[flat[int(i)][0]].set_value(value)
     return y
-
-
-class TaskIds(nnx.Variable[Any]):
-    """The tasks of the rows of one call, for an adapter with tasks. It is not a parameter."""
-
-
-@contextlib.contextmanager
-def call_data(model: nnx.Module, task_ids: Any, prefilled: bool) -> Generator[None]:
-    """Set the data of the calls within a context as attributes of a model."""
-    if task_ids is not None:
-        setattr(model, TASKS, TaskIds(task_ids))
-    if prefilled:
-        setattr(model, PREFILLED, True)
-    try:
-        yield
-    finally:
-        for name in (TASKS, PREFILLED):
-            if name in vars(model):
-                delattr(model, name)
 
 
 def measure_base(model: nnx.Module, example: Sequence[Any]) -> BaseSizes:

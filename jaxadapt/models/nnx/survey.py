@@ -16,9 +16,11 @@ from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.generic import entry_from_axes
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.keymaps.weight import Weight
+from jaxadapt.keymaps.weight import Kind, Weight
 from jaxadapt.models import layers
-from jaxadapt.models.nnx.params import AdapterParam, LayerNumber
+from jaxadapt.models.nnx import graph
+from jaxadapt.models.nnx.graph import ModelWalk, Owner, walk_model
+from jaxadapt.models.nnx.params import LayerNumber
 
 DROPOUT = "adapter_dropout"  # the attribute of an adapted layer that holds its dropout layers
 _REWRITERS = (nnx.WeightNorm, nnx.SpectralNorm)
@@ -78,9 +80,9 @@ State = dict[str, Any]
 
 def layer_state(module: nnx.Module) -> State:
     """Return `{path: variable}` for the variables that a call may change: random streams, and all but parameters."""
-    flat = nnx.to_flat_state(nnx.state(module, nnx.Not(nnx.Param)))
-    variables = {paths.join(*map(str, path)): var for path, var in flat if DROPOUT not in map(str, path)}
-    return {path: v for path, v in variables.items() if isinstance(v, nnx.Variable) and not isinstance(v, LayerNumber)}
+    is_state = graph.instance_test(nnx.Variable, (nnx.Param, LayerNumber))
+    variables = [(path, var) for path, var, _ in graph.walk(module) if is_state(var)]
+    return {paths.join(*map(str, path)): var for path, var in variables if DROPOUT not in path}
 
 
 def run_pure(
@@ -174,7 +176,7 @@ class KernelRoles:
 
     axes: Axes
     shape: tuple[int, ...]
-    kind: str = "linear"
+    kind: Kind = "linear"
     groups: int = 1
 
 
@@ -208,43 +210,6 @@ def describe_use(module: nnx.Module) -> str:
 
 # ---------------------------------------------------------------- the model's leaves
 
-Owner = tuple[nnx.Module, str]
-
-
-def natural_key(path: str) -> list[tuple[int, str]]:
-    """Return a sort key that puts "layers.2" before "layers.10"."""
-    return [(int(p), "") if p.isdecimal() else (-1, p) for p in path.split(".")]
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelWalk:
-    """The modules and base leaves of a model: `(dotted path, module)` and `{path: (owner, attribute)}`."""
-
-    modules: Sequence[tuple[str, nnx.Module]]
-    leaves: Mapping[str, Owner]
-    unowned: Mapping[str, tuple[int, ...]]
-    """`{path: shape}` of base parameters that are not attributes of a module: in a dict, or in `bridge.ToNNX`."""
-
-
-def walk_model(model: nnx.Module) -> ModelWalk:
-    """Collect every module of a model, and every base parameter that is a module's attribute, once each."""
-    modules: list[tuple[str, nnx.Module]] = []
-    leaves: dict[str, Owner] = {}
-    params: list[tuple[Sequence[Any], nnx.Param[Any]]] = []
-    seen: set[int] = set()
-    for keys, node in nnx.iter_graph(model):
-        if isinstance(node, nnx.Param) and not isinstance(node, AdapterParam):
-            params.append((keys, node))
-        if isinstance(node, nnx.Module):
-            path = paths.join(*map(str, keys))
-            modules.append((path, node))
-            for attr, var in vars(node).items():
-                if isinstance(var, nnx.Param) and not isinstance(var, AdapterParam) and id(var) not in seen:
-                    seen.add(id(var))
-                    leaves[paths.join(path, attr)] = (node, attr)
-    loose = {paths.join(*map(str, keys)): tuple(var.shape) for keys, var in params if id(var) not in seen}
-    return ModelWalk(modules, dict(sorted(leaves.items(), key=lambda item: natural_key(item[0]))), loose)
-
 
 def base_leaves(model: nnx.Module) -> Mapping[str, Owner]:
     """Return `{dotted path: (owner, attribute)}` for every base parameter that is a module's attribute, once each."""
@@ -253,17 +218,17 @@ def base_leaves(model: nnx.Module) -> Mapping[str, Owner]:
 
 def base_shapes(owners: Mapping[str, Owner]) -> dict[str, tuple[int, ...]]:
     """Return `{dotted path: shape}` for the base parameters of a real or abstract model."""
-    return {leaf: tuple(vars(m)[attr].shape) for leaf, (m, attr) in owners.items()}
+    return {leaf: tuple(value.shape) for leaf, value in base_values(owners).items()}
 
 
 def base_values(owners: Mapping[str, Owner]) -> dict[str, Any]:
     """Return `{dotted path: array or spec}` for the base parameters."""
-    return {leaf: vars(m)[attr].get_value() for leaf, (m, attr) in owners.items()}
+    return graph.values_of({leaf: vars(module)[attr] for leaf, (module, attr) in owners.items()})
 
 
 def is_abstract(owners: Mapping[str, Owner]) -> bool:
     """Return True if a model is abstract: made by `nnx.eval_shape`, with shapes instead of arrays."""
-    return any(isinstance(vars(m)[attr].get_value(), jax.ShapeDtypeStruct) for m, attr in owners.values())
+    return any(isinstance(value, jax.ShapeDtypeStruct) for value in base_values(owners).values())
 
 
 def find_obstacles(walk: ModelWalk, leaves: Sequence[str], saved: Collection[str] = ()) -> dict[str, str]:

@@ -12,9 +12,8 @@ import jax.numpy as jnp
 from jaxadapt import methods
 from jaxadapt.adapters.adapter import Recipe
 from jaxadapt.core.errors import AttachError, MismatchError
-from jaxadapt.methods.prompt import PromptMethod
-from jaxadapt.methods.prompt.base import BaseSizes
-from jaxadapt.methods.prompt.prefix import keys_and_values
+from jaxadapt.methods.prefix_tuning import keys_and_values
+from jaxadapt.methods.prompt import PREFILLED, BaseSizes, PromptMethod
 from jaxadapt.models.prompt import rewriting
 from jaxadapt.models.prompt.arguments import Arguments, prepend_embeddings, prepend_mask, shift_positions
 from jaxadapt.models.prompt.attention import AttentionCall, causal_mask
@@ -30,20 +29,23 @@ class Prompt:
     Attributes:
         recipe: the adapter's recipe.
         params: its tensors.
-        tasks: the task of each row, (batch,), for a method with tasks.
-        prefilled: True if an earlier call has put the virtual tokens into the model's cache.
+        data: what the method's `call_data` returned for this call.
     """
 
     recipe: Recipe
     params: Mapping[str, Array]
-    tasks: Array | None = None
-    prefilled: bool = False
+    data: Mapping[str, Array] = dataclasses.field(default_factory=dict[str, Any])
 
     @property
     def method(self) -> PromptMethod:
         method = methods.METHODS[self.recipe.config.peft_type]
         assert isinstance(method, PromptMethod)
         return method
+
+    @property
+    def prefilled(self) -> bool:
+        """True if an earlier call has put the virtual tokens into the model's cache."""
+        return PREFILLED in self.data
 
     @property
     def n(self) -> int:
@@ -53,7 +55,7 @@ class Prompt:
 
     def tokens(self) -> Array:
         """Return the virtual tokens, (n, width) or (batch, n, width)."""
-        return self.method.tokens(self.recipe.config, self.params, self.tasks)
+        return self.method.tokens(self.recipe.config, self.params, self.data)
 
 
 def hooked_call(model: Any, prompt: Prompt) -> tuple[str, tuple[Array, ...]] | None:
@@ -66,7 +68,7 @@ def hooked_call(model: Any, prompt: Prompt) -> tuple[str, tuple[Array, ...]] | N
         return None
     if prompt.prefilled:
         raise AttachError(
-            "prompting(prefilled=True) has no effect on a model with call_with_embeddings, which decides itself what a"
+            "invoke(prefilled=True) has no effect on a model with call_with_embeddings, which decides itself what a"
             " later call needs; deactivate the adapter for that call"
         )
     if not keys:

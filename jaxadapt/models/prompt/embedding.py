@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 
 from jaxadapt.keymaps.keymap import KeyMap
-from jaxadapt.methods.prompt.base import BaseSizes
+from jaxadapt.methods.prompt import BaseSizes
 
 
 def input_embedding(keymap: KeyMap, leaves: Iterable[str]) -> str | None:

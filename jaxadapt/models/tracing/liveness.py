@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 from jax.interpreters.partial_eval import dce_jaxpr
+
+from jaxadapt.core.errors import AttachError, raise_listed
+
+
+def refuse_reads_outside(leaves: Iterable[str]) -> None:
+    """Raise `AttachError` if there are weights that the model reads outside their own module's call."""
+    raise_listed(
+        AttachError,
+        "these weights are read outside their own module's call, where an adapter cannot follow:",
+        leaves,
+        "\nExclude them with exclude_modules, or change the reader to call the module",
+    )
 
 
 def live_weights(f: Callable[[Any], Any], weights: Mapping[str, Any]) -> dict[str, bool]:

@@ -41,6 +41,10 @@ class Hook(Protocol):
         """Return the `x` that the contraction receives, in x's shape and dtype."""
         ...
 
+    def follows_use(self, use: Use) -> bool:
+        """Return True if `input` and `output` handle this product of the weight; else it gets the effective weight."""
+        ...
+
     def follows(self, primitive: str) -> bool:
         """Return True if `output` handles this operation ("conv_general_dilated", "gather", …) of the weight."""
         ...
@@ -96,6 +100,7 @@ def rewrite(
     ...     axes = Axes(in_axes=(0,), out_axes=(1,))
     ...     def input(self, use, x): return x
     ...     def follows(self, primitive): return False
+    ...     def follows_use(self, use): return True
     ...     def output(self, use, x, y, w): return 2 * y
     ...     def weight(self, w): return 2 * w
     >>> w, x = jnp.eye(2), jnp.arange(2.0)
@@ -374,6 +379,8 @@ def _contract(eqn: core.JaxprEqn, operands: list[Any], side: int, scope: _Scope)
     if spelled is None:
         return None
     use, x_sizes, y_sizes = spelled
+    if not hook.follows_use(use):
+        return None
     split = jnp.reshape(x, x_sizes)
     hooked_x = _check_like("input", hook.input(use, split), split)
     pair = [view.array, view.array]

@@ -27,7 +27,7 @@ from jaxadapt.core.progress import LOGGER, Progress, reporter
 from jaxadapt.persistence import multihost, run_folder
 from jaxadapt.persistence.run_folder import RunFolder, StepRecord
 from jaxadapt.persistence.save_adapter import save
-from jaxadapt.storage import location
+from jaxadapt.storage import flush, location
 from jaxadapt.storage.location import Location
 from jaxadapt.training.checkpoint import preemption, restore, snapshot, step_files, step_reading
 from jaxadapt.training.checkpoint.background import Background
@@ -154,11 +154,11 @@ class CheckpointManager(RunFolder):
         is_shared = step_files.is_multi_process(taken)
         if self._last is None or number < self._last:
             self._run_on_leader("save", functools.partial(self._check_folder, number))
-        step_files.make_run_folder(self.folder)
+        flush.make_folder(self.folder)
         finish = self._begin_save(number, taken, record, is_shared)
         self._last = number
-        is_address = isinstance(self.folder, location.Address)
-        self._saving.start(f"save step {number}", finish, needs_executors=is_address, subject=_LastSave(number, record))
+        uploads, last = isinstance(self.folder, location.Address), _LastSave(number, record)
+        self._saving.start(f"save step {number}", finish, needs_executors=uploads, subject=last)
         if not self.asynchronous:
             self.wait()
 
@@ -205,9 +205,8 @@ class CheckpointManager(RunFolder):
         """Return the steps that are kept after the save."""
         if self.keep is None:
             return dict(steps)
-        kept = set(list(steps)[-self.keep :])
-        kept |= set(self._rank_steps(steps)[: self.keep_best]) if self.keep_best else set()
-        kept |= {s for s in steps if self.keep_every and s % self.keep_every == 0}
+        best = self._rank_steps(steps)[: self.keep_best] if self.keep_best else []
+        kept = {*list(steps)[-self.keep :], *best, *(s for s in steps if self.keep_every and s % self.keep_every == 0)}
         return {step: path for step, path in steps.items() if step in kept}
 
     # ------------------------------------------------------------ steps
@@ -229,9 +228,9 @@ class CheckpointManager(RunFolder):
         return self._select_kept(dict(sorted({**steps, last_save.step: path}.items())))
 
     def _read_record(self, step: int, path: Location) -> StepRecord:
-        last_save: _LastSave | None = self._saving.subject
-        if last_save is not None and last_save.step == step and self._saving.running:
-            return last_save.record
+        last: _LastSave | None = self._saving.subject
+        if last is not None and last.step == step and self._saving.running:
+            return last.record
         return super()._read_record(step, path)
 
     # ------------------------------------------------------------ waiting
@@ -240,9 +239,7 @@ class CheckpointManager(RunFolder):
         """Wait until the last save is on disk. Raise its error, once, if it failed."""
         self._saving.wait()
 
-    def close(self) -> None:
-        """Wait like `wait`. The manager stays usable."""
-        self.wait()
+    close = wait  # the manager stays usable
 
     def __enter__(self) -> CheckpointManager:
         return self
@@ -308,10 +305,7 @@ class CheckpointManager(RunFolder):
     def adapter(self, step: int | None = None, name: str = "default") -> Adapter:
         """Return one adapter of a step (None: the latest) as a value with numpy arrays. No model is needed."""
         self.wait()
-        number = self.latest if step is None else run_folder.step_number(step)
-        if number is None:
-            raise FileError(f"{self.folder}: no checkpoint found")
-        stored = step_reading.read_stored_step(self._path(number))
+        stored = step_reading.read_stored_step(self._path(self._existing_step(step)))
         if stored.snapshot.foreign:
             dialect = stored.snapshot.foreign.get("dialect")
             raise AttachError(
@@ -336,9 +330,7 @@ class CheckpointManager(RunFolder):
         self._run_on_leader("export", lambda: self._export(step, path, options))
 
     def _export(self, step: int | None, path: str | os.PathLike[str], options: dict[str, Any]) -> None:
-        number = self.latest if step is None else run_folder.step_number(step)
-        if number is None:
-            raise FileError(f"{self.folder}: cannot export: no checkpoint found")
+        number = self._existing_step(step, "cannot export: ")
         stored = step_reading.read_stored_step(self._path(number))
         if stored.snapshot.foreign:
             flat = step_reading.read_step_arrays(stored, {n: None for n in stored.specs if n.startswith("guest/")})
@@ -346,6 +338,12 @@ class CheckpointManager(RunFolder):
             save(restore.stored_foreign_tree(stored.snapshot, leaves), path, **options)
         for name in [options.pop("name")] if "name" in options else stored.snapshot.recipes:
             save(self.adapter(number, name), path, name=name, **options)
+
+    def _existing_step(self, step: int | None, problem: str = "") -> int:
+        number = self.latest if step is None else run_folder.step_number(step)
+        if number is None:
+            raise FileError(f"{self.folder}: {problem}no checkpoint found")
+        return number
 
     def rollback(self, step: int) -> None:
         """Delete every step after `step`, the last first, so that training can continue from `step`."""

@@ -13,26 +13,22 @@ import numpy as np
 
 from jaxadapt.adapters.adapter import Adapter, Recipe
 from jaxadapt.core import paths
+from jaxadapt.core.compare import Spec, compare
 from jaxadapt.core.errors import FormatError, MismatchError
-from jaxadapt.models import attachment
+from jaxadapt.models.carriers import Carrier, carrier, lora_carrier
 from jaxadapt.models.foreign import dialects
 from jaxadapt.models.foreign import tree as foreign
-from jaxadapt.models.linen import collections
-from jaxadapt.models.nnx import attach as nnx
 from jaxadapt.training.checkpoint.snapshot import (
     PARTS,
     Snapshot,
     Specs,
     adapter_names,
-    find_foreign,
     flatten,
     is_committed,
     is_key,
-    is_object,
     is_on_device,
     name_prefix,
     named_leaves,
-    other_state,
     segment,
 )
 
@@ -79,7 +75,8 @@ def fill_parts(
     """
     examples: dict[str, Any] = {}
     problems: list[str] = []
-    tree = find_foreign(model)
+    held = lora_carrier(model)
+    tree = held.foreign
     dialect, stored_dialect = tree.dialect.name if tree else None, stored.foreign.get("dialect")
     if dialect != stored_dialect:
         problems.append(f"{_describe_lora(stored_dialect)} saved, the target has {_describe_lora(dialect)}")
@@ -87,14 +84,14 @@ def fill_parts(
         examples |= {f"guest/{path}": leaf for path, leaf in tree.leaves.items()}
     for name, text in stored.recipes.items():
         recipe = Recipe.from_text(text)
-        if name not in adapter_names(model):
-            problems.append(f"the adapter {name!r} is saved; the target has {adapter_names(model)}: attach it first")
+        if name not in adapter_names(held):
+            problems.append(f"the adapter {name!r} is saved; the target has {adapter_names(held)}: attach it first")
             continue
-        adapter = attachment.extract(model, name)
+        adapter = held.extract(name)
         if adapter.config != recipe.config:
             problems.append(f"the adapter {name!r} has another configuration; attach it with the checkpoint's")
         examples |= {name_prefix(name) + path: leaf for path, leaf in adapter.flat().items()}
-    others = other_state(model)
+    others = held.rest()
     examples |= dict(named_leaves("model", others))
     for part in PARTS:
         if parts.get(part) is not None:
@@ -115,7 +112,10 @@ def fill_parts(
         if on_device and jax.dtypes.canonicalize_dtype(dtype := jnp.dtype(specs[name][1])) != dtype:
             problems.append(f"{name}: {dtype.name} saved, which JAX supports only with jax_enable_x64")
     if problems:
-        raise MismatchError(f"{source}: does not fit the target:\n" + paths.bullets(problems, 16))
+        raise MismatchError(
+            f"{source}: does not fit the target (missing: not in the checkpoint; unexpected: not in the target):\n"
+            + paths.bullets(problems, 16)
+        )
 
     arrays = read({name: leaf for name, leaf in examples.items() if name in specs})
     values = {name: arrays[name] if name in arrays else _decode(name, stored.values[name]) for name in examples}
@@ -125,7 +125,7 @@ def fill_parts(
     given = {part: example for part in PARTS if (example := parts.get(part)) is not None}
     # Rebuild these parts first: they may be damaged, and the model and given parts are filled in place.
     filled = {part: _rebuild(part, stored.plain[part], values) for part in PARTS if part in stored.parts - given.keys()}
-    filled["model"] = _fill_model(model, others, stored, values)
+    filled["model"] = _fill_model(held, others, stored, values)
     return filled | {part: _fill_example(part, example, values) for part, example in given.items()}
 
 
@@ -135,24 +135,23 @@ def _describe_lora(dialect: str | None) -> str:
 
 def _find_mismatches(examples: Mapping[str, Any], stored: Snapshot, specs: Specs) -> Iterable[str]:
     """Yield a description of every value that is missing, unexpected or of another type, shape or dtype."""
-    saved = {**specs, **stored.values}
-    yield from (f"{name}: not in the checkpoint" for name in examples if name not in saved)
-    yield from (f"{name}: in the checkpoint, not in the target" for name in saved if name not in examples)
+    expected = dict.fromkeys(examples, Spec())
+    saved = dict.fromkeys(stored.values, Spec()) | {name: Spec(*spec) for name, spec in specs.items()}
     for name, leaf in examples.items():
         if leaf is None or name not in saved:
             continue
         kind = stored.keys.get(name, "") if name in specs else stored.values[name][0]
         is_array = isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
         if is_array != (name in specs):
-            yield f"{name}: {kind or 'an array'} saved, {type(leaf).__name__} expected"
+            yield f"{name}: expected {type(leaf).__name__}, found {kind or 'an array'}"
         elif is_key(leaf) != (name in stored.keys):
-            yield f"{name}: {kind or 'an array'} saved, {'a random key' if is_key(leaf) else 'an array'} expected"
-        elif is_array and not is_key(leaf):
-            shape, dtype = specs[name]
-            if (shape, dtype) != (tuple(leaf.shape), np.dtype(leaf.dtype).name):
-                yield f"{name}: {dtype} {shape} saved, {np.dtype(leaf.dtype).name} {tuple(leaf.shape)} expected"
-        elif is_key(leaf) and specs[name][0][: len(leaf.shape)] != tuple(leaf.shape):
-            yield f"{name}: keys {specs[name][0]} saved, {tuple(leaf.shape)} expected"
+            yield f"{name}: expected {'a random key' if is_key(leaf) else 'an array'}, found {kind or 'an array'}"
+        elif is_key(leaf):  # the file has further axes, for the data of each key
+            sizes = saved[name].shape or ()
+            expected[name] = Spec((*leaf.shape, *sizes[len(leaf.shape) :]))
+        elif is_array:
+            expected[name] = Spec(tuple(leaf.shape), np.dtype(leaf.dtype).name)
+    yield from map(str, compare(expected, saved))
 
 
 def _wrap_keys(data: Any, implementation: str, like: Any) -> jax.Array:
@@ -171,38 +170,21 @@ def with_weak_type(value: Any, like: Any) -> Any:
 def _fill_example(part: str, example: Any, values: Mapping[str, Any]) -> Any:
     flat, structure = flatten(example)
     leaves = [with_weak_type(values[f"{part}/{path}" if path else part], leaf) for path, leaf in flat]
-    tree = jax.tree.unflatten(structure, leaves)
-    if not is_object(example):
-        return tree
-    nnx.nnx.update(example, tree)
-    return example
+    return carrier(example).fill(jax.tree.unflatten(structure, leaves))
 
 
-def _fill_model(model: Any, others: Any, stored: Snapshot, values: Mapping[str, Any]) -> Any:
+def _fill_model(held: Carrier, others: Any, stored: Snapshot, values: Mapping[str, Any]) -> Any:
     for name, text in stored.recipes.items():
         prefix = name_prefix(name)
         flat = {n.removeprefix(prefix): v for n, v in values.items() if n.startswith(prefix)}
         recipe = Recipe.from_text(text)
-        adapter = Adapter(recipe.config, paths.unflatten(flat), recipe.keymap)
-        if isinstance(model, Adapter):
-            params = collections.replace_values(model.params, flat)
-            model = dataclasses.replace(adapter, params=params, keymap=model.keymap)
-        else:
-            model = attachment.inject(adapter, model, name)
-    if stored.foreign:
-        tree = find_foreign(model)
-        assert tree is not None
-        flat = {n.removeprefix("guest/"): v for n, v in values.items() if n.startswith("guest/")}
-        model = tree.put(flat)
-    others = _fill_example("model", others, values)
-    if isinstance(model, nnx.nnx.Module):
-        nnx.nnx.update(model, others)
-    elif isinstance(model, nnx.nnx.State):
-        nnx.nnx.replace_by_pure_dict(model, nnx.nnx.to_pure_dict(others))
-    elif isinstance(model, Mapping):
-        mapping_type: Any = type(model)
-        model = mapping_type({**model, **others})
-    return model
+        filled = held.inject(Adapter(recipe.config, paths.unflatten(flat), recipe.keymap), name)
+        # An `Adapter` also takes the saved fields that equality ignores, such as base_model_name_or_path.
+        held = carrier(dataclasses.replace(filled, config=recipe.config) if isinstance(filled, Adapter) else filled)
+    if held.foreign is not None:
+        filled = held.foreign.put({n.removeprefix("guest/"): v for n, v in values.items() if n.startswith("guest/")})
+        held = carrier(filled)
+    return held.with_rest(_fill_example("model", others, values))
 
 
 def _rebuild(part: str, plain: Any, values: Mapping[str, Any]) -> Any:

@@ -21,22 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxadapt.adapters.adapter import Adapter
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, FormatError
-from jaxadapt.models import attachment
-from jaxadapt.models.foreign import tree as foreign
-from jaxadapt.models.linen import collections
-from jaxadapt.models.nnx import attach as nnx
+from jaxadapt.models.carriers import DEFAULT, Carrier, carrier, lora_carrier
+from jaxadapt.models.carriers.nnx_kinds import is_object
 
 Specs = Mapping[str, tuple[tuple[int, ...], str]]
 """`{name: (shape, dtype name)}` of stored arrays."""
 
 PARTS = ("opt_state", "rng", "data")
-# Excluded from a model's state: parameters (the base does not change, and adapters are saved separately), variables
-# that follow from an adapter's configuration, and variables that exist only during one call.
-_NOT_STATE = (nnx.nnx.Param, nnx.LayerNumber, nnx.nnx.Intermediate, nnx.nnx.Cache, nnx.nnx.Perturbation)
-_NOT_STATE_COLLECTIONS = {"params", "intermediates", "cache", "perturbations"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,18 +95,19 @@ def take_snapshot(model: Any, parts: Mapping[str, Any]) -> Snapshot:
     """
     snapshot = Snapshot({}, {}, {}, {}, {}, [], {})
     problems: list[str] = []
-    tree = find_foreign(model)
+    held = lora_carrier(model)
+    tree = held.foreign
     if tree is not None:
         base = {path: list(shape) for path, shape in tree.base.items()}
         snapshot.foreign.update(dialect=tree.dialect.name, base=base, stored=tree.stored)
         for path, leaf in tree.leaves.items():
             _add_leaf(snapshot, f"guest/{path}", leaf, problems)
-    for name in [] if tree is not None else adapter_names(model):
-        adapter = attachment.extract(model, name)
+    for name in [] if tree is not None else adapter_names(held):
+        adapter = held.extract(name)
         snapshot.recipes[name] = adapter.recipe.to_text()
         for path, leaf in adapter.flat().items():
             _add_leaf(snapshot, name_prefix(name) + path, leaf, problems)
-    for name, leaf in named_leaves("model", other_state(model)):
+    for name, leaf in named_leaves("model", held.rest()):
         _add_leaf(snapshot, name, leaf, problems)
     for part, value in parts.items():
         if value is not None:
@@ -125,40 +119,14 @@ def take_snapshot(model: Any, parts: Mapping[str, Any]) -> Snapshot:
     return snapshot
 
 
-def find_foreign(model: Any) -> foreign.ForeignTree | None:
-    """Return the tree of another library, or None if the model is not one."""
-    return None if isinstance(model, Adapter) else attachment.find_foreign(model)
-
-
-def adapter_names(model: Any) -> list[str]:
-    """Return the names of all adapters of a model, state, variables or `Adapter`; ["default"] if there are no names."""
-    if isinstance(model, nnx.nnx.Module | nnx.nnx.State):
-        return sorted(nnx.adapter_variables(model)) or [attachment.DEFAULT]
-    if isinstance(model, Mapping):
-        return collections.adapter_names(model) or [attachment.DEFAULT]
-    return [attachment.DEFAULT]
-
-
-def other_state(model: Any) -> Any:
-    """Return the state that training changes besides adapters, such as random streams and batch statistics."""
-    if isinstance(model, nnx.nnx.Module | nnx.nnx.State):
-        state = nnx.nnx.state(model) if isinstance(model, nnx.nnx.Module) else model
-        return nnx.nnx.filter_state(state, nnx.nnx.Not(nnx.nnx.Any(*_NOT_STATE)))
-    if isinstance(model, Mapping):
-        adapters = collections.collection_names(model)
-        if adapters or isinstance(model.get("params"), Mapping):  # Linen variables, not a tree of parameters
-            return {k: v for k, v in model.items() if k not in _NOT_STATE_COLLECTIONS and k not in adapters}
-    return {}
-
-
-def is_object(tree: Any) -> TypeGuard[Any]:
-    """Return True if a tree is an NNX object (an optimizer, random streams, a model), which is filled in place."""
-    return isinstance(tree, nnx.nnx.Pytree)
+def adapter_names(held: Carrier) -> list[str]:
+    """Return the names of all adapters of a tree; ["default"] if there are no names."""
+    return sorted(held.names()) or [DEFAULT]
 
 
 def flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
     """Return `[(path, leaf)]` and the structure. Segments of paths are escaped, so that all paths differ."""
-    pytree = nnx.nnx.state(tree) if is_object(tree) else tree
+    pytree = carrier(tree).pytree() if is_object(tree) else tree
     try:
         leaves, structure = jax.tree_util.tree_flatten_with_path(pytree)
     except ValueError as error:  # for example numbers and strings as keys of one dict

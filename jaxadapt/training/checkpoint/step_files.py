@@ -19,11 +19,11 @@ from jaxadapt.arrays import regions
 from jaxadapt.core.progress import Report, byte_counter
 from jaxadapt.persistence import multihost
 from jaxadapt.persistence.run_folder import META, NAME, SCHEMA, StepRecord
-from jaxadapt.storage import atomic, flush, parallel_write, safetensors
-from jaxadapt.storage.coordination import Group
+from jaxadapt.storage import atomic, safetensors, sharded_write
 from jaxadapt.storage.dtypes import can_hold
 from jaxadapt.storage.local_files import file_error
 from jaxadapt.storage.location import Address, Location
+from jaxadapt.storage.sharded_write import TensorPart
 from jaxadapt.training.checkpoint.snapshot import Snapshot
 
 
@@ -143,39 +143,32 @@ def prepare_shared_write(
     distributed = {name: leaf for name, leaf in taken.arrays.items() if name not in local}
     shared = not isinstance(path, Address)
     owned = multihost.owned_regions(distributed, jax.process_index()) if shared else _gather_on_leader(distributed)
-    group = Group(str(path), timeout, multihost.STAGES)
+    group = sharded_write.start(path, timeout)
 
     def finish(report: Report) -> None:
         specs, byte_dtypes = _file_specs(taken)
         document = _make_document(taken, record, byte_dtypes)
-        digests = {name: parallel_write.digest(value()) for name, value in local.items()} | _json_digests(document)
+        digests = {name: sharded_write.digest(value()) for name, value in local.items()} | _json_digests(document)
         digests["step"] = path.name
         if group.index == 0:
             owned.update({name: {regions.full_region(value().shape): value()} for name, value in local.items()})
-        layout = safetensors.named_specs(specs)
 
-        def parts(_: bool) -> Iterator[parallel_write.TensorPart]:
-            count = byte_counter(report, "save", sum(x.nbytes for arrays in owned.values() for x in arrays.values()))
+        def parts() -> Iterator[TensorPart]:
             for name in sorted(owned):
                 for region, values in multihost.join_regions(owned[name], tuple(taken.arrays[name].shape)):
                     if name in byte_dtypes:
                         values = _as_bytes(values)
                         region = (*region, (0, values.shape[-1]))
-                    yield parallel_write.TensorPart(name, specs[name][1], region, values)
-                    count(values.nbytes)
+                    yield TensorPart(name, specs[name][1], region, values)
 
-        if group.index > 0:
-            parallel_write.write_as_follower(str(path), layout, parts, group, shared, digests)
-            group.receive("result")
-            return
-        try:
-            metadata = {META: json.dumps(document)}
+        def commit(put: sharded_write.Put) -> None:
             with atomic.open_replacement(path) as writer:
-                parallel_write.write_as_leader(writer, layout, metadata, parts, group, shared, digests)
-        except BaseException as error:
-            group.send_failure(error)
-            raise
-        group.send("result")
+                put(writer, {META: json.dumps(document)})
+
+        total = sum(x.nbytes for arrays in owned.values() for x in arrays.values())
+        sharded_write.write(
+            path, specs, lambda _: (total, parts()), group, commit, shared=shared, alike=digests, report=report
+        )
 
     return finish
 
@@ -194,7 +187,7 @@ def _json_digests(document: Mapping[str, Any]) -> dict[str, str]:
     """Return a digest of each value of the document, by name."""
     items = {part: values if isinstance(values, dict) else {"": values} for part, values in document.items()}
     return {
-        f"{part} {name}".strip(): parallel_write.digest(json.dumps(value))
+        f"{part} {name}".strip(): sharded_write.digest(json.dumps(value))
         for part, values in items.items()
         for name, value in values.items()
     }
@@ -209,15 +202,6 @@ def remove_leftovers(folder: Location) -> None:
 def remove_step(path: Location) -> None:
     """Remove a step. Raise `FileError` if this fails."""
     try:
-        path.unlink() if isinstance(path, Address) else atomic.remove_file(path)
-    except FileNotFoundError:
-        return
+        path.unlink(missing_ok=True)
     except OSError as error:
         raise file_error("delete", str(path), error) from error
-
-
-def make_run_folder(folder: Location) -> None:
-    """Create the folder of a run. Raise `FileError` if this fails."""
-    if isinstance(folder, Address):
-        return
-    flush.make_folder(folder)

@@ -15,7 +15,7 @@ import pytest
 
 import jaxadapt
 from jaxadapt import KeyMapError
-from jaxadapt.keymaps import check, families, plan
+from jaxadapt.keymaps import check, families, plan, recognition
 from jaxadapt.keymaps import parts as pieces
 from jaxadapt.keymaps.families import FAMILIES
 from tests.keymaps.families import jax_side, specimen_arrays
@@ -63,9 +63,9 @@ def recognised(specimen: Specimen, shapes: Any) -> None:
 def test_no_table_covers_more_than_the_ends_of_its_lines_promise(specimen):
     shapes = recorded(specimen.name)["leaves"]
     for table in FAMILIES.values():
-        assert table.coverage(shapes) <= table.max_coverage(shapes, scanned=False)
-        most = table.max_coverage(shapes, scanned=True)
-        assert all(table.scanned(axis).coverage(shapes) <= most for axis in range(3))
+        assert recognition.coverage(table, shapes) <= recognition.max_coverage(table, shapes, scanned=False)
+        most = recognition.max_coverage(table, shapes, scanned=True)
+        assert all(recognition.coverage(table.scanned(axis), shapes) <= most for axis in range(3))
 
 
 @pytest.mark.parametrize("specimen", [s for s in LIVE if s in ELSEWHERE], ids=str)

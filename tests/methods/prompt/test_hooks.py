@@ -75,7 +75,7 @@ def test_keys_and_values() -> None:
 
 def test_a_cache_is_the_models_own_matter() -> None:
     model = jaxadapt.adapt(Hooked(SIZES, rngs=nnx.Rngs(0)), PROMPT, rngs=nnx.Rngs(1))
-    with pytest.raises(AttachError, match="prefilled"), jaxadapt.models.prompting(model, prefilled=True):
+    with pytest.raises(AttachError, match="prefilled"), jaxadapt.models.invoke(model, prefilled=True):
         model(TOKENS)
 
 

@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import jaxadapt
-from jaxadapt.configs import matching
+from jaxadapt.configs.frozen import find_pattern_value
 from jaxadapt.export.conversion import convert
 from jaxadapt.keymaps.families import FAMILIES
 from jaxadapt.models.foreign.dialects import DIALECTS
@@ -35,8 +35,8 @@ def products(folder: Path) -> dict[str, np.ndarray]:
     for key, a in held.tensors.items():
         if key.endswith("lora_A.weight"):
             module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-            r = matching.find_pattern_value(config.get("rank_pattern"), module, config.get("r"))
-            alpha = matching.find_pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha"))
+            r = find_pattern_value(config.get("rank_pattern"), module, config.get("r"))
+            alpha = find_pattern_value(config.get("alpha_pattern"), module, config.get("lora_alpha"))
             out[module] = alpha / r * held.tensors[key.replace("lora_A", "lora_B")] @ a
     return out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import huggingface_hub
@@ -13,6 +14,7 @@ from huggingface_hub import constants
 import jaxadapt
 from jaxadapt.persistence import card
 from jaxadapt.storage import hub as door
+from jaxadapt.storage import hub_progress
 from tests.support import hub_server, small
 from tests.support.small import CARD, CONFIG, WEIGHTS
 
@@ -117,7 +119,7 @@ def test_several_adapters_share_a_repository_as_in_peft(hub, tmp_path):
 def test_branches_tags_commits_and_pull_requests(hub, saved, tmp_path):
     first = pushed(hub, saved, tag="v1")
     jaxadapt.save(small.trained(seed=9), tmp_path / "two", base_model="org/base")
-    pushed(hub, tmp_path / "two", revision="feature/two", commit_message="step 2")
+    pushed(hub, tmp_path / "two", f"{REPO}@feature%2Ftwo", commit_message="step 2")
     pr = pushed(hub, tmp_path / "two", create_pr=True)
     old, new = ((at / WEIGHTS).read_bytes() for at in (saved, tmp_path / "two"))
     assert hub.repos[REPO].messages[-2] == "step 2"
@@ -127,7 +129,6 @@ def test_branches_tags_commits_and_pull_requests(hub, saved, tmp_path):
         f"hf://{REPO}@feature%2Ftwo": new, f"{REPO}@refs/pr/1": new, pr.address: new,
     }.items():  # fmt: skip
         assert (jaxadapt.pull(address) / WEIGHTS).read_bytes() == want, address
-    assert (jaxadapt.pull(REPO, revision="feature/two") / WEIGHTS).read_bytes() == new
 
 
 def test_the_checkpoints_of_a_run_are_branches_and_its_best_is_a_tag(hub, tmp_path):
@@ -137,7 +138,7 @@ def test_the_checkpoints_of_a_run_are_branches_and_its_best_is_a_tag(hub, tmp_pa
     for step in manager.steps:
         manager.export(step, tmp_path / str(step))
         tag = "best" if step == manager.best else None
-        pushed(hub, tmp_path / str(step), revision=f"step-{step}", tag=tag, metrics=manager.metrics(step))
+        pushed(hub, tmp_path / str(step), f"{REPO}@step-{step}", tag=tag, metrics=manager.metrics(step))
     for revision, step in {"step-0": 0, "step-1": 1, "step-2": 2, "best": 1}.items():
         found = jaxadapt.read(f"hf://{REPO}@{revision}").tensors
         want = jaxadapt.to_peft(small.adapter(seed=step)).tensors
@@ -344,7 +345,7 @@ def test_what_is_not_there_is_said(hub, saved):
     hub.put(REPO, {"fr/" + n: d for n, d in contents(saved).items()})
     hub.repos[REPO].refs["refs/tags/v1"] = hub.repos[REPO].refs["main"]
     with pytest.raises(jaxadapt.FileError, match=r"no revision 'v2'; found main, v1"):
-        jaxadapt.pull(REPO, revision="v2")
+        jaxadapt.pull(f"{REPO}@v2")
     with pytest.raises(jaxadapt.FileError, match=r"no adapter there: expected adapter_config.json.*adapters in: fr"):
         jaxadapt.load(f"hf://{REPO}", small.net())
     hub.put("org/half", {CONFIG: contents(saved)[CONFIG]})
@@ -401,17 +402,11 @@ def test_addresses_that_are_none(text):
         door.parse(text)
 
 
-def test_addresses_that_contradict_what_is_said_beside_them():
-    with pytest.raises(jaxadapt.FileError, match="revision 'v1', but revision='v2'"):
-        door.parse("org/name@v1", "v2")
-    assert door.parse("org/name@v1/sub/more", "v1").subfolder == "sub/more"
-
-
 # ---- the card ----------------------------------------------------------------------------------------------
 
 
 def test_the_card_of_a_push(hub, saved):
-    pushed(hub, saved, license="apache-2.0", metrics={"held-out loss": 1.5}, subfolder="fr")
+    pushed(hub, saved, f"{REPO}/fr", license="apache-2.0", metrics={"held-out loss": 1.5})
     text = hub.files(REPO)[f"fr/{CARD}"].decode()
     held = huggingface_hub.ModelCard(text).data.to_dict()
     assert held == {
@@ -503,3 +498,28 @@ def test_peft_pulls_what_we_pushed_and_the_reverse(hub, tmp_path, monkeypatch):
     back = jaxadapt.load("hf://org/theirs", small.net())
     x = theirs.state_dict()["base_model.model.q_proj.lora_A.default.weight"].numpy()
     assert np.array_equal(jaxadapt.to_peft(back).tensors["base_model.model.q_proj.lora_A.weight"], x)
+
+
+def test_a_pull_request_creates_no_repository_that_is_there(hub, saved, monkeypatch):
+    """Who may open a pull request may often not create a repository; one that is missing is created for it."""
+    asked = []
+    created = huggingface_hub.HfApi.create_repo
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "create_repo", lambda self, *a, **k: asked.append(a) or created(self, *a, **k)
+    )
+    pushed(hub, saved, create_pr=True)
+    assert len(asked) == 1
+    pushed(hub, saved, create_pr=True)
+    assert len(asked) == 1
+    pushed(hub, saved)
+    assert len(asked) == 2
+
+
+def test_the_clients_bars_come_back():
+    from huggingface_hub.utils import are_progress_bars_disabled
+
+    assert not are_progress_bars_disabled()
+    with contextlib.suppress(KeyError), hub_progress.client_bars(False):
+        assert are_progress_bars_disabled()
+        raise KeyError
+    assert not are_progress_bars_disabled()

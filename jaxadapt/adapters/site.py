@@ -1,0 +1,268 @@
+"""One adapted leaf under one configuration: its tensors, its hyperparameters, and the shared tensors of an adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxadapt import methods
+from jaxadapt.adapters.adapter import SHARED_NODE
+from jaxadapt.arrays.axes import Axes
+from jaxadapt.arrays.layout import FileLayout
+from jaxadapt.arrays.torch_layout import TorchLayout
+from jaxadapt.configs import Config
+from jaxadapt.core import paths
+from jaxadapt.keymaps import plan
+from jaxadapt.keymaps.keymap import KeyMap, Match
+from jaxadapt.keymaps.tensor_spec import MethodTensor, Modules
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One adapted leaf under one configuration: its tensors, and the hyperparameters of its arithmetic.
+
+    `method` is the configuration's own, or `FullCopy` or `TrainableTokens` where the adapter holds a copy. `named` has
+    the PyTorch modules of the leaf's entries, or its parameters if they are adapted by name. `hparams` are the method's
+    own (a scale, a flag).
+    """
+
+    match: Match
+    method: methods.Method
+    named: Modules
+    tensors: tuple[MethodTensor, ...]
+    hparams: Any
+    entries: tuple[plan.PlanEntry, ...]
+    fan_in: int
+    target: methods.Target = dataclasses.field(compare=False, repr=False)
+
+    @property
+    def leaf(self) -> str:
+        return self.match.leaf
+
+    @functools.cached_property
+    def axes(self) -> Axes:
+        axes = self.match.axes
+        return dataclasses.replace(axes, torch=torch_layout(self)) if self.method.torch_layout else axes
+
+    @functools.cached_property
+    def effects(self) -> methods.Effects:
+        """What the method changes here."""
+        return self.method.effects(self.hparams)
+
+    @functools.cached_property
+    def modules(self) -> tuple[str, ...]:
+        """The modules (or parameters) that it adapts."""
+        return tuple(self.named)
+
+    @functools.cached_property
+    def layers(self) -> dict[str, int]:
+        """`{module: index of its layer among those that the leaf stacks}`."""
+        per_layer = self.named.per_layer
+        return {name: i // per_layer for i, name in enumerate(self.named.names) if name is not None}
+
+    @functools.cached_property
+    def stack_sizes(self) -> tuple[int, ...]:
+        """The number of layers on each stacked axis."""
+        form = self.entries[0].form
+        sizes = dict(zip(form.left, form.shape, strict=True))
+        return tuple(sizes[name] for name in self.match.roles["stack"])
+
+    @functools.cached_property
+    def data(self) -> dict[str, np.ndarray]:
+        """`{name: array}` of the arithmetic's inputs besides the parameters: the layers' indices, if layers differ."""
+        if not methods.needs_layer_number(self.hparams):
+            return {}
+        return {methods.LAYER: np.arange(math.prod(self.stack_sizes), dtype=np.int32).reshape(self.stack_sizes)}
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, Shape]:
+        """`{tensor name: shape in the model}`, stacked axes included."""
+        return {tensor.name: entry.shape for tensor, entry in zip(self.tensors, self.entries, strict=True)}
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedTensor:
+    """One tensor of the whole adapter."""
+
+    tensor: MethodTensor
+    entry: plan.PlanEntry
+
+
+class Sites(tuple[Site, ...]):
+    """The sites of one adapter, with its shared tensors."""
+
+    shared: tuple[SharedTensor, ...]
+    method: methods.Method | None
+
+    def __new__(
+        cls, sites: Iterable[Site], shared: Iterable[SharedTensor] = (), method: methods.Method | None = None
+    ) -> Sites:
+        """Create the value; `method` is the method of the shared tensors."""
+        self = super().__new__(cls, tuple(sites))
+        self.shared, self.method = tuple(shared), method
+        return self
+
+
+def shared_tensors(sites: Sequence[Site]) -> tuple[SharedTensor, ...]:
+    """Return the shared tensors of an adapter's sites; a part of them has none."""
+    return sites.shared if isinstance(sites, Sites) else ()
+
+
+def all_tensors(sites: Sequence[Site]) -> list[MethodTensor]:
+    """Return the tensors of an adapter's sites, and the shared ones."""
+    return [tensor for site in sites for tensor in site.tensors] + [each.tensor for each in shared_tensors(sites)]
+
+
+def file_entries(sites: Sequence[Site]) -> list[tuple[MethodTensor, plan.PlanEntry]]:
+    """Return the tensors that a file holds, with their entries."""
+    pairs = [pair for site in sites for pair in zip(site.tensors, site.entries, strict=True)]
+    pairs += [(each.tensor, each.entry) for each in shared_tensors(sites)]
+    return [(tensor, entry) for tensor, entry in pairs if tensor.in_file]
+
+
+SHARED_PREFIX = "base_model"
+"""The start of the key of a shared tensor."""
+
+
+def bind_shared(
+    config: Config, method: methods.Method, sites: Sequence[Site], found: Mapping[str, Shape]
+) -> tuple[SharedTensor, ...]:
+    """Return the tensors of the whole adapter; `found` are the shapes of existing ones, by name."""
+    targets = [site.target for site in sites if not site.method.copies]
+    shared: list[SharedTensor] = []
+    for tensor in method.shared(config, targets, found):
+        own = dict(tensor.own)
+        names = [name for name in tensor.axes if name != "batch"]
+        right = tuple(tuple(f"~{name}" for name in group) for group in tensor.torch)
+        form = FileLayout(tuple(own[n] for n in names), tuple(f"~{n}" for n in names), right, ())
+        keys = (f"{SHARED_PREFIX}{tensor.suffix}" if tensor.suffix.startswith(".") else tensor.suffix,)
+        shared.append(SharedTensor(tensor, plan.PlanEntry(paths.join(SHARED_NODE, tensor.name), form, keys)))
+    return tuple(shared)
+
+
+def bind_site(
+    config: Config,
+    method: methods.Method,
+    keymap: KeyMap,
+    match: Match,
+    sizes: Mapping[str, int],
+    modules: Modules,
+    found: Mapping[str, Shape] | None = None,
+) -> Site:
+    """Return the site of one leaf under a configuration.
+
+    Args:
+        sizes: the sizes of the leaf's axes, by name.
+        found: the shapes of the tensors of an existing adapter, as in `Target`.
+    """
+    target = methods.Target(match, modules, sizes, found or {})
+    tensors = method_tensors(config, method, target)
+    entries = tuple(plan.plan_entry(keymap, match, tensor, sizes) for tensor in tensors)
+    fan_in = math.prod(sizes.get(name, 1) for name in match.roles["in"])
+    return Site(match, method, modules, tensors, method.hparams(config, target), entries, fan_in, target)
+
+
+def method_tensors(config: Config, method: methods.Method, target: methods.Target) -> tuple[MethodTensor, ...]:
+    """Return the tensors of a target; an entry that is not adapted has none in the file."""
+    tensors, modules = method.tensors(config, target), target.modules
+    if modules.all or not method.torch_layout:
+        return tensors
+    used = modules.each(lambda _: 1, 0)
+    return tuple(t if t.used_sizes is not None else dataclasses.replace(t, used_sizes=used) for t in tensors)
+
+
+def torch_layout(site: Site) -> TorchLayout:
+    """Return PyTorch's layout of one layer's weight and tensors."""
+    match, weight = site.match, site.match.weight
+    stacked = {weight.left[axis] for axis in match.stack}
+    right = weight.right[::-1] if weight.fan_in_fan_out else weight.right
+    tensors = tuple(
+        (tensor.name, tuple(n for n in entry.form.left if n not in stacked), entry.form.right)
+        for tensor, entry in zip(site.tensors, site.entries, strict=True)
+    )
+    return TorchLayout(
+        tuple(name for name in weight.left if name not in stacked),
+        right,
+        match.roles["batch"],
+        weight.torch_roles["in"],
+        weight.torch_roles["out"],
+        weight.sizes,
+        weight.scale,
+        weight.shift,
+        tensors,
+    )
+
+
+class FileShapes:
+    """The shapes of a file's tensors, by module and by the tensor's name as in `Target.found`."""
+
+    def __init__(self, shapes: Iterable[tuple[str, Shape]], prefix: str) -> None:
+        """Read the shapes by key; `prefix` is that of the keymap."""
+        self.shared: dict[str, Shape] = {}
+        self._by_module: dict[str, dict[str, Shape]] = {}
+        for key, shape in shapes:
+            if not key.startswith(prefix):
+                self.shared[_tensor_name(key.removeprefix(f"{SHARED_PREFIX}."))] = shape
+                continue
+            parts = key.removeprefix(prefix).split(".")
+            for i in range(max(0, len(parts) - 4), len(parts)):
+                self._by_module.setdefault(".".join(parts[:i]), {})[_tensor_name(".".join(parts[i:]))] = shape
+
+    def of(self, modules: Modules) -> dict[str, Shape]:
+        """Return the shapes of one entry's tensors, the largest where modules differ."""
+        found: dict[str, Shape] = {}
+        for module in modules:
+            for name, shape in self._by_module.get(module, {}).items():
+                known = found.setdefault(name, shape)
+                found[name] = tuple(map(max, known, shape)) if len(known) == len(shape) else shape
+        return found
+
+
+def _tensor_name(suffix: str) -> str:
+    return suffix.removesuffix(".weight").replace(".", "_")
+
+
+def map_stack(site: Site, change: Any, params: Mapping[str, Any], w: Any) -> Any:
+    """Return `change(AppliedMethod, w)`, computed layer by layer for the layers that the leaf stacks."""
+    params = {**params, **site.data}  # and shared tensors, which all layers see whole
+    shared = tuple(name for name in params if name not in site.shapes and name not in site.data)
+    return map_layers(site.match.stack, site.method, site.hparams, site.axes, change, params, w, shared)
+
+
+def map_layers(
+    stack: Sequence[int],
+    method: methods.Method,
+    hparams: Any,
+    axes: Axes,
+    change: Any,
+    params: Mapping[str, Any],
+    w: Any,
+    shared: Sequence[str] = (),
+) -> Any:
+    """Compute `map_stack` from the fields of a site, without its leaf.
+
+    `params` include `Site.data`, and those named in `shared` are not stacked.
+    """
+    import jax
+
+    def apply_change(params: Mapping[str, Any], w: Any) -> Any:
+        return change(methods.AppliedMethod(method, hparams, params, axes), w)
+
+    mapped: Any = apply_change
+    for position, axis in enumerate(stack):  # ascending: the outermost vmap takes the last axis and moves no other
+        in_axes = {name: position if name == methods.LAYER else axis for name in params}
+        in_axes |= dict.fromkeys((name for name in shared if name in params), None)
+        mapped = jax.vmap(mapped, in_axes=(in_axes, axis), out_axes=axis)
+    return mapped(dict(params), w)
+
+
+def make_file_plan(sites: Sequence[Site]) -> plan.Plan:
+    """Return the plan of the file that holds these sites' tensors, and the shared ones."""
+    return plan.make_plan([entry for _, entry in file_entries(sites)])

@@ -1,0 +1,336 @@
+"""The difference of two adapters: configurations, modules, and how far the changes of each weight are apart.
+
+ΔW = s·B·A of LoRA is never computed. With the scales in the As, equal ranks give
+ΔW₁ − ΔW₂ = B₁·(A₁ − A₂) + (B₁ − B₂)·A₂, and its Frobenius norm follows from small Gram matrices, as
+‖B·A‖² = tr(BᵀB · AAᵀ). This form keeps its precision for two steps of one run, whose factors are nearly equal. For
+other ranks ‖ΔW₁ − ΔW₂‖² = ‖ΔW₁‖² + ‖ΔW₂‖² − 2⟨ΔW₁, ΔW₂⟩. The angles between two subspaces have the cosines
+σ(Q₁ᵀQ₂), with orthonormal bases Q (Björck and Golub 1973), which follow from the Gram matrices as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from jaxadapt.adapters.peft_tensors import PeftTensors
+from jaxadapt.analysis.norms import Norm, named_parameter, norms_grid
+from jaxadapt.configs import Config, matching
+from jaxadapt.configs.frozen import find_pattern_value
+from jaxadapt.core.errors import MismatchError
+from jaxadapt.keymaps import pytorch
+from jaxadapt.keymaps.keymap import PEFT_PREFIX
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class ModuleDifference:
+    """The difference of one module, or of one tensor that has no other meaning.
+
+    Attributes:
+        module: the path of the module or parameter, or the key of the tensor.
+        kind: "LoRA" (of ΔW = s·B·A), "IA3" (of l − 1) or "tensor" (of the stored values).
+        norms: the Frobenius norms in both adapters.
+        distance: the Frobenius norm of the difference.
+        cosine: the cosine of the angle between the changes; NaN if one of them is zero.
+        ranks: the ranks of LoRA; None for other kinds.
+        output_angles, input_angles: the smallest and the largest principal angle, in degrees, between the spaces that
+            the columns of B, and the rows of A, span; None for other kinds and for a zero factor.
+    """
+
+    module: str
+    kind: str
+    norms: tuple[float, float]
+    distance: float
+    cosine: float
+    ranks: tuple[int, int] | None = None
+    output_angles: tuple[float, float] | None = None
+    input_angles: tuple[float, float] | None = None
+
+    @property
+    def relative(self) -> float:
+        """The distance in units of the first adapter's norm: infinite if that is zero and the distance is not."""
+        return _ratio(self.distance, self.norms[0])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {**dataclasses.asdict(self), "relative": self.relative}
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """The difference of two adapters.
+
+    Attributes:
+        settings: {field of the configuration: both values}, for the fields that differ.
+        modules: the modules and tensors that both adapters have and can be compared.
+        only: the modules and tensors that only the first, and only the second adapter has.
+        other_shapes: those whose sizes differ, with both shapes.
+    """
+
+    settings: Mapping[str, tuple[Any, Any]]
+    modules: tuple[ModuleDifference, ...]
+    only: tuple[tuple[str, ...], tuple[str, ...]]
+    other_shapes: tuple[str, ...] = ()
+
+    @property
+    def is_equal(self) -> bool:
+        """True if the adapters compute the same: equal settings, modules and values."""
+        return not (self.settings or any(self.only) or self.other_shapes) and all(
+            module.distance == 0 for module in self.modules
+        )
+
+    def total(self, kind: str = "LoRA") -> ModuleDifference | None:
+        """Return the difference over all modules of one kind together; None if there are none."""
+        members = [module for module in self.modules if module.kind == kind]
+        if not members:
+            return None
+        norms = [math.sqrt(sum(m.norms[side] ** 2 for m in members)) for side in (0, 1)]
+        products = sum(m.cosine * m.norms[0] * m.norms[1] for m in members if not math.isnan(m.cosine))
+        distance = math.sqrt(sum(m.distance**2 for m in members))
+        cosine = products / (norms[0] * norms[1]) if norms[0] and norms[1] else math.nan
+        return ModuleDifference("all", kind, (norms[0], norms[1]), distance, cosine)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        kinds = dict.fromkeys(module.kind for module in self.modules)
+        totals = {kind: total.to_dict() for kind in kinds if (total := self.total(kind)) is not None}
+        return {
+            "equal": self.is_equal,
+            "settings": {name: list(values) for name, values in self.settings.items()},
+            "totals": totals,
+            "modules": [module.to_dict() for module in self.modules],
+            "only_first": list(self.only[0]),
+            "only_second": list(self.only[1]),
+            "other_shapes": list(self.other_shapes),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class DifferenceGrid:
+    """The differences by layer (rows) and by module within the layer (columns); None where there is no module.
+
+    Attributes:
+        kind: the kind of the modules in it.
+        relative: the distances in units of the first adapter's norms.
+        cosine: the cosines.
+    """
+
+    kind: str
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    relative: list[list[float | None]]
+    cosine: list[list[float | None]]
+
+
+def difference_grid(difference: Difference) -> DifferenceGrid | None:
+    """Return the grid of the modules of one kind, LoRA if there are any; None if the adapters share no module."""
+    kind = next((k for k in ("LoRA", "IA3", "tensor") if any(m.kind == k for m in difference.modules)), None)
+    if kind is None:
+        return None
+    members = [module for module in difference.modules if module.kind == kind]
+    first, second, distance = (
+        norms_grid([Norm(m.module, value) for m, value in zip(members, values, strict=True)])
+        for values in ([m.norms[0] for m in members], [m.norms[1] for m in members], [m.distance for m in members])
+    )
+    sizes = (first.values("norm"), second.values("norm"), distance.values("norm"))
+    relative: list[list[float | None]] = []
+    cosine: list[list[float | None]] = []
+    for one, two, apart in zip(*sizes, strict=True):  # a cell may hold several experts
+        cells = list(zip(one, two, apart, strict=True))
+        relative.append([None if x is None or z is None else _ratio(z, x) for x, _, z in cells])
+        cosine.append([None if x is None or y is None or z is None else _cosine(x, y, z) for x, y, z in cells])
+    return DifferenceGrid(kind, first.rows, first.columns, relative, cosine)
+
+
+def _cosine(x: float, y: float, distance: float) -> float:
+    """Return the cosine of the angle between two sides of a triangle."""
+    return max(-1.0, min(1.0, (x * x + y * y - distance * distance) / (2 * x * y))) if x and y else math.nan
+
+
+def diff(first: PeftTensors, second: PeftTensors) -> Difference:
+    """Compare two adapters: their settings, modules, and the change of each weight.
+
+    Args:
+        first, second: the adapters. Tensors may be read on demand: those of one module are in memory at a time.
+
+    Two steps of a run, or two ranks of one training, can be compared; the values of two runs with other seeds are alike
+    only in ΔW, not in A and B, so LoRA is compared by ΔW. A distance between adapters of different ranks is exact to
+    about 1e-8 of the norms. DoRA's magnitudes, copies of modules and other methods' tensors are compared as they are.
+
+    Raises `MismatchError` if the adapters are of different methods.
+
+    >>> import numpy as np, jaxadapt
+    >>> config = jaxadapt.LoraConfig(r=1, lora_alpha=1, target_modules=["q"])
+    >>> def adapter(a):
+    ...     keys = "base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight"
+    ...     return jaxadapt.PeftTensors(config, dict(zip(keys, (np.array([a]), np.array([[2.0]])))))
+    >>> found = diff(adapter([3.0, 0.0]), adapter([3.0, 4.0]))
+    >>> found.modules[0].norms, found.modules[0].distance, found.modules[0].cosine
+    ((6.0, 10.0), 8.0, 0.6)
+    """
+    if first.config.peft_type != second.config.peft_type:
+        raise MismatchError(
+            f"cannot compare {first.source} with {second.source}: their methods are {first.config.peft_type} and"
+            f" {second.config.peft_type}; compare adapters of one method"
+        )
+    groups = _modules(first), _modules(second)
+    used = [{key for keys in group.values() for key in keys.values()} for group in groups]
+    others = [[key for key in t.tensors if key not in keys] for t, keys in zip((first, second), used, strict=True)]
+    shared = [module for module in groups[0] if module in groups[1]]
+    modules: list[ModuleDifference] = []
+    shapes: list[str] = []
+    for module in shared:
+        arrays = [
+            {name: _as_float64(t.tensors[key]) for name, key in group[module].items()}
+            for t, group in zip((first, second), groups, strict=True)
+        ]
+        modules += _compare(module, first.config, second.config, arrays[0], arrays[1], shapes)
+    for key in others[0]:
+        if key in others[1]:
+            name = key.removeprefix(PEFT_PREFIX)
+            modules += _compare_tensor(name, _as_float64(first.tensors[key]), _as_float64(second.tensors[key]), shapes)
+    only = tuple(
+        tuple([m for m in groups[i] if m not in groups[1 - i]])
+        + tuple(key.removeprefix(PEFT_PREFIX) for key in others[i] if key not in others[1 - i])
+        for i in (0, 1)
+    )
+    settings = {
+        name: (first.config.to_dict().get(name), second.config.to_dict().get(name))
+        for name in first.config.changed_keys(second.config)
+    }
+    return Difference(settings, tuple(modules), (only[0], only[1]), tuple(shapes))
+
+
+def _modules(tensors: PeftTensors) -> dict[str, dict[str, str]]:
+    """Return {module: {tensor: key}} of LoRA's factors and IA3's vectors, the parameters of experts by their names."""
+    names: dict[str, dict[str, str]] = {}
+    for key in tensors.tensors if tensors.config.peft_type in ("LORA", "IA3") else ():
+        for module, found in pytorch.adapted_shapes({key: ()}).items():
+            for name in found:
+                if name.startswith(("lora_A", "lora_B", "lora_embedding", "lora_diag", "ia3_l")):
+                    names.setdefault(named_parameter(tensors.config, module), {})[name] = key
+    return {module: keys for module, keys in names.items() if _is_complete(keys)}
+
+
+def _is_complete(keys: Mapping[str, str]) -> bool:
+    pairs = ({"lora_A", "lora_B"}, {"lora_embedding_A", "lora_embedding_B"}, {"ia3_l"})
+    return any(pair <= keys.keys() for pair in pairs)
+
+
+def _as_float64(x: Any) -> np.ndarray:
+    import numpy as np
+
+    return np.asarray(x).astype(np.float64)
+
+
+def _compare(
+    module: str,
+    config: Config,
+    other: Config,
+    x: Mapping[str, np.ndarray],
+    y: Mapping[str, np.ndarray],
+    shapes: list[str],
+) -> Iterator[ModuleDifference]:
+    if "ia3_l" in x:
+        yield from _compare_tensor(module, x["ia3_l"] - 1, y["ia3_l"] - 1, shapes, "IA3")
+        return
+    pairs = [_factors(config, module, x), _factors(other, module, y)]
+    sizes = [(b.shape[1], a.shape[2]) for a, b in pairs]
+    experts = [a.shape[0] for a, _ in pairs]
+    if sizes[0] != sizes[1] or experts[0] != experts[1]:
+        shapes.append(f"{module}: {list(sizes[0])} and {list(sizes[1])}")
+        return
+    yield _compare_products(module, pairs[0], pairs[1])
+
+
+_Factors = tuple[Any, Any]
+"""s·A as (experts, r, in) and B as (experts, out, r)."""
+
+
+def _factors(config: Config, module: str, arrays: Mapping[str, np.ndarray]) -> _Factors:
+    """Return s·A and B of a module, or of each expert."""
+    import numpy as np
+
+    kind = "lora" if "lora_A" in arrays else "lora_embedding"
+    a, b = arrays[f"{kind}_A"], arrays[f"{kind}_B"]
+    a, b = a.reshape(a.shape[0], -1), b.reshape(b.shape[0], -1)
+    if "lora_diag" in arrays:
+        a = arrays["lora_diag"][:, None] * a  # KaSA
+    alpha = find_pattern_value(config.get("alpha_pattern") or {}, module, config.get("lora_alpha"))
+    rank = find_pattern_value(config.get("rank_pattern") or {}, module, config.get("r"))
+    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    experts = a.shape[0] // rank if matching.is_parameter(config, module) and a.shape[0] % rank == 0 else 1
+    # PEFT concatenates the rows of A by expert, and interleaves the columns of B.
+    return scale * a.reshape(experts, -1, a.shape[1]), np.moveaxis(b.reshape(b.shape[0], -1, experts), 2, 0)
+
+
+def _compare_products(module: str, x: _Factors, y: _Factors) -> ModuleDifference:
+    """Compare B₁·A₁ with B₂·A₂, with the scales in the As; the norms are over all experts."""
+    import numpy as np
+
+    (a, b), (c, d) = x, y
+    aa, bb, cc, dd = (np.matmul(m, m.swapaxes(1, 2)) for m in (a, b.swapaxes(1, 2), c, d.swapaxes(1, 2)))
+    ac, bd = np.matmul(a, c.swapaxes(1, 2)), np.matmul(b.swapaxes(1, 2), d)
+    norms = [math.sqrt(max(float((p * q).sum()), 0.0)) for p, q in ((aa, bb), (cc, dd))]
+    product = float((ac * bd).sum())
+    if a.shape == c.shape:
+        e, f = a - c, b - d  # ΔW₁ − ΔW₂ = B₁·(A₁ − A₂) + (B₁ − B₂)·A₂
+        ee, ff = np.matmul(e, e.swapaxes(1, 2)), np.matmul(f.swapaxes(1, 2), f)
+        square = float((bb * ee).sum() + 2 * ((bb - bd) * (ac - cc)).sum() + (ff * cc).sum())
+    else:
+        square = norms[0] ** 2 + norms[1] ** 2 - 2 * product
+    distance = math.sqrt(max(square, 0.0))
+    cosine = product / (norms[0] * norms[1]) if norms[0] and norms[1] else math.nan
+    return ModuleDifference(
+        module,
+        "LoRA",
+        (norms[0], norms[1]),
+        distance,
+        max(-1.0, min(1.0, cosine)) if not math.isnan(cosine) else cosine,
+        (a.shape[1], c.shape[1]),
+        _angles(bb, bd, dd),
+        _angles(aa, ac, cc),
+    )
+
+
+_SMALLEST = 1e-13
+"""Ratio to the largest eigenvalue of a Gram matrix below which a direction counts as none; about 3e-7 of the factor."""
+
+
+def _angles(x: np.ndarray, xy: np.ndarray, y: np.ndarray) -> tuple[float, float] | None:
+    """Return the smallest and largest principal angle in degrees, from XᵀX, XᵀY and YᵀY of each expert."""
+    import numpy as np
+
+    found: list[float] = []
+    for one, mixed, other in zip(x, xy, y, strict=True):
+        bases: list[Any] = []
+        for gram in (one, other):
+            if not np.isfinite(gram).all():
+                return None
+            values, vectors = np.linalg.eigh(gram)
+            kept = values > _SMALLEST * max(values[-1], 0.0)
+            bases.append(vectors[:, kept] / np.sqrt(values[kept]))
+        if not bases[0].shape[1] or not bases[1].shape[1]:
+            return None
+        cosines = np.linalg.svd(bases[0].T @ mixed @ bases[1], compute_uv=False)
+        found += np.degrees(np.arccos(np.clip(cosines, -1, 1))).tolist()
+    return (min(found), max(found)) if found else None
+
+
+def _compare_tensor(
+    name: str, x: np.ndarray, y: np.ndarray, shapes: list[str], kind: str = "tensor"
+) -> Iterator[ModuleDifference]:
+    if x.shape != y.shape:
+        shapes.append(f"{name}: {list(x.shape)} and {list(y.shape)}")
+        return
+    norms = [math.sqrt(float((v * v).sum())) for v in (x, y)]
+    cosine = float((x * y).sum()) / (norms[0] * norms[1]) if norms[0] and norms[1] else math.nan
+    yield ModuleDifference(name, kind, (norms[0], norms[1]), math.sqrt(float(((x - y) ** 2).sum())), cosine)
+
+
+def _ratio(distance: float, norm: float) -> float:
+    return distance / norm if norm else (math.inf if distance else 0.0)

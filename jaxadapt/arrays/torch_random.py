@@ -1,0 +1,60 @@
+"""PyTorch's random numbers on the CPU, drawn with NumPy: the generator of `torch.Generator().manual_seed(seed)`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+class TorchRandom:
+    """A stream of PyTorch's random numbers; each call continues it.
+
+    >>> TorchRandom(0).uniform((2,), -1.0, 1.0).tolist()  # torch.empty(2).uniform_(-1, 1)
+    [-0.007486820220947266, 0.5364435911178589]
+    """
+
+    def __init__(self, seed: int) -> None:
+        """Start the stream of a seed."""
+        self._state = np.random.RandomState(np.uint32(seed % 2**32))
+
+    def _words(self, count: int) -> np.ndarray:
+        return self._state.randint(0, 2**32, count, np.uint32)
+
+    def uniform(self, shape: Sequence[int], low: float, high: float) -> np.ndarray:
+        """Return float32 values as `torch.empty(shape).uniform_(low, high)` draws them, bit for bit."""
+        low_, high_ = np.float32(low), np.float32(high)
+        unit = self._unit(int(np.prod(shape))).astype(np.float64)
+        values = unit * np.float64(high_ - low_) + np.float64(low_)  # PyTorch multiplies and adds with one rounding
+        return values.astype(np.float32).reshape(shape)
+
+    def permutation(self, size: int, count: int) -> np.ndarray:
+        """Return the first `count` entries of `torch.randperm(size)`, for a size below 2³²; nothing larger is made."""
+        moved: dict[int, int] = {}
+        out = np.empty(count, np.int64)
+        for i, word in enumerate(self._words(count)):
+            j = i + int(word) % (size - i)
+            out[i] = moved.get(j, j)
+            moved[j] = moved.get(i, i)
+        return out
+
+    def normal(self, shape: Sequence[int]) -> np.ndarray:
+        """Return float32 values as `torch.randn(shape)` draws them for 16 or more values, to within 2.4e-7."""
+        size = int(np.prod(shape))
+        if size < 16:
+            raise ValueError(f"expected at least 16 values, found {size}: PyTorch draws fewer in another way")
+        unit, out = self._unit(size), np.empty(size, np.float32)
+        for start in range(0, size - 15, 16):
+            out[start : start + 16] = _normal_block(unit[start : start + 16])
+        if size % 16:  # PyTorch draws the last 16 values again
+            out[-16:] = _normal_block(self._unit(16))
+        return out.reshape(shape)
+
+    def _unit(self, count: int) -> np.ndarray:
+        return (self._words(count) & np.uint32(2**24 - 1)).astype(np.float32) * np.float32(2**-24)
+
+
+def _normal_block(unit: np.ndarray) -> np.ndarray:
+    """Return 16 normal values for 16 uniform ones, by the method of Box and Muller."""
+    radius, angle = np.sqrt(-2 * np.log(1 - unit[:8])), np.float32(2 * np.pi) * unit[8:]
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])

@@ -1,0 +1,58 @@
+"""LOHA: `LoHaConfig`, with the fields and defaults of PEFT 0.21.2."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from jaxadapt.configs.default_targets import QUERY_AND_VALUE
+from jaxadapt.configs.frozen import FrozenDict
+from jaxadapt.configs.method_config import MethodConfig
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class LoHaConfig(MethodConfig):
+    """LoHa (arXiv:2108.06098): the change of a weight is the elementwise product of two low-rank matrices.
+
+    Besides the attributes of `Config`:
+
+    Attributes:
+        r: the rank of both matrices.
+        alpha: the change is multiplied by alpha / r.
+        rank_dropout, module_dropout: dropout of rows and of modules in training, which jaxadapt lacks: a new adapter
+            needs 0.
+        use_effective_conv2d: true decomposes the kernels of convolutions over their channels only.
+        target_modules, exclude_modules, modules_to_save, layers_to_transform, layers_pattern, rank_pattern,
+            alpha_pattern: as in `LoraConfig`.
+        init_weights: true starts without a change of the weight, false with a random one.
+
+    Raises:
+        ConfigError: a value is invalid, or two values contradict each other; one error lists all problems.
+
+    >>> LoHaConfig(target_modules=["q_proj"]).alpha
+    8
+    """
+
+    _type: ClassVar[str | None] = "LOHA"
+    checks: ClassVar[Mapping[str, Any]] = {
+        "r": "rank",
+        "rank_dropout": "probability",
+        "module_dropout": "probability",
+    }
+    default_targets: ClassVar[Mapping[str, Mapping[str, Any]]] = QUERY_AND_VALUE
+
+    peft_type: str = "LOHA"
+    rank_pattern: Mapping[str, int] | None = field(default_factory=FrozenDict)
+    alpha_pattern: Mapping[str, float] | None = field(default_factory=FrozenDict)
+    r: int = 8
+    alpha: int | float = 8
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+    use_effective_conv2d: bool = False
+    target_modules: str | Collection[str] | None = None
+    exclude_modules: str | Collection[str] | None = None
+    init_weights: bool = True
+    layers_to_transform: int | Collection[int] | None = None
+    layers_pattern: str | Collection[str] | None = None
+    modules_to_save: Collection[str] | None = None

@@ -1,0 +1,69 @@
+"""The base class of configurations whose values need no checks besides those that follow from fields and defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
+
+from jaxadapt.configs.base import Config
+from jaxadapt.configs.validation import CHECKS, COMMON, Check, Problems, expects, is_int, one_of
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class MethodConfig(Config):
+    """A configuration that checks each field by its name or by the type of its default.
+
+    Fields that several methods have (`target_modules`, `modules_to_save`, `rank_pattern`, …) have the same check
+    everywhere. A field whose default is a boolean, an integer, a number or a string takes only such values.
+
+    Attributes:
+        checks: `{field: check}` for the other fields: "rank" (a positive integer), "size" (an integer of 0 or more),
+            "probability", "text", "object", "any", or the tuple of the possible values. Null is valid if it is the
+            field's default.
+    """
+
+    checks: ClassVar[Mapping[str, Any]] = {"r": "rank"}
+
+    def _check(self, problems: Problems) -> None:
+        super()._check(problems)
+        if self.get("layers_pattern") and self.get("layers_to_transform") is None:
+            way_out = "set layers_to_transform, or remove the pattern"
+            problems.add("layers_pattern", "null if layers_to_transform is null", self.get("layers_pattern"), way_out)
+
+    def _check_field(self, problems: Problems, name: str, value: Any) -> None:
+        default = _defaults(type(self)).get(name)
+        check = self.checks.get(name)
+        if isinstance(check, tuple):
+            one_of(*cast("tuple[str, ...]", check), optional=default is None)(problems, name, value)
+        elif check is not None:
+            if value is not None or default is not None:
+                _BY_KIND[check](problems, name, value)
+        elif name in _defaults(Config):
+            problems.check(name, value)
+        elif name in COMMON:
+            problems.common(name, value)
+        elif isinstance(default, bool | int | float | str):
+            _BY_DEFAULT[type(default)](problems, name, value)
+
+
+@functools.cache
+def _defaults(cls: type[Config]) -> Mapping[str, Any]:
+    return {item.name: item.default for item in dataclasses.fields(cls)}
+
+
+_BY_KIND: Mapping[str, Check] = {
+    "rank": CHECKS["r"],
+    "size": expects("an integer of 0 or more", lambda x: is_int(x) and x >= 0),
+    "probability": CHECKS["lora_dropout"],
+    "text": CHECKS["revision"],
+    "object": CHECKS["auto_mapping"],
+    "any": lambda problems, field, value: None,
+}
+_BY_DEFAULT: Mapping[type, Check] = {
+    bool: expects("true or false", lambda x: isinstance(x, bool)),
+    int: expects("an integer", is_int),
+    float: CHECKS["lora_alpha"],
+    str: expects("a string", lambda x: isinstance(x, str)),
+}

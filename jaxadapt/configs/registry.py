@@ -1,0 +1,48 @@
+"""The table of methods: each line names a configuration class, and with it a type and the file of its method.
+
+The file `vera.py` holds the type VERA: its configuration in this package, and its method in `jaxadapt.methods`. All
+other parts of jaxadapt read this table. The classes load on first use.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from jaxadapt.core.lazy import typed_imports
+
+if TYPE_CHECKING:
+    from jaxadapt.configs.cartridge import CartridgeConfig as CartridgeConfig
+    from jaxadapt.configs.ia3 import IA3Config as IA3Config
+    from jaxadapt.configs.loha import LoHaConfig as LoHaConfig
+    from jaxadapt.configs.lora import LoraConfig as LoraConfig
+    from jaxadapt.configs.multitask_prompt_tuning import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
+    from jaxadapt.configs.oft import OFTConfig as OFTConfig
+    from jaxadapt.configs.p_tuning import PromptEncoderConfig as PromptEncoderConfig
+    from jaxadapt.configs.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
+    from jaxadapt.configs.prompt_tuning import PromptTuningConfig as PromptTuningConfig
+    from jaxadapt.configs.vera import VeraConfig as VeraConfig
+
+
+@functools.cache
+def config_classes() -> dict[str, tuple[str, str]]:
+    """Return `{peft_type: (module, class name)}` of the table.
+
+    >>> config_classes()["LORA"]
+    ('jaxadapt.configs.lora', 'LoraConfig')
+    """
+    return {module.rpartition(".")[2].upper(): (module, name) for name, (module, _) in typed_imports(__name__).items()}
+
+
+def load_class(peft_type: str) -> Any:
+    """Return the configuration class of a type in the table, or None."""
+    found = config_classes().get(peft_type)
+    return None if found is None else vars(importlib.import_module(found[0]))[found[1]]
+
+
+def __getattr__(name: str) -> Any:
+    found = next((module for module, known in config_classes().values() if known == name), None)
+    if found is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name)
+    return vars(importlib.import_module(found))[name]

@@ -1,0 +1,223 @@
+"""Methods ready to run: one adapter, or several, on one weight."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxadapt.arrays.axes import Axes, Operation, Use
+from jaxadapt.core import paths
+from jaxadapt.core.errors import AttachError
+from jaxadapt.methods.base import Array, Drop, Effects, Method, Params, as_computable
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AppliedMethod:
+    """One adapter on one weight, ready to run; `tracing.rewrite` and the layers call it.
+
+    It resolves partly targeted fused weights, so that a method only gets the parts it adapts.
+    """
+
+    method: Method
+    hparams: Any
+    params: Params
+    axes: Axes
+    drop: Drop | None = None
+
+    @functools.cached_property
+    def effects(self) -> Effects:
+        return self.method.effects(self.hparams)
+
+    @property
+    def by_weight(self) -> bool:
+        """True if the layer must run with the effective weight."""
+        return self.effects.form == "weight"
+
+    def map(self, function: Callable[[AppliedMethod], AppliedMethod]) -> AppliedMethod:
+        return function(self)
+
+    def input(self, use: Use, x: Array) -> Array:
+        return self._on_parts(use.x, x, lambda x: self.method.input(self.hparams, self.params, use, x), use)
+
+    def follows(self, primitive: str) -> bool:
+        return self.axes.parts is None and self.method.follows(self.hparams, primitive)
+
+    def follows_use(self, use: Use) -> bool:
+        return self.method.follows_use(self.hparams, use)
+
+    @property
+    def forward(self) -> bool:
+        return self.method.forward(self.hparams)
+
+    @property
+    def apart(self) -> bool:
+        """True if `output` must get the product before the layer adds its bias."""
+        return self.effects.sees == "product"
+
+    def output(self, use: Use | Operation, x: Array, y: Array, w: Array) -> Array:
+        if isinstance(use, Operation):
+            return self.method.output(self.hparams, self.params, use, x, y, self.drop, w)
+        if self.axes.parts is not None:
+            index = self._parts_index(use.x, use)
+            x = x if index is None else x[index]
+            w = w[self._parts]
+
+        def changed(y: Array) -> Array:
+            return self.method.output(self.hparams, self.params, use, x, y, self.drop, w)
+
+        return self._on_parts(use.y, y, changed, use)
+
+    def weight(self, w: Array) -> Array:
+        if self.drop is not None:
+            raise AttachError(
+                "cannot apply dropout: the model uses this weight outside a supported product, where only an effective"
+                " weight can replace it. Set lora_dropout=0.0, or exclude this layer with exclude_modules"
+            )
+        if self.effects.bias == "adds" and not self.by_weight:
+            raise AttachError(
+                "cannot apply lora_bias: the model uses this weight outside a supported product, where only an"
+                " effective weight can replace it, and that has no bias. Exclude this layer with exclude_modules"
+            )
+        return self._change_parts(w, self.method.weight)
+
+    def merged(self, w: Array) -> Array:
+        """Return the effective weight for a merge; the adapter's bias is in `merged_bias`."""
+        return self._change_parts(w, self.method.merged)
+
+    def unweight(self, w: Array) -> Array:
+        return self._change_parts(w, self.method.unweight)
+
+    def part(self, w: Array) -> Array:
+        """Return the adapted parts of a weight."""
+        return as_computable(w if self.axes.parts is None else w[self._parts])
+
+    def bias(self, bias: Array) -> Array:
+        """Return the bias that the layer must use in a call; a bias that `output` adds is not in it."""
+        if self.effects.bias == "adds" and not self.by_weight:
+            return bias
+        return self.method.bias(self.hparams, self.params, self.axes, bias)
+
+    def merged_bias(self, bias: Array, sign: int) -> Array:
+        """Return the layer's bias after a merge (sign 1), or before it (sign -1)."""
+        return self.method.bias(self.hparams, self.params, self.axes, bias, undo=sign < 0)
+
+    def _change_parts(self, w: Array, function: Callable[..., Array]) -> Array:
+        axes = dataclasses.replace(self.axes, parts=None)
+        if self.axes.parts is None:
+            return function(self.hparams, self.params, axes, as_computable(w)).astype(w.dtype)
+        index = self._parts
+        new = function(self.hparams, self.params, axes, as_computable(w[index])).astype(w.dtype)
+        if isinstance(w, np.ndarray):
+            w = w.copy()
+            w[index] = new
+            return w
+        return w.at[index].set(new)
+
+    @property
+    def _parts(self) -> tuple[Any, ...]:
+        """The adapted parts, as an index into the weight."""
+        return (slice(None),) * self.axes.batch_axes[0] + (np.array(self.axes.parts),)
+
+    def _parts_index(self, letters: str, use: Use) -> tuple[Any, ...] | None:
+        letter = use.w[self.axes.batch_axes[0]]
+        if letter not in letters:
+            return None
+        return (slice(None),) * letters.index(letter) + (np.array(self.axes.parts),)
+
+    def _on_parts(self, letters: str, value: Array, function: Callable[[Array], Array], use: Use) -> Array:
+        index = None if self.axes.parts is None else self._parts_index(letters, use)
+        return function(value) if index is None else value.at[index].set(function(value[index]))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class AppliedMethods:
+    """Several active adapters on one weight: `input` of each in order, then `output` of each in order."""
+
+    hooks: tuple[AppliedMethod, ...]
+
+    @property
+    def axes(self) -> Axes:
+        return self.hooks[0].axes
+
+    def map(self, function: Callable[[AppliedMethod], AppliedMethod]) -> AppliedMethods:
+        return AppliedMethods(tuple(function(hook) for hook in self.hooks))
+
+    @property
+    def by_weight(self) -> bool:
+        return all(hook.by_weight for hook in self.hooks)
+
+    def input(self, use: Use, x: Array) -> Array:
+        for hook in self.hooks:
+            x = hook.input(use, x)
+        return x
+
+    def follows(self, primitive: str) -> bool:
+        return all(hook.follows(primitive) for hook in self.hooks)
+
+    def follows_use(self, use: Use) -> bool:
+        return all(hook.follows_use(use) for hook in self.hooks)
+
+    @property
+    def forward(self) -> bool:
+        return any(hook.forward for hook in self.hooks)
+
+    @property
+    def apart(self) -> bool:
+        has_bias = any(hook.by_weight and hook.effects.bias for hook in self.hooks)
+        return has_bias or any(hook.apart for hook in self.hooks)
+
+    def output(self, use: Use | Operation, x: Array, y: Array, w: Array) -> Array:
+        for hook in self.hooks:
+            y = hook.output(use, x, y, w)
+        return y
+
+    def weight(self, w: Array) -> Array:
+        base = w
+        for hook in self.hooks:
+            # As in PEFT, a change that is added to the weight is computed from the base weight.
+            adds = hook.effects.weight == "adds" and hook.effects.reads
+            w = w + (hook.weight(base) - base) if adds else hook.weight(w)
+        return w
+
+    def bias(self, bias: Array) -> Array:
+        for hook in self.hooks:
+            bias = hook.bias(bias)
+        return bias
+
+
+def refuse_rivals(leaves: Mapping[str, Mapping[str, Method]]) -> None:
+    """Raise `AttachError` if several active adapters each replace the same leaf.
+
+    Args:
+        leaves: `{leaf: {adapter: method}}` of the active adapters.
+    """
+    rivals = {leaf: [name for name, m in methods.items() if m.copies] for leaf, methods in leaves.items()}
+    conflicts = [f"{leaf}: {', '.join(adapters)}" for leaf, adapters in rivals.items() if len(adapters) > 1]
+    if conflicts:
+        raise AttachError(
+            "cannot activate these adapters together: several hold a full copy of the same weight, and only one copy"
+            " can replace it. Activate one of them:\n" + paths.bullets(conflicts)
+        )
+
+
+def check_biases(hooks: Iterable[AppliedMethod | AppliedMethods], others: Mapping[str, Array]) -> None:
+    """Raise `AttachError` if a custom layer may have a bias under another name than "bias", for methods that scale it.
+
+    `others` are the layer's other parameters. One with the size of the output may be added to the output, and IA3 would
+    then have to scale it too; its name does not show that.
+    """
+    for hook in hooks:
+        for name, value in others.items():
+            try:
+                changed = hook.bias(value) is not value
+            except AttachError:
+                continue  # another size, so it is not a bias of this output
+            if changed:
+                raise AttachError(
+                    f"its parameter {name!r} has the size of the output, so it may be a bias, and only a parameter"
+                    " called 'bias' is scaled with the output. Exclude the layer, or make it a feedforward module"
+                )

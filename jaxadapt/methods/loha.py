@@ -1,0 +1,107 @@
+"""LoHa (Hyeon-Woo et al. 2022, arXiv:2108.06098) with PEFT's conventions: W + s·(W1a·W1b)∘(W2a·W2b), s = α/r.
+
+A convolution's kernel is one matrix (out, channels·window). With `use_effective_conv2d` its window has tensors of its
+own, T1 and T2 (r, r, window), and W1a is (r, out). The arithmetic follows PEFT's `tuners/loha/layer.py`. PEFT's dropout
+of rows and modules is for training only and is refused for a new adapter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxadapt.arrays.random_draws import Draw
+from jaxadapt.configs.frozen import find_pattern_value
+from jaxadapt.configs.loha import LoHaConfig
+from jaxadapt.core.errors import ConfigError
+from jaxadapt.keymaps.tensor_spec import MethodTensor
+from jaxadapt.methods.base import Array, Effects, Params, Start, Target
+from jaxadapt.methods.matrix import MatrixMethod
+
+
+@dataclasses.dataclass(frozen=True)
+class LohaHparams:
+    """The hyperparameters of a site: the scale s, a number or a `PerEntry`."""
+
+    scale: Any
+
+
+class Loha(MatrixMethod):
+    """The elementwise product of two low-rank matrices."""
+
+    peft_type = "LOHA"
+    kinds = frozenset({"linear", "conv"})
+    scaled = frozenset({"hada_w1_a"})
+    roles = MappingProxyType(
+        {"hada_w1_a": "B", "hada_w2_a": "B", "hada_w1_b": "A", "hada_w2_b": "A", "hada_t1": "A", "hada_t2": "A"}
+    )
+
+    def tensors(self, config: LoHaConfig, target: Target) -> tuple[MethodTensor, ...]:
+        def rank(module: str) -> int:
+            return find_pattern_value(config.rank_pattern or {}, module, config.r)
+
+        r, window = (("r", target.rank(rank)),), target.window
+        effective = config.use_effective_conv2d and math.prod(window) > 1
+        made: list[MethodTensor] = []
+        for i in "12":
+            a = MethodTensor(f"hada_w{i}_a", f".hada_w{i}_a", ("batch", "out", "r"), (("out",), ("r",)), r)
+            b = MethodTensor(f"hada_w{i}_b", f".hada_w{i}_b", ("batch", "r", "in"), (("r",), ("in",)), r)
+            if effective:
+                sizes = (*r, ("r2", r[0][1]), *((f"k{n}", k) for n, k in enumerate(window)))
+                axes = ("r", "r2", *(f"k{n}" for n in range(len(window))))
+                torch = (*((name,) for name in axes), *(((),) if len(window) == 1 else ()))
+                made.append(MethodTensor(f"hada_t{i}", f".hada_t{i}", ("batch", *axes), torch, sizes))
+                a = dataclasses.replace(a, axes=("batch", "r", "out"), torch=(("r",), ("out",)))
+                b = dataclasses.replace(b, axes=("batch", "r", "channels"), torch=(("r",), ("channels",)))
+            elif window:
+                inputs = target.own_size(f"hada_w{i}_b", -1, lambda: target.in_size * math.prod(window))
+                b = dataclasses.replace(b, axes=("batch", "r", "i"), torch=(("r",), ("i",)), own=(*r, ("i", inputs)))
+            made += [a, b]
+        return target.with_ranks([dataclasses.replace(t, scale_power=0) for t in made], rank)
+
+    def starts_unchanged(self, config: LoHaConfig) -> bool:
+        return config.init_weights
+
+    def own(self, config: LoHaConfig, target: Target) -> LohaHparams:
+        def scale(module: str) -> float:
+            alpha = find_pattern_value(config.alpha_pattern or {}, module, config.alpha)
+            return alpha / find_pattern_value(config.rank_pattern or {}, module, config.r)
+
+        return LohaHparams(target.value(scale))
+
+    def effect(self, own: LohaHparams) -> Effects:
+        return Effects("adds", form="weight")
+
+    def init(self, config: LoHaConfig, tensor: MethodTensor, start: Start) -> Draw:
+        if config.rank_dropout or config.module_dropout:
+            raise ConfigError(
+                "cannot train LOHA with rank_dropout or module_dropout: jaxadapt does not drop rows or modules; set"
+                " both to 0.0"
+            )
+        if tensor.name == "hada_w2_b" and config.init_weights:
+            return Draw("constant", 0.0)
+        return Draw("uniform", 1 / math.sqrt(math.prod(start.shape[1:])))  # Kaiming-uniform with a = √5
+
+    def delta(self, own: LohaHparams, params: Params, w: Array) -> Array:
+        if "hada_t1" in params:
+            sides = [
+                jnp.einsum("rj...,jp,ri->ip...", params[f"hada_t{i}"], params[f"hada_w{i}_b"], params[f"hada_w{i}_a"])
+                for i in "12"
+            ]
+        else:
+            sides = [params[f"hada_w{i}_a"] @ params[f"hada_w{i}_b"] for i in "12"]
+        return own.scale * (sides[0] * sides[1]).reshape(w.shape)
+
+    def examples(self) -> Sequence[Mapping[str, Any]]:
+        return (
+            {"r": 2, "alpha": 3},
+            {"r": 3, "alpha": 5, "rank_pattern": {".*q(_proj)?": 2}, "alpha_pattern": {".*[qv](_proj)?": 7}},
+        )
+
+
+METHOD = Loha()

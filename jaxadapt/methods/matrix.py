@@ -1,0 +1,235 @@
+"""Methods in PyTorch's layout: one weight (out, in) and tensors in the shapes of their files.
+
+`MatrixMethod` converts a site's arrays to PyTorch's layout inside the computation, so that a method is written as its
+paper or PEFT writes it, and works for every keymap: split heads, fused parts, scaled and interleaved weights.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxadapt.arrays import low_rank
+from jaxadapt.arrays.axes import LETTERS, Axes, Operation, Use
+from jaxadapt.arrays.per_entry import LAYER, PerEntry
+from jaxadapt.arrays.torch_layout import TorchLayout
+from jaxadapt.core.errors import AttachError
+from jaxadapt.keymaps.tensor_spec import MethodTensor
+from jaxadapt.methods.base import Array, Drop, Effects, Method, Params, Target, at_least_float32
+from jaxadapt.methods.per_entry import adapted_entries
+
+
+@dataclasses.dataclass(frozen=True)
+class MatrixHparams:
+    """The hyperparameters of a site.
+
+    Attributes:
+        own: the method's own, a dataclass; its `PerEntry` fields become the number of the current module.
+        used: 1 for each adapted entry and 0 for the others; None if all are adapted.
+    """
+
+    own: Any
+    used: PerEntry | None = None
+
+
+class MatrixMethod(Method):
+    """A method written in PyTorch's layout.
+
+    A subclass defines `delta` (if `Effects.weight` is "adds") or `matrix`. If there is a cheaper way than the effective
+    weight, it also defines `before` or `after`, and sets `Effects.form` to "use". All of them get the site's own
+    hyperparameters, the tensors in the shapes of one module's file tensors, and the weight in PyTorch's shape.
+    """
+
+    torch_layout = True
+
+    @abc.abstractmethod
+    def tensors(self, config: Any, target: Target) -> tuple[MethodTensor, ...]: ...
+
+    @abc.abstractmethod
+    def own(self, config: Any, target: Target) -> Hashable:
+        """Return the hyperparameters of a site: a frozen dataclass, or None."""
+
+    @abc.abstractmethod
+    def effect(self, own: Any) -> Effects:
+        """Return what the method changes at a site."""
+
+    def delta(self, own: Any, params: Params, w: Array) -> Array:
+        """Return the change of the weight, (out, in), for methods that add to the weight."""
+        raise NotImplementedError
+
+    def matrix(self, own: Any, params: Params, w: Array) -> Array:
+        """Return the effective weight (out, in)."""
+        return w + self.delta(own, params, w)
+
+    def unmatrix(self, own: Any, params: Params, w: Array) -> Array:
+        """Return the weight (out, in) of an effective weight; raise `AttachError` if it is lost."""
+        if self.effect(own).weight != "adds" or self.effect(own).reads:
+            raise AttachError(
+                f"cannot unmerge {self.peft_type}: its change of a weight depends on the original weight, which a merge"
+                " overwrites. Keep the parameters from before the merge"
+            )
+        return w - self.delta(own, params, w)
+
+    def before(self, own: Any, params: Params, x: Array) -> Array:
+        """Return the input that the module gets in place of `x` (…, in)."""
+        return x
+
+    def after(self, own: Any, params: Params, x: Array, y: Array) -> Array:
+        """Return the output in place of `y` (…, out), for an input `x` (…, in), which is after dropout."""
+        return y
+
+    def rate(self, own: Any) -> float:
+        """Return the dropout rate of the input; 0 for methods without dropout."""
+        return 0.0
+
+    def shift(self, own: Any, params: Params, bias: Array, undo: bool) -> Array:
+        """Return the module's bias (out) as the adapter changes it, or its inverse."""
+        return bias
+
+    # ------------------------------------------------------------ the interface
+
+    def hparams(self, config: Any, target: Target) -> MatrixHparams:
+        return MatrixHparams(self.own(config, target), adapted_entries(target.modules))
+
+    def effects(self, hparams: MatrixHparams) -> Effects:
+        return self.effect(hparams.own)
+
+    def dropout(self, hparams: MatrixHparams) -> float:
+        return self.rate(hparams.own)
+
+    def follows_use(self, hparams: MatrixHparams, use: Use) -> bool:
+        # A tied head uses the weight in reverse, and fused parts with one input cannot each change it.
+        changes_input = type(self).before is not MatrixMethod.before
+        return not use.transposed and not (changes_input and not set(use.letters("batch")) <= set(use.x))
+
+    def input(self, hparams: MatrixHparams, params: Params, use: Use, x: Array) -> Array:
+        if type(self).before is MatrixMethod.before:
+            return x
+        layout = _layout(use.axes)
+        letters = dict(zip(layout.left, use.w, strict=True))
+        rows, _ = layout.rows_to_torch("in", letters, x, use.x)
+
+        def change(own: Any, p: Params, used: Any, rows: Array) -> Array:
+            return _choose(used, self.before(own, p, rows), rows)
+
+        has_batch = bool(set(use.letters("batch")) & set(use.x))
+        changed = self._map(hparams, params, layout, change, (rows, has_batch))
+        return layout.rows_from_torch("in", letters, x, use.x, changed).astype(x.dtype)
+
+    def output(
+        self,
+        hparams: MatrixHparams,
+        params: Params,
+        use: Use | Operation,
+        x: Array,
+        y: Array,
+        drop: Drop | None,
+        w: Array,
+    ) -> Array:
+        if self.effect(hparams.own).form == "weight":  # beside an adapter that changes each use
+            new = self.weight(hparams, params, dataclasses.replace(use.axes, parts=None), w)
+            return (y + low_rank.run_use(use, x, (new - w).astype(x.dtype))).astype(y.dtype)
+        if type(self).after is MatrixMethod.after:
+            return y
+        assert isinstance(use, Use)
+        layout = _layout(use.axes)
+        letters, factor = dict(zip(layout.left, use.w, strict=True)), layout.factor(w.shape)
+        x_rows, _ = layout.rows_to_torch("in", letters, x if drop is None else drop(x), use.x)
+        y_rows, _ = layout.rows_to_torch("out", letters, y, use.y)
+        y_rows = y_rows if factor == 1 else y_rows / factor
+
+        def change(own: Any, p: Params, used: Any, x_rows: Array, y_rows: Array) -> Array:
+            return _choose(used, self.after(own, p, x_rows, y_rows), y_rows)
+
+        batch = set(use.letters("batch"))
+        changed = self._map(hparams, params, layout, change, (x_rows, bool(batch & set(use.x))), (y_rows, True))
+        changed = changed if factor == 1 else changed * factor
+        return layout.rows_from_torch("out", letters, y, use.y, changed).astype(y.dtype)
+
+    def weight(self, hparams: MatrixHparams, params: Params, axes: Axes, w: Array) -> Array:
+        return self._on_weight(hparams, params, axes, w, self.matrix)
+
+    def unweight(self, hparams: MatrixHparams, params: Params, axes: Axes, w: Array) -> Array:
+        return self._on_weight(hparams, params, axes, w, self.unmatrix)
+
+    def bias(self, hparams: MatrixHparams, params: Params, axes: Axes, bias: Array, undo: bool = False) -> Array:
+        if self.effect(hparams.own).bias is None:
+            return bias
+        layout = _layout(axes)
+        letters = dict(zip(layout.left, LETTERS, strict=False))
+        over = "".join(LETTERS[i] for i in range(axes.rank) if i not in axes.in_axes)
+        mismatch = (
+            f"cannot change the layer's bias of shape {bias.shape}: it is not that of the output. Exclude the module"
+        )
+        if bias.ndim != len(over):
+            raise AttachError(mismatch)
+        rows, _ = layout.rows_to_torch("out", letters, bias, over)
+
+        def change(own: Any, p: Params, used: Any, b: Array) -> Array:
+            return _choose(used, self.shift(own, p, b, undo), b)
+
+        try:
+            changed = self._map(hparams, params, layout, change, (rows, True))
+        except (TypeError, ValueError) as error:  # another size
+            raise AttachError(mismatch) from error
+        return layout.rows_from_torch("out", letters, bias, over, changed).astype(bias.dtype)
+
+    def _on_weight(self, hparams: MatrixHparams, params: Params, axes: Axes, w: Array, function: Any) -> Array:
+        layout = _layout(axes)
+
+        def change(own: Any, p: Params, used: Any, m: Array) -> Array:
+            return _choose(used, function(own, p, m), m)
+
+        params = {name: x if name == LAYER else at_least_float32(x) for name, x in params.items()}
+        matrices = layout.weight_to_torch(at_least_float32(w))
+        changed = self._map(hparams, params, layout, change, (matrices, True))
+        return layout.weight_from_torch(w.shape, changed).astype(w.dtype)
+
+    def _map(
+        self, hparams: MatrixHparams, params: Params, layout: TorchLayout, change: Any, *arrays: tuple[Array, bool]
+    ) -> Array:
+        """Return `change(own, params, used, *arrays)`, mapped over the weight's batch axes.
+
+        Args:
+            arrays: the arrays, each with True if it has the batch axes.
+        """
+        tensors = {name: layout.to_torch(name, x) for name, x in params.items() if name != LAYER}
+        tensors |= {name: jax.lax.stop_gradient(x) for name, x in tensors.items() if self.roles.get(name) == "frozen"}
+        batched = {name for name in tensors if layout.has_batch(name)}
+        numbers = {
+            field.name: value.layer_values(params)
+            for field in (dataclasses.fields(hparams.own) if dataclasses.is_dataclass(hparams.own) else ())
+            if isinstance(value := getattr(hparams.own, field.name), PerEntry)
+        }
+        used = None if hparams.used is None else hparams.used.layer_values(params)
+
+        def call(numbers: Mapping[str, Any], used: Any, tensors: Params, *values: Array) -> Array:
+            own = dataclasses.replace(hparams.own, **numbers) if numbers else hparams.own
+            with jax.numpy_rank_promotion("allow"):  # a method may multiply rows by a vector
+                return change(own, tensors, used, *values)
+
+        mapped: Any = call
+        for _ in layout.batch:
+            axes = (dict.fromkeys(numbers, 0), None if used is None else 0)
+            per_tensor = {name: 0 if name in batched else None for name in tensors}
+            mapped = jax.vmap(mapped, in_axes=(*axes, per_tensor, *(0 if has else None for _, has in arrays)))
+        return mapped(numbers, used, tensors, *(x for x, _ in arrays))
+
+
+def _layout(axes: Axes) -> TorchLayout:
+    if axes.torch is None:  # made by hand, without a keymap: the order of the axes is PyTorch's
+        letters = LETTERS[: axes.rank]
+        inputs, outputs, batch = (
+            tuple(letters[i] for i in role) for role in (axes.in_axes, axes.out_axes, axes.batch_axes)
+        )
+        return TorchLayout(tuple(letters), (outputs, inputs), batch, inputs, outputs)
+    return axes.torch
+
+
+def _choose(used: Any, new: Array, old: Array) -> Array:
+    return new if used is None else jnp.where(used > 0, new, old.astype(new.dtype))

@@ -1,0 +1,93 @@
+"""The methods by type: those of `configs.registry`, loaded on first use, and those that other packages register."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Collection, Iterator, Mapping
+
+from jaxadapt.configs import Config
+from jaxadapt.configs.base import class_of
+from jaxadapt.configs.registry import config_classes
+from jaxadapt.core.errors import ConfigError
+from jaxadapt.methods.base import Method
+
+
+class Methods(Mapping[str, Method]):
+    """`{peft_type: method}`."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, Method] = {}
+
+    def __getitem__(self, peft_type: str) -> Method:
+        if peft_type not in self._loaded and peft_type in config_classes():
+            module = importlib.import_module(f"jaxadapt.methods.{peft_type.lower()}")
+            self._loaded[peft_type] = vars(module)["METHOD"]
+        return self._loaded[peft_type]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys([*config_classes(), *self._loaded]))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+    def __contains__(self, peft_type: object) -> bool:
+        return peft_type in config_classes() or peft_type in self._loaded
+
+    def add(self, method: Method) -> None:
+        """Add a method; raise `ConfigError` if its type is taken or has no configuration class."""
+        if method.peft_type in self and self[method.peft_type] != method:
+            raise ConfigError(
+                f"cannot register the method {method.peft_type!r}: the type has a method already; choose another"
+                " peft_type"
+            )
+        if class_of(method.peft_type) is None:
+            raise ConfigError(
+                f"cannot register the method {method.peft_type!r}: the type has no configuration. Define a subclass of"
+                f' jaxadapt.Config first, with _type = "{method.peft_type}"'
+            )
+        self._loaded[method.peft_type] = method
+
+
+class _Collections(Collection[str]):
+    """The names of the Linen collections, or of the attributes of an NNX layer, that hold each method's adapters."""
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.lower() for name in METHODS)
+
+    def __len__(self) -> int:
+        return len(METHODS)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and name == name.lower() and name.upper() in METHODS
+
+
+METHODS = Methods()
+
+COLLECTIONS = _Collections()
+
+
+def get_method(config: Config) -> Method:
+    """Return the method of a configuration; raise `ConfigError` if there is none, or if it would ignore a field."""
+    method = METHODS.get(config.peft_type)
+    if method is None:
+        raise ConfigError(
+            f"cannot apply peft_type {config.peft_type!r}: its files can be read and written, but the method is not"
+            f" implemented. Implemented methods: {', '.join(sorted(METHODS))}"
+        )
+    method.check(config)
+    return method
+
+
+def register(method: Method) -> Method:
+    """Add a method of another package for this process, and return it.
+
+    Its configuration is a subclass of `jaxadapt.Config` whose `_type` is the method's `peft_type`. Files of this type
+    then read into that class, and `adapt`, `save`, `load`, `merge` and the other functions accept it.
+
+    Raises `ConfigError` if the type has a method already, or no configuration class.
+
+    >>> register(METHODS["IA3"]).peft_type
+    'IA3'
+    """
+    METHODS.add(method)
+    return method

@@ -1,0 +1,99 @@
+"""VeRA (Kopiczko et al. 2024, arXiv:2310.11454) with PEFT's conventions: W + (b∘B)·(d∘A).
+
+A (r, inputs) and B (outputs, r) are random and belong to the whole adapter, with the sizes of its largest module; each
+module uses their first columns and rows. Only the vectors b (out) and d (r) are trained. The projections are PyTorch's
+own random numbers (`tuners/vera/model.py`), so a file without them (`save_projection=False`) has the same ones here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxadapt.arrays.random_draws import Draw
+from jaxadapt.arrays.torch_random import TorchRandom
+from jaxadapt.configs.vera import VeraConfig
+from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
+from jaxadapt.methods.base import Array, Effects, Params, Start, Target
+from jaxadapt.methods.matrix import MatrixMethod
+
+
+@dataclasses.dataclass(frozen=True)
+class VeraHparams:
+    """The hyperparameters of a site: the dropout rate."""
+
+    dropout: float
+
+
+class Vera(MatrixMethod):
+    """Shared random projections, scaled by two vectors per module."""
+
+    peft_type = "VERA"
+    scaled = frozenset({"vera_lambda_b"})
+    roles = MappingProxyType(
+        {"vera_lambda_b": "vector", "vera_lambda_d": "vector", "vera_A": "frozen", "vera_B": "frozen"}
+    )
+
+    def tensors(self, config: VeraConfig, target: Target) -> tuple[MethodTensor, ...]:
+        return (
+            MethodTensor("vera_lambda_b", ".vera_lambda_b", ("batch", "out"), (("out",),), scale_power=0),
+            own_tensor("vera_lambda_d", (config.r,)),
+        )
+
+    def shared(
+        self, config: VeraConfig, targets: Sequence[Target], found: Mapping[str, tuple[int, ...]]
+    ) -> tuple[MethodTensor, ...]:
+        a, b = found.get("vera_A"), found.get("vera_B")
+        a = (config.r, max(t.in_size for t in targets) if a is None else a[-1])
+        b = (max(t.out_size for t in targets) if b is None else b[0], config.r)
+        saved = config.save_projection
+        return tuple(
+            own_tensor(name, shape, trained=False, optional=True, in_file=saved)
+            for name, shape in (("vera_A", a), ("vera_B", b))
+        )
+
+    def starts_unchanged(self, config: VeraConfig) -> bool:
+        return config.init_weights
+
+    def own(self, config: VeraConfig, target: Target) -> VeraHparams:
+        return VeraHparams(config.vera_dropout)
+
+    def effect(self, own: VeraHparams) -> Effects:
+        return Effects("adds", form="use")
+
+    def rate(self, own: VeraHparams) -> float:
+        return own.dropout
+
+    def init(self, config: VeraConfig, tensor: MethodTensor, start: Start) -> Draw | Array:
+        if tensor.name == "vera_lambda_b":
+            return Draw("constant", 0.0 if config.init_weights else 1.0)
+        if tensor.name == "vera_lambda_d":
+            return Draw("constant", config.d_initial) if config.init_weights else Draw("normal", 1.0)
+        # PyTorch's Kaiming-uniform: the fan of A is its inputs, that of B the rank. B's numbers follow A's.
+        random = TorchRandom(config.projection_prng_key)
+        (_, inputs) = start.shared["vera_A"]
+        bound = math.sqrt(6 / inputs)
+        a = random.uniform((config.r, inputs), -bound, bound)
+        bound = math.sqrt(6 / config.r)
+        return a if tensor.name == "vera_A" else random.uniform(start.shape, -bound, bound)
+
+    def delta(self, own: VeraHparams, params: Params, w: Array) -> Array:
+        out, inputs = w.shape
+        b = params["vera_lambda_b"][:, None] * params["vera_B"][:out]
+        return b @ (params["vera_lambda_d"][:, None] * params["vera_A"][:, :inputs])
+
+    def after(self, own: VeraHparams, params: Params, x: Array, y: Array) -> Array:
+        d = params["vera_lambda_d"]
+        h = d * jnp.einsum("...i,ri->...r", x.astype(d.dtype), params["vera_A"][:, : x.shape[-1]])
+        return y + params["vera_lambda_b"] * jnp.einsum("...r,or->...o", h, params["vera_B"][: y.shape[-1]])
+
+    def examples(self) -> Sequence[Mapping[str, Any]]:
+        return ({"r": 3}, {"r": 4, "save_projection": False, "projection_prng_key": 7})
+
+
+METHOD = Vera()

@@ -1,0 +1,225 @@
+"""Carriers of NNX: objects, models and states."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxadapt.adapters import initial_values
+from jaxadapt.adapters.adapter import Adapter
+from jaxadapt.adapters.sites import Site
+from jaxadapt.configs import Config
+from jaxadapt.core import paths
+from jaxadapt.core.errors import AttachError
+from jaxadapt.keymaps.keymap import KeyMap
+from jaxadapt.models import planning
+from jaxadapt.models.base_params import BaseParams, ModelParams, read_params
+from jaxadapt.models.carriers.base import Carrier, Describe, check_free, check_name, refuse
+from jaxadapt.models.foreign import tree as foreign
+from jaxadapt.models.nnx import attach, graph, survey
+from jaxadapt.models.nnx.params import LayerNumber
+
+# Excluded from a model's state: parameters (the base does not change, and adapters are saved separately), variables
+# that follow from an adapter's configuration, and variables that exist only during one call.
+_NOT_REST = (nnx.Param, LayerNumber, nnx.Intermediate, nnx.Cache, nnx.Perturbation)
+
+
+def is_object(tree: Any) -> bool:
+    """Return True if a tree is an NNX object (an optimizer, random streams, a model), which is filled in place."""
+    return isinstance(tree, nnx.Pytree)
+
+
+class Object(Carrier):
+    """An NNX object, such as an optimizer or random streams."""
+
+    def pytree(self) -> Any:
+        """Return the object's state."""
+        return nnx.state(self.tree)
+
+    def fill(self, new: Any) -> Any:
+        """Write a state into the object, and return it."""
+        nnx.update(self.tree, new)
+        return self.tree
+
+
+class _Variables(Carrier):
+    """What models and states share: their adapters are `AdapterParam`s."""
+
+    @functools.cached_property
+    def _contents(self) -> Any:
+        """The state, or the walk over the model."""
+        return self.tree
+
+    def has_adapters(self) -> bool:
+        return attach.has_adapters(self._contents)
+
+    def names(self) -> list[str]:
+        return list(attach.adapter_variables(self._contents))
+
+    def extract(
+        self, name: str, config: Config | None = None, keymap: Any = None, lora_alpha: float | None = None
+    ) -> Adapter:
+        refuse_alpha(lora_alpha)
+        if not self.has_adapters() and (unknown := foreign.describe_unknown(self.tree)):
+            raise AttachError(f"cannot extract {name!r}: the model has no adapter{unknown}")
+        return attach.extract(self._contents, name)
+
+    def inject(self, adapter: Adapter, name: str, lora_alpha: float | None = None, on_shared: str | None = None) -> Any:
+        attach.inject(adapter, self._contents, name)
+        return self.tree
+
+    def rest(self) -> Any:
+        return nnx.filter_state(self.pytree(), nnx.Not(nnx.Any(*_NOT_REST)))
+
+
+class State(_Variables):
+    """An `nnx.State` of a model."""
+
+    remedy = "; pass the model"
+
+    @property
+    def params(self) -> Any:
+        return self.tree.get("params", self.tree)
+
+    def base(self) -> BaseParams:
+        return read_params(nnx.to_pure_dict(self.params), self.tree)
+
+    def map_adapters(self, f: Describe, names: Sequence[str] | None = None) -> Any:
+        """Replace the variables; each must be an adapter's."""
+        variables = attach.adapter_variables(self.tree)
+        if not variables:
+            raise AttachError("the model has no adapter; call jaxadapt.adapt first")
+        new: dict[int, Any] = {}
+        for name, by_path in variables.items():
+            values = f(name, attach.extract(self.tree, name))
+            new |= {id(var): values[path] for path, var in by_path.items()}
+        flat = nnx.to_flat_state(self.tree)
+        others = [f"{paths.join(*map(str, path))}: {type(var).__name__}" for path, var in flat if id(var) not in new]
+        if others:
+            raise AttachError(
+                "expected a state with only the trained variables, nnx.state(model, jaxadapt.AdapterParam); this one"
+                " also contains:\n" + paths.bullets(others)
+            )
+        return jax.tree.map(lambda var: new[id(var)], self.tree, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+    def with_rest(self, rest: Any) -> Any:
+        nnx.replace_by_pure_dict(self.tree, nnx.to_pure_dict(rest))
+        return self.tree
+
+
+class Model(_Variables, Object):
+    """An NNX module; operations change it in place."""
+
+    has_base = in_place = True
+
+    def walk(self) -> graph.ModelWalk:
+        return self._contents
+
+    @functools.cached_property
+    def _contents(self) -> Any:
+        return graph.walk_model(self.tree)
+
+    def _walk_again(self) -> None:
+        """Forget the walk, after modules got or lost attributes."""
+        vars(self).pop("_contents", None)
+
+    def base(self) -> ModelParams:
+        return ModelParams(self._contents.leaves, self.tree, self._contents)
+
+    def leaves(self) -> dict[str, Any]:
+        return survey.base_values(self._contents.leaves)
+
+    def statistics(self) -> list[str]:
+        return [path for path, var in survey.layer_state(self.tree).items() if isinstance(var, nnx.BatchStat)]
+
+    def replace(self, new: Mapping[str, Any], *, boxes: bool = True) -> Any:
+        owners, others = self._contents.leaves, survey.layer_state(self.tree) if new else {}
+        for path, value in new.items():
+            if path not in owners:
+                others[path].set_value(value)
+                continue
+            module, attr = owners[path]
+            vars(module)[attr].set_value(value)
+            attach.uninstall_adapters(module)  # removes the dequantisation of a quantised weight
+        return self.tree
+
+    def active(self) -> list[str]:
+        return list(attach.active_names(self._contents))
+
+    def adapt(
+        self, config: Config, name: str, keymap: KeyMap | str | None, dtype: Any, options: Mapping[str, Any]
+    ) -> Any:
+        refuse(
+            {"deterministic": options["deterministic"]},
+            "for Linen modules only; call model.train() or model.eval() of an NNX model",
+        )
+        base, rngs = self.base(), options["rngs"]
+        check_free(name, attach.adapter_names(self._contents))
+        recipe, sites = planning.plan_adapter(base, config, keymap, options["stack_axes"], options["example"])
+        abstract = rngs is None and survey.is_abstract(base.held)
+        if rngs is None and not abstract:
+            raise AttachError("cannot draw the adapter's initial values without random keys: pass rngs=nnx.Rngs(seed)")
+        if rngs is not None:
+            attach.require_stream(rngs, "params")
+        key = None if rngs is None else attach.draw_params_key(rngs)
+        values = initial_values.init_values(recipe.config, sites, key, dtype, abstract, base.leaves, base.shardings)
+        attach.attach(self.tree, recipe, sites, name, values, rngs, base.walked)
+        self._walk_again()
+        return self.tree
+
+    def attach(
+        self, adapter: Adapter, sites: Sequence[Site], name: str, present: Adapter | None, rngs: Any, new: Any
+    ) -> Any:
+        if present is not None and rngs is None and not new and is_same(present, adapter):
+            attach.inject(adapter, self._contents, name)
+            attach.activate(self._contents, (name,))
+            return self.tree
+        values = adapter.flat()
+        if present is not None or rngs is not None or new:
+            # Attach to an abstract copy first, so that a failure leaves the model's present adapter in place.
+            graphdef, state = nnx.split(self.tree)
+            copy = nnx.merge(graphdef, jax.eval_shape(lambda: state))
+            if present is not None:
+                attach.delete(copy, name)
+            attach.attach(copy, adapter.recipe, sites, name, values, None if rngs is None else nnx.clone(rngs))
+        self.replace(new)
+        if present is not None:
+            attach.delete(self._contents, name)
+        attach.attach(self.tree, adapter.recipe, sites, name, values, rngs, self._contents)
+        self._walk_again()
+        return self.tree
+
+    def delete(self, name: str) -> Any:
+        check_name(name, self.names())
+        attach.delete(self._contents, name)
+        self._walk_again()
+        return self.tree
+
+    def detach(self) -> Any:
+        attach.delete(self._contents, *self.names())
+        self._walk_again()
+        return self.tree
+
+    def activate(self, names: Sequence[str]) -> Any:
+        attach.activate(self._contents, names)
+        return self.tree
+
+    def map_adapters(self, f: Describe, names: Sequence[str] | None = None) -> Any:
+        return State(nnx.state(self.tree, attach.AdapterParam)).map_adapters(f, names)
+
+    def with_rest(self, rest: Any) -> Any:
+        return self.fill(rest)
+
+
+def is_same(present: Adapter, adapter: Adapter) -> bool:
+    """Return True if two adapters have one configuration, and would be saved with the same origin."""
+    return present.config == adapter.config and present.recipe.origin == adapter.recipe.origin
+
+
+def refuse_alpha(lora_alpha: float | None) -> None:
+    """Raise `AttachError` for a `lora_alpha` that no tree of another library takes."""
+    refuse({"lora_alpha": lora_alpha}, "applies only to trees of other libraries; jaxadapt's adapters store their own")

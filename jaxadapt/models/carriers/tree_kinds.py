@@ -1,0 +1,254 @@
+"""Carriers of trees without NNX: Linen modules and variables, base parameters, adapters, other libraries' trees."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jax.core import Tracer
+
+from jaxadapt import methods
+from jaxadapt.adapters.adapter import CONFIG_NODE, Adapter, collection_name
+from jaxadapt.adapters.sites import Site, make_file_plan, sites_of
+from jaxadapt.configs import Config
+from jaxadapt.core import paths
+from jaxadapt.core.errors import AttachError
+from jaxadapt.keymaps.keymap import KeyMap
+from jaxadapt.models.base_params import BaseParams, read_params
+from jaxadapt.models.carriers.base import DEFAULT, Carrier, Describe, check_free, check_name, refuse
+from jaxadapt.models.carriers.nnx_kinds import is_same, refuse_alpha
+from jaxadapt.models.foreign import tree as foreign
+from jaxadapt.models.linen import collections
+from jaxadapt.models.linen.wrapper import Adapted
+
+_NOT_REST = {"params", "intermediates", "cache", "perturbations"}
+
+
+class Module(Carrier):
+    """A Linen module, which holds no parameters."""
+
+    remedy = ", which holds no parameters; pass the variables, {'params': …}"
+
+    def leaves(self) -> dict[str, Any]:
+        return self.base().leaves
+
+    def adapt(
+        self, config: Config, name: str, keymap: KeyMap | str | None, dtype: Any, options: Mapping[str, Any]
+    ) -> Any:
+        given = {option: value for option, value in options.items() if option != "deterministic"}
+        refuse(given, "for NNX models only; pass keys and inputs to the wrapper's init")
+        return self._wrap(config, name, {"keymap": keymap, "dtype": dtype, "deterministic": options["deterministic"]})
+
+    def _wrap(self, config: Config, name: str, shared: Mapping[str, Any]) -> Adapted:
+        return Adapted(self.tree, ((name, config),), (name,), **shared)
+
+
+class Wrapper(Module):
+    """An adapted Linen module."""
+
+    def names(self) -> list[str]:
+        return [name for name, _ in self.tree.adapters]
+
+    def active(self) -> list[str]:
+        return list(self.tree.active)
+
+    def _wrap(self, config: Config, name: str, shared: Mapping[str, Any]) -> Adapted:
+        check_free(name, self.names())
+        for argument, value in shared.items():
+            present = getattr(self.tree, argument)
+            if value is not None and value != present:
+                raise AttachError(
+                    f"cannot use {argument}={value!r}: all adapters of a wrapper share this argument, and this wrapper"
+                    f" has {present!r}; leave it out"
+                )
+        return dataclasses.replace(self.tree, adapters=(*self.tree.adapters, (name, config)), active=(name,))
+
+    def delete(self, name: str) -> Any:
+        check_name(name, self.names())
+        kept = tuple(pair for pair in self.tree.adapters if pair[0] != name)
+        return dataclasses.replace(self.tree, adapters=kept, active=tuple(n for n in self.tree.active if n != name))
+
+    def detach(self) -> Any:
+        return self.tree.module
+
+    def activate(self, names: Sequence[str]) -> Any:
+        present = self.names()
+        unknown = [name for name in names if name not in present]
+        if unknown:
+            raise AttachError(f"no adapter is called {', '.join(map(repr, unknown))}; this model has {present}")
+        return dataclasses.replace(self.tree, active=tuple(names))
+
+
+class Params(Carrier):
+    """Nested mappings: base parameters, or the collections of an adapter without a base."""
+
+    remedy = "; for bare parameters use jaxadapt.init, or from_peft(read(path), params)"
+
+    def base(self) -> BaseParams:
+        return read_params(self.params, self.tree)
+
+    def names(self) -> list[str]:
+        return collections.adapter_names(self.tree)
+
+    def extract(
+        self, name: str, config: Config | None = None, keymap: Any = None, lora_alpha: float | None = None
+    ) -> Adapter:
+        refuse_alpha(lora_alpha)
+        present = collections.adapter_tree(self.tree, name)
+        if present is not None and (config is None or (keymap is None and collections.has_config(present))):
+            adapter = collections.read_adapter(present, name)
+            return adapter if config is None else dataclasses.replace(adapter, config=config)
+        names = self.names()
+        if present is None and names:
+            raise AttachError(f"cannot extract {name!r}: no adapter has that name; found {names}")
+        return collections.adapter_from_arrays(self.tree, name, config, keymap)
+
+    def inject(self, adapter: Adapter, name: str, lora_alpha: float | None = None, on_shared: str | None = None) -> Any:
+        check_fit(adapter, self.extract(name), name)
+        return collections.replace_adapter_values(self.tree, name, adapter.flat())
+
+    def delete(self, name: str) -> Any:
+        collection = collection_name(self.extract(name).config)
+        kept = {k: v for k, v in self.tree[collection].items() if k != name}
+        rest = {k: v for k, v in self.tree.items() if k != collection}
+        return {**rest, collection: kept} if kept else rest
+
+    def detach(self) -> Any:
+        return {k: v for k, v in self.tree.items() if k not in methods.COLLECTIONS}
+
+    def adapters(self) -> list[tuple[str, Adapter]]:
+        return [
+            (name, collections.read_adapter(inner, name))
+            for collection in collections.collection_names(self.tree)
+            for name, inner in dict(self.tree[collection]).items()
+        ]
+
+    def map_adapters(self, f: Describe, names: Sequence[str] | None = None) -> Any:
+        """Replace the leaves of the adapters called `names` (None: of all)."""
+
+        def walk(tree: Mapping[str, Any]) -> dict[str, Any]:
+            new = dict(tree)
+            for name, value in tree.items():
+                if not isinstance(value, Mapping):
+                    continue
+                if CONFIG_NODE in value and (names is None or name in names):
+                    values = f(name, collections.read_adapter(value, name))
+                    new[name] = {**paths.unflatten(values), CONFIG_NODE: value[CONFIG_NODE]}
+                elif name in methods.COLLECTIONS:
+                    new[name] = walk(value)
+            return new
+
+        return walk(self.tree)
+
+    def rest(self) -> Any:
+        adapters = collections.collection_names(self.tree)
+        if not (adapters or self.has_base):
+            return {}
+        return {k: v for k, v in self.tree.items() if k not in _NOT_REST and k not in adapters}
+
+    def with_rest(self, rest: Any) -> Any:
+        mapping_type: Any = type(self.tree)
+        return mapping_type({**self.tree, **rest})
+
+
+class Variables(Params):
+    """Linen variables, `{"params": base, …}`."""
+
+    remedy = ""
+    has_base = True
+
+    @property
+    def params(self) -> Any:
+        """The base parameters."""
+        return self.tree["params"]
+
+    def statistics(self) -> list[str]:
+        return [f"batch_stats.{path}" for path in paths.flatten(self.tree.get("batch_stats", {}))]
+
+    def attached(self, name: str) -> Adapter | None:
+        for collection in collections.adapter_collections(self.tree).values():
+            if name in collection:
+                return collections.read_adapter(collection[name], name)
+        return None
+
+    def attach(
+        self, adapter: Adapter, sites: Sequence[Site], name: str, present: Adapter | None, rngs: Any, new: Any
+    ) -> Any:
+        changed = Variables(self.replace(new) if new else self.tree)
+        if present is not None and present.config == adapter.config and present.shapes == adapter.shapes:
+            recipe = None if is_same(present, adapter) else adapter.recipe
+            return collections.replace_adapter_values(changed.tree, name, adapter.flat(), recipe)
+        variables: Any = changed.tree if present is None else changed.delete(name)
+        named = collections.box_like_base(adapter, changed.params).named(name)
+        for collection, tree in named.items():
+            others: Any = variables.get(collection, {})
+            variables = collections.with_entry(variables, collection, collections.with_entry(others, name, tree[name]))
+        return variables
+
+
+class Value(Carrier):
+    """An `Adapter`."""
+
+    def names(self) -> list[str]:
+        return [DEFAULT]
+
+    def extract(
+        self, name: str, config: Config | None = None, keymap: Any = None, lora_alpha: float | None = None
+    ) -> Adapter:
+        refuse_alpha(lora_alpha)
+        return self.tree
+
+    def inject(self, adapter: Adapter, name: str, lora_alpha: float | None = None, on_shared: str | None = None) -> Any:
+        check_fit(adapter, self.tree, name)
+        return dataclasses.replace(self.tree, params=collections.replace_values(self.tree.params, adapter.flat()))
+
+    def map_adapters(self, f: Describe, names: Sequence[str] | None = None) -> Any:
+        return dataclasses.replace(self.tree, params=paths.unflatten(f(DEFAULT, self.tree)))
+
+
+class Foreign(Carrier):
+    """A tree with LoRA leaves of another library, and the carrier of the same tree for all else that it holds."""
+
+    def __init__(self, found: foreign.ForeignTree, whole: Carrier) -> None:
+        super().__init__(found.tree)
+        self.foreign = self.found = found
+        self.whole = whole
+
+    def extract(
+        self, name: str, config: Config | None = None, keymap: Any = None, lora_alpha: float | None = None
+    ) -> Adapter:
+        return foreign.extract_adapter(self.found, config, keymap, lora_alpha)
+
+    def inject(self, adapter: Adapter, name: str, lora_alpha: float | None = None, on_shared: str | None = None) -> Any:
+        leaves, dialect = adapter.flat(), self.found.dialect
+        host = not any(isinstance(leaf, Tracer) for leaf in leaves.values())
+        tensors = make_file_plan(sites_of(adapter)).encode(leaves, host=host)
+        same = all(adapter.keymap.match(leaf) for leaf in dialect.claim(self.found.leaves))
+        return foreign.fill_tree(
+            self.found, adapter.config, tensors, keymap=adapter.keymap if same else None, lora_alpha=lora_alpha,
+            on_shared=on_shared, source="this adapter",
+        )  # fmt: skip
+
+    def rest(self) -> Any:
+        return self.whole.rest()
+
+    def with_rest(self, rest: Any) -> Any:
+        return self.whole.with_rest(rest)
+
+
+def check_fit(adapter: Adapter, present: Adapter, name: str) -> None:
+    """Raise `AttachError` unless an adapter has the shapes and the configuration of the attached one."""
+    want = {p: tuple(v.shape) for p, v in present.flat().items()}
+    have = {p: tuple(v.shape) for p, v in adapter.flat().items()}
+    problems = [
+        f"{p}: {want.get(p, 'absent')} attached, {have.get(p, 'absent')} passed"
+        for p in want | have
+        if want.get(p) != have.get(p)
+    ]
+    if present.config != adapter.config:
+        problems.append(f"the configurations differ: {present.config.differences(adapter.config, 'passed')}")
+    if problems:
+        raise AttachError(
+            f"cannot inject: the adapter does not match the attached adapter {name!r}:\n" + paths.bullets(problems)
+        )

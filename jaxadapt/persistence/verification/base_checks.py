@@ -1,0 +1,272 @@
+"""Checks of an adapter's modules against its base model, or against the names of a model family."""
+
+from __future__ import annotations
+
+import json
+import operator
+import os
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from jaxadapt.configs import Config, matching
+from jaxadapt.core import suggest
+from jaxadapt.core.errors import FileError, FormatError, KeyMapError
+from jaxadapt.keymaps import pytorch
+from jaxadapt.keymaps.keymap import PEFT_PREFIX, KeyMap
+from jaxadapt.persistence.verification import finding, key_names
+from jaxadapt.persistence.verification.finding import Finding
+from jaxadapt.persistence.verification.tensor_checks import Shapes
+from jaxadapt.storage import hf_model, location, safetensors, torch_bin
+from jaxadapt.storage.location import Location
+
+# Renames of transformers between versions: (prefix of the older names, prefix of the newer ones).
+_RENAMES = (
+    ("language_model.model.", "model.language_model."),  # 4.52, vision-language models
+    ("language_model.lm_head.", "lm_head."),
+    ("model.", "model.language_model."),
+    ("vision_tower.", "model.vision_tower."),
+    ("multi_modal_projector.", "model.multi_modal_projector."),
+    ("visual.", "model.visual."),
+)
+_EXPERT = re.compile(r"(.+\.experts)\.\d+\.(\w+)")
+
+
+def base_shapes(base: Any) -> Shapes | KeyMap:
+    """Return the shapes of a base's PyTorch parameters by key, or the keymap of a family. Reads no tensor.
+
+    Args:
+        base: the folder of a Hugging Face model, one file of its weights, a .json file {key: shape}, a mapping of keys
+            to shapes or arrays, or the name of a family (`jaxadapt families`).
+
+    Raises `FileError` if there is no model at the path, and `KeyMapError` for an unknown family.
+    """
+    if isinstance(base, Mapping):
+        items = cast("Mapping[str, Any]", base).items()
+        return {key: tuple(value) if isinstance(value, list | tuple) else tuple(value.shape) for key, value in items}
+    place = location.to_location(cast("str | os.PathLike[str]", base))
+    if not location.exists(place):
+        from jaxadapt.keymaps import families
+
+        if isinstance(place, Path) and len(place.parts) == 1:
+            try:
+                return families.get_family(str(base))
+            except KeyMapError as error:
+                raise FileError(f"{base}: no such folder or file, and {error}") from error
+        raise FileError(f"{base}: no such folder or file; pass the folder of the base model, or a family's name")
+    return _folder_shapes(place) if location.is_dir(place) else _file_shapes(place)
+
+
+def _file_shapes(path: Location) -> Shapes:
+    if path.suffix == ".json":
+        return _read_shapes(path)
+    if path.suffix == ".safetensors":
+        return {key: info.shape for key, info in safetensors.read_header(path).tensors.items()}
+    return {key: shape for key, (_, shape) in torch_bin.keys_and_shapes(path).items()}
+
+
+def _read_shapes(path: Location) -> Shapes:
+    try:
+        values: Any = json.loads(location.read_text_bytes(path))
+        return {str(key): tuple(map(operator.index, shape)) for key, shape in values.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise FormatError(f"{path}: expected a JSON object {{key: [size, …]}}, found another value: {error}") from error
+
+
+def _folder_shapes(folder: Location) -> Shapes:
+    for name in (hf_model.SINGLE_FILE, hf_model.BIN):
+        if location.exists(folder / name):
+            return _file_shapes(folder / name)
+    for name in (hf_model.INDEX, hf_model.BIN_INDEX):
+        if location.exists(folder / name):
+            files = dict.fromkeys(hf_model.read_index(folder / name).values())
+            return {key: shape for file in files for key, shape in _file_shapes(folder / file).items()}
+    raise FileError(
+        f"{folder}: expected {hf_model.SINGLE_FILE}, {hf_model.INDEX} or {hf_model.BIN}, found none of them"
+    )
+
+
+# ---------------------------------------------------------------- findings
+
+
+def check_base(shapes: Shapes, config: Config, base: Shapes | KeyMap, source: str) -> list[Finding]:
+    """Return findings about the modules of an adapter that do not fit the base.
+
+    Args:
+        shapes: the adapter's tensors, by PEFT's names.
+        config: the configuration.
+        base: the shapes of the base's parameters, or the keymap of its family.
+        source: the base, for messages.
+    """
+    if config.peft_type in key_names.PROMPT_METHODS:
+        return []
+    modules = _modules(shapes, config)
+    if isinstance(base, KeyMap):
+        return _check_family(modules, base)
+    is_tied = not any(key.endswith("lm_head.weight") for key in base)  # such a file does not repeat the embedding
+    missing = [m for m in modules if not _has_module(base, m) and not (is_tied and m.rpartition(".")[2] == "lm_head")]
+    findings: list[Finding] = []
+    names = dict(zip(modules, modules, strict=True))
+    if missing:
+        found, names = _explain_missing(modules, missing, base, config, source)
+        findings.append(found)
+    findings += _check_shapes(shapes, config, base, names)
+    if not missing:
+        findings += _check_completeness(modules, config, base, source)
+    return findings
+
+
+def _modules(shapes: Shapes, config: Config) -> list[str]:
+    """Return the adapted modules, as the base names them."""
+    splits = (key_names.split_key(key, config.peft_type) for key in shapes)
+    found = dict.fromkeys(split[0] for split in splits if split is not None)
+    return list(dict.fromkeys(m.replace(".base_layer", "") for m in found if m and m != "base_model"))
+
+
+def _has_module(base: Shapes, module: str) -> bool:
+    # The parameters of stacked experts have no ".weight"; their module is a prefix of the key.
+    return f"{module}.weight" in base or any(key.startswith(f"{module}.") for key in base)
+
+
+def _explain_missing(
+    modules: Sequence[str], missing: Sequence[str], base: Shapes, config: Config, source: str
+) -> tuple[Finding, dict[str, str]]:
+    """Return the finding for modules that the base lacks, and {module: its name in the base} as far as known."""
+    for old, new in _RENAMES:
+        for before, after in ((old, new), (new, old)):
+            renamed = {m: after + m.removeprefix(before) if m.startswith(before) else m for m in modules}
+            if all(_has_module(base, name) for name in renamed.values()):
+                return (
+                    finding.error(
+                        "renamed", missing, f"{source} has these modules under other names of transformers:"
+                        f" {missing[0]} is {renamed[missing[0]]} there", "the names of the transformers version that"
+                        " loads the base", "load the adapter with the transformers version of its training, whose"
+                        f" names begin with {before!r} where this base's begin with {after!r}",
+                    ),
+                    renamed,
+                )  # fmt: skip
+    keys = pytorch.match_model_keys(base, modules)
+    by_name = {key.removesuffix(".weight"): leaf.removesuffix(".weight") for leaf, key in keys.items()}
+    if all(m in by_name for m in modules):
+        names = {m: by_name[m] for m in modules}
+        first = missing[0]
+        text = f"the names begin otherwise in {source}: {first} is {names[first]} there"
+        if len(names[first]) < len(first):  # transformers writes the files of a model without its head like this
+            return (
+                finding.note("other-prefix", missing, f"{text}, as in files of a model without its head"),
+                names,
+            )
+        return (
+            finding.error("prefix", missing, text, "PEFT's names of the whole model, with its head",
+                          f"put {names[first].removesuffix(first)!r} before the names, after {PEFT_PREFIX!r}"),
+            names,
+        )  # fmt: skip
+    experts = [m for m in missing if (e := _EXPERT.match(m)) and any(key.startswith(f"{e[1]}.") for key in base)]
+    if len(experts) == len(missing):
+        return (
+            finding.error(
+                "renamed", missing, f"{source} stores its experts in joint tensors, and the adapter has one for each"
+                f" expert, such as {missing[0]}", "target_parameters, as transformers 5 names experts",
+                "transformers 5 converts such an adapter on loading; jaxadapt loads it with on_shared='concat'",
+            ),
+            {m: m for m in modules},
+        )  # fmt: skip
+    weights = [key.removesuffix(".weight") for key in base if key.endswith(".weight")]
+    close = suggest.close_matches(missing[:3], weights)
+    hint = f"; it has {', '.join(close[:4])}" if close else ""
+    return (
+        finding.error(
+            "base", missing, f"{source} has no weight for {len(missing)} of {finding.count(modules, 'module')}, such as"
+            f" {missing[0]}{hint}", "modules of this base", "check that the adapter belongs to this base model",
+        ),
+        {m: m for m in modules},
+    )  # fmt: skip
+
+
+def _check_shapes(shapes: Shapes, config: Config, base: Shapes, names: Mapping[str, str]) -> list[Finding]:
+    """Compare the sizes of the tensors with the base's weights."""
+    wrong: list[str] = []
+    vocabulary: list[str] = []
+    if config.peft_type == "LORA" and not config.get("use_qalora") and not config.get("use_bdlora"):
+        for key, shape in pytorch.weight_shapes(shapes).items():
+            module = key.removesuffix(".weight")
+            have = base.get(f"{names.get(module, module)}.weight")
+            if have is None or sorted(have) == sorted(shape) or len(have) != len(shape):
+                continue
+            text = f"{module}: {list(shape)} by its tensors, {list(have)} in the base"
+            is_rows = _is_embedding(module) and have[1:] == shape[1:]
+            (vocabulary if is_rows else wrong).append(text)
+    for key, shape in shapes.items():
+        name = key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".").replace(".token_adapter.", ".")
+        have = base.get(name)
+        if have is not None and tuple(have) != tuple(shape):
+            text = f"{name}: {list(shape)} in the file, {list(have)} in the base"
+            is_rows = _is_embedding(name.rpartition(".")[0]) and have[1:] == shape[1:]
+            (vocabulary if is_rows else wrong).append(text)
+    findings: list[Finding] = []
+    if vocabulary:
+        findings.append(
+            finding.error(
+                "vocabulary",
+                vocabulary,
+                f"embeddings of another vocabulary: {vocabulary[0]}",
+                "as many rows as the base has tokens",
+                "resize the base's embeddings to the adapter's number of rows"
+                " before loading (resize_token_embeddings), or load with on_mismatch='skip'",
+            )
+        )
+    if wrong:
+        findings.append(
+            finding.error("shape", wrong, f"{finding.count(wrong, 'size')} not of the base: {wrong[0]}",
+                          "sizes of the base's weights", "check that the adapter belongs to this base model")
+        )  # fmt: skip
+    return findings
+
+
+def _is_embedding(module: str) -> bool:
+    return any(word in module.rpartition(".")[2] for word in ("embed", "wte", "lm_head", "shared", "word_embeddings"))
+
+
+def _check_completeness(modules: Collection[str], config: Config, base: Shapes, source: str) -> list[Finding]:
+    """Find targets of the configuration in the base for which the file has no tensors."""
+    if config.get("target_modules") is None or matching.is_all_linear(config) or config.peft_type != "LORA":
+        return []
+    candidates = [key.removesuffix(".weight") for key, s in base.items() if key.endswith(".weight") and len(s) > 1]
+    absent = [m for m in candidates if m not in modules and matching.is_target(config, m)]
+    if not absent:
+        return []
+    return [
+        finding.error(
+            "missing",
+            absent,
+            f"{finding.count(absent, 'module')} of {source} that target_modules selects, but the file lacks",
+            "tensors for every target",
+            "save the adapter again where it was trained, or name the adapted modules exactly in target_modules",
+        )
+    ]
+
+
+def _check_family(modules: Iterable[str], keymap: KeyMap) -> list[Finding]:
+    """Compare the modules with the names of a family, in the spelling that fits best."""
+    modules = list(modules)
+    spellings = [keymap, *(keymap.with_spelling(name) for name, _ in keymap.spellings)]
+    unknown = {s.name: [m for m in modules if not _is_known(s, m)] for s in spellings}
+    best = min(unknown, key=lambda name: len(unknown[name]))
+    missing = unknown[best]
+    if not missing:
+        return [] if best == keymap.name else [finding.note("renamed", modules, f"the names are those of {best}")]
+    return [
+        finding.error(
+            "base",
+            missing,
+            f"{keymap.name} lacks {len(missing)} of {finding.count(modules, 'module')}, such as {missing[0]}",
+            "PyTorch's module names of the family",
+            f"check the family and the prefix of the keys; `jaxadapt families {keymap.name}` lists the names",
+        )
+    ]
+
+
+def _is_known(keymap: KeyMap, module: str) -> bool:
+    heads = {head.removesuffix(".weight") for head, _ in keymap.tied}
+    return module in heads or any(w.match_key(f"{module}.weight") is not None for w in keymap.weights)

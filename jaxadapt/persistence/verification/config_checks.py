@@ -1,0 +1,207 @@
+"""Checks of a stored configuration, and repairs of values with only one possible meaning."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Collection, Mapping
+from typing import Any, cast
+
+from jaxadapt import configs
+from jaxadapt.configs import PEFT_VERSION, Config
+from jaxadapt.configs.base import GenericConfig
+from jaxadapt.core.errors import ConfigError
+from jaxadapt.persistence import folder
+from jaxadapt.persistence.verification import finding, foreign_files, key_names, stored_adapter
+from jaxadapt.persistence.verification.finding import Finding
+from jaxadapt.persistence.verification.stored_adapter import StoredAdapter
+
+# Fields of PEFT up to 0.2, with the value that changes nothing.
+_OLD_FIELDS: Mapping[str, Any] = {"enable_lora": None, "merge_weights": False}
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckedConfig:
+    """A stored configuration after its checks.
+
+    Attributes:
+        config: the configuration; None if it cannot be read, even with repairs.
+        findings: the problems and facts.
+        repairs: a sentence for each repair that `config` contains.
+    """
+
+    config: Config | None
+    findings: tuple[Finding, ...]
+    repairs: tuple[str, ...] = ()
+
+
+def check_config(stored: StoredAdapter) -> CheckedConfig:
+    """Parse and check the configuration of stored adapter files."""
+    if stored.text is None:
+        return _without_file(stored)
+    values = stored_adapter.parse_json(stored.text)
+    if values is not None and (foreign := foreign_files.foreign_config(values)) is not None:
+        return CheckedConfig(None, (foreign,))
+    findings: list[Finding] = []
+    repairs: list[str] = []
+    try:
+        config = configs.loads(stored.text, folder.CONFIG)
+    except ConfigError as error:
+        mended, repairs = mend_values(values or {}, stored.specs or {})
+        config = _parse_mended(mended) if repairs else None
+        is_lost = config is None and stored.header is not None
+        findings.append(
+            finding.error(
+                "configuration",
+                (folder.CONFIG,),
+                str(error),
+                "a configuration that PEFT reads",
+                "jaxadapt repair mends it" + (" from the copy in the weights' header" if is_lost else "")
+                if config is not None or is_lost
+                else "correct the field, or write the configuration again",
+                repairable=config is not None or is_lost,
+            )
+        )
+        if is_lost:
+            repairs = ["adapter_config.json written again from the copy in the weights' header"]
+            config = stored.header
+        if config is None:
+            return CheckedConfig(None, tuple(findings))
+    else:
+        if stored.header is not None and (changed := config.changed_keys(stored.header)):
+            findings.append(
+                finding.warning(
+                    "edited",
+                    changed,
+                    f"{folder.CONFIG} differs from the copy in the weights' header in {', '.join(changed)}",
+                    "two equal configurations: it was edited, or a save was interrupted",
+                    "if the edit is intended, write it again: jaxadapt.write(jaxadapt.read(path), path)",
+                )
+            )
+    findings += _versions(config)
+    return CheckedConfig(config, tuple(findings), tuple(repairs))
+
+
+def _without_file(stored: StoredAdapter) -> CheckedConfig:
+    if stored.header is not None:
+        found = finding.warning(
+            "configuration-lost", (folder.CONFIG,), f"there is no {folder.CONFIG}, but the weights' header has a copy",
+            f"{folder.CONFIG}, without which PEFT refuses the folder", "jaxadapt repair writes it again",
+            repairable=True,
+        )  # fmt: skip
+        repair = f"{folder.CONFIG} written again from the copy in the weights' header"
+        return CheckedConfig(stored.header, (found, *_versions(stored.header)), (repair,))
+    if stored.specs is None or any(f.code in ("configuration", "unreadable") for f in stored.findings):
+        return CheckedConfig(None, ())
+    ranks = sorted({shape[0] for key, (_, shape) in stored.specs.items() if "lora_A" in key.split(".") and shape})
+    known = f" (the tensors show rank {', '.join(map(str, ranks))})" if ranks else ""
+    return CheckedConfig(
+        None,
+        (
+            finding.error(
+                "configuration-missing",
+                (folder.CONFIG,),
+                f"there is no {folder.CONFIG} beside the weights",
+                f"{folder.CONFIG}: the tensors do not contain the scale or the method's settings",
+                f"copy it from where the adapter was trained, or write one{known}",
+            ),
+        ),
+    )
+
+
+def mend_values(values: Mapping[str, Any], keys: Collection[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return the values with every certain repair, and a sentence for each repair.
+
+    >>> mend_values({"peft_type": "lora", "r": 4.0}, [])[0]
+    {'peft_type': 'LORA', 'r': 4}
+    """
+    mended, done = dict(values), list[str]()
+    kind: object = mended.get("peft_type")
+    if isinstance(kind, str):
+        name = re.sub("[^A-Z0-9]+", "_", kind.removeprefix("PeftType.").upper()).strip("_")
+        if name != kind and key_names.is_known_method(name):
+            mended["peft_type"] = name
+            done.append(f"peft_type: {kind!r} became {name!r}")
+    elif kind is None and {"r", "lora_alpha"} <= mended.keys() and any(".lora_A." in key for key in keys):
+        mended["peft_type"] = "LORA"
+        done.append("peft_type: 'LORA' added")
+    for field in ("rank_pattern", "alpha_pattern"):
+        if field in mended and mended[field] is None:
+            mended[field] = {}
+            done.append(f"{field}: null became {{}}")
+    rank: Any = mended.get("r")
+    if _is_integral(rank):
+        mended["r"] = int(rank)
+        done.append(f"r: {rank} became {int(rank)}")
+    ranks = mended.get("rank_pattern")
+    if isinstance(ranks, dict) and any(map(_is_integral, cast("dict[str, Any]", ranks).values())):
+        items = cast("dict[str, Any]", ranks).items()
+        mended["rank_pattern"] = {name: int(value) if _is_integral(value) else value for name, value in items}
+        done.append("rank_pattern: ranks became integers")
+    return mended, done
+
+
+def _is_integral(value: Any) -> bool:
+    return isinstance(value, float) and value.is_integer()
+
+
+def _parse_mended(values: Mapping[str, Any]) -> Config | None:
+    try:
+        return configs.loads(json.dumps(values), folder.CONFIG)
+    except (ConfigError, ValueError):
+        return None
+
+
+def _version(text: str) -> tuple[int, ...]:
+    match = re.match(r"\d{1,9}(\.\d{1,9})*", text)
+    return tuple(map(int, match[0].split("."))) if match else ()
+
+
+def _versions(config: Config) -> list[Finding]:
+    """Return findings about the version of PEFT and about fields that this version does not have."""
+    findings: list[Finding] = []
+    unknown = [] if isinstance(config, GenericConfig) else sorted(config.extra)
+    is_newer = _version(config.peft_version or "") > _version(PEFT_VERSION)
+    old = [name for name in unknown if name in _OLD_FIELDS and config.extra[name] not in (_OLD_FIELDS[name], False)]
+    if old:
+        findings.append(
+            finding.error(
+                "old-layout",
+                old,
+                f"{', '.join(old)} is set: PEFT before 0.3 wrote it, with a layer of merged"
+                " projections whose tensors have another layout",
+                "a configuration of PEFT 0.3 or newer",
+                "load it with that version of PEFT, merge it, or split the merged projections",
+            )
+        )
+    if is_newer:
+        fields = f", with fields unknown here: {', '.join(unknown)}" if unknown else ""
+        findings.append(
+            finding.warning(
+                "newer-peft",
+                ("peft_version", *unknown),
+                f"PEFT {config.peft_version} wrote the configuration{fields}",
+                f"PEFT {PEFT_VERSION} or older, which this version of jaxadapt follows",
+                "update jaxadapt, and compare the outputs with PEFT's",
+            )
+        )
+    elif unknown:
+        findings.append(
+            finding.note(
+                "unknown-fields",
+                unknown,
+                f"PEFT {PEFT_VERSION} ignores the fields {', '.join(unknown)}, which it does not have",
+            )
+        )
+    if not key_names.is_known_method(config.peft_type):
+        findings.append(
+            finding.warning(
+                "unknown-method",
+                ("peft_type",),
+                f"PEFT {PEFT_VERSION} has no method {config.peft_type}",
+                "a method of PEFT",
+                "load it with the program that wrote it",
+            )
+        )
+    return findings

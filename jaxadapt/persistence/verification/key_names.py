@@ -1,0 +1,139 @@
+"""Keys of adapter files as training frameworks and exporters write them, and PEFT's names for them. Strings only."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+
+from jaxadapt.adapters import state_dict_keys
+from jaxadapt.keymaps.keymap import PEFT_PREFIX
+
+# The prefix of each method's tensor names in PEFT 0.21.2 (PEFT_TYPE_TO_PREFIX_MAPPING).
+_PREFIXES: Mapping[str, str] = {
+    **{name: f"{name.lower()}_" for name in (
+        "ADAMSS ADAPTION_PROMPT BEFT BOFT C3A DEFT DELORA FOURIERFT FROD GLORA GRALORA HIRA HRA IA3 LILY LN_TUNING LOKR"
+        " MISS OFT SHIRA OSF PEANUT POLY PSOFT PVERA RANDLORA ROAD SHADOW SUPERTUNING TINYLORA TRAINABLE_TOKENS UNILORA"
+        " VBLORA VERA WAVEFT").split()},
+    "LORA": "lora_", "ADALORA": "lora_", "LOHA": "hada_", "XLORA": "internal_xlora_classifier",
+}  # fmt: skip
+PROMPT_METHODS = frozenset("PROMPT_TUNING MULTITASK_PROMPT_TUNING P_TUNING PREFIX_TUNING CPT CARTRIDGE".split())
+"""Methods whose file holds a prompt and no tensor of a module."""
+_PROMPT_TENSORS = frozenset(("prompt_embeddings", "prefix_task_cols", "prefix_task_rows"))
+
+_SHARED_PREFIX = "base_model."
+# {segment that a wrapper of modules adds to a key: the wrapper}.
+_WRAPPERS: Mapping[str, str] = {
+    "_orig_mod": "torch.compile",
+    "_fsdp_wrapped_module": "FSDP",
+    "_checkpoint_wrapped_module": "activation checkpointing",
+}
+_MATRICES = frozenset(("lora_A", "lora_B"))
+
+
+def split_key(key: str, peft_type: str) -> tuple[str, str] | None:
+    """Return the module and the tensor's name in it; None if the key is no tensor of the method.
+
+    >>> split_key("base_model.model.q.lora_A.weight", "LORA"), split_key("prompt_embeddings", "PROMPT_TUNING")
+    (('q', 'lora_A.weight'), ('', 'prompt_embeddings'))
+    """
+    if peft_type in PROMPT_METHODS:
+        return ("", key) if key in _PROMPT_TENSORS else None
+    prefix = _PREFIXES.get(peft_type)
+    if prefix is None:
+        return None
+    names = (prefix, "token_adapter") if peft_type == "LORA" else (prefix,)
+    parts = key.removeprefix(PEFT_PREFIX).split(".")
+    for i, part in enumerate(parts):
+        if part.startswith(names) and (part != "token_adapter" or "trainable_tokens_delta" in parts[i:]):
+            return ".".join(parts[:i]), ".".join(parts[i:])
+    return None
+
+
+def is_known_method(peft_type: str) -> bool:
+    """Return True if the tensor names of this method are known."""
+    return peft_type in _PREFIXES or peft_type in PROMPT_METHODS
+
+
+def has_adapter_tensors(keys: Iterable[str]) -> bool:
+    """Return True if any key is a tensor of some method of PEFT."""
+    prefixes = (*tuple({*_PREFIXES.values()} - {"oft_"}), "oft_R", "oft_embedding_R", "trainable_tokens_delta")
+    return any(key in _PROMPT_TENSORS or any(p.startswith(prefixes) for p in key.split(".")) for key in keys)
+
+
+def wrappers_in(keys: Iterable[str]) -> list[str]:
+    """Return the wrappers' names that occur in keys, with the programs that add them."""
+    segments = {part for key in keys for part in key.split(".")}
+    found = [f"{name}, of {program}" for name, program in _WRAPPERS.items() if name in segments]
+    return found or ["module, of DataParallel"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """The keys of a file with PEFT's names for them.
+
+    Attributes:
+        normal: {key: PEFT's name}; None for a key that PEFT drops when it saves.
+        faults: {kind of fault: the keys that have it}.
+        adapters: the names of adapters in the keys, as in the state dict of a complete PEFT model.
+        duplicates: {PEFT's name: the keys that have it}, for names of several keys.
+    """
+
+    normal: Mapping[str, str | None]
+    faults: Mapping[str, tuple[str, ...]]
+    adapters: tuple[str, ...]
+    duplicates: Mapping[str, tuple[str, ...]]
+
+
+def normalize_keys(keys: Collection[str], peft_type: str) -> Names:
+    """Return PEFT's name for each key.
+
+    The kinds of faults: "wrappers" (names of modules that wrap others), "no-prefix", "double-prefix", "adapter-name",
+    and "no-weight" (lora_A for lora_A.weight).
+
+    >>> normalize_keys(["_orig_mod.base_model.model.q.lora_A.default.weight"], "LORA").normal
+    {'_orig_mod.base_model.model.q.lora_A.default.weight': 'base_model.model.q.lora_A.weight'}
+    """
+    faults: dict[str, list[str]] = {}
+    is_parallel = bool(keys) and all(key.startswith("module.") for key in keys)
+    bare = {key: ".".join(part for part in key.split(".") if part not in _WRAPPERS) for key in keys}
+    if is_parallel:
+        bare = {key: name.removeprefix("module.") for key, name in bare.items()}
+    splits = {key: state_dict_keys.split_adapter_name(name) for key, name in bare.items()}
+    # With bias="all" PEFT itself keeps the adapter's name in keys of fully trained modules, and only there.
+    has_names = any(split is not None and ".modules_to_save." not in bare[key] for key, split in splits.items())
+    normal: dict[str, str | None] = {}
+    adapters: set[str] = set()
+    for key, name in bare.items():
+        if name != key:
+            faults.setdefault("wrappers", []).append(key)
+        split = splits[key] if has_names else None
+        if split is not None:
+            adapters.add(split[0])
+            faults.setdefault("adapter-name", []).append(key)
+            name = split[1]
+        normal[key] = None if state_dict_keys.is_original_row(name) else _with_prefix(key, name, peft_type, faults)
+        new = normal[key]
+        if new is not None and peft_type == "LORA" and new.rpartition(".")[2] in _MATRICES:
+            faults.setdefault("no-weight", []).append(key)
+            normal[key] = f"{new}.weight"
+    counts = Counter(name for name in normal.values() if name is not None)
+    duplicates = {
+        name: tuple(key for key, new in normal.items() if new == name) for name, count in counts.items() if count > 1
+    }
+    found = {kind: tuple(members) for kind, members in faults.items()}
+    return Names(normal, found, tuple(sorted(adapters)), duplicates)
+
+
+def _with_prefix(key: str, name: str, peft_type: str, faults: dict[str, list[str]]) -> str:
+    if peft_type in PROMPT_METHODS or not is_known_method(peft_type):
+        return name
+    if not name.startswith(_SHARED_PREFIX):
+        faults.setdefault("no-prefix", []).append(key)
+        return PEFT_PREFIX + name
+    twice = PEFT_PREFIX + PEFT_PREFIX
+    if name.startswith(twice):
+        faults.setdefault("double-prefix", []).append(key)
+        while name.startswith(twice):
+            name = name.removeprefix(PEFT_PREFIX)
+    return name

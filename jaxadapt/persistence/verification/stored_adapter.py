@@ -1,0 +1,225 @@
+"""A tolerant reader of adapter files: it opens also what `read` refuses, and keeps the reason as a finding."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Generator, Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+from jaxadapt.configs import Config
+from jaxadapt.core.errors import AdapterError, ConfigError, FileError
+from jaxadapt.core.progress import Report, no_report
+from jaxadapt.persistence import folder, reconcile, run_folder
+from jaxadapt.persistence.verification import finding, foreign_files
+from jaxadapt.persistence.verification.finding import Finding
+from jaxadapt.storage import hub, location, orbax, safetensors, torch_bin
+from jaxadapt.storage.local_files import file_error
+from jaxadapt.storage.location import Location
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Specs = Mapping[str, tuple[str, tuple[int, ...]]]
+"""{key: (dtype, shape)}, with safetensors' names of dtypes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredAdapter:
+    """The content of adapter files, as far as they can be read.
+
+    Attributes:
+        source: the path, for messages.
+        text: the text of adapter_config.json; None if there is none.
+        header: jaxadapt's copy of the configuration in the header of the weights; None if there is none.
+        specs: dtypes and shapes by key; None if the weights cannot be read.
+        get: returns one tensor.
+        findings: the facts about the files themselves.
+        is_adapter: False if the path holds something else, which the findings name.
+        weights: the name of the file of weights; "" without one.
+    """
+
+    source: str
+    text: str | None
+    header: Config | None
+    specs: Specs | None
+    get: Callable[[str], np.ndarray]
+    findings: tuple[Finding, ...] = ()
+    is_adapter: bool = True
+    weights: str = ""
+
+
+def _no_tensor(key: str) -> Any:
+    raise FileError(f"no tensor {key!r}: the file of weights cannot be read")
+
+
+@contextlib.contextmanager
+def open_stored(path: str | os.PathLike[str], report: Report = no_report) -> Generator[StoredAdapter]:
+    """Open an adapter's folder or file without the demands of `read`. Tensors are read on demand, one at a time.
+
+    Raises `FileError` if nothing at the path can be read at all.
+    """
+    is_remote = isinstance(path, str) and hub.is_address(path)
+    place = hub.fetch_folder(str(path), report=report) if is_remote else location.to_location(path)
+    source = os.fspath(path)
+    if not is_remote and orbax.is_checkpoint(place):
+        yield _from_orbax(source)
+    elif location.is_file(place):
+        with _open_file(place, source) as stored:
+            yield stored
+    else:
+        with _open_folder(place, source) as stored:
+            yield stored
+
+
+def _from_orbax(source: str) -> StoredAdapter:
+    """Encode an Orbax checkpoint of jaxadapt under PEFT's names."""
+    with folder.open_adapter(source) as tensors:
+        from jaxadapt.storage.dtypes import dtype_name
+
+        specs = {k: (dtype_name(v.dtype), tuple(v.shape)) for k, v in folder.array_specs(tensors.tensors).items()}
+        return StoredAdapter(source, tensors.config.to_json(), None, specs, lambda key: _on_host(tensors.tensors[key]))
+
+
+def _on_host(x: Any) -> np.ndarray:
+    import numpy as np
+
+    return np.asarray(x)
+
+
+@contextlib.contextmanager
+def _open_file(place: Location, source: str) -> Generator[StoredAdapter]:
+    """Open one file: a configuration, or weights with the configuration beside them."""
+    if place.suffix == ".json":
+        yield StoredAdapter(source, reconcile.read_text(place), None, None, _no_tensor)
+        return
+    if run_folder.NAME.fullmatch(place.name):
+        yield _not_an_adapter(source, foreign_files.training_step(place.parent, place.name))
+        return
+    beside = place.parent / folder.CONFIG
+    config = beside if place.name in (folder.WEIGHTS, folder.WEIGHTS_BIN) and location.exists(beside) else None
+    with _open_weights(source, config, place, ()) as stored:
+        yield stored
+
+
+@contextlib.contextmanager
+def _open_folder(place: Location, source: str) -> Generator[StoredAdapter]:
+    try:
+        names = sorted(entry.name for entry in place.iterdir())
+    except FileNotFoundError:
+        raise FileError(f"{source}: no such file or folder; pass the folder of an adapter") from None
+    except (OSError, ValueError) as error:
+        raise file_error("read", source, error) from error
+    weights = next((name for name in (folder.WEIGHTS, folder.WEIGHTS_BIN) if name in names), None)
+    if weights is None and folder.CONFIG not in names:
+        inner = [name for name in names[:64] if location.exists(place / name / folder.CONFIG)]
+        yield _not_an_adapter(source, foreign_files.other_folder(source, names, inner))
+        return
+    config = place / folder.CONFIG if folder.CONFIG in names else None
+    findings: list[Finding] = []
+    if folder.WEIGHTS in names and folder.WEIGHTS_BIN in names:
+        findings.append(
+            finding.warning(
+                "two-files",
+                (folder.WEIGHTS, folder.WEIGHTS_BIN),
+                "the folder holds two files of weights",
+                f"one; readers take {folder.WEIGHTS}",
+                f"delete {folder.WEIGHTS_BIN} if it is older",
+            )
+        )
+    if weights is None:
+        others = [n for n in names if n.endswith((".safetensors", ".bin", ".pt", ".npz"))]
+        found = foreign_files.by_name(others) or finding.error(
+            "no-weights", (), f"no {folder.WEIGHTS} and no {folder.WEIGHTS_BIN}; found {', '.join(names[:8])}",
+            "a file of weights beside the configuration", "fetch or copy the weights as well",
+        )  # fmt: skip
+        text = None if config is None else _read_text(config, findings)
+        yield StoredAdapter(source, text, None, None, _no_tensor, (*findings, found))
+        return
+    with _open_weights(source, config, place / weights, findings) as stored:
+        yield stored
+
+
+def _not_an_adapter(source: str, found: Finding) -> StoredAdapter:
+    return StoredAdapter(source, None, None, None, _no_tensor, (found,), is_adapter=False)
+
+
+def _read_text(config: Location, findings: list[Finding]) -> str | None:
+    try:
+        return reconcile.read_text(config)
+    except (ConfigError, FileError) as error:
+        findings.append(
+            finding.error("configuration", (folder.CONFIG,), str(error), "a JSON object in UTF-8", "save it as UTF-8")
+        )
+        return None
+
+
+@contextlib.contextmanager
+def _open_weights(
+    source: str, config: Location | None, weights: Location, before: list[Finding] | tuple[Finding, ...]
+) -> Generator[StoredAdapter]:
+    findings = list(before)
+    text = None if config is None else _read_text(config, findings)
+    with contextlib.ExitStack() as stack:
+        header: Config | None = None
+        specs: Specs | None = None
+        get: Callable[[str], Any] = _no_tensor
+        try:
+            if weights.suffix == ".safetensors":
+                file = stack.enter_context(safetensors.open_tensors(weights))
+                specs = {key: (info.dtype, info.shape) for key, info in file.header.tensors.items()}
+                get = file.__getitem__
+                header = _header_config(file.header, weights, findings)
+            else:
+                specs = torch_bin.keys_and_shapes(weights)
+                get = _LazyBin(weights).__getitem__
+        except FileError as error:
+            findings.append(
+                finding.error(
+                    "unreadable", (weights.name,), str(error), "a complete file of tensors", "fetch or save it again"
+                )
+            )
+        if specs is not None and not specs:
+            findings.append(
+                finding.error("no-tensors", (weights.name,), "the file of weights is empty", "an adapter's tensors",
+                              "save the adapter again")
+            )  # fmt: skip
+        yield StoredAdapter(source, text, header, specs, get, tuple(findings), weights=weights.name)
+
+
+class _LazyBin:
+    """The tensors of a `.bin` file, all read on the first access: its storages are not addressable one by one."""
+
+    def __init__(self, path: Location) -> None:
+        self._path = path
+        self._tensors: dict[str, np.ndarray] | None = None
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        if self._tensors is None:
+            self._tensors = torch_bin.read(self._path)
+        return self._tensors[key]
+
+
+def _header_config(header: safetensors.Header, weights: Location, findings: list[Finding]) -> Config | None:
+    """Return jaxadapt's copy of the configuration, if the header has one that can be read."""
+    raw = header.metadata.get(reconcile.META)
+    if raw is None:
+        return None
+    try:
+        return reconcile.parse_copy(raw, weights)[0]
+    except AdapterError as error:
+        findings.append(
+            finding.warning("header", (weights.name,), str(error), "a copy of the configuration", "save it again")
+        )
+        return None
+
+
+def parse_json(text: str) -> dict[str, Any] | None:
+    """Return the JSON object of a text, leniently; None if it is no object. Duplicate keys keep the last value."""
+    try:
+        values: object = json.loads(text.removeprefix("\ufeff"))
+    except (ValueError, RecursionError):
+        return None
+    return cast("dict[str, Any]", values) if isinstance(values, dict) else None

@@ -1,0 +1,292 @@
+"""Checks of an adapter's tensors against its configuration: complete, expected, of the right rank. Reads no values."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+
+from jaxadapt.analysis.norms import named_parameter
+from jaxadapt.configs import Config, matching
+from jaxadapt.configs.frozen import find_pattern_value
+from jaxadapt.keymaps.keymap import PEFT_PREFIX
+from jaxadapt.persistence.verification import finding, key_names
+from jaxadapt.persistence.verification.finding import Finding
+
+Shapes = Mapping[str, tuple[int, ...]]
+Modules = Mapping[str, Mapping[str, tuple[int, ...]]]
+"""{module: {the tensor's name in it: shape}}."""
+
+# Pairs of tensors that exist only together, by method.
+_PAIRS: Mapping[str, tuple[tuple[str, str], ...]] = {
+    "LORA": (("lora_A.weight", "lora_B.weight"), ("lora_embedding_A", "lora_embedding_B")),
+    "ADALORA": (("lora_A", "lora_B"), ("lora_A", "lora_E")),
+    "LOHA": (("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b"), ("hada_w1_a", "hada_w2_a")),
+    "VERA": (("vera_lambda_b", "vera_lambda_d"),),
+    "HIRA": (("hira_A", "hira_B"),),
+}
+_EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "word_embeddings", "shared", "embed_in", "embed_out", "embeddings")
+_MAX_DIGITS = 6  # of a layer's number
+_SAVE_AGAIN = "save the adapter again where it was trained; the missing values cannot be restored from the file"
+
+
+def split_modules(shapes: Shapes, config: Config) -> tuple[dict[str, dict[str, tuple[int, ...]]], list[str]]:
+    """Return {module: {tensor: shape}} of the method's tensors, and the other keys."""
+    modules: dict[str, dict[str, tuple[int, ...]]] = {}
+    others: list[str] = []
+    for key, shape in shapes.items():
+        split = key_names.split_key(key, config.peft_type)
+        if split is None:
+            others.append(key)
+        else:
+            modules.setdefault(split[0], {})[split[1]] = shape
+    return modules, others
+
+
+def check_tensors(shapes: Shapes, config: Config) -> list[Finding]:
+    """Return findings about missing, empty and unexpected tensors, and about ranks.
+
+    Args:
+        shapes: by PEFT's names.
+        config: the configuration.
+    """
+    if not key_names.is_known_method(config.peft_type):
+        return check_empty(shapes)
+    modules, others = split_modules(shapes, config)
+    findings = check_empty(shapes)
+    if not modules and not findings:
+        findings.append(
+            finding.error(
+                "missing",
+                (),
+                f"no tensor of the method {config.peft_type} among {len(shapes)} tensors",
+                "the method's tensors",
+                "check that the configuration belongs to these weights",
+            )
+        )
+        return findings
+    findings += _check_pairs(modules, config)
+    findings += _check_ranks(modules, config)
+    findings += _check_targets(modules, config)
+    findings += _check_saved(shapes, modules, others, config)
+    findings += _check_layers(modules, config)
+    return findings
+
+
+def check_empty(shapes: Shapes) -> list[Finding]:
+    """Find tensors without elements, as DeepSpeed ZeRO-3 saves those that another process holds."""
+    empty = [key for key, shape in shapes.items() if 0 in shape]
+    if not empty:
+        return []
+    return [
+        finding.error(
+            "empty",
+            empty,
+            f"no elements in {finding.count(empty, 'tensor')}, such as {empty[0]} of shape {list(shapes[empty[0]])}",
+            "the whole tensors",
+            "DeepSpeed ZeRO-3 keeps only a part of each parameter in a process. Gather them before saving"
+            " (stage3_gather_16bit_weights_on_model_save, or deepspeed.zero.GatheredParameters), and save again",
+        )
+    ]
+
+
+def _check_pairs(modules: Modules, config: Config) -> list[Finding]:
+    missing: list[str] = []
+    for module, tensors in modules.items():
+        wanted = [
+            other for pair in _PAIRS.get(config.peft_type, ()) for name, other in (pair, pair[::-1]) if name in tensors
+        ]
+        if config.peft_type == "LORA" and tensors.keys() & {"lora_A.weight", "lora_embedding_A"}:
+            if config.get("use_dora") and not any(t.startswith("lora_magnitude_vector") for t in tensors):
+                wanted.append("lora_magnitude_vector")
+            if config.get("lora_bias") and "lora_A.weight" in tensors:
+                wanted.append("lora_B.bias")
+        missing += [f"{PEFT_PREFIX}{module}.{name}" for name in dict.fromkeys(wanted) if name not in tensors]
+    if not missing:
+        return []
+    return [
+        finding.error("missing", missing, f"missing: {finding.count(missing, 'tensor')}, such as {missing[0]}",
+                      "all tensors of each adapted module", _SAVE_AGAIN)
+    ]  # fmt: skip
+
+
+def module_settings(modules: Modules, config: Config) -> dict[str, tuple[int, float]]:
+    """Return {module: (rank in the file, scale)} of a LoRA adapter's modules."""
+    settings: dict[str, tuple[int, float]] = {}
+    for module, tensors in modules.items():
+        shape = tensors.get("lora_A.weight") or tensors.get("lora_embedding_A")
+        if config.peft_type != "LORA" or not shape or 0 in shape:
+            continue
+        name = named_parameter(config, module)
+        rank = _wanted_rank(config, name)
+        alpha = find_pattern_value(config.get("alpha_pattern") or {}, name, config.get("lora_alpha"))
+        settings[module] = (shape[0], alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
+    return settings
+
+
+def _wanted_rank(config: Config, name: str) -> int:
+    return find_pattern_value(config.get("rank_pattern") or {}, name, config.get("r"))
+
+
+def _check_ranks(modules: Modules, config: Config) -> list[Finding]:
+    if config.peft_type != "LORA":
+        return []
+    unequal: list[str] = []
+    other: list[str] = []
+    example = ""
+    for module, tensors in modules.items():
+        for a_name, b_name in _PAIRS["LORA"]:
+            a, b = tensors.get(a_name), tensors.get(b_name)
+            if not a or not b or 0 in a or 0 in b:
+                continue
+            if len(b) < 2 or (a[0] != b[1] and not config.get("use_bdlora")):
+                unequal.append(f"{module}: A {list(a)}, B {list(b)}")
+            name = named_parameter(config, module)
+            rank = _wanted_rank(config, name)
+            if a[0] != rank and not (matching.is_parameter(config, name) and a[0] % rank == 0):
+                other.append(module)
+                example = example or f"{module} has rank {a[0]} in the file and {rank} in the configuration"
+    findings: list[Finding] = []
+    if unequal:
+        findings.append(
+            finding.error("shape", unequal, f"A and B do not fit in {finding.count(unequal, 'module')}: {unequal[0]}",
+                          "A of shape (r, in) and B of shape (out, r)", "save the adapter again")
+        )  # fmt: skip
+    if other:
+        findings.append(
+            finding.error(
+                "rank",
+                other,
+                f"another rank than the configuration states in {finding.count(other, 'module')}: {example}",
+                "r and rank_pattern of the training, on which the scale depends",
+                "take adapter_config.json from where the adapter was trained, or state the ranks in rank_pattern",
+            )
+        )
+    return findings
+
+
+def _check_targets(modules: Modules, config: Config) -> list[Finding]:
+    targets = config.get("target_modules")
+    if targets is None or matching.is_all_linear(config) or config.peft_type in key_names.PROMPT_METHODS:
+        return []
+    names = [module for module, tensors in modules.items() if not all(t.startswith("token_adapter") for t in tensors)]
+    adapted = [name for name in names if name and name != "base_model"]
+    by_other_names = bool(config.get("layer_replication") or config.get("target_parameters"))
+    untargeted = [] if by_other_names else [name for name in adapted if not _is_targeted(config, name)]
+    findings: list[Finding] = []
+    if untargeted:
+        findings.append(
+            finding.error(
+                "untargeted",
+                untargeted,
+                f"target_modules does not select {finding.count(untargeted, 'module')}, such as {untargeted[0]}",
+                "target_modules that selects every adapted module: PEFT ignores the other tensors",
+                "correct target_modules, or take adapter_config.json from where the adapter was trained",
+            )
+        )
+    if not isinstance(targets, str) and not config.get("target_parameters"):
+        unused = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in adapted)]
+        if unused and not untargeted:
+            findings.append(
+                finding.warning(
+                    "target-without-tensors",
+                    unused,
+                    f"no tensor belongs to these target_modules: {', '.join(unused)}",
+                    "tensors for each target that the model has",
+                    "harmless if the model has no such modules; else their tensors are lost. --base tells which",
+                )
+            )
+    return findings
+
+
+def _is_targeted(config: Config, module: str) -> bool:
+    """Return True if a target selects a module of the file, also inside a module that PEFT wraps (out_proj)."""
+    names = (module, module.partition(".base_layer")[0])
+    return any(matching.is_target(config, name) for name in names)
+
+
+def _check_saved(shapes: Shapes, modules: Modules, others: Iterable[str], config: Config) -> list[Finding]:
+    """Check fully trained modules and token rows, and find tensors that PEFT ignores."""
+    findings: list[Finding] = []
+    saved: tuple[str, ...] = config.get("modules_to_save") or ()
+    names = {key: key.removeprefix(PEFT_PREFIX).rpartition(".")[0] for key in others}
+    absent = [
+        entry for entry in saved
+        if not any(matching.saving_entries(config, name) & {entry} for name in names.values())
+    ]  # fmt: skip
+    if saved and len(absent) == len(saved) and not config.get("ensure_weight_tying"):
+        findings.append(
+            finding.error("missing", absent, f"no tensor belongs to modules_to_save: {', '.join(absent)}",
+                          "the fully trained modules", _SAVE_AGAIN)
+        )  # fmt: skip
+    has_rows = any("trainable_tokens_delta" in tensor for tensors in modules.values() for tensor in tensors)
+    if config.peft_type == "LORA" and config.get("trainable_token_indices") and not has_rows:
+        findings.append(
+            finding.error("missing", ("trainable_tokens_delta",), "the rows of trainable_token_indices are missing",
+                          "one tensor of rows for each embedding", _SAVE_AGAIN)
+        )  # fmt: skip
+    unexpected = [key for key, name in names.items() if not _is_expected(key, name, config)]
+    if unexpected:
+        findings.append(
+            finding.warning(
+                "unexpected",
+                unexpected,
+                f"neither of {config.peft_type} nor of modules_to_save: {finding.count(unexpected, 'tensor')}, such as"
+                f" {unexpected[0]}",
+                "no other tensors: PEFT ignores them without a message",
+                "if they were trained, name their modules in modules_to_save; else remove them",
+            )
+        )
+    return findings
+
+
+def is_saved_by_peft(key: str, config: Config) -> bool:
+    """Return True if PEFT saves a tensor of its complete model, by its name without the adapter's name."""
+    if key_names.split_key(key, config.peft_type) is not None:
+        return True
+    if ".original_module." in key:
+        return False
+    module = key.removeprefix(PEFT_PREFIX).rpartition(".")[0]
+    return matching.is_saved(matching.with_task_heads(config), module) or (
+        key.endswith(".bias") and config.get("bias", "none") == "all"
+    )
+
+
+def _is_expected(key: str, module: str, config: Config) -> bool:
+    if matching.is_saved(matching.with_task_heads(config), module):  # PEFT adds the heads of the task on loading
+        return True
+    if key.endswith(".bias") and config.get("bias", "none") != "none":
+        return True
+    stem = module.removesuffix(".base_layer").removesuffix(".token_adapter")
+    return stem.rpartition(".")[2] in _EMBEDDINGS or (
+        config.peft_type in key_names.PROMPT_METHODS and key.startswith("base_model.")
+    )
+
+
+def _check_layers(modules: Modules, config: Config) -> list[Finding]:
+    """Find layers that lack a module which nearly all other layers have."""
+    if config.get("layers_to_transform") is not None or isinstance(config.get("target_modules"), str):
+        return []
+    layers: dict[tuple[str, str], set[int]] = {}
+    for module in modules:
+        match = re.fullmatch(r"(\D*?)\.?(\d+)\.(.+)", module)
+        if match is not None and len(match[2]) < _MAX_DIGITS:
+            layers.setdefault((match[1], match[3]), set()).add(int(match[2]))
+    gaps: list[str] = []
+    for (stack, name), numbers in layers.items():
+        every = set().union(*(found for (other, _), found in layers.items() if other == stack))
+        every |= set(range(min(every), max(every) + 1))
+        absent = sorted(every - numbers)
+        if absent and len(absent) * 5 <= len(every):
+            gaps += [f"{stack}.{number}.{name}".lstrip(".") for number in absent]
+    if not gaps:
+        return []
+    return [
+        finding.warning(
+            "layers",
+            gaps,
+            f"not adapted: {finding.count(gaps, 'module')} that nearly all other layers have, such as {gaps[0]}",
+            "the same modules in all layers, unless the base has them in some layers only",
+            "check that the file is complete; --base tells whether the base has these modules",
+        )
+    ]

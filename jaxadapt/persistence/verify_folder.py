@@ -1,0 +1,257 @@
+"""Verify an adapter's files: their problems and main facts, as values.
+
+path ──open_stored──► StoredAdapter ──checks of configuration, keys, tensors, values, base──► findings
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxadapt.configs import Config
+from jaxadapt.core.progress import Progress, Report, byte_counter, reporter
+from jaxadapt.persistence.verification import (
+    base_checks,
+    config_checks,
+    finding,
+    foreign_files,
+    key_names,
+    tensor_checks,
+    value_checks,
+)
+from jaxadapt.persistence.verification.finding import SEVERITIES, Finding
+from jaxadapt.persistence.verification.stored_adapter import Specs, StoredAdapter, open_stored
+from jaxadapt.storage.safetensors_header import BITS
+
+
+def verify(path: str | os.PathLike[str], base: Any = None, *, progress: Progress = None) -> list[Finding]:
+    """Check the files of an adapter and return every problem and the main facts as values.
+
+    Reads also damaged files and those of other libraries that are easily taken for PEFT's. One tensor is in memory at a
+    time (all of a `.bin` file), and torch is not needed.
+
+    Args:
+        path: the adapter's folder; one of its files; an address of an object store or of the Hub.
+        base: the base model, to check names and sizes: its Hugging Face folder or a file of its weights (only names and
+            shapes are read), a .json file {key: shape}, a mapping {key: shape or array} of PyTorch's parameters, or the
+            name of a family ("llama").
+        progress: None, True (a bar on a terminal or in a notebook) or a function of ("verify", bytes done, bytes in
+            all).
+
+    Returns:
+        The findings, errors first. A sound adapter has only notes: its method, ranks and scales.
+
+    Raises `FileError` if the path, or the base, cannot be read at all.
+
+    >>> import tempfile, jax, jaxadapt
+    >>> base = {"q": {"kernel": jax.numpy.ones((4, 6))}}
+    >>> config = jaxadapt.LoraConfig(r=2, target_modules=["q"])
+    >>> adapter = jaxadapt.init(config, base, key=jax.random.key(0))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     jaxadapt.save(adapter, folder)
+    ...     findings = verify(folder, {"q.weight": (6, 5)})
+    >>> [(finding.severity, finding.code) for finding in findings]
+    [('error', 'shape'), ('warning', 'untrained'), ('note', 'method'), ('note', 'scale')]
+    >>> findings[0].subjects
+    ('q: [6, 4] by its tensors, [6, 5] in the base',)
+    """
+    known_base = None if base is None else base_checks.base_shapes(base)
+    name = base if isinstance(base, str | os.PathLike) else "the base"
+    with reporter(progress) as report, open_stored(path, report) as stored:
+        findings = list(stored.findings)
+        if stored.is_adapter:
+            findings += _check_content(stored, known_base, os.fspath(name), report)
+    return sorted(findings, key=lambda found: SEVERITIES.index(found.severity))
+
+
+def _check_content(stored: StoredAdapter, base: Any, base_name: str, report: Report) -> list[Finding]:
+    checked = config_checks.check_config(stored)
+    config = checked.config
+    if stored.specs is None:
+        return [*checked.findings, *([] if config is None else [_describe_method(config, None)])]
+    foreign = foreign_files.foreign_library(stored.specs, config is not None) or foreign_files.not_an_adapter(
+        stored.specs, stored.source
+    )
+    if foreign is not None:
+        others = [f for f in checked.findings if f.code not in ("configuration-missing", foreign.code)]
+        return [*others, foreign]
+    if not stored.specs:
+        return list(checked.findings)
+    kind = config.peft_type if config is not None else guess_method(stored.specs)
+    names = key_names.normalize_keys(stored.specs, kind)
+    findings = [*checked.findings, *_check_names(names, stored, has_config=config is not None)]
+    keys = readable_keys(names)
+    shapes = {name: stored.specs[key][1] for name, key in keys.items()}
+    total = sum(_nbytes(stored.specs[key]) for key in keys.values())
+    count = byte_counter(report, "verify", total)
+
+    def get(key: str) -> Any:
+        value = stored.get(key)
+        count(value.nbytes)
+        return value
+
+    if config is None:
+        findings.append(_describe_tensors(kind, shapes))
+        return [*findings, *tensor_checks.check_empty(shapes), *value_checks.check_values(keys, shapes, get, None)]
+    if len(names.adapters) < 2:
+        findings += tensor_checks.check_tensors(without_base(shapes, names, config), config)
+        if base is not None:
+            findings += base_checks.check_base(shapes, config, base, base_name)
+    findings += value_checks.check_values(keys, shapes, get, config)
+    return [*findings, _describe_method(config, shapes), *_describe_scales(shapes, config)]
+
+
+def _nbytes(spec: tuple[str, tuple[int, ...]]) -> int:
+    return math.prod(spec[1]) * BITS.get(spec[0], 128) // 8  # C128, which only .bin files have
+
+
+def guess_method(specs: Specs) -> str:
+    """Return the method that the tensor names of a file without a configuration show; "" if none."""
+    if any("lora_A" in key.split(".") or "lora_embedding_A" in key for key in specs):
+        return "LORA"
+    return "PROMPT_TUNING" if "prompt_embeddings" in specs else ""
+
+
+def readable_keys(names: key_names.Names) -> dict[str, str]:
+    """Return {PEFT's name: the first key of the file that has it}."""
+    keys: dict[str, str] = {}
+    for key, name in names.normal.items():
+        if name is not None:
+            keys.setdefault(name, key)
+    return keys
+
+
+def without_base(shapes: tensor_checks.Shapes, names: key_names.Names, config: Config) -> dict[str, tuple[int, ...]]:
+    """Leave out the base's weights of a complete PEFT model's state dict, which PEFT does not save.
+
+    A file of an adapter is returned as it is.
+    """
+    if not names.adapters:
+        return dict(shapes)
+    return {key: shape for key, shape in shapes.items() if tensor_checks.is_saved_by_peft(key, config)}
+
+
+# ---------------------------------------------------------------- keys
+
+
+_FAULTS: Mapping[str, tuple[str, str, str]] = {
+    "wrappers": (
+        "contain the names of modules that wrap others ({wrappers})",
+        "the model's own names. With others, PEFT loads an adapter without effect",
+        "wrapper-names",
+    ),
+    "no-prefix": (
+        "lack the prefix base_model.model., which some exporters leave out",
+        "base_model.model.<module>.<tensor>. Without the prefix, PEFT loads an adapter without effect",
+        "prefix",
+    ),
+    "double-prefix": (
+        "have the prefix base_model.model. more than once: a PEFT model was wrapped in a PEFT model",
+        "the prefix once. With two, PEFT loads an adapter without effect",
+        "prefix",
+    ),
+    "no-weight": (
+        "end in lora_A or lora_B without .weight, as loralib names them",
+        "lora_A.weight and lora_B.weight. With other names, PEFT loads an adapter without effect",
+        "tensor-names",
+    ),
+}  # fmt: skip
+
+
+def _check_names(names: key_names.Names, stored: StoredAdapter, *, has_config: bool) -> list[Finding]:
+    """Return the findings about the keys."""
+    findings: list[Finding] = []
+    mend = "jaxadapt repair renames them" if has_config else "add the configuration; jaxadapt repair then renames them"
+    for fault, (found, expected, code) in _FAULTS.items():
+        keys = names.faults.get(fault, ())
+        if keys:
+            found = found.format(wrappers=", ".join(key_names.wrappers_in(keys)))
+            text = f"{len(keys)} of {len(names.normal)} keys {found}, such as {keys[0]}"
+            findings.append(finding.error(code, keys, text, expected, mend, repairable=has_config))
+    if len(names.adapters) > 1:
+        findings.append(
+            finding.error(
+                "several-adapters",
+                names.adapters,
+                f"the keys contain the names of several adapters: {', '.join(names.adapters)}",
+                "one adapter in a file",
+                f"save one in PyTorch: model.save_pretrained(folder, selected_adapters=[{names.adapters[0]!r}])",
+            )
+        )
+    elif names.adapters:
+        keys = names.faults["adapter-name"]
+        findings.append(
+            finding.warning(
+                "adapter-name",
+                keys,
+                f"{len(keys)} keys contain the adapter's name {names.adapters[0]!r}, such as"
+                f" {keys[0]}: the state dict of a complete PEFT model",
+                "keys without it. PEFT accepts the name, other programs do not",
+                mend,
+                repairable=has_config,
+            )
+        )
+    if len(names.adapters) < 2 and names.duplicates:
+        equal = has_config and all(are_equal(keys, stored) for keys in names.duplicates.values())
+        name, keys = next(iter(names.duplicates.items()))
+        findings.append(
+            finding.error(
+                "duplicate",
+                names.duplicates,
+                f"{len(names.duplicates)} tensors are stored twice: {name} as"
+                f" {' and '.join(keys)}, with {'equal' if equal else 'different'} values",
+                "each tensor once",
+                "jaxadapt repair keeps one" if equal else "remove the wrong one of each",
+                repairable=equal,
+            )
+        )
+    return findings
+
+
+def are_equal(keys: Sequence[str], stored: StoredAdapter) -> bool:
+    """Return True if tensors have equal shapes, dtypes and bytes."""
+    specs = stored.specs or {}
+    if len({specs[key] for key in keys}) > 1:
+        return False
+    first = stored.get(keys[0]).tobytes()
+    return all(stored.get(key).tobytes() == first for key in keys[1:])
+
+
+# ---------------------------------------------------------------- facts
+
+
+def _describe_method(config: Config, shapes: tensor_checks.Shapes | None) -> Finding:
+    base = f" for {config.base_model_name_or_path}" if config.base_model_name_or_path else ""
+    if shapes is None:
+        return finding.note("method", (config.peft_type,), f"the configuration of a {config.peft_type} adapter{base}")
+    modules, _ = tensor_checks.split_modules(shapes, config)
+    count = len([module for module in modules if module and module != "base_model"])
+    text = f", {finding.count(count, 'adapted module')}" if count else ""
+    return finding.note(
+        "method", (config.peft_type,), f"{config.peft_type} adapter{base}, {finding.count(shapes, 'tensor')}{text}"
+    )
+
+
+def _describe_tensors(kind: str, shapes: tensor_checks.Shapes) -> Finding:
+    """Describe the tensors of a file without a configuration."""
+    splits = [split for key in shapes if (split := key_names.split_key(key, kind)) is not None]
+    ranks = sorted({shape[0] for key, shape in shapes.items() if shape and "lora_A" in key.split(".")})
+    text = f", {len({module for module, _ in splits})} modules" if kind == "LORA" else ""
+    text += f", rank {', '.join(map(str, ranks))}" if ranks else ""
+    return finding.note("method", (kind,), f"{len(shapes)} tensors of {kind or 'an unknown method'}{text}")
+
+
+def _describe_scales(shapes: tensor_checks.Shapes, config: Config) -> list[Finding]:
+    """Return one note for each pair of rank and scale."""
+    modules, _ = tensor_checks.split_modules(shapes, config)
+    groups: dict[tuple[int, float], list[str]] = {}
+    for module, setting in tensor_checks.module_settings(modules, config).items():
+        groups.setdefault(setting, []).append(module)
+    notes: list[Finding] = []
+    for (rank, scale), members in sorted(groups.items()):
+        ends = ", ".join(sorted({name.rpartition(".")[2] for name in members}))
+        text = f"rank {rank} and scale {scale:.6g} in {finding.count(members, 'module')} ({ends})"
+        notes.append(finding.note("scale", members, text))
+    return notes

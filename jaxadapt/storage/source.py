@@ -1,0 +1,164 @@
+"""Tensor sources in memory, and views over other sources: renamed, cut and stacked tensors."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from jaxadapt.arrays.tensor_source import TensorSource, TensorSpec
+from jaxadapt.core.errors import MismatchError
+from jaxadapt.storage import local_files
+from jaxadapt.storage.safetensors_header import problems_text
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["TensorSource", "TensorSpec", "View", "as_source", "combine", "cut", "rename", "stack"]
+
+
+def as_source(tensors: Mapping[str, Any]) -> TensorSource:
+    """Return a source, or wrap the arrays in memory of another mapping."""
+    return tensors if isinstance(tensors, TensorSource) else _Arrays(tensors)
+
+
+class _Arrays(TensorSource):
+    """Arrays in memory."""
+
+    def __init__(self, arrays: Mapping[str, Any]) -> None:
+        self._arrays = arrays
+
+    @functools.cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        import numpy as np
+
+        return {key: TensorSpec(tuple(x.shape), np.dtype(x.dtype)) for key, x in self._arrays.items()}
+
+    def read(self, key: str) -> Any:
+        return self._arrays[key]
+
+
+class View(TensorSource):
+    """Tensors of one or several sources under new names."""
+
+    def __init__(self, source: str, origins: Mapping[str, tuple[TensorSource, str]]) -> None:
+        """Create a view; `origins` maps each key to the source of the tensor and to its key there."""
+        self.source = source
+        self._origins = origins
+
+    @functools.cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        return {key: part.specs[name] for key, (part, name) in self._origins.items()}
+
+    def read(self, key: str) -> Any:
+        part, name = self._origins[key]
+        return part.read(name)
+
+    def read_into(self, key: str, memory: np.ndarray | None) -> np.ndarray:
+        part, name = self._origins[key]
+        return part.read_into(name, memory)
+
+    def read_slice(self, key: str, slices: Sequence[slice], shape: Sequence[int] | None = None) -> np.ndarray:
+        part, name = self._origins[key]
+        return part.read_slice(name, slices, shape)
+
+
+def combine(source: str, parts: Sequence[TensorSource]) -> View:
+    """Return the tensors of several sources; `source` names them in messages."""
+    return View(source, {key: (part, key) for part in parts for key in part})
+
+
+def rename(tensors: TensorSource, names: Mapping[str, str]) -> View:
+    """Return tensors under new names, from `{new name: name}`. One tensor may have several new names."""
+    return View(tensors.source, {key: (tensors, name) for key, name in names.items()})
+
+
+def cut(tensors: TensorSource, parts: Mapping[str, tuple[str, tuple[slice, ...]]]) -> View:
+    """Replace some tensors by their parts, from `{new name: (name, slices)}`. Parts are cut when they are read."""
+    return _replace(tensors, {name for name, _ in parts.values()}, _Parts(tensors, parts), {})
+
+
+def stack(tensors: TensorSource, rows: Mapping[str, Sequence[Sequence[str]]], names: Mapping[str, str]) -> View:
+    """Replace tensors by stacks of them, and rename others. Stacks are assembled when they are read.
+
+    Args:
+        tensors: the tensors.
+        rows: by new name, the rows of a stack: one index of the new first axis each, its tensors concatenated.
+        names: `{new name: name}` of the tensors to rename.
+    """
+    stacked = {key for rows_of_one in rows.values() for row in rows_of_one for key in row}
+    return _replace(tensors, stacked | set(names.values()), _Stacks(tensors, rows), names)
+
+
+def _replace(tensors: TensorSource, replaced: set[str], new: TensorSource, names: Mapping[str, str]) -> View:
+    origins = {key: (tensors, key) for key in tensors if key not in replaced}
+    origins |= {key: (tensors, name) for key, name in names.items()}
+    return View(tensors.source, origins | {key: (new, key) for key in new})
+
+
+class _Parts(TensorSource):
+    """Parts of tensors, cut when they are read."""
+
+    def __init__(self, tensors: TensorSource, parts: Mapping[str, tuple[str, tuple[slice, ...]]]) -> None:
+        self._tensors, self._parts = tensors, parts
+
+    @functools.cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        return {key: self._spec(*part) for key, part in self._parts.items()}
+
+    def _spec(self, name: str, slices: tuple[slice, ...]) -> TensorSpec:
+        shape, dtype = self._tensors.specs[name]
+        sizes = [len(range(size)[part]) for size, part in zip(shape, slices, strict=False)]
+        return TensorSpec((*sizes, *shape[len(slices) :]), dtype)
+
+    def read(self, key: str) -> np.ndarray:
+        return self._tensors.read_slice(*self._parts[key])
+
+
+class _Stacks(TensorSource):
+    """Tensors that are stacked when they are read: each row concatenates tensors along their first axis."""
+
+    def __init__(self, tensors: TensorSource, rows: Mapping[str, Sequence[Sequence[str]]]) -> None:
+        self._tensors, self._rows = tensors, rows
+
+    @functools.cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        return {key: self._spec(key) for key in self._rows}
+
+    def _spec(self, key: str) -> TensorSpec:
+        """Return the shape and dtype. Raises `MismatchError` if the rows differ."""
+        kinds = {tuple(self._tensors.specs[name] for name in row) for row in self._rows[key]}
+        kind = next(iter(kinds))
+        if len(kinds) > 1 or len({(spec.shape[1:], spec.dtype) for spec in kind}) > 1:
+            found = sorted({f"{spec.dtype.name} {list(spec.shape)}" for row in kinds for spec in row})
+            raise MismatchError(
+                f"{self._tensors.source}: cannot stack the tensors of {key}: expected equal shapes and dtypes, found"
+                f" {problems_text(found)}"
+            )
+        width = sum(spec.shape[0] for spec in kind)
+        return TensorSpec((len(self._rows[key]), width, *kind[0].shape[1:]), kind[0].dtype)
+
+    def read(self, key: str) -> np.ndarray:
+        return self.read_slice(key, ())
+
+    def read_slice(self, key: str, slices: Sequence[slice], shape: Sequence[int] | None = None) -> np.ndarray:
+        """Return a part of a stack. Only slices of the first two axes save reading."""
+        whole, dtype = self.specs[key]
+        if shape is not None and tuple(shape) != whole:
+            return super().read_slice(key, slices, shape)
+        padded = [*slices, *(slice(None) for _ in whole[len(slices) :])]
+        rows = self._rows[key][padded[0]]
+        first, last, _ = padded[1].indices(whole[1])
+        size = math.prod(whole[2:]) * len(rows) * (last - first)
+        out = local_files.aligned_empty(size * dtype.itemsize).view(dtype).reshape(len(rows), last - first, *whole[2:])
+        for values, names in zip(out, rows, strict=True):
+            offset = 0
+            for name in names:
+                length = self._tensors.specs[name].shape[0]
+                overlap = slice(max(first - offset, 0), min(last - offset, length))
+                if overlap.start < overlap.stop:
+                    start, stop = offset + overlap.start - first, offset + overlap.stop - first
+                    values[start:stop] = self._tensors.read_slice(name, (overlap,))
+                offset += length
+        return out[(slice(None), slice(None, None, padded[1].step), *padded[2:])]

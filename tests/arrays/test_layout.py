@@ -1,0 +1,57 @@
+"""`FileLayout`: what one leaf holds of the file, beside numpy written out."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxadapt.arrays.layout import RANK, FileLayout, to_file_scale, to_model_scale
+
+PLAIN = FileLayout((4, 6), ("o", "i"), (("o",), ("i",)), ())
+
+
+@pytest.mark.parametrize(
+    ("changes", "verbatim"),
+    [
+        ({}, True),
+        ({"factor": 2.0}, False),
+        ({"shift": 1.0}, False),
+        ({"left": ("i", "o")}, False),
+        ({"split": (0,), "right": (("i",),)}, False),
+    ],
+)
+def test_a_leaf_is_verbatim_only_without_any_change(changes, verbatim):
+    fields = {"shape": (4, 6), "left": ("o", "i"), "right": (("o",), ("i",)), "split": ()}
+    assert FileLayout(**(fields | changes)).is_verbatim is verbatim
+
+
+@pytest.mark.parametrize("xp", [np, jnp])
+def test_factor_and_shift_are_applied_once_in_each_direction(xp):
+    x = xp.asarray(np.arange(6, dtype="float32").reshape(2, 3))
+    for factor, shift in ((1, 0.0), (4.0, 0.0), (1, 1.0), (4.0, 1.0)):
+        np.testing.assert_array_equal(to_model_scale(x, factor, shift), np.asarray(x) * factor + shift)
+        np.testing.assert_array_equal(to_file_scale(to_model_scale(x, factor, shift), factor, shift), x)
+
+
+def test_a_factor_is_exact_if_it_is_a_power_of_two_without_shift():
+    exact = {(1.0, 0.0): True, (0.25, 0.0): True, (3.0, 0.0): False, (1.0, 1.0): False}
+    for (factor, shift), expected in exact.items():
+        layout = FileLayout((4, 6), ("o", "i"), (("o",), ("i",)), (), factor, shift=shift)
+        assert layout.is_exact is expected
+
+
+@pytest.mark.parametrize("xp", [np, jnp])
+def test_rows_of_a_partial_leaf_and_back(xp):
+    """Layers 0 and 2 of three, of ranks 4 and 3: the rest of the leaf is zero."""
+    layout = FileLayout((3, 4, 2), ("{l}", RANK, "i"), ((RANK,), ("i",)), (0,), held=(0, 2), ranks=(4, 3))
+    leaf = np.arange(1, 25, dtype="float32").reshape(3, 4, 2)
+    leaf[1] = 0
+    leaf[2, 3] = 0
+    rows = layout.to_rows(xp.asarray(leaf))
+    np.testing.assert_array_equal(rows, leaf[[0, 2]])
+    np.testing.assert_array_equal(layout.from_rows(rows), leaf)
+    np.testing.assert_array_equal(layout.from_rows(xp.ones_like(rows)), (leaf != 0).astype("float32"))
+    assert [layout.encode(leaf, i).shape for i in range(layout.count)] == [(4, 2), (3, 2)]
+    factors = np.broadcast_to(layout.expand_by_tensor([5, 7]), leaf.shape)
+    np.testing.assert_array_equal(factors, np.array([5, 0, 7])[:, None, None] * (leaf != 0))

@@ -1,0 +1,196 @@
+"""PEFT's files of every registered method, both ways, on a tiny Llama: knows no method by name.
+
+A method's `examples()` are the configurations. PEFT's own model gives the tensors, the outputs and the gradients.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jaxadapt
+from jaxadapt import configs, methods
+from jaxadapt.configs.base import class_of
+from jaxadapt.core import paths
+from jaxadapt.demo import llama_linen, llama_nnx
+
+pytest.importorskip("torch")
+pytest.importorskip("peft")
+
+import torch
+from peft import PeftModel, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils.save_and_load import get_peft_model_state_dict
+
+from tests.support.twins import llama
+
+pytestmark = pytest.mark.peft
+IDS = np.random.default_rng(0).integers(1, 30, (2, 5))
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+# Products of float32 in another order; a method may invert a matrix.
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def cases() -> list[Any]:
+    return [
+        pytest.param(name, i, id=f"{name}-{i}")
+        for name in sorted(methods.METHODS)
+        for i in range(len(methods.METHODS[name].examples()))
+    ]
+
+
+@functools.cache
+def torch_base() -> Any:
+    return llama.torch_llama(layers=2, width=16, inner=24, heads=2, kv_heads=1)
+
+
+def fields_of(peft_type: str, i: int) -> dict[str, Any]:
+    return {"target_modules": TARGETS, **methods.METHODS[peft_type].examples()[i]}
+
+
+@functools.cache
+def peft_model(peft_type: str, i: int) -> Any:
+    """PEFT's model with random values near those of a new adapter."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type](task_type="CAUSAL_LM", **copy.deepcopy(fields_of(peft_type, i)))
+        torch.manual_seed(0)
+        model = get_peft_model(copy.deepcopy(torch_base()), config).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.is_floating_point():
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+@functools.cache
+def peft_results(peft_type: str, i: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """PEFT's logits, and its gradients of their sum of squares by key."""
+    model = peft_model(peft_type, i)
+    model.zero_grad()
+    logits = model(torch.from_numpy(IDS)).logits
+    (logits**2).mean().backward()
+    state = dict(get_peft_model_state_dict(model))
+    owners = {id(p): name for name, p in model.named_parameters() if p.grad is not None}
+    grads = {}
+    for key in state:
+        plain = key.removeprefix("base_model.model.").removesuffix(".weight")
+        for parameter_id, name in owners.items():
+            if name.replace(".default", "").removesuffix(".weight").endswith(plain):
+                (grads[key],) = [p.grad.numpy() for p in model.parameters() if id(p) == parameter_id]
+    return logits.detach().numpy(), grads
+
+
+@pytest.fixture
+def folder(request: pytest.FixtureRequest, tmp_path: Any) -> Any:
+    model = peft_model(request.getfixturevalue("peft_type"), request.getfixturevalue("i"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(str(tmp_path / "peft"))
+    return tmp_path / "peft"
+
+
+def nnx_model(**options: Any) -> Any:
+    return llama_nnx.to_nnx(llama.config_of(torch_base(), **options), llama.weights_of(torch_base()))
+
+
+@pytest.mark.parametrize(("peft_type", "i"), cases())
+def test_pefts_file_gives_pefts_logits_and_gradients(peft_type: str, i: int, folder: Any):
+    want, want_grads = peft_results(peft_type, i)
+    model = jaxadapt.load(folder, nnx_model())
+    np.testing.assert_allclose(model(jnp.asarray(IDS)), want, **CLOSE)
+
+    adapter, base = (
+        jaxadapt.extract(model),
+        llama_linen.to_linen(llama.config_of(torch_base()), llama.weights_of(torch_base())),
+    )
+    module = jaxadapt.adapt(llama_linen.Llama(llama.config_of(torch_base())), adapter.config)
+
+    def loss(params: Any) -> Any:
+        tree = jaxadapt.Adapter(adapter.config, params, adapter.keymap)
+        logits = module.apply({**base, **tree.collection}, jnp.asarray(IDS))
+        return (logits**2).mean(), logits
+
+    floats = {p: x for p, x in adapter.flat().items() if jnp.issubdtype(x.dtype, jnp.floating)}
+    rest = {p: x for p, x in adapter.flat().items() if p not in floats}
+    grad = jax.grad(lambda f: loss(paths.unflatten({**f, **rest})), has_aux=True)
+    grads, logits = jax.jit(grad)(floats)
+    np.testing.assert_allclose(logits, want, **CLOSE)
+    ours = jaxadapt.to_peft(jaxadapt.Adapter(adapter.config, paths.unflatten({**grads, **rest}), adapter.keymap))
+    assert want_grads
+    for key, value in want_grads.items():
+        np.testing.assert_allclose(
+            ours.tensors[key], value, rtol=1e-3, atol=1e-5 * max(1, abs(value).max()), err_msg=key
+        )
+
+    # The variables that an optimizer sees in NNX have the same gradients.
+    def nnx_loss(model: Any) -> Any:
+        return (model(jnp.asarray(IDS)) ** 2).mean()
+
+    state = nnx.grad(nnx_loss, argnums=nnx.DiffState(0, jaxadapt.AdapterParam))(model)
+    flat = {".".join(map(str, path)): v for path, v in nnx.to_flat_state(state)}
+    assert len(flat) == sum(t.trained for t in tensors_of(adapter))
+
+
+def tensors_of(adapter: Any) -> Any:
+    from jaxadapt.adapters import sites
+
+    return sites.all_tensors(sites.sites_of(adapter))
+
+
+@pytest.mark.parametrize("scan_axis", [0, 1])
+@pytest.mark.parametrize(("peft_type", "i"), cases())
+def test_scanned_layers_give_pefts_logits(peft_type: str, i: int, scan_axis: int, folder: Any):
+    want, _ = peft_results(peft_type, i)
+    config = llama.config_of(torch_base(), scan=True, scan_axis=scan_axis)
+    model = jaxadapt.load(folder, nnx_model(scan=True, scan_axis=scan_axis))
+    np.testing.assert_allclose(model(jnp.asarray(IDS)), want, **CLOSE)
+    base = llama_linen.to_linen(config, llama.weights_of(torch_base()))
+    variables = jaxadapt.load(folder, base)
+    adapter = jaxadapt.extract(variables)
+    module = jaxadapt.adapt(llama_linen.Llama(config), adapter.config)
+    np.testing.assert_allclose(module.apply(variables, jnp.asarray(IDS)), want, **CLOSE)
+    again = jaxadapt.to_peft(adapter)
+    file = jaxadapt.read(folder)
+    assert {k: v.shape for k, v in again.tensors.items()} == {k: v.shape for k, v in file.tensors.items()}
+    for key, value in file.tensors.items():
+        np.testing.assert_array_equal(again.tensors[key], value)
+
+
+@pytest.mark.parametrize(("peft_type", "i"), cases())
+def test_peft_opens_our_files(peft_type: str, i: int, tmp_path: Any):
+    config = class_of(peft_type)(task_type="CAUSAL_LM", **fields_of(peft_type, i))
+    model = jaxadapt.adapt(nnx_model(), config, rngs=nnx.Rngs(0))
+    adapter = jaxadapt.extract(model)
+    rng = np.random.default_rng(3)
+    trained = {t.name for t in tensors_of(adapter) if t.trained}
+    values = {
+        path: x + 0.2 * rng.standard_normal(x.shape).astype("f4") if path.rpartition(".")[2] in trained else x
+        for path, x in adapter.flat().items()
+    }
+    jaxadapt.inject(jaxadapt.Adapter(adapter.config, paths.unflatten(values), adapter.keymap), model)
+    jaxadapt.save(model, tmp_path / "ours")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = PeftModel.from_pretrained(copy.deepcopy(torch_base()), str(tmp_path / "ours")).eval()
+        theirs.save_pretrained(str(tmp_path / "again"))
+    with torch.no_grad():
+        want = theirs(torch.from_numpy(IDS)).logits.numpy()
+    np.testing.assert_allclose(model(jnp.asarray(IDS)), want, **CLOSE)
+    ours, again = jaxadapt.read(tmp_path / "ours"), jaxadapt.read(tmp_path / "again")
+    assert {k: (v.shape, v.dtype) for k, v in ours.tensors.items()} == {
+        k: (v.shape, v.dtype) for k, v in again.tensors.items()
+    }
+    written, back = (configs.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("ours", "again"))
+    for key, value in back.to_dict().items():
+        if key not in ("base_model_name_or_path", "auto_mapping", "peft_version"):
+            assert written.to_dict()[key] == value or key == "target_modules", key

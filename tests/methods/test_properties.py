@@ -1,0 +1,24 @@
+"""Random entries × every method × random shardings, beside PEFT's formulas in numpy (tests/support/entries.py).
+
+Few examples here; tests/full/test_properties.py runs the same with many.
+"""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxadapt.methods import METHODS
+from tests.support import properties
+from tests.support.properties import examples
+
+
+def test_every_method_has_cases():
+    assert set(properties.entries.CASES) == set(METHODS)
+
+
+@pytest.mark.parametrize("peft_type", sorted(METHODS))
+@pytest.mark.parametrize("check", properties.CHECKS, ids=lambda check: check.__name__)
+def test_property(check, peft_type):
+    examples(properties.CHECKS[check])(given(st.data())(lambda data: check(peft_type, data)))()

@@ -1,0 +1,158 @@
+"""Which programs read an adapter: the verdicts are those of the measurements, on files that this library wrote."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+import jaxadapt
+from jaxadapt.cli import main
+from jaxadapt.configs import GenericConfig
+from jaxadapt.persistence import consumers
+from tests.support import small
+
+KEYS = tuple(f"base_model.model.model.layers.0.{m}.lora_{n}.weight" for m in ("q_proj", "up_proj") for n in "AB")
+PROGRAMS = ("PEFT", "transformers load_adapter", "vLLM", "llama.cpp")
+RIGHT, WRONG, REFUSED, UNKNOWN = "right", "wrong", "refused", "unknown"
+EMBEDDED = (*KEYS, *(f"base_model.model.model.embed_tokens.{n}" for n in ("lora_embedding_A", "lora_embedding_B")))
+TABLE = "base_model.model.model.embed_tokens.base_layer.weight"
+HEADS = (
+    *KEYS,
+    *(f"base_model.model.lm_head.lora_{n}.weight" for n in "AB"),
+    "base_model.model.lm_head.base_layer.weight",
+)
+ROWS = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+
+# What each program did with the adapter, beside PEFT's log-probabilities on the same base (SmolLM2-135M): (settings,
+# keys, tied, verdict of each program in PROGRAMS). PEFT 0.21.2, transformers 5.12.1 and 5.24.0, vLLM 0.32.0, the
+# converter of llama-cpp-python 0.3.36.
+MEASURED = {
+    "plain": ({}, KEYS, True, (RIGHT, RIGHT, RIGHT, RIGHT)),
+    "a float alpha": ({"lora_alpha": 13.37}, KEYS, True, (RIGHT, RIGHT, RIGHT, RIGHT)),
+    "an expression": ({"target_modules": ".*(q|up)_proj"}, KEYS, True, (RIGHT, RIGHT, RIGHT, RIGHT)),
+    "some layers": ({"layers_to_transform": [0]}, KEYS, True, (RIGHT, RIGHT, RIGHT, RIGHT)),
+    "rank_pattern": ({"rank_pattern": {"q_proj": 4}}, KEYS, True, (RIGHT, RIGHT, RIGHT, RIGHT)),
+    "alpha_pattern": ({"alpha_pattern": {"q_proj": 4}}, KEYS, True, (RIGHT, RIGHT, RIGHT, WRONG)),
+    "rsLoRA": ({"use_rslora": True}, KEYS, True, (RIGHT, RIGHT, RIGHT, WRONG)),
+    "DoRA": ({"use_dora": True}, (*KEYS, "base_model.model.x.lora_magnitude_vector"), True,
+             (RIGHT, WRONG, REFUSED, REFUSED)),
+    "lora_bias": ({"lora_bias": True}, (*KEYS, "base_model.model.x.lora_B.bias"), True,
+                  (RIGHT, RIGHT, REFUSED, REFUSED)),
+    "a copy of the embedding": ({"modules_to_save": ["embed_tokens"]},
+                                (*KEYS, "base_model.model.model.embed_tokens.weight"), True,
+                                (RIGHT, WRONG, REFUSED, REFUSED)),
+    "a copy of the head": ({"modules_to_save": ["lm_head"]}, (*KEYS, "base_model.model.lm_head.weight"), False,
+                           (RIGHT, WRONG, REFUSED, REFUSED)),
+    "copies of norms": ({"modules_to_save": ["input_layernorm"]},
+                        (*KEYS, "base_model.model.model.layers.0.input_layernorm.weight"), True,
+                        (RIGHT, WRONG, REFUSED, WRONG)),
+    "an embedding, tied": ({"target_modules": ["q_proj", "embed_tokens"]}, (*EMBEDDED, TABLE), True,
+                           (RIGHT, RIGHT, RIGHT, REFUSED)),
+    "an embedding, untied": ({"target_modules": ["q_proj", "embed_tokens"]}, (*EMBEDDED, TABLE), False,
+                             (RIGHT, RIGHT, RIGHT, RIGHT)),
+    "a head, untied": ({"target_modules": ["q_proj", "lm_head"]}, HEADS, False, (RIGHT, RIGHT, RIGHT, RIGHT)),
+    "rows of tokens": ({"trainable_token_indices": [1]}, (*KEYS, ROWS), True, (RIGHT, WRONG, REFUSED, REFUSED)),
+    "aLoRA": ({"alora_invocation_tokens": [1, 2]}, KEYS, True, (RIGHT, WRONG, REFUSED, WRONG)),
+    "KaSA": ({"kasa_config": {"beta": 0.1}}, (*KEYS, "base_model.model.x.lora_diag"), True,
+             (RIGHT, RIGHT, REFUSED, REFUSED)),
+    "MiCA": ({"init_lora_weights": "mica"}, KEYS, True, (RIGHT, RIGHT, RIGHT, RIGHT)),
+    "PiSSA": ({"init_lora_weights": "pissa"}, KEYS, True, (RIGHT, UNKNOWN, REFUSED, WRONG)),
+}  # fmt: skip
+
+
+def verdicts(config: jaxadapt.Config, keys=(), tied=None) -> dict[str, str]:
+    return {reader.name: reader.verdict for reader in consumers.judge_readers(config, keys, tied)}
+
+
+@pytest.mark.parametrize("case", MEASURED)
+def test_the_rules_are_the_measurements(case: str):
+    settings, keys, tied, measured = MEASURED[case]
+    config = jaxadapt.LoraConfig(**{"r": 8, "target_modules": ["q_proj", "up_proj"], **settings})
+    found = verdicts(config, keys, tied)
+    assert tuple(found[name] for name in PROGRAMS) == measured
+    assert found["MLX"] == REFUSED
+    for reader in consumers.judge_readers(config, keys, tied):
+        assert reader.version
+        assert bool(reader.reasons) == (reader.verdict != RIGHT)
+
+
+def test_other_methods():
+    found = verdicts(jaxadapt.IA3Config(target_modules=["q_proj"]), ["base_model.model.q_proj.ia3_l"])
+    assert [found[name] for name in PROGRAMS] == [RIGHT, RIGHT, REFUSED, REFUSED]  # measured
+    found = verdicts(GenericConfig(peft_type="VERA"))
+    assert [found[name] for name in PROGRAMS] == [RIGHT, UNKNOWN, REFUSED, REFUSED]
+    assert set(verdicts(GenericConfig(peft_type="MAGIC")).values()) == {REFUSED}
+
+
+@pytest.mark.parametrize(
+    ("settings", "program", "verdict", "reason"),
+    [
+        ({"use_rslora": True}, "SGLang", WRONG, "use_rslora: ignored"),
+        ({"target_modules": "q.*"}, "SGLang", REFUSED, "target_modules is an expression: refused"),
+        ({"rank_pattern": {"q": 2}}, "SGLang", REFUSED, "rank_pattern: expected one rank"),
+        ({"rank_pattern": {"q": 2}}, "TGI and LoRAX", WRONG, "rank_pattern: the scale is that of r"),
+        ({"use_rslora": True}, "TGI and LoRAX", RIGHT, ""),
+        ({"use_rslora": True}, "TensorRT-LLM", RIGHT, ""),
+        ({"use_dora": True}, "TensorRT-LLM", RIGHT, ""),
+        ({"alpha_pattern": {"q": 2}}, "TensorRT-LLM", WRONG, "alpha_pattern: ignored"),
+        ({"lora_alpha": 13.37}, "Ollama", REFUSED, "lora_alpha=13.37: expected an integer"),
+        ({"lora_alpha": 16.0}, "Ollama", RIGHT, ""),
+        ({"modules_to_save": ["score"]}, "vLLM", RIGHT, ""),
+    ],
+)
+def test_programs_that_were_read(settings, program: str, verdict: str, reason: str):
+    config = jaxadapt.LoraConfig(**{"target_modules": ["q_proj"], **settings})
+    found = next(r for r in consumers.judge_readers(config, ()) if r.name == program)
+    assert (found.verdict, "; ".join(found.reasons)) == (verdict, reason)
+
+
+@pytest.mark.parametrize(
+    ("settings", "remedy"),
+    [
+        ({}, ""),
+        ({"use_rslora": True, "alpha_pattern": {"q": 2}}, "resize_rank"),
+        ({"init_lora_weights": "pissa"}, "for_original_base"),
+        ({"use_dora": True}, "jaxadapt merge BASE ADAPTER --out FOLDER"),
+        ({"alora_invocation_tokens": [1]}, ""),
+    ],
+)
+def test_the_way_out(settings, remedy: str):
+    config = jaxadapt.LoraConfig(target_modules=["q_proj"], **settings)
+    found = next(r for r in consumers.judge_readers(config) if r.name == "llama.cpp")
+    assert remedy in found.remedy
+    assert bool(remedy) == bool(found.remedy)
+
+
+def test_inspect_and_the_card_show_them(tmp_path):
+    jaxadapt.save(small.adapter(small.LORA.replace(use_rslora=True)), tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "As it is: PEFT, transformers load_adapter, vLLM, TGI and LoRAX, TensorRT-LLM." in card
+    row = "| llama.cpp, Ollama, SGLang | silently computes something else | `use_rslora` ignored | `jaxadapt.merging."
+    assert row in card
+    assert "llama.cpp (the converter of llama-cpp-python 0.3.36, measured)" in card
+    shown = CliRunner().invoke(main, ["inspect", str(tmp_path)]).output
+    line = next(line for line in shown.splitlines() if line.startswith("misread by"))
+    assert line.startswith("misread by    llama.cpp, Ollama, SGLang: use_rslora: ignored. What helps: jaxadapt.merging")
+    document = json.loads(CliRunner().invoke(main, ["inspect", str(tmp_path), "--json"]).output)
+    assert {r["name"]: r["verdict"] for r in document["readers"]}["llama.cpp"] == WRONG
+
+
+@pytest.mark.parametrize("alpha", [16.0, 16, 13.5])
+def test_an_integral_alpha_is_written_as_an_integer(alpha: float, tmp_path):
+    """Everything else in the files stays, and PEFT's reader takes both."""
+    for name, value in (("float", alpha), ("int", int(alpha) if alpha == 16 else alpha)):
+        jaxadapt.save(small.adapter(small.LORA.replace(lora_alpha=value)), tmp_path / name)
+    assert small.files(tmp_path / "float") == small.files(tmp_path / "int")
+    written = json.loads((tmp_path / "float" / small.CONFIG).read_text())["lora_alpha"]
+    assert (written, type(written)) == ((16, int) if alpha == 16 else (13.5, float))
+    assert jaxadapt.read_config(tmp_path / "float") == small.LORA.replace(lora_alpha=alpha)
+
+
+@pytest.mark.peft
+def test_peft_reads_the_integral_alpha(tmp_path):
+    from peft import PeftConfig
+
+    jaxadapt.save(small.adapter(small.LORA.replace(lora_alpha=16.0)), tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path).lora_alpha == 16
