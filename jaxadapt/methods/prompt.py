@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, NoReturn
 from jaxadapt.arrays.axes import Axes, Operation, Use
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs import Config
-from jaxadapt.core.errors import AttachError, ConfigError
+from jaxadapt.core.errors import ConfigError
 from jaxadapt.keymaps.tensor_spec import MethodTensor, own_tensor
 from jaxadapt.methods.base import Array, Drop, Effects, Method, Params, Start, Target, require_weights
 

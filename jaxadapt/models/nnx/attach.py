@@ -156,8 +156,6 @@ def attach(
     }
     if methods.get_method(recipe.config).scope == "model":
         require_current_trace([model])
-        if collection in vars(model) and ACTIVE not in vars(model):
-            raise AttachError(f"cannot attach the adapter: the model has an attribute {collection!r} of its own")
         prompt.attach_prompt(model, collection, name, shared)
         _apply_adapters(model, name)
     for site in adapter_sites:
@@ -328,9 +326,7 @@ def delete(model: Model, *names: str) -> None:
         if attributes.keys().isdisjoint(methods.COLLECTIONS):
             delattr(layer, ACTIVE)
             uninstall_adapters(layer)
-    root = model_of(model)
-    if not prompt.has_prompts(root):
-        prompt.restore_attention(root)
+    prompt.restore_attention(model_of(model))
 
 
 # ---------------------------------------------------------------- extracting and injecting values

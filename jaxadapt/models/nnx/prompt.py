@@ -26,6 +26,8 @@ from jaxadapt.models.prompt.embedding import input_embedding
 def attach_prompt(model: nnx.Module, collection: str, name: str, tensors: Mapping[str, nnx.Variable[Any]]) -> None:
     """Set the tensors of a prompt method as attributes of a model."""
     attributes = vars(model)
+    if collection in attributes and not isinstance(attributes[collection], Mapping):
+        raise AttachError(f"cannot attach the adapter: the model has an attribute {collection!r} of its own")
     if collection not in attributes:
         setattr(model, collection, nnx.data({}))
     attributes[collection].setdefault(name, {})[SHARED_NODE] = dict(tensors)
@@ -34,15 +36,11 @@ def attach_prompt(model: nnx.Module, collection: str, name: str, tensors: Mappin
         _find_attention(model, Findable)
 
 
-def has_prompts(model: nnx.Module) -> bool:
-    """Return True if a model has an adapter of a prompt method."""
-    attributes = vars(model)
-    return any(SHARED_NODE in adapter for c in methods.COLLECTIONS for adapter in attributes.get(c, {}).values())
-
-
 def restore_attention(model: nnx.Module) -> None:
-    """Give the attention layers their own functions back, once a model has no adapter of a prompt method."""
-    _find_attention(model, lambda f: f.function if isinstance(f, Findable) else f)
+    """Give the attention layers their own functions back, if a model has no adapter of a prompt method."""
+    attributes = vars(model)
+    if not any(SHARED_NODE in adapter for c in methods.COLLECTIONS for adapter in attributes.get(c, {}).values()):
+        _find_attention(model, lambda f: f.function if isinstance(f, Findable) else f)
 
 
 def _find_attention(model: nnx.Module, change: Callable[[Any], Any]) -> None:
