@@ -19,7 +19,7 @@ from jaxadapt.methods.base import Array, Params
 from jaxadapt.methods.prompt import EMBEDDINGS, TASKS
 from jaxadapt.methods.prompt_tuning import PromptTuning
 
-_COLS, _ROWS = "prefix_task_cols", "prefix_task_rows"
+COLS, ROWS = "prefix_task_cols", "prefix_task_rows"
 
 
 class MultitaskPromptTuning(PromptTuning):
@@ -30,13 +30,13 @@ class MultitaskPromptTuning(PromptTuning):
     def shapes(self, config: Any, *, stored: bool) -> dict[str, tuple[int, ...]]:
         whole = super().shapes(config, stored=stored)
         (rows, d), tasks, ranks = whole[EMBEDDINGS], config.num_tasks, config.num_ranks
-        return {_COLS: (tasks, rows, ranks), _ROWS: (tasks, ranks, d), **whole}
+        return {COLS: (tasks, rows, ranks), ROWS: (tasks, ranks, d), **whole}
 
     def draw(self, config: Any, name: str) -> Draw:
         return super().draw(config, name) if name == EMBEDDINGS else Draw("normal", 0.02)
 
     def stored(self, config: Any, shared: Params) -> dict[str, Array]:
-        return {name: shared[name] for name in (_COLS, _ROWS, EMBEDDINGS)}
+        return {name: shared[name] for name in (COLS, ROWS, EMBEDDINGS)}
 
     def call_data(self, config: Any, given: Mapping[str, Array]) -> dict[str, Array]:
         data = super().call_data(config, given)
@@ -61,7 +61,7 @@ class MultitaskPromptTuning(PromptTuning):
         # Inside jit a wrong task cannot raise, and clipping it would be silent. NaN shows in the output.
         tasks = data[TASKS]
         known = jnp.where(tasks < 0, config.num_tasks, tasks)
-        cols, rows = (jnp.take(params[name], known, axis=0, mode="fill", fill_value=jnp.nan) for name in (_COLS, _ROWS))
+        cols, rows = (jnp.take(params[name], known, axis=0, mode="fill", fill_value=jnp.nan) for name in (COLS, ROWS))
         with jax.numpy_rank_promotion("allow"):
             return params[EMBEDDINGS] * (cols @ rows)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs import Config
+from jaxadapt.core.errors import ConfigError
 from jaxadapt.methods.base import Array, Params
 from jaxadapt.methods.prompt import EMBEDDINGS, BaseSizes, PromptMethod, fill_in
 
@@ -38,6 +39,13 @@ class PromptTuning(PromptMethod):
         return {EMBEDDINGS: (config.num_virtual_tokens * config.submodules, config.token_dim)}
 
     def draw(self, config: Any, name: str) -> Draw:
+        kind = config.get("prompt_tuning_init", "RANDOM")
+        if kind != "RANDOM":
+            needed = {"SAMPLE_VOCAB": "", "TEXT": ", tokens=ids"}.get(kind, ", source=adapter")
+            raise ConfigError(
+                f'{self.peft_type}: prompt_tuning_init="{kind}" reads more than the configuration; create the adapter'
+                f" with jaxadapt.initializers.start(config, base{needed})"
+            )
         return Draw("normal", 1.0)  # torch's nn.Embedding
 
     def stored(self, config: Any, shared: Params) -> dict[str, Array]:
