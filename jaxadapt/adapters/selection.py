@@ -81,6 +81,8 @@ def resolve_config(
 
     Raises `KeyMapError` if "all-linear" meets weights that may or may not be linear.
     """
+    if methods.get_method(config).scope == "model":
+        return config
     config = tied.resolve_tying(config, keymap, shapes)
     config = matching.with_default_targets(matching.with_task_heads(config), keymap.name)
     if not matching.is_all_linear(config) and not any(w.fan_in_fan_out for w in keymap.weights):

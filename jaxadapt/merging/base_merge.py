@@ -282,6 +282,7 @@ def plan_changes(base: Mapping[str, Any], adapter: Adapter, weight: Change, bias
     """Return the leaves that an adapter changes, as `plan_merge`; `weight` and `bias` change them."""
     sites = sites_of(adapter)
     require_complete(adapter, sites)
+    methods.require_weights(sites.method)
     missing = [site.leaf for site in sites if site.leaf not in base]
     if missing:
         are_variables = f"params.{missing[0]}" in base

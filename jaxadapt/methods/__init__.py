@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from jaxadapt.arrays.per_entry import LAYER, PerEntry
 from jaxadapt.methods.applied import AppliedMethod, AppliedMethods, check_biases, refuse_rivals
-from jaxadapt.methods.base import Change, Effects, Method, Start, Target, as_computable, at_least_float32
+from jaxadapt.methods.base import (
+    Change,
+    Effects,
+    Method,
+    Start,
+    Target,
+    as_computable,
+    at_least_float32,
+    require_weights,
+)
 from jaxadapt.methods.file_sizes import file_sizes
 from jaxadapt.methods.matrix import MatrixMethod
 from jaxadapt.methods.per_entry import needs_layer_number
@@ -31,4 +40,5 @@ __all__ = [
     "needs_layer_number",
     "refuse_rivals",
     "register",
+    "require_weights",
 ]  # fmt: skip

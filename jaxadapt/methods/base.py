@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxadapt.arrays.axes import Axes, Operation, Use
 from jaxadapt.arrays.random_draws import Draw
 from jaxadapt.configs.base import class_of
-from jaxadapt.core.errors import ConfigError
+from jaxadapt.core.errors import AttachError, ConfigError
 from jaxadapt.keymaps.tensor_spec import MethodTensor
 from jaxadapt.methods.target import Target as Target
 from jaxadapt.methods.target import shared_value as shared_value
@@ -248,6 +248,10 @@ class Method(abc.ABC):
         """
         return {}
 
+    def stored(self, config: Any, shared: Params) -> Params:
+        """Return the shared tensors that a file holds, from those of an adapter."""
+        return shared
+
     def role(self, hparams: Any, tensor: str) -> str:
         """Return the role of a tensor in training; `optim.roles` lists the roles."""
         return self.roles.get(tensor, "other")
@@ -286,3 +290,12 @@ def at_least_float32(x: Array) -> Array:
     """Cast to float32, or keep a wider dtype; return integers as they are."""
     x = as_computable(x)
     return x.astype(jnp.promote_types(x.dtype, "float32")) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
+def require_weights(method: Method | None) -> None:
+    """Raise `AttachError` if a method changes no weights, so that its adapters cannot be merged or converted."""
+    if method is not None and method.scope == "model":
+        raise AttachError(
+            f"{method.peft_type} adds virtual tokens to the input and changes no weight, so it cannot be merged,"
+            " combined or converted to LoRA. Keep the adapter beside the model"
+        )

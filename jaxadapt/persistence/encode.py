@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jaxadapt import methods
 from jaxadapt.adapters import embeddings, experts, joint_tensors, renaming, sites, tied
-from jaxadapt.adapters.adapter import Adapter, PeftTensors
+from jaxadapt.adapters.adapter import SHARED_NODE, Adapter, PeftTensors
 from jaxadapt.configs import Config
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError, MismatchError
@@ -60,6 +61,9 @@ def take_adapter(
     adapter = held.extract(name, config, keymap, lora_alpha)
     source = Source(held, adapter if config is None else dataclasses.replace(adapter, config=config))
     require_values(source.leaves, traced=in_memory, elsewhere=not in_memory)
+    if stored := methods.get_method(source.adapter.config).stored(source.adapter.config, source.adapter.shared):
+        params = {**source.adapter.params, SHARED_NODE: stored}
+        source = Source(held, dataclasses.replace(source.adapter, params=params))
     if keymap in (None, "auto"):
         return source
     new = families.resolve_keymap(keymap, {})
