@@ -1,4 +1,4 @@
-"""Facts about a method besides its computation, for `jaxadapt methods`, the demo and servers. No JAX."""
+"""Facts about a method besides its computation: for `jaxadapt methods`, the demo and servers. No JAX."""
 
 from __future__ import annotations
 
