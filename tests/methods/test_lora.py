@@ -229,8 +229,9 @@ def test_each_kind_follows_its_own_primitive(weight, shape, fields, follows):
     hparams, every = hparams_of(weight, shape, **fields), ("ragged_dot_general", "conv_general_dilated", "gather")
     assert {name for name in every if METHODS["LORA"].follows(hparams, name)} == follows
     assert METHODS["LORA"].forward(hparams) is (weight is LINEAR)
-    assert METHODS["LORA"].apart(hparams) is bool(fields.get("use_dora"))
-    assert METHODS["LORA"].adds_bias(hparams) is bool(fields.get("lora_bias"))
+    effects = METHODS["LORA"].effects(hparams)
+    assert effects.sees == ("product" if fields.get("use_dora") else "layer")
+    assert effects.bias == ("adds" if fields.get("lora_bias") else None)
 
 
 @pytest.mark.parametrize("init", ["mica", "MiCA", True])
