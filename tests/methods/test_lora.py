@@ -118,8 +118,6 @@ def test_alora_adds_its_output_to_those_tokens_only():
         alora.mask_delta({}, delta, y)
     with pytest.raises(AttachError, match=r"shape \[1, 3\] \(batch, time\).*shape \[3, 1, 2\]"):
         alora.mask_delta({"tokens": mask}, delta, y.reshape(3, 1, 2))
-    repeated = alora.repeat_mask(mask, [0, 2], (4, 1, 5, 3))
-    np.testing.assert_array_equal(repeated, np.broadcast_to(np.asarray(mask)[None, :, None], (4, 1, 5, 3)))
 
 
 def test_kasa_scales_the_rows_of_a():
