@@ -15,6 +15,7 @@ from jaxadapt.core.lazy import typed_imports
 if TYPE_CHECKING:
     from jaxadapt.configs.ia3 import IA3Config as IA3Config
     from jaxadapt.configs.loha import LoHaConfig as LoHaConfig
+    from jaxadapt.configs.lokr import LoKrConfig as LoKrConfig
     from jaxadapt.configs.lora import LoraConfig as LoraConfig
     from jaxadapt.configs.oft import OFTConfig as OFTConfig
     from jaxadapt.configs.vera import VeraConfig as VeraConfig
