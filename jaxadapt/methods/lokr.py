@@ -169,8 +169,7 @@ def _axes(config: LoKrConfig, target: Target, form: _Form, r: int) -> dict[str, 
     """Return `{tensor: {axis: size}}`, with the sizes of an existing adapter where there is one."""
     names = {"lokr_w1": "l m"} if form.full1 else {"lokr_w1_a": "l r", "lokr_w1_b": "r m"}
     if form.full2:
-        rank = len(target.found.get("lokr_w2", (0, 0, *target.window)))
-        names |= {"lokr_w2": " ".join(("k", "n", "x", "y")[:rank])}
+        names |= {"lokr_w2": "k n x y"[: 2 * len(target.match.weight.right) - 1]}
     elif form.has_t2:
         names |= {"lokr_t2": "r r2 x y", "lokr_w2_a": "r k", "lokr_w2_b": "r n"}
     else:
