@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from jaxadapt.configs.cartridge import CartridgeConfig as CartridgeConfig
     from jaxadapt.configs.ia3 import IA3Config as IA3Config
     from jaxadapt.configs.loha import LoHaConfig as LoHaConfig
+    from jaxadapt.configs.lokr import LoKrConfig as LoKrConfig
     from jaxadapt.configs.lora import LoraConfig as LoraConfig
     from jaxadapt.configs.multitask_prompt_tuning import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
     from jaxadapt.configs.oft import OFTConfig as OFTConfig
