@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from jaxadapt.configs.ia3 import IA3Config as IA3Config
     from jaxadapt.configs.loha import LoHaConfig as LoHaConfig
     from jaxadapt.configs.lora import LoraConfig as LoraConfig
+    from jaxadapt.configs.miss import MissConfig as MissConfig
     from jaxadapt.configs.oft import OFTConfig as OFTConfig
     from jaxadapt.configs.vera import VeraConfig as VeraConfig
 
