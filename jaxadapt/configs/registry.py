@@ -14,15 +14,18 @@ from jaxadapt.core.lazy import typed_imports
 
 if TYPE_CHECKING:
     from jaxadapt.configs.cartridge import CartridgeConfig as CartridgeConfig
+    from jaxadapt.configs.hra import HRAConfig as HRAConfig
     from jaxadapt.configs.ia3 import IA3Config as IA3Config
     from jaxadapt.configs.loha import LoHaConfig as LoHaConfig
     from jaxadapt.configs.lokr import LoKrConfig as LoKrConfig
     from jaxadapt.configs.lora import LoraConfig as LoraConfig
+    from jaxadapt.configs.miss import MissConfig as MissConfig
     from jaxadapt.configs.multitask_prompt_tuning import MultitaskPromptTuningConfig as MultitaskPromptTuningConfig
     from jaxadapt.configs.oft import OFTConfig as OFTConfig
     from jaxadapt.configs.p_tuning import PromptEncoderConfig as PromptEncoderConfig
     from jaxadapt.configs.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
     from jaxadapt.configs.prompt_tuning import PromptTuningConfig as PromptTuningConfig
+    from jaxadapt.configs.road import RoadConfig as RoadConfig
     from jaxadapt.configs.vera import VeraConfig as VeraConfig
 
 
