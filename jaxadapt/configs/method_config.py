@@ -20,7 +20,7 @@ class MethodConfig(Config):
 
     Attributes:
         checks: `{field: check}` for the other fields: "rank" (a positive integer), "probability", "any", or the tuple
-            of the possible values.
+            of the possible values. "seed" is an integer or null.
     """
 
     checks: ClassVar[Mapping[str, Any]] = {"r": "rank"}
@@ -54,6 +54,7 @@ def _defaults(cls: type[Config]) -> Mapping[str, Any]:
 _BY_KIND: Mapping[str, Check] = {
     "rank": CHECKS["r"],
     "probability": CHECKS["lora_dropout"],
+    "seed": expects("an integer or null", lambda x: x is None or is_int(x)),
     "any": lambda problems, field, value: None,
 }
 _BY_DEFAULT: Mapping[type, Check] = {
