@@ -17,7 +17,11 @@ if TYPE_CHECKING:
     from jaxadapt.configs.loha import LoHaConfig as LoHaConfig
     from jaxadapt.configs.lora import LoraConfig as LoraConfig
     from jaxadapt.configs.oft import OFTConfig as OFTConfig
+    from jaxadapt.configs.pvera import PveraConfig as PveraConfig
+    from jaxadapt.configs.randlora import RandLoraConfig as RandLoraConfig
     from jaxadapt.configs.shira import ShiraConfig as ShiraConfig
+    from jaxadapt.configs.supertuning import SupertuningConfig as SupertuningConfig
+    from jaxadapt.configs.vblora import VBLoRAConfig as VBLoRAConfig
     from jaxadapt.configs.vera import VeraConfig as VeraConfig
 
 
