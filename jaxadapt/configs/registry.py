@@ -25,7 +25,12 @@ if TYPE_CHECKING:
     from jaxadapt.configs.p_tuning import PromptEncoderConfig as PromptEncoderConfig
     from jaxadapt.configs.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
     from jaxadapt.configs.prompt_tuning import PromptTuningConfig as PromptTuningConfig
+    from jaxadapt.configs.pvera import PveraConfig as PveraConfig
+    from jaxadapt.configs.randlora import RandLoraConfig as RandLoraConfig
     from jaxadapt.configs.road import RoadConfig as RoadConfig
+    from jaxadapt.configs.shira import ShiraConfig as ShiraConfig
+    from jaxadapt.configs.supertuning import SupertuningConfig as SupertuningConfig
+    from jaxadapt.configs.vblora import VBLoRAConfig as VBLoRAConfig
     from jaxadapt.configs.vera import VeraConfig as VeraConfig
 
 
