@@ -19,8 +19,8 @@ class MethodConfig(Config):
     everywhere. A field whose default is a boolean, an integer, a number or a string takes only such values.
 
     Attributes:
-        checks: `{field: check}` for the other fields: "rank" (a positive integer), "probability", "any", or the tuple
-            of the possible values.
+        checks: `{field: check}` for the other fields: "rank" (a positive integer), "number", "probability", "ranks" and
+            "numbers" (objects of patterns with such values), "any", or the tuple of the possible values.
     """
 
     checks: ClassVar[Mapping[str, Any]] = {"r": "rank"}
@@ -54,6 +54,9 @@ def _defaults(cls: type[Config]) -> Mapping[str, Any]:
 _BY_KIND: Mapping[str, Check] = {
     "rank": CHECKS["r"],
     "probability": CHECKS["lora_dropout"],
+    "ranks": CHECKS["rank_pattern"],
+    "number": CHECKS["lora_alpha"],
+    "numbers": CHECKS["alpha_pattern"],
     "any": lambda problems, field, value: None,
 }
 _BY_DEFAULT: Mapping[type, Check] = {
