@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from jaxadapt.core.lazy import typed_imports
 
 if TYPE_CHECKING:
+    from jaxadapt.configs.c3a import C3AConfig as C3AConfig
     from jaxadapt.configs.cartridge import CartridgeConfig as CartridgeConfig
     from jaxadapt.configs.hra import HRAConfig as HRAConfig
     from jaxadapt.configs.ia3 import IA3Config as IA3Config
