@@ -8,6 +8,7 @@ from jaxadapt.methods.base import Effects, Method, Start, Target, as_computable,
 from jaxadapt.methods.matrix import MatrixMethod
 from jaxadapt.methods.per_entry import needs_layer_number
 from jaxadapt.methods.registry import COLLECTIONS, METHODS, get_method, register
+from jaxadapt.methods.rows import AppliedRows
 
 __all__ = [
     "COLLECTIONS",
@@ -15,6 +16,7 @@ __all__ = [
     "METHODS",
     "AppliedMethod",
     "AppliedMethods",
+    "AppliedRows",
     "Effects",
     "MatrixMethod",
     "Method",

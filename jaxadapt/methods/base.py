@@ -98,8 +98,9 @@ class Method(abc.ABC):
         roles: `{tensor: role in training}`; `optim.roles` lists the roles.
         scaled: the tensors to multiply in order to multiply the change of the weight.
         copies: True if the tensors accompany another method's: a full or partial copy of the weight.
-        rows: "call" if the rows of a batch may each have their own adapter, chosen in the call; "put" if a server must
-            prepare the adapter for it; "no" if they cannot.
+        rows: "call" if the rows of a batch may each have their own adapter, with tensors that do not need the weight;
+            "put" if some need `prepare_rows`, once for each adapter; "no" if they cannot.
+        row_neutral: `{tensor: value}` of the tensors of `row_params` in an adapter that changes nothing; 0 if absent.
         wrapper_depth: nesting depth of PEFT's ParamWrapper, when the weight is adapted through target_parameters.
         torch_layout: True if the method sees PyTorch's layout (`MatrixMethod`).
     """
@@ -111,6 +112,7 @@ class Method(abc.ABC):
     scaled: frozenset[str] = frozenset()
     copies: bool = False
     rows: Literal["put", "call", "no"] = "no"
+    row_neutral: Mapping[str, float] = MappingProxyType({})
     wrapper_depth: int | None = None
     torch_layout: bool = False
 
@@ -217,6 +219,28 @@ class Method(abc.ABC):
         do not compile it again.
         """
         return {}
+
+    def row_hparams(self, hparams: Any) -> Any:
+        """Return the hyperparameters that adapters must share so that each row of a batch can have its own.
+
+        `input` and `output` get them with the tensors of one row. Raises `AttachError` if rows cannot differ.
+        """
+        return hparams
+
+    def row_params(self, hparams: Any, params: Params, entries: tuple[int, ...]) -> dict[str, Array]:
+        """Return the tensors of one adapter for a batch that mixes adapters, as arrays of numpy.
+
+        Hyperparameters that differ between adapters become tensors, with one number for each entry.
+
+        Args:
+            params: the tensors, with the stacked axes first.
+            entries: the sizes of the stacked axes and of the batch axes.
+        """
+        return dict(params)
+
+    def prepare_rows(self, hparams: Any, params: Params, axes: Axes, w: Array) -> dict[str, Array]:
+        """Return the tensors that rows use, from those of `row_params` and the weight; called once for an adapter."""
+        return dict(params)
 
     def role(self, hparams: Any, tensor: str) -> str:
         """Return the role of a tensor in training; `optim.roles` lists the roles."""

@@ -19,7 +19,7 @@ from jaxadapt.arrays.axes import Axes, Use, contradiction_message
 from jaxadapt.core import paths
 from jaxadapt.core.errors import AttachError
 from jaxadapt.keymaps.weight import Kind
-from jaxadapt.methods import AppliedMethod, AppliedMethods
+from jaxadapt.methods import AppliedMethod, AppliedMethods, AppliedRows
 from jaxadapt.models import layers
 from jaxadapt.models.tracing import rewrite
 from jaxadapt.models.tracing.uses import describe_uses
@@ -200,6 +200,7 @@ class LeafAdapter:
     Attributes:
         keys: the names in `params` of its tensors during the call.
         whole: shared tensors that are not in `params`, because the model's scan would slice them there.
+        rows: True if the tensors have an axis of rows, each of which has its own adapter.
     """
 
     method: methods.Method
@@ -207,6 +208,7 @@ class LeafAdapter:
     axes: Axes
     keys: Mapping[str, str]
     whole: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    rows: bool = False
 
     @property
     def rate(self) -> float:
@@ -222,7 +224,8 @@ class LeafAdapter:
                 " nn.jit around or inside a scan over layers: its compiled function would keep the first values. Remove"
                 " that nn.jit, and compile the whole call with jax.jit"
             )
-        return AppliedMethod(self.method, self.hparams, {**tensors, **self.whole}, self.axes, dropout)
+        applied = AppliedRows if self.rows else AppliedMethod
+        return applied(self.method, self.hparams, {**tensors, **self.whole}, self.axes, dropout)
 
 
 @dataclasses.dataclass(frozen=True)

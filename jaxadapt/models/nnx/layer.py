@@ -19,9 +19,12 @@ from jaxadapt.methods import AppliedMethod, AppliedMethods, Method
 from jaxadapt.models.nnx import survey
 from jaxadapt.models.nnx.params import AdapterParam, FrozenParam, SharedParam
 from jaxadapt.models.nnx.survey import DROPOUT, AdaptedMeta, entry_points, kernel_use, plain_view
+from jaxadapt.models.row_sites import NO_ROUTE, RowSite
 from jaxadapt.models.tracing import rewrite
 
 ACTIVE = "active_adapters"
+ROWS = "adapter_rows"
+"""The attribute of a layer with a bank: `{leaf: {number of the site: {tensor: RowParam}}}`, empty without a route."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -111,6 +114,12 @@ def _active_hooks(module: nnx.Module) -> dict[str, AppliedMethod | AppliedMethod
                 assert attached.axes is not None, "only a shared tensor has no axes"
                 hook = AppliedMethod(attached.method, attached.hparams, params, attached.axes, dropout)
                 hooks.setdefault(leaf, []).append(hook)
+    for leaf, sites in attributes.get(ROWS, {}).items():
+        if not sites:
+            raise AttachError(NO_ROUTE)
+        for tensors in sites.values():
+            site: RowSite = next(iter(tensors.values())).get_metadata()["row_site"]
+            hooks.setdefault(leaf, []).append(site.apply({name: var.get_value() for name, var in tensors.items()}))
     return {
         leaf: of_leaf[0] if len(of_leaf) == 1 else AppliedMethods(tuple(of_leaf)) for leaf, of_leaf in hooks.items()
     }
