@@ -163,11 +163,16 @@ def put(bank: Bank, slot: int, adapter: Adapter | Sequence[Tensors] | None, base
     if not 0 < operator.index(slot) < bank.slots:
         raise AttachError(f"slot: expected 1 to {bank.slots - 1}, found {slot}; slot 0 is the base")
     rows = prepare(bank, adapter) if adapter is None or isinstance(adapter, Adapter) else tuple(adapter)
+    return write(bank, rows, np.int32(slot), weights_read(bank, base))
+
+
+def weights_read(bank: Bank, base: Any) -> dict[str, Any]:
+    """Return `{leaf: array}` of the base weights that `put` computes with; raise `AttachError` if they are missing."""
     read = [place.row.leaf for place in bank.layout.places if place.reads]
     if read and base is None:
         raise AttachError("base: expected the base's model or parameters, because the norm of a DoRA needs them")
     leaves = carrier(base).base().leaves if read else {}
-    return _write(bank, rows, np.int32(slot), {leaf: leaves[leaf] for leaf in read})
+    return {leaf: leaves[leaf] for leaf in read}
 
 
 def prepare(bank: Bank, adapter: Adapter | None) -> tuple[Tensors, ...]:
@@ -185,7 +190,7 @@ def prepare(bank: Bank, adapter: Adapter | None) -> tuple[Tensors, ...]:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _write(bank: Bank, rows: Sequence[Tensors], slot: Any, weights: Mapping[str, Any]) -> Bank:
+def write(bank: Bank, rows: Sequence[Tensors], slot: Any, weights: Mapping[str, Any]) -> Bank:
     """Write one adapter into a slot of every array."""
     written: list[Tensors] = []
     for place, arrays, new in zip(bank.layout.places, bank.arrays, rows, strict=True):
