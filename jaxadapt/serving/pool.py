@@ -137,8 +137,8 @@ class AdapterPool:
                 NaN. Without it, an error of one adapter ends the whole call.
             wait: the seconds to wait until other leases end, if they hold too many slots.
 
-        Raises the errors of `jaxadapt.load` and `put` for adapters that cannot be loaded, and `AttachError` if the slots
-        do not suffice.
+        Raises the errors of `jaxadapt.load` and `put` for adapters that cannot be loaded, and `AttachError` if slots
+        are lacking.
         """
         errors: dict[str, AdapterError] = {}
         pinned: list[int] = []
