@@ -8,7 +8,7 @@ from jaxadapt.methods.base import Effects, Method, Start, Target, as_computable,
 from jaxadapt.methods.matrix import MatrixMethod
 from jaxadapt.methods.per_entry import needs_layer_number
 from jaxadapt.methods.registry import COLLECTIONS, METHODS, get_method, register
-from jaxadapt.methods.rows import AppliedRows
+from jaxadapt.methods.rows import AppliedRows, split_rows
 
 __all__ = [
     "COLLECTIONS",
@@ -30,4 +30,5 @@ __all__ = [
     "needs_layer_number",
     "refuse_rivals",
     "register",
+    "split_rows",
 ]  # fmt: skip

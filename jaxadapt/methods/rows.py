@@ -6,13 +6,16 @@ The tensors have a leading axis of rows, and the method runs under `jax.vmap`, s
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 
 from jaxadapt.arrays.axes import Operation, Use
 from jaxadapt.core.errors import AttachError
-from jaxadapt.methods.applied import AppliedMethod
+from jaxadapt.methods.applied import AppliedMethod, AppliedMethods
 from jaxadapt.methods.base import Array, Params
+
+Hook = AppliedMethod | AppliedMethods
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,3 +86,20 @@ class AppliedRows(AppliedMethod):
             f"cannot apply another {self.method.peft_type} in each row: {problem}. Exclude the layer from the bank, or"
             " merge the adapter"
         )
+
+
+def split_rows(hooks: Mapping[str, Hook]) -> tuple[dict[str, Hook], dict[str, Hook]]:
+    """Separate the methods of one layer into those to apply to its whole call, and those to apply inside.
+
+    If a method needs the product without the bias (DoRA), the layer is rewritten, and a bias is then the same for all
+    rows. Other rows may scale it (IA3), so these act on the finished output.
+    """
+    outer: dict[str, Hook] = {}
+    inner: dict[str, Hook] = {}
+    for leaf, hook in hooks.items():
+        each = hook.hooks if isinstance(hook, AppliedMethods) else (hook,)
+        outside = [one for one in each if hook.apart and isinstance(one, AppliedRows) and not one.apart]
+        for part, chosen in ((outer, outside), (inner, [one for one in each if one not in outside])):
+            if chosen:
+                part[leaf] = chosen[0] if len(chosen) == 1 else AppliedMethods(tuple(chosen))
+    return outer, inner

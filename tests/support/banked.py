@@ -105,13 +105,26 @@ class Given:
         return x @ (w + change) + b + (scale * own["lora_B.bias"] if self.kind == "bias" else 0)
 
 
+def params(scanned: bool) -> dict[str, Any]:
+    """The parameters of `meshes.base` with biases that are not zero."""
+
+    def fill(path: Any, x: Any) -> Any:
+        if path[-1].key != "bias":
+            return x
+        last = x.shape[1:] if scanned else x.shape
+        values = np.linspace(-1, 1, int(np.prod(last)), dtype="f4").reshape(last)
+        return np.broadcast_to(values, x.shape).copy()
+
+    return jax.tree_util.tree_map_with_path(fill, meshes.base(scanned))
+
+
 BASE = Given("lora", 1, 1, ())
 
 
 def alone(given: Given, x: np.ndarray) -> np.ndarray:
     """The output of the whole model with one adapter, in float64."""
     x = x.astype("f8")
-    params = meshes.base(False)["blocks"]
+    blocks = params(False)["blocks"]
     for layer in range(LAYERS):
         own = {
             n: (p["kernel"].reshape(SIZES[n]).astype("f8"), p["bias"].ravel()) for n, p in params[str(layer)].items()
@@ -174,11 +187,11 @@ class Served:
     slots: int = 6
 
     def __post_init__(self) -> None:
-        params = meshes.base(self.scanned)
+        base = params(self.scanned)
         if self.api == "nnx":
             from flax import nnx
 
-            model = meshes.model(params, self.scanned)
+            model = meshes.model(base, self.scanned)
             self.base: Any = model
             self.bank = create(model, self.scanned, self.slots)
             serving.attach(model, self.bank)
@@ -188,7 +201,7 @@ class Served:
                 with serving.route(nnx.merge(graphdef, state), rows) as routed:
                     return routed(x)
         else:
-            state = self.base = {"params": params}
+            state = self.base = {"params": base}
             self.bank = create(state, self.scanned, self.slots)
             module = serving.attach(LinenBlocks(self.scanned), self.bank)
 

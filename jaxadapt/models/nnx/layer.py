@@ -139,8 +139,27 @@ def _value_of(tensor: str, variable: nnx.Variable[Any]) -> Any:
 
 def _call_adapted(module: Any, base: Any, f: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call a method of a layer with its active adapters applied and its quantised weights made dense."""
-    hooks, quantized = _active_hooks(module), survey.quantized_params(module)
-    known_use = kernel_use(module)
+    hooks, known_use = _active_hooks(module), kernel_use(module)
+    outer, inner = methods.split_rows(hooks) if known_use is not None else ({}, hooks)
+    if known_use is None or not outer:
+        return _call_hooked(module, base, f, args, kwargs, hooks)
+
+    def call(module: Any, *args: Any, **kwargs: Any) -> Any:
+        return _call_hooked(module, base, f, args, kwargs, inner)
+
+    return _call_known(module, base, outer, known_use, call, args, kwargs)
+
+
+def _call_hooked(
+    module: Any,
+    base: Any,
+    f: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    hooks: dict[str, AppliedMethod | AppliedMethods],
+) -> Any:
+    """Call a method of a layer with these adapters applied."""
+    quantized, known_use = survey.quantized_params(module), kernel_use(module)
     if not quantized and known_use is not None and not any(hook.apart or hook.by_weight for hook in hooks.values()):
         return _call_known(module, base, hooks, known_use, f, args, kwargs)
     variables = survey.layer_state(module)
