@@ -126,9 +126,8 @@ def alone(given: Given, x: np.ndarray) -> np.ndarray:
     x = x.astype("f8")
     blocks = params(False)["blocks"]
     for layer in range(LAYERS):
-        own = {
-            n: (p["kernel"].reshape(SIZES[n]).astype("f8"), p["bias"].ravel()) for n, p in params[str(layer)].items()
-        }
+        leaves = blocks[str(layer)].items()
+        own = {n: (p["kernel"].reshape(SIZES[n]).astype("f8"), p["bias"].ravel()) for n, p in leaves}
         h = np.tanh(given.linear(layer, "q", x, *own["q"]))
         x = x + given.linear(layer, "o", h, *own["o"])
         h = np.tanh(given.linear(layer, "up", x, *own["up"]))
