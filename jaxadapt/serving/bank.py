@@ -122,9 +122,8 @@ def create(
             shardings, leaves = held.shardings, held.leaves
             places += [make_place(s, leaves[s.leaf], shardings.get(s.leaf), jnp.dtype(dtype)) for s in sites]
     kinds = [(place.row.leaf, place.row.method.peft_type, place.row.hparams) for place in places]
-    problems += [
-        f"{leaf}: two configurations for {kind}" for leaf, kind, h in set(kinds) if kinds.count((leaf, kind, h)) > 1
-    ]
+    twice = [kind for number, kind in enumerate(kinds) if kind in kinds[:number]]
+    problems += [f"{leaf}: two of the configurations have the same kind of {method}" for leaf, method, _ in twice]
     if problems:
         raise AttachError(f"cannot create the bank:\n{paths.bullets(problems)}\n{REMEDY}")
     layout = Layout(tuple(places), slots)
