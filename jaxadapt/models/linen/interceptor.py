@@ -200,7 +200,7 @@ class LeafAdapter:
     Attributes:
         keys: the names in `params` of its tensors during the call.
         whole: shared tensors that are not in `params`, because the model's scan would slice them there.
-        rows: True if the tensors have an axis of rows, each of which has its own adapter.
+        rows: True if the tensors have an axis of rows, and each row has its own adapter.
     """
 
     method: methods.Method
